@@ -1,0 +1,249 @@
+// What a JSON request body says, and the one splice the proxy makes. (Syntax: bodyscan.go; forms: callform.go.)
+// Plain code: it sees bytes and returns values; it does no I/O, keeps no state and never copies the body.
+// It decides which model a call is authorised for, so it must read a body exactly as every provider's parser
+// would. Where two parsers could differ (twin keys, half surrogates) the body is refused, not interpreted.
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+const (
+	maxModelLen   = 256
+	maxFieldCount = math.MaxInt32 // counts saturate here, so that n × maxOutput cannot overflow
+	maxKeyLen     = 32            // no protected name or case twin of one is longer (ſ has 2 bytes, K 3)
+)
+
+// protectedNames are the top-level fields that the proxy or its policies read. Each may occur once, in this spelling.
+var protectedNames = [...]string{
+	"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n",
+	"previous_response_id", "conversation", "background", "store",
+}
+
+// callFields is what a request body says that the proxy must know. Everything else passes unread.
+type callFields struct {
+	model        string // "" when the body names none
+	stream       bool
+	maxOutput    int64      // largest of max_tokens, max_completion_tokens, max_output_tokens; 0 when none is a positive integer
+	n            int64      // 1 unless the body has a positive integer n
+	includeUsage bool       // stream_options.include_usage is true
+	stateRef     string     // first field that refers to objects kept at the provider and is neither null nor false; "" if none
+	usage        bodySplice // what withIncludeUsage does
+}
+
+// bodySplice replaces body[from:to] by text; "" means that nothing is to be done.
+type bodySplice struct {
+	from, to int
+	text     string
+}
+
+// bodyError says why a body is refused. msg is for the client; param is the field at fault, or "".
+type bodyError struct{ param, msg string }
+
+func (e *bodyError) Error() string { return e.msg }
+
+// scanJSON reads body once and returns its fields. Every error is a *bodyError. It accepts what json.Valid
+// accepts, but for these stricter rules: one object at the top, valid UTF-8 without a byte order mark, at most
+// maxJSONDepth levels, and the rules for protectedNames.
+func scanJSON(body []byte) (callFields, error) {
+	f := callFields{n: 1}
+	s := bodyScan{b: body}
+	s.space()
+	switch {
+	case bytes.HasPrefix(body, []byte("\xef\xbb\xbf")):
+		s.fail("", "The request body starts with a byte order mark; send plain UTF-8 JSON.")
+	case !utf8.Valid(body):
+		s.fail("", fmt.Sprintf("The request body is not valid UTF-8 (byte %d).", invalidUTF8At(body)))
+	case s.i == len(body):
+		s.fail("", "The request body is empty; a JSON object is required.")
+	case s.b[s.i] != '{':
+		s.fail("", fmt.Sprintf("The request body must be a JSON object (byte %d).", s.i))
+	default:
+		s.top(&f)
+		s.space()
+		if s.err == nil && s.i < len(body) {
+			s.syntax("the end of the body")
+		}
+	}
+	if s.err != nil {
+		return callFields{}, s.err
+	}
+	return f, nil
+}
+
+// withIncludeUsage returns body with stream_options.include_usage set to true; every other byte, the order of keys
+// and the white space stay. f must come from scanJSON of the same body. If nothing must change it returns body itself.
+func withIncludeUsage(body []byte, f callFields) []byte {
+	e := f.usage
+	if e.text == "" {
+		return body
+	}
+	out := make([]byte, 0, len(body)+len(e.text))
+	out = append(out, body[:e.from]...)
+	out = append(out, e.text...)
+	return append(out, body[e.to:]...)
+}
+
+// set takes one protected field; raw is its JSON value as sent, already checked for syntax.
+func (f *callFields) set(name string, raw []byte) *bodyError {
+	switch name {
+	case "model":
+		if raw[0] != '"' {
+			return &bodyError{name, "Invalid type for 'model': it must be a string."}
+		}
+		text := raw[1 : len(raw)-1]
+		if bytes.IndexByte(text, '\\') >= 0 {
+			text = unescape(text)
+		}
+		return f.setModel(text)
+	case "stream":
+		if string(raw) != "true" && string(raw) != "false" && string(raw) != "null" {
+			return &bodyError{name, "Invalid type for 'stream': it must be a boolean."}
+		}
+		f.stream = string(raw) == "true"
+	case "max_tokens", "max_completion_tokens", "max_output_tokens":
+		f.maxOutput = max(f.maxOutput, count(raw))
+	case "n":
+		f.n = max(1, count(raw))
+	case "previous_response_id", "conversation", "background":
+		if f.stateRef == "" && string(raw) != "null" && string(raw) != "false" {
+			f.stateRef = name
+		}
+	}
+	return nil
+}
+
+func (f *callFields) setModel(text []byte) *bodyError {
+	if len(text) == 0 || len(text) > maxModelLen {
+		return &bodyError{"model", fmt.Sprintf("Invalid 'model': it must have 1 to %d bytes.", maxModelLen)}
+	}
+	// U+FFFD is what half a surrogate pair decodes to here; other parsers make something else of it.
+	if bytes.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) || r == utf8.RuneError }) {
+		return &bodyError{"model", "Invalid 'model': it has a character that no model name has."}
+	}
+	f.model = string(text)
+	return nil
+}
+
+// count is the value of a positive integer, at most maxFieldCount, or 0 for anything else. An integer may be written
+// 4.0 or 4e0: providers take that for 4, so a budget must too.
+func count(raw []byte) int64 {
+	if len(raw) == 0 || raw[0] < '0' || raw[0] > '9' {
+		return 0
+	}
+	v, err := strconv.ParseFloat(string(raw), 64)
+	if math.IsInf(v, 1) {
+		return maxFieldCount
+	}
+	if err != nil || v != math.Trunc(v) {
+		return 0
+	}
+	return int64(min(v, maxFieldCount))
+}
+
+// protectedName returns the index of the protected name that key is, or folds to as encoding/json folds, and
+// whether it is spelled exactly so; or -1.
+func protectedName(key []byte) (i int, exact bool) {
+	if len(key) > maxKeyLen {
+		return -1, false
+	}
+	for i, name := range protectedNames {
+		// A twin is never shorter than the name, and starts with its letter in either case or with ſ.
+		if len(key) < len(name) || (key[0]|0x20 != name[0] && key[0] < utf8.RuneSelf) {
+			continue
+		}
+		if string(key) == name {
+			return i, true
+		}
+		if strings.EqualFold(string(key), name) {
+			return i, false
+		}
+	}
+	return -1, false
+}
+
+// top reads the outermost object into f.
+func (s *bodyScan) top(f *callFields) {
+	open, members := s.i+1, 0
+	options := false
+	var seen uint
+	for more := s.first('}'); more; more = s.next('}') {
+		members++
+		key := s.plainKey()
+		i, exact := protectedName(key)
+		if i < 0 {
+			s.value()
+			continue
+		}
+		name := protectedNames[i]
+		switch {
+		case !exact:
+			s.fail(name, fmt.Sprintf("Ambiguous field name %q: it must be spelled %q.", key, name))
+		case seen>>i&1 == 1:
+			s.fail(name, fmt.Sprintf("Duplicate field %q: it may occur once only.", name))
+		case name == "stream_options":
+			options = true
+			s.streamOptions(f)
+		default:
+			if raw := s.rawValue(); s.err == nil {
+				if err := f.set(name, raw); err != nil {
+					s.fail(err.param, err.msg)
+				}
+			}
+		}
+		seen |= 1 << i
+	}
+	if !options {
+		f.usage = bodySplice{open, open, `"stream_options":{"include_usage":true},`}
+		if members == 0 {
+			f.usage.text = strings.TrimSuffix(f.usage.text, ",")
+		}
+	}
+}
+
+// streamOptions reads the value of stream_options: an object or null.
+func (s *bodyScan) streamOptions(f *callFields) {
+	const name = "stream_options.include_usage"
+	from := s.i
+	if from < len(s.b) && s.b[from] != '{' {
+		if raw := s.rawValue(); s.err == nil && string(raw) != "null" {
+			s.fail("stream_options", "Invalid type for 'stream_options': it must be an object.")
+		}
+		f.usage = bodySplice{from, s.i, `{"include_usage":true}`}
+		return
+	}
+	members, found := 0, false
+	for more := s.first('}'); more; more = s.next('}') {
+		members++
+		key := s.plainKey()
+		twin := len(key) <= maxKeyLen && strings.EqualFold(string(key), "include_usage")
+		at := s.i
+		raw := s.rawValue()
+		switch {
+		case !twin || s.err != nil:
+		case string(key) != "include_usage":
+			s.fail(name, fmt.Sprintf("Ambiguous field name %q: it must be spelled \"include_usage\".", key))
+		case found:
+			s.fail(name, "Duplicate field \"include_usage\": it may occur once only.")
+		case string(raw) == "true":
+			found, f.includeUsage = true, true
+		case string(raw) == "false" || string(raw) == "null":
+			found, f.usage = true, bodySplice{at, s.i, "true"}
+		default:
+			s.fail(name, "Invalid type for 'stream_options.include_usage': it must be a boolean.")
+		}
+	}
+	switch {
+	case found:
+	case members == 0:
+		f.usage = bodySplice{from + 1, from + 1, `"include_usage":true`}
+	default:
+		f.usage = bodySplice{from + 1, from + 1, `"include_usage":true,`}
+	}
+}

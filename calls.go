@@ -1,0 +1,198 @@
+// This room knows the calls that are running, and watches them: one goroutine
+// ends those whose token has withered, whose provider or client has fallen
+// silent, or which have outlived a drain. All time limits on a call are here.
+package main
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A phase is what a call waits for.
+type phase int32
+
+const (
+	phaseReading  phase = iota // the client's body
+	phaseLedger                // its row's commit
+	phaseProvider              // the first byte of the answer
+	phaseRelaying              // the next bytes of the answer
+	phaseWriting               // the client, to take bytes
+)
+
+const (
+	watchEvery       = 100 * time.Millisecond
+	readGrace        = 30 * time.Second // before a minimum rate is asked of a request body
+	readRate         = 1 << 10          // bytes a second after that
+	clientStall      = 60 * time.Second // a client that takes no byte for so long is cut off
+	ledgerPatience   = 5 * time.Second
+	drainGracePeriod = 5 * time.Second // for calls to end after they were cut
+)
+
+// callLimits are the settings that the watchdog holds calls to.
+type callLimits struct {
+	upstreamTimeout   time.Duration
+	streamIdleTimeout time.Duration
+}
+
+// A watch is what the watchdog sees of a call. The call's goroutine writes it,
+// the watchdog reads it.
+type watch struct {
+	phase    atomic.Int32
+	since    atomic.Int64 // tick at which the phase began or last made progress
+	received atomic.Int64 // bytes of the request body so far
+}
+
+// runningCalls is the set of running calls. The zero value is not ready: use
+// newRunningCalls.
+type runningCalls struct {
+	limits callLimits
+	ticks  atomic.Int64 // time in units of watchEvery, cheap to read
+
+	mu       sync.Mutex
+	calls    map[*call]struct{}
+	draining *apiError // not nil: new calls are refused with it
+	wait     sync.WaitGroup
+}
+
+func newRunningCalls(l callLimits) *runningCalls {
+	return &runningCalls{limits: l, calls: map[*call]struct{}{}}
+}
+
+// add puts c in, unless the program is draining.
+func (rc *runningCalls) add(c *call) error {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	if rc.draining != nil {
+		return rc.draining
+	}
+	rc.calls[c] = struct{}{}
+	rc.wait.Add(1)
+	return nil
+}
+
+func (rc *runningCalls) remove(c *call) {
+	rc.mu.Lock()
+	delete(rc.calls, c)
+	rc.mu.Unlock()
+	rc.wait.Done()
+}
+
+// oldest returns the id of the oldest running call, 0 if none runs.
+func (rc *runningCalls) oldest() int64 {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	var id int64
+	for c := range rc.calls {
+		if id == 0 || c.id < id {
+			id = c.id
+		}
+	}
+	return id
+}
+
+// enter notes that c now waits for something else, or has made progress.
+func (rc *runningCalls) enter(c *call, p phase) {
+	c.watch.phase.Store(int32(p))
+	c.watch.since.Store(rc.ticks.Load())
+}
+
+// run watches until ctx is over.
+func (rc *runningCalls) run(ctx context.Context) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			rc.ticks.Add(1)
+			rc.look(now)
+		}
+	}
+}
+
+// look ends the calls that must not go on.
+func (rc *runningCalls) look(now time.Time) {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	ms := now.UnixMilli()
+	for c := range rc.calls {
+		if err := rc.verdict(c, now, ms); err != nil {
+			c.end(err)
+		}
+	}
+}
+
+// verdict says why a call must end now, or nil.
+func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
+	if why := c.token.validity(c.token.state.Load(), ms); why != "" {
+		return errBadToken(why)
+	}
+	if p := c.token.project.state.Load(); !p.active {
+		return errInactiveProject()
+	}
+	idle := time.Duration(rc.ticks.Load()-c.watch.since.Load()) * watchEvery
+	switch phase(c.watch.phase.Load()) {
+	case phaseReading:
+		if age := now.Sub(c.start); age > readGrace && c.watch.received.Load() < int64((age-readGrace).Seconds()*readRate) {
+			return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
+		}
+	case phaseLedger:
+		if idle > ledgerPatience {
+			return errUnavailable("ledger_unavailable", errors.New("the ledger did not commit in time"))
+		}
+	case phaseProvider:
+		if idle > rc.limits.upstreamTimeout {
+			return &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider did not answer in time."}
+		}
+	case phaseRelaying:
+		if idle > rc.limits.streamIdleTimeout {
+			return &apiError{status: http.StatusGatewayTimeout, code: "stream_idle", msg: "The provider's answer paused for too long."}
+		}
+	case phaseWriting:
+		if idle > clientStall {
+			return &apiError{status: http.StatusRequestTimeout, code: "client_stalled", msg: "The client took no more of the answer."}
+		}
+	}
+	return nil
+}
+
+// drain refuses new calls from now on and waits for the running ones. When ctx
+// ends it cuts them, and waits a little for their rows to be settled.
+func (rc *runningCalls) drain(ctx context.Context) {
+	stop := errUnavailable("draining", errors.New("shutting down"))
+	rc.mu.Lock()
+	rc.draining = stop
+	rc.mu.Unlock()
+	done := make(chan struct{})
+	go func() { rc.wait.Wait(); close(done) }() // ends with the last call; the program ends soon after in any case
+	select {
+	case <-done:
+		return
+	case <-ctx.Done():
+	}
+	rc.mu.Lock()
+	for c := range rc.calls {
+		c.end(stop)
+	}
+	rc.mu.Unlock()
+	select {
+	case <-done:
+	case <-time.After(drainGracePeriod):
+	}
+}
+
+// isDraining reports whether new calls are refused.
+func (rc *runningCalls) isDraining() bool {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	return rc.draining != nil
+}
+
+func errInactiveProject() *apiError {
+	return &apiError{status: http.StatusForbidden, code: "project_inactive", msg: "This token's project is not active. Ask its administrator."}
+}

@@ -1,0 +1,425 @@
+// This room turns the environment into a checked config: every setting, its
+// default and its rule stand in one table, from which --help is made too. It
+// reads files that settings name, but changes nothing on disk; everything that
+// is wrong is reported at once.
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// A config is the whole configuration, checked. It does not change after start.
+type config struct {
+	listenAddr        string
+	dataDir           string
+	databaseFile      string
+	encryptionKey     secret // nil: the key file in dataDir
+	managementToken   secret // nil: only stored management keys
+	openaiKey         secret // nil: no default project
+	openaiURL         string
+	allowPrivate      bool
+	publicURL         *url.URL // nil: not set
+	trustedProxies    []netip.Prefix
+	tlsCert, tlsKey   string
+	logLevel          slog.Level
+	logText           bool
+	maxBodyBytes      int64
+	maxUploadBytes    int64
+	bodyMemory        int64
+	upstreamTimeout   time.Duration
+	streamIdleTimeout time.Duration
+	drainTimeout      time.Duration
+	retention         time.Duration
+}
+
+// A setting is one row of the settings table. set checks text and stores it.
+type setting struct {
+	name, def, help string
+	secret          bool
+	set             func(c *config, text string) error
+}
+
+func settings() []setting {
+	return []setting{
+		{"LISTEN_ADDR", "127.0.0.1:8080", "address and port to listen on; :8080 listens on every address", false,
+			func(c *config, s string) error { c.listenAddr = s; return checkListen(s) }},
+		{"DATA_DIR", "./data", "directory for the database and the key file; made if missing, 0700", false,
+			func(c *config, s string) (err error) { c.dataDir, err = filepath.Abs(s); return err }},
+		{"DATABASE_URL", "", "sqlite:FILE for a database outside DATA_DIR; empty: DATA_DIR/llm-proxy.db", false,
+			func(c *config, s string) (err error) { c.databaseFile, err = parseDatabaseURL(s); return err }},
+		{"ENCRYPTION_KEY", "", "32 random bytes, hex or base64, that seal provider keys in the database", true,
+			func(c *config, s string) error {
+				c.encryptionKey = newSecret(s)
+				_, err := parseEncryptionKey(s)
+				return err
+			}},
+		{"ENCRYPTION_KEY_FILE", "", "file that holds the encryption key; neither set: DATA_DIR/encryption.key, made at first start", false,
+			func(c *config, s string) error {
+				return readSecretFile(s, &c.encryptionKey, func(v string) error { _, err := parseEncryptionKey(v); return err })
+			}},
+		{"MANAGEMENT_TOKEN", "", "a management key of role admin that lives in the environment; 32 characters or more", true,
+			func(c *config, s string) error { c.managementToken = newSecret(s); return checkManagementToken(s) }},
+		{"MANAGEMENT_TOKEN_FILE", "", "file that holds MANAGEMENT_TOKEN", false,
+			func(c *config, s string) error { return readSecretFile(s, &c.managementToken, checkManagementToken) }},
+		{"OPENAI_API_KEY", "", "on an empty database: makes a project \"default\" with this provider key, and a token", true,
+			func(c *config, s string) error { c.openaiKey = newSecret(s); return checkProviderKey(s) }},
+		{"OPENAI_API_URL", "https://api.openai.com", "base URL of new projects' first upstream that names none", false,
+			func(c *config, s string) error { c.openaiURL = s; return nil }}, // checked with ALLOW_PRIVATE_UPSTREAMS below
+		{"ALLOW_PRIVATE_UPSTREAMS", "false", "true: base URLs may be http:// and may name loopback or private addresses", false,
+			func(c *config, s string) (err error) { c.allowPrivate, err = parseBool(s); return err }},
+		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage and /admin", false,
+			func(c *config, s string) (err error) { c.publicURL, err = parsePublicURL(s); return err }},
+		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed", false,
+			func(c *config, s string) (err error) { c.trustedProxies, err = parsePrefixes(s); return err }},
+		{"TLS_CERT_FILE", "", "certificate chain, PEM; with TLS_KEY_FILE the proxy serves https itself", false,
+			func(c *config, s string) error { c.tlsCert = s; return nil }},
+		{"TLS_KEY_FILE", "", "private key, PEM", false,
+			func(c *config, s string) error { c.tlsKey = s; return nil }},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", false,
+			func(c *config, s string) (err error) { c.logLevel, err = parseLevel(s); return err }},
+		{"LOG_FORMAT", "json", "json or text", false,
+			func(c *config, s string) error { c.logText = s == "text"; return oneOf(s, "json", "text") }},
+		{"MAX_BODY_BYTES", "32MiB", "largest request body (JSON, audio, images) that is read into memory", false,
+			func(c *config, s string) (err error) { c.maxBodyBytes, err = parseSize(s, 1<<10, 1<<30); return err }},
+		{"MAX_UPLOAD_BYTES", "512MiB", "largest file upload on stateful endpoints; streamed, not held in memory", false,
+			func(c *config, s string) (err error) { c.maxUploadBytes, err = parseSize(s, 1<<10, 1<<40); return err }},
+		{"BODY_MEMORY", "512MiB", "memory that all request bodies being handled may take together; beyond it calls get 503", false,
+			func(c *config, s string) (err error) { c.bodyMemory, err = parseSize(s, 1<<20, 1<<40); return err }},
+		{"UPSTREAM_TIMEOUT", "10m", "how long a provider may take to begin its answer", false,
+			func(c *config, s string) (err error) {
+				c.upstreamTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
+				return err
+			}},
+		{"STREAM_IDLE_TIMEOUT", "5m", "how long an answer may pause before it is cut; answers have no total limit", false,
+			func(c *config, s string) (err error) {
+				c.streamIdleTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
+				return err
+			}},
+		{"DRAIN_TIMEOUT", "30s", "how long running calls may go on after SIGTERM", false,
+			func(c *config, s string) (err error) { c.drainTimeout, err = parseSpan(s, 0, time.Hour); return err }},
+		{"RETENTION", "90d", "how long the ledger keeps single calls; sums are kept longer", false,
+			func(c *config, s string) (err error) {
+				c.retention, err = parseSpan(s, time.Hour, 3660*24*time.Hour)
+				return err
+			}},
+	}
+}
+
+// loadConfig reads every setting through getenv. The error, if any, lists all
+// problems, one a line, each with the setting's name and what to do.
+func loadConfig(getenv func(string) string) (*config, error) {
+	c := &config{}
+	var problems []error
+	bad := map[string]bool{}
+	for _, s := range settings() {
+		text := getenv(s.name)
+		if strings.TrimSpace(text) != text {
+			problems = append(problems, fmt.Errorf("%s: has white space around its value; remove it", s.name))
+			continue
+		}
+		if text == "" {
+			text = s.def
+		}
+		if text == "" {
+			continue
+		}
+		if err := s.set(c, text); err != nil {
+			bad[s.name] = true
+			problems = append(problems, fmt.Errorf("%s: %s%w", s.name, quoteUnless(s.secret, text), err))
+		}
+	}
+	for _, pair := range [][2]string{
+		{"ENCRYPTION_KEY", "ENCRYPTION_KEY_FILE"}, {"MANAGEMENT_TOKEN", "MANAGEMENT_TOKEN_FILE"},
+	} {
+		if getenv(pair[0]) != "" && getenv(pair[1]) != "" {
+			problems = append(problems, fmt.Errorf("%s and %s: exclude each other; unset one", pair[0], pair[1]))
+		}
+	}
+	if c.openaiURL != "" && !bad["ALLOW_PRIVATE_UPSTREAMS"] {
+		if _, err := parseBaseURL(c.openaiURL, c.allowPrivate); err != nil {
+			problems = append(problems, fmt.Errorf("OPENAI_API_URL: %q %w", c.openaiURL, err))
+		}
+	}
+	if c.bodyMemory < c.maxBodyBytes {
+		problems = append(problems, errors.New("BODY_MEMORY: must be at least MAX_BODY_BYTES"))
+	}
+	problems = append(problems, checkTLS(c)...)
+	if c.dataDir != "" {
+		if err := checkDirectory(c.dataDir); err != nil {
+			problems = append(problems, fmt.Errorf("DATA_DIR: %w", err))
+		}
+		if c.databaseFile == "" {
+			c.databaseFile = filepath.Join(c.dataDir, "llm-proxy.db")
+		}
+	}
+	return c, errors.Join(problems...)
+}
+
+func quoteUnless(secret bool, text string) string {
+	if secret {
+		return "the value "
+	}
+	return strconv.Quote(text) + " "
+}
+
+// writeSettings prints the settings table for --help.
+func writeSettings(w *tabwriter.Writer) {
+	for _, s := range settings() {
+		def := s.def
+		if def == "" {
+			def = "-"
+		}
+		fmt.Fprintf(w, "  %s\t%s\t%s\n", s.name, def, s.help)
+	}
+	w.Flush()
+}
+
+func checkListen(s string) error {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return errors.New("must be HOST:PORT, as in 127.0.0.1:8080 or :8080")
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n > 65535 {
+		return errors.New("has a port that is not a number from 0 to 65535")
+	}
+	if host != "" && host != "localhost" {
+		if _, err := netip.ParseAddr(host); err != nil {
+			return errors.New("must name an IP address of this machine, localhost, or nothing for all of them")
+		}
+	}
+	return nil
+}
+
+func parseDatabaseURL(s string) (string, error) {
+	scheme, rest, ok := strings.Cut(s, ":")
+	switch {
+	case ok && (scheme == "postgres" || scheme == "postgresql"):
+		return "", errors.New("names PostgreSQL, which this binary is built without")
+	case !ok || scheme != "sqlite" || strings.TrimPrefix(rest, "//") == "":
+		return "", errors.New("must be sqlite:FILE")
+	}
+	return filepath.Abs(strings.TrimPrefix(rest, "//"))
+}
+
+// readSecretFile reads a secret from a file that only its owner should be able
+// to read; a trailing newline does not belong to it.
+func readSecretFile(name string, to *secret, check func(string) error) error {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return fmt.Errorf("cannot be read: %s", pathProblem(err))
+	}
+	if len(b) > 4096 {
+		return errors.New("is larger than 4 KiB; it must hold the secret alone")
+	}
+	v := string(bytes.TrimRight(b, "\r\n"))
+	if err := check(v); err != nil {
+		return fmt.Errorf("holds a value that %w", err)
+	}
+	*to = newSecret(v)
+	return nil
+}
+
+func pathProblem(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
+}
+
+func checkManagementToken(s string) error {
+	if len(s) < 32 {
+		return errors.New("must have 32 characters or more; make one with: openssl rand -hex 32")
+	}
+	seen := map[rune]bool{}
+	for _, r := range s {
+		if r <= ' ' || r > '~' {
+			return errors.New("must have printable ASCII characters only, without spaces")
+		}
+		seen[r] = true
+	}
+	lower := strings.ToLower(s)
+	if len(seen) < 10 {
+		return errors.New("repeats too few characters to be random; make one with: openssl rand -hex 32")
+	}
+	for _, sample := range []string{"changeme", "change-me", "change_me", "your-", "your_", "example", "placeholder", "secret-token", "management-token"} {
+		if strings.Contains(lower, sample) {
+			return errors.New("looks like a sample from documentation; make one with: openssl rand -hex 32")
+		}
+	}
+	return nil
+}
+
+// checkProviderKey refuses what cannot be a provider's key, and above all the
+// masked form in which a key is shown.
+func checkProviderKey(s string) error {
+	switch {
+	case len(s) < 8 || len(s) > 4096:
+		return errors.New("must have 8 to 4096 characters")
+	case strings.ContainsAny(s, "*…") || strings.Contains(s, "..."):
+		return errors.New("is a masked key; give the whole key")
+	}
+	for _, r := range s {
+		if r <= ' ' || r > '~' {
+			return errors.New("must have printable ASCII characters only, without spaces")
+		}
+	}
+	return nil
+}
+
+func parseBool(s string) (bool, error) {
+	if err := oneOf(s, "true", "false"); err != nil {
+		return false, err
+	}
+	return s == "true", nil
+}
+
+func oneOf(s string, allowed ...string) error {
+	for _, a := range allowed {
+		if s == a {
+			return nil
+		}
+	}
+	return fmt.Errorf("must be one of: %s", strings.Join(allowed, ", "))
+}
+
+func parseLevel(s string) (slog.Level, error) {
+	var l slog.Level
+	if err := oneOf(s, "debug", "info", "warn", "error"); err != nil {
+		return l, err
+	}
+	return l, l.UnmarshalText([]byte(s))
+}
+
+func parsePublicURL(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" || u.User != nil ||
+		strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, errors.New("must be a scheme and a host, as in https://llm.example.com")
+	}
+	return u, nil
+}
+
+func parsePrefixes(s string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for item := range strings.SplitSeq(s, ",") {
+		item = strings.TrimSpace(item)
+		if addr, err := netip.ParseAddr(item); err == nil {
+			out = append(out, netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()))
+			continue
+		}
+		p, err := netip.ParsePrefix(item)
+		if err != nil || p != p.Masked() {
+			return nil, fmt.Errorf("must list addresses or networks such as 10.0.0.0/8; %q is neither", item)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// parseSize reads a size in bytes with one of the units B, KiB, MiB and GiB.
+func parseSize(s string, least, most int64) (int64, error) {
+	units := []struct {
+		name string
+		size int64
+	}{{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"B", 1}, {"", 1}}
+	for _, u := range units {
+		digits, ok := strings.CutSuffix(s, u.name)
+		if !ok {
+			continue
+		}
+		n, err := strconv.ParseInt(digits, 10, 64)
+		if err != nil {
+			break
+		}
+		if n < (least+u.size-1)/u.size || n > most/u.size {
+			return 0, fmt.Errorf("must be from %s to %s", formatSize(least), formatSize(most))
+		}
+		return n * u.size, nil
+	}
+	return 0, errors.New("must be a whole number of bytes, KiB, MiB or GiB, as in 32MiB")
+}
+
+func formatSize(n int64) string {
+	for _, u := range []struct {
+		name string
+		size int64
+	}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}} {
+		if n >= u.size && n%u.size == 0 {
+			return strconv.FormatInt(n/u.size, 10) + u.name
+		}
+	}
+	return strconv.FormatInt(n, 10) + "B"
+}
+
+// parseSpan reads a duration in Go's form, or in whole days as in 90d.
+func parseSpan(s string, least, most time.Duration) (time.Duration, error) {
+	var d time.Duration
+	if digits, ok := strings.CutSuffix(s, "d"); ok {
+		n, err := strconv.ParseUint(digits, 10, 16)
+		if err != nil {
+			return 0, errors.New("must be a duration with a unit, as in 30s, 5m, 2h or 90d")
+		}
+		d = time.Duration(n) * 24 * time.Hour
+	} else {
+		var err error
+		if d, err = time.ParseDuration(s); err != nil {
+			return 0, errors.New("must be a duration with a unit, as in 30s, 5m, 2h or 90d")
+		}
+	}
+	if d < least || d > most {
+		return 0, fmt.Errorf("must be from %v to %v", least, most)
+	}
+	return d, nil
+}
+
+func checkTLS(c *config) []error {
+	switch {
+	case c.tlsCert == "" && c.tlsKey == "":
+		return nil
+	case c.tlsKey == "":
+		return []error{errors.New("TLS_CERT_FILE: is set without TLS_KEY_FILE; set both or neither")}
+	case c.tlsCert == "":
+		return []error{errors.New("TLS_KEY_FILE: is set without TLS_CERT_FILE; set both or neither")}
+	}
+	if _, err := tls.LoadX509KeyPair(c.tlsCert, c.tlsKey); err != nil {
+		return []error{fmt.Errorf("TLS_CERT_FILE, TLS_KEY_FILE: not a usable pair: %w", err)}
+	}
+	return nil
+}
+
+// checkDirectory reports whether dir can be written to, or made. It changes
+// nothing that stays.
+func checkDirectory(dir string) error {
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if parent := filepath.Dir(dir); parent != dir {
+			return checkDirectory(parent)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%q: %s", dir, pathProblem(err))
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%q is not a directory", dir)
+	}
+	f, err := os.CreateTemp(dir, ".writable-*")
+	if err != nil {
+		return fmt.Errorf("%q cannot be written to: %s; give this user the right, or name another directory", dir, pathProblem(err))
+	}
+	f.Close()
+	return os.Remove(f.Name())
+}

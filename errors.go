@@ -1,0 +1,151 @@
+// This room holds what clients are told when something fails: the errors, their
+// shapes and the one function that writes them. err.Error() never reaches a
+// client; only the log sees a cause.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// An apiError is a failure as its receiver is told it. cause is for the log.
+type apiError struct {
+	status     int
+	code       string
+	kind       string // OpenAI's "type"; "" for what goes with the status
+	param      string
+	msg        string
+	retryAfter time.Duration // 0: no Retry-After
+	noRetry    bool          // tells SDKs not to try again although the status says so
+	cause      error
+}
+
+func (e *apiError) Error() string {
+	if e.cause != nil {
+		return fmt.Sprintf("%d %s: %v", e.status, e.code, e.cause)
+	}
+	return fmt.Sprintf("%d %s", e.status, e.code)
+}
+
+func (e *apiError) Unwrap() error { return e.cause }
+
+// errorType returns OpenAI's "type" for a status (wire.md: what SDKs see).
+func (e *apiError) errorType() string {
+	switch {
+	case e.kind != "":
+		return e.kind
+	case e.status == http.StatusTooManyRequests:
+		return "rate_limit_error"
+	case e.status == http.StatusForbidden:
+		return "permission_error"
+	case e.status >= 500:
+		return "server_error"
+	}
+	return "invalid_request_error"
+}
+
+// anthropicType returns Anthropic's "type" for a status.
+func (e *apiError) anthropicType() string {
+	switch e.status {
+	case http.StatusUnauthorized:
+		return "authentication_error"
+	case http.StatusForbidden:
+		return "permission_error"
+	case http.StatusNotFound:
+		return "not_found_error"
+	case http.StatusRequestEntityTooLarge:
+		return "request_too_large"
+	case http.StatusTooManyRequests:
+		return "rate_limit_error"
+	case http.StatusServiceUnavailable:
+		return "overloaded_error"
+	}
+	if e.status >= 500 {
+		return "api_error"
+	}
+	return "invalid_request_error"
+}
+
+// asAPIError returns err as an apiError. What is none is a mistake of ours: 500.
+func asAPIError(err error) *apiError {
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return e
+	}
+	if e, ok := errors.AsType[*fieldError](err); ok {
+		return &apiError{status: http.StatusBadRequest, code: "invalid_value", param: e.param, msg: sentence(e)}
+	}
+	return &apiError{status: http.StatusInternalServerError, code: "internal_error", msg: "Internal error. The log has it under this request's id.", cause: err}
+}
+
+func sentence(e *fieldError) string {
+	if e.param == "" {
+		return e.msg
+	}
+	return fmt.Sprintf("%s %s.", e.param, strings.TrimSuffix(e.msg, "."))
+}
+
+type errorBody struct {
+	Type  string     `json:"type,omitempty"` // "error" in Anthropic's shape, absent in OpenAI's
+	Error errorInner `json:"error"`
+}
+
+type errorInner struct {
+	Message string  `json:"message"`
+	Type    string  `json:"type"`
+	Param   *string `json:"param"`
+	Code    *string `json:"code"`
+}
+
+// writeError is the only writer of failures. anthropic picks that provider's
+// shape, which its SDKs read; it holds OpenAI's members too.
+func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
+	body := errorBody{Error: errorInner{Message: e.msg, Type: e.errorType()}}
+	if e.param != "" {
+		body.Error.Param = &e.param
+	}
+	if e.code != "" {
+		body.Error.Code = &e.code
+	}
+	if anthropic {
+		body.Type, body.Error.Type = "error", e.anthropicType()
+	}
+	b, err := json.Marshal(body)
+	if err != nil { // cannot be: strings only
+		b = []byte(`{"error":{"message":"Internal error.","type":"server_error","param":null,"code":"internal_error"}}`)
+	}
+	h := w.Header()
+	if e.retryAfter > 0 {
+		h.Set("Retry-After", strconv.FormatInt(int64((e.retryAfter+time.Second-1)/time.Second), 10))
+		h.Set("Retry-After-Ms", strconv.FormatInt(e.retryAfter.Milliseconds(), 10))
+	}
+	if e.noRetry {
+		h.Set("X-Should-Retry", "false")
+	}
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(len(b)+1))
+	h.Set("Cache-Control", "no-store")
+	w.WriteHeader(e.status)
+	_, _ = w.Write(append(b, '\n')) // a client that has gone needs no error
+}
+
+func errBadToken(cause string) *apiError {
+	// One body for unknown, malformed, expired and revoked alike: a thief learns
+	// nothing. The ledger and the log know which it was.
+	return &apiError{status: http.StatusUnauthorized, code: "invalid_api_key",
+		msg:   "Incorrect API key provided. Use a token of this proxy that is valid: not expired, not revoked.",
+		cause: errors.New(cause)}
+}
+
+func errUnavailable(code string, cause error) *apiError {
+	return &apiError{status: http.StatusServiceUnavailable, code: code, kind: "service_unavailable_error",
+		msg: "The proxy cannot take this call now. Try again shortly.", retryAfter: time.Second, cause: cause}
+}
+
+func badRequest(code, param, msg string) *apiError {
+	return &apiError{status: http.StatusBadRequest, code: code, param: param, msg: msg}
+}

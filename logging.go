@@ -1,0 +1,107 @@
+// This room carries log lines to where they go, without ever holding up a call:
+// lines are collected in memory and written by one goroutine. When the reader
+// of the log stops reading, lines are dropped, and counted.
+package main
+
+import (
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+const maxLogBacklog = 1 << 20 // bytes waiting to be written
+
+// A logSink is an io.Writer for slog's handlers, which write one line a call.
+type logSink struct {
+	out io.Writer
+
+	mu      sync.Mutex
+	buf     []byte
+	dropped int64
+	closed  bool
+
+	wake chan struct{}
+	done chan struct{}
+}
+
+func newLogSink(out io.Writer) *logSink {
+	s := &logSink{out: out, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	go s.run()
+	return s
+}
+
+func (s *logSink) Write(line []byte) (int, error) {
+	s.mu.Lock()
+	if len(s.buf)+len(line) > maxLogBacklog || s.closed {
+		s.dropped++
+	} else {
+		s.buf = append(s.buf, line...)
+	}
+	s.mu.Unlock()
+	s.kick()
+	return len(line), nil
+}
+
+func (s *logSink) kick() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run writes what has come. Its owner is close.
+func (s *logSink) run() {
+	defer close(s.done)
+	var spare []byte
+	for range s.wake {
+		s.mu.Lock()
+		lines, dropped, closed := s.buf, s.dropped, s.closed
+		s.buf, s.dropped = spare[:0], 0
+		s.mu.Unlock()
+		_, err := s.out.Write(lines)
+		if dropped > 0 && err == nil {
+			fmt.Fprintf(s.out, "{\"level\":\"WARN\",\"msg\":\"log lines were dropped: their reader was too slow\",\"lines\":%d}\n", dropped)
+		}
+		spare = lines
+		if closed {
+			return
+		}
+	}
+}
+
+// close writes what is left, but waits no longer than a second: a reader that
+// has stopped must not keep the program from ending.
+func (s *logSink) close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.kick()
+	select {
+	case <-s.done:
+	case <-time.After(time.Second):
+	}
+}
+
+func newLogger(out io.Writer, level slog.Level, text bool) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: level}
+	if text {
+		return slog.New(slog.NewTextHandler(out, opts))
+	}
+	return slog.New(slog.NewJSONHandler(out, opts))
+}
+
+// quietLogger is for what net/http has to say of single connections: handshake
+// noise, aborted copies. It is somebody else's text, so it is clipped.
+func quietLogger(to *slog.Logger) *log.Logger {
+	return log.New(quietWriter{to}, "", 0)
+}
+
+type quietWriter struct{ to *slog.Logger }
+
+func (q quietWriter) Write(p []byte) (int, error) {
+	q.to.Debug("net/http", "note", clip(string(p), 512))
+	return len(p), nil
+}

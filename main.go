@@ -1,0 +1,287 @@
+// llm-proxy stands between client programs and LLM APIs: clients present a
+// token that expires, can be revoked and is limited; the proxy swaps it for the
+// project's provider key. This room takes arguments and environment in and
+// gives an exit code out: it wires the rooms together, listens, and drains.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
+	if err := p.run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "llm-proxy:", err)
+		os.Exit(1)
+	}
+}
+
+// A program is what main gives to run: the outside world, replaceable in tests.
+type program struct {
+	getenv         func(string) string
+	stdout, stderr io.Writer
+	ready          func(addr net.Addr) // called when listening; may be nil
+}
+
+const usageText = `llm-proxy: a transparent, secure proxy between client programs and LLM APIs.
+
+  llm-proxy [serve]            serve, with settings from the environment
+  llm-proxy demo               serve with a stand-in provider and sample data; nothing is kept
+  llm-proxy doctor [--provider]  check configuration, key, database, disk; asked to, the providers too
+  llm-proxy healthcheck        exit 0 if the server at LISTEN_ADDR answers
+  llm-proxy backup FILE        write a consistent copy of the database, while serving or not
+  llm-proxy restore FILE       put a backup in the database's place
+  llm-proxy version
+
+Settings (environment variables), their defaults and what they do:
+
+`
+
+// run does what the arguments say. It returns when that is done, or when ctx is
+// over and the server has drained.
+func (p *program) run(ctx context.Context, args []string) error {
+	command := "serve"
+	if len(args) > 0 {
+		command, args = args[0], args[1:]
+	}
+	switch command {
+	case "serve":
+		return p.noArgs(args, func() error { return p.serve(ctx) })
+	case "demo":
+		return p.noArgs(args, func() error { return p.demo(ctx) })
+	case "doctor":
+		return p.doctor(ctx, args)
+	case "healthcheck":
+		return p.noArgs(args, func() error { return p.healthcheck(ctx) })
+	case "backup":
+		return p.backup(ctx, args)
+	case "restore":
+		return p.restore(ctx, args)
+	case "version", "--version":
+		fmt.Fprintln(p.stdout, versionText())
+		return nil
+	case "help", "--help", "-h":
+		fmt.Fprint(p.stdout, usageText)
+		writeSettings(tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0))
+		return nil
+	}
+	return fmt.Errorf("unknown command %q; see llm-proxy --help", clip(command, 64))
+}
+
+func (p *program) noArgs(args []string, do func() error) error {
+	if len(args) > 0 {
+		return fmt.Errorf("unexpected argument %q; see llm-proxy --help", clip(args[0], 64))
+	}
+	return do()
+}
+
+// config loads the configuration, or lists all that is wrong with it.
+func (p *program) config() (*config, error) {
+	cfg, err := loadConfig(p.getenv)
+	if err != nil {
+		return nil, fmt.Errorf("the configuration has problems:\n%w", err)
+	}
+	return cfg, nil
+}
+
+func versionText() string {
+	version, revision := "devel", ""
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if info.Main.Version != "" && info.Main.Version != "(devel)" {
+			version = info.Main.Version
+		}
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				revision = " " + s.Value
+			}
+		}
+		version += revision + " " + info.GoVersion
+	}
+	return "llm-proxy " + version
+}
+
+func (p *program) serve(ctx context.Context) error {
+	cfg, err := p.config()
+	if err != nil {
+		return err
+	}
+	sink := newLogSink(p.stderr)
+	defer sink.close()
+	log := newLogger(sink, cfg.logLevel, cfg.logText)
+	in, err := openInstance(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	if err := p.welcome(ctx, in); err != nil {
+		return errors.Join(err, in.close())
+	}
+	return in.serve(ctx, p.ready)
+}
+
+// An instance is a server with all that stands behind it: what is opened is
+// closed by close, in the opposite order.
+type instance struct {
+	*server
+	dir     *dataDir
+	stop    context.CancelFunc // ends the background goroutines
+	workers sync.WaitGroup
+	keyMade string // the key file, if it was made by this start
+}
+
+// openInstance opens the data directory, the database and the ledger.
+func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instance, err error) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
+	in := &instance{server: &server{cfg: cfg, log: log, quietLog: quietLogger(log)}, stop: func() {}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, in.close())
+		}
+	}()
+	if in.dir, err = openDataDir(cfg); err != nil {
+		return nil, err
+	}
+	if in.store, err = openStore(ctx, cfg.databaseFile); err != nil {
+		return nil, fmt.Errorf("%w; look into it with llm-proxy doctor, or bring back a backup with llm-proxy restore FILE", err)
+	}
+	if in.sealer, in.keyMade, err = openSealer(ctx, cfg, in.store); err != nil {
+		return nil, err
+	}
+	if err = in.dir.remember(); err != nil {
+		return nil, fmt.Errorf("noting the database: %w", err)
+	}
+	prices, err := pricesOf(ctx, in.store)
+	if err != nil {
+		return nil, err
+	}
+	in.prices.Store(prices)
+	lost := func(r *requestRow) {
+		r.cost, r.priced, r.knownModel = in.price("", r.model, r.counts)
+	}
+	if in.ledger, err = openLedger(ctx, in.store, log, lost); err != nil {
+		return nil, err
+	}
+	in.registry = newRegistry(in.store, in.sealer, cfg.allowPrivate)
+	in.running = newRunningCalls(callLimits{cfg.upstreamTimeout, cfg.streamIdleTimeout})
+	in.endpoints = newEndpointTable()
+	in.transport = newTransport(cfg.allowPrivate)
+	in.buffers = newBufferPool(32 << 10)
+	in.bodies = &bodyMemory{limit: cfg.bodyMemory}
+	in.ids = newIDSource()
+	in.throttle = &failures{}
+	in.gone = in.dir.gone
+	in.startWorkers()
+	return in, nil
+}
+
+// gcPercent trades memory that a small heap has to spare for a tenth of the CPU
+// time (measured: README). GOGC overrides it.
+const gcPercent = 400
+
+// startWorkers starts the goroutines that run beside the calls. close ends
+// them.
+func (in *instance) startWorkers() {
+	ctx, stop := context.WithCancel(context.Background())
+	in.stop = stop
+	in.workers.Go(func() { in.running.run(ctx) })
+	in.workers.Go(func() { in.dir.watch(ctx, in.log) })
+	in.workers.Go(func() { in.ledger.keepHouse(ctx, in.cfg.retention, in.running.oldest, 10*time.Second) })
+	in.workers.Go(func() {
+		tick := time.NewTicker(time.Minute)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case now := <-tick.C:
+				in.registry.evict(now.UnixMilli(), in.ledger.settled())
+			}
+		}
+	})
+}
+
+// close ends the workers, writes what the ledger still has, and closes the
+// database.
+func (in *instance) close() error {
+	in.stop()
+	in.workers.Wait()
+	var errs []error
+	if in.ledger != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		errs = append(errs, in.ledger.close(ctx))
+	}
+	if in.transport != nil {
+		in.transport.CloseIdleConnections()
+	}
+	if in.store != nil {
+		errs = append(errs, in.store.close())
+	}
+	if in.dir != nil {
+		errs = append(errs, in.dir.close())
+	}
+	return errors.Join(errs...)
+}
+
+// serve listens until ctx is over, then drains and closes. A second signal
+// while it drains ends the program at once: that is main's doing.
+func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
+	l, err := net.Listen("tcp", in.cfg.listenAddr)
+	if err != nil {
+		return errors.Join(fmt.Errorf("listening on %s: %w", in.cfg.listenAddr, err), in.close())
+	}
+	hs := &http.Server{
+		Handler:           in.routes(),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
+		ErrorLog:          in.quietLog,
+		// No read or write timeout: an answer may stream for hours. The watchdog
+		// (calls.go) ends what stands still.
+	}
+	in.log.Info("listening", "address", l.Addr().String(), "tls", in.cfg.tlsCert != "", "version", versionText())
+	failed := make(chan error, 1)
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		if in.cfg.tlsCert != "" {
+			failed <- hs.ServeTLS(l, in.cfg.tlsCert, in.cfg.tlsKey)
+		} else {
+			failed <- hs.Serve(l)
+		}
+	})
+	if ready != nil {
+		ready(l.Addr())
+	}
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+		return errors.Join(fmt.Errorf("serving: %w", err), in.close())
+	}
+	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
+	drain, cancel := context.WithTimeout(context.Background(), in.cfg.drainTimeout)
+	defer cancel()
+	serving.Go(func() { _ = hs.Shutdown(drain) }) // stops listening at once; its error is drain's end
+	in.running.drain(drain)
+	cancel()
+	_ = hs.Close() // what is still connected has no call
+	serving.Wait()
+	err = in.close()
+	in.log.Info("stopped", "error", err)
+	return err
+}

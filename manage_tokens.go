@@ -1,0 +1,433 @@
+// Handlers of /manage for tokens and management keys. The value of either is in
+// one answer only: the one to the request that made it.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"math"
+	"net/http"
+	"time"
+)
+
+type tokenView struct {
+	ID                string          `json:"id"`
+	ProjectID         string          `json:"project_id"`
+	Name              string          `json:"name"`
+	IsActive          bool            `json:"is_active"` // by itself; its project may be inactive
+	ExpiresAt         *stamp          `json:"expires_at"`
+	IdleExpiryMinutes *int64          `json:"idle_expiry_minutes"`
+	RevokedAt         *stamp          `json:"revoked_at"`
+	MaxRequests       *int64          `json:"max_requests"`
+	RequestCount      int64           `json:"request_count"`
+	Policy            json.RawMessage `json:"policy"`
+	LastUsedAt        *stamp          `json:"last_used_at"`
+	OverlapUntil      *stamp          `json:"overlap_until"` // until then the value before the last rotation works too
+	Version           int64           `json:"version"`
+	CreatedAt         stamp           `json:"created_at"`
+	UpdatedAt         stamp           `json:"updated_at"`
+	Token             string          `json:"token,omitempty"`
+}
+
+func showToken(t *tokenRow, now time.Time) tokenView {
+	ms := now.UnixMilli()
+	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: stampOf(t.expiresAt), RevokedAt: stampOf(t.revokedAt),
+		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: stampOf(t.lastUsedAt),
+		Version: t.version, CreatedAt: stamp(t.createdAt), UpdatedAt: stamp(t.updatedAt)}
+	if t.oldHashUntil != nil && *t.oldHashUntil > ms {
+		v.OverlapUntil = stampOf(t.oldHashUntil)
+	}
+	if t.idleExpiry != nil {
+		v.IdleExpiryMinutes = new(*t.idleExpiry / time.Minute.Milliseconds())
+	}
+	idle := t.idleExpiry != nil && max(t.createdAt, deref(t.lastUsedAt))+*t.idleExpiry <= ms
+	v.IsActive = t.revokedAt == nil && (t.expiresAt == nil || *t.expiresAt > ms) && !idle
+	return v
+}
+
+func (s *server) listTokens(r *manageRequest) (*reply, error) {
+	page, err := r.page("project_id", "active", "name")
+	if err != nil {
+		return nil, err
+	}
+	f := tokenFilter{project: r.query.Get("project_id"), prefix: r.query.Get("name"), afterSeq: page.seq, afterName: page.name,
+		limit: page.limit + 1, now: r.now.UnixMilli()}
+	if f.active, err = r.boolean("active"); err != nil {
+		return nil, err
+	}
+	if f.project != "" {
+		if _, err := s.store.projectByID(r.ctx, f.project); err != nil {
+			return nil, unknownProject(err)
+		}
+	}
+	rows, err := s.store.listTokens(r.ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	return &reply{body: pageOf(rows, page.limit,
+		func(t *tokenRow) tokenView { return showToken(t, r.now) },
+		func(t *tokenRow) string { return cursor(t.seq, t.name) })}, nil
+}
+
+func unknownProject(err error) error {
+	if errors.Is(err, errNotFound) {
+		return &fieldError{"project_id", "names no project"}
+	}
+	return err
+}
+
+// A tokenInput is what an admin may say about a token.
+type tokenInput struct {
+	projectID, name          opt[string]
+	minutes, hours, days     opt[int64]
+	expiresAt                opt[string]
+	idleMinutes, maxRequests opt[int64]
+	policy                   opt[json.RawMessage]
+}
+
+func (in *tokenInput) fields() map[string]any {
+	return map[string]any{"name": &in.name, "duration_minutes": &in.minutes, "duration_hours": &in.hours, "expires_in_days": &in.days,
+		"expires_at": &in.expiresAt, "idle_expiry_minutes": &in.idleMinutes, "max_requests": &in.maxRequests, "policy": &in.policy}
+}
+
+// maxLifetime bounds what an admin may ask for; "never" is expires_at null.
+const maxLifetime = 100 * 365 * 24 * time.Hour
+
+// expiry works out when the token expires: nil for never. ok is false when the
+// input does not say.
+func (in *tokenInput) expiry(now time.Time) (at *int64, ok bool, err error) {
+	given := 0
+	for _, l := range []struct {
+		name string
+		in   opt[int64]
+		unit time.Duration
+	}{{"duration_minutes", in.minutes, time.Minute}, {"duration_hours", in.hours, time.Hour}, {"expires_in_days", in.days, 24 * time.Hour}} {
+		if !l.in.set {
+			continue
+		}
+		given++
+		if l.in.null || l.in.v < 1 || l.in.v > int64(maxLifetime/l.unit) {
+			return nil, false, &fieldError{l.name, "must be a whole number from 1 to 100 years' worth"}
+		}
+		at = new(now.Add(time.Duration(l.in.v) * l.unit).UnixMilli())
+	}
+	if in.expiresAt.set {
+		given++
+		if at, err = futureTime("expires_at", in.expiresAt, now); err != nil {
+			return nil, false, err
+		}
+	}
+	if given > 1 {
+		return nil, false, &fieldError{"expires_at", "and duration_minutes, duration_hours, expires_in_days exclude each other"}
+	}
+	return at, given == 1, nil
+}
+
+// futureTime reads an RFC 3339 time after now; null is nil: never.
+func futureTime(name string, in opt[string], now time.Time) (*int64, error) {
+	if !in.given() {
+		return nil, nil
+	}
+	t, err := time.Parse(time.RFC3339, in.v)
+	if err != nil {
+		return nil, &fieldError{name, "must be a time such as 2027-01-31T00:00:00Z, or null for never"}
+	}
+	if !t.After(now) || t.Sub(now) > maxLifetime {
+		return nil, &fieldError{name, "must be in the future, and within 100 years"}
+	}
+	return new(t.UnixMilli()), nil
+}
+
+func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
+	if in.name.set {
+		if err := checkName(in.name.v); err != nil {
+			return err
+		}
+		t.name = in.name.v
+	}
+	at, ok, err := in.expiry(now)
+	if err != nil {
+		return err
+	}
+	if ok {
+		t.expiresAt = at
+	}
+	if in.idleMinutes.set {
+		t.idleExpiry = nil
+		if !in.idleMinutes.null {
+			if in.idleMinutes.v < 1 || in.idleMinutes.v > int64(maxLifetime/time.Minute) {
+				return &fieldError{"idle_expiry_minutes", "must be a whole number from 1 to 100 years' worth, or null"}
+			}
+			t.idleExpiry = new(in.idleMinutes.v * time.Minute.Milliseconds())
+		}
+	}
+	if in.maxRequests.set {
+		t.maxRequests = nil
+		if !in.maxRequests.null {
+			if in.maxRequests.v < 0 || in.maxRequests.v > math.MaxInt64/2 {
+				return &fieldError{"max_requests", "must be 0 (none) or more, or null (unlimited)"}
+			}
+			t.maxRequests = new(in.maxRequests.v)
+		}
+	}
+	if in.policy.set {
+		p, err := parsePolicy(orEmpty(in.policy), false)
+		if err != nil {
+			return err
+		}
+		t.policy = p.String()
+	}
+	return nil
+}
+
+// defaultLifetime is for a token whose maker says nothing about its end.
+const defaultLifetime = 30 * 24 * time.Hour
+
+func (s *server) createToken(r *manageRequest) (*reply, error) {
+	var in tokenInput
+	fields := in.fields()
+	fields["project_id"] = &in.projectID
+	if err := decodeObject(r.body, fields); err != nil {
+		return nil, err
+	}
+	if !in.projectID.given() {
+		return nil, &fieldError{"project_id", "is needed"}
+	}
+	now := r.now.UnixMilli()
+	t := &tokenRow{projectID: in.projectID.v, name: "unnamed", policy: "{}", createdAt: now, updatedAt: now,
+		expiresAt: new(r.now.Add(defaultLifetime).UnixMilli())}
+	if err := in.apply(t, r.now); err != nil {
+		return nil, err
+	}
+	value, err := s.mintToken(r, t)
+	if err != nil {
+		return nil, unknownProject(err)
+	}
+	v := showToken(t, r.now)
+	v.Token = value()
+	return &reply{http.StatusCreated, t.version, v}, nil
+}
+
+// mintToken gives t a value and stores it.
+func (s *server) mintToken(r *manageRequest, t *tokenRow) (secret, error) {
+	for range 5 { // a public part that is taken is a matter of luck
+		value, public := mintCredential(tokenPrefix, "")
+		hash, _, _ := hashCredential(tokenPrefix, value())
+		t.id, t.hash = "tok_"+public, hash[:]
+		err := s.store.addToken(r.ctx, t)
+		if errors.Is(err, errTaken) {
+			continue
+		}
+		return value, err
+	}
+	return nil, errors.New("no free token id was found")
+}
+
+func (s *server) getToken(r *manageRequest) (*reply, error) {
+	t, err := s.store.tokenByID(r.ctx, r.path("id"))
+	if err != nil {
+		return nil, err
+	}
+	return &reply{0, t.version, showToken(&t, r.now)}, nil
+}
+
+func (s *server) patchToken(r *manageRequest) (*reply, error) {
+	var in tokenInput
+	if err := decodeObject(r.body, in.fields()); err != nil {
+		return nil, err
+	}
+	return s.changeToken(r, func(t *tokenRow) error {
+		if t.revokedAt != nil {
+			return &fieldError{"", "The token is revoked, which is for good. Make a new one."}
+		}
+		return in.apply(t, r.now)
+	})
+}
+
+// revokeToken ends a token for good. Revoking twice keeps the first time.
+func (s *server) revokeToken(r *manageRequest) (*reply, error) {
+	return s.changeToken(r, func(t *tokenRow) error {
+		if t.revokedAt == nil {
+			t.revokedAt = new(r.now.UnixMilli())
+		}
+		return nil
+	})
+}
+
+// changeToken stores a change and puts it in force before it returns.
+func (s *server) changeToken(r *manageRequest, change func(*tokenRow) error) (*reply, error) {
+	t, err := s.store.changeToken(r.ctx, r.path("id"), r.match, r.now.UnixMilli(), change)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.registry.tokenChanged(&t); err != nil {
+		return nil, err
+	}
+	return &reply{0, t.version, showToken(&t, r.now)}, nil
+}
+
+const (
+	defaultOverlap = 60
+	maxOverlap     = 30 * 24 * 60
+)
+
+// rotateToken gives a token a new value. Its id, limits and counts stay; the
+// value before works until the overlap ends, one before that no more.
+func (s *server) rotateToken(r *manageRequest) (*reply, error) {
+	overlap := opt[int64]{v: defaultOverlap}
+	if err := decodeObject(r.body, map[string]any{"overlap_minutes": &overlap}); err != nil {
+		return nil, err
+	}
+	if overlap.null || overlap.v < 0 || overlap.v > maxOverlap {
+		return nil, &fieldError{"overlap_minutes", "must be from 0 to 43200 (30 days)"}
+	}
+	var value secret
+	rep, err := s.changeToken(r, func(t *tokenRow) error {
+		if t.revokedAt != nil {
+			return &fieldError{"", "The token is revoked, which is for good. Make a new one."}
+		}
+		value, _ = mintCredential(tokenPrefix, t.id[len("tok_"):])
+		hash, _, _ := hashCredential(tokenPrefix, value())
+		t.oldHash, t.oldHashUntil, t.hash = t.hash, new(r.now.UnixMilli()+overlap.v*time.Minute.Milliseconds()), hash[:]
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	v := rep.body.(tokenView)
+	v.Token = value()
+	rep.body = v
+	return rep, nil
+}
+
+type keyView struct {
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	Role      role   `json:"role"`
+	IsActive  bool   `json:"is_active"`
+	ExpiresAt *stamp `json:"expires_at"`
+	RevokedAt *stamp `json:"revoked_at"`
+	Version   int64  `json:"version"`
+	CreatedAt stamp  `json:"created_at"`
+	UpdatedAt stamp  `json:"updated_at"`
+	Key       string `json:"key,omitempty"`
+}
+
+func showKey(k *keyRow, now time.Time) keyView {
+	active := k.revokedAt == nil && (k.expiresAt == nil || *k.expiresAt > now.UnixMilli())
+	return keyView{ID: k.id, Name: k.name, Role: role(k.role), IsActive: active, ExpiresAt: stampOf(k.expiresAt), RevokedAt: stampOf(k.revokedAt),
+		Version: k.version, CreatedAt: stamp(k.createdAt), UpdatedAt: stamp(k.updatedAt)}
+}
+
+func (s *server) listKeys(r *manageRequest) (*reply, error) {
+	page, err := r.page()
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.store.listKeys(r.ctx, page.seq, page.limit+1)
+	if err != nil {
+		return nil, err
+	}
+	return &reply{body: pageOf(rows, page.limit,
+		func(k *keyRow) keyView { return showKey(k, r.now) },
+		func(k *keyRow) string { return cursor(k.seq, "") })}, nil
+}
+
+// A keyInput is what an admin may say about a management key.
+type keyInput struct{ name, role, expiresAt opt[string] }
+
+func (in *keyInput) decode(body []byte) error {
+	return decodeObject(body, map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt})
+}
+
+func (in *keyInput) apply(k *keyRow, now time.Time) error {
+	if in.name.set {
+		if err := checkName(in.name.v); err != nil {
+			return err
+		}
+		k.name = in.name.v
+	}
+	if in.role.set {
+		if role(in.role.v).rank() == 0 {
+			return &fieldError{"role", "must be viewer, operator or admin"}
+		}
+		k.role = in.role.v
+	}
+	if in.expiresAt.set {
+		var err error
+		if k.expiresAt, err = futureTime("expires_at", in.expiresAt, now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *server) createKey(r *manageRequest) (*reply, error) {
+	var in keyInput
+	if err := in.decode(r.body); err != nil {
+		return nil, err
+	}
+	in.name.set, in.role.set = true, true // both are needed
+	k := &keyRow{createdAt: r.now.UnixMilli(), updatedAt: r.now.UnixMilli()}
+	if err := in.apply(k, r.now); err != nil {
+		return nil, err
+	}
+	value := mintKey(k)
+	if err := s.store.addKey(r.ctx, k); err != nil {
+		return nil, err
+	}
+	v := showKey(k, r.now)
+	v.Key = value()
+	return &reply{http.StatusCreated, k.version, v}, nil
+}
+
+// mintKey gives k an id and a value, which it returns.
+func mintKey(k *keyRow) secret {
+	value, public := mintCredential(keyPrefix, "")
+	hash, _, _ := hashCredential(keyPrefix, value())
+	k.id, k.hash = "key_"+public, hash[:]
+	return value
+}
+
+func (s *server) getKey(r *manageRequest) (*reply, error) {
+	k, err := s.store.keyByID(r.ctx, r.path("id"))
+	if err != nil {
+		return nil, err
+	}
+	return &reply{0, k.version, showKey(&k, r.now)}, nil
+}
+
+func (s *server) patchKey(r *manageRequest) (*reply, error) {
+	var in keyInput
+	if err := in.decode(r.body); err != nil {
+		return nil, err
+	}
+	return s.changeKey(r, func(k *keyRow) error {
+		if k.revokedAt != nil {
+			return &fieldError{"", "The key is revoked, which is for good. Make a new one."}
+		}
+		return in.apply(k, r.now)
+	})
+}
+
+func (s *server) revokeKey(r *manageRequest) (*reply, error) {
+	return s.changeKey(r, func(k *keyRow) error {
+		if k.revokedAt == nil {
+			k.revokedAt = new(r.now.UnixMilli())
+		}
+		return nil
+	})
+}
+
+// changeKey stores a change of a key. A key cannot take its own rights away:
+// that would lock out who holds the only one.
+func (s *server) changeKey(r *manageRequest, change func(*keyRow) error) (*reply, error) {
+	if r.path("id") == r.actor.id {
+		return nil, &fieldError{"", "A key cannot change or revoke itself. Use another admin key."}
+	}
+	k, err := s.store.changeKey(r.ctx, r.path("id"), r.match, r.now.UnixMilli(), change)
+	if err != nil {
+		return nil, err
+	}
+	return &reply{0, k.version, showKey(&k, r.now)}, nil
+}

@@ -1,0 +1,250 @@
+// prices_test.go checks the price list against known models and the arithmetic against math/big.
+package main
+
+import (
+	"math"
+	"math/big"
+	"math/rand/v2"
+	"strings"
+	"testing"
+)
+
+func listPrices(t testing.TB) *priceTable {
+	t.Helper()
+	table, err := loadPrices()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return table
+}
+
+func TestPriceLookup(t *testing.T) {
+	t.Parallel()
+	table := listPrices(t)
+	for _, c := range []struct {
+		provider, model string
+		input, output   string // dollars per million; "" none, "?" model unknown
+	}{
+		{"openai", "gpt-4o", "2.5", "10"},
+		{"openai", "gpt-4o-mini-2024-07-18", "0.15", "0.6"},
+		{"openai", "o3", "10", "40"},
+		{"openai", "text-embedding-3-small", "0.02", ""},
+		{"openai", "ft:gpt-4o-2024-08-06:org::id", "3.75", "15"},
+		{"openai", "ft:gpt-4o-mini-2024-07-18:org:name:id", "0.3", "1.2"},
+		{"openai", "claude-sonnet-4-5", "?", ""},
+		{"openai", "gpt-4o-2099-01-01", "?", ""},
+		{"openai", "", "?", ""},
+		{"openai", "GPT-4o", "?", ""},
+		{"openai", "openai/gpt-4o", "?", ""},
+		{"anthropic", "claude-sonnet-4-5-20250929", "3", "15"},
+		{"anthropic", "claude-sonnet-4-20250514", "3", "15"},
+		{"anthropic", "claude-3-7-sonnet-latest", "3", "15"},
+		{"anthropic", "claude-opus-4-1-20250805", "15", "75"},
+		{"anthropic", "anthropic.claude-v2:1", "8", "24"},
+		{"azure", "o3", "2", "8"},             // its own
+		{"azure", "gpt-4o", "2.5", "10"},      // openai's
+		{"azure", "my-o4-mini", "1.1", "4.4"}, // its own pattern
+		{"compatible", "openai/gpt-4o", "2.5", "10"},
+		{"compatible", "anthropic/claude-sonnet-4.5", "3", "15"},
+		{"compatible", "deep/er/openai/gpt-4o", "2.5", "10"},
+		{"compatible", "azure/o3", "2", "8"},
+		{"compatible", "o3", "10", "40"},
+		{"compatible", "nobody/nothing", "?", ""},
+		{"", "claude-sonnet-4-5", "3", "15"},
+		{"elsewhere", "gpt-4o", "?", ""},
+	} {
+		p, ok := table.lookup(c.provider, c.model)
+		if ok != (c.input != "?") {
+			t.Errorf("%s %s: found %v", c.provider, c.model, ok)
+		} else if ok && (formatDollars(p.input) != c.input || formatDollars(p.output) != c.output) {
+			t.Errorf("%s %s: %s/%s, want %s/%s", c.provider, c.model, formatDollars(p.input), formatDollars(p.output), c.input, c.output)
+		}
+	}
+}
+
+func TestPriceOverrides(t *testing.T) {
+	t.Parallel()
+	list := listPrices(t)
+	at := func(n int64) price { return price{n, noPrice, noPrice, n, noPrice, noPrice} }
+	table := list.with([]priceOverride{
+		{"gpt-*", at(1)}, {"gpt-4o*", at(2)}, {"gpt-4o-mini", at(3)}, {"*", at(4)}, {"twice", at(5)}, {"twice", at(6)}, {"vendor/*", at(7)},
+	})
+	for _, c := range []struct {
+		provider, model string
+		want            int64
+	}{
+		{"openai", "gpt-4o-mini", 3},
+		{"openai", "gpt-4o", 2}, // over an exact entry of the list
+		{"azure", "gpt-5", 1},
+		{"anthropic", "claude-sonnet-4-5", 4},
+		{"openai", "twice", 6},
+		{"compatible", "openai/gpt-4o-mini", 3},
+		{"compatible", "vendor/gpt-4o", 7},
+	} {
+		if p, ok := table.lookup(c.provider, c.model); !ok || p != at(c.want) {
+			t.Errorf("%s %s: %+v %v, want %d", c.provider, c.model, p, ok, c.want)
+		}
+	}
+	if p, _ := list.lookup("openai", "gpt-4o"); p.input != 2_500_000 {
+		t.Errorf("the list itself changed: %+v", p)
+	}
+	if p, _ := table.with(nil).lookup("openai", "gpt-4o"); p.input != 2_500_000 {
+		t.Errorf("overrides outlived their replacement: %+v", p)
+	}
+}
+
+func TestMatchName(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		pattern, name string
+		want          bool
+	}{
+		{"a", "a", true}, {"a", "ab", false}, {"", "", true}, {"*", "", true}, {"*", "x", true}, {"a*", "a", true},
+		{"a*a", "a", false}, {"a*a", "aa", true}, {"*b*", "abc", true}, {"*b*", "ac", false}, {"a*b*c", "aXbYc", true},
+		{"a*b*c", "aXcYb", false}, {"*ab", "aab", true}, {"*ab*ab", "ab", false}, {"**", "x", true}, {"a**c", "abc", true},
+		{"*a*a*a*a*a*b", strings.Repeat("a", 5000), false},
+	} {
+		if got := matchName(c.pattern, c.name); got != c.want {
+			t.Errorf("%q matches %.20q: %v", c.pattern, c.name, got)
+		}
+	}
+}
+
+func TestCost(t *testing.T) {
+	t.Parallel()
+	gpt4o := price{2_500_000, 1_250_000, noPrice, 10_000_000, noPrice, noPrice}
+	all := price{1000, 2000, 3000, 4000, 5000, 6000}
+	for _, c := range []struct {
+		name   string
+		price  price
+		counts tokenCounts
+		want   int64 // -1: unknown
+	}{
+		{"nothing", gpt4o, tokenCounts{}, 0},
+		{"plain", gpt4o, tokenCounts{input: 1000, output: 500}, 7_500_000},
+		{"cached", gpt4o, tokenCounts{input: 1000, cached: 600, output: 1, reasoning: 1}, 1_760_000},
+		{"fallbacks", gpt4o, tokenCounts{input: 10, cacheWrite: 3, audioInput: 2, output: 4, audioOutput: 4}, 65_000},
+		{"each kind", all, tokenCounts{input: 10, cached: 1, cacheWrite: 2, audioInput: 3, output: 10, audioOutput: 4}, 4 + 2 + 6 + 15 + 24 + 24},
+		{"parts over the whole", all, tokenCounts{input: 10, cached: 8, cacheWrite: 8, audioInput: 8, output: 1, audioOutput: 9}, 16 + 6 + 6},
+		{"below zero", all, tokenCounts{input: -10, cached: -1, output: -1}, 0},
+		{"half up", price{input: 500}, tokenCounts{input: 1}, 1},
+		{"just below half", price{input: 499}, tokenCounts{input: 1}, 0},
+		{"rounded once", price{input: 300, output: 300}, tokenCounts{input: 1, output: 1}, 1},
+		{"no output price needed", price{20_000, noPrice, noPrice, noPrice, noPrice, noPrice}, tokenCounts{input: 8}, 160},
+		{"no output price", price{20_000, noPrice, noPrice, noPrice, noPrice, noPrice}, tokenCounts{input: 8, output: 1}, -1},
+		{"no price", price{noPrice, noPrice, noPrice, noPrice, noPrice, noPrice}, tokenCounts{input: 1}, -1},
+		{"free", price{}, tokenCounts{input: 1, output: 1}, 0},
+		{"beyond measure", price{math.MaxInt64, 1, 1, math.MaxInt64, 1, 1}, tokenCounts{input: math.MaxInt64, output: math.MaxInt64}, math.MaxInt64},
+	} {
+		got, ok := c.price.cost(c.counts)
+		if ok != (c.want >= 0) || ok && got != c.want {
+			t.Errorf("%s: %d %v, want %d", c.name, got, ok, c.want)
+		}
+	}
+}
+
+// TestCostAgainstBig: exact to the last digit for any counts and prices, and sums do not drift (AC18).
+func TestCostAgainstBig(t *testing.T) {
+	t.Parallel()
+	rnd := rand.New(rand.NewPCG(7, 8))
+	upTo := func(n int64) int64 { return rnd.Int64N(1 + n>>rnd.IntN(40)) }
+	for range 50_000 {
+		p := price{upTo(1e12), upTo(1e12), upTo(1e12), upTo(1e12), upTo(1e12), upTo(1e12)}
+		c := tokenCounts{input: upTo(maxCount), output: upTo(maxCount)}
+		c.cached = rnd.Int64N(c.input + 1)
+		c.cacheWrite = rnd.Int64N(c.input - c.cached + 1)
+		c.audioInput = rnd.Int64N(c.input - c.cached - c.cacheWrite + 1)
+		c.audioOutput = rnd.Int64N(c.output + 1)
+		sum := big.NewInt(500)
+		for _, part := range [][2]int64{
+			{c.input - c.cached - c.cacheWrite - c.audioInput, p.input}, {c.cached, p.cachedInput}, {c.cacheWrite, p.cacheWrite},
+			{c.audioInput, p.audioInput}, {c.output - c.audioOutput, p.output}, {c.audioOutput, p.audioOutput},
+		} {
+			sum.Add(sum, new(big.Int).Mul(big.NewInt(part[0]), big.NewInt(part[1])))
+		}
+		want := int64(math.MaxInt64)
+		if sum.Div(sum, big.NewInt(1000)); sum.IsInt64() {
+			want = sum.Int64()
+		}
+		if got, ok := p.cost(c); !ok || got != want {
+			t.Fatalf("%+v at %+v: %d, want %d", c, p, got, want)
+		}
+	}
+}
+
+func TestCostSumHasNoDrift(t *testing.T) {
+	t.Parallel()
+	p, ok := listPrices(t).lookup("openai", "gpt-4o-mini")
+	if !ok {
+		t.Fatal("no price")
+	}
+	var sum, tokens int64
+	for i := range int64(1_000_000) {
+		n := 20 * (1 + i%7) // 0.15 $ per million is 150 nano-dollars a token: no rounding at all
+		nanos, _ := p.cost(tokenCounts{input: n})
+		sum += nanos
+		tokens += n
+	}
+	if sum != tokens*150 {
+		t.Errorf("a million calls cost %s, want %s", formatNanos(sum), formatNanos(tokens*150))
+	}
+}
+
+func TestDollars(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		text string
+		pico int64 // -1: refused
+		back string
+	}{
+		{"2.5", 2_500_000, "2.5"}, {"0.0375", 37_500, "0.0375"}, {"0", 0, "0"}, {"10", 10_000_000, "10"},
+		{"0.000001", 1, "0.000001"}, {"1000000", 1e12, "1000000"}, {"007.50", 7_500_000, "7.5"},
+		{"1000000.000001", -1, ""}, {"1000001", -1, ""}, {"99999999999999999999999", -1, ""}, {"0.0000001", -1, ""},
+		{"-1", -1, ""}, {"+1", -1, ""}, {"1e3", -1, ""}, {"", -1, ""}, {".", -1, ""}, {".5", -1, ""}, {"5.", -1, ""},
+		{"1.2.3", -1, ""}, {" 1", -1, ""}, {"1,5", -1, ""}, {"0x1", -1, ""}, {"NaN", -1, ""}, {"١", -1, ""}, {"1_0", -1, ""},
+	} {
+		pico, err := parseDollars(c.text)
+		if (err != nil) != (c.pico < 0) {
+			t.Errorf("%q: %d, %v", c.text, pico, err)
+		} else if err == nil && (pico != c.pico || formatDollars(pico) != c.back) {
+			t.Errorf("%q: %d, back %q", c.text, pico, formatDollars(pico))
+		}
+	}
+	if s := formatDollars(noPrice); s != "" {
+		t.Errorf("no price is written %q", s)
+	}
+	for nanos, want := range map[int64]string{
+		0: "0", 1: "0.000000001", 1_500_000_000: "1.5", -20: "-0.00000002", math.MaxInt64: "9223372036.854775807", math.MinInt64: "-9223372036.854775808",
+	} {
+		if got := formatNanos(nanos); got != want {
+			t.Errorf("formatNanos(%d) = %s, want %s", nanos, got, want)
+		}
+	}
+}
+
+func TestPriceListRefused(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{
+		``, `{}`, `{"currency":"EUR","per_tokens":1000000}`, `{"currency":"USD","per_tokens":1000}`,
+		`{"currency":"USD","per_tokens":1000000,"models":[{"match":["a"],"input":-1}]}`,
+		`{"currency":"USD","per_tokens":1000000,"models":[{"match":["a"],"input":1e3}]}`,
+		`{"currency":"USD","per_tokens":1000000,"models":[{"match":["a","a"],"input":1}]}`,
+	} {
+		if _, err := parsePrices(text); err == nil {
+			t.Errorf("%s was taken", text)
+		}
+	}
+}
+
+func BenchmarkPrice(b *testing.B) {
+	table := listPrices(b)
+	for _, model := range []string{"gpt-4o", "ft:gpt-4o-2024-08-06:org::id", "unknown"} {
+		b.Run(model, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				p, _ := table.lookup("openai", model)
+				p.cost(tokenCounts{input: 1117, cached: 1024, output: 46})
+			}
+		})
+	}
+}

@@ -1,0 +1,379 @@
+// This room is the way of one /v1 call, from top to bottom: who, what, whether,
+// record, forward, settle. It is the only file that knows httputil. It keeps no
+// state of its own, and no answer byte leaves it before the call is on record.
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A call is one /v1 call that a client makes. Its fields are filled in by the
+// steps below, in their order; each belongs to the goroutine that serves it.
+type call struct {
+	id         int64
+	start      time.Time
+	address    string
+	anthropic  bool // errors in Anthropic's shape
+	controller *http.ResponseController
+
+	token   *liveToken // nil until authenticated
+	state   *tokenState
+	project *projectState
+
+	match    match
+	endpoint *endpoint
+	query    string
+	fields   callFields
+	body     []byte // read whole; nil for uploads
+	held     int64  // bytes reserved of the memory for bodies
+	stripped bool   // stream_options.include_usage was added by us
+
+	upstream   *upstream
+	entry      *ledgerEntry
+	ctx        context.Context
+	cancel     context.CancelCauseFunc
+	watch      watch
+	attempts   int
+	begun      bool // the row's begin is committed
+	unrecorded bool // it could not be: the call is refused, whatever the provider said
+
+	answer    *answerWriter
+	failure   *apiError     // what the client was told instead of an answer
+	relayed   bool          // ReverseProxy returned: the answer is complete
+	firstByte time.Duration // until the first answer byte left; 0: none did
+}
+
+// end makes the call stop with why, from another goroutine.
+func (c *call) end(why *apiError) {
+	c.cancel(why)
+	switch phase(c.watch.phase.Load()) { // unblock what does not look at a context
+	case phaseReading:
+		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
+	case phaseWriting:
+		_ = c.controller.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
+
+// handleV1 carries one call to the provider and back. Each step may end it;
+// none is repeated.
+func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
+	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
+	c.id = s.ids.next(c.start)
+	c.address = s.clientAddress(r)
+	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages")
+	id := []string{requestID(c.id)}
+	w.Header()["X-Llm-Proxy-Request-Id"] = id
+	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
+	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
+
+	if err := s.identify(c, r); err != nil { // who
+		s.refuse(c, w, r, err)
+		return
+	}
+	var stop context.CancelFunc
+	c.ctx, c.cancel, stop = cancelable(r.Context())
+	defer stop()
+	if err := s.running.add(c); err != nil {
+		s.refuse(c, w, r, err)
+		return
+	}
+	c.token.running.Add(1)
+	defer func() { // after settle, which is deferred later and so runs before
+		c.token.lastUsed.Store(time.Now().UnixMilli())
+		c.token.running.Add(-1)
+		s.bodies.release(c.held)
+		s.running.remove(c)
+	}()
+	if err := s.read(c, w, r); err != nil { // what
+		s.refuse(c, w, r, err)
+		return
+	}
+	if err := s.admit(c); err != nil { // whether
+		s.refuse(c, w, r, err)
+		return
+	}
+	// Deferred, for a cut answer leaves ReverseProxy by a panic
+	// (http.ErrAbortHandler), and is paid for and on record all the same.
+	defer s.settle(c, r)
+	if c.state.maxRequests >= 0 {
+		// A count that must hold through a crash is committed before the
+		// provider is called. Without one, both happen at once.
+		if err := s.awaitRecord(c); err != nil {
+			s.fail(c, w, err)
+			return
+		}
+	}
+	s.forward(c, w, r)
+}
+
+func cancelable(parent context.Context) (context.Context, context.CancelCauseFunc, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(parent)
+	return ctx, cancel, func() { cancel(nil) }
+}
+
+// identify finds the token that the request presents. Before it has, not a byte
+// of the body is read.
+func (s *server) identify(c *call, r *http.Request) error {
+	presented, err := credential(r.Header)
+	if err != nil {
+		return err
+	}
+	hash, _, ok := hashCredential(tokenPrefix, presented)
+	if !ok {
+		return errBadToken("malformed")
+	}
+	now := c.start.UnixMilli()
+	token, state, err := s.registry.lookup(r.Context(), hash, now)
+	if errors.Is(err, errUnknownToken) {
+		return errBadToken("unknown")
+	}
+	if err != nil {
+		return errUnavailable("store_unavailable", err) // never 401: the token may be good
+	}
+	c.token, c.state, c.project = token, state, token.project.state.Load()
+	if why := token.validity(state, now); why != "" {
+		return errBadToken(why)
+	}
+	if !c.project.active {
+		return errInactiveProject()
+	}
+	return nil
+}
+
+// credential returns what the request presents as its token: a bearer token, or
+// x-api-key or api-key as some SDKs send. Two different ones are an error, so
+// that no other part of the system can take the other one.
+func credential(h http.Header) (string, error) {
+	var found string
+	for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key"} {
+		values := h[name]
+		if len(values) > 1 {
+			return "", badRequest("ambiguous_credentials", "", "The request has more than one "+name+" header.")
+		}
+		if len(values) == 0 {
+			continue
+		}
+		v := values[0]
+		if name == "Authorization" {
+			scheme, rest, ok := strings.Cut(v, " ")
+			if !ok || !strings.EqualFold(scheme, "Bearer") {
+				return "", errBadToken("not a bearer token")
+			}
+			v = strings.TrimLeft(rest, " ")
+		}
+		if found != "" && v != found {
+			return "", badRequest("ambiguous_credentials", "", "The request presents two different keys. Send the token once.")
+		}
+		found = v
+	}
+	return found, nil
+}
+
+// asCause returns why the watchdog ended a call, nil if it did not.
+func asCause(ctx context.Context) *apiError {
+	e, _ := errors.AsType[*apiError](context.Cause(ctx))
+	return e
+}
+
+// admit decides whether the call may be made, takes it from every limit that
+// applies, and puts it on record.
+func (s *server) admit(c *call) error {
+	if !s.ledger.healthy() {
+		return errUnavailable("ledger_unavailable", errors.New("the ledger cannot be written"))
+	}
+	if err := c.allowed(); err != nil {
+		return err
+	}
+	if c.upstream = c.project.pick(c.endpoint.api, c.fields.model); c.upstream == nil {
+		return &apiError{status: http.StatusNotFound, code: "no_upstream", msg: "This project has no provider for this endpoint and model.", noRetry: true}
+	}
+	if c.upstream.broken != nil {
+		return errUnavailable("upstream_key_unreadable", c.upstream.broken)
+	}
+	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
+		c.body, c.stripped = withIncludeUsage(c.body, c.fields), true
+	}
+	if !c.token.reserve(c.state.maxRequests) {
+		return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true,
+			msg: "This token has used all of its " + strconv.FormatInt(c.state.maxRequests, 10) + " requests."}
+	}
+	c.entry = s.ledger.begin(&requestRow{
+		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.state.seq, endpoint: c.endpoint.name(),
+		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
+		counts: tokenCounts{input: c.inputEstimate(), output: c.fields.maxOutput * c.fields.n},
+	})
+	return nil
+}
+
+// allowed checks the call against the policies of project and token.
+func (c *call) allowed() error {
+	e := c.endpoint
+	if e.class == classStateful && !c.project.policy.Stateful {
+		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
+			msg: "This endpoint reads or changes objects kept at the provider; the project's policy does not turn such endpoints on."}
+	}
+	if ref := c.fields.stateRef; ref != "" && !c.project.policy.Stateful {
+		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed", param: ref,
+			msg: "The field " + ref + " refers to objects kept at the provider; the project's policy does not turn those on."}
+	}
+	for _, p := range [...]*policy{&c.project.policy, &c.state.policy} {
+		if !p.allowsEndpoint(e.name(), e.pattern) {
+			return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
+				msg: "This token may not use this endpoint. It may use: " + clip(strings.Join(p.Endpoints, ", "), 500) + "."}
+		}
+		if p.Models == nil || (c.fields.model == "" && !e.needsModel) {
+			continue
+		}
+		if c.fields.model == "" || !p.allowsModel(c.fields.model) {
+			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: "model",
+				msg: "This token may not use this model. It may use: " + clip(strings.Join(p.Models, ", "), 500) + "."}
+		}
+	}
+	return nil
+}
+
+func (c *call) inputEstimate() int64 {
+	if c.endpoint.meter == meterNone {
+		return 0
+	}
+	return estimateTokens(int64(len(c.body)))
+}
+
+// awaitRecord returns when the call's row is committed. Only then may an answer
+// byte leave.
+func (s *server) awaitRecord(c *call) error {
+	if c.begun {
+		return nil
+	}
+	select {
+	case err := <-c.entry.begun:
+		return c.recorded(err)
+	default:
+	}
+	s.running.enter(c, phaseLedger)
+	select {
+	case err := <-c.entry.begun:
+		return c.recorded(err)
+	case <-c.ctx.Done():
+		return context.Cause(c.ctx)
+	}
+}
+
+func (c *call) recorded(err error) error {
+	if err != nil {
+		c.unrecorded = true
+		return errUnavailable("ledger_unavailable", err)
+	}
+	c.begun = true
+	return nil
+}
+
+// forward makes the call to the provider and relays its answer.
+func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
+	c.answer = newAnswerWriter(s, c, w)
+	in := (&http.Request{
+		Method: r.Method, URL: c.upstream.url(c.match.path, c.query), Header: upHeader(r.Header),
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+	}).WithContext(c.ctx)
+	if c.body == nil && c.endpoint.upload {
+		// An upload is streamed: bytes go up while the answer may already come
+		// down, which HTTP/1 needs to be told.
+		_ = c.controller.EnableFullDuplex()
+		in.Body, in.ContentLength = http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), r.ContentLength
+	}
+	rp := &httputil.ReverseProxy{
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			if c.body != nil { // the bytes that were checked, known to be in memory
+				pr.Out.Body = io.NopCloser(bytes.NewReader(c.body))
+				pr.Out.ContentLength = int64(len(c.body))
+				pr.Out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(c.body)), nil }
+			}
+			c.upstream.authorize(pr.Out.Header)
+		},
+		Transport:      s.transport,
+		BufferPool:     s.buffers,
+		ErrorLog:       s.quietLog,
+		ModifyResponse: func(res *http.Response) error { return s.accept(c, res) },
+		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { s.fail(c, w, err) },
+	}
+	c.attempts++
+	s.running.enter(c, phaseProvider)
+	rp.ServeHTTP(c.answer, in)
+	c.answer.finish()
+	c.relayed = true
+}
+
+// accept looks at the head of the provider's answer before any of it leaves.
+func (s *server) accept(c *call, res *http.Response) error {
+	switch code := res.StatusCode; {
+	case code == http.StatusUnauthorized || code == http.StatusForbidden:
+		// Its text may quote the key, and the client can do nothing about it.
+		return &apiError{status: http.StatusBadGateway, code: "upstream_auth_error", noRetry: true,
+			msg:   "The provider refused this project's key. Ask the proxy's administrator.",
+			cause: errors.New("the provider answered " + strconv.Itoa(code))}
+	case code < 200 || code >= 300 && code < 400:
+		return &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", noRetry: true,
+			msg:   "The provider's answer is not one to an API call.",
+			cause: errors.New("the provider answered " + strconv.Itoa(code))}
+	}
+	if err := s.awaitRecord(c); err != nil {
+		return err
+	}
+	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
+		if err := filterModels(c, res); err != nil {
+			return err
+		}
+	}
+	c.answer.expect(res)
+	s.running.enter(c, phaseRelaying)
+	return nil
+}
+
+// fail answers a call that got no answer from the provider. w is the client's.
+func (s *server) fail(c *call, w http.ResponseWriter, err error) {
+	if c.failure = upstreamFailure(c, err); c.failure == nil {
+		return // the client has left: there is no one to tell
+	}
+	if !c.begun && !c.unrecorded { // an error is an answer too, and waits for the record
+		select {
+		case err := <-c.entry.begun:
+			_ = c.recorded(err)
+		case <-time.After(ledgerPatience):
+		}
+	}
+	if !c.begun {
+		c.failure = errUnavailable("ledger_unavailable", err)
+	}
+	c.firstByte = time.Since(c.start)
+	writeError(w, c.failure, c.anthropic)
+}
+
+// upstreamFailure says what the client is told, or nil if it has left. The
+// text of err may name hosts and addresses and is for the log only.
+func upstreamFailure(c *call, err error) *apiError {
+	if cause := asCause(c.ctx); cause != nil {
+		return cause
+	}
+	if c.ctx.Err() != nil {
+		return nil
+	}
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return e
+	}
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The upload is larger than this proxy's limit.", cause: err}
+	}
+	if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+		return &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider could not be reached in time.", cause: err}
+	}
+	return &apiError{status: http.StatusBadGateway, code: "upstream_unreachable", msg: "The provider could not be reached or broke off before it answered.", cause: err}
+}

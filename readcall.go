@@ -1,0 +1,146 @@
+// This room reads what a client asks for: the endpoint, the query, and the body
+// within its limits. It decides nothing about rights.
+package main
+
+import (
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"strings"
+	"sync/atomic"
+)
+
+// read finds out what the call wants: its endpoint, its body within the limits,
+// and from the body what limits and metering must know.
+func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
+	if r.Header.Get("Upgrade") != "" {
+		return badRequest("upgrade_not_supported", "", "This proxy does not switch protocols; remove the Upgrade header.")
+	}
+	m, err := s.endpoints.match(r.Method, r.URL)
+	if err != nil {
+		return noEndpoint(w, err, m)
+	}
+	c.match, c.endpoint = m, m.endpoint
+	if c.query, err = cleanQuery(r.URL.RawQuery); err != nil {
+		return asClientError(err)
+	}
+	if ce := r.Header.Get("Content-Encoding"); ce != "" && !strings.EqualFold(ce, "identity") {
+		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "Send the body without Content-Encoding; limits must be able to read it."}
+	}
+	form, err := isForm(c.endpoint, r.Header.Get("Content-Type"))
+	if err != nil {
+		return err
+	}
+	if c.endpoint.upload && form || c.endpoint.body == bodyNone {
+		c.fields.model = m.model
+		return nil // streamed, or none
+	}
+	if c.body, err = s.readBody(c, r); err != nil {
+		return err
+	}
+	switch {
+	case c.endpoint.body == bodyRaw:
+	case form:
+		c.fields, err = scanForm(r.Header.Get("Content-Type"), c.body)
+	default:
+		c.fields, err = scanJSON(c.body)
+	}
+	if err != nil {
+		return asClientError(err)
+	}
+	return nil
+}
+
+func noEndpoint(w http.ResponseWriter, err error, m match) error {
+	if errors.Is(err, errWrongMethod) {
+		w.Header().Set("Allow", m.allow)
+		return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This endpoint takes " + m.allow + "."}
+	}
+	return &apiError{status: http.StatusNotFound, code: "unknown_endpoint", msg: "This proxy forwards no such endpoint."}
+}
+
+func asClientError(err error) error {
+	if e, ok := errors.AsType[*bodyError](err); ok {
+		return badRequest("invalid_request", e.param, e.msg)
+	}
+	return asAPIError(err)
+}
+
+// isForm reports whether the body is a form (else JSON), or refuses its type.
+func isForm(e *endpoint, contentType string) (bool, error) {
+	if e.body == bodyNone || e.body == bodyRaw {
+		return false, nil
+	}
+	t, _, err := mime.ParseMediaType(contentType)
+	switch {
+	case err == nil && t == "application/json" && e.body != bodyForm:
+		return false, nil
+	case err == nil && t == "multipart/form-data" && e.body != bodyJSON:
+		return true, nil
+	}
+	want := "application/json"
+	if e.body == bodyForm {
+		want = "multipart/form-data"
+	}
+	return false, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "Send the body as " + want + " and say so in Content-Type."}
+}
+
+// readBody reads the body whole: the provider then gets it in one write, and
+// the connection to the client is not torn by an answer that comes early.
+func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
+	tooLarge := &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large",
+		msg: "The body is larger than this proxy's limit of " + formatSize(s.cfg.maxBodyBytes) + "."}
+	if r.ContentLength > s.cfg.maxBodyBytes {
+		return nil, tooLarge
+	}
+	const step = 64 << 10
+	size := int64(step)
+	if r.ContentLength >= 0 {
+		size = min(r.ContentLength, 1<<20) // a declared length is a claim: memory follows what comes
+	}
+	s.running.enter(c, phaseReading)
+	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing
+	for {
+		if int64(cap(buf)) > c.held {
+			if !s.bodies.reserve(int64(cap(buf)) - c.held) {
+				return nil, errUnavailable("bodies_too_large", errors.New("BODY_MEMORY is used up"))
+			}
+			c.held = int64(cap(buf))
+		}
+		n, err := r.Body.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		c.watch.received.Store(int64(len(buf)))
+		if int64(len(buf)) > s.cfg.maxBodyBytes {
+			return nil, tooLarge
+		}
+		if err == io.EOF {
+			return buf, nil
+		}
+		if err != nil {
+			if cause := asCause(c.ctx); cause != nil {
+				return nil, cause
+			}
+			return nil, &apiError{status: http.StatusBadRequest, code: "request_cut", msg: "The request body ended early or was malformed.", cause: err}
+		}
+		if len(buf) == cap(buf) {
+			buf = append(buf[:cap(buf)], 0)[:len(buf)] // grows by append's own rule
+		}
+	}
+}
+
+// bodyMemory is the memory that all request bodies held at one time may take.
+type bodyMemory struct {
+	limit int64
+	used  atomic.Int64
+}
+
+func (b *bodyMemory) reserve(n int64) bool {
+	if b.used.Add(n) > b.limit {
+		b.used.Add(-n)
+		return false
+	}
+	return true
+}
+
+func (b *bodyMemory) release(n int64) { b.used.Add(-n) }

@@ -1,0 +1,173 @@
+// This room holds what must never be printed: the secret type, and the sealing
+// of provider keys at rest. It may not log, and it knows no table and no URL.
+package main
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+)
+
+// A secret is a string that printing, logging or encoding cannot reveal. It is
+// a func because fmt shows a func as an address even in unexported fields,
+// where it calls no methods. Calling one gives the value: each call deserves a
+// reviewer's look. The nil secret is "not set".
+type secret func() string
+
+const hiddenSecret = "[secret]"
+
+func newSecret(s string) secret { return func() string { return s } }
+
+func (secret) Format(f fmt.State, _ rune)   { _, _ = f.Write([]byte(hiddenSecret)) }
+func (secret) LogValue() slog.Value         { return slog.StringValue(hiddenSecret) }
+func (secret) MarshalText() ([]byte, error) { return []byte(hiddenSecret), nil }
+func (secret) MarshalJSON() ([]byte, error) { return []byte(`"` + hiddenSecret + `"`), nil }
+
+// UnmarshalJSON takes a secret from a request body.
+func (s *secret) UnmarshalJSON(b []byte) error {
+	var v string
+	if err := json.Unmarshal(b, &v); err != nil {
+		return err
+	}
+	*s = newSecret(v)
+	return nil
+}
+
+// hint returns the last 4 characters of a key, to tell keys apart by, and
+// nothing at all of a key so short that 4 characters would be much of it.
+func (s secret) hint() string {
+	v := s()
+	if len(v) < 20 {
+		return ""
+	}
+	return v[len(v)-4:]
+}
+
+var errUnseal = errors.New("sealed value does not open: wrong encryption key, or the row was changed outside the program")
+
+// A sealer encrypts provider keys with AES-256-GCM under a key derived from the
+// operator's encryption key. A sealed value is
+//
+//	version (1) | key id (8) | nonce (12) | ciphertext and tag
+//
+// The nonce is random: one key is good for far more than the keys of any
+// installation. The key id lets rekeying tell old from new.
+type sealer struct {
+	aead cipher.AEAD
+	kid  [8]byte
+}
+
+const sealVersion = 1
+
+// newSealer derives its keys from master, 32 bytes.
+func newSealer(master []byte) (*sealer, error) {
+	if len(master) != 32 {
+		return nil, fmt.Errorf("an encryption key has 32 bytes, not %d", len(master))
+	}
+	key, err := hkdf.Key(sha256.New, master, nil, "llm-proxy seal v1", 32)
+	if err != nil {
+		return nil, fmt.Errorf("deriving the sealing key: %w", err)
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, fmt.Errorf("making the cipher: %w", err)
+	}
+	aead, err := cipher.NewGCM(block)
+	if err != nil {
+		return nil, fmt.Errorf("making the cipher: %w", err)
+	}
+	s := &sealer{aead: aead}
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte("llm-proxy key id v1"))
+	copy(s.kid[:], mac.Sum(nil))
+	return s, nil
+}
+
+// seal encrypts plain. Only open with the same context gives it back, so a
+// ciphertext cannot be moved to where another context applies.
+func (s *sealer) seal(plain secret, context string) []byte {
+	out := make([]byte, 0, 1+len(s.kid)+s.aead.NonceSize()+len(plain())+s.aead.Overhead())
+	out = append(out, sealVersion)
+	out = append(out, s.kid[:]...)
+	nonce := make([]byte, s.aead.NonceSize())
+	rand.Read(nonce) // never fails: crypto/rand ends the program instead
+	out = append(out, nonce...)
+	return s.aead.Seal(out, nonce, []byte(plain()), []byte(context))
+}
+
+// open decrypts what seal made. Every failure is errUnseal: there is no
+// fallback to plaintext and no hint at what was wrong.
+func (s *sealer) open(sealed []byte, context string) (secret, error) {
+	head := 1 + len(s.kid)
+	if len(sealed) < head+s.aead.NonceSize()+s.aead.Overhead() ||
+		sealed[0] != sealVersion || !hmac.Equal(sealed[1:head], s.kid[:]) {
+		return nil, errUnseal
+	}
+	nonce, rest := sealed[head:head+s.aead.NonceSize()], sealed[head+s.aead.NonceSize():]
+	plain, err := s.aead.Open(nil, nonce, rest, []byte(context))
+	if err != nil {
+		return nil, errUnseal
+	}
+	return newSecret(string(plain)), nil
+}
+
+// sealContext binds a provider key to its row, its project and the place it is
+// sent to. A changed base URL therefore needs the key anew.
+func sealContext(upstreamID, projectID, origin string) string {
+	return "llm-proxy upstream v1|" + upstreamID + "|" + projectID + "|" + origin
+}
+
+const keyCheckContext = "llm-proxy key check v1"
+
+// parseEncryptionKey reads a 32-byte key as 64 hexadecimal digits or base64.
+func parseEncryptionKey(text string) ([]byte, error) {
+	text = strings.TrimSpace(text)
+	for _, decode := range []func(string) ([]byte, error){
+		hex.DecodeString, base64.StdEncoding.DecodeString, base64.RawStdEncoding.DecodeString,
+		base64.URLEncoding.DecodeString, base64.RawURLEncoding.DecodeString,
+	} {
+		if key, err := decode(text); err == nil && len(key) == 32 {
+			if weakKey(key) {
+				return nil, errors.New("is a pattern, not a random key; make one with: openssl rand -hex 32")
+			}
+			return key, nil
+		}
+	}
+	return nil, errors.New("must be 32 random bytes as 64 hex digits or base64; make one with: openssl rand -hex 32")
+}
+
+// weakKey reports whether key uses so few different bytes that no random
+// source can have made it (a random one has fewer than 16 once in 10^12).
+func weakKey(key []byte) bool {
+	seen := map[byte]bool{}
+	for _, b := range key {
+		seen[b] = true
+	}
+	if len(seen) < 16 {
+		return true
+	}
+	step := key[1] - key[0] // 00 01 02 … and the like, as in documentation
+	for i := 1; i < len(key); i++ {
+		if key[i]-key[i-1] != step {
+			return false
+		}
+	}
+	return true
+}
+
+// newEncryptionKey returns a fresh key as text for a key file.
+func newEncryptionKey() secret {
+	key := make([]byte, 32)
+	rand.Read(key)
+	return newSecret(hex.EncodeToString(key))
+}

@@ -1,0 +1,280 @@
+// This room is the HTTP server: every URL on one screen, the doors in front of
+// them, and what all rooms behind share. It forwards nothing and decides on no
+// token itself.
+package main
+
+import (
+	"context"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"path"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A server is what the handlers share. Its fields are set once, at start.
+type server struct {
+	cfg       *config
+	log       *slog.Logger
+	quietLog  *log.Logger // for net/http's own notes, at debug
+	store     *store
+	sealer    *sealer
+	registry  *registry
+	ledger    *ledger
+	running   *runningCalls
+	endpoints *endpointTable
+	transport *http.Transport
+	buffers   *bufferPool
+	bodies    *bodyMemory
+	ids       *idSource
+	prices    atomic.Pointer[priceTable]
+	gone      func() string // says what is wrong with the database file, "" if nothing
+	throttle  *failures     // of wrong management keys
+}
+
+// routes is every URL of the program. /v1 takes tokens only, /manage management
+// keys only.
+func (s *server) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", s.handleHome)            // open: one line of text
+	mux.HandleFunc("GET /healthz", s.handleHealth)      // open: the process answers
+	mux.HandleFunc("GET /readyz", s.handleReady)        // open: calls would be taken
+	mux.Handle("/manage/", s.protect(s.manageRoutes())) // a management key, by role: manage.go
+	return s.front(mux)
+}
+
+// front is the first to see a request. /v1 goes straight to its room: ServeMux
+// would answer odd paths with redirects, and a path that is not plain must not
+// be cleaned into another one that is.
+func (s *server) front(mux http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if p := r.URL.Path; strings.HasPrefix(p, "/v1/") && r.Method != http.MethodConnect {
+			s.handleV1(w, r)
+			return
+		}
+		s.logRequest(w, r, mux)
+	})
+}
+
+// logRequest serves what is not /v1, with its own id and one log line.
+func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	start := time.Now()
+	id := requestID(s.ids.next(start))
+	h := w.Header()
+	h.Set("X-Request-Id", id)
+	h.Set("X-Llm-Proxy-Request-Id", id)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", "no-store")
+	sw := &statusWriter{ResponseWriter: w}
+	defer func() {
+		level := slog.LevelInfo
+		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
+			level = slog.LevelDebug
+		}
+		s.log.Log(context.Background(), level, "request", "request_id", id, "route", r.Pattern,
+			"status", sw.status, "address", s.clientAddress(r), "total_us", time.Since(start).Microseconds())
+	}()
+	if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
+		path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
+		s.notFound(sw, r)
+		return
+	}
+	next.ServeHTTP(sw, r)
+}
+
+func (s *server) notFound(w http.ResponseWriter, r *http.Request) {
+	writeError(w, &apiError{status: http.StatusNotFound, code: "unknown_url", msg: "There is nothing at this URL."}, false)
+}
+
+// A statusWriter remembers the status for the log.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *statusWriter) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *statusWriter) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+func (s *server) handleHome(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	_, _ = w.Write([]byte("llm-proxy. Clients use /v1, administrators /manage.\n"))
+}
+
+// handleHealth says that the process answers, whatever else may be wrong.
+func (s *server) handleHealth(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	_, _ = w.Write([]byte("ok\n"))
+}
+
+// handleReady says whether calls would be taken now. It is about this program,
+// not about providers: a load balancer cannot mend those by going elsewhere.
+func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
+	defer cancel()
+	var why string
+	switch {
+	case s.running.isDraining():
+		why = "draining"
+	case s.gone() != "":
+		why = "the database file is gone"
+	case !s.ledger.healthy():
+		why = "the ledger cannot be written"
+	case s.store.writable(ctx) != nil:
+		why = "the database cannot be written"
+	default:
+		_, _ = w.Write([]byte("ready\n"))
+		return
+	}
+	w.Header().Set("Retry-After", "1")
+	w.WriteHeader(http.StatusServiceUnavailable)
+	_, _ = w.Write([]byte(why + "\n"))
+}
+
+// protect guards what administrators use: against other web sites
+// (cross-origin requests) and against names that an attacker points at us.
+func (s *server) protect(next http.Handler) http.Handler {
+	guarded := http.NewCrossOriginProtection().Handler(next)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !s.ourHost(r.Host) {
+			writeError(w, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
+				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."}, false)
+			return
+		}
+		guarded.ServeHTTP(w, r)
+	})
+}
+
+// ourHost reports whether a Host header can be ours: an address, a name without
+// a dot (no attacker can own one), or PUBLIC_URL's.
+func (s *server) ourHost(hostport string) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	if s.cfg.publicURL != nil && strings.EqualFold(host, s.cfg.publicURL.Hostname()) {
+		return true
+	}
+	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
+		return true
+	}
+	return host != "" && !strings.ContainsAny(host, ".%")
+}
+
+// clientAddress returns the client's address: the connection's, or behind
+// trusted proxies the right-most one in X-Forwarded-For that is not theirs.
+func (s *server) clientAddress(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return ""
+	}
+	if len(s.cfg.trustedProxies) == 0 {
+		return host
+	}
+	addr, err := netip.ParseAddr(host)
+	if err != nil || !s.trusted(addr) {
+		return host
+	}
+	lines := r.Header["X-Forwarded-For"]
+	for i := len(lines) - 1; i >= 0; i-- {
+		hops := strings.Split(lines[i], ",")
+		for j := len(hops) - 1; j >= 0; j-- {
+			hop, err := netip.ParseAddr(strings.TrimSpace(hops[j]))
+			if err != nil {
+				return addr.String() // what is left of it cannot be believed
+			}
+			addr = hop.Unmap().WithZone("")
+			if !s.trusted(addr) {
+				return addr.String()
+			}
+		}
+	}
+	return addr.String()
+}
+
+func (s *server) trusted(addr netip.Addr) bool {
+	for _, p := range s.cfg.trustedProxies {
+		if p.Contains(addr.Unmap()) {
+			return true
+		}
+	}
+	return false
+}
+
+// A bufferPool lends ReverseProxy the buffers it copies with.
+type bufferPool struct{ pool sync.Pool }
+
+func newBufferPool(size int) *bufferPool {
+	return &bufferPool{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
+}
+
+func (p *bufferPool) Get() []byte  { return *p.pool.Get().(*[]byte) }
+func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
+
+// failures slows down whoever guesses management keys: a token bucket for each
+// of a fixed number of slots, which addresses share by hash. It cannot grow.
+type failures struct {
+	mu    sync.Mutex
+	slots [1024]struct {
+		count int
+		until time.Time
+	}
+}
+
+const (
+	failuresAllowed = 20
+	failureWindow   = time.Minute
+)
+
+func failureSlot(address string) int {
+	if a, err := netip.ParseAddr(address); err == nil && a.Is6() && !a.Is4In6() {
+		if p, err := a.Prefix(64); err == nil { // one customer has a whole /64
+			address = p.String()
+		}
+	}
+	var h uint32 = 2166136261 // FNV-1a
+	for i := range len(address) {
+		h = (h ^ uint32(address[i])) * 16777619
+	}
+	return int(h % 1024)
+}
+
+// blocked reports whether an address has guessed wrong too often of late, and
+// for how long it stays so.
+func (f *failures) blocked(address string, now time.Time) time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s := &f.slots[failureSlot(address)]
+	if now.After(s.until) || s.count < failuresAllowed {
+		return 0
+	}
+	return s.until.Sub(now)
+}
+
+func (f *failures) add(address string, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s := &f.slots[failureSlot(address)]
+	if now.After(s.until) {
+		s.count, s.until = 0, now.Add(failureWindow)
+	}
+	s.count++
+}

@@ -1,0 +1,192 @@
+// This room ends a call: what became of it, what it used and cost, its ledger
+// row, its log line. It runs on every path, also when the answer was cut, and
+// never under the request's own context, which is over by then.
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"time"
+)
+
+const statusClientClosed = 499 // in ledger and log only: the client left before any answer
+
+// settle is deferred by handleV1 for every admitted call.
+func (s *server) settle(c *call, r *http.Request) {
+	row := c.entry.begin
+	row.attempts = c.attempts
+	row.outcome, row.errorCode, row.status = c.verdict(r)
+	row.firstByteUS = -1
+	if c.firstByte > 0 {
+		row.firstByteUS = c.firstByte.Microseconds()
+	}
+	c.measure(&row)
+	row.cost, row.priced, row.knownModel = s.price(c.upstream.provider, row.model, row.counts)
+	row.knownModel = row.knownModel || row.outcome == outcomeOK
+	if row.source == usageNone {
+		row.cost, row.priced = 0, false
+	}
+	row.totalUS = time.Since(c.start).Microseconds()
+	if c.unrecorded {
+		c.token.refund() // the ledger writes it as refused, which does not count
+	}
+	s.ledger.settle(c.entry, &row)
+	if c.answer != nil && c.answer.keys.seen {
+		s.log.Error("the provider's answer held its key; it was masked", "request_id", requestID(c.id), "upstream", c.upstream.id)
+	}
+	s.logCall(c, &row)
+}
+
+// verdict says how the call ended, with the client's view of it: the error code
+// it got, or why the answer broke off, and its status.
+func (c *call) verdict(r *http.Request) (outcome, string, int) {
+	a := c.answer
+	switch {
+	case c.unrecorded:
+		return outcomeRefused, "ledger_unavailable", http.StatusServiceUnavailable
+	case c.failure != nil:
+		o := outcomeUpstreamError
+		if c.attempts == 0 || c.failure.status == http.StatusUnauthorized || c.failure.code == "draining" {
+			o = outcomeRefused
+		}
+		return o, c.failure.code, c.failure.status
+	case a == nil || a.status == 0:
+		return outcomeClientGone, "client_gone", statusClientClosed
+	case !c.relayed || a.gone: // ReverseProxy panicked, or the last bytes had no taker
+		if cause := asCause(c.ctx); cause != nil {
+			return outcomeTruncated, cause.code, a.status
+		}
+		if a.gone || r.Context().Err() != nil {
+			return outcomeClientGone, "client_gone", a.status
+		}
+		return outcomeTruncated, "upstream_cut", a.status
+	case a.status >= 400:
+		return outcomeUpstreamError, "", a.status
+	case a.meter.failed:
+		return outcomeUpstreamError, "error_in_stream", a.status
+	case a.sse && !a.meter.done && c.endpoint.endMarked():
+		return outcomeTruncated, "stream_unfinished", a.status
+	}
+	return outcomeOK, "", a.status
+}
+
+// endMarked reports whether a stream of this endpoint says that it is complete.
+func (e *endpoint) endMarked() bool {
+	switch e.pattern {
+	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
+		return true
+	}
+	return false
+}
+
+// measure fills in what the answer says was used, or an estimate of it: no
+// usage is silently zero.
+func (c *call) measure(row *requestRow) {
+	row.counts, row.source = tokenCounts{}, usageNone
+	if c.endpoint.meter == meterNone || c.attempts == 0 {
+		return
+	}
+	if c.answer == nil || c.answer.meter == nil {
+		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout {
+			// The provider had the request and may bill it.
+			row.counts, row.source = tokenCounts{input: c.inputEstimate()}, usageEstimated
+		}
+		return
+	}
+	m := c.answer.meter
+	if m.model != "" {
+		row.model = m.model
+	}
+	row.counts, row.source = m.counts, m.source()
+	if row.source == usageEstimated && row.counts.input == 0 {
+		row.counts.input = c.inputEstimate()
+	}
+}
+
+// price returns what counts of a model cost, whether that is known, and whether
+// the model is one with a price.
+func (s *server) price(provider, model string, counts tokenCounts) (nanos int64, priced, known bool) {
+	p, ok := s.prices.Load().lookup(provider, model)
+	if !ok {
+		return 0, false, false
+	}
+	nanos, priced = p.cost(counts)
+	return nanos, priced, true
+}
+
+// refuse answers a call that was not admitted. A known token's refusal is put
+// on record, though not more often than once a second for one token: a client
+// that tries again and again must not fill the disk. All are in the sums.
+func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err error) {
+	e := asAPIError(err)
+	row := requestRow{id: c.id, started: c.start.UnixMilli(), address: c.address, stream: c.fields.stream, model: c.fields.model,
+		outcome: outcomeRefused, errorCode: e.code, status: e.status, source: usageNone, firstByteUS: -1}
+	if e.status == http.StatusUnauthorized && e.cause != nil {
+		row.errorCode = e.cause.Error() // which of the reasons, for the operator alone
+	}
+	if c.endpoint != nil {
+		row.endpoint = c.endpoint.name()
+	}
+	row.totalUS = time.Since(c.start).Microseconds()
+	if c.token != nil && s.ledger.healthy() {
+		row.project, row.token = c.project.seq, c.state.seq
+		now, last := row.started, c.token.refused.Load()
+		detailed := now-last >= refusalsRecorded.Milliseconds() && c.token.refused.CompareAndSwap(last, now)
+		s.ledger.record(&row, detailed)
+	}
+	writeError(w, e, c.anthropic)
+	s.logCall(c, &row)
+	if e.status >= 500 && e.cause != nil {
+		s.log.Error("a call could not be taken", "request_id", requestID(c.id), "code", e.code, "error", e.cause)
+	}
+}
+
+// logCall writes the call's one log line: never a header, body, query or key.
+func (s *server) logCall(c *call, row *requestRow) {
+	level := slog.LevelInfo // what clients do wrong is theirs
+	if row.status >= 500 {
+		level = slog.LevelWarn // the provider's trouble
+		if row.outcome == outcomeRefused {
+			level = slog.LevelError // ours
+		}
+	}
+	ctx := context.Background()
+	if !s.log.Enabled(ctx, level) {
+		return
+	}
+	attrs := make([]slog.Attr, 0, 20)
+	attrs = append(attrs,
+		slog.String("request_id", requestID(c.id)),
+		slog.String("route", row.endpoint),
+		slog.Int("status", row.status),
+		slog.String("outcome", string(row.outcome)))
+	if row.errorCode != "" {
+		attrs = append(attrs, slog.String("code", row.errorCode))
+	}
+	if c.token != nil {
+		attrs = append(attrs, slog.String("token", c.state.id), slog.String("project", c.project.id))
+	}
+	attrs = append(attrs, slog.String("address", row.address))
+	if row.model != "" {
+		attrs = append(attrs, slog.String("model", clip(row.model, 256)))
+	}
+	if c.entry != nil {
+		attrs = append(attrs,
+			slog.Bool("stream", row.stream),
+			slog.String("usage", string(row.source)),
+			slog.Int64("input_tokens", row.counts.input),
+			slog.Int64("output_tokens", row.counts.output),
+			slog.Int64("first_byte_us", row.firstByteUS))
+		if c.answer != nil {
+			if id := c.answer.header.Get("X-Request-Id"); id != "" && len(id) <= 128 {
+				attrs = append(attrs, slog.String("provider_request_id", id))
+			}
+		}
+		if c.failure != nil && c.failure.cause != nil {
+			attrs = append(attrs, slog.String("error", clip(c.failure.cause.Error(), 1024)))
+		}
+	}
+	attrs = append(attrs, slog.Int64("total_us", row.totalUS))
+	s.log.LogAttrs(ctx, level, "call", attrs...)
+}

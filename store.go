@@ -1,0 +1,210 @@
+// This room opens the database, brings its schema up to date, and runs
+// transactions. With its neighbours store_*.go it is the only place with SQL:
+// every statement is constant text, and values go in by ? alone.
+package main
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+//go:embed schema/*.sql
+var schemaFiles embed.FS
+
+// A store is the database: one connection that writes, so that writers queue in
+// this process and never meet a lock, and a few that read.
+type store struct {
+	write *sql.DB
+	read  *sql.DB
+}
+
+const readers = 4
+
+// openStore opens or makes the database in file and migrates it. The file must
+// exist (empty is fine): its owner decides on its permissions.
+func openStore(ctx context.Context, file string) (*store, error) {
+	s := &store{}
+	var err error
+	if s.write, err = openSQLite(file, 1, "&_pragma=wal_autocheckpoint(2000)"); err != nil {
+		return nil, err
+	}
+	if s.read, err = openSQLite(file, readers, "&_pragma=query_only(1)"); err != nil {
+		return nil, err
+	}
+	if err := s.migrate(ctx); err != nil {
+		s.close()
+		return nil, fmt.Errorf("database %s: %w", file, err)
+	}
+	return s, nil
+}
+
+// openSQLite makes a pool of n connections. The DSN is code, not data, for
+// modernc.org/sqlite runs pragmas from it: only the path varies, escaped.
+func openSQLite(file string, n int, extra string) (*sql.DB, error) {
+	dsn := "file:" + (&url.URL{Path: file}).EscapedPath() +
+		"?_pragma=busy_timeout(2000)&_pragma=journal_mode(wal)&_pragma=synchronous(normal)" +
+		"&_pragma=foreign_keys(1)&_txlock=immediate" + extra
+	db, err := sql.Open("sqlite", dsn)
+	if err != nil {
+		return nil, fmt.Errorf("opening database %s: %w", file, err)
+	}
+	db.SetMaxOpenConns(n)
+	db.SetMaxIdleConns(n)
+	return db, nil
+}
+
+func (s *store) close() error {
+	return errors.Join(s.read.Close(), s.write.Close())
+}
+
+// migrate runs the schema files that the database has not seen, in order and
+// all in one transaction: after a crash it is at the old version or at the new.
+func (s *store) migrate(ctx context.Context) error {
+	files, err := fs.Glob(schemaFiles, "schema/*.sql")
+	if err != nil {
+		return fmt.Errorf("listing the schema: %w", err)
+	}
+	return s.tx(ctx, func(tx *sql.Tx) error {
+		var at int
+		if err := tx.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
+			return fmt.Errorf("reading its version: %w", err)
+		}
+		if at > len(files) {
+			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary knows %d); use that one, or restore a backup", at, len(files))
+		}
+		for i, name := range files[at:] {
+			text, err := schemaFiles.ReadFile(name)
+			if err != nil {
+				return fmt.Errorf("reading %s: %w", name, err)
+			}
+			if _, err := tx.ExecContext(ctx, string(text)); err != nil {
+				return fmt.Errorf("running %s: %w", name, err)
+			}
+			// A pragma takes no parameter; the value is a counter of ours.
+			if _, err := tx.ExecContext(ctx, "PRAGMA user_version = "+strconv.Itoa(at+i+1)); err != nil {
+				return fmt.Errorf("setting the version: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+// tx runs do in one write transaction: all of it happens, or nothing.
+func (s *store) tx(ctx context.Context, do func(*sql.Tx) error) error {
+	tx, err := s.write.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("beginning a transaction: %w", err)
+	}
+	defer tx.Rollback() // without effect after Commit
+	if err := do(tx); err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return fmt.Errorf("committing: %w", err)
+	}
+	return nil
+}
+
+var (
+	errNotFound = errors.New("no such row")
+	errStale    = errors.New("row has changed since it was read")
+	errTaken    = errors.New("name is taken")
+)
+
+// found turns sql.ErrNoRows into errNotFound.
+func found(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return errNotFound
+	}
+	return err
+}
+
+// unique turns a violated UNIQUE constraint into errTaken.
+func unique(err error) error {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+		return errTaken
+	}
+	return err
+}
+
+// writable reports whether the database takes a write now.
+func (s *store) writable(ctx context.Context) error {
+	_, err := s.write.ExecContext(ctx, `
+		INSERT INTO settings (name, value) VALUES ('write_check', ?)
+		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, strconv.FormatInt(time.Now().UnixMilli(), 10))
+	return err
+}
+
+// check runs SQLite's own integrity check and returns what it complains about.
+func (s *store) check(ctx context.Context) ([]string, error) {
+	rows, err := s.read.QueryContext(ctx, `PRAGMA integrity_check(20)`)
+	if err != nil {
+		return nil, fmt.Errorf("checking integrity: %w", err)
+	}
+	defer rows.Close()
+	var out []string
+	for rows.Next() {
+		var line string
+		if err := rows.Scan(&line); err != nil {
+			return nil, fmt.Errorf("checking integrity: %w", err)
+		}
+		if line != "ok" {
+			out = append(out, line)
+		}
+	}
+	return out, rows.Err()
+}
+
+// backup writes a consistent copy of the database, as of one moment, to a file
+// that must not exist yet. It may run while calls are being served.
+func (s *store) backup(ctx context.Context, file string) error {
+	if _, err := s.read.ExecContext(ctx, `VACUUM INTO ?`, file); err != nil {
+		return fmt.Errorf("copying the database: %w", err)
+	}
+	return nil
+}
+
+// setting returns a row of settings, or errNotFound.
+func (s *store) setting(ctx context.Context, name string) (string, error) {
+	var v string
+	err := s.read.QueryRowContext(ctx, `SELECT value FROM settings WHERE name = ?`, name).Scan(&v)
+	return v, found(err)
+}
+
+// setSetting writes a row of settings.
+func (s *store) setSetting(ctx context.Context, name, value string) error {
+	_, err := s.write.ExecContext(ctx, `
+		INSERT INTO settings (name, value) VALUES (?, ?)
+		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value)
+	return err
+}
+
+// escapeLike is not offered: names are searched by prefix, as a range of an
+// index. prefixEnd returns the least string above all that begin with s.
+func prefixEnd(s string) string {
+	return strings.TrimRight(s, "\U0010FFFF") + "\U0010FFFF"
+}
+
+// isTrouble reports whether err is the database's trouble (locked, full, not
+// writable, broken) and not the caller's mistake. It may pass by itself.
+func isTrouble(err error) bool {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		switch e.Code() & 0xff {
+		case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE:
+			return false
+		}
+		return true
+	}
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
+}

@@ -1,0 +1,257 @@
+// SQL for projects and their upstreams. Contracts: a missing row is
+// errNotFound, a stale version errStale, a name in use errTaken.
+package main
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+)
+
+// A projectRow is a project as stored.
+type projectRow struct {
+	seq                  int64
+	id, name             string
+	active               bool
+	policy               string // JSON
+	version              int64
+	createdAt, updatedAt int64
+}
+
+const projectColumns = `seq, id, name, is_active, policy, version, created_at, updated_at`
+
+func (p *projectRow) scan(row interface{ Scan(...any) error }) error {
+	return found(row.Scan(&p.seq, &p.id, &p.name, &p.active, &p.policy, &p.version, &p.createdAt, &p.updatedAt))
+}
+
+// An upstreamRow is an upstream as stored; its key stays sealed.
+type upstreamRow struct {
+	seq                         int64
+	id                          string
+	project                     int64
+	projectID                   string
+	name, provider, baseURL     string
+	sealedKey                   []byte
+	keyHint                     string
+	organization, openaiProject string
+	weight, priority            int64
+	models, rewrite             string // JSON
+	active                      bool
+	version                     int64
+	createdAt, updatedAt        int64
+}
+
+const upstreamColumns = `u.seq, u.id, u.project, p.id, u.name, u.provider, u.base_url, u.sealed_key, u.key_hint,
+	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.is_active, u.version, u.created_at, u.updated_at`
+
+func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
+	return found(row.Scan(&u.seq, &u.id, &u.project, &u.projectID, &u.name, &u.provider, &u.baseURL, &u.sealedKey, &u.keyHint,
+		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.active, &u.version, &u.createdAt, &u.updatedAt))
+}
+
+// addProject stores a new project, and its first upstream unless up is nil. It
+// fills in the seqs.
+func (s *store) addProject(ctx context.Context, p *projectRow, up *upstreamRow) error {
+	return s.tx(ctx, func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, `
+			INSERT INTO projects (id, name, is_active, policy, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)
+			RETURNING seq, version`, p.id, p.name, p.active, p.policy, p.createdAt, p.updatedAt).Scan(&p.seq, &p.version)
+		if err != nil {
+			return unique(err)
+		}
+		if up == nil {
+			return nil
+		}
+		up.project = p.seq
+		return insertUpstream(ctx, tx, up)
+	})
+}
+
+func (s *store) projectByID(ctx context.Context, id string) (p projectRow, err error) {
+	err = p.scan(s.read.QueryRowContext(ctx, `
+		SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id))
+	return p, err
+}
+
+func (s *store) projectBySeq(ctx context.Context, seq int64) (p projectRow, err error) {
+	err = p.scan(s.read.QueryRowContext(ctx, `SELECT `+projectColumns+` FROM projects WHERE seq = ?`, seq))
+	return p, err
+}
+
+// countProjects counts deleted ones too: it answers "was this ever used?".
+func (s *store) countProjects(ctx context.Context) (n int64, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM projects`).Scan(&n)
+	return n, err
+}
+
+// listProjects returns up to limit projects with seq > after, in seq order.
+// active is nil for all; prefix is of the name, "" for all.
+func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string) ([]projectRow, error) {
+	rows, err := s.read.QueryContext(ctx, `
+		SELECT `+projectColumns+` FROM projects
+		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2)
+			AND (?3 = '' OR (name >= ?3 AND name < ?4))
+		ORDER BY seq LIMIT ?5`, after, active, prefix, prefixEnd(prefix), limit)
+	if err != nil {
+		return nil, fmt.Errorf("listing projects: %w", err)
+	}
+	defer rows.Close()
+	var out []projectRow
+	for rows.Next() {
+		var p projectRow
+		if err := p.scan(rows); err != nil {
+			return nil, fmt.Errorf("listing projects: %w", err)
+		}
+		out = append(out, p)
+	}
+	return out, rows.Err()
+}
+
+// changeProject reads a project, lets change edit it, and writes it back in one
+// transaction. version, unless 0, must be the row's.
+func (s *store) changeProject(ctx context.Context, id string, version, now int64, change func(*projectRow) error) (p projectRow, err error) {
+	err = s.tx(ctx, func(tx *sql.Tx) error {
+		if err := p.scan(tx.QueryRowContext(ctx, `
+			SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id)); err != nil {
+			return err
+		}
+		if version != 0 && version != p.version {
+			return errStale
+		}
+		if err := change(&p); err != nil {
+			return err
+		}
+		p.version, p.updatedAt = p.version+1, now
+		_, err := tx.ExecContext(ctx, `
+			UPDATE projects SET name = ?, is_active = ?, policy = ?, version = ?, updated_at = ? WHERE seq = ?`,
+			p.name, p.active, p.policy, p.version, p.updatedAt, p.seq)
+		return unique(err)
+	})
+	return p, err
+}
+
+// deleteProject takes a project out of use for good: it becomes inactive, its
+// tokens are revoked, its provider keys are wiped, its name is free again. Its
+// rows stay, for the ledger names them. Deleting twice is errNotFound.
+func (s *store) deleteProject(ctx context.Context, id string, version, now int64) (p projectRow, err error) {
+	err = s.tx(ctx, func(tx *sql.Tx) error {
+		err := p.scan(tx.QueryRowContext(ctx, `
+			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1,
+				name = name || ' (deleted ' || id || ')'
+			WHERE id = ?2 AND deleted_at IS NULL AND (?3 = 0 OR version = ?3)
+			RETURNING `+projectColumns, now, id, version))
+		if err == errNotFound && version != 0 {
+			return staleOrMissing(ctx, tx, `SELECT 1 FROM projects WHERE id = ? AND deleted_at IS NULL`, id)
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, `
+			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
+			WHERE project = ?2 AND revoked_at IS NULL`, now, p.seq); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `
+			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1, updated_at = ?1
+			WHERE project = ?2 AND deleted_at IS NULL`, now, p.seq)
+		return err
+	})
+	return p, err
+}
+
+// staleOrMissing tells why a conditional change met no row.
+func staleOrMissing(ctx context.Context, tx *sql.Tx, query string, id string) error {
+	var one int
+	if err := tx.QueryRowContext(ctx, query, id).Scan(&one); err != nil {
+		return found(err)
+	}
+	return errStale
+}
+
+func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
+	return tx.QueryRowContext(ctx, `
+		INSERT INTO upstreams (id, project, name, provider, base_url, sealed_key, key_hint, organization, openai_project,
+			weight, priority, models, rewrite, is_active, created_at, updated_at)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		RETURNING seq, version`,
+		u.id, u.project, u.name, u.provider, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
+		u.weight, u.priority, u.models, u.rewrite, u.active, u.createdAt, u.updatedAt).Scan(&u.seq, &u.version)
+}
+
+// addUpstream stores a new upstream of the project with u.project, and bumps
+// the project's version: what the project does has changed.
+func (s *store) addUpstream(ctx context.Context, u *upstreamRow, now int64) error {
+	return s.tx(ctx, func(tx *sql.Tx) error {
+		if err := insertUpstream(ctx, tx, u); err != nil {
+			return err
+		}
+		return touchProject(ctx, tx, u.project, now)
+	})
+}
+
+func touchProject(ctx context.Context, tx *sql.Tx, project, now int64) error {
+	_, err := tx.ExecContext(ctx, `UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ?`, now, project)
+	return err
+}
+
+// upstreamsOf returns a project's upstreams in the order in which they are
+// preferred: priority, then age.
+func (s *store) upstreamsOf(ctx context.Context, project int64) ([]upstreamRow, error) {
+	rows, err := s.read.QueryContext(ctx, `
+		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
+		WHERE u.project = ? AND u.deleted_at IS NULL ORDER BY u.priority, u.seq LIMIT 1000`, project)
+	if err != nil {
+		return nil, fmt.Errorf("listing upstreams: %w", err)
+	}
+	defer rows.Close()
+	var out []upstreamRow
+	for rows.Next() {
+		var u upstreamRow
+		if err := u.scan(rows); err != nil {
+			return nil, fmt.Errorf("listing upstreams: %w", err)
+		}
+		out = append(out, u)
+	}
+	return out, rows.Err()
+}
+
+func (s *store) upstreamByID(ctx context.Context, projectID, id string) (u upstreamRow, err error) {
+	err = u.scan(s.read.QueryRowContext(ctx, `
+		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
+		WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID))
+	return u, err
+}
+
+// changeUpstream is changeProject for upstreams. change may also mark the row
+// as deleted, by returning true.
+func (s *store) changeUpstream(ctx context.Context, projectID, id string, version, now int64, change func(*upstreamRow) (bool, error)) (u upstreamRow, err error) {
+	err = s.tx(ctx, func(tx *sql.Tx) error {
+		if err := u.scan(tx.QueryRowContext(ctx, `
+			SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
+			WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID)); err != nil {
+			return err
+		}
+		if version != 0 && version != u.version {
+			return errStale
+		}
+		deleted, err := change(&u)
+		if err != nil {
+			return err
+		}
+		var deletedAt *int64
+		if deleted {
+			deletedAt = &now
+		}
+		u.version, u.updatedAt = u.version+1, now
+		if _, err := tx.ExecContext(ctx, `
+			UPDATE upstreams SET name = ?, base_url = ?, sealed_key = ?, key_hint = ?, organization = ?, openai_project = ?,
+				weight = ?, priority = ?, models = ?, rewrite = ?, is_active = ?, version = ?, updated_at = ?, deleted_at = ?
+			WHERE seq = ?`,
+			u.name, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
+			u.weight, u.priority, u.models, u.rewrite, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
+			return err
+		}
+		return touchProject(ctx, tx, u.project, now)
+	})
+	return u, err
+}

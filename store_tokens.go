@@ -1,0 +1,154 @@
+// SQL for the tokens that clients present. request_count belongs to the ledger:
+// it changes only by x = x + ?, there; nothing here writes it.
+package main
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+)
+
+// A tokenRow is a token as stored. Pointers are nil where the column is NULL.
+type tokenRow struct {
+	seq                  int64
+	id                   string
+	project              int64
+	projectID            string
+	name                 string
+	hash, oldHash        []byte
+	oldHashUntil         *int64
+	expiresAt            *int64
+	idleExpiry           *int64
+	revokedAt            *int64
+	maxRequests          *int64
+	requestCount         int64
+	policy               string
+	version              int64
+	lastUsedAt           *int64
+	createdAt, updatedAt int64
+}
+
+const tokenColumns = `t.seq, t.id, t.project, p.id, t.name, t.hash, t.old_hash, t.old_hash_until, t.expires_at, t.idle_expiry,
+	t.revoked_at, t.max_requests, t.request_count, t.policy, t.version, t.last_used_at, t.created_at, t.updated_at`
+
+func (t *tokenRow) scan(row interface{ Scan(...any) error }) error {
+	return found(row.Scan(&t.seq, &t.id, &t.project, &t.projectID, &t.name, &t.hash, &t.oldHash, &t.oldHashUntil, &t.expiresAt, &t.idleExpiry,
+		&t.revokedAt, &t.maxRequests, &t.requestCount, &t.policy, &t.version, &t.lastUsedAt, &t.createdAt, &t.updatedAt))
+}
+
+// addToken stores a new token of the project with id t.projectID and fills in
+// what the database decides. A project that does not exist is errNotFound; a
+// taken id or hash is errTaken.
+func (s *store) addToken(ctx context.Context, t *tokenRow) error {
+	err := s.write.QueryRowContext(ctx, `
+		INSERT INTO tokens (id, project, name, hash, expires_at, idle_expiry, max_requests, policy, created_at, updated_at)
+		SELECT ?, seq, ?, ?, ?, ?, ?, ?, ?, ? FROM projects WHERE id = ? AND deleted_at IS NULL
+		RETURNING seq, project, version`,
+		t.id, t.name, t.hash, t.expiresAt, t.idleExpiry, t.maxRequests, t.policy, t.createdAt, t.updatedAt, t.projectID).
+		Scan(&t.seq, &t.project, &t.version)
+	return found(unique(err))
+}
+
+// tokenByHash finds the token that a hash stands for now or stood for before
+// its last rotation. It does not judge whether the token is valid.
+func (s *store) tokenByHash(ctx context.Context, hash [32]byte) (t tokenRow, err error) {
+	err = t.scan(s.read.QueryRowContext(ctx, `
+		SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.hash = ?1
+		UNION ALL
+		SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.old_hash = ?1`, hash[:]))
+	return t, err
+}
+
+func (s *store) tokenByID(ctx context.Context, id string) (t tokenRow, err error) {
+	err = t.scan(s.read.QueryRowContext(ctx, `
+		SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.id = ?`, id))
+	return t, err
+}
+
+// A tokenFilter says which tokens a list holds, and after which it goes on.
+type tokenFilter struct {
+	project   string // a project's id; "" for all
+	active    *bool  // nil for all
+	prefix    string // of the name; then the order is by name
+	afterSeq  int64
+	afterName string
+	limit     int
+	now       int64
+}
+
+// listTokens returns up to f.limit tokens in seq order, or with a prefix in
+// order of name and seq. Each of the four cases walks an index of its own.
+func (s *store) listTokens(ctx context.Context, f tokenFilter) ([]tokenRow, error) {
+	const head = `SELECT ` + tokenColumns + ` FROM tokens t JOIN projects p ON p.seq = t.project WHERE `
+	const active = ` AND (?2 IS NULL OR ?2 = (p.is_active AND t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > ?3)
+			AND (t.idle_expiry IS NULL OR coalesce(t.last_used_at, t.created_at) + t.idle_expiry > ?3))) `
+	const bySeq, byName = ` ORDER BY t.seq LIMIT ?4`, ` ORDER BY t.name, t.seq LIMIT ?4`
+	var query string
+	args := []any{f.afterSeq, f.active, f.now, f.limit}
+	switch {
+	case f.project == "" && f.prefix == "":
+		query = head + `t.seq > ?1` + active + bySeq
+	case f.prefix == "":
+		query = head + `t.seq > ?1 AND t.project = (SELECT seq FROM projects WHERE id = ?5)` + active + bySeq
+		args = append(args, f.project)
+	case f.project == "":
+		query = head + `t.name >= ?5 AND t.name < ?6 AND (t.name, t.seq) > (?7, ?1)` + active + byName
+		args = append(args, f.prefix, prefixEnd(f.prefix), f.afterName)
+	default:
+		query = head + `t.name >= ?5 AND t.name < ?6 AND (t.name, t.seq) > (?7, ?1)
+			AND t.project = (SELECT seq FROM projects WHERE id = ?8)` + active + byName
+		args = append(args, f.prefix, prefixEnd(f.prefix), f.afterName, f.project)
+	}
+	rows, err := s.read.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, fmt.Errorf("listing tokens: %w", err)
+	}
+	defer rows.Close()
+	var out []tokenRow
+	for rows.Next() {
+		var t tokenRow
+		if err := t.scan(rows); err != nil {
+			return nil, fmt.Errorf("listing tokens: %w", err)
+		}
+		out = append(out, t)
+	}
+	return out, rows.Err()
+}
+
+// changeToken reads a token, lets change edit it, and writes it back in one
+// transaction: all columns an admin may change, none that counts. version,
+// unless 0, must be the row's.
+func (s *store) changeToken(ctx context.Context, id string, version, now int64, change func(*tokenRow) error) (t tokenRow, err error) {
+	err = s.tx(ctx, func(tx *sql.Tx) error {
+		if err := t.scan(tx.QueryRowContext(ctx, `
+			SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.id = ?`, id)); err != nil {
+			return err
+		}
+		if version != 0 && version != t.version {
+			return errStale
+		}
+		if err := change(&t); err != nil {
+			return err
+		}
+		t.version, t.updatedAt = t.version+1, now
+		_, err := tx.ExecContext(ctx, `
+			UPDATE tokens SET name = ?, hash = ?, old_hash = ?, old_hash_until = ?, expires_at = ?, idle_expiry = ?,
+				revoked_at = ?, max_requests = ?, policy = ?, version = ?, updated_at = ? WHERE seq = ?`,
+			t.name, t.hash, t.oldHash, t.oldHashUntil, t.expiresAt, t.idleExpiry,
+			t.revokedAt, t.maxRequests, t.policy, t.version, t.updatedAt, t.seq)
+		return unique(err)
+	})
+	return t, err
+}
+
+// revokeTokens revokes all of a project's tokens that are not revoked yet and
+// returns how many. project "" stands for every project.
+func (s *store) revokeTokens(ctx context.Context, project string, now int64) (n int64, err error) {
+	res, err := s.write.ExecContext(ctx, `
+		UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
+		WHERE revoked_at IS NULL AND (?2 = '' OR project = (SELECT seq FROM projects WHERE id = ?2))`, now, project)
+	if err != nil {
+		return 0, fmt.Errorf("revoking tokens: %w", err)
+	}
+	return res.RowsAffected()
+}

@@ -1,0 +1,260 @@
+// This room says where a call goes: a project's providers and their keys, the
+// rules for base URLs, and the one outbound transport with its check of every
+// address that is dialled. It may not read client input.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// An upstream is one provider key of a project and where it may be sent. It is
+// immutable.
+type upstream struct {
+	seq          int64
+	id, name     string
+	provider     string
+	scheme, host string
+	basePath     string // what stands for the client's /v1
+	key          secret
+	organization string
+	project      string // OpenAI's, not ours
+	models       []string
+	rewrite      map[string]string
+	broken       error // not nil: its key does not open, or its URL is no longer allowed
+}
+
+const (
+	providerOpenAI     = "openai"
+	providerAnthropic  = "anthropic"
+	providerAzure      = "azure"
+	providerCompatible = "compatible"
+)
+
+// newUpstream makes a stored upstream ready for use. What is wrong with it ends
+// up in broken: it then takes its turn but no call, for a key that does not
+// open must be noticed and never be passed over in silence.
+func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool) *upstream {
+	up := &upstream{seq: row.seq, id: row.id, name: row.name, provider: row.provider,
+		organization: row.organization, project: row.openaiProject}
+	up.broken = up.unseal(row, sl, allowPrivate)
+	return up
+}
+
+// unseal opens the key, which works only for the row and host it was sealed
+// for.
+func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error {
+	base, err := parseBaseURL(row.baseURL, allowPrivate)
+	if err != nil {
+		return fmt.Errorf("base URL %w", err)
+	}
+	u.scheme, u.host, u.basePath = base.Scheme, base.Host, base.Path
+	if u.key, err = sl.open(row.sealedKey, sealContext(row.id, row.projectID, base.Scheme+"://"+base.Host)); err != nil {
+		return err
+	}
+	if err := json.Unmarshal([]byte(row.models), &u.models); err != nil {
+		return fmt.Errorf("its list of models: %w", err)
+	}
+	if err := json.Unmarshal([]byte(row.rewrite), &u.rewrite); err != nil {
+		return fmt.Errorf("its model rewrites: %w", err)
+	}
+	return nil
+}
+
+// serves reports whether the upstream speaks the API family and has the model.
+func (u *upstream) serves(api apiFamily, model string) bool {
+	if api == apiAnthropic && u.provider != providerAnthropic || api == apiOpenAI && u.provider == providerAnthropic {
+		return false
+	}
+	return len(u.models) == 0 || model == "" || matchesAny(u.models, model)
+}
+
+// url returns where a call goes; path begins with /v1 and is built from an
+// endpoint's pattern, never from the client's bytes.
+func (u *upstream) url(path, query string) *url.URL {
+	raw := u.basePath + strings.TrimPrefix(path, "/v1")
+	out := &url.URL{Scheme: u.scheme, Host: u.host, Path: raw, RawQuery: query}
+	if strings.Contains(path, "%") {
+		if p, err := url.PathUnescape(raw); err == nil {
+			out.Path, out.RawPath = p, raw
+		}
+	}
+	return out
+}
+
+// authorize puts the provider's key and account on an outgoing request's own
+// header map.
+func (u *upstream) authorize(h http.Header) {
+	switch u.provider {
+	case providerAnthropic:
+		h["X-Api-Key"] = []string{u.key()}
+	case providerAzure:
+		h["Api-Key"] = []string{u.key()}
+	default:
+		h["Authorization"] = []string{"Bearer " + u.key()}
+	}
+	if u.organization != "" {
+		h["Openai-Organization"] = []string{u.organization}
+	}
+	if u.project != "" {
+		h["Openai-Project"] = []string{u.project}
+	}
+}
+
+// pick chooses the upstream of a project for a call, or nil.
+func (p *projectState) pick(api apiFamily, model string) *upstream {
+	for _, u := range p.upstreams {
+		if u.serves(api, model) {
+			return u
+		}
+	}
+	return nil
+}
+
+// parseBaseURL checks a base URL as an SDK takes it, such as
+// https://api.openai.com/v1. Without a path, /v1 is meant. Plain http and
+// private addresses need allowPrivate; what is never allowed (metadata services
+// and the like) is refused here as far as the text shows it, and again for the
+// address that is really dialled.
+func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
+	u, err := url.Parse(s)
+	switch {
+	case len(s) > 2000 || err != nil || u.Host == "" || u.Opaque != "" || (u.Scheme != "https" && u.Scheme != "http"):
+		return nil, errors.New("must be an absolute URL, as in https://api.openai.com/v1")
+	case u.User != nil:
+		return nil, errors.New("must not hold a user name or password; the key has its own field")
+	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
+		return nil, errors.New("must not have a query or a fragment")
+	case u.Scheme == "http" && !allowPrivate:
+		return nil, errors.New("must be https; plain http needs ALLOW_PRIVATE_UPSTREAMS=true")
+	case u.RawPath != "" || strings.Contains(u.Path, "//") || strings.Contains(u.Path, "/.") || strings.ContainsAny(u.Path, `\;%`):
+		return nil, errors.New("must have a plain path, without escapes, dot segments or empty segments")
+	}
+	if err := checkHost(u.Hostname(), allowPrivate); err != nil {
+		return nil, err
+	}
+	if p := u.Port(); p != "" || strings.HasSuffix(u.Host, ":") {
+		if p == "" || p == "0" || len(p) > 5 || (len(p) == 5 && p > "65535") {
+			return nil, errors.New("must have a port from 1 to 65535")
+		}
+		if u.Scheme == "https" && p == "443" || u.Scheme == "http" && p == "80" {
+			u.Host = strings.TrimSuffix(u.Host, ":"+p)
+		}
+	}
+	u.Host = strings.ToLower(u.Host)
+	if u.Path = strings.TrimRight(u.Path, "/"); u.Path == "" {
+		u.Path = "/v1"
+	}
+	return u, nil
+}
+
+// checkHost holds the rule for a base URL's host. Names that look like numbers
+// are refused: resolvers read them as addresses in ways that checks do not.
+func checkHost(host string, allowPrivate bool) error {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return checkAddress(addr, allowPrivate)
+	}
+	name := strings.ToLower(strings.TrimSuffix(host, "."))
+	if name == "" || name != strings.ToLower(host) || len(name) > 253 {
+		return errors.New("must have a plain host name, without a dot at its end")
+	}
+	for label := range strings.SplitSeq(name, ".") {
+		if label == "" || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
+			return errors.New("must have an ASCII host name")
+		}
+	}
+	last := name[strings.LastIndexByte(name, '.')+1:]
+	if strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x") {
+		return errors.New("has a host that looks like a number; write the address in full")
+	}
+	if name == "metadata" || name == "metadata.google.internal" || strings.HasSuffix(name, ".metadata.google.internal") {
+		return errors.New("names a cloud metadata service, which is never allowed")
+	}
+	if (name == "localhost" || strings.HasSuffix(name, ".localhost")) && !allowPrivate {
+		return errors.New("names this machine; that needs ALLOW_PRIVATE_UPSTREAMS=true")
+	}
+	return nil
+}
+
+// neverDialled are places that hand out credentials or have no business being
+// a provider, whatever the settings: link-local with the cloud metadata
+// services, the ones that live elsewhere, multicast, unspecified.
+var neverDialled = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
+	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"),
+	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"), netip.MustParsePrefix("fd00:ec2::/32"),
+}
+
+var privateNetworks = []netip.Prefix{
+	netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"),
+	netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fc00::/7"),
+}
+
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
+// checkAddress holds the rule for an address: as written in a base URL, and as
+// dialled after a name was resolved.
+func checkAddress(addr netip.Addr, allowPrivate bool) error {
+	if addr.Zone() != "" {
+		return errors.New("has an address with a zone, which is never allowed")
+	}
+	addr = addr.Unmap()
+	if nat64.Contains(addr) { // an IPv4 address in IPv6 clothes
+		b := addr.As16()
+		addr = netip.AddrFrom4([4]byte(b[12:]))
+	}
+	for _, p := range neverDialled {
+		if p.Contains(addr) {
+			return errors.New("is a link-local, metadata, multicast or unspecified address, which is never allowed")
+		}
+	}
+	if allowPrivate {
+		return nil
+	}
+	for _, p := range privateNetworks {
+		if p.Contains(addr) {
+			return errors.New("is a loopback or private address; that needs ALLOW_PRIVATE_UPSTREAMS=true")
+		}
+	}
+	return nil
+}
+
+var errForbiddenAddress = errors.New("upstream resolves to an address that is not allowed")
+
+// newTransport returns the transport that all calls to providers share. It
+// follows no redirect, adds no header, decompresses nothing, and has no limit
+// on the time of an answer: the watchdog sees to that.
+func newTransport(allowPrivate bool) *http.Transport {
+	dialer := &net.Dialer{
+		Timeout: 10 * time.Second, KeepAlive: 30 * time.Second,
+		// The check is on the address itself, after resolution: a name that
+		// resolves to something else later gains nothing.
+		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
+			ap, err := netip.ParseAddrPort(address)
+			if err != nil || checkAddress(ap.Addr(), allowPrivate) != nil {
+				return errForbiddenAddress
+			}
+			return nil
+		},
+	}
+	return &http.Transport{
+		DialContext:            dialer.DialContext,
+		TLSHandshakeTimeout:    10 * time.Second,
+		MaxIdleConns:           4096,
+		MaxIdleConnsPerHost:    2048,
+		IdleConnTimeout:        90 * time.Second,
+		MaxResponseHeaderBytes: 64 << 10,
+		ExpectContinueTimeout:  time.Second,
+		ForceAttemptHTTP2:      true,
+		DisableCompression:     true, // what we meter is what they get
+	}
+}

@@ -1,0 +1,143 @@
+// This room is the first start: it makes what a fresh database lacks, prints
+// secrets that are shown once, and says what to type next.
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// welcome makes the first management key, unless the environment has one, and
+// with OPENAI_API_KEY a first project and token. Both only in a database that
+// has none: nothing is ever printed again.
+func (p *program) welcome(ctx context.Context, in *instance) error {
+	if in.keyMade != "" {
+		in.log.Warn("an encryption key was made; keep it apart from the database and its backups", "file", in.keyMade)
+	}
+	keys, err := in.store.countKeys(ctx)
+	if err != nil {
+		return fmt.Errorf("counting management keys: %w", err)
+	}
+	projects, err := in.store.countProjects(ctx)
+	if err != nil {
+		return fmt.Errorf("counting projects: %w", err)
+	}
+	base := in.baseURL()
+	if keys == 0 && in.cfg.managementToken == nil {
+		key, err := in.firstKey(ctx)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(p.stdout, "\nThe first management key (role admin). It is shown only now:\n\n  %s\n", key())
+		if in.cfg.openaiKey == nil || projects > 0 {
+			fmt.Fprintf(p.stdout, `
+Next, make a project with your provider's key, and a token for it:
+
+  export KEY=<the management key>
+  curl %[1]s/manage/projects -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \
+    -d '{"name":"first","openai_api_key":"sk-..."}'
+  curl %[1]s/manage/tokens -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \
+    -d '{"project_id":"<id from the answer>","name":"me","expires_in_days":30}'
+
+Clients then use the base URL %[1]s/v1 and the token as their API key.
+
+`, base)
+		}
+	}
+	if in.cfg.openaiKey == nil {
+		return nil
+	}
+	if projects > 0 {
+		in.log.Info("OPENAI_API_KEY is not used: the database has projects already")
+		return nil
+	}
+	token, err := in.firstProject(ctx, "default", in.cfg.openaiKey)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(p.stdout, `
+The project "default" was made with OPENAI_API_KEY. A token for it, good for 30 days and shown only now:
+
+  %[2]s
+
+Try it:
+
+  curl %[1]s/v1/chat/completions -H "Authorization: Bearer %[2]s" -H "Content-Type: application/json" \
+    -d '{"model":"gpt-4o-mini","messages":[{"role":"user","content":"Hello"}]}'
+
+`, base, token())
+	return nil
+}
+
+// baseURL is where clients reach this server, as far as it knows.
+func (s *server) baseURL() string {
+	if s.cfg.publicURL != nil {
+		return s.cfg.publicURL.Scheme + "://" + s.cfg.publicURL.Host
+	}
+	scheme := "http"
+	if s.cfg.tlsCert != "" {
+		scheme = "https"
+	}
+	addr := s.cfg.listenAddr
+	if addr[0] == ':' {
+		addr = "localhost" + addr
+	}
+	return scheme + "://" + addr
+}
+
+func (s *server) firstKey(ctx context.Context) (secret, error) {
+	now := time.Now().UnixMilli()
+	row := &keyRow{name: "first key", role: string(roleAdmin), createdAt: now, updatedAt: now}
+	value := mintKey(row)
+	if err := s.store.addKey(ctx, row); err != nil {
+		return nil, fmt.Errorf("storing the first management key: %w", err)
+	}
+	return value, nil
+}
+
+// firstProject makes a project with one OpenAI key, and a token for it.
+func (s *server) firstProject(ctx context.Context, name string, key secret) (secret, error) {
+	now := time.Now()
+	ms := now.UnixMilli()
+	project := &projectRow{id: newID("proj"), name: name, active: true, policy: "{}", createdAt: ms, updatedAt: ms}
+	up := &upstreamRow{id: newID("up"), projectID: project.id, weight: 1, models: "[]", rewrite: "{}", active: true, createdAt: ms, updatedAt: ms}
+	in := upstreamInput{name: opt[string]{set: true, v: "primary"}, key: opt[secret]{set: true, v: key}}
+	if err := in.apply(s, up, true); err != nil {
+		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
+	}
+	if err := s.store.addProject(ctx, project, up); err != nil {
+		return nil, fmt.Errorf("storing the project: %w", err)
+	}
+	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: ms, updatedAt: ms,
+		expiresAt: new(now.Add(defaultLifetime).UnixMilli())}
+	value, err := s.mintToken(&manageRequest{ctx: ctx, now: now}, token)
+	if err != nil {
+		return nil, fmt.Errorf("storing the token: %w", err)
+	}
+	return value, nil
+}
+
+// pricesOf returns the list prices with the operator's own over them.
+func pricesOf(ctx context.Context, st *store) (*priceTable, error) {
+	listed, err := loadPrices()
+	if err != nil {
+		return nil, err
+	}
+	rows, err := st.listPrices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	value := func(p *int64) int64 {
+		if p == nil {
+			return -1
+		}
+		return *p
+	}
+	overrides := make([]priceOverride, 0, len(rows))
+	for _, r := range rows {
+		overrides = append(overrides, priceOverride{match: r.match, price: price{value(r.input), value(r.cachedInput), value(r.cacheWrite),
+			value(r.output), value(r.audioInput), value(r.audioOutput)}})
+	}
+	return listed.with(overrides), nil
+}
