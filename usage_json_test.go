@@ -170,7 +170,7 @@ func TestModelNames(t *testing.T) {
 
 // TestMeterMemory: a unary call costs two allocations at most, and an answer of any size no more (BO10).
 func TestMeterMemory(t *testing.T) {
-	body := []byte(chatAnswer(700))
+	body := []byte(madeAnswer(700))
 	if n := testing.AllocsPerRun(100, func() {
 		m := newMeter(meterOpenAI, false, false, false)
 		m.pass(body)
@@ -194,7 +194,7 @@ func TestMeterMemory(t *testing.T) {
 
 const chatEvent = `data: {"id":"chatcmpl-9lM","object":"chat.completion.chunk","created":1741570283,"model":"gpt-4o-2024-08-06","service_tier":"default","system_fingerprint":"fp_50cad350e4","choices":[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"usage":null}` + "\n\n"
 
-func chatAnswer(text int) string {
+func madeAnswer(text int) string {
 	return fmt.Sprintf(`{"id":"chatcmpl-B9MBs8Cj","object":"chat.completion","created":1741569952,"model":"gpt-4o-2024-08-06","choices":[{"index":0,"message":{"role":"assistant","content":"%s","refusal":null,"annotations":[]},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":19,"completion_tokens":10,"total_tokens":29,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}},"service_tier":"default","system_fingerprint":"fp_fc9f1d7035"}`,
 		strings.Repeat(`words and \"words\",\n`, text/20))
 }
@@ -202,8 +202,8 @@ func chatAnswer(text int) string {
 func BenchmarkMeterUnary(b *testing.B) {
 	numbers := strings.Repeat("0.0023064255,-0.009327292,", 768*20)
 	for _, c := range []struct{ name, body string }{
-		{"chat-1KB", chatAnswer(400)},
-		{"chat-100KB", chatAnswer(100_000)},
+		{"chat-1KB", madeAnswer(400)},
+		{"chat-100KB", madeAnswer(100_000)},
 		{"embeddings-400KB", `{"object":"list","data":[{"embedding":[` + numbers + `0]}],"model":"m","usage":{"prompt_tokens":8,"total_tokens":8}}`},
 		{"base64-1MB", `{"data":[{"b64_json":"` + strings.Repeat("iVBORw0KGgo/", 87_000) + `"}],"usage":{"input_tokens":50,"output_tokens":50}}`},
 	} {

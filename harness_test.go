@@ -1,0 +1,565 @@
+// The harness of the tests: a real server on a real port with real SQLite in a
+// directory of its own, and a scripted provider that speaks raw TCP and records
+// every byte. After each test it looks for secrets where none may be.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/textproto"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// A testProxy is a running proxy with one project, one upstream and one token.
+type testProxy struct {
+	t        *testing.T
+	in       *instance
+	url      string // http://127.0.0.1:port
+	dir      string // the data directory
+	env      map[string]string
+	provider *fakeProvider
+	adminKey string // a management key of role admin
+	project  string // its id
+	upstream string // its id
+	tokenID  string
+	token    string
+	log      *syncBuffer
+	stop     func() error // drains; further calls do nothing
+
+	mu      sync.Mutex
+	seen    bytes.Buffer // all bytes that clients saw, but for answers that show a secret once
+	secrets []string     // what may not be seen anywhere
+	// allowErrors lets the log hold lines of level ERROR, which else fail the test.
+	allowErrors bool
+}
+
+const promptCanary = "prompt-canary-7Qz1xW"
+
+// newTest starts a proxy; env overrides settings.
+func newTest(t *testing.T, env map[string]string) *testProxy {
+	t.Helper()
+	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
+	p.secrets = []string{p.provider.key, promptCanary}
+	p.env = map[string]string{
+		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "ALLOW_PRIVATE_UPSTREAMS": "true",
+		"OPENAI_API_URL": p.provider.url, "LOG_LEVEL": "debug", "DRAIN_TIMEOUT": "5s",
+	}
+	for k, v := range env {
+		p.env[k] = v
+	}
+	p.start()
+	key, err := p.in.firstKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.adminKey = key()
+	p.secrets = append(p.secrets, p.adminKey)
+	var project struct {
+		ID        string
+		Upstreams []struct{ ID string }
+	}
+	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"test","openai_api_key":%q}`, p.provider.key), 201, &project)
+	p.project, p.upstream = project.ID, project.Upstreams[0].ID
+	p.tokenID, p.token = p.newToken(`"name":"t"`)
+	t.Cleanup(p.finish)
+	return p
+}
+
+// start runs the server on p's data directory; after stop it may run again.
+func (p *testProxy) start() {
+	p.t.Helper()
+	cfg, err := loadConfig(func(name string) string { return p.env[name] })
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.in, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	addr, done := make(chan net.Addr, 1), make(chan error, 1)
+	go func() { done <- p.in.serve(ctx, func(a net.Addr) { addr <- a }) }()
+	select {
+	case a := <-addr:
+		p.url = "http://" + a.String()
+	case err := <-done:
+		p.t.Fatal(err)
+	}
+	p.stop = sync.OnceValue(func() error { cancel(); return <-done })
+}
+
+// finish stops the server and looks for secrets.
+func (p *testProxy) finish() {
+	if err := p.stop(); err != nil && !p.allowErrors {
+		p.t.Errorf("stopping: %v", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	places := map[string][]byte{"what clients saw": p.seen.Bytes(), "the log": p.log.bytes()}
+	files, err := filepath.Glob(filepath.Join(p.env["DATA_DIR"], "*"))
+	if err != nil {
+		p.t.Error(err)
+	}
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil {
+			places[filepath.Base(f)] = b
+		}
+	}
+	for where, b := range places {
+		for _, s := range p.secrets {
+			for _, form := range secretForms(s) {
+				if bytes.Contains(b, []byte(form)) {
+					p.t.Errorf("a secret is in %s, as %q", where, form)
+				}
+			}
+		}
+	}
+	if p.allowErrors {
+		return
+	}
+	for line := range strings.SplitSeq(string(p.log.bytes()), "\n") {
+		if strings.Contains(line, `"level":"ERROR"`) {
+			p.t.Errorf("unexpected error in the log: %s", line)
+		}
+	}
+}
+
+// secretForms are the shapes in which a secret may leak; of one that is long
+// enough, its inner parts too.
+func secretForms(s string) []string {
+	forms := []string{s, base64.StdEncoding.EncodeToString([]byte(s)), hex.EncodeToString([]byte(s))}
+	if body := strings.TrimPrefix(strings.TrimPrefix(s, tokenPrefix), keyPrefix); len(body) > 32 {
+		for i := 12; i+16 <= len(body)-4; i += 7 { // not the public part, nor the hint
+			forms = append(forms, body[i:i+16])
+		}
+	}
+	return forms
+}
+
+// newToken makes a token of the test's project; fields are JSON members.
+func (p *testProxy) newToken(fields string) (id, token string) {
+	p.t.Helper()
+	var v struct{ ID, Token string }
+	p.manage("POST", "/manage/tokens", `{"project_id":"`+p.project+`",`+fields+`}`, 201, &v)
+	p.mu.Lock()
+	p.secrets = append(p.secrets, v.Token)
+	p.mu.Unlock()
+	return v.ID, v.Token
+}
+
+// manage makes a call to /manage as admin, expects a status, and decodes the
+// answer into to unless it is nil.
+func (p *testProxy) manage(method, path, body string, status int, to any) {
+	p.t.Helper()
+	res := p.manageAs(p.adminKey, method, path, body)
+	if res.status != status {
+		p.t.Fatalf("%s %s: got %d, want %d: %s", method, path, res.status, status, res.body)
+	}
+	if to != nil {
+		if err := json.Unmarshal([]byte(res.body), to); err != nil {
+			p.t.Fatalf("%s %s: %v: %s", method, path, err, res.body)
+		}
+	}
+}
+
+func (p *testProxy) manageAs(key, method, path, body string, headers ...string) answer {
+	p.t.Helper()
+	h := append([]string{"Authorization", "Bearer " + key}, headers...)
+	if body != "" {
+		h = append([]string{"Content-Type", "application/json"}, h...)
+	}
+	return p.do(method, path, body, h...)
+}
+
+// An answer is what a client got.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+	err    error // of reading the body: a cut answer
+}
+
+// code returns the error code in an OpenAI-shaped error body, "" if it is none.
+func (a answer) code() string {
+	var e struct{ Error struct{ Code string } }
+	_ = json.Unmarshal([]byte(a.body), &e)
+	return e.Error.Code
+}
+
+// do makes any call; headers are pairs.
+func (p *testProxy) do(method, path, body string, headers ...string) answer {
+	p.t.Helper()
+	var r io.Reader
+	if body != "" {
+		r = strings.NewReader(body)
+	}
+	req, err := http.NewRequestWithContext(p.t.Context(), method, p.url+path, r)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Add(headers[i], headers[i+1])
+	}
+	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
+	res, err := tr.RoundTrip(req)
+	if err != nil {
+		return answer{err: err}
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	a := answer{res.StatusCode, res.Header, string(b), err}
+	once := strings.HasPrefix(path, "/manage/") && method == "POST" && res.StatusCode < 300 // may show a secret once
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fmt.Fprintln(&p.seen, res.Header, res.Trailer)
+	if !once {
+		p.seen.Write(b)
+	}
+	return a
+}
+
+// chat makes a unary chat call with the test's token. Members are added to the
+// body, as in `"stream":true`.
+func (p *testProxy) chat(members ...string) answer {
+	p.t.Helper()
+	return p.chatAs(p.token, members...)
+}
+
+func (p *testProxy) chatAs(token string, members ...string) answer {
+	p.t.Helper()
+	return p.do("POST", "/v1/chat/completions", chatBody(members...), "Authorization", "Bearer "+token, "Content-Type", "application/json")
+}
+
+func chatBody(members ...string) string {
+	return `{"model":"gpt-4o-mini","messages":[{"role":"user","content":"` + promptCanary + `"}]` + strings.Join(append([]string{""}, members...), ",") + `}`
+}
+
+// ledgerRow is a row of GET /manage/requests.
+type ledgerRow struct {
+	ID, Endpoint, Model, Outcome, Address string
+	ErrorCode                             string `json:"error_code"`
+	UsageSource                           string `json:"usage_source"`
+	TokenID                               string `json:"token_id"`
+	Status, Attempts                      int
+	Stream                                bool
+	InputTokens                           int64    `json:"input_tokens"`
+	OutputTokens                          int64    `json:"output_tokens"`
+	CachedTokens                          int64    `json:"cached_tokens"`
+	ReasoningTokens                       int64    `json:"reasoning_tokens"`
+	Cost                                  *float64 `json:"cost"`
+	FirstByteMS                           *float64 `json:"first_byte_ms"`
+	TotalMS                               *float64 `json:"total_ms"`
+}
+
+// ledger returns the calls on record, oldest first, after all are settled.
+func (p *testProxy) ledger() []ledgerRow {
+	p.t.Helper()
+	p.settle()
+	var l struct{ Data []ledgerRow }
+	p.manage("GET", "/manage/requests?limit=500", "", 200, &l)
+	for i, j := 0, len(l.Data)-1; i < j; i, j = i+1, j-1 {
+		l.Data[i], l.Data[j] = l.Data[j], l.Data[i]
+	}
+	return l.Data
+}
+
+// settle waits until no call runs and the ledger is written.
+func (p *testProxy) settle() {
+	p.t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); p.in.running.oldest() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			p.t.Fatal("calls are still running")
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := p.in.ledger.flush(ctx); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// lastCall returns the last row on record.
+func (p *testProxy) lastCall() ledgerRow {
+	p.t.Helper()
+	rows := p.ledger()
+	if len(rows) == 0 {
+		p.t.Fatal("no call is on record")
+	}
+	return rows[len(rows)-1]
+}
+
+// raw sends bytes as they are over TCP and returns all that comes back until
+// the server closes, or for at most a second.
+func (p *testProxy) raw(request string) string {
+	p.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, request); err != nil {
+		return ""
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+	b, _ := io.ReadAll(conn)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.seen.Write(b)
+	return string(b)
+}
+
+// rawChat is a chat call as raw bytes, with extra header lines ("A: b\r\n").
+func (p *testProxy) rawChat(lines, body string) string {
+	return "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + p.token +
+		"\r\nContent-Type: application/json\r\n" + lines + "Content-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + body
+}
+
+// waitFor polls until ok, or fails the test with what it waited for.
+func waitFor(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited too long for %s", what)
+		}
+	}
+}
+
+// A recorded request is what the provider got.
+type recorded struct {
+	method, target string
+	header         http.Header // canonical names
+	head           string      // the raw head
+	body           string
+}
+
+// A fakeProvider speaks HTTP/1.1 over raw TCP. What it answers is up to script,
+// which writes raw bytes; when it returns false the connection is closed.
+type fakeProvider struct {
+	url, key string
+	listener net.Listener
+
+	mu       sync.Mutex
+	script   func(c *providerConn, r recorded) bool
+	requests []recorded
+	open     int // requests being answered
+}
+
+// A providerConn is one connection from the proxy.
+type providerConn struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+// reply writes a complete answer with Content-Length.
+func (c *providerConn) reply(status int, body string, headers ...string) bool {
+	var h strings.Builder
+	fmt.Fprintf(&h, "HTTP/1.1 %d X\r\nContent-Length: %d\r\n", status, len(body))
+	if !strings.Contains(strings.ToLower(strings.Join(headers, "\n")), "content-type") {
+		h.WriteString("Content-Type: application/json\r\n")
+	}
+	for _, line := range headers {
+		h.WriteString(line + "\r\n")
+	}
+	_, err := io.WriteString(c, h.String()+"\r\n"+body)
+	return err == nil
+}
+
+// sse begins an event stream in chunks.
+func (c *providerConn) sse(headers ...string) {
+	lines := strings.Join(append(headers, ""), "\r\n")
+	_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"+lines+"\r\n")
+}
+
+// chunk writes one chunk; an empty one ends the answer.
+func (c *providerConn) chunk(s string) error {
+	_, err := fmt.Fprintf(c, "%x\r\n%s\r\n", len(s), s)
+	return err
+}
+
+// gone waits until the proxy closes the connection, or gives up after d.
+func (c *providerConn) gone(d time.Duration) bool {
+	_ = c.SetReadDeadline(time.Now().Add(d))
+	_, err := c.r.ReadByte()
+	ne, ok := err.(net.Error)
+	return err != nil && (!ok || !ne.Timeout())
+}
+
+// reset closes the connection with a TCP reset.
+func (c *providerConn) reset() bool {
+	_ = c.Conn.(*net.TCPConn).SetLinger(0)
+	c.Conn.Close()
+	return false
+}
+
+const chatAnswer = `{"id":"chatcmpl-1","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,` +
+	`"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":3,"total_tokens":12}}`
+
+// chatEvents is a short stream; usage says whether the usage event is in it.
+func chatEvents(usage bool) []string {
+	event := func(rest string) string {
+		return `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini-2024-07-18",` + rest + "}\n\n"
+	}
+	events := []string{
+		event(`"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]`),
+		event(`"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]`),
+		event(`"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]`),
+	}
+	if usage {
+		events = append(events, event(`"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3,"total_tokens":12}`))
+	}
+	return append(events, "data: [DONE]\n\n")
+}
+
+// answerChat is the script that a provider begins with: it answers chat calls,
+// streamed or not, with usage where it is asked for.
+func answerChat(c *providerConn, r recorded) bool {
+	if !strings.Contains(r.body, `"stream":true`) {
+		return c.reply(200, chatAnswer, "X-Request-Id: provider-1")
+	}
+	c.sse()
+	for _, e := range chatEvents(strings.Contains(r.body, `"include_usage":true`)) {
+		if c.chunk(e) != nil {
+			return false
+		}
+	}
+	return c.chunk("") == nil
+}
+
+func newFakeProvider(t *testing.T) *fakeProvider {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &fakeProvider{url: "http://" + l.Addr().String(), key: "sk-provider-" + randomBase62(40), listener: l, script: answerChat}
+	var serving sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	serving.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer conn.Close()
+				stop := context.AfterFunc(ctx, func() { conn.Close() })
+				defer stop()
+				p.serve(&providerConn{conn, bufio.NewReader(conn)})
+			})
+		}
+	})
+	t.Cleanup(func() { cancel(); l.Close(); serving.Wait() })
+	return p
+}
+
+func (p *fakeProvider) serve(c *providerConn) {
+	for {
+		r, err := readRequest(c.r)
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		p.requests = append(p.requests, r)
+		p.open++
+		script := p.script
+		p.mu.Unlock()
+		again := script(c, r)
+		p.mu.Lock()
+		p.open--
+		p.mu.Unlock()
+		if !again {
+			return
+		}
+	}
+}
+
+func readRequest(br *bufio.Reader) (recorded, error) {
+	var head strings.Builder
+	tr := textproto.NewReader(bufio.NewReader(io.TeeReader(byteReader{br}, &head)))
+	line, err := tr.ReadLine()
+	if err != nil {
+		return recorded{}, err
+	}
+	h, err := tr.ReadMIMEHeader()
+	if err != nil {
+		return recorded{}, err
+	}
+	method, rest, _ := strings.Cut(line, " ")
+	target, _, _ := strings.Cut(rest, " ")
+	r := recorded{method: method, target: target, header: http.Header(h), head: head.String()}
+	req, err := http.ReadRequest(bufio.NewReader(io.MultiReader(strings.NewReader(r.head), br)))
+	if err != nil {
+		return recorded{}, err
+	}
+	body, err := io.ReadAll(req.Body)
+	r.body = string(body)
+	return r, err
+}
+
+// A byteReader hands out one byte a time, so that nothing is read ahead.
+type byteReader struct{ r *bufio.Reader }
+
+func (b byteReader) Read(p []byte) (int, error) {
+	c, err := b.r.ReadByte()
+	if err != nil {
+		return 0, err
+	}
+	p[0] = c
+	return 1, nil
+}
+
+// answer sets the script from now on.
+func (p *fakeProvider) answer(script func(c *providerConn, r recorded) bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.script = script
+}
+
+// got returns the requests so far.
+func (p *fakeProvider) got() []recorded {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return append([]recorded(nil), p.requests...)
+}
+
+// last returns the last request, and fails the test if there is none.
+func (p *fakeProvider) last(t *testing.T) recorded {
+	t.Helper()
+	all := p.got()
+	if len(all) == 0 {
+		t.Fatal("the provider got no request")
+	}
+	return all[len(all)-1]
+}
+
+// A syncBuffer is a bytes.Buffer for several goroutines.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) bytes() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return bytes.Clone(s.b.Bytes())
+}

@@ -1,0 +1,74 @@
+// The promises of the proxy, each as a test with its name (SECURITY.md lists
+// them), and the plain way of a call.
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+// TestTransparent: bodies pass byte for byte, both ways.
+func TestTransparent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	body := `{ "messages": [], "big": 9223372036854775809, "e": 1e400, "sep": "` + "\u2028" + `", "neg": -0, "model":"gpt-4o-mini" }`
+	res := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", "sdk/1")
+	if res.status != 200 || res.body != chatAnswer {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	got := p.provider.last(t)
+	if got.body != body {
+		t.Errorf("the provider got %s", got.body)
+	}
+	if got.target != "/v1/chat/completions" || got.header.Get("Authorization") != "Bearer "+p.provider.key || got.header.Get("User-Agent") != "sdk/1" {
+		t.Errorf("the provider got %s", strings.ReplaceAll(got.head, p.provider.key, "KEY"))
+	}
+	if res.header.Get("X-Request-Id") != "provider-1" || !strings.HasPrefix(res.header.Get("X-Llm-Proxy-Request-Id"), "req_") {
+		t.Errorf("request ids: %v", res.header)
+	}
+	row := p.lastCall()
+	if row.Outcome != "ok" || row.UsageSource != "exact" || row.InputTokens != 9 || row.OutputTokens != 3 || row.Status != 200 || row.Cost == nil {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestStreamUsageAddedAndRemoved: the proxy asks for usage, and a client that
+// did not ask gets the stream as if it had not.
+func TestStreamUsageAddedAndRemoved(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	plain, with := strings.Join(chatEvents(false), ""), strings.Join(chatEvents(true), "")
+	if res := p.chat(`"stream":true`); res.body != plain {
+		t.Errorf("without asking for usage: %s", res.body)
+	}
+	if got := p.provider.last(t); !strings.Contains(got.body, `"include_usage":true`) {
+		t.Errorf("the provider got %s", got.body)
+	}
+	if res := p.chat(`"stream":true`, `"stream_options":{"include_usage":true}`); res.body != with {
+		t.Errorf("asking for usage: %s", res.body)
+	}
+	for _, row := range p.ledger() {
+		if row.Outcome != "ok" || row.UsageSource != "exact" || row.OutputTokens != 3 || !row.Stream {
+			t.Errorf("the ledger has %+v", row)
+		}
+	}
+}
+
+// TestUpHeaders: an allow-list, and nothing that the client did not send.
+func TestUpHeaders(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.do("POST", "/v1/chat/completions", chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json",
+		"Cookie", "a=b", "OpenAI-Organization", "org", "OpenAI-Project", "proj", "OpenAI-Beta", "b", "X-Stainless-Lang", "js",
+		"X-Forwarded-For", "1.2.3.4", "Via", "x", "Range", "bytes=0-1", "Idempotency-Key", "i", "Traceparent", "00-1", "X-Custom", "no")
+	var names []string
+	for name := range p.provider.last(t).header {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	want := []string{"Authorization", "Content-Length", "Content-Type", "Host", "Idempotency-Key", "Openai-Beta", "Traceparent", "User-Agent", "X-Stainless-Lang"}
+	if !slices.Equal(names, want) {
+		t.Errorf("the provider got the headers %v, want %v", names, want)
+	}
+}
