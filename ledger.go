@@ -15,9 +15,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
 )
 
 const (
@@ -26,6 +23,10 @@ const (
 	settleDelay = 100 * time.Millisecond
 	settleBatch = 512
 	retryDelay  = 250 * time.Millisecond
+	// A busy writer waits a moment for a larger batch: much of a transaction's
+	// cost is the same for one row and for fifty. A quiet one never waits.
+	busyBatch = 8
+	busyDelay = 2 * time.Millisecond
 )
 
 // A ledgerEntry is one call's row on its way. begin is written by the caller
@@ -190,6 +191,9 @@ func (l *ledger) run() {
 			if l.failing.Load() && !l.pause(retryDelay) {
 				return
 			}
+			if len(begins) >= busyBatch && !closing {
+				time.Sleep(busyDelay)
+			}
 			continue
 		}
 		if closing {
@@ -307,17 +311,6 @@ func batchOf(begins, settles []*ledgerEntry, sums []*requestRow) ledgerBatch {
 		}
 	}
 	return b
-}
-
-// refusedRow reports whether err is the database's verdict on a row, which
-// trying again cannot change.
-func refusedRow(err error) bool {
-	e, ok := errors.AsType[*sqlite.Error](err)
-	if !ok {
-		return false
-	}
-	code := e.Code() & 0xff
-	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
 }
 
 func (l *ledger) recovered() {

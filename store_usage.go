@@ -81,7 +81,7 @@ func (s *sum) add(r *requestRow) {
 
 // ledgerStatements are prepared once on the writing connection.
 type ledgerStatements struct {
-	begin, count, settle, record, sum *sql.Stmt
+	begin, count, settle, settleOK, record, sum *sql.Stmt
 }
 
 func (s *store) prepareLedger(ctx context.Context) (*ledgerStatements, error) {
@@ -91,19 +91,23 @@ func (s *store) prepareLedger(ctx context.Context) (*ledgerStatements, error) {
 		text string
 	}{
 		{&l.begin, `
-			INSERT INTO requests (id, started_at, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'open', 'estimated', ?, ?)`},
+			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', 'estimated', ?, ?)`},
 		{&l.count, `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`},
 		{&l.settle, `
 			UPDATE requests SET upstream = ?, model = ?, status = ?, outcome = ?, error_code = ?, usage_source = ?,
 				input_tokens = ?, cached_tokens = ?, cache_write_tokens = ?, output_tokens = ?, reasoning_tokens = ?,
 				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?
 			WHERE id = ?`},
+		{&l.settleOK, `
+			UPDATE requests SET model = ?, status = 200, outcome = 'ok', usage_source = 'exact', input_tokens = ?, output_tokens = ?,
+				cost = ?, first_byte_us = ?, total_us = ?
+			WHERE id = ?`},
 		{&l.record, `
 			INSERT INTO requests (upstream, model, status, outcome, error_code, usage_source,
 				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-				cost, first_byte_us, total_us, attempts, cache, id, started_at, project, token, endpoint, stream, address)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`},
+				cost, first_byte_us, total_us, attempts, cache, id, project, token, endpoint, stream, address)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`},
 		{&l.sum, sumStatement},
 	} {
 		var err error
@@ -125,7 +129,7 @@ const sumStatement = `
 		estimated_calls = estimated_calls + excluded.estimated_calls, total_us = total_us + excluded.total_us`
 
 func (l *ledgerStatements) close() {
-	for _, st := range []*sql.Stmt{l.begin, l.count, l.settle, l.record, l.sum} {
+	for _, st := range []*sql.Stmt{l.begin, l.count, l.settle, l.settleOK, l.record, l.sum} {
 		st.Close()
 	}
 }
@@ -142,6 +146,13 @@ func (r *requestRow) settlement() []any {
 	return []any{r.upstream, r.model, r.status, string(r.outcome), r.errorCode, string(r.source),
 		r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
 		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, r.attempts, r.cache, r.id}
+}
+
+// ordinary reports whether all that settling changes in the row is what a plain
+// successful call changes. Most are such, and each column costs.
+func (r *requestRow) ordinary() bool {
+	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
+		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == ""
 }
 
 // sumModel is the model under which a call is summed. A name that a client made
@@ -198,7 +209,7 @@ func (l *ledgerStatements) writeRows(ctx context.Context, tx *sql.Tx, b ledgerBa
 		st := tx.StmtContext(ctx, l.begin)
 		defer st.Close()
 		for _, r := range b.begins {
-			if _, err := st.ExecContext(ctx, r.id, r.started, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
+			if _, err := st.ExecContext(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 				r.counts.input, r.counts.output); err != nil {
 				return fmt.Errorf("beginning a row: %w", err)
 			}
@@ -206,10 +217,17 @@ func (l *ledgerStatements) writeRows(ctx context.Context, tx *sql.Tx, b ledgerBa
 		}
 	}
 	if len(b.settles) > 0 {
-		st := tx.StmtContext(ctx, l.settle)
-		defer st.Close()
+		full, short := tx.StmtContext(ctx, l.settle), tx.StmtContext(ctx, l.settleOK)
+		defer full.Close()
+		defer short.Close()
 		for _, r := range b.settles {
-			if _, err := st.ExecContext(ctx, r.settlement()...); err != nil {
+			var err error
+			if r.ordinary() {
+				_, err = short.ExecContext(ctx, r.model, r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS, r.id)
+			} else {
+				_, err = full.ExecContext(ctx, r.settlement()...)
+			}
+			if err != nil {
 				return fmt.Errorf("settling a row: %w", err)
 			}
 		}
@@ -218,7 +236,7 @@ func (l *ledgerStatements) writeRows(ctx context.Context, tx *sql.Tx, b ledgerBa
 		st := tx.StmtContext(ctx, l.record)
 		defer st.Close()
 		for _, r := range b.records {
-			args := append(r.settlement(), r.started, r.project, r.token, r.endpoint, r.stream, r.address)
+			args := append(r.settlement(), r.project, r.token, r.endpoint, r.stream, r.address)
 			if _, err := st.ExecContext(ctx, args...); err != nil {
 				return fmt.Errorf("recording a row: %w", err)
 			}

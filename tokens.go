@@ -83,7 +83,7 @@ func hashCredential(prefix, text string) (hash [32]byte, public string, ok bool)
 		return hash, "", false
 	}
 	for i := range len(text) - len(prefix) {
-		if c := text[len(prefix)+i]; i != publicLen && strings.IndexByte(base62, c) < 0 {
+		if c := text[len(prefix)+i]; i != publicLen && (c < '0' || c > '9') && (c < 'A' || c > 'Z') && (c < 'a' || c > 'z') {
 			return hash, "", false
 		}
 	}

@@ -97,7 +97,7 @@ CREATE TABLE management_keys (
 -- REFERENCES because those rows are never deleted and this is the hot path.
 CREATE TABLE requests (
 	id               INTEGER PRIMARY KEY,
-	started_at       INTEGER NOT NULL,
+	started_at       INTEGER GENERATED ALWAYS AS (id >> 21) VIRTUAL,
 	project          INTEGER NOT NULL,
 	token            INTEGER NOT NULL,
 	upstream         INTEGER NOT NULL, -- 0: none was reached
@@ -106,9 +106,9 @@ CREATE TABLE requests (
 	stream           INTEGER NOT NULL CHECK (stream IN (0, 1)),
 	address          TEXT    NOT NULL, -- the client's
 	status           INTEGER NOT NULL DEFAULT 0, -- HTTP status the client got; 0: none yet
-	outcome          TEXT    NOT NULL CHECK (outcome IN ('open', 'ok', 'refused', 'client_gone', 'truncated', 'upstream_error', 'lost')),
+	outcome          TEXT    NOT NULL, -- open, ok, refused, client_gone, truncated, upstream_error or lost
 	error_code       TEXT    NOT NULL DEFAULT '', -- the code the client got, or why it was cut
-	usage_source     TEXT    NOT NULL CHECK (usage_source IN ('exact', 'estimated', 'none')),
+	usage_source     TEXT    NOT NULL, -- exact, estimated or none
 	input_tokens     INTEGER NOT NULL, -- includes the cached and cache_write ones
 	cached_tokens    INTEGER NOT NULL DEFAULT 0,
 	cache_write_tokens INTEGER NOT NULL DEFAULT 0,
@@ -117,8 +117,12 @@ CREATE TABLE requests (
 	cost             INTEGER, -- nano-dollars; NULL: the model's price is not known
 	first_byte_us    INTEGER, -- to the first answer byte that left; NULL: none did
 	total_us         INTEGER,
-	attempts         INTEGER NOT NULL DEFAULT 0, -- calls made to providers
-	cache            TEXT    NOT NULL DEFAULT ''
+	attempts         INTEGER NOT NULL DEFAULT 1, -- calls made to providers
+	cache            TEXT    NOT NULL DEFAULT '',
+	-- Not IN (...): SQLite builds a table of the list for each row, on this hot path.
+	CHECK (outcome = 'ok' OR outcome = 'open' OR outcome = 'client_gone' OR outcome = 'refused'
+		OR outcome = 'upstream_error' OR outcome = 'truncated' OR outcome = 'lost'),
+	CHECK (usage_source = 'exact' OR usage_source = 'estimated' OR usage_source = 'none')
 ) STRICT;
 CREATE INDEX requests_project ON requests (project, id);
 CREATE INDEX requests_token ON requests (token, id);
