@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -34,6 +35,19 @@ type dataDir struct {
 
 // openDataDir makes what is missing and takes the lock. The caller closes it.
 func openDataDir(cfg *config) (*dataDir, error) {
+	d, err := lockDataDir(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.claimDatabase(); err != nil {
+		d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// lockDataDir is openDataDir without a look at the database.
+func lockDataDir(cfg *config) (*dataDir, error) {
 	if err := os.MkdirAll(cfg.dataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the data directory: %w", err)
 	}
@@ -41,27 +55,21 @@ func openDataDir(cfg *config) (*dataDir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the lock file: %w", err)
 	}
-	d := &dataDir{lock: lock, path: cfg.dataDir, file: cfg.databaseFile}
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or give this one a DATA_DIR of its own", cfg.dataDir)
 	}
-	if err := d.claimDatabase(); err != nil {
-		lock.Close()
-		return nil, err
-	}
-	return d, nil
+	return &dataDir{lock: lock, path: cfg.dataDir, file: cfg.databaseFile}, nil
 }
 
 // claimDatabase makes an empty database file if there never was one. The lock
 // file remembers that there was: a missing database is then an error, for to
 // begin anew silently would make every token unknown.
 func (d *dataDir) claimDatabase() error {
-	known, err := os.ReadFile(d.lock.Name())
+	had, err := d.remembered()
 	if err != nil {
-		return fmt.Errorf("reading the lock file: %w", err)
+		return err
 	}
-	had := strings.Contains(string(known), d.file+"\n")
 	info, err := os.Stat(d.file)
 	if had && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
 		return fmt.Errorf("the database %s is missing or empty, but there was one; bring it back (llm-proxy restore FILE), or to begin anew remove %s", d.file, d.lock.Name())
@@ -82,10 +90,27 @@ func (d *dataDir) claimDatabase() error {
 	return nil
 }
 
-// remember notes that the database was opened with success.
+// remember notes that the database was opened with success. The lock file has
+// one line for each database that ever was.
 func (d *dataDir) remember() error {
-	_, err := d.lock.WriteAt([]byte(d.file+"\n"), 0)
+	had, err := d.remembered()
+	if err != nil || had {
+		return err
+	}
+	info, err := d.lock.Stat()
+	if err != nil {
+		return err
+	}
+	_, err = d.lock.WriteAt([]byte(d.file+"\n"), info.Size())
 	return err
+}
+
+func (d *dataDir) remembered() (bool, error) {
+	known, err := os.ReadFile(d.lock.Name())
+	if err != nil {
+		return false, fmt.Errorf("reading the lock file: %w", err)
+	}
+	return slices.Contains(strings.Split(string(known), "\n"), d.file), nil
 }
 
 func (d *dataDir) close() error { return d.lock.Close() } // which gives up the lock
@@ -122,42 +147,68 @@ func (d *dataDir) gone() string {
 // proves it right against the database. Only a database without any key gets a
 // new one. made says that a key file was made.
 func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, made string, err error) {
-	check, err := st.setting(ctx, "key_check")
-	if err != nil && !errors.Is(err, errNotFound) {
+	if _, err = st.setting(ctx, "key_check"); err == nil {
+		sl, err = knownSealer(ctx, cfg, st)
+		return sl, "", err
+	}
+	if !errors.Is(err, errNotFound) {
 		return nil, "", fmt.Errorf("reading the key check: %w", err)
 	}
-	fresh := err != nil
-	key := cfg.encryptionKey
-	if key == nil {
-		name := filepath.Join(cfg.dataDir, keyName)
-		text, err := os.ReadFile(name)
-		switch {
-		case err == nil:
-			key = newSecret(string(text))
-		case !errors.Is(err, fs.ErrNotExist):
-			return nil, "", fmt.Errorf("reading the key file: %w", err)
-		case !fresh:
-			return nil, "", fmt.Errorf("the encryption key is missing: this database holds sealed keys; set ENCRYPTION_KEY or ENCRYPTION_KEY_FILE, or bring back %s", name)
-		default:
-			key = newEncryptionKey()
-			if err := writeNewFile(name, key()+"\n"); err != nil {
-				return nil, "", fmt.Errorf("writing the key file: %w", err)
-			}
-			made = name
+	key, err := encryptionKey(cfg)
+	if errors.Is(err, fs.ErrNotExist) {
+		key, made = newEncryptionKey(), filepath.Join(cfg.dataDir, keyName)
+		if err := writeNewFile(made, key()+"\n"); err != nil {
+			return nil, "", fmt.Errorf("writing the key file: %w", err)
 		}
-	}
-	raw, err := parseEncryptionKey(key())
-	if err != nil {
-		return nil, "", fmt.Errorf("the encryption key %w", err)
-	}
-	if sl, err = newSealer(raw); err != nil {
+	} else if err != nil {
 		return nil, "", err
 	}
-	if fresh {
-		sealed := base64.StdEncoding.EncodeToString(sl.seal(newSecret("llm-proxy"), keyCheckContext))
-		return sl, made, st.setSetting(ctx, "key_check", sealed)
+	if sl, err = sealerOf(key); err != nil {
+		return nil, "", err
 	}
-	return sl, "", checkSealer(sl, check)
+	sealed := base64.StdEncoding.EncodeToString(sl.seal(newSecret("llm-proxy"), keyCheckContext))
+	return sl, made, st.setSetting(ctx, "key_check", sealed)
+}
+
+// knownSealer is openSealer for a database that has its key: it makes nothing.
+func knownSealer(ctx context.Context, cfg *config, st *store) (*sealer, error) {
+	check, err := st.setting(ctx, "key_check")
+	if err != nil {
+		return nil, fmt.Errorf("reading the key check: %w", err)
+	}
+	key, err := encryptionKey(cfg)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("the encryption key is missing: this database holds sealed keys; set ENCRYPTION_KEY or ENCRYPTION_KEY_FILE, or bring back %s", filepath.Join(cfg.dataDir, keyName))
+	}
+	if err != nil {
+		return nil, err
+	}
+	sl, err := sealerOf(key)
+	if err != nil {
+		return nil, err
+	}
+	return sl, checkSealer(sl, check)
+}
+
+// encryptionKey returns the key from the settings, or from the key file. Where
+// there is neither, the error is fs.ErrNotExist.
+func encryptionKey(cfg *config) (secret, error) {
+	if cfg.encryptionKey != nil {
+		return cfg.encryptionKey, nil
+	}
+	text, err := os.ReadFile(filepath.Join(cfg.dataDir, keyName))
+	if err != nil {
+		return nil, fmt.Errorf("reading the key file: %w", err)
+	}
+	return newSecret(string(text)), nil
+}
+
+func sealerOf(key secret) (*sealer, error) {
+	raw, err := parseEncryptionKey(key())
+	if err != nil {
+		return nil, fmt.Errorf("the encryption key %w", err)
+	}
+	return newSealer(raw)
 }
 
 func checkSealer(sl *sealer, check string) error {
@@ -179,7 +230,16 @@ func writeNewFile(name, text string) error {
 		return err
 	}
 	_, err = f.WriteString(text)
-	return errors.Join(err, f.Sync(), f.Close())
+	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name)))
+}
+
+// syncDir makes sure that the names in a directory are on disk.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // freeSpace returns the bytes that this user can still write below path.

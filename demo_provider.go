@@ -122,11 +122,14 @@ func (c *demoCall) handler() func() {
 	return nil
 }
 
-// authorised reports whether the call carries the key in its dialect's header; if not, it has been refused.
+// authorised reports whether the call carries the key in its dialect's header; if not, it has been refused. Anthropic's
+// dialect has two: SDKs send the key in either.
 func (c *demoCall) authorised() bool {
 	given, msg := c.r.Header.Get("X-Api-Key"), "invalid x-api-key"
-	if !c.anthropic {
+	if !c.anthropic || given == "" {
 		given, _ = strings.CutPrefix(c.r.Header.Get("Authorization"), "Bearer ")
+	}
+	if !c.anthropic {
 		msg = "Incorrect API key provided. This is the demo provider of llm-proxy."
 	}
 	if subtle.ConstantTimeCompare([]byte(given), []byte(c.p.key)) != 1 {

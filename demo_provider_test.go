@@ -369,8 +369,9 @@ func TestDemoProviderNeedsItsKey(t *testing.T) {
 		{"GET", "/v1/models", "", "", 401, "invalid_request_error"},
 		{"POST", "/v1/nothing", "", "", 401, "invalid_request_error"},
 		{"POST", "/v1/messages", "X-Api-Key", "wrong", 401, "authentication_error"},
-		{"POST", "/v1/messages", "Authorization", "Bearer " + demoTestKey, 401, "authentication_error"},
-		{"POST", "/v1/messages", "X-Api-Key", demoTestKey, 400, "invalid_request_error"}, // no anthropic-version
+		{"POST", "/v1/messages", "Authorization", "Bearer wrong", 401, "authentication_error"},
+		{"POST", "/v1/messages", "Authorization", "Bearer " + demoTestKey, 400, "invalid_request_error"}, // no anthropic-version
+		{"POST", "/v1/messages", "X-Api-Key", demoTestKey, 400, "invalid_request_error"},                 // no anthropic-version
 	} {
 		req, _ := http.NewRequestWithContext(t.Context(), tt.method, srv.URL+tt.path, strings.NewReader(`{"model":"m"}`))
 		req.Header.Set(tt.header, tt.value)

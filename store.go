@@ -146,35 +146,6 @@ func (s *store) writable(ctx context.Context) error {
 	return err
 }
 
-// check runs SQLite's own integrity check and returns what it complains about.
-func (s *store) check(ctx context.Context) ([]string, error) {
-	rows, err := s.read.QueryContext(ctx, `PRAGMA integrity_check(20)`)
-	if err != nil {
-		return nil, fmt.Errorf("checking integrity: %w", err)
-	}
-	defer rows.Close()
-	var out []string
-	for rows.Next() {
-		var line string
-		if err := rows.Scan(&line); err != nil {
-			return nil, fmt.Errorf("checking integrity: %w", err)
-		}
-		if line != "ok" {
-			out = append(out, line)
-		}
-	}
-	return out, rows.Err()
-}
-
-// backup writes a consistent copy of the database, as of one moment, to a file
-// that must not exist yet. It may run while calls are being served.
-func (s *store) backup(ctx context.Context, file string) error {
-	if _, err := s.read.ExecContext(ctx, `VACUUM INTO ?`, file); err != nil {
-		return fmt.Errorf("copying the database: %w", err)
-	}
-	return nil
-}
-
 // setting returns a row of settings, or errNotFound.
 func (s *store) setting(ctx context.Context, name string) (string, error) {
 	var v string
@@ -207,4 +178,15 @@ func isTrouble(err error) bool {
 		return true
 	}
 	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
+}
+
+// refusedRow reports whether err is the database's verdict on a row, which
+// trying again cannot change.
+func refusedRow(err error) bool {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	if !ok {
+		return false
+	}
+	code := e.Code() & 0xff
+	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
 }

@@ -1,0 +1,189 @@
+// SQL about a database as a whole, for the commands that look at one beside a
+// running server, copy it, or bring a copy back. Nothing here changes the
+// database that a server has open.
+package main
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"io/fs"
+	"net/url"
+)
+
+// openReadOnly opens a database that another process may be writing to. Every
+// write through the returned store fails. still says that nobody writes to the
+// file: then no lock is taken on it and no file is made beside it.
+func openReadOnly(file string, still bool) (*store, error) {
+	dsn := readOnlyURI(file) + "&_pragma=busy_timeout(5000)"
+	if still {
+		dsn += "&immutable=1"
+	}
+	db, err := sql.Open("sqlite", dsn)
+	if err != nil {
+		return nil, fmt.Errorf("opening database %s: %w", file, err)
+	}
+	db.SetMaxOpenConns(2)
+	return &store{write: db, read: db}, nil
+}
+
+func readOnlyURI(file string) string {
+	return "file:" + (&url.URL{Path: file}).EscapedPath() + "?mode=ro"
+}
+
+// schemaVersion returns the version that a database is at, and the one that
+// this program knows.
+func (s *store) schemaVersion(ctx context.Context) (at, known int, err error) {
+	files, err := fs.Glob(schemaFiles, "schema/*.sql")
+	if err != nil {
+		return 0, 0, fmt.Errorf("listing the schema: %w", err)
+	}
+	if err := s.read.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
+		return 0, 0, fmt.Errorf("reading the schema version: %w", err)
+	}
+	return at, len(files), nil
+}
+
+// check runs SQLite's own integrity check and returns what it complains about.
+func (s *store) check(ctx context.Context) ([]string, error) {
+	rows, err := s.read.QueryContext(ctx, `PRAGMA integrity_check(20)`)
+	if err != nil {
+		return nil, fmt.Errorf("checking integrity: %w", err)
+	}
+	defer rows.Close()
+	var out []string
+	for rows.Next() {
+		var line string
+		if err := rows.Scan(&line); err != nil {
+			return nil, fmt.Errorf("checking integrity: %w", err)
+		}
+		if line != "ok" {
+			out = append(out, line)
+		}
+	}
+	return out, rows.Err()
+}
+
+// copyTo writes a consistent copy of the database, as of one moment, to a file
+// that is empty. The store must be one from openReadOnly: VACUUM INTO is a
+// write in the eyes of query_only, though it leaves the source alone.
+func (s *store) copyTo(ctx context.Context, file string) error {
+	if _, err := s.read.ExecContext(ctx, `VACUUM INTO ?`, file); err != nil {
+		return fmt.Errorf("copying the database: %w", err)
+	}
+	return nil
+}
+
+// A census says how much is in a database.
+type census struct {
+	projects, tokens, calls int64
+	newest                  int64 // id of the newest call; 0: none
+}
+
+func (s *store) census(ctx context.Context) (c census, err error) {
+	err = s.read.QueryRowContext(ctx, `
+		SELECT (SELECT count(*) FROM projects WHERE deleted_at IS NULL), (SELECT count(*) FROM tokens),
+			(SELECT count(*) FROM requests), (SELECT coalesce(max(id), 0) FROM requests)`).
+		Scan(&c.projects, &c.tokens, &c.calls, &c.newest)
+	if err != nil {
+		return c, fmt.Errorf("counting: %w", err)
+	}
+	return c, nil
+}
+
+// countOpen counts the calls with an id from from to below before that are not
+// settled.
+func (s *store) countOpen(ctx context.Context, from, before int64) (n int64, err error) {
+	err = s.read.QueryRowContext(ctx, `
+		SELECT count(*) FROM requests WHERE id >= ? AND id < ? AND outcome = 'open'`, from, before).Scan(&n)
+	if err != nil {
+		return 0, fmt.Errorf("counting open calls: %w", err)
+	}
+	return n, nil
+}
+
+// A revival is what a backup would bring back to life, beside the database that
+// it is to replace.
+type revival struct {
+	revoked int64 // tokens revoked since
+	rotated int64 // tokens whose value was replaced since: the old one works again
+	expiry  int64 // tokens whose end was brought forward since
+	used    int64 // tokens whose count of requests goes back
+	keys    int64 // management keys revoked or cut in role or time since
+	paused  int64 // projects deactivated or deleted since
+	unknown int64 // tokens made since, which it does not know
+}
+
+// attachCurrent puts a database beside s, on its one writing connection, under
+// the name now. It may not be changed through it.
+func (s *store) attachCurrent(ctx context.Context, file string) error {
+	if _, err := s.write.ExecContext(ctx, `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
+		return fmt.Errorf("opening the current database: %w", err)
+	}
+	return nil
+}
+
+// revival compares s with the database that attachCurrent put beside it.
+func (s *store) revival(ctx context.Context) (r revival, err error) {
+	err = s.write.QueryRowContext(ctx, `
+		WITH alive AS (SELECT b.hash, b.expires_at, b.request_count, c.revoked_at AS gone, c.hash AS hash_now,
+				c.expires_at AS expires_now, c.request_count AS count_now
+			FROM main.tokens b JOIN now.tokens c ON c.id = b.id WHERE b.revoked_at IS NULL)
+		SELECT (SELECT count(*) FROM alive WHERE gone IS NOT NULL),
+			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash <> hash_now),
+			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash = hash_now AND (expires_at IS NULL OR expires_now < expires_at)
+				AND expires_now IS NOT NULL),
+			(SELECT count(*) FROM alive WHERE gone IS NULL AND count_now > request_count),
+			(SELECT count(*) FROM main.management_keys b JOIN now.management_keys c ON c.id = b.id
+				WHERE b.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),
+			(SELECT count(*) FROM main.projects b JOIN now.projects c ON c.id = b.id WHERE b.is_active AND NOT c.is_active),
+			(SELECT count(*) FROM now.tokens c WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens))`).
+		Scan(&r.revoked, &r.rotated, &r.expiry, &r.used, &r.keys, &r.paused, &r.unknown)
+	if err != nil {
+		return r, fmt.Errorf("comparing with the current database: %w", err)
+	}
+	return r, nil
+}
+
+// witherSince makes tokens, management keys and projects of s no more alive
+// than they are in the database that attachCurrent put beside it.
+func (s *store) witherSince(ctx context.Context, now int64) error {
+	return s.execAll(ctx, now, []string{`
+		UPDATE main.tokens SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
+		FROM now.tokens c
+		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
+		UPDATE main.tokens SET expires_at = c.expires_at, version = main.tokens.version + 1, updated_at = ?1
+		FROM now.tokens c
+		WHERE c.id = main.tokens.id AND c.expires_at IS NOT NULL
+			AND (main.tokens.expires_at IS NULL OR c.expires_at < main.tokens.expires_at)`, `
+		UPDATE main.tokens SET request_count = main.tokens.request_count + (c.request_count - main.tokens.request_count)
+		FROM now.tokens c WHERE c.id = main.tokens.id AND c.request_count > main.tokens.request_count`, `
+		UPDATE main.management_keys SET revoked_at = c.revoked_at, role = c.role,
+			expires_at = c.expires_at, version = main.management_keys.version + 1, updated_at = ?1
+		FROM now.management_keys c
+		WHERE c.id = main.management_keys.id AND main.management_keys.revoked_at IS NULL AND (c.revoked_at IS NOT NULL
+			OR c.role <> main.management_keys.role OR c.expires_at IS NOT main.management_keys.expires_at)`, `
+		UPDATE main.projects SET is_active = 0, version = main.projects.version + 1, updated_at = ?1
+		FROM now.projects c WHERE c.id = main.projects.id AND main.projects.is_active AND NOT c.is_active`,
+	})
+}
+
+// witherAll revokes every token and every management key.
+func (s *store) witherAll(ctx context.Context, now int64) error {
+	return s.execAll(ctx, now, []string{
+		`UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
+		`UPDATE management_keys SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
+	})
+}
+
+// execAll runs statements that take the time as ?1 in one transaction.
+func (s *store) execAll(ctx context.Context, now int64, statements []string) error {
+	return s.tx(ctx, func(tx *sql.Tx) error {
+		for _, text := range statements {
+			if _, err := tx.ExecContext(ctx, text, now); err != nil {
+				return fmt.Errorf("revoking: %w", err)
+			}
+		}
+		return nil
+	})
+}
