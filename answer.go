@@ -103,9 +103,14 @@ func (a *answerWriter) WriteHeader(status int) {
 	a.status = status
 	to := a.w.Header()
 	for name, values := range a.header {
-		if comesDown(name) && !a.keys.in(values) {
+		if a.keys.in(values) {
+			delete(a.header, name) // from the log's sight too
+		} else if comesDown(name) {
 			to[name] = values
 		}
+	}
+	if _, ok := to["Content-Type"]; !ok {
+		to["Content-Type"] = nil // net/http would guess one from the body
 	}
 	if a.c.stripped && a.sse {
 		to.Del("Content-Length")
@@ -200,7 +205,8 @@ func (m *keyMask) pass(p []byte) []byte {
 		m.out = append(append(m.out[:0], m.held...), p...)
 		m.held, p = m.held[:0], m.out
 	}
-	for at := 0; ; {
+	at := 0 // what is before it has been looked at
+	for {
 		i := bytes.Index(p[at:], m.key)
 		if i < 0 {
 			break
@@ -211,7 +217,7 @@ func (m *keyMask) pass(p []byte) []byte {
 		}
 		at += i + len(m.key)
 	}
-	tail := p[max(0, len(p)-len(m.key)+1):]
+	tail := p[max(at, len(p)-len(m.key)+1):]
 	for i := bytes.IndexByte(tail, m.key[0]); i >= 0; {
 		if bytes.HasPrefix(m.key, tail[i:]) {
 			m.held = append(m.held, tail[i:]...)

@@ -23,7 +23,7 @@ const (
 // protectedNames are the top-level fields that the proxy or its policies read. Each may occur once, in this spelling.
 var protectedNames = [...]string{
 	"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n",
-	"previous_response_id", "conversation", "background", "store",
+	"previous_response_id", "conversation", "background", "store", "models", "fallbacks",
 }
 
 // callFields is what a request body says that the proxy must know. Everything else passes unread.
@@ -34,6 +34,7 @@ type callFields struct {
 	n            int64      // 1 unless the body has a positive integer n
 	includeUsage bool       // stream_options.include_usage is true
 	stateRef     string     // first field that refers to objects kept at the provider and is neither null nor false; "" if none
+	otherModels  string     // "models" or "fallbacks" if the body names models beside model, as routers of several providers take them
 	usage        bodySplice // what withIncludeUsage does
 }
 
@@ -114,6 +115,10 @@ func (f *callFields) set(name string, raw []byte) *bodyError {
 	case "previous_response_id", "conversation", "background":
 		if f.stateRef == "" && string(raw) != "null" && string(raw) != "false" {
 			f.stateRef = name
+		}
+	case "models", "fallbacks":
+		if string(raw) != "null" {
+			f.otherModels = name
 		}
 	}
 	return nil

@@ -31,7 +31,10 @@ func TestScanJSON(t *testing.T) {
 		{`{"previous_response_id":null,"background":false,"store":false}`, callFields{n: 1}},
 		{`{"background":true,"previous_response_id":"resp_1"}`, callFields{n: 1, stateRef: "background"}},
 		{`{"conversation":{"id":"conv_1"}}`, callFields{n: 1, stateRef: "conversation"}},
-		{`{"user":1,"user":2,"models":["x"],"model_":0,"":0,"nn":0}`, callFields{n: 1}},
+		{`{"model":"a","models":["b"]}`, callFields{model: "a", n: 1, otherModels: "models"}},
+		{`{"fallbacks":[],"models":null}`, callFields{n: 1, otherModels: "fallbacks"}},
+		{`{"x":{"models":["b"]},"models":null,"fallbacks":null}`, callFields{n: 1}},
+		{`{"user":1,"user":2,"model_s":["x"],"model_":0,"":0,"nn":0}`, callFields{n: 1}},
 	} {
 		got, err := scanJSON([]byte(c.body))
 		got.usage = bodySplice{}
@@ -94,6 +97,8 @@ func TestScanJSONRefuses(t *testing.T) {
 		{`{"max_toKens":1}`, "max_tokens", "Ambiguous"},
 		{`{"bac` + "\u212a" + `ground":1}`, "background", "Ambiguous"},
 		{`{"N":1}`, "n", "Ambiguous"},
+		{`{"Model\u0053":["b"]}`, "models", "Ambiguous"},
+		{`{"models":null,"models":["b"]}`, "models", "Duplicate"},
 		{`{"store":true,"store":false}`, "store", "Duplicate"},
 		{`{"model":["a"]}`, "model", "string"},
 		{`{"model":1}`, "model", "string"},

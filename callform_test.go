@@ -41,6 +41,7 @@ func TestScanForm(t *testing.T) {
 		{formType, form("model=a", "include[]=logprobs", "include[]=x", "file=", disp+`name="image[]"; filename="ü.png"|x`), callFields{model: "a", n: 1}},
 		{formType, form("content-disposition:form-data;name=\"model\"\r\nContent-Length: 1\r\nContent-Transfer-Encoding: 8bit|a"), callFields{model: "a", n: 1}},
 		{formType, form("conversation=c", "n="), callFields{n: 1, stateRef: "conversation"}},
+		{formType, form("models=b"), callFields{n: 1, otherModels: "models"}},
 		{formType, form(disp + "name=\"prompt\"\r\nContent-Type: text/plain; charset=utf-16|x"), callFields{n: 1}},
 	} {
 		if got, err := scanForm(c.contentType, []byte(c.body)); err != nil || got != c.want {
@@ -90,6 +91,7 @@ func TestScanFormRefuses(t *testing.T) {
 		{formType, form("model=a", "model=b"), "model"},
 		{formType, form("Model=a"), "model"},
 		{formType, form("model[]=a"), "model"},
+		{formType, form("models[]=a"), "models"},
 		{formType, form("model[x=a"), "model"},
 		{formType, form("stream_options[include_usage]=a"), "stream_options"},
 		{formType, form(disp + "name=\"model\"; filename=\"a\"|a"), "model"},

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"log"
@@ -102,6 +103,10 @@ func quietLogger(to *slog.Logger) *log.Logger {
 type quietWriter struct{ to *slog.Logger }
 
 func (q quietWriter) Write(p []byte) (int, error) {
+	if bytes.HasPrefix(p, []byte("http: panic serving ")) { // a mistake of ours; the stack shows addresses, no values
+		q.to.Error("panic", "note", clip(string(p), 8192))
+		return len(p), nil
+	}
 	q.to.Debug("net/http", "note", clip(string(p), 512))
 	return len(p), nil
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -24,6 +25,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	log.SetOutput(io.Discard) // net/http's transport writes there what providers send unasked, unmasked
 	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
 	if err := p.run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "llm-proxy:", err)
@@ -252,6 +254,8 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
 		ErrorLog:          in.quietLog,
+
+		DisableGeneralOptionsHandler: true, // its answer to OPTIONS * would be in no log
 		// No read or write timeout: an answer may stream for hours. The watchdog
 		// (calls.go) ends what stands still.
 	}

@@ -230,6 +230,10 @@ func (c *call) allowed() error {
 			return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
 				msg: "This token may not use this endpoint. It may use: " + clip(strings.Join(p.Endpoints, ", "), 500) + "."}
 		}
+		if p.Models != nil && c.fields.otherModels != "" { // the provider would choose among them
+			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: c.fields.otherModels,
+				msg: "This token is held to certain models; name one in model, and leave " + c.fields.otherModels + " out."}
+		}
 		if p.Models == nil || (c.fields.model == "" && !e.needsModel) {
 			continue
 		}

@@ -25,6 +25,11 @@ func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if c.query, err = cleanQuery(r.URL.RawQuery); err != nil {
 		return asClientError(err)
 	}
+	for _, name := range [...]string{"Content-Type", "Content-Encoding"} {
+		if len(r.Header[name]) > 1 { // we would go by one of them, the provider perhaps by the other
+			return badRequest("ambiguous_header", name, "The request has more than one "+name+" header.")
+		}
+	}
 	if ce := r.Header.Get("Content-Encoding"); ce != "" && !strings.EqualFold(ce, "identity") {
 		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "Send the body without Content-Encoding; limits must be able to read it."}
 	}
@@ -32,9 +37,12 @@ func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if c.endpoint.upload && form || c.endpoint.body == bodyNone {
+	switch {
+	case c.endpoint.body == bodyNone:
 		c.fields.model = m.model
-		return nil // streamed, or none
+		return refuseBody(r.Body)
+	case c.endpoint.upload && form:
+		return nil // streamed
 	}
 	if c.body, err = s.readBody(c, r); err != nil {
 		return err
@@ -72,9 +80,14 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 	if e.body == bodyNone || e.body == bodyRaw {
 		return false, nil
 	}
-	t, _, err := mime.ParseMediaType(contentType)
+	t, params, err := mime.ParseMediaType(contentType)
 	switch {
 	case err == nil && t == "application/json" && e.body != bodyForm:
+		// In another charset the same bytes may be another JSON text: in UTF-7
+		// "+AG0-odel" is "model".
+		if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
+			return false, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "JSON is UTF-8; send no other charset in Content-Type."}
+		}
 		return false, nil
 	case err == nil && t == "multipart/form-data" && e.body != bodyJSON:
 		return true, nil
@@ -84,6 +97,17 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 		want = "multipart/form-data"
 	}
 	return false, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "Send the body as " + want + " and say so in Content-Type."}
+}
+
+// refuseBody refuses what an endpoint without a body would drop in silence. An
+// empty object is what some clients send for nothing.
+func refuseBody(body io.Reader) error {
+	const most = 16
+	b, err := io.ReadAll(io.LimitReader(body, most))
+	if text := strings.TrimSpace(string(b)); err != nil || len(b) == most || text != "" && text != "{}" {
+		return badRequest("unexpected_body", "", "This endpoint takes no body.")
+	}
+	return nil
 }
 
 // readBody reads the body whole: the provider then gets it in one write, and

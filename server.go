@@ -45,6 +45,10 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("GET /healthz", s.handleHealth)      // open: the process answers
 	mux.HandleFunc("GET /readyz", s.handleReady)        // open: calls would be taken
 	mux.Handle("/manage/", s.protect(s.manageRoutes())) // a management key, by role: manage.go
+	for _, open := range [...]string{"/{$}", "/healthz", "/readyz"} {
+		mux.Handle(open, wrongMethod("GET"))
+	}
+	mux.HandleFunc("/", s.notFound)
 	return s.front(mux)
 }
 

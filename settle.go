@@ -7,6 +7,7 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -184,7 +185,9 @@ func (s *server) logCall(c *call, row *requestRow) {
 			}
 		}
 		if c.failure != nil && c.failure.cause != nil {
-			attrs = append(attrs, slog.String("error", clip(c.failure.cause.Error(), 1024)))
+			// net/http quotes what it could not read of an answer, which may quote the key.
+			text := strings.ReplaceAll(c.failure.cause.Error(), c.upstream.key(), hiddenSecret)
+			attrs = append(attrs, slog.String("error", clip(text, 1024)))
 		}
 	}
 	attrs = append(attrs, slog.Int64("total_us", row.totalUS))
