@@ -25,17 +25,22 @@ const (
 
 const (
 	watchEvery       = 100 * time.Millisecond
-	readGrace        = 30 * time.Second // before a minimum rate is asked of a request body
-	readRate         = 1 << 10          // bytes a second after that
-	clientStall      = 60 * time.Second // a client that takes no byte for so long is cut off
-	ledgerPatience   = 5 * time.Second
 	drainGracePeriod = 5 * time.Second // for calls to end after they were cut
 )
 
-// callLimits are the settings that the watchdog holds calls to.
+// callLimits are what the watchdog holds calls to.
 type callLimits struct {
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
+	readGrace         time.Duration // before a minimum rate is asked of a request body
+	readRate          float64       // that rate, in bytes a second
+	clientStall       time.Duration // a client that takes no byte for so long is cut off
+	ledgerPatience    time.Duration // for a row's commit
+}
+
+// newCallLimits returns the limits for two settings and what no one sets.
+func newCallLimits(upstreamTimeout, streamIdleTimeout time.Duration) callLimits {
+	return callLimits{upstreamTimeout, streamIdleTimeout, 30 * time.Second, 1 << 10, 60 * time.Second, 5 * time.Second}
 }
 
 // A watch is what the watchdog sees of a call. The call's goroutine writes it,
@@ -138,11 +143,11 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 	idle := time.Duration(rc.ticks.Load()-c.watch.since.Load()) * watchEvery
 	switch phase(c.watch.phase.Load()) {
 	case phaseReading:
-		if age := now.Sub(c.start); age > readGrace && c.watch.received.Load() < int64((age-readGrace).Seconds()*readRate) {
+		if late := now.Sub(c.start) - rc.limits.readGrace; late > 0 && float64(c.watch.received.Load()) < late.Seconds()*rc.limits.readRate {
 			return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
 		}
 	case phaseLedger:
-		if idle > ledgerPatience {
+		if idle > rc.limits.ledgerPatience {
 			return errUnavailable("ledger_unavailable", errors.New("the ledger did not commit in time"))
 		}
 	case phaseProvider:
@@ -154,7 +159,7 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 			return &apiError{status: http.StatusGatewayTimeout, code: "stream_idle", msg: "The provider's answer paused for too long."}
 		}
 	case phaseWriting:
-		if idle > clientStall {
+		if idle > rc.limits.clientStall {
 			return &apiError{status: http.StatusRequestTimeout, code: "client_stalled", msg: "The client took no more of the answer."}
 		}
 	}
@@ -175,14 +180,21 @@ func (rc *runningCalls) drain(ctx context.Context) {
 		return
 	case <-ctx.Done():
 	}
-	rc.mu.Lock()
-	for c := range rc.calls {
-		c.end(stop)
-	}
-	rc.mu.Unlock()
-	select {
-	case <-done:
-	case <-time.After(drainGracePeriod):
+	again := time.NewTicker(watchEvery) // a call may have begun to wait for its client just after it was cut
+	defer again.Stop()
+	for giveUp := time.After(drainGracePeriod); ; {
+		rc.mu.Lock()
+		for c := range rc.calls {
+			c.end(stop)
+		}
+		rc.mu.Unlock()
+		select {
+		case <-done:
+			return
+		case <-giveUp:
+			return
+		case <-again.C:
+		}
 	}
 }
 

@@ -34,6 +34,15 @@ func (e *apiError) Error() string {
 
 func (e *apiError) Unwrap() error { return e.cause }
 
+// recordCode is what ledger and log say about the failure: the code, but of a
+// bad token which of the reasons it was, for the operator alone.
+func (e *apiError) recordCode() string {
+	if e.status == http.StatusUnauthorized && e.cause != nil {
+		return e.cause.Error()
+	}
+	return e.code
+}
+
 // errorType returns OpenAI's "type" for a status (wire.md: what SDKs see).
 func (e *apiError) errorType() string {
 	switch {

@@ -25,7 +25,9 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	log.SetOutput(io.Discard) // net/http's transport writes there what providers send unasked, unmasked
+	context.AfterFunc(ctx, stop)   // the first signal drains, a second ends the program at once
+	signal.Ignore(syscall.SIGPIPE) // a log reader that dies must not take the program with it
+	log.SetOutput(io.Discard)      // net/http's transport writes there what providers send unasked, unmasked
 	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
 	if err := p.run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "llm-proxy:", err)
@@ -180,7 +182,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 		return nil, err
 	}
 	in.registry = newRegistry(in.store, in.sealer, cfg.allowPrivate)
-	in.running = newRunningCalls(callLimits{cfg.upstreamTimeout, cfg.streamIdleTimeout})
+	in.running = newRunningCalls(newCallLimits(cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.endpoints = newEndpointTable()
 	in.transport = newTransport(cfg.allowPrivate)
 	in.buffers = newBufferPool(32 << 10)

@@ -172,6 +172,14 @@ func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) 
 			return nil, badRequest("invalid_value", clip(name, 64), "The query gives "+clip(name, 64)+" twice.")
 		}
 	}
+	if r.Method != http.MethodGet {
+		// A change is carried through when its sender leaves: half of it, stored
+		// but not in force, would let a revoked token live on.
+		req.ctx = context.WithoutCancel(req.ctx)
+	}
+	if why := s.gone(); why != "" { // nothing may be stored in a file that has no name any more
+		return nil, errUnavailable("store_unavailable", errors.New(why))
+	}
 	if req.match, err = ifMatch(r.Header["If-Match"]); err != nil {
 		return nil, err
 	}

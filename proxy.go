@@ -13,6 +13,7 @@ import (
 	"net/http/httputil"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -42,6 +43,7 @@ type call struct {
 	ctx        context.Context
 	cancel     context.CancelCauseFunc
 	watch      watch
+	uploading  atomic.Bool // its body goes up as it comes
 	attempts   int
 	begun      bool // the row's begin is committed
 	unrecorded bool // it could not be: the call is refused, whatever the provider said
@@ -61,6 +63,9 @@ func (c *call) end(why *apiError) {
 	case phaseWriting:
 		_ = c.controller.SetWriteDeadline(time.Unix(1, 0))
 	}
+	if c.uploading.Load() { // the transport reads the client's body, and closing that waits for the read
+		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
+	}
 }
 
 // handleV1 carries one call to the provider and back. Each step may end it;
@@ -79,6 +84,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		s.refuse(c, w, r, err)
 		return
 	}
+	defer c.token.release()
 	var stop context.CancelFunc
 	c.ctx, c.cancel, stop = cancelable(r.Context())
 	defer stop()
@@ -86,10 +92,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		s.refuse(c, w, r, err)
 		return
 	}
-	c.token.running.Add(1)
 	defer func() { // after settle, which is deferred later and so runs before
-		c.token.lastUsed.Store(time.Now().UnixMilli())
-		c.token.running.Add(-1)
 		s.bodies.release(c.held)
 		s.running.remove(c)
 	}()
@@ -120,8 +123,8 @@ func cancelable(parent context.Context) (context.Context, context.CancelCauseFun
 	return ctx, cancel, func() { cancel(nil) }
 }
 
-// identify finds the token that the request presents. Before it has, not a byte
-// of the body is read.
+// identify finds the token that the request presents, and holds it. Before it
+// has, not a byte of the body is read.
 func (s *server) identify(c *call, r *http.Request) error {
 	presented, err := credential(r.Header)
 	if err != nil {
@@ -145,6 +148,9 @@ func (s *server) identify(c *call, r *http.Request) error {
 	}
 	if !c.project.active {
 		return errInactiveProject()
+	}
+	if !token.hold() {
+		return s.identify(c, r) // it was evicted just now; the one loaded next has its count
 	}
 	return nil
 }
@@ -189,6 +195,9 @@ func asCause(ctx context.Context) *apiError {
 func (s *server) admit(c *call) error {
 	if !s.ledger.healthy() {
 		return errUnavailable("ledger_unavailable", errors.New("the ledger cannot be written"))
+	}
+	if why := s.gone(); why != "" { // rows would go into a file that has no name any more
+		return errUnavailable("ledger_unavailable", errors.New(why))
 	}
 	if err := c.allowed(); err != nil {
 		return err
@@ -292,6 +301,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		// An upload is streamed: bytes go up while the answer may already come
 		// down, which HTTP/1 needs to be told.
 		_ = c.controller.EnableFullDuplex()
+		c.uploading.Store(true)
 		in.Body, in.ContentLength = http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
@@ -345,13 +355,15 @@ func (s *server) accept(c *call, res *http.Response) error {
 // fail answers a call that got no answer from the provider. w is the client's.
 func (s *server) fail(c *call, w http.ResponseWriter, err error) {
 	if c.failure = upstreamFailure(c, err); c.failure == nil {
-		return // the client has left: there is no one to tell
+		// The client has left, or has only shut its side, which looks the same:
+		// to return would be an empty 200, so the connection breaks instead.
+		panic(http.ErrAbortHandler)
 	}
 	if !c.begun && !c.unrecorded { // an error is an answer too, and waits for the record
 		select {
 		case err := <-c.entry.begun:
 			_ = c.recorded(err)
-		case <-time.After(ledgerPatience):
+		case <-time.After(s.running.limits.ledgerPatience):
 		}
 	}
 	if !c.begun {

@@ -47,16 +47,16 @@ func (c *call) verdict(r *http.Request) (outcome, string, int) {
 	case c.unrecorded:
 		return outcomeRefused, "ledger_unavailable", http.StatusServiceUnavailable
 	case c.failure != nil:
-		o := outcomeUpstreamError
-		if c.attempts == 0 || c.failure.status == http.StatusUnauthorized || c.failure.code == "draining" {
-			o = outcomeRefused
+		o := outcomeRefused
+		if c.attempts > 0 && (c.failure.status == http.StatusBadGateway || c.failure.status == http.StatusGatewayTimeout) {
+			o = outcomeUpstreamError
 		}
-		return o, c.failure.code, c.failure.status
+		return o, c.failure.recordCode(), c.failure.status
 	case a == nil || a.status == 0:
 		return outcomeClientGone, "client_gone", statusClientClosed
 	case !c.relayed || a.gone: // ReverseProxy panicked, or the last bytes had no taker
 		if cause := asCause(c.ctx); cause != nil {
-			return outcomeTruncated, cause.code, a.status
+			return outcomeTruncated, cause.recordCode(), a.status
 		}
 		if a.gone || r.Context().Err() != nil {
 			return outcomeClientGone, "client_gone", a.status
@@ -89,8 +89,8 @@ func (c *call) measure(row *requestRow) {
 		return
 	}
 	if c.answer == nil || c.answer.meter == nil {
-		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout {
-			// The provider had the request and may bill it.
+		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout || asCause(c.ctx) != nil || c.unrecorded {
+			// We or the client gave up on a provider that had the request and may bill it.
 			row.counts, row.source = tokenCounts{input: c.inputEstimate()}, usageEstimated
 		}
 		return
@@ -122,10 +122,7 @@ func (s *server) price(provider, model string, counts tokenCounts) (nanos int64,
 func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err error) {
 	e := asAPIError(err)
 	row := requestRow{id: c.id, started: c.start.UnixMilli(), address: c.address, stream: c.fields.stream, model: c.fields.model,
-		outcome: outcomeRefused, errorCode: e.code, status: e.status, source: usageNone, firstByteUS: -1}
-	if e.status == http.StatusUnauthorized && e.cause != nil {
-		row.errorCode = e.cause.Error() // which of the reasons, for the operator alone
-	}
+		outcome: outcomeRefused, errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1}
 	if c.endpoint != nil {
 		row.endpoint = c.endpoint.name()
 	}

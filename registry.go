@@ -1,0 +1,354 @@
+// This room keeps the live view of tokens and their projects: what the next call
+// of a token may do. It loads what it has not seen, and lets go of what is not in
+// use; no state in it outlives a change by an admin. It never writes a row.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A liveToken is a token that has been used of late. Its state is swapped when
+// the row changes; its counter is the one truth in this process: loaded once,
+// then only added to, and the ledger adds the same to the row.
+type liveToken struct {
+	project  *liveProject
+	state    atomic.Pointer[tokenState]
+	used     atomic.Int64 // admitted calls over its life
+	lastUsed atomic.Int64 // unix milliseconds
+	refused  atomic.Int64 // when a refusal of it was last put on record
+	running  atomic.Int64 // calls that hold it; far below 0 once it was evicted
+}
+
+// A projectState is what is known of a project at one version. It is immutable.
+type projectState struct {
+	seq       int64
+	id, name  string
+	active    bool
+	policy    policy
+	upstreams []*upstream // active ones, most preferred first
+	version   int64
+	unread    bool // a change of it could not be read: inactive until it is
+}
+
+type liveProject struct {
+	state atomic.Pointer[projectState]
+}
+
+var errUnknownToken = errors.New("unknown token")
+
+// A registry answers "whose token is this, and what may it do now?" from
+// memory, and loads from the store what it has not seen. An admin's change is
+// put in before the admin gets the answer, so it holds from the next call on.
+type registry struct {
+	store  *store
+	sealer *sealer
+	// allowPrivate is the rule for base URLs that stored ones are held to.
+	allowPrivate bool
+
+	mu       sync.RWMutex
+	byHash   map[[32]byte]*liveToken
+	byID     map[string]*liveToken
+	projects map[int64]*liveProject
+	// changes counts what admins changed, so that a row read before a change
+	// is not put in after it: a revoked token would rise again.
+	changes int64
+	// unknown remembers hashes that no token has, for a short while. It is
+	// emptied when it is full: an attacker can fill it, but not grow it.
+	unknown map[[32]byte]int64
+}
+
+const (
+	maxUnknown       = 4096
+	unknownFor       = 5 * time.Second
+	evictAfter       = 10 * time.Minute
+	loadAttempts     = 5
+	refusalsRecorded = time.Second // at most one refused call on record a token in this time
+)
+
+func newRegistry(st *store, sl *sealer, allowPrivate bool) *registry {
+	return &registry{store: st, sealer: sl, allowPrivate: allowPrivate,
+		byHash: map[[32]byte]*liveToken{}, byID: map[string]*liveToken{},
+		projects: map[int64]*liveProject{}, unknown: map[[32]byte]int64{}}
+}
+
+// lookup returns the token with this hash and its state, whatever that state
+// is; judging it is validity's work. A hash that no token has, or had until its
+// overlap ended, is errUnknownToken. Any other error is the store's.
+func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveToken, *tokenState, error) {
+	g.mu.RLock()
+	t := g.byHash[hash]
+	until := g.unknown[hash]
+	g.mu.RUnlock()
+	if t == nil && now < until {
+		return nil, nil, errUnknownToken
+	}
+	if t == nil {
+		var err error
+		if t, err = g.load(ctx, hash, now); err != nil {
+			return nil, nil, err
+		}
+	}
+	if t.project.state.Load().unread {
+		if err := g.reread(ctx, t.project); err != nil {
+			return nil, nil, err
+		}
+	}
+	st := t.state.Load()
+	if hash == st.hash || hash == st.oldHash && now < st.oldHashUntil {
+		return t, st, nil
+	}
+	return nil, nil, errUnknownToken // its old self, after a rotation
+}
+
+// load reads a token and its project and puts them in.
+func (g *registry) load(ctx context.Context, hash [32]byte, now int64) (*liveToken, error) {
+	for range loadAttempts {
+		g.mu.RLock()
+		before := g.changes
+		g.mu.RUnlock()
+		row, err := g.store.tokenByHash(ctx, hash)
+		if errors.Is(err, errNotFound) {
+			g.mu.Lock()
+			if len(g.unknown) >= maxUnknown {
+				clear(g.unknown)
+			}
+			g.unknown[hash] = now + unknownFor.Milliseconds()
+			g.mu.Unlock()
+			return nil, errUnknownToken
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading a token: %w", err)
+		}
+		st, err := newTokenState(&row)
+		if err != nil {
+			return nil, err
+		}
+		project, err := g.loadProject(ctx, row.project)
+		if err != nil {
+			return nil, err
+		}
+		g.mu.Lock()
+		if g.changes != before { // an admin changed something in between: read again
+			g.mu.Unlock()
+			continue
+		}
+		if p := g.projects[row.project]; p != nil {
+			project = p
+		}
+		g.projects[row.project] = project
+		t := g.byID[st.id]
+		if t == nil {
+			t = &liveToken{project: project}
+			t.used.Store(row.requestCount)
+			t.lastUsed.Store(max(row.createdAt, deref(row.lastUsedAt)))
+			t.state.Store(st)
+			g.byID[st.id] = t
+		}
+		g.byHash[hash] = t
+		g.mu.Unlock()
+		return t, nil
+	}
+	return nil, errors.New("reading a token: it kept changing")
+}
+
+// loadProject returns a project that is live, or a new one that is not yet put
+// in: load does that if nothing has changed since.
+func (g *registry) loadProject(ctx context.Context, seq int64) (*liveProject, error) {
+	g.mu.RLock()
+	p := g.projects[seq]
+	g.mu.RUnlock()
+	if p != nil {
+		return p, nil
+	}
+	st, err := g.readProject(ctx, seq)
+	if err != nil {
+		return nil, err
+	}
+	p = &liveProject{}
+	p.state.Store(st)
+	return p, nil
+}
+
+// reread reads a project anew whose last change could not be read.
+func (g *registry) reread(ctx context.Context, p *liveProject) error {
+	for range loadAttempts {
+		g.mu.RLock()
+		before := g.changes
+		g.mu.RUnlock()
+		st, err := g.readProject(ctx, p.state.Load().seq)
+		if err != nil {
+			return err
+		}
+		g.mu.Lock()
+		unchanged := g.changes == before
+		if unchanged && p.state.Load().unread {
+			p.state.Store(st)
+		}
+		g.mu.Unlock()
+		if unchanged {
+			return nil
+		}
+	}
+	return errors.New("reading a project: it kept changing")
+}
+
+func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, error) {
+	row, err := g.store.projectBySeq(ctx, seq)
+	if err != nil {
+		return nil, fmt.Errorf("reading project %d: %w", seq, err)
+	}
+	ups, err := g.store.upstreamsOf(ctx, seq)
+	if err != nil {
+		return nil, err
+	}
+	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version}
+	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
+		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
+	}
+	for i := range ups {
+		if !ups[i].active {
+			continue
+		}
+		st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate))
+	}
+	return st, nil
+}
+
+// tokenChanged puts in a token's row as an admin just left it.
+func (g *registry) tokenChanged(row *tokenRow) error {
+	st, err := newTokenState(row)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.changes++
+	if t := g.byID[row.id]; t != nil && t.state.Load().version < st.version {
+		t.state.Store(st)
+	}
+	return nil
+}
+
+// projectChanged reads a project anew, and with tokens true each live token of
+// it, all of which have just been revoked. What cannot be read is inactive, or
+// revoked, until it can: an old state must never outlive a change.
+func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) error {
+	st, err := g.readProject(ctx, seq)
+	g.mu.Lock()
+	g.changes++
+	var mine []string
+	for id, t := range g.byID {
+		if tokens && t.project.state.Load().seq == seq {
+			mine = append(mine, id)
+		}
+	}
+	if p := g.projects[seq]; p != nil {
+		switch was := p.state.Load(); {
+		case err != nil:
+			p.state.Store(&projectState{seq: seq, id: was.id, name: was.name, version: was.version, unread: true})
+		case was.version < st.version:
+			p.state.Store(st)
+		}
+	}
+	g.mu.Unlock()
+	for _, id := range mine {
+		row, e := g.store.tokenByID(ctx, id)
+		if e == nil {
+			e = g.tokenChanged(&row)
+		}
+		if e != nil {
+			g.markRevoked(id)
+			err = errors.Join(err, fmt.Errorf("reading token %s anew: %w", id, e))
+		}
+	}
+	return err
+}
+
+// markRevoked ends a token whose row says so but could not be read.
+func (g *registry) markRevoked(id string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if t := g.byID[id]; t != nil {
+		st := *t.state.Load()
+		st.revoked = true
+		t.state.Store(&st)
+	}
+}
+
+// evict drops tokens without a call for a while: memory follows the tokens in
+// use, not those that exist. settled says that the ledger has written all it
+// was given, so the rows hold every count.
+func (g *registry) evict(now int64, settled bool) {
+	if !settled {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for hash, t := range g.byHash {
+		if t.lastUsed.Load() < now-evictAfter.Milliseconds() && t.leave() {
+			delete(g.byHash, hash)
+			delete(g.byID, t.state.Load().id)
+		}
+	}
+}
+
+// size returns how many tokens are live.
+func (g *registry) size() int {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return len(g.byID)
+}
+
+// left is what running counts up from in a token that was evicted: never to 0.
+const left = -1 << 62
+
+// hold keeps the token from being evicted until release. It reports false when
+// it was already: a second live token may then stand for the same row, and two
+// counters would let one limit pass twice.
+func (t *liveToken) hold() bool { return t.running.Add(1) > 0 }
+
+func (t *liveToken) release() {
+	t.lastUsed.Store(time.Now().UnixMilli())
+	t.running.Add(-1)
+}
+
+// leave reports whether the token may be dropped, and lets no call hold it any
+// more if so.
+func (t *liveToken) leave() bool { return t.running.CompareAndSwap(0, left) || t.running.Load() < 0 }
+
+// validity returns "" for a token that may be used now, or why not: expired,
+// revoked, idle_expired.
+func (t *liveToken) validity(st *tokenState, now int64) string {
+	switch {
+	case st.revoked:
+		return "revoked"
+	case st.expiresAt != 0 && now >= st.expiresAt:
+		return "expired"
+	case st.idleExpiry != 0 && t.running.Load() == 0 && now >= t.lastUsed.Load()+st.idleExpiry:
+		return "idle_expired"
+	}
+	return ""
+}
+
+// reserve takes one call from the token's lifetime count. The count never
+// passes the limit, under any parallelism: a call that finds it full takes
+// nothing.
+func (t *liveToken) reserve(limit int64) bool {
+	for {
+		n := t.used.Load()
+		if limit >= 0 && n >= limit {
+			return false
+		}
+		if t.used.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// refund gives a reserved call back: for one that was never forwarded.
+func (t *liveToken) refund() { t.used.Add(-1) }
