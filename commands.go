@@ -1,9 +1,238 @@
+// This room has the commands that look at a server from outside: healthcheck
+// asks it over HTTP, backup copies its database while it serves. Neither
+// changes anything of the server's, and neither needs it to stop.
 package main
 
-import "context"
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
 
-func (p *program) demo(ctx context.Context) error                 { return nil }
-func (p *program) doctor(ctx context.Context, args []string) error  { return nil }
-func (p *program) healthcheck(ctx context.Context) error            { return nil }
-func (p *program) backup(ctx context.Context, args []string) error  { return nil }
-func (p *program) restore(ctx context.Context, args []string) error { return nil }
+// healthcheck asks the server at LISTEN_ADDR whether it answers. It reads no
+// secret and does not look at the other settings: what is wrong with them is
+// the server's business.
+func (p *program) healthcheck(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	addr := settingText(p.getenv, "LISTEN_ADDR")
+	if err := checkListen(addr); err != nil {
+		return fmt.Errorf("LISTEN_ADDR: %w", err)
+	}
+	to := &url.URL{Scheme: "http", Host: "localhost", Path: "/healthz"}
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return dialAny(ctx, network, listenTargets(addr))
+	}}
+	if file := settingText(p.getenv, "TLS_CERT_FILE"); file != "" {
+		to.Scheme = "https"
+		var err error
+		if transport.TLSClientConfig, err = trustOnly(file); err != nil {
+			return fmt.Errorf("TLS_CERT_FILE: %w", err)
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, to.String(), nil)
+	if err != nil {
+		return err
+	}
+	res, err := transport.RoundTrip(req) // no redirect is followed
+	if err != nil {
+		return fmt.Errorf("no answer from %s: %w", addr, err)
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("the server at %s answers %d to /healthz", addr, res.StatusCode)
+	}
+	return nil
+}
+
+// listenTargets are the addresses under which this machine reaches what listens
+// on addr.
+func listenTargets(addr string) []string {
+	host, port, _ := net.SplitHostPort(addr) // checked before
+	ip, err := netip.ParseAddr(host)
+	if err == nil && !ip.IsUnspecified() {
+		return []string{addr}
+	}
+	return []string{net.JoinHostPort("127.0.0.1", port), net.JoinHostPort("::1", port)}
+}
+
+func dialAny(ctx context.Context, network string, addrs []string) (conn net.Conn, err error) {
+	var errs []error
+	for _, a := range addrs {
+		if conn, err = new(net.Dialer).DialContext(ctx, network, a); err == nil {
+			return conn, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// trustOnly returns a client's configuration that believes the certificate in
+// file and no other. A server that still shows one from before the file was
+// renewed is therefore not healthy: it must be started again to serve the new.
+func trustOnly(file string) (*tls.Config, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("cannot be read: %w", pathProblem(err))
+	}
+	leaf, err := leafOf(text)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(leaf)
+	return &tls.Config{RootCAs: roots, ServerName: nameOf(leaf)}, nil
+}
+
+// leafOf returns the first certificate of a PEM file.
+func leafOf(text []byte) (*x509.Certificate, error) {
+	for {
+		var block *pem.Block
+		if block, text = pem.Decode(text); block == nil {
+			return nil, errors.New("holds no certificate in PEM")
+		}
+		if block.Type == "CERTIFICATE" {
+			return x509.ParseCertificate(block.Bytes)
+		}
+	}
+}
+
+// nameOf returns a name that the certificate is good for.
+func nameOf(leaf *x509.Certificate) string {
+	if len(leaf.DNSNames) > 0 {
+		return strings.Replace(leaf.DNSNames[0], "*", "healthcheck", 1)
+	}
+	if len(leaf.IPAddresses) > 0 {
+		return leaf.IPAddresses[0].String()
+	}
+	return leaf.Subject.CommonName
+}
+
+// backup copies the database to a new file, proves the copy good, and says what
+// it is worth. A copy that is not good does not stay.
+func (p *program) backup(ctx context.Context, args []string) error {
+	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
+		return errors.New("usage: llm-proxy backup FILE")
+	}
+	cfg, err := p.config()
+	if err != nil {
+		return err
+	}
+	name, err := filepath.Abs(args[0])
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(cfg.databaseFile); err != nil {
+		return fmt.Errorf("there is no database at %s: %w", cfg.databaseFile, pathProblem(err))
+	}
+	// SQLite fills a file that is there and empty; so its mode is ours from the
+	// first byte on.
+	if err := writeNewFile(name, ""); errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s is there already; name a file that is not", name)
+	} else if err != nil {
+		return fmt.Errorf("making the backup: %w", err)
+	}
+	facts, err := makeCopy(ctx, cfg.databaseFile, name)
+	if err != nil {
+		return fmt.Errorf("%w; no backup was made", errors.Join(err, removeDatabase(name)))
+	}
+	fmt.Fprintf(p.stdout, "%s: %s\nIt is whole. To restore it, the encryption key with the id %s is needed, which is not in it.\n",
+		name, facts, facts.keyID)
+	return nil
+}
+
+// makeCopy copies the database from to the empty file to, and examines the
+// copy.
+func makeCopy(ctx context.Context, from, to string) (*databaseFacts, error) {
+	src, err := openReadOnly(from, false)
+	if err != nil {
+		return nil, err
+	}
+	defer src.close()
+	if err := src.copyTo(ctx, to); err != nil {
+		return nil, err
+	}
+	if err := syncFile(to); err != nil {
+		return nil, err
+	}
+	return examine(ctx, to)
+}
+
+// removeDatabase removes a database file and what SQLite may have put beside it.
+func removeDatabase(name string) error {
+	var errs []error
+	for _, suffix := range []string{"-wal", "-shm", "-journal", ""} {
+		if err := os.Remove(name + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// databaseFacts is what examine found out about a database.
+type databaseFacts struct {
+	census
+	bytes    int64
+	keyCheck string // the setting of this name
+	keyID    string
+}
+
+func (f *databaseFacts) String() string {
+	s := fmt.Sprintf("%.1f MiB; %d projects, %d tokens, %d calls", float64(f.bytes)/(1<<20), f.projects, f.tokens, f.calls)
+	if f.newest > 0 {
+		s += ", the newest of " + time.UnixMilli(f.newest>>idTimeShift).UTC().Format(time.RFC3339)
+	}
+	return s
+}
+
+// examine looks into a database file that nobody has open. It must be whole,
+// not newer than this program, and one of ours.
+func examine(ctx context.Context, name string) (*databaseFacts, error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, fmt.Errorf("looking at the copy: %w", err)
+	}
+	st, err := openReadOnly(name, true)
+	if err != nil {
+		return nil, err
+	}
+	defer st.close()
+	at, known, err := st.schemaVersion(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if at > known {
+		return nil, fmt.Errorf("it is of a newer llm-proxy (schema %d, this one knows %d); use that one", at, known)
+	}
+	complaints, err := st.check(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(complaints) > 0 {
+		return nil, fmt.Errorf("it is damaged: %s", clip(strings.Join(complaints, "; "), 500))
+	}
+	f := &databaseFacts{bytes: info.Size()}
+	if f.keyCheck, err = st.setting(ctx, "key_check"); at == 0 || err != nil {
+		return nil, errors.Join(errors.New("it is not a database of llm-proxy"), err)
+	}
+	sealed, err := base64.StdEncoding.DecodeString(f.keyCheck)
+	if err != nil {
+		return nil, fmt.Errorf("reading its key check: %w", err)
+	}
+	f.keyID = keyID(sealed)
+	f.census, err = st.census(ctx)
+	return f, err
+}

@@ -233,6 +233,15 @@ func writeNewFile(name, text string) error {
 	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name)))
 }
 
+// syncFile makes sure that what was written to a file is on disk.
+func syncFile(name string) error {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 // syncDir makes sure that the names in a directory are on disk.
 func syncDir(dir string) error {
 	f, err := os.Open(dir)

@@ -119,7 +119,10 @@ func versionText() string {
 	return "llm-proxy " + version
 }
 
-func (p *program) serve(ctx context.Context) error {
+func (p *program) serve(ctx context.Context) error { return p.serveAfter(ctx, p.welcome) }
+
+// serveAfter serves, after first did what the database still lacks.
+func (p *program) serveAfter(ctx context.Context, first func(context.Context, *instance) error) error {
 	cfg, err := p.config()
 	if err != nil {
 		return err
@@ -131,7 +134,7 @@ func (p *program) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := p.welcome(ctx, in); err != nil {
+	if err := first(ctx, in); err != nil {
 		return errors.Join(err, in.close())
 	}
 	return in.serve(ctx, p.ready)

@@ -121,6 +121,17 @@ func (s *sealer) open(sealed []byte, context string) (secret, error) {
 	return newSecret(string(plain)), nil
 }
 
+// id names the sealer's key, as keyID does.
+func (s *sealer) id() string { return hex.EncodeToString(s.kid[:]) }
+
+// keyID names the key that a value was sealed with. It reveals nothing of it.
+func keyID(sealed []byte) string {
+	if len(sealed) < 1+8 {
+		return "unknown"
+	}
+	return hex.EncodeToString(sealed[1 : 1+8])
+}
+
 // sealContext binds a provider key to its row, its project and the place it is
 // sent to. A changed base URL therefore needs the key anew.
 func sealContext(upstreamID, projectID, origin string) string {

@@ -99,23 +99,38 @@ func (s *server) firstKey(ctx context.Context) (secret, error) {
 // firstProject makes a project with one OpenAI key, and a token for it.
 func (s *server) firstProject(ctx context.Context, name string, key secret) (secret, error) {
 	now := time.Now()
-	ms := now.UnixMilli()
-	project := &projectRow{id: newID("proj"), name: name, active: true, policy: "{}", createdAt: ms, updatedAt: ms}
-	up := &upstreamRow{id: newID("up"), projectID: project.id, weight: 1, models: "[]", rewrite: "{}", active: true, createdAt: ms, updatedAt: ms}
-	in := upstreamInput{name: opt[string]{set: true, v: "primary"}, key: opt[secret]{set: true, v: key}}
-	if err := in.apply(s, up, true); err != nil {
+	project, _, err := s.makeProject(ctx, name, "{}", key, now)
+	if err != nil {
 		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
 	}
-	if err := s.store.addProject(ctx, project, up); err != nil {
-		return nil, fmt.Errorf("storing the project: %w", err)
-	}
-	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: ms, updatedAt: ms,
+	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
 		expiresAt: new(now.Add(defaultLifetime).UnixMilli())}
 	value, err := s.mintToken(&manageRequest{ctx: ctx, now: now}, token)
 	if err != nil {
 		return nil, fmt.Errorf("storing the token: %w", err)
 	}
 	return value, nil
+}
+
+// makeProject makes a project with one upstream, OpenAI with this key.
+func (s *server) makeProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
+	ms := at.UnixMilli()
+	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, createdAt: ms, updatedAt: ms}
+	up := newUpstreamRow(project, ms)
+	in := upstreamInput{name: opt[string]{set: true, v: "primary"}, key: opt[secret]{set: true, v: key}}
+	if err := in.apply(s, up, true); err != nil {
+		return nil, nil, err
+	}
+	if err := s.store.addProject(ctx, project, up); err != nil {
+		return nil, nil, fmt.Errorf("storing the project: %w", err)
+	}
+	return project, up, nil
+}
+
+// newUpstreamRow returns an upstream of the project, for an upstreamInput to
+// fill in.
+func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
+	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", active: true, createdAt: ms, updatedAt: ms}
 }
 
 // pricesOf returns the list prices with the operator's own over them.

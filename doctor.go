@@ -1,0 +1,301 @@
+// This room is `llm-proxy doctor`: it looks at everything that a server needs
+// and says in one line each what is well, what is not, and what to do about it.
+// It works beside a running server: it only reads, takes no lock, and calls a
+// provider only when asked to. It never prints a secret.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A diagnosis is one run of the doctor.
+type diagnosis struct {
+	out    io.Writer
+	cfg    *config
+	getenv func(string) string
+	now    time.Time
+	failed int
+}
+
+func (d *diagnosis) ok(what, finding string) { fmt.Fprintf(d.out, "ok    %s: %s\n", what, finding) }
+
+func (d *diagnosis) warn(what, finding, remedy string) {
+	fmt.Fprintf(d.out, "warn  %s: %s; %s\n", what, finding, remedy)
+}
+
+func (d *diagnosis) fail(what, finding, remedy string) {
+	d.failed++
+	fmt.Fprintf(d.out, "FAIL  %s: %s; %s\n", what, finding, remedy)
+}
+
+func (p *program) doctor(ctx context.Context, args []string) error {
+	if len(args) > 1 || len(args) == 1 && args[0] != "--provider" {
+		return errors.New("usage: llm-proxy doctor [--provider]")
+	}
+	d := &diagnosis{out: p.stdout, getenv: p.getenv, now: time.Now()}
+	var err error
+	if d.cfg, err = loadConfig(p.getenv); err != nil {
+		for _, line := range strings.Split(err.Error(), "\n") {
+			d.fail("configuration", line, "mend it, then run doctor again for the other checks")
+		}
+	} else {
+		d.ok("configuration", "no problem")
+		d.examine(ctx, len(args) == 1)
+	}
+	if d.failed > 0 {
+		return fmt.Errorf("%d of the checks failed", d.failed)
+	}
+	return nil
+}
+
+// examine makes every check but the one of the configuration.
+func (d *diagnosis) examine(ctx context.Context, provider bool) {
+	d.clock()
+	d.certificate()
+	if _, err := os.Stat(d.cfg.dataDir); errors.Is(err, fs.ErrNotExist) {
+		d.warn("data directory", d.cfg.dataDir+" is not there", "the first start makes it; if there was one, check DATA_DIR")
+		return
+	}
+	d.modes()
+	d.disk()
+	if info, err := os.Stat(d.cfg.databaseFile); err != nil || info.Size() == 0 {
+		d.warn("database", d.cfg.databaseFile+" is missing or empty", "the first start makes it; if there was one, bring it back with llm-proxy restore FILE")
+		return
+	}
+	st, err := openReadOnly(d.cfg.databaseFile, false)
+	if err != nil {
+		d.fail("database", err.Error(), "bring back a backup with llm-proxy restore FILE")
+		return
+	}
+	defer st.close()
+	if !d.database(ctx, st) {
+		return
+	}
+	d.openCalls(ctx, st)
+	sl, err := knownSealer(ctx, d.cfg, st)
+	if err != nil {
+		d.fail("encryption key", err.Error(), "without it no provider key can be used")
+		return
+	}
+	d.ok("encryption key", "opens this database (id "+sl.id()+")")
+	d.upstreams(ctx, st, sl, provider)
+}
+
+// clock finds clocks that were never set: tokens live by them.
+func (d *diagnosis) clock() {
+	if y := d.now.Year(); y < 2025 || y > 2100 {
+		d.fail("clock", "it says "+d.now.UTC().Format(time.RFC3339), "set the time of this machine: tokens expire by it")
+		return
+	}
+	d.ok("clock", d.now.UTC().Format(time.RFC3339))
+}
+
+func (d *diagnosis) certificate() {
+	if d.cfg.tlsCert == "" {
+		return
+	}
+	const what = "TLS certificate"
+	pair, err := tls.LoadX509KeyPair(d.cfg.tlsCert, d.cfg.tlsKey)
+	if err != nil {
+		d.fail(what, "cannot be used: "+pathProblem(err).Error(), "check TLS_CERT_FILE and TLS_KEY_FILE")
+		return
+	}
+	switch until := pair.Leaf.NotAfter; {
+	case d.now.After(until):
+		d.fail(what, "expired on "+until.UTC().Format(time.DateOnly), "renew it and start the server again")
+	case d.now.Before(pair.Leaf.NotBefore):
+		d.fail(what, "is not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339), "check the clock and the certificate")
+	case until.Sub(d.now) < 14*24*time.Hour:
+		d.warn(what, "expires on "+until.UTC().Format(time.DateOnly), "renew it and start the server again")
+	default:
+		d.ok(what, "valid until "+until.UTC().Format(time.DateOnly))
+	}
+}
+
+// modes finds files that other users of this machine can read.
+func (d *diagnosis) modes() {
+	before := d.failed
+	for _, name := range []string{d.cfg.databaseFile, d.cfg.databaseFile + "-wal", d.cfg.databaseFile + "-shm",
+		filepath.Join(d.cfg.dataDir, keyName), filepath.Join(d.cfg.dataDir, lockName)} {
+		if info, err := os.Stat(name); err == nil && info.Mode().Perm()&0o077 != 0 {
+			d.fail("file modes", fmt.Sprintf("%s has mode %04o: others may read or write it", name, info.Mode().Perm()), "chmod 600 "+name)
+		}
+	}
+	for _, setting := range []string{"ENCRYPTION_KEY_FILE", "MANAGEMENT_TOKEN_FILE", "TLS_KEY_FILE"} {
+		name := d.getenv(setting)
+		if info, err := os.Stat(name); name != "" && err == nil && info.Mode().Perm()&0o007 != 0 {
+			d.warn("file modes", fmt.Sprintf("%s names a file with mode %04o: every user may read it", setting, info.Mode().Perm()), "take that right away")
+		}
+	}
+	if info, err := os.Stat(d.cfg.dataDir); err == nil && info.Mode().Perm()&0o077 != 0 {
+		d.warn("file modes", fmt.Sprintf("%s has mode %04o", d.cfg.dataDir, info.Mode().Perm()), "chmod 700 "+d.cfg.dataDir)
+	} else if d.failed == before {
+		d.ok("file modes", "the data directory is its owner's alone")
+	}
+}
+
+func (d *diagnosis) disk() {
+	for _, dir := range slices.Compact([]string{d.cfg.dataDir, filepath.Dir(d.cfg.databaseFile)}) {
+		d.space(dir, freeSpace)
+	}
+}
+
+func (d *diagnosis) space(dir string, free func(string) (uint64, error)) {
+	n, err := free(dir)
+	finding := fmt.Sprintf("%d MiB free in %s", n>>20, dir)
+	switch {
+	case err != nil:
+		d.warn("disk", "cannot tell how much is free in "+dir+": "+err.Error(), "look with df")
+	case n < 100<<20:
+		d.fail("disk", finding, "make room: without it calls are refused")
+	case n < 1<<30:
+		d.warn("disk", finding, "make room, or shorten RETENTION")
+	default:
+		d.ok("disk", finding)
+	}
+}
+
+// database reports whether the database can be looked into further.
+func (d *diagnosis) database(ctx context.Context, st *store) bool {
+	const remedy = "bring back a backup with llm-proxy restore FILE; the damaged file is kept"
+	at, known, err := st.schemaVersion(ctx)
+	if err != nil {
+		d.fail("database", err.Error(), remedy)
+		return false
+	}
+	version := fmt.Sprintf("schema %d", at)
+	switch {
+	case at > known:
+		d.fail("database", fmt.Sprintf("schema %d is newer than this program, which knows %d", at, known), "use the newer llm-proxy")
+		return false
+	case at < known:
+		d.warn("database", fmt.Sprintf("schema %d is older than this program's %d", at, known), "the next start brings it up to date; make a backup first")
+	}
+	complaints, err := st.check(ctx)
+	if err != nil {
+		complaints = append(complaints, err.Error())
+	}
+	if len(complaints) > 0 {
+		d.fail("database", "it is damaged: "+clip(strings.Join(complaints, ", "), 500), remedy)
+		return false
+	}
+	facts, err := st.census(ctx)
+	if err != nil {
+		d.fail("database", err.Error(), remedy)
+		return false
+	}
+	d.ok("database", fmt.Sprintf("whole, %s, %d projects, %d tokens, %d calls", version, facts.projects, facts.tokens, facts.calls))
+	if newest := time.UnixMilli(facts.newest >> idTimeShift); newest.After(d.now.Add(time.Minute)) {
+		d.warn("clock", "it is behind the newest call on record, of "+newest.UTC().Format(time.RFC3339), "check the time of this machine")
+	}
+	return true
+}
+
+// openCalls finds rows that nobody will settle. A running server has open ones.
+func (d *diagnosis) openCalls(ctx context.Context, st *store) {
+	var from int64
+	if v, err := st.setting(ctx, "ledger_open_from"); err == nil {
+		from, _ = strconv.ParseInt(v, 10, 64)
+	}
+	n, err := st.countOpen(ctx, from, firstID(d.now))
+	old, errOld := st.countOpen(ctx, from, firstID(d.now.Add(-24*time.Hour)))
+	switch {
+	case err != nil || errOld != nil:
+		d.fail("open calls", errors.Join(err, errOld).Error(), "see the database check")
+	case old > 0:
+		d.warn("open calls", fmt.Sprintf("%d have been open for more than a day", old),
+			"if no server is running, the next start records them as lost, with an estimate")
+	default:
+		d.ok("open calls", fmt.Sprintf("%d not settled yet", n))
+	}
+}
+
+// upstreams tries the encryption key on every provider key, and on request
+// every provider key on its provider.
+func (d *diagnosis) upstreams(ctx context.Context, st *store, sl *sealer, provider bool) {
+	rows, err := allUpstreams(ctx, st)
+	if err != nil {
+		d.fail("provider keys", err.Error(), "see the database check")
+		return
+	}
+	before := d.failed
+	transport := newTransport(d.cfg.allowPrivate)
+	defer transport.CloseIdleConnections()
+	for i := range rows {
+		row := &rows[i]
+		what := "upstream " + row.id + " (" + row.name + ")"
+		u := newUpstream(row, sl, d.cfg.allowPrivate)
+		switch {
+		case u.broken != nil:
+			d.fail(what, u.broken.Error(), "put it right, with its key, by PATCH /manage/projects/"+row.projectID+"/upstreams/"+row.id)
+		case provider && row.active:
+			d.provider(ctx, transport, what, u)
+		}
+	}
+	if d.failed == before {
+		d.ok("provider keys", fmt.Sprintf("%d, all open", len(rows)))
+	}
+}
+
+// allUpstreams returns the upstreams of every project.
+func allUpstreams(ctx context.Context, st *store) (all []upstreamRow, err error) {
+	var after int64
+	for {
+		projects, err := st.listProjects(ctx, after, 500, nil, "")
+		if err != nil || len(projects) == 0 {
+			return all, err
+		}
+		for _, p := range projects {
+			after = p.seq
+			rows, err := st.upstreamsOf(ctx, p.seq)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, rows...)
+		}
+	}
+}
+
+// provider asks a provider for its list of models, which costs nothing. Of the
+// answer only its class is told: a provider's text may hold the key.
+func (d *diagnosis) provider(ctx context.Context, transport http.RoundTripper, what string, u *upstream) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	h := http.Header{}
+	u.authorize(h)
+	if u.provider == providerAnthropic {
+		h.Set("Anthropic-Version", "2023-06-01")
+	}
+	req := (&http.Request{Method: http.MethodGet, URL: u.url("/v1/models", ""), Host: u.host, Header: h}).WithContext(ctx)
+	res, err := transport.RoundTrip(req)
+	if ne, ok := errors.AsType[net.Error](err); errors.Is(err, context.DeadlineExceeded) || ok && ne.Timeout() {
+		d.fail(what, "timeout: no answer in 10 s", "check the network and the base URL")
+		return
+	}
+	if err != nil {
+		d.fail(what, "unreachable", "check the base URL, DNS, the firewall and the provider's certificate")
+		return
+	}
+	res.Body.Close()
+	switch s := res.StatusCode; {
+	case s == http.StatusOK:
+		d.ok(what, "the provider takes the key")
+	case s == http.StatusUnauthorized || s == http.StatusForbidden:
+		d.fail(what, "key refused by the provider", "give it a valid key with PATCH on its URL under /manage")
+	default:
+		d.warn(what, fmt.Sprintf("the provider answers %d to GET /models", s), "look at the provider's status page; some have no such list")
+	}
+}

@@ -1,0 +1,241 @@
+// This room puts a backup in the database's place, with the server stopped.
+// Everything is done and proved on a copy first; then files are only renamed.
+// The database that was there is moved aside and never deleted. A backup brings
+// back to life what was revoked after it: the operator has to say what becomes
+// of that.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+const restoreUsage = "usage: llm-proxy restore FILE [--revoke=since|all|none]"
+
+// A restoration is one run of the command.
+type restoration struct {
+	cfg    *config
+	from   string // the backup
+	copy   string // what will take the database's place
+	choice string // since, all, none; "" : not said
+	facts  *databaseFacts
+	now    time.Time
+}
+
+func (p *program) restore(ctx context.Context, args []string) error {
+	r := &restoration{now: time.Now()}
+	for _, a := range args {
+		choice, ok := strings.CutPrefix(a, "--revoke=")
+		switch {
+		case ok && r.choice == "" && oneOf(choice, "since", "all", "none") == nil:
+			r.choice = choice
+		case !strings.HasPrefix(a, "-") && r.from == "":
+			r.from = a
+		default:
+			return errors.New(restoreUsage)
+		}
+	}
+	if r.from == "" {
+		return errors.New(restoreUsage)
+	}
+	var err error
+	if r.cfg, err = p.config(); err != nil {
+		return err
+	}
+	dir, err := lockDataDir(r.cfg)
+	if err != nil {
+		return err
+	}
+	defer dir.close()
+	// The lock is ours, so this name is too, and what a crash left under it.
+	r.copy = r.cfg.databaseFile + ".restoring"
+	if err := removeDatabase(r.copy); err != nil {
+		return fmt.Errorf("clearing what an earlier restore left: %w", err)
+	}
+	key, err := r.prepare(ctx, p.stdout)
+	if err != nil {
+		return fmt.Errorf("%w; nothing was changed", errors.Join(err, removeDatabase(r.copy)))
+	}
+	aside, err := r.swap()
+	if err == nil {
+		err = dir.remember()
+	}
+	if err != nil {
+		return fmt.Errorf("putting the backup in place: %w; this command may be repeated (the database from before is %s)", err, cmp.Or(aside, r.cfg.databaseFile))
+	}
+	fmt.Fprintf(p.stdout, "The backup is in place: %s.\n", r.cfg.databaseFile)
+	if aside != "" {
+		fmt.Fprintf(p.stdout, "The database from before is %s; it holds sealed keys, so remove it when it is not needed any more.\n", aside)
+	}
+	if key != nil {
+		fmt.Fprintf(p.stdout, "All management keys are revoked. A new one (role admin), shown only now:\n\n  %s\n", key())
+	}
+	return nil
+}
+
+// prepare makes the copy that will take the database's place: proved whole,
+// with a key that opens it, migrated, and with what the operator wants revoked.
+// It returns the new management key, if revoking made one needed.
+func (r *restoration) prepare(ctx context.Context, out io.Writer) (secret, error) {
+	if err := r.copyBackup(); err != nil {
+		return nil, err
+	}
+	var err error
+	if r.facts, err = examine(ctx, r.copy); err != nil {
+		return nil, fmt.Errorf("the backup %s cannot be used: %w", r.from, err)
+	}
+	st, err := openStore(ctx, r.copy)
+	if err != nil {
+		return nil, err
+	}
+	key, err := r.edit(ctx, st, out)
+	if err = errors.Join(err, st.close()); err != nil { // which empties its -wal
+		return nil, err
+	}
+	if _, err := os.Stat(r.copy + "-wal"); !errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.New("the copy could not be finished: its write-ahead log is still there")
+	}
+	return key, syncFile(r.copy)
+}
+
+// copyBackup copies the backup beside the database. What it checks shows a
+// file that is not the work of llm-proxy backup.
+func (r *restoration) copyBackup() error {
+	info, err := os.Stat(r.from)
+	if err != nil {
+		return fmt.Errorf("%s: %w", r.from, pathProblem(err))
+	}
+	if current, err := os.Stat(r.cfg.databaseFile); err == nil && os.SameFile(info, current) {
+		return fmt.Errorf("%s is the database itself", r.from)
+	}
+	if wal, err := os.Stat(r.from + "-wal"); err == nil && wal.Size() > 0 {
+		return fmt.Errorf("%s was copied while in use: part of it is in %s-wal; only llm-proxy backup makes whole copies", r.from, r.from)
+	}
+	src, err := os.Open(r.from)
+	if err != nil {
+		return fmt.Errorf("%s: %w", r.from, pathProblem(err))
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(r.copy, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("copying the backup: %w", err)
+	}
+	_, err = io.Copy(dst, src)
+	if err = errors.Join(err, dst.Close()); err != nil {
+		return fmt.Errorf("copying the backup: %w", err)
+	}
+	return nil
+}
+
+// edit proves the encryption key, compares with the current database, explains,
+// and does what the operator chose.
+func (r *restoration) edit(ctx context.Context, st *store, out io.Writer) (secret, error) {
+	if _, err := knownSealer(ctx, r.cfg, st); err != nil {
+		return nil, fmt.Errorf("%w (the backup needs the key with the id %s)", err, r.facts.keyID)
+	}
+	fmt.Fprintf(out, "The backup is whole: %s.\n", r.facts)
+	since, compared := r.compare(ctx, st, out)
+	switch r.choice {
+	case "none":
+		return nil, nil
+	case "since":
+		if !compared {
+			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or --revoke=none")
+		}
+		return nil, st.witherSince(ctx, r.now.UnixMilli())
+	case "all":
+		if err := st.witherAll(ctx, r.now.UnixMilli()); err != nil || r.cfg.managementToken != nil {
+			return nil, err
+		}
+		return (&server{store: st}).firstKey(ctx)
+	}
+	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or cut short after the backup was made become valid again.\nSay what to do about that:\n\n")
+	if compared && since != (revival{}) {
+		fmt.Fprint(out, "  --revoke=since  keep those revoked or cut short that are so now (the usual choice)\n")
+	} else if compared {
+		fmt.Fprint(out, "  --revoke=since  the usual choice; there is nothing to revoke now\n")
+	}
+	fmt.Fprint(out, "  --revoke=all    revoke every token and management key in the backup\n  --revoke=none   leave them as they are in the backup\n\n")
+	return nil, errors.New("nothing said about what was revoked since the backup; repeat with one of the choices above")
+}
+
+// compare says what the backup would bring back to life, as far as the current
+// database is there and can be read. It leaves it attached to st.
+func (r *restoration) compare(ctx context.Context, st *store, out io.Writer) (since revival, ok bool) {
+	if _, err := os.Stat(r.cfg.databaseFile); err != nil {
+		fmt.Fprint(out, "There is no current database, so what was revoked since the backup is not known.\n")
+		return since, false
+	}
+	err := st.attachCurrent(ctx, r.cfg.databaseFile)
+	if err == nil {
+		since, err = st.revival(ctx)
+	}
+	if err != nil {
+		fmt.Fprintf(out, "The current database cannot be read (%v), so what was revoked since the backup is not known.\n", err)
+		return since, false
+	}
+	fmt.Fprint(out, "Beside the current database, the backup\n")
+	for _, line := range []struct {
+		n    int64
+		text string
+	}{
+		{since.revoked, "tokens valid again that are revoked now"},
+		{since.rotated, "tokens valid again with the value they had before a rotation"},
+		{since.expiry, "tokens valid for longer than now"},
+		{since.used, "tokens whose count of requests goes back, so that more are left"},
+		{since.keys, "management keys with rights that they do not have now"},
+		{since.paused, "projects active again that are inactive or deleted now"},
+		{since.unknown, "valid tokens unknown: they were made since"},
+	} {
+		fmt.Fprintf(out, "  makes %d %s\n", line.n, line.text)
+	}
+	return since, true
+}
+
+// swap moves the current database aside and the copy into its place. A crash in
+// between leaves no database at all, which the next start notices and refuses,
+// never one without its log or with another's. It returns where the database
+// went, "" if there was none.
+func (r *restoration) swap() (aside string, err error) {
+	file := r.cfg.databaseFile
+	to := freeName(file + ".before-restore-" + r.now.UTC().Format("20060102T150405Z"))
+	if err := os.Rename(file, to); err == nil {
+		aside = to
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	// A log that stays would be taken for the new database's. It goes with its
+	// own, for it may hold what that does not yet.
+	if err := os.Rename(file+"-wal", to+"-wal"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return aside, err
+	}
+	if err := os.Remove(file + "-shm"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return aside, err
+	}
+	if err := syncDir(filepath.Dir(file)); err != nil {
+		return aside, err
+	}
+	if err := os.Rename(r.copy, file); err != nil {
+		return aside, err
+	}
+	return aside, syncDir(filepath.Dir(file))
+}
+
+// freeName returns name, with a number if there is such a file.
+func freeName(name string) string {
+	try := name
+	for i := 2; ; i++ {
+		if _, err := os.Lstat(try); errors.Is(err, fs.ErrNotExist) {
+			return try
+		}
+		try = fmt.Sprintf("%s-%d", name, i)
+	}
+}
