@@ -77,7 +77,7 @@ func demoUsers() []demoUser {
 	}
 	mail := []demoTask{
 		{weight: 4, endpoint: messages, model: "claude-sonnet-5", input: 2300, output: 420, cachedPart: 0.4},
-		{weight: 1, endpoint: chat, model: "ft:gpt-4o-mini-2024-07-18:example:mail:AbCd1234", input: 800, output: 60},
+		{weight: 1, endpoint: chat, model: "mail-classifier-2", input: 800, output: 60},
 	}
 	voice := []demoTask{
 		{weight: 2, endpoint: "POST /v1/audio/transcriptions", model: "gpt-4o-mini-transcribe", input: 300, output: 120},
@@ -166,8 +166,10 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 		r.token, r.project = tokens[r.token].seq, tokens[r.token].project
 	}
 	d.projects, d.tokens, d.calls = len(projects), len(tokens), len(rows)
+	w := in.store.newLedgerWriter()
+	defer w.close()
 	for part := range slices.Chunk(rows, demoBatch) {
-		if err := in.store.writeLedger(ctx, in.ledger.statements, ledgerBatch{records: part}); err != nil {
+		if err := w.write(ctx, ledgerBatch{records: part}); err != nil {
 			return nil, fmt.Errorf("writing the sample calls: %w", err)
 		}
 	}

@@ -38,9 +38,9 @@ type ledgerEntry struct {
 }
 
 type ledger struct {
-	store      *store
-	statements *ledgerStatements
-	log        *slog.Logger
+	store  *store
+	writer *ledgerWriter // of run's goroutine
+	log    *slog.Logger
 
 	mu          sync.Mutex
 	begins      []*ledgerEntry
@@ -81,11 +81,7 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 	if total > 0 {
 		log.Warn("calls were running when the program died; their rows are now lost ones, with estimates", "rows", total)
 	}
-	statements, err := st.prepareLedger(ctx)
-	if err != nil {
-		return nil, err
-	}
-	l := &ledger{store: st, statements: statements, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go l.run()
 	return l, nil
 }
@@ -175,7 +171,7 @@ func (l *ledger) close(ctx context.Context) error {
 	l.mu.Unlock()
 	l.kick()
 	<-l.done
-	l.statements.close()
+	l.writer.close()
 	return err
 }
 
@@ -246,7 +242,7 @@ func (l *ledger) take() (begins, settles []*ledgerEntry, sums []*requestRow, wai
 // write commits one batch. If it cannot, the begins are told so, since their
 // callers wait, and the rest goes back into the queue.
 func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
-	err := l.store.writeLedger(context.Background(), l.statements, batchOf(begins, settles, sums))
+	err := l.writer.write(context.Background(), batchOf(begins, settles, sums))
 	if err == nil {
 		l.recovered()
 		l.finish(begins, nil, len(settles)+len(sums))
@@ -325,6 +321,7 @@ func (l *ledger) recovered() {
 func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest func() int64, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
+	var sumsForgotten time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -341,7 +338,11 @@ func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest 
 				l.log.Error("noting the oldest open call", "error", err)
 			}
 		}
-		l.forget(ctx, now, retention)
+		l.forget(ctx, func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-retention)), 200) })
+		if now.Sub(sumsForgotten) >= time.Hour &&
+			l.forget(ctx, func() (int64, error) { return l.store.forgetSums(ctx, now.Add(-hourSumsKept).UnixMilli(), 20) }) {
+			sumsForgotten = now // no hour ends before the next one
+		}
 	}
 }
 
@@ -349,29 +350,27 @@ func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest 
 // those of whole projects, stay.
 const hourSumsKept = 100 * 24 * time.Hour
 
-func (l *ledger) forget(ctx context.Context, now time.Time, retention time.Duration) {
-	for _, step := range []func() (int64, error){
-		func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-retention)), 200) },
-		func() (int64, error) { return l.store.forgetSums(ctx, now.Add(-hourSumsKept).UnixMilli(), 200) },
-	} {
-		for range 200 {
-			n, err := step()
-			if err != nil {
-				if ctx.Err() == nil {
-					l.log.Error("letting old rows go", "error", err)
-				}
-				break
+// forget lets rows go in steps until step says that none are left, or for so
+// many steps that the next tick should go on. It reports whether none are left.
+func (l *ledger) forget(ctx context.Context, step func() (int64, error)) bool {
+	for range 200 {
+		n, err := step()
+		if err != nil {
+			if ctx.Err() == nil {
+				l.log.Error("letting old rows go", "error", err)
 			}
-			if n == 0 {
-				break
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(5 * time.Millisecond):
-			}
+			return false
+		}
+		if n == 0 {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
+	return false
 }
 
 // An idSource makes the ids of calls: 42 bits of unix milliseconds, 9 of a

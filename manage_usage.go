@@ -2,6 +2,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"math"
@@ -144,12 +145,9 @@ func (s *server) getUsage(r *manageRequest) (*reply, error) {
 	if err := r.only("interval", "group_by", "project_id", "token_id", "from", "to"); err != nil {
 		return nil, err
 	}
-	q := usageQuery{project: r.query.Get("project_id"), token: r.query.Get("token_id"), limit: maxUsageRows + 1}
-	interval := r.query.Get("interval")
-	if interval == "" {
-		interval = "day"
-	}
-	lookBack := map[string]time.Duration{"hour": 24 * time.Hour, "day": 30 * 24 * time.Hour, "month": 365 * 24 * time.Hour, "total": 30 * 24 * time.Hour}[interval]
+	q := usageQuery{project: r.query.Get("project_id"), token: r.query.Get("token_id"), limit: maxUsageRows,
+		interval: cmp.Or(r.query.Get("interval"), "day")}
+	lookBack := map[string]time.Duration{"hour": 24 * time.Hour, "day": 30 * 24 * time.Hour, "month": 365 * 24 * time.Hour, "total": 30 * 24 * time.Hour}[q.interval]
 	if lookBack == 0 {
 		return nil, badRequest("invalid_value", "interval", "interval must be hour, day, month or total.")
 	}
@@ -161,23 +159,20 @@ func (s *server) getUsage(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	unit := int64(dayMS)
-	if q.grain, q.byTime = "day", interval != "total"; interval == "hour" {
-		q.grain, unit = "hour", hourMS
-	}
-	if interval == "month" {
+	switch q.interval {
+	case "hour":
+		unit = hourMS
+	case "month":
 		from = time.Date(from.Year(), from.Month(), 1, 0, 0, 0, 0, time.UTC)
 	}
 	q.from = from.UnixMilli() - from.UnixMilli()%unit // whole units: a part of one cannot be told
 	q.to = to.UnixMilli()
 	rows, err := s.store.usage(r.ctx, q)
+	if errors.Is(err, errTooMany) {
+		return nil, badRequest("too_many_rows", "", "The answer would have more than 10,000 rows. Ask for one project, a shorter time, a longer interval or fewer groups.")
+	}
 	if err != nil {
 		return nil, err
-	}
-	if len(rows) > maxUsageRows {
-		return nil, badRequest("too_many_rows", "", "The answer would have more than 10,000 rows. Ask for a shorter time, a longer interval or fewer groups.")
-	}
-	if interval == "month" {
-		rows = foldMonths(rows)
 	}
 	out := list[usageReply]{Data: []usageReply{}}
 	for i := range rows {
@@ -204,7 +199,7 @@ func (q *usageQuery) groupBy(text string) error {
 func (q *usageQuery) show(u *usageRow) usageReply {
 	v := usageReply{Calls: u.calls, InputTokens: u.input, CachedTokens: u.cached, OutputTokens: u.output, ReasoningTokens: u.reasoning,
 		Cost: dollars(u.cost), UnpricedCalls: u.unpriced, EstimatedCalls: u.estimated}
-	if q.byTime {
+	if q.interval != "total" {
 		v.At = new(stamp(u.at))
 	}
 	for _, f := range []struct {
@@ -220,29 +215,6 @@ func (q *usageQuery) show(u *usageRow) usageReply {
 	return v
 }
 
-// foldMonths adds days up to months; rows come in order of time.
-func foldMonths(rows []usageRow) []usageRow {
-	type key struct {
-		at                                   int64
-		project, token, model, endpoint, out string
-	}
-	index := map[key]int{}
-	var out []usageRow
-	for _, u := range rows {
-		t := time.UnixMilli(u.at).UTC()
-		u.at = time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC).UnixMilli()
-		k := key{u.at, u.projectID, u.tokenID, u.model, u.endpoint, u.outcome}
-		i, ok := index[k]
-		if !ok {
-			index[k] = len(out)
-			out = append(out, u)
-			continue
-		}
-		out[i].merge(u.sum)
-	}
-	return out
-}
-
 type priceView struct {
 	ID          string           `json:"id"`
 	Match       string           `json:"match"`
@@ -252,7 +224,7 @@ type priceView struct {
 	Output      *json.RawMessage `json:"output"`
 	AudioInput  *json.RawMessage `json:"audio_input"`
 	AudioOutput *json.RawMessage `json:"audio_output"`
-	UpdatedAt   stamp            `json:"updated_at"`
+	UpdatedAt   *stamp           `json:"updated_at"` // null: a list price
 }
 
 func showPrice(p *priceRow) priceView {
@@ -262,8 +234,12 @@ func showPrice(p *priceRow) priceView {
 		}
 		return new(json.RawMessage(formatDollars(*pico)))
 	}
-	return priceView{p.id, p.match, perMillion(p.input), perMillion(p.cachedInput), perMillion(p.cacheWrite), perMillion(p.output),
-		perMillion(p.audioInput), perMillion(p.audioOutput), stamp(p.updatedAt)}
+	v := priceView{p.id, p.match, perMillion(p.input), perMillion(p.cachedInput), perMillion(p.cacheWrite), perMillion(p.output),
+		perMillion(p.audioInput), perMillion(p.audioOutput), nil}
+	if p.updatedAt != 0 {
+		v.UpdatedAt = new(stamp(p.updatedAt))
+	}
+	return v
 }
 
 func (p *priceRow) kinds() []**int64 {
@@ -271,7 +247,7 @@ func (p *priceRow) kinds() []**int64 {
 }
 
 // listPrices returns the operator's own prices, or with ?model= the price that
-// a model has now, from whichever list.
+// a model has now, from whichever list, or nothing if nobody knows.
 func (s *server) listPrices(r *manageRequest) (*reply, error) {
 	if err := r.only("model", "provider"); err != nil {
 		return nil, err
@@ -279,7 +255,7 @@ func (s *server) listPrices(r *manageRequest) (*reply, error) {
 	if model := r.query.Get("model"); model != "" {
 		p, ok := s.prices.Load().lookup(r.query.Get("provider"), model)
 		if !ok {
-			return nil, errNotFound
+			return &reply{body: list[priceView]{Data: []priceView{}}}, nil
 		}
 		row := priceRow{match: model}
 		for i, v := range []int64{p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput} {
@@ -287,7 +263,7 @@ func (s *server) listPrices(r *manageRequest) (*reply, error) {
 				*row.kinds()[i] = new(v)
 			}
 		}
-		return &reply{body: showPrice(&row)}, nil
+		return &reply{body: list[priceView]{Data: []priceView{showPrice(&row)}}}, nil
 	}
 	rows, err := s.store.listPrices(r.ctx)
 	if err != nil {
@@ -304,7 +280,7 @@ func (s *server) setPrice(r *manageRequest) (*reply, error) {
 	for i, n := range names {
 		fields[n] = &given[i]
 	}
-	if err := decodeObject(r.body, fields); err != nil {
+	if err := decodeObject(r.body, fields, names...); err != nil {
 		return nil, err
 	}
 	if match.v == "" || len(match.v) > 256 || strings.ContainsFunc(match.v, func(c rune) bool { return c <= ' ' || c == 0x7f }) {

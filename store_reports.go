@@ -2,8 +2,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
+	"slices"
+	"time"
 )
 
 // A requestView is a row of the ledger with the ids of what it names.
@@ -43,7 +48,8 @@ type requestFilter struct {
 // listRequests returns up to f.limit calls, newest first.
 func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestView, error) {
 	const head = `SELECT ` + requestColumns + requestTables
-	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4) ORDER BY r.id DESC LIMIT ?5`
+	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
+		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) ORDER BY r.id DESC LIMIT ?5`
 	query, scope := head+`WHERE ?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
@@ -51,7 +57,7 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	case f.project != "":
 		query, scope = head+`WHERE r.project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
 	}
-	rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit)
+	rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project)
 	if err != nil {
 		return nil, fmt.Errorf("listing calls: %w", err)
 	}
@@ -69,64 +75,192 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 
 // A usageQuery says which sums are added up, and by what.
 type usageQuery struct {
-	grain                                                      string // "hour" or "day"
-	from, to                                                   int64  // unix milliseconds, at the grain's boundaries
-	project, token                                             string // ids, "" for all
-	byTime, byProject, byToken, byModel, byEndpoint, byOutcome bool
-	limit                                                      int
+	interval                                           string // hour, day, month or total
+	from, to                                           int64  // unix milliseconds: from <= start of the hour or day < to
+	project, token                                     string // ids, "" for all
+	byProject, byToken, byModel, byEndpoint, byOutcome bool
+	limit                                              int // of groups, and of projects and tokens that are looked at
 }
 
-// A usageRow is one line of the answer; what it is not grouped by is zero.
-type usageRow struct {
+// at returns the time under which a sum of the hour or day that begins at ms
+// is shown: 0 for the total.
+func (q *usageQuery) at(ms int64) int64 {
+	switch q.interval {
+	case "total":
+		return 0
+	case "month":
+		t := time.UnixMilli(ms).UTC()
+		return time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC).UnixMilli()
+	}
+	return ms
+}
+
+// A usageKey is what a line of the answer is about; what it is not grouped by is
+// zero.
+type usageKey struct {
 	at                       int64
 	projectID, projectName   string
 	tokenID, tokenName       string
 	model, endpoint, outcome string
+}
+
+type usageRow struct {
+	usageKey
 	sum
 }
 
-// usage adds up sums. Which rows it reads depends on whether single tokens
-// matter: those of one token and those of whole projects lie together in the
-// table's own order, those of all tokens in an index's.
+func (k *usageKey) compare(o *usageKey) int {
+	return cmp.Or(cmp.Compare(k.at, o.at), cmp.Compare(k.projectName, o.projectName), cmp.Compare(k.projectID, o.projectID),
+		cmp.Compare(k.tokenName, o.tokenName), cmp.Compare(k.tokenID, o.tokenID), cmp.Compare(k.model, o.model),
+		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome))
+}
+
+var errTooMany = errors.New("too many rows")
+
+// usage adds up sums, or returns errTooMany. For each project, or each token
+// where single tokens matter, it reads one range of the table's own order, in
+// which SQLite adds up as it goes: sorting them all together costs four times
+// as much.
 func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
-	const head = `
-		SELECT g.at, coalesce(p.id, ''), coalesce(p.name, ''), coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome,
-			g.calls, g.input_tokens, g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls, g.estimated_calls, g.total_us
-		FROM (
-			SELECT CASE WHEN ?1 THEN at ELSE 0 END AS at, CASE WHEN ?2 THEN project ELSE 0 END AS project,
-				CASE WHEN ?3 THEN token ELSE 0 END AS token, CASE WHEN ?4 THEN model ELSE '' END AS model,
-				CASE WHEN ?5 THEN endpoint ELSE '' END AS endpoint, CASE WHEN ?6 THEN outcome ELSE '' END AS outcome,
-				sum(calls) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
-				sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
-				sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls, sum(total_us) AS total_us
-			FROM usage_sums `
-	const tail = ` AND grain = ?7 AND at >= ?8 AND at < ?9
-				AND (?10 = '' OR project = (SELECT seq FROM projects WHERE id = ?10))
-			GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6 LIMIT ?11
-		) g LEFT JOIN projects p ON p.seq = g.project LEFT JOIN tokens t ON t.seq = g.token AND g.token <> 0
-		ORDER BY g.at, p.name, t.name, g.model, g.endpoint, g.outcome`
-	args := []any{q.byTime, q.byProject, q.byToken, q.byModel, q.byEndpoint, q.byOutcome, q.grain, q.from, q.to, q.project, q.limit}
-	query := head + `WHERE token = 0` + tail
-	switch {
-	case q.token != "":
-		query = head + `WHERE token = (SELECT seq FROM tokens WHERE id = ?12)` + tail
-		args = append(args, q.token)
-	case q.byToken:
-		query = head + `INDEXED BY usage_sums_time WHERE token <> 0` + tail
+	scopes, err := s.usageScopes(ctx, &q)
+	if err != nil {
+		return nil, err
 	}
-	rows, err := s.read.QueryContext(ctx, query, args...)
+	statement, grain := q.statement()
+	st, err := s.read.PrepareContext(ctx, statement)
 	if err != nil {
 		return nil, fmt.Errorf("adding up usage: %w", err)
 	}
-	defer rows.Close()
-	var out []usageRow
-	for rows.Next() {
-		var u usageRow
-		if err := rows.Scan(&u.at, &u.projectID, &u.projectName, &u.tokenID, &u.tokenName, &u.model, &u.endpoint, &u.outcome,
-			&u.calls, &u.input, &u.cached, &u.output, &u.reasoning, &u.cost, &u.unpriced, &u.estimated, &u.totalUS); err != nil {
+	defer st.Close()
+	groups := map[usageKey]*sum{}
+	for i := range scopes {
+		if err := q.addScope(ctx, st, grain, &scopes[i], groups); err != nil {
 			return nil, fmt.Errorf("adding up usage: %w", err)
 		}
-		out = append(out, u)
+		if len(groups) > q.limit {
+			return nil, errTooMany
+		}
+	}
+	out := make([]usageRow, 0, len(groups))
+	for k, v := range groups {
+		out = append(out, usageRow{k, *v})
+	}
+	slices.SortFunc(out, func(a, b usageRow) int { return a.compare(&b.usageKey) })
+	return out, nil
+}
+
+// statement returns the statement that reads no finer than it must, and the
+// grain to read.
+func (q *usageQuery) statement() (text, grain string) {
+	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
+			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(total_us)
+		FROM usage_sums WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ? `
+	grain = "day"
+	if q.interval == "hour" {
+		grain = "hour"
+	}
+	switch {
+	case q.byEndpoint || q.byOutcome:
+		return `SELECT at, model, endpoint, outcome, ` + sums + `GROUP BY at, model, endpoint, outcome`, grain
+	case q.byModel:
+		return `SELECT at, model, '', '', ` + sums + `GROUP BY at, model`, grain
+	}
+	if grain == "day" && (q.byToken || q.token != "") {
+		grain = "token"
+	}
+	if q.interval != "total" {
+		return `SELECT at, '', '', '', ` + sums + `GROUP BY at`, grain
+	}
+	return `SELECT 0, '', '', '', ` + sums + `GROUP BY grain`, grain
+}
+
+// A usageScope is a project, or one of its tokens, whose sums are read.
+type usageScope struct {
+	project, token int64 // token 0: all of the project's together
+	usageKey             // its ids and names
+}
+
+func (q *usageQuery) addScope(ctx context.Context, st *sql.Stmt, grain string, sc *usageScope, groups map[usageKey]*sum) error {
+	rows, err := st.QueryContext(ctx, grain, sc.project, sc.token, q.from, q.to)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	base := usageKey{}
+	if q.byProject {
+		base.projectID, base.projectName = sc.projectID, sc.projectName
+	}
+	if q.byToken {
+		base.tokenID, base.tokenName = sc.tokenID, sc.tokenName
+	}
+	for rows.Next() {
+		var v sum
+		var at int64
+		var model, endpoint, outcome string
+		if err := rows.Scan(&at, &model, &endpoint, &outcome, &v.calls, &v.input, &v.cached, &v.output, &v.reasoning,
+			&v.cost, &v.unpriced, &v.estimated, &v.totalUS); err != nil {
+			return err
+		}
+		k := base
+		k.at = q.at(at)
+		if q.byModel {
+			k.model = model
+		}
+		if q.byEndpoint {
+			k.endpoint = endpoint
+		}
+		if q.byOutcome {
+			k.outcome = outcome
+		}
+		if g := groups[k]; g != nil {
+			g.merge(v)
+		} else {
+			groups[k] = &v
+		}
+	}
+	return rows.Err()
+}
+
+// usedTokens lists the tokens of the project with id ?1 ("": of all) that have
+// sums of grain ?2, by going from one to the next in the key's order. A row with
+// token NULL ends each project.
+const usedTokens = `
+	WITH RECURSIVE used (project, token) AS (
+		SELECT p.seq, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = p.seq AND token > 0)
+		FROM projects p WHERE ?1 = '' OR p.id = ?1
+		UNION ALL
+		SELECT u.project, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = u.project AND token > u.token)
+		FROM used u WHERE u.token IS NOT NULL)`
+
+// usageScopes lists what a query reads. Deleted projects are among it.
+func (s *store) usageScopes(ctx context.Context, q *usageQuery) ([]usageScope, error) {
+	query := `SELECT seq, 0, id, name, '', '' FROM projects WHERE ?1 = '' OR id = ?1 LIMIT ?2`
+	args := []any{q.project, q.limit + 1}
+	switch {
+	case q.token != "":
+		query = `SELECT p.seq, t.seq, p.id, p.name, t.id, t.name FROM tokens t JOIN projects p ON p.seq = t.project
+			WHERE t.id = ?3 AND (?1 = '' OR p.id = ?1) LIMIT ?2`
+		args = append(args, q.token)
+	case q.byToken:
+		query = usedTokens + ` SELECT p.seq, t.seq, p.id, p.name, t.id, t.name
+			FROM used u JOIN projects p ON p.seq = u.project JOIN tokens t ON t.seq = u.token LIMIT ?3`
+		args = []any{q.project, "token", q.limit + 1}
+	}
+	rows, err := s.read.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, fmt.Errorf("listing whose usage to add up: %w", err)
+	}
+	defer rows.Close()
+	var out []usageScope
+	for rows.Next() {
+		var sc usageScope
+		if err := rows.Scan(&sc.project, &sc.token, &sc.projectID, &sc.projectName, &sc.tokenID, &sc.tokenName); err != nil {
+			return nil, fmt.Errorf("listing whose usage to add up: %w", err)
+		}
+		out = append(out, sc)
+	}
+	if len(out) > q.limit {
+		return nil, errTooMany
 	}
 	return out, rows.Err()
 }

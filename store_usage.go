@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"fmt"
 )
 
@@ -79,45 +80,6 @@ func (s *sum) add(r *requestRow) {
 	s.totalUS += r.totalUS
 }
 
-// ledgerStatements are prepared once on the writing connection.
-type ledgerStatements struct {
-	begin, count, settle, settleOK, record, sum *sql.Stmt
-}
-
-func (s *store) prepareLedger(ctx context.Context) (*ledgerStatements, error) {
-	l := &ledgerStatements{}
-	for _, p := range []struct {
-		to   **sql.Stmt
-		text string
-	}{
-		{&l.begin, `
-			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', 'estimated', ?, ?)`},
-		{&l.count, `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`},
-		{&l.settle, `
-			UPDATE requests SET upstream = ?, model = ?, status = ?, outcome = ?, error_code = ?, usage_source = ?,
-				input_tokens = ?, cached_tokens = ?, cache_write_tokens = ?, output_tokens = ?, reasoning_tokens = ?,
-				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?
-			WHERE id = ?`},
-		{&l.settleOK, `
-			UPDATE requests SET model = ?, status = 200, outcome = 'ok', usage_source = 'exact', input_tokens = ?, output_tokens = ?,
-				cost = ?, first_byte_us = ?, total_us = ?
-			WHERE id = ?`},
-		{&l.record, `
-			INSERT INTO requests (upstream, model, status, outcome, error_code, usage_source,
-				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-				cost, first_byte_us, total_us, attempts, cache, id, project, token, endpoint, stream, address)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`},
-		{&l.sum, sumStatement},
-	} {
-		var err error
-		if *p.to, err = s.write.PrepareContext(ctx, p.text); err != nil {
-			return nil, fmt.Errorf("preparing the ledger: %w", err)
-		}
-	}
-	return l, nil
-}
-
 const sumStatement = `
 	INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome,
 		calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, total_us)
@@ -128,31 +90,11 @@ const sumStatement = `
 		cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
 		estimated_calls = estimated_calls + excluded.estimated_calls, total_us = total_us + excluded.total_us`
 
-func (l *ledgerStatements) close() {
-	for _, st := range []*sql.Stmt{l.begin, l.count, l.settle, l.settleOK, l.record, l.sum} {
-		st.Close()
-	}
-}
-
 func nullUnless(ok bool, v int64) any {
 	if ok {
 		return v
 	}
 	return nil
-}
-
-// settlement returns the arguments that settle and record share.
-func (r *requestRow) settlement() []any {
-	return []any{r.upstream, r.model, r.status, string(r.outcome), r.errorCode, string(r.source),
-		r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
-		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, r.attempts, r.cache, r.id}
-}
-
-// ordinary reports whether all that settling changes in the row is what a plain
-// successful call changes. Most are such, and each column costs.
-func (r *requestRow) ordinary() bool {
-	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == ""
 }
 
 // sumModel is the model under which a call is summed. A name that a client made
@@ -162,99 +104,6 @@ func (r *requestRow) sumModel() string {
 		return r.model
 	}
 	return ""
-}
-
-// A ledgerBatch is what one transaction writes.
-type ledgerBatch struct {
-	begins  []*requestRow // as they were when begun
-	settles []*requestRow // begun before
-	records []*requestRow // never begun: begin and settle in one
-	sums    []*requestRow // counted in the sums only
-}
-
-// writeLedger writes a batch: all of it, or nothing.
-func (s *store) writeLedger(ctx context.Context, l *ledgerStatements, b ledgerBatch) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
-		if err := l.writeRows(ctx, tx, b); err != nil {
-			return err
-		}
-		if len(b.settles)+len(b.records)+len(b.sums) == 0 {
-			return nil
-		}
-		sums := map[sumKey]*sum{}
-		for _, rows := range [][]*requestRow{b.settles, b.records, b.sums} {
-			for _, r := range rows {
-				addSum(sums, r)
-			}
-		}
-		st := tx.StmtContext(ctx, l.sum)
-		defer st.Close()
-		for k, v := range sums {
-			if err := writeSum(ctx, st, k, v); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-func (l *ledgerStatements) writeRows(ctx context.Context, tx *sql.Tx, b ledgerBatch) error {
-	type used struct{ calls, at int64 }
-	counts := map[int64]used{}
-	count := func(r *requestRow) {
-		u := counts[r.token]
-		counts[r.token] = used{u.calls + 1, max(u.at, r.started)}
-	}
-	if len(b.begins) > 0 {
-		st := tx.StmtContext(ctx, l.begin)
-		defer st.Close()
-		for _, r := range b.begins {
-			if _, err := st.ExecContext(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
-				r.counts.input, r.counts.output); err != nil {
-				return fmt.Errorf("beginning a row: %w", err)
-			}
-			count(r)
-		}
-	}
-	if len(b.settles) > 0 {
-		full, short := tx.StmtContext(ctx, l.settle), tx.StmtContext(ctx, l.settleOK)
-		defer full.Close()
-		defer short.Close()
-		for _, r := range b.settles {
-			var err error
-			if r.ordinary() {
-				_, err = short.ExecContext(ctx, r.model, r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS, r.id)
-			} else {
-				_, err = full.ExecContext(ctx, r.settlement()...)
-			}
-			if err != nil {
-				return fmt.Errorf("settling a row: %w", err)
-			}
-		}
-	}
-	if len(b.records) > 0 {
-		st := tx.StmtContext(ctx, l.record)
-		defer st.Close()
-		for _, r := range b.records {
-			args := append(r.settlement(), r.project, r.token, r.endpoint, r.stream, r.address)
-			if _, err := st.ExecContext(ctx, args...); err != nil {
-				return fmt.Errorf("recording a row: %w", err)
-			}
-			if r.outcome != outcomeRefused {
-				count(r)
-			}
-		}
-	}
-	if len(counts) > 0 {
-		st := tx.StmtContext(ctx, l.count)
-		defer st.Close()
-		for token, u := range counts {
-			if _, err := st.ExecContext(ctx, u.calls, u.at, token); err != nil {
-				return fmt.Errorf("counting calls: %w", err)
-			}
-		}
-	}
-	return nil
 }
 
 const (
@@ -272,17 +121,19 @@ func addSum(sums map[sumKey]*sum, r *requestRow) {
 	v.add(r)
 }
 
-// writeSum adds v to four rows: the hour and the day, of the token and of its
-// project.
-func writeSum(ctx context.Context, st *sql.Stmt, k sumKey, v *sum) error {
+// writeSum adds v to five rows: the hour and the day, of the token and of its
+// project, and the token's day as a whole.
+func writeSum(k sumKey, v *sum, exec func(...driver.Value) error) error {
+	day := k.started - k.started%dayMS
+	whole := sumKey{token: k.token, project: k.project, started: day}
 	for _, to := range []struct {
 		grain     string
 		token, at int64
+		k         sumKey
 	}{
-		{"hour", k.token, k.started}, {"hour", 0, k.started},
-		{"day", k.token, k.started - k.started%dayMS}, {"day", 0, k.started - k.started%dayMS},
+		{"hour", k.token, k.started, k}, {"hour", 0, k.started, k}, {"day", k.token, day, k}, {"day", 0, day, k}, {"token", k.token, day, whole},
 	} {
-		if _, err := st.ExecContext(ctx, to.grain, to.token, to.at, k.project, k.model, k.endpoint, string(k.outcome),
+		if err := exec(to.grain, to.token, to.at, k.project, to.k.model, to.k.endpoint, string(to.k.outcome),
 			v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated, v.totalUS); err != nil {
 			return fmt.Errorf("adding to the sums: %w", err)
 		}
@@ -331,8 +182,16 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 			return fmt.Errorf("preparing sums: %w", err)
 		}
 		defer st.Close()
+		exec := func(values ...driver.Value) error {
+			args := make([]any, len(values))
+			for i, v := range values {
+				args[i] = v
+			}
+			_, err := st.ExecContext(ctx, args...)
+			return err
+		}
 		for k, v := range sums {
-			if err := writeSum(ctx, st, k, v); err != nil {
+			if err := writeSum(k, v, exec); err != nil {
 				return err
 			}
 		}
@@ -342,7 +201,7 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 }
 
 // forgetRequests deletes up to limit settled rows with an id below before, and
-// returns how many. forgetSums does the same for hourly sums.
+// returns how many.
 func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (int64, error) {
 	res, err := s.write.ExecContext(ctx, `
 		DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE id < ? AND outcome <> 'open' ORDER BY id LIMIT ?)`, before, limit)
@@ -352,15 +211,38 @@ func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (in
 	return res.RowsAffected()
 }
 
+// forgetSums deletes the hourly sums of up to limit tokens from before a time,
+// and returns how many tokens had any. Which ones is found by going from one to
+// the next in the key's order, outside the transaction that deletes.
 func (s *store) forgetSums(ctx context.Context, before int64, limit int) (int64, error) {
-	res, err := s.write.ExecContext(ctx, `
-		DELETE FROM usage_sums WHERE (grain, token, at, project, model, endpoint, outcome) IN (
-			SELECT grain, token, at, project, model, endpoint, outcome FROM usage_sums
-			WHERE grain = 'hour' AND at < ?1 AND token <> 0 LIMIT ?2)`, before, limit)
+	rows, err := s.read.QueryContext(ctx, usedTokens+`
+		SELECT u.project, u.token FROM used u
+		WHERE u.token IS NOT NULL AND EXISTS (SELECT 1 FROM usage_sums WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
+		LIMIT ?4`, "", "hour", before, limit)
 	if err != nil {
-		return 0, fmt.Errorf("deleting old sums: %w", err)
+		return 0, fmt.Errorf("finding old sums: %w", err)
 	}
-	return res.RowsAffected()
+	defer rows.Close()
+	var found [][2]int64
+	for rows.Next() {
+		var project, token int64
+		if err := rows.Scan(&project, &token); err != nil {
+			return 0, fmt.Errorf("finding old sums: %w", err)
+		}
+		found = append(found, [2]int64{project, token})
+	}
+	if err := rows.Err(); err != nil || len(found) == 0 {
+		return 0, err
+	}
+	return int64(len(found)), s.tx(ctx, func(tx *sql.Tx) error {
+		for _, f := range found {
+			if _, err := tx.ExecContext(ctx, `
+				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`, f[0], f[1], before); err != nil {
+				return fmt.Errorf("deleting old sums: %w", err)
+			}
+		}
+		return nil
+	})
 }
 
 func (s *sum) merge(o sum) {

@@ -129,12 +129,15 @@ CREATE INDEX requests_token ON requests (token, id);
 
 -- Sums of settled calls, kept in the same transaction that settles them, so
 -- that they always agree with the ledger. token 0 stands for all tokens of the
--- project together. Pages and /manage/usage read this, never raw rows.
+-- project together; grain 'token' is a token's day over all models, endpoints
+-- and outcomes, which are '' there. Pages and /manage/usage read this, never
+-- raw rows. What is asked for of one project or token lies together in the
+-- key's order, so that no second index has to be written.
 CREATE TABLE usage_sums (
-	grain            TEXT    NOT NULL CHECK (grain IN ('hour', 'day')),
+	grain            TEXT    NOT NULL CHECK (grain = 'hour' OR grain = 'day' OR grain = 'token'),
+	project          INTEGER NOT NULL,
 	token            INTEGER NOT NULL,
 	at               INTEGER NOT NULL, -- start of the hour or day, by the call's started_at
-	project          INTEGER NOT NULL,
 	model            TEXT    NOT NULL,
 	endpoint         TEXT    NOT NULL,
 	outcome          TEXT    NOT NULL,
@@ -147,9 +150,8 @@ CREATE TABLE usage_sums (
 	unpriced_calls   INTEGER NOT NULL, -- calls whose cost is not known
 	estimated_calls  INTEGER NOT NULL, -- calls whose usage is an estimate
 	total_us         INTEGER NOT NULL,
-	PRIMARY KEY (grain, token, at, project, model, endpoint, outcome)
+	PRIMARY KEY (grain, project, token, at, model, endpoint, outcome)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX usage_sums_time ON usage_sums (grain, at) WHERE token <> 0;
 
 -- Prices that the operator sets over the list prices that come with the
 -- program: micro-dollars per million tokens; NULL: not set for that kind.
