@@ -1,0 +1,168 @@
+// The official @anthropic-ai/sdk through the proxy, natively: nothing is
+// translated, and failures are the errors that its users expect.
+import assert from 'node:assert/strict';
+import { after, afterEach, before, describe, test } from 'node:test';
+import Anthropic from '@anthropic-ai/sdk';
+import { text, toolArguments, words } from './answers.mjs';
+import { Proxy, countingFetch, promptCanary, within } from './proxy.mjs';
+
+let proxy, provider, client;
+before(async () => {
+  proxy = await Proxy.start();
+  provider = proxy.provider;
+  client = make({ maxRetries: 0 }).client;
+});
+after(() => proxy.stop());
+afterEach(() => provider.reset());
+
+const ask = { model: 'claude-sonnet-5', max_tokens: 64, messages: [{ role: 'user', content: promptCanary }] };
+const tools = [{ name: 'forecast', input_schema: { type: 'object', properties: { city: { type: 'string' }, days: { type: 'integer' } } } }];
+const forecast = { city: 'Oslo', days: 3 };
+
+function make(options = {}) {
+  const counter = countingFetch();
+  return { counter, client: new Anthropic({ apiKey: proxy.token, authToken: null, baseURL: proxy.url, fetch: counter, ...options }) };
+}
+
+async function failure(promise, type) {
+  const error = await promise.then(() => assert.fail('no error'), (e) => e);
+  assert.ok(error instanceof type, `${error.constructor.name} instead of ${type.name}: ${error.message}`);
+  return error;
+}
+
+describe('messages', () => {
+  test('unary, on record with exact usage', async () => {
+    const { data, response } = await client.messages.create(ask, { headers: { 'anthropic-beta': 'beta-1' } }).withResponse();
+    assert.deepEqual(data.content, [{ type: 'text', text }]);
+    assert.equal(data._request_id, 'req_of_provider');
+    assert.equal(response.headers.get('anthropic-ratelimit-requests-remaining'), '49');
+    assert.equal(response.headers.get('anthropic-organization-id'), null);
+    const { headers, json, url } = provider.last;
+    assert.equal(url, '/v1/messages');
+    assert.match(headers['anthropic-version'], /^\d{4}-\d\d-\d\d$/);
+    assert.equal(headers['anthropic-beta'], 'beta-1');
+    assert.equal(headers['x-stainless-lang'], 'js');
+    assert.deepEqual(json, ask);
+    const row = await proxy.settled();
+    assert.deepEqual([row.outcome, row.usage_source, row.output_tokens, row.cached_tokens], ['ok', 'exact', 8, 4]);
+  });
+
+  test('the token works as a bearer token, too', async () => {
+    const { client: bearer } = make({ apiKey: null, authToken: proxy.token });
+    assert.equal((await bearer.messages.create(ask)).content[0].text, text);
+  });
+
+  test('tool use', async () => {
+    const answer = await client.messages.create({ ...ask, tools });
+    assert.equal(answer.stop_reason, 'tool_use');
+    assert.deepEqual(answer.content[0].input, forecast);
+  });
+
+  test('count_tokens', async () => {
+    const { max_tokens, ...question } = ask;
+    assert.equal((await client.messages.countTokens(question)).input_tokens, 14);
+  });
+});
+
+describe('streams', () => {
+  test('every event, in order', async () => {
+    const types = [], deltas = [];
+    for await (const event of await client.messages.create({ ...ask, stream: true })) {
+      types.push(event.type);
+      if (event.type === 'content_block_delta') deltas.push(event.delta.text);
+    }
+    assert.deepEqual(deltas, words);
+    assert.deepEqual([types[0], types[1], ...types.slice(-3)], ['message_start', 'content_block_start', 'content_block_stop', 'message_delta', 'message_stop']);
+    assert.deepEqual(provider.last.json, { ...ask, stream: true }, 'nothing is added');
+    const row = await proxy.settled();
+    assert.deepEqual([row.outcome, row.stream, row.usage_source, row.output_tokens, row.cached_tokens], ['ok', true, 'exact', 8, 4]);
+  });
+
+  test('the streaming helper, with tool use in pieces', async () => {
+    assert.equal(await client.messages.stream(ask).finalText(), text);
+    const pieces = [];
+    const final = await client.messages.stream({ ...ask, tools }).on('inputJson', (piece) => pieces.push(piece)).finalMessage();
+    assert.deepEqual(final.content[0].input, forecast);
+    assert.deepEqual(pieces, toolArguments);
+  });
+
+  test('an abort cancels the call to the provider within a second', async () => {
+    let gone;
+    provider.script((call) => {
+      gone = call.gone;
+      call.sse();
+      call.event({ type: 'content_block_delta', index: 0, delta: { type: 'text_delta', text: 'first' } }, 'content_block_delta');
+    });
+    const stream = await client.messages.create({ ...ask, stream: true });
+    for await (const event of stream) {
+      assert.equal(event.delta.text, 'first');
+      stream.controller.abort();
+    }
+    await within(1000, gone, 'the provider’s connection closed');
+    assert.equal((await proxy.settled()).outcome, 'client_gone');
+  });
+
+  test('a cut stream ends with an error', async () => {
+    provider.script((call) => {
+      call.sse();
+      call.response.write('event: ping\ndata: {"type":"ping"}\n\n', () => call.cut());
+    });
+    const stream = await client.messages.create({ ...ask, stream: true });
+    await assert.rejects(async () => {
+      for await (const _ of stream);
+    });
+    assert.equal((await proxy.settled()).outcome, 'truncated');
+  });
+});
+
+describe('errors', () => {
+  test('a wrong token is AuthenticationError', async () => {
+    const { client: other, counter } = make({ apiKey: 'sk-ant-nothing' });
+    const error = await failure(other.messages.create(ask), Anthropic.AuthenticationError);
+    assert.deepEqual([error.type, counter.count, provider.calls.length], ['authentication_error', 1, 0]);
+    assert.match(error.requestID, /^req_/);
+  });
+
+  test('a model that is not allowed is PermissionDeniedError', async () => {
+    const { client: narrow } = make({ apiKey: await proxy.newToken({ policy: { models: ['claude-haiku*'] } }) });
+    const error = await failure(narrow.messages.create(ask), Anthropic.PermissionDeniedError);
+    assert.equal(error.type, 'permission_error');
+    assert.match(error.message, /claude-haiku\*/);
+  });
+
+  test('a spent token is RateLimitError and not tried again', async () => {
+    const { client: limited, counter } = make({ apiKey: await proxy.newToken({ max_requests: 1 }) });
+    await limited.messages.create(ask);
+    const error = await failure(limited.messages.create(ask), Anthropic.RateLimitError);
+    assert.equal(error.type, 'rate_limit_error');
+    assert.deepEqual([counter.count, provider.calls.length], [2, 1]);
+  });
+
+  for (const [status, type, kind] of [
+    [400, 'BadRequestError', 'invalid_request_error'], [404, 'NotFoundError', 'not_found_error'], [413, 'ContentTooLargeError', 'request_too_large'],
+    [429, 'RateLimitError', 'rate_limit_error'], [500, 'InternalServerError', 'api_error'], [529, 'OverloadedError', 'overloaded_error'],
+  ]) {
+    test(`the provider’s ${status} passes as ${type}`, async () => {
+      provider.script((call) => call.reply(status, { type: 'error', error: { type: kind, message: 'of the provider' }, request_id: 'req_of_provider' }));
+      const error = await failure(client.messages.create(ask), Anthropic[type]);
+      assert.deepEqual([error.status, error.type, error.requestID], [status, kind, 'req_of_provider']);
+      assert.match(error.message, /of the provider/);
+    });
+  }
+
+  test('429 is retried after Retry-After', async () => {
+    const { client: patient } = make();
+    provider.script((call) => call.reply(429, { type: 'error', error: { type: 'rate_limit_error', message: 'slow down' } }, { 'retry-after': '1' }));
+    assert.equal((await patient.messages.create(ask)).content[0].text, text);
+    const [first, second] = provider.calls;
+    assert.ok(second.at - first.at >= 950, `retried after ${second.at - first.at} ms`);
+  });
+
+  test('the provider’s 401 is InternalServerError, not retried, and does not show the key', async () => {
+    const { client: other, counter } = make();
+    provider.script((call) => call.reply(401, { type: 'error', error: { type: 'authentication_error', message: `invalid x-api-key ${provider.anthropicKey}` } }));
+    const error = await failure(other.messages.create(ask), Anthropic.InternalServerError);
+    assert.deepEqual([error.status, error.type, counter.count], [502, 'api_error', 1]);
+    assert.ok(!JSON.stringify([error.message, error.error]).includes(provider.anthropicKey));
+  });
+});

@@ -1,0 +1,123 @@
+// The proxy under test: the built binary on a loopback port of its own, with a
+// data directory of its own, one project with an OpenAI and an Anthropic
+// provider, and tokens made through /manage.
+import assert from 'node:assert/strict';
+import { execFileSync, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { Provider } from './provider.mjs';
+
+export const promptCanary = 'prompt-canary-4Xk9vB';
+
+export class Proxy {
+  #secrets = [promptCanary];
+  #log = [];
+
+  static async start() {
+    const p = new Proxy();
+    p.dir = mkdtempSync(join(tmpdir(), 'llm-proxy-e2e-'));
+    p.provider = await Provider.start();
+    p.managementToken = randomBytes(32).toString('hex');
+    p.#secrets.push(p.managementToken, p.provider.openaiKey, p.provider.anthropicKey);
+    await p.#run();
+    const project = await p.manage('POST', '/manage/projects', { name: 'e2e', openai_api_key: p.provider.openaiKey });
+    p.project = project.id;
+    await p.manage('POST', `/manage/projects/${p.project}/upstreams`, {
+      name: 'claude', provider: 'anthropic', base_url: p.provider.url, api_key: p.provider.anthropicKey,
+    });
+    p.token = await p.newToken();
+    return p;
+  }
+
+  async #run() {
+    this.process = spawn(binary(this.dir), [], {
+      env: {
+        LISTEN_ADDR: '127.0.0.1:0', DATA_DIR: join(this.dir, 'data'), MANAGEMENT_TOKEN: this.managementToken,
+        OPENAI_API_URL: this.provider.url, ALLOW_PRIVATE_UPSTREAMS: 'true', LOG_LEVEL: 'debug', DRAIN_TIMEOUT: '5s',
+      },
+      stdio: ['ignore', 'pipe', 'pipe'],
+    });
+    createInterface({ input: this.process.stdout }).on('line', (line) => this.#log.push(line));
+    const log = createInterface({ input: this.process.stderr });
+    this.url = await new Promise((resolve, reject) => {
+      this.process.once('exit', (code) => reject(new Error(`the proxy ended with ${code}: ${this.#log.join('\n')}`)));
+      log.on('line', (line) => {
+        this.#log.push(line);
+        if (line.includes('"msg":"listening"')) resolve(`http://${JSON.parse(line).address}`);
+      });
+    });
+  }
+
+  async manage(method, path, body) {
+    const res = await fetch(this.url + path, {
+      method,
+      headers: { authorization: `Bearer ${this.managementToken}`, 'content-type': 'application/json' },
+      body: body && JSON.stringify(body),
+    });
+    const text = await res.text();
+    assert.ok(res.ok, `${method} ${path}: ${res.status} ${text}`);
+    return JSON.parse(text);
+  }
+
+  async newToken(fields = {}) {
+    const { token } = await this.manage('POST', '/manage/tokens', { project_id: this.project, name: 'e2e', ...fields });
+    this.#secrets.push(token);
+    return token;
+  }
+
+  // settled returns the last call on record, once it is settled.
+  async settled() {
+    for (;;) {
+      const { data } = await this.manage('GET', '/manage/requests?limit=1');
+      if (data[0] && data[0].outcome !== 'open') return data[0];
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+  }
+
+  // stop ends the proxy as an operator would. It must end well, and its log may
+  // hold neither a secret nor what was asked.
+  async stop() {
+    this.process.kill('SIGTERM');
+    const [code] = await once(this.process, 'close');
+    this.provider.close();
+    rmSync(this.dir, { recursive: true });
+    assert.equal(code, 0, this.#log.slice(-5).join('\n'));
+    for (const secret of this.#secrets) assert.ok(!this.#log.some((line) => line.includes(secret)), 'the log holds a secret');
+  }
+}
+
+// binary returns the program: LLM_PROXY_BINARY, or one built for this run.
+function binary(dir) {
+  if (process.env.LLM_PROXY_BINARY) return process.env.LLM_PROXY_BINARY;
+  const file = join(dir, 'llm-proxy');
+  execFileSync('go', ['build', '-trimpath', '-o', file, '.'], {
+    cwd: fileURLToPath(new URL('..', import.meta.url)), env: { ...process.env, CGO_ENABLED: '0' }, stdio: 'inherit',
+  });
+  return file;
+}
+
+// within fails unless the promise is fulfilled in time.
+export async function within(ms, promise, what) {
+  let timer;
+  const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Error(`not within ${ms} ms: ${what}`)), ms); });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+// countingFetch is fetch with a count of the requests that an SDK really makes.
+export function countingFetch() {
+  const counting = (...args) => {
+    counting.count++;
+    return fetch(...args);
+  };
+  counting.count = 0;
+  return counting;
+}
