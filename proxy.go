@@ -78,6 +78,9 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 	id := []string{requestID(c.id)}
 	w.Header()["X-Llm-Proxy-Request-Id"] = id
 	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
+	if c.anthropic {
+		w.Header()["Request-Id"] = id // where that provider's SDKs look for it
+	}
 	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
 
 	if err := s.identify(c, r); err != nil { // who

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
@@ -177,7 +178,7 @@ func (s *server) logCall(c *call, row *requestRow) {
 			slog.Int64("output_tokens", row.counts.output),
 			slog.Int64("first_byte_us", row.firstByteUS))
 		if c.answer != nil {
-			if id := c.answer.header.Get("X-Request-Id"); id != "" && len(id) <= 128 {
+			if id := cmp.Or(c.answer.header.Get("X-Request-Id"), c.answer.header.Get("Request-Id")); id != "" && len(id) <= 128 {
 				attrs = append(attrs, slog.String("provider_request_id", id))
 			}
 		}
