@@ -44,6 +44,12 @@ func upHeader(in http.Header) http.Header {
 			}
 		}
 	}
+	if v, ok := out["Idempotency-Key"]; ok {
+		// Under this name net/http takes it as leave to send a call again that
+		// the provider has had already, which no limit and no row would know of.
+		delete(out, "Idempotency-Key")
+		out["idempotency-key"] = v
+	}
 	return out
 }
 
