@@ -1,0 +1,361 @@
+// Who may call: tokens and management keys that are missing, wrong, withered,
+// doubled or in the wrong place. Whatever is wrong with a token, the client
+// learns the same, and the provider hears of none of it.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// call makes a chat call with exactly these headers.
+func (p *testProxy) call(headers ...string) answer {
+	p.t.Helper()
+	return p.do("POST", "/v1/chat/completions", chatBody(), append([]string{"Content-Type", "application/json"}, headers...)...)
+}
+
+// refused checks that an answer is a refusal with status and code, and that the
+// provider has had no request.
+func (p *testProxy) refused(what string, a answer, status int, code string) {
+	p.t.Helper()
+	if a.status != status || a.code() != code {
+		p.t.Errorf("%s: got %d %s (%v), want %d %s", what, a.status, a.body, a.err, status, code)
+	}
+	if n := len(p.provider.got()); n > 0 {
+		p.t.Fatalf("%s: the provider got %d requests", what, n)
+	}
+}
+
+// mint returns a token or key of the right form that nobody has.
+func (p *testProxy) mint(prefix string) string {
+	value, _ := mintCredential(prefix, "")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.secrets = append(p.secrets, value())
+	return value()
+}
+
+// TestBadTokensAlike: unknown, revoked, expired and malformed tokens and none
+// at all get the same answer, byte for byte.
+func TestBadTokensAlike(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	expiredID, expired := p.newToken(`"name":"expired","duration_hours":1`)
+	if _, err := p.in.store.write.Exec("UPDATE tokens SET expires_at = ? WHERE id = ?", time.Now().UnixMilli()-1, expiredID); err != nil {
+		t.Fatal(err)
+	}
+	revokedID, revoked := p.newToken(`"name":"revoked"`)
+	p.manage("DELETE", "/manage/tokens/"+revokedID, "", 200, nil)
+	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte("user:"+p.token))
+	var first string
+	for _, c := range []struct {
+		name    string
+		headers []string
+	}{
+		{"no header", nil},
+		{"empty header", []string{"Authorization", ""}},
+		{"scheme only", []string{"Authorization", "Bearer"}},
+		{"scheme and blank", []string{"Authorization", "Bearer "}},
+		{"basic", []string{"Authorization", basic}},
+		{"no scheme", []string{"Authorization", p.token}},
+		{"tab", []string{"Authorization", "Bearer\t" + p.token}},
+		{"no-break space", []string{"Authorization", "Bearer \u00a0" + p.token}},
+		{"quoted", []string{"Authorization", `Bearer "` + p.token + `"`}},
+		{"text after it", []string{"Authorization", "Bearer " + p.token + " x"}},
+		{"two in one", []string{"Authorization", "Bearer " + p.token + ", Bearer " + p.token}},
+		{"long", []string{"Authorization", "Bearer " + strings.Repeat("a", 30<<10)}},
+		{"unknown", []string{"Authorization", "Bearer " + p.mint(tokenPrefix)}},
+		{"expired", []string{"Authorization", "Bearer " + expired}},
+		{"revoked", []string{"Authorization", "Bearer " + revoked}},
+		{"wrong checksum", []string{"Authorization", "Bearer " + p.token[:len(p.token)-1] + "!"}},
+		{"empty x-api-key", []string{"X-Api-Key", ""}},
+		{"bearer in x-api-key", []string{"X-Api-Key", "Bearer " + p.token}},
+		{"underscores", []string{"X_Api_Key", p.token, "Authorization_", "Bearer " + p.token}},
+	} {
+		got := p.call(c.headers...)
+		p.refused(c.name, got, 401, "invalid_api_key")
+		if first == "" {
+			first = got.body
+		}
+		if got.body != first {
+			t.Errorf("%s: the answer differs: %s", c.name, got.body)
+		}
+	}
+	if a := p.call("Authorization", "Bearer "+strings.Repeat("a", 1<<20)); a.err == nil && a.status != 431 {
+		t.Errorf("1 MiB: got %d", a.status)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"is_active":false}`, 200, nil)
+	p.refused("valid, of an inactive project", p.chat(), 403, "project_inactive")
+	p.refused("unknown, meanwhile", p.call("Authorization", "Bearer "+p.mint(tokenPrefix)), 401, "invalid_api_key")
+}
+
+// TestEveryCharacterCounts: a token with any one character changed is refused
+// for its checksum, without asking the database.
+func TestEveryCharacterCounts(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for i := range len(p.token) {
+		other := byte('0')
+		if p.token[i] == other {
+			other = '1'
+		}
+		changed := p.token[:i] + string(other) + p.token[i+1:]
+		if _, _, ok := hashCredential(tokenPrefix, changed); ok {
+			t.Errorf("with character %d changed, the form is still right", i)
+		}
+		if i%7 == 0 {
+			p.refused("changed", p.chatAs(changed), 401, "invalid_api_key")
+		}
+	}
+	if n := len(p.in.registry.unknown); n > 0 {
+		t.Errorf("%d malformed tokens were looked up", n)
+	}
+}
+
+// TestTokenSpelling: what is taken besides "Bearer <token>".
+func TestTokenSpelling(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, headers := range [][]string{
+		{"Authorization", "bearer " + p.token}, {"Authorization", "BEARER " + p.token}, {"Authorization", "Bearer  " + p.token + " "},
+		{"X-Api-Key", p.token}, {"Api-Key", p.token},
+		{"Authorization", "Bearer " + p.token, "X-Api-Key", p.token, "Api-Key", p.token},
+	} {
+		if a := p.call(headers...); a.status != 200 {
+			t.Errorf("%d headers, scheme %.8q: got %d", len(headers)/2, headers[1], a.status)
+		}
+	}
+	for _, line := range []string{"Authorization: Bearer \x00", "Authorization: Bearer " + "\x01", "Authorization : Bearer x", "Authorization\r\n: x"} {
+		got := p.raw("GET /v1/models HTTP/1.1\r\nHost: x\r\n" + line + "\r\n\r\n")
+		if !strings.HasPrefix(got, "HTTP/1.1 400 ") {
+			t.Errorf("%q: got %q", line, got)
+		}
+	}
+}
+
+// TestNoMixedIdentity: two different credentials are an error, never a choice.
+func TestNoMixedIdentity(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	_, other := p.newToken(`"name":"other"`)
+	a, b := "Bearer "+p.token, "Bearer "+other
+	for _, c := range []struct {
+		name    string
+		headers []string
+	}{
+		{"two Authorization", []string{"Authorization", a, "Authorization", b}},
+		{"the same twice", []string{"Authorization", a, "Authorization", a}},
+		{"one of them empty", []string{"Authorization", a, "Authorization", ""}},
+		{"x-api-key", []string{"Authorization", a, "X-Api-Key", other}},
+		{"api-key", []string{"Authorization", a, "Api-Key", other}},
+		{"both others", []string{"X-Api-Key", p.token, "Api-Key", other}},
+		{"two x-api-key", []string{"X-Api-Key", p.token, "X-Api-Key", other}},
+		{"a wrong second one", []string{"Authorization", a, "X-Api-Key", "sk-other"}},
+	} {
+		p.refused(c.name, p.call(c.headers...), 400, "ambiguous_credentials")
+	}
+	p.refused("in one line", p.call("Authorization", a+", "+b), 401, "invalid_api_key")
+	p.refused("in the query", p.do("POST", "/v1/chat/completions?api_key="+other, chatBody(), "Authorization", a, "Content-Type", "application/json"), 400, "invalid_request")
+	for _, row := range p.ledger() {
+		if row.TokenID != p.tokenID {
+			t.Errorf("on record for the other token: %+v", row)
+		}
+	}
+}
+
+// TestTokenElsewhere: a token counts in a header made for it and nowhere else,
+// and no log shows one from another place.
+func TestTokenElsewhere(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	body := strings.Replace(chatBody(), "{", `{"api_key":"`+p.token+`","authorization":"Bearer `+p.token+`",`, 1)
+	for _, c := range []struct {
+		path, body string
+		headers    []string
+	}{
+		{"/v1/chat/completions?api_key=" + p.token, chatBody(), nil},
+		{"/v1/chat/completions?key=" + p.token + "&access_token=" + p.token, chatBody(), nil},
+		{"/v1/" + p.token + "/chat/completions", chatBody(), nil},
+		{"/v1/chat/completions", body, nil},
+		{"/v1/chat/completions", chatBody(), []string{"Cookie", "token=" + p.token + "; session=" + p.token}},
+		{"/v1/chat/completions", chatBody(), []string{"Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key." + p.token}},
+		{"/v1/chat/completions", chatBody(), []string{"Proxy-Authorization", "Bearer " + p.token, "X-Auth-Token", p.token, "Token", p.token}},
+	} {
+		p.refused(c.path[:16], p.do("POST", c.path, c.body, append(c.headers, "Content-Type", "application/json")...), 401, "invalid_api_key")
+	}
+	if a := p.do("GET", "/"+p.token, ""); a.status != 404 || a.code() != "unknown_url" {
+		t.Errorf("a token as URL: %d %s", a.status, a.body)
+	}
+}
+
+// TestRevokedForGood: under load, with admins changing the token, calls that
+// begin after its revocation was answered are all refused: it never rises again.
+func TestRevokedForGood(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	var revoked atomic.Bool
+	var accepted, risen atomic.Int64
+	ctx, stop := context.WithCancel(t.Context())
+	var load sync.WaitGroup
+	for i := range 4 {
+		load.Go(func() {
+			for ctx.Err() == nil {
+				after := revoked.Load()
+				switch a := p.chat(); {
+				case a.status == 200 && after:
+					risen.Add(1)
+				case a.status == 200:
+					accepted.Add(1)
+				}
+				if i == 0 { // what makes the registry read again
+					p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+					p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"name":"n"}`)
+				}
+			}
+		})
+	}
+	waitFor(t, "calls", func() bool { return accepted.Load() > 20 })
+	p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 200, nil)
+	revoked.Store(true)
+	for range 50 {
+		if a := p.chat(); a.status != 401 {
+			t.Fatalf("after revocation: %d %s", a.status, a.body)
+		}
+	}
+	stop()
+	load.Wait()
+	if n := risen.Load(); n > 0 {
+		t.Errorf("%d calls were taken after the revocation", n)
+	}
+}
+
+// TestExpiry: a token is valid before its expires_at, and not at it.
+func TestExpiry(t *testing.T) {
+	t.Parallel()
+	live, st := &liveToken{}, &tokenState{expiresAt: 1000}
+	for now, want := range map[int64]string{999: "", 1000: "expired", 1001: "expired"} {
+		if got := live.validity(st, now); got != want {
+			t.Errorf("at %d: %q, want %q", now, got, want)
+		}
+	}
+	p := newTest(t, nil)
+	var v struct {
+		ID        string
+		ExpiresAt string `json:"expires_at"`
+	}
+	before := time.Now()
+	p.manage("POST", "/manage/tokens", `{"project_id":"`+p.project+`","name":"day","duration_hours":24}`, 201, &v)
+	at, err := time.Parse(time.RFC3339, v.ExpiresAt)
+	if err != nil || !strings.HasSuffix(v.ExpiresAt, "Z") || at.Before(before.Add(24*time.Hour-time.Second)) || at.After(time.Now().Add(24*time.Hour)) {
+		t.Errorf("24 hours from %v is %s", before, v.ExpiresAt)
+	}
+}
+
+// TestTokenShownOnce: the harness looks for tokens in every later answer.
+func TestTokenShownOnce(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, c := range [][3]string{
+		{"GET", "/manage/tokens/" + p.tokenID, ""}, {"GET", "/manage/tokens", ""}, {"PATCH", "/manage/tokens/" + p.tokenID, `{"name":"x"}`},
+		{"GET", "/manage/keys", ""}, {"GET", "/manage/projects", ""},
+	} {
+		a := p.manageAs(p.adminKey, c[0], c[1], c[2])
+		if a.status != 200 || strings.Contains(a.body, `"token"`) || strings.Contains(a.body, "hash") || strings.Contains(a.body, `"key"`) {
+			t.Errorf("%s %s: %d %s", c[0], c[1], a.status, a.body)
+		}
+	}
+	var m map[string]any
+	p.manage("GET", "/manage/tokens/"+p.tokenID, "", 200, &m)
+	if !strings.Contains(p.token, strings.TrimPrefix(m["id"].(string), "tok_")) {
+		t.Errorf("the id %v does not tell which token it is", m["id"])
+	}
+}
+
+// TestPassTheHash: what the database holds of a token opens nothing.
+func TestPassTheHash(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	hash := sha256.Sum256([]byte(p.token))
+	for _, s := range []string{
+		hex.EncodeToString(hash[:]), base64.StdEncoding.EncodeToString(hash[:]), base64.RawURLEncoding.EncodeToString(hash[:]), string(hash[:20]),
+		tokenPrefix + hex.EncodeToString(hash[:]), p.tokenID, strings.TrimPrefix(p.tokenID, "tok_"), p.project, p.upstream,
+	} {
+		s = strings.Map(func(r rune) rune { return max(r, ' ') }, s)
+		p.refused("in place of the token", p.chatAs(s), 401, "invalid_api_key")
+		if a := p.manageAs(s, "GET", "/manage/projects", ""); a.status != 401 {
+			t.Errorf("on /manage: %d", a.status)
+		}
+	}
+}
+
+// TestDoorsApart: a token opens /v1 only, a management key /manage only.
+func TestDoorsApart(t *testing.T) {
+	t.Parallel()
+	const fromEnvironment = "mgmt-Qd81kz0PvYw7Xn3Lr6Ts2Hb9" + "JcMf5"
+	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": fromEnvironment})
+	p.secrets = append(p.secrets, fromEnvironment)
+	for _, key := range []string{p.adminKey, fromEnvironment} {
+		p.refused("management key on /v1", p.chatAs(key), 401, "invalid_api_key")
+		if a := p.manageAs(key, "GET", "/manage/projects", ""); a.status != 200 {
+			t.Errorf("on /manage: %d %s", a.status, a.body)
+		}
+	}
+	for _, c := range [][]string{
+		{"Authorization", "Bearer " + p.token}, {"Authorization", "Bearer " + p.mint(keyPrefix)}, {"X-Api-Key", p.adminKey},
+		{"Cookie", "session=" + p.adminKey}, {"Authorization", p.adminKey}, {"Authorization", "Bearer " + p.adminKey, "Authorization", "Bearer x"}, nil,
+	} {
+		if a := p.do("GET", "/manage/projects", "", c...); a.status != 401 || a.code() != "invalid_management_key" || a.header.Get("WWW-Authenticate") != "Bearer" {
+			t.Errorf("%d headers on /manage: %d %s", len(c)/2, a.status, a.body)
+		}
+	}
+}
+
+// FuzzHashCredential: what is taken has the form of a token and its checksum,
+// and no two texts are the same token.
+func FuzzHashCredential(f *testing.F) {
+	token, public := mintCredential(tokenPrefix, "")
+	f.Add(token(), 9, byte('x'))
+	f.Add(token()[:40], 0, byte(0))
+	f.Add(tokenPrefix+public, 3, byte('_'))
+	f.Add(strings.Repeat("é", 33), 70, byte(0xff))
+	form := regexp.MustCompile(`\Ask-llmp_[0-9A-Za-z]{8}_[0-9A-Za-z]{49}\z`)
+	f.Fuzz(func(t *testing.T, text string, at int, with byte) {
+		hash, pub, ok := hashCredential(tokenPrefix, text)
+		if !ok {
+			return
+		}
+		if !form.MatchString(text) || checksum(text[:len(text)-6]) != text[len(text)-6:] || hash != sha256.Sum256([]byte(text)) || pub != text[8:16] {
+			t.Fatalf("%q was taken: %q", text, pub)
+		}
+		if _, _, ok := hashCredential(keyPrefix, text); ok {
+			t.Fatalf("%q is a management key too", text)
+		}
+		if at < 0 || at >= len(text) || text[at] == with {
+			return
+		}
+		other := text[:at] + string([]byte{with}) + text[at+1:]
+		if _, _, ok := hashCredential(tokenPrefix, other); ok {
+			t.Fatalf("%q and %q are both taken", text, other)
+		}
+	})
+}
+
+// FuzzParseRequestID: every id that is read is written back as it was.
+func FuzzParseRequestID(f *testing.F) {
+	for _, s := range []string{requestID(1), requestID(1<<63 - 1), "req_", "req_0000000000000", "req_z000000000000", "req_00000000é00", ""} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if id := parseRequestID(s); id < 0 || id != 0 && requestID(id) != s {
+			t.Fatalf("%q is read as %d, which is %s", s, id, requestID(id))
+		}
+	})
+}
