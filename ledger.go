@@ -81,6 +81,11 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 	if total > 0 {
 		log.Warn("calls were running when the program died; their rows are now lost ones, with estimates", "rows", total)
 	}
+	// What was noted may lie ahead, if the clock has been set back since: rows
+	// that are opened from now on must not be missed by the next start.
+	if err := st.setSetting(ctx, "ledger_open_from", strconv.FormatInt(openFrom(time.Now()), 10)); err != nil {
+		return nil, err
+	}
 	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go l.run()
 	return l, nil
@@ -329,7 +334,7 @@ func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest 
 		case <-tick.C:
 		}
 		now := time.Now()
-		from := firstID(now.Add(-time.Minute)) // a minute: ids are taken a moment before their call is listed
+		from := openFrom(now)
 		if id := oldest(); id != 0 && id < from {
 			from = id
 		}
@@ -399,6 +404,10 @@ func (s *idSource) next(now time.Time) int64 {
 	s.last = id
 	return id
 }
+
+// openFrom returns an id below those of calls that begin now: they are listed
+// a moment after they have taken it.
+func openFrom(now time.Time) int64 { return firstID(now.Add(-time.Minute)) }
 
 // firstID returns the least id that a call begun at t can have.
 func firstID(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
