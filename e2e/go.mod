@@ -2,6 +2,8 @@ module llm-proxy/e2e
 
 go 1.26.0
 
+ignore ./node_modules
+
 require github.com/openai/openai-go/v3 v3.96.0
 
 require (
