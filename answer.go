@@ -66,53 +66,49 @@ func comesDown(name string) bool {
 }
 
 // An answerWriter is the http.ResponseWriter that ReverseProxy writes to. Its
-// header map is its own, so nothing reaches the client that is not copied by
-// WriteHeader: no 1xx, no trailer. It has no Hijack and no Unwrap.
+// header map leads nowhere: nothing reaches the client that expect did not put
+// there, so no 1xx and no trailer does. It has no Hijack and no Unwrap.
 type answerWriter struct {
 	s      *server
 	c      *call
 	w      http.ResponseWriter
 	header http.Header
 
-	meter  *meter // nil until an answer came
-	keys   keyMask
-	sse    bool
-	status int
-	sent   int64 // body bytes that went to the client
-	gone   bool  // the client did not take them
+	meter      *meter // nil until an answer came
+	keys       keyMask
+	sse        bool
+	providerID string // what the provider calls this request
+	status     int
+	sent       int64 // body bytes that went to the client
+	gone       bool  // the client did not take them
 }
 
 func newAnswerWriter(s *server, c *call, w http.ResponseWriter) *answerWriter {
-	return &answerWriter{s: s, c: c, w: w, header: make(http.Header, 8), keys: keyMask{key: []byte(c.upstream.key())}}
+	return &answerWriter{s: s, c: c, w: w, header: http.Header{}, keys: keyMask{key: []byte(c.upstream.key())}}
 }
 
 func (a *answerWriter) Header() http.Header { return a.header }
 
-// expect prepares the meter for the answer whose head is res.
+// expect takes over the head of the provider's answer: what may come down goes
+// into the client's header, and ReverseProxy keeps only what it needs to know
+// when to flush.
 func (a *answerWriter) expect(res *http.Response) {
-	t, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
+	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
 	encoded := res.Header.Get("Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
-	a.sse = err == nil && t == "text/event-stream"
-	kind := a.c.endpoint.meter
-	if res.StatusCode >= 400 || !a.sse && t != "application/json" && !opaque {
+	a.sse = contentType == "text/event-stream"
+	if res.StatusCode >= 400 || !a.sse && contentType != "application/json" && !opaque {
 		kind = meterNone // an error is not billed; audio and the like say nothing
 	}
 	a.meter = newMeter(kind, a.sse, opaque, a.c.stripped)
-}
 
-// WriteHeader sends the head to the client.
-func (a *answerWriter) WriteHeader(status int) {
-	if status < 200 || a.status != 0 {
-		return
-	}
-	a.status = status
 	to := a.w.Header()
-	for name, values := range a.header {
-		if a.keys.in(values) {
-			delete(a.header, name) // from the log's sight too
-		} else if comesDown(name) {
+	for name, values := range res.Header {
+		if comesDown(name) && !a.keys.in(values) {
 			to[name] = values
+			if name == "X-Request-Id" || name == "Request-Id" {
+				a.providerID = clip(values[0], 128)
+			}
 		}
 	}
 	if _, ok := to["Content-Type"]; !ok {
@@ -127,6 +123,30 @@ func (a *answerWriter) WriteHeader(status int) {
 	} else {
 		to["Cache-Control"] = []string{"no-store"}
 	}
+	res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
+}
+
+// mediaType returns the type in a Content-Type header, "" if there is none.
+func mediaType(header string) string {
+	switch header { // nearly all are one of these
+	case "application/json", "text/event-stream":
+		return header
+	case "text/event-stream; charset=utf-8":
+		return "text/event-stream"
+	}
+	t, _, err := mime.ParseMediaType(header)
+	if err != nil {
+		return ""
+	}
+	return t
+}
+
+// WriteHeader sends the head to the client.
+func (a *answerWriter) WriteHeader(status int) {
+	if status < 200 || a.status != 0 {
+		return
+	}
+	a.status = status
 	a.c.firstByte = time.Since(a.c.start)
 	a.w.WriteHeader(status)
 }

@@ -21,6 +21,7 @@ import (
 // steps below, in their order; each belongs to the goroutine that serves it.
 type call struct {
 	id         int64
+	requestID  string // id as clients see it
 	start      time.Time
 	address    string
 	anthropic  bool // errors in Anthropic's shape
@@ -39,6 +40,7 @@ type call struct {
 	stripped bool   // stream_options.include_usage was added by us
 
 	upstream   *upstream
+	prices     *priceTable // as they were when the call began
 	entry      *ledgerEntry
 	ctx        context.Context
 	cancel     context.CancelCauseFunc
@@ -75,7 +77,8 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 	c.id = s.ids.next(c.start)
 	c.address = s.clientAddress(r)
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages")
-	id := []string{requestID(c.id)}
+	c.requestID = requestID(c.id)
+	id := []string{c.requestID}
 	w.Header()["X-Llm-Proxy-Request-Id"] = id
 	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
 	if c.anthropic {
@@ -218,6 +221,7 @@ func (s *server) admit(c *call) error {
 		return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true,
 			msg: "This token has used all of its " + strconv.FormatInt(c.state.maxRequests, 10) + " requests."}
 	}
+	c.prices = s.prices.Load()
 	c.entry = s.ledger.begin(&requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.state.seq, endpoint: c.endpoint.name(),
 		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,

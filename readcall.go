@@ -14,7 +14,7 @@ import (
 // read finds out what the call wants: its endpoint, its body within the limits,
 // and from the body what limits and metering must know.
 func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
-	if r.Header.Get("Upgrade") != "" {
+	if r.Header["Upgrade"] != nil {
 		return badRequest("upgrade_not_supported", "", "This proxy does not switch protocols; remove the Upgrade header.")
 	}
 	m, err := s.endpoints.match(r.Method, r.URL)
@@ -80,6 +80,9 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 	if e.body == bodyNone || e.body == bodyRaw {
 		return false, nil
 	}
+	if contentType == "application/json" && e.body != bodyForm { // nearly always
+		return false, nil
+	}
 	t, params, err := mime.ParseMediaType(contentType)
 	switch {
 	case err == nil && t == "application/json" && e.body != bodyForm:
@@ -113,10 +116,12 @@ func refuseBody(body io.Reader) error {
 // readBody reads the body whole: the provider then gets it in one write, and
 // the connection to the client is not torn by an answer that comes early.
 func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
-	tooLarge := &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large",
-		msg: "The body is larger than this proxy's limit of " + formatSize(s.cfg.maxBodyBytes) + "."}
+	tooLarge := func() error {
+		return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large",
+			msg: "The body is larger than this proxy's limit of " + formatSize(s.cfg.maxBodyBytes) + "."}
+	}
 	if r.ContentLength > s.cfg.maxBodyBytes {
-		return nil, tooLarge
+		return nil, tooLarge()
 	}
 	const step = 64 << 10
 	size := int64(step)
@@ -136,7 +141,7 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 		buf = buf[:len(buf)+n]
 		c.watch.received.Store(int64(len(buf)))
 		if int64(len(buf)) > s.cfg.maxBodyBytes {
-			return nil, tooLarge
+			return nil, tooLarge()
 		}
 		if err == io.EOF {
 			return buf, nil

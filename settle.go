@@ -4,7 +4,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
@@ -24,7 +23,7 @@ func (s *server) settle(c *call, r *http.Request) {
 		row.firstByteUS = c.firstByte.Microseconds()
 	}
 	c.measure(&row)
-	row.cost, row.priced, row.knownModel = s.price(c.upstream.provider, row.model, row.counts)
+	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
 	row.knownModel = row.knownModel || row.outcome == outcomeOK
 	if row.source == usageNone {
 		row.cost, row.priced = 0, false
@@ -35,7 +34,7 @@ func (s *server) settle(c *call, r *http.Request) {
 	}
 	s.ledger.settle(c.entry, &row)
 	if c.answer != nil && c.answer.keys.seen {
-		s.log.Error("the provider's answer held its key; it was masked", "request_id", requestID(c.id), "upstream", c.upstream.id)
+		s.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
 	}
 	s.logCall(c, &row)
 }
@@ -108,8 +107,8 @@ func (c *call) measure(row *requestRow) {
 
 // price returns what counts of a model cost, whether that is known, and whether
 // the model is one with a price.
-func (s *server) price(provider, model string, counts tokenCounts) (nanos int64, priced, known bool) {
-	p, ok := s.prices.Load().lookup(provider, model)
+func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos int64, priced, known bool) {
+	p, ok := t.lookup(provider, model)
 	if !ok {
 		return 0, false, false
 	}
@@ -137,7 +136,7 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	writeError(w, e, c.anthropic)
 	s.logCall(c, &row)
 	if e.status >= 500 && e.cause != nil {
-		s.log.Error("a call could not be taken", "request_id", requestID(c.id), "code", e.code, "error", e.cause)
+		s.log.Error("a call could not be taken", "request_id", c.requestID, "code", e.code, "error", e.cause)
 	}
 }
 
@@ -156,7 +155,7 @@ func (s *server) logCall(c *call, row *requestRow) {
 	}
 	attrs := make([]slog.Attr, 0, 20)
 	attrs = append(attrs,
-		slog.String("request_id", requestID(c.id)),
+		slog.String("request_id", c.requestID),
 		slog.String("route", row.endpoint),
 		slog.Int("status", row.status),
 		slog.String("outcome", string(row.outcome)))
@@ -177,10 +176,8 @@ func (s *server) logCall(c *call, row *requestRow) {
 			slog.Int64("input_tokens", row.counts.input),
 			slog.Int64("output_tokens", row.counts.output),
 			slog.Int64("first_byte_us", row.firstByteUS))
-		if c.answer != nil {
-			if id := cmp.Or(c.answer.header.Get("X-Request-Id"), c.answer.header.Get("Request-Id")); id != "" && len(id) <= 128 {
-				attrs = append(attrs, slog.String("provider_request_id", id))
-			}
+		if c.answer != nil && c.answer.providerID != "" {
+			attrs = append(attrs, slog.String("provider_request_id", c.answer.providerID))
 		}
 		if c.failure != nil && c.failure.cause != nil {
 			// net/http quotes what it could not read of an answer, which may quote the key.
