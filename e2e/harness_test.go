@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -166,9 +167,7 @@ func (p *testProxy) manage(path string, body, to any) {
 func (p *testProxy) newToken(fields map[string]any) string {
 	p.t.Helper()
 	body := map[string]any{"project_id": p.project, "name": "e2e"}
-	for name, v := range fields {
-		body[name] = v
-	}
+	maps.Copy(body, fields)
 	var made struct{ Token string }
 	p.manage("/manage/tokens", body, &made)
 	return made.Token
