@@ -213,6 +213,9 @@ func (p *testProxy) do(method, path, body string, headers ...string) answer {
 	}
 	for i := 0; i < len(headers); i += 2 {
 		req.Header.Add(headers[i], headers[i+1])
+		if headers[i] == "Host" { // which net/http takes from elsewhere
+			req.Host = headers[i+1]
+		}
 	}
 	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
 	res, err := tr.RoundTrip(req)

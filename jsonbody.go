@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -46,8 +47,8 @@ func (o *opt[T]) UnmarshalJSON(b []byte) error {
 func (o opt[T]) given() bool { return o.set && !o.null }
 
 // decodeObject reads one JSON object into the pointers of fields, by exact
-// name. Every error is a *fieldError.
-func decodeObject(body []byte, fields map[string]any) error {
+// name. null is for those in nullable only. Every error is a *fieldError.
+func decodeObject(body []byte, fields map[string]any, nullable ...string) error {
 	if !utf8.Valid(body) {
 		return &fieldError{"", "The body is not valid UTF-8."}
 	}
@@ -70,7 +71,14 @@ func decodeObject(body []byte, fields map[string]any) error {
 			return &fieldError{name, "is given twice"}
 		}
 		seen[name] = true
-		if err := dec.Decode(to); err != nil {
+		var raw json.RawMessage
+		if err := dec.Decode(&raw); err != nil {
+			return syntaxError(dec, err)
+		}
+		if string(raw) == "null" && !slices.Contains(nullable, name) {
+			return &fieldError{name, "must be " + wanted(to) + ", not null"}
+		}
+		if err := json.Unmarshal(raw, to); err != nil {
 			if _, isType := errors.AsType[*json.UnmarshalTypeError](err); isType {
 				return &fieldError{name, "must be " + wanted(to)}
 			}
@@ -99,7 +107,7 @@ func fieldNames(fields map[string]any) string {
 		names = append(names, n)
 	}
 	slices.Sort(names)
-	return strings.Join(names, ", ")
+	return cmp.Or(strings.Join(names, ", "), "none")
 }
 
 // wanted says in words what a field's pointer takes.
@@ -115,6 +123,8 @@ func wanted(to any) string {
 		return "a list of strings"
 	case *opt[map[string]string]:
 		return "an object of strings"
+	case *opt[json.RawMessage]:
+		return "a value"
 	}
 	return "of another type"
 }

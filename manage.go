@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -171,6 +172,14 @@ func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) 
 		if len(values) > 1 {
 			return nil, badRequest("invalid_value", clip(name, 64), "The query gives "+clip(name, 64)+" twice.")
 		}
+		if values[0] == "" { // as a script with an unset variable sends it: it would list all
+			return nil, badRequest("invalid_value", clip(name, 64), "The query gives no value for "+clip(name, 64)+".")
+		}
+	}
+	if r.Method != http.MethodGet || strings.HasSuffix(rt.pattern, "}") { // only lists have parameters
+		if err := req.only(); err != nil {
+			return nil, err
+		}
 	}
 	if r.Method != http.MethodGet {
 		// A change is carried through when its sender leaves: half of it, stored
@@ -334,7 +343,7 @@ next:
 				continue next
 			}
 		}
-		return badRequest("unknown_parameter", clip(name, 64), "The query has an unknown parameter "+clip(name, 64)+"; known are: "+strings.Join(known, ", ")+".")
+		return badRequest("unknown_parameter", clip(name, 64), "The query has an unknown parameter "+clip(name, 64)+"; known are: "+cmp.Or(strings.Join(known, ", "), "none")+".")
 	}
 	return nil
 }

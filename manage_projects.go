@@ -142,7 +142,7 @@ func (s *server) patchProject(r *manageRequest) (*reply, error) {
 	var name opt[string]
 	var active opt[bool]
 	var pol opt[json.RawMessage]
-	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol}); err != nil {
+	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol}, "policy"); err != nil {
 		return nil, err
 	}
 	p, err := s.store.changeProject(r.ctx, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
@@ -153,9 +153,6 @@ func (s *server) patchProject(r *manageRequest) (*reply, error) {
 			p.name = name.v
 		}
 		if active.set {
-			if active.null {
-				return &fieldError{"is_active", "must be true or false"}
-			}
 			p.active = active.v
 		}
 		if pol.set {
@@ -322,9 +319,6 @@ func (in *upstreamInput) applyDestination(s *server, row *upstreamRow, isNew boo
 	row.baseURL = u.String()
 	if !in.key.set {
 		return nil
-	}
-	if in.key.null {
-		return &fieldError{"api_key", "must be a string"}
 	}
 	if err := checkProviderKey(in.key.v()); err != nil {
 		return &fieldError{"api_key", err.Error()}

@@ -90,6 +90,10 @@ func (in *tokenInput) fields() map[string]any {
 		"expires_at": &in.expiresAt, "idle_expiry_minutes": &in.idleMinutes, "max_requests": &in.maxRequests, "policy": &in.policy}
 }
 
+func tokenNullable() []string {
+	return []string{"expires_at", "idle_expiry_minutes", "max_requests", "policy"}
+}
+
 // maxLifetime bounds what an admin may ask for; "never" is expires_at null.
 const maxLifetime = 100 * 365 * 24 * time.Hour
 
@@ -106,7 +110,7 @@ func (in *tokenInput) expiry(now time.Time) (at *int64, ok bool, err error) {
 			continue
 		}
 		given++
-		if l.in.null || l.in.v < 1 || l.in.v > int64(maxLifetime/l.unit) {
+		if l.in.v < 1 || l.in.v > int64(maxLifetime/l.unit) {
 			return nil, false, &fieldError{l.name, "must be a whole number from 1 to 100 years' worth"}
 		}
 		at = new(now.Add(time.Duration(l.in.v) * l.unit).UnixMilli())
@@ -187,7 +191,7 @@ func (s *server) createToken(r *manageRequest) (*reply, error) {
 	var in tokenInput
 	fields := in.fields()
 	fields["project_id"] = &in.projectID
-	if err := decodeObject(r.body, fields); err != nil {
+	if err := decodeObject(r.body, fields, tokenNullable()...); err != nil {
 		return nil, err
 	}
 	if !in.projectID.given() {
@@ -233,7 +237,7 @@ func (s *server) getToken(r *manageRequest) (*reply, error) {
 
 func (s *server) patchToken(r *manageRequest) (*reply, error) {
 	var in tokenInput
-	if err := decodeObject(r.body, in.fields()); err != nil {
+	if err := decodeObject(r.body, in.fields(), tokenNullable()...); err != nil {
 		return nil, err
 	}
 	return s.changeToken(r, func(t *tokenRow) error {
@@ -278,7 +282,7 @@ func (s *server) rotateToken(r *manageRequest) (*reply, error) {
 	if err := decodeObject(r.body, map[string]any{"overlap_minutes": &overlap}); err != nil {
 		return nil, err
 	}
-	if overlap.null || overlap.v < 0 || overlap.v > maxOverlap {
+	if overlap.v < 0 || overlap.v > maxOverlap {
 		return nil, &fieldError{"overlap_minutes", "must be from 0 to 43200 (30 days)"}
 	}
 	var value secret
@@ -337,7 +341,7 @@ func (s *server) listKeys(r *manageRequest) (*reply, error) {
 type keyInput struct{ name, role, expiresAt opt[string] }
 
 func (in *keyInput) decode(body []byte) error {
-	return decodeObject(body, map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt})
+	return decodeObject(body, map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt}, "expires_at")
 }
 
 func (in *keyInput) apply(k *keyRow, now time.Time) error {

@@ -30,8 +30,8 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	if err := decodeObject(raw, fields); err != nil {
 		if fe, ok := err.(*fieldError); ok && fe.param != "" {
 			fe.param = "policy." + fe.param
-		} else if ok {
-			fe.param = "policy"
+		} else if ok { // it is JSON, as part of a body that was read
+			fe.param, fe.msg = "policy", "must be an object"
 		}
 		return policy{}, err
 	}

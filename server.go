@@ -48,6 +48,7 @@ func (s *server) routes() http.Handler {
 	for _, open := range [...]string{"/{$}", "/healthz", "/readyz"} {
 		mux.Handle(open, wrongMethod("GET"))
 	}
+	mux.HandleFunc("/manage", s.notFound) // else a redirect, which a client follows with its key
 	mux.HandleFunc("/", s.notFound)
 	return s.front(mux)
 }
@@ -156,7 +157,11 @@ func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
 // protect guards what administrators use: against other web sites
 // (cross-origin requests) and against names that an attacker points at us.
 func (s *server) protect(next http.Handler) http.Handler {
-	guarded := http.NewCrossOriginProtection().Handler(next)
+	origins := http.NewCrossOriginProtection()
+	origins.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		writeError(w, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."}, false)
+	}))
+	guarded := origins.Handler(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !s.ourHost(r.Host) {
 			writeError(w, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",

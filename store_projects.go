@@ -182,16 +182,18 @@ func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
 // the project's version: what the project does has changed.
 func (s *store) addUpstream(ctx context.Context, u *upstreamRow, now int64) error {
 	return s.tx(ctx, func(tx *sql.Tx) error {
-		if err := insertUpstream(ctx, tx, u); err != nil {
+		if err := touchProject(ctx, tx, u.project, now); err != nil {
 			return err
 		}
-		return touchProject(ctx, tx, u.project, now)
+		return insertUpstream(ctx, tx, u)
 	})
 }
 
+// touchProject bumps a project's version, or returns errNotFound if it was
+// deleted: it must not get a key that nobody wipes any more.
 func touchProject(ctx context.Context, tx *sql.Tx, project, now int64) error {
-	_, err := tx.ExecContext(ctx, `UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ?`, now, project)
-	return err
+	return found(tx.QueryRowContext(ctx, `
+		UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ? AND deleted_at IS NULL RETURNING seq`, now, project).Scan(&project))
 }
 
 // upstreamsOf returns a project's upstreams in the order in which they are

@@ -82,17 +82,20 @@ type usageQuery struct {
 	limit                                              int // of groups, and of projects and tokens that are looked at
 }
 
-// at returns the time under which a sum of the hour or day that begins at ms
-// is shown: 0 for the total.
-func (q *usageQuery) at(ms int64) int64 {
-	switch q.interval {
-	case "total":
-		return 0
-	case "month":
-		t := time.UnixMilli(ms).UTC()
-		return time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC).UnixMilli()
+// A period is a span of time whose sums are added up into one: all of it, or a
+// month. Within hours and days the rows themselves say.
+type period struct{ from, to, at int64 }
+
+func (q *usageQuery) periods() (out []period) {
+	if q.interval != "month" {
+		return []period{{q.from, q.to, 0}}
 	}
-	return ms
+	for t := time.UnixMilli(q.from).UTC(); t.UnixMilli() < q.to; {
+		next := time.Date(t.Year(), t.Month()+1, 1, 0, 0, 0, 0, time.UTC)
+		out = append(out, period{t.UnixMilli(), min(next.UnixMilli(), q.to), t.UnixMilli()})
+		t = next
+	}
+	return out
 }
 
 // A usageKey is what a line of the answer is about; what it is not grouped by is
@@ -119,7 +122,7 @@ var errTooMany = errors.New("too many rows")
 
 // usage adds up sums, or returns errTooMany. For each project, or each token
 // where single tokens matter, it reads one range of the table's own order, in
-// which SQLite adds up as it goes: sorting them all together costs four times
+// which SQLite adds up as it goes: sorting them all together costs many times
 // as much.
 func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	scopes, err := s.usageScopes(ctx, &q)
@@ -133,13 +136,22 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	}
 	defer st.Close()
 	groups := map[usageKey]*sum{}
+	periods := q.periods()
 	for i := range scopes {
-		if err := q.addScope(ctx, st, grain, &scopes[i], groups); err != nil {
-			return nil, fmt.Errorf("adding up usage: %w", err)
-		}
 		if len(groups) > q.limit {
 			return nil, errTooMany
 		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		for _, p := range periods {
+			if err := q.addUp(st, grain, &scopes[i], p, groups); err != nil {
+				return nil, fmt.Errorf("adding up usage: %w", err)
+			}
+		}
+	}
+	if len(groups) > q.limit {
+		return nil, errTooMany
 	}
 	out := make([]usageRow, 0, len(groups))
 	for k, v := range groups {
@@ -155,20 +167,24 @@ func (q *usageQuery) statement() (text, grain string) {
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
 			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(total_us)
 		FROM usage_sums WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ? `
-	grain = "day"
-	if q.interval == "hour" {
+	if grain = "day"; q.interval == "hour" {
 		grain = "hour"
 	}
+	timed, fine := q.interval == "hour" || q.interval == "day", q.byEndpoint || q.byOutcome
 	switch {
-	case q.byEndpoint || q.byOutcome:
+	case fine && timed:
 		return `SELECT at, model, endpoint, outcome, ` + sums + `GROUP BY at, model, endpoint, outcome`, grain
-	case q.byModel:
+	case fine:
+		return `SELECT 0, model, endpoint, outcome, ` + sums + `GROUP BY model, endpoint, outcome`, grain
+	case q.byModel && timed:
 		return `SELECT at, model, '', '', ` + sums + `GROUP BY at, model`, grain
+	case q.byModel:
+		return `SELECT 0, model, '', '', ` + sums + `GROUP BY model`, grain
 	}
 	if grain == "day" && (q.byToken || q.token != "") {
 		grain = "token"
 	}
-	if q.interval != "total" {
+	if timed {
 		return `SELECT at, '', '', '', ` + sums + `GROUP BY at`, grain
 	}
 	return `SELECT 0, '', '', '', ` + sums + `GROUP BY grain`, grain
@@ -180,8 +196,10 @@ type usageScope struct {
 	usageKey             // its ids and names
 }
 
-func (q *usageQuery) addScope(ctx context.Context, st *sql.Stmt, grain string, sc *usageScope, groups map[usageKey]*sum) error {
-	rows, err := st.QueryContext(ctx, grain, sc.project, sc.token, q.from, q.to)
+// addUp adds a scope's sums of a period to the groups. It reads one short range
+// and cannot be cancelled: for what can, the driver starts a goroutine a time.
+func (q *usageQuery) addUp(st *sql.Stmt, grain string, sc *usageScope, p period, groups map[usageKey]*sum) error {
+	rows, err := st.QueryContext(context.Background(), grain, sc.project, sc.token, p.from, p.to)
 	if err != nil {
 		return err
 	}
@@ -202,7 +220,7 @@ func (q *usageQuery) addScope(ctx context.Context, st *sql.Stmt, grain string, s
 			return err
 		}
 		k := base
-		k.at = q.at(at)
+		k.at = p.at + at // one of them is 0
 		if q.byModel {
 			k.model = model
 		}

@@ -1,0 +1,442 @@
+// openapi.yaml and the server are held to each other, in both directions: each
+// route, parameter, field, header and status of either is one of the other. The
+// reader of the file is in openapi_yaml_test.go.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A spec is openapi.yaml, and what has been seen of it in answers.
+type spec struct {
+	t    *testing.T
+	root map[string]any
+	mux  *http.ServeMux // finds the operation of a path
+	seen map[string]bool
+}
+
+func readSpec(t *testing.T) *spec {
+	t.Helper()
+	text, err := os.ReadFile("openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := readYAML(string(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &spec{t: t, root: root.(map[string]any), mux: http.NewServeMux(), seen: map[string]bool{}}
+	for _, name := range s.operations() {
+		s.mux.HandleFunc(name, http.NotFound)
+	}
+	return s
+}
+
+// operations lists the operations as "GET /manage/projects".
+func (s *spec) operations() (names []string) {
+	for path, item := range s.root["paths"].(map[string]any) {
+		for method := range item.(map[string]any) {
+			names = append(names, strings.ToUpper(method)+" "+path)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func (s *spec) operation(name string) map[string]any {
+	method, path, _ := strings.Cut(name, " ")
+	return s.root["paths"].(map[string]any)[path].(map[string]any)[strings.ToLower(method)].(map[string]any)
+}
+
+// at follows names down a map and resolves references on the way; nil: there is
+// no such thing.
+func (s *spec) at(v any, path ...string) map[string]any {
+	m, _ := v.(map[string]any)
+	for {
+		ref, ok := m["$ref"].(string)
+		if !ok {
+			break
+		}
+		rest, ok := strings.CutPrefix(ref, "#/")
+		if !ok {
+			s.t.Fatalf("odd reference %s", ref)
+		}
+		if m = s.at(s.root, strings.Split(rest, "/")...); m == nil {
+			s.t.Fatalf("nothing at %s", ref)
+		}
+	}
+	if len(path) == 0 || m == nil {
+		return m
+	}
+	return s.at(m[path[0]], path[1:]...)
+}
+
+// properties are those of a schema, with the ones that allOf brings in.
+func (s *spec) properties(schema map[string]any) map[string]any {
+	out := maps.Clone(s.at(schema, "properties"))
+	if out == nil {
+		out = map[string]any{}
+	}
+	parts, _ := schema["allOf"].([]any)
+	for _, p := range parts {
+		maps.Copy(out, s.properties(s.at(p)))
+	}
+	return out
+}
+
+func (s *spec) required(schema map[string]any) (out []string) {
+	list, _ := schema["required"].([]any)
+	for _, v := range list {
+		out = append(out, v.(string))
+	}
+	parts, _ := schema["allOf"].([]any)
+	for _, p := range parts {
+		out = append(out, s.required(s.at(p))...)
+	}
+	return out
+}
+
+// types are the JSON types that a schema allows.
+func (s *spec) types(schema map[string]any) (out []string) {
+	switch v := schema["type"].(type) {
+	case string:
+		out = append(out, v)
+	case []any:
+		for _, t := range v {
+			out = append(out, fmt.Sprint(t))
+		}
+	}
+	parts, _ := schema["oneOf"].([]any)
+	for _, p := range parts {
+		out = append(out, s.types(s.at(p))...)
+	}
+	if schema["allOf"] != nil {
+		out = append(out, "object")
+	}
+	return out
+}
+
+// parameters maps the names of an operation's parameters in some place to them.
+func (s *spec) parameters(op map[string]any, in string) map[string]map[string]any {
+	out := map[string]map[string]any{}
+	list, _ := op["parameters"].([]any)
+	for _, p := range list {
+		if m := s.at(p); m["in"] == in {
+			out[m["name"].(string)] = m
+		}
+	}
+	return out
+}
+
+func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// TestOpenAPIRoutes: the same URLs and roles, and the path parameters that the
+// URLs have.
+func TestOpenAPIRoutes(t *testing.T) {
+	t.Parallel()
+	s := readSpec(t)
+	want := []string{"GET /healthz", "GET /readyz"}
+	for _, rt := range (&server{}).manageTable() {
+		want = append(want, rt.pattern)
+		if !slices.Contains(s.operations(), rt.pattern) {
+			continue // told below
+		}
+		if got := s.operation(rt.pattern)["x-role"]; got != string(rt.need) {
+			t.Errorf("%s: x-role is %v, it needs %s", rt.pattern, got, rt.need)
+		}
+	}
+	slices.Sort(want)
+	if got := s.operations(); !slices.Equal(got, want) {
+		t.Errorf("openapi.yaml has\n%s\nthe server\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	ids := map[any]bool{}
+	for _, name := range s.operations() {
+		op := s.operation(name)
+		var inPath []string
+		for _, m := range regexp.MustCompile(`{(\w+)}`).FindAllStringSubmatch(name, -1) {
+			inPath = append(inPath, m[1])
+		}
+		slices.Sort(inPath)
+		if got := sorted(s.parameters(op, "path")); !slices.Equal(got, inPath) {
+			t.Errorf("%s: path parameters %v", name, got)
+		}
+		if id := op["operationId"]; id == nil || ids[id] {
+			t.Errorf("%s: operationId %v is not its own", name, id)
+		}
+		ids[op["operationId"]] = true
+	}
+}
+
+// fill puts ids of the test's own things into a pattern; there are none of
+// calls, prices and keys.
+func (p *testProxy) fill(name string) (method, path string) {
+	method, path, _ = strings.Cut(name, " ")
+	id := "none"
+	switch {
+	case strings.HasPrefix(path, "/manage/projects/"):
+		id = p.project
+	case strings.HasPrefix(path, "/manage/tokens/"):
+		id = p.tokenID
+	}
+	return method, strings.NewReplacer("{id}", id, "{upstream}", p.upstream).Replace(path)
+}
+
+// known reads the names that a refusal lists.
+func known(t *testing.T, res answer) []string {
+	t.Helper()
+	_, list, ok := strings.Cut(res.message(), "known are: ")
+	if res.status != 400 || !ok {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	names := strings.Split(strings.TrimSuffix(list, "."), ", ")
+	if slices.Equal(names, []string{"none"}) {
+		names = nil
+	}
+	slices.Sort(names)
+	return names
+}
+
+// refusal returns what an OpenAI-shaped error says.
+func (a answer) refusal() (message, param string) {
+	var e struct {
+		Error struct{ Message, Param string }
+	}
+	_ = json.Unmarshal([]byte(a.body), &e)
+	return e.Error.Message, e.Error.Param
+}
+
+func (a answer) message() string { m, _ := a.refusal(); return m }
+func (a answer) param() string   { _, p := a.refusal(); return p }
+
+// TestOpenAPIRequests: the same fields and query parameters, of the same types,
+// null where it says so, and needed where it says so.
+func TestOpenAPIRequests(t *testing.T) {
+	t.Parallel()
+	s, p := readSpec(t), newTest(t, nil)
+	for _, name := range s.operations() {
+		method, path := p.fill(name)
+		if !strings.HasPrefix(path, "/manage/") {
+			continue
+		}
+		op := s.operation(name)
+		query := s.parameters(op, "query")
+		if got, want := known(t, p.manageAs(p.adminKey, method, path+"?no_such=1", "")), sorted(query); !slices.Equal(got, want) {
+			t.Errorf("%s takes the parameters %v; openapi.yaml has %v", name, got, want)
+		}
+		for q, param := range query {
+			schema := s.at(param, "schema")
+			if schema["enum"] == nil && schema["type"] == "string" && schema["format"] == nil && q != "after" {
+				continue // any text will do
+			}
+			if q == "provider" {
+				continue // a provider that is none has no price
+			}
+			res := p.manageAs(p.adminKey, method, path+"?"+q+"=no%20such", "")
+			if res.status != 400 || res.param() != q {
+				t.Errorf("%s?%s=no such: got %d %s", name, q, res.status, res.body)
+			}
+		}
+		if method != "POST" && method != "PATCH" {
+			if op["requestBody"] != nil {
+				t.Errorf("%s has no body", name)
+			}
+			continue
+		}
+		schema := s.at(op, "requestBody", "content", "application/json", "schema")
+		if got, want := known(t, p.manageAs(p.adminKey, method, path, `{"no_such":1}`)), sorted(s.properties(schema)); !slices.Equal(got, want) {
+			t.Errorf("%s takes the fields %v; openapi.yaml has %v", name, got, want)
+		}
+		for field, v := range s.properties(schema) {
+			s.tryField(p, method, path, field, s.at(v), needed(p)[name])
+		}
+	}
+}
+
+// tryField sends a field with values of all types, beside what else is needed,
+// and expects those that its schema does not have to be refused under its name.
+func (s *spec) tryField(p *testProxy, method, path, field string, schema map[string]any, base map[string]string) {
+	s.t.Helper()
+	types := s.types(schema)
+	for kind, value := range map[string]string{"null": "null", "boolean": "true", "integer": "7", "string": `"x"`, "array": `[{}]`,
+		"object": `{"x":1}`, "number": "1.5"} {
+		if slices.Contains(types, kind) || kind == "integer" && slices.Contains(types, "number") {
+			continue
+		}
+		body := maps.Clone(base)
+		if body == nil {
+			body = map[string]string{}
+		}
+		body[field] = value
+		if res := p.manageAs(p.adminKey, method, path, object(body)); res.status != 400 || res.param() != field {
+			s.t.Errorf("%s %s with %s %s: got %d %s", method, path, field, value, res.status, res.body)
+		}
+	}
+}
+
+// needed are the fields that each operation needs, with values.
+func needed(p *testProxy) map[string]map[string]string {
+	return map[string]map[string]string{
+		"POST /manage/projects":                {"name": `"a"`},
+		"POST /manage/projects/{id}/upstreams": {"name": `"a"`, "api_key": `"sk-0123456789abcdef"`},
+		"POST /manage/tokens":                  {"project_id": `"` + p.project + `"`},
+		"POST /manage/prices":                  {"match": `"m"`},
+		"POST /manage/keys":                    {"name": `"a"`, "role": `"viewer"`},
+	}
+}
+
+// TestOpenAPIRequired: each field that a schema requires is missed, and no other
+// is.
+func TestOpenAPIRequired(t *testing.T) {
+	t.Parallel()
+	s, p := readSpec(t), newTest(t, nil)
+	for name, body := range needed(p) {
+		required := s.required(s.at(s.operation(name), "requestBody", "content", "application/json", "schema"))
+		slices.Sort(required)
+		if !slices.Equal(required, sorted(body)) {
+			t.Errorf("%s requires %v in openapi.yaml, the test says %v", name, required, sorted(body))
+		}
+		method, path := p.fill(name)
+		for _, left := range required {
+			part := maps.Clone(body)
+			delete(part, left)
+			if res := p.manageAs(p.adminKey, method, path, object(part)); res.status != 400 || res.param() != left {
+				t.Errorf("%s without %s: got %d %s", name, left, res.status, res.body)
+			}
+		}
+		if name == "POST /manage/prices" {
+			body["input"] = "1" // or output: JSON Schema could say so, but few would read it
+		}
+		p.manage(method, path, object(body), 201, nil)
+	}
+}
+
+func object(members map[string]string) string {
+	var parts []string
+	for _, name := range sorted(members) {
+		parts = append(parts, `"`+name+`":`+members[name])
+	}
+	return "{" + strings.Join(parts, ",") + "}"
+}
+
+// answered checks an answer against its operation's responses.
+func (s *spec) answered(method, path string, res answer) {
+	s.t.Helper()
+	u, err := url.Parse(path)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	_, name := s.mux.Handler(&http.Request{Method: method, URL: u, Host: "x"})
+	if name == "" {
+		s.t.Fatalf("no operation for %s %s", method, path)
+	}
+	declared := s.at(s.operation(name), "responses", fmt.Sprint(res.status))
+	if declared == nil {
+		s.t.Errorf("%s: the status %d is not in openapi.yaml: %s", name, res.status, res.body)
+		return
+	}
+	for _, h := range []string{"ETag", "X-Request-ID", "Retry-After", "WWW-Authenticate", "Allow"} {
+		schema := s.at(declared, "headers", h)
+		if got := res.header.Get(h); (got != "") != (schema != nil) {
+			s.t.Errorf("%s %d: header %s is %q, in openapi.yaml %v", name, res.status, h, got, schema)
+		}
+	}
+	where := fmt.Sprintf("%s %d ", name, res.status)
+	kind, _, _ := strings.Cut(res.header.Get("Content-Type"), ";")
+	schema := s.at(declared, "content", kind, "schema")
+	if schema == nil {
+		s.t.Errorf("%sis %s, in openapi.yaml it is not", where, kind)
+		return
+	}
+	var v any = res.body
+	if kind == "application/json" {
+		if err := json.Unmarshal([]byte(res.body), &v); err != nil {
+			s.t.Errorf("%s%v", where, err)
+		}
+	}
+	s.seen[where] = true
+	s.validate(where, schema, v)
+}
+
+// validate holds a value to a schema, and notes each property that it sees.
+func (s *spec) validate(where string, schema map[string]any, v any) {
+	s.t.Helper()
+	types := s.types(schema)
+	kind := jsonType(v)
+	if len(types) > 0 && !slices.Contains(types, kind) && !(kind == "integer" && slices.Contains(types, "number")) {
+		s.t.Errorf("%s: is %v, not of %v", where, v, types)
+		return
+	}
+	if enum, ok := schema["enum"].([]any); ok && !slices.Contains(enum, v) || schema["const"] != nil && schema["const"] != v {
+		s.t.Errorf("%s: %v is not one of %v%v", where, v, enum, schema["const"])
+	}
+	if text, ok := v.(string); ok && schema["format"] == "date-time" {
+		if _, err := time.Parse(time.RFC3339, text); err != nil {
+			s.t.Errorf("%s: %v", where, err)
+		}
+	}
+	switch v := v.(type) {
+	case []any:
+		for _, item := range v {
+			s.validate(where+"[]", s.at(schema, "items"), item)
+		}
+	case map[string]any:
+		properties := s.properties(schema)
+		for _, name := range s.required(schema) {
+			if _, ok := v[name]; !ok {
+				s.t.Errorf("%s: %s is missing", where, name)
+			}
+		}
+		for name, value := range v {
+			if properties[name] == nil {
+				s.t.Errorf("%s: %s is not in openapi.yaml", where, name)
+				continue
+			}
+			s.seen[where+"."+name] = true
+			s.validate(where+"."+name, s.at(properties[name]), value)
+		}
+	}
+}
+
+func jsonType(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return "null"
+	case bool:
+		return "boolean"
+	case string:
+		return "string"
+	case []any:
+		return "array"
+	case float64:
+		if v == float64(int64(v)) {
+			return "integer"
+		}
+		return "number"
+	}
+	return "object"
+}
+
+// unseen reports the properties of a schema that no answer had.
+func (s *spec) unseen(where string, schema map[string]any) {
+	s.t.Helper()
+	if items := s.at(schema, "items"); items != nil {
+		s.unseen(where+"[]", items)
+	}
+	for name, v := range s.properties(schema) {
+		if !s.seen[where+"."+name] {
+			s.t.Errorf("%s: no answer has %s", where, name)
+			continue
+		}
+		s.unseen(where+"."+name, s.at(v))
+	}
+}
