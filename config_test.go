@@ -1,0 +1,328 @@
+// These tests hold every setting to its rule: good values, bad values with
+// words that help, all problems at once, and never a secret in an error.
+package main
+
+import (
+	"bytes"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+)
+
+const (
+	goodKey   = "1f0c9a35d2be74886a01ff3479e2c5d0b39a4f6e1782cd5503be91f7a86d240c"
+	goodToken = "m4nAg3-7Qz1xWk0VbR2sT9uYp5LcHd8Ej"
+)
+
+// configOf loads settings over ones that are enough for a start.
+func configOf(t *testing.T, env map[string]string) (*config, error) {
+	t.Helper()
+	all := map[string]string{"DATA_DIR": t.TempDir()}
+	for k, v := range env {
+		all[k] = v
+	}
+	return loadConfig(func(name string) string { return all[name] })
+}
+
+func TestConfigDefaults(t *testing.T) {
+	t.Parallel()
+	c, err := configOf(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.listenAddr != "127.0.0.1:8080" || c.databaseFile != filepath.Join(c.dataDir, "llm-proxy.db") || c.encryptionKey != nil ||
+		c.managementToken != nil || c.openaiKey != nil || c.openaiURL != "https://api.openai.com" || c.allowPrivate || c.publicURL != nil ||
+		c.trustedProxies != nil || c.tlsCert != "" || c.tlsKey != "" || c.logLevel != slog.LevelInfo || c.logText ||
+		c.maxBodyBytes != 32<<20 || c.maxUploadBytes != 512<<20 || c.bodyMemory != 512<<20 || c.upstreamTimeout != 10*time.Minute ||
+		c.streamIdleTimeout != 5*time.Minute || c.drainTimeout != 30*time.Second || c.retention != 90*24*time.Hour {
+		t.Errorf("the defaults are %+v", c)
+	}
+}
+
+// TestConfigValues: one row, one value. want "" is good; else the error says it.
+func TestConfigValues(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := func(name, text string, mode fs.FileMode) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	for _, tt := range []struct{ name, value, want string }{
+		{"LISTEN_ADDR", ":8080", ""},
+		{"LISTEN_ADDR", "0.0.0.0:1", ""},
+		{"LISTEN_ADDR", "[::]:65535", ""},
+		{"LISTEN_ADDR", "localhost:0", ""},
+		{"LISTEN_ADDR", "8080", "must be HOST:PORT"},
+		{"LISTEN_ADDR", "[::1", "must be HOST:PORT"},
+		{"LISTEN_ADDR", "127.0.0.1:65536", "not a number from 0 to 65535"},
+		{"LISTEN_ADDR", "127.0.0.1:http", "not a number"},
+		{"LISTEN_ADDR", "127.0.0.1:", "not a number"},
+		{"LISTEN_ADDR", "example.com:80", "must name an IP address"},
+		{"LISTEN_ADDR", " :8080", "has white space around its value"},
+		{"LISTEN_ADDR", "\n", "has white space around its value"},
+		{"DATA_DIR", file("a-file", "x", 0o600), "is not a directory"},
+		{"DATA_DIR", filepath.Join(dir, "new", "deep"), ""},
+		{"DATA_DIR", filepath.Join(dir, "a-file", "below"), "not a directory"},
+		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "x.db"), ""},
+		{"DATABASE_URL", "sqlite://" + filepath.Join(dir, "x.db"), ""},
+		{"DATABASE_URL", "sqlite:", "must be sqlite:FILE"},
+		{"DATABASE_URL", dir + "/x.db", "must be sqlite:FILE"},
+		{"DATABASE_URL", "mysql://x", "must be sqlite:FILE"},
+		{"DATABASE_URL", "postgres://u:pw-canary-1@host/db", "names PostgreSQL"},
+		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "none", "x.db"), "make the directory first"},
+		{"DATABASE_URL", "sqlite:" + dir, "is a directory"},
+		{"ENCRYPTION_KEY", goodKey, ""},
+		{"ENCRYPTION_KEY", strings.ToUpper(goodKey), ""},
+		{"ENCRYPTION_KEY", "Hwyaf9K+dIhqAf80eeLF0LOaT24Xgs1VA76R96htJAw=", ""},
+		{"ENCRYPTION_KEY", goodKey[:62], "must be 32 random bytes"},
+		{"ENCRYPTION_KEY", "correct horse battery staple", "must be 32 random bytes"},
+		{"ENCRYPTION_KEY", strings.Repeat("ab", 32), "is a pattern"},
+		{"ENCRYPTION_KEY", "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f", "is a pattern"},
+		{"ENCRYPTION_KEY_FILE", file("key", goodKey+"\n", 0o600), ""},
+		{"ENCRYPTION_KEY_FILE", file("crlf", goodKey+"\r\n", 0o600), ""},
+		{"ENCRYPTION_KEY_FILE", file("short", goodKey[:60], 0o600), "names a file whose text must be 32 random bytes"},
+		{"ENCRYPTION_KEY_FILE", file("empty", "", 0o600), "must be 32 random bytes"},
+		{"ENCRYPTION_KEY_FILE", file("huge", strings.Repeat(goodKey, 100), 0o600), "larger than 4 KiB"},
+		{"ENCRYPTION_KEY_FILE", filepath.Join(dir, "missing"), "names a file that cannot be read: no such file"},
+		{"ENCRYPTION_KEY_FILE", dir, "names a file that cannot be read: is a directory"},
+		{"ENCRYPTION_KEY_FILE", goodKey, "names a file that cannot be read"}, // the key itself: must not be quoted
+		{"ENCRYPTION_KEY_FILE", "/dev/zero", "larger than 4 KiB"},
+		{"MANAGEMENT_TOKEN", goodToken, ""},
+		{"MANAGEMENT_TOKEN", goodToken[:31], "32 characters or more"},
+		{"MANAGEMENT_TOKEN", strings.Repeat("abcdefgh", 5), "repeats too few characters"},
+		{"MANAGEMENT_TOKEN", "changeme-0123456789-abcdefghijklmn", "sample from documentation"},
+		{"MANAGEMENT_TOKEN", "Your-Management-Token-Goes-Here-123456", "sample from documentation"},
+		{"MANAGEMENT_TOKEN", "with a space 0123456789 abcdefghijk", "without spaces"},
+		{"MANAGEMENT_TOKEN", "tökén-0123456789-abcdefghijklmnopqr", "printable ASCII"},
+		{"MANAGEMENT_TOKEN", goodToken + "\n", "has white space around its value"},
+		{"MANAGEMENT_TOKEN_FILE", file("token", goodToken+"\n", 0o600), ""},
+		{"MANAGEMENT_TOKEN_FILE", file("weak", "password", 0o600), "32 characters or more"},
+		{"MANAGEMENT_TOKEN_FILE", goodToken, "names a file that cannot be read"},
+		{"OPENAI_API_KEY", "sk-proj-0123456789", ""},
+		{"OPENAI_API_KEY", "sk-1234", "must have 8 to 4096 characters"},
+		{"OPENAI_API_KEY", "sk-...abcd1234", "is a masked key"},
+		{"OPENAI_API_KEY", "sk-********1234", "is a masked key"},
+		{"OPENAI_API_KEY", "sk proj 0123", "without spaces"},
+		{"OPENAI_API_URL", "https://eu.api.openai.com/v1", ""},
+		{"OPENAI_API_URL", "http://api.openai.com", "must be https"},
+		{"OPENAI_API_URL", "https://user:pw-canary-2@api.openai.com", "must not hold a user name"},
+		{"OPENAI_API_URL", "https://api.openai.com?key=pw-canary-3", "must not have a query"},
+		{"OPENAI_API_URL", "https://127.0.0.1", "loopback or private"},
+		{"OPENAI_API_URL", "api.openai.com", "must be an absolute URL"},
+		{"ALLOW_PRIVATE_UPSTREAMS", "true", ""},
+		{"ALLOW_PRIVATE_UPSTREAMS", "yes", "must be one of: true, false"},
+		{"PUBLIC_URL", "https://llm.example.com", ""},
+		{"PUBLIC_URL", "https://llm.example.com/", ""},
+		{"PUBLIC_URL", "https://llm.example.com/x", "must be a scheme and a host"},
+		{"PUBLIC_URL", "llm.example.com", "must be a scheme and a host"},
+		{"PUBLIC_URL", "https://u:pw-canary-4@llm.example.com", "must be a scheme and a host"},
+		{"TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.1,2001:db8::/32", ""},
+		{"TRUSTED_PROXIES", "10.0.0.1/8", "is neither"},
+		{"TRUSTED_PROXIES", "10.0.0.0/8,", "is neither"},
+		{"TRUSTED_PROXIES", "all", "is neither"},
+		{"TLS_CERT_FILE", filepath.Join(dir, "missing"), "without TLS_KEY_FILE"},
+		{"TLS_KEY_FILE", filepath.Join(dir, "missing"), "without TLS_CERT_FILE"},
+		{"LOG_LEVEL", "warn", ""},
+		{"LOG_LEVEL", "WARN", "must be one of: debug, info, warn, error"},
+		{"LOG_FORMAT", "text", ""},
+		{"LOG_FORMAT", "xml", "must be one of: json, text"},
+		{"MAX_BODY_BYTES", "1024", ""},
+		{"MAX_BODY_BYTES", "64KiB", ""},
+		{"MAX_BODY_BYTES", "32MB", "must be a whole number of bytes, KiB, MiB or GiB"},
+		{"MAX_BODY_BYTES", "1.5MiB", "must be a whole number"},
+		{"MAX_BODY_BYTES", "-1", "must be from 1KiB to 1GiB"},
+		{"MAX_BODY_BYTES", "1023", "must be from 1KiB to 1GiB"},
+		{"MAX_BODY_BYTES", "2GiB", "must be from 1KiB to 1GiB"},
+		{"MAX_BODY_BYTES", "9223372036854775807GiB", "must be from"},
+		{"MAX_BODY_BYTES", "99999999999999999999", "must be a whole number"},
+		{"MAX_UPLOAD_BYTES", "1GiB", ""},
+		{"MAX_UPLOAD_BYTES", "2TiB", "must be a whole number"},
+		{"BODY_MEMORY", "64MiB", ""},
+		{"BODY_MEMORY", "16MiB", "must be at least MAX_BODY_BYTES"},
+		{"BODY_MEMORY", "lots", "must be a whole number"},
+		{"UPSTREAM_TIMEOUT", "90s", ""},
+		{"UPSTREAM_TIMEOUT", "90", "must be a duration with a unit"},
+		{"UPSTREAM_TIMEOUT", "3h", "must be from 100ms to 2h"},
+		{"UPSTREAM_TIMEOUT", "0s", "must be from"},
+		{"UPSTREAM_TIMEOUT", "-1m", "must be from"},
+		{"STREAM_IDLE_TIMEOUT", "1m30s", ""},
+		{"STREAM_IDLE_TIMEOUT", "5 m", "must be a duration"},
+		{"DRAIN_TIMEOUT", "0s", ""},
+		{"DRAIN_TIMEOUT", "2h", "must be from"},
+		{"RETENTION", "30d", ""},
+		{"RETENTION", "12h", ""},
+		{"RETENTION", "30days", "must be a duration"},
+		{"RETENTION", "5m", "must be from"},
+		{"RETENTION", "99999d", "must be a duration"},
+	} {
+		_, err := configOf(t, map[string]string{tt.name: tt.value})
+		switch {
+		case tt.want == "" && err != nil:
+			t.Errorf("%s=%q: %v", tt.name, tt.value, err)
+		case tt.want != "" && err == nil:
+			t.Errorf("%s=%q is taken", tt.name, tt.value)
+		case tt.want != "" && (!strings.Contains(err.Error(), tt.want) || !strings.HasPrefix(err.Error(), tt.name) || strings.Contains(err.Error(), "\n")):
+			t.Errorf("%s=%q: the error is %q, want one line with %q", tt.name, tt.value, err, tt.want)
+		case tt.want != "" && (secretSetting(tt.name) && strings.Contains(err.Error(), strings.TrimSpace(tt.value)) || strings.Contains(err.Error(), "pw-canary")):
+			t.Errorf("%s: its value is in the error: %v", tt.name, err)
+		}
+	}
+}
+
+func secretSetting(name string) bool {
+	return slices.ContainsFunc(settings(), func(s setting) bool { return s.name == name && s.secret })
+}
+
+// TestConfigPairs: what holds for two settings together.
+func TestConfigPairs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	cert, key := testCertificate(t, dir, time.Hour)
+	for _, tt := range []struct {
+		env  map[string]string
+		want string
+	}{
+		{map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, ""},
+		{map[string]string{"TLS_CERT_FILE": key, "TLS_KEY_FILE": cert}, "not a usable pair"},
+		{map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": "-----BEGIN PRIVATE KEY-----pw-canary-5"}, "not a usable pair"},
+		{map[string]string{"ENCRYPTION_KEY": goodKey, "ENCRYPTION_KEY_FILE": cert}, "exclude each other"},
+		{map[string]string{"MANAGEMENT_TOKEN": goodToken, "MANAGEMENT_TOKEN_FILE": cert}, "exclude each other"},
+		{map[string]string{"OPENAI_API_URL": "http://127.0.0.1:9", "ALLOW_PRIVATE_UPSTREAMS": "true"}, ""},
+		{map[string]string{"BODY_MEMORY": "8MiB", "MAX_BODY_BYTES": "8MiB"}, ""},
+	} {
+		_, err := configOf(t, tt.env)
+		if (err == nil) != (tt.want == "") || err != nil && (!strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "pw-canary")) {
+			t.Errorf("%v: %v, want %q", tt.env, err, tt.want)
+		}
+	}
+}
+
+// TestConfigUnwritable: a directory that cannot be written to stops the start,
+// with words.
+func TestConfigUnwritable(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() == 0 {
+		t.Log("as root, /proc stands for a directory that takes no file")
+		if _, err := configOf(t, map[string]string{"DATA_DIR": "/proc"}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
+			t.Errorf("the error is %v", err)
+		}
+		return
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o500); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := configOf(t, map[string]string{"DATA_DIR": filepath.Join(dir, "data")}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
+		t.Errorf("the error is %v", err)
+	}
+}
+
+// TestConfigAllProblemsAtOnce: each setting that is wrong has its line, and
+// looking leaves nothing behind.
+func TestConfigAllProblemsAtOnce(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	env := map[string]string{"DATA_DIR": dir, "LISTEN_ADDR": "8080", "ENCRYPTION_KEY": "secret-canary-aaaa", "MANAGEMENT_TOKEN": "secret-canary-bbbb",
+		"OPENAI_API_KEY": "secret-canary-cccc…", "LOG_LEVEL": "loud", "MAX_BODY_BYTES": "1TB", "BODY_MEMORY": "x", "UPSTREAM_TIMEOUT": "10",
+		"RETENTION": " 9d", "PUBLIC_URL": "ftp://x", "TLS_KEY_FILE": "x", "TRUSTED_PROXIES": "?", "ALLOW_PRIVATE_UPSTREAMS": "1", "DATABASE_URL": "x"}
+	_, err := loadConfig(func(name string) string { return env[name] })
+	if err == nil {
+		t.Fatal("no error")
+	}
+	lines := strings.Split(err.Error(), "\n")
+	for name := range env {
+		n := 0
+		for _, l := range lines {
+			if strings.HasPrefix(l, name+":") {
+				n++
+			}
+		}
+		if name != "DATA_DIR" && n != 1 {
+			t.Errorf("%s has %d lines", name, n)
+		}
+	}
+	if len(lines) != len(env)-1 {
+		t.Errorf("%d lines for %d problems:\n%v", len(lines), len(env)-1, err)
+	}
+	if strings.Contains(err.Error(), "secret-canary") {
+		t.Errorf("a secret is in %v", err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("checking left %v", left)
+	}
+}
+
+// TestConfigTable: --help tells of every setting that is read, and of no other.
+func TestConfigTable(t *testing.T) {
+	t.Parallel()
+	asked := map[string]bool{}
+	if _, err := loadConfig(func(name string) string { asked[name] = true; return "" }); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	writeSettings(tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0))
+	for _, s := range settings() {
+		if !asked[s.name] || !strings.Contains(b.String(), "  "+s.name+"  ") || s.help == "" {
+			t.Errorf("%s: asked for %v", s.name, asked[s.name])
+		}
+		delete(asked, s.name)
+	}
+	if len(asked) > 0 {
+		t.Errorf("these settings have no row: %v", asked)
+	}
+}
+
+// FuzzConfig: whatever the environment holds, there is an error or a config
+// that is within its bounds, and no error has a secret in it.
+func FuzzConfig(f *testing.F) {
+	names := make([]string, 0, 32)
+	for _, s := range settings() {
+		if !strings.HasSuffix(s.name, "_FILE") && s.name != "DATA_DIR" && s.name != "DATABASE_URL" { // they would reach out
+			names = append(names, s.name)
+			f.Add(uint(len(names)-1), s.def, uint(0), "")
+		}
+	}
+	for _, v := range []string{":1", "1h", "-1s", "1KiB", "0x10", "10.0.0.0/8", "https://[::1]:0", "\x00", "sk-…", goodKey, goodToken, "9223372036854775808d", "1e3"} {
+		for i := range names {
+			f.Add(uint(i), v, uint(i+1), v)
+		}
+	}
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, a uint, v string, b uint, w string) {
+		env := map[string]string{"DATA_DIR": dir, names[a%uint(len(names))]: v}
+		env[names[b%uint(len(names))]] = w
+		c, err := loadConfig(func(name string) string { return env[name] })
+		if err != nil {
+			for name, value := range env {
+				if secretSetting(name) && len(value) > 12 && v != w && strings.Contains(err.Error(), value) {
+					t.Errorf("the error holds the value of %s: %v", name, err)
+				}
+			}
+			return
+		}
+		if c.maxBodyBytes < 1<<10 || c.maxBodyBytes > c.bodyMemory || c.maxUploadBytes < 1<<10 || c.upstreamTimeout < 100*time.Millisecond ||
+			c.upstreamTimeout > 2*time.Hour || c.streamIdleTimeout < 100*time.Millisecond || c.drainTimeout < 0 || c.retention < time.Hour {
+			t.Errorf("out of bounds: %+v", c)
+		}
+		if c.encryptionKey != nil {
+			if _, err := sealerOf(c.encryptionKey); err != nil {
+				t.Error(err)
+			}
+		}
+		if c.managementToken != nil && len(c.managementToken()) < 32 {
+			t.Error("a short MANAGEMENT_TOKEN is taken")
+		}
+		if _, err := parseBaseURL(c.openaiURL, c.allowPrivate); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -1,0 +1,233 @@
+// These tests hold the walls of the house: which room may use what, what no
+// room may use, and the exact places where a secret becomes a string.
+package main
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// sources parses the program's own files, without tests.
+func sources(t *testing.T, fset *token.FileSet, mode parser.Mode) map[string]*ast.File {
+	t.Helper()
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]*ast.File{}
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		if files[name], err = parser.ParseFile(fset, name, nil, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(files) < 20 {
+		t.Fatalf("only %d files found", len(files))
+	}
+	return files
+}
+
+func matchesFile(patterns []string, name string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool { ok, _ := filepath.Match(p, name); return ok })
+}
+
+// TestLayoutImports: these packages are imported by these files only. It is
+// also a reviewer's map of what can do what.
+func TestLayoutImports(t *testing.T) {
+	t.Parallel()
+	only := map[string][]string{
+		"database/sql":           {"store*.go"},
+		"database/sql/driver":    {"store_ledger.go"},
+		"modernc.org/sqlite":     {"store.go"},
+		"modernc.org/sqlite/lib": {"store.go"},
+		"net/http/httputil":      {"proxy.go"},
+		"html/template":          {"admin*.go"},
+		"os":                     {"main.go", "config.go", "config_values.go", "datadir.go", "commands.go", "restore.go", "doctor.go", "demo.go"},
+		"os/signal":              {"main.go"},
+		"syscall":                {"main.go", "datadir.go", "upstream.go"},
+		"crypto/rand":            {"secrets.go", "tokens.go"},
+		"crypto/tls":             {"config.go", "commands.go", "doctor.go"},
+		"runtime/debug":          {"main.go"},
+		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
+	}
+	plain := []string{"usage*.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go"}
+	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
+	used := map[string]bool{}
+	for name, file := range sources(t, token.NewFileSet(), parser.ImportsOnly) {
+		for _, spec := range file.Imports {
+			path := strings.Trim(spec.Path.Value, `"`)
+			if files, ok := only[path]; ok && !matchesFile(files, name) {
+				t.Errorf("%s imports %s, which is for %v only", name, path, files)
+			}
+			if matchesFile(plain, name) && slices.Contains(notInPlain, path) {
+				t.Errorf("%s is plain code, but imports %s", name, path)
+			}
+			if strings.Contains(path, ".") && !strings.HasPrefix(path, "modernc.org/sqlite") {
+				t.Errorf("%s imports %s: not the standard library", name, path)
+			}
+			for _, f := range only[path] {
+				if matchesFile([]string{f}, name) {
+					used[path+" "+f] = true
+				}
+			}
+		}
+	}
+	for path, files := range only {
+		for _, f := range files {
+			if !used[path+" "+f] && !strings.HasPrefix(f, "admin") { // the pages come later
+				t.Errorf("%s does not import %s any more: take it off the list", f, path)
+			}
+		}
+	}
+}
+
+// TestLayoutModule: one direct dependency.
+func TestLayoutModule(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var direct []string
+	block := false
+	for line := range strings.SplitSeq(string(text), "\n") {
+		line = strings.TrimSpace(line)
+		rest, single := strings.CutPrefix(line, "require ")
+		switch {
+		case line == "require (" || line == ")":
+			block = line != ")"
+		case (single || block) && line != "" && !strings.HasPrefix(line, "//") && !strings.HasSuffix(line, "// indirect"):
+			direct = append(direct, strings.Fields(rest)[0])
+		case strings.HasPrefix(line, "replace") || strings.HasPrefix(line, "tool"):
+			t.Errorf("go.mod has %s", line)
+		}
+	}
+	if !slices.Equal(direct, []string{"modernc.org/sqlite"}) {
+		t.Errorf("direct dependencies: %v", direct)
+	}
+}
+
+// TestLayoutFiles: files that can be read in one go, each with a word on what
+// it is; nothing runs before main, nothing is exported but what an interface
+// asks for.
+func TestLayoutFiles(t *testing.T) {
+	t.Parallel()
+	const longest = 450
+	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Flush", "FlushError", "Read", "ReadFrom", "Close", "Get", "Put", "RoundTrip",
+		"Error", "String", "Is", "Format", "LogValue", "MarshalText", "MarshalJSON", "UnmarshalJSON"}
+	fset := token.NewFileSet()
+	for name, file := range sources(t, fset, parser.ParseComments) {
+		if n := fset.File(file.Pos()).LineCount(); n > longest+1 {
+			t.Errorf("%s has %d lines; split it", name, n-1)
+		}
+		if file.Doc == nil && (len(file.Comments) == 0 || file.Comments[0].Pos() > file.Package) {
+			t.Errorf("%s does not open with a comment", name)
+		}
+		for _, d := range file.Decls {
+			switch d := d.(type) {
+			case *ast.FuncDecl:
+				if d.Name.Name == "init" && d.Recv == nil {
+					t.Errorf("%s has a func init", name)
+				}
+				if d.Name.IsExported() && (d.Recv == nil || !slices.Contains(interfaces, d.Name.Name)) {
+					t.Errorf("%s exports %s", name, d.Name.Name)
+				}
+			case *ast.GenDecl:
+				for _, s := range d.Specs {
+					for _, id := range declared(s) {
+						if id.IsExported() {
+							t.Errorf("%s exports %s", name, id.Name)
+						}
+					}
+				}
+			}
+		}
+	}
+}
+
+func declared(s ast.Spec) []*ast.Ident {
+	switch s := s.(type) {
+	case *ast.TypeSpec:
+		return []*ast.Ident{s.Name}
+	case *ast.ValueSpec:
+		return s.Names
+	}
+	return nil
+}
+
+// TestLayoutSecrets: calling a value of type secret gives what it hides. These
+// are all the calls, by file; a new one deserves a reviewer's look before this
+// list grows. Nor may a secret be converted into a plain func.
+func TestLayoutSecrets(t *testing.T) {
+	t.Parallel()
+	want := map[string]int{
+		"answer.go": 1, "settle.go": 1, // masking a provider's key in what the provider says
+		"datadir.go":         2, // the encryption key: into its file, into the sealer
+		"demo.go":            4, // the stand-in provider's key, and what the newcomer is shown
+		"manage.go":          1, // comparing MANAGEMENT_TOKEN
+		"manage_projects.go": 1, // checking the form of a provider key
+		"manage_tokens.go":   6, // hashing new credentials, showing them once
+		"restore.go":         1, // the new management key after --revoke=all
+		"secrets.go":         3, // sealing, the hint
+		"upstream.go":        3, // the header of a call to the provider
+		"welcome.go":         2, // the first start
+	}
+	fset := token.NewFileSet()
+	files := sources(t, fset, parser.SkipObjectResolution)
+	info := &types.Info{Types: map[ast.Expr]types.TypeAndValue{}}
+	// Other packages stay empty: secret and all that holds one are our own, and
+	// the errors that follow from the rest do not matter here.
+	conf := types.Config{Importer: emptyImporter{}, Error: func(error) {}}
+	names := slices.Sorted(maps.Keys(files))
+	var parsed []*ast.File
+	for _, name := range names {
+		parsed = append(parsed, files[name])
+	}
+	_, _ = conf.Check("main", fset, parsed, info)
+	got := map[string]int{}
+	for _, name := range names {
+		ast.Inspect(files[name], func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			tv := info.Types[call.Fun]
+			if !tv.IsType() && isSecret(tv.Type) {
+				got[name]++
+			}
+			if tv.IsType() && !isSecret(tv.Type) && len(call.Args) == 1 && isSecret(info.Types[call.Args[0]].Type) {
+				t.Errorf("%s converts a secret", fset.Position(call.Pos()))
+			}
+			return true
+		})
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("secrets are opened in %v, but the list says %v", got, want)
+	}
+}
+
+func isSecret(t types.Type) bool {
+	named, ok := t.(*types.Named)
+	return ok && named.Obj().Name() == "secret" && named.Obj().Pkg().Path() == "main"
+}
+
+type emptyImporter struct{}
+
+func (emptyImporter) Import(path string) (*types.Package, error) {
+	if path == "unsafe" {
+		return types.Unsafe, nil
+	}
+	p := types.NewPackage(path, path[strings.LastIndexByte(path, '/')+1:])
+	p.MarkComplete()
+	return p, nil
+}
