@@ -47,7 +47,7 @@ func TestLayoutImports(t *testing.T) {
 	t.Parallel()
 	only := map[string][]string{
 		"database/sql":           {"store*.go"},
-		"database/sql/driver":    {"store_ledger.go"},
+		"database/sql/driver":    {"store_ledger.go", "store_usage.go"},
 		"modernc.org/sqlite":     {"store.go"},
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
