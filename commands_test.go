@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -190,9 +191,7 @@ func TestMissingDatabase(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
 	other := map[string]string{"DATABASE_URL": "sqlite:" + filepath.Join(t.TempDir(), "a-rather-long-name-for-a-database.db")}
-	for k, v := range env {
-		other[k] = v
-	}
+	maps.Copy(other, env)
 	for _, e := range []map[string]string{other, env, other, env} {
 		if err := serveProgram(t, e).stop(); err != nil {
 			t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,9 +25,7 @@ const (
 func configOf(t *testing.T, env map[string]string) (*config, error) {
 	t.Helper()
 	all := map[string]string{"DATA_DIR": t.TempDir()}
-	for k, v := range env {
-		all[k] = v
-	}
+	maps.Copy(all, env)
 	return loadConfig(func(name string) string { return all[name] })
 }
 

@@ -48,7 +48,7 @@ func (p *program) doctor(ctx context.Context, args []string) error {
 	d := &diagnosis{out: p.stdout, getenv: p.getenv, now: time.Now()}
 	var err error
 	if d.cfg, err = loadConfig(p.getenv); err != nil {
-		for _, line := range strings.Split(err.Error(), "\n") {
+		for line := range strings.SplitSeq(err.Error(), "\n") {
 			d.fail("configuration", line, "mend it, then run doctor again for the other checks")
 		}
 	} else {

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -58,9 +59,7 @@ func newTest(t *testing.T, env map[string]string) *testProxy {
 		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "ALLOW_PRIVATE_UPSTREAMS": "true",
 		"OPENAI_API_URL": p.provider.url, "LOG_LEVEL": "debug", "DRAIN_TIMEOUT": "5s",
 	}
-	for k, v := range env {
-		p.env[k] = v
-	}
+	maps.Copy(p.env, env)
 	p.start()
 	key, err := p.in.firstKey(t.Context())
 	if err != nil {
