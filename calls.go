@@ -26,6 +26,7 @@ const (
 const (
 	watchEvery       = 100 * time.Millisecond
 	drainGracePeriod = 5 * time.Second // for calls to end after they were cut
+	refusedBodyGrace = time.Second     // for the rest of a body that nobody will read
 )
 
 // callLimits are what the watchdog holds calls to.

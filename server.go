@@ -66,6 +66,9 @@ func (s *server) front(mux http.Handler) http.Handler {
 	})
 }
 
+// smallBodyPatience is for bodies that are not calls': those have a watchdog.
+const smallBodyPatience = 30 * time.Second
+
 // logRequest serves what is not /v1, with its own id and one log line.
 func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	start := time.Now()
@@ -76,6 +79,7 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	sw := &statusWriter{ResponseWriter: w}
+	_ = http.NewResponseController(w).SetReadDeadline(start.Add(smallBodyPatience))
 	defer func() {
 		level := slog.LevelInfo
 		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {

@@ -133,6 +133,12 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 		detailed := now-last >= refusalsRecorded.Milliseconds() && c.token.refused.CompareAndSwap(last, now)
 		s.ledger.record(&row, detailed)
 	}
+	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
+		// net/http reads on before it answers, so as to keep the connection.
+		// Who is refused, above all who has no token, must not hold it by
+		// sending nothing.
+		_ = c.controller.SetReadDeadline(time.Now().Add(refusedBodyGrace))
+	}
 	writeError(w, e, c.anthropic)
 	s.logCall(c, &row)
 	if e.status >= 500 && e.cause != nil {
