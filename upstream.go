@@ -192,6 +192,8 @@ var neverDialled = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
 	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"),
 	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"), netip.MustParsePrefix("fd00:ec2::/32"),
+	// Tunnels that carry IPv4 addresses, none of which is looked into: local NAT64, 6to4, Teredo.
+	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("2001::/32"),
 }
 
 var privateNetworks = []netip.Prefix{
@@ -214,7 +216,7 @@ func checkAddress(addr netip.Addr, allowPrivate bool) error {
 	}
 	for _, p := range neverDialled {
 		if p.Contains(addr) {
-			return errors.New("is a link-local, metadata, multicast or unspecified address, which is never allowed")
+			return errors.New("is a link-local, metadata, multicast, tunnel or unspecified address, which is never allowed")
 		}
 	}
 	if allowPrivate {
