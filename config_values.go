@@ -107,7 +107,7 @@ func checkProviderKey(s string) error {
 	switch {
 	case len(s) < 8 || len(s) > 4096:
 		return errors.New("must have 8 to 4096 characters")
-	case strings.ContainsAny(s, "*…") || strings.Contains(s, "..."):
+	case strings.ContainsAny(s, "*…") || strings.Contains(s, "...") || s == hiddenSecret:
 		return errors.New("is a masked key; give the whole key")
 	}
 	for _, r := range s {

@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 
 	"modernc.org/sqlite"
@@ -161,11 +160,10 @@ func (s *store) setSetting(ctx context.Context, name, value string) error {
 	return err
 }
 
-// escapeLike is not offered: names are searched by prefix, as a range of an
-// index. prefixEnd returns the least string above all that begin with s.
-func prefixEnd(s string) string {
-	return strings.TrimRight(s, "\U0010FFFF") + "\U0010FFFF"
-}
+// prefixEnd returns a string above all names that begin with s, so that a search
+// by prefix is a range of an index: no UTF-8 has the byte 0xff, and SQLite
+// compares bytes.
+func prefixEnd(s string) string { return s + "\xff" }
 
 // isTrouble reports whether err is the database's trouble (locked, full, not
 // writable, broken) and not the caller's mistake. It may pass by itself.
