@@ -19,7 +19,7 @@ const demoPace = 20 * time.Millisecond // between the chunks of a stream
 
 // demo serves with sample data until ctx is over.
 func (p *program) demo(ctx context.Context) (err error) {
-	dir, err := os.MkdirTemp("", "llm-proxy-demo-")
+	dir, err := os.MkdirTemp(p.getenv("TMPDIR"), "llm-proxy-demo-")
 	if err != nil {
 		return fmt.Errorf("making a directory for the demo: %w", err)
 	}

@@ -212,7 +212,7 @@ func (in *instance) finishDemoRow(r *requestRow, openai, anthropic int64) {
 	if r.endpoint == "POST /v1/messages" {
 		provider, r.upstream = providerAnthropic, anthropic
 	}
-	if r.cost, r.priced, r.knownModel = in.price(provider, r.model, r.counts); r.source == usageNone {
+	if r.cost, r.priced, r.knownModel = in.prices.Load().price(provider, r.model, r.counts); r.source == usageNone {
 		r.cost, r.priced = 0, false
 	}
 	r.knownModel = r.knownModel || r.outcome == outcomeOK

@@ -179,7 +179,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	}
 	in.prices.Store(prices)
 	lost := func(r *requestRow) {
-		r.cost, r.priced, r.knownModel = in.price("", r.model, r.counts)
+		r.cost, r.priced, r.knownModel = prices.price("", r.model, r.counts)
 	}
 	if in.ledger, err = openLedger(ctx, in.store, log, lost); err != nil {
 		return nil, err

@@ -117,7 +117,7 @@ func (s *server) createProject(r *manageRequest) (*reply, error) {
 	}
 	if key.given() {
 		in := upstreamInput{name: opt[string]{set: true, v: "primary"}, provider: provider, baseURL: baseURL, key: key}
-		up = &upstreamRow{id: newID("up"), projectID: p.id, weight: 1, models: "[]", rewrite: "{}", active: true, createdAt: now, updatedAt: now}
+		up = newUpstreamRow(p, now)
 		if err := in.apply(s, up, true); err != nil {
 			return nil, err
 		}
@@ -353,7 +353,7 @@ func (s *server) createUpstream(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	now := r.now.UnixMilli()
-	row := &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", active: true, createdAt: now, updatedAt: now}
+	row := newUpstreamRow(&p, now)
 	if err := in.apply(s, row, true); err != nil {
 		return nil, err
 	}

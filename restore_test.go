@@ -354,7 +354,9 @@ func TestRestoreAfterTrouble(t *testing.T) {
 	t.Parallel()
 	r := newRestoreTest(t)
 	file := r.in.cfg.databaseFile
-	restore := func(choice string) (string, error) { return runProgram(t, r.env, "restore", r.backup, "--revoke="+choice) }
+	restore := func(choice string) (string, error) {
+		return runProgram(t, r.env, "restore", r.backup, "--revoke="+choice)
+	}
 	damage(t, file)
 	r.allowErrors = true
 	if out, err := restore("since"); err == nil || !strings.Contains(out, "cannot be read") || !strings.Contains(err.Error(), "needs a current database") {

@@ -1,0 +1,249 @@
+// These tests run `llm-proxy demo` as a newcomer does: what it prints works, its
+// sample data agrees with itself, and nothing of it stays.
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestDemo starts the demo and does what it says to try. The start is held to
+// two seconds, so it has the machine to itself; the rest is parallel.
+func TestDemo(t *testing.T) {
+	env := serveEnv(t)
+	env["TMPDIR"] = t.TempDir()
+	env["DATA_DIR"], env["DATABASE_URL"], env["OPENAI_API_URL"] = "/nonexistent/and/not/used", "sqlite:/nonexistent/x", "https://example.com"
+	start := time.Now()
+	s := serveProgram(t, env, "demo")
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("the demo takes %v to start", took)
+	}
+	t.Parallel()
+	out := string(s.out.bytes())
+	calls := demoTry(t, out)
+	if len(calls) != 7 {
+		t.Fatalf("%d curl lines in %s", len(calls), out)
+	}
+	want := []string{`"object":"chat.completion"`, "data: [DONE]", `"tool_calls"`, `"type":"message"`, `"calls":`, `"outcome":`, `"request_count":`}
+	var clients sync.WaitGroup
+	for i, c := range calls {
+		clients.Go(func() {
+			status, body := c.do(t)
+			if status != 200 || !strings.Contains(body, want[i]) {
+				t.Errorf("%s %s: %d %s", c.method, c.url, status, clip(body, 300))
+			}
+		})
+	}
+	for trigger, want := range map[string]int{"[[error 429]]": 429, "[[error 500]]": 500, "no-such-model": 404} {
+		c := calls[0]
+		c.body = strings.Replace(c.body, "Hello", trigger, 1)
+		if trigger == demoNoModel {
+			c.body = strings.Replace(calls[0].body, "gpt-4o-mini", trigger, 1)
+		}
+		clients.Go(func() {
+			if status, body := c.do(t); status != want {
+				t.Errorf("%s: %d %s", trigger, status, body)
+			}
+		})
+	}
+	clients.Wait()
+	token, key := printed(t, tokenPrefix, out), printed(t, keyPrefix, out)
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := os.ReadDir(env["TMPDIR"]); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	for _, secret := range []string{token, key, "sk-demo-"} {
+		if bytes.Contains(s.log.bytes(), []byte(secret)) {
+			t.Error("a secret is in the log")
+		}
+	}
+	if strings.Contains(out, "sk-demo-") {
+		t.Error("the provider's key is printed")
+	}
+}
+
+// A demoTryLine is a curl line as a request.
+type demoTryLine struct {
+	method, url, body string
+	header            http.Header
+}
+
+// demoTry reads the curl lines of the invitation, with the variables that its
+// export line sets.
+func demoTry(t *testing.T, out string) (lines []demoTryLine) {
+	t.Helper()
+	vars := map[string]string{}
+	for _, m := range regexp.MustCompile(`([A-Z]+)=("[^"]*"|\S+)`).FindAllStringSubmatch(regexp.MustCompile(`(?m)^  export .*$`).FindString(out), -1) {
+		vars[m[1]] = strings.Trim(m[2], `"`)
+	}
+	text := strings.ReplaceAll(out, "\\\n", " ")
+	for _, l := range regexp.MustCompile(`(?m)^  curl .*$`).FindAllString(text, -1) {
+		c := demoTryLine{method: "GET", header: http.Header{}}
+		words := regexp.MustCompile(`'[^']*'|"[^"]*"|\S+`).FindAllString(l, -1)[1:]
+		for i := range words {
+			w := words[i]
+			if quoted := strings.Trim(w, "'"); quoted != w {
+				w = quoted
+			} else {
+				w = os.Expand(strings.Trim(w, `"`), func(name string) string { return vars[name] })
+			}
+			switch {
+			case w == "-H" || w == "-d":
+				continue
+			case i > 0 && words[i-1] == "-H":
+				name, value, _ := strings.Cut(w, ": ")
+				c.header.Set(name, value)
+			case i > 0 && words[i-1] == "-d":
+				c.method, c.body = "POST", w
+			case w != "-N":
+				c.url = w
+			}
+		}
+		lines = append(lines, c)
+	}
+	return lines
+}
+
+func (c demoTryLine) do(t *testing.T) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), c.method, c.url, strings.NewReader(c.body))
+	if err != nil {
+		return 0, err.Error()
+	}
+	req.Header = c.header
+	res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		return 0, err.Error()
+	}
+	return res.StatusCode, string(b)
+}
+
+// TestDemoData: sums, counts and rows agree, every kind of token and outcome is
+// there, and the numbers are believable.
+func TestDemoData(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	now := time.Now()
+	d, err := p.in.fillDemo(t.Context(), now, newSecret(p.provider.key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.secrets = append(p.secrets, d.token(), d.key())
+	if d.projects != 3 || d.tokens != 12 || d.calls < 4000 || d.calls > 15000 {
+		t.Errorf("made %d projects, %d tokens, %d calls", d.projects, d.tokens, d.calls)
+	}
+	one := func(query string) (n int64) {
+		t.Helper()
+		if err := p.in.store.read.QueryRow(query).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for name, query := range map[string]string{
+		"request_count":       `SELECT count(*) FROM tokens t WHERE request_count <> (SELECT count(*) FROM requests r WHERE r.token = t.seq AND r.outcome <> 'refused')`,
+		"last_used_at":        `SELECT count(*) FROM tokens t WHERE request_count > 0 AND last_used_at IS NULL`,
+		"calls summed by day": `SELECT (SELECT sum(calls) FROM usage_sums WHERE grain = 'day' AND token <> 0) - (SELECT count(*) FROM requests)`,
+		"tokens summed by hour": `SELECT (SELECT sum(input_tokens + output_tokens) FROM usage_sums WHERE grain = 'hour' AND token <> 0) -
+			(SELECT sum(input_tokens + output_tokens) FROM requests)`,
+		"cost":               `SELECT (SELECT sum(cost) FROM usage_sums WHERE grain = 'day' AND token = 0) - (SELECT sum(cost) FROM requests)`,
+		"rows in the future": `SELECT count(*) FROM requests WHERE started_at > unixepoch() * 1000`,
+		"calls before their token, or after its end": `SELECT count(*) FROM requests r JOIN tokens t ON t.seq = r.token WHERE r.started_at < t.created_at
+			OR r.outcome <> 'refused' AND (r.started_at > t.expires_at OR r.started_at > t.revoked_at)`,
+		"more than max_requests":      `SELECT count(*) FROM tokens WHERE request_count > max_requests`,
+		"first byte after the end":    `SELECT count(*) FROM requests WHERE first_byte_us > total_us`,
+		"parts larger than the whole": `SELECT count(*) FROM requests WHERE cached_tokens > input_tokens OR reasoning_tokens > output_tokens`,
+		"calls of the wrong provider": `SELECT count(*) FROM requests r JOIN upstreams u ON u.seq = r.upstream
+			WHERE (u.provider = 'anthropic') <> (r.endpoint = 'POST /v1/messages')`,
+	} {
+		if n := one(query); n != 0 {
+			t.Errorf("%s: %d", name, n)
+		}
+	}
+	for name, query := range map[string]string{
+		"revoked tokens":                 `SELECT count(*) FROM tokens WHERE revoked_at IS NOT NULL`,
+		"expired tokens":                 `SELECT count(*) FROM tokens WHERE expires_at < unixepoch() * 1000`,
+		"tokens expiring soon":           `SELECT count(*) FROM tokens WHERE expires_at BETWEEN unixepoch() * 1000 AND (unixepoch() + 3 * 86400) * 1000`,
+		"tokens nearly used up":          `SELECT count(*) FROM tokens WHERE max_requests - request_count BETWEEN 1 AND 10`,
+		"unpriced calls":                 `SELECT count(*) FROM requests WHERE cost IS NULL AND usage_source = 'exact'`,
+		"streams":                        `SELECT count(*) FROM requests WHERE stream = 1`,
+		"ok":                             `SELECT count(*) FROM requests WHERE outcome = 'ok'`,
+		"refused":                        `SELECT count(*) FROM requests WHERE outcome = 'refused'`,
+		"client_gone":                    `SELECT count(*) FROM requests WHERE outcome = 'client_gone'`,
+		"truncated":                      `SELECT count(*) FROM requests WHERE outcome = 'truncated'`,
+		"upstream_error":                 `SELECT count(*) FROM requests WHERE outcome = 'upstream_error'`,
+		"weekdays busier than week-ends": `SELECT max(0, sum(CASE WHEN strftime('%w', started_at / 1000, 'unixepoch') IN ('0', '6') THEN -5 ELSE 2 END)) FROM requests`,
+	} {
+		if n := one(query); n == 0 {
+			t.Errorf("no %s", name)
+		}
+	}
+	var usage struct{ Data []json.RawMessage }
+	p.manage("GET", "/manage/usage?interval=total&group_by=model", "", 200, &usage)
+	if len(usage.Data) < 10 {
+		t.Errorf("%d models in use", len(usage.Data))
+	}
+}
+
+// TestDemoHistorySame: the same moment gives the same calls.
+func TestDemoHistorySame(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 23, 12, 34, 56, 0, time.UTC)
+	a, b := demoHistory(now, demoUsers()), demoHistory(now, demoUsers())
+	if !reflect.DeepEqual(a, b) {
+		t.Error("two histories of one moment differ")
+	}
+	ids := map[int64]bool{}
+	models := map[string]bool{}
+	for _, r := range a {
+		ids[r.id], models[r.model] = true, true
+	}
+	if len(ids) != len(a) || !slices.IsSortedFunc(a, func(x, y *requestRow) int { return int(x.id>>idTimeShift - y.id>>idTimeShift) }) {
+		t.Error("ids are not unique or not in order")
+	}
+	if len(models) < 10 {
+		t.Errorf("models: %v", slices.Sorted(maps.Keys(models)))
+	}
+}
+
+// TestDemoKeepsSettings: the environment holds but for where data is and where
+// calls go, and MANAGEMENT_TOKEN is not printed.
+func TestDemoKeepsSettings(t *testing.T) {
+	t.Parallel()
+	env := serveEnv(t)
+	env["MANAGEMENT_TOKEN"], env["OPENAI_API_KEY"], env["LOG_FORMAT"] = goodToken, "sk-real-key-canary-123", "json"
+	s := serveProgram(t, env, "demo")
+	if got := s.status(t, "/manage/projects", goodToken); got != 200 {
+		t.Errorf("MANAGEMENT_TOKEN: %d", got)
+	}
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	out := string(s.out.bytes())
+	if strings.Contains(out, goodToken) || strings.Contains(out, "canary") || strings.Contains(out, keyPrefix) || !strings.Contains(out, "your MANAGEMENT_TOKEN") {
+		t.Errorf("printed %s", out)
+	}
+	if !bytes.HasPrefix(s.log.bytes(), []byte("{")) {
+		t.Errorf("LOG_FORMAT=json gives %s", s.log.bytes())
+	}
+	if _, err := os.Stat(env["DATA_DIR"]); err == nil {
+		t.Error("DATA_DIR was made")
+	}
+}
