@@ -86,6 +86,33 @@ func (s *logSink) close() {
 	}
 }
 
+// A lineLimit lets a few lines a second through and counts the rest. It is for
+// lines that anyone can cause, token or not: they must not fill a disk.
+type lineLimit struct {
+	mu     sync.Mutex
+	second int64
+	lines  int
+	left   int64
+}
+
+const strangerLines = 50 // a second
+
+// allow reports whether a line may be written now, and how many were left out
+// since the last one.
+func (l *lineLimit) allow(now time.Time) (ok bool, left int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s := now.Unix(); s != l.second {
+		l.second, l.lines = s, 0
+	}
+	if l.lines++; l.lines > strangerLines {
+		l.left++
+		return false, 0
+	}
+	left, l.left = l.left, 0
+	return true, left
+}
+
 func newLogger(out io.Writer, level slog.Level, text bool) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: level}
 	if text {

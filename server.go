@@ -35,6 +35,7 @@ type server struct {
 	prices    atomic.Pointer[priceTable]
 	gone      func() string // says what is wrong with the database file, "" if nothing
 	throttle  *failures     // of wrong management keys
+	strangers lineLimit     // of log lines about callers without a key
 }
 
 // routes is every URL of the program. /v1 takes tokens only, /manage management
@@ -85,8 +86,17 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
 			level = slog.LevelDebug
 		}
-		s.log.Log(context.Background(), level, "request", "request_id", id, "route", r.Pattern,
-			"status", sw.status, "address", s.clientAddress(r), "total_us", time.Since(start).Microseconds())
+		line := []any{"request_id", id, "route", r.Pattern, "status", sw.status, "address", s.clientAddress(r), "total_us", time.Since(start).Microseconds()}
+		if sw.status >= 400 && sw.status < 500 { // anyone can cause these
+			ok, left := s.strangers.allow(start)
+			if !ok {
+				return
+			}
+			if left > 0 {
+				line = append(line, "lines_left_out", left)
+			}
+		}
+		s.log.Log(context.Background(), level, "request", line...)
 	}()
 	if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
 		path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {

@@ -160,6 +160,15 @@ func (s *server) logCall(c *call, row *requestRow) {
 		return
 	}
 	attrs := make([]slog.Attr, 0, 20)
+	if c.token == nil && row.status < 500 {
+		ok, left := s.strangers.allow(c.start)
+		if !ok {
+			return
+		}
+		if left > 0 {
+			attrs = append(attrs, slog.Int64("lines_left_out", left))
+		}
+	}
 	attrs = append(attrs,
 		slog.String("request_id", c.requestID),
 		slog.String("route", row.endpoint),

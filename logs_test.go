@@ -1,0 +1,200 @@
+// The log: lines that stay lines whatever clients and providers send, no text
+// of either, and no way to hold up calls or fill a disk.
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// lines parses the log; each line must be one JSON object of a bearable size.
+func (p *testProxy) lines() []map[string]any {
+	p.t.Helper()
+	var out []map[string]any
+	for line := range bytes.Lines(p.log.bytes()) {
+		var m map[string]any
+		if err := json.Unmarshal(line, &m); err != nil || m["level"] == nil || m["msg"] == nil || len(line) > 4<<10 || bytes.ContainsAny(bytes.TrimSuffix(line, []byte("\n")), "\x00\x1b\r\n") {
+			p.t.Errorf("%d bytes are no line of a log: %.300q, %v", len(line), line, err)
+		}
+		out = append(out, m)
+	}
+	return out
+}
+
+// hostileText is what breaks logs that are written carelessly.
+var hostileText = [...]string{
+	"a\nb", "a\rb", "\x1b[31mred\x1b[0m", "nul\x00", "line\u2028separator", `","level":"ERROR","msg":"forged`, `%s%n{{.}}`, "\xff\xfe invalid", strings.Repeat("long", 1<<10),
+}
+
+// TestLinesStayLines: also with hostile text in paths, headers, models and what
+// providers answer.
+func TestLinesStayLines(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, s := range hostileText {
+		header := strings.Map(func(r rune) rune { return max(r, ' ') }, s)
+		model, _ := json.Marshal(s)
+		p.post("/v1/chat/completions", "application/json", `{"model":`+string(model)+`,"messages":[]}`, "User-Agent", header, "X-Request-Id", header, "X-Client-Request-Id", header)
+		p.do("GET", "/"+urlEscape(clip(s, 500)), "", "User-Agent", header)
+		p.do("GET", "/v1/models/"+urlEscape(clip(s, 500)), "", "Authorization", "Bearer "+p.token)
+		p.do("GET", "/v1/models?"+urlEscape(clip(s, 500))+"=1", "", "Authorization", "Bearer "+p.token)
+		p.manageAs(p.adminKey, "GET", "/manage/tokens?"+urlEscape(clip(s, 500))+"=1", "")
+		p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`","name":`+string(model)+`}`)
+		p.raw("GET /" + s + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			fmt.Fprintf(c, "HTTP/1.1 500 %s\r\nX-Request-Id: %s\r\nContent-Type: %s\r\nContent-Length: 2\r\n\r\n{}", s, s, s)
+			return false
+		})
+		p.chat()
+		p.provider.answer(func(c *providerConn, _ recorded) bool { fmt.Fprintf(c, "%s\r\n\r\n", s); return false })
+		p.chat()
+		body, _ := json.Marshal(map[string]any{"model": s, "usage": map[string]int{"prompt_tokens": 1, "completion_tokens": 1}, "error": s})
+		p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, string(body)) })
+		p.chat()
+	}
+	p.settle()
+	for _, line := range p.lines() {
+		if line["level"] == "ERROR" || line["msg"] == "forged" {
+			t.Errorf("a forged line: %v", line)
+		}
+	}
+	if n := len(p.lines()); n < 5*len(hostileText) {
+		t.Errorf("there are %d lines", n)
+	}
+}
+
+// TestOwnRequestID: the id on answers, in the log and in the ledger is ours,
+// whatever the client calls its request.
+func TestOwnRequestID(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, chatAnswer) })
+	a := p.call("Authorization", "Bearer "+p.token, "X-Request-Id", "mine", "X-Request-Id", "mine2", "Request-Id", "mine3", "X-Llm-Proxy-Request-Id", "mine4")
+	id := a.header.Get("X-Llm-Proxy-Request-Id")
+	if parseRequestID(id) == 0 || len(a.header["X-Llm-Proxy-Request-Id"]) != 1 || a.header.Get("X-Request-Id") != id || strings.Contains(p.provider.last(t).head, "mine") {
+		t.Errorf("got %v", a.header)
+	}
+	if row := p.lastCall(); row.ID != id {
+		t.Errorf("the ledger has %s, the client got %s", row.ID, id)
+	}
+	if !bytes.Contains(p.log.bytes(), []byte(`"request_id":"`+id+`"`)) || bytes.Contains(p.log.bytes(), []byte("mine")) {
+		t.Error("the log has another id")
+	}
+}
+
+// TestLogHasNoContent: neither what is asked nor what is answered, in no case.
+// (The harness looks for the prompt after every test; here is the answer too.)
+func TestLogHasNoContent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	const canary = "answer-canary-93kd"
+	for _, status := range []int{200, 400, 401, 500} {
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			return c.reply(status, `{"error":{"message":"`+canary+`","code":"`+canary+`"},"choices":[{"message":{"content":"`+canary+`"}}]}`)
+		})
+		p.chat()
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			c.sse()
+			_ = c.chunk(`data: {"error":{"message":"` + canary + `"}}` + "\n\n")
+			return false
+		})
+		p.chat(`"stream":true`)
+	}
+	p.post("/v1/chat/completions", "application/json", `{"model":"`+canary+`x`+strings.Repeat("y", 300)+`"}`)
+	p.post("/v1/chat/completions", "application/json", `{"`+canary)
+	p.settle()
+	if bytes.Contains(p.log.bytes(), []byte(canary)) {
+		t.Error("the log has a part of an answer or a body")
+	}
+}
+
+// TestStrangersFillNoLog: of what anyone can cause, a few lines a second are
+// written, and the rest is counted.
+func TestStrangersFillNoLog(t *testing.T) {
+	t.Parallel()
+	var l lineLimit
+	now, written, left := time.Unix(1000, 0), 0, int64(0)
+	for i := range 1000 {
+		ok, n := l.allow(now.Add(time.Duration(i) * time.Millisecond))
+		if ok {
+			written++
+		}
+		left += n
+	}
+	ok, n := l.allow(now.Add(5 * time.Second))
+	if written != strangerLines || left != 0 || !ok || n != 1000-strangerLines {
+		t.Errorf("%d lines of 1000 were written, then %v with %d left out", written, ok, n)
+	}
+	p := newTest(t, nil)
+	p.in.strangers.mu.Lock()
+	p.in.strangers.second, p.in.strangers.lines = time.Now().Unix(), strangerLines
+	p.in.strangers.mu.Unlock()
+	p.call("Authorization", "Bearer x")
+	p.chat()
+	p.settle()
+	var calls int
+	for _, line := range p.lines() {
+		if line["msg"] == "call" && line["status"] == 200.0 {
+			calls++
+		}
+	}
+	if calls != 1 {
+		t.Errorf("%d lines of a call with a token", calls)
+	}
+}
+
+// A stuckWriter takes nothing until it is let go.
+type stuckWriter struct {
+	entered chan struct{}
+	once    sync.Once
+	leave   chan struct{}
+	syncBuffer
+}
+
+func (w *stuckWriter) Write(b []byte) (int, error) {
+	w.once.Do(func() { close(w.entered) })
+	<-w.leave
+	return w.syncBuffer.Write(b)
+}
+
+// TestStuckLogHoldsNobodyUp: when the log's reader stops reading, lines are
+// dropped, and the first line that goes through again says how many.
+func TestStuckLogHoldsNobodyUp(t *testing.T) {
+	t.Parallel()
+	w := &stuckWriter{entered: make(chan struct{}), leave: make(chan struct{})}
+	sink := newLogSink(w)
+	line := []byte(strings.Repeat("x", 1023) + "\n")
+	_, _ = sink.Write(line)
+	<-w.entered
+	const extra = 100
+	for range maxLogBacklog/len(line) + extra { // returns at once, or the test hangs here
+		_, _ = sink.Write(line)
+	}
+	close(w.leave)
+	waitFor(t, "the backlog", func() bool { return bytes.Contains(w.bytes(), []byte("dropped")) })
+	sink.close()
+	if out := w.bytes(); bytes.Count(out, []byte("x\n")) != maxLogBacklog/len(line)+1 || !bytes.Contains(out, []byte(fmt.Sprintf(`"lines":%d}`, extra))) {
+		t.Errorf("%d bytes came out, ending with %.200q", len(out), out[max(0, len(out)-200):])
+	}
+	_, _ = sink.Write(line) // after close: dropped, no panic
+}
+
+// TestNoNoiseFromNetHTTP: its notes about single connections are clipped, at
+// debug, and in our form; a panic is an error.
+func TestNoNoiseFromNetHTTP(t *testing.T) {
+	t.Parallel()
+	var out syncBuffer
+	q := quietLogger(newLogger(&out, -4, false))
+	q.Printf("http: TLS handshake error from 127.0.0.1:1: %s", strings.Repeat("x\n\x1b", 1000))
+	q.Printf("http: panic serving 127.0.0.1:1: boom\ngoroutine 1 [running]:")
+	p := &testProxy{t: t, log: &out}
+	lines := p.lines()
+	if len(lines) != 2 || lines[0]["level"] != "DEBUG" || len(lines[0]["note"].(string)) > 520 || lines[1]["level"] != "ERROR" {
+		t.Errorf("got %v", lines)
+	}
+}
