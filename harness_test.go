@@ -106,6 +106,9 @@ func (p *testProxy) finish() {
 	if err := p.stop(); err != nil && !p.allowErrors {
 		p.t.Errorf("stopping: %v", err)
 	}
+	if n := p.in.bodies.used.Load(); n != 0 {
+		p.t.Errorf("%d bytes of request bodies are still held", n)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	places := map[string][]byte{"what clients saw": p.seen.Bytes(), "the log": p.log.bytes()}

@@ -49,7 +49,8 @@ const usageText = `llm-proxy: a transparent, secure proxy between client program
   llm-proxy doctor [--provider]  check configuration, key, database, disk; asked to, the providers too
   llm-proxy healthcheck        exit 0 if the server at LISTEN_ADDR answers
   llm-proxy backup FILE        write a consistent copy of the database, while serving or not
-  llm-proxy restore FILE       put a backup in the database's place
+  llm-proxy restore FILE [--revoke=since|all|none]
+                               put a backup in the database's place, with the server stopped
   llm-proxy version
 
 Settings (environment variables), their defaults and what they do:
@@ -285,10 +286,15 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
 	drain, cancel := context.WithTimeout(context.Background(), in.cfg.drainTimeout)
 	defer cancel()
-	serving.Go(func() { _ = hs.Shutdown(drain) }) // stops listening at once; its error is drain's end
+	// Not Shutdown yet: it would drop, without an answer, requests that are on
+	// their way on connections that stand. They get 503 and Connection: close.
+	_ = l.Close()
+	hs.SetKeepAlivesEnabled(false)
 	in.running.drain(drain)
-	cancel()
-	_ = hs.Close() // what is still connected has no call
+	last, done := context.WithTimeout(context.Background(), time.Second) // for administrators' requests
+	defer done()
+	_ = hs.Shutdown(last)
+	_ = hs.Close()
 	serving.Wait()
 	err = in.close()
 	in.log.Info("stopped", "error", err)

@@ -66,7 +66,7 @@ const (
 	maxUnknown       = 4096
 	unknownFor       = 5 * time.Second
 	evictAfter       = 10 * time.Minute
-	loadAttempts     = 5
+	loadAttempts     = 100         // each fails only if an admin changed something within it
 	refusalsRecorded = time.Second // at most one refused call on record a token in this time
 )
 
