@@ -178,7 +178,7 @@ func TestStuckLogHoldsNobodyUp(t *testing.T) {
 	close(w.leave)
 	waitFor(t, "the backlog", func() bool { return bytes.Contains(w.bytes(), []byte("dropped")) })
 	sink.close()
-	if out := w.bytes(); bytes.Count(out, []byte("x\n")) != maxLogBacklog/len(line)+1 || !bytes.Contains(out, []byte(fmt.Sprintf(`"lines":%d}`, extra))) {
+	if out := w.bytes(); bytes.Count(out, []byte("x\n")) != maxLogBacklog/len(line)+1 || !bytes.Contains(out, fmt.Appendf(nil, `"lines":%d}`, extra)) {
 		t.Errorf("%d bytes came out, ending with %.200q", len(out), out[max(0, len(out)-200):])
 	}
 	_, _ = sink.Write(line) // after close: dropped, no panic
