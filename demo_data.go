@@ -95,18 +95,18 @@ func demoUsers() []demoUser {
 		{weight: 3, endpoint: embed, model: "text-embedding-3-large", input: 700},
 	}
 	return []demoUser{
-		{project: 1, name: "website chat", made: 60, expires: -60, perDay: 95, calls: bot}, // the newcomer's: see fillDemo
-		{project: 0, name: "indexer", made: 60, perDay: 40, allDay: true, calls: index},
-		{project: 0, name: "search API", made: 60, expires: -90, perDay: 70, calls: search},
-		{project: 0, name: "ranking experiments", made: 20, expires: -1.5, perDay: 12, calls: search},
-		{project: 0, name: "old indexer", made: 90, revoked: 9, perDay: 25, allDay: true, calls: index},
-		{project: 1, name: "mail triage", made: 45, expires: -20, perDay: 28, allDay: true, calls: mail},
-		{project: 1, name: "voice trial", made: 12, expires: -18, left: 4, perDay: 10, calls: voice},
-		{project: 1, name: "agency", made: 40, expires: 6, perDay: 14, calls: bot},
-		{project: 1, name: "leaked in a notebook", made: 15, expires: -15, revoked: 3, perDay: 9, calls: bot},
-		{project: 2, name: "Ada", made: 60, expires: -120, idle: 30 * 24 * time.Hour, perDay: 18, calls: notebook},
-		{project: 2, name: "Grace", made: 25, expires: -2.5, perDay: 14, calls: notebook},
-		{project: 2, name: "nightly evaluation", made: 60, expires: -200, left: 250, perDay: 30, allDay: true, calls: batch},
+		{project: 1, name: "website chat", made: 60, expires: -60, perDay: 65, calls: bot}, // the newcomer's: see fillDemo
+		{project: 0, name: "indexer", made: 60, perDay: 27, allDay: true, calls: index},
+		{project: 0, name: "search API", made: 60, expires: -90, perDay: 48, calls: search},
+		{project: 0, name: "ranking experiments", made: 20, expires: -1.5, perDay: 8, calls: search},
+		{project: 0, name: "old indexer", made: 90, revoked: 9, perDay: 17, allDay: true, calls: index},
+		{project: 1, name: "mail triage", made: 45, expires: -20, perDay: 19, allDay: true, calls: mail},
+		{project: 1, name: "voice trial", made: 12, expires: -18, left: 4, perDay: 7, calls: voice},
+		{project: 1, name: "agency", made: 40, expires: 6, perDay: 10, calls: bot},
+		{project: 1, name: "leaked in a notebook", made: 15, expires: -15, revoked: 3, perDay: 6, calls: bot},
+		{project: 2, name: "Ada", made: 60, expires: -120, idle: 30 * 24 * time.Hour, perDay: 12, calls: notebook},
+		{project: 2, name: "Grace", made: 25, expires: -2.5, perDay: 10, calls: notebook},
+		{project: 2, name: "nightly evaluation", made: 60, expires: -200, left: 250, perDay: 20, allDay: true, calls: batch},
 	}
 }
 
