@@ -142,11 +142,11 @@ func (s *store) changeToken(ctx context.Context, id string, version, now int64, 
 }
 
 // revokeTokens revokes all of a project's tokens that are not revoked yet and
-// returns how many. project "" stands for every project.
+// returns how many.
 func (s *store) revokeTokens(ctx context.Context, project string, now int64) (n int64, err error) {
 	res, err := s.write.ExecContext(ctx, `
 		UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
-		WHERE revoked_at IS NULL AND (?2 = '' OR project = (SELECT seq FROM projects WHERE id = ?2))`, now, project)
+		WHERE revoked_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ?2)`, now, project)
 	if err != nil {
 		return 0, fmt.Errorf("revoking tokens: %w", err)
 	}
