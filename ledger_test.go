@@ -275,6 +275,41 @@ func TestSumsEqualRows(t *testing.T) {
 	}
 }
 
+// TestPriceAtTheBeginning: a call costs what was the price when it began; a model
+// without one has no cost rather than none.
+func TestPriceAtTheBeginning(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	changed := make(chan struct{})
+	p.manage("POST", "/manage/prices", `{"match":"mine","input":1,"output":1}`, 201, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		<-changed
+		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "mine"))
+	})
+	done := make(chan answer, 1)
+	go func() { done <- p.chat() }()
+	waitFor(t, "the call", func() bool { return len(p.provider.got()) == 1 })
+	p.manage("POST", "/manage/prices", `{"match":"mine","input":1000,"output":1000}`, 201, nil)
+	close(changed)
+	<-done
+	if row := p.lastCall(); row.Cost == nil || *row.Cost != 12e-6 {
+		t.Errorf("the ledger has %+v, cost %v", row, row.Cost)
+	}
+	if p.chat(); *p.lastCall().Cost != 12e-3 {
+		t.Errorf("the next call costs %v", *p.lastCall().Cost)
+	}
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "unheard-of"))
+	})
+	if p.chat(); p.lastCall().Cost != nil {
+		t.Errorf("a call without a price costs %v", *p.lastCall().Cost)
+	}
+	p.sumsAgree()
+	if res := p.manageAs(p.adminKey, "POST", "/manage/prices", `{"match":"mine","input":-1}`); res.status != 400 {
+		t.Errorf("a negative price: got %d %s", res.status, res.body)
+	}
+}
+
 // TestTimeBoundaries: a call is in exactly one hour and one day, that of its
 // beginning, and sums of any size have no drift.
 func TestTimeBoundaries(t *testing.T) {
