@@ -234,11 +234,6 @@ func manageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 func (s *server) authenticateManager(r *http.Request) (actor, error) {
 	denied := &apiError{status: http.StatusUnauthorized, code: "invalid_management_key",
 		msg: "A valid management key is needed: Authorization: Bearer <key>."}
-	address := s.clientAddress(r)
-	if wait := s.throttle.blocked(address, time.Now()); wait > 0 {
-		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
-			msg: "Too many wrong management keys from this address."}
-	}
 	values := r.Header["Authorization"]
 	if len(values) != 1 {
 		return actor{}, denied
@@ -248,11 +243,18 @@ func (s *server) authenticateManager(r *http.Request) (actor, error) {
 		return actor{}, denied
 	}
 	who, err := s.manager(r.Context(), presented, time.Now())
-	if errors.Is(err, errNotFound) {
-		s.throttle.add(address, time.Now())
-		return actor{}, denied
+	if !errors.Is(err, errNotFound) {
+		return who, err
 	}
-	return who, err
+	// Only wrong keys are held up: whoever shares an address with a guesser, as
+	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
+	address := s.clientAddress(r)
+	if wait := s.throttle.blocked(address, time.Now()); wait > 0 {
+		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
+			msg: "Too many wrong management keys from this address."}
+	}
+	s.throttle.add(address, time.Now())
+	return actor{}, denied
 }
 
 // manager returns who holds a management key, or errNotFound.

@@ -76,7 +76,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
 	c.id = s.ids.next(c.start)
 	c.address = s.clientAddress(r)
-	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages")
+	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
 	c.requestID = requestID(c.id)
 	id := []string{c.requestID}
 	w.Header()["X-Llm-Proxy-Request-Id"] = id
@@ -208,7 +208,7 @@ func (s *server) admit(c *call) error {
 	if err := c.allowed(); err != nil {
 		return err
 	}
-	if c.upstream = c.project.pick(c.endpoint.api, c.fields.model); c.upstream == nil {
+	if c.upstream = c.pick(); c.upstream == nil {
 		return &apiError{status: http.StatusNotFound, code: "no_upstream", msg: "This project has no provider for this endpoint and model.", noRetry: true}
 	}
 	if c.upstream.broken != nil {
@@ -228,6 +228,22 @@ func (s *server) admit(c *call) error {
 		counts: tokenCounts{input: c.inputEstimate(), output: c.fields.maxOutput * c.fields.n},
 	})
 	return nil
+}
+
+// pick chooses the upstream. An endpoint that both families of providers have
+// (the list of models) goes to the family whose SDK is asking, if it is there.
+func (c *call) pick() *upstream {
+	if c.endpoint.api != apiAny {
+		return c.project.pick(c.endpoint.api, c.fields.model)
+	}
+	family := apiOpenAI
+	if c.anthropic {
+		family = apiAnthropic
+	}
+	if u := c.project.pick(family, c.fields.model); u != nil {
+		return u
+	}
+	return c.project.pick(apiAny, c.fields.model)
 }
 
 // allowed checks the call against the policies of project and token.
