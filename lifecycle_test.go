@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -258,11 +259,8 @@ func TestDrainCuts(t *testing.T) {
 // now: what a crash would have left.
 func (p *testProxy) asAfterCrash() *testProxy {
 	p.t.Helper()
-	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets, env: map[string]string{},
+	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets, env: maps.Clone(p.env),
 		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token}
-	for k, v := range p.env {
-		q.env[k] = v
-	}
 	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
 	if err := os.CopyFS(q.env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
 		p.t.Fatal(err)
