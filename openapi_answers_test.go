@@ -108,7 +108,7 @@ func TestOpenAPIErrors(t *testing.T) {
 			413: p.do(method, path, strings.Repeat(" ", maxManageBody+1), "Authorization", admin, "If-Match", `"1000"`),
 			415: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "text/plain", "If-Match", `"1000"`),
 			421: p.do(method, path, "", "Authorization", admin, "Host", "evil.example.com"),
-			429: p.do(method, path, "", "Authorization", admin, "X-Forwarded-For", "192.0.2.1"),
+			429: p.do(method, path, "", "Authorization", "Bearer wrong", "X-Forwarded-For", "192.0.2.1"),
 			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID, "none").Replace(path), object(needed(p)[name]),
 				"Authorization", admin, "Content-Type", "application/json"),
 		}
