@@ -261,7 +261,7 @@ func TestBodyWhereNoneGoes(t *testing.T) {
 	p := newTest(t, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
-	for _, body := range []string{`{"a":1}`, `{}{}`, "x", strings.Repeat(" ", 100), strings.Repeat("x", 1<<20), "[]", "null"} {
+	for _, body := range []string{`{"a":1}`, `{}{}`, "x", strings.Repeat(" ", 100), strings.Repeat("x", 1<<10), "[]", "null"} {
 		for _, c := range [][2]string{{"POST", "/v1/batches/b/cancel"}, {"GET", "/v1/models"}, {"DELETE", "/v1/files/f"}} {
 			p.refused(c[1], p.do(c[0], c[1], body, auth...), 400, "unexpected_body")
 		}

@@ -387,7 +387,8 @@ type idSource struct {
 
 const idTimeShift = 21
 
-func newIDSource() *idSource { return &idSource{node: rand.Int64N(512) << 12} }
+// newIDSource makes ids above last, the highest there is.
+func newIDSource(last int64) *idSource { return &idSource{node: rand.Int64N(512) << 12, last: last} }
 
 func (s *idSource) next(now time.Time) int64 {
 	s.mu.Lock()

@@ -333,7 +333,7 @@ func TestLostAfterClockSetBack(t *testing.T) {
 	if rows := p.asAfterCrash().ledger(); len(rows) != 1 || rows[0].Outcome != "lost" {
 		t.Errorf("the ledger has %+v", rows)
 	}
-	ids := newIDSource()
+	ids := newIDSource(0)
 	now := time.Now()
 	before := ids.next(now)
 	for range 10_000 {
@@ -342,6 +342,9 @@ func TestLostAfterClockSetBack(t *testing.T) {
 			t.Fatalf("id %d after %d", id, before)
 		}
 		before = id
+	}
+	if id := newIDSource(before).next(now.Add(-time.Hour)); id <= before {
+		t.Errorf("after a restart with the clock set back: id %d after %d", id, before)
 	}
 }
 

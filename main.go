@@ -191,7 +191,11 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	in.transport = newTransport(cfg.allowPrivate)
 	in.buffers = newBufferPool(32 << 10)
 	in.bodies = &bodyMemory{limit: cfg.bodyMemory}
-	in.ids = newIDSource()
+	last, err := in.store.lastRequest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	in.ids = newIDSource(last)
 	in.throttle = &failures{}
 	in.gone = in.dir.gone
 	in.startWorkers()

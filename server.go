@@ -35,7 +35,8 @@ type server struct {
 	prices    atomic.Pointer[priceTable]
 	gone      func() string // says what is wrong with the database file, "" if nothing
 	throttle  *failures     // of wrong management keys
-	strangers lineLimit     // of log lines about callers without a key
+	writable  writeCheck
+	strangers lineLimit // of log lines about callers without a key
 }
 
 // routes is every URL of the program. /v1 takes tokens only, /manage management
@@ -157,7 +158,7 @@ func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
 		why = "the database file is gone"
 	case !s.ledger.healthy():
 		why = "the ledger cannot be written"
-	case s.store.writable(ctx) != nil:
+	case s.writable.check(ctx, s.store) != nil:
 		why = "the database cannot be written"
 	default:
 		_, _ = w.Write([]byte("ready\n"))
@@ -166,6 +167,23 @@ func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Retry-After", "1")
 	w.WriteHeader(http.StatusServiceUnavailable)
 	_, _ = w.Write([]byte(why + "\n"))
+}
+
+// A writeCheck asks the database at most once a second whether it can be written:
+// the question is a write, and anyone may ask.
+type writeCheck struct {
+	mu  sync.Mutex
+	at  time.Time
+	err error
+}
+
+func (c *writeCheck) check(ctx context.Context, st *store) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(c.at) >= time.Second {
+		c.err, c.at = st.writable(ctx), time.Now()
+	}
+	return c.err
 }
 
 // protect guards what administrators use: against other web sites

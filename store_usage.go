@@ -200,6 +200,14 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 	return n, next, err
 }
 
+// lastRequest returns the highest id there is, 0 if there is none.
+func (s *store) lastRequest(ctx context.Context) (id int64, err error) {
+	if err = s.read.QueryRowContext(ctx, `SELECT coalesce(max(id), 0) FROM requests`).Scan(&id); err != nil {
+		return 0, fmt.Errorf("reading the last call: %w", err)
+	}
+	return id, nil
+}
+
 // forgetRequests deletes up to limit settled rows with an id below before, and
 // returns how many.
 func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (int64, error) {
