@@ -160,7 +160,7 @@ func TestEvictedTokenIsNotUsed(t *testing.T) {
 		t.Error("a token was evicted although the ledger had not settled")
 	}
 	g.evict(later, true)
-	if evicted.hold() || evicted.hold() {
+	if evicted.hold() {
 		t.Error("an evicted token can be used")
 	}
 	held := find()

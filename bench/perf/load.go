@@ -1,0 +1,147 @@
+// The load: connections that send one request after the other, and what it cost
+// the process at the other end.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+type measured struct {
+	cpuPerCall float64 // microseconds
+	p50        float64 // microseconds
+}
+
+// load keeps conns connections busy with body for d, after a warm-up of a
+// quarter of it; with a rate, calls are due at fixed times instead, and latency
+// runs from when they were due.
+func load(ctx context.Context, t target, body string, conns, rate int, d time.Duration) (measured, error) {
+	ctx, cancel := context.WithTimeout(ctx, d+d/4)
+	defer cancel()
+	begin := time.Now().Add(d / 4)
+	var mu sync.Mutex
+	var took []time.Duration
+	var failed error
+	var cpu0 float64
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		time.Sleep(time.Until(begin))
+		mu.Lock()
+		defer mu.Unlock()
+		cpu0 = cpuTime(t.pid)
+	})
+	for i := range conns {
+		wait.Go(func() {
+			mine, err := worker(ctx, t, body, begin, i, conns, rate)
+			mu.Lock()
+			defer mu.Unlock()
+			took = append(took, mine...)
+			if failed == nil {
+				failed = err
+			}
+		})
+	}
+	wait.Wait()
+	cpu := cpuTime(t.pid) - cpu0
+	if failed != nil || len(took) == 0 {
+		return measured{}, fmt.Errorf("load on %s: %d calls, %w", t.name, len(took), failed)
+	}
+	slices.Sort(took)
+	return measured{cpu / float64(len(took)) * 1e6, float64(took[len(took)/2].Nanoseconds()) / 1e3}, nil
+}
+
+func worker(ctx context.Context, t target, body string, begin time.Time, i, conns, rate int) ([]time.Duration, error) {
+	conn, err := net.Dial("tcp", t.addr)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	br, request := bufio.NewReader(conn), t.request(body)
+	var took []time.Duration
+	due := time.Now()
+	var gap time.Duration
+	if rate > 0 {
+		gap = time.Second * time.Duration(conns) / time.Duration(rate)
+		due = due.Add(gap * time.Duration(i) / time.Duration(conns))
+	}
+	for ctx.Err() == nil {
+		if rate > 0 {
+			time.Sleep(time.Until(due))
+		} else {
+			due = time.Now()
+		}
+		if _, err := conn.Write(request); err != nil {
+			return took, err
+		}
+		res, err := http.ReadResponse(br, nil)
+		if err != nil {
+			return took, err
+		}
+		answer, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != 200 || bytes.Contains(request, []byte(`"stream":true`)) && !bytes.HasSuffix(answer, []byte("[DONE]\n\n")) {
+			return took, fmt.Errorf("got %d %.200s: %w", res.StatusCode, answer, err)
+		}
+		if due.After(begin) {
+			took = append(took, time.Since(due))
+		}
+		due = due.Add(gap)
+	}
+	return took, nil
+}
+
+// idleStreams opens n streams that say one word and then nothing, and returns
+// the KiB of memory that each costs the target.
+func idleStreams(ctx context.Context, t target, n int) (float64, error) {
+	before := rss(t.pid)
+	request := t.request(chatBody(`"stream":true,"user":"idle"`))
+	for range n {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", t.addr)
+		if err != nil {
+			return 0, err
+		}
+		defer conn.Close()
+		if _, err := conn.Write(request); err != nil {
+			return 0, err
+		}
+		if line, err := bufio.NewReaderSize(conn, 64).ReadString('\n'); err != nil || !strings.Contains(line, "200") {
+			return 0, fmt.Errorf("idle stream: %q %w", line, err)
+		}
+	}
+	time.Sleep(time.Second)
+	return (rss(t.pid) - before) / float64(n), nil
+}
+
+// cpuTime returns the seconds of CPU that a process has used.
+func cpuTime(pid int) float64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	const ticks = 100 // a second, on every Linux that Go runs on
+	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+2:]))
+	user, _ := strconv.ParseFloat(f[11], 64)
+	system, _ := strconv.ParseFloat(f[12], 64)
+	return (user + system) / ticks
+}
+
+// rss returns the KiB of memory that a process holds.
+func rss(pid int) float64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0
+	}
+	_, rest, _ := strings.Cut(string(b), "VmRSS:")
+	v, _ := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+	return v
+}

@@ -1,0 +1,158 @@
+// Perf measures what llm-proxy costs beside the least that a reverse proxy on
+// net/http can do: httputil.ReverseProxy with a buffer pool and another key.
+//
+//	go run ./bench/perf
+//
+// It starts a provider with fixed answers, the bare proxy and the real program
+// (built for the purpose, or -bin), each a process of its own, and puts the same
+// load on both proxies in turns: unary calls and 64-event streams as fast as
+// answers come, unary calls at a fixed rate, and streams that stand idle. It
+// prints the CPU time per call (of the proxy's process, from /proc, so Linux
+// only), the ratio, and for the fixed rate the median latency. Compare figures
+// of one run only: machines differ, and so do their hours.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+func main() {
+	role := os.Getenv("PERF_ROLE")
+	if role != "" {
+		if err := serveRole(role); err != nil {
+			fmt.Fprintln(os.Stderr, "perf:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	o := options{}
+	flag.StringVar(&o.bin, "bin", "", "llm-proxy binary; empty: built from this tree")
+	flag.IntVar(&o.rounds, "rounds", 5, "rounds; the figures are medians over them")
+	flag.DurationVar(&o.duration, "duration", 3*time.Second, "length of one measurement")
+	flag.IntVar(&o.conns, "c", 64, "connections")
+	flag.IntVar(&o.rate, "rate", 500, "calls per second of the fixed-rate workload")
+	flag.IntVar(&o.idle, "idle", 2000, "idle streams; 0 leaves them out")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "perf:", err)
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	bin                       string
+	rounds, conns, rate, idle int
+	duration                  time.Duration
+}
+
+// A target is a proxy that is measured.
+type target struct {
+	name, addr, token string
+	pid               int
+}
+
+func run(ctx context.Context, o options) error {
+	dir, err := os.MkdirTemp("", "llm-proxy-perf-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if o.bin == "" {
+		o.bin = filepath.Join(dir, "llm-proxy")
+		if err := build(ctx, o.bin); err != nil {
+			return err
+		}
+	}
+	targets, stop, err := start(ctx, o.bin, dir)
+	defer stop()
+	if err != nil {
+		return err
+	}
+	for _, w := range []struct{ name, body string }{
+		{"unary", chatBody(`"stream":false`)}, {"64-event stream", chatBody(`"stream":true`)},
+	} {
+		cpu := make([][]float64, len(targets))
+		for range o.rounds {
+			for i, t := range targets {
+				m, err := load(ctx, t, w.body, o.conns, 0, o.duration)
+				if err != nil {
+					return err
+				}
+				cpu[i] = append(cpu[i], m.cpuPerCall)
+			}
+		}
+		fmt.Printf("%-16s at saturation   CPU per call: bare %6.1f us, llm-proxy %6.1f us, ratio %.2f\n",
+			w.name, median(cpu[0]), median(cpu[1]), medianRatio(cpu[1], cpu[0]))
+	}
+	p50 := make([][]float64, len(targets))
+	for range o.rounds {
+		for i, t := range targets {
+			m, err := load(ctx, t, chatBody(`"stream":false`), 16, o.rate, o.duration)
+			if err != nil {
+				return err
+			}
+			p50[i] = append(p50[i], m.p50)
+		}
+	}
+	fmt.Printf("unary at %d calls/s           median latency: bare %.0f us, llm-proxy %.0f us, added %.0f us\n",
+		o.rate, median(p50[0]), median(p50[1]), median(p50[1])-median(p50[0]))
+	if o.idle == 0 {
+		return nil
+	}
+	for _, t := range targets {
+		kib, err := idleStreams(ctx, t, o.idle)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%d idle streams            %s: %.1f KiB each\n", o.idle, t.name, kib)
+	}
+	return nil
+}
+
+func median(v []float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	return v[len(v)/2]
+}
+
+// medianRatio is the median of the ratios round by round: a slow minute of the
+// machine is in both of its halves.
+func medianRatio(a, b []float64) float64 {
+	r := make([]float64, len(a))
+	for i := range a {
+		r[i] = a[i] / b[i]
+	}
+	return median(r)
+}
+
+// chatBody is a call of about 1 KB.
+func chatBody(members string) string {
+	return `{"model":"gpt-4o-mini",` + members + `,"messages":[{"role":"user","content":"` + strings.Repeat("lorem ipsum ", 80) + `"}]}`
+}
+
+// request is a whole HTTP/1.1 request to t.
+func (t target) request(body string) []byte {
+	return fmt.Appendf(nil, "POST /v1/chat/completions HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"+
+		"Accept: application/json\r\nUser-Agent: perf\r\nContent-Length: %d\r\n\r\n%s", t.addr, t.token, len(body), body)
+}
+
+func serveRole(role string) error {
+	handler := http.Handler(http.HandlerFunc(provide))
+	if role == "bare" {
+		var err error
+		if handler, err = bareProxy(os.Getenv("PERF_UPSTREAM")); err != nil {
+			return err
+		}
+	}
+	return serve(handler)
+}
