@@ -301,6 +301,6 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	_ = hs.Close()
 	serving.Wait()
 	err = in.close()
-	in.log.Info("stopped", "error", err)
+	in.log.Info("stopped")
 	return err
 }
