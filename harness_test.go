@@ -7,6 +7,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -95,6 +97,9 @@ func (p *testProxy) start() {
 	select {
 	case a := <-addr:
 		p.url = "http://" + a.String()
+		if cfg.tlsCert != "" {
+			p.url = "https://" + a.String()
+		}
 	case err := <-done:
 		p.t.Fatal(err)
 	}
@@ -220,6 +225,10 @@ func (p *testProxy) do(method, path, body string, headers ...string) answer {
 		}
 	}
 	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
+	if cert := p.env["TLS_CERT_FILE"]; cert != "" {
+		tr = p.http2(cert)
+		defer tr.CloseIdleConnections()
+	}
 	res, err := tr.RoundTrip(req)
 	if err != nil {
 		return answer{err: err}
@@ -235,6 +244,20 @@ func (p *testProxy) do(method, path, body string, headers ...string) answer {
 		p.seen.Write(b)
 	}
 	return a
+}
+
+// http2 returns a transport that speaks HTTP/2 to the proxy with testCertificate's
+// certificate.
+func (p *testProxy) http2(cert string) *http.Transport {
+	p.t.Helper()
+	text, err := os.ReadFile(cert)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(text)
+	return &http.Transport{ForceAttemptHTTP2: true, DisableCompression: true,
+		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "llm.example.test"}}
 }
 
 // chat makes a unary chat call with the test's token. Members are added to the

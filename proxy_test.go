@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestTransparent: bodies pass byte for byte, both ways.
@@ -88,5 +89,46 @@ func TestModelsGoToTheSDKsFamily(t *testing.T) {
 		if got := p.provider.last(t).target; got != c.want {
 			t.Errorf("with %s the list came from %s, want %s", c.name, got, c.want)
 		}
+	}
+}
+
+// TestHTTP2: over TLS the proxy speaks HTTP/2; calls, streams, cuts and
+// revocation are as over HTTP/1.
+func TestHTTP2(t *testing.T) {
+	t.Parallel()
+	cert, key := testCertificate(t, t.TempDir(), time.Hour)
+	p := newTest(t, map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
+	if res := p.chat(); res.status != 200 || res.body != chatAnswer || res.header.Get("Connection") != "" {
+		t.Errorf("unary: got %d %s", res.status, res.body)
+	}
+	if res := p.chat(`"stream":true`); res.err != nil || res.body != strings.Join(chatEvents(false), "") {
+		t.Errorf("stream: got %v %s", res.err, res.body)
+	}
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		c.sse()
+		_ = c.chunk(chatEvents(false)[0])
+		return c.reset()
+	})
+	if res := p.chat(`"stream":true`); res.status == 200 && res.err == nil {
+		t.Errorf("a cut stream ended cleanly: %s", res.body)
+	}
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		c.sse()
+		_ = c.chunk(chatEvents(false)[0])
+		go p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 200, nil)
+		return !c.gone(10 * time.Second)
+	})
+	if res := p.chat(`"stream":true`); res.status != 200 || res.err == nil {
+		t.Errorf("a revoked token's stream: got %d %v %s", res.status, res.err, res.body)
+	}
+	if res := p.chat(); res.status != 401 {
+		t.Errorf("after revocation: got %d", res.status)
+	}
+	var outcomes []string
+	for _, row := range p.ledger() {
+		outcomes = append(outcomes, row.Outcome)
+	}
+	if want := []string{"ok", "ok", "truncated", "truncated", "refused"}; !slices.Equal(outcomes, want) {
+		t.Errorf("the ledger has %v, want %v", outcomes, want)
 	}
 }
