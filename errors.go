@@ -135,6 +135,9 @@ func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 	if e.noRetry {
 		h.Set("X-Should-Retry", "false")
 	}
+	if e.code == "draining" {
+		h.Set("Connection", "close") // over HTTP/2: no new call on this connection, so that a retry goes elsewhere
+	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(b)+1))
 	h.Set("Cache-Control", "no-store")

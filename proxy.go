@@ -145,6 +145,9 @@ func (s *server) identify(c *call, r *http.Request) error {
 	if errors.Is(err, errUnknownToken) {
 		return errBadToken("unknown")
 	}
+	if err != nil && r.Context().Err() != nil {
+		return &apiError{status: statusClientClosed, code: "client_gone", cause: err} // no trouble of ours
+	}
 	if err != nil {
 		return errUnavailable("store_unavailable", err) // never 401: the token may be good
 	}
@@ -325,7 +328,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		// down, which HTTP/1 needs to be told.
 		_ = c.controller.EnableFullDuplex()
 		c.uploading.Store(true)
-		in.Body, in.ContentLength = http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), r.ContentLength
+		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), s.running, c}, r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {

@@ -158,6 +158,22 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 	}
 }
 
+// A progressReader tells the watchdog that an upload is moving: while it does,
+// the provider is not late with its answer.
+type progressReader struct {
+	io.ReadCloser
+	running *runningCalls
+	c       *call
+}
+
+func (r *progressReader) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	if n > 0 && phase(r.c.watch.phase.Load()) == phaseProvider {
+		r.running.enter(r.c, phaseProvider)
+	}
+	return n, err
+}
+
 // bodyMemory is the memory that all request bodies held at one time may take.
 type bodyMemory struct {
 	limit int64

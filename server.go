@@ -148,7 +148,9 @@ func (s *server) handleHealth(w http.ResponseWriter, _ *http.Request) {
 // not about providers: a load balancer cannot mend those by going elsewhere.
 func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
+	// The answer is kept for others, so who asks must not be able to spoil it by
+	// leaving.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 3*time.Second)
 	defer cancel()
 	var why string
 	switch {

@@ -139,11 +139,9 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 		// sending nothing.
 		_ = c.controller.SetReadDeadline(time.Now().Add(refusedBodyGrace))
 	}
+	c.failure = e
 	writeError(w, e, c.anthropic)
 	s.logCall(c, &row)
-	if e.status >= 500 && e.cause != nil {
-		s.log.Error("a call could not be taken", "request_id", c.requestID, "code", e.code, "error", e.cause)
-	}
 }
 
 // logCall writes the call's one log line: never a header, body, query or key.
@@ -160,7 +158,7 @@ func (s *server) logCall(c *call, row *requestRow) {
 		return
 	}
 	attrs := make([]slog.Attr, 0, 20)
-	if c.token == nil && row.status < 500 {
+	if c.token == nil { // whatever went wrong: anyone can cause it
 		ok, left := s.strangers.allow(c.start)
 		if !ok {
 			return
@@ -194,11 +192,13 @@ func (s *server) logCall(c *call, row *requestRow) {
 		if c.answer != nil && c.answer.providerID != "" {
 			attrs = append(attrs, slog.String("provider_request_id", c.answer.providerID))
 		}
-		if c.failure != nil && c.failure.cause != nil {
-			// net/http quotes what it could not read of an answer, which may quote the key.
-			text := strings.ReplaceAll(c.failure.cause.Error(), c.upstream.key(), hiddenSecret)
-			attrs = append(attrs, slog.String("error", clip(text, 1024)))
+	}
+	if c.failure != nil && c.failure.cause != nil && row.status >= 500 {
+		text := c.failure.cause.Error()
+		if c.entry != nil { // net/http quotes what it could not read of an answer, which may quote the key
+			text = strings.ReplaceAll(text, c.upstream.key(), hiddenSecret)
 		}
+		attrs = append(attrs, slog.String("error", clip(text, 1024)))
 	}
 	attrs = append(attrs, slog.Int64("total_us", row.totalUS))
 	// Straight to the handler: a Logger would look up the source line each time.

@@ -231,3 +231,35 @@ func TestNotSentTwice(t *testing.T) {
 		})
 	}
 }
+
+// TestLongUpload: an upload may take longer than UPSTREAM_TIMEOUT as long as it
+// moves.
+func TestLongUpload(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "1s"})
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	body, pieces := io.Pipe()
+	go func() {
+		for range 8 {
+			if _, err := pieces.Write(make([]byte, 1000)); err != nil {
+				return
+			}
+			time.Sleep(200 * time.Millisecond) // the pace of a slow line, not a wait for anything
+		}
+		pieces.Close()
+	}()
+	req, err := http.NewRequestWithContext(t.Context(), "POST", p.url+"/v1/files", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+p.token)
+	req.Header.Set("Content-Type", "multipart/form-data; boundary=b")
+	res, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != 200 || len(p.provider.last(t).body) != 8000 {
+		t.Errorf("got %d, the provider %d bytes", res.StatusCode, len(p.provider.last(t).body))
+	}
+}

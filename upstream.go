@@ -257,6 +257,9 @@ func newTransport(allowPrivate bool) *http.Transport {
 		MaxResponseHeaderBytes: 64 << 10,
 		ExpectContinueTimeout:  time.Second,
 		ForceAttemptHTTP2:      true,
-		DisableCompression:     true, // what we meter is what they get
+		// Many calls share an HTTP/2 connection. One that a firewall has dropped
+		// silently must not hold them all until TCP gives up.
+		HTTP2:              &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
+		DisableCompression: true, // what we meter is what they get
 	}
 }
