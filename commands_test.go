@@ -185,6 +185,38 @@ func TestSecondProcess(t *testing.T) {
 	}
 }
 
+// TestSecondProcessOnDatabase: two data directories cannot share a database.
+func TestSecondProcessOnDatabase(t *testing.T) {
+	t.Parallel()
+	database := "sqlite:" + filepath.Join(t.TempDir(), "shared.db")
+	first, second := serveEnv(t), serveEnv(t)
+	first["DATABASE_URL"], second["DATABASE_URL"] = database, database
+	live := serveProgram(t, first)
+	if _, err := runProgram(t, second, "serve"); err == nil || !strings.Contains(err.Error(), "another llm-proxy is using") {
+		t.Errorf("the second process: %v", err)
+	}
+	if err := live.stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPortTaken: who cannot listen prints no secret, for nobody would see it
+// again.
+func TestPortTaken(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	env := serveEnv(t)
+	env["LISTEN_ADDR"], env["MANAGEMENT_TOKEN"] = taken.Addr().String(), ""
+	out, err := runProgram(t, env, "serve")
+	if err == nil || !strings.Contains(err.Error(), "listening on") || strings.Contains(out, keyPrefix) {
+		t.Errorf("got %v, printed %q", err, out)
+	}
+}
+
 // TestMissingDatabase: a database that was there and is not any more is an
 // error, also when others were used in between.
 func TestMissingDatabase(t *testing.T) {

@@ -26,11 +26,12 @@ const (
 
 // A dataDir is a data directory that this process has to itself.
 type dataDir struct {
-	lock *os.File
-	path string
-	file string // the database
-	info fs.FileInfo
-	lost atomic.Bool // the database file is no longer the one that was opened
+	lock     *os.File
+	fileLock *os.File // of a database elsewhere; nil if it is in path
+	path     string
+	file     string // the database
+	info     fs.FileInfo
+	lost     atomic.Bool // the database file is no longer the one that was opened
 }
 
 // openDataDir makes what is missing and takes the lock. The caller closes it.
@@ -51,15 +52,31 @@ func lockDataDir(cfg *config) (*dataDir, error) {
 	if err := os.MkdirAll(cfg.dataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the data directory: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(cfg.dataDir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := lockFile(filepath.Join(cfg.dataDir, lockName))
+	if err != nil {
+		return nil, err
+	}
+	d := &dataDir{lock: lock, path: cfg.dataDir, file: cfg.databaseFile}
+	if filepath.Dir(d.file) != d.path { // two directories may name one database
+		if d.fileLock, err = lockFile(d.file + ".lock"); err != nil {
+			d.close()
+			return nil, err
+		}
+	}
+	return d, nil
+}
+
+// lockFile opens name and locks it for this process, which closing it ends.
+func lockFile(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the lock file: %w", err)
 	}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		lock.Close()
-		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or give this one a DATA_DIR of its own", cfg.dataDir)
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or give this one a DATA_DIR and a database of its own", filepath.Dir(name))
 	}
-	return &dataDir{lock: lock, path: cfg.dataDir, file: cfg.databaseFile}, nil
+	return f, nil
 }
 
 // claimDatabase makes an empty database file if there never was one. The lock
@@ -113,7 +130,14 @@ func (d *dataDir) remembered() (bool, error) {
 	return slices.Contains(strings.Split(string(known), "\n"), d.file), nil
 }
 
-func (d *dataDir) close() error { return d.lock.Close() } // which gives up the lock
+// close gives up the locks.
+func (d *dataDir) close() error {
+	err := d.lock.Close()
+	if d.fileLock != nil {
+		err = errors.Join(err, d.fileLock.Close())
+	}
+	return err
+}
 
 // watch looks every few seconds whether the database file is still there, until
 // ctx is over: SQLite would go on writing to a file that has no name any more.

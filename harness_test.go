@@ -91,6 +91,9 @@ func (p *testProxy) start() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
+	if err := p.in.listen(); err != nil {
+		p.t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	addr, done := make(chan net.Addr, 1), make(chan error, 1)
 	go func() { done <- p.in.serve(ctx, func(a net.Addr) { addr <- a }) }()

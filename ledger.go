@@ -9,10 +9,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"math/rand/v2"
 	"runtime"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,12 +42,13 @@ type ledger struct {
 	settles     []*ledgerEntry
 	sums        []*requestRow
 	firstSettle time.Time // when the oldest of settles and sums came
-	flushing    bool
+	queued      uint64    // rows that were ever queued
+	committed   uint64    // so many of them, in the order of queueing, are surely written
+	flushing    bool      // someone waits for committed
 	closing     bool
 
 	wake    chan struct{}
 	done    chan struct{}
-	pending atomic.Int64 // queued or being written
 	failing atomic.Bool
 }
 
@@ -92,8 +91,8 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 // in parallel with the call to the provider.
 func (l *ledger) begin(row *requestRow) *ledgerEntry {
 	e := &ledgerEntry{begin: *row, begun: make(chan error, 1)}
-	l.pending.Add(1)
 	l.mu.Lock()
+	l.queued++
 	l.begins = append(l.begins, e)
 	l.mu.Unlock()
 	l.kick()
@@ -103,8 +102,8 @@ func (l *ledger) begin(row *requestRow) *ledgerEntry {
 // settle queues how a begun call ended.
 func (l *ledger) settle(e *ledgerEntry, row *requestRow) {
 	e.final = *row
-	l.pending.Add(1)
 	l.mu.Lock()
+	l.queued++
 	if len(l.settles)+len(l.sums) == 0 {
 		l.firstSettle = time.Now()
 	}
@@ -120,8 +119,8 @@ func (l *ledger) settle(e *ledgerEntry, row *requestRow) {
 // record queues a call that was never begun: a refused one. With row false it
 // counts in the sums only.
 func (l *ledger) record(r *requestRow, row bool) {
-	l.pending.Add(1)
 	l.mu.Lock()
+	l.queued++
 	if len(l.settles)+len(l.sums) == 0 {
 		l.firstSettle = time.Now()
 	}
@@ -145,15 +144,20 @@ func (l *ledger) kick() {
 // may be admitted: it could not be put on record.
 func (l *ledger) healthy() bool { return !l.failing.Load() }
 
-// settled reports whether everything the ledger was given is in the database.
-func (l *ledger) settled() bool { return l.pending.Load() == 0 }
-
-// flush returns when all that was queued before is committed, or ctx is over.
+// flush returns when all that was queued before is committed, whatever is queued
+// meanwhile, or when ctx is over.
 func (l *ledger) flush(ctx context.Context) error {
-	for !l.settled() {
+	l.mu.Lock()
+	want := l.queued
+	l.mu.Unlock()
+	for {
 		l.mu.Lock()
-		l.flushing = true
+		done := l.committed >= want
+		l.flushing = l.flushing || !done
 		l.mu.Unlock()
+		if done {
+			return nil
+		}
 		l.kick()
 		select {
 		case <-ctx.Done():
@@ -161,7 +165,6 @@ func (l *ledger) flush(ctx context.Context) error {
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
-	return nil
 }
 
 // close writes what is queued and ends the writer. It gives up at the end of
@@ -183,9 +186,10 @@ func (l *ledger) run() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
-		begins, settles, sums, wait, closing := l.take()
-		if len(begins)+len(settles)+len(sums) > 0 {
-			l.write(begins, settles, sums)
+		q := l.take()
+		if len(q.begins)+len(q.settles)+len(q.sums) > 0 {
+			l.write(q.begins, q.settles, q.sums)
+			l.wrote(q)
 			if l.failing.Load() && !l.pause(retryDelay) {
 				return
 			}
@@ -195,7 +199,8 @@ func (l *ledger) run() {
 			runtime.Gosched()
 			continue
 		}
-		if closing {
+		l.wrote(q)
+		if q.closing {
 			return
 		}
 		if l.failing.Load() { // nothing to try with: probe
@@ -206,7 +211,7 @@ func (l *ledger) run() {
 			}
 			continue
 		}
-		timer.Reset(wait)
+		timer.Reset(q.wait)
 		select {
 		case <-l.wake:
 		case <-timer.C:
@@ -222,24 +227,44 @@ func (l *ledger) pause(d time.Duration) bool {
 	return !l.closing
 }
 
+// A ledgerTake is what the writer took from the queues at one time.
+type ledgerTake struct {
+	begins, settles []*ledgerEntry
+	sums            []*requestRow
+	all             bool          // nothing was left
+	upTo            uint64        // queued then
+	wait            time.Duration // until what was left should be written
+	closing         bool
+}
+
 // take empties the queues: all begins, and the settled rows when they have
 // waited long enough or are many.
-func (l *ledger) take() (begins, settles []*ledgerEntry, sums []*requestRow, wait time.Duration, closing bool) {
+func (l *ledger) take() ledgerTake {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	begins, l.begins = l.begins, nil
-	wait = time.Hour
+	q := ledgerTake{begins: l.begins, all: true, upTo: l.queued, wait: time.Hour, closing: l.closing}
+	l.begins = nil
 	if n := len(l.settles) + len(l.sums); n > 0 {
 		age := time.Since(l.firstSettle)
-		if n >= settleBatch || age >= settleDelay || l.flushing || l.closing {
-			settles, l.settles = l.settles, nil
-			sums, l.sums = l.sums, nil
-			l.flushing = false
+		if q.all = n >= settleBatch || age >= settleDelay || l.flushing || l.closing; q.all {
+			q.settles, l.settles = l.settles, nil
+			q.sums, l.sums = l.sums, nil
 		} else {
-			wait = settleDelay - age
+			q.wait = settleDelay - age
 		}
 	}
-	return begins, settles, sums, wait, l.closing
+	return q
+}
+
+// wrote notes what a take has brought into the database. After a failure that
+// is nothing new: the rows are back in the queue.
+func (l *ledger) wrote(q ledgerTake) {
+	if !q.all || l.failing.Load() {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.committed, l.flushing = q.upTo, false
 }
 
 // write commits one batch. If it cannot, the begins are told so, since their
@@ -248,7 +273,7 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 	err := l.writer.write(context.Background(), batchOf(begins, settles, sums))
 	if err == nil {
 		l.recovered()
-		l.finish(begins, nil, len(settles)+len(sums))
+		answerAll(begins, nil)
 		return
 	}
 	for _, e := range begins {
@@ -263,7 +288,7 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 		l.settles = append(settles, l.settles...)
 		l.sums = append(sums, l.sums...)
 		l.mu.Unlock()
-		l.finish(begins, err, 0)
+		answerAll(begins, err)
 	case len(begins)+len(settles)+len(sums) > 1:
 		for _, e := range begins {
 			l.write([]*ledgerEntry{e}, nil, nil)
@@ -282,16 +307,15 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 				"id", requestID(e.final.id), "token", e.final.token, "outcome", string(e.final.outcome),
 				"input_tokens", e.final.counts.input, "output_tokens", e.final.counts.output)
 		}
-		l.finish(begins, err, len(settles)+len(sums))
+		answerAll(begins, err)
 	}
 }
 
-// finish answers the callers that wait for begins, and counts what is done.
-func (l *ledger) finish(begins []*ledgerEntry, err error, others int) {
+// answerAll tells the callers that wait for begins.
+func answerAll(begins []*ledgerEntry, err error) {
 	for _, e := range begins {
 		e.begun <- err
 	}
-	l.pending.Add(-int64(len(begins) + others))
 }
 
 // batchOf sorts what was queued. A settled row whose begin is not in the
@@ -336,7 +360,7 @@ func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest 
 		if id := oldest(); id != 0 && id < from {
 			from = id
 		}
-		if l.settled() {
+		if l.flush(ctx) == nil { // calls that ended before oldest looked have their rows settled now
 			if err := l.store.setSetting(ctx, "ledger_open_from", strconv.FormatInt(from, 10)); err != nil && ctx.Err() == nil {
 				l.log.Error("noting the oldest open call", "error", err)
 			}
@@ -374,68 +398,4 @@ func (l *ledger) forget(ctx context.Context, step func() (int64, error)) bool {
 		}
 	}
 	return false
-}
-
-// An idSource makes the ids of calls: 42 bits of unix milliseconds, 9 of a
-// number that tells replicas apart, 12 that count. They grow all the time, even
-// when the clock goes back.
-type idSource struct {
-	mu   sync.Mutex
-	node int64
-	last int64
-}
-
-const idTimeShift = 21
-
-// newIDSource makes ids above last, the highest there is.
-func newIDSource(last int64) *idSource { return &idSource{node: rand.Int64N(512) << 12, last: last} }
-
-func (s *idSource) next(now time.Time) int64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	id := now.UnixMilli()<<idTimeShift | s.node
-	if id <= s.last {
-		id = s.last + 1
-		if id&0xfff == 0 { // 4096 in a millisecond: borrow from the next
-			id = (s.last>>idTimeShift+1)<<idTimeShift | s.node
-		}
-	}
-	s.last = id
-	return id
-}
-
-// openFrom returns an id below those of calls that begin now: they are listed
-// a moment after they have taken it.
-func openFrom(now time.Time) int64 { return firstID(now.Add(-time.Minute)) }
-
-// firstID returns the least id that a call begun at t can have.
-func firstID(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
-
-const crockford = "0123456789abcdefghjkmnpqrstvwxyz"
-
-// requestID writes a call's id as clients see it; parseRequestID reads it back,
-// 0 if it is none.
-func requestID(id int64) string {
-	out := []byte("req_0000000000000")
-	for i := len(out) - 1; i >= 4; i-- {
-		out[i] = crockford[id&31]
-		id >>= 5
-	}
-	return string(out)
-}
-
-func parseRequestID(s string) int64 {
-	digits, ok := strings.CutPrefix(s, "req_")
-	if !ok || len(digits) != 13 || digits[0] > '7' {
-		return 0
-	}
-	var id int64
-	for _, r := range digits {
-		i := strings.IndexRune(crockford, r)
-		if i < 0 {
-			return 0
-		}
-		id = id<<5 | int64(i)
-	}
-	return id
 }

@@ -108,7 +108,7 @@ func TestLimitWhileChanged(t *testing.T) {
 				}
 			},
 			func(int) {
-				p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), p.in.ledger.settled())
+				p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), p.in.ledger.flush(t.Context()) == nil)
 				time.Sleep(100 * time.Microsecond)
 			},
 		} {

@@ -135,6 +135,11 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 	if err != nil {
 		return err
 	}
+	// Before a secret is printed that is shown only once: a start that fails
+	// must not have printed it.
+	if err := in.listen(); err != nil {
+		return errors.Join(err, in.close())
+	}
 	if err := first(ctx, in); err != nil {
 		return errors.Join(err, in.close())
 	}
@@ -145,10 +150,11 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 // closed by close, in the opposite order.
 type instance struct {
 	*server
-	dir     *dataDir
-	stop    context.CancelFunc // ends the background goroutines
-	workers sync.WaitGroup
-	keyMade string // the key file, if it was made by this start
+	dir      *dataDir
+	listener net.Listener
+	stop     context.CancelFunc // ends the background goroutines
+	workers  sync.WaitGroup
+	keyMade  string // the key file, if it was made by this start
 }
 
 // openInstance opens the data directory, the database and the ledger.
@@ -222,7 +228,7 @@ func (in *instance) startWorkers() {
 			case <-ctx.Done():
 				return
 			case now := <-tick.C:
-				in.registry.evict(now.UnixMilli(), in.ledger.settled())
+				in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
 			}
 		}
 	})
@@ -239,6 +245,9 @@ func (in *instance) close() error {
 		defer cancel()
 		errs = append(errs, in.ledger.close(ctx))
 	}
+	if in.listener != nil {
+		_ = in.listener.Close() // again, mostly
+	}
 	if in.transport != nil {
 		in.transport.CloseIdleConnections()
 	}
@@ -251,13 +260,17 @@ func (in *instance) close() error {
 	return errors.Join(errs...)
 }
 
-// serve listens until ctx is over, then drains and closes. A second signal
-// while it drains ends the program at once: that is main's doing.
-func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
-	l, err := net.Listen("tcp", in.cfg.listenAddr)
-	if err != nil {
-		return errors.Join(fmt.Errorf("listening on %s: %w", in.cfg.listenAddr, err), in.close())
+func (in *instance) listen() (err error) {
+	if in.listener, err = net.Listen("tcp", in.cfg.listenAddr); err != nil {
+		return fmt.Errorf("listening on %s: %w", in.cfg.listenAddr, err)
 	}
+	return nil
+}
+
+// serve answers, after listen, until ctx is over, then drains and closes. A
+// second signal while it drains ends the program at once: that is main's doing.
+func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error) {
+	l := in.listener
 	hs := &http.Server{
 		Handler:           in.routes(),
 		ReadHeaderTimeout: 10 * time.Second,

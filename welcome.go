@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"strconv"
 	"time"
 )
 
@@ -71,17 +73,17 @@ Try it:
 }
 
 // baseURL is where clients reach this server, as far as it knows.
-func (s *server) baseURL() string {
-	if s.cfg.publicURL != nil {
-		return s.cfg.publicURL.Scheme + "://" + s.cfg.publicURL.Host
+func (in *instance) baseURL() string {
+	if in.cfg.publicURL != nil {
+		return in.cfg.publicURL.Scheme + "://" + in.cfg.publicURL.Host
 	}
 	scheme := "http"
-	if s.cfg.tlsCert != "" {
+	if in.cfg.tlsCert != "" {
 		scheme = "https"
 	}
-	addr := s.cfg.listenAddr
-	if addr[0] == ':' {
-		addr = "localhost" + addr
+	addr := in.listener.Addr().String()
+	if ap, err := netip.ParseAddrPort(addr); err == nil && ap.Addr().IsUnspecified() {
+		addr = "localhost:" + strconv.Itoa(int(ap.Port()))
 	}
 	return scheme + "://" + addr
 }
