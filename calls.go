@@ -33,8 +33,8 @@ const (
 type callLimits struct {
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
-	readGrace         time.Duration // before a minimum rate is asked of a request body
-	readRate          float64       // that rate, in bytes a second
+	readWindow        time.Duration // in each of which a request body must bring
+	readRate          float64       // so many bytes a second, or end
 	clientStall       time.Duration // a client that takes no byte for so long is cut off
 	ledgerPatience    time.Duration // for a row's commit
 }
@@ -50,6 +50,9 @@ type watch struct {
 	phase    atomic.Int32
 	since    atomic.Int64 // tick at which the phase began or last made progress
 	received atomic.Int64 // bytes of the request body so far
+
+	windowAt    time.Time // of the watchdog alone: when the window for reading began,
+	windowBytes int64     // and what had come by then
 }
 
 // runningCalls is the set of running calls. The zero value is not ready: use
@@ -144,7 +147,7 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 	idle := time.Duration(rc.ticks.Load()-c.watch.since.Load()) * watchEvery
 	switch phase(c.watch.phase.Load()) {
 	case phaseReading:
-		if late := now.Sub(c.start) - rc.limits.readGrace; late > 0 && float64(c.watch.received.Load()) < late.Seconds()*rc.limits.readRate {
+		if c.watch.tooSlow(now, c.start, &rc.limits) {
 			return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
 		}
 	case phaseLedger:
@@ -165,6 +168,22 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 		}
 	}
 	return nil
+}
+
+// tooSlow reports whether a body has brought too little in a whole window. Not
+// on average: a body that comes fast and then stops must not hold its memory
+// for as long as its first part has earned.
+func (w *watch) tooSlow(now, start time.Time, l *callLimits) bool {
+	if w.windowAt.IsZero() {
+		w.windowAt = start
+	}
+	if now.Sub(w.windowAt) < l.readWindow {
+		return false
+	}
+	received := w.received.Load()
+	slow := float64(received-w.windowBytes) < l.readRate*l.readWindow.Seconds()
+	w.windowAt, w.windowBytes = now, received
+	return slow
 }
 
 // drain refuses new calls from now on and waits for the running ones. When ctx

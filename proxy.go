@@ -99,6 +99,8 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer func() { // after settle, which is deferred later and so runs before
+		// net/http sends what it still holds after us, out of the watchdog's sight.
+		_ = c.controller.SetWriteDeadline(time.Now().Add(s.running.limits.clientStall))
 		s.bodies.release(c.held)
 		s.running.remove(c)
 	}()

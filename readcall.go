@@ -126,7 +126,7 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 	const step = 64 << 10
 	size := int64(step)
 	if r.ContentLength >= 0 {
-		size = min(r.ContentLength, 1<<20) // a declared length is a claim: memory follows what comes
+		size = min(r.ContentLength, step) // a declared length is a claim: memory follows what comes
 	}
 	s.running.enter(c, phaseReading)
 	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing

@@ -22,6 +22,30 @@ type liveToken struct {
 	lastUsed atomic.Int64 // unix milliseconds
 	refused  atomic.Int64 // when a refusal of it was last put on record
 	running  atomic.Int64 // calls that hold it; far below 0 once it was evicted
+
+	mu     sync.Mutex
+	models map[string]struct{} // names that have sums of their own
+}
+
+// maxModelNames bounds the names under which one token's calls are summed while
+// it is live. Clients make up names; each would be rows that stay.
+const maxModelNames = 100
+
+// mayName reports whether a model's name may have sums of its own.
+func (t *liveToken) mayName(model string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.models[model]; ok {
+		return true
+	}
+	if len(t.models) >= maxModelNames {
+		return false
+	}
+	if t.models == nil {
+		t.models = map[string]struct{}{}
+	}
+	t.models[model] = struct{}{}
+	return true
 }
 
 // A projectState is what is known of a project at one version. It is immutable.

@@ -39,6 +39,10 @@ type server struct {
 	strangers lineLimit // of log lines about callers without a key
 }
 
+// writeTimeout is for a client to take an answer that is not a provider's, and
+// for an HTTP/2 connection to take a byte.
+const writeTimeout = time.Minute
+
 // routes is every URL of the program. /v1 takes tokens only, /manage management
 // keys only.
 func (s *server) routes() http.Handler {
@@ -80,6 +84,7 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	h.Set("X-Llm-Proxy-Request-Id", id)
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
+	_ = http.NewResponseController(w).SetWriteDeadline(start.Add(writeTimeout))
 	sw := &statusWriter{ResponseWriter: w}
 	_ = http.NewResponseController(w).SetReadDeadline(start.Add(smallBodyPatience))
 	defer func() {

@@ -24,7 +24,7 @@ func (s *server) settle(c *call, r *http.Request) {
 	}
 	c.measure(&row)
 	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
-	row.knownModel = row.knownModel || row.outcome == outcomeOK
+	row.knownModel = (row.knownModel || row.outcome == outcomeOK) && c.token.mayName(row.model)
 	if row.source == usageNone {
 		row.cost, row.priced = 0, false
 	}
@@ -100,7 +100,12 @@ func (c *call) measure(row *requestRow) {
 		row.model = m.model
 	}
 	row.counts, row.source = m.counts, m.source()
-	if row.source == usageEstimated && row.counts.input == 0 {
+	if row.source != usageEstimated {
+		return
+	}
+	if strings.HasPrefix(c.endpoint.pattern, "/v1/images/") || c.endpoint.pattern == "/v1/moderations" {
+		row.counts, row.source = tokenCounts{}, usageNone // their bytes say nothing of tokens; moderation is free
+	} else if row.counts.input == 0 {
 		row.counts.input = c.inputEstimate()
 	}
 }
@@ -139,6 +144,7 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 		// sending nothing.
 		_ = c.controller.SetReadDeadline(time.Now().Add(refusedBodyGrace))
 	}
+	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
 	c.failure = e
 	writeError(w, e, c.anthropic)
 	s.logCall(c, &row)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -64,21 +65,23 @@ func (p *testProxy) running(in phase) (n int) {
 func TestSlowBody(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.setLimits(func(l *callLimits) { l.readGrace, l.readRate = 200*time.Millisecond, 1000 })
+	p.setLimits(func(l *callLimits) { l.readWindow, l.readRate = 500*time.Millisecond, 1000 })
 	body := chatBody(`"user":"` + strings.Repeat("u", 4000) + `"`)
 	head := strings.TrimSuffix(p.rawChat("Connection: close\r\n", body), body)
 
 	trickle := p.dial()
-	_, _ = io.WriteString(trickle, head+body[:10])
+	_, _ = io.WriteString(trickle, head+body[:3000]) // fast at first
 	if b, _ := io.ReadAll(trickle); !strings.HasPrefix(string(b), "HTTP/1.1 400 ") || !strings.Contains(string(b), "request_too_slow") {
 		t.Errorf("a body that stops: got %q", b)
 	}
 	p.released()
 
 	steady := p.dial()
-	_, _ = io.WriteString(steady, head+body[:3000])
-	time.Sleep(500 * time.Millisecond) // past the grace, and 10 times the rate that is asked for
-	_, _ = io.WriteString(steady, body[3000:])
+	_, _ = io.WriteString(steady, head)
+	for part := range slices.Chunk([]byte(body), 200) { // over two windows, at 4 times the rate that is asked for
+		_, _ = steady.Write(part)
+		time.Sleep(50 * time.Millisecond)
+	}
 	if b, _ := io.ReadAll(steady); !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
 		t.Errorf("a body that is slow: got %q", b)
 	}

@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"fmt"
+	"strings"
 )
 
 // A requestRow is one call in the ledger. begin writes the first part, settle
@@ -57,6 +58,12 @@ type sumKey struct {
 	outcome         outcome
 }
 
+// billedUnseen reports whether a provider charges for a call of an endpoint whose
+// answer may count no tokens: speech by the character, pictures by the piece.
+func billedUnseen(endpoint string) bool {
+	return strings.HasPrefix(endpoint, "POST /v1/audio/") || strings.HasPrefix(endpoint, "POST /v1/images/")
+}
+
 // A sum is what usage_sums adds up.
 type sum struct {
 	calls, input, cached, output, reasoning int64
@@ -71,7 +78,7 @@ func (s *sum) add(r *requestRow) {
 	s.reasoning += r.counts.reasoning
 	if r.priced {
 		s.cost += r.cost
-	} else if r.source != usageNone {
+	} else if r.source != usageNone || r.outcome == outcomeOK && billedUnseen(r.endpoint) {
 		s.unpriced++
 	}
 	if r.source == usageEstimated {
