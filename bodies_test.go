@@ -59,7 +59,7 @@ func TestBodyMemory(t *testing.T) {
 	if !p.in.bodies.reserve(1<<20 - 50) {
 		t.Fatal("no memory at all")
 	}
-	if a := p.chat(); a.status != 503 || a.code() != "bodies_too_large" || a.header.Get("Retry-After") == "" {
+	if a := p.chat(); a.status != 503 || a.code() != "body_memory_full" || a.header.Get("Retry-After") == "" {
 		t.Errorf("got %d %s", a.status, a.body)
 	}
 	p.in.bodies.release(1<<20 - 50)

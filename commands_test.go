@@ -244,8 +244,8 @@ func TestMissingDatabase(t *testing.T) {
 
 func TestHelpAndVersion(t *testing.T) {
 	t.Parallel()
-	for _, arg := range []string{"--help", "-h", "help"} {
-		out, err := runProgram(t, nil, arg)
+	for _, arg := range []string{"--help", "-h", "help", "backup --help"} {
+		out, err := runProgram(t, nil, strings.Fields(arg)...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -270,7 +270,7 @@ func TestWrongArguments(t *testing.T) {
 	for _, tt := range []struct{ args, want string }{
 		{"sevre", "unknown command \"sevre\""}, {"--listen", "unknown command"}, {"serve now", "unexpected argument"}, {"demo x", "unexpected argument"},
 		{"healthcheck x", "unexpected argument"}, {"doctor --providers", "usage:"}, {"doctor --provider x", "usage:"}, {"backup", "usage:"},
-		{"backup a b", "usage:"}, {"backup --help", "usage:"}, {"restore", "usage:"}, {"restore a b", "usage:"}, {"restore a --revoke=some", "usage:"},
+		{"backup a b", "usage:"}, {"backup --x", "usage:"}, {"restore", "usage:"}, {"restore a b", "usage:"}, {"restore a --revoke=some", "usage:"},
 		{"restore a --revoke=all --revoke=none", "usage:"}, {"restore --revoke=all", "usage:"},
 	} {
 		out, err := runProgram(t, map[string]string{"DATA_DIR": t.TempDir()}, strings.Fields(tt.args)...)

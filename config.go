@@ -79,7 +79,7 @@ func settings() []setting {
 			func(c *config, s string) error { c.openaiURL = s; return nil }}, // checked with ALLOW_PRIVATE_UPSTREAMS below
 		{"ALLOW_PRIVATE_UPSTREAMS", "false", "true: base URLs may be http:// and may name loopback or private addresses", false,
 			func(c *config, s string) (err error) { c.allowPrivate, err = parseBool(s); return err }},
-		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage and /admin", false,
+		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage", false,
 			func(c *config, s string) (err error) { c.publicURL, err = parsePublicURL(s); return err }},
 		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed", false,
 			func(c *config, s string) (err error) { c.trustedProxies, err = parsePrefixes(s); return err }},

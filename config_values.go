@@ -105,10 +105,10 @@ func checkManagementToken(s string) error {
 // masked form in which a key is shown.
 func checkProviderKey(s string) error {
 	switch {
-	case len(s) < 8 || len(s) > 4096:
-		return errors.New("must have 8 to 4096 characters")
 	case strings.ContainsAny(s, "*…") || strings.Contains(s, "...") || s == hiddenSecret:
 		return errors.New("is a masked key; give the whole key")
+	case len(s) < 8 || len(s) > 4096:
+		return errors.New("must have 8 to 4096 characters")
 	}
 	for _, r := range s {
 		if r <= ' ' || r > '~' {
@@ -201,6 +201,18 @@ func formatSize(n int64) string {
 	return strconv.FormatInt(n, 10) + "B"
 }
 
+// formatSpan writes a duration as parseSpan reads it.
+func formatSpan(d time.Duration) string {
+	const day = 24 * time.Hour
+	switch {
+	case d >= 2*day && d%day == 0:
+		return strconv.FormatInt(int64(d/day), 10) + "d"
+	case d >= time.Hour && d%time.Hour == 0:
+		return strconv.FormatInt(int64(d/time.Hour), 10) + "h"
+	}
+	return d.String()
+}
+
 // parseSpan reads a duration in Go's form, or in whole days as in 90d.
 func parseSpan(s string, least, most time.Duration) (time.Duration, error) {
 	var d time.Duration
@@ -217,7 +229,7 @@ func parseSpan(s string, least, most time.Duration) (time.Duration, error) {
 		}
 	}
 	if d < least || d > most {
-		return 0, fmt.Errorf("must be from %v to %v", least, most)
+		return 0, fmt.Errorf("must be from %s to %s", formatSpan(least), formatSpan(most))
 	}
 	return d, nil
 }

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"syscall"
 	"text/tabwriter"
@@ -23,9 +24,16 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop)   // the first signal drains, a second ends the program at once
+	ctx, drain := context.WithCancel(context.Background())
+	defer drain()
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() { // ends with the program
+		<-signals
+		drain()
+		<-signals // who asks twice does not want to wait; open calls become lost rows
+		os.Exit(1)
+	}()
 	signal.Ignore(syscall.SIGPIPE) // a log reader that dies must not take the program with it
 	log.SetOutput(io.Discard)      // net/http's transport writes there what providers send unasked, unmasked
 	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
@@ -63,6 +71,9 @@ func (p *program) run(ctx context.Context, args []string) error {
 	command := "serve"
 	if len(args) > 0 {
 		command, args = args[0], args[1:]
+	}
+	if slices.Contains(args, "--help") || slices.Contains(args, "-h") {
+		command = "help"
 	}
 	switch command {
 	case "serve":
@@ -209,7 +220,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 }
 
 // gcPercent trades memory that a small heap has to spare for a tenth of the CPU
-// time (measured: README). GOGC overrides it.
+// time (tried with bench/perf). The environment variable GOGC overrides it.
 const gcPercent = 400
 
 // startWorkers starts the goroutines that run beside the calls. close ends

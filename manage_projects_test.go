@@ -89,6 +89,8 @@ func TestUpstreamChoice(t *testing.T) {
 		{path + "/" + u.ID, `{"models":["gpt-5*"]}`, false},
 		{path + "/" + u.ID, `{"models":["gpt-5*","gpt-4o-mini"]}`, true},
 		{path + "/" + u.ID, `{"models":[]}`, true},
+		{path + "/" + u.ID, `{"weight":0}`, false},
+		{path + "/" + u.ID, `{"weight":1}`, true},
 		{path + "/" + u.ID, `{"is_active":false}`, false},
 		{path + "/" + u.ID, `{"is_active":true}`, true},
 	} {

@@ -154,9 +154,12 @@ func (s *server) getUsage(r *manageRequest) (*reply, error) {
 	if err := q.groupBy(r.query.Get("group_by")); err != nil {
 		return nil, err
 	}
-	from, to, err := r.span(r.now.Add(-lookBack).UTC(), r.now.UTC())
+	from, to, err := r.span(time.Time{}, r.now.UTC())
 	if err != nil {
 		return nil, err
+	}
+	if from.IsZero() {
+		from = to.Add(-lookBack)
 	}
 	unit := int64(dayMS)
 	switch q.interval {

@@ -133,7 +133,7 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 	for {
 		if int64(cap(buf)) > c.held {
 			if !s.bodies.reserve(int64(cap(buf)) - c.held) {
-				return nil, errUnavailable("bodies_too_large", errors.New("BODY_MEMORY is used up"))
+				return nil, errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
 			}
 			c.held = int64(cap(buf))
 		}

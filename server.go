@@ -277,8 +277,9 @@ func newBufferPool(size int) *bufferPool {
 func (p *bufferPool) Get() []byte  { return *p.pool.Get().(*[]byte) }
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
-// failures slows down whoever guesses management keys: a token bucket for each
-// of a fixed number of slots, which addresses share by hash. It cannot grow.
+// failures counts wrong management keys, by address and minute, in a fixed number
+// of slots that addresses share by hash: it cannot grow. Who has too many is told
+// to wait; guessing 256 bits is in vain in any case.
 type failures struct {
 	mu    sync.Mutex
 	slots [1024]struct {

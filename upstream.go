@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -29,7 +30,8 @@ type upstream struct {
 	organization string
 	project      string // OpenAI's, not ours
 	models       []string
-	rewrite      map[string]string
+	weight       int64
+	priority     int64
 	broken       error // not nil: its key does not open, or its URL is no longer allowed
 }
 
@@ -44,7 +46,7 @@ const (
 // up in broken: it then takes its turn but no call, for a key that does not
 // open must be noticed and never be passed over in silence.
 func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool) *upstream {
-	up := &upstream{seq: row.seq, id: row.id, name: row.name, provider: row.provider,
+	up := &upstream{seq: row.seq, id: row.id, name: row.name, provider: row.provider, weight: row.weight, priority: row.priority,
 		organization: row.organization, project: row.openaiProject}
 	up.broken = up.unseal(row, sl, allowPrivate)
 	return up
@@ -63,9 +65,6 @@ func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error
 	}
 	if err := json.Unmarshal([]byte(row.models), &u.models); err != nil {
 		return fmt.Errorf("its list of models: %w", err)
-	}
-	if err := json.Unmarshal([]byte(row.rewrite), &u.rewrite); err != nil {
-		return fmt.Errorf("its model rewrites: %w", err)
 	}
 	return nil
 }
@@ -110,14 +109,36 @@ func (u *upstream) authorize(h http.Header) {
 	}
 }
 
-// pick chooses the upstream of a project for a call, or nil.
+// pick chooses the upstream of a project for a call: by chance and weight among
+// those of the first priority that has one which serves it, or nil. Weight 0
+// takes an upstream out of turn.
 func (p *projectState) pick(api apiFamily, model string) *upstream {
+	var first *upstream
+	var total int64
+	for _, u := range p.upstreams { // in order of priority
+		if first != nil && u.priority != first.priority {
+			break
+		}
+		if u.weight > 0 && u.serves(api, model) {
+			if first == nil {
+				first = u
+			}
+			total += u.weight
+		}
+	}
+	if first == nil || total == first.weight { // none, or only one
+		return first
+	}
+	at := rand.Int64N(total)
 	for _, u := range p.upstreams {
-		if u.serves(api, model) {
+		if u.priority != first.priority || u.weight == 0 || !u.serves(api, model) {
+			continue
+		}
+		if at -= u.weight; at < 0 {
 			return u
 		}
 	}
-	return nil
+	return first
 }
 
 // parseBaseURL checks a base URL as an SDK takes it, such as
