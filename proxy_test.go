@@ -115,7 +115,9 @@ func TestHTTP2(t *testing.T) {
 	p.provider.answer(func(c *providerConn, _ recorded) bool {
 		c.sse()
 		_ = c.chunk(chatEvents(false)[0])
-		go p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 200, nil)
+		if res := p.manageAs(p.adminKey, "DELETE", "/manage/tokens/"+p.tokenID, ""); res.status != 200 {
+			t.Errorf("revoking: got %d", res.status)
+		}
 		return !c.gone(10 * time.Second)
 	})
 	if res := p.chat(`"stream":true`); res.status != 200 || res.err == nil {
