@@ -156,8 +156,8 @@ func TestUnknownTokensBounded(t *testing.T) {
 			t.Fatalf("%d hashes are kept", len(g.unknown))
 		}
 	}
-	if g.size() > 1 {
-		t.Errorf("%d tokens are live", g.size())
+	if n := len(g.byID); n > 1 {
+		t.Errorf("%d tokens are live", n)
 	}
 	p.allowErrors = true
 	p.in.store.read.Close() // so that a second look-up would show

@@ -79,8 +79,7 @@ type answerWriter struct {
 	sse        bool
 	providerID string // what the provider calls this request
 	status     int
-	sent       int64 // body bytes that went to the client
-	gone       bool  // the client did not take them
+	gone       bool // the client did not take them
 }
 
 func newAnswerWriter(s *server, c *call, w http.ResponseWriter) *answerWriter {
@@ -166,9 +165,7 @@ func (a *answerWriter) send(p []byte) error {
 		return nil
 	}
 	a.s.running.enter(a.c, phaseWriting)
-	n, err := a.w.Write(p)
-	a.sent += int64(n)
-	if err != nil {
+	if _, err := a.w.Write(p); err != nil {
 		a.gone = true
 		return err
 	}

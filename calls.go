@@ -144,12 +144,12 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 	if p := c.token.project.state.Load(); !p.active {
 		return errInactiveProject()
 	}
+	at := phase(c.watch.phase.Load())
+	if (at == phaseReading || c.uploading.Load()) && c.watch.tooSlow(now, c.start, &rc.limits) {
+		return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
+	}
 	idle := time.Duration(rc.ticks.Load()-c.watch.since.Load()) * watchEvery
-	switch phase(c.watch.phase.Load()) {
-	case phaseReading:
-		if c.watch.tooSlow(now, c.start, &rc.limits) {
-			return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
-		}
+	switch at {
 	case phaseLedger:
 		if idle > rc.limits.ledgerPatience {
 			return errUnavailable("ledger_unavailable", errors.New("the ledger did not commit in time"))

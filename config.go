@@ -38,6 +38,7 @@ type config struct {
 	maxBodyBytes      int64
 	maxUploadBytes    int64
 	bodyMemory        int64
+	maxConnections    int64
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
 	drainTimeout      time.Duration
@@ -97,6 +98,8 @@ func settings() []setting {
 			func(c *config, s string) (err error) { c.maxUploadBytes, err = parseSize(s, 1<<10, 1<<40); return err }},
 		{"BODY_MEMORY", "512MiB", "memory that all request bodies being handled may take together; beyond it calls get 503", false,
 			func(c *config, s string) (err error) { c.bodyMemory, err = parseSize(s, 1<<20, 1<<40); return err }},
+		{"MAX_CONNECTIONS", "16384", "connections that clients may have open together; beyond it new ones are closed at once", false,
+			func(c *config, s string) (err error) { c.maxConnections, err = parseCount(s, 1, 1_000_000); return err }},
 		{"UPSTREAM_TIMEOUT", "10m", "how long a provider may take to begin its answer", false,
 			func(c *config, s string) (err error) {
 				c.upstreamTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)

@@ -189,6 +189,15 @@ func parseSize(s string, least, most int64) (int64, error) {
 	return 0, errors.New("must be a whole number of bytes, KiB, MiB or GiB, as in 32MiB")
 }
 
+// parseCount reads a whole number.
+func parseCount(s string, least, most int64) (int64, error) {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < least || n > most {
+		return 0, fmt.Errorf("must be a whole number from %d to %d", least, most)
+	}
+	return n, nil
+}
+
 func formatSize(n int64) string {
 	for _, u := range []struct {
 		name string

@@ -303,9 +303,12 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 		// One row that the database will never take must not hold up all
 		// others for ever. It is logged whole instead: nothing is lost silently.
 		for _, e := range settles {
+			sums = append(sums, &e.final)
+		}
+		for _, r := range sums {
 			l.log.Error("the database refuses a ledger row; it stands in this line instead", "error", err,
-				"id", requestID(e.final.id), "token", e.final.token, "outcome", string(e.final.outcome),
-				"input_tokens", e.final.counts.input, "output_tokens", e.final.counts.output)
+				"id", requestID(r.id), "token", r.token, "outcome", string(r.outcome),
+				"input_tokens", r.counts.input, "output_tokens", r.counts.output)
 		}
 		answerAll(begins, err)
 	}

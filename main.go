@@ -286,6 +286,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 		Handler:           in.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
+		ConnState:         closeBeyond(in.cfg.maxConnections),
 		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout},
 		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
 		ErrorLog:          in.quietLog,

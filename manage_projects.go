@@ -4,7 +4,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"net/http"
 	"slices"
 )
@@ -401,7 +400,7 @@ func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (boo
 		return nil, err
 	}
 	if err := s.registry.projectChanged(r.ctx, u.project, false); err != nil {
-		return nil, errors.Join(errors.New("the change is stored, but not yet in force"), err)
+		return nil, err
 	}
 	return &reply{0, u.version, showUpstream(&u)}, nil
 }

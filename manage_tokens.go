@@ -242,10 +242,14 @@ func (s *server) patchToken(r *manageRequest) (*reply, error) {
 	}
 	return s.changeToken(r, func(t *tokenRow) error {
 		if t.revokedAt != nil {
-			return &fieldError{"", "The token is revoked, which is for good. Make a new one."}
+			return errRevoked("token")
 		}
 		return in.apply(t, r.now)
 	})
+}
+
+func errRevoked(what string) error {
+	return &fieldError{"", "The " + what + " is revoked, which is for good. Make a new one."}
 }
 
 // revokeToken ends a token for good. Revoking twice keeps the first time.
@@ -288,7 +292,7 @@ func (s *server) rotateToken(r *manageRequest) (*reply, error) {
 	var value secret
 	rep, err := s.changeToken(r, func(t *tokenRow) error {
 		if t.revokedAt != nil {
-			return &fieldError{"", "The token is revoked, which is for good. Make a new one."}
+			return errRevoked("token")
 		}
 		value, _ = mintCredential(tokenPrefix, t.id[len("tok_"):])
 		hash, _, _ := hashCredential(tokenPrefix, value())
@@ -408,7 +412,7 @@ func (s *server) patchKey(r *manageRequest) (*reply, error) {
 	}
 	return s.changeKey(r, func(k *keyRow) error {
 		if k.revokedAt != nil {
-			return &fieldError{"", "The key is revoked, which is for good. Make a new one."}
+			return errRevoked("key")
 		}
 		return in.apply(k, r.now)
 	})

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"slices"
@@ -125,7 +126,7 @@ type usageReply struct {
 	ProjectName     *string `json:"project_name,omitempty"`
 	TokenID         *string `json:"token_id,omitempty"`
 	TokenName       *string `json:"token_name,omitempty"`
-	Model           *string `json:"model,omitempty"` // "" stands for models without a price whose calls failed
+	Model           *string `json:"model,omitempty"` // "" stands for names that get no sums of their own (requestRow.sumModel)
 	Endpoint        *string `json:"endpoint,omitempty"`
 	Outcome         *string `json:"outcome,omitempty"`
 	Calls           int64   `json:"calls"`
@@ -325,7 +326,7 @@ func (s *server) deletePrice(r *manageRequest) (*reply, error) {
 func (s *server) loadPrices(r *manageRequest) error {
 	t, err := pricesOf(r.ctx, s.store)
 	if err != nil {
-		return errors.Join(errors.New("the price is stored, but not yet in force"), err)
+		return fmt.Errorf("the price is stored, but not yet in force: %w", err)
 	}
 	s.prices.Store(t)
 	return nil

@@ -45,7 +45,7 @@ type call struct {
 	ctx        context.Context
 	cancel     context.CancelCauseFunc
 	watch      watch
-	uploading  atomic.Bool // its body goes up as it comes
+	uploading  atomic.Bool // its body goes up as it comes, and has not ended
 	attempts   int
 	begun      bool // the row's begin is committed
 	unrecorded bool // it could not be: the call is refused, whatever the provider said
@@ -370,13 +370,13 @@ func (s *server) accept(c *call, res *http.Response) error {
 	if err := s.awaitRecord(c); err != nil {
 		return err
 	}
+	s.running.enter(c, phaseRelaying)
 	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
 		if err := filterModels(c, res); err != nil {
 			return err
 		}
 	}
 	c.answer.expect(res)
-	s.running.enter(c, phaseRelaying)
 	return nil
 }
 

@@ -158,8 +158,8 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 	}
 }
 
-// A progressReader tells the watchdog that an upload is moving: while it does,
-// the provider is not late with its answer.
+// A progressReader tells the watchdog how an upload moves: while it does, the
+// provider is not late with its answer; when it hardly does, the client is.
 type progressReader struct {
 	io.ReadCloser
 	running *runningCalls
@@ -168,6 +168,10 @@ type progressReader struct {
 
 func (r *progressReader) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
+	r.c.watch.received.Add(int64(n))
+	if err != nil {
+		r.c.uploading.Store(false)
+	}
 	if n > 0 && phase(r.c.watch.phase.Load()) == phaseProvider {
 		r.running.enter(r.c, phaseProvider)
 	}

@@ -290,6 +290,9 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 			err = errors.Join(err, fmt.Errorf("reading token %s anew: %w", id, e))
 		}
 	}
+	if err != nil {
+		err = fmt.Errorf("the change is stored, but could not be read back: %w", err)
+	}
 	return err
 }
 
@@ -319,13 +322,6 @@ func (g *registry) evict(now int64, settled bool) {
 			delete(g.byID, t.state.Load().id)
 		}
 	}
-}
-
-// size returns how many tokens are live.
-func (g *registry) size() int {
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	return len(g.byID)
 }
 
 // left is what running counts up from in a token that was evicted: never to 0.

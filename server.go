@@ -267,6 +267,22 @@ func (s *server) trusted(addr netip.Addr) bool {
 	return false
 }
 
+// closeBeyond returns a hook for http.Server that closes new connections while
+// most are open: what a connection takes, an attacker could else take without end.
+func closeBeyond(most int64) func(net.Conn, http.ConnState) {
+	var open atomic.Int64
+	return func(c net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if open.Add(1) > most {
+				c.Close() // its goroutine sees that, and ends in StateClosed
+			}
+		case http.StateClosed, http.StateHijacked:
+			open.Add(-1)
+		}
+	}
+}
+
 // A bufferPool lends ReverseProxy the buffers it copies with.
 type bufferPool struct{ pool sync.Pool }
 

@@ -266,3 +266,66 @@ func TestLongUpload(t *testing.T) {
 		t.Errorf("got %d, the provider %d bytes", res.StatusCode, len(p.provider.last(t).body))
 	}
 }
+
+// TestTrickledUpload: an upload that hardly moves ends, and not as the
+// provider's fault.
+func TestTrickledUpload(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.setLimits(func(l *callLimits) { l.readWindow, l.readRate = 300*time.Millisecond, 1000 })
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	conn := p.dial()
+	_, _ = fmt.Fprintf(conn, "POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"+
+		"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n--b\r\n", p.token)
+	waitFor(t, "the upload", func() bool { return p.running(phaseProvider) == 1 })
+	p.released()
+	if row := p.lastCall(); row.ErrorCode != "request_too_slow" || row.Outcome != "refused" {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestStalledModelList: the one answer that is read whole is held to the limit
+// for answers that pause.
+func TestStalledModelList(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"STREAM_IDLE_TIMEOUT": "500ms"})
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["gpt*"]}}`, 200, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+		c.gone(10 * time.Second)
+		return false
+	})
+	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.status != 504 || res.code() != "stream_idle" {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+}
+
+// TestConnectionLimit: connections beyond MAX_CONNECTIONS are closed at once, and
+// room that is given up is there for others.
+func TestConnectionLimit(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_CONNECTIONS": "3"})
+	answered := func(conn net.Conn) bool {
+		_, _ = io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+		b := make([]byte, 12)
+		_, err := io.ReadFull(conn, b)
+		return err == nil && string(b) == "HTTP/1.1 200"
+	}
+	var open []net.Conn
+	waitFor(t, "three connections", func() bool { // the harness's own may still be closing
+		conn := p.dial()
+		if answered(conn) {
+			open = append(open, conn)
+		}
+		return len(open) == 3
+	})
+	for range 5 {
+		if answered(p.dial()) {
+			t.Fatal("a fourth connection was served")
+		}
+	}
+	for _, conn := range open {
+		conn.Close()
+	}
+	waitFor(t, "room", func() bool { return answered(p.dial()) })
+}
