@@ -95,7 +95,9 @@ func (a *answerWriter) expect(res *http.Response) {
 	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
 	encoded := res.Header.Get("Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
-	a.sse = contentType == "text/event-stream"
+	if a.sse = contentType == "text/event-stream"; a.sse {
+		a.s.metrics.streams.Add(1) // until settle
+	}
 	if res.StatusCode >= 400 || !a.sse && contentType != "application/json" && !opaque {
 		kind = meterNone // an error is not billed; audio and the like say nothing
 	}

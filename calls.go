@@ -23,6 +23,8 @@ const (
 	phaseWriting               // the client, to take bytes
 )
 
+var phaseNames = [...]string{"reading", "ledger", "provider", "relaying", "writing"}
+
 const (
 	watchEvery       = 100 * time.Millisecond
 	drainGracePeriod = 5 * time.Second // for calls to end after they were cut
@@ -101,6 +103,16 @@ func (rc *runningCalls) oldest() int64 {
 		}
 	}
 	return id
+}
+
+// phases counts the running calls by what they wait for.
+func (rc *runningCalls) phases() (n [len(phaseNames)]int64) {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	for c := range rc.calls {
+		n[c.watch.phase.Load()]++
+	}
+	return n
 }
 
 // enter notes that c now waits for something else, or has made progress.

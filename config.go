@@ -23,6 +23,7 @@ import (
 // A config is the whole configuration, checked. It does not change after start.
 type config struct {
 	listenAddr        string
+	metricsAddr       string // "": not on an address of its own
 	dataDir           string
 	databaseFile      string
 	encryptionKey     secret // nil: the key file in dataDir
@@ -56,6 +57,8 @@ func settings() []setting {
 	return []setting{
 		{"LISTEN_ADDR", "127.0.0.1:8080", "address and port to listen on; :8080 listens on every address", false,
 			func(c *config, s string) error { c.listenAddr = s; return checkListen(s) }},
+		{"METRICS_ADDR", "", "address and port that serve /metrics without a key; empty: on LISTEN_ADDR only, with a management key", false,
+			func(c *config, s string) error { c.metricsAddr = s; return checkListen(s) }},
 		{"DATA_DIR", "./data", "directory for the database and the key file; made if missing, 0700", false,
 			func(c *config, s string) (err error) { c.dataDir, err = filepath.Abs(s); return err }},
 		{"DATABASE_URL", "", "sqlite:FILE for a database outside DATA_DIR; empty: DATA_DIR/llm-proxy.db", false,

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -273,6 +274,34 @@ func syncDir(dir string) error {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// use says how much the database takes on disk, and how much is left.
+func (d *dataDir) use(ctx context.Context, st *store) (u diskUse, err error) {
+	if _, u.free, err = st.size(ctx); err != nil {
+		return u, err
+	}
+	for _, part := range []struct {
+		to   *int64
+		name string
+	}{{&u.file, d.file}, {&u.log, d.file + "-wal"}} {
+		if info, err := os.Stat(part.name); err == nil {
+			*part.to = info.Size()
+		}
+	}
+	left, err := freeSpace(filepath.Dir(d.file))
+	u.left = int64(min(left, math.MaxInt64))
+	return u, err
+}
+
+// cpuTime returns the processor time of this process in microseconds, and false
+// if it cannot be known.
+func cpuTime() (us int64, ok bool) {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0, false
+	}
+	return int64(u.Utime.Sec+u.Stime.Sec)*1_000_000 + int64(u.Utime.Usec+u.Stime.Usec), true
 }
 
 // freeSpace returns the bytes that this user can still write below path.

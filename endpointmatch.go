@@ -23,7 +23,8 @@ const modelPrefix = "/v1/models/"
 type endpointTable struct {
 	fixed  map[string]*route // patterns without an id
 	tree   pathNode          // all patterns but models, by segment
-	models route             // /v1/models/{model}, where the model may contain slashes
+	list   []*endpoint
+	models route // /v1/models/{model}, where the model may contain slashes
 }
 
 // route is all methods of one pattern.
@@ -57,6 +58,7 @@ func newEndpointTable() *endpointTable {
 			addUsage: r.traits&addUsage != 0, upload: r.traits&upload != 0,
 			label: r.method + " " + r.pattern,
 		}
+		t.list = append(t.list, e)
 		if e.modelInPath {
 			t.models.add(e)
 			continue
@@ -69,6 +71,9 @@ func newEndpointTable() *endpointTable {
 	}
 	return t
 }
+
+// all returns every endpoint, in the order of the table's rows.
+func (t *endpointTable) all() []*endpoint { return t.list }
 
 // descend returns the node for pattern, making what is missing on the way.
 func (n *pathNode) descend(pattern string) *pathNode {

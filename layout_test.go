@@ -58,9 +58,10 @@ func TestLayoutImports(t *testing.T) {
 		"crypto/rand":            {"secrets.go", "tokens.go"},
 		"crypto/tls":             {"config.go", "commands.go", "doctor.go"},
 		"runtime/debug":          {"main.go"},
+		"runtime/metrics":        {"metrics_show.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
-	plain := []string{"usage*.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go"}
+	plain := []string{"usage*.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "metrics.go", "errorclass.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
 	for name, file := range sources(t, token.NewFileSet(), parser.ImportsOnly) {

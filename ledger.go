@@ -50,6 +50,8 @@ type ledger struct {
 	wake    chan struct{}
 	done    chan struct{}
 	failing atomic.Bool
+	commits histogram    // of the time batches took
+	rows    atomic.Int64 // that were committed
 }
 
 // openLedger recovers what a dead process left open, then starts the writer.
@@ -138,6 +140,13 @@ func (l *ledger) kick() {
 	case l.wake <- struct{}{}:
 	default:
 	}
+}
+
+// backlog says how many rows wait: calls that begin, and calls that have ended.
+func (l *ledger) backlog() (begins, settles int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return int64(len(l.begins)), int64(len(l.settles) + len(l.sums))
 }
 
 // healthy reports whether the last write succeeded. While it did not, no call
@@ -270,8 +279,11 @@ func (l *ledger) wrote(q ledgerTake) {
 // write commits one batch. If it cannot, the begins are told so, since their
 // callers wait, and the rest goes back into the queue.
 func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
+	start := time.Now()
 	err := l.writer.write(context.Background(), batchOf(begins, settles, sums))
+	l.commits.observe(time.Since(start).Microseconds(), &fastBounds)
 	if err == nil {
+		l.rows.Add(int64(len(begins) + len(settles) + len(sums)))
 		l.recovered()
 		answerAll(begins, nil)
 		return

@@ -21,7 +21,8 @@ type logSink struct {
 
 	mu      sync.Mutex
 	buf     []byte
-	dropped int64
+	dropped int64 // since this was last said
+	lost    int64 // ever
 	closed  bool
 
 	wake chan struct{}
@@ -38,12 +39,20 @@ func (s *logSink) Write(line []byte) (int, error) {
 	s.mu.Lock()
 	if len(s.buf)+len(line) > maxLogBacklog || s.closed {
 		s.dropped++
+		s.lost++
 	} else {
 		s.buf = append(s.buf, line...)
 	}
 	s.mu.Unlock()
 	s.kick()
 	return len(line), nil
+}
+
+// linesLost counts the lines that were dropped, ever.
+func (s *logSink) linesLost() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lost
 }
 
 func (s *logSink) kick() {

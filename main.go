@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"text/tabwriter"
@@ -115,20 +116,28 @@ func (p *program) config() (*config, error) {
 	return cfg, nil
 }
 
-func versionText() string {
-	version, revision := "devel", ""
+// A build is what this binary was made from.
+type build struct{ version, revision, goVersion string }
+
+func buildFacts() build {
+	b := build{version: "devel"}
 	if info, ok := debug.ReadBuildInfo(); ok {
+		b.goVersion = info.GoVersion
 		if info.Main.Version != "" && info.Main.Version != "(devel)" {
-			version = info.Main.Version
+			b.version = info.Main.Version
 		}
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
-				revision = " " + s.Value
+				b.revision = s.Value
 			}
 		}
-		version += revision + " " + info.GoVersion
 	}
-	return "llm-proxy " + version
+	return b
+}
+
+func versionText() string {
+	b := buildFacts()
+	return strings.Join(strings.Fields("llm-proxy "+b.version+" "+b.revision+" "+b.goVersion), " ")
 }
 
 func (p *program) serve(ctx context.Context) error { return p.serveAfter(ctx, p.welcome) }
@@ -146,6 +155,7 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 	if err != nil {
 		return err
 	}
+	in.linesDropped = sink.linesLost
 	// Before a secret is printed that is shown only once: a start that fails
 	// must not have printed it.
 	if err := in.listen(); err != nil {
@@ -163,6 +173,7 @@ type instance struct {
 	*server
 	dir      *dataDir
 	listener net.Listener
+	metered  net.Listener       // on METRICS_ADDR; nil: none
 	stop     context.CancelFunc // ends the background goroutines
 	workers  sync.WaitGroup
 	keyMade  string // the key file, if it was made by this start
@@ -173,7 +184,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	in := &instance{server: &server{cfg: cfg, log: log, quietLog: quietLogger(log)}, stop: func() {}}
+	in := &instance{server: &server{cfg: cfg, log: log, quietLog: quietLogger(log), metrics: newMetrics(), started: time.Now()}, stop: func() {}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, in.close())
@@ -205,6 +216,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	in.registry = newRegistry(in.store, in.sealer, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.endpoints = newEndpointTable()
+	in.metrics.know(in.endpoints)
 	in.transport = newTransport(cfg.allowPrivate)
 	in.buffers = newBufferPool(32 << 10)
 	in.bodies = &bodyMemory{limit: cfg.bodyMemory}
@@ -215,6 +227,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	in.ids = newIDSource(last)
 	in.throttle = &failures{}
 	in.gone = in.dir.gone
+	in.diskUse = func(ctx context.Context) (diskUse, error) { return in.dir.use(ctx, in.store) }
 	in.startWorkers()
 	return in, nil
 }
@@ -256,8 +269,10 @@ func (in *instance) close() error {
 		defer cancel()
 		errs = append(errs, in.ledger.close(ctx))
 	}
-	if in.listener != nil {
-		_ = in.listener.Close() // again, mostly
+	for _, l := range []net.Listener{in.listener, in.metered} {
+		if l != nil {
+			_ = l.Close() // again, mostly
+		}
 	}
 	if in.transport != nil {
 		in.transport.CloseIdleConnections()
@@ -275,6 +290,12 @@ func (in *instance) listen() (err error) {
 	if in.listener, err = net.Listen("tcp", in.cfg.listenAddr); err != nil {
 		return fmt.Errorf("listening on %s: %w", in.cfg.listenAddr, err)
 	}
+	if in.cfg.metricsAddr == "" {
+		return nil
+	}
+	if in.metered, err = net.Listen("tcp", in.cfg.metricsAddr); err != nil {
+		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
+	}
 	return nil
 }
 
@@ -286,7 +307,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 		Handler:           in.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
-		ConnState:         closeBeyond(in.cfg.maxConnections),
+		ConnState:         closeBeyond(in.cfg.maxConnections, &in.metrics.open),
 		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout},
 		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
 		ErrorLog:          in.quietLog,
@@ -305,12 +326,18 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 			failed <- hs.Serve(l)
 		}
 	})
+	ms := in.metricsServer()
+	if in.metered != nil {
+		in.log.Info("serving metrics", "address", in.metered.Addr().String())
+		serving.Go(func() { _ = ms.Serve(in.metered) }) // until the drain is over
+	}
 	if ready != nil {
 		ready(l.Addr())
 	}
 	select {
 	case <-ctx.Done():
 	case err = <-failed:
+		_ = ms.Close()
 		return errors.Join(fmt.Errorf("serving: %w", err), in.close())
 	}
 	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
@@ -325,6 +352,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 	defer done()
 	_ = hs.Shutdown(last)
 	_ = hs.Close()
+	_ = ms.Close()
 	serving.Wait()
 	err = in.close()
 	in.log.Info("stopped")

@@ -67,6 +67,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	for _, path := range []string{"/healthz", "/readyz"} {
 		s.answered("GET", path, p.do("GET", path, ""))
 	}
+	s.answered("GET", "/metrics", p.manageAs(p.adminKey, "GET", "/metrics", ""))
 	for _, name := range s.operations() {
 		for status, r := range s.at(s.operation(name), "responses") {
 			where := fmt.Sprintf("%s %s ", name, status)

@@ -145,7 +145,7 @@ func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m))
 func TestOpenAPIRoutes(t *testing.T) {
 	t.Parallel()
 	s := readSpec(t)
-	want := []string{"GET /healthz", "GET /readyz"}
+	want := []string{"GET /healthz", "GET /metrics", "GET /readyz"}
 	for _, rt := range (&server{}).manageTable() {
 		want = append(want, rt.pattern)
 		if !slices.Contains(s.operations(), rt.pattern) {

@@ -225,6 +225,30 @@ func (t *priceTable) lookup(provider, model string) (price, bool) {
 	return t.listed(provider, model)
 }
 
+// label is a model's name for metrics: one that the table has, or the pattern in it that the name matches,
+// else "other". What clients make up cannot become a name.
+func (t *priceTable) label(model string) string {
+	short := model[strings.LastIndexByte(model, '/')+1:]
+	for _, name := range [...]string{model, short} {
+		if _, ok := t.ownExact[name]; ok {
+			return name
+		}
+		for _, provider := range t.providers {
+			if _, ok := t.exact[priceKey{provider, name}]; ok {
+				return name
+			}
+		}
+	}
+	for _, list := range [...][]pricePattern{t.ownPatterns, t.patterns} {
+		for _, p := range list {
+			if matchName(p.match, model) || matchName(p.match, short) {
+				return p.match
+			}
+		}
+	}
+	return otherLabel
+}
+
 // override looks a model up in the operator's prices, under its full name before the short one.
 func (t *priceTable) override(model, short string) (price, bool) {
 	for _, name := range []string{model, short} {

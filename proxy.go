@@ -54,6 +54,9 @@ type call struct {
 	failure   *apiError     // what the client was told instead of an answer
 	relayed   bool          // ReverseProxy returned: the answer is complete
 	firstByte time.Duration // until the first answer byte left; 0: none did
+	reading   time.Duration // that the client took to send its body
+	sentAt    time.Time     // when the provider got its turn; zero: it did not
+	headAt    time.Time     // when the head of its answer came; zero: none did
 }
 
 // end makes the call stop with why, from another goroutine.
@@ -340,6 +343,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 				pr.Out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(c.body)), nil }
 			}
 			c.upstream.authorize(pr.Out.Header)
+			c.sentAt = time.Now()
 		},
 		Transport:      s.transport,
 		BufferPool:     s.buffers,
@@ -356,6 +360,8 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 
 // accept looks at the head of the provider's answer before any of it leaves.
 func (s *server) accept(c *call, res *http.Response) error {
+	c.headAt = time.Now()
+	s.metrics.attempt(c.upstream, attemptOf(res.StatusCode))
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
 		// Its text may quote the key, and the client can do nothing about it.
@@ -382,7 +388,11 @@ func (s *server) accept(c *call, res *http.Response) error {
 
 // fail answers a call that got no answer from the provider. w is the client's.
 func (s *server) fail(c *call, w http.ResponseWriter, err error) {
-	if c.failure = upstreamFailure(c, err); c.failure == nil {
+	c.failure = upstreamFailure(c, err)
+	if c.attempts > 0 && c.headAt.IsZero() {
+		s.metrics.attempt(c.upstream, unanswered(c.failure))
+	}
+	if c.failure == nil {
 		// The client has left, or has only shut its side, which looks the same:
 		// to return would be an empty 200, so the connection breaks instead.
 		panic(http.ErrAbortHandler)

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"sync/atomic"
+	"time"
 )
 
 // read finds out what the call wants: its endpoint, its body within the limits,
@@ -44,9 +45,11 @@ func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	case c.endpoint.upload && form:
 		return nil // streamed
 	}
+	begun := time.Now()
 	if c.body, err = s.readBody(c, r); err != nil {
 		return err
 	}
+	c.reading = time.Since(begun)
 	switch {
 	case c.endpoint.body == bodyRaw:
 	case form:

@@ -324,6 +324,13 @@ func (g *registry) evict(now int64, settled bool) {
 	}
 }
 
+// size says how many tokens and projects are held.
+func (g *registry) size() (tokens, projects int64) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return int64(len(g.byID)), int64(len(g.projects))
+}
+
 // left is what running counts up from in a token that was evicted: never to 0.
 const left = -1 << 62
 

@@ -37,6 +37,12 @@ type server struct {
 	throttle  *failures     // of wrong management keys
 	writable  writeCheck
 	strangers lineLimit // of log lines about callers without a key
+	metrics   *metrics
+	showing   sync.Mutex // held while a page of metrics is written
+	started   time.Time
+
+	diskUse      func(context.Context) (diskUse, error)
+	linesDropped func() int64 // nil: nobody counts
 }
 
 // writeTimeout is for a client to take an answer that is not a provider's, and
@@ -47,11 +53,12 @@ const writeTimeout = time.Minute
 // keys only.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", s.handleHome)            // open: one line of text
-	mux.HandleFunc("GET /healthz", s.handleHealth)      // open: the process answers
-	mux.HandleFunc("GET /readyz", s.handleReady)        // open: calls would be taken
-	mux.Handle("/manage/", s.protect(s.manageRoutes())) // a management key, by role: manage.go
-	for _, open := range [...]string{"/{$}", "/healthz", "/readyz"} {
+	mux.HandleFunc("GET /{$}", s.handleHome)                                      // open: one line of text
+	mux.HandleFunc("GET /healthz", s.handleHealth)                                // open: the process answers
+	mux.HandleFunc("GET /readyz", s.handleReady)                                  // open: calls would be taken
+	mux.Handle("/manage/", s.protect(s.manageRoutes()))                           // a management key, by role: manage.go
+	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleKeyedMetrics))) // a management key of any role; open on METRICS_ADDR
+	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
 		mux.Handle(open, wrongMethod("GET"))
 	}
 	mux.HandleFunc("/manage", s.notFound) // else a redirect, which a client follows with its key
@@ -88,6 +95,7 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	sw := &statusWriter{ResponseWriter: w}
 	_ = http.NewResponseController(w).SetReadDeadline(start.Add(smallBodyPatience))
 	defer func() {
+		s.metrics.request(r.Pattern, sw.status)
 		level := slog.LevelInfo
 		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
 			level = slog.LevelDebug
@@ -96,6 +104,7 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 		if sw.status >= 400 && sw.status < 500 { // anyone can cause these
 			ok, left := s.strangers.allow(start)
 			if !ok {
+				s.metrics.leftOut.Add(1)
 				return
 			}
 			if left > 0 {
@@ -269,8 +278,11 @@ func (s *server) trusted(addr netip.Addr) bool {
 
 // closeBeyond returns a hook for http.Server that closes new connections while
 // most are open: what a connection takes, an attacker could else take without end.
-func closeBeyond(most int64) func(net.Conn, http.ConnState) {
-	var open atomic.Int64
+// open counts them; nil for who does not want to know.
+func closeBeyond(most int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
+	if open == nil {
+		open = new(atomic.Int64)
+	}
 	return func(c net.Conn, state http.ConnState) {
 		switch state {
 		case http.StateNew:

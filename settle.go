@@ -33,6 +33,10 @@ func (s *server) settle(c *call, r *http.Request) {
 		c.token.refund() // the ledger writes it as refused, which does not count
 	}
 	s.ledger.settle(c.entry, &row)
+	s.metrics.call(c, &row)
+	if c.answer != nil && c.answer.sse {
+		s.metrics.streams.Add(-1)
+	}
 	if c.answer != nil && c.answer.keys.seen {
 		s.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
 	}
@@ -147,6 +151,7 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
 	c.failure = e
 	writeError(w, e, c.anthropic)
+	s.metrics.call(c, &row)
 	s.logCall(c, &row)
 }
 
@@ -167,6 +172,7 @@ func (s *server) logCall(c *call, row *requestRow) {
 	if c.token == nil { // whatever went wrong: anyone can cause it
 		ok, left := s.strangers.allow(c.start)
 		if !ok {
+			s.metrics.leftOut.Add(1)
 			return
 		}
 		if left > 0 {

@@ -145,6 +145,17 @@ func (s *store) writable(ctx context.Context) error {
 	return err
 }
 
+// size returns the bytes of the database's pages, and of those that are free.
+func (s *store) size(ctx context.Context) (all, free int64, err error) {
+	err = s.read.QueryRowContext(ctx, `
+		SELECT c.page_count * s.page_size, f.freelist_count * s.page_size
+		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`).Scan(&all, &free)
+	if err != nil {
+		return 0, 0, fmt.Errorf("asking for the database's size: %w", err)
+	}
+	return all, free, nil
+}
+
 // setting returns a row of settings, or errNotFound.
 func (s *store) setting(ctx context.Context, name string) (string, error) {
 	var v string

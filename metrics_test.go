@@ -1,0 +1,381 @@
+// Tests of /metrics: who may read it, that its text is what Prometheus reads,
+// that it agrees with the ledger and with the provider, and that no client can
+// make it grow or slow.
+package main
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// metricsOf reads a page of metrics strictly: every sample belongs to the family
+// announced before it, no series occurs twice, histograms are cumulative. It
+// returns the samples by name and labels.
+func metricsOf(t *testing.T, page string) map[string]float64 {
+	t.Helper()
+	sample := regexp.MustCompile(`^([a-z_]+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? (-?[0-9.]+)$`)
+	out, kinds := map[string]float64{}, map[string]string{}
+	var family, lastBucket string
+	var below float64
+	for line := range strings.SplitSeq(strings.TrimSuffix(page, "\n"), "\n") {
+		if rest, ok := strings.CutPrefix(line, "# TYPE "); ok {
+			name, kind, _ := strings.Cut(rest, " ")
+			if kinds[name] != "" {
+				t.Errorf("%s is announced twice", name)
+			}
+			family, kinds[name] = name, kind
+			if (kind == "counter") != strings.HasSuffix(name, "_total") {
+				t.Errorf("%s is a %s", name, kind)
+			}
+			continue
+		}
+		if strings.HasPrefix(line, "# HELP ") {
+			continue
+		}
+		m := sample.FindStringSubmatch(line)
+		if m == nil {
+			t.Errorf("not a sample: %q", line)
+			continue
+		}
+		name := m[1]
+		if kinds[family] == "histogram" {
+			name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+		}
+		if name != family {
+			t.Errorf("%s stands in the family %s", m[1], family)
+		}
+		if _, twice := out[m[1]+m[2]]; twice {
+			t.Errorf("twice: %s", line)
+		}
+		v, err := strconv.ParseFloat(m[3], 64)
+		if err != nil {
+			t.Error(err)
+		}
+		out[m[1]+m[2]] = v
+		if strings.HasSuffix(m[1], "_bucket") {
+			if of := regexp.MustCompile(`,?le="[^"]*"`).ReplaceAllString(m[1]+m[2], ""); of != lastBucket {
+				lastBucket, below = of, 0
+			}
+			if v < below {
+				t.Errorf("not cumulative: %s", line)
+			}
+			below = v
+		}
+	}
+	return out
+}
+
+func (p *testProxy) metrics() map[string]float64 {
+	p.t.Helper()
+	res := p.manageAs(p.adminKey, "GET", "/metrics", "")
+	if res.status != 200 {
+		p.t.Fatalf("got %d: %s", res.status, res.body)
+	}
+	return metricsOf(p.t, res.body)
+}
+
+// sumOf adds up the samples of a family that have all of some labels.
+func sumOf(samples map[string]float64, family string, labels ...string) (sum float64) {
+next:
+	for name, v := range samples {
+		if got, _, _ := strings.Cut(name, "{"); got != family {
+			continue
+		}
+		for _, l := range labels {
+			if !strings.Contains(name, l) {
+				continue next
+			}
+		}
+		sum += v
+	}
+	return sum
+}
+
+// TestMetricsDoors: on the main address a management key opens /metrics and
+// nothing else does; on METRICS_ADDR it is open, and nothing else is there.
+func TestMetricsDoors(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"METRICS_ADDR": "127.0.0.1:0"})
+	var viewer struct{ Key string }
+	p.manage("POST", "/manage/keys", `{"name":"v","role":"viewer"}`, 201, &viewer)
+	p.secrets = append(p.secrets, viewer.Key)
+	for _, c := range []struct {
+		headers []string
+		status  int
+	}{
+		{nil, 401},
+		{[]string{"Authorization", "Bearer " + p.token}, 401},
+		{[]string{"Authorization", "Bearer " + viewer.Key}, 200},
+		{[]string{"Authorization", "Bearer " + viewer.Key, "Host", "evil.example.com"}, 421},
+	} {
+		if res := p.do("GET", "/metrics", "", c.headers...); res.status != c.status {
+			t.Errorf("%v: got %d, want %d", c.headers, res.status, c.status)
+		}
+	}
+	if res := p.do("POST", "/metrics", "", "Authorization", "Bearer "+viewer.Key); res.status != 405 {
+		t.Errorf("POST: got %d", res.status)
+	}
+	p.chat()
+	p.settle()
+	main := p.url
+	p.url = "http://" + p.in.metered.Addr().String()
+	res := p.do("GET", "/metrics", "")
+	if samples := metricsOf(t, res.body); res.status != 200 || sumOf(samples, "llm_proxy_calls_total") != 1 {
+		t.Errorf("METRICS_ADDR: got %d %s", res.status, res.body)
+	}
+	if strings.Contains(res.body, `"test"`) || strings.Contains(res.body, p.tokenID) || strings.Contains(res.body, p.dir) {
+		t.Error("the page names a project, a token or a directory")
+	}
+	for _, path := range []string{"/", "/healthz", "/manage/projects", "/v1/models", "/debug/pprof/", "/debug/vars", "/metrics/x"} {
+		if res := p.do("GET", path, "", "Authorization", "Bearer "+p.adminKey); res.status != 404 {
+			t.Errorf("METRICS_ADDR%s: got %d", path, res.status)
+		}
+	}
+	p.url = main
+	for _, path := range []string{"/debug/pprof/", "/debug/vars", "/version"} {
+		if res := p.do("GET", path, ""); res.status != 404 {
+			t.Errorf("%s: got %d", path, res.status)
+		}
+	}
+}
+
+// TestMetricsAgree: after many calls of many ends, what is counted is what the
+// ledger has and what the provider got.
+func TestMetricsAgree(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	_, narrow := p.newToken(`"name":"n","policy":{"models":["gpt-4o"]}`)
+	_, once := p.newToken(`"name":"o","max_requests":1`)
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		switch {
+		case strings.Contains(r.body, `"user":"500"`):
+			return c.reply(500, `{"error":{}}`)
+		case strings.Contains(r.body, `"user":"400"`):
+			return c.reply(400, `{"error":{}}`)
+		case strings.Contains(r.body, `"user":"401"`):
+			return c.reply(401, `{"error":{}}`)
+		case strings.Contains(r.body, `"user":"cut"`):
+			c.sse()
+			_ = c.chunk(chatEvents(false)[0])
+			return c.reset()
+		case strings.Contains(r.body, `"user":"reset"`):
+			return c.reset()
+		}
+		return answerChat(c, r)
+	})
+	for range 3 {
+		p.chat()
+		p.chat(`"stream":true`)
+		p.chat(`"user":"500"`)
+	}
+	p.chat(`"user":"400"`)
+	p.chat(`"user":"401"`)
+	p.chat(`"user":"reset"`)
+	p.chat(`"stream":true`, `"user":"cut"`)
+	p.chatAs(narrow)
+	p.chatAs(once)
+	p.chatAs(once)
+	p.chatAs("sk-llmp_wrong")
+	rows := p.ledger()
+	m := p.metrics()
+	if n := sumOf(m, "llm_proxy_calls_total"); n != float64(len(rows)+1) { // a stranger's is on no record
+		t.Errorf("%v calls counted, %d on record", n, len(rows))
+	}
+	want := map[string]float64{}
+	var input, output float64
+	for _, r := range rows {
+		want[r.Outcome]++
+		input, output = input+float64(r.InputTokens), output+float64(r.OutputTokens)
+	}
+	want["refused"]++
+	for outcome, n := range want {
+		if got := sumOf(m, "llm_proxy_calls_total", `outcome="`+outcome+`"`); got != n {
+			t.Errorf("outcome %s: %v counted, %v on record", outcome, got, n)
+		}
+	}
+	if i, o := sumOf(m, "llm_proxy_tokens_total", `kind="input"`), sumOf(m, "llm_proxy_tokens_total", `kind="output"`); i != input || o != output || i == 0 {
+		t.Errorf("tokens: %v and %v counted, %v and %v on record", i, o, input, output)
+	}
+	if n := sumOf(m, "llm_proxy_upstream_attempts_total"); n != float64(len(p.provider.got())) {
+		t.Errorf("%v attempts counted, the provider got %d", n, len(p.provider.got()))
+	}
+	for labels, n := range map[string]float64{
+		`result="ok"`: 8, `result="failed"`: 3, `result="refused"`: 1, `result="key_refused"`: 1, `result="unreachable"`: 1,
+	} {
+		if got := sumOf(m, "llm_proxy_upstream_attempts_total", labels); got != n {
+			t.Errorf("attempts %s: %v, want %v", labels, got, n)
+		}
+	}
+	for labels, n := range map[string]float64{`code="model_not_allowed",class="policy"`: 1, `code="project_spend_limit_exceeded",class="policy"`: 1, `code="malformed",class="caller"`: 1} {
+		if got := sumOf(m, "llm_proxy_refusals_total", labels); got != n {
+			t.Errorf("refusals %s: %v, want %v", labels, got, n)
+		}
+	}
+	for class, n := range map[string]float64{"caller": 2, "policy": 2, "provider": 6, "proxy": 0, "none": 7} {
+		if got := sumOf(m, "llm_proxy_calls_total", `class="`+class+`"`); got != n {
+			t.Errorf("class %s: %v, want %v", class, got, n)
+		}
+	}
+	for name, n := range map[string]float64{"llm_proxy_running_streams": 0, "llm_proxy_running_calls": 0, "llm_proxy_ledger_queue_rows": 0, "llm_proxy_draining": 0,
+		"llm_proxy_ledger_failing": 0, "llm_proxy_registry_projects": 1, "llm_proxy_build_info": 1} {
+		if got := sumOf(m, name); got != n {
+			t.Errorf("%s is %v, want %v", name, got, n)
+		}
+	}
+	for _, name := range []string{"llm_proxy_overhead_seconds_count", "llm_proxy_first_byte_seconds_count", "llm_proxy_duration_seconds_sum",
+		"llm_proxy_ledger_commit_seconds_count", "llm_proxy_ledger_rows_total", "llm_proxy_database_bytes", "llm_proxy_disk_free_bytes",
+		"llm_proxy_cost_dollars_total", "llm_proxy_http_requests_total", "go_goroutines", "go_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"} {
+		if sumOf(m, name) <= 0 {
+			t.Errorf("%s is %v", name, sumOf(m, name))
+		}
+	}
+}
+
+// TestMetricsRunning: what runs is shown while it runs.
+func TestMetricsRunning(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	goOn := make(chan bool)
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		c.sse()
+		_ = c.chunk(chatEvents(false)[0])
+		<-goOn
+		return c.chunk(chatEvents(false)[4-1]) == nil && c.chunk("") == nil
+	})
+	done := make(chan answer, 1)
+	go func() { done <- p.chat(`"stream":true`) }()
+	waitFor(t, "a stream", func() bool { return p.in.metrics.streams.Load() == 1 })
+	m := p.metrics()
+	if sumOf(m, "llm_proxy_running_streams") != 1 || sumOf(m, "llm_proxy_running_calls") != 1 || sumOf(m, "llm_proxy_connections") < 1 {
+		t.Error("a running stream is not shown")
+	}
+	close(goOn)
+	<-done
+	p.settle()
+	if m := p.metrics(); sumOf(m, "llm_proxy_running_streams") != 0 {
+		t.Error("a stream that has ended is shown as running")
+	}
+}
+
+// TestMetricsBounded: nothing that clients make up becomes a series.
+func TestMetricsBounded(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	odd := func(i int) {
+		p.do("GET", fmt.Sprintf("/path-%d", i), "")
+		p.do("GET", fmt.Sprintf("/v1/path-%d", i), "", "Authorization", "Bearer "+p.token)
+		p.do("GET", fmt.Sprintf("/manage/path-%d", i), "", "Authorization", "Bearer "+p.adminKey)
+		p.chatAs(p.token, fmt.Sprintf(`"user":"%d"`, i))
+		p.do("POST", "/v1/chat/completions", strings.Replace(chatBody(), "gpt-4o-mini", fmt.Sprintf("model-%d", i), 1),
+			"Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", fmt.Sprintf("agent-%d", i))
+		p.chatAs(fmt.Sprintf("sk-llmp_%d", i))
+		p.do(fmt.Sprintf("METHOD%d", i), "/v1/chat/completions", "", "Authorization", "Bearer "+p.token)
+	}
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		n := len(p.provider.got())
+		return c.reply(400+n%90, strings.Replace(chatAnswer, "gpt-4o-mini-2024-07-18", fmt.Sprintf("answered-%d", n), 1))
+	})
+	for i := range 40 {
+		odd(i)
+	}
+	p.settle()
+	p.metrics() // counts itself
+	before := slices.Sorted(maps.Keys(p.metrics()))
+	for i := range 60 {
+		odd(1000 + i)
+	}
+	p.settle()
+	if after := slices.Sorted(maps.Keys(p.metrics())); !slices.Equal(before, after) {
+		t.Errorf("there were %d series, then %d", len(before), len(after))
+	}
+	var s series[int, int]
+	s.most = 2
+	for i := range 100 {
+		*s.getOr(i, -1)++
+	}
+	if len(s.m) != 3 || *s.m[-1] != 98 {
+		t.Errorf("a full series: %v", s.m)
+	}
+}
+
+// TestMetricsEscape: labels that administrators chose cannot break the page.
+func TestMetricsEscape(t *testing.T) {
+	t.Parallel()
+	text := &metricsText{}
+	text.about("x", "gauge", "X.")
+	text.int(1, "a", "q\"b\\s\nn\xffé")
+	if got, want := string(text.b), "# HELP llm_proxy_x X.\n# TYPE llm_proxy_x gauge\nllm_proxy_x{a=\"q\\\"b\\\\s\\nn\uFFFDé\"} 1\n"; got != want {
+		t.Errorf("got %q", got)
+	}
+	metricsOf(t, string(text.b))
+}
+
+// TestMetricsInUse: an address that is taken stops the start, and says which.
+func TestMetricsInUse(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	in := &instance{server: &server{cfg: &config{listenAddr: "127.0.0.1:0", metricsAddr: l.Addr().String()}}, stop: func() {}}
+	if err := in.listen(); err == nil || !strings.Contains(err.Error(), "METRICS_ADDR") {
+		t.Errorf("got %v", err)
+	}
+	in.listener.Close()
+}
+
+// countedCall is a call as settle hands it to metrics.
+func countedCall(tb testing.TB) (*metrics, *call, *requestRow) {
+	prices, err := loadPrices()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	m, table := newMetrics(), newEndpointTable()
+	m.know(table)
+	c := &call{endpoint: table.all()[0], entry: &ledgerEntry{}, upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
+		project: &projectState{id: "proj_1"}, firstByte: 3 * time.Millisecond, reading: time.Millisecond}
+	c.sentAt, c.headAt = time.UnixMilli(1), time.UnixMilli(2)
+	return m, c, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true, cost: 5, firstByteUS: 3000, totalUS: 4000,
+		counts: tokenCounts{input: 9, output: 3}}
+}
+
+// TestMetricsAllocateNothing: to count is free of garbage.
+func TestMetricsAllocateNothing(t *testing.T) {
+	m, c, row := countedCall(t)
+	if n := testing.AllocsPerRun(1000, func() { m.call(c, row); m.attempt(c.upstream, attemptOK) }); n != 0 {
+		t.Errorf("%v allocations a call", n)
+	}
+}
+
+func BenchmarkMetricsCall(b *testing.B) {
+	m, c, row := countedCall(b)
+	for b.Loop() {
+		m.call(c, row)
+		m.attempt(c.upstream, attemptOK)
+	}
+}
+
+// BenchmarkMetricsPage writes a page with as many series as there may be.
+func BenchmarkMetricsPage(b *testing.B) {
+	m, c, row := countedCall(b)
+	for i := range maxModelSeries {
+		c.project = &projectState{id: fmt.Sprintf("proj_%d", i)}
+		m.call(c, row)
+	}
+	t := &metricsText{}
+	table := newEndpointTable()
+	for b.Loop() {
+		t.b = t.b[:0]
+		m.showCalls(t, table)
+		m.showModels(t)
+		m.showSeries(t)
+	}
+}
