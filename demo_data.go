@@ -137,7 +137,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 		if err := more.apply(in.server, up, true); err != nil {
 			return nil, err
 		}
-		if err := in.store.addUpstream(ctx, up, at.UnixMilli()); err != nil {
+		if err := in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {
 			return nil, err
 		}
 		anthropic[len(anthropic)-1] = up.seq
@@ -189,13 +189,13 @@ func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p 
 	if u.idle != 0 {
 		t.idleExpiry = new(u.idle.Milliseconds())
 	}
-	value, err := in.mintToken(&manageRequest{ctx: ctx, now: now}, t)
+	value, err := in.mintToken(ctx, systemOrigin(now), t)
 	if err != nil {
 		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
 	}
 	if u.revoked != 0 {
 		at := before(u.revoked)
-		if _, err := in.store.changeToken(ctx, t.id, 0, at, func(t *tokenRow) error { t.revokedAt = &at; return nil }); err != nil {
+		if _, err := in.store.changeToken(ctx, systemOrigin(now), t.id, 0, at, func(t *tokenRow) error { t.revokedAt = &at; return nil }); err != nil {
 			return nil, nil, fmt.Errorf("revoking a sample token: %w", err)
 		}
 	}

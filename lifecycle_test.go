@@ -154,7 +154,7 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 	if res := p.chat(); res.status != 200 { // it can be read again
 		t.Errorf("after that: got %d %s", res.status, res.body)
 	}
-	if _, err := p.in.store.revokeTokens(t.Context(), p.project, time.Now().UnixMilli()); err != nil {
+	if _, err := p.in.store.revokeTokens(t.Context(), systemOrigin(time.Now()), p.project, time.Now().UnixMilli()); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.projectChanged(never, seq, true); err == nil || !token.state.Load().revoked || state.revoked {

@@ -199,6 +199,9 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	if in.sealer, in.keyMade, err = openSealer(ctx, cfg, in.store); err != nil {
 		return nil, err
 	}
+	if err = in.store.openAudit(ctx, in.sealer, systemOrigin(time.Now())); err != nil {
+		return nil, err
+	}
 	if err = in.dir.remember(); err != nil {
 		return nil, fmt.Errorf("noting the database: %w", err)
 	}

@@ -116,6 +116,7 @@ type manageRequest struct {
 	http  *http.Request
 	ctx   context.Context
 	actor actor
+	by    origin     // the actor, for the audit trail
 	body  []byte     // "" unless the method has one
 	query url.Values // every name known and given once
 	now   time.Time
@@ -164,7 +165,8 @@ func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) 
 		return nil, &apiError{status: http.StatusForbidden, code: "role_too_low",
 			msg: "This needs the role " + string(rt.need) + "; this key has the role " + string(who.role) + "."}
 	}
-	req := &manageRequest{http: r, ctx: r.Context(), actor: who, now: time.Now()}
+	now := time.Now()
+	req := &manageRequest{http: r, ctx: r.Context(), actor: who, by: s.originOf(w, r, who, now), now: now}
 	if req.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
 	}
@@ -263,7 +265,7 @@ func (s *server) manager(ctx context.Context, presented string, now time.Time) (
 		// Hashes are compared: equal lengths, and no clue in the time taken.
 		want, got := sha256.Sum256([]byte(s.cfg.managementToken())), sha256.Sum256([]byte(presented))
 		if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
-			return actor{"environment", "MANAGEMENT_TOKEN", roleAdmin}, nil
+			return actor{actorEnvironment, "MANAGEMENT_TOKEN", roleAdmin}, nil
 		}
 	}
 	hash, _, ok := hashCredential(keyPrefix, presented)

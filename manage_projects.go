@@ -123,7 +123,7 @@ func (s *server) createProject(r *manageRequest) (*reply, error) {
 	} else if provider.set || baseURL.set {
 		return nil, &fieldError{"api_key", "is needed with provider or base_url"}
 	}
-	if err := s.store.addProject(r.ctx, p, up); err != nil {
+	if err := s.store.addProject(r.ctx, r.by, p, up); err != nil {
 		return nil, err
 	}
 	return s.replyProject(r, http.StatusCreated, p)
@@ -144,7 +144,7 @@ func (s *server) patchProject(r *manageRequest) (*reply, error) {
 	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol}, "policy"); err != nil {
 		return nil, err
 	}
-	p, err := s.store.changeProject(r.ctx, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
+	p, err := s.store.changeProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
 		if name.set {
 			if err := checkName(name.v); err != nil {
 				return err
@@ -181,7 +181,7 @@ func orEmpty(p opt[json.RawMessage]) []byte {
 }
 
 func (s *server) deleteProject(r *manageRequest) (*reply, error) {
-	p, err := s.store.deleteProject(r.ctx, r.path("id"), r.match, r.now.UnixMilli())
+	p, err := s.store.deleteProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
@@ -199,7 +199,7 @@ func (s *server) revokeProjectTokens(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	n, err := s.store.revokeTokens(r.ctx, p.id, r.now.UnixMilli())
+	n, err := s.store.revokeTokens(r.ctx, r.by, p.id, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
@@ -356,7 +356,7 @@ func (s *server) createUpstream(r *manageRequest) (*reply, error) {
 	if err := in.apply(s, row, true); err != nil {
 		return nil, err
 	}
-	if err := s.store.addUpstream(r.ctx, row, now); err != nil {
+	if err := s.store.addUpstream(r.ctx, r.by, row, now); err != nil {
 		return nil, err
 	}
 	if err := s.registry.projectChanged(r.ctx, p.seq, false); err != nil {
@@ -395,7 +395,7 @@ func (s *server) deleteUpstream(r *manageRequest) (*reply, error) {
 }
 
 func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*reply, error) {
-	u, err := s.store.changeUpstream(r.ctx, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
+	u, err := s.store.changeUpstream(r.ctx, r.by, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}

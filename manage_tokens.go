@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"math"
@@ -203,7 +204,7 @@ func (s *server) createToken(r *manageRequest) (*reply, error) {
 	if err := in.apply(t, r.now); err != nil {
 		return nil, err
 	}
-	value, err := s.mintToken(r, t)
+	value, err := s.mintToken(r.ctx, r.by, t)
 	if err != nil {
 		return nil, unknownProject(err)
 	}
@@ -213,12 +214,12 @@ func (s *server) createToken(r *manageRequest) (*reply, error) {
 }
 
 // mintToken gives t a value and stores it.
-func (s *server) mintToken(r *manageRequest, t *tokenRow) (secret, error) {
+func (s *server) mintToken(ctx context.Context, by origin, t *tokenRow) (secret, error) {
 	for range 5 { // a public part that is taken is a matter of luck
 		value, public := mintCredential(tokenPrefix, "")
 		hash, _, _ := hashCredential(tokenPrefix, value())
 		t.id, t.hash = "tok_"+public, hash[:]
-		err := s.store.addToken(r.ctx, t)
+		err := s.store.addToken(ctx, by, t)
 		if errors.Is(err, errTaken) {
 			continue
 		}
@@ -264,7 +265,7 @@ func (s *server) revokeToken(r *manageRequest) (*reply, error) {
 
 // changeToken stores a change and puts it in force before it returns.
 func (s *server) changeToken(r *manageRequest, change func(*tokenRow) error) (*reply, error) {
-	t, err := s.store.changeToken(r.ctx, r.path("id"), r.match, r.now.UnixMilli(), change)
+	t, err := s.store.changeToken(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}
@@ -381,7 +382,7 @@ func (s *server) createKey(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	value := mintKey(k)
-	if err := s.store.addKey(r.ctx, k); err != nil {
+	if err := s.store.addKey(r.ctx, r.by, k); err != nil {
 		return nil, err
 	}
 	v := showKey(k, r.now)
@@ -433,7 +434,7 @@ func (s *server) changeKey(r *manageRequest, change func(*keyRow) error) (*reply
 	if r.path("id") == r.actor.id {
 		return nil, &fieldError{"", "A key cannot change or revoke itself. Use another admin key."}
 	}
-	k, err := s.store.changeKey(r.ctx, r.path("id"), r.match, r.now.UnixMilli(), change)
+	k, err := s.store.changeKey(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}

@@ -304,7 +304,7 @@ func (s *server) setPrice(r *manageRequest) (*reply, error) {
 	if row.input == nil && row.output == nil {
 		return nil, &fieldError{"input", "or output is needed"}
 	}
-	if err := s.store.setPrice(r.ctx, row); err != nil {
+	if err := s.store.setPrice(r.ctx, r.by, row); err != nil {
 		return nil, err
 	}
 	if err := s.loadPrices(r); err != nil {
@@ -314,7 +314,7 @@ func (s *server) setPrice(r *manageRequest) (*reply, error) {
 }
 
 func (s *server) deletePrice(r *manageRequest) (*reply, error) {
-	if err := s.store.deletePrice(r.ctx, r.path("id")); err != nil {
+	if err := s.store.deletePrice(r.ctx, r.by, r.path("id")); err != nil {
 		return nil, err
 	}
 	if err := s.loadPrices(r); err != nil {

@@ -138,21 +138,27 @@ func (r *restoration) copyBackup() error {
 // edit proves the encryption key, compares with the current database, explains,
 // and does what the operator chose.
 func (r *restoration) edit(ctx context.Context, st *store, out io.Writer) (secret, error) {
-	if _, err := knownSealer(ctx, r.cfg, st); err != nil {
+	sl, err := knownSealer(ctx, r.cfg, st)
+	if err != nil {
 		return nil, fmt.Errorf("%w (the backup needs the key with the id %s)", err, r.facts.keyID)
+	}
+	by := systemOrigin(r.now)
+	if err := st.openAudit(ctx, sl, by); err != nil {
+		return nil, err
 	}
 	fmt.Fprintf(out, "The backup is whole: %s.\n", r.facts)
 	since, compared := r.compare(ctx, st, out)
+	a := act{actionRestore, "", []fact{{"revoke", r.choice}, {"audit_head_before", st.attachedHead(ctx)}}}
 	switch r.choice {
 	case "none":
-		return nil, nil
+		return nil, st.note(ctx, by, a)
 	case "since":
 		if !compared {
 			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or --revoke=none")
 		}
-		return nil, st.witherSince(ctx, r.now.UnixMilli())
+		return nil, st.witherSince(ctx, by, a)
 	case "all":
-		if err := st.witherAll(ctx, r.now.UnixMilli()); err != nil || r.cfg.managementToken != nil {
+		if err := st.witherAll(ctx, by, a); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
 		return (&server{store: st}).firstKey(ctx)

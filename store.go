@@ -26,6 +26,7 @@ var schemaFiles embed.FS
 type store struct {
 	write *sql.DB
 	read  *sql.DB
+	chain *auditChain // nil until openAudit; without it nothing that is managed can be changed
 }
 
 const readers = 4

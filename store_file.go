@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
+	"strings"
 )
 
 // openReadOnly opens a database that another process may be writing to. Every
@@ -147,8 +148,8 @@ func (s *store) revival(ctx context.Context) (r revival, err error) {
 
 // witherSince makes tokens, management keys and projects of s no more alive
 // than they are in the database that attachCurrent put beside it.
-func (s *store) witherSince(ctx context.Context, now int64) error {
-	return s.execAll(ctx, now, []string{`
+func (s *store) witherSince(ctx context.Context, by origin, a act) error {
+	return s.changeAll(ctx, by, a, []string{`
 		UPDATE main.tokens SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
 		FROM now.tokens c
 		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
@@ -169,21 +170,31 @@ func (s *store) witherSince(ctx context.Context, now int64) error {
 }
 
 // witherAll revokes every token and every management key.
-func (s *store) witherAll(ctx context.Context, now int64) error {
-	return s.execAll(ctx, now, []string{
+func (s *store) witherAll(ctx context.Context, by origin, a act) error {
+	return s.changeAll(ctx, by, a, []string{
 		`UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
 		`UPDATE management_keys SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
 	})
 }
 
-// execAll runs statements that take the time as ?1 in one transaction.
-func (s *store) execAll(ctx context.Context, now int64, statements []string) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
+// changeAll runs statements that take the time as ?1 in one transaction.
+func (s *store) changeAll(ctx context.Context, by origin, a act, statements []string) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		for _, text := range statements {
-			if _, err := tx.ExecContext(ctx, text, now); err != nil {
-				return fmt.Errorf("revoking: %w", err)
+			if _, err := tx.ExecContext(ctx, text, by.at); err != nil {
+				return act{}, fmt.Errorf("revoking: %w", err)
 			}
 		}
-		return nil
+		return a, nil
 	})
+}
+
+// attachedHead returns where the audit trail ends in the database that
+// attachCurrent put beside s, "" if that cannot be told.
+func (s *store) attachedHead(ctx context.Context) string {
+	var stored string
+	if err := s.write.QueryRowContext(ctx, `SELECT value FROM now.settings WHERE name = 'audit_head'`).Scan(&stored); err != nil {
+		return "" // there is no such database, or it is from before the trail
+	}
+	return stored[:max(strings.LastIndexByte(stored, ':'), 0)]
 }

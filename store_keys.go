@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 )
 
@@ -24,11 +25,18 @@ func (k *keyRow) scan(row interface{ Scan(...any) error }) error {
 	return found(row.Scan(&k.seq, &k.id, &k.name, &k.hash, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.createdAt, &k.updatedAt))
 }
 
-func (s *store) addKey(ctx context.Context, k *keyRow) error {
-	err := s.write.QueryRowContext(ctx, `
-		INSERT INTO management_keys (id, name, hash, role, expires_at, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
-		RETURNING seq, version`, k.id, k.name, k.hash, k.role, k.expiresAt, k.createdAt, k.updatedAt).Scan(&k.seq, &k.version)
-	return unique(err)
+func (s *store) addKey(ctx context.Context, by origin, k *keyRow) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+		err := tx.QueryRowContext(ctx, `
+			INSERT INTO management_keys (id, name, hash, role, expires_at, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
+			RETURNING seq, version`, k.id, k.name, k.hash, k.role, k.expiresAt, k.createdAt, k.updatedAt).Scan(&k.seq, &k.version)
+		return act{"key.create", k.id, changes(nil, k.facts())}, unique(err)
+	})
+}
+
+// facts are what the audit trail says of a management key.
+func (k *keyRow) facts() []fact {
+	return []fact{{"name", k.name}, {"role", k.role}, {"expires_at", factTime(k.expiresAt)}, {"revoked_at", factTime(k.revokedAt)}}
 }
 
 func (s *store) keyByHash(ctx context.Context, hash [32]byte) (k keyRow, err error) {
@@ -66,22 +74,27 @@ func (s *store) listKeys(ctx context.Context, after int64, limit int) ([]keyRow,
 }
 
 // changeKey is changeProject for management keys.
-func (s *store) changeKey(ctx context.Context, id string, version, now int64, change func(*keyRow) error) (k keyRow, err error) {
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) changeKey(ctx context.Context, by origin, id string, version, now int64, change func(*keyRow) error) (k keyRow, err error) {
+	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		if err := k.scan(tx.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM management_keys WHERE id = ?`, id)); err != nil {
-			return err
+			return act{}, err
 		}
 		if version != 0 && version != k.version {
-			return errStale
+			return act{}, errStale
 		}
+		was := k
 		if err := change(&k); err != nil {
-			return err
+			return act{}, err
 		}
 		k.version, k.updatedAt = k.version+1, now
 		_, err := tx.ExecContext(ctx, `
 			UPDATE management_keys SET name = ?, role = ?, expires_at = ?, revoked_at = ?, version = ?, updated_at = ? WHERE seq = ?`,
 			k.name, k.role, k.expiresAt, k.revokedAt, k.version, k.updatedAt, k.seq)
-		return err
+		action := "key.change"
+		if k.revokedAt != nil {
+			action = "key.revoke"
+		}
+		return act{action, k.id, changes(was.facts(), k.facts())}, err
 	})
 	return k, err
 }
@@ -102,20 +115,41 @@ func (p *priceRow) scan(row interface{ Scan(...any) error }) error {
 
 // setPrice stores a price, in place of one with the same match, whose id then
 // stays.
-func (s *store) setPrice(ctx context.Context, p *priceRow) error {
-	return p.scan(s.write.QueryRowContext(ctx, `
-		INSERT INTO prices (id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-		ON CONFLICT (match) DO UPDATE SET input = excluded.input, cached_input = excluded.cached_input,
-			cache_write = excluded.cache_write, output = excluded.output, audio_input = excluded.audio_input,
-			audio_output = excluded.audio_output, updated_at = excluded.updated_at
-		RETURNING `+priceColumns,
-		p.id, p.match, p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput, p.updatedAt))
+func (s *store) setPrice(ctx context.Context, by origin, p *priceRow) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+		var was priceRow
+		var before []fact
+		err := was.scan(tx.QueryRowContext(ctx, `SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match))
+		if err == nil {
+			before = was.facts()
+		} else if !errors.Is(err, errNotFound) {
+			return act{}, err
+		}
+		err = p.scan(tx.QueryRowContext(ctx, `
+			INSERT INTO prices (id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+			ON CONFLICT (match) DO UPDATE SET input = excluded.input, cached_input = excluded.cached_input,
+				cache_write = excluded.cache_write, output = excluded.output, audio_input = excluded.audio_input,
+				audio_output = excluded.audio_output, updated_at = excluded.updated_at
+			RETURNING `+priceColumns,
+			p.id, p.match, p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput, p.updatedAt))
+		return act{"price.set", p.id, changes(before, p.facts())}, err
+	})
 }
 
-func (s *store) deletePrice(ctx context.Context, id string) error {
-	var seq int64
-	return found(s.write.QueryRowContext(ctx, `DELETE FROM prices WHERE id = ? RETURNING seq`, id).Scan(&seq))
+func (s *store) deletePrice(ctx context.Context, by origin, id string) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+		var was priceRow
+		err := was.scan(tx.QueryRowContext(ctx, `DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id))
+		return act{"price.delete", id, changes(was.facts(), nil)}, err
+	})
+}
+
+// facts are what the audit trail says of a price.
+func (p *priceRow) facts() []fact {
+	return []fact{{"match", p.match}, {"input", factDollars(p.input)}, {"cached_input", factDollars(p.cachedInput)},
+		{"cache_write", factDollars(p.cacheWrite)}, {"output", factDollars(p.output)},
+		{"audio_input", factDollars(p.audioInput)}, {"audio_output", factDollars(p.audioOutput)}}
 }
 
 func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {

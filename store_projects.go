@@ -4,8 +4,12 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"database/sql"
+	"encoding/hex"
+	"encoding/json"
 	"fmt"
+	"strings"
 )
 
 // A projectRow is a project as stored.
@@ -51,20 +55,40 @@ func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
 
 // addProject stores a new project, and its first upstream unless up is nil. It
 // fills in the seqs.
-func (s *store) addProject(ctx context.Context, p *projectRow, up *upstreamRow) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) addProject(ctx context.Context, by origin, p *projectRow, up *upstreamRow) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO projects (id, name, is_active, policy, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)
 			RETURNING seq, version`, p.id, p.name, p.active, p.policy, p.createdAt, p.updatedAt).Scan(&p.seq, &p.version)
-		if err != nil {
-			return unique(err)
-		}
-		if up == nil {
-			return nil
+		a := act{"project.create", p.id, changes(nil, p.facts())}
+		if err != nil || up == nil {
+			return a, unique(err)
 		}
 		up.project = p.seq
-		return insertUpstream(ctx, tx, up)
+		a.detail = append(a.detail, fact{"upstream", up.id})
+		for _, f := range changes(nil, up.facts()) {
+			a.detail = append(a.detail, fact{"upstream." + f.name, f.value})
+		}
+		return a, insertUpstream(ctx, tx, up)
 	})
+}
+
+// facts are what the audit trail says of a project.
+func (p *projectRow) facts() []fact {
+	return []fact{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}}
+}
+
+// facts are what the audit trail says of an upstream. Of its key that is the
+// hint, and a mark by which two keys with the same hint are told apart.
+func (u *upstreamRow) facts() []fact {
+	var key any
+	if len(u.sealedKey) > 0 {
+		mark := sha256.Sum256(u.sealedKey)
+		key = map[string]string{"hint": u.keyHint, "sealed": hex.EncodeToString(mark[:4])}
+	}
+	return []fact{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
+		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight}, {"priority", u.priority},
+		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"is_active", u.active}}
 }
 
 func (s *store) projectByID(ctx context.Context, id string) (p projectRow, err error) {
@@ -109,23 +133,24 @@ func (s *store) listProjects(ctx context.Context, after int64, limit int, active
 
 // changeProject reads a project, lets change edit it, and writes it back in one
 // transaction. version, unless 0, must be the row's.
-func (s *store) changeProject(ctx context.Context, id string, version, now int64, change func(*projectRow) error) (p projectRow, err error) {
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) changeProject(ctx context.Context, by origin, id string, version, now int64, change func(*projectRow) error) (p projectRow, err error) {
+	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		if err := p.scan(tx.QueryRowContext(ctx, `
 			SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id)); err != nil {
-			return err
+			return act{}, err
 		}
 		if version != 0 && version != p.version {
-			return errStale
+			return act{}, errStale
 		}
+		was := p
 		if err := change(&p); err != nil {
-			return err
+			return act{}, err
 		}
 		p.version, p.updatedAt = p.version+1, now
 		_, err := tx.ExecContext(ctx, `
 			UPDATE projects SET name = ?, is_active = ?, policy = ?, version = ?, updated_at = ? WHERE seq = ?`,
 			p.name, p.active, p.policy, p.version, p.updatedAt, p.seq)
-		return unique(err)
+		return act{"project.change", p.id, changes(was.facts(), p.facts())}, unique(err)
 	})
 	return p, err
 }
@@ -133,28 +158,43 @@ func (s *store) changeProject(ctx context.Context, id string, version, now int64
 // deleteProject takes a project out of use for good: it becomes inactive, its
 // tokens are revoked, its provider keys are wiped, its name is free again. Its
 // rows stay, for the ledger names them. Deleting twice is errNotFound.
-func (s *store) deleteProject(ctx context.Context, id string, version, now int64) (p projectRow, err error) {
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) deleteProject(ctx context.Context, by origin, id string, version, now int64) (p projectRow, err error) {
+	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		err := p.scan(tx.QueryRowContext(ctx, `
 			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1,
 				name = name || ' (deleted ' || id || ')'
 			WHERE id = ?2 AND deleted_at IS NULL AND (?3 = 0 OR version = ?3)
 			RETURNING `+projectColumns, now, id, version))
 		if err == errNotFound && version != 0 {
-			return staleOrMissing(ctx, tx, `SELECT 1 FROM projects WHERE id = ? AND deleted_at IS NULL`, id)
+			return act{}, staleOrMissing(ctx, tx, `SELECT 1 FROM projects WHERE id = ? AND deleted_at IS NULL`, id)
 		}
 		if err != nil {
-			return err
+			return act{}, err
 		}
-		if _, err := tx.ExecContext(ctx, `
+		tokens, err := tx.ExecContext(ctx, `
 			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
-			WHERE project = ?2 AND revoked_at IS NULL`, now, p.seq); err != nil {
-			return err
+			WHERE project = ?2 AND revoked_at IS NULL`, now, p.seq)
+		if err != nil {
+			return act{}, err
 		}
-		_, err = tx.ExecContext(ctx, `
+		upstreams, err := tx.ExecContext(ctx, `
 			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1, updated_at = ?1
 			WHERE project = ?2 AND deleted_at IS NULL`, now, p.seq)
-		return err
+		if err != nil {
+			return act{}, err
+		}
+		a := act{"project.delete", id, []fact{{"name", strings.TrimSuffix(p.name, " (deleted "+id+")")}}}
+		for _, part := range []struct {
+			name string
+			res  sql.Result
+		}{{"tokens", tokens}, {"upstreams", upstreams}} {
+			n, err := part.res.RowsAffected()
+			if err != nil {
+				return act{}, err
+			}
+			a.detail = append(a.detail, fact{part.name, n})
+		}
+		return a, nil
 	})
 	return p, err
 }
@@ -180,13 +220,19 @@ func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
 
 // addUpstream stores a new upstream of the project with u.project, and bumps
 // the project's version: what the project does has changed.
-func (s *store) addUpstream(ctx context.Context, u *upstreamRow, now int64) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) addUpstream(ctx context.Context, by origin, u *upstreamRow, now int64) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		if err := touchProject(ctx, tx, u.project, now); err != nil {
-			return err
+			return act{}, err
 		}
-		return insertUpstream(ctx, tx, u)
+		return u.act("upstream.create", nil), insertUpstream(ctx, tx, u)
 	})
+}
+
+// act is what happened to an upstream that had the facts before, nil if it is
+// new.
+func (u *upstreamRow) act(action string, before []fact) act {
+	return act{action, u.id, append([]fact{{"project_id", u.projectID}}, changes(before, u.facts())...)}
 }
 
 // touchProject bumps a project's version, or returns errNotFound if it was
@@ -226,23 +272,25 @@ func (s *store) upstreamByID(ctx context.Context, projectID, id string) (u upstr
 
 // changeUpstream is changeProject for upstreams. change may also mark the row
 // as deleted, by returning true.
-func (s *store) changeUpstream(ctx context.Context, projectID, id string, version, now int64, change func(*upstreamRow) (bool, error)) (u upstreamRow, err error) {
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) changeUpstream(ctx context.Context, by origin, projectID, id string, version, now int64, change func(*upstreamRow) (bool, error)) (u upstreamRow, err error) {
+	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		if err := u.scan(tx.QueryRowContext(ctx, `
 			SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
 			WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID)); err != nil {
-			return err
+			return act{}, err
 		}
 		if version != 0 && version != u.version {
-			return errStale
+			return act{}, errStale
 		}
+		was := u
 		deleted, err := change(&u)
 		if err != nil {
-			return err
+			return act{}, err
 		}
 		var deletedAt *int64
+		action := "upstream.change"
 		if deleted {
-			deletedAt = &now
+			deletedAt, action = &now, "upstream.delete"
 		}
 		u.version, u.updatedAt = u.version+1, now
 		if _, err := tx.ExecContext(ctx, `
@@ -251,9 +299,9 @@ func (s *store) changeUpstream(ctx context.Context, projectID, id string, versio
 			WHERE seq = ?`,
 			u.name, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
 			u.weight, u.priority, u.models, u.rewrite, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
-			return err
+			return act{}, err
 		}
-		return touchProject(ctx, tx, u.project, now)
+		return u.act(action, was.facts()), touchProject(ctx, tx, u.project, now)
 	})
 	return u, err
 }

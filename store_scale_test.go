@@ -152,7 +152,7 @@ func BenchmarkScaleTokens(b *testing.B) {
 			b.Fatal(err)
 		}
 		row.projectID = p.id
-		if err := s.in.store.addToken(b.Context(), &row); err != nil {
+		if err := s.in.store.addToken(b.Context(), systemOrigin(time.Now()), &row); err != nil {
 			b.Fatal(err)
 		}
 		tokens = append(tokens, value())

@@ -3,8 +3,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"fmt"
 )
 
@@ -39,14 +41,47 @@ func (t *tokenRow) scan(row interface{ Scan(...any) error }) error {
 // addToken stores a new token of the project with id t.projectID and fills in
 // what the database decides. A project that does not exist is errNotFound; a
 // taken id or hash is errTaken.
-func (s *store) addToken(ctx context.Context, t *tokenRow) error {
-	err := s.write.QueryRowContext(ctx, `
-		INSERT INTO tokens (id, project, name, hash, expires_at, idle_expiry, max_requests, policy, created_at, updated_at)
-		SELECT ?, seq, ?, ?, ?, ?, ?, ?, ?, ? FROM projects WHERE id = ? AND deleted_at IS NULL
-		RETURNING seq, project, version`,
-		t.id, t.name, t.hash, t.expiresAt, t.idleExpiry, t.maxRequests, t.policy, t.createdAt, t.updatedAt, t.projectID).
-		Scan(&t.seq, &t.project, &t.version)
-	return found(unique(err))
+func (s *store) addToken(ctx context.Context, by origin, t *tokenRow) error {
+	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+		err := tx.QueryRowContext(ctx, `
+			INSERT INTO tokens (id, project, name, hash, expires_at, idle_expiry, max_requests, policy, created_at, updated_at)
+			SELECT ?, seq, ?, ?, ?, ?, ?, ?, ?, ? FROM projects WHERE id = ? AND deleted_at IS NULL
+			RETURNING seq, project, version`,
+			t.id, t.name, t.hash, t.expiresAt, t.idleExpiry, t.maxRequests, t.policy, t.createdAt, t.updatedAt, t.projectID).
+			Scan(&t.seq, &t.project, &t.version)
+		return t.act("token.create", nil), found(unique(err))
+	})
+}
+
+// facts are what the audit trail says of a token. Not its hashes: that one was
+// replaced is an action of its own.
+func (t *tokenRow) facts() []fact {
+	var idle *int64
+	if t.idleExpiry != nil {
+		idle = new(*t.idleExpiry / 60_000)
+	}
+	return []fact{{"name", t.name}, {"expires_at", factTime(t.expiresAt)}, {"idle_expiry_minutes", idle}, {"max_requests", t.maxRequests},
+		{"policy", json.RawMessage(t.policy)}, {"overlap_until", factTime(t.oldHashUntil)}, {"revoked_at", factTime(t.revokedAt)}}
+}
+
+// act is what happened to a token that was before, nil if it is new.
+func (t *tokenRow) act(action string, before *tokenRow) act {
+	var was []fact
+	if before != nil {
+		was = before.facts()
+	}
+	return act{action, t.id, append([]fact{{"project_id", t.projectID}}, changes(was, t.facts())...)}
+}
+
+// changeAction names a change by what it did, whoever asked for it.
+func (t *tokenRow) changeAction(before *tokenRow) string {
+	switch {
+	case t.revokedAt != nil:
+		return "token.revoke"
+	case !bytes.Equal(t.hash, before.hash):
+		return "token.rotate"
+	}
+	return "token.change"
 }
 
 // tokenByHash finds the token that a hash stands for now or stood for before
@@ -118,17 +153,18 @@ func (s *store) listTokens(ctx context.Context, f tokenFilter) ([]tokenRow, erro
 // changeToken reads a token, lets change edit it, and writes it back in one
 // transaction: all columns an admin may change, none that counts. version,
 // unless 0, must be the row's.
-func (s *store) changeToken(ctx context.Context, id string, version, now int64, change func(*tokenRow) error) (t tokenRow, err error) {
-	err = s.tx(ctx, func(tx *sql.Tx) error {
+func (s *store) changeToken(ctx context.Context, by origin, id string, version, now int64, change func(*tokenRow) error) (t tokenRow, err error) {
+	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		if err := t.scan(tx.QueryRowContext(ctx, `
 			SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.id = ?`, id)); err != nil {
-			return err
+			return act{}, err
 		}
 		if version != 0 && version != t.version {
-			return errStale
+			return act{}, errStale
 		}
+		was := t
 		if err := change(&t); err != nil {
-			return err
+			return act{}, err
 		}
 		t.version, t.updatedAt = t.version+1, now
 		_, err := tx.ExecContext(ctx, `
@@ -136,19 +172,23 @@ func (s *store) changeToken(ctx context.Context, id string, version, now int64, 
 				revoked_at = ?, max_requests = ?, policy = ?, version = ?, updated_at = ? WHERE seq = ?`,
 			t.name, t.hash, t.oldHash, t.oldHashUntil, t.expiresAt, t.idleExpiry,
 			t.revokedAt, t.maxRequests, t.policy, t.version, t.updatedAt, t.seq)
-		return unique(err)
+		return t.act(t.changeAction(&was), &was), unique(err)
 	})
 	return t, err
 }
 
 // revokeTokens revokes all of a project's tokens that are not revoked yet and
 // returns how many.
-func (s *store) revokeTokens(ctx context.Context, project string, now int64) (n int64, err error) {
-	res, err := s.write.ExecContext(ctx, `
-		UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
-		WHERE revoked_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ?2)`, now, project)
-	if err != nil {
-		return 0, fmt.Errorf("revoking tokens: %w", err)
-	}
-	return res.RowsAffected()
+func (s *store) revokeTokens(ctx context.Context, by origin, project string, now int64) (n int64, err error) {
+	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+		res, err := tx.ExecContext(ctx, `
+			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
+			WHERE revoked_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ?2)`, now, project)
+		if err != nil {
+			return act{}, fmt.Errorf("revoking tokens: %w", err)
+		}
+		n, err = res.RowsAffected()
+		return act{"project.revoke_tokens", project, []fact{{"tokens", n}}}, err
+	})
+	return n, err
 }

@@ -89,10 +89,10 @@ func (in *instance) baseURL() string {
 }
 
 func (s *server) firstKey(ctx context.Context) (secret, error) {
-	now := time.Now().UnixMilli()
-	row := &keyRow{name: "first key", role: string(roleAdmin), createdAt: now, updatedAt: now}
+	by := systemOrigin(time.Now())
+	row := &keyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
 	value := mintKey(row)
-	if err := s.store.addKey(ctx, row); err != nil {
+	if err := s.store.addKey(ctx, by, row); err != nil {
 		return nil, fmt.Errorf("storing the first management key: %w", err)
 	}
 	return value, nil
@@ -107,7 +107,7 @@ func (s *server) firstProject(ctx context.Context, name string, key secret) (sec
 	}
 	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
 		expiresAt: new(now.Add(defaultLifetime).UnixMilli())}
-	value, err := s.mintToken(&manageRequest{ctx: ctx, now: now}, token)
+	value, err := s.mintToken(ctx, systemOrigin(now), token)
 	if err != nil {
 		return nil, fmt.Errorf("storing the token: %w", err)
 	}
@@ -123,7 +123,7 @@ func (s *server) makeProject(ctx context.Context, name, policy string, key secre
 	if err := in.apply(s, up, true); err != nil {
 		return nil, nil, err
 	}
-	if err := s.store.addProject(ctx, project, up); err != nil {
+	if err := s.store.addProject(ctx, systemOrigin(time.Now()), project, up); err != nil {
 		return nil, nil, fmt.Errorf("storing the project: %w", err)
 	}
 	return project, up, nil

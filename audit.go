@@ -1,0 +1,327 @@
+// This room says what the audit trail is: what an entry holds, and how each is
+// bound to the one before it, so that a changed, removed or added entry is
+// found. Plain code: store_audit.go has the table, manage_audit.go the URL.
+package main
+
+import (
+	"bytes"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// An origin is who does something, from where and when. Who has nothing to do
+// with a request is actorSystem.
+type origin struct {
+	actor     string // a management key's id, actorEnvironment, actorSystem; "": not known
+	role      role
+	address   string
+	requestID string
+	at        int64
+}
+
+const (
+	actorEnvironment = "env"    // who holds MANAGEMENT_TOKEN
+	actorSystem      = "system" // the program itself, at a start or a command
+)
+
+func systemOrigin(now time.Time) origin { return origin{actor: actorSystem, at: now.UnixMilli()} }
+
+// What is done to stored things has an action of the form thing.verb, which
+// stands where it is stored. These are the others.
+const (
+	actionBegin        = "audit.begin"
+	actionRestore      = "database.restore"
+	actionSignIn       = "sign_in"
+	actionSignInFailed = "sign_in_failed"
+	actionSignOut      = "sign_out"
+	actionExport       = "export"
+	actionReveal       = "reveal"
+)
+
+// An act is what an entry says was done, and to which object.
+type act struct {
+	action, object string
+	detail         []fact
+}
+
+// A fact is a named value in an entry's detail. No secret may be one: what
+// prints as [secret] elsewhere does so here, but a plain string does not.
+type fact struct {
+	name  string
+	value any
+}
+
+// maxFact bounds the JSON of one value in a detail: what is longer, such as a
+// long policy, is told by its length and hash.
+const maxFact = 2 << 10
+
+// changes returns, for each fact that differs, the values before and after. A
+// fact that one side lacks is null there; nil is a thing that is not there at
+// all.
+func changes(before, after []fact) (out []fact) {
+	value := func(of []fact, name string) []byte {
+		i := slices.IndexFunc(of, func(f fact) bool { return f.name == name })
+		if i < 0 {
+			return []byte("null")
+		}
+		return factJSON(of[i].value)
+	}
+	names := after
+	if after == nil {
+		names = before
+	}
+	for _, f := range names {
+		was, is := value(before, f.name), value(after, f.name)
+		if !bytes.Equal(was, is) {
+			out = append(out, fact{f.name, [2]json.RawMessage{clipFact(was), clipFact(is)}})
+		}
+	}
+	return out
+}
+
+// factJSON is a value's JSON. What has none is a mistake of ours, which must not
+// keep a token from being revoked.
+func factJSON(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return []byte(`"?"`)
+	}
+	return b
+}
+
+// factTime and factDollars are values as /manage shows them.
+func factTime(ms *int64) any {
+	if ms == nil {
+		return nil
+	}
+	return time.UnixMilli(*ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
+}
+
+func factDollars(pico *int64) any {
+	if pico == nil {
+		return nil
+	}
+	return json.Number(formatDollars(*pico))
+}
+
+func clipFact(value []byte) []byte {
+	if len(value) <= maxFact {
+		return value
+	}
+	hash := sha256.Sum256(value)
+	return fmt.Appendf(nil, `{"bytes":%d,"sha256":"%x"}`, len(value), hash)
+}
+
+// json is the detail as an object.
+func (a *act) json() string {
+	out := []byte("{")
+	for i, f := range a.detail {
+		if i > 0 {
+			out = append(out, ',')
+		}
+		value := factJSON(f.value)
+		if len(value) > 3*maxFact { // a pair has been clipped on both sides
+			value = clipFact(value)
+		}
+		out = append(append(out, factJSON(f.name)...), ':')
+		out = append(out, value...)
+	}
+	return string(append(out, '}'))
+}
+
+// An auditEntry is a row of the trail. prev is the mac of the row before it.
+type auditEntry struct {
+	seq int64
+	origin
+	action, object, detail string
+	prev, mac              []byte
+}
+
+// An auditHead says which entry is the last. Without it, nobody could tell that
+// the last ones were removed.
+type auditHead struct {
+	seq int64
+	mac []byte
+}
+
+// String is what an operator notes elsewhere, to compare with later.
+func (h auditHead) String() string {
+	return strconv.FormatInt(h.seq, 10) + ":" + hex.EncodeToString(h.mac)
+}
+
+func parseAuditHead(s string) (h auditHead, err error) {
+	seq, mac, _ := strings.Cut(s, ":")
+	if h.seq, err = strconv.ParseInt(seq, 10, 64); err == nil {
+		h.mac, err = hex.DecodeString(mac)
+	}
+	if err != nil || h.seq < 1 || len(h.mac) != sha256.Size {
+		return auditHead{}, errors.New("an audit head looks like 57:ab12…, with 64 hexadecimal digits")
+	}
+	return h, nil
+}
+
+// An auditChain makes and checks the MACs. Its key is one of its own, random
+// and sealed with the encryption key: the chain outlives a change of that.
+type auditChain struct{ key secret }
+
+const auditKeyContext = "llm-proxy audit key v1"
+
+// newAuditChain returns a chain with a new key, and the key sealed.
+func newAuditChain(sl *sealer) (*auditChain, string, error) {
+	text := newEncryptionKey()
+	c, err := auditChainOf(text)
+	return c, base64.StdEncoding.EncodeToString(sl.seal(text, auditKeyContext)), err
+}
+
+// openAuditChain returns the chain whose key was sealed.
+func openAuditChain(sl *sealer, sealed string) (*auditChain, error) {
+	raw, err := base64.StdEncoding.DecodeString(sealed)
+	if err != nil {
+		return nil, errUnseal
+	}
+	text, err := sl.open(raw, auditKeyContext)
+	if err != nil {
+		return nil, err
+	}
+	return auditChainOf(text)
+}
+
+func auditChainOf(text secret) (*auditChain, error) {
+	key, err := hkdf.Key(sha256.New, []byte(text()), nil, "llm-proxy audit mac v1", sha256.Size)
+	if err != nil {
+		return nil, fmt.Errorf("deriving the audit key: %w", err)
+	}
+	return &auditChain{newSecret(string(key))}, nil
+}
+
+// sum is the MAC over a label, numbers and texts. Each text has its length
+// before it, so that no two lists of them are the same bytes.
+func (c *auditChain) sum(label string, numbers []int64, texts ...string) []byte {
+	var b []byte
+	for _, n := range numbers {
+		b = binary.BigEndian.AppendUint64(b, uint64(n))
+	}
+	for _, t := range append([]string{label}, texts...) {
+		b = binary.BigEndian.AppendUint64(b, uint64(len(t)))
+		b = append(b, t...)
+	}
+	m := hmac.New(sha256.New, []byte(c.key()))
+	m.Write(b)
+	return m.Sum(nil)
+}
+
+func (c *auditChain) macOf(e *auditEntry) []byte {
+	return c.sum("entry", []int64{e.seq, e.at}, e.actor, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, string(e.prev))
+}
+
+// seal writes a head as it is stored; open reads it back, and reports false for
+// what this chain's key has not made.
+func (c *auditChain) seal(h auditHead) string {
+	return h.String() + ":" + hex.EncodeToString(c.sum("head", []int64{h.seq}, string(h.mac)))
+}
+
+func (c *auditChain) open(stored string) (auditHead, bool) {
+	text := stored[:max(strings.LastIndexByte(stored, ':'), 0)]
+	h, err := parseAuditHead(text)
+	return h, err == nil && hmac.Equal([]byte(c.seal(h)), []byte(stored))
+}
+
+// next makes e the entry that follows the one that h names. noHead is where a
+// chain begins; an entry after one that is missing or altered begins anew, and
+// the break stays to be seen.
+func (c *auditChain) next(h auditHead, e *auditEntry) auditHead {
+	e.seq, e.prev = h.seq+1, h.mac
+	e.mac = c.macOf(e)
+	return auditHead{e.seq, e.mac}
+}
+
+func noHead(seq int64) auditHead { return auditHead{seq, make([]byte, sha256.Size)} }
+
+// An auditCheck goes through a trail from its first entry to its head.
+type auditCheck struct {
+	chain    *auditChain
+	last     auditHead // of the entry before
+	begin    auditEntry
+	until    int64 // at of the newest entry
+	expect   *auditHead
+	met      bool // the expected entry was there
+	problems []string
+	more     int   // problems that were too many to keep
+	first    int64 // seq of the first of them
+}
+
+const maxProblems = 20
+
+func (k *auditCheck) problem(seq int64, format string, args ...any) {
+	if len(k.problems) == 0 || seq < k.first {
+		k.first = seq
+	}
+	if len(k.problems) == maxProblems {
+		k.more++
+		return
+	}
+	k.problems = append(k.problems, fmt.Sprintf(format, args...))
+}
+
+// add looks at the next entry.
+func (k *auditCheck) add(e *auditEntry) {
+	want := k.last.seq + 1
+	if e.seq < want { // below the first: the database has no two with the same seq
+		k.problem(e.seq, "entry %d was not written by this program", e.seq)
+		return
+	}
+	if e.seq > want {
+		k.missing(want, e.seq-1)
+	}
+	if !hmac.Equal(k.chain.macOf(e), e.mac) {
+		k.problem(e.seq, "entry %d was changed, or was not written by this program", e.seq)
+	} else if e.seq == want && !hmac.Equal(e.prev, k.last.mac) {
+		k.problem(e.seq, "entry %d was not written after the entry %d that is there", e.seq, k.last.seq)
+	}
+	if k.expect != nil && e.seq == k.expect.seq {
+		k.met = hmac.Equal(e.mac, k.expect.mac)
+	}
+	if k.begin.seq == 0 {
+		k.begin = *e
+	}
+	k.last, k.until = auditHead{e.seq, e.mac}, max(k.until, e.at)
+}
+
+func (k *auditCheck) missing(from, to int64) {
+	if from == to {
+		k.problem(from, "entry %d is missing", from)
+		return
+	}
+	k.problem(from, "entries %d to %d are missing", from, to)
+}
+
+// finish compares with the head, which is ok if this program wrote it, after
+// all entries up to it have been added. beyond is the seq of the last entry that
+// there is.
+func (k *auditCheck) finish(h auditHead, ok bool, beyond int64) {
+	switch {
+	case !ok:
+		k.problem(k.last.seq+1, "the record of the last entry is missing or was changed: whether entries after %d were removed cannot be told", k.last.seq)
+	case h.seq > k.last.seq:
+		k.missing(k.last.seq+1, h.seq)
+	case !hmac.Equal(h.mac, k.last.mac):
+		k.problem(h.seq, "entry %d is not the one that was written as the last", h.seq)
+	}
+	if ok && beyond > h.seq {
+		k.problem(h.seq+1, "there are entries after %d, which was the last", h.seq)
+	}
+	if k.expect != nil && !k.met {
+		k.problem(k.expect.seq, "entry %d is not the one that was noted", k.expect.seq)
+	}
+}

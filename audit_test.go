@@ -1,0 +1,330 @@
+// Tests of the audit trail: each change leaves exactly one entry, in the same
+// transaction or not at all; what is done to the trail itself is found.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// trail returns the entries after a seq, oldest first.
+func (p *testProxy) trail(after int64) []auditEntry {
+	p.t.Helper()
+	entries, err := p.in.store.auditPage(p.t.Context(), after, 1<<62)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return entries
+}
+
+// lastEntry returns the seq of the newest entry.
+func (p *testProxy) lastEntry() int64 {
+	p.t.Helper()
+	_, _, newest, err := p.in.store.auditHead(p.t.Context(), p.in.store.chain)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return newest
+}
+
+// verifyTrail returns what is wrong with the trail.
+func (p *testProxy) verifyTrail() *auditCheck {
+	p.t.Helper()
+	k, err := p.in.store.checkAudit(p.t.Context(), p.in.store.chain, nil)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return k
+}
+
+// A mutation is a call that changes something, and what its entry must say.
+type mutation struct {
+	body, action string
+	detail       string // part of the detail
+}
+
+// mutations has each route of manageTable that is not a GET. A new one belongs
+// in here, and its store function must go through store.change; what it does
+// outside the database, through store.note before it does it.
+func mutations(fresh map[string]string) map[string]mutation {
+	return map[string]mutation{
+		"POST /manage/projects": {`{"name":"new one","openai_api_key":"sk-canary-0123456789abcdefWXYZ"}`, "project.create", `"upstream.api_key":[null,{"hint":"WXYZ"`},
+		"PATCH /manage/projects/{id}": {`{"is_active":false,"policy":{"models":["` + strings.Repeat("x", 200) + `"]}}`, "project.change",
+			`{"is_active":[true,false],"policy":[{},{"models":["xxx`},
+		"DELETE /manage/projects/{id}":                      {``, "project.delete", `{"name":"audited","tokens":1,"upstreams":1}`},
+		"POST /manage/projects/{id}/tokens/revoke":          {``, "project.revoke_tokens", `{"tokens":1}`},
+		"POST /manage/projects/{id}/upstreams":              {`{"name":"u","api_key":"sk-0123456789abcdef0123"}`, "upstream.create", `{"project_id":"` + fresh["project"] + `","name":[null,"u"]`},
+		"PATCH /manage/projects/{id}/upstreams/{upstream}":  {`{"api_key":"sk-other-0123456789abcdefWXYZ","weight":7}`, "upstream.change", `"weight":[1,7]`},
+		"DELETE /manage/projects/{id}/upstreams/{upstream}": {``, "upstream.delete", `"is_active":[true,false]`},
+		"POST /manage/tokens":                               {`{"project_id":"` + fresh["project"] + `","name":"t2","max_requests":5}`, "token.create", `"name":[null,"t2"]`},
+		"PATCH /manage/tokens/{id}":                         {`{"max_requests":9,"expires_at":null}`, "token.change", `"max_requests":[null,9]`},
+		"DELETE /manage/tokens/{id}":                        {``, "token.revoke", `"revoked_at":[null,"`},
+		"POST /manage/tokens/{id}/rotate":                   {``, "token.rotate", `"overlap_until":[null,"`},
+		"POST /manage/prices":                               {`{"match":"m1","input":"2.5","output":8}`, "price.set", `{"input":[1,2.5],"output":[null,8]}`},
+		"DELETE /manage/prices/{id}":                        {``, "price.delete", `{"match":["m1",null],"input":[1,null]}`},
+		"POST /manage/keys":                                 {`{"name":"k2","role":"viewer"}`, "key.create", `{"name":[null,"k2"],"role":[null,"viewer"]}`},
+		"PATCH /manage/keys/{id}":                           {`{"role":"admin"}`, "key.change", `{"role":["operator","admin"]}`},
+		"DELETE /manage/keys/{id}":                          {``, "key.revoke", `{"revoked_at":[null,"`},
+	}
+}
+
+// freshThings makes one of each thing, and returns their ids.
+func (p *testProxy) freshThings() map[string]string {
+	p.t.Helper()
+	var project struct {
+		ID        string
+		Upstreams []struct{ ID string }
+	}
+	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"audited","api_key":%q}`, p.provider.key), 201, &project)
+	var token, key, price struct{ ID, Token, Key string }
+	p.manage("POST", "/manage/tokens", `{"project_id":"`+project.ID+`"}`, 201, &token)
+	p.manage("POST", "/manage/keys", `{"name":"k","role":"operator"}`, 201, &key)
+	p.manage("POST", "/manage/prices", `{"match":"m1","input":1}`, 201, &price)
+	return map[string]string{"project": project.ID, "upstream": project.Upstreams[0].ID, "token": token.ID, "key": key.ID, "price": price.ID}
+}
+
+// put fills the ids of things into a pattern, and returns the id of what a
+// change of it is about.
+func put(fresh map[string]string, pattern string) (path, object string) {
+	_, path, _ = strings.Cut(pattern, " ")
+	kind, _, _ := strings.Cut(strings.TrimPrefix(path, "/manage/"), "s/")
+	object = fresh[kind]
+	path = strings.NewReplacer("{id}", object, "{upstream}", fresh["upstream"]).Replace(path)
+	if strings.HasSuffix(pattern, "{upstream}") {
+		object = fresh["upstream"]
+	}
+	return path, object
+}
+
+// managed returns everything that administrators manage, as text.
+func (p *testProxy) managed() string {
+	p.t.Helper()
+	var out strings.Builder
+	for _, table := range []string{"projects", "upstreams", "tokens", "management_keys", "prices"} {
+		rows, err := p.in.store.read.QueryContext(p.t.Context(), `SELECT * FROM `+table+` ORDER BY seq`)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		columns, err := rows.Columns()
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		values := make([]any, len(columns))
+		for i := range values {
+			values[i] = new(any)
+		}
+		for rows.Next() {
+			if err := rows.Scan(values...); err != nil {
+				p.t.Fatal(err)
+			}
+			for i := range values {
+				out.WriteString(fmt.Sprintf("%s.%s=%v ", table, columns[i], *values[i].(*any)))
+			}
+		}
+		rows.Close()
+	}
+	return out.String()
+}
+
+// TestAuditEveryChange (AD17): each route that changes something leaves exactly
+// one entry, which says who, from where, what and in which request.
+func TestAuditEveryChange(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.secrets = append(p.secrets, "sk-canary-0123456789abcdefWXYZ", "sk-other-0123456789abcdefWXYZ")
+	var keys struct{ Data []struct{ ID string } }
+	p.manage("GET", "/manage/keys", "", 200, &keys)
+	for _, rt := range p.in.manageTable() {
+		method, _, _ := strings.Cut(rt.pattern, " ")
+		before := p.lastEntry()
+		if method == "GET" {
+			continue
+		}
+		fresh := p.freshThings()
+		m, ok := mutations(fresh)[rt.pattern]
+		if !ok {
+			t.Errorf("%s is not in this test: what it does must be in the audit trail", rt.pattern)
+			continue
+		}
+		if got := len(p.trail(before)); got != 4 {
+			t.Errorf("making four things left %d entries", got)
+		}
+		before = p.lastEntry()
+		path, object := put(fresh, rt.pattern)
+		res := p.manageAs(p.adminKey, method, path, m.body)
+		entries := p.trail(before)
+		if res.status >= 300 || len(entries) != 1 {
+			t.Errorf("%s: got %d %s and %d entries", rt.pattern, res.status, res.body, len(entries))
+			continue
+		}
+		if object == "" || strings.HasSuffix(path, "/upstreams") {
+			object = between(res.body, `"id":"`, `"`)
+		}
+		e := entries[0]
+		if e.actor != keys.Data[0].ID || e.role != roleAdmin || e.address != "127.0.0.1" || e.requestID != res.header.Get("X-Request-Id") ||
+			e.action != m.action || e.object != object || time.Since(time.UnixMilli(e.at)) > time.Minute {
+			t.Errorf("%s: the entry says %+v; want %s of %s", rt.pattern, e, m.action, object)
+		}
+		if !strings.Contains(e.detail, m.detail) || !json.Valid([]byte(e.detail)) {
+			t.Errorf("%s: the detail is %s; want %s in it", rt.pattern, e.detail, m.detail)
+		}
+		// What is refused leaves none.
+		if res := p.manageAs(p.adminKey, method, path, `{"no_such":1}`); method != "DELETE" && (res.status != 400 || len(p.trail(before)) != 1) {
+			t.Errorf("%s refused: got %d and %d entries", rt.pattern, res.status, len(p.trail(before)))
+		}
+		p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+fresh["project"], "") // its name is needed again
+		p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+fresh["price"], "")
+		p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+between(res.body, `"id":"`, `"`), "")
+		if rt.pattern == "POST /manage/projects" {
+			p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+object, "")
+		}
+	}
+	if k := p.verifyTrail(); len(k.problems) > 0 || k.last.seq < 60 {
+		t.Errorf("the trail of %d entries has problems: %v", k.last.seq, k.problems)
+	}
+}
+
+// TestNoAuditNoChange (AD17): where the entry cannot be written, nothing is
+// changed, and the administrator is not told that it was.
+func TestNoAuditNoChange(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true // a trail that cannot be written is one
+	fresh := p.freshThings()
+	p.exec(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	before, entries := p.managed(), p.lastEntry()
+	for pattern, m := range mutations(fresh) {
+		method, _, _ := strings.Cut(pattern, " ")
+		path, _ := put(fresh, pattern)
+		if res := p.manageAs(p.adminKey, method, path, m.body); res.status != 500 || strings.Contains(res.body, "no room") {
+			t.Errorf("%s: got %d %s", pattern, res.status, res.body)
+		}
+		if p.managed() != before {
+			t.Fatalf("%s: something was changed", pattern)
+		}
+	}
+	p.exec(`DROP TRIGGER test_full`)
+	if p.lastEntry() != entries || len(p.verifyTrail().problems) > 0 {
+		t.Errorf("the trail: %v", p.verifyTrail().problems)
+	}
+}
+
+// exec changes the database behind the program's back.
+func (p *testProxy) exec(statements ...string) {
+	p.t.Helper()
+	for _, text := range statements {
+		if _, err := p.in.store.write.ExecContext(p.t.Context(), text); err != nil {
+			p.t.Fatalf("%v: %s", err, text)
+		}
+	}
+}
+
+// TestAuditAppendOnly: the database itself refuses to change the trail.
+func TestAuditAppendOnly(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	const row = `SELECT 2, at, 'me', role, address, request_id, action, object, detail, prev, mac FROM audit WHERE seq = 1`
+	for _, text := range []string{
+		`UPDATE audit SET actor = 'me' WHERE seq = 1`, `UPDATE audit SET seq = 100 WHERE seq = 1`, `DELETE FROM audit`, `DELETE FROM audit WHERE seq = 1`,
+		`INSERT INTO audit ` + row, `INSERT OR REPLACE INTO audit ` + row, `REPLACE INTO audit ` + row, `INSERT OR IGNORE INTO audit ` + row,
+		`UPDATE OR REPLACE audit SET seq = 2 WHERE seq = 1`, `INSERT INTO audit ` + row + ` ON CONFLICT DO UPDATE SET actor = 'me'`,
+	} {
+		if _, err := p.in.store.write.ExecContext(t.Context(), text); err == nil || !strings.Contains(err.Error(), "audit trail") {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	if k := p.verifyTrail(); len(k.problems) > 0 {
+		t.Errorf("the trail: %v", k.problems)
+	}
+}
+
+// TestAuditTampering (AD18): whoever writes to the database without the key is
+// found out, at the first entry that is not as it was; also after the program
+// has written on.
+func TestAuditTampering(t *testing.T) {
+	t.Parallel()
+	const loose = `DROP TRIGGER audit_never_changed; DROP TRIGGER audit_never_removed; DROP TRIGGER audit_at_the_end;`
+	const columns = `at, actor, role, address, request_id, action, object, detail, prev, mac`
+	for name, c := range map[string]struct {
+		do    string
+		first int64
+		says  string
+	}{
+		"actor":             {`UPDATE audit SET actor = 'key_other' WHERE seq = 5`, 5, "entry 5 was changed"},
+		"time":              {`UPDATE audit SET at = at + 1 WHERE seq = 5`, 5, "entry 5 was changed"},
+		"detail":            {`UPDATE audit SET detail = '{}' WHERE seq = 5`, 5, "entry 5 was changed"},
+		"between fields":    {`UPDATE audit SET action = action || substr(object, 1, 1), object = substr(object, 2) WHERE seq = 5`, 5, "entry 5 was changed"},
+		"its mac":           {`UPDATE audit SET mac = zeroblob(32) WHERE seq = 5`, 5, "entry 5 was changed"},
+		"every mac":         {`UPDATE audit SET mac = zeroblob(32), prev = zeroblob(32)`, 1, "entry 1 was changed"},
+		"removed":           {`DELETE FROM audit WHERE seq = 5`, 5, "entry 5 is missing"},
+		"three removed":     {`DELETE FROM audit WHERE seq IN (4, 5, 6)`, 4, "entries 4 to 6 are missing"},
+		"the first removed": {`DELETE FROM audit WHERE seq = 1`, 1, "entry 1 is missing"},
+		"the last removed":  {`DELETE FROM audit WHERE seq = (SELECT max(seq) FROM audit)`, 8, "entry 8 is missing"},
+		"all removed":       {`DELETE FROM audit`, 1, "entries 1 to 8 are missing"},
+		"swapped": {`UPDATE audit SET seq = -1 WHERE seq = 5; UPDATE audit SET seq = 5 WHERE seq = 6; UPDATE audit SET seq = 6 WHERE seq = -1`, 5,
+			"entry 5 was changed"},
+		"closed up":          {`DELETE FROM audit WHERE seq = 7; UPDATE audit SET seq = 7 WHERE seq = 8`, 7, "entry 7 was changed"},
+		"added":              {`INSERT INTO audit SELECT 9, ` + columns + ` FROM audit WHERE seq = 8`, 9, "there are entries after 8"},
+		"added below":        {`INSERT INTO audit SELECT 0, ` + columns + ` FROM audit WHERE seq = 8`, 0, "entry 0 was not written"},
+		"head removed":       {`DELETE FROM settings WHERE name = 'audit_head'`, 9, "the record of the last entry"},
+		"head moved back":    {`UPDATE settings SET value = '7' || substr(value, 2) WHERE name = 'audit_head'; DELETE FROM audit WHERE seq = 8`, 8, "the record of the last entry"},
+		"head made up":       {`UPDATE settings SET value = '7:' || hex(zeroblob(32)) || ':' || hex(zeroblob(32)) WHERE name = 'audit_head'; DELETE FROM audit WHERE seq = 8`, 8, "the record of the last entry"},
+		"nothing":            {`SELECT 1`, 0, ""},
+		"removed, head gone": {`DELETE FROM audit WHERE seq > 3; DELETE FROM settings WHERE name = 'audit_head'`, 4, "the record of the last entry"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			for i := p.lastEntry(); i < 8; i++ {
+				p.newToken(`"name":"x"`)
+			}
+			p.exec(loose, c.do)
+			k := p.verifyTrail()
+			if k.first != c.first || !strings.Contains(strings.Join(k.problems, "\n"), c.says) {
+				t.Errorf("found at %d: %q; want %d, %q", k.first, k.problems, c.first, c.says)
+			}
+			p.newToken(`"name":"after"`) // what is managed can be managed all the same
+			k = p.verifyTrail()
+			if (len(k.problems) > 0) != (c.says != "") {
+				t.Errorf("after another entry: found at %d: %q", k.first, k.problems)
+			}
+		})
+	}
+}
+
+// TestAuditKey: the trail's key is not in the database in clear, comes back
+// after a restart, and cannot be taken away without a word.
+func TestAuditKey(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	p.newToken(`"name":"after the restart"`)
+	if k := p.verifyTrail(); len(k.problems) > 0 {
+		t.Errorf("after a restart: %v", k.problems)
+	}
+	sealed, err := p.in.store.setting(t.Context(), "audit_key")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.exec(`DELETE FROM settings WHERE name = 'audit_key'`)
+	if err := p.in.store.openAudit(context.Background(), p.in.sealer, systemOrigin(time.Now())); err == nil || !strings.Contains(err.Error(), "its key was removed") {
+		t.Errorf("opening a trail without its key: %v", err)
+	}
+	other, err := newSealer([]byte("0123456789abcdef0123456789abcdef"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openAuditChain(other, sealed); err == nil {
+		t.Error("another encryption key opens it")
+	}
+	if _, err := p.in.sealer.open([]byte(sealed), keyCheckContext); err == nil {
+		t.Error("it opens as something else")
+	}
+}
