@@ -53,7 +53,9 @@ func upHeader(in http.Header) http.Header {
 	return out
 }
 
-// comesDown is the allow-list for answer headers. Keys are canonical.
+// comesDown is the allow-list for answer headers. Keys are canonical. The
+// provider's X-Ratelimit-* are not on it: they are the key's, which many tokens
+// share; the token's own stand in their place (admit.go).
 func comesDown(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
@@ -62,7 +64,7 @@ func comesDown(name string) bool {
 	case "Openai-Organization", "Openai-Project", "Anthropic-Organization-Id":
 		return false // whose account it is
 	}
-	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-") || strings.HasPrefix(name, "X-Ratelimit-")
+	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
 }
 
 // An answerWriter is the http.ResponseWriter that ReverseProxy writes to. Its
@@ -155,7 +157,12 @@ func (a *answerWriter) WriteHeader(status int) {
 // Write passes bytes of the answer on. It reports them all as written even
 // where an event is held back, so that ReverseProxy goes on.
 func (a *answerWriter) Write(p []byte) (int, error) {
-	if err := a.send(a.meter.pass(a.keys.pass(p))); err != nil {
+	rest := a.meter.pass(a.keys.pass(p))
+	a.c.watch.answered.Add(int64(len(p)))
+	if a.sse {
+		a.c.watch.output.Store(max(a.meter.counts.output, a.meter.estimateOutput()))
+	}
+	if err := a.send(rest); err != nil {
 		return 0, err
 	}
 	return len(p), nil

@@ -64,6 +64,7 @@ func mutations(fresh map[string]string) map[string]mutation {
 		"PATCH /manage/tokens/{id}":                         {`{"max_requests":9,"expires_at":null}`, "token.change", `"max_requests":[null,9]`},
 		"DELETE /manage/tokens/{id}":                        {``, "token.revoke", `"revoked_at":[null,"`},
 		"POST /manage/tokens/{id}/rotate":                   {``, "token.rotate", `"overlap_until":[null,"`},
+		"DELETE /manage/streams/{id}":                       {``, "stream.cut", `"token_id":"tok_`},
 		"POST /manage/prices":                               {`{"match":"m1","input":"2.5","output":8}`, "price.set", `{"input":[1,2.5],"output":[null,8]}`},
 		"DELETE /manage/prices/{id}":                        {``, "price.delete", `{"match":["m1",null],"input":[1,null]}`},
 		"POST /manage/keys":                                 {`{"name":"k2","role":"viewer"}`, "key.create", `{"name":[null,"k2"],"role":[null,"viewer"]}`},
@@ -84,7 +85,14 @@ func (p *testProxy) freshThings() map[string]string {
 	p.manage("POST", "/manage/tokens", `{"project_id":"`+project.ID+`"}`, 201, &token)
 	p.manage("POST", "/manage/keys", `{"name":"k","role":"operator"}`, 201, &key)
 	p.manage("POST", "/manage/prices", `{"match":"m1","input":1}`, 201, &price)
-	return map[string]string{"project": project.ID, "upstream": project.Upstreams[0].ID, "token": token.ID, "key": key.ID, "price": price.ID}
+	p.provider.answer(endless)
+	if _, err := p.stream(p.token).read(1); err != nil {
+		p.t.Fatal(err)
+	}
+	var streams struct{ Data []struct{ ID string } }
+	p.manage("GET", "/manage/streams", "", 200, &streams)
+	return map[string]string{"project": project.ID, "upstream": project.Upstreams[0].ID, "token": token.ID, "key": key.ID, "price": price.ID,
+		"stream": streams.Data[len(streams.Data)-1].ID}
 }
 
 // put fills the ids of things into a pattern, and returns the id of what a

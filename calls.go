@@ -33,6 +33,7 @@ const (
 
 // callLimits are what the watchdog holds calls to.
 type callLimits struct {
+	calls             int64 // at one time, of all tokens
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
 	readWindow        time.Duration // in each of which a request body must bring
@@ -41,9 +42,9 @@ type callLimits struct {
 	ledgerPatience    time.Duration // for a row's commit
 }
 
-// newCallLimits returns the limits for two settings and what no one sets.
-func newCallLimits(upstreamTimeout, streamIdleTimeout time.Duration) callLimits {
-	return callLimits{upstreamTimeout, streamIdleTimeout, 30 * time.Second, 1 << 10, 60 * time.Second, 5 * time.Second}
+// newCallLimits returns the limits for three settings and what no one sets.
+func newCallLimits(calls int64, upstreamTimeout, streamIdleTimeout time.Duration) callLimits {
+	return callLimits{calls, upstreamTimeout, streamIdleTimeout, 30 * time.Second, 1 << 10, 60 * time.Second, 5 * time.Second}
 }
 
 // A watch is what the watchdog sees of a call. The call's goroutine writes it,
@@ -52,6 +53,8 @@ type watch struct {
 	phase    atomic.Int32
 	since    atomic.Int64 // tick at which the phase began or last made progress
 	received atomic.Int64 // bytes of the request body so far
+	answered atomic.Int64 // bytes of the answer so far
+	output   atomic.Int64 // tokens of a streamed answer so far, as far as one can tell
 
 	windowAt    time.Time // of the watchdog alone: when the window for reading began,
 	windowBytes int64     // and what had come by then
@@ -79,6 +82,9 @@ func (rc *runningCalls) add(c *call) error {
 	defer rc.mu.Unlock()
 	if rc.draining != nil {
 		return rc.draining
+	}
+	if int64(len(rc.calls)) >= rc.limits.calls {
+		return errUnavailable("too_many_calls", errors.New("MAX_CONCURRENT_CALLS are running"))
 	}
 	rc.calls[c] = struct{}{}
 	rc.wait.Add(1)
@@ -155,6 +161,11 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 	}
 	if p := c.token.project.state.Load(); !p.active {
 		return errInactiveProject()
+	}
+	if c.admitted.Load() {
+		if l := c.hold.progress(ms, c.watch.output.Load()); l != nil {
+			return errSpent(l)
+		}
 	}
 	at := phase(c.watch.phase.Load())
 	if (at == phaseReading || c.uploading.Load()) && c.watch.tooSlow(now, c.start, &rc.limits) {
@@ -235,6 +246,12 @@ func (rc *runningCalls) isDraining() bool {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	return rc.draining != nil
+}
+
+// errSpent ends a running call whose budget was passed.
+func errSpent(l *limit) *apiError {
+	return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true, limit: l.String(),
+		msg: "The limit of " + l.String() + " is spent, and the call was ended."}
 }
 
 func errInactiveProject() *apiError {

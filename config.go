@@ -40,6 +40,7 @@ type config struct {
 	maxUploadBytes    int64
 	bodyMemory        int64
 	maxConnections    int64
+	maxCalls          int64
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
 	drainTimeout      time.Duration
@@ -101,6 +102,8 @@ func settings() []setting {
 			func(c *config, s string) (err error) { c.maxUploadBytes, err = parseSize(s, 1<<10, 1<<40); return err }},
 		{"BODY_MEMORY", "512MiB", "memory that all request bodies being handled may take together; beyond it calls get 503", false,
 			func(c *config, s string) (err error) { c.bodyMemory, err = parseSize(s, 1<<20, 1<<40); return err }},
+		{"MAX_CONCURRENT_CALLS", "10000", "calls to /v1 that may run together; beyond it new ones get 503 and Retry-After", false,
+			func(c *config, s string) (err error) { c.maxCalls, err = parseCount(s, 1, 1_000_000); return err }},
 		{"MAX_CONNECTIONS", "16384", "connections that clients may have open together; beyond it new ones are closed at once", false,
 			func(c *config, s string) (err error) { c.maxConnections, err = parseCount(s, 1, 1_000_000); return err }},
 		{"UPSTREAM_TIMEOUT", "10m", "how long a provider may take to begin its answer", false,

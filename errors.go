@@ -22,6 +22,7 @@ type apiError struct {
 	msg        string
 	retryAfter time.Duration // 0: no Retry-After
 	noRetry    bool          // tells SDKs not to try again although the status says so
+	limit      string        // the limit that refused, in words, for ledger and log
 	cause      error
 }
 

@@ -208,7 +208,7 @@ func TestAnswerHeaders(t *testing.T) {
 	}
 	slices.Sort(names)
 	want := []string{"Anthropic-Ratelimit-Tokens-Limit", "Cache-Control", "Content-Length", "Content-Type", "Date", "Openai-Processing-Ms", "Openai-Version", "Request-Id",
-		"Retry-After", "Retry-After-Ms", "X-Content-Type-Options", "X-Llm-Proxy-Request-Id", "X-Ratelimit-Remaining-Requests", "X-Request-Id", "X-Should-Retry"}
+		"Retry-After", "Retry-After-Ms", "X-Content-Type-Options", "X-Llm-Proxy-Request-Id", "X-Request-Id", "X-Should-Retry"}
 	if !slices.Equal(names, want) {
 		t.Errorf("the client got the headers %v, want %v", names, want)
 	}

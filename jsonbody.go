@@ -125,6 +125,8 @@ func wanted(to any) string {
 		return "an object of strings"
 	case *opt[json.RawMessage]:
 		return "a value"
+	case *opt[[]json.RawMessage]:
+		return "a list of objects"
 	}
 	return "of another type"
 }

@@ -83,7 +83,7 @@ func TestWitheringIsImmediate(t *testing.T) {
 				t.Errorf("the next call: got %d %s", res.status, res.body)
 			}
 			rows := p.ledger()
-			if len(rows) != 3 || rows[0].Outcome != "truncated" || rows[1].Outcome != "refused" || rows[2].Outcome != "refused" ||
+			if len(rows) != 3 || rows[0].Outcome != "truncated" || rows[1].Outcome != "truncated" || rows[2].Outcome != "refused" ||
 				rows[0].Status != 200 || rows[1].Status != test.status {
 				t.Errorf("the ledger has %+v", rows)
 			}

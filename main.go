@@ -212,12 +212,13 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	in.prices.Store(prices)
 	lost := func(r *requestRow) {
 		r.cost, r.priced, r.knownModel = prices.price("", r.model, r.counts)
+		r.knownAsked = r.knownModel
 	}
 	if in.ledger, err = openLedger(ctx, in.store, log, lost); err != nil {
 		return nil, err
 	}
 	in.registry = newRegistry(in.store, in.sealer, cfg.allowPrivate)
-	in.running = newRunningCalls(newCallLimits(cfg.upstreamTimeout, cfg.streamIdleTimeout))
+	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.endpoints = newEndpointTable()
 	in.metrics.know(in.endpoints)
 	in.transport = newTransport(cfg.allowPrivate)

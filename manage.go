@@ -72,6 +72,8 @@ func (s *server) manageTable() []manageRoute {
 		{"GET /manage/usage", roleViewer, s.getUsage},
 		{"GET /manage/requests", roleViewer, s.listRequests},
 		{"GET /manage/requests/{id}", roleViewer, s.getRequest},
+		{"GET /manage/streams", roleViewer, s.listStreams},
+		{"DELETE /manage/streams/{id}", roleOperator, s.cutStream},
 		{"GET /manage/prices", roleViewer, s.listPrices},
 		{"POST /manage/prices", roleAdmin, s.setPrice},
 		{"DELETE /manage/prices/{id}", roleAdmin, s.deletePrice},

@@ -17,6 +17,7 @@ type projectView struct {
 	Version   int64           `json:"version"`
 	CreatedAt stamp           `json:"created_at"`
 	UpdatedAt stamp           `json:"updated_at"`
+	Limits    []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one project that is read
 }
 
 type upstreamView struct {
@@ -45,7 +46,7 @@ func showUpstream(u *upstreamRow) upstreamView {
 // showProject reads the project's upstreams to go with it.
 func (s *server) showProject(r *manageRequest, p *projectRow) (projectView, error) {
 	ups, err := s.store.upstreamsOf(r.ctx, p.seq)
-	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt)}
+	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt), nil}
 	for i := range ups {
 		v.Upstreams = append(v.Upstreams, showUpstream(&ups[i]))
 	}
@@ -134,7 +135,11 @@ func (s *server) getProject(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return s.replyProject(r, 0, &p)
+	v, err := s.showProject(r, &p)
+	if err == nil {
+		v.Limits, err = s.projectLimits(r.ctx, &p, r.now.UnixMilli())
+	}
+	return &reply{0, p.version, v}, err
 }
 
 func (s *server) patchProject(r *manageRequest) (*reply, error) {

@@ -27,6 +27,7 @@ type tokenView struct {
 	Version           int64           `json:"version"`
 	CreatedAt         stamp           `json:"created_at"`
 	UpdatedAt         stamp           `json:"updated_at"`
+	Limits            []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one token that is read
 	Token             string          `json:"token,omitempty"`
 }
 
@@ -233,7 +234,11 @@ func (s *server) getToken(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{0, t.version, showToken(&t, r.now)}, nil
+	v := showToken(&t, r.now)
+	if v.Limits, err = s.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
+		return nil, err
+	}
+	return &reply{0, t.version, v}, nil
 }
 
 func (s *server) patchToken(r *manageRequest) (*reply, error) {

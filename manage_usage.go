@@ -36,12 +36,13 @@ type requestReply struct {
 	FirstByteMS      *float64    `json:"first_byte_ms"`
 	TotalMS          *float64    `json:"total_ms"`
 	Attempts         int         `json:"attempts"`
+	LimitHit         string      `json:"limit_hit"` // the limit that refused the call, or a shadow limit that would have
 }
 
 func showRequest(v *requestView) requestReply {
 	out := requestReply{requestID(v.id), stamp(v.started), v.projectID, v.tokenID, v.upstreamID, v.endpoint, v.model, v.stream, v.address,
 		v.status, v.outcome, v.errorCode, v.source, v.counts.input, v.counts.cached, v.counts.cacheWrite,
-		v.counts.output, v.counts.reasoning, nil, millis(v.firstByte), millis(v.total), v.attempts}
+		v.counts.output, v.counts.reasoning, nil, millis(v.firstByte), millis(v.total), v.attempts, v.limitHit}
 	if v.costKnown != nil {
 		out.Cost = new(dollars(*v.costKnown))
 	}
@@ -137,6 +138,7 @@ type usageReply struct {
 	Cost            dollars `json:"cost"` // of the calls whose price is known
 	UnpricedCalls   int64   `json:"unpriced_calls"`
 	EstimatedCalls  int64   `json:"estimated_calls"`
+	WouldRefuse     int64   `json:"would_refuse"` // calls that a shadow limit would have refused
 }
 
 const maxUsageRows = 10_000
@@ -202,7 +204,7 @@ func (q *usageQuery) groupBy(text string) error {
 // show leaves out what the rows are not grouped by.
 func (q *usageQuery) show(u *usageRow) usageReply {
 	v := usageReply{Calls: u.calls, InputTokens: u.input, CachedTokens: u.cached, OutputTokens: u.output, ReasoningTokens: u.reasoning,
-		Cost: dollars(u.cost), UnpricedCalls: u.unpriced, EstimatedCalls: u.estimated}
+		Cost: dollars(u.cost), UnpricedCalls: u.unpriced, EstimatedCalls: u.estimated, WouldRefuse: u.wouldRefuse}
 	if q.interval != "total" {
 		v.At = new(stamp(u.at))
 	}

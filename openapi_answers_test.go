@@ -23,8 +23,9 @@ func TestOpenAPIAnswers(t *testing.T) {
 		s.answered(method, path, res)
 		return between(res.body, `"id":"`, `"`)
 	}
-	const policies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"]}`
-	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],"stateful":true}`
+	const limits = `"addresses":["0.0.0.0/0","::/0"],"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
+	const policies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `}`
+	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `,"stateful":true}`
 	project := call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+p.provider.key+`",`+projectPolicies+`}`, 201)
 	call("GET", "/manage/projects?limit=1&name=second", "", 200)
 	path := "/manage/projects/" + project
@@ -48,6 +49,14 @@ func TestOpenAPIAnswers(t *testing.T) {
 	p.chat(`"stream":true`)
 	p.settle()
 	id := call("GET", "/manage/requests?limit=1", "", 200)
+	p.provider.answer(endless)
+	for range 2 {
+		if _, err := p.stream(p.token).read(1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	call("GET", "/manage/streams?limit=1", "", 200)
+	call("DELETE", "/manage/streams/"+call("GET", "/manage/streams", "", 200), "", 200)
 	call("GET", "/manage/requests/"+id, "", 200)
 	call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome", "", 200)
 	call("GET", "/manage/usage?interval=total", "", 200)

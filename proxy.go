@@ -27,6 +27,8 @@ type call struct {
 	anthropic  bool // errors in Anthropic's shape
 	controller *http.ResponseController
 
+	presented [32]byte // the hash of what the client presents
+
 	token   *liveToken // nil until authenticated
 	state   *tokenState
 	project *projectState
@@ -39,8 +41,12 @@ type call struct {
 	held     int64  // bytes reserved of the memory for bodies
 	stripped bool   // stream_options.include_usage was added by us
 
+	hold       hold        // what it has reserved of its limits
+	durable    bool        // a count of its must hold through a crash
+	rates      rateHeaders // what is left of its token's limits
 	upstream   *upstream
 	prices     *priceTable // as they were when the call began
+	admitted   atomic.Bool // what stands above is there for other goroutines to read
 	entry      *ledgerEntry
 	ctx        context.Context
 	cancel     context.CancelCauseFunc
@@ -76,19 +82,7 @@ func (c *call) end(why *apiError) {
 // handleV1 carries one call to the provider and back. Each step may end it;
 // none is repeated.
 func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
-	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
-	c.id = s.ids.next(c.start)
-	c.address = s.clientAddress(r)
-	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
-	c.requestID = requestID(c.id)
-	id := []string{c.requestID}
-	w.Header()["X-Llm-Proxy-Request-Id"] = id
-	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
-	if c.anthropic {
-		w.Header()["Request-Id"] = id // where that provider's SDKs look for it
-	}
-	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
-
+	c := s.newCall(w, r)
 	if err := s.identify(c, r); err != nil { // who
 		s.refuse(c, w, r, err)
 		return
@@ -104,7 +98,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 	defer func() { // after settle, which is deferred later and so runs before
 		// net/http sends what it still holds after us, out of the watchdog's sight.
 		_ = c.controller.SetWriteDeadline(time.Now().Add(s.running.limits.clientStall))
-		s.bodies.release(c.held)
+		s.releaseBody(c)
 		s.running.remove(c)
 	}()
 	if err := s.read(c, w, r); err != nil { // what
@@ -118,7 +112,8 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 	// Deferred, for a cut answer leaves ReverseProxy by a panic
 	// (http.ErrAbortHandler), and is paid for and on record all the same.
 	defer s.settle(c, r)
-	if c.state.maxRequests >= 0 {
+	c.rates.write(w.Header())
+	if c.durable {
 		// A count that must hold through a crash is committed before the
 		// provider is called. Without one, both happen at once.
 		if err := s.awaitRecord(c); err != nil {
@@ -127,6 +122,23 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	s.forward(c, w, r)
+}
+
+// newCall returns a call with an id, which all its answers carry.
+func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
+	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
+	c.id = s.ids.next(c.start)
+	c.address = s.clientAddress(r)
+	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
+	c.requestID = requestID(c.id)
+	id := []string{c.requestID}
+	w.Header()["X-Llm-Proxy-Request-Id"] = id
+	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
+	if c.anthropic {
+		w.Header()["Request-Id"] = id // where that provider's SDKs look for it
+	}
+	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
+	return c
 }
 
 func cancelable(parent context.Context) (context.Context, context.CancelCauseFunc, context.CancelFunc) {
@@ -145,6 +157,7 @@ func (s *server) identify(c *call, r *http.Request) error {
 	if !ok {
 		return errBadToken("malformed")
 	}
+	c.presented = hash
 	now := c.start.UnixMilli()
 	token, state, err := s.registry.lookup(r.Context(), hash, now)
 	if errors.Is(err, errUnknownToken) {
@@ -162,6 +175,12 @@ func (s *server) identify(c *call, r *http.Request) error {
 	}
 	if !c.project.active {
 		return errInactiveProject()
+	}
+	if !c.project.policy.allowsAddress(c.address) || !state.policy.allowsAddress(c.address) {
+		// The networks that are allowed are not named: whoever has stolen a token
+		// would learn them.
+		return &apiError{status: http.StatusForbidden, code: "address_not_allowed",
+			msg: "This token may not be used from the address " + c.address + ". Ask its administrator."}
 	}
 	if !token.hold() {
 		return s.identify(c, r) // it was evicted just now; the one loaded next has its count
@@ -202,94 +221,6 @@ func credential(h http.Header) (string, error) {
 func asCause(ctx context.Context) *apiError {
 	e, _ := errors.AsType[*apiError](context.Cause(ctx))
 	return e
-}
-
-// admit decides whether the call may be made, takes it from every limit that
-// applies, and puts it on record.
-func (s *server) admit(c *call) error {
-	if !s.ledger.healthy() {
-		return errUnavailable("ledger_unavailable", errors.New("the ledger cannot be written"))
-	}
-	if why := s.gone(); why != "" { // rows would go into a file that has no name any more
-		return errUnavailable("ledger_unavailable", errors.New(why))
-	}
-	if err := c.allowed(); err != nil {
-		return err
-	}
-	if c.upstream = c.pick(); c.upstream == nil {
-		return &apiError{status: http.StatusNotFound, code: "no_upstream", msg: "This project has no provider for this endpoint and model.", noRetry: true}
-	}
-	if c.upstream.broken != nil {
-		return errUnavailable("upstream_key_unreadable", c.upstream.broken)
-	}
-	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
-		c.body, c.stripped = withIncludeUsage(c.body, c.fields), true
-	}
-	if !c.token.reserve(c.state.maxRequests) {
-		return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true,
-			msg: "This token has used all of its " + strconv.FormatInt(c.state.maxRequests, 10) + " requests."}
-	}
-	c.prices = s.prices.Load()
-	c.entry = s.ledger.begin(&requestRow{
-		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.state.seq, endpoint: c.endpoint.name(),
-		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
-		counts: tokenCounts{input: c.inputEstimate(), output: c.fields.maxOutput * c.fields.n},
-	})
-	return nil
-}
-
-// pick chooses the upstream. An endpoint that both families of providers have
-// (the list of models) goes to the family whose SDK is asking, if it is there.
-func (c *call) pick() *upstream {
-	if c.endpoint.api != apiAny {
-		return c.project.pick(c.endpoint.api, c.fields.model)
-	}
-	family := apiOpenAI
-	if c.anthropic {
-		family = apiAnthropic
-	}
-	if u := c.project.pick(family, c.fields.model); u != nil {
-		return u
-	}
-	return c.project.pick(apiAny, c.fields.model)
-}
-
-// allowed checks the call against the policies of project and token.
-func (c *call) allowed() error {
-	e := c.endpoint
-	if e.class == classStateful && !c.project.policy.Stateful {
-		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
-			msg: "This endpoint reads or changes objects kept at the provider; the project's policy does not turn such endpoints on."}
-	}
-	if ref := c.fields.stateRef; ref != "" && !c.project.policy.Stateful {
-		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed", param: ref,
-			msg: "The field " + ref + " refers to objects kept at the provider; the project's policy does not turn those on."}
-	}
-	for _, p := range [...]*policy{&c.project.policy, &c.state.policy} {
-		if !p.allowsEndpoint(e.name(), e.pattern) {
-			return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
-				msg: "This token may not use this endpoint. It may use: " + clip(strings.Join(p.Endpoints, ", "), 500) + "."}
-		}
-		if p.Models != nil && c.fields.otherModels != "" { // the provider would choose among them
-			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: c.fields.otherModels,
-				msg: "This token is held to certain models; name one in model, and leave " + c.fields.otherModels + " out."}
-		}
-		if p.Models == nil || (c.fields.model == "" && !e.needsModel) {
-			continue
-		}
-		if c.fields.model == "" || !p.allowsModel(c.fields.model) {
-			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: "model",
-				msg: "This token may not use this model. It may use: " + clip(strings.Join(p.Models, ", "), 500) + "."}
-		}
-	}
-	return nil
-}
-
-func (c *call) inputEstimate() int64 {
-	if c.endpoint.meter == meterNone {
-		return 0
-	}
-	return estimateTokens(int64(len(c.body)))
 }
 
 // awaitRecord returns when the call's row is committed. Only then may an answer

@@ -135,10 +135,9 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing
 	for {
 		if int64(cap(buf)) > c.held {
-			if !s.bodies.reserve(int64(cap(buf)) - c.held) {
-				return nil, errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+			if err := s.holdBody(c, int64(cap(buf))); err != nil {
+				return nil, err
 			}
-			c.held = int64(cap(buf))
 		}
 		n, err := r.Body.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
@@ -159,6 +158,29 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 			buf = append(buf[:cap(buf)], 0)[:len(buf)] // grows by append's own rule
 		}
 	}
+}
+
+// holdBody makes the call hold n bytes of the memory for bodies. One token gets
+// a quarter of it, and always enough for one body of the largest size: it must
+// not be able to keep all others out.
+func (s *server) holdBody(c *call, n int64) error {
+	more := n - c.held
+	if of := c.token.bodies.Add(more); of > max(s.bodies.limit/4, s.cfg.maxBodyBytes+1) && of > n {
+		c.token.bodies.Add(-more)
+		return &apiError{status: http.StatusTooManyRequests, code: "body_memory_full", retryAfter: time.Second,
+			msg: "This token's calls hold too much memory for request bodies. Send fewer large ones at one time."}
+	}
+	if !s.bodies.reserve(more) {
+		c.token.bodies.Add(-more)
+		return errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+	}
+	c.held = n
+	return nil
+}
+
+func (s *server) releaseBody(c *call) {
+	c.token.bodies.Add(-c.held)
+	s.bodies.release(c.held)
 }
 
 // A progressReader tells the watchdog how an upload moves: while it does, the

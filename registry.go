@@ -22,6 +22,8 @@ type liveToken struct {
 	lastUsed atomic.Int64 // unix milliseconds
 	refused  atomic.Int64 // when a refusal of it was last put on record
 	running  atomic.Int64 // calls that hold it; far below 0 once it was evicted
+	bodies   atomic.Int64 // bytes of request bodies held for it
+	limits   subject      // guarded by its project's limiter
 
 	mu     sync.Mutex
 	models map[string]struct{} // names that have sums of their own
@@ -60,7 +62,8 @@ type projectState struct {
 }
 
 type liveProject struct {
-	state atomic.Pointer[projectState]
+	state   atomic.Pointer[projectState]
+	limiter limiter
 }
 
 var errUnknownToken = errors.New("unknown token")
@@ -322,6 +325,20 @@ func (g *registry) evict(now int64, settled bool) {
 			delete(g.byID, t.state.Load().id)
 		}
 	}
+}
+
+// liveToken returns a token that has been used of late, nil for any other.
+func (g *registry) liveToken(id string) *liveToken {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.byID[id]
+}
+
+// liveProject returns a project one of whose tokens was used, nil for any other.
+func (g *registry) liveProject(seq int64) *liveProject {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.projects[seq]
 }
 
 // size says how many tokens and projects are held.

@@ -72,7 +72,11 @@ func (s *server) routes() http.Handler {
 func (s *server) front(mux http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if p := r.URL.Path; strings.HasPrefix(p, "/v1/") && r.Method != http.MethodConnect {
-			s.handleV1(w, r)
+			if p == ownTokenPath { // what a token may ask about itself
+				s.handleOwnToken(w, r)
+			} else {
+				s.handleV1(w, r)
+			}
 			return
 		}
 		s.logRequest(w, r, mux)

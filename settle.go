@@ -24,7 +24,10 @@ func (s *server) settle(c *call, r *http.Request) {
 	}
 	c.measure(&row)
 	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
-	row.knownModel = (row.knownModel || row.outcome == outcomeOK) && c.token.mayName(row.model)
+	row.asked, row.limitHit, row.wouldRefuse = c.fields.model, c.hold.shadow, c.hold.shadow != ""
+	known := row.knownModel || row.outcome == outcomeOK
+	row.knownModel = known && c.token.mayName(row.model)
+	row.knownAsked = known && c.token.mayName(row.asked)
 	if row.source == usageNone {
 		row.cost, row.priced = 0, false
 	}
@@ -32,7 +35,11 @@ func (s *server) settle(c *call, r *http.Request) {
 	if c.unrecorded {
 		c.token.refund() // the ledger writes it as refused, which does not count
 	}
-	s.ledger.settle(c.entry, &row)
+	spent := spending{counted: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output, dollars: row.cost}
+	if !row.priced {
+		spent.dollars = 0 // as in the sums
+	}
+	c.hold.settle(time.Now().UnixMilli(), spent, func() { s.ledger.settle(c.entry, &row) })
 	s.metrics.call(c, &row)
 	if c.answer != nil && c.answer.sse {
 		s.metrics.streams.Add(-1)
@@ -52,6 +59,9 @@ func (c *call) verdict(r *http.Request) (outcome, string, int) {
 		return outcomeRefused, "ledger_unavailable", http.StatusServiceUnavailable
 	case c.failure != nil:
 		o := outcomeRefused
+		if c.attempts > 0 {
+			o = outcomeTruncated // the provider had it, and may bill it
+		}
 		if c.attempts > 0 && (c.failure.status == http.StatusBadGateway || c.failure.status == http.StatusGatewayTimeout) {
 			o = outcomeUpstreamError
 		}
@@ -131,7 +141,7 @@ func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos in
 func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err error) {
 	e := asAPIError(err)
 	row := requestRow{id: c.id, started: c.start.UnixMilli(), address: c.address, stream: c.fields.stream, model: c.fields.model,
-		outcome: outcomeRefused, errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1}
+		outcome: outcomeRefused, errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1, limitHit: e.limit}
 	if c.endpoint != nil {
 		row.endpoint = c.endpoint.name()
 	}
@@ -150,6 +160,13 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	}
 	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
 	c.failure = e
+	if c.token != nil {
+		l := &c.token.project.limiter
+		l.mu.Lock()
+		c.rates = c.token.rates(c.state.maxRequests, row.started)
+		l.mu.Unlock()
+	}
+	c.rates.write(w.Header())
 	writeError(w, e, c.anthropic)
 	s.metrics.call(c, &row)
 	s.logCall(c, &row)
@@ -186,6 +203,13 @@ func (s *server) logCall(c *call, row *requestRow) {
 		slog.String("outcome", string(row.outcome)))
 	if row.errorCode != "" {
 		attrs = append(attrs, slog.String("code", row.errorCode))
+	}
+	if row.limitHit != "" {
+		name := "limit"
+		if row.wouldRefuse {
+			name = "shadow_limit"
+		}
+		attrs = append(attrs, slog.String(name, row.limitHit))
 	}
 	if c.token != nil {
 		attrs = append(attrs, slog.String("token", c.state.id), slog.String("project", c.project.id))

@@ -279,7 +279,7 @@ func TestTrickledUpload(t *testing.T) {
 		"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n--b\r\n", p.token)
 	waitFor(t, "the upload", func() bool { return p.running(phaseProvider) == 1 })
 	p.released()
-	if row := p.lastCall(); row.ErrorCode != "request_too_slow" || row.Outcome != "refused" {
+	if row := p.lastCall(); row.ErrorCode != "request_too_slow" || row.Outcome != "truncated" {
 		t.Errorf("the ledger has %+v", row)
 	}
 }

@@ -33,7 +33,7 @@ func ledgerTexts() [ledgerStatements]string {
 		stmtSettle: `
 			UPDATE requests SET upstream = ?, model = ?, status = ?, outcome = ?, error_code = ?, usage_source = ?,
 				input_tokens = ?, cached_tokens = ?, cache_write_tokens = ?, output_tokens = ?, reasoning_tokens = ?,
-				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?
+				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?, limit_hit = ?
 			WHERE id = ?`,
 		stmtSettleOK: `
 			UPDATE requests SET model = ?, status = 200, outcome = 'ok', usage_source = 'exact', input_tokens = ?, output_tokens = ?,
@@ -42,8 +42,8 @@ func ledgerTexts() [ledgerStatements]string {
 		stmtRecord: `
 			INSERT INTO requests (upstream, model, status, outcome, error_code, usage_source,
 				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-				cost, first_byte_us, total_us, attempts, cache, id, project, token, endpoint, stream, address)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				cost, first_byte_us, total_us, attempts, cache, limit_hit, id, project, token, endpoint, stream, address)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtSum:      sumStatement,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
 		stmtCommit:   `COMMIT`,
@@ -210,12 +210,12 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 func (r *requestRow) settlement() []driver.Value {
 	return []driver.Value{r.upstream, r.model, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 		r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
-		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.id}
+		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.id}
 }
 
 // ordinary reports whether all that settling changes in the row is what a plain
 // successful call changes. Most are such, and each column costs.
 func (r *requestRow) ordinary() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == ""
+		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == "" && r.limitHit == ""
 }

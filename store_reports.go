@@ -21,7 +21,7 @@ type requestView struct {
 
 const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''), r.endpoint, r.model, r.stream, r.address,
 	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
-	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache`
+	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit`
 
 const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
@@ -29,7 +29,7 @@ const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.projec
 func (v *requestView) scan(row interface{ Scan(...any) error }) error {
 	return found(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
-		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache))
+		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit))
 }
 
 func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
@@ -165,7 +165,7 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 // grain to read.
 func (q *usageQuery) statement() (text, grain string) {
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
-			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(total_us)
+			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us)
 		FROM usage_sums WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ? `
 	if grain = "day"; q.interval == "hour" {
 		grain = "hour"
@@ -216,7 +216,7 @@ func (q *usageQuery) addUp(st *sql.Stmt, grain string, sc *usageScope, p period,
 		var at int64
 		var model, endpoint, outcome string
 		if err := rows.Scan(&at, &model, &endpoint, &outcome, &v.calls, &v.input, &v.cached, &v.output, &v.reasoning,
-			&v.cost, &v.unpriced, &v.estimated, &v.totalUS); err != nil {
+			&v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS); err != nil {
 			return err
 		}
 		k := base

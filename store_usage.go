@@ -34,7 +34,11 @@ type requestRow struct {
 	totalUS     int64
 	attempts    int
 	cache       string
-	knownModel  bool // the model may name a sum of its own (see sumModel)
+	limitHit    string // the limit that refused the call, or a shadow limit that would have
+	wouldRefuse bool   // it is a shadow limit
+	asked       string // the model asked for
+	knownModel  bool   // the model may name a sum of its own (see sumModel)
+	knownAsked  bool   // so may the model asked for
 }
 
 // An outcome says how a call ended, as the ledger writes it.
@@ -56,6 +60,7 @@ type sumKey struct {
 	started         int64 // cut to the grain by the caller
 	model, endpoint string
 	outcome         outcome
+	asked           string
 }
 
 // billedUnseen reports whether a provider charges for a call of an endpoint whose
@@ -68,6 +73,7 @@ func billedUnseen(endpoint string) bool {
 type sum struct {
 	calls, input, cached, output, reasoning int64
 	cost, unpriced, estimated, totalUS      int64
+	wouldRefuse                             int64
 }
 
 func (s *sum) add(r *requestRow) {
@@ -84,18 +90,22 @@ func (s *sum) add(r *requestRow) {
 	if r.source == usageEstimated {
 		s.estimated++
 	}
+	if r.wouldRefuse {
+		s.wouldRefuse++
+	}
 	s.totalUS += r.totalUS
 }
 
 const sumStatement = `
-	INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome,
-		calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, total_us)
-	VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+	INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked,
+		calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us)
+	VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 	ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,
 		input_tokens = input_tokens + excluded.input_tokens, cached_tokens = cached_tokens + excluded.cached_tokens,
 		output_tokens = output_tokens + excluded.output_tokens, reasoning_tokens = reasoning_tokens + excluded.reasoning_tokens,
 		cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
-		estimated_calls = estimated_calls + excluded.estimated_calls, total_us = total_us + excluded.total_us`
+		estimated_calls = estimated_calls + excluded.estimated_calls, would_refuse = would_refuse + excluded.would_refuse,
+		total_us = total_us + excluded.total_us`
 
 func nullUnless(ok bool, v int64) any {
 	if ok {
@@ -113,13 +123,24 @@ func (r *requestRow) sumModel() string {
 	return ""
 }
 
+// askedOther stands in sums for models asked for that are not kept apart.
+const askedOther = "*"
+
+// sumAsked is the model asked for, under the same rule.
+func (r *requestRow) sumAsked() string {
+	if r.knownAsked || r.asked == "" {
+		return r.asked
+	}
+	return askedOther
+}
+
 const (
 	hourMS = 3_600_000
 	dayMS  = 24 * hourMS
 )
 
 func addSum(sums map[sumKey]*sum, r *requestRow) {
-	k := sumKey{r.token, r.project, r.started - r.started%hourMS, r.sumModel(), r.endpoint, r.outcome}
+	k := sumKey{r.token, r.project, r.started - r.started%hourMS, r.sumModel(), r.endpoint, r.outcome, r.sumAsked()}
 	v := sums[k]
 	if v == nil {
 		v = &sum{}
@@ -140,8 +161,8 @@ func writeSum(k sumKey, v *sum, exec func(...driver.Value) error) error {
 	}{
 		{"hour", k.token, k.started, k}, {"hour", 0, k.started, k}, {"day", k.token, day, k}, {"day", 0, day, k}, {"token", k.token, day, whole},
 	} {
-		if err := exec(to.grain, to.token, to.at, k.project, to.k.model, to.k.endpoint, string(to.k.outcome),
-			v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated, v.totalUS); err != nil {
+		if err := exec(to.grain, to.token, to.at, k.project, to.k.model, to.k.endpoint, string(to.k.outcome), to.k.asked,
+			v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated, v.wouldRefuse, v.totalUS); err != nil {
 			return fmt.Errorf("adding to the sums: %w", err)
 		}
 	}
@@ -169,6 +190,7 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 				&r.counts.input, &r.counts.output); err != nil {
 				return fmt.Errorf("reading open rows: %w", err)
 			}
+			r.asked = r.model // nobody knows which one would have answered
 			finish(r)
 			addSum(sums, r)
 			lost = append(lost, r)
@@ -269,5 +291,6 @@ func (s *sum) merge(o sum) {
 	s.cost += o.cost
 	s.unpriced += o.unpriced
 	s.estimated += o.estimated
+	s.wouldRefuse += o.wouldRefuse
 	s.totalUS += o.totalUS
 }
