@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -119,11 +120,15 @@ func (p *program) config() (*config, error) {
 // A build is what this binary was made from.
 type build struct{ version, revision, goVersion string }
 
+// linkedVersion is the version, where the linker was told one (Dockerfile): a build
+// without the repository knows none. Nothing else writes it.
+var linkedVersion string
+
 func buildFacts() build {
-	b := build{version: "devel"}
+	b := build{version: cmp.Or(linkedVersion, "devel")}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		b.goVersion = info.GoVersion
-		if info.Main.Version != "" && info.Main.Version != "(devel)" {
+		if linkedVersion == "" && info.Main.Version != "" && info.Main.Version != "(devel)" {
 			b.version = info.Main.Version
 		}
 		for _, s := range info.Settings {

@@ -137,6 +137,19 @@ func (m *metrics) showCalls(t *metricsText, table *endpointTable) {
 			}
 		}
 	})
+	t.about("errors_total", "counter", "Calls that did not go well, by whose trouble it was.")
+	for c, class := range countedClasses {
+		if class == classNone {
+			continue
+		}
+		var sum int64
+		m.eachEndpoint(table, func(_ string, em *endpointMetrics) {
+			for o := range countedOutcomes {
+				sum += em.calls[o][c].Load()
+			}
+		})
+		t.int(sum, "class", string(class))
+	}
 	show := func(name, help string, of func(*endpointMetrics) *histogram) {
 		t.about(name, "histogram", help)
 		m.eachEndpoint(table, func(name string, em *endpointMetrics) {
@@ -216,9 +229,8 @@ func (m *metrics) showSeries(t *metricsText) {
 	ups, tried := m.upstreams.list(func(a, b upstreamKey) int { return cmp.Compare(a.upstream, b.upstream) })
 	for i, k := range ups {
 		for how, name := range attemptNames {
-			if n := tried[i].attempts[how].Load(); n > 0 {
-				t.int(n, "upstream", k.upstream, "provider", k.provider, "result", name)
-			}
+			// Zeros too: what has never failed must be seen to fail for the first time.
+			t.int(tried[i].attempts[how].Load(), "upstream", k.upstream, "provider", k.provider, "result", name)
 		}
 	}
 	t.about("http_requests_total", "counter", "Requests to anything but /v1, by route and kind of status.")

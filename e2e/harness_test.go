@@ -80,7 +80,8 @@ func newProxy(t *testing.T) *testProxy {
 	p := &testProxy{t: t, provider: newProvider(t)}
 	cmd := exec.Command(file)
 	cmd.Env = []string{"LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + filepath.Join(t.TempDir(), "data"), "MANAGEMENT_TOKEN=" + managementToken,
-		"OPENAI_API_URL=" + p.provider.server.URL, "ALLOW_PRIVATE_UPSTREAMS=true", "LOG_LEVEL=debug", "DRAIN_TIMEOUT=5s"}
+		"OPENAI_API_URL=" + p.provider.server.URL, "ALLOW_PRIVATE_UPSTREAMS=true", "LOG_LEVEL=debug", "DRAIN_TIMEOUT=5s",
+		"METRICS_ADDR=" + os.Getenv("METRICS_ADDR")}
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
