@@ -168,7 +168,7 @@ func TestDemoData(t *testing.T) {
 		"calls summed by day": `SELECT (SELECT sum(calls) FROM usage_sums WHERE grain = 'day' AND token <> 0) - (SELECT count(*) FROM requests)`,
 		"tokens summed by hour": `SELECT (SELECT sum(input_tokens + output_tokens) FROM usage_sums WHERE grain = 'hour' AND token <> 0) -
 			(SELECT sum(input_tokens + output_tokens) FROM requests)`,
-		"cost":               `SELECT (SELECT sum(cost) FROM usage_sums WHERE grain = 'day' AND token = 0) - (SELECT sum(cost) FROM requests)`,
+		"cost":               `SELECT (SELECT sum(cost) FROM usage_sums WHERE grain = 'day' AND token = 0 AND project <> 0) - (SELECT sum(cost) FROM requests)`,
 		"rows in the future": `SELECT count(*) FROM requests WHERE started_at > unixepoch() * 1000`,
 		"calls before their token, or after its end": `SELECT count(*) FROM requests r JOIN tokens t ON t.seq = r.token WHERE r.started_at < t.created_at
 			OR r.outcome <> 'refused' AND (r.started_at > t.expires_at OR r.started_at > t.revoked_at)`,

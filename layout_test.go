@@ -47,7 +47,7 @@ func TestLayoutImports(t *testing.T) {
 	t.Parallel()
 	only := map[string][]string{
 		"database/sql":           {"store*.go"},
-		"database/sql/driver":    {"store_ledger.go", "store_usage.go"},
+		"database/sql/driver":    {"store_ledger.go", "store_usage.go", "store_hours.go"},
 		"modernc.org/sqlite":     {"store.go"},
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
@@ -61,7 +61,7 @@ func TestLayoutImports(t *testing.T) {
 		"runtime/metrics":        {"metrics_show.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
-	plain := []string{"usage*.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "audit.go", "metrics.go", "errorclass.go"}
+	plain := []string{"usage*.go", "latency.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "audit.go", "metrics.go", "errorclass.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
 	for name, file := range sources(t, token.NewFileSet(), parser.ImportsOnly) {

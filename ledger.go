@@ -382,7 +382,8 @@ func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest 
 		}
 		l.forget(ctx, func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-retention)), 200) })
 		if now.Sub(sumsForgotten) >= time.Hour &&
-			l.forget(ctx, func() (int64, error) { return l.store.forgetSums(ctx, now.Add(-hourSumsKept).UnixMilli(), 20) }) {
+			l.forget(ctx, func() (int64, error) { return l.store.forgetSums(ctx, now.Add(-hourSumsKept).UnixMilli(), 20) }) &&
+			l.forget(ctx, func() (int64, error) { return l.store.forgetHours(ctx, now.Add(-hoursKept).UnixMilli(), 20) }) {
 			sumsForgotten = now // no hour ends before the next one
 		}
 	}
@@ -391,6 +392,10 @@ func (l *ledger) keepHouse(ctx context.Context, retention time.Duration, oldest 
 // hourSumsKept is how long sums by hour and token are kept; those by day, and
 // those of whole projects, stay.
 const hourSumsKept = 100 * 24 * time.Hour
+
+// hoursKept is how long the hours of projects are kept: the dashboard's longest
+// period, and the one before it.
+const hoursKept = 190 * 24 * time.Hour
 
 // forget lets rows go in steps until step says that none are left, or for so
 // many steps that the next tick should go on. It reports whether none are left.

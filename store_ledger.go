@@ -18,6 +18,7 @@ const (
 	stmtSettleOK
 	stmtRecord
 	stmtSum
+	stmtHour
 	stmtBeginTx
 	stmtCommit
 	stmtRollback
@@ -45,6 +46,7 @@ func ledgerTexts() [ledgerStatements]string {
 				cost, first_byte_us, total_us, attempts, cache, limit_hit, id, project, token, endpoint, stream, address)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtSum:      sumStatement,
+		stmtHour:     hourStatement,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
 		stmtCommit:   `COMMIT`,
 		stmtRollback: `ROLLBACK`,
@@ -57,7 +59,7 @@ type ledgerWriter struct {
 	store *store
 	conn  driver.Conn // the statements are of this one; database/sql may open another
 	stmts [ledgerStatements]driver.StmtExecContext
-	args  [24]driver.NamedValue
+	args  [2 + hourColumns]driver.NamedValue // hourStatement has the most
 }
 
 func (s *store) newLedgerWriter() *ledgerWriter {
@@ -192,18 +194,16 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 			return fmt.Errorf("counting calls: %w", err)
 		}
 	}
-	sums := map[sumKey]*sum{}
+	sums := newTally()
 	for _, rows := range [...][]*requestRow{b.settles, b.records, b.sums} {
 		for _, r := range rows {
-			addSum(sums, r)
+			sums.add(r)
 		}
 	}
-	for k, v := range sums {
-		if err := writeSum(k, v, func(values ...driver.Value) error { return w.exec(ctx, stmtSum, values...) }); err != nil {
-			return err
-		}
+	exec := func(stmt int) func(...driver.Value) error {
+		return func(values ...driver.Value) error { return w.exec(ctx, stmt, values...) }
 	}
-	return nil
+	return sums.write(exec(stmtSum), exec(stmtHour))
 }
 
 // settlement returns the values that settle and record share.

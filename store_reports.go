@@ -181,8 +181,8 @@ func (q *usageQuery) statement() (text, grain string) {
 	case q.byModel:
 		return `SELECT 0, model, '', '', ` + sums + `GROUP BY model`, grain
 	}
-	if grain == "day" && (q.byToken || q.token != "") {
-		grain = "token"
+	if grain == "day" {
+		grain = "token" // over all models; token 0 is all of the project's
 	}
 	if timed {
 		return `SELECT at, '', '', '', ` + sums + `GROUP BY at`, grain

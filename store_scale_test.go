@@ -250,7 +250,7 @@ func BenchmarkScaleUsage(b *testing.B) {
 		SELECT 'day', token, at - at % 86400000, project, model, endpoint, outcome, `+sums+` FROM usage_sums WHERE grain = 'hour'
 		GROUP BY token, at - at % 86400000, project, model, endpoint, outcome`,
 		`INSERT INTO usage_sums `+columns+`
-		SELECT 'token', token, at, project, '', '', '', `+sums+` FROM usage_sums WHERE grain = 'day' AND token <> 0 GROUP BY token, at, project`)
+		SELECT 'token', token, at, project, '', '', '', `+sums+` FROM usage_sums WHERE grain = 'day' GROUP BY token, at, project`)
 	rows, err := s.in.store.read.QueryContext(b.Context(), `SELECT grain, token <> 0, count(*), sum(calls) FROM usage_sums GROUP BY 1, 2`)
 	if err != nil {
 		b.Fatal(err)

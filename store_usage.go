@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"fmt"
+	"maps"
 	"strings"
 )
 
@@ -54,10 +55,11 @@ const (
 	outcomeLost          outcome = "lost"           // the program died during the call
 )
 
-// A sumKey names one row of usage_sums but for its grain.
+// A sumKey names one row of usage_sums.
 type sumKey struct {
+	grain           string
 	token, project  int64
-	started         int64 // cut to the grain by the caller
+	started         int64 // of the hour or day
 	model, endpoint string
 	outcome         outcome
 	asked           string
@@ -139,31 +141,66 @@ const (
 	dayMS  = 24 * hourMS
 )
 
-func addSum(sums map[sumKey]*sum, r *requestRow) {
-	k := sumKey{r.token, r.project, r.started - r.started%hourMS, r.sumModel(), r.endpoint, r.outcome, r.sumAsked()}
-	v := sums[k]
-	if v == nil {
-		v = &sum{}
-		sums[k] = v
-	}
-	v.add(r)
+// A tally adds up calls for the sums and the hours of projects.
+type tally struct {
+	sums  map[sumKey]*sum // by hour, of single tokens
+	hours map[hourKey]*hourSum
 }
 
-// writeSum adds v to five rows: the hour and the day, of the token and of its
-// project, and the token's day as a whole.
-func writeSum(k sumKey, v *sum, exec func(...driver.Value) error) error {
-	day := k.started - k.started%dayMS
-	whole := sumKey{token: k.token, project: k.project, started: day}
-	for _, to := range []struct {
-		grain     string
-		token, at int64
-		k         sumKey
-	}{
-		{"hour", k.token, k.started, k}, {"hour", 0, k.started, k}, {"day", k.token, day, k}, {"day", 0, day, k}, {"token", k.token, day, whole},
-	} {
-		if err := exec(to.grain, to.token, to.at, k.project, to.k.model, to.k.endpoint, string(to.k.outcome), to.k.asked,
+func newTally() *tally { return &tally{map[sumKey]*sum{}, map[hourKey]*hourSum{}} }
+
+func (t *tally) add(r *requestRow) {
+	hour := r.started - r.started%hourMS
+	addTo(t.sums, sumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumAsked()}).add(r)
+	addTo(t.hours, hourKey{r.project, hour}).add(r)
+}
+
+func addTo[K comparable, V any](m map[K]*V, k K) *V {
+	v := m[k]
+	if v == nil {
+		v = new(V)
+		m[k] = v
+	}
+	return v
+}
+
+func (k sumKey) of(grain string, at int64) sumKey {
+	k.grain, k.started = grain, at
+	return k
+}
+
+// all adds, to what was added up for single tokens and projects, the coarser
+// sums: each row that calls of many tokens share is written once.
+func (t *tally) all() {
+	for k, v := range maps.Clone(t.sums) {
+		day, project, everyone := k.of("day", k.started-k.started%dayMS), k, k
+		project.token = 0
+		everyone.token, everyone.project, everyone.asked = 0, 0, ""
+		for _, to := range [...]sumKey{
+			day, {grain: "token", token: k.token, project: k.project, started: day.started},
+			project, project.of("day", day.started), {grain: "token", project: k.project, started: day.started},
+			everyone, everyone.of("day", day.started),
+		} {
+			addTo(t.sums, to).merge(*v)
+		}
+	}
+	for k, v := range maps.Clone(t.hours) {
+		addTo(t.hours, hourKey{0, k.at}).merge(v)
+	}
+}
+
+// write writes what was added up, with the two statements.
+func (t *tally) write(sums, hours func(...driver.Value) error) error {
+	t.all()
+	for k, v := range t.sums {
+		if err := sums(k.grain, k.token, k.started, k.project, k.model, k.endpoint, string(k.outcome), k.asked,
 			v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated, v.wouldRefuse, v.totalUS); err != nil {
 			return fmt.Errorf("adding to the sums: %w", err)
+		}
+	}
+	for k, v := range t.hours {
+		if err := hours(v.values(k)...); err != nil {
+			return fmt.Errorf("adding to the hours: %w", err)
 		}
 	}
 	return nil
@@ -182,7 +219,7 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 			return fmt.Errorf("reading open rows: %w", err)
 		}
 		defer rows.Close()
-		sums := map[sumKey]*sum{}
+		sums := newTally()
 		var lost []*requestRow
 		for rows.Next() {
 			r := &requestRow{outcome: outcomeLost, errorCode: "process_died", source: usageEstimated, firstByteUS: -1}
@@ -192,7 +229,7 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 			}
 			r.asked = r.model // nobody knows which one would have answered
 			finish(r)
-			addSum(sums, r)
+			sums.add(r)
 			lost = append(lost, r)
 		}
 		if err := rows.Err(); err != nil {
@@ -206,25 +243,17 @@ func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish f
 			}
 			n, next = n+1, r.id+1
 		}
-		st, err := tx.PrepareContext(ctx, sumStatement)
-		if err != nil {
-			return fmt.Errorf("preparing sums: %w", err)
-		}
-		defer st.Close()
-		exec := func(values ...driver.Value) error {
-			args := make([]any, len(values))
-			for i, v := range values {
-				args[i] = v
-			}
-			_, err := st.ExecContext(ctx, args...)
-			return err
-		}
-		for k, v := range sums {
-			if err := writeSum(k, v, exec); err != nil {
+		exec := func(text string) func(...driver.Value) error {
+			return func(values ...driver.Value) error {
+				args := make([]any, len(values))
+				for i, v := range values {
+					args[i] = v
+				}
+				_, err := tx.ExecContext(ctx, text, args...)
 				return err
 			}
 		}
-		return nil
+		return sums.write(exec(sumStatement), exec(hourStatement))
 	})
 	return n, next, err
 }
