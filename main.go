@@ -235,6 +235,9 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	}
 	in.ids = newIDSource(last)
 	in.throttle = &failures{}
+	if in.pages, err = newPageSet(); err != nil {
+		return nil, err
+	}
 	in.gone = in.dir.gone
 	in.diskUse = func(ctx context.Context) (diskUse, error) { return in.dir.use(ctx, in.store) }
 	in.startWorkers()

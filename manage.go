@@ -159,7 +159,7 @@ func (s *server) manageHandler(rt manageRoute) http.Handler {
 }
 
 func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*reply, error) {
-	who, err := s.authenticateManager(r)
+	who, err := s.authenticateManager(w, r)
 	if err != nil {
 		return nil, err
 	}
@@ -235,9 +235,8 @@ func manageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 }
 
 // authenticateManager finds out whose management key the request presents.
-func (s *server) authenticateManager(r *http.Request) (actor, error) {
-	denied := &apiError{status: http.StatusUnauthorized, code: "invalid_management_key",
-		msg: "A valid management key is needed: Authorization: Bearer <key>."}
+func (s *server) authenticateManager(w http.ResponseWriter, r *http.Request) (actor, error) {
+	denied := errNoManager()
 	values := r.Header["Authorization"]
 	if len(values) != 1 {
 		return actor{}, denied
@@ -246,20 +245,34 @@ func (s *server) authenticateManager(r *http.Request) (actor, error) {
 	if !strings.EqualFold(scheme, "Bearer") {
 		return actor{}, denied
 	}
-	who, err := s.manager(r.Context(), presented, time.Now())
+	now := time.Now()
+	return s.present(r.Context(), s.originOf(w, r, actor{}, now), presented, now)
+}
+
+// present returns who holds the management key that by presents, or why it is
+// refused.
+func (s *server) present(ctx context.Context, by origin, presented string, now time.Time) (actor, error) {
+	who, err := s.manager(ctx, presented, now)
 	if !errors.Is(err, errNotFound) {
 		return who, err
 	}
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
-	address := s.clientAddress(r)
-	if wait := s.throttle.blocked(address, time.Now()); wait > 0 {
+	if wait := s.throttle.blocked(by.address, now); wait > 0 {
 		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
 			msg: "Too many wrong management keys from this address."}
 	}
-	s.throttle.add(address, time.Now())
-	return actor{}, denied
+	s.throttle.add(by.address, now)
+	return actor{}, errNoManager()
 }
+
+func errNoManager() *apiError {
+	return &apiError{status: http.StatusUnauthorized, code: "invalid_management_key",
+		msg: "A valid management key is needed: Authorization: Bearer <key>."}
+}
+
+// environmentActor is who holds MANAGEMENT_TOKEN.
+func environmentActor() actor { return actor{actorEnvironment, "MANAGEMENT_TOKEN", roleAdmin} }
 
 // manager returns who holds a management key, or errNotFound.
 func (s *server) manager(ctx context.Context, presented string, now time.Time) (actor, error) {
@@ -267,7 +280,7 @@ func (s *server) manager(ctx context.Context, presented string, now time.Time) (
 		// Hashes are compared: equal lengths, and no clue in the time taken.
 		want, got := sha256.Sum256([]byte(s.cfg.managementToken())), sha256.Sum256([]byte(presented))
 		if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
-			return actor{actorEnvironment, "MANAGEMENT_TOKEN", roleAdmin}, nil
+			return environmentActor(), nil
 		}
 	}
 	hash, _, ok := hashCredential(keyPrefix, presented)
@@ -286,21 +299,23 @@ func (s *server) manager(ctx context.Context, presented string, now time.Time) (
 	return actor{key.id, key.name, role(key.role)}, nil
 }
 
-// writeManageError turns what a handler returned into what the client is told.
-func (s *server) writeManageError(w http.ResponseWriter, r *http.Request, err error) {
-	var e *apiError
+// manageError turns what a handler returned into what its caller is told.
+func manageError(err error) *apiError {
 	switch {
 	case errors.Is(err, errNotFound):
-		e = &apiError{status: http.StatusNotFound, code: "not_found", msg: "There is no such thing, or it was deleted."}
+		return &apiError{status: http.StatusNotFound, code: "not_found", msg: "There is no such thing, or it was deleted."}
 	case errors.Is(err, errStale):
-		e = &apiError{status: http.StatusPreconditionFailed, code: "stale_version", msg: "It was changed since it was read. Read it again, then repeat the change."}
+		return &apiError{status: http.StatusPreconditionFailed, code: "stale_version", msg: "It was changed since it was read. Read it again, then repeat the change."}
 	case errors.Is(err, errTaken):
-		e = &apiError{status: http.StatusBadRequest, code: "name_taken", param: "name", msg: "This name is taken."}
+		return &apiError{status: http.StatusBadRequest, code: "name_taken", param: "name", msg: "This name is taken."}
 	case isTrouble(err):
-		e = errUnavailable("store_unavailable", err)
-	default:
-		e = asAPIError(err)
+		return errUnavailable("store_unavailable", err)
 	}
+	return asAPIError(err)
+}
+
+func (s *server) writeManageError(w http.ResponseWriter, r *http.Request, err error) {
+	e := manageError(err)
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}

@@ -98,7 +98,7 @@ func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
 
 // handleKeyedMetrics asks for a management key first, of any role.
 func (s *server) handleKeyedMetrics(w http.ResponseWriter, r *http.Request) {
-	if _, err := s.authenticateManager(r); err != nil {
+	if _, err := s.authenticateManager(w, r); err != nil {
 		s.writeManageError(w, r, err)
 		return
 	}

@@ -36,6 +36,7 @@ type server struct {
 	gone      func() string // says what is wrong with the database file, "" if nothing
 	throttle  *failures     // of wrong management keys
 	writable  writeCheck
+	pages     *pageSet  // the templates of /admin
 	strangers lineLimit // of log lines about callers without a key
 	metrics   *metrics
 	showing   sync.Mutex // held while a page of metrics is written
@@ -50,7 +51,7 @@ type server struct {
 const writeTimeout = time.Minute
 
 // routes is every URL of the program. /v1 takes tokens only, /manage management
-// keys only.
+// keys only, /admin sessions only.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", s.handleHome)                                      // open: one line of text
@@ -58,6 +59,8 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("GET /readyz", s.handleReady)                                  // open: calls would be taken
 	mux.Handle("/manage/", s.protect(s.manageRoutes()))                           // a management key, by role: manage.go
 	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleKeyedMetrics))) // a management key of any role; open on METRICS_ADDR
+	mux.Handle("/admin/", s.adminRoutes())                                        // a session, by role: admin.go
+	mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
 	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
 		mux.Handle(open, wrongMethod("GET"))
 	}
@@ -153,7 +156,7 @@ func (w *statusWriter) Write(b []byte) (int, error) {
 
 func (s *server) handleHome(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	_, _ = w.Write([]byte("llm-proxy. Clients use /v1, administrators /manage.\n"))
+	_, _ = w.Write([]byte("llm-proxy. Clients use /v1, administrators /admin (pages) and /manage (JSON).\n"))
 }
 
 // handleHealth says that the process answers, whatever else may be wrong.

@@ -1,0 +1,397 @@
+// This room is the door of /admin, the web pages for administrators: who may
+// enter, which role each page needs, what guards the pages against other web
+// sites, and how an answer is written. The pages stand in admin_*.go; each takes
+// a request that has been let in and returns a page or an error. They read and
+// change things through the handlers of /manage, so that one set of rules holds.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"mime"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// An adminRoute is one URL of /admin, the least role it needs ("": nobody has to
+// be signed in) and what answers it. A GET changes nothing.
+type adminRoute struct {
+	pattern string
+	need    role
+	handle  func(*pageRequest) (*page, error)
+}
+
+// adminTable is every URL of /admin but the static files.
+func (s *server) adminTable() []adminRoute {
+	return []adminRoute{
+		{"GET /admin/sign-in", "", s.signInPage},
+		{"POST /admin/sign-in", "", s.signIn},
+		{"POST /admin/sign-out", roleViewer, s.signOut},
+		{"POST /admin/sign-out-everywhere", roleViewer, s.signOutEverywhere},
+		{"GET /admin/{$}", roleViewer, s.adminHome},
+		{"GET /admin/account", roleViewer, s.accountPage},
+		{"GET /admin/projects", roleViewer, s.projectsPage},
+	}
+}
+
+// adminNav is the navigation, in order.
+func adminNav() []navItem {
+	return []navItem{
+		{Title: "Projects", Path: "/admin/projects", need: roleViewer},
+	}
+}
+
+// A navItem is a link of the navigation and the role that sees it.
+type navItem struct {
+	Title, Path string
+	need        role
+	Here        bool
+}
+
+// A pageRequest is a request for a page that has been let in. What it embeds
+// makes it fit for the handlers of /manage; see with and asking.
+type pageRequest struct {
+	*manageRequest
+	form    url.Values // of a POST; nil else
+	session *sessionRow
+	secure  bool // the browser came over TLS
+}
+
+// with returns a request for a handler of /manage, with a JSON body of fields.
+func (r *pageRequest) with(fields map[string]any) *manageRequest {
+	m := *r.manageRequest
+	m.query = url.Values{}
+	body, err := json.Marshal(fields)
+	if err != nil { // cannot be: strings, numbers, lists and maps of them
+		body = []byte("null")
+	}
+	m.body = body
+	return &m
+}
+
+// asking returns a request for a handler of /manage that has a query: pairs of
+// name and value, of which those without a value are left out.
+func (r *pageRequest) asking(pairs ...string) *manageRequest {
+	m := *r.manageRequest
+	m.query, m.body = url.Values{}, nil
+	for i := 0; i < len(pairs); i += 2 {
+		if pairs[i+1] != "" {
+			m.query.Set(pairs[i], pairs[i+1])
+		}
+	}
+	return &m
+}
+
+// nextPage returns the address of a list's next page: this one's, with another
+// place to go on from; "" if there is none.
+func (r *pageRequest) nextPage(after string) string {
+	if after == "" {
+		return ""
+	}
+	q := maps.Clone(r.query)
+	q.Set("after", after)
+	q.Del("done")
+	return r.http.URL.Path + "?" + q.Encode()
+}
+
+// can reports whether who asks has at least a role.
+func (r *pageRequest) can(need role) bool { return r.actor.role.rank() >= need.rank() }
+
+// A page is what a handler answers with: a template and its data, or a place to
+// go on to, or an answer that is no page.
+type page struct {
+	template string // the name of a file in templates/, without .html
+	title    string
+	status   int // 0: 200
+	data     any
+	to       string // a path of ours; the browser goes there (303)
+	cookie   *http.Cookie
+	write    func(http.ResponseWriter) error // writes an answer of its own, such as an export
+}
+
+// goTo is the answer to a form that was carried out: the browser gets the page
+// at path anew, so that reloading it repeats nothing. done names a notice.
+func goTo(path, done string) *page {
+	if done != "" {
+		path += "?done=" + done
+	}
+	return &page{to: path}
+}
+
+// adminRoutes is /admin with all that stands in front of it.
+func (s *server) adminRoutes() http.Handler {
+	mux := http.NewServeMux()
+	known := map[string]bool{}
+	for _, rt := range s.adminTable() {
+		mux.Handle(rt.pattern, s.pageHandler(rt))
+		_, path, _ := strings.Cut(rt.pattern, " ")
+		known[path] = true
+	}
+	wrong := s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) {
+		return nil, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
+	}})
+	for path := range known {
+		mux.Handle(path, wrong)
+	}
+	mux.HandleFunc("GET /admin/static/{name}", s.handleStatic)
+	mux.Handle("/admin/", s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errNotFound }}))
+	return s.guardPages(mux)
+}
+
+// guardPages sets the headers that every answer has, and refuses host names that
+// are not ours and requests that another site may have caused.
+func (s *server) guardPages(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		secure := s.secureRequest(r)
+		h := w.Header()
+		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "+
+			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+		h.Set("X-Frame-Options", "DENY")
+		h.Set("Cross-Origin-Opener-Policy", "same-origin")
+		h.Set("Cross-Origin-Resource-Policy", "same-origin")
+		h.Set("Permissions-Policy", "camera=(), geolocation=(), microphone=()")
+		h.Set("Referrer-Policy", "no-referrer")
+		if !secure && !isLoopbackHost(r.Host) {
+			// There browsers send no Sec-Fetch-Site, and with no-referrer they also
+			// hide the Origin of our own forms.
+			h.Set("Referrer-Policy", "same-origin")
+		}
+		switch {
+		case !s.ourHost(r.Host):
+			s.refusePage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
+				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."})
+		case r.Method != http.MethodGet && r.Method != http.MethodHead && !sameOrigin(r, secure):
+			s.refusePage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+// secureRequest reports whether the browser came over TLS: to us, or to what
+// stands before us and answers for PUBLIC_URL.
+func (s *server) secureRequest(r *http.Request) bool {
+	public := s.cfg.publicURL
+	return r.TLS != nil || public != nil && public.Scheme == "https" && strings.EqualFold(r.Host, public.Host)
+}
+
+func isLoopbackHost(hostport string) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	addr, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return host == "localhost" || err == nil && addr.IsLoopback()
+}
+
+// sameOrigin reports whether a browser says that a request comes from our own
+// pages. One that says nothing at all is not believed: every browser sends one
+// of the two with a form.
+func sameOrigin(r *http.Request, secure bool) bool {
+	if site := r.Header["Sec-Fetch-Site"]; len(site) > 0 {
+		return len(site) == 1 && (site[0] == "same-origin" || site[0] == "none")
+	}
+	scheme := "http"
+	if secure {
+		scheme = "https"
+	}
+	origin := r.Header["Origin"]
+	return len(origin) == 1 && strings.EqualFold(origin[0], scheme+"://"+r.Host)
+}
+
+// errSignIn says that somebody has to sign in first.
+var errSignIn = errors.New("not signed in")
+
+// pageHandler lets a request in, or not, and writes what its handler returns.
+func (s *server) pageHandler(rt adminRoute) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: s.secureRequest(r)}
+		err := s.letIn(rt.need, w, pr)
+		var p *page
+		if err == nil {
+			p, err = rt.handle(pr)
+		}
+		if err != nil {
+			p = s.failedPage(w, pr, err)
+		}
+		s.writePage(w, pr, p)
+	})
+}
+
+const maxForm = 1 << 20
+
+// letIn finds out who is signed in and reads the form.
+func (s *server) letIn(need role, w http.ResponseWriter, r *pageRequest) error {
+	if err := s.resume(r); err != nil {
+		return err
+	}
+	r.by = s.originOf(w, r.http, r.actor, r.now)
+	if need != "" && r.session == nil {
+		return errSignIn
+	}
+	if need != "" && !r.can(need) {
+		return &apiError{status: http.StatusForbidden, code: "role_too_low",
+			msg: "This needs the role " + string(need) + "; you are signed in with the role " + string(r.actor.role) + "."}
+	}
+	var err error
+	if r.query, err = url.ParseQuery(r.http.URL.RawQuery); err != nil {
+		return badRequest("invalid_value", "", "The address has a query that cannot be parsed.")
+	}
+	for name, values := range r.query {
+		if len(values) > 1 {
+			return badRequest("invalid_value", clip(name, 64), "The address gives "+clip(name, 64)+" twice.")
+		}
+	}
+	if r.http.Method != http.MethodPost {
+		return nil
+	}
+	r.ctx = context.WithoutCancel(r.ctx) // a change is carried through when its sender leaves
+	if why := s.gone(); why != "" {
+		return errUnavailable("store_unavailable", errors.New(why))
+	}
+	return r.readForm(w)
+}
+
+// readForm reads the body, which must be a form of ours.
+func (r *pageRequest) readForm(w http.ResponseWriter) error {
+	if t, _, err := mime.ParseMediaType(r.http.Header.Get("Content-Type")); err != nil || t != "application/x-www-form-urlencoded" {
+		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "This is not a form of these pages."}
+	}
+	r.http.Body = http.MaxBytesReader(w, r.http.Body, maxForm)
+	if err := r.http.ParseForm(); err != nil {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The form is larger than 1 MiB."}
+		}
+		return badRequest("invalid_value", "", "The form cannot be read.")
+	}
+	r.form = r.http.PostForm
+	var err error
+	if v := r.form.Get("version"); v != "" { // of what the form was made from
+		r.match, err = ifMatch([]string{v})
+	}
+	return err
+}
+
+// failedPage is the page that says what went wrong.
+func (s *server) failedPage(w http.ResponseWriter, r *pageRequest, err error) *page {
+	if errors.Is(err, errSignIn) {
+		to := "/admin/sign-in"
+		if r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/" {
+			to += "?next=" + url.QueryEscape(r.http.URL.RequestURI())
+		} else if r.http.Method == http.MethodPost {
+			to += "?done=ended"
+		}
+		return &page{to: to}
+	}
+	e := manageError(err)
+	if e.status >= 500 {
+		s.log.Error("a page failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+	}
+	title := http.StatusText(e.status)
+	if e.status == http.StatusNotFound {
+		title = "Not found"
+	}
+	return &page{template: "error", title: title, status: e.status,
+		data: errorView{title, e.msg, w.Header().Get("X-Request-Id"), e.status >= 500}}
+}
+
+// An errorView is what the page about an error shows.
+type errorView struct {
+	Title, Message, RequestID string
+	Ours                      bool
+}
+
+// refusePage answers a request that nobody has looked at yet.
+func (s *server) refusePage(w http.ResponseWriter, r *http.Request, e *apiError) {
+	pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}}
+	s.writePage(w, pr, s.failedPage(w, pr, e))
+}
+
+// A pageView is what every template sees.
+type pageView struct {
+	Title    string
+	SignedIn bool
+	Name     string // of the key that is signed in with
+	Role     role
+	Can      map[string]bool // by role: whether who is signed in has it
+	Nav      []navItem
+	Notice   string
+	Data     any
+}
+
+// writePage writes a page as a whole or, if its template fails, an error.
+func (s *server) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
+	h := w.Header()
+	if p.cookie != nil {
+		http.SetCookie(w, p.cookie)
+	}
+	switch {
+	case p.to != "":
+		h.Set("Location", p.to)
+		w.WriteHeader(http.StatusSeeOther)
+		return
+	case p.write != nil:
+		if err := p.write(w); err != nil {
+			s.log.Warn("an answer was cut", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+			panic(http.ErrAbortHandler) // the browser must see that it is not whole
+		}
+		return
+	}
+	var b bytes.Buffer
+	if err := s.pages.render(&b, p.template, s.viewOf(r, p)); err != nil {
+		s.log.Error("a page failed", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+		h.Set("Content-Type", "text/plain; charset=utf-8")
+		w.WriteHeader(http.StatusInternalServerError)
+		_, _ = w.Write([]byte("Internal error. The log has it under the request id " + h.Get("X-Request-Id") + ".\n"))
+		return
+	}
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	w.WriteHeader(max(p.status, http.StatusOK))
+	_, _ = w.Write(b.Bytes())
+}
+
+func (s *server) viewOf(r *pageRequest, p *page) *pageView {
+	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}}
+	if r.query != nil {
+		v.Notice = notice(r.query.Get("done"))
+	}
+	if r.session == nil {
+		return v
+	}
+	v.SignedIn, v.Name, v.Role = true, r.actor.name, r.actor.role
+	for _, need := range []role{roleViewer, roleOperator, roleAdmin} {
+		v.Can[string(need)] = r.can(need)
+	}
+	for _, item := range adminNav() {
+		item.Here = r.http.URL.Path == item.Path || strings.HasPrefix(r.http.URL.Path, item.Path+"/")
+		if r.can(item.need) {
+			v.Nav = append(v.Nav, item)
+		}
+	}
+	return v
+}
+
+// notice is what a page says about the form that led to it.
+func notice(done string) string {
+	switch done {
+	case "saved":
+		return "Saved."
+	case "ended":
+		return "Your session has ended. Sign in again, then repeat what you did."
+	case "signed-out":
+		return "You are signed out."
+	case "signed-out-everywhere":
+		return "All sessions of this key are ended, here and elsewhere."
+	}
+	return ""
+}
+
+// adminHome is where somebody goes who asks for nothing in particular.
+func (s *server) adminHome(*pageRequest) (*page, error) { return &page{to: "/admin/projects"}, nil }
