@@ -35,6 +35,7 @@ func (s *server) admit(c *call) error {
 	}
 	c.prices = s.prices.Load()
 	if err := s.reserve(c); err != nil {
+		c.upstream.health.release() // it may have been chosen to probe it
 		return err
 	}
 	c.admitted.Store(true)
@@ -44,22 +45,6 @@ func (s *server) admit(c *call) error {
 		counts: tokenCounts{input: c.inputEstimate(), output: c.mostOutput()},
 	})
 	return nil
-}
-
-// pick chooses the upstream. An endpoint that both families of providers have
-// (the list of models) goes to the family whose SDK is asking, if it is there.
-func (c *call) pick() *upstream {
-	if c.endpoint.api != apiAny {
-		return c.project.pick(c.endpoint.api, c.fields.model)
-	}
-	family := apiOpenAI
-	if c.anthropic {
-		family = apiAnthropic
-	}
-	if u := c.project.pick(family, c.fields.model); u != nil {
-		return u
-	}
-	return c.project.pick(apiAny, c.fields.model)
 }
 
 // allowed checks the call against the policies of project and token.

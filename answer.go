@@ -85,7 +85,7 @@ type answerWriter struct {
 }
 
 func newAnswerWriter(s *server, c *call, w http.ResponseWriter) *answerWriter {
-	return &answerWriter{s: s, c: c, w: w, header: http.Header{}, keys: keyMask{key: []byte(c.upstream.key())}}
+	return &answerWriter{s: s, c: c, w: w, header: http.Header{}}
 }
 
 func (a *answerWriter) Header() http.Header { return a.header }
@@ -94,6 +94,7 @@ func (a *answerWriter) Header() http.Header { return a.header }
 // into the client's header, and ReverseProxy keeps only what it needs to know
 // when to flush.
 func (a *answerWriter) expect(res *http.Response) {
+	a.keys.key = []byte(a.c.upstream.key())
 	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
 	encoded := res.Header.Get("Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"

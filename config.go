@@ -43,6 +43,7 @@ type config struct {
 	maxCalls          int64
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
+	firstEventTimeout time.Duration
 	drainTimeout      time.Duration
 	retention         time.Duration
 }
@@ -109,6 +110,11 @@ func settings() []setting {
 		{"UPSTREAM_TIMEOUT", "10m", "how long a provider may take to begin its answer", false,
 			func(c *config, s string) (err error) {
 				c.upstreamTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
+				return err
+			}},
+		{"FIRST_EVENT_TIMEOUT", "10s", "how long a stream's first event may take before the next upstream is tried, where there is one", false,
+			func(c *config, s string) (err error) {
+				c.firstEventTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
 				return err
 			}},
 		{"STREAM_IDLE_TIMEOUT", "5m", "how long an answer may pause before it is cut; answers have no total limit", false,

@@ -237,7 +237,7 @@ func (d *diagnosis) upstreams(ctx context.Context, st *store, sl *sealer, provid
 	for i := range rows {
 		row := &rows[i]
 		what := "upstream " + row.id + " (" + row.name + ")"
-		u := newUpstream(row, sl, d.cfg.allowPrivate)
+		u := newUpstream(row, sl, d.cfg.allowPrivate, newHealthBook())
 		switch {
 		case u.broken != nil:
 			d.fail(what, u.broken.Error(), "put it right, with its key, by PATCH /manage/projects/"+row.projectID+"/upstreams/"+row.id)

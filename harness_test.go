@@ -282,9 +282,11 @@ func chatBody(members ...string) string {
 // ledgerRow is a row of GET /manage/requests.
 type ledgerRow struct {
 	ID, Endpoint, Model, Outcome, Address string
-	ErrorCode                             string `json:"error_code"`
-	UsageSource                           string `json:"usage_source"`
-	TokenID                               string `json:"token_id"`
+	ErrorCode                             string        `json:"error_code"`
+	UsageSource                           string        `json:"usage_source"`
+	TokenID                               string        `json:"token_id"`
+	UpstreamID                            string        `json:"upstream_id"`
+	AttemptLog                            []attemptLine `json:"attempt_log"`
 	Status, Attempts                      int
 	Stream                                bool
 	InputTokens                           int64    `json:"input_tokens"`

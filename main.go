@@ -222,7 +222,10 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	if in.ledger, err = openLedger(ctx, in.store, log, lost); err != nil {
 		return nil, err
 	}
-	in.registry = newRegistry(in.store, in.sealer, cfg.allowPrivate)
+	if in.health, err = openHealth(ctx, in.store); err != nil {
+		return nil, err
+	}
+	in.registry = newRegistry(in.store, in.sealer, in.health, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.endpoints = newEndpointTable()
 	in.metrics.know(in.endpoints)
@@ -254,6 +257,7 @@ func (in *instance) startWorkers() {
 	ctx, stop := context.WithCancel(context.Background())
 	in.stop = stop
 	in.workers.Go(func() { in.running.run(ctx) })
+	in.workers.Go(func() { in.keepHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log) })
 	in.workers.Go(func() { in.ledger.keepHouse(ctx, in.cfg.retention, in.running.oldest, 10*time.Second) })
 	in.workers.Go(func() {

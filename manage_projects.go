@@ -36,11 +36,12 @@ type upstreamView struct {
 	Version       int64           `json:"version"`
 	CreatedAt     stamp           `json:"created_at"`
 	UpdatedAt     stamp           `json:"updated_at"`
+	Health        healthView      `json:"health"`
 }
 
-func showUpstream(u *upstreamRow) upstreamView {
+func (s *server) showUpstream(u *upstreamRow) upstreamView {
 	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
-		u.weight, u.priority, json.RawMessage(u.models), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt)}
+		u.weight, u.priority, json.RawMessage(u.models), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
 }
 
 // showProject reads the project's upstreams to go with it.
@@ -48,7 +49,7 @@ func (s *server) showProject(r *manageRequest, p *projectRow) (projectView, erro
 	ups, err := s.store.upstreamsOf(r.ctx, p.seq)
 	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt), nil}
 	for i := range ups {
-		v.Upstreams = append(v.Upstreams, showUpstream(&ups[i]))
+		v.Upstreams = append(v.Upstreams, s.showUpstream(&ups[i]))
 	}
 	return v, err
 }
@@ -344,7 +345,7 @@ func (s *server) listUpstreams(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, len(rows), showUpstream, func(*upstreamRow) string { return "" })}, nil
+	return &reply{body: pageOf(rows, len(rows), s.showUpstream, func(*upstreamRow) string { return "" })}, nil
 }
 
 func (s *server) createUpstream(r *manageRequest) (*reply, error) {
@@ -367,7 +368,7 @@ func (s *server) createUpstream(r *manageRequest) (*reply, error) {
 	if err := s.registry.projectChanged(r.ctx, p.seq, false); err != nil {
 		return nil, err
 	}
-	return &reply{http.StatusCreated, row.version, showUpstream(row)}, nil
+	return &reply{http.StatusCreated, row.version, s.showUpstream(row)}, nil
 }
 
 func (s *server) getUpstream(r *manageRequest) (*reply, error) {
@@ -375,7 +376,7 @@ func (s *server) getUpstream(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{0, u.version, showUpstream(&u)}, nil
+	return &reply{0, u.version, s.showUpstream(&u)}, nil
 }
 
 func (s *server) patchUpstream(r *manageRequest) (*reply, error) {
@@ -404,8 +405,9 @@ func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (boo
 	if err != nil {
 		return nil, err
 	}
+	s.health.forget(u.seq, r.now.UnixMilli())
 	if err := s.registry.projectChanged(r.ctx, u.project, false); err != nil {
 		return nil, err
 	}
-	return &reply{0, u.version, showUpstream(&u)}, nil
+	return &reply{0, u.version, s.showUpstream(&u)}, nil
 }

@@ -39,7 +39,7 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 			continue
 		}
 		out = append(out, streamView{c.requestID, stamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
-			c.project.id, c.project.name, c.state.id, c.state.name, c.upstream.id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
+			c.project.id, c.project.name, c.state.id, c.state.name, c.shown.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
 			phaseNames[c.watch.phase.Load()], c.watch.answered.Load(), c.hold.ask.input, c.watch.output.Load(), c.id})
 	}
 	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })

@@ -14,35 +14,39 @@ import (
 )
 
 type requestReply struct {
-	ID               string      `json:"id"`
-	StartedAt        stamp       `json:"started_at"`
-	ProjectID        string      `json:"project_id"`
-	TokenID          string      `json:"token_id"`
-	UpstreamID       string      `json:"upstream_id"`
-	Endpoint         string      `json:"endpoint"`
-	Model            string      `json:"model"`
-	Stream           bool        `json:"stream"`
-	Address          string      `json:"address"`
-	Status           int         `json:"status"`
-	Outcome          outcome     `json:"outcome"`
-	ErrorCode        string      `json:"error_code"`
-	UsageSource      usageSource `json:"usage_source"`
-	InputTokens      int64       `json:"input_tokens"`
-	CachedTokens     int64       `json:"cached_tokens"`
-	CacheWriteTokens int64       `json:"cache_write_tokens"`
-	OutputTokens     int64       `json:"output_tokens"`
-	ReasoningTokens  int64       `json:"reasoning_tokens"`
-	Cost             *dollars    `json:"cost"` // null: the price is not known, or nothing was billed
-	FirstByteMS      *float64    `json:"first_byte_ms"`
-	TotalMS          *float64    `json:"total_ms"`
-	Attempts         int         `json:"attempts"`
-	LimitHit         string      `json:"limit_hit"` // the limit that refused the call, or a shadow limit that would have
+	ID               string        `json:"id"`
+	StartedAt        stamp         `json:"started_at"`
+	ProjectID        string        `json:"project_id"`
+	TokenID          string        `json:"token_id"`
+	UpstreamID       string        `json:"upstream_id"`
+	Endpoint         string        `json:"endpoint"`
+	Model            string        `json:"model"`
+	Stream           bool          `json:"stream"`
+	Address          string        `json:"address"`
+	Status           int           `json:"status"`
+	Outcome          outcome       `json:"outcome"`
+	ErrorCode        string        `json:"error_code"`
+	UsageSource      usageSource   `json:"usage_source"`
+	InputTokens      int64         `json:"input_tokens"`
+	CachedTokens     int64         `json:"cached_tokens"`
+	CacheWriteTokens int64         `json:"cache_write_tokens"`
+	OutputTokens     int64         `json:"output_tokens"`
+	ReasoningTokens  int64         `json:"reasoning_tokens"`
+	Cost             *dollars      `json:"cost"` // null: the price is not known, or nothing was billed
+	FirstByteMS      *float64      `json:"first_byte_ms"`
+	TotalMS          *float64      `json:"total_ms"`
+	Attempts         int           `json:"attempts"`
+	AttemptLog       []attemptLine `json:"attempt_log"` // empty where one was enough
+	LimitHit         string        `json:"limit_hit"`   // the limit that refused the call, or a shadow limit that would have
 }
 
 func showRequest(v *requestView) requestReply {
 	out := requestReply{requestID(v.id), stamp(v.started), v.projectID, v.tokenID, v.upstreamID, v.endpoint, v.model, v.stream, v.address,
 		v.status, v.outcome, v.errorCode, v.source, v.counts.input, v.counts.cached, v.counts.cacheWrite,
-		v.counts.output, v.counts.reasoning, nil, millis(v.firstByte), millis(v.total), v.attempts, v.limitHit}
+		v.counts.output, v.counts.reasoning, nil, millis(v.firstByte), millis(v.total), v.attempts, []attemptLine{}, v.limitHit}
+	if v.attemptLog != "" {
+		_ = json.Unmarshal([]byte(v.attemptLog), &out.AttemptLog) // what we wrote; else the list stays empty
+	}
 	if v.costKnown != nil {
 		out.Cost = new(dollars(*v.costKnown))
 	}

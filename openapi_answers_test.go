@@ -47,9 +47,12 @@ func TestOpenAPIAnswers(t *testing.T) {
 	p.chat()
 	p.chat()
 	p.chat(`"stream":true`)
+	second, _ := p.addUpstream(`"priority":1`)
+	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(429, "{}") })
+	p.chat() // with two attempts
 	p.settle()
 	id := call("GET", "/manage/requests?limit=1", "", 200)
-	p.provider.answer(endless)
+	second.answer(endless)
 	for range 2 {
 		if _, err := p.stream(p.token).read(1); err != nil {
 			t.Fatal(err)

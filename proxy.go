@@ -4,10 +4,8 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -41,10 +39,12 @@ type call struct {
 	held     int64  // bytes reserved of the memory for bodies
 	stripped bool   // stream_options.include_usage was added by us
 
-	hold       hold        // what it has reserved of its limits
-	durable    bool        // a count of its must hold through a crash
-	rates      rateHeaders // what is left of its token's limits
-	upstream   *upstream
+	hold       hold                     // what it has reserved of its limits
+	durable    bool                     // a count of its must hold through a crash
+	rates      rateHeaders              // what is left of its token's limits
+	upstream   *upstream                // the attempt's; in the end, the one that answered
+	shown      atomic.Pointer[upstream] // the same, for other goroutines
+	tries      tries
 	prices     *priceTable // as they were when the call began
 	admitted   atomic.Bool // what stands above is there for other goroutines to read
 	entry      *ledgerEntry
@@ -52,9 +52,9 @@ type call struct {
 	cancel     context.CancelCauseFunc
 	watch      watch
 	uploading  atomic.Bool // its body goes up as it comes, and has not ended
-	attempts   int
-	begun      bool // the row's begin is committed
-	unrecorded bool // it could not be: the call is refused, whatever the provider said
+	attempts   int         // made so far, over all upstreams
+	begun      bool        // the row's begin is committed
+	unrecorded bool        // it could not be: the call is refused, whatever the provider said
 
 	answer    *answerWriter
 	failure   *apiError     // what the client was told instead of an answer
@@ -127,6 +127,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 // newCall returns a call with an id, which all its answers carry.
 func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
+	c.tries.s, c.tries.c = s, c
 	c.id = s.ids.next(c.start)
 	c.address = s.clientAddress(r)
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
@@ -267,23 +268,13 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), s.running, c}, r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
-		Rewrite: func(pr *httputil.ProxyRequest) {
-			if c.body != nil { // the bytes that were checked, known to be in memory
-				pr.Out.Body = io.NopCloser(bytes.NewReader(c.body))
-				pr.Out.ContentLength = int64(len(c.body))
-				pr.Out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(c.body)), nil }
-			}
-			c.upstream.authorize(pr.Out.Header)
-			c.sentAt = time.Now()
-		},
-		Transport:      s.transport,
+		Rewrite:        func(*httputil.ProxyRequest) { c.sentAt = time.Now() },
+		Transport:      &c.tries, // what goes up is each attempt's own: attempts.go
 		BufferPool:     s.buffers,
 		ErrorLog:       s.quietLog,
 		ModifyResponse: func(res *http.Response) error { return s.accept(c, res) },
 		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { s.fail(c, w, err) },
 	}
-	c.attempts++
-	s.running.enter(c, phaseProvider)
 	rp.ServeHTTP(c.answer, in)
 	c.answer.finish()
 	c.relayed = true
@@ -292,7 +283,6 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 // accept looks at the head of the provider's answer before any of it leaves.
 func (s *server) accept(c *call, res *http.Response) error {
 	c.headAt = time.Now()
-	s.metrics.attempt(c.upstream, attemptOf(res.StatusCode))
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
 		// Its text may quote the key, and the client can do nothing about it.
@@ -320,9 +310,6 @@ func (s *server) accept(c *call, res *http.Response) error {
 // fail answers a call that got no answer from the provider. w is the client's.
 func (s *server) fail(c *call, w http.ResponseWriter, err error) {
 	c.failure = upstreamFailure(c, err)
-	if c.attempts > 0 && c.headAt.IsZero() {
-		s.metrics.attempt(c.upstream, unanswered(c.failure))
-	}
 	if c.failure == nil {
 		// The client has left, or has only shut its side, which looks the same:
 		// to return would be an empty 200, so the connection breaks instead.

@@ -74,6 +74,7 @@ var errUnknownToken = errors.New("unknown token")
 type registry struct {
 	store  *store
 	sealer *sealer
+	health *healthBook
 	// allowPrivate is the rule for base URLs that stored ones are held to.
 	allowPrivate bool
 
@@ -97,8 +98,8 @@ const (
 	refusalsRecorded = time.Second // at most one refused call on record a token in this time
 )
 
-func newRegistry(st *store, sl *sealer, allowPrivate bool) *registry {
-	return &registry{store: st, sealer: sl, allowPrivate: allowPrivate,
+func newRegistry(st *store, sl *sealer, health *healthBook, allowPrivate bool) *registry {
+	return &registry{store: st, sealer: sl, health: health, allowPrivate: allowPrivate,
 		byHash: map[[32]byte]*liveToken{}, byID: map[string]*liveToken{},
 		projects: map[int64]*liveProject{}, unknown: map[[32]byte]int64{}}
 }
@@ -241,7 +242,7 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 		if !ups[i].active {
 			continue
 		}
-		st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate))
+		st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate, g.health))
 	}
 	return st, nil
 }

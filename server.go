@@ -25,6 +25,7 @@ type server struct {
 	store     *store
 	sealer    *sealer
 	registry  *registry
+	health    *healthBook
 	ledger    *ledger
 	running   *runningCalls
 	endpoints *endpointTable

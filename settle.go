@@ -17,7 +17,9 @@ const statusClientClosed = 499 // in ledger and log only: the client left before
 func (s *server) settle(c *call, r *http.Request) {
 	row := c.entry.begin
 	row.attempts = c.attempts
+	row.upstream = c.upstream.seq
 	row.outcome, row.errorCode, row.status = c.verdict(r)
+	c.tries.finish(&row)
 	row.firstByteUS = -1
 	if c.firstByte > 0 {
 		row.firstByteUS = c.firstByte.Microseconds()

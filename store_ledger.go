@@ -34,7 +34,7 @@ func ledgerTexts() [ledgerStatements]string {
 		stmtSettle: `
 			UPDATE requests SET upstream = ?, model = ?, status = ?, outcome = ?, error_code = ?, usage_source = ?,
 				input_tokens = ?, cached_tokens = ?, cache_write_tokens = ?, output_tokens = ?, reasoning_tokens = ?,
-				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?, limit_hit = ?
+				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?, limit_hit = ?, attempt_log = ?
 			WHERE id = ?`,
 		stmtSettleOK: `
 			UPDATE requests SET model = ?, status = 200, outcome = 'ok', usage_source = 'exact', input_tokens = ?, output_tokens = ?,
@@ -43,8 +43,8 @@ func ledgerTexts() [ledgerStatements]string {
 		stmtRecord: `
 			INSERT INTO requests (upstream, model, status, outcome, error_code, usage_source,
 				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-				cost, first_byte_us, total_us, attempts, cache, limit_hit, id, project, token, endpoint, stream, address)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log, id, project, token, endpoint, stream, address)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtSum:      sumStatement,
 		stmtHour:     hourStatement,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
@@ -113,7 +113,9 @@ func (w *ledgerWriter) prepare(c any) error {
 	if w.conn == conn {
 		return nil
 	}
-	w.drop()
+	// The connection before is closed, for there is one at a time, and its
+	// statements with it: to close them again would be a crash.
+	clear(w.stmts[:])
 	for i, text := range ledgerTexts() {
 		st, err := conn.Prepare(text)
 		if err != nil {
@@ -210,7 +212,7 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 func (r *requestRow) settlement() []driver.Value {
 	return []driver.Value{r.upstream, r.model, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 		r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
-		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.id}
+		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.id}
 }
 
 // ordinary reports whether all that settling changes in the row is what a plain

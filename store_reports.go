@@ -21,7 +21,7 @@ type requestView struct {
 
 const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''), r.endpoint, r.model, r.stream, r.address,
 	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
-	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit`
+	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit, r.attempt_log`
 
 const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
@@ -29,7 +29,7 @@ const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.projec
 func (v *requestView) scan(row interface{ Scan(...any) error }) error {
 	return found(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
-		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit))
+		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
 }
 
 func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {

@@ -35,6 +35,7 @@ type requestRow struct {
 	totalUS     int64
 	attempts    int
 	cache       string
+	attemptLog  string // JSON, "" of a call that needed one attempt
 	limitHit    string // the limit that refused the call, or a shadow limit that would have
 	wouldRefuse bool   // it is a shadow limit
 	asked       string // the model asked for

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -33,6 +32,8 @@ type upstream struct {
 	weight       int64
 	priority     int64
 	broken       error // not nil: its key does not open, or its URL is no longer allowed
+	health       *keyHealth
+	budget       *retryBudget // of its host
 }
 
 const (
@@ -43,12 +44,14 @@ const (
 )
 
 // newUpstream makes a stored upstream ready for use. What is wrong with it ends
-// up in broken: it then takes its turn but no call, for a key that does not
-// open must be noticed and never be passed over in silence.
-func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool) *upstream {
+// up in broken, and in its health: others go first, and where there are none a
+// call is refused, for a key that does not open must be noticed.
+func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, book *healthBook) *upstream {
 	up := &upstream{seq: row.seq, id: row.id, name: row.name, provider: row.provider, weight: row.weight, priority: row.priority,
 		organization: row.organization, project: row.openaiProject}
 	up.broken = up.unseal(row, sl, allowPrivate)
+	up.health, up.budget = book.of(row.seq, row.id), book.budget(up.host)
+	up.health.usable(time.Now().UnixMilli(), up.broken == nil)
 	return up
 }
 
@@ -107,38 +110,6 @@ func (u *upstream) authorize(h http.Header) {
 	if u.project != "" {
 		h["Openai-Project"] = []string{u.project}
 	}
-}
-
-// pick chooses the upstream of a project for a call: by chance and weight among
-// those of the first priority that has one which serves it, or nil. Weight 0
-// takes an upstream out of turn.
-func (p *projectState) pick(api apiFamily, model string) *upstream {
-	var first *upstream
-	var total int64
-	for _, u := range p.upstreams { // in order of priority
-		if first != nil && u.priority != first.priority {
-			break
-		}
-		if u.weight > 0 && u.serves(api, model) {
-			if first == nil {
-				first = u
-			}
-			total += u.weight
-		}
-	}
-	if first == nil || total == first.weight { // none, or only one
-		return first
-	}
-	at := rand.Int64N(total)
-	for _, u := range p.upstreams {
-		if u.priority != first.priority || u.weight == 0 || !u.serves(api, model) {
-			continue
-		}
-		if at -= u.weight; at < 0 {
-			return u
-		}
-	}
-	return first
 }
 
 // parseBaseURL checks a base URL as an SDK takes it, such as

@@ -1,0 +1,297 @@
+// This room makes a call's attempts: it stands where ReverseProxy expects its
+// transport, and tries upstreams in turn until one has answered. Nothing has
+// reached the client while RoundTrip has not returned, and nothing is tried any
+// more once it has. It never reads what the client wrote.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	maxAttempts   = 5
+	attemptWindow = time.Minute     // after its begin a call is not sent again
+	shortWait     = 2_000           // milliseconds of a Retry-After that are waited for where no other key is left
+	unaryPatience = 2 * time.Minute // for an answer in one piece, where another upstream is left
+)
+
+// tries are a call's attempts, and its transport. It belongs to the goroutine of the call.
+type tries struct {
+	s *server
+	c *call
+
+	at       *upstream // where the last attempt went
+	began    int64     // and when
+	cancel   context.CancelCauseFunc
+	tried    []*upstream   // those that are left behind
+	log      []attemptLine // why
+	repeated bool          // a key has had its second attempt
+	kept     *keptAnswer
+}
+
+// An attemptLine is one line of a call's attempt log, as stored and shown.
+type attemptLine struct {
+	Upstream string `json:"upstream_id"`
+	Status   int    `json:"status,omitempty"` // of the provider's answer
+	Error    string `json:"error,omitempty"`  // what was wrong, in our words
+	MS       int64  `json:"ms"`
+}
+
+// A keptAnswer is a provider's error that is whole in memory. The client gets it
+// if what comes after is worse.
+type keptAnswer struct {
+	res *http.Response
+	up  *upstream
+}
+
+var errImpatient = &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider did not answer in time."}
+
+// RoundTrip makes attempts until one is good enough for the client, or no other
+// is left.
+func (t *tries) RoundTrip(req *http.Request) (*http.Response, error) {
+	for {
+		res, err := t.try(req)
+		if err != nil {
+			t.s.metrics.attempt(t.at, unanswered(upstreamFailure(t.c, err)))
+		} else {
+			t.s.metrics.attempt(t.at, attemptOf(res.StatusCode))
+		}
+		v := t.judge(res, err)
+		if v.over || !t.goOn(&v, res) {
+			return t.best(res, err)
+		}
+	}
+}
+
+// try makes one attempt, at the call's upstream. Where another is left it is
+// not waited for for ever: an answer must begin, and a stream must bring its
+// first event.
+func (t *tries) try(req *http.Request) (*http.Response, error) {
+	c := t.c
+	t.at, t.began = c.upstream, time.Now().UnixMilli()
+	c.attempts++
+	t.at.health.running.Add(1)
+	t.at.budget.earn()
+	t.s.running.enter(c, phaseProvider)
+	out := t.request(req)
+	patience := t.patience()
+	if patience == 0 {
+		return t.s.transport.RoundTrip(out)
+	}
+	ctx, cancel := context.WithCancelCause(req.Context())
+	t.cancel = cancel
+	timer := time.AfterFunc(patience, func() { cancel(errImpatient) })
+	res, err := t.s.transport.RoundTrip(out.WithContext(ctx))
+	if err == nil && res.StatusCode == http.StatusOK && mediaType(res.Header.Get("Content-Type")) == "text/event-stream" {
+		err = awaitEvent(res)
+	}
+	if !timer.Stop() && context.Cause(ctx) == error(errImpatient) {
+		if err == nil {
+			res.Body.Close()
+		}
+		return nil, errImpatient
+	}
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	return res, nil
+}
+
+// patience is how long an attempt may take to begin, 0 where there is no other.
+func (t *tries) patience() time.Duration {
+	if len(t.c.project.upstreams) == 1 || !t.c.replayable() || !t.c.project.spare(t.wish()) {
+		return 0
+	}
+	if t.c.fields.stream {
+		return t.s.cfg.firstEventTimeout
+	}
+	return unaryPatience
+}
+
+// wish is what the call asks of the upstreams that have not had their turn.
+func (t *tries) wish() *wish {
+	w := t.c.wish(time.Now().UnixMilli())
+	if t.at != nil {
+		w.api = apiOpenAI // of the family that the first attempt has settled
+		if t.at.provider == providerAnthropic {
+			w.api = apiAnthropic
+		}
+		w.tried = append(slices.Clip(t.tried), t.at)
+	}
+	return w
+}
+
+// request returns the request for this attempt. The first is ReverseProxy's own;
+// a later one shares no map with it, for the transport may still be writing it.
+func (t *tries) request(req *http.Request) *http.Request {
+	c, out := t.c, req
+	if c.attempts > 1 {
+		out = req.WithContext(req.Context())
+		out.Header = req.Header.Clone()
+		for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
+			delete(out.Header, name)
+		}
+		out.URL = t.at.url(c.match.path, c.query)
+	}
+	if c.body != nil { // the bytes that were checked, known to be in memory
+		body := c.body
+		out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+	}
+	t.at.authorize(out.Header)
+	return out
+}
+
+// replayable reports whether the call's body can be sent again.
+func (c *call) replayable() bool { return c.body != nil || !c.endpoint.upload }
+
+// pick chooses the upstream. An endpoint that both families of providers have
+// (the list of models) goes to the family whose SDK is asking, if it is there.
+func (c *call) pick() (u *upstream) {
+	w := c.wish(c.start.UnixMilli())
+	if w.api == apiAny {
+		w.api = apiOpenAI
+		if c.anthropic {
+			w.api = apiAnthropic
+		}
+		if u = c.project.pick(w); u == nil {
+			w.api = apiAny
+		}
+	}
+	if u == nil {
+		u = c.project.pick(w)
+	}
+	c.shown.Store(u)
+	return u
+}
+
+// wish is what the call asks of its project's upstreams.
+func (c *call) wish(now int64) *wish {
+	return &wish{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), now: now}
+}
+
+// pinned reports whether the call may name objects that are kept at a provider,
+// or makes some: those are in one account, so one upstream gets all such calls.
+func (c *call) pinned() bool {
+	return c.endpoint.class == classStateful || c.fields.stateRef != "" ||
+		c.project.policy.Stateful && strings.HasPrefix(c.endpoint.pattern, "/v1/responses")
+}
+
+// goOn decides whether the call is sent again, and where: if so, that is its
+// upstream now.
+func (t *tries) goOn(v *verdict, res *http.Response) bool {
+	c := t.c
+	now := time.Now()
+	if c.pinned() || len(c.project.upstreams) == 1 || !c.replayable() || c.attempts >= maxAttempts ||
+		now.Sub(c.start) > attemptWindow || c.ctx.Err() != nil {
+		return false
+	}
+	ms := now.UnixMilli()
+	if v.again && !t.repeated && t.at.health.mayTry(ms) && t.at.budget.spend(ms) {
+		return t.repeat(v, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
+	}
+	next := c.project.pick(t.wish())
+	switch {
+	case next == nil && !v.fault && v.wait > 0 && v.wait <= shortWait && !t.repeated:
+		return t.repeat(v, res, time.Duration(v.wait)*time.Millisecond)
+	case next == nil:
+		return false
+	case v.fault && next.host == t.at.host && !t.at.budget.spend(ms):
+		next.health.release()
+		return false
+	}
+	t.tried = append(t.tried, t.at)
+	t.leave(v, res)
+	c.upstream = next
+	c.shown.Store(next)
+	return true
+}
+
+// repeat has the same key tried once more, after a pause.
+func (t *tries) repeat(v *verdict, res *http.Response, pause time.Duration) bool {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-t.c.ctx.Done():
+		return false
+	}
+	t.repeated = true
+	t.leave(v, res)
+	return true
+}
+
+// leave puts an attempt behind the call.
+func (t *tries) leave(v *verdict, res *http.Response) {
+	line := attemptLine{Upstream: t.at.id, Error: v.reason, MS: time.Now().UnixMilli() - t.began}
+	if res != nil {
+		line.Status = res.StatusCode
+		if head, ok := res.Body.(*headBody); ok && head.whole && res.StatusCode != http.StatusPaymentRequired {
+			t.kept = &keptAnswer{res, t.at}
+		}
+		res.Body.Close()
+	}
+	t.log = append(t.log, line)
+	t.at.health.running.Add(-1)
+	if t.cancel != nil {
+		t.cancel(nil)
+		t.cancel = nil
+	}
+}
+
+// best returns the answer for the client: the last one, unless a provider has
+// said more useful things before.
+func (t *tries) best(res *http.Response, err error) (*http.Response, error) {
+	refused := res != nil && (res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden || res.StatusCode == http.StatusPaymentRequired)
+	if t.kept == nil || err == nil && !refused || t.c.ctx.Err() != nil {
+		return res, err
+	}
+	if res != nil {
+		res.Body.Close()
+	}
+	t.c.upstream = t.kept.up
+	t.c.shown.Store(t.kept.up)
+	return t.kept.res, nil
+}
+
+// finish is called once the call is over, however it ended: it frees the key,
+// and tells its health what only the end can show.
+func (t *tries) finish(row *requestRow) {
+	if t.at == nil { // it never went out
+		t.c.upstream.health.release()
+		return
+	}
+	now := time.Now().UnixMilli()
+	if len(t.log) > 0 {
+		last := attemptLine{Upstream: t.at.id, MS: now - t.began, Error: row.errorCode}
+		if t.c.answer.meter != nil && t.c.upstream == t.at {
+			last.Status = row.status
+		}
+		if text, err := json.Marshal(append(t.log, last)); err == nil { // strings and numbers: it cannot fail
+			row.attemptLog = string(text)
+		}
+	}
+	h := t.at.health
+	h.running.Add(-1)
+	if t.cancel != nil {
+		t.cancel(nil)
+	}
+	switch {
+	case row.outcome == outcomeOK && t.c.upstream == t.at:
+		h.good(now, t.began, true)
+	case row.errorCode == "upstream_cut" || row.errorCode == "stream_idle" || row.errorCode == "error_in_stream" ||
+		row.errorCode == "upstream_timeout" && asCause(t.c.ctx) != nil:
+		h.fault(now, t.began, false, "the provider's answer broke off or stood still")
+	default:
+		h.release()
+	}
+}

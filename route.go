@@ -1,0 +1,128 @@
+// This room chooses the upstream for a call, by priority, health and weight. It
+// makes no call, and changes nothing but who probes a key. Plain code; time
+// comes in as an argument.
+package main
+
+import (
+	"math/rand/v2"
+	"slices"
+)
+
+// A wish is what a call asks of its project's upstreams.
+type wish struct {
+	api    apiFamily
+	model  string
+	pinned bool // only the first that serves will do: it keeps the objects that the call may name
+	now    int64
+	tried  []*upstream // which have had their turn
+}
+
+// fits reports whether an upstream may take the call at all.
+func (w *wish) fits(u *upstream) bool {
+	return u.weight > 0 && u.serves(w.api, w.model) && !slices.Contains(w.tried, u)
+}
+
+// pick chooses the upstream for a call: among those of the first priority that
+// has one which serves the call and is well, by chance and weight. Weight 0
+// takes an upstream out of turn. If none is well, the least bad one is tried:
+// what the provider then says is more use to the client than a guess of ours.
+// That holds for a call's first attempt only; for a further one it is nil.
+func (p *projectState) pick(w *wish) *upstream {
+	if w.pinned {
+		return p.first(w)
+	}
+	var space [16]*upstream
+	for group := p.upstreams; len(group) > 0; { // in order of priority
+		ready, rest := w.ready(group, space[:0])
+		for len(ready) > 0 {
+			i := draw(ready)
+			if ready[i].health.take(w.now) {
+				return ready[i]
+			}
+			ready = slices.Delete(ready, i, i+1) // another call probes it
+		}
+		group = rest
+	}
+	if len(w.tried) > 0 {
+		return nil
+	}
+	return p.leastBad(w)
+}
+
+// ready appends to found those of the first priority in list that may have the
+// call now, and returns what of list is left.
+func (w *wish) ready(list, found []*upstream) (ready, rest []*upstream) {
+	for i, u := range list {
+		if u.priority != list[0].priority {
+			return found, list[i:]
+		}
+		if w.fits(u) && u.health.mayTry(w.now) {
+			found = append(found, u)
+		}
+	}
+	return found, nil
+}
+
+// draw picks one by chance and weight. Where another of the same weight is less
+// than half as busy, it goes first: equals share the load, not the calls.
+func draw(list []*upstream) int {
+	if len(list) == 1 {
+		return 0
+	}
+	var total int64
+	for _, u := range list {
+		total += u.weight
+	}
+	at, drawn := rand.Int64N(total), 0
+	for at -= list[0].weight; at >= 0; at -= list[drawn].weight {
+		drawn++
+	}
+	busy := list[drawn].health.running.Load()
+	if busy < 2 {
+		return drawn
+	}
+	for i, u := range list {
+		if n := u.health.running.Load(); u.weight == list[drawn].weight && 2*n < busy {
+			drawn, busy = i, n
+		}
+	}
+	return drawn
+}
+
+// first returns the first upstream that serves the call, well or not.
+func (p *projectState) first(w *wish) *upstream {
+	for _, u := range p.upstreams {
+		if w.fits(u) {
+			return u
+		}
+	}
+	return nil
+}
+
+// leastBad returns the upstream that is to be well again soonest, of those that
+// are in the least trouble.
+func (p *projectState) leastBad(w *wish) (best *upstream) {
+	var least healthRow
+	for _, u := range p.upstreams {
+		if !w.fits(u) {
+			continue
+		}
+		if r := u.health.row(w.now); best == nil || r.state < least.state || r.state == least.state && r.until < least.until {
+			best, least = u, r
+		}
+	}
+	return best
+}
+
+// spare reports whether pick would find another upstream.
+func (p *projectState) spare(w *wish) bool {
+	if w.pinned {
+		return false
+	}
+	for _, u := range p.upstreams {
+		if w.fits(u) && u.health.mayTry(w.now) {
+			return true
+		}
+	}
+	return false
+}
