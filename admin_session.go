@@ -128,7 +128,7 @@ func (s *server) signInAgain(r *pageRequest, next, problem string, status int) *
 // may have been planted.
 func (s *server) signIn(r *pageRequest) (*page, error) {
 	next := localPath(r.form.Get("next"))
-	who, err := s.present(r.ctx, r.by, strings.TrimSpace(r.form.Get("key")), r.now)
+	who, err := s.present(r.ctx, r.by, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
 	if e, ok := errors.AsType[*apiError](err); ok && e.status < 500 {
 		p := s.signInAgain(r, next, "This is no valid management key. Keys begin with llmpm_; an expired or revoked one does not work.", e.status)
 		if e.retryAfter > 0 {

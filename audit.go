@@ -325,3 +325,25 @@ func (k *auditCheck) finish(h auditHead, ok bool, beyond int64) {
 		k.problem(k.expect.seq, "entry %d is not the one that was noted", k.expect.seq)
 	}
 }
+
+func (k *auditCheck) intact() bool { return len(k.problems) == 0 }
+
+// String says what a whole trail holds.
+func (k *auditCheck) String() string {
+	day := func(ms int64) string { return time.UnixMilli(ms).UTC().Format(time.RFC3339) }
+	return fmt.Sprintf("%d entries, from %s to %s", k.last.seq, day(k.begin.at), day(k.until))
+}
+
+// usedBefore says what the trail cannot tell because the database was in use
+// when it began, "" if it was new.
+func (k *auditCheck) usedBefore() string {
+	var was struct {
+		Projects, Tokens int64
+		Keys             int64 `json:"management_keys"`
+	}
+	if json.Unmarshal([]byte(k.begin.detail), &was) != nil || was.Projects+was.Tokens+was.Keys == 0 {
+		return ""
+	}
+	return fmt.Sprintf("It begins in a database that already had %d projects, %d tokens and %d management keys: "+
+		"that is an upgrade from a version without a trail, or somebody removed the whole trail before then.", was.Projects, was.Tokens, was.Keys)
+}

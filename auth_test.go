@@ -288,7 +288,7 @@ func TestPassTheHash(t *testing.T) {
 		hex.EncodeToString(hash[:]), base64.StdEncoding.EncodeToString(hash[:]), base64.RawURLEncoding.EncodeToString(hash[:]), string(hash[:20]),
 		tokenPrefix + hex.EncodeToString(hash[:]), p.tokenID, strings.TrimPrefix(p.tokenID, "tok_"), p.project, p.upstream,
 	} {
-		s = strings.Map(func(r rune) rune { return max(r, ' ') }, s)
+		s = strings.Map(func(r rune) rune { return max(r, ' ') }, strings.ReplaceAll(s, "\x7f", " "))
 		p.refused("in place of the token", p.chatAs(s), 401, "invalid_api_key")
 		if a := p.manageAs(s, "GET", "/manage/projects", ""); a.status != 401 {
 			t.Errorf("on /manage: %d", a.status)

@@ -1,6 +1,7 @@
 // This room has the commands that look at a server from outside: healthcheck
-// asks it over HTTP, backup copies its database while it serves. Neither
-// changes anything of the server's, and neither needs it to stop.
+// asks it over HTTP, backup copies its database while it serves, audit verify
+// reads the audit trail. None changes anything of the server's, and none needs
+// it to stop.
 package main
 
 import (
@@ -169,6 +170,100 @@ func makeCopy(ctx context.Context, from, to string) (*databaseFacts, error) {
 		return nil, err
 	}
 	return examine(ctx, to)
+}
+
+// audit goes through the audit trail, and fails if it is not as it was written.
+func (p *program) audit(ctx context.Context, args []string) error {
+	if len(args) == 0 || len(args) > 2 || args[0] != "verify" {
+		return errors.New("usage: llm-proxy audit verify [SEQ:MAC]")
+	}
+	var expect *auditHead
+	if len(args) == 2 {
+		h, err := parseAuditHead(args[1])
+		if err != nil {
+			return err
+		}
+		expect = &h
+	}
+	cfg, err := readConfig(p.getenv, func(string) error { return nil }) // nothing is written
+	if err != nil {
+		return fmt.Errorf("the configuration has problems:\n%w", err)
+	}
+	st, err := openToRead(ctx, cfg.databaseFile)
+	if err != nil {
+		return err
+	}
+	defer st.close()
+	k, err := verifyAudit(ctx, cfg, st, expect)
+	if err != nil {
+		return err
+	}
+	if k.intact() {
+		fmt.Fprintf(p.stdout, "The audit trail is whole: %s.\nIts end is %s\n"+
+			"Note that elsewhere: given to this command later, it proves that nothing up to there was changed or removed.\n", k, k.last)
+		if used := k.usedBefore(); used != "" {
+			fmt.Fprintln(p.stdout, used)
+		}
+		return nil
+	}
+	for _, line := range k.problems {
+		fmt.Fprintln(p.stdout, line)
+	}
+	if k.more > 0 {
+		fmt.Fprintf(p.stdout, "and %d more problems\n", k.more)
+	}
+	return fmt.Errorf("the audit trail is not as it was written: the first bad entry is %d. Somebody wrote to %s who is not this program. "+
+		"Keep a copy of it, compare entries from %d on with a backup (llm-proxy restore, to another DATA_DIR), and look at who can write to that file",
+		k.first, cfg.databaseFile, k.first)
+}
+
+// verifyAudit checks the trail in a database, with the key from the settings.
+func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead) (*auditCheck, error) {
+	at, known, err := st.schemaVersion(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if at > known {
+		return nil, fmt.Errorf("the database is of a newer llm-proxy (schema %d, this one knows %d); use that one", at, known)
+	}
+	if at < auditSchema {
+		return nil, errNoTrail
+	}
+	sl, err := knownSealer(ctx, cfg, st)
+	if err != nil {
+		return nil, err
+	}
+	chain, err := st.auditChain(ctx, sl)
+	if errors.Is(err, errNotFound) {
+		return nil, errors.New("the key of the audit trail was removed from the database, so that no entry can be verified; bring back a backup with llm-proxy restore FILE")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return st.checkAudit(ctx, chain, expect)
+}
+
+var errNoTrail = errors.New("the database is from before the audit trail, which begins with the next start of the server")
+
+// openToRead opens a database to look at: one that a server has open, or one on
+// a medium where nothing can be written, which SQLite opens only if told that
+// nobody writes.
+func openToRead(ctx context.Context, file string) (*store, error) {
+	if info, err := os.Stat(file); err != nil || info.Size() == 0 {
+		return nil, fmt.Errorf("there is no database at %s; check DATA_DIR and DATABASE_URL", file)
+	}
+	st, err := openReadOnly(file, false)
+	if err != nil {
+		return nil, err
+	}
+	if _, _, err = st.schemaVersion(ctx); err == nil {
+		return st, nil
+	}
+	st.close()
+	if _, statErr := os.Stat(file + "-wal"); !errors.Is(statErr, fs.ErrNotExist) {
+		return nil, err
+	}
+	return openReadOnly(file, true)
 }
 
 // removeDatabase removes a database file and what SQLite may have put beside it.

@@ -148,6 +148,12 @@ func settingText(getenv func(string) string, name string) string {
 // loadConfig reads every setting through getenv. The error, if any, lists all
 // problems, one a line, each with the setting's name and what to do.
 func loadConfig(getenv func(string) string) (*config, error) {
+	return readConfig(getenv, checkDirectory)
+}
+
+// readConfig is loadConfig with another check of the directories that files are
+// kept in: for a command that writes none.
+func readConfig(getenv func(string) string, checkDirectory func(string) error) (*config, error) {
 	c := &config{}
 	var problems []error
 	bad := map[string]bool{}
@@ -191,7 +197,7 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		}
 		if c.databaseFile == "" {
 			c.databaseFile = filepath.Join(c.dataDir, "llm-proxy.db")
-		} else if err := checkDatabaseFile(c); err != nil {
+		} else if err := checkDatabaseFile(c, checkDirectory); err != nil {
 			problems = append(problems, fmt.Errorf("DATABASE_URL: %w", err))
 		}
 	}
@@ -259,7 +265,7 @@ func checkDirectory(dir string) error {
 
 // checkDatabaseFile looks at a database outside DATA_DIR, whose directory is
 // not ours to make.
-func checkDatabaseFile(c *config) error {
+func checkDatabaseFile(c *config, checkDirectory func(string) error) error {
 	dir := filepath.Dir(c.databaseFile)
 	if info, err := os.Stat(c.databaseFile); err == nil && info.IsDir() {
 		return fmt.Errorf("%q is a directory; name a file in it", c.databaseFile)

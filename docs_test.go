@@ -68,3 +68,28 @@ func TestSecurityNamesTests(t *testing.T) {
 		}
 	}
 }
+
+// TestAuditDocNamesActions: docs/audit.md and openapi.yaml have each action that
+// an entry can have.
+func TestAuditDocNamesActions(t *testing.T) {
+	t.Parallel()
+	doc, err := os.ReadFile("docs/audit.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := readSpec(t)
+	described, _ := spec.at(spec.root, "components", "schemas", "AuditEntry", "properties", "action")["description"].(string)
+	actions := []string{actionBegin, actionRestore, actionSignIn, actionSignInFailed, actionSignOut, actionExport, actionReveal}
+	for _, m := range mutations(nil) {
+		actions = append(actions, m.action)
+	}
+	for _, a := range actions {
+		if !strings.Contains(string(doc), "`"+a+"`") {
+			t.Errorf("docs/audit.md does not have the action %s", a)
+		}
+		thing, verb, _ := strings.Cut(a, ".")
+		if _, list, ok := strings.Cut(described, " "+thing); !ok || !strings.Contains(strings.SplitN(list, ";", 2)[0], verb) {
+			t.Errorf("openapi.yaml does not have the action %s", a)
+		}
+	}
+}

@@ -91,6 +91,7 @@ func (d *diagnosis) examine(ctx context.Context, provider bool) {
 		return
 	}
 	d.ok("encryption key", "opens this database (id "+sl.id()+")")
+	d.audit(ctx, st)
 	d.upstreams(ctx, st, sl, provider)
 }
 
@@ -220,6 +221,22 @@ func (d *diagnosis) openCalls(ctx context.Context, st *store) {
 			"if no server is running, the next start records them as lost, with an estimate")
 	default:
 		d.ok("open calls", fmt.Sprintf("%d not settled yet", n))
+	}
+}
+
+// audit goes through the audit trail.
+func (d *diagnosis) audit(ctx context.Context, st *store) {
+	const what, remedy = "audit trail", "see what llm-proxy audit verify says"
+	k, err := verifyAudit(ctx, d.cfg, st, nil)
+	switch {
+	case errors.Is(err, errNoTrail):
+		d.warn(what, "there is none yet", "the next start of the server begins it")
+	case err != nil:
+		d.fail(what, err.Error(), remedy)
+	case !k.intact():
+		d.fail(what, fmt.Sprintf("changed or removed from entry %d on", k.first), remedy)
+	default:
+		d.ok(what, "whole, "+k.String())
 	}
 }
 

@@ -61,6 +61,8 @@ const usageText = `llm-proxy: a transparent, secure proxy between client program
   llm-proxy backup FILE        write a consistent copy of the database, while serving or not
   llm-proxy restore FILE [--revoke=since|all|none]
                                put a backup in the database's place, with the server stopped
+  llm-proxy audit verify [SEQ:MAC]
+                               go through the audit trail and find what was changed or removed
   llm-proxy version
 
 Settings (environment variables), their defaults and what they do:
@@ -90,6 +92,8 @@ func (p *program) run(ctx context.Context, args []string) error {
 		return p.backup(ctx, args)
 	case "restore":
 		return p.restore(ctx, args)
+	case "audit":
+		return p.audit(ctx, args)
 	case "version", "--version":
 		fmt.Fprintln(p.stdout, versionText())
 		return nil
@@ -259,6 +263,8 @@ func (in *instance) startWorkers() {
 	in.workers.Go(func() { in.running.run(ctx) })
 	in.workers.Go(func() { in.keepHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log) })
+	trail, _, _, _ := in.store.auditHead(ctx, in.store.chain) // trouble will show with the first entry
+	in.workers.Go(func() { in.keepTrail(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() { in.ledger.keepHouse(ctx, in.cfg.retention, in.running.oldest, 10*time.Second) })
 	in.workers.Go(func() {
 		tick := time.NewTicker(time.Minute)

@@ -77,6 +77,7 @@ func (s *server) manageTable() []manageRoute {
 		{"GET /manage/prices", roleViewer, s.listPrices},
 		{"POST /manage/prices", roleAdmin, s.setPrice},
 		{"DELETE /manage/prices/{id}", roleAdmin, s.deletePrice},
+		{"GET /manage/audit", roleAdmin, s.listAudit},
 		{"GET /manage/keys", roleAdmin, s.listKeys},
 		{"POST /manage/keys", roleAdmin, s.createKey},
 		{"GET /manage/keys/{id}", roleAdmin, s.getKey},
@@ -246,16 +247,18 @@ func (s *server) authenticateManager(w http.ResponseWriter, r *http.Request) (ac
 		return actor{}, denied
 	}
 	now := time.Now()
-	return s.present(r.Context(), s.originOf(w, r, actor{}, now), presented, now)
+	return s.present(r.Context(), s.originOf(w, r, actor{}, now), r.Pattern, presented, now)
 }
 
-// present returns who holds the management key that by presents, or why it is
-// refused.
-func (s *server) present(ctx context.Context, by origin, presented string, now time.Time) (actor, error) {
+// present returns who holds the management key that by presents at a door, or
+// why it is refused. A wrong key is on the audit trail then.
+func (s *server) present(ctx context.Context, by origin, door, presented string, now time.Time) (actor, error) {
 	who, err := s.manager(ctx, presented, now)
 	if !errors.Is(err, errNotFound) {
 		return who, err
 	}
+	by.actor = who.id
+	s.signInFailed(ctx, by, door, now)
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
 	if wait := s.throttle.blocked(by.address, now); wait > 0 {
@@ -274,7 +277,8 @@ func errNoManager() *apiError {
 // environmentActor is who holds MANAGEMENT_TOKEN.
 func environmentActor() actor { return actor{actorEnvironment, "MANAGEMENT_TOKEN", roleAdmin} }
 
-// manager returns who holds a management key, or errNotFound.
+// manager returns who holds a management key, or errNotFound: with the key's id
+// if it is one that was valid once, and else with none.
 func (s *server) manager(ctx context.Context, presented string, now time.Time) (actor, error) {
 	if s.cfg.managementToken != nil {
 		// Hashes are compared: equal lengths, and no clue in the time taken.
@@ -294,7 +298,7 @@ func (s *server) manager(ctx context.Context, presented string, now time.Time) (
 	case err != nil:
 		return actor{}, errUnavailable("store_unavailable", err)
 	case key.revokedAt != nil, key.expiresAt != nil && now.UnixMilli() >= *key.expiresAt:
-		return actor{}, errNotFound
+		return actor{id: key.id}, errNotFound
 	}
 	return actor{key.id, key.name, role(key.role)}, nil
 }

@@ -69,6 +69,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	call("DELETE", "/manage/prices/"+price, "", 200)
 	key := call("POST", "/manage/keys", `{"name":"k","role":"viewer"}`, 201)
 	call("GET", "/manage/keys?limit=1", "", 200)
+	call("GET", "/manage/audit?limit=1&action=key.create", "", 200)
 	call("GET", "/manage/keys/"+key, "", 200)
 	call("PATCH", "/manage/keys/"+key, `{"role":"operator","expires_at":"2099-01-01T00:00:00Z"}`, 200)
 	call("DELETE", "/manage/keys/"+key, "", 200)

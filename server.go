@@ -37,8 +37,9 @@ type server struct {
 	gone      func() string // says what is wrong with the database file, "" if nothing
 	throttle  *failures     // of wrong management keys
 	writable  writeCheck
-	pages     *pageSet  // the templates of /admin
-	strangers lineLimit // of log lines about callers without a key
+	pages     *pageSet     // the templates of /admin
+	wrongKeys failureNotes // of wrong management keys on the audit trail
+	strangers lineLimit    // of log lines about callers without a key
 	metrics   *metrics
 	showing   sync.Mutex // held while a page of metrics is written
 	started   time.Time
