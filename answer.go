@@ -37,6 +37,10 @@ func upHeader(in http.Header) http.Header {
 			out[name] = values
 		}
 	}
+	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // else a stranger's text would be taken for a trace
+		delete(out, "Traceparent")
+		delete(out, "Tracestate")
+	}
 	for _, line := range in["Connection"] {
 		for name := range strings.SplitSeq(line, ",") {
 			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); name != "Content-Type" {

@@ -33,8 +33,14 @@ func (p *program) healthcheck(ctx context.Context) error {
 	if err := checkListen(addr); err != nil {
 		return fmt.Errorf("LISTEN_ADDR: %w", err)
 	}
+	if addr == systemdListen {
+		return errors.New("LISTEN_ADDR: systemd knows where the server listens; set it to that address for this command")
+	}
 	to := &url.URL{Scheme: "http", Host: "localhost", Path: "/healthz"}
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		if path, ok := strings.CutPrefix(addr, unixPrefix); ok {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}
 		return dialAny(ctx, network, listenTargets(addr))
 	}}
 	if file := settingText(p.getenv, "TLS_CERT_FILE"); file != "" {
@@ -82,8 +88,8 @@ func dialAny(ctx context.Context, network string, addrs []string) (conn net.Conn
 }
 
 // trustOnly returns a client's configuration that believes the certificate in
-// file and no other. A server that still shows one from before the file was
-// renewed is therefore not healthy: it must be started again to serve the new.
+// file and no other. A server that goes on showing one from before the file was
+// renewed is therefore not healthy: it could not read the new one.
 func trustOnly(file string) (*tls.Config, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {

@@ -24,6 +24,7 @@ import (
 type config struct {
 	listenAddr        string
 	metricsAddr       string // "": not on an address of its own
+	socketMode        fs.FileMode
 	dataDir           string
 	databaseFile      string
 	encryptionKey     secret // nil: the key file in dataDir
@@ -33,6 +34,7 @@ type config struct {
 	allowPrivate      bool
 	publicURL         *url.URL // nil: not set
 	trustedProxies    []netip.Prefix
+	trustUnix         bool
 	tlsCert, tlsKey   string
 	logLevel          slog.Level
 	logText           bool
@@ -57,10 +59,12 @@ type setting struct {
 
 func settings() []setting {
 	return []setting{
-		{"LISTEN_ADDR", "127.0.0.1:8080", "address and port to listen on; :8080 listens on every address", false,
+		{"LISTEN_ADDR", "127.0.0.1:8080", "address and port to listen on; :8080 listens on every address, unix:PATH on a socket, systemd on the one handed down", false,
 			func(c *config, s string) error { c.listenAddr = s; return checkListen(s) }},
 		{"METRICS_ADDR", "", "address and port that serve /metrics without a key; empty: on LISTEN_ADDR only, with a management key", false,
 			func(c *config, s string) error { c.metricsAddr = s; return checkListen(s) }},
+		{"SOCKET_MODE", "0660", "who may connect to a unix socket: the file's mode, octal", false,
+			func(c *config, s string) (err error) { c.socketMode, err = parseMode(s); return err }},
 		{"DATA_DIR", "./data", "directory for the database and the key file; made if missing, 0700", false,
 			func(c *config, s string) (err error) { c.dataDir, err = filepath.Abs(s); return err }},
 		{"DATABASE_URL", "", "sqlite:FILE for a database outside DATA_DIR; empty: DATA_DIR/llm-proxy.db", false,
@@ -87,9 +91,12 @@ func settings() []setting {
 			func(c *config, s string) (err error) { c.allowPrivate, err = parseBool(s); return err }},
 		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage", false,
 			func(c *config, s string) (err error) { c.publicURL, err = parsePublicURL(s); return err }},
-		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed", false,
-			func(c *config, s string) (err error) { c.trustedProxies, err = parsePrefixes(s); return err }},
-		{"TLS_CERT_FILE", "", "certificate chain, PEM; with TLS_KEY_FILE the proxy serves https itself", false,
+		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed; unix: who comes by the socket", false,
+			func(c *config, s string) (err error) {
+				c.trustUnix, c.trustedProxies, err = parseTrusted(s)
+				return err
+			}},
+		{"TLS_CERT_FILE", "", "certificate chain, PEM; with TLS_KEY_FILE the proxy serves https itself. Read anew when it changes, and at SIGHUP", false,
 			func(c *config, s string) error { c.tlsCert = s; return nil }},
 		{"TLS_KEY_FILE", "", "private key, PEM", false,
 			func(c *config, s string) error { c.tlsKey = s; return nil }},

@@ -22,9 +22,18 @@ import (
 )
 
 func checkListen(s string) error {
+	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
+		if !filepath.IsAbs(path) || len(path) > 100 || strings.ContainsRune(path, 0) {
+			return errors.New("must name an absolute path of at most 100 bytes after unix:")
+		}
+		return nil
+	}
+	if s == systemdListen {
+		return nil
+	}
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
-		return errors.New("must be HOST:PORT, as in 127.0.0.1:8080 or :8080")
+		return errors.New("must be HOST:PORT, as in 127.0.0.1:8080 or :8080, or unix:/path")
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n > 65535 {
 		return errors.New("has a port that is not a number from 0 to 65535")
@@ -147,6 +156,31 @@ func parsePublicURL(s string) (*url.URL, error) {
 		return nil, errors.New("must be a scheme and a host, as in https://llm.example.com")
 	}
 	return u, nil
+}
+
+// parseMode reads the permissions of a file.
+func parseMode(s string) (fs.FileMode, error) {
+	n, err := strconv.ParseUint(s, 8, 32)
+	if err != nil || n > 0o777 || n&0o600 != 0o600 {
+		return 0, errors.New("must be octal permissions that let the owner read and write, as in 0660")
+	}
+	return fs.FileMode(n), nil
+}
+
+// parseTrusted reads a list of networks, in which unix stands for the socket.
+func parseTrusted(s string) (socket bool, nets []netip.Prefix, err error) {
+	var rest []string
+	for item := range strings.SplitSeq(s, ",") {
+		if strings.TrimSpace(item) == "unix" {
+			socket = true
+		} else {
+			rest = append(rest, item)
+		}
+	}
+	if len(rest) > 0 {
+		nets, err = parsePrefixes(strings.Join(rest, ","))
+	}
+	return socket, nets, err
 }
 
 func parsePrefixes(s string) ([]netip.Prefix, error) {

@@ -52,16 +52,16 @@ func TestLayoutImports(t *testing.T) {
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
 		"html/template":          {"admin*.go"},
-		"os":                     {"main.go", "config.go", "config_values.go", "datadir.go", "commands.go", "restore.go", "doctor.go", "demo.go"},
+		"os":                     {"main.go", "config.go", "config_values.go", "datadir.go", "commands.go", "restore.go", "doctor.go", "demo.go", "listen.go"},
 		"os/signal":              {"main.go"},
-		"syscall":                {"main.go", "datadir.go", "upstream.go"},
+		"syscall":                {"main.go", "datadir.go", "upstream.go", "listen.go"},
 		"crypto/rand":            {"secrets.go", "tokens.go"},
-		"crypto/tls":             {"config.go", "commands.go", "doctor.go"},
+		"crypto/tls":             {"config.go", "commands.go", "doctor.go", "listen.go"},
 		"runtime/debug":          {"main.go"},
 		"runtime/metrics":        {"metrics_show.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
-	plain := []string{"usage*.go", "latency.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "audit.go", "metrics.go", "errorclass.go",
+	plain := []string{"usage*.go", "latency.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "audit.go", "metrics.go", "errorclass.go", "trace.go",
 		"health.go", "health_hints.go", "route.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}

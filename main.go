@@ -39,6 +39,10 @@ func main() {
 	signal.Ignore(syscall.SIGPIPE) // a log reader that dies must not take the program with it
 	log.SetOutput(io.Discard)      // net/http's transport writes there what providers send unasked, unmasked
 	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
+	if len(os.Args) < 2 || os.Args[1] == "serve" { // all else ends with the terminal that it was started in
+		p.hangups = make(chan os.Signal, 1)
+		signal.Notify(p.hangups, syscall.SIGHUP)
+	}
 	if err := p.run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "llm-proxy:", err)
 		os.Exit(1)
@@ -50,6 +54,7 @@ type program struct {
 	getenv         func(string) string
 	stdout, stderr io.Writer
 	ready          func(addr net.Addr) // called when listening; may be nil
+	hangups        chan os.Signal      // SIGHUP; nil: left to the system
 }
 
 const usageText = `llm-proxy: a transparent, secure proxy between client programs and LLM APIs.
@@ -165,6 +170,7 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 		return err
 	}
 	in.linesDropped = sink.linesLost
+	in.hangups = p.hangups
 	// Before a secret is printed that is shown only once: a start that fails
 	// must not have printed it.
 	if err := in.listen(); err != nil {
@@ -180,12 +186,14 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 // closed by close, in the opposite order.
 type instance struct {
 	*server
-	dir      *dataDir
-	listener net.Listener
-	metered  net.Listener       // on METRICS_ADDR; nil: none
-	stop     context.CancelFunc // ends the background goroutines
-	workers  sync.WaitGroup
-	keyMade  string // the key file, if it was made by this start
+	dir         *dataDir
+	listener    net.Listener
+	metered     net.Listener       // on METRICS_ADDR; nil: none
+	certificate *certificate       // nil: no TLS
+	hangups     chan os.Signal     // SIGHUP; nil: not looked at
+	stop        context.CancelFunc // ends the background goroutines
+	workers     sync.WaitGroup
+	keyMade     string // the key file, if it was made by this start
 }
 
 // openInstance opens the data directory, the database and the ledger.
@@ -308,19 +316,6 @@ func (in *instance) close() error {
 	return errors.Join(errs...)
 }
 
-func (in *instance) listen() (err error) {
-	if in.listener, err = net.Listen("tcp", in.cfg.listenAddr); err != nil {
-		return fmt.Errorf("listening on %s: %w", in.cfg.listenAddr, err)
-	}
-	if in.cfg.metricsAddr == "" {
-		return nil
-	}
-	if in.metered, err = net.Listen("tcp", in.cfg.metricsAddr); err != nil {
-		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
-	}
-	return nil
-}
-
 // serve answers, after listen, until ctx is over, then drains and closes. A
 // second signal while it drains ends the program at once: that is main's doing.
 func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error) {
@@ -338,12 +333,15 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 		// No read or write timeout: an answer may stream for hours. The watchdog
 		// (calls.go) ends what stands still.
 	}
-	in.log.Info("listening", "address", l.Addr().String(), "tls", in.cfg.tlsCert != "", "version", versionText())
+	if in.certificate != nil {
+		hs.TLSConfig = in.certificate.config()
+	}
+	in.log.Info("listening", "address", l.Addr().String(), "tls", in.certificate != nil, "version", versionText())
 	failed := make(chan error, 1)
 	var serving sync.WaitGroup
 	serving.Go(func() {
-		if in.cfg.tlsCert != "" {
-			failed <- hs.ServeTLS(l, in.cfg.tlsCert, in.cfg.tlsKey)
+		if in.certificate != nil {
+			failed <- hs.ServeTLS(l, "", "")
 		} else {
 			failed <- hs.Serve(l)
 		}
@@ -353,6 +351,9 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 		in.log.Info("serving metrics", "address", in.metered.Addr().String())
 		serving.Go(func() { _ = ms.Serve(in.metered) }) // until the drain is over
 	}
+	watching, stopWatching := context.WithCancel(context.Background())
+	defer stopWatching()
+	serving.Go(func() { in.certificate.watch(watching, certificateLook, in.hangups, in.log) })
 	if ready != nil {
 		ready(l.Addr())
 	}
@@ -375,6 +376,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 	_ = hs.Shutdown(last)
 	_ = hs.Close()
 	_ = ms.Close()
+	stopWatching()
 	serving.Wait()
 	err = in.close()
 	in.log.Info("stopped")

@@ -22,6 +22,7 @@ type call struct {
 	requestID  string // id as clients see it
 	start      time.Time
 	address    string
+	trace      traceContext
 	anthropic  bool // errors in Anthropic's shape
 	controller *http.ResponseController
 
@@ -130,6 +131,7 @@ func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c.tries.s, c.tries.c = s, c
 	c.id = s.ids.next(c.start)
 	c.address = s.clientAddress(r)
+	c.trace, _ = parseTraceparent(r.Header["Traceparent"])
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
 	c.requestID = requestID(c.id)
 	id := []string{c.requestID}

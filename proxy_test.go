@@ -62,7 +62,7 @@ func TestUpHeaders(t *testing.T) {
 	p := newTest(t, nil)
 	p.do("POST", "/v1/chat/completions", chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json",
 		"Cookie", "a=b", "OpenAI-Organization", "org", "OpenAI-Project", "proj", "OpenAI-Beta", "b", "X-Stainless-Lang", "js",
-		"X-Forwarded-For", "1.2.3.4", "Via", "x", "Range", "bytes=0-1", "Idempotency-Key", "i", "Traceparent", "00-1", "X-Custom", "no")
+		"X-Forwarded-For", "1.2.3.4", "Via", "x", "Range", "bytes=0-1", "Idempotency-Key", "i", "Traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "X-Custom", "no")
 	var names []string
 	for name := range p.provider.last(t).header {
 		names = append(names, name)

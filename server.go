@@ -249,15 +249,18 @@ func (s *server) ourHost(hostport string) bool {
 // trusted proxies the right-most one in X-Forwarded-For that is not theirs.
 func (s *server) clientAddress(r *http.Request) string {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return ""
-	}
-	if len(s.cfg.trustedProxies) == 0 {
+	var addr netip.Addr
+	switch {
+	case err != nil: // by a unix socket
+		if !s.cfg.trustUnix {
+			return ""
+		}
+	case len(s.cfg.trustedProxies) == 0:
 		return host
-	}
-	addr, err := netip.ParseAddr(host)
-	if err != nil || !s.trusted(addr) {
-		return host
+	default:
+		if addr, err = netip.ParseAddr(host); err != nil || !s.trusted(addr) {
+			return host
+		}
 	}
 	lines := r.Header["X-Forwarded-For"]
 	for i := len(lines) - 1; i >= 0; i-- {
@@ -265,13 +268,21 @@ func (s *server) clientAddress(r *http.Request) string {
 		for j := len(hops) - 1; j >= 0; j-- {
 			hop, err := netip.ParseAddr(strings.TrimSpace(hops[j]))
 			if err != nil {
-				return addr.String() // what is left of it cannot be believed
+				return addressText(addr) // what is left of it cannot be believed
 			}
 			addr = hop.Unmap().WithZone("")
 			if !s.trusted(addr) {
-				return addr.String()
+				return addressText(addr)
 			}
 		}
+	}
+	return addressText(addr)
+}
+
+// addressText writes an address; "" for that of a unix socket, which has none.
+func addressText(addr netip.Addr) string {
+	if !addr.IsValid() {
+		return ""
 	}
 	return addr.String()
 }

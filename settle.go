@@ -217,6 +217,9 @@ func (s *server) logCall(c *call, row *requestRow) {
 		attrs = append(attrs, slog.String("token", c.state.id), slog.String("project", c.project.id))
 	}
 	attrs = append(attrs, slog.String("address", row.address))
+	if c.trace.trace != "" {
+		attrs = append(attrs, slog.String("trace_id", c.trace.trace), slog.String("span_id", c.trace.span))
+	}
 	if row.model != "" {
 		attrs = append(attrs, slog.String("model", clip(row.model, 256)))
 	}

@@ -81,6 +81,9 @@ func (in *instance) baseURL() string {
 	if in.cfg.tlsCert != "" {
 		scheme = "https"
 	}
+	if in.listener.Addr().Network() == "unix" {
+		return scheme + "://localhost" // through the socket: what is in front has another name
+	}
 	addr := in.listener.Addr().String()
 	if ap, err := netip.ParseAddrPort(addr); err == nil && ap.Addr().IsUnspecified() {
 		addr = "localhost:" + strconv.Itoa(int(ap.Port()))

@@ -68,15 +68,20 @@ func read(t *testing.T, name string) string {
 	return string(text)
 }
 
-// TestUnit: systemd has nothing to say against the unit.
+// TestUnit: systemd has nothing to say against the units.
 func TestUnit(t *testing.T) {
 	tool(t, "systemd-analyze")
-	unit := filepath.Join(t.TempDir(), "llm-proxy.service")
-	text := strings.ReplaceAll(read(t, "../deploy/llm-proxy.service"), "/usr/local/bin/llm-proxy", "/bin/true")
-	if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
+	dir := t.TempDir()
+	var units []string
+	for _, name := range []string{"llm-proxy.service", "llm-proxy.socket"} {
+		unit := filepath.Join(dir, name)
+		text := strings.ReplaceAll(read(t, "../deploy/"+name), "/usr/local/bin/llm-proxy", "/bin/true")
+		if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		units = append(units, unit)
 	}
-	if out := output(t, nil, "systemd-analyze", "verify", unit); strings.Contains(out, "llm-proxy.service") {
+	if out := output(t, nil, "systemd-analyze", append([]string{"verify"}, units...)...); strings.Contains(out, "llm-proxy.s") {
 		t.Errorf("%s", out)
 	}
 }
