@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -386,5 +387,76 @@ func TestAuditRestore(t *testing.T) {
 		if err := st.close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestAuditVerifyBesideWriter: entries that come while the trail is read are no
+// problem of it.
+func TestAuditVerifyBesideWriter(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	end := make(chan struct{})
+	var writers sync.WaitGroup
+	for range 3 {
+		writers.Go(func() {
+			for {
+				select {
+				case <-end:
+					return
+				default:
+					p.newToken(`"name":"x"`)
+				}
+			}
+		})
+	}
+	for range 10 {
+		if out, err := runProgram(t, p.env, "audit", "verify"); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	}
+	close(end)
+	writers.Wait()
+	if k := p.verifyTrail(); !k.intact() || k.last.seq < 5 {
+		t.Errorf("%d entries: %v", k.last.seq, k.problems)
+	}
+}
+
+// TestAuditPages (AD17): signing in to the pages and out is on the trail, and so
+// is what does not let in. What cannot be noted lets nobody in.
+func TestAuditPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true // of a trail that cannot be written
+	post := func(path, form string, headers ...string) answer {
+		return p.do("POST", path, form, append([]string{"Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin"}, headers...)...)
+	}
+	before := p.lastEntry()
+	want := func(action, object, detail string, res answer) {
+		t.Helper()
+		entries := p.trail(before)
+		if len(entries) != 1 {
+			t.Fatalf("%d entries for %s, which got %d %s", len(entries), action, res.status, res.body)
+		}
+		if e := entries[0]; e.action != action || e.object != object || e.address != "127.0.0.1" || e.detail != detail || e.requestID != res.header.Get("X-Request-Id") {
+			t.Errorf("%s: %+v", action, e)
+		}
+		before = p.lastEntry()
+	}
+	p.exec(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	if res := post("/admin/sign-in", "key="+p.adminKey); res.status != 500 || res.header.Get("Set-Cookie") != "" {
+		t.Errorf("without a trail: got %d %v", res.status, res.header)
+	}
+	p.exec(`DROP TRIGGER test_full`)
+	want("sign_in_failed", "POST /admin/sign-in", `{}`, post("/admin/sign-in", "key=wrong"))
+	for _, path := range []string{"/admin/sign-out", "/admin/sign-out-everywhere"} {
+		res := post("/admin/sign-in", "key="+p.adminKey)
+		cookie, _, _ := strings.Cut(res.header.Get("Set-Cookie"), ";")
+		key := p.trail(before)[0].actor
+		want("sign_in", key, `{}`, res)
+		detail := `{}`
+		if path != "/admin/sign-out" {
+			detail = `{"everywhere":true,"sessions":1}`
+		}
+		want("sign_out", key, detail, post(path, "", "Cookie", cookie))
 	}
 }
