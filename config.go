@@ -48,6 +48,7 @@ type config struct {
 	firstEventTimeout time.Duration
 	drainTimeout      time.Duration
 	retention         time.Duration
+	maxDatabaseBytes  int64 // 0: no limit
 }
 
 // A setting is one row of the settings table. set checks text and stores it.
@@ -134,6 +135,11 @@ func settings() []setting {
 		{"RETENTION", "90d", "how long the ledger keeps single calls; sums are kept longer", false,
 			func(c *config, s string) (err error) {
 				c.retention, err = parseSpan(s, time.Hour, 3660*24*time.Hour)
+				return err
+			}},
+		{"MAX_DATABASE_BYTES", "", "size of the database beyond which the oldest single calls go, whatever their age; empty: no limit", false,
+			func(c *config, s string) (err error) {
+				c.maxDatabaseBytes, err = parseSize(s, 16<<20, 1<<50)
 				return err
 			}},
 	}

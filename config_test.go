@@ -66,6 +66,8 @@ func TestConfigValues(t *testing.T) {
 		{"LISTEN_ADDR", "unix:/" + strings.Repeat("x", 100), "at most 100 bytes"},
 		{"LISTEN_ADDR", "systemd", ""},
 		{"METRICS_ADDR", ":9090", ""},
+		{"MAX_DATABASE_BYTES", "2GiB", ""},
+		{"MAX_DATABASE_BYTES", "1MiB", "must be from 16MiB"},
 		{"METRICS_ADDR", "9090", "must be HOST:PORT"},
 		{"SOCKET_MODE", "0600", ""},
 		{"SOCKET_MODE", "777", ""},

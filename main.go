@@ -273,7 +273,9 @@ func (in *instance) startWorkers() {
 	in.workers.Go(func() { in.dir.watch(ctx, in.log) })
 	trail, _, _, _ := in.store.auditHead(ctx, in.store.chain) // trouble will show with the first entry
 	in.workers.Go(func() { in.keepTrail(ctx, time.Minute, trail.seq) })
-	in.workers.Go(func() { in.ledger.keepHouse(ctx, in.cfg.retention, in.running.oldest, 10*time.Second) })
+	in.workers.Go(func() {
+		in.ledger.keepHouse(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, in.running.oldest, 10*time.Second)
+	})
 	in.workers.Go(func() {
 		tick := time.NewTicker(time.Minute)
 		defer tick.Stop()
