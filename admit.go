@@ -25,6 +25,10 @@ func (s *server) admit(c *call) error {
 		return err
 	}
 	if c.upstream = c.pick(); c.upstream == nil {
+		if now := c.start.UnixMilli(); c.project.full(c.wish(now)) {
+			return &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", retryAfter: time.Duration(60_000-now%60_000) * time.Millisecond,
+				msg: "This project's upstreams have reached their own limits for this minute."}
+		}
 		return &apiError{status: http.StatusNotFound, code: "no_upstream", msg: "This project has no provider for this endpoint and model.", noRetry: true}
 	}
 	if c.upstream.broken != nil {

@@ -125,6 +125,9 @@ func (a *answerWriter) expect(res *http.Response) {
 	if a.c.stripped && a.sse {
 		to.Del("Content-Length")
 	}
+	if a.c.project.routing.ShowUpstream {
+		to["X-Llm-Proxy-Upstream"] = []string{a.c.upstream.id}
+	}
 	if a.sse {
 		to["Cache-Control"] = []string{"no-cache, no-store"}
 		to["X-Accel-Buffering"] = []string{"no"} // nginx in front must not collect events

@@ -6,8 +6,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -28,6 +30,7 @@ type tries struct {
 	s *server
 	c *call
 
+	model    string    // that stands in for the client's; "" while none does
 	at       *upstream // where the last attempt went
 	began    int64     // and when
 	cancel   context.CancelCauseFunc
@@ -40,6 +43,7 @@ type tries struct {
 // An attemptLine is one line of a call's attempt log, as stored and shown.
 type attemptLine struct {
 	Upstream string `json:"upstream_id"`
+	Model    string `json:"model"`            // that was asked for there
 	Status   int    `json:"status,omitempty"` // of the provider's answer
 	Error    string `json:"error,omitempty"`  // what was wrong, in our words
 	MS       int64  `json:"ms"`
@@ -81,7 +85,10 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 	t.at.health.running.Add(1)
 	t.at.budget.earn()
 	t.s.running.enter(c, phaseProvider)
-	out := t.request(req)
+	out, err := t.request(req)
+	if err != nil {
+		return nil, err
+	}
 	patience := t.patience()
 	if patience == 0 {
 		return t.s.transport.RoundTrip(out)
@@ -108,31 +115,49 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 
 // patience is how long an attempt may take to begin, 0 where there is no other.
 func (t *tries) patience() time.Duration {
-	if len(t.c.project.upstreams) == 1 || !t.c.replayable() || !t.c.project.spare(t.wish()) {
+	if t.alone() || !t.c.project.spare(t.wish()) && t.fallback() == "" {
 		return 0
 	}
-	if t.c.fields.stream {
-		return t.s.cfg.firstEventTimeout
+	if !t.c.fields.stream {
+		return unaryPatience
 	}
-	return unaryPatience
+	return cmp.Or(time.Duration(t.at.settings.FirstEventMS)*time.Millisecond, t.s.cfg.firstEventTimeout)
+}
+
+// alone reports whether the call can be sent to one upstream and no other.
+func (t *tries) alone() bool {
+	p := t.c.project
+	return len(p.upstreams) == 1 && len(p.routing.Fallbacks) == 0 || t.c.pinned() || !t.c.replayable()
+}
+
+// fallback returns the model that may stand in for the client's: once, and if
+// the policies allow it.
+func (t *tries) fallback() string {
+	c := t.c
+	if t.model != "" || len(c.project.routing.Fallbacks) == 0 || c.fields.modelAt.to == 0 {
+		return ""
+	}
+	if to := c.project.routing.fallback(c.fields.model); to != "" && c.project.policy.allowsModel(to) && c.state.policy.allowsModel(to) {
+		return to
+	}
+	return ""
 }
 
 // wish is what the call asks of the upstreams that have not had their turn.
 func (t *tries) wish() *wish {
 	w := t.c.wish(time.Now().UnixMilli())
-	if t.at != nil {
-		w.api = apiOpenAI // of the family that the first attempt has settled
-		if t.at.provider == providerAnthropic {
-			w.api = apiAnthropic
-		}
-		w.tried = append(slices.Clip(t.tried), t.at)
+	w.model, w.strict = cmp.Or(t.model, w.model), true
+	w.api = apiOpenAI // of the family that the first attempt has settled
+	if t.at.provider == providerAnthropic {
+		w.api = apiAnthropic
 	}
+	w.tried = append(slices.Clip(t.tried), t.at)
 	return w
 }
 
 // request returns the request for this attempt. The first is ReverseProxy's own;
 // a later one shares no map with it, for the transport may still be writing it.
-func (t *tries) request(req *http.Request) *http.Request {
+func (t *tries) request(req *http.Request) (*http.Request, error) {
 	c, out := t.c, req
 	if c.attempts > 1 {
 		out = req.WithContext(req.Context())
@@ -142,14 +167,35 @@ func (t *tries) request(req *http.Request) *http.Request {
 		}
 		out.URL = t.at.url(c.match.path, c.query)
 	}
-	if c.body != nil { // the bytes that were checked, known to be in memory
-		body := c.body
+	body, err := t.body()
+	if err != nil {
+		return nil, err
+	}
+	if body != nil { // the bytes that were checked, known to be in memory
 		out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 		out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
 	}
 	t.at.authorize(out.Header)
-	return out
+	return out, nil
 }
+
+// body returns the call's body with the model's name as this upstream knows it.
+func (t *tries) body() ([]byte, error) {
+	c := t.c
+	name := t.sent()
+	if name == c.fields.model || c.body == nil || c.fields.modelAt.to == 0 {
+		return c.body, nil
+	}
+	body := withModel(c.body, c.fields, c.stripped, name)
+	if !t.s.bodies.reserve(int64(len(body))) {
+		return nil, errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+	}
+	c.held += int64(len(body))
+	return body, nil
+}
+
+// sent is the model's name as the upstream of this attempt gets it.
+func (t *tries) sent() string { return t.at.named(cmp.Or(t.model, t.c.fields.model)) }
 
 // replayable reports whether the call's body can be sent again.
 func (c *call) replayable() bool { return c.body != nil || !c.endpoint.upload }
@@ -176,7 +222,7 @@ func (c *call) pick() (u *upstream) {
 
 // wish is what the call asks of its project's upstreams.
 func (c *call) wish(now int64) *wish {
-	return &wish{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), now: now}
+	return &wish{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
 }
 
 // pinned reports whether the call may name objects that are kept at a provider,
@@ -191,29 +237,45 @@ func (c *call) pinned() bool {
 func (t *tries) goOn(v *verdict, res *http.Response) bool {
 	c := t.c
 	now := time.Now()
-	if c.pinned() || len(c.project.upstreams) == 1 || !c.replayable() || c.attempts >= maxAttempts ||
-		now.Sub(c.start) > attemptWindow || c.ctx.Err() != nil {
+	if t.alone() || c.attempts >= maxAttempts || now.Sub(c.start) > attemptWindow || c.ctx.Err() != nil {
 		return false
 	}
 	ms := now.UnixMilli()
-	if v.again && !t.repeated && t.at.health.mayTry(ms) && t.at.budget.spend(ms) {
+	if v.again && !t.repeated && len(c.project.upstreams) > 1 && t.at.health.mayTry(ms) && t.room(ms) && t.at.budget.spend(ms) {
 		return t.repeat(v, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
 	}
-	next := c.project.pick(t.wish())
-	switch {
-	case next == nil && !v.fault && v.wait > 0 && v.wait <= shortWait && !t.repeated:
+	var next *upstream
+	if !v.tooLong { // which it would be anywhere
+		next = c.project.pick(t.wish())
+	}
+	if next == nil && v.wait > 0 && v.wait <= shortWait && !t.repeated && t.room(ms) {
 		return t.repeat(v, res, time.Duration(v.wait)*time.Millisecond)
-	case next == nil:
-		return false
-	case v.fault && next.host == t.at.host && !t.at.budget.spend(ms):
+	}
+	model, tried := t.model, append(t.tried, t.at)
+	if next == nil {
+		if model = t.fallback(); model == "" {
+			return false
+		}
+		w := t.wish()
+		w.model, w.tried, tried = model, nil, nil
+		if next = c.project.pick(w); next == nil {
+			return false
+		}
+	}
+	if v.fault && next.host == t.at.host && !t.at.budget.spend(ms) {
 		next.health.release()
 		return false
 	}
-	t.tried = append(t.tried, t.at)
 	t.leave(v, res)
+	t.model, t.tried = model, tried
 	c.upstream = next
 	c.shown.Store(next)
 	return true
+}
+
+// room takes one more attempt at the same key from its own limits.
+func (t *tries) room(now int64) bool {
+	return t.at.health.room(now, t.c.inputEstimate(), &t.at.settings, true)
 }
 
 // repeat has the same key tried once more, after a pause.
@@ -232,7 +294,7 @@ func (t *tries) repeat(v *verdict, res *http.Response, pause time.Duration) bool
 
 // leave puts an attempt behind the call.
 func (t *tries) leave(v *verdict, res *http.Response) {
-	line := attemptLine{Upstream: t.at.id, Error: v.reason, MS: time.Now().UnixMilli() - t.began}
+	line := attemptLine{Upstream: t.at.id, Model: t.sent(), Error: v.reason, MS: time.Now().UnixMilli() - t.began}
 	if res != nil {
 		line.Status = res.StatusCode
 		if head, ok := res.Body.(*headBody); ok && head.whole && res.StatusCode != http.StatusPaymentRequired {
@@ -272,7 +334,7 @@ func (t *tries) finish(row *requestRow) {
 	}
 	now := time.Now().UnixMilli()
 	if len(t.log) > 0 {
-		last := attemptLine{Upstream: t.at.id, MS: now - t.began, Error: row.errorCode}
+		last := attemptLine{Upstream: t.at.id, Model: t.sent(), MS: now - t.began, Error: row.errorCode}
 		if t.c.answer.meter != nil && t.c.upstream == t.at {
 			last.Status = row.status
 		}
@@ -280,7 +342,13 @@ func (t *tries) finish(row *requestRow) {
 			row.attemptLog = string(text)
 		}
 	}
+	if m := t.c.answer.meter; t.model != "" && (m == nil || m.model == "") {
+		row.model = t.model // the answer does not say
+	}
 	h := t.at.health
+	if row.source == usageExact {
+		h.used(t.began, t.c.inputEstimate(), row.counts.input+row.counts.output, &t.at.settings)
+	}
 	h.running.Add(-1)
 	if t.cancel != nil {
 		t.cancel(nil)

@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"math"
 	"strconv"
@@ -36,6 +37,7 @@ type callFields struct {
 	stateRef     string     // first field that refers to objects kept at the provider and is neither null nor false; "" if none
 	otherModels  string     // "models" or "fallbacks" if the body names models beside model, as routers of several providers take them
 	usage        bodySplice // what withIncludeUsage does
+	modelAt      bodySplice // where the model is: a JSON string, or with text "form" a form field's value; to is 0: nowhere
 }
 
 // bodySplice replaces body[from:to] by text; "" means that nothing is to be done.
@@ -88,6 +90,32 @@ func withIncludeUsage(body []byte, f callFields) []byte {
 	out := make([]byte, 0, len(body)+len(e.text))
 	out = append(out, body[:e.from]...)
 	out = append(out, e.text...)
+	return append(out, body[e.to:]...)
+}
+
+// withModel returns a body with another model in the place of the client's; every
+// other byte stays. f must come from the same body, which may have been through
+// withIncludeUsage since: added says so. Where f found no model it returns body
+// itself.
+func withModel(body []byte, f callFields, added bool, model string) []byte {
+	e := f.modelAt
+	if e.to == 0 {
+		return body
+	}
+	if added && f.usage.text != "" && f.usage.from <= e.from {
+		shift := len(f.usage.text) - (f.usage.to - f.usage.from)
+		e.from, e.to = e.from+shift, e.to+shift
+	}
+	name := []byte(model)
+	if e.text == "" {
+		var err error
+		if name, err = json.Marshal(model); err != nil { // cannot be: a string
+			return body
+		}
+	}
+	out := make([]byte, 0, len(body)+len(name))
+	out = append(out, body[:e.from]...)
+	out = append(out, name...)
 	return append(out, body[e.to:]...)
 }
 
@@ -197,6 +225,9 @@ func (s *bodyScan) top(f *callFields) {
 			s.streamOptions(f)
 		default:
 			if raw := s.rawValue(); s.err == nil {
+				if name == "model" {
+					f.modelAt = bodySplice{from: s.i - len(raw), to: s.i}
+				}
 				if err := f.set(name, raw); err != nil {
 					s.fail(err.param, err.msg)
 				}

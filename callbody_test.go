@@ -37,7 +37,7 @@ func TestScanJSON(t *testing.T) {
 		{`{"user":1,"user":2,"model_s":["x"],"model_":0,"":0,"nn":0}`, callFields{n: 1}},
 	} {
 		got, err := scanJSON([]byte(c.body))
-		got.usage = bodySplice{}
+		got.usage, got.modelAt = bodySplice{}, bodySplice{}
 		if err != nil || got != c.want {
 			t.Errorf("%s: got %+v, %v; want %+v", c.body, got, err, c.want)
 		}
@@ -230,6 +230,12 @@ func FuzzScanJSON(f *testing.F) {
 		again, err := scanJSON(changed)
 		if err != nil || again.model != got.model || again.stream != got.stream || again.n != got.n || !again.includeUsage || again.usage.text != "" {
 			t.Fatalf("after the splice: %+v, %v", again, err)
+		}
+		for added, body := range map[bool][]byte{false: body, true: changed} { // the model is where it was said to be
+			renamed, err := scanJSON(withModel(body, got, added, `m"<é>`))
+			if err != nil || got.model != "" && renamed.model != `m"<é>` || renamed.stream != got.stream || renamed.n != got.n {
+				t.Fatalf("with another model: %+v, %v", renamed, err)
+			}
 		}
 		want, have := decode(t, body), decode(t, changed)
 		options, _ := want["stream_options"].(map[string]any)

@@ -54,7 +54,7 @@ func scanForm(contentType string, body []byte) (callFields, error) {
 		if !ok {
 			return callFields{}, formError("a boundary is not on a line of its own")
 		}
-		if err := f.addPart(part, &seen); err != nil {
+		if err := f.addPart(part, &seen, len(body)-len(rest)+2); err != nil {
 			return callFields{}, err
 		}
 		rest = rest[i+len(delimiter):]
@@ -83,8 +83,9 @@ func formBoundary(contentType string) (string, error) {
 	return boundary, nil
 }
 
-// addPart reads one part, headers and value. seen has a bit per protected name.
-func (f *callFields) addPart(part []byte, seen *uint) error {
+// addPart reads one part, headers and value, which is at a place in the body.
+// seen has a bit per protected name.
+func (f *callFields) addPart(part []byte, seen *uint, at int) error {
 	head, value, ok := bytes.Cut(part, []byte("\r\n\r\n"))
 	if !ok || len(head) > maxPartHeader {
 		return formError(fmt.Sprintf("a part has no headers, or more than %d bytes of them", maxPartHeader))
@@ -118,6 +119,9 @@ func (f *callFields) addPart(part []byte, seen *uint) error {
 	case "", "7bit", "8bit", "binary":
 	default:
 		return formError("a part has a Content-Transfer-Encoding other than 7bit, 8bit or binary")
+	}
+	if _, counted := headers["content-length"]; name == "model" && !counted { // else another length would be a lie
+		f.modelAt = bodySplice{at + len(head) + 4, at + len(part), "form"}
 	}
 	return f.addField(name, value, file, headers["content-type"], seen)
 }

@@ -44,8 +44,18 @@ func TestScanForm(t *testing.T) {
 		{formType, form("models=b"), callFields{n: 1, otherModels: "models"}},
 		{formType, form(disp + "name=\"prompt\"\r\nContent-Type: text/plain; charset=utf-16|x"), callFields{n: 1}},
 	} {
-		if got, err := scanForm(c.contentType, []byte(c.body)); err != nil || got != c.want {
+		got, err := scanForm(c.contentType, []byte(c.body))
+		renamed := withModel([]byte(c.body), got, false, "renamed")
+		movable := got.modelAt.to > 0
+		got.modelAt = bodySplice{}
+		if err != nil || got != c.want {
 			t.Errorf("%q: got %+v, %v; want %+v", c.body, got, err, c.want)
+		}
+		if movable != (c.want.model != "" && !strings.Contains(c.body, "Content-Length")) {
+			t.Errorf("%q: the model can be replaced: %v", c.body, movable)
+		}
+		if again, err := scanForm(c.contentType, renamed); movable && (err != nil || again.model != "renamed" || len(renamed)-len(c.body) != len("renamed")-len(got.model)) {
+			t.Errorf("%q: with another model: %q: %v", c.body, renamed, err)
 		}
 	}
 }

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -55,6 +56,8 @@ type watch struct {
 	received atomic.Int64 // bytes of the request body so far
 	answered atomic.Int64 // bytes of the answer so far
 	output   atomic.Int64 // tokens of a streamed answer so far, as far as one can tell
+
+	idle atomic.Int64 // nanoseconds that the answer may pause, if the upstream has a time of its own
 
 	windowAt    time.Time // of the watchdog alone: when the window for reading began,
 	windowBytes int64     // and what had come by then
@@ -182,7 +185,7 @@ func (rc *runningCalls) verdict(c *call, now time.Time, ms int64) *apiError {
 			return &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider did not answer in time."}
 		}
 	case phaseRelaying:
-		if idle > rc.limits.streamIdleTimeout {
+		if most := time.Duration(c.watch.idle.Load()); idle > cmp.Or(most, rc.limits.streamIdleTimeout) {
 			return &apiError{status: http.StatusGatewayTimeout, code: "stream_idle", msg: "The provider's answer paused for too long."}
 		}
 	case phaseWriting:

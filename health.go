@@ -48,6 +48,9 @@ type keyHealth struct {
 	marked   atomic.Bool  // faults or strikes are not 0
 
 	mu        sync.Mutex
+	minute    int64 // which the counts below are of
+	requests  int64
+	tokens    int64
 	state     keyState
 	faults    int // failures in a row while ready
 	strikes   int // times it was left out since its last good answer: the pauses grow with them
@@ -90,6 +93,41 @@ func (h *keyHealth) take(now int64) bool {
 	}
 	h.probe = now + probeLease
 	return true
+}
+
+// room reports whether the key's own limits a minute (0: none) let one more call
+// of so many tokens through; with take it also takes that from them.
+func (h *keyHealth) room(now, tokens int64, limits *upstreamSettings, take bool) bool {
+	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
+		return true
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if m := now / 60_000; m > h.minute {
+		h.minute, h.requests, h.tokens = m, 0, 0
+	}
+	if limits.RequestsPerMinute > 0 && h.requests >= limits.RequestsPerMinute ||
+		limits.TokensPerMinute > 0 && h.tokens > 0 && h.tokens+tokens > limits.TokensPerMinute {
+		return false
+	}
+	if take {
+		h.requests++
+		h.tokens += tokens
+	}
+	return true
+}
+
+// used corrects what room took for a call that began then, by what it has
+// really used, if it is still the same minute.
+func (h *keyHealth) used(began, took, tokens int64, limits *upstreamSettings) {
+	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if began/60_000 == h.minute {
+		h.tokens = max(0, h.tokens+tokens-took)
+	}
 }
 
 // put changes the state; the caller holds the lock.

@@ -193,16 +193,16 @@ func TestLayoutSecrets(t *testing.T) {
 	want := map[string]int{
 		"admin_session.go": 1,                 // binding a session to MANAGEMENT_TOKEN
 		"answer.go":        1, "settle.go": 1, // masking a provider's key in what the provider says
-		"audit.go":           2, // the key of the audit trail: deriving it, using it
-		"datadir.go":         2, // the encryption key: into its file, into the sealer
-		"demo.go":            4, // the stand-in provider's key, and what the newcomer is shown
-		"manage.go":          1, // comparing MANAGEMENT_TOKEN
-		"manage_projects.go": 1, // checking the form of a provider key
-		"manage_tokens.go":   6, // hashing new credentials, showing them once
-		"restore.go":         1, // the new management key after --revoke=all
-		"secrets.go":         3, // sealing, the hint
-		"upstream.go":        3, // the header of a call to the provider
-		"welcome.go":         2, // the first start
+		"audit.go":            2, // the key of the audit trail: deriving it, using it
+		"datadir.go":          2, // the encryption key: into its file, into the sealer
+		"demo.go":             4, // the stand-in provider's key, and what the newcomer is shown
+		"manage.go":           1, // comparing MANAGEMENT_TOKEN
+		"manage_upstreams.go": 1, // checking the form of a provider key
+		"manage_tokens.go":    6, // hashing new credentials, showing them once
+		"restore.go":          1, // the new management key after --revoke=all
+		"secrets.go":          3, // sealing, the hint
+		"upstream.go":         3, // the header of a call to the provider
+		"welcome.go":          2, // the first start
 	}
 	fset := token.NewFileSet()
 	files := sources(t, fset, parser.SkipObjectResolution)

@@ -1,11 +1,10 @@
-// Handlers of /manage for projects and their upstreams. A provider's key comes
-// in here and never goes out again: no answer has it, whatever the role.
+// Handlers of /manage for projects. A provider's key comes in here and never
+// goes out again: no answer has it, whatever the role.
 package main
 
 import (
 	"encoding/json"
 	"net/http"
-	"slices"
 )
 
 type projectView struct {
@@ -13,6 +12,7 @@ type projectView struct {
 	Name      string          `json:"name"`
 	IsActive  bool            `json:"is_active"`
 	Policy    json.RawMessage `json:"policy"`
+	Routing   json.RawMessage `json:"routing"`
 	Upstreams []upstreamView  `json:"upstreams"`
 	Version   int64           `json:"version"`
 	CreatedAt stamp           `json:"created_at"`
@@ -20,34 +20,10 @@ type projectView struct {
 	Limits    []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one project that is read
 }
 
-type upstreamView struct {
-	ID            string          `json:"id"`
-	ProjectID     string          `json:"project_id"`
-	Name          string          `json:"name"`
-	Provider      string          `json:"provider"`
-	BaseURL       string          `json:"base_url"`
-	KeyHint       string          `json:"key_hint"`
-	Organization  string          `json:"organization"`
-	OpenAIProject string          `json:"openai_project"`
-	Weight        int64           `json:"weight"`
-	Priority      int64           `json:"priority"`
-	Models        json.RawMessage `json:"models"`
-	IsActive      bool            `json:"is_active"`
-	Version       int64           `json:"version"`
-	CreatedAt     stamp           `json:"created_at"`
-	UpdatedAt     stamp           `json:"updated_at"`
-	Health        healthView      `json:"health"`
-}
-
-func (s *server) showUpstream(u *upstreamRow) upstreamView {
-	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
-		u.weight, u.priority, json.RawMessage(u.models), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
-}
-
 // showProject reads the project's upstreams to go with it.
 func (s *server) showProject(r *manageRequest, p *projectRow) (projectView, error) {
 	ups, err := s.store.upstreamsOf(r.ctx, p.seq)
-	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt), nil}
+	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), json.RawMessage(p.routing), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt), nil}
 	for i := range ups {
 		v.Upstreams = append(v.Upstreams, s.showUpstream(&ups[i]))
 	}
@@ -92,9 +68,9 @@ func (s *server) createProject(r *manageRequest) (*reply, error) {
 	var name, provider, baseURL opt[string]
 	var key, openaiKey opt[secret]
 	var active opt[bool]
-	var pol opt[json.RawMessage]
+	var pol, rt opt[json.RawMessage]
 	if err := decodeObject(r.body, map[string]any{"name": &name, "api_key": &key, "openai_api_key": &openaiKey,
-		"provider": &provider, "base_url": &baseURL, "is_active": &active, "policy": &pol}); err != nil {
+		"provider": &provider, "base_url": &baseURL, "is_active": &active, "policy": &pol, "routing": &rt}); err != nil {
 		return nil, err
 	}
 	if err := checkName(name.v); err != nil {
@@ -104,13 +80,20 @@ func (s *server) createProject(r *manageRequest) (*reply, error) {
 		return nil, &fieldError{"api_key", "and openai_api_key exclude each other"}
 	}
 	now := r.now.UnixMilli()
-	p := &projectRow{id: newID("proj"), name: name.v, active: !active.given() || active.v, policy: "{}", createdAt: now, updatedAt: now}
+	p := &projectRow{id: newID("proj"), name: name.v, active: !active.given() || active.v, policy: "{}", routing: "{}", createdAt: now, updatedAt: now}
 	if pol.given() {
 		parsed, err := parsePolicy(pol.v, true)
 		if err != nil {
 			return nil, err
 		}
 		p.policy = parsed.String()
+	}
+	if rt.given() {
+		parsed, err := parseRouting(rt.v)
+		if err != nil {
+			return nil, err
+		}
+		p.routing = parsed.String()
 	}
 	var up *upstreamRow
 	if openaiKey.given() {
@@ -146,8 +129,8 @@ func (s *server) getProject(r *manageRequest) (*reply, error) {
 func (s *server) patchProject(r *manageRequest) (*reply, error) {
 	var name opt[string]
 	var active opt[bool]
-	var pol opt[json.RawMessage]
-	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol}, "policy"); err != nil {
+	var pol, rt opt[json.RawMessage]
+	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol, "routing": &rt}, "policy", "routing"); err != nil {
 		return nil, err
 	}
 	p, err := s.store.changeProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
@@ -167,6 +150,13 @@ func (s *server) patchProject(r *manageRequest) (*reply, error) {
 			}
 			p.policy = parsed.String()
 		}
+		if rt.set {
+			parsed, err := parseRouting(orEmpty(rt))
+			if err != nil {
+				return err
+			}
+			p.routing = parsed.String()
+		}
 		return nil
 	})
 	if err != nil {
@@ -178,7 +168,7 @@ func (s *server) patchProject(r *manageRequest) (*reply, error) {
 	return s.replyProject(r, 0, &p)
 }
 
-// orEmpty returns a policy that was given, or the empty one for null.
+// orEmpty returns an object that was given, or the empty one for null.
 func orEmpty(p opt[json.RawMessage]) []byte {
 	if p.null {
 		return []byte("{}")
@@ -213,201 +203,4 @@ func (s *server) revokeProjectTokens(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	return &reply{body: map[string]any{"revoked": n}}, nil
-}
-
-// An upstreamInput is what an admin may say about an upstream.
-type upstreamInput struct {
-	name, provider, baseURL, organization, openaiProject opt[string]
-	key                                                  opt[secret]
-	weight, priority                                     opt[int64]
-	models                                               opt[[]string]
-	active                                               opt[bool]
-}
-
-func (in *upstreamInput) decode(body []byte) error {
-	return decodeObject(body, map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
-		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
-		"models": &in.models, "is_active": &in.active})
-}
-
-// apply checks the input and puts it into row, whose id and projectID are set.
-// A change of where calls go needs the key anew: without that rule, whoever may
-// edit a URL could have the key sent to a server of theirs.
-func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
-	if in.name.set || isNew {
-		if err := checkName(in.name.v); err != nil {
-			return err
-		}
-		row.name = in.name.v
-	}
-	if in.provider.set && !isNew {
-		return &fieldError{"provider", "cannot be changed; make another upstream"}
-	}
-	if isNew {
-		row.provider = providerOpenAI
-		if in.provider.given() {
-			row.provider = in.provider.v
-		}
-		if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
-			return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
-		}
-	}
-	if err := in.applyDestination(s, row, isNew); err != nil {
-		return err
-	}
-	for _, f := range []struct {
-		name string
-		in   opt[string]
-		to   *string
-	}{{"organization", in.organization, &row.organization}, {"openai_project", in.openaiProject, &row.openaiProject}} {
-		if !f.in.set {
-			continue
-		}
-		for _, c := range f.in.v {
-			if c <= ' ' || c > '~' || len(f.in.v) > 200 {
-				return &fieldError{f.name, "must be a provider's id: at most 200 printable ASCII characters"}
-			}
-		}
-		*f.to = f.in.v
-	}
-	if in.weight.given() {
-		if row.weight = in.weight.v; row.weight < 0 || row.weight > 1000 {
-			return &fieldError{"weight", "must be from 0 to 1000"}
-		}
-	}
-	if in.priority.given() {
-		if row.priority = in.priority.v; row.priority < 0 || row.priority > 1000 {
-			return &fieldError{"priority", "must be from 0 to 1000"}
-		}
-	}
-	if in.models.set {
-		if err := checkPatterns("models", in.models.v); err != nil {
-			return err
-		}
-		b, err := json.Marshal(append([]string{}, in.models.v...))
-		if err != nil {
-			return err
-		}
-		row.models = string(b)
-	}
-	if in.active.given() {
-		row.active = in.active.v
-	}
-	return nil
-}
-
-func (in *upstreamInput) applyDestination(s *server, row *upstreamRow, isNew bool) error {
-	if isNew {
-		switch {
-		case in.baseURL.given():
-			row.baseURL = in.baseURL.v
-		case row.provider == providerOpenAI:
-			row.baseURL = s.cfg.openaiURL
-		case row.provider == providerAnthropic:
-			row.baseURL = "https://api.anthropic.com"
-		default:
-			return &fieldError{"base_url", "is needed for this provider"}
-		}
-		if !in.key.given() {
-			return &fieldError{"api_key", "is needed"}
-		}
-	} else if in.baseURL.set {
-		if in.baseURL.v != row.baseURL && !in.key.given() {
-			return &fieldError{"api_key", "must be given again when base_url changes"}
-		}
-		row.baseURL = in.baseURL.v
-	}
-	u, err := parseBaseURL(row.baseURL, s.cfg.allowPrivate)
-	if err != nil {
-		return &fieldError{"base_url", err.Error()} // an error of ours about the admin's text; no secret in it
-	}
-	row.baseURL = u.String()
-	if !in.key.set {
-		return nil
-	}
-	if err := checkProviderKey(in.key.v()); err != nil {
-		return &fieldError{"api_key", err.Error()}
-	}
-	row.sealedKey = s.sealer.seal(in.key.v, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
-	row.keyHint = in.key.v.hint()
-	return nil
-}
-
-func (s *server) listUpstreams(r *manageRequest) (*reply, error) {
-	if err := r.only(); err != nil {
-		return nil, err
-	}
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
-	if err != nil {
-		return nil, err
-	}
-	rows, err := s.store.upstreamsOf(r.ctx, p.seq)
-	if err != nil {
-		return nil, err
-	}
-	return &reply{body: pageOf(rows, len(rows), s.showUpstream, func(*upstreamRow) string { return "" })}, nil
-}
-
-func (s *server) createUpstream(r *manageRequest) (*reply, error) {
-	var in upstreamInput
-	if err := in.decode(r.body); err != nil {
-		return nil, err
-	}
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
-	if err != nil {
-		return nil, err
-	}
-	now := r.now.UnixMilli()
-	row := newUpstreamRow(&p, now)
-	if err := in.apply(s, row, true); err != nil {
-		return nil, err
-	}
-	if err := s.store.addUpstream(r.ctx, r.by, row, now); err != nil {
-		return nil, err
-	}
-	if err := s.registry.projectChanged(r.ctx, p.seq, false); err != nil {
-		return nil, err
-	}
-	return &reply{http.StatusCreated, row.version, s.showUpstream(row)}, nil
-}
-
-func (s *server) getUpstream(r *manageRequest) (*reply, error) {
-	u, err := s.store.upstreamByID(r.ctx, r.path("id"), r.path("upstream"))
-	if err != nil {
-		return nil, err
-	}
-	return &reply{0, u.version, s.showUpstream(&u)}, nil
-}
-
-func (s *server) patchUpstream(r *manageRequest) (*reply, error) {
-	var in upstreamInput
-	if err := in.decode(r.body); err != nil {
-		return nil, err
-	}
-	return s.changeUpstream(r, func(u *upstreamRow) (bool, error) { return false, in.apply(s, u, false) })
-}
-
-// deleteUpstream takes an upstream out of use and wipes its key. The row stays,
-// for the ledger names it.
-func (s *server) deleteUpstream(r *manageRequest) (*reply, error) {
-	rep, err := s.changeUpstream(r, func(u *upstreamRow) (bool, error) {
-		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
-		return true, nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &reply{body: map[string]any{"id": rep.body.(upstreamView).ID, "deleted": true}}, nil
-}
-
-func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*reply, error) {
-	u, err := s.store.changeUpstream(r.ctx, r.by, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
-	if err != nil {
-		return nil, err
-	}
-	s.health.forget(u.seq, r.now.UnixMilli())
-	if err := s.registry.projectChanged(r.ctx, u.project, false); err != nil {
-		return nil, err
-	}
-	return &reply{0, u.version, s.showUpstream(&u)}, nil
 }

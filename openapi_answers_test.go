@@ -25,7 +25,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	}
 	const limits = `"addresses":["0.0.0.0/0","::/0"],"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
 	const policies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `}`
-	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `,"stateful":true}`
+	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `,"stateful":true},"routing":{"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}`
 	project := call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+p.provider.key+`",`+projectPolicies+`}`, 201)
 	call("GET", "/manage/projects?limit=1&name=second", "", 200)
 	path := "/manage/projects/" + project

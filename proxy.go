@@ -299,6 +299,7 @@ func (s *server) accept(c *call, res *http.Response) error {
 	if err := s.awaitRecord(c); err != nil {
 		return err
 	}
+	c.watch.idle.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
 	s.running.enter(c, phaseRelaying)
 	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
 		if err := filterModels(c, res); err != nil {

@@ -56,6 +56,7 @@ type projectState struct {
 	id, name  string
 	active    bool
 	policy    policy
+	routing   routing
 	upstreams []*upstream // active ones, most preferred first
 	version   int64
 	unread    bool // a change of it could not be read: inactive until it is
@@ -237,6 +238,9 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version}
 	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
 		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
+	}
+	if st.routing, err = parseRouting([]byte(row.routing)); err != nil {
+		return nil, fmt.Errorf("routing of project %s: %w", row.id, err)
 	}
 	for i := range ups {
 		if !ups[i].active {

@@ -12,21 +12,37 @@ import (
 type wish struct {
 	api    apiFamily
 	model  string
-	pinned bool // only the first that serves will do: it keeps the objects that the call may name
+	pinned bool  // only the first that serves will do: it keeps the objects that the call may name
+	tokens int64 // an estimate of what it takes from an upstream's own limit
 	now    int64
 	tried  []*upstream // which have had their turn
+	strict bool        // nil is better than one that is not well
 }
 
 // fits reports whether an upstream may take the call at all.
 func (w *wish) fits(u *upstream) bool {
-	return u.weight > 0 && u.serves(w.api, w.model) && !slices.Contains(w.tried, u)
+	return u.weight > 0 && u.serves(w.api, w.model) && !slices.Contains(w.tried, u) && u.health.room(w.now, w.tokens, &u.settings, false)
+}
+
+// take takes the call from the upstream's own limits, and its probe if it needs
+// one. Both can fail, for other calls choose at the same time.
+func (w *wish) take(u *upstream) bool {
+	if !u.health.take(w.now) {
+		return false
+	}
+	if !u.health.room(w.now, w.tokens, &u.settings, true) {
+		u.health.release()
+		return false
+	}
+	return true
 }
 
 // pick chooses the upstream for a call: among those of the first priority that
 // has one which serves the call and is well, by chance and weight. Weight 0
 // takes an upstream out of turn. If none is well, the least bad one is tried:
 // what the provider then says is more use to the client than a guess of ours.
-// That holds for a call's first attempt only; for a further one it is nil.
+// It is nil where none serves the call, where those that do have no room left in
+// their own limits, and, if the wish is strict, where none is well.
 func (p *projectState) pick(w *wish) *upstream {
 	if w.pinned {
 		return p.first(w)
@@ -36,17 +52,20 @@ func (p *projectState) pick(w *wish) *upstream {
 		ready, rest := w.ready(group, space[:0])
 		for len(ready) > 0 {
 			i := draw(ready)
-			if ready[i].health.take(w.now) {
+			if w.take(ready[i]) {
 				return ready[i]
 			}
 			ready = slices.Delete(ready, i, i+1) // another call probes it
 		}
 		group = rest
 	}
-	if len(w.tried) > 0 {
+	if w.strict {
 		return nil
 	}
-	return p.leastBad(w)
+	if u := p.leastBad(w); u != nil && u.health.room(w.now, w.tokens, &u.settings, true) {
+		return u
+	}
+	return nil
 }
 
 // ready appends to found those of the first priority in list that may have the
@@ -92,11 +111,24 @@ func draw(list []*upstream) int {
 // first returns the first upstream that serves the call, well or not.
 func (p *projectState) first(w *wish) *upstream {
 	for _, u := range p.upstreams {
-		if w.fits(u) {
+		if u.weight > 0 && u.serves(w.api, w.model) {
+			if slices.Contains(w.tried, u) || !u.health.room(w.now, w.tokens, &u.settings, true) {
+				return nil
+			}
 			return u
 		}
 	}
 	return nil
+}
+
+// full reports whether an upstream serves the call but has no room left.
+func (p *projectState) full(w *wish) bool {
+	for _, u := range p.upstreams {
+		if u.weight > 0 && u.serves(w.api, w.model) && !u.health.room(w.now, w.tokens, &u.settings, false) {
+			return true
+		}
+	}
+	return false
 }
 
 // leastBad returns the upstream that is to be well again soonest, of those that

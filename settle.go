@@ -19,12 +19,12 @@ func (s *server) settle(c *call, r *http.Request) {
 	row.attempts = c.attempts
 	row.upstream = c.upstream.seq
 	row.outcome, row.errorCode, row.status = c.verdict(r)
-	c.tries.finish(&row)
 	row.firstByteUS = -1
 	if c.firstByte > 0 {
 		row.firstByteUS = c.firstByte.Microseconds()
 	}
 	c.measure(&row)
+	c.tries.finish(&row)
 	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
 	row.asked, row.limitHit, row.wouldRefuse = c.fields.model, c.hold.shadow, c.hold.shadow != ""
 	known := row.knownModel || row.outcome == outcomeOK

@@ -17,15 +17,15 @@ type projectRow struct {
 	seq                  int64
 	id, name             string
 	active               bool
-	policy               string // JSON
+	policy, routing      string // JSON
 	version              int64
 	createdAt, updatedAt int64
 }
 
-const projectColumns = `seq, id, name, is_active, policy, version, created_at, updated_at`
+const projectColumns = `seq, id, name, is_active, policy, routing, version, created_at, updated_at`
 
 func (p *projectRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&p.seq, &p.id, &p.name, &p.active, &p.policy, &p.version, &p.createdAt, &p.updatedAt))
+	return found(row.Scan(&p.seq, &p.id, &p.name, &p.active, &p.policy, &p.routing, &p.version, &p.createdAt, &p.updatedAt))
 }
 
 // An upstreamRow is an upstream as stored; its key stays sealed.
@@ -39,18 +39,18 @@ type upstreamRow struct {
 	keyHint                     string
 	organization, openaiProject string
 	weight, priority            int64
-	models, rewrite             string // JSON
+	models, rewrite, settings   string // JSON
 	active                      bool
 	version                     int64
 	createdAt, updatedAt        int64
 }
 
 const upstreamColumns = `u.seq, u.id, u.project, p.id, u.name, u.provider, u.base_url, u.sealed_key, u.key_hint,
-	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.is_active, u.version, u.created_at, u.updated_at`
+	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.settings, u.is_active, u.version, u.created_at, u.updated_at`
 
 func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
 	return found(row.Scan(&u.seq, &u.id, &u.project, &u.projectID, &u.name, &u.provider, &u.baseURL, &u.sealedKey, &u.keyHint,
-		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.active, &u.version, &u.createdAt, &u.updatedAt))
+		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.settings, &u.active, &u.version, &u.createdAt, &u.updatedAt))
 }
 
 // addProject stores a new project, and its first upstream unless up is nil. It
@@ -58,8 +58,8 @@ func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
 func (s *store) addProject(ctx context.Context, by origin, p *projectRow, up *upstreamRow) error {
 	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
 		err := tx.QueryRowContext(ctx, `
-			INSERT INTO projects (id, name, is_active, policy, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)
-			RETURNING seq, version`, p.id, p.name, p.active, p.policy, p.createdAt, p.updatedAt).Scan(&p.seq, &p.version)
+			INSERT INTO projects (id, name, is_active, policy, routing, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
+			RETURNING seq, version`, p.id, p.name, p.active, p.policy, p.routing, p.createdAt, p.updatedAt).Scan(&p.seq, &p.version)
 		a := act{"project.create", p.id, changes(nil, p.facts())}
 		if err != nil || up == nil {
 			return a, unique(err)
@@ -75,7 +75,7 @@ func (s *store) addProject(ctx context.Context, by origin, p *projectRow, up *up
 
 // facts are what the audit trail says of a project.
 func (p *projectRow) facts() []fact {
-	return []fact{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}}
+	return []fact{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}, {"routing", json.RawMessage(p.routing)}}
 }
 
 // facts are what the audit trail says of an upstream. Of its key that is the
@@ -88,7 +88,7 @@ func (u *upstreamRow) facts() []fact {
 	}
 	return []fact{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
 		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight}, {"priority", u.priority},
-		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"is_active", u.active}}
+		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)}, {"is_active", u.active}}
 }
 
 func (s *store) projectByID(ctx context.Context, id string) (p projectRow, err error) {
@@ -148,8 +148,8 @@ func (s *store) changeProject(ctx context.Context, by origin, id string, version
 		}
 		p.version, p.updatedAt = p.version+1, now
 		_, err := tx.ExecContext(ctx, `
-			UPDATE projects SET name = ?, is_active = ?, policy = ?, version = ?, updated_at = ? WHERE seq = ?`,
-			p.name, p.active, p.policy, p.version, p.updatedAt, p.seq)
+			UPDATE projects SET name = ?, is_active = ?, policy = ?, routing = ?, version = ?, updated_at = ? WHERE seq = ?`,
+			p.name, p.active, p.policy, p.routing, p.version, p.updatedAt, p.seq)
 		return act{"project.change", p.id, changes(was.facts(), p.facts())}, unique(err)
 	})
 	return p, err
@@ -211,11 +211,11 @@ func staleOrMissing(ctx context.Context, tx *sql.Tx, query string, id string) er
 func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
 	return tx.QueryRowContext(ctx, `
 		INSERT INTO upstreams (id, project, name, provider, base_url, sealed_key, key_hint, organization, openai_project,
-			weight, priority, models, rewrite, is_active, created_at, updated_at)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+			weight, priority, models, rewrite, settings, is_active, created_at, updated_at)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 		RETURNING seq, version`,
 		u.id, u.project, u.name, u.provider, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
-		u.weight, u.priority, u.models, u.rewrite, u.active, u.createdAt, u.updatedAt).Scan(&u.seq, &u.version)
+		u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.createdAt, u.updatedAt).Scan(&u.seq, &u.version)
 }
 
 // addUpstream stores a new upstream of the project with u.project, and bumps
@@ -295,10 +295,10 @@ func (s *store) changeUpstream(ctx context.Context, by origin, projectID, id str
 		u.version, u.updatedAt = u.version+1, now
 		if _, err := tx.ExecContext(ctx, `
 			UPDATE upstreams SET name = ?, base_url = ?, sealed_key = ?, key_hint = ?, organization = ?, openai_project = ?,
-				weight = ?, priority = ?, models = ?, rewrite = ?, is_active = ?, version = ?, updated_at = ?, deleted_at = ?
+				weight = ?, priority = ?, models = ?, rewrite = ?, settings = ?, is_active = ?, version = ?, updated_at = ?, deleted_at = ?
 			WHERE seq = ?`,
 			u.name, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
-			u.weight, u.priority, u.models, u.rewrite, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
+			u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
 			return act{}, err
 		}
 		return u.act(action, was.facts()), touchProject(ctx, tx, u.project, now)

@@ -29,6 +29,8 @@ type upstream struct {
 	organization string
 	project      string // OpenAI's, not ours
 	models       []string
+	rewrite      map[string]string // the model asked for -> the model sent
+	settings     upstreamSettings
 	weight       int64
 	priority     int64
 	broken       error // not nil: its key does not open, or its URL is no longer allowed
@@ -69,6 +71,12 @@ func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error
 	if err := json.Unmarshal([]byte(row.models), &u.models); err != nil {
 		return fmt.Errorf("its list of models: %w", err)
 	}
+	if u.rewrite, err = parseRewrite([]byte(row.rewrite)); err != nil {
+		return fmt.Errorf("its names of models: %w", err)
+	}
+	if err := json.Unmarshal([]byte(row.settings), &u.settings); err != nil {
+		return fmt.Errorf("its settings: %w", err)
+	}
 	return nil
 }
 
@@ -91,6 +99,14 @@ func (u *upstream) url(path, query string) *url.URL {
 		}
 	}
 	return out
+}
+
+// named returns the upstream's own name for a model.
+func (u *upstream) named(model string) string {
+	if name, ok := u.rewrite[model]; ok {
+		return name
+	}
+	return model
 }
 
 // authorize puts the provider's key and account on an outgoing request's own

@@ -11,17 +11,19 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 )
 
 // A verdict says what an attempt means for the call.
 type verdict struct {
-	over   bool   // the answer is the client's
-	again  bool   // the same key may be tried once more
-	unsent bool   // the provider has not had the request
-	fault  bool   // the provider is in trouble, not this key alone
-	wait   int64  // milliseconds that the provider asks to wait
-	reason string // for the log
+	over    bool   // the answer is the client's
+	again   bool   // the same key may be tried once more
+	unsent  bool   // the provider has not had the request
+	tooLong bool   // the call does not fit into the model
+	fault   bool   // the provider is in trouble, not this key alone
+	wait    int64  // milliseconds that the provider asks to wait
+	reason  string // for the log
 }
 
 const maxErrorHead = 16 << 10 // of a provider's error that is read, to know what it is
@@ -53,6 +55,9 @@ func (t *tries) judge(res *http.Response, err error) verdict {
 	case code < 200 || code >= 300 && code < 400:
 		h.fault(now, began, false, "the provider does not answer like an API")
 		return verdict{fault: true, reason: "no API's answer"}
+	case code == http.StatusBadRequest && t.fallback() != "" && isTooLong(errorHead(res)):
+		h.good(now, began, true)
+		return verdict{tooLong: true, reason: "too long for the model"}
 	case code >= 400:
 		h.good(now, began, true) // the call is wrong, not the key
 		return verdict{over: true}
@@ -66,6 +71,9 @@ func (t *tries) judgeError(err error, now int64) verdict {
 		return verdict{over: true}
 	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return verdict{over: true}
+	}
+	if e, ok := errors.AsType[*apiError](err); ok && e != errImpatient { // of our own making
 		return verdict{over: true}
 	}
 	v := verdict{again: true, fault: true, reason: "broke off before it answered"}
@@ -119,6 +127,17 @@ func isErrorCode(body []byte, code string) bool {
 	var e struct{ Error struct{ Code, Type any } }
 	_ = json.Unmarshal(body, &e) // what cannot be read has no code
 	return e.Error.Code == code || e.Error.Type == code
+}
+
+// isTooLong reports whether an error says that the call is too long for the
+// model: OpenAI has a code for it, Anthropic and others only words.
+func isTooLong(body []byte) bool {
+	if isErrorCode(body, "context_length_exceeded") {
+		return true
+	}
+	var e struct{ Error struct{ Message string } }
+	_ = json.Unmarshal(body, &e)
+	return strings.HasPrefix(e.Error.Message, "prompt is too long") || strings.Contains(e.Error.Message, "maximum context length")
 }
 
 // An eventFault says that a stream failed at its very begin.

@@ -120,7 +120,7 @@ func (s *server) firstProject(ctx context.Context, name string, key secret) (sec
 // makeProject makes a project with one upstream, OpenAI with this key.
 func (s *server) makeProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
 	ms := at.UnixMilli()
-	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, createdAt: ms, updatedAt: ms}
+	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, routing: "{}", createdAt: ms, updatedAt: ms}
 	up := newUpstreamRow(project, ms)
 	in := upstreamInput{name: opt[string]{set: true, v: "primary"}, key: opt[secret]{set: true, v: key}}
 	if err := in.apply(s, up, true); err != nil {
@@ -135,7 +135,7 @@ func (s *server) makeProject(ctx context.Context, name, policy string, key secre
 // newUpstreamRow returns an upstream of the project, for an upstreamInput to
 // fill in.
 func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
-	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", active: true, createdAt: ms, updatedAt: ms}
+	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", active: true, createdAt: ms, updatedAt: ms}
 }
 
 // pricesOf returns the list prices with the operator's own over them.

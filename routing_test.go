@@ -1,0 +1,205 @@
+// Tests of what admins set for a call's way: names of models, models that stand
+// in for others, an upstream's own limits, and what is shown of it.
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestRewrite: the model's name is the only thing that changes in a body, and
+// each attempt has the name that its upstream knows.
+func TestRewrite(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"my \u0022deployment\u0022"}}`, 400, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"a","gpt-4o-mini":"b"}}`, 400, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"my-deployment"}}`, 200, nil)
+	second, _ := p.addUpstream(`"priority":1,"rewrite":{"gpt-4o-mini":"é\u0022"}`)
+	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+	for _, body := range []string{
+		chatBody(), chatBody(`"stream":true`), chatBody(`"stream":true`, `"stream_options":{"include_usage":false}`),
+		`{"stream_options":{},  "stream":true, "messages":[], "mo\u0064el" : "gpt-4o\u002dmini" , "n":1}`,
+	} {
+		for fails := range 2 {
+			if p.provider.answer(answerChat); fails == 1 {
+				p.provider.answer(always(429, `{}`))
+			}
+			p.in.health.forget(1, time.Now().UnixMilli())
+			if res := p.do("POST", "/v1/chat/completions", body, auth...); res.status != 200 {
+				t.Fatalf("got %d %s", res.status, res.body)
+			}
+			added := string(withIncludeUsage([]byte(body), must(scanJSON([]byte(body)))))
+			if !strings.Contains(body, `"stream":true`) {
+				added = body
+			}
+			model := `"gpt-4o-mini"`
+			if strings.Contains(body, `\u002d`) {
+				model = `"gpt-4o\u002dmini"`
+			}
+			if got, want := p.provider.last(t).body, strings.Replace(added, model, `"my-deployment"`, 1); got != want {
+				t.Errorf("the provider got %s, want %s", got, want)
+			}
+			if fails == 1 {
+				if got, want := second.last(t).body, strings.Replace(added, model, `"é\""`, 1); got != want {
+					t.Errorf("the second got %s, want %s", got, want)
+				}
+			}
+		}
+	}
+	p.provider.answer(answerChat)
+	p.in.health.forget(1, time.Now().UnixMilli())
+	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\ngpt-4o-mini\r\n--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\ngpt-4o-mini\r\n--b--\r\n"
+	p.do("POST", "/v1/audio/transcriptions", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b")
+	if got, want := p.provider.last(t).body, strings.Replace(form, "\r\n\r\ngpt-4o-mini\r\n--b--", "\r\n\r\nmy-deployment\r\n--b--", 1); got != want {
+		t.Errorf("the form came as %q, want %q", got, want)
+	}
+}
+
+func must(f callFields, err error) callFields {
+	if err != nil {
+		panic(err)
+	}
+	return f
+}
+
+// TestFallbackModel: what is too long for a model goes to the one that stands in
+// for it, and so does a call whose model no upstream answers for; a refusal by a
+// content filter does not, nor what the token may not use.
+func TestFallbackModel(t *testing.T) {
+	t.Parallel()
+	const tooLong = `{"error":{"message":"too long","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}`
+	byModel := func(status int, body string) func(*providerConn, recorded) bool {
+		return func(c *providerConn, r recorded) bool {
+			if strings.Contains(r.body, `"gpt-4.1"`) {
+				return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "gpt-4.1-2025-04-14"))
+			}
+			return c.reply(status, body)
+		}
+	}
+	for _, c := range []struct {
+		name, routing, policy string
+		script                func(*providerConn, recorded) bool
+		status                int
+		models                []string // sent, in order
+	}{
+		{"too long", `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 200, []string{"gpt-4o-mini", "gpt-4.1"}},
+		{"too long, in words", `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, `{}`, byModel(400, `{"error":{"message":"This model's maximum context length is 9 tokens.","code":400}}`), 200, []string{"gpt-4o-mini", "gpt-4.1"}},
+		{"no fallback", `{}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
+		{"of another model", `{"fallbacks":[{"model":"o3","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
+		{"not allowed", `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, `{"models":["gpt-4o*"]}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
+		{"content filter", `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, `{}`, byModel(400, `{"error":{"code":"content_filter"}}`), 400, []string{"gpt-4o-mini"}},
+		{"too long twice", `{"fallbacks":[{"model":"*","to":"gpt-4.2"},{"model":"gpt-4.2","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini", "gpt-4.2"}},
+	} {
+		p := newTest(t, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":`+c.routing+`,"policy":`+c.policy+`}`, 200, nil)
+		p.provider.answer(c.script)
+		res := p.chat()
+		if res.status != c.status {
+			t.Errorf("%s: got %d %s", c.name, res.status, res.body)
+		}
+		var models []string
+		for _, r := range p.provider.got() {
+			models = append(models, between(r.body, `"model":"`, `"`))
+		}
+		if !slices.Equal(models, c.models) {
+			t.Errorf("%s: the provider was asked for %v, want %v", c.name, models, c.models)
+		}
+		row := p.lastCall()
+		if c.status == 200 && (row.Model != "gpt-4.1-2025-04-14" || row.Outcome != "ok" || row.Attempts != 2 || row.AttemptLog[1].Model != "gpt-4.1" || row.Cost == nil || !strings.Contains(res.body, "gpt-4.1-2025-04-14")) {
+			t.Errorf("%s: the ledger has %+v", c.name, row)
+		}
+		if n := len(p.ledger()); n != 1 {
+			t.Errorf("%s: %d rows", c.name, n)
+		}
+	}
+
+	p := newTest(t, nil) // all upstreams of the model are down, another's is not
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}],"show_upstream":true}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["gpt*"]}`, 200, nil)
+	other, id := p.addUpstream(`"models":["llama"]`)
+	p.provider.answer(always(503, `{}`))
+	if res := p.chat(); res.status != 200 || res.header.Get("X-LLM-Proxy-Upstream") != id {
+		t.Errorf("a model that is down: got %d %v %s", res.status, res.header, res.body)
+	}
+	if n, m := len(p.provider.got()), len(other.got()); n != 2 || m != 1 || between(other.last(t).body, `"model":"`, `"`) != "llama" {
+		t.Errorf("the providers were asked %d and %d times", n, m)
+	}
+}
+
+// TestOwnLimits: an upstream's own limits a minute are never exceeded; what has
+// no room goes elsewhere, and where there is no elsewhere is told when to come
+// again.
+func TestOwnLimits(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	second, id := p.addUpstream(`"priority":1,"requests_per_minute":2`)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"requests_per_minute":3}`, 200, nil)
+	now := time.Now()
+	if left := 60 - now.Second(); left < 3 { // the test must not fall into two minutes
+		time.Sleep(time.Duration(left) * time.Second)
+	}
+	statuses := make(chan int)
+	for range 8 {
+		go func() { statuses <- p.chat().status }()
+	}
+	got := map[int]int{}
+	for range 8 {
+		got[<-statuses]++
+	}
+	if n, m := len(p.provider.got()), len(second.got()); n != 3 || m != 2 || got[200] != 5 || got[429] != 3 {
+		t.Errorf("the providers got %d and %d calls, clients %v", n, m, got)
+	}
+	if res := p.chat(); res.code() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
+		t.Errorf("got %d %v %s", res.status, res.header, res.body)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"requests_per_minute":0,"tokens_per_minute":100}`, 200, nil)
+	answered := 0
+	for range 20 { // each uses 12 tokens, as the two before, and is expected to read 25
+		if p.settle(); p.chat().status == 200 {
+			answered++
+		}
+	}
+	if answered != 5 {
+		t.Errorf("100 tokens a minute let %d calls through after 2", answered)
+	}
+}
+
+// TestRoutingRefused: what cannot be meant is refused, with the field's name.
+func TestRoutingRefused(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for body, param := range map[string]string{
+		`{"routing":{"fallbacks":[{"model":"a*b","to":"c"}]}}`: "routing.fallbacks[0].model",
+		`{"routing":{"fallbacks":[{"model":"a"}]}}`:            "routing.fallbacks[0].to",
+		`{"routing":{"fallbacks":[{"model":"a","to":"b*"}]}}`:  "routing.fallbacks[0].to",
+		`{"routing":{"fallbacks":[{"model":"a","tp":"b"}]}}`:   "routing.fallbacks[0].tp",
+		`{"routing":{"fallbacks":[1]}}`:                        "routing.fallbacks[0]",
+		`{"routing":{"fallback":[]}}`:                          "routing.fallback",
+		`{"routing":{"verified_streams":1}}`:                   "routing.verified_streams",
+		`{"routing":[]}`:                                       "routing",
+	} {
+		if res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, body); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+			t.Errorf("%s: got %d %s, want %s", body, res.status, res.body, param)
+		}
+	}
+	for body, param := range map[string]string{
+		`{"rewrite":[]}`:                                     "rewrite",
+		`{"rewrite":{"a":1}}`:                                "rewrite",
+		`{"rewrite":{"a":""}}`:                               "rewrite",
+		`{"rewrite":{"a*":"b"}}`:                             "rewrite",
+		`{"first_event_ms":50}`:                              "first_event_ms",
+		`{"idle_ms":-1}`:                                     "idle_ms",
+		`{"requests_per_minute":-1}`:                         "requests_per_minute",
+		`{"tokens_per_minute":1.5}`:                          "tokens_per_minute",
+		`{"note":"a\nb"}`:                                    "note",
+		fmt.Sprintf(`{"note":%q}`, strings.Repeat("x", 501)): "note",
+	} {
+		if res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, body); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+			t.Errorf("%s: got %d %s, want %s", body, res.status, res.body, param)
+		}
+	}
+}
