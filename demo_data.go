@@ -33,9 +33,9 @@ type demoProject struct {
 
 func demoProjects() []demoProject {
 	return []demoProject{
-		{name: "Search team", policy: `{}`},
-		{name: "Support bot", policy: `{}`, anthropic: true},
-		{name: "Research", policy: `{"models":["gpt-4.1*","gpt-5*","o4-mini*","text-embedding-3-large"]}`},
+		{name: "Search team", policy: `{"limits":[{"count":"requests","max":300,"per":"minute"},{"count":"tokens","max":3000000,"per":"month"}]}`},
+		{name: "Support bot", policy: `{"limits":[{"count":"concurrent","max":20},{"count":"tokens","max":300000,"per":"day"}]}`, anthropic: true},
+		{name: "Research", policy: `{"models":["gpt-4.1*","gpt-5*","o4-mini*","text-embedding-3-large"],"limits":[{"count":"dollars","max":6,"per":"month"}]}`},
 	}
 }
 
@@ -47,6 +47,7 @@ type demoUser struct {
 	expires, revoked float64 // before now; expires < 0 is in the future, 0 never; revoked 0: it is not
 	left             int64   // requests that max_requests leaves; 0: no such limit
 	idle             time.Duration
+	limits           string  // of its policy
 	perDay           float64 // calls on a working day
 	allDay           bool    // round the clock, not in office hours
 	calls            []demoTask
@@ -95,16 +96,18 @@ func demoUsers() []demoUser {
 		{weight: 3, endpoint: embed, model: "text-embedding-3-large", input: 700},
 	}
 	return []demoUser{
-		{project: 1, name: "website chat", made: 60, expires: -60, perDay: 65, calls: bot}, // the newcomer's: see fillDemo
+		{project: 1, name: "website chat", made: 60, expires: -60, perDay: 65, calls: bot,
+			limits: `{"count":"requests","max":60,"per":"minute"},{"count":"requests","max":2500,"per":"month"},{"count":"tokens","max":100000,"per":"hour","shadow":true}`}, // the newcomer's: see fillDemo
 		{project: 0, name: "indexer", made: 60, perDay: 27, allDay: true, calls: index},
 		{project: 0, name: "search API", made: 60, expires: -90, perDay: 48, calls: search},
 		{project: 0, name: "ranking experiments", made: 20, expires: -1.5, perDay: 8, calls: search},
 		{project: 0, name: "old indexer", made: 90, revoked: 9, perDay: 17, allDay: true, calls: index},
 		{project: 1, name: "mail triage", made: 45, expires: -20, perDay: 19, allDay: true, calls: mail},
 		{project: 1, name: "voice trial", made: 12, expires: -18, left: 4, perDay: 7, calls: voice},
-		{project: 1, name: "agency", made: 40, expires: 6, perDay: 10, calls: bot},
+		{project: 1, name: "agency", made: 40, expires: 6, perDay: 10, calls: bot, limits: `{"count":"requests","max":150,"per":"week"}`},
 		{project: 1, name: "leaked in a notebook", made: 15, expires: -15, revoked: 3, perDay: 6, calls: bot},
-		{project: 2, name: "Ada", made: 60, expires: -120, idle: 30 * 24 * time.Hour, perDay: 12, calls: notebook},
+		{project: 2, name: "Ada", made: 60, expires: -120, idle: 30 * 24 * time.Hour, perDay: 12, calls: notebook,
+			limits: `{"count":"dollars","max":2,"per":"month"},{"count":"dollars","max":0.35,"per":"month","model":"gpt-5*"},{"count":"concurrent","max":4}`},
 		{project: 2, name: "Grace", made: 25, expires: -2.5, perDay: 10, calls: notebook},
 		{project: 2, name: "nightly evaluation", made: 60, expires: -200, left: 250, perDay: 20, allDay: true, calls: batch},
 	}
@@ -179,7 +182,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 // demoToken makes a user's token. calls is how many calls it will have made.
 func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p *projectRow, calls int64) (*tokenRow, secret, error) {
 	before := func(days float64) int64 { return now.UnixMilli() - int64(days*dayMS) }
-	t := &tokenRow{projectID: p.id, name: u.name, policy: "{}", createdAt: before(float64(u.made)), updatedAt: before(float64(u.made))}
+	t := &tokenRow{projectID: p.id, name: u.name, policy: `{"limits":[` + u.limits + `]}`, createdAt: before(float64(u.made)), updatedAt: before(float64(u.made))}
 	if u.expires != 0 {
 		t.expiresAt = new(before(u.expires))
 	}
@@ -216,6 +219,7 @@ func (in *instance) finishDemoRow(r *requestRow, openai, anthropic int64) {
 		r.cost, r.priced = 0, false
 	}
 	r.knownModel = r.knownModel || r.outcome == outcomeOK
+	r.asked, r.knownAsked = r.model, r.knownModel
 }
 
 // demoHistory makes up the calls of the users up to now, oldest first; token is
