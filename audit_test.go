@@ -304,6 +304,34 @@ func TestAuditTampering(t *testing.T) {
 	}
 }
 
+// TestAuditPutBack: who removes the last entries and puts an earlier record of
+// the end in place is found by an end that was noted, and by the next entry of a
+// server that has written the removed ones.
+func TestAuditPutBack(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	before := p.lastEntry()
+	old, err := p.in.store.setting(t.Context(), "audit_head")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.newToken(`"name":"hidden"`)
+	p.newToken(`"name":"hidden too"`)
+	noted, _, _, err := p.in.store.auditHead(t.Context(), p.in.store.chain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.exec(`DROP TRIGGER audit_never_removed`, fmt.Sprintf(`DELETE FROM audit WHERE seq > %d`, before), `UPDATE settings SET value = '`+old+`' WHERE name = 'audit_head'`)
+	k, err := p.in.store.checkAudit(t.Context(), p.in.store.chain, &noted)
+	if err != nil || k.intact() || k.first != noted.seq {
+		t.Errorf("beside a noted end: %v %v", k.problems, err)
+	}
+	p.newToken(`"name":"after"`)
+	if k := p.verifyTrail(); k.intact() || k.first != before+1 || !strings.Contains(k.problems[0], "are missing") {
+		t.Errorf("after another entry: %v", k.problems)
+	}
+}
+
 // TestAuditKey: the trail's key is not in the database in clear, comes back
 // after a restart, and cannot be taken away without a word.
 func TestAuditKey(t *testing.T) {

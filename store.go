@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"net/url"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"modernc.org/sqlite"
@@ -26,7 +27,8 @@ var schemaFiles embed.FS
 type store struct {
 	write *sql.DB
 	read  *sql.DB
-	chain *auditChain // nil until openAudit; without it nothing that is managed can be changed
+	chain *auditChain  // nil until openAudit; without it nothing that is managed can be changed
+	tail  atomic.Int64 // seq of the newest entry of the trail that this process has committed
 }
 
 const readers = 4

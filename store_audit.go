@@ -17,13 +17,19 @@ const auditSchema = 2
 // change runs do in one write transaction, and puts the act that it returns
 // into the audit trail in the same one.
 func (s *store) change(ctx context.Context, by origin, do func(*sql.Tx) (act, error)) error {
-	return s.tx(ctx, func(tx *sql.Tx) error {
+	var seq int64
+	err := s.tx(ctx, func(tx *sql.Tx) error {
 		a, err := do(tx)
 		if err != nil {
 			return err
 		}
-		return s.record(ctx, tx, by, a)
+		seq, err = s.record(ctx, tx, by, a)
+		return err
 	})
+	for was := s.tail.Load(); err == nil && was < seq; was = s.tail.Load() {
+		s.tail.CompareAndSwap(was, seq) // who committed later may have been here before
+	}
+	return err
 }
 
 // note puts something into the audit trail that changes nothing here, such as a
@@ -32,12 +38,13 @@ func (s *store) note(ctx context.Context, by origin, a act) error {
 	return s.change(ctx, by, func(*sql.Tx) (act, error) { return a, nil })
 }
 
-// record adds an entry at the trail's end. An end that somebody has tampered
-// with does not stop it, for tokens must be revocable all the same: the entry
-// then follows none, which openAudit's check finds ever after.
-func (s *store) record(ctx context.Context, tx *sql.Tx, by origin, a act) error {
+// record adds an entry at the trail's end and returns its seq. An end that
+// somebody has tampered with does not stop it, for tokens must be revocable all
+// the same: the entry then follows none, which checkAudit finds ever after. An
+// end before one that this process has seen is one that was put back.
+func (s *store) record(ctx context.Context, tx *sql.Tx, by origin, a act) (int64, error) {
 	if s.chain == nil {
-		return errors.New("the audit trail is not open")
+		return 0, errors.New("the audit trail is not open")
 	}
 	var stored string
 	var newest int64
@@ -45,11 +52,11 @@ func (s *store) record(ctx context.Context, tx *sql.Tx, by origin, a act) error 
 		SELECT coalesce((SELECT value FROM settings WHERE name = 'audit_head'), ''), (SELECT coalesce(max(seq), 0) FROM audit)`).
 		Scan(&stored, &newest)
 	if err != nil {
-		return fmt.Errorf("reading the end of the audit trail: %w", err)
+		return 0, fmt.Errorf("reading the end of the audit trail: %w", err)
 	}
 	head, ok := s.chain.open(stored)
-	if !ok || newest > head.seq {
-		head = noHead(newest)
+	if seen := max(newest, s.tail.Load()); !ok || seen > head.seq {
+		head = noHead(seen)
 	}
 	e := &auditEntry{origin: by, action: a.action, object: a.object, detail: a.json()}
 	head = s.chain.next(head, e)
@@ -57,9 +64,9 @@ func (s *store) record(ctx context.Context, tx *sql.Tx, by origin, a act) error 
 		INSERT INTO audit (seq, at, actor, role, address, request_id, action, object, detail, prev, mac)
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		e.seq, e.at, e.actor, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, e.prev, e.mac); err != nil {
-		return fmt.Errorf("writing the audit trail: %w", err)
+		return 0, fmt.Errorf("writing the audit trail: %w", err)
 	}
-	return putSetting(ctx, tx, "audit_head", s.chain.seal(head))
+	return e.seq, putSetting(ctx, tx, "audit_head", s.chain.seal(head))
 }
 
 func putSetting(ctx context.Context, tx *sql.Tx, name, value string) error {
