@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// An adminRoute is one URL of /admin, the least role it needs ("": nobody has to
-// be signed in) and what answers it. A GET changes nothing.
+// An adminRoute is one URL of /admin with its methods, the least role it needs
+// ("": nobody has to be signed in) and what answers it. A GET changes nothing.
 type adminRoute struct {
 	pattern string
 	need    role
@@ -38,6 +38,23 @@ func (s *server) adminTable() []adminRoute {
 		{"GET /admin/{$}", roleViewer, s.adminHome},
 		{"GET /admin/account", roleViewer, s.accountPage},
 		{"GET /admin/projects", roleViewer, s.projectsPage},
+		{"GET|POST /admin/projects/new", roleAdmin, s.newProject},
+		{"GET /admin/projects/{id}", roleViewer, s.projectPage},
+		{"GET|POST /admin/projects/{id}/edit", roleAdmin, s.editProject},
+		{"GET|POST /admin/projects/{id}/activate", roleAdmin, s.switchProject},
+		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, s.switchProject},
+		{"GET|POST /admin/projects/{id}/delete", roleAdmin, s.removeProject},
+		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, s.revokeTokensOf},
+		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, s.newUpstreamPage},
+		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, s.editUpstream},
+		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, s.removeUpstream},
+		{"GET /admin/tokens", roleViewer, s.tokensPage},
+		{"GET|POST /admin/tokens/new", roleOperator, s.newTokenPage},
+		{"POST /admin/tokens/revoke", roleOperator, s.revokeChosen},
+		{"GET /admin/tokens/{id}", roleViewer, s.tokenPage},
+		{"GET|POST /admin/tokens/{id}/edit", roleOperator, s.editToken},
+		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, s.rotateTokenPage},
+		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, s.revokeTokenPage},
 	}
 }
 
@@ -45,6 +62,7 @@ func (s *server) adminTable() []adminRoute {
 func adminNav() []navItem {
 	return []navItem{
 		{Title: "Projects", Path: "/admin/projects", need: roleViewer},
+		{Title: "Tokens", Path: "/admin/tokens", need: roleViewer},
 	}
 }
 
@@ -128,21 +146,29 @@ func goTo(path, done string) *page {
 // adminRoutes is /admin with all that stands in front of it.
 func (s *server) adminRoutes() http.Handler {
 	mux := http.NewServeMux()
-	known := map[string]bool{}
+	known := map[string]string{}
 	for _, rt := range s.adminTable() {
-		mux.Handle(rt.pattern, s.pageHandler(rt))
-		_, path, _ := strings.Cut(rt.pattern, " ")
-		known[path] = true
+		methods, path, _ := strings.Cut(rt.pattern, " ")
+		known[path] += methods
+		for method := range strings.SplitSeq(methods, "|") {
+			mux.Handle(method+" "+path, s.pageHandler(rt))
+		}
 	}
-	wrong := s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) {
-		return nil, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
-	}})
-	for path := range known {
-		mux.Handle(path, wrong)
+	wrong := s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errPageMethod() }})
+	for path, methods := range known {
+		for _, method := range []string{http.MethodGet, http.MethodPost} {
+			if !strings.Contains(methods, method) {
+				mux.Handle(method+" "+path, wrong)
+			}
+		}
 	}
 	mux.HandleFunc("GET /admin/static/{name}", s.handleStatic)
 	mux.Handle("/admin/", s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errNotFound }}))
 	return s.guardPages(mux)
+}
+
+func errPageMethod() *apiError {
+	return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
 }
 
 // guardPages sets the headers that every answer has, and refuses host names that
@@ -167,7 +193,10 @@ func (s *server) guardPages(next http.Handler) http.Handler {
 		case !s.ourHost(r.Host):
 			s.refusePage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
 				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."})
-		case r.Method != http.MethodGet && r.Method != http.MethodHead && !sameOrigin(r, secure):
+		case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodPost:
+			h.Set("Allow", "GET, HEAD, POST")
+			s.refusePage(w, r, errPageMethod())
+		case r.Method == http.MethodPost && !sameOrigin(r, secure):
 			s.refusePage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
 		default:
 			next.ServeHTTP(w, r)
@@ -383,6 +412,14 @@ func notice(done string) string {
 	switch done {
 	case "saved":
 		return "Saved."
+	case "deleted":
+		return "Removed."
+	case "revoked":
+		return "Revoked. The tokens do not work any more."
+	case "none-chosen":
+		return "No token was chosen."
+	case "project-made":
+		return "The project is made. Next, make a token for it."
 	case "ended":
 		return "Your session has ended. Sign in again, then repeat what you did."
 	case "signed-out":

@@ -78,7 +78,7 @@ func (f *pageForm) refused(err error) (int, error) {
 		return 0, err
 	}
 	for _, in := range f.Fields {
-		if in.Name == fe.param {
+		if in.Name == fe.param || strings.HasPrefix(fe.param, in.Name+"[") { // an entry of a list
 			in.Error = in.Label + " " + strings.TrimSuffix(fe.msg, ".") + "."
 			return http.StatusBadRequest, nil
 		}

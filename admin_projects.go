@@ -2,6 +2,14 @@
 // handlers of /manage.
 package main
 
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/url"
+	"strings"
+)
+
 // A projectsView is the list of projects.
 type projectsView struct {
 	Projects []projectView
@@ -22,4 +30,262 @@ func (s *server) projectsPage(r *pageRequest) (*page, error) {
 	v.Next = r.nextPage(l.Next)
 	v.First = len(l.Data) == 0 && v.Name == "" && v.Active == "" && r.query.Get("after") == ""
 	return &page{template: "projects", title: "Projects", data: v}, nil
+}
+
+// A formView is a page with a form, and the way back.
+type formView struct {
+	Crumb  *option // Label and, as Value, address
+	Intro  string
+	Form   *pageForm
+	Policy *policyForm
+}
+
+// refused puts a mistake where it belongs in the form, or returns the error.
+func (v *formView) refused(err error) (int, error) {
+	if fe, ok := errors.AsType[*fieldError](err); ok && v.Policy != nil {
+		if v.Policy.refused(fe) {
+			return http.StatusBadRequest, nil
+		}
+		status, err := (&pageForm{Fields: v.Policy.fields()}).refused(fe)
+		for _, in := range v.Policy.fields() {
+			if in.Error != "" {
+				return status, err
+			}
+		}
+	}
+	return v.Form.refused(err)
+}
+
+// A confirmView is a page that asks before it does something.
+type confirmView struct {
+	Question string
+	Items    []string
+	Form     *pageForm
+}
+
+// confirm is the page that asks. It posts to its own address.
+func (r *pageRequest) confirm(title, question, submit, back string, items ...string) *page {
+	return &page{template: "confirm", title: title, data: confirmView{question, items,
+		&pageForm{Action: r.http.URL.Path, Submit: submit, Cancel: back, Danger: true}}}
+}
+
+func (r *pageRequest) posted() bool { return r.http.Method == http.MethodPost }
+
+func providerField() *field {
+	return &field{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: []option{
+		{providerOpenAI, "OpenAI"}, {providerAnthropic, "Anthropic"}, {providerAzure, "Azure OpenAI"}, {providerCompatible, "Another with OpenAI's API"}}}
+}
+
+func keyField(help string, required bool) *field {
+	return &field{Name: "api_key", Label: "Provider key", Kind: "password", Required: required, Help: help}
+}
+
+const baseURLHelp = "Empty: the provider's own address. Azure and others need one, such as https://name.openai.azure.com."
+
+// newProject is the page that makes a project.
+func (s *server) newProject(r *pageRequest) (*page, error) {
+	v := &formView{Crumb: &option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true), Form: &pageForm{
+		Action: "/admin/projects/new", Submit: "Make the project", Cancel: "/admin/projects", Fields: []*field{
+			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "What people call it, such as a team or an application."},
+			providerField(),
+			keyField("It is sealed, and never shown again. More keys can be added later.", false),
+			{Name: "base_url", Label: "Base URL", Kind: "text", Placeholder: "https://", Help: baseURLHelp},
+		}}}
+	v.Form.fill(r.form, nil)
+	v.Policy.fill(r.form, json.RawMessage("{}"))
+	p := &page{template: "form", title: "New project", data: v}
+	if !r.posted() {
+		return p, nil
+	}
+	in := map[string]any{"name": r.form.Get("name"), "policy": v.Policy.policyOf(r.form, nil)}
+	setText(in, r.form, "api_key", false)
+	setText(in, r.form, "base_url", false)
+	if in["api_key"] != nil || in["base_url"] != nil || r.form.Get("provider") != providerOpenAI {
+		in["provider"] = r.form.Get("provider")
+	}
+	rep, err := s.createProject(r.with(in))
+	if err != nil {
+		p.status, err = v.refused(err)
+		return p, err
+	}
+	return goTo("/admin/projects/"+rep.body.(projectView).ID, "project-made"), nil
+}
+
+// A labelled is a line of facts.
+type labelled struct{ Label, Value string }
+
+// allowedIn puts a policy's lists into words.
+func allowedIn(text json.RawMessage) []labelled {
+	var p struct {
+		Models, Endpoints, Addresses []string
+		Stateful                     bool
+	}
+	if err := json.Unmarshal(text, &p); err != nil { // cannot be: it was checked when it was stored
+		return nil
+	}
+	words := func(l []string, all string) string {
+		switch {
+		case l == nil:
+			return all
+		case len(l) == 0:
+			return "none"
+		}
+		return strings.Join(l, ", ")
+	}
+	out := []labelled{{"Models", words(p.Models, "all")}, {"Endpoints", words(p.Endpoints, "all")}, {"Client addresses", words(p.Addresses, "all")}}
+	if p.Stateful {
+		out = append(out, labelled{"Objects kept at the provider", "allowed"})
+	}
+	return out
+}
+
+// A projectPageView is the page of one project.
+type projectPageView struct {
+	projectView
+	Limits  []barView
+	Allowed []labelled
+	Tokens  []tokenView
+	More    bool // there are more tokens
+}
+
+const tokensOnProject = 10
+
+func (s *server) projectPage(r *pageRequest) (*page, error) {
+	rep, err := s.getProject(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	p := rep.body.(projectView)
+	v := projectPageView{projectView: p, Limits: barsOf(p.Limits), Allowed: allowedIn(p.Policy)}
+	w := tokenWalk{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverEnds, limit: 100}
+	v.More, err = s.store.walkTokens(r.ctx, w, func(row *tokenRow) bool {
+		if t := showToken(row, r.now); t.IsActive {
+			v.Tokens = append(v.Tokens, t)
+		}
+		return len(v.Tokens) < tokensOnProject
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &page{template: "project", title: p.Name, data: v}, nil
+}
+
+// editProject is the page that changes a project's name and policy.
+func (s *server) editProject(r *pageRequest) (*page, error) {
+	rep, err := s.getProject(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	project := rep.body.(projectView)
+	here := "/admin/projects/" + project.ID
+	v := &formView{Crumb: &option{here, project.Name}, Policy: newPolicyForm(true), Form: &pageForm{
+		Action: here + "/edit", Submit: "Save", Cancel: here, Version: project.Version, Fields: []*field{
+			{Name: "name", Label: "Name", Kind: "text", Required: true},
+			{Name: "routing.fallbacks", Label: "Models that stand in", Kind: "textarea", Placeholder: "gpt-4o* = gpt-4o-mini", Help: "When no provider can answer for a model: the model = the one that answers instead, one a line."},
+			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox", Help: "A stream that breaks off can then be tried again. Clients wait for all of it."},
+			{Name: "routing.show_upstream", Label: "Tell clients which provider key answered", Kind: "checkbox"}}}}
+	v.Form.fill(r.form, routingValues(project.Routing, project.Name))
+	v.Policy.fill(r.form, project.Policy)
+	p := &page{template: "form", title: "Edit project", data: v}
+	if !r.posted() {
+		return p, nil
+	}
+	v.Form.Version = r.match
+	routing, err := routingOf(r.form)
+	if err == nil {
+		_, err = s.patchProject(r.with(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.policyOf(r.form, project.Policy), "routing": routing}))
+	}
+	if err != nil {
+		p.status, err = v.refused(err)
+		return p, err
+	}
+	return goTo(here, "saved"), nil
+}
+
+// routingValues writes a stored routing as the form has it.
+func routingValues(stored json.RawMessage, name string) url.Values {
+	values := url.Values{"name": {name}}
+	r, err := parseRouting(stored)
+	if err != nil { // cannot be: it was checked when it was stored
+		return values
+	}
+	for _, f := range r.Fallbacks {
+		values.Set("routing.fallbacks", values.Get("routing.fallbacks")+f.Model+" = "+f.To+"\n")
+	}
+	if r.VerifiedStreams {
+		values.Set("routing.verified_streams", "on")
+	}
+	if r.ShowUpstream {
+		values.Set("routing.show_upstream", "on")
+	}
+	return values
+}
+
+// routingOf reads a routing from a form that was sent.
+func routingOf(form url.Values) (map[string]any, error) {
+	fallbacks := []map[string]string{}
+	for _, line := range splitLines(form.Get("routing.fallbacks")) {
+		model, to, ok := strings.Cut(line, "=")
+		if !ok {
+			return nil, &fieldError{"routing.fallbacks", "must have lines such as gpt-4o* = gpt-4o-mini"}
+		}
+		fallbacks = append(fallbacks, map[string]string{"model": strings.TrimSpace(model), "to": strings.TrimSpace(to)})
+	}
+	return map[string]any{"fallbacks": fallbacks, "verified_streams": form.Get("routing.verified_streams") != "",
+		"show_upstream": form.Get("routing.show_upstream") != ""}, nil
+}
+
+// switchProject activates or deactivates a project.
+func (s *server) switchProject(r *pageRequest) (*page, error) {
+	rep, err := s.getProject(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	project := rep.body.(projectView)
+	here, on := "/admin/projects/"+project.ID, strings.HasSuffix(r.http.URL.Path, "/activate")
+	if !r.posted() && on {
+		return r.confirm("Activate "+project.Name+"?", "Its tokens work again from the next call on.", "Activate", here), nil
+	}
+	if !r.posted() {
+		return r.confirm("Deactivate "+project.Name+"?", "All its tokens stop working at once, and their running calls are cut. Nothing is lost; it can be activated again.",
+			"Deactivate", here), nil
+	}
+	if _, err := s.patchProject(r.with(map[string]any{"is_active": on})); err != nil {
+		return nil, err
+	}
+	return goTo(here, "saved"), nil
+}
+
+// removeProject deletes a project.
+func (s *server) removeProject(r *pageRequest) (*page, error) {
+	rep, err := s.getProject(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	project := rep.body.(projectView)
+	if !r.posted() {
+		return r.confirm("Delete "+project.Name+"?", "This is for good:", "Delete the project", "/admin/projects/"+project.ID,
+			"all its tokens are revoked, and their running calls are cut", "its provider keys are wiped", "its calls stay in the ledger"), nil
+	}
+	if _, err := s.deleteProject(r.with(nil)); err != nil {
+		return nil, err
+	}
+	return goTo("/admin/projects", "deleted"), nil
+}
+
+// revokeTokensOf revokes all tokens of a project.
+func (s *server) revokeTokensOf(r *pageRequest) (*page, error) {
+	rep, err := s.getProject(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	project := rep.body.(projectView)
+	if !r.posted() {
+		return r.confirm("Revoke all tokens of "+project.Name+"?", "All of them stop working at once, for good, and their running calls are cut.",
+			"Revoke all tokens", "/admin/projects/"+project.ID), nil
+	}
+	if _, err := s.revokeProjectTokens(r.with(map[string]any{})); err != nil {
+		return nil, err
+	}
+	return goTo("/admin/projects/"+project.ID, "revoked"), nil
 }

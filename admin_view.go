@@ -118,10 +118,11 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"usd":     usd,    // dollars: $1,234.50
 		"ms":      showMillis,
 		"bytes":   showBytes,
-		"plural":  plural, // plural 3 "token" "tokens": 3 tokens
-		"list":    func(items ...any) []any { return items },
-		"lines":   func(items []string) string { return strings.Join(items, "\n") },
-		"join":    func(items []string) string { return strings.Join(items, ", ") },
+		"curl":    curlSnippet, "python": pythonSnippet, "node": nodeSnippet, "golang": goSnippet,
+		"plural": plural, // plural 3 "token" "tokens": 3 tokens
+		"list":   func(items ...any) []any { return items },
+		"lines":  func(items []string) string { return strings.Join(items, "\n") },
+		"join":   func(items []string) string { return strings.Join(items, ", ") },
 	}
 }
 

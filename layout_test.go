@@ -125,7 +125,7 @@ func TestLayoutModule(t *testing.T) {
 func TestLayoutFiles(t *testing.T) {
 	t.Parallel()
 	const longest = 450
-	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Flush", "FlushError", "Read", "ReadFrom", "Close", "Get", "Put", "RoundTrip",
+	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Scan", "Flush", "FlushError", "Read", "ReadFrom", "Close", "Get", "Put", "RoundTrip",
 		"Error", "String", "Is", "Format", "LogValue", "MarshalText", "MarshalJSON", "UnmarshalJSON"}
 	fset := token.NewFileSet()
 	for name, file := range sources(t, fset, parser.ParseComments) {

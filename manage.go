@@ -430,6 +430,9 @@ func (t stamp) MarshalJSON() ([]byte, error) {
 	return []byte(time.UnixMilli(int64(t)).UTC().Format(`"2006-01-02T15:04:05.000Z07:00"`)), nil
 }
 
+// field writes a time as an input for times has it.
+func (t stamp) field() string { return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04") }
+
 func stampOf(p *int64) *stamp {
 	if p == nil {
 		return nil

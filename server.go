@@ -38,6 +38,7 @@ type server struct {
 	throttle  *failures     // of wrong management keys
 	writable  writeCheck
 	pages     *pageSet     // the templates of /admin
+	sent      sentForms    // of /admin, of late
 	wrongKeys failureNotes // of wrong management keys on the audit trail
 	strangers lineLimit    // of log lines about callers without a key
 	metrics   *metrics

@@ -1,0 +1,329 @@
+// The pages of /admin about single tokens. The value of one is on one page only:
+// the answer to the form that made it.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// projectName is what a project is called, deleted ones included.
+func (s *server) projectName(r *pageRequest, id string) (string, error) {
+	p, err := s.store.projectByID(r.ctx, id)
+	if errors.Is(err, errNotFound) {
+		return "(deleted project)", nil
+	}
+	return p.name, err
+}
+
+// lifetimes are the lives that a new token may be given, in hours; "" is a time
+// of its own, and 0 none at all.
+func lifetimes() []option {
+	return []option{{"1", "1 hour"}, {"8", "8 hours"}, {"24", "1 day"}, {"168", "7 days"}, {"720", "30 days"}, {"2160", "90 days"}, {"8760", "1 year"},
+		{"0", "no end"}, {"", "until the time below"}}
+}
+
+const idleHelp = "It stops working when it was not used for so long. Empty: it does not."
+
+// newTokenPage makes a token, and shows it once.
+func (s *server) newTokenPage(r *pageRequest) (*page, error) {
+	projects, err := s.projectOptions(r)
+	if err != nil {
+		return nil, err
+	}
+	if len(projects) == 0 {
+		return &page{template: "no-project", title: "New token"}, nil
+	}
+	v := &formView{Crumb: &option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false), Form: &pageForm{
+		Action: "/admin/tokens/new", Submit: "Make the token", Cancel: "/admin/tokens", Once: randomBase62(16), Fields: []*field{
+			{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
+			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "Who or what will use it. One token for each program makes it easy to revoke one of them."},
+			{Name: "lifetime", Label: "Works for", Kind: "select", Required: true, Short: true, Options: lifetimes()},
+			{Name: "expires_at", Label: "Expires at (UTC)", Kind: "datetime-local", Short: true, Help: "Only for “until the time below”."},
+			{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "After so many calls it stops working. Empty: no such limit."},
+			{Name: "idle_expiry_minutes", Label: "Ends after disuse, in minutes", Kind: "number", Short: true, Help: idleHelp},
+		}}}
+	v.Form.fill(r.form, url.Values{"project_id": {r.query.Get("project_id")}, "lifetime": {"720"}})
+	v.Policy.fill(r.form, json.RawMessage("{}"))
+	p := &page{template: "form", title: "New token", data: v}
+	if !r.posted() {
+		return p, nil
+	}
+	in := tokenInputOf(r.form)
+	in["project_id"], in["policy"] = r.form.Get("project_id"), v.Policy.policyOf(r.form, nil)
+	switch hours, err := strconv.ParseInt(r.form.Get("lifetime"), 10, 64); {
+	case r.form.Get("lifetime") == "":
+		in["expires_at"] = timeOf(r.form.Get("expires_at"))
+	case err != nil:
+		in["duration_hours"] = r.form.Get("lifetime")
+	case hours == 0:
+		in["expires_at"] = nil
+	default:
+		in["duration_hours"] = hours
+	}
+	if !s.sent.first(r.form.Get("once")) {
+		return r.sentBefore("/admin/tokens", "tokens", "token"), nil
+	}
+	rep, err := s.createToken(r.with(in))
+	if err != nil {
+		p.status, err = v.refused(err)
+		return p, err
+	}
+	return s.shownOnce(r, "The token is made", rep.body.(tokenView), nil)
+}
+
+// tokenInputOf reads the fields that a new token and a changed one have in common.
+func tokenInputOf(form url.Values) map[string]any {
+	in := map[string]any{"name": form.Get("name")}
+	setNumber(in, form, "max_requests", true)
+	setNumber(in, form, "idle_expiry_minutes", true)
+	return in
+}
+
+// timeOf writes what a datetime-local field holds as RFC 3339. What is no time
+// goes on as it is, for the rules to refuse.
+func timeOf(text string) string {
+	switch len(text) {
+	case len("2006-01-02T15:04"):
+		return text + ":00Z"
+	case len("2006-01-02T15:04:05"):
+		return text + "Z"
+	}
+	return text
+}
+
+// sentBefore is the answer to a form that was carried out already.
+func (r *pageRequest) sentBefore(back, many, one string) *page {
+	return &page{template: "sent", title: "Sent already", status: http.StatusConflict, data: labelled{Label: "The " + one +
+		" was made when this form was first sent, and its value is not shown again. If nobody noted it, make another one and revoke that one.", Value: back}}
+}
+
+// A onceView is the page that shows a token.
+type onceView struct {
+	Title, ID, Name, Value, Base string
+	Anthropic                    bool
+	Model                        string
+	Overlap                      *stamp // until then the value before works too
+	ExpiresAt                    *stamp
+}
+
+// shownOnce is the page with a token's value and what to do with it.
+func (s *server) shownOnce(r *pageRequest, title string, t tokenView, overlap *stamp) (*page, error) {
+	v := onceView{Title: title, ID: t.ID, Name: t.Name, Value: t.Token, Base: s.publicBase(r), Model: "gpt-4o-mini", Overlap: overlap, ExpiresAt: t.ExpiresAt}
+	p, err := s.store.projectByID(r.ctx, t.ProjectID)
+	if err == nil {
+		var ups []upstreamRow
+		if ups, err = s.store.upstreamsOf(r.ctx, p.seq); err == nil {
+			v.Anthropic = len(ups) > 0 && !slices.ContainsFunc(ups, func(u upstreamRow) bool { return u.provider != providerAnthropic })
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if v.Anthropic {
+		v.Model = "claude-haiku-4-5"
+	}
+	for _, policy := range []string{p.policy, string(t.Policy)} {
+		if parsed, err := parsePolicy([]byte(policy), true); err == nil {
+			if i := slices.IndexFunc(parsed.Models, plainName); i >= 0 {
+				v.Model = parsed.Models[i]
+			}
+		}
+	}
+	return &page{template: "token-once", title: title, data: v}, nil
+}
+
+// plainName reports whether a model's name can be pasted into a shell and into
+// source code as it is.
+func plainName(model string) bool {
+	return !strings.ContainsFunc(model, func(c rune) bool {
+		return !strings.ContainsRune(base62+"-_.:/", c)
+	})
+}
+
+// publicBase is where clients reach the proxy, as far as it knows.
+func (s *server) publicBase(r *pageRequest) string {
+	switch {
+	case s.cfg.publicURL != nil:
+		return s.cfg.publicURL.Scheme + "://" + s.cfg.publicURL.Host
+	case r.secure:
+		return "https://" + r.http.Host
+	}
+	return "http://" + r.http.Host
+}
+
+// A tokenPageView is the page of one token.
+type tokenPageView struct {
+	tokenView
+	ProjectName string
+	State       stateView
+	Limits      []barView
+	Allowed     []labelled
+	Requests    *barView // use of max_requests; nil: no such limit
+	Calls       []requestReply
+	BadReason   string
+}
+
+func (s *server) tokenPage(r *pageRequest) (*page, error) {
+	rep, err := s.getToken(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	t := rep.body.(tokenView)
+	v := tokenPageView{tokenView: t, State: stateOf(&t, r.now), Limits: barsOf(t.Limits), Allowed: allowedIn(t.Policy)}
+	if v.ProjectName, err = s.projectName(r, t.ProjectID); err != nil {
+		return nil, err
+	}
+	if t.MaxRequests != nil {
+		b := bar(t.RequestCount, *t.MaxRequests)
+		b.Used, b.Max, b.Left = group(t.RequestCount), group(*t.MaxRequests), group(max(0, *t.MaxRequests-t.RequestCount))
+		b.Label = fmt.Sprintf("%s of %s requests used", b.Used, b.Max)
+		v.Requests = &b
+	}
+	if rep, err = s.listRequests(r.asking("token_id", t.ID, "limit", "10")); err != nil {
+		return nil, err
+	}
+	v.Calls = rep.body.(list[requestReply]).Data
+	return &page{template: "token", title: t.Name, data: v}, nil
+}
+
+// editToken changes a token's name, life and policy.
+func (s *server) editToken(r *pageRequest) (*page, error) {
+	rep, err := s.getToken(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	t := rep.body.(tokenView)
+	here := "/admin/tokens/" + t.ID
+	v := &formView{Crumb: &option{here, t.Name}, Policy: newPolicyForm(false), Form: &pageForm{Action: here + "/edit", Submit: "Save", Cancel: here, Version: t.Version, Fields: []*field{
+		{Name: "name", Label: "Name", Kind: "text", Required: true},
+		{Name: "expires_at", Label: "Expires at (UTC)", Kind: "datetime-local", Short: true, Help: "Empty: it has no end."},
+		{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "Those it has made count: " + group(t.RequestCount) + " so far. Empty: no such limit."},
+		{Name: "idle_expiry_minutes", Label: "Ends after disuse, in minutes", Kind: "number", Short: true, Help: idleHelp},
+	}}}
+	stored := url.Values{"name": {t.Name}, "max_requests": {plainNumber(t.MaxRequests)}, "idle_expiry_minutes": {plainNumber(t.IdleExpiryMinutes)}}
+	if t.ExpiresAt != nil {
+		stored.Set("expires_at", t.ExpiresAt.field())
+	}
+	v.Form.fill(r.form, stored)
+	v.Policy.fill(r.form, t.Policy)
+	p := &page{template: "form", title: "Edit token", data: v}
+	if !r.posted() {
+		return p, nil
+	}
+	v.Form.Version = r.match
+	in := tokenInputOf(r.form)
+	in["policy"] = v.Policy.policyOf(r.form, t.Policy)
+	if at := r.form.Get("expires_at"); at == "" {
+		in["expires_at"] = nil
+	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond, also in the past
+		in["expires_at"] = timeOf(at)
+	}
+	if _, err := s.patchToken(r.with(in)); err != nil {
+		p.status, err = v.refused(err)
+		return p, err
+	}
+	return goTo(here, "saved"), nil
+}
+
+func plainNumber(n *int64) string {
+	if n == nil {
+		return ""
+	}
+	return strconv.FormatInt(*n, 10)
+}
+
+// rotateTokenPage gives a token a new value, and shows it once.
+func (s *server) rotateTokenPage(r *pageRequest) (*page, error) {
+	rep, err := s.getToken(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	t := rep.body.(tokenView)
+	here := "/admin/tokens/" + t.ID
+	v := &formView{Crumb: &option{here, t.Name}, Intro: "The token gets a new value; its id, its limits and what they count stay. The value it has now goes on working for a while, so that programs can change over.",
+		Form: &pageForm{Action: here + "/rotate", Submit: "Rotate", Cancel: here, Once: randomBase62(16), Version: t.Version, Fields: []*field{
+			{Name: "overlap_minutes", Label: "The value of now works for", Kind: "select", Required: true, Short: true,
+				Options: []option{{"0", "no longer: it leaked"}, {"60", "1 hour"}, {"1440", "1 day"}, {"10080", "7 days"}, {"43200", "30 days"}}}}}}
+	v.Form.fill(r.form, url.Values{"overlap_minutes": {"60"}})
+	p := &page{template: "form", title: "Rotate " + t.Name, data: v}
+	if !r.posted() {
+		return p, nil
+	}
+	v.Form.Version = r.match
+	if !s.sent.first(r.form.Get("once")) {
+		return r.sentBefore(here, "tokens", "new value"), nil
+	}
+	in := map[string]any{}
+	setNumber(in, r.form, "overlap_minutes", false)
+	if rep, err = s.rotateToken(r.with(in)); err != nil {
+		p.status, err = v.refused(err)
+		return p, err
+	}
+	t = rep.body.(tokenView)
+	return s.shownOnce(r, "The token has a new value", t, t.OverlapUntil)
+}
+
+// revokeTokenPage ends a token.
+func (s *server) revokeTokenPage(r *pageRequest) (*page, error) {
+	rep, err := s.getToken(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	t := rep.body.(tokenView)
+	here := "/admin/tokens/" + t.ID
+	if !r.posted() {
+		return r.confirm("Revoke "+t.Name+"?", "It stops working at once, for good, and its running calls are cut. Its calls stay in the ledger.", "Revoke", here), nil
+	}
+	if _, err := s.revokeToken(r.with(nil)); err != nil {
+		return nil, err
+	}
+	return goTo(here, "revoked"), nil
+}
+
+// at returns the same request for another object.
+func (r *pageRequest) at(id string) *pageRequest {
+	other, m := *r, *r.manageRequest
+	m.http = r.http.Clone(r.ctx)
+	m.http.SetPathValue("id", id)
+	m.match = 0
+	other.manageRequest = &m
+	return &other
+}
+
+// revokeChosen revokes the tokens that were chosen in a list, after asking.
+func (s *server) revokeChosen(r *pageRequest) (*page, error) {
+	ids := slices.Compact(slices.Sorted(slices.Values(r.form["id"])))
+	if len(ids) == 0 {
+		return &page{to: "/admin/tokens?done=none-chosen"}, nil
+	}
+	if len(ids) > 500 {
+		return nil, badRequest("invalid_value", "id", "At most 500 tokens can be revoked at once.")
+	}
+	f := &pageForm{Action: "/admin/tokens/revoke", Submit: "Revoke " + plural(int64(len(ids)), "token", "tokens"), Cancel: "/admin/tokens", Danger: true,
+		Hidden: []option{{"yes", "sure"}}}
+	var names []string
+	for _, id := range ids {
+		t, err := s.store.tokenByID(r.ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, t.name+" ("+id+")")
+		f.Hidden = append(f.Hidden, option{id, "id"})
+	}
+	if r.form.Get("sure") != "yes" {
+		return &page{template: "confirm", title: "Revoke these tokens?", data: confirmView{"They stop working at once, for good, and their running calls are cut:", names, f}}, nil
+	}
+	for _, id := range ids {
+		if _, err := s.revokeToken(r.at(id).with(nil)); err != nil {
+			return nil, fmt.Errorf("revoking %s: %w", id, err)
+		}
+	}
+	return goTo("/admin/tokens", "revoked"), nil
+}
