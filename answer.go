@@ -181,6 +181,7 @@ func (a *answerWriter) send(p []byte) error {
 		a.s.running.enter(a.c, phaseRelaying)
 		return nil
 	}
+	a.c.kept.answered(p)
 	a.s.running.enter(a.c, phaseWriting)
 	if _, err := a.w.Write(p); err != nil {
 		a.gone = true

@@ -64,6 +64,7 @@ func mutations(fresh map[string]string) map[string]mutation {
 		"PATCH /manage/tokens/{id}":                         {`{"max_requests":9,"expires_at":null}`, "token.change", `"max_requests":[null,9]`},
 		"DELETE /manage/tokens/{id}":                        {``, "token.revoke", `"revoked_at":[null,"`},
 		"POST /manage/tokens/{id}/rotate":                   {``, "token.rotate", `"overlap_until":[null,"`},
+		"DELETE /manage/projects/{id}/content":              {``, "content.erase", `{}`},
 		"DELETE /manage/streams/{id}":                       {``, "stream.cut", `"token_id":"tok_`},
 		"POST /manage/prices":                               {`{"match":"m1","input":"2.5","output":8}`, "price.set", `{"input":[1,2.5],"output":[null,8]}`},
 		"DELETE /manage/prices/{id}":                        {``, "price.delete", `{"match":["m1",null],"input":[1,null]}`},

@@ -49,6 +49,7 @@ type config struct {
 	drainTimeout      time.Duration
 	retention         time.Duration
 	maxDatabaseBytes  int64 // 0: no limit
+	maxContentBytes   int64
 }
 
 // A setting is one row of the settings table. set checks text and stores it.
@@ -140,6 +141,11 @@ func settings() []setting {
 		{"MAX_DATABASE_BYTES", "", "size of the database beyond which the oldest single calls go, whatever their age; empty: no limit", false,
 			func(c *config, s string) (err error) {
 				c.maxDatabaseBytes, err = parseSize(s, 16<<20, 1<<50)
+				return err
+			}},
+		{"MAX_CONTENT_BYTES", "64KiB", "how much of a request and of an answer is kept, of projects whose policy has keep_content_days", false,
+			func(c *config, s string) (err error) {
+				c.maxContentBytes, err = parseSize(s, 1<<10, 16<<20)
 				return err
 			}},
 	}

@@ -20,6 +20,7 @@ import (
 	"net/textproto"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -146,6 +147,14 @@ func (p *testProxy) finish() {
 			p.t.Errorf("unexpected error in the log: %s", line)
 		}
 	}
+}
+
+// seenMayHold takes a secret off the list of what may not be seen anywhere: the
+// test shows it to somebody who may see it.
+func (p *testProxy) seenMayHold(secret string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.secrets = slices.DeleteFunc(p.secrets, func(s string) bool { return s == secret })
 }
 
 // secretForms are the shapes in which a secret may leak; of one that is long

@@ -1,5 +1,5 @@
 // This room lets go of what the ledger need not keep: calls that are too old or
-// too many for the disk, sums by the hour. It works in small steps beside the
+// too many for the disk, their content, sums by the hour. It works in small steps beside the
 // calls, and never touches a row that is open.
 package main
 
@@ -38,6 +38,7 @@ func (l *ledger) keepHouse(ctx context.Context, keep retention, oldest func() in
 				l.log.Error("noting the oldest open call", "error", err)
 			}
 		}
+		l.forget(ctx, func() (int64, error) { return l.store.forgetContents(ctx, now.UnixMilli(), 20) })
 		l.forget(ctx, func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-keep.age)), 200) })
 		if over := l.shrink(ctx, keep.bytes, firstID(now.Add(-sizeSpares))); over > 0 && now.Sub(told) >= time.Hour {
 			told = now
@@ -86,7 +87,8 @@ func (l *ledger) forget(ctx context.Context, step func() (int64, error)) bool {
 // sizeSpares is how long calls are kept whatever they take.
 const sizeSpares = time.Hour
 
-// shrink lets the oldest calls, those with an id below before, go while the
+// shrink lets what is kept of calls' content go, then the oldest calls, those
+// with an id below before, while the
 // database has more than most bytes in use, until it is a twentieth below that,
 // so that it does not begin again at once. Freed pages stay in the file, which
 // does not shrink, and take the rows to come. It returns how much is too much
@@ -102,6 +104,9 @@ func (l *ledger) shrink(ctx context.Context, most, before int64) (over int64) {
 	none := l.forget(ctx, func() (int64, error) {
 		if n, err := used(); err != nil || n <= most-most/20 {
 			return 0, err
+		}
+		if n, err := l.store.dropOldContents(ctx, 20); n > 0 || err != nil {
+			return n, err
 		}
 		return l.store.forgetRequests(ctx, before, 200)
 	})

@@ -222,6 +222,9 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 	if err = in.dir.remember(); err != nil {
 		return nil, fmt.Errorf("noting the database: %w", err)
 	}
+	if in.contents, err = openContentKey(ctx, in.store, in.sealer); err != nil {
+		return nil, err
+	}
 	prices, err := pricesOf(ctx, in.store)
 	if err != nil {
 		return nil, err

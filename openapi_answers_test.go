@@ -25,7 +25,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	}
 	const limits = `"addresses":["0.0.0.0/0","::/0"],"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
 	const policies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `}`
-	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `,"stateful":true},"routing":{"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}`
+	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `,"stateful":true,"keep_content_days":3},"routing":{"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}`
 	project := call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+p.provider.key+`",`+projectPolicies+`}`, 201)
 	call("GET", "/manage/projects?limit=1&name=second", "", 200)
 	path := "/manage/projects/" + project
@@ -44,6 +44,8 @@ func TestOpenAPIAnswers(t *testing.T) {
 	call("GET", "/manage/tokens?limit=1&project_id="+project, "", 200)
 	call("GET", "/manage/tokens?limit=1", "", 200)
 	call("GET", "/manage/projects?limit=1", "", 200)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
+	p.seenMayHold(promptCanary)
 	p.chat()
 	p.chat()
 	p.chat(`"stream":true`)
@@ -61,6 +63,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	call("GET", "/manage/streams?limit=1", "", 200)
 	call("DELETE", "/manage/streams/"+call("GET", "/manage/streams", "", 200), "", 200)
 	call("GET", "/manage/requests/"+id, "", 200)
+	call("GET", "/manage/requests/"+id+"/content", "", 200)
 	call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome", "", 200)
 	call("GET", "/manage/usage?interval=total", "", 200)
 	price := call("POST", "/manage/prices", `{"match":"m","input":1,"cached_input":"0.5","cache_write":2,"output":3,"audio_input":4,"audio_output":5.25}`, 201)
@@ -76,6 +79,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	call("DELETE", tokenPath, "", 200)
 	call("POST", path+"/tokens/revoke", "", 200)
 	call("DELETE", upstreams+"/"+up, "", 200)
+	call("DELETE", path+"/content", "", 200)
 	call("DELETE", path, "", 200)
 	for _, path := range []string{"/healthz", "/readyz"} {
 		s.answered("GET", path, p.do("GET", path, ""))

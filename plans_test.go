@@ -155,7 +155,7 @@ func plan(ctx context.Context, st *store, text string) ([]string, error) {
 // through all sums of one grain.
 func scans(text string, lines []string) (bad []string) {
 	growing := map[string]string{}
-	for _, m := range regexp.MustCompile(`\b(requests|tokens|usage_sums|project_hours|audit)\b(?: (?:AS )?([a-z]\w*))?`).FindAllStringSubmatch(text, -1) {
+	for _, m := range regexp.MustCompile(`\b(requests|tokens|usage_sums|project_hours|audit|contents)\b(?: (?:AS )?([a-z]\w*))?`).FindAllStringSubmatch(text, -1) {
 		growing[m[1]] = m[1]
 		if m[2] != "" {
 			growing[m[2]] = m[1]

@@ -20,6 +20,9 @@ type policy struct {
 	// Stateful turns on the endpoints that read or change objects kept at the
 	// provider. Every project that shares the provider's key shares those.
 	Stateful bool `json:"stateful,omitzero"`
+	// KeepContentDays is how long what calls say and are answered is kept; 0: it
+	// is not kept at all.
+	KeepContentDays int64 `json:"keep_content_days,omitzero"`
 }
 
 // parsePolicy reads a policy from JSON, strictly. Only a project's policy may
@@ -28,9 +31,10 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	var endpoints, models, addresses opt[[]string]
 	var limits opt[[]json.RawMessage]
 	var stateful opt[bool]
+	var keepDays opt[int64]
 	fields := map[string]any{"endpoints": &endpoints, "models": &models, "addresses": &addresses, "limits": &limits}
 	if ofProject {
-		fields["stateful"] = &stateful
+		fields["stateful"], fields["keep_content_days"] = &stateful, &keepDays
 	}
 	if err := decodeObject(raw, fields); err != nil {
 		if fe, ok := err.(*fieldError); ok && fe.param != "" {
@@ -40,7 +44,10 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 		}
 		return policy{}, err
 	}
-	p := policy{Stateful: stateful.v}
+	p := policy{Stateful: stateful.v, KeepContentDays: keepDays.v}
+	if p.KeepContentDays < 0 || p.KeepContentDays > 365 {
+		return policy{}, &fieldError{"policy.keep_content_days", "must be from 0, which keeps nothing, to 365"}
+	}
 	for _, l := range []struct {
 		name string
 		in   opt[[]string]

@@ -36,9 +36,10 @@ type call struct {
 	endpoint *endpoint
 	query    string
 	fields   callFields
-	body     []byte // read whole; nil for uploads
-	held     int64  // bytes reserved of the memory for bodies
-	stripped bool   // stream_options.include_usage was added by us
+	kept     *keptContent // nil: the project does not ask for it
+	body     []byte       // read whole; nil for uploads
+	held     int64        // bytes reserved of the memory for bodies
+	stripped bool         // stream_options.include_usage was added by us
 
 	hold       hold                     // what it has reserved of its limits
 	durable    bool                     // a count of its must hold through a crash
@@ -100,6 +101,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		// net/http sends what it still holds after us, out of the watchdog's sight.
 		_ = c.controller.SetWriteDeadline(time.Now().Add(s.running.limits.clientStall))
 		s.releaseBody(c)
+		c.kept.release()
 		s.running.remove(c)
 	}()
 	if err := s.read(c, w, r); err != nil { // what
@@ -110,6 +112,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		s.refuse(c, w, r, err)
 		return
 	}
+	c.kept = s.keepContent(c)
 	// Deferred, for a cut answer leaves ReverseProxy by a panic
 	// (http.ErrAbortHandler), and is paid for and on record all the same.
 	defer s.settle(c, r)

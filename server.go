@@ -42,6 +42,7 @@ type server struct {
 	wrongKeys failureNotes // of wrong management keys on the audit trail
 	strangers lineLimit    // of log lines about callers without a key
 	metrics   *metrics
+	contents  *contentKey
 	showing   sync.Mutex // held while a page of metrics is written
 	started   time.Time
 

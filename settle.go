@@ -37,6 +37,12 @@ func (s *server) settle(c *call, r *http.Request) {
 	if c.unrecorded {
 		c.token.refund() // the ledger writes it as refused, which does not count
 	}
+	if c.kept != nil && row.outcome != outcomeRefused {
+		var err error
+		if row.content, err = s.contents.seal(c.id, c.project.seq, c.kept); err != nil {
+			s.log.Error("content could not be kept", "request_id", c.requestID, "error", err)
+		}
+	}
 	spent := spending{counted: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output, dollars: row.cost}
 	if !row.priced {
 		spent.dollars = 0 // as in the sums

@@ -19,6 +19,7 @@ const (
 	stmtRecord
 	stmtSum
 	stmtHour
+	stmtContent
 	stmtBeginTx
 	stmtCommit
 	stmtRollback
@@ -47,6 +48,7 @@ func ledgerTexts() [ledgerStatements]string {
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtSum:      sumStatement,
 		stmtHour:     hourStatement,
+		stmtContent:  contentStatement,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
 		stmtCommit:   `COMMIT`,
 		stmtRollback: `ROLLBACK`,
@@ -149,7 +151,7 @@ func (w *ledgerWriter) drop() {
 	w.conn = nil
 }
 
-// exec runs a statement. Values are int64, string, bool or nil.
+// exec runs a statement. Values are int64, string, []byte, bool or nil.
 func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...driver.Value) error {
 	for i, v := range values {
 		w.args[i].Value = v
@@ -189,6 +191,15 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 		}
 		if r.outcome != outcomeRefused {
 			count(r)
+		}
+	}
+	for _, rows := range [...][]*requestRow{b.settles, b.records} {
+		for _, r := range rows {
+			if c := r.content; c != nil {
+				if err := w.exec(ctx, stmtContent, c.id, c.project, c.until, c.request, c.requestBytes, c.answer, c.answerBytes); err != nil {
+					return fmt.Errorf("keeping content: %w", err)
+				}
+			}
 		}
 	}
 	for token, u := range counts {

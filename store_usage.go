@@ -35,12 +35,13 @@ type requestRow struct {
 	totalUS     int64
 	attempts    int
 	cache       string
-	attemptLog  string // JSON, "" of a call that needed one attempt
-	limitHit    string // the limit that refused the call, or a shadow limit that would have
-	wouldRefuse bool   // it is a shadow limit
-	asked       string // the model asked for
-	knownModel  bool   // the model may name a sum of its own (see sumModel)
-	knownAsked  bool   // so may the model asked for
+	attemptLog  string      // JSON, "" of a call that needed one attempt
+	limitHit    string      // the limit that refused the call, or a shadow limit that would have
+	wouldRefuse bool        // it is a shadow limit
+	asked       string      // the model asked for
+	content     *contentRow // nil: not kept
+	knownModel  bool        // the model may name a sum of its own (see sumModel)
+	knownAsked  bool        // so may the model asked for
 }
 
 // An outcome says how a call ended, as the ledger writes it.

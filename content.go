@@ -1,0 +1,151 @@
+// This room keeps what calls said and were answered, for projects whose policy
+// asks for it; for all others it does nothing. What is kept is the first bytes of
+// each body, sealed before it leaves this room. It knows no table and no URL.
+package main
+
+import (
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// A keptBody is the beginning of a request's body or an answer's.
+type keptBody struct {
+	bytes []byte
+	size  int64 // of the whole
+	full  bool  // no more is kept
+}
+
+// A keptContent is what is kept of a running call. The nil one keeps nothing. It
+// belongs to the goroutine of the call.
+type keptContent struct {
+	memory          *bodyMemory // which it takes its memory from, as bodies do
+	held            int64
+	most            int64 // bytes of each body
+	until           int64
+	request, answer keptBody
+}
+
+// keepContent begins to keep a call's content, if its project asks for it.
+func (s *server) keepContent(c *call) *keptContent {
+	days := c.project.policy.KeepContentDays
+	if days == 0 {
+		return nil
+	}
+	age := min(time.Duration(days)*24*time.Hour, s.cfg.retention) // never longer than the call's own row
+	k := &keptContent{memory: s.bodies, most: s.cfg.maxContentBytes, until: c.start.Add(age).UnixMilli()}
+	k.add(&k.request, c.body)
+	return k
+}
+
+func (k *keptContent) add(b *keptBody, p []byte) {
+	if k == nil {
+		return
+	}
+	b.size += int64(len(p))
+	n := min(k.most-int64(len(b.bytes)), int64(len(p)))
+	if b.full || n == 0 {
+		return
+	}
+	if !k.memory.reserve(n) { // calls go first
+		b.full = true
+		return
+	}
+	k.held += n
+	b.bytes = append(b.bytes, p[:n]...)
+}
+
+// answered keeps bytes of the answer as they go to the client.
+func (k *keptContent) answered(p []byte) {
+	if k != nil {
+		k.add(&k.answer, p)
+	}
+}
+
+func (k *keptContent) release() {
+	if k != nil {
+		k.memory.release(k.held)
+	}
+}
+
+// A contentKey seals what is kept, each call with a key of its own derived from
+// it: the number of calls has no bound that one AES-GCM key would be good for.
+// It is random and itself sealed with the encryption key, so that a change of
+// that need not touch what is kept.
+type contentKey struct{ root secret }
+
+const (
+	contentKeySetting = "content_key"
+	contentKeyContext = "llm-proxy content key v1"
+)
+
+// openContentKey returns the database's key, made at first.
+func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, error) {
+	text, err := st.setting(ctx, contentKeySetting)
+	if errors.Is(err, errNotFound) {
+		root := newEncryptionKey()
+		sealed := base64.StdEncoding.EncodeToString(sl.seal(root, contentKeyContext))
+		return &contentKey{root}, st.setSetting(ctx, contentKeySetting, sealed)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the key of kept content: %w", err)
+	}
+	sealed, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		return nil, fmt.Errorf("the key of kept content: %w", errUnseal)
+	}
+	root, err := sl.open(sealed, contentKeyContext)
+	if err != nil {
+		return nil, fmt.Errorf("the key of kept content: %w", err)
+	}
+	return &contentKey{root}, nil
+}
+
+// of returns the sealer for one call.
+func (k *contentKey) of(id int64) (*sealer, error) {
+	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy content v1|"+requestID(id), 32)
+	if err != nil {
+		return nil, fmt.Errorf("deriving a content key: %w", err)
+	}
+	return newSealer(key)
+}
+
+// A contentRow is what the store has of a call's content, sealed.
+type contentRow struct {
+	id, project, until        int64
+	request, answer           []byte
+	requestBytes, answerBytes int64
+}
+
+const (
+	requestPart = "request"
+	answerPart  = "answer"
+)
+
+// seal returns what is to be stored of k.
+func (k *contentKey) seal(id, project int64, c *keptContent) (*contentRow, error) {
+	sl, err := k.of(id)
+	if err != nil {
+		return nil, err
+	}
+	return &contentRow{id: id, project: project, until: c.until,
+		request: sl.seal(newSecret(string(c.request.bytes)), requestPart), requestBytes: c.request.size,
+		answer: sl.seal(newSecret(string(c.answer.bytes)), answerPart), answerBytes: c.answer.size}, nil
+}
+
+// open returns both bodies of a row.
+func (k *contentKey) open(row *contentRow) (request, answer secret, err error) {
+	sl, err := k.of(row.id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if request, err = sl.open(row.request, requestPart); err != nil {
+		return nil, nil, err
+	}
+	answer, err = sl.open(row.answer, answerPart)
+	return request, answer, err
+}

@@ -1,0 +1,269 @@
+// Tests of content that projects ask to keep: that nobody else's is, what is
+// kept and for how long, who sees it, and that on disk it is sealed.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// keep turns content on for the test's project.
+func (p *testProxy) keep() {
+	p.t.Helper()
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":7}}`, 200, nil)
+}
+
+func (p *testProxy) content(id string) (v struct {
+	Until           time.Time `json:"kept_until"`
+	Request, Answer struct {
+		Bytes, Kept  int64
+		Text, Base64 *string
+	}
+}) {
+	p.t.Helper()
+	b := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", "")
+	if b.status != 200 {
+		p.t.Fatalf("got %d: %s", b.status, b.body)
+	}
+	if err := json.Unmarshal([]byte(strings.ReplaceAll(b.body, "kept_bytes", "kept")), &v); err != nil {
+		p.t.Fatal(err)
+	}
+	return v
+}
+
+// contents counts what is stored.
+func (p *testProxy) contents() (n int) {
+	p.t.Helper()
+	if err := p.in.store.read.QueryRow(`SELECT count(*) FROM contents`).Scan(&n); err != nil {
+		p.t.Fatal(err)
+	}
+	return n
+}
+
+// TestContentOff: unless a project asks for it nothing is kept, whatever a token
+// says; when it no longer asks, nothing more is.
+func TestContentOff(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.chat()
+	refused(t, "of a token", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"keep_content_days":7}}`), 400, "policy.keep_content_days")
+	refused(t, "a year and a day", p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":366}}`), 400, "policy.keep_content_days")
+	refused(t, "negative", p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":-1}}`), 400, "policy.keep_content_days")
+	if row := p.lastCall(); p.contents() != 0 || p.manageAs(p.adminKey, "GET", "/manage/requests/"+row.ID+"/content", "").status != 404 {
+		t.Error("something is kept")
+	}
+	p.keep()
+	p.chat()
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{}}`, 200, nil)
+	p.chat()
+	p.chatAs("sk-llmp_wrong")
+	if p.settle(); p.contents() != 1 {
+		t.Errorf("%d calls are kept, want 1", p.contents())
+	}
+}
+
+// TestContentKept: what went to the provider and what came to the client, both
+// within the limit; streams and cut answers too. On disk all of it is sealed,
+// which the harness looks for at the end.
+func TestContentKept(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_CONTENT_BYTES": "2KiB"})
+	p.keep()
+	const canary = "kept-canary-5Tq8vNw2"
+	p.secrets = append(p.secrets, canary)
+	for name, c := range map[string]struct {
+		members []string
+		script  func(c *providerConn, r recorded) bool
+		answer  string // how it begins
+		bytes   int64
+	}{
+		"unary":  {nil, nil, chatAnswer, int64(len(chatAnswer))},
+		"stream": {[]string{`"stream":true`}, nil, `data: {"id":"chatcmpl-1"`, 0},
+		"error": {nil, func(c *providerConn, _ recorded) bool { return c.reply(400, `{"error":{"message":"no"}}`) },
+			`{"error":{"message":"no"`, 0},
+		"long": {nil, func(c *providerConn, _ recorded) bool { return c.reply(200, strings.Repeat("ä", 5000)) }, strings.Repeat("ä", 1024), 10000},
+		"odd":  {nil, func(c *providerConn, _ recorded) bool { return c.reply(200, "x"+strings.Repeat("ä", 5000)) }, "x" + strings.Repeat("ä", 1023), 10001},
+		"binary": {nil, func(c *providerConn, _ recorded) bool {
+			return c.reply(200, strings.Repeat("\xff\xfe", 5), "Content-Type: audio/mpeg")
+		}, "", 10},
+		"cut": {[]string{`"stream":true`}, func(c *providerConn, _ recorded) bool {
+			c.sse()
+			_ = c.chunk(chatEvents(false)[0])
+			return c.reset()
+		}, `data: {"id":"chatcmpl-1"`, 0},
+		"nothing": {nil, func(c *providerConn, _ recorded) bool { return c.reset() }, "", 0},
+	} {
+		if c.script == nil {
+			c.script = answerChat
+		}
+		p.provider.answer(c.script)
+		body := append(c.members, `"user":"`+canary+`"`)
+		p.chat(body...)
+		v := p.contentOf(p.lastCall().ID)
+		sent := chatBody(body...)
+		if v.Request.Text == nil || !strings.Contains(*v.Request.Text, canary) || v.Request.Bytes < int64(len(sent)) {
+			t.Errorf("%s: the request: %+v", name, v.Request)
+		}
+		got := ""
+		if v.Answer.Text != nil {
+			got = *v.Answer.Text
+		}
+		if !strings.HasPrefix(got, c.answer) || c.bytes > 0 && v.Answer.Bytes != c.bytes || v.Answer.Kept > 2048 || len(got) > 2048 || !utf8.ValidString(got) {
+			t.Errorf("%s: the answer: %d of %d bytes, %q", name, v.Answer.Kept, v.Answer.Bytes, got)
+		}
+		if (v.Answer.Base64 != nil) != (name == "binary") {
+			t.Errorf("%s: base64 is %v", name, v.Answer.Base64)
+		}
+		if days := time.Until(v.Until).Hours() / 24; days < 6.9 || days > 7 {
+			t.Errorf("%s: kept for %v days", name, days)
+		}
+	}
+}
+
+// contentOf is content without a trace in what clients saw: it shows what is
+// looked for there.
+func (p *testProxy) contentOf(id string) (v struct {
+	Until           time.Time `json:"kept_until"`
+	Request, Answer struct {
+		Bytes, Kept  int64
+		Text, Base64 *string
+	}
+}) {
+	p.t.Helper()
+	q := &testProxy{t: p.t, url: p.url, adminKey: p.adminKey}
+	return q.content(id)
+}
+
+// TestContentRights: only administrators see it, each time is on the audit
+// trail first, and erasing leaves nothing.
+func TestContentRights(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.keep()
+	p.chat()
+	id := p.lastCall().ID
+	for role, status := range map[string]int{"viewer": 403, "operator": 403} {
+		var key struct{ Key string }
+		p.manage("POST", "/manage/keys", fmt.Sprintf(`{"name":%q,"role":%q}`, role, role), 201, &key)
+		p.secrets = append(p.secrets, key.Key)
+		if res := p.manageAs(key.Key, "GET", "/manage/requests/"+id+"/content", ""); res.status != status {
+			t.Errorf("%s: got %d", role, res.status)
+		}
+	}
+	seen := func() (n int) {
+		var l struct {
+			Data []struct{ Action, Object string }
+		}
+		p.manage("GET", "/manage/audit?limit=100", "", 200, &l)
+		for _, e := range l.Data {
+			if e.Action == actionReveal && e.Object == id {
+				n++
+			}
+		}
+		return n
+	}
+	if seen() != 0 {
+		t.Error("seen already")
+	}
+	p.contentOf(id)
+	p.contentOf(id)
+	if n := seen(); n != 2 {
+		t.Errorf("the trail has %d views, want 2", n)
+	}
+	if _, err := p.in.store.write.Exec(`CREATE TRIGGER broken BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
+		t.Fatal(err)
+	}
+	p.allowErrors = true
+	if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", ""); res.status < 500 {
+		t.Errorf("shown without an entry on the trail: %d", res.status)
+	}
+	if res := p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+p.project+"/content", ""); res.status < 500 || p.contents() != 1 {
+		t.Errorf("erased without an entry on the trail: %d", res.status)
+	}
+	if _, err := p.in.store.write.Exec(`DROP TRIGGER broken`); err != nil {
+		t.Fatal(err)
+	}
+	var erased struct{ Erased int }
+	p.manage("DELETE", "/manage/projects/"+p.project+"/content", "", 200, &erased)
+	if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", ""); erased.Erased != 1 || p.contents() != 0 || res.status != 404 {
+		t.Errorf("after erasing %d: %d are left, got %d", erased.Erased, p.contents(), res.status)
+	}
+}
+
+// TestContentMoved: what is kept of one call does not open as another's, and a
+// changed byte opens as nothing.
+func TestContentMoved(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	p.keep()
+	p.chat()
+	p.chat()
+	rows := p.ledger()
+	if _, err := p.in.store.write.Exec(`UPDATE contents SET answer = (SELECT request FROM contents ORDER BY id LIMIT 1)
+		WHERE id = (SELECT min(id) FROM contents)`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.in.store.write.Exec(`UPDATE contents SET request = (SELECT request FROM contents ORDER BY id LIMIT 1)
+		WHERE id = (SELECT max(id) FROM contents)`); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rows {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+r.ID+"/content", ""); res.status != 500 {
+			t.Errorf("got %d %s", res.status, res.body)
+		}
+	}
+}
+
+// TestContentGoes: it goes at its time, and first of all where room is needed;
+// it never stays longer than the call's row.
+func TestContentGoes(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"RETENTION": "2h"})
+	p.keep()
+	p.chat()
+	row := p.lastCall()
+	if left := time.Until(p.contentOf(row.ID).Until); left > 2*time.Hour || left < time.Hour {
+		t.Errorf("kept for %v", left)
+	}
+	late := time.Now().Add(3 * time.Hour).UnixMilli()
+	if _, err := p.in.store.contentByID(t.Context(), parseRequestID(row.ID), late); err != errNotFound {
+		t.Errorf("shown after its time: %v", err)
+	}
+	if n, err := p.in.store.forgetContents(t.Context(), time.Now().UnixMilli(), 10); n != 0 || err != nil {
+		t.Errorf("gone before its time: %d %v", n, err)
+	}
+	if n, err := p.in.store.forgetContents(t.Context(), late, 10); n != 1 || err != nil || p.contents() != 0 {
+		t.Errorf("not gone: %d %v", n, err)
+	}
+	p.chat()
+	p.settle()
+	if p.in.ledger.shrink(context.Background(), 1, 0); p.contents() != 0 || len(p.ledger()) != 2 {
+		t.Error("where room is needed, content does not go first")
+	}
+}
+
+// TestContentMemory: calls come before what is kept of them.
+func TestContentMemory(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.keep()
+	m := &bodyMemory{limit: 10}
+	k := &keptContent{memory: m, most: 100}
+	k.add(&k.request, []byte("12345678"))
+	k.answered([]byte("1234"))
+	k.answered([]byte("1"))
+	if string(k.request.bytes) != "12345678" || k.answer.bytes != nil || k.answer.size != 5 || m.used.Load() != 8 {
+		t.Errorf("%+v, %d bytes taken", k, m.used.Load())
+	}
+	if k.release(); m.used.Load() != 0 {
+		t.Error("memory is not given back")
+	}
+	p.chat()
+	p.settle()
+}
