@@ -90,17 +90,22 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	patience := t.patience()
-	if patience == 0 {
+	if patience == 0 && !c.verified {
 		return t.s.transport.RoundTrip(out)
 	}
 	ctx, cancel := context.WithCancelCause(req.Context())
 	t.cancel = cancel
-	timer := time.AfterFunc(patience, func() { cancel(errImpatient) })
+	timer := time.AfterFunc(cmp.Or(patience, t.s.cfg.upstreamTimeout), func() { cancel(errImpatient) })
 	res, err := t.s.transport.RoundTrip(out.WithContext(ctx))
 	if err == nil && res.StatusCode == http.StatusOK && mediaType(res.Header.Get("Content-Type")) == "text/event-stream" {
-		err = awaitEvent(res)
+		if c.verified {
+			still := t.holding(patience)
+			err = t.hold(res, func() { timer.Reset(still); t.s.running.enter(c, phaseProvider) })
+		} else {
+			err = awaitEvent(res)
+		}
 	}
-	if !timer.Stop() && context.Cause(ctx) == error(errImpatient) {
+	if timer.Stop(); context.Cause(ctx) == error(errImpatient) {
 		if err == nil {
 			res.Body.Close()
 		}
@@ -115,13 +120,18 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 
 // patience is how long an attempt may take to begin, 0 where there is no other.
 func (t *tries) patience() time.Duration {
-	if t.alone() || !t.c.project.spare(t.wish()) && t.fallback() == "" {
+	if !t.spare() {
 		return 0
 	}
 	if !t.c.fields.stream {
 		return unaryPatience
 	}
 	return cmp.Or(time.Duration(t.at.settings.FirstEventMS)*time.Millisecond, t.s.cfg.firstEventTimeout)
+}
+
+// spare reports whether there is another place to send the call to.
+func (t *tries) spare() bool {
+	return !t.alone() && (t.c.project.spare(t.wish()) || t.fallback() != "")
 }
 
 // alone reports whether the call can be sent to one upstream and no other.
@@ -237,7 +247,7 @@ func (c *call) pinned() bool {
 func (t *tries) goOn(v *verdict, res *http.Response) bool {
 	c := t.c
 	now := time.Now()
-	if t.alone() || c.attempts >= maxAttempts || now.Sub(c.start) > attemptWindow || c.ctx.Err() != nil {
+	if t.alone() || c.attempts >= maxAttempts || now.Sub(c.start) > t.window() || c.ctx.Err() != nil {
 		return false
 	}
 	ms := now.UnixMilli()
@@ -271,6 +281,14 @@ func (t *tries) goOn(v *verdict, res *http.Response) bool {
 	c.upstream = next
 	c.shown.Store(next)
 	return true
+}
+
+// window is the time after a call's begin in which it may be sent again.
+func (t *tries) window() time.Duration {
+	if t.c.verified { // that its stream is cut may show late
+		return t.s.cfg.upstreamTimeout
+	}
+	return attemptWindow
 }
 
 // room takes one more attempt at the same key from its own limits.

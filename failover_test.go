@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -75,35 +76,36 @@ type providerFault struct {
 	code     string
 	health   string // of the provider after the call
 	fallback string // what the fallback rejects, if anything: a part of a body
+	verified [2]int // how often they are asked for a verified stream, where that differs
 }
 
 var providerFaults = []providerFault{
-	{"429 with Retry-After", false, always(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 7"), [2]int{1, 1}, 200, "ok", "", "cooling", ""},
-	{"429 without", true, always(429, `{"error":{}}`), [2]int{1, 1}, 200, "ok", "", "cooling", ""},
-	{"429 for good", false, always(429, `{"error":{"code":"insufficient_quota"}}`), [2]int{1, 1}, 200, "ok", "", "exhausted", ""},
-	{"402", false, always(402, `{}`), [2]int{1, 1}, 200, "ok", "", "exhausted", ""},
-	{"401", false, always(401, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", ""},
-	{"403", true, always(403, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", ""},
-	{"503 persistent", false, always(503, `{"error":{}}`), [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"redirect", false, always(302, ``, "Location: /"), [2]int{1, 1}, 200, "ok", "", "ready", ""},
-	{"reset before headers", false, func(c *providerConn, _ recorded) bool { return c.reset() }, [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"no HTTP", true, func(c *providerConn, _ recorded) bool { _, _ = c.Write([]byte("nonsense\r\n\r\n")); return false }, [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"no response", true, func(c *providerConn, _ recorded) bool { return stall(c) }, [2]int{1, 1}, 200, "ok", "", "ready", ""},
-	{"slow first token", true, streamOf(longStream(), 0, stall), [2]int{1, 1}, 200, "ok", "", "ready", ""},
-	{"comments and no token", true, streamOf([]string{": wait\n\n", "event: ping\n\n"}, 2, stall), [2]int{1, 1}, 200, "ok", "", "ready", ""},
-	{"empty stream", true, streamOf(nil, 0, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"cut before the first event", true, streamOf([]string{": wait\n\n"}, 1, hangUp), [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"error as first event", true, streamOf([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"malformed chunk at first", true, streamOf([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", ""},
-	{"malformed chunk later", true, streamOf(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endChunks), [2]int{1, 0}, 200, "ok", "", "ready", ""},
-	{"stream cut after 40 of 60 events", true, streamOf(longStream(), 40, hangUp), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", ""},
-	{"stream stalled", true, streamOf(longStream(), 40, stall), [2]int{1, 0}, 0, "truncated", "stream_idle", "ready", ""},
-	{"cut, and a fallback that rejects prefill", true, streamOf(longStream(), 40, hangUp), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", `"role":"assistant"`},
-	{"missing [DONE]", true, streamOf(longStream(), 60, endChunks), [2]int{1, 0}, 200, "truncated", "stream_unfinished", "ready", ""},
-	{"content filter", false, always(400, `{"error":{"code":"content_filter"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", ""},
-	{"bad request", false, always(400, `{"error":{"code":"invalid_value"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", ""},
-	{"not found", false, always(404, `{"error":{"code":"model_not_found"}}`), [2]int{1, 0}, 404, "upstream_error", "", "ready", ""},
-	{"conflict", false, always(409, `{"error":{}}`), [2]int{1, 0}, 409, "upstream_error", "", "ready", ""},
+	{"429 with Retry-After", false, always(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 7"), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
+	{"429 without", true, always(429, `{"error":{}}`), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
+	{"429 for good", false, always(429, `{"error":{"code":"insufficient_quota"}}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
+	{"402", false, always(402, `{}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
+	{"401", false, always(401, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
+	{"403", true, always(403, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
+	{"503 persistent", false, always(503, `{"error":{}}`), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"redirect", false, always(302, ``, "Location: /"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"reset before headers", false, func(c *providerConn, _ recorded) bool { return c.reset() }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"no HTTP", true, func(c *providerConn, _ recorded) bool { _, _ = c.Write([]byte("nonsense\r\n\r\n")); return false }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"no response", true, func(c *providerConn, _ recorded) bool { return stall(c) }, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"slow first token", true, streamOf(longStream(), 0, stall), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"comments and no token", true, streamOf([]string{": wait\n\n", "event: ping\n\n"}, 2, stall), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"empty stream", true, streamOf(nil, 0, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"cut before the first event", true, streamOf([]string{": wait\n\n"}, 1, hangUp), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"error as first event", true, streamOf([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"malformed chunk at first", true, streamOf([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"malformed chunk later", true, streamOf(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endChunks), [2]int{1, 0}, 200, "ok", "", "ready", "", [2]int{2, 1}},
+	{"stream cut after 40 of 60 events", true, streamOf(longStream(), 40, hangUp), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", "", [2]int{2, 1}},
+	{"stream stalled", true, streamOf(longStream(), 40, stall), [2]int{1, 0}, 0, "truncated", "stream_idle", "ready", "", [2]int{1, 1}},
+	{"cut, and a fallback that rejects prefill", true, streamOf(longStream(), 40, hangUp), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", `"role":"assistant"`, [2]int{2, 1}},
+	{"missing [DONE]", true, streamOf(longStream(), 60, endChunks), [2]int{1, 0}, 200, "truncated", "stream_unfinished", "ready", "", [2]int{2, 1}},
+	{"content filter", false, always(400, `{"error":{"code":"content_filter"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
+	{"bad request", false, always(400, `{"error":{"code":"invalid_value"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
+	{"not found", false, always(404, `{"error":{"code":"model_not_found"}}`), [2]int{1, 0}, 404, "upstream_error", "", "ready", "", [2]int{}},
+	{"conflict", false, always(409, `{"error":{}}`), [2]int{1, 0}, 409, "upstream_error", "", "ready", "", [2]int{}},
 }
 
 // TestFailover: with a fallback, each fault that shows before an event has left
@@ -111,7 +113,16 @@ var providerFaults = []providerFault{
 // what cannot be rescued ends as what it is.
 func TestFailover(t *testing.T) {
 	t.Parallel()
+	faults := slices.Clone(providerFaults)
 	for _, f := range providerFaults {
+		if f.stream {
+			if f.name += ", verified"; f.verified != [2]int{} {
+				f.asked, f.status, f.outcome, f.code = f.verified, 200, "ok", ""
+			}
+			faults = append(faults, f)
+		}
+	}
+	for _, f := range faults {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "400ms", "STREAM_IDLE_TIMEOUT": "900ms"})
@@ -123,12 +134,11 @@ func TestFailover(t *testing.T) {
 				return answerChat(c, r)
 			})
 			p.provider.answer(f.script)
-			var res answer
-			if f.stream {
-				res = p.chat(`"stream":true`)
-			} else {
-				res = p.chat()
+			headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+			if strings.HasSuffix(f.name, "verified") {
+				headers = append(headers, "X-LLM-Proxy-Stream", "verified")
 			}
+			res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, f.stream)), headers...)
 			if got := [2]int{len(p.provider.got()), len(fallback.got())}; got != f.asked {
 				t.Errorf("the providers were asked %v times, want %v", got, f.asked)
 			}
@@ -321,5 +331,64 @@ func TestKeptObjects(t *testing.T) {
 	}
 	if n, m := len(p.provider.got()), len(second.got()); n != 10 || m != 0 {
 		t.Errorf("the providers were asked %d and %d times", n, m)
+	}
+}
+
+// TestVerifiedAlone: without another upstream a verified stream that breaks is an
+// error in one piece, and one that is well comes whole, byte for byte.
+func TestVerifiedAlone(t *testing.T) {
+	t.Parallel()
+	long := longStream()
+	unmarked := append(slices.Clone(long[:58]), chatEvents(true)[2])
+	big := []string{`data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", maxVerified) + `"}}]}` + "\n\n"}
+	for _, c := range []struct {
+		name   string
+		script func(*providerConn, recorded) bool
+		env    map[string]string
+		status int
+		want   string // 200: the stream; else the code
+	}{
+		{"whole", streamOf(long, len(long), endChunks), nil, 200, strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), "")},
+		{"in pieces", func(c *providerConn, _ recorded) bool {
+			c.sse()
+			for _, b := range []byte(strings.ReplaceAll(strings.Join(long, ""), "\n", "\r\n")) {
+				if c.chunk(string(b)) != nil {
+					return false
+				}
+			}
+			return c.chunk("") == nil
+		}, nil, 200, strings.ReplaceAll(strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), ""), "\n", "\r\n")},
+		{"never marked", streamOf(unmarked, len(unmarked), endChunks), nil, 200, strings.Join(unmarked, "")},
+		{"no end", streamOf(long, 40, endChunks), nil, 502, "upstream_unreachable"},
+		{"cut", streamOf(long, 40, hangUp), nil, 502, "upstream_unreachable"},
+		{"stalled", streamOf(long, 40, stall), map[string]string{"STREAM_IDLE_TIMEOUT": "300ms"}, 504, "upstream_timeout"},
+		{"error inside", streamOf([]string{long[0], "data: {\"error\":{\"message\":\"x\"}}\n\n"}, 2, endChunks), nil, 502, "upstream_unreachable"},
+		{"too large", streamOf(big, 1, endChunks), nil, 502, "stream_too_large"},
+		{"no memory", streamOf(big, 1, endChunks), map[string]string{"BODY_MEMORY": "4MiB", "MAX_BODY_BYTES": "1MiB"}, 503, "body_memory_full"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, c.env)
+			p.allowErrors = c.status == 503
+			p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
+			p.provider.answer(c.script)
+			res := p.chat(`"stream":true`)
+			if res.err != nil || res.status != c.status || c.status == 200 && res.body != c.want || c.status != 200 && res.code() != c.want {
+				t.Errorf("got %d %q, %v", res.status, clip(res.body, 500), res.err)
+			}
+			if row := p.lastCall(); row.Status != c.status || row.Attempts != 1 || (row.Outcome == "ok") != (c.name == "whole" || c.name == "in pieces") {
+				t.Errorf("the ledger has %+v", row)
+			}
+		})
+	}
+	p := newTest(t, nil)
+	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "X-LLM-Proxy-Stream"}
+	if res := p.do("POST", "/v1/chat/completions", chatBody(), append(auth, "yes")...); res.status != 400 || len(p.provider.got()) != 0 {
+		t.Errorf("a header that means nothing: got %d %s", res.status, res.body)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
+	p.provider.answer(streamOf(long, 40, hangUp))
+	if res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "plain")...); res.status != 200 || res.err == nil {
+		t.Errorf("a plain one: got %d %v", res.status, res.err)
 	}
 }

@@ -39,6 +39,7 @@ type call struct {
 	kept     *keptContent // nil: the project does not ask for it
 	body     []byte       // read whole; nil for uploads
 	held     int64        // bytes reserved of the memory for bodies
+	verified bool         // its stream is held until it is complete
 	stripped bool         // stream_options.include_usage was added by us
 
 	hold       hold                     // what it has reserved of its limits
@@ -261,6 +262,7 @@ func (c *call) recorded(err error) error {
 // forward makes the call to the provider and relays its answer.
 func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.answer = newAnswerWriter(s, c, w)
+	c.verified = c.verified && c.fields.stream
 	in := (&http.Request{
 		Method: r.Method, URL: c.upstream.url(c.match.path, c.query), Header: upHeader(r.Header),
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,

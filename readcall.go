@@ -34,6 +34,9 @@ func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if ce := r.Header.Get("Content-Encoding"); ce != "" && !strings.EqualFold(ce, "identity") {
 		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "Send the body without Content-Encoding; limits must be able to read it."}
 	}
+	if c.verified, err = wantsVerified(r.Header, c.project); err != nil {
+		return err
+	}
 	form, err := isForm(c.endpoint, r.Header.Get("Content-Type"))
 	if err != nil {
 		return err

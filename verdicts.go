@@ -177,22 +177,34 @@ func awaitEvent(res *http.Response) error {
 
 // firstData returns the data of the first event that has any, if it is whole.
 func firstData(b []byte) ([]byte, bool) {
-	var data []byte
 	for {
-		i := bytes.IndexAny(b, "\r\n")
-		if i < 0 {
-			return nil, false
+		data, n := nextEvent(b)
+		if n == 0 || data != nil {
+			return data, n > 0
 		}
-		line := bytes.TrimPrefix(b[:i], []byte("\ufeff"))
-		if bytes.HasPrefix(b[i:], []byte("\r\n")) {
+		b = b[n:]
+	}
+}
+
+// nextEvent returns the data of the first event in b, nil if it has none, and
+// how long the event is with the empty line that ends it; 0: it is not whole.
+func nextEvent(b []byte) (data []byte, n int) {
+	for {
+		rest := b[n:]
+		i := bytes.IndexAny(rest, "\r\n")
+		if i < 0 {
+			return nil, 0
+		}
+		line := bytes.TrimPrefix(rest[:i], []byte("\ufeff"))
+		if bytes.HasPrefix(rest[i:], []byte("\r\n")) {
 			i++
 		}
-		b = b[i+1:]
-		if len(line) == 0 && data != nil {
-			return data, true
+		n += i + 1
+		if len(line) == 0 {
+			return data, n
 		}
-		if rest, ok := bytes.CutPrefix(line, []byte("data:")); ok {
-			data = append(append(data, rest...), '\n')
+		if text, ok := bytes.CutPrefix(line, []byte("data:")); ok {
+			data = append(append(data, text...), '\n')
 		}
 	}
 }
