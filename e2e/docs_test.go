@@ -1,0 +1,121 @@
+// Every command in a fenced sh block of the documents for users is run, in
+// order, against `llm-proxy demo`: what is written there works.
+package e2e
+
+import (
+	"bufio"
+	"encoding/json"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A demo is a running `llm-proxy demo`, and what it has invited to.
+type demo struct{ url, token, key string }
+
+func newDemo(t *testing.T) *demo {
+	t.Helper()
+	file, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(file, "demo")
+	cmd.Env = []string{"LISTEN_ADDR=127.0.0.1:0", "TMPDIR=" + t.TempDir(), "LOG_LEVEL=warn"}
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("the demo ended with %v", err)
+		}
+	})
+	d, done := &demo{}, make(chan bool, 1)
+	go func() {
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			line := lines.Text()
+			for to, pattern := range map[*string]string{&d.url: `base URL +(http://\S+)/v1`, &d.token: `(sk-llmp_\w+)`, &d.key: `(llmpm_\w+)`} {
+				if m := regexp.MustCompile(pattern).FindStringSubmatch(line); m != nil && *to == "" {
+					*to = m[1]
+				}
+			}
+			if strings.Contains(line, "Ctrl-C ends the demo") {
+				done <- true
+			}
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(60 * time.Second):
+		t.Fatal("the demo does not invite")
+	}
+	return d
+}
+
+// ids returns a project and one of its tokens, for the placeholders.
+func (d *demo) ids(t *testing.T) (project, token string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "GET", d.url+"/manage/tokens?limit=1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+d.key)
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var l struct {
+		Data []struct {
+			ID      string
+			Project string `json:"project_id"`
+		}
+	}
+	if err := json.NewDecoder(res.Body).Decode(&l); err != nil || len(l.Data) != 1 {
+		t.Fatalf("%v %v", l, err)
+	}
+	return l.Data[0].Project, l.Data[0].ID
+}
+
+// TestDocuments runs the blocks. Placeholders become what the demo has; curl
+// fails the test at any status of 400 or more.
+func TestDocuments(t *testing.T) {
+	tool(t, "curl")
+	tool(t, "bash")
+	block := regexp.MustCompile("(?s)\n```sh\n(.*?)\n```\n")
+	for _, name := range []string{"../README.md", "../docs/use.md"} {
+		t.Run(name, func(t *testing.T) {
+			d := newDemo(t)
+			project, token := d.ids(t)
+			fill := strings.NewReplacer("http://127.0.0.1:8080", d.url, "sk-llmp_...", d.token, "llmpm_...", d.key, "proj_...", project, "tok_...", token,
+				"sk-...", "sk-0123456789abcdef0123")
+			blocks := block.FindAllStringSubmatch(read(t, name), -1)
+			if len(blocks) == 0 {
+				t.Fatal("there is no block")
+			}
+			script := "set -euo pipefail\ncurl() { command curl -sS --fail-with-body \"$@\" || { echo; echo \"FAILED: curl $*\"; return 1; }; }\n" +
+				"export KEY=" + d.key + "\n"
+			for _, b := range blocks {
+				script += fill.Replace(b[1]) + "\n"
+			}
+			if n := strings.Count(script, "\ncurl "); n < 5 {
+				t.Errorf("only %d commands", n)
+			}
+			cmd := exec.Command("bash")
+			cmd.Stdin = strings.NewReader(script)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%v\n%s", err, out)
+			}
+		})
+	}
+}
