@@ -1,6 +1,5 @@
 // This room is the door of /admin, the web pages for administrators: who may
-// enter, which role each page needs, what guards the pages against other web
-// sites, and how an answer is written. The pages stand in admin_*.go; each takes
+// enter, which role each page needs, and how an answer is written. The pages stand in admin_*.go; each takes
 // a request that has been let in and returns a page or an error. They read and
 // change things through the handlers of /manage, so that one set of rules holds.
 package main
@@ -12,9 +11,7 @@ import (
 	"errors"
 	"maps"
 	"mime"
-	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"strings"
 	"time"
@@ -55,6 +52,18 @@ func (s *server) adminTable() []adminRoute {
 		{"GET|POST /admin/tokens/{id}/edit", roleOperator, s.editToken},
 		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, s.rotateTokenPage},
 		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, s.revokeTokenPage},
+		{"GET /admin/streams", roleViewer, s.streamsPage},
+		{"GET|POST /admin/streams/{id}/cut", roleOperator, s.cutPage},
+		{"GET /admin/prices", roleViewer, s.pricesPage},
+		{"GET|POST /admin/prices/new", roleAdmin, s.newPrice},
+		{"GET|POST /admin/prices/{id}/delete", roleAdmin, s.removePrice},
+		{"GET /admin/keys", roleAdmin, s.keysPage},
+		{"GET|POST /admin/keys/new", roleAdmin, s.newKeyPage},
+		{"GET|POST /admin/keys/{id}/edit", roleAdmin, s.editKey},
+		{"GET|POST /admin/keys/{id}/revoke", roleAdmin, s.revokeKeyPage},
+		{"GET /admin/audit", roleAdmin, s.auditPageOf},
+		{"GET /admin/audit/verify", roleAdmin, s.verifyAudit},
+		{"GET /admin/settings", roleAdmin, s.settingsPage},
 	}
 }
 
@@ -63,6 +72,11 @@ func adminNav() []navItem {
 	return []navItem{
 		{Title: "Projects", Path: "/admin/projects", need: roleViewer},
 		{Title: "Tokens", Path: "/admin/tokens", need: roleViewer},
+		{Title: "Running calls", Path: "/admin/streams", need: roleViewer},
+		{Title: "Prices", Path: "/admin/prices", need: roleViewer},
+		{Title: "Management keys", Path: "/admin/keys", need: roleAdmin},
+		{Title: "Audit trail", Path: "/admin/audit", need: roleAdmin},
+		{Title: "Settings", Path: "/admin/settings", need: roleAdmin},
 	}
 }
 
@@ -165,74 +179,6 @@ func (s *server) adminRoutes() http.Handler {
 	mux.HandleFunc("GET /admin/static/{name}", s.handleStatic)
 	mux.Handle("/admin/", s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errNotFound }}))
 	return s.guardPages(mux)
-}
-
-func errPageMethod() *apiError {
-	return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
-}
-
-// guardPages sets the headers that every answer has, and refuses host names that
-// are not ours and requests that another site may have caused.
-func (s *server) guardPages(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		secure := s.secureRequest(r)
-		h := w.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "+
-			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-		h.Set("X-Frame-Options", "DENY")
-		h.Set("Cross-Origin-Opener-Policy", "same-origin")
-		h.Set("Cross-Origin-Resource-Policy", "same-origin")
-		h.Set("Permissions-Policy", "camera=(), geolocation=(), microphone=()")
-		h.Set("Referrer-Policy", "no-referrer")
-		if !secure && !isLoopbackHost(r.Host) {
-			// There browsers send no Sec-Fetch-Site, and with no-referrer they also
-			// hide the Origin of our own forms.
-			h.Set("Referrer-Policy", "same-origin")
-		}
-		switch {
-		case !s.ourHost(r.Host):
-			s.refusePage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
-				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."})
-		case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodPost:
-			h.Set("Allow", "GET, HEAD, POST")
-			s.refusePage(w, r, errPageMethod())
-		case r.Method == http.MethodPost && !sameOrigin(r, secure):
-			s.refusePage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
-		default:
-			next.ServeHTTP(w, r)
-		}
-	})
-}
-
-// secureRequest reports whether the browser came over TLS: to us, or to what
-// stands before us and answers for PUBLIC_URL.
-func (s *server) secureRequest(r *http.Request) bool {
-	public := s.cfg.publicURL
-	return r.TLS != nil || public != nil && public.Scheme == "https" && strings.EqualFold(r.Host, public.Host)
-}
-
-func isLoopbackHost(hostport string) bool {
-	host := hostport
-	if h, _, err := net.SplitHostPort(hostport); err == nil {
-		host = h
-	}
-	addr, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	return host == "localhost" || err == nil && addr.IsLoopback()
-}
-
-// sameOrigin reports whether a browser says that a request comes from our own
-// pages. One that says nothing at all is not believed: every browser sends one
-// of the two with a form.
-func sameOrigin(r *http.Request, secure bool) bool {
-	if site := r.Header["Sec-Fetch-Site"]; len(site) > 0 {
-		return len(site) == 1 && (site[0] == "same-origin" || site[0] == "none")
-	}
-	scheme := "http"
-	if secure {
-		scheme = "https"
-	}
-	origin := r.Header["Origin"]
-	return len(origin) == 1 && strings.EqualFold(origin[0], scheme+"://"+r.Host)
 }
 
 // errSignIn says that somebody has to sign in first.
@@ -416,6 +362,8 @@ func notice(done string) string {
 		return "Removed."
 	case "revoked":
 		return "Revoked. The tokens do not work any more."
+	case "cut":
+		return "The call is cut."
 	case "none-chosen":
 		return "No token was chosen."
 	case "project-made":

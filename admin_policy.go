@@ -294,5 +294,5 @@ func showAmount(raw string, money bool) string {
 	if !money {
 		return group(n)
 	}
-	return "$" + group(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 4))]
+	return "$" + group(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
 }

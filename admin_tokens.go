@@ -68,7 +68,7 @@ func (s *server) newTokenPage(r *pageRequest) (*page, error) {
 		in["duration_hours"] = hours
 	}
 	if !s.sent.first(r.form.Get("once")) {
-		return r.sentBefore("/admin/tokens", "tokens", "token"), nil
+		return r.sentBefore("/admin/tokens", "token"), nil
 	}
 	rep, err := s.createToken(r.with(in))
 	if err != nil {
@@ -99,7 +99,7 @@ func timeOf(text string) string {
 }
 
 // sentBefore is the answer to a form that was carried out already.
-func (r *pageRequest) sentBefore(back, many, one string) *page {
+func (r *pageRequest) sentBefore(back, one string) *page {
 	return &page{template: "sent", title: "Sent already", status: http.StatusConflict, data: labelled{Label: "The " + one +
 		" was made when this form was first sent, and its value is not shown again. If nobody noted it, make another one and revoke that one.", Value: back}}
 }
@@ -258,7 +258,7 @@ func (s *server) rotateTokenPage(r *pageRequest) (*page, error) {
 	}
 	v.Form.Version = r.match
 	if !s.sent.first(r.form.Get("once")) {
-		return r.sentBefore(here, "tokens", "new value"), nil
+		return r.sentBefore(here, "new value"), nil
 	}
 	in := map[string]any{}
 	setNumber(in, r.form, "overlap_minutes", false)

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"embed"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"html/template"
 	"io"
@@ -121,8 +122,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"curl":    curlSnippet, "python": pythonSnippet, "node": nodeSnippet, "golang": goSnippet,
 		"plural": plural, // plural 3 "token" "tokens": 3 tokens
 		"list":   func(items ...any) []any { return items },
-		"lines":  func(items []string) string { return strings.Join(items, "\n") },
-		"join":   func(items []string) string { return strings.Join(items, ", ") },
+		"price":  func(v *json.RawMessage) string { return showAmount(string(*v), true) },
 	}
 }
 

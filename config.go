@@ -50,6 +50,14 @@ type config struct {
 	retention         time.Duration
 	maxDatabaseBytes  int64 // 0: no limit
 	maxContentBytes   int64
+	lines             []settingLine // all of it, to be shown
+}
+
+// A settingLine is a setting as it is in force. Of a secret one Value says only
+// whether it is set.
+type settingLine struct {
+	Name, Value, Help string
+	IsDefault         bool
 }
 
 // A setting is one row of the settings table. set checks text and stores it.
@@ -183,9 +191,15 @@ func readConfig(getenv func(string) string, checkDirectory func(string) error) (
 			problems = append(problems, fmt.Errorf("%s: has white space around its value; remove it", s.name))
 			continue
 		}
-		if text == "" {
+		given := text != ""
+		if !given {
 			text = s.def
 		}
+		shown := text
+		if s.secret && given {
+			shown = hiddenSecret
+		}
+		c.lines = append(c.lines, settingLine{s.name, shown, s.help, !given})
 		if text == "" {
 			continue
 		}

@@ -22,7 +22,7 @@ type tokenWalk struct {
 	limit     int   // of tokens that are looked at
 }
 
-// neverEnds is the end of a token that has none; see schema/008.
+// neverEnds is the end of a token that has none; see schema/009.
 const neverEnds = 9_000_000_000_000_000
 
 // walkTokens calls see for each token in order, until it returns false or limit

@@ -61,4 +61,5 @@ function refresh(part) {
 }
 
 copyButtons(document);
+document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 for (const part of document.querySelectorAll("[data-refresh]")) refresh(part);

@@ -1,0 +1,251 @@
+// The pages of /admin about the program as a whole: prices, the calls that run,
+// the audit trail, and how the program is set up.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A pricesView is the operator's own prices, and the price of a model that was
+// asked for.
+type pricesView struct {
+	Prices          []priceView
+	Model, Provider string
+	Providers       []option
+	Asked           bool
+	Found           *priceView
+}
+
+func (s *server) pricesPage(r *pageRequest) (*page, error) {
+	v := pricesView{Model: strings.TrimSpace(r.query.Get("model")), Provider: r.query.Get("provider"),
+		Providers: append([]option{{"", "Any"}}, providerField().Options...)}
+	rep, err := s.listPrices(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	v.Prices = rep.body.(list[priceView]).Data
+	if v.Asked = v.Model != ""; v.Asked {
+		if rep, err = s.listPrices(r.asking("model", v.Model, "provider", v.Provider)); err != nil {
+			return nil, err
+		}
+		if found := rep.body.(list[priceView]).Data; len(found) > 0 {
+			v.Found = &found[0]
+		}
+	}
+	return &page{template: "prices", title: "Prices", data: v}, nil
+}
+
+// newPrice sets a price, in place of one for the same models.
+func (s *server) newPrice(r *pageRequest) (*page, error) {
+	kind := func(name, label, help string) *field {
+		return &field{Name: name, Label: label, Kind: "number", Short: true, Help: help}
+	}
+	v := &formView{Crumb: &option{"/admin/prices", "Prices"}, Intro: "In dollars per million tokens. It stands over the list price, from the next call on; calls that are on record keep their cost.",
+		Form: &pageForm{Action: "/admin/prices/new", Submit: "Set the price", Cancel: "/admin/prices", Fields: []*field{
+			{Name: "match", Label: "Model", Kind: "text", Required: true, Placeholder: "gpt-4o-mini or my-model-*", Help: "A model's name, or a pattern in which * stands for anything."},
+			kind("input", "Input", ""), kind("output", "Output", ""),
+			kind("cached_input", "Cached input", "Empty: as input."), kind("cache_write", "Writing the cache", "Empty: as input."),
+			kind("audio_input", "Audio input", "Empty: as input."), kind("audio_output", "Audio output", "Empty: as output."),
+		}}}
+	v.Form.fill(r.form, url.Values{"match": {r.query.Get("match")}})
+	p := &page{template: "form", title: "Set a price", data: v}
+	if !r.posted() {
+		return p, nil
+	}
+	in := map[string]any{"match": strings.TrimSpace(r.form.Get("match"))}
+	for _, name := range []string{"input", "cached_input", "cache_write", "output", "audio_input", "audio_output"} {
+		if text := strings.TrimSpace(r.form.Get(name)); text != "" {
+			in[name] = jsonNumber(text)
+		}
+	}
+	if _, err := s.setPrice(r.with(in)); err != nil {
+		p.status, err = v.refused(err)
+		return p, err
+	}
+	return goTo("/admin/prices", "saved"), nil
+}
+
+// removePrice takes one of the operator's prices away.
+func (s *server) removePrice(r *pageRequest) (*page, error) {
+	if !r.posted() {
+		return r.confirm("Remove this price?", "From the next call on the list price holds again, if there is one. Without a price a call has no cost, and is counted as unpriced.",
+			"Remove the price", "/admin/prices"), nil
+	}
+	if _, err := s.deletePrice(r.with(nil)); err != nil {
+		return nil, err
+	}
+	return goTo("/admin/prices", "deleted"), nil
+}
+
+// A streamsView is the calls that run.
+type streamsView struct {
+	Calls []streamView
+	Next  string
+	Now   stamp
+}
+
+func (s *server) streamsPage(r *pageRequest) (*page, error) {
+	rep, err := s.listStreams(r.asking("limit", "200", "after", r.query.Get("after"), "project_id", r.query.Get("project_id"), "token_id", r.query.Get("token_id")))
+	if err != nil {
+		return nil, err
+	}
+	l := rep.body.(list[streamView])
+	return &page{template: "streams", title: "Running calls", data: streamsView{l.Data, r.nextPage(l.Next), stamp(r.now.UnixMilli())}}, nil
+}
+
+// cutPage ends a running call.
+func (s *server) cutPage(r *pageRequest) (*page, error) {
+	if !r.posted() {
+		if s.running.find(parseRequestID(r.path("id"))) == nil {
+			return nil, errNotFound
+		}
+		return r.confirm("Cut this call?", "Its client sees the answer break off. What it has used so far is counted.", "Cut the call", "/admin/streams", r.path("id")), nil
+	}
+	if _, err := s.cutStream(r.with(nil)); err != nil {
+		return nil, err
+	}
+	return goTo("/admin/streams", "cut"), nil
+}
+
+// An auditLine is an entry of the audit trail for people.
+type auditLine struct {
+	auditView
+	Link    string // to what it was done to; "" if that has no page
+	Changes []labelled
+}
+
+type auditPageView struct {
+	Entries               []auditLine
+	Actor, Action, Object string
+	From, To              string
+	Next                  string
+	Narrowed              bool
+}
+
+func (s *server) auditPageOf(r *pageRequest) (*page, error) {
+	v := auditPageView{Actor: strings.TrimSpace(r.query.Get("actor")), Action: strings.TrimSpace(r.query.Get("action")), Object: strings.TrimSpace(r.query.Get("object")),
+		From: r.query.Get("from"), To: r.query.Get("to")}
+	rep, err := s.listAudit(r.asking("limit", "100", "after", r.query.Get("after"), "actor", v.Actor, "action", v.Action, "object", v.Object, "from", timeOf(v.From), "to", timeOf(v.To)))
+	if err != nil {
+		return nil, err
+	}
+	l := rep.body.(list[auditView])
+	v.Next = r.nextPage(l.Next)
+	v.Narrowed = v.Actor+v.Action+v.Object+v.From+v.To != ""
+	for _, e := range l.Data {
+		v.Entries = append(v.Entries, auditLine{e, linkTo(e.Object), changesIn(e.Detail)})
+	}
+	return &page{template: "audit", title: "Audit trail", data: v}, nil
+}
+
+// linkTo returns the page about the thing with an id, "" if it has none.
+func linkTo(id string) string {
+	for prefix, path := range map[string]string{"proj_": "/admin/projects/", "tok_": "/admin/tokens/", "req_": "/admin/requests/"} {
+		if strings.HasPrefix(id, prefix) {
+			return path + url.PathEscape(id)
+		}
+	}
+	return ""
+}
+
+// changesIn puts an entry's detail into words, in its own order: a pair is what
+// was before and after.
+func changesIn(detail json.RawMessage) (out []labelled) {
+	dec := json.NewDecoder(bytes.NewReader(detail))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return nil
+	}
+	for dec.More() {
+		name, err := dec.Token()
+		var raw json.RawMessage
+		if err != nil || dec.Decode(&raw) != nil {
+			return out
+		}
+		var pair []json.RawMessage
+		text := plainJSON(raw)
+		if json.Unmarshal(raw, &pair) == nil && len(pair) == 2 {
+			if text = plainJSON(pair[1]); string(pair[0]) != "null" {
+				text = plainJSON(pair[0]) + " → " + text
+			} else if slices.Contains([]string{"", "–", "{}", "[]"}, text) { // new, and nothing is said
+				continue
+			}
+		}
+		label, _ := name.(string)
+		out = append(out, labelled{label, text})
+	}
+	return out
+}
+
+// plainJSON is a value for people: a string without its quotes.
+func plainJSON(raw json.RawMessage) string {
+	var text string
+	if json.Unmarshal(raw, &text) == nil && len(raw) > 0 && raw[0] == '"' {
+		return text
+	}
+	if string(raw) == "null" {
+		return "–"
+	}
+	return string(raw)
+}
+
+// An auditCheckView is what going through the whole trail found.
+type auditCheckView struct {
+	Head     string
+	Entries  int64
+	Problems []string
+	More     int
+}
+
+// auditCheckTime bounds how long going through the trail may take here. The
+// command takes as long as it needs.
+const auditCheckTime = 40 * time.Second
+
+// verifyAudit goes through the whole audit trail.
+func (s *server) verifyAudit(r *pageRequest) (*page, error) {
+	ctx, cancel := context.WithTimeout(r.ctx, auditCheckTime)
+	defer cancel()
+	k, err := s.store.checkAudit(ctx, s.store.chain, nil)
+	if ctx.Err() != nil && r.ctx.Err() == nil {
+		return nil, &apiError{status: http.StatusServiceUnavailable, code: "too_long", msg: "The trail is too long to be checked here. Use llm-proxy audit verify."}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &page{template: "audit-check", title: "Check of the audit trail", data: auditCheckView{Head: k.last.String(), Entries: k.last.seq, Problems: k.problems, More: k.more}}, nil
+}
+
+// A settingsView is how the program is set up and how it is.
+type settingsView struct {
+	Settings        []settingLine
+	Version         string
+	Started         stamp
+	DiskKnown       bool
+	File, Log, Free int64
+	Left            int64
+	DatabaseFile    string
+	KeyID           string
+	LedgerOK        bool
+	Calls           int
+	Schema          int
+}
+
+func (s *server) settingsPage(r *pageRequest) (*page, error) {
+	v := settingsView{Version: versionText(), Started: stamp(s.started.UnixMilli()), DatabaseFile: s.cfg.databaseFile, KeyID: s.sealer.id(),
+		LedgerOK: s.ledger.healthy(), Calls: len(s.running.admittedCalls(r.now))}
+	var err error
+	if v.Schema, _, err = s.store.schemaVersion(r.ctx); err != nil {
+		return nil, err
+	}
+	if use, err := s.diskUse(r.ctx); err == nil {
+		v.DiskKnown, v.File, v.Log, v.Free, v.Left = true, use.file, use.log, use.free, use.left
+	}
+	v.Settings = s.cfg.lines
+	return &page{template: "settings", title: "Settings", data: v}, nil
+}
