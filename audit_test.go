@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -194,6 +195,46 @@ func TestAuditEveryChange(t *testing.T) {
 	}
 	if k := p.verifyTrail(); len(k.problems) > 0 || k.last.seq < 60 {
 		t.Errorf("the trail of %d entries has problems: %v", k.last.seq, k.problems)
+	}
+}
+
+// TestAuditTellsEveryColumn: what an administrator can change is told in the
+// details, also what a later version adds.
+func TestAuditTellsEveryColumn(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for table, c := range map[string]struct {
+		facts []fact
+		other string // what is told otherwise or not by an administrator's doing
+	}{
+		"projects":        {(&projectRow{}).facts(), "deleted_at"},
+		"upstreams":       {(&upstreamRow{}).facts(), "project deleted_at sealed_key key_hint"},
+		"tokens":          {(&tokenRow{}).facts(), "project hash old_hash old_hash_until idle_expiry request_count last_used_at"},
+		"management_keys": {(&keyRow{}).facts(), "hash"},
+		"prices":          {(&priceRow{}).facts(), ""},
+	} {
+		told := strings.Fields(c.other + " seq id version created_at updated_at")
+		for _, f := range c.facts {
+			told = append(told, f.name)
+		}
+		rows, err := p.in.store.read.QueryContext(t.Context(), `SELECT name FROM pragma_table_info(?)`, table) // without generated ones
+		if err != nil {
+			t.Fatal(err)
+		}
+		columns := 0
+		for rows.Next() {
+			var column string
+			if err := rows.Scan(&column); err != nil {
+				t.Fatal(err)
+			}
+			if columns++; !slices.Contains(told, column) {
+				t.Errorf("a change of %s.%s is not in the detail of its entry: add it to facts", table, column)
+			}
+		}
+		rows.Close()
+		if columns < 5 {
+			t.Errorf("%s has %d columns", table, columns)
+		}
 	}
 }
 
