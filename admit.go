@@ -25,7 +25,8 @@ func (s *server) admit(c *call) error {
 		return err
 	}
 	if c.upstream = c.pick(); c.upstream == nil {
-		if now := c.start.UnixMilli(); c.project.full(c.wish(now)) {
+		now := c.start.UnixMilli()
+		if w := c.wish(now); c.project.full(&w) {
 			return &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", retryAfter: time.Duration(60_000-now%60_000) * time.Millisecond,
 				msg: "This project's upstreams have reached their own limits for this minute."}
 		}

@@ -131,7 +131,11 @@ func (t *tries) patience() time.Duration {
 
 // spare reports whether there is another place to send the call to.
 func (t *tries) spare() bool {
-	return !t.alone() && (t.c.project.spare(t.wish()) || t.fallback() != "")
+	if t.alone() {
+		return false
+	}
+	w := t.wish()
+	return t.c.project.spare(&w) || t.fallback() != ""
 }
 
 // alone reports whether the call can be sent to one upstream and no other.
@@ -154,7 +158,7 @@ func (t *tries) fallback() string {
 }
 
 // wish is what the call asks of the upstreams that have not had their turn.
-func (t *tries) wish() *wish {
+func (t *tries) wish() wish {
 	w := t.c.wish(time.Now().UnixMilli())
 	w.model, w.strict = cmp.Or(t.model, w.model), true
 	w.api = apiOpenAI // of the family that the first attempt has settled
@@ -219,20 +223,20 @@ func (c *call) pick() (u *upstream) {
 		if c.anthropic {
 			w.api = apiAnthropic
 		}
-		if u = c.project.pick(w); u == nil {
+		if u = c.project.pick(&w); u == nil {
 			w.api = apiAny
 		}
 	}
 	if u == nil {
-		u = c.project.pick(w)
+		u = c.project.pick(&w)
 	}
 	c.shown.Store(u)
 	return u
 }
 
 // wish is what the call asks of its project's upstreams.
-func (c *call) wish(now int64) *wish {
-	return &wish{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
+func (c *call) wish(now int64) wish {
+	return wish{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
 }
 
 // pinned reports whether the call may name objects that are kept at a provider,
@@ -256,7 +260,8 @@ func (t *tries) goOn(v *verdict, res *http.Response) bool {
 	}
 	var next *upstream
 	if !v.tooLong { // which it would be anywhere
-		next = c.project.pick(t.wish())
+		w := t.wish()
+		next = c.project.pick(&w)
 	}
 	if next == nil && v.wait > 0 && v.wait <= shortWait && !t.repeated && t.room(ms) {
 		return t.repeat(v, res, time.Duration(v.wait)*time.Millisecond)
@@ -268,7 +273,7 @@ func (t *tries) goOn(v *verdict, res *http.Response) bool {
 		}
 		w := t.wish()
 		w.model, w.tried, tried = model, nil, nil
-		if next = c.project.pick(w); next == nil {
+		if next = c.project.pick(&w); next == nil {
 			return false
 		}
 	}

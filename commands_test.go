@@ -28,7 +28,7 @@ import (
 )
 
 // runProgram runs a command to its end.
-func runProgram(t *testing.T, env map[string]string, args ...string) (stdout string, err error) {
+func runProgram(t testing.TB, env map[string]string, args ...string) (stdout string, err error) {
 	t.Helper()
 	var out, log bytes.Buffer
 	p := &program{getenv: func(name string) string { return env[name] }, stdout: &out, stderr: &log}

@@ -115,6 +115,9 @@ func TestRandomFaults(t *testing.T) {
 				}
 				res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0), `"stream_options":{"include_usage":true}`, `"user":"`+call+`"`), headers...)
 				text := res.body
+				if strings.HasPrefix(text, `data: {"error"`) { // the last upstream's, which passes as it is
+					continue
+				}
 				if res.status == 200 && (strings.Count(text, `"`+call+`"`) != 1 || strings.Count(text, `"role":"assistant"`) != 1) {
 					t.Errorf("%s: not one answer of its own: %q", call, text)
 				}

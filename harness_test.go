@@ -30,7 +30,7 @@ import (
 
 // A testProxy is a running proxy with one project, one upstream and one token.
 type testProxy struct {
-	t        *testing.T
+	t        testing.TB
 	in       *instance
 	url      string // http://127.0.0.1:port
 	dir      string // the data directory
@@ -54,7 +54,7 @@ type testProxy struct {
 const promptCanary = "prompt-canary-7Qz1xW"
 
 // newTest starts a proxy; env overrides settings.
-func newTest(t *testing.T, env map[string]string) *testProxy {
+func newTest(t testing.TB, env map[string]string) *testProxy {
 	t.Helper()
 	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
 	p.secrets = []string{p.provider.key, promptCanary}
@@ -371,7 +371,7 @@ func (p *testProxy) rawChat(lines, body string) string {
 }
 
 // waitFor polls until ok, or fails the test with what it waited for.
-func waitFor(t *testing.T, what string, ok func() bool) {
+func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -481,7 +481,7 @@ func answerChat(c *providerConn, r recorded) bool {
 	return c.chunk("") == nil
 }
 
-func newFakeProvider(t *testing.T) *fakeProvider {
+func newFakeProvider(t testing.TB) *fakeProvider {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

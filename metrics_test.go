@@ -18,7 +18,7 @@ import (
 // metricsOf reads a page of metrics strictly: every sample belongs to the family
 // announced before it, no series occurs twice, histograms are cumulative. It
 // returns the samples by name and labels.
-func metricsOf(t *testing.T, page string) map[string]float64 {
+func metricsOf(t testing.TB, page string) map[string]float64 {
 	t.Helper()
 	sample := regexp.MustCompile(`^([a-z_]+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? (-?[0-9.]+)$`)
 	out, kinds := map[string]float64{}, map[string]string{}

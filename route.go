@@ -47,7 +47,7 @@ func (p *projectState) pick(w *wish) *upstream {
 	if w.pinned {
 		return p.first(w)
 	}
-	var space [16]*upstream
+	var space [64]*upstream
 	for group := p.upstreams; len(group) > 0; { // in order of priority
 		ready, rest := w.ready(group, space[:0])
 		for len(ready) > 0 {
@@ -82,8 +82,9 @@ func (w *wish) ready(list, found []*upstream) (ready, rest []*upstream) {
 	return found, nil
 }
 
-// draw picks one by chance and weight. Where another of the same weight is less
-// than half as busy, it goes first: equals share the load, not the calls.
+// draw picks one by chance and weight. Where that one is busy, and another is less
+// than half as busy for its weight, the other goes first: a key that hangs must
+// not collect the calls until it is known to hang.
 func draw(list []*upstream) int {
 	if len(list) == 1 {
 		return 0
@@ -96,16 +97,18 @@ func draw(list []*upstream) int {
 	for at -= list[0].weight; at >= 0; at -= list[drawn].weight {
 		drawn++
 	}
-	busy := list[drawn].health.running.Load()
-	if busy < 2 {
+	const isBusy = 4
+	busy, weight := list[drawn].health.running.Load(), list[drawn].weight
+	if busy < isBusy {
 		return drawn
 	}
+	best, least := drawn, busy
 	for i, u := range list {
-		if n := u.health.running.Load(); u.weight == list[drawn].weight && 2*n < busy {
-			drawn, busy = i, n
+		if n := u.health.running.Load(); 2*n*weight < busy*u.weight && n*list[best].weight < least*u.weight {
+			best, least = i, n
 		}
 	}
-	return drawn
+	return best
 }
 
 // first returns the first upstream that serves the call, well or not.
