@@ -62,7 +62,7 @@ func TestLayoutImports(t *testing.T) {
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
 	plain := []string{"usage*.go", "latency.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "audit.go", "metrics.go", "errorclass.go", "trace.go",
-		"health.go", "health_hints.go", "route.go"}
+		"health.go", "health_hints.go", "route*.go", "routing.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
 	for name, file := range sources(t, token.NewFileSet(), parser.ImportsOnly) {

@@ -59,6 +59,7 @@ func (s *server) manageTable() []manageRoute {
 		{"DELETE /manage/projects/{id}", roleAdmin, s.deleteProject},
 		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, s.revokeProjectTokens},
 		{"DELETE /manage/projects/{id}/content", roleAdmin, s.eraseContent},
+		{"GET /manage/projects/{id}/route", roleViewer, s.tryRoute},
 		{"GET /manage/projects/{id}/upstreams", roleViewer, s.listUpstreams},
 		{"POST /manage/projects/{id}/upstreams", roleAdmin, s.createUpstream},
 		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, s.getUpstream},

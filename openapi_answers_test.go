@@ -33,6 +33,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 	upstreams := path + "/upstreams"
 	up := call("POST", upstreams, `{"name":"u","api_key":"`+p.provider.key+`","models":["m*"]}`, 201)
 	call("GET", upstreams, "", 200)
+	call("GET", path+"/route?model=a&api=openai", "", 200)
 	call("GET", upstreams+"/"+up, "", 200)
 	call("PATCH", upstreams+"/"+up, `{"weight":2}`, 200)
 	call("PATCH", path, `{"is_active":true}`, 200)

@@ -203,3 +203,51 @@ func TestRoutingRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestTryRoute: what is said of a route is what calls then do, and saying it
+// changes nothing.
+func TestTryRoute(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":3,"rewrite":{"gpt-4o":"mine"}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt*","to":"gpt-4.1"}]}}`, 200, nil)
+	p.addUpstream(`"weight":1`)
+	p.addUpstream(`"weight":1,"priority":1`)
+	p.addUpstream(`"weight":0`)
+	p.addUpstream(`"models":["llama*"]`)
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"claude","provider":"anthropic","api_key":"sk-ant-12345678"}`, 201, nil)
+	route := func(query string) (v routeView) {
+		p.manage("GET", "/manage/projects/"+p.project+"/route?"+query, "", 200, &v)
+		return v
+	}
+	check := func(what string, v routeView, want map[string]float64) {
+		t.Helper()
+		for _, u := range v.Upstreams {
+			if u.Share != want[u.UpstreamID] || u.Why == "" {
+				t.Errorf("%s: %+v, want the share %v", what, u, want[u.UpstreamID])
+			}
+		}
+	}
+	v := route("model=gpt-4o")
+	var ids []string
+	for _, u := range v.Upstreams {
+		ids = append(ids, u.UpstreamID)
+	}
+	if len(ids) != 6 || ids[0] != p.upstream || v.Upstreams[0].SentModel != "mine" || v.FallbackModel != "gpt-4.1" {
+		t.Fatalf("got %+v", v)
+	}
+	check("all well", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
+	now := time.Now().UnixMilli()
+	p.in.health.of(1, "").quarantined(now, now, "the provider refuses the key")
+	check("one refused", route("model=gpt-4o&api=openai"), map[string]float64{ids[1]: 1})
+	check("a model of one", route("model=llama-3"), map[string]float64{ids[1]: 0.5, ids[3]: 0.5})
+	check("another API", route("model=claude&api=anthropic"), map[string]float64{ids[4]: 1})
+	if n := len(p.provider.got()); n != 0 {
+		t.Errorf("the provider was asked %d times", n)
+	}
+	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model"} {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, ""); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+			t.Errorf("%q: got %d %s", query, res.status, res.body)
+		}
+	}
+}
