@@ -103,16 +103,17 @@ func TestDocuments(t *testing.T) {
 			if len(blocks) == 0 {
 				t.Fatal("there is no block")
 			}
-			script := "set -euo pipefail\ncurl() { command curl -sS --fail-with-body \"$@\" || { echo; echo \"FAILED: curl $*\"; return 1; }; }\n" +
-				"export KEY=" + d.key + "\n"
+			var script strings.Builder
+			script.WriteString("set -euo pipefail\ncurl() { command curl -sS --fail-with-body \"$@\" || { echo; echo \"FAILED: curl $*\"; return 1; }; }\n" +
+				"export KEY=" + d.key + "\n")
 			for _, b := range blocks {
-				script += fill.Replace(b[1]) + "\n"
+				script.WriteString(fill.Replace(b[1]) + "\n")
 			}
-			if n := strings.Count(script, "\ncurl "); n < 5 {
+			if n := strings.Count(script.String(), "\ncurl "); n < 5 {
 				t.Errorf("only %d commands", n)
 			}
 			cmd := exec.Command("bash")
-			cmd.Stdin = strings.NewReader(script)
+			cmd.Stdin = strings.NewReader(script.String())
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Errorf("%v\n%s", err, out)
 			}
