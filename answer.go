@@ -287,7 +287,7 @@ func filterModels(c *call, res *http.Response) error {
 	if project.Models == nil && token.Models == nil {
 		return nil
 	}
-	unreadable := &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", msg: "The provider's list of models could not be read."}
+	unreadable := errUnreadableList()
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
 	if err != nil || len(body) > maxModelList {
 		unreadable.cause = errors.Join(err, errors.New("reading the list of models"))
@@ -319,4 +319,8 @@ func filterModels(c *call, res *http.Response) error {
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
 	return nil
+}
+
+func errUnreadableList() *apiError {
+	return &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", msg: "The provider's list of models could not be read."}
 }

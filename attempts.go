@@ -61,18 +61,27 @@ var errImpatient = &apiError{status: http.StatusGatewayTimeout, code: "upstream_
 // RoundTrip makes attempts until one is good enough for the client, or no other
 // is left.
 func (t *tries) RoundTrip(req *http.Request) (*http.Response, error) {
+	if list := t.united(); len(list) > 1 {
+		return t.unite(req, list)
+	}
 	for {
-		res, err := t.try(req)
-		if err != nil {
-			t.s.metrics.attempt(t.at, unanswered(upstreamFailure(t.c, err)))
-		} else {
-			t.s.metrics.attempt(t.at, attemptOf(res.StatusCode))
-		}
+		res, err := t.attempt(req)
 		v := t.judge(res, err)
 		if v.over || !t.goOn(&v, res) {
 			return t.best(res, err)
 		}
 	}
+}
+
+// attempt makes one attempt, and counts it.
+func (t *tries) attempt(req *http.Request) (*http.Response, error) {
+	res, err := t.try(req)
+	if err != nil {
+		t.s.metrics.attempt(t.at, unanswered(upstreamFailure(t.c, err)))
+		return nil, err
+	}
+	t.s.metrics.attempt(t.at, attemptOf(res.StatusCode))
+	return res, nil
 }
 
 // try makes one attempt, at the call's upstream. Where another is left it is
@@ -123,7 +132,7 @@ func (t *tries) patience() time.Duration {
 	if !t.spare() {
 		return 0
 	}
-	if !t.c.fields.stream {
+	if !t.c.fields.stream && t.c.endpoint.pattern != "/v1/models" {
 		return unaryPatience
 	}
 	return cmp.Or(time.Duration(t.at.settings.FirstEventMS)*time.Millisecond, t.s.cfg.firstEventTimeout)
@@ -179,8 +188,8 @@ func (t *tries) request(req *http.Request) (*http.Request, error) {
 		for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
 			delete(out.Header, name)
 		}
-		out.URL = t.at.url(c.match.path, c.query)
 	}
+	out.URL = t.at.url(c.match.path, c.query) // with the key that goes there, always together
 	body, err := t.body()
 	if err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -264,7 +265,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.answer = newAnswerWriter(s, c, w)
 	c.verified = c.verified && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: c.upstream.url(c.match.path, c.query), Header: upHeader(r.Header),
+		Method: r.Method, URL: &url.URL{}, Header: upHeader(r.Header),
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -249,5 +250,66 @@ func TestTryRoute(t *testing.T) {
 		if res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, ""); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
 			t.Errorf("%q: got %d %s", query, res.status, res.body)
 		}
+	}
+}
+
+// TestUnitedModels: the list of models is that of all a project's providers,
+// each with what calls for would go there, and within what the token may use.
+func TestUnitedModels(t *testing.T) {
+	t.Parallel()
+	list := func(ids ...string) func(*providerConn, recorded) bool {
+		var entries []string
+		for _, id := range ids {
+			entries = append(entries, `{"id":"`+id+`","object":"model","owned_by":"x"}`)
+		}
+		return always(200, `{"object":"list","data":[`+strings.Join(entries, ",")+`]}`)
+	}
+	p := newTest(t, nil)
+	auth := []string{"Authorization", "Bearer " + p.token}
+	models := func() string {
+		t.Helper()
+		res := p.do("GET", "/v1/models", "", auth...)
+		var v struct {
+			Object string
+			Data   []struct{ ID string }
+		}
+		if err := json.Unmarshal([]byte(res.body), &v); err != nil || res.status != 200 || v.Object != "list" {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+		var ids []string
+		for _, m := range v.Data {
+			ids = append(ids, m.ID)
+		}
+		return strings.Join(ids, " ")
+	}
+	p.provider.answer(list("gpt-4o", "gpt-4o-mini", "o3"))
+	if got := models(); got != "gpt-4o gpt-4o-mini o3" {
+		t.Errorf("of one upstream: %s", got)
+	}
+	llama, _ := p.addUpstream(`"models":["llama*","mine"],"rewrite":{"mine":"llama-3"}`)
+	llama.answer(list("llama-3", "llama-4", "other"))
+	azure, _ := p.addUpstream(`"priority":1,"rewrite":{"o3":"deployed"}`)
+	azure.answer(list("deployed", "gpt-4o"))
+	for range 5 { // whichever would get the call
+		if got := models(); got != "gpt-4o gpt-4o-mini o3 llama-3 mine llama-4 deployed" {
+			t.Errorf("of three: %s", got)
+		}
+	}
+	if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 3 || len(row.AttemptLog) != 3 {
+		t.Errorf("the ledger has %+v", row)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["llama*","o3"]}}`, 200, nil)
+	if got := models(); got != "o3 llama-3 llama-4" {
+		t.Errorf("within a policy: %s", got)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{}}`, 200, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reset() })
+	azure.answer(always(200, `no JSON`))
+	if got := models(); got != "llama-3 mine llama-4" {
+		t.Errorf("with one that answers: %s", got)
+	}
+	llama.answer(always(503, `{"error":{}}`))
+	if res := p.do("GET", "/v1/models", "", auth...); res.status < 500 {
+		t.Errorf("with none: got %d %s", res.status, res.body)
 	}
 }
