@@ -24,7 +24,7 @@ import (
 func checkListen(s string) error {
 	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
 		if !filepath.IsAbs(path) || len(path) > 100 || strings.ContainsRune(path, 0) {
-			return errors.New("must name an absolute path of at most 100 bytes after unix:")
+			return errors.New("must be unix: followed by an absolute path of at most 100 bytes")
 		}
 		return nil
 	}
