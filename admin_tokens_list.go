@@ -62,7 +62,7 @@ func tokenStates() []option {
 }
 
 func tokenOrders() []option {
-	return []option{{"", "Newest first"}, {"oldest", "Oldest first"}, {"name", "Name"}, {"ends", "Expiry, soonest first"}}
+	return []option{{"", "Newest first"}, {"oldest", "Oldest first"}, {"name", "Name"}, {"ends", "Expiry, soonest first; no revoked ones"}}
 }
 
 func (s *server) tokensPage(r *pageRequest) (*page, error) {
@@ -141,6 +141,9 @@ func (v *tokensView) walk(r *pageRequest) (tokenWalk, error) {
 		case "expired":
 			w.order, w.to = "ends", now
 		case "revoked", "unused":
+			if v.State == "revoked" {
+				w.order, v.Order = "newest", "" // these expire no more
+			}
 			if v.Project == "" && v.Order == "" {
 				w.order = v.State
 			}

@@ -50,6 +50,7 @@ type config struct {
 	retention         time.Duration
 	maxDatabaseBytes  int64 // 0: no limit
 	maxContentBytes   int64
+	adminPages        bool
 	lines             []settingLine // all of it, to be shown
 }
 
@@ -99,8 +100,10 @@ func settings() []setting {
 			func(c *config, s string) error { c.openaiURL = s; return nil }}, // checked with ALLOW_PRIVATE_UPSTREAMS below
 		{"ALLOW_PRIVATE_UPSTREAMS", "false", "true: base URLs may be http:// and may name loopback or private addresses", false,
 			func(c *config, s string) (err error) { c.allowPrivate, err = parseBool(s); return err }},
-		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage", false,
+		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage and /admin", false,
 			func(c *config, s string) (err error) { c.publicURL, err = parsePublicURL(s); return err }},
+		{"ADMIN_PAGES", "true", "false: no pages at /admin", false,
+			func(c *config, s string) (err error) { c.adminPages, err = parseBool(s); return err }},
 		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed; unix: who comes by the socket", false,
 			func(c *config, s string) (err error) {
 				c.trustUnix, c.trustedProxies, err = parseTrusted(s)

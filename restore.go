@@ -143,7 +143,7 @@ func (r *restoration) edit(ctx context.Context, st *store, out io.Writer) (secre
 		return nil, fmt.Errorf("%w (the backup needs the key with the id %s)", err, r.facts.keyID)
 	}
 	by := systemOrigin(r.now)
-	if err := st.openAudit(ctx, sl, by); err != nil {
+	if err := errors.Join(st.openAudit(ctx, sl, by), st.endAllSessions(ctx)); err != nil {
 		return nil, err
 	}
 	fmt.Fprintf(out, "The backup is whole: %s.\n", r.facts)

@@ -63,8 +63,10 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("GET /readyz", s.handleReady)                                  // open: calls would be taken
 	mux.Handle("/manage/", s.protect(s.manageRoutes()))                           // a management key, by role: manage.go
 	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleKeyedMetrics))) // a management key of any role; open on METRICS_ADDR
-	mux.Handle("/admin/", s.adminRoutes())                                        // a session, by role: admin.go
-	mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
+	if s.cfg.adminPages {
+		mux.Handle("/admin/", s.adminRoutes()) // a session, by role: admin.go
+		mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
+	}
 	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
 		mux.Handle(open, wrongMethod("GET"))
 	}

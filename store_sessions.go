@@ -101,3 +101,12 @@ func (s *store) endSessions(ctx context.Context, by origin, key string) error {
 		return act{actionSignOut, key, []fact{{"everywhere", true}, {"sessions", n}}}, err
 	})
 }
+
+// endAllSessions is for a restored database: who signed out since it was made
+// must stay so.
+func (s *store) endAllSessions(ctx context.Context) error {
+	if _, err := s.write.ExecContext(ctx, `DELETE FROM sessions`); err != nil {
+		return fmt.Errorf("ending all sessions: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,241 @@
+// Tests of signing in to the pages and of the sessions that follow (group AD).
+package main
+
+import (
+	"crypto/sha256"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// in reports whether a cookie still opens the pages.
+func (b *browser) in() bool {
+	b.p.t.Helper()
+	res := b.get("/admin/account")
+	if res.status != 200 && (res.status != 303 || !strings.HasPrefix(res.header.Get("Location"), "/admin/sign-in")) {
+		b.p.t.Errorf("got %d %s", res.status, res.body)
+	}
+	return res.status == 200
+}
+
+// age makes a browser's session older, as if nothing had happened for a while.
+func (b *browser) age(created, seen time.Duration) {
+	b.p.t.Helper()
+	_, id, _ := strings.Cut(b.cookie, "=")
+	hash := sha256.Sum256([]byte(id))
+	res, err := b.p.in.store.write.ExecContext(b.p.t.Context(), `UPDATE sessions SET created_at = created_at - ?, seen_at = seen_at - ? WHERE hash = ?`,
+		created.Milliseconds(), seen.Milliseconds(), hash[:])
+	if err != nil {
+		b.p.t.Fatal(err)
+	}
+	if n, _ := res.RowsAffected(); n != 1 {
+		b.p.t.Fatal("there is no such session")
+	}
+}
+
+// TestSessionsEnd (AD9): by signing out, here or everywhere, by time, with the
+// key and with its role.
+func TestSessionsEnd(t *testing.T) {
+	t.Parallel()
+	const environment = "environment-key-Jx81LmQp04TzVb67wYcN"
+	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": environment})
+	p.secrets = append(p.secrets, environment)
+	a, other := p.signIn(p.adminKey), p.signIn(p.adminKey)
+	env := p.signIn(environment)
+	if res := a.post("/admin/sign-out", nil); res.status != 303 || !strings.Contains(res.header.Get("Set-Cookie"), "Max-Age=0") {
+		t.Errorf("sign out: %d %v", res.status, res.header)
+	}
+	if a.in() || !other.in() || !env.in() {
+		t.Error("signing out ends one session, and that one")
+	}
+	a = p.signIn(p.adminKey)
+	if other.post("/admin/sign-out-everywhere", nil); a.in() || other.in() || !env.in() {
+		t.Error("signing out everywhere ends the key's sessions and no others")
+	}
+	for name, c := range map[string]struct {
+		created, seen time.Duration
+		in            bool
+	}{
+		"fresh": {0, 0, true}, "used 29 minutes ago": {time.Hour, 29 * time.Minute, true}, "idle": {time.Hour, idleSession, false},
+		"nearly too old": {longestSession - time.Minute, 0, true}, "too old, in use": {longestSession, 0, false},
+	} {
+		b := p.signIn(p.adminKey)
+		if b.age(c.created, c.seen); b.in() != c.in {
+			t.Errorf("%s: in is %v", name, !c.in)
+		}
+	}
+	b := p.signIn(p.adminKey)
+	for range 3 { // use keeps a session alive, up to its longest
+		if b.age(29*time.Minute, 29*time.Minute); !b.in() {
+			t.Error("a session in use ended")
+		}
+	}
+	b.age(0, 20*time.Minute)
+	b.get("/admin/account", "X-Auto-Refresh", "1")
+	if b.age(0, 20*time.Minute); b.in() {
+		t.Error("a page that refreshes itself kept the session alive")
+	}
+	id, key := p.newKey("o", "operator")
+	b = p.signIn(key)
+	if res := b.get("/admin/tokens/new"); res.status != 200 {
+		t.Errorf("an operator: %d", res.status)
+	}
+	p.manage("PATCH", "/manage/keys/"+id, `{"role":"viewer"}`, 200, nil)
+	if res := b.get("/admin/tokens/new"); res.status != 403 {
+		t.Errorf("a viewer since: %d", res.status)
+	}
+	if p.manage("DELETE", "/manage/keys/"+id, "", 200, nil); b.in() {
+		t.Error("the key is revoked, the session is not over")
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	if !env.in() {
+		t.Error("a restart ended a session")
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.env["MANAGEMENT_TOKEN"] = environment + "2"
+	if p.start(); env.in() {
+		t.Error("MANAGEMENT_TOKEN is another one, the session is not over")
+	}
+}
+
+// TestSessionCookie (AD7, AD8): its attributes; a planted id is not taken over;
+// two cookies are none.
+func TestSessionCookie(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"PUBLIC_URL": "https://llm.example.test"})
+	form := url.Values{"key": {p.adminKey}}
+	anonymous := &browser{p: p}
+	planted := strings.Repeat("A", sessionIDLen)
+	for name, c := range map[string]struct {
+		headers []string
+		want    string
+	}{
+		"plain HTTP":  {nil, "llm-proxy=; Path=/admin; HttpOnly; SameSite=Strict"},
+		"behind TLS":  {[]string{"Host", "llm.example.test"}, "__Host-llm-proxy=; Path=/; HttpOnly; Secure; SameSite=Strict"},
+		"planted":     {[]string{"Cookie", "llm-proxy=" + planted}, "llm-proxy=; Path=/admin; HttpOnly; SameSite=Strict"},
+		"planted TLS": {[]string{"Host", "llm.example.test", "Cookie", "__Host-llm-proxy=" + planted}, "__Host-llm-proxy=; Path=/; HttpOnly; Secure; SameSite=Strict"},
+	} {
+		cookie := anonymous.post("/admin/sign-in", form, c.headers...).header.Get("Set-Cookie")
+		name0, rest, _ := strings.Cut(cookie, "=")
+		id, attributes, _ := strings.Cut(rest, ";")
+		if got := name0 + "=;" + attributes; got != c.want || len(id) != sessionIDLen || id == planted || strings.Contains(p.adminKey, id[:12]) {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+	b := p.signIn(p.adminKey)
+	old := b.cookie
+	res := b.post("/admin/sign-in", form)
+	b.cookie, _, _ = strings.Cut(res.header.Get("Set-Cookie"), ";")
+	if before := (&browser{p, old}); before.in() || !b.in() || old == b.cookie {
+		t.Error("signing in anew must end the session before")
+	}
+	for name, cookie := range map[string]string{
+		"two": b.cookie + "; " + b.cookie, "the other name": "__Host-" + b.cookie, "the management key": "llm-proxy=" + p.adminKey, "none": "llm-proxy=",
+		"its hash": "llm-proxy=" + strings.Repeat("0", 43), "planted": "llm-proxy=" + planted,
+	} {
+		if (&browser{p, cookie}).in() {
+			t.Errorf("%s: lets in", name)
+		}
+	}
+	for _, header := range []string{"Authorization", "X-Api-Key"} {
+		if res := p.do("GET", "/admin/account", "", header, "Bearer "+p.adminKey); res.status != 303 {
+			t.Errorf("%s opens the pages: %d", header, res.status)
+		}
+	}
+	for _, path := range []string{"/manage/projects", "/v1/models"} {
+		if res := b.get(path); res.status != 401 {
+			t.Errorf("a session opens %s: %d", path, res.status)
+		}
+	}
+}
+
+// TestSignInPage (AD10, AD11): wrong keys are slowed down, a right one never; and
+// it leads to our own pages alone.
+func TestSignInPage(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
+	b := &browser{p: p}
+	try := func(key, address string) answer {
+		return b.post("/admin/sign-in", url.Values{"key": {key}, "next": {"/admin/tokens"}}, "X-Forwarded-For", address)
+	}
+	for i := range failuresAllowed {
+		res := try("wrong", "192.0.2.7")
+		if res.status != 401 || !strings.Contains(res.body, "no valid management key") || !strings.Contains(res.body, `value="/admin/tokens"`) || strings.Contains(res.body, "wrong\"") {
+			t.Fatalf("attempt %d: %d %s", i, res.status, res.body)
+		}
+	}
+	res := try("wrong", "192.0.2.7")
+	if res.status != 429 || !strings.Contains(res.body, "Too many wrong keys") || len(checkHTML(res.body)) > 0 {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+	if res := try("wrong", "192.0.2.8"); res.status != 401 {
+		t.Errorf("another address: %d", res.status)
+	}
+	for _, key := range []string{"", p.token, strings.Repeat("x", 100_000), "llmpm_", p.adminKey[:len(p.adminKey)-1]} {
+		if res := try(key, "192.0.2.9"); res.status != 401 {
+			t.Errorf("%q: got %d", clip(key, 20), res.status)
+		}
+	}
+	if res := try(p.adminKey, "192.0.2.7"); res.status != 303 || res.header.Get("Location") != "/admin/tokens" {
+		t.Errorf("the right key: %d %v", res.status, res.header)
+	}
+	for next, want := range map[string]string{
+		"": "/admin/", "/admin/tokens?state=active&name=a%20b": "/admin/tokens?state=active&name=a%20b", "//evil.test": "/admin/", "https://evil.test/admin/": "/admin/",
+		"javascript:alert(1)": "/admin/", `/\evil.test`: "/admin/", `/admin/\evil`: "/admin/", "/admin/../v1": "/admin/", "/admin//evil.test": "/admin/", "admin/x": "/admin/",
+		"/manage/projects": "/admin/", "/admin/x\r\nSet-Cookie: a=b": "/admin/", "/admin/sign-in": "/admin/", "http:/admin/x": "/admin/", "///admin/": "/admin/", "/admin/%2e%2e/x": "/admin/",
+	} {
+		res := b.post("/admin/sign-in", url.Values{"key": {p.adminKey}, "next": {next}})
+		if res.status != http.StatusSeeOther || res.header.Get("Location") != want {
+			t.Errorf("next=%q leads to %q", next, res.header.Get("Location"))
+		}
+	}
+	if res := p.do("GET", "/admin/tokens?state=active&x=%0d", ""); res.header.Get("Location") != "/admin/sign-in?next=%2Fadmin%2Ftokens%3Fstate%3Dactive%26x%3D%250d" {
+		t.Errorf("before signing in: %d %v", res.status, res.header)
+	}
+	if res := p.do("GET", "/admin/sign-in", "", "Host", "10.1.2.3"); !strings.Contains(res.body, "not encrypted") {
+		t.Error("nobody is warned of plain HTTP")
+	}
+	b = p.signIn(p.adminKey)
+	for range 2 * maxSessions {
+		p.signIn(p.adminKey)
+	}
+	var n int
+	if err := p.in.store.read.QueryRowContext(t.Context(), `SELECT count(*) FROM sessions`).Scan(&n); err != nil || n > maxSessions {
+		t.Errorf("%d sessions of one key, %v", n, err)
+	}
+	if b.in() {
+		t.Error("the oldest session outlived those that are too many")
+	}
+}
+
+// TestSessionsDoNotComeBack: a backup brings no session back to life.
+func TestSessionsDoNotComeBack(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	file := filepath.Join(p.dir, "backup.db")
+	if out, err := runProgram(t, p.env, "backup", file); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	b.post("/admin/sign-out", nil)
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := runProgram(t, p.env, "restore", "--revoke=none", file); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if p.start(); b.in() {
+		t.Error("who signed out is in again")
+	}
+	if !p.signIn(p.adminKey).in() {
+		t.Error("nobody can sign in any more")
+	}
+}

@@ -1,0 +1,379 @@
+// Tests of the pages as a whole (group AD): who sees what, what guards them
+// against other web sites, and that every page is sound HTML whatever it shows.
+package main
+
+import (
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// A browser is signed in to the pages.
+type browser struct {
+	p      *testProxy
+	cookie string
+}
+
+// signIn signs in with a management key.
+func (p *testProxy) signIn(key string) *browser {
+	p.t.Helper()
+	b := &browser{p: p}
+	res := b.post("/admin/sign-in", url.Values{"key": {key}})
+	if res.status != http.StatusSeeOther {
+		p.t.Fatalf("signing in: %d %s", res.status, res.body)
+	}
+	b.cookie, _, _ = strings.Cut(res.header.Get("Set-Cookie"), ";")
+	_, id, _ := strings.Cut(b.cookie, "=")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.secrets = append(p.secrets, id)
+	return b
+}
+
+func (b *browser) get(path string, headers ...string) answer {
+	b.p.t.Helper()
+	return b.p.do("GET", path, "", append([]string{"Cookie", b.cookie}, headers...)...)
+}
+
+// post sends a form as a browser does from a page of ours.
+func (b *browser) post(path string, form url.Values, headers ...string) answer {
+	b.p.t.Helper()
+	h := []string{"Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin"}
+	if b.cookie != "" {
+		h = append(h, "Cookie", b.cookie)
+	}
+	return b.p.do("POST", path, form.Encode(), append(h, headers...)...)
+}
+
+// furnish fills the test's database with one of each thing that pages show, all
+// with the same name, and returns the paths of pages about them.
+func (p *testProxy) furnish(name string) []string {
+	p.t.Helper()
+	q := quoteJSON(name)
+	n := quoteJSON(strings.NewReplacer(" ", "_", "*", "_").Replace(name)) // fit for a model
+	var project struct {
+		ID        string
+		Upstreams []struct{ ID string }
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"name":`+q+`,"policy":{"models":[`+n+`,"gpt-4o*"],"addresses":["10.0.0.0/8","127.0.0.1"],"limits":[{"count":"requests","max":60,"per":"minute","model":`+n+`},
+		{"count":"dollars","max":1.5,"per":"month","shadow":true},{"count":"concurrent","max":5}]}}`, 200, &project)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"name":`+q+`,"note":`+q+`,"models":[`+n+`,"gpt*"],"rewrite":{`+n+`:"x"}}`, 200, nil)
+	id, _ := p.newToken(`"name":` + q + `,"max_requests":5,"idle_expiry_minutes":90,"policy":{"limits":[{"count":"tokens","max":1000,"per":"day"}]}`)
+	gone, _ := p.newToken(`"name":` + q + `,"expires_at":null`)
+	p.manage("DELETE", "/manage/tokens/"+gone, "", 200, nil)
+	p.newToken(`"name":` + q + `,"duration_hours":1`)
+	keyID, _ := p.newKey("spare", "viewer")
+	p.manage("PATCH", "/manage/keys/"+keyID, `{"name":`+q+`}`, 200, nil)
+	var price struct{ ID string }
+	match := strings.ReplaceAll(name, " ", "_")
+	p.manage("POST", "/manage/prices", `{"match":`+quoteJSON(match)+`,"input":1.5,"output":2}`, 201, &price)
+	p.do("POST", "/v1/chat/completions", `{"model":`+n+`,"messages":[]}`, "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", "x")
+	p.settle()
+	up := "/admin/projects/" + p.project + "/upstreams/" + p.upstream
+	return []string{"/admin/", "/admin/account", "/admin/projects", "/admin/projects/" + p.project, "/admin/projects/" + p.project + "/edit", up + "/edit", up + "/delete",
+		"/admin/tokens", "/admin/tokens/" + id, "/admin/tokens/" + id + "/edit", "/admin/tokens/" + gone, "/admin/tokens/new?project_id=" + p.project,
+		"/admin/keys", "/admin/keys/" + keyID + "/edit", "/admin/prices", "/admin/prices/" + price.ID + "/delete", "/admin/audit", "/admin/audit/verify", "/admin/settings", "/admin/streams",
+		"/admin/prices?model=" + url.QueryEscape(match), "/admin/tokens?name=" + url.QueryEscape(name), "/admin/audit?object=" + url.QueryEscape(name)}
+}
+
+func quoteJSON(s string) string { return string(factJSON(s)) }
+
+// pathOf fills in a pattern of adminTable.
+func (p *testProxy) pathOf(pattern string) string {
+	_, path, _ := strings.Cut(pattern, " ")
+	id := p.tokenID
+	for prefix, other := range map[string]string{"/admin/projects/": p.project, "/admin/keys/": "key_none", "/admin/prices/": "price_none", "/admin/streams/": "req_0000000000000", "/admin/requests/": "req_0000000000000"} {
+		if strings.HasPrefix(path, prefix) {
+			id = other
+		}
+	}
+	return strings.NewReplacer("{id}", id, "{upstream}", p.upstream, "{$}", "").Replace(path)
+}
+
+// everything is all that administrators manage, to see whether something changed.
+func (p *testProxy) everything() string {
+	p.t.Helper()
+	var b strings.Builder
+	for _, query := range []string{`SELECT group_concat(id || name || is_active || policy || version || coalesce(deleted_at, '')) FROM projects`,
+		`SELECT group_concat(id || name || hex(sealed_key) || version) FROM upstreams`,
+		`SELECT group_concat(id || name || hex(hash) || coalesce(revoked_at, '') || version || policy) FROM tokens`,
+		`SELECT group_concat(id || name || role || coalesce(revoked_at, '') || version) FROM management_keys`,
+		`SELECT group_concat(id || match || coalesce(input, '')) FROM prices`, `SELECT group_concat(hex(hash)) FROM sessions`,
+		`SELECT group_concat(action || object) FROM audit WHERE action <> 'sign_in_failed'`} {
+		var text *string
+		if err := p.in.store.read.QueryRowContext(p.t.Context(), query).Scan(&text); err != nil {
+			p.t.Fatal(err)
+		}
+		if text != nil {
+			b.WriteString(*text + "\n")
+		}
+	}
+	return b.String()
+}
+
+// needOf returns the role that a method and path need, by the table of routes.
+func (p *testProxy) needOf(method, path string) role {
+	mux := http.NewServeMux()
+	needs := map[string]role{}
+	for _, rt := range p.in.adminTable() {
+		methods, pattern, _ := strings.Cut(rt.pattern, " ")
+		for m := range strings.SplitSeq(methods, "|") {
+			mux.HandleFunc(m+" "+pattern, func(http.ResponseWriter, *http.Request) {})
+			needs[m+" "+pattern] = rt.need
+		}
+	}
+	u, err := url.Parse(path)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, pattern := mux.Handler(&http.Request{Method: method, URL: &url.URL{Path: u.Path}, Host: "x"})
+	if pattern == "" && !strings.HasPrefix(path, "/admin/requests") { // those pages come later
+		p.t.Errorf("%s %s leads nowhere", method, path)
+	}
+	return needs[pattern]
+}
+
+// TestAdminRoles: each route against each role, and no page shows a way to what
+// its reader may not do.
+func TestAdminRoles(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	keys := map[role]string{roleAdmin: p.adminKey}
+	_, keys[roleViewer] = p.newKey("v", "viewer")
+	_, keys[roleOperator] = p.newKey("o", "operator")
+	pages := p.furnish("Ada")
+	for who, key := range keys {
+		b := p.signIn(key)
+		for _, rt := range p.in.adminTable() {
+			methods, _, _ := strings.Cut(rt.pattern, " ")
+			path := p.pathOf(rt.pattern)
+			for method := range strings.SplitSeq(methods, "|") {
+				if rt.need == "" || who.rank() >= rt.need.rank() && (method == "POST") {
+					continue // those are tried elsewhere
+				}
+				res := b.get(path)
+				if method == "POST" {
+					res = b.post(path, url.Values{"version": {"1"}})
+				}
+				allowed := who.rank() >= rt.need.rank()
+				if forbidden := res.status == http.StatusForbidden; forbidden == allowed || res.status >= 500 {
+					t.Errorf("%s as %s: got %d", rt.pattern, who, res.status)
+				}
+				if problems := checkHTML(res.body); res.status != http.StatusSeeOther && res.header.Get("Content-Type") == "text/html; charset=utf-8" && len(problems) > 0 {
+					t.Errorf("%s as %s: %v", rt.pattern, who, problems)
+				}
+			}
+		}
+		for _, path := range pages {
+			if p.needOf("GET", path).rank() > who.rank() {
+				continue
+			}
+			gets, posts := links(b.get(path).body)
+			for _, to := range gets {
+				if need := p.needOf("GET", to); need.rank() > who.rank() {
+					t.Errorf("%s shows a %s the way to %s", path, who, to)
+				}
+			}
+			for _, to := range posts {
+				if need := p.needOf("POST", to); need.rank() > who.rank() {
+					t.Errorf("%s shows a %s a form for %s", path, who, to)
+				}
+			}
+		}
+	}
+}
+
+// TestAdminGetsChangeNothing (AD2): everything that can be reached by links alone
+// is read, and nothing is different after.
+func TestAdminGetsChangeNothing(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	todo := p.furnish("Ada")
+	b := p.signIn(p.adminKey)
+	before := p.everything()
+	seen := map[string]bool{}
+	for len(todo) > 0 && len(seen) < 300 {
+		path := todo[0]
+		todo = todo[1:]
+		if seen[path] {
+			continue
+		}
+		seen[path] = true
+		res := b.get(path, "Purpose", "prefetch", "Sec-Purpose", "prefetch", "X-HTTP-Method-Override", "POST")
+		if res.status != 200 && res.status != 303 && !strings.HasPrefix(path, "/admin/requests") {
+			t.Errorf("GET %s: got %d", path, res.status)
+		}
+		if head := p.do("HEAD", path, "", "Cookie", b.cookie); head.status != res.status || head.body != "" {
+			t.Errorf("HEAD %s: got %d", path, head.status)
+		}
+		if problems := checkHTML(res.body); res.status == 200 && strings.HasPrefix(res.header.Get("Content-Type"), "text/html") && len(problems) > 0 {
+			t.Errorf("%s: %v", path, problems)
+		}
+		gets, _ := links(res.body)
+		todo = append(todo, gets...)
+	}
+	for _, method := range []string{"PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"} { // AD3
+		if res := p.do(method, "/admin/projects", "", "Cookie", b.cookie, "Sec-Fetch-Site", "same-origin"); res.status != 405 {
+			t.Errorf("%s: got %d", method, res.status)
+		}
+	}
+	b.get("/admin/projects/" + p.project + "/delete?_method=POST&_method=DELETE")
+	if p.everything() != before {
+		t.Error("reading changed something")
+	}
+	if len(seen) < 60 {
+		t.Errorf("only %d pages were found", len(seen))
+	}
+}
+
+// TestAdminCrossOrigin (AD1, AD4): forms are taken from our own pages only.
+func TestAdminCrossOrigin(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"PUBLIC_URL": "https://llm.example.test"})
+	b := p.signIn(p.adminKey)
+	before := p.everything()
+	host := strings.TrimPrefix(p.url, "http://")
+	for name, headers := range map[string][]string{
+		"cross-site": {"Sec-Fetch-Site", "cross-site"}, "same-site": {"Sec-Fetch-Site", "same-site"}, "odd": {"Sec-Fetch-Site", "x"},
+		"two":                    {"Sec-Fetch-Site", "same-origin", "Sec-Fetch-Site", "cross-site"},
+		"cross-site, our origin": {"Sec-Fetch-Site", "cross-site", "Origin", p.url},
+		"evil origin":            {"Origin", "http://evil.test"}, "null": {"Origin", "null"}, "nothing": nil, "other port": {"Origin", "http://127.0.0.1:1"},
+		"other scheme": {"Origin", "https://" + host}, "two origins": {"Origin", p.url, "Origin", p.url}, "prefix": {"Origin", p.url + ".evil.test"},
+		"public over http": {"Host", "llm.example.test", "Origin", "http://llm.example.test"},
+	} {
+		for _, rt := range p.in.adminTable() {
+			if !strings.Contains(rt.pattern, "POST ") {
+				continue
+			}
+			path := p.pathOf(rt.pattern)
+			res := p.do("POST", path, "sure=yes&id="+p.tokenID+"&name=x&once=y&key="+p.adminKey, append([]string{"Cookie", b.cookie, "Content-Type", "application/x-www-form-urlencoded"}, headers...)...)
+			if res.status != http.StatusForbidden {
+				t.Errorf("%s, %s: got %d", name, path, res.status)
+			}
+		}
+	}
+	for _, host := range []string{"evil.test", "evil.test:8080", "127.0.0.1.evil.test", ""} {
+		for _, method := range []string{"GET", "POST"} {
+			res := p.raw(method + " /admin/projects HTTP/1.1\r\nHost: " + host + "\r\nOrigin: http://" + host + "\r\nCookie: " + b.cookie + "\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+			if !strings.HasPrefix(res, "HTTP/1.1 421 ") {
+				t.Errorf("%s to %q: got %s", method, host, clip(res, 60))
+			}
+		}
+	}
+	for _, kind := range []string{"application/json", "text/plain", "multipart/form-data; boundary=x", ""} {
+		res := p.do("POST", "/admin/tokens/"+p.tokenID+"/revoke", "sure=yes", "Cookie", b.cookie, "Sec-Fetch-Site", "same-origin", "Content-Type", kind)
+		if res.status != http.StatusUnsupportedMediaType {
+			t.Errorf("%q: got %d", kind, res.status)
+		}
+	}
+	if p.everything() != before {
+		t.Error("something changed")
+	}
+	if res := p.do("POST", "/admin/tokens/"+p.tokenID+"/revoke", "", "Cookie", b.cookie, "Origin", p.url, "Content-Type", "application/x-www-form-urlencoded"); res.status != http.StatusSeeOther {
+		t.Errorf("an old browser on our own page: got %d %s", res.status, res.body)
+	}
+}
+
+// TestAdminHeaders (AD5): every answer tells browsers what they may not do.
+func TestAdminHeaders(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	static := "/admin/static/" + p.in.pages.names["admin.css"]
+	for what, res := range map[string]answer{
+		"sign-in": p.do("GET", "/admin/sign-in", ""), "page": b.get("/admin/projects"), "redirect": p.do("GET", "/admin/projects", ""), "not found": b.get("/admin/nothing"),
+		"static": p.do("GET", static, ""), "no static": p.do("GET", "/admin/static/x.css", ""), "wrong method": p.do("DELETE", "/admin/projects", ""),
+		"forbidden": p.do("POST", "/admin/sign-in", ""), "wrong host": p.do("GET", "/admin/", "", "Host", "evil.test"), "wrong key": b.post("/admin/sign-in", url.Values{"key": {"x"}}),
+		"wrong type": p.do("POST", "/admin/sign-in", "x", "Sec-Fetch-Site", "same-origin"), "form": b.get("/admin/projects/new"), "bad form": b.post("/admin/projects/new", url.Values{"name": {""}}),
+	} {
+		csp := res.header.Get("Content-Security-Policy")
+		for _, part := range []string{"default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'self'", "script-src 'self'", "style-src 'self'"} {
+			if !slices.Contains(strings.Split(csp, "; "), part) {
+				t.Errorf("%s: no %s in %s", what, part, csp)
+			}
+		}
+		want := map[string]string{"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
+			"X-Frame-Options": "DENY", "Cache-Control": "no-store"}
+		if what == "static" {
+			want["Cache-Control"] = "public, max-age=31536000, immutable" // the name has a hash of what is in it
+		}
+		if what == "wrong host" { // which is reached over plain HTTP
+			want["Referrer-Policy"] = "same-origin"
+		}
+		for name, value := range want {
+			if res.header.Get(name) != value {
+				t.Errorf("%s: %s is %q", what, name, res.header.Get(name))
+			}
+		}
+		if strings.Contains(csp, "unsafe") || res.status >= 500 {
+			t.Errorf("%s: %d %s", what, res.status, csp)
+		}
+	}
+	if got := p.do("GET", "/admin/sign-in", "", "Host", "10.1.2.3").header.Get("Referrer-Policy"); got != "same-origin" {
+		t.Errorf("plain HTTP: %s", got)
+	}
+	for _, path := range []string{"/admin/static/", "/admin/static/../static/admin.css", "/admin/static/%2e%2e/admin.css", "/admin/static/admin.css", "/admin/static/..", "/admin/static/icon.svg/x"} { // AD19
+		if res := p.do("GET", path, ""); res.status != 404 && !(res.status == 303 && strings.HasPrefix(res.header.Get("Location"), "/admin/sign-in")) {
+			t.Errorf("%s: got %d", path, res.status)
+		}
+	}
+}
+
+// TestAdminHostileText (AD6): whatever a name holds, a page stays the page it is.
+func TestAdminHostileText(t *testing.T) {
+	t.Parallel()
+	payloads := []string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onmouseover='alert(1)`, `</title><script>alert(1)</script>`, `</textarea><svg onload=alert(1)>`,
+		`javascript:alert(1)`, `{{.}}{{template "layout"}}`, `${7*7}<%= 7 %>`, `<!--`, `]]><x>`, `&lt;script&gt;`, `%3Cscript%3E`, `\u003cscript\u003e`, "`+alert(1)+`", `=cmd|'/c calc'!A1`, `</select><b>`,
+		`<iframe srcdoc="<script>1</script>">`, `👩‍💻<i>`, `"autofocus onfocus="x`, `--></style><style>*{}`}
+	shape := func(body string) string {
+		tags, _, err := readHTML(body)
+		if err != nil {
+			return err.Error()
+		}
+		var b strings.Builder
+		for _, tag := range tags {
+			b.WriteString(tag.name + " " + strings.Join(slices.Sorted(maps.Keys(tag.attrs)), " ") + "\n")
+		}
+		return b.String()
+	}
+	var plain []string
+	for i, payload := range append([]string{"Ada"}, payloads...) {
+		p := newTest(t, nil)
+		pages := p.furnish(payload)
+		b := p.signIn(p.adminKey)
+		for j, path := range pages {
+			res := b.get(path)
+			if res.status == 303 && path == "/admin/" {
+				continue
+			}
+			if problems := checkHTML(res.body); res.status != 200 || len(problems) > 0 {
+				t.Errorf("%q on %s: %d %v", payload, path, res.status, problems)
+			}
+			for len(plain) <= j {
+				plain = append(plain, "")
+			}
+			if i == 0 {
+				plain[j] = shape(res.body)
+			} else if got := shape(res.body); got != plain[j] && !strings.HasPrefix(path, "/admin/tokens/new") {
+				t.Errorf("%q changes the shape of %s", payload, path)
+			}
+			if strings.ContainsAny(payload, "<") && strings.Contains(res.body, payload) {
+				t.Errorf("%q stands as it is on %s", payload, path)
+			}
+		}
+	}
+}
+
+// TestAdminOff (AD21): the pages can be left out.
+func TestAdminOff(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"ADMIN_PAGES": "false"})
+	for _, path := range []string{"/admin", "/admin/", "/admin/sign-in", "/admin/static/admin.css"} {
+		if res := p.do("GET", path, ""); res.status != 404 || strings.Contains(res.body, "html") {
+			t.Errorf("%s: got %d %s", path, res.status, res.body)
+		}
+	}
+}
