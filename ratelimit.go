@@ -14,6 +14,7 @@ type counter struct {
 	// flows back in one of them is a whole number.
 	used        int64
 	held        int64 // reserved and not spent yet; of countConcurrent, running calls
+	flowed      int64 // of a bucket: what has flowed back, ever; it may wrap
 	round       int32 // of the window: what was reserved in an earlier one is void
 	wouldRefuse int64 // calls that a shadow limit would have refused
 }
@@ -41,9 +42,9 @@ func (c *counter) advance(now int64) {
 		case passed < 0 && passed >= -b:
 			return
 		case passed > 0 && (c.limit.max == 0 || passed > c.used/c.limit.max):
-			c.used = 0
+			c.flow(c.used)
 		case passed > 0:
-			c.used -= passed * c.limit.max
+			c.flow(passed * c.limit.max)
 		}
 		c.from = now
 		return
@@ -59,6 +60,12 @@ func (c *counter) advance(now int64) {
 		c.round++
 	}
 	c.from, c.to = c.limit.per.window(now)
+}
+
+// flow gives n of a bucket back.
+func (c *counter) flow(n int64) {
+	c.used -= n
+	c.flowed += n
 }
 
 // missing returns by how much need is too much now, 0 if there is room.
@@ -126,6 +133,7 @@ type holding struct {
 	counter *counter
 	round   int32
 	amount  int64 // reserved
+	mark    int64 // of a bucket: once so much has flowed back, so has this
 	spent   int64 // of it, or beyond it, what the running call has used so far
 }
 
@@ -235,6 +243,7 @@ func (g *holding) take() {
 	c := g.counter
 	if c.limit.per.bucket() > 0 || c.limit.count == countRequests {
 		c.used += g.amount * c.unit()
+		g.mark = c.flowed + c.used
 		return
 	}
 	c.held += g.amount
@@ -288,21 +297,27 @@ func (l *limiter) release(h *hold, now int64, s spending) {
 
 func (g *holding) settle(s spending) {
 	c := g.counter
-	switch m := c.limit.count; {
-	case m == countConcurrent:
+	used := s.of(c.limit.count)
+	if c.limit.count == countRequests && s.counted {
+		used = g.amount
+	}
+	switch {
+	case c.limit.count == countConcurrent:
 		c.held -= g.amount
-	case m == countRequests:
-		if !s.counted {
-			c.used = max(0, c.used-c.unit())
-		}
+	case c.limit.per.bucket() > 0 && used < g.amount:
+		// Of what was reserved and not used, what has flowed back is not there any
+		// more. To give it back all the same would let calls that reserve much and
+		// take long save it up, and take it all in one moment when they end.
+		c.used -= min(c.used, (g.amount-used)*c.unit(), max(0, g.mark-c.flowed))
 	case c.limit.per.bucket() > 0:
 		// What was used beyond the estimate is a debt, which keeps others
 		// waiting; not for longer than one more period, though.
-		used := c.used + (s.of(m)-g.amount)*c.unit()
-		c.used = max(0, min(used, max(c.used, 2*c.limit.max*c.unit())))
+		c.used = max(c.used, min(c.used+(used-g.amount)*c.unit(), 2*c.limit.max*c.unit()))
+	case c.limit.count == countRequests:
+		c.used = max(0, c.used-(g.amount-used))
 	default:
 		c.held -= max(0, g.amount-g.spent)
-		c.used = max(0, c.used+s.of(m)-g.spent)
+		c.used = max(0, c.used+used-g.spent)
 	}
 }
 
