@@ -255,6 +255,9 @@ func TestHealthSurvives(t *testing.T) {
 	if n, m := len(p.provider.got()), len(fallback.got()); n != 1 || m != 2 {
 		t.Errorf("the providers were asked %d and %d times", n, m)
 	}
+	if n := sumOf(p.metrics(), "llm_proxy_upstreams", `state="quarantined"`); n != 1 {
+		t.Errorf("the metrics count %v quarantined upstreams", n)
+	}
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":2}`, 200, nil)
 	p.provider.answer(answerChat)
 	if res := p.chat(); res.status != 200 || len(p.provider.got()) != 2 {
@@ -266,6 +269,15 @@ func TestHealthSurvives(t *testing.T) {
 	p.start()
 	if h := p.healthOf(p.upstream); h.State != "ready" {
 		t.Errorf("after another restart: %+v", h)
+	}
+	var told []string
+	for _, e := range p.trail(0) {
+		if e.action == "upstream.health" && e.object == p.upstream && e.actor == actorSystem {
+			told = append(told, between(e.detail, `"state":[`, `]`))
+		}
+	}
+	if want := []string{`"ready","quarantined"`, `"quarantined","ready"`}; !slices.Equal(told, want) {
+		t.Errorf("the audit trail has %v", told)
 	}
 }
 

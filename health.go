@@ -5,6 +5,8 @@
 package main
 
 import (
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -26,6 +28,9 @@ func keyStateNames() []string {
 
 func (s keyState) String() string { return keyStateNames()[s] }
 
+// serious reports whether somebody must do something about it.
+func (s keyState) serious() bool { return s >= keyExhausted }
+
 const (
 	faultsToOpen   = 3       // failures in a row, with no complete answer between them
 	openLeast      = 1_000   // milliseconds of a breaker's first pause, doubled with each probe that fails
@@ -46,6 +51,7 @@ type keyHealth struct {
 	running  atomic.Int64 // calls it has now
 	until    atomic.Int64 // 0: ready; else it is left out before, and probed by one call after
 	marked   atomic.Bool  // faults or strikes are not 0
+	told     keyState     // as the audit trail has it; of the goroutine that stores changes
 
 	mu        sync.Mutex
 	minute    int64 // which the counts below are of
@@ -323,6 +329,9 @@ func (b *healthBook) restore(r healthRow) {
 	h.state, h.reason, h.changedAt, h.strikes = r.state, r.reason, r.changedAt, r.strikes
 	h.until.Store(r.until)
 	h.marked.Store(r.strikes > 0)
+	if r.state.serious() {
+		h.told = r.state
+	}
 }
 
 // forget makes an upstream ready again: an admin has changed it.
@@ -338,6 +347,17 @@ func (b *healthBook) forget(upstream, now int64) {
 	if h.strikes = 0; h.state != keyReady || h.faults > 0 {
 		h.put(now, keyReady, 0, "")
 	}
+}
+
+// count returns how many upstreams are in each state.
+func (b *healthBook) count(now int64) (n [keyQuarantined + 1]int64) {
+	b.mu.Lock()
+	keys := slices.Collect(maps.Values(b.keys))
+	b.mu.Unlock()
+	for _, h := range keys {
+		n[h.row(now).state]++
+	}
+	return n
 }
 
 // note queues a changed key for changes.

@@ -47,15 +47,20 @@ func (s *server) keepHealth(ctx context.Context) {
 func (s *server) storeHealth(ctx context.Context) bool {
 	all := true
 	for _, h := range s.health.changes() {
-		row := h.row(time.Now().UnixMilli())
+		now := time.Now().UnixMilli()
+		row := h.row(now)
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := s.store.setHealth(ctx, &row)
+		err := s.store.setHealth(ctx, now, &row, h.told)
 		cancel()
 		if err != nil {
 			all = false
 			s.health.note(h)
 			s.log.Warn("the health of an upstream cannot be stored", "upstream", row.id, "error", err)
 			continue
+		}
+		h.told = keyReady // or in a pause that ends by itself, which the trail has not
+		if row.state.serious() {
+			h.told = row.state
 		}
 		level := slog.LevelWarn // the provider's trouble, or the key's
 		if row.state == keyReady {

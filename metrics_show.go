@@ -266,6 +266,10 @@ func (s *server) showRunning(t *metricsText) {
 	} else {
 		t.int(0)
 	}
+	t.about("upstreams", "gauge", "Upstreams of projects that were used since the start, by what is known of their keys.")
+	for state, n := range s.health.count(time.Now().UnixMilli()) {
+		t.int(n, "state", keyState(state).String())
+	}
 	tokens, projects := s.registry.size()
 	t.about("registry_tokens", "gauge", "Tokens held in memory because they were used of late.")
 	t.int(tokens)

@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 )
 
@@ -32,13 +33,24 @@ func (s *store) allHealth(ctx context.Context) ([]healthRow, error) {
 	return out, rows.Err()
 }
 
-// setHealth stores a key's health; a ready one's row goes.
-func (s *store) setHealth(ctx context.Context, r *healthRow) error {
+// setHealth stores a key's health; a ready one's row goes. What is serious, or
+// no longer is, goes into the audit trail with it: told is what that has.
+func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, told keyState) error {
+	if !r.state.serious() && !told.serious() || r.state == told {
+		return s.tx(ctx, func(tx *sql.Tx) error { return writeHealth(ctx, tx, r) })
+	}
+	detail := []fact{{"state", [2]string{told.String(), r.state.String()}}, {"reason", r.reason}}
+	return s.change(ctx, origin{actor: actorSystem, at: now}, func(tx *sql.Tx) (act, error) {
+		return act{"upstream.health", r.id, detail}, writeHealth(ctx, tx, r)
+	})
+}
+
+func writeHealth(ctx context.Context, tx *sql.Tx, r *healthRow) error {
 	if r.state == keyReady {
-		_, err := s.write.ExecContext(ctx, `DELETE FROM upstream_health WHERE upstream = ?`, r.upstream)
+		_, err := tx.ExecContext(ctx, `DELETE FROM upstream_health WHERE upstream = ?`, r.upstream)
 		return err
 	}
-	_, err := s.write.ExecContext(ctx, `
+	_, err := tx.ExecContext(ctx, `
 		INSERT INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)
 		ON CONFLICT (upstream) DO UPDATE SET state = excluded.state, until = excluded.until, strikes = excluded.strikes,
 			reason = excluded.reason, changed_at = excluded.changed_at`,
