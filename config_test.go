@@ -62,7 +62,7 @@ func TestConfigValues(t *testing.T) {
 		{"LISTEN_ADDR", "localhost:0", ""},
 		{"LISTEN_ADDR", "8080", "must be HOST:PORT"},
 		{"LISTEN_ADDR", "unix:/run/llm-proxy/http.sock", ""},
-		{"LISTEN_ADDR", "unix:http.sock", "must name an absolute path"},
+		{"LISTEN_ADDR", "unix:http.sock", "followed by an absolute path"},
 		{"LISTEN_ADDR", "unix:/" + strings.Repeat("x", 100), "at most 100 bytes"},
 		{"LISTEN_ADDR", "systemd", ""},
 		{"METRICS_ADDR", ":9090", ""},
