@@ -73,7 +73,13 @@ func lockFile(name string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the lock file: %w", err)
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	for tries := 10; ; tries-- {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil || tries == 0 {
+			break
+		}
+		time.Sleep(20 * time.Millisecond) // one that is just ending, or a process that it was starting, lets go soon
+	}
+	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or give this one a DATA_DIR and a database of its own", filepath.Dir(name))
 	}
@@ -212,7 +218,11 @@ func knownSealer(ctx context.Context, cfg *config, st *store) (*sealer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return sl, checkSealer(sl, check)
+	err = checkSealer(sl, check)
+	if _, e := os.Stat(filepath.Join(cfg.dataDir, newKeyName)); err != nil && e == nil && cfg.encryptionKey == nil {
+		return nil, errors.New("a change of the encryption key was interrupted; finish it with: llm-proxy rekey")
+	}
+	return sl, err
 }
 
 // encryptionKey returns the key from the settings, or from the key file. Where

@@ -79,7 +79,7 @@ func TestAuditDocNamesActions(t *testing.T) {
 	}
 	spec := readSpec(t)
 	described, _ := spec.at(spec.root, "components", "schemas", "AuditEntry", "properties", "action")["description"].(string)
-	actions := []string{actionBegin, actionRestore, actionSignIn, actionSignInFailed, actionSignOut, actionExport, actionReveal}
+	actions := []string{actionBegin, actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut, actionExport, actionReveal}
 	for _, m := range mutations(nil) {
 		actions = append(actions, m.action)
 	}

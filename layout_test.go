@@ -52,7 +52,7 @@ func TestLayoutImports(t *testing.T) {
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
 		"html/template":          {"admin*.go"},
-		"os":                     {"main.go", "config.go", "config_values.go", "datadir.go", "commands.go", "restore.go", "doctor.go", "demo.go", "listen.go"},
+		"os":                     {"main.go", "config.go", "config_values.go", "datadir.go", "commands.go", "restore.go", "doctor.go", "demo.go", "listen.go", "rekey.go"},
 		"os/signal":              {"main.go"},
 		"syscall":                {"main.go", "datadir.go", "upstream.go", "listen.go"},
 		"crypto/rand":            {"secrets.go", "tokens.go"},
@@ -199,6 +199,7 @@ func TestLayoutSecrets(t *testing.T) {
 		"manage.go":           1, // comparing MANAGEMENT_TOKEN
 		"manage_upstreams.go": 1, // checking the form of a provider key
 		"manage_tokens.go":    6, // hashing new credentials, showing them once
+		"rekey.go":            1, // a new encryption key, into its file
 		"restore.go":          1, // the new management key after --revoke=all
 		"secrets.go":          3, // sealing, the hint
 		"upstream.go":         3, // the header of a call to the provider

@@ -68,6 +68,8 @@ const usageText = `llm-proxy: a transparent, secure proxy between client program
                                put a backup in the database's place, with the server stopped
   llm-proxy audit verify [SEQ:MAC]
                                go through the audit trail and find what was changed or removed
+  llm-proxy rekey [FILE]       change the encryption key, with the server stopped: to the one in FILE,
+                               or to one that is made and takes the place of the key file
   llm-proxy version
 
 Settings (environment variables), their defaults and what they do:
@@ -99,6 +101,8 @@ func (p *program) run(ctx context.Context, args []string) error {
 		return p.restore(ctx, args)
 	case "audit":
 		return p.audit(ctx, args)
+	case "rekey":
+		return p.rekey(ctx, args)
 	case "version", "--version":
 		fmt.Fprintln(p.stdout, versionText())
 		return nil

@@ -25,7 +25,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") == "" {
 		os.Exit(m.Run())
 	}
-	os.Args = os.Args[:1]
+	if os.Getenv("LLM_PROXY_TEST_PROGRAM") != "with arguments" {
+		os.Args = os.Args[:1]
+	}
 	main()
 }
 
