@@ -1,0 +1,176 @@
+// The pages of /admin in a real browser: the way of an operator from the first
+// project to a revoked token, with scripts and without; and every page at two
+// widths, light and dark, read by a checker of accessibility.
+import assert from 'node:assert/strict';
+import { after, before, describe, test } from 'node:test';
+import { Proxy, within } from '../proxy.mjs';
+import { chromiumPath, launch, Visitor } from './browser.mjs';
+
+const skip = chromiumPath ? false : 'there is no chromium';
+
+describe('the pages', { skip }, () => {
+  let proxy, browser;
+  before(async () => {
+    proxy = await Proxy.start();
+    browser = await launch();
+  });
+  after(async () => {
+    await browser?.close();
+    await proxy?.stop();
+  });
+
+  const call = (token, body = {}) => fetch(`${proxy.url}/v1/chat/completions`, {
+    method: 'POST',
+    headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json' },
+    body: JSON.stringify({ model: 'gpt-4o-mini', messages: [{ role: 'user', content: 'Hello' }], ...body }),
+  });
+
+  for (const javaScriptEnabled of [true, false]) {
+    test(`from a project to a revoked token, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
+      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const { page } = visitor;
+      const name = `Journey ${javaScriptEnabled ? 'with' : 'without'} scripts`;
+      const go = (link) => page.getByRole('navigation', { name: 'Main' }).getByRole('link', { name: link, exact: true }).click();
+
+      await page.goto(`${proxy.url}/admin/tokens`);
+      await page.getByLabel('Management key').fill('wrong');
+      await page.getByRole('button', { name: 'Sign in' }).click();
+      await page.getByText('This is no valid management key').waitFor();
+      await page.getByLabel('Management key').fill(proxy.managementToken);
+      await page.getByRole('button', { name: 'Sign in' }).click();
+      await page.getByRole('heading', { name: 'Tokens' }).waitFor(); // where the way led to
+
+      await go('Projects');
+      await page.getByRole('link', { name: 'New project' }).click();
+      await page.getByLabel('Name', { exact: true }).fill(name);
+      await page.getByLabel('Provider key').fill('sk-****');
+      await page.getByRole('button', { name: 'Make the project' }).click();
+      await page.getByText('is a masked key').waitFor();
+      assert.equal(await page.getByLabel('Name', { exact: true }).inputValue(), name, 'the input is kept');
+      assert.equal(await page.getByLabel('Provider key').inputValue(), '', 'but not the key');
+      await page.getByLabel('Provider key').fill(proxy.provider.openaiKey);
+      await page.getByLabel('At most').first().fill('500');
+      await page.getByRole('button', { name: 'Make the project' }).click();
+      await page.getByText('The project is made').waitFor();
+      await page.getByRole('cell', { name: '0 of 500' }).waitFor();
+
+      await page.getByRole('link', { name: 'New token' }).first().click();
+      await page.getByLabel('Name', { exact: true }).fill('browser');
+      await page.getByLabel('Works for').selectOption('7 days');
+      await page.getByRole('button', { name: 'Make the token' }).click();
+      const token = await page.locator('#secret').textContent();
+      assert.match(token, /^sk-llmp_\w{58}$/);
+      const copy = page.getByRole('button', { name: 'Copy the token' });
+      assert.equal(await copy.isVisible(), javaScriptEnabled);
+      if (javaScriptEnabled) {
+        await copy.click();
+        await page.getByRole('button', { name: 'Copied' }).waitFor();
+        assert.equal(await page.evaluate(() => navigator.clipboard.readText()), token);
+      }
+      for (const text of ['curl', 'Python', 'Node', 'Go']) await page.getByRole('heading', { name: text }).waitFor();
+      await page.getByRole('link', { name: 'I have it' }).click();
+      await page.getByRole('heading', { name: 'browser' }).waitFor();
+      assert.ok(!(await page.content()).includes(token), 'it is shown once');
+
+      assert.equal((await call(token)).status, 200);
+      await page.reload();
+      await page.getByRole('cell', { name: 'POST /v1/chat/completions' }).waitFor();
+      const pageOfToken = page.url();
+
+      proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
+      const stream = (await call(token, { stream: true })).body.getReader();
+      await stream.read();
+      await go('Running calls');
+      await page.getByRole('cell', { name: 'browser' }).waitFor();
+      await page.getByRole('link', { name: /^Cut req_/ }).click();
+      await page.getByRole('button', { name: 'Cut the call' }).click();
+      await page.getByText('The call is cut').waitFor();
+      await assert.rejects(within(5000, (async () => { while (!(await stream.read()).done); })(), 'the stream ends'), /terminated|aborted|other side closed/);
+
+      await page.goto(pageOfToken);
+      await page.getByRole('link', { name: 'Revoke' }).click();
+      await page.getByRole('button', { name: 'Revoke' }).click();
+      await page.getByText('revoked', { exact: true }).waitFor();
+      assert.equal((await call(token)).status, 401);
+
+      await go('Audit trail');
+      await page.getByRole('cell', { name: 'token.revoke' }).first().waitFor();
+      await page.getByRole('link', { name: 'Check the whole trail' }).click();
+      await page.getByText('none is missing').waitFor();
+
+      await page.getByRole('button', { name: 'Sign out' }).click();
+      await page.getByText('You are signed out').waitFor();
+      await page.goBack();
+      await page.goto(pageOfToken);
+      await page.getByRole('heading', { name: 'Sign in' }).waitFor();
+      assert.deepEqual(visitor.problems, []);
+      await visitor.context.close();
+    });
+  }
+
+  test('the keyboard alone is enough', async () => {
+    const visitor = await Visitor.start(browser, proxy.url);
+    const { page } = visitor;
+    await page.goto(`${proxy.url}/admin/`);
+    await page.keyboard.type(proxy.managementToken); // the field has the focus
+    await page.keyboard.press('Enter');
+    await page.getByRole('navigation', { name: 'Main' }).waitFor();
+    await page.goto(`${proxy.url}/admin/projects/new`);
+    await page.keyboard.press('Tab');
+    assert.equal(await page.evaluate(() => document.activeElement.textContent), 'Skip to the content');
+    await page.keyboard.press('Enter');
+    assert.equal(await page.evaluate(() => document.activeElement.id), 'main');
+    const reached = new Set();
+    for (let i = 0; i < 80; i++) {
+      await page.keyboard.press('Tab');
+      const at = await page.evaluate(() => {
+        const e = document.activeElement;
+        const style = getComputedStyle(e);
+        return { name: e.name || e.textContent.trim(), outline: style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) > 0, body: e === document.body };
+      });
+      if (at.body) break;
+      reached.add(at.name);
+      assert.ok(at.outline, `${at.name} shows no focus`);
+    }
+    for (const name of ['name', 'provider', 'api_key', 'policy.models', 'policy.limits[0].max', 'policy.limits[1].shadow', 'Make the project', 'Cancel']) {
+      assert.ok(reached.has(name), `${name} is not reached: ${[...reached]}`);
+    }
+    assert.deepEqual(visitor.problems, []);
+    await visitor.context.close();
+  });
+
+  test('every page is sound at any width and in any light', async () => {
+    const visitor = await Visitor.start(browser, proxy.url);
+    const { page } = visitor;
+    await page.goto(`${proxy.url}/admin/sign-in`);
+    const paths = ['/admin/sign-in'];
+    const check = async (path) => {
+      for (const [width, height] of [[1280, 850], [375, 700]]) {
+        for (const colorScheme of ['light', 'dark']) {
+          await page.setViewportSize({ width, height });
+          await page.emulateMedia({ colorScheme });
+          const answer = await page.goto(proxy.url + path);
+          const what = `${path} ${width} ${colorScheme}`;
+          assert.equal(answer.status(), 200, what);
+          assert.deepEqual(await visitor.violations(), [], what);
+          assert.ok(await visitor.overflow() <= 0, `${what} is wider than the window`);
+          await visitor.picture(`${path.slice(7).replace(/\?.*/, '').replace(/(proj|tok|key|up|req)_\w+/g, '$1').replaceAll('/', '-')}-${width}-${colorScheme}`);
+        }
+      }
+    };
+    await check('/admin/sign-in');
+    await visitor.signIn(proxy.managementToken);
+    const key = await proxy.manage('POST', '/manage/keys', { name: 'spare', role: 'viewer' });
+    await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { limits: [{ count: 'tokens', max: 20, per: 'day' }, { count: 'dollars', max: 5, per: 'month', shadow: true }] } });
+    const token = await proxy.manage('POST', '/manage/tokens', { project_id: proxy.project, name: 'a rather long name for a token of somebody', max_requests: 10 });
+    await (await call(token.token)).text();
+    const project = `/admin/projects/${proxy.project}`, one = `/admin/tokens/${token.id}`;
+    const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
+    paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
+      '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini',
+      '/admin/audit/verify', '/admin/account');
+    for (const path of paths.slice(1)) await check(path);
+    assert.deepEqual(visitor.problems, []);
+    await visitor.context.close();
+  });
+});
