@@ -94,9 +94,11 @@ func TestRandomFaults(t *testing.T) {
 	p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "150ms"})
 	r := &randomPool{attempts: map[string]int{}, settled: map[string]int{}}
 	p.provider.answer(r.answer)
+	providers := []*fakeProvider{p.provider}
 	for i := range 3 {
 		provider, _ := p.addUpstream(fmt.Sprintf(`"priority":%d`, i/2))
 		provider.answer(r.answer)
+		providers = append(providers, provider)
 	}
 	const calls = 320
 	var mu sync.Mutex
@@ -134,6 +136,7 @@ func TestRandomFaults(t *testing.T) {
 		})
 	}
 	wait.Wait()
+	p.keysApart(providers...)
 	rows := p.ledger()
 	if len(rows) != calls {
 		t.Errorf("%d rows for %d calls", len(rows), calls)

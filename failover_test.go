@@ -23,6 +23,20 @@ func (p *testProxy) addUpstream(fields string) (*fakeProvider, string) {
 	return provider, up.ID
 }
 
+// keysApart looks for keys of other upstreams in what each provider got.
+func (p *testProxy) keysApart(providers ...*fakeProvider) {
+	p.t.Helper()
+	for _, to := range providers {
+		for _, r := range to.got() {
+			for _, of := range providers {
+				if has := strings.Contains(r.head+r.body, of.key); has != (of == to) {
+					p.t.Errorf("a provider's own key: %v, in its request: %v", of == to, has)
+				}
+			}
+		}
+	}
+}
+
 // healthOf returns the state of an upstream's key as /manage shows it.
 func (p *testProxy) healthOf(upstream string) healthView {
 	p.t.Helper()
@@ -142,6 +156,7 @@ func TestFailover(t *testing.T) {
 			if got := [2]int{len(p.provider.got()), len(fallback.got())}; got != f.asked {
 				t.Errorf("the providers were asked %v times, want %v", got, f.asked)
 			}
+			p.keysApart(p.provider, fallback)
 			rescued := f.asked[1] > 0
 			switch want := strings.Join(chatEvents(false), ""); {
 			case f.status == 0 && (res.err == nil || strings.Contains(res.body, "[DONE]")):

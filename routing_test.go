@@ -308,6 +308,7 @@ func TestUnitedModels(t *testing.T) {
 	if got := models(); got != "llama-3 mine llama-4" {
 		t.Errorf("with one that answers: %s", got)
 	}
+	p.keysApart(p.provider, llama, azure)
 	llama.answer(always(503, `{"error":{}}`))
 	if res := p.do("GET", "/v1/models", "", auth...); res.status < 500 {
 		t.Errorf("with none: got %d %s", res.status, res.body)
