@@ -125,3 +125,20 @@ func TestDockerignore(t *testing.T) {
 		t.Errorf("the Dockerfile is not built with Go %s", version)
 	}
 }
+
+// TestWorkflow: what runs on somebody else's machines is pinned by digest, and
+// gets a token that can read only.
+func TestWorkflow(t *testing.T) {
+	t.Parallel()
+	text := fileText(t, ".github/workflows/ci.yml")
+	uses := regexp.MustCompile(`uses: (.*)`).FindAllStringSubmatch(text, -1)
+	for _, u := range uses {
+		if !regexp.MustCompile(`^[a-z-]+/[a-z-]+@[0-9a-f]{40} # v[0-9.]+$`).MatchString(u[1]) {
+			t.Errorf("not pinned: %s", u[1])
+		}
+	}
+	if len(uses) == 0 || !strings.Contains(text, "\npermissions:\n  contents: read\n") || strings.Count(text, "permissions:") != 1 ||
+		strings.Contains(text, "secrets.") || strings.Contains(text, "pull_request_target") {
+		t.Error("the workflow has rights that it does not need")
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -90,6 +91,70 @@ func TestAuditDocNamesActions(t *testing.T) {
 		thing, verb, _ := strings.Cut(a, ".")
 		if _, list, ok := strings.Cut(described, " "+thing); !ok || !strings.Contains(strings.SplitN(list, ";", 2)[0], verb) {
 			t.Errorf("openapi.yaml does not have the action %s", a)
+		}
+	}
+}
+
+// TestReviewTables: the files that docs/security-review.md sends a reviewer to
+// exist, and have about as many lines as it says.
+func TestReviewTables(t *testing.T) {
+	t.Parallel()
+	rows := 0
+	for line := range strings.SplitSeq(fileText(t, "docs/security-review.md"), "\n") {
+		cells := strings.Split(line, " | ")
+		if len(cells) < 3 || !strings.Contains(cells[0], ".go`") {
+			continue
+		}
+		said, err := strconv.Atoi(strings.TrimSpace(cells[1]))
+		if err != nil {
+			t.Errorf("%s: %v", line, err)
+		}
+		rows++
+		are := 0
+		for _, name := range regexp.MustCompile("`([a-z_]+\\.go)`").FindAllStringSubmatch(cells[0], -1) {
+			are += strings.Count(fileText(t, name[1]), "\n")
+		}
+		if said < are*3/4 || said > are*4/3 {
+			t.Errorf("%s: they have %d lines", line, are)
+		}
+	}
+	if rows < 20 {
+		t.Errorf("only %d rows were found", rows)
+	}
+}
+
+// TestDocumentsNameFiles: each of our source files, and each test, that a
+// document names exists.
+func TestDocumentsNameFiles(t *testing.T) {
+	t.Parallel()
+	documents, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests strings.Builder
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		tests.WriteString(fileText(t, name))
+	}
+	for _, name := range append(documents, "README.md", "SECURITY.md", "CONTRIBUTING.md") {
+		text := fileText(t, name)
+		for _, m := range regexp.MustCompile("`([a-z_]+\\.go|[a-z]+/[a-z/._-]+)`").FindAllStringSubmatch(text, -1) {
+			if _, err := os.Stat(m[1]); err != nil && !strings.HasPrefix(m[1], "text/") && !strings.HasPrefix(m[1], "application/") {
+				t.Errorf("%s names %s: %v", name, m[1], err)
+			}
+		}
+		for _, m := range regexp.MustCompile("`(Test[A-Z][A-Za-z0-9]+)`").FindAllStringSubmatch(text, -1) {
+			if !strings.Contains(tests.String(), "func "+m[1]+"(") {
+				t.Errorf("%s names %s, which does not exist", name, m[1])
+			}
+		}
+		for _, m := range regexp.MustCompile(`\]\(([^)#:]+\.(?:md|yaml))(?:#[^)]*)?\)`).FindAllStringSubmatch(text, -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(name), m[1])); err != nil {
+				t.Errorf("%s: a link to %s: %v", name, m[1], err)
+			}
 		}
 	}
 }
