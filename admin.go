@@ -34,6 +34,11 @@ func (s *server) adminTable() []adminRoute {
 		{"POST /admin/sign-out-everywhere", roleViewer, s.signOutEverywhere},
 		{"GET /admin/{$}", roleViewer, s.adminHome},
 		{"GET /admin/account", roleViewer, s.accountPage},
+		{"GET /admin/dashboard", roleViewer, s.dashboardPage},
+		{"POST /admin/dashboard/export", roleViewer, s.exportDashboard},
+		{"GET /admin/requests", roleViewer, s.requestsPage},
+		{"GET /admin/requests/{id}", roleViewer, s.requestPage},
+		{"POST /admin/requests/export", roleViewer, s.exportRequests},
 		{"GET /admin/projects", roleViewer, s.projectsPage},
 		{"GET|POST /admin/projects/new", roleAdmin, s.newProject},
 		{"GET /admin/projects/{id}", roleViewer, s.projectPage},
@@ -70,8 +75,10 @@ func (s *server) adminTable() []adminRoute {
 // adminNav is the navigation, in order.
 func adminNav() []navItem {
 	return []navItem{
+		{Title: "Dashboard", Path: "/admin/dashboard", need: roleViewer},
 		{Title: "Projects", Path: "/admin/projects", need: roleViewer},
 		{Title: "Tokens", Path: "/admin/tokens", need: roleViewer},
+		{Title: "Calls", Path: "/admin/requests", need: roleViewer},
 		{Title: "Running calls", Path: "/admin/streams", need: roleViewer},
 		{Title: "Prices", Path: "/admin/prices", need: roleViewer},
 		{Title: "Management keys", Path: "/admin/keys", need: roleAdmin},
@@ -379,4 +386,4 @@ func notice(done string) string {
 }
 
 // adminHome is where somebody goes who asks for nothing in particular.
-func (s *server) adminHome(*pageRequest) (*page, error) { return &page{to: "/admin/projects"}, nil }
+func (s *server) adminHome(*pageRequest) (*page, error) { return &page{to: "/admin/dashboard"}, nil }

@@ -19,7 +19,7 @@ type htmlTag struct {
 
 // readHTML returns the opening tags of a page and its text, or what is wrong.
 func readHTML(page string) (tags []htmlTag, text string, err error) {
-	void := []string{"meta", "link", "input", "img", "br", "hr", "rect", "path", "line", "circle", "polyline", "polygon"}
+	void := []string{"meta", "link", "input", "img", "br", "hr", "col", "rect", "path", "line", "circle", "polyline", "polygon"}
 	var open []string
 	var b strings.Builder
 	for rest := page; rest != ""; {
@@ -112,7 +112,7 @@ func checkHTML(page string) (problems []string) {
 		return []string{err.Error()}
 	}
 	known := strings.Fields(`html head meta title link script body a header img nav ul li div span form button main p h1 h2 h3 section table thead tbody tr th td
-		caption time code dl dt dd input select option label textarea strong br pre fieldset legend svg rect path line circle polyline polygon g text desc details summary ol small abbr figure figcaption tspan tfoot optgroup em`)
+		caption time code dl dt dd input select option label textarea strong br pre fieldset legend svg rect path line circle polyline polygon g text desc details summary ol small abbr figure figcaption tspan tfoot optgroup em colgroup col`)
 	complain := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	ids, labelled := map[string]bool{}, map[string]bool{}
 	for _, t := range tags {

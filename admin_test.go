@@ -76,6 +76,8 @@ func (p *testProxy) furnish(name string) []string {
 	return []string{"/admin/", "/admin/account", "/admin/projects", "/admin/projects/" + p.project, "/admin/projects/" + p.project + "/edit", up + "/edit", up + "/delete",
 		"/admin/tokens", "/admin/tokens/" + id, "/admin/tokens/" + id + "/edit", "/admin/tokens/" + gone, "/admin/tokens/new?project_id=" + p.project,
 		"/admin/keys", "/admin/keys/" + keyID + "/edit", "/admin/prices", "/admin/prices/" + price.ID + "/delete", "/admin/audit", "/admin/audit/verify", "/admin/settings", "/admin/streams",
+		"/admin/dashboard?by=model", "/admin/dashboard?period=24h&measure=tokens", "/admin/dashboard?period=90d&project=" + p.project,
+		"/admin/requests", "/admin/requests/" + p.lastCall().ID, "/admin/requests?model=" + url.QueryEscape(name) + "&from=x", "/admin/requests?id=" + url.QueryEscape(name),
 		"/admin/prices?model=" + url.QueryEscape(match), "/admin/tokens?name=" + url.QueryEscape(name), "/admin/audit?object=" + url.QueryEscape(name)}
 }
 
@@ -130,7 +132,7 @@ func (p *testProxy) needOf(method, path string) role {
 		p.t.Fatal(err)
 	}
 	_, pattern := mux.Handler(&http.Request{Method: method, URL: &url.URL{Path: u.Path}, Host: "x"})
-	if pattern == "" && !strings.HasPrefix(path, "/admin/requests") { // those pages come later
+	if pattern == "" {
 		p.t.Errorf("%s %s leads nowhere", method, path)
 	}
 	return needs[pattern]
@@ -335,6 +337,9 @@ func TestAdminHostileText(t *testing.T) {
 		}
 		var b strings.Builder
 		for _, tag := range tags {
+			if slices.Contains([]string{"text", "line", "path", "circle"}, tag.name) {
+				continue // a chart's axis goes by how long calls took
+			}
 			b.WriteString(tag.name + " " + strings.Join(slices.Sorted(maps.Keys(tag.attrs)), " ") + "\n")
 		}
 		return b.String()
@@ -357,7 +362,7 @@ func TestAdminHostileText(t *testing.T) {
 			}
 			if i == 0 {
 				plain[j] = shape(res.body)
-			} else if got := shape(res.body); got != plain[j] && !strings.HasPrefix(path, "/admin/tokens/new") {
+			} else if got := shape(res.body); got != plain[j] && !strings.HasPrefix(path, "/admin/tokens/new") && !strings.HasPrefix(path, "/admin/requests/req_") {
 				t.Errorf("%q changes the shape of %s", payload, path)
 			}
 			if strings.ContainsAny(payload, "<") && strings.Contains(res.body, payload) {

@@ -127,7 +127,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 }
 
 // A moment is a time as a page shows it.
-type moment struct{ ISO, Text, Relative string }
+type moment struct{ ISO, Text, Exact, Relative string }
 
 // when returns how a time is shown, or nil for none.
 func when(v any) (*moment, error) {
@@ -144,7 +144,7 @@ func when(v any) (*moment, error) {
 		return nil, fmt.Errorf("%T is no time", v)
 	}
 	at = at.UTC()
-	return &moment{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), relative(time.Until(at))}, nil
+	return &moment{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), at.Format("2006-01-02 15:04:05"), relative(time.Until(at))}, nil
 }
 
 // relative says how far off a time is.
@@ -208,7 +208,7 @@ func number(v any) (string, error) {
 	return "", fmt.Errorf("%T is no whole number", v)
 }
 
-// usd writes money with two decimals, or as many as a small amount needs.
+// usd writes any of the amounts of money that pages show.
 func usd(v any) (string, error) {
 	var nanos int64
 	switch v := v.(type) {
@@ -224,6 +224,12 @@ func usd(v any) (string, error) {
 	default:
 		return "", fmt.Errorf("%T is no money", v)
 	}
+	return showDollars(nanos), nil
+}
+
+// showDollars writes nano-dollars with two decimals, or as many as a small amount
+// needs.
+func showDollars(nanos int64) string {
 	sign, magnitude := "", nanos
 	if nanos < 0 {
 		sign, magnitude = "-", -nanos
@@ -240,7 +246,7 @@ func usd(v any) (string, error) {
 	for range places {
 		scale *= 10
 	}
-	return fmt.Sprintf("%s$%s.%0*d", sign, group(rounded/scale), places, rounded%scale), nil
+	return fmt.Sprintf("%s$%s.%0*d", sign, group(rounded/scale), places, rounded%scale)
 }
 
 // showMillis writes a number of milliseconds.

@@ -78,8 +78,8 @@ func (s *server) listRequests(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	f := requestFilter{project: r.query.Get("project_id"), token: r.query.Get("token_id"), outcome: r.query.Get("outcome"),
-		before: math.MaxInt64, limit: page.limit + 1}
-	if f.outcome != "" && !slices.Contains([]outcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError, outcomeLost}, outcome(f.outcome)) {
+		before: math.MaxInt64, limit: page.limit}
+	if f.outcome != "" && !slices.Contains(outcomes(), outcome(f.outcome)) {
 		return nil, badRequest("invalid_value", "outcome", "outcome must be open, ok, refused, client_gone, truncated, upstream_error or lost.")
 	}
 	from, to, err := r.span(time.Time{}, time.Time{})
@@ -95,11 +95,19 @@ func (s *server) listRequests(r *manageRequest) (*reply, error) {
 	if page.seq > 0 {
 		f.before = min(f.before, page.seq)
 	}
-	rows, err := s.store.listRequests(r.ctx, f)
+	rows, next, err := s.store.pageRequests(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, page.limit, showRequest, func(v *requestView) string { return cursor(v.id, "") })}, nil
+	out := pageOf(rows, page.limit, showRequest, nil)
+	if next != 0 {
+		out.Next = cursor(next, "")
+	}
+	return &reply{body: out}, nil
+}
+
+func outcomes() []outcome {
+	return []outcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError, outcomeLost}
 }
 
 // span reads from and to, RFC 3339 times, with what holds where they are not

@@ -1,4 +1,4 @@
-// SQL that reads the ledger: single calls and sums. Sums never touch rows.
+// SQL that adds up sums. They never touch the ledger's rows.
 package main
 
 import (
@@ -10,68 +10,6 @@ import (
 	"slices"
 	"time"
 )
-
-// A requestView is a row of the ledger with the ids of what it names.
-type requestView struct {
-	requestRow
-	projectID, tokenID, upstreamID string
-	costKnown                      *int64
-	firstByte, total               *int64
-}
-
-const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''), r.endpoint, r.model, r.stream, r.address,
-	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
-	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit, r.attempt_log`
-
-const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.project
-	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
-
-func (v *requestView) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID, &v.endpoint, &v.model, &v.stream, &v.address,
-		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
-		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
-}
-
-func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
-	err = v.scan(s.read.QueryRowContext(ctx, `SELECT `+requestColumns+requestTables+`WHERE r.id = ?`, id))
-	return v, err
-}
-
-// A requestFilter says which calls a list holds. Ids are a range of time.
-type requestFilter struct {
-	project, token string // ids, "" for all
-	outcome        string // "" for all
-	from, before   int64  // ids: from <= id < before
-	limit          int
-}
-
-// listRequests returns up to f.limit calls, newest first.
-func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestView, error) {
-	const head = `SELECT ` + requestColumns + requestTables
-	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
-		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) ORDER BY r.id DESC LIMIT ?5`
-	query, scope := head+`WHERE ?1 = ''`+tail, ""
-	switch {
-	case f.token != "":
-		query, scope = head+`WHERE r.token = (SELECT seq FROM tokens WHERE id = ?1)`+tail, f.token
-	case f.project != "":
-		query, scope = head+`WHERE r.project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
-	}
-	rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project)
-	if err != nil {
-		return nil, fmt.Errorf("listing calls: %w", err)
-	}
-	defer rows.Close()
-	var out []requestView
-	for rows.Next() {
-		var v requestView
-		if err := v.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing calls: %w", err)
-		}
-		out = append(out, v)
-	}
-	return out, rows.Err()
-}
 
 // A usageQuery says which sums are added up, and by what.
 type usageQuery struct {

@@ -1,0 +1,128 @@
+// SQL that reads single calls of the ledger.
+package main
+
+import (
+	"context"
+	"fmt"
+)
+
+// A requestView is a row of the ledger with the ids and names of what it names.
+type requestView struct {
+	requestRow
+	projectID, tokenID, upstreamID       string
+	projectName, tokenName, upstreamName string
+	costKnown                            *int64
+	firstByte, total                     *int64
+}
+
+const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''),
+	coalesce(p.name, ''), coalesce(t.name, ''), coalesce(u.name, ''), r.endpoint, r.model, r.stream, r.address,
+	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
+	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit, r.attempt_log`
+
+const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.project
+	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
+
+func (v *requestView) scan(row interface{ Scan(...any) error }) error {
+	return found(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
+		&v.projectName, &v.tokenName, &v.upstreamName, &v.endpoint, &v.model, &v.stream, &v.address,
+		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
+		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
+}
+
+func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
+	err = v.scan(s.read.QueryRowContext(ctx, `SELECT `+requestColumns+requestTables+`WHERE r.id = ?`, id))
+	return v, err
+}
+
+// A requestFilter says which calls a list holds. Ids are a range of time. Empty
+// texts and zeros let all calls through.
+type requestFilter struct {
+	project, token           string // ids
+	outcome, model, endpoint string
+	statusFrom, statusTo     int   // statusFrom <= status < statusTo
+	from, before             int64 // ids: from <= id < before
+	limit                    int
+}
+
+// sifts reports whether the filter asks for more than an index can tell: calls
+// that it does not let through are looked at, then, and may be many.
+func (f *requestFilter) sifts() bool {
+	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.token != "" && f.project != ""
+}
+
+// requestsLooked is how many calls are looked at for one page of a list.
+const requestsLooked = 20_000
+
+// pageRequests returns up to f.limit calls, newest first, and the id before which
+// the list goes on, 0 if it does not. For a filter that few calls pass a page can
+// be short, or empty, and the list still goes on: so that none takes long.
+func (s *store) pageRequests(ctx context.Context, f requestFilter) (rows []requestView, next int64, err error) {
+	limit, first := f.limit, f.from
+	f.limit++
+	if f.sifts() {
+		if f.from, err = s.siftFrom(ctx, &f, requestsLooked); err != nil {
+			return nil, 0, err
+		}
+	}
+	if rows, err = s.listRequests(ctx, f); err != nil {
+		return nil, 0, err
+	}
+	switch {
+	case len(rows) > limit:
+		return rows[:limit], rows[limit-1].id, nil
+	case f.from > first:
+		return rows, f.from, nil
+	}
+	return rows, 0, nil
+}
+
+// siftFrom returns the id of the last of the latest most calls of f's project or
+// token: f.from if there are not so many.
+func (s *store) siftFrom(ctx context.Context, f *requestFilter, most int) (from int64, err error) {
+	const head, tail = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `, ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4)`
+	query, scope := head+`?1 = ''`+tail, ""
+	switch {
+	case f.token != "":
+		query, scope = head+`token = (SELECT seq FROM tokens WHERE id = ?1)`+tail, f.token
+	case f.project != "":
+		query, scope = head+`project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
+	}
+	n := 0
+	if err := s.read.QueryRowContext(ctx, query, scope, f.from, f.before, most).Scan(&n, &from); err != nil {
+		return 0, fmt.Errorf("listing calls: %w", err)
+	}
+	if n < most {
+		from = f.from
+	}
+	return from, nil
+}
+
+// listRequests returns up to f.limit calls, newest first.
+func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestView, error) {
+	const head = `SELECT ` + requestColumns + requestTables
+	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
+		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
+		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
+	query, scope := head+`WHERE ?1 = ''`+tail, ""
+	switch {
+	case f.token != "":
+		query, scope = head+`WHERE r.token = (SELECT seq FROM tokens WHERE id = ?1)`+tail, f.token
+	case f.project != "":
+		query, scope = head+`WHERE r.project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
+	}
+	rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
+	if err != nil {
+		return nil, fmt.Errorf("listing calls: %w", err)
+	}
+	defer rows.Close()
+	var out []requestView
+	for rows.Next() {
+		var v requestView
+		if err := v.scan(rows); err != nil {
+			return nil, fmt.Errorf("listing calls: %w", err)
+		}
+		out = append(out, v)
+	}
+	return out, rows.Err()
+}
