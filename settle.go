@@ -34,8 +34,8 @@ func (s *server) settle(c *call, r *http.Request) {
 		row.cost, row.priced = 0, false
 	}
 	row.totalUS = time.Since(c.start).Microseconds()
-	if c.unrecorded {
-		c.token.refund() // the ledger writes it as refused, which does not count
+	if row.outcome == outcomeRefused {
+		c.token.refund() // nor does the ledger count it, if it ever wrote its begin
 	}
 	if c.kept != nil && row.outcome != outcomeRefused {
 		var err error

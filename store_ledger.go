@@ -163,16 +163,16 @@ func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...driver.Valu
 func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	type used struct{ calls, at int64 }
 	counts := map[int64]used{}
-	count := func(r *requestRow) {
+	count := func(r *requestRow, n int64) {
 		u := counts[r.token]
-		counts[r.token] = used{u.calls + 1, max(u.at, r.started)}
+		counts[r.token] = used{u.calls + n, max(u.at, r.started)}
 	}
 	for _, r := range b.begins {
 		if err := w.exec(ctx, stmtBegin, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 			r.counts.input, r.counts.output); err != nil {
 			return fmt.Errorf("beginning a row: %w", err)
 		}
-		count(r)
+		count(r, 1)
 	}
 	for _, r := range b.settles {
 		var err error
@@ -184,13 +184,16 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 		if err != nil {
 			return fmt.Errorf("settling a row: %w", err)
 		}
+		if r.outcome == outcomeRefused { // it began, and was ended before it was forwarded
+			count(r, -1)
+		}
 	}
 	for _, r := range b.records {
 		if err := w.exec(ctx, stmtRecord, append(r.settlement(), r.project, r.token, r.endpoint, r.stream, r.address)...); err != nil {
 			return fmt.Errorf("recording a row: %w", err)
 		}
 		if r.outcome != outcomeRefused {
-			count(r)
+			count(r, 1)
 		}
 	}
 	for _, rows := range [...][]*requestRow{b.settles, b.records} {
