@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 )
 
@@ -181,7 +182,7 @@ func (s *server) deleteProject(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.registry.projectChanged(r.ctx, p.seq, true); err != nil {
+	if err := errors.Join(s.registry.projectChanged(r.ctx, p.seq, true), s.registry.upstreamsChanged(r.ctx, p.seq, nil)); err != nil {
 		return nil, err
 	}
 	return &reply{body: map[string]any{"id": p.id, "deleted": true}}, nil

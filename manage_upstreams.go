@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -27,6 +28,7 @@ type upstreamView struct {
 	Requests      int64           `json:"requests_per_minute"`
 	Tokens        int64           `json:"tokens_per_minute"`
 	Note          string          `json:"note"`
+	SharedWith    json.RawMessage `json:"shared_with"`
 	IsActive      bool            `json:"is_active"`
 	Version       int64           `json:"version"`
 	CreatedAt     stamp           `json:"created_at"`
@@ -39,7 +41,7 @@ func (s *server) showUpstream(u *upstreamRow) upstreamView {
 	_ = json.Unmarshal([]byte(u.settings), &set) // what we wrote
 	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
 		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.FirstEventMS, set.IdleMS,
-		set.RequestsPerMinute, set.TokensPerMinute, set.Note, u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
+		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.shared), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
 }
 
 // An upstreamInput is what an admin may say about an upstream.
@@ -51,6 +53,7 @@ type upstreamInput struct {
 	rewrite                                              opt[json.RawMessage]
 	firstEvent, idle, requests, tokens                   opt[int64]
 	note                                                 opt[string]
+	sharedWith                                           opt[[]string]
 	active                                               opt[bool]
 }
 
@@ -58,7 +61,7 @@ func (in *upstreamInput) decode(body []byte) error {
 	return decodeObject(body, map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
 		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
 		"models": &in.models, "rewrite": &in.rewrite, "first_event_ms": &in.firstEvent, "idle_ms": &in.idle,
-		"requests_per_minute": &in.requests, "tokens_per_minute": &in.tokens, "note": &in.note, "is_active": &in.active})
+		"requests_per_minute": &in.requests, "tokens_per_minute": &in.tokens, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.
@@ -131,6 +134,17 @@ func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
 			return err
 		}
 		row.rewrite = string(b)
+	}
+	if in.sharedWith.set {
+		ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.v)))
+		if len(ids) > 500 {
+			return &fieldError{"shared_with", "must have 500 entries or fewer"}
+		}
+		b, err := json.Marshal(append([]string{}, ids...))
+		if err != nil {
+			return err
+		}
+		row.shared = string(b)
 	}
 	if err := in.applySettings(row); err != nil {
 		return err
@@ -234,7 +248,7 @@ func (s *server) createUpstream(r *manageRequest) (*reply, error) {
 	if err := s.store.addUpstream(r.ctx, r.by, row, now); err != nil {
 		return nil, err
 	}
-	if err := s.registry.projectChanged(r.ctx, p.seq, false); err != nil {
+	if err := s.upstreamChanged(r, row); err != nil {
 		return nil, err
 	}
 	return &reply{http.StatusCreated, row.version, s.showUpstream(row)}, nil
@@ -275,8 +289,14 @@ func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (boo
 		return nil, err
 	}
 	s.health.forget(u.seq, r.now.UnixMilli())
-	if err := s.registry.projectChanged(r.ctx, u.project, false); err != nil {
+	if err := s.upstreamChanged(r, &u); err != nil {
 		return nil, err
 	}
 	return &reply{0, u.version, s.showUpstream(&u)}, nil
+}
+
+// upstreamChanged puts a changed upstream in force, wherever it serves.
+func (s *server) upstreamChanged(r *manageRequest, u *upstreamRow) error {
+	sharers, err := s.store.sharers(r.ctx, u.seq)
+	return errors.Join(err, s.registry.upstreamsChanged(r.ctx, u.project, sharers))
 }

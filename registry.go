@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -231,7 +232,7 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	if err != nil {
 		return nil, fmt.Errorf("reading project %d: %w", seq, err)
 	}
-	ups, err := g.store.upstreamsOf(ctx, seq)
+	ups, err := g.store.servingUpstreams(ctx, seq)
 	if err != nil {
 		return nil, err
 	}
@@ -302,6 +303,27 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 		err = fmt.Errorf("the change is stored, but could not be read back: %w", err)
 	}
 	return err
+}
+
+// upstreamsChanged reads a project anew whose upstreams were changed, and all
+// live ones that share some of them, or do from now on.
+func (g *registry) upstreamsChanged(ctx context.Context, owner int64, sharers []int64) error {
+	again := map[int64]bool{owner: true}
+	for _, seq := range sharers {
+		again[seq] = true
+	}
+	g.mu.RLock()
+	for seq, p := range g.projects {
+		again[seq] = again[seq] || slices.ContainsFunc(p.state.Load().upstreams, func(u *upstream) bool { return u.owner == owner })
+	}
+	g.mu.RUnlock()
+	var errs []error
+	for seq, yes := range again {
+		if yes {
+			errs = append(errs, g.projectChanged(ctx, seq, false))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // markRevoked ends a token whose row says so but could not be read.

@@ -40,17 +40,18 @@ type upstreamRow struct {
 	organization, openaiProject string
 	weight, priority            int64
 	models, rewrite, settings   string // JSON
+	shared                      string // JSON list of projects beside its own
 	active                      bool
 	version                     int64
 	createdAt, updatedAt        int64
 }
 
 const upstreamColumns = `u.seq, u.id, u.project, p.id, u.name, u.provider, u.base_url, u.sealed_key, u.key_hint,
-	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.settings, u.is_active, u.version, u.created_at, u.updated_at`
+	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.settings, ` + sharedColumn + `, u.is_active, u.version, u.created_at, u.updated_at`
 
 func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
 	return found(row.Scan(&u.seq, &u.id, &u.project, &u.projectID, &u.name, &u.provider, &u.baseURL, &u.sealedKey, &u.keyHint,
-		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.settings, &u.active, &u.version, &u.createdAt, &u.updatedAt))
+		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.settings, &u.shared, &u.active, &u.version, &u.createdAt, &u.updatedAt))
 }
 
 // addProject stores a new project, and its first upstream unless up is nil. It
@@ -88,7 +89,7 @@ func (u *upstreamRow) facts() []fact {
 	}
 	return []fact{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
 		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight}, {"priority", u.priority},
-		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)}, {"is_active", u.active}}
+		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)}, {"shared_with", json.RawMessage(u.shared)}, {"is_active", u.active}}
 }
 
 func (s *store) projectByID(ctx context.Context, id string) (p projectRow, err error) {
@@ -177,6 +178,11 @@ func (s *store) deleteProject(ctx context.Context, by origin, id string, version
 		if err != nil {
 			return act{}, err
 		}
+		if _, err := tx.ExecContext(ctx, `
+			UPDATE projects SET version = version + 1, updated_at = ?
+			WHERE deleted_at IS NULL AND seq IN (SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq WHERE u.project = ?)`, now, p.seq); err != nil {
+			return act{}, err
+		}
 		upstreams, err := tx.ExecContext(ctx, `
 			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1, updated_at = ?1
 			WHERE project = ?2 AND deleted_at IS NULL`, now, p.seq)
@@ -209,13 +215,17 @@ func staleOrMissing(ctx context.Context, tx *sql.Tx, query string, id string) er
 }
 
 func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
-	return tx.QueryRowContext(ctx, `
+	err := tx.QueryRowContext(ctx, `
 		INSERT INTO upstreams (id, project, name, provider, base_url, sealed_key, key_hint, organization, openai_project,
 			weight, priority, models, rewrite, settings, is_active, created_at, updated_at)
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 		RETURNING seq, version`,
 		u.id, u.project, u.name, u.provider, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
 		u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.createdAt, u.updatedAt).Scan(&u.seq, &u.version)
+	if err != nil {
+		return err
+	}
+	return u.share(ctx, tx, u.createdAt)
 }
 
 // addUpstream stores a new upstream of the project with u.project, and bumps
@@ -299,6 +309,9 @@ func (s *store) changeUpstream(ctx context.Context, by origin, projectID, id str
 			WHERE seq = ?`,
 			u.name, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
 			u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
+			return act{}, err
+		}
+		if err := u.share(ctx, tx, now); err != nil {
 			return act{}, err
 		}
 		return u.act(action, was.facts()), touchProject(ctx, tx, u.project, now)

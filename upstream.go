@@ -21,6 +21,7 @@ import (
 // immutable.
 type upstream struct {
 	seq          int64
+	owner        int64 // the project whose it is; others may share it
 	id, name     string
 	provider     string
 	scheme, host string
@@ -49,7 +50,7 @@ const (
 // up in broken, and in its health: others go first, and where there are none a
 // call is refused, for a key that does not open must be noticed.
 func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, book *healthBook) *upstream {
-	up := &upstream{seq: row.seq, id: row.id, name: row.name, provider: row.provider, weight: row.weight, priority: row.priority,
+	up := &upstream{seq: row.seq, owner: row.project, id: row.id, name: row.name, provider: row.provider, weight: row.weight, priority: row.priority,
 		organization: row.organization, project: row.openaiProject}
 	up.broken = up.unseal(row, sl, allowPrivate)
 	up.health, up.budget = book.of(row.seq, row.id), book.budget(up.host)

@@ -135,7 +135,7 @@ func (s *server) makeProject(ctx context.Context, name, policy string, key secre
 // newUpstreamRow returns an upstream of the project, for an upstreamInput to
 // fill in.
 func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
-	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", active: true, createdAt: ms, updatedAt: ms}
+	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", shared: "[]", active: true, createdAt: ms, updatedAt: ms}
 }
 
 // pricesOf returns the list prices with the operator's own over them.
