@@ -33,7 +33,7 @@ const idleHelp = "It stops working when it was not used for so long. Empty: it d
 
 // newTokenPage makes a token, and shows it once.
 func (s *server) newTokenPage(r *pageRequest) (*page, error) {
-	projects, err := s.projectOptions(r)
+	projects, err := s.projectOptions(r, r.query.Get("project_id")+r.form.Get("project_id"))
 	if err != nil {
 		return nil, err
 	}

@@ -15,7 +15,7 @@ const (
 	tokensOnPage  = 50
 	tokensSifted  = 5000 // so many at most are looked at for one page
 	expiringSoon  = 7 * 24 * time.Hour
-	shownProjects = 500 // in the choice of projects
+	shownProjects = 2000 // in the choice of projects
 )
 
 // A tokenLine is a token in a list.
@@ -74,7 +74,7 @@ func (s *server) tokensPage(r *pageRequest) (*page, error) {
 		}
 	}
 	p := &page{template: "tokens", title: "Tokens", data: v}
-	projects, err := s.projectOptions(r)
+	projects, err := s.projectOptions(r, v.Project)
 	if err != nil {
 		return nil, err
 	}
@@ -206,15 +206,23 @@ func (v *tokensView) matches(t *tokenLine, now time.Time) bool {
 	return true
 }
 
-// projectOptions is the choice of projects, by name.
-func (s *server) projectOptions(r *pageRequest) ([]option, error) {
-	rep, err := s.listProjects(r.asking("limit", strconv.Itoa(shownProjects)))
+// projectOptions is the choice of projects, by name. The one that is chosen is
+// among them even where there are too many.
+func (s *server) projectOptions(r *pageRequest, chosen string) ([]option, error) {
+	rows, err := s.store.listProjects(r.ctx, 0, shownProjects, nil, "")
 	if err != nil {
 		return nil, err
 	}
-	var out []option
-	for _, p := range rep.body.(list[projectView]).Data {
-		out = append(out, option{p.ID, p.Name})
+	out := make([]option, 0, len(rows))
+	found := chosen == ""
+	for i := range rows {
+		out = append(out, option{rows[i].id, rows[i].name})
+		found = found || rows[i].id == chosen
+	}
+	if !found {
+		if p, err := s.store.projectByID(r.ctx, chosen); err == nil {
+			out = append(out, option{p.id, p.name})
+		}
 	}
 	slices.SortFunc(out, func(a, b option) int { return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label)) })
 	return out, nil

@@ -95,6 +95,7 @@ llm-proxy demo: a stand-in provider answers. No key is needed, nothing leaves th
   base URL         %[1]s/v1
   token            %[2]s   (project "Support bot")
   management key   %[3]s
+  pages            %[1]s/admin   (sign in with the management key)
 
 Try it in another terminal:
 

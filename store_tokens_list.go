@@ -77,8 +77,12 @@ func (w *tokenWalk) statement() (string, []any) {
 		}
 		return head + ofProject + `t.seq > ?2 ORDER BY t.seq LIMIT ?3`, []any{w.project, w.afterSeq}
 	case "name":
-		const rest, beyond, order = `t.name = ?2 AND t.seq > ?3`, `t.name > ?2 AND t.name >= ?4 AND t.name < ?5`, ` ORDER BY 5, 1 LIMIT ?6`
-		args := []any{w.project, w.afterName, w.afterSeq, w.prefix, prefixEnd(w.prefix)}
+		const rest, beyond, order = `t.name = ?2 AND t.seq > ?3`, `t.name >= ?4 AND t.name < ?5`, ` ORDER BY 5, 1 LIMIT ?6`
+		from := w.prefix
+		if w.afterSeq > 0 {
+			from = w.afterName + "\x00" // the next name there can be
+		}
+		args := []any{w.project, w.afterName, w.afterSeq, from, prefixEnd(w.prefix)}
 		if all {
 			return head + `?1 = '' AND ` + rest + ` UNION ALL ` + head + `?1 = '' AND ` + beyond + order, args
 		}

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/netip"
 	"strconv"
 	"time"
@@ -32,6 +33,7 @@ func (p *program) welcome(ctx context.Context, in *instance) error {
 			return err
 		}
 		fmt.Fprintf(p.stdout, "\nThe first management key (role admin). It is shown only now:\n\n  %s\n", key())
+		in.showAdminPages(p.stdout, base)
 		if in.cfg.openaiKey == nil || projects > 0 {
 			fmt.Fprintf(p.stdout, `
 Next, make a project with your provider's key, and a token for it:
@@ -70,6 +72,13 @@ Try it:
 
 `, base, token())
 	return nil
+}
+
+// showAdminPages says where the first key opens pages, if there are any.
+func (in *instance) showAdminPages(w io.Writer, base string) {
+	if in.cfg.adminPages {
+		fmt.Fprintf(w, "\nSign in with it at %s/admin\n", base)
+	}
 }
 
 // baseURL is where clients reach this server, as far as it knows.
