@@ -59,6 +59,7 @@ func (s *server) adminTable() []adminRoute {
 		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, s.revokeTokenPage},
 		{"GET /admin/streams", roleViewer, s.streamsPage},
 		{"GET|POST /admin/streams/{id}/cut", roleOperator, s.cutPage},
+		{"POST /admin/requests/{id}/content", roleAdmin, s.contentPageOf},
 		{"GET /admin/prices", roleViewer, s.pricesPage},
 		{"GET|POST /admin/prices/new", roleAdmin, s.newPrice},
 		{"GET|POST /admin/prices/{id}/delete", roleAdmin, s.removePrice},

@@ -31,6 +31,7 @@ type policyForm struct {
 	Counts, Spans  []option
 	Problem        string
 	StatefulInput  *field
+	KeepInput      *field
 	MostLimitsHere int
 }
 
@@ -59,6 +60,8 @@ func newPolicyForm(ofProject bool) *policyForm {
 		list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32", "From where "+who+" may be used, one network or address a line. Empty: from everywhere.",
 			"If no address is listed, allow none instead of all")}
 	if ofProject {
+		p.KeepInput = &field{Name: "policy.keep_content_days", Label: "Days to keep what calls say", Kind: "number", Placeholder: "0", Short: true,
+			Help: "Request and answer of each call, sealed, for administrators to read. Empty or 0: nothing is kept. Tell the people whose words these are."}
 		p.StatefulInput = &field{Name: "policy.stateful", Label: "Allow endpoints that keep objects at the provider", Kind: "checkbox",
 			Help: "Files, batches, assistants, stored responses. Everybody who shares the provider's key shares those objects."}
 	}
@@ -71,7 +74,7 @@ func (p *policyForm) fields() (out []*field) {
 		out = append(out, l.List, l.None)
 	}
 	if p.StatefulInput != nil {
-		out = append(out, p.StatefulInput)
+		out = append(out, p.StatefulInput, p.KeepInput)
 	}
 	return out
 }
@@ -112,6 +115,7 @@ func policyValues(stored json.RawMessage) url.Values {
 	var p struct {
 		Models, Endpoints, Addresses []string
 		Stateful                     bool
+		KeepContentDays              int64 `json:"keep_content_days"`
 		Limits                       []limitJSON
 	}
 	if err := json.Unmarshal(stored, &p); err != nil { // cannot be: it was checked when it was stored
@@ -125,6 +129,9 @@ func policyValues(stored json.RawMessage) url.Values {
 	}
 	if p.Stateful {
 		values.Set("policy.stateful", "on")
+	}
+	if p.KeepContentDays > 0 {
+		values.Set("policy.keep_content_days", strconv.FormatInt(p.KeepContentDays, 10))
 	}
 	for i, l := range p.Limits {
 		for name, v := range map[string]string{"count": l.Count, "max": string(l.Max), "per": l.Per, "endpoint": l.Endpoint, "model": l.Model, "shadow": map[bool]string{true: "on"}[l.Shadow]} {
@@ -149,6 +156,10 @@ func (p *policyForm) policyOf(sent url.Values, stored json.RawMessage) map[strin
 		if l := splitLines(sent.Get("policy." + name)); len(l) > 0 || sent.Get("policy."+name+".none") != "" {
 			out[name] = l
 		}
+	}
+	delete(out, "keep_content_days")
+	if days := strings.TrimSpace(sent.Get("policy.keep_content_days")); p.OfProject && days != "" && days != "0" {
+		out["keep_content_days"] = jsonNumber(days)
 	}
 	delete(out, "stateful")
 	if p.OfProject && sent.Get("policy.stateful") != "" {

@@ -119,6 +119,7 @@ func allowedIn(text json.RawMessage) []labelled {
 	var p struct {
 		Models, Endpoints, Addresses []string
 		Stateful                     bool
+		KeepContentDays              int64 `json:"keep_content_days"`
 	}
 	if err := json.Unmarshal(text, &p); err != nil { // cannot be: it was checked when it was stored
 		return nil
@@ -135,6 +136,9 @@ func allowedIn(text json.RawMessage) []labelled {
 	out := []labelled{{"Models", words(p.Models, "all")}, {"Endpoints", words(p.Endpoints, "all")}, {"Client addresses", words(p.Addresses, "all")}}
 	if p.Stateful {
 		out = append(out, labelled{"Objects kept at the provider", "allowed"})
+	}
+	if p.KeepContentDays > 0 {
+		out = append(out, labelled{"What calls say is kept", plural(p.KeepContentDays, "day", "days")})
 	}
 	return out
 }

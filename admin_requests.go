@@ -177,6 +177,7 @@ type requestPage struct {
 	Lost              bool
 	CallsOfToken      string // the address of the token's calls
 	Running, Reported bool
+	Kept              *stamp // until when its content can be shown; nil: there is none
 }
 
 func (s *server) requestPage(r *pageRequest) (*page, error) {
@@ -191,6 +192,9 @@ func (s *server) requestPage(r *pageRequest) (*page, error) {
 	v := &requestPage{requestLine: lineOf(&row), Lost: row.outcome == outcomeLost, Running: row.outcome == outcomeOpen,
 		Reported: row.source == usageExact, CallsOfToken: "/admin/requests?" + url.Values{"token": {row.tokenID}}.Encode()}
 	v.Tries, v.Attempts = row.attempts, v.AttemptLog
+	if v.Kept, err = s.keptUntil(r, id); err != nil {
+		return nil, err
+	}
 	bar := timeBar(&row, v.Attempts)
 	v.Bar, v.Legend = template.HTML(bar.svg()), bar.legend()
 	return &page{template: "request", title: cmp.Or(v.Model, "Call") + " · " + v.ID, data: v}, nil

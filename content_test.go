@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -266,4 +267,67 @@ func TestContentMemory(t *testing.T) {
 	}
 	p.chat()
 	p.settle()
+}
+
+// TestContentPage (AD6): an administrator sees it on a page, escaped, after a
+// click that is on the audit trail; others see no way to it. The project's form
+// turns it on and off.
+func TestContentPage(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.seenMayHold(promptCanary)
+	b := p.signIn(p.adminKey)
+	edit := "/admin/projects/" + p.project + "/edit"
+	form := func(days string) url.Values {
+		return url.Values{"name": {"test"}, "policy.keep_content_days": {days}, "version": {b.version(edit)}}
+	}
+	if res := b.post(edit, form("400")); res.status != 400 || !strings.Contains(res.body, `value="400"`) || !strings.Contains(res.body, "to 365.") {
+		t.Errorf("400 days: got %d", res.status)
+	}
+	if res := b.post(edit, form("30")); res.status != 303 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if res := b.get(edit); !strings.Contains(res.body, `name="policy.keep_content_days" value="30"`) {
+		t.Error("the form does not show the days")
+	}
+	p.chat(`"user":"<script>alert(1)</script>"`)
+	id := p.lastCall().ID
+	button := `action="/admin/requests/` + id + `/content"`
+	if res := b.get("/admin/requests/" + id); !strings.Contains(res.body, button) || strings.Contains(res.body, promptCanary) {
+		t.Error("the page of the call does not lead to the content, or shows it")
+	}
+	res := b.post("/admin/requests/"+id+"/content", url.Values{})
+	if res.status != 200 || !strings.Contains(res.body, promptCanary) || strings.Contains(res.body, "<script>alert") || !strings.Contains(res.body, "chatcmpl-1") {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+	if problems := checkHTML(res.body); len(problems) > 0 {
+		t.Errorf("%v", problems)
+	}
+	if entries, err := p.in.store.auditPage(t.Context(), p.lastEntry()-1, 1<<60); err != nil || len(entries) != 1 || entries[0].action != actionReveal || entries[0].object != id {
+		t.Errorf("the trail ends with %v %v", entries, err)
+	}
+	_, operator := p.newKey("o", "operator")
+	o := p.signIn(operator)
+	if res := o.get("/admin/requests/" + id); res.status != 200 || strings.Contains(res.body, button) {
+		t.Error("an operator is shown a way to the content")
+	}
+	if res := o.post("/admin/requests/"+id+"/content", url.Values{}); res.status != 403 {
+		t.Errorf("an operator: got %d", res.status)
+	}
+	if res := b.post(edit, form("")); res.status != 303 {
+		t.Fatalf("got %d", res.status)
+	}
+	p.chat()
+	if p.settle(); p.contents() != 1 {
+		t.Error("it is kept though the form turned it off")
+	}
+	p.manage("DELETE", "/manage/projects/"+p.project+"/content", "", 200, nil)
+	if res := b.get("/admin/requests/" + id); strings.Contains(res.body, button) {
+		t.Error("a way to content that is erased")
+	}
+}
+
+// version reads from a form which version of its thing it was made from.
+func (b *browser) version(path string) string {
+	return between(b.get(path).body, `name="version" value="`, `"`)
 }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -21,6 +22,15 @@ func (s *store) contentByID(ctx context.Context, id, now int64) (*contentRow, er
 		return nil, found(err)
 	}
 	return c, nil
+}
+
+// contentUntil returns until when content of a call is kept, 0 if none is.
+func (s *store) contentUntil(ctx context.Context, id int64) (until int64, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT until FROM contents WHERE id = ?`, id).Scan(&until)
+	if err = found(err); errors.Is(err, errNotFound) {
+		return 0, nil
+	}
+	return until, err
 }
 
 // forgetContents deletes up to limit contents that are kept until now or less,
