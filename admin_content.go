@@ -3,7 +3,11 @@
 // audit trail has each.
 package main
 
-import "time"
+import (
+	"bytes"
+	"encoding/json"
+	"time"
+)
 
 // A contentPage is what is kept of a call.
 type contentPage struct {
@@ -15,7 +19,8 @@ type contentPage struct {
 type contentPart struct {
 	Name string
 	bodyView
-	Cut bool // there was more of it
+	Cut    bool   // there was more of it
+	Pretty string // its text; JSON on lines of its own
 }
 
 func (s *server) contentPageOf(r *pageRequest) (*page, error) {
@@ -28,11 +33,23 @@ func (s *server) contentPageOf(r *pageRequest) (*page, error) {
 		return nil, err
 	}
 	p := &contentPage{contentView: *v}
-	for _, b := range []contentPart{{"What it said", v.Request, false}, {"What it was answered", v.Answer, false}} {
+	for _, b := range []contentPart{{Name: "What it said", bodyView: v.Request}, {Name: "What it was answered", bodyView: v.Answer}} {
 		b.Cut = b.Kept < b.Bytes
+		if b.Text != nil {
+			b.Pretty = pretty(*b.Text)
+		}
 		p.Parts = append(p.Parts, b)
 	}
 	return &page{template: "content", title: "Content · " + v.ID, data: p}, nil
+}
+
+// pretty indents JSON, and leaves everything else as it is.
+func pretty(text string) string {
+	var out bytes.Buffer
+	if json.Indent(&out, []byte(text), "", "  ") != nil {
+		return text
+	}
+	return out.String()
 }
 
 // keptUntil says until when there is content of a call to show, nil if there is
