@@ -5,6 +5,7 @@ import (
 	"debug/buildinfo"
 	"encoding/json"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -36,11 +37,11 @@ func TestSBOM(t *testing.T) {
 	}
 	var got []string
 	for _, c := range bom.Components {
-		sum := ""
+		var sum strings.Builder
 		for _, p := range c.Properties {
-			sum += p.Value
+			sum.WriteString(p.Value)
 		}
-		got = append(got, c.Name+" "+c.Version+" "+sum)
+		got = append(got, c.Name+" "+c.Version+" "+sum.String())
 		if c.Purl != "pkg:golang/"+c.Name+"@"+c.Version {
 			t.Errorf("purl %s", c.Purl)
 		}
