@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -417,5 +418,98 @@ func TestVerifiedAlone(t *testing.T) {
 	p.provider.answer(streamOf(long, 40, hangUp))
 	if res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "plain")...); res.status != 200 || res.err == nil {
 		t.Errorf("a plain one: got %d %v", res.status, res.err)
+	}
+}
+
+// TestFailoverOtherAPIs: Anthropic's messages and OpenAI's responses have events
+// of their own, and keys of their own headers; each is moved on in its own family.
+func TestFailoverOtherAPIs(t *testing.T) {
+	t.Parallel()
+	event := func(name, rest string) string {
+		return "event: " + name + "\ndata: {\"type\":\"" + name + "\"" + rest + "}\n\n"
+	}
+	messages := []string{event("message_start", `,"message":{"model":"claude-sonnet-4-5","usage":{"input_tokens":9,"output_tokens":1}}`), event("ping", ""),
+		event("content_block_delta", `,"delta":{"text":"Hi"}`), event("message_delta", `,"usage":{"output_tokens":3}`), event("message_stop", "")}
+	responses := []string{event("response.created", `,"response":{"model":"gpt-4o"}`), event("response.output_text.delta", `,"delta":"Hi"`),
+		event("response.completed", `,"response":{"model":"gpt-4o","usage":{"input_tokens":9,"output_tokens":3}}`)}
+	overloaded := event("error", `,"error":{"type":"overloaded_error","message":"Overloaded"}`)
+	for _, c := range []struct {
+		path, provider, header string
+		good                   []string
+		script                 func(*providerConn, recorded) bool
+		verified               bool
+		asked                  [2]int
+	}{
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, always(529, `{"type":"error","error":{"type":"overloaded_error"}}`), false, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, always(429, `{"type":"error","error":{"type":"rate_limit_error"}}`, "anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"), false, [2]int{1, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf([]string{overloaded}, 1, endChunks), false, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf([]string{messages[0], messages[2], overloaded}, 3, endChunks), true, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf(messages, 4, endChunks), true, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf(messages, 3, hangUp), true, [2]int{2, 1}},
+		{"/v1/responses", "azure", "Api-Key", responses, always(500, `{"error":{}}`), false, [2]int{2, 1}},
+		{"/v1/responses", "azure", "Api-Key", responses, streamOf(responses, 2, hangUp), true, [2]int{2, 1}},
+		{"/v1/responses", "azure", "Api-Key", responses, streamOf(append(responses[:1:1], event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endChunks), true, [2]int{2, 1}},
+	} {
+		p := newTest(t, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":0}`, 200, nil)
+		var providers [2]*fakeProvider
+		for i := range providers {
+			providers[i] = newFakeProvider(t)
+			p.secrets = append(p.secrets, providers[i].key)
+			p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+				fmt.Sprintf(`{"name":"u","provider":%q,"api_key":%q,"base_url":%q,"priority":%d}`, c.provider, providers[i].key, providers[i].url, i), 201, nil)
+		}
+		providers[0].answer(c.script)
+		providers[1].answer(streamOf(c.good, len(c.good), endChunks))
+		headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+		if c.verified {
+			headers = append(headers, "X-LLM-Proxy-Stream", "verified")
+		}
+		res := p.do("POST", c.path, `{"model":"m","max_tokens":9,"stream":true,"messages":[],"input":"x"}`, headers...)
+		if want := strings.Join(c.good, ""); res.status != 200 || res.err != nil || res.body != want {
+			t.Errorf("%s, verified %v: got %d %q, %v", c.path, c.verified, res.status, res.body, res.err)
+		}
+		if got := [2]int{len(providers[0].got()), len(providers[1].got())}; got != c.asked || len(p.provider.got()) != 0 {
+			t.Errorf("%s: the providers were asked %v times, want %v", c.path, got, c.asked)
+		}
+		for _, provider := range providers {
+			if got := provider.last(t).header.Get(c.header); got != provider.key {
+				t.Errorf("%s: %s is not the provider's own key", c.path, c.header)
+			}
+		}
+		if row := p.lastCall(); row.Outcome != "ok" || row.OutputTokens != 3 || row.InputTokens != 9 {
+			t.Errorf("%s: the ledger has %+v", c.path, row)
+		}
+	}
+}
+
+// TestHeldStreamEnds: a client that leaves while its stream is held ends the
+// provider's call, and so does a token that is revoked.
+func TestHeldStreamEnds(t *testing.T) {
+	t.Parallel()
+	for what, end := range map[string]func(p *testProxy, leave func()){
+		"client_gone": func(_ *testProxy, leave func()) { leave() },
+		"revoked":     func(p *testProxy, _ func()) { p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 200, nil) },
+	} {
+		p := newTest(t, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
+		sent, gone := make(chan struct{}), make(chan bool, 1)
+		p.provider.answer(streamOf(longStream(), 30, func(c *providerConn) bool {
+			close(sent)
+			gone <- c.gone(5 * time.Second)
+			return false
+		}))
+		ctx, leave := context.WithCancel(t.Context())
+		failed := make(chan error, 1)
+		go func() { _, err := p.openStream(ctx, p.token, ""); failed <- err }()
+		<-sent
+		end(p, leave)
+		if !<-gone || <-failed == nil {
+			t.Errorf("%s: the stream went on", what)
+		}
+		leave()
+		if row := p.lastCall(); row.ErrorCode != what || row.UsageSource == "none" {
+			t.Errorf("%s: the ledger has %+v", what, row)
+		}
 	}
 }

@@ -44,6 +44,7 @@ func (t *tries) hold(res *http.Response, alive func()) (err error) {
 	plain := res.Header.Get("Content-Encoding") == "" // else its events cannot be read, only its end
 	var all []byte
 	look := eventLook{}
+	m := newMeter(t.c.endpoint.meter, true, !plain, false)
 	for {
 		if len(all) == cap(all) {
 			all = slices.Grow(all, max(len(all), 32<<10))
@@ -53,7 +54,9 @@ func (t *tries) hold(res *http.Response, alive func()) (err error) {
 			held = int64(cap(all))
 		}
 		n, err := body.Read(all[len(all):cap(all)])
+		m.pass(all[len(all) : len(all)+n])
 		all = all[:len(all)+n]
+		t.c.watch.output.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for what nobody has seen yet too
 		alive()
 		if len(all) > maxVerified {
 			return &apiError{status: http.StatusBadGateway, code: "stream_too_large", noRetry: true,
@@ -69,22 +72,14 @@ func (t *tries) hold(res *http.Response, alive func()) (err error) {
 			return err
 		}
 	}
-	if plain && t.c.endpoint.endMarked() {
-		// Some compatible providers never send the mark. Where nobody else is left
-		// to ask, a reason to finish is as good.
-		if m := newMeter(t.c.endpoint.meter, true, false, false); !marked(m, all) && (!look.finished || t.spare()) {
-			return &eventFault{"ended without its end mark"}
-		}
+	// Some compatible providers never send an end mark. Where nobody else is left to
+	// ask, a reason to finish is as good.
+	if m.end(); plain && t.c.endpoint.endMarked() && !m.done && (!look.finished || t.spare()) {
+		return &eventFault{"ended without its end mark"}
 	}
 	t.c.held += held
 	res.Body = &headBody{http.NoBody, all, all, true}
 	return nil
-}
-
-func marked(m *meter, stream []byte) bool {
-	m.pass(stream)
-	m.end()
-	return m.done
 }
 
 // holding is how long a stream that is held may stand still.
@@ -125,8 +120,13 @@ func (l *eventLook) read(stream []byte) string {
 			Choices []struct {
 				FinishReason any `json:"finish_reason"`
 			}
+			Type     any
+			Response struct{ Error struct{ Code any } }
 		}
 		_ = json.Unmarshal(data, &e) // eventTrouble has seen that it is JSON
+		if code := e.Response.Error.Code; e.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded") {
+			return "has an error in it" // others are the call's own fault, and would be again
+		}
 		for _, c := range e.Choices {
 			l.finished = l.finished || c.FinishReason != nil
 		}
