@@ -114,6 +114,9 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 			err = awaitEvent(res)
 		}
 	}
+	if err == nil && res.StatusCode >= 400 {
+		errorHead(res) // while its time is limited
+	}
 	if timer.Stop(); context.Cause(ctx) == error(errImpatient) {
 		if err == nil {
 			res.Body.Close()
@@ -272,7 +275,7 @@ func (t *tries) goOn(v *verdict, res *http.Response) bool {
 		w := t.wish()
 		next = c.project.pick(&w)
 	}
-	if next == nil && v.wait > 0 && v.wait <= shortWait && !t.repeated && t.room(ms) {
+	if next == nil && v.wait > 0 && v.wait <= shortWait && !t.repeated && (!v.fault || t.at.budget.spend(ms)) && t.room(ms) {
 		return t.repeat(v, res, time.Duration(v.wait)*time.Millisecond)
 	}
 	model, tried := t.model, append(t.tried, t.at)

@@ -102,6 +102,11 @@ var providerFaults = []providerFault{
 	{"401", false, always(401, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
 	{"403", true, always(403, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
 	{"503 persistent", false, always(503, `{"error":{}}`), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"503 with Retry-After", false, always(503, `{"error":{}}`, "Retry-After: 20"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"an error that never ends", true, func(c *providerConn, _ recorded) bool {
+		_, _ = c.Write([]byte("HTTP/1.1 500 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"))
+		return stall(c)
+	}, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
 	{"redirect", false, always(302, ``, "Location: /"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
 	{"reset before headers", false, func(c *providerConn, _ recorded) bool { return c.reset() }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
 	{"no HTTP", true, func(c *providerConn, _ recorded) bool { _, _ = c.Write([]byte("nonsense\r\n\r\n")); return false }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},

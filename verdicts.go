@@ -49,9 +49,9 @@ func (t *tries) judge(res *http.Response, err error) verdict {
 		h.limited(now, began, wait, "the provider answers 429: too many requests")
 		return verdict{reason: "rate limited", wait: wait}
 	case code >= 500 && code != http.StatusNotImplemented:
-		errorHead(res)
+		wait := retryHint(res.Header.Get, time.Now())
 		h.fault(now, began, false, "the provider answers "+res.Status[:3])
-		return verdict{again: true, fault: true, reason: "server error"}
+		return verdict{again: wait == 0, fault: true, reason: "server error", wait: wait}
 	case code < 200 || code >= 300 && code < 400:
 		h.fault(now, began, false, "the provider does not answer like an API")
 		return verdict{fault: true, reason: "no API's answer"}
@@ -116,6 +116,9 @@ func (b *headBody) Read(p []byte) (int, error) {
 // errorHead returns the first bytes of a provider's error, and leaves them in
 // its body.
 func errorHead(res *http.Response) []byte {
+	if b, ok := res.Body.(*headBody); ok {
+		return b.head
+	}
 	head, err := io.ReadAll(io.LimitReader(res.Body, maxErrorHead))
 	res.Body = &headBody{res.Body, head, head, err == nil && len(head) < maxErrorHead}
 	return head
