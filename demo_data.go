@@ -182,7 +182,10 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 // demoToken makes a user's token. calls is how many calls it will have made.
 func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p *projectRow, calls int64) (*tokenRow, secret, error) {
 	before := func(days float64) int64 { return now.UnixMilli() - int64(days*dayMS) }
-	t := &tokenRow{projectID: p.id, name: u.name, policy: `{"limits":[` + u.limits + `]}`, createdAt: before(float64(u.made)), updatedAt: before(float64(u.made))}
+	t := &tokenRow{projectID: p.id, name: u.name, policy: "{}", createdAt: before(float64(u.made)), updatedAt: before(float64(u.made))}
+	if u.limits != "" {
+		t.policy = `{"limits":[` + u.limits + `]}`
+	}
 	if u.expires != 0 {
 		t.expiresAt = new(before(u.expires))
 	}
@@ -192,13 +195,13 @@ func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p 
 	if u.idle != 0 {
 		t.idleExpiry = new(u.idle.Milliseconds())
 	}
-	value, err := in.mintToken(ctx, systemOrigin(now), t)
+	value, err := in.mintToken(ctx, systemOrigin(time.Now()), t)
 	if err != nil {
 		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
 	}
 	if u.revoked != 0 {
 		at := before(u.revoked)
-		if _, err := in.store.changeToken(ctx, systemOrigin(now), t.id, 0, at, func(t *tokenRow) error { t.revokedAt = &at; return nil }); err != nil {
+		if _, err := in.store.changeToken(ctx, systemOrigin(time.Now()), t.id, 0, at, func(t *tokenRow) error { t.revokedAt = &at; return nil }); err != nil {
 			return nil, nil, fmt.Errorf("revoking a sample token: %w", err)
 		}
 	}
