@@ -46,6 +46,7 @@ func (s *server) adminTable() []adminRoute {
 		{"GET|POST /admin/projects/{id}/activate", roleAdmin, s.switchProject},
 		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, s.switchProject},
 		{"GET|POST /admin/projects/{id}/delete", roleAdmin, s.removeProject},
+		{"GET|POST /admin/projects/{id}/erase", roleAdmin, s.erasePage},
 		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, s.revokeTokensOf},
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, s.newUpstreamPage},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, s.editUpstream},

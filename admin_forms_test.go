@@ -149,6 +149,7 @@ type projectReply struct {
 		BaseURL        string `json:"base_url"`
 		KeyHint        string `json:"key_hint"`
 		Models         []string
+		SharedWith     []string `json:"shared_with"`
 		Rewrite        map[string]string
 		IsActive       bool  `json:"is_active"`
 		Requests       int64 `json:"requests_per_minute"`
@@ -162,10 +163,12 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	for _, body := range []string{`{}`, `{"models":[]}`, `{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true}`,
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	for _, body := range []string{`{}`, `{"models":[]}`, `{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true,"keep_content_days":3}`,
 		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":`+body+`,"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true}}`, 200, nil)
-		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","requests_per_minute":7,"priority":3}`, 200, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","requests_per_minute":7,"priority":3,"shared_with":["`+other.ID+`"]}`, 200, nil)
 		read := func() (v projectReply) {
 			p.manage("GET", "/manage/projects/"+p.project, "", 200, &v)
 			v.Version = 0
@@ -183,7 +186,7 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 		if body == `{}` {
 			continue
 		}
-		policy := strings.Replace(body, `,"stateful":true`, "", 1)
+		policy := strings.Replace(body, `,"stateful":true,"keep_content_days":3`, "", 1)
 		id, token := p.newToken(`"name":"keeps","expires_at":"2099-01-31T10:20:30.456Z","idle_expiry_minutes":61,"max_requests":5,"policy":` + policy)
 		p.secrets = append(p.secrets, token)
 		was := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body
@@ -426,5 +429,38 @@ func TestAdminTokenList(t *testing.T) {
 	}
 	if res := b.get("/admin/tokens?name=tok_n007"); res.header.Get("Location") != "/admin/tokens/tok_n007" {
 		t.Errorf("an id: %d %v", res.status, res.header)
+	}
+}
+
+// TestAdminContent: what is kept of a call is shown to admins, by a form alone,
+// and erased.
+func TestAdminContent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.chat()
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":2}}`, 200, nil)
+	p.chat(`"user":"<script>"`)
+	rows := p.ledger()
+	if res := b.post("/admin/requests/"+rows[0].ID+"/content", nil); res.status != 404 {
+		t.Errorf("before: got %d %s", res.status, res.body)
+	}
+	path := "/admin/requests/" + rows[1].ID + "/content"
+	res := b.post(path, nil)
+	if res.status != 200 || !strings.Contains(res.body, promptCanary) || strings.Contains(res.body, "<script>") || len(checkHTML(res.body)) > 0 {
+		t.Errorf("got %d %v %s", res.status, checkHTML(res.body), res.body)
+	}
+	if res := b.get(path); res.status != 405 {
+		t.Errorf("by a link: %d", res.status)
+	}
+	_, key := p.newKey("o", "operator")
+	if res := p.signIn(key).post(path, nil); res.status != 403 {
+		t.Errorf("an operator: %d", res.status)
+	}
+	if res := b.post("/admin/projects/"+p.project+"/erase", nil); res.status != 303 || b.post(path, nil).status != 404 {
+		t.Errorf("erased: %d", res.status)
+	}
+	if page := b.get("/admin/audit?object=" + rows[1].ID).body; !strings.Contains(page, "reveal") {
+		t.Errorf("the trail does not tell who looked: %s", page)
 	}
 }

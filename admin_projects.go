@@ -277,6 +277,23 @@ func (s *server) removeProject(r *pageRequest) (*page, error) {
 	return goTo("/admin/projects", "deleted"), nil
 }
 
+// erasePage erases what is kept of a project's calls.
+func (s *server) erasePage(r *pageRequest) (*page, error) {
+	rep, err := s.getProject(r.asking())
+	if err != nil {
+		return nil, err
+	}
+	project := rep.body.(projectView)
+	if !r.posted() {
+		return r.confirm("Erase what the calls of "+project.Name+" say?", "The questions and answers that are kept of its calls are deleted, for good. The calls stay in the ledger.",
+			"Erase", "/admin/projects/"+project.ID), nil
+	}
+	if _, err := s.eraseContent(r.with(nil)); err != nil {
+		return nil, err
+	}
+	return goTo("/admin/projects/"+project.ID, "deleted"), nil
+}
+
 // revokeTokensOf revokes all tokens of a project.
 func (s *server) revokeTokensOf(r *pageRequest) (*page, error) {
 	rep, err := s.getProject(r.asking())

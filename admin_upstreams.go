@@ -22,6 +22,7 @@ func upstreamFields() []*field {
 		{Name: "tokens_per_minute", Label: "Tokens per minute it takes", Kind: "number", Short: true, Help: "The same, for tokens."},
 		{Name: "first_event_ms", Label: "Patience for the first event, in ms", Kind: "number", Short: true, Help: "A stream that begins later goes to the next key. Empty: the program's own."},
 		{Name: "idle_ms", Label: "Patience between events, in ms", Kind: "number", Short: true, Help: "Empty: the program's own."},
+		{Name: "shared_with", Label: "Serves other projects too", Kind: "textarea", Placeholder: "proj_…", Help: "Their ids, one a line. They use the key, and never see it."},
 		{Name: "note", Label: "Note", Kind: "text", Help: "For administrators, such as whose account it is."},
 		{Name: "organization", Label: "OpenAI organisation", Kind: "text", Placeholder: "org-…", Help: "Sent along as OpenAI-Organization."},
 		{Name: "openai_project", Label: "OpenAI project", Kind: "text", Placeholder: "proj_…", Help: "Sent along as OpenAI-Project."},
@@ -35,6 +36,7 @@ func upstreamInputOf(form url.Values) (map[string]any, error) {
 	setNumber(in, form, "priority", false)
 	setNumber(in, form, "weight", false)
 	setText(in, form, "api_key", false)
+	in["shared_with"] = splitLines(form.Get("shared_with"))
 	in["note"] = strings.TrimSpace(form.Get("note"))
 	for _, name := range []string{"requests_per_minute", "tokens_per_minute", "first_event_ms", "idle_ms"} {
 		in[name] = 0
@@ -128,7 +130,7 @@ func (s *server) editUpstream(r *pageRequest) (*page, error) {
 		}, upstreamFields()...)}}
 	stored := url.Values{"name": {u.Name}, "base_url": {u.BaseURL}, "organization": {u.Organization}, "openai_project": {u.OpenAIProject},
 		"priority": {strconv.FormatInt(u.Priority, 10)}, "weight": {strconv.FormatInt(u.Weight, 10)}, "models": {linesOf(u.Models)},
-		"rewrite": {rewriteLines(u.Rewrite)}, "note": {u.Note}, "requests_per_minute": {positive(u.Requests)}, "tokens_per_minute": {positive(u.Tokens)},
+		"rewrite": {rewriteLines(u.Rewrite)}, "note": {u.Note}, "shared_with": {linesOf(u.SharedWith)}, "requests_per_minute": {positive(u.Requests)}, "tokens_per_minute": {positive(u.Tokens)},
 		"first_event_ms": {positive(u.FirstEventMS)}, "idle_ms": {positive(u.IdleMS)}}
 	if u.IsActive {
 		stored.Set("is_active", "on")
