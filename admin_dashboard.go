@@ -150,6 +150,23 @@ func (s *server) dashboardPage(r *pageRequest) (*page, error) {
 	return &page{template: "dashboard", title: "Dashboard", data: v}, nil
 }
 
+// usageCharts are the calls and the cost of a project over the last 30 days.
+func (s *server) usageCharts(r *pageRequest, project string) (out []chartView, err error) {
+	q, err := s.dashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
+	if err != nil {
+		return nil, err
+	}
+	d := &dashData{}
+	if err := d.readUsage(r.ctx, s.store, q); err != nil {
+		return nil, err
+	}
+	for _, c := range choices("", "calls", "Calls by model", "cost", "Cost by model") {
+		q.measure = c.Value
+		out = append(out, showChart(c.Value, c.Label, d.usageChart(q, c.Label+" over 30 days")))
+	}
+	return out, nil
+}
+
 func choices(here string, pairs ...string) (out []choice) {
 	for i := 0; i < len(pairs); i += 2 {
 		out = append(out, choice{pairs[i], pairs[i+1], pairs[i] == here})
@@ -234,6 +251,11 @@ func (d *dashData) tiles() []tile {
 			one.Change, one.Level = change(half, before), worse(half, before, before*0.1)
 		}
 		out = append(out, one)
+	}
+	for i := range out {
+		if was.calls == 0 {
+			out[i].Before = ""
+		}
 	}
 	return out
 }

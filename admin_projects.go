@@ -150,6 +150,7 @@ type projectPageView struct {
 	Allowed []labelled
 	Tokens  []tokenView
 	More    bool // there are more tokens
+	Charts  []chartView
 }
 
 const tokensOnProject = 10
@@ -169,6 +170,9 @@ func (s *server) projectPage(r *pageRequest) (*page, error) {
 		return len(v.Tokens) < tokensOnProject
 	})
 	if err != nil {
+		return nil, err
+	}
+	if v.Charts, err = s.usageCharts(r, p.ID); err != nil {
 		return nil, err
 	}
 	return &page{template: "project", title: p.Name, data: v}, nil

@@ -127,7 +127,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 }
 
 // A moment is a time as a page shows it.
-type moment struct{ ISO, Text, Exact, Relative string }
+type moment struct{ ISO, Text, Exact, Date, Clock, Relative string }
 
 // when returns how a time is shown, or nil for none.
 func when(v any) (*moment, error) {
@@ -144,7 +144,7 @@ func when(v any) (*moment, error) {
 		return nil, fmt.Errorf("%T is no time", v)
 	}
 	at = at.UTC()
-	return &moment{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), at.Format("2006-01-02 15:04:05"), relative(time.Until(at))}, nil
+	return &moment{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), at.Format("2006-01-02 15:04:05"), at.Format("2006-01-02"), at.Format("15:04:05"), relative(time.Until(at))}, nil
 }
 
 // relative says how far off a time is.
@@ -240,6 +240,9 @@ func showDollars(nanos int64) string {
 		if magnitude < 100_000 {
 			places, unit = 6, 1000
 		}
+	}
+	if magnitude > 0 && magnitude < 500 {
+		return sign + "<$0.000001"
 	}
 	rounded := (magnitude + unit/2) / unit
 	scale := int64(1)

@@ -275,7 +275,7 @@ func partBar(part, whole float64, class string) string {
 	if whole > 0 && part > 0 {
 		width = max(0.5, 100*min(part/whole, 1))
 	}
-	return fmt.Sprintf(`<svg class="part" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect class="%s" width="%s" height="8"/></svg>`,
+	return fmt.Sprintf(`<svg class="hbar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect class="%s" width="%s" height="8"/></svg>`,
 		escape(cmp.Or(class, "k1")), decimal(width))
 }
 

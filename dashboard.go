@@ -115,17 +115,16 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 	d := &dashData{}
 	err := inParallel(
 		func() (err error) {
-			if d.hours, err = s.hourSlots(ctx, q.project, q.from, q.to, q.step); err != nil {
+			if err = d.readUsage(ctx, s, q); err != nil {
 				return err
 			}
 			for i := range d.hours {
 				d.total.merge(&d.hours[i])
 			}
-			d.before, err = s.hoursOf(ctx, q.project, q.earlier, q.earlyTo)
-			return err
+			return nil
 		},
 		func() (err error) {
-			if d.models, err = s.stepsByModel(ctx, q.grain, q.project, q.from, q.to); err != nil {
+			if d.before, err = s.hoursOf(ctx, q.project, q.earlier, q.earlyTo); err != nil {
 				return err
 			}
 			d.endpoints, err = s.sharesByEndpoint(ctx, q.grain, q.project, q.from, q.to)
@@ -151,15 +150,30 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 	return d, err
 }
 
-// inParallel runs jobs at the same time and returns when all have ended.
+// inParallel runs jobs, two at the same time, and returns when all have ended: of
+// the connections that read, calls keep the others.
 func inParallel(jobs ...func() error) error {
 	errs := make([]error, len(jobs))
+	room := make(chan struct{}, readers/2)
 	var wait sync.WaitGroup
 	for i, job := range jobs {
-		wait.Go(func() { errs[i] = job() })
+		wait.Go(func() {
+			room <- struct{}{}
+			defer func() { <-room }()
+			errs[i] = job()
+		})
 	}
 	wait.Wait()
 	return errors.Join(errs...)
+}
+
+// readUsage reads what each step of the period has, as a whole and by model.
+func (d *dashData) readUsage(ctx context.Context, s *store, q *dashQuery) (err error) {
+	if d.hours, err = s.hourSlots(ctx, q.project, q.from, q.to, q.step); err != nil {
+		return err
+	}
+	d.models, err = s.stepsByModel(ctx, q.grain, q.project, q.from, q.to)
+	return err
 }
 
 // largest sorts shares by what is asked for, most first.

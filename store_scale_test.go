@@ -21,11 +21,12 @@ import (
 
 // A scaleTest is a server on a seeded database.
 type scaleTest struct {
-	b   *testing.B
-	env map[string]string
-	in  *instance
-	web *httptest.Server
-	key secret
+	b      *testing.B
+	env    map[string]string
+	in     *instance
+	web    *httptest.Server
+	key    secret
+	cookie string // of a session; "" where the key is presented
 }
 
 func newScaleTest(b *testing.B) *scaleTest {
@@ -97,7 +98,11 @@ func (s *scaleTest) call(method, path, body, key string) (time.Duration, string)
 	if err != nil {
 		s.b.Fatal(err)
 	}
-	req.Header.Set("Authorization", "Bearer "+key)
+	if key != "" {
+		req.Header.Set("Authorization", "Bearer "+key)
+	} else {
+		req.Header.Set("Cookie", s.cookie)
+	}
 	req.Header.Set("Content-Type", "application/json")
 	start := time.Now()
 	res, err := s.web.Client().Do(req)

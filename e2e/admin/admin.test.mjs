@@ -2,6 +2,7 @@
 // project to a revoked token, with scripts and without; and every page at two
 // widths, light and dark, read by a checker of accessibility.
 import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
 import { after, before, describe, test } from 'node:test';
 import { Proxy, within } from '../proxy.mjs';
 import { chromiumPath, launch, Visitor } from './browser.mjs';
@@ -76,6 +77,25 @@ describe('the pages', { skip }, () => {
       await page.reload();
       await page.getByRole('cell', { name: 'POST /v1/chat/completions' }).waitFor();
       const pageOfToken = page.url();
+
+      await proxy.settled();
+      await go('Calls');
+      await page.getByLabel('Outcome').selectOption('ok');
+      await page.getByRole('button', { name: 'Show', exact: true }).click();
+      const row = page.getByRole('row', { name: new RegExp(`${name} browser`) });
+      await row.waitFor();
+      const file = page.waitForEvent('download');
+      await page.getByRole('button', { name: 'Download as CSV' }).click();
+      assert.match(readFileSync(await (await file).path(), 'utf8'), new RegExp(`^id,started_at,[^\n]*\nreq_\\w{13},[^\n]*,${name},`));
+      await row.getByRole('link').click();
+      await page.getByRole('heading', { name: 'Time' }).waitFor();
+      await go('Dashboard');
+      await page.getByText('24 hours', { exact: true }).click();
+      await page.getByRole('button', { name: 'Show', exact: true }).click();
+      await page.getByRole('heading', { name: 'Calls by project' }).waitFor();
+      await page.getByRole('rowheader', { name: `browser ${name}` }).waitFor();
+      await page.getByText('The numbers').first().click();
+      await page.getByRole('region', { name: 'Calls by project: the numbers' }).getByRole('columnheader', { name }).waitFor();
 
       proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
       const stream = (await call(token, { stream: true })).body.getReader();
@@ -168,6 +188,7 @@ describe('the pages', { skip }, () => {
     const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
     paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
       '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini',
+      '/admin/dashboard?period=24h&measure=tokens&by=model', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x',
       '/admin/audit/verify', '/admin/account');
     for (const path of paths.slice(1)) await check(path);
     assert.deepEqual(visitor.problems, []);
