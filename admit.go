@@ -90,13 +90,22 @@ func (c *call) inputEstimate() int64 {
 	return estimateTokens(int64(len(c.body)))
 }
 
-// mostOutput is the most output that the call asks for, 0 if it does not say.
+// mostOutput is the most output that the call asks for, 0 if it does not say. Only
+// the endpoint's own names for it count: a provider that takes no notice of
+// another one would not hold the call to it.
 func (c *call) mostOutput() int64 {
+	most := c.fields.maxTokens
+	switch p := c.endpoint.pattern; {
+	case p == "/v1/chat/completions":
+		most = max(most, c.fields.maxComplete)
+	case strings.HasPrefix(p, "/v1/responses"):
+		most = c.fields.maxOutput
+	}
 	n := max(1, c.fields.n) // 0: there is no body
-	if c.fields.maxOutput > maxCount/n {
+	if most > maxCount/n {
 		return maxCount
 	}
-	return c.fields.maxOutput * n
+	return most * n
 }
 
 // assumedOutput is what a call may write that names no most output.

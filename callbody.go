@@ -17,13 +17,13 @@ import (
 
 const (
 	maxModelLen   = 256
-	maxFieldCount = math.MaxInt32 // counts saturate here, so that n × maxOutput cannot overflow
+	maxFieldCount = math.MaxInt32 // counts saturate here, so that n × max_tokens cannot overflow
 	maxKeyLen     = 32            // no protected name or case twin of one is longer (ſ has 2 bytes, K 3)
 )
 
 // protectedNames are the top-level fields that the proxy or its policies read. Each may occur once, in this spelling.
 var protectedNames = [...]string{
-	"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n",
+	"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of",
 	"previous_response_id", "conversation", "background", "store", "models", "fallbacks",
 }
 
@@ -31,8 +31,10 @@ var protectedNames = [...]string{
 type callFields struct {
 	model        string // "" when the body names none
 	stream       bool
-	maxOutput    int64      // largest of max_tokens, max_completion_tokens, max_output_tokens; 0 when none is a positive integer
-	n            int64      // 1 unless the body has a positive integer n
+	maxTokens    int64      // max_tokens; 0 when that is no positive integer, as the next two
+	maxComplete  int64      // max_completion_tokens
+	maxOutput    int64      // max_output_tokens
+	n            int64      // the larger of n and best_of; 1 unless one is a positive integer
 	includeUsage bool       // stream_options.include_usage is true
 	stateRef     string     // first field that refers to objects kept at the provider and is neither null nor false; "" if none
 	otherModels  string     // "models" or "fallbacks" if the body names models beside model, as routers of several providers take them
@@ -136,10 +138,14 @@ func (f *callFields) set(name string, raw []byte) *bodyError {
 			return &bodyError{name, "Invalid type for 'stream': it must be a boolean."}
 		}
 		f.stream = string(raw) == "true"
-	case "max_tokens", "max_completion_tokens", "max_output_tokens":
-		f.maxOutput = max(f.maxOutput, count(raw))
-	case "n":
-		f.n = max(1, count(raw))
+	case "max_tokens":
+		f.maxTokens = count(raw)
+	case "max_completion_tokens":
+		f.maxComplete = count(raw)
+	case "max_output_tokens":
+		f.maxOutput = count(raw)
+	case "n", "best_of":
+		f.n = max(f.n, count(raw))
 	case "previous_response_id", "conversation", "background":
 		if f.stateRef == "" && string(raw) != "null" && string(raw) != "false" {
 			f.stateRef = name

@@ -163,7 +163,7 @@ func (f *callFields) setText(name string, value []byte) error {
 		err = f.setModel(value)
 	case name == "stream" && text != "true" && text != "false":
 		err = &bodyError{name, "Invalid value for 'stream': it must be true or false."}
-	case (name == "n" || strings.HasPrefix(name, "max_")) && strings.Trim(text, "0123456789") != "":
+	case (name == "n" || name == "best_of" || strings.HasPrefix(name, "max_")) && strings.Trim(text, "0123456789") != "":
 		err = &bodyError{name, fmt.Sprintf("Invalid value for %q: it must be an integer.", name)} // "4_0" is 40 to Python
 	case text != "": // an empty field is an absent one
 		err = f.set(name, value)

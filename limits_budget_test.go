@@ -154,6 +154,9 @@ func TestSpentStreams(t *testing.T) {
 		"in shadow":                 {`{"count":"tokens","max":1000,"per":"day","shadow":true}`, ``, false, false},
 		"of another model":          {`{"count":"tokens","max":1000,"per":"day","model":"gpt-5*"}`, ``, false, false},
 		"a call that named its end": {`{"count":"tokens","max":1000,"per":"day"}`, `,"max_tokens":900`, false, false},
+		// A provider that does not know a name may take no notice of it.
+		"one in another endpoint's words": {`{"count":"tokens","max":1000,"per":"day"}`, `,"max_output_tokens":10`, false, true},
+		"one that is no number":           {`{"count":"tokens","max":1000,"per":"day"}`, `,"max_tokens":"900"`, false, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -225,6 +228,28 @@ func TestSpentStreams(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestSpentHeldStream: a stream that is held back until it is complete is ended
+// like any other; as nothing of it has left, its client is told why.
+func TestSpentHeldStream(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	_, token := p.policyToken(`{"count":"tokens","max":1000,"per":"day"}`)
+	p.provider.answer(streamOf([]string{strings.Repeat(chatEvents(true)[1], 1500)}, 1, stall))
+	res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), "Authorization", "Bearer "+token, "Content-Type", "application/json", "X-LLM-Proxy-Stream", "verified")
+	if res.status != 429 || res.code() != "project_spend_limit_exceeded" || res.header.Get("X-Should-Retry") != "false" {
+		t.Errorf("got %d %v %s", res.status, res.header, clip(res.body, 300))
+	}
+	if row := p.lastCall(); row.Outcome != "truncated" || row.UsageSource != "estimated" || row.OutputTokens < 1000 {
+		t.Errorf("the ledger has %+v", row)
+	}
+	_, token = p.policyToken(`{"count":"tokens","max":1000,"per":"day"}`)
+	p.provider.answer(streamOf([]string{strings.Repeat(chatEvents(true)[1], 900)}, 1, func(*providerConn) bool { return false }))
+	p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), "Authorization", "Bearer "+token, "Content-Type", "application/json", "X-LLM-Proxy-Stream", "verified")
+	if row := p.lastCall(); row.Outcome != "upstream_error" || row.UsageSource != "estimated" || row.OutputTokens < 800 {
+		t.Errorf("cut by the provider: the ledger has %+v", row)
 	}
 }
 
