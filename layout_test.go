@@ -256,3 +256,31 @@ func (emptyImporter) Import(path string) (*types.Package, error) {
 	p.MarkComplete()
 	return p, nil
 }
+
+// TestLayoutForbidden (SC4): these stand in the files listed and nowhere else;
+// mostly nowhere at all.
+func TestLayoutForbidden(t *testing.T) {
+	t.Parallel()
+	allowed := map[string][]string{
+		"InsecureSkipVerify": nil, "http.DefaultClient": nil, "http.DefaultTransport": nil, "http.Get(": nil, "http.Post(": nil, "Director:": nil,
+		"math/rand\"": nil, "template.JS(": nil, "template.URL(": nil, "template.CSS(": nil, "context.WithValue": nil, "recover()": nil, "MD5": nil, "sha1": nil,
+		"template.HTML(": {"admin_dashboard.go", "admin_requests.go"},              // charts, which escape what they write
+		"os.Exit(":       {"main.go"},                                              // main itself
+		"err.Error()":    {"demo_provider.go", "doctor.go", "manage_upstreams.go"}, // not to clients of a real server; and our own words about a field
+		"http.ListenAnd": nil,
+	}
+	for name := range sources(t, token.NewFileSet(), 0) {
+		for n, line := range strings.Split(fileText(t, name), "\n") {
+			code, _, _ := strings.Cut(line, "//")
+			for text, files := range allowed {
+				if strings.Contains(code, text) && !slices.Contains(files, name) {
+					t.Errorf("%s:%d has %s", name, n+1, text)
+				}
+			}
+			// What is read whole is bounded on the same line, or by a reader that is.
+			if strings.Contains(code, "io.ReadAll(") && !strings.Contains(code, "LimitReader") && !strings.Contains(code, "MaxBytesReader") && !strings.HasPrefix(name, "demo_") {
+				t.Errorf("%s:%d reads without a bound that can be seen", name, n+1)
+			}
+		}
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -378,4 +379,35 @@ func BenchmarkMetricsPage(b *testing.B) {
 		m.showModels(t)
 		m.showSeries(t)
 	}
+}
+
+// TestHealthWhenFull (ME4): with every place for a call taken, the program still
+// says that it is well, and what it is doing.
+func TestHealthWhenFull(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "2"})
+	p.allowErrors = true // that it is full is one
+	goOn := make(chan bool)
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		<-goOn
+		return answerChat(c, r)
+	})
+	var calls sync.WaitGroup
+	for range 2 {
+		calls.Go(func() { p.chat() })
+	}
+	waitFor(t, "two calls to run", func() bool { return len(p.provider.got()) == 2 })
+	if res := p.chat(); res.status != 503 || res.header.Get("Retry-After") == "" {
+		t.Errorf("a third call: got %d", res.status)
+	}
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if res := p.do("GET", path, ""); res.status != 200 {
+			t.Errorf("%s: got %d", path, res.status)
+		}
+	}
+	if m := p.metrics(); sumOf(m, "llm_proxy_running_calls") != 2 {
+		t.Error("/metrics does not show the calls")
+	}
+	close(goOn)
+	calls.Wait()
 }
