@@ -367,6 +367,9 @@ func (q *dashQuery) list(title, kind string, all []share, whole float64) shareLi
 		case "endpoint":
 			row.Link = "/admin/requests?" + url.Values{"endpoint": {v.name}, "project": {q.projectID}}.Encode()
 		}
+		if row.Name == "" { // calls that did not come as far as an endpoint, or named no model
+			row.Name, row.Link = "none", ""
+		}
 		l.Rows = append(l.Rows, row)
 	}
 	return l

@@ -246,6 +246,8 @@ func (s *server) showRunning(t *metricsText) {
 	for i, n := range s.running.phases() {
 		t.int(n, "phase", phaseNames[i])
 	}
+	t.about("running_calls_max", "gauge", "MAX_CONCURRENT_CALLS.")
+	t.int(s.cfg.maxCalls)
 	t.about("running_streams", "gauge", "Event streams that are being relayed.")
 	t.int(s.metrics.streams.Load())
 	t.about("draining", "gauge", "1 while new calls are refused because the program is ending.")

@@ -102,8 +102,8 @@ describe('errors of the provider', () => {
     assert.equal(error.code, 'model_not_found');
   });
 
-  for (const [name, headers, least] of [['Retry-After', { 'retry-after': '1' }, 950], ['retry-after-ms', { 'retry-after-ms': '700' }, 650]]) {
-    test(`429 is retried after ${name}`, async () => {
+  for (const [name, headers, least] of [['Retry-After', { 'retry-after': '3' }, 2950], ['retry-after-ms', { 'retry-after-ms': '2500' }, 2450]]) {
+    test(`429 is retried by the SDK after a longer ${name}`, async () => {
       const { client } = make();
       provider.script((call) => call.fail(429, { message: 'slow down', type: 'requests', param: null, code: 'rate_limit_exceeded' }, headers));
       const answer = await client.chat.completions.create(ask);
@@ -114,6 +114,17 @@ describe('errors of the provider', () => {
       assert.deepEqual([first.headers['x-stainless-retry-count'], second.headers['x-stainless-retry-count']], ['0', '1']);
     });
   }
+
+  test('429 with a short Retry-After is waited for by the proxy', async () => {
+    const { client } = make();
+    provider.script((call) => call.fail(429, { message: 'slow down', type: 'requests', param: null, code: 'rate_limit_exceeded' }, { 'retry-after': '1' }));
+    const answer = await client.chat.completions.create(ask);
+    assert.equal(answer.choices[0].message.content, text);
+    const [first, second] = provider.calls;
+    assert.equal(provider.calls.length, 2);
+    assert.ok(second.at - first.at >= 950, `tried again after ${second.at - first.at} ms`);
+    assert.deepEqual([first.headers['x-stainless-retry-count'], second.headers['x-stainless-retry-count']], ['0', '0']);
+  });
 
   test('x-should-retry of the provider is obeyed', async () => {
     const { client } = make();
