@@ -364,6 +364,10 @@ func (q *dashQuery) list(title, kind string, all []share, whole float64) shareLi
 			row.Link = "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.measure}}.Encode()
 		case "token":
 			row.Link = "/admin/tokens/" + url.PathEscape(v.id)
+		case "model":
+			if v.id != "" {
+				row.Link = "/admin/requests?" + url.Values{"model": {v.id}, "project": {q.projectID}}.Encode()
+			}
 		case "endpoint":
 			row.Link = "/admin/requests?" + url.Values{"endpoint": {v.name}, "project": {q.projectID}}.Encode()
 		}

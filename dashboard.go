@@ -96,6 +96,7 @@ type dashData struct {
 
 // A timeline is a row of amounts, one for each step of the period.
 type timeline struct {
+	id    string // of a model: its name as it is on record
 	name  string
 	rest  bool // it stands for all that have no name of their own
 	parts []amount
@@ -289,7 +290,7 @@ func (d *dashData) modelSeries(q *dashQuery) []timeline {
 	for _, v := range d.models {
 		one := at[v.model]
 		if one == nil {
-			one = &timeline{name: modelName(v.model), parts: make([]amount, q.steps())}
+			one = &timeline{id: v.model, name: modelName(v.model), parts: make([]amount, q.steps())}
 			at[v.model], all = one, append(all, one)
 		}
 		one.add(q.index(v.at), v.amount)
@@ -311,7 +312,7 @@ func modelName(model string) string { return cmp.Or(model, "no model, or unknown
 func (d *dashData) modelShares(q *dashQuery) []share {
 	var out []share
 	for _, s := range d.modelSeries(q) {
-		out = append(out, share{name: s.name, amount: s.total})
+		out = append(out, share{id: s.id, name: s.name, amount: s.total})
 	}
 	return out
 }
