@@ -48,6 +48,7 @@ func (s *server) adminTable() []adminRoute {
 		{"GET|POST /admin/projects/{id}/delete", roleAdmin, s.removeProject},
 		{"GET|POST /admin/projects/{id}/erase", roleAdmin, s.erasePage},
 		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, s.revokeTokensOf},
+		{"GET /admin/projects/{id}/route", roleViewer, s.tryRoutePage},
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, s.newUpstreamPage},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, s.editUpstream},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, s.removeUpstream},

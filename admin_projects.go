@@ -80,7 +80,7 @@ func keyField(help string, required bool) *field {
 	return &field{Name: "api_key", Label: "Provider key", Kind: "password", Required: required, Help: help}
 }
 
-const baseURLHelp = "Empty: the provider's own address. Azure and others need one, such as https://name.openai.azure.com."
+const baseURLHelp = "Empty: the provider's own address. Azure and others need one, such as https://name.openai.azure.com/openai/v1."
 
 // newProject is the page that makes a project.
 func (s *server) newProject(r *pageRequest) (*page, error) {

@@ -74,6 +74,7 @@ func (p *testProxy) furnish(name string) []string {
 	p.settle()
 	up := "/admin/projects/" + p.project + "/upstreams/" + p.upstream
 	return []string{"/admin/", "/admin/account", "/admin/projects", "/admin/projects/" + p.project, "/admin/projects/" + p.project + "/edit", up + "/edit", up + "/delete",
+		"/admin/projects/" + p.project + "/route", "/admin/projects/" + p.project + "/route?model=" + url.QueryEscape(strings.ReplaceAll(match, "*", "x")), "/admin/projects/" + p.project + "/route?api=anthropic&model=a+b",
 		"/admin/tokens", "/admin/tokens/" + id, "/admin/tokens/" + id + "/edit", "/admin/tokens/" + gone, "/admin/tokens/new?project_id=" + p.project,
 		"/admin/keys", "/admin/keys/" + keyID + "/edit", "/admin/prices", "/admin/prices/" + price.ID + "/delete", "/admin/audit", "/admin/audit/verify", "/admin/settings", "/admin/streams",
 		"/admin/dashboard?by=model", "/admin/dashboard?period=24h&measure=tokens", "/admin/dashboard?period=90d&project=" + p.project,

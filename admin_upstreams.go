@@ -16,7 +16,7 @@ func upstreamFields() []*field {
 	return []*field{
 		{Name: "models", Label: "Models", Kind: "textarea", Placeholder: "gpt-4o*", Help: "Which models it serves, one a line; * at the end stands for any rest. Empty: all."},
 		{Name: "priority", Label: "Priority", Kind: "number", Short: true, Required: true, Help: "Calls go to the lowest number that serves their model."},
-		{Name: "weight", Label: "Weight", Kind: "number", Short: true, Required: true, Help: "Keys of one priority share the calls in this proportion; 0: only if there is no other."},
+		{Name: "weight", Label: "Weight", Kind: "number", Short: true, Required: true, Help: "Keys of one priority share the calls in this proportion; 0: none."},
 		{Name: "rewrite", Label: "Its own names for models", Kind: "textarea", Placeholder: "gpt-4o = my-deployment", Help: "What clients ask for = what is sent, one a line. Empty: the same."},
 		{Name: "requests_per_minute", Label: "Requests per minute it takes", Kind: "number", Short: true, Help: "Beyond them calls go to the next key. Empty: not known."},
 		{Name: "tokens_per_minute", Label: "Tokens per minute it takes", Kind: "number", Short: true, Help: "The same, for tokens."},
