@@ -13,7 +13,7 @@ import (
 
 const (
 	tokensExact  = 500    // tokens that are added up exactly
-	tokensLatest = 10_000 // calls that are looked at where they are more
+	tokensLatest = 10_000 // calls that are looked at where there are more of them
 	limitsLooked = 5_000
 	spentPart    = 0.8 // of a limit, from which on it is shown
 	diskLow      = 1 << 30
@@ -338,7 +338,7 @@ func (d *dashData) lists(q *dashQuery) []shareList {
 			counted += q.of(t.amount)
 		}
 		tokens = q.list("Tokens", "token", d.tokens, counted)
-		tokens.Note = "Of the latest " + group(int64(d.sampled)) + " calls: more tokens were in use than can be added up at once."
+		tokens.Note = "Of the latest " + group(int64(d.sampled)) + " calls on record: there are more tokens than can be added up at once."
 	}
 	out := []shareList{tokens, q.list("Models", "model", d.modelShares(q), whole), q.list("Endpoints", "endpoint", d.endpoints, whole)}
 	if q.project == 0 {

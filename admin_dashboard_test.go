@@ -104,7 +104,7 @@ func TestDashboardBounded(t *testing.T) {
 	for _, c := range []struct {
 		firstToken, latest, sampled int
 		calls                       int64
-	}{{100, 20, 0, -1}, {1, 20, 20, 20}, {0, 100_000, 0, -1}} {
+	}{{100, 20, 0, -1}, {1, 20, 20, 20}, {1, 100_000, 100_000, -1}} {
 		q := &dashQuery{dashPeriod: p, by: "project", measure: "calls", now: u.now.UnixMilli(), firstToken: c.firstToken, latest: c.latest}
 		d, err := u.in.store.readDashboard(t.Context(), q)
 		if err != nil {

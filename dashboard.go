@@ -226,32 +226,20 @@ func (v *timeline) add(i int, a amount) {
 	}
 }
 
-// readTokens reads what each token has: of all calls of the period if that can be
-// told soon, else of the latest ones.
+// readTokens reads what each token has: of all calls of the period if tokens are
+// not too many to be added up, else of the latest calls.
 func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
-	from, to := firstID(time.UnixMilli(q.from)), firstID(time.UnixMilli(q.to))
-	d.tokens, err = s.sharesOfLatest(ctx, q.project, from, to, q.latest)
-	if err != nil {
-		return err
+	grain := "token"
+	if q.span == dayMS {
+		grain = "hour"
 	}
-	counted := int64(0)
-	for _, t := range d.tokens {
-		counted += t.calls
-	}
-	if counted >= int64(q.latest) {
+	d.tokens, err = s.sharesByToken(ctx, grain, q.projectID, q.from, q.to, q.firstToken)
+	if errors.Is(err, errTooMany) {
 		d.sampled = q.latest
-		if q.span > dayMS {
-			all, err := s.sharesByTokenDays(ctx, q.projectID, q.from, q.to, q.firstToken)
-			switch {
-			case err == nil:
-				d.tokens, d.sampled = all, 0
-			case !errors.Is(err, errTooMany):
-				return err
-			}
-		}
+		d.tokens, err = s.sharesOfLatest(ctx, q.project, firstID(time.UnixMilli(q.from)), firstID(time.UnixMilli(q.to)), q.latest)
 	}
 	q.largest(d.tokens)
-	return nil
+	return err
 }
 
 // series returns what the bars over time are made of, the largest first and the

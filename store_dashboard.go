@@ -110,17 +110,30 @@ func (s *store) sharesByProjectDays(ctx context.Context, from, to int64) ([]shar
 		GROUP BY p.seq`, from, to))
 }
 
-// sharesByTokenDays returns what each token of a project has, in no order, or
-// errTooMany if more than limit have any. id is the project's, "" for all.
-func (s *store) sharesByTokenDays(ctx context.Context, id string, from, to int64, limit int) ([]share, error) {
-	rows, err := s.usage(ctx, usageQuery{interval: "total", from: from, to: to, project: id, byProject: true, byToken: true, limit: limit})
+// sharesByToken returns what each token of a project has, in no order, or
+// errTooMany if more than limit were ever used. id is the project's, "" for all.
+// grain is hour, or token: that is days.
+func (s *store) sharesByToken(ctx context.Context, grain, id string, from, to int64, limit int) ([]share, error) {
+	scopes, err := s.usageScopes(ctx, &usageQuery{project: id, byToken: true, limit: limit})
 	if err != nil {
 		return nil, err
 	}
-	out := make([]share, 0, len(rows))
-	for i := range rows {
-		r := &rows[i]
-		out = append(out, share{id: r.tokenID, name: r.tokenName, label: r.projectName, amount: amount{r.calls, r.input + r.output, r.cost}})
+	st, err := s.read.PrepareContext(ctx, `
+		SELECT coalesce(sum(calls), 0), coalesce(sum(input_tokens + output_tokens), 0), coalesce(sum(cost), 0) FROM usage_sums
+		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ?`)
+	if err != nil {
+		return nil, fmt.Errorf("adding up tokens: %w", err)
+	}
+	defer st.Close()
+	var out []share
+	for i := range scopes {
+		v := share{id: scopes[i].tokenID, name: scopes[i].tokenName, label: scopes[i].projectName}
+		if err := st.QueryRowContext(ctx, grain, scopes[i].project, scopes[i].token, from, to).Scan(&v.calls, &v.tokens, &v.cost); err != nil {
+			return nil, fmt.Errorf("adding up tokens: %w", err)
+		}
+		if v.calls > 0 {
+			out = append(out, v)
+		}
 	}
 	return out, nil
 }
