@@ -114,6 +114,9 @@ func TestAdminJourney(t *testing.T) {
 	if page := b.get("/admin/tokens/" + id).body; !strings.Contains(page, "POST /v1/chat/completions") || !strings.Contains(page, "active") || strings.Contains(page, token) {
 		t.Errorf("the token's page: %s", page)
 	}
+	if calls := b.get("/admin/requests?token=" + id).body; strings.Count(calls, `href="/admin/requests/req_`) != 1 || !strings.Contains(b.get("/admin/tokens/"+id).body, `"/admin/requests?token=`+id+`"`) {
+		t.Errorf("the token's calls: %s", calls)
+	}
 	if page := b.get(here).body; !strings.Contains(page, "12 of 1,000") {
 		t.Errorf("the project's page does not show the use: %s", page)
 	}

@@ -239,3 +239,21 @@ func TestSessionsDoNotComeBack(t *testing.T) {
 		t.Error("nobody can sign in any more")
 	}
 }
+
+// TestSessionOverTLS (AD8): where the proxy serves https itself, its cookie is
+// for https alone.
+func TestSessionOverTLS(t *testing.T) {
+	t.Parallel()
+	cert, key := testCertificate(t, t.TempDir(), time.Hour)
+	p := newTest(t, map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
+	b := p.signIn(p.adminKey)
+	if !strings.HasPrefix(b.cookie, "__Host-llm-proxy=") || !b.in() {
+		t.Errorf("the cookie is %s", clip(b.cookie, 20))
+	}
+	if (&browser{p, strings.TrimPrefix(b.cookie, "__Host-")}).in() {
+		t.Error("a cookie that plain HTTP may have set is believed")
+	}
+	if res := b.get("/admin/projects"); res.header.Get("Referrer-Policy") != "no-referrer" {
+		t.Errorf("got %v", res.header)
+	}
+}
