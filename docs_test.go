@@ -136,6 +136,11 @@ func TestDocumentsNameFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	more, err := filepath.Glob("e2e/*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = append(files, more...)
 	for _, name := range files {
 		tests.WriteString(fileText(t, name))
 	}

@@ -40,6 +40,7 @@ type testProxy struct {
 	project  string
 	token    string
 	provider *provider
+	data     string // its DATA_DIR
 
 	mu  sync.Mutex
 	log bytes.Buffer
@@ -79,7 +80,12 @@ func newProxy(t *testing.T) *testProxy {
 	}
 	p := &testProxy{t: t, provider: newProvider(t)}
 	cmd := exec.Command(file)
-	cmd.Env = []string{"LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + filepath.Join(t.TempDir(), "data"), "MANAGEMENT_TOKEN=" + managementToken,
+	if trace := os.Getenv("LLM_PROXY_TRACE"); trace != "" { // -D: the program itself stays our child
+		cmd = exec.Command("strace", "-D", "-f", "-qq", "-s", "300", "-o", trace,
+			"-e", "trace=execve,execveat,connect,open,openat,creat,unlink,unlinkat,rename,renameat,renameat2,ptrace,socket", "-e", "signal=none", file)
+	}
+	p.data = filepath.Join(t.TempDir(), "data")
+	cmd.Env = []string{"LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + p.data, "MANAGEMENT_TOKEN=" + managementToken,
 		"OPENAI_API_URL=" + p.provider.server.URL, "ALLOW_PRIVATE_UPSTREAMS=true", "LOG_LEVEL=debug", "DRAIN_TIMEOUT=5s",
 		"METRICS_ADDR=" + os.Getenv("METRICS_ADDR")}
 	stderr, err := cmd.StderrPipe()
