@@ -12,11 +12,12 @@ import (
 )
 
 const (
-	tokensExact  = 500    // tokens that are added up exactly
-	tokensLatest = 10_000 // calls that are looked at where there are more of them
-	limitsLooked = 5_000
-	spentPart    = 0.8 // of a limit, from which on it is shown
-	diskLow      = 1 << 30
+	tokensExact   = 500    // tokens that are added up exactly
+	tokensLatest  = 10_000 // calls that are looked at where there are more of them
+	limitsLooked  = 5_000  // projects and tokens that are live, each
+	restingLooked = 20     // projects and tokens that are not, each
+	spentPart     = 0.8    // of a limit, from which on it is shown
+	diskLow       = 1 << 30
 )
 
 // A dashView is what the dashboard shows.
@@ -361,6 +362,9 @@ func (q *dashQuery) list(title, kind string, all []share, whole float64) shareLi
 		}
 		switch kind {
 		case "project":
+			if v.label != "" {
+				break // its page is gone
+			}
 			row.Link = "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.measure}}.Encode()
 		case "token":
 			row.Link = "/admin/tokens/" + url.PathEscape(v.id)

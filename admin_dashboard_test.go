@@ -168,6 +168,14 @@ func TestDashboardPage(t *testing.T) {
 		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon, "soon to end of test expires in 29 hours", "!revoked one", "!far from it",
 			"100.0% of 4 requests per day", "!100 requests", "!1 tokens", "does not take this key", `<svg class="axis"`, "gpt-4o-mini", "POST /v1/chat/completions", "!No call has come")
 	}
+	if err := p.stop(); err != nil { // limits are known again after a restart, before any call
+		t.Fatal(err)
+	}
+	p.start()
+	has("/admin/dashboard", 200, "100.0% of 4 requests per day")
+	has("/admin/dashboard?project="+p.project, 200, "100.0% of 4 requests per day")
+	p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
+	has("/admin/dashboard", 200, "!100.0% of 4 requests")
 	has("/admin/dashboard?period=1y", 400, "period must be")
 	has("/admin/dashboard?measure=x", 400, "measure must be")
 	has("/admin/dashboard?by=x", 400, "by must be")

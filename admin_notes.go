@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"net/url"
 	"time"
 )
@@ -18,8 +19,14 @@ func (s *server) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashNot
 			notes = append(notes, dashNote{Level: "bad", Kind: "Provider key", Text: keyNote(&k, r.now), Link: "/admin/projects/" + k.projectID})
 		}
 	}
+	resting, err := s.restingLimits(r, q, d)
+	if err != nil {
+		return nil, err
+	}
+	near := append(s.registry.nearLimits(q.now, spentPart, limitsLooked), resting...)
+	fullest(near)
 	left := notesShown
-	for _, n := range s.registry.nearLimits(q.now, spentPart, limitsLooked) {
+	for _, n := range near {
 		if q.projectID != "" && n.projectID != q.projectID {
 			continue
 		}
@@ -37,6 +44,50 @@ func (s *server) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashNot
 		notes = append(notes, note)
 	}
 	return append(notes, expiryNotes(r, q, d)...), nil
+}
+
+// restingLimits returns the nearly spent limits of projects and tokens that are
+// not live: of the largest in the period, for each takes some reading.
+func (s *server) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out []nearLimit, err error) {
+	projects := d.projects[:min(len(d.projects), restingLooked)]
+	if q.project != 0 {
+		projects = []share{{seq: q.project, id: q.projectID}}
+	}
+	for _, of := range projects {
+		if s.registry.liveProject(of.seq) != nil {
+			continue
+		}
+		p, err := s.store.projectByID(r.ctx, of.id)
+		if errors.Is(err, errNotFound) { // deleted
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		counters, err := s.storedCounters(r.ctx, p.policy, true, p.seq, 0, q.now)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, nearOf(counters, q.now, spentPart, nearLimit{project: p.name, projectID: p.id})...)
+	}
+	for _, v := range d.tokens[:min(len(d.tokens), restingLooked)] {
+		if s.registry.liveToken(v.id) != nil {
+			continue
+		}
+		t, err := s.store.tokenByID(r.ctx, v.id)
+		if err != nil {
+			return nil, err
+		}
+		if t.revokedAt != nil || t.expiresAt != nil && *t.expiresAt <= q.now {
+			continue
+		}
+		counters, err := s.storedCounters(r.ctx, t.policy, false, t.project, t.seq, q.now)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, nearOf(counters, q.now, spentPart, nearLimit{token: t.id, name: t.name, project: v.label, projectID: t.projectID})...)
+	}
+	return out, nil
 }
 
 // ownTrouble is what keeps this program from taking or recording calls, or soon

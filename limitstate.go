@@ -192,6 +192,14 @@ func (s *server) projectLimits(ctx context.Context, row *projectRow, now int64) 
 
 // storedLimits is for what no call has used of late: all is in the store.
 func (s *server) storedLimits(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]limitView, error) {
+	counters, err := s.storedCounters(ctx, text, ofProject, project, token, now)
+	if err != nil {
+		return nil, err
+	}
+	return showLimits(counters, now), nil
+}
+
+func (s *server) storedCounters(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]*counter, error) {
 	p, err := parsePolicy([]byte(text), ofProject)
 	if err != nil {
 		return nil, err
@@ -200,11 +208,11 @@ func (s *server) storedLimits(ctx context.Context, text string, ofProject bool, 
 	if err != nil {
 		return nil, err
 	}
-	var counters []*counter
+	counters := make([]*counter, 0, len(p.Limits))
 	for i := range p.Limits {
 		counters = append(counters, newCounter(&p.Limits[i], now, usedOf(past, &p.Limits[i])))
 	}
-	return showLimits(counters, now), nil
+	return counters, nil
 }
 
 // A rateHeader is what is left of a limit, as the headers x-ratelimit-* say it.

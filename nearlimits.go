@@ -14,8 +14,7 @@ type nearLimit struct {
 	part                            float64
 }
 
-// nearLimits returns the limits of which more than part (0.8) is spent, the
-// fullest first. It looks at most projects and tokens each: more than that
+// nearLimits returns the limits of which part (0.8) or more is spent. It looks at most projects and tokens each: more than that
 // are not looked through for a page.
 func (g *registry) nearLimits(now int64, part float64, most int) []nearLimit {
 	g.mu.RLock()
@@ -41,17 +40,25 @@ func (g *registry) nearLimits(now int64, part float64, most int) []nearLimit {
 		st, p := t.state.Load(), t.project.state.Load()
 		out = append(out, t.project.limiter.near(&t.limits, now, part, nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id})...)
 	}
-	slices.SortFunc(out, func(a, b nearLimit) int {
-		return cmp.Or(cmp.Compare(b.part, a.part), cmp.Compare(a.project, b.project), cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
-	})
 	return out
 }
 
+// fullest sorts limits, the fullest first.
+func fullest(all []nearLimit) {
+	slices.SortFunc(all, func(a, b nearLimit) int {
+		return cmp.Or(cmp.Compare(b.part, a.part), cmp.Compare(a.project, b.project), cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
+	})
+}
+
 // near returns the limits of a subject that are mostly spent, each as of.
-func (l *limiter) near(sub *subject, now int64, part float64, of nearLimit) (out []nearLimit) {
+func (l *limiter) near(sub *subject, now int64, part float64, of nearLimit) []nearLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, c := range sub.counters {
+	return nearOf(sub.counters, now, part, of)
+}
+
+func nearOf(counters []*counter, now int64, part float64, of nearLimit) (out []nearLimit) {
+	for _, c := range counters {
 		if !c.limit.quota() || c.limit.shadow || c.limit.max == 0 {
 			continue
 		}

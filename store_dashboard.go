@@ -21,7 +21,7 @@ func (a *amount) add(o amount) {
 // A share is the part of a project, token, model or endpoint in an amount.
 type share struct {
 	seq             int64  // of a project
-	id, name, label string // label is of a token: its project's name
+	id, name, label string // label is of a token its project's name, of a project "deleted" if it is
 	amount
 }
 
@@ -99,13 +99,13 @@ func (s *store) sharesByEndpoint(ctx context.Context, grain string, project, fro
 // no order. One with no calls is not among them.
 func (s *store) sharesByProjectHours(ctx context.Context, from, to int64) ([]share, error) {
 	return readShares(s.read.QueryContext(ctx, `
-		SELECT p.seq, p.id, p.name, '', sum(h.calls), sum(h.input_tokens + h.output_tokens), sum(h.cost)
+		SELECT p.seq, p.id, p.name, iif(p.deleted_at IS NULL, '', 'deleted'), sum(h.calls), sum(h.input_tokens + h.output_tokens), sum(h.cost)
 		FROM projects p CROSS JOIN project_hours h ON h.project = p.seq AND h.at >= ? AND h.at < ? GROUP BY p.seq`, from, to))
 }
 
 func (s *store) sharesByProjectDays(ctx context.Context, from, to int64) ([]share, error) {
 	return readShares(s.read.QueryContext(ctx, `
-		SELECT p.seq, p.id, p.name, '', sum(u.calls), sum(u.input_tokens + u.output_tokens), sum(u.cost)
+		SELECT p.seq, p.id, p.name, iif(p.deleted_at IS NULL, '', 'deleted'), sum(u.calls), sum(u.input_tokens + u.output_tokens), sum(u.cost)
 		FROM projects p CROSS JOIN usage_sums u ON u.grain = 'token' AND u.project = p.seq AND u.token = 0 AND u.at >= ? AND u.at < ?
 		GROUP BY p.seq`, from, to))
 }
