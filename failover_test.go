@@ -5,8 +5,11 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
+	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -517,4 +520,62 @@ func TestHeldStreamEnds(t *testing.T) {
 			t.Errorf("%s: the ledger has %+v", what, row)
 		}
 	}
+}
+
+// TestSharesInParallel (LI15): three keys of the weights 1, 2 and 7 keep their
+// shares of calls at one time; a dead one's are taken over by the others in
+// theirs, and it has its own again when it is well.
+func TestSharesInParallel(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":1}`, 200, nil)
+	two, _ := p.addUpstream(`"weight":2`)
+	seven, _ := p.addUpstream(`"weight":7`)
+	providers := []*fakeProvider{p.provider, two, seven}
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 32}}
+	defer client.CloseIdleConnections()
+	shares := func(what string, calls int, want ...float64) {
+		t.Helper()
+		var before []int
+		for _, provider := range providers {
+			before = append(before, len(provider.got()))
+		}
+		var wait sync.WaitGroup
+		for range 16 {
+			wait.Go(func() {
+				for range calls / 16 {
+					req, err := http.NewRequestWithContext(t.Context(), "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody()))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+					res, err := client.Do(req)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					_, _ = io.Copy(io.Discard, res.Body)
+					if res.Body.Close(); res.StatusCode != 200 {
+						t.Errorf("%s: got %d", what, res.StatusCode)
+					}
+				}
+			})
+		}
+		wait.Wait()
+		for i, provider := range providers {
+			got := float64(len(provider.got())-before[i]) / float64(calls)
+			t.Logf("%s: provider %d got %.3f of the calls, its share is %.3f", what, i, got, want[i])
+			if d := got - want[i]; d > 0.04 || d < -0.04 {
+				t.Errorf("%s: provider %d got %.3f of the calls, its share is %.3f", what, i, got, want[i])
+			}
+		}
+	}
+	const calls = 2400 // 0.04 is four standard deviations of the largest share
+	shares("all well", calls, 0.1, 0.2, 0.7)
+	seven.answer(always(401, `{}`))
+	shares("one is dead", calls, 1./3, 2./3, 0)
+	seven.answer(answerChat)
+	p.in.health.forget(3, time.Now().UnixMilli())
+	shares("it is well again", calls, 0.1, 0.2, 0.7)
 }

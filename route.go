@@ -82,29 +82,38 @@ func (w *wish) ready(list, found []*upstream) (ready, rest []*upstream) {
 	return found, nil
 }
 
-// draw picks one by chance and weight. Where that one is busy, and another is less
-// than half as busy for its weight, the other goes first: a key that hangs must
-// not collect the calls until it is known to hang.
+// draw picks one by chance and weight. If that one has more running calls than
+// its weight and chance explain (by two standard deviations), the least busy
+// for its weight goes first: a key that hangs must not collect the calls until it
+// is known to hang.
 func draw(list []*upstream) int {
 	if len(list) == 1 {
 		return 0
 	}
-	var total int64
+	var weights int64
 	for _, u := range list {
-		total += u.weight
+		weights += u.weight
 	}
-	at, drawn := rand.Int64N(total), 0
+	at, drawn := rand.Int64N(weights), 0
 	for at -= list[0].weight; at >= 0; at -= list[drawn].weight {
 		drawn++
 	}
 	const isBusy = 4
-	busy, weight := list[drawn].health.running.Load(), list[drawn].weight
+	busy := list[drawn].health.running.Load()
 	if busy < isBusy {
+		return drawn
+	}
+	var all int64
+	for _, u := range list {
+		all += u.health.running.Load()
+	}
+	expected := float64(all) * float64(list[drawn].weight) / float64(weights)
+	if more := float64(busy) - expected; more <= 0 || more*more <= 4*expected {
 		return drawn
 	}
 	best, least := drawn, busy
 	for i, u := range list {
-		if n := u.health.running.Load(); 2*n*weight < busy*u.weight && n*list[best].weight < least*u.weight {
+		if n := u.health.running.Load(); n*list[best].weight < least*u.weight {
 			best, least = i, n
 		}
 	}
