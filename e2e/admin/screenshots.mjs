@@ -30,7 +30,7 @@ try {
   await visitor.signIn(key);
   const { data: [token] } = await manage('/manage/tokens?name=website%20chat');
   for (const [name, path, colorScheme] of [
-    ['dashboard', '/admin/dashboard?period=30d&measure=cost&by=project', 'light'], ['calls', '/admin/requests?outcome=ok', 'dark'], ['token', `/admin/tokens/${token.id}`, 'light'],
+    ['dashboard', '/admin/dashboard?period=7d&measure=cost&by=model', 'light'], ['calls', '/admin/requests?outcome=ok', 'dark'], ['token', `/admin/tokens/${token.id}`, 'light'],
   ]) {
     await visitor.page.emulateMedia({ colorScheme });
     await visitor.page.goto(url + path);
