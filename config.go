@@ -73,7 +73,13 @@ func settings() []setting {
 		{"LISTEN_ADDR", "127.0.0.1:8080", "address and port to listen on; :8080 listens on every address, unix:PATH on a socket, systemd on the one handed down", false,
 			func(c *config, s string) error { c.listenAddr = s; return checkListen(s) }},
 		{"METRICS_ADDR", "", "address and port that serve /metrics without a key; empty: on LISTEN_ADDR only, with a management key", false,
-			func(c *config, s string) error { c.metricsAddr = s; return checkListen(s) }},
+			func(c *config, s string) error {
+				c.metricsAddr = s
+				if s == systemdListen {
+					return errors.New("must be an address of its own; the socket handed down is for LISTEN_ADDR")
+				}
+				return checkListen(s)
+			}},
 		{"SOCKET_MODE", "0660", "who may connect to a unix socket: the file's mode, octal", false,
 			func(c *config, s string) (err error) { c.socketMode, err = parseMode(s); return err }},
 		{"DATA_DIR", "./data", "directory for the database and the key file; made if missing, 0700", false,

@@ -68,6 +68,7 @@ func TestConfigValues(t *testing.T) {
 		{"METRICS_ADDR", ":9090", ""},
 		{"MAX_DATABASE_BYTES", "2GiB", ""},
 		{"MAX_DATABASE_BYTES", "1MiB", "must be from 16MiB"},
+		{"METRICS_ADDR", "systemd", "an address of its own"},
 		{"METRICS_ADDR", "9090", "must be HOST:PORT"},
 		{"SOCKET_MODE", "0600", ""},
 		{"SOCKET_MODE", "777", ""},
