@@ -344,9 +344,12 @@ func (b *healthBook) forget(upstream, now int64) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.strikes = 0; h.state != keyReady || h.faults > 0 {
+	if h.strikes = 0; h.state != keyReady {
 		h.put(now, keyReady, 0, "")
+		return
 	}
+	h.faults, h.changedAt = 0, now // what attempts with the key before still bring says nothing of this one
+	h.marked.Store(false)
 }
 
 // count returns how many upstreams are in each state.

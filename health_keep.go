@@ -17,6 +17,9 @@ func openHealth(ctx context.Context, st *store) (*healthBook, error) {
 	}
 	book := newHealthBook()
 	for _, r := range rows {
+		if now := time.Now().UnixMilli(); r.changedAt > now { // the clock was set back
+			r.changedAt, r.until = now, now
+		}
 		if r.state != keyReady { // a name that this version does not know
 			book.restore(r)
 		}

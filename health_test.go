@@ -169,6 +169,10 @@ func TestHealthStates(t *testing.T) {
 	expect("an admin changed it", keyReady, 0)
 	h.quarantined(now+1, now-1, "x")
 	expect("an attempt with the key before", keyReady, 0)
+	pass(10)
+	h.book.forget(1, now)
+	h.quarantined(now+1, now-1, "x")
+	expect("an attempt with a key that was well before", keyReady, 0)
 }
 
 // TestRetryBudget: what is sent again is a fifth of the calls and one a second,
