@@ -83,11 +83,26 @@ func (c *call) allowed() error {
 	return nil
 }
 
+// formText is how much of a form is taken for text, and so for four bytes a
+// token. The rest is sound or a picture, of which even the most compressed has
+// hundreds of bytes a token.
+const (
+	formText  = 32 << 10
+	formBytes = 64 // a token, of the rest
+)
+
+// inputEstimate is how many tokens the body may be. Nothing in JSON is taken for
+// less than text: who pays for what it says could else make it look like a
+// picture.
 func (c *call) inputEstimate() int64 {
-	if c.endpoint.meter == meterNone {
+	n := int64(len(c.body))
+	switch {
+	case c.endpoint.meter == meterNone:
 		return 0
+	case c.form && n > formText:
+		return estimateTokens(formText) + (n-formText)/formBytes
 	}
-	return estimateTokens(int64(len(c.body)))
+	return estimateTokens(n)
 }
 
 // mostOutput is the most output that the call asks for, 0 if it does not say. Only

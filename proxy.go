@@ -38,6 +38,7 @@ type call struct {
 	query    string
 	fields   callFields
 	kept     *keptContent // nil: the project does not ask for it
+	form     bool         // the body is multipart/form-data
 	body     []byte       // read whole; nil for uploads
 	held     int64        // bytes reserved of the memory for bodies
 	verified bool         // its stream is held until it is complete

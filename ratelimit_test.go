@@ -258,6 +258,18 @@ func TestEstimates(t *testing.T) {
 			t.Errorf("%s, %+v: needs %d, want %d", test.limit, test.ask, got, test.need)
 		}
 	}
+	chat, speech := &endpoint{meter: meterOpenAI}, &endpoint{meter: meterNone}
+	for _, test := range []struct {
+		c    *call
+		want int64
+	}{
+		{&call{endpoint: chat, body: make([]byte, 1<<20)}, 1 << 18}, {&call{endpoint: speech, body: make([]byte, 1<<20)}, 0},
+		{&call{endpoint: chat, form: true, body: make([]byte, 20_000)}, 5000}, {&call{endpoint: chat, form: true, body: make([]byte, 1<<20)}, 8192 + (1<<20-32<<10)/64},
+	} {
+		if got := test.c.inputEstimate(); got != test.want {
+			t.Errorf("%d bytes, a form %v: %d tokens, want %d", len(test.c.body), test.c.form, got, test.want)
+		}
+	}
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":100,"per":"day"}`, noon)
 	if _, r := l.try(s, chatAsk(10, 101), noon); r == nil || !r.impossible {
 		t.Errorf("more output than there ever is: %+v", r)

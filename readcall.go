@@ -41,6 +41,7 @@ func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	c.form = form
 	switch {
 	case c.endpoint.body == bodyNone:
 		c.fields.model = m.model
