@@ -294,6 +294,7 @@ func chatBody(members ...string) string {
 type ledgerRow struct {
 	ID, Endpoint, Model, Outcome, Address string
 	ErrorCode                             string        `json:"error_code"`
+	LimitHit                              string        `json:"limit_hit"`
 	UsageSource                           string        `json:"usage_source"`
 	TokenID                               string        `json:"token_id"`
 	UpstreamID                            string        `json:"upstream_id"`

@@ -207,7 +207,7 @@ func TestSpentStreams(t *testing.T) {
 				t.Errorf("the provider's call was ended after %v", d)
 			}
 			row := p.lastCall()
-			if row.Outcome != "truncated" || row.ErrorCode != "project_spend_limit_exceeded" || row.UsageSource != "estimated" || row.OutputTokens < 1000 {
+			if row.Outcome != "truncated" || row.LimitHit == "" || row.ErrorCode != "project_spend_limit_exceeded" || row.UsageSource != "estimated" || row.OutputTokens < 1000 {
 				t.Errorf("the ledger has %+v", row)
 			}
 			path := "/manage/tokens/" + ids[0]

@@ -27,6 +27,9 @@ func (s *server) settle(c *call, r *http.Request) {
 	c.tries.finish(&row)
 	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
 	row.asked, row.limitHit, row.wouldRefuse = c.fields.model, c.hold.shadow, c.hold.shadow != ""
+	if ended := asCause(c.ctx); ended != nil && ended.limit != "" {
+		row.limitHit, row.wouldRefuse = ended.limit, false
+	}
 	known := row.knownModel || row.outcome == outcomeOK
 	row.knownModel = known && c.token.mayName(row.model)
 	row.knownAsked = known && c.token.mayName(row.asked)
