@@ -44,7 +44,7 @@ func (s *server) admit(c *call) error {
 		return err
 	}
 	c.admitted.Store(true)
-	c.entry = s.ledger.begin(&requestRow{
+	c.entry = s.ledger.begin(requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.state.seq, endpoint: c.endpoint.name(),
 		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
 		counts: tokenCounts{input: c.inputEstimate(), output: c.mostOutput()},

@@ -16,7 +16,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -205,14 +204,10 @@ func (d *diagnosis) database(ctx context.Context, st *store) bool {
 	return true
 }
 
-// openCalls finds rows that nobody will settle. A running server has open ones.
+// openCalls finds calls that have not ended. A running server has some.
 func (d *diagnosis) openCalls(ctx context.Context, st *store) {
-	var from int64
-	if v, err := st.setting(ctx, "ledger_open_from"); err == nil {
-		from, _ = strconv.ParseInt(v, 10, 64)
-	}
-	n, err := st.countOpen(ctx, from, firstID(d.now))
-	old, errOld := st.countOpen(ctx, from, firstID(d.now.Add(-24*time.Hour)))
+	n, err := st.countRunning(ctx, firstID(d.now))
+	old, errOld := st.countRunning(ctx, firstID(d.now.Add(-24*time.Hour)))
 	switch {
 	case err != nil || errOld != nil:
 		d.fail("open calls", errors.Join(err, errOld).Error(), "see the database check")

@@ -150,9 +150,7 @@ func TestDoctorFindings(t *testing.T) {
 		{"base URL no longer allowed", nil, map[string]string{"ALLOW_PRIVATE_UPSTREAMS": "false", "OPENAI_API_URL": ""},
 			"FAIL", "upstream up_", "base URL"},
 		{"rows open for long", func(t *testing.T, p *testProxy) {
-			execSQL(t, p, `DELETE FROM settings WHERE name = 'ledger_open_from'`)
-			execSQL(t, p, `INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
-				VALUES (1, 1, 1, 1, 'x', '', 0, '', 'open', 'none', 0, 0)`)
+			execSQL(t, p, `INSERT INTO begun (batch, calls) VALUES (1, '[[1,1,1,1,"x","",0,"",0,0]]')`)
 		}, nil, "warn", "open calls:", "1 have been open"},
 		{"a call from the future", func(t *testing.T, p *testProxy) {
 			execSQL(t, p, `INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)

@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"strconv"
 	"time"
 )
 
@@ -15,10 +14,9 @@ type retention struct {
 	bytes int64         // that the database may have in use; 0: no limit
 }
 
-// keepHouse runs until ctx is over: it notes from where on rows may be open
-// (oldest returns the id of the oldest running call, 0 if none runs), and lets
-// what is too old or too much go, in small steps between which calls are written.
-func (l *ledger) keepHouse(ctx context.Context, keep retention, oldest func() int64, every time.Duration) {
+// keepHouse runs until ctx is over, and lets what is too old or too much go, in
+// small steps between which calls are written.
+func (l *ledger) keepHouse(ctx context.Context, keep retention, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	var sumsForgotten, told time.Time
@@ -29,15 +27,6 @@ func (l *ledger) keepHouse(ctx context.Context, keep retention, oldest func() in
 		case <-tick.C:
 		}
 		now := time.Now()
-		from := openFrom(now)
-		if id := oldest(); id != 0 && id < from {
-			from = id
-		}
-		if l.flush(ctx) == nil { // calls that ended before oldest looked have their rows settled now
-			if err := l.store.setSetting(ctx, "ledger_open_from", strconv.FormatInt(from, 10)); err != nil && ctx.Err() == nil {
-				l.log.Error("noting the oldest open call", "error", err)
-			}
-		}
 		l.forget(ctx, func() (int64, error) { return l.store.forgetContents(ctx, now.UnixMilli(), 20) })
 		l.forget(ctx, func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-keep.age)), 200) })
 		if over := l.shrink(ctx, keep.bytes, firstID(now.Add(-sizeSpares))); over > 0 && now.Sub(told) >= time.Hour {

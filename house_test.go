@@ -100,7 +100,7 @@ func TestHouseKeeping(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan bool)
 	go func() {
-		p.in.ledger.keepHouse(ctx, retention{24 * time.Hour, 1}, func() int64 { return 0 }, time.Millisecond)
+		p.in.ledger.keepHouse(ctx, retention{24 * time.Hour, 1}, time.Millisecond)
 		close(done)
 	}()
 	waitFor(t, "old calls to go", func() bool { _, _, calls := p.sizes(); return calls == 1000 })

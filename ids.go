@@ -37,10 +37,6 @@ func (s *idSource) next(now time.Time) int64 {
 	return id
 }
 
-// openFrom returns an id below those of calls that begin now: they are listed
-// a moment after they have taken it.
-func openFrom(now time.Time) int64 { return firstID(now.Add(-time.Minute)) }
-
 // firstID returns the least id that a call begun at t can have.
 func firstID(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
 

@@ -7,10 +7,9 @@ package main
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"log/slog"
 	"runtime"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,12 +23,19 @@ const (
 	retryDelay  = 250 * time.Millisecond
 )
 
-// A ledgerEntry is one call's row on its way. begin is written by the caller
-// before it is queued, final before it is settled, and neither after.
+// A ledgerEntry is one call on its way into the ledger.
 type ledgerEntry struct {
-	begin, final requestRow
-	begun        chan error // gets one value: nil when begin is committed
-	written      bool       // of the writer: begin is in the database
+	id    int64
+	row   requestRow  // of the caller until it is settled; from then on nobody writes it
+	note  []byte      // the call as it stands in begun
+	begun chan error  // gets one value: nil when the note is committed
+	batch *begunBatch // of the writer: where the note is; nil: it is not in the database
+}
+
+// A begunBatch is a row of begun. It belongs to the writer.
+type begunBatch struct {
+	id      int64
+	running int // of its calls, those that have not ended
 }
 
 type ledger struct {
@@ -57,42 +63,46 @@ type ledger struct {
 // openLedger recovers what a dead process left open, then starts the writer.
 // price fills in the cost of a lost row.
 func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*requestRow)) (*ledger, error) {
-	var from int64
-	if v, err := st.setting(ctx, "ledger_open_from"); err == nil {
-		if from, err = strconv.ParseInt(v, 10, 64); err != nil {
-			from = 0
-		}
-	} else if !errors.Is(err, errNotFound) {
+	writer := st.newLedgerWriter()
+	lost, err := recoverLost(ctx, st, writer, price)
+	if err != nil {
 		return nil, err
 	}
-	total := 0
-	for {
-		n, next, err := st.recoverLost(ctx, from, 1000, price)
-		if err != nil {
-			return nil, err
-		}
-		if n == 0 {
-			break
-		}
-		total, from = total+n, next
+	if lost > 0 {
+		log.Warn("calls were running when the program died; their rows are now lost ones, with estimates", "rows", lost)
 	}
-	if total > 0 {
-		log.Warn("calls were running when the program died; their rows are now lost ones, with estimates", "rows", total)
-	}
-	// What was noted may lie ahead, if the clock has been set back since: rows
-	// that are opened from now on must not be missed by the next start.
-	if err := st.setSetting(ctx, "ledger_open_from", strconv.FormatInt(openFrom(time.Now()), 10)); err != nil {
-		return nil, err
-	}
-	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	l := &ledger{store: st, writer: writer, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go l.run()
 	return l, nil
 }
 
-// begin queues a row and returns at once; wait on e.begun. The row is written
-// in parallel with the call to the provider.
-func (l *ledger) begin(row *requestRow) *ledgerEntry {
-	e := &ledgerEntry{begin: *row, begun: make(chan error, 1)}
+// recoverLost records calls that a dead process has noted as begun and not as
+// ended, with the estimates they began with, and returns how many.
+func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
+	for {
+		rows, err := st.runningCalls(ctx, 1000)
+		if err != nil {
+			return 0, err
+		}
+		if len(rows) == 0 {
+			return total, st.forgetBegun(ctx)
+		}
+		for _, r := range rows {
+			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
+			r.asked = r.model // nobody knows which one would have answered
+			price(r)
+		}
+		if err := w.write(ctx, ledgerBatch{records: rows}); err != nil {
+			return 0, fmt.Errorf("recording lost calls: %w", err)
+		}
+		total += len(rows)
+	}
+}
+
+// begin queues a call and returns at once; wait on begun of what it returns. The
+// note is written in parallel with the call to the provider.
+func (l *ledger) begin(row requestRow) *ledgerEntry {
+	e := &ledgerEntry{id: row.id, row: row, note: row.note(), begun: make(chan error, 1)}
 	l.mu.Lock()
 	l.queued++
 	l.begins = append(l.begins, e)
@@ -101,9 +111,9 @@ func (l *ledger) begin(row *requestRow) *ledgerEntry {
 	return e
 }
 
-// settle queues how a begun call ended.
-func (l *ledger) settle(e *ledgerEntry, row *requestRow) {
-	e.final = *row
+// settle queues how a begun call ended, as its row says. The row is read from now
+// on, and no more written.
+func (l *ledger) settle(e *ledgerEntry) {
 	l.mu.Lock()
 	l.queued++
 	if len(l.settles)+len(l.sums) == 0 {
@@ -127,7 +137,7 @@ func (l *ledger) record(r *requestRow, row bool) {
 		l.firstSettle = time.Now()
 	}
 	if row {
-		l.settles = append(l.settles, &ledgerEntry{final: *r})
+		l.settles = append(l.settles, &ledgerEntry{row: *r})
 	} else {
 		l.sums = append(l.sums, new(*r))
 	}
@@ -280,7 +290,8 @@ func (l *ledger) wrote(q ledgerTake) {
 // callers wait, and the rest goes back into the queue.
 func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 	start := time.Now()
-	err := l.writer.write(context.Background(), batchOf(begins, settles, sums))
+	batch, undo := batchOf(begins, settles, sums)
+	err := l.writer.write(context.Background(), batch)
 	l.commits.observe(time.Since(start).Microseconds(), &fastBounds)
 	if err == nil {
 		l.rows.Add(int64(len(begins) + len(settles) + len(sums)))
@@ -288,9 +299,7 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 		answerAll(begins, nil)
 		return
 	}
-	for _, e := range begins {
-		e.written = false
-	}
+	undo()
 	switch {
 	case !refusedRow(err):
 		if !l.failing.Swap(true) {
@@ -315,7 +324,7 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 		// One row that the database will never take must not hold up all
 		// others for ever. It is logged whole instead: nothing is lost silently.
 		for _, e := range settles {
-			sums = append(sums, &e.final)
+			sums = append(sums, &e.row)
 		}
 		for _, r := range sums {
 			l.log.Error("the database refuses a ledger row; it stands in this line instead", "error", err,
@@ -333,22 +342,37 @@ func answerAll(begins []*ledgerEntry, err error) {
 	}
 }
 
-// batchOf sorts what was queued. A settled row whose begin is not in the
-// database is written whole.
-func batchOf(begins, settles []*ledgerEntry, sums []*requestRow) ledgerBatch {
-	b := ledgerBatch{sums: sums}
-	for _, e := range begins {
-		b.begins = append(b.begins, &e.begin)
-		e.written = true // taken back if the batch fails
+// batchOf makes a batch of what was queued. It takes for granted that the batch
+// will be written; undo takes that back.
+func batchOf(begins, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+	b.sums = sums
+	if len(begins) > 0 {
+		at := &begunBatch{begins[0].id, len(begins)}
+		for i, e := range begins {
+			e.batch, at.id = at, min(at.id, e.id)
+			b.calls = append(append(b.calls, "[,"[min(i, 1)]), e.note...)
+		}
+		b.begun, b.calls = at.id, append(b.calls, ']')
 	}
 	for _, e := range settles {
-		if e.written {
-			b.settles = append(b.settles, &e.final)
-		} else {
-			b.records = append(b.records, &e.final)
+		b.records = append(b.records, &e.row)
+		if e.batch == nil { // it was refused, or its note could not be written
+			continue
+		}
+		if e.batch.running--; e.batch.running == 0 {
+			b.over = append(b.over, e.batch.id)
 		}
 	}
-	return b
+	return b, func() {
+		for _, e := range begins {
+			e.batch = nil
+		}
+		for _, e := range settles {
+			if e.batch != nil {
+				e.batch.running++
+			}
+		}
+	}
 }
 
 func (l *ledger) recovered() {

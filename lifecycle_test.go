@@ -313,26 +313,9 @@ func TestLostCalls(t *testing.T) {
 	q.countsAgree()
 }
 
-// TestLostAfterClockSetBack: where to look for open rows was noted by a clock
-// that was ahead; what is opened after it was set right is found all the same.
-func TestLostAfterClockSetBack(t *testing.T) {
+// TestIDsGrow: ids of calls grow, also when the clock is set back.
+func TestIDsGrow(t *testing.T) {
 	t.Parallel()
-	p := newTest(t, nil)
-	ahead := fmt.Sprint(firstID(time.Now().Add(24 * time.Hour)))
-	if err := p.in.store.setSetting(t.Context(), "ledger_open_from", ahead); err != nil {
-		t.Fatal(err)
-	}
-	if err := p.stop(); err != nil {
-		t.Fatal(err)
-	}
-	p.start()
-	p.provider.answer(endless)
-	if _, err := p.stream(p.token).read(1); err != nil {
-		t.Fatal(err)
-	}
-	if rows := p.asAfterCrash().ledger(); len(rows) != 1 || rows[0].Outcome != "lost" {
-		t.Errorf("the ledger has %+v", rows)
-	}
 	ids := newIDSource(0)
 	now := time.Now()
 	before := ids.next(now)

@@ -164,6 +164,15 @@ func (c *counter) resets(now int64) int64 {
 	return 0
 }
 
+// usedBy returns how many calls a token has made, those that run among them. Its
+// row counts a call when that has ended.
+func (s *server) usedBy(row *tokenRow) int64 {
+	if t := s.registry.liveToken(row.id); t != nil {
+		return t.used.Load()
+	}
+	return row.requestCount
+}
+
 // tokenLimits shows how the limits of a token stand.
 func (s *server) tokenLimits(ctx context.Context, row *tokenRow, now int64) ([]limitView, error) {
 	if t := s.registry.liveToken(row.id); t != nil {

@@ -281,7 +281,7 @@ func (in *instance) startWorkers() {
 	trail, _, _, _ := in.store.auditHead(ctx, in.store.chain) // trouble will show with the first entry
 	in.workers.Go(func() { in.keepTrail(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
-		in.ledger.keepHouse(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, in.running.oldest, 10*time.Second)
+		in.ledger.keepHouse(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
 	in.workers.Go(func() {
 		tick := time.NewTicker(time.Minute)

@@ -235,6 +235,7 @@ func (s *server) getToken(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	v := showToken(&t, r.now)
+	v.RequestCount = s.usedBy(&t)
 	if v.Limits, err = s.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
 		return nil, err
 	}

@@ -36,7 +36,7 @@ func TestBackupUnderLoad(t *testing.T) {
 		})
 	}
 	file := filepath.Join(p.dir, "backup.db")
-	waitFor(t, "some calls", func() bool { return len(p.provider.got()) > 20 })
+	waitFor(t, "some calls", func() bool { _, _, ended := p.sizes(); return ended > 0 })
 	out, err := runProgram(t, p.env, "backup", file)
 	close(end)
 	clients.Wait()

@@ -15,7 +15,7 @@ const statusClientClosed = 499 // in ledger and log only: the client left before
 
 // settle is deferred by handleV1 for every admitted call.
 func (s *server) settle(c *call, r *http.Request) {
-	row := c.entry.begin
+	row := &c.entry.row
 	row.attempts = c.attempts
 	row.upstream = c.upstream.seq
 	row.outcome, row.errorCode, row.status = c.verdict(r)
@@ -23,8 +23,8 @@ func (s *server) settle(c *call, r *http.Request) {
 	if c.firstByte > 0 {
 		row.firstByteUS = c.firstByte.Microseconds()
 	}
-	c.measure(&row)
-	c.tries.finish(&row)
+	c.measure(row)
+	c.tries.finish(row)
 	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
 	row.asked, row.limitHit, row.wouldRefuse = c.fields.model, c.hold.shadow, c.hold.shadow != ""
 	if ended := asCause(c.ctx); ended != nil && ended.limit != "" {
@@ -38,7 +38,7 @@ func (s *server) settle(c *call, r *http.Request) {
 	}
 	row.totalUS = time.Since(c.start).Microseconds()
 	if row.outcome == outcomeRefused {
-		c.token.refund() // nor does the ledger count it, if it ever wrote its begin
+		c.token.refund() // nor does the ledger count it
 	}
 	if c.kept != nil && row.outcome != outcomeRefused {
 		var err error
@@ -50,15 +50,15 @@ func (s *server) settle(c *call, r *http.Request) {
 	if !row.priced {
 		spent.dollars = 0 // as in the sums
 	}
-	c.hold.settle(time.Now().UnixMilli(), spent, func() { s.ledger.settle(c.entry, &row) })
-	s.metrics.call(c, &row)
+	c.hold.settle(time.Now().UnixMilli(), spent, func() { s.ledger.settle(c.entry) })
+	s.metrics.call(c, row)
 	if c.answer != nil && c.answer.sse {
 		s.metrics.streams.Add(-1)
 	}
 	if c.answer != nil && c.answer.keys.seen {
 		s.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
 	}
-	s.logCall(c, &row)
+	s.logCall(c, row)
 }
 
 // verdict says how the call ended, with the client's view of it: the error code

@@ -92,13 +92,10 @@ func (s *store) census(ctx context.Context) (c census, err error) {
 	return c, nil
 }
 
-// countOpen counts the calls with an id from from to below before that are not
-// settled.
-func (s *store) countOpen(ctx context.Context, from, before int64) (n int64, err error) {
-	err = s.read.QueryRowContext(ctx, `
-		SELECT count(*) FROM requests WHERE id >= ? AND id < ? AND outcome = 'open'`, from, before).Scan(&n)
-	if err != nil {
-		return 0, fmt.Errorf("counting open calls: %w", err)
+// countRunning counts the calls with an id below before that have not ended.
+func (s *store) countRunning(ctx context.Context, before int64) (n int64, err error) {
+	if err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM running WHERE id < ?`, before).Scan(&n); err != nil {
+		return 0, fmt.Errorf("counting running calls: %w", err)
 	}
 	return n, nil
 }

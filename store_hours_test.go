@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"testing"
@@ -68,50 +66,19 @@ func TestHoursAgree(t *testing.T) {
 // by hour for the dashboard.
 func TestHoursMigrated(t *testing.T) {
 	t.Parallel()
-	file := filepath.Join(t.TempDir(), "old.db")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	db, err := openSQLite(file, 1, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	names, err := filepath.Glob("schema/*.sql")
-	if err != nil {
-		t.Fatal(err)
-	}
-	version := slices.Index(names, "schema/004_project_hours.sql")
-	for _, name := range names[:version] {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := db.Exec(string(text)); err != nil {
-			t.Fatal(err)
-		}
-	}
 	const day = 20_000 * dayMS
+	var sums []string
 	for project := 1; project <= 2; project++ {
 		for i, o := range []outcome{outcomeOK, outcomeRefused, outcomeClientGone, outcomeUpstreamError, outcomeLost} {
 			for _, grain := range []string{"hour", "day"} {
-				if _, err := db.Exec(`
+				sums = append(sums, fmt.Sprintf(`
 					INSERT INTO usage_sums (grain, project, token, at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
 						reasoning_tokens, cost, unpriced_calls, estimated_calls, total_us)
-					VALUES (?, ?, 0, ?, 'm', 'e', ?, ?, 100, 0, 10, 0, 5, 1, 0, 9)`, grain, project, day, string(o), i+1); err != nil {
-					t.Fatal(err)
-				}
+					VALUES ('%s', %d, 0, %d, 'm', 'e', '%s', %d, 100, 0, 10, 0, 5, 1, 0, 9)`, grain, project, int64(day), string(o), i+1))
 			}
 		}
 	}
-	if _, err := db.Exec(fmt.Sprintf(`PRAGMA user_version = %d`, version)); err != nil {
-		t.Fatal(err)
-	}
-	db.Close()
-	st, err := openStore(t.Context(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer st.close()
+	st := mustOpen(t, oldDatabase(t, "schema/004_project_hours.sql", sums...))
 	for project, times := range map[int64]int64{0: 2, 1: 1, 2: 1} {
 		want := hourSum{calls: 15 * times, input: 500 * times, output: 50 * times, cost: 25 * times, unpriced: 5 * times, errors: [4]int64{3 * times, 2 * times, 4 * times, 5 * times}}
 		if h, err := st.hoursOf(t.Context(), project, day, day+hourMS); err != nil || *h != want {

@@ -7,15 +7,17 @@ package main
 import (
 	"context"
 	"database/sql/driver"
+	"encoding/json"
 	"fmt"
+	"strconv"
 )
 
 // The statements of a ledgerWriter.
 const (
 	stmtBegin = iota
+	stmtOver
 	stmtCount
-	stmtSettle
-	stmtSettleOK
+	stmtRecordOK
 	stmtRecord
 	stmtSum
 	stmtHour
@@ -28,23 +30,17 @@ const (
 
 func ledgerTexts() [ledgerStatements]string {
 	return [...]string{
-		stmtBegin: `
-			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', 'estimated', ?, ?)`,
+		stmtBegin: `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
+		stmtOver:  `DELETE FROM begun WHERE batch = ?`,
 		stmtCount: `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`,
-		stmtSettle: `
-			UPDATE requests SET upstream = ?, model = ?, status = ?, outcome = ?, error_code = ?, usage_source = ?,
-				input_tokens = ?, cached_tokens = ?, cache_write_tokens = ?, output_tokens = ?, reasoning_tokens = ?,
-				cost = ?, first_byte_us = ?, total_us = ?, attempts = ?, cache = ?, limit_hit = ?, attempt_log = ?
-			WHERE id = ?`,
-		stmtSettleOK: `
-			UPDATE requests SET model = ?, status = 200, outcome = 'ok', usage_source = 'exact', input_tokens = ?, output_tokens = ?,
-				cost = ?, first_byte_us = ?, total_us = ?
-			WHERE id = ?`,
+		stmtRecordOK: `
+			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, usage_source,
+				input_tokens, output_tokens, cost, first_byte_us, total_us)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`,
 		stmtRecord: `
-			INSERT INTO requests (upstream, model, status, outcome, error_code, usage_source,
+			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, error_code, usage_source,
 				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-				cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log, id, project, token, endpoint, stream, address)
+				cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtSum:      sumStatement,
 		stmtHour:     hourStatement,
@@ -74,10 +70,11 @@ func (s *store) newLedgerWriter() *ledgerWriter {
 
 // A ledgerBatch is what one transaction writes.
 type ledgerBatch struct {
-	begins  []*requestRow // as they were when begun
-	settles []*requestRow // begun before
-	records []*requestRow // never begun: begin and settle in one
-	sums    []*requestRow // counted in the sums only
+	begun   int64         // the name of the batch of calls that begin; 0: none do
+	calls   []byte        // those calls, as the table begun has them
+	records []*requestRow // calls that have ended
+	over    []int64       // batches whose last calls are among them
+	sums    []*requestRow // calls that count in the sums only
 }
 
 // write writes a batch: all of it, or nothing.
@@ -161,48 +158,25 @@ func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...driver.Valu
 }
 
 func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
+	if b.begun != 0 {
+		if err := w.exec(ctx, stmtBegin, b.begun, string(b.calls)); err != nil {
+			return fmt.Errorf("noting calls that begin: %w", err)
+		}
+	}
 	type used struct{ calls, at int64 }
 	counts := map[int64]used{}
-	count := func(r *requestRow, n int64) {
-		u := counts[r.token]
-		counts[r.token] = used{u.calls + n, max(u.at, r.started)}
-	}
-	for _, r := range b.begins {
-		if err := w.exec(ctx, stmtBegin, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
-			r.counts.input, r.counts.output); err != nil {
-			return fmt.Errorf("beginning a row: %w", err)
-		}
-		count(r, 1)
-	}
-	for _, r := range b.settles {
-		var err error
-		if r.ordinary() {
-			err = w.exec(ctx, stmtSettleOK, r.model, r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS, r.id)
-		} else {
-			err = w.exec(ctx, stmtSettle, r.settlement()...)
-		}
-		if err != nil {
-			return fmt.Errorf("settling a row: %w", err)
-		}
-		if r.outcome == outcomeRefused { // it began, and was ended before it was forwarded
-			count(r, -1)
-		}
-	}
 	for _, r := range b.records {
-		if err := w.exec(ctx, stmtRecord, append(r.settlement(), r.project, r.token, r.endpoint, r.stream, r.address)...); err != nil {
-			return fmt.Errorf("recording a row: %w", err)
+		if err := w.record(ctx, r); err != nil {
+			return fmt.Errorf("recording a call: %w", err)
 		}
 		if r.outcome != outcomeRefused {
-			count(r, 1)
+			u := counts[r.token]
+			counts[r.token] = used{u.calls + 1, max(u.at, r.started)}
 		}
 	}
-	for _, rows := range [...][]*requestRow{b.settles, b.records} {
-		for _, r := range rows {
-			if c := r.content; c != nil {
-				if err := w.exec(ctx, stmtContent, c.id, c.project, c.until, c.request, c.requestBytes, c.answer, c.answerBytes); err != nil {
-					return fmt.Errorf("keeping content: %w", err)
-				}
-			}
+	for _, batch := range b.over {
+		if err := w.exec(ctx, stmtOver, batch); err != nil {
+			return fmt.Errorf("letting go of calls that have ended: %w", err)
 		}
 	}
 	for token, u := range counts {
@@ -211,7 +185,7 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 		}
 	}
 	sums := newTally()
-	for _, rows := range [...][]*requestRow{b.settles, b.records, b.sums} {
+	for _, rows := range [...][]*requestRow{b.records, b.sums} {
 		for _, r := range rows {
 			sums.add(r)
 		}
@@ -222,16 +196,60 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	return sums.write(exec(stmtSum), exec(stmtHour))
 }
 
-// settlement returns the values that settle and record share.
-func (r *requestRow) settlement() []driver.Value {
-	return []driver.Value{r.upstream, r.model, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
-		r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
-		nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.id}
+// note returns the call as begun has it.
+func (r *requestRow) note() []byte {
+	b := make([]byte, 0, 96+len(r.endpoint)+len(r.model)+len(r.address))
+	for i, n := range [...]int64{r.id, r.project, r.token, r.upstream} {
+		b = strconv.AppendInt(append(b, "[,"[min(i, 1)]), n, 10)
+	}
+	b = appendJSONText(append(b, ','), r.endpoint)
+	b = appendJSONText(append(b, ','), r.model)
+	b = append(b, ",0,"...)
+	if r.stream {
+		b[len(b)-2] = '1'
+	}
+	b = appendJSONText(b, r.address)
+	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
+	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
+	return append(b, ']')
 }
 
-// ordinary reports whether all that settling changes in the row is what a plain
-// successful call changes. Most are such, and each column costs.
+// appendJSONText appends s as a string of JSON.
+func appendJSONText(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			text, err := json.Marshal(s)
+			if err != nil { // which no string causes
+				return append(b, `""`...)
+			}
+			return append(b, text...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
+// record writes the row of a call, and its content if that is kept.
+func (w *ledgerWriter) record(ctx context.Context, r *requestRow) error {
+	var err error
+	if r.ordinary() {
+		err = w.exec(ctx, stmtRecordOK, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
+			r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS)
+	} else {
+		err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
+			int64(r.status), string(r.outcome), r.errorCode, string(r.source),
+			r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
+			nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.attemptLog)
+	}
+	if c := r.content; c != nil && err == nil {
+		err = w.exec(ctx, stmtContent, c.id, c.project, c.until, c.request, c.requestBytes, c.answer, c.answerBytes)
+	}
+	return err
+}
+
+// ordinary reports whether the row has nothing to say beyond what a plain
+// successful call has. Most are such, and each column costs.
 func (r *requestRow) ordinary() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == "" && r.limitHit == ""
+		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == "" &&
+		r.limitHit == "" && r.attemptLog == ""
 }

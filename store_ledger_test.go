@@ -2,6 +2,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,16 +27,18 @@ func BenchmarkLedgerBatch(b *testing.B) {
 			w, ids := st.newLedgerWriter(), newIDSource(0)
 			defer w.close()
 			for b.Loop() {
-				var rows []*requestRow
+				var entries []*ledgerEntry
 				for i := range 50 {
 					now := time.Now()
-					rows = append(rows, &requestRow{id: ids.next(now), started: now.UnixMilli(), project: int64(1 + i%min(tokens, 5)), token: int64(1 + i%tokens),
+					row := requestRow{id: ids.next(now), started: now.UnixMilli(), project: int64(1 + i%min(tokens, 5)), token: int64(1 + i%tokens),
 						endpoint: "POST /v1/chat/completions", model: "gpt-4o", knownModel: true, status: 200, outcome: outcomeOK, source: usageExact,
 						counts: tokenCounts{input: 900, output: 250}, cost: 400_000, priced: true,
-						firstByteUS: int64(100_000 + i*20_000), totalUS: int64(300_000 + i*70_000), attempts: 1})
+						firstByteUS: int64(100_000 + i*20_000), totalUS: int64(300_000 + i*70_000), attempts: 1}
+					entries = append(entries, &ledgerEntry{id: row.id, row: row, note: row.note()})
 				}
-				for _, batch := range []ledgerBatch{{begins: rows}, {settles: rows}} {
-					if err := w.write(b.Context(), batch); err != nil {
+				for _, group := range [][2][]*ledgerEntry{{entries, nil}, {nil, entries}} {
+					batch, _ := batchOf(group[0], group[1], nil)
+					if err := w.write(context.Background(), batch); err != nil {
 						b.Fatal(err)
 					}
 				}

@@ -2,8 +2,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 )
 
 // A requestView is a row of the ledger with the ids and names of what it names.
@@ -20,8 +23,13 @@ const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, '
 	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
 	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit, r.attempt_log`
 
-const requestTables = ` FROM requests r LEFT JOIN projects p ON p.seq = r.project
+const requestTables = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
+
+const (
+	runningRequests = `SELECT ` + requestColumns + ` FROM running r` + requestTables
+	endedRequests   = `SELECT ` + requestColumns + ` FROM requests r` + requestTables
+)
 
 func (v *requestView) scan(row interface{ Scan(...any) error }) error {
 	return found(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
@@ -30,8 +38,12 @@ func (v *requestView) scan(row interface{ Scan(...any) error }) error {
 		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
 }
 
+// requestByID returns a call, running or ended, or errNotFound.
 func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
-	err = v.scan(s.read.QueryRowContext(ctx, `SELECT `+requestColumns+requestTables+`WHERE r.id = ?`, id))
+	// Running ones first: a call that ends in between is then found as ended.
+	if err = v.scan(s.read.QueryRowContext(ctx, runningRequests+`WHERE r.id = ?`, id)); errors.Is(err, errNotFound) {
+		err = v.scan(s.read.QueryRowContext(ctx, endedRequests+`WHERE r.id = ?`, id))
+	}
 	return v, err
 }
 
@@ -98,31 +110,49 @@ func (s *store) siftFrom(ctx context.Context, f *requestFilter, most int) (from 
 	return from, nil
 }
 
-// listRequests returns up to f.limit calls, newest first.
+// listRequests returns up to f.limit calls, running and ended, newest first.
 func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestView, error) {
-	const head = `SELECT ` + requestColumns + requestTables
 	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
-	query, scope := head+`WHERE ?1 = ''`+tail, ""
+	const ofToken, ofProject = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`, `r.project = (SELECT seq FROM projects WHERE id = ?1)`
+	running, ended, scope := runningRequests+`WHERE ?1 = ''`+tail, endedRequests+`WHERE ?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
-		query, scope = head+`WHERE r.token = (SELECT seq FROM tokens WHERE id = ?1)`+tail, f.token
+		running, ended, scope = runningRequests+`WHERE `+ofToken+tail, endedRequests+`WHERE `+ofToken+tail, f.token
 	case f.project != "":
-		query, scope = head+`WHERE r.project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
+		running, ended, scope = runningRequests+`WHERE `+ofProject+tail, endedRequests+`WHERE `+ofProject+tail, f.project
 	}
-	rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
-	if err != nil {
-		return nil, fmt.Errorf("listing calls: %w", err)
-	}
-	defer rows.Close()
-	var out []requestView
-	for rows.Next() {
-		var v requestView
-		if err := v.scan(rows); err != nil {
+	list := func(out []requestView, query string) ([]requestView, error) {
+		rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
+		if err != nil {
 			return nil, fmt.Errorf("listing calls: %w", err)
 		}
-		out = append(out, v)
+		defer rows.Close()
+		for rows.Next() {
+			var v requestView
+			if err := v.scan(rows); err != nil {
+				return nil, fmt.Errorf("listing calls: %w", err)
+			}
+			out = append(out, v)
+		}
+		return out, rows.Err()
 	}
-	return out, rows.Err()
+	out, err := list(nil, running)
+	if err != nil {
+		return nil, err
+	}
+	open := len(out)
+	// After the running ones: a call that ends in between is in both lists, and in
+	// the order of the sort its row comes last.
+	if out, err = list(out, ended); err != nil || open == 0 {
+		return out, err
+	}
+	slices.SortStableFunc(out, func(a, b requestView) int { return cmp.Compare(b.id, a.id) })
+	for i := len(out) - 1; i > 0; i-- {
+		if out[i].id == out[i-1].id {
+			out = slices.Delete(out, i-1, i)
+		}
+	}
+	return out[:min(len(out), f.limit)], nil
 }

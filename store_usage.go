@@ -11,8 +11,7 @@ import (
 	"strings"
 )
 
-// A requestRow is one call in the ledger. begin writes the first part, settle
-// the second.
+// A requestRow is one call in the ledger. Its first part is known when it begins.
 type requestRow struct {
 	id       int64
 	started  int64 // unix milliseconds
@@ -48,7 +47,7 @@ type requestRow struct {
 type outcome string
 
 const (
-	outcomeOpen          outcome = "open"
+	outcomeOpen          outcome = "open" // it runs
 	outcomeOK            outcome = "ok"
 	outcomeRefused       outcome = "refused"        // by us: no right, no room, not allowed
 	outcomeClientGone    outcome = "client_gone"    // the client left before the end
@@ -208,56 +207,34 @@ func (t *tally) write(sums, hours func(...driver.Value) error) error {
 	return nil
 }
 
-// recoverLost finds the rows that a dead process left open, from row id from
-// on, and turns them into lost ones with the estimate they were begun with. It
-// works in steps of limit rows and returns how many it turned and where to go
-// on; 0 rows: done. finish may fill in a row's cost.
-func (s *store) recoverLost(ctx context.Context, from int64, limit int, finish func(*requestRow)) (n int, next int64, err error) {
-	err = s.tx(ctx, func(tx *sql.Tx) error {
-		rows, err := tx.QueryContext(ctx, `
-			SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens
-			FROM requests WHERE id >= ? AND outcome = 'open' ORDER BY id LIMIT ?`, from, limit)
-		if err != nil {
-			return fmt.Errorf("reading open rows: %w", err)
+// runningCalls returns up to limit calls that are noted as running: of a database
+// that no program has open, those that died with the last one.
+func (s *store) runningCalls(ctx context.Context, limit int) ([]*requestRow, error) {
+	rows, err := s.read.QueryContext(ctx, `
+		SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens
+		FROM running ORDER BY id LIMIT ?`, limit)
+	if err != nil {
+		return nil, fmt.Errorf("reading running calls: %w", err)
+	}
+	defer rows.Close()
+	var out []*requestRow
+	for rows.Next() {
+		r := &requestRow{}
+		if err := rows.Scan(&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream, &r.address,
+			&r.counts.input, &r.counts.output); err != nil {
+			return nil, fmt.Errorf("reading running calls: %w", err)
 		}
-		defer rows.Close()
-		sums := newTally()
-		var lost []*requestRow
-		for rows.Next() {
-			r := &requestRow{outcome: outcomeLost, errorCode: "process_died", source: usageEstimated, firstByteUS: -1}
-			if err := rows.Scan(&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream, &r.address,
-				&r.counts.input, &r.counts.output); err != nil {
-				return fmt.Errorf("reading open rows: %w", err)
-			}
-			r.asked = r.model // nobody knows which one would have answered
-			finish(r)
-			sums.add(r)
-			lost = append(lost, r)
-		}
-		if err := rows.Err(); err != nil {
-			return fmt.Errorf("reading open rows: %w", err)
-		}
-		for _, r := range lost {
-			if _, err := tx.ExecContext(ctx, `
-				UPDATE requests SET outcome = ?, error_code = ?, cost = ?, total_us = 0 WHERE id = ?`,
-				string(r.outcome), r.errorCode, nullUnless(r.priced, r.cost), r.id); err != nil {
-				return fmt.Errorf("closing a lost row: %w", err)
-			}
-			n, next = n+1, r.id+1
-		}
-		exec := func(text string) func(...driver.Value) error {
-			return func(values ...driver.Value) error {
-				args := make([]any, len(values))
-				for i, v := range values {
-					args[i] = v
-				}
-				_, err := tx.ExecContext(ctx, text, args...)
-				return err
-			}
-		}
-		return sums.write(exec(sumStatement), exec(hourStatement))
-	})
-	return n, next, err
+		out = append(out, r)
+	}
+	return out, rows.Err()
+}
+
+// forgetBegun deletes all notes of calls that began.
+func (s *store) forgetBegun(ctx context.Context) error {
+	if _, err := s.write.ExecContext(ctx, `DELETE FROM begun`); err != nil {
+		return fmt.Errorf("letting go of running calls: %w", err)
+	}
+	return nil
 }
 
 // lastRequest returns the highest id there is, 0 if there is none.
@@ -268,11 +245,13 @@ func (s *store) lastRequest(ctx context.Context) (id int64, err error) {
 	return id, nil
 }
 
-// forgetRequests deletes up to limit settled rows with an id below before, and
-// returns how many.
+// forgetRequests deletes up to limit rows with an id below before, and returns
+// how many. The row of a call that is noted as begun stays: without it the call
+// would seem to run.
 func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (int64, error) {
 	res, err := s.write.ExecContext(ctx, `
-		DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE id < ? AND outcome <> 'open' ORDER BY id LIMIT ?)`, before, limit)
+		DELETE FROM requests WHERE id IN (SELECT id FROM requests
+			WHERE id < ? AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c) ORDER BY id LIMIT ?)`, before, limit)
 	if err != nil {
 		return 0, fmt.Errorf("deleting old rows: %w", err)
 	}
