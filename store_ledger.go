@@ -18,6 +18,7 @@ const (
 	stmtOver
 	stmtCount
 	stmtRecordOK
+	stmtRecordOK8
 	stmtRecord
 	stmtSum
 	stmtHour
@@ -28,15 +29,24 @@ const (
 	ledgerStatements
 )
 
-func ledgerTexts() [ledgerStatements]string {
-	return [...]string{
-		stmtBegin: `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
-		stmtOver:  `DELETE FROM begun WHERE batch = ?`,
-		stmtCount: `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`,
-		stmtRecordOK: `
+// Ordinary rows have a statement of their own, and one that takes eight at once:
+// most are such, and each value and each statement costs.
+const (
+	okStatement = `
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, usage_source,
 				input_tokens, output_tokens, cost, first_byte_us, total_us)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`,
+			VALUES `
+	okValues              = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
+	okTogether, okColumns = 8, 13
+)
+
+func ledgerTexts() [ledgerStatements]string {
+	return [...]string{
+		stmtBegin:     `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
+		stmtOver:      `DELETE FROM begun WHERE batch = ?`,
+		stmtCount:     `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`,
+		stmtRecordOK:  okStatement + okValues,
+		stmtRecordOK8: okStatement + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
 		stmtRecord: `
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, error_code, usage_source,
 				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
@@ -57,7 +67,7 @@ type ledgerWriter struct {
 	store *store
 	conn  driver.Conn // the statements are of this one; database/sql may open another
 	stmts [ledgerStatements]driver.StmtExecContext
-	args  [2 + hourColumns]driver.NamedValue // hourStatement has the most
+	args  [okTogether * okColumns]driver.NamedValue // the most that a statement has
 }
 
 func (s *store) newLedgerWriter() *ledgerWriter {
@@ -165,10 +175,10 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	}
 	type used struct{ calls, at int64 }
 	counts := map[int64]used{}
+	if err := w.record(ctx, b.records); err != nil {
+		return fmt.Errorf("recording calls: %w", err)
+	}
 	for _, r := range b.records {
-		if err := w.record(ctx, r); err != nil {
-			return fmt.Errorf("recording a call: %w", err)
-		}
 		if r.outcome != outcomeRefused {
 			u := counts[r.token]
 			counts[r.token] = used{u.calls + 1, max(u.at, r.started)}
@@ -228,26 +238,41 @@ func appendJSONText(b []byte, s string) []byte {
 	return append(append(append(b, '"'), s...), '"')
 }
 
-// record writes the row of a call, and its content if that is kept.
-func (w *ledgerWriter) record(ctx context.Context, r *requestRow) error {
-	var err error
-	if r.ordinary() {
-		err = w.exec(ctx, stmtRecordOK, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
-			r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS)
-	} else {
-		err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
+// record writes the rows of calls, and their content where that is kept.
+func (w *ledgerWriter) record(ctx context.Context, rows []*requestRow) error {
+	together := make([]driver.Value, 0, okTogether*okColumns)
+	for _, r := range rows {
+		if r.ordinary() {
+			together = append(together, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
+				r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS)
+			if len(together) == cap(together) {
+				if err := w.exec(ctx, stmtRecordOK8, together...); err != nil {
+					return err
+				}
+				together = together[:0]
+			}
+		} else if err := w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 			int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 			r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
-			nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.attemptLog)
+			nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts), r.cache, r.limitHit, r.attemptLog); err != nil {
+			return err
+		}
+		if c := r.content; c != nil {
+			if err := w.exec(ctx, stmtContent, c.id, c.project, c.until, c.request, c.requestBytes, c.answer, c.answerBytes); err != nil {
+				return err
+			}
+		}
 	}
-	if c := r.content; c != nil && err == nil {
-		err = w.exec(ctx, stmtContent, c.id, c.project, c.until, c.request, c.requestBytes, c.answer, c.answerBytes)
+	for ; len(together) > 0; together = together[okColumns:] {
+		if err := w.exec(ctx, stmtRecordOK, together[:okColumns]...); err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // ordinary reports whether the row has nothing to say beyond what a plain
-// successful call has. Most are such, and each column costs.
+// successful call has.
 func (r *requestRow) ordinary() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
 		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == "" &&
