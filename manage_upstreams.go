@@ -65,30 +65,50 @@ func (in *upstreamInput) decode(body []byte) error {
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.
-// A change of where calls go needs the key anew: without that rule, whoever may
-// edit a URL could have the key sent to a server of theirs.
 func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
+	if err := in.applyIdentity(row, isNew); err != nil {
+		return err
+	}
+	if err := in.applyDestination(s, row, isNew); err != nil {
+		return err
+	}
+	for _, apply := range [...]func(*upstreamRow) error{in.applyAccount, in.applyShare, in.applyModels, in.applySharing, in.applySettings} {
+		if err := apply(row); err != nil {
+			return err
+		}
+	}
+	if in.active.given() {
+		row.active = in.active.v
+	}
+	return nil
+}
+
+// applyIdentity takes over the name and, of a new upstream, the provider.
+func (in *upstreamInput) applyIdentity(row *upstreamRow, isNew bool) error {
 	if in.name.set || isNew {
 		if err := checkName(in.name.v); err != nil {
 			return err
 		}
 		row.name = in.name.v
 	}
-	if in.provider.set && !isNew {
-		return &fieldError{"provider", "cannot be changed; make another upstream"}
-	}
-	if isNew {
-		row.provider = providerOpenAI
-		if in.provider.given() {
-			row.provider = in.provider.v
+	if !isNew {
+		if in.provider.set {
+			return &fieldError{"provider", "cannot be changed; make another upstream"}
 		}
-		if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
-			return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
-		}
+		return nil
 	}
-	if err := in.applyDestination(s, row, isNew); err != nil {
-		return err
+	row.provider = providerOpenAI
+	if in.provider.given() {
+		row.provider = in.provider.v
 	}
+	if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
+		return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
+	}
+	return nil
+}
+
+// applyAccount takes over which account of the provider's pays.
+func (in *upstreamInput) applyAccount(row *upstreamRow) error {
 	for _, f := range []struct {
 		name string
 		in   opt[string]
@@ -104,16 +124,29 @@ func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
 		}
 		*f.to = f.in.v
 	}
-	if in.weight.given() {
-		if row.weight = in.weight.v; row.weight < 0 || row.weight > 1000 {
-			return &fieldError{"weight", "must be from 0 to 1000"}
+	return nil
+}
+
+// applyShare takes over which share of the calls it gets.
+func (in *upstreamInput) applyShare(row *upstreamRow) error {
+	for _, f := range []struct {
+		name string
+		in   opt[int64]
+		to   *int64
+	}{{"weight", in.weight, &row.weight}, {"priority", in.priority, &row.priority}} {
+		if !f.in.given() {
+			continue
 		}
-	}
-	if in.priority.given() {
-		if row.priority = in.priority.v; row.priority < 0 || row.priority > 1000 {
-			return &fieldError{"priority", "must be from 0 to 1000"}
+		if f.in.v < 0 || f.in.v > 1000 {
+			return &fieldError{f.name, "must be from 0 to 1000"}
 		}
+		*f.to = f.in.v
 	}
+	return nil
+}
+
+// applyModels takes over which models it serves, and its own names for them.
+func (in *upstreamInput) applyModels(row *upstreamRow) error {
 	if in.models.set {
 		if err := checkPatterns("models", in.models.v); err != nil {
 			return err
@@ -135,23 +168,23 @@ func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
 		}
 		row.rewrite = string(b)
 	}
-	if in.sharedWith.set {
-		ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.v)))
-		if len(ids) > 500 {
-			return &fieldError{"shared_with", "must have 500 entries or fewer"}
-		}
-		b, err := json.Marshal(append([]string{}, ids...))
-		if err != nil {
-			return err
-		}
-		row.shared = string(b)
+	return nil
+}
+
+// applySharing takes over which other projects it serves.
+func (in *upstreamInput) applySharing(row *upstreamRow) error {
+	if !in.sharedWith.set {
+		return nil
 	}
-	if err := in.applySettings(row); err != nil {
+	ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.v)))
+	if len(ids) > 500 {
+		return &fieldError{"shared_with", "must have 500 entries or fewer"}
+	}
+	b, err := json.Marshal(append([]string{}, ids...))
+	if err != nil {
 		return err
 	}
-	if in.active.given() {
-		row.active = in.active.v
-	}
+	row.shared = string(b)
 	return nil
 }
 
@@ -179,6 +212,9 @@ func (in *upstreamInput) applySettings(row *upstreamRow) error {
 	return nil
 }
 
+// applyDestination takes over where calls go, and the key. A change of where
+// they go needs the key anew: without that rule, whoever may edit a URL could
+// have the key sent to a server of theirs.
 func (in *upstreamInput) applyDestination(s *server, row *upstreamRow, isNew bool) error {
 	if isNew {
 		switch {
