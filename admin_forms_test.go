@@ -171,7 +171,7 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 	for _, body := range []string{`{}`, `{"models":[]}`, `{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true,"keep_content_days":3}`,
 		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":`+body+`,"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true}}`, 200, nil)
-		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","requests_per_minute":7,"priority":3,"shared_with":["`+other.ID+`"]}`, 200, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","requests_per_minute":7,"connect_ms":700,"answer_ms":90000,"priority":3,"shared_with":["`+other.ID+`"]}`, 200, nil)
 		read := func() (v projectReply) {
 			p.manage("GET", "/manage/projects/"+p.project, "", 200, &v)
 			v.Version = 0
@@ -222,7 +222,7 @@ func TestAdminMistakes(t *testing.T) {
 		{"/admin/projects/new", "policy.limits[1].max", "many", "policy.limits[0].max", "must be a whole number"}, {project, "policy.limits[0].max", "-1", "policy.limits[0].max", "must be a whole number"},
 		{project, "routing.fallbacks", "gpt", "routing.fallbacks", "must have lines"}, {project, "routing.fallbacks", "gpt = a b", "routing.fallbacks", "must be a model"},
 		{upstream, "api_key", "sk-****", "api_key", "masked"}, {upstream, "base_url", "https://elsewhere.test", "api_key", "must be given again"}, {upstream, "priority", "x", "priority", "must be a whole number"},
-		{upstream, "rewrite", "a", "rewrite", "must have lines"},
+		{upstream, "rewrite", "a", "rewrite", "must have lines"}, {upstream, "connect_ms", "10001", "connect_ms", "must be 0 or from 100 to 10000"}, {upstream, "answer_ms", "1", "answer_ms", "must be 0 or from 100"},
 		{"/admin/tokens/new", "expires_at", "2001-01-01T00:00", "expires_at", "must be in the future"}, {"/admin/tokens/new", "max_requests", "ten", "max_requests", "must be a whole number"},
 		{"/admin/tokens/new", "project_id", "proj_none", "project_id", "names no project"}, {"/admin/tokens/new", "policy.models", "a*b", "policy.models", "only at the end"},
 		{"/admin/tokens/" + p.tokenID + "/edit", "name", " x", "name", "white space"}, {"/admin/tokens/" + p.tokenID + "/rotate", "overlap_minutes", "-1", "overlap_minutes", "must be from 0"},

@@ -1,7 +1,11 @@
 // The page of /admin that tries a project's route for a model.
 package main
 
-import "errors"
+import (
+	"errors"
+	"strings"
+	"time"
+)
 
 // A routePage is a project's route as it was tried, if it was.
 type routePage struct {
@@ -15,6 +19,7 @@ type routePage struct {
 type routePageLine struct {
 	routeLineView
 	Percent string
+	Times   string // of its own, in words; "": none
 }
 
 // tryRoutePage shows which provider key would get a call for a model now, and
@@ -40,7 +45,22 @@ func (s *server) tryRoutePage(r *pageRequest) (*page, error) {
 	route := rep.body.(routeView)
 	v.Fallback = route.FallbackModel
 	for _, l := range route.Upstreams {
-		v.Lines = append(v.Lines, routePageLine{l, percent(100 * l.Share)})
+		v.Lines = append(v.Lines, routePageLine{l, percent(100 * l.Share), l.times()})
 	}
 	return p, nil
+}
+
+// times says in words how long a call waits there, as far as its own settings
+// say.
+func (l *routeLineView) times() string {
+	var set []string
+	for _, t := range []struct {
+		what string
+		ms   int64
+	}{{"connection", l.ConnectMS}, {"answer", l.AnswerMS}, {"first event", l.FirstEventMS}, {"pauses", l.IdleMS}} {
+		if t.ms > 0 {
+			set = append(set, t.what+" "+(time.Duration(t.ms)*time.Millisecond).String())
+		}
+	}
+	return strings.Join(set, ", ")
 }

@@ -20,6 +20,8 @@ func upstreamFields() []*field {
 		{Name: "rewrite", Label: "Its own names for models", Kind: "textarea", Placeholder: "gpt-4o = my-deployment", Help: "What clients ask for = what is sent, one a line. Empty: the same."},
 		{Name: "requests_per_minute", Label: "Requests per minute", Kind: "number", Short: true, Help: "That the provider takes. Beyond them calls go to the next key. Empty: not known."},
 		{Name: "tokens_per_minute", Label: "Tokens per minute", Kind: "number", Short: true, Help: "The same, in tokens."},
+		{Name: "connect_ms", Label: "Connected within, ms", Kind: "number", Short: true, Help: "Name look-up, dialling and TLS handshake; a call that has no connection by then goes to the next key. Empty: 10000 each."},
+		{Name: "answer_ms", Label: "Answer within, ms", Kind: "number", Short: true, Help: "An answer in one piece that has not begun by then goes to the next key; without one, the call ends. Empty: the program's own."},
 		{Name: "first_event_ms", Label: "First event within, ms", Kind: "number", Short: true, Help: "A stream that begins later goes to the next key. Empty: the program's own."},
 		{Name: "idle_ms", Label: "Pauses at most, ms", Kind: "number", Short: true, Help: "Empty: the program's own."},
 		{Name: "shared_with", Label: "Serves other projects too", Kind: "textarea", Placeholder: "proj_…", Help: "Their ids, one a line. They use the key, and never see it."},
@@ -38,7 +40,7 @@ func upstreamInputOf(form url.Values) (map[string]any, error) {
 	setText(in, form, "api_key", false)
 	in["shared_with"] = splitLines(form.Get("shared_with"))
 	in["note"] = strings.TrimSpace(form.Get("note"))
-	for _, name := range []string{"requests_per_minute", "tokens_per_minute", "first_event_ms", "idle_ms"} {
+	for _, name := range []string{"requests_per_minute", "tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms"} {
 		in[name] = 0
 		setNumber(in, form, name, false)
 	}
@@ -131,7 +133,7 @@ func (s *server) editUpstream(r *pageRequest) (*page, error) {
 	stored := url.Values{"name": {u.Name}, "base_url": {u.BaseURL}, "organization": {u.Organization}, "openai_project": {u.OpenAIProject},
 		"priority": {strconv.FormatInt(u.Priority, 10)}, "weight": {strconv.FormatInt(u.Weight, 10)}, "models": {linesOf(u.Models)},
 		"rewrite": {rewriteLines(u.Rewrite)}, "note": {u.Note}, "shared_with": {linesOf(u.SharedWith)}, "requests_per_minute": {positive(u.Requests)}, "tokens_per_minute": {positive(u.Tokens)},
-		"first_event_ms": {positive(u.FirstEventMS)}, "idle_ms": {positive(u.IdleMS)}}
+		"connect_ms": {positive(u.ConnectMS)}, "answer_ms": {positive(u.AnswerMS)}, "first_event_ms": {positive(u.FirstEventMS)}, "idle_ms": {positive(u.IdleMS)}}
 	if u.IsActive {
 		stored.Set("is_active", "on")
 	}

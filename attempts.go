@@ -22,7 +22,7 @@ const (
 	maxAttempts   = 5
 	attemptWindow = time.Minute     // after its begin a call is not sent again
 	shortWait     = 2_000           // milliseconds of a Retry-After that are waited for where no other key is left
-	unaryPatience = 2 * time.Minute // for an answer in one piece, where another upstream is left
+	unaryPatience = 2 * time.Minute // for an answer in one piece, where another upstream is left and this one has no answer_ms
 )
 
 // tries are a call's attempts, and its transport. It belongs to the goroutine of the call.
@@ -84,9 +84,9 @@ func (t *tries) attempt(req *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// try makes one attempt, at the call's upstream. Where another is left it is
-// not waited for for ever: an answer must begin, and a stream must bring its
-// first event.
+// try makes one attempt, at the call's upstream. Where another is left, or its
+// settings say so, it is not waited for for ever: an answer must begin, and a
+// stream must bring its first event.
 func (t *tries) try(req *http.Request) (*http.Response, error) {
 	c := t.c
 	t.at, t.began = c.upstream, time.Now().UnixMilli()
@@ -100,22 +100,14 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 	}
 	patience := t.patience()
 	if patience == 0 && !c.verified {
-		return t.s.transport.RoundTrip(out)
+		return t.at.send(t.s.transport, out)
 	}
 	ctx, cancel := context.WithCancelCause(req.Context())
 	t.cancel = cancel
 	timer := time.AfterFunc(cmp.Or(patience, t.s.cfg.upstreamTimeout), func() { cancel(errImpatient) })
-	res, err := t.s.transport.RoundTrip(out.WithContext(ctx))
-	if err == nil && res.StatusCode == http.StatusOK && mediaType(res.Header.Get("Content-Type")) == "text/event-stream" {
-		if c.verified {
-			still := t.holding(patience)
-			err = t.hold(res, func() { timer.Reset(still); t.s.running.enter(c, phaseProvider) })
-		} else {
-			err = awaitEvent(res)
-		}
-	}
-	if err == nil && res.StatusCode >= 400 {
-		errorHead(res) // while its time is limited
+	res, err := t.at.send(t.s.transport, out.WithContext(ctx))
+	if err == nil {
+		err = t.begun(res, timer, patience)
 	}
 	if timer.Stop(); context.Cause(ctx) == error(errImpatient) {
 		if err == nil {
@@ -130,15 +122,38 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// patience is how long an attempt may take to begin, 0 where there is no other.
+// begun reads what must have come of an answer while its time is limited.
+func (t *tries) begun(res *http.Response, timer *time.Timer, patience time.Duration) error {
+	switch {
+	case res.StatusCode >= 400:
+		errorHead(res)
+	case res.StatusCode != http.StatusOK || mediaType(res.Header.Get("Content-Type")) != "text/event-stream":
+	case t.c.verified:
+		still := t.holding(patience)
+		return t.hold(res, func() { timer.Reset(still); t.s.running.enter(t.c, phaseProvider) })
+	default:
+		return awaitEvent(res)
+	}
+	return nil
+}
+
+// patience is how long an attempt may take to begin, 0 for as long as any may.
+// Where no other upstream is left, a stream's first event has no time of its
+// own: first_event_ms says when to turn to another. answer_ms is the upstream's
+// UPSTREAM_TIMEOUT for answers in one piece, and holds in any case; but not for
+// uploads that are streamed, which take as long as the client does.
 func (t *tries) patience() time.Duration {
+	set, stream := &t.at.settings, t.c.fields.stream
+	if set.AnswerMS > 0 && !stream && t.c.replayable() {
+		return time.Duration(set.AnswerMS) * time.Millisecond
+	}
 	if !t.spare() {
 		return 0
 	}
-	if !t.c.fields.stream && t.c.endpoint.pattern != "/v1/models" {
+	if !stream && t.c.endpoint.pattern != "/v1/models" {
 		return unaryPatience
 	}
-	return cmp.Or(time.Duration(t.at.settings.FirstEventMS)*time.Millisecond, t.s.cfg.firstEventTimeout)
+	return cmp.Or(time.Duration(set.FirstEventMS)*time.Millisecond, t.s.cfg.firstEventTimeout)
 }
 
 // spare reports whether there is another place to send the call to.

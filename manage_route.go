@@ -18,6 +18,11 @@ type routeLineView struct {
 	SentModel  string  `json:"sent_model"` // as the upstream knows the model
 	Share      float64 `json:"share"`      // of the calls, now
 	Why        string  `json:"why"`
+	// How long a call waits there, as far as its own settings say.
+	ConnectMS    int64 `json:"connect_ms"`
+	AnswerMS     int64 `json:"answer_ms"`
+	FirstEventMS int64 `json:"first_event_ms"`
+	IdleMS       int64 `json:"idle_ms"`
 }
 
 // tryRoute says which upstream of a project would get a call for a model now,
@@ -50,7 +55,8 @@ func (s *server) tryRoute(r *manageRequest) (*reply, error) {
 	v.FallbackModel = st.routing.fallback(v.Model)
 	for _, l := range st.explain(&w) {
 		u := l.upstream
-		v.Upstreams = append(v.Upstreams, routeLineView{u.id, u.name, u.priority, u.weight, u.named(v.Model), l.share, l.why})
+		v.Upstreams = append(v.Upstreams, routeLineView{u.id, u.name, u.priority, u.weight, u.named(v.Model), l.share, l.why,
+			u.settings.ConnectMS, u.settings.AnswerMS, u.settings.FirstEventMS, u.settings.IdleMS})
 	}
 	return &reply{body: v}, nil
 }

@@ -23,6 +23,8 @@ type upstreamView struct {
 	Priority      int64           `json:"priority"`
 	Models        json.RawMessage `json:"models"`
 	Rewrite       json.RawMessage `json:"rewrite"`
+	ConnectMS     int64           `json:"connect_ms"`
+	AnswerMS      int64           `json:"answer_ms"`
 	FirstEventMS  int64           `json:"first_event_ms"`
 	IdleMS        int64           `json:"idle_ms"`
 	Requests      int64           `json:"requests_per_minute"`
@@ -40,7 +42,7 @@ func (s *server) showUpstream(u *upstreamRow) upstreamView {
 	var set upstreamSettings
 	_ = json.Unmarshal([]byte(u.settings), &set) // what we wrote
 	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
-		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.FirstEventMS, set.IdleMS,
+		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.ConnectMS, set.AnswerMS, set.FirstEventMS, set.IdleMS,
 		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.shared), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
 }
 
@@ -51,7 +53,7 @@ type upstreamInput struct {
 	weight, priority                                     opt[int64]
 	models                                               opt[[]string]
 	rewrite                                              opt[json.RawMessage]
-	firstEvent, idle, requests, tokens                   opt[int64]
+	connect, answer, firstEvent, idle, requests, tokens  opt[int64]
 	note                                                 opt[string]
 	sharedWith                                           opt[[]string]
 	active                                               opt[bool]
@@ -60,8 +62,8 @@ type upstreamInput struct {
 func (in *upstreamInput) decode(body []byte) error {
 	return decodeObject(body, map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
 		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
-		"models": &in.models, "rewrite": &in.rewrite, "first_event_ms": &in.firstEvent, "idle_ms": &in.idle,
-		"requests_per_minute": &in.requests, "tokens_per_minute": &in.tokens, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
+		"models": &in.models, "rewrite": &in.rewrite, "connect_ms": &in.connect, "answer_ms": &in.answer,
+		"first_event_ms": &in.firstEvent, "idle_ms": &in.idle, "requests_per_minute": &in.requests, "tokens_per_minute": &in.tokens, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.
@@ -197,7 +199,8 @@ func (in *upstreamInput) applySettings(row *upstreamRow) error {
 	for _, f := range []struct {
 		in opt[int64]
 		to *int64
-	}{{in.firstEvent, &set.FirstEventMS}, {in.idle, &set.IdleMS}, {in.requests, &set.RequestsPerMinute}, {in.tokens, &set.TokensPerMinute}} {
+	}{{in.connect, &set.ConnectMS}, {in.answer, &set.AnswerMS}, {in.firstEvent, &set.FirstEventMS}, {in.idle, &set.IdleMS},
+		{in.requests, &set.RequestsPerMinute}, {in.tokens, &set.TokensPerMinute}} {
 		if f.in.given() {
 			*f.to = f.in.v
 		}

@@ -129,6 +129,8 @@ func parseRewrite(raw []byte) (map[string]string, error) {
 // upstreamSettings are an upstream's own limits and patience; 0: none, or what
 // the environment sets.
 type upstreamSettings struct {
+	ConnectMS         int64  `json:"connect_ms,omitzero"`
+	AnswerMS          int64  `json:"answer_ms,omitzero"`
 	FirstEventMS      int64  `json:"first_event_ms,omitzero"`
 	IdleMS            int64  `json:"idle_ms,omitzero"`
 	RequestsPerMinute int64  `json:"requests_per_minute,omitzero"`
@@ -138,11 +140,12 @@ type upstreamSettings struct {
 
 // check holds the settings to their rules.
 func (u *upstreamSettings) check() error {
-	longest := (2 * time.Hour).Milliseconds()
+	longest, connect := (2 * time.Hour).Milliseconds(), connectTimeout.Milliseconds()
 	for _, f := range []struct {
 		name        string
 		v, from, to int64
 	}{
+		{"connect_ms", u.ConnectMS, 100, connect}, {"answer_ms", u.AnswerMS, 100, longest},
 		{"first_event_ms", u.FirstEventMS, 100, longest}, {"idle_ms", u.IdleMS, 100, longest},
 		{"requests_per_minute", u.RequestsPerMinute, 1, 1_000_000_000}, {"tokens_per_minute", u.TokensPerMinute, 1, 1_000_000_000_000},
 	} {

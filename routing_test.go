@@ -192,6 +192,11 @@ func TestRoutingRefused(t *testing.T) {
 		`{"rewrite":{"a":1}}`:                                "rewrite",
 		`{"rewrite":{"a":""}}`:                               "rewrite",
 		`{"rewrite":{"a*":"b"}}`:                             "rewrite",
+		`{"connect_ms":99}`:                                  "connect_ms",
+		`{"connect_ms":10001}`:                               "connect_ms",
+		`{"connect_ms":"1s"}`:                                "connect_ms",
+		`{"answer_ms":99}`:                                   "answer_ms",
+		`{"answer_ms":7200001}`:                              "answer_ms",
 		`{"first_event_ms":50}`:                              "first_event_ms",
 		`{"idle_ms":-1}`:                                     "idle_ms",
 		`{"requests_per_minute":-1}`:                         "requests_per_minute",
@@ -210,7 +215,7 @@ func TestRoutingRefused(t *testing.T) {
 func TestTryRoute(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":3,"rewrite":{"gpt-4o":"mine"}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":3,"rewrite":{"gpt-4o":"mine"},"connect_ms":1500,"answer_ms":30000}`, 200, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt*","to":"gpt-4.1"}]}}`, 200, nil)
 	p.addUpstream(`"weight":1`)
 	p.addUpstream(`"weight":1,"priority":1`)
@@ -236,6 +241,12 @@ func TestTryRoute(t *testing.T) {
 	}
 	if len(ids) != 6 || ids[0] != p.upstream || v.Upstreams[0].SentModel != "mine" || v.FallbackModel != "gpt-4.1" {
 		t.Fatalf("got %+v", v)
+	}
+	if u := v.Upstreams[0]; u.ConnectMS != 1500 || u.AnswerMS != 30000 || u.IdleMS != 0 || v.Upstreams[1].AnswerMS != 0 {
+		t.Errorf("the times that a call waits there: %+v", v.Upstreams)
+	}
+	if page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body; strings.Count(page, "Waited for at most") != 1 || !strings.Contains(page, "connection 1.5s, answer 30s") {
+		t.Errorf("the page does not say how long a call waits: %s", page)
 	}
 	check("all well", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
 	now := time.Now().UnixMilli()

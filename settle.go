@@ -115,7 +115,7 @@ func (c *call) measure(row *requestRow) {
 	}
 	if c.answer == nil || c.answer.meter == nil {
 		held := c.watch.output.Load() // of a stream that was held back, and never became whole
-		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout || asCause(c.ctx) != nil || c.unrecorded || held > 0 {
+		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout && c.failure != errUnconnected || asCause(c.ctx) != nil || c.unrecorded || held > 0 {
 			// We or the client gave up on a provider that had the request and may bill it.
 			row.counts, row.source = tokenCounts{input: c.inputEstimate(), output: held}, usageEstimated
 		}

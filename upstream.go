@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"strings"
@@ -241,12 +242,16 @@ func checkAddress(addr netip.Addr, allowPrivate bool) error {
 
 var errForbiddenAddress = errors.New("upstream resolves to an address that is not allowed")
 
+// connectTimeout is how long dialling may take, and how long the TLS handshake
+// after it, whatever an upstream's settings say.
+const connectTimeout = 10 * time.Second
+
 // newTransport returns the transport that all calls to providers share. It
 // follows no redirect, adds no header, decompresses nothing, and has no limit
 // on the time of an answer: the watchdog sees to that.
 func newTransport(allowPrivate bool) *http.Transport {
 	dialer := &net.Dialer{
-		Timeout: 10 * time.Second, KeepAlive: 30 * time.Second,
+		Timeout: connectTimeout, KeepAlive: 30 * time.Second,
 		// The check is on the address itself, after resolution: a name that
 		// resolves to something else later gains nothing.
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
@@ -259,7 +264,7 @@ func newTransport(allowPrivate bool) *http.Transport {
 	}
 	return &http.Transport{
 		DialContext:            dialer.DialContext,
-		TLSHandshakeTimeout:    10 * time.Second,
+		TLSHandshakeTimeout:    connectTimeout,
 		MaxIdleConns:           4096,
 		MaxIdleConnsPerHost:    2048,
 		IdleConnTimeout:        90 * time.Second,
@@ -271,4 +276,36 @@ func newTransport(allowPrivate bool) *http.Transport {
 		HTTP2:              &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 		DisableCompression: true, // what we meter is what they get
 	}
+}
+
+var errUnconnected = &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider could not be reached in time."}
+
+// send makes a request. If the upstream has a connect_ms and no connection stands
+// by then (its name looked up, dialled, its TLS handshake done), the error is
+// errUnconnected.
+//
+// The time is the request's, not the dial's: all upstreams share one transport
+// and its rules, and its dials are nobody's own. One may serve whichever request
+// waits for that host, or go on when the request that began it has left, and
+// serve the next. A connection that stands already costs no time at all.
+func (u *upstream) send(transport http.RoundTripper, req *http.Request) (*http.Response, error) {
+	limit := time.Duration(u.settings.ConnectMS) * time.Millisecond
+	if limit == 0 {
+		return transport.RoundTrip(req)
+	}
+	ctx, cancel := context.WithCancelCause(req.Context()) // ends with its parent: the answer is read under it
+	timer := time.AfterFunc(limit, func() { cancel(errUnconnected) })
+	defer timer.Stop()
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GetConn: func(string) { timer.Reset(limit) }, // again if the connection it got turned out to be dead
+		GotConn: func(httptrace.GotConnInfo) { timer.Stop() },
+	})
+	res, err := transport.RoundTrip(req.WithContext(ctx))
+	if context.Cause(ctx) != error(errUnconnected) {
+		return res, err
+	}
+	if err == nil {
+		res.Body.Close()
+	}
+	return nil, errUnconnected
 }

@@ -73,7 +73,7 @@ func (t *tries) judgeError(err error, now int64) verdict {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return verdict{over: true}
 	}
-	if e, ok := errors.AsType[*apiError](err); ok && e != errImpatient { // of our own making
+	if e, ok := errors.AsType[*apiError](err); ok && e != errImpatient && e != errUnconnected { // of our own making
 		return verdict{over: true}
 	}
 	v := verdict{again: true, fault: true, reason: "broke off before it answered"}
@@ -84,6 +84,8 @@ func (t *tries) judgeError(err error, now int64) verdict {
 		v.reason = e.reason
 	case err == error(errImpatient):
 		v.again, v.reason = false, "did not answer in time"
+	case err == error(errUnconnected):
+		v.again, v.unsent, v.reason = false, true, "could not be reached in time"
 	case ok && op.Op == "dial" || errors.Is(err, errForbiddenAddress):
 		v.unsent, v.reason = true, "could not be reached"
 	case isNet && ne.Timeout():
