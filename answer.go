@@ -284,7 +284,7 @@ const maxModelList = 8 << 20
 // it is not.
 func filterModels(c *call, res *http.Response) error {
 	project, token := &c.project.policy, &c.state.policy
-	if project.Models == nil && token.Models == nil {
+	if project.Models == nil && token.Models == nil || c.tries.union != nil { // which is within them as it is
 		return nil
 	}
 	unreadable := errUnreadableList()

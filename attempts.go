@@ -38,6 +38,8 @@ type tries struct {
 	log      []attemptLine // why
 	repeated bool          // a key has had its second attempt
 	kept     *keptAnswer
+	union    *union      // a list of models that is put together
+	ended    attemptLine // how the last attempt at one ended
 }
 
 // An attemptLine is one line of a call's attempt log, as stored and shown.
@@ -61,7 +63,7 @@ var errImpatient = &apiError{status: http.StatusGatewayTimeout, code: "upstream_
 // RoundTrip makes attempts until one is good enough for the client, or no other
 // is left.
 func (t *tries) RoundTrip(req *http.Request) (*http.Response, error) {
-	if list := t.united(); len(list) > 1 {
+	if list := t.united(); list != nil {
 		return t.unite(req, list)
 	}
 	for {
@@ -99,7 +101,7 @@ func (t *tries) try(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	patience := t.patience()
-	if patience == 0 && !c.verified {
+	if patience == 0 && !c.verified && t.union == nil {
 		return t.at.send(t.s.transport, out)
 	}
 	ctx, cancel := context.WithCancelCause(req.Context())
@@ -127,6 +129,8 @@ func (t *tries) begun(res *http.Response, timer *time.Timer, patience time.Durat
 	switch {
 	case res.StatusCode >= 400:
 		errorHead(res)
+	case res.StatusCode == http.StatusOK && t.union != nil:
+		return t.union.read(res)
 	case res.StatusCode != http.StatusOK || mediaType(res.Header.Get("Content-Type")) != "text/event-stream":
 	case t.c.verified:
 		still := t.holding(patience)
@@ -141,13 +145,14 @@ func (t *tries) begun(res *http.Response, timer *time.Timer, patience time.Durat
 // Where no other upstream is left, a stream's first event has no time of its
 // own: first_event_ms says when to turn to another. answer_ms is the upstream's
 // UPSTREAM_TIMEOUT for answers in one piece, and holds in any case; but not for
-// uploads that are streamed, which take as long as the client does.
+// uploads that are streamed, which take as long as the client does, nor for a
+// list that others can make up too.
 func (t *tries) patience() time.Duration {
-	set, stream := &t.at.settings, t.c.fields.stream
-	if set.AnswerMS > 0 && !stream && t.c.replayable() {
+	set, stream, spare := &t.at.settings, t.c.fields.stream, t.spare()
+	if set.AnswerMS > 0 && !stream && t.c.replayable() && (t.union == nil || !spare) {
 		return time.Duration(set.AnswerMS) * time.Millisecond
 	}
-	if !t.spare() {
+	if !spare {
 		return 0
 	}
 	if !stream && t.c.endpoint.pattern != "/v1/models" {
@@ -178,10 +183,15 @@ func (t *tries) fallback() string {
 	if t.model != "" || len(c.project.routing.Fallbacks) == 0 || c.fields.modelAt.to == 0 {
 		return ""
 	}
-	if to := c.project.routing.fallback(c.fields.model); to != "" && c.project.policy.allowsModel(to) && c.state.policy.allowsModel(to) {
+	if to := c.project.routing.fallback(c.fields.model); to != "" && c.mayUse(to) {
 		return to
 	}
 	return ""
+}
+
+// mayUse reports whether the policies allow a model.
+func (c *call) mayUse(model string) bool {
+	return c.project.policy.allowsModel(model) && c.state.policy.allowsModel(model)
 }
 
 // wish is what the call asks of the upstreams that have not had their turn.
@@ -207,7 +217,11 @@ func (t *tries) request(req *http.Request) (*http.Request, error) {
 			delete(out.Header, name)
 		}
 	}
-	out.URL = t.at.url(c.match.path, c.query) // with the key that goes there, always together
+	query := c.query
+	if t.union != nil {
+		query = t.union.query
+	}
+	out.URL = t.at.url(c.match.path, query) // with the key that goes there, always together
 	body, err := t.body()
 	if err != nil {
 		return nil, err
@@ -384,7 +398,7 @@ func (t *tries) finish(row *requestRow) {
 	}
 	now := time.Now().UnixMilli()
 	if len(t.log) > 0 {
-		last := attemptLine{Upstream: t.at.id, Model: t.sent(), MS: now - t.began, Error: row.errorCode}
+		last := attemptLine{Upstream: t.at.id, Model: t.sent(), MS: now - t.began, Status: t.ended.Status, Error: cmp.Or(row.errorCode, t.ended.Error)}
 		if t.c.answer.meter != nil && t.c.upstream == t.at {
 			last.Status = row.status
 		}

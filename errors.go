@@ -111,9 +111,9 @@ type errorInner struct {
 	Code    *string `json:"code"`
 }
 
-// writeError is the only writer of failures. anthropic picks that provider's
+// text is the failure as a client reads it. anthropic picks that provider's
 // shape, which its SDKs read; it holds OpenAI's members too.
-func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
+func (e *apiError) text(anthropic bool) []byte {
 	body := errorBody{Error: errorInner{Message: e.msg, Type: e.errorType()}}
 	if e.param != "" {
 		body.Error.Param = &e.param
@@ -128,6 +128,12 @@ func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 	if err != nil { // cannot be: strings only
 		b = []byte(`{"error":{"message":"Internal error.","type":"server_error","param":null,"code":"internal_error"}}`)
 	}
+	return append(b, '\n')
+}
+
+// writeError is the only writer of failures.
+func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
+	b := e.text(anthropic)
 	h := w.Header()
 	if e.retryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(int64((e.retryAfter+time.Second-1)/time.Second), 10))
@@ -140,10 +146,10 @@ func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 		h.Set("Connection", "close") // over HTTP/2: no new call on this connection, so that a retry goes elsewhere
 	}
 	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", strconv.Itoa(len(b)+1))
+	h.Set("Content-Length", strconv.Itoa(len(b)))
 	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(e.status)
-	_, _ = w.Write(append(b, '\n')) // a client that has gone needs no error
+	_, _ = w.Write(b) // a client that has gone needs no error
 }
 
 func errBadToken(cause string) *apiError {

@@ -1,115 +1,239 @@
 // This room puts one list of models together from those of a project's several
 // providers. It is the one call that goes to more than one of them on purpose.
+// Anthropic's lists come in pages: all are read, and the client gets pages of
+// what they make together.
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
+	"time"
 )
 
-// maxUnion bounds the providers that one list is put together from.
-const maxUnion = 8
+const (
+	maxUnion      = 8    // upstreams that are asked for one list
+	maxModelPages = 20   // of each one's list
+	mostOfAPage   = 1000 // models: Anthropic gives no more
+	usualPage     = 20   // what it gives where nothing is said
+	maxCursor     = 512  // bytes
+)
 
-// united returns the upstreams whose lists make up the answer: one for each base
-// URL, the most preferred first. Fewer than two: the call goes its usual way.
-// Anthropic's lists come in pages and are not put together.
+// A union is a list of models while it is put together.
+type union struct {
+	paged  bool   // it is Anthropic's
+	query  string // of the page that is asked for now
+	left   int    // bytes that may still come, of all lists together
+	known  map[string]bool
+	models []listedModel
+}
+
+type listedModel struct {
+	id    string
+	entry json.RawMessage
+}
+
+// united returns the upstreams whose lists make up the answer, the most
+// preferred first; of those with one base URL, which have one list, the call's
+// own goes first and the others stand by. Nil: the call goes its usual way, for
+// there is one list only. One that comes in pages and loses models to a policy is
+// read whole all the same: no page could say then where the next one begins.
 func (t *tries) united() (list []*upstream) {
 	c := t.c
-	if c.endpoint.pattern != "/v1/models" || c.upstream.provider == providerAnthropic || len(c.project.upstreams) == 1 {
+	if c.endpoint.pattern != "/v1/models" {
+		return nil
+	}
+	paged := c.upstream.provider == providerAnthropic
+	whole := paged && (c.project.policy.Models != nil || c.state.policy.Models != nil)
+	if len(c.project.upstreams) == 1 && !whole {
 		return nil
 	}
 	w := c.wish(c.start.UnixMilli())
 	w.api = apiOpenAI
-	place := func(u *upstream) string { return u.scheme + "://" + u.host + u.basePath }
-	seen := map[string]bool{}
+	if paged {
+		w.api = apiAnthropic
+	}
 	for _, u := range c.project.upstreams {
-		if len(list) == maxUnion || seen[place(u)] {
-			continue
-		}
-		chosen := u == c.upstream // which has been taken from its limits
-		if chosen || place(u) != place(c.upstream) && w.fits(u) && u.health.mayTry(w.now) && u.health.room(w.now, 0, &u.settings, true) {
-			seen[place(u)] = true
+		if u == c.upstream || w.fits(u) && u.health.mayTry(w.now) {
 			list = append(list, u)
 		}
 	}
+	own := c.upstream.place()
+	if !whole && !slices.ContainsFunc(list, func(u *upstream) bool { return u.place() != own }) {
+		return nil
+	}
+	i, j := slices.IndexFunc(list, func(u *upstream) bool { return u.place() == own }), slices.Index(list, c.upstream)
+	list[i], list[j] = list[j], list[i]
 	return list
 }
 
-// unite asks each upstream for its list and answers with all of them together.
-// One that does not answer is left out; if none does, the client gets what the
-// last one said.
+// place is what upstreams with one list of models have in common.
+func (u *upstream) place() string { return u.scheme + "://" + u.host + u.basePath }
+
+// unite asks the upstreams for their lists and answers with all of them together,
+// as far as the token may use what is in them. One that does not give its whole
+// list is left out; if none does, the client gets what they said instead.
 func (t *tries) unite(req *http.Request, list []*upstream) (*http.Response, error) {
-	var merged []json.RawMessage
-	var first *http.Response
-	var by *upstream
-	known := map[string]bool{}
-	for i, u := range list {
-		t.c.upstream = u
-		t.c.shown.Store(u)
-		res, err := t.attempt(req)
-		v := t.judge(res, err)
-		good := err == nil && res.StatusCode == http.StatusOK
-		if good {
-			models, err := modelsOf(res)
-			if good = err == nil; !good {
-				v.reason = "its list of models cannot be read"
-			}
-			if merged = u.offers(merged, models, known); good && first == nil {
-				first, by = res, u
-			}
-		}
-		last := i+1 == len(list) || t.c.ctx.Err() != nil
-		if last && first == nil && err == nil && res.StatusCode == http.StatusOK {
-			return nil, errUnreadableList()
-		}
-		if last && first == nil {
-			return res, err
-		}
-		if last {
-			break
-		}
-		t.leave(&v, res)
-	}
-	t.c.upstream = by
-	t.c.shown.Store(by)
-	body, err := json.Marshal(map[string]any{"object": "list", "data": merged})
+	c, chosen := t.c, t.c.upstream
+	n := &union{paged: chosen.provider == providerAnthropic, left: maxModelList, known: map[string]bool{}}
+	want, err := n.wanted(c.query)
 	if err != nil {
 		return nil, err
 	}
-	first.Body, first.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	first.Header.Set("Content-Length", strconv.Itoa(len(body)))
-	return first, nil
+	t.union = n
+	var good *http.Response
+	var by *upstream
+	var last listing
+	asked, have := 0, map[string]bool{}
+	for _, u := range list {
+		if asked == maxUnion || asked > 0 && t.late() {
+			break
+		}
+		// What the chosen one takes from its own limits was taken when it was chosen.
+		if have[u.place()] || u != chosen && !u.health.room(time.Now().UnixMilli(), 0, &u.settings, true) {
+			continue
+		}
+		if asked++; asked > 1 {
+			t.leave(&last.v, last.res)
+		}
+		c.upstream = u
+		c.shown.Store(u)
+		if last = t.list(req); last.whole {
+			have[u.place()] = true
+			n.take(u, last.models, c.mayUse)
+			if good == nil {
+				good, by = last.res, u
+			}
+		}
+	}
+	if good == nil {
+		return t.best(last.res, last.err)
+	}
+	t.ended.Error = last.v.reason
+	if last.res != nil {
+		t.ended.Status = last.res.StatusCode
+		last.res.Body.Close()
+	}
+	c.upstream = by
+	c.shown.Store(by)
+	return n.answer(good, &want, c.anthropic)
 }
 
-// modelsOf reads a list of models, within the limit for one, and closes it.
-func modelsOf(res *http.Response) ([]json.RawMessage, error) {
+// late reports whether nobody is to be asked any more.
+func (t *tries) late() bool { return t.c.ctx.Err() != nil || time.Since(t.c.start) > attemptWindow }
+
+// A listing is what asking one upstream for its list has come to.
+type listing struct {
+	models []json.RawMessage
+	whole  bool
+	res    *http.Response // of the last page, which is read; or what came in its place
+	err    error
+	v      verdict
+}
+
+// list asks the call's upstream for its list, page after page where there are
+// some: each is an attempt, and counts as one in the upstream's own limits.
+func (t *tries) list(req *http.Request) (l listing) {
+	n, after := t.union, ""
+	for pages := 1; ; pages++ {
+		n.query = n.ask(t.c.query, after)
+		l.res, l.err = t.attempt(req)
+		if l.v = t.judge(l.res, l.err); l.err != nil || l.res.StatusCode != http.StatusOK {
+			return l
+		}
+		page, err := modelPageOf(l.res)
+		if err != nil {
+			l.err, l.v.reason = err, "its list of models cannot be read"
+			return l
+		}
+		l.models = append(l.models, page.Data...)
+		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after || len(page.LastID) > maxCursor || pages == maxModelPages {
+			l.whole = true
+			return l
+		}
+		after = page.LastID
+		switch now := time.Now().UnixMilli(); {
+		case t.late():
+			l.err, l.v.reason = errImpatient, "did not bring its whole list in time"
+		case !t.room(now):
+			l.err, l.v.reason = errUnreadableList(), "has no room for another page in its own limits"
+		}
+		if l.err != nil {
+			return l
+		}
+		t.leave(&l.v, l.res)
+	}
+}
+
+// ask returns the query for an upstream's page after a model, "" for the first.
+// Whatever page the client wants, all are asked for.
+func (n *union) ask(query, after string) string {
+	q, err := url.ParseQuery(query)
+	if !n.paged || err != nil { // which it was encoded for: readcall.go
+		return query
+	}
+	q.Del("before_id")
+	q.Del("after_id")
+	q.Set("limit", strconv.Itoa(mostOfAPage))
+	if after != "" {
+		q.Set("after_id", after)
+	}
+	return q.Encode()
+}
+
+// read reads a page to its end, while its time is limited, and leaves it in the
+// answer's body.
+func (n *union) read(res *http.Response) error {
 	defer res.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
-	if err != nil || len(body) > maxModelList {
-		return nil, errors.Join(err, errors.New("reading a list of models"))
+	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.left)+1))
+	if err != nil {
+		return err
 	}
-	var list struct{ Data []json.RawMessage }
-	if err := json.Unmarshal(body, &list); err != nil || list.Data == nil {
-		return nil, errors.New("a list of models is none")
+	if len(page) > n.left {
+		e := errUnreadableList()
+		e.cause = errors.New("the lists of models are too large")
+		return e
 	}
-	return list.Data, nil
+	n.left -= len(page)
+	res.Body = &headBody{http.NoBody, page, page, true}
+	return nil
 }
 
-// offers appends to merged the models of an upstream's list that calls for would
-// go there, those it has another name for under both, and none twice.
-func (u *upstream) offers(merged, list []json.RawMessage, known map[string]bool) []json.RawMessage {
+type modelPage struct {
+	Data    []json.RawMessage `json:"data"`
+	HasMore bool              `json:"has_more"`
+	LastID  string            `json:"last_id"`
+}
+
+// modelPageOf takes out of an answer the page that read has left there.
+func modelPageOf(res *http.Response) (p modelPage, err error) {
+	text := errorHead(res)
+	res.Body = http.NoBody // a page is no answer for the client
+	if err := json.Unmarshal(text, &p); err != nil || p.Data == nil {
+		e := errUnreadableList()
+		e.cause = cmp.Or(err, errors.New("a list of models is none"))
+		return p, e
+	}
+	return p, nil
+}
+
+// take adds the models of an upstream's list that calls for would go there and
+// that may be used, those it has another name for under both, and none twice.
+func (n *union) take(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
 	names := map[string][]string{} // the upstream's own -> clients'
 	for asked, sent := range u.rewrite {
 		names[sent] = append(names[sent], asked)
 	}
 	add := func(id string, entry json.RawMessage) {
-		if !known[id] && (len(u.models) == 0 || matchesAny(u.models, id)) {
-			known[id] = true
-			merged = append(merged, entry)
+		if !n.known[id] && (len(u.models) == 0 || matchesAny(u.models, id)) && mayUse(id) {
+			n.known[id] = true
+			n.models = append(n.models, listedModel{id, entry})
 		}
 	}
 	for _, raw := range list {
@@ -119,12 +243,89 @@ func (u *upstream) offers(merged, list []json.RawMessage, known map[string]bool)
 			continue
 		}
 		add(id, raw)
-		for _, asked := range names[id] {
+		for _, asked := range slices.Sorted(slices.Values(names[id])) {
 			m["id"], _ = json.Marshal(asked) // a string
 			if entry, err := json.Marshal(m); err == nil {
 				add(asked, entry)
 			}
 		}
 	}
-	return merged
+}
+
+// A pageWish is the page that a client asks for, as Anthropic has it: so many
+// models that follow one, or come before one.
+type pageWish struct {
+	limit         int
+	after, before string
+}
+
+// wanted reads which page the client asks for.
+func (n *union) wanted(query string) (w pageWish, err error) {
+	q, err := url.ParseQuery(query)
+	if !n.paged || err != nil {
+		return w, nil
+	}
+	w = pageWish{usualPage, q.Get("after_id"), q.Get("before_id")}
+	if s := q.Get("limit"); s != "" {
+		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > mostOfAPage {
+			return w, badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(mostOfAPage)+".")
+		}
+	}
+	if w.after != "" && w.before != "" {
+		return w, badRequest("invalid_value", "before_id", "Give after_id or before_id, not both.")
+	}
+	return w, nil
+}
+
+// of returns the page, and whether there are more models the same way on. A
+// model that the list does not have is an error: an empty page would look like
+// the list's end.
+func (w *pageWish) of(models []listedModel) (page []listedModel, more bool, err *apiError) {
+	at := func(param, id string) int {
+		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
+		if i < 0 {
+			err = badRequest("invalid_value", param, param+" names no model of this list, or none that it has any more.")
+		}
+		return i
+	}
+	from, to := 0, len(models)
+	switch {
+	case w.before != "":
+		to = max(0, at("before_id", w.before))
+		from = max(0, to-w.limit)
+		return models[from:to], from > 0, err
+	case w.after != "":
+		from = at("after_id", w.after) + 1
+	}
+	to = min(to, from+w.limit)
+	return models[from:to], to < len(models), err
+}
+
+// answer puts the list into res, or of one in pages the page that is asked for.
+func (n *union) answer(res *http.Response, want *pageWish, anthropic bool) (*http.Response, error) {
+	page, more, failed := n.models, false, (*apiError)(nil)
+	if n.paged {
+		page, more, failed = want.of(n.models)
+	}
+	entries := make([]json.RawMessage, 0, len(page))
+	for _, m := range page {
+		entries = append(entries, m.entry)
+	}
+	list := map[string]any{"object": "list", "data": entries}
+	if n.paged {
+		list = map[string]any{"data": entries, "has_more": more, "first_id": nil, "last_id": nil}
+		if len(page) > 0 {
+			list["first_id"], list["last_id"] = page[0].id, page[len(page)-1].id
+		}
+	}
+	body, err := json.Marshal(list)
+	if err != nil {
+		return nil, err
+	}
+	if failed != nil { // said as a provider would: the call has been to some
+		res.StatusCode, body = failed.status, failed.text(anthropic)
+	}
+	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
+	return res, nil
 }
