@@ -130,7 +130,7 @@ func (t *tries) begun(res *http.Response, timer *time.Timer, patience time.Durat
 	case res.StatusCode >= 400:
 		errorHead(res)
 	case res.StatusCode == http.StatusOK && t.union != nil:
-		return t.union.read(res)
+		return t.readPage(res)
 	case res.StatusCode != http.StatusOK || mediaType(res.Header.Get("Content-Type")) != "text/event-stream":
 	case t.c.verified:
 		still := t.holding(patience)
@@ -217,11 +217,14 @@ func (t *tries) request(req *http.Request) (*http.Request, error) {
 			delete(out.Header, name)
 		}
 	}
-	query := c.query
+	path, query := c.match.path, c.query
+	if name := t.sent(); c.endpoint.modelInPath && name != c.fields.model {
+		path = pathOfModel(name, path)
+	}
 	if t.union != nil {
 		query = t.union.query
 	}
-	out.URL = t.at.url(c.match.path, query) // with the key that goes there, always together
+	out.URL = t.at.url(path, query) // with the key that goes there, always together
 	body, err := t.body()
 	if err != nil {
 		return nil, err

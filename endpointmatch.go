@@ -188,6 +188,14 @@ func modelPath(rest string) (path, model string, ok bool) {
 	return path, model, true
 }
 
+// pathOfModel returns the outbound path of another model's name, and the one there is if a path cannot hold it.
+func pathOfModel(name, path string) string {
+	if p, _, ok := modelPath(strings.ReplaceAll(url.PathEscape(name), "%2F", "/")); ok {
+		return p
+	}
+	return path
+}
+
 // queryNames are the query parameters of the operations above. model is not one: no endpoint takes it there, and
 // a provider that did would let it go past the check of models. true: it may be repeated.
 var queryNames = map[string]bool{

@@ -191,8 +191,8 @@ func TestLayoutAudit(t *testing.T) {
 func TestLayoutSecrets(t *testing.T) {
 	t.Parallel()
 	want := map[string]int{
-		"admin_session.go": 1,                 // binding a session to MANAGEMENT_TOKEN
-		"answer.go":        1, "settle.go": 1, // masking a provider's key in what the provider says
+		"admin_session.go": 1,                                // binding a session to MANAGEMENT_TOKEN
+		"answer.go":        1, "settle.go": 1, "union.go": 1, // masking a provider's key in what the provider says
 		"audit.go":            2, // the key of the audit trail: deriving it, using it
 		"datadir.go":          2, // the encryption key: into its file, into the sealer
 		"demo.go":             4, // the stand-in provider's key, and what the newcomer is shown

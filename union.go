@@ -187,9 +187,11 @@ func (n *union) ask(query, after string) string {
 	return q.Encode()
 }
 
-// read reads a page to its end, while its time is limited, and leaves it in the
-// answer's body.
-func (n *union) read(res *http.Response) error {
+// readPage reads a page to its end, while its time is limited, and leaves it in
+// the answer's body. The provider's key is not left in it: the client's answer is
+// searched for one key only.
+func (t *tries) readPage(res *http.Response) error {
+	n := t.union
 	defer res.Body.Close()
 	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.left)+1))
 	if err != nil {
@@ -201,6 +203,10 @@ func (n *union) read(res *http.Response) error {
 		return e
 	}
 	n.left -= len(page)
+	mask := keyMask{key: []byte(t.at.key())}
+	if page = append(mask.pass(page), mask.end()...); mask.seen {
+		t.s.log.Error("the provider's list of models held its key; it was masked", "request_id", t.c.requestID, "upstream", t.at.id)
+	}
 	res.Body = &headBody{http.NoBody, page, page, true}
 	return nil
 }

@@ -58,6 +58,9 @@ func (t *tries) judge(res *http.Response, err error) verdict {
 	case code == http.StatusBadRequest && t.fallback() != "" && isTooLong(errorHead(res)):
 		h.good(now, began, true)
 		return verdict{tooLong: true, reason: "too long for the model"}
+	case code == http.StatusNotFound && t.c.endpoint.modelInPath:
+		h.good(now, began, true)
+		return verdict{reason: "does not know the model"} // another may
 	case code >= 400:
 		h.good(now, began, true) // the call is wrong, not the key
 		return verdict{over: true}

@@ -1,0 +1,430 @@
+// Tests of Anthropic's lists of models, which come in pages, where they are put
+// together from several providers; and of asking after one model.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// claudeList answers as Anthropic does, in pages of at most so many models.
+func claudeList(most int, ids ...string) func(*providerConn, recorded) bool {
+	return func(c *providerConn, r recorded) bool {
+		u, err := url.Parse(r.target)
+		q := u.Query()
+		limit, errLimit := strconv.Atoi(q.Get("limit"))
+		if err != nil || errLimit != nil || limit > 1000 || r.header.Get("Anthropic-Version") == "" {
+			return c.reply(400, `{"type":"error","error":{"type":"invalid_request_error","message":"bad list"}}`)
+		}
+		from := slices.Index(ids, q.Get("after_id")) + 1
+		page := ids[from:min(len(ids), from+limit, from+most)]
+		var entries []string
+		for _, id := range page {
+			entries = append(entries, `{"type":"model","id":"`+id+`","display_name":"`+strings.ToUpper(id)+`","created_at":"2025-01-01T00:00:00Z"}`)
+		}
+		first, last := "null", "null"
+		if len(page) > 0 {
+			first, last = strconv.Quote(page[0]), strconv.Quote(page[len(page)-1])
+		}
+		return c.reply(200, fmt.Sprintf(`{"data":[%s],"has_more":%v,"first_id":%s,"last_id":%s}`, strings.Join(entries, ","), from+len(page) < len(ids), first, last))
+	}
+}
+
+// addClaude gives the test's project an upstream that speaks Anthropic's API.
+func (p *testProxy) addClaude(fields string, script func(*providerConn, recorded) bool) (*fakeProvider, string) {
+	p.t.Helper()
+	provider := newFakeProvider(p.t)
+	provider.answer(script)
+	return provider, p.addClaudeAt(provider, fields)
+}
+
+func (p *testProxy) addClaudeAt(provider *fakeProvider, fields string) string {
+	p.t.Helper()
+	p.mu.Lock()
+	p.secrets = append(p.secrets, provider.key)
+	p.mu.Unlock()
+	var up struct{ ID string }
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+		fmt.Sprintf(`{"name":"u","provider":"anthropic","api_key":%q,"base_url":%q,%s}`, provider.key, provider.url, fields), 201, &up)
+	return up.ID
+}
+
+// A claudePage is a page of a list, as Anthropic's SDKs read it.
+type claudePage struct {
+	Data []struct {
+		ID          string
+		DisplayName string `json:"display_name"`
+	}
+	HasMore *bool   `json:"has_more"`
+	FirstID *string `json:"first_id"`
+	LastID  *string `json:"last_id"`
+}
+
+func (p *testProxy) claude(token, query string) answer {
+	p.t.Helper()
+	return p.do("GET", "/v1/models"+query, "", "X-Api-Key", token, "Anthropic-Version", "2023-06-01")
+}
+
+// claudeModels returns the ids on a page, which must be one.
+func (p *testProxy) claudeModels(token, query string) (string, claudePage) {
+	p.t.Helper()
+	res := p.claude(token, query)
+	var page claudePage
+	if err := json.Unmarshal([]byte(res.body), &page); err != nil || res.status != 200 || page.Data == nil || page.HasMore == nil || strings.Contains(res.body, `"object"`) {
+		p.t.Fatalf("%s: got %d %s", query, res.status, res.body)
+	}
+	var ids []string
+	for _, m := range page.Data {
+		ids = append(ids, m.ID)
+	}
+	if len(ids) > 0 && (page.FirstID == nil || *page.FirstID != ids[0] || page.LastID == nil || *page.LastID != ids[len(ids)-1]) {
+		p.t.Errorf("%s: the ends of the page are wrong: %s", query, res.body)
+	}
+	return strings.Join(ids, " "), page
+}
+
+// claudeWalk reads page after page as Anthropic's SDKs do: by has_more, and by
+// last_id or, where before_id was given, first_id.
+func (p *testProxy) claudeWalk(token string, limit int, before string) (pages []string) {
+	p.t.Helper()
+	q := url.Values{"limit": {strconv.Itoa(limit)}}
+	if before != "" {
+		q.Set("before_id", before)
+	}
+	for range 100 {
+		ids, page := p.claudeModels(token, "?"+q.Encode())
+		pages = append(pages, ids)
+		switch {
+		case !*page.HasMore:
+			return pages
+		case before != "" && page.FirstID != nil:
+			q.Set("before_id", *page.FirstID)
+		case before == "" && page.LastID != nil:
+			q.Set("after_id", *page.LastID)
+		default:
+			p.t.Fatalf("a page that is not the last says nothing of the next: %v", pages)
+		}
+	}
+	p.t.Fatal("the list has no end")
+	return nil
+}
+
+// TestUnitedClaudeModels: the lists of several providers with Anthropic's API are
+// one, without twins, and a client walks it page by page, both ways.
+func TestUnitedClaudeModels(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil) // its first upstream speaks OpenAI's API, and has no part in this
+	one, id := p.addClaude(`"models":["claude*"]`, claudeList(2, "claude-5", "claude-4", "claude-3", "claude-2", "other", "claude-1"))
+	two, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"glm-4"}`, claudeList(1000, "glm-5", "claude-3", "glm-4"))
+	const all = "claude-5 claude-4 claude-3 claude-2 claude-1 glm-5 glm-4 mine"
+
+	for _, query := range []string{"", "?limit=1000", "?limit=8", "?beta=true"} {
+		if got, page := p.claudeModels(p.token, query); got != all || *page.HasMore {
+			t.Errorf("%q: got %s, more: %v", query, got, *page.HasMore)
+		}
+	}
+	if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 4 || len(row.AttemptLog) != 4 || row.UpstreamID != id || row.AttemptLog[3].Status != 200 || row.AttemptLog[3].Error != "" {
+		t.Errorf("the ledger has %+v", row)
+	}
+	var asked []string
+	for _, r := range one.got()[len(one.got())-3:] {
+		asked = append(asked, r.target)
+	}
+	if want := []string{"/v1/models?beta=true&limit=1000", "/v1/models?after_id=claude-4&beta=true&limit=1000", "/v1/models?after_id=claude-2&beta=true&limit=1000"}; !slices.Equal(asked, want) {
+		t.Errorf("the provider was asked %v", asked)
+	}
+	p.keysApart(one, two)
+	if n := len(p.provider.got()); n != 0 {
+		t.Errorf("the provider of another API was asked %d times", n)
+	}
+
+	if got, want := p.claudeWalk(p.token, 2, ""), []string{"claude-5 claude-4", "claude-3 claude-2", "claude-1 glm-5", "glm-4 mine"}; !slices.Equal(got, want) {
+		t.Errorf("forwards: %q", got)
+	}
+	if got, want := p.claudeWalk(p.token, 2, "mine"), []string{"glm-5 glm-4", "claude-2 claude-1", "claude-4 claude-3", "claude-5"}; !slices.Equal(got, want) {
+		t.Errorf("backwards: %q", got)
+	}
+	if got := p.claudeWalk(p.token, 3, ""); len(got) != 3 || got[2] != "glm-4 mine" {
+		t.Errorf("by three: %q", got)
+	}
+	if got, page := p.claudeModels(p.token, "?after_id=mine"); got != "" || *page.HasMore || page.FirstID != nil || page.LastID != nil {
+		t.Errorf("after the last: %q %+v", got, page)
+	}
+	if got, page := p.claudeModels(p.token, "?before_id=claude-5"); got != "" || *page.HasMore {
+		t.Errorf("before the first: %q", got)
+	}
+	if _, page := p.claudeModels(p.token, "?limit=1&after_id=glm-5"); page.Data[0].DisplayName != "GLM-4" {
+		t.Errorf("what is known of a model is lost: %+v", page)
+	}
+
+	// What the client asks for in a wrong way is refused as the provider would.
+	for query, param := range map[string]string{"?limit=0": "limit", "?limit=1001": "limit", "?limit=x": "limit", "?after_id=glm-5&before_id=glm-4": "before_id",
+		"?after_id=nonesuch": "after_id", "?before_id=nonesuch": "before_id", "?after_id=other": "after_id"} {
+		before := len(one.got())
+		res := p.claude(p.token, query)
+		if res.status != 400 || between(res.body, `"param":"`, `"`) != param || !strings.Contains(res.body, `"type":"error"`) || !strings.Contains(res.body, `"invalid_request_error"`) {
+			t.Errorf("%s: got %d %s", query, res.status, res.body)
+		}
+		if asked := len(one.got()) > before; asked != strings.Contains(query, "=nonesuch") && asked != strings.HasSuffix(query, "=other") {
+			t.Errorf("%s: the provider was asked: %v", query, asked)
+		}
+	}
+
+	// OpenAI's SDKs have the other list, as it is.
+	p.provider.answer(always(200, `{"object": "list", "data": [{"id":"gpt-4o"}]}`))
+	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != `{"object": "list", "data": [{"id":"gpt-4o"}]}` {
+		t.Errorf("the list of the other API: got %d %s", res.status, res.body)
+	}
+}
+
+// TestClaudeModelsWithinPolicies: what a token may not use is in no page and in
+// no cursor, whether there are several providers or one; and every page but the
+// last is full.
+func TestClaudeModelsWithinPolicies(t *testing.T) {
+	t.Parallel()
+	list := []string{"claude-opus-1", "claude-haiku-1", "claude-opus-2", "claude-opus-3", "claude-haiku-2", "claude-haiku-3", "claude-opus-4", "claude-haiku-4", "claude-opus-5"}
+	p := newTest(t, nil)
+	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, "", 200, nil)
+	one, _ := p.addClaude(`"priority":0`, claudeList(3, list...))
+	narrowID, narrow := p.newToken(`"name":"narrow","policy":{"models":["claude-haiku*","glm*"]}`)
+	check := func(what string, want ...string) {
+		t.Helper()
+		if got := p.claudeWalk(narrow, 2, ""); !slices.Equal(got, want) {
+			t.Errorf("%s: %q", what, got)
+		}
+		if res := p.claude(narrow, "?after_id=claude-opus-3"); res.status != 400 {
+			t.Errorf("%s: a hidden model as cursor: got %d %s", what, res.status, res.body)
+		}
+	}
+	check("of one provider", "claude-haiku-1 claude-haiku-2", "claude-haiku-3 claude-haiku-4")
+	if row := p.lastCall(); row.TokenID != narrowID || row.Attempts != 3 {
+		t.Errorf("the ledger has %+v", row)
+	}
+	// Without a policy that names models one provider's list is its own, byte for byte.
+	res := p.claude(p.token, "?limit=2&after_id=claude-opus-2")
+	if one.last(t).target != "/v1/models?limit=2&after_id=claude-opus-2" || !strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) || p.lastCall().Attempts != 1 {
+		t.Errorf("the list of one provider: asked for %s, got %s", one.last(t).target, res.body)
+	}
+	p.addClaude(`"priority":1`, claudeList(1000, "glm-5", "kimi-3", "claude-haiku-1"))
+	check("of two", "claude-haiku-1 claude-haiku-2", "claude-haiku-3 claude-haiku-4", "glm-5")
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["claude-haiku-1","glm-5"]}}`, 200, nil)
+	check("within the project's policy too", "claude-haiku-1 glm-5")
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":[]}}`, 200, nil)
+	if got, page := p.claudeModels(narrow, ""); got != "" || *page.HasMore {
+		t.Errorf("of none: %s", got)
+	}
+}
+
+// TestClaudeModelsOfTheWell: a provider that does not bring its whole list is
+// left out of it, whatever is wrong, and the others' is the answer; the ledger
+// says so. Without any list the client gets what was wrong.
+func TestClaudeModelsOfTheWell(t *testing.T) {
+	t.Parallel()
+	secondPage := func(then func(*providerConn, recorded) bool) func(*providerConn, recorded) bool {
+		first := claudeList(1, "claude-2", "claude-1")
+		return func(c *providerConn, r recorded) bool {
+			if strings.Contains(r.target, "after_id") {
+				return then(c, r)
+			}
+			return first(c, r)
+		}
+	}
+	stalled := func(c *providerConn, _ recorded) bool { return stall(c) }
+	halfway := func(c *providerConn, _ recorded) bool {
+		_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
+		return stall(c)
+	}
+	for _, c := range []struct {
+		name   string
+		script func(*providerConn, recorded) bool
+		asked  int
+		reason string
+		alone  int // the status where there is no other
+	}{
+		{"503", always(503, `{}`), 1, "server error", 503},
+		{"429", always(429, `{}`, "Retry-After: 60"), 1, "rate limited", 429},
+		{"401", always(401, `{}`), 1, "key refused", 502},
+		{"reset", func(c *providerConn, _ recorded) bool { return c.reset() }, 1, "broke off before it answered", 502},
+		{"hangs", stalled, 1, "did not answer in time", 504},
+		{"hangs within a page", halfway, 1, "did not answer in time", 504},
+		{"no JSON", always(200, `nonsense`), 1, "its list of models cannot be read", 502},
+		{"no list", always(200, `{"data":{}}`), 1, "its list of models cannot be read", 502},
+		{"too large", always(200, `{"data":["`+strings.Repeat("x", maxModelList)+`"]}`), 1, "", 502},
+		{"503 at the second page", secondPage(always(503, `{}`)), 2, "server error", 503},
+		{"cut within the second page", secondPage(func(c *providerConn, _ recorded) bool {
+			_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
+			return c.reset()
+		}), 2, "broke off before it answered", 502},
+		{"hangs at the second page", secondPage(halfway), 2, "did not answer in time", 504},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1s"})
+			first := c.name != "503" && c.name != "no JSON" // asked first, or last
+			bad, badID := p.addClaude(fmt.Sprintf(`"priority":%d`, map[bool]int{true: 0, false: 2}[first]), c.script)
+			_, goodID := p.addClaude(`"priority":1`, claudeList(1, "glm-5", "glm-4"))
+			if got, _ := p.claudeModels(p.token, ""); got != "glm-5 glm-4" {
+				t.Errorf("got %q", got)
+			}
+			if n := len(bad.got()); n != c.asked {
+				t.Errorf("it was asked %d times", n)
+			}
+			row := p.lastCall()
+			if row.Outcome != "ok" || row.UpstreamID != goodID || row.Attempts != c.asked+2 || len(row.AttemptLog) != c.asked+2 {
+				t.Fatalf("the ledger has %+v", row)
+			}
+			at := c.asked - 1
+			if !first {
+				at += 2
+			}
+			if line := row.AttemptLog[at]; line.Upstream != badID || c.reason != "" && line.Error != c.reason {
+				t.Errorf("the attempt log has %+v", row.AttemptLog)
+			}
+			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+goodID, `{"weight":0}`, 200, nil)
+			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+badID, `{"note":"well again"}`, 200, nil)
+			same := newFakeProvider(t) // another place that fares no better, so that a list is put together
+			same.answer(c.script)
+			p.addClaudeAt(same, `"priority":3`)
+			if res := p.claude(p.token, ""); res.status != c.alone || res.err != nil {
+				t.Errorf("with none: got %d %s, %v", res.status, clip(res.body, 300), res.err)
+			}
+		})
+	}
+}
+
+// TestClaudeModelsBounds: a list without an end has one here, an upstream's own
+// limits hold for its pages, and another key of a place stands by for the first.
+func TestClaudeModelsBounds(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	number := 0
+	endless, endlessID := p.addClaude(`"priority":0`, func(c *providerConn, _ recorded) bool {
+		number++
+		return c.reply(200, fmt.Sprintf(`{"data":[{"id":"m%d"}],"has_more":true,"first_id":"m%[1]d","last_id":"m%[1]d"}`, number))
+	})
+	again, againID := p.addClaude(`"priority":1`, always(200, `{"data":[{"id":"same"}],"has_more":true,"first_id":"same","last_id":"same"}`))
+	got, page := p.claudeModels(p.token, "?limit=1000")
+	if n := len(strings.Fields(got)); n != maxModelPages+1 || len(endless.got()) != maxModelPages || len(again.got()) != 2 || *page.HasMore {
+		t.Errorf("got %d models from %d and %d pages", n, len(endless.got()), len(again.got()))
+	}
+	for _, id := range []string{endlessID, againID} {
+		p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
+	}
+
+	now := time.Now()
+	if left := 60 - now.Second(); left < 5 { // what follows must not fall into two minutes
+		time.Sleep(time.Duration(left) * time.Second)
+	}
+	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`, claudeList(1, "claude-3", "claude-2", "claude-1"))
+	p.addClaude(`"priority":1`, claudeList(9, "glm-5"))
+	if got, _ := p.claudeModels(p.token, ""); got != "glm-5" || len(limited.got()) != 2 {
+		t.Errorf("got %q, and the limited provider was asked %d times", got, len(limited.got()))
+	}
+	if row := p.lastCall(); row.Attempts != 3 || !strings.Contains(row.AttemptLog[1].Error, "no room") {
+		t.Errorf("the ledger has %+v", row)
+	}
+
+	q := newTest(t, nil) // two keys of one place, the first of which is refused
+	provider, first := q.addClaude(`"priority":0`, nil)
+	list := claudeList(1, "claude-2", "claude-1")
+	spare := &fakeProvider{url: provider.url, key: "sk-spare-" + randomBase62(30)}
+	provider.answer(func(c *providerConn, r recorded) bool {
+		if r.header.Get("X-Api-Key") != spare.key {
+			return c.reply(401, `{}`)
+		}
+		return list(c, r)
+	})
+	second := q.addClaudeAt(spare, `"priority":1`)
+	q.addClaude(`"priority":2`, claudeList(9, "glm-5"))
+	if got, _ := q.claudeModels(q.token, ""); got != "claude-2 claude-1 glm-5" {
+		t.Errorf("with a spare key: %q", got)
+	}
+	if row := q.lastCall(); row.UpstreamID != second || row.Attempts != 4 || row.AttemptLog[0].Upstream != first {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestOneModel: what is said of one model comes from an upstream that has it, by
+// its list of models, by its own name for it, or because it is the first that
+// knows it.
+func TestOneModel(t *testing.T) {
+	t.Parallel()
+	knows := func(ids ...string) func(*providerConn, recorded) bool {
+		return func(c *providerConn, r recorded) bool {
+			id, _ := url.PathUnescape(strings.TrimPrefix(r.target, "/v1/models/"))
+			if !slices.Contains(ids, id) {
+				return c.reply(404, `{"type":"error","error":{"type":"not_found_error","message":"model: `+id+`"}}`)
+			}
+			return c.reply(200, `{"type":"model","id":"`+id+`"}`)
+		}
+	}
+	p := newTest(t, nil)
+	p.provider.answer(knows("gpt-4o", "deployed"))
+	claude, _ := p.addClaude(`"models":["claude*"]`, knows("claude-5"))
+	glm, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"z/glm-4"}`, knows("glm-5", "z/glm-4"))
+	kimi, kimiID := p.addClaude(`"priority":2`, knows("kimi-3"))
+	for _, c := range []struct {
+		id     string
+		status int
+		asked  string
+		by     *fakeProvider
+	}{
+		{"claude-5", 200, "/v1/models/claude-5", claude},
+		{"glm-5", 200, "/v1/models/glm-5", glm},
+		{"mine", 200, "/v1/models/z/glm-4", glm},
+		{"kimi-3", 200, "/v1/models/kimi-3", kimi},
+		{"nonesuch", 404, "/v1/models/nonesuch", kimi},
+	} {
+		res := p.do("GET", "/v1/models/"+c.id, "", "X-Api-Key", p.token, "Anthropic-Version", "2023-06-01")
+		if res.status != c.status || c.by.last(t).target != c.asked || c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
+			t.Errorf("%s: got %d %s, and the provider was asked for %s", c.id, res.status, res.body, c.by.last(t).target)
+		}
+	}
+	if row := p.lastCall(); row.Attempts != 2 || row.UpstreamID != kimiID || row.Outcome != "upstream_error" || row.AttemptLog[0].Error != "does not know the model" {
+		t.Errorf("the ledger has %+v", row)
+	}
+	if n := len(p.provider.got()); n != 0 {
+		t.Errorf("the provider of another API was asked %d times", n)
+	}
+	for _, id := range []string{kimiID, p.upstream} { // the key is none the worse for it
+		if h := p.healthOf(id); h.State != "ready" {
+			t.Errorf("%s is %+v", id, h)
+		}
+	}
+	if res := p.do("GET", "/v1/models/gpt-4o", "", "Authorization", "Bearer "+p.token); res.status != 200 || p.lastCall().Attempts != 1 {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"ours":"deployed"}}`, 200, nil)
+	if res := p.do("GET", "/v1/models/ours", "", "Authorization", "Bearer "+p.token); res.status != 200 || p.provider.last(t).target != "/v1/models/deployed" {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+}
+
+// TestUnitedModelsHoldNoKey: no list that a provider's is put into shows the key
+// of any of them, whoever says it.
+func TestUnitedModelsHoldNoKey(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	second, id := p.addUpstream(`"priority":1`)
+	p.provider.answer(always(200, `{"object":"list","data":[{"id":"a"}]}`))
+	second.answer(always(200, `{"object":"list","data":[{"id":"b","owned_by":"`+second.key+`"},{"id":"`+second.key+`"}]}`))
+	p.addClaude(`"priority":0`, claudeList(9, "claude-5"))
+	claude, claudeID := p.addClaude(`"priority":1`, nil)
+	claude.answer(always(200, `{"data":[{"id":"glm-5","display_name":"x`+claude.key+`x"}],"has_more":false}`))
+	for _, c := range []struct{ header, owner, id, model string }{{"Openai-Beta", second.key, id, "b"}, {"Anthropic-Version", claude.key, claudeID, "glm-5"}} {
+		res := p.do("GET", "/v1/models", "", "X-Api-Key", p.token, c.header, "1")
+		if res.status != 200 || !strings.Contains(res.body, `"`+c.model+`"`) || !strings.Contains(res.body, strings.Repeat("*", len(c.owner))) || strings.Contains(res.body, c.owner) {
+			t.Errorf("got %d %s", res.status, res.body)
+		}
+		if !strings.Contains(string(p.log.bytes()), `list of models held its key; it was masked","request_id":"`+res.header.Get("X-LLM-Proxy-Request-Id")+`","upstream":"`+c.id) {
+			t.Error("the log does not say whose answer held a key")
+		}
+	}
+}
