@@ -38,8 +38,7 @@ type tries struct {
 	log      []attemptLine // why
 	repeated bool          // a key has had its second attempt
 	kept     *keptAnswer
-	union    *union      // a list of models that is put together
-	ended    attemptLine // how the last attempt at one ended
+	union    *union // a list of models that is put together
 }
 
 // An attemptLine is one line of a call's attempt log, as stored and shown.
@@ -401,7 +400,10 @@ func (t *tries) finish(row *requestRow) {
 	}
 	now := time.Now().UnixMilli()
 	if len(t.log) > 0 {
-		last := attemptLine{Upstream: t.at.id, Model: t.sent(), MS: now - t.began, Status: t.ended.Status, Error: cmp.Or(row.errorCode, t.ended.Error)}
+		last := attemptLine{Upstream: t.at.id, Model: t.sent(), MS: now - t.began, Error: row.errorCode}
+		if t.union != nil {
+			last.Status, last.Error = t.union.status, cmp.Or(row.errorCode, t.union.reason)
+		}
 		if t.c.answer.meter != nil && t.c.upstream == t.at {
 			last.Status = row.status
 		}

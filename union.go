@@ -32,6 +32,8 @@ type union struct {
 	left   int    // bytes that may still come, of all lists together
 	known  map[string]bool
 	models []listedModel
+	status int    // of the last attempt,
+	reason string // and what was wrong with it, if others make up the list
 }
 
 type listedModel struct {
@@ -115,9 +117,9 @@ func (t *tries) unite(req *http.Request, list []*upstream) (*http.Response, erro
 	if good == nil {
 		return t.best(last.res, last.err)
 	}
-	t.ended.Error = last.v.reason
+	n.reason = last.v.reason
 	if last.res != nil {
-		t.ended.Status = last.res.StatusCode
+		n.status = last.res.StatusCode
 		last.res.Body.Close()
 	}
 	c.upstream = by

@@ -15,8 +15,9 @@ const chatUsage = {
   completion_tokens_details: { reasoning_tokens: 2, audio_tokens: 0, accepted_prediction_tokens: 0, rejected_prediction_tokens: 0 },
 };
 
-export function answer(call) {
+export function answer(call, provider) {
   const path = call.url.split('?')[0];
+  if (call.method === 'GET' && path.startsWith('/v1/models') && call.headers['anthropic-version']) return claudeModels(call, provider.claudes, path.slice('/v1/models/'.length));
   const handler = handlers[`${call.method} ${path}`];
   if (handler) return handler(call);
   if (call.method === 'GET' && path.startsWith('/v1/models/')) return retrieveModel(call, decodeURIComponent(path.slice('/v1/models/'.length)));
@@ -48,6 +49,16 @@ const handlers = {
 };
 
 const model = (id) => ({ id, object: 'model', created, owned_by: 'provider' });
+
+// Anthropic's lists come in pages; these are of three models at most.
+function claudeModels(call, ids, id) {
+  const claude = (name) => ({ type: 'model', id: name, display_name: name.toUpperCase(), created_at: '2025-10-01T00:00:00Z' });
+  if (id) return ids.includes(id) ? call.reply(200, claude(id)) : call.reply(404, { type: 'error', error: { type: 'not_found_error', message: `model: ${id}` } });
+  const query = new URL(call.url, 'http://x').searchParams;
+  const from = ids.indexOf(query.get('after_id')) + 1;
+  const page = ids.slice(from, from + Math.min(3, query.get('limit') ?? 20));
+  return call.reply(200, { data: page.map(claude), has_more: from + page.length < ids.length, first_id: page.at(0) ?? null, last_id: page.at(-1) ?? null });
+}
 
 function retrieveModel(call, id) {
   if (id === 'nonesuch') return call.fail(404, { message: "The model 'nonesuch' does not exist", type: 'invalid_request_error', param: 'model', code: 'model_not_found' });

@@ -4,6 +4,7 @@ import assert from 'node:assert/strict';
 import { after, afterEach, before, describe, test } from 'node:test';
 import Anthropic from '@anthropic-ai/sdk';
 import { text, toolArguments, words } from './answers.mjs';
+import { Provider } from './provider.mjs';
 import { Proxy, countingFetch, promptCanary, within } from './proxy.mjs';
 
 let proxy, provider, client;
@@ -112,6 +113,58 @@ describe('streams', () => {
       for await (const _ of stream);
     });
     assert.equal((await proxy.settled()).outcome, 'truncated');
+  });
+});
+
+describe('models of several providers', () => {
+  const list = ['claude-opus-5', 'claude-sonnet-5', 'claude-haiku-5', 'claude-sonnet-4', 'claude-haiku-4', 'glm-5', 'glm-4'];
+  const ids = async (pages) => {
+    const found = [];
+    for await (const model of pages) found.push(model.id);
+    return found;
+  };
+  let other, project, united;
+  before(async () => {
+    other = await Provider.start();
+    provider.claudes = list.slice(0, 5);
+    other.claudes = ['glm-5', 'claude-haiku-5', 'glm-4'];
+    project = (await proxy.manage('POST', '/manage/projects', { name: 'lists' })).id;
+    for (const [priority, p] of [provider, other].entries()) {
+      await proxy.manage('POST', `/manage/projects/${project}/upstreams`, {
+        name: `claude ${priority}`, provider: 'anthropic', base_url: p.url, api_key: p.anthropicKey, priority, connect_ms: 5000, answer_ms: 20000,
+      });
+    }
+    united = make({ apiKey: await proxy.newToken({ project_id: project }) });
+  });
+  after(() => other.close());
+
+  test('the pager walks one list, whatever the pages', async () => {
+    for (const limit of [1, 2, 3, 7, undefined]) {
+      united.counter.count = 0;
+      assert.deepEqual(await ids(united.client.models.list({ limit })), list);
+      assert.equal(united.counter.count, Math.ceil(list.length / (limit ?? 20)));
+    }
+    const row = await proxy.settled();
+    assert.deepEqual([row.outcome, row.attempts], ['ok', 3]);
+  });
+
+  test('and backwards', async () => {
+    const pages = [];
+    for await (const page of (await united.client.models.list({ limit: 2, before_id: 'glm-4' })).iterPages()) pages.push(page.data.map((model) => model.id));
+    assert.deepEqual(pages, [list.slice(4, 6), list.slice(2, 4), list.slice(0, 2)]);
+  });
+
+  test('with the models that the token may use, in full pages', async () => {
+    const { client: narrow, counter } = make({ apiKey: await proxy.newToken({ project_id: project, policy: { models: ['claude-haiku*', 'glm*'] } }) });
+    assert.deepEqual(await ids(narrow.models.list({ limit: 2 })), ['claude-haiku-5', 'claude-haiku-4', 'glm-5', 'glm-4']);
+    assert.equal(counter.count, 2);
+    await failure(narrow.models.list({ after_id: 'claude-opus-5' }), Anthropic.BadRequestError);
+  });
+
+  test('one model, of whichever has it', async () => {
+    assert.equal((await united.client.models.retrieve('glm-5')).display_name, 'GLM-5');
+    assert.equal((await united.client.models.retrieve('claude-opus-5')).display_name, 'CLAUDE-OPUS-5');
+    await failure(united.client.models.retrieve('nonesuch'), Anthropic.NotFoundError);
   });
 });
 

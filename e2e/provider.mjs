@@ -65,6 +65,7 @@ export class Call {
 export class Provider {
   openaiKey = 'sk-provider-openai-0Qk7TzW4nXc2';
   anthropicKey = 'sk-ant-provider-9LmVb3RyHs6d';
+  claudes = []; // the models in Anthropic's list
   calls = [];
   #scripts = [];
 
@@ -107,11 +108,11 @@ export class Provider {
     const script = this.#scripts.shift();
     if (script) return script(call);
     const { authorization, 'x-api-key': key } = call.headers;
-    const rightful = call.url.startsWith('/v1/messages')
+    const rightful = call.url.startsWith('/v1/messages') || call.headers['anthropic-version']
       ? key === this.anthropicKey && authorization === undefined
       : authorization === `Bearer ${this.openaiKey}` && key === undefined;
     if (!rightful) return call.fail(401, { message: 'Incorrect API key provided.', type: 'invalid_request_error', param: null, code: 'invalid_api_key' });
-    return answer(call);
+    return answer(call, this);
   }
 
   close() {
