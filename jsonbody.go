@@ -1,7 +1,7 @@
 // This room reads the JSON objects that admins send, strictly: unknown,
 // repeated and differently-cased names are errors that name the field, because
-// a name that is silently ignored is a limit that silently does not hold.
-// Plain code: it knows no HTTP and no tables.
+// a name that is silently ignored is a limit that silently does not hold. It
+// also writes text as JSON. Plain code: it knows no HTTP and no tables.
 package main
 
 import (
@@ -156,4 +156,18 @@ func checkName(s string) error {
 		return &fieldError{"name", "must not begin or end with white space"}
 	}
 	return nil
+}
+
+// appendJSONText appends s as a string of JSON.
+func appendJSONText(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			var text bytes.Buffer
+			e := json.NewEncoder(&text)
+			e.SetEscapeHTML(false)
+			_ = e.Encode(s) // a string: it cannot fail
+			return append(b, bytes.TrimSuffix(text.Bytes(), []byte{'\n'})...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
 }

@@ -179,7 +179,7 @@ func TestCertificateRenewed(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	told, done := make(chan os.Signal), make(chan bool)
-	go func() { p.in.certificate.watch(ctx, time.Hour, told, p.in.log); close(done) }()
+	go func() { p.in.certificate.watch(ctx, time.Hour, told, p.in.log.Logger); close(done) }()
 	told <- syscall.SIGHUP
 	testCertificate(t, dir, 48*time.Hour)
 	told <- syscall.SIGHUP
@@ -194,7 +194,7 @@ func TestCertificateRenewed(t *testing.T) {
 	}
 	stop()
 	<-done
-	go func() { p.in.certificate.watch(t.Context(), time.Millisecond, nil, p.in.log) }()
+	go func() { p.in.certificate.watch(t.Context(), time.Millisecond, nil, p.in.log.Logger) }()
 	testCertificate(t, dir, 72*time.Hour)
 	waitFor(t, "the newest certificate", func() bool { return days() == 3 })
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"strings"
 	"sync"
@@ -162,6 +163,33 @@ func (w *stuckWriter) Write(b []byte) (int, error) {
 	w.once.Do(func() { close(w.entered) })
 	<-w.leave
 	return w.syncBuffer.Write(b)
+}
+
+// TestLineIsSlogs: the line of a call is what slog would have written.
+func TestLineIsSlogs(t *testing.T) {
+	t.Parallel()
+	texts := []string{"", "gpt-4o", "two words", "a=b", `say "hi" \ <&>`, "line\nfeed\t\x00\x1b[0m", "\xff\xfe broken", "größe 日本 \u2028 \u00a0", "x\u0301\U0001f600"}
+	at := time.Date(2026, 11, 25, 17, 0, 5, 120_000_000, time.FixedZone("", 3600))
+	for _, text := range []bool{false, true} {
+		for _, level := range []slog.Level{slog.LevelInfo, slog.LevelError} {
+			var ours, theirs bytes.Buffer
+			line := newLogger(&ours, slog.LevelInfo, text).line(at, level, "call")
+			record := slog.NewRecord(at, level, "call", 0)
+			for i, v := range texts {
+				line.str("text", v)
+				line.num("number", int64(-i))
+				line.flag("flag", i%2 == 0)
+				record.Add("text", v, "number", -i, "flag", i%2 == 0)
+			}
+			line.end()
+			if err := newLogger(&theirs, slog.LevelInfo, text).Handler().Handle(t.Context(), record); err != nil {
+				t.Fatal(err)
+			}
+			if ours.String() != theirs.String() {
+				t.Errorf("got  %s\nwant %s", ours.String(), theirs.String())
+			}
+		}
+	}
 }
 
 // TestStuckLogHoldsNobodyUp: when the log's reader stops reading, lines are

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -201,7 +200,7 @@ type instance struct {
 }
 
 // openInstance opens the data directory, the database and the ledger.
-func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instance, err error) {
+func openInstance(ctx context.Context, cfg *config, log *logger) (_ *instance, err error) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
@@ -238,7 +237,7 @@ func openInstance(ctx context.Context, cfg *config, log *slog.Logger) (_ *instan
 		r.cost, r.priced, r.knownModel = prices.price("", r.model, r.counts)
 		r.knownAsked = r.knownModel
 	}
-	if in.ledger, err = openLedger(ctx, in.store, log, lost); err != nil {
+	if in.ledger, err = openLedger(ctx, in.store, log.Logger, lost); err != nil {
 		return nil, err
 	}
 	if in.health, err = openHealth(ctx, in.store); err != nil {
@@ -277,7 +276,7 @@ func (in *instance) startWorkers() {
 	in.stop = stop
 	in.workers.Go(func() { in.running.run(ctx) })
 	in.workers.Go(func() { in.keepHealth(ctx) })
-	in.workers.Go(func() { in.dir.watch(ctx, in.log) })
+	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
 	trail, _, _, _ := in.store.auditHead(ctx, in.store.chain) // trouble will show with the first entry
 	in.workers.Go(func() { in.keepTrail(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
@@ -362,7 +361,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 	}
 	watching, stopWatching := context.WithCancel(context.Background())
 	defer stopWatching()
-	serving.Go(func() { in.certificate.watch(watching, certificateLook, in.hangups, in.log) })
+	serving.Go(func() { in.certificate.watch(watching, certificateLook, in.hangups, in.log.Logger) })
 	if ready != nil {
 		ready(l.Addr())
 	}

@@ -20,7 +20,7 @@ import (
 // A server is what the handlers share. Its fields are set once, at start.
 type server struct {
 	cfg       *config
-	log       *slog.Logger
+	log       *logger
 	quietLog  *log.Logger // for net/http's own notes, at debug
 	store     *store
 	sealer    *sealer

@@ -193,55 +193,56 @@ func (s *server) logCall(c *call, row *requestRow) {
 			level = slog.LevelError // ours
 		}
 	}
-	ctx := context.Background()
-	if !s.log.Enabled(ctx, level) {
+	if !s.log.Enabled(context.Background(), level) {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 20)
+	var left int64
 	if c.token == nil { // whatever went wrong: anyone can cause it
-		ok, left := s.strangers.allow(c.start)
-		if !ok {
+		var ok bool
+		if ok, left = s.strangers.allow(c.start); !ok {
 			s.metrics.leftOut.Add(1)
 			return
 		}
-		if left > 0 {
-			attrs = append(attrs, slog.Int64("lines_left_out", left))
-		}
 	}
-	attrs = append(attrs,
-		slog.String("request_id", c.requestID),
-		slog.String("route", row.endpoint),
-		slog.Int("status", row.status),
-		slog.String("outcome", string(row.outcome)))
+	line := s.log.line(time.Now(), level, "call")
+	defer line.end()
+	if left > 0 {
+		line.num("lines_left_out", left)
+	}
+	line.str("request_id", c.requestID)
+	line.str("route", row.endpoint)
+	line.num("status", int64(row.status))
+	line.str("outcome", string(row.outcome))
 	if row.errorCode != "" {
-		attrs = append(attrs, slog.String("code", row.errorCode))
+		line.str("code", row.errorCode)
 	}
 	if row.limitHit != "" {
 		name := "limit"
 		if row.wouldRefuse {
 			name = "shadow_limit"
 		}
-		attrs = append(attrs, slog.String(name, row.limitHit))
+		line.str(name, row.limitHit)
 	}
 	if c.token != nil {
-		attrs = append(attrs, slog.String("token", c.state.id), slog.String("project", c.project.id))
+		line.str("token", c.state.id)
+		line.str("project", c.project.id)
 	}
-	attrs = append(attrs, slog.String("address", row.address))
+	line.str("address", row.address)
 	if c.trace.trace != "" {
-		attrs = append(attrs, slog.String("trace_id", c.trace.trace), slog.String("span_id", c.trace.span))
+		line.str("trace_id", c.trace.trace)
+		line.str("span_id", c.trace.span)
 	}
 	if row.model != "" {
-		attrs = append(attrs, slog.String("model", clip(row.model, 256)))
+		line.str("model", clip(row.model, 256))
 	}
 	if c.entry != nil {
-		attrs = append(attrs,
-			slog.Bool("stream", row.stream),
-			slog.String("usage", string(row.source)),
-			slog.Int64("input_tokens", row.counts.input),
-			slog.Int64("output_tokens", row.counts.output),
-			slog.Int64("first_byte_us", row.firstByteUS))
+		line.flag("stream", row.stream)
+		line.str("usage", string(row.source))
+		line.num("input_tokens", row.counts.input)
+		line.num("output_tokens", row.counts.output)
+		line.num("first_byte_us", row.firstByteUS)
 		if c.answer != nil && c.answer.providerID != "" {
-			attrs = append(attrs, slog.String("provider_request_id", c.answer.providerID))
+			line.str("provider_request_id", c.answer.providerID)
 		}
 	}
 	if c.failure != nil && c.failure.cause != nil && row.status >= 500 {
@@ -249,11 +250,7 @@ func (s *server) logCall(c *call, row *requestRow) {
 		if c.entry != nil { // net/http quotes what it could not read of an answer, which may quote the key
 			text = strings.ReplaceAll(text, c.upstream.key(), hiddenSecret)
 		}
-		attrs = append(attrs, slog.String("error", clip(text, 1024)))
+		line.str("error", clip(text, 1024))
 	}
-	attrs = append(attrs, slog.Int64("total_us", row.totalUS))
-	// Straight to the handler: a Logger would look up the source line each time.
-	line := slog.NewRecord(time.Now(), level, "call", 0)
-	line.AddAttrs(attrs...)
-	_ = s.log.Handler().Handle(ctx, line) // the sink returns no error
+	line.num("total_us", row.totalUS)
 }

@@ -7,7 +7,6 @@ package main
 import (
 	"context"
 	"database/sql/driver"
-	"encoding/json"
 	"fmt"
 	"strconv"
 )
@@ -222,20 +221,6 @@ func (r *requestRow) note() []byte {
 	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
 	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
 	return append(b, ']')
-}
-
-// appendJSONText appends s as a string of JSON.
-func appendJSONText(b []byte, s string) []byte {
-	for i := range len(s) {
-		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
-			text, err := json.Marshal(s)
-			if err != nil { // which no string causes
-				return append(b, `""`...)
-			}
-			return append(b, text...)
-		}
-	}
-	return append(append(append(b, '"'), s...), '"')
 }
 
 // record writes the rows of calls, and their content where that is kept.
