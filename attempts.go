@@ -393,12 +393,11 @@ func (t *tries) best(res *http.Response, err error) (*http.Response, error) {
 
 // finish is called once the call is over, however it ended: it frees the key,
 // and tells its health what only the end can show.
-func (t *tries) finish(row *requestRow) {
+func (t *tries) finish(row *requestRow, now int64) {
 	if t.at == nil { // it never went out
 		t.c.upstream.health.release()
 		return
 	}
-	now := time.Now().UnixMilli()
 	if len(t.log) > 0 {
 		last := attemptLine{Upstream: t.at.id, Model: t.sent(), MS: now - t.began, Error: row.errorCode}
 		if t.union != nil {

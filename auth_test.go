@@ -332,7 +332,7 @@ func FuzzHashCredential(f *testing.F) {
 		if !ok {
 			return
 		}
-		if !form.MatchString(text) || checksum(text[:len(text)-6]) != text[len(text)-6:] || hash != sha256.Sum256([]byte(text)) || pub != text[8:16] {
+		if !form.MatchString(text) || checksum([]byte(text[:len(text)-6])) != [6]byte([]byte(text[len(text)-6:])) || hash != sha256.Sum256([]byte(text)) || pub != text[8:16] {
 			t.Fatalf("%q was taken: %q", text, pub)
 		}
 		if _, _, ok := hashCredential(keyPrefix, text); ok {

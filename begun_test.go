@@ -113,13 +113,15 @@ func TestBegunTogether(t *testing.T) {
 	file := oldDatabase(t, "schema/011_begun.sql", oneToken(0)...)
 	st := mustOpen(t, file)
 	w := st.newLedgerWriter()
+	begun := &begunBatch{}
 	var entries []*ledgerEntry
 	for id := int64(1000); id > 997; id-- { // not in order
 		row := requestRow{id: id, project: 1, token: 7, endpoint: "POST /v1/chat/completions", model: "ä\x00\"\\\x1f\U0001f600", address: "2001:db8::1",
 			outcome: outcomeOK, status: 200, source: usageExact, attempts: 1, counts: tokenCounts{input: 1, output: 2}}
-		entries = append(entries, &ledgerEntry{id: id, row: row, note: row.note(), begun: make(chan error, 1)})
+		begun.add(id, row.note(nil))
+		entries = append(entries, &ledgerEntry{row: row, batch: begun})
 	}
-	write := func(begins, settles []*ledgerEntry) {
+	write := func(begins *begunBatch, settles []*ledgerEntry) {
 		t.Helper()
 		batch, undo := batchOf(begins, settles, nil)
 		undo() // a batch that fails is made again
@@ -128,7 +130,7 @@ func TestBegunTogether(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	write(entries, nil)
+	write(begun, nil)
 	write(nil, entries[:2])
 	if n, err := st.forgetRequests(t.Context(), math.MaxInt64, 100); n != 0 || err != nil {
 		t.Errorf("%d rows were let go, %v", n, err)
@@ -171,7 +173,8 @@ func TestBegunTogether(t *testing.T) {
 	}
 	now := time.Now()
 	e := l.begin(requestRow{id: firstID(now), started: now.UnixMilli(), project: 1, token: 7})
-	if err := <-e.begun; err != nil {
+	<-e.begun()
+	if err := e.fate(); err != nil {
 		t.Fatal(err)
 	}
 	e.row.outcome, e.row.source = outcomeOK, usageNone

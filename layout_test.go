@@ -57,8 +57,8 @@ func TestLayoutImports(t *testing.T) {
 		"syscall":                {"main.go", "datadir.go", "upstream.go", "listen.go"},
 		"crypto/rand":            {"secrets.go", "tokens.go"},
 		"crypto/tls":             {"config.go", "commands.go", "doctor.go", "listen.go"},
-		"runtime/debug":          {"main.go"},
-		"runtime/metrics":        {"metrics_show.go"},
+		"runtime/debug":          {"main.go", "heap.go"},
+		"runtime/metrics":        {"metrics_show.go", "heap.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
 	plain := []string{"usage*.go", "latency.go", "prices.go", "callbody.go", "callform.go", "bodyscan.go", "endpoints.go", "endpointmatch.go", "policy.go", "jsonbody.go", "audit.go", "metrics.go", "errorclass.go", "trace.go",

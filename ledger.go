@@ -20,22 +20,29 @@ const (
 	// for them; a crash in between makes them lost ones, with an estimate.
 	settleDelay = 100 * time.Millisecond
 	settleBatch = 512
-	retryDelay  = 250 * time.Millisecond
+	// So many calls that begin together are a crowd, for which a commit waits a
+	// moment.
+	crowd      = 8
+	crowdDelay = 200 * time.Microsecond
+	retryDelay = 250 * time.Millisecond
 )
 
 // A ledgerEntry is one call on its way into the ledger.
 type ledgerEntry struct {
-	id    int64
-	row   requestRow  // of the caller until it is settled; from then on nobody writes it
-	note  []byte      // the call as it stands in begun
-	begun chan error  // gets one value: nil when the note is committed
-	batch *begunBatch // of the writer: where the note is; nil: it is not in the database
+	row   requestRow // of the caller until it is settled; from then on nobody writes it
+	batch *begunBatch
 }
 
-// A begunBatch is a row of begun. It belongs to the writer.
+// A begunBatch is the calls that begin together, a row of begun. Until the writer
+// takes it, it is guarded by the ledger's mu; then it is the writer's.
 type begunBatch struct {
-	id      int64
-	running int // of its calls, those that have not ended
+	id      int64  // the least of its calls'
+	calls   []byte // as in begun, but for the last bracket
+	size    int
+	running int           // of its calls, those that have not ended
+	written bool          // it is in the database
+	err     error         // why it is not; readable once done
+	done    chan struct{} // closed when that is settled
 }
 
 type ledger struct {
@@ -44,7 +51,7 @@ type ledger struct {
 	log    *slog.Logger
 
 	mu          sync.Mutex
-	begins      []*ledgerEntry
+	begins      *begunBatch // nil: none
 	settles     []*ledgerEntry
 	sums        []*requestRow
 	firstSettle time.Time // when the oldest of settles and sums came
@@ -99,17 +106,44 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 	}
 }
 
-// begin queues a call and returns at once; wait on begun of what it returns. The
-// note is written in parallel with the call to the provider.
+// begin queues a call and returns at once; wait on begun. The note is written in
+// parallel with the call to the provider.
 func (l *ledger) begin(row requestRow) *ledgerEntry {
-	e := &ledgerEntry{id: row.id, row: row, note: row.note(), begun: make(chan error, 1)}
+	e := &ledgerEntry{row: row}
+	var space [512]byte
+	note := row.note(space[:0])
 	l.mu.Lock()
+	first := l.begins == nil
+	if first {
+		l.begins = &begunBatch{done: make(chan struct{})}
+	}
+	e.batch = l.begins
+	e.batch.add(row.id, note)
 	l.queued++
-	l.begins = append(l.begins, e)
 	l.mu.Unlock()
-	l.kick()
+	if first {
+		l.kick()
+	}
 	return e
 }
+
+func (b *begunBatch) add(id int64, note []byte) {
+	if b.size == 0 {
+		b.id, b.calls = id, append(b.calls, '[')
+	} else {
+		b.id, b.calls = min(b.id, id), append(b.calls, ',')
+	}
+	b.calls = append(b.calls, note...)
+	b.size++
+	b.running++
+}
+
+// begun is closed when it is settled whether the call's note is committed: fate
+// says so then.
+func (e *ledgerEntry) begun() <-chan struct{} { return e.batch.done }
+
+// fate is nil if the note is committed, or says why it is not.
+func (e *ledgerEntry) fate() error { return e.batch.err }
 
 // settle queues how a begun call ended, as its row says. The row is read from now
 // on, and no more written.
@@ -156,7 +190,10 @@ func (l *ledger) kick() {
 func (l *ledger) backlog() (begins, settles int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return int64(len(l.begins)), int64(len(l.settles) + len(l.sums))
+	if l.begins != nil {
+		begins = int64(l.begins.size)
+	}
+	return begins, int64(len(l.settles) + len(l.sums))
 }
 
 // healthy reports whether the last write succeeded. While it did not, no call
@@ -206,16 +243,23 @@ func (l *ledger) run() {
 	defer timer.Stop()
 	for {
 		q := l.take()
-		if len(q.begins)+len(q.settles)+len(q.sums) > 0 {
+		if q.begins != nil || len(q.settles)+len(q.sums) > 0 {
 			l.write(q.begins, q.settles, q.sums)
+			if q.begins != nil {
+				close(q.begins.done)
+			}
 			l.wrote(q)
 			if l.failing.Load() && !l.pause(retryDelay) {
 				return
 			}
-			// Where the processors are busy, all who are ready to run go first,
-			// and what they begin makes a larger batch: much of a transaction's
-			// cost is the same for one row and for fifty.
-			runtime.Gosched()
+			// Much of a transaction's cost is the same for one call and for fifty.
+			// Where many begin at one time the next batch is made larger by a
+			// wait, which is over long before a provider answers.
+			if q.begins != nil && q.begins.size >= crowd {
+				time.Sleep(crowdDelay)
+			} else {
+				runtime.Gosched()
+			}
 			continue
 		}
 		l.wrote(q)
@@ -248,12 +292,13 @@ func (l *ledger) pause(d time.Duration) bool {
 
 // A ledgerTake is what the writer took from the queues at one time.
 type ledgerTake struct {
-	begins, settles []*ledgerEntry
-	sums            []*requestRow
-	all             bool          // nothing was left
-	upTo            uint64        // queued then
-	wait            time.Duration // until what was left should be written
-	closing         bool
+	begins  *begunBatch
+	settles []*ledgerEntry
+	sums    []*requestRow
+	all     bool          // nothing was left
+	upTo    uint64        // queued then
+	wait    time.Duration // until what was left should be written
+	closing bool
 }
 
 // take empties the queues: all begins, and the settled rows when they have
@@ -286,17 +331,21 @@ func (l *ledger) wrote(q ledgerTake) {
 	l.committed, l.flushing = q.upTo, false
 }
 
-// write commits one batch. If it cannot, the begins are told so, since their
-// callers wait, and the rest goes back into the queue.
-func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
+// write commits one batch. If it cannot, those whose calls begin are told so,
+// since they wait, and the rest goes back into the queue.
+func (l *ledger) write(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) {
 	start := time.Now()
 	batch, undo := batchOf(begins, settles, sums)
 	err := l.writer.write(context.Background(), batch)
 	l.commits.observe(time.Since(start).Microseconds(), &fastBounds)
+	rows := len(settles) + len(sums)
+	if begins != nil {
+		begins.err = err
+		rows += begins.size
+	}
 	if err == nil {
-		l.rows.Add(int64(len(begins) + len(settles) + len(sums)))
+		l.rows.Add(int64(rows))
 		l.recovered()
-		answerAll(begins, nil)
 		return
 	}
 	undo()
@@ -309,10 +358,9 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 		l.settles = append(settles, l.settles...)
 		l.sums = append(sums, l.sums...)
 		l.mu.Unlock()
-		answerAll(begins, err)
-	case len(begins)+len(settles)+len(sums) > 1:
-		for _, e := range begins {
-			l.write([]*ledgerEntry{e}, nil, nil)
+	case rows > 1 && len(settles)+len(sums) > 0:
+		if begins != nil {
+			l.write(begins, nil, nil)
 		}
 		for _, e := range settles {
 			l.write(nil, []*ledgerEntry{e}, nil)
@@ -331,46 +379,33 @@ func (l *ledger) write(begins, settles []*ledgerEntry, sums []*requestRow) {
 				"id", requestID(r.id), "token", r.token, "outcome", string(r.outcome),
 				"input_tokens", r.counts.input, "output_tokens", r.counts.output)
 		}
-		answerAll(begins, err)
-	}
-}
-
-// answerAll tells the callers that wait for begins.
-func answerAll(begins []*ledgerEntry, err error) {
-	for _, e := range begins {
-		e.begun <- err
 	}
 }
 
 // batchOf makes a batch of what was queued. It takes for granted that the batch
 // will be written; undo takes that back.
-func batchOf(begins, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+func batchOf(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
 	b.sums = sums
-	if len(begins) > 0 {
-		at := &begunBatch{begins[0].id, len(begins)}
-		for i, e := range begins {
-			e.batch, at.id = at, min(at.id, e.id)
-			b.calls = append(append(b.calls, "[,"[min(i, 1)]), e.note...)
-		}
-		b.begun, b.calls = at.id, append(b.calls, ']')
+	if begins != nil {
+		begins.written = true
+		b.begun, b.calls = begins.id, append(begins.calls, ']')
 	}
 	for _, e := range settles {
 		b.records = append(b.records, &e.row)
-		if e.batch == nil { // it was refused, or its note could not be written
-			continue
-		}
-		if e.batch.running--; e.batch.running == 0 {
-			b.over = append(b.over, e.batch.id)
+		if at := e.batch; at != nil && at.written { // else it was refused, or its note could not be written
+			if at.running--; at.running == 0 {
+				b.over = append(b.over, at.id)
+			}
 		}
 	}
 	return b, func() {
-		for _, e := range begins {
-			e.batch = nil
-		}
 		for _, e := range settles {
-			if e.batch != nil {
+			if e.batch != nil && e.batch.written {
 				e.batch.running++
 			}
+		}
+		if begins != nil {
+			begins.written = false
 		}
 	}
 }

@@ -190,7 +190,9 @@ func (n *logLine) str(name, v string) {
 	switch {
 	case !n.to.text:
 		n.b = appendJSONText(n.b, v)
-	case v == "" || strings.ContainsFunc(v, func(r rune) bool { return r == ' ' || r == '"' || r == '=' || r == utf8.RuneError || !unicode.IsPrint(r) }):
+	case v == "" || strings.ContainsFunc(v, func(r rune) bool {
+		return r == ' ' || r == '"' || r == '=' || r == utf8.RuneError || !unicode.IsPrint(r)
+	}):
 		n.b = strconv.AppendQuote(n.b, v)
 	default:
 		n.b = append(n.b, v...)

@@ -201,9 +201,6 @@ type instance struct {
 
 // openInstance opens the data directory, the database and the ledger.
 func openInstance(ctx context.Context, cfg *config, log *logger) (_ *instance, err error) {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
 	in := &instance{server: &server{cfg: cfg, log: log, quietLog: quietLogger(log), metrics: newMetrics(), started: time.Now()}, stop: func() {}}
 	defer func() {
 		if err != nil {
@@ -265,15 +262,14 @@ func openInstance(ctx context.Context, cfg *config, log *logger) (_ *instance, e
 	return in, nil
 }
 
-// gcPercent trades memory that a small heap has to spare for a tenth of the CPU
-// time (tried with bench/perf). The environment variable GOGC overrides it.
-const gcPercent = 400
-
 // startWorkers starts the goroutines that run beside the calls. close ends
 // them.
 func (in *instance) startWorkers() {
 	ctx, stop := context.WithCancel(context.Background())
 	in.stop = stop
+	if os.Getenv("GOGC") == "" { // else the operator knows better
+		in.workers.Go(func() { keepHeap(ctx) })
+	}
 	in.workers.Go(func() { in.running.run(ctx) })
 	in.workers.Go(func() { in.keepHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })

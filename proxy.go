@@ -239,21 +239,21 @@ func (s *server) awaitRecord(c *call) error {
 		return nil
 	}
 	select {
-	case err := <-c.entry.begun:
-		return c.recorded(err)
+	case <-c.entry.begun():
+		return c.recorded()
 	default:
 	}
 	s.running.enter(c, phaseLedger)
 	select {
-	case err := <-c.entry.begun:
-		return c.recorded(err)
+	case <-c.entry.begun():
+		return c.recorded()
 	case <-c.ctx.Done():
 		return context.Cause(c.ctx)
 	}
 }
 
-func (c *call) recorded(err error) error {
-	if err != nil {
+func (c *call) recorded() error {
+	if err := c.entry.fate(); err != nil {
 		c.unrecorded = true
 		return errUnavailable("ledger_unavailable", err)
 	}
@@ -266,7 +266,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.answer = newAnswerWriter(s, c, w)
 	c.verified = c.verified && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: &url.URL{}, Header: upHeader(r.Header),
+		Method: r.Method, URL: &url.URL{}, Header: http.Header{}, // ReverseProxy copies it
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
@@ -277,7 +277,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), s.running, c}, r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
-		Rewrite:        func(*httputil.ProxyRequest) { c.sentAt = time.Now() },
+		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.sentAt = upHeader(r.Header), time.Now() },
 		Transport:      &c.tries, // what goes up is each attempt's own: attempts.go
 		BufferPool:     s.buffers,
 		ErrorLog:       s.quietLog,
@@ -327,8 +327,8 @@ func (s *server) fail(c *call, w http.ResponseWriter, err error) {
 	}
 	if !c.begun && !c.unrecorded { // an error is an answer too, and waits for the record
 		select {
-		case err := <-c.entry.begun:
-			_ = c.recorded(err)
+		case <-c.entry.begun():
+			_ = c.recorded()
 		case <-time.After(s.running.limits.ledgerPatience):
 		}
 	}

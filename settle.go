@@ -15,7 +15,8 @@ const statusClientClosed = 499 // in ledger and log only: the client left before
 
 // settle is deferred by handleV1 for every admitted call.
 func (s *server) settle(c *call, r *http.Request) {
-	row := &c.entry.row
+	now, row := time.Now(), &c.entry.row
+	row.totalUS = now.Sub(c.start).Microseconds()
 	row.attempts = c.attempts
 	row.upstream = c.upstream.seq
 	row.outcome, row.errorCode, row.status = c.verdict(r)
@@ -24,7 +25,7 @@ func (s *server) settle(c *call, r *http.Request) {
 		row.firstByteUS = c.firstByte.Microseconds()
 	}
 	c.measure(row)
-	c.tries.finish(row)
+	c.tries.finish(row, now.UnixMilli())
 	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
 	row.asked, row.limitHit, row.wouldRefuse = c.fields.model, c.hold.shadow, c.hold.shadow != ""
 	if ended := asCause(c.ctx); ended != nil && ended.limit != "" {
@@ -36,7 +37,6 @@ func (s *server) settle(c *call, r *http.Request) {
 	if row.source == usageNone {
 		row.cost, row.priced = 0, false
 	}
-	row.totalUS = time.Since(c.start).Microseconds()
 	if row.outcome == outcomeRefused {
 		c.token.refund() // nor does the ledger count it
 	}
@@ -50,7 +50,7 @@ func (s *server) settle(c *call, r *http.Request) {
 	if !row.priced {
 		spent.dollars = 0 // as in the sums
 	}
-	c.hold.settle(time.Now().UnixMilli(), spent, func() { s.ledger.settle(c.entry) })
+	c.hold.settle(now.UnixMilli(), spent, func() { s.ledger.settle(c.entry) })
 	s.metrics.call(c, row)
 	if c.answer != nil && c.answer.sse {
 		s.metrics.streams.Add(-1)
@@ -58,7 +58,7 @@ func (s *server) settle(c *call, r *http.Request) {
 	if c.answer != nil && c.answer.keys.seen {
 		s.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
 	}
-	s.logCall(c, row)
+	s.logCall(c, row, now)
 }
 
 // verdict says how the call ended, with the client's view of it: the error code
@@ -157,7 +157,8 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	if c.endpoint != nil {
 		row.endpoint = c.endpoint.name()
 	}
-	row.totalUS = time.Since(c.start).Microseconds()
+	at := time.Now()
+	row.totalUS = at.Sub(c.start).Microseconds()
 	if c.token != nil && s.ledger.healthy() {
 		row.project, row.token = c.project.seq, c.state.seq
 		now, last := row.started, c.token.refused.Load()
@@ -181,11 +182,12 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	c.rates.write(w.Header())
 	writeError(w, e, c.anthropic)
 	s.metrics.call(c, &row)
-	s.logCall(c, &row)
+	s.logCall(c, &row, at)
 }
 
-// logCall writes the call's one log line: never a header, body, query or key.
-func (s *server) logCall(c *call, row *requestRow) {
+// logCall writes the call's one log line, at the call's end: never a header, body,
+// query or key.
+func (s *server) logCall(c *call, row *requestRow, at time.Time) {
 	level := slog.LevelInfo // what clients do wrong is theirs
 	if row.status >= 500 {
 		level = slog.LevelWarn // the provider's trouble
@@ -204,7 +206,7 @@ func (s *server) logCall(c *call, row *requestRow) {
 			return
 		}
 	}
-	line := s.log.line(time.Now(), level, "call")
+	line := s.log.line(at, level, "call")
 	defer line.end()
 	if left > 0 {
 		line.num("lines_left_out", left)

@@ -205,9 +205,8 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	return sums.write(exec(stmtSum), exec(stmtHour))
 }
 
-// note returns the call as begun has it.
-func (r *requestRow) note() []byte {
-	b := make([]byte, 0, 96+len(r.endpoint)+len(r.model)+len(r.address))
+// note appends the call as begun has it.
+func (r *requestRow) note(b []byte) []byte {
 	for i, n := range [...]int64{r.id, r.project, r.token, r.upstream} {
 		b = strconv.AppendInt(append(b, "[,"[min(i, 1)]), n, 10)
 	}

@@ -52,18 +52,17 @@ func mintCredential(prefix, public string) (value secret, pub string) {
 		public = randomBase62(publicLen)
 	}
 	text := prefix + public + "_" + randomBase62(secretLen)
-	text += checksum(text)
-	return newSecret(text), public
+	sum := checksum([]byte(text))
+	return newSecret(text + string(sum[:])), public
 }
 
-func checksum(text string) string {
-	sum := crc32.ChecksumIEEE([]byte(text))
-	var out [checksumLen]byte
+func checksum(text []byte) (out [checksumLen]byte) {
+	sum := crc32.ChecksumIEEE(text)
 	for i := range out {
 		out[checksumLen-1-i] = base62[sum%62]
 		sum /= 62
 	}
-	return string(out[:])
+	return out
 }
 
 // hashCredential checks the form of a token or key without asking the store,
@@ -74,7 +73,8 @@ func hashCredential(prefix, text string) (hash [32]byte, public string, ok bool)
 		return hash, "", false
 	}
 	public = text[len(prefix) : len(prefix)+publicLen]
-	if text[len(prefix)+publicLen] != '_' || checksum(text[:len(text)-checksumLen]) != text[len(text)-checksumLen:] {
+	bytes, end := []byte(text), len(text)-checksumLen
+	if text[len(prefix)+publicLen] != '_' || checksum(bytes[:end]) != [checksumLen]byte(bytes[end:]) {
 		return hash, "", false
 	}
 	for i := range len(text) - len(prefix) {
@@ -82,7 +82,7 @@ func hashCredential(prefix, text string) (hash [32]byte, public string, ok bool)
 			return hash, "", false
 		}
 	}
-	return sha256.Sum256([]byte(text)), public, true
+	return sha256.Sum256(bytes), public, true
 }
 
 // A tokenState is what is known of a token at one version. It is immutable.
