@@ -5,7 +5,7 @@ package main
 import (
 	"math/rand/v2"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -13,28 +13,32 @@ import (
 // number that tells replicas apart, 12 that count. They grow all the time, even
 // when the clock goes back.
 type idSource struct {
-	mu   sync.Mutex
 	node int64
-	last int64
+	last atomic.Int64
 }
 
 const idTimeShift = 21
 
 // newIDSource makes ids above last, the highest there is.
-func newIDSource(last int64) *idSource { return &idSource{node: rand.Int64N(512) << 12, last: last} }
+func newIDSource(last int64) *idSource {
+	s := &idSource{node: rand.Int64N(512) << 12}
+	s.last.Store(last)
+	return s
+}
 
 func (s *idSource) next(now time.Time) int64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	id := now.UnixMilli()<<idTimeShift | s.node
-	if id <= s.last {
-		id = s.last + 1
-		if id&0xfff == 0 { // 4096 in a millisecond: borrow from the next
-			id = (s.last>>idTimeShift+1)<<idTimeShift | s.node
+	for {
+		last, id := s.last.Load(), now.UnixMilli()<<idTimeShift|s.node
+		if id <= last {
+			id = last + 1
+			if id&0xfff == 0 { // 4096 in a millisecond: borrow from the next
+				id = (last>>idTimeShift+1)<<idTimeShift | s.node
+			}
+		}
+		if s.last.CompareAndSwap(last, id) {
+			return id
 		}
 	}
-	s.last = id
-	return id
 }
 
 // firstID returns the least id that a call begun at t can have.

@@ -146,14 +146,22 @@ const (
 type tally struct {
 	sums  map[sumKey]*sum // by hour, of single tokens
 	hours map[hourKey]*hourSum
+
+	last sumKey // the call before, which is often of the same kind
+	sum  *sum
+	hour *hourSum
 }
 
-func newTally() *tally { return &tally{map[sumKey]*sum{}, map[hourKey]*hourSum{}} }
+func newTally() *tally { return &tally{sums: map[sumKey]*sum{}, hours: map[hourKey]*hourSum{}} }
 
 func (t *tally) add(r *requestRow) {
 	hour := r.started - r.started%hourMS
-	addTo(t.sums, sumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumAsked()}).add(r)
-	addTo(t.hours, hourKey{r.project, hour}).add(r)
+	k := sumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumAsked()}
+	if t.sum == nil || k != t.last {
+		t.last, t.sum, t.hour = k, addTo(t.sums, k), addTo(t.hours, hourKey{r.project, hour})
+	}
+	t.sum.add(r)
+	t.hour.add(r)
 }
 
 func addTo[K comparable, V any](m map[K]*V, k K) *V {

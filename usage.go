@@ -59,7 +59,7 @@ type meter struct {
 	seen   bool        // report is from the answer
 	report usageFields // the last usable usage object
 	scan   jsonScan
-	event  eventReader
+	event  *eventReader // of a stream
 }
 
 // newMeter returns a meter for one answer. sse: it is a text/event-stream. opaque: its bytes cannot be read
@@ -68,7 +68,9 @@ type meter struct {
 func newMeter(kind meterKind, sse, opaque, strip bool) *meter {
 	m := &meter{kind: kind, sse: sse, opaque: opaque, strip: strip && sse && !opaque && kind == meterOpenAI}
 	m.scan.reset(sse)
-	m.event.first = true
+	if sse {
+		m.event = &eventReader{first: true}
+	}
 	return m
 }
 
@@ -141,7 +143,7 @@ func (m *meter) estimateOutput() int64 {
 	}
 	// Every event repeats the same envelope around a few letters. The smallest event shows its size, but
 	// for the last of a chat stream, which has no letters and not even their member: so the second smallest.
-	e := &m.event
+	e := m.event
 	return max(e.deltas, (e.deltaBytes-e.deltas*e.smallish)/4)
 }
 

@@ -79,10 +79,10 @@ type jsonScan struct {
 	bad     bool // the scalar is no unsigned integer
 	level   uint8
 	scopes  [4]scope
-	depth   int   // open brackets in a skipped value
-	number  int64 // the scalar so far
-	text    [maxModel]byte
-	length  int // of text; more than maxModel when it did not fit
+	depth   int    // open brackets in a skipped value
+	number  int64  // the scalar so far
+	text    []byte // of a string that came in pieces, as far as it fits
+	length  int    // of that string; more than maxModel when it did not fit
 }
 
 // reset makes s ready for the next document.
@@ -335,8 +335,8 @@ func (s *jsonScan) gotText(text []byte, tooLong bool) {
 
 // keep adds to the string that the piece ends in.
 func (s *jsonScan) keep(b []byte) {
-	if s.length <= maxModel {
-		copy(s.text[s.length:], b)
+	if room := maxModel - s.length; room > 0 {
+		s.text = append(s.text[:s.length], b[:min(len(b), room)]...)
 	}
 	s.length = min(s.length+len(b), maxModel+1)
 }

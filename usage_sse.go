@@ -82,7 +82,7 @@ type eventReader struct {
 
 // passEvents is pass for a stream.
 func (m *meter) passEvents(p []byte) []byte {
-	e := &m.event
+	e := m.event
 	ends := lineEnds{lf: -1, cr: -1}
 	out := e.out[:0]
 	from := 0  // p[from:start] goes out as it is
@@ -162,7 +162,7 @@ func (m *meter) passEvents(p []byte) []byte {
 // endEvents is end for a stream. An event without its empty line is read like any other: a client may
 // do the same.
 func (m *meter) endEvents() []byte {
-	e := &m.event
+	e := m.event
 	if !e.begun {
 		return nil
 	}
@@ -178,7 +178,7 @@ func (m *meter) endEvents() []byte {
 // endEvent reads the event that has come to its end, or the last part of a big one, and reports whether
 // it is a usage chunk. complete: its empty line was seen.
 func (m *meter) endEvent(b []byte, complete bool) bool {
-	e := &m.event
+	e := m.event
 	big := e.big || len(b) > maxEvent
 	switch {
 	case e.big:
@@ -218,7 +218,7 @@ func (e *eventReader) clear() {
 // carry a word of the answer and nothing else, so this is what a stream costs. It may say yes in vain, but
 // says no only where take would find nothing: no name before a colon is one that matters.
 func (m *meter) matters(b []byte) bool {
-	e := &m.event
+	e := m.event
 	if !e.hasData || string(e.head[:e.nhead]) == "[DONE]" {
 		return false
 	}
@@ -257,7 +257,7 @@ func (m *meter) matters(b []byte) bool {
 
 // take draws the consequences of one event with data and reports whether it is a usage chunk.
 func (m *meter) take(complete bool) bool {
-	e, s := &m.event, &m.scan
+	e, s := m.event, &m.scan
 	m.events++
 	name := e.name[:e.nname]
 	finish := string(e.head[:e.nhead]) == "[DONE]"
@@ -344,7 +344,7 @@ func indexFrom(p []byte, i int, c byte) int {
 
 // lines reads the next bytes of the event at hand, in any pieces.
 func (m *meter) lines(b []byte) {
-	e := &m.event
+	e := m.event
 	ends := lineEnds{lf: -1, cr: -1}
 	for i := 0; i < len(b); i++ {
 		end := ends.next(b, i)
@@ -360,7 +360,7 @@ func (m *meter) lines(b []byte) {
 
 // line reads a part of a line.
 func (m *meter) line(b []byte) {
-	e := &m.event
+	e := m.event
 	if e.field == fieldStart {
 		if b = e.startLine(b); e.field == fieldSpace {
 			if e.hasData { // data lines are joined by a line feed
@@ -423,7 +423,7 @@ func startsWith(s, prefix string) bool { return len(s) >= len(prefix) && s[:len(
 
 // data reads a part of the event's data.
 func (m *meter) data(b []byte) {
-	e := &m.event
+	e := m.event
 	e.size += int64(len(b))
 	e.nhead += copy(e.head[e.nhead:], b)
 	if e.reading {

@@ -7,9 +7,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"slices"
 	"strconv"
@@ -67,7 +65,7 @@ func worker(ctx context.Context, t target, body string, begin time.Time, i, conn
 		return nil, err
 	}
 	defer conn.Close()
-	br, request := bufio.NewReader(conn), t.request(body)
+	br, request, streamed := bufio.NewReader(conn), t.request(body), strings.Contains(body, `"stream":true`)
 	var took []time.Duration
 	due := time.Now()
 	var gap time.Duration
@@ -84,13 +82,9 @@ func worker(ctx context.Context, t target, body string, begin time.Time, i, conn
 		if _, err := conn.Write(request); err != nil {
 			return took, err
 		}
-		res, err := http.ReadResponse(br, nil)
-		if err != nil {
-			return took, err
-		}
-		answer, err := io.ReadAll(res.Body)
-		if err != nil || res.StatusCode != 200 || bytes.Contains(request, []byte(`"stream":true`)) && !bytes.HasSuffix(answer, []byte("[DONE]\n\n")) {
-			return took, fmt.Errorf("got %d %.200s: %w", res.StatusCode, answer, err)
+		m, err := readMessage(br, false)
+		if err != nil || !bytes.HasPrefix(m.head, []byte("HTTP/1.1 200 ")) || streamed && !bytes.HasSuffix(m.body, []byte("[DONE]\n\n")) {
+			return took, fmt.Errorf("got %.60s %.200s: %w", m.head, m.body, err)
 		}
 		if due.After(begin) {
 			took = append(took, time.Since(due))

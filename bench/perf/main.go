@@ -16,7 +16,6 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -147,12 +146,8 @@ func (t target) request(body string) []byte {
 }
 
 func serveRole(role string) error {
-	handler := http.Handler(http.HandlerFunc(provide))
 	if role == "bare" {
-		var err error
-		if handler, err = bareProxy(os.Getenv("PERF_UPSTREAM")); err != nil {
-			return err
-		}
+		return serveBare(os.Getenv("PERF_UPSTREAM"))
 	}
-	return serve(handler)
+	return provide()
 }

@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +16,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -27,43 +28,143 @@ const (
 	managementKey = "benchmark-0a9s8d7f6g5h4j3k2l1qwertyuiop"
 )
 
-// provide is the provider's handler.
-func provide(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	if err != nil || r.Header.Get("Authorization") != "Bearer "+providerKey {
-		http.Error(w, "no", http.StatusUnauthorized)
-		return
-	}
-	if !bytes.Contains(body, []byte(`"stream":true`)) {
-		w.Header().Set("Content-Type", "application/json")
-		_, _ = io.WriteString(w, answer)
-		return
-	}
-	w.Header().Set("Content-Type", "text/event-stream")
-	c := http.NewResponseController(w)
-	send := func(rest string) error {
-		_, err := io.WriteString(w, `data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini",`+rest+"}\n\n")
-		return errors.Join(err, c.Flush())
-	}
-	if bytes.Contains(body, []byte(`"user":"idle"`)) {
-		_ = send(`"choices":[{"index":0,"delta":{"content":"..."},"finish_reason":null}]`)
-		<-r.Context().Done()
-		return
-	}
+// The provider's answers, each a list of writes: it must not take the processors
+// from what is measured.
+type answers struct{ unary, stream, streamWithUsage, idle, refusal [][]byte }
+
+func newAnswers() answers {
+	const event = `data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini",`
+	const word = `"logprobs":null,"finish_reason":null}]}` + "\n\n"
+	const head = "HTTP/1.1 200 OK\r\nDate: Tue, 24 Nov 2026 12:00:00 GMT\r\nopenai-organization: bench\r\nopenai-processing-ms: 350\r\n" +
+		"openai-version: 2020-10-01\r\nx-request-id: req_bench\r\nx-ratelimit-limit-requests: 10000\r\nx-ratelimit-limit-tokens: 2000000\r\n" +
+		"x-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 1999000\r\nx-ratelimit-reset-requests: 6ms\r\n" +
+		"x-ratelimit-reset-tokens: 30ms\r\nstrict-transport-security: max-age=31536000\r\n" // such as OpenAI sends
+	const streamed = head + "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+	body := `{"id":"chatcmpl-bench","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini","choices":[{"index":0,"message":` +
+		`{"role":"assistant","content":"` + strings.Repeat("The band plays on. ", 35) + `"},"finish_reason":"stop"}],` +
+		`"usage":{"prompt_tokens":200,"completion_tokens":150,"total_tokens":350}}`
+	chunk := func(text string) []byte { return fmt.Appendf(nil, "%x\r\n%s\r\n", len(text), text) }
+	events := [][]byte{[]byte(streamed)}
 	for range 64 {
-		if send(`"choices":[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]`) != nil {
-			return
-		}
+		events = append(events, chunk(event+`"choices":[{"index":0,"delta":{"content":" token"},`+word))
 	}
-	if bytes.Contains(body, []byte("include_usage")) {
-		_ = send(`"choices":[],"usage":{"prompt_tokens":200,"completion_tokens":64,"total_tokens":264}`)
+	usage := chunk(event + `"choices":[],"usage":{"prompt_tokens":200,"completion_tokens":64,"total_tokens":264}}` + "\n\n")
+	end := append(chunk("data: [DONE]\n\n"), "0\r\n\r\n"...)
+	return answers{
+		unary:           [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head, len(body), body)},
+		stream:          append(slices.Clip(events), end),
+		streamWithUsage: append(slices.Clip(events), slices.Concat(usage, end)),
+		idle:            events[:2],
+		refusal:         [][]byte{[]byte("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")},
 	}
-	_, _ = io.WriteString(w, "data: [DONE]\n\n")
 }
 
-var answer = `{"id":"chatcmpl-bench","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini","choices":[{"index":0,"message":` +
-	`{"role":"assistant","content":"` + strings.Repeat("The band plays on. ", 35) + `"},"finish_reason":"stop"}],` +
-	`"usage":{"prompt_tokens":200,"completion_tokens":150,"total_tokens":350}}`
+// provide is the provider, on a free port of loopback whose URL it prints first.
+func provide() error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	fmt.Println("http://" + l.Addr().String())
+	all := newAnswers()
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer conn.Close()
+			for br := bufio.NewReader(conn); ; {
+				m, err := readMessage(br, true)
+				if err != nil {
+					return
+				}
+				for _, part := range all.to(m) {
+					if _, err := conn.Write(part); err != nil {
+						return
+					}
+				}
+			}
+		}()
+	}
+}
+
+func (a *answers) to(m message) [][]byte {
+	has := func(text string) bool { return bytes.Contains(m.body, []byte(text)) }
+	switch {
+	case !bytes.Contains(m.head, []byte("Bearer "+providerKey)):
+		return a.refusal
+	case has(`"user":"idle"`):
+		return a.idle
+	case has("include_usage"):
+		return a.streamWithUsage
+	case has(`"stream":true`):
+		return a.stream
+	}
+	return a.unary
+}
+
+// A message is a request or a response, in slices that are valid until the next
+// one is read.
+type message struct{ head, body []byte }
+
+// readMessage reads a message of HTTP/1.1. It trusts who wrote it. The body is
+// kept if it is wanted; of one that is not, the last bytes are.
+func readMessage(br *bufio.Reader, wanted bool) (m message, err error) {
+	length, chunked := 0, false
+	for {
+		line, err := br.ReadSlice('\n')
+		if err != nil {
+			return m, err
+		}
+		if len(line) == 2 {
+			break
+		}
+		m.head = append(m.head, line...)
+		if name, value, ok := bytes.Cut(line, []byte(": ")); ok && len(name) == len("Content-Length") && bytes.EqualFold(name, []byte("Content-Length")) {
+			if length, err = strconv.Atoi(string(bytes.TrimSpace(value))); err != nil {
+				return m, err
+			}
+		} else if ok && bytes.EqualFold(name, []byte("Transfer-Encoding")) {
+			chunked = true
+		}
+	}
+	if chunked {
+		for last := false; !last; {
+			line, err := br.ReadSlice('\n')
+			if err != nil {
+				return m, err
+			}
+			size, err := strconv.ParseInt(string(bytes.TrimSpace(line)), 16, 32)
+			if err != nil {
+				return m, err
+			}
+			if last = size == 0; !last {
+				m.body = m.body[:0]
+			}
+			if m.body, err = readPart(br, m.body, int(size)); err != nil {
+				return m, err
+			}
+			if _, err := br.Discard(2); err != nil {
+				return m, err
+			}
+		}
+		return m, nil
+	}
+	if !wanted {
+		_, err = br.Discard(length)
+		return m, err
+	}
+	m.body, err = readPart(br, nil, length)
+	return m, err
+}
+
+func readPart(br *bufio.Reader, b []byte, n int) ([]byte, error) {
+	from := len(b)
+	b = slices.Grow(b, n)[:from+n]
+	_, err := io.ReadFull(br, b[from:])
+	return b, err
+}
 
 // bareProxy is the floor: what a reverse proxy on net/http costs that reads the
 // body first and sets another key, and does nothing else.
@@ -98,14 +199,19 @@ type buffers struct{ pool sync.Pool }
 func (b *buffers) Get() []byte  { return *b.pool.Get().(*[]byte) }
 func (b *buffers) Put(p []byte) { b.pool.Put(&p) }
 
-// serve serves on a free port of loopback, whose URL it prints first.
-func serve(h http.Handler) error {
+// serveBare serves the bare proxy on a free port of loopback, whose URL it prints
+// first.
+func serveBare(upstream string) error {
+	handler, err := bareProxy(upstream)
+	if err != nil {
+		return err
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
 	fmt.Println("http://" + l.Addr().String())
-	return http.Serve(l, h)
+	return http.Serve(l, handler)
 }
 
 func build(ctx context.Context, to string) error {
