@@ -95,10 +95,9 @@ func newAnswerWriter(s *server, c *call, w http.ResponseWriter) *answerWriter {
 func (a *answerWriter) Header() http.Header { return a.header }
 
 // expect takes over the head of the provider's answer: what may come down goes
-// into the client's header, and ReverseProxy keeps only what it needs to know
-// when to flush.
+// into the client's header.
 func (a *answerWriter) expect(res *http.Response) {
-	a.keys.key = []byte(a.c.upstream.key())
+	a.keys = newKeyMask(a.c.upstream.key())
 	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
 	encoded := res.Header.Get("Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
@@ -134,7 +133,11 @@ func (a *answerWriter) expect(res *http.Response) {
 	} else {
 		to["Cache-Control"] = []string{"no-store"}
 	}
-	res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
+	if a.sse { // which ReverseProxy goes by to flush each event; nothing else of the head is its business any more
+		res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
+	} else {
+		res.Header = nil
+	}
 }
 
 // mediaType returns the type in a Content-Type header, "" if there is none.
@@ -221,9 +224,33 @@ func (a *answerWriter) finish() {
 // a provider echoes.
 type keyMask struct {
 	key  []byte
+	rare int    // the index of a byte of the key that answers seldom have: the search goes by it
 	held []byte // the end of what came, if a key may begin there
 	out  []byte // what pass returned last, when it had to join
 	seen bool   // a key was found
+}
+
+func newKeyMask(key string) keyMask {
+	m := keyMask{key: []byte(key), rare: max(0, len(key)-1)}
+	if i := strings.LastIndexFunc(key, func(r rune) bool { return r >= 'A' && r <= 'Z' }); i >= 0 {
+		m.rare = i
+	}
+	return m
+}
+
+// find returns where in p[at:] the first key begins, as an index of p, or -1.
+func (m *keyMask) find(p []byte, at int) int {
+	for i := at + m.rare; i < len(p); i++ {
+		next := bytes.IndexByte(p[i:], m.key[m.rare])
+		if next < 0 {
+			return -1
+		}
+		i += next
+		if from := i - m.rare; len(p)-from >= len(m.key) && bytes.Equal(p[from:from+len(m.key)], m.key) {
+			return from
+		}
+	}
+	return -1
 }
 
 // in reports whether a header's values hold the key.
@@ -247,16 +274,10 @@ func (m *keyMask) pass(p []byte) []byte {
 		m.held, p = m.held[:0], m.out
 	}
 	at := 0 // what is before it has been looked at
-	for {
-		i := bytes.Index(p[at:], m.key)
-		if i < 0 {
-			break
-		}
+	for i := m.find(p, at); i >= 0; i = m.find(p, at) {
 		m.seen = true
-		for j := range m.key {
-			p[at+i+j] = '*'
-		}
-		at += i + len(m.key)
+		at = i + len(m.key)
+		copy(p[i:at], bytes.Repeat([]byte{'*'}, len(m.key)))
 	}
 	tail := p[max(at, len(p)-len(m.key)+1):]
 	for i := bytes.IndexByte(tail, m.key[0]); i >= 0; {

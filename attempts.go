@@ -90,7 +90,10 @@ func (t *tries) attempt(req *http.Request) (*http.Response, error) {
 // stream must bring its first event.
 func (t *tries) try(req *http.Request) (*http.Response, error) {
 	c := t.c
-	t.at, t.began = c.upstream, time.Now().UnixMilli()
+	t.at, t.began = c.upstream, c.sentAt.UnixMilli()
+	if c.attempts > 0 {
+		t.began = time.Now().UnixMilli()
+	}
 	c.attempts++
 	t.at.health.running.Add(1)
 	t.at.budget.earn()

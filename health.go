@@ -65,6 +65,9 @@ type keyHealth struct {
 	reason    string
 }
 
+// ready reports whether the key is well: nothing keeps calls from it.
+func (h *keyHealth) ready() bool { return h.until.Load() == 0 }
+
 // mayTry reports whether the key may have a call now. It takes nothing.
 func (h *keyHealth) mayTry(now int64) bool {
 	until := h.until.Load()

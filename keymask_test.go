@@ -12,7 +12,7 @@ import (
 
 // masked passes chunks through a mask for key and returns all that comes out.
 func masked(key string, chunks ...[]byte) (string, bool) {
-	m := keyMask{key: []byte(key)}
+	m := newKeyMask(key)
 	var out []byte
 	for _, c := range chunks {
 		out = append(out, m.pass(bytes.Clone(c))...)

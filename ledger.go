@@ -52,6 +52,7 @@ type ledger struct {
 
 	mu          sync.Mutex
 	begins      *begunBatch // nil: none
+	room        int         // bytes that the last one's calls took
 	settles     []*ledgerEntry
 	sums        []*requestRow
 	firstSettle time.Time // when the oldest of settles and sums came
@@ -115,7 +116,7 @@ func (l *ledger) begin(row requestRow) *ledgerEntry {
 	l.mu.Lock()
 	first := l.begins == nil
 	if first {
-		l.begins = &begunBatch{done: make(chan struct{})}
+		l.begins = &begunBatch{done: make(chan struct{}), calls: make([]byte, 0, l.room+l.room/2)}
 	}
 	e.batch = l.begins
 	e.batch.add(row.id, note)
@@ -202,10 +203,18 @@ func (l *ledger) healthy() bool { return !l.failing.Load() }
 
 // flush returns when all that was queued before is committed, whatever is queued
 // meanwhile, or when ctx is over.
-func (l *ledger) flush(ctx context.Context) error {
+func (l *ledger) flush(ctx context.Context) error { return l.await(ctx, l.given()) }
+
+// given says how many rows the ledger was ever given.
+func (l *ledger) given() uint64 {
 	l.mu.Lock()
-	want := l.queued
-	l.mu.Unlock()
+	defer l.mu.Unlock()
+	return l.queued
+}
+
+// await returns when the first want rows that the ledger was given are committed,
+// or when ctx is over.
+func (l *ledger) await(ctx context.Context, want uint64) error {
 	for {
 		l.mu.Lock()
 		done := l.committed >= want
@@ -307,7 +316,9 @@ func (l *ledger) take() ledgerTake {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	q := ledgerTake{begins: l.begins, all: true, upTo: l.queued, wait: time.Hour, closing: l.closing}
-	l.begins = nil
+	if l.begins != nil {
+		l.room, l.begins = len(l.begins.calls), nil
+	}
 	if n := len(l.settles) + len(l.sums); n > 0 {
 		age := time.Since(l.firstSettle)
 		if q.all = n >= settleBatch || age >= settleDelay || l.flushing || l.closing; q.all {

@@ -171,7 +171,7 @@ func TestEvictedTokenIsNotUsed(t *testing.T) {
 	if find() != held {
 		t.Error("a token was evicted amid a call")
 	}
-	held.release()
+	held.release(time.Now())
 }
 
 func hashOf(token string) [32]byte {

@@ -13,6 +13,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -240,12 +241,13 @@ func openInstance(ctx context.Context, cfg *config, log *logger) (_ *instance, e
 	if in.health, err = openHealth(ctx, in.store); err != nil {
 		return nil, err
 	}
-	in.registry = newRegistry(in.store, in.sealer, in.health, cfg.allowPrivate)
+	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.endpoints = newEndpointTable()
 	in.metrics.know(in.endpoints)
 	in.transport = newTransport(cfg.allowPrivate)
 	in.buffers = newBufferPool(32 << 10)
+	in.nowhere = &url.URL{}
 	in.bodies = &bodyMemory{limit: cfg.bodyMemory}
 	last, err := in.store.lastRequest(ctx)
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/url"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -68,6 +67,15 @@ type call struct {
 	reading   time.Duration // that the client took to send its body
 	sentAt    time.Time     // when the provider got its turn; zero: it did not
 	headAt    time.Time     // when the head of its answer came; zero: none did
+	over      time.Time     // when it was settled; zero: it was not
+}
+
+// ended returns when the call was settled, or now if it was not admitted.
+func (c *call) ended() time.Time {
+	if c.over.IsZero() {
+		return time.Now()
+	}
+	return c.over
 }
 
 // end makes the call stop with why, from another goroutine.
@@ -92,7 +100,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 		s.refuse(c, w, r, err)
 		return
 	}
-	defer c.token.release()
+	defer func() { c.token.release(c.ended()) }()
 	var stop context.CancelFunc
 	c.ctx, c.cancel, stop = cancelable(r.Context())
 	defer stop()
@@ -102,7 +110,7 @@ func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
 	}
 	defer func() { // after settle, which is deferred later and so runs before
 		// net/http sends what it still holds after us, out of the watchdog's sight.
-		_ = c.controller.SetWriteDeadline(time.Now().Add(s.running.limits.clientStall))
+		_ = c.controller.SetWriteDeadline(c.ended().Add(s.running.limits.clientStall))
 		s.releaseBody(c)
 		c.kept.release()
 		s.running.remove(c)
@@ -266,7 +274,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.answer = newAnswerWriter(s, c, w)
 	c.verified = c.verified && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: &url.URL{}, Header: http.Header{}, // ReverseProxy copies it
+		Method: r.Method, URL: s.nowhere, // which ReverseProxy copies; attempts.go says where to
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {

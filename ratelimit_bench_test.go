@@ -41,7 +41,7 @@ func BenchmarkLiveTokens(b *testing.B) {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
-		g := newRegistry(nil, nil, nil, true)
+		g := newRegistry(nil, nil, nil, nil, true)
 		project := &liveProject{}
 		project.state.Store(&projectState{id: "proj_x"})
 		for i := range tokens {

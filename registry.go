@@ -75,6 +75,7 @@ var errUnknownToken = errors.New("unknown token")
 // put in before the admin gets the answer, so it holds from the next call on.
 type registry struct {
 	store  *store
+	ledger *ledger
 	sealer *sealer
 	health *healthBook
 	// allowPrivate is the rule for base URLs that stored ones are held to.
@@ -84,9 +85,11 @@ type registry struct {
 	byHash   map[[32]byte]*liveToken
 	byID     map[string]*liveToken
 	projects map[int64]*liveProject
-	// changes counts what admins changed, so that a row read before a change
-	// is not put in after it: a revoked token would rise again.
+	// changes counts what admins changed and what was evicted, so that a row read
+	// before is not put in after it: a revoked token would rise again, and one
+	// that was evicted would forget calls.
 	changes int64
+	evicted uint64 // what the ledger had been given when a token was last evicted
 	// unknown remembers hashes that no token has, for a short while. It is
 	// emptied when it is full: an attacker can fill it, but not grow it.
 	unknown map[[32]byte]int64
@@ -100,8 +103,8 @@ const (
 	refusalsRecorded = time.Second // at most one refused call on record a token in this time
 )
 
-func newRegistry(st *store, sl *sealer, health *healthBook, allowPrivate bool) *registry {
-	return &registry{store: st, sealer: sl, health: health, allowPrivate: allowPrivate,
+func newRegistry(st *store, l *ledger, sl *sealer, health *healthBook, allowPrivate bool) *registry {
+	return &registry{store: st, ledger: l, sealer: sl, health: health, allowPrivate: allowPrivate,
 		byHash: map[[32]byte]*liveToken{}, byID: map[string]*liveToken{},
 		projects: map[int64]*liveProject{}, unknown: map[[32]byte]int64{}}
 }
@@ -139,8 +142,11 @@ func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveT
 func (g *registry) load(ctx context.Context, hash [32]byte, now int64) (*liveToken, error) {
 	for range loadAttempts {
 		g.mu.RLock()
-		before := g.changes
+		before, evicted := g.changes, g.evicted
 		g.mu.RUnlock()
+		if err := g.ledger.await(ctx, evicted); err != nil { // the row must have every call of the token's
+			return nil, fmt.Errorf("reading a token: %w", err)
+		}
 		row, err := g.store.tokenByHash(ctx, hash)
 		if errors.Is(err, errNotFound) {
 			g.mu.Lock()
@@ -163,7 +169,7 @@ func (g *registry) load(ctx context.Context, hash [32]byte, now int64) (*liveTok
 			return nil, err
 		}
 		g.mu.Lock()
-		if g.changes != before { // an admin changed something in between: read again
+		if g.changes != before { // something was changed in between: read again
 			g.mu.Unlock()
 			continue
 		}
@@ -338,19 +344,25 @@ func (g *registry) markRevoked(id string) {
 }
 
 // evict drops tokens without a call for a while: memory follows the tokens in
-// use, not those that exist. settled says that the ledger has written all it
-// was given, so the rows hold every count.
+// use, not those that exist. settled says that the ledger has just written all it
+// was given: while it cannot, rows may lack calls for long.
 func (g *registry) evict(now int64, settled bool) {
 	if !settled {
 		return
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	some := false
 	for hash, t := range g.byHash {
 		if t.lastUsed.Load() < now-evictAfter.Milliseconds() && t.leave() {
 			delete(g.byHash, hash)
 			delete(g.byID, t.state.Load().id)
+			some = true
 		}
+	}
+	if some { // a call may have ended since the ledger was asked
+		g.changes++
+		g.evicted = g.ledger.given()
 	}
 }
 
@@ -383,8 +395,8 @@ const left = -1 << 62
 // counters would let one limit pass twice.
 func (t *liveToken) hold() bool { return t.running.Add(1) > 0 }
 
-func (t *liveToken) release() {
-	t.lastUsed.Store(time.Now().UnixMilli())
+func (t *liveToken) release(at time.Time) {
+	t.lastUsed.Store(at.UnixMilli())
 	t.running.Add(-1)
 }
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"path"
 	"strings"
 	"sync"
@@ -31,6 +32,7 @@ type server struct {
 	endpoints *endpointTable
 	transport *http.Transport
 	buffers   *bufferPool
+	nowhere   *url.URL // empty
 	bodies    *bodyMemory
 	ids       *idSource
 	prices    atomic.Pointer[priceTable]

@@ -16,6 +16,7 @@ const statusClientClosed = 499 // in ledger and log only: the client left before
 // settle is deferred by handleV1 for every admitted call.
 func (s *server) settle(c *call, r *http.Request) {
 	now, row := time.Now(), &c.entry.row
+	c.over = now
 	row.totalUS = now.Sub(c.start).Microseconds()
 	row.attempts = c.attempts
 	row.upstream = c.upstream.seq

@@ -205,7 +205,7 @@ func (t *tries) readPage(res *http.Response) error {
 		return e
 	}
 	n.left -= len(page)
-	mask := keyMask{key: []byte(t.at.key())}
+	mask := newKeyMask(t.at.key())
 	if page = append(mask.pass(page), mask.end()...); mask.seen {
 		t.s.log.Error("the provider's list of models held its key; it was masked", "request_id", t.c.requestID, "upstream", t.at.id)
 	}

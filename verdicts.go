@@ -30,6 +30,9 @@ const maxErrorHead = 16 << 10 // of a provider's error that is read, to know wha
 
 // judge says what an attempt means, and tells the key's health.
 func (t *tries) judge(res *http.Response, err error) verdict {
+	if err == nil && res.StatusCode == http.StatusOK && t.at.health.ready() { // nearly always
+		return verdict{over: true}
+	}
 	h, now, began := t.at.health, time.Now().UnixMilli(), t.began
 	if err != nil {
 		return t.judgeError(err, now)
