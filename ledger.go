@@ -355,6 +355,9 @@ func (l *ledger) write(begins *begunBatch, settles []*ledgerEntry, sums []*reque
 		rows += begins.size
 	}
 	if err == nil {
+		if begins != nil {
+			begins.calls = nil // else for as long as the longest of them runs
+		}
 		l.rows.Add(int64(rows))
 		l.recovered()
 		return

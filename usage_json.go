@@ -248,8 +248,8 @@ func (s *jsonScan) skip(p []byte, i int) int {
 }
 
 // stringEnd returns the index after the closing quote of the string that p[i:] is in, or len(p), false.
-// Names are short and prose is full of escapes, so it looks at single bytes first; after 32 plain ones it
-// is more likely base64 or a long word, and searching pays.
+// Names are short and prose is full of escapes, so it looks at a few bytes first; after 32 plain ones it is
+// more likely base64 or a long word, and searching pays.
 func (s *jsonScan) stringEnd(p []byte, i int) (int, bool) {
 	if s.escaped && i < len(p) {
 		s.escaped = false
@@ -258,9 +258,10 @@ func (s *jsonScan) stringEnd(p []byte, i int) (int, bool) {
 	quote := -1 // the next one from i on, if that is not before i
 	for i < len(p) {
 		near := p[i:min(i+32, len(p))]
-		n := 0
-		for n < len(near) && near[n] != '"' && near[n] != '\\' {
+		n := plainLen(near)
+		for n < len(near) && near[n] < ' ' { // which no string has; whoever reads the answer may say so
 			n++
+			n += plainLen(near[n:])
 		}
 		if i += n; n == len(near) {
 			if quote < i {
