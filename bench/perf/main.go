@@ -9,7 +9,8 @@
 // answers come, unary calls at a fixed rate, and streams that stand idle. It
 // prints the CPU time per call (of the proxy's process, from /proc, so Linux
 // only), the ratio, and for the fixed rate the median latency. Compare figures
-// of one run only: machines differ, and so do their hours.
+// of one run only: machines differ, and so do their hours. Many short rounds say
+// more than few long ones, for a machine's speed changes by the second.
 package main
 
 import (
@@ -35,8 +36,8 @@ func main() {
 	}
 	o := options{}
 	flag.StringVar(&o.bin, "bin", "", "llm-proxy binary; empty: built from this tree")
-	flag.IntVar(&o.rounds, "rounds", 5, "rounds; the figures are medians over them")
-	flag.DurationVar(&o.duration, "duration", 3*time.Second, "length of one measurement")
+	flag.IntVar(&o.rounds, "rounds", 15, "rounds; the figures are medians over them")
+	flag.DurationVar(&o.duration, "duration", time.Second, "length of one measurement")
 	flag.IntVar(&o.conns, "c", 64, "connections")
 	flag.IntVar(&o.rate, "rate", 500, "calls per second of the fixed-rate workload")
 	flag.IntVar(&o.idle, "idle", 2000, "idle streams; 0 leaves them out")
