@@ -164,7 +164,7 @@ func (s *server) projectPage(r *pageRequest) (*page, error) {
 	v := projectPageView{projectView: p, Limits: barsOf(p.Limits), Allowed: allowedIn(p.Policy)}
 	w := tokenWalk{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverEnds, limit: 100}
 	v.More, err = s.store.walkTokens(r.ctx, w, func(row *tokenRow) bool {
-		if t := showToken(row, r.now); t.IsActive {
+		if t := s.showToken(row, r.now); t.IsActive {
 			v.Tokens = append(v.Tokens, t)
 		}
 		return len(v.Tokens) < tokensOnProject

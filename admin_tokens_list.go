@@ -95,7 +95,7 @@ func (s *server) tokensPage(r *pageRequest) (*page, error) {
 		}
 		looked++
 		last = w.cursor(t)
-		line := tokenLine{tokenView: showToken(t, r.now)}
+		line := tokenLine{tokenView: s.showToken(t, r.now)}
 		line.State = stateOf(&line.tokenView, r.now)
 		if v.matches(&line, r.now) {
 			v.Tokens = append(v.Tokens, line)

@@ -149,7 +149,7 @@ func mediaType(header string) string {
 		return "text/event-stream"
 	}
 	t, _, err := mime.ParseMediaType(header)
-	if err != nil {
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // the type itself is clear then, and ReverseProxy goes by it
 		return ""
 	}
 	return t

@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -123,9 +124,9 @@ func TestBegunTogether(t *testing.T) {
 	}
 	write := func(begins *begunBatch, settles []*ledgerEntry) {
 		t.Helper()
-		batch, undo := batchOf(begins, settles, nil)
+		_, undo := batchOf(begins, settles, nil)
 		undo() // a batch that fails is made again
-		batch, _ = batchOf(begins, settles, nil)
+		batch, _ := batchOf(begins, settles, nil)
 		if err := w.write(t.Context(), batch); err != nil {
 			t.Fatal(err)
 		}
@@ -188,4 +189,136 @@ func TestBegunTogether(t *testing.T) {
 	if n, err := st.forgetRequests(t.Context(), math.MaxInt64, 100); n != 4 || err != nil {
 		t.Errorf("%d rows were let go, %v", n, err)
 	}
+}
+
+// TestRestoreAmidCalls: calls that run when the backup is made, or when the
+// program dies after it, count once each for tokens that --revoke=since restores.
+func TestRestoreAmidCalls(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		most, left int
+		before     bool // they run when the backup is made, and end; else they begin after it and the program dies
+	}{"program died": {most: 5, left: 0}, "backup amid calls": {most: 8, left: 5, before: true}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			id, token := p.newToken(fmt.Sprintf(`"name":"l","max_requests":%d`, tt.most))
+			backup := filepath.Join(p.dir, "backup.db")
+			save := func() {
+				if out, err := runProgram(t, p.env, "backup", backup); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+			}
+			if !tt.before {
+				save()
+				for range 2 {
+					p.chatAs(token)
+				}
+			}
+			p.provider.answer(endless)
+			var streams []*clientStream
+			for range 3 {
+				s := p.stream(token)
+				if _, err := s.read(1); err != nil {
+					t.Fatal(err)
+				}
+				streams = append(streams, s)
+			}
+			if tt.before {
+				save()
+				for _, s := range streams {
+					s.body.Close()
+				}
+				p.settle()
+			}
+			var v struct {
+				RequestCount int `json:"request_count"`
+			}
+			if p.manage("GET", "/manage/tokens/"+id, "", 200, &v); v.RequestCount != tt.most-tt.left {
+				t.Fatalf("%d calls are counted", v.RequestCount)
+			}
+			if err := p.in.ledger.flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			env := maps.Clone(p.env)
+			env["DATA_DIR"], env["LISTEN_ADDR"] = filepath.Join(t.TempDir(), "data"), "127.0.0.1:0"
+			if err := os.CopyFS(env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chmod(filepath.Join(env["DATA_DIR"], keyName), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := runProgram(t, env, "restore", "--revoke=since", backup); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			p.provider.answer(modelsScript)
+			s := serveProgram(t, env)
+			for i := range tt.left + 1 {
+				if got, want := s.status(t, "/v1/models", token), map[bool]int{true: 200, false: 429}[i < tt.left]; got != want {
+					t.Errorf("call %d after the restore: %d, want %d", i+1, got, want)
+				}
+			}
+		})
+	}
+}
+
+// TestTokenInUse: a token that its first call is using is shown as used, though no
+// row knows of that call yet.
+func TestTokenInUse(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	id, token := p.newToken(`"name":"first call","idle_expiry_minutes":1`)
+	p.provider.answer(endless)
+	s := p.stream(token)
+	if _, err := s.read(1); err != nil {
+		t.Fatal(err)
+	}
+	type view struct {
+		RequestCount int     `json:"request_count"`
+		LastUsedAt   *string `json:"last_used_at"`
+		IsActive     bool    `json:"is_active"`
+	}
+	var one view
+	p.manage("GET", "/manage/tokens/"+id, "", 200, &one)
+	var list struct{ Data []view }
+	p.manage("GET", "/manage/tokens?name=first", "", 200, &list)
+	for _, v := range append(list.Data, one) {
+		if v.RequestCount != 1 || v.LastUsedAt == nil || !v.IsActive {
+			t.Errorf("while a stream runs: %+v", v)
+		}
+	}
+	if len(list.Data) != 1 {
+		t.Errorf("%d tokens are listed", len(list.Data))
+	}
+	s.body.Close()
+	p.countsAgree()
+}
+
+// TestBrokenLedgerHoldsNobody: while the ledger cannot write what it had been
+// given when a token was evicted, who presents one that is not live is told to
+// come back, and waits no longer than that.
+func TestBrokenLedgerHoldsNobody(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		p.pragma(`PRAGMA query_only = 1`) // after the note, before the row
+		return c.reply(200, chatAnswer)
+	})
+	_, p.token = p.newToken(`"name":"l","max_requests":10`) // whose note is committed first
+	if res := p.chat(); res.status != 200 {
+		t.Fatalf("got %d", res.status)
+	}
+	waitFor(t, "the end of the call", func() bool { return p.in.running.oldest() == 0 })
+	p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+	unknown, _ := mintCredential(tokenPrefix, "")
+	for _, token := range []string{p.token, unknown()} {
+		if res := p.chatAs(token); res.status != 503 || res.header.Get("Retry-After") == "" {
+			t.Errorf("got %d %s", res.status, res.body)
+		}
+	}
+	p.provider.answer(answerChat)
+	p.pragma(`PRAGMA query_only = 0`)
+	waitFor(t, "recovery", func() bool { return p.chatAs(p.token).status != 503 })
+	p.countsAgree()
 }

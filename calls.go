@@ -18,7 +18,7 @@ type phase int32
 
 const (
 	phaseReading  phase = iota // the client's body
-	phaseLedger                // its row's commit
+	phaseLedger                // its note's commit
 	phaseProvider              // the first byte of the answer
 	phaseRelaying              // the next bytes of the answer
 	phaseWriting               // the client, to take bytes
@@ -40,7 +40,7 @@ type callLimits struct {
 	readWindow        time.Duration // in each of which a request body must bring
 	readRate          float64       // so many bytes a second, or end
 	clientStall       time.Duration // a client that takes no byte for so long is cut off
-	ledgerPatience    time.Duration // for a row's commit
+	ledgerPatience    time.Duration // for a note's commit
 }
 
 // newCallLimits returns the limits for three settings and what no one sets.

@@ -206,16 +206,25 @@ func (d *diagnosis) database(ctx context.Context, st *store) bool {
 
 // openCalls finds calls that have not ended. A running server has some.
 func (d *diagnosis) openCalls(ctx context.Context, st *store) {
+	const what = "open calls"
+	if at, known, err := st.schemaVersion(ctx); err == nil && at < known {
+		d.ok(what, "not looked for before the database is brought up to date")
+		return
+	}
 	n, err := st.countRunning(ctx, firstID(d.now))
-	old, errOld := st.countRunning(ctx, firstID(d.now.Add(-24*time.Hour)))
+	if err != nil {
+		d.fail(what, err.Error(), "see the database check")
+		return
+	}
+	old, err := st.countRunning(ctx, firstID(d.now.Add(-24*time.Hour)))
 	switch {
-	case err != nil || errOld != nil:
-		d.fail("open calls", errors.Join(err, errOld).Error(), "see the database check")
+	case err != nil:
+		d.fail(what, err.Error(), "see the database check")
 	case old > 0:
-		d.warn("open calls", fmt.Sprintf("%d have been open for more than a day", old),
+		d.warn(what, fmt.Sprintf("%d have been open for more than a day", old),
 			"if no server is running, the next start records them as lost, with an estimate")
 	default:
-		d.ok("open calls", fmt.Sprintf("%d not settled yet", n))
+		d.ok(what, fmt.Sprintf("%d not settled yet", n))
 	}
 }
 

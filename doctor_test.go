@@ -152,6 +152,11 @@ func TestDoctorFindings(t *testing.T) {
 		{"rows open for long", func(t *testing.T, p *testProxy) {
 			execSQL(t, p, `INSERT INTO begun (batch, calls) VALUES (1, '[[1,1,1,1,"x","",0,"",0,0]]')`)
 		}, nil, "warn", "open calls:", "1 have been open"},
+		{"database of before", func(t *testing.T, p *testProxy) {
+			execSQL(t, p, `DROP VIEW running`)
+			execSQL(t, p, `DROP TABLE begun`)
+			execSQL(t, p, `PRAGMA user_version = 10`)
+		}, nil, "ok", "open calls:", "not looked for"},
 		{"a call from the future", func(t *testing.T, p *testProxy) {
 			execSQL(t, p, `INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
 				VALUES (9000000000000000000, 1, 1, 1, 'x', '', 0, '', 'ok', 'none', 0, 0)`)

@@ -349,3 +349,16 @@ func FuzzClientAddress(f *testing.F) {
 		}
 	})
 }
+
+// TestMediaType: what an answer is goes by its type alone, also where the
+// parameters are malformed, as it does for ReverseProxy.
+func TestMediaType(t *testing.T) {
+	t.Parallel()
+	for header, want := range map[string]string{"": "", "application/json": "application/json", "Text/Event-Stream": "text/event-stream",
+		"text/event-stream;charset=utf-8": "text/event-stream", "text/event-stream; charset": "text/event-stream", `text/event-stream; q="x`: "text/event-stream",
+		"application/json; charset=utf-8, text/html": "application/json", "text/event stream": "", ";": ""} {
+		if got := mediaType(header); got != want {
+			t.Errorf("%q: got %q, want %q", header, got, want)
+		}
+	}
+}

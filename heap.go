@@ -1,4 +1,4 @@
-// This room tells the garbage collector how much room it has: a fixed amount
+// This room tells the garbage collector how much room it has: about a fixed amount
 // beside what is in use. Go's own rule, as much again as is in use, has a small
 // heap collected twenty times a second under load, and a fixed multiple of that
 // would let a large one grow until the machine has no memory left.
@@ -15,7 +15,7 @@ const (
 	heapRoom    = 32 << 20 // bytes of garbage that a collection may wait for
 	leastUsed   = 4 << 20  // what is in use counts as so much at least
 	leastExtra  = 100      // per cent: Go's own rule, where that is more than heapRoom
-	heapLookout = time.Second
+	heapLookout = 100 * time.Millisecond
 )
 
 // keepHeap sets the collector's target as the heap grows and shrinks, until ctx

@@ -1,6 +1,6 @@
 // This room lets go of what the ledger need not keep: calls that are too old or
-// too many for the disk, their content, sums by the hour. It works in small steps beside the
-// calls, and never touches a row that is open.
+// too many for the disk, their content, sums by the hour. It works in small steps
+// beside the calls.
 package main
 
 import (

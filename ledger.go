@@ -7,7 +7,7 @@ package main
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"runtime"
 	"sync"
@@ -31,18 +31,6 @@ const (
 type ledgerEntry struct {
 	row   requestRow // of the caller until it is settled; from then on nobody writes it
 	batch *begunBatch
-}
-
-// A begunBatch is the calls that begin together, a row of begun. Until the writer
-// takes it, it is guarded by the ledger's mu; then it is the writer's.
-type begunBatch struct {
-	id      int64  // the least of its calls'
-	calls   []byte // as in begun, but for the last bracket
-	size    int
-	running int           // of its calls, those that have not ended
-	written bool          // it is in the database
-	err     error         // why it is not; readable once done
-	done    chan struct{} // closed when that is settled
 }
 
 type ledger struct {
@@ -84,29 +72,6 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 	return l, nil
 }
 
-// recoverLost records calls that a dead process has noted as begun and not as
-// ended, with the estimates they began with, and returns how many.
-func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
-	for {
-		rows, err := st.runningCalls(ctx, 1000)
-		if err != nil {
-			return 0, err
-		}
-		if len(rows) == 0 {
-			return total, st.forgetBegun(ctx)
-		}
-		for _, r := range rows {
-			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
-			r.asked = r.model // nobody knows which one would have answered
-			price(r)
-		}
-		if err := w.write(ctx, ledgerBatch{records: rows}); err != nil {
-			return 0, fmt.Errorf("recording lost calls: %w", err)
-		}
-		total += len(rows)
-	}
-}
-
 // begin queues a call and returns at once; wait on begun. The note is written in
 // parallel with the call to the provider.
 func (l *ledger) begin(row requestRow) *ledgerEntry {
@@ -126,17 +91,6 @@ func (l *ledger) begin(row requestRow) *ledgerEntry {
 		l.kick()
 	}
 	return e
-}
-
-func (b *begunBatch) add(id int64, note []byte) {
-	if b.size == 0 {
-		b.id, b.calls = id, append(b.calls, '[')
-	} else {
-		b.id, b.calls = min(b.id, id), append(b.calls, ',')
-	}
-	b.calls = append(b.calls, note...)
-	b.size++
-	b.running++
 }
 
 // begun is closed when it is settled whether the call's note is committed: fate
@@ -230,6 +184,20 @@ func (l *ledger) await(ctx context.Context, want uint64) error {
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
+}
+
+// settled is await for who must not wait long, as anyone may cause it: not at all
+// while the ledger cannot be written.
+func (l *ledger) settled(ctx context.Context, want uint64) error {
+	l.mu.Lock()
+	owed := l.committed < want
+	l.mu.Unlock()
+	if owed && l.failing.Load() {
+		return errors.New("the ledger cannot be written")
+	}
+	ctx, cancel := context.WithTimeout(ctx, limitPatience)
+	defer cancel()
+	return l.await(ctx, want)
 }
 
 // close writes what is queued and ends the writer. It gives up at the end of
@@ -387,39 +355,12 @@ func (l *ledger) write(begins *begunBatch, settles []*ledgerEntry, sums []*reque
 		// others for ever. It is logged whole instead: nothing is lost silently.
 		for _, e := range settles {
 			sums = append(sums, &e.row)
+			l.abandon(e.batch)
 		}
 		for _, r := range sums {
 			l.log.Error("the database refuses a ledger row; it stands in this line instead", "error", err,
 				"id", requestID(r.id), "token", r.token, "outcome", string(r.outcome),
 				"input_tokens", r.counts.input, "output_tokens", r.counts.output)
-		}
-	}
-}
-
-// batchOf makes a batch of what was queued. It takes for granted that the batch
-// will be written; undo takes that back.
-func batchOf(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
-	b.sums = sums
-	if begins != nil {
-		begins.written = true
-		b.begun, b.calls = begins.id, append(begins.calls, ']')
-	}
-	for _, e := range settles {
-		b.records = append(b.records, &e.row)
-		if at := e.batch; at != nil && at.written { // else it was refused, or its note could not be written
-			if at.running--; at.running == 0 {
-				b.over = append(b.over, at.id)
-			}
-		}
-	}
-	return b, func() {
-		for _, e := range settles {
-			if e.batch != nil && e.batch.written {
-				e.batch.running++
-			}
-		}
-		if begins != nil {
-			begins.written = false
 		}
 	}
 }

@@ -164,13 +164,20 @@ func (c *counter) resets(now int64) int64 {
 	return 0
 }
 
-// usedBy returns how many calls a token has made, those that run among them. Its
-// row counts a call when that has ended.
-func (s *server) usedBy(row *tokenRow) int64 {
-	if t := s.registry.liveToken(row.id); t != nil {
-		return t.used.Load()
+// upToDate returns a row with the calls that it does not know of yet: it learns of
+// one when that has ended.
+func (s *server) upToDate(row *tokenRow, now int64) *tokenRow {
+	t := s.registry.liveToken(row.id)
+	if t == nil {
+		return row
 	}
-	return row.requestCount
+	up := *row
+	if up.requestCount = t.used.Load(); t.running.Load() > 0 {
+		up.lastUsedAt = &now
+	} else if up.requestCount > row.requestCount {
+		up.lastUsedAt = new(t.lastUsed.Load())
+	}
+	return &up
 }
 
 // tokenLimits shows how the limits of a token stand.

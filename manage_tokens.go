@@ -31,8 +31,9 @@ type tokenView struct {
 	Token             string          `json:"token,omitempty"`
 }
 
-func showToken(t *tokenRow, now time.Time) tokenView {
+func (s *server) showToken(t *tokenRow, now time.Time) tokenView {
 	ms := now.UnixMilli()
+	t = s.upToDate(t, ms)
 	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: stampOf(t.expiresAt), RevokedAt: stampOf(t.revokedAt),
 		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: stampOf(t.lastUsedAt),
 		Version: t.version, CreatedAt: stamp(t.createdAt), UpdatedAt: stamp(t.updatedAt)}
@@ -67,7 +68,7 @@ func (s *server) listTokens(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	return &reply{body: pageOf(rows, page.limit,
-		func(t *tokenRow) tokenView { return showToken(t, r.now) },
+		func(t *tokenRow) tokenView { return s.showToken(t, r.now) },
 		func(t *tokenRow) string { return cursor(t.seq, t.name) })}, nil
 }
 
@@ -209,7 +210,7 @@ func (s *server) createToken(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, unknownProject(err)
 	}
-	v := showToken(t, r.now)
+	v := s.showToken(t, r.now)
 	v.Token = value()
 	return &reply{http.StatusCreated, t.version, v}, nil
 }
@@ -234,8 +235,7 @@ func (s *server) getToken(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := showToken(&t, r.now)
-	v.RequestCount = s.usedBy(&t)
+	v := s.showToken(&t, r.now)
 	if v.Limits, err = s.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
 		return nil, err
 	}
@@ -278,7 +278,7 @@ func (s *server) changeToken(r *manageRequest, change func(*tokenRow) error) (*r
 	if err := s.registry.tokenChanged(&t); err != nil {
 		return nil, err
 	}
-	return &reply{0, t.version, showToken(&t, r.now)}, nil
+	return &reply{0, t.version, s.showToken(&t, r.now)}, nil
 }
 
 const (

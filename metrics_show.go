@@ -295,7 +295,7 @@ func (s *server) showLedger(t *metricsText) {
 	t.int(oneIf(!s.ledger.healthy()))
 	t.about("ledger_commit_seconds", "histogram", "Time to commit one batch of rows.")
 	t.histogram(&s.ledger.commits, &fastBounds)
-	t.about("ledger_rows_total", "counter", "Rows committed: two for an admitted call, one for a refused.")
+	t.about("ledger_rows_total", "counter", "What was committed: a note and a row for an admitted call, a row for a refused one.")
 	t.int(s.ledger.rows.Load())
 }
 

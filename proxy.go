@@ -57,7 +57,7 @@ type call struct {
 	watch      watch
 	uploading  atomic.Bool // its body goes up as it comes, and has not ended
 	attempts   int         // made so far, over all upstreams
-	begun      bool        // the row's begin is committed
+	begun      bool        // the call's note is committed
 	unrecorded bool        // it could not be: the call is refused, whatever the provider said
 
 	answer    *answerWriter
@@ -240,7 +240,7 @@ func asCause(ctx context.Context) *apiError {
 	return e
 }
 
-// awaitRecord returns when the call's row is committed. Only then may an answer
+// awaitRecord returns when the call's note is committed. Only then may an answer
 // byte leave.
 func (s *server) awaitRecord(c *call) error {
 	if c.begun {

@@ -144,7 +144,7 @@ func (g *registry) load(ctx context.Context, hash [32]byte, now int64) (*liveTok
 		g.mu.RLock()
 		before, evicted := g.changes, g.evicted
 		g.mu.RUnlock()
-		if err := g.ledger.await(ctx, evicted); err != nil { // the row must have every call of the token's
+		if err := g.ledger.settled(ctx, evicted); err != nil { // a token's row must have all its calls when it is read
 			return nil, fmt.Errorf("reading a token: %w", err)
 		}
 		row, err := g.store.tokenByHash(ctx, hash)

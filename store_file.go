@@ -94,7 +94,7 @@ func (s *store) census(ctx context.Context) (c census, err error) {
 
 // countRunning counts the calls with an id below before that have not ended.
 func (s *store) countRunning(ctx context.Context, before int64) (n int64, err error) {
-	if err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM running WHERE id < ?`, before).Scan(&n); err != nil {
+	if err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before).Scan(&n); err != nil {
 		return 0, fmt.Errorf("counting running calls: %w", err)
 	}
 	return n, nil
@@ -113,10 +113,31 @@ type revival struct {
 }
 
 // attachCurrent puts a database beside s, on its one writing connection, under
-// the name now. It may not be changed through it.
+// the name now. It may not be changed through it. What tokens have done since s
+// was current is worked out into made_since: calls that ended, and those that run
+// in one of the two, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
 	if _, err := s.write.ExecContext(ctx, `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
 		return fmt.Errorf("opening the current database: %w", err)
+	}
+	var notes int // before there were any, tokens counted a call when it began
+	if err := s.write.QueryRowContext(ctx, `SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`).Scan(&notes); err != nil {
+		return fmt.Errorf("reading the current database: %w", err)
+	}
+	const head = `
+		CREATE TEMP TABLE made_since AS
+		SELECT b.id AS id, c.request_count + coalesce(theirs.n, 0) - b.request_count - coalesce(ours.n, 0) AS n
+		FROM main.tokens b JOIN now.tokens c ON c.id = b.id
+		LEFT JOIN (SELECT token, count(*) AS n FROM main.running GROUP BY token) ours ON ours.token = b.seq
+		LEFT JOIN (`
+	const tail = `) theirs ON theirs.token = c.seq
+		WHERE c.request_count + coalesce(theirs.n, 0) > b.request_count + coalesce(ours.n, 0)`
+	query := head + `SELECT NULL AS token, 0 AS n` + tail
+	if notes > 0 {
+		query = head + `SELECT token, count(*) AS n FROM now.running GROUP BY token` + tail
+	}
+	if _, err := s.write.ExecContext(ctx, query); err != nil {
+		return fmt.Errorf("comparing with the current database: %w", err)
 	}
 	return nil
 }
@@ -124,14 +145,13 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 // revival compares s with the database that attachCurrent put beside it.
 func (s *store) revival(ctx context.Context) (r revival, err error) {
 	err = s.write.QueryRowContext(ctx, `
-		WITH alive AS (SELECT b.hash, b.expires_at, b.request_count, c.revoked_at AS gone, c.hash AS hash_now,
-				c.expires_at AS expires_now, c.request_count AS count_now
+		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS gone, c.hash AS hash_now, c.expires_at AS expires_now
 			FROM main.tokens b JOIN now.tokens c ON c.id = b.id WHERE b.revoked_at IS NULL)
 		SELECT (SELECT count(*) FROM alive WHERE gone IS NOT NULL),
 			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash <> hash_now),
 			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash = hash_now AND (expires_at IS NULL OR expires_now < expires_at)
 				AND expires_now IS NOT NULL),
-			(SELECT count(*) FROM alive WHERE gone IS NULL AND count_now > request_count),
+			(SELECT count(*) FROM alive WHERE gone IS NULL AND id IN (SELECT id FROM temp.made_since)),
 			(SELECT count(*) FROM main.management_keys b JOIN now.management_keys c ON c.id = b.id
 				WHERE b.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),
 			(SELECT count(*) FROM main.projects b JOIN now.projects c ON c.id = b.id WHERE b.is_active AND NOT c.is_active),
@@ -154,8 +174,7 @@ func (s *store) witherSince(ctx context.Context, by origin, a act) error {
 		FROM now.tokens c
 		WHERE c.id = main.tokens.id AND c.expires_at IS NOT NULL
 			AND (main.tokens.expires_at IS NULL OR c.expires_at < main.tokens.expires_at)`, `
-		UPDATE main.tokens SET request_count = main.tokens.request_count + (c.request_count - main.tokens.request_count)
-		FROM now.tokens c WHERE c.id = main.tokens.id AND c.request_count > main.tokens.request_count`, `
+		UPDATE main.tokens SET request_count = main.tokens.request_count + m.n FROM temp.made_since m WHERE m.id = main.tokens.id`, `
 		UPDATE main.management_keys SET revoked_at = c.revoked_at, role = c.role,
 			expires_at = c.expires_at, version = main.management_keys.version + 1, updated_at = ?1
 		FROM now.management_keys c

@@ -180,7 +180,7 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	for _, r := range b.records {
 		if r.outcome != outcomeRefused {
 			u := counts[r.token]
-			counts[r.token] = used{u.calls + 1, max(u.at, r.started)}
+			counts[r.token] = used{u.calls + 1, max(u.at, r.started+r.totalUS/1000)}
 		}
 	}
 	for _, batch := range b.over {

@@ -40,9 +40,11 @@ func (v *requestView) scan(row interface{ Scan(...any) error }) error {
 
 // requestByID returns a call, running or ended, or errNotFound.
 func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
-	// Running ones first: a call that ends in between is then found as ended.
-	if err = v.scan(s.read.QueryRowContext(ctx, runningRequests+`WHERE r.id = ?`, id)); errors.Is(err, errNotFound) {
-		err = v.scan(s.read.QueryRowContext(ctx, endedRequests+`WHERE r.id = ?`, id))
+	const ended = endedRequests + `WHERE r.id = ?`
+	for _, query := range [...]string{ended, runningRequests + `WHERE r.batch <= ?1 AND r.id = ?1`, ended} { // it may end in between
+		if err = v.scan(s.read.QueryRowContext(ctx, query, id)); !errors.Is(err, errNotFound) {
+			break
+		}
 	}
 	return v, err
 }
@@ -116,12 +118,13 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
 	const ofToken, ofProject = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`, `r.project = (SELECT seq FROM projects WHERE id = ?1)`
-	running, ended, scope := runningRequests+`WHERE ?1 = ''`+tail, endedRequests+`WHERE ?1 = ''`+tail, ""
+	const begun = `r.batch < ?3 AND ` // a note of an earlier call is in no later batch
+	running, ended, scope := runningRequests+`WHERE `+begun+`?1 = ''`+tail, endedRequests+`WHERE ?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
-		running, ended, scope = runningRequests+`WHERE `+ofToken+tail, endedRequests+`WHERE `+ofToken+tail, f.token
+		running, ended, scope = runningRequests+`WHERE `+begun+ofToken+tail, endedRequests+`WHERE `+ofToken+tail, f.token
 	case f.project != "":
-		running, ended, scope = runningRequests+`WHERE `+ofProject+tail, endedRequests+`WHERE `+ofProject+tail, f.project
+		running, ended, scope = runningRequests+`WHERE `+begun+ofProject+tail, endedRequests+`WHERE `+ofProject+tail, f.project
 	}
 	list := func(out []requestView, query string) ([]requestView, error) {
 		rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
@@ -138,9 +141,12 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 		}
 		return out, rows.Err()
 	}
-	out, err := list(nil, running)
-	if err != nil {
-		return nil, err
+	var out []requestView
+	var err error
+	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // which running ones have
+		if out, err = list(nil, running); err != nil {
+			return nil, err
+		}
 	}
 	open := len(out)
 	// After the running ones: a call that ends in between is in both lists, and in

@@ -255,11 +255,11 @@ func (s *store) lastRequest(ctx context.Context) (id int64, err error) {
 
 // forgetRequests deletes up to limit rows with an id below before, and returns
 // how many. The row of a call that is noted as begun stays: without it the call
-// would seem to run.
+// would seem to run. No note of such a call is in a later batch.
 func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (int64, error) {
 	res, err := s.write.ExecContext(ctx, `
 		DELETE FROM requests WHERE id IN (SELECT id FROM requests
-			WHERE id < ? AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c) ORDER BY id LIMIT ?)`, before, limit)
+			WHERE id < ?1 AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c WHERE b.batch < ?1) ORDER BY id LIMIT ?2)`, before, limit)
 	if err != nil {
 		return 0, fmt.Errorf("deleting old rows: %w", err)
 	}
