@@ -7,12 +7,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,9 +22,16 @@ import (
 	"time"
 )
 
-// TestMain lets a test run the program itself, as a process of its own.
+// TestMain lets a test run the program itself, as a process of its own. Most tests
+// wait most of the time, so twice as many run together as go test would let.
 func TestMain(m *testing.M) {
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") == "" {
+		flag.Parse()
+		if together := flag.Lookup("test.parallel"); together.Value.String() == together.DefValue && flag.Lookup("test.fuzz").Value.String() == "" {
+			if err := together.Value.Set(strconv.Itoa(2 * runtime.GOMAXPROCS(0))); err != nil {
+				panic(err)
+			}
+		}
 		os.Exit(m.Run())
 	}
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") != "with arguments" {
