@@ -67,7 +67,7 @@ func TestWhatEachEndTakes(t *testing.T) {
 		{"it asks about itself", answerChat, "GET " + ownTokenPath, ``, false, 0, 0},
 	} {
 		id, token := p.newToken(`"name":"c","max_requests":100,"policy":{"models":["gpt-4o-mini"],"limits":[{"count":"requests","max":100,"per":"day"},
-			{"count":"tokens","max":800000,"per":"month"},{"count":"dollars","max":90,"per":"lifetime"},{"count":"concurrent","max":2},{"count":"requests","max":100,"per":"minute"}]}`)
+			{"count":"tokens","max":800000,"per":"month"},{"count":"dollars","max":90,"per":"lifetime"},{"count":"concurrent","max":2},{"count":"requests","max":3,"per":"minute"}]}`)
 		p.provider.answer(test.script)
 		method, target := "POST", test.path
 		if m, rest, ok := strings.Cut(target, " "); ok {

@@ -27,8 +27,10 @@ import (
 func TestMain(m *testing.M) {
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") == "" {
 		flag.Parse()
-		if together := flag.Lookup("test.parallel"); together.Value.String() == together.DefValue && flag.Lookup("test.fuzz").Value.String() == "" {
-			if err := together.Value.Set(strconv.Itoa(2 * runtime.GOMAXPROCS(0))); err != nil {
+		said := false
+		flag.Visit(func(f *flag.Flag) { said = said || f.Name == "test.parallel" || f.Name == "test.fuzz" })
+		if !said {
+			if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
 				panic(err)
 			}
 		}
