@@ -1,6 +1,6 @@
 // This room tells the garbage collector how much room it has: about a fixed amount
 // beside what is in use. Go's own rule, as much again as is in use, has a small
-// heap collected twenty times a second under load, and a fixed multiple of that
+// heap collected a hundred times a second under load, and a fixed multiple of that
 // would let a large one grow until the machine has no memory left.
 package main
 

@@ -203,3 +203,25 @@ func TestNoFullScans(t *testing.T) {
 		}
 	}
 }
+
+// TestRowsStay: no statement changes a call's row, and none but those that let old
+// ones go deletes any.
+func TestRowsStay(t *testing.T) {
+	t.Parallel()
+	change, drop := regexp.MustCompile(`(UPDATE|REPLACE INTO) requests\b|INTO requests\b[^;]*ON CONFLICT`), regexp.MustCompile(`DELETE FROM requests\b`)
+	drops, inserts := 0, 0
+	for _, st := range readStatements(t) {
+		if change.MatchString(st.text) {
+			t.Errorf("%s changes rows: %s", st.where, st.text)
+		}
+		if drop.MatchString(st.text) {
+			drops++
+		}
+		if strings.Contains(st.text, "INSERT INTO requests ") {
+			inserts++
+		}
+	}
+	if drops != 1 || inserts == 0 {
+		t.Errorf("%d statements delete rows and %d make some", drops, inserts)
+	}
+}
