@@ -3,12 +3,17 @@
 package main
 
 import (
+	"encoding/json"
+	"fmt"
+	"html"
 	"maps"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // A browser is signed in to the pages.
@@ -382,4 +387,632 @@ func TestAdminOff(t *testing.T) {
 			t.Errorf("%s: got %d %s", path, res.status, res.body)
 		}
 	}
+}
+
+// formOf reads the first posting form of a page, but the sign-out: its fields as a
+// browser would send them.
+func formOf(t *testing.T, page string) url.Values {
+	t.Helper()
+	out := url.Values{}
+	_, rest, _ := strings.Cut(page, "<main")
+	_, rest, ok := strings.Cut(rest, `method="post"`)
+	body, _, _ := strings.Cut(rest, "</form>")
+	if !ok {
+		t.Fatalf("there is no form in %s", page)
+	}
+	for _, m := range regexp.MustCompile(`(?s)<(input)([^>]*)>()|<(select|textarea)([^>]*)>(.*?)</`).FindAllStringSubmatch(strings.ReplaceAll(body, "</option>", ""), -1) {
+		if m[1] == "" {
+			m = m[3:]
+		}
+		attr := func(name string) (string, bool) {
+			v := regexp.MustCompile(` ` + name + `(?:="([^"]*)")?[ >]`).FindStringSubmatch(m[2] + " ")
+			if v == nil {
+				return "", false
+			}
+			return html.UnescapeString(v[1]), true
+		}
+		name, _ := attr("name")
+		value, _ := attr("value")
+		switch kind, _ := attr("type"); {
+		case m[1] == "textarea":
+			value = html.UnescapeString(strings.TrimPrefix(m[3], "\n"))
+		case m[1] == "select":
+			chosen := regexp.MustCompile(`<option value="([^"]*)" selected`).FindStringSubmatch(m[3])
+			if chosen == nil {
+				chosen = regexp.MustCompile(`<option value="([^"]*)"`).FindStringSubmatch(m[3])
+			}
+			value = html.UnescapeString(chosen[1])
+		case kind == "checkbox":
+			if _, on := attr("checked"); !on {
+				continue
+			}
+			if value == "" {
+				value = "on"
+			}
+		}
+		out.Set(name, value)
+	}
+	return out
+}
+
+// TestAdminJourney: a project, its key and limits, a token, its use, its end, all
+// through pages.
+func TestAdminJourney(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	form := formOf(t, b.get("/admin/projects/new").body)
+	form.Set("name", "From a page")
+	form.Set("api_key", p.provider.key)
+	form.Set("base_url", p.provider.url)
+	form.Set("policy.models", "gpt-4o-mini\r\nclaude-*\r\n\r\n")
+	form.Set("policy.addresses", "127.0.0.1")
+	form.Set("policy.limits[1].max", "1,000")
+	form.Set("policy.limits[1].count", "tokens")
+	form.Set("policy.limits[1].per", "day")
+	res := b.post("/admin/projects/new", form)
+	here, _, _ := strings.Cut(res.header.Get("Location"), "?")
+	if res.status != 303 || !strings.HasPrefix(here, "/admin/projects/proj_") {
+		t.Fatalf("got %d %v %s", res.status, res.header, res.body)
+	}
+	var project projectReply
+	p.manage("GET", "/manage"+strings.TrimPrefix(here, "/admin"), "", 200, &project)
+	if got := string(project.Policy); got != `{"models":["gpt-4o-mini","claude-*"],"addresses":["127.0.0.1/32"],"limits":[{"count":"tokens","max":1000,"per":"day"}]}` || !project.IsActive {
+		t.Errorf("the policy is %s", got)
+	}
+	page := b.get(here).body
+	for _, want := range []string{"From a page", "0 of 1,000", "•••• " + p.provider.key[len(p.provider.key)-4:], "gpt-4o-mini, claude-*"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+
+	form = formOf(t, b.get("/admin/tokens/new?project_id="+project.ID).body)
+	if form.Get("project_id") != project.ID || form.Get("lifetime") != "720" {
+		t.Errorf("the form begins with %v", form)
+	}
+	form.Set("name", "app")
+	res = b.post("/admin/tokens/new", form)
+	token := regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body)
+	if res.status != 200 || token == "" || strings.Count(res.body, token) != 5 || len(checkHTML(res.body)) > 0 {
+		t.Fatalf("got %d %s %v", res.status, res.body, checkHTML(res.body))
+	}
+	p.secrets = append(p.secrets, token)
+	if again := b.post("/admin/tokens/new", form); again.status != 409 || strings.Contains(again.body, "sk-llmp_") { // AD20
+		t.Errorf("reloaded: got %d %s", again.status, again.body)
+	}
+	if res := p.chatAs(token); res.status != 200 {
+		t.Errorf("the token: %d %s", res.status, res.body)
+	}
+	p.settle()
+	id := "tok_" + token[len(tokenPrefix):][:publicLen]
+	if page := b.get("/admin/tokens/" + id).body; !strings.Contains(page, "POST /v1/chat/completions") || !strings.Contains(page, "active") || strings.Contains(page, token) {
+		t.Errorf("the token's page: %s", page)
+	}
+	if calls := b.get("/admin/requests?token=" + id).body; strings.Count(calls, `href="/admin/requests/req_`) != 1 || !strings.Contains(b.get("/admin/tokens/"+id).body, `"/admin/requests?token=`+id+`"`) {
+		t.Errorf("the token's calls: %s", calls)
+	}
+	if page := b.get(here).body; !strings.Contains(page, "12 of 1,000") {
+		t.Errorf("the project's page does not show the use: %s", page)
+	}
+	res = b.post("/admin/tokens/"+id+"/rotate", formOf(t, b.get("/admin/tokens/"+id+"/rotate").body))
+	rotated := regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body)
+	p.secrets = append(p.secrets, rotated)
+	if res.status != 200 || rotated == token || p.chatAs(rotated).status != 200 || p.chatAs(token).status != 200 {
+		t.Errorf("rotated: %d %s", res.status, res.body)
+	}
+	if res := b.post("/admin/tokens/"+id+"/revoke", nil); res.status != 303 || p.chatAs(rotated).status != 401 || p.chatAs(token).status != 401 {
+		t.Errorf("revoked: %d", res.status)
+	}
+	if res := b.post("/admin/tokens/"+id+"/edit", url.Values{"name": {"x"}}); res.status != 400 || !strings.Contains(res.body, "is revoked") {
+		t.Errorf("edited after it was revoked: %d %s", res.status, res.body)
+	}
+	if res := b.post(here+"/deactivate", nil); res.status != 303 || !strings.Contains(b.get(here).body, "inactive") {
+		t.Errorf("deactivated: %d", res.status)
+	}
+	if res := b.post(here+"/delete", nil); res.status != 303 || b.get(here).status != 404 {
+		t.Errorf("deleted: %d", res.status)
+	}
+}
+
+// projectReply is a project as /manage shows it.
+type projectReply struct {
+	ID, Name  string
+	IsActive  bool `json:"is_active"`
+	Policy    json.RawMessage
+	Routing   json.RawMessage
+	Version   int64
+	Upstreams []struct {
+		ID, Name, Note string
+		BaseURL        string `json:"base_url"`
+		KeyHint        string `json:"key_hint"`
+		Models         []string
+		SharedWith     []string `json:"shared_with"`
+		Rewrite        map[string]string
+		IsActive       bool  `json:"is_active"`
+		Requests       int64 `json:"requests_per_minute"`
+		Priority       int64
+	}
+}
+
+// TestAdminFormsKeepWhatIsStored: a form that is sent as it was shown changes
+// nothing, whatever the policy.
+func TestAdminFormsKeepWhatIsStored(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	for _, body := range []string{`{}`, `{"models":[]}`, `{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true,"keep_content_days":3}`,
+		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
+		p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":`+body+`,"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true}}`, 200, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","requests_per_minute":7,"connect_ms":700,"answer_ms":90000,"priority":3,"shared_with":["`+other.ID+`"]}`, 200, nil)
+		read := func() (v projectReply) {
+			p.manage("GET", "/manage/projects/"+p.project, "", 200, &v)
+			v.Version = 0
+			return v
+		}
+		before := read()
+		for _, path := range []string{"/admin/projects/" + p.project + "/edit", "/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit"} {
+			if res := b.post(path, formOf(t, b.get(path).body)); res.status != 303 {
+				t.Fatalf("%s: %d %s", path, res.status, res.body)
+			}
+		}
+		if after := read(); fmt.Sprintf("%+v", after) != fmt.Sprintf("%+v", before) {
+			t.Errorf("%s\nbefore %+v\nafter  %+v", body, before, after)
+		}
+		if body == `{}` {
+			continue
+		}
+		policy := strings.Replace(body, `,"stateful":true,"keep_content_days":3`, "", 1)
+		id, token := p.newToken(`"name":"keeps","expires_at":"2099-01-31T10:20:30.456Z","idle_expiry_minutes":61,"max_requests":5,"policy":` + policy)
+		p.secrets = append(p.secrets, token)
+		was := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body
+		if res := b.post("/admin/tokens/"+id+"/edit", formOf(t, b.get("/admin/tokens/"+id+"/edit").body)); res.status != 303 {
+			t.Fatalf("%d %s", res.status, res.body)
+		}
+		volatile := regexp.MustCompile(`"(version|updated_at)":[^,]*,`)
+		if is := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body; volatile.ReplaceAllString(is, "") != volatile.ReplaceAllString(was, "") {
+			t.Errorf("before %s\nafter  %s", was, is)
+		}
+	}
+}
+
+// TestAdminMistakes: a refused form says what is wrong beside the field, keeps
+// what was typed, and changes nothing.
+func TestAdminMistakes(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.manage("POST", "/manage/projects", `{"name":"taken"}`, 201, nil)
+	project, upstream := "/admin/projects/"+p.project+"/edit", "/admin/projects/"+p.project+"/upstreams/"+p.upstream+"/edit"
+	keyID, _ := p.newKey("k", "viewer")
+	for _, c := range []struct {
+		path, name, value, field, says string
+	}{
+		{"/admin/projects/new", "name", "", "name", "must have 1 to 100 bytes"}, {"/admin/projects/new", "name", "taken", "name", "is taken"},
+		{"/admin/projects/new", "base_url", "https://x.test", "api_key", "is needed"}, {"/admin/projects/new", "provider", "azure", "api_key", "is needed"},
+		{"/admin/projects/new", "policy.models", "a*b", "policy.models", "only at the end"}, {"/admin/projects/new", "policy.endpoints", "chat", "policy.endpoints", "must name endpoints"},
+		{"/admin/projects/new", "policy.addresses", "10.0.0.1/8", "policy.addresses", "10.0.0.1/8 is none"},
+		{"/admin/projects/new", "policy.limits[1].max", "many", "policy.limits[0].max", "must be a whole number"}, {project, "policy.limits[0].max", "-1", "policy.limits[0].max", "must be a whole number"},
+		{project, "routing.fallbacks", "gpt", "routing.fallbacks", "must have lines"}, {project, "routing.fallbacks", "gpt = a b", "routing.fallbacks", "must be a model"},
+		{upstream, "api_key", "sk-****", "api_key", "masked"}, {upstream, "base_url", "https://elsewhere.test", "api_key", "must be given again"}, {upstream, "priority", "x", "priority", "must be a whole number"},
+		{upstream, "rewrite", "a", "rewrite", "must have lines"}, {upstream, "connect_ms", "10001", "connect_ms", "must be 0 or from 100 to 10000"}, {upstream, "answer_ms", "1", "answer_ms", "must be 0 or from 100"},
+		{"/admin/tokens/new", "expires_at", "2001-01-01T00:00", "expires_at", "must be in the future"}, {"/admin/tokens/new", "max_requests", "ten", "max_requests", "must be a whole number"},
+		{"/admin/tokens/new", "project_id", "proj_none", "project_id", "names no project"}, {"/admin/tokens/new", "policy.models", "a*b", "policy.models", "only at the end"},
+		{"/admin/tokens/" + p.tokenID + "/edit", "name", " x", "name", "white space"}, {"/admin/tokens/" + p.tokenID + "/rotate", "overlap_minutes", "-1", "overlap_minutes", "must be from 0"},
+		{"/admin/keys/new", "role", "god", "role", "must be viewer"}, {"/admin/keys/" + keyID + "/edit", "expires_at", "soon", "expires_at", "must be a time"},
+		{"/admin/prices/new", "match", "", "match", "must be a model"}, {"/admin/prices/new", "input", "-5", "input", "must be dollars"},
+	} {
+		form := formOf(t, b.get(c.path).body)
+		for name, v := range map[string]string{"name": "fine", "match": "some-model", "output": "1"} {
+			if form.Has(name) && form.Get(name) == "" {
+				form.Set(name, v)
+			}
+		}
+		if c.name == "expires_at" && c.path == "/admin/tokens/new" {
+			form.Set("lifetime", "")
+		}
+		form.Set(c.name, c.value)
+		before := p.everything()
+		res := b.post(c.path, form)
+		_, after, _ := strings.Cut(res.body, `name="`+c.field+`"`)
+		if len(after) > 1500 {
+			after = after[:1500]
+		}
+		if res.status != 400 || !strings.Contains(html.UnescapeString(after), c.says) || len(checkHTML(res.body)) > 0 || !strings.Contains(res.body, `aria-invalid="true"`) {
+			t.Errorf("%s with %s=%q: %d, beside %s stands %s %v", c.path, c.name, c.value, res.status, c.field, after, checkHTML(res.body))
+		}
+		again := formOf(t, res.body)
+		for name := range form {
+			if name == "once" || name == "api_key" || strings.HasPrefix(name, "policy.limits[") {
+				continue
+			}
+			if again.Get(name) != strings.TrimSuffix(form.Get(name), "\n") && again.Get(name) != form.Get(name) && !(name == "role" || name == "project_id" || name == "overlap_minutes") {
+				t.Errorf("%s with %s=%q: %s was %q and is now %q", c.path, c.name, c.value, name, form.Get(name), again.Get(name))
+			}
+		}
+		if p.everything() != before {
+			t.Errorf("%s with %s=%q changed something", c.path, c.name, c.value)
+		}
+	}
+}
+
+// TestAdminLostUpdate (AD14): who opened a form before somebody else's change is
+// told so, and overwrites nothing.
+func TestAdminLostUpdate(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	for path, change := range map[string]string{
+		"/admin/projects/" + p.project + "/edit": "/manage/projects/" + p.project, "/admin/tokens/" + p.tokenID + "/edit": "/manage/tokens/" + p.tokenID,
+		"/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit": "/manage/projects/" + p.project + "/upstreams/" + p.upstream,
+	} {
+		form := formOf(t, b.get(path).body)
+		p.manage("PATCH", change, `{"name":"theirs"}`, 200, nil)
+		form.Set("name", "mine")
+		res := b.post(path, form)
+		if again := formOf(t, res.body); res.status != 409 || !strings.Contains(res.body, "Somebody changed this") || again.Get("name") != "mine" || again.Get("version") != form.Get("version") {
+			t.Errorf("%s: got %d %s", path, res.status, res.body)
+		}
+		if res := p.manageAs(p.adminKey, "GET", change, ""); !strings.Contains(res.body, "theirs") {
+			t.Errorf("%s: overwritten: %s", path, res.body)
+		}
+	}
+}
+
+// TestAdminKeysAndBulk: keys are made, changed and revoked; nobody changes their
+// own; tokens are revoked together, after a question.
+func TestAdminKeysAndBulk(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	form := formOf(t, b.get("/admin/keys/new").body)
+	form.Set("name", "Grace")
+	form.Set("role", "operator")
+	res := b.post("/admin/keys/new", form)
+	key := regexp.MustCompile(`llmpm_\w+`).FindString(res.body)
+	p.secrets = append(p.secrets, key)
+	if res.status != 200 || key == "" {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if again := b.post("/admin/keys/new", form); again.status != 409 || strings.Contains(again.body, "llmpm_") {
+		t.Errorf("reloaded: %d", again.status)
+	}
+	grace := p.signIn(key)
+	own := regexp.MustCompile(`key_\w+`).FindString(b.get("/admin/account").body)
+	if res := b.post("/admin/keys/"+own+"/revoke", nil); res.status != 400 || !b.in() {
+		t.Errorf("revoking one's own: %d %s", res.status, res.body)
+	}
+	var ids []string
+	for range 3 {
+		id, _ := p.newToken(`"name":"many"`)
+		ids = append(ids, id)
+	}
+	before := p.everything()
+	res = grace.post("/admin/tokens/revoke", url.Values{"id": ids})
+	if res.status != 200 || p.everything() != before || strings.Count(res.body, "many (tok_") != 3 || len(checkHTML(res.body)) > 0 {
+		t.Errorf("before it is sure: %d %s", res.status, res.body)
+	}
+	if res := grace.post("/admin/tokens/revoke", url.Values{"id": ids, "sure": {"yes"}}); res.status != 303 {
+		t.Errorf("sure: %d %s", res.status, res.body)
+	}
+	for _, id := range ids {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, ""); !strings.Contains(res.body, `"is_active":false`) {
+			t.Errorf("%s lives on", id)
+		}
+	}
+	if res := grace.post("/admin/tokens/revoke", nil); res.header.Get("Location") != "/admin/tokens?done=none-chosen" {
+		t.Errorf("none: %d %v", res.status, res.header)
+	}
+	if res := b.post("/admin/keys/key_"+key[len(keyPrefix):][:publicLen]+"/revoke", nil); res.status != 303 || grace.in() {
+		t.Errorf("revoking a key: %d", res.status)
+	}
+}
+
+// TestAdminTokenList: each filter with each order shows what it says, page by page.
+func TestAdminTokenList(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	now, in := time.Now().UnixMilli(), p.in.store
+	for i := range 130 {
+		project := p.project
+		if i%3 == 0 {
+			project = other.ID
+		}
+		row := &tokenRow{id: fmt.Sprintf("tok_n%03d", i), projectID: project, name: fmt.Sprintf("n%02d", i%40), hash: fmt.Appendf(nil, "%032d", i), policy: "{}", createdAt: now, updatedAt: now}
+		switch i % 5 {
+		case 0:
+			row.expiresAt = new(now - int64(i+1)*1000)
+		case 1:
+			row.expiresAt = new(now + dayMS + int64(i))
+		case 2:
+			row.expiresAt = new(now + 30*dayMS)
+		}
+		if err := in.addToken(t.Context(), systemOrigin(time.Now()), row); err != nil {
+			t.Fatal(err)
+		}
+		if i%7 == 0 {
+			p.manage("DELETE", "/manage/tokens/"+row.id, "", 200, nil)
+		}
+	}
+	is := func(i int, state string) bool {
+		revoked := i%7 == 0
+		switch state {
+		case "active":
+			return !revoked && i%5 != 0
+		case "expiring":
+			return !revoked && i%5 == 1
+		case "expired":
+			return !revoked && i%5 == 0
+		case "revoked":
+			return revoked
+		}
+		return true
+	}
+	link := regexp.MustCompile(`class="name" href="/admin/tokens/(tok_n\d+)"`)
+	next := regexp.MustCompile(`href="(/admin/tokens\?[^"]*after=[^"]*)"`)
+	for _, state := range tokenStates() {
+		for _, order := range tokenOrders() {
+			for _, project := range []string{"", other.ID} {
+				for _, name := range []string{"", "n1"} {
+					var got []string
+					path := "/admin/tokens?" + url.Values{"state": {state.Value}, "order": {order.Value}, "project_id": {project}, "name": {name}}.Encode()
+					for range 9 {
+						res := b.get(path)
+						if res.status != 200 || len(checkHTML(res.body)) > 0 {
+							t.Fatalf("%s: %d %v", path, res.status, checkHTML(res.body))
+						}
+						for _, m := range link.FindAllStringSubmatch(res.body, -1) {
+							got = append(got, m[1])
+						}
+						m := next.FindStringSubmatch(res.body)
+						if m == nil {
+							break
+						}
+						path = html.UnescapeString(m[1])
+					}
+					var want []string
+					for i := range 130 {
+						if is(i, state.Value) && !(order.Value == "ends" && state.Value != "revoked" && name == "" && is(i, "revoked")) && (project == "" || i%3 == 0) && strings.HasPrefix(fmt.Sprintf("n%02d", i%40), name) {
+							want = append(want, fmt.Sprintf("tok_n%03d", i))
+						}
+					}
+					if order.Value == "" && state.Value == "" && name == "" && !slices.IsSortedFunc(got, func(a, b string) int { return strings.Compare(b, a) }) {
+						t.Errorf("not newest first: %v", got)
+					}
+					if order.Value == "oldest" && name == "" && !slices.IsSorted(got) {
+						t.Errorf("not oldest first: %v", got)
+					}
+					slices.Sort(got)
+					if !slices.Equal(got, want) {
+						t.Errorf("state %q order %q project %q name %q:\ngot  %v\nwant %v", state.Value, order.Value, project, name, got, want)
+					}
+				}
+			}
+		}
+	}
+	for _, query := range []string{"state=;drop", "order=x", "after=x", "after=-1.", "after=zzzzzzzzzzzzzzzz.", "order=ends&after=5.!", "name=" + strings.Repeat("x", 101), "state=active&state=active"} { // AD15
+		if res := b.get("/admin/tokens?" + query); res.status != 400 {
+			t.Errorf("%s: got %d", query, res.status)
+		}
+	}
+	for _, name := range []string{"%", "_", "n__", "*", "'", `\`} {
+		if res := b.get("/admin/tokens?name=" + url.QueryEscape(name)); res.status != 200 || link.MatchString(res.body) {
+			t.Errorf("%q: got %d %s", name, res.status, res.body)
+		}
+	}
+	if res := b.get("/admin/tokens?name=tok_n007"); res.header.Get("Location") != "/admin/tokens/tok_n007" {
+		t.Errorf("an id: %d %v", res.status, res.header)
+	}
+}
+
+// TestAdminContent: what is kept of a call is shown to admins, by a form alone,
+// and erased.
+func TestAdminContent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.chat()
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":2}}`, 200, nil)
+	p.chat(`"user":"<script>"`)
+	rows := p.ledger()
+	if res := b.post("/admin/requests/"+rows[0].ID+"/content", nil); res.status != 404 {
+		t.Errorf("before: got %d %s", res.status, res.body)
+	}
+	path := "/admin/requests/" + rows[1].ID + "/content"
+	res := b.post(path, nil)
+	if res.status != 200 || !strings.Contains(res.body, promptCanary) || strings.Contains(res.body, "<script>") || len(checkHTML(res.body)) > 0 {
+		t.Errorf("got %d %v %s", res.status, checkHTML(res.body), res.body)
+	}
+	if res := b.get(path); res.status != 405 {
+		t.Errorf("by a link: %d", res.status)
+	}
+	_, key := p.newKey("o", "operator")
+	if res := p.signIn(key).post(path, nil); res.status != 403 {
+		t.Errorf("an operator: %d", res.status)
+	}
+	if res := b.post("/admin/projects/"+p.project+"/erase", nil); res.status != 303 || b.post(path, nil).status != 404 {
+		t.Errorf("erased: %d", res.status)
+	}
+	if page := b.get("/admin/audit?object=" + rows[1].ID).body; !strings.Contains(page, "reveal") {
+		t.Errorf("the trail does not tell who looked: %s", page)
+	}
+}
+
+// An htmlTag is an opening tag.
+type htmlTag struct {
+	name   string
+	attrs  map[string]string
+	within []string // names of the open tags around it
+}
+
+// readHTML returns the opening tags of a page and its text, or what is wrong.
+func readHTML(page string) (tags []htmlTag, text string, err error) {
+	void := []string{"meta", "link", "input", "img", "br", "hr", "col", "rect", "path", "line", "circle", "polyline", "polygon"}
+	var open []string
+	var b strings.Builder
+	for rest := page; rest != ""; {
+		i := strings.IndexByte(rest, '<')
+		if i < 0 {
+			b.WriteString(rest)
+			break
+		}
+		b.WriteString(rest[:i])
+		rest = rest[i:]
+		switch {
+		case strings.HasPrefix(rest, "<!DOCTYPE html>"):
+			rest = rest[len("<!DOCTYPE html>"):]
+		case strings.HasPrefix(rest, "</"):
+			name, after, ok := strings.Cut(rest[2:], ">")
+			if !ok || len(open) == 0 || open[len(open)-1] != name {
+				return tags, "", fmt.Errorf("</%s> closes %v", clip(name, 40), open)
+			}
+			open, rest = open[:len(open)-1], after
+			b.WriteByte(' ')
+		default:
+			tag, closed, after, err := readTag(rest)
+			if err != nil {
+				return tags, "", err
+			}
+			tag.within = slices.Clone(open)
+			tags = append(tags, tag)
+			if !slices.Contains(void, tag.name) && !closed {
+				open = append(open, tag.name)
+			}
+			if tag.name == "script" && !strings.HasPrefix(after, "</script>") || tag.name == "style" {
+				return tags, "", fmt.Errorf("inline %s", tag.name)
+			}
+			rest = after
+		}
+	}
+	if len(open) > 0 {
+		return tags, "", fmt.Errorf("still open: %v", open)
+	}
+	return tags, html.UnescapeString(b.String()), nil
+}
+
+// readTag reads one opening tag: only names, and values in double quotes.
+func readTag(rest string) (tag htmlTag, closed bool, after string, err error) {
+	word := func(s string) int {
+		n := 0
+		for n < len(s) && (s[n] >= 'a' && s[n] <= 'z' || s[n] >= 'A' && s[n] <= 'Z' || s[n] >= '0' && s[n] <= '9' || s[n] == '-' || s[n] == ':') {
+			n++
+		}
+		return n
+	}
+	s := rest[1:]
+	n := word(s)
+	if n == 0 {
+		return tag, false, "", fmt.Errorf("a tag without a name: %q", clip(rest, 60))
+	}
+	tag = htmlTag{name: s[:n], attrs: map[string]string{}}
+	for s = s[n:]; ; {
+		s = strings.TrimLeft(s, " \n")
+		switch {
+		case strings.HasPrefix(s, "/>"):
+			return tag, true, s[2:], nil
+		case strings.HasPrefix(s, ">"):
+			return tag, false, s[1:], nil
+		}
+		n := word(s)
+		if n == 0 {
+			return tag, false, "", fmt.Errorf("in <%s>: %q", tag.name, clip(s, 60))
+		}
+		name, value := s[:n], ""
+		s = s[n:]
+		if strings.HasPrefix(s, "=") {
+			v, more, ok := strings.Cut(strings.TrimPrefix(s, `="`), `"`)
+			if !ok || !strings.HasPrefix(s, `="`) {
+				return tag, false, "", fmt.Errorf("in <%s %s: not quoted", tag.name, name)
+			}
+			value, s = html.UnescapeString(v), more
+		}
+		if _, twice := tag.attrs[name]; twice {
+			return tag, false, "", fmt.Errorf("in <%s>: %s twice", tag.name, name)
+		}
+		tag.attrs[name] = value
+	}
+}
+
+// checkHTML returns what is wrong with a page.
+func checkHTML(page string) (problems []string) {
+	tags, _, err := readHTML(page)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	known := strings.Fields(`html head meta title link script body a header img nav ul li div span form button main p h1 h2 h3 section table thead tbody tr th td
+		caption time code dl dt dd input select option label textarea strong br pre fieldset legend svg rect path line circle polyline polygon g text desc details summary ol small abbr figure figcaption tspan tfoot optgroup em colgroup col`)
+	complain := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
+	ids, labelled := map[string]bool{}, map[string]bool{}
+	for _, t := range tags {
+		if id, ok := t.attrs["id"]; ok {
+			if ids[id] || id == "" || strings.ContainsAny(id, " \"<>") {
+				complain("the id %q is there twice, or is none", id)
+			}
+			ids[id] = true
+		}
+		if t.name == "label" {
+			labelled[t.attrs["for"]] = true
+		}
+	}
+	for _, t := range tags {
+		if !slices.Contains(known, t.name) {
+			complain("<%s> is not one of ours", t.name)
+		}
+		for name, value := range t.attrs {
+			if strings.HasPrefix(name, "on") || name == "style" || name == "srcdoc" {
+				complain("<%s> has %s", t.name, name)
+			}
+			if (name == "href" || name == "src" || name == "action" || name == "formaction") && !strings.HasPrefix(value, "/admin/") && !strings.HasPrefix(value, "#") {
+				complain("<%s %s=%q> leads elsewhere", t.name, name, value)
+			}
+			if name == "for" || name == "aria-describedby" || name == "aria-labelledby" || name == "data-copy" {
+				for id := range strings.FieldsSeq(value) {
+					if !ids[id] {
+						complain("<%s %s=%q> names nothing", t.name, name, id)
+					}
+				}
+			}
+		}
+		switch t.name {
+		case "input", "select", "textarea":
+			if t.attrs["type"] != "hidden" && !labelled[t.attrs["id"]] && t.attrs["aria-label"] == "" {
+				complain("<%s name=%q> has no label", t.name, t.attrs["name"])
+			}
+		case "form":
+			if slices.Contains(t.within, "form") || t.attrs["method"] == "" || t.attrs["action"] == "" {
+				complain("a form within a form, or without method or action")
+			}
+		case "button":
+			if t.attrs["type"] == "" {
+				complain("a button without a type")
+			}
+		case "img":
+			if _, ok := t.attrs["alt"]; !ok {
+				complain("an image without alt")
+			}
+		}
+	}
+	return problems
+}
+
+// links returns the places that a page leads to with GET, and the actions of
+// forms that post.
+func links(page string) (gets, posts []string) {
+	tags, _, _ := readHTML(page)
+	for _, t := range tags {
+		switch {
+		case t.name == "a" && strings.HasPrefix(t.attrs["href"], "/"):
+			gets = append(gets, t.attrs["href"])
+		case t.name == "form" && t.attrs["method"] == "get":
+			gets = append(gets, t.attrs["action"])
+		case t.name == "form":
+			posts = append(posts, t.attrs["action"])
+		}
+	}
+	return gets, posts
 }

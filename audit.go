@@ -1,6 +1,6 @@
 // This room says what the audit trail is: what an entry holds, and how each is
 // bound to the one before it, so that a changed, removed or added entry is
-// found. Plain code: store_audit.go has the table, manage_audit.go the URL.
+// found. Plain code: store_audit.go has the table, manage_usage.go the URL.
 package main
 
 import (

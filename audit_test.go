@@ -6,8 +6,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -404,5 +408,452 @@ func TestAuditKey(t *testing.T) {
 	}
 	if _, err := p.in.sealer.open([]byte(sealed), keyCheckContext); err == nil {
 		t.Error("it opens as something else")
+	}
+}
+
+type auditList struct {
+	Data []struct {
+		Seq                  int64
+		At                   time.Time
+		Actor, Role, Address string
+		ActorName            string `json:"actor_name"`
+		RequestID            string `json:"request_id"`
+		Action, Object       string
+		Detail               map[string]any
+		Prev, MAC            any // which nobody needs to see
+	}
+	Next string
+}
+
+// actions lists "seq action" of a query, all pages, newest first.
+func (p *testProxy) audited(query string) (out []string) {
+	p.t.Helper()
+	for after := ""; ; {
+		var l auditList
+		p.manage("GET", "/manage/audit?limit=3"+query+after, "", 200, &l)
+		for _, e := range l.Data {
+			out = append(out, fmt.Sprint(e.Seq, " ", e.Action))
+		}
+		if l.Next == "" {
+			return out
+		}
+		after = "&after=" + l.Next
+	}
+}
+
+// TestAuditList: newest first, page by page, by who, what, to which thing and
+// when; for admins only.
+func TestAuditList(t *testing.T) {
+	t.Parallel()
+	const environment = "environment-key-Jx81LmQp04TzVb67wYcN"
+	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": environment})
+	p.secrets = append(p.secrets, environment)
+	id, _ := p.newToken(`"name":"watched"`)
+	if res := p.manageAs(environment, "PATCH", "/manage/tokens/"+id, `{"name":"renamed"}`); res.status != 200 {
+		t.Fatal(res.body)
+	}
+	p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
+	_, operator := p.newKey("o", "operator")
+	all := p.audited("")
+	if len(all) != 8 || all[0] != "8 key.create" || all[7] != "1 audit.begin" || !slices.IsSortedFunc(all, func(a, b string) int { return strings.Compare(b, a) }) {
+		t.Errorf("all: %q", all)
+	}
+	var l auditList
+	p.manage("GET", "/manage/audit?limit=1&action=token.change", "", 200, &l)
+	e := l.Data[0]
+	if e.Actor != "env" || e.ActorName != "" || e.Role != "admin" || e.Address != "127.0.0.1" || e.Object != id || parseRequestID(e.RequestID) == 0 ||
+		fmt.Sprint(e.Detail["name"]) != "[watched renamed]" || e.Detail["project_id"] != p.project || len(e.Detail) != 2 || e.Prev != nil || e.MAC != nil {
+		t.Errorf("the entry: %+v", e)
+	}
+	p.manage("GET", "/manage/audit?limit=1&action=token.revoke", "", 200, &l)
+	me, at := l.Data[0].Actor, l.Data[0].At
+	if l.Data[0].ActorName != "first key" {
+		t.Errorf("the actor's name: %+v", l.Data[0])
+	}
+	// A second apart, however long it took.
+	p.exec(`DROP TRIGGER audit_never_changed`, fmt.Sprintf(`UPDATE audit SET at = %d + (seq - 7) * 1000`, at.UnixMilli()))
+	stamp := func(d time.Duration) string { return at.Add(d).UTC().Format(time.RFC3339Nano) }
+	for query, want := range map[string][]string{
+		"&object=" + id: {"7 token.revoke", "6 token.change", "5 token.create"}, "&object=none": nil,
+		"&actor=env": {"6 token.change"}, "&actor=system": {"2 key.create", "1 audit.begin"}, "&actor=" + me + "&object=" + id: {"7 token.revoke", "5 token.create"},
+		"&actor=" + me + "&action=token.create": {"5 token.create", "4 token.create"}, "&action=key.create": {"8 key.create", "2 key.create"},
+		"&actor=env&object=" + id + "&action=token.change": {"6 token.change"}, "&actor=env&object=" + id + "&action=token.create": nil,
+		"&from=" + stamp(0): {"8 key.create", "7 token.revoke"}, "&to=" + stamp(0) + "&object=" + id: {"6 token.change", "5 token.create"},
+		"&from=" + stamp(-2100*time.Millisecond) + "&to=" + stamp(0): {"6 token.change", "5 token.create"},
+		"&action=token.create&from=" + stamp(-2100*time.Millisecond): {"5 token.create"},
+	} {
+		if got := p.audited(query); !slices.Equal(got, want) {
+			t.Errorf("%s: got %q, want %q", query, got, want)
+		}
+	}
+	for _, c := range [][2]string{{"from=x", "from"}, {"to=2026-01-01", "to"}, {"after=5.x", "after"}, {"after=x", "after"}, {"actor=", "actor"}, {"seq=1", "seq"}} {
+		refused(t, c[0], p.manageAs(p.adminKey, "GET", "/manage/audit?"+c[0], ""), 400, c[1])
+	}
+	if res := p.manageAs(operator, "GET", "/manage/audit", ""); res.status != 403 {
+		t.Errorf("an operator: got %d", res.status)
+	}
+	// An entry that somebody spoiled does not hide the others.
+	p.exec(`UPDATE audit SET detail = 'x"' WHERE seq = 8`)
+	p.manage("GET", "/manage/audit", "", 200, &l)
+	if l.Data[0].Detail["unreadable"] != `x"` {
+		t.Errorf("the spoiled entry: %+v", l.Data[0])
+	}
+}
+
+// TestAuditLongValue: a value of any length leaves an entry of a bounded one.
+func TestAuditLongValue(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	models := `"` + strings.Repeat("m", 200) + `"` + strings.Repeat(`,"`+strings.Repeat("n", 200)+`"`, 300)
+	p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"models":[`+models+`]}}`, 200, nil)
+	e := p.trail(p.lastEntry() - 1)[0]
+	if len(e.detail) > 500 || !strings.Contains(e.detail, `"policy":[{},{"bytes":6`) || !strings.Contains(e.detail, `"sha256":"`) {
+		t.Errorf("the detail has %d bytes: %.500s", len(e.detail), e.detail)
+	}
+}
+
+// TestAuditFailedSignIns: a wrong key leaves an entry, one that was valid once
+// under its name; strangers cannot fill the disk with them, and how many were
+// left out is told.
+func TestAuditFailedSignIns(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
+	revokedID, revoked := p.newKey("r", "operator")
+	p.manage("DELETE", "/manage/keys/"+revokedID, "", 200, nil)
+	before := p.lastEntry()
+	minute := time.Now().Unix() / 60
+	res := p.manageAs("sk-guess-canary-8812", "PATCH", "/manage/projects/"+promptCanary, "{}", "X-Forwarded-For", "192.0.2.1")
+	p.manageAs(revoked, "GET", "/manage/projects", "", "X-Forwarded-For", "192.0.2.2")
+	p.do("GET", "/manage/projects", "") // presents nothing
+	entries := p.trail(before)
+	if len(entries) != 2 {
+		t.Fatalf("%d entries", len(entries))
+	}
+	e := entries[0]
+	if e.action != "sign_in_failed" || e.actor != "" || e.role != "" || e.address != "192.0.2.1" || e.object != "PATCH /manage/projects/{id}" ||
+		e.requestID != res.header.Get("X-Request-Id") || e.detail != "{}" {
+		t.Errorf("a guess: %+v", e)
+	}
+	if e = entries[1]; e.actor != revokedID || e.address != "192.0.2.2" {
+		t.Errorf("a revoked key: %+v", e)
+	}
+	for i := range 60 {
+		p.manageAs("guess", "GET", "/manage/projects", "", "X-Forwarded-For", fmt.Sprintf("198.51.100.%d", i))
+	}
+	p.secrets = append(p.secrets, "sk-guess-canary-8812")
+	if err := p.stop(); err != nil { // which notes what was left out
+		t.Fatal(err)
+	}
+	p.start()
+	var noted, left int
+	for _, e := range p.trail(before) {
+		if e.action != "sign_in_failed" {
+			t.Errorf("an odd entry: %+v", e)
+		}
+		n := 0
+		_, _ = fmt.Sscanf(e.detail, `{"left_out":%d}`, &n)
+		left += n
+		if e.address != "" {
+			noted++
+		}
+	}
+	limit := notedInMinute
+	if time.Now().Unix()/60 != minute {
+		limit *= 2
+	}
+	if noted > limit || noted+left != 62 {
+		t.Errorf("%d have an entry, %d are said to be left out", noted, left)
+	}
+	if k := p.verifyTrail(); len(k.problems) > 0 {
+		t.Errorf("the trail: %v", k.problems)
+	}
+}
+
+// TestFailureNotes: so many a minute, so many a day, and none uncounted.
+func TestFailureNotes(t *testing.T) {
+	t.Parallel()
+	var f failureNotes
+	at := time.Unix(1_800_000_000, 0).Truncate(24 * time.Hour)
+	noted, told := 0, int64(0)
+	for m := range 24 * 60 {
+		inMinute := 0
+		for i := range 30 {
+			ok, left := f.note(at.Add(time.Duration(m)*time.Minute + time.Duration(i)*time.Second))
+			if told += left; ok {
+				noted++
+				inMinute++
+			}
+		}
+		if inMinute > notedInMinute {
+			t.Fatalf("%d in a minute", inMinute)
+		}
+	}
+	last := at.Add(24*time.Hour - time.Second)
+	if noted != notedInDay || f.rest(last, false) != 0 {
+		t.Errorf("%d in a day", noted)
+	}
+	told += f.rest(at.Add(24*time.Hour), false)
+	if told+int64(noted) != 24*60*30 || f.rest(last, true) != 0 {
+		t.Errorf("%d noted, %d told", noted, told)
+	}
+	if ok, left := f.note(at.Add(25 * time.Hour)); !ok || left != 0 {
+		t.Error("the next day has none left")
+	}
+	f.add(3)
+	if f.rest(last, true) != 3 {
+		t.Error("what was given back is lost")
+	}
+}
+
+// TestAuditVerify: the command tells a whole trail from one that is not, beside
+// a server, without one, and where nothing can be written; and says what to do.
+func TestAuditVerify(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	verify := func(args ...string) (string, error) {
+		t.Helper()
+		return runProgram(t, p.env, append([]string{"audit", "verify"}, args...)...)
+	}
+	out, err := verify()
+	if err != nil || !strings.Contains(out, "is whole: 4 entries, from 20") || strings.Contains(out, "already had") {
+		t.Fatalf("beside a server: %v: %s", err, out)
+	}
+	noted := between(out, "Its end is ", "\n")
+	p.newToken(`"name":"more"`)
+	other := noted[:len(noted)-2] + "00"
+	if strings.HasSuffix(noted, "00") {
+		other = noted[:len(noted)-2] + "11"
+	}
+	for args, want := range map[string]string{noted: "", other: "entry 4 is not the one that was noted", "6" + noted[1:]: "entry 6 is not the one that was noted",
+		"4": "looks like", "x:y": "looks like", "0" + noted[1:]: "looks like", noted + ":" + noted: "looks like"} {
+		out, err := verify(args)
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(out+err.Error(), want) {
+			t.Errorf("%s: %v: %s", args, err, out)
+		}
+	}
+	for _, args := range [][]string{{"audit"}, {"audit", "check"}, {"audit", "verify", noted, noted}} {
+		if _, err := runProgram(t, p.env, args...); err == nil || !strings.Contains(err.Error(), "usage: ") {
+			t.Errorf("%v: %v", args, err)
+		}
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err = verify(noted); err != nil || !strings.Contains(out, "5 entries") {
+		t.Errorf("with the server stopped: %v: %s", err, out)
+	}
+	if os.Getuid() != 0 { // who may write everywhere
+		for _, dir := range []string{p.env["DATA_DIR"]} {
+			if err := os.Chmod(dir, 0o500); err != nil {
+				t.Fatal(err)
+			}
+			out, err = verify(noted)
+			if e := os.Chmod(dir, 0o700); e != nil || err != nil {
+				t.Errorf("where nothing can be written: %v: %s", err, out)
+			}
+		}
+	}
+	for what, c := range map[string]struct{ do, want string }{
+		"changed":     {`UPDATE audit SET actor = 'nobody' WHERE seq = 3`, "the first bad entry is 3"},
+		"cut":         {`DELETE FROM audit WHERE seq > 2`, "the first bad entry is 3"},
+		"key removed": {`DELETE FROM settings WHERE name = 'audit_key'`, "key of the audit trail was removed"},
+		"key changed": {`UPDATE settings SET value = 'AAAA' WHERE name = 'audit_key'`, "key of the audit trail: sealed value does not open"},
+		"many":        {`UPDATE audit SET at = 0`, "the first bad entry is 1"},
+		"older":       {`PRAGMA user_version = 1`, "from before the audit trail"},
+		"newer":       {`PRAGMA user_version = 99`, "newer llm-proxy"},
+	} {
+		env := p.copyOf(c.do)
+		out, err := runProgram(t, env, "audit", "verify")
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v: %s", what, err, out)
+		}
+		out, err = runProgram(t, env, "doctor")
+		if (err == nil) != (what == "older") || what != "newer" && !strings.Contains(out, "audit trail: ") {
+			t.Errorf("%s: doctor: %v: %s", what, err, out)
+		}
+	}
+	if out, err := runProgram(t, p.env, "doctor"); err != nil || !strings.Contains(out, "ok    audit trail: whole, 5 entries") {
+		t.Errorf("doctor: %v: %s", err, out)
+	}
+	empty := serveEnv(t)
+	if _, err := runProgram(t, empty, "audit", "verify"); err == nil || !strings.Contains(err.Error(), "there is no database") {
+		t.Errorf("no database: %v", err)
+	}
+	if _, err := os.Stat(empty["DATA_DIR"]); err == nil {
+		t.Error("the command made a data directory")
+	}
+}
+
+// copyOf returns an environment with a copy of the stopped server's data, to
+// which something was done behind the program's back.
+func (p *testProxy) copyOf(do string) map[string]string {
+	p.t.Helper()
+	env := maps.Clone(p.env)
+	env["DATA_DIR"] = filepath.Join(p.t.TempDir(), "data")
+	if err := os.CopyFS(env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
+		p.t.Fatal(err)
+	}
+	for _, name := range []string{"", keyName, lockName, "llm-proxy.db"} { // which CopyFS makes for everybody to read
+		if err := os.Chmod(filepath.Join(env["DATA_DIR"], name), map[bool]os.FileMode{true: 0o700, false: 0o600}[name == ""]); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	db, err := openSQLite(filepath.Join(env["DATA_DIR"], "llm-proxy.db"), 1, "")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer db.Close()
+	for _, text := range []string{`DROP TRIGGER audit_never_changed`, `DROP TRIGGER audit_never_removed`, do} {
+		if _, err := db.ExecContext(p.t.Context(), text); err != nil {
+			p.t.Fatalf("%v: %s", err, text)
+		}
+	}
+	return env
+}
+
+// TestAuditUpgrade: a database from before the trail gets one, and the first
+// entry says that there was something before it.
+func TestAuditUpgrade(t *testing.T) {
+	t.Parallel()
+	env := serveEnv(t)
+	if err := os.MkdirAll(env["DATA_DIR"], 0o700); err != nil {
+		t.Fatal(err)
+	}
+	schema, err := schemaFiles.ReadFile("schema/001_init.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := openSQLite(filepath.Join(env["DATA_DIR"], "llm-proxy.db"), 1, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{string(schema), `PRAGMA user_version = 1`,
+		`INSERT INTO projects (id, name, created_at, updated_at) VALUES ('proj_old', 'old', 1, 1)`} {
+		if _, err := db.ExecContext(t.Context(), text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s := serveProgram(t, env)
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := runProgram(t, env, "audit", "verify")
+	if err != nil || !strings.Contains(out, "already had 1 projects, 0 tokens and 0 management keys") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// TestAuditRestore: a backup has its trail, which goes on after a restore with
+// an entry that says what was replaced.
+func TestAuditRestore(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	file := filepath.Join(p.dir, "backup.db")
+	if out, err := runProgram(t, p.env, "backup", file); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p.newToken(`"name":"since"`)
+	h, ok, _, err := p.in.store.auditHead(t.Context(), p.in.store.chain)
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	for i, choice := range []string{"none", "since", "all"} {
+		env := p.copyOf(`SELECT 1`)
+		out, err := runProgram(t, env, "restore", file, "--revoke="+choice)
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if out, err = runProgram(t, env, "audit", "verify"); err != nil || !strings.Contains(out, fmt.Sprintf("whole: %d entries", 5+i/2)) {
+			t.Errorf("%s: %v: %s", choice, err, out)
+		}
+		st, err := openReadOnly(filepath.Join(env["DATA_DIR"], "llm-proxy.db"), true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries, err := st.auditPage(t.Context(), 4, 5)
+		if err != nil || len(entries) != 1 || entries[0].action != "database.restore" || entries[0].actor != "system" ||
+			entries[0].detail != fmt.Sprintf(`{"revoke":%q,"audit_head_before":%q}`, choice, h) {
+			t.Errorf("%s: %+v %v", choice, entries, err)
+		}
+		if err := st.close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestAuditVerifyBesideWriter: entries that come while the trail is read are no
+// problem of it.
+func TestAuditVerifyBesideWriter(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	end := make(chan struct{})
+	var writers sync.WaitGroup
+	for range 3 {
+		writers.Go(func() {
+			for {
+				select {
+				case <-end:
+					return
+				default:
+					p.newToken(`"name":"x"`)
+				}
+			}
+		})
+	}
+	for i := 0; i < 10 || p.lastEntry() < 30; i++ {
+		if out, err := runProgram(t, p.env, "audit", "verify"); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	}
+	close(end)
+	writers.Wait()
+	if k := p.verifyTrail(); !k.intact() || k.last.seq < 5 {
+		t.Errorf("%d entries: %v", k.last.seq, k.problems)
+	}
+}
+
+// TestAuditPages (AD17): signing in to the pages and out is on the trail, and so
+// is what does not let in. What cannot be noted lets nobody in.
+func TestAuditPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true // of a trail that cannot be written
+	post := func(path, form string, headers ...string) answer {
+		return p.do("POST", path, form, append([]string{"Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin"}, headers...)...)
+	}
+	before := p.lastEntry()
+	want := func(action, object, detail string, res answer) {
+		t.Helper()
+		entries := p.trail(before)
+		if len(entries) != 1 {
+			t.Fatalf("%d entries for %s, which got %d %s", len(entries), action, res.status, res.body)
+		}
+		if e := entries[0]; e.action != action || e.object != object || e.address != "127.0.0.1" || e.detail != detail || e.requestID != res.header.Get("X-Request-Id") {
+			t.Errorf("%s: %+v", action, e)
+		}
+		before = p.lastEntry()
+	}
+	p.exec(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	if res := post("/admin/sign-in", "key="+p.adminKey); res.status != 500 || res.header.Get("Set-Cookie") != "" {
+		t.Errorf("without a trail: got %d %v", res.status, res.header)
+	}
+	p.exec(`DROP TRIGGER test_full`)
+	want("sign_in_failed", "POST /admin/sign-in", `{}`, post("/admin/sign-in", "key=wrong"))
+	for _, path := range []string{"/admin/sign-out", "/admin/sign-out-everywhere"} {
+		res := post("/admin/sign-in", "key="+p.adminKey)
+		cookie, _, _ := strings.Cut(res.header.Get("Set-Cookie"), ";")
+		key := p.trail(before)[0].actor
+		want("sign_in", key, `{}`, res)
+		detail := `{}`
+		if path != "/admin/sign-out" {
+			detail = `{"everywhere":true,"sessions":1}`
+		}
+		want("sign_out", key, detail, post(path, "", "Cookie", cookie))
 	}
 }

@@ -5,12 +5,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -125,4 +129,328 @@ A prompt with [[error 429]] or [[error 500]] in it is refused by the provider in
 half-way, [[slow 3s]] delays it; the model no-such-model does not exist. Ctrl-C ends the demo.
 
 `, base, d.token(), key, export, d.projects, d.tokens, d.calls)
+}
+
+const (
+	demoSpan  = 28 * 24 * time.Hour
+	demoBatch = 2000 // rows in one transaction
+)
+
+// demoData is what fillDemo made, for the newcomer to see.
+type demoData struct {
+	token                   secret
+	key                     secret // nil: MANAGEMENT_TOKEN is set
+	projects, tokens, calls int
+}
+
+// A demoProject is a sample project. Calls to Anthropic's API need anthropic.
+type demoProject struct {
+	name, policy string
+	anthropic    bool
+}
+
+func demoProjects() []demoProject {
+	return []demoProject{
+		{name: "Search team", policy: `{"limits":[{"count":"requests","max":300,"per":"minute"},{"count":"tokens","max":3000000,"per":"month"}]}`},
+		{name: "Support bot", policy: `{"limits":[{"count":"concurrent","max":20},{"count":"tokens","max":300000,"per":"day"}]}`, anthropic: true},
+		{name: "Research", policy: `{"models":["gpt-4.1*","gpt-5*","o4-mini*","text-embedding-3-large"],"limits":[{"count":"dollars","max":6,"per":"month"}]}`},
+	}
+}
+
+// A demoUser is a sample token and how it is used. Times are in days before now.
+type demoUser struct {
+	project          int
+	name             string
+	made             int
+	expires, revoked float64 // before now; expires < 0 is in the future, 0 never; revoked 0: it is not
+	left             int64   // requests that max_requests leaves; 0: no such limit
+	idle             time.Duration
+	limits           string  // of its policy
+	perDay           float64 // calls on a working day
+	allDay           bool    // round the clock, not in office hours
+	calls            []demoTask
+}
+
+// A demoTask is a kind of call: what is called, and how large it is.
+type demoTask struct {
+	weight                 int
+	endpoint, model        string
+	stream                 bool
+	input, output          float64 // typical tokens
+	cachedPart, reasonPart float64
+	refused                string // the code of a refusal: the call never went out
+}
+
+func demoUsers() []demoUser {
+	const chat, messages, responses, embed = "POST /v1/chat/completions", "POST /v1/messages", "POST /v1/responses", "POST /v1/embeddings"
+	index := []demoTask{{weight: 1, endpoint: embed, model: "text-embedding-3-small", input: 1900}}
+	search := []demoTask{
+		{weight: 6, endpoint: chat, model: "gpt-4o-mini-2024-07-18", input: 620, output: 90, cachedPart: 0.3},
+		{weight: 3, endpoint: embed, model: "text-embedding-3-small", input: 24},
+		{weight: 1, endpoint: chat, model: "gpt-4.1-mini-2025-04-14", input: 1500, output: 160},
+	}
+	bot := []demoTask{
+		{weight: 7, endpoint: chat, model: "gpt-4o-mini-2024-07-18", stream: true, input: 1400, output: 210, cachedPart: 0.6},
+		{weight: 2, endpoint: messages, model: "claude-haiku-4-5", stream: true, input: 1600, output: 260, cachedPart: 0.5},
+		{weight: 1, endpoint: "POST /v1/moderations", model: "omni-moderation-latest"},
+	}
+	mail := []demoTask{
+		{weight: 4, endpoint: messages, model: "claude-sonnet-5", input: 2300, output: 420, cachedPart: 0.4},
+		{weight: 1, endpoint: chat, model: "mail-classifier-2", input: 800, output: 60},
+	}
+	voice := []demoTask{
+		{weight: 2, endpoint: "POST /v1/audio/transcriptions", model: "gpt-4o-mini-transcribe", input: 300, output: 120},
+		{weight: 1, endpoint: "POST /v1/audio/speech", model: "gpt-4o-mini-tts"},
+	}
+	notebook := []demoTask{
+		{weight: 4, endpoint: responses, model: "gpt-5-mini-2025-08-07", stream: true, input: 2600, output: 1300, reasonPart: 0.5},
+		{weight: 2, endpoint: responses, model: "o4-mini-2025-04-16", input: 3200, output: 2400, reasonPart: 0.7},
+		{weight: 2, endpoint: chat, model: "gpt-4.1-2025-04-14", stream: true, input: 1800, output: 600},
+		{weight: 1, endpoint: "GET /v1/models"},
+		{weight: 1, endpoint: chat, model: "gpt-4o", refused: "model_not_allowed"},
+	}
+	batch := []demoTask{
+		{weight: 5, endpoint: chat, model: "gpt-4.1-mini-2025-04-14", input: 900, output: 40, cachedPart: 0.7},
+		{weight: 3, endpoint: embed, model: "text-embedding-3-large", input: 700},
+	}
+	return []demoUser{
+		{project: 1, name: "website chat", made: 60, expires: -60, perDay: 65, calls: bot,
+			limits: `{"count":"requests","max":60,"per":"minute"},{"count":"requests","max":2500,"per":"month"},{"count":"tokens","max":100000,"per":"hour","shadow":true}`}, // the newcomer's: see fillDemo
+		{project: 0, name: "indexer", made: 60, perDay: 27, allDay: true, calls: index},
+		{project: 0, name: "search API", made: 60, expires: -90, perDay: 48, calls: search},
+		{project: 0, name: "ranking experiments", made: 20, expires: -1.5, perDay: 8, calls: search},
+		{project: 0, name: "old indexer", made: 90, revoked: 9, perDay: 17, allDay: true, calls: index},
+		{project: 1, name: "mail triage", made: 45, expires: -20, perDay: 19, allDay: true, calls: mail},
+		{project: 1, name: "voice trial", made: 12, expires: -18, left: 4, perDay: 7, calls: voice},
+		{project: 1, name: "agency", made: 40, expires: 6, perDay: 10, calls: bot, limits: `{"count":"requests","max":150,"per":"week"}`},
+		{project: 1, name: "leaked in a notebook", made: 15, expires: -15, revoked: 3, perDay: 6, calls: bot},
+		{project: 2, name: "Ada", made: 60, expires: -120, idle: 30 * 24 * time.Hour, perDay: 12, calls: notebook,
+			limits: `{"count":"dollars","max":2,"per":"month"},{"count":"dollars","max":0.35,"per":"month","model":"gpt-5*"},{"count":"concurrent","max":4}`},
+		{project: 2, name: "Grace", made: 25, expires: -2.5, perDay: 10, calls: notebook},
+		{project: 2, name: "nightly evaluation", made: 60, expires: -200, left: 250, perDay: 20, allDay: true, calls: batch},
+	}
+}
+
+// fillDemo makes the sample data. key is the stand-in provider's.
+func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*demoData, error) {
+	d := &demoData{}
+	if in.cfg.managementToken == nil {
+		var err error
+		if d.key, err = in.firstKey(ctx); err != nil {
+			return nil, err
+		}
+	}
+	var projects []*projectRow
+	var openai, anthropic []int64 // seqs of upstreams, by project; 0: none
+	for _, dp := range demoProjects() {
+		at := now.AddDate(0, 0, -90)
+		p, up, err := in.makeProject(ctx, dp.name, dp.policy, key, at)
+		if err != nil {
+			return nil, err
+		}
+		projects, openai, anthropic = append(projects, p), append(openai, up.seq), append(anthropic, 0)
+		if !dp.anthropic {
+			continue
+		}
+		more := upstreamInput{name: opt[string]{set: true, v: "anthropic"}, key: opt[secret]{set: true, v: key},
+			provider: opt[string]{set: true, v: providerAnthropic}, baseURL: opt[string]{set: true, v: in.cfg.openaiURL}}
+		up = newUpstreamRow(p, at.UnixMilli())
+		if err := more.apply(in.server, up, true); err != nil {
+			return nil, err
+		}
+		if err := in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {
+			return nil, err
+		}
+		anthropic[len(anthropic)-1] = up.seq
+	}
+	users := demoUsers()
+	rows := demoHistory(now, users)
+	made := make([]int64, len(users)) // calls, by user
+	for _, r := range rows {
+		if r.outcome != outcomeRefused {
+			made[r.token]++
+		}
+	}
+	tokens := make([]*tokenRow, len(users))
+	for i, u := range users {
+		t, value, err := in.demoToken(ctx, now, u, projects[u.project], made[i])
+		if err != nil {
+			return nil, err
+		}
+		if tokens[i] = t; i == 0 {
+			d.token = value
+		}
+	}
+	for _, r := range rows {
+		u := users[r.token]
+		in.finishDemoRow(r, openai[u.project], anthropic[u.project])
+		r.token, r.project = tokens[r.token].seq, tokens[r.token].project
+	}
+	d.projects, d.tokens, d.calls = len(projects), len(tokens), len(rows)
+	w := in.store.newLedgerWriter()
+	defer w.close()
+	for part := range slices.Chunk(rows, demoBatch) {
+		if err := w.write(ctx, ledgerBatch{records: part}); err != nil {
+			return nil, fmt.Errorf("writing the sample calls: %w", err)
+		}
+	}
+	return d, nil
+}
+
+// demoToken makes a user's token. calls is how many calls it will have made.
+func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p *projectRow, calls int64) (*tokenRow, secret, error) {
+	before := func(days float64) int64 { return now.UnixMilli() - int64(days*dayMS) }
+	t := &tokenRow{projectID: p.id, name: u.name, policy: "{}", createdAt: before(float64(u.made)), updatedAt: before(float64(u.made))}
+	if u.limits != "" {
+		t.policy = `{"limits":[` + u.limits + `]}`
+	}
+	if u.expires != 0 {
+		t.expiresAt = new(before(u.expires))
+	}
+	if u.left != 0 {
+		t.maxRequests = new(calls + u.left)
+	}
+	if u.idle != 0 {
+		t.idleExpiry = new(u.idle.Milliseconds())
+	}
+	value, err := in.mintToken(ctx, systemOrigin(time.Now()), t)
+	if err != nil {
+		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
+	}
+	if u.revoked != 0 {
+		at := before(u.revoked)
+		if _, err := in.store.changeToken(ctx, systemOrigin(time.Now()), t.id, 0, at, func(t *tokenRow) error { t.revokedAt = &at; return nil }); err != nil {
+			return nil, nil, fmt.Errorf("revoking a sample token: %w", err)
+		}
+	}
+	return t, value, nil
+}
+
+// finishDemoRow fills in where a call went and what it cost.
+func (in *instance) finishDemoRow(r *requestRow, openai, anthropic int64) {
+	if r.outcome == outcomeRefused {
+		return
+	}
+	provider := providerOpenAI
+	r.upstream = openai
+	if r.endpoint == "POST /v1/messages" {
+		provider, r.upstream = providerAnthropic, anthropic
+	}
+	if r.cost, r.priced, r.knownModel = in.prices.Load().price(provider, r.model, r.counts); r.source == usageNone {
+		r.cost, r.priced = 0, false
+	}
+	r.knownModel = r.knownModel || r.outcome == outcomeOK
+	r.asked, r.knownAsked = r.model, r.knownModel
+}
+
+// demoHistory makes up the calls of the users up to now, oldest first; token is
+// the user's index. The same now gives the same calls.
+func demoHistory(now time.Time, users []demoUser) []*requestRow {
+	rng := rand.New(rand.NewPCG(28, 12))
+	var rows []*requestRow
+	for hour := now.Add(-demoSpan).Truncate(time.Hour); hour.Before(now); hour = hour.Add(time.Hour) {
+		for i, u := range users {
+			n := int(u.perDay*demoRhythm(hour, u.allDay)*(0.8+0.4*rng.Float64()) + rng.Float64())
+			for range n {
+				at := hour.Add(time.Duration(rng.Int64N(int64(time.Hour))))
+				if at.Add(2*time.Minute).After(now) || at.Before(now.AddDate(0, 0, -u.made)) {
+					continue
+				}
+				if r := demoCallAt(rng, now, at, u); r != nil {
+					r.token = int64(i)
+					rows = append(rows, r)
+				}
+			}
+		}
+	}
+	slices.SortStableFunc(rows, func(a, b *requestRow) int { return cmp.Compare(a.started, b.started) })
+	ids := &idSource{}
+	for _, r := range rows {
+		r.id = ids.next(time.UnixMilli(r.started))
+		r.started = r.id >> idTimeShift
+	}
+	return rows
+}
+
+// demoRhythm is the part of a working day's calls that falls into an hour.
+func demoRhythm(hour time.Time, allDay bool) float64 {
+	h, quiet := float64(hour.Hour()), 1.0
+	if d := hour.Weekday(); d == time.Saturday || d == time.Sunday {
+		quiet = 0.15
+	}
+	if allDay {
+		return (1 + 0.6*math.Cos((h-3)*math.Pi/12)) / 24 * math.Sqrt(quiet) // busiest at night
+	}
+	day := math.Exp(-(h-10.5)*(h-10.5)/6) + math.Exp(-(h-15)*(h-15)/7) // a morning, a lunch, an afternoon
+	return (day + 0.02) / 9.5 * quiet
+}
+
+// demoCallAt makes up one call; nil: this user had stopped by then.
+func demoCallAt(rng *rand.Rand, now, at time.Time, u demoUser) *requestRow {
+	k := u.calls[0]
+	total := 0
+	for _, c := range u.calls {
+		if total += c.weight; rng.IntN(total) < c.weight {
+			k = c
+		}
+	}
+	r := &requestRow{started: at.UnixMilli(), endpoint: k.endpoint, model: k.model, stream: k.stream,
+		address: fmt.Sprintf("10.20.%d.%d", u.project, 10+rng.IntN(40)), status: 200, outcome: outcomeOK, source: usageNone, firstByteUS: -1, attempts: 1}
+	ago := now.Sub(at).Hours() / 24
+	ended, why := u.expires, "expired"
+	if u.revoked > 0 {
+		ended, why = u.revoked, "revoked"
+	}
+	if ago < ended {
+		if k.refused = why; ago < ended-2 || rng.IntN(3) > 0 { // somebody goes on trying, for a while
+			return nil
+		}
+	}
+	if k.refused != "" {
+		r.outcome, r.errorCode, r.status, r.attempts, r.totalUS = outcomeRefused, k.refused, 403, 0, 90+rng.Int64N(200)
+		if k.refused != "model_not_allowed" {
+			r.status = 401
+		}
+		return r
+	}
+	size := func(typical float64) int64 { return int64(typical * math.Exp(rng.NormFloat64()*0.5)) }
+	if k.input > 0 {
+		r.source, r.counts = usageExact, tokenCounts{input: max(size(k.input), 1), output: size(k.output)}
+		if rng.Float64() < k.cachedPart {
+			r.counts.cached = r.counts.input * 3 / 4 / 128 * 128
+		}
+		r.counts.reasoning = int64(float64(r.counts.output) * k.reasonPart * rng.Float64())
+	}
+	first := time.Duration(float64(180*time.Millisecond) * math.Exp(rng.NormFloat64()*0.4))
+	r.firstByteUS = first.Microseconds()
+	r.totalUS = r.firstByteUS + r.counts.output*int64(9000+rng.IntN(9000))
+	if !k.stream {
+		r.firstByteUS = r.totalUS
+	}
+	demoMishap(rng, r)
+	return r
+}
+
+// demoMishap lets a few calls end badly.
+func demoMishap(rng *rand.Rand, r *requestRow) {
+	cut := func() { // a stream that ended early: what it used is an estimate
+		if r.source == usageExact {
+			r.source, r.counts.output, r.counts.reasoning = usageEstimated, r.counts.output/3, 0
+		}
+		r.totalUS = r.firstByteUS + (r.totalUS-r.firstByteUS)/3
+	}
+	switch x := rng.Float64(); {
+	case x < 0.012: // the provider's own errors pass through, and cost nothing
+		r.outcome, r.status = outcomeUpstreamError, []int{429, 429, 500, 503}[rng.IntN(4)]
+		r.source, r.counts, r.totalUS = usageNone, tokenCounts{}, r.firstByteUS
+	case x < 0.014 && r.source == usageExact:
+		r.outcome, r.status, r.errorCode, r.firstByteUS, r.totalUS = outcomeUpstreamError, 504, "upstream_timeout", -1, time.Minute.Microseconds()
+		r.source, r.counts = usageEstimated, tokenCounts{input: r.counts.input}
+	case x < 0.030 && r.stream:
+		r.outcome, r.errorCode = outcomeClientGone, "client_gone"
+		cut()
+	case x < 0.035 && r.stream:
+		r.outcome, r.errorCode = outcomeTruncated, "upstream_cut"
+		cut()
+	}
 }

@@ -1,7 +1,16 @@
-// The table of endpoints that the proxy forwards: what is not here is 404. (Finding one: endpointmatch.go.)
+// The table of endpoints that the proxy forwards: what is not here is 404. (Finding one: endpoints.go.)
 // Data only. Never in this table: operations that hand out credentials of the provider account (realtime and
 // chatkit sessions) or administer it (organization, projects).
 package main
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
 
 type (
 	endpointClass uint8
@@ -226,4 +235,245 @@ var endpointRows = []endpointRow{
 	{"GET", "/v1/videos/{video_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
 	{"GET", "/v1/videos/{video_id}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
 	{"POST", "/v1/videos/{video_id}/remix", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, needsModel | upload},
+}
+
+var (
+	errNoEndpoint  = errors.New("no such endpoint")                          // 404
+	errWrongMethod = errors.New("the endpoint does not support this method") // 405
+)
+
+const modelPrefix = "/v1/models/"
+
+// endpointTable finds endpoints. It does not change once made.
+type endpointTable struct {
+	fixed  map[string]*route // patterns without an id
+	tree   pathNode          // all patterns but models, by segment
+	list   []*endpoint
+	models route // /v1/models/{model}, where the model may contain slashes
+}
+
+// route is all methods of one pattern.
+type route struct {
+	endpoints []*endpoint
+	allow     string // "DELETE, GET", for the Allow header
+}
+
+type pathNode struct {
+	text    string // the literal segment; "" for an id
+	colon   bool   // the id may contain ':' (fine-tuned models: ft:gpt-4o:org::id)
+	literal map[string]*pathNode
+	id      *pathNode
+	route   route
+}
+
+// match is a request's endpoint.
+type match struct {
+	endpoint *endpoint
+	path     string // for the provider, escaped
+	model    string // from the path, decoded; "" unless endpoint.modelInPath
+	allow    string // the methods there are, set with errWrongMethod only
+}
+
+func newEndpointTable() *endpointTable {
+	t := &endpointTable{fixed: make(map[string]*route)}
+	for _, r := range endpointRows {
+		e := &endpoint{
+			method: r.method, pattern: r.pattern, class: r.class, api: r.api, body: r.body, meter: r.meter,
+			modelInPath: r.traits&modelInPath != 0, needsModel: r.traits&needsModel != 0,
+			addUsage: r.traits&addUsage != 0, upload: r.traits&upload != 0,
+			label: r.method + " " + r.pattern,
+		}
+		t.list = append(t.list, e)
+		if e.modelInPath {
+			t.models.add(e)
+			continue
+		}
+		n := t.tree.descend(e.pattern)
+		n.route.add(e)
+		if !strings.Contains(e.pattern, "{") {
+			t.fixed[e.pattern] = &n.route
+		}
+	}
+	return t
+}
+
+// all returns every endpoint, in the order of the table's rows.
+func (t *endpointTable) all() []*endpoint { return t.list }
+
+// descend returns the node for pattern, making what is missing on the way.
+func (n *pathNode) descend(pattern string) *pathNode {
+	for segment := range strings.SplitSeq(pattern[1:], "/") {
+		if segment[0] == '{' {
+			if n.id == nil {
+				n.id = &pathNode{colon: segment == "{fine_tuned_model_checkpoint}"}
+			}
+			n = n.id
+			continue
+		}
+		if n.literal == nil {
+			n.literal = make(map[string]*pathNode)
+		}
+		if n.literal[segment] == nil {
+			n.literal[segment] = &pathNode{text: segment}
+		}
+		n = n.literal[segment]
+	}
+	return n
+}
+
+func (r *route) add(e *endpoint) {
+	r.endpoints = append(r.endpoints, e)
+	if r.allow != "" {
+		r.allow += ", "
+	}
+	r.allow += e.method
+}
+
+// pick returns the match for method; path is the outbound path.
+func (r *route) pick(method, path, model string) (match, error) {
+	for _, e := range r.endpoints {
+		if e.method == method {
+			return match{endpoint: e, path: path, model: model}, nil
+		}
+	}
+	if len(r.endpoints) == 0 {
+		return match{}, errNoEndpoint
+	}
+	return match{allow: r.allow}, errWrongMethod
+}
+
+// match finds the endpoint of a request; u is from its request line (host and query do not count). It returns
+// errNoEndpoint, or errWrongMethod with match.allow. Paths are compared byte for byte: no escapes (except in a
+// model's name), no dot or empty segments, no trailing slash. A literal segment wins over an id for good:
+// /v1/responses/compact is never the response "compact", whatever the method.
+func (t *endpointTable) match(method string, u *url.URL) (match, error) {
+	escaped := u.EscapedPath()
+	if r := t.fixed[escaped]; r != nil {
+		return r.pick(method, r.endpoints[0].pattern, "")
+	}
+	if rest, ok := strings.CutPrefix(escaped, modelPrefix); ok {
+		path, model, ok := modelPath(rest)
+		if !ok {
+			return match{}, errNoEndpoint
+		}
+		return t.models.pick(method, path, model)
+	}
+	rest, ok := strings.CutPrefix(escaped, "/")
+	if !ok {
+		return match{}, errNoEndpoint
+	}
+	n, path := &t.tree, make([]byte, 0, len(escaped))
+	for segment := range strings.SplitSeq(rest, "/") {
+		path = append(path, '/')
+		if next := n.literal[segment]; next != nil {
+			n, path = next, append(path, next.text...)
+		} else if n.id != nil && validID(segment, n.id.colon) {
+			n, path = n.id, append(path, segment...)
+		} else {
+			return match{}, errNoEndpoint
+		}
+	}
+	return n.route.pick(method, string(path), "")
+}
+
+// validID says whether s is 1 to 128 letters, digits and "_-.", and no way to write a dot segment.
+func validID(s string, colon bool) bool {
+	extra := "_-."
+	if colon {
+		extra = "_-.:"
+	}
+	return s != "" && len(s) <= 128 && s[0] != '.' && !strings.Contains(s, "..") && onlyBytes(s, extra)
+}
+
+// modelPath reads what follows /v1/models/, escaped, and returns the outbound path and the model's name. Raw
+// slashes stay raw and escaped ones escaped; each segment is unescaped once, and a '%' that is left is refused,
+// so that no decoder further on can find more in it.
+func modelPath(rest string) (path, model string, ok bool) {
+	if len(rest) > 3*maxModelLen {
+		return "", "", false
+	}
+	path = modelPrefix[:len(modelPrefix)-1]
+	for segment := range strings.SplitSeq(rest, "/") {
+		plain, err := url.PathUnescape(segment)
+		if err != nil {
+			return "", "", false
+		}
+		path += "/" + url.PathEscape(plain)
+		model += "/" + plain
+	}
+	model = model[1:]
+	if len(model) > maxModelLen || !onlyBytes(model, "._:@+/-") {
+		return "", "", false
+	}
+	for segment := range strings.SplitSeq(model, "/") {
+		if segment == "" || segment == "." || strings.Contains(segment, "..") {
+			return "", "", false
+		}
+	}
+	return path, model, true
+}
+
+// pathOfModel returns the outbound path of another model's name, and the one there is if a path cannot hold it.
+func pathOfModel(name, path string) string {
+	if p, _, ok := modelPath(strings.ReplaceAll(url.PathEscape(name), "%2F", "/")); ok {
+		return p
+	}
+	return path
+}
+
+// queryNames are the query parameters of the operations above. model is not one: no endpoint takes it there, and
+// a provider that did would let it go past the check of models. true: it may be repeated.
+var queryNames = map[string]bool{
+	"after": false, "before": false, "after_id": false, "before_id": false, "starting_after": false,
+	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
+	"name": false, "variant": false, "run_id": false, "group_id": false, "project_id": false, "user": false,
+	"stream": false, "include_obfuscation": false, "beta": false, "include": true, "include[]": true,
+}
+
+const maxQueryLen = 2 << 10
+
+// cleanQuery returns the query for the provider, in the order of raw and encoded anew. It knows queryNames and
+// metadata[key]. An unknown or repeated parameter, a bad escape or value is a *bodyError that names it.
+func cleanQuery(raw string) (string, error) {
+	if len(raw) > maxQueryLen {
+		return "", &bodyError{"", fmt.Sprintf("The query string is longer than %d bytes.", maxQueryLen)}
+	}
+	if strings.Contains(raw, ";") {
+		return "", &bodyError{"", "The query string has a ';', which some servers take for a separator."}
+	}
+	var out strings.Builder
+	seen := make(map[string]bool)
+	for pair := range strings.SplitSeq(raw, "&") {
+		if pair == "" {
+			continue
+		}
+		rawName, rawValue, _ := strings.Cut(pair, "=")
+		name, err1 := url.QueryUnescape(rawName)
+		value, err2 := url.QueryUnescape(rawValue)
+		if err1 != nil || err2 != nil {
+			return "", &bodyError{"", fmt.Sprintf("The query parameter %+q has a bad escape.", rawName)}
+		}
+		repeatable, known := queryNames[name]
+		switch {
+		case !known && !metadataName(name):
+			return "", &bodyError{name, fmt.Sprintf("Unknown query parameter %+q.", name)}
+		case seen[name] && !repeatable:
+			return "", &bodyError{name, fmt.Sprintf("Repeated query parameter %+q.", name)}
+		case !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl):
+			return "", &bodyError{name, fmt.Sprintf("The query parameter %+q has an invalid character.", name)}
+		}
+		seen[name] = true
+		if out.Len() > 0 {
+			out.WriteByte('&')
+		}
+		out.WriteString(url.QueryEscape(name) + "=" + url.QueryEscape(value))
+	}
+	return out.String(), nil
+}
+
+// metadataName says whether name is metadata[key], as in lists that are filtered by metadata.
+func metadataName(name string) bool {
+	key, ok := strings.CutPrefix(name, "metadata[")
+	key, closed := strings.CutSuffix(key, "]")
+	return ok && closed && key != "" && len(key) <= 64 && onlyBytes(key, "_-. ")
 }

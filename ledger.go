@@ -8,6 +8,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"runtime"
 	"sync"
@@ -369,4 +370,187 @@ func (l *ledger) recovered() {
 	if l.failing.Swap(false) {
 		l.log.Info("the ledger can be written again")
 	}
+}
+
+// A begunBatch is the calls that begin together, a row of begun. Until the writer
+// takes it, it is guarded by the ledger's mu; then it is the writer's.
+type begunBatch struct {
+	id      int64  // the least of its calls'
+	calls   []byte // as in begun, but for the last bracket
+	size    int
+	running int           // of its calls, those that have not ended
+	written bool          // it is in the database
+	err     error         // why it is not; readable once done
+	done    chan struct{} // closed when that is settled
+}
+
+func (b *begunBatch) add(id int64, note []byte) {
+	if b.size == 0 {
+		b.id, b.calls = id, append(b.calls, '[')
+	} else {
+		b.id, b.calls = min(b.id, id), append(b.calls, ',')
+	}
+	b.calls = append(b.calls, note...)
+	b.size++
+	b.running++
+}
+
+// batchOf makes a batch of what was queued. It takes for granted that the batch
+// will be written; undo takes that back.
+func batchOf(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+	b.sums = sums
+	if begins != nil {
+		begins.written = true
+		b.begun, b.calls = begins.id, append(begins.calls, ']')
+	}
+	for _, e := range settles {
+		b.records = append(b.records, &e.row)
+		if at := e.batch; at != nil && at.written { // else it was refused, or its note could not be written
+			if at.running--; at.running == 0 {
+				b.over = append(b.over, at.id)
+			}
+		}
+	}
+	return b, func() {
+		for _, e := range settles {
+			if e.batch != nil && e.batch.written {
+				e.batch.running++
+			}
+		}
+		if begins != nil {
+			begins.written = false
+		}
+	}
+}
+
+// abandon counts a call as ended that will have no row. If the last note of its
+// batch cannot be taken back now, the next start makes a lost call of it.
+func (l *ledger) abandon(b *begunBatch) {
+	if b == nil || !b.written {
+		return
+	}
+	if b.running--; b.running == 0 {
+		_ = l.writer.write(context.Background(), ledgerBatch{over: []int64{b.id}})
+	}
+}
+
+// recoverLost records calls that a dead process has noted as begun and not as
+// ended, with the estimates they began with, and returns how many.
+func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
+	for {
+		rows, err := st.runningCalls(ctx, 1000)
+		if err != nil {
+			return 0, err
+		}
+		if len(rows) == 0 {
+			return total, st.forgetBegun(ctx)
+		}
+		for _, r := range rows {
+			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
+			r.asked = r.model // nobody knows which one would have answered
+			price(r)
+		}
+		if err := w.write(ctx, ledgerBatch{records: rows}); err != nil {
+			return 0, fmt.Errorf("recording lost calls: %w", err)
+		}
+		total += len(rows)
+	}
+}
+
+// A retention is how long and how much is kept.
+type retention struct {
+	age   time.Duration // of single calls
+	bytes int64         // that the database may have in use; 0: no limit
+}
+
+// keepHouse runs until ctx is over, and lets what is too old or too much go, in
+// small steps between which calls are written.
+func (l *ledger) keepHouse(ctx context.Context, keep retention, every time.Duration) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	var sumsForgotten, told time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := time.Now()
+		l.forget(ctx, func() (int64, error) { return l.store.forgetContents(ctx, now.UnixMilli(), 20) })
+		l.forget(ctx, func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-keep.age)), 200) })
+		if over := l.shrink(ctx, keep.bytes, firstID(now.Add(-sizeSpares))); over > 0 && now.Sub(told) >= time.Hour {
+			told = now
+			l.log.Warn("the database is larger than MAX_DATABASE_BYTES without any single calls that could go: sums, tokens and the audit trail stay",
+				"bytes_over", over)
+		}
+		if now.Sub(sumsForgotten) >= time.Hour &&
+			l.forget(ctx, func() (int64, error) { return l.store.forgetSums(ctx, now.Add(-hourSumsKept).UnixMilli(), 20) }) &&
+			l.forget(ctx, func() (int64, error) { return l.store.forgetHours(ctx, now.Add(-hoursKept).UnixMilli(), 20) }) {
+			sumsForgotten = now // no hour ends before the next one
+		}
+	}
+}
+
+// hourSumsKept is how long sums by hour and token are kept; those by day, and
+// those of whole projects, stay.
+const hourSumsKept = 100 * 24 * time.Hour
+
+// hoursKept is how long the hours of projects are kept: the dashboard's longest
+// period, and the one before it.
+const hoursKept = 190 * 24 * time.Hour
+
+// forget lets rows go in steps until step says that none are left, or for so
+// many steps that the next tick should go on. It reports whether none are left.
+func (l *ledger) forget(ctx context.Context, step func() (int64, error)) bool {
+	for range 200 {
+		n, err := step()
+		if err != nil {
+			if ctx.Err() == nil {
+				l.log.Error("letting old rows go", "error", err)
+			}
+			return false
+		}
+		if n == 0 {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return false
+}
+
+// sizeSpares is how long calls are kept whatever they take.
+const sizeSpares = time.Hour
+
+// shrink lets what is kept of calls' content go, then the oldest calls, those
+// with an id below before, while the
+// database has more than most bytes in use, until it is a twentieth below that,
+// so that it does not begin again at once. Freed pages stay in the file, which
+// does not shrink, and take the rows to come. It returns how much is too much
+// with no call left to let go; 0 most is no limit.
+func (l *ledger) shrink(ctx context.Context, most, before int64) (over int64) {
+	used := func() (int64, error) {
+		all, free, err := l.store.size(ctx)
+		return all - free, err
+	}
+	if n, err := used(); most == 0 || err != nil || n <= most {
+		return 0
+	}
+	none := l.forget(ctx, func() (int64, error) {
+		if n, err := used(); err != nil || n <= most-most/20 {
+			return 0, err
+		}
+		if n, err := l.store.dropOldContents(ctx, 20); n > 0 || err != nil {
+			return n, err
+		}
+		return l.store.forgetRequests(ctx, before, 200)
+	})
+	n, err := used()
+	if !none || err != nil {
+		return 0
+	}
+	return max(n-most, 0)
 }

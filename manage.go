@@ -15,31 +15,11 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
-
-// A role is what a management key may do. Each includes the ones before.
-type role string
-
-const (
-	roleViewer   role = "viewer"   // sees everything but keys
-	roleOperator role = "operator" // makes, changes and revokes tokens
-	roleAdmin    role = "admin"    // projects, provider keys, prices, management keys
-)
-
-func (r role) rank() int {
-	switch r {
-	case roleViewer:
-		return 1
-	case roleOperator:
-		return 2
-	case roleAdmin:
-		return 3
-	}
-	return 0
-}
 
 // A manageRoute is one URL of /manage, the least role it needs and what
 // answers it.
@@ -109,12 +89,6 @@ func wrongMethod(allowed string) http.Handler {
 		w.Header().Set("Allow", allowed)
 		writeError(w, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes " + allowed + "."}, false)
 	})
-}
-
-// An actor is who acts: a stored management key, or the one in the environment.
-type actor struct {
-	id, name string
-	role     role
 }
 
 // A manageRequest is a request that has been let in.
@@ -447,3 +421,172 @@ func stampOf(p *int64) *stamp {
 type dollars int64
 
 func (d dollars) MarshalJSON() ([]byte, error) { return []byte(formatNanos(int64(d))), nil }
+
+type routeView struct {
+	Model         string          `json:"model"`
+	API           string          `json:"api"`
+	FallbackModel string          `json:"fallback_model"` // "": none
+	Upstreams     []routeLineView `json:"upstreams"`
+}
+
+type routeLineView struct {
+	UpstreamID string  `json:"upstream_id"`
+	Name       string  `json:"name"`
+	Priority   int64   `json:"priority"`
+	Weight     int64   `json:"weight"`
+	SentModel  string  `json:"sent_model"` // as the upstream knows the model
+	Share      float64 `json:"share"`      // of the calls, now
+	Why        string  `json:"why"`
+	// How long a call waits there, as far as its own settings say.
+	ConnectMS    int64 `json:"connect_ms"`
+	AnswerMS     int64 `json:"answer_ms"`
+	FirstEventMS int64 `json:"first_event_ms"`
+	IdleMS       int64 `json:"idle_ms"`
+}
+
+// tryRoute says which upstream of a project would get a call for a model now,
+// and why. It calls nobody.
+func (s *server) tryRoute(r *manageRequest) (*reply, error) {
+	if err := r.only("model", "api"); err != nil {
+		return nil, err
+	}
+	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	if err != nil {
+		return nil, err
+	}
+	v := routeView{Model: r.query.Get("model"), API: r.query.Get("api"), Upstreams: []routeLineView{}}
+	w := wish{api: apiOpenAI, model: v.Model, now: time.Now().UnixMilli()}
+	switch v.API {
+	case "", "openai":
+		v.API = "openai"
+	case "anthropic":
+		w.api = apiAnthropic
+	default:
+		return nil, badRequest("invalid_value", "api", "api must be openai or anthropic.")
+	}
+	if err := checkModelName("model", v.Model); err != nil {
+		return nil, err
+	}
+	st, err := s.registry.readProject(r.ctx, p.seq)
+	if err != nil {
+		return nil, err
+	}
+	v.FallbackModel = st.routing.fallback(v.Model)
+	for _, l := range st.explain(&w) {
+		u := l.upstream
+		v.Upstreams = append(v.Upstreams, routeLineView{u.id, u.name, u.priority, u.weight, u.named(v.Model), l.share, l.why,
+			u.settings.ConnectMS, u.settings.AnswerMS, u.settings.FirstEventMS, u.settings.IdleMS})
+	}
+	return &reply{body: v}, nil
+}
+
+type healthView struct {
+	State   string `json:"state"`
+	Reason  string `json:"reason"`
+	Since   *stamp `json:"since"`
+	Until   *stamp `json:"until"`
+	Running int64  `json:"running"`
+}
+
+func (s *server) showHealth(u *upstreamRow) healthView {
+	h := s.health.of(u.seq, u.id).row(time.Now().UnixMilli())
+	v := healthView{State: h.state.String(), Reason: h.reason, Running: h.running}
+	if h.state != keyReady {
+		v.Since, v.Until = new(stamp(h.changedAt)), new(stamp(h.until))
+	}
+	return v
+}
+
+type streamView struct {
+	ID           string `json:"id"` // the request's
+	StartedAt    stamp  `json:"started_at"`
+	AgeMS        int64  `json:"age_ms"`
+	ProjectID    string `json:"project_id"`
+	ProjectName  string `json:"project_name"`
+	TokenID      string `json:"token_id"`
+	TokenName    string `json:"token_name"`
+	UpstreamID   string `json:"upstream_id"`
+	Endpoint     string `json:"endpoint"`
+	Model        string `json:"model"` // as asked for
+	Stream       bool   `json:"stream"`
+	Address      string `json:"address"`
+	State        string `json:"state"`         // ledger, provider, relaying or writing: what the call waits for
+	Bytes        int64  `json:"bytes"`         // of the answer so far
+	InputTokens  int64  `json:"input_tokens"`  // an estimate
+	OutputTokens int64  `json:"output_tokens"` // so far, an estimate; of a streamed answer only
+	seq          int64
+}
+
+// admittedCalls returns the running calls that were admitted, oldest first.
+func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	out := make([]streamView, 0, len(rc.calls))
+	for c := range rc.calls {
+		if !c.admitted.Load() { // it may still be being read
+			continue
+		}
+		out = append(out, streamView{c.requestID, stamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
+			c.project.id, c.project.name, c.state.id, c.state.name, c.shown.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
+			phaseNames[c.watch.phase.Load()], c.watch.answered.Load(), c.hold.ask.input, c.watch.output.Load(), c.id})
+	}
+	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
+	return out
+}
+
+// find returns an admitted call that runs, nil if there is none. Only what was
+// there when it was admitted may be read of it.
+func (rc *runningCalls) find(id int64) *call {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	for c := range rc.calls {
+		if c.id == id && c.admitted.Load() {
+			return c
+		}
+	}
+	return nil
+}
+
+// cut ends a call if it still runs.
+func (rc *runningCalls) cut(c *call, why *apiError) {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	if _, ok := rc.calls[c]; ok {
+		c.end(why)
+	}
+}
+
+func (s *server) listStreams(r *manageRequest) (*reply, error) {
+	page, err := r.page("project_id", "token_id")
+	if err != nil {
+		return nil, err
+	}
+	project, token := r.query.Get("project_id"), r.query.Get("token_id")
+	var rows []streamView
+	for _, v := range s.running.admittedCalls(r.now) {
+		if v.seq > page.seq && (project == "" || v.ProjectID == project) && (token == "" || v.TokenID == token) {
+			rows = append(rows, v)
+		}
+	}
+	return &reply{body: pageOf(rows, page.limit,
+		func(v *streamView) streamView { return *v },
+		func(v *streamView) string { return cursor(v.seq, "") })}, nil
+}
+
+// cutStream ends a running call. Its client sees it break off; its row says who
+// did it.
+func (s *server) cutStream(r *manageRequest) (*reply, error) {
+	c := s.running.find(parseRequestID(r.path("id")))
+	if c == nil {
+		return nil, errNotFound
+	}
+	if err := s.store.note(r.ctx, r.by, act{"stream.cut", c.requestID, []fact{{"project_id", c.project.id}, {"token_id", c.state.id}}}); err != nil {
+		return nil, err // no audit, no change
+	}
+	s.running.cut(c, errCutByAdmin())
+	return &reply{body: map[string]any{"id": r.path("id"), "deleted": true}}, nil
+}
+
+func errCutByAdmin() *apiError {
+	return &apiError{status: http.StatusForbidden, code: "cut_by_administrator", msg: "An administrator ended this call."}
+}

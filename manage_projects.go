@@ -5,7 +5,9 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
+	"slices"
 )
 
 type projectView struct {
@@ -204,4 +206,334 @@ func (s *server) revokeProjectTokens(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	return &reply{body: map[string]any{"revoked": n}}, nil
+}
+
+type upstreamView struct {
+	ID            string          `json:"id"`
+	ProjectID     string          `json:"project_id"`
+	Name          string          `json:"name"`
+	Provider      string          `json:"provider"`
+	BaseURL       string          `json:"base_url"`
+	KeyHint       string          `json:"key_hint"`
+	Organization  string          `json:"organization"`
+	OpenAIProject string          `json:"openai_project"`
+	Weight        int64           `json:"weight"`
+	Priority      int64           `json:"priority"`
+	Models        json.RawMessage `json:"models"`
+	Rewrite       json.RawMessage `json:"rewrite"`
+	ConnectMS     int64           `json:"connect_ms"`
+	AnswerMS      int64           `json:"answer_ms"`
+	FirstEventMS  int64           `json:"first_event_ms"`
+	IdleMS        int64           `json:"idle_ms"`
+	Requests      int64           `json:"requests_per_minute"`
+	Tokens        int64           `json:"tokens_per_minute"`
+	Note          string          `json:"note"`
+	SharedWith    json.RawMessage `json:"shared_with"`
+	IsActive      bool            `json:"is_active"`
+	Version       int64           `json:"version"`
+	CreatedAt     stamp           `json:"created_at"`
+	UpdatedAt     stamp           `json:"updated_at"`
+	Health        healthView      `json:"health"`
+}
+
+func (s *server) showUpstream(u *upstreamRow) upstreamView {
+	var set upstreamSettings
+	_ = json.Unmarshal([]byte(u.settings), &set) // what we wrote
+	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
+		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.ConnectMS, set.AnswerMS, set.FirstEventMS, set.IdleMS,
+		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.shared), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
+}
+
+// An upstreamInput is what an admin may say about an upstream.
+type upstreamInput struct {
+	name, provider, baseURL, organization, openaiProject opt[string]
+	key                                                  opt[secret]
+	weight, priority                                     opt[int64]
+	models                                               opt[[]string]
+	rewrite                                              opt[json.RawMessage]
+	connect, answer, firstEvent, idle, requests, tokens  opt[int64]
+	note                                                 opt[string]
+	sharedWith                                           opt[[]string]
+	active                                               opt[bool]
+}
+
+func (in *upstreamInput) decode(body []byte) error {
+	return decodeObject(body, map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
+		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
+		"models": &in.models, "rewrite": &in.rewrite, "connect_ms": &in.connect, "answer_ms": &in.answer,
+		"first_event_ms": &in.firstEvent, "idle_ms": &in.idle, "requests_per_minute": &in.requests, "tokens_per_minute": &in.tokens, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
+}
+
+// apply checks the input and puts it into row, whose id and projectID are set.
+func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
+	if err := in.applyIdentity(row, isNew); err != nil {
+		return err
+	}
+	if err := in.applyDestination(s, row, isNew); err != nil {
+		return err
+	}
+	for _, apply := range [...]func(*upstreamRow) error{in.applyAccount, in.applyShare, in.applyModels, in.applySharing, in.applySettings} {
+		if err := apply(row); err != nil {
+			return err
+		}
+	}
+	if in.active.given() {
+		row.active = in.active.v
+	}
+	return nil
+}
+
+// applyIdentity takes over the name and, of a new upstream, the provider.
+func (in *upstreamInput) applyIdentity(row *upstreamRow, isNew bool) error {
+	if in.name.set || isNew {
+		if err := checkName(in.name.v); err != nil {
+			return err
+		}
+		row.name = in.name.v
+	}
+	if !isNew {
+		if in.provider.set {
+			return &fieldError{"provider", "cannot be changed; make another upstream"}
+		}
+		return nil
+	}
+	row.provider = providerOpenAI
+	if in.provider.given() {
+		row.provider = in.provider.v
+	}
+	if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
+		return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
+	}
+	return nil
+}
+
+// applyAccount takes over which account of the provider's pays.
+func (in *upstreamInput) applyAccount(row *upstreamRow) error {
+	for _, f := range []struct {
+		name string
+		in   opt[string]
+		to   *string
+	}{{"organization", in.organization, &row.organization}, {"openai_project", in.openaiProject, &row.openaiProject}} {
+		if !f.in.set {
+			continue
+		}
+		for _, c := range f.in.v {
+			if c <= ' ' || c > '~' || len(f.in.v) > 200 {
+				return &fieldError{f.name, "must be a provider's id: at most 200 printable ASCII characters"}
+			}
+		}
+		*f.to = f.in.v
+	}
+	return nil
+}
+
+// applyShare takes over which share of the calls it gets.
+func (in *upstreamInput) applyShare(row *upstreamRow) error {
+	for _, f := range []struct {
+		name string
+		in   opt[int64]
+		to   *int64
+	}{{"weight", in.weight, &row.weight}, {"priority", in.priority, &row.priority}} {
+		if !f.in.given() {
+			continue
+		}
+		if f.in.v < 0 || f.in.v > 1000 {
+			return &fieldError{f.name, "must be from 0 to 1000"}
+		}
+		*f.to = f.in.v
+	}
+	return nil
+}
+
+// applyModels takes over which models it serves, and its own names for them.
+func (in *upstreamInput) applyModels(row *upstreamRow) error {
+	if in.models.set {
+		if err := checkPatterns("models", in.models.v); err != nil {
+			return err
+		}
+		b, err := json.Marshal(append([]string{}, in.models.v...))
+		if err != nil {
+			return err
+		}
+		row.models = string(b)
+	}
+	if in.rewrite.given() {
+		names, err := parseRewrite(in.rewrite.v)
+		if err != nil {
+			return err
+		}
+		b, err := json.Marshal(names)
+		if err != nil {
+			return err
+		}
+		row.rewrite = string(b)
+	}
+	return nil
+}
+
+// applySharing takes over which other projects it serves.
+func (in *upstreamInput) applySharing(row *upstreamRow) error {
+	if !in.sharedWith.set {
+		return nil
+	}
+	ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.v)))
+	if len(ids) > 500 {
+		return &fieldError{"shared_with", "must have 500 entries or fewer"}
+	}
+	b, err := json.Marshal(append([]string{}, ids...))
+	if err != nil {
+		return err
+	}
+	row.shared = string(b)
+	return nil
+}
+
+// applySettings takes over the upstream's own limits and patience.
+func (in *upstreamInput) applySettings(row *upstreamRow) error {
+	var set upstreamSettings
+	if err := json.Unmarshal([]byte(row.settings), &set); err != nil {
+		return fmt.Errorf("settings of upstream %s: %w", row.id, err)
+	}
+	for _, f := range []struct {
+		in opt[int64]
+		to *int64
+	}{{in.connect, &set.ConnectMS}, {in.answer, &set.AnswerMS}, {in.firstEvent, &set.FirstEventMS}, {in.idle, &set.IdleMS},
+		{in.requests, &set.RequestsPerMinute}, {in.tokens, &set.TokensPerMinute}} {
+		if f.in.given() {
+			*f.to = f.in.v
+		}
+	}
+	if in.note.given() {
+		set.Note = in.note.v
+	}
+	if err := set.check(); err != nil {
+		return err
+	}
+	row.settings = set.String()
+	return nil
+}
+
+// applyDestination takes over where calls go, and the key. A change of where
+// they go needs the key anew: without that rule, whoever may edit a URL could
+// have the key sent to a server of theirs.
+func (in *upstreamInput) applyDestination(s *server, row *upstreamRow, isNew bool) error {
+	if isNew {
+		switch {
+		case in.baseURL.given():
+			row.baseURL = in.baseURL.v
+		case row.provider == providerOpenAI:
+			row.baseURL = s.cfg.openaiURL
+		case row.provider == providerAnthropic:
+			row.baseURL = "https://api.anthropic.com"
+		default:
+			return &fieldError{"base_url", "is needed for this provider"}
+		}
+		if !in.key.given() {
+			return &fieldError{"api_key", "is needed"}
+		}
+	} else if in.baseURL.set {
+		if in.baseURL.v != row.baseURL && !in.key.given() {
+			return &fieldError{"api_key", "must be given again when base_url changes"}
+		}
+		row.baseURL = in.baseURL.v
+	}
+	u, err := parseBaseURL(row.baseURL, s.cfg.allowPrivate)
+	if err != nil {
+		return &fieldError{"base_url", err.Error()} // an error of ours about the admin's text; no secret in it
+	}
+	row.baseURL = u.String()
+	if !in.key.set {
+		return nil
+	}
+	if err := checkProviderKey(in.key.v()); err != nil {
+		return &fieldError{"api_key", err.Error()}
+	}
+	row.sealedKey = s.sealer.seal(in.key.v, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
+	row.keyHint = in.key.v.hint()
+	return nil
+}
+
+func (s *server) listUpstreams(r *manageRequest) (*reply, error) {
+	if err := r.only(); err != nil {
+		return nil, err
+	}
+	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.store.upstreamsOf(r.ctx, p.seq)
+	if err != nil {
+		return nil, err
+	}
+	return &reply{body: pageOf(rows, len(rows), s.showUpstream, func(*upstreamRow) string { return "" })}, nil
+}
+
+func (s *server) createUpstream(r *manageRequest) (*reply, error) {
+	var in upstreamInput
+	if err := in.decode(r.body); err != nil {
+		return nil, err
+	}
+	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	if err != nil {
+		return nil, err
+	}
+	now := r.now.UnixMilli()
+	row := newUpstreamRow(&p, now)
+	if err := in.apply(s, row, true); err != nil {
+		return nil, err
+	}
+	if err := s.store.addUpstream(r.ctx, r.by, row, now); err != nil {
+		return nil, err
+	}
+	if err := s.upstreamChanged(r, row); err != nil {
+		return nil, err
+	}
+	return &reply{http.StatusCreated, row.version, s.showUpstream(row)}, nil
+}
+
+func (s *server) getUpstream(r *manageRequest) (*reply, error) {
+	u, err := s.store.upstreamByID(r.ctx, r.path("id"), r.path("upstream"))
+	if err != nil {
+		return nil, err
+	}
+	return &reply{0, u.version, s.showUpstream(&u)}, nil
+}
+
+func (s *server) patchUpstream(r *manageRequest) (*reply, error) {
+	var in upstreamInput
+	if err := in.decode(r.body); err != nil {
+		return nil, err
+	}
+	return s.changeUpstream(r, func(u *upstreamRow) (bool, error) { return false, in.apply(s, u, false) })
+}
+
+// deleteUpstream takes an upstream out of use and wipes its key. The row stays,
+// for the ledger names it.
+func (s *server) deleteUpstream(r *manageRequest) (*reply, error) {
+	rep, err := s.changeUpstream(r, func(u *upstreamRow) (bool, error) {
+		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
+		return true, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &reply{body: map[string]any{"id": rep.body.(upstreamView).ID, "deleted": true}}, nil
+}
+
+func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*reply, error) {
+	u, err := s.store.changeUpstream(r.ctx, r.by, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
+	if err != nil {
+		return nil, err
+	}
+	s.health.forget(u.seq, r.now.UnixMilli())
+	if err := s.upstreamChanged(r, &u); err != nil {
+		return nil, err
+	}
+	return &reply{0, u.version, s.showUpstream(&u)}, nil
+}
+
+// upstreamChanged puts a changed upstream in force, wherever it serves.
+func (s *server) upstreamChanged(r *manageRequest, u *upstreamRow) error {
+	sharers, err := s.store.sharers(r.ctx, u.seq)
+	return errors.Join(err, s.registry.upstreamsChanged(r.ctx, u.project, sharers))
 }

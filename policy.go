@@ -5,7 +5,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 )
 
@@ -169,4 +172,185 @@ func matchesAny(list []string, s string) bool {
 func matches(pattern, s string) bool {
 	prefix, ok := strings.CutSuffix(pattern, "*")
 	return pattern == s || ok && strings.HasPrefix(s, prefix)
+}
+
+// A limit is one rule of a policy. A call counts in it if both patterns match.
+// It is immutable.
+type limit struct {
+	count    measure
+	per      span   // 0 for countConcurrent
+	shadow   bool   // refuses nothing, and counts what it would have refused
+	max      int64  // requests, tokens, calls; for dollars nano-dollars
+	endpoint string // "" for every endpoint
+	model    string // a pattern for the model asked for, "" for every model
+}
+
+// A limitKey says which limits count the same: a change of max alone keeps the
+// count.
+type limitKey struct {
+	count           measure
+	per             span
+	shadow          bool
+	endpoint, model string
+}
+
+func (l *limit) key() limitKey { return limitKey{l.count, l.per, l.shadow, l.endpoint, l.model} }
+
+// applies reports whether a call of an endpoint (its name, METHOD and pattern,
+// and its pattern) and a model counts in l.
+func (l *limit) applies(name, pattern, model string) bool {
+	return (l.endpoint == "" || matches(l.endpoint, name) || matches(l.endpoint, pattern)) &&
+		(l.model == "" || matches(l.model, model))
+}
+
+// quota reports whether l, once spent, is spent for so long that a client
+// should not try again by itself.
+func (l *limit) quota() bool { return l.per >= perDay }
+
+// String is the limit in words: "60 requests per minute for models gpt-4o*".
+func (l *limit) String() string {
+	var b strings.Builder
+	switch l.count {
+	case countConcurrent:
+		b.WriteString(strconv.FormatInt(l.max, 10) + " calls at one time")
+	case countDollars:
+		b.WriteString("$" + formatNanos(l.max))
+	default:
+		b.WriteString(strconv.FormatInt(l.max, 10) + " " + l.count.String())
+	}
+	switch l.per {
+	case 0:
+	case perLifetime:
+		b.WriteString(" in all")
+	default:
+		b.WriteString(" per " + l.per.String())
+	}
+	if l.endpoint != "" {
+		b.WriteString(" on " + l.endpoint)
+	}
+	if l.model != "" {
+		b.WriteString(" for models " + l.model)
+	}
+	return b.String()
+}
+
+// amount writes a count of l's kind as JSON has it.
+func (l *limit) amount(n int64) json.RawMessage {
+	if l.count == countDollars {
+		return json.RawMessage(formatNanos(n))
+	}
+	return json.RawMessage(strconv.FormatInt(n, 10))
+}
+
+type limitJSON struct {
+	Count    string          `json:"count"`
+	Max      json.RawMessage `json:"max"`
+	Per      string          `json:"per,omitzero"`
+	Endpoint string          `json:"endpoint,omitzero"`
+	Model    string          `json:"model,omitzero"`
+	Shadow   bool            `json:"shadow,omitzero"`
+}
+
+func (l limit) MarshalJSON() ([]byte, error) {
+	return json.Marshal(limitJSON{l.count.String(), l.amount(l.max), l.per.String(), l.endpoint, l.model, l.shadow})
+}
+
+const (
+	maxLimits        = 20 // of one policy: each call looks at all of them
+	maxLimitCount    = 1_000_000_000_000
+	maxLimitDollars  = 100_000_000
+	maxLimitParallel = 1_000_000
+)
+
+// parseLimits reads a policy's list of limits. Errors name the entry and the
+// field.
+func parseLimits(raw []json.RawMessage) ([]limit, error) {
+	if len(raw) > maxLimits {
+		return nil, &fieldError{"policy.limits", fmt.Sprintf("must have %d entries or fewer", maxLimits)}
+	}
+	out := make([]limit, 0, len(raw))
+	seen := map[limitKey]int{}
+	for i, r := range raw {
+		l, err := parseLimit(r)
+		if err != nil {
+			fe, ok := errors.AsType[*fieldError](err)
+			if !ok {
+				return nil, err
+			}
+			at := fmt.Sprintf("policy.limits[%d]", i)
+			if fe.param == "" {
+				return nil, &fieldError{at, "must be an object such as {\"count\":\"requests\",\"max\":60,\"per\":\"minute\"}"}
+			}
+			return nil, &fieldError{at + "." + fe.param, fe.msg}
+		}
+		if first, twice := seen[l.key()]; twice {
+			return nil, &fieldError{fmt.Sprintf("policy.limits[%d]", i), fmt.Sprintf("counts the same as policy.limits[%d]; keep one of them", first)}
+		}
+		seen[l.key()] = i
+		out = append(out, l)
+	}
+	return out, nil
+}
+
+func parseLimit(raw []byte) (limit, error) {
+	var count, per, endpoint, model opt[string]
+	var most opt[json.RawMessage]
+	var shadow opt[bool]
+	if err := decodeObject(raw, map[string]any{"count": &count, "max": &most, "per": &per,
+		"endpoint": &endpoint, "model": &model, "shadow": &shadow}); err != nil {
+		return limit{}, err
+	}
+	l := limit{shadow: shadow.v, endpoint: endpoint.v, model: model.v}
+	for m := countRequests; m <= countConcurrent; m++ {
+		if count.v == m.String() {
+			l.count = m
+		}
+	}
+	if l.count == 0 {
+		return l, &fieldError{"count", "must be requests, tokens, dollars or concurrent"}
+	}
+	for p := perSecond; p <= perLifetime; p++ {
+		if per.v == p.String() {
+			l.per = p
+		}
+	}
+	switch {
+	case l.count == countConcurrent && per.set:
+		return l, &fieldError{"per", "is not for concurrent, which counts calls that run at one time"}
+	case l.count == countDollars && l.per < perHour:
+		return l, &fieldError{"per", "must be hour, day, week, month or lifetime"}
+	case l.count != countConcurrent && l.per == 0:
+		return l, &fieldError{"per", "must be second, minute, hour, day, week, month or lifetime"}
+	}
+	for name, v := range map[string]opt[string]{"endpoint": endpoint, "model": model} {
+		if v.set {
+			if err := checkPatterns(name, []string{v.v}); err != nil {
+				return l, err
+			}
+		}
+	}
+	var err error
+	l.max, err = parseMax(l.count, string(most.v))
+	return l, err
+}
+
+// parseMax reads max as JSON has it: a whole number, for dollars a decimal one.
+func parseMax(m measure, text string) (int64, error) {
+	most := int64(maxLimitCount)
+	switch m {
+	case countConcurrent:
+		most = maxLimitParallel
+	case countDollars:
+		whole, decimals, point := strings.Cut(text, ".")
+		if n, err := strconv.ParseInt(whole+(decimals + "000000000")[:9], 10, 64); err == nil && allDigits(whole) &&
+			(!point || allDigits(decimals) && len(decimals) <= 9) && n <= maxLimitDollars*1_000_000_000 {
+			return n, nil
+		}
+		return 0, &fieldError{"max", "must be dollars from 0 to 100000000, as in 12.50"}
+	}
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || n < 0 || n > most {
+		return 0, &fieldError{"max", fmt.Sprintf("must be a whole number from 0 (none) to %d; for no limit leave the entry out", most)}
+	}
+	return n, nil
 }

@@ -336,28 +336,3 @@ func parseDollars(s string) (pico int64, err error) {
 func allDigits(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789") == ""
 }
-
-// formatDollars is the inverse of parseDollars; noPrice gives "".
-func formatDollars(pico int64) string {
-	if pico < 0 {
-		return ""
-	}
-	return formatDecimal(pico, 6)
-}
-
-// formatNanos writes nano-dollars as dollars with as many of nine decimals as it takes.
-func formatNanos(nanos int64) string { return formatDecimal(nanos, 9) }
-
-// formatDecimal writes n/10^places without needless zeros.
-func formatDecimal(n int64, places int) string {
-	sign, magnitude := "", uint64(n)
-	if n < 0 {
-		sign, magnitude = "-", -magnitude
-	}
-	all := fmt.Sprintf("%0*d", places+1, magnitude)
-	whole, decimals := all[:len(all)-places], strings.TrimRight(all[len(all)-places:], "0")
-	if decimals == "" {
-		return sign + whole
-	}
-	return sign + whole + "." + decimals
-}

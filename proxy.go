@@ -274,7 +274,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.answer = newAnswerWriter(s, c, w)
 	c.verified = c.verified && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: s.nowhere, // which ReverseProxy copies; attempts.go says where to
+		Method: r.Method, URL: s.nowhere, // which ReverseProxy copies; proxy_attempts.go says where to
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
@@ -286,7 +286,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	}
 	rp := &httputil.ReverseProxy{
 		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.sentAt = upHeader(r.Header), time.Now() },
-		Transport:      &c.tries, // what goes up is each attempt's own: attempts.go
+		Transport:      &c.tries, // what goes up is each attempt's own: proxy_attempts.go
 		BufferPool:     s.buffers,
 		ErrorLog:       s.quietLog,
 		ModifyResponse: func(res *http.Response) error { return s.accept(c, res) },

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -463,5 +464,125 @@ func TestAgainstModel(t *testing.T) {
 					seed, step, got.limit, got.used, got.held, taken, l.project.counters[0].held, running)
 			}
 		}
+	}
+}
+
+// tenLimits are such as apply to every call and never refuse one here.
+const tenLimits = `{"count":"requests","max":1000000000,"per":"second"},{"count":"requests","max":1000000000000,"per":"minute"},
+	{"count":"requests","max":1000000000000,"per":"hour","model":"gpt-4o*"},{"count":"requests","max":1000000000000,"per":"day","endpoint":"/v1/chat/completions"},
+	{"count":"tokens","max":1000000000000,"per":"minute"},{"count":"tokens","max":1000000000000,"per":"day"},{"count":"tokens","max":1000000000000,"per":"month"},
+	{"count":"concurrent","max":1000000},{"count":"dollars","max":100000000,"per":"day"},{"count":"dollars","max":100000000,"per":"month","shadow":true}`
+
+// BenchmarkAdmission is reserve and settle, with ten limits on the project and
+// ten on the token.
+func BenchmarkAdmission(b *testing.B) {
+	l, s := newTestLimiter(b, tenLimits, tenLimits, noon)
+	now := int64(noon)
+	a := chatAsk(100, 200)
+	h := &hold{}
+	b.ReportAllocs()
+	for b.Loop() {
+		*h = hold{ask: a}
+		l.mu.Lock()
+		if l.reserve(h, s, now) != nil {
+			b.Fatal("refused")
+		}
+		l.mu.Unlock()
+		h.settle(now, spending{counted: true, tokens: 250, dollars: 40_000}, func() {})
+		now++
+	}
+}
+
+// BenchmarkLiveTokens is what 100,000 live tokens with three limits each hold.
+func BenchmarkLiveTokens(b *testing.B) {
+	const tokens = 100_000
+	for b.Loop() {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		g := newRegistry(nil, nil, nil, nil, true)
+		project := &liveProject{}
+		project.state.Store(&projectState{id: "proj_x"})
+		for i := range tokens {
+			row := &tokenRow{seq: int64(i), id: fmt.Sprintf("tok_%08d", i), name: fmt.Sprintf("client %d", i), hash: make([]byte, 32),
+				policy: `{"limits":[{"count":"requests","max":60,"per":"minute"},{"count":"dollars","max":50,"per":"month"},{"count":"concurrent","max":5}]}`}
+			copy(row.hash, fmt.Sprint(i))
+			st, err := newTokenState(row)
+			if err != nil {
+				b.Fatal(err)
+			}
+			t := &liveToken{project: project}
+			t.state.Store(st)
+			project.limiter.adopt(&t.limits, &st.policy, noon, func(*limit) int64 { return 0 })
+			g.byHash[st.hash], g.byID[strings.Clone(st.id)] = t, t
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/(1<<20), "MiB")
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/tokens, "B/token")
+		runtime.KeepAlive(g)
+	}
+}
+
+// TestWindowEdges (LI4): clients that hammer a limit across the edges of its
+// window never get more than it says in any one window, and all of it in each.
+func TestWindowEdges(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		per   string
+		step  time.Duration
+		whole int // windows that are hammered from end to end
+	}{{"hour", 20 * time.Second, 5}, {"day", 7 * time.Minute, 5}, {"week", 53 * time.Minute, 5}, {"month", 4 * time.Hour, 5}} {
+		l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"`+test.per+`"}`, noon)
+		per := s.counters[0].limit.per
+		got := map[int64]int{}
+		last := int64(0) // the window that has just begun
+		for now := int64(noon); len(got) <= test.whole; now += test.step.Milliseconds() {
+			from, to := per.window(now)
+			last = from
+			for range 3 {
+				h, refused := l.try(s, chatAsk(1, 1), now)
+				if refused == nil {
+					got[from]++
+					h.settle(now, spending{counted: true}, func() {})
+				} else if refused.wait != to-now {
+					t.Fatalf("%s: told to wait %d ms, %d before the edge", test.per, refused.wait, to-now)
+				}
+			}
+		}
+		for from, n := range got {
+			if from != last && n != 10 {
+				t.Errorf("%s from %s: %d calls", test.per, time.UnixMilli(from).UTC(), n)
+			}
+		}
+	}
+}
+
+// TestCallsOutliveTheirToken (LI11): what a call used is put down to its token
+// and project also when both ended while it ran.
+func TestCallsOutliveTheirToken(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"limits":[{"count":"tokens","max":1000000,"per":"day"},{"count":"concurrent","max":100}]}}`, 200, nil)
+	p.provider.answer(endless)
+	const calls = 20
+	for range calls {
+		if _, err := p.stream(p.token, `"max_tokens":50`).read(1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 200, nil)
+	p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
+	rows := p.ledger()
+	if len(rows) != calls {
+		t.Fatalf("%d of %d calls are on record", len(rows), calls)
+	}
+	for _, row := range rows {
+		if row.TokenID != p.tokenID || row.InputTokens == 0 || row.Outcome != string(outcomeTruncated) {
+			t.Errorf("the ledger has %+v", row)
+		}
+	}
+	if l := &p.in.registry.liveToken(p.tokenID).project.limiter; l.running != nil || l.project.counters[1].held != 0 || l.project.counters[0].held != 0 {
+		t.Error("reservations are left behind")
 	}
 }

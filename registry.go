@@ -13,44 +13,6 @@ import (
 	"time"
 )
 
-// A liveToken is a token that has been used of late. Its state is swapped when
-// the row changes; its counter is the one truth in this process: loaded once,
-// then only added to, and the ledger adds the same to the row.
-type liveToken struct {
-	project  *liveProject
-	state    atomic.Pointer[tokenState]
-	used     atomic.Int64 // admitted calls over its life
-	lastUsed atomic.Int64 // unix milliseconds
-	refused  atomic.Int64 // when a refusal of it was last put on record
-	running  atomic.Int64 // calls that hold it; far below 0 once it was evicted
-	bodies   atomic.Int64 // bytes of request bodies held for it
-	limits   subject      // guarded by its project's limiter
-
-	mu     sync.Mutex
-	models map[string]struct{} // names that have sums of their own
-}
-
-// maxModelNames bounds the names under which one token's calls are summed while
-// it is live. Clients make up names; each would be rows that stay.
-const maxModelNames = 100
-
-// mayName reports whether a model's name may have sums of its own.
-func (t *liveToken) mayName(model string) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if _, ok := t.models[model]; ok {
-		return true
-	}
-	if len(t.models) >= maxModelNames {
-		return false
-	}
-	if t.models == nil {
-		t.models = map[string]struct{}{}
-	}
-	t.models[model] = struct{}{}
-	return true
-}
-
 // A projectState is what is known of a project at one version. It is immutable.
 type projectState struct {
 	seq       int64
@@ -386,52 +348,3 @@ func (g *registry) size() (tokens, projects int64) {
 	defer g.mu.RUnlock()
 	return int64(len(g.byID)), int64(len(g.projects))
 }
-
-// left is what running counts up from in a token that was evicted: never to 0.
-const left = -1 << 62
-
-// hold keeps the token from being evicted until release. It reports false when
-// it was already: a second live token may then stand for the same row, and two
-// counters would let one limit pass twice.
-func (t *liveToken) hold() bool { return t.running.Add(1) > 0 }
-
-func (t *liveToken) release(at time.Time) {
-	t.lastUsed.Store(at.UnixMilli())
-	t.running.Add(-1)
-}
-
-// leave reports whether the token may be dropped, and lets no call hold it any
-// more if so.
-func (t *liveToken) leave() bool { return t.running.CompareAndSwap(0, left) || t.running.Load() < 0 }
-
-// validity returns "" for a token that may be used now, or why not: expired,
-// revoked, idle_expired.
-func (t *liveToken) validity(st *tokenState, now int64) string {
-	switch {
-	case st.revoked:
-		return "revoked"
-	case st.expiresAt != 0 && now >= st.expiresAt:
-		return "expired"
-	case st.idleExpiry != 0 && t.running.Load() == 0 && now >= t.lastUsed.Load()+st.idleExpiry:
-		return "idle_expired"
-	}
-	return ""
-}
-
-// reserve takes one call from the token's lifetime count. The count never
-// passes the limit, under any parallelism: a call that finds it full takes
-// nothing.
-func (t *liveToken) reserve(limit int64) bool {
-	for {
-		n := t.used.Load()
-		if limit >= 0 && n >= limit {
-			return false
-		}
-		if t.used.CompareAndSwap(n, n+1) {
-			return true
-		}
-	}
-}
-
-// refund gives a reserved call back: for one that was never forwarded.
-func (t *liveToken) refund() { t.used.Add(-1) }

@@ -328,7 +328,8 @@ func newBufferPool(size int) *bufferPool {
 	return &bufferPool{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
 }
 
-func (p *bufferPool) Get() []byte  { return *p.pool.Get().(*[]byte) }
+func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
+
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
 // failures counts wrong management keys, by address and minute, in a fixed number
@@ -380,4 +381,40 @@ func (f *failures) add(address string, now time.Time) {
 		s.count, s.until = 0, now.Add(failureWindow)
 	}
 	s.count++
+}
+
+// handleMetrics is open: it stands on METRICS_ADDR.
+func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
+	s.showing.Lock() // one at a time: a page takes memory
+	defer s.showing.Unlock()
+	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
+	defer cancel()
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	_, _ = w.Write(s.metricsPage(ctx))
+}
+
+// handleKeyedMetrics asks for a management key first, of any role.
+func (s *server) handleKeyedMetrics(w http.ResponseWriter, r *http.Request) {
+	if _, err := s.authenticateManager(w, r); err != nil {
+		s.writeManageError(w, r, err)
+		return
+	}
+	s.handleMetrics(w, r)
+}
+
+// metricsServer is for a listener of its own, METRICS_ADDR: who reaches that
+// needs no key. It knows one URL.
+func (s *server) metricsServer() *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", s.handleMetrics)
+	return &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ConnState:         closeBeyond(64, nil),
+		ErrorLog:          s.quietLog,
+	}
 }

@@ -4,6 +4,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"slices"
@@ -161,4 +162,107 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 		}
 	}
 	return out[:min(len(out), f.limit)], nil
+}
+
+const contentStatement = `
+	INSERT INTO contents (id, project, until, request, request_bytes, answer, answer_bytes) VALUES (?, ?, ?, ?, ?, ?, ?)
+	ON CONFLICT DO NOTHING`
+
+// contentByID returns what is kept of a call at now, or errNotFound.
+func (s *store) contentByID(ctx context.Context, id, now int64) (*contentRow, error) {
+	c := &contentRow{id: id}
+	err := s.read.QueryRowContext(ctx, `
+		SELECT project, until, request, request_bytes, answer, answer_bytes FROM contents WHERE id = ? AND until > ?`, id, now).
+		Scan(&c.project, &c.until, &c.request, &c.requestBytes, &c.answer, &c.answerBytes)
+	if err != nil {
+		return nil, found(err)
+	}
+	return c, nil
+}
+
+// contentUntil returns until when content of a call is kept, 0 if none is.
+func (s *store) contentUntil(ctx context.Context, id int64) (until int64, err error) {
+	err = s.read.QueryRowContext(ctx, `SELECT until FROM contents WHERE id = ?`, id).Scan(&until)
+	if err = found(err); errors.Is(err, errNotFound) {
+		return 0, nil
+	}
+	return until, err
+}
+
+// forgetContents deletes up to limit contents that are kept until now or less,
+// and returns how many.
+func (s *store) forgetContents(ctx context.Context, now int64, limit int) (int64, error) {
+	return s.dropContents(ctx, `
+		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE until <= ? ORDER BY until LIMIT ?)`, now, limit)
+}
+
+// dropOldContents deletes up to limit contents, of the oldest calls first.
+func (s *store) dropOldContents(ctx context.Context, limit int) (int64, error) {
+	return s.dropContents(ctx, `
+		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > ? ORDER BY id LIMIT ?)`, 0, limit)
+}
+
+// dropProjectContents deletes up to limit contents of a project.
+func (s *store) dropProjectContents(ctx context.Context, project int64, limit int) (int64, error) {
+	return s.dropContents(ctx, `
+		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE project = ? ORDER BY id LIMIT ?)`, project, limit)
+}
+
+func (s *store) dropContents(ctx context.Context, text string, of int64, limit int) (int64, error) {
+	res, err := s.write.ExecContext(ctx, text, of, limit)
+	if err != nil {
+		return 0, fmt.Errorf("deleting contents: %w", err)
+	}
+	return res.RowsAffected()
+}
+
+// allHealth returns the health of every upstream in use that is not well.
+func (s *store) allHealth(ctx context.Context) ([]healthRow, error) {
+	rows, err := s.read.QueryContext(ctx, `
+		SELECT h.upstream, u.id, h.state, h.until, h.strikes, h.reason, h.changed_at
+		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream WHERE u.deleted_at IS NULL LIMIT 100000`)
+	if err != nil {
+		return nil, fmt.Errorf("reading the health of upstreams: %w", err)
+	}
+	defer rows.Close()
+	var out []healthRow
+	for rows.Next() {
+		var r healthRow
+		var state string
+		if err := rows.Scan(&r.upstream, &r.id, &state, &r.until, &r.strikes, &r.reason, &r.changedAt); err != nil {
+			return nil, fmt.Errorf("reading the health of upstreams: %w", err)
+		}
+		for i, name := range keyStateNames() {
+			if name == state {
+				r.state = keyState(i)
+			}
+		}
+		out = append(out, r)
+	}
+	return out, rows.Err()
+}
+
+// setHealth stores a key's health; a ready one's row goes. What is serious, or
+// no longer is, goes into the audit trail with it: told is what that has.
+func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, told keyState) error {
+	if !r.state.serious() && !told.serious() || r.state == told {
+		return s.tx(ctx, func(tx *sql.Tx) error { return writeHealth(ctx, tx, r) })
+	}
+	detail := []fact{{"state", [2]string{told.String(), r.state.String()}}, {"reason", r.reason}}
+	return s.change(ctx, origin{actor: actorSystem, at: now}, func(tx *sql.Tx) (act, error) {
+		return act{"upstream.health", r.id, detail}, writeHealth(ctx, tx, r)
+	})
+}
+
+func writeHealth(ctx context.Context, tx *sql.Tx, r *healthRow) error {
+	if r.state == keyReady {
+		_, err := tx.ExecContext(ctx, `DELETE FROM upstream_health WHERE upstream = ?`, r.upstream)
+		return err
+	}
+	_, err := tx.ExecContext(ctx, `
+		INSERT INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT (upstream) DO UPDATE SET state = excluded.state, until = excluded.until, strikes = excluded.strikes,
+			reason = excluded.reason, changed_at = excluded.changed_at`,
+		r.upstream, r.state.String(), r.until, r.strikes, r.reason, r.changedAt)
+	return err
 }

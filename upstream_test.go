@@ -1,79 +1,872 @@
-// Tests of the choice among a project's upstreams.
+// Where the proxy connects to: the places that its admins name, as far as those
+// are allowed, and never where a client, a provider or a name server would
+// rather have it.
 package main
 
-import "testing"
+import (
+	"bytes"
+	"crypto/tls"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
 
-// testPool is a project with these upstreams, all well.
-func testPool(list ...*upstream) *projectState {
-	book := newHealthBook()
-	for i, u := range list {
-		u.health, u.budget = book.of(int64(i+1), u.id), book.budget(u.host)
+// TestBaseURLs: which base URLs are taken with and without private ones
+// allowed. (0: never, 1: where private ones are allowed, 2: always.)
+func TestBaseURLs(t *testing.T) {
+	t.Parallel()
+	const never, private, always = 0, 1, 2
+	for text, want := range map[string]int{
+		"https://api.openai.com":                  always,
+		"https://api.openai.com/v1":               always,
+		"https://api.openai.com:443/v1/":          always,
+		"HTTPS://API.OpenAI.com/v1":               always,
+		"https://8.8.8.8":                         always,
+		"https://[2001:4860:4860::8888]:8443":     always,
+		"https://x.openai.azure.com/openai/v1":    always,
+		"https://xn--bcher-kva.example":           always,
+		"https://host:22":                         always, // the port is the admin's choice
+		"http://api.openai.com":                   private,
+		"http://127.0.0.1:8000":                   private,
+		"https://127.0.0.1":                       private,
+		"https://127.255.255.254":                 private,
+		"https://10.1.2.3":                        private,
+		"https://172.16.0.1":                      private,
+		"https://192.168.1.1":                     private,
+		"https://100.64.0.1":                      private,
+		"https://[::1]":                           private,
+		"https://[fd12:3456::1]":                  private,
+		"https://[::ffff:127.0.0.1]":              private,
+		"https://[::ffff:10.0.0.1]":               private,
+		"https://[64:ff9b::7f00:1]":               private,
+		"https://localhost":                       private,
+		"https://LOCALHOST:8443":                  private,
+		"https://a.localhost":                     private,
+		"https://127.1":                           never,
+		"https://2130706433":                      never,
+		"https://0x7f000001":                      never,
+		"https://0x7f.1":                          never,
+		"https://017700000001":                    never,
+		"https://0177.0.0.1":                      never,
+		"https://127.0.0.01":                      never,
+		"https://1.2.3":                           never,
+		"https://1.2.3.4.":                        never,
+		"https://0.0.0.0":                         never,
+		"https://0":                               never,
+		"https://0.1.2.3":                         never,
+		"https://[::]":                            never,
+		"https://169.254.169.254":                 never,
+		"https://169.254.1.1":                     never,
+		"https://[::ffff:169.254.169.254]":        never,
+		"https://[::ffff:a9fe:a9fe]":              never,
+		"https://[64:ff9b::a9fe:a9fe]":            never,
+		"https://[64:ff9b::169.254.169.254]":      never,
+		"https://[64:ff9b:1::a9fe:a9fe]":          never,
+		"https://[2002:a9fe:a9fe::1]":             never,
+		"https://[2001::a9fe:a9fe]":               never,
+		"https://[fd00:ec2::254]":                 never,
+		"https://[fe80::1]":                       never,
+		"https://[fe80::1%25eth0]":                never,
+		"https://[ff02::1]":                       never,
+		"https://224.0.0.1":                       never,
+		"https://255.255.255.255":                 never,
+		"https://100.100.100.200":                 never,
+		"https://168.63.129.16":                   never,
+		"https://metadata":                        never,
+		"https://metadata.google.internal":        never,
+		"https://METADATA.google.internal":        never,
+		"https://a.metadata.google.internal":      never,
+		"https://metadata.google.internal.":       never,
+		"https://localhost.":                      never,
+		"https://api.openai.com.":                 never,
+		"https://bücher.example":                  never,
+		"https://127。0。0。1":                       never,
+		"https://①②⑦.⓪.⓪.①":                       never,
+		"https://%31%32%37.0.0.1":                 never,
+		"https://a%2eb":                           never,
+		"https://a b":                             never,
+		"https://a..b":                            never,
+		"https://user@api.openai.com":             never,
+		"https://user:pw@api.openai.com":          never,
+		"https://api.openai.com@169.254.169.254":  never,
+		"https://api.openai.com?key=x":            never,
+		"https://api.openai.com/v1?":              never,
+		"https://api.openai.com/v1#x":             never,
+		"https://api.openai.com#":                 never,
+		"https://api.openai.com/../x":             never,
+		"https://api.openai.com/v1/..":            never,
+		"https://api.openai.com/%2e%2e/x":         never,
+		"https://api.openai.com//x":               never,
+		`https://api.openai.com\@evil`:            never,
+		"https://api.openai.com/a\\b":             never,
+		"https://api.openai.com/a;b":              never,
+		"https://api.openai.com:0":                never,
+		"https://api.openai.com:":                 never,
+		"https://api.openai.com:65536":            never,
+		"https://api.openai.com:99999999":         never,
+		"https://api.openai.com:-1":               never,
+		"https://api.openai.com:x":                never,
+		"https://":                                never,
+		"https:///v1":                             never,
+		"https:api.openai.com":                    never,
+		"//api.openai.com":                        never,
+		"api.openai.com":                          never,
+		"":                                        never,
+		"file:///etc/passwd":                      never,
+		"gopher://127.0.0.1":                      never,
+		"unix:///var/run/docker.sock":             never,
+		"ftp://api.openai.com":                    never,
+		"javascript:alert(1)":                     never,
+		"https://a\r\nHost: evil":                 never,
+		"https://a\x00b":                          never,
+		"https://" + strings.Repeat("a", 254):     never,
+		"https://a/" + strings.Repeat("b/", 1000): never,
+	} {
+		_, errPrivate := parseBaseURL(text, true)
+		_, errPublic := parseBaseURL(text, false)
+		got := never
+		if errPrivate == nil {
+			got = private
+		}
+		if errPublic == nil {
+			got = always
+		}
+		if got != want || errPublic == nil && errPrivate != nil {
+			t.Errorf("%.60q: got %d, want %d (%v; %v)", text, got, want, errPublic, errPrivate)
+		}
+		if errPublic != nil && strings.Contains(errPublic.Error(), "@") {
+			t.Errorf("%.60q: the error repeats user name or password: %v", text, errPublic)
+		}
 	}
-	return &projectState{upstreams: list}
+	p := newTest(t, map[string]string{"ALLOW_PRIVATE_UPSTREAMS": "true"})
+	for _, text := range []string{"http://169.254.169.254/latest/meta-data", "https://user:pw@h/", "https://h/?key=x", "http://[::ffff:169.254.169.254]:80"} {
+		body := fmt.Sprintf(`{"name":"x","openai_api_key":"sk-0123456789","base_url":%q}`, text)
+		a := p.manageAs(p.adminKey, "POST", "/manage/projects", body)
+		if a.status != 400 || !strings.Contains(a.body, "base_url") || strings.Contains(a.body, "pw") {
+			t.Errorf("%s: got %d %s", text, a.status, a.body)
+		}
+	}
 }
 
-// TestUpstreamShares: calls go to the first priority that serves them, in shares
-// by weight; weight 0 gets none. What is not well is passed over, one that is
-// well again gets its share.
-func TestUpstreamShares(t *testing.T) {
+// TestDialChecksTheAddress: the rule holds for the address that is connected
+// to, after names were resolved: one that resolves otherwise by then gains
+// nothing.
+func TestDialChecksTheAddress(t *testing.T) {
 	t.Parallel()
-	p := testPool(
-		&upstream{id: "a", provider: providerOpenAI, weight: 1}, &upstream{id: "claude", provider: providerAnthropic, weight: 9},
-		&upstream{id: "b", provider: providerCompatible, weight: 3, models: []string{"gpt*"}}, &upstream{id: "out", provider: providerOpenAI, weight: 0},
-		&upstream{id: "c", provider: providerOpenAI, weight: 6, models: []string{"o*"}},
-		&upstream{id: "d", provider: providerOpenAI, weight: 1, models: []string{"o*"}},
-		&upstream{id: "e", provider: providerOpenAI, weight: 2, models: []string{"o*"}},
-		&upstream{id: "spare", provider: providerOpenAI, weight: 5, priority: 1},
-		&upstream{id: "last", provider: providerOpenAI, weight: 5, priority: 2},
-	)
-	health := map[string]*keyHealth{}
-	for _, u := range p.upstreams {
-		health[u.id] = u.health
-	}
-	const now, calls = 1_000_000, 40_000
-	for _, c := range []struct {
-		name, model string
-		do          func()
-		now         int64
-		want        map[string]float64
-	}{
-		{"weights", "gpt-4o", nil, now, map[string]float64{"a": 0.25, "b": 0.75}},
-		{"only one serves", "llama", nil, now, map[string]float64{"a": 1}},
-		{"of four", "o3", nil, now, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
-		{"one is cooling", "o3", func() { health["c"].limited(now, now, 20_000, "") }, now + 1, map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
-		{"it has cooled", "o3", nil, now + 20_000, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
-		{"two are dead", "o3", func() {
-			health["a"].fault(now+20_001, now+20_000, true, "")
-			health["c"].quarantined(now+20_001, now+20_000, "")
-		}, now + 20_002, map[string]float64{"d": 0.33, "e": 0.67}},
-		{"a group is down", "gpt-4o", func() { health["b"].exhausted(now+20_001, now+20_000, "") }, now + 20_002, map[string]float64{"spare": 1}},
-		{"two groups are", "gpt-4o", func() { health["spare"].fault(now+20_001, now+20_000, true, "") }, now + 20_002, map[string]float64{"last": 1}},
-		{"all are: the least bad", "gpt-4o", func() { health["last"].limited(now+20_001, now+20_000, 5000, "") }, now + 20_002, map[string]float64{"last": 1}},
-		{"a probe goes out, once", "gpt-4o", nil, now + 20_001 + openLeast, map[string]float64{"last": 1}},
+	p := newTest(t, nil)
+	_, port, _ := strings.Cut(strings.TrimPrefix(p.provider.url, "http://"), ":")
+	for url, allowPrivate := range map[string]bool{
+		"http://localhost:" + port: false, // a name that resolves to a private address
+		"http://127.0.0.1:" + port: false, "http://[::1]:" + port: false, "http://[::ffff:127.0.0.1]:" + port: false,
+		"http://0.0.0.0:" + port: true, "http://[::]:" + port: true, "http://0:" + port: true,
+		"http://169.254.169.254": true, "http://[fe80::1%25lo]:" + port: true, "http://100.100.100.200": true, "http://[::ffff:169.254.169.254]": true,
 	} {
-		if c.do != nil {
-			c.do()
+		tr := newTransport(allowPrivate)
+		req, err := http.NewRequestWithContext(t.Context(), "GET", url, nil)
+		if err != nil {
+			t.Fatal(err)
 		}
-		got := map[string]int{}
-		for range calls {
-			got[p.pick(&wish{api: apiOpenAI, model: c.model, now: c.now}).id]++
+		res, err := tr.RoundTrip(req)
+		if err == nil {
+			res.Body.Close()
 		}
-		if c.name == "a probe goes out, once" { // one to each that is due, and all others to the least bad
-			if got["a"] != 1 || got["spare"] != 1 {
-				t.Errorf("%s: %v", c.name, got)
+		if !errors.Is(err, errForbiddenAddress) && !(url == "http://0:"+port && err != nil) { // not every resolver knows "0"
+			t.Errorf("%s: got %v", url, err)
+		}
+		tr.CloseIdleConnections()
+	}
+	if tr := newTransport(true); tr.Proxy != nil {
+		t.Error("the transport would send calls, and keys, through a proxy that the environment names")
+	}
+	// The same through the whole way of a call: the base URL was fine when it was
+	// stored.
+	p.newUpstream("http://localhost:" + port)
+	p.in.transport.CloseIdleConnections()
+	p.in.transport.DialContext = newTransport(false).DialContext
+	a := p.chat()
+	p.refused("forbidden when dialled", a, 502, "upstream_unreachable")
+	p.tellsNothing("forbidden when dialled", a)
+	if row := p.lastCall(); row.Outcome != "upstream_error" {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestPrivateUpstreamTurnedOff: what was stored while private base URLs were
+// allowed is not called once they are not.
+func TestPrivateUpstreamTurnedOff(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.env["ALLOW_PRIVATE_UPSTREAMS"] = "false"
+	p.env["OPENAI_API_URL"] = ""
+	p.start()
+	p.refused("a private base URL", p.chat(), 503, "upstream_key_unreadable")
+}
+
+// TestClientChoosesNoPlace: nothing in a client's body or headers is where the
+// proxy connects to.
+func TestClientChoosesNoPlace(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	other := newFakeProvider(t)
+	for _, name := range []string{"api_base", "base_url", "url", "endpoint", "host", "proxy", "api_key", "organization", "provider", "custom_llm_provider", "model_list"} {
+		if a := p.chat(fmt.Sprintf(`%q:%q`, name, other.url)); a.status != 200 {
+			t.Errorf("%s: got %d", name, a.status)
+		}
+	}
+	for _, name := range []string{"X-Base-Url", "X-Portkey-Custom-Host", "X-Portkey-Provider", "X-Api-Base", "X-Forwarded-Host", "X-Host", "X-Original-Url", "Forwarded", "Helicone-Target-Url", "OpenAI-Base-Url", "Referer"} {
+		if a := p.call("Authorization", "Bearer "+p.token, name, other.url); a.status != 200 {
+			t.Errorf("%s: got %d", name, a.status)
+		}
+	}
+	if len(other.got()) > 0 || len(p.provider.got()) != 22 {
+		t.Errorf("the other place got %d calls, the provider %d", len(other.got()), len(p.provider.got()))
+	}
+}
+
+// FuzzBaseURL: what is taken is where its text says, and is allowed there.
+func FuzzBaseURL(f *testing.F) {
+	for _, s := range []string{"https://api.openai.com/v1", "http://[::ffff:a9fe:a9fe]:80/", "https://0x7f.1", "https://a:443//", "https://u@h", "https://[64:ff9b::7f00:1]/%2e"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		u, err := parseBaseURL(text, false)
+		if err != nil {
+			return
+		}
+		if u.Scheme != "https" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path == "" || strings.HasSuffix(u.Path, "/") || u.Host != strings.ToLower(u.Host) {
+			t.Fatalf("%q became %q", text, u)
+		}
+		if addr, err := netip.ParseAddr(u.Hostname()); err == nil && checkAddress(addr, false) != nil {
+			t.Fatalf("%q names %s", text, addr)
+		}
+		again, err := parseBaseURL(u.String(), false)
+		if err != nil || again.String() != u.String() {
+			t.Fatalf("%q became %q, then %q, %v", text, u, again, err)
+		}
+		if _, err := parseBaseURL(text, true); err != nil {
+			t.Fatalf("%q is taken only where private places are not allowed: %v", text, err)
+		}
+	})
+}
+
+// TestEchoedKeyMasked: whatever a provider sends of its key, in body, headers
+// or reason phrase, does not reach the client, nor the log.
+func TestEchoedKeyMasked(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true // each is noted as one
+	key, stars := p.provider.key, strings.Repeat("*", len(p.provider.key))
+	for _, status := range []int{200, 400, 404, 429, 500, 503} {
+		p.provider.answer(func(c *providerConn, r recorded) bool {
+			body := `{"error":{"message":"Bad key: ` + r.header.Get("Authorization") + `, that is ` + key + key + `"}}`
+			fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nX-Request-Id: %s\r\nOpenAI-Version: a%sb\r\nX-Echo: %s\r\nRetry-After: %s\r\nContent-Length: %d\r\n\r\n%s",
+				status, key, key, key, key, key, len(body), body)
+			return true
+		})
+		a := p.chat()
+		want := `{"error":{"message":"Bad key: Bearer ` + stars + `, that is ` + stars + stars + `"}}`
+		if a.status != status || a.body != want {
+			t.Errorf("%d: got %d %s", status, a.status, a.body)
+		}
+		if a.header.Get("Openai-Version") != "" || a.header.Get("Retry-After") != "" || !strings.HasPrefix(a.header.Get("X-Request-Id"), "req_") {
+			t.Errorf("%d: headers %v", status, a.header)
+		}
+	}
+	if !bytes.Contains(p.log.bytes(), []byte("held its key")) {
+		t.Error("the log does not say that a provider echoes keys")
+	}
+}
+
+// TestRefusedKeyIsOurTrouble: a provider's 401 or 403 is not the client's, and
+// its text, which may quote a part of the key, stays here.
+func TestRefusedKeyIsOurTrouble(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	part := p.provider.key[:20]
+	for _, status := range []int{401, 403} {
+		for _, stream := range []string{`"x":0`, `"stream":true`} {
+			p.provider.answer(func(c *providerConn, _ recorded) bool {
+				return c.reply(status, `{"error":{"message":"Incorrect API key provided: `+part+`"}}`, "X-Request-Id: "+part, "WWW-Authenticate: Bearer "+part)
+			})
+			a := p.chat(stream)
+			if a.status != 502 || a.code() != "upstream_auth_error" || a.header.Get("X-Should-Retry") != "false" {
+				t.Errorf("%d: got %d %s %v", status, a.status, a.body, a.header)
+			}
+			if all := fmt.Sprint(a.header, a.body); strings.Contains(all, part[:12]) || a.header.Get("WWW-Authenticate") != "" {
+				t.Errorf("%d: the answer has a part of the key: %s", status, all)
+			}
+		}
+	}
+	if bytes.Contains(p.log.bytes(), []byte(part)) {
+		t.Error("the log has a part of the key")
+	}
+}
+
+// TestEchoedKeyInStream: also where the key is cut in two by events, chunks and
+// packets.
+func TestEchoedKeyInStream(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	key := p.provider.key
+	event := `data: {"choices":[{"delta":{"content":"` + key + `"}}]}` + "\n\n"
+	want := strings.ReplaceAll(event, key, strings.Repeat("*", len(key))) + ": " + key[:14] + "\n\ndata: [DONE]\n\n"
+	whole := event + ": " + key[:14] + "\n\ndata: [DONE]\n\n"
+	at := strings.Index(event, key)
+	for _, cut := range []int{at, at + 1, at + 7, at + len(key)/2, at + len(key) - 1, at + len(key), len(event) + 5, -1} {
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			c.sse("X-Request-Id: " + key)
+			if cut < 0 { // byte by byte
+				for i := range len(whole) {
+					if c.chunk(whole[i:i+1]) != nil {
+						return false
+					}
+				}
+				return c.chunk("") == nil
+			}
+			_ = c.chunk(whole[:cut])
+			_ = c.chunk(whole[cut:])
+			return c.chunk("") == nil
+		})
+		if a := p.chat(`"stream":true`, `"stream_options":{"include_usage":true}`); a.body != want || a.err != nil {
+			t.Errorf("cut at %d: got %q, %v", cut, strings.ReplaceAll(a.body, key, "KEY"), a.err)
+		}
+	}
+	// What looks like the beginning of the key at the very end is no key.
+	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, `{"x":"`+key[:14]) })
+	if a := p.chat(); a.body != `{"x":"`+key[:14] {
+		t.Errorf("got %q, %v", a.body, a.err)
+	}
+}
+
+// TestBrokenProviderSaysNothing: however a provider fails, the client learns no
+// address, no certificate, and nothing of what the provider sent.
+func TestBrokenProviderSaysNothing(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	key := p.provider.key
+	for name, script := range map[string]func(c *providerConn, r recorded) bool{
+		"no http":    func(c *providerConn, _ recorded) bool { fmt.Fprintf(c, "SSH-2.0 %s\r\n\r\n", key); return false },
+		"bad status": func(c *providerConn, _ recorded) bool { fmt.Fprintf(c, "HTTP/1.1 2x0 %s\r\n\r\n", key); return false },
+		"bad header": func(c *providerConn, _ recorded) bool {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", key)
+			return false
+		},
+		"bad header name": func(c *providerConn, _ recorded) bool {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n %s: x\r\n\r\n", key)
+			return false
+		},
+		"bad length": func(c *providerConn, _ recorded) bool {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", key)
+			return false
+		},
+		"two lengths": func(c *providerConn, _ recorded) bool {
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab")
+			return false
+		},
+		"unknown transfer": func(c *providerConn, _ recorded) bool {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n", key)
+			return false
+		},
+		"endless headers": func(c *providerConn, _ recorded) bool {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nX: %s\r\n\r\n", strings.Repeat(key, 4000))
+			return false
+		},
+		"closes": func(*providerConn, recorded) bool { return false },
+		"resets": func(c *providerConn, _ recorded) bool { return c.reset() },
+	} {
+		p.provider.answer(script)
+		a := p.chat()
+		if a.status != 502 || a.err != nil {
+			t.Errorf("%s: got %d %s %v", name, a.status, a.body, a.err)
+		}
+		p.tellsNothing(name, a)
+	}
+}
+
+// tellsNothing looks for traces of the network in an error.
+func (p *testProxy) tellsNothing(what string, a answer) {
+	p.t.Helper()
+	text := strings.ToLower(fmt.Sprint(a.body, a.header))
+	for _, s := range []string{"127.0.0.1", "localhost", strings.TrimPrefix(p.provider.url, "http://127.0.0.1"), "dial", "tcp", "x509", "certificate", "tls", "http/1.x", "eof", "connection re", "goroutine", "malformed"} {
+		if strings.Contains(text, s) {
+			p.t.Errorf("%s: the answer tells %q: %s", what, s, text)
+		}
+	}
+}
+
+// newUpstream makes the test's project use another base URL, with a key of its own.
+func (p *testProxy) newUpstream(baseURL string) (key string) {
+	p.t.Helper()
+	key = "sk-other-" + randomBase62(40)
+	p.secrets = append(p.secrets, key)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, fmt.Sprintf(`{"base_url":%q,"api_key":%q}`, baseURL, key), 200, nil)
+	return key
+}
+
+// TestUnreachableProvider: refused, no TLS where it should be, a certificate
+// that nobody trusts. The last must not even get the request.
+func TestUnreachableProvider(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	var served atomic.Int64
+	untrusted := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served.Add(1) }))
+	untrusted.Config.ErrorLog = quietLogger(newLogger(io.Discard, 0, true))
+	untrusted.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
+	untrusted.StartTLS()
+	defer untrusted.Close()
+	for name, base := range map[string]string{
+		"refused":           "http://" + closed.Addr().String(),
+		"refused, https":    "https://" + closed.Addr().String(),
+		"no TLS there":      "https" + strings.TrimPrefix(p.provider.url, "http"),
+		"self-signed":       untrusted.URL,
+		"a name not there":  "https://provider.invalid",
+		"TLS not asked for": "http" + strings.TrimPrefix(untrusted.URL, "https"),
+	} {
+		p.newUpstream(base)
+		a := p.chat()
+		if name == "TLS not asked for" { // Go's server explains itself in plain HTTP: a 400
+			if a.status != 400 {
+				t.Errorf("%s: %d", name, a.status)
 			}
 			continue
 		}
-		if len(got) != len(c.want) {
-			t.Errorf("%s: %v", c.name, got)
+		if a.status != 502 || a.code() != "upstream_unreachable" {
+			t.Errorf("%s: got %d %s", name, a.status, a.body)
 		}
-		for id, share := range c.want { // ±2 % of the calls is 8 standard deviations and more
-			if d := float64(got[id])/calls - share; d > 0.02 || d < -0.02 {
-				t.Errorf("%s: %s got %d of %d calls, want a share of %.2f", c.name, id, got[id], calls, share)
-			}
+		p.tellsNothing(name, a)
+	}
+	if served.Load() > 0 || len(p.provider.got()) > 0 {
+		t.Error("a request went out without a trusted certificate")
+	}
+}
+
+// TestProviderKeyNeverShown: /manage tells four characters of a long key and
+// nothing of a short one, and takes no masked one.
+func TestProviderKeyNeverShown(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	at := "/manage/projects/" + p.project + "/upstreams/" + p.upstream
+	var v struct {
+		KeyHint string `json:"key_hint"`
+	}
+	p.manage("GET", at, "", 200, &v)
+	if v.KeyHint != p.provider.key[len(p.provider.key)-4:] {
+		t.Errorf("the hint is %q", v.KeyHint)
+	}
+	for _, masked := range []string{"sk-…" + v.KeyHint, "****" + v.KeyHint, "sk-..." + v.KeyHint, v.KeyHint, "", "[secret]\n", "a key with spaces", "schlüssel-schlüssel"} {
+		body, _ := json.Marshal(map[string]string{"api_key": masked})
+		if a := p.manageAs(p.adminKey, "PATCH", at, string(body)); a.status != 400 || strings.Contains(a.body, masked) && len(masked) > 4 {
+			t.Errorf("%q: %d %s", masked, a.status, a.body)
 		}
 	}
-	if u := testPool(p.upstreams[3]).pick(&wish{api: apiOpenAI}); u != nil {
-		t.Errorf("weight 0: %s was chosen", u.id)
+	if a := p.chat(); a.status != 200 || p.provider.last(t).header.Get("Authorization") != "Bearer "+p.provider.key {
+		t.Errorf("the stored key is not in use any more: %d %s", a.status, a.body)
+	}
+	const short = "Zk39xPqL07"
+	p.secrets = append(p.secrets, short)
+	p.manage("PATCH", at, `{"api_key":"`+short+`"}`, 200, &v)
+	if v.KeyHint != "" {
+		t.Errorf("the hint of a short key is %q", v.KeyHint)
+	}
+	for _, path := range []string{at, "/manage/projects/" + p.project, "/manage/projects", "/manage/projects/" + p.project + "/upstreams"} {
+		a := p.manageAs(p.adminKey, "GET", path, "")
+		if strings.Contains(a.body, "sealed") || strings.Contains(a.body, `"api_key"`) || strings.Contains(a.body, "openai_api_key") {
+			t.Errorf("%s: %s", path, a.body)
+		}
+	}
+	for _, path := range []string{"/debug/pprof/", "/debug/vars", "/metrics", "/manage/config", "/version", "/.env", "/data/llm-proxy.db"} {
+		if a := p.do("GET", path, ""); a.status < 400 {
+			t.Errorf("%s: %d %s", path, a.status, a.body)
+		}
+	}
+}
+
+// TestKeyFollowsNoURL: who may edit a base URL cannot have the stored key sent
+// elsewhere: the new place needs the key anew.
+func TestKeyFollowsNoURL(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	thief := newFakeProvider(t)
+	at := "/manage/projects/" + p.project + "/upstreams/" + p.upstream
+	for _, body := range []string{
+		`{"base_url":"` + thief.url + `"}`, `{"base_url":"` + thief.url + `","api_key":null}`, `{"base_url":"` + thief.url + `","api_key":""}`,
+		`{"base_url":"` + p.provider.url + `/other"}`, `{"base_url":"http://user@` + strings.TrimPrefix(p.provider.url, "http://") + `"}`, `{"base_url":null}`,
+		`{"provider":"anthropic"}`,
+	} {
+		if a := p.manageAs(p.adminKey, "PATCH", at, body); a.status != 400 {
+			t.Errorf("%s: %d %s", body, a.status, a.body)
+		}
+	}
+	if a := p.chat(); a.status != 200 || len(thief.got()) > 0 {
+		t.Fatalf("got %d; the other place got %d requests", a.status, len(thief.got()))
+	}
+	key := p.newUpstream(thief.url)
+	if a := p.chat(); a.status != 200 || thief.last(t).header.Get("Authorization") != "Bearer "+key || strings.Contains(thief.last(t).head, p.provider.key) {
+		t.Errorf("with a new key: %d %s", a.status, a.body)
+	}
+}
+
+// TestEditedDatabase: whoever can write to the database cannot make the proxy
+// use a key for another row or place, nor take one in clear.
+func TestEditedDatabase(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	thief := newFakeProvider(t)
+	var other struct {
+		ID        string
+		Upstreams []struct{ ID string }
+	}
+	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"other","openai_api_key":%q,"base_url":%q}`, thief.key, thief.url), 201, &other)
+	p.secrets = append(p.secrets, thief.key)
+	from := other.Upstreams[0].ID
+	for _, c := range []struct {
+		name, set string
+		args      []any
+	}{
+		{"another project's key", "sealed_key = (SELECT sealed_key FROM upstreams WHERE id = ?)", []any{from}},
+		{"in clear", "sealed_key = ?", []any{[]byte("sk-clear-text-key-0123456789")}},
+		{"empty", "sealed_key = ?", []any{[]byte{}}},
+		{"one byte", "sealed_key = CAST(substr(sealed_key, 1, 30) || x'00' || substr(sealed_key, 32) AS BLOB)", nil},
+		{"without its version", "sealed_key = substr(sealed_key, 2)", nil},
+		{"another version", "sealed_key = CAST(x'00' || substr(sealed_key, 2) AS BLOB)", nil},
+		{"cut", "sealed_key = substr(sealed_key, 1, 21)", nil},
+		{"another host", "base_url = ?", []any{thief.url + "/v1"}},
+		{"another scheme", "base_url = replace(base_url, 'http:', 'https:')", nil},
+		{"another id", "id = ?", []any{"up_0000000000000000"}},
+		{"another project", "project = (SELECT seq FROM projects WHERE id = ?)", []any{other.ID}},
+	} {
+		var sealed []byte
+		var base string
+		row := p.in.store.write.QueryRow("SELECT sealed_key, base_url FROM upstreams WHERE id = ?", p.upstream)
+		if err := row.Scan(&sealed, &base); err != nil {
+			t.Fatal(err)
+		}
+		p.edit("UPDATE upstreams SET "+c.set+" WHERE id = ?", append(c.args, p.upstream)...)
+		a := p.chat()
+		want := "upstream_key_unreadable"
+		if c.name == "another project" { // this one has none left, and the other two
+			if want = "no_upstream"; a.status != 404 || a.code() != want {
+				t.Errorf("%s: got %d %s", c.name, a.status, a.body)
+			}
+		} else if a.status != 503 || a.code() != want {
+			t.Errorf("%s: got %d %s", c.name, a.status, a.body)
+		}
+		p.edit("UPDATE upstreams SET id = ?, project = (SELECT seq FROM projects WHERE id = ?), sealed_key = ?, base_url = ? WHERE id IN (?, 'up_0000000000000000')",
+			p.upstream, p.project, sealed, base, p.upstream)
+	}
+	if len(p.provider.got())+len(thief.got()) > 0 {
+		t.Error("a provider was called")
+	}
+	if a := p.chat(); a.status != 200 {
+		t.Errorf("put right again: %d %s", a.status, a.body)
+	}
+}
+
+// edit changes the database behind the program's back, and starts it anew.
+func (p *testProxy) edit(query string, args ...any) {
+	p.t.Helper()
+	if _, err := p.in.store.write.Exec(query, args...); err != nil {
+		p.t.Fatal(err)
+	}
+	if err := p.stop(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.start()
+}
+
+// TestWrongEncryptionKey: the program does not start with another key, or with
+// none, and makes none where there are sealed keys.
+func TestWrongEncryptionKey(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(p.env["DATA_DIR"], keyName)
+	right, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func() error {
+		cfg, err := loadConfig(func(name string) string { return p.env[name] })
+		if err != nil {
+			return err
+		}
+		in, err := openInstance(t.Context(), cfg, newLogger(p.log, cfg.logLevel, false))
+		if err != nil {
+			return err
+		}
+		return errors.Join(errors.New("it opened"), in.close())
+	}
+	for _, key := range []string{newEncryptionKey()(), "", "not a key", strings.Repeat("ab", 32)} {
+		if err := os.WriteFile(file, []byte(key), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := open(); err == nil || !strings.Contains(err.Error(), "encryption key") || key != "" && strings.Contains(err.Error(), key) {
+			t.Errorf("with another key: %v", err)
+		}
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(); err == nil || !strings.Contains(err.Error(), "encryption key is missing") {
+		t.Errorf("without a key: %v", err)
+	}
+	if _, err := os.Stat(file); err == nil {
+		t.Error("a new key was made")
+	}
+	if err := os.WriteFile(file, right, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	if a := p.chat(); a.status != 200 {
+		t.Errorf("with the right key: %d %s", a.status, a.body)
+	}
+}
+
+// FuzzUnseal: only what seal made opens, and only in its own context.
+func FuzzUnseal(f *testing.F) {
+	sl, err := newSealer(bytes.Repeat([]byte{1, 2, 3, 4}, 8))
+	if err != nil {
+		f.Fatal(err)
+	}
+	// Sealed once, for good: each fuzzing process runs this anew, and must know
+	// the others' seed.
+	good, err := hex.DecodeString("017df8add5aae1f62b59fbc78bb02009590ac2d8e761d315f78141de5b7efed647336707ad57d7f6216a50f567c0755f")
+	if err != nil {
+		f.Fatal(err)
+	}
+	if _, err := sl.open(good, "here"); err != nil {
+		f.Fatalf("what was sealed before does not open: %v", err)
+	}
+	f.Add(good, "here")
+	f.Add(good, "there")
+	f.Add(good[1:], "here")
+	f.Add([]byte("sk-provider"), "here")
+	f.Add([]byte{}, "")
+	f.Fuzz(func(t *testing.T, sealed []byte, context string) {
+		value, err := sl.open(sealed, context)
+		if err != nil {
+			if value != nil || err != errUnseal {
+				t.Fatalf("got %v, %v", value, err)
+			}
+			return
+		}
+		if value() != "sk-provider" || context != "here" || !bytes.Equal(sealed, good) {
+			t.Fatalf("%x opened", sealed)
+		}
+	})
+}
+
+// TestRetryHint: what providers say about waiting is understood in all its
+// forms, and whatever they say is at most five minutes.
+func TestRetryHint(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for headers, want := range map[string]int64{
+		"":                                  0,
+		"Retry-After: 7":                    7_000,
+		"Retry-After: 0.25":                 250,
+		"Retry-After: 0":                    0,
+		"Retry-After: -5":                   0,
+		"Retry-After: soon":                 0,
+		"Retry-After: NaN":                  0,
+		"Retry-After: Inf":                  coolMost,
+		"Retry-After: 1000000000":           coolMost,
+		"Retry-After: 1e300":                coolMost,
+		"Retry-After: 99999999999999999999": coolMost,
+		"Retry-After: 6m0s":                 coolMost,
+		"Retry-After: 1m30s":                90_000,
+		"Retry-After: Tue, 24 Nov 2026 12:00:20 GMT":                         20_000,
+		"Retry-After: Tue, 24 Nov 2026 11:00:20 GMT":                         0,
+		"Retry-After: Fri, 24 Nov 2028 12:00:20 GMT":                         coolMost,
+		"Retry-After-Ms: 1500|Retry-After: 7":                                1_500,
+		"Retry-After-Ms: x|Retry-After: 7":                                   7_000,
+		"X-Ratelimit-Reset-Requests: 6m0s":                                   0, // whose count is not used up
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 12ms": 12,
+		"X-Ratelimit-Remaining-Tokens: 0|X-Ratelimit-Reset-Tokens: 6m0s":     coolMost,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 2s|X-Ratelimit-Remaining-Tokens: 9|X-Ratelimit-Reset-Tokens: 50s": 2_000,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: -1":                                                               0,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 45":                                                               45_000,
+		"Anthropic-Ratelimit-Tokens-Remaining: 0|Anthropic-Ratelimit-Tokens-Reset: 2026-11-24T12:00:30Z":                                 30_000,
+		fmt.Sprintf("X-Ratelimit-Reset: %d", now.Unix()+40):                                                                              40_000,
+		fmt.Sprintf("X-Ratelimit-Reset: %d", now.UnixMilli()+40):                                                                         40,
+	} {
+		get := func(name string) string {
+			for line := range strings.SplitSeq(headers, "|") {
+				if v, ok := strings.CutPrefix(line, name+": "); ok {
+					return v
+				}
+			}
+			return ""
+		}
+		if got := retryHint(get, now); got != want {
+			t.Errorf("%q: %d ms, want %d", headers, got, want)
+		}
+	}
+}
+
+// TestHealthThroughOutage: a key whose provider is down for a minute, with a call
+// each 100 ms, is asked a few times and has its calls again at the first probe
+// after, half a minute later at most.
+func TestHealthThroughOutage(t *testing.T) {
+	t.Parallel()
+	h := newHealthBook().of(1, "up_1")
+	asked, back := 0, int64(0)
+	const down = 60_000
+	for now := int64(1); now < 3*down && back == 0; now += 100 {
+		if !h.mayTry(now) || !h.take(now) {
+			continue
+		}
+		if h.mayTry(now) != (h.state == keyReady) {
+			t.Fatalf("at %d a second call may go there while the first probes it", now)
+		}
+		if now < down {
+			asked++
+			h.fault(now+1, now, false, "down")
+			continue
+		}
+		h.good(now+1, now, false)
+		back = now
+	}
+	if asked < faultsToOpen || asked > 10 {
+		t.Errorf("a provider that is down for a minute was asked %d times", asked)
+	}
+	if back == 0 || back > down+openMost+100 {
+		t.Errorf("the key has its calls again after %d ms", back)
+	}
+	if h.good(back+10, back+5, true); h.row(back+11).state != keyReady || h.strikes != 0 {
+		t.Errorf("after a good answer: %+v", h.row(back+11))
+	}
+}
+
+// TestHealthStates: what each kind of trouble makes of a key, and for how long.
+func TestHealthStates(t *testing.T) {
+	t.Parallel()
+	const day = 20_000 * dayMS
+	h, now := newHealthBook().of(1, "up_1"), int64(day+23*hourMS+30*60_000)
+	expect := func(what string, s keyState, pause int64) {
+		t.Helper()
+		r := h.row(now)
+		if until := now + pause; r.state != s || pause > 0 && r.until != until {
+			t.Errorf("%s: %v for %d ms, want %v for %d", what, r.state, r.until-now, s, pause)
+		}
+	}
+	pass := func(ms int64) { now += ms }
+	h.fault(now, now, false, "x")
+	h.fault(now, now, false, "x")
+	expect("two failures", keyReady, 0)
+	h.good(now, now, true)
+	h.fault(now, now, false, "x")
+	expect("an answer between", keyReady, 0)
+	h.good(now, now, false) // begun, not complete
+	h.fault(now, now, false, "x")
+	h.fault(now, now, false, "x")
+	expect("three in a row", keyOpen, openLeast)
+	h.good(now+1, now, true) // of a call that began before
+	expect("an old answer", keyOpen, openLeast)
+	pass(openLeast)
+	if !h.take(now) || h.take(now) || h.mayTry(now) {
+		t.Error("not one probe")
+	}
+	h.fault(now, now, false, "x")
+	expect("a probe that failed", keyOpen, 2*openLeast)
+	pass(2 * openLeast)
+	h.take(now)
+	h.release()
+	if !h.mayTry(now) {
+		t.Error("a probe that told nothing blocks the next")
+	}
+	h.limited(now, now, 7_000, "x")
+	expect("limited while it was open", keyCooling, 7_000)
+	h.limited(now, now-1, 20_000, "x")
+	expect("a longer wait", keyCooling, 20_000)
+	h.limited(now, now, 0, "x")
+	expect("a wait of nobody knows how long", keyCooling, 20_000)
+	h.exhausted(now, now+1, "x")
+	expect("exhausted: until the day begins", keyExhausted, day+dayMS-now)
+	h.fault(now, now+1, true, "x")
+	expect("lesser trouble", keyExhausted, day+dayMS-now)
+	pass(hourMS)
+	h.take(now)
+	h.exhausted(now, now, "x")
+	expect("again: an hour", keyExhausted, hourMS)
+	pass(1)
+	h.quarantined(now, now, "x")
+	expect("refused", keyQuarantined, quarantineMost)
+	pass(1)
+	h.good(now, now, false) // asked because none was well
+	expect("a good answer", keyReady, 0)
+	pass(1)
+	h.limited(now, now, 0, "x")
+	expect("limited", keyCooling, coolLeast)
+	pass(coolLeast)
+	expect("it has cooled", keyReady, 0)
+	h.take(now)
+	pass(1)
+	h.limited(now, now, 0, "x")
+	expect("limited again", keyCooling, 2*coolLeast)
+	pass(1)
+	h.usable(now, false)
+	if h.mayTry(now + 50*365*dayMS) {
+		t.Error("a key that does not open is tried")
+	}
+	h.usable(now, true)
+	expect("it opens", keyReady, 0)
+	pass(1)
+	h.quarantined(now, now, "x")
+	h.book.forget(1, now)
+	expect("an admin changed it", keyReady, 0)
+	h.quarantined(now+1, now-1, "x")
+	expect("an attempt with the key before", keyReady, 0)
+	pass(10)
+	h.book.forget(1, now)
+	h.quarantined(now+1, now-1, "x")
+	expect("an attempt with a key that was well before", keyReady, 0)
+}
+
+// TestRetryBudget: what is sent again is a fifth of the calls and one a second,
+// after a reserve.
+func TestRetryBudget(t *testing.T) {
+	t.Parallel()
+	b := newHealthBook().budget("host")
+	spent := func(calls int, from, ms int64) (n int) {
+		for i := range calls {
+			b.earn()
+			if b.spend(from + int64(i)*ms/int64(calls)) {
+				n++
+			}
+		}
+		return n
+	}
+	spent(1000, 1, 1000) // the reserve goes
+	if n := spent(10_000, 2_000, 10_000); n < 1990 || n > 2030 {
+		t.Errorf("%d of 10,000 calls in 10 s were sent again", n)
+	}
+	if n := spent(100, 13_000_000, 1); n != 50+20 && n != 50+19 && n != 50+18 {
+		t.Errorf("after a pause %d of 100 were sent again", n)
 	}
 }

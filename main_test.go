@@ -1,0 +1,897 @@
+// Tests of what begins and ends: tokens and projects that wither amid a call,
+// a server that drains, dies, comes back, or loses its database.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// endless is a provider that sends one event and no more.
+func endless(c *providerConn, _ recorded) bool {
+	c.sse()
+	_ = c.chunk(chatEvents(true)[1])
+	c.gone(20 * time.Second)
+	return false
+}
+
+// TestWitheringIsImmediate: what ends a token ends its running streams within a
+// second, visibly, and refuses the next call.
+func TestWitheringIsImmediate(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		method, path, body string
+		status             int // of the next call
+		code               string
+	}{
+		"revoked":             {"DELETE", "/manage/tokens/TOKEN", "", 401, "revoked"},
+		"all revoked":         {"POST", "/manage/projects/PROJECT/tokens/revoke", "", 401, "revoked"},
+		"project deactivated": {"PATCH", "/manage/projects/PROJECT", `{"is_active":false}`, 403, "project_inactive"},
+		"project deleted":     {"DELETE", "/manage/projects/PROJECT", "", 401, "revoked"},
+		"expired":             {"PATCH", "/manage/tokens/TOKEN", `{"expires_at":"SOON"}`, 401, "expired"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			cut := make(chan bool, 1)
+			p.provider.answer(func(c *providerConn, r recorded) bool {
+				if !strings.Contains(r.body, `"stream":true`) {
+					c.gone(20 * time.Second) // no answer
+					return false
+				}
+				c.sse()
+				_ = c.chunk(chatEvents(true)[1])
+				cut <- c.gone(20 * time.Second)
+				return false
+			})
+			s := p.stream(p.token)
+			if _, err := s.read(1); err != nil {
+				t.Fatal(err)
+			}
+			waiting := make(chan answer, 1)
+			go func() { waiting <- p.chat() }()
+			waitFor(t, "the second call", func() bool { return len(p.provider.got()) == 2 })
+
+			ends := time.Now().Add(200 * time.Millisecond)
+			replace := strings.NewReplacer("TOKEN", p.tokenID, "PROJECT", p.project, "SOON", ends.UTC().Format(time.RFC3339Nano))
+			p.manage(test.method, replace.Replace(test.path), replace.Replace(test.body), 200, nil)
+			if name != "expired" {
+				ends = time.Now()
+			}
+			if _, err := s.rest(); err == nil {
+				t.Error("the stream ended as if it were complete")
+			}
+			if !<-cut {
+				t.Error("the provider's call went on")
+			}
+			if res := <-waiting; res.status != test.status {
+				t.Errorf("a call without an answer yet: got %d %s", res.status, res.body)
+			}
+			if d := time.Since(ends); d > time.Second {
+				t.Errorf("the calls ended after %v", d)
+			}
+			if res := p.chat(); res.status != test.status {
+				t.Errorf("the next call: got %d %s", res.status, res.body)
+			}
+			rows := p.ledger()
+			if len(rows) != 3 || rows[0].Outcome != "truncated" || rows[1].Outcome != "truncated" || rows[2].Outcome != "refused" ||
+				rows[0].Status != 200 || rows[1].Status != test.status {
+				t.Errorf("the ledger has %+v", rows)
+			}
+			for i, row := range rows {
+				if want := test.code; row.ErrorCode != want || i < 2 && (row.UsageSource != "estimated" || row.InputTokens == 0) {
+					t.Errorf("row %d: the ledger has %+v", i, row)
+				}
+			}
+		})
+	}
+}
+
+// TestNoResurrection: a token or project that was just read for its first call
+// does not stay as it was when an admin changes it at that moment.
+func TestNoResurrection(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	for round := range 30 {
+		var project struct{ ID string }
+		p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"r%d","openai_api_key":%q}`, round, p.provider.key), 201, &project)
+		p.project = project.ID
+		id, token := p.newToken(`"name":"r"`)
+		var all sync.WaitGroup
+		for range 4 {
+			all.Go(func() { p.callFree(context.Background(), token, `"n":1`) })
+		}
+		want := 401
+		switch round % 4 {
+		case 0:
+			p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
+		case 1:
+			p.manage("PATCH", "/manage/projects/"+p.project, `{"is_active":false}`, 200, nil)
+			want = 403
+		case 2:
+			p.manage("POST", "/manage/projects/"+p.project+"/tokens/revoke", "", 200, nil)
+		case 3:
+			p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
+		}
+		if _, status := p.callFree(context.Background(), token, `"n":1`); status != want {
+			t.Errorf("round %d: the next call got %d, want %d", round, status, want)
+		}
+		all.Wait()
+		if _, status := p.callFree(context.Background(), token, `"n":1`); status != want {
+			t.Errorf("round %d: a later call got %d, want %d", round, status, want)
+		}
+	}
+}
+
+// TestChangeThatCannotBeRead: a change is in the database but cannot be read
+// back. What it concerned is out of use until it can.
+func TestChangeThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	if res := p.chat(); res.status != 200 {
+		t.Fatalf("got %d", res.status)
+	}
+	never, cancel := context.WithCancel(t.Context())
+	cancel()
+	g := p.in.registry
+	token, state, err := g.lookup(t.Context(), hashOf(p.token), time.Now().UnixMilli())
+	if err != nil {
+		t.Fatal(err)
+	}
+	seq := token.project.state.Load().seq
+	if err := g.projectChanged(never, seq, false); err == nil || token.project.state.Load().active {
+		t.Errorf("the project is active though its change could not be read (%v)", err)
+	}
+	if res := p.chat(); res.status != 200 { // it can be read again
+		t.Errorf("after that: got %d %s", res.status, res.body)
+	}
+	if _, err := p.in.store.revokeTokens(t.Context(), systemOrigin(time.Now()), p.project, time.Now().UnixMilli()); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.projectChanged(never, seq, true); err == nil || !token.state.Load().revoked || state.revoked {
+		t.Errorf("the token is not revoked though the database says so (%v)", err)
+	}
+	if res := p.chat(); res.status != 401 {
+		t.Errorf("after the tokens were revoked: got %d %s", res.status, res.body)
+	}
+}
+
+// TestDrain: after SIGTERM what runs may finish, nothing new begins, and
+// readyz says so to whom it can.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true // a call that is refused while draining is our doing
+	hold := make(chan struct{})
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		c.sse()
+		_ = c.chunk(chatEvents(true)[0])
+		<-hold
+		_ = c.chunk(strings.Join(chatEvents(true)[1:], ""))
+		return c.chunk("") == nil
+	})
+	s := p.stream(p.token)
+	if _, err := s.read(1); err != nil {
+		t.Fatal(err)
+	}
+	probe, late := p.dial(), p.dial() // connected, but no request yet
+	p.do("GET", "/healthz", "")       // connections are accepted in order: those two are by now
+	stopped := make(chan error, 1)
+	go func() { stopped <- p.stop() }()
+	waitFor(t, "the drain", p.in.running.isDraining)
+	_, _ = io.WriteString(probe, "GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	if b, _ := io.ReadAll(probe); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") || !strings.HasSuffix(string(b), "draining\n") {
+		t.Errorf("readyz: got %q", b)
+	}
+	_, _ = io.WriteString(late, p.rawChat("Connection: close\r\n", chatBody()))
+	if b, _ := io.ReadAll(late); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") || !strings.Contains(string(b), "Retry-After: 1\r\n") {
+		t.Errorf("a new call: got %q", b)
+	}
+	close(hold)
+	if rest, err := s.rest(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
+		t.Errorf("the running stream: %q, %v", rest, err)
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	p.provider.answer(answerChat)
+	p.start()
+	if row := p.ledger()[0]; row.Outcome != "ok" || row.UsageSource != "exact" {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestDrainCuts: what has not finished within DRAIN_TIMEOUT is cut, and on
+// record with what it used so far, also where its client has stopped reading.
+func TestDrainCuts(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"DRAIN_TIMEOUT": "300ms", "LOG_LEVEL": "error"})
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		switch {
+		case strings.Contains(r.body, `"seed":1`): // finishes
+			return answerChat(c, r)
+		case strings.Contains(r.body, `"seed":2`): // floods
+			c.sse()
+			for c.chunk(strings.Repeat(chatEvents(true)[1], 1000)) == nil {
+			}
+			return false
+		}
+		return endless(c, r)
+	})
+	const n = 50
+	var streams []*clientStream
+	for i := range n {
+		s := p.stream(p.token, fmt.Sprintf(`"seed":%d`, i%3))
+		if _, err := s.read(1); err != nil {
+			t.Fatal(err)
+		}
+		streams = append(streams, s)
+	}
+	waitFor(t, "the floods", func() bool { return p.running(phaseWriting) >= n/3 })
+	if err := p.stop(); err != nil {
+		t.Error(err)
+	}
+	for i, s := range streams {
+		rest, err := s.rest()
+		if complete := strings.HasSuffix(rest, "[DONE]\n\n"); complete != (err == nil) || complete != (i%3 == 1) {
+			t.Errorf("stream %d: ended with %q, %v", i, rest[max(0, len(rest)-40):], err)
+		}
+	}
+	p.start()
+	for _, v := range p.rows() {
+		if v.outcome != outcomeOK && (v.outcome != outcomeTruncated || v.errorCode != "draining" || v.source != usageEstimated || v.counts.output == 0) {
+			t.Errorf("the ledger has %+v", v.requestRow)
+		}
+	}
+	p.sumsAgree()
+}
+
+// asAfterCrash starts a second proxy on a copy of the data directory as it is
+// now: what a crash would have left.
+func (p *testProxy) asAfterCrash() *testProxy {
+	p.t.Helper()
+	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets, env: maps.Clone(p.env),
+		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token}
+	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
+	if err := os.CopyFS(q.env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
+		p.t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(q.env["DATA_DIR"], keyName), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+	q.start()
+	p.t.Cleanup(q.finish)
+	return q
+}
+
+// TestLostCalls: calls that ran when the program died are lost ones with an
+// estimate, in rows, sums and counts, and a limit goes on from there.
+func TestLostCalls(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	id, token := p.newToken(`"name":"l","max_requests":5`)
+	for range 2 {
+		p.chatAs(token)
+	}
+	p.provider.answer(endless)
+	for _, tok := range []string{p.token, token, token} {
+		if _, err := p.stream(tok, `"max_tokens":50`).read(1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := p.in.ledger.flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	q := p.asAfterCrash()
+	lost := 0
+	for _, row := range q.ledger() {
+		if row.Outcome == "ok" {
+			continue
+		}
+		lost++
+		if row.Outcome != "lost" || row.ErrorCode != "process_died" || row.UsageSource != "estimated" || row.InputTokens == 0 || row.OutputTokens != 50 || row.Cost == nil {
+			t.Errorf("the ledger has %+v", row)
+		}
+	}
+	if lost != 3 {
+		t.Errorf("%d rows are lost, want 3", lost)
+	}
+	q.sumsAgree()
+	p.provider.answer(answerChat)
+	if got := q.burst(token, 20); got[200] != 1 || got[429] != 19 || q.count(id) != 5 {
+		t.Errorf("the limit: %v, count %d", got, q.count(id))
+	}
+	q.countsAgree()
+}
+
+// TestIDsGrow: ids of calls grow, also when the clock is set back.
+func TestIDsGrow(t *testing.T) {
+	t.Parallel()
+	ids := newIDSource(0)
+	now := time.Now()
+	before := ids.next(now)
+	for range 10_000 {
+		id := ids.next(now.Add(-time.Hour))
+		if id <= before {
+			t.Fatalf("id %d after %d", id, before)
+		}
+		before = id
+	}
+	if id := newIDSource(before).next(now.Add(-time.Hour)); id <= before {
+		t.Errorf("after a restart with the clock set back: id %d after %d", id, before)
+	}
+}
+
+// TestDatabaseFileGone: a database that is moved away while in use is noticed
+// within ten seconds; nothing is then reported as done, until it is back.
+func TestDatabaseFileGone(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	if res := p.do("GET", "/readyz", ""); res.status != http.StatusOK {
+		t.Errorf("readyz: got %d %s", res.status, res.body)
+	}
+	file := p.in.cfg.databaseFile
+	if err := os.Rename(file, file+".away"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "readyz to notice", func() bool { return p.do("GET", "/readyz", "").status == 503 })
+	if res := p.chat(); res.status != 503 || res.header.Get("Retry-After") == "" {
+		t.Errorf("a call: got %d %s", res.status, res.body)
+	}
+	p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 503, nil)
+	if n := len(p.provider.got()); n != 0 {
+		t.Errorf("the provider got %d calls", n)
+	}
+	if err := os.Rename(file+".away", file); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "readyz to recover", func() bool { return p.do("GET", "/readyz", "").status == 200 })
+	if res := p.chat(); res.status != 200 {
+		t.Errorf("with the file back: got %d %s", res.status, res.body)
+	}
+}
+
+// TestDatabaseNotOurs: a database from a newer program, or one that is damaged,
+// is left alone, with a word on what to do.
+func TestDatabaseNotOurs(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		spoil func(p *testProxy) error
+		want  string
+	}{
+		"newer": {func(p *testProxy) error {
+			st, err := openStore(t.Context(), p.in.cfg.databaseFile)
+			if err != nil {
+				return err
+			}
+			defer st.close()
+			_, err = st.write.Exec(`PRAGMA user_version = 99`)
+			return err
+		}, "newer llm-proxy"},
+		"overwritten": {func(p *testProxy) error {
+			f, err := os.OpenFile(p.in.cfg.databaseFile, os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			_, err = f.WriteAt(make([]byte, 100), 0)
+			return err
+		}, "not a database"},
+		"empty": {func(p *testProxy) error { return os.Truncate(p.in.cfg.databaseFile, 0) }, "missing or empty"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			if err := p.stop(); err != nil {
+				t.Fatal(err)
+			}
+			if err := test.spoil(p); err != nil {
+				t.Fatal(err)
+			}
+			before, err := os.ReadFile(p.in.cfg.databaseFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			in, err := openInstance(t.Context(), p.in.cfg, p.in.log)
+			if err == nil {
+				in.close()
+				t.Fatal("it was opened")
+			}
+			if text := err.Error(); !strings.Contains(text, test.want) || !strings.Contains(text, p.in.cfg.databaseFile) || !strings.Contains(text, "restore") {
+				t.Errorf("the error is %q", text)
+			}
+			if after, err := os.ReadFile(p.in.cfg.databaseFile); err != nil || string(after) != string(before) {
+				t.Errorf("the file was changed (%v)", err)
+			}
+		})
+	}
+}
+
+// TestMain lets a test run the program itself, as a process of its own. Most tests
+// wait most of the time, so twice as many run together as go test would let.
+func TestMain(m *testing.M) {
+	if os.Getenv("LLM_PROXY_TEST_PROGRAM") == "" {
+		flag.Parse()
+		said := false
+		flag.Visit(func(f *flag.Flag) { said = said || f.Name == "test.parallel" || f.Name == "test.fuzz" })
+		if !said {
+			if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
+				panic(err)
+			}
+		}
+		os.Exit(m.Run())
+	}
+	if os.Getenv("LLM_PROXY_TEST_PROGRAM") != "with arguments" {
+		os.Args = os.Args[:1]
+	}
+	main()
+}
+
+// TestCrashDumpTellsNothing: the dump of all goroutines of a process that is
+// killed amid a call has neither key nor token nor prompt, and its command line
+// has none either.
+func TestCrashDumpTellsNothing(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil) // for its provider, and its look at what was seen
+	called := make(chan struct{}, 1)
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		called <- struct{}{}
+		return !c.gone(20 * time.Second)
+	})
+	management := "mgmt-" + randomBase62(40)
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + filepath.Join(p.dir, "other"), "ALLOW_PRIVATE_UPSTREAMS=true",
+		"OPENAI_API_URL=" + p.provider.url, "OPENAI_API_KEY=" + p.provider.key, "MANAGEMENT_TOKEN=" + management, "LOG_LEVEL=debug", "TZ=Asia/Kathmandu"}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	logged, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var token string
+	for lines := bufio.NewScanner(out); token == "" && lines.Scan(); {
+		token = regexp.MustCompile(`sk-llmp_\w+`).FindString(lines.Text())
+	}
+	p.secrets = append(p.secrets, management, token)
+	stderr := bufio.NewReader(logged)
+	var seen bytes.Buffer
+	var address string
+	for address == "" {
+		line, err := stderr.ReadString('\n')
+		seen.WriteString(line)
+		if err != nil {
+			t.Fatalf("it did not listen: %s", &seen)
+		}
+		if m := regexp.MustCompile(`"listening","address":"([^"]+)"`).FindStringSubmatch(line); m != nil {
+			address = m[1]
+		}
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	req, err := http.NewRequestWithContext(ctx, "POST", "http://"+address+"/v1/chat/completions", strings.NewReader(chatBody()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	req.Header.Set("Content-Type", "application/json")
+	client := &http.Transport{}
+	go client.RoundTrip(req) // ends with ctx, or with the process
+	<-called
+	line, err := os.ReadFile("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/cmdline")
+	if err == nil {
+		seen.Write(line)
+	}
+	if err := cmd.Process.Signal(syscall.SIGQUIT); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = stderr.WriteTo(&seen)
+	_ = cmd.Wait() // says only that it was killed
+	if !bytes.Contains(seen.Bytes(), []byte("SIGQUIT")) || !bytes.Contains(seen.Bytes(), []byte("handleV1")) {
+		t.Errorf("there is no dump in %s", &seen)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.seen.Write(seen.Bytes())
+}
+
+// TestPanicTellsNothing: a mistake of ours ends one call, is logged as an error
+// without what it held, and leaves nothing reserved.
+func TestPanicTellsNothing(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true
+	p.in.transport.Proxy = func(r *http.Request) (*url.URL, error) { panic(errors.New("broken in two")) }
+	if a := p.chat(); a.err == nil {
+		t.Errorf("got %d %s", a.status, a.body)
+	}
+	waitFor(t, "the log", func() bool { return bytes.Contains(p.log.bytes(), []byte(`"level":"ERROR","msg":"panic"`)) })
+	if !bytes.Contains(p.log.bytes(), []byte("broken in two")) || !bytes.Contains(p.log.bytes(), []byte("proxy.go")) {
+		t.Error("the log does not say what and where")
+	}
+	p.in.transport.Proxy = nil
+	if a := p.chat(); a.status != 200 {
+		t.Errorf("the next call: %d %s", a.status, a.body)
+	}
+	if rows := p.ledger(); len(rows) != 2 || p.in.bodies.used.Load() != 0 {
+		t.Errorf("%d calls on record, %d bytes held", len(rows), p.in.bodies.used.Load())
+	}
+}
+
+// A childProxy is the program as a process of its own, with a project and a
+// token made from p's provider.
+type childProxy struct {
+	cmd   *exec.Cmd
+	url   string
+	token string
+	log   *os.File // the reading end of its log
+	exit  chan error
+}
+
+func (p *testProxy) startChild(env ...string) *childProxy {
+	p.t.Helper()
+	c := &childProxy{cmd: exec.Command(os.Args[0]), exit: make(chan error, 1)}
+	c.cmd.Env = append([]string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + filepath.Join(p.t.TempDir(), "data"),
+		"ALLOW_PRIVATE_UPSTREAMS=true", "OPENAI_API_URL=" + p.provider.url, "OPENAI_API_KEY=" + p.provider.key}, env...)
+	out, err := c.cmd.StdoutPipe()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	var w *os.File
+	if c.log, w, err = os.Pipe(); err != nil {
+		p.t.Fatal(err)
+	}
+	c.cmd.Stderr = w
+	if err := c.cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	w.Close()
+	for lines := bufio.NewScanner(out); c.token == "" && lines.Scan(); {
+		c.token = regexp.MustCompile(`sk-llmp_\w+`).FindString(lines.Text())
+	}
+	for lines := bufio.NewReader(c.log); c.url == ""; {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			p.t.Fatal("the program does not listen: ", err)
+		}
+		if m := regexp.MustCompile(`"address":"(127[^"]+)"`).FindStringSubmatch(line); m != nil && strings.Contains(line, `"listening"`) {
+			c.url = "http://" + m[1]
+		}
+	}
+	go func() { _, _ = io.Copy(io.Discard, out); c.exit <- c.cmd.Wait() }()
+	p.t.Cleanup(func() { _ = c.cmd.Process.Kill(); c.log.Close() })
+	return c
+}
+
+// chat makes a call and returns its status, 0 if it got none.
+func (c *childProxy) chat(p *testProxy) int {
+	q := &testProxy{t: p.t, url: c.url}
+	return q.chatAs(c.token).status
+}
+
+// TestSecondSignal: the first SIGTERM drains, the second ends the program.
+func TestSecondSignal(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	c := p.startChild("DRAIN_TIMEOUT=60s")
+	p.provider.answer(endless)
+	q := &testProxy{t: t, url: c.url}
+	s := q.stream(c.token)
+	if _, err := s.read(1); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.cmd.Process.Signal(syscall.SIGTERM)
+	waitFor(t, "it to stop listening", func() bool {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+	select {
+	case err := <-c.exit:
+		t.Fatalf("it ended while a call was running: %v", err)
+	default:
+	}
+	_ = c.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case err := <-c.exit:
+		if err == nil {
+			t.Error("a call was cut, but it ended as if all were well")
+		}
+	case <-time.After(time.Second):
+		t.Error("it did not end at the second signal")
+	}
+	if _, err := s.rest(); err == nil {
+		t.Error("the stream ended as if it were complete")
+	}
+}
+
+// TestLogReaderGone: a log that nobody takes any more, as of a pager that was
+// closed, takes nothing else with it.
+func TestLogReaderGone(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	c := p.startChild("LOG_LEVEL=debug")
+	c.log.Close()
+	for range 20 {
+		if status := c.chat(p); status != http.StatusOK {
+			t.Fatalf("got %d", status)
+		}
+	}
+	_ = c.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case err := <-c.exit:
+		if err != nil {
+			t.Errorf("it ended with %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it did not end")
+	}
+}
+
+// overSocket makes a call through a unix socket and returns the status.
+func overSocket(t *testing.T, path, url string, headers ...string) (int, error) {
+	t.Helper()
+	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}
+	req, err := http.NewRequestWithContext(t.Context(), "POST", "http://localhost"+url, strings.NewReader(chatBody()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	res, err := tr.RoundTrip(req)
+	if err != nil {
+		return 0, err
+	}
+	res.Body.Close()
+	return res.StatusCode, nil
+}
+
+// TestUnixSocket: calls come in by a socket with the mode that was asked for;
+// who they are from is what the proxy in front says, if it is believed.
+func TestUnixSocket(t *testing.T) {
+	t.Parallel()
+	for trusted, want := range map[string]string{"": "", "unix": "192.0.2.7"} {
+		p := newTest(t, map[string]string{"TRUSTED_PROXIES": trusted})
+		if err := p.stop(); err != nil {
+			t.Fatal(err)
+		}
+		tcp := p.env["LISTEN_ADDR"]
+		path := filepath.Join(p.dir, "s")
+		p.env["LISTEN_ADDR"], p.env["SOCKET_MODE"] = "unix:"+path, "0600"
+		p.start()
+		info, err := os.Stat(path)
+		if err != nil || info.Mode() != fs.ModeSocket|0o600 {
+			t.Errorf("the socket: %v %v", info.Mode(), err)
+		}
+		status, err := overSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "X-Forwarded-For", "192.0.2.7")
+		if status != 200 {
+			t.Errorf("got %d %v", status, err)
+		}
+		if status, err := overSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); status != 200 {
+			t.Errorf("without X-Forwarded-For: got %d %v", status, err)
+		}
+		health := &program{getenv: func(name string) string { return p.env[name] }}
+		if err := health.run(t.Context(), []string{"healthcheck"}); err != nil {
+			t.Error(err)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(path); err == nil {
+			t.Error("the socket is left behind")
+		}
+		p.env["LISTEN_ADDR"] = tcp
+		p.start()
+		if rows := p.ledger(); len(rows) != 2 || rows[0].Address != want || rows[1].Address != "" {
+			t.Errorf("TRUSTED_PROXIES=%q: %+v", trusted, rows)
+		}
+	}
+}
+
+// TestUnixSocketTaken: a socket that a dead process left is replaced; one that
+// answers, and any other file, is not.
+func TestUnixSocketTaken(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s")
+	open := func() (net.Listener, error) { return openListener("unix:"+path, 0o660) }
+	l, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(); err == nil || !strings.Contains(err.Error(), "another program answers there") {
+		t.Errorf("a socket in use: %v", err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // as if it had been killed
+	l.Close()
+	if l, err = open(); err != nil {
+		t.Errorf("a dead socket: %v", err)
+	}
+	l.Close()
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(); err == nil || !strings.Contains(err.Error(), "a file of another kind") {
+		t.Errorf("a file: %v", err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != "precious" {
+		t.Error("the file is gone")
+	}
+	if _, err := openListener("unix:"+filepath.Join(dir, "none", "s"), 0o660); err == nil {
+		t.Error("a socket in no directory")
+	}
+}
+
+// TestSocketActivation: the program serves on a socket that it was handed, and
+// refuses to start where it was handed none.
+func TestSocketActivation(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	start := func(env string, files ...*os.File) *exec.Cmd {
+		// The shell's own process becomes the program, so it knows its number.
+		cmd := exec.Command("/bin/sh", "-c", env+` exec "$0"`, os.Args[0])
+		cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=systemd", "DATA_DIR=" + filepath.Join(t.TempDir(), "data")}
+		cmd.ExtraFiles = files
+		return cmd
+	}
+	cmd := start("LISTEN_FDS=1 LISTEN_PID=$$", f)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.Get("http://" + l.Addr().String() + "/healthz") // waits in the socket until the program takes it
+	if err != nil || res.StatusCode != 200 {
+		t.Errorf("got %v %v", res, err)
+	}
+	_ = cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	for _, env := range []string{"", "LISTEN_FDS=1 LISTEN_PID=1", "LISTEN_FDS=0 LISTEN_PID=$$", "LISTEN_FDS=1 LISTEN_PID=$$"} {
+		if out, err := start(env).CombinedOutput(); err == nil || !strings.Contains(string(out), "handed down") {
+			t.Errorf("%q: %v %s", env, err, out)
+		}
+	}
+}
+
+// TestCertificateRenewed: new connections get the new certificate, after SIGHUP
+// or without; a broken file changes nothing.
+func TestCertificateRenewed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	cert, key := testCertificate(t, dir, 24*time.Hour)
+	p := newTest(t, map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
+	p.allowErrors = true // the broken file's
+	days := func() int {
+		conn, err := tls.Dial("tcp", strings.TrimPrefix(p.url, "https://"), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if conn.ConnectionState().NegotiatedProtocol != "h2" {
+			t.Error("no HTTP/2")
+		}
+		return int(time.Until(conn.ConnectionState().PeerCertificates[0].NotAfter).Hours()/24 + 0.5)
+	}
+	if n := days(); n != 1 {
+		t.Fatalf("the certificate has %d days", n)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	told, done := make(chan os.Signal), make(chan bool)
+	go func() { p.in.certificate.watch(ctx, time.Hour, told, p.in.log.Logger); close(done) }()
+	told <- syscall.SIGHUP
+	testCertificate(t, dir, 48*time.Hour)
+	told <- syscall.SIGHUP
+	waitFor(t, "the new certificate", func() bool { return days() == 2 })
+	if err := os.WriteFile(cert, []byte("broken"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	told <- syscall.SIGHUP
+	waitFor(t, "the error", func() bool { return strings.Contains(string(p.log.bytes()), "stays in use") })
+	if n := days(); n != 2 {
+		t.Errorf("after a broken file the certificate has %d days", n)
+	}
+	stop()
+	<-done
+	go func() { p.in.certificate.watch(t.Context(), time.Millisecond, nil, p.in.log.Logger) }()
+	testCertificate(t, dir, 72*time.Hour)
+	waitFor(t, "the newest certificate", func() bool { return days() == 3 })
+}
+
+// TestHangup: SIGHUP does not end a server, with a certificate or without.
+func TestHangup(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	c := p.startChild()
+	for range 3 {
+		_ = c.cmd.Process.Signal(syscall.SIGHUP)
+	}
+	if status := c.chat(p); status != 200 {
+		t.Errorf("got %d", status)
+	}
+}
+
+// TestTraceparent: a well-formed trace goes on as it is and is in the log; any
+// other does not go on, nor does what belongs to it.
+func TestTraceparent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	const trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+	good := fmt.Sprintf("00-%s-%s-01", trace, span)
+	for _, c := range []struct {
+		values []string
+		ok     bool
+	}{
+		{[]string{good}, true},
+		{[]string{"cc" + good[2:] + "-what-comes-later"}, true},
+		{nil, false},
+		{[]string{good, good}, false},
+		{[]string{good + "-x"}, false},
+		{[]string{"cc" + good[2:] + "x"}, false},
+		{[]string{"ff" + good[2:]}, false},
+		{[]string{strings.ToUpper(good)}, false},
+		{[]string{"00-" + strings.Repeat("0", 32) + "-" + span + "-01"}, false},
+		{[]string{"00-" + trace + "-" + strings.Repeat("0", 16) + "-01"}, false},
+		{[]string{good[:54]}, false},
+		{[]string{"00_" + good[3:]}, false},
+		{[]string{""}, false},
+		{[]string{`00-","level":"error"`}, false},
+		{[]string{"cc" + good[2:] + "-" + strings.Repeat("x", 300)}, false},
+	} {
+		before := strings.Count(string(p.log.bytes()), `"trace_id":"`+trace+`","span_id":"`+span+`"`)
+		headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "Tracestate", "a=b"}
+		for _, v := range c.values {
+			headers = append(headers, "Traceparent", v)
+		}
+		if res := p.do("POST", "/v1/chat/completions", chatBody(), headers...); res.status != 200 {
+			t.Errorf("%q: got %d", c.values, res.status)
+		}
+		p.settle()
+		got := p.provider.last(t).header
+		logged := strings.Count(string(p.log.bytes()), `"trace_id":"`+trace+`","span_id":"`+span+`"`) - before
+		if c.ok && (got.Get("Traceparent") != c.values[0] || got.Get("Tracestate") != "a=b" || logged != 1) ||
+			!c.ok && (got["Traceparent"] != nil || got["Tracestate"] != nil || logged != 0) {
+			t.Errorf("%q: the provider got %q and %q, %d lines", c.values, got["Traceparent"], got["Tracestate"], logged)
+		}
+	}
+}

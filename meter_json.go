@@ -1,0 +1,421 @@
+// meter_json.go finds the few members of a JSON document that a meter needs, whatever the document's size
+// and however it is cut into pieces: top-level usage, model, type, error, choices, and in a stream those of
+// `response` or `message`. It keeps no more than one short string. It is no validator: a broken document
+// yields less, never a panic. Names are compared as written; an escaped name is another name.
+package main
+
+// A slot is what the value being read is wanted for. The first ones are indexes of usageFields.
+type slot uint8
+
+const (
+	slotNone slot = iota
+	slotInput
+	slotOutput
+	slotCached
+	slotCacheWrite
+	slotReasoning
+	slotAudioInput
+	slotAudioOutput
+	slotTotal
+	slotCounts // how many of them there are
+	slotUsage
+	slotModel
+	slotType
+	slotError
+	slotChoices
+	slotInner
+	slotInputDetails
+	slotOutputDetails
+	slotSeconds
+	slotBareInput
+)
+
+// A scope is an object whose members matter.
+type scope uint8
+
+const (
+	scopeTop scope = iota
+	scopeInner
+	scopeUsage
+	scopeInputDetails
+	scopeOutputDetails
+)
+
+type scanState uint8
+
+const (
+	scanStart    scanState = iota // before the document
+	scanKey                       // in a known object, before a name or the closing brace
+	scanName                      // in a name
+	scanColon                     // after a name
+	scanValue                     // before a value
+	scanText                      // in a string value
+	scanScalar                    // in a number or literal
+	scanFirst                     // after the [ of choices
+	scanSkip                      // inside a value nobody wants
+	scanSkipText                  // in a string there
+	scanAfter                     // after a value
+	scanClosed                    // after the document
+	scanBroken                    // not JSON; the rest is ignored
+)
+
+// jsonScan is an incremental reader of one document after the other.
+type jsonScan struct {
+	model string // the first one found; stays over reset
+
+	usage        usageFields // of the last usage object; complete when usageSeen
+	usageSeen    bool
+	usageInner   bool // it is response.usage or message.usage
+	choicesEmpty bool // choices is []
+	hasError     bool // error is there and not null
+	bareInput    bool // input_tokens stands at the top level
+	typ          eventType
+
+	inner   bool // look into response and message too
+	state   scanState
+	slot    slot
+	escaped bool // the last byte was a backslash in a string
+	null    bool // the scalar starts with n
+	bad     bool // the scalar is no unsigned integer
+	level   uint8
+	scopes  [4]scope
+	depth   int    // open brackets in a skipped value
+	number  int64  // the scalar so far
+	text    []byte // of a string that came in pieces, as far as it fits
+	length  int    // of that string; more than maxModel when it did not fit
+}
+
+// reset makes s ready for the next document.
+func (s *jsonScan) reset(inner bool) {
+	s.usageSeen, s.usageInner, s.choicesEmpty, s.hasError, s.bareInput = false, false, false, false, false
+	s.typ, s.inner, s.state, s.level, s.depth, s.escaped = eventNone, inner, scanStart, 0, 0, false
+}
+
+// feed reads the next bytes of the document.
+func (s *jsonScan) feed(p []byte) {
+	for i := 0; i < len(p); {
+		switch s.state {
+		case scanSkip:
+			i = s.skip(p, i)
+		case scanSkipText:
+			var closed bool
+			if i, closed = s.stringEnd(p, i); closed {
+				s.state = scanSkip
+			}
+		case scanName, scanText:
+			from := i
+			var closed bool
+			if i, closed = s.stringEnd(p, i); !closed {
+				s.keep(p[from:i])
+				continue
+			}
+			text := p[from : i-1]
+			if s.length > 0 { // it began in an earlier piece
+				s.keep(text)
+				text = s.text[:min(s.length, maxModel)]
+			}
+			if s.state == scanName {
+				s.slot, s.state = s.slotOf(text), scanColon
+				s.forget()
+			} else {
+				s.gotText(text, max(s.length, len(text)) > maxModel)
+				s.state = scanAfter
+			}
+		case scanScalar:
+			i = s.scalar(p, i)
+		case scanBroken:
+			return
+		default:
+			s.step(p[i])
+			i++
+		}
+	}
+}
+
+// step takes one byte outside of strings, numbers and skipped values.
+func (s *jsonScan) step(c byte) {
+	if c == ' ' || c == '\n' || c == '\r' || c == '\t' {
+		return
+	}
+	switch {
+	case s.state == scanValue:
+		s.value(c)
+	case s.state == scanKey && c == '"':
+		s.state, s.length = scanName, 0
+	case s.state == scanColon && c == ':':
+		s.state = scanValue
+	case s.state == scanAfter && c == ',' && s.level > 0:
+		s.state = scanKey
+	case (s.state == scanAfter || s.state == scanKey) && c == '}' && s.level > 0:
+		s.close()
+	case s.state == scanFirst && c == ']':
+		s.choicesEmpty = true
+		s.state = scanAfter
+	case s.state == scanFirst:
+		s.depth, s.state = 1, scanSkip
+		s.skip([]byte{c}, 0)
+	case s.state == scanStart && c == '{':
+		s.open(scopeTop)
+	case s.state == scanStart && c == '[':
+		s.slot, s.depth, s.state = slotNone, 1, scanSkip
+	case s.state == scanStart && (c == 0xEF || c == 0xBB || c == 0xBF): // byte order mark
+	default:
+		s.state = scanBroken
+	}
+}
+
+// value takes the first byte of a value in a known object.
+func (s *jsonScan) value(c byte) {
+	if s.slot == slotError && c != 'n' {
+		s.hasError = true
+	}
+	switch c {
+	case '"':
+		s.state, s.length = scanText, 0
+	case '{':
+		switch s.slot {
+		case slotUsage:
+			s.usage.clear()
+			s.usageInner = s.scopes[s.level-1] == scopeInner
+			s.open(scopeUsage)
+			return
+		case slotInner:
+			s.open(scopeInner)
+			return
+		case slotInputDetails:
+			s.open(scopeInputDetails)
+			return
+		case slotOutputDetails:
+			s.open(scopeOutputDetails)
+			return
+		}
+		fallthrough
+	case '[':
+		if s.slot == slotChoices && c == '[' {
+			s.state = scanFirst
+			return
+		}
+		s.count(countBad)
+		s.depth, s.state = 1, scanSkip
+	case ',', ':', '}', ']':
+		s.state = scanBroken
+	default:
+		s.state, s.null, s.bad, s.number = scanScalar, c == 'n', c < '0' || c > '9', int64(c)-'0'
+	}
+}
+
+// open enters an object whose members matter. The scopes nest four deep at most, by slotOf.
+func (s *jsonScan) open(sc scope) {
+	s.scopes[s.level] = sc
+	s.level++
+	s.state = scanKey
+}
+
+// close leaves it.
+func (s *jsonScan) close() {
+	s.level--
+	if s.scopes[s.level] == scopeUsage {
+		s.usageSeen = true
+	}
+	s.state = scanAfter
+	if s.level == 0 {
+		s.state = scanClosed
+	}
+}
+
+// skip runs over an unwanted value from p[i] and returns where it stopped. Embeddings are a megabyte of
+// numbers, so this loop looks at two conditions a byte and no more.
+func (s *jsonScan) skip(p []byte, i int) int {
+	for ; i < len(p); i++ {
+		switch c := p[i]; {
+		case c == '"':
+			s.state = scanSkipText
+			return i + 1
+		case c < '[': // digits, commas, signs, spaces, capitals
+		case c|0x20 == '{': // [ and { are one bit apart
+			s.depth++
+		case c|0x20 == '}':
+			if s.depth--; s.depth == 0 {
+				s.state = scanAfter
+				if s.level == 0 {
+					s.state = scanClosed
+				}
+				return i + 1
+			}
+		}
+	}
+	return i
+}
+
+// stringEnd returns the index after the closing quote of the string that p[i:] is in, or len(p), false.
+// Names are short and prose is full of escapes, so it looks at a few bytes first; after 32 plain ones it is
+// more likely base64 or a long word, and searching pays.
+func (s *jsonScan) stringEnd(p []byte, i int) (int, bool) {
+	if s.escaped && i < len(p) {
+		s.escaped = false
+		i++
+	}
+	quote := -1 // the next one from i on, if that is not before i
+	for i < len(p) {
+		near := p[i:min(i+32, len(p))]
+		n := plainLen(near)
+		for n < len(near) && near[n] < ' ' { // which no string has; whoever reads the answer may say so
+			n++
+			n += plainLen(near[n:])
+		}
+		if i += n; n == len(near) {
+			if quote < i {
+				quote = indexFrom(p, i, '"')
+			}
+			if i = indexFrom(p[:quote], i, '\\'); i == len(p) {
+				break
+			}
+		}
+		if p[i] == '"' {
+			return i + 1, true
+		}
+		i += 2
+	}
+	s.escaped = i > len(p)
+	return len(p), false
+}
+
+// scalar reads a number or literal from p[i] and returns the index of the byte that ends it.
+func (s *jsonScan) scalar(p []byte, i int) int {
+	for ; i < len(p); i++ {
+		switch c := p[i]; c {
+		case ',', '}', ']', ' ', '\n', '\r', '\t':
+			if !s.null {
+				v := s.number
+				if s.bad {
+					v = countBad
+				}
+				s.count(v)
+			}
+			s.state = scanAfter
+			return i
+		default:
+			if c < '0' || c > '9' {
+				s.bad = true
+			} else if s.number = s.number*10 + int64(c-'0'); s.number > maxCount {
+				s.number = maxCount
+			}
+		}
+	}
+	return i
+}
+
+// count takes the value of a slot that holds a number.
+func (s *jsonScan) count(v int64) {
+	switch {
+	case s.slot > slotNone && s.slot < slotCounts:
+		s.usage.set(s.slot, v)
+	case s.slot == slotSeconds:
+		s.usage.seconds = true
+	case s.slot == slotBareInput:
+		s.bareInput = v >= 0
+	}
+}
+
+// gotText takes the value of a slot that holds a string.
+func (s *jsonScan) gotText(text []byte, tooLong bool) {
+	switch s.slot {
+	case slotModel:
+		if s.model == "" && !tooLong {
+			s.model = cleanName(text)
+		}
+	case slotType:
+		s.typ = eventOther
+		if !tooLong {
+			s.typ = eventTypeOf(text)
+		}
+	default:
+		s.count(countBad)
+	}
+}
+
+// keep adds to the string that the piece ends in.
+func (s *jsonScan) keep(b []byte) {
+	if room := maxModel - s.length; room > 0 {
+		s.text = append(s.text[:s.length], b[:min(len(b), room)]...)
+	}
+	s.length = min(s.length+len(b), maxModel+1)
+}
+
+// forget drops what an earlier member of the same name said: the last one counts, as in encoding/json.
+func (s *jsonScan) forget() {
+	switch s.slot {
+	case slotUsage:
+		s.usageSeen = false
+	case slotChoices:
+		s.choicesEmpty = false
+	case slotError:
+		s.hasError = false
+	}
+}
+
+// slotOf says what the member called name of the innermost known object is wanted for.
+func (s *jsonScan) slotOf(name []byte) slot {
+	switch sc := s.scopes[s.level-1]; sc {
+	case scopeTop, scopeInner:
+		switch string(name) {
+		case "usage":
+			return slotUsage
+		case "model":
+			return slotModel
+		}
+		if sc == scopeInner {
+			return slotNone
+		}
+		switch string(name) {
+		case "type":
+			return slotType
+		case "error":
+			return slotError
+		case "choices":
+			return slotChoices
+		case "input_tokens":
+			return slotBareInput
+		case "response", "message":
+			if s.inner {
+				return slotInner
+			}
+		}
+	case scopeUsage:
+		switch string(name) {
+		case "prompt_tokens", "input_tokens":
+			return slotInput
+		case "completion_tokens", "output_tokens":
+			return slotOutput
+		case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens":
+			return slotCached // Anthropic, DeepSeek, Moonshot
+		case "cache_creation_input_tokens":
+			return slotCacheWrite
+		case "total_tokens":
+			return slotTotal
+		case "seconds":
+			return slotSeconds
+		case "prompt_tokens_details", "input_tokens_details", "input_token_details":
+			return slotInputDetails
+		case "completion_tokens_details", "output_tokens_details", "output_token_details":
+			return slotOutputDetails
+		}
+	case scopeInputDetails:
+		switch string(name) {
+		case "cached_tokens":
+			return slotCached
+		case "cache_write_tokens":
+			return slotCacheWrite
+		case "audio_tokens":
+			return slotAudioInput
+		}
+	case scopeOutputDetails:
+		switch string(name) {
+		case "reasoning_tokens":
+			return slotReasoning
+		case "audio_tokens":
+			return slotAudioOutput
+		}
+	}
+	return slotNone
+}

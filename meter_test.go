@@ -1,0 +1,639 @@
+// meter_test.go holds the meter to golden transcripts of the real APIs (testdata/usage, one case a file), to
+// answers that try to fool it, and to one law: how an answer is cut into pieces changes nothing.
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// A usageCase is one file of testdata/usage: what the meter is told and must say, a line with --, the answer.
+type usageCase struct {
+	name, kind, usage, model, end, events string
+	body                                  []byte
+}
+
+func usageCases(t testing.TB) []usageCase {
+	t.Helper()
+	files, err := filepath.Glob("testdata/usage/*.txt")
+	if err != nil || len(files) < 20 {
+		t.Fatalf("testdata/usage has %d files, %v", len(files), err)
+	}
+	var all []usageCase
+	for _, file := range files {
+		raw, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		head, body, found := bytes.Cut(raw, []byte("\n--\n"))
+		if !found {
+			t.Fatalf("%s has no line --", file)
+		}
+		g := usageCase{name: strings.TrimSuffix(filepath.Base(file), ".txt"), body: body}
+		to := map[string]*string{"answer": &g.kind, "usage": &g.usage, "model": &g.model, "end": &g.end, "events": &g.events}
+		for line := range strings.Lines(string(head)) {
+			name, value, _ := strings.Cut(line, ":")
+			if to[name] == nil {
+				t.Fatalf("%s: unknown line %q", file, line)
+			}
+			*to[name] = strings.TrimSpace(value)
+		}
+		all = append(all, g)
+	}
+	return all
+}
+
+func (g usageCase) meter(strip bool) *meter {
+	kind := meterOpenAI
+	if strings.HasPrefix(g.kind, "anthropic") {
+		kind = meterAnthropic
+	}
+	return newMeter(kind, strings.HasSuffix(g.kind, "sse"), false, strip)
+}
+
+// runMeter feeds body in pieces of the sizes that next gives and returns what a client gets. It scribbles over
+// each piece afterwards, so a meter that kept a reference is found out.
+func runMeter(m *meter, body []byte, next func() int) []byte {
+	var out []byte
+	for len(body) > 0 {
+		n := min(max(next(), 0), len(body))
+		piece := bytes.Clone(body[:n])
+		body = body[n:]
+		out = append(out, m.pass(piece)...)
+		for i := range piece {
+			piece[i] = '"'
+		}
+	}
+	return append(out, m.end()...)
+}
+
+func inOnePiece() int { return 1 << 30 }
+
+// meterSays is everything a meter says, in one line.
+func meterSays(m *meter) string {
+	return fmt.Sprintf("%s %+v model=%q done=%v failed=%v bytes=%d events=%d", m.source(), m.counts, m.model, m.done, m.failed, m.bytes, m.events)
+}
+
+// meterCounts is the form of the usage lines in testdata.
+func meterCounts(m *meter) string {
+	c, parts := m.counts, []string{string(m.source())}
+	for _, part := range []struct {
+		name string
+		n    int64
+	}{
+		{"input", c.input}, {"cached", c.cached}, {"cacheWrite", c.cacheWrite}, {"audioInput", c.audioInput},
+		{"output", c.output}, {"reasoning", c.reasoning}, {"audioOutput", c.audioOutput},
+	} {
+		if part.n != 0 {
+			parts = append(parts, fmt.Sprintf("%s=%d", part.name, part.n))
+		}
+	}
+	return strings.Join(parts, " ")
+}
+
+func TestMeterGolden(t *testing.T) {
+	t.Parallel()
+	for _, g := range usageCases(t) {
+		t.Run(g.name, func(t *testing.T) {
+			t.Parallel()
+			m := g.meter(false)
+			if out := runMeter(m, g.body, inOnePiece); !bytes.Equal(out, g.body) {
+				t.Errorf("the client got %q", out)
+			}
+			end := "cut"
+			switch {
+			case m.done && m.failed:
+				end = "done failed"
+			case m.failed:
+				end = "failed"
+			case m.done:
+				end = "done"
+			}
+			got := [...]string{meterCounts(m), m.model, end}
+			if want := [...]string{g.usage, g.model, g.end}; got != want {
+				t.Errorf("got  %q\nwant %q", got, want)
+			}
+			if g.events != "" && fmt.Sprint(m.events) != g.events {
+				t.Errorf("events = %d, want %s", m.events, g.events)
+			}
+			want := meterSays(m)
+			rnd := rand.New(rand.NewPCG(1, 2))
+			for range 50 {
+				m := g.meter(false)
+				if out := runMeter(m, g.body, func() int { return rnd.IntN(40) }); !bytes.Equal(out, g.body) {
+					t.Fatalf("in pieces the client got %q", out)
+				}
+				if got := meterSays(m); got != want {
+					t.Fatalf("in pieces\n got %s\nwant %s", got, want)
+				}
+			}
+		})
+	}
+}
+
+// TestMeterEveryCut cuts streams at every byte: the client has every byte of it and nothing else, but the
+// usage chunk when it is complete (ST2, ST6).
+func TestMeterEveryCut(t *testing.T) {
+	t.Parallel()
+	for _, g := range usageCases(t) {
+		for cut := range g.body {
+			for _, strip := range []bool{false, true} {
+				m := g.meter(strip)
+				out := runMeter(m, g.body[:cut], inOnePiece)
+				if !strip && !bytes.Equal(out, g.body[:cut]) {
+					t.Fatalf("%s cut at %d: the client got %q", g.name, cut, out)
+				}
+				if lost := cut - len(out); lost != 0 && lost < 150 {
+					t.Fatalf("%s cut at %d: the client lost %d bytes", g.name, cut, lost)
+				}
+				if c := m.counts; c.output < 0 || c.input < 0 {
+					t.Fatalf("%s cut at %d: %+v", g.name, cut, c)
+				}
+			}
+		}
+	}
+}
+
+// TestMeterStrip takes exactly the usage chunk out, in whatever pieces it comes.
+func TestMeterStrip(t *testing.T) {
+	t.Parallel()
+	choices := regexp.MustCompile(`"choices":(\ndata:)?\[\],`)
+	usageChunks := 0
+	for _, g := range usageCases(t) {
+		if g.kind != "openai sse" {
+			continue
+		}
+		end := "\n\n"
+		switch g.name {
+		case "chat_stream_crlf":
+			end = "\r\n\r\n"
+		case "chat_stream_cr":
+			end = "\r\r"
+		}
+		var want []byte
+		for e := range strings.SplitAfterSeq(string(g.body), end) {
+			if choices.MatchString(e) && strings.Contains(e, `"usage":{"`) {
+				usageChunks++
+				continue
+			}
+			want = append(want, e...)
+		}
+		bare := g.meter(false)
+		runMeter(bare, g.body, inOnePiece)
+		rnd := rand.New(rand.NewPCG(3, 4))
+		for round := range 60 {
+			next := inOnePiece
+			if round > 0 {
+				next = func() int { return rnd.IntN(round * 4) }
+			}
+			m := g.meter(true)
+			if got := runMeter(m, g.body, next); !bytes.Equal(got, want) {
+				t.Fatalf("%s: the client got\n%q\nwant\n%q", g.name, got, want)
+			}
+			if got, want := meterSays(m), meterSays(bare); got != want {
+				t.Fatalf("%s: with strip\n got %s\nwant %s", g.name, got, want)
+			}
+		}
+	}
+	if usageChunks != 7 {
+		t.Errorf("only %d of the streams have a usage chunk", usageChunks)
+	}
+}
+
+// TestMeterStripAtOnce: holding an event must not delay the events before it, nor a whole one.
+func TestMeterStripAtOnce(t *testing.T) {
+	t.Parallel()
+	m := newMeter(meterOpenAI, true, false, true)
+	steps := []struct{ in, out string }{
+		{"data: {\"a\":1}\n\n", "data: {\"a\":1}\n\n"},
+		{"data: {\"b\"", ""},
+		{":1}\n\nda", "data: {\"b\":1}\n\n"},
+		{"ta: {\"choices\":[],\"usage\":{\"prompt_tokens\":1}}\n", ""},
+		{"\ndata: [DONE]\n\n", "data: [DONE]\n\n"},
+		{"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":2}}\r\n\r", ""},
+		{"\n: c\r\n\r", ": c\r\n\r"},
+		{"\n", "\n"},
+		{"data: " + strings.Repeat("x", maxEvent-6), ""},
+		{"y", "data: " + strings.Repeat("x", maxEvent-6) + "y"},
+		{"z", "z"},
+		{"\n\n", "\n\n"},
+		{"data: {\"choices\":[],", ""},
+	}
+	for i, s := range steps {
+		if out := string(m.pass([]byte(s.in))); out != s.out {
+			t.Fatalf("step %d: got %.80q, want %.80q", i, out, s.out)
+		}
+	}
+	if out := string(m.end()); out != "data: {\"choices\":[]," {
+		t.Errorf("end = %q", out)
+	}
+}
+
+// TestMeterBadUsage: whatever a provider reports, counts are sane and never silently zero (ST8, ST10).
+func TestMeterBadUsage(t *testing.T) {
+	t.Parallel()
+	const pad = `{"model":"m","x":"0123456789","usage":` // 38 bytes
+	for _, c := range []struct {
+		kind        meterKind
+		usage, want string
+	}{
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5}`, "exact input=10 output=5"},
+		{meterOpenAI, `{"prompt_tokens":0,"completion_tokens":0}`, "exact"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":null}`, "exact input=10"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":-5}`, "estimated input=10 output=21"},
+		{meterOpenAI, `{"prompt_tokens":-1,"completion_tokens":5}`, "estimated output=5"},
+		{meterOpenAI, `{"prompt_tokens":1.5,"completion_tokens":5}`, "estimated output=5"},
+		{meterOpenAI, `{"prompt_tokens":1e3,"completion_tokens":5}`, "estimated output=5"},
+		{meterOpenAI, `{"prompt_tokens":"7","completion_tokens":5}`, "estimated output=5"},
+		{meterOpenAI, `{"prompt_tokens":[7],"completion_tokens":{"a":1}}`, "estimated output=22"},
+		{meterOpenAI, `{"completion_tokens":5}`, "estimated output=5"},
+		{meterOpenAI, `{}`, "estimated output=11"},
+		{meterOpenAI, `null`, "estimated output=11"},
+		{meterOpenAI, `7`, "estimated output=10"},
+		{meterOpenAI, `[{"prompt_tokens":1}]`, "estimated output=15"},
+		{meterOpenAI, `{"prompt_tokens":9223372036854775808,"completion_tokens":99999999999999999999999999}`, "exact input=1000000000000 output=1000000000000"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":11,"cache_write_tokens":3,"audio_tokens":12},"completion_tokens_details":{"reasoning_tokens":6,"audio_tokens":7}}`, "exact input=10 cached=10 audioInput=10 output=5 reasoning=5 audioOutput=5"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":-4},"completion_tokens_details":null}`, "exact input=10 output=5"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"input_tokens":0,"output_tokens":0,"input_tokens_details":null}`, "exact input=10 output=5"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"total_tokens":35,"completion_tokens_details":{"reasoning_tokens":20}}`, "exact input=10 output=25 reasoning=20"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"prompt_cache_hit_tokens":4,"prompt_cache_miss_tokens":6}`, "exact input=10 cached=4 output=5"},
+		{meterOpenAI, `{"type":"duration","seconds":1.5}`, "none"},
+		{meterOpenAI, `{"seconds":3,"input_tokens":1,"output_tokens":2}`, "exact input=1 output=2"},
+		{meterOpenAI, `{"prompt_tokens":1,"completion_tokens":2},"usage":{"prompt_tokens":3,"completion_tokens":4}`, "exact input=3 output=4"},
+		{meterOpenAI, `{"prompt_tokens":1,"completion_tokens":2},"usage":null`, "estimated output=24"},
+		{meterAnthropic, `{"input_tokens":10,"output_tokens":5,"cache_read_input_tokens":100,"cache_creation_input_tokens":20}`, "exact input=130 cached=100 cacheWrite=20 output=5"},
+		{meterAnthropic, `{"input_tokens":10,"output_tokens":5,"cache_read_input_tokens":null}`, "exact input=10 output=5"},
+		{meterAnthropic, `{"input_tokens":1000000000000,"output_tokens":5,"cache_read_input_tokens":1e12,"cache_creation_input_tokens":1000000000000}`, "exact input=1000000000000 cacheWrite=1000000000000 output=5"},
+	} {
+		m := newMeter(c.kind, false, false, false)
+		runMeter(m, []byte(pad+c.usage+"}"), inOnePiece)
+		if got := meterCounts(m); got != c.want {
+			t.Errorf("%s\n got %s\nwant %s", c.usage, got, c.want)
+		}
+	}
+}
+
+func TestMeterStreamRules(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ name, body, want string }{
+		{"nothing", "", "none"},
+		{"only a comment", ": x\n\n", "estimated"},
+		{"two usage chunks: the last one", `data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}` + "\n\n" + `data: {"usage":{"prompt_tokens":2,"completion_tokens":3}}` + "\n\n", "exact input=2 output=3"},
+		{"then an unusable one", `data: {"usage":{"prompt_tokens":2,"completion_tokens":3}}` + "\n\n" + `data: {"usage":{}}` + "\n\n" + `data: {"usage":null}` + "\n\n", "exact input=2 output=3"},
+		{"not in a string", `data: "{\"usage\":{\"prompt_tokens\":2,\"completion_tokens\":3}}"` + "\n\n", "estimated output=1"},
+		{"not in an array", `data: [{"usage":{"prompt_tokens":2,"completion_tokens":3}}]` + "\n\n", "estimated output=1"},
+		{"not in a comment", `: {"usage":{"prompt_tokens":2,"completion_tokens":3}}` + "\n\n", "estimated"},
+		{"not in another field", `date: {"usage":{"prompt_tokens":2,"completion_tokens":3}}` + "\n\n", "estimated"},
+		{"not after garbage", `data: x {"usage":{"prompt_tokens":2,"completion_tokens":3}}` + "\n\n", "estimated output=1"},
+		{"not of a response in progress", `data: {"type":"response.in_progress","response":{"usage":{"input_tokens":2,"output_tokens":3}}}` + "\n\n", "estimated output=1"},
+		{"type behind response", `data: {"response":{"usage":{"input_tokens":2,"output_tokens":3}},"type":"response.completed"}` + "\n\n", "exact input=2 output=3"},
+		{"no empty line at the end", `data:{"usage":{"prompt_tokens":2,"completion_tokens":3}}`, "exact input=2 output=3"},
+		{"spaces", "data:\t{ \"usage\" : { \"prompt_tokens\" : 2 , \"completion_tokens\" : 3 } } \n\n", "exact input=2 output=3"},
+		{"big event", `data: {"type":"response.completed","response":{"output":"` + strings.Repeat(`a\"`, maxEvent) + `","usage":{"input_tokens":2,"output_tokens":3}}}` + "\n\n", "exact input=2 output=3"},
+	} {
+		var first string
+		for _, size := range []int{1 << 30, 1, 2, 7, 4096} {
+			m := newMeter(meterOpenAI, true, false, false)
+			runMeter(m, []byte(c.body), func() int { return size })
+			if got := meterCounts(m); got != c.want {
+				t.Errorf("%s, in pieces of %d: got %s, want %s", c.name, size, got, c.want)
+			}
+			if first == "" {
+				first = meterSays(m)
+			} else if meterSays(m) != first {
+				t.Errorf("%s, in pieces of %d: got %s, want %s", c.name, size, meterSays(m), first)
+			}
+		}
+	}
+}
+
+// TestMeterReadsNoMoreInBigEvents: an event above 64 KiB is read whole, a small one only if it looks as if it
+// matters. With a comment that makes every event big, each stream says the same.
+func TestMeterReadsNoMoreInBigEvents(t *testing.T) {
+	t.Parallel()
+	comment := ":" + strings.Repeat(" ", maxEvent) + "\n"
+	for _, g := range usageCases(t) {
+		if !strings.HasSuffix(g.kind, "sse") || bytes.Contains(g.body, []byte("\r")) {
+			continue
+		}
+		var big []byte
+		for event := range bytes.SplitAfterSeq(g.body, []byte("\n\n")) {
+			big = append(big, comment...)
+			big = append(big, event...)
+		}
+		small, m := g.meter(false), g.meter(false)
+		runMeter(small, g.body, inOnePiece)
+		runMeter(m, big, func() int { return 10_000 })
+		m.bytes = small.bytes
+		if got, want := meterSays(m), meterSays(small); got != want {
+			t.Errorf("%s\n got %s\nwant %s", g.name, got, want)
+		}
+	}
+}
+
+// TestMeterOpaque: what cannot be read is counted, and what is not billed by tokens says so.
+func TestMeterOpaque(t *testing.T) {
+	t.Parallel()
+	body := []byte(`{"model":"m","usage":{"prompt_tokens":1,"completion_tokens":1}}`)
+	for _, c := range []struct {
+		kind        meterKind
+		sse, opaque bool
+		want        string
+	}{
+		{meterNone, false, false, "none"},
+		{meterNone, true, false, "none"},
+		{meterNone, false, true, "none"},
+		{meterOpenAI, false, true, "estimated output=16"},
+		{meterOpenAI, true, true, "estimated output=16"},
+	} {
+		m := newMeter(c.kind, c.sse, c.opaque, true)
+		out := runMeter(m, body, func() int { return 10 })
+		if got := meterCounts(m); got != c.want || m.bytes != int64(len(body)) || m.model != "" || !bytes.Equal(out, body) {
+			t.Errorf("%+v: got %s, %d bytes, model %q", c, got, m.bytes, m.model)
+		}
+	}
+}
+
+func FuzzMeter(f *testing.F) {
+	for i, g := range usageCases(f) {
+		f.Add(g.body, strings.HasPrefix(g.kind, "anthropic"), strings.HasSuffix(g.kind, "sse"), uint64(i))
+	}
+	f.Add([]byte("\xEF\xBB\xBFdata: {\"a\":\"\\"), false, true, uint64(1))
+	f.Add([]byte("data: {\"choices\":[],\"usage\":{}}\r\r\n\rdata"), false, true, uint64(2))
+	f.Fuzz(func(t *testing.T, body []byte, anthropic, sse bool, seed uint64) {
+		kind := meterOpenAI
+		if anthropic {
+			kind = meterAnthropic
+		}
+		rnd := rand.New(rand.NewPCG(seed, 0))
+		for _, strip := range []bool{false, true} {
+			ref := newMeter(kind, sse, false, strip)
+			want := runMeter(ref, body, inOnePiece)
+			if !ref.strip && !bytes.Equal(want, body) {
+				t.Fatalf("the client got %q", want)
+			}
+			c := ref.counts
+			if c.input < 0 || c.output < 0 || c.input > maxCount || c.output > maxCount || c.cached < 0 ||
+				c.cacheWrite < 0 || c.cached+c.cacheWrite > c.input || c.reasoning > c.output {
+				t.Fatalf("insane counts %+v", c)
+			}
+			for _, top := range []int{1, 2, 20, 300} {
+				m := newMeter(kind, sse, false, strip)
+				if got := runMeter(m, body, func() int { return 1 + rnd.IntN(top) }); !bytes.Equal(got, want) {
+					t.Fatalf("in pieces the client got\n%q\nwant\n%q", got, want)
+				}
+				if got, want := meterSays(m), meterSays(ref); got != want {
+					t.Fatalf("in pieces\n got %s\nwant %s", got, want)
+				}
+			}
+		}
+	})
+}
+
+// jsonDocument writes random JSON values made of what could fool a reader that looks for text.
+type jsonDocument struct {
+	*rand.Rand
+	b strings.Builder
+}
+
+func (d *jsonDocument) space() { d.b.WriteString([]string{"", "", "", " ", "\n\t", "\r\n"}[d.IntN(6)]) }
+
+func (d *jsonDocument) name() string {
+	return []string{"usage", "model", "type", "error", "choices", "prompt_tokens", "input_tokens", "completion_tokens",
+		"output_tokens", "prompt_tokens_details", "cached_tokens", "response", "message", "Usage", "MODEL", "x", "",
+		`usage\\`, `\"usage\":{`, `mod\u0065l\n`, "seconds"}[d.IntN(21)]
+}
+
+func (d *jsonDocument) value(depth int) {
+	d.space()
+	defer d.space()
+	switch n := d.IntN(10); {
+	case n < 2 && depth > 0, depth > 4:
+		d.object(depth, nil)
+	case n < 3 && depth > 0:
+		d.b.WriteByte('[')
+		for i := range d.IntN(4) {
+			if i > 0 {
+				d.b.WriteByte(',')
+			}
+			d.value(depth - 1)
+		}
+		d.b.WriteByte(']')
+	case n < 6:
+		d.b.WriteString([]string{"0", "7", "-1", "1.5", "1e3", "null", "true", "false", "12345678901234567890"}[d.IntN(9)])
+	default:
+		d.b.WriteByte('"')
+		for range d.IntN(4) {
+			d.b.WriteString([]string{"a", `\\`, `\"`, `{`, `}`, `[`, `]`, `\"usage\":{\"prompt_tokens\":1}`, "é", `\u0041`,
+				`\ud83c\udf89`, ",", ":", `\n\ndata: [DONE]\n\n`, `\/`}[d.IntN(15)])
+		}
+		d.b.WriteByte('"')
+	}
+}
+
+// object writes an object whose names are all different.
+func (d *jsonDocument) object(depth int, first []string) {
+	d.b.WriteByte('{')
+	used := map[string]bool{}
+	names := first
+	for range d.IntN(5) {
+		names = append(names, d.name())
+	}
+	d.Shuffle(len(names), func(i, k int) { names[i], names[k] = names[k], names[i] })
+	for _, name := range names {
+		if used[name] {
+			continue
+		}
+		if len(used) > 0 {
+			d.b.WriteByte(',')
+		}
+		used[name] = true
+		d.space()
+		d.b.WriteString(`"` + name + `"`)
+		d.space()
+		d.b.WriteByte(':')
+		if name == "usage" && depth > 1 && d.IntN(3) > 0 {
+			d.space()
+			d.object(depth-1, []string{"prompt_tokens", "completion_tokens"})
+			continue
+		}
+		d.value(depth - 1)
+	}
+	d.space()
+	d.b.WriteByte('}')
+}
+
+func TestScanAgreesWithEncodingJSON(t *testing.T) {
+	t.Parallel()
+	d := &jsonDocument{Rand: rand.New(rand.NewPCG(5, 6))}
+	seen := 0
+	for range 20_000 {
+		d.b.Reset()
+		d.object(4, []string{"usage", "model"})
+		text := d.b.String()
+		var top map[string]json.RawMessage
+		if err := json.Unmarshal([]byte(text), &top); err != nil {
+			t.Fatalf("%v in %s", err, text)
+		}
+		var s jsonScan
+		s.reset(false)
+		for p := []byte(text); len(p) > 0; {
+			n := 1 + d.IntN(len(p))
+			s.feed(p[:n])
+			p = p[n:]
+		}
+		if s.state != scanClosed {
+			t.Fatalf("not closed: %s", text)
+		}
+		var usage map[string]json.RawMessage
+		isObject := strings.HasPrefix(string(top["usage"]), "{") && json.Unmarshal(top["usage"], &usage) == nil
+		if s.usageSeen != isObject {
+			t.Fatalf("usage seen: %v, want %v in %s", s.usageSeen, isObject, text)
+		}
+		var model string
+		_ = json.Unmarshal(top["model"], &model) // a model that is no string is none
+		if strings.ContainsAny(model, "\n") {
+			model = ""
+		}
+		if s.model != model {
+			t.Fatalf("model %q, want %q in %s", s.model, model, text)
+		}
+		if !isObject {
+			continue
+		}
+		seen++
+		for sl, names := range map[slot][]string{slotInput: {"prompt_tokens", "input_tokens"}, slotOutput: {"completion_tokens", "output_tokens"}} {
+			want := int64(-1)
+			for _, name := range names {
+				var n uint64
+				if json.Unmarshal(usage[name], &n) == nil && string(usage[name]) != "null" {
+					want = max(want, int64(min(n, maxCount)))
+				}
+			}
+			if got := max(s.usage.n[sl], -1); got != want {
+				t.Fatalf("%v = %d, want %d in %s", names, got, want, text)
+			}
+		}
+	}
+	if seen < 5000 {
+		t.Errorf("only %d documents had usage", seen)
+	}
+}
+
+func TestModelNames(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ raw, want string }{
+		{`gpt-4o`, "gpt-4o"},
+		{`openai\/gpt-4o`, "openai/gpt-4o"},
+		{`modèle`, "modèle"},
+		{`mod\u00e8le`, "modèle"},
+		{``, ""},
+		{"a\nb", ""},
+		{`a\nb`, ""},
+		{`a\u0000b`, ""},
+		{"a\x7fb", ""},
+		{"a\u0085b", ""},
+		{"a\xffb", ""},
+		{`a\qb`, ""},
+		{strings.Repeat("m", 256), strings.Repeat("m", 256)},
+		{strings.Repeat("m", 257), ""},
+		{strings.Repeat("m", 100_000), ""},
+	} {
+		for _, size := range []int{1, 5, 1 << 30} {
+			m := newMeter(meterOpenAI, false, false, false)
+			runMeter(m, []byte(`{"model":"`+c.raw+`"}`), func() int { return size })
+			if m.model != c.want || !m.done {
+				t.Errorf("%.40q in pieces of %d: model %.40q, done %v", c.raw, size, m.model, m.done)
+			}
+		}
+	}
+}
+
+// TestMeterMemory: a unary call costs two allocations at most, and an answer of any size no more (BO10).
+func TestMeterMemory(t *testing.T) {
+	body := []byte(madeAnswer(700))
+	if n := testing.AllocsPerRun(100, func() {
+		m := newMeter(meterOpenAI, false, false, false)
+		m.pass(body)
+		m.end()
+	}); n > 2 {
+		t.Errorf("a unary call costs %v allocations", n)
+	}
+	event := []byte(chatEvent)
+	m := newMeter(meterOpenAI, true, false, true)
+	m.pass(event)
+	if n := testing.AllocsPerRun(100, func() { m.pass(event) }); n > 0 {
+		t.Errorf("an event costs %v allocations", n)
+	}
+	u := newMeter(meterOpenAI, false, false, false)
+	big := []byte(strings.Repeat(`[0.0123,"text \" text",{"usage":{}}],`, 1000))
+	u.pass([]byte(`{"data":[`))
+	if n := testing.AllocsPerRun(100, func() { u.pass(big) }); n > 0 {
+		t.Errorf("a piece of a large answer costs %v allocations", n)
+	}
+}
+
+const chatEvent = `data: {"id":"chatcmpl-9lM","object":"chat.completion.chunk","created":1741570283,"model":"gpt-4o-2024-08-06","service_tier":"default","system_fingerprint":"fp_50cad350e4","choices":[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"usage":null}` + "\n\n"
+
+func madeAnswer(text int) string {
+	return fmt.Sprintf(`{"id":"chatcmpl-B9MBs8Cj","object":"chat.completion","created":1741569952,"model":"gpt-4o-2024-08-06","choices":[{"index":0,"message":{"role":"assistant","content":"%s","refusal":null,"annotations":[]},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":19,"completion_tokens":10,"total_tokens":29,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}},"service_tier":"default","system_fingerprint":"fp_fc9f1d7035"}`,
+		strings.Repeat(`words and \"words\",\n`, text/20))
+}
+
+func BenchmarkMeterUnary(b *testing.B) {
+	numbers := strings.Repeat("0.0023064255,-0.009327292,", 768*20)
+	for _, c := range []struct{ name, body string }{
+		{"chat-1KB", madeAnswer(400)},
+		{"chat-100KB", madeAnswer(100_000)},
+		{"embeddings-400KB", `{"object":"list","data":[{"embedding":[` + numbers + `0]}],"model":"m","usage":{"prompt_tokens":8,"total_tokens":8}}`},
+		{"base64-1MB", `{"data":[{"b64_json":"` + strings.Repeat("iVBORw0KGgo/", 87_000) + `"}],"usage":{"input_tokens":50,"output_tokens":50}}`},
+	} {
+		body := []byte(c.body)
+		b.Run(c.name, func(b *testing.B) {
+			b.SetBytes(int64(len(body)))
+			b.ReportAllocs()
+			for b.Loop() {
+				m := newMeter(meterOpenAI, false, false, false)
+				for p := body; len(p) > 0; {
+					n := min(len(p), 32<<10)
+					m.pass(p[:n])
+					p = p[n:]
+				}
+				if m.source() != usageExact {
+					b.Fatal(m.source())
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkMeterEvent(b *testing.B) {
+	for _, c := range []struct {
+		name, event string
+		kind        meterKind
+		strip       bool
+	}{
+		{"chat", chatEvent, meterOpenAI, false},
+		{"chat-strip", chatEvent, meterOpenAI, true},
+		{"responses", "event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"sequence_number\":4,\"item_id\":\"msg_67c9fdcf37fc8190ba82116e33fb28c507b8b0ad4e5eb654\",\"output_index\":0,\"content_index\":0,\"delta\":\" word\",\"logprobs\":[],\"obfuscation\":\"Yzk\"}\n\n", meterOpenAI, false},
+		{"anthropic", "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\" word\"}}\n\n", meterAnthropic, false},
+	} {
+		event := []byte(c.event)
+		b.Run(c.name, func(b *testing.B) {
+			m := newMeter(c.kind, true, false, c.strip)
+			m.pass([]byte("data: {\"model\":\"m\",\"message\":{\"model\":\"m\"}}\n\n"))
+			b.SetBytes(int64(len(event)))
+			b.ReportAllocs()
+			for b.Loop() {
+				m.pass(event)
+			}
+		})
+	}
+}

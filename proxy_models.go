@@ -1,0 +1,472 @@
+// This room puts one list of models together from those of a project's several
+// providers. It is the one call that goes to more than one of them on purpose.
+// Anthropic's lists come in pages: all are read, and the client gets pages of
+// what they make together.
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+)
+
+const (
+	maxUnion      = 8    // upstreams that are asked for one list
+	maxModelPages = 20   // of each one's list
+	mostOfAPage   = 1000 // models: Anthropic gives no more
+	usualPage     = 20   // what it gives where nothing is said
+	maxCursor     = 512  // bytes
+)
+
+// A union is a list of models while it is put together.
+type union struct {
+	paged  bool   // it is Anthropic's
+	query  string // of the page that is asked for now
+	left   int    // bytes that may still come, of all lists together
+	known  map[string]bool
+	models []listedModel
+	status int    // of the last attempt,
+	reason string // and what was wrong with it, if others make up the list
+}
+
+type listedModel struct {
+	id    string
+	entry json.RawMessage
+}
+
+// united returns the upstreams whose lists make up the answer, the most
+// preferred first; of those with one base URL, which have one list, the call's
+// own goes first and the others stand by. Nil: the call goes its usual way, for
+// there is one list only. One that comes in pages and loses models to a policy is
+// read whole all the same: no page could say then where the next one begins.
+func (t *tries) united() (list []*upstream) {
+	c := t.c
+	if c.endpoint.pattern != "/v1/models" {
+		return nil
+	}
+	paged := c.upstream.provider == providerAnthropic
+	whole := paged && (c.project.policy.Models != nil || c.state.policy.Models != nil)
+	if len(c.project.upstreams) == 1 && !whole {
+		return nil
+	}
+	w := c.wish(c.start.UnixMilli())
+	w.api = apiOpenAI
+	if paged {
+		w.api = apiAnthropic
+	}
+	for _, u := range c.project.upstreams {
+		if u == c.upstream || w.fits(u) && u.health.mayTry(w.now) {
+			list = append(list, u)
+		}
+	}
+	own := c.upstream.place()
+	if !whole && !slices.ContainsFunc(list, func(u *upstream) bool { return u.place() != own }) {
+		return nil
+	}
+	i, j := slices.IndexFunc(list, func(u *upstream) bool { return u.place() == own }), slices.Index(list, c.upstream)
+	list[i], list[j] = list[j], list[i]
+	return list
+}
+
+// place is what upstreams with one list of models have in common.
+func (u *upstream) place() string { return u.scheme + "://" + u.host + u.basePath }
+
+// unite asks the upstreams for their lists and answers with all of them together,
+// as far as the token may use what is in them. One that does not give its whole
+// list is left out; if none does, the client gets what they said instead.
+func (t *tries) unite(req *http.Request, list []*upstream) (*http.Response, error) {
+	c, chosen := t.c, t.c.upstream
+	n := &union{paged: chosen.provider == providerAnthropic, left: maxModelList, known: map[string]bool{}}
+	want, err := n.wanted(c.query)
+	if err != nil {
+		return nil, err
+	}
+	t.union = n
+	var good *http.Response
+	var by *upstream
+	var last listing
+	asked, have := 0, map[string]bool{}
+	for _, u := range list {
+		if asked == maxUnion || asked > 0 && t.late() {
+			break
+		}
+		// What the chosen one takes from its own limits was taken when it was chosen.
+		if have[u.place()] || u != chosen && !u.health.room(time.Now().UnixMilli(), 0, &u.settings, true) {
+			continue
+		}
+		if asked++; asked > 1 {
+			t.leave(&last.v, last.res)
+		}
+		c.upstream = u
+		c.shown.Store(u)
+		if last = t.list(req); last.whole {
+			have[u.place()] = true
+			n.take(u, last.models, c.mayUse)
+			if good == nil {
+				good, by = last.res, u
+			}
+		}
+	}
+	if good == nil {
+		return t.best(last.res, last.err)
+	}
+	n.reason = last.v.reason
+	if last.res != nil {
+		n.status = last.res.StatusCode
+		last.res.Body.Close()
+	}
+	c.upstream = by
+	c.shown.Store(by)
+	return n.answer(good, &want, c.anthropic)
+}
+
+// late reports whether nobody is to be asked any more.
+func (t *tries) late() bool { return t.c.ctx.Err() != nil || time.Since(t.c.start) > attemptWindow }
+
+// A listing is what asking one upstream for its list has come to.
+type listing struct {
+	models []json.RawMessage
+	whole  bool
+	res    *http.Response // of the last page, which is read; or what came in its place
+	err    error
+	v      verdict
+}
+
+// list asks the call's upstream for its list, page after page where there are
+// some: each is an attempt, and counts as one in the upstream's own limits.
+func (t *tries) list(req *http.Request) (l listing) {
+	n, after := t.union, ""
+	for pages := 1; ; pages++ {
+		n.query = n.ask(t.c.query, after)
+		l.res, l.err = t.attempt(req)
+		if l.v = t.judge(l.res, l.err); l.err != nil || l.res.StatusCode != http.StatusOK {
+			return l
+		}
+		page, err := modelPageOf(l.res)
+		if err != nil {
+			l.err, l.v.reason = err, "its list of models cannot be read"
+			return l
+		}
+		l.models = append(l.models, page.Data...)
+		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after || len(page.LastID) > maxCursor || pages == maxModelPages {
+			l.whole = true
+			return l
+		}
+		after = page.LastID
+		switch now := time.Now().UnixMilli(); {
+		case t.late():
+			l.err, l.v.reason = errImpatient, "did not bring its whole list in time"
+		case !t.room(now):
+			l.err, l.v.reason = errUnreadableList(), "has no room for another page in its own limits"
+		}
+		if l.err != nil {
+			return l
+		}
+		t.leave(&l.v, l.res)
+	}
+}
+
+// ask returns the query for an upstream's page after a model, "" for the first.
+// Whatever page the client wants, all are asked for.
+func (n *union) ask(query, after string) string {
+	q, err := url.ParseQuery(query)
+	if !n.paged || err != nil { // which it was encoded for: proxy_request.go
+		return query
+	}
+	q.Del("before_id")
+	q.Del("after_id")
+	q.Set("limit", strconv.Itoa(mostOfAPage))
+	if after != "" {
+		q.Set("after_id", after)
+	}
+	return q.Encode()
+}
+
+// readPage reads a page to its end, while its time is limited, and leaves it in
+// the answer's body. The provider's key is not left in it: the client's answer is
+// searched for one key only.
+func (t *tries) readPage(res *http.Response) error {
+	n := t.union
+	defer res.Body.Close()
+	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.left)+1))
+	if err != nil {
+		return err
+	}
+	if len(page) > n.left {
+		e := errUnreadableList()
+		e.cause = errors.New("the lists of models are too large")
+		return e
+	}
+	n.left -= len(page)
+	mask := newKeyMask(t.at.key())
+	if page = append(mask.pass(page), mask.end()...); mask.seen {
+		t.s.log.Error("the provider's list of models held its key; it was masked", "request_id", t.c.requestID, "upstream", t.at.id)
+	}
+	res.Body = &headBody{http.NoBody, page, page, true}
+	return nil
+}
+
+type modelPage struct {
+	Data    []json.RawMessage `json:"data"`
+	HasMore bool              `json:"has_more"`
+	LastID  string            `json:"last_id"`
+}
+
+// modelPageOf takes out of an answer the page that read has left there.
+func modelPageOf(res *http.Response) (p modelPage, err error) {
+	text := errorHead(res)
+	res.Body = http.NoBody // a page is no answer for the client
+	if err := json.Unmarshal(text, &p); err != nil || p.Data == nil {
+		e := errUnreadableList()
+		e.cause = cmp.Or(err, errors.New("a list of models is none"))
+		return p, e
+	}
+	return p, nil
+}
+
+// take adds the models of an upstream's list that calls for would go there and
+// that may be used, those it has another name for under both, and none twice.
+func (n *union) take(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
+	names := map[string][]string{} // the upstream's own -> clients'
+	for asked, sent := range u.rewrite {
+		names[sent] = append(names[sent], asked)
+	}
+	add := func(id string, entry json.RawMessage) {
+		if !n.known[id] && (len(u.models) == 0 || matchesAny(u.models, id)) && mayUse(id) {
+			n.known[id] = true
+			n.models = append(n.models, listedModel{id, entry})
+		}
+	}
+	for _, raw := range list {
+		var m map[string]json.RawMessage
+		var id string
+		if json.Unmarshal(raw, &m) != nil || json.Unmarshal(m["id"], &id) != nil {
+			continue
+		}
+		add(id, raw)
+		for _, asked := range slices.Sorted(slices.Values(names[id])) {
+			m["id"], _ = json.Marshal(asked) // a string
+			if entry, err := json.Marshal(m); err == nil {
+				add(asked, entry)
+			}
+		}
+	}
+}
+
+// A pageWish is the page that a client asks for, as Anthropic has it: so many
+// models that follow one, or come before one.
+type pageWish struct {
+	limit         int
+	after, before string
+}
+
+// wanted reads which page the client asks for.
+func (n *union) wanted(query string) (w pageWish, err error) {
+	q, err := url.ParseQuery(query)
+	if !n.paged || err != nil {
+		return w, nil
+	}
+	w = pageWish{usualPage, q.Get("after_id"), q.Get("before_id")}
+	if s := q.Get("limit"); s != "" {
+		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > mostOfAPage {
+			return w, badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(mostOfAPage)+".")
+		}
+	}
+	if w.after != "" && w.before != "" {
+		return w, badRequest("invalid_value", "before_id", "Give after_id or before_id, not both.")
+	}
+	return w, nil
+}
+
+// of returns the page, and whether there are more models the same way on. A
+// model that the list does not have is an error: an empty page would look like
+// the list's end.
+func (w *pageWish) of(models []listedModel) (page []listedModel, more bool, err *apiError) {
+	at := func(param, id string) int {
+		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
+		if i < 0 {
+			err = badRequest("invalid_value", param, param+" names no model of this list, or none that it has any more.")
+		}
+		return i
+	}
+	from, to := 0, len(models)
+	switch {
+	case w.before != "":
+		to = max(0, at("before_id", w.before))
+		from = max(0, to-w.limit)
+		return models[from:to], from > 0, err
+	case w.after != "":
+		from = at("after_id", w.after) + 1
+	}
+	to = min(to, from+w.limit)
+	return models[from:to], to < len(models), err
+}
+
+// answer puts the list into res, or of one in pages the page that is asked for.
+func (n *union) answer(res *http.Response, want *pageWish, anthropic bool) (*http.Response, error) {
+	page, more, failed := n.models, false, (*apiError)(nil)
+	if n.paged {
+		page, more, failed = want.of(n.models)
+	}
+	entries := make([]json.RawMessage, 0, len(page))
+	for _, m := range page {
+		entries = append(entries, m.entry)
+	}
+	list := map[string]any{"object": "list", "data": entries}
+	if n.paged {
+		list = map[string]any{"data": entries, "has_more": more, "first_id": nil, "last_id": nil}
+		if len(page) > 0 {
+			list["first_id"], list["last_id"] = page[0].id, page[len(page)-1].id
+		}
+	}
+	body, err := json.Marshal(list)
+	if err != nil {
+		return nil, err
+	}
+	if failed != nil { // said as a provider would: the call has been to some
+		res.StatusCode, body = failed.status, failed.text(anthropic)
+	}
+	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
+	return res, nil
+}
+
+const ownTokenPath = "/v1/llm-proxy/token"
+
+// An ownToken is what a token is told of itself. Lists are those of its own
+// policy; its project's may be narrower.
+type ownToken struct {
+	Object            string      `json:"object"`
+	ID                string      `json:"id"`
+	Name              string      `json:"name"`
+	ExpiresAt         *stamp      `json:"expires_at"`
+	IdleExpiryMinutes *int64      `json:"idle_expiry_minutes"`
+	OverlapUntil      *stamp      `json:"overlap_until"` // until then this value of it works: it was rotated
+	MaxRequests       *int64      `json:"max_requests"`
+	RequestCount      int64       `json:"request_count"`
+	RequestsLeft      *int64      `json:"requests_left"`
+	Endpoints         []string    `json:"endpoints"` // null: all
+	Models            []string    `json:"models"`    // null: all
+	Limits            []limitView `json:"limits"`
+}
+
+// handleOwnToken answers GET /v1/llm-proxy/token.
+func (s *server) handleOwnToken(w http.ResponseWriter, r *http.Request) {
+	c := s.newCall(w, r)
+	if err := s.identify(c, r); err != nil {
+		s.refuse(c, w, r, err)
+		return
+	}
+	defer c.token.running.Add(-1) // not release: to ask is not to use
+	if r.Method != http.MethodGet {
+		w.Header().Set("Allow", "GET")
+		s.refuse(c, w, r, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes GET."})
+		return
+	}
+	v, err := s.ownToken(c)
+	if err != nil {
+		s.refuse(c, w, r, errUnavailable("limits_unavailable", err))
+		return
+	}
+	body, err := json.Marshal(v)
+	if err != nil {
+		s.refuse(c, w, r, err)
+		return
+	}
+	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
+	h := w.Header()
+	c.rates.write(h)
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(len(body)+1))
+	h.Set("Cache-Control", "no-store")
+	_, _ = w.Write(append(body, '\n'))
+	s.logOwnToken(c)
+}
+
+func (s *server) ownToken(c *call) (*ownToken, error) {
+	now := c.start.UnixMilli()
+	t, st := c.token, c.state
+	v := &ownToken{Object: "llm_proxy.token", ID: st.id, Name: st.name, RequestCount: t.used.Load(), Endpoints: st.policy.Endpoints, Models: st.policy.Models}
+	if st.expiresAt != 0 {
+		v.ExpiresAt = new(stamp(st.expiresAt))
+	}
+	if st.idleExpiry != 0 {
+		v.IdleExpiryMinutes = new(st.idleExpiry / time.Minute.Milliseconds())
+	}
+	if c.presented == st.oldHash {
+		v.OverlapUntil = new(stamp(st.oldHashUntil))
+	}
+	if st.maxRequests >= 0 {
+		v.MaxRequests, v.RequestsLeft = new(st.maxRequests), new(max(0, st.maxRequests-v.RequestCount))
+	}
+	l := &t.project.limiter
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := s.adoptLimits(t, now); err != nil {
+		return nil, err
+	}
+	v.Limits = showLimits(t.limits.counters, now)
+	c.rates = t.rates(st.maxRequests, now)
+	return v, nil
+}
+
+func (s *server) logOwnToken(c *call) {
+	s.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
+		"token", c.state.id, "project", c.project.id, "address", c.address, "total_us", time.Since(c.start).Microseconds())
+}
+
+// maxModelList bounds the one answer that is read whole.
+const maxModelList = 8 << 20
+
+// filterModels takes out of a list of models what the token may not use. This
+// is the one answer that is changed; without a list of models in a policy even
+// it is not.
+func filterModels(c *call, res *http.Response) error {
+	project, token := &c.project.policy, &c.state.policy
+	if project.Models == nil && token.Models == nil || c.tries.union != nil { // which is within them as it is
+		return nil
+	}
+	unreadable := errUnreadableList()
+	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
+	if err != nil || len(body) > maxModelList {
+		unreadable.cause = errors.Join(err, errors.New("reading the list of models"))
+		return unreadable
+	}
+	var list map[string]json.RawMessage
+	var data []json.RawMessage
+	if json.Unmarshal(body, &list) != nil || json.Unmarshal(list["data"], &data) != nil {
+		return unreadable
+	}
+	kept := []json.RawMessage{}
+	for _, raw := range data {
+		var m struct {
+			ID string `json:"id"`
+		}
+		if json.Unmarshal(raw, &m) == nil && project.allowsModel(m.ID) && token.allowsModel(m.ID) {
+			kept = append(kept, raw)
+		}
+	}
+	if list["data"], err = json.Marshal(kept); err != nil {
+		return unreadable
+	}
+	delete(list, "first_id") // Anthropic's cursors: they name models
+	delete(list, "last_id")
+	if body, err = json.Marshal(list); err != nil {
+		return unreadable
+	}
+	res.Body.Close()
+	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
+	return nil
+}
+
+func errUnreadableList() *apiError {
+	return &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", msg: "The provider's list of models could not be read."}
+}

@@ -1,0 +1,539 @@
+// This room is what stands between ReverseProxy and the client: which headers
+// go up and down, and the writer that the provider's answer passes through. It
+// swallows what must not reach a client (1xx, trailers, upgrades, the provider's
+// key), and shows every byte to the meter on its way.
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const maxErrorHead = 16 << 10 // of a provider's error that is read, to know what it is
+
+// A headBody is an answer's body whose first bytes have been read.
+type headBody struct {
+	io.ReadCloser
+	head  []byte
+	rest  []byte // of head, not yet given out
+	whole bool   // there is nothing after it
+}
+
+func (b *headBody) Read(p []byte) (int, error) {
+	if len(b.rest) > 0 {
+		n := copy(p, b.rest)
+		b.rest = b.rest[n:]
+		return n, nil
+	}
+	if b.whole {
+		return 0, io.EOF
+	}
+	return b.ReadCloser.Read(p)
+}
+
+// errorHead returns the first bytes of a provider's error, and leaves them in
+// its body.
+func errorHead(res *http.Response) []byte {
+	if b, ok := res.Body.(*headBody); ok {
+		return b.head
+	}
+	head, err := io.ReadAll(io.LimitReader(res.Body, maxErrorHead))
+	res.Body = &headBody{res.Body, head, head, err == nil && len(head) < maxErrorHead}
+	return head
+}
+
+// An eventFault says that a stream failed at its very begin.
+type eventFault struct{ reason string }
+
+func (e *eventFault) Error() string { return "the stream " + e.reason }
+
+// awaitEvent returns when the stream's first event is there, and leaves all
+// that was read in its body. A stream that ends before, or whose first event is
+// an error, is an *eventFault.
+func awaitEvent(res *http.Response) error {
+	head := make([]byte, 0, 4<<10)
+	body := res.Body
+	for {
+		n, err := body.Read(head[len(head):cap(head)])
+		head = head[:len(head)+n]
+		if data, ok := firstData(head); ok || len(head) >= maxEvent {
+			if why := eventTrouble(data); ok && why != "" {
+				body.Close()
+				return &eventFault{why}
+			}
+			res.Body = &headBody{body, head, head, false}
+			return nil
+		}
+		if err != nil {
+			body.Close()
+			if err == io.EOF {
+				return &eventFault{"ended before its first event"}
+			}
+			return err
+		}
+		if len(head) == cap(head) {
+			head = slices.Grow(head, len(head))
+		}
+	}
+}
+
+// firstData returns the data of the first event that has any, if it is whole.
+func firstData(b []byte) ([]byte, bool) {
+	for {
+		data, n := nextEvent(b)
+		if n == 0 || data != nil {
+			return data, n > 0
+		}
+		b = b[n:]
+	}
+}
+
+// nextEvent returns the data of the first event in b, nil if it has none, and
+// how long the event is with the empty line that ends it; 0: it is not whole.
+func nextEvent(b []byte) (data []byte, n int) {
+	for {
+		rest := b[n:]
+		i := bytes.IndexAny(rest, "\r\n")
+		if i < 0 {
+			return nil, 0
+		}
+		line := bytes.TrimPrefix(rest[:i], []byte("\ufeff"))
+		if bytes.HasPrefix(rest[i:], []byte("\r\n")) {
+			i++
+		}
+		n += i + 1
+		if len(line) == 0 {
+			return data, n
+		}
+		if text, ok := bytes.CutPrefix(line, []byte("data:")); ok {
+			data = append(append(data, text...), '\n')
+		}
+	}
+}
+
+// eventTrouble says what is wrong with an event's data, "" if nothing is: an
+// error and nothing else, or no JSON at all.
+func eventTrouble(data []byte) string {
+	var e struct {
+		Type  any
+		Error json.RawMessage
+	}
+	data = bytes.TrimSpace(data)
+	switch err := json.Unmarshal(data, &e); {
+	case string(data) == "[DONE]" || len(data) == 0:
+		return ""
+	case err != nil && !json.Valid(data):
+		return "has an event that is no JSON"
+	case e.Type == "error" || len(e.Error) > 0 && string(e.Error) != "null":
+		return "has an error in it"
+	}
+	return ""
+}
+
+// goesUp is the allow-list for request headers. Keys are canonical.
+func goesUp(name string) bool {
+	switch name {
+	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
+		return true
+	case "Openai-Organization", "Openai-Project":
+		return false // they name the account that pays: the upstream's settings say which
+	}
+	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "X-Stainless-") || strings.HasPrefix(name, "Anthropic-")
+}
+
+// upHeader returns the headers that go to the provider, the key not yet among
+// them. Those that the client's Connection header names are for this hop only;
+// Content-Type is not the client's to take away.
+func upHeader(in http.Header) http.Header {
+	out := make(http.Header, 8)
+	for name, values := range in {
+		if goesUp(name) {
+			out[name] = values
+		}
+	}
+	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // else a stranger's text would be taken for a trace
+		delete(out, "Traceparent")
+		delete(out, "Tracestate")
+	}
+	for _, line := range in["Connection"] {
+		for name := range strings.SplitSeq(line, ",") {
+			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); name != "Content-Type" {
+				delete(out, name)
+			}
+		}
+	}
+	if v, ok := out["Idempotency-Key"]; ok {
+		// Under this name net/http takes it as leave to send a call again that
+		// the provider has had already, which no limit and no row would know of.
+		delete(out, "Idempotency-Key")
+		out["idempotency-key"] = v
+	}
+	return out
+}
+
+// comesDown is the allow-list for answer headers. Keys are canonical. The
+// provider's X-Ratelimit-* are not on it: they are the key's, which many tokens
+// share; the token's own stand in their place (proxy_admit.go).
+func comesDown(name string) bool {
+	switch name {
+	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
+		"X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry":
+		return true
+	case "Openai-Organization", "Openai-Project", "Anthropic-Organization-Id":
+		return false // whose account it is
+	}
+	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
+}
+
+// An answerWriter is the http.ResponseWriter that ReverseProxy writes to. Its
+// header map leads nowhere: nothing reaches the client that expect did not put
+// there, so no 1xx and no trailer does. It has no Hijack and no Unwrap.
+type answerWriter struct {
+	s      *server
+	c      *call
+	w      http.ResponseWriter
+	header http.Header
+
+	meter      *meter // nil until an answer came
+	keys       keyMask
+	sse        bool
+	providerID string // what the provider calls this request
+	status     int
+	gone       bool // the client did not take them
+}
+
+func newAnswerWriter(s *server, c *call, w http.ResponseWriter) *answerWriter {
+	return &answerWriter{s: s, c: c, w: w, header: http.Header{}}
+}
+
+func (a *answerWriter) Header() http.Header { return a.header }
+
+// expect takes over the head of the provider's answer: what may come down goes
+// into the client's header.
+func (a *answerWriter) expect(res *http.Response) {
+	a.keys = newKeyMask(a.c.upstream.key())
+	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
+	encoded := res.Header.Get("Content-Encoding")
+	opaque := encoded != "" && encoded != "identity"
+	if a.sse = contentType == "text/event-stream"; a.sse {
+		a.s.metrics.streams.Add(1) // until settle
+	}
+	if res.StatusCode >= 400 || !a.sse && contentType != "application/json" && !opaque {
+		kind = meterNone // an error is not billed; audio and the like say nothing
+	}
+	a.meter = newMeter(kind, a.sse, opaque, a.c.stripped)
+
+	to := a.w.Header()
+	for name, values := range res.Header {
+		if comesDown(name) && !a.keys.in(values) {
+			to[name] = values
+			if name == "X-Request-Id" || name == "Request-Id" {
+				a.providerID = clip(values[0], 128)
+			}
+		}
+	}
+	if _, ok := to["Content-Type"]; !ok {
+		to["Content-Type"] = nil // net/http would guess one from the body
+	}
+	if a.c.stripped && a.sse {
+		to.Del("Content-Length")
+	}
+	if a.c.project.routing.ShowUpstream {
+		to["X-Llm-Proxy-Upstream"] = []string{a.c.upstream.id}
+	}
+	if a.sse {
+		to["Cache-Control"] = []string{"no-cache, no-store"}
+		to["X-Accel-Buffering"] = []string{"no"} // nginx in front must not collect events
+	} else {
+		to["Cache-Control"] = []string{"no-store"}
+	}
+	if a.sse { // which ReverseProxy goes by to flush each event; nothing else of the head is its business any more
+		res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
+	} else {
+		res.Header = nil
+	}
+}
+
+// mediaType returns the type in a Content-Type header, "" if there is none.
+func mediaType(header string) string {
+	switch header { // nearly all are one of these
+	case "application/json", "text/event-stream":
+		return header
+	case "text/event-stream; charset=utf-8":
+		return "text/event-stream"
+	}
+	t, _, err := mime.ParseMediaType(header)
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // the type itself is clear then, and ReverseProxy goes by it
+		return ""
+	}
+	return t
+}
+
+// WriteHeader sends the head to the client.
+func (a *answerWriter) WriteHeader(status int) {
+	if status < 200 || a.status != 0 {
+		return
+	}
+	a.status = status
+	a.c.firstByte = time.Since(a.c.start)
+	a.w.WriteHeader(status)
+}
+
+// Write passes bytes of the answer on. It reports them all as written even
+// where an event is held back, so that ReverseProxy goes on.
+func (a *answerWriter) Write(p []byte) (int, error) {
+	rest := a.meter.pass(a.keys.pass(p))
+	a.c.watch.answered.Add(int64(len(p)))
+	if a.sse {
+		a.c.watch.output.Store(max(a.meter.counts.output, a.meter.estimateOutput()))
+	}
+	if err := a.send(rest); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (a *answerWriter) send(p []byte) error {
+	if len(p) == 0 {
+		a.s.running.enter(a.c, phaseRelaying)
+		return nil
+	}
+	a.c.kept.answered(p)
+	a.s.running.enter(a.c, phaseWriting)
+	if _, err := a.w.Write(p); err != nil {
+		a.gone = true
+		return err
+	}
+	a.s.running.enter(a.c, phaseRelaying)
+	return nil
+}
+
+// FlushError lets ReverseProxy push each event out at once.
+func (a *answerWriter) FlushError() error {
+	if a.status == 0 {
+		return nil
+	}
+	a.s.running.enter(a.c, phaseWriting)
+	err := a.c.controller.Flush()
+	if err != nil {
+		a.gone = true
+	}
+	a.s.running.enter(a.c, phaseRelaying)
+	return err
+}
+
+// finish sends what is still held when the answer is complete.
+func (a *answerWriter) finish() {
+	if a.status == 0 {
+		return
+	}
+	if rest := a.keys.end(); len(rest) > 0 {
+		_ = a.send(a.meter.pass(rest))
+	}
+	_ = a.send(a.meter.end())
+}
+
+// A keyMask replaces a provider key in an answer by asterisks, also where it is
+// cut in two by the network: no answer may carry the key to a client, whatever
+// a provider echoes.
+type keyMask struct {
+	key  []byte
+	rare int    // the index of a byte of the key that answers seldom have: the search goes by it
+	held []byte // the end of what came, if a key may begin there
+	out  []byte // what pass returned last, when it had to join
+	seen bool   // a key was found
+}
+
+func newKeyMask(key string) keyMask {
+	m := keyMask{key: []byte(key), rare: max(0, len(key)-1)}
+	if i := strings.LastIndexFunc(key, func(r rune) bool { return r >= 'A' && r <= 'Z' }); i >= 0 {
+		m.rare = i
+	}
+	return m
+}
+
+// find returns where in p[at:] the first key begins, as an index of p, or -1.
+func (m *keyMask) find(p []byte, at int) int {
+	for i := at + m.rare; i < len(p); i++ {
+		next := bytes.IndexByte(p[i:], m.key[m.rare])
+		if next < 0 {
+			return -1
+		}
+		i += next
+		if from := i - m.rare; len(p)-from >= len(m.key) && bytes.Equal(p[from:from+len(m.key)], m.key) {
+			return from
+		}
+	}
+	return -1
+}
+
+// in reports whether a header's values hold the key.
+func (m *keyMask) in(values []string) bool {
+	for _, v := range values {
+		if strings.Contains(v, string(m.key)) {
+			m.seen = true
+			return true
+		}
+	}
+	return false
+}
+
+// pass returns what of p, and of what was held, can go on. It may write to p.
+func (m *keyMask) pass(p []byte) []byte {
+	if len(m.key) == 0 {
+		return p
+	}
+	if len(m.held) > 0 {
+		m.out = append(append(m.out[:0], m.held...), p...)
+		m.held, p = m.held[:0], m.out
+	}
+	at := 0 // what is before it has been looked at
+	for i := m.find(p, at); i >= 0; i = m.find(p, at) {
+		m.seen = true
+		at = i + len(m.key)
+		copy(p[i:at], bytes.Repeat([]byte{'*'}, len(m.key)))
+	}
+	tail := p[max(at, len(p)-len(m.key)+1):]
+	for i := bytes.IndexByte(tail, m.key[0]); i >= 0; {
+		if bytes.HasPrefix(m.key, tail[i:]) {
+			m.held = append(m.held, tail[i:]...)
+			return p[:len(p)-len(tail)+i]
+		}
+		next := bytes.IndexByte(tail[i+1:], m.key[0])
+		if next < 0 {
+			break
+		}
+		i += 1 + next
+	}
+	return p
+}
+
+// end returns what was held and turned out not to be a key.
+func (m *keyMask) end() []byte { return m.held }
+
+// maxVerified bounds a stream that is held. It counts as BODY_MEMORY.
+const maxVerified = 16 << 20
+
+// wantsVerified reports whether the call's stream is to be held: the client says
+// so, or its project does and the client does not say otherwise.
+func wantsVerified(h http.Header, p *projectState) (bool, error) {
+	switch v := h["X-Llm-Proxy-Stream"]; {
+	case len(v) == 0:
+		return p.routing.VerifiedStreams, nil
+	case len(v) == 1 && (v[0] == "verified" || v[0] == "plain"):
+		return v[0] == "verified", nil
+	}
+	return false, badRequest("invalid_value", "X-LLM-Proxy-Stream", "X-LLM-Proxy-Stream must be verified or plain.")
+}
+
+// hold reads a stream to its end and leaves it in the answer's body, whole. A
+// stream that is cut, has an event that is an error or no JSON, or lacks its end
+// is an error, and nothing of it is left. alive is called with each read.
+func (t *tries) hold(res *http.Response, alive func()) (err error) {
+	body := res.Body
+	defer body.Close()
+	held := int64(0)
+	defer func() {
+		if err != nil {
+			t.s.bodies.release(held)
+		}
+	}()
+	plain := res.Header.Get("Content-Encoding") == "" // else its events cannot be read, only its end
+	var all []byte
+	look := eventLook{}
+	m := newMeter(t.c.endpoint.meter, true, !plain, false)
+	for {
+		if len(all) == cap(all) {
+			all = slices.Grow(all, max(len(all), 32<<10))
+			if more := int64(cap(all)) - held; !t.s.bodies.reserve(more) {
+				return errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+			}
+			held = int64(cap(all))
+		}
+		n, err := body.Read(all[len(all):cap(all)])
+		m.pass(all[len(all) : len(all)+n])
+		all = all[:len(all)+n]
+		t.c.watch.output.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for what nobody has seen yet too
+		alive()
+		if len(all) > maxVerified {
+			return &apiError{status: http.StatusBadGateway, code: "stream_too_large", noRetry: true,
+				msg: "The stream is larger than the " + strconv.Itoa(maxVerified>>20) + " MiB that are held; ask for it with X-LLM-Proxy-Stream: plain."}
+		}
+		if why := look.read(all); plain && why != "" {
+			return &eventFault{why}
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	// Some compatible providers never send an end mark. Where nobody else is left to
+	// ask, a reason to finish is as good.
+	if m.end(); plain && t.c.endpoint.endMarked() && !m.done && (!look.finished || t.spare()) {
+		return &eventFault{"ended without its end mark"}
+	}
+	t.c.held += held
+	res.Body = &headBody{http.NoBody, all, all, true}
+	return nil
+}
+
+// holding is how long a stream that is held may stand still.
+func (t *tries) holding(patience time.Duration) time.Duration {
+	switch own := time.Duration(t.at.settings.IdleMS) * time.Millisecond; {
+	case own > 0:
+		return own
+	case patience > 0:
+		return patience
+	}
+	return t.s.cfg.streamIdleTimeout
+}
+
+// An eventLook reads the events of a stream that grows.
+type eventLook struct {
+	at       int  // so far they have been read
+	seen     int  // so far there was no end of a line since then
+	finished bool // an event said why the answer ends
+}
+
+// read looks at the events that have come to their end since it was last called,
+// and says what is wrong with the stream, "" if nothing is.
+func (l *eventLook) read(stream []byte) string {
+	fresh := stream[l.seen:]
+	if l.seen = len(stream); !bytes.ContainsAny(fresh, "\r\n") {
+		return "" // of a large event: looking at all of it each time would take long
+	}
+	for {
+		data, n := nextEvent(stream[l.at:])
+		if n == 0 {
+			return ""
+		}
+		l.at += n
+		if why := eventTrouble(data); why != "" {
+			return why
+		}
+		var e struct {
+			Choices []struct {
+				FinishReason any `json:"finish_reason"`
+			}
+			Type     any
+			Response struct{ Error struct{ Code any } }
+		}
+		_ = json.Unmarshal(data, &e) // eventTrouble has seen that it is JSON
+		if code := e.Response.Error.Code; e.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded") {
+			return "has an error in it" // others are the call's own fault, and would be again
+		}
+		for _, c := range e.Choices {
+			l.finished = l.finished || c.FinishReason != nil
+		}
+	}
+}

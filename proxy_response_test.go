@@ -1,0 +1,913 @@
+// Headers: what a client may not smuggle past the proxy to the provider, nor a
+// provider to the client. (What goes up at all: TestUpHeaders, FuzzUpHeader.)
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestConnectionHeader: naming a header in Connection takes away neither the
+// key nor the type that the proxy sends, but what the client sent under it.
+func TestConnectionHeader(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, lines := range []string{
+		"Connection: authorization\r\n",
+		"Connection: Authorization, close\r\n",
+		"Connection: \r\nConnection: AUTHORIZATION\r\nConnection: content-type\r\n",
+		"connection:\tauthorization\t,\tContent-Type\r\n",
+		"Connection: authorization,content-type,content-length,host,transfer-encoding\r\n",
+		"Connection: close, openai-beta, user-agent, x-api-key\r\n",
+		"Connection: keep-alive\r\nKeep-Alive: timeout=1\r\nProxy-Connection: authorization\r\n",
+	} {
+		before := len(p.provider.got())
+		got := p.raw(p.rawChat(lines+"User-Agent: sdk\r\nOpenAI-Beta: b\r\nConnection: close\r\n", chatBody()))
+		if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+			t.Errorf("%q: got %q", lines, got)
+			continue
+		}
+		r := p.provider.last(t)
+		if len(p.provider.got()) != before+1 || r.header.Get("Authorization") != "Bearer "+p.provider.key || r.header.Get("Content-Type") != "application/json" || r.body != chatBody() {
+			t.Errorf("%q: the provider got %s", lines, strings.ReplaceAll(r.head, p.provider.key, "KEY"))
+		}
+		taken := strings.Contains(lines, "openai-beta")
+		if (r.header.Get("Openai-Beta") == "") != taken || (r.header.Get("User-Agent") == "") != taken || r.header.Get("Connection") != "" {
+			t.Errorf("%q: the provider got %v", lines, r.header["Connection"])
+		}
+	}
+}
+
+// TestDeniedHeaders: none of these reaches the provider with the client's value.
+func TestDeniedHeaders(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	var lines strings.Builder
+	for _, name := range []string{"Cookie", "OpenAI-Organization", "openai-project", "Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto",
+		"X-Forwarded-Prefix", "X-Real-IP", "CF-Connecting-IP", "True-Client-IP", "X-Original-URL", "X-Rewrite-URL", "X-HTTP-Method-Override",
+		"X-Method-Override", "Proxy-Authorization", "Proxy-Authenticate", "Via", "Trailer", "TE", "Range", "If-Range", "If-Match", "If-None-Match",
+		"If-Modified-Since", "Accept-Encoding", "Accept-Language", "Origin", "Referer", "Cache-Control", "Pragma", "Max-Forwards", "Content-Language",
+		"Content-Location", "Content-MD5", "Content-Range", "X-Request-Id", "Request-Id", "X-Goog-Api-Key", "Authorization_", "X_Api_Key", "OpenAI_Beta",
+		"X-Amz-Security-Token", "X-Openai-Organization", "Http2-Settings", "Keep-Alive", "Sec-Websocket-Key", "X-Llm-Proxy-Request-Id", "Api_Key", "Host_"} {
+		lines.WriteString(name + ": denied-value\r\n")
+	}
+	if got := p.raw(p.rawChat(lines.String()+"Connection: close\r\n", chatBody())); !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+		t.Fatalf("got %q", got)
+	}
+	var names []string
+	for name := range p.provider.last(t).header {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	if want := []string{"Authorization", "Content-Length", "Content-Type", "Host"}; !slices.Equal(names, want) {
+		t.Errorf("the provider got the headers %v, want %v", names, want)
+	}
+	if h := p.provider.last(t).head; strings.Contains(h, "denied") {
+		t.Errorf("the provider got %s", strings.ReplaceAll(h, p.provider.key, "KEY"))
+	}
+}
+
+// TestAccountHeadersAreTheUpstreams: which organisation pays is for the
+// project's admin to say.
+func TestAccountHeadersAreTheUpstreams(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"organization":"org-ours","openai_project":"proj-ours"}`, 200, nil)
+	p.call("Authorization", "Bearer "+p.token, "OpenAI-Organization", "org-theirs", "OpenAI-Project", "proj-theirs")
+	if h := p.provider.last(t).header; strings.Join(h["Openai-Organization"], ",") != "org-ours" || strings.Join(h["Openai-Project"], ",") != "proj-ours" {
+		t.Errorf("the provider got %v %v", h["Openai-Organization"], h["Openai-Project"])
+	}
+}
+
+// TestMalformedHeaders: refused before anything else looks at them.
+func TestMalformedHeaders(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, line := range []string{
+		"X Y: 1\r\n", ": empty\r\n", "no colon\r\n", "Bäd: 1\r\n", "X-A : 1\r\n", "X-A: a\x00b\r\n", "X-A: a\x7fb\r\n", "X-A: a\rb\r\n", "Host: y\r\n",
+		"Content-Type: text/plain\r\n", "Content-Type: application/json\r\n", "content-encoding: identity\r\nContent-Encoding: gzip\r\n",
+	} {
+		got := p.raw(p.rawChat(line+"Connection: close\r\n", chatBody()))
+		if !strings.HasPrefix(got, "HTTP/1.1 400 ") {
+			t.Errorf("%q: got %.200q", line, got)
+		}
+	}
+	if n := len(p.provider.got()); n > 0 {
+		t.Errorf("the provider got %d requests", n)
+	}
+	for _, size := range []string{"X-A: " + strings.Repeat("a", 70<<10) + "\r\n", strings.Repeat("X-A: 1\r\n", 10_000), "Cookie: " + strings.Repeat("a=b; ", 14_000) + "\r\n"} {
+		if got := p.raw(p.rawChat(size, chatBody())); got != "" && !strings.HasPrefix(got, "HTTP/1.1 431 ") {
+			t.Errorf("%d bytes of headers: got %.200q", len(size), got)
+		}
+	}
+}
+
+// TestNoUpgrade: no request to switch protocols is taken, and no unasked switch
+// by a provider becomes a tunnel.
+func TestNoUpgrade(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, lines := range []string{
+		"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n",
+		"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
+		"Upgrade: anything\r\n", "Connection: upgrade\r\nupgrade: \t x\r\n", "Upgrade: \r\nUpgrade: h2c\r\nConnection: Upgrade\r\n",
+	} {
+		got := p.raw(p.rawChat(lines+"Connection: close\r\n", chatBody()) + "GET /tunnel HTTP/1.1\r\nHost: x\r\n\r\n")
+		if !strings.HasPrefix(got, "HTTP/1.1 400 ") || !strings.Contains(got, "upgrade_not_supported") {
+			t.Errorf("%q: got %q", lines, got)
+		}
+	}
+	if n := len(p.provider.got()); n > 0 {
+		t.Fatalf("the provider got %d requests", n)
+	}
+	if got := p.raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); !strings.HasPrefix(got, "HTTP/1.1 ") {
+		t.Errorf("HTTP/2 without TLS: got %q", got)
+	}
+	for _, head := range []string{
+		"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+		"HTTP/1.1 101 Switching Protocols\r\n\r\n", "HTTP/1.1 101 X\r\nUpgrade: h2c\r\n\r\n",
+	} {
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			_, _ = io.WriteString(c, head+"bytes of a tunnel")
+			return !c.gone(0)
+		})
+		got := p.raw(p.rawChat("Connection: close\r\n", chatBody()) + "more bytes")
+		if !strings.HasPrefix(got, "HTTP/1.1 502 ") || strings.Contains(got, "tunnel") || strings.Contains(got, "101 ") {
+			t.Errorf("%q: got %q", head, got)
+		}
+	}
+}
+
+// TestEarlyHints: no 1xx of a provider reaches the client, nor do its headers,
+// and the final answer keeps all that the proxy adds.
+func TestEarlyHints(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		for range 3 {
+			_, _ = io.WriteString(c, "HTTP/1.1 103 Early Hints\r\nSet-Cookie: canary=1\r\nOpenAI-Organization: canary\r\nX-Canary: 1\r\nOpenAI-Canary: 1\r\nX-Request-Id: canary\r\n\r\n")
+		}
+		_, _ = io.WriteString(c, "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+		return c.reply(200, chatAnswer)
+	})
+	got := p.raw(p.rawChat("Connection: close\r\n", chatBody()))
+	if !strings.HasPrefix(got, "HTTP/1.1 200 ") || strings.Count(got, "HTTP/1.1 ") != 1 || strings.Contains(strings.ToLower(got), "canary") {
+		t.Errorf("got %q", got)
+	}
+	for _, want := range []string{"\r\nX-Request-Id: req_", "\r\nX-Llm-Proxy-Request-Id: req_", "\r\nX-Content-Type-Options: nosniff\r\n", "\r\nCache-Control: no-store\r\n", "\r\nContent-Type: application/json\r\n"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%q is missing in %q", want, got)
+		}
+	}
+	if row := p.lastCall(); row.Status != 200 || row.Outcome != "ok" {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestNoTrailers: announced or not, streamed or not.
+func TestNoTrailers(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, announce := range []string{"", "Trailer: X-Canary, Set-Cookie\r\n", "Trailer: OpenAI-Canary\r\n"} {
+		for _, kind := range []string{"text/event-stream", "application/json"} {
+			p.provider.answer(func(c *providerConn, _ recorded) bool {
+				_, err := fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%sTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Canary: 1\r\nSet-Cookie: canary=1\r\nOpenAI-Canary: canary\r\n\r\n", kind, announce)
+				return err == nil
+			})
+			got := p.raw(p.rawChat("TE: trailers\r\nConnection: close\r\n", chatBody()))
+			if !strings.HasPrefix(got, "HTTP/1.1 200 ") || strings.Contains(strings.ToLower(got), "canary") || !strings.Contains(got, "{}") {
+				t.Errorf("%q %s: got %q", announce, kind, got)
+			}
+		}
+	}
+}
+
+// TestAnswerHeaders: an allow-list, and no type where the provider gave none.
+func TestAnswerHeaders(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		return c.reply(200, "<html><script>", "content-type: application/json", "Set-Cookie: a=b", "Server: x", "Via: x", "OpenAI-Organization: o", "openai-project: p",
+			"Anthropic-Organization-Id: o", "Alt-Svc: h3=\":443\"", "Strict-Transport-Security: max-age=1", "Access-Control-Allow-Origin: *", "Clear-Site-Data: *",
+			"Location: http://evil/", "WWW-Authenticate: Basic", "Content-Security-Policy: x", "Refresh: 0;url=http://evil/", "Link: <x>", "X-Accel-Redirect: /etc",
+			"X-Sendfile: /etc", "X-Content-Type-Options: off", "Cache-Control: public", "X-Llm-Proxy-Request-Id: mine", "Connection: X-Ratelimit-Hidden", "X-Ratelimit-Hidden: 1",
+			"X-Ratelimit-Remaining-Requests: 7", "openai-processing-ms: 12", "OpenAI-Version: 1", "retry-after-ms: 5", "Retry-After: 1", "X-Should-Retry: false",
+			"X-Request-Id: theirs", "Request-Id: anth", "anthropic-ratelimit-tokens-limit: 3")
+	})
+	a := p.chat()
+	var names []string
+	for name := range a.header {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	want := []string{"Anthropic-Ratelimit-Tokens-Limit", "Cache-Control", "Content-Length", "Content-Type", "Date", "Openai-Processing-Ms", "Openai-Version", "Request-Id",
+		"Retry-After", "Retry-After-Ms", "X-Content-Type-Options", "X-Llm-Proxy-Request-Id", "X-Request-Id", "X-Should-Retry"}
+	if !slices.Equal(names, want) {
+		t.Errorf("the client got the headers %v, want %v", names, want)
+	}
+	if a.header.Get("X-Request-Id") != "theirs" || a.header.Get("X-Llm-Proxy-Request-Id") == "mine" || a.header.Get("Cache-Control") != "no-store" || a.header.Get("X-Content-Type-Options") != "nosniff" {
+		t.Errorf("got %v", a.header)
+	}
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		_, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n<html><script>")
+		return err == nil
+	})
+	if a := p.chat(); a.body != "<html><script>" || a.header["Content-Type"] != nil {
+		t.Errorf("without a type: %q %v", a.body, a.header)
+	}
+}
+
+// TestNoRedirect: a redirect is not followed, nor handed to the client, whose
+// SDK would follow it with the token.
+func TestNoRedirect(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	evil, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer evil.Close()
+	var visits atomic.Int64
+	go func() {
+		for {
+			c, err := evil.Accept()
+			if err != nil {
+				return
+			}
+			visits.Add(1)
+			c.Close()
+		}
+	}()
+	for _, status := range []int{300, 301, 302, 303, 304, 307, 308} {
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			_, err := fmt.Fprintf(c, "HTTP/1.1 %d X\r\nLocation: http://%s/v1/chat/completions\r\nContent-Length: 0\r\n\r\n", status, evil.Addr())
+			return err == nil
+		})
+		if a := p.chat(); a.status != 502 || a.code() != "upstream_protocol_error" || a.header.Get("Location") != "" || a.header.Get("X-Should-Retry") != "false" {
+			t.Errorf("%d: got %d %s %v", status, a.status, a.body, a.header)
+		}
+	}
+	if visits.Load() > 0 {
+		t.Error("the redirect was followed")
+	}
+}
+
+// TestNoCrossOrigin: no other web site may read answers, or change anything.
+func TestNoCrossOrigin(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, path := range []string{"/v1/chat/completions", "/manage/projects", "/"} {
+		for _, origin := range []string{"https://evil.example", "null", p.url} {
+			a := p.do("OPTIONS", path, "", "Origin", origin, "Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "authorization")
+			for name := range a.header {
+				if strings.HasPrefix(name, "Access-Control-") {
+					t.Errorf("%s from %s: %s", path, origin, name)
+				}
+			}
+			if a.status < 400 {
+				t.Errorf("%s from %s: %d", path, origin, a.status)
+			}
+		}
+	}
+	a := p.manageAs(p.adminKey, "POST", "/manage/projects", `{"name":"theirs"}`, "Origin", "https://evil.example", "Sec-Fetch-Site", "cross-site")
+	if a.status != 403 {
+		t.Errorf("a form of another site: %d %s", a.status, a.body)
+	}
+}
+
+// TestClientAddress: X-Forwarded-For counts from trusted peers only, and from
+// it the right-most address that is not theirs.
+func TestClientAddress(t *testing.T) {
+	t.Parallel()
+	s := &server{cfg: &config{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}}
+	for _, c := range []struct {
+		peer  string
+		lines []string
+		want  string
+	}{
+		{"10.0.0.1:5", nil, "10.0.0.1"},
+		{"10.0.0.1:5", []string{"1.2.3.4"}, "1.2.3.4"},
+		{"10.0.0.1:5", []string{"6.6.6.6, 1.2.3.4"}, "1.2.3.4"},
+		{"10.0.0.1:5", []string{"6.6.6.6", "1.2.3.4"}, "1.2.3.4"},
+		{"10.0.0.1:5", []string{"6.6.6.6, 1.2.3.4, 10.9.9.9", "10.0.0.2"}, "1.2.3.4"},
+		{"10.0.0.1:5", []string{"10.0.0.7, 10.0.0.8"}, "10.0.0.7"},
+		{"10.0.0.1:5", []string{"6.6.6.6, garbage, 10.0.0.8"}, "10.0.0.8"},
+		{"10.0.0.1:5", []string{"6.6.6.6, "}, "10.0.0.1"},
+		{"10.0.0.1:5", []string{"1.2.3.4:80"}, "10.0.0.1"},
+		{"10.0.0.1:5", []string{"\t2001:db8::1 "}, "2001:db8::1"},
+		{"10.0.0.1:5", []string{"fe80::1%evil"}, "fe80::1"},
+		{"10.0.0.1:5", []string{"::ffff:10.0.0.3"}, "10.0.0.3"},
+		{"[::ffff:10.0.0.1]:5", []string{"1.2.3.4"}, "1.2.3.4"},
+		{"[fd00::1]:5", []string{"1.2.3.4"}, "1.2.3.4"},
+		{"9.9.9.9:5", []string{"1.2.3.4"}, "9.9.9.9"},
+		{"[2001:db8::2]:5", []string{"10.0.0.1"}, "2001:db8::2"},
+		{"nonsense", []string{"1.2.3.4"}, ""},
+	} {
+		r := &http.Request{RemoteAddr: c.peer, Header: http.Header{"X-Forwarded-For": c.lines, "X-Real-Ip": {"7.7.7.7"}, "Forwarded": {"for=7.7.7.7"}}}
+		if got := s.clientAddress(r); got != c.want {
+			t.Errorf("%s, %q: got %q, want %q", c.peer, c.lines, got, c.want)
+		}
+	}
+	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.0/8"})
+	p.call("Authorization", "Bearer "+p.token, "X-Forwarded-For", "6.6.6.6, 198.51.100.7")
+	if row := p.lastCall(); row.Address != "198.51.100.7" {
+		t.Errorf("the ledger has the address %s", row.Address)
+	}
+	p = newTest(t, nil)
+	p.call("Authorization", "Bearer "+p.token, "X-Forwarded-For", "198.51.100.7")
+	if row := p.lastCall(); row.Address != "127.0.0.1" {
+		t.Errorf("the ledger has the address %s", row.Address)
+	}
+}
+
+// FuzzClientAddress: whatever the header says, the result is an address: the
+// peer's, or one that is in the header.
+func FuzzClientAddress(f *testing.F) {
+	f.Add("10.0.0.1:1", "1.2.3.4, 10.0.0.2", "6.6.6.6")
+	f.Add("[fd00::1%x]:1", "::1%2, ", "")
+	f.Add("9.9.9.9:1", "1.2.3.4", "\n")
+	s := &server{cfg: &config{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}
+	f.Fuzz(func(t *testing.T, peer, one, two string) {
+		got := s.clientAddress(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {one, two}}})
+		host, _, err := net.SplitHostPort(peer)
+		if err != nil && got != "" || got == host {
+			return
+		}
+		addr, err := netip.ParseAddr(got)
+		if err != nil || addr.Zone() != "" || addr.Is4In6() {
+			t.Fatalf("%q, %q, %q: got %q", peer, one, two, got)
+		}
+		if from, err := netip.ParseAddr(host); err != nil || !s.trusted(from) {
+			t.Fatalf("%q is not trusted, but got %q from %q, %q", peer, got, one, two)
+		}
+	})
+}
+
+// TestMediaType: what an answer is goes by its type alone, also where the
+// parameters are malformed, as it does for ReverseProxy.
+func TestMediaType(t *testing.T) {
+	t.Parallel()
+	for header, want := range map[string]string{"": "", "application/json": "application/json", "Text/Event-Stream": "text/event-stream",
+		"text/event-stream;charset=utf-8": "text/event-stream", "text/event-stream; charset": "text/event-stream", `text/event-stream; q="x`: "text/event-stream",
+		"application/json; charset=utf-8, text/html": "application/json", "text/event stream": "", ";": ""} {
+		if got := mediaType(header); got != want {
+			t.Errorf("%q: got %q, want %q", header, got, want)
+		}
+	}
+}
+
+// TestStreamEventsPassAtOnce: the provider sends an event only when the client
+// has the one before.
+func TestStreamEventsPassAtOnce(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	got := make(chan struct{})
+	events := chatEvents(true)
+	for _, comment := range []string{": ping\n\n", "event: x\nid: 7\ndata: {}\n\n", "data:\r\n\r\n"} {
+		events = append([]string{comment}, events...)
+	}
+	for _, asked := range []bool{true, false} { // with and without the usage event being looked for
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			c.sse()
+			for i, e := range events {
+				if c.chunk(e) != nil {
+					return false
+				}
+				if !asked && i == len(events)-2 {
+					continue // the client will not get this one
+				}
+				select {
+				case <-got:
+				case <-time.After(5 * time.Second):
+					return false // the stream breaks, and the client sees it
+				}
+			}
+			return c.chunk("") == nil
+		})
+		s := p.stream(p.token, fmt.Sprintf(`"stream_options":{"include_usage":%v}`, asked))
+		for i, want := range events {
+			if !asked && i == len(events)-2 {
+				continue
+			}
+			if e, err := s.read(len(want)); err != nil || e != want {
+				t.Fatalf("asked %v, event %d: got %q, %v; want %q", asked, i, e, err, want)
+			}
+			got <- struct{}{}
+		}
+		if rest, err := s.rest(); rest != "" || err != nil {
+			t.Errorf("after the last event: %q, %v", rest, err)
+		}
+	}
+}
+
+// oddStreams are streams as providers may write them. usage is whether the
+// proxy can know what was used.
+var oddStreams = []struct {
+	name, stream string
+	outcome      string
+	source       string
+	output       int64 // if exact
+}{
+	{"plain", strings.Join(chatEvents(true), ""), "ok", "exact", 3},
+	{"CRLF", strings.ReplaceAll(strings.Join(chatEvents(true), ""), "\n", "\r\n"), "ok", "exact", 3},
+	{"CR alone", strings.ReplaceAll(strings.Join(chatEvents(true), ""), "\n", "\r"), "ok", "exact", 3},
+	{"no space", strings.ReplaceAll(strings.Join(chatEvents(true), ""), "data: ", "data:"), "ok", "exact", 3},
+	{"mark, comments, names", "\ufeff: hello\n\nretry: 10\n\nid: 1\nevent: x\n" + strings.Join(chatEvents(true), ": c\n\n\n\n"), "ok", "exact", 3},
+	{"lines of data", "data: {\"choices\":\ndata: [{\"delta\":{\"content\":\"x\"}}]}\n\ndata: {\"choices\":[],\ndata: \"usage\":{\"prompt_tokens\":1,\"completion_tokens\":5}}\n\ndata: [DONE]\n\n", "ok", "exact", 5},
+	{"letters in pieces", "data: {\"choices\":[{\"delta\":{\"content\":\"😀é\\ud83d\\ude00\u2028\"}}]}\n\n" + strings.Join(chatEvents(true), ""), "ok", "exact", 3},
+	{"no usage", strings.Join(chatEvents(false), ""), "ok", "estimated", 0},
+	{"usage null", strings.ReplaceAll(strings.Join(chatEvents(false), ""), `"choices"`, `"usage":null,"choices"`), "ok", "estimated", 0},
+	{"usage twice", chatEvents(true)[3] + strings.ReplaceAll(chatEvents(true)[3], `completion_tokens":3`, `completion_tokens":4`) + "data: [DONE]\n\n", "ok", "exact", 4},
+	{"usage in the middle", chatEvents(true)[3] + strings.Join(chatEvents(false), ""), "ok", "exact", 3},
+	{"no end mark", strings.Join(chatEvents(true)[:4], ""), "truncated", "exact", 3},
+	{"a lying answer", `data: {"choices":[{"delta":{"content":"data: [DONE]\n\ndata: {\"usage\":{\"total_tokens\":0}}\n\n","tool_calls":[{"function":{"arguments":"{\"usage\":{\"completion_tokens\":99}}"}}]},"metadata":{"usage":{"completion_tokens":98}}}]}` +
+		"\n\n" + strings.Join(chatEvents(true), ""), "ok", "exact", 3},
+	{"a lie and no end", `data: {"choices":[{"delta":{"content":"[DONE]","usage":{"completion_tokens":98,"prompt_tokens":1}}}]}` + "\n\n", "truncated", "estimated", 0},
+	{"error inside", chatEvents(true)[0] + "data: {\"error\":{\"message\":\"overloaded\",\"code\":\"server_error\"}}\n\n", "upstream_error", "estimated", 0},
+	{"long", strings.Repeat(chatEvents(true)[1], 1000) + strings.Join(chatEvents(true), ""), "ok", "exact", 3},
+}
+
+// TestStreamBytes: whatever the chunks, the client gets the provider's bytes and
+// the ledger the same usage.
+func TestStreamBytes(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	rng := rand.New(rand.NewPCG(1, 2))
+	for _, test := range oddStreams {
+		whole := func() int { return len(test.stream) }
+		for how, size := range map[string]func() int{"one byte": func() int { return 1 }, "random": func() int { return 1 + rng.IntN(40) }, "whole": whole} {
+			if how == "one byte" && len(test.stream) > 10_000 {
+				continue
+			}
+			p.provider.answer(func(c *providerConn, _ recorded) bool {
+				c.sse()
+				for rest := test.stream; rest != ""; {
+					n := min(size(), len(rest))
+					if c.chunk(rest[:n]) != nil {
+						return false
+					}
+					rest = rest[n:]
+				}
+				return c.chunk("") == nil
+			})
+			res := p.chat(`"stream":true`, `"stream_options":{"include_usage":true}`)
+			if res.err != nil || res.body != test.stream {
+				t.Errorf("%s, %s: got %q, %v", test.name, how, clip(res.body, 2000), res.err)
+			}
+			row := p.lastCall()
+			if row.Outcome != test.outcome || row.UsageSource != test.source || test.source == "exact" && row.OutputTokens != test.output {
+				t.Errorf("%s, %s: the ledger has %+v", test.name, how, row)
+			}
+			if row.OutputTokens == 0 {
+				t.Errorf("%s, %s: usage is silently zero: %+v", test.name, how, row)
+			}
+		}
+	}
+}
+
+// TestStreamBigEvent: an event of 16 MiB, as of an image, passes like any other.
+func TestStreamBigEvent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	big := `data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", 16<<20) + `"}}]}` + "\n\n"
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		c.sse()
+		_ = c.chunk(big)
+		_ = c.chunk(strings.Join(chatEvents(true), ""))
+		return c.chunk("") == nil
+	})
+	if res := p.chat(`"stream":true`); res.err != nil || res.body != big+strings.Join(chatEvents(false), "") {
+		t.Errorf("got %d bytes, %v", len(res.body), res.err)
+	}
+	if row := p.lastCall(); row.Outcome != "ok" || row.UsageSource != "exact" || row.OutputTokens != 3 {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestNeverLieAboutAStream: an answer that the provider cuts, at whatever byte,
+// is an error for the client: 502 while nothing has left, a broken connection
+// after. Nothing is made up to complete it.
+func TestNeverLieAboutAStream(t *testing.T) {
+	t.Parallel()
+	head := "HTTP/1.1 200 OK\r\nContent-Type: "
+	var chunks strings.Builder
+	for _, e := range chatEvents(true) {
+		fmt.Fprintf(&chunks, "%x\r\n%s\r\n", len(e), e)
+	}
+	answers := []struct{ name, raw, body, members string }{
+		{"unary", head + "application/json\r\nContent-Length: " + fmt.Sprint(len(chatAnswer)) + "\r\n\r\n" + chatAnswer, chatAnswer, `"n":1`},
+		{"unary in chunks", head + "application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(chatAnswer), chatAnswer), chatAnswer, `"n":1`},
+		{"stream", head + "text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks.String() + "0\r\n\r\n",
+			strings.Join(chatEvents(true), ""), `"stream":true,"stream_options":{"include_usage":true}`},
+	}
+	for _, a := range answers {
+		for how, step := range map[string]int{"FIN": 1, "RST": 5} {
+			t.Run(a.name+" "+how, func(t *testing.T) {
+				t.Parallel()
+				p := newTest(t, nil)
+				for k := 0; k < len(a.raw); k += step {
+					p.provider.answer(func(c *providerConn, _ recorded) bool {
+						_, _ = io.WriteString(c, a.raw[:k])
+						if how == "RST" {
+							return c.reset()
+						}
+						return false
+					})
+					res := p.chat(a.members)
+					switch {
+					case res.err == nil && res.status == 502 && res.code() == "upstream_unreachable" && k < strings.Index(a.raw, "\r\n\r\n")+4+1:
+					case res.err != nil && strings.HasPrefix(a.body, res.body):
+					case how == "RST" && res.status == 502: // the reset overtook the bytes before it
+					default:
+						t.Fatalf("cut after %d of %d bytes: status %d, %q, %v", k, len(a.raw), res.status, res.body, res.err)
+					}
+				}
+				for _, row := range p.ledger() {
+					if row.Outcome != "truncated" && row.Outcome != "upstream_error" || row.ErrorCode == "" {
+						t.Errorf("the ledger has %+v", row)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestClientGone: a client that leaves, before the answer or after any event of
+// it, cancels the provider's call within a second and has its row.
+func TestClientGone(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	events := chatEvents(true)
+	for k := range len(events) {
+		sent, gone := make(chan struct{}), make(chan bool, 1)
+		p.provider.answer(func(c *providerConn, _ recorded) bool {
+			if k > 0 {
+				c.sse()
+				_ = c.chunk(strings.Join(events[:k], ""))
+			}
+			close(sent)
+			gone <- c.gone(5 * time.Second)
+			return false
+		})
+		ctx, leave := context.WithCancel(t.Context())
+		var s *clientStream
+		if k == 0 {
+			failed := make(chan error, 1)
+			go func() { _, err := p.openStream(ctx, p.token, ""); failed <- err }()
+			<-sent
+			leave()
+			<-failed
+		} else {
+			var err error
+			if s, err = p.openStream(ctx, p.token, `"stream_options":{"include_usage":true}`); err != nil {
+				t.Fatal(err)
+			}
+			for _, want := range events[:k] {
+				if e, err := s.read(len(want)); e != want || err != nil {
+					t.Fatalf("got %q, %v", e, err)
+				}
+			}
+			leave()
+		}
+		left := time.Now()
+		if !<-gone || time.Since(left) > time.Second {
+			t.Errorf("after %d events: the provider's call ended %v after the client had left", k, time.Since(left))
+		}
+		row := p.lastCall()
+		if row.Outcome != "client_gone" || row.UsageSource == "none" || k == 0 && row.Status != 499 || k > 0 && row.Status != 200 {
+			t.Errorf("after %d events: the ledger has %+v", k, row)
+		}
+	}
+	if rows := p.ledger(); len(rows) != len(events) {
+		t.Errorf("%d rows for %d calls", len(rows), len(events))
+	}
+}
+
+// TestClientShutsItsSide: net/http takes a half-closed connection for a client
+// that has left. What it must not get is an empty 200.
+func TestClientShutsItsSide(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool { c.gone(5 * time.Second); return false })
+	if got := p.rawThenShut(p.rawChat("", chatBody())); got != "" {
+		t.Errorf("the client got %q", got)
+	}
+	if row := p.lastCall(); row.Outcome != "client_gone" || row.Status != 499 {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestStreamOfAnotherKind: what was asked for is not always what comes.
+func TestStreamOfAnotherKind(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, chatAnswer) })
+	if res := p.chat(`"stream":true`); res.body != chatAnswer || res.header.Get("Content-Type") != "application/json" {
+		t.Errorf("JSON for a stream: %+v", res)
+	}
+	if row := p.lastCall(); row.Outcome != "ok" || row.UsageSource != "exact" || row.OutputTokens != 3 {
+		t.Errorf("JSON for a stream: the ledger has %+v", row)
+	}
+	stream := strings.Join(chatEvents(true), "")
+	p.provider.answer(func(c *providerConn, _ recorded) bool { c.sse(); _ = c.chunk(stream); return c.chunk("") == nil })
+	if res := p.chat(); res.body != stream {
+		t.Errorf("a stream for JSON: %+v", res)
+	}
+	if row := p.lastCall(); row.Outcome != "ok" || row.UsageSource != "exact" || row.OutputTokens != 3 {
+		t.Errorf("a stream for JSON: the ledger has %+v", row)
+	}
+}
+
+// TestStreamCompressed: a provider that compresses unasked is passed on as it
+// is, each event at once, with usage estimated.
+func TestStreamCompressed(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	got := make(chan struct{})
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		if r.header.Get("Accept-Encoding") != "" {
+			return c.reply(400, "{}") // the client's wish goes no further
+		}
+		c.sse("Content-Encoding: gzip")
+		var b bytes.Buffer
+		z := gzip.NewWriter(&b)
+		for _, e := range chatEvents(false) {
+			_, _ = io.WriteString(z, e)
+			_ = z.Flush()
+			if c.chunk(b.String()) != nil {
+				return false
+			}
+			b.Reset()
+			select {
+			case <-got:
+			case <-time.After(5 * time.Second):
+				return false
+			}
+		}
+		_ = z.Close()
+		_ = c.chunk(b.String())
+		return c.chunk("") == nil
+	})
+	s := p.stream(p.token, `"n":1`)
+	z, err := gzip.NewReader(s.r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range chatEvents(false) {
+		b := make([]byte, len(want))
+		if _, err := io.ReadFull(z, b); err != nil || string(b) != want {
+			t.Fatalf("got %q, %v", b, err)
+		}
+		got <- struct{}{}
+	}
+	if _, err := io.ReadAll(z); err != nil {
+		t.Error(err)
+	}
+	if row := p.lastCall(); row.Outcome == "client_gone" || row.UsageSource != "estimated" || row.OutputTokens == 0 {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestStreamFraming: the same stream over HTTP/1.0, without keep-alive, and
+// over HTTP/2 with TLS, where a cut is a reset stream.
+func TestStreamFraming(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	want := strings.Join(chatEvents(false), "")
+	body := chatBody(`"stream":true`)
+	old := p.raw(strings.Replace(p.rawChat("", body), "HTTP/1.1", "HTTP/1.0", 1))
+	if head, rest, _ := strings.Cut(old, "\r\n\r\n"); rest != want || strings.Contains(strings.ToLower(head), "chunked") {
+		t.Errorf("HTTP/1.0: got %q", old)
+	}
+	if once := p.raw(p.rawChat("Connection: close\r\n", body)); !strings.HasSuffix(once, "0\r\n\r\n") || !strings.Contains(once, "Connection: close") {
+		t.Errorf("without keep-alive: got %q", once)
+	}
+	hs := httptest.NewUnstartedServer(p.in.routes())
+	hs.EnableHTTP2 = true
+	hs.Config.ErrorLog = p.in.quietLog
+	hs.StartTLS()
+	defer hs.Close()
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: hs.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}, ForceAttemptHTTP2: true}}
+	defer client.CloseIdleConnections()
+	call := func() (string, error) {
+		req, err := http.NewRequestWithContext(t.Context(), "POST", hs.URL+"/v1/chat/completions", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+		res, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		if res.ProtoMajor != 2 {
+			t.Fatalf("the protocol is %s", res.Proto)
+		}
+		b, err := io.ReadAll(res.Body)
+		return string(b), err
+	}
+	if got, err := call(); got != want || err != nil {
+		t.Errorf("HTTP/2: got %q, %v", got, err)
+	}
+	p.provider.answer(func(c *providerConn, _ recorded) bool {
+		c.sse()
+		_ = c.chunk(chatEvents(true)[0])
+		return false
+	})
+	if got, err := call(); err == nil || strings.Contains(got, "[DONE]") {
+		t.Errorf("HTTP/2, cut: got %q, %v", got, err)
+	}
+}
+
+// A clientStream is a stream as a client reads it.
+type clientStream struct {
+	p    *testProxy
+	body io.ReadCloser
+	r    *bufio.Reader
+}
+
+// stream begins a chat stream with the given token; members are added to its
+// body. It ends with the test.
+func (p *testProxy) stream(token string, members ...string) *clientStream {
+	p.t.Helper()
+	s, err := p.openStream(p.t.Context(), token, strings.Join(members, ","))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return s
+}
+
+// openStream is stream for any goroutine and with a context of its own. An
+// answer that is not 200 is an error.
+func (p *testProxy) openStream(ctx context.Context, token, members string) (*clientStream, error) {
+	all := []string{`"stream":true`}
+	if members != "" {
+		all = append(all, members)
+	}
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(all...)))
+	if err != nil {
+		return nil, err
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
+	res, err := (&http.Transport{DisableKeepAlives: true, DisableCompression: true}).RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	p.t.Cleanup(func() { res.Body.Close() })
+	if res.StatusCode != 200 {
+		return nil, errors.New(res.Status)
+	}
+	seen := io.TeeReader(res.Body, writerFunc(func(b []byte) (int, error) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.seen.Write(b)
+	}))
+	return &clientStream{p, res.Body, bufio.NewReader(seen)}, nil
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+// read returns the next n bytes.
+func (s *clientStream) read(n int) (string, error) {
+	b := make([]byte, n)
+	n, err := io.ReadFull(s.r, b)
+	return string(b[:n]), err
+}
+
+// rest returns all that is still to come, with how it ended: nil is a clean end.
+func (s *clientStream) rest() (string, error) {
+	b, err := io.ReadAll(s.r)
+	return string(b), err
+}
+
+// masked passes chunks through a mask for key and returns all that comes out.
+func masked(key string, chunks ...[]byte) (string, bool) {
+	m := newKeyMask(key)
+	var out []byte
+	for _, c := range chunks {
+		out = append(out, m.pass(bytes.Clone(c))...)
+	}
+	return string(append(out, m.end()...)), m.seen
+}
+
+func TestKeyMask(t *testing.T) {
+	t.Parallel()
+	const key = "sk-sksk-aab-sk"
+	stars := strings.Repeat("*", len(key))
+	for _, c := range []struct{ in, want string }{
+		{"", ""},
+		{"nothing of it", "nothing of it"},
+		{key, stars},
+		{"a" + key + "b" + key, "a" + stars + "b" + stars},
+		{key + key, stars + stars},
+		{"sk-" + key, "sk-" + stars},
+		{key[:13], key[:13]}, // all but its last byte: not the key
+		{key[:13] + "x" + key, key[:13] + "x" + stars},
+		{key[1:] + key[:5], key[1:] + key[:5]},
+		{key + "-sksk-aab-sk", stars + "-sksk-aab-sk"},
+	} {
+		in := []byte(c.in)
+		for i := range len(in) + 1 { // every way to cut it in three
+			for j := i; j <= len(in); j++ {
+				if got, seen := masked(key, in[:i], in[i:j], in[j:]); got != c.want || seen != (c.in != c.want) {
+					t.Fatalf("%q cut at %d and %d: got %q, seen %v; want %q", c.in, i, j, got, seen, c.want)
+				}
+			}
+		}
+	}
+	if got, _ := masked("", []byte("abc")); got != "abc" {
+		t.Errorf("without a key: got %q", got)
+	}
+}
+
+// FuzzKeyMask: the output never has the key, has all else unchanged, and does
+// not depend on how the input is cut. cuts gives the lengths of the pieces.
+func FuzzKeyMask(f *testing.F) {
+	f.Add("secret-key-1", "x", []byte("secret-key-1 and secret-key-"), []byte{3, 9})
+	f.Add("aabaabaa", "aab", []byte("aabaabaabaabaa"), []byte{1})
+	f.Add("12345678", "\x00", bytes.Repeat([]byte("1234567812"), 9), []byte{8, 1, 0, 7})
+	f.Fuzz(func(t *testing.T, key, between string, in, cuts []byte) {
+		if checkProviderKey(key) != nil || len(in) > 1<<12 {
+			t.Skip()
+		}
+		in = append(in, between+key+between+key[:len(key)-1]...)
+		whole, seen := masked(key, in)
+		if strings.Contains(whole, key) || !seen || len(whole) != len(in) {
+			t.Fatalf("%q became %q", in, whole)
+		}
+		for i := range in {
+			if whole[i] != in[i] && whole[i] != '*' {
+				t.Fatalf("byte %d of %q became %q", i, in, whole)
+			}
+		}
+		if want := strings.ReplaceAll(string(in), key, strings.Repeat("*", len(key))); whole != want {
+			t.Fatalf("got %q, want %q", whole, want)
+		}
+		var chunks [][]byte
+		rest := in
+		for i := 0; len(rest) > 0 && len(cuts) > 0; i++ {
+			n := min(int(cuts[i%len(cuts)]), len(rest))
+			if n == 0 && i%len(cuts) == 0 {
+				n = 1 // else it never ends
+			}
+			chunks, rest = append(chunks, rest[:n]), rest[n:]
+		}
+		if cut, _ := masked(key, append(chunks, rest)...); cut != whole {
+			t.Fatalf("in pieces %q, whole %q", cut, whole)
+		}
+	})
+}
+
+// FuzzUpHeader: only names on the list go up, with the values the client sent,
+// and never one that its Connection header names, but for Content-Type.
+func FuzzUpHeader(f *testing.F) {
+	f.Add("Authorization", "Bearer x", "authorization, close")
+	f.Add("OpenAI-Beta", "a", "openai-beta")
+	f.Add("content-type", "application/json", "Content-Type")
+	f.Add("X-Forwarded-For", "1.2.3.4", "")
+	f.Add("OpenAI-Organization", "org", "\t,,x")
+	f.Fuzz(func(t *testing.T, name, value, connection string) {
+		in := http.Header{"User-Agent": {"sdk"}, "Content-Type": {"application/json"}, "Cookie": {"a=b"}, "X-Api-Key": {"k"}}
+		name = http.CanonicalHeaderKey(name)
+		in[name] = []string{value}
+		in["Connection"] = append(in["Connection"], connection)
+		out := upHeader(in)
+		for n, values := range out {
+			if !goesUp(n) || strings.Join(values, "\n") != strings.Join(in[n], "\n") {
+				t.Fatalf("%q: %q went up", n, values)
+			}
+			for listed := range strings.SplitSeq(connection, ",") {
+				if n != "Content-Type" && strings.EqualFold(strings.TrimSpace(listed), n) {
+					t.Fatalf("%q went up, though for this hop only (%q)", n, connection)
+				}
+			}
+		}
+		if out["Content-Type"] == nil {
+			t.Fatal("Content-Type was taken away")
+		}
+		for _, n := range []string{"Authorization", "X-Api-Key", "Api-Key", "Cookie", "Host", "Connection", "Upgrade", "Content-Length",
+			"Transfer-Encoding", "Te", "Trailer", "Expect", "Content-Encoding", "Openai-Organization", "Openai-Project", "X-Request-Id"} {
+			if out[n] != nil {
+				t.Fatalf("%s went up", n)
+			}
+		}
+	})
+}

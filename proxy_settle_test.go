@@ -1,0 +1,265 @@
+// Tests of calls that cost money and count no tokens, and of names that clients
+// make up.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestBilledUnseen: what is billed without tokens counts as unpriced, never as
+// nothing, and a picture's bytes are no tokens.
+func TestBilledUnseen(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		path, answer, contentType string
+		unpriced                  int64
+	}{
+		{"/v1/audio/speech", "binary", "audio/mpeg", 1},
+		{"/v1/images/generations", `{"created":1,"data":[{"b64_json":"` + strings.Repeat("A", 100_000) + `"}]}`, "application/json", 1},
+		{"/v1/moderations", `{"id":"modr-1","results":[]}`, "application/json", 0},
+		{"/v1/responses/input_tokens", `{"object":"response.input_tokens","input_tokens":9}`, "application/json", 0},
+	} {
+		p := newTest(t, nil)
+		p.provider.answer(func(pc *providerConn, _ recorded) bool {
+			return pc.reply(200, c.answer, "Content-Type: "+c.contentType)
+		})
+		if res := p.do("POST", c.path, chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
+			t.Fatalf("%s: got %d %s", c.path, res.status, res.body)
+		}
+		if row := p.lastCall(); row.OutputTokens != 0 || row.Cost != nil && *row.Cost != 0 {
+			t.Errorf("%s: the ledger has %+v", c.path, row)
+		}
+		var usage struct {
+			Data []struct {
+				Calls    int64
+				Unpriced int64 `json:"unpriced_calls"`
+			}
+		}
+		p.manage("GET", "/manage/usage?interval=total", "", 200, &usage)
+		if len(usage.Data) != 1 || usage.Data[0].Calls != 1 || usage.Data[0].Unpriced != c.unpriced {
+			t.Errorf("%s: the sums have %+v, want %d unpriced", c.path, usage.Data, c.unpriced)
+		}
+	}
+}
+
+// TestMadeUpModels: names that a client makes up get no sums without end, even
+// where the provider takes them all.
+func TestMadeUpModels(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.answer(func(pc *providerConn, _ recorded) bool { return pc.reply(200, `{"choices":[]}`) })
+	const calls = maxModelNames + 30
+	for i := range calls {
+		body := fmt.Sprintf(`{"model":"made-up-%d","messages":[]}`, i)
+		if res := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	p.settle()
+	var usage struct {
+		Data []struct {
+			Model string
+			Calls int64
+		}
+	}
+	p.manage("GET", "/manage/usage?interval=total&group_by=model", "", 200, &usage)
+	for _, u := range usage.Data {
+		if u.Model == "" && u.Calls != calls-maxModelNames {
+			t.Errorf("%d calls are summed without a name, want %d", u.Calls, calls-maxModelNames)
+		}
+	}
+	if len(usage.Data) != maxModelNames+1 {
+		t.Errorf("%d names have sums, want %d", len(usage.Data), maxModelNames+1)
+	}
+}
+
+// rows returns the whole ledger.
+func (p *testProxy) rows() (all []requestView) {
+	p.t.Helper()
+	p.settle()
+	for before := int64(math.MaxInt64); ; before = all[len(all)-1].id {
+		rows, err := p.in.store.listRequests(context.Background(), requestFilter{before: before, limit: 1000})
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if len(rows) == 0 {
+			return all
+		}
+		all = append(all, rows...)
+	}
+}
+
+// sumsAgree holds the sums, of each grain, to the rows. Refused calls have a row
+// only now and then, and are left out.
+func (p *testProxy) sumsAgree() {
+	p.t.Helper()
+	type key struct{ at, token, model, endpoint, outcome any }
+	want := map[string]map[key]sum{"hour": {}, "day": {}, "total": {}}
+	for _, v := range p.rows() {
+		if v.outcome == outcomeRefused {
+			continue
+		}
+		if v.outcome == outcomeOpen {
+			p.t.Errorf("%s is still open", requestID(v.id))
+		}
+		r := v.requestRow
+		if r.priced = v.costKnown != nil; r.priced {
+			r.cost = *v.costKnown
+		}
+		r.totalUS = deref(v.total)
+		for grain, k := range map[string]key{
+			"hour":  {r.started - r.started%hourMS, v.tokenID, nil, r.endpoint, string(r.outcome)},
+			"day":   {r.started - r.started%dayMS, nil, nil, r.endpoint, string(r.outcome)},
+			"total": {int64(0), v.tokenID, nil, nil, string(r.outcome)},
+		} {
+			s := want[grain][k]
+			s.add(&r)
+			want[grain][k] = s
+		}
+	}
+	for grain, want := range want {
+		rows, err := p.in.store.usage(context.Background(), usageQuery{interval: grain, to: math.MaxInt64, limit: 1 << 20,
+			byToken: grain != "day", byEndpoint: grain != "total", byOutcome: true})
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		got := map[key]sum{}
+		for _, u := range rows {
+			k := key{at: u.at, outcome: u.outcome}
+			if grain != "day" {
+				k.token = u.tokenID
+			}
+			if grain != "total" {
+				k.endpoint = u.endpoint
+			}
+			if u.outcome != string(outcomeRefused) {
+				got[k] = u.sum
+			}
+		}
+		for k, s := range want {
+			if got[k] != s {
+				p.t.Errorf("by %s, %v: the rows add up to %+v, the sums say %+v", grain, k, s, got[k])
+			}
+		}
+		if len(got) != len(want) {
+			p.t.Errorf("by %s: %d sums for %d kinds of rows", grain, len(got), len(want))
+		}
+	}
+}
+
+// countsAgree holds each token's count, stored and live, to its rows. A call that
+// could not be recorded was refused, and does not count.
+func (p *testProxy) countsAgree() {
+	p.t.Helper()
+	calls := map[string]int64{}
+	for _, v := range p.rows() {
+		if v.outcome != outcomeRefused || v.attempts > 0 && v.errorCode != "ledger_unavailable" {
+			calls[v.tokenID]++
+		}
+	}
+	for id, n := range calls {
+		row, err := p.in.store.tokenByID(context.Background(), id)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.in.registry.mu.RLock()
+		live := n // of one that was not used since the start
+		if token := p.in.registry.byID[id]; token != nil {
+			live = token.used.Load()
+		}
+		p.in.registry.mu.RUnlock()
+		if row.requestCount != n || live != n {
+			p.t.Errorf("token %s has %d rows, but the count %d, live %d", id, n, row.requestCount, live)
+		}
+	}
+}
+
+// anyAnswer answers in the way that a number in the call's "seed" picks.
+func anyAnswer(c *providerConn, r recorded) bool {
+	var seed int
+	if _, after, ok := strings.Cut(r.body, `"seed":`); ok {
+		_, _ = fmt.Sscan(strings.TrimRight(after, "}"), &seed)
+	}
+	switch seed % 10 {
+	case 0:
+		return c.reply(500, `{"error":{"message":"x"}}`)
+	case 1:
+		return c.reply(429, `{"error":{"message":"x"}}`)
+	case 2:
+		return false
+	case 3:
+		c.sse()
+		_ = c.chunk(chatEvents(true)[1])
+		return c.reset()
+	case 4:
+		return c.reply(200, strings.ReplaceAll(chatAnswer, `"prompt_tokens":9`, `"prompt_tokens":`+fmt.Sprint(seed)))
+	case 5:
+		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini", "unheard-of"))
+	}
+	return answerChat(c, r)
+}
+
+// trafficTokens makes a plain token, a limited one, and one whose calls are all
+// refused.
+func (p *testProxy) trafficTokens() (tokens []string) {
+	for _, fields := range []string{`"name":"a"`, `"name":"b","max_requests":1000`, `"name":"c","policy":{"models":["gpt-5*"]}`} {
+		_, token := p.newToken(fields)
+		tokens = append(tokens, token)
+	}
+	return tokens
+}
+
+// randomTraffic makes calls with some tokens, of which a few leave early, and
+// returns the status of each one that got one, by request id.
+func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[string]int {
+	var mu sync.Mutex
+	seen := map[string]int{}
+	var all sync.WaitGroup
+	for n := range clients {
+		all.Go(func() {
+			rng := rand.New(rand.NewPCG(7, uint64(n)))
+			for range calls {
+				ctx, cancel := context.WithCancel(context.Background())
+				if rng.IntN(4) == 0 {
+					time.AfterFunc(time.Duration(rng.IntN(3000))*time.Microsecond, cancel)
+				}
+				id, status := p.callFree(ctx, tokens[rng.IntN(len(tokens))], fmt.Sprintf(`"stream":%v,"seed":%d`, rng.IntN(2) == 0, rng.IntN(1000)))
+				cancel()
+				if status != 0 {
+					mu.Lock()
+					seen[id] = status
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	all.Wait()
+	return seen
+}
+
+// callFree makes a chat call from any goroutine and reads the answer. It returns
+// its id and status, which is 0 if the client got no head.
+func (p *testProxy) callFree(ctx context.Context, token, members string) (id string, status int) {
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(members)))
+	if err != nil {
+		p.t.Error(err)
+		return "", 0
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
+	res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return "", 0
+	}
+	defer res.Body.Close()
+	_, _ = io.Copy(io.Discard, res.Body)
+	return res.Header.Get("X-Llm-Proxy-Request-Id"), res.StatusCode
+}

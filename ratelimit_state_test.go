@@ -1,0 +1,886 @@
+// Tests of limits through time (LI1, LI8, LI14): restarts, crashes, evictions,
+// a database that is locked, and administrators who change limits while calls
+// run. A window of an hour or more is exact through all of them.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// windows are limits of 20 calls, each of 12 tokens and $0.00000315, over every
+// window. The last leaves room for what the last call sets aside.
+func windows(kind string) (out []string) {
+	for per := perHour; per <= perLifetime; per++ {
+		most := map[string]string{"requests": "20", "tokens": fmt.Sprint(19*12 + 30), "dollars": fmt.Sprintf("0.%09d", 19*3150+5_000)}[kind]
+		out = append(out, fmt.Sprintf(`{"count":%q,"max":%s,"per":%q}`, kind, most, per))
+	}
+	return out
+}
+
+// tinyBody needs 26 tokens at most, and 1 of its answer.
+const tinyBody = `"max_tokens":1`
+
+// spend makes calls, from n clients at once, until each was refused once, and
+// returns how many were answered.
+func (p *testProxy) spend(token string, n, most int) (answered int) {
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	for range n {
+		all.Go(func() {
+			for range most {
+				_, status := p.callFree(context.Background(), token, tinyBody)
+				mu.Lock()
+				if status == 200 {
+					answered++
+				}
+				mu.Unlock()
+				if status != 200 {
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	return answered
+}
+
+// TestWindowsSurvive: what was used before a restart, a kill -9 or an eviction is
+// used after it, of tokens and projects, to the last call.
+func TestWindowsSurvive(t *testing.T) {
+	t.Parallel()
+	for _, kind := range []string{"requests", "tokens", "dollars"} {
+		for _, where := range []string{"token", "project"} {
+			for _, how := range []string{"restart", "kill", "eviction"} {
+				t.Run(strings.Join([]string{kind, where, how}, " "), func(t *testing.T) {
+					t.Parallel()
+					p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+					calm(10 * time.Second)
+					paths, tokens := map[string]string{}, map[string]string{}
+					for i, limit := range windows(kind) {
+						own, its := `{"limits":[`+limit+`]}`, `{}`
+						if where == "project" {
+							own, its = its, own
+						}
+						project, made, ids := p.newProject(fmt.Sprint("p", i), its, own, 1)
+						tokens[limit], paths[limit] = made[0], "/manage/tokens/"+ids[0]
+						if where == "project" {
+							paths[limit] = "/manage/projects/" + project
+						}
+						if n := p.spend(made[0], 1, 7); n != 7 {
+							t.Fatalf("%s: %d of 7 calls were answered", limit, n)
+						}
+					}
+					p.settle()
+					q := p
+					switch how {
+					case "restart":
+						if err := p.stop(); err != nil {
+							t.Fatal(err)
+						}
+						p.start()
+					case "kill":
+						q = p.asAfterCrash()
+					case "eviction":
+						p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+					}
+					for limit, token := range tokens {
+						before := q.limits(paths[limit])[0] // of a token that no call has used yet
+						n := q.spend(token, 4, 20)
+						if min := map[string]int{"requests": 13, "tokens": 10, "dollars": 10}[kind]; n > 13 || n < min {
+							t.Errorf("%s: after 7 calls, %d of 13 more were answered", limit, n)
+						}
+						unit := map[string]float64{"requests": 1, "tokens": 12, "dollars": 3150e-9}[kind]
+						after := q.limits(paths[limit])[0]
+						if fmt.Sprintf("%.9f", before.Used) != fmt.Sprintf("%.9f", 7*unit) || fmt.Sprintf("%.9f", after.Used) != fmt.Sprintf("%.9f", float64(7+n)*unit) {
+							t.Errorf("%s: %+v, and after %d calls more %+v", limit, before, n, after)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+// TestKilledAmidCalls: calls that ran when the program was killed count, for
+// nobody knows that the provider did not have them; in tokens, by the estimate.
+func TestKilledAmidCalls(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	calm(10 * time.Second)
+	path, token := p.policyToken(`{"count":"requests","max":10,"per":"hour"},{"count":"requests","max":10,"per":"lifetime","endpoint":"/v1/chat/*"},` +
+		`{"count":"tokens","max":100000,"per":"day","model":"gpt-4o-mini"},{"count":"concurrent","max":5}`)
+	if n := p.spend(token, 1, 3); n != 3 {
+		t.Fatalf("%d of 3 calls were answered", n)
+	}
+	p.settle()
+	p.provider.answer(endless)
+	for range 5 {
+		if _, err := p.stream(token, `"max_tokens":50`).read(1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	q := p.asAfterCrash()
+	p.provider.answer(answerChat)
+	l := q.limits(path)
+	if l[0].Used != 8 || l[1].Used != 8 || l[2].Used < 3*12+5*50 || l[2].Used > 3*12+5*100 || l[3].Used != 0 {
+		t.Errorf("after the kill: %+v", l)
+	}
+	if n := q.spend(token, 1, 20); n != 2 {
+		t.Errorf("after the kill %d calls were answered, 2 were left", n)
+	}
+}
+
+// TestLimitsChangeUnderLoad (LI8): while clients call without a pause, an
+// administrator raises a limit, lowers it, takes it away and puts it back. Each
+// holds from the answer to the change on, and no count starts anew.
+func TestLimitsChangeUnderLoad(t *testing.T) {
+	t.Parallel()
+	for _, where := range []string{"token", "project"} {
+		t.Run(where, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+			calm(20 * time.Second)
+			project, tokens, ids := p.newProject("load", `{}`, `{}`, 2)
+			token, path := tokens[0], "/manage/tokens/"+ids[0]
+			if where == "project" {
+				path = "/manage/projects/" + project
+			}
+			set := func(limits string) {
+				p.manage("PATCH", path, `{"policy":{"limits":[`+limits+`]}}`, 200, nil)
+			}
+			stop := make(chan struct{})
+			var clients sync.WaitGroup
+			for range 6 {
+				clients.Go(func() {
+					for {
+						select {
+						case <-stop:
+							return
+						default:
+							if _, status := p.callFree(context.Background(), token, tinyBody); status != 200 && status != 429 {
+								t.Errorf("got %d", status)
+							}
+						}
+					}
+				})
+			}
+			used := func() int { return len(p.provider.got()) }
+			const day, lifetime = `{"count":"requests","max":%d,"per":"day"}`, `{"count":"requests","max":%d,"per":"lifetime"}`
+			for round := range 4 {
+				waitFor(t, "calls", func() bool { return used() >= (round+1)*30 })
+				set("") // calls are running that no limit knows of
+				waitFor(t, "calls without a limit", func() bool { return used() >= (round+1)*30+10 })
+				n := used() + 40
+				kind := day
+				if round%2 == 1 {
+					kind = lifetime
+				}
+				set(fmt.Sprintf(kind, n)) // counts all from before, to the call
+				waitFor(t, "the limit", func() bool { return used() >= n })
+				set(fmt.Sprintf(kind, n-20))                                                  // lowered: refuses, and keeps the count
+				set(fmt.Sprintf(kind, n+5))                                                   // raised by 5
+				set(fmt.Sprintf(kind, n+5) + `,{"count":"requests","max":1000,"per":"hour"}`) // and another one beside it
+				waitFor(t, "the raised limit", func() bool { return used() >= n+5 })
+				set(fmt.Sprintf(kind, n+5) + `,{"count":"concurrent","max":0,"model":"gpt-5*"}`)
+				time.Sleep(20 * time.Millisecond) // in which clients try
+				if got := used(); got != n+5 {
+					t.Fatalf("round %d: the provider got %d calls, the limit is %d", round, got, n+5)
+				}
+				set(fmt.Sprintf(kind, n+10_000))
+			}
+			close(stop)
+			clients.Wait()
+			set(fmt.Sprintf(day, 1) + `,{"count":"tokens","max":1,"per":"month"},` + fmt.Sprintf(lifetime, 1))
+			p.settle()
+			l, n := p.limits(path), float64(used())
+			if l[0].Used != n || l[1].Used != 12*n || l[2].Used != n {
+				t.Errorf("after %v calls: %+v", n, l)
+			}
+			p.sumsAgree()
+			p.countsAgree()
+		})
+	}
+}
+
+// TestLimitAddedAmidCalls (LI8): a limit that is added while calls run counts
+// them: requests at once, what they set aside, and their places.
+func TestLimitAddedAmidCalls(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	calm(10 * time.Second)
+	p.provider.answer(endless)
+	for range 4 {
+		if _, err := p.stream(p.token, `"max_tokens":70`).read(1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, path := range []string{"/manage/tokens/" + p.tokenID, "/manage/projects/" + p.project} {
+		p.manage("PATCH", path, `{"policy":{"limits":[{"count":"requests","max":5,"per":"day"},{"count":"concurrent","max":5},
+			{"count":"tokens","max":500,"per":"month"},{"count":"requests","max":9,"per":"day","model":"gpt-5*"}]}}`, 200, nil)
+		l := p.limitsNow(path)
+		if l[0].Used != 4 || l[1].Used != 4 || l[2].Reserved+l[2].Used < 4*70 || l[3].Used != 0 {
+			t.Errorf("%s: %+v", path, l)
+		}
+	}
+	p.provider.answer(answerChat)
+	if n := p.spend(p.token, 4, 3); n != 1 {
+		t.Errorf("beside 4 running calls %d were answered, 1 was left", n)
+	}
+}
+
+// TestImpatientCalls (LI14): calls that wait for the ledger for too long are
+// refused without ever being forwarded. They do not count, whether the ledger
+// writes them later or not at all.
+func TestImpatientCalls(t *testing.T) {
+	t.Parallel()
+	for _, busy := range []int{50, 3000} { // the write fails before the lock is gone; or waits for it
+		t.Run(fmt.Sprint(busy), func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+			p.allowErrors = true
+			p.in.running.mu.Lock()
+			p.in.running.limits.ledgerPatience = 200 * time.Millisecond
+			p.in.running.mu.Unlock()
+			calm(20 * time.Second)
+			id, token := p.newToken(`"name":"l","max_requests":12,"policy":{"limits":[{"count":"requests","max":12,"per":"day"}]}`)
+			if n := p.spend(token, 1, 2); n != 2 {
+				t.Fatalf("%d of 2 calls were answered", n)
+			}
+			p.settle()
+			p.pragma(fmt.Sprintf(`PRAGMA busy_timeout = %d`, busy))
+			release := p.lockDatabase()
+			if statuses := p.burst(token, 8); statuses[503] != 8 {
+				t.Errorf("while it was locked clients got %v", statuses)
+			}
+			release()
+			waitFor(t, "the ledger", p.in.ledger.healthy)
+			p.settle()
+			if n := p.count(id); n != 2 || len(p.provider.got()) != 2 {
+				t.Errorf("the count is %d after %d calls", n, len(p.provider.got()))
+			}
+			p.countsAgree()
+			if n := p.spend(token, 3, 20); n != 10 {
+				t.Errorf("of 10 calls that were left %d were answered", n)
+			}
+			p.countsAgree()
+		})
+	}
+}
+
+// TestLockedDatabase (LI14): while the database takes no write, calls are refused
+// with 503 and nothing is unlimited; and what was refused does not count after.
+func TestLockedDatabase(t *testing.T) {
+	t.Parallel()
+	for name, limit := range map[string]string{
+		"a day's requests":   `{"count":"requests","max":10,"per":"day"}`,
+		"a second's":         `{"count":"requests","max":10,"per":"second"}`,
+		"a lifetime's money": `{"count":"dollars","max":0.000100,"per":"lifetime"}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+			p.allowErrors = true
+			calm(10 * time.Second)
+			id, token := p.newToken(`"name":"l","max_requests":20,"policy":{"limits":[` + limit + `]}`)
+			if n := p.spend(token, 1, 2); n != 2 {
+				t.Fatalf("%d of 2 calls were answered", n)
+			}
+			p.settle()
+			p.pragma(`PRAGMA busy_timeout = 20`)
+			hits := len(p.provider.got())
+			release := p.lockDatabase()
+			statuses := p.burst(token, 50)
+			if statuses[200] != 0 || statuses[503] == 0 || statuses[503]+statuses[429] != 50 {
+				t.Errorf("while it was locked clients got %v", statuses)
+			}
+			if n := len(p.provider.got()) - hits; n > 10 || strings.Contains(name, "day") && n != 0 {
+				t.Errorf("while it was locked the provider got %d calls", n)
+			}
+			release()
+			waitFor(t, "the ledger", p.in.ledger.healthy)
+			p.settle()
+			if n := p.count(id); n != 2 {
+				t.Errorf("the count is %d after 2 calls", n)
+			}
+			p.countsAgree()
+			if strings.Contains(name, "day") {
+				if l := p.limits("/manage/tokens/" + id)[0]; l.Used != 2 {
+					t.Errorf("after 2 calls: %+v", l)
+				}
+				if n := p.spend(token, 3, 20); n != 8 {
+					t.Errorf("of 8 calls that were left %d were answered", n)
+				}
+			}
+		})
+	}
+}
+
+// A streamNow is a running call as GET /manage/streams shows it.
+type streamNow struct {
+	ID, Endpoint, Model, Address, State string
+	StartedAt                           time.Time `json:"started_at"`
+	AgeMS                               int64     `json:"age_ms"`
+	ProjectID                           string    `json:"project_id"`
+	ProjectName                         string    `json:"project_name"`
+	TokenID                             string    `json:"token_id"`
+	TokenName                           string    `json:"token_name"`
+	Stream                              bool
+	Bytes                               int64
+	InputTokens                         int64 `json:"input_tokens"`
+	OutputTokens                        int64 `json:"output_tokens"`
+}
+
+func (p *testProxy) streams(query string) (list []streamNow, next string) {
+	p.t.Helper()
+	var v struct {
+		Data []streamNow
+		Next string
+	}
+	p.manage("GET", "/manage/streams"+query, "", 200, &v)
+	return v.Data, v.Next
+}
+
+// TestStreamsAreListed: each running call is there once, oldest first, page by
+// page and by its project or token, with how far it is; and not when it is over.
+func TestStreamsAreListed(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	if list, _ := p.streams(""); len(list) != 0 {
+		t.Errorf("without a call there are %+v", list)
+	}
+	project, tokens, ids := p.newProject("watched", `{}`, `{}`, 1)
+	enough := make(chan struct{})
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		if !strings.Contains(r.body, `"stream":true`) {
+			<-enough
+			return answerChat(c, r)
+		}
+		c.sse()
+		_ = c.chunk(strings.Repeat(chatEvents(true)[1], 200))
+		<-enough
+		for _, e := range chatEvents(true) {
+			_ = c.chunk(e)
+		}
+		return c.chunk("") == nil
+	})
+	var all sync.WaitGroup
+	for range 5 {
+		all.Go(func() { p.callFree(context.Background(), p.token, `"max_tokens":10`) })
+	}
+	waitFor(t, "the calls", func() bool { return len(p.provider.got()) == 5 })
+	s := p.stream(tokens[0])
+	if _, err := s.read(200 * len(chatEvents(true)[1])); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the calls", func() bool { list, _ := p.streams(""); return len(list) == 6 })
+	list, _ := p.streams("?project_id=" + project)
+	if len(list) != 1 {
+		t.Fatalf("of the project there are %+v", list)
+	}
+	if v := list[0]; v.TokenID != ids[0] || v.TokenName != "t" || v.ProjectName != "watched" || v.Endpoint != "POST /v1/chat/completions" || v.Model != "gpt-4o-mini" ||
+		!v.Stream || v.Address != "127.0.0.1" || v.Bytes < 200*50 || v.OutputTokens < 150 || v.InputTokens < 20 || v.AgeMS < 0 || time.Since(v.StartedAt) > time.Minute || v.State != "relaying" {
+		t.Errorf("the stream is %+v", v)
+	}
+	if list, _ := p.streams("?token_id=" + p.tokenID); len(list) != 5 || list[0].Stream || list[0].State != "provider" || list[0].Bytes != 0 {
+		t.Errorf("of the token there are %+v", list)
+	}
+	seen, last := map[string]bool{}, time.Time{}
+	for query := "?limit=2"; ; {
+		list, next := p.streams(query)
+		for _, v := range list {
+			if seen[v.ID] || v.StartedAt.Before(last) {
+				t.Errorf("%s twice, or out of order", v.ID)
+			}
+			seen[v.ID], last = true, v.StartedAt
+		}
+		if next == "" {
+			break
+		}
+		query = "?limit=2&after=" + next
+	}
+	if len(seen) != 6 {
+		t.Errorf("page by page there are %d calls", len(seen))
+	}
+	for _, query := range []string{"?limit=0", "?limit=x", "?after=x", "?token=x", "?project_id=a&project_id=b"} {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/streams"+query, ""); res.status != 400 {
+			t.Errorf("%s: got %d %s", query, res.status, res.body)
+		}
+	}
+	close(enough)
+	if rest, err := s.rest(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
+		t.Errorf("the stream ended with %v", err)
+	}
+	all.Wait()
+	p.settle()
+	if list, _ := p.streams(""); len(list) != 0 {
+		t.Errorf("when all are over there are %+v", list)
+	}
+}
+
+// TestStreamsAreCut: an operator may end a call, whatever it waits for. Its client
+// sees that, its row says so, its place is free, and other calls go on.
+func TestStreamsAreCut(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	_, viewer := p.newKey("v", "viewer")
+	_, operator := p.newKey("o", "operator")
+	id, token := p.newToken(`"name":"c","policy":{"limits":[{"count":"concurrent","max":2}]}`)
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		if !strings.Contains(r.body, `"stream":true`) {
+			return silence(c, r)
+		}
+		return endless(c, r)
+	})
+	other := p.stream(p.token)
+	s := p.stream(token)
+	if _, err := s.read(len(chatEvents(true)[1])); err != nil {
+		t.Fatal(err)
+	}
+	waiting := make(chan answer, 1)
+	go func() { waiting <- p.chatAs(token) }()
+	waitFor(t, "the second call", func() bool { list, _ := p.streams("?token_id=" + id); return len(list) == 2 })
+	list, _ := p.streams("?token_id=" + id)
+	for key, want := range map[string]int{viewer: 403, p.token: 401, token: 401} {
+		if res := p.manageAs(key, "DELETE", "/manage/streams/"+list[0].ID, ""); res.status != want {
+			t.Errorf("got %d, want %d: %s", res.status, want, res.body)
+		}
+	}
+	if res := p.manageAs(viewer, "GET", "/manage/streams", ""); res.status != 200 {
+		t.Errorf("a viewer got %d", res.status)
+	}
+	if again, _ := p.streams("?token_id=" + id); len(again) != 2 {
+		t.Fatalf("of 2 calls %d are left", len(again))
+	}
+	for _, v := range list {
+		asked := time.Now()
+		if res := p.manageAs(operator, "DELETE", "/manage/streams/"+v.ID, ""); res.status != 200 {
+			t.Errorf("got %d %s", res.status, res.body)
+		}
+		if v.Stream {
+			if rest, err := s.rest(); err == nil || strings.Contains(rest, "[DONE]") {
+				t.Errorf("the stream ended as if it were complete: %q", rest)
+			}
+		} else if res := <-waiting; res.status != 403 || res.code() != "cut_by_administrator" {
+			t.Errorf("the waiting call: got %d %s", res.status, res.body)
+		}
+		if d := time.Since(asked); d > time.Second {
+			t.Errorf("it took %v", d)
+		}
+	}
+	waitFor(t, "their ends", func() bool { list, _ := p.streams("?token_id=" + id); return len(list) == 0 })
+	for _, gone := range []string{list[0].ID, "req_0000000000000", "x", "%2e%2e", strings.Repeat("z", 5000)} {
+		if res := p.manageAs(operator, "DELETE", "/manage/streams/"+gone, ""); res.status != 404 {
+			t.Errorf("DELETE of %s: got %d %s", clip(gone, 20), res.status, res.body)
+		}
+	}
+	if list, _ := p.streams(""); len(list) != 1 || list[0].TokenID != p.tokenID {
+		t.Errorf("beside those that were cut there are %+v", list)
+	}
+	if l := p.limitsNow("/manage/tokens/" + id)[0]; l.Used != 0 {
+		t.Errorf("the places are %+v", l)
+	}
+	if err := other.body.Close(); err != nil {
+		t.Error(err)
+	}
+	cut := 0
+	for _, row := range p.ledger() {
+		if row.TokenID == id {
+			cut++
+			if row.Outcome != "truncated" || row.ErrorCode != "cut_by_administrator" || row.UsageSource != "estimated" {
+				t.Errorf("the ledger has %+v", row)
+			}
+		}
+	}
+	if cut != 2 {
+		t.Errorf("%d calls are on record as cut", cut)
+	}
+}
+
+// TestMaxConcurrentCalls: of all tokens together no more calls run than the
+// setting says, those among them that have not sent their body yet. Who comes on
+// top is told to come again, and takes nothing of its own limits.
+func TestMaxConcurrentCalls(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "10", "LOG_LEVEL": "error"})
+	p.allowErrors = true // a proxy that is full is its operator's trouble
+	path, token := p.policyToken(`{"count":"requests","max":1000,"per":"lifetime"}`)
+	for round := range 5 {
+		hits, statuses := p.crowd(50, func(i int) int {
+			status, h := p.send(nil, []string{p.token, token}[i%2], "/v1/chat/completions", chatBody(tinyBody))
+			if status == 503 && h.Get("Retry-After") == "" {
+				t.Error("503 without Retry-After")
+			}
+			return status
+		})
+		if hits != 10 || statuses[200] != 10 || statuses[503] != 40 {
+			t.Errorf("round %d: %d calls ran at once, clients got %v", round, hits, statuses)
+		}
+		p.settle()
+	}
+	calls := 0.0
+	for _, v := range p.rows() {
+		if v.outcome == outcomeOK && v.tokenID != p.tokenID {
+			calls++
+		}
+	}
+	if l := p.limits(path)[0]; l.Used != calls {
+		t.Errorf("after %v calls: %+v", calls, l)
+	}
+	var open []net.Conn
+	for range 10 {
+		conn := p.dial()
+		_, _ = io.WriteString(conn, strings.TrimSuffix(p.rawChat("", chatBody()), "}"))
+		open = append(open, conn)
+	}
+	waitFor(t, "the bodies", func() bool { return p.running(phaseReading) == 10 })
+	if res := p.chat(); res.status != 503 || res.code() != "too_many_calls" {
+		t.Errorf("beside 10 calls that send their bodies: got %d %s", res.status, res.body)
+	}
+	if res := p.do("GET", ownTokenPath, "", "Authorization", "Bearer "+p.token); res.status != 200 {
+		t.Errorf("the token asks about itself: got %d %s", res.status, res.body)
+	}
+	for _, conn := range open {
+		conn.Close()
+	}
+	waitFor(t, "their ends", func() bool { return p.running(phaseReading) == 0 })
+	if res := p.chat(); res.status != 200 {
+		t.Errorf("then: got %d %s", res.status, res.body)
+	}
+}
+
+// TestBodyMemoryOfAToken: one token's bodies take a quarter of the memory for all,
+// so that it cannot keep the others out; what it held comes back.
+func TestBodyMemoryOfAToken(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "1MiB", "BODY_MEMORY": "8MiB", "LOG_LEVEL": "error"})
+	_, greedy := p.newToken(`"name":"greedy"`)
+	var open []net.Conn
+	for range 12 {
+		conn := p.dial()
+		_, _ = fmt.Fprintf(conn, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+			greedy, 1<<20, strings.Repeat(" ", 900<<10))
+		open = append(open, conn)
+	}
+	var refused sync.WaitGroup
+	got := make(chan string, len(open))
+	for _, conn := range open {
+		refused.Go(func() {
+			_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+			b := make([]byte, 4096)
+			n, _ := conn.Read(b)
+			got <- string(b[:n])
+		})
+	}
+	for range 8 { // at least so many have no room
+		if text := <-got; !strings.HasPrefix(text, "HTTP/1.1 429 ") || !strings.Contains(text, "body_memory_full") || !strings.Contains(text, "\r\nRetry-After: 1\r\n") {
+			t.Errorf("got %q", text)
+		}
+	}
+	if used := p.in.bodies.used.Load(); used > 2<<20+64<<10 {
+		t.Errorf("one token holds %d bytes of 8 MiB", used)
+	}
+	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
+		t.Errorf("another token: got %d %s", res.status, res.body)
+	}
+	for _, conn := range open {
+		conn.Close()
+	}
+	refused.Wait()
+	p.settle()
+	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+greedy, "Content-Type", "application/json"); res.status != 200 {
+		t.Errorf("the token, when its calls are over: got %d %s", res.status, res.body)
+	}
+}
+
+// calm waits until the next full hour, where every calendar window may begin
+// anew, is at least d away.
+func calm(d time.Duration) {
+	if left := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)); left < d {
+		time.Sleep(left + 10*time.Millisecond)
+	}
+}
+
+// newProject makes a project with a policy, and n tokens of it with another.
+func (p *testProxy) newProject(name, policy, tokenPolicy string, n int) (id string, tokens, ids []string) {
+	p.t.Helper()
+	var v struct{ ID string }
+	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":%q,"openai_api_key":%q,"policy":%s}`, name, p.provider.key, policy), 201, &v)
+	for range n {
+		var tok struct{ ID, Token string }
+		p.manage("POST", "/manage/tokens", fmt.Sprintf(`{"project_id":%q,"name":"t","policy":%s}`, v.ID, tokenPolicy), 201, &tok)
+		p.mu.Lock()
+		p.secrets = append(p.secrets, tok.Token)
+		p.mu.Unlock()
+		tokens, ids = append(tokens, tok.Token), append(ids, tok.ID)
+	}
+	return v.ID, tokens, ids
+}
+
+// limits returns how the limits of a token or project stand, when no call runs.
+func (p *testProxy) limits(path string) []limitNow {
+	p.t.Helper()
+	p.settle()
+	return p.limitsNow(path)
+}
+
+// A limitNow is a limit as GET shows it.
+type limitNow struct {
+	Count, Per, Endpoint, Model string
+	Max, Used, Reserved, Left   float64
+	Shadow                      bool
+	ResetsAt                    *time.Time `json:"resets_at"`
+	WouldRefuse                 int        `json:"would_refuse"`
+}
+
+func (p *testProxy) limitsNow(path string) []limitNow {
+	p.t.Helper()
+	var v struct{ Limits []limitNow }
+	p.manage("GET", path, "", 200, &v)
+	return v.Limits
+}
+
+// send makes a call from any goroutine, over rt or, with nil, a connection of
+// its own. Status 0 is a call without an answer.
+func (p *testProxy) send(rt http.RoundTripper, token, path, body string, headers ...string) (int, http.Header) {
+	req, err := http.NewRequestWithContext(context.Background(), "POST", p.url+path, strings.NewReader(body))
+	if err != nil {
+		p.t.Error(err)
+		return 0, nil
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	if rt == nil {
+		rt = &http.Transport{DisableKeepAlives: true}
+	}
+	res, err := rt.RoundTrip(req)
+	if err != nil {
+		return 0, nil
+	}
+	defer res.Body.Close()
+	if _, err := io.Copy(io.Discard, res.Body); err != nil {
+		return 0, res.Header
+	}
+	return res.StatusCode, res.Header
+}
+
+// crowd makes m calls at the same moment. The provider answers none before each
+// has come to it or was refused, so that all that are let in run together. It
+// returns how many reached the provider, and how often each status came.
+func (p *testProxy) crowd(m int, call func(i int) (status int)) (hits int, statuses map[int]int) {
+	p.t.Helper()
+	var in, out atomic.Int64
+	open := make(chan struct{})
+	p.provider.answer(func(c *providerConn, r recorded) bool {
+		in.Add(1)
+		<-open
+		return answerChat(c, r)
+	})
+	var mu sync.Mutex
+	statuses = map[int]int{}
+	var all, ready sync.WaitGroup
+	barrier := make(chan struct{})
+	ready.Add(m)
+	for i := range m {
+		all.Go(func() {
+			ready.Done()
+			<-barrier
+			status := call(i)
+			out.Add(1)
+			mu.Lock()
+			defer mu.Unlock()
+			statuses[status]++
+		})
+	}
+	ready.Wait()
+	close(barrier)
+	for deadline := time.Now().Add(20 * time.Second); in.Load()+out.Load() < int64(m); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			p.t.Errorf("of %d calls %d are with the provider and %d are over", m, in.Load(), out.Load())
+			break
+		}
+	}
+	hits = int(in.Load())
+	close(open)
+	all.Wait()
+	p.provider.answer(answerChat)
+	return hits, statuses
+}
+
+// A limitKind is a limit that lets exactly 5 calls through: new, or with 3 made
+// before. Its max is in JSON.
+type limitKind struct {
+	count, per string
+	fresh      string // max for 5 calls
+	warm       string // max for 3 that were answered, and 5
+	rate       float64
+}
+
+// limitKinds is every kind of limit. A call may need 26 tokens for its body and
+// 100 for its answer; answered it has used 9 and 3. In nano-dollars a token of
+// gpt-4o-mini costs 150 and 600.
+func limitKinds() (out []limitKind) {
+	const need, used, needUSD, usedUSD = 126, 12, 26*150 + 100*600, 9*150 + 3*600
+	for per := perSecond; per <= perLifetime; per++ {
+		k := limitKind{count: "requests", per: per.String(), fresh: "5", warm: "8"}
+		if b := per.bucket(); b > 0 {
+			k.warm, k.rate = k.fresh, 5/float64(b) // what flows back is seen to below
+		}
+		out = append(out, k)
+		k = limitKind{count: "tokens", per: per.String(), fresh: fmt.Sprint(5*need + need/2), warm: fmt.Sprint(3*used + 5*need + need/2)}
+		if b := per.bucket(); b > 0 {
+			k.warm, k.rate = k.fresh, 5.5/float64(b)
+		}
+		out = append(out, k)
+		if per >= perHour {
+			out = append(out, limitKind{count: "dollars", per: per.String(), fresh: fmt.Sprintf("0.%09d", 5*needUSD+needUSD/2), warm: fmt.Sprintf("0.%09d", 3*usedUSD+5*needUSD+needUSD/2)})
+		}
+	}
+	return append(out, limitKind{count: "concurrent", fresh: "5", warm: "5"})
+}
+
+const fiveBody = `"max_tokens":100`
+
+// TestExactlyN: see the file's head.
+func TestExactlyN(t *testing.T) {
+	t.Parallel()
+	if n := len(chatBody(fiveBody)); (n+3)/4 != 26 {
+		t.Fatalf("the body has %d bytes: limitKinds is made for another number", n)
+	}
+	for _, where := range []string{"token", "project"} {
+		for _, warm := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, warm %v", where, warm), func(t *testing.T) {
+				t.Parallel()
+				p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+				for i, k := range limitKinds() {
+					p.exactly5(k, where, warm, i%3)
+				}
+				p.sumsAgree()
+				p.countsAgree()
+			})
+		}
+	}
+}
+
+// exactly5 tries one kind of limit. pattern 1 and 2 hold it to an endpoint or a
+// model, beside limits that the calls have nothing to do with.
+func (p *testProxy) exactly5(k limitKind, where string, warm bool, pattern int) {
+	p.t.Helper()
+	const made, m = 3, 40
+	name := fmt.Sprintf("%s per %s of a %s, warm %v, pattern %d", k.count, k.per, where, warm, pattern)
+	most := k.fresh
+	if warm {
+		most = k.warm
+	}
+	limit := fmt.Sprintf(`{"count":%q,"max":%s`, k.count, most)
+	if k.per != "" {
+		limit += fmt.Sprintf(`,"per":%q`, k.per)
+	}
+	others := ``
+	switch pattern {
+	case 1:
+		limit += `,"endpoint":"/v1/chat/*"`
+		others = `,{"count":"requests","max":0,"per":"day","endpoint":"POST /v1/embeddings"}`
+	case 2:
+		limit += `,"model":"gpt-4o*"`
+		others = `,{"count":"concurrent","max":0,"model":"gpt-5*"}`
+	}
+	policy, path := `{"limits":[`+limit+`}`+others+`]}`, ""
+	calm(5 * time.Second)
+	var tokens []string
+	if where == "token" {
+		_, all, ids := p.newProject(name, `{}`, policy, 1)
+		tokens, path = all, "/manage/tokens/"+ids[0]
+	} else {
+		id, all, _ := p.newProject(name, policy, `{}`, 3)
+		tokens, path = all, "/manage/projects/"+id
+	}
+	before := time.Now()
+	if warm {
+		for i := range made {
+			if res := p.chatAs(tokens[i%len(tokens)], fiveBody); res.status != 200 {
+				p.t.Fatalf("%s: got %d %s", name, res.status, res.body)
+			}
+		}
+		p.settle()
+	}
+	want := 5
+	if k.rate > 0 && warm {
+		want -= made // at most: what has been taken flows back
+		if k.count == "tokens" {
+			want = 5
+		}
+	}
+	hits, statuses := p.crowd(m, func(i int) int {
+		status, _ := p.send(nil, tokens[i%len(tokens)], "/v1/chat/completions", chatBody(fiveBody))
+		return status
+	})
+	flowed := int(k.rate*float64(time.Since(before).Milliseconds()+1) + 0.5) // limits of tokens have half a call too much
+	if hits < want || hits > want+flowed || k.rate == 0 && hits != want || statuses[200] != hits || statuses[429] != m-hits {
+		p.t.Errorf("%s: of %d calls %d reached the provider, want %d (and %d for what flowed back); clients got %v", name, m, hits, want, flowed, statuses)
+	}
+	l := p.limits(path)[0]
+	if l.Reserved != 0 || k.count == "concurrent" && l.Used != 0 {
+		p.t.Errorf("%s: when no call runs, it says %+v", name, l)
+	}
+	if k.rate > 0 || k.count == "concurrent" {
+		return
+	}
+	done := float64(hits)
+	if warm {
+		done += made
+	}
+	if unit := map[string]float64{"requests": 1, "tokens": 12, "dollars": 3_150e-9}[k.count]; fmt.Sprintf("%.9f", l.Used) != fmt.Sprintf("%.9f", done*unit) {
+		p.t.Errorf("%s: after %v calls it says %+v", name, done, l)
+	}
+}
+
+// TestOneCounter (LI10): HTTP/1.1, HTTP/2 and clients at many addresses behind a
+// trusted proxy share the token's and the project's one count.
+func TestOneCounter(t *testing.T) {
+	t.Parallel()
+	cert, key := testCertificate(t, t.TempDir(), time.Hour)
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error", "TRUSTED_PROXIES": "127.0.0.1", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
+	h2 := p.http2(cert)
+	defer h2.CloseIdleConnections()
+	for i, limit := range []string{`{"count":"requests","max":5,"per":"day"}`, `{"count":"concurrent","max":5}`, `{"count":"tokens","max":693,"per":"lifetime"}`} {
+		for _, where := range []string{"token", "project"} {
+			calm(5 * time.Second)
+			own, its := `{"limits":[`+limit+`]}`, `{}`
+			if where == "project" {
+				own, its = its, own
+			}
+			_, tokens, _ := p.newProject(fmt.Sprint(where, i), its, own, 1)
+			hits, statuses := p.crowd(60, func(i int) int {
+				var rt http.RoundTripper = h2
+				if i%2 == 0 {
+					h1 := p.http2(cert)
+					h1.ForceAttemptHTTP2, h1.DisableKeepAlives = false, true
+					rt = h1
+				}
+				status, _ := p.send(rt, tokens[0], "/v1/chat/completions", chatBody(fiveBody), "X-Forwarded-For", fmt.Sprintf("198.51.100.%d, 203.0.113.%d", i, i%10))
+				return status
+			})
+			if hits != 5 || statuses[200] != 5 || statuses[429] != 55 {
+				t.Errorf("%s of a %s: %d calls reached the provider, clients got %v", limit, where, hits, statuses)
+			}
+		}
+	}
+	addresses := map[string]bool{}
+	for _, v := range p.rows() {
+		addresses[v.address] = true
+	}
+	if len(addresses) < 5 {
+		t.Errorf("the calls came from %v: the test is not one of many addresses", addresses)
+	}
+}

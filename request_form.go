@@ -1,0 +1,238 @@
+// What a multipart/form-data request body says: the same fields as request_json.go reads from JSON.
+// Plain code: it sees bytes and returns values; it never copies a file's bytes.
+// mime/multipart is lenient (preamble, bare LF, folded headers, padded boundaries) and so are others, each in its
+// own way. This reader takes only what common clients send, so that every parser sees the same parts.
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+const (
+	maxFormParts   = 1000
+	maxPartHeader  = 4 << 10
+	maxBoundaryLen = 70 // RFC 2046
+)
+
+// scanForm reads a whole multipart/form-data body and returns its fields. Every error is a *bodyError. What it
+// accepts has one reading: each "--boundary" in the body is a delimiter, each part has one plain name, and no
+// header of a part changes how its value is decoded.
+func scanForm(contentType string, body []byte) (callFields, error) {
+	f := callFields{n: 1}
+	boundary, err := formBoundary(contentType)
+	if err != nil {
+		return callFields{}, err
+	}
+	delimiter := []byte("--" + boundary)
+	rest, ok := bytes.CutPrefix(body, delimiter)
+	if !ok {
+		return callFields{}, formError("it does not start with its boundary")
+	}
+	var seen uint
+	for parts := 0; ; parts++ {
+		// rest is what follows a delimiter: the line end and a part, or the end of the form.
+		if end, ok := bytes.CutPrefix(rest, []byte("--")); ok && parts > 0 {
+			if len(end) > 0 && !bytes.HasPrefix(end, []byte("\r\n")) || len(bytes.Trim(end, " \t\r\n")) > 0 {
+				return callFields{}, formError("something follows its closing boundary")
+			}
+			return f, nil
+		}
+		i := bytes.Index(rest, delimiter)
+		switch {
+		case !bytes.HasPrefix(rest, []byte("\r\n")):
+			return callFields{}, formError("a boundary is not on a line of its own")
+		case i < 0:
+			return callFields{}, formError("its closing boundary is missing")
+		case parts == maxFormParts:
+			return callFields{}, formError(fmt.Sprintf("it has more than %d parts", maxFormParts))
+		}
+		part, ok := bytes.CutSuffix(rest[2:max(i, 2)], []byte("\r\n"))
+		if !ok {
+			return callFields{}, formError("a boundary is not on a line of its own")
+		}
+		if err := f.addPart(part, &seen, len(body)-len(rest)+2); err != nil {
+			return callFields{}, err
+		}
+		rest = rest[i+len(delimiter):]
+	}
+}
+
+func formError(what string) *bodyError {
+	return &bodyError{"", "The request body is not a valid multipart form: " + what + "."}
+}
+
+// formBoundary returns the boundary that a Content-Type names.
+func formBoundary(contentType string) (string, error) {
+	kind, params, ok := headerParams(contentType)
+	boundary := params["boundary"]
+	delete(params, "boundary")
+	charset, hasCharset := params["charset"]
+	delete(params, "charset")
+	switch {
+	case !ok || !strings.EqualFold(kind, "multipart/form-data") || len(params) > 0:
+		return "", &bodyError{"", "The Content-Type must be multipart/form-data with a boundary and nothing else."}
+	case hasCharset && !strings.EqualFold(charset, "utf-8"):
+		return "", &bodyError{"", "The charset of a multipart form must be utf-8."}
+	case boundary == "" || len(boundary) > maxBoundaryLen || !onlyBytes(boundary, "'()+_,-./:=?"):
+		return "", &bodyError{"", fmt.Sprintf("The multipart boundary must be 1 to %d letters, digits or '()+_,-./:=? characters.", maxBoundaryLen)}
+	}
+	return boundary, nil
+}
+
+// addPart reads one part, headers and value, which is at a place in the body.
+// seen has a bit per protected name.
+func (f *callFields) addPart(part []byte, seen *uint, at int) error {
+	head, value, ok := bytes.Cut(part, []byte("\r\n\r\n"))
+	if !ok || len(head) > maxPartHeader {
+		return formError(fmt.Sprintf("a part has no headers, or more than %d bytes of them", maxPartHeader))
+	}
+	headers, err := partHeaders(head)
+	if err != nil {
+		return err
+	}
+	kind, params, ok := headerParams(headers["content-disposition"])
+	name, file := params["name"], false
+	for key := range params {
+		switch key {
+		case "name":
+		case "filename", "filename*":
+			file = true
+		default: // name*, above all: some parsers would prefer it
+			return formError("a Content-Disposition has a parameter other than name and filename")
+		}
+	}
+	// A quoted name with a blank or an escape is read differently by different parsers.
+	if !ok || kind != "form-data" || name == "" || len(name) > 128 || !onlyBytes(name, "_-[]") {
+		return formError("a part lacks the header Content-Disposition: form-data with a plain name")
+	}
+	if name == "_charset_" {
+		return formError("a _charset_ field would change how the others are read")
+	}
+	if length, ok := headers["content-length"]; ok && length != strconv.Itoa(len(value)) {
+		return formError("a part has a wrong Content-Length")
+	}
+	switch strings.ToLower(headers["content-transfer-encoding"]) {
+	case "", "7bit", "8bit", "binary":
+	default:
+		return formError("a part has a Content-Transfer-Encoding other than 7bit, 8bit or binary")
+	}
+	if _, counted := headers["content-length"]; name == "model" && !counted { // else another length would be a lie
+		f.modelAt = bodySplice{at + len(head) + 4, at + len(part), "form"}
+	}
+	return f.addField(name, value, file, headers["content-type"], seen)
+}
+
+// addField takes one named part; only protected names matter.
+func (f *callFields) addField(name string, value []byte, file bool, contentType string, seen *uint) error {
+	base, _, list := strings.Cut(name, "[") // some parsers read model[] as model
+	i, exact := protectedName([]byte(base))
+	if i < 0 {
+		return nil
+	}
+	kind, params, ok := headerParams(contentType)
+	charset := strings.ToLower(params["charset"])
+	delete(params, "charset")
+	switch {
+	case !exact || list:
+		return &bodyError{protectedNames[i], fmt.Sprintf("Ambiguous field name %q: it must be spelled %q.", name, protectedNames[i])}
+	case *seen>>i&1 == 1:
+		return &bodyError{name, fmt.Sprintf("Duplicate field %q: it may occur once only.", name)}
+	case file:
+		return &bodyError{name, fmt.Sprintf("Invalid field %q: it must be text, not a file.", name)}
+	case contentType != "" && (!ok || !strings.EqualFold(kind, "text/plain") || len(params) > 0),
+		!slices.Contains([]string{"", "utf-8", "us-ascii", "iso-8859-1"}, charset):
+		return &bodyError{name, fmt.Sprintf("Invalid field %q: its Content-Type must be text/plain.", name)}
+	}
+	*seen |= 1 << i
+	return f.setText(name, value)
+}
+
+// setText takes a protected field's text. Only ASCII, on which every permitted charset agrees.
+func (f *callFields) setText(name string, value []byte) error {
+	printable := func(r rune) bool { return r >= 0x20 && r < 0x7f }
+	if len(value) > maxModelLen || len(bytes.TrimFunc(value, printable)) > 0 {
+		return &bodyError{name, fmt.Sprintf("Invalid field %q: it must be at most %d plain ASCII characters.", name, maxModelLen)}
+	}
+	var err *bodyError
+	switch text := string(value); {
+	case name == "model":
+		err = f.setModel(value)
+	case name == "stream" && text != "true" && text != "false":
+		err = &bodyError{name, "Invalid value for 'stream': it must be true or false."}
+	case (name == "n" || name == "best_of" || strings.HasPrefix(name, "max_")) && strings.Trim(text, "0123456789") != "":
+		err = &bodyError{name, fmt.Sprintf("Invalid value for %q: it must be an integer.", name)} // "4_0" is 40 to Python
+	case text != "": // an empty field is an absent one
+		err = f.set(name, value)
+	}
+	if err != nil {
+		return err
+	}
+	return nil
+}
+
+// partHeaders returns the headers of one part by lower-case name. Only the four that clients send are known: one
+// more might be Content-Encoding, which some parsers obey.
+func partHeaders(head []byte) (map[string]string, error) {
+	headers := make(map[string]string, 4)
+	for line := range strings.SplitSeq(string(head), "\r\n") {
+		name, value, ok := strings.Cut(line, ":")
+		name = strings.ToLower(name)
+		known := name == "content-disposition" || name == "content-type" || name == "content-transfer-encoding" || name == "content-length"
+		// A control character here is a bare CR or LF, which some parsers take for a line end, or a NUL.
+		control := strings.ContainsFunc(value, func(r rune) bool { return r < 0x20 && r != '\t' || r == 0x7f })
+		if _, twice := headers[name]; !ok || !known || twice || control {
+			return nil, formError("a part has a malformed, unknown or repeated header")
+		}
+		headers[name] = strings.Trim(value, " \t")
+	}
+	return headers, nil
+}
+
+// headerParams splits `kind; name=token; name="text"`, names in lower case. It refuses what parsers split in
+// different ways: repeated names, and quotes, backslashes and semicolons inside quoted text.
+func headerParams(s string) (kind string, params map[string]string, ok bool) {
+	kind, rest, more := strings.Cut(s, ";")
+	kind, params = strings.Trim(kind, " \t"), make(map[string]string, 2)
+	for more {
+		var key, value string
+		key, rest, ok = strings.Cut(rest, "=")
+		key = strings.ToLower(strings.Trim(key, " \t"))
+		if _, twice := params[key]; !ok || twice || !isToken(key) {
+			return "", nil, false
+		}
+		if quoted, found := strings.CutPrefix(rest, `"`); found {
+			value, rest, ok = strings.Cut(quoted, `"`)
+			if !ok || strings.ContainsAny(value, `\;`) {
+				return "", nil, false
+			}
+			var gap string
+			if gap, rest, more = strings.Cut(rest, ";"); strings.Trim(gap, " \t") != "" {
+				return "", nil, false
+			}
+		} else {
+			value, rest, more = strings.Cut(rest, ";")
+			if value = strings.TrimRight(value, " \t"); !isToken(value) {
+				return "", nil, false
+			}
+		}
+		params[key] = value
+	}
+	return kind, params, true
+}
+
+func isToken(s string) bool { return s != "" && onlyBytes(s, "!#$%&'*+-.^_`|~") }
+
+// onlyBytes says whether s has ASCII letters, digits and the bytes of extra only.
+func onlyBytes(s, extra string) bool {
+	for i := range len(s) {
+		c := s[i]
+		if !(c|0x20 >= 'a' && c|0x20 <= 'z' || c >= '0' && c <= '9' || strings.IndexByte(extra, c) >= 0) {
+			return false
+		}
+	}
+	return true
+}

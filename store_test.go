@@ -1,0 +1,768 @@
+// Benchmarks at the sizes that are promised: a million tokens, and the sums that
+// ten million calls leave behind. They seed a database for minutes, so nothing
+// but -bench runs them:
+//
+//	go test -run '^$' -bench Scale -benchtime 20x -timeout 60m .
+package main
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"math"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A scaleTest is a server on a seeded database.
+type scaleTest struct {
+	b      *testing.B
+	env    map[string]string
+	in     *instance
+	web    *httptest.Server
+	key    secret
+	cookie string // of a session; "" where the key is presented
+}
+
+func newScaleTest(b *testing.B) *scaleTest {
+	b.Helper()
+	provider := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, chatAnswer)
+	}))
+	b.Cleanup(provider.Close)
+	s := &scaleTest{b: b, env: map[string]string{"DATA_DIR": filepath.Join(b.TempDir(), "data"), "ALLOW_PRIVATE_UPSTREAMS": "true",
+		"OPENAI_API_URL": provider.URL, "LOG_LEVEL": "warn"}}
+	s.open()
+	var err error
+	if s.key, err = s.in.firstKey(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	return s
+}
+
+// open starts the server and returns how long that took.
+func (s *scaleTest) open() time.Duration {
+	s.b.Helper()
+	cfg, err := loadConfig(func(name string) string { return s.env[name] })
+	if err != nil {
+		s.b.Fatal(err)
+	}
+	start := time.Now()
+	if s.in, err = openInstance(context.Background(), cfg, newLogger(s.b.Output(), cfg.logLevel, true)); err != nil {
+		s.b.Fatal(err)
+	}
+	s.web = httptest.NewServer(s.in.routes())
+	return time.Since(start)
+}
+
+func (s *scaleTest) close() {
+	s.web.Close()
+	if err := s.in.close(); err != nil {
+		s.b.Error(err)
+	}
+}
+
+// seed runs statements in one transaction, with a page cache that fits them.
+func (s *scaleTest) seed(statements ...string) {
+	s.b.Helper()
+	ctx := s.b.Context()
+	if _, err := s.in.store.write.ExecContext(ctx, `PRAGMA cache_size = -400000`); err != nil {
+		s.b.Fatal(err)
+	}
+	err := s.in.store.tx(ctx, func(tx *sql.Tx) error {
+		for _, text := range statements {
+			if _, err := tx.ExecContext(ctx, text); err != nil {
+				return fmt.Errorf("%w in %s", err, text)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		s.b.Fatal(err)
+	}
+	if _, err := s.in.store.write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`); err != nil {
+		s.b.Fatal(err)
+	}
+}
+
+// call makes a call, expects 2xx, and returns how long it took, and the answer.
+func (s *scaleTest) call(method, path, body, key string) (time.Duration, string) {
+	s.b.Helper()
+	req, err := http.NewRequestWithContext(s.b.Context(), method, s.web.URL+path, strings.NewReader(body))
+	if err != nil {
+		s.b.Fatal(err)
+	}
+	if key != "" {
+		req.Header.Set("Authorization", "Bearer "+key)
+	} else {
+		req.Header.Set("Cookie", s.cookie)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	start := time.Now()
+	res, err := s.web.Client().Do(req)
+	if err != nil {
+		s.b.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode > 299 {
+		s.b.Fatalf("%s %s: %d %s %v", method, path, res.StatusCode, text, err)
+	}
+	return time.Since(start), string(text)
+}
+
+// report reports the median and the worst of some times, in milliseconds.
+func report(b *testing.B, name string, times []time.Duration) {
+	slices.Sort(times)
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	b.ReportMetric(0, "ns/op") // says nothing here
+	b.ReportMetric(ms(times[len(times)/2]), name+"p50-ms")
+	b.ReportMetric(ms(times[len(times)-1]), name+"max-ms")
+}
+
+// seedProjects makes 50 projects with an upstream each; their seqs are 1 to 50.
+func (s *scaleTest) seedProjects() {
+	s.b.Helper()
+	for i := range 50 {
+		if _, err := s.in.firstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
+			s.b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkScaleTokens has 1,000,000 tokens: start, first and later use of a
+// token, pages of the list.
+func BenchmarkScaleTokens(b *testing.B) {
+	s := newScaleTest(b)
+	s.seedProjects()
+	s.seed(`
+		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000)
+		INSERT INTO tokens (id, project, name, hash, expires_at, created_at, updated_at)
+		SELECT 'tok_' || hex(randomblob(8)), 1 + i % 50, 'seeded ' || hex(randomblob(3)), randomblob(32),
+			CASE WHEN i % 10 = 0 THEN 1 END, 1764000000000 + i, 1764000000000 + i FROM n`)
+	var tokens []string
+	for range 200 {
+		var row tokenRow
+		value, public := mintCredential(tokenPrefix, "")
+		hash, _, _ := hashCredential(tokenPrefix, value())
+		row = tokenRow{id: "tok_" + public, name: "used", hash: hash[:], policy: "{}", createdAt: 1, updatedAt: 1}
+		p, err := s.in.store.projectBySeq(b.Context(), 7)
+		if err != nil {
+			b.Fatal(err)
+		}
+		row.projectID = p.id
+		if err := s.in.store.addToken(b.Context(), systemOrigin(time.Now()), &row); err != nil {
+			b.Fatal(err)
+		}
+		tokens = append(tokens, value())
+	}
+	s.close()
+
+	b.Run("start", func(b *testing.B) {
+		var times []time.Duration
+		for b.Loop() {
+			times = append(times, s.open())
+			s.close()
+		}
+		report(b, "", times)
+	})
+	s.open()
+	defer s.close()
+	b.Run("use", func(b *testing.B) {
+		s.call("POST", "/v1/chat/completions", chatBody(), tokens[0]) // opens the connections
+		var first, later []time.Duration
+		for b.Loop() {
+			for _, token := range tokens[1:] {
+				for i := range 3 {
+					d, _ := s.call("POST", "/v1/chat/completions", chatBody(), token)
+					if i == 0 {
+						first = append(first, d)
+					} else {
+						later = append(later, d)
+					}
+				}
+			}
+			tokens = tokens[:1] // a first use happens once
+		}
+		report(b, "first-", first)
+		report(b, "later-", later)
+	})
+	_, projects := s.call("GET", "/manage/projects?limit=1", "", s.key())
+	project := between(projects, `{"data":[{"id":"`, `"`)
+	for _, query := range []string{"", "?limit=500", "?project_id=" + project, "?name=seeded", "?name=seeded+7", "?name=seeded&project_id=" + project, "?active=false"} {
+		b.Run("list"+query, func(b *testing.B) {
+			path := "/manage/tokens" + query
+			var times []time.Duration
+			for b.Loop() {
+				d, page := s.call("GET", path, "", s.key())
+				times = append(times, d)
+				if next := between(page, `"next":"`, `"`); next != "" {
+					path = "/manage/tokens" + query + map[bool]string{true: "?", false: "&"}[query == ""] + "after=" + next
+				}
+			}
+			report(b, "", times)
+		})
+	}
+}
+
+// between returns what stands in text after from and before to.
+func between(text, from, to string) string {
+	_, rest, _ := strings.Cut(text, from)
+	found, _, _ := strings.Cut(rest, to)
+	return found
+}
+
+// BenchmarkScaleUsage has the sums of more than 10,000,000 calls: 90 days, 50 projects,
+// 1,000 tokens of which a few are busy, each with 5 models.
+func BenchmarkScaleUsage(b *testing.B) {
+	s := newScaleTest(b)
+	defer func() { s.close() }()
+	s.seedProjects()
+	last := (time.Now().UnixMilli()/dayMS + 1) * dayMS // the end of today
+	const columns = `(grain, token, at, project, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
+		reasoning_tokens, cost, unpriced_calls, estimated_calls, total_us)`
+	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens), sum(cost), 0, sum(estimated_calls), sum(total_us)`
+	s.seed(`
+		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 950)
+		INSERT INTO tokens (id, project, name, hash, created_at, updated_at)
+		SELECT 'tok_' || hex(randomblob(8)), 1 + i % 50, 'seeded ' || i, randomblob(32), 1764000000000 + i, 1764000000000 + i FROM n`,
+		// A cell's calls are its share, rounded up or down by chance, so that
+		// quiet tokens leave gaps.
+		fmt.Sprintf(`
+		WITH RECURSIVE hours (h) AS (SELECT 0 UNION ALL SELECT h + 1 FROM hours WHERE h < 90 * 24 - 1),
+			models (model, share) AS (VALUES ('gpt-4o', 0.2), ('gpt-4o-mini', 0.5), ('gpt-5', 0.2), ('gpt-5-mini', 0.05), ('text-embedding-3-small', 0.05)),
+			cells AS (
+				SELECT t.seq AS token, t.project, h, model, cast(share * 22000000.0 / 2160 / 1000 * 5 / (1 + 9 * (t.seq %% 100) / 20.0)
+					* 1.25 + abs(random() %% 1000000) / 1000000.0 AS INTEGER) AS n
+				FROM tokens t CROSS JOIN hours CROSS JOIN models)
+		INSERT INTO usage_sums `+columns+`
+		SELECT 'hour', token, %d + h * 3600000, project, model, 'POST /v1/chat/completions', 'ok',
+			n, n * 900, n * 100, n * 250, n * 40, n * 400000, 0, n / 50, n * 900000 FROM cells WHERE n > 0
+		ORDER BY token, h, model`, last-90*dayMS),
+		`INSERT INTO usage_sums `+columns+`
+		SELECT 'hour', token, at, project, model, endpoint, 'upstream_error', 1, 900, 0, 0, 0, 0, 0, 1, 300000
+		FROM usage_sums WHERE grain = 'hour' AND abs(random() % 25) = 0`,
+		`INSERT INTO usage_sums `+columns+`
+		SELECT 'hour', 0, at, project, model, endpoint, outcome, `+sums+` FROM usage_sums WHERE grain = 'hour'
+		GROUP BY at, project, model, endpoint, outcome`,
+		`INSERT INTO usage_sums `+columns+`
+		SELECT 'day', token, at - at % 86400000, project, model, endpoint, outcome, `+sums+` FROM usage_sums WHERE grain = 'hour'
+		GROUP BY token, at - at % 86400000, project, model, endpoint, outcome`,
+		`INSERT INTO usage_sums `+columns+`
+		SELECT 'token', token, at, project, '', '', '', `+sums+` FROM usage_sums WHERE grain = 'day' GROUP BY token, at, project`)
+	rows, err := s.in.store.read.QueryContext(b.Context(), `SELECT grain, token <> 0, count(*), sum(calls) FROM usage_sums GROUP BY 1, 2`)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var grain string
+		var single bool
+		var count, calls int64
+		if err := rows.Scan(&grain, &single, &count, &calls); err != nil {
+			b.Fatal(err)
+		}
+		b.Logf("grain %s, single tokens %v: %d rows, %d calls", grain, single, count, calls)
+	}
+	rows.Close()
+	_, projects := s.call("GET", "/manage/projects?limit=1", "", s.key())
+	project := between(projects, `{"data":[{"id":"`, `"`)
+	_, tokens := s.call("GET", "/manage/tokens?limit=1", "", s.key())
+	token := between(tokens, `{"data":[{"id":"`, `"`)
+	from := "from=" + time.UnixMilli(last-90*dayMS).UTC().Format(time.RFC3339)
+	for _, query := range []string{
+		"",
+		"interval=day&group_by=project&" + from,
+		"interval=month&group_by=model&" + from,
+		"interval=day&group_by=token&project_id=" + project + "&" + from,
+		"interval=day&group_by=token&project_id=" + project,
+		"interval=total&group_by=token",
+		"interval=total&group_by=token&" + from,
+		"interval=total&group_by=token,model&" + from,
+		"interval=month&group_by=token&" + from,
+		"interval=hour&group_by=project,model",
+		"interval=hour&group_by=token&project_id=" + project,
+		"interval=day&group_by=model&token_id=" + token + "&" + from,
+	} {
+		b.Run("usage?"+query, func(b *testing.B) {
+			var times []time.Duration
+			size := 0
+			for b.Loop() {
+				d, text := s.call("GET", "/manage/usage?"+query, "", s.key())
+				times, size = append(times, d), strings.Count(text, `"calls":`)
+			}
+			report(b, "", times)
+			b.ReportMetric(float64(size), "rows")
+		})
+	}
+}
+
+// seedPages fills the database. Calls are evenly spread over 90 days and, by a
+// number that is prime to all else, over projects and tokens.
+func (s *scaleTest) seedPages(last int64) {
+	s.b.Helper()
+	const sums = `(grain, project, token, at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
+		reasoning_tokens, cost, unpriced_calls, estimated_calls, total_us)`
+	const series = `WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < %d - 1) `
+	const models = `models (model, share) AS (VALUES ('gpt-4o', 4), ('gpt-4o-mini', 10), ('gpt-5', 4), ('gpt-5-mini', 1), ('text-embedding-3-small', 1))`
+	from := last - 90*dayMS
+	start := time.Now()
+	s.seed(fmt.Sprintf(series, 1000) + `
+			INSERT INTO projects (id, name, created_at, updated_at) SELECT printf('proj_scale%07d', i), printf('project %04d', i), 1, 1 FROM n`)
+	s.seed(fmt.Sprintf(series, 1_000_000) + `
+			INSERT INTO tokens (id, project, name, hash, expires_at, created_at, updated_at)
+			SELECT printf('tok_scale%08d', i), 1 + i % 1000, 'seeded ' || i, randomblob(32), ` + fmt.Sprint(last) + ` + i * 7000, 1764000000000 + i, 1764000000000 + i FROM n`)
+	for part := range int64(10) {
+		s.seed(fmt.Sprintf(series, 1_000_000) + fmt.Sprintf(`
+			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, error_code, usage_source,
+				input_tokens, output_tokens, cost, first_byte_us, total_us)
+			SELECT (%d + i * 777) << 21, 1 + i * 7919 %% 1000, 1 + i * 7919 %% 1000000, 0, 'POST /v1/chat/completions',
+				CASE i %% 5 WHEN 0 THEN 'gpt-5' WHEN 1 THEN 'gpt-4o' ELSE 'gpt-4o-mini' END, i %% 2, '192.0.2.1',
+				CASE WHEN i %% 50 = 0 THEN 500 ELSE 200 END, CASE WHEN i %% 50 = 0 THEN 'upstream_error' ELSE 'ok' END, '', 'exact', 900, 250, 400000, 300000, 2000000
+			FROM n`, from+part*777_000_000))
+	}
+	s.b.Logf("calls after %v", time.Since(start))
+	perHour := fmt.Sprintf(`, %s SELECT '%%s', %%s, 0, %d + n.i * %%d, model, endpoint, outcome,
+			share * %%d, share * 900, 0, share * 250, 0, share * 400000, 0, 0, share * 900000
+			FROM n CROSS JOIN models CROSS JOIN (SELECT 'ok' AS outcome UNION ALL SELECT 'upstream_error')
+			CROSS JOIN (SELECT 'POST /v1/chat/completions' AS endpoint UNION ALL SELECT 'POST /v1/embeddings')`, models, from)
+	for _, of := range []struct {
+		grain, project string
+		steps, length  int64
+	}{{"hour", "0", 90 * 24, hourMS}, {"day", "0", 90, dayMS}, {"hour", "7", 90 * 24, hourMS}, {"day", "7", 90, dayMS}} {
+		s.seed(fmt.Sprintf("INSERT INTO usage_sums "+sums+" "+series, of.steps) + fmt.Sprintf(perHour, of.grain, of.project, of.length, of.length/hourMS))
+	}
+	s.seed(fmt.Sprintf("INSERT INTO usage_sums "+sums+" "+series, 90) + fmt.Sprintf(`
+			SELECT 'token', p.seq, 0, %d + i * 86400000, '', '', '', 111, 99900, 0, 27750, 0, 44400000, 0, 0, 1 FROM projects p CROSS JOIN n`, from))
+	s.seed(fmt.Sprintf("INSERT INTO usage_sums "+sums+" "+series, 90) + fmt.Sprintf(`
+			SELECT 'token', t.project, t.seq, %d + i * 86400000, '', '', '', 1, 900, 0, 250, 0, 400000, 0, 0, 1 FROM (SELECT seq, project FROM tokens LIMIT 20000) t CROSS JOIN n`, from))
+	columns := strings.Repeat(", i % 7", 2*buckets)
+	s.seed(fmt.Sprintf("INSERT INTO project_hours "+series, 90*24) + fmt.Sprintf(`
+			SELECT p.seq, %d + i * 3600000, 5, 4500, 1250, 2000000, 0, 0, 0, 1, 0%s FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p CROSS JOIN n`, from, columns))
+	s.b.Logf("all after %v", time.Since(start))
+}
+
+// BenchmarkScalePages loads each page that shows many calls, signed in.
+func BenchmarkScalePages(b *testing.B) {
+	s := newScaleTest(b)
+	defer func() { s.close() }()
+	last := (time.Now().UnixMilli()/dayMS + 1) * dayMS
+	s.seedPages(last)
+	client := *s.web.Client()
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	req, err := http.NewRequestWithContext(b.Context(), "POST", s.web.URL+"/admin/sign-in", strings.NewReader(url.Values{"key": {s.key()}}.Encode()))
+	if err != nil {
+		b.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	req.Header.Set("Sec-Fetch-Site", "same-origin")
+	res, err := client.Do(req)
+	if err != nil || res.StatusCode != 303 {
+		b.Fatal(err, res.StatusCode)
+	}
+	res.Body.Close()
+	s.cookie, _, _ = strings.Cut(res.Header.Get("Set-Cookie"), ";")
+	project := "&project=proj_scale0000006"
+	middle := time.UnixMilli(last - 45*dayMS).UTC().Format("2006-01-02T15:04")
+	for _, path := range []string{
+		"dashboard?period=24h", "dashboard?period=7d", "dashboard?period=30d&by=model", "dashboard?period=30d&measure=cost", "dashboard?period=90d&measure=cost", "dashboard?period=90d&by=model", "dashboard?period=90d" + project, "dashboard?period=24h" + project,
+		"requests", "requests?to=" + middle, "requests?outcome=lost", "requests?model=none&to=" + middle, "requests?status=5xx&model=gpt-5", "requests?project=proj_scale0000006", "requests?outcome=lost" + project,
+		"requests?token=tok_scale00000007", "tokens", "tokens?name=seeded+7", "projects",
+	} {
+		b.Run(path, func(b *testing.B) {
+			var times []time.Duration
+			size := 0
+			for b.Loop() {
+				d, text := s.call("GET", "/admin/"+path, "", "")
+				times, size = append(times, d), len(text)
+			}
+			report(b, "", times)
+			b.ReportMetric(float64(size)/1024, "KiB")
+		})
+	}
+}
+
+// A statement is SQL as it stands in the source.
+type statement struct{ where, text string }
+
+// sqlSource reads string expressions out of source files: literals, constants
+// and what is put together from them with +.
+type sqlSource struct {
+	t      *testing.T
+	files  *token.FileSet
+	consts map[string]ast.Expr // by function and name, or name alone outside functions
+	read   map[*ast.BasicLit]bool
+}
+
+// fold returns the text of an expression, and false if it is not constant.
+func (s *sqlSource) fold(scope string, e ast.Expr) (string, bool) {
+	switch e := e.(type) {
+	case *ast.BasicLit:
+		text, err := strconv.Unquote(e.Value)
+		s.read[e] = true
+		return text, err == nil && e.Kind == token.STRING
+	case *ast.BinaryExpr:
+		x, okX := s.fold(scope, e.X)
+		y, okY := s.fold(scope, e.Y)
+		return x + y, okX && okY && e.Op == token.ADD
+	case *ast.Ident:
+		for _, name := range []string{scope + "." + e.Name, e.Name} {
+			if c := s.consts[name]; c != nil {
+				return s.fold(scope, c)
+			}
+		}
+	}
+	return "", false
+}
+
+// statements walks over a function, or what stands outside of functions, and
+// returns the largest constant expressions that are SQL.
+func (s *sqlSource) statements(scope string, node ast.Node) (out []statement) {
+	verb := regexp.MustCompile(`^\s*(SELECT|INSERT|UPDATE|DELETE|WITH) `)
+	ast.Inspect(node, func(n ast.Node) bool {
+		if d, ok := n.(*ast.GenDecl); ok && d.Tok == token.CONST {
+			return false // a part of others, or used under its name
+		}
+		e, ok := n.(ast.Expr)
+		if !ok {
+			return true
+		}
+		text, ok := s.fold(scope, e)
+		if ok && verb.MatchString(text) {
+			out = append(out, statement{s.files.Position(e.Pos()).String(), text})
+		}
+		return !ok
+	})
+	return out
+}
+
+// readStatements returns the statements of store*.go. SQL that it cannot read
+// fails the test.
+func readStatements(t *testing.T) (out []statement) {
+	t.Helper()
+	names, err := filepath.Glob("store*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sqlSource{t: t, files: token.NewFileSet(), consts: map[string]ast.Expr{}, read: map[*ast.BasicLit]bool{}}
+	type part struct {
+		scope string
+		node  ast.Node
+	}
+	var parts []part
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") || name == "store_files.go" { // which works on whole databases that nobody serves from
+			continue
+		}
+		file, err := parser.ParseFile(s.files, name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range file.Decls {
+			scope := ""
+			if f, ok := d.(*ast.FuncDecl); ok {
+				scope = name + " " + f.Name.Name
+			}
+			parts = append(parts, part{scope, d})
+			ast.Inspect(d, func(n ast.Node) bool {
+				if v, ok := n.(*ast.ValueSpec); ok {
+					for i := range v.Values {
+						s.consts[strings.TrimPrefix(scope+"."+v.Names[i].Name, ".")] = v.Values[i]
+					}
+				}
+				return true
+			})
+		}
+	}
+	for _, p := range parts {
+		out = append(out, s.statements(p.scope, p.node)...)
+	}
+	for _, p := range parts {
+		ast.Inspect(p.node, func(n ast.Node) bool {
+			if l, ok := n.(*ast.BasicLit); ok && !s.read[l] && regexp.MustCompile(`\b(SELECT|INSERT INTO|UPDATE|DELETE FROM)\b`).MatchString(l.Value) {
+				t.Errorf("%s: SQL that this test cannot read", s.files.Position(l.Pos()))
+			}
+			return true
+		})
+	}
+	return out
+}
+
+// plan returns the lines of a statement's plan.
+func plan(ctx context.Context, st *store, text string) ([]string, error) {
+	numbers := regexp.MustCompile(`\?(\d+)`).FindAllStringSubmatch(text, -1)
+	count := 0
+	for _, m := range numbers {
+		n, err := strconv.Atoi(m[1])
+		if err != nil {
+			return nil, err
+		}
+		count = max(count, n)
+	}
+	if len(numbers) == 0 {
+		count = strings.Count(text, "?")
+	}
+	rows, err := st.write.QueryContext(ctx, "EXPLAIN QUERY PLAN "+text, make([]any, count)...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var out []string
+	for rows.Next() {
+		var id, parent, unused int
+		var detail string
+		if err := rows.Scan(&id, &parent, &unused, &detail); err != nil {
+			return nil, err
+		}
+		out = append(out, detail)
+	}
+	return out, rows.Err()
+}
+
+// scans returns the lines of a plan that walk through all of a growing table, or
+// through all sums of one grain.
+func scans(text string, lines []string) (bad []string) {
+	growing := map[string]string{}
+	for _, m := range regexp.MustCompile(`\b(requests|tokens|usage_sums|project_hours|audit|contents)\b(?: (?:AS )?([a-z]\w*))?`).FindAllStringSubmatch(text, -1) {
+		growing[m[1]] = m[1]
+		if m[2] != "" {
+			growing[m[2]] = m[1]
+		}
+	}
+	for _, line := range lines {
+		words := strings.Fields(line)
+		if len(words) < 2 || growing[words[1]] == "" {
+			continue
+		}
+		if words[0] == "SCAN" || growing[words[1]] == "usage_sums" && !strings.Contains(line, "(grain=? AND project=?") {
+			bad = append(bad, line)
+		}
+	}
+	return bad
+}
+
+// TestNoFullScans: see above. The tables of keys, projects, upstreams, prices
+// and settings stay small and may be scanned.
+func TestNoFullScans(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	statements := readStatements(t)
+	if len(statements) < 40 {
+		t.Errorf("only %d statements were found", len(statements))
+	}
+	for _, st := range statements {
+		lines, err := plan(t.Context(), p.in.store, st.text)
+		if err != nil {
+			t.Errorf("%s: %v in %s", st.where, err, st.text)
+			continue
+		}
+		if bad := scans(st.text, lines); len(bad) > 0 {
+			t.Errorf("%s: %s\n%s", st.where, strings.Join(bad, "; "), st.text)
+		}
+	}
+	for text, want := range map[string]int{ // the test itself can fail
+		`SELECT name FROM tokens WHERE name LIKE ?`: 1, `SELECT 1 FROM requests r WHERE r.model = ?`: 1, `SELECT 1 FROM usage_sums WHERE grain = ? AND at > ?`: 1,
+		`DELETE FROM tokens`: 1, `SELECT 1 FROM tokens WHERE seq = ?`: 0, `SELECT 1 FROM usage_sums WHERE grain = ? AND project = ? AND token > ?2`: 0,
+		`SELECT name FROM projects WHERE name LIKE ?`: 0, `SELECT 1 FROM (SELECT max(id) AS m FROM requests) JOIN tokens t ON t.seq + 1 = m`: 1,
+	} {
+		lines, err := plan(t.Context(), p.in.store, text)
+		if err != nil || len(scans(text, lines)) != want {
+			t.Errorf("%s: %v %v", text, lines, err)
+		}
+	}
+}
+
+// TestRowsStay: no statement changes a call's row, and none but those that let old
+// ones go deletes any.
+func TestRowsStay(t *testing.T) {
+	t.Parallel()
+	change, drop := regexp.MustCompile(`(UPDATE|REPLACE INTO) requests\b|INTO requests\b[^;]*ON CONFLICT`), regexp.MustCompile(`DELETE FROM requests\b`)
+	drops, inserts := 0, 0
+	for _, st := range readStatements(t) {
+		if change.MatchString(st.text) {
+			t.Errorf("%s changes rows: %s", st.where, st.text)
+		}
+		if drop.MatchString(st.text) {
+			drops++
+		}
+		if strings.Contains(st.text, "INSERT INTO requests ") {
+			inserts++
+		}
+	}
+	if drops != 1 || inserts == 0 {
+		t.Errorf("%d statements delete rows and %d make some", drops, inserts)
+	}
+}
+
+// BenchmarkLedgerBatch writes batches of 50 calls, of one token or of as many
+// tokens as calls.
+func BenchmarkLedgerBatch(b *testing.B) {
+	for _, tokens := range []int{1, 50} {
+		b.Run(fmt.Sprintf("tokens=%d", tokens), func(b *testing.B) {
+			file := filepath.Join(b.TempDir(), "ledger.db")
+			if err := os.WriteFile(file, nil, 0o600); err != nil {
+				b.Fatal(err)
+			}
+			st, err := openStore(b.Context(), file)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer st.close()
+			w, ids := st.newLedgerWriter(), newIDSource(0)
+			defer w.close()
+			write := func(batch ledgerBatch, _ func()) {
+				if err := w.write(context.Background(), batch); err != nil {
+					b.Fatal(err)
+				}
+			}
+			for b.Loop() {
+				begun := &begunBatch{}
+				var entries []*ledgerEntry
+				for i := range 50 {
+					now := time.Now()
+					row := requestRow{id: ids.next(now), started: now.UnixMilli(), project: int64(1 + i%min(tokens, 5)), token: int64(1 + i%tokens),
+						endpoint: "POST /v1/chat/completions", model: "gpt-4o", knownModel: true, status: 200, outcome: outcomeOK, source: usageExact,
+						counts: tokenCounts{input: 900, output: 250}, cost: 400_000, priced: true,
+						firstByteUS: int64(100_000 + i*20_000), totalUS: int64(300_000 + i*70_000), attempts: 1}
+					begun.add(row.id, row.note(nil))
+					entries = append(entries, &ledgerEntry{row: row, batch: begun})
+				}
+				write(batchOf(begun, nil, nil))
+				write(batchOf(nil, entries, nil))
+			}
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N)/50, "µs/call")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// TestHoursAgree: the hours of a project and those of all hold what its calls
+// add up to, and only those old enough are let go.
+func TestHoursAgree(t *testing.T) {
+	t.Parallel()
+	u := newUsageTest(t)
+	random := rand.New(rand.NewPCG(7, 7))
+	for i := range 200 {
+		at := u.now.Add(-time.Duration(random.Int64N(int64(50 * time.Hour))))
+		r := *u.rows[random.IntN(len(u.rows))]
+		r.id, r.started = firstID(at)+int64(1000+i), at.UnixMilli()
+		r.firstByteUS = random.Int64N(3e6)
+		r.totalUS = r.firstByteUS + random.Int64N(200e6)
+		u.rows = append(u.rows, &r)
+		u.in.ledger.record(&r, i%2 == 0) // on record or not: the sums have all
+	}
+	u.settle()
+	now := u.now.UnixMilli()
+	from, to := now-30*hourMS-now%hourMS, now-3*hourMS-now%hourMS
+	check := func(project int64) {
+		t.Helper()
+		want := &hourSum{}
+		for _, r := range u.rows {
+			if (project == 0 || r.project == project) && r.started >= from && r.started < to {
+				want.add(r)
+			}
+		}
+		got, err := u.in.store.hoursOf(t.Context(), project, from, to)
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("project %d: %+v, want %+v, %v", project, got, want, err)
+		}
+		if n := want.first.count(); n == 0 || n != want.total.count() || want.errors[0] == 0 {
+			t.Errorf("project %d: the test proves nothing: %+v", project, want)
+		}
+	}
+	check(0)
+	for seq := range u.projects {
+		check(seq)
+	}
+	for n := int64(1); n > 0; {
+		var err error
+		if n, err = u.in.store.forgetHours(t.Context(), from, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(0)
+	if h, err := u.in.store.hoursOf(t.Context(), 0, 0, from); err != nil || h.calls != 0 {
+		t.Errorf("hours from before are left: %+v, %v", h, err)
+	}
+}
+
+// TestHoursMigrated: an older database's sums are added up for all projects, and
+// by hour for the dashboard.
+func TestHoursMigrated(t *testing.T) {
+	t.Parallel()
+	const day = 20_000 * dayMS
+	var sums []string
+	for project := 1; project <= 2; project++ {
+		for i, o := range []outcome{outcomeOK, outcomeRefused, outcomeClientGone, outcomeUpstreamError, outcomeLost} {
+			for _, grain := range []string{"hour", "day"} {
+				sums = append(sums, fmt.Sprintf(`
+					INSERT INTO usage_sums (grain, project, token, at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
+						reasoning_tokens, cost, unpriced_calls, estimated_calls, total_us)
+					VALUES ('%s', %d, 0, %d, 'm', 'e', '%s', %d, 100, 0, 10, 0, 5, 1, 0, 9)`, grain, project, int64(day), string(o), i+1))
+			}
+		}
+	}
+	st := mustOpen(t, oldDatabase(t, "schema/004_project_hours.sql", sums...))
+	for project, times := range map[int64]int64{0: 2, 1: 1, 2: 1} {
+		want := hourSum{calls: 15 * times, input: 500 * times, output: 50 * times, cost: 25 * times, unpriced: 5 * times, errors: [4]int64{3 * times, 2 * times, 4 * times, 5 * times}}
+		if h, err := st.hoursOf(t.Context(), project, day, day+hourMS); err != nil || *h != want {
+			t.Errorf("project %d: %+v, %v", project, h, err)
+		}
+	}
+	for query, want := range map[string]int64{
+		`SELECT sum(calls) FROM usage_sums WHERE grain = 'hour' AND project = 0`:                          30,
+		`SELECT count(*) FROM usage_sums WHERE grain = 'day' AND project = 0`:                             5,
+		`SELECT sum(calls) FROM usage_sums WHERE grain = 'token' AND project = 1 AND token = 0`:           15,
+		`SELECT count(*) FROM usage_sums WHERE grain = 'token' AND token = 0 AND model || endpoint <> ''`: 0,
+	} {
+		var n int64
+		if err := st.read.QueryRow(query).Scan(&n); err != nil || n != want {
+			t.Errorf("%s: %d, %v", query, n, err)
+		}
+	}
+}
+
+// TestQuantiles: quantiles are off by less than a tenth, whatever the
+// scale.
+func TestQuantiles(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(3, 4))
+	for _, typical := range []float64{30_000, 400_000, 9_000_000} {
+		var h latencies
+		var all []float64
+		for range 20_000 {
+			us := typical * math.Exp(random.NormFloat64()*0.6)
+			all = append(all, us/1000)
+			h.add(int64(us))
+		}
+		slices.Sort(all)
+		for _, q := range []float64{0.5, 0.95} {
+			got, want := h.quantile(q), all[int(q*float64(len(all)))]
+			if math.Abs(got/want-1) > 0.1 {
+				t.Errorf("p%v around %v µs: %v ms, want %v", q*100, typical, got, want)
+			}
+		}
+	}
+	var none, slow, one latencies
+	slow.add(100_000_001)
+	one.add(500_000)
+	if none.quantile(0.5) != -1 || !math.IsInf(slow.quantile(0.5), 1) || one.quantile(0.5) < 400 || one.quantile(0.95) > 630 {
+		t.Error(none.quantile(0.5), slow.quantile(0.5), one.quantile(0.5), one.quantile(0.95))
+	}
+}

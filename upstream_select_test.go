@@ -1,0 +1,568 @@
+// Tests of the choice among a project's upstreams.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// testPool is a project with these upstreams, all well.
+func testPool(list ...*upstream) *projectState {
+	book := newHealthBook()
+	for i, u := range list {
+		u.health, u.budget = book.of(int64(i+1), u.id), book.budget(u.host)
+	}
+	return &projectState{upstreams: list}
+}
+
+// TestUpstreamShares: calls go to the first priority that serves them, in shares
+// by weight; weight 0 gets none. What is not well is passed over, one that is
+// well again gets its share.
+func TestUpstreamShares(t *testing.T) {
+	t.Parallel()
+	p := testPool(
+		&upstream{id: "a", provider: providerOpenAI, weight: 1}, &upstream{id: "claude", provider: providerAnthropic, weight: 9},
+		&upstream{id: "b", provider: providerCompatible, weight: 3, models: []string{"gpt*"}}, &upstream{id: "out", provider: providerOpenAI, weight: 0},
+		&upstream{id: "c", provider: providerOpenAI, weight: 6, models: []string{"o*"}},
+		&upstream{id: "d", provider: providerOpenAI, weight: 1, models: []string{"o*"}},
+		&upstream{id: "e", provider: providerOpenAI, weight: 2, models: []string{"o*"}},
+		&upstream{id: "spare", provider: providerOpenAI, weight: 5, priority: 1},
+		&upstream{id: "last", provider: providerOpenAI, weight: 5, priority: 2},
+	)
+	health := map[string]*keyHealth{}
+	for _, u := range p.upstreams {
+		health[u.id] = u.health
+	}
+	const now, calls = 1_000_000, 40_000
+	for _, c := range []struct {
+		name, model string
+		do          func()
+		now         int64
+		want        map[string]float64
+	}{
+		{"weights", "gpt-4o", nil, now, map[string]float64{"a": 0.25, "b": 0.75}},
+		{"only one serves", "llama", nil, now, map[string]float64{"a": 1}},
+		{"of four", "o3", nil, now, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
+		{"one is cooling", "o3", func() { health["c"].limited(now, now, 20_000, "") }, now + 1, map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
+		{"it has cooled", "o3", nil, now + 20_000, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
+		{"two are dead", "o3", func() {
+			health["a"].fault(now+20_001, now+20_000, true, "")
+			health["c"].quarantined(now+20_001, now+20_000, "")
+		}, now + 20_002, map[string]float64{"d": 0.33, "e": 0.67}},
+		{"a group is down", "gpt-4o", func() { health["b"].exhausted(now+20_001, now+20_000, "") }, now + 20_002, map[string]float64{"spare": 1}},
+		{"two groups are", "gpt-4o", func() { health["spare"].fault(now+20_001, now+20_000, true, "") }, now + 20_002, map[string]float64{"last": 1}},
+		{"all are: the least bad", "gpt-4o", func() { health["last"].limited(now+20_001, now+20_000, 5000, "") }, now + 20_002, map[string]float64{"last": 1}},
+		{"a probe goes out, once", "gpt-4o", nil, now + 20_001 + openLeast, map[string]float64{"last": 1}},
+	} {
+		if c.do != nil {
+			c.do()
+		}
+		got := map[string]int{}
+		for range calls {
+			got[p.pick(&wish{api: apiOpenAI, model: c.model, now: c.now}).id]++
+		}
+		if c.name == "a probe goes out, once" { // one to each that is due, and all others to the least bad
+			if got["a"] != 1 || got["spare"] != 1 {
+				t.Errorf("%s: %v", c.name, got)
+			}
+			continue
+		}
+		if len(got) != len(c.want) {
+			t.Errorf("%s: %v", c.name, got)
+		}
+		for id, share := range c.want { // ±2 % of the calls is 8 standard deviations and more
+			if d := float64(got[id])/calls - share; d > 0.02 || d < -0.02 {
+				t.Errorf("%s: %s got %d of %d calls, want a share of %.2f", c.name, id, got[id], calls, share)
+			}
+		}
+	}
+	if u := testPool(p.upstreams[3]).pick(&wish{api: apiOpenAI}); u != nil {
+		t.Errorf("weight 0: %s was chosen", u.id)
+	}
+}
+
+// TestRewrite: the model's name is the only thing that changes in a body, and
+// each attempt has the name that its upstream knows.
+func TestRewrite(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"my \u0022deployment\u0022"}}`, 400, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"a","gpt-4o-mini":"b"}}`, 400, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"my-deployment"}}`, 200, nil)
+	second, _ := p.addUpstream(`"priority":1,"rewrite":{"gpt-4o-mini":"é\u0022"}`)
+	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+	for _, body := range []string{
+		chatBody(), chatBody(`"stream":true`), chatBody(`"stream":true`, `"stream_options":{"include_usage":false}`),
+		`{"stream_options":{},  "stream":true, "messages":[], "mo\u0064el" : "gpt-4o\u002dmini" , "n":1}`,
+	} {
+		for fails := range 2 {
+			if p.provider.answer(answerChat); fails == 1 {
+				p.provider.answer(always(429, `{}`))
+			}
+			p.in.health.forget(1, time.Now().UnixMilli())
+			if res := p.do("POST", "/v1/chat/completions", body, auth...); res.status != 200 {
+				t.Fatalf("got %d %s", res.status, res.body)
+			}
+			added := string(withIncludeUsage([]byte(body), must(scanJSON([]byte(body)))))
+			if !strings.Contains(body, `"stream":true`) {
+				added = body
+			}
+			model := `"gpt-4o-mini"`
+			if strings.Contains(body, `\u002d`) {
+				model = `"gpt-4o\u002dmini"`
+			}
+			if got, want := p.provider.last(t).body, strings.Replace(added, model, `"my-deployment"`, 1); got != want {
+				t.Errorf("the provider got %s, want %s", got, want)
+			}
+			if fails == 1 {
+				if got, want := second.last(t).body, strings.Replace(added, model, `"é\""`, 1); got != want {
+					t.Errorf("the second got %s, want %s", got, want)
+				}
+			}
+		}
+	}
+	p.provider.answer(answerChat)
+	p.in.health.forget(1, time.Now().UnixMilli())
+	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\ngpt-4o-mini\r\n--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\ngpt-4o-mini\r\n--b--\r\n"
+	p.do("POST", "/v1/audio/transcriptions", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b")
+	if got, want := p.provider.last(t).body, strings.Replace(form, "\r\n\r\ngpt-4o-mini\r\n--b--", "\r\n\r\nmy-deployment\r\n--b--", 1); got != want {
+		t.Errorf("the form came as %q, want %q", got, want)
+	}
+}
+
+func must(f callFields, err error) callFields {
+	if err != nil {
+		panic(err)
+	}
+	return f
+}
+
+// TestFallbackModel: what is too long for a model goes to the one that stands in
+// for it, and so does a call whose model no upstream answers for; a refusal by a
+// content filter does not, nor what the token may not use.
+func TestFallbackModel(t *testing.T) {
+	t.Parallel()
+	const tooLong = `{"error":{"message":"too long","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}`
+	byModel := func(status int, body string) func(*providerConn, recorded) bool {
+		return func(c *providerConn, r recorded) bool {
+			if strings.Contains(r.body, `"gpt-4.1"`) {
+				return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "gpt-4.1-2025-04-14"))
+			}
+			return c.reply(status, body)
+		}
+	}
+	for _, c := range []struct {
+		name, routing, policy string
+		script                func(*providerConn, recorded) bool
+		status                int
+		models                []string // sent, in order
+	}{
+		{"too long", `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 200, []string{"gpt-4o-mini", "gpt-4.1"}},
+		{"too long, in words", `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, `{}`, byModel(400, `{"error":{"message":"This model's maximum context length is 9 tokens.","code":400}}`), 200, []string{"gpt-4o-mini", "gpt-4.1"}},
+		{"no fallback", `{}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
+		{"of another model", `{"fallbacks":[{"model":"o3","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
+		{"not allowed", `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, `{"models":["gpt-4o*"]}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
+		{"content filter", `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, `{}`, byModel(400, `{"error":{"code":"content_filter"}}`), 400, []string{"gpt-4o-mini"}},
+		{"too long twice", `{"fallbacks":[{"model":"*","to":"gpt-4.2"},{"model":"gpt-4.2","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini", "gpt-4.2"}},
+	} {
+		p := newTest(t, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":`+c.routing+`,"policy":`+c.policy+`}`, 200, nil)
+		p.provider.answer(c.script)
+		res := p.chat()
+		if res.status != c.status {
+			t.Errorf("%s: got %d %s", c.name, res.status, res.body)
+		}
+		var models []string
+		for _, r := range p.provider.got() {
+			models = append(models, between(r.body, `"model":"`, `"`))
+		}
+		if !slices.Equal(models, c.models) {
+			t.Errorf("%s: the provider was asked for %v, want %v", c.name, models, c.models)
+		}
+		row := p.lastCall()
+		if c.status == 200 && (row.Model != "gpt-4.1-2025-04-14" || row.Outcome != "ok" || row.Attempts != 2 || row.AttemptLog[1].Model != "gpt-4.1" || row.Cost == nil || !strings.Contains(res.body, "gpt-4.1-2025-04-14")) {
+			t.Errorf("%s: the ledger has %+v", c.name, row)
+		}
+		if n := len(p.ledger()); n != 1 {
+			t.Errorf("%s: %d rows", c.name, n)
+		}
+	}
+
+	p := newTest(t, nil) // all upstreams of the model are down, another's is not
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}],"show_upstream":true}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["gpt*"]}`, 200, nil)
+	other, id := p.addUpstream(`"models":["llama"]`)
+	p.provider.answer(always(503, `{}`))
+	if res := p.chat(); res.status != 200 || res.header.Get("X-LLM-Proxy-Upstream") != id {
+		t.Errorf("a model that is down: got %d %v %s", res.status, res.header, res.body)
+	}
+	if n, m := len(p.provider.got()), len(other.got()); n != 2 || m != 1 || between(other.last(t).body, `"model":"`, `"`) != "llama" {
+		t.Errorf("the providers were asked %d and %d times", n, m)
+	}
+}
+
+// TestOwnLimits: an upstream's own limits a minute are never exceeded; what has
+// no room goes elsewhere, and where there is no elsewhere is told when to come
+// again.
+func TestOwnLimits(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	second, id := p.addUpstream(`"priority":1,"requests_per_minute":2`)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"requests_per_minute":3}`, 200, nil)
+	now := time.Now()
+	if left := 60 - now.Second(); left < 10 { // the test must not fall into two minutes
+		time.Sleep(time.Duration(left) * time.Second)
+	}
+	statuses := make(chan int)
+	for range 8 {
+		go func() { statuses <- p.chat().status }()
+	}
+	got := map[int]int{}
+	for range 8 {
+		got[<-statuses]++
+	}
+	if n, m := len(p.provider.got()), len(second.got()); n != 3 || m != 2 || got[200] != 5 || got[429] != 3 {
+		t.Errorf("the providers got %d and %d calls, clients %v", n, m, got)
+	}
+	if res := p.chat(); res.code() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
+		t.Errorf("got %d %v %s", res.status, res.header, res.body)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"requests_per_minute":0,"tokens_per_minute":100}`, 200, nil)
+	answered := 0
+	for range 8 { // each uses 12 tokens, as the two before, and is expected to read 25
+		if p.settle(); p.chat().status == 200 {
+			answered++
+		}
+	}
+	if answered != 5 {
+		t.Errorf("100 tokens a minute let %d calls through after 2", answered)
+	}
+}
+
+// TestRoutingRefused: what cannot be meant is refused, with the field's name.
+func TestRoutingRefused(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for body, param := range map[string]string{
+		`{"routing":{"fallbacks":[{"model":"a*b","to":"c"}]}}`: "routing.fallbacks[0].model",
+		`{"routing":{"fallbacks":[{"model":"a"}]}}`:            "routing.fallbacks[0].to",
+		`{"routing":{"fallbacks":[{"model":"a","to":"b*"}]}}`:  "routing.fallbacks[0].to",
+		`{"routing":{"fallbacks":[{"model":"a","tp":"b"}]}}`:   "routing.fallbacks[0].tp",
+		`{"routing":{"fallbacks":[1]}}`:                        "routing.fallbacks[0]",
+		`{"routing":{"fallback":[]}}`:                          "routing.fallback",
+		`{"routing":{"verified_streams":1}}`:                   "routing.verified_streams",
+		`{"routing":[]}`:                                       "routing",
+	} {
+		if res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, body); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+			t.Errorf("%s: got %d %s, want %s", body, res.status, res.body, param)
+		}
+	}
+	for body, param := range map[string]string{
+		`{"rewrite":[]}`:                                     "rewrite",
+		`{"rewrite":{"a":1}}`:                                "rewrite",
+		`{"rewrite":{"a":""}}`:                               "rewrite",
+		`{"rewrite":{"a*":"b"}}`:                             "rewrite",
+		`{"connect_ms":99}`:                                  "connect_ms",
+		`{"connect_ms":10001}`:                               "connect_ms",
+		`{"connect_ms":"1s"}`:                                "connect_ms",
+		`{"answer_ms":99}`:                                   "answer_ms",
+		`{"answer_ms":7200001}`:                              "answer_ms",
+		`{"first_event_ms":50}`:                              "first_event_ms",
+		`{"idle_ms":-1}`:                                     "idle_ms",
+		`{"requests_per_minute":-1}`:                         "requests_per_minute",
+		`{"tokens_per_minute":1.5}`:                          "tokens_per_minute",
+		`{"note":"a\nb"}`:                                    "note",
+		fmt.Sprintf(`{"note":%q}`, strings.Repeat("x", 501)): "note",
+	} {
+		if res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, body); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+			t.Errorf("%s: got %d %s, want %s", body, res.status, res.body, param)
+		}
+	}
+}
+
+// TestTryRoute: what is said of a route is what calls then do, and saying it
+// changes nothing.
+func TestTryRoute(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":3,"rewrite":{"gpt-4o":"mine"},"connect_ms":1500,"answer_ms":30000}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt*","to":"gpt-4.1"}]}}`, 200, nil)
+	p.addUpstream(`"weight":1`)
+	p.addUpstream(`"weight":1,"priority":1`)
+	p.addUpstream(`"weight":0`)
+	p.addUpstream(`"models":["llama*"]`)
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"claude","provider":"anthropic","api_key":"sk-ant-12345678"}`, 201, nil)
+	route := func(query string) (v routeView) {
+		p.manage("GET", "/manage/projects/"+p.project+"/route?"+query, "", 200, &v)
+		return v
+	}
+	check := func(what string, v routeView, want map[string]float64) {
+		t.Helper()
+		for _, u := range v.Upstreams {
+			if u.Share != want[u.UpstreamID] || u.Why == "" {
+				t.Errorf("%s: %+v, want the share %v", what, u, want[u.UpstreamID])
+			}
+		}
+	}
+	v := route("model=gpt-4o")
+	var ids []string
+	for _, u := range v.Upstreams {
+		ids = append(ids, u.UpstreamID)
+	}
+	if len(ids) != 6 || ids[0] != p.upstream || v.Upstreams[0].SentModel != "mine" || v.FallbackModel != "gpt-4.1" {
+		t.Fatalf("got %+v", v)
+	}
+	if u := v.Upstreams[0]; u.ConnectMS != 1500 || u.AnswerMS != 30000 || u.IdleMS != 0 || v.Upstreams[1].AnswerMS != 0 {
+		t.Errorf("the times that a call waits there: %+v", v.Upstreams)
+	}
+	if page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body; strings.Count(page, "Waited for at most") != 1 || !strings.Contains(page, "connection 1.5s, answer 30s") {
+		t.Errorf("the page does not say how long a call waits: %s", page)
+	}
+	check("all well", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
+	now := time.Now().UnixMilli()
+	p.in.health.of(1, "").quarantined(now, now, "the provider refuses the key")
+	check("one refused", route("model=gpt-4o&api=openai"), map[string]float64{ids[1]: 1})
+	check("a model of one", route("model=llama-3"), map[string]float64{ids[1]: 0.5, ids[3]: 0.5})
+	check("another API", route("model=claude&api=anthropic"), map[string]float64{ids[4]: 1})
+	if n := len(p.provider.got()); n != 0 {
+		t.Errorf("the provider was asked %d times", n)
+	}
+	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model"} {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, ""); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+			t.Errorf("%q: got %d %s", query, res.status, res.body)
+		}
+	}
+}
+
+// TestUnitedModels: the list of models is that of all a project's providers,
+// each with what calls for would go there, and within what the token may use.
+func TestUnitedModels(t *testing.T) {
+	t.Parallel()
+	list := func(ids ...string) func(*providerConn, recorded) bool {
+		var entries []string
+		for _, id := range ids {
+			entries = append(entries, `{"id":"`+id+`","object":"model","owned_by":"x"}`)
+		}
+		return always(200, `{"object":"list","data":[`+strings.Join(entries, ",")+`]}`)
+	}
+	p := newTest(t, nil)
+	auth := []string{"Authorization", "Bearer " + p.token}
+	models := func() string {
+		t.Helper()
+		res := p.do("GET", "/v1/models", "", auth...)
+		var v struct {
+			Object string
+			Data   []struct{ ID string }
+		}
+		if err := json.Unmarshal([]byte(res.body), &v); err != nil || res.status != 200 || v.Object != "list" {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+		var ids []string
+		for _, m := range v.Data {
+			ids = append(ids, m.ID)
+		}
+		return strings.Join(ids, " ")
+	}
+	p.provider.answer(list("gpt-4o", "gpt-4o-mini", "o3"))
+	if got := models(); got != "gpt-4o gpt-4o-mini o3" {
+		t.Errorf("of one upstream: %s", got)
+	}
+	llama, _ := p.addUpstream(`"models":["llama*","mine"],"rewrite":{"mine":"llama-3"}`)
+	llama.answer(list("llama-3", "llama-4", "other"))
+	azure, _ := p.addUpstream(`"priority":1,"rewrite":{"o3":"deployed"}`)
+	azure.answer(list("deployed", "gpt-4o"))
+	for range 5 { // whichever would get the call
+		if got := models(); got != "gpt-4o gpt-4o-mini o3 llama-3 mine llama-4 deployed" {
+			t.Errorf("of three: %s", got)
+		}
+	}
+	if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 3 || len(row.AttemptLog) != 3 {
+		t.Errorf("the ledger has %+v", row)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["llama*","o3"]}}`, 200, nil)
+	if got := models(); got != "o3 llama-3 llama-4" {
+		t.Errorf("within a policy: %s", got)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{}}`, 200, nil)
+	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reset() })
+	azure.answer(always(200, `no JSON`))
+	if got := models(); got != "llama-3 mine llama-4" {
+		t.Errorf("with one that answers: %s", got)
+	}
+	p.keysApart(p.provider, llama, azure)
+	llama.answer(always(503, `{"error":{}}`))
+	if res := p.do("GET", "/v1/models", "", auth...); res.status < 500 {
+		t.Errorf("with none: got %d %s", res.status, res.body)
+	}
+}
+
+// BenchmarkRouting chooses among fifty upstreams in two priorities, each with a
+// list of models; with trouble, a fifth of them is not well.
+func BenchmarkRouting(b *testing.B) {
+	for _, trouble := range []bool{false, true} {
+		b.Run(fmt.Sprintf("trouble=%v", trouble), func(b *testing.B) {
+			var list []*upstream
+			for i := range 50 {
+				list = append(list, &upstream{id: fmt.Sprint(i), provider: providerOpenAI, weight: int64(1 + i%3), priority: int64(i / 40),
+					models: []string{"gpt-4o-mini", "gpt-4o*", "o3*"}})
+			}
+			p := testPool(list...)
+			if trouble {
+				for i := range 10 {
+					list[5*i].health.fault(noon, noon, true, "")
+				}
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				w := wish{api: apiOpenAI, model: "gpt-4o", now: noon + 1, tokens: 100}
+				if p.pick(&w) == nil {
+					b.Fatal("none")
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkDeadKey is the latency of streams at a fixed rate over a pool of three
+// keys: all well, and with one that fails or hangs. It prints the p99 where all
+// are well, and the ratio of the others to it.
+//
+//	go test -run '^$' -bench DeadKey -benchtime 1x .
+func BenchmarkDeadKey(b *testing.B) {
+	for b.Loop() {
+		healthy := deadKeyP99(b, nil)
+		b.ReportMetric(float64(healthy.Microseconds()), "healthy-p99-us")
+		for _, dead := range []struct {
+			name   string
+			script func(*providerConn, recorded) bool
+		}{
+			{"reset", func(c *providerConn, _ recorded) bool { return c.reset() }},
+			{"503", always(503, `{}`)}, {"429", always(429, `{}`)}, {"401", always(401, `{}`)},
+			{"hangs", func(c *providerConn, _ recorded) bool { return stall(c) }},
+		} {
+			b.ReportMetric(float64(deadKeyP99(b, dead.script))/float64(healthy), dead.name+"-ratio")
+		}
+	}
+}
+
+func deadKeyP99(b *testing.B, dead func(*providerConn, recorded) bool) time.Duration {
+	b.Helper()
+	p := newTest(b, map[string]string{"LOG_LEVEL": "error"})
+	defer p.stop()
+	slow := func(c *providerConn, r recorded) bool {
+		time.Sleep(20 * time.Millisecond)
+		return answerChat(c, r)
+	}
+	p.provider.answer(slow)
+	for i := range 2 {
+		provider, _ := p.addUpstream(`"weight":1`)
+		if provider.answer(slow); i == 1 && dead != nil {
+			provider.answer(dead)
+		}
+	}
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
+	defer client.CloseIdleConnections()
+	const calls, every = 2000, time.Second / 200
+	took := make([]time.Duration, calls)
+	var wait sync.WaitGroup
+	begin := time.Now()
+	for i := range calls {
+		due := begin.Add(time.Duration(i) * every)
+		time.Sleep(time.Until(due))
+		wait.Go(func() {
+			req, err := http.NewRequestWithContext(b.Context(), "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(`"stream":true`)))
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+			res, err := client.Do(req)
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			defer res.Body.Close()
+			if _, err := io.Copy(io.Discard, res.Body); err != nil || res.StatusCode != 200 {
+				b.Errorf("got %d, %v", res.StatusCode, err)
+			}
+			took[i] = time.Since(due)
+		})
+	}
+	wait.Wait()
+	slices.Sort(took)
+	return took[calls*99/100]
+}
+
+// TestSharedUpstream: calls of a project that an upstream is shared with go there
+// from the next call on, with its key and its health, and do so no more once it is
+// not shared, changed, or gone with its project.
+func TestSharedUpstream(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	var token struct{ Token string }
+	p.manage("POST", "/manage/tokens", `{"project_id":"`+other.ID+`","name":"o"}`, 201, &token)
+	p.secrets = append(p.secrets, token.Token)
+	path := "/manage/projects/" + p.project + "/upstreams/" + p.upstream
+	share := func(ids string, status int) {
+		t.Helper()
+		p.manage("PATCH", path, `{"shared_with":[`+ids+`]}`, status, nil)
+	}
+	expect := func(what string, status int) {
+		t.Helper()
+		before := len(p.provider.got())
+		res := p.chatAs(token.Token)
+		if asked := len(p.provider.got()) - before; res.status != status || asked != 1 && status == 200 {
+			t.Errorf("%s: got %d %s, the provider was asked %d times", what, res.status, res.body, asked)
+		}
+	}
+	expect("not shared", 404)
+	share(`"`+other.ID+`"`, 200)
+	expect("shared", 200)
+	if row := p.lastCall(); row.UpstreamID != p.upstream || row.Outcome != "ok" {
+		t.Errorf("the ledger has %+v", row)
+	}
+	share(`"`+p.project+`"`, 400) // its own
+	share(`"proj_nobody"`, 400)
+	share(`1`, 400)
+	expect("still shared", 200)
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	expect("after a restart", 200)
+	p.manage("PATCH", path, `{"api_key":"`+p.provider.key+`"}`, 200, nil)
+	expect("with its key given again", 200)
+	var up struct {
+		SharedWith []string `json:"shared_with"`
+	}
+	if p.manage("GET", path, "", 200, &up); fmt.Sprint(up.SharedWith) != "["+other.ID+"]" {
+		t.Errorf("it is shared with %v", up.SharedWith)
+	}
+	p.manage("PATCH", path, `{"is_active":false}`, 200, nil)
+	expect("off", 404)
+	p.manage("PATCH", path, `{"is_active":true}`, 200, nil)
+	expect("on", 200)
+	share("", 200)
+	expect("not shared any more", 404)
+	share(`"`+other.ID+`"`, 200)
+	now := time.Now().UnixMilli()
+	p.in.health.of(1, "").limited(now, now, 60_000, "x")
+	if _, id := p.addUpstream(`"priority":1,"shared_with":["` + other.ID + `"]`); p.chatAs(token.Token).status != 200 || p.lastCall().UpstreamID != id {
+		t.Errorf("a key that cools in one project is used in another: %+v", p.lastCall())
+	}
+	p.manage("DELETE", path, "", 200, nil)
+	if res := p.chatAs(token.Token); res.status != 200 {
+		t.Errorf("with the other one: got %d", res.status)
+	}
+	p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
+	expect("gone with its project", 404)
+}
