@@ -19,6 +19,26 @@ import (
 	"time"
 )
 
+// An adminUI is the pages under /admin. It reaches what administrators manage
+// through the API, with the same checks.
+type adminUI struct {
+	cfg       *config
+	log       *logger
+	store     *store
+	api       *manageAPI
+	registry  *registry
+	limits    *limitState
+	ledger    *ledger
+	running   *runningCalls
+	endpoints *endpointTable
+	gone      func() string // says what is wrong with the database file, "" if nothing
+	diskUse   func(context.Context) (diskUse, error)
+	pages     *pageSet
+	sent      sentForms // of late
+	keyID     string    // of the encryption key
+	started   time.Time
+}
+
 // An adminRoute is one URL of /admin with its methods, the least role it needs
 // ("": nobody has to be signed in) and what answers it. A GET changes nothing.
 type adminRoute struct {
@@ -28,52 +48,52 @@ type adminRoute struct {
 }
 
 // adminTable is every URL of /admin but the static files.
-func (s *server) adminTable() []adminRoute {
+func (ui *adminUI) adminTable() []adminRoute {
 	return []adminRoute{
-		{"GET /admin/sign-in", "", s.signInPage},
-		{"POST /admin/sign-in", "", s.signIn},
-		{"POST /admin/sign-out", roleViewer, s.signOut},
-		{"POST /admin/sign-out-everywhere", roleViewer, s.signOutEverywhere},
-		{"GET /admin/{$}", roleViewer, s.adminHome},
-		{"GET /admin/account", roleViewer, s.accountPage},
-		{"GET /admin/dashboard", roleViewer, s.dashboardPage},
-		{"POST /admin/dashboard/export", roleViewer, s.exportDashboard},
-		{"GET /admin/requests", roleViewer, s.requestsPage},
-		{"GET /admin/requests/{id}", roleViewer, s.requestPage},
-		{"POST /admin/requests/export", roleViewer, s.exportRequests},
-		{"GET /admin/projects", roleViewer, s.projectsPage},
-		{"GET|POST /admin/projects/new", roleAdmin, s.newProject},
-		{"GET /admin/projects/{id}", roleViewer, s.projectPage},
-		{"GET|POST /admin/projects/{id}/edit", roleAdmin, s.editProject},
-		{"GET|POST /admin/projects/{id}/activate", roleAdmin, s.switchProject},
-		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, s.switchProject},
-		{"GET|POST /admin/projects/{id}/delete", roleAdmin, s.removeProject},
-		{"GET|POST /admin/projects/{id}/erase", roleAdmin, s.erasePage},
-		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, s.revokeTokensOf},
-		{"GET /admin/projects/{id}/route", roleViewer, s.tryRoutePage},
-		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, s.newUpstreamPage},
-		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, s.editUpstream},
-		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, s.removeUpstream},
-		{"GET /admin/tokens", roleViewer, s.tokensPage},
-		{"GET|POST /admin/tokens/new", roleOperator, s.newTokenPage},
-		{"POST /admin/tokens/revoke", roleOperator, s.revokeChosen},
-		{"GET /admin/tokens/{id}", roleViewer, s.tokenPage},
-		{"GET|POST /admin/tokens/{id}/edit", roleOperator, s.editToken},
-		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, s.rotateTokenPage},
-		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, s.revokeTokenPage},
-		{"GET /admin/streams", roleViewer, s.streamsPage},
-		{"GET|POST /admin/streams/{id}/cut", roleOperator, s.cutPage},
-		{"POST /admin/requests/{id}/content", roleAdmin, s.contentPageOf},
-		{"GET /admin/prices", roleViewer, s.pricesPage},
-		{"GET|POST /admin/prices/new", roleAdmin, s.newPrice},
-		{"GET|POST /admin/prices/{id}/delete", roleAdmin, s.removePrice},
-		{"GET /admin/keys", roleAdmin, s.keysPage},
-		{"GET|POST /admin/keys/new", roleAdmin, s.newKeyPage},
-		{"GET|POST /admin/keys/{id}/edit", roleAdmin, s.editKey},
-		{"GET|POST /admin/keys/{id}/revoke", roleAdmin, s.revokeKeyPage},
-		{"GET /admin/audit", roleAdmin, s.auditPageOf},
-		{"GET /admin/audit/verify", roleAdmin, s.verifyAudit},
-		{"GET /admin/settings", roleAdmin, s.settingsPage},
+		{"GET /admin/sign-in", "", ui.signInPage},
+		{"POST /admin/sign-in", "", ui.signIn},
+		{"POST /admin/sign-out", roleViewer, ui.signOut},
+		{"POST /admin/sign-out-everywhere", roleViewer, ui.signOutEverywhere},
+		{"GET /admin/{$}", roleViewer, ui.adminHome},
+		{"GET /admin/account", roleViewer, ui.accountPage},
+		{"GET /admin/dashboard", roleViewer, ui.dashboardPage},
+		{"POST /admin/dashboard/export", roleViewer, ui.exportDashboard},
+		{"GET /admin/requests", roleViewer, ui.requestsPage},
+		{"GET /admin/requests/{id}", roleViewer, ui.requestPage},
+		{"POST /admin/requests/export", roleViewer, ui.exportRequests},
+		{"GET /admin/projects", roleViewer, ui.projectsPage},
+		{"GET|POST /admin/projects/new", roleAdmin, ui.newProject},
+		{"GET /admin/projects/{id}", roleViewer, ui.projectPage},
+		{"GET|POST /admin/projects/{id}/edit", roleAdmin, ui.editProject},
+		{"GET|POST /admin/projects/{id}/activate", roleAdmin, ui.switchProject},
+		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, ui.switchProject},
+		{"GET|POST /admin/projects/{id}/delete", roleAdmin, ui.removeProject},
+		{"GET|POST /admin/projects/{id}/erase", roleAdmin, ui.erasePage},
+		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, ui.revokeTokensOf},
+		{"GET /admin/projects/{id}/route", roleViewer, ui.tryRoutePage},
+		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, ui.newUpstreamPage},
+		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, ui.editUpstream},
+		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, ui.removeUpstream},
+		{"GET /admin/tokens", roleViewer, ui.tokensPage},
+		{"GET|POST /admin/tokens/new", roleOperator, ui.newTokenPage},
+		{"POST /admin/tokens/revoke", roleOperator, ui.revokeChosen},
+		{"GET /admin/tokens/{id}", roleViewer, ui.tokenPage},
+		{"GET|POST /admin/tokens/{id}/edit", roleOperator, ui.editToken},
+		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, ui.rotateTokenPage},
+		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, ui.revokeTokenPage},
+		{"GET /admin/streams", roleViewer, ui.streamsPage},
+		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.cutPage},
+		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPageOf},
+		{"GET /admin/prices", roleViewer, ui.pricesPage},
+		{"GET|POST /admin/prices/new", roleAdmin, ui.newPrice},
+		{"GET|POST /admin/prices/{id}/delete", roleAdmin, ui.removePrice},
+		{"GET /admin/keys", roleAdmin, ui.keysPage},
+		{"GET|POST /admin/keys/new", roleAdmin, ui.newKeyPage},
+		{"GET|POST /admin/keys/{id}/edit", roleAdmin, ui.editKey},
+		{"GET|POST /admin/keys/{id}/revoke", roleAdmin, ui.revokeKeyPage},
+		{"GET /admin/audit", roleAdmin, ui.auditPageOf},
+		{"GET /admin/audit/verify", roleAdmin, ui.verifyAudit},
+		{"GET /admin/settings", roleAdmin, ui.settingsPage},
 	}
 }
 
@@ -170,17 +190,17 @@ func goTo(path, done string) *page {
 }
 
 // adminRoutes is /admin with all that stands in front of it.
-func (s *server) adminRoutes() http.Handler {
+func (ui *adminUI) adminRoutes() http.Handler {
 	mux := http.NewServeMux()
 	known := map[string]string{}
-	for _, rt := range s.adminTable() {
+	for _, rt := range ui.adminTable() {
 		methods, path, _ := strings.Cut(rt.pattern, " ")
 		known[path] += methods
 		for method := range strings.SplitSeq(methods, "|") {
-			mux.Handle(method+" "+path, s.pageHandler(rt))
+			mux.Handle(method+" "+path, ui.pageHandler(rt))
 		}
 	}
-	wrong := s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errPageMethod() }})
+	wrong := ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errPageMethod() }})
 	for path, methods := range known {
 		for _, method := range []string{http.MethodGet, http.MethodPost} {
 			if !strings.Contains(methods, method) {
@@ -188,38 +208,38 @@ func (s *server) adminRoutes() http.Handler {
 			}
 		}
 	}
-	mux.HandleFunc("GET /admin/static/{name}", s.handleStatic)
-	mux.Handle("/admin/", s.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errNotFound }}))
-	return s.guardPages(mux)
+	mux.HandleFunc("GET /admin/static/{name}", ui.handleStatic)
+	mux.Handle("/admin/", ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errNotFound }}))
+	return ui.guardPages(mux)
 }
 
 // errSignIn says that somebody has to sign in first.
 var errSignIn = errors.New("not signed in")
 
 // pageHandler lets a request in, or not, and writes what its handler returns.
-func (s *server) pageHandler(rt adminRoute) http.Handler {
+func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: s.secureRequest(r)}
-		err := s.letIn(rt.need, w, pr)
+		pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: ui.secureRequest(r)}
+		err := ui.letIn(rt.need, w, pr)
 		var p *page
 		if err == nil {
 			p, err = rt.handle(pr)
 		}
 		if err != nil {
-			p = s.failedPage(w, pr, err)
+			p = ui.failedPage(w, pr, err)
 		}
-		s.writePage(w, pr, p)
+		ui.writePage(w, pr, p)
 	})
 }
 
 const maxForm = 1 << 20
 
 // letIn finds out who is signed in and reads the form.
-func (s *server) letIn(need role, w http.ResponseWriter, r *pageRequest) error {
-	if err := s.resume(r); err != nil {
+func (ui *adminUI) letIn(need role, w http.ResponseWriter, r *pageRequest) error {
+	if err := ui.resume(r); err != nil {
 		return err
 	}
-	r.by = s.originOf(w, r.http, r.actor, r.now)
+	r.by = ui.api.originOf(w, r.http, r.actor, r.now)
 	if need != "" && r.session == nil {
 		return errSignIn
 	}
@@ -240,7 +260,7 @@ func (s *server) letIn(need role, w http.ResponseWriter, r *pageRequest) error {
 		return nil
 	}
 	r.ctx = context.WithoutCancel(r.ctx) // a change is carried through when its sender leaves
-	if why := s.gone(); why != "" {
+	if why := ui.gone(); why != "" {
 		return errUnavailable("store_unavailable", errors.New(why))
 	}
 	return r.readForm(w)
@@ -267,7 +287,7 @@ func (r *pageRequest) readForm(w http.ResponseWriter) error {
 }
 
 // failedPage is the page that says what went wrong.
-func (s *server) failedPage(w http.ResponseWriter, r *pageRequest, err error) *page {
+func (ui *adminUI) failedPage(w http.ResponseWriter, r *pageRequest, err error) *page {
 	if errors.Is(err, errSignIn) {
 		to := "/admin/sign-in"
 		if r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/" {
@@ -279,7 +299,7 @@ func (s *server) failedPage(w http.ResponseWriter, r *pageRequest, err error) *p
 	}
 	e := manageError(err)
 	if e.status >= 500 {
-		s.log.Error("a page failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+		ui.log.Error("a page failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 	}
 	title := http.StatusText(e.status)
 	if e.status == http.StatusNotFound {
@@ -296,9 +316,9 @@ type errorView struct {
 }
 
 // refusePage answers a request that nobody has looked at yet.
-func (s *server) refusePage(w http.ResponseWriter, r *http.Request, e *apiError) {
+func (ui *adminUI) refusePage(w http.ResponseWriter, r *http.Request, e *apiError) {
 	pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}}
-	s.writePage(w, pr, s.failedPage(w, pr, e))
+	ui.writePage(w, pr, ui.failedPage(w, pr, e))
 }
 
 // A pageView is what every template sees.
@@ -314,7 +334,7 @@ type pageView struct {
 }
 
 // writePage writes a page as a whole or, if its template fails, an error.
-func (s *server) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
+func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
 	h := w.Header()
 	if p.cookie != nil {
 		http.SetCookie(w, p.cookie)
@@ -326,14 +346,14 @@ func (s *server) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
 		return
 	case p.write != nil:
 		if err := p.write(w); err != nil {
-			s.log.Warn("an answer was cut", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+			ui.log.Warn("an answer was cut", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 			panic(http.ErrAbortHandler) // the browser must see that it is not whole
 		}
 		return
 	}
 	var b bytes.Buffer
-	if err := s.pages.render(&b, p.template, s.viewOf(r, p)); err != nil {
-		s.log.Error("a page failed", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+	if err := ui.pages.render(&b, p.template, ui.viewOf(r, p)); err != nil {
+		ui.log.Error("a page failed", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 		h.Set("Content-Type", "text/plain; charset=utf-8")
 		w.WriteHeader(http.StatusInternalServerError)
 		_, _ = w.Write([]byte("Internal error. The log has it under the request id " + h.Get("X-Request-Id") + ".\n"))
@@ -344,7 +364,7 @@ func (s *server) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
 	_, _ = w.Write(b.Bytes())
 }
 
-func (s *server) viewOf(r *pageRequest, p *page) *pageView {
+func (ui *adminUI) viewOf(r *pageRequest, p *page) *pageView {
 	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}}
 	if r.query != nil {
 		v.Notice = notice(r.query.Get("done"))
@@ -391,7 +411,7 @@ func notice(done string) string {
 }
 
 // adminHome is where somebody goes who asks for nothing in particular.
-func (s *server) adminHome(*pageRequest) (*page, error) { return &page{to: "/admin/dashboard"}, nil }
+func (ui *adminUI) adminHome(*pageRequest) (*page, error) { return &page{to: "/admin/dashboard"}, nil }
 
 func errPageMethod() *apiError {
 	return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
@@ -399,9 +419,9 @@ func errPageMethod() *apiError {
 
 // guardPages sets the headers that every answer has, and refuses host names that
 // are not ours and requests that another site may have caused.
-func (s *server) guardPages(next http.Handler) http.Handler {
+func (ui *adminUI) guardPages(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		secure := s.secureRequest(r)
+		secure := ui.secureRequest(r)
 		h := w.Header()
 		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "+
 			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
@@ -416,14 +436,14 @@ func (s *server) guardPages(next http.Handler) http.Handler {
 			h.Set("Referrer-Policy", "same-origin")
 		}
 		switch {
-		case !s.ourHost(r.Host):
-			s.refusePage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
+		case !ourHost(ui.cfg.publicURL, r.Host):
+			ui.refusePage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
 				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."})
 		case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodPost:
 			h.Set("Allow", "GET, HEAD, POST")
-			s.refusePage(w, r, errPageMethod())
+			ui.refusePage(w, r, errPageMethod())
 		case r.Method == http.MethodPost && !sameOrigin(r, secure):
-			s.refusePage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
+			ui.refusePage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
 		default:
 			next.ServeHTTP(w, r)
 		}
@@ -432,8 +452,8 @@ func (s *server) guardPages(next http.Handler) http.Handler {
 
 // secureRequest reports whether the browser came over TLS: to us, or to what
 // stands before us and answers for PUBLIC_URL.
-func (s *server) secureRequest(r *http.Request) bool {
-	public := s.cfg.publicURL
+func (ui *adminUI) secureRequest(r *http.Request) bool {
+	public := ui.cfg.publicURL
 	return r.TLS != nil || public != nil && public.Scheme == "https" && strings.EqualFold(r.Host, public.Host)
 }
 

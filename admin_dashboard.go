@@ -83,7 +83,7 @@ type shareRow struct {
 }
 
 // dashQuery reads what a dashboard is asked for.
-func (s *server) dashQuery(r *pageRequest, query url.Values) (*dashQuery, error) {
+func (ui *adminUI) dashQuery(r *pageRequest, query url.Values) (*dashQuery, error) {
 	q := &dashQuery{now: r.now.UnixMilli(), by: query.Get("by"), measure: cmp.Or(query.Get("measure"), "calls"),
 		projectID: query.Get("project"), firstToken: tokensExact, latest: tokensLatest}
 	for _, p := range dashPeriods(q.now) {
@@ -100,7 +100,7 @@ func (s *server) dashQuery(r *pageRequest, query url.Values) (*dashQuery, error)
 		return nil, badRequest("invalid_value", "by", "by must be project or model.")
 	}
 	if q.projectID != "" {
-		p, err := s.store.projectByID(r.ctx, q.projectID)
+		p, err := ui.store.projectByID(r.ctx, q.projectID)
 		if err != nil {
 			return nil, err
 		}
@@ -110,16 +110,16 @@ func (s *server) dashQuery(r *pageRequest, query url.Values) (*dashQuery, error)
 	return q, nil
 }
 
-func (s *server) dashboardPage(r *pageRequest) (*page, error) {
-	q, err := s.dashQuery(r, r.query)
+func (ui *adminUI) dashboardPage(r *pageRequest) (*page, error) {
+	q, err := ui.dashQuery(r, r.query)
 	if err != nil {
 		return nil, err
 	}
-	d, err := s.store.readDashboard(r.ctx, q)
+	d, err := ui.store.readDashboard(r.ctx, q)
 	if err != nil {
 		return nil, err
 	}
-	projects, err := s.projectChoices(r, q.projectID)
+	projects, err := ui.projectChoices(r, q.projectID)
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +127,7 @@ func (s *server) dashboardPage(r *pageRequest) (*page, error) {
 		Bys: choices(q.by, "project", "Project", "model", "Model"), Tiles: d.tiles(),
 		Since: stamps(q.from), Before: stamps(q.earlier) + " – " + stamps(q.earlyTo)}
 	if d.total.calls+d.before.calls == 0 && q.project == 0 {
-		last, err := s.store.lastRequest(r.ctx)
+		last, err := ui.store.lastRequest(r.ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -139,8 +139,8 @@ func (s *server) dashboardPage(r *pageRequest) (*page, error) {
 	if q.project != 0 {
 		v.Bys = nil // there is but one
 	}
-	v.Running, v.Lately = s.liveNumbers(q, d)
-	if v.Notes, err = s.dashNotes(r, q, d); err != nil {
+	v.Running, v.Lately = ui.liveNumbers(q, d)
+	if v.Notes, err = ui.dashNotes(r, q, d); err != nil {
 		return nil, err
 	}
 	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.measure]
@@ -154,13 +154,13 @@ func (s *server) dashboardPage(r *pageRequest) (*page, error) {
 }
 
 // usageCharts are the calls and the cost of a project over the last 30 days.
-func (s *server) usageCharts(r *pageRequest, project string) (out []chartView, err error) {
-	q, err := s.dashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
+func (ui *adminUI) usageCharts(r *pageRequest, project string) (out []chartView, err error) {
+	q, err := ui.dashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
 	if err != nil {
 		return nil, err
 	}
 	d := &dashData{}
-	if err := d.readUsage(r.ctx, s.store, q); err != nil {
+	if err := d.readUsage(r.ctx, ui.store, q); err != nil {
 		return nil, err
 	}
 	for _, c := range choices("", "calls", "Calls by model", "cost", "Cost by model") {
@@ -182,9 +182,9 @@ func choices(here string, pairs ...string) (out []choice) {
 const maxChoices = 1000
 
 // projectChoices is the projects to choose from, and all together.
-func (s *server) projectChoices(r *pageRequest, here string) ([]choice, error) {
+func (ui *adminUI) projectChoices(r *pageRequest, here string) ([]choice, error) {
 	out := []choice{{"", "All projects", here == ""}}
-	rows, err := s.store.projectNames(r.ctx, maxChoices)
+	rows, err := ui.store.projectNames(r.ctx, maxChoices)
 	if err != nil {
 		return nil, err
 	}
@@ -200,9 +200,9 @@ func (s *server) projectChoices(r *pageRequest, here string) ([]choice, error) {
 }
 
 // liveNumbers are the running calls and those of the last minute.
-func (s *server) liveNumbers(q *dashQuery, d *dashData) (running, lately string) {
+func (ui *adminUI) liveNumbers(q *dashQuery, d *dashData) (running, lately string) {
 	n := int64(0)
-	for _, c := range s.running.admittedCalls(s.started) {
+	for _, c := range ui.running.admittedCalls(ui.started) {
 		if q.projectID == "" || c.ProjectID == q.projectID {
 			n++
 		}
@@ -389,18 +389,18 @@ func (q *dashQuery) list(title, kind string, all []share, whole float64) shareLi
 func stamps(ms int64) string { return time.UnixMilli(ms).UTC().Format("2 Jan 2006 15:04") }
 
 // dashNotes lists what needs attention, the worst first.
-func (s *server) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashNote, error) {
-	notes := s.ownTrouble(r)
+func (ui *adminUI) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashNote, error) {
+	notes := ui.ownTrouble(r)
 	for _, k := range d.keys {
 		if q.projectID == "" || k.projectID == q.projectID {
 			notes = append(notes, dashNote{Level: "bad", Kind: "Provider key", Text: keyNote(&k, r.now), Link: "/admin/projects/" + k.projectID})
 		}
 	}
-	resting, err := s.restingLimits(r, q, d)
+	resting, err := ui.restingLimits(r, q, d)
 	if err != nil {
 		return nil, err
 	}
-	near := append(s.registry.nearLimits(q.now, spentPart, limitsLooked), resting...)
+	near := append(ui.registry.nearLimits(q.now, spentPart, limitsLooked), resting...)
 	fullest(near)
 	left := notesShown
 	for _, n := range near {
@@ -425,40 +425,40 @@ func (s *server) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashNot
 
 // restingLimits returns the nearly spent limits of projects and tokens that are
 // not live: of the largest in the period, for each takes some reading.
-func (s *server) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out []nearLimit, err error) {
+func (ui *adminUI) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out []nearLimit, err error) {
 	projects := d.projects[:min(len(d.projects), restingLooked)]
 	if q.project != 0 {
 		projects = []share{{seq: q.project, id: q.projectID}}
 	}
 	for _, of := range projects {
-		if s.registry.liveProject(of.seq) != nil {
+		if ui.registry.liveProject(of.seq) != nil {
 			continue
 		}
-		p, err := s.store.projectByID(r.ctx, of.id)
+		p, err := ui.store.projectByID(r.ctx, of.id)
 		if errors.Is(err, errNotFound) { // deleted
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		counters, err := s.storedCounters(r.ctx, p.policy, true, p.seq, 0, q.now)
+		counters, err := ui.limits.storedCounters(r.ctx, p.policy, true, p.seq, 0, q.now)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, nearOf(counters, q.now, spentPart, nearLimit{project: p.name, projectID: p.id})...)
 	}
 	for _, v := range d.tokens[:min(len(d.tokens), restingLooked)] {
-		if s.registry.liveToken(v.id) != nil {
+		if ui.registry.liveToken(v.id) != nil {
 			continue
 		}
-		t, err := s.store.tokenByID(r.ctx, v.id)
+		t, err := ui.store.tokenByID(r.ctx, v.id)
 		if err != nil {
 			return nil, err
 		}
 		if t.revokedAt != nil || t.expiresAt != nil && *t.expiresAt <= q.now {
 			continue
 		}
-		counters, err := s.storedCounters(r.ctx, t.policy, false, t.project, t.seq, q.now)
+		counters, err := ui.limits.storedCounters(r.ctx, t.policy, false, t.project, t.seq, q.now)
 		if err != nil {
 			return nil, err
 		}
@@ -469,17 +469,17 @@ func (s *server) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out [
 
 // ownTrouble is what keeps this program from taking or recording calls, or soon
 // will.
-func (s *server) ownTrouble(r *pageRequest) (notes []dashNote) {
-	if why := s.gone(); why != "" {
+func (ui *adminUI) ownTrouble(r *pageRequest) (notes []dashNote) {
+	if why := ui.gone(); why != "" {
 		notes = append(notes, dashNote{Level: "bad", Kind: "Database", Text: "The database file is gone (" + why + "). Calls are refused. Stop the program and look into it with llm-proxy doctor."})
 	}
-	if !s.ledger.healthy() {
+	if !ui.ledger.healthy() {
 		notes = append(notes, dashNote{Level: "bad", Kind: "Ledger", Text: "The ledger cannot be written, so calls are refused. Is the disk full?"})
 	}
-	if s.diskUse == nil {
+	if ui.diskUse == nil {
 		return notes
 	}
-	if use, err := s.diskUse(r.ctx); err == nil && use.left < diskLow {
+	if use, err := ui.diskUse(r.ctx); err == nil && use.left < diskLow {
 		notes = append(notes, dashNote{Level: "bad", Kind: "Disk", Text: showBytes(use.left) + " are left on the database's disk, which holds " + showBytes(use.file) + " of it."})
 	}
 	return notes

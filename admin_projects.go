@@ -23,9 +23,9 @@ type projectsView struct {
 	First    bool   // there is no project at all
 }
 
-func (s *server) projectsPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) projectsPage(r *pageRequest) (*page, error) {
 	v := projectsView{Name: r.query.Get("name"), Active: r.query.Get("active")}
-	rep, err := s.listProjects(r.asking("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")))
+	rep, err := ui.api.listProjects(r.asking("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")))
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +87,7 @@ func keyField(help string, required bool) *field {
 const baseURLHelp = "Empty: the provider's own address. Azure and others need one, such as https://name.openai.azure.com/openai/v1."
 
 // newProject is the page that makes a project.
-func (s *server) newProject(r *pageRequest) (*page, error) {
+func (ui *adminUI) newProject(r *pageRequest) (*page, error) {
 	v := &formView{Crumb: &option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true), Form: &pageForm{
 		Action: "/admin/projects/new", Submit: "Make the project", Cancel: "/admin/projects", Fields: []*field{
 			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "What people call it, such as a team or an application."},
@@ -107,7 +107,7 @@ func (s *server) newProject(r *pageRequest) (*page, error) {
 	if in["api_key"] != nil || in["base_url"] != nil || r.form.Get("provider") != providerOpenAI {
 		in["provider"] = r.form.Get("provider")
 	}
-	rep, err := s.createProject(r.with(in))
+	rep, err := ui.api.createProject(r.with(in))
 	if err != nil {
 		p.status, err = v.refused(err)
 		return p, err
@@ -159,16 +159,16 @@ type projectPageView struct {
 
 const tokensOnProject = 10
 
-func (s *server) projectPage(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) projectPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
 	p := rep.body.(projectView)
 	v := projectPageView{projectView: p, Limits: barsOf(p.Limits), Allowed: allowedIn(p.Policy)}
 	w := tokenWalk{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverEnds, limit: 100}
-	v.More, err = s.store.walkTokens(r.ctx, w, func(row *tokenRow) bool {
-		if t := s.showToken(row, r.now); t.IsActive {
+	v.More, err = ui.store.walkTokens(r.ctx, w, func(row *tokenRow) bool {
+		if t := ui.api.showToken(row, r.now); t.IsActive {
 			v.Tokens = append(v.Tokens, t)
 		}
 		return len(v.Tokens) < tokensOnProject
@@ -176,15 +176,15 @@ func (s *server) projectPage(r *pageRequest) (*page, error) {
 	if err != nil {
 		return nil, err
 	}
-	if v.Charts, err = s.usageCharts(r, p.ID); err != nil {
+	if v.Charts, err = ui.usageCharts(r, p.ID); err != nil {
 		return nil, err
 	}
 	return &page{template: "project", title: p.Name, data: v}, nil
 }
 
 // editProject is the page that changes a project's name and policy.
-func (s *server) editProject(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) editProject(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -205,7 +205,7 @@ func (s *server) editProject(r *pageRequest) (*page, error) {
 	v.Form.Version = r.match
 	routing, err := routingOf(r.form)
 	if err == nil {
-		_, err = s.patchProject(r.with(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.policyOf(r.form, project.Policy), "routing": routing}))
+		_, err = ui.api.patchProject(r.with(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.policyOf(r.form, project.Policy), "routing": routing}))
 	}
 	if err != nil {
 		p.status, err = v.refused(err)
@@ -248,8 +248,8 @@ func routingOf(form url.Values) (map[string]any, error) {
 }
 
 // switchProject activates or deactivates a project.
-func (s *server) switchProject(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) switchProject(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -262,15 +262,15 @@ func (s *server) switchProject(r *pageRequest) (*page, error) {
 		return r.confirm("Deactivate "+project.Name+"?", "All its tokens stop working at once, and their running calls are cut. Nothing is lost; it can be activated again.",
 			"Deactivate", here), nil
 	}
-	if _, err := s.patchProject(r.with(map[string]any{"is_active": on})); err != nil {
+	if _, err := ui.api.patchProject(r.with(map[string]any{"is_active": on})); err != nil {
 		return nil, err
 	}
 	return goTo(here, "saved"), nil
 }
 
 // removeProject deletes a project.
-func (s *server) removeProject(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) removeProject(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -279,15 +279,15 @@ func (s *server) removeProject(r *pageRequest) (*page, error) {
 		return r.confirm("Delete "+project.Name+"?", "This is for good:", "Delete the project", "/admin/projects/"+project.ID,
 			"all its tokens are revoked, and their running calls are cut", "its provider keys are wiped", "its calls stay in the ledger"), nil
 	}
-	if _, err := s.deleteProject(r.with(nil)); err != nil {
+	if _, err := ui.api.deleteProject(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo("/admin/projects", "deleted"), nil
 }
 
 // erasePage erases what is kept of a project's calls.
-func (s *server) erasePage(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) erasePage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -296,15 +296,15 @@ func (s *server) erasePage(r *pageRequest) (*page, error) {
 		return r.confirm("Erase what the calls of "+project.Name+" say?", "The questions and answers that are kept of its calls are deleted, for good. The calls stay in the ledger.",
 			"Erase", "/admin/projects/"+project.ID), nil
 	}
-	if _, err := s.eraseContent(r.with(nil)); err != nil {
+	if _, err := ui.api.eraseContent(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo("/admin/projects/"+project.ID, "deleted"), nil
 }
 
 // revokeTokensOf revokes all tokens of a project.
-func (s *server) revokeTokensOf(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) revokeTokensOf(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -313,7 +313,7 @@ func (s *server) revokeTokensOf(r *pageRequest) (*page, error) {
 		return r.confirm("Revoke all tokens of "+project.Name+"?", "All of them stop working at once, for good, and their running calls are cut.",
 			"Revoke all tokens", "/admin/projects/"+project.ID), nil
 	}
-	if _, err := s.revokeProjectTokens(r.with(map[string]any{})); err != nil {
+	if _, err := ui.api.revokeProjectTokens(r.with(map[string]any{})); err != nil {
 		return nil, err
 	}
 	return goTo("/admin/projects/"+project.ID, "revoked"), nil
@@ -386,8 +386,8 @@ func positive(n int64) string {
 }
 
 // newUpstreamPage adds a provider key to a project.
-func (s *server) newUpstreamPage(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) newUpstreamPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -409,7 +409,7 @@ func (s *server) newUpstreamPage(r *pageRequest) (*page, error) {
 	if err == nil {
 		in["provider"] = r.form.Get("provider")
 		setText(in, r.form, "base_url", false)
-		_, err = s.createUpstream(r.with(in))
+		_, err = ui.api.createUpstream(r.with(in))
 	}
 	if err != nil {
 		p.status, err = v.refused(err)
@@ -419,8 +419,8 @@ func (s *server) newUpstreamPage(r *pageRequest) (*page, error) {
 }
 
 // editUpstream changes an upstream, and replaces its key if one is given.
-func (s *server) editUpstream(r *pageRequest) (*page, error) {
-	rep, err := s.getUpstream(r.asking())
+func (ui *adminUI) editUpstream(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getUpstream(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -454,7 +454,7 @@ func (s *server) editUpstream(r *pageRequest) (*page, error) {
 	in, err := upstreamInputOf(r.form)
 	if err == nil {
 		in["base_url"], in["is_active"] = r.form.Get("base_url"), r.form.Get("is_active") != ""
-		_, err = s.patchUpstream(r.with(in))
+		_, err = ui.api.patchUpstream(r.with(in))
 	}
 	if err != nil {
 		p.status, err = v.refused(err)
@@ -473,8 +473,8 @@ func linesOf(raw json.RawMessage) string {
 }
 
 // removeUpstream deletes an upstream.
-func (s *server) removeUpstream(r *pageRequest) (*page, error) {
-	rep, err := s.getUpstream(r.asking())
+func (ui *adminUI) removeUpstream(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getUpstream(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -483,7 +483,7 @@ func (s *server) removeUpstream(r *pageRequest) (*page, error) {
 	if !r.posted() {
 		return r.confirm("Remove the provider key "+u.Name+"?", "The key is wiped, for good. Calls go to the project's other keys; without any they are refused.", "Remove the key", here), nil
 	}
-	if _, err := s.deleteUpstream(r.with(nil)); err != nil {
+	if _, err := ui.api.deleteUpstream(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo(here, "deleted"), nil
@@ -506,8 +506,8 @@ type routePageLine struct {
 
 // tryRoutePage shows which provider key would get a call for a model now, and
 // why the others would not.
-func (s *server) tryRoutePage(r *pageRequest) (*page, error) {
-	rep, err := s.getProject(r.asking())
+func (ui *adminUI) tryRoutePage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getProject(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -516,7 +516,7 @@ func (s *server) tryRoutePage(r *pageRequest) (*page, error) {
 	if v.Model == "" {
 		return p, nil
 	}
-	rep, err = s.tryRoute(r.asking("model", v.Model, "api", v.API))
+	rep, err = ui.api.tryRoute(r.asking("model", v.Model, "api", v.API))
 	if fe, ok := errors.AsType[*fieldError](err); ok {
 		v.Mistake = sentence(fe)
 		return p, nil

@@ -106,7 +106,7 @@ func parseFilterTime(v string) (time.Time, error) {
 
 const requestsShown = 50
 
-func (s *server) requestsPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) requestsPage(r *pageRequest) (*page, error) {
 	v := &requestsView{Given: map[string]string{}}
 	for _, name := range append(filterNames(), "id") {
 		v.Given[name] = r.query.Get(name)
@@ -121,23 +121,23 @@ func (s *server) requestsPage(r *pageRequest) (*page, error) {
 		v.Problem = "A request id looks like req_" + strings.Repeat("0", 13) + ": see the header X-LLM-Proxy-Request-ID of an answer."
 	}
 	var err error
-	if v.Projects, err = s.projectChoices(r, f.project); err != nil {
+	if v.Projects, err = ui.projectChoices(r, f.project); err != nil {
 		return nil, err
 	}
 	v.Outcomes, v.Endpoints = []choice{{"", "All", f.outcome == ""}}, []choice{{"", "All", f.endpoint == ""}}
 	for _, o := range outcomes() {
 		v.Outcomes = append(v.Outcomes, choice{string(o), strings.ReplaceAll(string(o), "_", " "), string(o) == f.outcome})
 	}
-	for _, e := range s.endpoints.all() {
+	for _, e := range ui.endpoints.all() {
 		v.Endpoints = append(v.Endpoints, choice{e.name(), e.name(), e.name() == f.endpoint})
 	}
 	if v.Problem == "" {
-		err = s.fillRequests(r, v, f)
+		err = ui.fillRequests(r, v, f)
 	}
 	return &page{template: "requests", title: "Calls", data: v}, err
 }
 
-func (s *server) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
+func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
 	f.limit = requestsShown
 	if after := r.query.Get("after"); after != "" {
 		seq, _, err := parseCursor(after)
@@ -146,7 +146,7 @@ func (s *server) fillRequests(r *pageRequest, v *requestsView, f requestFilter) 
 		}
 		f.before = min(f.before, seq)
 	}
-	rows, next, err := s.store.pageRequests(r.ctx, f)
+	rows, next, err := ui.store.pageRequests(r.ctx, f)
 	if err != nil {
 		return err
 	}
@@ -186,19 +186,19 @@ type requestPage struct {
 	Kept              *stamp // until when its content can be shown; nil: there is none
 }
 
-func (s *server) requestPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) requestPage(r *pageRequest) (*page, error) {
 	id := parseRequestID(r.path("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
-	row, err := s.store.requestByID(r.ctx, id)
+	row, err := ui.store.requestByID(r.ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	v := &requestPage{requestLine: lineOf(&row), Lost: row.outcome == outcomeLost, Running: row.outcome == outcomeOpen,
 		Reported: row.source == usageExact, CallsOfToken: "/admin/requests?" + url.Values{"token": {row.tokenID}}.Encode()}
 	v.Tries, v.Attempts = row.attempts, v.AttemptLog
-	if v.Kept, err = s.keptUntil(r, id); err != nil {
+	if v.Kept, err = ui.keptUntil(r, id); err != nil {
 		return nil, err
 	}
 	bar := timeBar(&row, v.Attempts)
@@ -243,12 +243,12 @@ type contentPart struct {
 	Pretty string // its text; JSON on lines of its own
 }
 
-func (s *server) contentPageOf(r *pageRequest) (*page, error) {
+func (ui *adminUI) contentPageOf(r *pageRequest) (*page, error) {
 	id := parseRequestID(r.path("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
-	v, err := s.revealContent(r.manageRequest, id)
+	v, err := ui.api.revealContent(r.manageRequest, id)
 	if err != nil {
 		return nil, err
 	}
@@ -274,11 +274,11 @@ func pretty(text string) string {
 
 // keptUntil says until when there is content of a call to show, nil if there is
 // none, or none for who asks.
-func (s *server) keptUntil(r *pageRequest, id int64) (*stamp, error) {
+func (ui *adminUI) keptUntil(r *pageRequest, id int64) (*stamp, error) {
 	if !r.can(roleAdmin) {
 		return nil, nil
 	}
-	until, err := s.store.contentUntil(r.ctx, id)
+	until, err := ui.store.contentUntil(r.ctx, id)
 	if err != nil || until <= time.Now().UnixMilli() {
 		return nil, err
 	}
@@ -292,7 +292,7 @@ const (
 
 // exportRequests answers with the calls that the filters in the form let through,
 // newest first, as CSV or as lines of JSON.
-func (s *server) exportRequests(r *pageRequest) (*page, error) {
+func (ui *adminUI) exportRequests(r *pageRequest) (*page, error) {
 	format := r.form.Get("format")
 	if format != "csv" && format != "jsonl" {
 		return nil, badRequest("invalid_value", "format", "format must be csv or jsonl.")
@@ -303,7 +303,7 @@ func (s *server) exportRequests(r *pageRequest) (*page, error) {
 	}
 	f.limit = exportPage
 	f.before = min(f.before, firstID(r.now.Add(time.Second))) // what comes while it is written is not in it
-	rows, next, err := s.store.pageRequests(r.ctx, f)
+	rows, next, err := ui.store.pageRequests(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
@@ -313,7 +313,7 @@ func (s *server) exportRequests(r *pageRequest) (*page, error) {
 			facts = append(facts, fact{name, v})
 		}
 	}
-	if err := s.store.note(r.ctx, r.by, act{actionExport, "requests", facts}); err != nil {
+	if err := ui.store.note(r.ctx, r.by, act{actionExport, "requests", facts}); err != nil {
 		return nil, err // no audit, no export
 	}
 	return &page{write: func(w http.ResponseWriter) error {
@@ -329,11 +329,11 @@ func (s *server) exportRequests(r *pageRequest) (*page, error) {
 			if next == 0 || e.err != nil {
 				break
 			}
-			if s.running.isDraining() {
+			if ui.running.isDraining() {
 				return fmt.Errorf("the program is stopping")
 			}
 			f.before = next
-			if rows, next, err = s.store.pageRequests(r.http.Context(), f); err != nil {
+			if rows, next, err = ui.store.pageRequests(r.http.Context(), f); err != nil {
 				return err
 			}
 		}
@@ -448,16 +448,16 @@ func millisCell(v *float64) string {
 
 // exportDashboard answers with the numbers of the charts: a line for each step of
 // time, and one for each of the largest projects, tokens, models and endpoints.
-func (s *server) exportDashboard(r *pageRequest) (*page, error) {
-	q, err := s.dashQuery(r, r.form)
+func (ui *adminUI) exportDashboard(r *pageRequest) (*page, error) {
+	q, err := ui.dashQuery(r, r.form)
 	if err != nil {
 		return nil, err
 	}
-	d, err := s.store.readDashboard(r.ctx, q)
+	d, err := ui.store.readDashboard(r.ctx, q)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.store.note(r.ctx, r.by, act{actionExport, "dashboard", []fact{{"period", q.name}, {"project", q.projectID}}}); err != nil {
+	if err := ui.store.note(r.ctx, r.by, act{actionExport, "dashboard", []fact{{"period", q.name}, {"project", q.projectID}}}); err != nil {
 		return nil, err
 	}
 	return &page{write: func(w http.ResponseWriter) error {

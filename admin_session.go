@@ -56,13 +56,13 @@ func (r *pageRequest) presentedSession() string {
 
 // resume fills in who is signed in. Without a session that holds, it leaves that
 // empty.
-func (s *server) resume(r *pageRequest) error {
+func (ui *adminUI) resume(r *pageRequest) error {
 	id := r.presentedSession()
 	if id == "" {
 		return nil
 	}
 	now := r.now.UnixMilli()
-	row, err := s.store.sessionByHash(r.ctx, sha256.Sum256([]byte(id)), now)
+	row, err := ui.store.sessionByHash(r.ctx, sha256.Sum256([]byte(id)), now)
 	if errors.Is(err, errNotFound) {
 		return nil
 	}
@@ -74,7 +74,7 @@ func (s *server) resume(r *pageRequest) error {
 	}
 	switch {
 	case row.key == actorEnvironment:
-		proof := s.environmentProof(id)
+		proof := ui.environmentProof(id)
 		if proof == nil || subtle.ConstantTimeCompare(proof, row.proof) != 1 {
 			return nil // MANAGEMENT_TOKEN is another one now
 		}
@@ -88,7 +88,7 @@ func (s *server) resume(r *pageRequest) error {
 	// A page that refreshes itself does not keep a session alive: nobody may be
 	// sitting there.
 	if now >= row.seenAt+touchEvery.Milliseconds() && r.http.Header.Get("X-Auto-Refresh") == "" {
-		if err := s.store.touchSession(r.ctx, row.hash, now); err != nil {
+		if err := ui.store.touchSession(r.ctx, row.hash, now); err != nil {
 			return errUnavailable("store_unavailable", err)
 		}
 	}
@@ -97,11 +97,11 @@ func (s *server) resume(r *pageRequest) error {
 
 // environmentProof binds a session to MANAGEMENT_TOKEN as it is now. Without the
 // session's id, which is not stored, it says nothing about the token.
-func (s *server) environmentProof(id string) []byte {
-	if s.cfg.managementToken == nil {
+func (ui *adminUI) environmentProof(id string) []byte {
+	if ui.cfg.managementToken == nil {
 		return nil
 	}
-	sum := sha256.Sum256([]byte("llm-proxy session v1|" + id + "|" + s.cfg.managementToken()))
+	sum := sha256.Sum256([]byte("llm-proxy session v1|" + id + "|" + ui.cfg.managementToken()))
 	return sum[:]
 }
 
@@ -111,26 +111,26 @@ type signInView struct {
 	Open          bool // the connection is not encrypted, and not within this machine
 }
 
-func (s *server) signInPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) signInPage(r *pageRequest) (*page, error) {
 	next := localPath(r.query.Get("next"))
 	if r.session != nil {
 		return &page{to: next}, nil
 	}
-	return s.signInAgain(r, next, "", 0), nil
+	return ui.signInAgain(r, next, "", 0), nil
 }
 
-func (s *server) signInAgain(r *pageRequest, next, problem string, status int) *page {
+func (ui *adminUI) signInAgain(r *pageRequest, next, problem string, status int) *page {
 	return &page{template: "sign-in", title: "Sign in", status: status,
 		data: signInView{next, problem, !r.secure && !isLoopbackHost(r.http.Host)}}
 }
 
 // signIn begins a session. Whatever session there was before is ended: its id
 // may have been planted.
-func (s *server) signIn(r *pageRequest) (*page, error) {
+func (ui *adminUI) signIn(r *pageRequest) (*page, error) {
 	next := localPath(r.form.Get("next"))
-	who, err := s.present(r.ctx, r.by, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
+	who, err := ui.api.present(r.ctx, r.by, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
 	if e, ok := errors.AsType[*apiError](err); ok && e.status < 500 {
-		p := s.signInAgain(r, next, "This is no valid management key. Keys begin with llmpm_; an expired or revoked one does not work.", e.status)
+		p := ui.signInAgain(r, next, "This is no valid management key. Keys begin with llmpm_; an expired or revoked one does not work.", e.status)
 		if e.retryAfter > 0 {
 			p.data = signInView{Next: next, Problem: fmt.Sprintf("Too many wrong keys came from your address. Wait %d seconds, then try again.",
 				int(e.retryAfter/time.Second)+1)}
@@ -145,7 +145,7 @@ func (s *server) signIn(r *pageRequest) (*page, error) {
 	row := &sessionRow{hash: hash[:], key: who.id, proof: []byte{}, address: r.by.address,
 		createdAt: r.now.UnixMilli(), seenAt: r.now.UnixMilli()}
 	if who.id == actorEnvironment {
-		row.proof = s.environmentProof(id)
+		row.proof = ui.environmentProof(id)
 	}
 	var before []byte
 	if old := r.presentedSession(); old != "" {
@@ -153,7 +153,7 @@ func (s *server) signIn(r *pageRequest) (*page, error) {
 		before = sum[:]
 	}
 	r.by.actor, r.by.role = who.id, who.role
-	if err := s.store.addSession(r.ctx, r.by, row, r.now.Add(-longestSession).UnixMilli(), before); err != nil {
+	if err := ui.store.addSession(r.ctx, r.by, row, r.now.Add(-longestSession).UnixMilli(), before); err != nil {
 		return nil, err
 	}
 	return &page{to: next, cookie: sessionCookie(r.secure, id)}, nil
@@ -172,8 +172,8 @@ func localPath(next string) string {
 	return (&url.URL{Path: u.Path, RawQuery: u.RawQuery}).String()
 }
 
-func (s *server) signOut(r *pageRequest) (*page, error) {
-	if err := s.store.endSession(r.ctx, r.by, r.session.hash); err != nil {
+func (ui *adminUI) signOut(r *pageRequest) (*page, error) {
+	if err := ui.store.endSession(r.ctx, r.by, r.session.hash); err != nil {
 		return nil, err
 	}
 	p := goTo("/admin/sign-in", "signed-out")
@@ -181,8 +181,8 @@ func (s *server) signOut(r *pageRequest) (*page, error) {
 	return p, nil
 }
 
-func (s *server) signOutEverywhere(r *pageRequest) (*page, error) {
-	if err := s.store.endSessions(r.ctx, r.by, r.actor.id); err != nil {
+func (ui *adminUI) signOutEverywhere(r *pageRequest) (*page, error) {
+	if err := ui.store.endSessions(r.ctx, r.by, r.actor.id); err != nil {
 		return nil, err
 	}
 	p := goTo("/admin/sign-in", "signed-out-everywhere")
@@ -204,8 +204,8 @@ type sessionView struct {
 	IsThis                    bool
 }
 
-func (s *server) accountPage(r *pageRequest) (*page, error) {
-	rows, err := s.store.sessionsOf(r.ctx, r.actor.id, r.now.UnixMilli(), r.now.Add(-idleSession).UnixMilli())
+func (ui *adminUI) accountPage(r *pageRequest) (*page, error) {
+	rows, err := ui.store.sessionsOf(r.ctx, r.actor.id, r.now.UnixMilli(), r.now.Add(-idleSession).UnixMilli())
 	if err != nil {
 		return nil, err
 	}

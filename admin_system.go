@@ -23,16 +23,16 @@ type pricesView struct {
 	Found           *priceView
 }
 
-func (s *server) pricesPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) pricesPage(r *pageRequest) (*page, error) {
 	v := pricesView{Model: strings.TrimSpace(r.query.Get("model")), Provider: r.query.Get("provider"),
 		Providers: append([]option{{"", "Any"}}, providerField().Options...)}
-	rep, err := s.listPrices(r.asking())
+	rep, err := ui.api.listPrices(r.asking())
 	if err != nil {
 		return nil, err
 	}
 	v.Prices = rep.body.(list[priceView]).Data
 	if v.Asked = v.Model != ""; v.Asked {
-		if rep, err = s.listPrices(r.asking("model", v.Model, "provider", v.Provider)); err != nil {
+		if rep, err = ui.api.listPrices(r.asking("model", v.Model, "provider", v.Provider)); err != nil {
 			return nil, err
 		}
 		if found := rep.body.(list[priceView]).Data; len(found) > 0 {
@@ -43,7 +43,7 @@ func (s *server) pricesPage(r *pageRequest) (*page, error) {
 }
 
 // newPrice sets a price, in place of one for the same models.
-func (s *server) newPrice(r *pageRequest) (*page, error) {
+func (ui *adminUI) newPrice(r *pageRequest) (*page, error) {
 	kind := func(name, label, help string) *field {
 		return &field{Name: name, Label: label, Kind: "number", Short: true, Help: help}
 	}
@@ -65,7 +65,7 @@ func (s *server) newPrice(r *pageRequest) (*page, error) {
 			in[name] = jsonNumber(text)
 		}
 	}
-	if _, err := s.setPrice(r.with(in)); err != nil {
+	if _, err := ui.api.setPrice(r.with(in)); err != nil {
 		p.status, err = v.refused(err)
 		return p, err
 	}
@@ -73,12 +73,12 @@ func (s *server) newPrice(r *pageRequest) (*page, error) {
 }
 
 // removePrice takes one of the operator's prices away.
-func (s *server) removePrice(r *pageRequest) (*page, error) {
+func (ui *adminUI) removePrice(r *pageRequest) (*page, error) {
 	if !r.posted() {
 		return r.confirm("Remove this price?", "From the next call on the list price holds again, if there is one. Without a price a call has no cost, and is counted as unpriced.",
 			"Remove the price", "/admin/prices"), nil
 	}
-	if _, err := s.deletePrice(r.with(nil)); err != nil {
+	if _, err := ui.api.deletePrice(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo("/admin/prices", "deleted"), nil
@@ -91,8 +91,8 @@ type streamsView struct {
 	Now   stamp
 }
 
-func (s *server) streamsPage(r *pageRequest) (*page, error) {
-	rep, err := s.listStreams(r.asking("limit", "200", "after", r.query.Get("after"), "project_id", r.query.Get("project_id"), "token_id", r.query.Get("token_id")))
+func (ui *adminUI) streamsPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.listStreams(r.asking("limit", "200", "after", r.query.Get("after"), "project_id", r.query.Get("project_id"), "token_id", r.query.Get("token_id")))
 	if err != nil {
 		return nil, err
 	}
@@ -101,14 +101,14 @@ func (s *server) streamsPage(r *pageRequest) (*page, error) {
 }
 
 // cutPage ends a running call.
-func (s *server) cutPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) cutPage(r *pageRequest) (*page, error) {
 	if !r.posted() {
-		if s.running.find(parseRequestID(r.path("id"))) == nil {
+		if ui.running.find(parseRequestID(r.path("id"))) == nil {
 			return nil, errNotFound
 		}
 		return r.confirm("Cut this call?", "Its client sees the answer break off. What it has used so far is counted.", "Cut the call", "/admin/streams", r.path("id")), nil
 	}
-	if _, err := s.cutStream(r.with(nil)); err != nil {
+	if _, err := ui.api.cutStream(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo("/admin/streams", "cut"), nil
@@ -129,10 +129,10 @@ type auditPageView struct {
 	Narrowed              bool
 }
 
-func (s *server) auditPageOf(r *pageRequest) (*page, error) {
+func (ui *adminUI) auditPageOf(r *pageRequest) (*page, error) {
 	v := auditPageView{Actor: strings.TrimSpace(r.query.Get("actor")), Action: strings.TrimSpace(r.query.Get("action")), Object: strings.TrimSpace(r.query.Get("object")),
 		From: r.query.Get("from"), To: r.query.Get("to")}
-	rep, err := s.listAudit(r.asking("limit", "100", "after", r.query.Get("after"), "actor", v.Actor, "action", v.Action, "object", v.Object, "from", timeOf(v.From), "to", timeOf(v.To)))
+	rep, err := ui.api.listAudit(r.asking("limit", "100", "after", r.query.Get("after"), "actor", v.Actor, "action", v.Action, "object", v.Object, "from", timeOf(v.From), "to", timeOf(v.To)))
 	if err != nil {
 		return nil, err
 	}
@@ -208,10 +208,10 @@ type auditCheckView struct {
 const auditCheckTime = 40 * time.Second
 
 // verifyAudit goes through the whole audit trail.
-func (s *server) verifyAudit(r *pageRequest) (*page, error) {
+func (ui *adminUI) verifyAudit(r *pageRequest) (*page, error) {
 	ctx, cancel := context.WithTimeout(r.ctx, auditCheckTime)
 	defer cancel()
-	k, err := s.store.checkAudit(ctx, s.store.chain, nil)
+	k, err := ui.store.checkAudit(ctx, ui.store.chain, nil)
 	if ctx.Err() != nil && r.ctx.Err() == nil {
 		return nil, &apiError{status: http.StatusServiceUnavailable, code: "too_long", msg: "The trail is too long to be checked here. Use llm-proxy audit verify."}
 	}
@@ -236,17 +236,17 @@ type settingsView struct {
 	Schema          int
 }
 
-func (s *server) settingsPage(r *pageRequest) (*page, error) {
-	v := settingsView{Version: versionText(), Started: stamp(s.started.UnixMilli()), DatabaseFile: s.cfg.databaseFile, KeyID: s.sealer.id(),
-		LedgerOK: s.ledger.healthy(), Calls: len(s.running.admittedCalls(r.now))}
+func (ui *adminUI) settingsPage(r *pageRequest) (*page, error) {
+	v := settingsView{Version: versionText(), Started: stamp(ui.started.UnixMilli()), DatabaseFile: ui.cfg.databaseFile, KeyID: ui.keyID,
+		LedgerOK: ui.ledger.healthy(), Calls: len(ui.running.admittedCalls(r.now))}
 	var err error
-	if v.Schema, _, err = s.store.schemaVersion(r.ctx); err != nil {
+	if v.Schema, _, err = ui.store.schemaVersion(r.ctx); err != nil {
 		return nil, err
 	}
-	if use, err := s.diskUse(r.ctx); err == nil {
+	if use, err := ui.diskUse(r.ctx); err == nil {
 		v.DiskKnown, v.File, v.Log, v.Free, v.Left = true, use.file, use.log, use.free, use.left
 	}
-	v.Settings = s.cfg.lines
+	v.Settings = ui.cfg.lines
 	return &page{template: "settings", title: "Settings", data: v}, nil
 }
 
@@ -263,13 +263,13 @@ type keysView struct {
 	Environment bool // MANAGEMENT_TOKEN is set
 }
 
-func (s *server) keysPage(r *pageRequest) (*page, error) {
-	rep, err := s.listKeys(r.asking("limit", "100", "after", r.query.Get("after")))
+func (ui *adminUI) keysPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.listKeys(r.asking("limit", "100", "after", r.query.Get("after")))
 	if err != nil {
 		return nil, err
 	}
 	l := rep.body.(list[keyView])
-	v := keysView{Next: r.nextPage(l.Next), Environment: s.cfg.managementToken != nil}
+	v := keysView{Next: r.nextPage(l.Next), Environment: ui.cfg.managementToken != nil}
 	for _, k := range l.Data {
 		v.Keys = append(v.Keys, keyLine{k, stateOfKey(&k, r.now), k.ID == r.actor.id})
 	}
@@ -299,7 +299,7 @@ func keyFields() []*field {
 }
 
 // newKeyPage makes a management key, and shows it once.
-func (s *server) newKeyPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) newKeyPage(r *pageRequest) (*page, error) {
 	v := &formView{Crumb: &option{"/admin/keys", "Management keys"}, Form: &pageForm{Action: "/admin/keys/new", Submit: "Make the key", Cancel: "/admin/keys",
 		Once: randomBase62(16), Fields: keyFields()}}
 	v.Form.fill(r.form, url.Values{"role": {string(roleViewer)}})
@@ -311,10 +311,10 @@ func (s *server) newKeyPage(r *pageRequest) (*page, error) {
 	if at := r.form.Get("expires_at"); at != "" {
 		in["expires_at"] = timeOf(at)
 	}
-	if !s.sent.first(r.form.Get("once")) {
+	if !ui.sent.first(r.form.Get("once")) {
 		return r.sentBefore("/admin/keys", "key"), nil
 	}
-	rep, err := s.createKey(r.with(in))
+	rep, err := ui.api.createKey(r.with(in))
 	if err != nil {
 		p.status, err = v.refused(err)
 		return p, err
@@ -323,8 +323,8 @@ func (s *server) newKeyPage(r *pageRequest) (*page, error) {
 }
 
 // editKey changes a management key.
-func (s *server) editKey(r *pageRequest) (*page, error) {
-	rep, err := s.getKey(r.asking())
+func (ui *adminUI) editKey(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getKey(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -347,7 +347,7 @@ func (s *server) editKey(r *pageRequest) (*page, error) {
 	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond
 		in["expires_at"] = timeOf(at)
 	}
-	if _, err := s.patchKey(r.with(in)); err != nil {
+	if _, err := ui.api.patchKey(r.with(in)); err != nil {
 		p.status, err = v.refused(err)
 		return p, err
 	}
@@ -355,8 +355,8 @@ func (s *server) editKey(r *pageRequest) (*page, error) {
 }
 
 // revokeKeyPage ends a management key, and with it its sessions.
-func (s *server) revokeKeyPage(r *pageRequest) (*page, error) {
-	rep, err := s.getKey(r.asking())
+func (ui *adminUI) revokeKeyPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getKey(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -364,7 +364,7 @@ func (s *server) revokeKeyPage(r *pageRequest) (*page, error) {
 	if !r.posted() {
 		return r.confirm("Revoke the key "+k.Name+"?", "It stops working at once, for good, and whoever is signed in with it is signed out.", "Revoke", "/admin/keys"), nil
 	}
-	if _, err := s.revokeKey(r.with(nil)); err != nil {
+	if _, err := ui.api.revokeKey(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo("/admin/keys", "revoked"), nil

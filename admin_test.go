@@ -126,7 +126,7 @@ func (p *testProxy) everything() string {
 func (p *testProxy) needOf(method, path string) role {
 	mux := http.NewServeMux()
 	needs := map[string]role{}
-	for _, rt := range p.in.adminTable() {
+	for _, rt := range p.in.server.admin.adminTable() {
 		methods, pattern, _ := strings.Cut(rt.pattern, " ")
 		for m := range strings.SplitSeq(methods, "|") {
 			mux.HandleFunc(m+" "+pattern, func(http.ResponseWriter, *http.Request) {})
@@ -155,7 +155,7 @@ func TestAdminRoles(t *testing.T) {
 	pages := p.furnish("Ada")
 	for who, key := range keys {
 		b := p.signIn(key)
-		for _, rt := range p.in.adminTable() {
+		for _, rt := range p.in.server.admin.adminTable() {
 			methods, _, _ := strings.Cut(rt.pattern, " ")
 			path := p.pathOf(rt.pattern)
 			for method := range strings.SplitSeq(methods, "|") {
@@ -252,7 +252,7 @@ func TestAdminCrossOrigin(t *testing.T) {
 		"other scheme": {"Origin", "https://" + host}, "two origins": {"Origin", p.url, "Origin", p.url}, "prefix": {"Origin", p.url + ".evil.test"},
 		"public over http": {"Host", "llm.example.test", "Origin", "http://llm.example.test"},
 	} {
-		for _, rt := range p.in.adminTable() {
+		for _, rt := range p.in.server.admin.adminTable() {
 			if !strings.Contains(rt.pattern, "POST ") {
 				continue
 			}
@@ -290,7 +290,7 @@ func TestAdminHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	static := "/admin/static/" + p.in.pages.names["admin.css"]
+	static := "/admin/static/" + p.in.server.admin.pages.names["admin.css"]
 	for what, res := range map[string]answer{
 		"sign-in": p.do("GET", "/admin/sign-in", ""), "page": b.get("/admin/projects"), "redirect": p.do("GET", "/admin/projects", ""), "not found": b.get("/admin/nothing"),
 		"static": p.do("GET", static, ""), "no static": p.do("GET", "/admin/static/x.css", ""), "wrong method": p.do("DELETE", "/admin/projects", ""),

@@ -16,8 +16,8 @@ import (
 )
 
 // projectName is what a project is called, deleted ones included.
-func (s *server) projectName(r *pageRequest, id string) (string, error) {
-	p, err := s.store.projectByID(r.ctx, id)
+func (ui *adminUI) projectName(r *pageRequest, id string) (string, error) {
+	p, err := ui.store.projectByID(r.ctx, id)
 	if errors.Is(err, errNotFound) {
 		return "(deleted project)", nil
 	}
@@ -34,8 +34,8 @@ func lifetimes() []option {
 const idleHelp = "It stops working when it was not used for so long. Empty: it does not."
 
 // newTokenPage makes a token, and shows it once.
-func (s *server) newTokenPage(r *pageRequest) (*page, error) {
-	projects, err := s.projectOptions(r, r.query.Get("project_id")+r.form.Get("project_id"))
+func (ui *adminUI) newTokenPage(r *pageRequest) (*page, error) {
+	projects, err := ui.projectOptions(r, r.query.Get("project_id")+r.form.Get("project_id"))
 	if err != nil {
 		return nil, err
 	}
@@ -69,15 +69,15 @@ func (s *server) newTokenPage(r *pageRequest) (*page, error) {
 	default:
 		in["duration_hours"] = hours
 	}
-	if !s.sent.first(r.form.Get("once")) {
+	if !ui.sent.first(r.form.Get("once")) {
 		return r.sentBefore("/admin/tokens", "token"), nil
 	}
-	rep, err := s.createToken(r.with(in))
+	rep, err := ui.api.createToken(r.with(in))
 	if err != nil {
 		p.status, err = v.refused(err)
 		return p, err
 	}
-	return s.shownOnce(r, "The token is made", rep.body.(tokenView), nil)
+	return ui.shownOnce(r, "The token is made", rep.body.(tokenView), nil)
 }
 
 // tokenInputOf reads the fields that a new token and a changed one have in common.
@@ -116,12 +116,12 @@ type onceView struct {
 }
 
 // shownOnce is the page with a token's value and what to do with it.
-func (s *server) shownOnce(r *pageRequest, title string, t tokenView, overlap *stamp) (*page, error) {
-	v := onceView{Title: title, ID: t.ID, Name: t.Name, Value: t.Token, Base: s.publicBase(r), Model: "gpt-4o-mini", Overlap: overlap, ExpiresAt: t.ExpiresAt}
-	p, err := s.store.projectByID(r.ctx, t.ProjectID)
+func (ui *adminUI) shownOnce(r *pageRequest, title string, t tokenView, overlap *stamp) (*page, error) {
+	v := onceView{Title: title, ID: t.ID, Name: t.Name, Value: t.Token, Base: ui.publicBase(r), Model: "gpt-4o-mini", Overlap: overlap, ExpiresAt: t.ExpiresAt}
+	p, err := ui.store.projectByID(r.ctx, t.ProjectID)
 	if err == nil {
 		var ups []upstreamRow
-		if ups, err = s.store.upstreamsOf(r.ctx, p.seq); err == nil {
+		if ups, err = ui.store.upstreamsOf(r.ctx, p.seq); err == nil {
 			v.Anthropic = len(ups) > 0 && !slices.ContainsFunc(ups, func(u upstreamRow) bool { return u.provider != providerAnthropic })
 		}
 	}
@@ -150,10 +150,10 @@ func plainName(model string) bool {
 }
 
 // publicBase is where clients reach the proxy, as far as it knows.
-func (s *server) publicBase(r *pageRequest) string {
+func (ui *adminUI) publicBase(r *pageRequest) string {
 	switch {
-	case s.cfg.publicURL != nil:
-		return s.cfg.publicURL.Scheme + "://" + s.cfg.publicURL.Host
+	case ui.cfg.publicURL != nil:
+		return ui.cfg.publicURL.Scheme + "://" + ui.cfg.publicURL.Host
 	case r.secure:
 		return "https://" + r.http.Host
 	}
@@ -172,14 +172,14 @@ type tokenPageView struct {
 	BadReason   string
 }
 
-func (s *server) tokenPage(r *pageRequest) (*page, error) {
-	rep, err := s.getToken(r.asking())
+func (ui *adminUI) tokenPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getToken(r.asking())
 	if err != nil {
 		return nil, err
 	}
 	t := rep.body.(tokenView)
 	v := tokenPageView{tokenView: t, State: stateOf(&t, r.now), Limits: barsOf(t.Limits), Allowed: allowedIn(t.Policy)}
-	if v.ProjectName, err = s.projectName(r, t.ProjectID); err != nil {
+	if v.ProjectName, err = ui.projectName(r, t.ProjectID); err != nil {
 		return nil, err
 	}
 	if t.MaxRequests != nil {
@@ -188,7 +188,7 @@ func (s *server) tokenPage(r *pageRequest) (*page, error) {
 		b.Label = fmt.Sprintf("%s of %s requests used", b.Used, b.Max)
 		v.Requests = &b
 	}
-	if rep, err = s.listRequests(r.asking("token_id", t.ID, "limit", "10")); err != nil {
+	if rep, err = ui.api.listRequests(r.asking("token_id", t.ID, "limit", "10")); err != nil {
 		return nil, err
 	}
 	v.Calls = rep.body.(list[requestReply]).Data
@@ -196,8 +196,8 @@ func (s *server) tokenPage(r *pageRequest) (*page, error) {
 }
 
 // editToken changes a token's name, life and policy.
-func (s *server) editToken(r *pageRequest) (*page, error) {
-	rep, err := s.getToken(r.asking())
+func (ui *adminUI) editToken(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getToken(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -227,7 +227,7 @@ func (s *server) editToken(r *pageRequest) (*page, error) {
 	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond, also in the past
 		in["expires_at"] = timeOf(at)
 	}
-	if _, err := s.patchToken(r.with(in)); err != nil {
+	if _, err := ui.api.patchToken(r.with(in)); err != nil {
 		p.status, err = v.refused(err)
 		return p, err
 	}
@@ -242,8 +242,8 @@ func plainNumber(n *int64) string {
 }
 
 // rotateTokenPage gives a token a new value, and shows it once.
-func (s *server) rotateTokenPage(r *pageRequest) (*page, error) {
-	rep, err := s.getToken(r.asking())
+func (ui *adminUI) rotateTokenPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getToken(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -259,22 +259,22 @@ func (s *server) rotateTokenPage(r *pageRequest) (*page, error) {
 		return p, nil
 	}
 	v.Form.Version = r.match
-	if !s.sent.first(r.form.Get("once")) {
+	if !ui.sent.first(r.form.Get("once")) {
 		return r.sentBefore(here, "new value"), nil
 	}
 	in := map[string]any{}
 	setNumber(in, r.form, "overlap_minutes", false)
-	if rep, err = s.rotateToken(r.with(in)); err != nil {
+	if rep, err = ui.api.rotateToken(r.with(in)); err != nil {
 		p.status, err = v.refused(err)
 		return p, err
 	}
 	t = rep.body.(tokenView)
-	return s.shownOnce(r, "The token has a new value", t, t.OverlapUntil)
+	return ui.shownOnce(r, "The token has a new value", t, t.OverlapUntil)
 }
 
 // revokeTokenPage ends a token.
-func (s *server) revokeTokenPage(r *pageRequest) (*page, error) {
-	rep, err := s.getToken(r.asking())
+func (ui *adminUI) revokeTokenPage(r *pageRequest) (*page, error) {
+	rep, err := ui.api.getToken(r.asking())
 	if err != nil {
 		return nil, err
 	}
@@ -283,7 +283,7 @@ func (s *server) revokeTokenPage(r *pageRequest) (*page, error) {
 	if !r.posted() {
 		return r.confirm("Revoke "+t.Name+"?", "It stops working at once, for good, and its running calls are cut. Its calls stay in the ledger.", "Revoke", here), nil
 	}
-	if _, err := s.revokeToken(r.with(nil)); err != nil {
+	if _, err := ui.api.revokeToken(r.with(nil)); err != nil {
 		return nil, err
 	}
 	return goTo(here, "revoked"), nil
@@ -300,7 +300,7 @@ func (r *pageRequest) at(id string) *pageRequest {
 }
 
 // revokeChosen revokes the tokens that were chosen in a list, after asking.
-func (s *server) revokeChosen(r *pageRequest) (*page, error) {
+func (ui *adminUI) revokeChosen(r *pageRequest) (*page, error) {
 	ids := slices.Compact(slices.Sorted(slices.Values(r.form["id"])))
 	if len(ids) == 0 {
 		return &page{to: "/admin/tokens?done=none-chosen"}, nil
@@ -312,7 +312,7 @@ func (s *server) revokeChosen(r *pageRequest) (*page, error) {
 		Hidden: []option{{"yes", "sure"}}}
 	var names []string
 	for _, id := range ids {
-		t, err := s.store.tokenByID(r.ctx, id)
+		t, err := ui.store.tokenByID(r.ctx, id)
 		if err != nil {
 			return nil, err
 		}
@@ -323,7 +323,7 @@ func (s *server) revokeChosen(r *pageRequest) (*page, error) {
 		return &page{template: "confirm", title: "Revoke these tokens?", data: confirmView{"They stop working at once, for good, and their running calls are cut:", names, f}}, nil
 	}
 	for _, id := range ids {
-		if _, err := s.revokeToken(r.at(id).with(nil)); err != nil {
+		if _, err := ui.api.revokeToken(r.at(id).with(nil)); err != nil {
 			return nil, fmt.Errorf("revoking %s: %w", id, err)
 		}
 	}
@@ -384,16 +384,16 @@ func tokenOrders() []option {
 	return []option{{"", "Newest first"}, {"oldest", "Oldest first"}, {"name", "Name"}, {"ends", "Expiry, soonest first; no revoked ones"}}
 }
 
-func (s *server) tokensPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) tokensPage(r *pageRequest) (*page, error) {
 	v := &tokensView{Project: r.query.Get("project_id"), Name: strings.TrimSpace(r.query.Get("name")), State: r.query.Get("state"), Order: r.query.Get("order"),
 		States: tokenStates(), Orders: tokenOrders(), Above: r.query.Get("after") != ""}
 	if strings.HasPrefix(v.Name, "tok_") {
-		if t, err := s.store.tokenByID(r.ctx, v.Name); err == nil {
+		if t, err := ui.store.tokenByID(r.ctx, v.Name); err == nil {
 			return &page{to: "/admin/tokens/" + t.id}, nil
 		}
 	}
 	p := &page{template: "tokens", title: "Tokens", data: v}
-	projects, err := s.projectOptions(r, v.Project)
+	projects, err := ui.projectOptions(r, v.Project)
 	if err != nil {
 		return nil, err
 	}
@@ -403,18 +403,18 @@ func (s *server) tokensPage(r *pageRequest) (*page, error) {
 		return nil, err
 	}
 	if v.Project != "" {
-		if _, err := s.store.projectByID(r.ctx, v.Project); err != nil {
+		if _, err := ui.store.projectByID(r.ctx, v.Project); err != nil {
 			return nil, err
 		}
 	}
 	last, looked := "", 0
-	more, err := s.store.walkTokens(r.ctx, w, func(t *tokenRow) bool {
+	more, err := ui.store.walkTokens(r.ctx, w, func(t *tokenRow) bool {
 		if len(v.Tokens) == tokensOnPage {
 			return false
 		}
 		looked++
 		last = w.cursor(t)
-		line := tokenLine{tokenView: s.showToken(t, r.now)}
+		line := tokenLine{tokenView: ui.api.showToken(t, r.now)}
 		line.State = stateOf(&line.tokenView, r.now)
 		if v.matches(&line, r.now) {
 			v.Tokens = append(v.Tokens, line)
@@ -429,7 +429,7 @@ func (s *server) tokensPage(r *pageRequest) (*page, error) {
 		v.Sifted = len(v.Tokens) < tokensOnPage
 	}
 	v.First = looked == 0 && !v.Above && v.Project == "" && v.Name == "" && v.State == ""
-	return p, s.nameProjects(r, v.Tokens)
+	return p, ui.nameProjects(r, v.Tokens)
 }
 
 // walk works out along which index the list goes. An order that the filters do
@@ -527,8 +527,8 @@ func (v *tokensView) matches(t *tokenLine, now time.Time) bool {
 
 // projectOptions is the choice of projects, by name. The one that is chosen is
 // among them even where there are too many.
-func (s *server) projectOptions(r *pageRequest, chosen string) ([]option, error) {
-	rows, err := s.store.listProjects(r.ctx, 0, shownProjects, nil, "")
+func (ui *adminUI) projectOptions(r *pageRequest, chosen string) ([]option, error) {
+	rows, err := ui.store.listProjects(r.ctx, 0, shownProjects, nil, "")
 	if err != nil {
 		return nil, err
 	}
@@ -539,7 +539,7 @@ func (s *server) projectOptions(r *pageRequest, chosen string) ([]option, error)
 		found = found || rows[i].id == chosen
 	}
 	if !found {
-		if p, err := s.store.projectByID(r.ctx, chosen); err == nil {
+		if p, err := ui.store.projectByID(r.ctx, chosen); err == nil {
 			out = append(out, option{p.id, p.name})
 		}
 	}
@@ -548,12 +548,12 @@ func (s *server) projectOptions(r *pageRequest, chosen string) ([]option, error)
 }
 
 // nameProjects fills in the names of the projects of a page.
-func (s *server) nameProjects(r *pageRequest, lines []tokenLine) error {
+func (ui *adminUI) nameProjects(r *pageRequest, lines []tokenLine) error {
 	names := map[string]string{}
 	for i := range lines {
 		id := lines[i].ProjectID
 		if _, ok := names[id]; !ok {
-			name, err := s.projectName(r, id)
+			name, err := ui.projectName(r, id)
 			if err != nil {
 				return err
 			}

@@ -105,10 +105,10 @@ func (ps *pageSet) render(w io.Writer, name string, v *pageView) error {
 }
 
 // handleStatic serves a file by its hashed name, which never means another text.
-func (s *server) handleStatic(w http.ResponseWriter, r *http.Request) {
-	f, ok := s.pages.files[r.PathValue("name")]
+func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
+	f, ok := ui.pages.files[r.PathValue("name")]
 	if !ok {
-		s.refusePage(w, r, manageError(errNotFound))
+		ui.refusePage(w, r, manageError(errNotFound))
 		return
 	}
 	h := w.Header()

@@ -152,7 +152,7 @@ func TestAuditEveryChange(t *testing.T) {
 	p.secrets = append(p.secrets, "sk-canary-0123456789abcdefWXYZ", "sk-other-0123456789abcdefWXYZ")
 	var keys struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/keys", "", 200, &keys)
-	for _, rt := range p.in.manageTable() {
+	for _, rt := range p.in.manage.manageTable() {
 		method, _, _ := strings.Cut(rt.pattern, " ")
 		before := p.lastEntry()
 		if method == "GET" {

@@ -161,7 +161,7 @@ func (r *restoration) edit(ctx context.Context, st *store, out io.Writer) (secre
 		if err := st.witherAll(ctx, by, a); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
-		return (&server{store: st}).firstKey(ctx)
+		return (&manageAPI{store: st}).firstKey(ctx)
 	}
 	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or cut short after the backup was made become valid again.\nSay what to do about that:\n\n")
 	if compared && since != (revival{}) {

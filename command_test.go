@@ -1076,7 +1076,7 @@ func TestRekey(t *testing.T) {
 	if err := os.WriteFile(p.keyFile(), was, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openInstance(t.Context(), p.in.cfg, p.in.log); err == nil || !strings.Contains(err.Error(), "not the one") {
+	if _, err := openInstance(t.Context(), p.in.cfg, p.in.log, nil); err == nil || !strings.Contains(err.Error(), "not the one") {
 		t.Errorf("it starts with the old key: %v", err)
 	}
 }
@@ -1226,7 +1226,7 @@ func TestRekeyInterrupted(t *testing.T) {
 	if err := os.WriteFile(p.keyFile(), was, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openInstance(t.Context(), p.in.cfg, p.in.log); err == nil || !strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
+	if _, err := openInstance(t.Context(), p.in.cfg, p.in.log, nil); err == nil || !strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
 		t.Errorf("the start says %v", err)
 	}
 	if out, err := runProgram(t, p.env, "rekey"); err != nil || !strings.Contains(out, "1 provider keys") {

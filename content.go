@@ -31,13 +31,13 @@ type keptContent struct {
 }
 
 // keepContent begins to keep a call's content, if its project asks for it.
-func (s *server) keepContent(c *call) *keptContent {
+func (p *proxy) keepContent(c *call) *keptContent {
 	days := c.project.policy.KeepContentDays
 	if days == 0 {
 		return nil
 	}
-	age := min(time.Duration(days)*24*time.Hour, s.cfg.retention) // never longer than the call's own row
-	k := &keptContent{memory: s.bodies, most: s.cfg.maxContentBytes, until: c.start.Add(age).UnixMilli()}
+	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's own row
+	k := &keptContent{memory: p.bodies, most: p.cfg.maxContentBytes, until: c.start.Add(age).UnixMilli()}
 	k.add(&k.request, c.body)
 	return k
 }

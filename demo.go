@@ -236,7 +236,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 	d := &demoData{}
 	if in.cfg.managementToken == nil {
 		var err error
-		if d.key, err = in.firstKey(ctx); err != nil {
+		if d.key, err = in.manage.firstKey(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -244,7 +244,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 	var openai, anthropic []int64 // seqs of upstreams, by project; 0: none
 	for _, dp := range demoProjects() {
 		at := now.AddDate(0, 0, -90)
-		p, up, err := in.makeProject(ctx, dp.name, dp.policy, key, at)
+		p, up, err := in.manage.makeProject(ctx, dp.name, dp.policy, key, at)
 		if err != nil {
 			return nil, err
 		}
@@ -255,7 +255,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 		more := upstreamInput{name: opt[string]{set: true, v: "anthropic"}, key: opt[secret]{set: true, v: key},
 			provider: opt[string]{set: true, v: providerAnthropic}, baseURL: opt[string]{set: true, v: in.cfg.openaiURL}}
 		up = newUpstreamRow(p, at.UnixMilli())
-		if err := more.apply(in.server, up, true); err != nil {
+		if err := more.apply(in.manage, up, true); err != nil {
 			return nil, err
 		}
 		if err := in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {
@@ -313,7 +313,7 @@ func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p 
 	if u.idle != 0 {
 		t.idleExpiry = new(u.idle.Milliseconds())
 	}
-	value, err := in.mintToken(ctx, systemOrigin(time.Now()), t)
+	value, err := in.manage.mintToken(ctx, systemOrigin(time.Now()), t)
 	if err != nil {
 		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
 	}

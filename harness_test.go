@@ -64,7 +64,7 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 	}
 	maps.Copy(p.env, env)
 	p.start()
-	key, err := p.in.firstKey(t.Context())
+	key, err := p.in.manage.firstKey(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +88,7 @@ func (p *testProxy) start() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.in, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText))
+	p.in, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -115,7 +115,7 @@ func (p *testProxy) finish() {
 	if err := p.stop(); err != nil && !p.allowErrors {
 		p.t.Errorf("stopping: %v", err)
 	}
-	if n := p.in.bodies.used.Load(); n != 0 {
+	if n := p.in.proxy.bodies.used.Load(); n != 0 {
 		p.t.Errorf("%d bytes of request bodies are still held", n)
 	}
 	p.mu.Lock()

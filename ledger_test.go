@@ -217,7 +217,7 @@ func databaseTrouble(t *testing.T, p *testProxy, begin func(*testProxy) func()) 
 	if bad, err := p.in.store.check(t.Context()); len(bad) > 0 || err != nil {
 		t.Errorf("the database is damaged: %v, %v", bad, err)
 	}
-	if used := p.in.bodies.used.Load(); used != 0 {
+	if used := p.in.proxy.bodies.used.Load(); used != 0 {
 		t.Errorf("%d bytes of bodies are held", used)
 	}
 }

@@ -134,9 +134,9 @@ func TestStrangersFillNoLog(t *testing.T) {
 		t.Errorf("%d lines of 1000 were written, then %v with %d left out", written, ok, n)
 	}
 	p := newTest(t, nil)
-	p.in.strangers.mu.Lock()
-	p.in.strangers.second, p.in.strangers.lines = time.Now().Unix(), strangerLines
-	p.in.strangers.mu.Unlock()
+	p.in.server.strangers.mu.Lock()
+	p.in.server.strangers.second, p.in.server.strangers.lines = time.Now().Unix(), strangerLines
+	p.in.server.strangers.mu.Unlock()
 	p.call("Authorization", "Bearer x")
 	p.chat()
 	p.settle()

@@ -23,6 +23,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -172,11 +173,10 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 	sink := newLogSink(p.stderr)
 	defer sink.close()
 	log := newLogger(sink, cfg.logLevel, cfg.logText)
-	in, err := openInstance(ctx, cfg, log)
+	in, err := openInstance(ctx, cfg, log, sink.linesLost)
 	if err != nil {
 		return err
 	}
-	in.linesDropped = sink.linesLost
 	in.hangups = p.hangups
 	// Before a secret is printed that is shown only once: a start that fails
 	// must not have printed it.
@@ -192,8 +192,23 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 // An instance is a server with all that stands behind it: what is opened is
 // closed by close, in the opposite order.
 type instance struct {
-	*server
-	dir         *dataDir
+	cfg       *config
+	log       *logger
+	dir       *dataDir
+	store     *store
+	sealer    *sealer
+	contents  *contentKey
+	prices    atomic.Pointer[priceTable]
+	ledger    *ledger
+	health    *healthBook
+	registry  *registry
+	running   *runningCalls
+	transport *http.Transport
+	metrics   *metrics
+	server    *server
+	proxy     *proxy
+	manage    *manageAPI
+
 	listener    net.Listener
 	metered     net.Listener       // on METRICS_ADDR; nil: none
 	certificate *certificate       // nil: no TLS
@@ -203,42 +218,16 @@ type instance struct {
 	keyMade     string // the key file, if it was made by this start
 }
 
-// openInstance opens the data directory, the database and the ledger.
-func openInstance(ctx context.Context, cfg *config, log *logger) (_ *instance, err error) {
-	in := &instance{server: &server{cfg: cfg, log: log, quietLog: quietLogger(log), metrics: newMetrics(), started: time.Now()}, stop: func() {}}
+// openInstance opens the data directory, the database and the ledger, and builds
+// the surfaces on them. linesDropped counts lost log lines; nil: nobody counts.
+func openInstance(ctx context.Context, cfg *config, log *logger, linesDropped func() int64) (_ *instance, err error) {
+	in := &instance{cfg: cfg, log: log, metrics: newMetrics(), stop: func() {}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, in.close())
 		}
 	}()
-	if in.dir, err = openDataDir(cfg); err != nil {
-		return nil, err
-	}
-	if in.store, err = openStore(ctx, cfg.databaseFile); err != nil {
-		return nil, fmt.Errorf("%w; look into it with llm-proxy doctor, or bring back a backup with llm-proxy restore FILE", err)
-	}
-	if in.sealer, in.keyMade, err = openSealer(ctx, cfg, in.store); err != nil {
-		return nil, err
-	}
-	if err = in.store.openAudit(ctx, in.sealer, systemOrigin(time.Now())); err != nil {
-		return nil, err
-	}
-	if err = in.dir.remember(); err != nil {
-		return nil, fmt.Errorf("noting the database: %w", err)
-	}
-	if in.contents, err = openContentKey(ctx, in.store, in.sealer); err != nil {
-		return nil, err
-	}
-	prices, err := pricesOf(ctx, in.store)
-	if err != nil {
-		return nil, err
-	}
-	in.prices.Store(prices)
-	lost := func(r *requestRow) {
-		r.cost, r.priced, r.knownModel = prices.price("", r.model, r.counts)
-		r.knownAsked = r.knownModel
-	}
-	if in.ledger, err = openLedger(ctx, in.store, log.Logger, lost); err != nil {
+	if err = in.openRecords(ctx); err != nil {
 		return nil, err
 	}
 	if in.health, err = openHealth(ctx, in.store); err != nil {
@@ -246,25 +235,82 @@ func openInstance(ctx context.Context, cfg *config, log *logger) (_ *instance, e
 	}
 	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
-	in.endpoints = newEndpointTable()
-	in.metrics.know(in.endpoints)
 	in.transport = newTransport(cfg.allowPrivate)
-	in.buffers = newBufferPool(32 << 10)
-	in.nowhere = &url.URL{}
-	in.bodies = &bodyMemory{limit: cfg.bodyMemory}
 	last, err := in.store.lastRequest(ctx)
 	if err != nil {
 		return nil, err
 	}
-	in.ids = newIDSource(last)
-	in.throttle = &failures{}
-	if in.pages, err = newPageSet(); err != nil {
+	if err = in.build(newIDSource(last), linesDropped); err != nil {
 		return nil, err
 	}
-	in.gone = in.dir.gone
-	in.diskUse = func(ctx context.Context) (diskUse, error) { return in.dir.use(ctx, in.store) }
 	in.startWorkers()
 	return in, nil
+}
+
+// openRecords opens what is on disk, and all that a call is recorded with.
+func (in *instance) openRecords(ctx context.Context) (err error) {
+	if in.dir, err = openDataDir(in.cfg); err != nil {
+		return err
+	}
+	if in.store, err = openStore(ctx, in.cfg.databaseFile); err != nil {
+		return fmt.Errorf("%w; look into it with llm-proxy doctor, or bring back a backup with llm-proxy restore FILE", err)
+	}
+	if in.sealer, in.keyMade, err = openSealer(ctx, in.cfg, in.store); err != nil {
+		return err
+	}
+	if err = in.store.openAudit(ctx, in.sealer, systemOrigin(time.Now())); err != nil {
+		return err
+	}
+	if err = in.dir.remember(); err != nil {
+		return fmt.Errorf("noting the database: %w", err)
+	}
+	if in.contents, err = openContentKey(ctx, in.store, in.sealer); err != nil {
+		return err
+	}
+	prices, err := pricesOf(ctx, in.store)
+	if err != nil {
+		return err
+	}
+	in.prices.Store(prices)
+	lost := func(r *requestRow) {
+		r.cost, r.priced, r.knownModel = prices.price("", r.model, r.counts)
+		r.knownAsked = r.knownModel
+	}
+	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, lost)
+	return err
+}
+
+// build makes the server and the three surfaces, each with what it uses.
+func (in *instance) build(ids *idSource, linesDropped func() int64) error {
+	cfg := in.cfg
+	started := time.Now()
+	endpoints := newEndpointTable()
+	in.metrics.know(endpoints)
+	bodies := &bodyMemory{limit: cfg.bodyMemory}
+	limits := &limitState{store: in.store, ledger: in.ledger, registry: in.registry}
+	addresses := &addressReader{trusted: cfg.trustedProxies, trustUnix: cfg.trustUnix}
+	quiet := quietLogger(in.log)
+	strangers := &lineLimit{}
+	diskUse := func(ctx context.Context) (diskUse, error) { return in.dir.use(ctx, in.store) }
+	in.proxy = &proxy{cfg: cfg, log: in.log, quietLog: quiet, registry: in.registry, limits: limits, ledger: in.ledger, running: in.running,
+		endpoints: endpoints, transport: in.transport, buffers: newBufferPool(32 << 10), nowhere: &url.URL{}, bodies: bodies, ids: ids,
+		addresses: addresses, prices: &in.prices, gone: in.dir.gone, strangers: strangers, metrics: in.metrics, contents: in.contents}
+	in.manage = &manageAPI{cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
+		running: in.running, addresses: addresses, prices: &in.prices, gone: in.dir.gone, throttle: &failures{}, contents: in.contents}
+	in.server = &server{cfg: cfg, log: in.log, quietLog: quiet, store: in.store, ledger: in.ledger, running: in.running, ids: ids,
+		addresses: addresses, strangers: strangers, gone: in.dir.gone, metrics: in.metrics, proxy: in.proxy, manage: in.manage,
+		exporter: &exporter{cfg: cfg, metrics: in.metrics, endpoints: endpoints, registry: in.registry, health: in.health, ledger: in.ledger,
+			running: in.running, bodies: bodies, diskUse: diskUse, linesDropped: linesDropped, started: started}}
+	if !cfg.adminPages {
+		return nil
+	}
+	pages, err := newPageSet()
+	if err != nil {
+		return err
+	}
+	in.server.admin = &adminUI{cfg: cfg, log: in.log, store: in.store, api: in.manage, registry: in.registry, limits: limits, ledger: in.ledger,
+		running: in.running, endpoints: endpoints, gone: in.dir.gone, diskUse: diskUse, pages: pages, keyID: in.sealer.id(), started: started}
+	return nil
 }
 
 // startWorkers starts the goroutines that run beside the calls. close ends
@@ -276,10 +322,11 @@ func (in *instance) startWorkers() {
 		in.workers.Go(func() { keepHeap(ctx) })
 	}
 	in.workers.Go(func() { in.running.run(ctx) })
-	in.workers.Go(func() { in.keepHealth(ctx) })
+	keeper := &healthKeeper{health: in.health, store: in.store, log: in.log}
+	in.workers.Go(func() { keeper.keepHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
 	trail, _, _, _ := in.store.auditHead(ctx, in.store.chain) // trouble will show with the first entry
-	in.workers.Go(func() { in.keepTrail(ctx, time.Minute, trail.seq) })
+	in.workers.Go(func() { in.manage.keepTrail(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
 		in.ledger.keepHouse(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
@@ -330,13 +377,13 @@ func (in *instance) close() error {
 func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error) {
 	l := in.listener
 	hs := &http.Server{
-		Handler:           in.routes(),
+		Handler:           in.server.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		ConnState:         closeBeyond(in.cfg.maxConnections, &in.metrics.open),
 		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout},
 		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
-		ErrorLog:          in.quietLog,
+		ErrorLog:          in.server.quietLog,
 
 		DisableGeneralOptionsHandler: true, // its answer to OPTIONS * would be in no log
 		// No read or write timeout: an answer may stream for hours. The watchdog
@@ -355,7 +402,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 			failed <- hs.Serve(l)
 		}
 	})
-	ms := in.metricsServer()
+	ms := in.server.metricsServer()
 	if in.metered != nil {
 		in.log.Info("serving metrics", "address", in.metered.Addr().String())
 		serving.Go(func() { _ = ms.Serve(in.metered) }) // until the drain is over
@@ -443,7 +490,7 @@ func (p *program) welcome(ctx context.Context, in *instance) error {
 	}
 	base := in.baseURL()
 	if keys == 0 && in.cfg.managementToken == nil {
-		key, err := in.firstKey(ctx)
+		key, err := in.manage.firstKey(ctx)
 		if err != nil {
 			return err
 		}
@@ -471,7 +518,7 @@ Clients then use the base URL %[1]s/v1 and the token as their API key.
 		in.log.Info("OPENAI_API_KEY is not used: the database has projects already")
 		return nil
 	}
-	token, err := in.firstProject(ctx, "default", in.cfg.openaiKey)
+	token, err := in.manage.firstProject(ctx, "default", in.cfg.openaiKey)
 	if err != nil {
 		return err
 	}
@@ -515,26 +562,26 @@ func (in *instance) baseURL() string {
 	return scheme + "://" + addr
 }
 
-func (s *server) firstKey(ctx context.Context) (secret, error) {
+func (api *manageAPI) firstKey(ctx context.Context) (secret, error) {
 	by := systemOrigin(time.Now())
 	row := &keyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
 	value := mintKey(row)
-	if err := s.store.addKey(ctx, by, row); err != nil {
+	if err := api.store.addKey(ctx, by, row); err != nil {
 		return nil, fmt.Errorf("storing the first management key: %w", err)
 	}
 	return value, nil
 }
 
 // firstProject makes a project with one OpenAI key, and a token for it.
-func (s *server) firstProject(ctx context.Context, name string, key secret) (secret, error) {
+func (api *manageAPI) firstProject(ctx context.Context, name string, key secret) (secret, error) {
 	now := time.Now()
-	project, _, err := s.makeProject(ctx, name, "{}", key, now)
+	project, _, err := api.makeProject(ctx, name, "{}", key, now)
 	if err != nil {
 		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
 	}
 	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
 		expiresAt: new(now.Add(defaultLifetime).UnixMilli())}
-	value, err := s.mintToken(ctx, systemOrigin(now), token)
+	value, err := api.mintToken(ctx, systemOrigin(now), token)
 	if err != nil {
 		return nil, fmt.Errorf("storing the token: %w", err)
 	}
@@ -542,15 +589,15 @@ func (s *server) firstProject(ctx context.Context, name string, key secret) (sec
 }
 
 // makeProject makes a project with one upstream, OpenAI with this key.
-func (s *server) makeProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
+func (api *manageAPI) makeProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
 	ms := at.UnixMilli()
 	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, routing: "{}", createdAt: ms, updatedAt: ms}
 	up := newUpstreamRow(project, ms)
 	in := upstreamInput{name: opt[string]{set: true, v: "primary"}, key: opt[secret]{set: true, v: key}}
-	if err := in.apply(s, up, true); err != nil {
+	if err := in.apply(api, up, true); err != nil {
 		return nil, nil, err
 	}
-	if err := s.store.addProject(ctx, systemOrigin(time.Now()), project, up); err != nil {
+	if err := api.store.addProject(ctx, systemOrigin(time.Now()), project, up); err != nil {
 		return nil, nil, fmt.Errorf("storing the project: %w", err)
 	}
 	return project, up, nil

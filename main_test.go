@@ -415,7 +415,7 @@ func TestDatabaseNotOurs(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			in, err := openInstance(t.Context(), p.in.cfg, p.in.log)
+			in, err := openInstance(t.Context(), p.in.cfg, p.in.log, nil)
 			if err == nil {
 				in.close()
 				t.Fatal("it was opened")
@@ -540,8 +540,8 @@ func TestPanicTellsNothing(t *testing.T) {
 	if a := p.chat(); a.status != 200 {
 		t.Errorf("the next call: %d %s", a.status, a.body)
 	}
-	if rows := p.ledger(); len(rows) != 2 || p.in.bodies.used.Load() != 0 {
-		t.Errorf("%d calls on record, %d bytes held", len(rows), p.in.bodies.used.Load())
+	if rows := p.ledger(); len(rows) != 2 || p.in.proxy.bodies.used.Load() != 0 {
+		t.Errorf("%d calls on record, %d bytes held", len(rows), p.in.proxy.bodies.used.Load())
 	}
 }
 

@@ -18,8 +18,27 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
+
+// A manageAPI is the JSON API under /manage.
+type manageAPI struct {
+	cfg       *config
+	log       *logger
+	store     *store
+	sealer    *sealer
+	registry  *registry
+	limits    *limitState
+	health    *healthBook
+	running   *runningCalls
+	addresses *addressReader
+	prices    *atomic.Pointer[priceTable]
+	gone      func() string // says what is wrong with the database file, "" if nothing
+	throttle  *failures     // of wrong management keys
+	wrongKeys failureNotes  // of wrong management keys on the audit trail
+	contents  *contentKey
+}
 
 // A manageRoute is one URL of /manage, the least role it needs and what
 // answers it.
@@ -30,57 +49,57 @@ type manageRoute struct {
 }
 
 // manageTable is every URL of /manage.
-func (s *server) manageTable() []manageRoute {
+func (api *manageAPI) manageTable() []manageRoute {
 	return []manageRoute{
-		{"GET /manage/projects", roleViewer, s.listProjects},
-		{"POST /manage/projects", roleAdmin, s.createProject},
-		{"GET /manage/projects/{id}", roleViewer, s.getProject},
-		{"PATCH /manage/projects/{id}", roleAdmin, s.patchProject},
-		{"DELETE /manage/projects/{id}", roleAdmin, s.deleteProject},
-		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, s.revokeProjectTokens},
-		{"DELETE /manage/projects/{id}/content", roleAdmin, s.eraseContent},
-		{"GET /manage/projects/{id}/route", roleViewer, s.tryRoute},
-		{"GET /manage/projects/{id}/upstreams", roleViewer, s.listUpstreams},
-		{"POST /manage/projects/{id}/upstreams", roleAdmin, s.createUpstream},
-		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, s.getUpstream},
-		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin, s.patchUpstream},
-		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, s.deleteUpstream},
-		{"GET /manage/tokens", roleViewer, s.listTokens},
-		{"POST /manage/tokens", roleOperator, s.createToken},
-		{"GET /manage/tokens/{id}", roleViewer, s.getToken},
-		{"PATCH /manage/tokens/{id}", roleOperator, s.patchToken},
-		{"DELETE /manage/tokens/{id}", roleOperator, s.revokeToken},
-		{"POST /manage/tokens/{id}/rotate", roleOperator, s.rotateToken},
-		{"GET /manage/usage", roleViewer, s.getUsage},
-		{"GET /manage/requests", roleViewer, s.listRequests},
-		{"GET /manage/requests/{id}", roleViewer, s.getRequest},
-		{"GET /manage/requests/{id}/content", roleAdmin, s.getContent},
-		{"GET /manage/streams", roleViewer, s.listStreams},
-		{"DELETE /manage/streams/{id}", roleOperator, s.cutStream},
-		{"GET /manage/prices", roleViewer, s.listPrices},
-		{"POST /manage/prices", roleAdmin, s.setPrice},
-		{"DELETE /manage/prices/{id}", roleAdmin, s.deletePrice},
-		{"GET /manage/audit", roleAdmin, s.listAudit},
-		{"GET /manage/keys", roleAdmin, s.listKeys},
-		{"POST /manage/keys", roleAdmin, s.createKey},
-		{"GET /manage/keys/{id}", roleAdmin, s.getKey},
-		{"PATCH /manage/keys/{id}", roleAdmin, s.patchKey},
-		{"DELETE /manage/keys/{id}", roleAdmin, s.revokeKey},
+		{"GET /manage/projects", roleViewer, api.listProjects},
+		{"POST /manage/projects", roleAdmin, api.createProject},
+		{"GET /manage/projects/{id}", roleViewer, api.getProject},
+		{"PATCH /manage/projects/{id}", roleAdmin, api.patchProject},
+		{"DELETE /manage/projects/{id}", roleAdmin, api.deleteProject},
+		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, api.revokeProjectTokens},
+		{"DELETE /manage/projects/{id}/content", roleAdmin, api.eraseContent},
+		{"GET /manage/projects/{id}/route", roleViewer, api.tryRoute},
+		{"GET /manage/projects/{id}/upstreams", roleViewer, api.listUpstreams},
+		{"POST /manage/projects/{id}/upstreams", roleAdmin, api.createUpstream},
+		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, api.getUpstream},
+		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.patchUpstream},
+		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream},
+		{"GET /manage/tokens", roleViewer, api.listTokens},
+		{"POST /manage/tokens", roleOperator, api.createToken},
+		{"GET /manage/tokens/{id}", roleViewer, api.getToken},
+		{"PATCH /manage/tokens/{id}", roleOperator, api.patchToken},
+		{"DELETE /manage/tokens/{id}", roleOperator, api.revokeToken},
+		{"POST /manage/tokens/{id}/rotate", roleOperator, api.rotateToken},
+		{"GET /manage/usage", roleViewer, api.getUsage},
+		{"GET /manage/requests", roleViewer, api.listRequests},
+		{"GET /manage/requests/{id}", roleViewer, api.getRequest},
+		{"GET /manage/requests/{id}/content", roleAdmin, api.getContent},
+		{"GET /manage/streams", roleViewer, api.listStreams},
+		{"DELETE /manage/streams/{id}", roleOperator, api.cutStream},
+		{"GET /manage/prices", roleViewer, api.listPrices},
+		{"POST /manage/prices", roleAdmin, api.setPrice},
+		{"DELETE /manage/prices/{id}", roleAdmin, api.deletePrice},
+		{"GET /manage/audit", roleAdmin, api.listAudit},
+		{"GET /manage/keys", roleAdmin, api.listKeys},
+		{"POST /manage/keys", roleAdmin, api.createKey},
+		{"GET /manage/keys/{id}", roleAdmin, api.getKey},
+		{"PATCH /manage/keys/{id}", roleAdmin, api.patchKey},
+		{"DELETE /manage/keys/{id}", roleAdmin, api.revokeKey},
 	}
 }
 
-func (s *server) manageRoutes() http.Handler {
+func (api *manageAPI) manageRoutes() http.Handler {
 	mux := http.NewServeMux()
 	methods := map[string][]string{}
-	for _, rt := range s.manageTable() {
-		mux.Handle(rt.pattern, s.manageHandler(rt))
+	for _, rt := range api.manageTable() {
+		mux.Handle(rt.pattern, api.manageHandler(rt))
 		method, path, _ := strings.Cut(rt.pattern, " ")
 		methods[path] = append(methods[path], method)
 	}
 	for path, allowed := range methods {
 		mux.Handle(path, wrongMethod(strings.Join(allowed, ", ")))
 	}
-	mux.HandleFunc("/manage/", s.notFound)
+	mux.HandleFunc("/manage/", notFound)
 	return mux
 }
 
@@ -115,16 +134,16 @@ type reply struct {
 const maxManageBody = 1 << 20
 
 // manageHandler lets a request in, or not, and writes what its handler returns.
-func (s *server) manageHandler(rt manageRoute) http.Handler {
+func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rep, err := s.manage(rt, w, r)
+		rep, err := api.manage(rt, w, r)
 		if err != nil {
-			s.writeManageError(w, r, err)
+			api.writeManageError(w, r, err)
 			return
 		}
 		body, err := json.Marshal(rep.body)
 		if err != nil {
-			s.writeManageError(w, r, err)
+			api.writeManageError(w, r, err)
 			return
 		}
 		if rep.version != 0 {
@@ -136,8 +155,8 @@ func (s *server) manageHandler(rt manageRoute) http.Handler {
 	})
 }
 
-func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*reply, error) {
-	who, err := s.authenticateManager(w, r)
+func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*reply, error) {
+	who, err := api.authenticateManager(w, r)
 	if err != nil {
 		return nil, err
 	}
@@ -146,7 +165,7 @@ func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) 
 			msg: "This needs the role " + string(rt.need) + "; this key has the role " + string(who.role) + "."}
 	}
 	now := time.Now()
-	req := &manageRequest{http: r, ctx: r.Context(), actor: who, by: s.originOf(w, r, who, now), now: now}
+	req := &manageRequest{http: r, ctx: r.Context(), actor: who, by: api.originOf(w, r, who, now), now: now}
 	if req.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
 	}
@@ -168,7 +187,7 @@ func (s *server) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) 
 		// but not in force, would let a revoked token live on.
 		req.ctx = context.WithoutCancel(req.ctx)
 	}
-	if why := s.gone(); why != "" { // nothing may be stored in a file that has no name any more
+	if why := api.gone(); why != "" { // nothing may be stored in a file that has no name any more
 		return nil, errUnavailable("store_unavailable", errors.New(why))
 	}
 	if req.match, err = ifMatch(r.Header["If-Match"]); err != nil {
@@ -213,7 +232,7 @@ func manageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 }
 
 // authenticateManager finds out whose management key the request presents.
-func (s *server) authenticateManager(w http.ResponseWriter, r *http.Request) (actor, error) {
+func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request) (actor, error) {
 	denied := errNoManager()
 	values := r.Header["Authorization"]
 	if len(values) != 1 {
@@ -224,25 +243,25 @@ func (s *server) authenticateManager(w http.ResponseWriter, r *http.Request) (ac
 		return actor{}, denied
 	}
 	now := time.Now()
-	return s.present(r.Context(), s.originOf(w, r, actor{}, now), r.Pattern, presented, now)
+	return api.present(r.Context(), api.originOf(w, r, actor{}, now), r.Pattern, presented, now)
 }
 
 // present returns who holds the management key that by presents at a door, or
 // why it is refused. A wrong key is on the audit trail then.
-func (s *server) present(ctx context.Context, by origin, door, presented string, now time.Time) (actor, error) {
-	who, err := s.manager(ctx, presented, now)
+func (api *manageAPI) present(ctx context.Context, by origin, door, presented string, now time.Time) (actor, error) {
+	who, err := api.manager(ctx, presented, now)
 	if !errors.Is(err, errNotFound) {
 		return who, err
 	}
 	by.actor = who.id
-	s.signInFailed(ctx, by, door, now)
+	api.signInFailed(ctx, by, door, now)
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
-	if wait := s.throttle.blocked(by.address, now); wait > 0 {
+	if wait := api.throttle.blocked(by.address, now); wait > 0 {
 		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
 			msg: "Too many wrong management keys from this address."}
 	}
-	s.throttle.add(by.address, now)
+	api.throttle.add(by.address, now)
 	return actor{}, errNoManager()
 }
 
@@ -256,10 +275,10 @@ func environmentActor() actor { return actor{actorEnvironment, "MANAGEMENT_TOKEN
 
 // manager returns who holds a management key, or errNotFound: with the key's id
 // if it is one that was valid once, and else with none.
-func (s *server) manager(ctx context.Context, presented string, now time.Time) (actor, error) {
-	if s.cfg.managementToken != nil {
+func (api *manageAPI) manager(ctx context.Context, presented string, now time.Time) (actor, error) {
+	if api.cfg.managementToken != nil {
 		// Hashes are compared: equal lengths, and no clue in the time taken.
-		want, got := sha256.Sum256([]byte(s.cfg.managementToken())), sha256.Sum256([]byte(presented))
+		want, got := sha256.Sum256([]byte(api.cfg.managementToken())), sha256.Sum256([]byte(presented))
 		if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
 			return environmentActor(), nil
 		}
@@ -268,7 +287,7 @@ func (s *server) manager(ctx context.Context, presented string, now time.Time) (
 	if !ok {
 		return actor{}, errNotFound
 	}
-	key, err := s.store.keyByHash(ctx, hash)
+	key, err := api.store.keyByHash(ctx, hash)
 	switch {
 	case errors.Is(err, errNotFound):
 		return actor{}, errNotFound
@@ -295,13 +314,13 @@ func manageError(err error) *apiError {
 	return asAPIError(err)
 }
 
-func (s *server) writeManageError(w http.ResponseWriter, r *http.Request, err error) {
+func (api *manageAPI) writeManageError(w http.ResponseWriter, r *http.Request, err error) {
 	e := manageError(err)
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	if e.status >= 500 {
-		s.log.Error("a management call failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.Pattern, "error", err)
+		api.log.Error("a management call failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.Pattern, "error", err)
 	}
 	writeError(w, e, false)
 }
@@ -446,11 +465,11 @@ type routeLineView struct {
 
 // tryRoute says which upstream of a project would get a call for a model now,
 // and why. It calls nobody.
-func (s *server) tryRoute(r *manageRequest) (*reply, error) {
+func (api *manageAPI) tryRoute(r *manageRequest) (*reply, error) {
 	if err := r.only("model", "api"); err != nil {
 		return nil, err
 	}
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -467,7 +486,7 @@ func (s *server) tryRoute(r *manageRequest) (*reply, error) {
 	if err := checkModelName("model", v.Model); err != nil {
 		return nil, err
 	}
-	st, err := s.registry.readProject(r.ctx, p.seq)
+	st, err := api.registry.readProject(r.ctx, p.seq)
 	if err != nil {
 		return nil, err
 	}
@@ -488,8 +507,8 @@ type healthView struct {
 	Running int64  `json:"running"`
 }
 
-func (s *server) showHealth(u *upstreamRow) healthView {
-	h := s.health.of(u.seq, u.id).row(time.Now().UnixMilli())
+func (api *manageAPI) showHealth(u *upstreamRow) healthView {
+	h := api.health.of(u.seq, u.id).row(time.Now().UnixMilli())
 	v := healthView{State: h.state.String(), Reason: h.reason, Running: h.running}
 	if h.state != keyReady {
 		v.Since, v.Until = new(stamp(h.changedAt)), new(stamp(h.until))
@@ -556,14 +575,14 @@ func (rc *runningCalls) cut(c *call, why *apiError) {
 	}
 }
 
-func (s *server) listStreams(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listStreams(r *manageRequest) (*reply, error) {
 	page, err := r.page("project_id", "token_id")
 	if err != nil {
 		return nil, err
 	}
 	project, token := r.query.Get("project_id"), r.query.Get("token_id")
 	var rows []streamView
-	for _, v := range s.running.admittedCalls(r.now) {
+	for _, v := range api.running.admittedCalls(r.now) {
 		if v.seq > page.seq && (project == "" || v.ProjectID == project) && (token == "" || v.TokenID == token) {
 			rows = append(rows, v)
 		}
@@ -575,15 +594,15 @@ func (s *server) listStreams(r *manageRequest) (*reply, error) {
 
 // cutStream ends a running call. Its client sees it break off; its row says who
 // did it.
-func (s *server) cutStream(r *manageRequest) (*reply, error) {
-	c := s.running.find(parseRequestID(r.path("id")))
+func (api *manageAPI) cutStream(r *manageRequest) (*reply, error) {
+	c := api.running.find(parseRequestID(r.path("id")))
 	if c == nil {
 		return nil, errNotFound
 	}
-	if err := s.store.note(r.ctx, r.by, act{"stream.cut", c.requestID, []fact{{"project_id", c.project.id}, {"token_id", c.state.id}}}); err != nil {
+	if err := api.store.note(r.ctx, r.by, act{"stream.cut", c.requestID, []fact{{"project_id", c.project.id}, {"token_id", c.state.id}}}); err != nil {
 		return nil, err // no audit, no change
 	}
-	s.running.cut(c, errCutByAdmin())
+	api.running.cut(c, errCutByAdmin())
 	return &reply{body: map[string]any{"id": r.path("id"), "deleted": true}}, nil
 }
 

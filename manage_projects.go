@@ -24,21 +24,21 @@ type projectView struct {
 }
 
 // showProject reads the project's upstreams to go with it.
-func (s *server) showProject(r *manageRequest, p *projectRow) (projectView, error) {
-	ups, err := s.store.upstreamsOf(r.ctx, p.seq)
+func (api *manageAPI) showProject(r *manageRequest, p *projectRow) (projectView, error) {
+	ups, err := api.store.upstreamsOf(r.ctx, p.seq)
 	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), json.RawMessage(p.routing), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt), nil}
 	for i := range ups {
-		v.Upstreams = append(v.Upstreams, s.showUpstream(&ups[i]))
+		v.Upstreams = append(v.Upstreams, api.showUpstream(&ups[i]))
 	}
 	return v, err
 }
 
-func (s *server) replyProject(r *manageRequest, status int, p *projectRow) (*reply, error) {
-	v, err := s.showProject(r, p)
+func (api *manageAPI) replyProject(r *manageRequest, status int, p *projectRow) (*reply, error) {
+	v, err := api.showProject(r, p)
 	return &reply{status, p.version, v}, err
 }
 
-func (s *server) listProjects(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listProjects(r *manageRequest) (*reply, error) {
 	page, err := r.page("active", "name")
 	if err != nil {
 		return nil, err
@@ -47,13 +47,13 @@ func (s *server) listProjects(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	rows, err := s.store.listProjects(r.ctx, page.seq, page.limit+1, active, r.query.Get("name"))
+	rows, err := api.store.listProjects(r.ctx, page.seq, page.limit+1, active, r.query.Get("name"))
 	if err != nil {
 		return nil, err
 	}
 	views := make([]projectView, 0, len(rows))
 	for i := range rows {
-		v, err := s.showProject(r, &rows[i])
+		v, err := api.showProject(r, &rows[i])
 		if err != nil {
 			return nil, err
 		}
@@ -67,7 +67,7 @@ func (s *server) listProjects(r *manageRequest) (*reply, error) {
 }
 
 // createProject makes a project and, when a key is given, its first upstream.
-func (s *server) createProject(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createProject(r *manageRequest) (*reply, error) {
 	var name, provider, baseURL opt[string]
 	var key, openaiKey opt[secret]
 	var active opt[bool]
@@ -105,38 +105,38 @@ func (s *server) createProject(r *manageRequest) (*reply, error) {
 	if key.given() {
 		in := upstreamInput{name: opt[string]{set: true, v: "primary"}, provider: provider, baseURL: baseURL, key: key}
 		up = newUpstreamRow(p, now)
-		if err := in.apply(s, up, true); err != nil {
+		if err := in.apply(api, up, true); err != nil {
 			return nil, err
 		}
 	} else if provider.set || baseURL.set {
 		return nil, &fieldError{"api_key", "is needed with provider or base_url"}
 	}
-	if err := s.store.addProject(r.ctx, r.by, p, up); err != nil {
+	if err := api.store.addProject(r.ctx, r.by, p, up); err != nil {
 		return nil, err
 	}
-	return s.replyProject(r, http.StatusCreated, p)
+	return api.replyProject(r, http.StatusCreated, p)
 }
 
-func (s *server) getProject(r *manageRequest) (*reply, error) {
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
+func (api *manageAPI) getProject(r *manageRequest) (*reply, error) {
+	p, err := api.store.projectByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.showProject(r, &p)
+	v, err := api.showProject(r, &p)
 	if err == nil {
-		v.Limits, err = s.projectLimits(r.ctx, &p, r.now.UnixMilli())
+		v.Limits, err = api.limits.projectLimits(r.ctx, &p, r.now.UnixMilli())
 	}
 	return &reply{0, p.version, v}, err
 }
 
-func (s *server) patchProject(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchProject(r *manageRequest) (*reply, error) {
 	var name opt[string]
 	var active opt[bool]
 	var pol, rt opt[json.RawMessage]
 	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol, "routing": &rt}, "policy", "routing"); err != nil {
 		return nil, err
 	}
-	p, err := s.store.changeProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
+	p, err := api.store.changeProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
 		if name.set {
 			if err := checkName(name.v); err != nil {
 				return err
@@ -165,10 +165,10 @@ func (s *server) patchProject(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.registry.projectChanged(r.ctx, p.seq, false); err != nil {
+	if err := api.registry.projectChanged(r.ctx, p.seq, false); err != nil {
 		return nil, err
 	}
-	return s.replyProject(r, 0, &p)
+	return api.replyProject(r, 0, &p)
 }
 
 // orEmpty returns an object that was given, or the empty one for null.
@@ -179,30 +179,30 @@ func orEmpty(p opt[json.RawMessage]) []byte {
 	return p.v
 }
 
-func (s *server) deleteProject(r *manageRequest) (*reply, error) {
-	p, err := s.store.deleteProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli())
+func (api *manageAPI) deleteProject(r *manageRequest) (*reply, error) {
+	p, err := api.store.deleteProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(s.registry.projectChanged(r.ctx, p.seq, true), s.registry.upstreamsChanged(r.ctx, p.seq, nil)); err != nil {
+	if err := errors.Join(api.registry.projectChanged(r.ctx, p.seq, true), api.registry.upstreamsChanged(r.ctx, p.seq, nil)); err != nil {
 		return nil, err
 	}
 	return &reply{body: map[string]any{"id": p.id, "deleted": true}}, nil
 }
 
-func (s *server) revokeProjectTokens(r *manageRequest) (*reply, error) {
+func (api *manageAPI) revokeProjectTokens(r *manageRequest) (*reply, error) {
 	if err := decodeObject(r.body, map[string]any{}); err != nil {
 		return nil, err
 	}
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
-	n, err := s.store.revokeTokens(r.ctx, r.by, p.id, r.now.UnixMilli())
+	n, err := api.store.revokeTokens(r.ctx, r.by, p.id, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
-	if err := s.registry.projectChanged(r.ctx, p.seq, true); err != nil {
+	if err := api.registry.projectChanged(r.ctx, p.seq, true); err != nil {
 		return nil, err
 	}
 	return &reply{body: map[string]any{"revoked": n}}, nil
@@ -236,12 +236,12 @@ type upstreamView struct {
 	Health        healthView      `json:"health"`
 }
 
-func (s *server) showUpstream(u *upstreamRow) upstreamView {
+func (api *manageAPI) showUpstream(u *upstreamRow) upstreamView {
 	var set upstreamSettings
 	_ = json.Unmarshal([]byte(u.settings), &set) // what we wrote
 	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
 		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.ConnectMS, set.AnswerMS, set.FirstEventMS, set.IdleMS,
-		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.shared), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), s.showHealth(u)}
+		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.shared), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), api.showHealth(u)}
 }
 
 // An upstreamInput is what an admin may say about an upstream.
@@ -265,7 +265,7 @@ func (in *upstreamInput) decode(body []byte) error {
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.
-func (in *upstreamInput) apply(s *server, row *upstreamRow, isNew bool) error {
+func (in *upstreamInput) apply(s *manageAPI, row *upstreamRow, isNew bool) error {
 	if err := in.applyIdentity(row, isNew); err != nil {
 		return err
 	}
@@ -416,7 +416,7 @@ func (in *upstreamInput) applySettings(row *upstreamRow) error {
 // applyDestination takes over where calls go, and the key. A change of where
 // they go needs the key anew: without that rule, whoever may edit a URL could
 // have the key sent to a server of theirs.
-func (in *upstreamInput) applyDestination(s *server, row *upstreamRow, isNew bool) error {
+func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew bool) error {
 	if isNew {
 		switch {
 		case in.baseURL.given():
@@ -453,64 +453,64 @@ func (in *upstreamInput) applyDestination(s *server, row *upstreamRow, isNew boo
 	return nil
 }
 
-func (s *server) listUpstreams(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listUpstreams(r *manageRequest) (*reply, error) {
 	if err := r.only(); err != nil {
 		return nil, err
 	}
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
-	rows, err := s.store.upstreamsOf(r.ctx, p.seq)
+	rows, err := api.store.upstreamsOf(r.ctx, p.seq)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, len(rows), s.showUpstream, func(*upstreamRow) string { return "" })}, nil
+	return &reply{body: pageOf(rows, len(rows), api.showUpstream, func(*upstreamRow) string { return "" })}, nil
 }
 
-func (s *server) createUpstream(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createUpstream(r *manageRequest) (*reply, error) {
 	var in upstreamInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
 	now := r.now.UnixMilli()
 	row := newUpstreamRow(&p, now)
-	if err := in.apply(s, row, true); err != nil {
+	if err := in.apply(api, row, true); err != nil {
 		return nil, err
 	}
-	if err := s.store.addUpstream(r.ctx, r.by, row, now); err != nil {
+	if err := api.store.addUpstream(r.ctx, r.by, row, now); err != nil {
 		return nil, err
 	}
-	if err := s.upstreamChanged(r, row); err != nil {
+	if err := api.upstreamChanged(r, row); err != nil {
 		return nil, err
 	}
-	return &reply{http.StatusCreated, row.version, s.showUpstream(row)}, nil
+	return &reply{http.StatusCreated, row.version, api.showUpstream(row)}, nil
 }
 
-func (s *server) getUpstream(r *manageRequest) (*reply, error) {
-	u, err := s.store.upstreamByID(r.ctx, r.path("id"), r.path("upstream"))
+func (api *manageAPI) getUpstream(r *manageRequest) (*reply, error) {
+	u, err := api.store.upstreamByID(r.ctx, r.path("id"), r.path("upstream"))
 	if err != nil {
 		return nil, err
 	}
-	return &reply{0, u.version, s.showUpstream(&u)}, nil
+	return &reply{0, u.version, api.showUpstream(&u)}, nil
 }
 
-func (s *server) patchUpstream(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchUpstream(r *manageRequest) (*reply, error) {
 	var in upstreamInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	return s.changeUpstream(r, func(u *upstreamRow) (bool, error) { return false, in.apply(s, u, false) })
+	return api.changeUpstream(r, func(u *upstreamRow) (bool, error) { return false, in.apply(api, u, false) })
 }
 
 // deleteUpstream takes an upstream out of use and wipes its key. The row stays,
 // for the ledger names it.
-func (s *server) deleteUpstream(r *manageRequest) (*reply, error) {
-	rep, err := s.changeUpstream(r, func(u *upstreamRow) (bool, error) {
+func (api *manageAPI) deleteUpstream(r *manageRequest) (*reply, error) {
+	rep, err := api.changeUpstream(r, func(u *upstreamRow) (bool, error) {
 		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
 		return true, nil
 	})
@@ -520,20 +520,20 @@ func (s *server) deleteUpstream(r *manageRequest) (*reply, error) {
 	return &reply{body: map[string]any{"id": rep.body.(upstreamView).ID, "deleted": true}}, nil
 }
 
-func (s *server) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*reply, error) {
-	u, err := s.store.changeUpstream(r.ctx, r.by, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
+func (api *manageAPI) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*reply, error) {
+	u, err := api.store.changeUpstream(r.ctx, r.by, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}
-	s.health.forget(u.seq, r.now.UnixMilli())
-	if err := s.upstreamChanged(r, &u); err != nil {
+	api.health.forget(u.seq, r.now.UnixMilli())
+	if err := api.upstreamChanged(r, &u); err != nil {
 		return nil, err
 	}
-	return &reply{0, u.version, s.showUpstream(&u)}, nil
+	return &reply{0, u.version, api.showUpstream(&u)}, nil
 }
 
 // upstreamChanged puts a changed upstream in force, wherever it serves.
-func (s *server) upstreamChanged(r *manageRequest, u *upstreamRow) error {
-	sharers, err := s.store.sharers(r.ctx, u.seq)
-	return errors.Join(err, s.registry.upstreamsChanged(r.ctx, u.project, sharers))
+func (api *manageAPI) upstreamChanged(r *manageRequest, u *upstreamRow) error {
+	sharers, err := api.store.sharers(r.ctx, u.seq)
+	return errors.Join(err, api.registry.upstreamsChanged(r.ctx, u.project, sharers))
 }

@@ -31,9 +31,9 @@ type tokenView struct {
 	Token             string          `json:"token,omitempty"`
 }
 
-func (s *server) showToken(t *tokenRow, now time.Time) tokenView {
+func (api *manageAPI) showToken(t *tokenRow, now time.Time) tokenView {
 	ms := now.UnixMilli()
-	t = s.upToDate(t, ms)
+	t = api.limits.upToDate(t, ms)
 	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: stampOf(t.expiresAt), RevokedAt: stampOf(t.revokedAt),
 		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: stampOf(t.lastUsedAt),
 		Version: t.version, CreatedAt: stamp(t.createdAt), UpdatedAt: stamp(t.updatedAt)}
@@ -48,7 +48,7 @@ func (s *server) showToken(t *tokenRow, now time.Time) tokenView {
 	return v
 }
 
-func (s *server) listTokens(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listTokens(r *manageRequest) (*reply, error) {
 	page, err := r.page("project_id", "active", "name")
 	if err != nil {
 		return nil, err
@@ -59,16 +59,16 @@ func (s *server) listTokens(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	if f.project != "" {
-		if _, err := s.store.projectByID(r.ctx, f.project); err != nil {
+		if _, err := api.store.projectByID(r.ctx, f.project); err != nil {
 			return nil, unknownProject(err)
 		}
 	}
-	rows, err := s.store.listTokens(r.ctx, f)
+	rows, err := api.store.listTokens(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
 	return &reply{body: pageOf(rows, page.limit,
-		func(t *tokenRow) tokenView { return s.showToken(t, r.now) },
+		func(t *tokenRow) tokenView { return api.showToken(t, r.now) },
 		func(t *tokenRow) string { return cursor(t.seq, t.name) })}, nil
 }
 
@@ -190,7 +190,7 @@ func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
 // defaultLifetime is for a token whose maker says nothing about its end.
 const defaultLifetime = 30 * 24 * time.Hour
 
-func (s *server) createToken(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createToken(r *manageRequest) (*reply, error) {
 	var in tokenInput
 	fields := in.fields()
 	fields["project_id"] = &in.projectID
@@ -206,22 +206,22 @@ func (s *server) createToken(r *manageRequest) (*reply, error) {
 	if err := in.apply(t, r.now); err != nil {
 		return nil, err
 	}
-	value, err := s.mintToken(r.ctx, r.by, t)
+	value, err := api.mintToken(r.ctx, r.by, t)
 	if err != nil {
 		return nil, unknownProject(err)
 	}
-	v := s.showToken(t, r.now)
+	v := api.showToken(t, r.now)
 	v.Token = value()
 	return &reply{http.StatusCreated, t.version, v}, nil
 }
 
 // mintToken gives t a value and stores it.
-func (s *server) mintToken(ctx context.Context, by origin, t *tokenRow) (secret, error) {
+func (api *manageAPI) mintToken(ctx context.Context, by origin, t *tokenRow) (secret, error) {
 	for range 5 { // a public part that is taken is a matter of luck
 		value, public := mintCredential(tokenPrefix, "")
 		hash, _, _ := hashCredential(tokenPrefix, value())
 		t.id, t.hash = "tok_"+public, hash[:]
-		err := s.store.addToken(ctx, by, t)
+		err := api.store.addToken(ctx, by, t)
 		if errors.Is(err, errTaken) {
 			continue
 		}
@@ -230,24 +230,24 @@ func (s *server) mintToken(ctx context.Context, by origin, t *tokenRow) (secret,
 	return nil, errors.New("no free token id was found")
 }
 
-func (s *server) getToken(r *manageRequest) (*reply, error) {
-	t, err := s.store.tokenByID(r.ctx, r.path("id"))
+func (api *manageAPI) getToken(r *manageRequest) (*reply, error) {
+	t, err := api.store.tokenByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
-	v := s.showToken(&t, r.now)
-	if v.Limits, err = s.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
+	v := api.showToken(&t, r.now)
+	if v.Limits, err = api.limits.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
 		return nil, err
 	}
 	return &reply{0, t.version, v}, nil
 }
 
-func (s *server) patchToken(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchToken(r *manageRequest) (*reply, error) {
 	var in tokenInput
 	if err := decodeObject(r.body, in.fields(), tokenNullable()...); err != nil {
 		return nil, err
 	}
-	return s.changeToken(r, func(t *tokenRow) error {
+	return api.changeToken(r, func(t *tokenRow) error {
 		if t.revokedAt != nil {
 			return errRevoked("token")
 		}
@@ -260,8 +260,8 @@ func errRevoked(what string) error {
 }
 
 // revokeToken ends a token for good. Revoking twice keeps the first time.
-func (s *server) revokeToken(r *manageRequest) (*reply, error) {
-	return s.changeToken(r, func(t *tokenRow) error {
+func (api *manageAPI) revokeToken(r *manageRequest) (*reply, error) {
+	return api.changeToken(r, func(t *tokenRow) error {
 		if t.revokedAt == nil {
 			t.revokedAt = new(r.now.UnixMilli())
 		}
@@ -270,15 +270,15 @@ func (s *server) revokeToken(r *manageRequest) (*reply, error) {
 }
 
 // changeToken stores a change and puts it in force before it returns.
-func (s *server) changeToken(r *manageRequest, change func(*tokenRow) error) (*reply, error) {
-	t, err := s.store.changeToken(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
+func (api *manageAPI) changeToken(r *manageRequest, change func(*tokenRow) error) (*reply, error) {
+	t, err := api.store.changeToken(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.registry.tokenChanged(&t); err != nil {
+	if err := api.registry.tokenChanged(&t); err != nil {
 		return nil, err
 	}
-	return &reply{0, t.version, s.showToken(&t, r.now)}, nil
+	return &reply{0, t.version, api.showToken(&t, r.now)}, nil
 }
 
 const (
@@ -288,7 +288,7 @@ const (
 
 // rotateToken gives a token a new value. Its id, limits and counts stay; the
 // value before works until the overlap ends, one before that no more.
-func (s *server) rotateToken(r *manageRequest) (*reply, error) {
+func (api *manageAPI) rotateToken(r *manageRequest) (*reply, error) {
 	overlap := opt[int64]{v: defaultOverlap}
 	if err := decodeObject(r.body, map[string]any{"overlap_minutes": &overlap}); err != nil {
 		return nil, err
@@ -297,7 +297,7 @@ func (s *server) rotateToken(r *manageRequest) (*reply, error) {
 		return nil, &fieldError{"overlap_minutes", "must be from 0 to 43200 (30 days)"}
 	}
 	var value secret
-	rep, err := s.changeToken(r, func(t *tokenRow) error {
+	rep, err := api.changeToken(r, func(t *tokenRow) error {
 		if t.revokedAt != nil {
 			return errRevoked("token")
 		}
@@ -334,12 +334,12 @@ func showKey(k *keyRow, now time.Time) keyView {
 		Version: k.version, CreatedAt: stamp(k.createdAt), UpdatedAt: stamp(k.updatedAt)}
 }
 
-func (s *server) listKeys(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listKeys(r *manageRequest) (*reply, error) {
 	page, err := r.page()
 	if err != nil {
 		return nil, err
 	}
-	rows, err := s.store.listKeys(r.ctx, page.seq, page.limit+1)
+	rows, err := api.store.listKeys(r.ctx, page.seq, page.limit+1)
 	if err != nil {
 		return nil, err
 	}
@@ -377,7 +377,7 @@ func (in *keyInput) apply(k *keyRow, now time.Time) error {
 	return nil
 }
 
-func (s *server) createKey(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createKey(r *manageRequest) (*reply, error) {
 	var in keyInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
@@ -388,7 +388,7 @@ func (s *server) createKey(r *manageRequest) (*reply, error) {
 		return nil, err
 	}
 	value := mintKey(k)
-	if err := s.store.addKey(r.ctx, r.by, k); err != nil {
+	if err := api.store.addKey(r.ctx, r.by, k); err != nil {
 		return nil, err
 	}
 	v := showKey(k, r.now)
@@ -404,20 +404,20 @@ func mintKey(k *keyRow) secret {
 	return value
 }
 
-func (s *server) getKey(r *manageRequest) (*reply, error) {
-	k, err := s.store.keyByID(r.ctx, r.path("id"))
+func (api *manageAPI) getKey(r *manageRequest) (*reply, error) {
+	k, err := api.store.keyByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
 	return &reply{0, k.version, showKey(&k, r.now)}, nil
 }
 
-func (s *server) patchKey(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchKey(r *manageRequest) (*reply, error) {
 	var in keyInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	return s.changeKey(r, func(k *keyRow) error {
+	return api.changeKey(r, func(k *keyRow) error {
 		if k.revokedAt != nil {
 			return errRevoked("key")
 		}
@@ -425,8 +425,8 @@ func (s *server) patchKey(r *manageRequest) (*reply, error) {
 	})
 }
 
-func (s *server) revokeKey(r *manageRequest) (*reply, error) {
-	return s.changeKey(r, func(k *keyRow) error {
+func (api *manageAPI) revokeKey(r *manageRequest) (*reply, error) {
+	return api.changeKey(r, func(k *keyRow) error {
 		if k.revokedAt == nil {
 			k.revokedAt = new(r.now.UnixMilli())
 		}
@@ -436,11 +436,11 @@ func (s *server) revokeKey(r *manageRequest) (*reply, error) {
 
 // changeKey stores a change of a key. A key cannot take its own rights away:
 // that would lock out who holds the only one.
-func (s *server) changeKey(r *manageRequest, change func(*keyRow) error) (*reply, error) {
+func (api *manageAPI) changeKey(r *manageRequest, change func(*keyRow) error) (*reply, error) {
 	if r.path("id") == r.actor.id {
 		return nil, &fieldError{"", "A key cannot change or revoke itself. Use another admin key."}
 	}
-	k, err := s.store.changeKey(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
+	k, err := api.store.changeKey(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}

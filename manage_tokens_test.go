@@ -358,7 +358,7 @@ func TestManagementKeys(t *testing.T) {
 // ownKey returns the id of the key that the test uses.
 func (p *testProxy) ownKey() string {
 	p.t.Helper()
-	who, err := p.in.manager(context.Background(), p.adminKey, time.Now())
+	who, err := p.in.manage.manager(context.Background(), p.adminKey, time.Now())
 	if err != nil {
 		p.t.Fatal(err)
 	}

@@ -65,19 +65,19 @@ func millis(us *int64) *float64 {
 	return new(float64(*us) / 1000)
 }
 
-func (s *server) getRequest(r *manageRequest) (*reply, error) {
+func (api *manageAPI) getRequest(r *manageRequest) (*reply, error) {
 	id := parseRequestID(r.path("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
-	v, err := s.store.requestByID(r.ctx, id)
+	v, err := api.store.requestByID(r.ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	return &reply{body: showRequest(&v)}, nil
 }
 
-func (s *server) listRequests(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listRequests(r *manageRequest) (*reply, error) {
 	page, err := r.page("project_id", "token_id", "outcome", "from", "to")
 	if err != nil {
 		return nil, err
@@ -100,7 +100,7 @@ func (s *server) listRequests(r *manageRequest) (*reply, error) {
 	if page.seq > 0 {
 		f.before = min(f.before, page.seq)
 	}
-	rows, next, err := s.store.pageRequests(r.ctx, f)
+	rows, next, err := api.store.pageRequests(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
@@ -161,7 +161,7 @@ type usageReply struct {
 const maxUsageRows = 10_000
 
 // getUsage adds up the sums of a span of time, by time and by group.
-func (s *server) getUsage(r *manageRequest) (*reply, error) {
+func (api *manageAPI) getUsage(r *manageRequest) (*reply, error) {
 	if err := r.only("interval", "group_by", "project_id", "token_id", "from", "to"); err != nil {
 		return nil, err
 	}
@@ -190,7 +190,7 @@ func (s *server) getUsage(r *manageRequest) (*reply, error) {
 	}
 	q.from = from.UnixMilli() - from.UnixMilli()%unit // whole units: a part of one cannot be told
 	q.to = to.UnixMilli()
-	rows, err := s.store.usage(r.ctx, q)
+	rows, err := api.store.usage(r.ctx, q)
 	if errors.Is(err, errTooMany) {
 		return nil, badRequest("too_many_rows", "", "The answer would have more than 10,000 rows. Ask for one project, a shorter time, a longer interval or fewer groups.")
 	}
@@ -271,12 +271,12 @@ func (p *priceRow) kinds() []**int64 {
 
 // listPrices returns the operator's own prices, or with ?model= the price that
 // a model has now, from whichever list, or nothing if nobody knows.
-func (s *server) listPrices(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listPrices(r *manageRequest) (*reply, error) {
 	if err := r.only("model", "provider"); err != nil {
 		return nil, err
 	}
 	if model := r.query.Get("model"); model != "" {
-		p, ok := s.prices.Load().lookup(r.query.Get("provider"), model)
+		p, ok := api.prices.Load().lookup(r.query.Get("provider"), model)
 		if !ok {
 			return &reply{body: list[priceView]{Data: []priceView{}}}, nil
 		}
@@ -288,14 +288,14 @@ func (s *server) listPrices(r *manageRequest) (*reply, error) {
 		}
 		return &reply{body: list[priceView]{Data: []priceView{showPrice(&row)}}}, nil
 	}
-	rows, err := s.store.listPrices(r.ctx)
+	rows, err := api.store.listPrices(r.ctx)
 	if err != nil {
 		return nil, err
 	}
 	return &reply{body: pageOf(rows, len(rows), showPrice, func(*priceRow) string { return "" })}, nil
 }
 
-func (s *server) setPrice(r *manageRequest) (*reply, error) {
+func (api *manageAPI) setPrice(r *manageRequest) (*reply, error) {
 	var match opt[string]
 	names := []string{"input", "cached_input", "cache_write", "output", "audio_input", "audio_output"}
 	given := make([]opt[json.RawMessage], len(names))
@@ -323,37 +323,37 @@ func (s *server) setPrice(r *manageRequest) (*reply, error) {
 	if row.input == nil && row.output == nil {
 		return nil, &fieldError{"input", "or output is needed"}
 	}
-	if err := s.store.setPrice(r.ctx, r.by, row); err != nil {
+	if err := api.store.setPrice(r.ctx, r.by, row); err != nil {
 		return nil, err
 	}
-	if err := s.loadPrices(r); err != nil {
+	if err := api.loadPrices(r); err != nil {
 		return nil, err
 	}
 	return &reply{status: http.StatusCreated, body: showPrice(row)}, nil
 }
 
-func (s *server) deletePrice(r *manageRequest) (*reply, error) {
-	if err := s.store.deletePrice(r.ctx, r.by, r.path("id")); err != nil {
+func (api *manageAPI) deletePrice(r *manageRequest) (*reply, error) {
+	if err := api.store.deletePrice(r.ctx, r.by, r.path("id")); err != nil {
 		return nil, err
 	}
-	if err := s.loadPrices(r); err != nil {
+	if err := api.loadPrices(r); err != nil {
 		return nil, err
 	}
 	return &reply{body: map[string]any{"id": r.path("id"), "deleted": true}}, nil
 }
 
-func (s *server) loadPrices(r *manageRequest) error {
-	t, err := pricesOf(r.ctx, s.store)
+func (api *manageAPI) loadPrices(r *manageRequest) error {
+	t, err := pricesOf(r.ctx, api.store)
 	if err != nil {
 		return fmt.Errorf("the price is stored, but not yet in force: %w", err)
 	}
-	s.prices.Store(t)
+	api.prices.Store(t)
 	return nil
 }
 
 // originOf says who makes a request, for the audit trail.
-func (s *server) originOf(w http.ResponseWriter, r *http.Request, who actor, now time.Time) origin {
-	return origin{actor: who.id, role: who.role, address: s.clientAddress(r), requestID: w.Header().Get("X-Request-Id"), at: now.UnixMilli()}
+func (api *manageAPI) originOf(w http.ResponseWriter, r *http.Request, who actor, now time.Time) origin {
+	return origin{actor: who.id, role: who.role, address: api.addresses.clientAddress(r), requestID: w.Header().Get("X-Request-Id"), at: now.UnixMilli()}
 }
 
 // failureNotes decides which wrong management keys get an entry of their own.
@@ -420,27 +420,27 @@ func (f *failureNotes) rest(now time.Time, end bool) (left int64) {
 // signInFailed puts a wrong management key on the trail. by.actor is the key's
 // id if it is one that was valid once. Whoever presented it is refused in any
 // case, so trouble with the trail is for the log alone.
-func (s *server) signInFailed(ctx context.Context, by origin, door string, now time.Time) {
-	ok, left := s.wrongKeys.note(now)
+func (api *manageAPI) signInFailed(ctx context.Context, by origin, door string, now time.Time) {
+	ok, left := api.wrongKeys.note(now)
 	if !ok {
 		return
 	}
-	s.noteFailure(ctx, by, door, left, 1)
+	api.noteFailure(ctx, by, door, left, 1)
 }
 
 // noteFailure adds an entry that tells of failed sign-ins: of so many that were
 // left out before, and of one more or none. It waits no longer than a few seconds, but for as long as it needs:
 // who presents a key must not be able to keep it off the trail by leaving.
-func (s *server) noteFailure(ctx context.Context, by origin, door string, left, more int64) {
+func (api *manageAPI) noteFailure(ctx context.Context, by origin, door string, left, more int64) {
 	a := act{action: actionSignInFailed, object: door}
 	if left > 0 {
 		a.detail = []fact{{"left_out", left}}
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	if err := s.store.note(ctx, by, a); err != nil {
-		s.wrongKeys.add(left + more)
-		s.log.Error("a failed sign-in could not be put on the audit trail", "request_id", by.requestID, "address", by.address, "error", err)
+	if err := api.store.note(ctx, by, a); err != nil {
+		api.wrongKeys.add(left + more)
+		api.log.Error("a failed sign-in could not be put on the audit trail", "request_id", by.requestID, "address", by.address, "error", err)
 	}
 }
 
@@ -448,7 +448,7 @@ func (s *server) noteFailure(ctx context.Context, by origin, door string, left, 
 // left out, and logs where the trail ends, if that is not where it was logged
 // last: a log that is kept elsewhere shows later that nothing up to there was
 // removed.
-func (s *server) keepTrail(ctx context.Context, every time.Duration, logged int64) {
+func (api *manageAPI) keepTrail(ctx context.Context, every time.Duration, logged int64) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for end := false; !end; {
@@ -458,12 +458,12 @@ func (s *server) keepTrail(ctx context.Context, every time.Duration, logged int6
 			now, end = time.Now(), true
 		case now = <-tick.C:
 		}
-		if left := s.wrongKeys.rest(now, end); left > 0 {
-			s.noteFailure(ctx, systemOrigin(now), "", left, 0)
+		if left := api.wrongKeys.rest(now, end); left > 0 {
+			api.noteFailure(ctx, systemOrigin(now), "", left, 0)
 		}
-		if h, ok, _, err := s.store.auditHead(context.WithoutCancel(ctx), s.store.chain); err == nil && ok && h.seq != logged {
+		if h, ok, _, err := api.store.auditHead(context.WithoutCancel(ctx), api.store.chain); err == nil && ok && h.seq != logged {
 			logged = h.seq
-			s.log.Info("the audit trail ends here", "head", h.String())
+			api.log.Info("the audit trail ends here", "head", h.String())
 		}
 	}
 }
@@ -490,7 +490,7 @@ func showAudit(r *auditRow) auditView {
 }
 
 // listAudit lists the audit trail, newest first.
-func (s *server) listAudit(r *manageRequest) (*reply, error) {
+func (api *manageAPI) listAudit(r *manageRequest) (*reply, error) {
 	page, err := r.page("actor", "action", "object", "from", "to")
 	if err != nil {
 		return nil, err
@@ -513,7 +513,7 @@ func (s *server) listAudit(r *manageRequest) (*reply, error) {
 			return nil, badRequest("invalid_value", "after", "after must be the value of next in an earlier answer.")
 		}
 	}
-	rows, err := s.store.listAudit(r.ctx, f)
+	rows, err := api.store.listAudit(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
@@ -554,7 +554,7 @@ func showBody(kept string, size int64) bodyView {
 	return v
 }
 
-func (s *server) getContent(r *manageRequest) (*reply, error) {
+func (api *manageAPI) getContent(r *manageRequest) (*reply, error) {
 	if err := r.only(); err != nil {
 		return nil, err
 	}
@@ -562,7 +562,7 @@ func (s *server) getContent(r *manageRequest) (*reply, error) {
 	if id == 0 {
 		return nil, errNotFound
 	}
-	v, err := s.revealContent(r, id)
+	v, err := api.revealContent(r, id)
 	if err != nil {
 		return nil, err
 	}
@@ -570,15 +570,15 @@ func (s *server) getContent(r *manageRequest) (*reply, error) {
 }
 
 // revealContent returns a call's content, after the audit trail says who saw it.
-func (s *server) revealContent(r *manageRequest, id int64) (*contentView, error) {
-	row, err := s.store.contentByID(r.ctx, id, r.now.UnixMilli())
+func (api *manageAPI) revealContent(r *manageRequest, id int64) (*contentView, error) {
+	row, err := api.store.contentByID(r.ctx, id, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
-	if err := s.store.note(r.ctx, r.by, act{actionReveal, requestID(id), []fact{{"what", "content"}}}); err != nil {
+	if err := api.store.note(r.ctx, r.by, act{actionReveal, requestID(id), []fact{{"what", "content"}}}); err != nil {
 		return nil, fmt.Errorf("noting who saw content: %w", err)
 	}
-	request, answer, err := s.contents.open(row)
+	request, answer, err := api.contents.open(row)
 	if err != nil {
 		return nil, fmt.Errorf("content of %s: %w", requestID(id), err)
 	}
@@ -587,17 +587,17 @@ func (s *server) revealContent(r *manageRequest, id int64) (*contentView, error)
 
 // eraseContent deletes all that is kept of a project's calls, in steps between
 // which calls are written.
-func (s *server) eraseContent(r *manageRequest) (*reply, error) {
-	p, err := s.store.projectByID(r.ctx, r.path("id"))
+func (api *manageAPI) eraseContent(r *manageRequest) (*reply, error) {
+	p, err := api.store.projectByID(r.ctx, r.path("id"))
 	if err != nil {
 		return nil, err
 	}
-	if err := s.store.note(r.ctx, r.by, act{actionErase, p.id, nil}); err != nil {
+	if err := api.store.note(r.ctx, r.by, act{actionErase, p.id, nil}); err != nil {
 		return nil, fmt.Errorf("noting who erases content: %w", err)
 	}
 	var erased int64
 	for {
-		n, err := s.store.dropProjectContents(r.ctx, p.seq, 100)
+		n, err := api.store.dropProjectContents(r.ctx, p.seq, 100)
 		if err != nil {
 			return nil, err
 		}

@@ -348,16 +348,31 @@ func (t *metricsText) histogram(h *histogram, bounds *[13]int64, pairs ...string
 	t.family = name
 }
 
+// An exporter writes the page of metrics.
+type exporter struct {
+	cfg          *config
+	metrics      *metrics
+	endpoints    *endpointTable
+	registry     *registry
+	health       *healthBook
+	ledger       *ledger
+	running      *runningCalls
+	bodies       *bodyMemory
+	diskUse      func(context.Context) (diskUse, error)
+	linesDropped func() int64 // nil: nobody counts
+	started      time.Time
+}
+
 // metricsPage writes the page.
-func (s *server) metricsPage(ctx context.Context) []byte {
+func (e *exporter) metricsPage(ctx context.Context) []byte {
 	t := &metricsText{b: make([]byte, 0, 64<<10)}
-	s.metrics.showCalls(t, s.endpoints)
-	s.metrics.showModels(t)
-	s.metrics.showSeries(t)
-	s.showRunning(t)
-	s.showLedger(t)
-	s.showDisk(ctx, t)
-	showRuntime(t, s.started)
+	e.metrics.showCalls(t, e.endpoints)
+	e.metrics.showModels(t)
+	e.metrics.showSeries(t)
+	e.showRunning(t)
+	e.showLedger(t)
+	e.showDisk(ctx, t)
+	showRuntime(t, e.started)
 	return t.b
 }
 
@@ -484,38 +499,38 @@ func (m *metrics) showSeries(t *metricsText) {
 }
 
 // showRunning writes what is going on now.
-func (s *server) showRunning(t *metricsText) {
+func (e *exporter) showRunning(t *metricsText) {
 	t.about("running_calls", "gauge", "Calls that are running, by what they wait for.")
-	for i, n := range s.running.phases() {
+	for i, n := range e.running.phases() {
 		t.int(n, "phase", phaseNames[i])
 	}
 	t.about("running_calls_max", "gauge", "MAX_CONCURRENT_CALLS.")
-	t.int(s.cfg.maxCalls)
+	t.int(e.cfg.maxCalls)
 	t.about("running_streams", "gauge", "Event streams that are being relayed.")
-	t.int(s.metrics.streams.Load())
+	t.int(e.metrics.streams.Load())
 	t.about("draining", "gauge", "1 while new calls are refused because the program is ending.")
-	t.int(oneIf(s.running.isDraining()))
+	t.int(oneIf(e.running.isDraining()))
 	t.about("connections", "gauge", "Connections that clients have open.")
-	t.int(s.metrics.open.Load())
+	t.int(e.metrics.open.Load())
 	t.about("connections_max", "gauge", "MAX_CONNECTIONS.")
-	t.int(s.cfg.maxConnections)
+	t.int(e.cfg.maxConnections)
 	t.about("body_memory_bytes", "gauge", "Memory that request bodies take.")
-	t.int(s.bodies.used.Load())
+	t.int(e.bodies.used.Load())
 	t.about("body_memory_max_bytes", "gauge", "BODY_MEMORY.")
-	t.int(s.bodies.limit)
+	t.int(e.bodies.limit)
 	t.about("log_lines_left_out_total", "counter", "Log lines about callers without a key that were not written, so as not to fill the disk.")
-	t.int(s.metrics.leftOut.Load())
+	t.int(e.metrics.leftOut.Load())
 	t.about("log_lines_dropped_total", "counter", "Log lines that were lost because their reader was too slow.")
-	if s.linesDropped != nil {
-		t.int(s.linesDropped())
+	if e.linesDropped != nil {
+		t.int(e.linesDropped())
 	} else {
 		t.int(0)
 	}
 	t.about("upstreams", "gauge", "Upstreams of projects that were used since the start, by what is known of their keys.")
-	for state, n := range s.health.count(time.Now().UnixMilli()) {
+	for state, n := range e.health.count(time.Now().UnixMilli()) {
 		t.int(n, "state", keyState(state).String())
 	}
-	tokens, projects := s.registry.size()
+	tokens, projects := e.registry.size()
 	t.about("registry_tokens", "gauge", "Tokens held in memory because they were used of late.")
 	t.int(tokens)
 	t.about("registry_projects", "gauge", "Projects held in memory.")
@@ -529,25 +544,25 @@ func oneIf(b bool) int64 {
 	return 0
 }
 
-func (s *server) showLedger(t *metricsText) {
-	begins, settles := s.ledger.backlog()
+func (e *exporter) showLedger(t *metricsText) {
+	begins, settles := e.ledger.backlog()
 	t.about("ledger_queue_rows", "gauge", "Rows that wait to be committed.")
 	t.int(begins, "kind", "begin")
 	t.int(settles, "kind", "settle")
 	t.about("ledger_failing", "gauge", "1 while the ledger cannot be written; calls are refused then.")
-	t.int(oneIf(!s.ledger.healthy()))
+	t.int(oneIf(!e.ledger.healthy()))
 	t.about("ledger_commit_seconds", "histogram", "Time to commit one batch of rows.")
-	t.histogram(&s.ledger.commits, &fastBounds)
+	t.histogram(&e.ledger.commits, &fastBounds)
 	t.about("ledger_rows_total", "counter", "What was committed: a note and a row for an admitted call, a row for a refused one.")
-	t.int(s.ledger.rows.Load())
+	t.int(e.ledger.rows.Load())
 }
 
 // showDisk writes sizes; what cannot be read now is left out.
-func (s *server) showDisk(ctx context.Context, t *metricsText) {
-	if s.diskUse == nil {
+func (e *exporter) showDisk(ctx context.Context, t *metricsText) {
+	if e.diskUse == nil {
 		return
 	}
-	use, err := s.diskUse(ctx)
+	use, err := e.diskUse(ctx)
 	if err != nil {
 		return
 	}

@@ -326,7 +326,7 @@ func TestMetricsInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	in := &instance{server: &server{cfg: &config{listenAddr: "127.0.0.1:0", metricsAddr: l.Addr().String()}}, stop: func() {}}
+	in := &instance{cfg: &config{listenAddr: "127.0.0.1:0", metricsAddr: l.Addr().String()}, stop: func() {}}
 	if err := in.listen(); err == nil || !strings.Contains(err.Error(), "METRICS_ADDR") {
 		t.Errorf("got %v", err)
 	}

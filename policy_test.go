@@ -747,7 +747,7 @@ func (p *testProxy) asStored(id string) (out []float64) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	views, err := p.in.storedLimits(context.Background(), row.policy, false, row.project, row.seq, time.Now().UnixMilli())
+	views, err := p.in.manage.limits.storedLimits(context.Background(), row.policy, false, row.project, row.seq, time.Now().UnixMilli())
 	if err != nil {
 		p.t.Fatal(err)
 	}

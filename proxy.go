@@ -6,9 +6,11 @@ package main
 import (
 	"context"
 	"errors"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -92,59 +94,82 @@ func (c *call) end(why *apiError) {
 	}
 }
 
+// A proxy carries /v1 calls to providers. It alone holds the transport.
+type proxy struct {
+	cfg       *config
+	log       *logger
+	quietLog  *log.Logger // for net/http's own notes, at debug
+	registry  *registry
+	limits    *limitState
+	ledger    *ledger
+	running   *runningCalls
+	endpoints *endpointTable
+	transport *http.Transport
+	buffers   *bufferPool
+	nowhere   *url.URL // empty
+	bodies    *bodyMemory
+	ids       *idSource
+	addresses *addressReader
+	prices    *atomic.Pointer[priceTable]
+	gone      func() string // says what is wrong with the database file, "" if nothing
+	strangers *lineLimit    // of log lines about callers without a key
+	metrics   *metrics
+	contents  *contentKey
+}
+
 // handleV1 carries one call to the provider and back. Each step may end it;
 // none is repeated.
-func (s *server) handleV1(w http.ResponseWriter, r *http.Request) {
-	c := s.newCall(w, r)
-	if err := s.identify(c, r); err != nil { // who
-		s.refuse(c, w, r, err)
+func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
+	c := p.newCall(w, r)
+	if err := p.identify(c, r); err != nil { // who
+		p.refuse(c, w, r, err)
 		return
 	}
 	defer func() { c.token.release(c.ended()) }()
 	var stop context.CancelFunc
 	c.ctx, c.cancel, stop = cancelable(r.Context())
 	defer stop()
-	if err := s.running.add(c); err != nil {
-		s.refuse(c, w, r, err)
+	if err := p.running.add(c); err != nil {
+		p.refuse(c, w, r, err)
 		return
 	}
 	defer func() { // after settle, which is deferred later and so runs before
 		// net/http sends what it still holds after us, out of the watchdog's sight.
-		_ = c.controller.SetWriteDeadline(c.ended().Add(s.running.limits.clientStall))
-		s.releaseBody(c)
+		_ = c.controller.SetWriteDeadline(c.ended().Add(p.running.limits.clientStall))
+		p.releaseBody(c)
 		c.kept.release()
-		s.running.remove(c)
+		p.running.remove(c)
 	}()
-	if err := s.read(c, w, r); err != nil { // what
-		s.refuse(c, w, r, err)
+	if err := p.read(c, w, r); err != nil { // what
+		p.refuse(c, w, r, err)
 		return
 	}
-	if err := s.admit(c); err != nil { // whether
-		s.refuse(c, w, r, err)
+	if err := p.admit(c); err != nil { // whether
+		p.refuse(c, w, r, err)
 		return
 	}
-	c.kept = s.keepContent(c)
+	c.kept = p.keepContent(c)
 	// Deferred, for a cut answer leaves ReverseProxy by a panic
 	// (http.ErrAbortHandler), and is paid for and on record all the same.
-	defer s.settle(c, r)
+	defer p.settle(c, r)
 	c.rates.write(w.Header())
 	if c.durable {
 		// A count that must hold through a crash is committed before the
 		// provider is called. Without one, both happen at once.
-		if err := s.awaitRecord(c); err != nil {
-			s.fail(c, w, err)
+		if err := p.awaitRecord(c); err != nil {
+			p.fail(c, w, err)
 			return
 		}
 	}
-	s.forward(c, w, r)
+	p.forward(c, w, r)
 }
 
 // newCall returns a call with an id, which all its answers carry.
-func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
+func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
-	c.tries.s, c.tries.c = s, c
-	c.id = s.ids.next(c.start)
-	c.address = s.clientAddress(r)
+	c.tries.s, c.tries.c = p, c
+	c.id = p.ids.next(c.start)
+	c.address = p.addresses.clientAddress(r)
 	c.trace, _ = parseTraceparent(r.Header["Traceparent"])
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
 	c.requestID = requestID(c.id)
@@ -165,7 +190,7 @@ func cancelable(parent context.Context) (context.Context, context.CancelCauseFun
 
 // identify finds the token that the request presents, and holds it. Before it
 // has, not a byte of the body is read.
-func (s *server) identify(c *call, r *http.Request) error {
+func (p *proxy) identify(c *call, r *http.Request) error {
 	presented, err := credential(r.Header)
 	if err != nil {
 		return err
@@ -176,7 +201,7 @@ func (s *server) identify(c *call, r *http.Request) error {
 	}
 	c.presented = hash
 	now := c.start.UnixMilli()
-	token, state, err := s.registry.lookup(r.Context(), hash, now)
+	token, state, err := p.registry.lookup(r.Context(), hash, now)
 	if errors.Is(err, errUnknownToken) {
 		return errBadToken("unknown")
 	}
@@ -200,7 +225,7 @@ func (s *server) identify(c *call, r *http.Request) error {
 			msg: "This token may not be used from the address " + c.address + ". Ask its administrator."}
 	}
 	if !token.hold() {
-		return s.identify(c, r) // it was evicted just now; the one loaded next has its count
+		return p.identify(c, r) // it was evicted just now; the one loaded next has its count
 	}
 	return nil
 }
@@ -242,7 +267,7 @@ func asCause(ctx context.Context) *apiError {
 
 // awaitRecord returns when the call's note is committed. Only then may an answer
 // byte leave.
-func (s *server) awaitRecord(c *call) error {
+func (p *proxy) awaitRecord(c *call) error {
 	if c.begun {
 		return nil
 	}
@@ -251,7 +276,7 @@ func (s *server) awaitRecord(c *call) error {
 		return c.recorded()
 	default:
 	}
-	s.running.enter(c, phaseLedger)
+	p.running.enter(c, phaseLedger)
 	select {
 	case <-c.entry.begun():
 		return c.recorded()
@@ -270,11 +295,11 @@ func (c *call) recorded() error {
 }
 
 // forward makes the call to the provider and relays its answer.
-func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
-	c.answer = newAnswerWriter(s, c, w)
+func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
+	c.answer = newAnswerWriter(p, c, w)
 	c.verified = c.verified && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: s.nowhere, // which ReverseProxy copies; proxy_attempts.go says where to
+		Method: r.Method, URL: p.nowhere, // which ReverseProxy copies; proxy_attempts.go says where to
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
@@ -282,15 +307,15 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		// down, which HTTP/1 needs to be told.
 		_ = c.controller.EnableFullDuplex()
 		c.uploading.Store(true)
-		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, s.cfg.maxUploadBytes), s.running, c}, r.ContentLength
+		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), p.running, c}, r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
 		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.sentAt = upHeader(r.Header), time.Now() },
 		Transport:      &c.tries, // what goes up is each attempt's own: proxy_attempts.go
-		BufferPool:     s.buffers,
-		ErrorLog:       s.quietLog,
-		ModifyResponse: func(res *http.Response) error { return s.accept(c, res) },
-		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { s.fail(c, w, err) },
+		BufferPool:     p.buffers,
+		ErrorLog:       p.quietLog,
+		ModifyResponse: func(res *http.Response) error { return p.accept(c, res) },
+		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { p.fail(c, w, err) },
 	}
 	rp.ServeHTTP(c.answer, in)
 	c.answer.finish()
@@ -298,7 +323,7 @@ func (s *server) forward(c *call, w http.ResponseWriter, r *http.Request) {
 }
 
 // accept looks at the head of the provider's answer before any of it leaves.
-func (s *server) accept(c *call, res *http.Response) error {
+func (p *proxy) accept(c *call, res *http.Response) error {
 	c.headAt = time.Now()
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
@@ -311,11 +336,11 @@ func (s *server) accept(c *call, res *http.Response) error {
 			msg:   "The provider's answer is not one to an API call.",
 			cause: errors.New("the provider answered " + strconv.Itoa(code))}
 	}
-	if err := s.awaitRecord(c); err != nil {
+	if err := p.awaitRecord(c); err != nil {
 		return err
 	}
 	c.watch.idle.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
-	s.running.enter(c, phaseRelaying)
+	p.running.enter(c, phaseRelaying)
 	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
 		if err := filterModels(c, res); err != nil {
 			return err
@@ -326,7 +351,7 @@ func (s *server) accept(c *call, res *http.Response) error {
 }
 
 // fail answers a call that got no answer from the provider. w is the client's.
-func (s *server) fail(c *call, w http.ResponseWriter, err error) {
+func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 	c.failure = upstreamFailure(c, err)
 	if c.failure == nil {
 		// The client has left, or has only shut its side, which looks the same:
@@ -337,7 +362,7 @@ func (s *server) fail(c *call, w http.ResponseWriter, err error) {
 		select {
 		case <-c.entry.begun():
 			_ = c.recorded()
-		case <-time.After(s.running.limits.ledgerPatience):
+		case <-time.After(p.running.limits.ledgerPatience):
 		}
 	}
 	if !c.begun {

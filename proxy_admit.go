@@ -14,11 +14,11 @@ import (
 
 // admit decides whether the call may be made, takes it from every limit that
 // applies, and puts it on record.
-func (s *server) admit(c *call) error {
-	if !s.ledger.healthy() {
+func (p *proxy) admit(c *call) error {
+	if !p.ledger.healthy() {
 		return errUnavailable("ledger_unavailable", errors.New("the ledger cannot be written"))
 	}
-	if why := s.gone(); why != "" { // rows would go into a file that has no name any more
+	if why := p.gone(); why != "" { // rows would go into a file that has no name any more
 		return errUnavailable("ledger_unavailable", errors.New(why))
 	}
 	if err := c.allowed(); err != nil {
@@ -38,13 +38,13 @@ func (s *server) admit(c *call) error {
 	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
 		c.body, c.stripped = withIncludeUsage(c.body, c.fields), true
 	}
-	c.prices = s.prices.Load()
-	if err := s.reserve(c); err != nil {
+	c.prices = p.prices.Load()
+	if err := p.reserve(c); err != nil {
 		c.upstream.health.release() // it may have been chosen to probe it
 		return err
 	}
 	c.admitted.Store(true)
-	c.entry = s.ledger.begin(requestRow{
+	c.entry = p.ledger.begin(requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.state.seq, endpoint: c.endpoint.name(),
 		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
 		counts: tokenCounts{input: c.inputEstimate(), output: c.mostOutput()},
@@ -148,7 +148,7 @@ func (e *endpoint) writes() bool {
 
 // reserve takes the call from every limit of its project and token, or from
 // none.
-func (s *server) reserve(c *call) error {
+func (p *proxy) reserve(c *call) error {
 	most := c.state.maxRequests
 	if most >= 0 && c.token.used.Load() >= most { // before it disturbs the limits it shares with others
 		return errAllUsed(most)
@@ -158,7 +158,7 @@ func (s *server) reserve(c *call) error {
 	l := &c.token.project.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := s.adoptLimits(c.token, now); err != nil {
+	if err := p.limits.adoptLimits(c.token, now); err != nil {
 		return errUnavailable("limits_unavailable", err)
 	}
 	if err := c.appraise(l.project.of, c.token.limits.of); err != nil {

@@ -28,7 +28,7 @@ const (
 
 // tries are a call's attempts, and its transport. It belongs to the goroutine of the call.
 type tries struct {
-	s *server
+	s *proxy
 	c *call
 
 	model    string    // that stands in for the client's; "" while none does

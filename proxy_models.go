@@ -358,26 +358,26 @@ type ownToken struct {
 }
 
 // handleOwnToken answers GET /v1/llm-proxy/token.
-func (s *server) handleOwnToken(w http.ResponseWriter, r *http.Request) {
-	c := s.newCall(w, r)
-	if err := s.identify(c, r); err != nil {
-		s.refuse(c, w, r, err)
+func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
+	c := p.newCall(w, r)
+	if err := p.identify(c, r); err != nil {
+		p.refuse(c, w, r, err)
 		return
 	}
 	defer c.token.running.Add(-1) // not release: to ask is not to use
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", "GET")
-		s.refuse(c, w, r, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes GET."})
+		p.refuse(c, w, r, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes GET."})
 		return
 	}
-	v, err := s.ownToken(c)
+	v, err := p.ownToken(c)
 	if err != nil {
-		s.refuse(c, w, r, errUnavailable("limits_unavailable", err))
+		p.refuse(c, w, r, errUnavailable("limits_unavailable", err))
 		return
 	}
 	body, err := json.Marshal(v)
 	if err != nil {
-		s.refuse(c, w, r, err)
+		p.refuse(c, w, r, err)
 		return
 	}
 	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -387,10 +387,10 @@ func (s *server) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Length", strconv.Itoa(len(body)+1))
 	h.Set("Cache-Control", "no-store")
 	_, _ = w.Write(append(body, '\n'))
-	s.logOwnToken(c)
+	p.logOwnToken(c)
 }
 
-func (s *server) ownToken(c *call) (*ownToken, error) {
+func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	now := c.start.UnixMilli()
 	t, st := c.token, c.state
 	v := &ownToken{Object: "llm_proxy.token", ID: st.id, Name: st.name, RequestCount: t.used.Load(), Endpoints: st.policy.Endpoints, Models: st.policy.Models}
@@ -409,7 +409,7 @@ func (s *server) ownToken(c *call) (*ownToken, error) {
 	l := &t.project.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := s.adoptLimits(t, now); err != nil {
+	if err := p.limits.adoptLimits(t, now); err != nil {
 		return nil, err
 	}
 	v.Limits = showLimits(t.limits.counters, now)
@@ -417,8 +417,8 @@ func (s *server) ownToken(c *call) (*ownToken, error) {
 	return v, nil
 }
 
-func (s *server) logOwnToken(c *call) {
-	s.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
+func (p *proxy) logOwnToken(c *call) {
+	p.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
 		"token", c.state.id, "project", c.project.id, "address", c.address, "total_us", time.Since(c.start).Microseconds())
 }
 

@@ -14,11 +14,11 @@ import (
 
 // read finds out what the call wants: its endpoint, its body within the limits,
 // and from the body what limits and metering must know.
-func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
+func (p *proxy) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if r.Header["Upgrade"] != nil {
 		return badRequest("upgrade_not_supported", "", "This proxy does not switch protocols; remove the Upgrade header.")
 	}
-	m, err := s.endpoints.match(r.Method, r.URL)
+	m, err := p.endpoints.match(r.Method, r.URL)
 	if err != nil {
 		return noEndpoint(w, err, m)
 	}
@@ -50,7 +50,7 @@ func (s *server) read(c *call, w http.ResponseWriter, r *http.Request) error {
 		return nil // streamed
 	}
 	begun := time.Now()
-	if c.body, err = s.readBody(c, r); err != nil {
+	if c.body, err = p.readBody(c, r); err != nil {
 		return err
 	}
 	c.reading = time.Since(begun)
@@ -122,12 +122,12 @@ func refuseBody(body io.Reader) error {
 
 // readBody reads the body whole: the provider then gets it in one write, and
 // the connection to the client is not torn by an answer that comes early.
-func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
+func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	tooLarge := func() error {
 		return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large",
-			msg: "The body is larger than this proxy's limit of " + formatSize(s.cfg.maxBodyBytes) + "."}
+			msg: "The body is larger than this proxy's limit of " + formatSize(p.cfg.maxBodyBytes) + "."}
 	}
-	if r.ContentLength > s.cfg.maxBodyBytes {
+	if r.ContentLength > p.cfg.maxBodyBytes {
 		return nil, tooLarge()
 	}
 	const step = 64 << 10
@@ -135,18 +135,18 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 	if r.ContentLength >= 0 {
 		size = min(r.ContentLength, step) // a declared length is a claim: memory follows what comes
 	}
-	s.running.enter(c, phaseReading)
+	p.running.enter(c, phaseReading)
 	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing
 	for {
 		if int64(cap(buf)) > c.held {
-			if err := s.holdBody(c, int64(cap(buf))); err != nil {
+			if err := p.holdBody(c, int64(cap(buf))); err != nil {
 				return nil, err
 			}
 		}
 		n, err := r.Body.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
 		c.watch.received.Store(int64(len(buf)))
-		if int64(len(buf)) > s.cfg.maxBodyBytes {
+		if int64(len(buf)) > p.cfg.maxBodyBytes {
 			return nil, tooLarge()
 		}
 		if err == io.EOF {
@@ -167,14 +167,14 @@ func (s *server) readBody(c *call, r *http.Request) ([]byte, error) {
 // holdBody makes the call hold n bytes of the memory for bodies. One token gets
 // a quarter of it, and always enough for one body of the largest size: it must
 // not be able to keep all others out.
-func (s *server) holdBody(c *call, n int64) error {
+func (p *proxy) holdBody(c *call, n int64) error {
 	more := n - c.held
-	if of := c.token.bodies.Add(more); of > max(s.bodies.limit/4, s.cfg.maxBodyBytes+1) && of > n {
+	if of := c.token.bodies.Add(more); of > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && of > n {
 		c.token.bodies.Add(-more)
 		return &apiError{status: http.StatusTooManyRequests, code: "body_memory_full", retryAfter: time.Second,
 			msg: "This token's calls hold too much memory for request bodies. Send fewer large ones at one time."}
 	}
-	if !s.bodies.reserve(more) {
+	if !p.bodies.reserve(more) {
 		c.token.bodies.Add(-more)
 		return errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
 	}
@@ -182,9 +182,9 @@ func (s *server) holdBody(c *call, n int64) error {
 	return nil
 }
 
-func (s *server) releaseBody(c *call) {
+func (p *proxy) releaseBody(c *call) {
 	c.token.bodies.Add(-c.held)
-	s.bodies.release(c.held)
+	p.bodies.release(c.held)
 }
 
 // A progressReader tells the watchdog how an upload moves: while it does, the

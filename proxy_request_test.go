@@ -427,7 +427,7 @@ func (p *testProxy) rawThenShut(request string) string {
 // released fails the test unless nothing is held for a call any more.
 func (p *testProxy) released() {
 	p.t.Helper()
-	waitFor(p.t, "the calls to end", func() bool { return p.in.running.oldest() == 0 && p.in.bodies.used.Load() == 0 })
+	waitFor(p.t, "the calls to end", func() bool { return p.in.running.oldest() == 0 && p.in.proxy.bodies.used.Load() == 0 })
 }
 
 // running returns how many calls are in a phase.

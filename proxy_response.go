@@ -197,7 +197,7 @@ func comesDown(name string) bool {
 // header map leads nowhere: nothing reaches the client that expect did not put
 // there, so no 1xx and no trailer does. It has no Hijack and no Unwrap.
 type answerWriter struct {
-	s      *server
+	s      *proxy
 	c      *call
 	w      http.ResponseWriter
 	header http.Header
@@ -210,7 +210,7 @@ type answerWriter struct {
 	gone       bool // the client did not take them
 }
 
-func newAnswerWriter(s *server, c *call, w http.ResponseWriter) *answerWriter {
+func newAnswerWriter(s *proxy, c *call, w http.ResponseWriter) *answerWriter {
 	return &answerWriter{s: s, c: c, w: w, header: http.Header{}}
 }
 

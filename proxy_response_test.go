@@ -295,7 +295,7 @@ func TestNoCrossOrigin(t *testing.T) {
 // it the right-most address that is not theirs.
 func TestClientAddress(t *testing.T) {
 	t.Parallel()
-	s := &server{cfg: &config{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}}
+	s := &addressReader{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
 	for _, c := range []struct {
 		peer  string
 		lines []string
@@ -342,7 +342,7 @@ func FuzzClientAddress(f *testing.F) {
 	f.Add("10.0.0.1:1", "1.2.3.4, 10.0.0.2", "6.6.6.6")
 	f.Add("[fd00::1%x]:1", "::1%2, ", "")
 	f.Add("9.9.9.9:1", "1.2.3.4", "\n")
-	s := &server{cfg: &config{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}
+	s := &addressReader{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 	f.Fuzz(func(t *testing.T, peer, one, two string) {
 		got := s.clientAddress(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {one, two}}})
 		host, _, err := net.SplitHostPort(peer)
@@ -353,7 +353,7 @@ func FuzzClientAddress(f *testing.F) {
 		if err != nil || addr.Zone() != "" || addr.Is4In6() {
 			t.Fatalf("%q, %q, %q: got %q", peer, one, two, got)
 		}
-		if from, err := netip.ParseAddr(host); err != nil || !s.trusted(from) {
+		if from, err := netip.ParseAddr(host); err != nil || !s.trusts(from) {
 			t.Fatalf("%q is not trusted, but got %q from %q, %q", peer, got, one, two)
 		}
 	})
@@ -698,9 +698,9 @@ func TestStreamFraming(t *testing.T) {
 	if once := p.raw(p.rawChat("Connection: close\r\n", body)); !strings.HasSuffix(once, "0\r\n\r\n") || !strings.Contains(once, "Connection: close") {
 		t.Errorf("without keep-alive: got %q", once)
 	}
-	hs := httptest.NewUnstartedServer(p.in.routes())
+	hs := httptest.NewUnstartedServer(p.in.server.routes())
 	hs.EnableHTTP2 = true
-	hs.Config.ErrorLog = p.in.quietLog
+	hs.Config.ErrorLog = p.in.server.quietLog
 	hs.StartTLS()
 	defer hs.Close()
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: hs.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}, ForceAttemptHTTP2: true}}

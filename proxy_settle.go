@@ -14,7 +14,7 @@ import (
 const statusClientClosed = 499 // in ledger and log only: the client left before any answer
 
 // settle is deferred by handleV1 for every admitted call.
-func (s *server) settle(c *call, r *http.Request) {
+func (p *proxy) settle(c *call, r *http.Request) {
 	now, row := time.Now(), &c.entry.row
 	c.over = now
 	row.totalUS = now.Sub(c.start).Microseconds()
@@ -43,23 +43,23 @@ func (s *server) settle(c *call, r *http.Request) {
 	}
 	if c.kept != nil && row.outcome != outcomeRefused {
 		var err error
-		if row.content, err = s.contents.seal(c.id, c.project.seq, c.kept); err != nil {
-			s.log.Error("content could not be kept", "request_id", c.requestID, "error", err)
+		if row.content, err = p.contents.seal(c.id, c.project.seq, c.kept); err != nil {
+			p.log.Error("content could not be kept", "request_id", c.requestID, "error", err)
 		}
 	}
 	spent := spending{counted: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output, dollars: row.cost}
 	if !row.priced {
 		spent.dollars = 0 // as in the sums
 	}
-	c.hold.settle(now.UnixMilli(), spent, func() { s.ledger.settle(c.entry) })
-	s.metrics.call(c, row)
+	c.hold.settle(now.UnixMilli(), spent, func() { p.ledger.settle(c.entry) })
+	p.metrics.call(c, row)
 	if c.answer != nil && c.answer.sse {
-		s.metrics.streams.Add(-1)
+		p.metrics.streams.Add(-1)
 	}
 	if c.answer != nil && c.answer.keys.seen {
-		s.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
+		p.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
 	}
-	s.logCall(c, row, now)
+	p.logCall(c, row, now)
 }
 
 // verdict says how the call ended, with the client's view of it: the error code
@@ -151,7 +151,7 @@ func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos in
 // refuse answers a call that was not admitted. A known token's refusal is put
 // on record, though not more often than once a second for one token: a client
 // that tries again and again must not fill the disk. All are in the sums.
-func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err error) {
+func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err error) {
 	e := asAPIError(err)
 	row := requestRow{id: c.id, started: c.start.UnixMilli(), address: c.address, stream: c.fields.stream, model: c.fields.model,
 		outcome: outcomeRefused, errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1, limitHit: e.limit}
@@ -160,11 +160,11 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	}
 	at := time.Now()
 	row.totalUS = at.Sub(c.start).Microseconds()
-	if c.token != nil && s.ledger.healthy() {
+	if c.token != nil && p.ledger.healthy() {
 		row.project, row.token = c.project.seq, c.state.seq
 		now, last := row.started, c.token.refused.Load()
 		detailed := now-last >= refusalsRecorded.Milliseconds() && c.token.refused.CompareAndSwap(last, now)
-		s.ledger.record(&row, detailed)
+		p.ledger.record(&row, detailed)
 	}
 	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
 		// net/http reads on before it answers, so as to keep the connection.
@@ -182,13 +182,13 @@ func (s *server) refuse(c *call, w http.ResponseWriter, r *http.Request, err err
 	}
 	c.rates.write(w.Header())
 	writeError(w, e, c.anthropic)
-	s.metrics.call(c, &row)
-	s.logCall(c, &row, at)
+	p.metrics.call(c, &row)
+	p.logCall(c, &row, at)
 }
 
 // logCall writes the call's one log line, at the call's end: never a header, body,
 // query or key.
-func (s *server) logCall(c *call, row *requestRow, at time.Time) {
+func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
 	level := slog.LevelInfo // what clients do wrong is theirs
 	if row.status >= 500 {
 		level = slog.LevelWarn // the provider's trouble
@@ -196,18 +196,18 @@ func (s *server) logCall(c *call, row *requestRow, at time.Time) {
 			level = slog.LevelError // ours
 		}
 	}
-	if !s.log.Enabled(context.Background(), level) {
+	if !p.log.Enabled(context.Background(), level) {
 		return
 	}
 	var left int64
 	if c.token == nil { // whatever went wrong: anyone can cause it
 		var ok bool
-		if ok, left = s.strangers.allow(c.start); !ok {
-			s.metrics.leftOut.Add(1)
+		if ok, left = p.strangers.allow(c.start); !ok {
+			p.metrics.leftOut.Add(1)
 			return
 		}
 	}
-	line := s.log.line(at, level, "call")
+	line := p.log.line(at, level, "call")
 	defer line.end()
 	if left > 0 {
 		line.num("lines_left_out", left)

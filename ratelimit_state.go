@@ -19,24 +19,31 @@ import (
 // the past of a limit that is new to this process.
 const limitPatience = 2 * time.Second
 
+// A limitState joins live limits to what the store knows of their past.
+type limitState struct {
+	store    *store
+	ledger   *ledger
+	registry *registry
+}
+
 // adoptLimits puts the limits of t's policy and of its project's in force. The
 // caller holds the limiter's mu, so that no call of the project comes or ends
 // meanwhile.
-func (s *server) adoptLimits(t *liveToken, now int64) error {
-	if err := s.adoptProject(t.project, now); err != nil {
+func (ls *limitState) adoptLimits(t *liveToken, now int64) error {
+	if err := ls.adoptProject(t.project, now); err != nil {
 		return err
 	}
 	st := t.state.Load()
-	return s.adopt(&t.project.limiter, &t.limits, &st.policy, t.project.state.Load().seq, st.seq, now)
+	return ls.adopt(&t.project.limiter, &t.limits, &st.policy, t.project.state.Load().seq, st.seq, now)
 }
 
-func (s *server) adoptProject(p *liveProject, now int64) error {
+func (ls *limitState) adoptProject(p *liveProject, now int64) error {
 	st := p.state.Load()
-	return s.adopt(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
+	return ls.adopt(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
 }
 
 // adopt makes the counters of sub those of p, unless they are.
-func (s *server) adopt(l *limiter, sub *subject, p *policy, project, token, now int64) error {
+func (ls *limitState) adopt(l *limiter, sub *subject, p *policy, project, token, now int64) error {
 	if sub.of == p {
 		return nil
 	}
@@ -45,12 +52,12 @@ func (s *server) adopt(l *limiter, sub *subject, p *policy, project, token, now 
 		ctx, cancel := context.WithTimeout(context.Background(), limitPatience)
 		defer cancel()
 		if sub.admitted { // what it used may still be on its way into the sums
-			if err := s.ledger.flush(ctx); err != nil {
+			if err := ls.ledger.flush(ctx); err != nil {
 				return fmt.Errorf("waiting for the ledger: %w", err)
 			}
 		}
 		var err error
-		if past, err = s.pastOf(ctx, p, project, token, now); err != nil {
+		if past, err = ls.pastOf(ctx, p, project, token, now); err != nil {
 			return err
 		}
 	}
@@ -65,7 +72,7 @@ type pastUses struct {
 }
 
 // pastOf reads what was used in each window that a limit of p has.
-func (s *server) pastOf(ctx context.Context, p *policy, project, token, now int64) ([]pastUses, error) {
+func (ls *limitState) pastOf(ctx context.Context, p *policy, project, token, now int64) ([]pastUses, error) {
 	var out []pastUses
 next:
 	for i := range p.Limits {
@@ -83,7 +90,7 @@ next:
 			grain = "hour"
 		}
 		from, _ := per.window(now)
-		uses, err := s.store.usedSince(ctx, grain, project, token, from)
+		uses, err := ls.store.usedSince(ctx, grain, project, token, from)
 		if err != nil {
 			return nil, err
 		}
@@ -168,8 +175,8 @@ func (c *counter) resets(now int64) int64 {
 
 // upToDate returns a row with the calls that it does not know of yet: it learns of
 // one when that has ended.
-func (s *server) upToDate(row *tokenRow, now int64) *tokenRow {
-	t := s.registry.liveToken(row.id)
+func (ls *limitState) upToDate(row *tokenRow, now int64) *tokenRow {
+	t := ls.registry.liveToken(row.id)
 	if t == nil {
 		return row
 	}
@@ -183,46 +190,46 @@ func (s *server) upToDate(row *tokenRow, now int64) *tokenRow {
 }
 
 // tokenLimits shows how the limits of a token stand.
-func (s *server) tokenLimits(ctx context.Context, row *tokenRow, now int64) ([]limitView, error) {
-	if t := s.registry.liveToken(row.id); t != nil {
+func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, now int64) ([]limitView, error) {
+	if t := ls.registry.liveToken(row.id); t != nil {
 		t.project.limiter.mu.Lock()
 		defer t.project.limiter.mu.Unlock()
-		if err := s.adoptLimits(t, now); err != nil {
+		if err := ls.adoptLimits(t, now); err != nil {
 			return nil, errUnavailable("limits_unavailable", err)
 		}
 		return showLimits(t.limits.counters, now), nil
 	}
-	return s.storedLimits(ctx, row.policy, false, row.project, row.seq, now)
+	return ls.storedLimits(ctx, row.policy, false, row.project, row.seq, now)
 }
 
 // projectLimits shows how the limits of a project stand.
-func (s *server) projectLimits(ctx context.Context, row *projectRow, now int64) ([]limitView, error) {
-	if p := s.registry.liveProject(row.seq); p != nil {
+func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, now int64) ([]limitView, error) {
+	if p := ls.registry.liveProject(row.seq); p != nil {
 		p.limiter.mu.Lock()
 		defer p.limiter.mu.Unlock()
-		if err := s.adoptProject(p, now); err != nil {
+		if err := ls.adoptProject(p, now); err != nil {
 			return nil, errUnavailable("limits_unavailable", err)
 		}
 		return showLimits(p.limiter.project.counters, now), nil
 	}
-	return s.storedLimits(ctx, row.policy, true, row.seq, 0, now)
+	return ls.storedLimits(ctx, row.policy, true, row.seq, 0, now)
 }
 
 // storedLimits is for what no call has used of late: all is in the store.
-func (s *server) storedLimits(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]limitView, error) {
-	counters, err := s.storedCounters(ctx, text, ofProject, project, token, now)
+func (ls *limitState) storedLimits(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]limitView, error) {
+	counters, err := ls.storedCounters(ctx, text, ofProject, project, token, now)
 	if err != nil {
 		return nil, err
 	}
 	return showLimits(counters, now), nil
 }
 
-func (s *server) storedCounters(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]*counter, error) {
+func (ls *limitState) storedCounters(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]*counter, error) {
 	p, err := parsePolicy([]byte(text), ofProject)
 	if err != nil {
 		return nil, err
 	}
-	past, err := s.pastOf(ctx, &p, project, token, now)
+	past, err := ls.pastOf(ctx, &p, project, token, now)
 	if err != nil {
 		return nil, err
 	}

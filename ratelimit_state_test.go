@@ -585,7 +585,7 @@ func TestBodyMemoryOfAToken(t *testing.T) {
 			t.Errorf("got %q", text)
 		}
 	}
-	if used := p.in.bodies.used.Load(); used > 2<<20+64<<10 {
+	if used := p.in.proxy.bodies.used.Load(); used > 2<<20+64<<10 {
 		t.Errorf("one token holds %d bytes of 8 MiB", used)
 	}
 	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {

@@ -48,7 +48,7 @@ func TestBodySize(t *testing.T) {
 		t.Errorf("endless chunks: got %q", got)
 	}
 	p.settle()
-	if n := p.in.bodies.used.Load(); n != 0 || len(p.provider.got()) != 1 {
+	if n := p.in.proxy.bodies.used.Load(); n != 0 || len(p.provider.got()) != 1 {
 		t.Errorf("%d bytes are still held; %d requests went up", n, len(p.provider.got()))
 	}
 }
@@ -59,18 +59,18 @@ func TestBodyMemory(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "1MiB", "BODY_MEMORY": "1MiB"})
 	p.allowErrors = true
-	if !p.in.bodies.reserve(1<<20 - 50) {
+	if !p.in.proxy.bodies.reserve(1<<20 - 50) {
 		t.Fatal("no memory at all")
 	}
 	if a := p.chat(); a.status != 503 || a.code() != "body_memory_full" || a.header.Get("Retry-After") == "" {
 		t.Errorf("got %d %s", a.status, a.body)
 	}
-	p.in.bodies.release(1<<20 - 50)
+	p.in.proxy.bodies.release(1<<20 - 50)
 	if a := p.chat(); a.status != 200 {
 		t.Errorf("got %d %s", a.status, a.body)
 	}
 	p.settle()
-	if n := p.in.bodies.used.Load(); n != 0 {
+	if n := p.in.proxy.bodies.used.Load(); n != 0 {
 		t.Errorf("%d bytes are still held", n)
 	}
 }

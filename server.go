@@ -18,38 +18,27 @@ import (
 	"time"
 )
 
-// A server is what the handlers share. Its fields are set once, at start.
+// A server has the routes of the program and what stands in front of them. The
+// three surfaces behind it are types of their own: proxy, manageAPI and adminUI.
 type server struct {
 	cfg       *config
 	log       *logger
 	quietLog  *log.Logger // for net/http's own notes, at debug
 	store     *store
-	sealer    *sealer
-	registry  *registry
-	health    *healthBook
 	ledger    *ledger
 	running   *runningCalls
-	endpoints *endpointTable
-	transport *http.Transport
-	buffers   *bufferPool
-	nowhere   *url.URL // empty
-	bodies    *bodyMemory
 	ids       *idSource
-	prices    atomic.Pointer[priceTable]
+	addresses *addressReader
+	strangers *lineLimit    // of log lines about callers without a key
 	gone      func() string // says what is wrong with the database file, "" if nothing
-	throttle  *failures     // of wrong management keys
-	writable  writeCheck
-	pages     *pageSet     // the templates of /admin
-	sent      sentForms    // of /admin, of late
-	wrongKeys failureNotes // of wrong management keys on the audit trail
-	strangers lineLimit    // of log lines about callers without a key
 	metrics   *metrics
-	contents  *contentKey
+	writable  writeCheck
 	showing   sync.Mutex // held while a page of metrics is written
-	started   time.Time
 
-	diskUse      func(context.Context) (diskUse, error)
-	linesDropped func() int64 // nil: nobody counts
+	proxy    *proxy
+	manage   *manageAPI
+	admin    *adminUI // nil: the pages are turned off
+	exporter *exporter
 }
 
 // writeTimeout is for a client to take an answer that is not a provider's, and
@@ -63,17 +52,17 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("GET /{$}", s.handleHome)                                      // open: one line of text
 	mux.HandleFunc("GET /healthz", s.handleHealth)                                // open: the process answers
 	mux.HandleFunc("GET /readyz", s.handleReady)                                  // open: calls would be taken
-	mux.Handle("/manage/", s.protect(s.manageRoutes()))                           // a management key, by role: manage.go
+	mux.Handle("/manage/", s.protect(s.manage.manageRoutes()))                    // a management key, by role: manage.go
 	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleKeyedMetrics))) // a management key of any role; open on METRICS_ADDR
 	if s.cfg.adminPages {
-		mux.Handle("/admin/", s.adminRoutes()) // a session, by role: admin.go
+		mux.Handle("/admin/", s.admin.adminRoutes()) // a session, by role: admin.go
 		mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
 	}
 	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
 		mux.Handle(open, wrongMethod("GET"))
 	}
-	mux.HandleFunc("/manage", s.notFound) // else a redirect, which a client follows with its key
-	mux.HandleFunc("/", s.notFound)
+	mux.HandleFunc("/manage", notFound) // else a redirect, which a client follows with its key
+	mux.HandleFunc("/", notFound)
 	return s.front(mux)
 }
 
@@ -84,9 +73,9 @@ func (s *server) front(mux http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if p := r.URL.Path; strings.HasPrefix(p, "/v1/") && r.Method != http.MethodConnect {
 			if p == ownTokenPath { // what a token may ask about itself
-				s.handleOwnToken(w, r)
+				s.proxy.handleOwnToken(w, r)
 			} else {
-				s.handleV1(w, r)
+				s.proxy.handleV1(w, r)
 			}
 			return
 		}
@@ -115,7 +104,7 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
 			level = slog.LevelDebug
 		}
-		line := []any{"request_id", id, "route", r.Pattern, "status", sw.status, "address", s.clientAddress(r), "total_us", time.Since(start).Microseconds()}
+		line := []any{"request_id", id, "route", r.Pattern, "status", sw.status, "address", s.addresses.clientAddress(r), "total_us", time.Since(start).Microseconds()}
 		if sw.status >= 400 && sw.status < 500 { // anyone can cause these
 			ok, left := s.strangers.allow(start)
 			if !ok {
@@ -130,13 +119,13 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	}()
 	if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
 		path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
-		s.notFound(sw, r)
+		notFound(sw, r)
 		return
 	}
 	next.ServeHTTP(sw, r)
 }
 
-func (s *server) notFound(w http.ResponseWriter, r *http.Request) {
+func notFound(w http.ResponseWriter, r *http.Request) {
 	writeError(w, &apiError{status: http.StatusNotFound, code: "unknown_url", msg: "There is nothing at this URL."}, false)
 }
 
@@ -226,7 +215,7 @@ func (s *server) protect(next http.Handler) http.Handler {
 	}))
 	guarded := origins.Handler(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !s.ourHost(r.Host) {
+		if !ourHost(s.cfg.publicURL, r.Host) {
 			writeError(w, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
 				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."}, false)
 			return
@@ -237,12 +226,12 @@ func (s *server) protect(next http.Handler) http.Handler {
 
 // ourHost reports whether a Host header can be ours: an address, a name without
 // a dot (no attacker can own one), or PUBLIC_URL's.
-func (s *server) ourHost(hostport string) bool {
+func ourHost(publicURL *url.URL, hostport string) bool {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
 		host = h
 	}
-	if s.cfg.publicURL != nil && strings.EqualFold(host, s.cfg.publicURL.Hostname()) {
+	if publicURL != nil && strings.EqualFold(host, publicURL.Hostname()) {
 		return true
 	}
 	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
@@ -251,20 +240,26 @@ func (s *server) ourHost(hostport string) bool {
 	return host != "" && !strings.ContainsAny(host, ".%")
 }
 
+// An addressReader finds out where a request comes from.
+type addressReader struct {
+	trusted   []netip.Prefix // networks of proxies whose X-Forwarded-For is believed
+	trustUnix bool           // whoever connects by the unix socket is such a proxy
+}
+
 // clientAddress returns the client's address: the connection's, or behind
 // trusted proxies the right-most one in X-Forwarded-For that is not theirs.
-func (s *server) clientAddress(r *http.Request) string {
+func (a *addressReader) clientAddress(r *http.Request) string {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	var addr netip.Addr
 	switch {
 	case err != nil: // by a unix socket
-		if !s.cfg.trustUnix {
+		if !a.trustUnix {
 			return ""
 		}
-	case len(s.cfg.trustedProxies) == 0:
+	case len(a.trusted) == 0:
 		return host
 	default:
-		if addr, err = netip.ParseAddr(host); err != nil || !s.trusted(addr) {
+		if addr, err = netip.ParseAddr(host); err != nil || !a.trusts(addr) {
 			return host
 		}
 	}
@@ -277,7 +272,7 @@ func (s *server) clientAddress(r *http.Request) string {
 				return addressText(addr) // what is left of it cannot be believed
 			}
 			addr = hop.Unmap().WithZone("")
-			if !s.trusted(addr) {
+			if !a.trusts(addr) {
 				return addressText(addr)
 			}
 		}
@@ -293,8 +288,8 @@ func addressText(addr netip.Addr) string {
 	return addr.String()
 }
 
-func (s *server) trusted(addr netip.Addr) bool {
-	for _, p := range s.cfg.trustedProxies {
+func (a *addressReader) trusts(addr netip.Addr) bool {
+	for _, p := range a.trusted {
 		if p.Contains(addr.Unmap()) {
 			return true
 		}
@@ -390,13 +385,13 @@ func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
 	defer cancel()
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	_, _ = w.Write(s.metricsPage(ctx))
+	_, _ = w.Write(s.exporter.metricsPage(ctx))
 }
 
 // handleKeyedMetrics asks for a management key first, of any role.
 func (s *server) handleKeyedMetrics(w http.ResponseWriter, r *http.Request) {
-	if _, err := s.authenticateManager(w, r); err != nil {
-		s.writeManageError(w, r, err)
+	if _, err := s.manage.authenticateManager(w, r); err != nil {
+		s.manage.writeManageError(w, r, err)
 		return
 	}
 	s.handleMetrics(w, r)

@@ -50,7 +50,7 @@ func newScaleTest(b *testing.B) *scaleTest {
 		"OPENAI_API_URL": provider.URL, "LOG_LEVEL": "warn"}}
 	s.open()
 	var err error
-	if s.key, err = s.in.firstKey(b.Context()); err != nil {
+	if s.key, err = s.in.manage.firstKey(b.Context()); err != nil {
 		b.Fatal(err)
 	}
 	return s
@@ -64,10 +64,10 @@ func (s *scaleTest) open() time.Duration {
 		s.b.Fatal(err)
 	}
 	start := time.Now()
-	if s.in, err = openInstance(context.Background(), cfg, newLogger(s.b.Output(), cfg.logLevel, true)); err != nil {
+	if s.in, err = openInstance(context.Background(), cfg, newLogger(s.b.Output(), cfg.logLevel, true), nil); err != nil {
 		s.b.Fatal(err)
 	}
-	s.web = httptest.NewServer(s.in.routes())
+	s.web = httptest.NewServer(s.in.server.routes())
 	return time.Since(start)
 }
 
@@ -140,7 +140,7 @@ func report(b *testing.B, name string, times []time.Duration) {
 func (s *scaleTest) seedProjects() {
 	s.b.Helper()
 	for i := range 50 {
-		if _, err := s.in.firstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
+		if _, err := s.in.manage.firstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
 			s.b.Fatal(err)
 		}
 	}

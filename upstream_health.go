@@ -518,17 +518,24 @@ func openHealth(ctx context.Context, st *store) (*healthBook, error) {
 	return book, nil
 }
 
+// A healthKeeper stores what changes in a healthBook.
+type healthKeeper struct {
+	health *healthBook
+	store  *store
+	log    *logger
+}
+
 // keepHealth stores changes as they come, until ctx is over. What cannot be
 // stored holds in memory all the same, and is tried again.
-func (s *server) keepHealth(ctx context.Context) {
+func (k *healthKeeper) keepHealth(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			s.storeHealth(context.WithoutCancel(ctx))
+			k.storeHealth(context.WithoutCancel(ctx))
 			return
-		case <-s.health.wake:
+		case <-k.health.wake:
 		}
-		if !s.storeHealth(context.WithoutCancel(ctx)) { // a statement that is cut short costs the connection
+		if !k.storeHealth(context.WithoutCancel(ctx)) { // a statement that is cut short costs the connection
 			select {
 			case <-ctx.Done():
 			case <-time.After(retryDelay):
@@ -538,18 +545,18 @@ func (s *server) keepHealth(ctx context.Context) {
 }
 
 // storeHealth stores the changes there are, and reports whether all were.
-func (s *server) storeHealth(ctx context.Context) bool {
+func (k *healthKeeper) storeHealth(ctx context.Context) bool {
 	all := true
-	for _, h := range s.health.changes() {
+	for _, h := range k.health.changes() {
 		now := time.Now().UnixMilli()
 		row := h.row(now)
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := s.store.setHealth(ctx, now, &row, h.told)
+		err := k.store.setHealth(ctx, now, &row, h.told)
 		cancel()
 		if err != nil {
 			all = false
-			s.health.note(h)
-			s.log.Warn("the health of an upstream cannot be stored", "upstream", row.id, "error", err)
+			k.health.note(h)
+			k.log.Warn("the health of an upstream cannot be stored", "upstream", row.id, "error", err)
 			continue
 		}
 		h.told = keyReady // or in a pause that ends by itself, which the trail has not
@@ -564,7 +571,7 @@ func (s *server) storeHealth(ctx context.Context) bool {
 		if row.state != keyReady {
 			line = append(line, "reason", row.reason, "until", time.UnixMilli(row.until).UTC().Format(time.RFC3339))
 		}
-		s.log.Log(ctx, level, "the health of an upstream has changed", line...)
+		k.log.Log(ctx, level, "the health of an upstream has changed", line...)
 	}
 	return all
 }

@@ -615,7 +615,7 @@ func TestWrongEncryptionKey(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		in, err := openInstance(t.Context(), cfg, newLogger(p.log, cfg.logLevel, false))
+		in, err := openInstance(t.Context(), cfg, newLogger(p.log, cfg.logLevel, false), nil)
 		if err != nil {
 			return err
 		}
