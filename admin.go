@@ -22,29 +22,29 @@ import (
 // An adminUI is the pages under /admin. It reaches what administrators manage
 // through the API, with the same checks.
 type adminUI struct {
-	cfg       *config
-	log       *logger
-	store     *store
-	api       *manageAPI
-	registry  *registry
-	limits    *limitState
-	ledger    *ledger
-	running   *runningCalls
-	endpoints *endpointTable
-	gone      func() string // says what is wrong with the database file, "" if nothing
-	diskUse   func(context.Context) (diskUse, error)
-	pages     *pageSet
-	sent      sentForms // of late
-	keyID     string    // of the encryption key
-	started   time.Time
+	cfg             *config
+	log             *logger
+	store           *store
+	api             *manageAPI
+	registry        *registry
+	limits          *limitState
+	ledger          *ledger
+	running         *runningCalls
+	endpoints       *endpointTable
+	databaseProblem func() string // says what is wrong with the database file, "" if nothing
+	diskUse         func(context.Context) (diskUsage, error)
+	pages           *pageSet
+	sentForms       submittedForms // of late
+	keyID           string         // of the encryption key
+	started         time.Time
 }
 
 // An adminRoute is one URL of /admin with its methods, the least role it needs
 // ("": nobody has to be signed in) and what answers it. A GET changes nothing.
 type adminRoute struct {
 	pattern string
-	need    role
-	handle  func(*pageRequest) (*page, error)
+	minRole role
+	handle  func(*pageRequest) (*pageResponse, error)
 }
 
 // adminTable is every URL of /admin but the static files.
@@ -62,28 +62,28 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET /admin/requests/{id}", roleViewer, ui.requestPage},
 		{"POST /admin/requests/export", roleViewer, ui.exportRequests},
 		{"GET /admin/projects", roleViewer, ui.projectsPage},
-		{"GET|POST /admin/projects/new", roleAdmin, ui.newProject},
+		{"GET|POST /admin/projects/new", roleAdmin, ui.newProjectPage},
 		{"GET /admin/projects/{id}", roleViewer, ui.projectPage},
 		{"GET|POST /admin/projects/{id}/edit", roleAdmin, ui.editProject},
-		{"GET|POST /admin/projects/{id}/activate", roleAdmin, ui.switchProject},
-		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, ui.switchProject},
+		{"GET|POST /admin/projects/{id}/activate", roleAdmin, ui.setProjectActivePage},
+		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, ui.setProjectActivePage},
 		{"GET|POST /admin/projects/{id}/delete", roleAdmin, ui.removeProject},
-		{"GET|POST /admin/projects/{id}/erase", roleAdmin, ui.erasePage},
-		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, ui.revokeTokensOf},
+		{"GET|POST /admin/projects/{id}/erase", roleAdmin, ui.eraseContentPage},
+		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, ui.revokeProjectTokensPage},
 		{"GET /admin/projects/{id}/route", roleViewer, ui.tryRoutePage},
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, ui.newUpstreamPage},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, ui.editUpstream},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, ui.removeUpstream},
 		{"GET /admin/tokens", roleViewer, ui.tokensPage},
 		{"GET|POST /admin/tokens/new", roleOperator, ui.newTokenPage},
-		{"POST /admin/tokens/revoke", roleOperator, ui.revokeChosen},
+		{"POST /admin/tokens/revoke", roleOperator, ui.revokeSelected},
 		{"GET /admin/tokens/{id}", roleViewer, ui.tokenPage},
 		{"GET|POST /admin/tokens/{id}/edit", roleOperator, ui.editToken},
 		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, ui.rotateTokenPage},
 		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, ui.revokeTokenPage},
 		{"GET /admin/streams", roleViewer, ui.streamsPage},
-		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.cutPage},
-		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPageOf},
+		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.cutStreamPage},
+		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPage},
 		{"GET /admin/prices", roleViewer, ui.pricesPage},
 		{"GET|POST /admin/prices/new", roleAdmin, ui.newPrice},
 		{"GET|POST /admin/prices/{id}/delete", roleAdmin, ui.removePrice},
@@ -91,8 +91,8 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/keys/new", roleAdmin, ui.newKeyPage},
 		{"GET|POST /admin/keys/{id}/edit", roleAdmin, ui.editKey},
 		{"GET|POST /admin/keys/{id}/revoke", roleAdmin, ui.revokeKeyPage},
-		{"GET /admin/audit", roleAdmin, ui.auditPageOf},
-		{"GET /admin/audit/verify", roleAdmin, ui.verifyAudit},
+		{"GET /admin/audit", roleAdmin, ui.auditPage},
+		{"GET /admin/audit/verify", roleAdmin, ui.auditCheckPage},
 		{"GET /admin/settings", roleAdmin, ui.settingsPage},
 	}
 }
@@ -100,22 +100,22 @@ func (ui *adminUI) adminTable() []adminRoute {
 // adminNav is the navigation, in order.
 func adminNav() []navItem {
 	return []navItem{
-		{Title: "Dashboard", Path: "/admin/dashboard", need: roleViewer},
-		{Title: "Projects", Path: "/admin/projects", need: roleViewer},
-		{Title: "Tokens", Path: "/admin/tokens", need: roleViewer},
-		{Title: "Calls", Path: "/admin/requests", need: roleViewer},
-		{Title: "Running calls", Path: "/admin/streams", need: roleViewer},
-		{Title: "Prices", Path: "/admin/prices", need: roleViewer},
-		{Title: "Management keys", Path: "/admin/keys", need: roleAdmin},
-		{Title: "Audit trail", Path: "/admin/audit", need: roleAdmin},
-		{Title: "Settings", Path: "/admin/settings", need: roleAdmin},
+		{Title: "Dashboard", Path: "/admin/dashboard", minRole: roleViewer},
+		{Title: "Projects", Path: "/admin/projects", minRole: roleViewer},
+		{Title: "Tokens", Path: "/admin/tokens", minRole: roleViewer},
+		{Title: "Calls", Path: "/admin/requests", minRole: roleViewer},
+		{Title: "Running calls", Path: "/admin/streams", minRole: roleViewer},
+		{Title: "Prices", Path: "/admin/prices", minRole: roleViewer},
+		{Title: "Management keys", Path: "/admin/keys", minRole: roleAdmin},
+		{Title: "Audit trail", Path: "/admin/audit", minRole: roleAdmin},
+		{Title: "Settings", Path: "/admin/settings", minRole: roleAdmin},
 	}
 }
 
 // A navItem is a link of the navigation and the role that sees it.
 type navItem struct {
 	Title, Path string
-	need        role
+	minRole     role
 	Here        bool
 }
 
@@ -128,8 +128,8 @@ type pageRequest struct {
 	secure  bool // the browser came over TLS
 }
 
-// with returns a request for a handler of /manage, with a JSON body of fields.
-func (r *pageRequest) with(fields map[string]any) *manageRequest {
+// withJSON returns a request for a handler of /manage, with a JSON body of fields.
+func (r *pageRequest) withJSON(fields map[string]any) *manageRequest {
 	m := *r.manageRequest
 	m.query = url.Values{}
 	body, err := json.Marshal(fields)
@@ -140,9 +140,9 @@ func (r *pageRequest) with(fields map[string]any) *manageRequest {
 	return &m
 }
 
-// asking returns a request for a handler of /manage that has a query: pairs of
+// withQuery returns a request for a handler of /manage that has a query: pairs of
 // name and value, of which those without a value are left out.
-func (r *pageRequest) asking(pairs ...string) *manageRequest {
+func (r *pageRequest) withQuery(pairs ...string) *manageRequest {
 	m := *r.manageRequest
 	m.query, m.body = url.Values{}, nil
 	for i := 0; i < len(pairs); i += 2 {
@@ -153,9 +153,9 @@ func (r *pageRequest) asking(pairs ...string) *manageRequest {
 	return &m
 }
 
-// nextPage returns the address of a list's next page: this one's, with another
+// nextPageURL returns the address of a list's next page: this one's, with another
 // place to go on from; "" if there is none.
-func (r *pageRequest) nextPage(after string) string {
+func (r *pageRequest) nextPageURL(after string) string {
 	if after == "" {
 		return ""
 	}
@@ -165,28 +165,28 @@ func (r *pageRequest) nextPage(after string) string {
 	return r.http.URL.Path + "?" + q.Encode()
 }
 
-// can reports whether who asks has at least a role.
-func (r *pageRequest) can(need role) bool { return r.actor.role.rank() >= need.rank() }
+// hasRole reports whether who asks has at least a role.
+func (r *pageRequest) hasRole(need role) bool { return r.actor.role.rank() >= need.rank() }
 
-// A page is what a handler answers with: a template and its data, or a place to
+// A pageResponse is what a handler answers with: a template and its data, or a place to
 // go on to, or an answer that is no page.
-type page struct {
+type pageResponse struct {
 	template string // the name of a file in templates/, without .html
 	title    string
 	status   int // 0: 200
 	data     any
-	to       string // a path of ours; the browser goes there (303)
+	redirect string // a path of ours; the browser goes there (303)
 	cookie   *http.Cookie
 	write    func(http.ResponseWriter) error // writes an answer of its own, such as an export
 }
 
-// goTo is the answer to a form that was carried out: the browser gets the page
+// redirectTo is the answer to a form that was carried out: the browser gets the page
 // at path anew, so that reloading it repeats nothing. done names a notice.
-func goTo(path, done string) *page {
+func redirectTo(path, done string) *pageResponse {
 	if done != "" {
 		path += "?done=" + done
 	}
-	return &page{to: path}
+	return &pageResponse{redirect: path}
 }
 
 // adminRoutes is /admin with all that stands in front of it.
@@ -200,7 +200,7 @@ func (ui *adminUI) adminRoutes() http.Handler {
 			mux.Handle(method+" "+path, ui.pageHandler(rt))
 		}
 	}
-	wrong := ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errPageMethod() }})
+	wrong := ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*pageResponse, error) { return nil, errPageMethodNotAllowed() }})
 	for path, methods := range known {
 		for _, method := range []string{http.MethodGet, http.MethodPost} {
 			if !strings.Contains(methods, method) {
@@ -209,41 +209,41 @@ func (ui *adminUI) adminRoutes() http.Handler {
 		}
 	}
 	mux.HandleFunc("GET /admin/static/{name}", ui.handleStatic)
-	mux.Handle("/admin/", ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*page, error) { return nil, errNotFound }}))
-	return ui.guardPages(mux)
+	mux.Handle("/admin/", ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*pageResponse, error) { return nil, errNotFound }}))
+	return ui.withPageSecurity(mux)
 }
 
-// errSignIn says that somebody has to sign in first.
-var errSignIn = errors.New("not signed in")
+// errNotSignedIn says that somebody has to sign in first.
+var errNotSignedIn = errors.New("not signed in")
 
 // pageHandler lets a request in, or not, and writes what its handler returns.
 func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: ui.secureRequest(r)}
-		err := ui.letIn(rt.need, w, pr)
-		var p *page
+		pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: ui.isSecureRequest(r)}
+		err := ui.authorizePage(rt.minRole, w, pr)
+		var p *pageResponse
 		if err == nil {
 			p, err = rt.handle(pr)
 		}
 		if err != nil {
-			p = ui.failedPage(w, pr, err)
+			p = ui.errorPage(w, pr, err)
 		}
 		ui.writePage(w, pr, p)
 	})
 }
 
-const maxForm = 1 << 20
+const maxFormBytes = 1 << 20
 
-// letIn finds out who is signed in and reads the form.
-func (ui *adminUI) letIn(need role, w http.ResponseWriter, r *pageRequest) error {
-	if err := ui.resume(r); err != nil {
+// authorizePage finds out who is signed in and reads the form.
+func (ui *adminUI) authorizePage(need role, w http.ResponseWriter, r *pageRequest) error {
+	if err := ui.loadSession(r); err != nil {
 		return err
 	}
-	r.by = ui.api.originOf(w, r.http, r.actor, r.now)
+	r.origin = ui.api.newAuditOrigin(w, r.http, r.actor, r.now)
 	if need != "" && r.session == nil {
-		return errSignIn
+		return errNotSignedIn
 	}
-	if need != "" && !r.can(need) {
+	if need != "" && !r.hasRole(need) {
 		return &apiError{status: http.StatusForbidden, code: "role_too_low",
 			msg: "This needs the role " + string(need) + "; you are signed in with the role " + string(r.actor.role) + "."}
 	}
@@ -260,7 +260,7 @@ func (ui *adminUI) letIn(need role, w http.ResponseWriter, r *pageRequest) error
 		return nil
 	}
 	r.ctx = context.WithoutCancel(r.ctx) // a change is carried through when its sender leaves
-	if why := ui.gone(); why != "" {
+	if why := ui.databaseProblem(); why != "" {
 		return errUnavailable("store_unavailable", errors.New(why))
 	}
 	return r.readForm(w)
@@ -271,7 +271,7 @@ func (r *pageRequest) readForm(w http.ResponseWriter) error {
 	if t, _, err := mime.ParseMediaType(r.http.Header.Get("Content-Type")); err != nil || t != "application/x-www-form-urlencoded" {
 		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "This is not a form of these pages."}
 	}
-	r.http.Body = http.MaxBytesReader(w, r.http.Body, maxForm)
+	r.http.Body = http.MaxBytesReader(w, r.http.Body, maxFormBytes)
 	if err := r.http.ParseForm(); err != nil {
 		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 			return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The form is larger than 1 MiB."}
@@ -281,21 +281,21 @@ func (r *pageRequest) readForm(w http.ResponseWriter) error {
 	r.form = r.http.PostForm
 	var err error
 	if v := r.form.Get("version"); v != "" { // of what the form was made from
-		r.match, err = ifMatch([]string{v})
+		r.ifMatchVersion, err = parseIfMatch([]string{v})
 	}
 	return err
 }
 
-// failedPage is the page that says what went wrong.
-func (ui *adminUI) failedPage(w http.ResponseWriter, r *pageRequest, err error) *page {
-	if errors.Is(err, errSignIn) {
+// errorPage is the page that says what went wrong.
+func (ui *adminUI) errorPage(w http.ResponseWriter, r *pageRequest, err error) *pageResponse {
+	if errors.Is(err, errNotSignedIn) {
 		to := "/admin/sign-in"
 		if r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/" {
 			to += "?next=" + url.QueryEscape(r.http.URL.RequestURI())
 		} else if r.http.Method == http.MethodPost {
 			to += "?done=ended"
 		}
-		return &page{to: to}
+		return &pageResponse{redirect: to}
 	}
 	e := manageError(err)
 	if e.status >= 500 {
@@ -305,7 +305,7 @@ func (ui *adminUI) failedPage(w http.ResponseWriter, r *pageRequest, err error) 
 	if e.status == http.StatusNotFound {
 		title = "Not found"
 	}
-	return &page{template: "error", title: title, status: e.status,
+	return &pageResponse{template: "error", title: title, status: e.status,
 		data: errorView{title, e.msg, w.Header().Get("X-Request-Id"), e.status >= 500}}
 }
 
@@ -315,10 +315,10 @@ type errorView struct {
 	Ours                      bool
 }
 
-// refusePage answers a request that nobody has looked at yet.
-func (ui *adminUI) refusePage(w http.ResponseWriter, r *http.Request, e *apiError) {
+// writeErrorPage answers a request that nobody has looked at yet.
+func (ui *adminUI) writeErrorPage(w http.ResponseWriter, r *http.Request, e *apiError) {
 	pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}}
-	ui.writePage(w, pr, ui.failedPage(w, pr, e))
+	ui.writePage(w, pr, ui.errorPage(w, pr, e))
 }
 
 // A pageView is what every template sees.
@@ -334,14 +334,14 @@ type pageView struct {
 }
 
 // writePage writes a page as a whole or, if its template fails, an error.
-func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
+func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageResponse) {
 	h := w.Header()
 	if p.cookie != nil {
 		http.SetCookie(w, p.cookie)
 	}
 	switch {
-	case p.to != "":
-		h.Set("Location", p.to)
+	case p.redirect != "":
+		h.Set("Location", p.redirect)
 		w.WriteHeader(http.StatusSeeOther)
 		return
 	case p.write != nil:
@@ -352,7 +352,7 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
 		return
 	}
 	var b bytes.Buffer
-	if err := ui.pages.render(&b, p.template, ui.viewOf(r, p)); err != nil {
+	if err := ui.pages.render(&b, p.template, ui.newPageView(r, p)); err != nil {
 		ui.log.Error("a page failed", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 		h.Set("Content-Type", "text/plain; charset=utf-8")
 		w.WriteHeader(http.StatusInternalServerError)
@@ -364,29 +364,29 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *page) {
 	_, _ = w.Write(b.Bytes())
 }
 
-func (ui *adminUI) viewOf(r *pageRequest, p *page) *pageView {
+func (ui *adminUI) newPageView(r *pageRequest, p *pageResponse) *pageView {
 	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}}
 	if r.query != nil {
-		v.Notice = notice(r.query.Get("done"))
+		v.Notice = noticeText(r.query.Get("done"))
 	}
 	if r.session == nil {
 		return v
 	}
 	v.SignedIn, v.Name, v.Role = true, r.actor.name, r.actor.role
 	for _, need := range []role{roleViewer, roleOperator, roleAdmin} {
-		v.Can[string(need)] = r.can(need)
+		v.Can[string(need)] = r.hasRole(need)
 	}
 	for _, item := range adminNav() {
 		item.Here = r.http.URL.Path == item.Path || strings.HasPrefix(r.http.URL.Path, item.Path+"/")
-		if r.can(item.need) {
+		if r.hasRole(item.minRole) {
 			v.Nav = append(v.Nav, item)
 		}
 	}
 	return v
 }
 
-// notice is what a page says about the form that led to it.
-func notice(done string) string {
+// noticeText is what a page says about the form that led to it.
+func noticeText(done string) string {
 	switch done {
 	case "saved":
 		return "Saved."
@@ -411,17 +411,19 @@ func notice(done string) string {
 }
 
 // adminHome is where somebody goes who asks for nothing in particular.
-func (ui *adminUI) adminHome(*pageRequest) (*page, error) { return &page{to: "/admin/dashboard"}, nil }
+func (ui *adminUI) adminHome(*pageRequest) (*pageResponse, error) {
+	return &pageResponse{redirect: "/admin/dashboard"}, nil
+}
 
-func errPageMethod() *apiError {
+func errPageMethodNotAllowed() *apiError {
 	return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
 }
 
-// guardPages sets the headers that every answer has, and refuses host names that
+// withPageSecurity sets the headers that every answer has, and refuses host names that
 // are not ours and requests that another site may have caused.
-func (ui *adminUI) guardPages(next http.Handler) http.Handler {
+func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		secure := ui.secureRequest(r)
+		secure := ui.isSecureRequest(r)
 		h := w.Header()
 		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "+
 			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
@@ -437,22 +439,22 @@ func (ui *adminUI) guardPages(next http.Handler) http.Handler {
 		}
 		switch {
 		case !ourHost(ui.cfg.publicURL, r.Host):
-			ui.refusePage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
+			ui.writeErrorPage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
 				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."})
 		case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodPost:
 			h.Set("Allow", "GET, HEAD, POST")
-			ui.refusePage(w, r, errPageMethod())
+			ui.writeErrorPage(w, r, errPageMethodNotAllowed())
 		case r.Method == http.MethodPost && !sameOrigin(r, secure):
-			ui.refusePage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
+			ui.writeErrorPage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
 		default:
 			next.ServeHTTP(w, r)
 		}
 	})
 }
 
-// secureRequest reports whether the browser came over TLS: to us, or to what
+// isSecureRequest reports whether the browser came over TLS: to us, or to what
 // stands before us and answers for PUBLIC_URL.
-func (ui *adminUI) secureRequest(r *http.Request) bool {
+func (ui *adminUI) isSecureRequest(r *http.Request) bool {
 	public := ui.cfg.publicURL
 	return r.TLS != nil || public != nil && public.Scheme == "https" && strings.EqualFold(r.Host, public.Host)
 }

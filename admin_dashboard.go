@@ -14,37 +14,37 @@ import (
 )
 
 const (
-	tokensExact   = 500    // tokens that are added up exactly
-	tokensLatest  = 10_000 // calls that are looked at where there are more of them
-	limitsLooked  = 5_000  // projects and tokens that are live, each
-	restingLooked = 20     // projects and tokens that are not, each
-	spentPart     = 0.8    // of a limit, from which on it is shown
-	diskLow       = 1 << 30
+	maxExactTokens    = 500    // tokens that are added up exactly
+	maxSampledCalls   = 10_000 // calls that are looked at where there are more of them
+	maxLiveScanned    = 5_000  // projects and tokens that are live, each
+	maxIdleScanned    = 20     // projects and tokens that are not, each
+	nearLimitFraction = 0.8    // of a limit, from which on it is shown
+	lowDiskBytes      = 1 << 30
 )
 
 // A dashView is what the dashboard shows.
 type dashView struct {
-	Periods, Projects, Bys, Measures []choice
+	Periods, Projects, Bys, Measures []filterOption
 	Running, Lately                  string
-	Notes                            []dashNote
+	Notes                            []dashboardAlert
 	Tiles                            []tile
 	Since, Before                    string
 	Usage                            chartView
 	Errors                           chartView
 	First, Total                     chartView
-	Lists                            []shareList
-	Fresh                            bool     // no call ever came
-	Export                           []choice // what is shown: values under names
+	Lists                            []rankingTable
+	Fresh                            bool           // no call ever came
+	Export                           []filterOption // what is shown: values under names
 }
 
-// A choice is an option of a filter.
-type choice struct {
+// A filterOption is an option of a filter.
+type filterOption struct {
 	Value, Label string
 	Here         bool
 }
 
-// A dashNote is something that needs attention.
-type dashNote struct {
+// A dashboardAlert is something that needs attention.
+type dashboardAlert struct {
 	Level, Kind string // level is bad or warn
 	Text, Link  string
 }
@@ -68,35 +68,35 @@ type chartView struct {
 
 type legendItem struct{ Class, Name string }
 
-// A shareList is a table of the largest, with a bar each.
-type shareList struct {
+// A rankingTable is a table of the largest, with a bar each.
+type rankingTable struct {
 	Title, Kind, Note string
-	Rows              []shareRow
+	Rows              []rankingRow
 	More              int64
 }
 
-type shareRow struct {
+type rankingRow struct {
 	Name, Label, Link   string
 	Bar                 template.HTML
 	Value, Part         string
 	Calls, Tokens, Cost string
 }
 
-// dashQuery reads what a dashboard is asked for.
-func (ui *adminUI) dashQuery(r *pageRequest, query url.Values) (*dashQuery, error) {
-	q := &dashQuery{now: r.now.UnixMilli(), by: query.Get("by"), measure: cmp.Or(query.Get("measure"), "calls"),
-		projectID: query.Get("project"), firstToken: tokensExact, latest: tokensLatest}
+// parseDashQuery reads what a dashboard is asked for.
+func (ui *adminUI) parseDashQuery(r *pageRequest, query url.Values) (*dashQuery, error) {
+	q := &dashQuery{now: r.now.UnixMilli(), groupBy: query.Get("by"), metric: cmp.Or(query.Get("measure"), "calls"),
+		projectID: query.Get("project"), maxExactTokens: maxExactTokens, sampleSize: maxSampledCalls}
 	for _, p := range dashPeriods(q.now) {
 		if p.name == cmp.Or(query.Get("period"), "7d") {
 			q.dashPeriod = p
 		}
 	}
 	switch {
-	case q.span == 0:
+	case q.lengthMS == 0:
 		return nil, badRequest("invalid_value", "period", "period must be 24h, 7d, 30d or 90d.")
-	case q.measure != "calls" && q.measure != "tokens" && q.measure != "cost":
+	case q.metric != "calls" && q.metric != "tokens" && q.metric != "cost":
 		return nil, badRequest("invalid_value", "measure", "measure must be calls, tokens or cost.")
-	case q.by != "" && q.by != "project" && q.by != "model":
+	case q.groupBy != "" && q.groupBy != "project" && q.groupBy != "model":
 		return nil, badRequest("invalid_value", "by", "by must be project or model.")
 	}
 	if q.projectID != "" {
@@ -104,14 +104,14 @@ func (ui *adminUI) dashQuery(r *pageRequest, query url.Values) (*dashQuery, erro
 		if err != nil {
 			return nil, err
 		}
-		q.project, q.by = p.seq, "model"
+		q.projectSeq, q.groupBy = p.seq, "model"
 	}
-	q.by = cmp.Or(q.by, "project")
+	q.groupBy = cmp.Or(q.groupBy, "project")
 	return q, nil
 }
 
-func (ui *adminUI) dashboardPage(r *pageRequest) (*page, error) {
-	q, err := ui.dashQuery(r, r.query)
+func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
+	q, err := ui.parseDashQuery(r, r.query)
 	if err != nil {
 		return nil, err
 	}
@@ -119,43 +119,43 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*page, error) {
 	if err != nil {
 		return nil, err
 	}
-	projects, err := ui.projectChoices(r, q.projectID)
+	projects, err := ui.projectFilterOptions(r, q.projectID)
 	if err != nil {
 		return nil, err
 	}
-	v := &dashView{Projects: projects, Measures: choices(q.measure, "calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
-		Bys: choices(q.by, "project", "Project", "model", "Model"), Tiles: d.tiles(),
-		Since: stamps(q.from), Before: stamps(q.earlier) + " – " + stamps(q.earlyTo)}
-	if d.total.calls+d.before.calls == 0 && q.project == 0 {
-		last, err := ui.store.lastRequest(r.ctx)
+	v := &dashView{Projects: projects, Measures: filterOptions(q.metric, "calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
+		Bys: filterOptions(q.groupBy, "project", "Project", "model", "Model"), Tiles: d.tiles(),
+		Since: formatDashboardTime(q.from), Before: formatDashboardTime(q.prevFrom) + " – " + formatDashboardTime(q.prevTo)}
+	if d.total.calls+d.previous.calls == 0 && q.projectSeq == 0 {
+		last, err := ui.store.lastRequestID(r.ctx)
 		if err != nil {
 			return nil, err
 		}
 		v.Fresh = last == 0
 	}
 	for _, p := range dashPeriods(q.now) {
-		v.Periods = append(v.Periods, choice{p.name, p.title, p.name == q.name})
+		v.Periods = append(v.Periods, filterOption{p.name, p.title, p.name == q.name})
 	}
-	if q.project != 0 {
+	if q.projectSeq != 0 {
 		v.Bys = nil // there is but one
 	}
 	v.Running, v.Lately = ui.liveNumbers(q, d)
-	if v.Notes, err = ui.dashNotes(r, q, d); err != nil {
+	if v.Notes, err = ui.dashboardAlerts(r, q, d); err != nil {
 		return nil, err
 	}
-	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.measure]
-	v.Usage = showChart("usage", title+" by "+q.by, d.usageChart(q, title+" over time, by "+q.by))
-	v.Errors = showChart("errors", "Errors by whose they are", d.errorChart(q))
-	v.First = showChart("first", "Time to the first byte", d.latencyChart(q, "Time to the first byte over time", func(h *hourSum) *latencies { return &h.first }))
-	v.Total = showChart("total", "Time to the whole answer", d.latencyChart(q, "Time to the whole answer over time", func(h *hourSum) *latencies { return &h.total }))
-	v.Lists = d.lists(q)
-	v.Export = choices("", "period", q.name, "project", q.projectID, "by", q.by, "measure", q.measure)
-	return &page{template: "dashboard", title: "Dashboard", data: v}, nil
+	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric]
+	v.Usage = newChartView("usage", title+" by "+q.groupBy, d.usageChart(q, title+" over time, by "+q.groupBy))
+	v.Errors = newChartView("errors", "Errors by whose they are", d.errorChart(q))
+	v.First = newChartView("first", "Time to the first byte", d.latencyChart(q, "Time to the first byte over time", func(h *hourSum) *latencyHistogram { return &h.firstByteLatency }))
+	v.Total = newChartView("total", "Time to the whole answer", d.latencyChart(q, "Time to the whole answer over time", func(h *hourSum) *latencyHistogram { return &h.totalLatency }))
+	v.Lists = d.rankings(q)
+	v.Export = filterOptions("", "period", q.name, "project", q.projectID, "by", q.groupBy, "measure", q.metric)
+	return &pageResponse{template: "dashboard", title: "Dashboard", data: v}, nil
 }
 
 // usageCharts are the calls and the cost of a project over the last 30 days.
 func (ui *adminUI) usageCharts(r *pageRequest, project string) (out []chartView, err error) {
-	q, err := ui.dashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
+	q, err := ui.parseDashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
 	if err != nil {
 		return nil, err
 	}
@@ -163,38 +163,38 @@ func (ui *adminUI) usageCharts(r *pageRequest, project string) (out []chartView,
 	if err := d.readUsage(r.ctx, ui.store, q); err != nil {
 		return nil, err
 	}
-	for _, c := range choices("", "calls", "Calls by model", "cost", "Cost by model") {
-		q.measure = c.Value
-		out = append(out, showChart(c.Value, c.Label, d.usageChart(q, c.Label+" over 30 days")))
+	for _, c := range filterOptions("", "calls", "Calls by model", "cost", "Cost by model") {
+		q.metric = c.Value
+		out = append(out, newChartView(c.Value, c.Label, d.usageChart(q, c.Label+" over 30 days")))
 	}
 	return out, nil
 }
 
-func choices(here string, pairs ...string) (out []choice) {
+func filterOptions(here string, pairs ...string) (out []filterOption) {
 	for i := 0; i < len(pairs); i += 2 {
-		out = append(out, choice{pairs[i], pairs[i+1], pairs[i] == here})
+		out = append(out, filterOption{pairs[i], pairs[i+1], pairs[i] == here})
 	}
 	return out
 }
 
-// maxChoices bounds the projects that a filter offers; a list of all has its own
+// maxFilterProjects bounds the projects that a filter offers; a list of all has its own
 // page.
-const maxChoices = 1000
+const maxFilterProjects = 1000
 
-// projectChoices is the projects to choose from, and all together.
-func (ui *adminUI) projectChoices(r *pageRequest, here string) ([]choice, error) {
-	out := []choice{{"", "All projects", here == ""}}
-	rows, err := ui.store.projectNames(r.ctx, maxChoices)
+// projectFilterOptions is the projects to choose from, and all together.
+func (ui *adminUI) projectFilterOptions(r *pageRequest, here string) ([]filterOption, error) {
+	out := []filterOption{{"", "All projects", here == ""}}
+	rows, err := ui.store.projectNames(r.ctx, maxFilterProjects)
 	if err != nil {
 		return nil, err
 	}
 	known := here == ""
 	for _, p := range rows {
-		out = append(out, choice{p.id, p.name, p.id == here})
+		out = append(out, filterOption{p.id, p.name, p.id == here})
 		known = known || p.id == here
 	}
 	if !known {
-		out = append(out, choice{here, here, true})
+		out = append(out, filterOption{here, here, true})
 	}
 	return out, nil
 }
@@ -207,15 +207,15 @@ func (ui *adminUI) liveNumbers(q *dashQuery, d *dashData) (running, lately strin
 			n++
 		}
 	}
-	if lately = group(d.lately); d.lately >= latelyMost {
+	if lately = groupDigits(d.lastMinuteCalls); d.lastMinuteCalls >= maxLastMinuteCalls {
 		lately += "+"
 	}
-	return group(n), lately
+	return groupDigits(n), lately
 }
 
 // tiles are the totals of the period beside those of the one before.
 func (d *dashData) tiles() []tile {
-	now, was := &d.total, d.before
+	now, was := &d.total, d.previous
 	errorsOf := func(h *hourSum) (n int64) {
 		for _, v := range h.errors {
 			n += v
@@ -228,30 +228,30 @@ func (d *dashData) tiles() []tile {
 		}
 		return 100 * float64(errorsOf(h)) / float64(h.calls)
 	}
-	count := func(label string, now, was int64, u unit, more string) tile {
-		return tile{Label: label, Value: u.full(float64(now)), More: more, Change: change(float64(now), float64(was)), Before: u.full(float64(was))}
+	count := func(label string, now, was int64, u chartUnit, more string) tile {
+		return tile{Label: label, Value: u.format(float64(now)), More: more, Change: formatPercentChange(float64(now), float64(was)), Before: u.format(float64(was))}
 	}
 	money := count("Cost", now.cost, was.cost, unitMoney, "all calls have a price")
 	if now.unpriced > 0 {
-		money.More = plural(now.unpriced, "call", "calls") + " without a price"
+		money.More = pluralize(now.unpriced, "call", "calls") + " without a price"
 	}
-	failed := tile{Label: "Errors", Value: percent(part(now)), More: plural(errorsOf(now), "call", "calls"), Before: percent(part(was))}
+	failed := tile{Label: "Errors", Value: percent(part(now)), More: pluralize(errorsOf(now), "call", "calls"), Before: percent(part(was))}
 	if was.calls > 0 && now.calls > 0 {
-		failed.Change, failed.Level = points(part(now)-part(was)), worse(part(now), part(was), 0.5)
+		failed.Change, failed.Level = formatPointChange(part(now)-part(was)), changeLevel(part(now), part(was), 0.5)
 	}
 	out := []tile{
-		count("Calls", now.calls, was.calls, unitCount, plural(now.errors[1], "refused by a rule", "refused by rules")),
-		count("Tokens", now.input+now.output, was.input+was.output, unitCount, group(now.input)+" in, "+group(now.output)+" out"),
+		count("Calls", now.calls, was.calls, unitCount, pluralize(now.errors[1], "refused by a rule", "refused by rules")),
+		count("Tokens", now.input+now.output, was.input+was.output, unitCount, groupDigits(now.input)+" in, "+groupDigits(now.output)+" out"),
 		money, failed,
 	}
 	for _, l := range []struct {
 		label    string
-		now, was *latencies
-	}{{"First byte", &now.first, &was.first}, {"Whole answer", &now.total, &was.total}} {
+		now, was *latencyHistogram
+	}{{"First byte", &now.firstByteLatency, &was.firstByteLatency}, {"Whole answer", &now.totalLatency, &was.totalLatency}} {
 		half, slow, before := l.now.quantile(0.5), l.now.quantile(0.95), l.was.quantile(0.5)
-		one := tile{Label: l.label, Value: unitMillis.full(half), More: "median; p95 " + unitMillis.full(slow), Before: unitMillis.full(before)}
+		one := tile{Label: l.label, Value: unitMillis.format(half), More: "median; p95 " + unitMillis.format(slow), Before: unitMillis.format(before)}
 		if half > 0 && before > 0 && !math.IsInf(half+before, 0) {
-			one.Change, one.Level = change(half, before), worse(half, before, before*0.1)
+			one.Change, one.Level = formatPercentChange(half, before), changeLevel(half, before, before*0.1)
 		}
 		out = append(out, one)
 	}
@@ -263,8 +263,8 @@ func (d *dashData) tiles() []tile {
 	return out
 }
 
-// worse says whether a number that should be small has changed by more than slack.
-func worse(now, was, slack float64) string {
+// changeLevel says whether a number that should be small has changed by more than slack.
+func changeLevel(now, was, slack float64) string {
 	switch {
 	case now > was+slack:
 		return "bad"
@@ -281,23 +281,23 @@ func percent(v float64) string {
 	return strconv.FormatFloat(v, 'f', 1, 64) + "%"
 }
 
-func signed(v float64) string {
+func formatSigned(v float64) string {
 	if v < 0 {
-		return "−" + decimal(-v)
+		return "−" + formatTwoDecimals(-v)
 	}
-	return "+" + decimal(v)
+	return "+" + formatTwoDecimals(v)
 }
 
-// points is a change of a percentage.
-func points(v float64) string {
+// formatPointChange is a change of a percentage.
+func formatPointChange(v float64) string {
 	if v = math.Round(v*10) / 10; v == 0 {
 		return "±0"
 	}
-	return signed(v) + " points"
+	return formatSigned(v) + " points"
 }
 
-// change is a change in percent, "" where there was nothing to compare with.
-func change(now, was float64) string {
+// formatPercentChange is a change in percent, "" where there was nothing to compare with.
+func formatPercentChange(now, was float64) string {
 	if was <= 0 {
 		return ""
 	}
@@ -305,24 +305,24 @@ func change(now, was float64) string {
 	case v == 0:
 		return "±0%"
 	case v > 999:
-		return "×" + decimal(math.Round(now/was))
+		return "×" + formatTwoDecimals(math.Round(now/was))
 	default:
-		return signed(v) + "%"
+		return formatSigned(v) + "%"
 	}
 }
 
-// showChart draws a chart and writes down its numbers, newest first.
-func showChart(id, title string, c *timeChart) chartView {
+// newChartView draws a chart and writes down its numbers, newest first.
+func newChartView(id, title string, c *timeChart) chartView {
 	v := chartView{ID: id, Title: title, SVG: template.HTML(c.svg()), Head: []string{"Time (UTC)"}, Empty: true}
 	for _, s := range c.series {
 		v.Legend = append(v.Legend, legendItem{s.class, s.name})
 		v.Head = append(v.Head, s.name)
 	}
 	for i := c.steps - 1; i >= 0; i-- {
-		row, any := []string{strings.TrimSuffix(c.timeOf(i), " UTC")}, false
+		row, any := []string{strings.TrimSuffix(c.stepLabel(i), " UTC")}, false
 		for _, s := range c.series {
 			value := s.values[i]
-			row, any = append(row, c.unit.full(value)), any || value > 0
+			row, any = append(row, c.unit.format(value)), any || value > 0
 		}
 		if any {
 			v.Rows, v.Empty = append(v.Rows, row), false
@@ -331,43 +331,43 @@ func showChart(id, title string, c *timeChart) chartView {
 	return v
 }
 
-// lists are the largest projects, tokens, models and endpoints.
-func (d *dashData) lists(q *dashQuery) []shareList {
-	whole := q.of(amount{d.total.calls, d.total.input + d.total.output, d.total.cost})
-	tokens := q.list("Tokens", "token", d.tokens, whole)
-	if d.sampled > 0 {
+// rankings are the largest projects, tokens, models and endpoints.
+func (d *dashData) rankings(q *dashQuery) []rankingTable {
+	whole := q.valueOf(usageTotals{d.total.calls, d.total.input + d.total.output, d.total.cost})
+	tokens := q.ranking("Tokens", "token", d.tokens, whole)
+	if d.sampledCalls > 0 {
 		counted := 0.0
 		for _, t := range d.tokens {
-			counted += q.of(t.amount)
+			counted += q.valueOf(t.usageTotals)
 		}
-		tokens = q.list("Tokens", "token", d.tokens, counted)
-		tokens.Note = "Of the latest " + group(int64(d.sampled)) + " calls on record: there are more tokens than can be added up at once."
+		tokens = q.ranking("Tokens", "token", d.tokens, counted)
+		tokens.Note = "Of the latest " + groupDigits(int64(d.sampledCalls)) + " calls on record: there are more tokens than can be added up at once."
 	}
-	out := []shareList{tokens, q.list("Models", "model", d.modelShares(q), whole), q.list("Endpoints", "endpoint", d.endpoints, whole)}
-	if q.project == 0 {
-		out = append([]shareList{q.list("Projects", "project", d.projects, whole)}, out...)
+	out := []rankingTable{tokens, q.ranking("Models", "model", d.usageByModel(q), whole), q.ranking("Endpoints", "endpoint", d.endpoints, whole)}
+	if q.projectSeq == 0 {
+		out = append([]rankingTable{q.ranking("Projects", "project", d.projects, whole)}, out...)
 	}
 	return out
 }
 
-func (q *dashQuery) list(title, kind string, all []share, whole float64) shareList {
-	l := shareList{Title: title, Kind: kind, More: int64(max(0, len(all)-sharesShown))}
-	for _, v := range all[:min(len(all), sharesShown)] {
-		if q.of(v.amount) == 0 {
+func (q *dashQuery) ranking(title, kind string, all []usageShare, whole float64) rankingTable {
+	l := rankingTable{Title: title, Kind: kind, More: int64(max(0, len(all)-rankingSize))}
+	for _, v := range all[:min(len(all), rankingSize)] {
+		if q.valueOf(v.usageTotals) == 0 {
 			break // all that follow have nothing either
 		}
-		row := shareRow{Name: v.name, Label: v.label, Value: q.unit().full(q.of(v.amount)), Calls: group(v.calls), Tokens: group(v.tokens), Cost: showDollars(v.cost)}
-		most := q.of(all[0].amount)
-		row.Bar = template.HTML(partBar(q.of(v.amount), most, "k1"))
+		row := rankingRow{Name: v.name, Label: v.label, Value: q.unit().format(q.valueOf(v.usageTotals)), Calls: groupDigits(v.calls), Tokens: groupDigits(v.tokens), Cost: formatMoney(v.cost)}
+		most := q.valueOf(all[0].usageTotals)
+		row.Bar = template.HTML(fractionBar(q.valueOf(v.usageTotals), most, "k1"))
 		if whole > 0 {
-			row.Part = percent(100 * q.of(v.amount) / whole)
+			row.Part = percent(100 * q.valueOf(v.usageTotals) / whole)
 		}
 		switch kind {
 		case "project":
 			if v.label != "" {
 				break // its page is gone
 			}
-			row.Link = "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.measure}}.Encode()
+			row.Link = "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.metric}}.Encode()
 		case "token":
 			row.Link = "/admin/tokens/" + url.PathEscape(v.id)
 		case "model":
@@ -385,24 +385,24 @@ func (q *dashQuery) list(title, kind string, all []share, whole float64) shareLi
 	return l
 }
 
-// stamps writes a time as the dashboard's texts have it.
-func stamps(ms int64) string { return time.UnixMilli(ms).UTC().Format("2 Jan 2006 15:04") }
+// formatDashboardTime writes a time as the dashboard's texts have it.
+func formatDashboardTime(ms int64) string { return time.UnixMilli(ms).UTC().Format("2 Jan 2006 15:04") }
 
-// dashNotes lists what needs attention, the worst first.
-func (ui *adminUI) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashNote, error) {
-	notes := ui.ownTrouble(r)
-	for _, k := range d.keys {
+// dashboardAlerts lists what needs attention, the worst first.
+func (ui *adminUI) dashboardAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dashboardAlert, error) {
+	notes := ui.systemAlerts(r)
+	for _, k := range d.unhealthyUpstreams {
 		if q.projectID == "" || k.projectID == q.projectID {
-			notes = append(notes, dashNote{Level: "bad", Kind: "Provider key", Text: keyNote(&k, r.now), Link: "/admin/projects/" + k.projectID})
+			notes = append(notes, dashboardAlert{Level: "bad", Kind: "Provider key", Text: keyAlertText(&k, r.now), Link: "/admin/projects/" + k.projectID})
 		}
 	}
-	resting, err := ui.restingLimits(r, q, d)
+	resting, err := ui.inactiveNearLimits(r, q, d)
 	if err != nil {
 		return nil, err
 	}
-	near := append(ui.registry.nearLimits(q.now, spentPart, limitsLooked), resting...)
-	fullest(near)
-	left := notesShown
+	near := append(ui.registry.nearLimits(q.now, nearLimitFraction, maxLiveScanned), resting...)
+	sortNearLimits(near)
+	left := maxAlertsPerKind
 	for _, n := range near {
 		if q.projectID != "" && n.projectID != q.projectID {
 			continue
@@ -410,25 +410,25 @@ func (ui *adminUI) dashNotes(r *pageRequest, q *dashQuery, d *dashData) ([]dashN
 		if left--; left < 0 {
 			break
 		}
-		note := dashNote{Level: "warn", Kind: "Limit", Link: "/admin/projects/" + n.projectID,
-			Text: percent(100*n.part) + " of " + n.limit + " is used: project " + n.project}
+		note := dashboardAlert{Level: "warn", Kind: "Limit", Link: "/admin/projects/" + n.projectID,
+			Text: percent(100*n.fraction) + " of " + n.limit + " is used: project " + n.project}
 		if n.token != "" {
 			note.Link, note.Text = "/admin/tokens/"+url.PathEscape(n.token), note.Text+", token "+n.name
 		}
-		if n.part >= 1 {
+		if n.fraction >= 1 {
 			note.Level = "bad"
 		}
 		notes = append(notes, note)
 	}
-	return append(notes, expiryNotes(r, q, d)...), nil
+	return append(notes, expiryAlerts(r, q, d)...), nil
 }
 
-// restingLimits returns the nearly spent limits of projects and tokens that are
+// inactiveNearLimits returns the nearly spent limits of projects and tokens that are
 // not live: of the largest in the period, for each takes some reading.
-func (ui *adminUI) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out []nearLimit, err error) {
-	projects := d.projects[:min(len(d.projects), restingLooked)]
-	if q.project != 0 {
-		projects = []share{{seq: q.project, id: q.projectID}}
+func (ui *adminUI) inactiveNearLimits(r *pageRequest, q *dashQuery, d *dashData) (out []nearLimit, err error) {
+	projects := d.projects[:min(len(d.projects), maxIdleScanned)]
+	if q.projectSeq != 0 {
+		projects = []usageShare{{seq: q.projectSeq, id: q.projectID}}
 	}
 	for _, of := range projects {
 		if ui.registry.liveProject(of.seq) != nil {
@@ -445,9 +445,9 @@ func (ui *adminUI) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, nearOf(counters, q.now, spentPart, nearLimit{project: p.name, projectID: p.id})...)
+		out = append(out, filterNearLimits(counters, q.now, nearLimitFraction, nearLimit{project: p.name, projectID: p.id})...)
 	}
-	for _, v := range d.tokens[:min(len(d.tokens), restingLooked)] {
+	for _, v := range d.tokens[:min(len(d.tokens), maxIdleScanned)] {
 		if ui.registry.liveToken(v.id) != nil {
 			continue
 		}
@@ -462,30 +462,30 @@ func (ui *adminUI) restingLimits(r *pageRequest, q *dashQuery, d *dashData) (out
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, nearOf(counters, q.now, spentPart, nearLimit{token: t.id, name: t.name, project: v.label, projectID: t.projectID})...)
+		out = append(out, filterNearLimits(counters, q.now, nearLimitFraction, nearLimit{token: t.id, name: t.name, project: v.label, projectID: t.projectID})...)
 	}
 	return out, nil
 }
 
-// ownTrouble is what keeps this program from taking or recording calls, or soon
+// systemAlerts is what keeps this program from taking or recording calls, or soon
 // will.
-func (ui *adminUI) ownTrouble(r *pageRequest) (notes []dashNote) {
-	if why := ui.gone(); why != "" {
-		notes = append(notes, dashNote{Level: "bad", Kind: "Database", Text: "The database file is gone (" + why + "). Calls are refused. Stop the program and look into it with llm-proxy doctor."})
+func (ui *adminUI) systemAlerts(r *pageRequest) (notes []dashboardAlert) {
+	if why := ui.databaseProblem(); why != "" {
+		notes = append(notes, dashboardAlert{Level: "bad", Kind: "Database", Text: "The database file is gone (" + why + "). Calls are refused. Stop the program and look into it with llm-proxy doctor."})
 	}
 	if !ui.ledger.healthy() {
-		notes = append(notes, dashNote{Level: "bad", Kind: "Ledger", Text: "The ledger cannot be written, so calls are refused. Is the disk full?"})
+		notes = append(notes, dashboardAlert{Level: "bad", Kind: "Ledger", Text: "The ledger cannot be written, so calls are refused. Is the disk full?"})
 	}
 	if ui.diskUse == nil {
 		return notes
 	}
-	if use, err := ui.diskUse(r.ctx); err == nil && use.left < diskLow {
-		notes = append(notes, dashNote{Level: "bad", Kind: "Disk", Text: showBytes(use.left) + " are left on the database's disk, which holds " + showBytes(use.file) + " of it."})
+	if use, err := ui.diskUse(r.ctx); err == nil && use.available < lowDiskBytes {
+		notes = append(notes, dashboardAlert{Level: "bad", Kind: "Disk", Text: formatBytes(use.available) + " are left on the database's disk, which holds " + formatBytes(use.databaseSize) + " of it."})
 	}
 	return notes
 }
 
-func keyNote(k *keyTrouble, now time.Time) string {
+func keyAlertText(k *unhealthyUpstream, now time.Time) string {
 	text := k.project + ", " + k.upstream + ": "
 	switch k.state {
 	case "quarantined":
@@ -500,29 +500,29 @@ func keyNote(k *keyTrouble, now time.Time) string {
 	if k.reason != "" {
 		text += " (" + k.reason + ")"
 	}
-	text += ", noticed " + relative(time.UnixMilli(k.since).Sub(now)) + "."
+	text += ", noticed " + relativeTime(time.UnixMilli(k.since).Sub(now)) + "."
 	return text
 }
 
-// expiryNotes names the tokens that expire within a week.
-func expiryNotes(r *pageRequest, q *dashQuery, d *dashData) (notes []dashNote) {
+// expiryAlerts names the tokens that expire within a week.
+func expiryAlerts(r *pageRequest, q *dashQuery, d *dashData) (notes []dashboardAlert) {
 	others := int64(0)
 	for _, t := range d.expiring {
 		switch {
 		case q.projectID != "" && t.projectID != q.projectID:
-		case len(notes) < notesShown:
-			notes = append(notes, dashNote{Level: "warn", Kind: "Token", Link: "/admin/tokens/" + url.PathEscape(t.id),
-				Text: t.name + " of " + t.project + " expires " + relative(time.UnixMilli(t.at).Sub(r.now)) + "."})
+		case len(notes) < maxAlertsPerKind:
+			notes = append(notes, dashboardAlert{Level: "warn", Kind: "Token", Link: "/admin/tokens/" + url.PathEscape(t.id),
+				Text: t.name + " of " + t.project + " expires " + relativeTime(time.UnixMilli(t.expiresAt).Sub(r.now)) + "."})
 		default:
 			others++
 		}
 	}
 	if others > 0 {
-		text := plural(others, "more token expires", "more tokens expire") + " within a week."
-		if len(d.expiring) == expiringMost {
+		text := pluralize(others, "more token expires", "more tokens expire") + " within a week."
+		if len(d.expiring) == maxExpiringTokens {
 			text = "At least " + text
 		}
-		notes = append(notes, dashNote{Level: "warn", Kind: "Token", Text: text, Link: "/admin/tokens"})
+		notes = append(notes, dashboardAlert{Level: "warn", Kind: "Token", Text: text, Link: "/admin/tokens"})
 	}
 	return notes
 }

@@ -31,9 +31,9 @@ func TestDashboardAgrees(t *testing.T) {
 	for _, p := range dashPeriods(u.now.UnixMilli()) {
 		for seq, id := range projects {
 			for _, by := range []string{"project", "model"} {
-				q := &dashQuery{dashPeriod: p, project: seq, projectID: id, by: by, measure: "tokens", now: u.now.UnixMilli(), firstToken: 100, latest: 1000}
+				q := &dashQuery{dashPeriod: p, projectSeq: seq, projectID: id, groupBy: by, metric: "tokens", now: u.now.UnixMilli(), maxExactTokens: 100, sampleSize: 1000}
 				if seq != 0 {
-					q.by = "model"
+					q.groupBy = "model"
 				}
 				u.compareDashboard(q)
 			}
@@ -43,63 +43,63 @@ func TestDashboardAgrees(t *testing.T) {
 
 func (u *usageTest) compareDashboard(q *dashQuery) {
 	u.t.Helper()
-	d, err := u.in.store.readDashboard(u.t.Context(), q)
+	d, err := u.instance.store.readDashboard(u.t.Context(), q)
 	if err != nil {
 		u.t.Fatal(err)
 	}
 	var want, before hourSum
-	tokens, endpoints := map[string]amount{}, map[string]amount{}
+	tokens, endpoints := map[string]usageTotals{}, map[string]usageTotals{}
 	for _, r := range u.rows {
-		if q.project != 0 && r.project != q.project {
+		if q.projectSeq != 0 && r.project != q.projectSeq {
 			continue
 		}
-		if r.started >= q.earlier && r.started < q.earlyTo {
+		if r.started >= q.prevFrom && r.started < q.prevTo {
 			before.add(r)
 		}
 		if r.started < q.from || r.started >= q.to {
 			continue
 		}
 		want.add(r)
-		one := amount{1, r.counts.input + r.counts.output, r.cost}
-		for of, key := range map[*map[string]amount]string{&tokens: u.tokens[r.token], &endpoints: r.endpoint} {
+		one := usageTotals{1, r.counts.input + r.counts.output, r.cost}
+		for of, key := range map[*map[string]usageTotals]string{&tokens: u.tokens[r.token], &endpoints: r.endpoint} {
 			sum := (*of)[key]
 			sum.add(one)
 			(*of)[key] = sum
 		}
 	}
-	name := fmt.Sprintf("%s of project %d by %s", q.name, q.project, q.by)
-	if d.total != want || *d.before != before {
-		u.t.Errorf("%s: %+v and before %+v, want %+v and %+v", name, d.total, *d.before, want, before)
+	name := fmt.Sprintf("%s of project %d by %s", q.name, q.projectSeq, q.groupBy)
+	if d.total != want || *d.previous != before {
+		u.t.Errorf("%s: %+v and before %+v, want %+v and %+v", name, d.total, *d.previous, want, before)
 	}
-	whole := amount{want.calls, want.input + want.output, want.cost}
-	var inSeries, inSteps amount
-	for _, s := range d.series(q) {
+	whole := usageTotals{want.calls, want.input + want.output, want.cost}
+	var inSeries, inSteps usageTotals
+	for _, s := range d.topSeries(q) {
 		inSeries.add(s.total)
-		for _, a := range s.parts {
+		for _, a := range s.values {
 			inSteps.add(a)
 		}
 	}
 	if inSeries != whole || inSteps != whole {
 		u.t.Errorf("%s: the series hold %+v, their steps %+v, of %+v", name, inSeries, inSteps, whole)
 	}
-	for what, list := range map[string][]share{"models": d.modelShares(q), "endpoints": d.endpoints, "tokens": d.tokens, "projects": d.projects} {
-		var sum amount
+	for what, list := range map[string][]usageShare{"models": d.usageByModel(q), "endpoints": d.endpoints, "tokens": d.tokens, "projects": d.projects} {
+		var sum usageTotals
 		for i, v := range list {
-			sum.add(v.amount)
-			if i > 0 && q.of(list[i-1].amount) < q.of(v.amount) {
+			sum.add(v.usageTotals)
+			if i > 0 && q.valueOf(list[i-1].usageTotals) < q.valueOf(v.usageTotals) {
 				u.t.Errorf("%s: %s are in no order", name, what)
 			}
-			if what == "tokens" && v.amount != tokens[v.id] || what == "endpoints" && v.amount != endpoints[v.name] {
-				u.t.Errorf("%s: %s %s has %+v", name, what, cmpOr(v.id, v.name), v.amount)
+			if what == "tokens" && v.usageTotals != tokens[v.id] || what == "endpoints" && v.usageTotals != endpoints[v.name] {
+				u.t.Errorf("%s: %s %s has %+v", name, what, orDefault(v.id, v.name), v.usageTotals)
 			}
 		}
-		if sum != whole && !(what == "projects" && q.project != 0) {
+		if sum != whole && !(what == "projects" && q.projectSeq != 0) {
 			u.t.Errorf("%s: all %s have %+v of %+v", name, what, sum, whole)
 		}
 	}
 }
 
-func cmpOr(a, b string) string {
+func orDefault(a, b string) string {
 	if a != "" {
 		return a
 	}
@@ -116,8 +116,8 @@ func TestDashboardBounded(t *testing.T) {
 		firstToken, latest, sampled int
 		calls                       int64
 	}{{100, 20, 0, -1}, {1, 20, 20, 20}, {1, 100_000, 100_000, -1}} {
-		q := &dashQuery{dashPeriod: p, by: "project", measure: "calls", now: u.now.UnixMilli(), firstToken: c.firstToken, latest: c.latest}
-		d, err := u.in.store.readDashboard(t.Context(), q)
+		q := &dashQuery{dashPeriod: p, groupBy: "project", metric: "calls", now: u.now.UnixMilli(), maxExactTokens: c.firstToken, sampleSize: c.latest}
+		d, err := u.instance.store.readDashboard(t.Context(), q)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -128,9 +128,9 @@ func TestDashboardBounded(t *testing.T) {
 		if c.calls < 0 {
 			c.calls = d.total.calls
 		}
-		list := d.lists(q)[1]
-		if d.sampled != c.sampled || calls != c.calls || (list.Note != "") != (c.sampled > 0) {
-			t.Errorf("%+v: %d calls, of the latest %d, %q", c, calls, d.sampled, list.Note)
+		list := d.rankings(q)[1]
+		if d.sampledCalls != c.sampled || calls != c.calls || (list.Note != "") != (c.sampled > 0) {
+			t.Errorf("%+v: %d calls, of the latest %d, %q", c, calls, d.sampledCalls, list.Note)
 		}
 	}
 }
@@ -163,16 +163,16 @@ func TestDashboardPage(t *testing.T) {
 			t.Fatal(res.status, res.body)
 		}
 	}
-	p.settle()
-	row, err := p.in.store.projectByID(t.Context(), p.project)
+	p.waitSettled()
+	row, err := p.instance.store.projectByID(t.Context(), p.project)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ups, err := p.in.store.upstreamsOf(t.Context(), row.seq)
+	ups, err := p.instance.store.projectUpstreams(t.Context(), row.seq)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := p.in.store.setHealth(t.Context(), time.Now().UnixMilli(), &healthRow{upstream: ups[0].seq, state: keyQuarantined, reason: "401", changedAt: time.Now().UnixMilli()}, keyReady); err != nil {
+	if err := p.instance.store.setHealth(t.Context(), time.Now().UnixMilli(), &healthRow{upstream: ups[0].seq, state: keyQuarantined, reason: "401", changedAt: time.Now().UnixMilli()}, keyReady); err != nil {
 		t.Fatal(err)
 	}
 	for _, query := range []string{"", "?period=24h&measure=cost", "?period=7d&by=model", "?period=30d&measure=tokens&by=project", "?period=90d", "?project=" + p.project + "&period=24h"} {
@@ -203,7 +203,7 @@ func TestChange(t *testing.T) {
 		now, was float64
 		want     string
 	}{{5, 0, ""}, {0, 5, "−100%"}, {5, 5, "±0%"}, {6, 5, "+20%"}, {5.01, 5, "±0%"}, {100, 1, "×100"}, {5, -1, ""}} {
-		if got := change(c.now, c.was); got != c.want {
+		if got := formatPercentChange(c.now, c.was); got != c.want {
 			t.Errorf("from %v to %v: %q", c.was, c.now, got)
 		}
 	}
@@ -219,25 +219,25 @@ const chartDay = 20_000 * dayMS // 4 October 2024
 // chartCases are charts by the name of their golden file.
 func chartCases() map[string]string {
 	nan := math.NaN()
-	calls := &timeChart{label: "Calls over time, by project", start: chartDay, step: dayMS, steps: 4, series: []chartSeries{
+	calls := &timeChart{label: "Calls over time, by project", start: chartDay, stepMS: dayMS, steps: 4, series: []chartSeries{
 		{"search", "k1", []float64{10, 0, 35, 20}}, {"bot", "k2", []float64{5, 0, 5, 1}}, {"all others", "k0", []float64{0, 0, 1, 0}}}}
-	money := &timeChart{label: "Cost", unit: unitMoney, start: chartDay, step: hourMS, steps: 24, series: []chartSeries{{"m", "k1", make([]float64, 24)}}}
+	money := &timeChart{label: "Cost", unit: unitMoney, start: chartDay, stepMS: hourMS, steps: 24, series: []chartSeries{{"m", "k1", make([]float64, 24)}}}
 	money.series[0].values[5], money.series[0].values[23] = 123_456_789, 900_000
-	lines := &timeChart{label: "Time", unit: unitMillis, start: chartDay, step: 6 * hourMS, steps: 6, lines: true, series: []chartSeries{
+	lines := &timeChart{label: "Time", unit: unitMillis, start: chartDay, stepMS: 6 * hourMS, steps: 6, lineChart: true, series: []chartSeries{
 		{"p50", "k1", []float64{120, 130, nan, 90.5, nan, 200}}, {"p95", "k2", []float64{900, 1300, nan, math.Inf(1), nan, 2100}}}}
-	hostile := &timeChart{label: `"><script>alert(1)</script>`, start: chartDay, step: dayMS, steps: 1, series: []chartSeries{
+	hostile := &timeChart{label: `"><script>alert(1)</script>`, start: chartDay, stepMS: dayMS, steps: 1, series: []chartSeries{
 		{"</title><img src=x onerror=alert(1)>\u202e&amp;", "k1", []float64{3}}}}
-	huge := &timeChart{label: "Huge", start: chartDay, step: dayMS, steps: 2, series: []chartSeries{{"x", "k1", []float64{9.2e18, 1}}, {"y", "k2", []float64{9.2e18, 0}}}}
-	bar := spanBar{}
+	huge := &timeChart{label: "Huge", start: chartDay, stepMS: dayMS, steps: 2, series: []chartSeries{{"x", "k1", []float64{9.2e18, 1}}, {"y", "k2", []float64{9.2e18, 0}}}}
+	bar := durationBar{}
 	bar.add("to the first byte", "k1", 240_000)
 	bar.add("the answer <b>", "k4", 1_760_000)
 	return map[string]string{
 		"stacked": calls.svg(), "money": money.svg(), "lines": lines.svg(), "hostile": hostile.svg(), "huge": huge.svg(),
-		"empty":  (&timeChart{label: "Nothing", start: chartDay, step: dayMS, steps: 3, series: []chartSeries{{"x", "k1", make([]float64, 3)}}}).svg(),
-		"none":   (&timeChart{label: "No series", unit: unitMoney, start: chartDay, step: dayMS, steps: 1}).svg(),
-		"single": (&timeChart{label: "One point", unit: unitMillis, start: chartDay, step: hourMS, steps: 1, lines: true, series: []chartSeries{{"p50", "k1", []float64{250}}}}).svg(),
-		"bars":   partBar(1, 3, "k1") + partBar(0, 0, "") + partBar(5, 3, "k2") + partBar(1e-9, 1, "k1"),
-		"span":   bar.svg() + (&spanBar{}).svg(),
+		"empty":  (&timeChart{label: "Nothing", start: chartDay, stepMS: dayMS, steps: 3, series: []chartSeries{{"x", "k1", make([]float64, 3)}}}).svg(),
+		"none":   (&timeChart{label: "No series", unit: unitMoney, start: chartDay, stepMS: dayMS, steps: 1}).svg(),
+		"single": (&timeChart{label: "One point", unit: unitMillis, start: chartDay, stepMS: hourMS, steps: 1, lineChart: true, series: []chartSeries{{"p50", "k1", []float64{250}}}}).svg(),
+		"bars":   fractionBar(1, 3, "k1") + fractionBar(0, 0, "") + fractionBar(5, 3, "k2") + fractionBar(1e-9, 1, "k1"),
+		"span":   bar.svg() + (&durationBar{}).svg(),
 	}
 }
 
@@ -299,8 +299,8 @@ func TestChartsOfAnything(t *testing.T) {
 	values := []float64{0, 1, 0.4, 3e3, 1e9, 7e17, 1e-7, math.NaN(), math.Inf(1), math.MaxInt64, -1}
 	names := []string{"a", "<b>", `"`, "\x00\xff", "]]>", "&", "\u202e", strings.Repeat("x", 5000)}
 	for i := range 80 {
-		c := &timeChart{label: names[random.IntN(len(names))], unit: unit(random.IntN(3)), start: chartDay, step: []int64{hourMS, 6 * hourMS, dayMS}[random.IntN(3)],
-			steps: random.IntN(100), lines: i%2 == 0}
+		c := &timeChart{label: names[random.IntN(len(names))], unit: chartUnit(random.IntN(3)), start: chartDay, stepMS: []int64{hourMS, 6 * hourMS, dayMS}[random.IntN(3)],
+			steps: random.IntN(100), lineChart: i%2 == 0}
 		for range random.IntN(8) {
 			s := chartSeries{name: names[random.IntN(len(names))], class: "k1"}
 			for range c.steps {
@@ -316,7 +316,7 @@ func TestChartsOfAnything(t *testing.T) {
 func TestTicks(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
-		unit    unit
+		unit    chartUnit
 		highest float64
 		want    string // the labels
 	}{
@@ -329,7 +329,7 @@ func TestTicks(t *testing.T) {
 		step, n := c.unit.ticks(c.highest)
 		var labels []string
 		for i := range n + 1 {
-			labels = append(labels, c.unit.short(step*float64(i)))
+			labels = append(labels, c.unit.formatShort(step*float64(i)))
 		}
 		if got := strings.Join(labels, " "); got != c.want {
 			t.Errorf("%v up to %v: %s, want %s", c.unit, c.highest, got, c.want)
@@ -400,7 +400,7 @@ func BenchmarkScaleAdmin(b *testing.B) {
 					to = html.UnescapeString(m[1])
 				}
 			}
-			report(b, "", times)
+			reportTimes(b, "", times)
 		})
 	}
 }

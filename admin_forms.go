@@ -24,19 +24,19 @@ type pageForm struct {
 	Problem                string // with the form as a whole
 	Version                int64  // of what it changes; 0: nothing
 	Once                   string // names this copy of the form: it is carried out once
-	Hidden                 []option
-	Fields                 []*field
+	Hidden                 []formOption
+	Fields                 []*formField
 }
 
-// A field is one input with its label. Kind is text, password, number, textarea,
+// A formField is one input with its label. Kind is text, password, number, textarea,
 // select, checkbox, datetime-local, or heading for a line between fields.
-type field struct {
+type formField struct {
 	Name, Label, Kind, Value, Help, Placeholder, Error string
-	Options                                            []option
+	Options                                            []formOption
 	Required, Checked, Short                           bool
 }
 
-type option struct{ Value, Label string }
+type formOption struct{ Value, Label string }
 
 // fieldID is what labels and help refer to a field by.
 func fieldID(name string) string {
@@ -61,9 +61,9 @@ func (f *pageForm) fill(sent, stored url.Values) {
 	}
 }
 
-// refused puts a mistake beside the field that it is about, and returns the
+// showError puts a mistake beside the field that it is about, and returns the
 // status of the answer. What is no mistake of the sender's comes back as error.
-func (f *pageForm) refused(err error) (int, error) {
+func (f *pageForm) showError(err error) (int, error) {
 	if errors.Is(err, errTaken) {
 		err = &fieldError{"name", "is taken by another one"}
 	}
@@ -85,11 +85,11 @@ func (f *pageForm) refused(err error) (int, error) {
 			return http.StatusBadRequest, nil
 		}
 	}
-	f.Problem = capital(sentence(fe))
+	f.Problem = capitalize(fieldErrorMessage(fe))
 	return http.StatusBadRequest, nil
 }
 
-func capital(s string) string {
+func capitalize(s string) string {
 	r, n := utf8.DecodeRuneInString(s)
 	return string(unicode.ToUpper(r)) + s[n:]
 }
@@ -127,71 +127,71 @@ func splitLines(text string) []string {
 	return out
 }
 
-// sentForms remembers which forms were carried out of late, so that one which
+// submittedForms remembers which forms were carried out of late, so that one which
 // shows a secret once does not make another when its answer is reloaded. It
 // forgets the oldest.
-type sentForms struct {
-	mu    sync.Mutex
-	names [512]string
-	next  int
+type submittedForms struct {
+	mu   sync.Mutex
+	ids  [512]string
+	next int
 }
 
-// first reports whether a form is seen for the first time.
-func (s *sentForms) first(name string) bool {
+// claim reports whether a form is seen for the first time.
+func (s *submittedForms) claim(name string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, n := range s.names {
+	for _, n := range s.ids {
 		if n == name {
 			return false
 		}
 	}
-	s.names[s.next] = name
-	s.next = (s.next + 1) % len(s.names)
+	s.ids[s.next] = name
+	s.next = (s.next + 1) % len(s.ids)
 	return true
 }
 
-// A limitRow is one limit in the form. Index names its fields, which have the
+// A limitFormRow is one limit in the form. Index names its fields, which have the
 // names that errors use.
-type limitRow struct {
+type limitFormRow struct {
 	Index                       int
 	Count, Max, Per, Which, For string // Which: endpoint, For: model
 	Shadow                      bool
 	Error, ErrorField           string
 }
 
-// A policyList is a list and what it means when it is empty.
-type policyList struct{ List, None *field }
+// A policyListField is a list and what it means when it is empty.
+type policyListField struct{ List, None *formField }
 
 // A policyForm is the fields about a policy.
 type policyForm struct {
 	OfProject      bool
-	Lists          []policyList
-	Limits         []*limitRow
-	Counts, Spans  []option
+	Lists          []policyListField
+	Limits         []*limitFormRow
+	Counts, Spans  []formOption
 	Problem        string
-	StatefulInput  *field
-	KeepInput      *field
+	StatefulInput  *formField
+	KeepInput      *formField
 	MostLimitsHere int
 }
 
-const spareLimitRows = 2 // empty ones for new limits
+const blankLimitRows = 2 // empty ones for new limits
 
 func newPolicyForm(ofProject bool) *policyForm {
-	list := func(name, label, placeholder, help, none string) policyList {
-		return policyList{&field{Name: "policy." + name, Label: label, Kind: "textarea", Placeholder: placeholder, Help: help},
-			&field{Name: "policy." + name + ".none", Label: none, Kind: "checkbox"}}
+	list := func(name, label, placeholder, help, none string) policyListField {
+		return policyListField{&formField{Name: "policy." + name, Label: label, Kind: "textarea", Placeholder: placeholder, Help: help},
+			&formField{Name: "policy." + name + ".none", Label: none, Kind: "checkbox"}}
 	}
 	who := "this token"
 	if ofProject {
 		who = "the project's tokens"
 	}
 	p := &policyForm{OfProject: ofProject, MostLimitsHere: maxLimits,
-		Counts: []option{{countRequests.String(), "requests"}, {countTokens.String(), "tokens"}, {countDollars.String(), "dollars"}, {countConcurrent.String(), "calls at one time"}},
-		Spans:  []option{{"", "–"}}}
+		Counts: []formOption{{metricRequests.String(), "requests"}, {metricTokens.String(), "tokens"}, {metricDollars.String(), "dollars"}, {metricConcurrent.String(), "calls at one time"}},
+		Spans:  []formOption{{"", "–"}}}
 	for s := perSecond; s <= perLifetime; s++ {
-		p.Spans = append(p.Spans, option{s.String(), map[bool]string{true: "in all", false: "per " + s.String()}[s == perLifetime]})
+		p.Spans = append(p.Spans, formOption{s.String(), map[bool]string{true: "in all", false: "per " + s.String()}[s == perLifetime]})
 	}
-	p.Lists = []policyList{
+	p.Lists = []policyListField{
 		list("models", "Models", "gpt-4o-mini\nclaude-*", "What "+who+" may ask for, one a line; * at the end stands for any rest. Empty: every model.",
 			"If no model is listed, allow none instead of all"),
 		list("endpoints", "Endpoints", "/v1/chat/completions\n/v1/audio/*", "What "+who+" may call, one a line, such as /v1/embeddings or POST /v1/responses. Empty: every endpoint that keeps nothing at the provider.",
@@ -199,16 +199,16 @@ func newPolicyForm(ofProject bool) *policyForm {
 		list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32", "From where "+who+" may be used, one network or address a line. Empty: from everywhere.",
 			"If no address is listed, allow none instead of all")}
 	if ofProject {
-		p.KeepInput = &field{Name: "policy.keep_content_days", Label: "Days to keep what calls say", Kind: "number", Placeholder: "0", Short: true,
+		p.KeepInput = &formField{Name: "policy.keep_content_days", Label: "Days to keep what calls say", Kind: "number", Placeholder: "0", Short: true,
 			Help: "Request and answer of each call, sealed, for administrators to read. Empty or 0: nothing is kept. Tell the people whose words these are."}
-		p.StatefulInput = &field{Name: "policy.stateful", Label: "Allow endpoints that keep objects at the provider", Kind: "checkbox",
+		p.StatefulInput = &formField{Name: "policy.stateful", Label: "Allow endpoints that keep objects at the provider", Kind: "checkbox",
 			Help: "Files, batches, assistants, stored responses. Everybody who shares the provider's key shares those objects."}
 	}
 	return p
 }
 
 // fields is all of the form's fields but the limits'.
-func (p *policyForm) fields() (out []*field) {
+func (p *policyForm) fields() (out []*formField) {
 	for _, l := range p.Lists {
 		out = append(out, l.List, l.None)
 	}
@@ -227,20 +227,20 @@ func (p *policyForm) fill(sent url.Values, stored json.RawMessage) {
 	(&pageForm{Fields: p.fields()}).fill(values, nil)
 	for _, i := range limitIndexes(values) {
 		at := func(name string) string { return values.Get(fmt.Sprintf("policy.limits[%d].%s", i, name)) }
-		if row := (&limitRow{len(p.Limits), at("count"), strings.TrimSpace(at("max")), at("per"), at("endpoint"), at("model"), at("shadow") != "", "", ""}); row.Max != "" || row.Which != "" || row.For != "" {
+		if row := (&limitFormRow{len(p.Limits), at("count"), strings.TrimSpace(at("max")), at("per"), at("endpoint"), at("model"), at("shadow") != "", "", ""}); row.Max != "" || row.Which != "" || row.For != "" {
 			p.Limits = append(p.Limits, row)
 		}
 	}
-	for range spareLimitRows {
+	for range blankLimitRows {
 		if len(p.Limits) < maxLimits {
-			p.Limits = append(p.Limits, &limitRow{Index: len(p.Limits), Count: countRequests.String(), Per: perMinute.String()})
+			p.Limits = append(p.Limits, &limitFormRow{Index: len(p.Limits), Count: metricRequests.String(), Per: perMinute.String()})
 		}
 	}
 }
 
 // limitIndexes returns the numbers of the rows that a form has, in order.
 func limitIndexes(values url.Values) (out []int) {
-	for i := range maxLimits + spareLimitRows {
+	for i := range maxLimits + blankLimitRows {
 		if values.Has(fmt.Sprintf("policy.limits[%d].max", i)) {
 			out = append(out, i)
 		}
@@ -280,9 +280,9 @@ func policyValues(stored json.RawMessage) url.Values {
 	return values
 }
 
-// policyOf reads a policy from a form that was sent. What the form has no field
+// parsePolicy reads a policy from a form that was sent. What the form has no field
 // for stays as it is stored.
-func (p *policyForm) policyOf(sent url.Values, stored json.RawMessage) map[string]any {
+func (p *policyForm) parsePolicy(sent url.Values, stored json.RawMessage) map[string]any {
 	out := map[string]any{}
 	var kept map[string]json.RawMessage
 	if err := json.Unmarshal(stored, &kept); err == nil {
@@ -305,21 +305,21 @@ func (p *policyForm) policyOf(sent url.Values, stored json.RawMessage) map[strin
 		out["stateful"] = true
 	}
 	delete(out, "limits")
-	if limits := p.limitsOf(); len(limits) > 0 {
+	if limits := p.limitsJSON(); len(limits) > 0 {
 		out["limits"] = limits
 	}
 	return out
 }
 
-// limitsOf is the limits of the rows that say anything.
-func (p *policyForm) limitsOf() (out []map[string]any) {
+// limitsJSON is the limits of the rows that say anything.
+func (p *policyForm) limitsJSON() (out []map[string]any) {
 	for _, row := range p.Limits {
 		if row.Max == "" && row.Which == "" && row.For == "" {
 			continue
 		}
 		l := map[string]any{"count": row.Count, "max": jsonNumber(row.Max)}
 		for name, v := range map[string]string{"per": row.Per, "endpoint": strings.TrimSpace(row.Which), "model": strings.TrimSpace(row.For)} {
-			if v != "" && (name != "per" || row.Count != countConcurrent.String()) { // the row begins with a span, which that has not
+			if v != "" && (name != "per" || row.Count != metricConcurrent.String()) { // the row begins with a span, which that has not
 				l[name] = v
 			}
 		}
@@ -341,8 +341,8 @@ func jsonNumber(text string) any {
 	return text
 }
 
-// refused puts a mistake beside the field that it is about, if it is one here.
-func (p *policyForm) refused(fe *fieldError) bool {
+// showError puts a mistake beside the field that it is about, if it is one here.
+func (p *policyForm) showError(fe *fieldError) bool {
 	rest, ok := strings.CutPrefix(fe.param, "policy.limits")
 	if !ok {
 		return false
@@ -351,7 +351,7 @@ func (p *policyForm) refused(fe *fieldError) bool {
 	name = strings.TrimPrefix(name, ".")
 	if i, err := strconv.Atoi(n); err == nil && i < len(p.Limits) {
 		p.Limits[i].ErrorField = name
-		p.Limits[i].Error = capital(strings.TrimSpace(name + " " + strings.TrimSuffix(fe.msg, ".") + "."))
+		p.Limits[i].Error = capitalize(strings.TrimSpace(name + " " + strings.TrimSuffix(fe.msg, ".") + "."))
 		return true
 	}
 	p.Problem = "The limits " + strings.TrimSuffix(fe.msg, ".") + "."
@@ -364,16 +364,16 @@ type barView struct {
 	Percent            int
 	Used, Max, Left    string
 	Shadow             bool
-	ResetsAt           *stamp
+	ResetsAt           *timestamp
 	WouldRefuse        int64
 }
 
-// barsOf shows how limits stand.
-func barsOf(limits []limitView) (out []barView) {
+// newBarViews shows how limits stand.
+func newBarViews(limits []limitView) (out []barView) {
 	for _, l := range limits {
 		per := l.Per
 		switch {
-		case l.Count == countConcurrent.String():
+		case l.Count == metricConcurrent.String():
 			per = "at one time"
 		case l.Per == perLifetime.String():
 			per = "in all"
@@ -387,16 +387,18 @@ func barsOf(limits []limitView) (out []barView) {
 		if l.Model != "" {
 			scope += " for " + l.Model
 		}
-		amount := func(raw json.RawMessage) string { return showAmount(string(raw), l.Count == countDollars.String()) }
-		used, most := amountNanos(l.Used), amountNanos(l.Max)
-		b := bar(used, most)
+		amount := func(raw json.RawMessage) string {
+			return formatQuantity(string(raw), l.Count == metricDollars.String())
+		}
+		used, most := quantityMicros(l.Used), quantityMicros(l.Max)
+		b := newBarView(used, most)
 		b.Used, b.Max, b.Left, b.Shadow, b.ResetsAt, b.WouldRefuse = amount(l.Used), amount(l.Max), amount(l.Left), l.Shadow, l.ResetsAt, l.WouldRefuse
 		what := l.Count
-		if what == countConcurrent.String() {
+		if what == metricConcurrent.String() {
 			what = "calls"
 		}
-		b.Text = capital(strings.TrimSpace(map[bool]string{true: "", false: what}[what == countDollars.String()]+" "+per)) + scope
-		if what == countDollars.String() {
+		b.Text = capitalize(strings.TrimSpace(map[bool]string{true: "", false: what}[what == metricDollars.String()]+" "+per)) + scope
+		if what == metricDollars.String() {
 			b.Text = "Dollars " + per + scope
 		}
 		b.Label = b.Text + ": " + b.Used + " of " + b.Max + " used"
@@ -405,8 +407,8 @@ func barsOf(limits []limitView) (out []barView) {
 	return out
 }
 
-// bar is the part of a whole, as a bar.
-func bar(used, most int64) barView {
+// newBarView is the part of a whole, as a bar.
+func newBarView(used, most int64) barView {
 	b := barView{}
 	switch {
 	case used <= 0:
@@ -424,9 +426,9 @@ func bar(used, most int64) barView {
 	return b
 }
 
-// amountNanos reads an amount of a limit, whole or decimal, in units that can be
+// quantityMicros reads an amount of a limit, whole or decimal, in units that can be
 // compared.
-func amountNanos(raw json.RawMessage) int64 {
+func quantityMicros(raw json.RawMessage) int64 {
 	f, err := strconv.ParseFloat(string(raw), 64)
 	if err != nil || f > 9e18/1e6 {
 		return 0
@@ -434,15 +436,15 @@ func amountNanos(raw json.RawMessage) int64 {
 	return int64(f * 1e6)
 }
 
-// showAmount groups a number, or writes money.
-func showAmount(raw string, money bool) string {
+// formatQuantity groups a number, or writes money.
+func formatQuantity(raw string, money bool) string {
 	whole, decimals, _ := strings.Cut(raw, ".")
 	n, err := strconv.ParseInt(whole, 10, 64)
 	if err != nil {
 		return raw
 	}
 	if !money {
-		return group(n)
+		return groupDigits(n)
 	}
-	return "$" + group(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
+	return "$" + groupDigits(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
 }

@@ -23,41 +23,41 @@ type projectsView struct {
 	First    bool   // there is no project at all
 }
 
-func (ui *adminUI) projectsPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 	v := projectsView{Name: r.query.Get("name"), Active: r.query.Get("active")}
-	rep, err := ui.api.listProjects(r.asking("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")))
+	rep, err := ui.api.listProjects(r.withQuery("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")))
 	if err != nil {
 		return nil, err
 	}
-	l := rep.body.(list[projectView])
+	l := rep.body.(listPage[projectView])
 	v.Projects = l.Data
-	v.Next = r.nextPage(l.Next)
+	v.Next = r.nextPageURL(l.Next)
 	v.First = len(l.Data) == 0 && v.Name == "" && v.Active == "" && r.query.Get("after") == ""
-	return &page{template: "projects", title: "Projects", data: v}, nil
+	return &pageResponse{template: "projects", title: "Projects", data: v}, nil
 }
 
 // A formView is a page with a form, and the way back.
 type formView struct {
-	Crumb  *option // Label and, as Value, address
+	Crumb  *formOption // Label and, as Value, address
 	Intro  string
 	Form   *pageForm
 	Policy *policyForm
 }
 
-// refused puts a mistake where it belongs in the form, or returns the error.
-func (v *formView) refused(err error) (int, error) {
+// showError puts a mistake where it belongs in the form, or returns the error.
+func (v *formView) showError(err error) (int, error) {
 	if fe, ok := errors.AsType[*fieldError](err); ok && v.Policy != nil {
-		if v.Policy.refused(fe) {
+		if v.Policy.showError(fe) {
 			return http.StatusBadRequest, nil
 		}
-		status, err := (&pageForm{Fields: v.Policy.fields()}).refused(fe)
+		status, err := (&pageForm{Fields: v.Policy.fields()}).showError(fe)
 		for _, in := range v.Policy.fields() {
 			if in.Error != "" {
 				return status, err
 			}
 		}
 	}
-	return v.Form.refused(err)
+	return v.Form.showError(err)
 }
 
 // A confirmView is a page that asks before it does something.
@@ -67,59 +67,59 @@ type confirmView struct {
 	Form     *pageForm
 }
 
-// confirm is the page that asks. It posts to its own address.
-func (r *pageRequest) confirm(title, question, submit, back string, items ...string) *page {
-	return &page{template: "confirm", title: title, data: confirmView{question, items,
+// confirmPage is the page that asks. It posts to its own address.
+func (r *pageRequest) confirmPage(title, question, submit, back string, items ...string) *pageResponse {
+	return &pageResponse{template: "confirm", title: title, data: confirmView{question, items,
 		&pageForm{Action: r.http.URL.Path, Submit: submit, Cancel: back, Danger: true}}}
 }
 
-func (r *pageRequest) posted() bool { return r.http.Method == http.MethodPost }
+func (r *pageRequest) isPost() bool { return r.http.Method == http.MethodPost }
 
-func providerField() *field {
-	return &field{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: []option{
+func providerField() *formField {
+	return &formField{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: []formOption{
 		{providerOpenAI, "OpenAI"}, {providerAnthropic, "Anthropic"}, {providerAzure, "Azure OpenAI"}, {providerCompatible, "Another with OpenAI's API"}}}
 }
 
-func keyField(help string, required bool) *field {
-	return &field{Name: "api_key", Label: "Provider key", Kind: "password", Required: required, Help: help}
+func providerKeyField(help string, required bool) *formField {
+	return &formField{Name: "api_key", Label: "Provider key", Kind: "password", Required: required, Help: help}
 }
 
 const baseURLHelp = "Empty: the provider's own address. Azure and others need one, such as https://name.openai.azure.com/openai/v1."
 
-// newProject is the page that makes a project.
-func (ui *adminUI) newProject(r *pageRequest) (*page, error) {
-	v := &formView{Crumb: &option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true), Form: &pageForm{
-		Action: "/admin/projects/new", Submit: "Make the project", Cancel: "/admin/projects", Fields: []*field{
+// newProjectPage is the page that makes a project.
+func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
+	v := &formView{Crumb: &formOption{"/admin/projects", "Projects"}, Policy: newPolicyForm(true), Form: &pageForm{
+		Action: "/admin/projects/new", Submit: "Make the project", Cancel: "/admin/projects", Fields: []*formField{
 			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "What people call it, such as a team or an application."},
 			providerField(),
-			keyField("It is sealed, and never shown again. More keys can be added later.", false),
+			providerKeyField("It is sealed, and never shown again. More keys can be added later.", false),
 			{Name: "base_url", Label: "Base URL", Kind: "text", Placeholder: "https://", Help: baseURLHelp},
 		}}}
 	v.Form.fill(r.form, nil)
 	v.Policy.fill(r.form, json.RawMessage("{}"))
-	p := &page{template: "form", title: "New project", data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "New project", data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	in := map[string]any{"name": r.form.Get("name"), "policy": v.Policy.policyOf(r.form, nil)}
+	in := map[string]any{"name": r.form.Get("name"), "policy": v.Policy.parsePolicy(r.form, nil)}
 	setText(in, r.form, "api_key", false)
 	setText(in, r.form, "base_url", false)
 	if in["api_key"] != nil || in["base_url"] != nil || r.form.Get("provider") != providerOpenAI {
 		in["provider"] = r.form.Get("provider")
 	}
-	rep, err := ui.api.createProject(r.with(in))
+	rep, err := ui.api.createProject(r.withJSON(in))
 	if err != nil {
-		p.status, err = v.refused(err)
+		p.status, err = v.showError(err)
 		return p, err
 	}
-	return goTo("/admin/projects/"+rep.body.(projectView).ID, "project-made"), nil
+	return redirectTo("/admin/projects/"+rep.body.(projectView).ID, "project-made"), nil
 }
 
-// A labelled is a line of facts.
-type labelled struct{ Label, Value string }
+// A labeledValue is a line of facts.
+type labeledValue struct{ Label, Value string }
 
-// allowedIn puts a policy's lists into words.
-func allowedIn(text json.RawMessage) []labelled {
+// policySummary puts a policy's lists into words.
+func policySummary(text json.RawMessage) []labeledValue {
 	var p struct {
 		Models, Endpoints, Addresses []string
 		Stateful                     bool
@@ -137,12 +137,12 @@ func allowedIn(text json.RawMessage) []labelled {
 		}
 		return strings.Join(l, ", ")
 	}
-	out := []labelled{{"Models", words(p.Models, "all")}, {"Endpoints", words(p.Endpoints, "all")}, {"Client addresses", words(p.Addresses, "all")}}
+	out := []labeledValue{{"Models", words(p.Models, "all")}, {"Endpoints", words(p.Endpoints, "all")}, {"Client addresses", words(p.Addresses, "all")}}
 	if p.Stateful {
-		out = append(out, labelled{"Objects kept at the provider", "allowed"})
+		out = append(out, labeledValue{"Objects kept at the provider", "allowed"})
 	}
 	if p.KeepContentDays > 0 {
-		out = append(out, labelled{"What calls say is kept", plural(p.KeepContentDays, "day", "days")})
+		out = append(out, labeledValue{"What calls say is kept", pluralize(p.KeepContentDays, "day", "days")})
 	}
 	return out
 }
@@ -151,27 +151,27 @@ func allowedIn(text json.RawMessage) []labelled {
 type projectPageView struct {
 	projectView
 	Limits  []barView
-	Allowed []labelled
+	Allowed []labeledValue
 	Tokens  []tokenView
 	More    bool // there are more tokens
 	Charts  []chartView
 }
 
-const tokensOnProject = 10
+const maxProjectPageTokens = 10
 
-func (ui *adminUI) projectPage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	p := rep.body.(projectView)
-	v := projectPageView{projectView: p, Limits: barsOf(p.Limits), Allowed: allowedIn(p.Policy)}
-	w := tokenWalk{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverEnds, limit: 100}
+	v := projectPageView{projectView: p, Limits: newBarViews(p.Limits), Allowed: policySummary(p.Policy)}
+	w := tokenListQuery{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverExpires, limit: 100}
 	v.More, err = ui.store.walkTokens(r.ctx, w, func(row *tokenRow) bool {
-		if t := ui.api.showToken(row, r.now); t.IsActive {
+		if t := ui.api.newTokenView(row, r.now); t.IsActive {
 			v.Tokens = append(v.Tokens, t)
 		}
-		return len(v.Tokens) < tokensOnProject
+		return len(v.Tokens) < maxProjectPageTokens
 	})
 	if err != nil {
 		return nil, err
@@ -179,39 +179,39 @@ func (ui *adminUI) projectPage(r *pageRequest) (*page, error) {
 	if v.Charts, err = ui.usageCharts(r, p.ID); err != nil {
 		return nil, err
 	}
-	return &page{template: "project", title: p.Name, data: v}, nil
+	return &pageResponse{template: "project", title: p.Name, data: v}, nil
 }
 
 // editProject is the page that changes a project's name and policy.
-func (ui *adminUI) editProject(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	project := rep.body.(projectView)
 	here := "/admin/projects/" + project.ID
-	v := &formView{Crumb: &option{here, project.Name}, Policy: newPolicyForm(true), Form: &pageForm{
-		Action: here + "/edit", Submit: "Save", Cancel: here, Version: project.Version, Fields: []*field{
+	v := &formView{Crumb: &formOption{here, project.Name}, Policy: newPolicyForm(true), Form: &pageForm{
+		Action: here + "/edit", Submit: "Save", Cancel: here, Version: project.Version, Fields: []*formField{
 			{Name: "name", Label: "Name", Kind: "text", Required: true},
 			{Name: "routing.fallbacks", Label: "Models that stand in", Kind: "textarea", Placeholder: "gpt-4o* = gpt-4o-mini", Help: "When no provider can answer for a model: the model = the one that answers instead, one a line."},
 			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox", Help: "A stream that breaks off can then be tried again. Clients wait for all of it."},
 			{Name: "routing.show_upstream", Label: "Tell clients which provider key answered", Kind: "checkbox"}}}}
 	v.Form.fill(r.form, routingValues(project.Routing, project.Name))
 	v.Policy.fill(r.form, project.Policy)
-	p := &page{template: "form", title: "Edit project", data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "Edit project", data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	v.Form.Version = r.match
-	routing, err := routingOf(r.form)
+	v.Form.Version = r.ifMatchVersion
+	routing, err := parseRoutingForm(r.form)
 	if err == nil {
-		_, err = ui.api.patchProject(r.with(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.policyOf(r.form, project.Policy), "routing": routing}))
+		_, err = ui.api.patchProject(r.withJSON(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.parsePolicy(r.form, project.Policy), "routing": routing}))
 	}
 	if err != nil {
-		p.status, err = v.refused(err)
+		p.status, err = v.showError(err)
 		return p, err
 	}
-	return goTo(here, "saved"), nil
+	return redirectTo(here, "saved"), nil
 }
 
 // routingValues writes a stored routing as the form has it.
@@ -233,8 +233,8 @@ func routingValues(stored json.RawMessage, name string) url.Values {
 	return values
 }
 
-// routingOf reads a routing from a form that was sent.
-func routingOf(form url.Values) (map[string]any, error) {
+// parseRoutingForm reads a routing from a form that was sent.
+func parseRoutingForm(form url.Values) (map[string]any, error) {
 	fallbacks := []map[string]string{}
 	for _, line := range splitLines(form.Get("routing.fallbacks")) {
 		model, to, ok := strings.Cut(line, "=")
@@ -247,81 +247,81 @@ func routingOf(form url.Values) (map[string]any, error) {
 		"show_upstream": form.Get("routing.show_upstream") != ""}, nil
 }
 
-// switchProject activates or deactivates a project.
-func (ui *adminUI) switchProject(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+// setProjectActivePage activates or deactivates a project.
+func (ui *adminUI) setProjectActivePage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	project := rep.body.(projectView)
 	here, on := "/admin/projects/"+project.ID, strings.HasSuffix(r.http.URL.Path, "/activate")
-	if !r.posted() && on {
-		return r.confirm("Activate "+project.Name+"?", "Its tokens work again from the next call on.", "Activate", here), nil
+	if !r.isPost() && on {
+		return r.confirmPage("Activate "+project.Name+"?", "Its tokens work again from the next call on.", "Activate", here), nil
 	}
-	if !r.posted() {
-		return r.confirm("Deactivate "+project.Name+"?", "All its tokens stop working at once, and their running calls are cut. Nothing is lost; it can be activated again.",
+	if !r.isPost() {
+		return r.confirmPage("Deactivate "+project.Name+"?", "All its tokens stop working at once, and their running calls are cut. Nothing is lost; it can be activated again.",
 			"Deactivate", here), nil
 	}
-	if _, err := ui.api.patchProject(r.with(map[string]any{"is_active": on})); err != nil {
+	if _, err := ui.api.patchProject(r.withJSON(map[string]any{"is_active": on})); err != nil {
 		return nil, err
 	}
-	return goTo(here, "saved"), nil
+	return redirectTo(here, "saved"), nil
 }
 
 // removeProject deletes a project.
-func (ui *adminUI) removeProject(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+func (ui *adminUI) removeProject(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	project := rep.body.(projectView)
-	if !r.posted() {
-		return r.confirm("Delete "+project.Name+"?", "This is for good:", "Delete the project", "/admin/projects/"+project.ID,
+	if !r.isPost() {
+		return r.confirmPage("Delete "+project.Name+"?", "This is for good:", "Delete the project", "/admin/projects/"+project.ID,
 			"all its tokens are revoked, and their running calls are cut", "its provider keys are wiped", "its calls stay in the ledger"), nil
 	}
-	if _, err := ui.api.deleteProject(r.with(nil)); err != nil {
+	if _, err := ui.api.deleteProject(r.withJSON(nil)); err != nil {
 		return nil, err
 	}
-	return goTo("/admin/projects", "deleted"), nil
+	return redirectTo("/admin/projects", "deleted"), nil
 }
 
-// erasePage erases what is kept of a project's calls.
-func (ui *adminUI) erasePage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+// eraseContentPage erases what is kept of a project's calls.
+func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	project := rep.body.(projectView)
-	if !r.posted() {
-		return r.confirm("Erase what the calls of "+project.Name+" say?", "The questions and answers that are kept of its calls are deleted, for good. The calls stay in the ledger.",
+	if !r.isPost() {
+		return r.confirmPage("Erase what the calls of "+project.Name+" say?", "The questions and answers that are kept of its calls are deleted, for good. The calls stay in the ledger.",
 			"Erase", "/admin/projects/"+project.ID), nil
 	}
-	if _, err := ui.api.eraseContent(r.with(nil)); err != nil {
+	if _, err := ui.api.eraseContent(r.withJSON(nil)); err != nil {
 		return nil, err
 	}
-	return goTo("/admin/projects/"+project.ID, "deleted"), nil
+	return redirectTo("/admin/projects/"+project.ID, "deleted"), nil
 }
 
-// revokeTokensOf revokes all tokens of a project.
-func (ui *adminUI) revokeTokensOf(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+// revokeProjectTokensPage revokes all tokens of a project.
+func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	project := rep.body.(projectView)
-	if !r.posted() {
-		return r.confirm("Revoke all tokens of "+project.Name+"?", "All of them stop working at once, for good, and their running calls are cut.",
+	if !r.isPost() {
+		return r.confirmPage("Revoke all tokens of "+project.Name+"?", "All of them stop working at once, for good, and their running calls are cut.",
 			"Revoke all tokens", "/admin/projects/"+project.ID), nil
 	}
-	if _, err := ui.api.revokeProjectTokens(r.with(map[string]any{})); err != nil {
+	if _, err := ui.api.revokeProjectTokens(r.withJSON(map[string]any{})); err != nil {
 		return nil, err
 	}
-	return goTo("/admin/projects/"+project.ID, "revoked"), nil
+	return redirectTo("/admin/projects/"+project.ID, "revoked"), nil
 }
 
 // upstreamFields are those that a new upstream and a changed one have in common.
-func upstreamFields() []*field {
-	return []*field{
+func upstreamFields() []*formField {
+	return []*formField{
 		{Name: "models", Label: "Models", Kind: "textarea", Placeholder: "gpt-4o*", Help: "Which models it serves, one a line; * at the end stands for any rest. Empty: all."},
 		{Name: "priority", Label: "Priority", Kind: "number", Short: true, Required: true, Help: "Calls go to the lowest number that serves their model."},
 		{Name: "weight", Label: "Weight", Kind: "number", Short: true, Required: true, Help: "Keys of one priority share the calls in this proportion; 0: none."},
@@ -339,8 +339,8 @@ func upstreamFields() []*field {
 	}
 }
 
-// upstreamInputOf reads what the fields in common say.
-func upstreamInputOf(form url.Values) (map[string]any, error) {
+// parseUpstreamForm reads what the fields in common say.
+func parseUpstreamForm(form url.Values) (map[string]any, error) {
 	in := map[string]any{"name": form.Get("name"), "models": splitLines(form.Get("models")),
 		"organization": strings.TrimSpace(form.Get("organization")), "openai_project": strings.TrimSpace(form.Get("openai_project"))}
 	setNumber(in, form, "priority", false)
@@ -377,8 +377,8 @@ func rewriteLines(raw json.RawMessage) string {
 	return b.String()
 }
 
-// positive writes a number that means nothing when it is 0.
-func positive(n int64) string {
+// formatNonZero writes a number that means nothing when it is 0.
+func formatNonZero(n int64) string {
 	if n == 0 {
 		return ""
 	}
@@ -386,85 +386,85 @@ func positive(n int64) string {
 }
 
 // newUpstreamPage adds a provider key to a project.
-func (ui *adminUI) newUpstreamPage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	project := rep.body.(projectView)
 	here := "/admin/projects/" + project.ID
-	v := &formView{Crumb: &option{here, project.Name}, Form: &pageForm{Action: here + "/upstreams/new", Submit: "Add the key", Cancel: here,
-		Fields: append([]*field{
+	v := &formView{Crumb: &formOption{here, project.Name}, Form: &pageForm{Action: here + "/upstreams/new", Submit: "Add the key", Cancel: here,
+		Fields: append([]*formField{
 			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "To tell it from the project's other keys."},
 			providerField(),
-			keyField("It is sealed, and never shown again.", true),
+			providerKeyField("It is sealed, and never shown again.", true),
 			{Name: "base_url", Label: "Base URL", Kind: "text", Placeholder: "https://", Help: baseURLHelp},
 		}, upstreamFields()...)}}
 	v.Form.fill(r.form, url.Values{"priority": {"0"}, "weight": {"1"}})
-	p := &page{template: "form", title: "Add a provider key", data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "Add a provider key", data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	in, err := upstreamInputOf(r.form)
+	in, err := parseUpstreamForm(r.form)
 	if err == nil {
 		in["provider"] = r.form.Get("provider")
 		setText(in, r.form, "base_url", false)
-		_, err = ui.api.createUpstream(r.with(in))
+		_, err = ui.api.createUpstream(r.withJSON(in))
 	}
 	if err != nil {
-		p.status, err = v.refused(err)
+		p.status, err = v.showError(err)
 		return p, err
 	}
-	return goTo(here, "saved"), nil
+	return redirectTo(here, "saved"), nil
 }
 
 // editUpstream changes an upstream, and replaces its key if one is given.
-func (ui *adminUI) editUpstream(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getUpstream(r.asking())
+func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getUpstream(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	u := rep.body.(upstreamView)
 	here := "/admin/projects/" + u.ProjectID
-	key := keyField("Empty: the key that is stored stays. A new base URL needs the key anew.", false)
+	key := providerKeyField("Empty: the key that is stored stays. A new base URL needs the key anew.", false)
 	key.Label = "New provider key"
 	if u.KeyHint != "" {
 		key.Placeholder = "•••• " + u.KeyHint
 	}
-	v := &formView{Crumb: &option{here, "Project"}, Form: &pageForm{Action: here + "/upstreams/" + u.ID + "/edit", Submit: "Save", Cancel: here, Version: u.Version,
-		Fields: append([]*field{
+	v := &formView{Crumb: &formOption{here, "Project"}, Form: &pageForm{Action: here + "/upstreams/" + u.ID + "/edit", Submit: "Save", Cancel: here, Version: u.Version,
+		Fields: append([]*formField{
 			{Name: "name", Label: "Name", Kind: "text", Required: true},
 			key,
 			{Name: "base_url", Label: "Base URL", Kind: "text", Required: true},
 			{Name: "is_active", Label: "In use", Kind: "checkbox", Help: "Without it no call goes there; the key is kept."},
 		}, upstreamFields()...)}}
 	stored := url.Values{"name": {u.Name}, "base_url": {u.BaseURL}, "organization": {u.Organization}, "openai_project": {u.OpenAIProject},
-		"priority": {strconv.FormatInt(u.Priority, 10)}, "weight": {strconv.FormatInt(u.Weight, 10)}, "models": {linesOf(u.Models)},
-		"rewrite": {rewriteLines(u.Rewrite)}, "note": {u.Note}, "shared_with": {linesOf(u.SharedWith)}, "requests_per_minute": {positive(u.Requests)}, "tokens_per_minute": {positive(u.Tokens)},
-		"connect_ms": {positive(u.ConnectMS)}, "answer_ms": {positive(u.AnswerMS)}, "first_event_ms": {positive(u.FirstEventMS)}, "idle_ms": {positive(u.IdleMS)}}
+		"priority": {strconv.FormatInt(u.Priority, 10)}, "weight": {strconv.FormatInt(u.Weight, 10)}, "models": {jsonListToLines(u.Models)},
+		"rewrite": {rewriteLines(u.Rewrite)}, "note": {u.Note}, "shared_with": {jsonListToLines(u.SharedWith)}, "requests_per_minute": {formatNonZero(u.Requests)}, "tokens_per_minute": {formatNonZero(u.Tokens)},
+		"connect_ms": {formatNonZero(u.ConnectMS)}, "answer_ms": {formatNonZero(u.AnswerMS)}, "first_event_ms": {formatNonZero(u.FirstEventMS)}, "idle_ms": {formatNonZero(u.IdleMS)}}
 	if u.IsActive {
 		stored.Set("is_active", "on")
 	}
 	v.Form.fill(r.form, stored)
-	p := &page{template: "form", title: "Provider key " + u.Name, data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "Provider key " + u.Name, data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	v.Form.Version = r.match
-	in, err := upstreamInputOf(r.form)
+	v.Form.Version = r.ifMatchVersion
+	in, err := parseUpstreamForm(r.form)
 	if err == nil {
 		in["base_url"], in["is_active"] = r.form.Get("base_url"), r.form.Get("is_active") != ""
-		_, err = ui.api.patchUpstream(r.with(in))
+		_, err = ui.api.patchUpstream(r.withJSON(in))
 	}
 	if err != nil {
-		p.status, err = v.refused(err)
+		p.status, err = v.showError(err)
 		return p, err
 	}
-	return goTo(here, "saved"), nil
+	return redirectTo(here, "saved"), nil
 }
 
-// linesOf writes a stored JSON list one entry a line.
-func linesOf(raw json.RawMessage) string {
+// jsonListToLines writes a stored JSON list one entry a line.
+func jsonListToLines(raw json.RawMessage) string {
 	var l []string
 	if err := json.Unmarshal(raw, &l); err != nil { // cannot be: it was checked when it was stored
 		return ""
@@ -473,52 +473,52 @@ func linesOf(raw json.RawMessage) string {
 }
 
 // removeUpstream deletes an upstream.
-func (ui *adminUI) removeUpstream(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getUpstream(r.asking())
+func (ui *adminUI) removeUpstream(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getUpstream(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	u := rep.body.(upstreamView)
 	here := "/admin/projects/" + u.ProjectID
-	if !r.posted() {
-		return r.confirm("Remove the provider key "+u.Name+"?", "The key is wiped, for good. Calls go to the project's other keys; without any they are refused.", "Remove the key", here), nil
+	if !r.isPost() {
+		return r.confirmPage("Remove the provider key "+u.Name+"?", "The key is wiped, for good. Calls go to the project's other keys; without any they are refused.", "Remove the key", here), nil
 	}
-	if _, err := ui.api.deleteUpstream(r.with(nil)); err != nil {
+	if _, err := ui.api.deleteUpstream(r.withJSON(nil)); err != nil {
 		return nil, err
 	}
-	return goTo(here, "deleted"), nil
+	return redirectTo(here, "deleted"), nil
 }
 
-// A routePage is a project's route as it was tried, if it was.
-type routePage struct {
+// A routePageView is a project's route as it was tried, if it was.
+type routePageView struct {
 	Project    projectView
 	Model, API string
 	Mistake    string // of what was asked for
 	Fallback   string
-	Lines      []routePageLine
+	Lines      []routePageUpstream
 }
 
-type routePageLine struct {
-	routeLineView
+type routePageUpstream struct {
+	routeUpstreamView
 	Percent string
 	Times   string // of its own, in words; "": none
 }
 
 // tryRoutePage shows which provider key would get a call for a model now, and
 // why the others would not.
-func (ui *adminUI) tryRoutePage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getProject(r.asking())
+func (ui *adminUI) tryRoutePage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getProject(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
-	v := routePage{Project: rep.body.(projectView), Model: r.query.Get("model"), API: r.query.Get("api")}
-	p := &page{template: "route", title: "Route in " + v.Project.Name, data: &v}
+	v := routePageView{Project: rep.body.(projectView), Model: r.query.Get("model"), API: r.query.Get("api")}
+	p := &pageResponse{template: "route", title: "Route in " + v.Project.Name, data: &v}
 	if v.Model == "" {
 		return p, nil
 	}
-	rep, err = ui.api.tryRoute(r.asking("model", v.Model, "api", v.API))
+	rep, err = ui.api.explainRoute(r.withQuery("model", v.Model, "api", v.API))
 	if fe, ok := errors.AsType[*fieldError](err); ok {
-		v.Mistake = sentence(fe)
+		v.Mistake = fieldErrorMessage(fe)
 		return p, nil
 	}
 	if err != nil {
@@ -527,14 +527,14 @@ func (ui *adminUI) tryRoutePage(r *pageRequest) (*page, error) {
 	route := rep.body.(routeView)
 	v.Fallback = route.FallbackModel
 	for _, l := range route.Upstreams {
-		v.Lines = append(v.Lines, routePageLine{l, percent(100 * l.Share), l.times()})
+		v.Lines = append(v.Lines, routePageUpstream{l, percent(100 * l.Share), l.timeoutsText()})
 	}
 	return p, nil
 }
 
-// times says in words how long a call waits there, as far as its own settings
+// timeoutsText says in words how long a call waits there, as far as its own settings
 // say.
-func (l *routeLineView) times() string {
+func (l *routeUpstreamView) timeoutsText() string {
 	var set []string
 	for _, t := range []struct {
 		what string

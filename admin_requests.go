@@ -23,18 +23,18 @@ import (
 type requestsView struct {
 	Problem   string
 	Given     map[string]string // the filters, as they were given
-	Projects  []choice
-	Outcomes  []choice
-	Endpoints []choice
-	Rows      []requestLine
+	Projects  []filterOption
+	Outcomes  []filterOption
+	Endpoints []filterOption
+	Rows      []requestListItem
 	Next      string
 	Short     bool // the list goes on, though the page is not full
 	Filtered  bool
 	Empty     bool // there is no call at all
 }
 
-// A requestLine is a call of the list.
-type requestLine struct {
+// A requestListItem is a call of the list.
+type requestListItem struct {
 	requestReply
 	ProjectName, TokenName, UpstreamName string
 	State                                string // good, warn, bad
@@ -47,9 +47,9 @@ func filterNames() []string {
 	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome"}
 }
 
-// requestFilterOf reads the filters. What is wrong with one of them it says in
+// parseRequestFilter reads the filters. What is wrong with one of them it says in
 // words.
-func requestFilterOf(query url.Values) (f requestFilter, problem string) {
+func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 	f = requestFilter{project: query.Get("project"), token: query.Get("token"), model: query.Get("model"), endpoint: query.Get("endpoint"),
 		outcome: query.Get("outcome"), before: math.MaxInt64}
 	for _, at := range []struct {
@@ -64,12 +64,12 @@ func requestFilterOf(query url.Values) (f requestFilter, problem string) {
 		if err != nil {
 			return f, "“" + at.name + "” must be a time (UTC) such as 2026-01-31T00:00."
 		}
-		*at.to = firstID(t)
+		*at.to = minIDAt(t)
 	}
 	if query.Get("from") != "" && query.Get("to") != "" && f.from >= f.before {
 		return f, "“from” must be before “to”."
 	}
-	if f.outcome != "" && !slices.Contains(outcomes(), outcome(f.outcome)) {
+	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
 		return f, "There is no outcome of that name."
 	}
 	if v := query.Get("status"); v != "" {
@@ -104,41 +104,41 @@ func parseFilterTime(v string) (time.Time, error) {
 	return t, err
 }
 
-const requestsShown = 50
+const requestsPageSize = 50
 
-func (ui *adminUI) requestsPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	v := &requestsView{Given: map[string]string{}}
 	for _, name := range append(filterNames(), "id") {
 		v.Given[name] = r.query.Get(name)
 		v.Filtered = v.Filtered || v.Given[name] != ""
 	}
 	var f requestFilter
-	f, v.Problem = requestFilterOf(r.query)
+	f, v.Problem = parseRequestFilter(r.query)
 	if id := strings.TrimSpace(v.Given["id"]); id != "" {
 		if parseRequestID(id) != 0 {
-			return &page{to: "/admin/requests/" + id}, nil
+			return &pageResponse{redirect: "/admin/requests/" + id}, nil
 		}
 		v.Problem = "A request id looks like req_" + strings.Repeat("0", 13) + ": see the header X-LLM-Proxy-Request-ID of an answer."
 	}
 	var err error
-	if v.Projects, err = ui.projectChoices(r, f.project); err != nil {
+	if v.Projects, err = ui.projectFilterOptions(r, f.project); err != nil {
 		return nil, err
 	}
-	v.Outcomes, v.Endpoints = []choice{{"", "All", f.outcome == ""}}, []choice{{"", "All", f.endpoint == ""}}
-	for _, o := range outcomes() {
-		v.Outcomes = append(v.Outcomes, choice{string(o), strings.ReplaceAll(string(o), "_", " "), string(o) == f.outcome})
+	v.Outcomes, v.Endpoints = []filterOption{{"", "All", f.outcome == ""}}, []filterOption{{"", "All", f.endpoint == ""}}
+	for _, o := range allOutcomes() {
+		v.Outcomes = append(v.Outcomes, filterOption{string(o), strings.ReplaceAll(string(o), "_", " "), string(o) == f.outcome})
 	}
 	for _, e := range ui.endpoints.all() {
-		v.Endpoints = append(v.Endpoints, choice{e.name(), e.name(), e.name() == f.endpoint})
+		v.Endpoints = append(v.Endpoints, filterOption{e.name(), e.name(), e.name() == f.endpoint})
 	}
 	if v.Problem == "" {
 		err = ui.fillRequests(r, v, f)
 	}
-	return &page{template: "requests", title: "Calls", data: v}, err
+	return &pageResponse{template: "requests", title: "Calls", data: v}, err
 }
 
 func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
-	f.limit = requestsShown
+	f.limit = requestsPageSize
 	if after := r.query.Get("after"); after != "" {
 		seq, _, err := parseCursor(after)
 		if err != nil {
@@ -146,22 +146,22 @@ func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter
 		}
 		f.before = min(f.before, seq)
 	}
-	rows, next, err := ui.store.pageRequests(r.ctx, f)
+	rows, next, err := ui.store.requestsPage(r.ctx, f)
 	if err != nil {
 		return err
 	}
 	for i := range rows {
-		v.Rows = append(v.Rows, lineOf(&rows[i]))
+		v.Rows = append(v.Rows, newRequestListItem(&rows[i]))
 	}
 	if next != 0 {
-		v.Next, v.Short = r.nextPage(cursor(next, "")), len(rows) < requestsShown
+		v.Next, v.Short = r.nextPageURL(formatCursor(next, "")), len(rows) < requestsPageSize
 	}
 	v.Empty = len(rows) == 0 && next == 0 && !v.Filtered && r.query.Get("after") == ""
 	return nil
 }
 
-func lineOf(v *requestView) requestLine {
-	l := requestLine{requestReply: showRequest(v), ProjectName: v.projectName, TokenName: v.tokenName, UpstreamName: v.upstreamName, State: "bad", Class: v.class()}
+func newRequestListItem(v *requestView) requestListItem {
+	l := requestListItem{requestReply: newRequestReply(v), ProjectName: v.projectName, TokenName: v.tokenName, UpstreamName: v.upstreamName, State: "bad", Class: v.errorClass()}
 	switch v.outcome {
 	case outcomeOK:
 		l.State = "good"
@@ -173,9 +173,9 @@ func lineOf(v *requestView) requestLine {
 	return l
 }
 
-// A requestPage is one call.
-type requestPage struct {
-	requestLine
+// A requestPageView is one call.
+type requestPageView struct {
+	requestListItem
 	Bar               template.HTML
 	Legend            []legendItem
 	Tries             int
@@ -183,11 +183,11 @@ type requestPage struct {
 	Lost              bool
 	CallsOfToken      string // the address of the token's calls
 	Running, Reported bool
-	Kept              *stamp // until when its content can be shown; nil: there is none
+	Kept              *timestamp // until when its content can be shown; nil: there is none
 }
 
-func (ui *adminUI) requestPage(r *pageRequest) (*page, error) {
-	id := parseRequestID(r.path("id"))
+func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
+	id := parseRequestID(r.pathValue("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
@@ -195,23 +195,23 @@ func (ui *adminUI) requestPage(r *pageRequest) (*page, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &requestPage{requestLine: lineOf(&row), Lost: row.outcome == outcomeLost, Running: row.outcome == outcomeOpen,
+	v := &requestPageView{requestListItem: newRequestListItem(&row), Lost: row.outcome == outcomeLost, Running: row.outcome == outcomeOpen,
 		Reported: row.source == usageExact, CallsOfToken: "/admin/requests?" + url.Values{"token": {row.tokenID}}.Encode()}
 	v.Tries, v.Attempts = row.attempts, v.AttemptLog
-	if v.Kept, err = ui.keptUntil(r, id); err != nil {
+	if v.Kept, err = ui.storedContentUntil(r, id); err != nil {
 		return nil, err
 	}
 	bar := timeBar(&row, v.Attempts)
 	v.Bar, v.Legend = template.HTML(bar.svg()), bar.legend()
-	return &page{template: "request", title: cmp.Or(v.Model, "Call") + " · " + v.ID, data: v}, nil
+	return &pageResponse{template: "request", title: cmp.Or(v.Model, "Call") + " · " + v.ID, data: v}, nil
 }
 
 // timeBar is where the time of a call went.
-func timeBar(v *requestView, attempts []attemptLine) (b spanBar) {
-	if v.total == nil || *v.total <= 0 {
+func timeBar(v *requestView, attempts []attemptLine) (b durationBar) {
+	if v.nullTotalUS == nil || *v.nullTotalUS <= 0 {
 		return b
 	}
-	rest, failed := *v.total, int64(0)
+	rest, failed := *v.nullTotalUS, int64(0)
 	for _, a := range attempts[:max(0, len(attempts)-1)] {
 		failed += a.MS * 1000
 	}
@@ -219,18 +219,18 @@ func timeBar(v *requestView, attempts []attemptLine) (b spanBar) {
 		b.add("attempts that failed", "k6", failed)
 		rest -= failed
 	}
-	if v.firstByte == nil {
+	if v.nullFirstByteUS == nil {
 		b.add("without an answer byte", "k2", rest)
 		return b
 	}
-	wait := max(0, min(*v.firstByte-failed, rest))
+	wait := max(0, min(*v.nullFirstByteUS-failed, rest))
 	b.add("to the first byte", "k1", wait)
 	b.add("the answer", "k4", rest-wait)
 	return b
 }
 
-// A contentPage is what is kept of a call.
-type contentPage struct {
+// A contentPageView is what is kept of a call.
+type contentPageView struct {
 	contentView
 	Parts []contentPart
 }
@@ -243,8 +243,8 @@ type contentPart struct {
 	Pretty string // its text; JSON on lines of its own
 }
 
-func (ui *adminUI) contentPageOf(r *pageRequest) (*page, error) {
-	id := parseRequestID(r.path("id"))
+func (ui *adminUI) contentPage(r *pageRequest) (*pageResponse, error) {
+	id := parseRequestID(r.pathValue("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
@@ -252,19 +252,19 @@ func (ui *adminUI) contentPageOf(r *pageRequest) (*page, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &contentPage{contentView: *v}
+	p := &contentPageView{contentView: *v}
 	for _, b := range []contentPart{{Name: "What it said", bodyView: v.Request}, {Name: "What it was answered", bodyView: v.Answer}} {
 		b.Cut = b.Kept < b.Bytes
 		if b.Text != nil {
-			b.Pretty = pretty(*b.Text)
+			b.Pretty = indentJSON(*b.Text)
 		}
 		p.Parts = append(p.Parts, b)
 	}
-	return &page{template: "content", title: "Content · " + v.ID, data: p}, nil
+	return &pageResponse{template: "content", title: "Content · " + v.ID, data: p}, nil
 }
 
-// pretty indents JSON, and leaves everything else as it is.
-func pretty(text string) string {
+// indentJSON indents JSON, and leaves everything else as it is.
+func indentJSON(text string) string {
 	var out bytes.Buffer
 	if json.Indent(&out, []byte(text), "", "  ") != nil {
 		return text
@@ -272,58 +272,58 @@ func pretty(text string) string {
 	return out.String()
 }
 
-// keptUntil says until when there is content of a call to show, nil if there is
+// storedContentUntil says until when there is content of a call to show, nil if there is
 // none, or none for who asks.
-func (ui *adminUI) keptUntil(r *pageRequest, id int64) (*stamp, error) {
-	if !r.can(roleAdmin) {
+func (ui *adminUI) storedContentUntil(r *pageRequest, id int64) (*timestamp, error) {
+	if !r.hasRole(roleAdmin) {
 		return nil, nil
 	}
-	until, err := ui.store.contentUntil(r.ctx, id)
+	until, err := ui.store.contentExpiry(r.ctx, id)
 	if err != nil || until <= time.Now().UnixMilli() {
 		return nil, err
 	}
-	return new(stamp(until)), nil
+	return new(timestamp(until)), nil
 }
 
 const (
-	exportPage     = 500              // calls that are read at once
-	exportPatience = 30 * time.Second // for the receiver to take a page of them
+	exportBatchSize    = 500              // calls that are read at once
+	exportWriteTimeout = 30 * time.Second // for the receiver to take a page of them
 )
 
 // exportRequests answers with the calls that the filters in the form let through,
 // newest first, as CSV or as lines of JSON.
-func (ui *adminUI) exportRequests(r *pageRequest) (*page, error) {
+func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	format := r.form.Get("format")
 	if format != "csv" && format != "jsonl" {
 		return nil, badRequest("invalid_value", "format", "format must be csv or jsonl.")
 	}
-	f, problem := requestFilterOf(r.form)
+	f, problem := parseRequestFilter(r.form)
 	if problem != "" {
 		return nil, badRequest("invalid_value", "", problem)
 	}
-	f.limit = exportPage
-	f.before = min(f.before, firstID(r.now.Add(time.Second))) // what comes while it is written is not in it
-	rows, next, err := ui.store.pageRequests(r.ctx, f)
+	f.limit = exportBatchSize
+	f.before = min(f.before, minIDAt(r.now.Add(time.Second))) // what comes while it is written is not in it
+	rows, next, err := ui.store.requestsPage(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
-	facts := []fact{{"format", format}}
+	facts := []auditField{{"format", format}}
 	for _, name := range filterNames() {
 		if v := r.form.Get(name); v != "" {
-			facts = append(facts, fact{name, v})
+			facts = append(facts, auditField{name, v})
 		}
 	}
-	if err := ui.store.note(r.ctx, r.by, act{actionExport, "requests", facts}); err != nil {
+	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "requests", facts}); err != nil {
 		return nil, err // no audit, no export
 	}
-	return &page{write: func(w http.ResponseWriter) error {
-		e := newExport(w, format, "calls", r.now)
+	return &pageResponse{write: func(w http.ResponseWriter) error {
+		e := newExportWriter(w, format, "calls", r.now)
 		if e.csv != nil {
-			e.header()
+			e.writeRequestHeader()
 		}
 		for e.err == nil {
 			for i := range rows {
-				e.request(&rows[i])
+				e.writeRequest(&rows[i])
 			}
 			e.flush()
 			if next == 0 || e.err != nil {
@@ -333,7 +333,7 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*page, error) {
 				return fmt.Errorf("the program is stopping")
 			}
 			f.before = next
-			if rows, next, err = ui.store.pageRequests(r.http.Context(), f); err != nil {
+			if rows, next, err = ui.store.requestsPage(r.http.Context(), f); err != nil {
 				return err
 			}
 		}
@@ -341,34 +341,34 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*page, error) {
 	}}, nil
 }
 
-// An export is a file on its way. After an error it writes nothing more.
-type export struct {
-	to  *http.ResponseController
-	buf *bufio.Writer
-	csv *csv.Writer // nil: JSON lines
-	err error
+// An exportWriter is a file on its way. After an error it writes nothing more.
+type exportWriter struct {
+	ctrl *http.ResponseController
+	buf  *bufio.Writer
+	csv  *csv.Writer // nil: JSON lines
+	err  error
 }
 
-func newExport(w http.ResponseWriter, format, name string, now time.Time) *export {
+func newExportWriter(w http.ResponseWriter, format, name string, now time.Time) *exportWriter {
 	h := w.Header()
 	h.Set("Content-Type", map[string]string{"csv": "text/csv; charset=utf-8; header=present", "jsonl": "application/x-ndjson"}[format])
 	h.Set("Content-Disposition", `attachment; filename="llm-proxy-`+name+`-`+now.UTC().Format("20060102-150405")+`.`+format+`"`)
-	e := &export{to: http.NewResponseController(w), buf: bufio.NewWriterSize(w, 64<<10)}
+	e := &exportWriter{ctrl: http.NewResponseController(w), buf: bufio.NewWriterSize(w, 64<<10)}
 	if format == "csv" {
 		e.csv = csv.NewWriter(e.buf)
 	}
-	e.extend()
+	e.extendDeadline()
 	return e
 }
 
-// extend gives the receiver time for the next part, however long the whole takes.
-func (e *export) extend() {
-	if err := e.to.SetWriteDeadline(time.Now().Add(exportPatience)); err != nil && e.err == nil {
+// extendDeadline gives the receiver time for the next part, however long the whole takes.
+func (e *exportWriter) extendDeadline() {
+	if err := e.ctrl.SetWriteDeadline(time.Now().Add(exportWriteTimeout)); err != nil && e.err == nil {
 		e.err = err
 	}
 }
 
-func (e *export) flush() {
+func (e *exportWriter) flush() {
 	if e.csv != nil {
 		if e.csv.Flush(); e.err == nil {
 			e.err = e.csv.Error()
@@ -377,13 +377,13 @@ func (e *export) flush() {
 	if err := e.buf.Flush(); err != nil && e.err == nil {
 		e.err = err
 	}
-	if err := e.to.Flush(); err != nil && e.err == nil {
+	if err := e.ctrl.Flush(); err != nil && e.err == nil {
 		e.err = err
 	}
-	e.extend()
+	e.extendDeadline()
 }
 
-func (e *export) cells(cells ...string) {
+func (e *exportWriter) writeRow(cells ...string) {
 	if e.err == nil {
 		for i := range cells {
 			cells[i] = safeCell(cells[i])
@@ -408,11 +408,11 @@ type exportLine struct {
 	UpstreamName string `json:"upstream_name"`
 }
 
-func (e *export) request(v *requestView) {
+func (e *exportWriter) writeRequest(v *requestView) {
 	if e.err != nil {
 		return
 	}
-	q := showRequest(v)
+	q := newRequestReply(v)
 	if e.csv == nil {
 		line, err := json.Marshal(exportLine{q, v.projectName, v.tokenName, v.upstreamName})
 		if err == nil {
@@ -422,22 +422,22 @@ func (e *export) request(v *requestView) {
 		return
 	}
 	cost := ""
-	if v.costKnown != nil {
-		cost = formatNanos(*v.costKnown)
+	if v.nullCost != nil {
+		cost = formatNanos(*v.nullCost)
 	}
 	at := time.UnixMilli(v.started).UTC().Format("2006-01-02T15:04:05.000Z")
-	e.cells(q.ID, at, q.ProjectID, v.projectName, q.TokenID, v.tokenName, q.UpstreamID, v.upstreamName, q.Endpoint, q.Model, strconv.FormatBool(q.Stream), q.Address,
-		strconv.Itoa(q.Status), string(q.Outcome), q.ErrorCode, string(q.UsageSource), integer(q.InputTokens), integer(q.CachedTokens), integer(q.CacheWriteTokens),
-		integer(q.OutputTokens), integer(q.ReasoningTokens), cost, millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit)
+	e.writeRow(q.ID, at, q.ProjectID, v.projectName, q.TokenID, v.tokenName, q.UpstreamID, v.upstreamName, q.Endpoint, q.Model, strconv.FormatBool(q.Stream), q.Address,
+		strconv.Itoa(q.Status), string(q.Outcome), q.ErrorCode, string(q.UsageSource), formatInt(q.InputTokens), formatInt(q.CachedTokens), formatInt(q.CacheWriteTokens),
+		formatInt(q.OutputTokens), formatInt(q.ReasoningTokens), cost, millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit)
 }
 
-func (e *export) header() {
-	e.cells("id", "started_at", "project_id", "project_name", "token_id", "token_name", "upstream_id", "upstream_name", "endpoint", "model", "stream", "address",
+func (e *exportWriter) writeRequestHeader() {
+	e.writeRow("id", "started_at", "project_id", "project_name", "token_id", "token_name", "upstream_id", "upstream_name", "endpoint", "model", "stream", "address",
 		"status", "outcome", "error_code", "usage_source", "input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
 		"first_byte_ms", "total_ms", "attempts", "limit_hit")
 }
 
-func integer(n int64) string { return strconv.FormatInt(n, 10) }
+func formatInt(n int64) string { return strconv.FormatInt(n, 10) }
 
 func millisCell(v *float64) string {
 	if v == nil {
@@ -448,8 +448,8 @@ func millisCell(v *float64) string {
 
 // exportDashboard answers with the numbers of the charts: a line for each step of
 // time, and one for each of the largest projects, tokens, models and endpoints.
-func (ui *adminUI) exportDashboard(r *pageRequest) (*page, error) {
-	q, err := ui.dashQuery(r, r.form)
+func (ui *adminUI) exportDashboard(r *pageRequest) (*pageResponse, error) {
+	q, err := ui.parseDashQuery(r, r.form)
 	if err != nil {
 		return nil, err
 	}
@@ -457,49 +457,49 @@ func (ui *adminUI) exportDashboard(r *pageRequest) (*page, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := ui.store.note(r.ctx, r.by, act{actionExport, "dashboard", []fact{{"period", q.name}, {"project", q.projectID}}}); err != nil {
+	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "dashboard", []auditField{{"period", q.name}, {"project", q.projectID}}}); err != nil {
 		return nil, err
 	}
-	return &page{write: func(w http.ResponseWriter) error {
-		e := newExport(w, "csv", "dashboard", r.now)
-		d.export(q, e)
+	return &pageResponse{write: func(w http.ResponseWriter) error {
+		e := newExportWriter(w, "csv", "dashboard", r.now)
+		d.writeCSV(q, e)
 		e.flush()
 		return e.err
 	}}, nil
 }
 
-func (d *dashData) export(q *dashQuery, e *export) {
+func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 	head := []string{"kind", "id", "name", "at", "calls", "input_tokens", "output_tokens", "tokens", "cost"}
-	for _, class := range hourClasses() {
+	for _, class := range errorColumnClasses() {
 		head = append(head, string(class)+"_errors")
 	}
-	e.cells(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms")...)
-	for i := range d.hours {
-		h := &d.hours[i]
-		line := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.step).UTC().Format(time.RFC3339),
-			integer(h.calls), integer(h.input), integer(h.output), integer(h.input + h.output), formatNanos(h.cost)}
+	e.writeRow(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms")...)
+	for i := range d.steps {
+		h := &d.steps[i]
+		line := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.stepMS).UTC().Format(time.RFC3339),
+			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.input + h.output), formatNanos(h.cost)}
 		for _, n := range h.errors {
-			line = append(line, integer(n))
+			line = append(line, formatInt(n))
 		}
-		for _, l := range []*latencies{&h.first, &h.total} {
+		for _, l := range []*latencyHistogram{&h.firstByteLatency, &h.totalLatency} {
 			line = append(line, quantileCell(l, 0.5), quantileCell(l, 0.95))
 		}
-		e.cells(line...)
+		e.writeRow(line...)
 	}
 	for _, of := range []struct {
 		kind string
-		all  []share
-	}{{"project", d.projects}, {"token", d.tokens}, {"model", d.modelShares(q)}, {"endpoint", d.endpoints}} {
+		all  []usageShare
+	}{{"project", d.projects}, {"token", d.tokens}, {"model", d.usageByModel(q)}, {"endpoint", d.endpoints}} {
 		for _, v := range of.all {
-			e.cells(append([]string{of.kind, v.id, v.name, "", integer(v.calls), "", "", integer(v.tokens), formatNanos(v.cost)}, make([]string, 4+4)...)...)
+			e.writeRow(append([]string{of.kind, v.id, v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens), formatNanos(v.cost)}, make([]string, 4+4)...)...)
 		}
 	}
-	if d.sampled > 0 {
-		e.cells(append([]string{"note", "", "the lines of kind token are of the latest " + strconv.Itoa(d.sampled) + " calls"}, make([]string, 14)...)...)
+	if d.sampledCalls > 0 {
+		e.writeRow(append([]string{"note", "", "the lines of kind token are of the latest " + strconv.Itoa(d.sampledCalls) + " calls"}, make([]string, 14)...)...)
 	}
 }
 
-func quantileCell(l *latencies, q float64) string {
+func quantileCell(l *latencyHistogram, q float64) string {
 	v := l.quantile(q)
 	if v < 0 || v > 1e9 { // none, or in the bucket without an end
 		return ""

@@ -13,12 +13,12 @@ import (
 	"time"
 )
 
-var callLinks = regexp.MustCompile(`href="/admin/requests/(req_[0-9a-z]{13})"`)
+var callLinkPattern = regexp.MustCompile(`href="/admin/requests/(req_[0-9a-z]{13})"`)
 
-// calls returns the ids of the calls on a page of the list, and the address of
+// parseCallList returns the ids of the calls on a page of the list, and the address of
 // the next one.
-func calls(page string) (ids []string, next string) {
-	for _, m := range callLinks.FindAllStringSubmatch(page, -1) {
+func parseCallList(page string) (ids []string, next string) {
+	for _, m := range callLinkPattern.FindAllStringSubmatch(page, -1) {
 		ids = append(ids, m[1])
 	}
 	if m := regexp.MustCompile(`href="(/admin/requests\?[^"]*)" rel="next"`).FindStringSubmatch(page); m != nil {
@@ -64,13 +64,13 @@ func TestRequestsPage(t *testing.T) {
 		for pages := 0; path != "" && pages < 20; pages++ {
 			res := b.get(path)
 			var ids []string
-			ids, path = calls(res.body)
+			ids, path = parseCallList(res.body)
 			if res.status != 200 || len(ids) > len(want) || len(want) > 0 && len(ids) == 0 {
 				t.Fatalf("%s: %d, %d calls of %d", query, res.status, len(ids), len(want))
 			}
 			for i, id := range ids {
-				if id != requestID(want[i].id) {
-					t.Fatalf("%s: page %d has %s at %d, want %s", query, pages, id, i, requestID(want[i].id))
+				if id != formatRequestID(want[i].id) {
+					t.Fatalf("%s: page %d has %s at %d, want %s", query, pages, id, i, formatRequestID(want[i].id))
 				}
 			}
 			want = want[len(ids):]
@@ -89,7 +89,7 @@ func TestRequestsPage(t *testing.T) {
 			t.Errorf("%s: %d, without %q or what was given", clip(query, 60), res.status, text)
 		}
 	}
-	for path, status := range map[string]int{"/admin/requests?after=x": 400, "/admin/requests?id=" + requestID(first.id): 303,
+	for path, status := range map[string]int{"/admin/requests?after=x": 400, "/admin/requests?id=" + formatRequestID(first.id): 303,
 		"/admin/requests/req_0000000000001": 404, "/admin/requests/nonsense": 404} {
 		if res := b.get(path); res.status != status {
 			t.Errorf("%s: %d", path, res.status)
@@ -97,24 +97,24 @@ func TestRequestsPage(t *testing.T) {
 	}
 }
 
-// TestRequestsSifted: a filter that few calls pass looks at a bounded number of
+// TestRequestsFiltered: a filter that few calls pass looks at a bounded number of
 // calls for a page, says so, and goes on from there; nothing is missed.
-func TestRequestsSifted(t *testing.T) {
+func TestRequestsFiltered(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
 	b := u.signIn(u.adminKey)
 	rare := *u.rows[0]
 	rare.model = "rare"
 	at := u.now.Add(-80 * 24 * time.Hour)
-	rare.id, rare.started = firstID(at), at.UnixMilli()
+	rare.id, rare.started = minIDAt(at), at.UnixMilli()
 	records := []*requestRow{&rare}
-	for i := range requestsLooked + 100 {
+	for i := range maxScannedRequests + 100 {
 		r := *u.rows[0]
 		at := u.now.Add(-75 * 24 * time.Hour).Add(time.Duration(i) * time.Second)
-		r.id, r.started = firstID(at), at.UnixMilli()
+		r.id, r.started = minIDAt(at), at.UnixMilli()
 		records = append(records, &r)
 	}
-	w := u.in.store.newLedgerWriter()
+	w := u.instance.store.newLedgerWriter()
 	defer w.close()
 	for part := range slices.Chunk(records, 5000) {
 		if err := w.write(t.Context(), ledgerBatch{records: part}); err != nil {
@@ -126,18 +126,18 @@ func TestRequestsSifted(t *testing.T) {
 		for ; path != "" && pages < 5; pages++ {
 			res := b.get(path)
 			var ids []string
-			ids, path = calls(res.body)
+			ids, path = parseCallList(res.body)
 			found = append(found, ids...)
 			if path != "" && !strings.Contains(res.body, "Look further back") {
 				t.Errorf("%s: page %d does not say that it is short", scope, pages)
 			}
 		}
-		if pages != 2 || !slices.Equal(found, []string{requestID(rare.id)}) {
+		if pages != 2 || !slices.Equal(found, []string{formatRequestID(rare.id)}) {
 			t.Errorf("%s: %v on %d pages", scope, found, pages)
 		}
 	}
 	var l struct {
-		Data []ledgerRow
+		Data []requestEntry
 		Next string
 	}
 	u.manage("GET", "/manage/requests?outcome=lost", "", 200, &l)
@@ -164,16 +164,16 @@ func TestRequestPage(t *testing.T) {
 			t.Errorf("%d: %q is not there: %s", res.status, text, res.body)
 		}
 	}
-	token, err := p.in.store.tokenByID(t.Context(), p.tokenID)
+	token, err := p.instance.store.tokenByID(t.Context(), p.tokenID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, o := range outcomes() {
-		r := &requestRow{id: firstID(time.Now()) + int64(i)<<5 + 1, project: token.project, token: token.seq, endpoint: "POST /v1/chat/completions", model: "", outcome: o,
+	for i, o := range allOutcomes() {
+		r := &requestRow{id: minIDAt(time.Now()) + int64(i)<<5 + 1, project: token.project, token: token.seq, endpoint: "POST /v1/chat/completions", model: "", outcome: o,
 			source: usageNone, firstByteUS: -1, totalUS: int64(i), errorCode: "code_" + string(o), attempts: i, attemptLog: `[{"upstream_id":"up_1","model":"m","status":503,"ms":3},{"upstream_id":"up_2","model":"m","ms":4}]`}
-		p.in.ledger.record(r, true)
-		p.settle()
-		res := b.get("/admin/requests/" + requestID(r.id))
+		p.instance.ledger.recordRefused(r, true)
+		p.waitSettled()
+		res := b.get("/admin/requests/" + formatRequestID(r.id))
 		if res.status != 200 || !strings.Contains(res.body, "code_"+string(o)) || !strings.Contains(res.body, "up_2") {
 			t.Errorf("%s: %d %s", o, res.status, res.body)
 		}
@@ -189,18 +189,18 @@ func TestExports(t *testing.T) {
 	b := u.signIn(key)
 	var evil struct{ ID string }
 	u.manage("POST", "/manage/tokens", `{"project_id":"`+u.project+`","name":"=cmd|' /C calc'!A0"}`, 201, &evil)
-	row, err := u.in.store.tokenByID(t.Context(), evil.ID)
+	row, err := u.instance.store.tokenByID(t.Context(), evil.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, model := range []string{"=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\"quoted\", \nand more", "<b>", "plain"} {
 		r := *u.rows[0]
 		at := u.now.Add(-time.Duration(i) * time.Second)
-		r.id, r.started, r.token, r.model, r.project = firstID(at), at.UnixMilli(), row.seq, model, row.project
+		r.id, r.started, r.token, r.model, r.project = minIDAt(at), at.UnixMilli(), row.seq, model, row.project
 		u.rows = append(u.rows, &r)
-		u.in.ledger.record(&r, true)
+		u.instance.ledger.recordRefused(&r, true)
 	}
-	u.settle()
+	u.waitSettled()
 	res := b.post("/admin/requests/export", url.Values{"format": {"csv"}})
 	records, err := csv.NewReader(strings.NewReader(res.body)).ReadAll()
 	if err != nil || res.status != 200 || len(records) != len(u.rows)+1 || !strings.HasPrefix(res.header.Get("Content-Disposition"), `attachment; filename="llm-proxy-calls-`) ||
@@ -249,7 +249,7 @@ func TestExports(t *testing.T) {
 		}
 	}
 	u.allowErrors = true // the next ones are ours
-	if _, err := u.in.store.write.Exec(`CREATE TRIGGER no_audit BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
+	if _, err := u.instance.store.writeDB.Exec(`CREATE TRIGGER no_audit BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"/admin/requests/export", "/admin/dashboard/export"} {

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// in reports whether a cookie still opens the pages.
-func (b *browser) in() bool {
+// isSignedIn reports whether a cookie still opens the pages.
+func (b *browser) isSignedIn() bool {
 	b.p.t.Helper()
 	res := b.get("/admin/account")
 	if res.status != 200 && (res.status != 303 || !strings.HasPrefix(res.header.Get("Location"), "/admin/sign-in")) {
@@ -21,12 +21,12 @@ func (b *browser) in() bool {
 	return res.status == 200
 }
 
-// age makes a browser's session older, as if nothing had happened for a while.
-func (b *browser) age(created, seen time.Duration) {
+// ageSession makes a browser's session older, as if nothing had happened for a while.
+func (b *browser) ageSession(created, seen time.Duration) {
 	b.p.t.Helper()
 	_, id, _ := strings.Cut(b.cookie, "=")
 	hash := sha256.Sum256([]byte(id))
-	res, err := b.p.in.store.write.ExecContext(b.p.t.Context(), `UPDATE sessions SET created_at = created_at - ?, seen_at = seen_at - ? WHERE hash = ?`,
+	res, err := b.p.instance.store.writeDB.ExecContext(b.p.t.Context(), `UPDATE sessions SET created_at = created_at - ?, seen_at = seen_at - ? WHERE hash = ?`,
 		created.Milliseconds(), seen.Milliseconds(), hash[:])
 	if err != nil {
 		b.p.t.Fatal(err)
@@ -48,34 +48,34 @@ func TestSessionsEnd(t *testing.T) {
 	if res := a.post("/admin/sign-out", nil); res.status != 303 || !strings.Contains(res.header.Get("Set-Cookie"), "Max-Age=0") {
 		t.Errorf("sign out: %d %v", res.status, res.header)
 	}
-	if a.in() || !other.in() || !env.in() {
+	if a.isSignedIn() || !other.isSignedIn() || !env.isSignedIn() {
 		t.Error("signing out ends one session, and that one")
 	}
 	a = p.signIn(p.adminKey)
-	if other.post("/admin/sign-out-everywhere", nil); a.in() || other.in() || !env.in() {
+	if other.post("/admin/sign-out-everywhere", nil); a.isSignedIn() || other.isSignedIn() || !env.isSignedIn() {
 		t.Error("signing out everywhere ends the key's sessions and no others")
 	}
 	for name, c := range map[string]struct {
 		created, seen time.Duration
 		in            bool
 	}{
-		"fresh": {0, 0, true}, "used 29 minutes ago": {time.Hour, 29 * time.Minute, true}, "idle": {time.Hour, idleSession, false},
-		"nearly too old": {longestSession - time.Minute, 0, true}, "too old, in use": {longestSession, 0, false},
+		"fresh": {0, 0, true}, "used 29 minutes ago": {time.Hour, 29 * time.Minute, true}, "idle": {time.Hour, sessionIdleTimeout, false},
+		"nearly too old": {maxSessionAge - time.Minute, 0, true}, "too old, in use": {maxSessionAge, 0, false},
 	} {
 		b := p.signIn(p.adminKey)
-		if b.age(c.created, c.seen); b.in() != c.in {
+		if b.ageSession(c.created, c.seen); b.isSignedIn() != c.in {
 			t.Errorf("%s: in is %v", name, !c.in)
 		}
 	}
 	b := p.signIn(p.adminKey)
 	for range 3 { // use keeps a session alive, up to its longest
-		if b.age(29*time.Minute, 29*time.Minute); !b.in() {
+		if b.ageSession(29*time.Minute, 29*time.Minute); !b.isSignedIn() {
 			t.Error("a session in use ended")
 		}
 	}
-	b.age(0, 20*time.Minute)
+	b.ageSession(0, 20*time.Minute)
 	b.get("/admin/account", "X-Auto-Refresh", "1")
-	if b.age(0, 20*time.Minute); b.in() {
+	if b.ageSession(0, 20*time.Minute); b.isSignedIn() {
 		t.Error("a page that refreshes itself kept the session alive")
 	}
 	id, key := p.newKey("o", "operator")
@@ -87,21 +87,21 @@ func TestSessionsEnd(t *testing.T) {
 	if res := b.get("/admin/tokens/new"); res.status != 403 {
 		t.Errorf("a viewer since: %d", res.status)
 	}
-	if p.manage("DELETE", "/manage/keys/"+id, "", 200, nil); b.in() {
+	if p.manage("DELETE", "/manage/keys/"+id, "", 200, nil); b.isSignedIn() {
 		t.Error("the key is revoked, the session is not over")
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}
 	p.start()
-	if !env.in() {
+	if !env.isSignedIn() {
 		t.Error("a restart ended a session")
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}
 	p.env["MANAGEMENT_TOKEN"] = environment + "2"
-	if p.start(); env.in() {
+	if p.start(); env.isSignedIn() {
 		t.Error("MANAGEMENT_TOKEN is another one, the session is not over")
 	}
 }
@@ -134,14 +134,14 @@ func TestSessionCookie(t *testing.T) {
 	old := b.cookie
 	res := b.post("/admin/sign-in", form)
 	b.cookie, _, _ = strings.Cut(res.header.Get("Set-Cookie"), ";")
-	if before := (&browser{p, old}); before.in() || !b.in() || old == b.cookie {
+	if before := (&browser{p, old}); before.isSignedIn() || !b.isSignedIn() || old == b.cookie {
 		t.Error("signing in anew must end the session before")
 	}
 	for name, cookie := range map[string]string{
 		"two": b.cookie + "; " + b.cookie, "the other name": "__Host-" + b.cookie, "the management key": "llm-proxy=" + p.adminKey, "none": "llm-proxy=",
 		"its hash": "llm-proxy=" + strings.Repeat("0", 43), "planted": "llm-proxy=" + planted,
 	} {
-		if (&browser{p, cookie}).in() {
+		if (&browser{p, cookie}).isSignedIn() {
 			t.Errorf("%s: lets in", name)
 		}
 	}
@@ -163,10 +163,10 @@ func TestSignInPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
 	b := &browser{p: p}
-	try := func(key, address string) answer {
+	try := func(key, address string) testResponse {
 		return b.post("/admin/sign-in", url.Values{"key": {key}, "next": {"/admin/tokens"}}, "X-Forwarded-For", address)
 	}
-	for i := range failuresAllowed {
+	for i := range maxAuthFailures {
 		res := try("wrong", "192.0.2.7")
 		if res.status != 401 || !strings.Contains(res.body, "no valid management key") || !strings.Contains(res.body, `value="/admin/tokens"`) || strings.Contains(res.body, "wrong\"") {
 			t.Fatalf("attempt %d: %d %s", i, res.status, res.body)
@@ -208,10 +208,10 @@ func TestSignInPage(t *testing.T) {
 		p.signIn(p.adminKey)
 	}
 	var n int
-	if err := p.in.store.read.QueryRowContext(t.Context(), `SELECT count(*) FROM sessions`).Scan(&n); err != nil || n > maxSessions {
+	if err := p.instance.store.readDB.QueryRowContext(t.Context(), `SELECT count(*) FROM sessions`).Scan(&n); err != nil || n > maxSessions {
 		t.Errorf("%d sessions of one key, %v", n, err)
 	}
-	if b.in() {
+	if b.isSignedIn() {
 		t.Error("the oldest session outlived those that are too many")
 	}
 }
@@ -232,10 +232,10 @@ func TestSessionsDoNotComeBack(t *testing.T) {
 	if out, err := runProgram(t, p.env, "restore", "--revoke=none", file); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if p.start(); b.in() {
+	if p.start(); b.isSignedIn() {
 		t.Error("who signed out is in again")
 	}
-	if !p.signIn(p.adminKey).in() {
+	if !p.signIn(p.adminKey).isSignedIn() {
 		t.Error("nobody can sign in any more")
 	}
 }
@@ -247,10 +247,10 @@ func TestSessionOverTLS(t *testing.T) {
 	cert, key := testCertificate(t, t.TempDir(), time.Hour)
 	p := newTest(t, map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
 	b := p.signIn(p.adminKey)
-	if !strings.HasPrefix(b.cookie, "__Host-llm-proxy=") || !b.in() {
+	if !strings.HasPrefix(b.cookie, "__Host-llm-proxy=") || !b.isSignedIn() {
 		t.Errorf("the cookie is %s", clip(b.cookie, 20))
 	}
-	if (&browser{p, strings.TrimPrefix(b.cookie, "__Host-")}).in() {
+	if (&browser{p, strings.TrimPrefix(b.cookie, "__Host-")}).isSignedIn() {
 		t.Error("a cookie that plain HTTP may have set is believed")
 	}
 	if res := b.get("/admin/projects"); res.header.Get("Referrer-Policy") != "no-referrer" {

@@ -38,13 +38,13 @@ func (p *testProxy) signIn(key string) *browser {
 	return b
 }
 
-func (b *browser) get(path string, headers ...string) answer {
+func (b *browser) get(path string, headers ...string) testResponse {
 	b.p.t.Helper()
 	return b.p.do("GET", path, "", append([]string{"Cookie", b.cookie}, headers...)...)
 }
 
 // post sends a form as a browser does from a page of ours.
-func (b *browser) post(path string, form url.Values, headers ...string) answer {
+func (b *browser) post(path string, form url.Values, headers ...string) testResponse {
 	b.p.t.Helper()
 	h := []string{"Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin"}
 	if b.cookie != "" {
@@ -53,9 +53,9 @@ func (b *browser) post(path string, form url.Values, headers ...string) answer {
 	return b.p.do("POST", path, form.Encode(), append(h, headers...)...)
 }
 
-// furnish fills the test's database with one of each thing that pages show, all
+// seedObjects fills the test's database with one of each thing that pages show, all
 // with the same name, and returns the paths of pages about them.
-func (p *testProxy) furnish(name string) []string {
+func (p *testProxy) seedObjects(name string) []string {
 	p.t.Helper()
 	q := quoteJSON(name)
 	n := quoteJSON(strings.NewReplacer(" ", "_", "*", "_").Replace(name)) // fit for a model
@@ -76,7 +76,7 @@ func (p *testProxy) furnish(name string) []string {
 	match := strings.ReplaceAll(name, " ", "_")
 	p.manage("POST", "/manage/prices", `{"match":`+quoteJSON(match)+`,"input":1.5,"output":2}`, 201, &price)
 	p.do("POST", "/v1/chat/completions", `{"model":`+n+`,"messages":[]}`, "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", "x")
-	p.settle()
+	p.waitSettled()
 	up := "/admin/projects/" + p.project + "/upstreams/" + p.upstream
 	return []string{"/admin/", "/admin/account", "/admin/projects", "/admin/projects/" + p.project, "/admin/projects/" + p.project + "/edit", up + "/edit", up + "/delete",
 		"/admin/projects/" + p.project + "/route", "/admin/projects/" + p.project + "/route?model=" + url.QueryEscape(strings.ReplaceAll(match, "*", "x")), "/admin/projects/" + p.project + "/route?api=anthropic&model=a+b",
@@ -87,10 +87,10 @@ func (p *testProxy) furnish(name string) []string {
 		"/admin/prices?model=" + url.QueryEscape(match), "/admin/tokens?name=" + url.QueryEscape(name), "/admin/audit?object=" + url.QueryEscape(name)}
 }
 
-func quoteJSON(s string) string { return string(factJSON(s)) }
+func quoteJSON(s string) string { return string(auditValueJSON(s)) }
 
-// pathOf fills in a pattern of adminTable.
-func (p *testProxy) pathOf(pattern string) string {
+// expandPattern fills in a pattern of adminTable.
+func (p *testProxy) expandPattern(pattern string) string {
 	_, path, _ := strings.Cut(pattern, " ")
 	id := p.tokenID
 	for prefix, other := range map[string]string{"/admin/projects/": p.project, "/admin/keys/": "key_none", "/admin/prices/": "price_none", "/admin/streams/": "req_0000000000000", "/admin/requests/": "req_0000000000000"} {
@@ -101,8 +101,8 @@ func (p *testProxy) pathOf(pattern string) string {
 	return strings.NewReplacer("{id}", id, "{upstream}", p.upstream, "{$}", "").Replace(path)
 }
 
-// everything is all that administrators manage, to see whether something changed.
-func (p *testProxy) everything() string {
+// managedDigest is all that administrators manage, to see whether something changed.
+func (p *testProxy) managedDigest() string {
 	p.t.Helper()
 	var b strings.Builder
 	for _, query := range []string{`SELECT group_concat(id || name || is_active || policy || version || coalesce(deleted_at, '')) FROM projects`,
@@ -112,7 +112,7 @@ func (p *testProxy) everything() string {
 		`SELECT group_concat(id || match || coalesce(input, '')) FROM prices`, `SELECT group_concat(hex(hash)) FROM sessions`,
 		`SELECT group_concat(action || object) FROM audit WHERE action <> 'sign_in_failed'`} {
 		var text *string
-		if err := p.in.store.read.QueryRowContext(p.t.Context(), query).Scan(&text); err != nil {
+		if err := p.instance.store.readDB.QueryRowContext(p.t.Context(), query).Scan(&text); err != nil {
 			p.t.Fatal(err)
 		}
 		if text != nil {
@@ -122,15 +122,15 @@ func (p *testProxy) everything() string {
 	return b.String()
 }
 
-// needOf returns the role that a method and path need, by the table of routes.
-func (p *testProxy) needOf(method, path string) role {
+// requiredRole returns the role that a method and path need, by the table of routes.
+func (p *testProxy) requiredRole(method, path string) role {
 	mux := http.NewServeMux()
 	needs := map[string]role{}
-	for _, rt := range p.in.server.admin.adminTable() {
+	for _, rt := range p.instance.server.admin.adminTable() {
 		methods, pattern, _ := strings.Cut(rt.pattern, " ")
 		for m := range strings.SplitSeq(methods, "|") {
 			mux.HandleFunc(m+" "+pattern, func(http.ResponseWriter, *http.Request) {})
-			needs[m+" "+pattern] = rt.need
+			needs[m+" "+pattern] = rt.minRole
 		}
 	}
 	u, err := url.Parse(path)
@@ -152,21 +152,21 @@ func TestAdminRoles(t *testing.T) {
 	keys := map[role]string{roleAdmin: p.adminKey}
 	_, keys[roleViewer] = p.newKey("v", "viewer")
 	_, keys[roleOperator] = p.newKey("o", "operator")
-	pages := p.furnish("Ada")
+	pages := p.seedObjects("Ada")
 	for who, key := range keys {
 		b := p.signIn(key)
-		for _, rt := range p.in.server.admin.adminTable() {
+		for _, rt := range p.instance.server.admin.adminTable() {
 			methods, _, _ := strings.Cut(rt.pattern, " ")
-			path := p.pathOf(rt.pattern)
+			path := p.expandPattern(rt.pattern)
 			for method := range strings.SplitSeq(methods, "|") {
-				if rt.need == "" || who.rank() >= rt.need.rank() && (method == "POST") {
+				if rt.minRole == "" || who.rank() >= rt.minRole.rank() && (method == "POST") {
 					continue // those are tried elsewhere
 				}
 				res := b.get(path)
 				if method == "POST" {
 					res = b.post(path, url.Values{"version": {"1"}})
 				}
-				allowed := who.rank() >= rt.need.rank()
+				allowed := who.rank() >= rt.minRole.rank()
 				if forbidden := res.status == http.StatusForbidden; forbidden == allowed || res.status >= 500 {
 					t.Errorf("%s as %s: got %d", rt.pattern, who, res.status)
 				}
@@ -176,17 +176,17 @@ func TestAdminRoles(t *testing.T) {
 			}
 		}
 		for _, path := range pages {
-			if p.needOf("GET", path).rank() > who.rank() {
+			if p.requiredRole("GET", path).rank() > who.rank() {
 				continue
 			}
-			gets, posts := links(b.get(path).body)
+			gets, posts := pageLinks(b.get(path).body)
 			for _, to := range gets {
-				if need := p.needOf("GET", to); need.rank() > who.rank() {
+				if need := p.requiredRole("GET", to); need.rank() > who.rank() {
 					t.Errorf("%s shows a %s the way to %s", path, who, to)
 				}
 			}
 			for _, to := range posts {
-				if need := p.needOf("POST", to); need.rank() > who.rank() {
+				if need := p.requiredRole("POST", to); need.rank() > who.rank() {
 					t.Errorf("%s shows a %s a form for %s", path, who, to)
 				}
 			}
@@ -199,9 +199,9 @@ func TestAdminRoles(t *testing.T) {
 func TestAdminGetsChangeNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	todo := p.furnish("Ada")
+	todo := p.seedObjects("Ada")
 	b := p.signIn(p.adminKey)
-	before := p.everything()
+	before := p.managedDigest()
 	seen := map[string]bool{}
 	for len(todo) > 0 && len(seen) < 300 {
 		path := todo[0]
@@ -220,7 +220,7 @@ func TestAdminGetsChangeNothing(t *testing.T) {
 		if problems := checkHTML(res.body); res.status == 200 && strings.HasPrefix(res.header.Get("Content-Type"), "text/html") && len(problems) > 0 {
 			t.Errorf("%s: %v", path, problems)
 		}
-		gets, _ := links(res.body)
+		gets, _ := pageLinks(res.body)
 		todo = append(todo, gets...)
 	}
 	for _, method := range []string{"PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"} { // AD3
@@ -229,7 +229,7 @@ func TestAdminGetsChangeNothing(t *testing.T) {
 		}
 	}
 	b.get("/admin/projects/" + p.project + "/delete?_method=POST&_method=DELETE")
-	if p.everything() != before {
+	if p.managedDigest() != before {
 		t.Error("reading changed something")
 	}
 	if len(seen) < 60 {
@@ -242,7 +242,7 @@ func TestAdminCrossOrigin(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"PUBLIC_URL": "https://llm.example.test"})
 	b := p.signIn(p.adminKey)
-	before := p.everything()
+	before := p.managedDigest()
 	host := strings.TrimPrefix(p.url, "http://")
 	for name, headers := range map[string][]string{
 		"cross-site": {"Sec-Fetch-Site", "cross-site"}, "same-site": {"Sec-Fetch-Site", "same-site"}, "odd": {"Sec-Fetch-Site", "x"},
@@ -252,11 +252,11 @@ func TestAdminCrossOrigin(t *testing.T) {
 		"other scheme": {"Origin", "https://" + host}, "two origins": {"Origin", p.url, "Origin", p.url}, "prefix": {"Origin", p.url + ".evil.test"},
 		"public over http": {"Host", "llm.example.test", "Origin", "http://llm.example.test"},
 	} {
-		for _, rt := range p.in.server.admin.adminTable() {
+		for _, rt := range p.instance.server.admin.adminTable() {
 			if !strings.Contains(rt.pattern, "POST ") {
 				continue
 			}
-			path := p.pathOf(rt.pattern)
+			path := p.expandPattern(rt.pattern)
 			res := p.do("POST", path, "sure=yes&id="+p.tokenID+"&name=x&once=y&key="+p.adminKey, append([]string{"Cookie", b.cookie, "Content-Type", "application/x-www-form-urlencoded"}, headers...)...)
 			if res.status != http.StatusForbidden {
 				t.Errorf("%s, %s: got %d", name, path, res.status)
@@ -265,7 +265,7 @@ func TestAdminCrossOrigin(t *testing.T) {
 	}
 	for _, host := range []string{"evil.test", "evil.test:8080", "127.0.0.1.evil.test", ""} {
 		for _, method := range []string{"GET", "POST"} {
-			res := p.raw(method + " /admin/projects HTTP/1.1\r\nHost: " + host + "\r\nOrigin: http://" + host + "\r\nCookie: " + b.cookie + "\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+			res := p.sendRaw(method + " /admin/projects HTTP/1.1\r\nHost: " + host + "\r\nOrigin: http://" + host + "\r\nCookie: " + b.cookie + "\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 			if !strings.HasPrefix(res, "HTTP/1.1 421 ") {
 				t.Errorf("%s to %q: got %s", method, host, clip(res, 60))
 			}
@@ -277,7 +277,7 @@ func TestAdminCrossOrigin(t *testing.T) {
 			t.Errorf("%q: got %d", kind, res.status)
 		}
 	}
-	if p.everything() != before {
+	if p.managedDigest() != before {
 		t.Error("something changed")
 	}
 	if res := p.do("POST", "/admin/tokens/"+p.tokenID+"/revoke", "", "Cookie", b.cookie, "Origin", p.url, "Content-Type", "application/x-www-form-urlencoded"); res.status != http.StatusSeeOther {
@@ -290,8 +290,8 @@ func TestAdminHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	static := "/admin/static/" + p.in.server.admin.pages.names["admin.css"]
-	for what, res := range map[string]answer{
+	static := "/admin/static/" + p.instance.server.admin.pages.hashedNames["admin.css"]
+	for what, res := range map[string]testResponse{
 		"sign-in": p.do("GET", "/admin/sign-in", ""), "page": b.get("/admin/projects"), "redirect": p.do("GET", "/admin/projects", ""), "not found": b.get("/admin/nothing"),
 		"static": p.do("GET", static, ""), "no static": p.do("GET", "/admin/static/x.css", ""), "wrong method": p.do("DELETE", "/admin/projects", ""),
 		"forbidden": p.do("POST", "/admin/sign-in", ""), "wrong host": p.do("GET", "/admin/", "", "Host", "evil.test"), "wrong key": b.post("/admin/sign-in", url.Values{"key": {"x"}}),
@@ -353,7 +353,7 @@ func TestAdminHostileText(t *testing.T) {
 	var plain []string
 	for i, payload := range append([]string{"Ada"}, payloads...) {
 		p := newTest(t, nil)
-		pages := p.furnish(payload)
+		pages := p.seedObjects(payload)
 		b := p.signIn(p.adminKey)
 		for j, path := range pages {
 			res := b.get(path)
@@ -389,9 +389,9 @@ func TestAdminOff(t *testing.T) {
 	}
 }
 
-// formOf reads the first posting form of a page, but the sign-out: its fields as a
+// parseForm reads the first posting form of a page, but the sign-out: its fields as a
 // browser would send them.
-func formOf(t *testing.T, page string) url.Values {
+func parseForm(t *testing.T, page string) url.Values {
 	t.Helper()
 	out := url.Values{}
 	_, rest, _ := strings.Cut(page, "<main")
@@ -441,7 +441,7 @@ func TestAdminJourney(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	form := formOf(t, b.get("/admin/projects/new").body)
+	form := parseForm(t, b.get("/admin/projects/new").body)
 	form.Set("name", "From a page")
 	form.Set("api_key", p.provider.key)
 	form.Set("base_url", p.provider.url)
@@ -467,7 +467,7 @@ func TestAdminJourney(t *testing.T) {
 		}
 	}
 
-	form = formOf(t, b.get("/admin/tokens/new?project_id="+project.ID).body)
+	form = parseForm(t, b.get("/admin/tokens/new?project_id="+project.ID).body)
 	if form.Get("project_id") != project.ID || form.Get("lifetime") != "720" {
 		t.Errorf("the form begins with %v", form)
 	}
@@ -484,7 +484,7 @@ func TestAdminJourney(t *testing.T) {
 	if res := p.chatAs(token); res.status != 200 {
 		t.Errorf("the token: %d %s", res.status, res.body)
 	}
-	p.settle()
+	p.waitSettled()
 	id := "tok_" + token[len(tokenPrefix):][:publicLen]
 	if page := b.get("/admin/tokens/" + id).body; !strings.Contains(page, "POST /v1/chat/completions") || !strings.Contains(page, "active") || strings.Contains(page, token) {
 		t.Errorf("the token's page: %s", page)
@@ -495,7 +495,7 @@ func TestAdminJourney(t *testing.T) {
 	if page := b.get(here).body; !strings.Contains(page, "12 of 1,000") {
 		t.Errorf("the project's page does not show the use: %s", page)
 	}
-	res = b.post("/admin/tokens/"+id+"/rotate", formOf(t, b.get("/admin/tokens/"+id+"/rotate").body))
+	res = b.post("/admin/tokens/"+id+"/rotate", parseForm(t, b.get("/admin/tokens/"+id+"/rotate").body))
 	rotated := regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body)
 	p.secrets = append(p.secrets, rotated)
 	if res.status != 200 || rotated == token || p.chatAs(rotated).status != 200 || p.chatAs(token).status != 200 {
@@ -554,7 +554,7 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 		}
 		before := read()
 		for _, path := range []string{"/admin/projects/" + p.project + "/edit", "/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit"} {
-			if res := b.post(path, formOf(t, b.get(path).body)); res.status != 303 {
+			if res := b.post(path, parseForm(t, b.get(path).body)); res.status != 303 {
 				t.Fatalf("%s: %d %s", path, res.status, res.body)
 			}
 		}
@@ -568,7 +568,7 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 		id, token := p.newToken(`"name":"keeps","expires_at":"2099-01-31T10:20:30.456Z","idle_expiry_minutes":61,"max_requests":5,"policy":` + policy)
 		p.secrets = append(p.secrets, token)
 		was := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body
-		if res := b.post("/admin/tokens/"+id+"/edit", formOf(t, b.get("/admin/tokens/"+id+"/edit").body)); res.status != 303 {
+		if res := b.post("/admin/tokens/"+id+"/edit", parseForm(t, b.get("/admin/tokens/"+id+"/edit").body)); res.status != 303 {
 			t.Fatalf("%d %s", res.status, res.body)
 		}
 		volatile := regexp.MustCompile(`"(version|updated_at)":[^,]*,`)
@@ -604,7 +604,7 @@ func TestAdminMistakes(t *testing.T) {
 		{"/admin/keys/new", "role", "god", "role", "must be viewer"}, {"/admin/keys/" + keyID + "/edit", "expires_at", "soon", "expires_at", "must be a time"},
 		{"/admin/prices/new", "match", "", "match", "must be a model"}, {"/admin/prices/new", "input", "-5", "input", "must be dollars"},
 	} {
-		form := formOf(t, b.get(c.path).body)
+		form := parseForm(t, b.get(c.path).body)
 		for name, v := range map[string]string{"name": "fine", "match": "some-model", "output": "1"} {
 			if form.Has(name) && form.Get(name) == "" {
 				form.Set(name, v)
@@ -614,7 +614,7 @@ func TestAdminMistakes(t *testing.T) {
 			form.Set("lifetime", "")
 		}
 		form.Set(c.name, c.value)
-		before := p.everything()
+		before := p.managedDigest()
 		res := b.post(c.path, form)
 		_, after, _ := strings.Cut(res.body, `name="`+c.field+`"`)
 		if len(after) > 1500 {
@@ -623,7 +623,7 @@ func TestAdminMistakes(t *testing.T) {
 		if res.status != 400 || !strings.Contains(html.UnescapeString(after), c.says) || len(checkHTML(res.body)) > 0 || !strings.Contains(res.body, `aria-invalid="true"`) {
 			t.Errorf("%s with %s=%q: %d, beside %s stands %s %v", c.path, c.name, c.value, res.status, c.field, after, checkHTML(res.body))
 		}
-		again := formOf(t, res.body)
+		again := parseForm(t, res.body)
 		for name := range form {
 			if name == "once" || name == "api_key" || strings.HasPrefix(name, "policy.limits[") {
 				continue
@@ -632,7 +632,7 @@ func TestAdminMistakes(t *testing.T) {
 				t.Errorf("%s with %s=%q: %s was %q and is now %q", c.path, c.name, c.value, name, form.Get(name), again.Get(name))
 			}
 		}
-		if p.everything() != before {
+		if p.managedDigest() != before {
 			t.Errorf("%s with %s=%q changed something", c.path, c.name, c.value)
 		}
 	}
@@ -648,11 +648,11 @@ func TestAdminLostUpdate(t *testing.T) {
 		"/admin/projects/" + p.project + "/edit": "/manage/projects/" + p.project, "/admin/tokens/" + p.tokenID + "/edit": "/manage/tokens/" + p.tokenID,
 		"/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit": "/manage/projects/" + p.project + "/upstreams/" + p.upstream,
 	} {
-		form := formOf(t, b.get(path).body)
+		form := parseForm(t, b.get(path).body)
 		p.manage("PATCH", change, `{"name":"theirs"}`, 200, nil)
 		form.Set("name", "mine")
 		res := b.post(path, form)
-		if again := formOf(t, res.body); res.status != 409 || !strings.Contains(res.body, "Somebody changed this") || again.Get("name") != "mine" || again.Get("version") != form.Get("version") {
+		if again := parseForm(t, res.body); res.status != 409 || !strings.Contains(res.body, "Somebody changed this") || again.Get("name") != "mine" || again.Get("version") != form.Get("version") {
 			t.Errorf("%s: got %d %s", path, res.status, res.body)
 		}
 		if res := p.manageAs(p.adminKey, "GET", change, ""); !strings.Contains(res.body, "theirs") {
@@ -667,7 +667,7 @@ func TestAdminKeysAndBulk(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	form := formOf(t, b.get("/admin/keys/new").body)
+	form := parseForm(t, b.get("/admin/keys/new").body)
 	form.Set("name", "Grace")
 	form.Set("role", "operator")
 	res := b.post("/admin/keys/new", form)
@@ -681,7 +681,7 @@ func TestAdminKeysAndBulk(t *testing.T) {
 	}
 	grace := p.signIn(key)
 	own := regexp.MustCompile(`key_\w+`).FindString(b.get("/admin/account").body)
-	if res := b.post("/admin/keys/"+own+"/revoke", nil); res.status != 400 || !b.in() {
+	if res := b.post("/admin/keys/"+own+"/revoke", nil); res.status != 400 || !b.isSignedIn() {
 		t.Errorf("revoking one's own: %d %s", res.status, res.body)
 	}
 	var ids []string
@@ -689,9 +689,9 @@ func TestAdminKeysAndBulk(t *testing.T) {
 		id, _ := p.newToken(`"name":"many"`)
 		ids = append(ids, id)
 	}
-	before := p.everything()
+	before := p.managedDigest()
 	res = grace.post("/admin/tokens/revoke", url.Values{"id": ids})
-	if res.status != 200 || p.everything() != before || strings.Count(res.body, "many (tok_") != 3 || len(checkHTML(res.body)) > 0 {
+	if res.status != 200 || p.managedDigest() != before || strings.Count(res.body, "many (tok_") != 3 || len(checkHTML(res.body)) > 0 {
 		t.Errorf("before it is sure: %d %s", res.status, res.body)
 	}
 	if res := grace.post("/admin/tokens/revoke", url.Values{"id": ids, "sure": {"yes"}}); res.status != 303 {
@@ -705,7 +705,7 @@ func TestAdminKeysAndBulk(t *testing.T) {
 	if res := grace.post("/admin/tokens/revoke", nil); res.header.Get("Location") != "/admin/tokens?done=none-chosen" {
 		t.Errorf("none: %d %v", res.status, res.header)
 	}
-	if res := b.post("/admin/keys/key_"+key[len(keyPrefix):][:publicLen]+"/revoke", nil); res.status != 303 || grace.in() {
+	if res := b.post("/admin/keys/key_"+key[len(manageKeyPrefix):][:publicLen]+"/revoke", nil); res.status != 303 || grace.isSignedIn() {
 		t.Errorf("revoking a key: %d", res.status)
 	}
 }
@@ -717,7 +717,7 @@ func TestAdminTokenList(t *testing.T) {
 	b := p.signIn(p.adminKey)
 	var other struct{ ID string }
 	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
-	now, in := time.Now().UnixMilli(), p.in.store
+	now, in := time.Now().UnixMilli(), p.instance.store
 	for i := range 130 {
 		project := p.project
 		if i%3 == 0 {
@@ -845,9 +845,9 @@ func TestAdminContent(t *testing.T) {
 
 // An htmlTag is an opening tag.
 type htmlTag struct {
-	name   string
-	attrs  map[string]string
-	within []string // names of the open tags around it
+	name      string
+	attrs     map[string]string
+	ancestors []string // names of the open tags around it
 }
 
 // readHTML returns the opening tags of a page and its text, or what is wrong.
@@ -878,7 +878,7 @@ func readHTML(page string) (tags []htmlTag, text string, err error) {
 			if err != nil {
 				return tags, "", err
 			}
-			tag.within = slices.Clone(open)
+			tag.ancestors = slices.Clone(open)
 			tags = append(tags, tag)
 			if !slices.Contains(void, tag.name) && !closed {
 				open = append(open, tag.name)
@@ -984,7 +984,7 @@ func checkHTML(page string) (problems []string) {
 				complain("<%s name=%q> has no label", t.name, t.attrs["name"])
 			}
 		case "form":
-			if slices.Contains(t.within, "form") || t.attrs["method"] == "" || t.attrs["action"] == "" {
+			if slices.Contains(t.ancestors, "form") || t.attrs["method"] == "" || t.attrs["action"] == "" {
 				complain("a form within a form, or without method or action")
 			}
 		case "button":
@@ -1000,9 +1000,9 @@ func checkHTML(page string) (problems []string) {
 	return problems
 }
 
-// links returns the places that a page leads to with GET, and the actions of
+// pageLinks returns the places that a page leads to with GET, and the actions of
 // forms that post.
-func links(page string) (gets, posts []string) {
+func pageLinks(page string) (gets, posts []string) {
 	tags, _, _ := readHTML(page)
 	for _, t := range tags {
 		switch {

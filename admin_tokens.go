@@ -24,44 +24,44 @@ func (ui *adminUI) projectName(r *pageRequest, id string) (string, error) {
 	return p.name, err
 }
 
-// lifetimes are the lives that a new token may be given, in hours; "" is a time
+// lifetimeOptions are the lives that a new token may be given, in hours; "" is a time
 // of its own, and 0 none at all.
-func lifetimes() []option {
-	return []option{{"1", "1 hour"}, {"8", "8 hours"}, {"24", "1 day"}, {"168", "7 days"}, {"720", "30 days"}, {"2160", "90 days"}, {"8760", "1 year"},
+func lifetimeOptions() []formOption {
+	return []formOption{{"1", "1 hour"}, {"8", "8 hours"}, {"24", "1 day"}, {"168", "7 days"}, {"720", "30 days"}, {"2160", "90 days"}, {"8760", "1 year"},
 		{"0", "no end"}, {"", "until the time below"}}
 }
 
 const idleHelp = "It stops working when it was not used for so long. Empty: it does not."
 
 // newTokenPage makes a token, and shows it once.
-func (ui *adminUI) newTokenPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	projects, err := ui.projectOptions(r, r.query.Get("project_id")+r.form.Get("project_id"))
 	if err != nil {
 		return nil, err
 	}
 	if len(projects) == 0 {
-		return &page{template: "no-project", title: "New token"}, nil
+		return &pageResponse{template: "no-project", title: "New token"}, nil
 	}
-	v := &formView{Crumb: &option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false), Form: &pageForm{
-		Action: "/admin/tokens/new", Submit: "Make the token", Cancel: "/admin/tokens", Once: randomBase62(16), Fields: []*field{
+	v := &formView{Crumb: &formOption{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false), Form: &pageForm{
+		Action: "/admin/tokens/new", Submit: "Make the token", Cancel: "/admin/tokens", Once: randomBase62(16), Fields: []*formField{
 			{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
 			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "Who or what will use it. One token for each program makes it easy to revoke one of them."},
-			{Name: "lifetime", Label: "Works for", Kind: "select", Required: true, Short: true, Options: lifetimes()},
+			{Name: "lifetime", Label: "Works for", Kind: "select", Required: true, Short: true, Options: lifetimeOptions()},
 			{Name: "expires_at", Label: "Expires at (UTC)", Kind: "datetime-local", Short: true, Help: "Only for “until the time below”."},
 			{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "After so many calls it stops working. Empty: no such limit."},
 			{Name: "idle_expiry_minutes", Label: "Ends after disuse, in minutes", Kind: "number", Short: true, Help: idleHelp},
 		}}}
 	v.Form.fill(r.form, url.Values{"project_id": {r.query.Get("project_id")}, "lifetime": {"720"}})
 	v.Policy.fill(r.form, json.RawMessage("{}"))
-	p := &page{template: "form", title: "New token", data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "New token", data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	in := tokenInputOf(r.form)
-	in["project_id"], in["policy"] = r.form.Get("project_id"), v.Policy.policyOf(r.form, nil)
+	in := parseTokenForm(r.form)
+	in["project_id"], in["policy"] = r.form.Get("project_id"), v.Policy.parsePolicy(r.form, nil)
 	switch hours, err := strconv.ParseInt(r.form.Get("lifetime"), 10, 64); {
 	case r.form.Get("lifetime") == "":
-		in["expires_at"] = timeOf(r.form.Get("expires_at"))
+		in["expires_at"] = formTimeToRFC3339(r.form.Get("expires_at"))
 	case err != nil:
 		in["duration_hours"] = r.form.Get("lifetime")
 	case hours == 0:
@@ -69,28 +69,28 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*page, error) {
 	default:
 		in["duration_hours"] = hours
 	}
-	if !ui.sent.first(r.form.Get("once")) {
-		return r.sentBefore("/admin/tokens", "token"), nil
+	if !ui.sentForms.claim(r.form.Get("once")) {
+		return r.alreadySubmitted("/admin/tokens", "token"), nil
 	}
-	rep, err := ui.api.createToken(r.with(in))
+	rep, err := ui.api.createToken(r.withJSON(in))
 	if err != nil {
-		p.status, err = v.refused(err)
+		p.status, err = v.showError(err)
 		return p, err
 	}
-	return ui.shownOnce(r, "The token is made", rep.body.(tokenView), nil)
+	return ui.tokenValuePage(r, "The token is made", rep.body.(tokenView), nil)
 }
 
-// tokenInputOf reads the fields that a new token and a changed one have in common.
-func tokenInputOf(form url.Values) map[string]any {
+// parseTokenForm reads the fields that a new token and a changed one have in common.
+func parseTokenForm(form url.Values) map[string]any {
 	in := map[string]any{"name": form.Get("name")}
 	setNumber(in, form, "max_requests", true)
 	setNumber(in, form, "idle_expiry_minutes", true)
 	return in
 }
 
-// timeOf writes what a datetime-local field holds as RFC 3339. What is no time
+// formTimeToRFC3339 writes what a datetime-local field holds as RFC 3339. What is no time
 // goes on as it is, for the rules to refuse.
-func timeOf(text string) string {
+func formTimeToRFC3339(text string) string {
 	switch len(text) {
 	case len("2006-01-02T15:04"):
 		return text + ":00Z"
@@ -100,28 +100,28 @@ func timeOf(text string) string {
 	return text
 }
 
-// sentBefore is the answer to a form that was carried out already.
-func (r *pageRequest) sentBefore(back, one string) *page {
-	return &page{template: "sent", title: "Sent already", status: http.StatusConflict, data: labelled{Label: "The " + one +
+// alreadySubmitted is the answer to a form that was carried out already.
+func (r *pageRequest) alreadySubmitted(back, one string) *pageResponse {
+	return &pageResponse{template: "sent", title: "Sent already", status: http.StatusConflict, data: labeledValue{Label: "The " + one +
 		" was made when this form was first sent, and its value is not shown again. If nobody noted it, make another one and revoke that one.", Value: back}}
 }
 
-// A onceView is the page that shows a token.
-type onceView struct {
+// A tokenValueView is the page that shows a token.
+type tokenValueView struct {
 	Title, ID, Name, Value, Base string
 	Anthropic                    bool
 	Model                        string
-	Overlap                      *stamp // until then the value before works too
-	ExpiresAt                    *stamp
+	Overlap                      *timestamp // until then the value before works too
+	ExpiresAt                    *timestamp
 }
 
-// shownOnce is the page with a token's value and what to do with it.
-func (ui *adminUI) shownOnce(r *pageRequest, title string, t tokenView, overlap *stamp) (*page, error) {
-	v := onceView{Title: title, ID: t.ID, Name: t.Name, Value: t.Token, Base: ui.publicBase(r), Model: "gpt-4o-mini", Overlap: overlap, ExpiresAt: t.ExpiresAt}
+// tokenValuePage is the page with a token's value and what to do with it.
+func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t tokenView, overlap *timestamp) (*pageResponse, error) {
+	v := tokenValueView{Title: title, ID: t.ID, Name: t.Name, Value: t.Token, Base: ui.publicBase(r), Model: "gpt-4o-mini", Overlap: overlap, ExpiresAt: t.ExpiresAt}
 	p, err := ui.store.projectByID(r.ctx, t.ProjectID)
 	if err == nil {
 		var ups []upstreamRow
-		if ups, err = ui.store.upstreamsOf(r.ctx, p.seq); err == nil {
+		if ups, err = ui.store.projectUpstreams(r.ctx, p.seq); err == nil {
 			v.Anthropic = len(ups) > 0 && !slices.ContainsFunc(ups, func(u upstreamRow) bool { return u.provider != providerAnthropic })
 		}
 	}
@@ -133,17 +133,17 @@ func (ui *adminUI) shownOnce(r *pageRequest, title string, t tokenView, overlap 
 	}
 	for _, policy := range []string{p.policy, string(t.Policy)} {
 		if parsed, err := parsePolicy([]byte(policy), true); err == nil {
-			if i := slices.IndexFunc(parsed.Models, plainName); i >= 0 {
+			if i := slices.IndexFunc(parsed.Models, isShellSafe); i >= 0 {
 				v.Model = parsed.Models[i]
 			}
 		}
 	}
-	return &page{template: "token-once", title: title, data: v}, nil
+	return &pageResponse{template: "token-once", title: title, data: v}, nil
 }
 
-// plainName reports whether a model's name can be pasted into a shell and into
+// isShellSafe reports whether a model's name can be pasted into a shell and into
 // source code as it is.
-func plainName(model string) bool {
+func isShellSafe(model string) bool {
 	return !strings.ContainsFunc(model, func(c rune) bool {
 		return !strings.ContainsRune(base62+"-_.:/", c)
 	})
@@ -166,75 +166,75 @@ type tokenPageView struct {
 	ProjectName string
 	State       stateView
 	Limits      []barView
-	Allowed     []labelled
+	Allowed     []labeledValue
 	Requests    *barView // use of max_requests; nil: no such limit
 	Calls       []requestReply
 	BadReason   string
 }
 
-func (ui *adminUI) tokenPage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getToken(r.asking())
+func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getToken(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	t := rep.body.(tokenView)
-	v := tokenPageView{tokenView: t, State: stateOf(&t, r.now), Limits: barsOf(t.Limits), Allowed: allowedIn(t.Policy)}
+	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits), Allowed: policySummary(t.Policy)}
 	if v.ProjectName, err = ui.projectName(r, t.ProjectID); err != nil {
 		return nil, err
 	}
 	if t.MaxRequests != nil {
-		b := bar(t.RequestCount, *t.MaxRequests)
-		b.Used, b.Max, b.Left = group(t.RequestCount), group(*t.MaxRequests), group(max(0, *t.MaxRequests-t.RequestCount))
+		b := newBarView(t.RequestCount, *t.MaxRequests)
+		b.Used, b.Max, b.Left = groupDigits(t.RequestCount), groupDigits(*t.MaxRequests), groupDigits(max(0, *t.MaxRequests-t.RequestCount))
 		b.Label = fmt.Sprintf("%s of %s requests used", b.Used, b.Max)
 		v.Requests = &b
 	}
-	if rep, err = ui.api.listRequests(r.asking("token_id", t.ID, "limit", "10")); err != nil {
+	if rep, err = ui.api.listRequests(r.withQuery("token_id", t.ID, "limit", "10")); err != nil {
 		return nil, err
 	}
-	v.Calls = rep.body.(list[requestReply]).Data
-	return &page{template: "token", title: t.Name, data: v}, nil
+	v.Calls = rep.body.(listPage[requestReply]).Data
+	return &pageResponse{template: "token", title: t.Name, data: v}, nil
 }
 
 // editToken changes a token's name, life and policy.
-func (ui *adminUI) editToken(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getToken(r.asking())
+func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getToken(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	t := rep.body.(tokenView)
 	here := "/admin/tokens/" + t.ID
-	v := &formView{Crumb: &option{here, t.Name}, Policy: newPolicyForm(false), Form: &pageForm{Action: here + "/edit", Submit: "Save", Cancel: here, Version: t.Version, Fields: []*field{
+	v := &formView{Crumb: &formOption{here, t.Name}, Policy: newPolicyForm(false), Form: &pageForm{Action: here + "/edit", Submit: "Save", Cancel: here, Version: t.Version, Fields: []*formField{
 		{Name: "name", Label: "Name", Kind: "text", Required: true},
 		{Name: "expires_at", Label: "Expires at (UTC)", Kind: "datetime-local", Short: true, Help: "Empty: it has no end."},
-		{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "Those it has made count: " + group(t.RequestCount) + " so far. Empty: no such limit."},
+		{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "Those it has made count: " + groupDigits(t.RequestCount) + " so far. Empty: no such limit."},
 		{Name: "idle_expiry_minutes", Label: "Ends after disuse, in minutes", Kind: "number", Short: true, Help: idleHelp},
 	}}}
-	stored := url.Values{"name": {t.Name}, "max_requests": {plainNumber(t.MaxRequests)}, "idle_expiry_minutes": {plainNumber(t.IdleExpiryMinutes)}}
+	stored := url.Values{"name": {t.Name}, "max_requests": {formatOptionalInt(t.MaxRequests)}, "idle_expiry_minutes": {formatOptionalInt(t.IdleExpiryMinutes)}}
 	if t.ExpiresAt != nil {
-		stored.Set("expires_at", t.ExpiresAt.field())
+		stored.Set("expires_at", t.ExpiresAt.datetimeLocal())
 	}
 	v.Form.fill(r.form, stored)
 	v.Policy.fill(r.form, t.Policy)
-	p := &page{template: "form", title: "Edit token", data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "Edit token", data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	v.Form.Version = r.match
-	in := tokenInputOf(r.form)
-	in["policy"] = v.Policy.policyOf(r.form, t.Policy)
+	v.Form.Version = r.ifMatchVersion
+	in := parseTokenForm(r.form)
+	in["policy"] = v.Policy.parsePolicy(r.form, t.Policy)
 	if at := r.form.Get("expires_at"); at == "" {
 		in["expires_at"] = nil
 	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond, also in the past
-		in["expires_at"] = timeOf(at)
+		in["expires_at"] = formTimeToRFC3339(at)
 	}
-	if _, err := ui.api.patchToken(r.with(in)); err != nil {
-		p.status, err = v.refused(err)
+	if _, err := ui.api.patchToken(r.withJSON(in)); err != nil {
+		p.status, err = v.showError(err)
 		return p, err
 	}
-	return goTo(here, "saved"), nil
+	return redirectTo(here, "saved"), nil
 }
 
-func plainNumber(n *int64) string {
+func formatOptionalInt(n *int64) string {
 	if n == nil {
 		return ""
 	}
@@ -242,74 +242,74 @@ func plainNumber(n *int64) string {
 }
 
 // rotateTokenPage gives a token a new value, and shows it once.
-func (ui *adminUI) rotateTokenPage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getToken(r.asking())
+func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getToken(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	t := rep.body.(tokenView)
 	here := "/admin/tokens/" + t.ID
-	v := &formView{Crumb: &option{here, t.Name}, Intro: "The token gets a new value; its id, its limits and what they count stay. The value it has now goes on working for a while, so that programs can change over.",
-		Form: &pageForm{Action: here + "/rotate", Submit: "Rotate", Cancel: here, Once: randomBase62(16), Version: t.Version, Fields: []*field{
+	v := &formView{Crumb: &formOption{here, t.Name}, Intro: "The token gets a new value; its id, its limits and what they count stay. The value it has now goes on working for a while, so that programs can change over.",
+		Form: &pageForm{Action: here + "/rotate", Submit: "Rotate", Cancel: here, Once: randomBase62(16), Version: t.Version, Fields: []*formField{
 			{Name: "overlap_minutes", Label: "The value of now works for", Kind: "select", Required: true, Short: true,
-				Options: []option{{"0", "no longer: it leaked"}, {"60", "1 hour"}, {"1440", "1 day"}, {"10080", "7 days"}, {"43200", "30 days"}}}}}}
+				Options: []formOption{{"0", "no longer: it leaked"}, {"60", "1 hour"}, {"1440", "1 day"}, {"10080", "7 days"}, {"43200", "30 days"}}}}}}
 	v.Form.fill(r.form, url.Values{"overlap_minutes": {"60"}})
-	p := &page{template: "form", title: "Rotate " + t.Name, data: v}
-	if !r.posted() {
+	p := &pageResponse{template: "form", title: "Rotate " + t.Name, data: v}
+	if !r.isPost() {
 		return p, nil
 	}
-	v.Form.Version = r.match
-	if !ui.sent.first(r.form.Get("once")) {
-		return r.sentBefore(here, "new value"), nil
+	v.Form.Version = r.ifMatchVersion
+	if !ui.sentForms.claim(r.form.Get("once")) {
+		return r.alreadySubmitted(here, "new value"), nil
 	}
 	in := map[string]any{}
 	setNumber(in, r.form, "overlap_minutes", false)
-	if rep, err = ui.api.rotateToken(r.with(in)); err != nil {
-		p.status, err = v.refused(err)
+	if rep, err = ui.api.rotateToken(r.withJSON(in)); err != nil {
+		p.status, err = v.showError(err)
 		return p, err
 	}
 	t = rep.body.(tokenView)
-	return ui.shownOnce(r, "The token has a new value", t, t.OverlapUntil)
+	return ui.tokenValuePage(r, "The token has a new value", t, t.OverlapUntil)
 }
 
 // revokeTokenPage ends a token.
-func (ui *adminUI) revokeTokenPage(r *pageRequest) (*page, error) {
-	rep, err := ui.api.getToken(r.asking())
+func (ui *adminUI) revokeTokenPage(r *pageRequest) (*pageResponse, error) {
+	rep, err := ui.api.getToken(r.withQuery())
 	if err != nil {
 		return nil, err
 	}
 	t := rep.body.(tokenView)
 	here := "/admin/tokens/" + t.ID
-	if !r.posted() {
-		return r.confirm("Revoke "+t.Name+"?", "It stops working at once, for good, and its running calls are cut. Its calls stay in the ledger.", "Revoke", here), nil
+	if !r.isPost() {
+		return r.confirmPage("Revoke "+t.Name+"?", "It stops working at once, for good, and its running calls are cut. Its calls stay in the ledger.", "Revoke", here), nil
 	}
-	if _, err := ui.api.revokeToken(r.with(nil)); err != nil {
+	if _, err := ui.api.revokeToken(r.withJSON(nil)); err != nil {
 		return nil, err
 	}
-	return goTo(here, "revoked"), nil
+	return redirectTo(here, "revoked"), nil
 }
 
-// at returns the same request for another object.
-func (r *pageRequest) at(id string) *pageRequest {
+// withObject returns the same request for another object.
+func (r *pageRequest) withObject(id string) *pageRequest {
 	other, m := *r, *r.manageRequest
 	m.http = r.http.Clone(r.ctx)
 	m.http.SetPathValue("id", id)
-	m.match = 0
+	m.ifMatchVersion = 0
 	other.manageRequest = &m
 	return &other
 }
 
-// revokeChosen revokes the tokens that were chosen in a list, after asking.
-func (ui *adminUI) revokeChosen(r *pageRequest) (*page, error) {
+// revokeSelected revokes the tokens that were chosen in a list, after asking.
+func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 	ids := slices.Compact(slices.Sorted(slices.Values(r.form["id"])))
 	if len(ids) == 0 {
-		return &page{to: "/admin/tokens?done=none-chosen"}, nil
+		return &pageResponse{redirect: "/admin/tokens?done=none-chosen"}, nil
 	}
 	if len(ids) > 500 {
 		return nil, badRequest("invalid_value", "id", "At most 500 tokens can be revoked at once.")
 	}
-	f := &pageForm{Action: "/admin/tokens/revoke", Submit: "Revoke " + plural(int64(len(ids)), "token", "tokens"), Cancel: "/admin/tokens", Danger: true,
-		Hidden: []option{{"yes", "sure"}}}
+	f := &pageForm{Action: "/admin/tokens/revoke", Submit: "Revoke " + pluralize(int64(len(ids)), "token", "tokens"), Cancel: "/admin/tokens", Danger: true,
+		Hidden: []formOption{{"yes", "sure"}}}
 	var names []string
 	for _, id := range ids {
 		t, err := ui.store.tokenByID(r.ctx, id)
@@ -317,24 +317,24 @@ func (ui *adminUI) revokeChosen(r *pageRequest) (*page, error) {
 			return nil, err
 		}
 		names = append(names, t.name+" ("+id+")")
-		f.Hidden = append(f.Hidden, option{id, "id"})
+		f.Hidden = append(f.Hidden, formOption{id, "id"})
 	}
 	if r.form.Get("sure") != "yes" {
-		return &page{template: "confirm", title: "Revoke these tokens?", data: confirmView{"They stop working at once, for good, and their running calls are cut:", names, f}}, nil
+		return &pageResponse{template: "confirm", title: "Revoke these tokens?", data: confirmView{"They stop working at once, for good, and their running calls are cut:", names, f}}, nil
 	}
 	for _, id := range ids {
-		if _, err := ui.api.revokeToken(r.at(id).with(nil)); err != nil {
+		if _, err := ui.api.revokeToken(r.withObject(id).withJSON(nil)); err != nil {
 			return nil, fmt.Errorf("revoking %s: %w", id, err)
 		}
 	}
-	return goTo("/admin/tokens", "revoked"), nil
+	return redirectTo("/admin/tokens", "revoked"), nil
 }
 
 const (
-	tokensOnPage  = 50
-	tokensSifted  = 5000 // so many at most are looked at for one page
-	expiringSoon  = 7 * 24 * time.Hour
-	shownProjects = 2000 // in the choice of projects
+	tokensPerPage     = 50
+	maxTokensScanned  = 5000 // so many at most are looked at for one page
+	expiringSoon      = 7 * 24 * time.Hour
+	maxProjectOptions = 2000 // in the choice of projects
 )
 
 // A tokenLine is a token in a list.
@@ -347,8 +347,8 @@ type tokenLine struct {
 // A stateView is a word on how something is, and its colour.
 type stateView struct{ Kind, Text string }
 
-// stateOf says what a token is worth now.
-func stateOf(t *tokenView, now time.Time) stateView {
+// newTokenStateView says what a token is worth now.
+func newTokenStateView(t *tokenView, now time.Time) stateView {
 	switch {
 	case t.RevokedAt != nil:
 		return stateView{"bad", "revoked"}
@@ -369,36 +369,36 @@ type tokensView struct {
 	Tokens               []tokenLine
 	Project, Name        string // what the list is narrowed by
 	State, Order         string
-	Projects             []option
-	States, Orders       []option
+	Projects             []formOption
+	States, Orders       []formOption
 	Next                 string
 	First, Sifted, Above bool // no token at all; not all were looked at; it is not the first page
 	Problem              string
 }
 
-func tokenStates() []option {
-	return []option{{"", "All"}, {"active", "Active"}, {"expiring", "Expiring within 7 days"}, {"expired", "Expired"}, {"revoked", "Revoked"}, {"unused", "Never used"}}
+func tokenStates() []formOption {
+	return []formOption{{"", "All"}, {"active", "Active"}, {"expiring", "Expiring within 7 days"}, {"expired", "Expired"}, {"revoked", "Revoked"}, {"unused", "Never used"}}
 }
 
-func tokenOrders() []option {
-	return []option{{"", "Newest first"}, {"oldest", "Oldest first"}, {"name", "Name"}, {"ends", "Expiry, soonest first; no revoked ones"}}
+func tokenOrders() []formOption {
+	return []formOption{{"", "Newest first"}, {"oldest", "Oldest first"}, {"name", "Name"}, {"ends", "Expiry, soonest first; no revoked ones"}}
 }
 
-func (ui *adminUI) tokensPage(r *pageRequest) (*page, error) {
+func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 	v := &tokensView{Project: r.query.Get("project_id"), Name: strings.TrimSpace(r.query.Get("name")), State: r.query.Get("state"), Order: r.query.Get("order"),
 		States: tokenStates(), Orders: tokenOrders(), Above: r.query.Get("after") != ""}
 	if strings.HasPrefix(v.Name, "tok_") {
 		if t, err := ui.store.tokenByID(r.ctx, v.Name); err == nil {
-			return &page{to: "/admin/tokens/" + t.id}, nil
+			return &pageResponse{redirect: "/admin/tokens/" + t.id}, nil
 		}
 	}
-	p := &page{template: "tokens", title: "Tokens", data: v}
+	p := &pageResponse{template: "tokens", title: "Tokens", data: v}
 	projects, err := ui.projectOptions(r, v.Project)
 	if err != nil {
 		return nil, err
 	}
-	v.Projects = append([]option{{"", "All"}}, projects...)
-	w, err := v.walk(r)
+	v.Projects = append([]formOption{{"", "All"}}, projects...)
+	w, err := v.listQuery(r)
 	if err != nil {
 		return nil, err
 	}
@@ -409,13 +409,13 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*page, error) {
 	}
 	last, looked := "", 0
 	more, err := ui.store.walkTokens(r.ctx, w, func(t *tokenRow) bool {
-		if len(v.Tokens) == tokensOnPage {
+		if len(v.Tokens) == tokensPerPage {
 			return false
 		}
 		looked++
-		last = w.cursor(t)
-		line := tokenLine{tokenView: ui.api.showToken(t, r.now)}
-		line.State = stateOf(&line.tokenView, r.now)
+		last = w.cursorAfter(t)
+		line := tokenLine{tokenView: ui.api.newTokenView(t, r.now)}
+		line.State = newTokenStateView(&line.tokenView, r.now)
 		if v.matches(&line, r.now) {
 			v.Tokens = append(v.Tokens, line)
 		}
@@ -425,29 +425,29 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*page, error) {
 		return nil, err
 	}
 	if more {
-		v.Next = r.nextPage(last)
-		v.Sifted = len(v.Tokens) < tokensOnPage
+		v.Next = r.nextPageURL(last)
+		v.Sifted = len(v.Tokens) < tokensPerPage
 	}
 	v.First = looked == 0 && !v.Above && v.Project == "" && v.Name == "" && v.State == ""
 	return p, ui.nameProjects(r, v.Tokens)
 }
 
-// walk works out along which index the list goes. An order that the filters do
+// listQuery works out along which index the list goes. An order that the filters do
 // not allow gives way to theirs.
-func (v *tokensView) walk(r *pageRequest) (tokenWalk, error) {
+func (v *tokensView) listQuery(r *pageRequest) (tokenListQuery, error) {
 	for _, c := range []struct {
 		name, value string
-		known       []option
+		known       []formOption
 	}{{"state", v.State, v.States}, {"order", v.Order, v.Orders}} {
-		if !slices.ContainsFunc(c.known, func(o option) bool { return o.Value == c.value }) {
-			return tokenWalk{}, badRequest("invalid_value", c.name, "There is no such "+c.name+".")
+		if !slices.ContainsFunc(c.known, func(o formOption) bool { return o.Value == c.value }) {
+			return tokenListQuery{}, badRequest("invalid_value", c.name, "There is no such "+c.name+".")
 		}
 	}
 	if len(v.Name) > 100 {
-		return tokenWalk{}, badRequest("invalid_value", "name", "A name has 100 bytes at most.")
+		return tokenListQuery{}, badRequest("invalid_value", "name", "A name has 100 bytes at most.")
 	}
 	now := r.now.UnixMilli()
-	w := tokenWalk{order: cmp.Or(v.Order, "newest"), project: v.Project, prefix: v.Name, to: neverEnds, limit: tokensSifted}
+	w := tokenListQuery{order: cmp.Or(v.Order, "newest"), project: v.Project, prefix: v.Name, to: neverExpires, limit: maxTokensScanned}
 	if v.Name != "" {
 		w.order = "name"
 	}
@@ -482,30 +482,30 @@ func (v *tokensView) walk(r *pageRequest) (tokenWalk, error) {
 		case "name":
 			w.afterName = key
 		case "ends", "revoked":
-			w.afterEnds, err = strconv.ParseInt(key, 36, 64)
+			w.afterTime, err = strconv.ParseInt(key, 36, 64)
 		}
 	}
-	if err != nil || w.afterSeq < 1 || w.afterEnds < 0 {
+	if err != nil || w.afterSeq < 1 || w.afterTime < 0 {
 		return w, badRequest("invalid_value", "after", "This is not the address of a page of the list.")
 	}
 	return w, nil
 }
 
-// cursor says where the list goes on after a token.
-func (w *tokenWalk) cursor(t *tokenRow) string {
+// cursorAfter says where the list goes on after a token.
+func (w *tokenListQuery) cursorAfter(t *tokenRow) string {
 	switch w.order {
 	case "name":
-		return cursor(t.seq, t.name)
+		return formatCursor(t.seq, t.name)
 	case "ends":
-		ends := int64(neverEnds)
+		ends := int64(neverExpires)
 		if t.expiresAt != nil {
 			ends = *t.expiresAt
 		}
-		return cursor(t.seq, strconv.FormatInt(ends, 36))
+		return formatCursor(t.seq, strconv.FormatInt(ends, 36))
 	case "revoked":
-		return cursor(t.seq, strconv.FormatInt(deref(t.revokedAt), 36))
+		return formatCursor(t.seq, strconv.FormatInt(deref(t.revokedAt), 36))
 	}
-	return cursor(t.seq, "")
+	return formatCursor(t.seq, "")
 }
 
 // matches sifts out what the index did not.
@@ -527,23 +527,23 @@ func (v *tokensView) matches(t *tokenLine, now time.Time) bool {
 
 // projectOptions is the choice of projects, by name. The one that is chosen is
 // among them even where there are too many.
-func (ui *adminUI) projectOptions(r *pageRequest, chosen string) ([]option, error) {
-	rows, err := ui.store.listProjects(r.ctx, 0, shownProjects, nil, "")
+func (ui *adminUI) projectOptions(r *pageRequest, chosen string) ([]formOption, error) {
+	rows, err := ui.store.listProjects(r.ctx, 0, maxProjectOptions, nil, "")
 	if err != nil {
 		return nil, err
 	}
-	out := make([]option, 0, len(rows))
+	out := make([]formOption, 0, len(rows))
 	found := chosen == ""
 	for i := range rows {
-		out = append(out, option{rows[i].id, rows[i].name})
+		out = append(out, formOption{rows[i].id, rows[i].name})
 		found = found || rows[i].id == chosen
 	}
 	if !found {
 		if p, err := ui.store.projectByID(r.ctx, chosen); err == nil {
-			out = append(out, option{p.id, p.name})
+			out = append(out, formOption{p.id, p.name})
 		}
 	}
-	slices.SortFunc(out, func(a, b option) int { return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label)) })
+	slices.SortFunc(out, func(a, b formOption) int { return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label)) })
 	return out, nil
 }
 
@@ -564,8 +564,8 @@ func (ui *adminUI) nameProjects(r *pageRequest, lines []tokenLine) error {
 	return nil
 }
 
-// fillIn puts the token, the base URL and a model into a text.
-func (v onceView) fillIn(openai, anthropic string) string {
+// renderSnippet puts the token, the base URL and a model into a text.
+func (v tokenValueView) renderSnippet(openai, anthropic string) string {
 	text := openai
 	if v.Anthropic {
 		text = anthropic
@@ -573,8 +573,8 @@ func (v onceView) fillIn(openai, anthropic string) string {
 	return strings.NewReplacer("BASE", v.Base, "TOKEN", v.Value, "MODEL", v.Model).Replace(strings.TrimPrefix(text, "\n"))
 }
 
-func curlSnippet(v onceView) string {
-	return v.fillIn(`
+func curlSnippet(v tokenValueView) string {
+	return v.renderSnippet(`
 curl BASE/v1/chat/completions \
   -H "Authorization: Bearer TOKEN" \
   -H "Content-Type: application/json" \
@@ -587,8 +587,8 @@ curl BASE/v1/messages \
 `)
 }
 
-func pythonSnippet(v onceView) string {
-	return v.fillIn(`
+func pythonSnippet(v tokenValueView) string {
+	return v.renderSnippet(`
 from openai import OpenAI
 
 client = OpenAI(base_url="BASE/v1", api_key="TOKEN")
@@ -607,8 +607,8 @@ print(answer.content[0].text)
 `)
 }
 
-func nodeSnippet(v onceView) string {
-	return v.fillIn(`
+func nodeSnippet(v tokenValueView) string {
+	return v.renderSnippet(`
 import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: "BASE/v1", apiKey: "TOKEN" });
@@ -627,8 +627,8 @@ console.log(answer.content[0].text);
 `)
 }
 
-func goSnippet(v onceView) string {
-	return v.fillIn(`
+func goSnippet(v tokenValueView) string {
+	return v.renderSnippet(`
 client := openai.NewClient(option.WithBaseURL("BASE/v1"), option.WithAPIKey("TOKEN"))
 answer, err := client.Chat.Completions.New(ctx, openai.ChatCompletionNewParams{
 	Model:    "MODEL",

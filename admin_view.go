@@ -28,20 +28,20 @@ var pageFiles embed.FS
 // A pageSet is all templates, and the static files by the names under which
 // pages link to them.
 type pageSet struct {
-	templates func() (map[string]*template.Template, error) // by name; read when first asked for
-	files     map[string]staticFile                         // by name with a hash of what is in it
-	names     map[string]string                             // that name, by the file's own
+	templates   func() (map[string]*template.Template, error) // by name; read when first asked for
+	files       map[string]staticFile                         // by name with a hash of what is in it
+	hashedNames map[string]string                             // that name, by the file's own
 }
 
 type staticFile struct {
-	body []byte
-	kind string
+	body        []byte
+	contentType string
 }
 
 // newPageSet reads the static files. Templates take some 20 ms and 4 MB, which
 // a program that nobody administers should not.
 func newPageSet() (*pageSet, error) {
-	ps := &pageSet{files: map[string]staticFile{}, names: map[string]string{}}
+	ps := &pageSet{files: map[string]staticFile{}, hashedNames: map[string]string{}}
 	names, err := fs.Glob(pageFiles, "templates/static/*")
 	if err != nil {
 		return nil, fmt.Errorf("listing static files: %w", err)
@@ -54,7 +54,7 @@ func newPageSet() (*pageSet, error) {
 		sum, ext := sha256.Sum256(body), path.Ext(name)
 		hashed := strings.TrimSuffix(path.Base(name), ext) + "." + hex.EncodeToString(sum[:6]) + ext
 		ps.files[hashed] = staticFile{body, mime.TypeByExtension(ext)}
-		ps.names[path.Base(name)] = hashed
+		ps.hashedNames[path.Base(name)] = hashed
 	}
 	ps.templates = sync.OnceValues(ps.readTemplates)
 	return ps, nil
@@ -108,11 +108,11 @@ func (ps *pageSet) render(w io.Writer, name string, v *pageView) error {
 func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
 	f, ok := ui.pages.files[r.PathValue("name")]
 	if !ok {
-		ui.refusePage(w, r, manageError(errNotFound))
+		ui.writeErrorPage(w, r, manageError(errNotFound))
 		return
 	}
 	h := w.Header()
-	h.Set("Content-Type", f.kind)
+	h.Set("Content-Type", f.contentType)
 	h.Set("Content-Length", strconv.Itoa(len(f.body)))
 	h.Set("Cache-Control", "public, max-age=31536000, immutable")
 	_, _ = w.Write(f.body)
@@ -122,34 +122,34 @@ func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
 func (ps *pageSet) funcs() template.FuncMap {
 	return template.FuncMap{
 		"static": func(name string) (string, error) {
-			if ps.names[name] == "" {
+			if ps.hashedNames[name] == "" {
 				return "", fmt.Errorf("there is no static file %q", name)
 			}
-			return "/admin/static/" + ps.names[name], nil
+			return "/admin/static/" + ps.hashedNames[name], nil
 		},
 		"fieldID": fieldID,
-		"when":    when,   // a *stamp or stamp; see template "time"
-		"number":  number, // 1,234,567
-		"usd":     usd,    // dollars: $1,234.50
-		"ms":      showMillis,
-		"bytes":   showBytes,
+		"when":    newTimeView,  // a *stamp or stamp; see template "time"
+		"number":  formatNumber, // 1,234,567
+		"usd":     formatUSD,    // dollars: $1,234.50
+		"ms":      formatMillis,
+		"bytes":   formatBytes,
 		"curl":    curlSnippet, "python": pythonSnippet, "node": nodeSnippet, "golang": goSnippet,
-		"plural": plural, // plural 3 "token" "tokens": 3 tokens
+		"plural": pluralize, // plural 3 "token" "tokens": 3 tokens
 		"list":   func(items ...any) []any { return items },
-		"price":  func(v *json.RawMessage) string { return showAmount(string(*v), true) },
+		"price":  func(v *json.RawMessage) string { return formatQuantity(string(*v), true) },
 	}
 }
 
-// A moment is a time as a page shows it.
-type moment struct{ ISO, Text, Exact, Date, Clock, Relative string }
+// A timeView is a time as a page shows it.
+type timeView struct{ ISO, Text, Exact, Date, Clock, Relative string }
 
-// when returns how a time is shown, or nil for none.
-func when(v any) (*moment, error) {
+// newTimeView returns how a time is shown, or nil for none.
+func newTimeView(v any) (*timeView, error) {
 	var at time.Time
 	switch v := v.(type) {
-	case stamp:
+	case timestamp:
 		at = time.UnixMilli(int64(v))
-	case *stamp:
+	case *timestamp:
 		if v == nil {
 			return nil, nil
 		}
@@ -158,11 +158,11 @@ func when(v any) (*moment, error) {
 		return nil, fmt.Errorf("%T is no time", v)
 	}
 	at = at.UTC()
-	return &moment{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), at.Format("2006-01-02 15:04:05"), at.Format("2006-01-02"), at.Format("15:04:05"), relative(time.Until(at))}, nil
+	return &timeView{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), at.Format("2006-01-02 15:04:05"), at.Format("2006-01-02"), at.Format("15:04:05"), relativeTime(time.Until(at))}, nil
 }
 
-// relative says how far off a time is.
-func relative(d time.Duration) string {
+// relativeTime says how far off a time is.
+func relativeTime(d time.Duration) string {
 	ago := d < 0
 	if ago {
 		d = -d
@@ -170,15 +170,15 @@ func relative(d time.Duration) string {
 	text := ""
 	switch {
 	case d < time.Minute:
-		text = plural(int64(d/time.Second), "second", "seconds")
+		text = pluralize(int64(d/time.Second), "second", "seconds")
 	case d < time.Hour:
-		text = plural(int64(d/time.Minute), "minute", "minutes")
+		text = pluralize(int64(d/time.Minute), "minute", "minutes")
 	case d < 48*time.Hour:
-		text = plural(int64(d/time.Hour), "hour", "hours")
+		text = pluralize(int64(d/time.Hour), "hour", "hours")
 	case d < 2*365*24*time.Hour:
-		text = plural(int64(d/(24*time.Hour)), "day", "days")
+		text = pluralize(int64(d/(24*time.Hour)), "day", "days")
 	default:
-		text = plural(int64(d/(365*24*time.Hour)), "year", "years")
+		text = pluralize(int64(d/(365*24*time.Hour)), "year", "years")
 	}
 	if ago {
 		return text + " ago"
@@ -186,15 +186,15 @@ func relative(d time.Duration) string {
 	return "in " + text
 }
 
-func plural(n int64, one, many string) string {
+func pluralize(n int64, one, many string) string {
 	if n == 1 {
 		return "1 " + one
 	}
-	return group(n) + " " + many
+	return groupDigits(n) + " " + many
 }
 
-// group writes a number with a comma every three digits.
-func group(n int64) string {
+// groupDigits writes a number with a comma every three digits.
+func groupDigits(n int64) string {
 	digits := strconv.FormatInt(n, 10)
 	sign := ""
 	if digits[0] == '-' {
@@ -206,24 +206,24 @@ func group(n int64) string {
 	return sign + digits
 }
 
-// number groups any of the whole numbers that pages show.
-func number(v any) (string, error) {
+// formatNumber groups any of the whole numbers that pages show.
+func formatNumber(v any) (string, error) {
 	switch v := v.(type) {
 	case int64:
-		return group(v), nil
+		return groupDigits(v), nil
 	case *int64:
 		if v == nil {
 			return "–", nil
 		}
-		return group(*v), nil
+		return groupDigits(*v), nil
 	case int:
-		return group(int64(v)), nil
+		return groupDigits(int64(v)), nil
 	}
 	return "", fmt.Errorf("%T is no whole number", v)
 }
 
-// usd writes any of the amounts of money that pages show.
-func usd(v any) (string, error) {
+// formatUSD writes any of the amounts of money that pages show.
+func formatUSD(v any) (string, error) {
 	var nanos int64
 	switch v := v.(type) {
 	case dollars:
@@ -238,12 +238,12 @@ func usd(v any) (string, error) {
 	default:
 		return "", fmt.Errorf("%T is no money", v)
 	}
-	return showDollars(nanos), nil
+	return formatMoney(nanos), nil
 }
 
-// showDollars writes nano-dollars with two decimals, or as many as a small amount
+// formatMoney writes nano-dollars with two decimals, or as many as a small amount
 // needs.
-func showDollars(nanos int64) string {
+func formatMoney(nanos int64) string {
 	sign, magnitude := "", nanos
 	if nanos < 0 {
 		sign, magnitude = "-", -nanos
@@ -263,11 +263,11 @@ func showDollars(nanos int64) string {
 	for range places {
 		scale *= 10
 	}
-	return fmt.Sprintf("%s$%s.%0*d", sign, group(rounded/scale), places, rounded%scale)
+	return fmt.Sprintf("%s$%s.%0*d", sign, groupDigits(rounded/scale), places, rounded%scale)
 }
 
-// showMillis writes a number of milliseconds.
-func showMillis(v *float64) string {
+// formatMillis writes a number of milliseconds.
+func formatMillis(v *float64) string {
 	switch {
 	case v == nil:
 		return "–"
@@ -279,8 +279,8 @@ func showMillis(v *float64) string {
 	return strconv.FormatFloat(*v/1000, 'f', 1, 64) + " s"
 }
 
-// showBytes writes a size with one decimal.
-func showBytes(n int64) string {
+// formatBytes writes a size with one decimal.
+func formatBytes(n int64) string {
 	f, units := float64(n), []string{"B", "KiB", "MiB", "GiB", "TiB"}
 	for len(units) > 1 && f >= 1024 {
 		f, units = f/1024, units[1:]

@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-// An origin is who does something, from where and when. Who has nothing to do
+// An auditOrigin is who does something, from where and when. Who has nothing to do
 // with a request is actorSystem.
-type origin struct {
-	actor     string // a management key's id, actorEnvironment, actorSystem; "": not known
+type auditOrigin struct {
+	actorID   string // a management key's id, actorEnvironment, actorSystem; "": not known
 	role      role
 	address   string
 	requestID string
@@ -35,12 +35,14 @@ const (
 	actorSystem      = "system" // the program itself, at a start or a command
 )
 
-func systemOrigin(now time.Time) origin { return origin{actor: actorSystem, at: now.UnixMilli()} }
+func systemOrigin(now time.Time) auditOrigin {
+	return auditOrigin{actorID: actorSystem, at: now.UnixMilli()}
+}
 
 // What is done to stored things has an action of the form thing.verb, which
 // stands where it is stored. These are the others.
 const (
-	actionBegin        = "audit.begin"
+	actionAuditBegin   = "audit.begin"
 	actionRestore      = "database.restore"
 	actionSignIn       = "sign_in"
 	actionSignInFailed = "sign_in_failed"
@@ -49,33 +51,33 @@ const (
 	actionReveal       = "reveal"
 )
 
-// An act is what an entry says was done, and to which object.
-type act struct {
+// An auditEvent is what an entry says was done, and to which object.
+type auditEvent struct {
 	action, object string
-	detail         []fact
+	detail         []auditField
 }
 
-// A fact is a named value in an entry's detail. No secret may be one: what
+// An auditField is a named value in an entry's detail. No secret may be one: what
 // prints as [secret] elsewhere does so here, but a plain string does not.
-type fact struct {
+type auditField struct {
 	name  string
 	value any
 }
 
-// maxFact bounds the JSON of one value in a detail: what is longer, such as a
+// maxAuditValueBytes bounds the JSON of one value in a detail: what is longer, such as a
 // long policy, is told by its length and hash.
-const maxFact = 2 << 10
+const maxAuditValueBytes = 2 << 10
 
-// changes returns, for each fact that differs, the values before and after. A
+// diffAuditFields returns, for each fact that differs, the values before and after. A
 // fact that one side lacks is null there; nil is a thing that is not there at
 // all.
-func changes(before, after []fact) (out []fact) {
-	value := func(of []fact, name string) []byte {
-		i := slices.IndexFunc(of, func(f fact) bool { return f.name == name })
+func diffAuditFields(before, after []auditField) (out []auditField) {
+	value := func(of []auditField, name string) []byte {
+		i := slices.IndexFunc(of, func(f auditField) bool { return f.name == name })
 		if i < 0 {
 			return []byte("null")
 		}
-		return factJSON(of[i].value)
+		return auditValueJSON(of[i].value)
 	}
 	names := after
 	if after == nil {
@@ -84,15 +86,15 @@ func changes(before, after []fact) (out []fact) {
 	for _, f := range names {
 		was, is := value(before, f.name), value(after, f.name)
 		if !bytes.Equal(was, is) {
-			out = append(out, fact{f.name, [2]json.RawMessage{clipFact(was), clipFact(is)}})
+			out = append(out, auditField{f.name, [2]json.RawMessage{digestLongValue(was), digestLongValue(is)}})
 		}
 	}
 	return out
 }
 
-// factJSON is a value's JSON. What has none is a mistake of ours, which must not
+// auditValueJSON is a value's JSON. What has none is a mistake of ours, which must not
 // keep a token from being revoked.
-func factJSON(v any) []byte {
+func auditValueJSON(v any) []byte {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return []byte(`"?"`)
@@ -100,41 +102,41 @@ func factJSON(v any) []byte {
 	return b
 }
 
-// factTime and factDollars are values as /manage shows them.
-func factTime(ms *int64) any {
+// auditTime and auditDollars are values as /manage shows them.
+func auditTime(ms *int64) any {
 	if ms == nil {
 		return nil
 	}
 	return time.UnixMilli(*ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
 }
 
-func factDollars(pico *int64) any {
+func auditDollars(pico *int64) any {
 	if pico == nil {
 		return nil
 	}
 	return json.Number(formatDollars(*pico))
 }
 
-func clipFact(value []byte) []byte {
-	if len(value) <= maxFact {
+func digestLongValue(value []byte) []byte {
+	if len(value) <= maxAuditValueBytes {
 		return value
 	}
 	hash := sha256.Sum256(value)
 	return fmt.Appendf(nil, `{"bytes":%d,"sha256":"%x"}`, len(value), hash)
 }
 
-// json is the detail as an object.
-func (a *act) json() string {
+// detailJSON is the detail as an object.
+func (a *auditEvent) detailJSON() string {
 	out := []byte("{")
 	for i, f := range a.detail {
 		if i > 0 {
 			out = append(out, ',')
 		}
-		value := factJSON(f.value)
-		if len(value) > 3*maxFact { // a pair has been clipped on both sides
-			value = clipFact(value)
+		value := auditValueJSON(f.value)
+		if len(value) > 3*maxAuditValueBytes { // a pair has been clipped on both sides
+			value = digestLongValue(value)
 		}
-		out = append(append(out, factJSON(f.name)...), ':')
+		out = append(append(out, auditValueJSON(f.name)...), ':')
 		out = append(out, value...)
 	}
 	return string(append(out, '}'))
@@ -143,7 +145,7 @@ func (a *act) json() string {
 // An auditEntry is a row of the trail. prev is the mac of the row before it.
 type auditEntry struct {
 	seq int64
-	origin
+	auditOrigin
 	action, object, detail string
 	prev, mac              []byte
 }
@@ -180,7 +182,7 @@ const auditKeyContext = "llm-proxy audit key v1"
 // newAuditChain returns a chain with a new key, and the key sealed.
 func newAuditChain(sl *sealer) (*auditChain, string, error) {
 	text := newEncryptionKey()
-	c, err := auditChainOf(text)
+	c, err := deriveAuditChain(text)
 	return c, base64.StdEncoding.EncodeToString(sl.seal(text, auditKeyContext)), err
 }
 
@@ -194,10 +196,10 @@ func openAuditChain(sl *sealer, sealed string) (*auditChain, error) {
 	if err != nil {
 		return nil, err
 	}
-	return auditChainOf(text)
+	return deriveAuditChain(text)
 }
 
-func auditChainOf(text secret) (*auditChain, error) {
+func deriveAuditChain(text secret) (*auditChain, error) {
 	key, err := hkdf.Key(sha256.New, []byte(text()), nil, "llm-proxy audit mac v1", sha256.Size)
 	if err != nil {
 		return nil, fmt.Errorf("deriving the audit key: %w", err)
@@ -205,9 +207,9 @@ func auditChainOf(text secret) (*auditChain, error) {
 	return &auditChain{newSecret(string(key))}, nil
 }
 
-// sum is the MAC over a label, numbers and texts. Each text has its length
+// mac is the MAC over a label, numbers and texts. Each text has its length
 // before it, so that no two lists of them are the same bytes.
-func (c *auditChain) sum(label string, numbers []int64, texts ...string) []byte {
+func (c *auditChain) mac(label string, numbers []int64, texts ...string) []byte {
 	var b []byte
 	for _, n := range numbers {
 		b = binary.BigEndian.AppendUint64(b, uint64(n))
@@ -221,54 +223,54 @@ func (c *auditChain) sum(label string, numbers []int64, texts ...string) []byte 
 	return m.Sum(nil)
 }
 
-func (c *auditChain) macOf(e *auditEntry) []byte {
-	return c.sum("entry", []int64{e.seq, e.at}, e.actor, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, string(e.prev))
+func (c *auditChain) entryMAC(e *auditEntry) []byte {
+	return c.mac("entry", []int64{e.seq, e.at}, e.actorID, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, string(e.prev))
 }
 
-// seal writes a head as it is stored; open reads it back, and reports false for
+// signHead writes a head as it is stored; open reads it back, and reports false for
 // what this chain's key has not made.
-func (c *auditChain) seal(h auditHead) string {
-	return h.String() + ":" + hex.EncodeToString(c.sum("head", []int64{h.seq}, string(h.mac)))
+func (c *auditChain) signHead(h auditHead) string {
+	return h.String() + ":" + hex.EncodeToString(c.mac("head", []int64{h.seq}, string(h.mac)))
 }
 
-func (c *auditChain) open(stored string) (auditHead, bool) {
+func (c *auditChain) verifyHead(stored string) (auditHead, bool) {
 	text := stored[:max(strings.LastIndexByte(stored, ':'), 0)]
 	h, err := parseAuditHead(text)
-	return h, err == nil && hmac.Equal([]byte(c.seal(h)), []byte(stored))
+	return h, err == nil && hmac.Equal([]byte(c.signHead(h)), []byte(stored))
 }
 
-// next makes e the entry that follows the one that h names. noHead is where a
+// appendEntry makes e the entry that follows the one that h names. emptyAuditHead is where a
 // chain begins; an entry after one that is missing or altered begins anew, and
 // the break stays to be seen.
-func (c *auditChain) next(h auditHead, e *auditEntry) auditHead {
+func (c *auditChain) appendEntry(h auditHead, e *auditEntry) auditHead {
 	e.seq, e.prev = h.seq+1, h.mac
-	e.mac = c.macOf(e)
+	e.mac = c.entryMAC(e)
 	return auditHead{e.seq, e.mac}
 }
 
-func noHead(seq int64) auditHead { return auditHead{seq, make([]byte, sha256.Size)} }
+func emptyAuditHead(seq int64) auditHead { return auditHead{seq, make([]byte, sha256.Size)} }
 
 // An auditCheck goes through a trail from its first entry to its head.
 type auditCheck struct {
-	chain    *auditChain
-	last     auditHead // of the entry before
-	begin    auditEntry
-	until    int64 // at of the newest entry
-	expect   *auditHead
-	met      bool // the expected entry was there
-	problems []string
-	more     int   // problems that were too many to keep
-	first    int64 // seq of the first of them
+	chain           *auditChain
+	lastHead        auditHead // of the entry before
+	firstEntry      auditEntry
+	newestAt        int64 // at of the newest entry
+	expectedHead    *auditHead
+	expectedFound   bool // the expected entry was there
+	problems        []string
+	omittedProblems int   // problems that were too many to keep
+	firstProblemSeq int64 // seq of the first of them
 }
 
-const maxProblems = 20
+const maxAuditProblems = 20
 
-func (k *auditCheck) problem(seq int64, format string, args ...any) {
-	if len(k.problems) == 0 || seq < k.first {
-		k.first = seq
+func (k *auditCheck) addProblem(seq int64, format string, args ...any) {
+	if len(k.problems) == 0 || seq < k.firstProblemSeq {
+		k.firstProblemSeq = seq
 	}
-	if len(k.problems) == maxProblems {
-		k.more++
+	if len(k.problems) == maxAuditProblems {
+		k.omittedProblems++
 		return
 	}
 	k.problems = append(k.problems, fmt.Sprintf(format, args...))
@@ -276,34 +278,34 @@ func (k *auditCheck) problem(seq int64, format string, args ...any) {
 
 // add looks at the next entry.
 func (k *auditCheck) add(e *auditEntry) {
-	want := k.last.seq + 1
+	want := k.lastHead.seq + 1
 	if e.seq < want { // below the first: the database has no two with the same seq
-		k.problem(e.seq, "entry %d was not written by this program", e.seq)
+		k.addProblem(e.seq, "entry %d was not written by this program", e.seq)
 		return
 	}
 	if e.seq > want {
-		k.missing(want, e.seq-1)
+		k.addMissing(want, e.seq-1)
 	}
-	if !hmac.Equal(k.chain.macOf(e), e.mac) {
-		k.problem(e.seq, "entry %d was changed, or was not written by this program", e.seq)
-	} else if e.seq == want && !hmac.Equal(e.prev, k.last.mac) {
-		k.problem(e.seq, "entry %d was not written after the entry %d that is there", e.seq, k.last.seq)
+	if !hmac.Equal(k.chain.entryMAC(e), e.mac) {
+		k.addProblem(e.seq, "entry %d was changed, or was not written by this program", e.seq)
+	} else if e.seq == want && !hmac.Equal(e.prev, k.lastHead.mac) {
+		k.addProblem(e.seq, "entry %d was not written after the entry %d that is there", e.seq, k.lastHead.seq)
 	}
-	if k.expect != nil && e.seq == k.expect.seq {
-		k.met = hmac.Equal(e.mac, k.expect.mac)
+	if k.expectedHead != nil && e.seq == k.expectedHead.seq {
+		k.expectedFound = hmac.Equal(e.mac, k.expectedHead.mac)
 	}
-	if k.begin.seq == 0 {
-		k.begin = *e
+	if k.firstEntry.seq == 0 {
+		k.firstEntry = *e
 	}
-	k.last, k.until = auditHead{e.seq, e.mac}, max(k.until, e.at)
+	k.lastHead, k.newestAt = auditHead{e.seq, e.mac}, max(k.newestAt, e.at)
 }
 
-func (k *auditCheck) missing(from, to int64) {
+func (k *auditCheck) addMissing(from, to int64) {
 	if from == to {
-		k.problem(from, "entry %d is missing", from)
+		k.addProblem(from, "entry %d is missing", from)
 		return
 	}
-	k.problem(from, "entries %d to %d are missing", from, to)
+	k.addProblem(from, "entries %d to %d are missing", from, to)
 }
 
 // finish compares with the head, which is ok if this program wrote it, after
@@ -312,17 +314,17 @@ func (k *auditCheck) missing(from, to int64) {
 func (k *auditCheck) finish(h auditHead, ok bool, beyond int64) {
 	switch {
 	case !ok:
-		k.problem(k.last.seq+1, "the record of the last entry is missing or was changed: whether entries after %d were removed cannot be told", k.last.seq)
-	case h.seq > k.last.seq:
-		k.missing(k.last.seq+1, h.seq)
-	case !hmac.Equal(h.mac, k.last.mac):
-		k.problem(h.seq, "entry %d is not the one that was written as the last", h.seq)
+		k.addProblem(k.lastHead.seq+1, "the record of the last entry is missing or was changed: whether entries after %d were removed cannot be told", k.lastHead.seq)
+	case h.seq > k.lastHead.seq:
+		k.addMissing(k.lastHead.seq+1, h.seq)
+	case !hmac.Equal(h.mac, k.lastHead.mac):
+		k.addProblem(h.seq, "entry %d is not the one that was written as the last", h.seq)
 	}
 	if ok && beyond > h.seq {
-		k.problem(h.seq+1, "there are entries after %d, which was the last", h.seq)
+		k.addProblem(h.seq+1, "there are entries after %d, which was the last", h.seq)
 	}
-	if k.expect != nil && !k.met {
-		k.problem(k.expect.seq, "entry %d is not the one that was noted", k.expect.seq)
+	if k.expectedHead != nil && !k.expectedFound {
+		k.addProblem(k.expectedHead.seq, "entry %d is not the one that was noted", k.expectedHead.seq)
 	}
 }
 
@@ -331,17 +333,17 @@ func (k *auditCheck) intact() bool { return len(k.problems) == 0 }
 // String says what a whole trail holds.
 func (k *auditCheck) String() string {
 	day := func(ms int64) string { return time.UnixMilli(ms).UTC().Format(time.RFC3339) }
-	return fmt.Sprintf("%d entries, from %s to %s", k.last.seq, day(k.begin.at), day(k.until))
+	return fmt.Sprintf("%d entries, from %s to %s", k.lastHead.seq, day(k.firstEntry.at), day(k.newestAt))
 }
 
-// usedBefore says what the trail cannot tell because the database was in use
+// priorUseNotice says what the trail cannot tell because the database was in use
 // when it began, "" if it was new.
-func (k *auditCheck) usedBefore() string {
+func (k *auditCheck) priorUseNotice() string {
 	var was struct {
 		Projects, Tokens int64
 		Keys             int64 `json:"management_keys"`
 	}
-	if json.Unmarshal([]byte(k.begin.detail), &was) != nil || was.Projects+was.Tokens+was.Keys == 0 {
+	if json.Unmarshal([]byte(k.firstEntry.detail), &was) != nil || was.Projects+was.Tokens+was.Keys == 0 {
 		return ""
 	}
 	return fmt.Sprintf("It begins in a database that already had %d projects, %d tokens and %d management keys: "+

@@ -16,30 +16,30 @@ import (
 	"time"
 )
 
-// trail returns the entries after a seq, oldest first.
-func (p *testProxy) trail(after int64) []auditEntry {
+// auditEntries returns the entries after a seq, oldest first.
+func (p *testProxy) auditEntries(after int64) []auditEntry {
 	p.t.Helper()
-	entries, err := p.in.store.auditPage(p.t.Context(), after, 1<<62)
+	entries, err := p.instance.store.auditPage(p.t.Context(), after, 1<<62)
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	return entries
 }
 
-// lastEntry returns the seq of the newest entry.
-func (p *testProxy) lastEntry() int64 {
+// lastAuditSeq returns the seq of the newest entry.
+func (p *testProxy) lastAuditSeq() int64 {
 	p.t.Helper()
-	_, _, newest, err := p.in.store.auditHead(p.t.Context(), p.in.store.chain)
+	_, _, newest, err := p.instance.store.loadAuditHead(p.t.Context(), p.instance.store.chain)
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	return newest
 }
 
-// verifyTrail returns what is wrong with the trail.
-func (p *testProxy) verifyTrail() *auditCheck {
+// verifyAudit returns what is wrong with the trail.
+func (p *testProxy) verifyAudit() *auditCheck {
 	p.t.Helper()
-	k, err := p.in.store.checkAudit(p.t.Context(), p.in.store.chain, nil)
+	k, err := p.instance.store.verifyAudit(p.t.Context(), p.instance.store.chain, nil)
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -79,8 +79,8 @@ func mutations(fresh map[string]string) map[string]mutation {
 	}
 }
 
-// freshThings makes one of each thing, and returns their ids.
-func (p *testProxy) freshThings() map[string]string {
+// createObjects makes one of each thing, and returns their ids.
+func (p *testProxy) createObjects() map[string]string {
 	p.t.Helper()
 	var project struct {
 		ID        string
@@ -91,7 +91,7 @@ func (p *testProxy) freshThings() map[string]string {
 	p.manage("POST", "/manage/tokens", `{"project_id":"`+project.ID+`"}`, 201, &token)
 	p.manage("POST", "/manage/keys", `{"name":"k","role":"operator"}`, 201, &key)
 	p.manage("POST", "/manage/prices", `{"match":"m1","input":1}`, 201, &price)
-	p.provider.answer(endless)
+	p.provider.setScript(endlessScript)
 	if _, err := p.stream(p.token).read(1); err != nil {
 		p.t.Fatal(err)
 	}
@@ -101,9 +101,9 @@ func (p *testProxy) freshThings() map[string]string {
 		"stream": streams.Data[len(streams.Data)-1].ID}
 }
 
-// put fills the ids of things into a pattern, and returns the id of what a
+// expandObjectPattern fills the ids of things into a pattern, and returns the id of what a
 // change of it is about.
-func put(fresh map[string]string, pattern string) (path, object string) {
+func expandObjectPattern(fresh map[string]string, pattern string) (path, object string) {
 	_, path, _ = strings.Cut(pattern, " ")
 	kind, _, _ := strings.Cut(strings.TrimPrefix(path, "/manage/"), "s/")
 	object = fresh[kind]
@@ -114,12 +114,12 @@ func put(fresh map[string]string, pattern string) (path, object string) {
 	return path, object
 }
 
-// managed returns everything that administrators manage, as text.
-func (p *testProxy) managed() string {
+// managedRows returns everything that administrators manage, as text.
+func (p *testProxy) managedRows() string {
 	p.t.Helper()
 	var out strings.Builder
 	for _, table := range []string{"projects", "upstreams", "tokens", "management_keys", "prices"} {
-		rows, err := p.in.store.read.QueryContext(p.t.Context(), `SELECT * FROM `+table+` ORDER BY seq`)
+		rows, err := p.instance.store.readDB.QueryContext(p.t.Context(), `SELECT * FROM `+table+` ORDER BY seq`)
 		if err != nil {
 			p.t.Fatal(err)
 		}
@@ -152,25 +152,25 @@ func TestAuditEveryChange(t *testing.T) {
 	p.secrets = append(p.secrets, "sk-canary-0123456789abcdefWXYZ", "sk-other-0123456789abcdefWXYZ")
 	var keys struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/keys", "", 200, &keys)
-	for _, rt := range p.in.manage.manageTable() {
+	for _, rt := range p.instance.dispatchManage.manageTable() {
 		method, _, _ := strings.Cut(rt.pattern, " ")
-		before := p.lastEntry()
+		before := p.lastAuditSeq()
 		if method == "GET" {
 			continue
 		}
-		fresh := p.freshThings()
+		fresh := p.createObjects()
 		m, ok := mutations(fresh)[rt.pattern]
 		if !ok {
 			t.Errorf("%s is not in this test: what it does must be in the audit trail", rt.pattern)
 			continue
 		}
-		if got := len(p.trail(before)); got != 4 {
+		if got := len(p.auditEntries(before)); got != 4 {
 			t.Errorf("making four things left %d entries", got)
 		}
-		before = p.lastEntry()
-		path, object := put(fresh, rt.pattern)
+		before = p.lastAuditSeq()
+		path, object := expandObjectPattern(fresh, rt.pattern)
 		res := p.manageAs(p.adminKey, method, path, m.body)
-		entries := p.trail(before)
+		entries := p.auditEntries(before)
 		if res.status >= 300 || len(entries) != 1 {
 			t.Errorf("%s: got %d %s and %d entries", rt.pattern, res.status, res.body, len(entries))
 			continue
@@ -179,7 +179,7 @@ func TestAuditEveryChange(t *testing.T) {
 			object = between(res.body, `"id":"`, `"`)
 		}
 		e := entries[0]
-		if e.actor != keys.Data[0].ID || e.role != roleAdmin || e.address != "127.0.0.1" || e.requestID != res.header.Get("X-Request-Id") ||
+		if e.actorID != keys.Data[0].ID || e.role != roleAdmin || e.address != "127.0.0.1" || e.requestID != res.header.Get("X-Request-Id") ||
 			e.action != m.action || e.object != object || time.Since(time.UnixMilli(e.at)) > time.Minute {
 			t.Errorf("%s: the entry says %+v; want %s of %s", rt.pattern, e, m.action, object)
 		}
@@ -187,8 +187,8 @@ func TestAuditEveryChange(t *testing.T) {
 			t.Errorf("%s: the detail is %s; want %s in it", rt.pattern, e.detail, m.detail)
 		}
 		// What is refused leaves none.
-		if res := p.manageAs(p.adminKey, method, path, `{"no_such":1}`); method != "DELETE" && (res.status != 400 || len(p.trail(before)) != 1) {
-			t.Errorf("%s refused: got %d and %d entries", rt.pattern, res.status, len(p.trail(before)))
+		if res := p.manageAs(p.adminKey, method, path, `{"no_such":1}`); method != "DELETE" && (res.status != 400 || len(p.auditEntries(before)) != 1) {
+			t.Errorf("%s refused: got %d and %d entries", rt.pattern, res.status, len(p.auditEntries(before)))
 		}
 		p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+fresh["project"], "") // its name is needed again
 		p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+fresh["price"], "")
@@ -197,31 +197,31 @@ func TestAuditEveryChange(t *testing.T) {
 			p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+object, "")
 		}
 	}
-	if k := p.verifyTrail(); len(k.problems) > 0 || k.last.seq < 60 {
-		t.Errorf("the trail of %d entries has problems: %v", k.last.seq, k.problems)
+	if k := p.verifyAudit(); len(k.problems) > 0 || k.lastHead.seq < 60 {
+		t.Errorf("the trail of %d entries has problems: %v", k.lastHead.seq, k.problems)
 	}
 }
 
-// TestAuditTellsEveryColumn: what an administrator can change is told in the
+// TestAuditReportsEveryColumn: what an administrator can change is told in the
 // details, also what a later version adds.
-func TestAuditTellsEveryColumn(t *testing.T) {
+func TestAuditReportsEveryColumn(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for table, c := range map[string]struct {
-		facts []fact
+		facts []auditField
 		other string // what is told otherwise or not by an administrator's doing
 	}{
-		"projects":        {(&projectRow{}).facts(), "deleted_at"},
-		"upstreams":       {(&upstreamRow{}).facts(), "project deleted_at sealed_key key_hint"},
-		"tokens":          {(&tokenRow{}).facts(), "project hash old_hash old_hash_until idle_expiry request_count last_used_at"},
-		"management_keys": {(&keyRow{}).facts(), "hash"},
-		"prices":          {(&priceRow{}).facts(), ""},
+		"projects":        {(&projectRow{}).auditFields(), "deleted_at"},
+		"upstreams":       {(&upstreamRow{}).auditFields(), "project deleted_at sealed_key key_hint"},
+		"tokens":          {(&tokenRow{}).auditFields(), "project hash old_hash old_hash_until idle_expiry request_count last_used_at"},
+		"management_keys": {(&managementKeyRow{}).auditFields(), "hash"},
+		"prices":          {(&priceRow{}).auditFields(), ""},
 	} {
 		told := strings.Fields(c.other + " seq id version created_at updated_at")
 		for _, f := range c.facts {
 			told = append(told, f.name)
 		}
-		rows, err := p.in.store.read.QueryContext(t.Context(), `SELECT name FROM pragma_table_info(?)`, table) // without generated ones
+		rows, err := p.instance.store.readDB.QueryContext(t.Context(), `SELECT name FROM pragma_table_info(?)`, table) // without generated ones
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -248,30 +248,30 @@ func TestNoAuditNoChange(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true // a trail that cannot be written is one
-	fresh := p.freshThings()
-	p.exec(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
-	before, entries := p.managed(), p.lastEntry()
+	fresh := p.createObjects()
+	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	before, entries := p.managedRows(), p.lastAuditSeq()
 	for pattern, m := range mutations(fresh) {
 		method, _, _ := strings.Cut(pattern, " ")
-		path, _ := put(fresh, pattern)
+		path, _ := expandObjectPattern(fresh, pattern)
 		if res := p.manageAs(p.adminKey, method, path, m.body); res.status != 500 || strings.Contains(res.body, "no room") {
 			t.Errorf("%s: got %d %s", pattern, res.status, res.body)
 		}
-		if p.managed() != before {
+		if p.managedRows() != before {
 			t.Fatalf("%s: something was changed", pattern)
 		}
 	}
-	p.exec(`DROP TRIGGER test_full`)
-	if p.lastEntry() != entries || len(p.verifyTrail().problems) > 0 {
-		t.Errorf("the trail: %v", p.verifyTrail().problems)
+	p.execSQL(`DROP TRIGGER test_full`)
+	if p.lastAuditSeq() != entries || len(p.verifyAudit().problems) > 0 {
+		t.Errorf("the trail: %v", p.verifyAudit().problems)
 	}
 }
 
-// exec changes the database behind the program's back.
-func (p *testProxy) exec(statements ...string) {
+// execSQL changes the database behind the program's back.
+func (p *testProxy) execSQL(statements ...string) {
 	p.t.Helper()
 	for _, text := range statements {
-		if _, err := p.in.store.write.ExecContext(p.t.Context(), text); err != nil {
+		if _, err := p.instance.store.writeDB.ExecContext(p.t.Context(), text); err != nil {
 			p.t.Fatalf("%v: %s", err, text)
 		}
 	}
@@ -287,11 +287,11 @@ func TestAuditAppendOnly(t *testing.T) {
 		`INSERT INTO audit ` + row, `INSERT OR REPLACE INTO audit ` + row, `REPLACE INTO audit ` + row, `INSERT OR IGNORE INTO audit ` + row,
 		`UPDATE OR REPLACE audit SET seq = 2 WHERE seq = 1`, `INSERT INTO audit ` + row + ` ON CONFLICT DO UPDATE SET actor = 'me'`,
 	} {
-		if _, err := p.in.store.write.ExecContext(t.Context(), text); err == nil || !strings.Contains(err.Error(), "audit trail") {
+		if _, err := p.instance.store.writeDB.ExecContext(t.Context(), text); err == nil || !strings.Contains(err.Error(), "audit trail") {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
-	if k := p.verifyTrail(); len(k.problems) > 0 {
+	if k := p.verifyAudit(); len(k.problems) > 0 {
 		t.Errorf("the trail: %v", k.problems)
 	}
 }
@@ -333,47 +333,47 @@ func TestAuditTampering(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, nil)
-			for i := p.lastEntry(); i < 8; i++ {
+			for i := p.lastAuditSeq(); i < 8; i++ {
 				p.newToken(`"name":"x"`)
 			}
-			p.exec(loose, c.do)
-			k := p.verifyTrail()
-			if k.first != c.first || !strings.Contains(strings.Join(k.problems, "\n"), c.says) {
-				t.Errorf("found at %d: %q; want %d, %q", k.first, k.problems, c.first, c.says)
+			p.execSQL(loose, c.do)
+			k := p.verifyAudit()
+			if k.firstProblemSeq != c.first || !strings.Contains(strings.Join(k.problems, "\n"), c.says) {
+				t.Errorf("found at %d: %q; want %d, %q", k.firstProblemSeq, k.problems, c.first, c.says)
 			}
 			p.newToken(`"name":"after"`) // what is managed can be managed all the same
-			k = p.verifyTrail()
+			k = p.verifyAudit()
 			if (len(k.problems) > 0) != (c.says != "") {
-				t.Errorf("after another entry: found at %d: %q", k.first, k.problems)
+				t.Errorf("after another entry: found at %d: %q", k.firstProblemSeq, k.problems)
 			}
 		})
 	}
 }
 
-// TestAuditPutBack: who removes the last entries and puts an earlier record of
+// TestAuditHeadRollback: who removes the last entries and puts an earlier record of
 // the end in place is found by an end that was noted, and by the next entry of a
 // server that has written the removed ones.
-func TestAuditPutBack(t *testing.T) {
+func TestAuditHeadRollback(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	before := p.lastEntry()
-	old, err := p.in.store.setting(t.Context(), "audit_head")
+	before := p.lastAuditSeq()
+	old, err := p.instance.store.setting(t.Context(), "audit_head")
 	if err != nil {
 		t.Fatal(err)
 	}
 	p.newToken(`"name":"hidden"`)
 	p.newToken(`"name":"hidden too"`)
-	noted, _, _, err := p.in.store.auditHead(t.Context(), p.in.store.chain)
+	noted, _, _, err := p.instance.store.loadAuditHead(t.Context(), p.instance.store.chain)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.exec(`DROP TRIGGER audit_never_removed`, fmt.Sprintf(`DELETE FROM audit WHERE seq > %d`, before), `UPDATE settings SET value = '`+old+`' WHERE name = 'audit_head'`)
-	k, err := p.in.store.checkAudit(t.Context(), p.in.store.chain, &noted)
-	if err != nil || k.intact() || k.first != noted.seq {
+	p.execSQL(`DROP TRIGGER audit_never_removed`, fmt.Sprintf(`DELETE FROM audit WHERE seq > %d`, before), `UPDATE settings SET value = '`+old+`' WHERE name = 'audit_head'`)
+	k, err := p.instance.store.verifyAudit(t.Context(), p.instance.store.chain, &noted)
+	if err != nil || k.intact() || k.firstProblemSeq != noted.seq {
 		t.Errorf("beside a noted end: %v %v", k.problems, err)
 	}
 	p.newToken(`"name":"after"`)
-	if k := p.verifyTrail(); k.intact() || k.first != before+1 || !strings.Contains(k.problems[0], "are missing") {
+	if k := p.verifyAudit(); k.intact() || k.firstProblemSeq != before+1 || !strings.Contains(k.problems[0], "are missing") {
 		t.Errorf("after another entry: %v", k.problems)
 	}
 }
@@ -388,15 +388,15 @@ func TestAuditKey(t *testing.T) {
 	}
 	p.start()
 	p.newToken(`"name":"after the restart"`)
-	if k := p.verifyTrail(); len(k.problems) > 0 {
+	if k := p.verifyAudit(); len(k.problems) > 0 {
 		t.Errorf("after a restart: %v", k.problems)
 	}
-	sealed, err := p.in.store.setting(t.Context(), "audit_key")
+	sealed, err := p.instance.store.setting(t.Context(), "audit_key")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.exec(`DELETE FROM settings WHERE name = 'audit_key'`)
-	if err := p.in.store.openAudit(context.Background(), p.in.sealer, systemOrigin(time.Now())); err == nil || !strings.Contains(err.Error(), "its key was removed") {
+	p.execSQL(`DELETE FROM settings WHERE name = 'audit_key'`)
+	if err := p.instance.store.openAudit(context.Background(), p.instance.sealer, systemOrigin(time.Now())); err == nil || !strings.Contains(err.Error(), "its key was removed") {
 		t.Errorf("opening a trail without its key: %v", err)
 	}
 	other, err := newSealer([]byte("0123456789abcdef0123456789abcdef"))
@@ -406,7 +406,7 @@ func TestAuditKey(t *testing.T) {
 	if _, err := openAuditChain(other, sealed); err == nil {
 		t.Error("another encryption key opens it")
 	}
-	if _, err := p.in.sealer.open([]byte(sealed), keyCheckContext); err == nil {
+	if _, err := p.instance.sealer.open([]byte(sealed), keyCheckContext); err == nil {
 		t.Error("it opens as something else")
 	}
 }
@@ -426,7 +426,7 @@ type auditList struct {
 }
 
 // actions lists "seq action" of a query, all pages, newest first.
-func (p *testProxy) audited(query string) (out []string) {
+func (p *testProxy) auditActions(query string) (out []string) {
 	p.t.Helper()
 	for after := ""; ; {
 		var l auditList
@@ -454,7 +454,7 @@ func TestAuditList(t *testing.T) {
 	}
 	p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
 	_, operator := p.newKey("o", "operator")
-	all := p.audited("")
+	all := p.auditActions("")
 	if len(all) != 8 || all[0] != "8 key.create" || all[7] != "1 audit.begin" || !slices.IsSortedFunc(all, func(a, b string) int { return strings.Compare(b, a) }) {
 		t.Errorf("all: %q", all)
 	}
@@ -471,7 +471,7 @@ func TestAuditList(t *testing.T) {
 		t.Errorf("the actor's name: %+v", l.Data[0])
 	}
 	// A second apart, however long it took.
-	p.exec(`DROP TRIGGER audit_never_changed`, fmt.Sprintf(`UPDATE audit SET at = %d + (seq - 7) * 1000`, at.UnixMilli()))
+	p.execSQL(`DROP TRIGGER audit_never_changed`, fmt.Sprintf(`UPDATE audit SET at = %d + (seq - 7) * 1000`, at.UnixMilli()))
 	stamp := func(d time.Duration) string { return at.Add(d).UTC().Format(time.RFC3339Nano) }
 	for query, want := range map[string][]string{
 		"&object=" + id: {"7 token.revoke", "6 token.change", "5 token.create"}, "&object=none": nil,
@@ -482,18 +482,18 @@ func TestAuditList(t *testing.T) {
 		"&from=" + stamp(-2100*time.Millisecond) + "&to=" + stamp(0): {"6 token.change", "5 token.create"},
 		"&action=token.create&from=" + stamp(-2100*time.Millisecond): {"5 token.create"},
 	} {
-		if got := p.audited(query); !slices.Equal(got, want) {
+		if got := p.auditActions(query); !slices.Equal(got, want) {
 			t.Errorf("%s: got %q, want %q", query, got, want)
 		}
 	}
 	for _, c := range [][2]string{{"from=x", "from"}, {"to=2026-01-01", "to"}, {"after=5.x", "after"}, {"after=x", "after"}, {"actor=", "actor"}, {"seq=1", "seq"}} {
-		refused(t, c[0], p.manageAs(p.adminKey, "GET", "/manage/audit?"+c[0], ""), 400, c[1])
+		expectParamError(t, c[0], p.manageAs(p.adminKey, "GET", "/manage/audit?"+c[0], ""), 400, c[1])
 	}
 	if res := p.manageAs(operator, "GET", "/manage/audit", ""); res.status != 403 {
 		t.Errorf("an operator: got %d", res.status)
 	}
 	// An entry that somebody spoiled does not hide the others.
-	p.exec(`UPDATE audit SET detail = 'x"' WHERE seq = 8`)
+	p.execSQL(`UPDATE audit SET detail = 'x"' WHERE seq = 8`)
 	p.manage("GET", "/manage/audit", "", 200, &l)
 	if l.Data[0].Detail["unreadable"] != `x"` {
 		t.Errorf("the spoiled entry: %+v", l.Data[0])
@@ -506,7 +506,7 @@ func TestAuditLongValue(t *testing.T) {
 	p := newTest(t, nil)
 	models := `"` + strings.Repeat("m", 200) + `"` + strings.Repeat(`,"`+strings.Repeat("n", 200)+`"`, 300)
 	p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"models":[`+models+`]}}`, 200, nil)
-	e := p.trail(p.lastEntry() - 1)[0]
+	e := p.auditEntries(p.lastAuditSeq() - 1)[0]
 	if len(e.detail) > 500 || !strings.Contains(e.detail, `"policy":[{},{"bytes":6`) || !strings.Contains(e.detail, `"sha256":"`) {
 		t.Errorf("the detail has %d bytes: %.500s", len(e.detail), e.detail)
 	}
@@ -520,21 +520,21 @@ func TestAuditFailedSignIns(t *testing.T) {
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
 	revokedID, revoked := p.newKey("r", "operator")
 	p.manage("DELETE", "/manage/keys/"+revokedID, "", 200, nil)
-	before := p.lastEntry()
+	before := p.lastAuditSeq()
 	minute := time.Now().Unix() / 60
 	res := p.manageAs("sk-guess-canary-8812", "PATCH", "/manage/projects/"+promptCanary, "{}", "X-Forwarded-For", "192.0.2.1")
 	p.manageAs(revoked, "GET", "/manage/projects", "", "X-Forwarded-For", "192.0.2.2")
 	p.do("GET", "/manage/projects", "") // presents nothing
-	entries := p.trail(before)
+	entries := p.auditEntries(before)
 	if len(entries) != 2 {
 		t.Fatalf("%d entries", len(entries))
 	}
 	e := entries[0]
-	if e.action != "sign_in_failed" || e.actor != "" || e.role != "" || e.address != "192.0.2.1" || e.object != "PATCH /manage/projects/{id}" ||
+	if e.action != "sign_in_failed" || e.actorID != "" || e.role != "" || e.address != "192.0.2.1" || e.object != "PATCH /manage/projects/{id}" ||
 		e.requestID != res.header.Get("X-Request-Id") || e.detail != "{}" {
 		t.Errorf("a guess: %+v", e)
 	}
-	if e = entries[1]; e.actor != revokedID || e.address != "192.0.2.2" {
+	if e = entries[1]; e.actorID != revokedID || e.address != "192.0.2.2" {
 		t.Errorf("a revoked key: %+v", e)
 	}
 	for i := range 60 {
@@ -546,7 +546,7 @@ func TestAuditFailedSignIns(t *testing.T) {
 	}
 	p.start()
 	var noted, left int
-	for _, e := range p.trail(before) {
+	for _, e := range p.auditEntries(before) {
 		if e.action != "sign_in_failed" {
 			t.Errorf("an odd entry: %+v", e)
 		}
@@ -557,14 +557,14 @@ func TestAuditFailedSignIns(t *testing.T) {
 			noted++
 		}
 	}
-	limit := notedInMinute
+	limit := maxFailuresAuditedPerMinute
 	if time.Now().Unix()/60 != minute {
 		limit *= 2
 	}
 	if noted > limit || noted+left != 62 {
 		t.Errorf("%d have an entry, %d are said to be left out", noted, left)
 	}
-	if k := p.verifyTrail(); len(k.problems) > 0 {
+	if k := p.verifyAudit(); len(k.problems) > 0 {
 		t.Errorf("the trail: %v", k.problems)
 	}
 }
@@ -572,35 +572,35 @@ func TestAuditFailedSignIns(t *testing.T) {
 // TestFailureNotes: so many a minute, so many a day, and none uncounted.
 func TestFailureNotes(t *testing.T) {
 	t.Parallel()
-	var f failureNotes
+	var f signInAuditLimiter
 	at := time.Unix(1_800_000_000, 0).Truncate(24 * time.Hour)
 	noted, told := 0, int64(0)
 	for m := range 24 * 60 {
 		inMinute := 0
 		for i := range 30 {
-			ok, left := f.note(at.Add(time.Duration(m)*time.Minute + time.Duration(i)*time.Second))
+			ok, left := f.record(at.Add(time.Duration(m)*time.Minute + time.Duration(i)*time.Second))
 			if told += left; ok {
 				noted++
 				inMinute++
 			}
 		}
-		if inMinute > notedInMinute {
+		if inMinute > maxFailuresAuditedPerMinute {
 			t.Fatalf("%d in a minute", inMinute)
 		}
 	}
 	last := at.Add(24*time.Hour - time.Second)
-	if noted != notedInDay || f.rest(last, false) != 0 {
+	if noted != maxFailuresAuditedPerDay || f.takeOmitted(last, false) != 0 {
 		t.Errorf("%d in a day", noted)
 	}
-	told += f.rest(at.Add(24*time.Hour), false)
-	if told+int64(noted) != 24*60*30 || f.rest(last, true) != 0 {
+	told += f.takeOmitted(at.Add(24*time.Hour), false)
+	if told+int64(noted) != 24*60*30 || f.takeOmitted(last, true) != 0 {
 		t.Errorf("%d noted, %d told", noted, told)
 	}
-	if ok, left := f.note(at.Add(25 * time.Hour)); !ok || left != 0 {
+	if ok, left := f.record(at.Add(25 * time.Hour)); !ok || left != 0 {
 		t.Error("the next day has none left")
 	}
-	f.add(3)
-	if f.rest(last, true) != 3 {
+	f.addOmitted(3)
+	if f.takeOmitted(last, true) != 3 {
 		t.Error("what was given back is lost")
 	}
 }
@@ -662,7 +662,7 @@ func TestAuditVerify(t *testing.T) {
 		"older":       {`PRAGMA user_version = 1`, "from before the audit trail"},
 		"newer":       {`PRAGMA user_version = 99`, "newer llm-proxy"},
 	} {
-		env := p.copyOf(c.do)
+		env := p.tamperedCopy(c.do)
 		out, err := runProgram(t, env, "audit", "verify")
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v: %s", what, err, out)
@@ -684,16 +684,16 @@ func TestAuditVerify(t *testing.T) {
 	}
 }
 
-// copyOf returns an environment with a copy of the stopped server's data, to
+// tamperedCopy returns an environment with a copy of the stopped server's data, to
 // which something was done behind the program's back.
-func (p *testProxy) copyOf(do string) map[string]string {
+func (p *testProxy) tamperedCopy(do string) map[string]string {
 	p.t.Helper()
 	env := maps.Clone(p.env)
 	env["DATA_DIR"] = filepath.Join(p.t.TempDir(), "data")
 	if err := os.CopyFS(env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
 		p.t.Fatal(err)
 	}
-	for _, name := range []string{"", keyName, lockName, "llm-proxy.db"} { // which CopyFS makes for everybody to read
+	for _, name := range []string{"", keyFileName, lockFileName, "llm-proxy.db"} { // which CopyFS makes for everybody to read
 		if err := os.Chmod(filepath.Join(env["DATA_DIR"], name), map[bool]os.FileMode{true: 0o700, false: 0o600}[name == ""]); err != nil {
 			p.t.Fatal(err)
 		}
@@ -756,7 +756,7 @@ func TestAuditRestore(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	p.newToken(`"name":"since"`)
-	h, ok, _, err := p.in.store.auditHead(t.Context(), p.in.store.chain)
+	h, ok, _, err := p.instance.store.loadAuditHead(t.Context(), p.instance.store.chain)
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}
@@ -764,7 +764,7 @@ func TestAuditRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i, choice := range []string{"none", "since", "all"} {
-		env := p.copyOf(`SELECT 1`)
+		env := p.tamperedCopy(`SELECT 1`)
 		out, err := runProgram(t, env, "restore", file, "--revoke="+choice)
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -777,7 +777,7 @@ func TestAuditRestore(t *testing.T) {
 			t.Fatal(err)
 		}
 		entries, err := st.auditPage(t.Context(), 4, 5)
-		if err != nil || len(entries) != 1 || entries[0].action != "database.restore" || entries[0].actor != "system" ||
+		if err != nil || len(entries) != 1 || entries[0].action != "database.restore" || entries[0].actorID != "system" ||
 			entries[0].detail != fmt.Sprintf(`{"revoke":%q,"audit_head_before":%q}`, choice, h) {
 			t.Errorf("%s: %+v %v", choice, entries, err)
 		}
@@ -806,15 +806,15 @@ func TestAuditVerifyBesideWriter(t *testing.T) {
 			}
 		})
 	}
-	for i := 0; i < 10 || p.lastEntry() < 30; i++ {
+	for i := 0; i < 10 || p.lastAuditSeq() < 30; i++ {
 		if out, err := runProgram(t, p.env, "audit", "verify"); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
 	}
 	close(end)
 	writers.Wait()
-	if k := p.verifyTrail(); !k.intact() || k.last.seq < 5 {
-		t.Errorf("%d entries: %v", k.last.seq, k.problems)
+	if k := p.verifyAudit(); !k.intact() || k.lastHead.seq < 5 {
+		t.Errorf("%d entries: %v", k.lastHead.seq, k.problems)
 	}
 }
 
@@ -824,31 +824,31 @@ func TestAuditPages(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true // of a trail that cannot be written
-	post := func(path, form string, headers ...string) answer {
+	post := func(path, form string, headers ...string) testResponse {
 		return p.do("POST", path, form, append([]string{"Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin"}, headers...)...)
 	}
-	before := p.lastEntry()
-	want := func(action, object, detail string, res answer) {
+	before := p.lastAuditSeq()
+	want := func(action, object, detail string, res testResponse) {
 		t.Helper()
-		entries := p.trail(before)
+		entries := p.auditEntries(before)
 		if len(entries) != 1 {
 			t.Fatalf("%d entries for %s, which got %d %s", len(entries), action, res.status, res.body)
 		}
 		if e := entries[0]; e.action != action || e.object != object || e.address != "127.0.0.1" || e.detail != detail || e.requestID != res.header.Get("X-Request-Id") {
 			t.Errorf("%s: %+v", action, e)
 		}
-		before = p.lastEntry()
+		before = p.lastAuditSeq()
 	}
-	p.exec(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
 	if res := post("/admin/sign-in", "key="+p.adminKey); res.status != 500 || res.header.Get("Set-Cookie") != "" {
 		t.Errorf("without a trail: got %d %v", res.status, res.header)
 	}
-	p.exec(`DROP TRIGGER test_full`)
+	p.execSQL(`DROP TRIGGER test_full`)
 	want("sign_in_failed", "POST /admin/sign-in", `{}`, post("/admin/sign-in", "key=wrong"))
 	for _, path := range []string{"/admin/sign-out", "/admin/sign-out-everywhere"} {
 		res := post("/admin/sign-in", "key="+p.adminKey)
 		cookie, _, _ := strings.Cut(res.header.Get("Set-Cookie"), ";")
-		key := p.trail(before)[0].actor
+		key := p.auditEntries(before)[0].actorID
 		want("sign_in", key, `{}`, res)
 		detail := `{}`
 		if path != "/admin/sign-out" {

@@ -14,17 +14,17 @@ import (
 	"time"
 )
 
-// A unit is what a chart counts.
-type unit int
+// A chartUnit is what a chart counts.
+type chartUnit int
 
 const (
-	unitCount  unit = iota
-	unitMoney       // nano-dollars
-	unitMillis      // milliseconds
+	unitCount  chartUnit = iota
+	unitMoney            // nano-dollars
+	unitMillis           // milliseconds
 )
 
-// short writes a value as it stands at an axis: round, and in few letters.
-func (u unit) short(v float64) string {
+// formatShort writes a value as it stands at an axis: round, and in few letters.
+func (u chartUnit) formatShort(v float64) string {
 	switch u {
 	case unitMoney:
 		text := shortNumber(v / 1e9)
@@ -41,8 +41,8 @@ func (u unit) short(v float64) string {
 	return shortNumber(v)
 }
 
-// full writes a value as it stands in a title or a table.
-func (u unit) full(v float64) string {
+// format writes a value as it stands in a title or a table.
+func (u chartUnit) format(v float64) string {
 	switch {
 	case math.IsInf(v, 1) && u == unitMillis:
 		return "over 100 s"
@@ -53,9 +53,9 @@ func (u unit) full(v float64) string {
 	case u == unitMillis:
 		return strconv.FormatFloat(v, 'g', 3, 64) + " ms"
 	case u == unitMoney:
-		return showDollars(int64(v))
+		return formatMoney(int64(v))
 	}
-	return group(int64(v))
+	return groupDigits(int64(v))
 }
 
 func shortNumber(v float64) string {
@@ -72,7 +72,7 @@ func shortNumber(v float64) string {
 
 // ticks returns a round step, and how many of them reach up to highest: 1, 2 or 5
 // times a power of ten, at least two and at most five.
-func (u unit) ticks(highest float64) (step float64, n int) {
+func (u chartUnit) ticks(highest float64) (step float64, n int) {
 	if !(highest > 0) || math.IsInf(highest, 0) {
 		highest = 1
 		if u == unitMoney {
@@ -100,13 +100,13 @@ type chartSeries struct {
 
 // A timeChart shows series over time.
 type timeChart struct {
-	label  string // what it shows, for those who do not see it
-	unit   unit
-	start  int64 // unix milliseconds of the first step
-	step   int64 // its length
-	steps  int
-	series []chartSeries
-	lines  bool // lines beside each other, not bars on top of each other
+	label     string // what it shows, for those who do not see it
+	unit      chartUnit
+	start     int64 // unix milliseconds of the first step
+	stepMS    int64 // its length
+	steps     int
+	series    []chartSeries
+	lineChart bool // lines beside each other, not bars on top of each other
 }
 
 const (
@@ -121,23 +121,23 @@ const (
 func (c *timeChart) svg() string {
 	var b strings.Builder
 	const height = plotTop + plotHeight + plotBottom
-	fmt.Fprintf(&b, `<div class="chart" role="img" aria-label="%s"><svg class="axis" width="%d" height="%d">`, escape(c.label), plotLeft, height)
+	fmt.Fprintf(&b, `<div class="chart" role="img" aria-label="%s"><svg class="axis" width="%d" height="%d">`, escapeSVG(c.label), plotLeft, height)
 	step, n := c.unit.ticks(c.highest())
 	top := step * float64(n)
 	for i := range n + 1 {
-		fmt.Fprintf(&b, `<text class="y" x="%d" y="%s">%s</text>`, plotLeft-6, decimal(plotTop+plotHeight-plotHeight*float64(i)/float64(n)+4), c.unit.short(step*float64(i)))
+		fmt.Fprintf(&b, `<text class="y" x="%d" y="%s">%s</text>`, plotLeft-6, formatTwoDecimals(plotTop+plotHeight-plotHeight*float64(i)/float64(n)+4), c.unit.formatShort(step*float64(i)))
 	}
 	fmt.Fprintf(&b, `</svg><svg class="plot" height="%d"><svg y="%d" width="100%%" height="%d">`, height, plotTop, plotHeight+plotBottom)
 	for i := range n + 1 {
-		y := decimal(plotHeight - plotHeight*float64(i)/float64(n))
+		y := formatTwoDecimals(plotHeight - plotHeight*float64(i)/float64(n))
 		fmt.Fprintf(&b, `<line class="grid" x1="0" x2="100%%" y1="%s" y2="%s"/>`, y, y)
 	}
-	c.timeLabels(&b)
-	if c.lines {
+	c.drawTimeLabels(&b)
+	if c.lineChart {
 		c.drawLines(&b, top)
 	}
 	for i := range c.steps {
-		c.column(&b, i, top)
+		c.drawColumn(&b, i, top)
 	}
 	b.WriteString(`</svg></svg></div>`)
 	return b.String()
@@ -152,7 +152,7 @@ func (c *timeChart) highest() (most float64) {
 			if math.IsNaN(v) || math.IsInf(v, 0) {
 				continue
 			}
-			if pile += v; c.lines {
+			if pile += v; c.lineChart {
 				pile = v
 			}
 			most = max(most, pile)
@@ -161,22 +161,22 @@ func (c *timeChart) highest() (most float64) {
 	return most
 }
 
-// column draws the bars of a step, and the ground over which a pointer finds the
+// drawColumn draws the bars of a step, and the ground over which a pointer finds the
 // step's numbers.
-func (c *timeChart) column(b *strings.Builder, i int, top float64) {
+func (c *timeChart) drawColumn(b *strings.Builder, i int, top float64) {
 	width := 100 / float64(c.steps)
 	x := width * float64(i)
 	fmt.Fprintf(b, `<g class="slot"><title>%s</title><rect class="hit" x="%s%%" y="0" width="%s%%" height="%d"/>`,
-		escape(c.columnTitle(i)), decimal(x), decimal(width), plotHeight)
+		escapeSVG(c.columnTitle(i)), formatTwoDecimals(x), formatTwoDecimals(width), plotHeight)
 	below := 0.0
 	for _, s := range c.series {
 		v := s.values[i]
-		if c.lines || !(v > 0) || math.IsInf(v, 0) {
+		if c.lineChart || !(v > 0) || math.IsInf(v, 0) {
 			continue
 		}
 		height := plotHeight * v / top
 		fmt.Fprintf(b, `<rect class="%s" x="%s%%" y="%s" width="%s%%" height="%s"/>`, s.class,
-			decimal(x+width*0.1), decimal(max(0, plotHeight-below-height)), decimal(width*0.8), decimal(height))
+			formatTwoDecimals(x+width*0.1), formatTwoDecimals(max(0, plotHeight-below-height)), formatTwoDecimals(width*0.8), formatTwoDecimals(height))
 		below += height
 	}
 	b.WriteString(`</g>`)
@@ -184,40 +184,40 @@ func (c *timeChart) column(b *strings.Builder, i int, top float64) {
 
 func (c *timeChart) columnTitle(i int) string {
 	var t strings.Builder
-	t.WriteString(c.timeOf(i))
+	t.WriteString(c.stepLabel(i))
 	total, shown := 0.0, 0
 	for _, s := range c.series {
 		v := s.values[i]
-		if math.IsNaN(v) || v == 0 && !c.lines {
+		if math.IsNaN(v) || v == 0 && !c.lineChart {
 			continue
 		}
 		total, shown = total+v, shown+1
-		t.WriteString("\n" + s.name + ": " + c.unit.full(v))
+		t.WriteString("\n" + s.name + ": " + c.unit.format(v))
 	}
 	switch {
 	case shown == 0:
 		t.WriteString("\nnothing")
-	case shown > 1 && !c.lines:
-		t.WriteString("\ntogether: " + c.unit.full(total))
+	case shown > 1 && !c.lineChart:
+		t.WriteString("\ntogether: " + c.unit.format(total))
 	}
 	return t.String()
 }
 
-// timeOf names a step of time.
-func (c *timeChart) timeOf(i int) string {
-	at := time.UnixMilli(c.start + int64(i)*c.step).UTC()
-	if c.step >= dayMS {
+// formTimeToRFC3339 names a step of time.
+func (c *timeChart) stepLabel(i int) string {
+	at := time.UnixMilli(c.start + int64(i)*c.stepMS).UTC()
+	if c.stepMS >= dayMS {
 		return at.Format("Mon 2 Jan 2006")
 	}
-	return at.Format("Mon 2 Jan 15:04") + at.Add(time.Duration(c.step)*time.Millisecond).Format("–15:04") + " UTC"
+	return at.Format("Mon 2 Jan 15:04") + at.Add(time.Duration(c.stepMS)*time.Millisecond).Format("–15:04") + " UTC"
 }
 
-// timeLabels writes at most seven labels below the plot.
-func (c *timeChart) timeLabels(b *strings.Builder) {
-	every, format := int64(max(1, (c.steps+5)/6))*c.step, "2 Jan"
-	if c.step < dayMS {
+// drawTimeLabels writes at most seven labels below the plot.
+func (c *timeChart) drawTimeLabels(b *strings.Builder) {
+	every, format := int64(max(1, (c.steps+5)/6))*c.stepMS, "2 Jan"
+	if c.stepMS < dayMS {
 		for _, every = range []int64{hourMS, 2 * hourMS, 3 * hourMS, 4 * hourMS, 6 * hourMS, 12 * hourMS, dayMS, 2 * dayMS, 7 * dayMS} {
-			if every >= c.step && int64(c.steps)*c.step <= 7*every {
+			if every >= c.stepMS && int64(c.steps)*c.stepMS <= 7*every {
 				break
 			}
 		}
@@ -226,12 +226,12 @@ func (c *timeChart) timeLabels(b *strings.Builder) {
 		}
 	}
 	first := c.start
-	if c.step < dayMS {
+	if c.stepMS < dayMS {
 		first += (every - c.start%every) % every // whole ones
 	}
 	shown := 0
-	for at := first; at < c.start+int64(c.steps)*c.step; at += every {
-		x := 100 * (float64(at-c.start)/float64(c.step) + 0.5) / float64(c.steps)
+	for at := first; at < c.start+int64(c.steps)*c.stepMS; at += every {
+		x := 100 * (float64(at-c.start)/float64(c.stepMS) + 0.5) / float64(c.steps)
 		class := "x"
 		if shown%2 == 1 {
 			class = "x second" // left out where it is tight
@@ -240,7 +240,7 @@ func (c *timeChart) timeLabels(b *strings.Builder) {
 		if x > 96 {
 			x, class = 100, class+" last"
 		}
-		fmt.Fprintf(b, `<text class="%s" x="%s%%" y="%d">%s</text>`, class, decimal(x), plotHeight+18, time.UnixMilli(at).UTC().Format(format))
+		fmt.Fprintf(b, `<text class="%s" x="%s%%" y="%d">%s</text>`, class, formatTwoDecimals(x), plotHeight+18, time.UnixMilli(at).UTC().Format(format))
 	}
 }
 
@@ -254,13 +254,13 @@ func (c *timeChart) drawLines(b *strings.Builder, top float64) {
 		for i := range c.steps + 1 {
 			if i < c.steps && !math.IsNaN(s.values[i]) {
 				x, y := 1000*(float64(i)+0.5)/float64(c.steps), plotHeight-plotHeight*min(s.values[i], top)/top
-				path.WriteString(map[bool]string{true: "M", false: "L"}[length == 0] + decimal(x) + " " + decimal(y))
+				path.WriteString(map[bool]string{true: "M", false: "L"}[length == 0] + formatTwoDecimals(x) + " " + formatTwoDecimals(y))
 				length++
 				continue
 			}
 			if length == 1 {
 				y := plotHeight - plotHeight*min(s.values[i-1], top)/top
-				dots = append(dots, fmt.Sprintf(`<circle class="dot %s" cx="%s%%" cy="%s" r="2.5"/>`, s.class, decimal(100*(float64(i)-0.5)/float64(c.steps)), decimal(y)))
+				dots = append(dots, fmt.Sprintf(`<circle class="dot %s" cx="%s%%" cy="%s" r="2.5"/>`, s.class, formatTwoDecimals(100*(float64(i)-0.5)/float64(c.steps)), formatTwoDecimals(y)))
 			}
 			length = 0
 		}
@@ -269,19 +269,19 @@ func (c *timeChart) drawLines(b *strings.Builder, top float64) {
 	}
 }
 
-// partBar is a bar of a part of a whole; both are counted in the same unit.
-func partBar(part, whole float64, class string) string {
+// fractionBar is a bar of a part of a whole; both are counted in the same unit.
+func fractionBar(part, whole float64, class string) string {
 	width := 0.0
 	if whole > 0 && part > 0 {
 		width = max(0.5, 100*min(part/whole, 1))
 	}
 	return fmt.Sprintf(`<svg class="hbar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect class="%s" width="%s" height="8"/></svg>`,
-		escape(cmp.Or(class, "k1")), decimal(width))
+		escapeSVG(cmp.Or(class, "k1")), formatTwoDecimals(width))
 }
 
-// escape makes a text fit for a drawing: it ends no element or attribute, and has
+// escapeSVG makes a text fit for a drawing: it ends no element or attribute, and has
 // no character that neither HTML nor XML may have.
-func escape(text string) string {
+func escapeSVG(text string) string {
 	return html.EscapeString(strings.Map(func(c rune) rune {
 		if c < ' ' && c != '\n' || c == 0x7f || c == 0xfffe || c == 0xffff {
 			return -1
@@ -290,8 +290,8 @@ func escape(text string) string {
 	}, strings.ToValidUTF8(text, "")))
 }
 
-// decimal writes a coordinate, with two decimals at most.
-func decimal(v float64) string {
+// formatTwoDecimals writes a coordinate, with two decimals at most.
+func formatTwoDecimals(v float64) string {
 	text := strings.TrimRight(strings.TrimRight(strconv.FormatFloat(v, 'f', 2, 64), "0"), ".")
 	if text == "-0" {
 		return "0"
@@ -299,21 +299,21 @@ func decimal(v float64) string {
 	return text
 }
 
-// A spanBar shows of what a span of time is made, one after the other.
-type spanBar struct{ parts []spanPart }
+// A durationBar shows of what a span of time is made, one after the other.
+type durationBar struct{ parts []durationPart }
 
-type spanPart struct {
+type durationPart struct {
 	name, class string
 	us          int64
 }
 
-func (b *spanBar) add(name, class string, us int64) {
+func (b *durationBar) add(name, class string, us int64) {
 	if us > 0 {
-		b.parts = append(b.parts, spanPart{name, class, us})
+		b.parts = append(b.parts, durationPart{name, class, us})
 	}
 }
 
-func (b *spanBar) total() (us int64) {
+func (b *durationBar) total() (us int64) {
 	for _, p := range b.parts {
 		us += p.us
 	}
@@ -321,7 +321,7 @@ func (b *spanBar) total() (us int64) {
 }
 
 // svg draws the bar; "" if there is no time to show.
-func (b *spanBar) svg() string {
+func (b *durationBar) svg() string {
 	total := float64(b.total())
 	if total == 0 {
 		return ""
@@ -332,16 +332,16 @@ func (b *spanBar) svg() string {
 	for _, p := range b.parts {
 		width := 1000 * float64(p.us) / total
 		fmt.Fprintf(&out, `<g><title>%s: %s</title><rect class="%s" x="%s" width="%s" height="20"/></g>`,
-			escape(p.name), unitMillis.full(float64(p.us)/1000), escape(p.class), decimal(x), decimal(width))
+			escapeSVG(p.name), unitMillis.format(float64(p.us)/1000), escapeSVG(p.class), formatTwoDecimals(x), formatTwoDecimals(width))
 		x += width
 	}
 	out.WriteString(`</svg>`)
 	return out.String()
 }
 
-func (b *spanBar) legend() (out []legendItem) {
+func (b *durationBar) legend() (out []legendItem) {
 	for _, p := range b.parts {
-		out = append(out, legendItem{p.class, p.name + ": " + unitMillis.full(float64(p.us)/1000)})
+		out = append(out, legendItem{p.class, p.name + ": " + unitMillis.format(float64(p.us)/1000)})
 	}
 	return out
 }

@@ -41,12 +41,12 @@ func (p *program) healthcheck(ctx context.Context) error {
 		if path, ok := strings.CutPrefix(addr, unixPrefix); ok {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}
-		return dialAny(ctx, network, listenTargets(addr))
+		return dialAny(ctx, network, dialTargets(addr))
 	}}
 	if file := settingText(p.getenv, "TLS_CERT_FILE"); file != "" {
 		to.Scheme = "https"
 		var err error
-		if transport.TLSClientConfig, err = trustOnly(file); err != nil {
+		if transport.TLSClientConfig, err = pinnedTLSConfig(file); err != nil {
 			return fmt.Errorf("TLS_CERT_FILE: %w", err)
 		}
 	}
@@ -65,9 +65,9 @@ func (p *program) healthcheck(ctx context.Context) error {
 	return nil
 }
 
-// listenTargets are the addresses under which this machine reaches what listens
+// dialTargets are the addresses under which this machine reaches what listens
 // on addr.
-func listenTargets(addr string) []string {
+func dialTargets(addr string) []string {
 	host, port, _ := net.SplitHostPort(addr) // checked before
 	ip, err := netip.ParseAddr(host)
 	if err == nil && !ip.IsUnspecified() {
@@ -87,25 +87,25 @@ func dialAny(ctx context.Context, network string, addrs []string) (conn net.Conn
 	return nil, errors.Join(errs...)
 }
 
-// trustOnly returns a client's configuration that believes the certificate in
+// pinnedTLSConfig returns a client's configuration that believes the certificate in
 // file and no other. A server that goes on showing one from before the file was
 // renewed is therefore not healthy: it could not read the new one.
-func trustOnly(file string) (*tls.Config, error) {
+func pinnedTLSConfig(file string) (*tls.Config, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("cannot be read: %w", pathProblem(err))
+		return nil, fmt.Errorf("cannot be read: %w", unwrapPathError(err))
 	}
-	leaf, err := leafOf(text)
+	leaf, err := parseLeafCertificate(text)
 	if err != nil {
 		return nil, err
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(leaf)
-	return &tls.Config{RootCAs: roots, ServerName: nameOf(leaf)}, nil
+	return &tls.Config{RootCAs: roots, ServerName: certificateServerName(leaf)}, nil
 }
 
-// leafOf returns the first certificate of a PEM file.
-func leafOf(text []byte) (*x509.Certificate, error) {
+// parseLeafCertificate returns the first certificate of a PEM file.
+func parseLeafCertificate(text []byte) (*x509.Certificate, error) {
 	for {
 		var block *pem.Block
 		if block, text = pem.Decode(text); block == nil {
@@ -117,8 +117,8 @@ func leafOf(text []byte) (*x509.Certificate, error) {
 	}
 }
 
-// nameOf returns a name that the certificate is good for.
-func nameOf(leaf *x509.Certificate) string {
+// certificateServerName returns a name that the certificate is good for.
+func certificateServerName(leaf *x509.Certificate) string {
 	if len(leaf.DNSNames) > 0 {
 		return strings.Replace(leaf.DNSNames[0], "*", "healthcheck", 1)
 	}
@@ -143,7 +143,7 @@ func (p *program) backup(ctx context.Context, args []string) error {
 		return err
 	}
 	if _, err := os.Stat(cfg.databaseFile); err != nil {
-		return fmt.Errorf("there is no database at %s: %w", cfg.databaseFile, pathProblem(err))
+		return fmt.Errorf("there is no database at %s: %w", cfg.databaseFile, unwrapPathError(err))
 	}
 	// SQLite fills a file that is there and empty; so its mode is ours from the
 	// first byte on.
@@ -152,7 +152,7 @@ func (p *program) backup(ctx context.Context, args []string) error {
 	} else if err != nil {
 		return fmt.Errorf("making the backup: %w", err)
 	}
-	facts, err := makeCopy(ctx, cfg.databaseFile, name)
+	facts, err := copyDatabase(ctx, cfg.databaseFile, name)
 	if err != nil {
 		return fmt.Errorf("%w; no backup was made", errors.Join(err, removeDatabase(name)))
 	}
@@ -161,9 +161,9 @@ func (p *program) backup(ctx context.Context, args []string) error {
 	return nil
 }
 
-// makeCopy copies the database from to the empty file to, and examines the
+// copyDatabase copies the database from to the empty file to, and examines the
 // copy.
-func makeCopy(ctx context.Context, from, to string) (*databaseFacts, error) {
+func copyDatabase(ctx context.Context, from, to string) (*databaseInfo, error) {
 	src, err := openReadOnly(from, false)
 	if err != nil {
 		return nil, err
@@ -175,7 +175,7 @@ func makeCopy(ctx context.Context, from, to string) (*databaseFacts, error) {
 	if err := syncFile(to); err != nil {
 		return nil, err
 	}
-	return examine(ctx, to)
+	return inspectDatabase(ctx, to)
 }
 
 // audit goes through the audit trail, and fails if it is not as it was written.
@@ -191,11 +191,11 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		}
 		expect = &h
 	}
-	cfg, err := readConfig(p.getenv, func(string) error { return nil }) // nothing is written
+	cfg, err := loadConfigWith(p.getenv, func(string) error { return nil }) // nothing is written
 	if err != nil {
 		return fmt.Errorf("the configuration has problems:\n%w", err)
 	}
-	st, err := openToRead(ctx, cfg.databaseFile)
+	st, err := openExistingReadOnly(ctx, cfg.databaseFile)
 	if err != nil {
 		return err
 	}
@@ -206,8 +206,8 @@ func (p *program) audit(ctx context.Context, args []string) error {
 	}
 	if k.intact() {
 		fmt.Fprintf(p.stdout, "The audit trail is whole: %s.\nIts end is %s\n"+
-			"Note that elsewhere: given to this command later, it proves that nothing up to there was changed or removed.\n", k, k.last)
-		if used := k.usedBefore(); used != "" {
+			"Note that elsewhere: given to this command later, it proves that nothing up to there was changed or removed.\n", k, k.lastHead)
+		if used := k.priorUseNotice(); used != "" {
 			fmt.Fprintln(p.stdout, used)
 		}
 		return nil
@@ -215,12 +215,12 @@ func (p *program) audit(ctx context.Context, args []string) error {
 	for _, line := range k.problems {
 		fmt.Fprintln(p.stdout, line)
 	}
-	if k.more > 0 {
-		fmt.Fprintf(p.stdout, "and %d more problems\n", k.more)
+	if k.omittedProblems > 0 {
+		fmt.Fprintf(p.stdout, "and %d more problems\n", k.omittedProblems)
 	}
 	return fmt.Errorf("the audit trail is not as it was written: the first bad entry is %d. Somebody wrote to %s who is not this program. "+
 		"Keep a copy of it, compare entries from %d on with a backup (llm-proxy restore, to another DATA_DIR), and look at who can write to that file",
-		k.first, cfg.databaseFile, k.first)
+		k.firstProblemSeq, cfg.databaseFile, k.firstProblemSeq)
 }
 
 // verifyAudit checks the trail in a database, with the key from the settings.
@@ -232,29 +232,29 @@ func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead)
 	if at > known {
 		return nil, fmt.Errorf("the database is of a newer llm-proxy (schema %d, this one knows %d); use that one", at, known)
 	}
-	if at < auditSchema {
-		return nil, errNoTrail
+	if at < auditSchemaVersion {
+		return nil, errNoAuditTrail
 	}
-	sl, err := knownSealer(ctx, cfg, st)
+	sl, err := openExistingSealer(ctx, cfg, st)
 	if err != nil {
 		return nil, err
 	}
-	chain, err := st.auditChain(ctx, sl)
+	chain, err := st.loadAuditChain(ctx, sl)
 	if errors.Is(err, errNotFound) {
 		return nil, errors.New("the key of the audit trail was removed from the database, so that no entry can be verified; bring back a backup with llm-proxy restore FILE")
 	}
 	if err != nil {
 		return nil, err
 	}
-	return st.checkAudit(ctx, chain, expect)
+	return st.verifyAudit(ctx, chain, expect)
 }
 
-var errNoTrail = errors.New("the database is from before the audit trail, which begins with the next start of the server")
+var errNoAuditTrail = errors.New("the database is from before the audit trail, which begins with the next start of the server")
 
-// openToRead opens a database to look at: one that a server has open, or one on
+// openExistingReadOnly opens a database to look at: one that a server has open, or one on
 // a medium where nothing can be written, which SQLite opens only if told that
 // nobody writes.
-func openToRead(ctx context.Context, file string) (*store, error) {
+func openExistingReadOnly(ctx context.Context, file string) (*store, error) {
 	if info, err := os.Stat(file); err != nil || info.Size() == 0 {
 		return nil, fmt.Errorf("there is no database at %s; check DATA_DIR and DATABASE_URL", file)
 	}
@@ -283,25 +283,25 @@ func removeDatabase(name string) error {
 	return errors.Join(errs...)
 }
 
-// databaseFacts is what examine found out about a database.
-type databaseFacts struct {
-	census
+// databaseInfo is what examine found out about a database.
+type databaseInfo struct {
+	rowCounts
 	bytes    int64
 	keyCheck string // the setting of this name
 	keyID    string
 }
 
-func (f *databaseFacts) String() string {
+func (f *databaseInfo) String() string {
 	s := fmt.Sprintf("%.1f MiB; %d projects, %d tokens, %d calls", float64(f.bytes)/(1<<20), f.projects, f.tokens, f.calls)
-	if f.newest > 0 {
-		s += ", the newest of " + time.UnixMilli(f.newest>>idTimeShift).UTC().Format(time.RFC3339)
+	if f.newestCall > 0 {
+		s += ", the newest of " + time.UnixMilli(f.newestCall>>idTimeShift).UTC().Format(time.RFC3339)
 	}
 	return s
 }
 
-// examine looks into a database file that nobody has open. It must be whole,
+// inspectDatabase looks into a database file that nobody has open. It must be whole,
 // not newer than this program, and one of ours.
-func examine(ctx context.Context, name string) (*databaseFacts, error) {
+func inspectDatabase(ctx context.Context, name string) (*databaseInfo, error) {
 	info, err := os.Stat(name)
 	if err != nil {
 		return nil, fmt.Errorf("looking at the copy: %w", err)
@@ -318,14 +318,14 @@ func examine(ctx context.Context, name string) (*databaseFacts, error) {
 	if at > known {
 		return nil, fmt.Errorf("it is of a newer llm-proxy (schema %d, this one knows %d); use that one", at, known)
 	}
-	complaints, err := st.check(ctx)
+	complaints, err := st.checkIntegrity(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if len(complaints) > 0 {
 		return nil, fmt.Errorf("it is damaged: %s", clip(strings.Join(complaints, "; "), 500))
 	}
-	f := &databaseFacts{bytes: info.Size()}
+	f := &databaseInfo{bytes: info.Size()}
 	if f.keyCheck, err = st.setting(ctx, "key_check"); at == 0 || err != nil {
 		return nil, errors.Join(errors.New("it is not a database of llm-proxy"), err)
 	}
@@ -334,6 +334,6 @@ func examine(ctx context.Context, name string) (*databaseFacts, error) {
 		return nil, fmt.Errorf("reading its key check: %w", err)
 	}
 	f.keyID = keyID(sealed)
-	f.census, err = st.census(ctx)
+	f.rowCounts, err = st.countRows(ctx)
 	return f, err
 }

@@ -52,7 +52,7 @@ func (p *program) doctor(ctx context.Context, args []string) error {
 		}
 	} else {
 		d.ok("configuration", "no problem")
-		d.examine(ctx, len(args) == 1)
+		d.runChecks(ctx, len(args) == 1)
 	}
 	if d.failed > 0 {
 		return fmt.Errorf("%d of the checks failed", d.failed)
@@ -60,16 +60,16 @@ func (p *program) doctor(ctx context.Context, args []string) error {
 	return nil
 }
 
-// examine makes every check but the one of the configuration.
-func (d *diagnosis) examine(ctx context.Context, provider bool) {
-	d.clock()
-	d.certificate()
+// runChecks makes every check but the one of the configuration.
+func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
+	d.checkClock()
+	d.checkCertificate()
 	if _, err := os.Stat(d.cfg.dataDir); errors.Is(err, fs.ErrNotExist) {
 		d.warn("data directory", d.cfg.dataDir+" is not there", "the first start makes it; if there was one, check DATA_DIR")
 		return
 	}
-	d.modes()
-	d.disk()
+	d.checkFileModes()
+	d.checkDisk()
 	if info, err := os.Stat(d.cfg.databaseFile); err != nil || info.Size() == 0 {
 		d.warn("database", d.cfg.databaseFile+" is missing or empty", "the first start makes it; if there was one, bring it back with llm-proxy restore FILE")
 		return
@@ -80,22 +80,22 @@ func (d *diagnosis) examine(ctx context.Context, provider bool) {
 		return
 	}
 	defer st.close()
-	if !d.database(ctx, st) {
+	if !d.checkDatabase(ctx, st) {
 		return
 	}
-	d.openCalls(ctx, st)
-	sl, err := knownSealer(ctx, d.cfg, st)
+	d.checkOpenCalls(ctx, st)
+	sl, err := openExistingSealer(ctx, d.cfg, st)
 	if err != nil {
 		d.fail("encryption key", err.Error(), "without it no provider key can be used")
 		return
 	}
 	d.ok("encryption key", "opens this database (id "+sl.id()+")")
-	d.audit(ctx, st)
-	d.upstreams(ctx, st, sl, provider)
+	d.checkAuditTrail(ctx, st)
+	d.checkUpstreams(ctx, st, sl, provider)
 }
 
-// clock finds clocks that were never set: tokens live by them.
-func (d *diagnosis) clock() {
+// checkClock finds clocks that were never set: tokens live by them.
+func (d *diagnosis) checkClock() {
 	if y := d.now.Year(); y < 2025 || y > 2100 {
 		d.fail("clock", "it says "+d.now.UTC().Format(time.RFC3339), "set the time of this machine: tokens expire by it")
 		return
@@ -103,14 +103,14 @@ func (d *diagnosis) clock() {
 	d.ok("clock", d.now.UTC().Format(time.RFC3339))
 }
 
-func (d *diagnosis) certificate() {
+func (d *diagnosis) checkCertificate() {
 	if d.cfg.tlsCert == "" {
 		return
 	}
 	const what = "TLS certificate"
 	pair, err := tls.LoadX509KeyPair(d.cfg.tlsCert, d.cfg.tlsKey)
 	if err != nil {
-		d.fail(what, "cannot be used: "+pathProblem(err).Error(), "check TLS_CERT_FILE and TLS_KEY_FILE")
+		d.fail(what, "cannot be used: "+unwrapPathError(err).Error(), "check TLS_CERT_FILE and TLS_KEY_FILE")
 		return
 	}
 	switch until := pair.Leaf.NotAfter; {
@@ -125,11 +125,11 @@ func (d *diagnosis) certificate() {
 	}
 }
 
-// modes finds files that other users of this machine can read.
-func (d *diagnosis) modes() {
+// checkFileModes finds files that other users of this machine can read.
+func (d *diagnosis) checkFileModes() {
 	before := d.failed
 	for _, name := range []string{d.cfg.databaseFile, d.cfg.databaseFile + "-wal", d.cfg.databaseFile + "-shm",
-		filepath.Join(d.cfg.dataDir, keyName), filepath.Join(d.cfg.dataDir, lockName)} {
+		filepath.Join(d.cfg.dataDir, keyFileName), filepath.Join(d.cfg.dataDir, lockFileName)} {
 		if info, err := os.Stat(name); err == nil && info.Mode().Perm()&0o077 != 0 {
 			d.fail("file modes", fmt.Sprintf("%s has mode %04o: others may read or write it", name, info.Mode().Perm()), "chmod 600 "+name)
 		}
@@ -147,13 +147,13 @@ func (d *diagnosis) modes() {
 	}
 }
 
-func (d *diagnosis) disk() {
+func (d *diagnosis) checkDisk() {
 	for _, dir := range slices.Compact([]string{d.cfg.dataDir, filepath.Dir(d.cfg.databaseFile)}) {
-		d.space(dir, freeSpace)
+		d.checkFreeSpace(dir, freeSpace)
 	}
 }
 
-func (d *diagnosis) space(dir string, free func(string) (uint64, error)) {
+func (d *diagnosis) checkFreeSpace(dir string, free func(string) (uint64, error)) {
 	n, err := free(dir)
 	finding := fmt.Sprintf("%d MiB free in %s", n>>20, dir)
 	switch {
@@ -168,8 +168,8 @@ func (d *diagnosis) space(dir string, free func(string) (uint64, error)) {
 	}
 }
 
-// database reports whether the database can be looked into further.
-func (d *diagnosis) database(ctx context.Context, st *store) bool {
+// checkDatabase reports whether the database can be looked into further.
+func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
 	const remedy = "bring back a backup with llm-proxy restore FILE; the damaged file is kept"
 	at, known, err := st.schemaVersion(ctx)
 	if err != nil {
@@ -184,7 +184,7 @@ func (d *diagnosis) database(ctx context.Context, st *store) bool {
 	case at < known:
 		d.warn("database", fmt.Sprintf("schema %d is older than this program's %d", at, known), "the next start brings it up to date; make a backup first")
 	}
-	complaints, err := st.check(ctx)
+	complaints, err := st.checkIntegrity(ctx)
 	if err != nil {
 		complaints = append(complaints, err.Error())
 	}
@@ -192,31 +192,31 @@ func (d *diagnosis) database(ctx context.Context, st *store) bool {
 		d.fail("database", "it is damaged: "+clip(strings.Join(complaints, ", "), 500), remedy)
 		return false
 	}
-	facts, err := st.census(ctx)
+	facts, err := st.countRows(ctx)
 	if err != nil {
 		d.fail("database", err.Error(), remedy)
 		return false
 	}
 	d.ok("database", fmt.Sprintf("whole, %s, %d projects, %d tokens, %d calls", version, facts.projects, facts.tokens, facts.calls))
-	if newest := time.UnixMilli(facts.newest >> idTimeShift); newest.After(d.now.Add(time.Minute)) {
+	if newest := time.UnixMilli(facts.newestCall >> idTimeShift); newest.After(d.now.Add(time.Minute)) {
 		d.warn("clock", "it is behind the newest call on record, of "+newest.UTC().Format(time.RFC3339), "check the time of this machine")
 	}
 	return true
 }
 
-// openCalls finds calls that have not ended. A running server has some.
-func (d *diagnosis) openCalls(ctx context.Context, st *store) {
+// checkOpenCalls finds calls that have not ended. A running server has some.
+func (d *diagnosis) checkOpenCalls(ctx context.Context, st *store) {
 	const what = "open calls"
 	if at, known, err := st.schemaVersion(ctx); err == nil && at < known {
 		d.ok(what, "not looked for before the database is brought up to date")
 		return
 	}
-	n, err := st.countRunning(ctx, firstID(d.now))
+	n, err := st.countRunning(ctx, minIDAt(d.now))
 	if err != nil {
 		d.fail(what, err.Error(), "see the database check")
 		return
 	}
-	old, err := st.countRunning(ctx, firstID(d.now.Add(-24*time.Hour)))
+	old, err := st.countRunning(ctx, minIDAt(d.now.Add(-24*time.Hour)))
 	switch {
 	case err != nil:
 		d.fail(what, err.Error(), "see the database check")
@@ -228,25 +228,25 @@ func (d *diagnosis) openCalls(ctx context.Context, st *store) {
 	}
 }
 
-// audit goes through the audit trail.
-func (d *diagnosis) audit(ctx context.Context, st *store) {
+// checkAuditTrail goes through the audit trail.
+func (d *diagnosis) checkAuditTrail(ctx context.Context, st *store) {
 	const what, remedy = "audit trail", "see what llm-proxy audit verify says"
 	k, err := verifyAudit(ctx, d.cfg, st, nil)
 	switch {
-	case errors.Is(err, errNoTrail):
+	case errors.Is(err, errNoAuditTrail):
 		d.warn(what, "there is none yet", "the next start of the server begins it")
 	case err != nil:
 		d.fail(what, err.Error(), remedy)
 	case !k.intact():
-		d.fail(what, fmt.Sprintf("changed or removed from entry %d on", k.first), remedy)
+		d.fail(what, fmt.Sprintf("changed or removed from entry %d on", k.firstProblemSeq), remedy)
 	default:
 		d.ok(what, "whole, "+k.String())
 	}
 }
 
-// upstreams tries the encryption key on every provider key, and on request
+// checkUpstreams tries the encryption key on every provider key, and on request
 // every provider key on its provider.
-func (d *diagnosis) upstreams(ctx context.Context, st *store, sl *sealer, provider bool) {
+func (d *diagnosis) checkUpstreams(ctx context.Context, st *store, sl *sealer, provider bool) {
 	rows, err := allUpstreams(ctx, st)
 	if err != nil {
 		d.fail("provider keys", err.Error(), "see the database check")
@@ -258,12 +258,12 @@ func (d *diagnosis) upstreams(ctx context.Context, st *store, sl *sealer, provid
 	for i := range rows {
 		row := &rows[i]
 		what := "upstream " + row.id + " (" + row.name + ")"
-		u := newUpstream(row, sl, d.cfg.allowPrivate, newHealthBook())
+		u := newUpstream(row, sl, d.cfg.allowPrivate, newHealthTracker())
 		switch {
-		case u.broken != nil:
-			d.fail(what, u.broken.Error(), "put it right, with its key, by PATCH /manage/projects/"+row.projectID+"/upstreams/"+row.id)
+		case u.configErr != nil:
+			d.fail(what, u.configErr.Error(), "put it right, with its key, by PATCH /manage/projects/"+row.projectID+"/upstreams/"+row.id)
 		case provider && row.active:
-			d.provider(ctx, transport, what, u)
+			d.checkProvider(ctx, transport, what, u)
 		}
 	}
 	if d.failed == before {
@@ -281,7 +281,7 @@ func allUpstreams(ctx context.Context, st *store) (all []upstreamRow, err error)
 		}
 		for _, p := range projects {
 			after = p.seq
-			rows, err := st.upstreamsOf(ctx, p.seq)
+			rows, err := st.projectUpstreams(ctx, p.seq)
 			if err != nil {
 				return nil, err
 			}
@@ -290,9 +290,9 @@ func allUpstreams(ctx context.Context, st *store) (all []upstreamRow, err error)
 	}
 }
 
-// provider asks a provider for its list of models, which costs nothing. Of the
+// checkProvider asks a provider for its list of models, which costs nothing. Of the
 // answer only its class is told: a provider's text may hold the key.
-func (d *diagnosis) provider(ctx context.Context, transport http.RoundTripper, what string, u *upstream) {
+func (d *diagnosis) checkProvider(ctx context.Context, transport http.RoundTripper, what string, u *upstream) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	h := http.Header{}

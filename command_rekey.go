@@ -17,9 +17,9 @@ import (
 
 const rekeyUsage = "usage: llm-proxy rekey [FILE]"
 
-// newKeyName is where a new key waits until the database has been sealed with
+// newKeyFileName is where a new key waits until the database has been sealed with
 // it, if the key lives in the data directory.
-const newKeyName = keyName + ".new"
+const newKeyFileName = keyFileName + ".new"
 
 // rekey seals everything with the key in FILE, or with one that is made now and
 // takes the place of the key file.
@@ -46,17 +46,17 @@ func (p *program) rekey(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	own := filepath.Join(cfg.dataDir, newKeyName)
+	own := filepath.Join(cfg.dataDir, newKeyFileName)
 	name := own
 	if len(args) == 1 {
 		name = args[0]
 	}
-	n, to, err := changeKey(ctx, cfg, st, name, name == own)
+	n, to, err := rekeyDatabase(ctx, cfg, st, name, name == own)
 	if err = errors.Join(err, st.close()); err != nil { // which empties the write-ahead log of what the old key sealed
 		return err
 	}
 	if name == own {
-		if err := replaceFile(own, filepath.Join(cfg.dataDir, keyName)); err != nil {
+		if err := replaceFile(own, filepath.Join(cfg.dataDir, keyFileName)); err != nil {
 			return fmt.Errorf("the database has the new key, but the key file could not be replaced: %w; give the command again", err)
 		}
 	}
@@ -64,17 +64,17 @@ func (p *program) rekey(ctx context.Context, args []string) error {
 	if name != own {
 		fmt.Fprintf(p.stdout, "Start the server with ENCRYPTION_KEY_FILE=%s (or the same in ENCRYPTION_KEY).\n", name)
 	}
-	if _, err := os.Stat(filepath.Join(cfg.dataDir, keyName)); err == nil && name != own {
-		fmt.Fprintf(p.stdout, "%s is of no use any more, but for the backups from before.\n", filepath.Join(cfg.dataDir, keyName))
+	if _, err := os.Stat(filepath.Join(cfg.dataDir, keyFileName)); err == nil && name != own {
+		fmt.Fprintf(p.stdout, "%s is of no use any more, but for the backups from before.\n", filepath.Join(cfg.dataDir, keyFileName))
 	}
 	fmt.Fprintln(p.stdout, "Backups from before need the key from before. Make a new one.")
 	return nil
 }
 
-// changeKey seals the database anew with the key in the file name, which is
+// rekeyDatabase seals the database anew with the key in the file name, which is
 // made if made is true and it is not there. A database that has that key already
 // is left as it is.
-func changeKey(ctx context.Context, cfg *config, st *store, name string, made bool) (n int64, to *sealer, err error) {
+func rekeyDatabase(ctx context.Context, cfg *config, st *store, name string, made bool) (n int64, to *sealer, err error) {
 	check, err := st.setting(ctx, "key_check")
 	if err != nil {
 		return 0, nil, fmt.Errorf("reading the key check: %w", err)
@@ -82,11 +82,11 @@ func changeKey(ctx context.Context, cfg *config, st *store, name string, made bo
 	old, oldErr := encryptionKey(cfg)
 	var from *sealer
 	if oldErr == nil {
-		if from, oldErr = sealerOf(old); oldErr == nil {
+		if from, oldErr = sealerFromKey(old); oldErr == nil {
 			oldErr = checkSealer(from, check)
 		}
 	}
-	to, err = keyIn(name)
+	to, err = sealerFromFile(name)
 	if made && err != nil && oldErr == nil { // not there, or cut short by a crash; nothing can be sealed with it
 		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return 0, nil, fmt.Errorf("clearing what an earlier run left: %w", err)
@@ -94,7 +94,7 @@ func changeKey(ctx context.Context, cfg *config, st *store, name string, made bo
 		if err := writeNewFile(name, newEncryptionKey()()+"\n"); err != nil {
 			return 0, nil, fmt.Errorf("writing the new key: %w", err)
 		}
-		to, err = keyIn(name)
+		to, err = sealerFromFile(name)
 	}
 	if made && err != nil && oldErr != nil {
 		return 0, nil, oldErr
@@ -106,7 +106,7 @@ func changeKey(ctx context.Context, cfg *config, st *store, name string, made bo
 		return 0, nil, fmt.Errorf("the key in %s is the one that is in use", name)
 	}
 	if checkSealer(to, check) == nil { // an earlier run came so far
-		n, err = st.countSealed(ctx)
+		n, err = st.countSealedKeys(ctx)
 		return n, to, err
 	}
 	if oldErr != nil {
@@ -119,13 +119,13 @@ func changeKey(ctx context.Context, cfg *config, st *store, name string, made bo
 	return n, to, err
 }
 
-// keyIn reads the encryption key in a file.
-func keyIn(name string) (*sealer, error) {
+// sealerFromFile reads the encryption key in a file.
+func sealerFromFile(name string) (*sealer, error) {
 	text, err := os.ReadFile(name)
 	if err != nil {
-		return nil, fmt.Errorf("the new key %s cannot be read: %w", name, pathProblem(err))
+		return nil, fmt.Errorf("the new key %s cannot be read: %w", name, unwrapPathError(err))
 	}
-	sl, err := sealerOf(newSecret(string(text)))
+	sl, err := sealerFromKey(newSecret(string(text)))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}

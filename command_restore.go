@@ -22,12 +22,12 @@ const restoreUsage = "usage: llm-proxy restore FILE [--revoke=since|all|none]"
 
 // A restoration is one run of the command.
 type restoration struct {
-	cfg    *config
-	from   string // the backup
-	copy   string // what will take the database's place
-	choice string // since, all, none; "" : not said
-	facts  *databaseFacts
-	now    time.Time
+	cfg        *config
+	backupFile string // the backup
+	copyFile   string // what will take the database's place
+	revokeMode string // since, all, none; "" : not said
+	backupInfo *databaseInfo
+	now        time.Time
 }
 
 func (p *program) restore(ctx context.Context, args []string) error {
@@ -35,15 +35,15 @@ func (p *program) restore(ctx context.Context, args []string) error {
 	for _, a := range args {
 		choice, ok := strings.CutPrefix(a, "--revoke=")
 		switch {
-		case ok && r.choice == "" && oneOf(choice, "since", "all", "none") == nil:
-			r.choice = choice
-		case !strings.HasPrefix(a, "-") && r.from == "":
-			r.from = a
+		case ok && r.revokeMode == "" && checkOneOf(choice, "since", "all", "none") == nil:
+			r.revokeMode = choice
+		case !strings.HasPrefix(a, "-") && r.backupFile == "":
+			r.backupFile = a
 		default:
 			return errors.New(restoreUsage)
 		}
 	}
-	if r.from == "" {
+	if r.backupFile == "" {
 		return errors.New(restoreUsage)
 	}
 	var err error
@@ -56,17 +56,17 @@ func (p *program) restore(ctx context.Context, args []string) error {
 	}
 	defer dir.close()
 	// The lock is ours, so this name is too, and what a crash left under it.
-	r.copy = r.cfg.databaseFile + ".restoring"
-	if err := removeDatabase(r.copy); err != nil {
+	r.copyFile = r.cfg.databaseFile + ".restoring"
+	if err := removeDatabase(r.copyFile); err != nil {
 		return fmt.Errorf("clearing what an earlier restore left: %w", err)
 	}
-	key, err := r.prepare(ctx, p.stdout)
+	key, err := r.prepareCopy(ctx, p.stdout)
 	if err != nil {
-		return fmt.Errorf("%w; nothing was changed", errors.Join(err, removeDatabase(r.copy)))
+		return fmt.Errorf("%w; nothing was changed", errors.Join(err, removeDatabase(r.copyFile)))
 	}
-	aside, err := r.swap()
+	aside, err := r.replaceDatabase()
 	if err == nil {
-		err = dir.remember()
+		err = dir.recordDatabase()
 	}
 	if err != nil {
 		return fmt.Errorf("putting the backup in place: %w; this command may be repeated (the database from before is %s)", err, cmp.Or(aside, r.cfg.databaseFile))
@@ -81,50 +81,50 @@ func (p *program) restore(ctx context.Context, args []string) error {
 	return nil
 }
 
-// prepare makes the copy that will take the database's place: proved whole,
+// prepareCopy makes the copy that will take the database's place: proved whole,
 // with a key that opens it, migrated, and with what the operator wants revoked.
 // It returns the new management key, if revoking made one needed.
-func (r *restoration) prepare(ctx context.Context, out io.Writer) (secret, error) {
+func (r *restoration) prepareCopy(ctx context.Context, out io.Writer) (secret, error) {
 	if err := r.copyBackup(); err != nil {
 		return nil, err
 	}
 	var err error
-	if r.facts, err = examine(ctx, r.copy); err != nil {
-		return nil, fmt.Errorf("the backup %s cannot be used: %w", r.from, err)
+	if r.backupInfo, err = inspectDatabase(ctx, r.copyFile); err != nil {
+		return nil, fmt.Errorf("the backup %s cannot be used: %w", r.backupFile, err)
 	}
-	st, err := openStore(ctx, r.copy)
+	st, err := openStore(ctx, r.copyFile)
 	if err != nil {
 		return nil, err
 	}
-	key, err := r.edit(ctx, st, out)
+	key, err := r.applyRevokeMode(ctx, st, out)
 	if err = errors.Join(err, st.close()); err != nil { // which empties its -wal
 		return nil, err
 	}
-	if _, err := os.Stat(r.copy + "-wal"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(r.copyFile + "-wal"); !errors.Is(err, fs.ErrNotExist) {
 		return nil, errors.New("the copy could not be finished: its write-ahead log is still there")
 	}
-	return key, syncFile(r.copy)
+	return key, syncFile(r.copyFile)
 }
 
 // copyBackup copies the backup beside the database. What it checks shows a
 // file that is not the work of llm-proxy backup.
 func (r *restoration) copyBackup() error {
-	info, err := os.Stat(r.from)
+	info, err := os.Stat(r.backupFile)
 	if err != nil {
-		return fmt.Errorf("%s: %w", r.from, pathProblem(err))
+		return fmt.Errorf("%s: %w", r.backupFile, unwrapPathError(err))
 	}
 	if current, err := os.Stat(r.cfg.databaseFile); err == nil && os.SameFile(info, current) {
-		return fmt.Errorf("%s is the database itself", r.from)
+		return fmt.Errorf("%s is the database itself", r.backupFile)
 	}
-	if wal, err := os.Stat(r.from + "-wal"); err == nil && wal.Size() > 0 {
-		return fmt.Errorf("%s was copied while in use: part of it is in %s-wal; only llm-proxy backup makes whole copies", r.from, r.from)
+	if wal, err := os.Stat(r.backupFile + "-wal"); err == nil && wal.Size() > 0 {
+		return fmt.Errorf("%s was copied while in use: part of it is in %s-wal; only llm-proxy backup makes whole copies", r.backupFile, r.backupFile)
 	}
-	src, err := os.Open(r.from)
+	src, err := os.Open(r.backupFile)
 	if err != nil {
-		return fmt.Errorf("%s: %w", r.from, pathProblem(err))
+		return fmt.Errorf("%s: %w", r.backupFile, unwrapPathError(err))
 	}
 	defer src.Close()
-	dst, err := os.OpenFile(r.copy, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	dst, err := os.OpenFile(r.copyFile, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("copying the backup: %w", err)
 	}
@@ -135,36 +135,36 @@ func (r *restoration) copyBackup() error {
 	return nil
 }
 
-// edit proves the encryption key, compares with the current database, explains,
+// applyRevokeMode proves the encryption key, compares with the current database, explains,
 // and does what the operator chose.
-func (r *restoration) edit(ctx context.Context, st *store, out io.Writer) (secret, error) {
-	sl, err := knownSealer(ctx, r.cfg, st)
+func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Writer) (secret, error) {
+	sl, err := openExistingSealer(ctx, r.cfg, st)
 	if err != nil {
-		return nil, fmt.Errorf("%w (the backup needs the key with the id %s)", err, r.facts.keyID)
+		return nil, fmt.Errorf("%w (the backup needs the key with the id %s)", err, r.backupInfo.keyID)
 	}
 	by := systemOrigin(r.now)
 	if err := errors.Join(st.openAudit(ctx, sl, by), st.endAllSessions(ctx)); err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(out, "The backup is whole: %s.\n", r.facts)
-	since, compared := r.compare(ctx, st, out)
-	a := act{actionRestore, "", []fact{{"revoke", r.choice}, {"audit_head_before", st.attachedHead(ctx)}}}
-	switch r.choice {
+	fmt.Fprintf(out, "The backup is whole: %s.\n", r.backupInfo)
+	since, compared := r.compareWithCurrent(ctx, st, out)
+	a := auditEvent{actionRestore, "", []auditField{{"revoke", r.revokeMode}, {"audit_head_before", st.attachedAuditHead(ctx)}}}
+	switch r.revokeMode {
 	case "none":
-		return nil, st.note(ctx, by, a)
+		return nil, st.recordAuditEvent(ctx, by, a)
 	case "since":
 		if !compared {
 			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or --revoke=none")
 		}
-		return nil, st.witherSince(ctx, by, a)
+		return nil, st.reapplyRevocations(ctx, by, a)
 	case "all":
-		if err := st.witherAll(ctx, by, a); err != nil || r.cfg.managementToken != nil {
+		if err := st.revokeAll(ctx, by, a); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
-		return (&manageAPI{store: st}).firstKey(ctx)
+		return (&manageAPI{store: st}).createFirstKey(ctx)
 	}
 	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or cut short after the backup was made become valid again.\nSay what to do about that:\n\n")
-	if compared && since != (revival{}) {
+	if compared && since != (restoreImpact{}) {
 		fmt.Fprint(out, "  --revoke=since  keep those revoked or cut short that are so now (the usual choice)\n")
 	} else if compared {
 		fmt.Fprint(out, "  --revoke=since  the usual choice; there is nothing to revoke now\n")
@@ -173,16 +173,16 @@ func (r *restoration) edit(ctx context.Context, st *store, out io.Writer) (secre
 	return nil, errors.New("nothing said about what was revoked since the backup; repeat with one of the choices above")
 }
 
-// compare says what the backup would bring back to life, as far as the current
+// compareWithCurrent says what the backup would bring back to life, as far as the current
 // database is there and can be read. It leaves it attached to st.
-func (r *restoration) compare(ctx context.Context, st *store, out io.Writer) (since revival, ok bool) {
+func (r *restoration) compareWithCurrent(ctx context.Context, st *store, out io.Writer) (since restoreImpact, ok bool) {
 	if _, err := os.Stat(r.cfg.databaseFile); err != nil {
 		fmt.Fprint(out, "There is no current database, so what was revoked since the backup is not known.\n")
 		return since, false
 	}
 	err := st.attachCurrent(ctx, r.cfg.databaseFile)
 	if err == nil {
-		since, err = st.revival(ctx)
+		since, err = st.restoreImpact(ctx)
 	}
 	if err != nil {
 		fmt.Fprintf(out, "The current database cannot be read (%v), so what was revoked since the backup is not known.\n", err)
@@ -195,24 +195,24 @@ func (r *restoration) compare(ctx context.Context, st *store, out io.Writer) (si
 	}{
 		{since.revoked, "tokens valid again that are revoked now"},
 		{since.rotated, "tokens valid again with the value they had before a rotation"},
-		{since.expiry, "tokens valid for longer than now"},
-		{since.used, "tokens whose count of requests goes back, so that more are left"},
-		{since.keys, "management keys with rights that they do not have now"},
-		{since.paused, "projects active again that are inactive or deleted now"},
-		{since.unknown, "valid tokens unknown: they were made since"},
+		{since.expiryShortened, "tokens valid for longer than now"},
+		{since.requestCountLowered, "tokens whose count of requests goes back, so that more are left"},
+		{since.managementKeys, "management keys with rights that they do not have now"},
+		{since.deactivated, "projects active again that are inactive or deleted now"},
+		{since.createdSince, "valid tokens unknown: they were made since"},
 	} {
 		fmt.Fprintf(out, "  makes %d %s\n", line.n, line.text)
 	}
 	return since, true
 }
 
-// swap moves the current database aside and the copy into its place. A crash in
+// replaceDatabase moves the current database aside and the copy into its place. A crash in
 // between leaves no database at all, which the next start notices and refuses,
 // never one without its log or with another's. It returns where the database
 // went, "" if there was none.
-func (r *restoration) swap() (aside string, err error) {
+func (r *restoration) replaceDatabase() (aside string, err error) {
 	file := r.cfg.databaseFile
-	to := freeName(file + ".before-restore-" + r.now.UTC().Format("20060102T150405Z"))
+	to := unusedFileName(file + ".before-restore-" + r.now.UTC().Format("20060102T150405Z"))
 	if err := os.Rename(file, to); err == nil {
 		aside = to
 	} else if !errors.Is(err, fs.ErrNotExist) {
@@ -229,14 +229,14 @@ func (r *restoration) swap() (aside string, err error) {
 	if err := syncDir(filepath.Dir(file)); err != nil {
 		return aside, err
 	}
-	if err := os.Rename(r.copy, file); err != nil {
+	if err := os.Rename(r.copyFile, file); err != nil {
 		return aside, err
 	}
 	return aside, syncDir(filepath.Dir(file))
 }
 
-// freeName returns name, with a number if there is such a file.
-func freeName(name string) string {
+// unusedFileName returns name, with a number if there is such a file.
+func unusedFileName(name string) string {
 	try := name
 	for i := 2; ; i++ {
 		if _, err := os.Lstat(try); errors.Is(err, fs.ErrNotExist) {

@@ -46,17 +46,17 @@ func runProgram(t testing.TB, env map[string]string, args ...string) (stdout str
 	return out.String(), err
 }
 
-// A served program is one that serves until stop.
-type served struct {
+// A servedProgram program is one that serves until stop.
+type servedProgram struct {
 	addr     string
 	out, log *syncBuffer
 	stop     func() error
 }
 
 // serveProgram runs a command that serves, until stop or the end of the test.
-func serveProgram(t *testing.T, env map[string]string, args ...string) *served {
+func serveProgram(t *testing.T, env map[string]string, args ...string) *servedProgram {
 	t.Helper()
-	s := &served{out: &syncBuffer{}, log: &syncBuffer{}}
+	s := &servedProgram{out: &syncBuffer{}, log: &syncBuffer{}}
 	ctx, cancel := context.WithCancel(context.Background())
 	addr, done := make(chan net.Addr, 1), make(chan error, 1)
 	p := &program{getenv: func(name string) string { return env[name] }, stdout: s.out, stderr: s.log, ready: func(a net.Addr) { addr <- a }}
@@ -74,7 +74,7 @@ func serveProgram(t *testing.T, env map[string]string, args ...string) *served {
 }
 
 // status makes a GET with a bearer credential and returns the answer's status.
-func (s *served) status(t *testing.T, path, credential string) int {
+func (s *servedProgram) status(t *testing.T, path, credential string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+s.addr+path, nil)
 	if err != nil {
@@ -93,8 +93,8 @@ func serveEnv(t *testing.T) map[string]string {
 	return map[string]string{"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(t.TempDir(), "data"), "ALLOW_PRIVATE_UPSTREAMS": "true"}
 }
 
-// printed finds the one token or key in an output.
-func printed(t *testing.T, prefix, out string) string {
+// findCredential finds the one token or key in an output.
+func findCredential(t *testing.T, prefix, out string) string {
 	t.Helper()
 	found := map[string]bool{}
 	var last string
@@ -114,11 +114,11 @@ func TestFirstStart(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	env := serveEnv(t)
 	s := serveProgram(t, env)
-	key := printed(t, keyPrefix, string(s.out.bytes()))
+	key := findCredential(t, manageKeyPrefix, string(s.out.bytes()))
 	if got := s.status(t, "/manage/projects", key); got != 200 {
 		t.Errorf("the printed key: %d", got)
 	}
-	for name, want := range map[string]os.FileMode{"": 0o700, "llm-proxy.db": 0o600, "llm-proxy.db-wal": 0o600, "llm-proxy.db-shm": 0o600, keyName: 0o600, lockName: 0o600} {
+	for name, want := range map[string]os.FileMode{"": 0o700, "llm-proxy.db": 0o600, "llm-proxy.db-wal": 0o600, "llm-proxy.db-shm": 0o600, keyFileName: 0o600, lockFileName: 0o600} {
 		if info, err := os.Stat(filepath.Join(env["DATA_DIR"], name)); err != nil || info.Mode().Perm() != want {
 			t.Errorf("%q: %v %v, want %v", name, info, err, want)
 		}
@@ -126,7 +126,7 @@ func TestFirstStart(t *testing.T) {
 	if err := s.stop(); err != nil {
 		t.Fatal(err)
 	}
-	sealing, err := os.ReadFile(filepath.Join(env["DATA_DIR"], keyName))
+	sealing, err := os.ReadFile(filepath.Join(env["DATA_DIR"], keyFileName))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,12 +156,12 @@ func TestFirstStartWithProviderKey(t *testing.T) {
 	env["OPENAI_API_KEY"], env["OPENAI_API_URL"], env["MANAGEMENT_TOKEN"] = provider.key, provider.url, goodToken
 	s := serveProgram(t, env)
 	out := string(s.out.bytes())
-	token := printed(t, tokenPrefix, out)
-	if strings.Contains(out, keyPrefix) || strings.Contains(out, goodToken) || strings.Contains(out, provider.key) {
+	token := findCredential(t, tokenPrefix, out)
+	if strings.Contains(out, manageKeyPrefix) || strings.Contains(out, goodToken) || strings.Contains(out, provider.key) {
 		t.Errorf("printed: %s", out)
 	}
-	provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, `{"object":"list","data":[]}`) })
-	if got := s.status(t, "/v1/models", token); got != 200 || provider.last(t).header.Get("Authorization") != "Bearer "+provider.key {
+	provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"object":"list","data":[]}`) })
+	if got := s.status(t, "/v1/models", token); got != 200 || provider.lastRequest(t).header.Get("Authorization") != "Bearer "+provider.key {
 		t.Errorf("a call with the printed token: %d", got)
 	}
 	if got := s.status(t, "/manage/projects", goodToken); got != 200 {
@@ -219,7 +219,7 @@ func TestPortTaken(t *testing.T) {
 	env := serveEnv(t)
 	env["LISTEN_ADDR"], env["MANAGEMENT_TOKEN"] = taken.Addr().String(), ""
 	out, err := runProgram(t, env, "serve")
-	if err == nil || !strings.Contains(err.Error(), "listening on") || strings.Contains(out, keyPrefix) {
+	if err == nil || !strings.Contains(err.Error(), "listening on") || strings.Contains(out, manageKeyPrefix) {
 		t.Errorf("got %v, printed %q", err, out)
 	}
 }
@@ -371,8 +371,8 @@ func TestHealthcheckTLS(t *testing.T) {
 	}
 }
 
-// examined runs the doctor and checks what holds for every run.
-func (p *testProxy) examined(env map[string]string, args ...string) (lines []string, err error) {
+// runDoctor runs the doctor and checks what holds for every run.
+func (p *testProxy) runDoctor(env map[string]string, args ...string) (lines []string, err error) {
 	p.t.Helper()
 	all := maps.Clone(p.env)
 	maps.Copy(all, env)
@@ -390,7 +390,7 @@ func (p *testProxy) examined(env map[string]string, args ...string) (lines []str
 		p.t.Errorf("the exit is %v after\n%s", err, out)
 	}
 	for _, s := range append([]string{goodKey, goodToken}, p.secrets...) {
-		for _, form := range secretForms(s) {
+		for _, form := range secretEncodings(s) {
 			if strings.Contains(out, form) || err != nil && strings.Contains(err.Error(), form) {
 				p.t.Errorf("a secret is in %s", out)
 			}
@@ -399,8 +399,8 @@ func (p *testProxy) examined(env map[string]string, args ...string) (lines []str
 	return lines, err
 }
 
-// has reports whether a line begins with the level and subject and has text.
-func has(lines []string, level, what, text string) bool {
+// hasFinding reports whether a line begins with the level and subject and has text.
+func hasFinding(lines []string, level, what, text string) bool {
 	for _, l := range lines {
 		l, ok := strings.CutPrefix(l, level)
 		if ok && strings.HasPrefix(strings.TrimLeft(l, " "), what) && strings.Contains(l, text) {
@@ -415,17 +415,17 @@ func TestDoctorBesideServer(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": goodToken})
 	p.chat()
-	p.settle()
-	lines, err := p.examined(nil)
+	p.waitSettled()
+	lines, err := p.runDoctor(nil)
 	if err != nil {
 		t.Errorf("%v: %s", err, strings.Join(lines, "\n"))
 	}
 	for _, what := range []string{"configuration:", "clock:", "file modes:", "disk:", "database: whole", "open calls: 0", "encryption key:", "provider keys: 1, all open"} {
-		if !has(lines, "ok", what, "") && (what != "disk:" || !has(lines, "warn", what, "")) { // the machine's own
+		if !hasFinding(lines, "ok", what, "") && (what != "disk:" || !hasFinding(lines, "warn", what, "")) { // the machine's own
 			t.Errorf("no line for %s in\n%s", what, strings.Join(lines, "\n"))
 		}
 	}
-	if n := len(p.provider.got()); n != 1 {
+	if n := len(p.provider.received()); n != 1 {
 		t.Errorf("the provider was called %d times", n-1)
 	}
 	if res := p.chat(); res.status != 200 {
@@ -437,13 +437,13 @@ func TestDoctorProvider(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
-	status := func(code int) func(*providerConn, recorded) bool {
-		return func(c *providerConn, r recorded) bool {
+	status := func(code int) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, r recordedRequest) bool {
 			return c.reply(code, r.header.Get("Authorization")+" is wrong")
 		}
 	}
 	for _, tt := range []struct {
-		script              func(*providerConn, recorded) bool
+		script              func(*providerConn, recordedRequest) bool
 		level, what, remedy string
 	}{
 		{status(200), "ok", "the provider takes the key", ""},
@@ -451,10 +451,10 @@ func TestDoctorProvider(t *testing.T) {
 		{status(403), "FAIL", "key refused", "give it a valid key"},
 		{status(307), "warn", "answers 307", ""},
 		{status(500), "warn", "answers 500", ""},
-		{func(c *providerConn, _ recorded) bool { return c.reset() }, "FAIL", "unreachable", "check the base URL"},
+		{func(c *providerConn, _ recordedRequest) bool { return c.reset() }, "FAIL", "unreachable", "check the base URL"},
 	} {
-		p.provider.answer(tt.script)
-		lines, _ := p.examined(nil, "--provider")
+		p.provider.setScript(tt.script)
+		lines, _ := p.runDoctor(nil, "--provider")
 		for _, name := range []string{"(primary)", "(claude)"} {
 			found := false
 			for _, l := range lines {
@@ -465,12 +465,12 @@ func TestDoctorProvider(t *testing.T) {
 			}
 		}
 	}
-	for _, r := range p.provider.got() {
+	for _, r := range p.provider.received() {
 		if r.method != "GET" || r.target != "/v1/models" {
 			t.Errorf("the provider got %s %s", r.method, r.target)
 		}
 	}
-	if r := p.provider.last(t); r.header.Get("X-Api-Key") != p.provider.key || r.header.Get("Anthropic-Version") == "" {
+	if r := p.provider.lastRequest(t); r.header.Get("X-Api-Key") != p.provider.key || r.header.Get("Anthropic-Version") == "" {
 		t.Error("the anthropic upstream was not asked in its own way")
 	}
 }
@@ -484,21 +484,21 @@ func TestDoctorFindings(t *testing.T) {
 		env               map[string]string
 		level, what, text string
 	}{
-		{"database readable by others", func(t *testing.T, p *testProxy) { chmod(t, p.in.cfg.databaseFile, 0o644) }, nil,
+		{"database readable by others", func(t *testing.T, p *testProxy) { mustChmod(t, p.instance.cfg.databaseFile, 0o644) }, nil,
 			"FAIL", "file modes:", "chmod 600"},
-		{"key file readable by others", func(t *testing.T, p *testProxy) { chmod(t, filepath.Join(p.env["DATA_DIR"], keyName), 0o640) }, nil,
+		{"key file readable by others", func(t *testing.T, p *testProxy) { mustChmod(t, filepath.Join(p.env["DATA_DIR"], keyFileName), 0o640) }, nil,
 			"FAIL", "file modes:", "0640"},
-		{"directory open to others", func(t *testing.T, p *testProxy) { chmod(t, p.env["DATA_DIR"], 0o755) }, nil,
+		{"directory open to others", func(t *testing.T, p *testProxy) { mustChmod(t, p.env["DATA_DIR"], 0o755) }, nil,
 			"warn", "file modes:", "chmod 700"},
-		{"key file missing", func(t *testing.T, p *testProxy) { remove(t, filepath.Join(p.env["DATA_DIR"], keyName)) }, nil,
+		{"key file missing", func(t *testing.T, p *testProxy) { mustRemove(t, filepath.Join(p.env["DATA_DIR"], keyFileName)) }, nil,
 			"FAIL", "encryption key:", "is missing"},
 		{"another key", nil, map[string]string{"ENCRYPTION_KEY": goodKey},
 			"FAIL", "encryption key:", "is not the one"},
-		{"database damaged", func(t *testing.T, p *testProxy) { damage(t, p.in.cfg.databaseFile) }, nil,
+		{"database damaged", func(t *testing.T, p *testProxy) { damageDatabase(t, p.instance.cfg.databaseFile) }, nil,
 			"FAIL", "database:", "llm-proxy restore FILE"},
-		{"database no database", func(t *testing.T, p *testProxy) { overwrite(t, p.in.cfg.databaseFile, "text") }, nil,
+		{"database no database", func(t *testing.T, p *testProxy) { mustOverwrite(t, p.instance.cfg.databaseFile, "text") }, nil,
 			"FAIL", "database:", "llm-proxy restore FILE"},
-		{"database empty", func(t *testing.T, p *testProxy) { overwrite(t, p.in.cfg.databaseFile, "") }, nil,
+		{"database empty", func(t *testing.T, p *testProxy) { mustOverwrite(t, p.instance.cfg.databaseFile, "") }, nil,
 			"warn", "database:", "missing or empty"},
 		{"database newer", func(t *testing.T, p *testProxy) { execSQL(t, p, `PRAGMA user_version = 99`) }, nil,
 			"FAIL", "database:", "newer than this program"},
@@ -534,8 +534,8 @@ func TestDoctorFindings(t *testing.T) {
 			if tt.ill != nil {
 				tt.ill(t, p)
 			}
-			lines, _ := p.examined(tt.env)
-			if !has(lines, tt.level, tt.what, tt.text) {
+			lines, _ := p.runDoctor(tt.env)
+			if !hasFinding(lines, tt.level, tt.what, tt.text) {
 				t.Errorf("no line %s %s … %s in\n%s", tt.level, tt.what, tt.text, strings.Join(lines, "\n"))
 			}
 			if strings.Contains(strings.Join(lines, "\n"), "short-canary") {
@@ -545,21 +545,21 @@ func TestDoctorFindings(t *testing.T) {
 	}
 }
 
-func chmod(t *testing.T, name string, mode os.FileMode) {
+func mustChmod(t *testing.T, name string, mode os.FileMode) {
 	t.Helper()
 	if err := os.Chmod(name, mode); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func remove(t *testing.T, name string) {
+func mustRemove(t *testing.T, name string) {
 	t.Helper()
 	if err := os.Remove(name); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func overwrite(t *testing.T, name, text string) {
+func mustOverwrite(t *testing.T, name, text string) {
 	t.Helper()
 	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -568,7 +568,7 @@ func overwrite(t *testing.T, name, text string) {
 
 func execSQL(t *testing.T, p *testProxy, text string) {
 	t.Helper()
-	db, err := openSQLite(p.in.cfg.databaseFile, 1, "")
+	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -583,23 +583,23 @@ func TestDoctorThresholds(t *testing.T) {
 	t.Parallel()
 	now := time.Now()
 	space := func(free uint64, err error) func(*diagnosis) {
-		return func(d *diagnosis) { d.space("/data", func(string) (uint64, error) { return free, err }) }
+		return func(d *diagnosis) { d.checkFreeSpace("/data", func(string) (uint64, error) { return free, err }) }
 	}
 	clock := func(year int) func(*diagnosis) {
-		return func(d *diagnosis) { d.now = time.Date(year, 1, 2, 3, 4, 5, 0, time.UTC); d.clock() }
+		return func(d *diagnosis) { d.now = time.Date(year, 1, 2, 3, 4, 5, 0, time.UTC); d.checkClock() }
 	}
 	certificate := func(valid time.Duration, at time.Time) func(*diagnosis) {
 		cfg := &config{}
 		cfg.tlsCert, cfg.tlsKey = testCertificate(t, t.TempDir(), valid)
-		return func(d *diagnosis) { d.cfg, d.now = cfg, at; d.certificate() }
+		return func(d *diagnosis) { d.cfg, d.now = cfg, at; d.checkCertificate() }
 	}
 	modes := func(mode os.FileMode) func(*diagnosis) {
 		name := filepath.Join(t.TempDir(), "key")
-		overwrite(t, name, goodKey)
-		chmod(t, name, mode)
+		mustOverwrite(t, name, goodKey)
+		mustChmod(t, name, mode)
 		return func(d *diagnosis) {
 			d.cfg, d.getenv = &config{dataDir: filepath.Join(name, "none")}, func(string) string { return name }
-			d.modes()
+			d.checkFileModes()
 		}
 	}
 	for _, tt := range []struct {
@@ -642,7 +642,7 @@ func TestBackupUnderLoad(t *testing.T) {
 		})
 	}
 	file := filepath.Join(p.dir, "backup.db")
-	waitFor(t, "some calls", func() bool { _, _, ended := p.sizes(); return ended > 0 })
+	waitFor(t, "some calls", func() bool { _, _, ended := p.databaseSizes(); return ended > 0 })
 	out, err := runProgram(t, p.env, "backup", file)
 	close(end)
 	clients.Wait()
@@ -659,7 +659,7 @@ func TestBackupUnderLoad(t *testing.T) {
 	}
 	defer st.close()
 	var calls, counted, settled, summed int64
-	if err := st.read.QueryRow(`SELECT (SELECT count(*) FROM requests WHERE outcome <> 'refused'), (SELECT sum(request_count) FROM tokens),
+	if err := st.readDB.QueryRow(`SELECT (SELECT count(*) FROM requests WHERE outcome <> 'refused'), (SELECT sum(request_count) FROM tokens),
 		(SELECT count(*) FROM requests WHERE outcome <> 'open'), (SELECT coalesce(sum(calls), 0) FROM usage_sums WHERE grain = 'day' AND token <> 0)`).
 		Scan(&calls, &counted, &settled, &summed); err != nil {
 		t.Fatal(err)
@@ -667,14 +667,14 @@ func TestBackupUnderLoad(t *testing.T) {
 	if calls == 0 || calls != counted || settled != summed {
 		t.Errorf("the copy is not of one moment: %d calls, %d counted; %d settled, %d summed", calls, counted, settled, summed)
 	}
-	for _, want := range []string{file, "1 projects", "1 tokens", fmt.Sprintf("%d calls", calls), p.in.sealer.id()} {
+	for _, want := range []string{file, "1 projects", "1 tokens", fmt.Sprintf("%d calls", calls), p.instance.sealer.id()} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in %q", want, out)
 		}
 	}
 
 	elsewhere := serveEnv(t)
-	elsewhere["ENCRYPTION_KEY_FILE"] = filepath.Join(p.env["DATA_DIR"], keyName)
+	elsewhere["ENCRYPTION_KEY_FILE"] = filepath.Join(p.env["DATA_DIR"], keyFileName)
 	if out, err = runProgram(t, elsewhere, "restore", file, "--revoke=none"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -682,7 +682,7 @@ func TestBackupUnderLoad(t *testing.T) {
 		t.Fatalf("the restored database: %v %v", info, err)
 	}
 	s := serveProgram(t, elsewhere)
-	p.provider.answer(modelsScript)
+	p.provider.setScript(modelsScript)
 	if got := s.status(t, "/v1/models", p.token); got != 200 {
 		t.Errorf("a token of the backup: %d", got)
 	}
@@ -691,7 +691,7 @@ func TestBackupUnderLoad(t *testing.T) {
 	}
 }
 
-func modelsScript(c *providerConn, _ recorded) bool {
+func modelsScript(c *providerConn, _ recordedRequest) bool {
 	return c.reply(200, `{"object":"list","data":[]}`)
 }
 
@@ -718,12 +718,12 @@ func TestBackupRefused(t *testing.T) {
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}
-	damage(t, p.in.cfg.databaseFile)
+	damageDatabase(t, p.instance.cfg.databaseFile)
 	fresh := filepath.Join(p.dir, "fresh.db")
 	if out, err := runProgram(t, p.env, "backup", fresh); err == nil || !strings.Contains(err.Error(), "no backup was made") {
 		t.Errorf("backup of a damaged database: %v %s", err, out)
 	}
-	if err := os.Remove(p.in.cfg.databaseFile); err != nil {
+	if err := os.Remove(p.instance.cfg.databaseFile); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := runProgram(t, p.env, "backup", fresh); err == nil || !strings.Contains(err.Error(), "there is no database") {
@@ -734,8 +734,8 @@ func TestBackupRefused(t *testing.T) {
 	}
 }
 
-// damage overwrites pages in the middle of a database file.
-func damage(t *testing.T, file string) {
+// damageDatabase overwrites pages in the middle of a database file.
+func damageDatabase(t *testing.T, file string) {
 	t.Helper()
 	b, err := os.ReadFile(file)
 	if err != nil || len(b) < 16<<10 {
@@ -749,8 +749,8 @@ func damage(t *testing.T, file string) {
 	}
 }
 
-// contents are the names and sums of the files in a directory that matter.
-func contents(t *testing.T, dir string) map[string]string {
+// dirChecksums are the names and sums of the files in a directory that matter.
+func dirChecksums(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	files := map[string]string{}
 	entries, err := os.ReadDir(dir)
@@ -803,7 +803,7 @@ func newRestoreTest(t *testing.T) *restoreTest {
 	r.manage("PATCH", "/manage/keys/"+ids["key lowered"], `{"role":"viewer"}`, 200, nil)
 	r.tokens["new value"] = rotated.Token
 	_, r.tokens["made since"] = r.newToken(`"name":"made since"`)
-	r.provider.answer(modelsScript)
+	r.provider.setScript(modelsScript)
 	for range 2 {
 		r.do("GET", "/v1/models", "", "Authorization", "Bearer "+r.tokens["used"])
 	}
@@ -818,7 +818,7 @@ func newRestoreTest(t *testing.T) *restoreTest {
 func TestRestoreChoices(t *testing.T) {
 	t.Parallel()
 	r := newRestoreTest(t)
-	before := contents(t, r.env["DATA_DIR"])
+	before := dirChecksums(t, r.env["DATA_DIR"])
 	out, err := runProgram(t, r.env, "restore", r.backup)
 	if err == nil || !strings.Contains(err.Error(), "nothing was changed") {
 		t.Fatalf("without a choice: %v", err)
@@ -830,7 +830,7 @@ func TestRestoreChoices(t *testing.T) {
 			t.Errorf("%q is not in %s", want, out)
 		}
 	}
-	if after := contents(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
+	if after := dirChecksums(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
 		t.Errorf("a restore that was refused left %v, before %v", after, before)
 	}
 	for _, tt := range []struct {
@@ -861,7 +861,7 @@ func TestRestoreChoices(t *testing.T) {
 			if len(aside) != 1 || !strings.Contains(out, aside[0]) {
 				t.Fatalf("moved aside: %v; %s", aside, out)
 			}
-			if f, err := examine(t.Context(), aside[0]); err != nil || f.tokens != 8 {
+			if f, err := inspectDatabase(t.Context(), aside[0]); err != nil || f.tokens != 8 {
 				t.Errorf("the database from before: %+v %v", f, err)
 			}
 			s := serveProgram(t, env)
@@ -879,10 +879,10 @@ func TestRestoreChoices(t *testing.T) {
 				}
 			}
 			if tt.choice == "all" {
-				if got := s.status(t, "/manage/keys", printed(t, keyPrefix, out)); got != 200 {
+				if got := s.status(t, "/manage/keys", findCredential(t, manageKeyPrefix, out)); got != 200 {
 					t.Errorf("the new key: %d", got)
 				}
-			} else if strings.Contains(out, keyPrefix) {
+			} else if strings.Contains(out, manageKeyPrefix) {
 				t.Errorf("a key is in %s", out)
 			}
 		})
@@ -906,7 +906,7 @@ func TestRestoreRefused(t *testing.T) {
 		return name
 	}
 	damaged := file("damaged", good)
-	damage(t, damaged)
+	damageDatabase(t, damaged)
 	newer := append([]byte(nil), good...)
 	newer[63] = 200 // user_version, big-endian at 60
 	old := append([]byte(nil), good...)
@@ -914,7 +914,7 @@ func TestRestoreRefused(t *testing.T) {
 	withLog := file("with-log", good)
 	file("with-log-wal", []byte("x"))
 	wrongKey := map[string]string{"ENCRYPTION_KEY": goodKey}
-	before := contents(t, r.env["DATA_DIR"])
+	before := dirChecksums(t, r.env["DATA_DIR"])
 	for _, tt := range []struct {
 		name, file, want string
 		env              map[string]string
@@ -927,7 +927,7 @@ func TestRestoreRefused(t *testing.T) {
 		{"newer", file("newer", newer), "newer llm-proxy", nil},
 		{"not ours", file("not-ours", old), "not a database of llm-proxy", nil},
 		{"a copy in use", withLog, "only llm-proxy backup makes whole copies", nil},
-		{"itself", r.in.cfg.databaseFile, "is the database itself", nil},
+		{"itself", r.instance.cfg.databaseFile, "is the database itself", nil},
 		{"a directory", r.dir, "is a directory", nil},
 		{"wrong key", r.backup, "the encryption key is not the one", wrongKey},
 	} {
@@ -937,7 +937,7 @@ func TestRestoreRefused(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), "nothing was changed") {
 			t.Errorf("%s: %v %s", tt.name, err, out)
 		}
-		if after := contents(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
+		if after := dirChecksums(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
 			t.Errorf("%s: left %v", tt.name, after)
 		}
 	}
@@ -945,7 +945,7 @@ func TestRestoreRefused(t *testing.T) {
 	if _, err := runProgram(t, fresh, "restore", r.backup, "--revoke=none"); err == nil || !strings.Contains(err.Error(), "the encryption key is missing") {
 		t.Errorf("without a key: %v", err)
 	}
-	if after := contents(t, fresh["DATA_DIR"]); len(after) != 1 { // the lock file
+	if after := dirChecksums(t, fresh["DATA_DIR"]); len(after) != 1 { // the lock file
 		t.Errorf("without a key: left %v", after)
 	}
 	r.start()
@@ -954,16 +954,16 @@ func TestRestoreRefused(t *testing.T) {
 	}
 }
 
-// TestRestoreAfterTrouble: a current database that is damaged, gone, or left
+// TestRestoreAfterFailure: a current database that is damaged, gone, or left
 // half-way by a restore that was killed.
-func TestRestoreAfterTrouble(t *testing.T) {
+func TestRestoreAfterFailure(t *testing.T) {
 	t.Parallel()
 	r := newRestoreTest(t)
-	file := r.in.cfg.databaseFile
+	file := r.instance.cfg.databaseFile
 	restore := func(choice string) (string, error) {
 		return runProgram(t, r.env, "restore", r.backup, "--revoke="+choice)
 	}
-	damage(t, file)
+	damageDatabase(t, file)
 	r.allowErrors = true
 	if out, err := restore("since"); err == nil || !strings.Contains(out, "cannot be read") || !strings.Contains(err.Error(), "needs a current database") {
 		t.Errorf("since, beside a damaged database: %v %s", err, out)
@@ -1002,12 +1002,12 @@ func TestRestoreAfterTrouble(t *testing.T) {
 }
 
 // keyFile is where the key of a proxy without a setting for it lives.
-func (p *testProxy) keyFile() string { return filepath.Join(p.env["DATA_DIR"], keyName) }
+func (p *testProxy) keyFile() string { return filepath.Join(p.env["DATA_DIR"], keyFileName) }
 
-// sealedWith counts the traces of a key in the database file and beside it.
-func (p *testProxy) sealedWith(kid [8]byte) (n int) {
+// countSealedWith counts the traces of a key in the database file and beside it.
+func (p *testProxy) countSealedWith(kid [8]byte) (n int) {
 	p.t.Helper()
-	files, err := filepath.Glob(p.in.cfg.databaseFile + "*")
+	files, err := filepath.Glob(p.instance.cfg.databaseFile + "*")
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -1027,13 +1027,13 @@ func (p *testProxy) sealedWith(kid [8]byte) (n int) {
 func TestRekey(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.keep()
+	p.enableContent()
 	for range 20 {
 		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"u","priority":5,"api_key":"`+p.provider.key+`"}`, 201, nil)
 	}
 	p.chat()
 	before := p.lastCall()
-	old := p.in.sealer
+	old := p.instance.sealer
 	if out, err := runProgram(t, p.env, "rekey"); err == nil || !strings.Contains(err.Error(), "another llm-proxy is using") {
 		t.Errorf("while serving: %v %s", err, out)
 	}
@@ -1041,32 +1041,32 @@ func TestRekey(t *testing.T) {
 		t.Fatal(err)
 	}
 	was, err := os.ReadFile(p.keyFile())
-	if err != nil || p.sealedWith(old.kid) == 0 {
+	if err != nil || p.countSealedWith(old.kid) == 0 {
 		t.Fatal("the test does not find what is sealed: ", err)
 	}
 	out, err := runProgram(t, p.env, "rekey")
 	if err != nil || !strings.Contains(out, "21 provider keys") || strings.Contains(out, strings.TrimSpace(string(was))) {
 		t.Fatalf("%v %s", err, out)
 	}
-	if n := p.sealedWith(old.kid); n != 0 {
+	if n := p.countSealedWith(old.kid); n != 0 {
 		t.Errorf("%d traces of the old key are left", n)
 	}
 	now, err := os.ReadFile(p.keyFile())
 	if info, e := os.Stat(p.keyFile()); err != nil || e != nil || info.Mode().Perm() != 0o600 || bytes.Equal(now, was) {
 		t.Errorf("the key file: %v %v", err, e)
 	}
-	if _, err := os.Stat(filepath.Join(p.env["DATA_DIR"], newKeyName)); err == nil {
+	if _, err := os.Stat(filepath.Join(p.env["DATA_DIR"], newKeyFileName)); err == nil {
 		t.Error("the new key lies there twice")
 	}
 	p.start()
-	if res := p.chat(); res.status != 200 || p.provider.last(t).header.Get("Authorization") != "Bearer "+p.provider.key {
+	if res := p.chat(); res.status != 200 || p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
-	if v := p.contentOf(before.ID); v.Request.Text == nil || !strings.Contains(*v.Request.Text, promptCanary) {
+	if v := p.getContentUntraced(before.ID); v.Request.Text == nil || !strings.Contains(*v.Request.Text, promptCanary) {
 		t.Error("kept content is lost")
 	}
-	k := p.verifyTrail()
-	entries, err := p.in.store.auditPage(t.Context(), 0, 1<<60)
+	k := p.verifyAudit()
+	entries, err := p.instance.store.auditPage(t.Context(), 0, 1<<60)
 	if err != nil || !k.intact() || entries[len(entries)-1].action != actionReveal || entries[len(entries)-2].action != actionRekey {
 		t.Errorf("the trail: %v %v", k.problems, err)
 	}
@@ -1076,7 +1076,7 @@ func TestRekey(t *testing.T) {
 	if err := os.WriteFile(p.keyFile(), was, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openInstance(t.Context(), p.in.cfg, p.in.log, nil); err == nil || !strings.Contains(err.Error(), "not the one") {
+	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil || !strings.Contains(err.Error(), "not the one") {
 		t.Errorf("it starts with the old key: %v", err)
 	}
 }
@@ -1135,7 +1135,7 @@ func TestRekeyFile(t *testing.T) {
 func TestRekeyBroken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	if _, err := p.in.store.write.Exec(`UPDATE upstreams SET base_url = 'https://elsewhere.example.com/v1'`); err != nil {
+	if _, err := p.instance.store.writeDB.Exec(`UPDATE upstreams SET base_url = 'https://elsewhere.example.com/v1'`); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.stop(); err != nil {
@@ -1190,12 +1190,12 @@ func TestRekeyKilled(t *testing.T) {
 		if res := p.chat(); res.status != 200 {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
-		if ups, err := p.in.store.upstreamsOf(t.Context(), p.in.registry.projects[1].state.Load().seq); err != nil || len(ups) != 31 {
+		if ups, err := p.instance.store.projectUpstreams(t.Context(), p.instance.registry.projects[1].state.Load().seq); err != nil || len(ups) != 31 {
 			t.Errorf("%d upstreams: %v", len(ups), err)
 		} else {
 			for i := range ups {
-				if u := newUpstream(&ups[i], p.in.sealer, true, p.in.registry.health); u.broken != nil {
-					t.Errorf("upstream %s: %v", u.id, u.broken)
+				if u := newUpstream(&ups[i], p.instance.sealer, true, p.instance.registry.health); u.configErr != nil {
+					t.Errorf("upstream %s: %v", u.id, u.configErr)
 				}
 			}
 		}
@@ -1219,14 +1219,14 @@ func TestRekeyInterrupted(t *testing.T) {
 	if out, err := runProgram(t, p.env, "rekey"); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
-	next := filepath.Join(p.env["DATA_DIR"], newKeyName) // as if it had ended before the last step
+	next := filepath.Join(p.env["DATA_DIR"], newKeyFileName) // as if it had ended before the last step
 	if err := os.Rename(p.keyFile(), next); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(p.keyFile(), was, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openInstance(t.Context(), p.in.cfg, p.in.log, nil); err == nil || !strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
+	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil || !strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
 		t.Errorf("the start says %v", err)
 	}
 	if out, err := runProgram(t, p.env, "rekey"); err != nil || !strings.Contains(out, "1 provider keys") {

@@ -55,12 +55,12 @@ type config struct {
 	maxDatabaseBytes  int64 // 0: no limit
 	maxContentBytes   int64
 	adminPages        bool
-	lines             []settingLine // all of it, to be shown
+	settings          []effectiveSetting // all of it, to be shown
 }
 
-// A settingLine is a setting as it is in force. Of a secret one Value says only
+// A effectiveSetting is a setting as it is in force. Of a secret one Value says only
 // whether it is set.
-type settingLine struct {
+type effectiveSetting struct {
 	Name, Value, Help string
 	IsDefault         bool
 }
@@ -85,7 +85,7 @@ func settings() []setting {
 				return checkListen(s)
 			}},
 		{"SOCKET_MODE", "0660", "who may connect to a unix socket: the file's mode, octal", false,
-			func(c *config, s string) (err error) { c.socketMode, err = parseMode(s); return err }},
+			func(c *config, s string) (err error) { c.socketMode, err = parseFileMode(s); return err }},
 		{"DATA_DIR", "./data", "directory for the database and the key file; made if missing, 0700", false,
 			func(c *config, s string) (err error) { c.dataDir, err = filepath.Abs(s); return err }},
 		{"DATABASE_URL", "", "sqlite:FILE for a database outside DATA_DIR; empty: DATA_DIR/llm-proxy.db", false,
@@ -116,7 +116,7 @@ func settings() []setting {
 			func(c *config, s string) (err error) { c.adminPages, err = parseBool(s); return err }},
 		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed; unix: who comes by the socket", false,
 			func(c *config, s string) (err error) {
-				c.trustUnix, c.trustedProxies, err = parseTrusted(s)
+				c.trustUnix, c.trustedProxies, err = parseTrustedProxies(s)
 				return err
 			}},
 		{"TLS_CERT_FILE", "", "certificate chain, PEM; with TLS_KEY_FILE the proxy serves https itself. Read anew when it changes, and at SIGHUP", false,
@@ -126,7 +126,7 @@ func settings() []setting {
 		{"LOG_LEVEL", "info", "debug, info, warn or error", false,
 			func(c *config, s string) (err error) { c.logLevel, err = parseLevel(s); return err }},
 		{"LOG_FORMAT", "json", "json or text", false,
-			func(c *config, s string) error { c.logText = s == "text"; return oneOf(s, "json", "text") }},
+			func(c *config, s string) error { c.logText = s == "text"; return checkOneOf(s, "json", "text") }},
 		{"MAX_BODY_BYTES", "32MiB", "largest request body (JSON, audio, images) that is read into memory", false,
 			func(c *config, s string) (err error) { c.maxBodyBytes, err = parseSize(s, 1<<10, 1<<30); return err }},
 		{"MAX_UPLOAD_BYTES", "512MiB", "largest file upload on stateful endpoints; streamed, not held in memory", false,
@@ -139,24 +139,27 @@ func settings() []setting {
 			func(c *config, s string) (err error) { c.maxConnections, err = parseCount(s, 1, 1_000_000); return err }},
 		{"UPSTREAM_TIMEOUT", "10m", "how long a provider may take to begin its answer", false,
 			func(c *config, s string) (err error) {
-				c.upstreamTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
+				c.upstreamTimeout, err = parseDuration(s, 100*time.Millisecond, 2*time.Hour)
 				return err
 			}},
 		{"FIRST_EVENT_TIMEOUT", "10s", "how long a stream's first event may take before the next upstream is tried, where there is one", false,
 			func(c *config, s string) (err error) {
-				c.firstEventTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
+				c.firstEventTimeout, err = parseDuration(s, 100*time.Millisecond, 2*time.Hour)
 				return err
 			}},
 		{"STREAM_IDLE_TIMEOUT", "5m", "how long an answer may pause before it is cut; answers have no total limit", false,
 			func(c *config, s string) (err error) {
-				c.streamIdleTimeout, err = parseSpan(s, 100*time.Millisecond, 2*time.Hour)
+				c.streamIdleTimeout, err = parseDuration(s, 100*time.Millisecond, 2*time.Hour)
 				return err
 			}},
 		{"DRAIN_TIMEOUT", "30s", "how long running calls may go on after SIGTERM", false,
-			func(c *config, s string) (err error) { c.drainTimeout, err = parseSpan(s, 0, time.Hour); return err }},
+			func(c *config, s string) (err error) {
+				c.drainTimeout, err = parseDuration(s, 0, time.Hour)
+				return err
+			}},
 		{"RETENTION", "90d", "how long the ledger keeps single calls; sums are kept longer", false,
 			func(c *config, s string) (err error) {
-				c.retention, err = parseSpan(s, time.Hour, 3660*24*time.Hour)
+				c.retention, err = parseDuration(s, time.Hour, 3660*24*time.Hour)
 				return err
 			}},
 		{"MAX_DATABASE_BYTES", "", "size of the database beyond which the oldest single calls go, whatever their age; empty: no limit", false,
@@ -188,12 +191,12 @@ func settingText(getenv func(string) string, name string) string {
 // loadConfig reads every setting through getenv. The error, if any, lists all
 // problems, one a line, each with the setting's name and what to do.
 func loadConfig(getenv func(string) string) (*config, error) {
-	return readConfig(getenv, checkDirectory)
+	return loadConfigWith(getenv, checkDirectory)
 }
 
-// readConfig is loadConfig with another check of the directories that files are
+// loadConfigWith is loadConfig with another check of the directories that files are
 // kept in: for a command that writes none.
-func readConfig(getenv func(string) string, checkDirectory func(string) error) (*config, error) {
+func loadConfigWith(getenv func(string) string, checkDirectory func(string) error) (*config, error) {
 	c := &config{}
 	var problems []error
 	bad := map[string]bool{}
@@ -212,13 +215,13 @@ func readConfig(getenv func(string) string, checkDirectory func(string) error) (
 		if s.secret && given {
 			shown = hiddenSecret
 		}
-		c.lines = append(c.lines, settingLine{s.name, shown, s.help, !given})
+		c.settings = append(c.settings, effectiveSetting{s.name, shown, s.help, !given})
 		if text == "" {
 			continue
 		}
 		if err := s.set(c, text); err != nil {
 			bad[s.name] = true
-			problems = append(problems, fmt.Errorf("%s: %s%w", s.name, quoteUnless(s.secret, text), err))
+			problems = append(problems, fmt.Errorf("%s: %s%w", s.name, quoteValue(s.secret, text), err))
 		}
 	}
 	for _, pair := range [][2]string{
@@ -230,7 +233,7 @@ func readConfig(getenv func(string) string, checkDirectory func(string) error) (
 	}
 	if c.openaiURL != "" && !bad["ALLOW_PRIVATE_UPSTREAMS"] {
 		if _, err := parseBaseURL(c.openaiURL, c.allowPrivate); err != nil {
-			problems = append(problems, fmt.Errorf("OPENAI_API_URL: %s%w", quoteUnless(false, c.openaiURL), err))
+			problems = append(problems, fmt.Errorf("OPENAI_API_URL: %s%w", quoteValue(false, c.openaiURL), err))
 		}
 	}
 	if c.bodyMemory < c.maxBodyBytes && !bad["BODY_MEMORY"] {
@@ -250,9 +253,9 @@ func readConfig(getenv func(string) string, checkDirectory func(string) error) (
 	return c, errors.Join(problems...)
 }
 
-// quoteUnless quotes a setting's value for an error, unless it is a secret or a
+// quoteValue quotes a setting's value for an error, unless it is a secret or a
 // URL that may have one in it.
-func quoteUnless(secret bool, text string) string {
+func quoteValue(secret bool, text string) string {
 	if secret || strings.ContainsAny(text, "@?#") {
 		return "the value "
 	}
@@ -281,7 +284,7 @@ func checkTLS(c *config) []error {
 		return []error{errors.New("TLS_KEY_FILE: is set without TLS_CERT_FILE; set both or neither")}
 	}
 	if _, err := tls.LoadX509KeyPair(c.tlsCert, c.tlsKey); err != nil {
-		return []error{fmt.Errorf("TLS_CERT_FILE, TLS_KEY_FILE: not a usable pair: %w", pathProblem(err))}
+		return []error{fmt.Errorf("TLS_CERT_FILE, TLS_KEY_FILE: not a usable pair: %w", unwrapPathError(err))}
 	}
 	return nil
 }
@@ -296,14 +299,14 @@ func checkDirectory(dir string) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("%q: %s", dir, pathProblem(err))
+		return fmt.Errorf("%q: %s", dir, unwrapPathError(err))
 	}
 	if !info.IsDir() {
 		return fmt.Errorf("%q is not a directory", dir)
 	}
 	f, err := os.CreateTemp(dir, ".writable-*")
 	if err != nil {
-		return fmt.Errorf("%q cannot be written to: %s; give this user the right, or name another directory", dir, pathProblem(err))
+		return fmt.Errorf("%q cannot be written to: %s; give this user the right, or name another directory", dir, unwrapPathError(err))
 	}
 	f.Close()
 	return os.Remove(f.Name())
@@ -317,7 +320,7 @@ func checkDatabaseFile(c *config, checkDirectory func(string) error) error {
 		return fmt.Errorf("%q is a directory; name a file in it", c.databaseFile)
 	}
 	if _, err := os.Stat(dir); err != nil {
-		return fmt.Errorf("%q: %w; make the directory first", dir, pathProblem(err))
+		return fmt.Errorf("%q: %w; make the directory first", dir, unwrapPathError(err))
 	}
 	return checkDirectory(dir)
 }
@@ -363,12 +366,12 @@ func parseDatabaseURL(s string) (string, error) {
 func readSecretFile(name string, to *secret, check func(string) error) error {
 	f, err := os.Open(name)
 	if err != nil {
-		return fmt.Errorf("names a file that cannot be read: %w", pathProblem(err))
+		return fmt.Errorf("names a file that cannot be read: %w", unwrapPathError(err))
 	}
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, 4097))
 	if err != nil {
-		return fmt.Errorf("names a file that cannot be read: %w", pathProblem(err))
+		return fmt.Errorf("names a file that cannot be read: %w", unwrapPathError(err))
 	}
 	if len(b) > 4096 {
 		return errors.New("names a file that is larger than 4 KiB; it must hold the secret alone")
@@ -381,7 +384,7 @@ func readSecretFile(name string, to *secret, check func(string) error) error {
 	return nil
 }
 
-func pathProblem(err error) error {
+func unwrapPathError(err error) error {
 	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err
 	}
@@ -429,13 +432,13 @@ func checkProviderKey(s string) error {
 }
 
 func parseBool(s string) (bool, error) {
-	if err := oneOf(s, "true", "false"); err != nil {
+	if err := checkOneOf(s, "true", "false"); err != nil {
 		return false, err
 	}
 	return s == "true", nil
 }
 
-func oneOf(s string, allowed ...string) error {
+func checkOneOf(s string, allowed ...string) error {
 	if slices.Contains(allowed, s) {
 		return nil
 	}
@@ -444,7 +447,7 @@ func oneOf(s string, allowed ...string) error {
 
 func parseLevel(s string) (slog.Level, error) {
 	var l slog.Level
-	if err := oneOf(s, "debug", "info", "warn", "error"); err != nil {
+	if err := checkOneOf(s, "debug", "info", "warn", "error"); err != nil {
 		return l, err
 	}
 	return l, l.UnmarshalText([]byte(s))
@@ -459,8 +462,8 @@ func parsePublicURL(s string) (*url.URL, error) {
 	return u, nil
 }
 
-// parseMode reads the permissions of a file.
-func parseMode(s string) (fs.FileMode, error) {
+// parseFileMode reads the permissions of a file.
+func parseFileMode(s string) (fs.FileMode, error) {
 	n, err := strconv.ParseUint(s, 8, 32)
 	if err != nil || n > 0o777 || n&0o600 != 0o600 {
 		return 0, errors.New("must be octal permissions that let the owner read and write, as in 0660")
@@ -468,8 +471,8 @@ func parseMode(s string) (fs.FileMode, error) {
 	return fs.FileMode(n), nil
 }
 
-// parseTrusted reads a list of networks, in which unix stands for the socket.
-func parseTrusted(s string) (socket bool, nets []netip.Prefix, err error) {
+// parseTrustedProxies reads a list of networks, in which unix stands for the socket.
+func parseTrustedProxies(s string) (socket bool, nets []netip.Prefix, err error) {
 	var rest []string
 	for item := range strings.SplitSeq(s, ",") {
 		if strings.TrimSpace(item) == "unix" {
@@ -510,8 +513,8 @@ func parseCount(s string, least, most int64) (int64, error) {
 	return n, nil
 }
 
-// parseSpan reads a duration in Go's form, or in whole days as in 90d.
-func parseSpan(s string, least, most time.Duration) (time.Duration, error) {
+// parseDuration reads a duration in Go's form, or in whole days as in 90d.
+func parseDuration(s string, least, most time.Duration) (time.Duration, error) {
 	var d time.Duration
 	if digits, ok := strings.CutSuffix(s, "d"); ok {
 		n, err := strconv.ParseUint(digits, 10, 16)
@@ -526,7 +529,7 @@ func parseSpan(s string, least, most time.Duration) (time.Duration, error) {
 		}
 	}
 	if d < least || d > most {
-		return 0, fmt.Errorf("must be from %s to %s", formatSpan(least), formatSpan(most))
+		return 0, fmt.Errorf("must be from %s to %s", formatDuration(least), formatDuration(most))
 	}
 	return d, nil
 }

@@ -21,8 +21,8 @@ const (
 	goodToken = "m4nAg3-7Qz1xWk0VbR2sT9uYp5LcHd8Ej"
 )
 
-// configOf loads settings over ones that are enough for a start.
-func configOf(t *testing.T, env map[string]string) (*config, error) {
+// loadTestConfig loads settings over ones that are enough for a start.
+func loadTestConfig(t *testing.T, env map[string]string) (*config, error) {
 	t.Helper()
 	all := map[string]string{"DATA_DIR": t.TempDir()}
 	maps.Copy(all, env)
@@ -31,7 +31,7 @@ func configOf(t *testing.T, env map[string]string) (*config, error) {
 
 func TestConfigDefaults(t *testing.T) {
 	t.Parallel()
-	c, err := configOf(t, nil)
+	c, err := loadTestConfig(t, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,7 +183,7 @@ func TestConfigValues(t *testing.T) {
 		{"RETENTION", "5m", "must be from"},
 		{"RETENTION", "99999d", "must be a duration"},
 	} {
-		_, err := configOf(t, map[string]string{tt.name: tt.value})
+		_, err := loadTestConfig(t, map[string]string{tt.name: tt.value})
 		switch {
 		case tt.want == "" && err != nil:
 			t.Errorf("%s=%q: %v", tt.name, tt.value, err)
@@ -191,13 +191,13 @@ func TestConfigValues(t *testing.T) {
 			t.Errorf("%s=%q is taken", tt.name, tt.value)
 		case tt.want != "" && (!strings.Contains(err.Error(), tt.want) || !strings.HasPrefix(err.Error(), tt.name) || strings.Contains(err.Error(), "\n")):
 			t.Errorf("%s=%q: the error is %q, want one line with %q", tt.name, tt.value, err, tt.want)
-		case tt.want != "" && (secretSetting(tt.name) && strings.Contains(err.Error(), strings.TrimSpace(tt.value)) || strings.Contains(err.Error(), "pw-canary")):
+		case tt.want != "" && (isSecretSetting(tt.name) && strings.Contains(err.Error(), strings.TrimSpace(tt.value)) || strings.Contains(err.Error(), "pw-canary")):
 			t.Errorf("%s: its value is in the error: %v", tt.name, err)
 		}
 	}
 }
 
-func secretSetting(name string) bool {
+func isSecretSetting(name string) bool {
 	return slices.ContainsFunc(settings(), func(s setting) bool { return s.name == name && s.secret })
 }
 
@@ -218,7 +218,7 @@ func TestConfigPairs(t *testing.T) {
 		{map[string]string{"OPENAI_API_URL": "http://127.0.0.1:9", "ALLOW_PRIVATE_UPSTREAMS": "true"}, ""},
 		{map[string]string{"BODY_MEMORY": "8MiB", "MAX_BODY_BYTES": "8MiB"}, ""},
 	} {
-		_, err := configOf(t, tt.env)
+		_, err := loadTestConfig(t, tt.env)
 		if (err == nil) != (tt.want == "") || err != nil && (!strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "pw-canary")) {
 			t.Errorf("%v: %v, want %q", tt.env, err, tt.want)
 		}
@@ -231,7 +231,7 @@ func TestConfigUnwritable(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() == 0 {
 		t.Log("as root, /proc stands for a directory that takes no file")
-		if _, err := configOf(t, map[string]string{"DATA_DIR": "/proc"}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
+		if _, err := loadTestConfig(t, map[string]string{"DATA_DIR": "/proc"}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
 			t.Errorf("the error is %v", err)
 		}
 		return
@@ -240,7 +240,7 @@ func TestConfigUnwritable(t *testing.T) {
 	if err := os.Chmod(dir, 0o500); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := configOf(t, map[string]string{"DATA_DIR": filepath.Join(dir, "data")}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
+	if _, err := loadTestConfig(t, map[string]string{"DATA_DIR": filepath.Join(dir, "data")}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
 		t.Errorf("the error is %v", err)
 	}
 }
@@ -322,7 +322,7 @@ func FuzzConfig(f *testing.F) {
 		c, err := loadConfig(func(name string) string { return env[name] })
 		if err != nil {
 			for name, value := range env {
-				if secretSetting(name) && len(value) > 12 && v != w && strings.Contains(err.Error(), value) {
+				if isSecretSetting(name) && len(value) > 12 && v != w && strings.Contains(err.Error(), value) {
 					t.Errorf("the error holds the value of %s: %v", name, err)
 				}
 			}
@@ -333,7 +333,7 @@ func FuzzConfig(f *testing.F) {
 			t.Errorf("out of bounds: %+v", c)
 		}
 		if c.encryptionKey != nil {
-			if _, err := sealerOf(c.encryptionKey); err != nil {
+			if _, err := sealerFromKey(c.encryptionKey); err != nil {
 				t.Error(err)
 			}
 		}

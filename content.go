@@ -13,41 +13,41 @@ import (
 	"time"
 )
 
-// A keptBody is the beginning of a request's body or an answer's.
-type keptBody struct {
+// A storedBody is the beginning of a request's body or an answer's.
+type storedBody struct {
 	bytes []byte
 	size  int64 // of the whole
 	full  bool  // no more is kept
 }
 
-// A keptContent is what is kept of a running call. The nil one keeps nothing. It
+// A storedContent is what is kept of a running call. The nil one keeps nothing. It
 // belongs to the goroutine of the call.
-type keptContent struct {
-	memory          *bodyMemory // which it takes its memory from, as bodies do
-	held            int64
-	most            int64 // bytes of each body
-	until           int64
-	request, answer keptBody
+type storedContent struct {
+	memory            *bodyMemory // which it takes its memory from, as bodies do
+	reserved          int64
+	maxBytes          int64 // bytes of each body
+	expiresAt         int64
+	request, response storedBody
 }
 
-// keepContent begins to keep a call's content, if its project asks for it.
-func (p *proxy) keepContent(c *call) *keptContent {
+// newStoredContent begins to keep a call's content, if its project asks for it.
+func (p *proxy) newStoredContent(c *call) *storedContent {
 	days := c.project.policy.KeepContentDays
 	if days == 0 {
 		return nil
 	}
 	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's own row
-	k := &keptContent{memory: p.bodies, most: p.cfg.maxContentBytes, until: c.start.Add(age).UnixMilli()}
+	k := &storedContent{memory: p.bodies, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
 	k.add(&k.request, c.body)
 	return k
 }
 
-func (k *keptContent) add(b *keptBody, p []byte) {
+func (k *storedContent) add(b *storedBody, p []byte) {
 	if k == nil {
 		return
 	}
 	b.size += int64(len(p))
-	n := min(k.most-int64(len(b.bytes)), int64(len(p)))
+	n := min(k.maxBytes-int64(len(b.bytes)), int64(len(p)))
 	if b.full || n == 0 {
 		return
 	}
@@ -55,20 +55,20 @@ func (k *keptContent) add(b *keptBody, p []byte) {
 		b.full = true
 		return
 	}
-	k.held += n
+	k.reserved += n
 	b.bytes = append(b.bytes, p[:n]...)
 }
 
-// answered keeps bytes of the answer as they go to the client.
-func (k *keptContent) answered(p []byte) {
+// addResponse keeps bytes of the answer as they go to the client.
+func (k *storedContent) addResponse(p []byte) {
 	if k != nil {
-		k.add(&k.answer, p)
+		k.add(&k.response, p)
 	}
 }
 
-func (k *keptContent) release() {
+func (k *storedContent) release() {
 	if k != nil {
-		k.memory.release(k.held)
+		k.memory.release(k.reserved)
 	}
 }
 
@@ -105,9 +105,9 @@ func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, er
 	return &contentKey{root}, nil
 }
 
-// of returns the sealer for one call.
-func (k *contentKey) of(id int64) (*sealer, error) {
-	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy content v1|"+requestID(id), 32)
+// sealerFor returns the sealer for one call.
+func (k *contentKey) sealerFor(id int64) (*sealer, error) {
+	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy content v1|"+formatRequestID(id), 32)
 	if err != nil {
 		return nil, fmt.Errorf("deriving a content key: %w", err)
 	}
@@ -116,36 +116,36 @@ func (k *contentKey) of(id int64) (*sealer, error) {
 
 // A contentRow is what the store has of a call's content, sealed.
 type contentRow struct {
-	id, project, until        int64
-	request, answer           []byte
-	requestBytes, answerBytes int64
+	id, project, expiresAt      int64
+	request, response           []byte
+	requestBytes, responseBytes int64
 }
 
 const (
-	requestPart = "request"
-	answerPart  = "answer"
+	requestPart  = "request"
+	responsePart = "answer"
 )
 
 // seal returns what is to be stored of k.
-func (k *contentKey) seal(id, project int64, c *keptContent) (*contentRow, error) {
-	sl, err := k.of(id)
+func (k *contentKey) seal(id, project int64, c *storedContent) (*contentRow, error) {
+	sl, err := k.sealerFor(id)
 	if err != nil {
 		return nil, err
 	}
-	return &contentRow{id: id, project: project, until: c.until,
+	return &contentRow{id: id, project: project, expiresAt: c.expiresAt,
 		request: sl.seal(newSecret(string(c.request.bytes)), requestPart), requestBytes: c.request.size,
-		answer: sl.seal(newSecret(string(c.answer.bytes)), answerPart), answerBytes: c.answer.size}, nil
+		response: sl.seal(newSecret(string(c.response.bytes)), responsePart), responseBytes: c.response.size}, nil
 }
 
 // open returns both bodies of a row.
 func (k *contentKey) open(row *contentRow) (request, answer secret, err error) {
-	sl, err := k.of(row.id)
+	sl, err := k.sealerFor(row.id)
 	if err != nil {
 		return nil, nil, err
 	}
 	if request, err = sl.open(row.request, requestPart); err != nil {
 		return nil, nil, err
 	}
-	answer, err = sl.open(row.answer, answerPart)
+	answer, err = sl.open(row.response, responsePart)
 	return request, answer, err
 }

@@ -13,13 +13,13 @@ import (
 	"unicode/utf8"
 )
 
-// keep turns content on for the test's project.
-func (p *testProxy) keep() {
+// enableContent turns content on for the test's project.
+func (p *testProxy) enableContent() {
 	p.t.Helper()
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":7}}`, 200, nil)
 }
 
-func (p *testProxy) content(id string) (v struct {
+func (p *testProxy) getContent(id string) (v struct {
 	Until           time.Time `json:"kept_until"`
 	Request, Answer struct {
 		Bytes, Kept  int64
@@ -37,10 +37,10 @@ func (p *testProxy) content(id string) (v struct {
 	return v
 }
 
-// contents counts what is stored.
-func (p *testProxy) contents() (n int) {
+// countContents counts what is stored.
+func (p *testProxy) countContents() (n int) {
 	p.t.Helper()
-	if err := p.in.store.read.QueryRow(`SELECT count(*) FROM contents`).Scan(&n); err != nil {
+	if err := p.instance.store.readDB.QueryRow(`SELECT count(*) FROM contents`).Scan(&n); err != nil {
 		p.t.Fatal(err)
 	}
 	return n
@@ -52,60 +52,60 @@ func TestContentOff(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.chat()
-	refused(t, "of a token", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"keep_content_days":7}}`), 400, "policy.keep_content_days")
-	refused(t, "a year and a day", p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":366}}`), 400, "policy.keep_content_days")
-	refused(t, "negative", p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":-1}}`), 400, "policy.keep_content_days")
-	if row := p.lastCall(); p.contents() != 0 || p.manageAs(p.adminKey, "GET", "/manage/requests/"+row.ID+"/content", "").status != 404 {
+	expectParamError(t, "of a token", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"keep_content_days":7}}`), 400, "policy.keep_content_days")
+	expectParamError(t, "a year and a day", p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":366}}`), 400, "policy.keep_content_days")
+	expectParamError(t, "negative", p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":-1}}`), 400, "policy.keep_content_days")
+	if row := p.lastCall(); p.countContents() != 0 || p.manageAs(p.adminKey, "GET", "/manage/requests/"+row.ID+"/content", "").status != 404 {
 		t.Error("something is kept")
 	}
-	p.keep()
+	p.enableContent()
 	p.chat()
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{}}`, 200, nil)
 	p.chat()
 	p.chatAs("sk-llmp_wrong")
-	if p.settle(); p.contents() != 1 {
-		t.Errorf("%d calls are kept, want 1", p.contents())
+	if p.waitSettled(); p.countContents() != 1 {
+		t.Errorf("%d calls are kept, want 1", p.countContents())
 	}
 }
 
-// TestContentKept: what went to the provider and what came to the client, both
+// TestContentStored: what went to the provider and what came to the client, both
 // within the limit; streams and cut answers too. On disk all of it is sealed,
 // which the harness looks for at the end.
-func TestContentKept(t *testing.T) {
+func TestContentStored(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_CONTENT_BYTES": "2KiB"})
-	p.keep()
+	p.enableContent()
 	const canary = "kept-canary-5Tq8vNw2"
 	p.secrets = append(p.secrets, canary)
 	for name, c := range map[string]struct {
 		members []string
-		script  func(c *providerConn, r recorded) bool
+		script  func(c *providerConn, r recordedRequest) bool
 		answer  string // how it begins
 		bytes   int64
 	}{
-		"unary":  {nil, nil, chatAnswer, int64(len(chatAnswer))},
+		"unary":  {nil, nil, chatResponseBody, int64(len(chatResponseBody))},
 		"stream": {[]string{`"stream":true`}, nil, `data: {"id":"chatcmpl-1"`, 0},
-		"error": {nil, func(c *providerConn, _ recorded) bool { return c.reply(400, `{"error":{"message":"no"}}`) },
+		"error": {nil, func(c *providerConn, _ recordedRequest) bool { return c.reply(400, `{"error":{"message":"no"}}`) },
 			`{"error":{"message":"no"`, 0},
-		"long": {nil, func(c *providerConn, _ recorded) bool { return c.reply(200, strings.Repeat("ä", 5000)) }, strings.Repeat("ä", 1024), 10000},
-		"odd":  {nil, func(c *providerConn, _ recorded) bool { return c.reply(200, "x"+strings.Repeat("ä", 5000)) }, "x" + strings.Repeat("ä", 1023), 10001},
-		"binary": {nil, func(c *providerConn, _ recorded) bool {
+		"long": {nil, func(c *providerConn, _ recordedRequest) bool { return c.reply(200, strings.Repeat("ä", 5000)) }, strings.Repeat("ä", 1024), 10000},
+		"odd":  {nil, func(c *providerConn, _ recordedRequest) bool { return c.reply(200, "x"+strings.Repeat("ä", 5000)) }, "x" + strings.Repeat("ä", 1023), 10001},
+		"binary": {nil, func(c *providerConn, _ recordedRequest) bool {
 			return c.reply(200, strings.Repeat("\xff\xfe", 5), "Content-Type: audio/mpeg")
 		}, "", 10},
-		"cut": {[]string{`"stream":true`}, func(c *providerConn, _ recorded) bool {
-			c.sse()
+		"cut": {[]string{`"stream":true`}, func(c *providerConn, _ recordedRequest) bool {
+			c.beginSSE()
 			_ = c.chunk(chatEvents(false)[0])
 			return c.reset()
 		}, `data: {"id":"chatcmpl-1"`, 0},
-		"nothing": {nil, func(c *providerConn, _ recorded) bool { return c.reset() }, "", 0},
+		"nothing": {nil, func(c *providerConn, _ recordedRequest) bool { return c.reset() }, "", 0},
 	} {
 		if c.script == nil {
-			c.script = answerChat
+			c.script = chatScript
 		}
-		p.provider.answer(c.script)
+		p.provider.setScript(c.script)
 		body := append(c.members, `"user":"`+canary+`"`)
 		p.chat(body...)
-		v := p.contentOf(p.lastCall().ID)
+		v := p.getContentUntraced(p.lastCall().ID)
 		sent := chatBody(body...)
 		if v.Request.Text == nil || !strings.Contains(*v.Request.Text, canary) || v.Request.Bytes < int64(len(sent)) {
 			t.Errorf("%s: the request: %+v", name, v.Request)
@@ -126,9 +126,9 @@ func TestContentKept(t *testing.T) {
 	}
 }
 
-// contentOf is content without a trace in what clients saw: it shows what is
+// getContentUntraced is content without a trace in what clients saw: it shows what is
 // looked for there.
-func (p *testProxy) contentOf(id string) (v struct {
+func (p *testProxy) getContentUntraced(id string) (v struct {
 	Until           time.Time `json:"kept_until"`
 	Request, Answer struct {
 		Bytes, Kept  int64
@@ -137,7 +137,7 @@ func (p *testProxy) contentOf(id string) (v struct {
 }) {
 	p.t.Helper()
 	q := &testProxy{t: p.t, url: p.url, adminKey: p.adminKey}
-	return q.content(id)
+	return q.getContent(id)
 }
 
 // TestContentRights: only administrators see it, each time is on the audit
@@ -145,7 +145,7 @@ func (p *testProxy) contentOf(id string) (v struct {
 func TestContentRights(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.keep()
+	p.enableContent()
 	p.chat()
 	id := p.lastCall().ID
 	for role, status := range map[string]int{"viewer": 403, "operator": 403} {
@@ -171,28 +171,28 @@ func TestContentRights(t *testing.T) {
 	if seen() != 0 {
 		t.Error("seen already")
 	}
-	p.contentOf(id)
-	p.contentOf(id)
+	p.getContentUntraced(id)
+	p.getContentUntraced(id)
 	if n := seen(); n != 2 {
 		t.Errorf("the trail has %d views, want 2", n)
 	}
-	if _, err := p.in.store.write.Exec(`CREATE TRIGGER broken BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
+	if _, err := p.instance.store.writeDB.Exec(`CREATE TRIGGER broken BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
 		t.Fatal(err)
 	}
 	p.allowErrors = true
 	if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", ""); res.status < 500 {
 		t.Errorf("shown without an entry on the trail: %d", res.status)
 	}
-	if res := p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+p.project+"/content", ""); res.status < 500 || p.contents() != 1 {
+	if res := p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+p.project+"/content", ""); res.status < 500 || p.countContents() != 1 {
 		t.Errorf("erased without an entry on the trail: %d", res.status)
 	}
-	if _, err := p.in.store.write.Exec(`DROP TRIGGER broken`); err != nil {
+	if _, err := p.instance.store.writeDB.Exec(`DROP TRIGGER broken`); err != nil {
 		t.Fatal(err)
 	}
 	var erased struct{ Erased int }
 	p.manage("DELETE", "/manage/projects/"+p.project+"/content", "", 200, &erased)
-	if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", ""); erased.Erased != 1 || p.contents() != 0 || res.status != 404 {
-		t.Errorf("after erasing %d: %d are left, got %d", erased.Erased, p.contents(), res.status)
+	if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", ""); erased.Erased != 1 || p.countContents() != 0 || res.status != 404 {
+		t.Errorf("after erasing %d: %d are left, got %d", erased.Erased, p.countContents(), res.status)
 	}
 }
 
@@ -202,15 +202,15 @@ func TestContentMoved(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
-	p.keep()
+	p.enableContent()
 	p.chat()
 	p.chat()
 	rows := p.ledger()
-	if _, err := p.in.store.write.Exec(`UPDATE contents SET answer = (SELECT request FROM contents ORDER BY id LIMIT 1)
+	if _, err := p.instance.store.writeDB.Exec(`UPDATE contents SET answer = (SELECT request FROM contents ORDER BY id LIMIT 1)
 		WHERE id = (SELECT min(id) FROM contents)`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.in.store.write.Exec(`UPDATE contents SET request = (SELECT request FROM contents ORDER BY id LIMIT 1)
+	if _, err := p.instance.store.writeDB.Exec(`UPDATE contents SET request = (SELECT request FROM contents ORDER BY id LIMIT 1)
 		WHERE id = (SELECT max(id) FROM contents)`); err != nil {
 		t.Fatal(err)
 	}
@@ -221,30 +221,30 @@ func TestContentMoved(t *testing.T) {
 	}
 }
 
-// TestContentGoes: it goes at its time, and first of all where room is needed;
+// TestContentExpires: it goes at its time, and first of all where room is needed;
 // it never stays longer than the call's row.
-func TestContentGoes(t *testing.T) {
+func TestContentExpires(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"RETENTION": "2h"})
-	p.keep()
+	p.enableContent()
 	p.chat()
 	row := p.lastCall()
-	if left := time.Until(p.contentOf(row.ID).Until); left > 2*time.Hour || left < time.Hour {
+	if left := time.Until(p.getContentUntraced(row.ID).Until); left > 2*time.Hour || left < time.Hour {
 		t.Errorf("kept for %v", left)
 	}
 	late := time.Now().Add(3 * time.Hour).UnixMilli()
-	if _, err := p.in.store.contentByID(t.Context(), parseRequestID(row.ID), late); err != errNotFound {
+	if _, err := p.instance.store.contentByID(t.Context(), parseRequestID(row.ID), late); err != errNotFound {
 		t.Errorf("shown after its time: %v", err)
 	}
-	if n, err := p.in.store.forgetContents(t.Context(), time.Now().UnixMilli(), 10); n != 0 || err != nil {
+	if n, err := p.instance.store.deleteExpiredContents(t.Context(), time.Now().UnixMilli(), 10); n != 0 || err != nil {
 		t.Errorf("gone before its time: %d %v", n, err)
 	}
-	if n, err := p.in.store.forgetContents(t.Context(), late, 10); n != 1 || err != nil || p.contents() != 0 {
+	if n, err := p.instance.store.deleteExpiredContents(t.Context(), late, 10); n != 1 || err != nil || p.countContents() != 0 {
 		t.Errorf("not gone: %d %v", n, err)
 	}
 	p.chat()
-	p.settle()
-	if p.in.ledger.shrink(context.Background(), 1, 0); p.contents() != 0 || len(p.ledger()) != 2 {
+	p.waitSettled()
+	if p.instance.ledger.pruneToSize(context.Background(), 1, 0); p.countContents() != 0 || len(p.ledger()) != 2 {
 		t.Error("where room is needed, content does not go first")
 	}
 }
@@ -253,20 +253,20 @@ func TestContentGoes(t *testing.T) {
 func TestContentMemory(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.keep()
+	p.enableContent()
 	m := &bodyMemory{limit: 10}
-	k := &keptContent{memory: m, most: 100}
+	k := &storedContent{memory: m, maxBytes: 100}
 	k.add(&k.request, []byte("12345678"))
-	k.answered([]byte("1234"))
-	k.answered([]byte("1"))
-	if string(k.request.bytes) != "12345678" || k.answer.bytes != nil || k.answer.size != 5 || m.used.Load() != 8 {
+	k.addResponse([]byte("1234"))
+	k.addResponse([]byte("1"))
+	if string(k.request.bytes) != "12345678" || k.response.bytes != nil || k.response.size != 5 || m.used.Load() != 8 {
 		t.Errorf("%+v, %d bytes taken", k, m.used.Load())
 	}
 	if k.release(); m.used.Load() != 0 {
 		t.Error("memory is not given back")
 	}
 	p.chat()
-	p.settle()
+	p.waitSettled()
 }
 
 // TestContentPage (AD6): an administrator sees it on a page, escaped, after a
@@ -275,11 +275,11 @@ func TestContentMemory(t *testing.T) {
 func TestContentPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.seenMayHold(promptCanary)
+	p.allowSecret(promptCanary)
 	b := p.signIn(p.adminKey)
 	edit := "/admin/projects/" + p.project + "/edit"
 	form := func(days string) url.Values {
-		return url.Values{"name": {"test"}, "policy.keep_content_days": {days}, "version": {b.version(edit)}}
+		return url.Values{"name": {"test"}, "policy.keep_content_days": {days}, "version": {b.formVersion(edit)}}
 	}
 	if res := b.post(edit, form("400")); res.status != 400 || !strings.Contains(res.body, `value="400"`) || !strings.Contains(res.body, "to 365.") {
 		t.Errorf("400 days: got %d", res.status)
@@ -303,7 +303,7 @@ func TestContentPage(t *testing.T) {
 	if problems := checkHTML(res.body); len(problems) > 0 {
 		t.Errorf("%v", problems)
 	}
-	if entries, err := p.in.store.auditPage(t.Context(), p.lastEntry()-1, 1<<60); err != nil || len(entries) != 1 || entries[0].action != actionReveal || entries[0].object != id {
+	if entries, err := p.instance.store.auditPage(t.Context(), p.lastAuditSeq()-1, 1<<60); err != nil || len(entries) != 1 || entries[0].action != actionReveal || entries[0].object != id {
 		t.Errorf("the trail ends with %v %v", entries, err)
 	}
 	_, operator := p.newKey("o", "operator")
@@ -318,7 +318,7 @@ func TestContentPage(t *testing.T) {
 		t.Fatalf("got %d", res.status)
 	}
 	p.chat()
-	if p.settle(); p.contents() != 1 {
+	if p.waitSettled(); p.countContents() != 1 {
 		t.Error("it is kept though the form turned it off")
 	}
 	p.manage("DELETE", "/manage/projects/"+p.project+"/content", "", 200, nil)
@@ -327,7 +327,7 @@ func TestContentPage(t *testing.T) {
 	}
 }
 
-// version reads from a form which version of its thing it was made from.
-func (b *browser) version(path string) string {
+// formVersion reads from a form which version of its thing it was made from.
+func (b *browser) formVersion(path string) string {
 	return between(b.get(path).body, `name="version" value="`, `"`)
 }

@@ -18,51 +18,51 @@ import (
 // the time as long before.
 type dashPeriod struct {
 	name, title      string
-	span, step       int64 // milliseconds
+	lengthMS, stepMS int64 // milliseconds
 	from, to         int64 // whole steps; to is the end of the one that runs
-	earlier, earlyTo int64 // as much of the period before as has passed of this one
+	prevFrom, prevTo int64 // as much of the period before as has passed of this one
 	grain            string
 }
 
 // dashPeriods are the periods that can be chosen.
 func dashPeriods(now int64) []dashPeriod {
 	out := []dashPeriod{
-		{name: "24h", title: "24 hours", span: dayMS, step: hourMS, grain: "hour"},
-		{name: "7d", title: "7 days", span: 7 * dayMS, step: 6 * hourMS, grain: "hour"},
-		{name: "30d", title: "30 days", span: 30 * dayMS, step: dayMS, grain: "day"},
-		{name: "90d", title: "90 days", span: 90 * dayMS, step: dayMS, grain: "day"},
+		{name: "24h", title: "24 hours", lengthMS: dayMS, stepMS: hourMS, grain: "hour"},
+		{name: "7d", title: "7 days", lengthMS: 7 * dayMS, stepMS: 6 * hourMS, grain: "hour"},
+		{name: "30d", title: "30 days", lengthMS: 30 * dayMS, stepMS: dayMS, grain: "day"},
+		{name: "90d", title: "90 days", lengthMS: 90 * dayMS, stepMS: dayMS, grain: "day"},
 	}
 	for i := range out {
 		p := &out[i]
-		p.to = now - now%p.step + p.step
+		p.to = now - now%p.stepMS + p.stepMS
 		unit := int64(dayMS) // periods of days begin with one
-		if p.span == dayMS {
+		if p.lengthMS == dayMS {
 			unit = hourMS
 		}
-		p.from = now - now%unit + unit - p.span
+		p.from = now - now%unit + unit - p.lengthMS
 		hour := now - now%hourMS + hourMS
-		p.earlier, p.earlyTo = p.from-p.span, hour-p.span
+		p.prevFrom, p.prevTo = p.from-p.lengthMS, hour-p.lengthMS
 	}
 	return out
 }
 
-func (p *dashPeriod) steps() int { return int((p.to - p.from) / p.step) }
+func (p *dashPeriod) steps() int { return int((p.to - p.from) / p.stepMS) }
 
 // A dashQuery is what a dashboard is asked for.
 type dashQuery struct {
 	dashPeriod
-	project    int64  // seq; 0: all
-	projectID  string // "": all
-	by         string // "project" or "model": what bars are made of
-	measure    string // "calls", "tokens" or "cost"
-	now        int64
-	firstToken int // how many tokens are added up exactly; beyond, the latest calls are
-	latest     int
+	projectSeq     int64  // seq; 0: all
+	projectID      string // "": all
+	groupBy        string // "project" or "model": what bars are made of
+	metric         string // "calls", "tokens" or "cost"
+	now            int64
+	maxExactTokens int // how many tokens are added up exactly; beyond, the latest calls are
+	sampleSize     int
 }
 
-// of returns the part of an amount that is asked for.
-func (q *dashQuery) of(a amount) float64 {
-	switch q.measure {
+// valueOf returns the part of an amount that is asked for.
+func (q *dashQuery) valueOf(a usageTotals) float64 {
+	switch q.metric {
 	case "tokens":
 		return float64(a.tokens)
 	case "cost":
@@ -71,8 +71,8 @@ func (q *dashQuery) of(a amount) float64 {
 	return float64(a.calls)
 }
 
-func (q *dashQuery) unit() unit {
-	if q.measure == "cost" {
+func (q *dashQuery) unit() chartUnit {
+	if q.metric == "cost" {
 		return unitMoney
 	}
 	return unitCount
@@ -80,35 +80,35 @@ func (q *dashQuery) unit() unit {
 
 // A dashData is what was read for a dashboard.
 type dashData struct {
-	hours     []hourSum // by step
-	total     hourSum
-	before    *hourSum
-	models    []step
-	byProject []timeline
-	projects  []share // all with calls, most first
-	tokens    []share // most first
-	sampled   int     // tokens are those of so many of the latest calls; 0: of all
-	endpoints []share
-	lately    int64 // calls in the last minute
-	expiring  []tokenNote
-	keys      []keyTrouble
+	steps              []hourSum // by step
+	total              hourSum
+	previous           *hourSum
+	modelPoints        []usagePoint
+	byProject          []usageSeries
+	projects           []usageShare // all with calls, most first
+	tokens             []usageShare // most first
+	sampledCalls       int          // tokens are those of so many of the latest calls; 0: of all
+	endpoints          []usageShare
+	lastMinuteCalls    int64 // calls in the last minute
+	expiring           []expiringToken
+	unhealthyUpstreams []unhealthyUpstream
 }
 
-// A timeline is a row of amounts, one for each step of the period.
-type timeline struct {
-	id    string // of a model: its name as it is on record
-	name  string
-	rest  bool // it stands for all that have no name of their own
-	parts []amount
-	total amount
+// An usageSeries is a row of amounts, one for each step of the period.
+type usageSeries struct {
+	id      string // of a model: its name as it is on record
+	name    string
+	isOther bool // it stands for all that have no name of their own
+	values  []usageTotals
+	total   usageTotals
 }
 
 const (
-	seriesShown  = 6  // with names of their own; the rest is one
-	sharesShown  = 10 // in lists of the largest
-	latelyMost   = 100_000
-	notesShown   = 5
-	expiringMost = 1000
+	maxNamedSeries     = 6  // with names of their own; the rest is one
+	rankingSize        = 10 // in lists of the largest
+	maxLastMinuteCalls = 100_000
+	maxAlertsPerKind   = 5
+	maxExpiringTokens  = 1000
 )
 
 // readDashboard reads all that a dashboard shows, side by side.
@@ -119,17 +119,17 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			if err = d.readUsage(ctx, s, q); err != nil {
 				return err
 			}
-			for i := range d.hours {
-				d.total.merge(&d.hours[i])
+			for i := range d.steps {
+				d.total.merge(&d.steps[i])
 			}
 			return nil
 		},
 		func() (err error) {
-			if d.before, err = s.hoursOf(ctx, q.project, q.earlier, q.earlyTo); err != nil {
+			if d.previous, err = s.sumHours(ctx, q.projectSeq, q.prevFrom, q.prevTo); err != nil {
 				return err
 			}
-			d.endpoints, err = s.sharesByEndpoint(ctx, q.grain, q.project, q.from, q.to)
-			q.largest(d.endpoints)
+			d.endpoints, err = s.sharesByEndpoint(ctx, q.grain, q.projectSeq, q.from, q.to)
+			q.sortLargestFirst(d.endpoints)
 			return err
 		},
 		func() error { return d.readProjects(ctx, s, q) },
@@ -137,14 +137,14 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			if err = d.readTokens(ctx, s, q); err != nil {
 				return err
 			}
-			d.lately, err = s.countSince(ctx, q.project, firstID(time.UnixMilli(q.now-60_000)), latelyMost)
+			d.lastMinuteCalls, err = s.countRequestsSince(ctx, q.projectSeq, minIDAt(time.UnixMilli(q.now-60_000)), maxLastMinuteCalls)
 			return err
 		},
 		func() (err error) {
-			if d.expiring, err = s.expiringTokens(ctx, q.now, q.now+7*dayMS, expiringMost); err != nil {
+			if d.expiring, err = s.expiringTokens(ctx, q.now, q.now+7*dayMS, maxExpiringTokens); err != nil {
 				return err
 			}
-			d.keys, err = s.keyTroubles(ctx, q.now, notesShown)
+			d.unhealthyUpstreams, err = s.unhealthyUpstreams(ctx, q.now, maxAlertsPerKind)
 			return err
 		},
 	)
@@ -155,7 +155,7 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 // the connections that read, calls keep the others.
 func inParallel(jobs ...func() error) error {
 	errs := make([]error, len(jobs))
-	room := make(chan struct{}, readers/2)
+	room := make(chan struct{}, readPoolSize/2)
 	var wait sync.WaitGroup
 	for i, job := range jobs {
 		wait.Go(func() {
@@ -170,58 +170,58 @@ func inParallel(jobs ...func() error) error {
 
 // readUsage reads what each step of the period has, as a whole and by model.
 func (d *dashData) readUsage(ctx context.Context, s *store, q *dashQuery) (err error) {
-	if d.hours, err = s.hourSlots(ctx, q.project, q.from, q.to, q.step); err != nil {
+	if d.steps, err = s.hourSumsByStep(ctx, q.projectSeq, q.from, q.to, q.stepMS); err != nil {
 		return err
 	}
-	d.models, err = s.stepsByModel(ctx, q.grain, q.project, q.from, q.to)
+	d.modelPoints, err = s.usagePointsByModel(ctx, q.grain, q.projectSeq, q.from, q.to)
 	return err
 }
 
-// largest sorts shares by what is asked for, most first.
-func (q *dashQuery) largest(all []share) {
-	slices.SortStableFunc(all, func(a, b share) int {
-		return cmp.Or(cmp.Compare(q.of(b.amount), q.of(a.amount)), cmp.Compare(b.calls, a.calls), cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
+// sortLargestFirst sorts shares by what is asked for, most first.
+func (q *dashQuery) sortLargestFirst(all []usageShare) {
+	slices.SortStableFunc(all, func(a, b usageShare) int {
+		return cmp.Or(cmp.Compare(q.valueOf(b.usageTotals), q.valueOf(a.usageTotals)), cmp.Compare(b.calls, a.calls), cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
 	})
 }
 
 // readProjects reads what each project has, and of the largest what each step has.
 func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (err error) {
-	if q.project != 0 {
+	if q.projectSeq != 0 {
 		return nil
 	}
-	if q.span == dayMS {
+	if q.lengthMS == dayMS {
 		d.projects, err = s.sharesByProjectHours(ctx, q.from, q.to)
 	} else {
 		d.projects, err = s.sharesByProjectDays(ctx, q.from, q.to)
 	}
-	if err != nil || q.by != "project" {
-		q.largest(d.projects)
+	if err != nil || q.groupBy != "project" {
+		q.sortLargestFirst(d.projects)
 		return err
 	}
-	q.largest(d.projects)
-	for _, p := range d.projects[:min(len(d.projects), seriesShown)] {
-		read := s.stepsOfDays
+	q.sortLargestFirst(d.projects)
+	for _, p := range d.projects[:min(len(d.projects), maxNamedSeries)] {
+		read := s.dailyUsagePoints
 		if q.grain == "hour" {
-			read = s.stepsOfHours
+			read = s.hourlyUsagePoints
 		}
 		steps, err := read(ctx, p.seq, q.from, q.to)
 		if err != nil {
 			return err
 		}
-		one := timeline{name: p.name, parts: make([]amount, q.steps())}
+		one := usageSeries{name: p.name, values: make([]usageTotals, q.steps())}
 		for _, v := range steps {
-			one.add(q.index(v.at), v.amount)
+			one.add(q.index(v.at), v.usageTotals)
 		}
 		d.byProject = append(d.byProject, one)
 	}
 	return nil
 }
 
-func (q *dashQuery) index(at int64) int { return int((at - q.from) / q.step) }
+func (q *dashQuery) index(at int64) int { return int((at - q.from) / q.stepMS) }
 
-func (v *timeline) add(i int, a amount) {
-	if i >= 0 && i < len(v.parts) {
-		v.parts[i].add(a)
+func (v *usageSeries) add(i int, a usageTotals) {
+	if i >= 0 && i < len(v.values) {
+		v.values[i].add(a)
 		v.total.add(a)
 	}
 }
@@ -230,88 +230,88 @@ func (v *timeline) add(i int, a amount) {
 // not too many to be added up, else of the latest calls.
 func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
 	grain := "token"
-	if q.span == dayMS {
+	if q.lengthMS == dayMS {
 		grain = "hour"
 	}
-	d.tokens, err = s.sharesByToken(ctx, grain, q.projectID, q.from, q.to, q.firstToken)
-	if errors.Is(err, errTooMany) {
-		d.sampled = q.latest
-		d.tokens, err = s.sharesOfLatest(ctx, q.project, firstID(time.UnixMilli(q.from)), firstID(time.UnixMilli(q.to)), q.latest)
+	d.tokens, err = s.sharesByToken(ctx, grain, q.projectID, q.from, q.to, q.maxExactTokens)
+	if errors.Is(err, errTooManyRows) {
+		d.sampledCalls = q.sampleSize
+		d.tokens, err = s.latestSharesByToken(ctx, q.projectSeq, minIDAt(time.UnixMilli(q.from)), minIDAt(time.UnixMilli(q.to)), q.sampleSize)
 	}
-	q.largest(d.tokens)
+	q.sortLargestFirst(d.tokens)
 	return err
 }
 
-// series returns what the bars over time are made of, the largest first and the
+// topSeries returns what the bars over time are made of, the largest first and the
 // rest as one.
-func (d *dashData) series(q *dashQuery) []timeline {
-	whole := timeline{parts: make([]amount, q.steps())}
-	for i := range d.hours {
-		h := &d.hours[i]
-		whole.add(i, amount{h.calls, h.input + h.output, h.cost})
+func (d *dashData) topSeries(q *dashQuery) []usageSeries {
+	whole := usageSeries{values: make([]usageTotals, q.steps())}
+	for i := range d.steps {
+		h := &d.steps[i]
+		whole.add(i, usageTotals{h.calls, h.input + h.output, h.cost})
 	}
 	named := d.byProject
-	if q.by == "model" {
+	if q.groupBy == "model" {
 		named = d.modelSeries(q)
 	}
-	rest := timeline{name: "all others", rest: true, parts: slices.Clone(whole.parts), total: whole.total}
-	named = named[:min(len(named), seriesShown)]
+	rest := usageSeries{name: "all others", isOther: true, values: slices.Clone(whole.values), total: whole.total}
+	named = named[:min(len(named), maxNamedSeries)]
 	for _, s := range named {
-		for i, a := range s.parts {
-			rest.add(i, amount{-a.calls, -a.tokens, -a.cost})
+		for i, a := range s.values {
+			rest.add(i, usageTotals{-a.calls, -a.tokens, -a.cost})
 		}
 	}
-	for i := range rest.parts { // calls that are settled while this is read
-		a := &rest.parts[i]
+	for i := range rest.values { // calls that are settled while this is read
+		a := &rest.values[i]
 		a.calls, a.tokens, a.cost = max(0, a.calls), max(0, a.tokens), max(0, a.cost)
 	}
-	if q.of(rest.total) > 0 {
+	if q.valueOf(rest.total) > 0 {
 		named = append(named, rest)
 	}
 	return named
 }
 
 // modelSeries returns what each model has of each step, the largest first.
-func (d *dashData) modelSeries(q *dashQuery) []timeline {
-	at := map[string]*timeline{}
-	var all []*timeline
-	for _, v := range d.models {
+func (d *dashData) modelSeries(q *dashQuery) []usageSeries {
+	at := map[string]*usageSeries{}
+	var all []*usageSeries
+	for _, v := range d.modelPoints {
 		one := at[v.model]
 		if one == nil {
-			one = &timeline{id: v.model, name: modelName(v.model), parts: make([]amount, q.steps())}
+			one = &usageSeries{id: v.model, name: modelLabel(v.model), values: make([]usageTotals, q.steps())}
 			at[v.model], all = one, append(all, one)
 		}
-		one.add(q.index(v.at), v.amount)
+		one.add(q.index(v.at), v.usageTotals)
 	}
-	slices.SortStableFunc(all, func(a, b *timeline) int {
-		return cmp.Or(cmp.Compare(q.of(b.total), q.of(a.total)), cmp.Compare(b.total.calls, a.total.calls), cmp.Compare(a.name, b.name))
+	slices.SortStableFunc(all, func(a, b *usageSeries) int {
+		return cmp.Or(cmp.Compare(q.valueOf(b.total), q.valueOf(a.total)), cmp.Compare(b.total.calls, a.total.calls), cmp.Compare(a.name, b.name))
 	})
-	out := make([]timeline, len(all))
+	out := make([]usageSeries, len(all))
 	for i, s := range all {
 		out[i] = *s
 	}
 	return out
 }
 
-// modelName is how a model is called where it has no name: see sumModel.
-func modelName(model string) string { return cmp.Or(model, "no model, or unknown") }
+// modelLabel is how a model is called where it has no name: see sumModel.
+func modelLabel(model string) string { return cmp.Or(model, "no model, or unknown") }
 
-// modelShares returns what each model has, the largest first.
-func (d *dashData) modelShares(q *dashQuery) []share {
-	var out []share
+// usageByModel returns what each model has, the largest first.
+func (d *dashData) usageByModel(q *dashQuery) []usageShare {
+	var out []usageShare
 	for _, s := range d.modelSeries(q) {
-		out = append(out, share{id: s.id, name: s.name, amount: s.total})
+		out = append(out, usageShare{id: s.id, name: s.name, usageTotals: s.total})
 	}
 	return out
 }
 
 // usageChart is the chart of what is asked for, over time.
 func (d *dashData) usageChart(q *dashQuery, label string) *timeChart {
-	c := &timeChart{label: label, unit: q.unit(), start: q.from, step: q.step, steps: q.steps()}
-	for i, s := range d.series(q) {
-		one := chartSeries{name: s.name, class: seriesClass(i, s.rest)}
-		for _, a := range s.parts {
-			one.values = append(one.values, q.of(a))
+	c := &timeChart{label: label, unit: q.unit(), start: q.from, stepMS: q.stepMS, steps: q.steps()}
+	for i, s := range d.topSeries(q) {
+		one := chartSeries{name: s.name, class: seriesClass(i, s.isOther)}
+		for _, a := range s.values {
+			one.values = append(one.values, q.valueOf(a))
 		}
 		c.series = append(c.series, one)
 	}
@@ -319,7 +319,7 @@ func (d *dashData) usageChart(q *dashQuery, label string) *timeChart {
 }
 
 func seriesClass(i int, rest bool) string {
-	if rest || i >= seriesShown {
+	if rest || i >= maxNamedSeries {
 		return "k0"
 	}
 	return "k" + string(rune('1'+i))
@@ -327,11 +327,11 @@ func seriesClass(i int, rest bool) string {
 
 // errorChart is the chart of whose fault errors were.
 func (d *dashData) errorChart(q *dashQuery) *timeChart {
-	c := &timeChart{label: "Errors over time, by whose fault they were", start: q.from, step: q.step, steps: q.steps()}
-	for k, class := range hourClasses() {
+	c := &timeChart{label: "Errors over time, by whose fault they were", start: q.from, stepMS: q.stepMS, steps: q.steps()}
+	for k, class := range errorColumnClasses() {
 		one := chartSeries{name: string(class), class: seriesClass(k, false)}
-		for i := range d.hours {
-			one.values = append(one.values, float64(d.hours[i].errors[k]))
+		for i := range d.steps {
+			one.values = append(one.values, float64(d.steps[i].errors[k]))
 		}
 		c.series = append(c.series, one)
 	}
@@ -340,15 +340,15 @@ func (d *dashData) errorChart(q *dashQuery) *timeChart {
 
 // latencyChart is the chart of how long something took, of half of the calls and
 // of all but the slowest twentieth.
-func (d *dashData) latencyChart(q *dashQuery, label string, of func(*hourSum) *latencies) *timeChart {
-	c := &timeChart{label: label, unit: unitMillis, start: q.from, step: q.step, steps: q.steps(), lines: true}
+func (d *dashData) latencyChart(q *dashQuery, label string, of func(*hourSum) *latencyHistogram) *timeChart {
+	c := &timeChart{label: label, unit: unitMillis, start: q.from, stepMS: q.stepMS, steps: q.steps(), lineChart: true}
 	for k, at := range []struct {
 		name string
 		part float64
 	}{{"p50", 0.5}, {"p95", 0.95}} {
 		one := chartSeries{name: at.name, class: seriesClass(k, false)}
-		for i := range d.hours {
-			v := of(&d.hours[i]).quantile(at.part)
+		for i := range d.steps {
+			v := of(&d.steps[i]).quantile(at.part)
 			if v < 0 {
 				v = math.NaN()
 			}

@@ -21,18 +21,18 @@ import (
 )
 
 const (
-	lockName = "llm-proxy.lock"
-	keyName  = "encryption.key"
+	lockFileName = "llm-proxy.lock"
+	keyFileName  = "encryption.key"
 )
 
 // A dataDir is a data directory that this process has to itself.
 type dataDir struct {
-	lock     *os.File
-	fileLock *os.File // of a database elsewhere; nil if it is in path
-	path     string
-	file     string // the database
-	info     fs.FileInfo
-	lost     atomic.Bool // the database file is no longer the one that was opened
+	lock         *os.File
+	databaseLock *os.File // of a database elsewhere; nil if it is in path
+	path         string
+	databaseFile string // the database
+	openedInfo   fs.FileInfo
+	databaseGone atomic.Bool // the database file is no longer the one that was opened
 }
 
 // openDataDir makes what is missing and takes the lock. The caller closes it.
@@ -41,7 +41,7 @@ func openDataDir(cfg *config) (*dataDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := d.claimDatabase(); err != nil {
+	if err := d.ensureDatabaseFile(); err != nil {
 		d.close()
 		return nil, err
 	}
@@ -53,13 +53,13 @@ func lockDataDir(cfg *config) (*dataDir, error) {
 	if err := os.MkdirAll(cfg.dataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the data directory: %w", err)
 	}
-	lock, err := lockFile(filepath.Join(cfg.dataDir, lockName))
+	lock, err := lockFile(filepath.Join(cfg.dataDir, lockFileName))
 	if err != nil {
 		return nil, err
 	}
-	d := &dataDir{lock: lock, path: cfg.dataDir, file: cfg.databaseFile}
-	if filepath.Dir(d.file) != d.path { // two directories may name one database
-		if d.fileLock, err = lockFile(d.file + ".lock"); err != nil {
+	d := &dataDir{lock: lock, path: cfg.dataDir, databaseFile: cfg.databaseFile}
+	if filepath.Dir(d.databaseFile) != d.path { // two directories may name one database
+		if d.databaseLock, err = lockFile(d.databaseFile + ".lock"); err != nil {
 			d.close()
 			return nil, err
 		}
@@ -86,27 +86,27 @@ func lockFile(name string) (*os.File, error) {
 	return f, nil
 }
 
-// claimDatabase makes an empty database file if there never was one. The lock
+// ensureDatabaseFile makes an empty database file if there never was one. The lock
 // file remembers that there was: a missing database is then an error, for to
 // begin anew silently would make every token unknown.
-func (d *dataDir) claimDatabase() error {
-	had, err := d.remembered()
+func (d *dataDir) ensureDatabaseFile() error {
+	had, err := d.databaseRecorded()
 	if err != nil {
 		return err
 	}
-	info, err := os.Stat(d.file)
+	info, err := os.Stat(d.databaseFile)
 	if had && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
-		return fmt.Errorf("the database %s is missing or empty, but there was one; bring it back (llm-proxy restore FILE), or to begin anew remove %s", d.file, d.lock.Name())
+		return fmt.Errorf("the database %s is missing or empty, but there was one; bring it back (llm-proxy restore FILE), or to begin anew remove %s", d.databaseFile, d.lock.Name())
 	}
-	f, err := os.OpenFile(d.file, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(d.databaseFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return fmt.Errorf("opening the database file: %w", err)
 	}
 	defer f.Close()
-	if d.info, err = f.Stat(); err != nil {
+	if d.openedInfo, err = f.Stat(); err != nil {
 		return fmt.Errorf("looking at the database file: %w", err)
 	}
-	if d.info.Mode().Perm()&0o077 != 0 { // SQLite gives its -wal and -shm files the same mode
+	if d.openedInfo.Mode().Perm()&0o077 != 0 { // SQLite gives its -wal and -shm files the same mode
 		if err := f.Chmod(0o600); err != nil {
 			return fmt.Errorf("keeping others from reading the database: %w", err)
 		}
@@ -114,10 +114,10 @@ func (d *dataDir) claimDatabase() error {
 	return nil
 }
 
-// remember notes that the database was opened with success. The lock file has
+// recordDatabase notes that the database was opened with success. The lock file has
 // one line for each database that ever was.
-func (d *dataDir) remember() error {
-	had, err := d.remembered()
+func (d *dataDir) recordDatabase() error {
+	had, err := d.databaseRecorded()
 	if err != nil || had {
 		return err
 	}
@@ -125,23 +125,23 @@ func (d *dataDir) remember() error {
 	if err != nil {
 		return err
 	}
-	_, err = d.lock.WriteAt([]byte(d.file+"\n"), info.Size())
+	_, err = d.lock.WriteAt([]byte(d.databaseFile+"\n"), info.Size())
 	return err
 }
 
-func (d *dataDir) remembered() (bool, error) {
+func (d *dataDir) databaseRecorded() (bool, error) {
 	known, err := os.ReadFile(d.lock.Name())
 	if err != nil {
 		return false, fmt.Errorf("reading the lock file: %w", err)
 	}
-	return slices.Contains(strings.Split(string(known), "\n"), d.file), nil
+	return slices.Contains(strings.Split(string(known), "\n"), d.databaseFile), nil
 }
 
 // close gives up the locks.
 func (d *dataDir) close() error {
 	err := d.lock.Close()
-	if d.fileLock != nil {
-		err = errors.Join(err, d.fileLock.Close())
+	if d.databaseLock != nil {
+		err = errors.Join(err, d.databaseLock.Close())
 	}
 	return err
 }
@@ -157,18 +157,18 @@ func (d *dataDir) watch(ctx context.Context, log *slog.Logger) {
 			return
 		case <-tick.C:
 		}
-		info, err := os.Stat(d.file)
-		lost := err != nil || !os.SameFile(info, d.info)
-		if lost && !d.lost.Swap(true) {
-			log.Error("the database file was moved, removed or replaced while in use; calls are refused. Put it back, or restart.", "file", d.file)
-		} else if !lost && d.lost.Swap(false) {
+		info, err := os.Stat(d.databaseFile)
+		lost := err != nil || !os.SameFile(info, d.openedInfo)
+		if lost && !d.databaseGone.Swap(true) {
+			log.Error("the database file was moved, removed or replaced while in use; calls are refused. Put it back, or restart.", "file", d.databaseFile)
+		} else if !lost && d.databaseGone.Swap(false) {
 			log.Info("the database file is back")
 		}
 	}
 }
 
-func (d *dataDir) gone() string {
-	if d.lost.Load() {
+func (d *dataDir) databaseProblem() string {
+	if d.databaseGone.Load() {
 		return "the database file was moved, removed or replaced"
 	}
 	return ""
@@ -179,7 +179,7 @@ func (d *dataDir) gone() string {
 // new one. made says that a key file was made.
 func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, made string, err error) {
 	if _, err = st.setting(ctx, "key_check"); err == nil {
-		sl, err = knownSealer(ctx, cfg, st)
+		sl, err = openExistingSealer(ctx, cfg, st)
 		return sl, "", err
 	}
 	if !errors.Is(err, errNotFound) {
@@ -187,39 +187,39 @@ func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, made s
 	}
 	key, err := encryptionKey(cfg)
 	if errors.Is(err, fs.ErrNotExist) {
-		key, made = newEncryptionKey(), filepath.Join(cfg.dataDir, keyName)
+		key, made = newEncryptionKey(), filepath.Join(cfg.dataDir, keyFileName)
 		if err := writeNewFile(made, key()+"\n"); err != nil {
 			return nil, "", fmt.Errorf("writing the key file: %w", err)
 		}
 	} else if err != nil {
 		return nil, "", err
 	}
-	if sl, err = sealerOf(key); err != nil {
+	if sl, err = sealerFromKey(key); err != nil {
 		return nil, "", err
 	}
 	sealed := base64.StdEncoding.EncodeToString(sl.seal(newSecret("llm-proxy"), keyCheckContext))
 	return sl, made, st.setSetting(ctx, "key_check", sealed)
 }
 
-// knownSealer is openSealer for a database that has its key: it makes nothing.
-func knownSealer(ctx context.Context, cfg *config, st *store) (*sealer, error) {
+// openExistingSealer is openSealer for a database that has its key: it makes nothing.
+func openExistingSealer(ctx context.Context, cfg *config, st *store) (*sealer, error) {
 	check, err := st.setting(ctx, "key_check")
 	if err != nil {
 		return nil, fmt.Errorf("reading the key check: %w", err)
 	}
 	key, err := encryptionKey(cfg)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the encryption key is missing: this database holds sealed keys; set ENCRYPTION_KEY or ENCRYPTION_KEY_FILE, or bring back %s", filepath.Join(cfg.dataDir, keyName))
+		return nil, fmt.Errorf("the encryption key is missing: this database holds sealed keys; set ENCRYPTION_KEY or ENCRYPTION_KEY_FILE, or bring back %s", filepath.Join(cfg.dataDir, keyFileName))
 	}
 	if err != nil {
 		return nil, err
 	}
-	sl, err := sealerOf(key)
+	sl, err := sealerFromKey(key)
 	if err != nil {
 		return nil, err
 	}
 	err = checkSealer(sl, check)
-	if _, e := os.Stat(filepath.Join(cfg.dataDir, newKeyName)); err != nil && e == nil && cfg.encryptionKey == nil {
+	if _, e := os.Stat(filepath.Join(cfg.dataDir, newKeyFileName)); err != nil && e == nil && cfg.encryptionKey == nil {
 		return nil, errors.New("a change of the encryption key was interrupted; finish it with: llm-proxy rekey")
 	}
 	return sl, err
@@ -231,14 +231,14 @@ func encryptionKey(cfg *config) (secret, error) {
 	if cfg.encryptionKey != nil {
 		return cfg.encryptionKey, nil
 	}
-	text, err := os.ReadFile(filepath.Join(cfg.dataDir, keyName))
+	text, err := os.ReadFile(filepath.Join(cfg.dataDir, keyFileName))
 	if err != nil {
 		return nil, fmt.Errorf("reading the key file: %w", err)
 	}
 	return newSecret(string(text)), nil
 }
 
-func sealerOf(key secret) (*sealer, error) {
+func sealerFromKey(key secret) (*sealer, error) {
 	raw, err := parseEncryptionKey(key())
 	if err != nil {
 		return nil, fmt.Errorf("the encryption key %w", err)
@@ -286,21 +286,21 @@ func syncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// use says how much the database takes on disk, and how much is left.
-func (d *dataDir) use(ctx context.Context, st *store) (u diskUse, err error) {
-	if _, u.free, err = st.size(ctx); err != nil {
+// diskUsage says how much the database takes on disk, and how much is left.
+func (d *dataDir) diskUsage(ctx context.Context, st *store) (u diskUsage, err error) {
+	if _, u.reusable, err = st.size(ctx); err != nil {
 		return u, err
 	}
 	for _, part := range []struct {
 		to   *int64
 		name string
-	}{{&u.file, d.file}, {&u.log, d.file + "-wal"}} {
+	}{{&u.databaseSize, d.databaseFile}, {&u.walSize, d.databaseFile + "-wal"}} {
 		if info, err := os.Stat(part.name); err == nil {
 			*part.to = info.Size()
 		}
 	}
-	left, err := freeSpace(filepath.Dir(d.file))
-	u.left = int64(min(left, math.MaxInt64))
+	left, err := freeSpace(filepath.Dir(d.databaseFile))
+	u.available = int64(min(left, math.MaxInt64))
 	return u, err
 }
 

@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-const demoPace = 20 * time.Millisecond // between the chunks of a stream
+const demoChunkDelay = 20 * time.Millisecond // between the chunks of a stream
 
 // demo serves with sample data until ctx is over.
 func (p *program) demo(ctx context.Context) (err error) {
@@ -33,7 +33,7 @@ func (p *program) demo(ctx context.Context) (err error) {
 		return fmt.Errorf("listening for the stand-in provider: %w", err)
 	}
 	key := newSecret("sk-demo-" + randomBase62(40))
-	provider := &http.Server{Handler: newDemoProvider(key(), demoPace), ReadHeaderTimeout: 10 * time.Second}
+	provider := &http.Server{Handler: newDemoProvider(key(), demoChunkDelay), ReadHeaderTimeout: 10 * time.Second}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -46,14 +46,14 @@ func (p *program) demo(ctx context.Context) (err error) {
 	var in *instance
 	var d *demoData
 	q.ready = func(addr net.Addr) {
-		q.invite(in, d, addr)
+		q.printDemoGuide(in, d, addr)
 		if p.ready != nil {
 			p.ready(addr)
 		}
 	}
-	return q.serveAfter(ctx, func(ctx context.Context, opened *instance) (err error) {
+	return q.serveWithSetup(ctx, func(ctx context.Context, opened *instance) (err error) {
 		in = opened
-		d, err = in.fillDemo(ctx, time.Now(), key)
+		d, err = in.seedDemoData(ctx, time.Now(), key)
 		return err
 	})
 }
@@ -79,9 +79,9 @@ func demoEnvironment(getenv func(string) string, dir, provider string) func(stri
 	}
 }
 
-// invite prints what to try. Secrets go to stdout only, and only those that
+// printDemoGuide prints what to try. Secrets go to stdout only, and only those that
 // were made just now.
-func (p *program) invite(in *instance, d *demoData, addr net.Addr) {
+func (p *program) printDemoGuide(in *instance, d *demoData, addr net.Addr) {
 	base := in.baseURL()
 	if host, ok := strings.CutSuffix(base, ":0"); ok {
 		base = host + addr.String()[strings.LastIndexByte(addr.String(), ':'):]
@@ -132,8 +132,8 @@ half-way, [[slow 3s]] delays it; the model no-such-model does not exist. Ctrl-C 
 }
 
 const (
-	demoSpan  = 28 * 24 * time.Hour
-	demoBatch = 2000 // rows in one transaction
+	demoHistoryLength = 28 * 24 * time.Hour
+	demoBatchSize     = 2000 // rows in one transaction
 )
 
 // demoData is what fillDemo made, for the newcomer to see.
@@ -159,43 +159,43 @@ func demoProjects() []demoProject {
 
 // A demoUser is a sample token and how it is used. Times are in days before now.
 type demoUser struct {
-	project          int
-	name             string
-	made             int
-	expires, revoked float64 // before now; expires < 0 is in the future, 0 never; revoked 0: it is not
-	left             int64   // requests that max_requests leaves; 0: no such limit
-	idle             time.Duration
-	limits           string  // of its policy
-	perDay           float64 // calls on a working day
-	allDay           bool    // round the clock, not in office hours
-	calls            []demoTask
+	project                        int
+	name                           string
+	createdDaysAgo                 int
+	expiredDaysAgo, revokedDaysAgo float64 // before now; expires < 0 is in the future, 0 never; revoked 0: it is not
+	requestsLeft                   int64   // requests that max_requests leaves; 0: no such limit
+	idleExpiry                     time.Duration
+	limits                         string  // of its policy
+	callsPerDay                    float64 // calls on a working day
+	aroundTheClock                 bool    // round the clock, not in office hours
+	tasks                          []demoTask
 }
 
 // A demoTask is a kind of call: what is called, and how large it is.
 type demoTask struct {
-	weight                 int
-	endpoint, model        string
-	stream                 bool
-	input, output          float64 // typical tokens
-	cachedPart, reasonPart float64
-	refused                string // the code of a refusal: the call never went out
+	weight                      int
+	endpoint, model             string
+	stream                      bool
+	input, output               float64 // typical tokens
+	cachedShare, reasoningShare float64
+	refusalCode                 string // the code of a refusal: the call never went out
 }
 
 func demoUsers() []demoUser {
 	const chat, messages, responses, embed = "POST /v1/chat/completions", "POST /v1/messages", "POST /v1/responses", "POST /v1/embeddings"
 	index := []demoTask{{weight: 1, endpoint: embed, model: "text-embedding-3-small", input: 1900}}
 	search := []demoTask{
-		{weight: 6, endpoint: chat, model: "gpt-4o-mini-2024-07-18", input: 620, output: 90, cachedPart: 0.3},
+		{weight: 6, endpoint: chat, model: "gpt-4o-mini-2024-07-18", input: 620, output: 90, cachedShare: 0.3},
 		{weight: 3, endpoint: embed, model: "text-embedding-3-small", input: 24},
 		{weight: 1, endpoint: chat, model: "gpt-4.1-mini-2025-04-14", input: 1500, output: 160},
 	}
 	bot := []demoTask{
-		{weight: 7, endpoint: chat, model: "gpt-4o-mini-2024-07-18", stream: true, input: 1400, output: 210, cachedPart: 0.6},
-		{weight: 2, endpoint: messages, model: "claude-haiku-4-5", stream: true, input: 1600, output: 260, cachedPart: 0.5},
+		{weight: 7, endpoint: chat, model: "gpt-4o-mini-2024-07-18", stream: true, input: 1400, output: 210, cachedShare: 0.6},
+		{weight: 2, endpoint: messages, model: "claude-haiku-4-5", stream: true, input: 1600, output: 260, cachedShare: 0.5},
 		{weight: 1, endpoint: "POST /v1/moderations", model: "omni-moderation-latest"},
 	}
 	mail := []demoTask{
-		{weight: 4, endpoint: messages, model: "claude-sonnet-5", input: 2300, output: 420, cachedPart: 0.4},
+		{weight: 4, endpoint: messages, model: "claude-sonnet-5", input: 2300, output: 420, cachedShare: 0.4},
 		{weight: 1, endpoint: chat, model: "mail-classifier-2", input: 800, output: 60},
 	}
 	voice := []demoTask{
@@ -203,40 +203,40 @@ func demoUsers() []demoUser {
 		{weight: 1, endpoint: "POST /v1/audio/speech", model: "gpt-4o-mini-tts"},
 	}
 	notebook := []demoTask{
-		{weight: 4, endpoint: responses, model: "gpt-5-mini-2025-08-07", stream: true, input: 2600, output: 1300, reasonPart: 0.5},
-		{weight: 2, endpoint: responses, model: "o4-mini-2025-04-16", input: 3200, output: 2400, reasonPart: 0.7},
+		{weight: 4, endpoint: responses, model: "gpt-5-mini-2025-08-07", stream: true, input: 2600, output: 1300, reasoningShare: 0.5},
+		{weight: 2, endpoint: responses, model: "o4-mini-2025-04-16", input: 3200, output: 2400, reasoningShare: 0.7},
 		{weight: 2, endpoint: chat, model: "gpt-4.1-2025-04-14", stream: true, input: 1800, output: 600},
 		{weight: 1, endpoint: "GET /v1/models"},
-		{weight: 1, endpoint: chat, model: "gpt-4o", refused: "model_not_allowed"},
+		{weight: 1, endpoint: chat, model: "gpt-4o", refusalCode: "model_not_allowed"},
 	}
 	batch := []demoTask{
-		{weight: 5, endpoint: chat, model: "gpt-4.1-mini-2025-04-14", input: 900, output: 40, cachedPart: 0.7},
+		{weight: 5, endpoint: chat, model: "gpt-4.1-mini-2025-04-14", input: 900, output: 40, cachedShare: 0.7},
 		{weight: 3, endpoint: embed, model: "text-embedding-3-large", input: 700},
 	}
 	return []demoUser{
-		{project: 1, name: "website chat", made: 60, expires: -60, perDay: 65, calls: bot,
+		{project: 1, name: "website chat", createdDaysAgo: 60, expiredDaysAgo: -60, callsPerDay: 65, tasks: bot,
 			limits: `{"count":"requests","max":60,"per":"minute"},{"count":"requests","max":2500,"per":"month"},{"count":"tokens","max":100000,"per":"hour","shadow":true}`}, // the newcomer's: see fillDemo
-		{project: 0, name: "indexer", made: 60, perDay: 27, allDay: true, calls: index},
-		{project: 0, name: "search API", made: 60, expires: -90, perDay: 48, calls: search},
-		{project: 0, name: "ranking experiments", made: 20, expires: -1.5, perDay: 8, calls: search},
-		{project: 0, name: "old indexer", made: 90, revoked: 9, perDay: 17, allDay: true, calls: index},
-		{project: 1, name: "mail triage", made: 45, expires: -20, perDay: 19, allDay: true, calls: mail},
-		{project: 1, name: "voice trial", made: 12, expires: -18, left: 4, perDay: 7, calls: voice},
-		{project: 1, name: "agency", made: 40, expires: 6, perDay: 10, calls: bot, limits: `{"count":"requests","max":150,"per":"week"}`},
-		{project: 1, name: "leaked in a notebook", made: 15, expires: -15, revoked: 3, perDay: 6, calls: bot},
-		{project: 2, name: "Ada", made: 60, expires: -120, idle: 30 * 24 * time.Hour, perDay: 12, calls: notebook,
+		{project: 0, name: "indexer", createdDaysAgo: 60, callsPerDay: 27, aroundTheClock: true, tasks: index},
+		{project: 0, name: "search API", createdDaysAgo: 60, expiredDaysAgo: -90, callsPerDay: 48, tasks: search},
+		{project: 0, name: "ranking experiments", createdDaysAgo: 20, expiredDaysAgo: -1.5, callsPerDay: 8, tasks: search},
+		{project: 0, name: "old indexer", createdDaysAgo: 90, revokedDaysAgo: 9, callsPerDay: 17, aroundTheClock: true, tasks: index},
+		{project: 1, name: "mail triage", createdDaysAgo: 45, expiredDaysAgo: -20, callsPerDay: 19, aroundTheClock: true, tasks: mail},
+		{project: 1, name: "voice trial", createdDaysAgo: 12, expiredDaysAgo: -18, requestsLeft: 4, callsPerDay: 7, tasks: voice},
+		{project: 1, name: "agency", createdDaysAgo: 40, expiredDaysAgo: 6, callsPerDay: 10, tasks: bot, limits: `{"count":"requests","max":150,"per":"week"}`},
+		{project: 1, name: "leaked in a notebook", createdDaysAgo: 15, expiredDaysAgo: -15, revokedDaysAgo: 3, callsPerDay: 6, tasks: bot},
+		{project: 2, name: "Ada", createdDaysAgo: 60, expiredDaysAgo: -120, idleExpiry: 30 * 24 * time.Hour, callsPerDay: 12, tasks: notebook,
 			limits: `{"count":"dollars","max":2,"per":"month"},{"count":"dollars","max":0.35,"per":"month","model":"gpt-5*"},{"count":"concurrent","max":4}`},
-		{project: 2, name: "Grace", made: 25, expires: -2.5, perDay: 10, calls: notebook},
-		{project: 2, name: "nightly evaluation", made: 60, expires: -200, left: 250, perDay: 20, allDay: true, calls: batch},
+		{project: 2, name: "Grace", createdDaysAgo: 25, expiredDaysAgo: -2.5, callsPerDay: 10, tasks: notebook},
+		{project: 2, name: "nightly evaluation", createdDaysAgo: 60, expiredDaysAgo: -200, requestsLeft: 250, callsPerDay: 20, aroundTheClock: true, tasks: batch},
 	}
 }
 
-// fillDemo makes the sample data. key is the stand-in provider's.
-func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*demoData, error) {
+// seedDemoData makes the sample data. key is the stand-in provider's.
+func (in *instance) seedDemoData(ctx context.Context, now time.Time, key secret) (*demoData, error) {
 	d := &demoData{}
 	if in.cfg.managementToken == nil {
 		var err error
-		if d.key, err = in.manage.firstKey(ctx); err != nil {
+		if d.key, err = in.dispatchManage.createFirstKey(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -244,7 +244,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 	var openai, anthropic []int64 // seqs of upstreams, by project; 0: none
 	for _, dp := range demoProjects() {
 		at := now.AddDate(0, 0, -90)
-		p, up, err := in.manage.makeProject(ctx, dp.name, dp.policy, key, at)
+		p, up, err := in.dispatchManage.addOpenAIProject(ctx, dp.name, dp.policy, key, at)
 		if err != nil {
 			return nil, err
 		}
@@ -252,10 +252,10 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 		if !dp.anthropic {
 			continue
 		}
-		more := upstreamInput{name: opt[string]{set: true, v: "anthropic"}, key: opt[secret]{set: true, v: key},
-			provider: opt[string]{set: true, v: providerAnthropic}, baseURL: opt[string]{set: true, v: in.cfg.openaiURL}}
+		more := upstreamInput{name: optional[string]{set: true, value: "anthropic"}, key: optional[secret]{set: true, value: key},
+			provider: optional[string]{set: true, value: providerAnthropic}, baseURL: optional[string]{set: true, value: in.cfg.openaiURL}}
 		up = newUpstreamRow(p, at.UnixMilli())
-		if err := more.apply(in.manage, up, true); err != nil {
+		if err := more.apply(in.dispatchManage, up, true); err != nil {
 			return nil, err
 		}
 		if err := in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {
@@ -273,7 +273,7 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 	}
 	tokens := make([]*tokenRow, len(users))
 	for i, u := range users {
-		t, value, err := in.demoToken(ctx, now, u, projects[u.project], made[i])
+		t, value, err := in.createDemoToken(ctx, now, u, projects[u.project], made[i])
 		if err != nil {
 			return nil, err
 		}
@@ -283,13 +283,13 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 	}
 	for _, r := range rows {
 		u := users[r.token]
-		in.finishDemoRow(r, openai[u.project], anthropic[u.project])
+		in.completeDemoRow(r, openai[u.project], anthropic[u.project])
 		r.token, r.project = tokens[r.token].seq, tokens[r.token].project
 	}
 	d.projects, d.tokens, d.calls = len(projects), len(tokens), len(rows)
 	w := in.store.newLedgerWriter()
 	defer w.close()
-	for part := range slices.Chunk(rows, demoBatch) {
+	for part := range slices.Chunk(rows, demoBatchSize) {
 		if err := w.write(ctx, ledgerBatch{records: part}); err != nil {
 			return nil, fmt.Errorf("writing the sample calls: %w", err)
 		}
@@ -297,28 +297,28 @@ func (in *instance) fillDemo(ctx context.Context, now time.Time, key secret) (*d
 	return d, nil
 }
 
-// demoToken makes a user's token. calls is how many calls it will have made.
-func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p *projectRow, calls int64) (*tokenRow, secret, error) {
+// createDemoToken makes a user's token. calls is how many calls it will have made.
+func (in *instance) createDemoToken(ctx context.Context, now time.Time, u demoUser, p *projectRow, calls int64) (*tokenRow, secret, error) {
 	before := func(days float64) int64 { return now.UnixMilli() - int64(days*dayMS) }
-	t := &tokenRow{projectID: p.id, name: u.name, policy: "{}", createdAt: before(float64(u.made)), updatedAt: before(float64(u.made))}
+	t := &tokenRow{projectID: p.id, name: u.name, policy: "{}", createdAt: before(float64(u.createdDaysAgo)), updatedAt: before(float64(u.createdDaysAgo))}
 	if u.limits != "" {
 		t.policy = `{"limits":[` + u.limits + `]}`
 	}
-	if u.expires != 0 {
-		t.expiresAt = new(before(u.expires))
+	if u.expiredDaysAgo != 0 {
+		t.expiresAt = new(before(u.expiredDaysAgo))
 	}
-	if u.left != 0 {
-		t.maxRequests = new(calls + u.left)
+	if u.requestsLeft != 0 {
+		t.maxRequests = new(calls + u.requestsLeft)
 	}
-	if u.idle != 0 {
-		t.idleExpiry = new(u.idle.Milliseconds())
+	if u.idleExpiry != 0 {
+		t.idleExpiry = new(u.idleExpiry.Milliseconds())
 	}
-	value, err := in.manage.mintToken(ctx, systemOrigin(time.Now()), t)
+	value, err := in.dispatchManage.mintToken(ctx, systemOrigin(time.Now()), t)
 	if err != nil {
 		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
 	}
-	if u.revoked != 0 {
-		at := before(u.revoked)
+	if u.revokedDaysAgo != 0 {
+		at := before(u.revokedDaysAgo)
 		if _, err := in.store.changeToken(ctx, systemOrigin(time.Now()), t.id, 0, at, func(t *tokenRow) error { t.revokedAt = &at; return nil }); err != nil {
 			return nil, nil, fmt.Errorf("revoking a sample token: %w", err)
 		}
@@ -326,8 +326,8 @@ func (in *instance) demoToken(ctx context.Context, now time.Time, u demoUser, p 
 	return t, value, nil
 }
 
-// finishDemoRow fills in where a call went and what it cost.
-func (in *instance) finishDemoRow(r *requestRow, openai, anthropic int64) {
+// completeDemoRow fills in where a call went and what it cost.
+func (in *instance) completeDemoRow(r *requestRow, openai, anthropic int64) {
 	if r.outcome == outcomeRefused {
 		return
 	}
@@ -336,11 +336,11 @@ func (in *instance) finishDemoRow(r *requestRow, openai, anthropic int64) {
 	if r.endpoint == "POST /v1/messages" {
 		provider, r.upstream = providerAnthropic, anthropic
 	}
-	if r.cost, r.priced, r.knownModel = in.prices.Load().price(provider, r.model, r.counts); r.source == usageNone {
+	if r.cost, r.priced, r.modelTracked = in.prices.Load().price(provider, r.model, r.counts); r.source == usageNone {
 		r.cost, r.priced = 0, false
 	}
-	r.knownModel = r.knownModel || r.outcome == outcomeOK
-	r.asked, r.knownAsked = r.model, r.knownModel
+	r.modelTracked = r.modelTracked || r.outcome == outcomeOK
+	r.requestedModel, r.requestedModelTracked = r.model, r.modelTracked
 }
 
 // demoHistory makes up the calls of the users up to now, oldest first; token is
@@ -348,15 +348,15 @@ func (in *instance) finishDemoRow(r *requestRow, openai, anthropic int64) {
 func demoHistory(now time.Time, users []demoUser) []*requestRow {
 	rng := rand.New(rand.NewPCG(28, 12))
 	var rows []*requestRow
-	for hour := now.Add(-demoSpan).Truncate(time.Hour); hour.Before(now); hour = hour.Add(time.Hour) {
+	for hour := now.Add(-demoHistoryLength).Truncate(time.Hour); hour.Before(now); hour = hour.Add(time.Hour) {
 		for i, u := range users {
-			n := int(u.perDay*demoRhythm(hour, u.allDay)*(0.8+0.4*rng.Float64()) + rng.Float64())
+			n := int(u.callsPerDay*demoHourShare(hour, u.aroundTheClock)*(0.8+0.4*rng.Float64()) + rng.Float64())
 			for range n {
 				at := hour.Add(time.Duration(rng.Int64N(int64(time.Hour))))
-				if at.Add(2*time.Minute).After(now) || at.Before(now.AddDate(0, 0, -u.made)) {
+				if at.Add(2*time.Minute).After(now) || at.Before(now.AddDate(0, 0, -u.createdDaysAgo)) {
 					continue
 				}
-				if r := demoCallAt(rng, now, at, u); r != nil {
+				if r := newDemoRow(rng, now, at, u); r != nil {
 					r.token = int64(i)
 					rows = append(rows, r)
 				}
@@ -372,8 +372,8 @@ func demoHistory(now time.Time, users []demoUser) []*requestRow {
 	return rows
 }
 
-// demoRhythm is the part of a working day's calls that falls into an hour.
-func demoRhythm(hour time.Time, allDay bool) float64 {
+// demoHourShare is the part of a working day's calls that falls into an hour.
+func demoHourShare(hour time.Time, allDay bool) float64 {
 	h, quiet := float64(hour.Hour()), 1.0
 	if d := hour.Weekday(); d == time.Saturday || d == time.Sunday {
 		quiet = 0.15
@@ -385,11 +385,11 @@ func demoRhythm(hour time.Time, allDay bool) float64 {
 	return (day + 0.02) / 9.5 * quiet
 }
 
-// demoCallAt makes up one call; nil: this user had stopped by then.
-func demoCallAt(rng *rand.Rand, now, at time.Time, u demoUser) *requestRow {
-	k := u.calls[0]
+// newDemoRow makes up one call; nil: this user had stopped by then.
+func newDemoRow(rng *rand.Rand, now, at time.Time, u demoUser) *requestRow {
+	k := u.tasks[0]
 	total := 0
-	for _, c := range u.calls {
+	for _, c := range u.tasks {
 		if total += c.weight; rng.IntN(total) < c.weight {
 			k = c
 		}
@@ -397,18 +397,18 @@ func demoCallAt(rng *rand.Rand, now, at time.Time, u demoUser) *requestRow {
 	r := &requestRow{started: at.UnixMilli(), endpoint: k.endpoint, model: k.model, stream: k.stream,
 		address: fmt.Sprintf("10.20.%d.%d", u.project, 10+rng.IntN(40)), status: 200, outcome: outcomeOK, source: usageNone, firstByteUS: -1, attempts: 1}
 	ago := now.Sub(at).Hours() / 24
-	ended, why := u.expires, "expired"
-	if u.revoked > 0 {
-		ended, why = u.revoked, "revoked"
+	ended, why := u.expiredDaysAgo, "expired"
+	if u.revokedDaysAgo > 0 {
+		ended, why = u.revokedDaysAgo, "revoked"
 	}
 	if ago < ended {
-		if k.refused = why; ago < ended-2 || rng.IntN(3) > 0 { // somebody goes on trying, for a while
+		if k.refusalCode = why; ago < ended-2 || rng.IntN(3) > 0 { // somebody goes on trying, for a while
 			return nil
 		}
 	}
-	if k.refused != "" {
-		r.outcome, r.errorCode, r.status, r.attempts, r.totalUS = outcomeRefused, k.refused, 403, 0, 90+rng.Int64N(200)
-		if k.refused != "model_not_allowed" {
+	if k.refusalCode != "" {
+		r.outcome, r.errorCode, r.status, r.attempts, r.totalUS = outcomeRefused, k.refusalCode, 403, 0, 90+rng.Int64N(200)
+		if k.refusalCode != "model_not_allowed" {
 			r.status = 401
 		}
 		return r
@@ -416,10 +416,10 @@ func demoCallAt(rng *rand.Rand, now, at time.Time, u demoUser) *requestRow {
 	size := func(typical float64) int64 { return int64(typical * math.Exp(rng.NormFloat64()*0.5)) }
 	if k.input > 0 {
 		r.source, r.counts = usageExact, tokenCounts{input: max(size(k.input), 1), output: size(k.output)}
-		if rng.Float64() < k.cachedPart {
+		if rng.Float64() < k.cachedShare {
 			r.counts.cached = r.counts.input * 3 / 4 / 128 * 128
 		}
-		r.counts.reasoning = int64(float64(r.counts.output) * k.reasonPart * rng.Float64())
+		r.counts.reasoning = int64(float64(r.counts.output) * k.reasoningShare * rng.Float64())
 	}
 	first := time.Duration(float64(180*time.Millisecond) * math.Exp(rng.NormFloat64()*0.4))
 	r.firstByteUS = first.Microseconds()
@@ -427,12 +427,12 @@ func demoCallAt(rng *rand.Rand, now, at time.Time, u demoUser) *requestRow {
 	if !k.stream {
 		r.firstByteUS = r.totalUS
 	}
-	demoMishap(rng, r)
+	injectDemoFailure(rng, r)
 	return r
 }
 
-// demoMishap lets a few calls end badly.
-func demoMishap(rng *rand.Rand, r *requestRow) {
+// injectDemoFailure lets a few calls end badly.
+func injectDemoFailure(rng *rand.Rand, r *requestRow) {
 	cut := func() { // a stream that ended early: what it used is an estimate
 		if r.source == usageExact {
 			r.source, r.counts.output, r.counts.reasoning = usageEstimated, r.counts.output/3, 0

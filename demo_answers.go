@@ -58,8 +58,8 @@ func (o demoJSON) MarshalJSON() ([]byte, error) {
 	return append(b, '}'), nil
 }
 
-// demoNull is s, or null if it is empty.
-func demoNull(s string) any {
+// nullIfEmpty is s, or null if it is empty.
+func nullIfEmpty(s string) any {
 	if s == "" {
 		return nil
 	}
@@ -97,23 +97,23 @@ type demoBody struct {
 	prompt string // promptText, computed once
 }
 
-// A demoAnswer is one answer: words or a tool call.
-type demoAnswer struct {
-	text       string
-	tool, args string // a call of the tool with JSON arguments; "" if there is none
-	reasoning  int    // tokens thought before the answer
-	tokens     int    // output tokens, reasoning included
-	length     bool   // cut at the limit of tokens
+// A demoCompletion is one answer: words or a tool call.
+type demoCompletion struct {
+	text               string
+	toolName, toolArgs string // a call of the tool with JSON arguments; "" if there is none
+	reasoningTokens    int    // tokens thought before the answer
+	outputTokens       int    // output tokens, reasoning included
+	truncated          bool   // cut at the limit of tokens
 }
 
-// demoTokens is how many tokens n bytes of text are said to be.
-func demoTokens(n int) int { return (n + 3) / 4 }
+// demoTokenCount is how many tokens n bytes of text are said to be.
+func demoTokenCount(n int) int { return (n + 3) / 4 }
 
 // demoWords splits text as a stream would.
 func demoWords(text string) []string { return strings.SplitAfter(text, " ") }
 
-// demoBits splits JSON as the deltas of tool arguments are.
-func demoBits(args string) (bits []string) {
+// splitToolArgs splits JSON as the deltas of tool arguments are.
+func splitToolArgs(args string) (bits []string) {
 	for bit := range slices.Chunk([]rune(args), 8) {
 		bits = append(bits, string(bit))
 	}
@@ -161,7 +161,7 @@ func demoText(v any) string {
 	return b.String()
 }
 
-// promptText is all the text of the prompt, joined by nothing; its tokens are demoTokens of its length.
+// promptText is all the text of the prompt, joined by nothing; its tokens are demoTokenCount of its length.
 func (b *demoBody) promptText() string {
 	var t strings.Builder
 	for _, v := range []any{b.System, b.Instructions, b.Prompt, b.Input} {
@@ -195,55 +195,55 @@ func (b *demoBody) lastTurn() (text string, toolResult bool) {
 	return demoText(last), toolResult
 }
 
-// limit is the most tokens the answer may have; 0 = any number.
-func (b *demoBody) limit() int {
+// tokenLimit is the most tokens the answer may have; 0 = any number.
+func (b *demoBody) tokenLimit() int {
 	return max(b.MaxTokens, b.MaxCompletionTokens, b.MaxOutputTokens, 0)
 }
 
-// answers gives n different answers to the request.
-func (b *demoBody) answers(n int) []demoAnswer {
-	list := make([]demoAnswer, n)
+// completions gives n different answers to the request.
+func (b *demoBody) completions(n int) []demoCompletion {
+	list := make([]demoCompletion, n)
 	for i := range list {
-		list[i] = b.answer(i)
+		list[i] = b.completion(i)
 	}
 	return list
 }
 
-// answer gives the answer number i to the request: a tool call if one was asked for, else text within the limit.
-func (b *demoBody) answer(i int) (a demoAnswer) {
+// completion gives the answer number i to the request: a tool call if one was asked for, else text within the limit.
+func (b *demoBody) completion(i int) (a demoCompletion) {
 	rng := rand.New(rand.NewPCG(demoHash(b.Model, b.prompt), uint64(b.Seed)*131+uint64(i)))
 	question, toolResult := b.lastTurn()
-	limit := b.limit()
-	if b.reasons() {
-		a.reasoning = 64 * (1 + rng.IntN(8))
+	limit := b.tokenLimit()
+	if b.isReasoningModel() {
+		a.reasoningTokens = 64 * (1 + rng.IntN(8))
 		if limit > 0 {
-			a.reasoning = min(a.reasoning, limit/2)
+			a.reasoningTokens = min(a.reasoningTokens, limit/2)
 		}
 	}
 	name, schema := b.chosenTool(question, toolResult)
 	if name != "" {
-		a.tool, a.args = name, demoSample(schema, question, rng)
-		a.tokens = demoTokens(len(a.tool)+len(a.args)) + a.reasoning
+		a.toolName, a.toolArgs = name, demoSample(schema, question, rng)
+		a.outputTokens = demoTokenCount(len(a.toolName)+len(a.toolArgs)) + a.reasoningTokens
 		return a
 	}
-	a.text = b.say(question, toolResult, rng)
-	if limit > 0 && demoTokens(len(a.text)) > limit-a.reasoning {
-		a.text = strings.ToValidUTF8(a.text[:4*(limit-a.reasoning)], "")
-		a.length = true
+	a.text = b.composeText(question, toolResult, rng)
+	if limit > 0 && demoTokenCount(len(a.text)) > limit-a.reasoningTokens {
+		a.text = strings.ToValidUTF8(a.text[:4*(limit-a.reasoningTokens)], "")
+		a.truncated = true
 	}
-	a.tokens = demoTokens(len(a.text)) + a.reasoning
+	a.outputTokens = demoTokenCount(len(a.text)) + a.reasoningTokens
 	return a
 }
 
-// reasons reports whether the model is one that thinks first.
-func (b *demoBody) reasons() bool {
+// isReasoningModel reports whether the model is one that thinks first.
+func (b *demoBody) isReasoningModel() bool {
 	return slices.ContainsFunc([]string{"o1", "o3", "o4", "gpt-5"}, func(family string) bool {
 		return strings.HasPrefix(b.Model, family)
 	})
 }
 
-// say writes the answer: JSON if the request wants that, else sentences on a subject near the question.
-func (b *demoBody) say(question string, toolResult bool, rng *rand.Rand) string {
+// composeText writes the answer: JSON if the request wants that, else sentences on a subject near the question.
+func (b *demoBody) composeText(question string, toolResult bool, rng *rand.Rand) string {
 	format, _ := b.ResponseFormat.(map[string]any)
 	if format == nil {
 		format = b.Text.Format
@@ -263,9 +263,9 @@ func (b *demoBody) say(question string, toolResult bool, rng *rand.Rand) string 
 	}
 	sentences := strings.Split(subject, "\n")
 	from, count := rng.IntN(len(sentences)), 3+rng.IntN(3)
-	opening := "You asked: “" + demoShort(question) + "”"
+	opening := "You asked: “" + demoExcerpt(question) + "”"
 	if toolResult {
-		opening = "The tool says: “" + demoShort(question) + "”"
+		opening = "The tool says: “" + demoExcerpt(question) + "”"
 	}
 	text := []string{opening + ". Here is what the demo provider knows."}
 	for i := range count {
@@ -279,8 +279,8 @@ func (b *demoBody) say(question string, toolResult bool, rng *rand.Rand) string 
 	return said
 }
 
-// demoShort is the beginning of s on one line.
-func demoShort(s string) string {
+// demoExcerpt is the beginning of s on one line.
+func demoExcerpt(s string) string {
 	r := []rune(s[:min(len(s), 400)])
 	if len(r) > 80 || len(s) > 400 {
 		r = append(r[:min(len(r), 80)], '…')
@@ -345,22 +345,22 @@ func demoSample(schema any, question string, rng *rand.Rand) string {
 	if root == nil {
 		return "{}"
 	}
-	s := demoSampler{root: root, question: question, rng: rng, left: 500}
+	s := demoSampler{root: root, question: question, rng: rng, valuesLeft: 500}
 	b, _ := json.Marshal(s.value("", root)) // values that came from JSON
 	return string(b)
 }
 
 // A demoSampler fills in one schema; left bounds its work, whatever the schema refers to.
 type demoSampler struct {
-	root     map[string]any
-	question string
-	rng      *rand.Rand
-	left     int // values
+	root       map[string]any
+	question   string
+	rng        *rand.Rand
+	valuesLeft int // values
 }
 
 func (s *demoSampler) value(name string, schema any) any {
 	m, _ := schema.(map[string]any)
-	if s.left--; s.left < 0 {
+	if s.valuesLeft--; s.valuesLeft < 0 {
 		return nil
 	}
 	if ref, ok := m["$ref"].(string); ok {
@@ -405,15 +405,15 @@ func (s *demoSampler) value(name string, schema any) any {
 	case kind == "null":
 		return nil
 	}
-	return s.word(strings.ToLower(name))
+	return s.stringFor(strings.ToLower(name))
 }
 
-// word is a plausible string for a property of that name.
-func (s *demoSampler) word(name string) string {
+// stringFor is a plausible string for a property of that name.
+func (s *demoSampler) stringFor(name string) string {
 	for _, guess := range [][2]string{
 		{"city", "Lisbon"}, {"location", "Lisbon"}, {"place", "Lisbon"}, {"country", "Portugal"}, {"date", "2025-06-01"},
 		{"time", "09:30"}, {"unit", "celsius"}, {"mail", "ada@example.com"}, {"url", "https://example.com/"},
-		{"name", "Ada"}, {"lang", "en"}, {"query", demoShort(s.question)}, {"question", demoShort(s.question)},
+		{"name", "Ada"}, {"lang", "en"}, {"query", demoExcerpt(s.question)}, {"question", demoExcerpt(s.question)},
 	} {
 		if strings.Contains(name, guess[0]) {
 			return guess[1]

@@ -14,11 +14,11 @@ import (
 // A demoUsage is the token count of one call, whatever the dialect calls it.
 type demoUsage struct{ prompt, cached, output, reasoning int }
 
-func (c *demoCall) usage(answers ...demoAnswer) demoUsage {
-	u := demoUsage{prompt: demoTokens(len(c.body.prompt)), cached: c.p.cached(c.body.Model, c.body.prompt)}
+func (c *demoCall) usage(answers ...demoCompletion) demoUsage {
+	u := demoUsage{prompt: demoTokenCount(len(c.body.prompt)), cached: c.p.cachedTokens(c.body.Model, c.body.prompt)}
 	for _, a := range answers {
-		u.output += a.tokens
-		u.reasoning += a.reasoning
+		u.output += a.outputTokens
+		u.reasoning += a.reasoningTokens
 	}
 	return u
 }
@@ -42,10 +42,10 @@ func (c *demoCall) chat() {
 		c.fail(http.StatusBadRequest, "", "Missing required parameter: 'messages'.")
 		return
 	}
-	answers := c.body.answers(max(c.body.N, 1))
+	answers := c.body.completions(max(c.body.N, 1))
 	usage := c.usage(answers...).chat()
 	head := func(object string) demoJSON {
-		return demoJSON{"id", c.p.id("chatcmpl-"), "object", object, "created", time.Now().Unix(), "model", c.body.Model}
+		return demoJSON{"id", c.p.newID("chatcmpl-"), "object", object, "created", time.Now().Unix(), "model", c.body.Model}
 	}
 	if c.body.Stream {
 		c.streamChat(head("chat.completion.chunk"), answers, usage)
@@ -54,73 +54,73 @@ func (c *demoCall) chat() {
 	choices, words := []any{}, 0
 	for i, a := range answers {
 		message := demoJSON{"role", "assistant", "content", a.text, "refusal", nil, "annotations", []any{}}
-		if a.tool != "" {
-			message = demoJSON{"role", "assistant", "content", nil, "tool_calls", []any{c.chatTool(a, a.args)}, "refusal", nil}
+		if a.toolName != "" {
+			message = demoJSON{"role", "assistant", "content", nil, "tool_calls", []any{c.toolCall(a, a.toolArgs)}, "refusal", nil}
 		}
-		choices = append(choices, demoJSON{"index", i, "message", message, "logprobs", nil, "finish_reason", a.finish()})
-		words += a.tokens
+		choices = append(choices, demoJSON{"index", i, "message", message, "logprobs", nil, "finish_reason", a.finishReason()})
+		words += a.outputTokens
 	}
-	c.reply(words, append(head("chat.completion"), "choices", choices, "usage", usage, "service_tier", "default",
+	c.replyJSON(words, append(head("chat.completion"), "choices", choices, "usage", usage, "service_tier", "default",
 		"system_fingerprint", "fp_demo"))
 }
 
-// finish is OpenAI's finish_reason.
-func (a demoAnswer) finish() string {
+// finishReason is OpenAI's finish_reason.
+func (a demoCompletion) finishReason() string {
 	switch {
-	case a.tool != "":
+	case a.toolName != "":
 		return "tool_calls"
-	case a.length:
+	case a.truncated:
 		return "length"
 	}
 	return "stop"
 }
 
-func (c *demoCall) chatTool(a demoAnswer, args string) demoJSON {
-	return demoJSON{"id", c.p.id("call_"), "type", "function", "function", demoJSON{"name", a.tool, "arguments", args}}
+func (c *demoCall) toolCall(a demoCompletion, args string) demoJSON {
+	return demoJSON{"id", c.p.newID("call_"), "type", "function", "function", demoJSON{"name", a.toolName, "arguments", args}}
 }
 
 // streamChat sends the chunks of each choice: the role, the content or arguments, the finish; then usage if it was asked
 // for, and [DONE].
-func (c *demoCall) streamChat(head demoJSON, answers []demoAnswer, usage demoJSON) {
+func (c *demoCall) streamChat(head demoJSON, answers []demoCompletion, usage demoJSON) {
 	include := c.body.StreamOptions.IncludeUsage
 	chunk := func(choices []any, usage any) {
 		v := append(slices.Clone(head), "service_tier", "default", "system_fingerprint", "fp_demo", "choices", choices)
 		if include {
 			v = append(v, "usage", usage)
 		}
-		c.event("", v)
+		c.sendEvent("", v)
 	}
 	c.beginStream()
 	for i, a := range answers {
 		send := func(delta demoJSON, finish any) {
 			chunk([]any{demoJSON{"index", i, "delta", delta, "logprobs", nil, "finish_reason", finish}}, nil)
 		}
-		if a.tool != "" {
-			call := append(demoJSON{"index", 0}, c.chatTool(a, "")...)
+		if a.toolName != "" {
+			call := append(demoJSON{"index", 0}, c.toolCall(a, "")...)
 			send(demoJSON{"role", "assistant", "content", nil, "tool_calls", []any{call}, "refusal", nil}, nil)
-			c.each(demoBits(a.args), func(bit string) {
+			c.sendPaced(splitToolArgs(a.toolArgs), func(bit string) {
 				send(demoJSON{"tool_calls", []any{demoJSON{"index", 0, "function", demoJSON{"arguments", bit}}}}, nil)
 			})
 		} else {
 			send(demoJSON{"role", "assistant", "content", "", "refusal", nil}, nil)
-			c.each(demoWords(a.text), func(word string) { send(demoJSON{"content", word}, nil) })
+			c.sendPaced(demoWords(a.text), func(word string) { send(demoJSON{"content", word}, nil) })
 		}
-		send(demoJSON{}, a.finish())
+		send(demoJSON{}, a.finishReason())
 	}
 	if include {
 		chunk([]any{}, usage)
 	}
-	c.event("", json.RawMessage("[DONE]"))
+	c.sendEvent("", json.RawMessage("[DONE]"))
 }
 
 // completions answers POST /v1/completions: n choices for each prompt.
 func (c *demoCall) completions() {
 	c.body.Tools = nil
-	var answers []demoAnswer
+	var answers []demoCompletion
 	for _, prompt := range demoInputs(c.body.Prompt) {
 		b := c.body
 		b.Prompt, b.prompt = prompt, demoText(prompt)
-		answers = append(answers, b.answers(max(b.N, 1))...)
+		answers = append(answers, b.completions(max(b.N, 1))...)
 		if len(answers) > 128 {
 			c.fail(http.StatusBadRequest, "", "'n' times the number of prompts must be at most 128")
 			return
@@ -132,16 +132,16 @@ func (c *demoCall) completions() {
 	}
 	u := c.usage(answers...)
 	usage := demoJSON{"prompt_tokens", u.prompt, "completion_tokens", u.output, "total_tokens", u.prompt + u.output}
-	head := demoJSON{"id", c.p.id("cmpl-"), "object", "text_completion", "created", time.Now().Unix(), "model", c.body.Model}
+	head := demoJSON{"id", c.p.newID("cmpl-"), "object", "text_completion", "created", time.Now().Unix(), "model", c.body.Model}
 	choice := func(i int, text string, finish any) demoJSON {
 		return demoJSON{"text", text, "index", i, "logprobs", nil, "finish_reason", finish}
 	}
 	if !c.body.Stream {
 		choices := []any{}
 		for i, a := range answers {
-			choices = append(choices, choice(i, a.text, a.finish()))
+			choices = append(choices, choice(i, a.text, a.finishReason()))
 		}
-		c.reply(u.output, append(head, "choices", choices, "usage", usage))
+		c.replyJSON(u.output, append(head, "choices", choices, "usage", usage))
 		return
 	}
 	chunk := func(choices []any, usage any) {
@@ -149,45 +149,45 @@ func (c *demoCall) completions() {
 		if c.body.StreamOptions.IncludeUsage {
 			v = append(v, "usage", usage)
 		}
-		c.event("", v)
+		c.sendEvent("", v)
 	}
 	c.beginStream()
 	for i, a := range answers {
-		c.each(demoWords(a.text), func(word string) { chunk([]any{choice(i, word, nil)}, nil) })
-		chunk([]any{choice(i, "", a.finish())}, nil)
+		c.sendPaced(demoWords(a.text), func(word string) { chunk([]any{choice(i, word, nil)}, nil) })
+		chunk([]any{choice(i, "", a.finishReason())}, nil)
 	}
 	if c.body.StreamOptions.IncludeUsage {
 		chunk([]any{}, usage)
 	}
-	c.event("", json.RawMessage("[DONE]"))
+	c.sendEvent("", json.RawMessage("[DONE]"))
 }
 
 // responses answers POST /v1/responses.
 func (c *demoCall) responses() {
-	a := c.body.answer(0)
+	a := c.body.completion(0)
 	usage := c.usage(a).responses()
 	object := c.responseObject()
 	var done any
 	status := "completed"
-	if a.length {
+	if a.truncated {
 		status, done = "incomplete", demoJSON{"reason", "max_output_tokens"}
 	}
 	whole := func(output []any) demoJSON {
 		return object(status, done, output, usage)
 	}
 	output := []any{}
-	if a.reasoning > 0 {
-		output = append(output, demoJSON{"id", c.p.id("rs_"), "type", "reasoning", "summary", []any{}})
+	if a.reasoningTokens > 0 {
+		output = append(output, demoJSON{"id", c.p.newID("rs_"), "type", "reasoning", "summary", []any{}})
 	}
 	item := c.responseItem(a, status)
 	output = append(output, item(true))
 	if !c.body.Stream {
-		c.reply(a.tokens, whole(output))
+		c.replyJSON(a.outputTokens, whole(output))
 		return
 	}
 	seq := 0
 	send := func(kind string, fields ...any) {
-		c.event(kind, append(demoJSON{"type", kind, "sequence_number", seq}, fields...))
+		c.sendEvent(kind, append(demoJSON{"type", kind, "sequence_number", seq}, fields...))
 		seq++
 	}
 	c.beginStream()
@@ -206,17 +206,17 @@ func (c *demoCall) responses() {
 }
 
 // streamResponseItem sends the events between an item's added and done.
-func (c *demoCall) streamResponseItem(a demoAnswer, id any, at int, send func(kind string, fields ...any)) {
-	if a.tool != "" {
-		c.each(demoBits(a.args), func(bit string) {
+func (c *demoCall) streamResponseItem(a demoCompletion, id any, at int, send func(kind string, fields ...any)) {
+	if a.toolName != "" {
+		c.sendPaced(splitToolArgs(a.toolArgs), func(bit string) {
 			send("response.function_call_arguments.delta", "item_id", id, "output_index", at, "delta", bit)
 		})
-		send("response.function_call_arguments.done", "item_id", id, "output_index", at, "name", a.tool, "arguments", a.args)
+		send("response.function_call_arguments.done", "item_id", id, "output_index", at, "name", a.toolName, "arguments", a.toolArgs)
 		return
 	}
 	place := []any{"item_id", id, "output_index", at, "content_index", 0}
 	send("response.content_part.added", append(slices.Clone(place), "part", demoTextPart(""))...)
-	c.each(demoWords(a.text), func(word string) {
+	c.sendPaced(demoWords(a.text), func(word string) {
 		send("response.output_text.delta", append(slices.Clone(place), "delta", word, "logprobs", []any{})...)
 	})
 	send("response.output_text.done", append(slices.Clone(place), "text", a.text, "logprobs", []any{})...)
@@ -228,19 +228,19 @@ func demoTextPart(text string) demoJSON {
 }
 
 // responseItem returns what makes the output item of a: empty and in progress, or done. Its first field is the id.
-func (c *demoCall) responseItem(a demoAnswer, status string) func(done bool) demoJSON {
-	id, callID := c.p.id("msg_"), c.p.id("call_")
-	if a.tool != "" {
-		id = c.p.id("fc_")
+func (c *demoCall) responseItem(a demoCompletion, status string) func(done bool) demoJSON {
+	id, callID := c.p.newID("msg_"), c.p.newID("call_")
+	if a.toolName != "" {
+		id = c.p.newID("fc_")
 	}
 	return func(done bool) demoJSON {
 		state, args, content := "in_progress", "", []any{}
 		if done {
-			state, args, content = status, a.args, []any{demoTextPart(a.text)}
+			state, args, content = status, a.toolArgs, []any{demoTextPart(a.text)}
 		}
-		if a.tool != "" {
+		if a.toolName != "" {
 			return demoJSON{"id", id, "type", "function_call", "status", state, "arguments", args, "call_id", callID,
-				"name", a.tool}
+				"name", a.toolName}
 		}
 		return demoJSON{"id", id, "type", "message", "status", state, "role", "assistant", "content", content}
 	}
@@ -248,7 +248,7 @@ func (c *demoCall) responseItem(a demoAnswer, status string) func(done bool) dem
 
 // responseObject returns what makes the response object of this call, always with the same id and time.
 func (c *demoCall) responseObject() func(status string, incomplete any, output []any, usage any) demoJSON {
-	id, created := c.p.id("resp_"), time.Now().Unix()
+	id, created := c.p.newID("resp_"), time.Now().Unix()
 	var limit, instructions any
 	if c.body.MaxOutputTokens > 0 {
 		limit = c.body.MaxOutputTokens
@@ -281,18 +281,18 @@ func (c *demoCall) responseObject() func(status string, incomplete any, output [
 
 // responsesInputTokens answers POST /v1/responses/input_tokens.
 func (c *demoCall) responsesInputTokens() {
-	c.reply(0, demoJSON{"object", "response.input_tokens", "input_tokens", demoTokens(len(c.body.prompt))})
+	c.replyJSON(0, demoJSON{"object", "response.input_tokens", "input_tokens", demoTokenCount(len(c.body.prompt))})
 }
 
 // responsesCompact answers POST /v1/responses/compact: the last turn stays, the rest becomes one opaque item.
 func (c *demoCall) responsesCompact() {
 	last, _ := c.body.lastTurn()
-	a := c.body.answer(0)
-	c.reply(a.tokens, demoJSON{"id", c.p.id("resp_"), "object", "response.compaction", "created_at", time.Now().Unix(),
+	a := c.body.completion(0)
+	c.replyJSON(a.outputTokens, demoJSON{"id", c.p.newID("resp_"), "object", "response.compaction", "created_at", time.Now().Unix(),
 		"output", []any{
-			demoJSON{"id", c.p.id("msg_"), "type", "message", "status", "completed", "role", "user",
+			demoJSON{"id", c.p.newID("msg_"), "type", "message", "status", "completed", "role", "user",
 				"content", []any{demoJSON{"type", "input_text", "text", last}}},
-			demoJSON{"id", c.p.id("cmp_"), "type", "compaction", "encrypted_content", "ZGVtbw=="},
+			demoJSON{"id", c.p.newID("cmp_"), "type", "compaction", "encrypted_content", "ZGVtbw=="},
 		},
 		"usage", c.usage(a).responses()})
 }
@@ -307,28 +307,28 @@ func (c *demoCall) messages() {
 		c.fail(http.StatusBadRequest, "", "messages: at least one message is required")
 		return
 	}
-	a := c.body.answer(0)
+	a := c.body.completion(0)
 	u := c.usage(a)
 	block, empty, stop := demoJSON{"type", "text", "text", a.text}, demoJSON{"type", "text", "text", ""}, "end_turn"
 	switch {
-	case a.tool != "":
-		call := demoJSON{"type", "tool_use", "id", c.p.id("toolu_"), "name", a.tool}
-		block = append(slices.Clone(call), "input", json.RawMessage(a.args))
+	case a.toolName != "":
+		call := demoJSON{"type", "tool_use", "id", c.p.newID("toolu_"), "name", a.toolName}
+		block = append(slices.Clone(call), "input", json.RawMessage(a.toolArgs))
 		empty, stop = append(slices.Clone(call), "input", demoJSON{}), "tool_use"
-	case a.length:
+	case a.truncated:
 		stop = "max_tokens"
 	}
-	id := c.p.id("msg_")
+	id := c.p.newID("msg_")
 	message := func(content []any, stop any, output int) demoJSON {
 		return demoJSON{"id", id, "type", "message", "role", "assistant", "model", c.body.Model, "content", content,
 			"stop_reason", stop, "stop_sequence", nil,
 			"usage", append(c.anthropicInput(u), "output_tokens", output, "service_tier", "standard")}
 	}
 	if !c.body.Stream {
-		c.reply(a.tokens, message([]any{block}, stop, u.output))
+		c.replyJSON(a.outputTokens, message([]any{block}, stop, u.output))
 		return
 	}
-	send := func(kind string, fields ...any) { c.event(kind, append(demoJSON{"type", kind}, fields...)) }
+	send := func(kind string, fields ...any) { c.sendEvent(kind, append(demoJSON{"type", kind}, fields...)) }
 	c.beginStream()
 	send("message_start", "message", message([]any{}, nil, 1))
 	send("content_block_start", "index", 0, "content_block", empty)
@@ -336,10 +336,10 @@ func (c *demoCall) messages() {
 	delta := func(kind, name string) func(string) {
 		return func(s string) { send("content_block_delta", "index", 0, "delta", demoJSON{"type", kind, name, s}) }
 	}
-	if a.tool != "" {
-		c.each(demoBits(a.args), delta("input_json_delta", "partial_json"))
+	if a.toolName != "" {
+		c.sendPaced(splitToolArgs(a.toolArgs), delta("input_json_delta", "partial_json"))
 	} else {
-		c.each(demoWords(a.text), delta("text_delta", "text"))
+		c.sendPaced(demoWords(a.text), delta("text_delta", "text"))
 	}
 	send("content_block_stop", "index", 0)
 	send("message_delta", "delta", demoJSON{"stop_reason", stop, "stop_sequence", nil},
@@ -351,7 +351,7 @@ func (c *demoCall) messages() {
 // written to it. Only prompts with a cache_control use the cache.
 func (c *demoCall) anthropicInput(u demoUsage) demoJSON {
 	read, written := 0, 0
-	if bytes.Contains(c.raw, []byte(`"cache_control"`)) {
+	if bytes.Contains(c.rawBody, []byte(`"cache_control"`)) {
 		read = u.cached
 		written = u.prompt/demoCacheStep*demoCacheStep - read
 	}
@@ -362,5 +362,5 @@ func (c *demoCall) anthropicInput(u demoUsage) demoJSON {
 
 // messagesCountTokens answers POST /v1/messages/count_tokens.
 func (c *demoCall) messagesCountTokens() {
-	c.reply(0, demoJSON{"input_tokens", demoTokens(len(c.body.prompt))})
+	c.replyJSON(0, demoJSON{"input_tokens", demoTokenCount(len(c.body.prompt))})
 }

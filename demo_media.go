@@ -24,19 +24,19 @@ func (c *demoCall) models() {
 		list = append(list, demoModel(name, c.anthropic))
 	}
 	if c.anthropic {
-		c.reply(0, demoJSON{"data", list, "has_more", false, "first_id", names[0], "last_id", names[len(names)-1]})
+		c.replyJSON(0, demoJSON{"data", list, "has_more", false, "first_id", names[0], "last_id", names[len(names)-1]})
 		return
 	}
-	c.reply(0, demoJSON{"object", "list", "data", list})
+	c.replyJSON(0, demoJSON{"object", "list", "data", list})
 }
 
 // model answers GET /v1/models/{id}; every model exists but no-such-model.
 func (c *demoCall) model(id string) {
-	if id == demoNoModel {
-		c.failNoModel()
+	if id == demoUnknownModel {
+		c.failUnknownModel()
 		return
 	}
-	c.reply(0, demoModel(id, c.anthropic))
+	c.replyJSON(0, demoModel(id, c.anthropic))
 }
 
 func demoModelNames(anthropic bool) []string {
@@ -77,7 +77,7 @@ func (c *demoCall) embeddings() {
 	data, tokens := []any{}, 0
 	for i, input := range inputs {
 		text := demoText(input)
-		tokens += demoTokens(len(text))
+		tokens += demoTokenCount(len(text))
 		v := demoVector(c.body.Model, text, dims)
 		embedding := any(v)
 		if c.body.EncodingFormat == "base64" {
@@ -86,7 +86,7 @@ func (c *demoCall) embeddings() {
 		}
 		data = append(data, demoJSON{"object", "embedding", "index", i, "embedding", embedding})
 	}
-	c.reply(0, demoJSON{"object", "list", "data", data, "model", c.body.Model,
+	c.replyJSON(0, demoJSON{"object", "list", "data", data, "model", c.body.Model,
 		"usage", demoJSON{"prompt_tokens", tokens, "total_tokens", tokens}})
 }
 
@@ -131,7 +131,7 @@ func (c *demoCall) moderations() {
 		results = append(results, demoJSON{"flagged", violent, "categories", categories, "category_scores", scores,
 			"category_applied_input_types", types})
 	}
-	c.reply(0, demoJSON{"id", c.p.id("modr-"), "model", c.body.Model, "results", results})
+	c.replyJSON(0, demoJSON{"id", c.p.newID("modr-"), "model", c.body.Model, "results", results})
 }
 
 // images answers POST /v1/images/generations with n small PNGs.
@@ -146,8 +146,8 @@ func (c *demoCall) images() {
 		}
 		data = append(data, demoJSON{"b64_json", base64.StdEncoding.EncodeToString(picture)})
 	}
-	in, out := demoTokens(len(c.body.prompt)), 272*n
-	c.reply(40, demoJSON{"created", time.Now().Unix(), "background", "opaque", "data", data, "output_format", "png",
+	in, out := demoTokenCount(len(c.body.prompt)), 272*n
+	c.replyJSON(40, demoJSON{"created", time.Now().Unix(), "background", "opaque", "data", data, "output_format", "png",
 		"quality", "low", "size", "1024x1024", "usage", demoJSON{"input_tokens", in,
 			"input_tokens_details", demoJSON{"image_tokens", 0, "text_tokens", in}, "output_tokens", out,
 			"output_tokens_details", demoJSON{"image_tokens", out, "text_tokens", 0}, "total_tokens", in + out}})
@@ -164,25 +164,25 @@ func (c *demoCall) speech() {
 	for ; len(sound) > 0; sound = sound[min(900, len(sound)):] {
 		chunks = append(chunks, string(sound[:min(900, len(sound))]))
 	}
-	in, out := demoTokens(len(c.body.prompt)), 10
+	in, out := demoTokenCount(len(c.body.prompt)), 10
 	c.beginStream()
-	c.each(chunks, func(chunk string) {
-		c.event("", demoJSON{"type", "speech.audio.delta", "audio", base64.StdEncoding.EncodeToString([]byte(chunk))})
+	c.sendPaced(chunks, func(chunk string) {
+		c.sendEvent("", demoJSON{"type", "speech.audio.delta", "audio", base64.StdEncoding.EncodeToString([]byte(chunk))})
 	})
-	c.event("", demoJSON{"type", "speech.audio.done", "usage",
+	c.sendEvent("", demoJSON{"type", "speech.audio.done", "usage",
 		demoJSON{"input_tokens", in, "output_tokens", out, "total_tokens", in + out}})
 }
 
 // transcriptions answers POST /v1/audio/transcriptions and /translations: what the upload "says" follows from its size.
 func (c *demoCall) transcriptions() {
-	if c.audio == 0 {
+	if c.audioBytes == 0 {
 		c.fail(http.StatusBadRequest, "", "Missing required parameter: 'file'.")
 		return
 	}
 	lines := strings.Split(demoRailways, "\n")
-	text := lines[c.audio%int64(len(lines))]
-	seconds := 1 + c.audio/32000 // 16 kHz, 16 bit
-	in, out := demoTokens(len(c.body.prompt)), demoTokens(len(text))
+	text := lines[c.audioBytes%int64(len(lines))]
+	seconds := 1 + c.audioBytes/32000 // 16 kHz, 16 bit
+	in, out := demoTokenCount(len(c.body.prompt)), demoTokenCount(len(text))
 	heard := int(10 * seconds)
 	usage := demoJSON{"type", "tokens", "input_tokens", in + heard,
 		"input_token_details", demoJSON{"text_tokens", in, "audio_tokens", heard},
@@ -194,15 +194,15 @@ func (c *demoCall) transcriptions() {
 	switch {
 	case c.body.Stream && c.body.Model != "whisper-1": // which ignores stream
 		c.beginStream()
-		c.each(words, func(word string) { c.event("", demoJSON{"type", "transcript.text.delta", "delta", word}) })
-		c.event("", demoJSON{"type", "transcript.text.done", "text", text, "usage", usage})
+		c.sendPaced(words, func(word string) { c.sendEvent("", demoJSON{"type", "transcript.text.delta", "delta", word}) })
+		c.sendEvent("", demoJSON{"type", "transcript.text.done", "text", text, "usage", usage})
 	case c.body.ResponseFormat == "text":
 		c.replyBytes(len(words), "text/plain; charset=utf-8", []byte(text+"\n"))
 	case c.body.ResponseFormat == "verbose_json":
-		c.reply(len(words), demoJSON{"task", "transcribe", "language", "english", "duration", float64(seconds),
+		c.replyJSON(len(words), demoJSON{"task", "transcribe", "language", "english", "duration", float64(seconds),
 			"text", text, "segments", []any{}, "usage", usage})
 	default:
-		c.reply(len(words), demoJSON{"text", text, "usage", usage})
+		c.replyJSON(len(words), demoJSON{"text", text, "usage", usage})
 	}
 }
 

@@ -24,42 +24,42 @@ import (
 )
 
 const (
-	demoMaxBody   = 32 << 20
-	demoMaxSeen   = 4096 // prompt prefixes remembered for cached_tokens
-	demoNoModel   = "no-such-model"
-	demoCacheStep = 1024 // tokens: the grain of the prompt cache
+	demoMaxBody      = 32 << 20
+	demoMaxPrefixes  = 4096 // prompt prefixes remembered for cached_tokens
+	demoUnknownModel = "no-such-model"
+	demoCacheStep    = 1024 // tokens: the grain of the prompt cache
 )
 
 // A demoProvider answers like OpenAI (Authorization: Bearer) and Anthropic (x-api-key). It requires its key. What it says
 // follows from the model, the prompt and the request's seed alone; ids are new for each call, and cached tokens depend on
 // the long prompts it saw before. It is safe for concurrent use.
 type demoProvider struct {
-	key  string
-	pace time.Duration // between the chunks of a stream; 0 = no delays anywhere
+	key        string
+	chunkDelay time.Duration // between the chunks of a stream; 0 = no delays anywhere
 
-	mu   sync.Mutex
-	ids  *rand.Rand          // guarded by mu
-	seen map[uint64]struct{} // guarded by mu: hashes of prompt prefixes, at most demoMaxSeen
+	mu           sync.Mutex
+	ids          *rand.Rand          // guarded by mu
+	seenPrefixes map[uint64]struct{} // guarded by mu: hashes of prompt prefixes, at most demoMaxPrefixes
 }
 
 // newDemoProvider returns a provider that requires key. With pace > 0 the first token takes 150 to 600 ms and each
 // further chunk about pace; with 0 it answers at once.
 func newDemoProvider(key string, pace time.Duration) *demoProvider {
 	return &demoProvider{
-		key:  key,
-		pace: pace,
-		ids:  rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)),
-		seen: map[uint64]struct{}{},
+		key:          key,
+		chunkDelay:   pace,
+		ids:          rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)),
+		seenPrefixes: map[uint64]struct{}{},
 	}
 }
 
 // ServeHTTP answers one call. It panics with http.ErrAbortHandler where a real provider's connection would break: on
 // [[cut]], and when the client has left.
 func (p *demoProvider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &demoCall{p: p, w: w, r: r, start: time.Now(), requestID: p.id("req_")}
+	c := &demoCall{p: p, w: w, r: r, start: time.Now(), requestID: p.newID("req_")}
 	_, version := r.Header["Anthropic-Version"]
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || version && strings.HasPrefix(r.URL.Path, "/v1/models")
-	if !c.authorised() {
+	if !c.authorized() {
 		return
 	}
 	answer := c.handler()
@@ -67,7 +67,7 @@ func (p *demoProvider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c.fail(http.StatusNotFound, "", fmt.Sprintf("Invalid URL (%s %s)", r.Method, r.URL.Path))
 		return
 	}
-	if r.Method == http.MethodPost && !c.read() {
+	if r.Method == http.MethodPost && !c.readBody() {
 		return
 	}
 	answer()
@@ -75,15 +75,15 @@ func (p *demoProvider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // A demoCall is one call being answered, by one goroutine.
 type demoCall struct {
-	p         *demoProvider
-	w         http.ResponseWriter
-	r         *http.Request
-	start     time.Time
-	requestID string
-	anthropic bool // answer in Anthropic's shapes, not OpenAI's
-	body      demoBody
-	raw       []byte // the JSON body; nil for multipart
-	audio     int64  // bytes of an uploaded file
+	p          *demoProvider
+	w          http.ResponseWriter
+	r          *http.Request
+	start      time.Time
+	requestID  string
+	anthropic  bool // answer in Anthropic's shapes, not OpenAI's
+	body       demoBody
+	rawBody    []byte // the JSON body; nil for multipart
+	audioBytes int64  // bytes of an uploaded file
 }
 
 // handler returns what answers the route, nil if nothing does: every URL of the provider.
@@ -122,9 +122,9 @@ func (c *demoCall) handler() func() {
 	return nil
 }
 
-// authorised reports whether the call carries the key in its dialect's header; if not, it has been refused. Anthropic's
+// authorized reports whether the call carries the key in its dialect's header; if not, it has been refused. Anthropic's
 // dialect has two: SDKs send the key in either.
-func (c *demoCall) authorised() bool {
+func (c *demoCall) authorized() bool {
 	given, msg := c.r.Header.Get("X-Api-Key"), "invalid x-api-key"
 	if !c.anthropic || given == "" {
 		given, _ = strings.CutPrefix(c.r.Header.Get("Authorization"), "Bearer ")
@@ -143,16 +143,16 @@ func (c *demoCall) authorised() bool {
 	return true
 }
 
-// read reads and checks the body and plays the faults that its prompt asks for. It reports whether the call goes on; if
+// readBody reads and checks the body and plays the faults that its prompt asks for. It reports whether the call goes on; if
 // not, it has been answered.
-func (c *demoCall) read() bool {
+func (c *demoCall) readBody() bool {
 	body := http.MaxBytesReader(c.w, c.r.Body, demoMaxBody)
 	kind, params, _ := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
 	var err error
 	if kind == "multipart/form-data" {
 		err = c.readForm(multipart.NewReader(body, params["boundary"]))
-	} else if c.raw, err = io.ReadAll(body); err == nil {
-		err = json.Unmarshal(c.raw, &c.body)
+	} else if c.rawBody, err = io.ReadAll(body); err == nil {
+		err = json.Unmarshal(c.rawBody, &c.body)
 	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		c.fail(http.StatusRequestEntityTooLarge, "", "The request body is too large.")
@@ -171,15 +171,15 @@ func (c *demoCall) read() bool {
 	case c.body.Model == "":
 		c.fail(http.StatusBadRequest, "", "you must provide a model parameter")
 		return false
-	case c.body.Model == demoNoModel:
-		c.failNoModel()
+	case c.body.Model == demoUnknownModel:
+		c.failUnknownModel()
 		return false
 	}
 	if c.body.N < 0 || c.body.N > 128 {
 		c.fail(http.StatusBadRequest, "", "'n' must be from 1 to 128")
 		return false
 	}
-	return !c.fault()
+	return !c.injectFault()
 }
 
 // readForm reads a multipart body: the fields of audio calls, and the file's size.
@@ -193,7 +193,7 @@ func (c *demoCall) readForm(form *multipart.Reader) error {
 			return err
 		}
 		if part.FileName() != "" {
-			if c.audio, err = io.Copy(io.Discard, part); err != nil {
+			if c.audioBytes, err = io.Copy(io.Discard, part); err != nil {
 				return err
 			}
 			continue
@@ -215,8 +215,8 @@ func (c *demoCall) readForm(form *multipart.Reader) error {
 	}
 }
 
-// fault plays [[slow …]] and [[error …]] and reports whether the call has been answered by it.
-func (c *demoCall) fault() bool {
+// injectFault plays [[slow …]] and [[error …]] and reports whether the call has been answered by it.
+func (c *demoCall) injectFault() bool {
 	if arg, ok := demoTrigger(c.body.prompt, "slow"); ok {
 		if d, err := time.ParseDuration(arg); err == nil {
 			c.sleep(min(d, time.Minute))
@@ -239,11 +239,11 @@ func (c *demoCall) fault() bool {
 	return true
 }
 
-// failNoModel answers 404 as the dialect does for a model that does not exist.
-func (c *demoCall) failNoModel() {
-	msg := "The model `" + demoNoModel + "` does not exist or you do not have access to it."
+// failUnknownModel answers 404 as the dialect does for a model that does not exist.
+func (c *demoCall) failUnknownModel() {
+	msg := "The model `" + demoUnknownModel + "` does not exist or you do not have access to it."
 	if c.anthropic {
-		msg = "model: " + demoNoModel
+		msg = "model: " + demoUnknownModel
 	}
 	c.fail(http.StatusNotFound, "model_not_found", msg)
 }
@@ -251,12 +251,12 @@ func (c *demoCall) failNoModel() {
 // fail answers with an error in the dialect's shape. code "" is null; Anthropic has none.
 func (c *demoCall) fail(status int, code, msg string) {
 	kind := demoErrorType(status, c.anthropic)
-	v := demoJSON{"error", demoJSON{"message", msg, "type", kind, "param", nil, "code", demoNull(code)}}
+	v := demoJSON{"error", demoJSON{"message", msg, "type", kind, "param", nil, "code", nullIfEmpty(code)}}
 	if c.anthropic {
 		v = demoJSON{"type", "error", "error", demoJSON{"type", kind, "message", msg}, "request_id", c.requestID}
 	}
 	b, _ := json.Marshal(v) // strings only
-	c.begin(status, "application/json")
+	c.writeHeader(status, "application/json")
 	c.w.Write(append(b, '\n'))
 }
 
@@ -281,11 +281,11 @@ func demoErrorType(status int, anthropic bool) string {
 	return "invalid_request_error"
 }
 
-// begin sends the status and headers. Nothing was sent before.
-func (c *demoCall) begin(status int, contentType string) {
+// writeHeader sends the status and headers. Nothing was sent before.
+func (c *demoCall) writeHeader(status int, contentType string) {
 	h := c.w.Header()
 	h.Set("Content-Type", contentType)
-	used, left := demoTokens(len(c.body.prompt)), "9999"
+	used, left := demoTokenCount(len(c.body.prompt)), "9999"
 	if status == http.StatusTooManyRequests {
 		left = "0"
 	}
@@ -317,8 +317,8 @@ func (c *demoCall) begin(status int, contentType string) {
 	c.w.WriteHeader(status)
 }
 
-// reply answers a call that is not a stream with v as JSON, after the time that words of text would take.
-func (c *demoCall) reply(words int, v any) {
+// replyJSON answers a call that is not a stream with v as JSON, after the time that words of text would take.
+func (c *demoCall) replyJSON(words int, v any) {
 	b, err := json.Marshal(v)
 	if err != nil {
 		c.fail(http.StatusInternalServerError, "", "The demo provider could not encode its answer.")
@@ -329,10 +329,10 @@ func (c *demoCall) reply(words int, v any) {
 
 // replyBytes is reply for any content type; [[cut]] ends it half-way.
 func (c *demoCall) replyBytes(words int, contentType string, b []byte) {
-	c.sleep(c.firstToken() + time.Duration(words)*c.p.pace)
+	c.sleep(c.firstTokenDelay() + time.Duration(words)*c.p.chunkDelay)
 	c.w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	c.begin(http.StatusOK, contentType)
-	if !c.cut() {
+	c.writeHeader(http.StatusOK, contentType)
+	if !c.wantsCut() {
 		c.w.Write(b)
 		return
 	}
@@ -343,13 +343,13 @@ func (c *demoCall) replyBytes(words int, contentType string, b []byte) {
 
 // beginStream sends the headers of an event stream when the first token would be there.
 func (c *demoCall) beginStream() {
-	c.sleep(c.firstToken())
+	c.sleep(c.firstTokenDelay())
 	c.w.Header().Set("Cache-Control", "no-cache")
-	c.begin(http.StatusOK, "text/event-stream; charset=utf-8")
+	c.writeHeader(http.StatusOK, "text/event-stream; charset=utf-8")
 }
 
-// event sends one event of a stream and flushes it. name "" sends data alone; a json.RawMessage goes as it is.
-func (c *demoCall) event(name string, v any) {
+// sendEvent sends one event of a stream and flushes it. name "" sends data alone; a json.RawMessage goes as it is.
+func (c *demoCall) sendEvent(name string, v any) {
 	data, ok := v.(json.RawMessage)
 	var err error
 	if !ok {
@@ -371,27 +371,27 @@ func (c *demoCall) event(name string, v any) {
 	}
 }
 
-// each emits the chunks of a stream at the provider's pace; [[cut]] ends the connection half-way.
-func (c *demoCall) each(chunks []string, emit func(chunk string)) {
+// sendPaced emits the chunks of a stream at the provider's pace; [[cut]] ends the connection half-way.
+func (c *demoCall) sendPaced(chunks []string, emit func(chunk string)) {
 	for i, chunk := range chunks {
 		if i > 0 {
-			c.sleep(c.p.pace)
+			c.sleep(c.p.chunkDelay)
 		}
 		emit(chunk)
-		if c.cut() && 2*(i+1) >= len(chunks) {
+		if c.wantsCut() && 2*(i+1) >= len(chunks) {
 			panic(http.ErrAbortHandler)
 		}
 	}
 }
 
-func (c *demoCall) cut() bool {
+func (c *demoCall) wantsCut() bool {
 	_, ok := demoTrigger(c.body.prompt, "cut")
 	return ok
 }
 
-// firstToken is the believable delay before the first token: 150 to 600 ms, the same for the same prompt; 0 without a pace.
-func (c *demoCall) firstToken() time.Duration {
-	if c.p.pace <= 0 {
+// firstTokenDelay is the believable delay before the first token: 150 to 600 ms, the same for the same prompt; 0 without a pace.
+func (c *demoCall) firstTokenDelay() time.Duration {
+	if c.p.chunkDelay <= 0 {
 		return 0
 	}
 	return time.Duration(150+demoHash(c.body.Model, c.body.prompt)%451) * time.Millisecond
@@ -411,32 +411,32 @@ func (c *demoCall) sleep(d time.Duration) {
 	}
 }
 
-// id returns a new id with the prefix, in the length of the real ones.
-func (p *demoProvider) id(prefix string) string {
+// newID returns a new id with the prefix, in the length of the real ones.
+func (p *demoProvider) newID(prefix string) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return fmt.Sprintf("%s%016x%016x", prefix, p.ids.Uint64(), p.ids.Uint64())
 }
 
-// cached returns how many of the prompt's tokens the model has seen at the start of an earlier prompt, in steps of 1024,
+// cachedTokens returns how many of the prompt's tokens the model has seen at the start of an earlier prompt, in steps of 1024,
 // and remembers this one.
-func (p *demoProvider) cached(model, prompt string) (tokens int) {
+func (p *demoProvider) cachedTokens(model, prompt string) (tokens int) {
 	fresh := map[uint64]struct{}{}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	const step = demoCacheStep * 4 // bytes
 	h := demoHash(model)
-	for end := step; end <= len(prompt) && len(fresh) < demoMaxSeen/4; end += step {
+	for end := step; end <= len(prompt) && len(fresh) < demoMaxPrefixes/4; end += step {
 		h = demoHash(strconv.FormatUint(h, 16), prompt[end-step:end])
-		if _, ok := p.seen[h]; ok {
+		if _, ok := p.seenPrefixes[h]; ok {
 			tokens = end / 4
 		} else {
 			fresh[h] = struct{}{}
 		}
 	}
-	if len(p.seen)+len(fresh) > demoMaxSeen {
-		clear(p.seen)
+	if len(p.seenPrefixes)+len(fresh) > demoMaxPrefixes {
+		clear(p.seenPrefixes)
 	}
-	maps.Copy(p.seen, fresh)
+	maps.Copy(p.seenPrefixes, fresh)
 	return tokens
 }

@@ -42,7 +42,7 @@ func TestDemo(t *testing.T) {
 	}
 	t.Parallel()
 	out := string(s.out.bytes())
-	calls := demoTry(t, out)
+	calls := parseDemoCommands(t, out)
 	if len(calls) != 7 {
 		t.Fatalf("%d curl lines in %s", len(calls), out)
 	}
@@ -59,7 +59,7 @@ func TestDemo(t *testing.T) {
 	for trigger, want := range map[string]int{"[[error 429]]": 429, "[[error 500]]": 500, "no-such-model": 404} {
 		c := calls[0]
 		c.body = strings.Replace(c.body, "Hello", trigger, 1)
-		if trigger == demoNoModel {
+		if trigger == demoUnknownModel {
 			c.body = strings.Replace(calls[0].body, "gpt-4o-mini", trigger, 1)
 		}
 		clients.Go(func() {
@@ -69,7 +69,7 @@ func TestDemo(t *testing.T) {
 		})
 	}
 	clients.Wait()
-	token, key := printed(t, tokenPrefix, out), printed(t, keyPrefix, out)
+	token, key := findCredential(t, tokenPrefix, out), findCredential(t, manageKeyPrefix, out)
 	if err := s.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -86,15 +86,15 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// A demoTryLine is a curl line as a request.
-type demoTryLine struct {
+// A demoCommand is a curl line as a request.
+type demoCommand struct {
 	method, url, body string
 	header            http.Header
 }
 
-// demoTry reads the curl lines of the invitation, with the variables that its
+// parseDemoCommands reads the curl lines of the invitation, with the variables that its
 // export line sets.
-func demoTry(t *testing.T, out string) (lines []demoTryLine) {
+func parseDemoCommands(t *testing.T, out string) (lines []demoCommand) {
 	t.Helper()
 	vars := map[string]string{}
 	for _, m := range regexp.MustCompile(`([A-Z]+)=("[^"]*"|\S+)`).FindAllStringSubmatch(regexp.MustCompile(`(?m)^  export .*$`).FindString(out), -1) {
@@ -102,7 +102,7 @@ func demoTry(t *testing.T, out string) (lines []demoTryLine) {
 	}
 	text := strings.ReplaceAll(out, "\\\n", " ")
 	for _, l := range regexp.MustCompile(`(?m)^  curl .*$`).FindAllString(text, -1) {
-		c := demoTryLine{method: "GET", header: http.Header{}}
+		c := demoCommand{method: "GET", header: http.Header{}}
 		words := regexp.MustCompile(`'[^']*'|"[^"]*"|\S+`).FindAllString(l, -1)[1:]
 		for i := range words {
 			w := words[i]
@@ -128,7 +128,7 @@ func demoTry(t *testing.T, out string) (lines []demoTryLine) {
 	return lines
 }
 
-func (c demoTryLine) do(t *testing.T) (int, string) {
+func (c demoCommand) do(t *testing.T) (int, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), c.method, c.url, strings.NewReader(c.body))
 	if err != nil {
@@ -153,7 +153,7 @@ func TestDemoData(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	now := time.Now()
-	d, err := p.in.fillDemo(t.Context(), now, newSecret(p.provider.key))
+	d, err := p.instance.seedDemoData(t.Context(), now, newSecret(p.provider.key))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +163,7 @@ func TestDemoData(t *testing.T) {
 	}
 	one := func(query string) (n int64) {
 		t.Helper()
-		if err := p.in.store.read.QueryRow(query).Scan(&n); err != nil {
+		if err := p.instance.store.readDB.QueryRow(query).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
 		return n
@@ -248,7 +248,7 @@ func TestDemoKeepsSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	out := string(s.out.bytes())
-	if strings.Contains(out, goodToken) || strings.Contains(out, "canary") || strings.Contains(out, keyPrefix) || !strings.Contains(out, "your MANAGEMENT_TOKEN") {
+	if strings.Contains(out, goodToken) || strings.Contains(out, "canary") || strings.Contains(out, manageKeyPrefix) || !strings.Contains(out, "your MANAGEMENT_TOKEN") {
 		t.Errorf("printed %s", out)
 	}
 	if !bytes.HasPrefix(s.log.bytes(), []byte("{")) {
@@ -261,8 +261,8 @@ func TestDemoKeepsSettings(t *testing.T) {
 
 const demoTestKey = "sk-demo-test"
 
-// demoCallTo sends body to the provider with its key in both dialects and returns the answer, its body unread.
-func demoCallTo(t *testing.T, srv *httptest.Server, method, path, contentType, body string) *http.Response {
+// demoSend sends body to the provider with its key in both dialects and returns the answer, its body unread.
+func demoSend(t *testing.T, srv *httptest.Server, method, path, contentType, body string) *http.Response {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, srv.URL+path, strings.NewReader(body))
 	if err != nil {
@@ -285,7 +285,7 @@ func demoCallTo(t *testing.T, srv *httptest.Server, method, path, contentType, b
 
 func demoPost(t *testing.T, srv *httptest.Server, path, body string) *http.Response {
 	t.Helper()
-	return demoCallTo(t, srv, "POST", path, "application/json", body)
+	return demoSend(t, srv, "POST", path, "application/json", body)
 }
 
 func demoServer(t *testing.T) *httptest.Server {
@@ -308,8 +308,8 @@ func demoDecode(t *testing.T, res *http.Response, status int) map[string]any {
 	return v
 }
 
-// demoAt walks a decoded answer: "choices.0.message.content". A missing step gives "absent".
-func demoAt(v any, path string) any {
+// demoLookup walks a decoded answer: "choices.0.message.content". A missing step gives "absent".
+func demoLookup(v any, path string) any {
 	for step := range strings.SplitSeq(path, ".") {
 		switch x := v.(type) {
 		case map[string]any:
@@ -351,7 +351,7 @@ func demoEvents(t *testing.T, res *http.Response) (names, data []string) {
 	return names, data
 }
 
-func demoObject(t *testing.T, data string) map[string]any {
+func demoDecodeObject(t *testing.T, data string) map[string]any {
 	t.Helper()
 	var v map[string]any
 	if err := json.Unmarshal([]byte(data), &v); err != nil {
@@ -427,7 +427,7 @@ func TestDemoProviderShapes(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			v := demoDecode(t, demoPost(t, srv, tt.path, tt.body), 200)
 			for path, want := range tt.want {
-				got := demoAt(v, path)
+				got := demoLookup(v, path)
 				if want == "…" && got != "absent" && got != nil {
 					continue
 				}
@@ -473,7 +473,7 @@ func TestDemoProviderStreams(t *testing.T) {
 			names, data := demoEvents(t, demoPost(t, srv, tt.path, body))
 			var kinds []string
 			for i, d := range data {
-				kinds = append(kinds, demoKind(t, d))
+				kinds = append(kinds, demoEventKind(t, d))
 				if names[i] != "" && names[i] != kinds[i] {
 					t.Errorf("event %q carries type %q", names[i], kinds[i])
 				}
@@ -485,27 +485,27 @@ func TestDemoProviderStreams(t *testing.T) {
 	}
 }
 
-// demoKind names an event by its type, or a chunk by what it brings.
-func demoKind(t *testing.T, data string) string {
+// demoEventKind names an event by its type, or a chunk by what it brings.
+func demoEventKind(t *testing.T, data string) string {
 	if data == "[DONE]" {
 		return data
 	}
-	v := demoObject(t, data)
+	v := demoDecodeObject(t, data)
 	if kind, ok := v["type"].(string); ok {
 		return kind
 	}
-	if finish, ok := demoAt(v, "choices.0.finish_reason").(string); ok && finish != "absent" {
+	if finish, ok := demoLookup(v, "choices.0.finish_reason").(string); ok && finish != "absent" {
 		return finish
 	}
 	for _, kind := range []string{"role", "content", "tool_calls"} {
-		if demoAt(v, "choices.0.delta."+kind) != "absent" {
+		if demoLookup(v, "choices.0.delta."+kind) != "absent" {
 			return kind
 		}
 	}
-	if demoAt(v, "choices.0.text") != "absent" {
+	if demoLookup(v, "choices.0.text") != "absent" {
 		return "text"
 	}
-	if demoAt(v, "usage.total_tokens") != "absent" {
+	if demoLookup(v, "usage.total_tokens") != "absent" {
 		return "usage"
 	}
 	return "unknown: " + data
@@ -520,19 +520,19 @@ func TestDemoProviderStreamEqualsWhole(t *testing.T) {
 		`{"stream":true,"stream_options":{"include_usage":true},`+body))
 	var text strings.Builder
 	for _, d := range data[:len(data)-2] {
-		v := demoObject(t, d)
-		if usage := demoAt(v, "usage"); usage != nil {
+		v := demoDecodeObject(t, d)
+		if usage := demoLookup(v, "usage"); usage != nil {
 			t.Fatalf("usage %v in an early chunk, want null", usage)
 		}
-		if s, ok := demoAt(v, "choices.0.delta.content").(string); ok && s != "absent" {
+		if s, ok := demoLookup(v, "choices.0.delta.content").(string); ok && s != "absent" {
 			text.WriteString(s)
 		}
 	}
-	if want := demoAt(whole, "choices.0.message.content"); text.String() != want {
+	if want := demoLookup(whole, "choices.0.message.content"); text.String() != want {
 		t.Errorf("stream says %q, whole says %q", text.String(), want)
 	}
-	got, want := demoObject(t, data[len(data)-2])["usage"], whole["usage"]
-	if fmt.Sprint(got) != fmt.Sprint(want) || demoAt(want, "completion_tokens_details.reasoning_tokens").(float64) < 64 {
+	got, want := demoDecodeObject(t, data[len(data)-2])["usage"], whole["usage"]
+	if fmt.Sprint(got) != fmt.Sprint(want) || demoLookup(want, "completion_tokens_details.reasoning_tokens").(float64) < 64 {
 		t.Errorf("stream costs %v, whole costs %v", got, want)
 	}
 }
@@ -565,7 +565,7 @@ func TestDemoProviderErrors(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			res := demoPost(t, srv, tt.path, tt.body)
 			v := demoDecode(t, res, tt.status)
-			if kind, code := demoAt(v, "error.type"), demoAt(v, "error.code"); kind != tt.kind || code != tt.code {
+			if kind, code := demoLookup(v, "error.type"), demoLookup(v, "error.code"); kind != tt.kind || code != tt.code {
 				t.Errorf("type %v code %v, want %v %v", kind, code, tt.kind, tt.code)
 			}
 			if got := res.Header.Get("Retry-After"); (got != "") != (tt.status == 429) {
@@ -575,8 +575,8 @@ func TestDemoProviderErrors(t *testing.T) {
 			if strings.HasPrefix(tt.path, "/v1/messages") {
 				id, want = res.Header.Get("Request-Id"), res.Header.Get("Request-Id")
 			}
-			if !strings.HasPrefix(id, "req_") || demoAt(v, "request_id") != want {
-				t.Errorf("request id %q in the header, %v in the body", id, demoAt(v, "request_id"))
+			if !strings.HasPrefix(id, "req_") || demoLookup(v, "request_id") != want {
+				t.Errorf("request id %q in the header, %v in the body", id, demoLookup(v, "request_id"))
 			}
 		})
 	}
@@ -625,7 +625,7 @@ func TestDemoProviderNeedsItsKey(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if kind := demoAt(demoDecode(t, res, tt.status), "error.type"); kind != tt.kind {
+		if kind := demoLookup(demoDecode(t, res, tt.status), "error.type"); kind != tt.kind {
 			t.Errorf("%s %s with %s: type %v, want %v", tt.method, tt.path, tt.header, kind, tt.kind)
 		}
 		res.Body.Close()
@@ -639,14 +639,14 @@ func TestDemoProviderRemembersPrefixes(t *testing.T) {
 		model, prompt string
 		want          int
 	}{{"m", long, 0}, {"m", long, 2048}, {"m", long[:8191], 1024}, {"m", "x" + long, 0}, {"other", long, 0}, {"m", "short", 0}} {
-		if got := p.cached(tt.model, tt.prompt); got != tt.want {
+		if got := p.cachedTokens(tt.model, tt.prompt); got != tt.want {
 			t.Errorf("cached(%s, %d bytes) = %d, want %d", tt.model, len(tt.prompt), got, tt.want)
 		}
 	}
-	for i := range demoMaxSeen {
-		p.cached("m", fmt.Sprint(i, long))
-		if len(p.seen) > demoMaxSeen {
-			t.Fatalf("%d prefixes remembered", len(p.seen))
+	for i := range demoMaxPrefixes {
+		p.cachedTokens("m", fmt.Sprint(i, long))
+		if len(p.seenPrefixes) > demoMaxPrefixes {
+			t.Fatalf("%d prefixes remembered", len(p.seenPrefixes))
 		}
 	}
 }
@@ -683,14 +683,14 @@ func TestDemoProviderClientLeaves(t *testing.T) {
 
 func TestDemoProviderModels(t *testing.T) {
 	srv := demoServer(t)
-	v := demoDecode(t, demoCallTo(t, srv, "GET", "/v1/models", "", ""), 200)
-	if v["object"] != "list" || demoAt(v, "data.0.object") != "model" {
+	v := demoDecode(t, demoSend(t, srv, "GET", "/v1/models", "", ""), 200)
+	if v["object"] != "list" || demoLookup(v, "data.0.object") != "model" {
 		t.Errorf("models: %v", v)
 	}
-	if v := demoDecode(t, demoCallTo(t, srv, "GET", "/v1/models/a/b", "", ""), 200); v["id"] != "a/b" {
+	if v := demoDecode(t, demoSend(t, srv, "GET", "/v1/models/a/b", "", ""), 200); v["id"] != "a/b" {
 		t.Errorf("model: %v", v)
 	}
-	demoDecode(t, demoCallTo(t, srv, "GET", "/v1/models/no-such-model", "", ""), 404)
+	demoDecode(t, demoSend(t, srv, "GET", "/v1/models/no-such-model", "", ""), 404)
 	req, _ := http.NewRequestWithContext(t.Context(), "GET", srv.URL+"/v1/models", nil)
 	req.Header.Set("X-Api-Key", demoTestKey)
 	req.Header.Set("Anthropic-Version", "2023-06-01")
@@ -699,7 +699,7 @@ func TestDemoProviderModels(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer res.Body.Close()
-	if v := demoDecode(t, res, 200); v["has_more"] != false || demoAt(v, "data.0.type") != "model" {
+	if v := demoDecode(t, res, 200); v["has_more"] != false || demoLookup(v, "data.0.type") != "model" {
 		t.Errorf("Anthropic models: %v", v)
 	}
 }
@@ -709,19 +709,19 @@ func TestDemoProviderMedia(t *testing.T) {
 	floats := demoDecode(t, demoPost(t, srv, "/v1/embeddings", `{"model":"m","input":"a","dimensions":8}`), 200)
 	coded := demoDecode(t, demoPost(t, srv, "/v1/embeddings",
 		`{"model":"m","input":"a","dimensions":8,"encoding_format":"base64"}`), 200)
-	b, err := base64.StdEncoding.DecodeString(demoAt(coded, "data.0.embedding").(string))
+	b, err := base64.StdEncoding.DecodeString(demoLookup(coded, "data.0.embedding").(string))
 	if err != nil || len(b) != 8*4 {
 		t.Errorf("base64 embedding of %d bytes: %v", len(b), err)
 	}
 	length := 0.0
-	for _, x := range demoAt(floats, "data.0.embedding").([]any) {
+	for _, x := range demoLookup(floats, "data.0.embedding").([]any) {
 		length += x.(float64) * x.(float64)
 	}
 	if length < 0.999 || length > 1.001 {
 		t.Errorf("embedding of squared length %v, want 1", length)
 	}
 	v := demoDecode(t, demoPost(t, srv, "/v1/images/generations", `{"prompt":"a","n":2}`), 200)
-	b, _ = base64.StdEncoding.DecodeString(demoAt(v, "data.1.b64_json").(string))
+	b, _ = base64.StdEncoding.DecodeString(demoLookup(v, "data.1.b64_json").(string))
 	if _, err := png.Decode(bytes.NewReader(b)); err != nil {
 		t.Errorf("picture: %v", err)
 	}
@@ -737,8 +737,8 @@ func TestDemoProviderMedia(t *testing.T) {
 		part, _ := w.CreateFormFile("file", "a.wav")
 		part.Write(b)
 		w.Close()
-		v := demoDecode(t, demoCallTo(t, srv, "POST", path, w.FormDataContentType(), form.String()), 200)
-		if v["text"] == "" || demoAt(v, "usage.input_token_details.audio_tokens") != 10.0 {
+		v := demoDecode(t, demoSend(t, srv, "POST", path, w.FormDataContentType(), form.String()), 200)
+		if v["text"] == "" || demoLookup(v, "usage.input_token_details.audio_tokens") != 10.0 {
 			t.Errorf("%s: %v", path, v)
 		}
 	}

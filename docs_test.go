@@ -81,7 +81,7 @@ func TestAuditDocNamesActions(t *testing.T) {
 	}
 	spec := readSpec(t)
 	described, _ := spec.at(spec.root, "components", "schemas", "AuditEntry", "properties", "action")["description"].(string)
-	actions := []string{actionBegin, actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut, actionExport, actionReveal}
+	actions := []string{actionAuditBegin, actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut, actionExport, actionReveal}
 	for _, m := range mutations(nil) {
 		actions = append(actions, m.action)
 	}
@@ -101,7 +101,7 @@ func TestAuditDocNamesActions(t *testing.T) {
 func TestReviewTables(t *testing.T) {
 	t.Parallel()
 	rows := 0
-	for line := range strings.SplitSeq(fileText(t, "docs/security-review.md"), "\n") {
+	for line := range strings.SplitSeq(mustReadFile(t, "docs/security-review.md"), "\n") {
 		cells := strings.Split(line, " | ")
 		if len(cells) < 3 || !strings.Contains(cells[0], ".go`") {
 			continue
@@ -113,7 +113,7 @@ func TestReviewTables(t *testing.T) {
 		rows++
 		are := 0
 		for _, name := range regexp.MustCompile("`([a-z_]+\\.go)`").FindAllStringSubmatch(cells[0], -1) {
-			are += strings.Count(fileText(t, name[1]), "\n")
+			are += strings.Count(mustReadFile(t, name[1]), "\n")
 		}
 		if said < are*3/4 || said > are*4/3 {
 			t.Errorf("%s: they have %d lines", line, are)
@@ -143,10 +143,10 @@ func TestDocumentsNameFiles(t *testing.T) {
 	}
 	files = append(files, more...)
 	for _, name := range files {
-		tests.WriteString(fileText(t, name))
+		tests.WriteString(mustReadFile(t, name))
 	}
 	for _, name := range append(documents, "README.md", "SECURITY.md", "CONTRIBUTING.md") {
-		text := fileText(t, name)
+		text := mustReadFile(t, name)
 		for _, m := range regexp.MustCompile("`([a-z_]+\\.go|[a-z]+/[a-z/._-]+)`").FindAllStringSubmatch(text, -1) {
 			if _, err := os.Stat(m[1]); err != nil && !strings.HasPrefix(m[1], "text/") && !strings.HasPrefix(m[1], "application/") {
 				t.Errorf("%s names %s: %v", name, m[1], err)
@@ -165,7 +165,7 @@ func TestDocumentsNameFiles(t *testing.T) {
 	}
 }
 
-func fileText(t *testing.T, name string) string {
+func mustReadFile(t *testing.T, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(name)
 	if err != nil {
@@ -185,22 +185,22 @@ func settingNames() (names []string) {
 // rights that they do not need, and mount what exists.
 func TestCompose(t *testing.T) {
 	t.Parallel()
-	root, err := readYAML(fileText(t, "compose.yaml"))
+	root, err := readYAML(mustReadFile(t, "compose.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	services := root.(map[string]any)["services"].(map[string]any)
 	for name, v := range services {
 		s := v.(map[string]any)
-		for _, port := range texts(s["ports"]) {
+		for _, port := range collectStrings(s["ports"]) {
 			if !strings.HasPrefix(port, "127.0.0.1:") {
 				t.Errorf("%s is published on %s", name, port)
 			}
 		}
-		if !slices.Equal(texts(s["cap_drop"]), []string{"ALL"}) || !slices.Equal(texts(s["security_opt"]), []string{"no-new-privileges:true"}) {
+		if !slices.Equal(collectStrings(s["cap_drop"]), []string{"ALL"}) || !slices.Equal(collectStrings(s["security_opt"]), []string{"no-new-privileges:true"}) {
 			t.Errorf("%s keeps rights", name)
 		}
-		for _, volume := range texts(s["volumes"]) {
+		for _, volume := range collectStrings(s["volumes"]) {
 			file, _, _ := strings.Cut(volume, ":")
 			if strings.HasPrefix(file, "./") {
 				if _, err := os.Stat(file); err != nil || !strings.HasSuffix(volume, ":ro") {
@@ -218,7 +218,7 @@ func TestCompose(t *testing.T) {
 		}
 		if strings.HasSuffix(name, "_FILE") {
 			secret, ok := strings.CutPrefix(v.(string), "/run/secrets/")
-			if !ok || !slices.Contains(texts(proxy["secrets"]), secret) || root.(map[string]any)["secrets"].(map[string]any)[secret] == nil {
+			if !ok || !slices.Contains(collectStrings(proxy["secrets"]), secret) || root.(map[string]any)["secrets"].(map[string]any)[secret] == nil {
 				t.Errorf("%s: no such secret", v)
 			}
 		}
@@ -226,12 +226,12 @@ func TestCompose(t *testing.T) {
 	if proxy["read_only"] != true {
 		t.Error("the file system is not read-only")
 	}
-	if !strings.Contains(fileText(t, ".gitignore"), "/secrets/\n") {
+	if !strings.Contains(mustReadFile(t, ".gitignore"), "/secrets/\n") {
 		t.Error("git does not ignore the secrets")
 	}
 }
 
-func texts(v any) (out []string) {
+func collectStrings(v any) (out []string) {
 	items, _ := v.([]any)
 	for _, i := range items {
 		out = append(out, i.(string))
@@ -245,7 +245,7 @@ func TestSettingsInDeploy(t *testing.T) {
 	known := append(settingNames(), "TMPDIR")
 	for file, lines := range map[string]string{"deploy/llm-proxy.service": `(?m)^Environment=(.*)`, "Dockerfile": `(?m)^ENV (.*)`} {
 		found := 0
-		for _, line := range regexp.MustCompile(lines).FindAllStringSubmatch(fileText(t, file), -1) {
+		for _, line := range regexp.MustCompile(lines).FindAllStringSubmatch(mustReadFile(t, file), -1) {
 			for word := range strings.FieldsSeq(line[1]) {
 				name, _, _ := strings.Cut(word, "=")
 				if found++; !slices.Contains(known, name) {
@@ -262,9 +262,9 @@ func TestSettingsInDeploy(t *testing.T) {
 // TestDockerignore: what the program embeds goes into the image's build.
 func TestDockerignore(t *testing.T) {
 	t.Parallel()
-	kept := strings.Split(fileText(t, ".dockerignore"), "\n")
-	for name := range sources(t, token.NewFileSet(), 0) {
-		for _, m := range regexp.MustCompile(`(?m)^//go:embed (.*)$`).FindAllStringSubmatch(fileText(t, name), -1) {
+	kept := strings.Split(mustReadFile(t, ".dockerignore"), "\n")
+	for name := range parseSources(t, token.NewFileSet(), 0) {
+		for _, m := range regexp.MustCompile(`(?m)^//go:embed (.*)$`).FindAllStringSubmatch(mustReadFile(t, name), -1) {
 			for pattern := range strings.FieldsSeq(m[1]) {
 				top, _, _ := strings.Cut(pattern, "/")
 				if !slices.Contains(kept, "!"+top) {
@@ -273,8 +273,8 @@ func TestDockerignore(t *testing.T) {
 			}
 		}
 	}
-	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(fileText(t, "go.mod"))[1]
-	if !strings.Contains(fileText(t, "Dockerfile"), "ARG GO_IMAGE=golang:"+version) {
+	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(mustReadFile(t, "go.mod"))[1]
+	if !strings.Contains(mustReadFile(t, "Dockerfile"), "ARG GO_IMAGE=golang:"+version) {
 		t.Errorf("the Dockerfile is not built with Go %s", version)
 	}
 }
@@ -283,7 +283,7 @@ func TestDockerignore(t *testing.T) {
 // gets a token that can read only.
 func TestWorkflow(t *testing.T) {
 	t.Parallel()
-	text := fileText(t, ".github/workflows/ci.yml")
+	text := mustReadFile(t, ".github/workflows/ci.yml")
 	uses := regexp.MustCompile(`uses: (.*)`).FindAllStringSubmatch(text, -1)
 	for _, u := range uses {
 		if !regexp.MustCompile(`^[a-z-]+/[a-z-]+@[0-9a-f]{40} # v[0-9.]+$`).MatchString(u[1]) {

@@ -76,8 +76,8 @@ func formatSize(n int64) string {
 	return strconv.FormatInt(n, 10) + "B"
 }
 
-// formatSpan writes a duration as parseSpan reads it.
-func formatSpan(d time.Duration) string {
+// formatDuration writes a duration as parseDuration reads it.
+func formatDuration(d time.Duration) string {
 	const day = 24 * time.Hour
 	switch {
 	case d >= 2*day && d%day == 0:
@@ -120,14 +120,14 @@ func (s *idSource) next(now time.Time) int64 {
 	}
 }
 
-// firstID returns the least id that a call begun at t can have.
-func firstID(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
+// minIDAt returns the least id that a call begun at t can have.
+func minIDAt(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
 
 const crockford = "0123456789abcdefghjkmnpqrstvwxyz"
 
-// requestID writes a call's id as clients see it; parseRequestID reads it back,
+// formatRequestID writes a call's id as clients see it; parseRequestID reads it back,
 // 0 if it is none.
-func requestID(id int64) string {
+func formatRequestID(id int64) string {
 	out := []byte("req_0000000000000")
 	for i := len(out) - 1; i >= 4; i-- {
 		out[i] = crockford[id&31]
@@ -163,8 +163,8 @@ func clip(s string, most int) string {
 	return s[:most] + "…"
 }
 
-// appendJSONText appends s as a string of JSON.
-func appendJSONText(b []byte, s string) []byte {
+// appendJSONString appends s as a string of JSON.
+func appendJSONString(b []byte, s string) []byte {
 	for i := range len(s) {
 		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
 			var text bytes.Buffer
@@ -177,11 +177,11 @@ func appendJSONText(b []byte, s string) []byte {
 	return append(append(append(b, '"'), s...), '"')
 }
 
-// maxCount bounds every token count: no answer has more, and sums of it cannot overflow.
-const maxCount = 1_000_000_000_000
+// maxTokenCount bounds every token count: no answer has more, and sums of it cannot overflow.
+const maxTokenCount = 1_000_000_000_000
 
 // tokenCounts is normalised: input includes cached, cacheWrite and audioInput; output includes reasoning
-// and audioOutput. No part is larger than its whole, and all are between 0 and maxCount.
+// and audioOutput. No part is larger than its whole, and all are between 0 and maxTokenCount.
 type tokenCounts struct {
 	input, cached, cacheWrite, output, reasoning, audioInput, audioOutput int64
 }
@@ -195,29 +195,29 @@ const (
 	usageNone      usageSource = "none"      // the answer is not counted in tokens
 )
 
-// A measure is what a limit counts.
-type measure uint8
+// A limitMetric is what a limit counts.
+type limitMetric uint8
 
 const (
-	countRequests   measure = iota + 1 // calls that were forwarded, whatever came of them
-	countTokens                        // input and output together
-	countDollars                       // by the prices of the program and of its operator
-	countConcurrent                    // calls that run at one time
+	metricRequests   limitMetric = iota + 1 // calls that were forwarded, whatever came of them
+	metricTokens                            // input and output together
+	metricDollars                           // by the prices of the program and of its operator
+	metricConcurrent                        // calls that run at one time
 )
 
-func (m measure) String() string {
+func (m limitMetric) String() string {
 	return [...]string{"", "requests", "tokens", "dollars", "concurrent"}[m]
 }
 
-// A span is the time over which a limit counts.
+// A limitPeriod is the time over which a limit counts.
 //
 // A second and a minute are buckets: they hold max, and what was taken flows
 // back evenly. All longer ones are windows of the calendar in UTC, which begin
 // at the full hour, at midnight, on Monday, on the first of the month.
-type span uint8
+type limitPeriod uint8
 
 const (
-	perSecond span = iota + 1
+	perSecond limitPeriod = iota + 1
 	perMinute
 	perHour
 	perDay
@@ -226,12 +226,12 @@ const (
 	perLifetime
 )
 
-func (p span) String() string {
+func (p limitPeriod) String() string {
 	return [...]string{"", "second", "minute", "hour", "day", "week", "month", "lifetime"}[p]
 }
 
-// bucket returns the milliseconds in which a bucket refills, 0 for a window.
-func (p span) bucket() int64 {
+// bucketMS returns the milliseconds in which a bucket refills, 0 for a window.
+func (p limitPeriod) bucketMS() int64 {
 	switch p {
 	case perSecond:
 		return 1000
@@ -243,7 +243,7 @@ func (p span) bucket() int64 {
 
 // window returns the bounds of the calendar window that holds now, all in unix
 // milliseconds. A lifetime has none.
-func (p span) window(now int64) (from, to int64) {
+func (p limitPeriod) window(now int64) (from, to int64) {
 	switch p {
 	case perHour:
 		return now - now%hourMS, now - now%hourMS + hourMS
@@ -271,39 +271,39 @@ type requestRow struct {
 	stream   bool
 	address  string
 
-	upstream    int64
-	model       string
-	status      int
-	outcome     outcome
-	errorCode   string
-	source      usageSource
-	counts      tokenCounts
-	cost        int64 // nano-dollars; meaningful only if priced
-	priced      bool
-	firstByteUS int64 // -1: none left
-	totalUS     int64
-	attempts    int
-	cache       string
-	attemptLog  string      // JSON, "" of a call that needed one attempt
-	limitHit    string      // the limit that refused the call, or a shadow limit that would have
-	wouldRefuse bool        // it is a shadow limit
-	asked       string      // the model asked for
-	content     *contentRow // nil: not kept
-	knownModel  bool        // the model may name a sum of its own (see sumModel)
-	knownAsked  bool        // so may the model asked for
+	upstream              int64
+	model                 string
+	status                int
+	outcome               callOutcome
+	errorCode             string
+	source                usageSource
+	counts                tokenCounts
+	cost                  int64 // nano-dollars; meaningful only if priced
+	priced                bool
+	firstByteUS           int64 // -1: none left
+	totalUS               int64
+	attempts              int
+	cache                 string
+	attemptLog            string      // JSON, "" of a call that needed one attempt
+	limitHit              string      // the limit that refused the call, or a shadow limit that would have
+	wouldRefuse           bool        // it is a shadow limit
+	requestedModel        string      // the model asked for
+	content               *contentRow // nil: not kept
+	modelTracked          bool        // the model may name a sum of its own (see sumModel)
+	requestedModelTracked bool        // so may the model asked for
 }
 
-// An outcome says how a call ended, as the ledger writes it.
-type outcome string
+// A callOutcome says how a call ended, as the ledger writes it.
+type callOutcome string
 
 const (
-	outcomeOpen          outcome = "open" // it runs
-	outcomeOK            outcome = "ok"
-	outcomeRefused       outcome = "refused"        // by us: no right, no room, not allowed
-	outcomeClientGone    outcome = "client_gone"    // the client left before the end
-	outcomeTruncated     outcome = "truncated"      // we or the provider cut an answer that had begun
-	outcomeUpstreamError outcome = "upstream_error" // the provider failed or answered 4xx/5xx
-	outcomeLost          outcome = "lost"           // the program died during the call
+	outcomeOpen          callOutcome = "open" // it runs
+	outcomeOK            callOutcome = "ok"
+	outcomeRefused       callOutcome = "refused"        // by us: no right, no room, not allowed
+	outcomeClientGone    callOutcome = "client_gone"    // the client left before the end
+	outcomeTruncated     callOutcome = "truncated"      // we or the provider cut an answer that had begun
+	outcomeUpstreamError callOutcome = "upstream_error" // the provider failed or answered 4xx/5xx
+	outcomeLost          callOutcome = "lost"           // the program died during the call
 )
 
 const (

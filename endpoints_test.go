@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// target parses a request target as net/http does.
-func target(t *testing.T, s string) *url.URL {
+// parseTarget parses a request target as net/http does.
+func parseTarget(t *testing.T, s string) *url.URL {
 	t.Helper()
 	u, err := url.ParseRequestURI(s)
 	if err != nil {
@@ -43,7 +43,7 @@ func TestMatch(t *testing.T) {
 		{"GET", "/v1/models/meta%2fllama", "GET /v1/models/{model}", "/v1/models/meta%2Fllama", "meta/llama"},
 		{"DELETE", "/v1/models/ft:a", "DELETE /v1/models/{model}", "/v1/models/ft:a", "ft:a"},
 	} {
-		m, err := table.match(c.method, target(t, c.target))
+		m, err := table.match(c.method, parseTarget(t, c.target))
 		if err != nil || m.endpoint.name() != c.name || m.path != c.path || m.model != c.model {
 			t.Errorf("%s %s: got %+v, %v; want %s at %s, model %q", c.method, c.target, m, err, c.name, c.path, c.model)
 		}
@@ -69,7 +69,7 @@ func TestMatchRefuses(t *testing.T) {
 		/v1/engines/davinci/completions /openai/deployments/gpt-4/chat/completions /v1/realtime /v1/messages/batches
 		/manage/tokens /admin/ /metrics /v1/files/` + strings.Repeat("x", 129) + ` /v1/files/` + strings.Repeat("x", 1024) + `
 		/v1/models/` + strings.Repeat("x", 257) + ` /v1/models/` + strings.Repeat("%41", 257) + ` /v1/models/` + strings.Repeat("a/", 100_000) + "a") {
-		u := target(t, s)
+		u := parseTarget(t, s)
 		for _, method := range []string{"GET", "POST", "DELETE"} {
 			if m, err := table.match(method, u); err != errNoEndpoint {
 				t.Errorf("%s %.100s: got %+v, %v", method, s, m, err)
@@ -84,7 +84,7 @@ func TestMatchRefuses(t *testing.T) {
 		{"CONNECT", "/v1/messages", "POST"}, {"HEAD", "/v1/models/a", "GET, DELETE"}, {"PATCH", "/v1/files/a", "DELETE, GET"},
 		{"GET", "/v1/responses/compact", "POST"}, {"GET", "/v1/videos/edits", "POST"}, {"TRACE", "/v1/chat/completions", "POST, GET"},
 	} {
-		if m, err := table.match(c[0], target(t, c[1])); err != errWrongMethod || m.allow != c[2] || m.endpoint != nil {
+		if m, err := table.match(c[0], parseTarget(t, c[1])); err != errWrongMethod || m.allow != c[2] || m.endpoint != nil {
 			t.Errorf("%s %s: got %+v, %v; want only %s", c[0], c[1], m, err, c[2])
 		}
 	}
@@ -115,7 +115,7 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 	id := regexp.MustCompile(`\{[^}]*\}`)
 	found := 0
 	for path := range paths {
-		u := target(t, id.ReplaceAllString(path, "abc-123"))
+		u := parseTarget(t, id.ReplaceAllString(path, "abc-123"))
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"} {
 			m, err := table.match(method, u)
 			class := want[method+" "+path]
@@ -149,19 +149,19 @@ func TestEndpointRows(t *testing.T) {
 		if !regexp.MustCompile(`^/v1(/[a-z_]+|/\{[a-z_]+\})+$`).MatchString(r.pattern) || !regexp.MustCompile(`^(GET|POST|DELETE)$`).MatchString(r.method) {
 			t.Errorf("%s: malformed", name)
 		}
-		if r.method != "POST" && (r.body != bodyNone || r.meter != meterNone || r.traits&^modelInPath != 0) {
+		if r.method != "POST" && (r.body != bodyNone || r.meter != meterNone || r.flags&^flagModelInPath != 0) {
 			t.Errorf("%s: only a POST has a body, a meter or traits", name)
 		}
-		if r.class == classInference && (r.method == "POST") != (r.traits&needsModel != 0) {
+		if r.class == classInference && (r.method == "POST") != (r.flags&flagNeedsModel != 0) {
 			t.Errorf("%s: every inference POST needs a model", name)
 		}
-		if strings.Contains(r.pattern, "{model}") != (r.traits&modelInPath != 0) {
+		if strings.Contains(r.pattern, "{model}") != (r.flags&flagModelInPath != 0) {
 			t.Errorf("%s: wrong modelInPath", name)
 		}
-		if r.traits&upload != 0 && (r.class != classStateful || r.body != bodyForm && r.body != bodyJSONOrForm) {
+		if r.flags&flagUpload != 0 && (r.class != classStateful || r.body != bodyForm && r.body != bodyJSONOrForm) {
 			t.Errorf("%s: wrong upload", name)
 		}
-		if (r.traits&addUsage != 0) != (name == "POST /v1/chat/completions" || name == "POST /v1/completions") {
+		if (r.flags&flagAddUsage != 0) != (name == "POST /v1/chat/completions" || name == "POST /v1/completions") {
 			t.Errorf("%s: wrong addUsage", name)
 		}
 	}
@@ -233,12 +233,12 @@ func FuzzMatch(f *testing.F) {
 		if err != nil || again != m {
 			t.Fatalf("%q: %+v, then %+v, %v", s, m, again, err)
 		}
-		fits(t, m)
+		checkMatch(t, m)
 	})
 }
 
-// fits checks that m.path is m's pattern with an id for each parameter.
-func fits(t *testing.T, m match) {
+// checkMatch checks that m.path is m's pattern with an id for each parameter.
+func checkMatch(t *testing.T, m endpointMatch) {
 	t.Helper()
 	if m.endpoint.modelInPath {
 		if got, err := url.PathUnescape(strings.TrimPrefix(m.path, modelPrefix)); err != nil || got != m.model || m.model == "" {
@@ -251,7 +251,7 @@ func fits(t *testing.T, m match) {
 		t.Fatalf("%q does not fit %q", m.path, m.endpoint.pattern)
 	}
 	for i, p := range pattern {
-		if p != path[i] && (p == "" || p[0] != '{' || !validID(path[i], true)) {
+		if p != path[i] && (p == "" || p[0] != '{' || !isValidID(path[i], true)) {
 			t.Fatalf("%q does not fit %q", m.path, m.endpoint.pattern)
 		}
 	}

@@ -87,12 +87,12 @@ func asAPIError(err error) *apiError {
 		return e
 	}
 	if e, ok := errors.AsType[*fieldError](err); ok {
-		return &apiError{status: http.StatusBadRequest, code: "invalid_value", param: e.param, msg: sentence(e)}
+		return &apiError{status: http.StatusBadRequest, code: "invalid_value", param: e.param, msg: fieldErrorMessage(e)}
 	}
 	return &apiError{status: http.StatusInternalServerError, code: "internal_error", msg: "Internal error. The log has it under this request's id.", cause: err}
 }
 
-func sentence(e *fieldError) string {
+func fieldErrorMessage(e *fieldError) string {
 	if e.param == "" {
 		return e.msg
 	}
@@ -111,9 +111,9 @@ type errorInner struct {
 	Code    *string `json:"code"`
 }
 
-// text is the failure as a client reads it. anthropic picks that provider's
+// responseBody is the failure as a client reads it. anthropic picks that provider's
 // shape, which its SDKs read; it holds OpenAI's members too.
-func (e *apiError) text(anthropic bool) []byte {
+func (e *apiError) responseBody(anthropic bool) []byte {
 	body := errorBody{Error: errorInner{Message: e.msg, Type: e.errorType()}}
 	if e.param != "" {
 		body.Error.Param = &e.param
@@ -133,7 +133,7 @@ func (e *apiError) text(anthropic bool) []byte {
 
 // writeError is the only writer of failures.
 func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
-	b := e.text(anthropic)
+	b := e.responseBody(anthropic)
 	h := w.Header()
 	if e.retryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(int64((e.retryAfter+time.Second-1)/time.Second), 10))
@@ -173,55 +173,55 @@ func badRequest(code, param, msg string) *apiError {
 type errorClass string
 
 const (
-	classNone     errorClass = ""         // it went well
-	classCaller   errorClass = "caller"   // the client sent what nobody can serve, or left
-	classPolicy   errorClass = "policy"   // an administrator's rule or limit
-	classProvider errorClass = "provider" // the provider failed, was silent or broke off
-	classProxy    errorClass = "proxy"    // this program, its database or its disk
+	errorClassNone     errorClass = ""         // it went well
+	errorClassCaller   errorClass = "caller"   // the client sent what nobody can serve, or left
+	errorClassPolicy   errorClass = "policy"   // an administrator's rule or limit
+	errorClassProvider errorClass = "provider" // the provider failed, was silent or broke off
+	errorClassProxy    errorClass = "proxy"    // this program, its database or its disk
 )
 
-// class sorts a settled call. It goes by what the ledger knows of it, so that
+// errorClass sorts a settled call. It goes by what the ledger knows of it, so that
 // metrics, pages and a query over old rows say the same.
-func (r *requestRow) class() errorClass {
+func (r *requestRow) errorClass() errorClass {
 	switch r.outcome {
 	case outcomeClientGone:
-		return classCaller
+		return errorClassCaller
 	case outcomeLost:
-		return classProxy
+		return errorClassProxy
 	case outcomeTruncated:
-		return cutClass(r.errorCode)
+		return truncatedErrorClass(r.errorCode)
 	case outcomeRefused:
-		return refusedClass(r.status, r.errorCode)
+		return refusedErrorClass(r.status, r.errorCode)
 	case outcomeUpstreamError:
 		if r.status >= 400 && r.status < 500 && r.status != 429 {
-			return classCaller // the provider judged the request
+			return errorClassCaller // the provider judged the request
 		}
-		return classProvider
+		return errorClassProvider
 	}
-	return classNone
+	return errorClassNone
 }
 
-func refusedClass(status int, code string) errorClass {
+func refusedErrorClass(status int, code string) errorClass {
 	switch {
 	case code == "no_upstream" || status == 403 || status == 429:
-		return classPolicy
+		return errorClassPolicy
 	case status == 502 || status == 504:
-		return classProvider
+		return errorClassProvider
 	case status >= 500:
-		return classProxy
+		return errorClassProxy
 	}
-	return classCaller
+	return errorClassCaller
 }
 
-// cutClass sorts answers that broke off after they had begun, by why.
-func cutClass(code string) errorClass {
+// truncatedErrorClass sorts answers that broke off after they had begun, by why.
+func truncatedErrorClass(code string) errorClass {
 	switch code {
 	case "upstream_cut", "stream_unfinished", "stream_idle", "upstream_timeout":
-		return classProvider
+		return errorClassProvider
 	case "client_stalled":
-		return classCaller
+		return errorClassCaller
 	case "draining", "ledger_unavailable", "store_unavailable":
-		return classProxy
+		return errorClassProxy
 	}
-	return classPolicy // revoked, expired, a limit, an administrator's cut
+	return errorClassPolicy // revoked, expired, a limit, an administrator's cut
 }

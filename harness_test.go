@@ -31,7 +31,7 @@ import (
 // A testProxy is a running proxy with one project, one upstream and one token.
 type testProxy struct {
 	t        testing.TB
-	in       *instance
+	instance *instance
 	url      string // http://127.0.0.1:port
 	dir      string // the data directory
 	env      map[string]string
@@ -44,9 +44,9 @@ type testProxy struct {
 	log      *syncBuffer
 	stop     func() error // drains; further calls do nothing
 
-	mu      sync.Mutex
-	seen    bytes.Buffer // all bytes that clients saw, but for answers that show a secret once
-	secrets []string     // what may not be seen anywhere
+	mu           sync.Mutex
+	clientOutput bytes.Buffer // all bytes that clients saw, but for answers that show a secret once
+	secrets      []string     // what may not be seen anywhere
 	// allowErrors lets the log hold lines of level ERROR, which else fail the test.
 	allowErrors bool
 }
@@ -64,7 +64,7 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 	}
 	maps.Copy(p.env, env)
 	p.start()
-	key, err := p.in.manage.firstKey(t.Context())
+	key, err := p.instance.dispatchManage.createFirstKey(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,16 +88,16 @@ func (p *testProxy) start() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.in, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
+	p.instance, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	if err := p.in.listen(); err != nil {
+	if err := p.instance.listen(); err != nil {
 		p.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	addr, done := make(chan net.Addr, 1), make(chan error, 1)
-	go func() { done <- p.in.serve(ctx, func(a net.Addr) { addr <- a }) }()
+	go func() { done <- p.instance.serve(ctx, func(a net.Addr) { addr <- a }) }()
 	select {
 	case a := <-addr:
 		p.url = "http://" + a.String()
@@ -115,12 +115,12 @@ func (p *testProxy) finish() {
 	if err := p.stop(); err != nil && !p.allowErrors {
 		p.t.Errorf("stopping: %v", err)
 	}
-	if n := p.in.proxy.bodies.used.Load(); n != 0 {
+	if n := p.instance.proxy.bodies.used.Load(); n != 0 {
 		p.t.Errorf("%d bytes of request bodies are still held", n)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	places := map[string][]byte{"what clients saw": p.seen.Bytes(), "the log": p.log.bytes()}
+	places := map[string][]byte{"what clients saw": p.clientOutput.Bytes(), "the log": p.log.bytes()}
 	files, err := filepath.Glob(filepath.Join(p.env["DATA_DIR"], "*"))
 	if err != nil {
 		p.t.Error(err)
@@ -132,7 +132,7 @@ func (p *testProxy) finish() {
 	}
 	for where, b := range places {
 		for _, s := range p.secrets {
-			for _, form := range secretForms(s) {
+			for _, form := range secretEncodings(s) {
 				if bytes.Contains(b, []byte(form)) {
 					p.t.Errorf("a secret is in %s, as %q", where, form)
 				}
@@ -149,19 +149,19 @@ func (p *testProxy) finish() {
 	}
 }
 
-// seenMayHold takes a secret off the list of what may not be seen anywhere: the
+// allowSecret takes a secret off the list of what may not be seen anywhere: the
 // test shows it to somebody who may see it.
-func (p *testProxy) seenMayHold(secret string) {
+func (p *testProxy) allowSecret(secret string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.secrets = slices.DeleteFunc(p.secrets, func(s string) bool { return s == secret })
 }
 
-// secretForms are the shapes in which a secret may leak; of one that is long
+// secretEncodings are the shapes in which a secret may leak; of one that is long
 // enough, its inner parts too.
-func secretForms(s string) []string {
+func secretEncodings(s string) []string {
 	forms := []string{s, base64.StdEncoding.EncodeToString([]byte(s)), hex.EncodeToString([]byte(s))}
-	if body := strings.TrimPrefix(strings.TrimPrefix(s, tokenPrefix), keyPrefix); len(body) > 32 {
+	if body := strings.TrimPrefix(strings.TrimPrefix(s, tokenPrefix), manageKeyPrefix); len(body) > 32 {
 		for i := 12; i+16 <= len(body)-4; i += 7 { // not the public part, nor the hint
 			forms = append(forms, body[i:i+16])
 		}
@@ -195,7 +195,7 @@ func (p *testProxy) manage(method, path, body string, status int, to any) {
 	}
 }
 
-func (p *testProxy) manageAs(key, method, path, body string, headers ...string) answer {
+func (p *testProxy) manageAs(key, method, path, body string, headers ...string) testResponse {
 	p.t.Helper()
 	h := append([]string{"Authorization", "Bearer " + key}, headers...)
 	if body != "" {
@@ -204,23 +204,23 @@ func (p *testProxy) manageAs(key, method, path, body string, headers ...string) 
 	return p.do(method, path, body, h...)
 }
 
-// An answer is what a client got.
-type answer struct {
+// A testResponse is what a client got.
+type testResponse struct {
 	status int
 	header http.Header
 	body   string
 	err    error // of reading the body: a cut answer
 }
 
-// code returns the error code in an OpenAI-shaped error body, "" if it is none.
-func (a answer) code() string {
+// errorCode returns the error code in an OpenAI-shaped error body, "" if it is none.
+func (a testResponse) errorCode() string {
 	var e struct{ Error struct{ Code string } }
 	_ = json.Unmarshal([]byte(a.body), &e)
 	return e.Error.Code
 }
 
 // do makes any call; headers are pairs.
-func (p *testProxy) do(method, path, body string, headers ...string) answer {
+func (p *testProxy) do(method, path, body string, headers ...string) testResponse {
 	p.t.Helper()
 	var r io.Reader
 	if body != "" {
@@ -243,19 +243,19 @@ func (p *testProxy) do(method, path, body string, headers ...string) answer {
 	}
 	res, err := tr.RoundTrip(req)
 	if err != nil {
-		return answer{err: err}
+		return testResponse{err: err}
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
-	a := answer{res.StatusCode, res.Header, string(b), err}
+	a := testResponse{res.StatusCode, res.Header, string(b), err}
 	once := (strings.HasPrefix(path, "/manage/") || strings.HasPrefix(path, "/admin/")) && method == "POST" && res.StatusCode < 300 // may show a secret once
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	public := res.Header.Clone()
 	public.Del("Set-Cookie") // a session's id is in no other place
-	fmt.Fprintln(&p.seen, public, res.Trailer)
+	fmt.Fprintln(&p.clientOutput, public, res.Trailer)
 	if !once {
-		p.seen.Write(b)
+		p.clientOutput.Write(b)
 	}
 	return a
 }
@@ -276,12 +276,12 @@ func (p *testProxy) http2(cert string) *http.Transport {
 
 // chat makes a unary chat call with the test's token. Members are added to the
 // body, as in `"stream":true`.
-func (p *testProxy) chat(members ...string) answer {
+func (p *testProxy) chat(members ...string) testResponse {
 	p.t.Helper()
 	return p.chatAs(p.token, members...)
 }
 
-func (p *testProxy) chatAs(token string, members ...string) answer {
+func (p *testProxy) chatAs(token string, members ...string) testResponse {
 	p.t.Helper()
 	return p.do("POST", "/v1/chat/completions", chatBody(members...), "Authorization", "Bearer "+token, "Content-Type", "application/json")
 }
@@ -290,8 +290,8 @@ func chatBody(members ...string) string {
 	return `{"model":"gpt-4o-mini","messages":[{"role":"user","content":"` + promptCanary + `"}]` + strings.Join(append([]string{""}, members...), ",") + `}`
 }
 
-// ledgerRow is a row of GET /manage/requests.
-type ledgerRow struct {
+// requestEntry is a row of GET /manage/requests.
+type requestEntry struct {
 	ID, Endpoint, Model, Outcome, Address string
 	ErrorCode                             string        `json:"error_code"`
 	LimitHit                              string        `json:"limit_hit"`
@@ -311,10 +311,10 @@ type ledgerRow struct {
 }
 
 // ledger returns the calls on record, oldest first, after all are settled.
-func (p *testProxy) ledger() []ledgerRow {
+func (p *testProxy) ledger() []requestEntry {
 	p.t.Helper()
-	p.settle()
-	var l struct{ Data []ledgerRow }
+	p.waitSettled()
+	var l struct{ Data []requestEntry }
 	p.manage("GET", "/manage/requests?limit=500", "", 200, &l)
 	for i, j := 0, len(l.Data)-1; i < j; i, j = i+1, j-1 {
 		l.Data[i], l.Data[j] = l.Data[j], l.Data[i]
@@ -322,23 +322,23 @@ func (p *testProxy) ledger() []ledgerRow {
 	return l.Data
 }
 
-// settle waits until no call runs and the ledger is written.
-func (p *testProxy) settle() {
+// waitSettled waits until no call runs and the ledger is written.
+func (p *testProxy) waitSettled() {
 	p.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); p.in.running.oldest() != 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); p.instance.running.oldestID() != 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.t.Fatal("calls are still running")
 		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	if err := p.in.ledger.flush(ctx); err != nil {
+	if err := p.instance.ledger.flush(ctx); err != nil {
 		p.t.Fatal(err)
 	}
 }
 
 // lastCall returns the last row on record.
-func (p *testProxy) lastCall() ledgerRow {
+func (p *testProxy) lastCall() requestEntry {
 	p.t.Helper()
 	rows := p.ledger()
 	if len(rows) == 0 {
@@ -347,9 +347,9 @@ func (p *testProxy) lastCall() ledgerRow {
 	return rows[len(rows)-1]
 }
 
-// raw sends bytes as they are over TCP and returns all that comes back until
+// sendRaw sends bytes as they are over TCP and returns all that comes back until
 // the server closes, or for at most a second.
-func (p *testProxy) raw(request string) string {
+func (p *testProxy) sendRaw(request string) string {
 	p.t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
 	if err != nil {
@@ -363,12 +363,12 @@ func (p *testProxy) raw(request string) string {
 	b, _ := io.ReadAll(conn)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.seen.Write(b)
+	p.clientOutput.Write(b)
 	return string(b)
 }
 
-// rawChat is a chat call as raw bytes, with extra header lines ("A: b\r\n").
-func (p *testProxy) rawChat(lines, body string) string {
+// rawChatRequest is a chat call as raw bytes, with extra header lines ("A: b\r\n").
+func (p *testProxy) rawChatRequest(lines, body string) string {
 	return "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + p.token +
 		"\r\nContent-Type: application/json\r\n" + lines + "Content-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + body
 }
@@ -383,8 +383,8 @@ func waitFor(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// A recorded request is what the provider got.
-type recorded struct {
+// A recordedRequest request is what the provider got.
+type recordedRequest struct {
 	method, target string
 	header         http.Header // canonical names
 	head           string      // the raw head
@@ -398,9 +398,9 @@ type fakeProvider struct {
 	listener net.Listener
 
 	mu       sync.Mutex
-	script   func(c *providerConn, r recorded) bool
-	requests []recorded
-	open     int // requests being answered
+	script   func(c *providerConn, r recordedRequest) bool
+	requests []recordedRequest
+	inFlight int // requests being answered
 }
 
 // A providerConn is one connection from the proxy.
@@ -423,8 +423,8 @@ func (c *providerConn) reply(status int, body string, headers ...string) bool {
 	return err == nil
 }
 
-// sse begins an event stream in chunks.
-func (c *providerConn) sse(headers ...string) {
+// beginSSE begins an event stream in chunks.
+func (c *providerConn) beginSSE(headers ...string) {
 	lines := strings.Join(append(headers, ""), "\r\n")
 	_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"+lines+"\r\n")
 }
@@ -435,8 +435,8 @@ func (c *providerConn) chunk(s string) error {
 	return err
 }
 
-// gone waits until the proxy closes the connection, or gives up after d.
-func (c *providerConn) gone(d time.Duration) bool {
+// waitClosed waits until the proxy closes the connection, or gives up after d.
+func (c *providerConn) waitClosed(d time.Duration) bool {
 	_ = c.SetReadDeadline(time.Now().Add(d))
 	_, err := c.r.ReadByte()
 	ne, ok := err.(net.Error)
@@ -450,7 +450,7 @@ func (c *providerConn) reset() bool {
 	return false
 }
 
-const chatAnswer = `{"id":"chatcmpl-1","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,` +
+const chatResponseBody = `{"id":"chatcmpl-1","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,` +
 	`"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":3,"total_tokens":12}}`
 
 // chatEvents is a short stream; usage says whether the usage event is in it.
@@ -469,13 +469,13 @@ func chatEvents(usage bool) []string {
 	return append(events, "data: [DONE]\n\n")
 }
 
-// answerChat is the script that a provider begins with: it answers chat calls,
+// chatScript is the script that a provider begins with: it answers chat calls,
 // streamed or not, with usage where it is asked for.
-func answerChat(c *providerConn, r recorded) bool {
+func chatScript(c *providerConn, r recordedRequest) bool {
 	if !strings.Contains(r.body, `"stream":true`) {
-		return c.reply(200, chatAnswer, "X-Request-Id: provider-1")
+		return c.reply(200, chatResponseBody, "X-Request-Id: provider-1")
 	}
-	c.sse()
+	c.beginSSE()
 	for _, e := range chatEvents(strings.Contains(r.body, `"include_usage":true`)) {
 		if c.chunk(e) != nil {
 			return false
@@ -490,7 +490,7 @@ func newFakeProvider(t testing.TB) *fakeProvider {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &fakeProvider{url: "http://" + l.Addr().String(), key: "sk-provider-" + randomBase62(40), listener: l, script: answerChat}
+	p := &fakeProvider{url: "http://" + l.Addr().String(), key: "sk-provider-" + randomBase62(40), listener: l, script: chatScript}
 	var serving sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
 	serving.Go(func() {
@@ -519,12 +519,12 @@ func (p *fakeProvider) serve(c *providerConn) {
 		}
 		p.mu.Lock()
 		p.requests = append(p.requests, r)
-		p.open++
+		p.inFlight++
 		script := p.script
 		p.mu.Unlock()
 		again := script(c, r)
 		p.mu.Lock()
-		p.open--
+		p.inFlight--
 		p.mu.Unlock()
 		if !again {
 			return
@@ -532,23 +532,23 @@ func (p *fakeProvider) serve(c *providerConn) {
 	}
 }
 
-func readRequest(br *bufio.Reader) (recorded, error) {
+func readRequest(br *bufio.Reader) (recordedRequest, error) {
 	var head strings.Builder
 	tr := textproto.NewReader(bufio.NewReader(io.TeeReader(byteReader{br}, &head)))
 	line, err := tr.ReadLine()
 	if err != nil {
-		return recorded{}, err
+		return recordedRequest{}, err
 	}
 	h, err := tr.ReadMIMEHeader()
 	if err != nil {
-		return recorded{}, err
+		return recordedRequest{}, err
 	}
 	method, rest, _ := strings.Cut(line, " ")
 	target, _, _ := strings.Cut(rest, " ")
-	r := recorded{method: method, target: target, header: http.Header(h), head: head.String()}
+	r := recordedRequest{method: method, target: target, header: http.Header(h), head: head.String()}
 	req, err := http.ReadRequest(bufio.NewReader(io.MultiReader(strings.NewReader(r.head), br)))
 	if err != nil {
-		return recorded{}, err
+		return recordedRequest{}, err
 	}
 	body, err := io.ReadAll(req.Body)
 	r.body = string(body)
@@ -567,24 +567,24 @@ func (b byteReader) Read(p []byte) (int, error) {
 	return 1, nil
 }
 
-// answer sets the script from now on.
-func (p *fakeProvider) answer(script func(c *providerConn, r recorded) bool) {
+// setScript sets the script from now on.
+func (p *fakeProvider) setScript(script func(c *providerConn, r recordedRequest) bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.script = script
 }
 
-// got returns the requests so far.
-func (p *fakeProvider) got() []recorded {
+// received returns the requests so far.
+func (p *fakeProvider) received() []recordedRequest {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return append([]recorded(nil), p.requests...)
+	return append([]recordedRequest(nil), p.requests...)
 }
 
-// last returns the last request, and fails the test if there is none.
-func (p *fakeProvider) last(t *testing.T) recorded {
+// lastRequest returns the last request, and fails the test if there is none.
+func (p *fakeProvider) lastRequest(t *testing.T) recordedRequest {
 	t.Helper()
-	all := p.got()
+	all := p.received()
 	if len(all) == 0 {
 		t.Fatal("the provider got no request")
 	}

@@ -27,24 +27,24 @@ func (e *fieldError) Error() string {
 	return e.param + ": " + e.msg
 }
 
-// An opt is a field that may be absent, null or a value: three things that a
+// An optional is a field that may be absent, null or a value: three things that a
 // PATCH must tell apart.
-type opt[T any] struct {
+type optional[T any] struct {
 	set, null bool
-	v         T
+	value     T
 }
 
-func (o *opt[T]) UnmarshalJSON(b []byte) error {
+func (o *optional[T]) UnmarshalJSON(b []byte) error {
 	o.set = true
 	if string(b) == "null" {
 		o.null = true
 		return nil
 	}
-	return json.Unmarshal(b, &o.v)
+	return json.Unmarshal(b, &o.value)
 }
 
-// given reports whether the field holds a value.
-func (o opt[T]) given() bool { return o.set && !o.null }
+// hasValue reports whether the field holds a value.
+func (o optional[T]) hasValue() bool { return o.set && !o.null }
 
 // decodeObject reads one JSON object into the pointers of fields, by exact
 // name. null is for those in nullable only. Every error is a *fieldError.
@@ -76,11 +76,11 @@ func decodeObject(body []byte, fields map[string]any, nullable ...string) error 
 			return syntaxError(dec, err)
 		}
 		if string(raw) == "null" && !slices.Contains(nullable, name) {
-			return &fieldError{name, "must be " + wanted(to) + ", not null"}
+			return &fieldError{name, "must be " + expectedType(to) + ", not null"}
 		}
 		if err := json.Unmarshal(raw, to); err != nil {
 			if _, isType := errors.AsType[*json.UnmarshalTypeError](err); isType {
-				return &fieldError{name, "must be " + wanted(to)}
+				return &fieldError{name, "must be " + expectedType(to)}
 			}
 			if fe, ok := errors.AsType[*fieldError](err); ok {
 				return fe
@@ -110,29 +110,29 @@ func fieldNames(fields map[string]any) string {
 	return cmp.Or(strings.Join(names, ", "), "none")
 }
 
-// wanted says in words what a field's pointer takes.
-func wanted(to any) string {
+// expectedType says in words what a field's pointer takes.
+func expectedType(to any) string {
 	switch to.(type) {
-	case *opt[string], *opt[secret], *string:
+	case *optional[string], *optional[secret], *string:
 		return "a string"
-	case *opt[int64], *int64:
+	case *optional[int64], *int64:
 		return "a whole number"
-	case *opt[bool], *bool:
+	case *optional[bool], *bool:
 		return "true or false"
-	case *opt[[]string], *[]string:
+	case *optional[[]string], *[]string:
 		return "a list of strings"
-	case *opt[map[string]string]:
+	case *optional[map[string]string]:
 		return "an object of strings"
-	case *opt[json.RawMessage]:
+	case *optional[json.RawMessage]:
 		return "a value"
-	case *opt[[]json.RawMessage]:
+	case *optional[[]json.RawMessage]:
 		return "a list of objects"
 	}
 	return "of another type"
 }
 
-// checkName holds the rule for the names that admins give to things.
-func checkName(s string) error {
+// validateName holds the rule for the names that admins give to things.
+func validateName(s string) error {
 	if s == "" || len(s) > 100 {
 		return &fieldError{"name", "must have 1 to 100 bytes"}
 	}

@@ -15,8 +15,8 @@ import (
 	"testing"
 )
 
-// sources parses the program's own files, without tests.
-func sources(t *testing.T, fset *token.FileSet, mode parser.Mode) map[string]*ast.File {
+// parseSources parses the program's own files, without tests.
+func parseSources(t *testing.T, fset *token.FileSet, mode parser.Mode) map[string]*ast.File {
 	t.Helper()
 	names, err := filepath.Glob("*.go")
 	if err != nil {
@@ -64,7 +64,7 @@ func TestLayoutImports(t *testing.T) {
 	plain := []string{"domain.go", "json.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go", "policy.go", "audit.go", "metrics.go", "ratelimit.go", "upstream_select.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
-	for name, file := range sources(t, token.NewFileSet(), parser.ImportsOnly) {
+	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly) {
 		for _, spec := range file.Imports {
 			path := strings.Trim(spec.Path.Value, `"`)
 			if files, ok := only[path]; ok && !matchesFile(files, name) {
@@ -127,7 +127,7 @@ func TestLayoutFiles(t *testing.T) {
 	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Scan", "Flush", "FlushError", "Read", "ReadFrom", "Close", "Get", "Put", "RoundTrip",
 		"Error", "String", "Is", "Format", "LogValue", "MarshalText", "MarshalJSON", "UnmarshalJSON"}
 	fset := token.NewFileSet()
-	for name, file := range sources(t, fset, parser.ParseComments) {
+	for name, file := range parseSources(t, fset, parser.ParseComments) {
 		if n := fset.File(file.Pos()).LineCount(); n > longest+1 {
 			t.Errorf("%s has %d lines; split it", name, n-1)
 		}
@@ -145,7 +145,7 @@ func TestLayoutFiles(t *testing.T) {
 				}
 			case *ast.GenDecl:
 				for _, s := range d.Specs {
-					for _, id := range declared(s) {
+					for _, id := range declaredIdents(s) {
 						if id.IsExported() {
 							t.Errorf("%s exports %s", name, id.Name)
 						}
@@ -156,7 +156,7 @@ func TestLayoutFiles(t *testing.T) {
 	}
 }
 
-func declared(s ast.Spec) []*ast.Ident {
+func declaredIdents(s ast.Spec) []*ast.Ident {
 	switch s := s.(type) {
 	case *ast.TypeSpec:
 		return []*ast.Ident{s.Name}
@@ -171,7 +171,7 @@ func declared(s ast.Spec) []*ast.Ident {
 func TestLayoutAudit(t *testing.T) {
 	t.Parallel()
 	fset := token.NewFileSet()
-	for name, file := range sources(t, fset, parser.SkipObjectResolution) {
+	for name, file := range parseSources(t, fset, parser.SkipObjectResolution) {
 		if !matchesFile([]string{"store_projects.go", "store_tokens.go", "store_keys.go"}, name) {
 			continue
 		}
@@ -207,7 +207,7 @@ func TestLayoutSecrets(t *testing.T) {
 		"upstream.go":        3, // the header of a call to the provider
 	}
 	fset := token.NewFileSet()
-	files := sources(t, fset, parser.SkipObjectResolution)
+	files := parseSources(t, fset, parser.SkipObjectResolution)
 	info := &types.Info{Types: map[ast.Expr]types.TypeAndValue{}}
 	// Other packages stay empty: secret and all that holds one are our own, and
 	// the errors that follow from the rest do not matter here.
@@ -268,8 +268,8 @@ func TestLayoutForbidden(t *testing.T) {
 		"err.Error()":    {"demo_provider.go", "command_doctor.go", "manage_projects.go"}, // not to clients of a real server; and our own words about a field
 		"http.ListenAnd": nil,
 	}
-	for name := range sources(t, token.NewFileSet(), 0) {
-		for n, line := range strings.Split(fileText(t, name), "\n") {
+	for name := range parseSources(t, token.NewFileSet(), 0) {
+		for n, line := range strings.Split(mustReadFile(t, name), "\n") {
 			code, _, _ := strings.Cut(line, "//")
 			for text, files := range allowed {
 				if strings.Contains(code, text) && !slices.Contains(files, name) {

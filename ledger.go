@@ -19,19 +19,19 @@ import (
 const (
 	// settleDelay is how long settled rows may wait for company. Nobody waits
 	// for them; a crash in between makes them lost ones, with an estimate.
-	settleDelay = 100 * time.Millisecond
-	settleBatch = 512
+	settleDelay     = 100 * time.Millisecond
+	settleBatchSize = 512
 	// So many calls that begin together are a crowd, for which a commit waits a
 	// moment.
-	crowd      = 8
-	crowdDelay = 200 * time.Microsecond
-	retryDelay = 250 * time.Millisecond
+	largeBatchSize   = 8
+	largeBatchDelay  = 200 * time.Microsecond
+	ledgerRetryDelay = 250 * time.Millisecond
 )
 
 // A ledgerEntry is one call on its way into the ledger.
 type ledgerEntry struct {
 	row   requestRow // of the caller until it is settled; from then on nobody writes it
-	batch *begunBatch
+	batch *pendingBatch
 }
 
 type ledger struct {
@@ -39,22 +39,22 @@ type ledger struct {
 	writer *ledgerWriter // of run's goroutine
 	log    *slog.Logger
 
-	mu          sync.Mutex
-	begins      *begunBatch // nil: none
-	room        int         // bytes that the last one's calls took
-	settles     []*ledgerEntry
-	sums        []*requestRow
-	firstSettle time.Time // when the oldest of settles and sums came
-	queued      uint64    // rows that were ever queued
-	committed   uint64    // so many of them, in the order of queueing, are surely written
-	flushing    bool      // someone waits for committed
-	closing     bool
+	mu              sync.Mutex
+	pending         *pendingBatch // nil: none
+	lastBatchBytes  int           // bytes that the last one's calls took
+	settledEntries  []*ledgerEntry
+	sumOnlyRows     []*requestRow
+	oldestSettledAt time.Time // when the oldest of settles and sums came
+	queuedCount     uint64    // rows that were ever queued
+	committedCount  uint64    // so many of them, in the order of queueing, are surely written
+	flushing        bool      // someone waits for committed
+	closing         bool
 
-	wake    chan struct{}
-	done    chan struct{}
-	failing atomic.Bool
-	commits histogram    // of the time batches took
-	rows    atomic.Int64 // that were committed
+	wake            chan struct{}
+	done            chan struct{}
+	failing         atomic.Bool
+	commitDurations histogram    // of the time batches took
+	committedRows   atomic.Int64 // that were committed
 }
 
 // openLedger recovers what a dead process left open, then starts the writer.
@@ -78,15 +78,15 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 func (l *ledger) begin(row requestRow) *ledgerEntry {
 	e := &ledgerEntry{row: row}
 	var space [512]byte
-	note := row.note(space[:0])
+	note := row.appendPendingRecord(space[:0])
 	l.mu.Lock()
-	first := l.begins == nil
+	first := l.pending == nil
 	if first {
-		l.begins = &begunBatch{done: make(chan struct{}), calls: make([]byte, 0, l.room+l.room/2)}
+		l.pending = &pendingBatch{done: make(chan struct{}), recordsJSON: make([]byte, 0, l.lastBatchBytes+l.lastBatchBytes/2)}
 	}
-	e.batch = l.begins
+	e.batch = l.pending
 	e.batch.add(row.id, note)
-	l.queued++
+	l.queuedCount++
 	l.mu.Unlock()
 	if first {
 		l.kick()
@@ -94,42 +94,42 @@ func (l *ledger) begin(row requestRow) *ledgerEntry {
 	return e
 }
 
-// begun is closed when it is settled whether the call's note is committed: fate
+// committed is closed when it is settled whether the call's note is committed: fate
 // says so then.
-func (e *ledgerEntry) begun() <-chan struct{} { return e.batch.done }
+func (e *ledgerEntry) committed() <-chan struct{} { return e.batch.done }
 
-// fate is nil if the note is committed, or says why it is not.
-func (e *ledgerEntry) fate() error { return e.batch.err }
+// commitErr is nil if the note is committed, or says why it is not.
+func (e *ledgerEntry) commitErr() error { return e.batch.err }
 
 // settle queues how a begun call ended, as its row says. The row is read from now
 // on, and no more written.
 func (l *ledger) settle(e *ledgerEntry) {
 	l.mu.Lock()
-	l.queued++
-	if len(l.settles)+len(l.sums) == 0 {
-		l.firstSettle = time.Now()
+	l.queuedCount++
+	if len(l.settledEntries)+len(l.sumOnlyRows) == 0 {
+		l.oldestSettledAt = time.Now()
 	}
-	l.settles = append(l.settles, e)
-	full := len(l.settles) >= settleBatch
-	first := len(l.settles) == 1
+	l.settledEntries = append(l.settledEntries, e)
+	full := len(l.settledEntries) >= settleBatchSize
+	first := len(l.settledEntries) == 1
 	l.mu.Unlock()
 	if full || first {
 		l.kick() // the first sets the writer's timer
 	}
 }
 
-// record queues a call that was never begun: a refused one. With row false it
+// recordRefused queues a call that was never begun: a refused one. With row false it
 // counts in the sums only.
-func (l *ledger) record(r *requestRow, row bool) {
+func (l *ledger) recordRefused(r *requestRow, row bool) {
 	l.mu.Lock()
-	l.queued++
-	if len(l.settles)+len(l.sums) == 0 {
-		l.firstSettle = time.Now()
+	l.queuedCount++
+	if len(l.settledEntries)+len(l.sumOnlyRows) == 0 {
+		l.oldestSettledAt = time.Now()
 	}
 	if row {
-		l.settles = append(l.settles, &ledgerEntry{row: *r})
+		l.settledEntries = append(l.settledEntries, &ledgerEntry{row: *r})
 	} else {
-		l.sums = append(l.sums, new(*r))
+		l.sumOnlyRows = append(l.sumOnlyRows, new(*r))
 	}
 	l.mu.Unlock()
 	l.kick()
@@ -146,10 +146,10 @@ func (l *ledger) kick() {
 func (l *ledger) backlog() (begins, settles int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.begins != nil {
-		begins = int64(l.begins.size)
+	if l.pending != nil {
+		begins = int64(l.pending.size)
 	}
-	return begins, int64(len(l.settles) + len(l.sums))
+	return begins, int64(len(l.settledEntries) + len(l.sumOnlyRows))
 }
 
 // healthy reports whether the last write succeeded. While it did not, no call
@@ -158,21 +158,21 @@ func (l *ledger) healthy() bool { return !l.failing.Load() }
 
 // flush returns when all that was queued before is committed, whatever is queued
 // meanwhile, or when ctx is over.
-func (l *ledger) flush(ctx context.Context) error { return l.await(ctx, l.given()) }
+func (l *ledger) flush(ctx context.Context) error { return l.awaitCommitted(ctx, l.queuedSoFar()) }
 
-// given says how many rows the ledger was ever given.
-func (l *ledger) given() uint64 {
+// queuedSoFar says how many rows the ledger was ever given.
+func (l *ledger) queuedSoFar() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.queued
+	return l.queuedCount
 }
 
-// await returns when the first want rows that the ledger was given are committed,
+// awaitCommitted returns when the first want rows that the ledger was given are committed,
 // or when ctx is over.
-func (l *ledger) await(ctx context.Context, want uint64) error {
+func (l *ledger) awaitCommitted(ctx context.Context, want uint64) error {
 	for {
 		l.mu.Lock()
-		done := l.committed >= want
+		done := l.committedCount >= want
 		l.flushing = l.flushing || !done
 		l.mu.Unlock()
 		if done {
@@ -187,18 +187,18 @@ func (l *ledger) await(ctx context.Context, want uint64) error {
 	}
 }
 
-// settled is await for who must not wait long, as anyone may cause it: not at all
+// awaitIfHealthy is await for who must not wait long, as anyone may cause it: not at all
 // while the ledger cannot be written.
-func (l *ledger) settled(ctx context.Context, want uint64) error {
+func (l *ledger) awaitIfHealthy(ctx context.Context, want uint64) error {
 	l.mu.Lock()
-	owed := l.committed < want
+	owed := l.committedCount < want
 	l.mu.Unlock()
 	if owed && l.failing.Load() {
 		return errors.New("the ledger cannot be written")
 	}
-	ctx, cancel := context.WithTimeout(ctx, limitPatience)
+	ctx, cancel := context.WithTimeout(ctx, limitLoadTimeout)
 	defer cancel()
-	return l.await(ctx, want)
+	return l.awaitCommitted(ctx, want)
 }
 
 // close writes what is queued and ends the writer. It gives up at the end of
@@ -220,34 +220,34 @@ func (l *ledger) run() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
-		q := l.take()
-		if q.begins != nil || len(q.settles)+len(q.sums) > 0 {
-			l.write(q.begins, q.settles, q.sums)
-			if q.begins != nil {
-				close(q.begins.done)
+		q := l.dequeue()
+		if q.pending != nil || len(q.settledEntries)+len(q.sumOnlyRows) > 0 {
+			l.write(q.pending, q.settledEntries, q.sumOnlyRows)
+			if q.pending != nil {
+				close(q.pending.done)
 			}
-			l.wrote(q)
-			if l.failing.Load() && !l.pause(retryDelay) {
+			l.markCommitted(q)
+			if l.failing.Load() && !l.pause(ledgerRetryDelay) {
 				return
 			}
 			// Much of a transaction's cost is the same for one call and for fifty.
 			// Where many begin at one time the next batch is made larger by a
 			// wait, which is over long before a provider answers.
-			if q.begins != nil && q.begins.size >= crowd {
-				time.Sleep(crowdDelay)
+			if q.pending != nil && q.pending.size >= largeBatchSize {
+				time.Sleep(largeBatchDelay)
 			} else {
 				runtime.Gosched()
 			}
 			continue
 		}
-		l.wrote(q)
+		l.markCommitted(q)
 		if q.closing {
 			return
 		}
 		if l.failing.Load() { // nothing to try with: probe
-			if err := l.store.writable(context.Background()); err == nil {
-				l.recovered()
-			} else if !l.pause(retryDelay) {
+			if err := l.store.checkWritable(context.Background()); err == nil {
+				l.markRecovered()
+			} else if !l.pause(ledgerRetryDelay) {
 				return
 			}
 			continue
@@ -268,31 +268,31 @@ func (l *ledger) pause(d time.Duration) bool {
 	return !l.closing
 }
 
-// A ledgerTake is what the writer took from the queues at one time.
-type ledgerTake struct {
-	begins  *begunBatch
-	settles []*ledgerEntry
-	sums    []*requestRow
-	all     bool          // nothing was left
-	upTo    uint64        // queued then
-	wait    time.Duration // until what was left should be written
-	closing bool
+// A ledgerWork is what the writer took from the queues at one time.
+type ledgerWork struct {
+	pending        *pendingBatch
+	settledEntries []*ledgerEntry
+	sumOnlyRows    []*requestRow
+	drained        bool          // nothing was left
+	queuedCount    uint64        // queued then
+	wait           time.Duration // until what was left should be written
+	closing        bool
 }
 
-// take empties the queues: all begins, and the settled rows when they have
+// dequeue empties the queues: all begins, and the settled rows when they have
 // waited long enough or are many.
-func (l *ledger) take() ledgerTake {
+func (l *ledger) dequeue() ledgerWork {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	q := ledgerTake{begins: l.begins, all: true, upTo: l.queued, wait: time.Hour, closing: l.closing}
-	if l.begins != nil {
-		l.room, l.begins = len(l.begins.calls), nil
+	q := ledgerWork{pending: l.pending, drained: true, queuedCount: l.queuedCount, wait: time.Hour, closing: l.closing}
+	if l.pending != nil {
+		l.lastBatchBytes, l.pending = len(l.pending.recordsJSON), nil
 	}
-	if n := len(l.settles) + len(l.sums); n > 0 {
-		age := time.Since(l.firstSettle)
-		if q.all = n >= settleBatch || age >= settleDelay || l.flushing || l.closing; q.all {
-			q.settles, l.settles = l.settles, nil
-			q.sums, l.sums = l.sums, nil
+	if n := len(l.settledEntries) + len(l.sumOnlyRows); n > 0 {
+		age := time.Since(l.oldestSettledAt)
+		if q.drained = n >= settleBatchSize || age >= settleDelay || l.flushing || l.closing; q.drained {
+			q.settledEntries, l.settledEntries = l.settledEntries, nil
+			q.sumOnlyRows, l.sumOnlyRows = l.sumOnlyRows, nil
 		} else {
 			q.wait = settleDelay - age
 		}
@@ -300,24 +300,24 @@ func (l *ledger) take() ledgerTake {
 	return q
 }
 
-// wrote notes what a take has brought into the database. After a failure that
+// markCommitted notes what a take has brought into the database. After a failure that
 // is nothing new: the rows are back in the queue.
-func (l *ledger) wrote(q ledgerTake) {
-	if !q.all || l.failing.Load() {
+func (l *ledger) markCommitted(q ledgerWork) {
+	if !q.drained || l.failing.Load() {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.committed, l.flushing = q.upTo, false
+	l.committedCount, l.flushing = q.queuedCount, false
 }
 
 // write commits one batch. If it cannot, those whose calls begin are told so,
 // since they wait, and the rest goes back into the queue.
-func (l *ledger) write(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) {
+func (l *ledger) write(begins *pendingBatch, settles []*ledgerEntry, sums []*requestRow) {
 	start := time.Now()
-	batch, undo := batchOf(begins, settles, sums)
+	batch, undo := buildLedgerBatch(begins, settles, sums)
 	err := l.writer.write(context.Background(), batch)
-	l.commits.observe(time.Since(start).Microseconds(), &fastBounds)
+	l.commitDurations.observe(time.Since(start).Microseconds(), &fastBounds)
 	rows := len(settles) + len(sums)
 	if begins != nil {
 		begins.err = err
@@ -325,21 +325,21 @@ func (l *ledger) write(begins *begunBatch, settles []*ledgerEntry, sums []*reque
 	}
 	if err == nil {
 		if begins != nil {
-			begins.calls = nil // else for as long as the longest of them runs
+			begins.recordsJSON = nil // else for as long as the longest of them runs
 		}
-		l.rows.Add(int64(rows))
-		l.recovered()
+		l.committedRows.Add(int64(rows))
+		l.markRecovered()
 		return
 	}
 	undo()
 	switch {
-	case !refusedRow(err):
+	case !isRejectedRow(err):
 		if !l.failing.Swap(true) {
 			l.log.Error("the ledger cannot be written; calls are refused until it can", "error", err)
 		}
 		l.mu.Lock()
-		l.settles = append(settles, l.settles...)
-		l.sums = append(sums, l.sums...)
+		l.settledEntries = append(settles, l.settledEntries...)
+		l.sumOnlyRows = append(sums, l.sumOnlyRows...)
 		l.mu.Unlock()
 	case rows > 1 && len(settles)+len(sums) > 0:
 		if begins != nil {
@@ -360,61 +360,61 @@ func (l *ledger) write(begins *begunBatch, settles []*ledgerEntry, sums []*reque
 		}
 		for _, r := range sums {
 			l.log.Error("the database refuses a ledger row; it stands in this line instead", "error", err,
-				"id", requestID(r.id), "token", r.token, "outcome", string(r.outcome),
+				"id", formatRequestID(r.id), "token", r.token, "outcome", string(r.outcome),
 				"input_tokens", r.counts.input, "output_tokens", r.counts.output)
 		}
 	}
 }
 
-func (l *ledger) recovered() {
+func (l *ledger) markRecovered() {
 	if l.failing.Swap(false) {
 		l.log.Info("the ledger can be written again")
 	}
 }
 
-// A begunBatch is the calls that begin together, a row of begun. Until the writer
+// A pendingBatch is the calls that begin together, a row of begun. Until the writer
 // takes it, it is guarded by the ledger's mu; then it is the writer's.
-type begunBatch struct {
-	id      int64  // the least of its calls'
-	calls   []byte // as in begun, but for the last bracket
-	size    int
-	running int           // of its calls, those that have not ended
-	written bool          // it is in the database
-	err     error         // why it is not; readable once done
-	done    chan struct{} // closed when that is settled
+type pendingBatch struct {
+	id          int64  // the least of its calls'
+	recordsJSON []byte // as in begun, but for the last bracket
+	size        int
+	unsettled   int           // of its calls, those that have not ended
+	written     bool          // it is in the database
+	err         error         // why it is not; readable once done
+	done        chan struct{} // closed when that is settled
 }
 
-func (b *begunBatch) add(id int64, note []byte) {
+func (b *pendingBatch) add(id int64, note []byte) {
 	if b.size == 0 {
-		b.id, b.calls = id, append(b.calls, '[')
+		b.id, b.recordsJSON = id, append(b.recordsJSON, '[')
 	} else {
-		b.id, b.calls = min(b.id, id), append(b.calls, ',')
+		b.id, b.recordsJSON = min(b.id, id), append(b.recordsJSON, ',')
 	}
-	b.calls = append(b.calls, note...)
+	b.recordsJSON = append(b.recordsJSON, note...)
 	b.size++
-	b.running++
+	b.unsettled++
 }
 
-// batchOf makes a batch of what was queued. It takes for granted that the batch
+// buildLedgerBatch makes a batch of what was queued. It takes for granted that the batch
 // will be written; undo takes that back.
-func batchOf(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
-	b.sums = sums
+func buildLedgerBatch(begins *pendingBatch, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+	b.sumOnlyRows = sums
 	if begins != nil {
 		begins.written = true
-		b.begun, b.calls = begins.id, append(begins.calls, ']')
+		b.pendingBatchID, b.pendingRecordsJSON = begins.id, append(begins.recordsJSON, ']')
 	}
 	for _, e := range settles {
 		b.records = append(b.records, &e.row)
 		if at := e.batch; at != nil && at.written { // else it was refused, or its note could not be written
-			if at.running--; at.running == 0 {
-				b.over = append(b.over, at.id)
+			if at.unsettled--; at.unsettled == 0 {
+				b.endedBatchIDs = append(b.endedBatchIDs, at.id)
 			}
 		}
 	}
 	return b, func() {
 		for _, e := range settles {
 			if e.batch != nil && e.batch.written {
-				e.batch.running++
+				e.batch.unsettled++
 			}
 		}
 		if begins != nil {
@@ -425,12 +425,12 @@ func batchOf(begins *begunBatch, settles []*ledgerEntry, sums []*requestRow) (b 
 
 // abandon counts a call as ended that will have no row. If the last note of its
 // batch cannot be taken back now, the next start makes a lost call of it.
-func (l *ledger) abandon(b *begunBatch) {
+func (l *ledger) abandon(b *pendingBatch) {
 	if b == nil || !b.written {
 		return
 	}
-	if b.running--; b.running == 0 {
-		_ = l.writer.write(context.Background(), ledgerBatch{over: []int64{b.id}})
+	if b.unsettled--; b.unsettled == 0 {
+		_ = l.writer.write(context.Background(), ledgerBatch{endedBatchIDs: []int64{b.id}})
 	}
 }
 
@@ -438,16 +438,16 @@ func (l *ledger) abandon(b *begunBatch) {
 // ended, with the estimates they began with, and returns how many.
 func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
 	for {
-		rows, err := st.runningCalls(ctx, 1000)
+		rows, err := st.pendingRecords(ctx, 1000)
 		if err != nil {
 			return 0, err
 		}
 		if len(rows) == 0 {
-			return total, st.forgetBegun(ctx)
+			return total, st.deletePending(ctx)
 		}
 		for _, r := range rows {
 			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
-			r.asked = r.model // nobody knows which one would have answered
+			r.requestedModel = r.model // nobody knows which one would have answered
 			price(r)
 		}
 		if err := w.write(ctx, ledgerBatch{records: rows}); err != nil {
@@ -459,13 +459,13 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 
 // A retention is how long and how much is kept.
 type retention struct {
-	age   time.Duration // of single calls
-	bytes int64         // that the database may have in use; 0: no limit
+	maxAge   time.Duration // of single calls
+	maxBytes int64         // that the database may have in use; 0: no limit
 }
 
-// keepHouse runs until ctx is over, and lets what is too old or too much go, in
+// runRetention runs until ctx is over, and lets what is too old or too much go, in
 // small steps between which calls are written.
-func (l *ledger) keepHouse(ctx context.Context, keep retention, every time.Duration) {
+func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	var sumsForgotten, told time.Time
@@ -476,32 +476,36 @@ func (l *ledger) keepHouse(ctx context.Context, keep retention, every time.Durat
 		case <-tick.C:
 		}
 		now := time.Now()
-		l.forget(ctx, func() (int64, error) { return l.store.forgetContents(ctx, now.UnixMilli(), 20) })
-		l.forget(ctx, func() (int64, error) { return l.store.forgetRequests(ctx, firstID(now.Add(-keep.age)), 200) })
-		if over := l.shrink(ctx, keep.bytes, firstID(now.Add(-sizeSpares))); over > 0 && now.Sub(told) >= time.Hour {
+		l.prune(ctx, func() (int64, error) { return l.store.deleteExpiredContents(ctx, now.UnixMilli(), 20) })
+		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, minIDAt(now.Add(-keep.maxAge)), 200) })
+		if over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention))); over > 0 && now.Sub(told) >= time.Hour {
 			told = now
 			l.log.Warn("the database is larger than MAX_DATABASE_BYTES without any single calls that could go: sums, tokens and the audit trail stay",
 				"bytes_over", over)
 		}
 		if now.Sub(sumsForgotten) >= time.Hour &&
-			l.forget(ctx, func() (int64, error) { return l.store.forgetSums(ctx, now.Add(-hourSumsKept).UnixMilli(), 20) }) &&
-			l.forget(ctx, func() (int64, error) { return l.store.forgetHours(ctx, now.Add(-hoursKept).UnixMilli(), 20) }) {
+			l.prune(ctx, func() (int64, error) {
+				return l.store.deleteOldSums(ctx, now.Add(-hourlySumsRetention).UnixMilli(), 20)
+			}) &&
+			l.prune(ctx, func() (int64, error) {
+				return l.store.deleteOldHours(ctx, now.Add(-projectHoursRetention).UnixMilli(), 20)
+			}) {
 			sumsForgotten = now // no hour ends before the next one
 		}
 	}
 }
 
-// hourSumsKept is how long sums by hour and token are kept; those by day, and
+// hourlySumsRetention is how long sums by hour and token are kept; those by day, and
 // those of whole projects, stay.
-const hourSumsKept = 100 * 24 * time.Hour
+const hourlySumsRetention = 100 * 24 * time.Hour
 
-// hoursKept is how long the hours of projects are kept: the dashboard's longest
+// projectHoursRetention is how long the hours of projects are kept: the dashboard's longest
 // period, and the one before it.
-const hoursKept = 190 * 24 * time.Hour
+const projectHoursRetention = 190 * 24 * time.Hour
 
-// forget lets rows go in steps until step says that none are left, or for so
+// prune lets rows go in steps until step says that none are left, or for so
 // many steps that the next tick should go on. It reports whether none are left.
-func (l *ledger) forget(ctx context.Context, step func() (int64, error)) bool {
+func (l *ledger) prune(ctx context.Context, step func() (int64, error)) bool {
 	for range 200 {
 		n, err := step()
 		if err != nil {
@@ -522,16 +526,16 @@ func (l *ledger) forget(ctx context.Context, step func() (int64, error)) bool {
 	return false
 }
 
-// sizeSpares is how long calls are kept whatever they take.
-const sizeSpares = time.Hour
+// minCallRetention is how long calls are kept whatever they take.
+const minCallRetention = time.Hour
 
-// shrink lets what is kept of calls' content go, then the oldest calls, those
+// pruneToSize lets what is kept of calls' content go, then the oldest calls, those
 // with an id below before, while the
 // database has more than most bytes in use, until it is a twentieth below that,
 // so that it does not begin again at once. Freed pages stay in the file, which
 // does not shrink, and take the rows to come. It returns how much is too much
 // with no call left to let go; 0 most is no limit.
-func (l *ledger) shrink(ctx context.Context, most, before int64) (over int64) {
+func (l *ledger) pruneToSize(ctx context.Context, most, before int64) (over int64) {
 	used := func() (int64, error) {
 		all, free, err := l.store.size(ctx)
 		return all - free, err
@@ -539,14 +543,14 @@ func (l *ledger) shrink(ctx context.Context, most, before int64) (over int64) {
 	if n, err := used(); most == 0 || err != nil || n <= most {
 		return 0
 	}
-	none := l.forget(ctx, func() (int64, error) {
+	none := l.prune(ctx, func() (int64, error) {
 		if n, err := used(); err != nil || n <= most-most/20 {
 			return 0, err
 		}
-		if n, err := l.store.dropOldContents(ctx, 20); n > 0 || err != nil {
+		if n, err := l.store.deleteOldestContents(ctx, 20); n > 0 || err != nil {
 			return n, err
 		}
-		return l.store.forgetRequests(ctx, before, 200)
+		return l.store.deleteOldRequests(ctx, before, 200)
 	})
 	n, err := used()
 	if !none || err != nil {

@@ -25,7 +25,7 @@ import (
 // release is called.
 func (p *testProxy) lockDatabase() (release func()) {
 	p.t.Helper()
-	db, err := openSQLite(p.in.cfg.databaseFile, 1, "")
+	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -41,10 +41,10 @@ func (p *testProxy) lockDatabase() (release func()) {
 	return release
 }
 
-// pragma sets something on the writing connection, of which there is one.
-func (p *testProxy) pragma(text string) {
+// setPragma sets something on the writing connection, of which there is one.
+func (p *testProxy) setPragma(text string) {
 	p.t.Helper()
-	if _, err := p.in.store.write.Exec(text); err != nil {
+	if _, err := p.instance.store.writeDB.Exec(text); err != nil {
 		p.t.Fatal(err)
 	}
 }
@@ -63,15 +63,15 @@ func TestOnRecord(t *testing.T) {
 				}
 				release := p.lockDatabase()
 				conn := p.dial()
-				_, _ = io.WriteString(conn, p.rawChat("Connection: close\r\n", chatBody(member)))
+				_, _ = io.WriteString(conn, p.rawChatRequest("Connection: close\r\n", chatBody(member)))
 				if name == "unlimited" { // a limited one is recorded before the provider is called
-					waitFor(t, "the provider", func() bool { return len(p.provider.got()) == 2 })
+					waitFor(t, "the provider", func() bool { return len(p.provider.received()) == 2 })
 				}
 				_ = conn.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 				if n, err := conn.Read(make([]byte, 1)); n != 0 || err == nil {
 					t.Error("a byte of the answer left while the database was locked")
 				}
-				if n := len(p.provider.got()); name == "limited" && n != 1 {
+				if n := len(p.provider.received()); name == "limited" && n != 1 {
 					t.Errorf("the provider got %d calls", n)
 				}
 				release()
@@ -79,42 +79,42 @@ func TestOnRecord(t *testing.T) {
 				if b, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
 					t.Errorf("after that: %q, %v", b, err)
 				}
-				p.sumsAgree()
-				p.countsAgree()
+				p.checkSums()
+				p.checkCounts()
 			})
 		}
 	}
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
-		return !c.gone(10 * time.Second)
+		return !c.waitClosed(10 * time.Second)
 	})
 	s := p.stream(p.token)
 	if _, err := s.read(1); err != nil {
 		t.Fatal(err)
 	}
-	rows, err := p.in.store.listRequests(t.Context(), requestFilter{before: math.MaxInt64, limit: 10})
+	rows, err := p.instance.store.listRequests(t.Context(), requestFilter{before: math.MaxInt64, limit: 10})
 	if err != nil || len(rows) != 1 || rows[0].outcome != outcomeOpen {
 		t.Errorf("at the first byte, the ledger has %+v, %v", rows, err)
 	}
 	s.body.Close()
 }
 
-// TestDatabaseTrouble: while the database cannot be written calls get 503 and
+// TestDatabaseFailure: while the database cannot be written calls get 503 and
 // are told when to come back, what runs goes on and is settled once it can, and
 // it recovers by itself.
-func TestDatabaseTrouble(t *testing.T) {
+func TestDatabaseFailure(t *testing.T) {
 	t.Parallel()
 	troubles := map[string]func(p *testProxy) (end func()){
-		"locked": func(p *testProxy) func() { p.pragma(`PRAGMA busy_timeout = 20`); return p.lockDatabase() },
+		"locked": func(p *testProxy) func() { p.setPragma(`PRAGMA busy_timeout = 20`); return p.lockDatabase() },
 		"read-only": func(p *testProxy) func() {
-			p.pragma(`PRAGMA query_only = 1`)
-			return func() { p.pragma(`PRAGMA query_only = 0`) }
+			p.setPragma(`PRAGMA query_only = 1`)
+			return func() { p.setPragma(`PRAGMA query_only = 0`) }
 		},
 		"full": func(p *testProxy) func() {
-			p.pragma(`PRAGMA max_page_count = 1`) // SQLite takes the least that it can: what it has
-			return func() { p.pragma(`PRAGMA max_page_count = 1000000`) }
+			p.setPragma(`PRAGMA max_page_count = 1`) // SQLite takes the least that it can: what it has
+			return func() { p.setPragma(`PRAGMA max_page_count = 1000000`) }
 		},
 		"disk full": func(p *testProxy) func() {
 			hog := filepath.Join(p.env["DATA_DIR"], "hog")
@@ -131,15 +131,15 @@ func TestDatabaseTrouble(t *testing.T) {
 			t.Parallel()
 			env := map[string]string{"LOG_LEVEL": "info"}
 			if name == "disk full" {
-				env["DATA_DIR"] = smallDisk(t)
+				env["DATA_DIR"] = mountSmallDisk(t)
 			}
-			databaseTrouble(t, newTest(t, env), begin)
+			checkDatabaseFailure(t, newTest(t, env), begin)
 		})
 	}
 }
 
-// smallDisk mounts one of 4 MiB, or skips the test where that is not allowed.
-func smallDisk(t *testing.T) string {
+// mountSmallDisk mounts one of 4 MiB, or skips the test where that is not allowed.
+func mountSmallDisk(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
 	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=4m,mode=0700"); err != nil {
@@ -149,18 +149,18 @@ func smallDisk(t *testing.T) string {
 	return dir
 }
 
-func databaseTrouble(t *testing.T, p *testProxy, begin func(*testProxy) func()) {
+func checkDatabaseFailure(t *testing.T, p *testProxy, begin func(*testProxy) func()) {
 	p.allowErrors = true
 	hold := make(chan struct{})
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if strings.Contains(r.body, `"stream":true`) {
-			c.sse()
+			c.beginSSE()
 			_ = c.chunk(chatEvents(true)[0])
 			<-hold
 			_ = c.chunk(strings.Join(chatEvents(true)[1:], ""))
 			return c.chunk("") == nil
 		}
-		return c.reply(200, chatAnswer)
+		return c.reply(200, chatResponseBody)
 	})
 	s := p.stream(p.token)
 	_, err := s.read(1)
@@ -169,30 +169,30 @@ func databaseTrouble(t *testing.T, p *testProxy, begin func(*testProxy) func()) 
 	}
 	answered := 1 // the stream
 	end := begin(p)
-	var res answer
+	var res testResponse
 	for range 2000 { // on a full disk a few still find room
 		if res = p.chat(); res.status != 200 {
 			break
 		}
 		answered++
 	}
-	if res.status != 503 || res.code() != "ledger_unavailable" || res.header.Get("Retry-After") != "1" {
+	if res.status != 503 || res.errorCode() != "ledger_unavailable" || res.header.Get("Retry-After") != "1" {
 		t.Errorf("in trouble: got %d %v %s", res.status, res.header, res.body)
 	}
 	close(hold)
-	if rest, err := s.rest(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
+	if rest, err := s.readAll(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
 		t.Errorf("the stream that was running: %q, %v", rest, err)
 	}
 	if res := p.do("GET", "/readyz", ""); res.status != 503 {
 		t.Errorf("readyz: got %d %s", res.status, res.body)
 	}
-	hits := len(p.provider.got())
+	hits := len(p.provider.received())
 	for range 20 {
 		if res := p.chat(); res.status != 503 || res.header.Get("Retry-After") == "" {
 			t.Errorf("in trouble: got %d %s", res.status, res.body)
 		}
 	}
-	if n := len(p.provider.got()) - hits; n > 0 {
+	if n := len(p.provider.received()) - hits; n > 0 {
 		t.Errorf("%d calls that were refused were made", n)
 	}
 	if res := p.manageAs(p.adminKey, "POST", "/manage/projects", `{"name":"`+strings.Repeat("n", 100)+`","policy":{"models":["`+strings.Repeat("m", 200)+`"]}}`); res.status != 503 && res.status != 201 {
@@ -205,7 +205,7 @@ func databaseTrouble(t *testing.T, p *testProxy, begin func(*testProxy) func()) 
 	}
 	answered++
 	n := 0
-	for _, v := range p.rows() {
+	for _, v := range p.allRequests() {
 		if v.outcome == outcomeOK {
 			n++
 		}
@@ -213,11 +213,11 @@ func databaseTrouble(t *testing.T, p *testProxy, begin func(*testProxy) func()) 
 	if n != answered {
 		t.Errorf("%d calls were answered, %d are on record", answered, n)
 	}
-	p.sumsAgree()
-	if bad, err := p.in.store.check(t.Context()); len(bad) > 0 || err != nil {
+	p.checkSums()
+	if bad, err := p.instance.store.checkIntegrity(t.Context()); len(bad) > 0 || err != nil {
 		t.Errorf("the database is damaged: %v, %v", bad, err)
 	}
-	if used := p.in.proxy.bodies.used.Load(); used != 0 {
+	if used := p.instance.proxy.bodies.used.Load(); used != 0 {
 		t.Errorf("%d bytes of bodies are held", used)
 	}
 }
@@ -232,7 +232,7 @@ func TestSumsEqualRows(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 			p.allowErrors = busy
-			p.provider.answer(anyAnswer)
+			p.provider.setScript(seededScript)
 			tokens := p.trafficTokens()
 			stop := make(chan struct{})
 			var others sync.WaitGroup
@@ -240,7 +240,7 @@ func TestSumsEqualRows(t *testing.T) {
 			end := sync.OnceFunc(func() { close(stop) })
 			defer end()
 			if busy {
-				p.pragma(`PRAGMA busy_timeout = 1`)
+				p.setPragma(`PRAGMA busy_timeout = 1`)
 				others.Go(func() {
 					for {
 						release := p.lockDatabase()
@@ -257,13 +257,13 @@ func TestSumsEqualRows(t *testing.T) {
 			seen := p.randomTraffic(tokens, 6, 60)
 			end()
 			others.Wait()
-			waitFor(t, "the ledger", p.in.ledger.healthy)
+			waitFor(t, "the ledger", p.instance.ledger.healthy)
 			rows := map[string]requestView{}
-			for _, v := range p.rows() {
-				if _, twice := rows[requestID(v.id)]; twice {
-					t.Errorf("%s is on record twice", requestID(v.id))
+			for _, v := range p.allRequests() {
+				if _, twice := rows[formatRequestID(v.id)]; twice {
+					t.Errorf("%s is on record twice", formatRequestID(v.id))
 				}
-				rows[requestID(v.id)] = v
+				rows[formatRequestID(v.id)] = v
 			}
 			for id, status := range seen {
 				if v, ok := rows[id]; !ok && status != 503 && status != 403 {
@@ -272,8 +272,8 @@ func TestSumsEqualRows(t *testing.T) {
 					t.Errorf("%s was answered with %d, but the ledger has %+v", id, status, v.requestRow)
 				}
 			}
-			p.sumsAgree()
-			p.countsAgree()
+			p.checkSums()
+			p.checkCounts()
 		})
 	}
 }
@@ -285,13 +285,13 @@ func TestPriceAtTheBeginning(t *testing.T) {
 	p := newTest(t, nil)
 	changed := make(chan struct{})
 	p.manage("POST", "/manage/prices", `{"match":"mine","input":1,"output":1}`, 201, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		<-changed
-		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "mine"))
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "mine"))
 	})
-	done := make(chan answer, 1)
+	done := make(chan testResponse, 1)
 	go func() { done <- p.chat() }()
-	waitFor(t, "the call", func() bool { return len(p.provider.got()) == 1 })
+	waitFor(t, "the call", func() bool { return len(p.provider.received()) == 1 })
 	p.manage("POST", "/manage/prices", `{"match":"mine","input":1000,"output":1000}`, 201, nil)
 	close(changed)
 	<-done
@@ -301,13 +301,13 @@ func TestPriceAtTheBeginning(t *testing.T) {
 	if p.chat(); *p.lastCall().Cost != 12e-3 {
 		t.Errorf("the next call costs %v", *p.lastCall().Cost)
 	}
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "unheard-of"))
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "unheard-of"))
 	})
 	if p.chat(); p.lastCall().Cost != nil {
 		t.Errorf("a call without a price costs %v", *p.lastCall().Cost)
 	}
-	p.sumsAgree()
+	p.checkSums()
 	if res := p.manageAs(p.adminKey, "POST", "/manage/prices", `{"match":"mine","input":-1}`); res.status != 400 {
 		t.Errorf("a negative price: got %d %s", res.status, res.body)
 	}
@@ -330,7 +330,7 @@ func TestTimeBoundaries(t *testing.T) {
 			batch.records = append(batch.records, r)
 		}
 	}
-	w := p.in.store.newLedgerWriter()
+	w := p.instance.store.newLedgerWriter()
 	if err := w.write(t.Context(), batch); err != nil {
 		t.Fatal(err)
 	}
@@ -339,7 +339,7 @@ func TestTimeBoundaries(t *testing.T) {
 		"hour": {midnight - hourMS: 200, midnight: 400, midnight + hourMS: 200, midnight - dayMS: 200},
 		"day":  {midnight - dayMS: 400, midnight: 600},
 	} {
-		rows, err := p.in.store.usage(t.Context(), usageQuery{interval: interval, to: math.MaxInt64, limit: 100})
+		rows, err := p.instance.store.usage(t.Context(), usageQuery{interval: interval, to: math.MaxInt64, limit: 100})
 		if err != nil || len(rows) != len(want) {
 			t.Fatalf("%s: %d rows, %v", interval, len(rows), err)
 		}
@@ -391,7 +391,7 @@ func oldDatabase(t *testing.T, before string, statements ...string) (file string
 	return file
 }
 
-func mustOpen(t *testing.T, file string) *store {
+func mustOpenStore(t *testing.T, file string) *store {
 	t.Helper()
 	st, err := openStore(t.Context(), file)
 	if err != nil {
@@ -401,16 +401,16 @@ func mustOpen(t *testing.T, file string) *store {
 	return st
 }
 
-// oneToken is a project with a token that has made so many calls.
-func oneToken(calls int) []string {
+// oneTokenSQL is a project with a token that has made so many calls.
+func oneTokenSQL(calls int) []string {
 	return []string{`INSERT INTO projects (seq, id, name, created_at, updated_at) VALUES (1, 'proj_a', 'a', 1, 1)`,
 		fmt.Sprintf(`INSERT INTO tokens (seq, id, project, name, hash, request_count, created_at, updated_at)
 			VALUES (7, 'tok_a', 1, 't', zeroblob(32), %d, 1, 1)`, calls)}
 }
 
-func (s *store) counted(t *testing.T) (requests, lost, begun, tokenCount, summed int64) {
+func (s *store) recordCounts(t *testing.T) (requests, lost, begun, tokenCount, summed int64) {
 	t.Helper()
-	if err := s.read.QueryRow(`SELECT (SELECT count(*) FROM requests), (SELECT count(*) FROM requests WHERE outcome = 'lost'),
+	if err := s.readDB.QueryRow(`SELECT (SELECT count(*) FROM requests), (SELECT count(*) FROM requests WHERE outcome = 'lost'),
 		(SELECT count(*) FROM begun), (SELECT request_count FROM tokens WHERE seq = 7),
 		(SELECT coalesce(sum(calls), 0) FROM usage_sums WHERE grain = 'day' AND token = 7)`).Scan(&requests, &lost, &begun, &tokenCount, &summed); err != nil {
 		t.Fatal(err)
@@ -430,52 +430,52 @@ func TestOpenRowsOfOlderVersions(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			st := mustOpen(t, oldDatabase(t, "schema/011_begun.sql", append(oneToken(3), noted,
+			st := mustOpenStore(t, oldDatabase(t, "schema/011_begun.sql", append(oneTokenSQL(3), noted,
 				fmt.Sprintf(open, 600, "ok"), fmt.Sprintf(open, 601, "open"), fmt.Sprintf(open, 700, "open"))...))
 			l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), func(r *requestRow) { r.cost, r.priced = 5, true })
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer l.close(t.Context())
-			if requests, lost, begun, count, _ := st.counted(t); requests != 3 || lost != 2 || begun != 0 || count != 3 {
+			if requests, lost, begun, count, _ := st.recordCounts(t); requests != 3 || lost != 2 || begun != 0 || count != 3 {
 				t.Errorf("%d rows, %d of them lost, %d notes, count %d", requests, lost, begun, count)
 			}
 			v, err := st.requestByID(t.Context(), 700)
-			if err != nil || v.model != `say "hi"` || !v.stream || v.counts.input != 10 || v.counts.output != 20 || v.tokenID != "tok_a" || *v.costKnown != 5 {
+			if err != nil || v.model != `say "hi"` || !v.stream || v.counts.input != 10 || v.counts.output != 20 || v.tokenID != "tok_a" || *v.nullCost != 5 {
 				t.Errorf("the ledger has %+v, %v", v, err)
 			}
 		})
 	}
 }
 
-// TestBegunTogether: of calls that began together some have ended and one has
+// TestPendingTogether: of calls that began together some have ended and one has
 // not. The rows of those stay, however old; that one is listed as running; and if
 // the program dies it alone is lost.
-func TestBegunTogether(t *testing.T) {
+func TestPendingTogether(t *testing.T) {
 	t.Parallel()
-	file := oldDatabase(t, "schema/011_begun.sql", oneToken(0)...)
-	st := mustOpen(t, file)
+	file := oldDatabase(t, "schema/011_begun.sql", oneTokenSQL(0)...)
+	st := mustOpenStore(t, file)
 	w := st.newLedgerWriter()
-	begun := &begunBatch{}
+	begun := &pendingBatch{}
 	var entries []*ledgerEntry
 	for id := int64(1000); id > 997; id-- { // not in order
 		row := requestRow{id: id, project: 1, token: 7, endpoint: "POST /v1/chat/completions", model: "ä\x00\"\\\x1f\U0001f600", address: "2001:db8::1",
 			outcome: outcomeOK, status: 200, source: usageExact, attempts: 1, counts: tokenCounts{input: 1, output: 2}}
-		begun.add(id, row.note(nil))
+		begun.add(id, row.appendPendingRecord(nil))
 		entries = append(entries, &ledgerEntry{row: row, batch: begun})
 	}
-	write := func(begins *begunBatch, settles []*ledgerEntry) {
+	write := func(begins *pendingBatch, settles []*ledgerEntry) {
 		t.Helper()
-		_, undo := batchOf(begins, settles, nil)
+		_, undo := buildLedgerBatch(begins, settles, nil)
 		undo() // a batch that fails is made again
-		batch, _ := batchOf(begins, settles, nil)
+		batch, _ := buildLedgerBatch(begins, settles, nil)
 		if err := w.write(t.Context(), batch); err != nil {
 			t.Fatal(err)
 		}
 	}
 	write(begun, nil)
 	write(nil, entries[:2])
-	if n, err := st.forgetRequests(t.Context(), math.MaxInt64, 100); n != 0 || err != nil {
+	if n, err := st.deleteOldRequests(t.Context(), math.MaxInt64, 100); n != 0 || err != nil {
 		t.Errorf("%d rows were let go, %v", n, err)
 	}
 	for _, f := range []requestFilter{{}, {project: "proj_a"}, {token: "tok_a"}, {token: "tok_a", project: "proj_a", endpoint: "POST /v1/chat/completions"}} {
@@ -493,12 +493,12 @@ func TestBegunTogether(t *testing.T) {
 			t.Errorf("%+v: %+v, %v", f, rows, err)
 		}
 	}
-	for id, want := range map[int64]outcome{998: outcomeOpen, 1000: outcomeOK} {
+	for id, want := range map[int64]callOutcome{998: outcomeOpen, 1000: outcomeOK} {
 		if v, err := st.requestByID(t.Context(), id); err != nil || v.outcome != want {
 			t.Errorf("%d: %+v, %v", id, v, err)
 		}
 	}
-	if requests, _, begun, count, summed := st.counted(t); requests != 2 || begun != 1 || count != 2 || summed != 2 {
+	if requests, _, begun, count, summed := st.recordCounts(t); requests != 2 || begun != 1 || count != 2 || summed != 2 {
 		t.Errorf("%d rows, %d notes, count %d, %d in the sums", requests, begun, count, summed)
 	}
 
@@ -506,18 +506,18 @@ func TestBegunTogether(t *testing.T) {
 	if err := st.close(); err != nil { // the program dies, and starts anew
 		t.Fatal(err)
 	}
-	st = mustOpen(t, file)
+	st = mustOpenStore(t, file)
 	l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), func(*requestRow) {})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if requests, lost, begun, count, summed := st.counted(t); requests != 3 || lost != 1 || begun != 0 || count != 3 || summed != 3 {
+	if requests, lost, begun, count, summed := st.recordCounts(t); requests != 3 || lost != 1 || begun != 0 || count != 3 || summed != 3 {
 		t.Errorf("after it died: %d rows, %d lost, %d notes, count %d, %d in the sums", requests, lost, begun, count, summed)
 	}
 	now := time.Now()
-	e := l.begin(requestRow{id: firstID(now), started: now.UnixMilli(), project: 1, token: 7})
-	<-e.begun()
-	if err := e.fate(); err != nil {
+	e := l.begin(requestRow{id: minIDAt(now), started: now.UnixMilli(), project: 1, token: 7})
+	<-e.committed()
+	if err := e.commitErr(); err != nil {
 		t.Fatal(err)
 	}
 	e.row.outcome, e.row.source = outcomeOK, usageNone
@@ -525,10 +525,10 @@ func TestBegunTogether(t *testing.T) {
 	if err := l.close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if requests, _, begun, count, _ := st.counted(t); requests != 4 || begun != 0 || count != 4 {
+	if requests, _, begun, count, _ := st.recordCounts(t); requests != 4 || begun != 0 || count != 4 {
 		t.Errorf("after one more call: %d rows, %d notes, count %d", requests, begun, count)
 	}
-	if n, err := st.forgetRequests(t.Context(), math.MaxInt64, 100); n != 4 || err != nil {
+	if n, err := st.deleteOldRequests(t.Context(), math.MaxInt64, 100); n != 4 || err != nil {
 		t.Errorf("%d rows were let go, %v", n, err)
 	}
 }
@@ -557,7 +557,7 @@ func TestRestoreAmidCalls(t *testing.T) {
 					p.chatAs(token)
 				}
 			}
-			p.provider.answer(endless)
+			p.provider.setScript(endlessScript)
 			var streams []*clientStream
 			for range 3 {
 				s := p.stream(token)
@@ -571,7 +571,7 @@ func TestRestoreAmidCalls(t *testing.T) {
 				for _, s := range streams {
 					s.body.Close()
 				}
-				p.settle()
+				p.waitSettled()
 			}
 			var v struct {
 				RequestCount int `json:"request_count"`
@@ -579,7 +579,7 @@ func TestRestoreAmidCalls(t *testing.T) {
 			if p.manage("GET", "/manage/tokens/"+id, "", 200, &v); v.RequestCount != tt.most-tt.left {
 				t.Fatalf("%d calls are counted", v.RequestCount)
 			}
-			if err := p.in.ledger.flush(t.Context()); err != nil {
+			if err := p.instance.ledger.flush(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			env := maps.Clone(p.env)
@@ -587,13 +587,13 @@ func TestRestoreAmidCalls(t *testing.T) {
 			if err := os.CopyFS(env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.Chmod(filepath.Join(env["DATA_DIR"], keyName), 0o600); err != nil {
+			if err := os.Chmod(filepath.Join(env["DATA_DIR"], keyFileName), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if out, err := runProgram(t, env, "restore", "--revoke=since", backup); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
-			p.provider.answer(modelsScript)
+			p.provider.setScript(modelsScript)
 			s := serveProgram(t, env)
 			for i := range tt.left + 1 {
 				if got, want := s.status(t, "/v1/models", token), map[bool]int{true: 200, false: 429}[i < tt.left]; got != want {
@@ -610,7 +610,7 @@ func TestTokenInUse(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	id, token := p.newToken(`"name":"first call","idle_expiry_minutes":1`)
-	p.provider.answer(endless)
+	p.provider.setScript(endlessScript)
 	s := p.stream(token)
 	if _, err := s.read(1); err != nil {
 		t.Fatal(err)
@@ -633,48 +633,48 @@ func TestTokenInUse(t *testing.T) {
 		t.Errorf("%d tokens are listed", len(list.Data))
 	}
 	s.body.Close()
-	p.countsAgree()
+	p.checkCounts()
 }
 
-// TestBrokenLedgerHoldsNobody: while the ledger cannot write what it had been
+// TestBrokenLedgerBlocksNobody: while the ledger cannot write what it had been
 // given when a token was evicted, who presents one that is not live is told to
 // come back, and waits no longer than that.
-func TestBrokenLedgerHoldsNobody(t *testing.T) {
+func TestBrokenLedgerBlocksNobody(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		p.pragma(`PRAGMA query_only = 1`) // after the note, before the row
-		return c.reply(200, chatAnswer)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		p.setPragma(`PRAGMA query_only = 1`) // after the note, before the row
+		return c.reply(200, chatResponseBody)
 	})
 	_, p.token = p.newToken(`"name":"l","max_requests":10`) // whose note is committed first
 	if res := p.chat(); res.status != 200 {
 		t.Fatalf("got %d", res.status)
 	}
-	waitFor(t, "the end of the call", func() bool { return p.in.running.oldest() == 0 })
-	p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+	waitFor(t, "the end of the call", func() bool { return p.instance.running.oldestID() == 0 })
+	p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
 	unknown, _ := mintCredential(tokenPrefix, "")
 	for _, token := range []string{p.token, unknown()} {
 		if res := p.chatAs(token); res.status != 503 || res.header.Get("Retry-After") == "" {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
 	}
-	p.provider.answer(answerChat)
-	p.pragma(`PRAGMA query_only = 0`)
+	p.provider.setScript(chatScript)
+	p.setPragma(`PRAGMA query_only = 0`)
 	waitFor(t, "recovery", func() bool { return p.chatAs(p.token).status != 503 })
-	p.countsAgree()
+	p.checkCounts()
 }
 
 // record1000 writes batches of a thousand settled calls straight into the ledger,
 // a second apart, from at on.
 func (p *testProxy) record1000(at time.Time, batches int) {
 	p.t.Helper()
-	w := p.in.store.newLedgerWriter()
+	w := p.instance.store.newLedgerWriter()
 	defer w.close()
 	for range batches {
 		var b ledgerBatch
 		for i := range 1000 {
-			r := &requestRow{id: firstID(at) + int64(i), started: at.UnixMilli(), project: 1, token: 1, endpoint: "POST /v1/chat/completions",
+			r := &requestRow{id: minIDAt(at) + int64(i), started: at.UnixMilli(), project: 1, token: 1, endpoint: "POST /v1/chat/completions",
 				model: "gpt-4o-mini", address: "192.0.2.1", outcome: outcomeOK, status: 200, source: usageExact, firstByteUS: 1, attempts: 1, errorCode: strings.Repeat("x", 400)}
 			b.records = append(b.records, r)
 		}
@@ -685,13 +685,13 @@ func (p *testProxy) record1000(at time.Time, batches int) {
 	}
 }
 
-func (p *testProxy) sizes() (file, used int64, calls int64) {
+func (p *testProxy) databaseSizes() (file, used int64, calls int64) {
 	p.t.Helper()
-	all, free, err := p.in.store.size(context.Background())
+	all, free, err := p.instance.store.size(context.Background())
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	c, err := p.in.store.census(context.Background())
+	c, err := p.instance.store.countRows(context.Background())
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -705,39 +705,39 @@ func TestShrink(t *testing.T) {
 	p := newTest(t, nil)
 	old := time.Now().Add(-48 * time.Hour)
 	p.record1000(old, 12)
-	file, used, _ := p.sizes()
+	file, used, _ := p.databaseSizes()
 	most := used / 2
-	before := firstID(time.Now().Add(-sizeSpares))
-	if over := p.in.ledger.shrink(t.Context(), 0, before); over != 0 {
+	before := minIDAt(time.Now().Add(-minCallRetention))
+	if over := p.instance.ledger.pruneToSize(t.Context(), 0, before); over != 0 {
 		t.Error("no limit, but something was done")
 	}
 	for range 20 { // it stops after some steps, for calls to be written
-		if over := p.in.ledger.shrink(t.Context(), most, before); over != 0 {
+		if over := p.instance.ledger.pruneToSize(t.Context(), most, before); over != 0 {
 			t.Errorf("%d bytes too many", over)
 		}
 	}
-	after, used, calls := p.sizes()
+	after, used, calls := p.databaseSizes()
 	if used > most || used < most*8/10 || calls == 0 || calls >= 12000 || after != file {
 		t.Errorf("%d bytes of at most %d are in use, %d calls left; the file had %d bytes and has %d", used, most, calls, file, after)
 	}
-	rows, err := p.in.store.listRequests(t.Context(), requestFilter{before: firstID(old.Add(time.Hour)), limit: 1})
+	rows, err := p.instance.store.listRequests(t.Context(), requestFilter{before: minIDAt(old.Add(time.Hour)), limit: 1})
 	if err != nil || len(rows) != 1 || rows[0].id>>idTimeShift != old.Add(11*time.Second).UnixMilli() {
 		t.Errorf("the newest call did not stay: %v %v", rows, err)
 	}
 	p.record1000(old.Add(time.Hour), 5)
-	if again, _, _ := p.sizes(); again != file {
+	if again, _, _ := p.databaseSizes(); again != file {
 		t.Errorf("the file grew from %d to %d bytes though it had room", file, again)
 	}
 	p.record1000(time.Now(), 1)
 	for range 40 {
-		if over := p.in.ledger.shrink(t.Context(), 1, before); over > 0 {
+		if over := p.instance.ledger.pruneToSize(t.Context(), 1, before); over > 0 {
 			break
 		}
 	}
-	if _, _, calls := p.sizes(); calls != 1000 {
+	if _, _, calls := p.databaseSizes(); calls != 1000 {
 		t.Errorf("%d calls are left, want those of the last hour", calls)
 	}
-	if over := p.in.ledger.shrink(t.Context(), 1, before); over <= 0 {
+	if over := p.instance.ledger.pruneToSize(t.Context(), 1, before); over <= 0 {
 		t.Error("nothing is said of what cannot go")
 	}
 	p.chat()
@@ -746,9 +746,9 @@ func TestShrink(t *testing.T) {
 	}
 }
 
-// TestHouseKeeping: the loop lets go of what is too old and too much, and says
+// TestRetention: the loop lets go of what is too old and too much, and says
 // when it cannot.
-func TestHouseKeeping(t *testing.T) {
+func TestRetention(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.record1000(time.Now().Add(-48*time.Hour), 1)
@@ -756,10 +756,10 @@ func TestHouseKeeping(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan bool)
 	go func() {
-		p.in.ledger.keepHouse(ctx, retention{24 * time.Hour, 1}, time.Millisecond)
+		p.instance.ledger.runRetention(ctx, retention{24 * time.Hour, 1}, time.Millisecond)
 		close(done)
 	}()
-	waitFor(t, "old calls to go", func() bool { _, _, calls := p.sizes(); return calls == 1000 })
+	waitFor(t, "old calls to go", func() bool { _, _, calls := p.databaseSizes(); return calls == 1000 })
 	waitFor(t, "a word on what stays", func() bool {
 		return strings.Count(string(p.log.bytes()), "larger than MAX_DATABASE_BYTES") == 1
 	})

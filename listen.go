@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// certificateLook is how often the files of the certificate are looked at.
-const certificateLook = 10 * time.Second
+// certificatePollInterval is how often the files of the certificate are looked at.
+const certificatePollInterval = 10 * time.Second
 
 const (
 	unixPrefix    = "unix:"
@@ -41,7 +41,7 @@ func (in *instance) listen() (err error) {
 	if in.cfg.metricsAddr == "" {
 		return nil
 	}
-	if in.metered, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
+	if in.metricsListener, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
 		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
 	}
 	return nil
@@ -71,7 +71,7 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 			return nil, errors.New("another program answers there")
 		}
 		if err := os.Remove(path); err != nil {
-			return nil, pathProblem(err)
+			return nil, unwrapPathError(err)
 		}
 	}
 	// The file must not be there for a moment with more rights than it should
@@ -83,7 +83,7 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 		return nil, err
 	}
 	if err := os.Chmod(path, mode); err != nil {
-		return nil, errors.Join(pathProblem(err), l.Close())
+		return nil, errors.Join(unwrapPathError(err), l.Close())
 	}
 	return l, nil
 }
@@ -109,8 +109,8 @@ type certificate struct {
 	certFile, keyFile string
 	current           atomic.Pointer[tls.Certificate]
 
-	mu   sync.Mutex
-	read string // how the files looked when they were last read
+	mu          sync.Mutex
+	loadedState string // how the files looked when they were last read
 }
 
 // newCertificate reads the files.
@@ -123,17 +123,17 @@ func newCertificate(certFile, keyFile string) (*certificate, error) {
 func (c *certificate) load() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.read = c.look()
+	c.loadedState = c.fileState()
 	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
 	if err != nil {
-		return fmt.Errorf("TLS_CERT_FILE, TLS_KEY_FILE: not a usable pair: %w", pathProblem(err))
+		return fmt.Errorf("TLS_CERT_FILE, TLS_KEY_FILE: not a usable pair: %w", unwrapPathError(err))
 	}
 	c.current.Store(&pair)
 	return nil
 }
 
-// look says how the files are now, in a text that changes when they do.
-func (c *certificate) look() string {
+// fileState says how the files are now, in a text that changes when they do.
+func (c *certificate) fileState() string {
 	var out strings.Builder
 	for _, name := range [...]string{c.certFile, c.keyFile} {
 		if info, err := os.Stat(name); err == nil {
@@ -146,11 +146,11 @@ func (c *certificate) look() string {
 func (c *certificate) changed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.look() != c.read
+	return c.fileState() != c.loadedState
 }
 
-// config is for a server that uses the certificate, whichever is current.
-func (c *certificate) config() *tls.Config {
+// tlsConfig is for a server that uses the certificate, whichever is current.
+func (c *certificate) tlsConfig() *tls.Config {
 	return &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.current.Load(), nil }}
 }
 

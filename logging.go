@@ -23,11 +23,11 @@ const maxLogBacklog = 1 << 20 // bytes waiting to be written
 type logSink struct {
 	out io.Writer
 
-	mu      sync.Mutex
-	buf     []byte
-	dropped int64 // since this was last said
-	lost    int64 // ever
-	closed  bool
+	mu           sync.Mutex
+	buf          []byte
+	dropped      int64 // since this was last said
+	droppedTotal int64 // ever
+	closed       bool
 
 	wake chan struct{}
 	done chan struct{}
@@ -43,23 +43,23 @@ func (s *logSink) Write(line []byte) (int, error) {
 	s.mu.Lock()
 	if len(s.buf)+len(line) > maxLogBacklog || s.closed {
 		s.dropped++
-		s.lost++
+		s.droppedTotal++
 	} else {
 		s.buf = append(s.buf, line...)
 	}
 	s.mu.Unlock()
-	s.kick()
+	s.wakeWriter()
 	return len(line), nil
 }
 
-// linesLost counts the lines that were dropped, ever.
-func (s *logSink) linesLost() int64 {
+// droppedLines counts the lines that were dropped, ever.
+func (s *logSink) droppedLines() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.lost
+	return s.droppedTotal
 }
 
-func (s *logSink) kick() {
+func (s *logSink) wakeWriter() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
@@ -92,51 +92,51 @@ func (s *logSink) close() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
-	s.kick()
+	s.wakeWriter()
 	select {
 	case <-s.done:
 	case <-time.After(time.Second):
 	}
 }
 
-// A lineLimit lets a few lines a second through and counts the rest. It is for
+// A logLimiter lets a few lines a second through and counts the rest. It is for
 // lines that anyone can cause, token or not: they must not fill a disk.
-type lineLimit struct {
-	mu     sync.Mutex
-	second int64
-	lines  int
-	left   int64
+type logLimiter struct {
+	mu         sync.Mutex
+	second     int64
+	written    int
+	suppressed int64
 }
 
-const strangerLines = 50 // a second
+const logLinesPerSecond = 50 // a second
 
 // allow reports whether a line may be written now, and how many were left out
 // since the last one.
-func (l *lineLimit) allow(now time.Time) (ok bool, left int64) {
+func (l *logLimiter) allow(now time.Time) (ok bool, left int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if s := now.Unix(); s != l.second {
-		l.second, l.lines = s, 0
+		l.second, l.written = s, 0
 	}
-	if l.lines++; l.lines > strangerLines {
-		l.left++
+	if l.written++; l.written > logLinesPerSecond {
+		l.suppressed++
 		return false, 0
 	}
-	left, l.left = l.left, 0
+	left, l.suppressed = l.suppressed, 0
 	return true, left
 }
 
 // A logger is slog's, and what it takes to write the lines of calls.
 type logger struct {
 	*slog.Logger
-	out   io.Writer
-	text  bool // not JSON
-	lines sync.Pool
+	out      io.Writer
+	text     bool // not JSON
+	linePool sync.Pool
 }
 
 func newLogger(out io.Writer, level slog.Level, text bool) *logger {
 	opts := &slog.HandlerOptions{Level: level}
-	l := &logger{out: out, text: text, lines: sync.Pool{New: func() any { return &logLine{b: make([]byte, 0, 1<<10)} }}}
+	l := &logger{out: out, text: text, linePool: sync.Pool{New: func() any { return &logLine{b: make([]byte, 0, 1<<10)} }}}
 	if text {
 		l.Logger = slog.New(slog.NewTextHandler(out, opts))
 	} else {
@@ -149,14 +149,14 @@ func newLogger(out io.Writer, level slog.Level, text bool) *logger {
 // handlers. It is for the line of each call, on which slog spends a twentieth of
 // what the call costs altogether, and three times as much as this.
 type logLine struct {
-	to *logger
-	b  []byte
+	logger *logger
+	b      []byte
 }
 
-// line begins a line. It must be ended.
-func (l *logger) line(at time.Time, level slog.Level, msg string) *logLine {
-	n := l.lines.Get().(*logLine)
-	n.to = l
+// beginLine begins a line. It must be ended.
+func (l *logger) beginLine(at time.Time, level slog.Level, msg string) *logLine {
+	n := l.linePool.Get().(*logLine)
+	n.logger = l
 	if l.text {
 		n.b = at.AppendFormat(append(n.b[:0], "time="...), "2006-01-02T15:04:05.000Z07:00")
 	} else {
@@ -169,16 +169,16 @@ func (l *logger) line(at time.Time, level slog.Level, msg string) *logLine {
 
 // end writes the line.
 func (n *logLine) end() {
-	if !n.to.text {
+	if !n.logger.text {
 		n.b = append(n.b, '}')
 	}
-	_, _ = n.to.out.Write(append(n.b, '\n')) // the sink returns no error
-	n.to.lines.Put(n)
+	_, _ = n.logger.out.Write(append(n.b, '\n')) // the sink returns no error
+	n.logger.linePool.Put(n)
 }
 
 // key writes the name of a field, which must need no quotes.
 func (n *logLine) key(name string) {
-	if n.to.text {
+	if n.logger.text {
 		n.b = append(append(append(n.b, ' '), name...), '=')
 	} else {
 		n.b = append(append(append(n.b, `,"`...), name...), `":`...)
@@ -188,8 +188,8 @@ func (n *logLine) key(name string) {
 func (n *logLine) str(name, v string) {
 	n.key(name)
 	switch {
-	case !n.to.text:
-		n.b = appendJSONText(n.b, v)
+	case !n.logger.text:
+		n.b = appendJSONString(n.b, v)
 	case v == "" || strings.ContainsFunc(v, func(r rune) bool {
 		return r == ' ' || r == '"' || r == '=' || r == utf8.RuneError || !unicode.IsPrint(r)
 	}):
@@ -209,25 +209,25 @@ func (n *logLine) flag(name string, v bool) {
 	n.b = strconv.AppendBool(n.b, v)
 }
 
-// quietLogger is for what net/http has to say of single connections: handshake
+// newHTTPErrorLog is for what net/http has to say of single connections: handshake
 // noise, aborted copies. It is somebody else's text, so it is clipped.
-func quietLogger(to *logger) *log.Logger {
-	return log.New(quietWriter{to}, "", 0)
+func newHTTPErrorLog(to *logger) *log.Logger {
+	return log.New(httpErrorWriter{to}, "", 0)
 }
 
-type quietWriter struct{ to *logger }
+type httpErrorWriter struct{ logger *logger }
 
-func (q quietWriter) Write(p []byte) (int, error) {
+func (q httpErrorWriter) Write(p []byte) (int, error) {
 	if bytes.HasPrefix(p, []byte("http: panic serving ")) { // a mistake of ours; the stack shows addresses, no values
-		q.to.Error("panic", "note", clip(string(p), 8192))
+		q.logger.Error("panic", "note", clip(string(p), 8192))
 		return len(p), nil
 	}
-	q.to.Debug("net/http", "note", clip(string(p), 512))
+	q.logger.Debug("net/http", "note", clip(string(p), 512))
 	return len(p), nil
 }
 
 // A traceContext names a span of some trace; "" if there is none.
-type traceContext struct{ trace, span string }
+type traceContext struct{ traceID, spanID string }
 
 // parseTraceparent reads a traceparent header: version, trace id, parent id and
 // flags. Versions after 00 may have more at the end. What is malformed, or given
@@ -237,18 +237,18 @@ func parseTraceparent(values []string) (traceContext, bool) {
 		return traceContext{}, false
 	}
 	v := values[0]
-	if len(v) < 55 || len(v) > 256 || v[2] != '-' || v[35] != '-' || v[52] != '-' || !hexDigits(v[:2]) || !hexDigits(v[53:55]) || v[:2] == "ff" {
+	if len(v) < 55 || len(v) > 256 || v[2] != '-' || v[35] != '-' || v[52] != '-' || !isLowerHex(v[:2]) || !isLowerHex(v[53:55]) || v[:2] == "ff" {
 		return traceContext{}, false
 	}
 	if len(v) > 55 && (v[:2] == "00" || v[55] != '-') {
 		return traceContext{}, false
 	}
 	t := traceContext{v[3:35], v[36:52]}
-	if !hexDigits(t.trace) || !hexDigits(t.span) || strings.Trim(t.trace, "0") == "" || strings.Trim(t.span, "0") == "" {
+	if !isLowerHex(t.traceID) || !isLowerHex(t.spanID) || strings.Trim(t.traceID, "0") == "" || strings.Trim(t.spanID, "0") == "" {
 		return traceContext{}, false
 	}
 	return t, true
 }
 
-// hexDigits reports whether s has lower-case hexadecimal digits only.
-func hexDigits(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }
+// isLowerHex reports whether s has lower-case hexadecimal digits only.
+func isLowerHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }

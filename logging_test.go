@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// lines parses the log; each line must be one JSON object of a bearable size.
-func (p *testProxy) lines() []map[string]any {
+// logLines parses the log; each line must be one JSON object of a bearable size.
+func (p *testProxy) logLines() []map[string]any {
 	p.t.Helper()
 	var out []map[string]any
 	for line := range bytes.Lines(p.log.bytes()) {
@@ -48,25 +48,25 @@ func TestLinesStayLines(t *testing.T) {
 		p.do("GET", "/v1/models?"+urlEscape(clip(s, 500))+"=1", "", "Authorization", "Bearer "+p.token)
 		p.manageAs(p.adminKey, "GET", "/manage/tokens?"+urlEscape(clip(s, 500))+"=1", "")
 		p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`","name":`+string(model)+`}`)
-		p.raw("GET /" + s + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
+		p.sendRaw("GET /" + s + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 500 %s\r\nX-Request-Id: %s\r\nContent-Type: %s\r\nContent-Length: 2\r\n\r\n{}", s, s, s)
 			return false
 		})
 		p.chat()
-		p.provider.answer(func(c *providerConn, _ recorded) bool { fmt.Fprintf(c, "%s\r\n\r\n", s); return false })
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { fmt.Fprintf(c, "%s\r\n\r\n", s); return false })
 		p.chat()
 		body, _ := json.Marshal(map[string]any{"model": s, "usage": map[string]int{"prompt_tokens": 1, "completion_tokens": 1}, "error": s})
-		p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, string(body)) })
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, string(body)) })
 		p.chat()
 	}
-	p.settle()
-	for _, line := range p.lines() {
+	p.waitSettled()
+	for _, line := range p.logLines() {
 		if line["level"] == "ERROR" || line["msg"] == "forged" {
 			t.Errorf("a forged line: %v", line)
 		}
 	}
-	if n := len(p.lines()); n < 5*len(hostileText) {
+	if n := len(p.logLines()); n < 5*len(hostileText) {
 		t.Errorf("there are %d lines", n)
 	}
 }
@@ -76,10 +76,10 @@ func TestLinesStayLines(t *testing.T) {
 func TestOwnRequestID(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, chatAnswer) })
-	a := p.call("Authorization", "Bearer "+p.token, "X-Request-Id", "mine", "X-Request-Id", "mine2", "Request-Id", "mine3", "X-Llm-Proxy-Request-Id", "mine4")
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, chatResponseBody) })
+	a := p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-Request-Id", "mine", "X-Request-Id", "mine2", "Request-Id", "mine3", "X-Llm-Proxy-Request-Id", "mine4")
 	id := a.header.Get("X-Llm-Proxy-Request-Id")
-	if parseRequestID(id) == 0 || len(a.header["X-Llm-Proxy-Request-Id"]) != 1 || a.header.Get("X-Request-Id") != id || strings.Contains(p.provider.last(t).head, "mine") {
+	if parseRequestID(id) == 0 || len(a.header["X-Llm-Proxy-Request-Id"]) != 1 || a.header.Get("X-Request-Id") != id || strings.Contains(p.provider.lastRequest(t).head, "mine") {
 		t.Errorf("got %v", a.header)
 	}
 	if row := p.lastCall(); row.ID != id {
@@ -97,12 +97,12 @@ func TestLogHasNoContent(t *testing.T) {
 	p := newTest(t, nil)
 	const canary = "answer-canary-93kd"
 	for _, status := range []int{200, 400, 401, 500} {
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			return c.reply(status, `{"error":{"message":"`+canary+`","code":"`+canary+`"},"choices":[{"message":{"content":"`+canary+`"}}]}`)
 		})
 		p.chat()
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
-			c.sse()
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			c.beginSSE()
 			_ = c.chunk(`data: {"error":{"message":"` + canary + `"}}` + "\n\n")
 			return false
 		})
@@ -110,17 +110,17 @@ func TestLogHasNoContent(t *testing.T) {
 	}
 	p.post("/v1/chat/completions", "application/json", `{"model":"`+canary+`x`+strings.Repeat("y", 300)+`"}`)
 	p.post("/v1/chat/completions", "application/json", `{"`+canary)
-	p.settle()
+	p.waitSettled()
 	if bytes.Contains(p.log.bytes(), []byte(canary)) {
 		t.Error("the log has a part of an answer or a body")
 	}
 }
 
-// TestStrangersFillNoLog: of what anyone can cause, a few lines a second are
+// TestUnauthenticatedLogLimit: of what anyone can cause, a few lines a second are
 // written, and the rest is counted.
-func TestStrangersFillNoLog(t *testing.T) {
+func TestUnauthenticatedLogLimit(t *testing.T) {
 	t.Parallel()
-	var l lineLimit
+	var l logLimiter
 	now, written, left := time.Unix(1000, 0), 0, int64(0)
 	for i := range 1000 {
 		ok, n := l.allow(now.Add(time.Duration(i) * time.Millisecond))
@@ -130,18 +130,18 @@ func TestStrangersFillNoLog(t *testing.T) {
 		left += n
 	}
 	ok, n := l.allow(now.Add(5 * time.Second))
-	if written != strangerLines || left != 0 || !ok || n != 1000-strangerLines {
+	if written != logLinesPerSecond || left != 0 || !ok || n != 1000-logLinesPerSecond {
 		t.Errorf("%d lines of 1000 were written, then %v with %d left out", written, ok, n)
 	}
 	p := newTest(t, nil)
-	p.in.server.strangers.mu.Lock()
-	p.in.server.strangers.second, p.in.server.strangers.lines = time.Now().Unix(), strangerLines
-	p.in.server.strangers.mu.Unlock()
-	p.call("Authorization", "Bearer x")
+	p.instance.server.unauthenticatedLogLimit.mu.Lock()
+	p.instance.server.unauthenticatedLogLimit.second, p.instance.server.unauthenticatedLogLimit.written = time.Now().Unix(), logLinesPerSecond
+	p.instance.server.unauthenticatedLogLimit.mu.Unlock()
+	p.chatWithHeaders("Authorization", "Bearer x")
 	p.chat()
-	p.settle()
+	p.waitSettled()
 	var calls int
-	for _, line := range p.lines() {
+	for _, line := range p.logLines() {
 		if line["msg"] == "call" && line["status"] == 200.0 {
 			calls++
 		}
@@ -155,13 +155,13 @@ func TestStrangersFillNoLog(t *testing.T) {
 type stuckWriter struct {
 	entered chan struct{}
 	once    sync.Once
-	leave   chan struct{}
+	release chan struct{}
 	syncBuffer
 }
 
 func (w *stuckWriter) Write(b []byte) (int, error) {
 	w.once.Do(func() { close(w.entered) })
-	<-w.leave
+	<-w.release
 	return w.syncBuffer.Write(b)
 }
 
@@ -173,7 +173,7 @@ func TestLineIsSlogs(t *testing.T) {
 	for _, text := range []bool{false, true} {
 		for _, level := range []slog.Level{slog.LevelInfo, slog.LevelError} {
 			var ours, theirs bytes.Buffer
-			line := newLogger(&ours, slog.LevelInfo, text).line(at, level, "call")
+			line := newLogger(&ours, slog.LevelInfo, text).beginLine(at, level, "call")
 			record := slog.NewRecord(at, level, "call", 0)
 			for i, v := range texts {
 				line.str("text", v)
@@ -192,11 +192,11 @@ func TestLineIsSlogs(t *testing.T) {
 	}
 }
 
-// TestStuckLogHoldsNobodyUp: when the log's reader stops reading, lines are
+// TestStuckLogBlocksNobody: when the log's reader stops reading, lines are
 // dropped, and the first line that goes through again says how many.
-func TestStuckLogHoldsNobodyUp(t *testing.T) {
+func TestStuckLogBlocksNobody(t *testing.T) {
 	t.Parallel()
-	w := &stuckWriter{entered: make(chan struct{}), leave: make(chan struct{})}
+	w := &stuckWriter{entered: make(chan struct{}), release: make(chan struct{})}
 	sink := newLogSink(w)
 	line := []byte(strings.Repeat("x", 1023) + "\n")
 	_, _ = sink.Write(line)
@@ -205,7 +205,7 @@ func TestStuckLogHoldsNobodyUp(t *testing.T) {
 	for range maxLogBacklog/len(line) + extra { // returns at once, or the test hangs here
 		_, _ = sink.Write(line)
 	}
-	close(w.leave)
+	close(w.release)
 	waitFor(t, "the backlog", func() bool { return bytes.Contains(w.bytes(), []byte("dropped")) })
 	sink.close()
 	if out := w.bytes(); bytes.Count(out, []byte("x\n")) != maxLogBacklog/len(line)+1 || !bytes.Contains(out, fmt.Appendf(nil, `"lines":%d}`, extra)) {
@@ -219,19 +219,19 @@ func TestStuckLogHoldsNobodyUp(t *testing.T) {
 func TestNoNoiseFromNetHTTP(t *testing.T) {
 	t.Parallel()
 	var out syncBuffer
-	q := quietLogger(newLogger(&out, -4, false))
+	q := newHTTPErrorLog(newLogger(&out, -4, false))
 	q.Printf("http: TLS handshake error from 127.0.0.1:1: %s", strings.Repeat("x\n\x1b", 1000))
 	q.Printf("http: panic serving 127.0.0.1:1: boom\ngoroutine 1 [running]:")
 	p := &testProxy{t: t, log: &out}
-	lines := p.lines()
+	lines := p.logLines()
 	if len(lines) != 2 || lines[0]["level"] != "DEBUG" || len(lines[0]["note"].(string)) > 520 || lines[1]["level"] != "ERROR" {
 		t.Errorf("got %v", lines)
 	}
 }
 
-// TestLeavingIsNoTrouble: who asks with a well-formed token that nobody has and
+// TestClientGoneIsNoError: who asks with a well-formed token that nobody has and
 // leaves at once causes no error in the log (the harness looks for one).
-func TestLeavingIsNoTrouble(t *testing.T) {
+func TestClientGoneIsNoError(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for range 100 {

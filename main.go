@@ -141,7 +141,7 @@ type build struct{ version, revision, goVersion string }
 // without the repository knows none. Nothing else writes it.
 var linkedVersion string
 
-func buildFacts() build {
+func readBuildInfo() build {
 	b := build{version: cmp.Or(linkedVersion, "devel")}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		b.goVersion = info.GoVersion
@@ -158,14 +158,14 @@ func buildFacts() build {
 }
 
 func versionText() string {
-	b := buildFacts()
+	b := readBuildInfo()
 	return strings.Join(strings.Fields("llm-proxy "+b.version+" "+b.revision+" "+b.goVersion), " ")
 }
 
-func (p *program) serve(ctx context.Context) error { return p.serveAfter(ctx, p.welcome) }
+func (p *program) serve(ctx context.Context) error { return p.serveWithSetup(ctx, p.bootstrap) }
 
-// serveAfter serves, after first did what the database still lacks.
-func (p *program) serveAfter(ctx context.Context, first func(context.Context, *instance) error) error {
+// serveWithSetup serves, after first did what the database still lacks.
+func (p *program) serveWithSetup(ctx context.Context, first func(context.Context, *instance) error) error {
 	cfg, err := p.config()
 	if err != nil {
 		return err
@@ -173,7 +173,7 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 	sink := newLogSink(p.stderr)
 	defer sink.close()
 	log := newLogger(sink, cfg.logLevel, cfg.logText)
-	in, err := openInstance(ctx, cfg, log, sink.linesLost)
+	in, err := openInstance(ctx, cfg, log, sink.droppedLines)
 	if err != nil {
 		return err
 	}
@@ -192,30 +192,30 @@ func (p *program) serveAfter(ctx context.Context, first func(context.Context, *i
 // An instance is a server with all that stands behind it: what is opened is
 // closed by close, in the opposite order.
 type instance struct {
-	cfg       *config
-	log       *logger
-	dir       *dataDir
-	store     *store
-	sealer    *sealer
-	contents  *contentKey
-	prices    atomic.Pointer[priceTable]
-	ledger    *ledger
-	health    *healthBook
-	registry  *registry
-	running   *runningCalls
-	transport *http.Transport
-	metrics   *metrics
-	server    *server
-	proxy     *proxy
-	manage    *manageAPI
+	cfg            *config
+	log            *logger
+	dir            *dataDir
+	store          *store
+	sealer         *sealer
+	contentKey     *contentKey
+	prices         atomic.Pointer[priceTable]
+	ledger         *ledger
+	health         *healthTracker
+	registry       *registry
+	running        *runningCalls
+	transport      *http.Transport
+	metrics        *metrics
+	server         *server
+	proxy          *proxy
+	dispatchManage *manageAPI
 
-	listener    net.Listener
-	metered     net.Listener       // on METRICS_ADDR; nil: none
-	certificate *certificate       // nil: no TLS
-	hangups     chan os.Signal     // SIGHUP; nil: not looked at
-	stop        context.CancelFunc // ends the background goroutines
-	workers     sync.WaitGroup
-	keyMade     string // the key file, if it was made by this start
+	listener        net.Listener
+	metricsListener net.Listener       // on METRICS_ADDR; nil: none
+	certificate     *certificate       // nil: no TLS
+	hangups         chan os.Signal     // SIGHUP; nil: not looked at
+	stop            context.CancelFunc // ends the background goroutines
+	workers         sync.WaitGroup
+	createdKeyFile  string // the key file, if it was made by this start
 }
 
 // openInstance opens the data directory, the database and the ledger, and builds
@@ -230,13 +230,13 @@ func openInstance(ctx context.Context, cfg *config, log *logger, linesDropped fu
 	if err = in.openRecords(ctx); err != nil {
 		return nil, err
 	}
-	if in.health, err = openHealth(ctx, in.store); err != nil {
+	if in.health, err = loadHealth(ctx, in.store); err != nil {
 		return nil, err
 	}
 	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.transport = newTransport(cfg.allowPrivate)
-	last, err := in.store.lastRequest(ctx)
+	last, err := in.store.lastRequestID(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -255,26 +255,26 @@ func (in *instance) openRecords(ctx context.Context) (err error) {
 	if in.store, err = openStore(ctx, in.cfg.databaseFile); err != nil {
 		return fmt.Errorf("%w; look into it with llm-proxy doctor, or bring back a backup with llm-proxy restore FILE", err)
 	}
-	if in.sealer, in.keyMade, err = openSealer(ctx, in.cfg, in.store); err != nil {
+	if in.sealer, in.createdKeyFile, err = openSealer(ctx, in.cfg, in.store); err != nil {
 		return err
 	}
 	if err = in.store.openAudit(ctx, in.sealer, systemOrigin(time.Now())); err != nil {
 		return err
 	}
-	if err = in.dir.remember(); err != nil {
+	if err = in.dir.recordDatabase(); err != nil {
 		return fmt.Errorf("noting the database: %w", err)
 	}
-	if in.contents, err = openContentKey(ctx, in.store, in.sealer); err != nil {
+	if in.contentKey, err = openContentKey(ctx, in.store, in.sealer); err != nil {
 		return err
 	}
-	prices, err := pricesOf(ctx, in.store)
+	prices, err := effectivePrices(ctx, in.store)
 	if err != nil {
 		return err
 	}
 	in.prices.Store(prices)
 	lost := func(r *requestRow) {
-		r.cost, r.priced, r.knownModel = prices.price("", r.model, r.counts)
-		r.knownAsked = r.knownModel
+		r.cost, r.priced, r.modelTracked = prices.price("", r.model, r.counts)
+		r.requestedModelTracked = r.modelTracked
 	}
 	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, lost)
 	return err
@@ -285,22 +285,22 @@ func (in *instance) build(ids *idSource, linesDropped func() int64) error {
 	cfg := in.cfg
 	started := time.Now()
 	endpoints := newEndpointTable()
-	in.metrics.know(endpoints)
+	in.metrics.registerEndpoints(endpoints)
 	bodies := &bodyMemory{limit: cfg.bodyMemory}
 	limits := &limitState{store: in.store, ledger: in.ledger, registry: in.registry}
-	addresses := &addressReader{trusted: cfg.trustedProxies, trustUnix: cfg.trustUnix}
-	quiet := quietLogger(in.log)
-	strangers := &lineLimit{}
-	diskUse := func(ctx context.Context) (diskUse, error) { return in.dir.use(ctx, in.store) }
-	in.proxy = &proxy{cfg: cfg, log: in.log, quietLog: quiet, registry: in.registry, limits: limits, ledger: in.ledger, running: in.running,
-		endpoints: endpoints, transport: in.transport, buffers: newBufferPool(32 << 10), nowhere: &url.URL{}, bodies: bodies, ids: ids,
-		addresses: addresses, prices: &in.prices, gone: in.dir.gone, strangers: strangers, metrics: in.metrics, contents: in.contents}
-	in.manage = &manageAPI{cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
-		running: in.running, addresses: addresses, prices: &in.prices, gone: in.dir.gone, throttle: &failures{}, contents: in.contents}
-	in.server = &server{cfg: cfg, log: in.log, quietLog: quiet, store: in.store, ledger: in.ledger, running: in.running, ids: ids,
-		addresses: addresses, strangers: strangers, gone: in.dir.gone, metrics: in.metrics, proxy: in.proxy, manage: in.manage,
+	addresses := &addressReader{isTrustedProxy: cfg.trustedProxies, trustUnix: cfg.trustUnix}
+	quiet := newHTTPErrorLog(in.log)
+	strangers := &logLimiter{}
+	diskUse := func(ctx context.Context) (diskUsage, error) { return in.dir.diskUsage(ctx, in.store) }
+	in.proxy = &proxy{cfg: cfg, log: in.log, httpErrorLog: quiet, registry: in.registry, limits: limits, ledger: in.ledger, running: in.running,
+		endpoints: endpoints, transport: in.transport, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}, bodies: bodies, ids: ids,
+		addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, unauthenticatedLogLimit: strangers, metrics: in.metrics, contentKey: in.contentKey}
+	in.dispatchManage = &manageAPI{cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
+		running: in.running, addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, authThrottle: &authThrottle{}, contentKey: in.contentKey}
+	in.server = &server{cfg: cfg, log: in.log, httpErrorLog: quiet, store: in.store, ledger: in.ledger, running: in.running, ids: ids,
+		addresses: addresses, unauthenticatedLogLimit: strangers, databaseProblem: in.dir.databaseProblem, metrics: in.metrics, proxy: in.proxy, dispatchManage: in.dispatchManage,
 		exporter: &exporter{cfg: cfg, metrics: in.metrics, endpoints: endpoints, registry: in.registry, health: in.health, ledger: in.ledger,
-			running: in.running, bodies: bodies, diskUse: diskUse, linesDropped: linesDropped, started: started}}
+			running: in.running, bodies: bodies, diskUse: diskUse, droppedLogLines: linesDropped, started: started}}
 	if !cfg.adminPages {
 		return nil
 	}
@@ -308,8 +308,8 @@ func (in *instance) build(ids *idSource, linesDropped func() int64) error {
 	if err != nil {
 		return err
 	}
-	in.server.admin = &adminUI{cfg: cfg, log: in.log, store: in.store, api: in.manage, registry: in.registry, limits: limits, ledger: in.ledger,
-		running: in.running, endpoints: endpoints, gone: in.dir.gone, diskUse: diskUse, pages: pages, keyID: in.sealer.id(), started: started}
+	in.server.admin = &adminUI{cfg: cfg, log: in.log, store: in.store, api: in.dispatchManage, registry: in.registry, limits: limits, ledger: in.ledger,
+		running: in.running, endpoints: endpoints, databaseProblem: in.dir.databaseProblem, diskUse: diskUse, pages: pages, keyID: in.sealer.id(), started: started}
 	return nil
 }
 
@@ -319,16 +319,16 @@ func (in *instance) startWorkers() {
 	ctx, stop := context.WithCancel(context.Background())
 	in.stop = stop
 	if os.Getenv("GOGC") == "" { // else the operator knows better
-		in.workers.Go(func() { keepHeap(ctx) })
+		in.workers.Go(func() { tuneGC(ctx) })
 	}
 	in.workers.Go(func() { in.running.run(ctx) })
 	keeper := &healthKeeper{health: in.health, store: in.store, log: in.log}
-	in.workers.Go(func() { keeper.keepHealth(ctx) })
+	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
-	trail, _, _, _ := in.store.auditHead(ctx, in.store.chain) // trouble will show with the first entry
-	in.workers.Go(func() { in.manage.keepTrail(ctx, time.Minute, trail.seq) })
+	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // trouble will show with the first entry
+	in.workers.Go(func() { in.dispatchManage.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
-		in.ledger.keepHouse(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
+		in.ledger.runRetention(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
 	in.workers.Go(func() {
 		tick := time.NewTicker(time.Minute)
@@ -355,7 +355,7 @@ func (in *instance) close() error {
 		defer cancel()
 		errs = append(errs, in.ledger.close(ctx))
 	}
-	for _, l := range []net.Listener{in.listener, in.metered} {
+	for _, l := range []net.Listener{in.listener, in.metricsListener} {
 		if l != nil {
 			_ = l.Close() // again, mostly
 		}
@@ -380,17 +380,17 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 		Handler:           in.server.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
-		ConnState:         closeBeyond(in.cfg.maxConnections, &in.metrics.open),
+		ConnState:         limitConnections(in.cfg.maxConnections, &in.metrics.openConnections),
 		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout},
 		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
-		ErrorLog:          in.server.quietLog,
+		ErrorLog:          in.server.httpErrorLog,
 
 		DisableGeneralOptionsHandler: true, // its answer to OPTIONS * would be in no log
 		// No read or write timeout: an answer may stream for hours. The watchdog
 		// (proxy_running.go) ends what stands still.
 	}
 	if in.certificate != nil {
-		hs.TLSConfig = in.certificate.config()
+		hs.TLSConfig = in.certificate.tlsConfig()
 	}
 	in.log.Info("listening", "address", l.Addr().String(), "tls", in.certificate != nil, "version", versionText())
 	failed := make(chan error, 1)
@@ -403,13 +403,13 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 		}
 	})
 	ms := in.server.metricsServer()
-	if in.metered != nil {
-		in.log.Info("serving metrics", "address", in.metered.Addr().String())
-		serving.Go(func() { _ = ms.Serve(in.metered) }) // until the drain is over
+	if in.metricsListener != nil {
+		in.log.Info("serving metrics", "address", in.metricsListener.Addr().String())
+		serving.Go(func() { _ = ms.Serve(in.metricsListener) }) // until the drain is over
 	}
 	watching, stopWatching := context.WithCancel(context.Background())
 	defer stopWatching()
-	serving.Go(func() { in.certificate.watch(watching, certificateLook, in.hangups, in.log.Logger) })
+	serving.Go(func() { in.certificate.watch(watching, certificatePollInterval, in.hangups, in.log.Logger) })
 	if ready != nil {
 		ready(l.Addr())
 	}
@@ -440,19 +440,19 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 }
 
 const (
-	heapRoom    = 32 << 20 // bytes of garbage that a collection may wait for
-	leastUsed   = 4 << 20  // what is in use counts as so much at least
-	leastExtra  = 100      // per cent: Go's own rule, where that is more than heapRoom
-	heapLookout = 100 * time.Millisecond
+	gcHeadroom     = 32 << 20 // bytes of garbage that a collection may wait for
+	minLiveHeap    = 4 << 20  // what is in use counts as so much at least
+	minGCPercent   = 100      // per cent: Go's own rule, where that is more than gcHeadroom
+	gcTuneInterval = 100 * time.Millisecond
 )
 
-// keepHeap sets the collector's target as the heap grows and shrinks, until ctx
+// tuneGC sets the collector's target as the heap grows and shrinks, until ctx
 // is over.
-func keepHeap(ctx context.Context) {
+func tuneGC(ctx context.Context) {
 	live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}} // that the last collection left
-	set := heapPercent(0)
+	set := gcPercentFor(0)
 	debug.SetGCPercent(set)
-	tick := time.NewTicker(heapLookout)
+	tick := time.NewTicker(gcTuneInterval)
 	defer tick.Stop()
 	for {
 		select {
@@ -461,26 +461,26 @@ func keepHeap(ctx context.Context) {
 		case <-tick.C:
 		}
 		runtimemetrics.Read(live)
-		if want := heapPercent(live[0].Value.Uint64()); want < set-set/8 || want > set+set/8 { // each change stops the world
+		if want := gcPercentFor(live[0].Value.Uint64()); want < set-set/8 || want > set+set/8 { // each change stops the world
 			debug.SetGCPercent(want)
 			set = want
 		}
 	}
 }
 
-// heapPercent is how much garbage may come, in per cent of what is in use.
-func heapPercent(used uint64) int {
-	return max(leastExtra, int(heapRoom*100/max(used, leastUsed)))
+// gcPercentFor is how much garbage may come, in per cent of what is in use.
+func gcPercentFor(used uint64) int {
+	return max(minGCPercent, int(gcHeadroom*100/max(used, minLiveHeap)))
 }
 
-// welcome makes the first management key, unless the environment has one, and
+// bootstrap makes the first management key, unless the environment has one, and
 // with OPENAI_API_KEY a first project and token. Both only in a database that
 // has none: nothing is ever printed again.
-func (p *program) welcome(ctx context.Context, in *instance) error {
-	if in.keyMade != "" {
-		in.log.Warn("an encryption key was made; keep it apart from the database and its backups", "file", in.keyMade)
+func (p *program) bootstrap(ctx context.Context, in *instance) error {
+	if in.createdKeyFile != "" {
+		in.log.Warn("an encryption key was made; keep it apart from the database and its backups", "file", in.createdKeyFile)
 	}
-	keys, err := in.store.countKeys(ctx)
+	keys, err := in.store.countManagementKeys(ctx)
 	if err != nil {
 		return fmt.Errorf("counting management keys: %w", err)
 	}
@@ -490,12 +490,12 @@ func (p *program) welcome(ctx context.Context, in *instance) error {
 	}
 	base := in.baseURL()
 	if keys == 0 && in.cfg.managementToken == nil {
-		key, err := in.manage.firstKey(ctx)
+		key, err := in.dispatchManage.createFirstKey(ctx)
 		if err != nil {
 			return err
 		}
 		fmt.Fprintf(p.stdout, "\nThe first management key (role admin). It is shown only now:\n\n  %s\n", key())
-		in.showAdminPages(p.stdout, base)
+		in.printAdminURL(p.stdout, base)
 		if in.cfg.openaiKey == nil || projects > 0 {
 			fmt.Fprintf(p.stdout, `
 Next, make a project with your provider's key, and a token for it:
@@ -518,7 +518,7 @@ Clients then use the base URL %[1]s/v1 and the token as their API key.
 		in.log.Info("OPENAI_API_KEY is not used: the database has projects already")
 		return nil
 	}
-	token, err := in.manage.firstProject(ctx, "default", in.cfg.openaiKey)
+	token, err := in.dispatchManage.createFirstProject(ctx, "default", in.cfg.openaiKey)
 	if err != nil {
 		return err
 	}
@@ -536,8 +536,8 @@ Try it:
 	return nil
 }
 
-// showAdminPages says where the first key opens pages, if there are any.
-func (in *instance) showAdminPages(w io.Writer, base string) {
+// printAdminURL says where the first key opens pages, if there are any.
+func (in *instance) printAdminURL(w io.Writer, base string) {
 	if in.cfg.adminPages {
 		fmt.Fprintf(w, "\nSign in with it at %s/admin\n", base)
 	}
@@ -562,25 +562,25 @@ func (in *instance) baseURL() string {
 	return scheme + "://" + addr
 }
 
-func (api *manageAPI) firstKey(ctx context.Context) (secret, error) {
+func (api *manageAPI) createFirstKey(ctx context.Context) (secret, error) {
 	by := systemOrigin(time.Now())
-	row := &keyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
+	row := &managementKeyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
 	value := mintKey(row)
-	if err := api.store.addKey(ctx, by, row); err != nil {
+	if err := api.store.addManagementKey(ctx, by, row); err != nil {
 		return nil, fmt.Errorf("storing the first management key: %w", err)
 	}
 	return value, nil
 }
 
-// firstProject makes a project with one OpenAI key, and a token for it.
-func (api *manageAPI) firstProject(ctx context.Context, name string, key secret) (secret, error) {
+// createFirstProject makes a project with one OpenAI key, and a token for it.
+func (api *manageAPI) createFirstProject(ctx context.Context, name string, key secret) (secret, error) {
 	now := time.Now()
-	project, _, err := api.makeProject(ctx, name, "{}", key, now)
+	project, _, err := api.addOpenAIProject(ctx, name, "{}", key, now)
 	if err != nil {
 		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
 	}
 	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
-		expiresAt: new(now.Add(defaultLifetime).UnixMilli())}
+		expiresAt: new(now.Add(defaultTokenLifetime).UnixMilli())}
 	value, err := api.mintToken(ctx, systemOrigin(now), token)
 	if err != nil {
 		return nil, fmt.Errorf("storing the token: %w", err)
@@ -588,12 +588,12 @@ func (api *manageAPI) firstProject(ctx context.Context, name string, key secret)
 	return value, nil
 }
 
-// makeProject makes a project with one upstream, OpenAI with this key.
-func (api *manageAPI) makeProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
+// addOpenAIProject makes a project with one upstream, OpenAI with this key.
+func (api *manageAPI) addOpenAIProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
 	ms := at.UnixMilli()
 	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, routing: "{}", createdAt: ms, updatedAt: ms}
 	up := newUpstreamRow(project, ms)
-	in := upstreamInput{name: opt[string]{set: true, v: "primary"}, key: opt[secret]{set: true, v: key}}
+	in := upstreamInput{name: optional[string]{set: true, value: "primary"}, key: optional[secret]{set: true, value: key}}
 	if err := in.apply(api, up, true); err != nil {
 		return nil, nil, err
 	}
@@ -606,11 +606,11 @@ func (api *manageAPI) makeProject(ctx context.Context, name, policy string, key 
 // newUpstreamRow returns an upstream of the project, for an upstreamInput to
 // fill in.
 func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
-	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", shared: "[]", active: true, createdAt: ms, updatedAt: ms}
+	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", sharedWith: "[]", active: true, createdAt: ms, updatedAt: ms}
 }
 
-// pricesOf returns the list prices with the operator's own over them.
-func pricesOf(ctx context.Context, st *store) (*priceTable, error) {
+// effectivePrices returns the list prices with the operator's own over them.
+func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
 	listed, err := loadPrices()
 	if err != nil {
 		return nil, err
@@ -630,5 +630,5 @@ func pricesOf(ctx context.Context, st *store) (*priceTable, error) {
 		overrides = append(overrides, priceOverride{match: r.match, price: price{value(r.input), value(r.cachedInput), value(r.cacheWrite),
 			value(r.output), value(r.audioInput), value(r.audioOutput)}})
 	}
-	return listed.with(overrides), nil
+	return listed.withOverrides(overrides), nil
 }

@@ -29,17 +29,17 @@ import (
 	"time"
 )
 
-// endless is a provider that sends one event and no more.
-func endless(c *providerConn, _ recorded) bool {
-	c.sse()
+// endlessScript is a provider that sends one event and no more.
+func endlessScript(c *providerConn, _ recordedRequest) bool {
+	c.beginSSE()
 	_ = c.chunk(chatEvents(true)[1])
-	c.gone(20 * time.Second)
+	c.waitClosed(20 * time.Second)
 	return false
 }
 
-// TestWitheringIsImmediate: what ends a token ends its running streams within a
+// TestTokenEndIsImmediate: what ends a token ends its running streams within a
 // second, visibly, and refuses the next call.
-func TestWitheringIsImmediate(t *testing.T) {
+func TestTokenEndIsImmediate(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		method, path, body string
@@ -56,23 +56,23 @@ func TestWitheringIsImmediate(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, nil)
 			cut := make(chan bool, 1)
-			p.provider.answer(func(c *providerConn, r recorded) bool {
+			p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 				if !strings.Contains(r.body, `"stream":true`) {
-					c.gone(20 * time.Second) // no answer
+					c.waitClosed(20 * time.Second) // no answer
 					return false
 				}
-				c.sse()
+				c.beginSSE()
 				_ = c.chunk(chatEvents(true)[1])
-				cut <- c.gone(20 * time.Second)
+				cut <- c.waitClosed(20 * time.Second)
 				return false
 			})
 			s := p.stream(p.token)
 			if _, err := s.read(1); err != nil {
 				t.Fatal(err)
 			}
-			waiting := make(chan answer, 1)
+			waiting := make(chan testResponse, 1)
 			go func() { waiting <- p.chat() }()
-			waitFor(t, "the second call", func() bool { return len(p.provider.got()) == 2 })
+			waitFor(t, "the second call", func() bool { return len(p.provider.received()) == 2 })
 
 			ends := time.Now().Add(200 * time.Millisecond)
 			replace := strings.NewReplacer("TOKEN", p.tokenID, "PROJECT", p.project, "SOON", ends.UTC().Format(time.RFC3339Nano))
@@ -80,7 +80,7 @@ func TestWitheringIsImmediate(t *testing.T) {
 			if name != "expired" {
 				ends = time.Now()
 			}
-			if _, err := s.rest(); err == nil {
+			if _, err := s.readAll(); err == nil {
 				t.Error("the stream ended as if it were complete")
 			}
 			if !<-cut {
@@ -121,7 +121,7 @@ func TestNoResurrection(t *testing.T) {
 		id, token := p.newToken(`"name":"r"`)
 		var all sync.WaitGroup
 		for range 4 {
-			all.Go(func() { p.callFree(context.Background(), token, `"n":1`) })
+			all.Go(func() { p.sendChat(context.Background(), token, `"n":1`) })
 		}
 		want := 401
 		switch round % 4 {
@@ -135,11 +135,11 @@ func TestNoResurrection(t *testing.T) {
 		case 3:
 			p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
 		}
-		if _, status := p.callFree(context.Background(), token, `"n":1`); status != want {
+		if _, status := p.sendChat(context.Background(), token, `"n":1`); status != want {
 			t.Errorf("round %d: the next call got %d, want %d", round, status, want)
 		}
 		all.Wait()
-		if _, status := p.callFree(context.Background(), token, `"n":1`); status != want {
+		if _, status := p.sendChat(context.Background(), token, `"n":1`); status != want {
 			t.Errorf("round %d: a later call got %d, want %d", round, status, want)
 		}
 	}
@@ -155,8 +155,8 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 	}
 	never, cancel := context.WithCancel(t.Context())
 	cancel()
-	g := p.in.registry
-	token, state, err := g.lookup(t.Context(), hashOf(p.token), time.Now().UnixMilli())
+	g := p.instance.registry
+	token, state, err := g.lookup(t.Context(), tokenHash(p.token), time.Now().UnixMilli())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +167,7 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 	if res := p.chat(); res.status != 200 { // it can be read again
 		t.Errorf("after that: got %d %s", res.status, res.body)
 	}
-	if _, err := p.in.store.revokeTokens(t.Context(), systemOrigin(time.Now()), p.project, time.Now().UnixMilli()); err != nil {
+	if _, err := p.instance.store.revokeTokens(t.Context(), systemOrigin(time.Now()), p.project, time.Now().UnixMilli()); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.projectChanged(never, seq, true); err == nil || !token.state.Load().revoked || state.revoked {
@@ -185,8 +185,8 @@ func TestDrain(t *testing.T) {
 	p := newTest(t, nil)
 	p.allowErrors = true // a call that is refused while draining is our doing
 	hold := make(chan struct{})
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
 		<-hold
 		_ = c.chunk(strings.Join(chatEvents(true)[1:], ""))
@@ -200,23 +200,23 @@ func TestDrain(t *testing.T) {
 	p.do("GET", "/healthz", "")       // connections are accepted in order: those two are by now
 	stopped := make(chan error, 1)
 	go func() { stopped <- p.stop() }()
-	waitFor(t, "the drain", p.in.running.isDraining)
+	waitFor(t, "the drain", p.instance.running.isDraining)
 	_, _ = io.WriteString(probe, "GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 	if b, _ := io.ReadAll(probe); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") || !strings.HasSuffix(string(b), "draining\n") {
 		t.Errorf("readyz: got %q", b)
 	}
-	_, _ = io.WriteString(late, p.rawChat("Connection: close\r\n", chatBody()))
+	_, _ = io.WriteString(late, p.rawChatRequest("Connection: close\r\n", chatBody()))
 	if b, _ := io.ReadAll(late); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") || !strings.Contains(string(b), "Retry-After: 1\r\n") {
 		t.Errorf("a new call: got %q", b)
 	}
 	close(hold)
-	if rest, err := s.rest(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
+	if rest, err := s.readAll(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
 		t.Errorf("the running stream: %q, %v", rest, err)
 	}
 	if err := <-stopped; err != nil {
 		t.Error(err)
 	}
-	p.provider.answer(answerChat)
+	p.provider.setScript(chatScript)
 	p.start()
 	if row := p.ledger()[0]; row.Outcome != "ok" || row.UsageSource != "exact" {
 		t.Errorf("the ledger has %+v", row)
@@ -228,17 +228,17 @@ func TestDrain(t *testing.T) {
 func TestDrainCuts(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"DRAIN_TIMEOUT": "300ms", "LOG_LEVEL": "error"})
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		switch {
 		case strings.Contains(r.body, `"seed":1`): // finishes
-			return answerChat(c, r)
+			return chatScript(c, r)
 		case strings.Contains(r.body, `"seed":2`): // floods
-			c.sse()
+			c.beginSSE()
 			for c.chunk(strings.Repeat(chatEvents(true)[1], 1000)) == nil {
 			}
 			return false
 		}
-		return endless(c, r)
+		return endlessScript(c, r)
 	})
 	const n = 50
 	var streams []*clientStream
@@ -249,28 +249,28 @@ func TestDrainCuts(t *testing.T) {
 		}
 		streams = append(streams, s)
 	}
-	waitFor(t, "the floods", func() bool { return p.running(phaseWriting) >= n/3 })
+	waitFor(t, "the floods", func() bool { return p.countInPhase(phaseWriting) >= n/3 })
 	if err := p.stop(); err != nil {
 		t.Error(err)
 	}
 	for i, s := range streams {
-		rest, err := s.rest()
+		rest, err := s.readAll()
 		if complete := strings.HasSuffix(rest, "[DONE]\n\n"); complete != (err == nil) || complete != (i%3 == 1) {
 			t.Errorf("stream %d: ended with %q, %v", i, rest[max(0, len(rest)-40):], err)
 		}
 	}
 	p.start()
-	for _, v := range p.rows() {
+	for _, v := range p.allRequests() {
 		if v.outcome != outcomeOK && (v.outcome != outcomeTruncated || v.errorCode != "draining" || v.source != usageEstimated || v.counts.output == 0) {
 			t.Errorf("the ledger has %+v", v.requestRow)
 		}
 	}
-	p.sumsAgree()
+	p.checkSums()
 }
 
-// asAfterCrash starts a second proxy on a copy of the data directory as it is
+// crashedCopy starts a second proxy on a copy of the data directory as it is
 // now: what a crash would have left.
-func (p *testProxy) asAfterCrash() *testProxy {
+func (p *testProxy) crashedCopy() *testProxy {
 	p.t.Helper()
 	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets, env: maps.Clone(p.env),
 		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token}
@@ -278,7 +278,7 @@ func (p *testProxy) asAfterCrash() *testProxy {
 	if err := os.CopyFS(q.env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
 		p.t.Fatal(err)
 	}
-	if err := os.Chmod(filepath.Join(q.env["DATA_DIR"], keyName), 0o600); err != nil {
+	if err := os.Chmod(filepath.Join(q.env["DATA_DIR"], keyFileName), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
 	q.start()
@@ -295,16 +295,16 @@ func TestLostCalls(t *testing.T) {
 	for range 2 {
 		p.chatAs(token)
 	}
-	p.provider.answer(endless)
+	p.provider.setScript(endlessScript)
 	for _, tok := range []string{p.token, token, token} {
 		if _, err := p.stream(tok, `"max_tokens":50`).read(1); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := p.in.ledger.flush(t.Context()); err != nil {
+	if err := p.instance.ledger.flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	q := p.asAfterCrash()
+	q := p.crashedCopy()
 	lost := 0
 	for _, row := range q.ledger() {
 		if row.Outcome == "ok" {
@@ -318,12 +318,12 @@ func TestLostCalls(t *testing.T) {
 	if lost != 3 {
 		t.Errorf("%d rows are lost, want 3", lost)
 	}
-	q.sumsAgree()
-	p.provider.answer(answerChat)
-	if got := q.burst(token, 20); got[200] != 1 || got[429] != 19 || q.count(id) != 5 {
-		t.Errorf("the limit: %v, count %d", got, q.count(id))
+	q.checkSums()
+	p.provider.setScript(chatScript)
+	if got := q.burst(token, 20); got[200] != 1 || got[429] != 19 || q.requestCount(id) != 5 {
+		t.Errorf("the limit: %v, count %d", got, q.requestCount(id))
 	}
-	q.countsAgree()
+	q.checkCounts()
 }
 
 // TestIDsGrow: ids of calls grow, also when the clock is set back.
@@ -353,7 +353,7 @@ func TestDatabaseFileGone(t *testing.T) {
 	if res := p.do("GET", "/readyz", ""); res.status != http.StatusOK {
 		t.Errorf("readyz: got %d %s", res.status, res.body)
 	}
-	file := p.in.cfg.databaseFile
+	file := p.instance.cfg.databaseFile
 	if err := os.Rename(file, file+".away"); err != nil {
 		t.Fatal(err)
 	}
@@ -362,7 +362,7 @@ func TestDatabaseFileGone(t *testing.T) {
 		t.Errorf("a call: got %d %s", res.status, res.body)
 	}
 	p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 503, nil)
-	if n := len(p.provider.got()); n != 0 {
+	if n := len(p.provider.received()); n != 0 {
 		t.Errorf("the provider got %d calls", n)
 	}
 	if err := os.Rename(file+".away", file); err != nil {
@@ -383,16 +383,16 @@ func TestDatabaseNotOurs(t *testing.T) {
 		want  string
 	}{
 		"newer": {func(p *testProxy) error {
-			st, err := openStore(t.Context(), p.in.cfg.databaseFile)
+			st, err := openStore(t.Context(), p.instance.cfg.databaseFile)
 			if err != nil {
 				return err
 			}
 			defer st.close()
-			_, err = st.write.Exec(`PRAGMA user_version = 99`)
+			_, err = st.writeDB.Exec(`PRAGMA user_version = 99`)
 			return err
 		}, "newer llm-proxy"},
 		"overwritten": {func(p *testProxy) error {
-			f, err := os.OpenFile(p.in.cfg.databaseFile, os.O_WRONLY, 0)
+			f, err := os.OpenFile(p.instance.cfg.databaseFile, os.O_WRONLY, 0)
 			if err != nil {
 				return err
 			}
@@ -400,7 +400,7 @@ func TestDatabaseNotOurs(t *testing.T) {
 			_, err = f.WriteAt(make([]byte, 100), 0)
 			return err
 		}, "not a database"},
-		"empty": {func(p *testProxy) error { return os.Truncate(p.in.cfg.databaseFile, 0) }, "missing or empty"},
+		"empty": {func(p *testProxy) error { return os.Truncate(p.instance.cfg.databaseFile, 0) }, "missing or empty"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -411,19 +411,19 @@ func TestDatabaseNotOurs(t *testing.T) {
 			if err := test.spoil(p); err != nil {
 				t.Fatal(err)
 			}
-			before, err := os.ReadFile(p.in.cfg.databaseFile)
+			before, err := os.ReadFile(p.instance.cfg.databaseFile)
 			if err != nil {
 				t.Fatal(err)
 			}
-			in, err := openInstance(t.Context(), p.in.cfg, p.in.log, nil)
+			in, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil)
 			if err == nil {
 				in.close()
 				t.Fatal("it was opened")
 			}
-			if text := err.Error(); !strings.Contains(text, test.want) || !strings.Contains(text, p.in.cfg.databaseFile) || !strings.Contains(text, "restore") {
+			if text := err.Error(); !strings.Contains(text, test.want) || !strings.Contains(text, p.instance.cfg.databaseFile) || !strings.Contains(text, "restore") {
 				t.Errorf("the error is %q", text)
 			}
-			if after, err := os.ReadFile(p.in.cfg.databaseFile); err != nil || string(after) != string(before) {
+			if after, err := os.ReadFile(p.instance.cfg.databaseFile); err != nil || string(after) != string(before) {
 				t.Errorf("the file was changed (%v)", err)
 			}
 		})
@@ -457,9 +457,9 @@ func TestCrashDumpTellsNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil) // for its provider, and its look at what was seen
 	called := make(chan struct{}, 1)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		called <- struct{}{}
-		return !c.gone(20 * time.Second)
+		return !c.waitClosed(20 * time.Second)
 	})
 	management := "mgmt-" + randomBase62(40)
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
@@ -519,7 +519,7 @@ func TestCrashDumpTellsNothing(t *testing.T) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.seen.Write(seen.Bytes())
+	p.clientOutput.Write(seen.Bytes())
 }
 
 // TestPanicTellsNothing: a mistake of ours ends one call, is logged as an error
@@ -528,7 +528,7 @@ func TestPanicTellsNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
-	p.in.transport.Proxy = func(r *http.Request) (*url.URL, error) { panic(errors.New("broken in two")) }
+	p.instance.transport.Proxy = func(r *http.Request) (*url.URL, error) { panic(errors.New("broken in two")) }
 	if a := p.chat(); a.err == nil {
 		t.Errorf("got %d %s", a.status, a.body)
 	}
@@ -536,12 +536,12 @@ func TestPanicTellsNothing(t *testing.T) {
 	if !bytes.Contains(p.log.bytes(), []byte("broken in two")) || !bytes.Contains(p.log.bytes(), []byte("proxy.go")) {
 		t.Error("the log does not say what and where")
 	}
-	p.in.transport.Proxy = nil
+	p.instance.transport.Proxy = nil
 	if a := p.chat(); a.status != 200 {
 		t.Errorf("the next call: %d %s", a.status, a.body)
 	}
-	if rows := p.ledger(); len(rows) != 2 || p.in.proxy.bodies.used.Load() != 0 {
-		t.Errorf("%d calls on record, %d bytes held", len(rows), p.in.proxy.bodies.used.Load())
+	if rows := p.ledger(); len(rows) != 2 || p.instance.proxy.bodies.used.Load() != 0 {
+		t.Errorf("%d calls on record, %d bytes held", len(rows), p.instance.proxy.bodies.used.Load())
 	}
 }
 
@@ -601,7 +601,7 @@ func TestSecondSignal(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	c := p.startChild("DRAIN_TIMEOUT=60s")
-	p.provider.answer(endless)
+	p.provider.setScript(endlessScript)
 	q := &testProxy{t: t, url: c.url}
 	s := q.stream(c.token)
 	if _, err := s.read(1); err != nil {
@@ -629,7 +629,7 @@ func TestSecondSignal(t *testing.T) {
 	case <-time.After(time.Second):
 		t.Error("it did not end at the second signal")
 	}
-	if _, err := s.rest(); err == nil {
+	if _, err := s.readAll(); err == nil {
 		t.Error("the stream ended as if it were complete")
 	}
 }
@@ -657,8 +657,8 @@ func TestLogReaderGone(t *testing.T) {
 	}
 }
 
-// overSocket makes a call through a unix socket and returns the status.
-func overSocket(t *testing.T, path, url string, headers ...string) (int, error) {
+// getOverSocket makes a call through a unix socket and returns the status.
+func getOverSocket(t *testing.T, path, url string, headers ...string) (int, error) {
 	t.Helper()
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", path)
@@ -695,11 +695,11 @@ func TestUnixSocket(t *testing.T) {
 		if err != nil || info.Mode() != fs.ModeSocket|0o600 {
 			t.Errorf("the socket: %v %v", info.Mode(), err)
 		}
-		status, err := overSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "X-Forwarded-For", "192.0.2.7")
+		status, err := getOverSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "X-Forwarded-For", "192.0.2.7")
 		if status != 200 {
 			t.Errorf("got %d %v", status, err)
 		}
-		if status, err := overSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); status != 200 {
+		if status, err := getOverSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); status != 200 {
 			t.Errorf("without X-Forwarded-For: got %d %v", status, err)
 		}
 		health := &program{getenv: func(name string) string { return p.env[name] }}
@@ -818,7 +818,7 @@ func TestCertificateRenewed(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	told, done := make(chan os.Signal), make(chan bool)
-	go func() { p.in.certificate.watch(ctx, time.Hour, told, p.in.log.Logger); close(done) }()
+	go func() { p.instance.certificate.watch(ctx, time.Hour, told, p.instance.log.Logger); close(done) }()
 	told <- syscall.SIGHUP
 	testCertificate(t, dir, 48*time.Hour)
 	told <- syscall.SIGHUP
@@ -833,7 +833,7 @@ func TestCertificateRenewed(t *testing.T) {
 	}
 	stop()
 	<-done
-	go func() { p.in.certificate.watch(t.Context(), time.Millisecond, nil, p.in.log.Logger) }()
+	go func() { p.instance.certificate.watch(t.Context(), time.Millisecond, nil, p.instance.log.Logger) }()
 	testCertificate(t, dir, 72*time.Hour)
 	waitFor(t, "the newest certificate", func() bool { return days() == 3 })
 }
@@ -886,8 +886,8 @@ func TestTraceparent(t *testing.T) {
 		if res := p.do("POST", "/v1/chat/completions", chatBody(), headers...); res.status != 200 {
 			t.Errorf("%q: got %d", c.values, res.status)
 		}
-		p.settle()
-		got := p.provider.last(t).header
+		p.waitSettled()
+		got := p.provider.lastRequest(t).header
 		logged := strings.Count(string(p.log.bytes()), `"trace_id":"`+trace+`","span_id":"`+span+`"`) - before
 		if c.ok && (got.Get("Traceparent") != c.values[0] || got.Get("Tracestate") != "a=b" || logged != 1) ||
 			!c.ok && (got["Traceparent"] != nil || got["Tracestate"] != nil || logged != 0) {

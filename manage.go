@@ -24,28 +24,28 @@ import (
 
 // A manageAPI is the JSON API under /manage.
 type manageAPI struct {
-	cfg       *config
-	log       *logger
-	store     *store
-	sealer    *sealer
-	registry  *registry
-	limits    *limitState
-	health    *healthBook
-	running   *runningCalls
-	addresses *addressReader
-	prices    *atomic.Pointer[priceTable]
-	gone      func() string // says what is wrong with the database file, "" if nothing
-	throttle  *failures     // of wrong management keys
-	wrongKeys failureNotes  // of wrong management keys on the audit trail
-	contents  *contentKey
+	cfg              *config
+	log              *logger
+	store            *store
+	sealer           *sealer
+	registry         *registry
+	limits           *limitState
+	health           *healthTracker
+	running          *runningCalls
+	addresses        *addressReader
+	prices           *atomic.Pointer[priceTable]
+	databaseProblem  func() string      // says what is wrong with the database file, "" if nothing
+	authThrottle     *authThrottle      // of wrong management keys
+	authFailureAudit signInAuditLimiter // of wrong management keys on the audit trail
+	contentKey       *contentKey
 }
 
 // A manageRoute is one URL of /manage, the least role it needs and what
 // answers it.
 type manageRoute struct {
 	pattern string
-	need    role
-	handle  func(*manageRequest) (*reply, error)
+	minRole role
+	handle  func(*manageRequest) (*manageResponse, error)
 }
 
 // manageTable is every URL of /manage.
@@ -58,7 +58,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"DELETE /manage/projects/{id}", roleAdmin, api.deleteProject},
 		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, api.revokeProjectTokens},
 		{"DELETE /manage/projects/{id}/content", roleAdmin, api.eraseContent},
-		{"GET /manage/projects/{id}/route", roleViewer, api.tryRoute},
+		{"GET /manage/projects/{id}/route", roleViewer, api.explainRoute},
 		{"GET /manage/projects/{id}/upstreams", roleViewer, api.listUpstreams},
 		{"POST /manage/projects/{id}/upstreams", roleAdmin, api.createUpstream},
 		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, api.getUpstream},
@@ -75,7 +75,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/requests/{id}", roleViewer, api.getRequest},
 		{"GET /manage/requests/{id}/content", roleAdmin, api.getContent},
 		{"GET /manage/streams", roleViewer, api.listStreams},
-		{"DELETE /manage/streams/{id}", roleOperator, api.cutStream},
+		{"DELETE /manage/streams/{id}", roleOperator, api.abortStream},
 		{"GET /manage/prices", roleViewer, api.listPrices},
 		{"POST /manage/prices", roleAdmin, api.setPrice},
 		{"DELETE /manage/prices/{id}", roleAdmin, api.deletePrice},
@@ -97,13 +97,13 @@ func (api *manageAPI) manageRoutes() http.Handler {
 		methods[path] = append(methods[path], method)
 	}
 	for path, allowed := range methods {
-		mux.Handle(path, wrongMethod(strings.Join(allowed, ", ")))
+		mux.Handle(path, methodNotAllowed(strings.Join(allowed, ", ")))
 	}
 	mux.HandleFunc("/manage/", notFound)
 	return mux
 }
 
-func wrongMethod(allowed string) http.Handler {
+func methodNotAllowed(allowed string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Allow", allowed)
 		writeError(w, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes " + allowed + "."}, false)
@@ -112,26 +112,26 @@ func wrongMethod(allowed string) http.Handler {
 
 // A manageRequest is a request that has been let in.
 type manageRequest struct {
-	http  *http.Request
-	ctx   context.Context
-	actor actor
-	by    origin     // the actor, for the audit trail
-	body  []byte     // "" unless the method has one
-	query url.Values // every name known and given once
-	now   time.Time
-	match int64 // the version in If-Match; 0: none asked for
+	http           *http.Request
+	ctx            context.Context
+	actor          actor
+	origin         auditOrigin // the actor, for the audit trail
+	body           []byte      // "" unless the method has one
+	query          url.Values  // every name known and given once
+	now            time.Time
+	ifMatchVersion int64 // the version in If-Match; 0: none asked for
 }
 
-func (r *manageRequest) path(name string) string { return r.http.PathValue(name) }
+func (r *manageRequest) pathValue(name string) string { return r.http.PathValue(name) }
 
-// A reply is what a handler answers with.
-type reply struct {
+// A manageResponse is what a handler answers with.
+type manageResponse struct {
 	status  int   // 0: 200
 	version int64 // becomes the ETag; 0: none
 	body    any
 }
 
-const maxManageBody = 1 << 20
+const maxManageBodyBytes = 1 << 20
 
 // manageHandler lets a request in, or not, and writes what its handler returns.
 func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
@@ -155,17 +155,17 @@ func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
 	})
 }
 
-func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*reply, error) {
+func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*manageResponse, error) {
 	who, err := api.authenticateManager(w, r)
 	if err != nil {
 		return nil, err
 	}
-	if who.role.rank() < rt.need.rank() {
+	if who.role.rank() < rt.minRole.rank() {
 		return nil, &apiError{status: http.StatusForbidden, code: "role_too_low",
-			msg: "This needs the role " + string(rt.need) + "; this key has the role " + string(who.role) + "."}
+			msg: "This needs the role " + string(rt.minRole) + "; this key has the role " + string(who.role) + "."}
 	}
 	now := time.Now()
-	req := &manageRequest{http: r, ctx: r.Context(), actor: who, by: api.originOf(w, r, who, now), now: now}
+	req := &manageRequest{http: r, ctx: r.Context(), actor: who, origin: api.newAuditOrigin(w, r, who, now), now: now}
 	if req.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
 	}
@@ -178,7 +178,7 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		}
 	}
 	if r.Method != http.MethodGet || strings.HasSuffix(rt.pattern, "}") { // only lists have parameters
-		if err := req.only(); err != nil {
+		if err := req.checkParams(); err != nil {
 			return nil, err
 		}
 	}
@@ -187,21 +187,21 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		// but not in force, would let a revoked token live on.
 		req.ctx = context.WithoutCancel(req.ctx)
 	}
-	if why := api.gone(); why != "" { // nothing may be stored in a file that has no name any more
+	if why := api.databaseProblem(); why != "" { // nothing may be stored in a file that has no name any more
 		return nil, errUnavailable("store_unavailable", errors.New(why))
 	}
-	if req.match, err = ifMatch(r.Header["If-Match"]); err != nil {
+	if req.ifMatchVersion, err = parseIfMatch(r.Header["If-Match"]); err != nil {
 		return nil, err
 	}
 	if r.Method == http.MethodPost || r.Method == http.MethodPatch {
-		if req.body, err = manageBody(w, r); err != nil {
+		if req.body, err = readManageBody(w, r); err != nil {
 			return nil, err
 		}
 	}
 	return rt.handle(req)
 }
 
-func ifMatch(values []string) (int64, error) {
+func parseIfMatch(values []string) (int64, error) {
 	if len(values) == 0 || len(values) == 1 && values[0] == "*" {
 		return 0, nil
 	}
@@ -213,8 +213,8 @@ func ifMatch(values []string) (int64, error) {
 	return 0, badRequest("invalid_value", "If-Match", `If-Match must be the ETag of an earlier answer, as in "3".`)
 }
 
-func manageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxManageBody))
+func readManageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxManageBodyBytes))
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The body is larger than 1 MiB."}
 	}
@@ -233,7 +233,7 @@ func manageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 
 // authenticateManager finds out whose management key the request presents.
 func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request) (actor, error) {
-	denied := errNoManager()
+	denied := errInvalidManageKey()
 	values := r.Header["Authorization"]
 	if len(values) != 1 {
 		return actor{}, denied
@@ -243,29 +243,29 @@ func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request
 		return actor{}, denied
 	}
 	now := time.Now()
-	return api.present(r.Context(), api.originOf(w, r, actor{}, now), r.Pattern, presented, now)
+	return api.verifyManageKey(r.Context(), api.newAuditOrigin(w, r, actor{}, now), r.Pattern, presented, now)
 }
 
-// present returns who holds the management key that by presents at a door, or
+// verifyManageKey returns who holds the management key that by presents at a door, or
 // why it is refused. A wrong key is on the audit trail then.
-func (api *manageAPI) present(ctx context.Context, by origin, door, presented string, now time.Time) (actor, error) {
-	who, err := api.manager(ctx, presented, now)
+func (api *manageAPI) verifyManageKey(ctx context.Context, by auditOrigin, door, presented string, now time.Time) (actor, error) {
+	who, err := api.actorByKey(ctx, presented, now)
 	if !errors.Is(err, errNotFound) {
 		return who, err
 	}
-	by.actor = who.id
-	api.signInFailed(ctx, by, door, now)
+	by.actorID = who.id
+	api.auditFailedSignIn(ctx, by, door, now)
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
-	if wait := api.throttle.blocked(by.address, now); wait > 0 {
+	if wait := api.authThrottle.blockedFor(by.address, now); wait > 0 {
 		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
 			msg: "Too many wrong management keys from this address."}
 	}
-	api.throttle.add(by.address, now)
-	return actor{}, errNoManager()
+	api.authThrottle.recordFailure(by.address, now)
+	return actor{}, errInvalidManageKey()
 }
 
-func errNoManager() *apiError {
+func errInvalidManageKey() *apiError {
 	return &apiError{status: http.StatusUnauthorized, code: "invalid_management_key",
 		msg: "A valid management key is needed: Authorization: Bearer <key>."}
 }
@@ -273,9 +273,9 @@ func errNoManager() *apiError {
 // environmentActor is who holds MANAGEMENT_TOKEN.
 func environmentActor() actor { return actor{actorEnvironment, "MANAGEMENT_TOKEN", roleAdmin} }
 
-// manager returns who holds a management key, or errNotFound: with the key's id
+// actorByKey returns who holds a management key, or errNotFound: with the key's id
 // if it is one that was valid once, and else with none.
-func (api *manageAPI) manager(ctx context.Context, presented string, now time.Time) (actor, error) {
+func (api *manageAPI) actorByKey(ctx context.Context, presented string, now time.Time) (actor, error) {
 	if api.cfg.managementToken != nil {
 		// Hashes are compared: equal lengths, and no clue in the time taken.
 		want, got := sha256.Sum256([]byte(api.cfg.managementToken())), sha256.Sum256([]byte(presented))
@@ -283,11 +283,11 @@ func (api *manageAPI) manager(ctx context.Context, presented string, now time.Ti
 			return environmentActor(), nil
 		}
 	}
-	hash, _, ok := hashCredential(keyPrefix, presented)
+	hash, _, ok := hashCredential(manageKeyPrefix, presented)
 	if !ok {
 		return actor{}, errNotFound
 	}
-	key, err := api.store.keyByHash(ctx, hash)
+	key, err := api.store.managementKeyByHash(ctx, hash)
 	switch {
 	case errors.Is(err, errNotFound):
 		return actor{}, errNotFound
@@ -308,7 +308,7 @@ func manageError(err error) *apiError {
 		return &apiError{status: http.StatusPreconditionFailed, code: "stale_version", msg: "It was changed since it was read. Read it again, then repeat the change."}
 	case errors.Is(err, errTaken):
 		return &apiError{status: http.StatusBadRequest, code: "name_taken", param: "name", msg: "This name is taken."}
-	case isTrouble(err):
+	case isDatabaseFailure(err):
 		return errUnavailable("store_unavailable", err)
 	}
 	return asAPIError(err)
@@ -325,17 +325,17 @@ func (api *manageAPI) writeManageError(w http.ResponseWriter, r *http.Request, e
 	writeError(w, e, false)
 }
 
-// A pageQuery is where a list goes on and how long a page is.
-type pageQuery struct {
+// A listQuery is where a list goes on and how long a page is.
+type listQuery struct {
 	limit int
 	seq   int64
 	name  string
 }
 
-// page reads limit and after, and refuses names that are not in known.
-func (r *manageRequest) page(known ...string) (pageQuery, error) {
-	p := pageQuery{limit: 100}
-	if err := r.only(append(known, "limit", "after")...); err != nil {
+// parseListQuery reads limit and after, and refuses names that are not in known.
+func (r *manageRequest) parseListQuery(known ...string) (listQuery, error) {
+	p := listQuery{limit: 100}
+	if err := r.checkParams(append(known, "limit", "after")...); err != nil {
 		return p, err
 	}
 	if v := r.query.Get("limit"); v != "" {
@@ -354,9 +354,9 @@ func (r *manageRequest) page(known ...string) (pageQuery, error) {
 	return p, nil
 }
 
-// only refuses query names that are not known: a filter that is silently
+// checkParams refuses query names that are not known: a filter that is silently
 // ignored lists too much.
-func (r *manageRequest) only(known ...string) error {
+func (r *manageRequest) checkParams(known ...string) error {
 next:
 	for name := range r.query {
 		for _, k := range known {
@@ -369,9 +369,9 @@ next:
 	return nil
 }
 
-// cursor writes where a list goes on: a row's seq, and its name if the list is
+// formatCursor writes where a list goes on: a row's seq, and its name if the list is
 // in order of names. Clients treat it as opaque.
-func cursor(seq int64, name string) string {
+func formatCursor(seq int64, name string) string {
 	return strconv.FormatInt(seq, 36) + "." + url.QueryEscape(name)
 }
 
@@ -387,8 +387,8 @@ func parseCursor(s string) (seq int64, name string, err error) {
 	return seq, name, err
 }
 
-// boolean reads an optional true or false from the query.
-func (r *manageRequest) boolean(name string) (*bool, error) {
+// boolParam reads an optional true or false from the query.
+func (r *manageRequest) boolParam(name string) (*bool, error) {
 	switch r.query.Get(name) {
 	case "":
 		return nil, nil
@@ -400,15 +400,15 @@ func (r *manageRequest) boolean(name string) (*bool, error) {
 	return nil, badRequest("invalid_value", name, name+" must be true or false.")
 }
 
-// A list is a page of things and where the next one begins.
-type list[T any] struct {
+// A listPage is a page of things and where the next one begins.
+type listPage[T any] struct {
 	Data []T    `json:"data"`
 	Next string `json:"next,omitempty"`
 }
 
-// pageOf makes a page from rows, of which one more than limit was asked for.
-func pageOf[R, T any](rows []R, limit int, show func(*R) T, at func(*R) string) list[T] {
-	l := list[T]{Data: []T{}}
+// newListPage makes a page from rows, of which one more than limit was asked for.
+func newListPage[R, T any](rows []R, limit int, show func(*R) T, at func(*R) string) listPage[T] {
+	l := listPage[T]{Data: []T{}}
 	for i := range rows {
 		if i == limit {
 			l.Next = at(&rows[i-1])
@@ -419,21 +419,23 @@ func pageOf[R, T any](rows []R, limit int, show func(*R) T, at func(*R) string) 
 	return l
 }
 
-// A stamp is a time in answers: unix milliseconds inside, RFC 3339 outside.
-type stamp int64
+// A timestamp is a time in answers: unix milliseconds inside, RFC 3339 outside.
+type timestamp int64
 
-func (t stamp) MarshalJSON() ([]byte, error) {
+func (t timestamp) MarshalJSON() ([]byte, error) {
 	return []byte(time.UnixMilli(int64(t)).UTC().Format(`"2006-01-02T15:04:05.000Z07:00"`)), nil
 }
 
-// field writes a time as an input for times has it.
-func (t stamp) field() string { return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04") }
+// datetimeLocal writes a time as an input for times has it.
+func (t timestamp) datetimeLocal() string {
+	return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04")
+}
 
-func stampOf(p *int64) *stamp {
+func newTimestamp(p *int64) *timestamp {
 	if p == nil {
 		return nil
 	}
-	return new(stamp(*p))
+	return new(timestamp(*p))
 }
 
 // A dollars is money in answers: nano-dollars inside, a decimal number outside.
@@ -442,13 +444,13 @@ type dollars int64
 func (d dollars) MarshalJSON() ([]byte, error) { return []byte(formatNanos(int64(d))), nil }
 
 type routeView struct {
-	Model         string          `json:"model"`
-	API           string          `json:"api"`
-	FallbackModel string          `json:"fallback_model"` // "": none
-	Upstreams     []routeLineView `json:"upstreams"`
+	Model         string              `json:"model"`
+	API           string              `json:"api"`
+	FallbackModel string              `json:"fallback_model"` // "": none
+	Upstreams     []routeUpstreamView `json:"upstreams"`
 }
 
-type routeLineView struct {
+type routeUpstreamView struct {
 	UpstreamID string  `json:"upstream_id"`
 	Name       string  `json:"name"`
 	Priority   int64   `json:"priority"`
@@ -463,18 +465,18 @@ type routeLineView struct {
 	IdleMS       int64 `json:"idle_ms"`
 }
 
-// tryRoute says which upstream of a project would get a call for a model now,
+// explainRoute says which upstream of a project would get a call for a model now,
 // and why. It calls nobody.
-func (api *manageAPI) tryRoute(r *manageRequest) (*reply, error) {
-	if err := r.only("model", "api"); err != nil {
+func (api *manageAPI) explainRoute(r *manageRequest) (*manageResponse, error) {
+	if err := r.checkParams("model", "api"); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	v := routeView{Model: r.query.Get("model"), API: r.query.Get("api"), Upstreams: []routeLineView{}}
-	w := wish{api: apiOpenAI, model: v.Model, now: time.Now().UnixMilli()}
+	v := routeView{Model: r.query.Get("model"), API: r.query.Get("api"), Upstreams: []routeUpstreamView{}}
+	w := criteria{api: apiOpenAI, model: v.Model, now: time.Now().UnixMilli()}
 	switch v.API {
 	case "", "openai":
 		v.API = "openai"
@@ -490,49 +492,49 @@ func (api *manageAPI) tryRoute(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.FallbackModel = st.routing.fallback(v.Model)
+	v.FallbackModel = st.routing.fallbackFor(v.Model)
 	for _, l := range st.explain(&w) {
 		u := l.upstream
-		v.Upstreams = append(v.Upstreams, routeLineView{u.id, u.name, u.priority, u.weight, u.named(v.Model), l.share, l.why,
+		v.Upstreams = append(v.Upstreams, routeUpstreamView{u.id, u.name, u.priority, u.weight, u.mapModel(v.Model), l.share, l.reason,
 			u.settings.ConnectMS, u.settings.AnswerMS, u.settings.FirstEventMS, u.settings.IdleMS})
 	}
-	return &reply{body: v}, nil
+	return &manageResponse{body: v}, nil
 }
 
 type healthView struct {
-	State   string `json:"state"`
-	Reason  string `json:"reason"`
-	Since   *stamp `json:"since"`
-	Until   *stamp `json:"until"`
-	Running int64  `json:"running"`
+	State   string     `json:"state"`
+	Reason  string     `json:"reason"`
+	Since   *timestamp `json:"since"`
+	Until   *timestamp `json:"until"`
+	Running int64      `json:"running"`
 }
 
-func (api *manageAPI) showHealth(u *upstreamRow) healthView {
-	h := api.health.of(u.seq, u.id).row(time.Now().UnixMilli())
+func (api *manageAPI) newHealthView(u *upstreamRow) healthView {
+	h := api.health.forUpstream(u.seq, u.id).snapshot(time.Now().UnixMilli())
 	v := healthView{State: h.state.String(), Reason: h.reason, Running: h.running}
 	if h.state != keyReady {
-		v.Since, v.Until = new(stamp(h.changedAt)), new(stamp(h.until))
+		v.Since, v.Until = new(timestamp(h.changedAt)), new(timestamp(h.until))
 	}
 	return v
 }
 
 type streamView struct {
-	ID           string `json:"id"` // the request's
-	StartedAt    stamp  `json:"started_at"`
-	AgeMS        int64  `json:"age_ms"`
-	ProjectID    string `json:"project_id"`
-	ProjectName  string `json:"project_name"`
-	TokenID      string `json:"token_id"`
-	TokenName    string `json:"token_name"`
-	UpstreamID   string `json:"upstream_id"`
-	Endpoint     string `json:"endpoint"`
-	Model        string `json:"model"` // as asked for
-	Stream       bool   `json:"stream"`
-	Address      string `json:"address"`
-	State        string `json:"state"`         // ledger, provider, relaying or writing: what the call waits for
-	Bytes        int64  `json:"bytes"`         // of the answer so far
-	InputTokens  int64  `json:"input_tokens"`  // an estimate
-	OutputTokens int64  `json:"output_tokens"` // so far, an estimate; of a streamed answer only
+	ID           string    `json:"id"` // the request's
+	StartedAt    timestamp `json:"started_at"`
+	AgeMS        int64     `json:"age_ms"`
+	ProjectID    string    `json:"project_id"`
+	ProjectName  string    `json:"project_name"`
+	TokenID      string    `json:"token_id"`
+	TokenName    string    `json:"token_name"`
+	UpstreamID   string    `json:"upstream_id"`
+	Endpoint     string    `json:"endpoint"`
+	Model        string    `json:"model"` // as asked for
+	Stream       bool      `json:"stream"`
+	Address      string    `json:"address"`
+	State        string    `json:"state"`         // ledger, provider, relaying or writing: what the call waits for
+	Bytes        int64     `json:"bytes"`         // of the answer so far
+	InputTokens  int64     `json:"input_tokens"`  // an estimate
+	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed answer only
 	seq          int64
 }
 
@@ -545,9 +547,9 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 		if !c.admitted.Load() { // it may still be being read
 			continue
 		}
-		out = append(out, streamView{c.requestID, stamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
-			c.project.id, c.project.name, c.state.id, c.state.name, c.shown.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
-			phaseNames[c.watch.phase.Load()], c.watch.answered.Load(), c.hold.ask.input, c.watch.output.Load(), c.id})
+		out = append(out, streamView{c.requestID, timestamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
+			c.project.id, c.project.name, c.tokenState.id, c.tokenState.name, c.publishedUpstream.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
+			phaseNames[c.progress.phase.Load()], c.progress.bytesRelayed.Load(), c.reservation.estimate.input, c.progress.outputTokens.Load(), c.id})
 	}
 	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
 	return out
@@ -566,17 +568,17 @@ func (rc *runningCalls) find(id int64) *call {
 	return nil
 }
 
-// cut ends a call if it still runs.
-func (rc *runningCalls) cut(c *call, why *apiError) {
+// abort ends a call if it still runs.
+func (rc *runningCalls) abort(c *call, why *apiError) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if _, ok := rc.calls[c]; ok {
-		c.end(why)
+		c.abort(why)
 	}
 }
 
-func (api *manageAPI) listStreams(r *manageRequest) (*reply, error) {
-	page, err := r.page("project_id", "token_id")
+func (api *manageAPI) listStreams(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery("project_id", "token_id")
 	if err != nil {
 		return nil, err
 	}
@@ -587,23 +589,23 @@ func (api *manageAPI) listStreams(r *manageRequest) (*reply, error) {
 			rows = append(rows, v)
 		}
 	}
-	return &reply{body: pageOf(rows, page.limit,
+	return &manageResponse{body: newListPage(rows, page.limit,
 		func(v *streamView) streamView { return *v },
-		func(v *streamView) string { return cursor(v.seq, "") })}, nil
+		func(v *streamView) string { return formatCursor(v.seq, "") })}, nil
 }
 
-// cutStream ends a running call. Its client sees it break off; its row says who
+// abortStream ends a running call. Its client sees it break off; its row says who
 // did it.
-func (api *manageAPI) cutStream(r *manageRequest) (*reply, error) {
-	c := api.running.find(parseRequestID(r.path("id")))
+func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
+	c := api.running.find(parseRequestID(r.pathValue("id")))
 	if c == nil {
 		return nil, errNotFound
 	}
-	if err := api.store.note(r.ctx, r.by, act{"stream.cut", c.requestID, []fact{{"project_id", c.project.id}, {"token_id", c.state.id}}}); err != nil {
+	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", c.requestID, []auditField{{"project_id", c.project.id}, {"token_id", c.tokenState.id}}}); err != nil {
 		return nil, err // no audit, no change
 	}
-	api.running.cut(c, errCutByAdmin())
-	return &reply{body: map[string]any{"id": r.path("id"), "deleted": true}}, nil
+	api.running.abort(c, errCutByAdmin())
+	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
 }
 
 func errCutByAdmin() *apiError {

@@ -18,32 +18,32 @@ type projectView struct {
 	Routing   json.RawMessage `json:"routing"`
 	Upstreams []upstreamView  `json:"upstreams"`
 	Version   int64           `json:"version"`
-	CreatedAt stamp           `json:"created_at"`
-	UpdatedAt stamp           `json:"updated_at"`
+	CreatedAt timestamp       `json:"created_at"`
+	UpdatedAt timestamp       `json:"updated_at"`
 	Limits    []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one project that is read
 }
 
-// showProject reads the project's upstreams to go with it.
-func (api *manageAPI) showProject(r *manageRequest, p *projectRow) (projectView, error) {
-	ups, err := api.store.upstreamsOf(r.ctx, p.seq)
-	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), json.RawMessage(p.routing), []upstreamView{}, p.version, stamp(p.createdAt), stamp(p.updatedAt), nil}
+// newProjectView reads the project's upstreams to go with it.
+func (api *manageAPI) newProjectView(r *manageRequest, p *projectRow) (projectView, error) {
+	ups, err := api.store.projectUpstreams(r.ctx, p.seq)
+	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), json.RawMessage(p.routing), []upstreamView{}, p.version, timestamp(p.createdAt), timestamp(p.updatedAt), nil}
 	for i := range ups {
-		v.Upstreams = append(v.Upstreams, api.showUpstream(&ups[i]))
+		v.Upstreams = append(v.Upstreams, api.newUpstreamView(&ups[i]))
 	}
 	return v, err
 }
 
-func (api *manageAPI) replyProject(r *manageRequest, status int, p *projectRow) (*reply, error) {
-	v, err := api.showProject(r, p)
-	return &reply{status, p.version, v}, err
+func (api *manageAPI) projectResponse(r *manageRequest, status int, p *projectRow) (*manageResponse, error) {
+	v, err := api.newProjectView(r, p)
+	return &manageResponse{status, p.version, v}, err
 }
 
-func (api *manageAPI) listProjects(r *manageRequest) (*reply, error) {
-	page, err := r.page("active", "name")
+func (api *manageAPI) listProjects(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery("active", "name")
 	if err != nil {
 		return nil, err
 	}
-	active, err := r.boolean("active")
+	active, err := r.boolParam("active")
 	if err != nil {
 		return nil, err
 	}
@@ -53,57 +53,57 @@ func (api *manageAPI) listProjects(r *manageRequest) (*reply, error) {
 	}
 	views := make([]projectView, 0, len(rows))
 	for i := range rows {
-		v, err := api.showProject(r, &rows[i])
+		v, err := api.newProjectView(r, &rows[i])
 		if err != nil {
 			return nil, err
 		}
 		views = append(views, v)
 	}
-	l := list[projectView]{Data: views[:min(len(views), page.limit)]}
+	l := listPage[projectView]{Data: views[:min(len(views), page.limit)]}
 	if len(rows) > page.limit {
-		l.Next = cursor(rows[page.limit-1].seq, "")
+		l.Next = formatCursor(rows[page.limit-1].seq, "")
 	}
-	return &reply{body: l}, nil
+	return &manageResponse{body: l}, nil
 }
 
 // createProject makes a project and, when a key is given, its first upstream.
-func (api *manageAPI) createProject(r *manageRequest) (*reply, error) {
-	var name, provider, baseURL opt[string]
-	var key, openaiKey opt[secret]
-	var active opt[bool]
-	var pol, rt opt[json.RawMessage]
+func (api *manageAPI) createProject(r *manageRequest) (*manageResponse, error) {
+	var name, provider, baseURL optional[string]
+	var key, openaiKey optional[secret]
+	var active optional[bool]
+	var pol, rt optional[json.RawMessage]
 	if err := decodeObject(r.body, map[string]any{"name": &name, "api_key": &key, "openai_api_key": &openaiKey,
 		"provider": &provider, "base_url": &baseURL, "is_active": &active, "policy": &pol, "routing": &rt}); err != nil {
 		return nil, err
 	}
-	if err := checkName(name.v); err != nil {
+	if err := validateName(name.value); err != nil {
 		return nil, err
 	}
-	if key.given() && openaiKey.given() {
+	if key.hasValue() && openaiKey.hasValue() {
 		return nil, &fieldError{"api_key", "and openai_api_key exclude each other"}
 	}
 	now := r.now.UnixMilli()
-	p := &projectRow{id: newID("proj"), name: name.v, active: !active.given() || active.v, policy: "{}", routing: "{}", createdAt: now, updatedAt: now}
-	if pol.given() {
-		parsed, err := parsePolicy(pol.v, true)
+	p := &projectRow{id: newID("proj"), name: name.value, active: !active.hasValue() || active.value, policy: "{}", routing: "{}", createdAt: now, updatedAt: now}
+	if pol.hasValue() {
+		parsed, err := parsePolicy(pol.value, true)
 		if err != nil {
 			return nil, err
 		}
 		p.policy = parsed.String()
 	}
-	if rt.given() {
-		parsed, err := parseRouting(rt.v)
+	if rt.hasValue() {
+		parsed, err := parseRouting(rt.value)
 		if err != nil {
 			return nil, err
 		}
 		p.routing = parsed.String()
 	}
 	var up *upstreamRow
-	if openaiKey.given() {
+	if openaiKey.hasValue() {
 		key = openaiKey
 	}
-	if key.given() {
-		in := upstreamInput{name: opt[string]{set: true, v: "primary"}, provider: provider, baseURL: baseURL, key: key}
+	if key.hasValue() {
+		in := upstreamInput{name: optional[string]{set: true, value: "primary"}, provider: provider, baseURL: baseURL, key: key}
 		up = newUpstreamRow(p, now)
 		if err := in.apply(api, up, true); err != nil {
 			return nil, err
@@ -111,50 +111,50 @@ func (api *manageAPI) createProject(r *manageRequest) (*reply, error) {
 	} else if provider.set || baseURL.set {
 		return nil, &fieldError{"api_key", "is needed with provider or base_url"}
 	}
-	if err := api.store.addProject(r.ctx, r.by, p, up); err != nil {
+	if err := api.store.addProject(r.ctx, r.origin, p, up); err != nil {
 		return nil, err
 	}
-	return api.replyProject(r, http.StatusCreated, p)
+	return api.projectResponse(r, http.StatusCreated, p)
 }
 
-func (api *manageAPI) getProject(r *manageRequest) (*reply, error) {
-	p, err := api.store.projectByID(r.ctx, r.path("id"))
+func (api *manageAPI) getProject(r *manageRequest) (*manageResponse, error) {
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	v, err := api.showProject(r, &p)
+	v, err := api.newProjectView(r, &p)
 	if err == nil {
 		v.Limits, err = api.limits.projectLimits(r.ctx, &p, r.now.UnixMilli())
 	}
-	return &reply{0, p.version, v}, err
+	return &manageResponse{0, p.version, v}, err
 }
 
-func (api *manageAPI) patchProject(r *manageRequest) (*reply, error) {
-	var name opt[string]
-	var active opt[bool]
-	var pol, rt opt[json.RawMessage]
+func (api *manageAPI) patchProject(r *manageRequest) (*manageResponse, error) {
+	var name optional[string]
+	var active optional[bool]
+	var pol, rt optional[json.RawMessage]
 	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol, "routing": &rt}, "policy", "routing"); err != nil {
 		return nil, err
 	}
-	p, err := api.store.changeProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), func(p *projectRow) error {
+	p, err := api.store.changeProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli(), func(p *projectRow) error {
 		if name.set {
-			if err := checkName(name.v); err != nil {
+			if err := validateName(name.value); err != nil {
 				return err
 			}
-			p.name = name.v
+			p.name = name.value
 		}
 		if active.set {
-			p.active = active.v
+			p.active = active.value
 		}
 		if pol.set {
-			parsed, err := parsePolicy(orEmpty(pol), true)
+			parsed, err := parsePolicy(objectOrEmpty(pol), true)
 			if err != nil {
 				return err
 			}
 			p.policy = parsed.String()
 		}
 		if rt.set {
-			parsed, err := parseRouting(orEmpty(rt))
+			parsed, err := parseRouting(objectOrEmpty(rt))
 			if err != nil {
 				return err
 			}
@@ -168,44 +168,44 @@ func (api *manageAPI) patchProject(r *manageRequest) (*reply, error) {
 	if err := api.registry.projectChanged(r.ctx, p.seq, false); err != nil {
 		return nil, err
 	}
-	return api.replyProject(r, 0, &p)
+	return api.projectResponse(r, 0, &p)
 }
 
-// orEmpty returns an object that was given, or the empty one for null.
-func orEmpty(p opt[json.RawMessage]) []byte {
+// objectOrEmpty returns an object that was given, or the empty one for null.
+func objectOrEmpty(p optional[json.RawMessage]) []byte {
 	if p.null {
 		return []byte("{}")
 	}
-	return p.v
+	return p.value
 }
 
-func (api *manageAPI) deleteProject(r *manageRequest) (*reply, error) {
-	p, err := api.store.deleteProject(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli())
+func (api *manageAPI) deleteProject(r *manageRequest) (*manageResponse, error) {
+	p, err := api.store.deleteProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
 	if err := errors.Join(api.registry.projectChanged(r.ctx, p.seq, true), api.registry.upstreamsChanged(r.ctx, p.seq, nil)); err != nil {
 		return nil, err
 	}
-	return &reply{body: map[string]any{"id": p.id, "deleted": true}}, nil
+	return &manageResponse{body: map[string]any{"id": p.id, "deleted": true}}, nil
 }
 
-func (api *manageAPI) revokeProjectTokens(r *manageRequest) (*reply, error) {
+func (api *manageAPI) revokeProjectTokens(r *manageRequest) (*manageResponse, error) {
 	if err := decodeObject(r.body, map[string]any{}); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	n, err := api.store.revokeTokens(r.ctx, r.by, p.id, r.now.UnixMilli())
+	n, err := api.store.revokeTokens(r.ctx, r.origin, p.id, r.now.UnixMilli())
 	if err != nil {
 		return nil, err
 	}
 	if err := api.registry.projectChanged(r.ctx, p.seq, true); err != nil {
 		return nil, err
 	}
-	return &reply{body: map[string]any{"revoked": n}}, nil
+	return &manageResponse{body: map[string]any{"revoked": n}}, nil
 }
 
 type upstreamView struct {
@@ -231,37 +231,37 @@ type upstreamView struct {
 	SharedWith    json.RawMessage `json:"shared_with"`
 	IsActive      bool            `json:"is_active"`
 	Version       int64           `json:"version"`
-	CreatedAt     stamp           `json:"created_at"`
-	UpdatedAt     stamp           `json:"updated_at"`
+	CreatedAt     timestamp       `json:"created_at"`
+	UpdatedAt     timestamp       `json:"updated_at"`
 	Health        healthView      `json:"health"`
 }
 
-func (api *manageAPI) showUpstream(u *upstreamRow) upstreamView {
+func (api *manageAPI) newUpstreamView(u *upstreamRow) upstreamView {
 	var set upstreamSettings
 	_ = json.Unmarshal([]byte(u.settings), &set) // what we wrote
 	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
 		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.ConnectMS, set.AnswerMS, set.FirstEventMS, set.IdleMS,
-		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.shared), u.active, u.version, stamp(u.createdAt), stamp(u.updatedAt), api.showHealth(u)}
+		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.sharedWith), u.active, u.version, timestamp(u.createdAt), timestamp(u.updatedAt), api.newHealthView(u)}
 }
 
 // An upstreamInput is what an admin may say about an upstream.
 type upstreamInput struct {
-	name, provider, baseURL, organization, openaiProject opt[string]
-	key                                                  opt[secret]
-	weight, priority                                     opt[int64]
-	models                                               opt[[]string]
-	rewrite                                              opt[json.RawMessage]
-	connect, answer, firstEvent, idle, requests, tokens  opt[int64]
-	note                                                 opt[string]
-	sharedWith                                           opt[[]string]
-	active                                               opt[bool]
+	name, provider, baseURL, organization, openaiProject                          optional[string]
+	key                                                                           optional[secret]
+	weight, priority                                                              optional[int64]
+	models                                                                        optional[[]string]
+	rewrite                                                                       optional[json.RawMessage]
+	connectMS, answerMS, firstEventMS, idleMS, requestsPerMinute, tokensPerMinute optional[int64]
+	note                                                                          optional[string]
+	sharedWith                                                                    optional[[]string]
+	active                                                                        optional[bool]
 }
 
 func (in *upstreamInput) decode(body []byte) error {
 	return decodeObject(body, map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
 		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
-		"models": &in.models, "rewrite": &in.rewrite, "connect_ms": &in.connect, "answer_ms": &in.answer,
-		"first_event_ms": &in.firstEvent, "idle_ms": &in.idle, "requests_per_minute": &in.requests, "tokens_per_minute": &in.tokens, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
+		"models": &in.models, "rewrite": &in.rewrite, "connect_ms": &in.connectMS, "answer_ms": &in.answerMS,
+		"first_event_ms": &in.firstEventMS, "idle_ms": &in.idleMS, "requests_per_minute": &in.requestsPerMinute, "tokens_per_minute": &in.tokensPerMinute, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.
@@ -272,13 +272,13 @@ func (in *upstreamInput) apply(s *manageAPI, row *upstreamRow, isNew bool) error
 	if err := in.applyDestination(s, row, isNew); err != nil {
 		return err
 	}
-	for _, apply := range [...]func(*upstreamRow) error{in.applyAccount, in.applyShare, in.applyModels, in.applySharing, in.applySettings} {
+	for _, apply := range [...]func(*upstreamRow) error{in.applyAccount, in.applyWeight, in.applyModels, in.applySharing, in.applySettings} {
 		if err := apply(row); err != nil {
 			return err
 		}
 	}
-	if in.active.given() {
-		row.active = in.active.v
+	if in.active.hasValue() {
+		row.active = in.active.value
 	}
 	return nil
 }
@@ -286,10 +286,10 @@ func (in *upstreamInput) apply(s *manageAPI, row *upstreamRow, isNew bool) error
 // applyIdentity takes over the name and, of a new upstream, the provider.
 func (in *upstreamInput) applyIdentity(row *upstreamRow, isNew bool) error {
 	if in.name.set || isNew {
-		if err := checkName(in.name.v); err != nil {
+		if err := validateName(in.name.value); err != nil {
 			return err
 		}
-		row.name = in.name.v
+		row.name = in.name.value
 	}
 	if !isNew {
 		if in.provider.set {
@@ -298,8 +298,8 @@ func (in *upstreamInput) applyIdentity(row *upstreamRow, isNew bool) error {
 		return nil
 	}
 	row.provider = providerOpenAI
-	if in.provider.given() {
-		row.provider = in.provider.v
+	if in.provider.hasValue() {
+		row.provider = in.provider.value
 	}
 	if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
 		return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
@@ -311,36 +311,36 @@ func (in *upstreamInput) applyIdentity(row *upstreamRow, isNew bool) error {
 func (in *upstreamInput) applyAccount(row *upstreamRow) error {
 	for _, f := range []struct {
 		name string
-		in   opt[string]
+		in   optional[string]
 		to   *string
 	}{{"organization", in.organization, &row.organization}, {"openai_project", in.openaiProject, &row.openaiProject}} {
 		if !f.in.set {
 			continue
 		}
-		for _, c := range f.in.v {
-			if c <= ' ' || c > '~' || len(f.in.v) > 200 {
+		for _, c := range f.in.value {
+			if c <= ' ' || c > '~' || len(f.in.value) > 200 {
 				return &fieldError{f.name, "must be a provider's id: at most 200 printable ASCII characters"}
 			}
 		}
-		*f.to = f.in.v
+		*f.to = f.in.value
 	}
 	return nil
 }
 
-// applyShare takes over which share of the calls it gets.
-func (in *upstreamInput) applyShare(row *upstreamRow) error {
+// applyWeight takes over which share of the calls it gets.
+func (in *upstreamInput) applyWeight(row *upstreamRow) error {
 	for _, f := range []struct {
 		name string
-		in   opt[int64]
+		in   optional[int64]
 		to   *int64
 	}{{"weight", in.weight, &row.weight}, {"priority", in.priority, &row.priority}} {
-		if !f.in.given() {
+		if !f.in.hasValue() {
 			continue
 		}
-		if f.in.v < 0 || f.in.v > 1000 {
+		if f.in.value < 0 || f.in.value > 1000 {
 			return &fieldError{f.name, "must be from 0 to 1000"}
 		}
-		*f.to = f.in.v
+		*f.to = f.in.value
 	}
 	return nil
 }
@@ -348,17 +348,17 @@ func (in *upstreamInput) applyShare(row *upstreamRow) error {
 // applyModels takes over which models it serves, and its own names for them.
 func (in *upstreamInput) applyModels(row *upstreamRow) error {
 	if in.models.set {
-		if err := checkPatterns("models", in.models.v); err != nil {
+		if err := checkPatterns("models", in.models.value); err != nil {
 			return err
 		}
-		b, err := json.Marshal(append([]string{}, in.models.v...))
+		b, err := json.Marshal(append([]string{}, in.models.value...))
 		if err != nil {
 			return err
 		}
 		row.models = string(b)
 	}
-	if in.rewrite.given() {
-		names, err := parseRewrite(in.rewrite.v)
+	if in.rewrite.hasValue() {
+		names, err := parseRewrite(in.rewrite.value)
 		if err != nil {
 			return err
 		}
@@ -376,7 +376,7 @@ func (in *upstreamInput) applySharing(row *upstreamRow) error {
 	if !in.sharedWith.set {
 		return nil
 	}
-	ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.v)))
+	ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.value)))
 	if len(ids) > 500 {
 		return &fieldError{"shared_with", "must have 500 entries or fewer"}
 	}
@@ -384,7 +384,7 @@ func (in *upstreamInput) applySharing(row *upstreamRow) error {
 	if err != nil {
 		return err
 	}
-	row.shared = string(b)
+	row.sharedWith = string(b)
 	return nil
 }
 
@@ -395,16 +395,16 @@ func (in *upstreamInput) applySettings(row *upstreamRow) error {
 		return fmt.Errorf("settings of upstream %s: %w", row.id, err)
 	}
 	for _, f := range []struct {
-		in opt[int64]
+		in optional[int64]
 		to *int64
-	}{{in.connect, &set.ConnectMS}, {in.answer, &set.AnswerMS}, {in.firstEvent, &set.FirstEventMS}, {in.idle, &set.IdleMS},
-		{in.requests, &set.RequestsPerMinute}, {in.tokens, &set.TokensPerMinute}} {
-		if f.in.given() {
-			*f.to = f.in.v
+	}{{in.connectMS, &set.ConnectMS}, {in.answerMS, &set.AnswerMS}, {in.firstEventMS, &set.FirstEventMS}, {in.idleMS, &set.IdleMS},
+		{in.requestsPerMinute, &set.RequestsPerMinute}, {in.tokensPerMinute, &set.TokensPerMinute}} {
+		if f.in.hasValue() {
+			*f.to = f.in.value
 		}
 	}
-	if in.note.given() {
-		set.Note = in.note.v
+	if in.note.hasValue() {
+		set.Note = in.note.value
 	}
 	if err := set.check(); err != nil {
 		return err
@@ -419,8 +419,8 @@ func (in *upstreamInput) applySettings(row *upstreamRow) error {
 func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew bool) error {
 	if isNew {
 		switch {
-		case in.baseURL.given():
-			row.baseURL = in.baseURL.v
+		case in.baseURL.hasValue():
+			row.baseURL = in.baseURL.value
 		case row.provider == providerOpenAI:
 			row.baseURL = s.cfg.openaiURL
 		case row.provider == providerAnthropic:
@@ -428,14 +428,14 @@ func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew 
 		default:
 			return &fieldError{"base_url", "is needed for this provider"}
 		}
-		if !in.key.given() {
+		if !in.key.hasValue() {
 			return &fieldError{"api_key", "is needed"}
 		}
 	} else if in.baseURL.set {
-		if in.baseURL.v != row.baseURL && !in.key.given() {
+		if in.baseURL.value != row.baseURL && !in.key.hasValue() {
 			return &fieldError{"api_key", "must be given again when base_url changes"}
 		}
-		row.baseURL = in.baseURL.v
+		row.baseURL = in.baseURL.value
 	}
 	u, err := parseBaseURL(row.baseURL, s.cfg.allowPrivate)
 	if err != nil {
@@ -445,35 +445,35 @@ func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew 
 	if !in.key.set {
 		return nil
 	}
-	if err := checkProviderKey(in.key.v()); err != nil {
+	if err := checkProviderKey(in.key.value()); err != nil {
 		return &fieldError{"api_key", err.Error()}
 	}
-	row.sealedKey = s.sealer.seal(in.key.v, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
-	row.keyHint = in.key.v.hint()
+	row.sealedKey = s.sealer.seal(in.key.value, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
+	row.keyHint = in.key.value.hint()
 	return nil
 }
 
-func (api *manageAPI) listUpstreams(r *manageRequest) (*reply, error) {
-	if err := r.only(); err != nil {
+func (api *manageAPI) listUpstreams(r *manageRequest) (*manageResponse, error) {
+	if err := r.checkParams(); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	rows, err := api.store.upstreamsOf(r.ctx, p.seq)
+	rows, err := api.store.projectUpstreams(r.ctx, p.seq)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, len(rows), api.showUpstream, func(*upstreamRow) string { return "" })}, nil
+	return &manageResponse{body: newListPage(rows, len(rows), api.newUpstreamView, func(*upstreamRow) string { return "" })}, nil
 }
 
-func (api *manageAPI) createUpstream(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createUpstream(r *manageRequest) (*manageResponse, error) {
 	var in upstreamInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.path("id"))
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
@@ -482,24 +482,24 @@ func (api *manageAPI) createUpstream(r *manageRequest) (*reply, error) {
 	if err := in.apply(api, row, true); err != nil {
 		return nil, err
 	}
-	if err := api.store.addUpstream(r.ctx, r.by, row, now); err != nil {
+	if err := api.store.addUpstream(r.ctx, r.origin, row, now); err != nil {
 		return nil, err
 	}
 	if err := api.upstreamChanged(r, row); err != nil {
 		return nil, err
 	}
-	return &reply{http.StatusCreated, row.version, api.showUpstream(row)}, nil
+	return &manageResponse{http.StatusCreated, row.version, api.newUpstreamView(row)}, nil
 }
 
-func (api *manageAPI) getUpstream(r *manageRequest) (*reply, error) {
-	u, err := api.store.upstreamByID(r.ctx, r.path("id"), r.path("upstream"))
+func (api *manageAPI) getUpstream(r *manageRequest) (*manageResponse, error) {
+	u, err := api.store.upstreamByID(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
 	if err != nil {
 		return nil, err
 	}
-	return &reply{0, u.version, api.showUpstream(&u)}, nil
+	return &manageResponse{0, u.version, api.newUpstreamView(&u)}, nil
 }
 
-func (api *manageAPI) patchUpstream(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchUpstream(r *manageRequest) (*manageResponse, error) {
 	var in upstreamInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
@@ -509,7 +509,7 @@ func (api *manageAPI) patchUpstream(r *manageRequest) (*reply, error) {
 
 // deleteUpstream takes an upstream out of use and wipes its key. The row stays,
 // for the ledger names it.
-func (api *manageAPI) deleteUpstream(r *manageRequest) (*reply, error) {
+func (api *manageAPI) deleteUpstream(r *manageRequest) (*manageResponse, error) {
 	rep, err := api.changeUpstream(r, func(u *upstreamRow) (bool, error) {
 		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
 		return true, nil
@@ -517,23 +517,23 @@ func (api *manageAPI) deleteUpstream(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: map[string]any{"id": rep.body.(upstreamView).ID, "deleted": true}}, nil
+	return &manageResponse{body: map[string]any{"id": rep.body.(upstreamView).ID, "deleted": true}}, nil
 }
 
-func (api *manageAPI) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*reply, error) {
-	u, err := api.store.changeUpstream(r.ctx, r.by, r.path("id"), r.path("upstream"), r.match, r.now.UnixMilli(), change)
+func (api *manageAPI) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*manageResponse, error) {
+	u, err := api.store.changeUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}
-	api.health.forget(u.seq, r.now.UnixMilli())
+	api.health.reset(u.seq, r.now.UnixMilli())
 	if err := api.upstreamChanged(r, &u); err != nil {
 		return nil, err
 	}
-	return &reply{0, u.version, api.showUpstream(&u)}, nil
+	return &manageResponse{0, u.version, api.newUpstreamView(&u)}, nil
 }
 
 // upstreamChanged puts a changed upstream in force, wherever it serves.
 func (api *manageAPI) upstreamChanged(r *manageRequest, u *upstreamRow) error {
-	sharers, err := api.store.sharers(r.ctx, u.seq)
+	sharers, err := api.store.sharedProjects(r.ctx, u.seq)
 	return errors.Join(err, api.registry.upstreamsChanged(r.ctx, u.project, sharers))
 }

@@ -17,7 +17,7 @@ func TestUpstreamChanges(t *testing.T) {
 	other := newFakeProvider(t)
 	p.secrets = append(p.secrets, other.key)
 	path := "/manage/projects/" + p.project + "/upstreams/" + p.upstream
-	patch := func(body string) answer { t.Helper(); return p.manageAs(p.adminKey, "PATCH", path, body) }
+	patch := func(body string) testResponse { t.Helper(); return p.manageAs(p.adminKey, "PATCH", path, body) }
 	var u struct {
 		KeyHint string `json:"key_hint"`
 		BaseURL string `json:"base_url"`
@@ -27,7 +27,7 @@ func TestUpstreamChanges(t *testing.T) {
 		t.Errorf("got %+v", u)
 	}
 	for _, mask := range []string{"****" + u.KeyHint, "sk-..." + u.KeyHint, "sk-…" + u.KeyHint, "••••••••" + u.KeyHint, u.KeyHint, "[secret]", ""} {
-		refused(t, "mask "+mask, patch(`{"api_key":`+quote(mask)+`}`), 400, "api_key")
+		expectParamError(t, "mask "+mask, patch(`{"api_key":`+quote(mask)+`}`), 400, "api_key")
 	}
 	for _, c := range [][2]string{
 		{`{"base_url":"` + other.url + `"}`, "api_key"}, {`{"base_url":"` + other.url + `/v1","name":"x"}`, "api_key"},
@@ -38,10 +38,10 @@ func TestUpstreamChanges(t *testing.T) {
 		{`{"organization":"a\r\nb"}`, "organization"}, {`{"openai_project":"` + strings.Repeat("x", 201) + `"}`, "openai_project"}, {`{"is_active":null}`, "is_active"},
 		{`{"sealed_key":"x"}`, "sealed_key"}, {`{"id":"up_1"}`, "id"}, {`{"project_id":"x"}`, "project_id"},
 	} {
-		refused(t, c[0], patch(c[0]), 400, c[1])
+		expectParamError(t, c[0], patch(c[0]), 400, c[1])
 	}
-	if res := p.chat(); res.status != 200 || len(other.got()) != 0 {
-		t.Fatalf("after what was refused: got %d, the other provider was called %d times", res.status, len(other.got()))
+	if res := p.chat(); res.status != 200 || len(other.received()) != 0 {
+		t.Fatalf("after what was refused: got %d, the other provider was called %d times", res.status, len(other.received()))
 	}
 	if res := patch(`{"base_url":"` + p.provider.url + `/v1","name":"same place"}`); res.status != 200 { // unchanged: needs no key
 		t.Errorf("got %d %s", res.status, res.body)
@@ -49,18 +49,18 @@ func TestUpstreamChanges(t *testing.T) {
 	if res := patch(`{"base_url":"` + other.url + `","api_key":"` + other.key + `"}`); res.status != 200 {
 		t.Fatalf("got %d %s", res.status, res.body)
 	}
-	if res := p.chat(); res.status != 200 || other.last(t).header.Get("Authorization") != "Bearer "+other.key {
+	if res := p.chat(); res.status != 200 || other.lastRequest(t).header.Get("Authorization") != "Bearer "+other.key {
 		t.Errorf("got %d", res.status)
 	}
 	// Sealed for one row and host: moved by hand in the database, it opens nowhere.
-	if _, err := p.in.store.write.ExecContext(t.Context(), `UPDATE upstreams SET base_url = ?`, p.provider.url+"/v1"); err != nil {
+	if _, err := p.instance.store.writeDB.ExecContext(t.Context(), `UPDATE upstreams SET base_url = ?`, p.provider.url+"/v1"); err != nil {
 		t.Fatal(err)
 	}
-	before := len(p.provider.got())
+	before := len(p.provider.received())
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"is_active":true}`, 200, nil) // read anew
 	p.allowErrors = true
-	if res := p.chat(); res.status != 503 || len(p.provider.got()) != before {
-		t.Errorf("with a moved URL: got %d, %d calls", res.status, len(p.provider.got())-before)
+	if res := p.chat(); res.status != 503 || len(p.provider.received()) != before {
+		t.Errorf("with a moved URL: got %d, %d calls", res.status, len(p.provider.received())-before)
 	}
 }
 
@@ -76,9 +76,9 @@ func TestUpstreamChoice(t *testing.T) {
 	p.manage("POST", path, `{"name":"second","api_key":"`+second.key+`","base_url":"`+second.url+`","priority":1,"organization":"org-2","openai_project":"proj-2"}`, 201, &u)
 	calledSecond := func() bool {
 		t.Helper()
-		before := len(second.got())
+		before := len(second.received())
 		p.chat()
-		return len(second.got()) > before
+		return len(second.received()) > before
 	}
 	for _, c := range []struct {
 		path, body string
@@ -98,26 +98,26 @@ func TestUpstreamChoice(t *testing.T) {
 			t.Errorf("after %s: the second one was called: %v", c.body, !c.second)
 		}
 	}
-	if got := second.last(t).header; got.Get("Openai-Organization") != "org-2" || got.Get("Openai-Project") != "proj-2" {
+	if got := second.lastRequest(t).header; got.Get("Openai-Organization") != "org-2" || got.Get("Openai-Project") != "proj-2" {
 		t.Errorf("account headers: %v", got["Openai-Organization"])
 	}
 	p.manage("DELETE", path+"/"+u.ID, "", 200, nil)
-	refused(t, "deleted", p.manageAs(p.adminKey, "GET", path+"/"+u.ID, ""), 404, "")
-	refused(t, "deleted twice", p.manageAs(p.adminKey, "DELETE", path+"/"+u.ID, ""), 404, "")
+	expectParamError(t, "deleted", p.manageAs(p.adminKey, "GET", path+"/"+u.ID, ""), 404, "")
+	expectParamError(t, "deleted twice", p.manageAs(p.adminKey, "DELETE", path+"/"+u.ID, ""), 404, "")
 	var sealed int
-	if err := p.in.store.read.QueryRowContext(t.Context(), `SELECT length(sealed_key) FROM upstreams WHERE id = ?`, u.ID).Scan(&sealed); err != nil || sealed != 0 {
+	if err := p.instance.store.readDB.QueryRowContext(t.Context(), `SELECT length(sealed_key) FROM upstreams WHERE id = ?`, u.ID).Scan(&sealed); err != nil || sealed != 0 {
 		t.Errorf("its key is %d bytes long still: %v", sealed, err)
 	}
 	if calledSecond() {
 		t.Error("a deleted upstream was called")
 	}
 	p.manage("DELETE", path+"/"+p.upstream, "", 200, nil)
-	if res := p.chat(); res.status != 404 || res.code() != "no_upstream" {
+	if res := p.chat(); res.status != 404 || res.errorCode() != "no_upstream" {
 		t.Errorf("without any: got %d %s", res.status, res.body)
 	}
 	var project struct{ ID string }
 	p.manage("POST", "/manage/projects", `{"name":"another"}`, 201, &project)
-	refused(t, "through another project", p.manageAs(p.adminKey, "GET", "/manage/projects/"+project.ID+"/upstreams/"+p.upstream, ""), 404, "")
+	expectParamError(t, "through another project", p.manageAs(p.adminKey, "GET", "/manage/projects/"+project.ID+"/upstreams/"+p.upstream, ""), 404, "")
 }
 
 // TestProjectEnds: an inactive project's tokens are refused at once and work
@@ -130,7 +130,7 @@ func TestProjectEnds(t *testing.T) {
 		t.Fatalf("got %d", res.status)
 	}
 	p.manage("PATCH", path, `{"is_active":false}`, 200, nil)
-	if res := p.chat(); res.status != 403 || res.code() != "project_inactive" {
+	if res := p.chat(); res.status != 403 || res.errorCode() != "project_inactive" {
 		t.Errorf("inactive: got %d %s", res.status, res.body)
 	}
 	p.manage("PATCH", path, `{"is_active":true}`, 200, nil)
@@ -140,18 +140,18 @@ func TestProjectEnds(t *testing.T) {
 	_, unused := p.newToken(`"name":"never used"`)
 	p.manage("DELETE", path, "", 200, nil)
 	for _, token := range []string{p.token, unused} {
-		if res := p.chatAs(token); res.status != 401 || res.code() != "invalid_api_key" {
+		if res := p.chatAs(token); res.status != 401 || res.errorCode() != "invalid_api_key" {
 			t.Errorf("deleted: got %d %s", res.status, res.body)
 		}
 	}
 	for _, c := range [][3]string{{"GET", path}, {"DELETE", path}, {"PATCH", path, `{"is_active":true}`}, {"POST", path + "/upstreams", `{"name":"x","api_key":"sk-0123456789abcdef"}`},
 		{"GET", path + "/upstreams/" + p.upstream}, {"POST", path + "/tokens/revoke"}} {
-		refused(t, c[0]+" "+c[1], p.manageAs(p.adminKey, c[0], c[1], c[2]), 404, "")
+		expectParamError(t, c[0]+" "+c[1], p.manageAs(p.adminKey, c[0], c[1], c[2]), 404, "")
 	}
-	refused(t, "a token of it", p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`"}`), 400, "project_id")
-	refused(t, "rotation", p.manageAs(p.adminKey, "POST", "/manage/tokens/"+p.tokenID+"/rotate", ""), 400, "")
+	expectParamError(t, "a token of it", p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`"}`), 400, "project_id")
+	expectParamError(t, "rotation", p.manageAs(p.adminKey, "POST", "/manage/tokens/"+p.tokenID+"/rotate", ""), 400, "")
 	var sealed int
-	if err := p.in.store.read.QueryRowContext(t.Context(), `SELECT sum(length(sealed_key)) FROM upstreams`).Scan(&sealed); err != nil || sealed != 0 {
+	if err := p.instance.store.readDB.QueryRowContext(t.Context(), `SELECT sum(length(sealed_key)) FROM upstreams`).Scan(&sealed); err != nil || sealed != 0 {
 		t.Errorf("%d bytes of its keys are left: %v", sealed, err)
 	}
 	var again struct{ ID string }
@@ -183,14 +183,14 @@ func TestPolicies(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	models := `{"object":"list","data":[{"id":"gpt-4o"},{"id":"gpt-4o-mini"},{"id":"gpt-5"},{"id":"vendor/m:free"},{"id":"ft:gpt-4o:org::1"}]}`
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		switch {
 		case r.target == "/v1/models":
 			return c.reply(200, models)
 		case strings.HasPrefix(r.target, "/v1/models/"):
 			return c.reply(200, `{"id":"`+strings.TrimPrefix(r.target, "/v1/models/")+`","object":"model"}`)
 		}
-		return answerChat(c, r)
+		return chatScript(c, r)
 	})
 	const chat, none = "/v1/chat/completions", ""
 	for i, c := range []struct {
@@ -211,31 +211,31 @@ func TestPolicies(t *testing.T) {
 		{`{"models":["ft:*"]}`, `{}`, "GET", "/v1/models/ft:gpt-4o:org::1", none, 200, "", `{"id":"ft:gpt-4o:org::1","object":"model"}`},
 		{`{}`, `{"models":["vendor/*"]}`, "GET", "/v1/models/vendor/m:free", none, 200, "", `{"id":"vendor/m:free","object":"model"}`},
 		{`{}`, `{"models":["vendor/x"]}`, "GET", "/v1/models/vendor/m:free", none, 403, "model", ""},
-		{`{}`, `{"models":["gpt-4o-mini"]}`, "POST", chat, chatBody(), 200, "", chatAnswer},
+		{`{}`, `{"models":["gpt-4o-mini"]}`, "POST", chat, chatBody(), 200, "", chatResponseBody},
 		{`{}`, `{"models":["gpt-4o"]}`, "POST", chat, chatBody(), 403, "model", ""},
 		{`{"models":["gpt-5"]}`, `{"models":["gpt-4o-mini"]}`, "POST", chat, chatBody(), 403, "model", ""},
 		{`{"models":[]}`, `{}`, "POST", chat, chatBody(), 403, "model", ""},
 		{`{"models":["GPT-4o-mini"]}`, `{}`, "POST", chat, chatBody(), 403, "model", ""},
 		{`{"models":["gpt-4o-mini"]}`, `{}`, "POST", chat, `{"messages":[]}`, 403, "model", ""},
-		{`{}`, `{"endpoints":["/v1/chat/completions"]}`, "POST", chat, chatBody(), 200, "", chatAnswer},
-		{`{}`, `{"endpoints":["POST /v1/chat/completions"]}`, "POST", chat, chatBody(), 200, "", chatAnswer},
-		{`{}`, `{"endpoints":["/v1/chat/*"]}`, "POST", chat, chatBody(), 200, "", chatAnswer},
-		{`{}`, `{"endpoints":["*"]}`, "POST", chat, chatBody(), 200, "", chatAnswer},
+		{`{}`, `{"endpoints":["/v1/chat/completions"]}`, "POST", chat, chatBody(), 200, "", chatResponseBody},
+		{`{}`, `{"endpoints":["POST /v1/chat/completions"]}`, "POST", chat, chatBody(), 200, "", chatResponseBody},
+		{`{}`, `{"endpoints":["/v1/chat/*"]}`, "POST", chat, chatBody(), 200, "", chatResponseBody},
+		{`{}`, `{"endpoints":["*"]}`, "POST", chat, chatBody(), 200, "", chatResponseBody},
 		{`{}`, `{"endpoints":["/v1/chat/*"]}`, "POST", "/v1/embeddings", `{"model":"m","input":"x"}`, 403, "", ""},
 		{`{"endpoints":["/v1/embeddings"]}`, `{"endpoints":["*"]}`, "POST", chat, chatBody(), 403, "", ""},
 		{`{"endpoints":[]}`, `{}`, "GET", "/v1/models", none, 403, "", ""},
 		{`{"endpoints":["/v1/models"]}`, `{}`, "GET", "/v1/models/gpt-4o", none, 403, "", ""},
 		{`{"endpoints":["/v1/models*"]}`, `{}`, "GET", "/v1/models/gpt-4o", none, 200, "", `{"id":"gpt-4o","object":"model"}`},
 		{`{}`, `{}`, "GET", "/v1/files", none, 403, "", ""},
-		{`{"stateful":true}`, `{}`, "GET", "/v1/files", none, 200, "", chatAnswer},
+		{`{"stateful":true}`, `{}`, "GET", "/v1/files", none, 200, "", chatResponseBody},
 		{`{"stateful":true}`, `{"endpoints":["/v1/chat/*"]}`, "GET", "/v1/files", none, 403, "", ""},
 		{`{"stateful":false}`, `{}`, "GET", "/v1/responses/resp_1", none, 403, "", ""},
 		{`{}`, `{}`, "POST", "/v1/responses", `{"model":"m","input":"x","previous_response_id":"resp_1"}`, 403, "previous_response_id", ""},
-		{`{"stateful":true}`, `{}`, "POST", "/v1/responses", `{"model":"m","input":"x","previous_response_id":"resp_1"}`, 200, "", chatAnswer},
+		{`{"stateful":true}`, `{}`, "POST", "/v1/responses", `{"model":"m","input":"x","previous_response_id":"resp_1"}`, 200, "", chatResponseBody},
 	} {
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":`+c.project+`}`, 200, nil)
 		p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":`+c.token+`}`, 200, nil)
-		before := len(p.provider.got())
+		before := len(p.provider.received())
 		headers := []string{"Authorization", "Bearer " + p.token}
 		if c.body != "" {
 			headers = append(headers, "Content-Type", "application/json")
@@ -243,7 +243,7 @@ func TestPolicies(t *testing.T) {
 		res := p.do(c.method, c.path, c.body, headers...)
 		what := fmt.Sprintf("%d: %s with %s and %s", i, c.path, c.project, c.token)
 		if c.status != 200 {
-			if refused(t, what, res, c.status, c.param); len(p.provider.got()) != before {
+			if expectParamError(t, what, res, c.status, c.param); len(p.provider.received()) != before {
 				t.Errorf("%s: the provider was called", what)
 			}
 			continue
@@ -253,7 +253,7 @@ func TestPolicies(t *testing.T) {
 		}
 	}
 	// A token's policy cannot turn stateful endpoints on.
-	refused(t, "stateful token", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"stateful":true}}`), 400, "policy.stateful")
+	expectParamError(t, "stateful token", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"stateful":true}}`), 400, "policy.stateful")
 	var v struct{ Policy map[string]any }
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":null}`, 200, &v)
 	if len(v.Policy) != 0 {

@@ -24,9 +24,9 @@ func (p *testProxy) newKey(name, role string) (id, key string) {
 	return v.ID, v.Key
 }
 
-// refused fails the test unless an answer is a refusal in OpenAI's shape that
+// expectParamError fails the test unless an answer is a refusal in OpenAI's shape that
 // names param.
-func refused(t *testing.T, what string, res answer, status int, param string) {
+func expectParamError(t *testing.T, what string, res testResponse, status int, param string) {
 	t.Helper()
 	var e struct {
 		Error struct {
@@ -56,7 +56,7 @@ func TestManageRoles(t *testing.T) {
 	revokedID, revoked := p.newKey("r", "admin")
 	p.manage("DELETE", "/manage/keys/"+revokedID, "", 200, nil)
 	expiredID, expired := p.newKey("e", "admin")
-	if _, err := p.in.store.write.ExecContext(t.Context(), `UPDATE management_keys SET expires_at = ? WHERE id = ?`, time.Now().UnixMilli()-1, expiredID); err != nil {
+	if _, err := p.instance.store.writeDB.ExecContext(t.Context(), `UPDATE management_keys SET expires_at = ? WHERE id = ?`, time.Now().UnixMilli()-1, expiredID); err != nil {
 		t.Fatal(err)
 	}
 	denied := func(key, scheme string) func(manageRoute) []string { // header pairs, for no role at all
@@ -78,8 +78,8 @@ func TestManageRoles(t *testing.T) {
 			return []string{"Authorization", "Bearer " + viewer, "Authorization", "Bearer " + p.adminKey}
 		}, 0},
 	} {
-		for _, rt := range p.in.manage.manageTable() {
-			method, path := p.fill(rt.pattern)
+		for _, rt := range p.instance.dispatchManage.manageTable() {
+			method, path := p.operationPath(rt.pattern)
 			addresses++ // one each, for an address that fails often is slowed down
 			headers := append(c.headers(rt), "X-Forwarded-For", fmt.Sprintf("10.%d.%d.1", addresses/256, addresses%256))
 			res := p.do(method, path+"?no_such=1", "", headers...)
@@ -87,7 +87,7 @@ func TestManageRoles(t *testing.T) {
 			switch {
 			case c.rank == 0:
 				want = 401
-			case c.rank < rt.need.rank():
+			case c.rank < rt.minRole.rank():
 				want = 403
 			}
 			if res.status != want {
@@ -110,7 +110,7 @@ func TestManageRoles(t *testing.T) {
 func TestManageGuessing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
-	for range failuresAllowed {
+	for range maxAuthFailures {
 		if res := p.manageAs("guess", "GET", "/manage/projects", "", "X-Forwarded-For", "192.0.2.7"); res.status != 401 {
 			t.Fatalf("got %d", res.status)
 		}
@@ -158,17 +158,17 @@ func TestManageBodies(t *testing.T) {
 		{`{"name":"x","api_key":"sk-aaaaaaaaaaaaaaaaaaaa","provider":"openai2"}`, 400, "provider"}, {`{"name":"x","api_key":"sk-aaaaaaaaaaaaaaaaaaaa","provider":"azure"}`, 400, "base_url"},
 		{`{"name":"x","api_key":"sk-aaaaaaaaaaaaaaaaaaaa","base_url":"ftp://x"}`, 400, "base_url"}, {`{"name":"x","api_key":""}`, 400, "api_key"},
 		{`{"name":"x","api_key":"sk-aaaa aaaaaaaaaaaaa"}`, 400, "api_key"}, {`{"name":"x","api_key":"sk-...abcd"}`, 400, "api_key"}, {`{"name":"x","api_key":"********abcd"}`, 400, "api_key"},
-		{`{"name":"` + strings.Repeat("x", maxManageBody) + `"}`, 413, ""}, {`{"name":"test"}`, 400, "name"},
+		{`{"name":"` + strings.Repeat("x", maxManageBodyBytes) + `"}`, 413, ""}, {`{"name":"test"}`, 400, "name"},
 	} {
-		refused(t, clip(c.body, 80), p.manageAs(p.adminKey, "POST", "/manage/projects", c.body), c.status, c.param)
+		expectParamError(t, clip(c.body, 80), p.manageAs(p.adminKey, "POST", "/manage/projects", c.body), c.status, c.param)
 	}
 	for _, kind := range []string{"text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "application/jsonp", "application/json, text/plain"} {
-		refused(t, kind, p.do("POST", "/manage/projects", `{"name":"x"}`, "Authorization", "Bearer "+p.adminKey, "Content-Type", kind), 415, "")
+		expectParamError(t, kind, p.do("POST", "/manage/projects", `{"name":"x"}`, "Authorization", "Bearer "+p.adminKey, "Content-Type", kind), 415, "")
 	}
 	for _, site := range []string{"cross-site", "same-site"} {
-		refused(t, site, p.manageAs(p.adminKey, "POST", "/manage/projects", `{"name":"x"}`, "Sec-Fetch-Site", site), 403, "")
+		expectParamError(t, site, p.manageAs(p.adminKey, "POST", "/manage/projects", `{"name":"x"}`, "Sec-Fetch-Site", site), 403, "")
 	}
-	refused(t, "Origin", p.manageAs(p.adminKey, "POST", "/manage/projects", `{"name":"x"}`, "Origin", "https://evil.example.com"), 403, "")
+	expectParamError(t, "Origin", p.manageAs(p.adminKey, "POST", "/manage/projects", `{"name":"x"}`, "Origin", "https://evil.example.com"), 403, "")
 	var l struct{ Data []struct{ Name string } }
 	if p.manage("GET", "/manage/projects", "", 200, &l); len(l.Data) != 1 {
 		t.Errorf("something was stored: %v", l)
@@ -184,9 +184,9 @@ func TestManageQueries(t *testing.T) {
 		{"limit=", "limit"}, {"name=", "name"}, {"after=x", "after"}, {"after=-1.", "after"}, {"after=zzzzzzzzzzzzzzzz.", "after"}, {"after=1.%25zz", "after"},
 		{"active=yes", "active"}, {"active=True", "active"}, {"sort=%3Bdrop", "sort"}, {"offset=-1", "offset"}, {"Name=x", "Name"}, {"name=a&name=b", "name"},
 		{"name=%zz", ""}, {"a;b", ""}} {
-		refused(t, c[0], p.manageAs(p.adminKey, "GET", "/manage/projects?"+c[0], ""), 400, c[1])
+		expectParamError(t, c[0], p.manageAs(p.adminKey, "GET", "/manage/projects?"+c[0], ""), 400, c[1])
 	}
-	refused(t, "no such project", p.manageAs(p.adminKey, "GET", "/manage/tokens?project_id=proj_x", ""), 400, "project_id")
+	expectParamError(t, "no such project", p.manageAs(p.adminKey, "GET", "/manage/tokens?project_id=proj_x", ""), 400, "project_id")
 	names := []string{"50% off", "50_ off", "50x off", "Ünï", "a'b\"c", `back\slash`, "50", "\U0010ffff"}
 	for _, n := range names {
 		p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":%s}`, quote(n)), 201, nil)
@@ -283,10 +283,10 @@ func TestManageVersions(t *testing.T) {
 			if method == "PATCH" {
 				body = `{"name":"second"}`
 			}
-			refused(t, method+" "+path, p.manageAs(p.adminKey, method, path, body, "If-Match", etag), 412, "")
+			expectParamError(t, method+" "+path, p.manageAs(p.adminKey, method, path, body, "If-Match", etag), 412, "")
 		}
 		for _, odd := range []string{"x", `"x"`, `W/"1"`, `"1", "2"`, "-1", "0", `""`} {
-			refused(t, odd, p.manageAs(p.adminKey, "PATCH", path, `{"name":"second"}`, "If-Match", odd), 400, "If-Match")
+			expectParamError(t, odd, p.manageAs(p.adminKey, "PATCH", path, `{"name":"second"}`, "If-Match", odd), 400, "If-Match")
 		}
 		var v struct{ Name string }
 		if p.manage("GET", path, "", 200, &v); v.Name != "first" {
@@ -330,7 +330,7 @@ func TestManageURLs(t *testing.T) {
 		{"PUT", "/manage/projects", 405}, {"DELETE", "/manage/projects", 405}, {"POST", "/manage/usage", 405}, {"TRACE", "/manage/tokens", 405},
 		{"GET", "/manage/requests/req_zzzzzzzzzzzzz", 404}, {"GET", "/manage/requests/req_0000000000001", 404}, {"DELETE", "/manage/prices/price_x", 404},
 	} {
-		refused(t, c.method+" "+c.path, p.manageAs(p.adminKey, c.method, c.path, ""), c.status, "")
+		expectParamError(t, c.method+" "+c.path, p.manageAs(p.adminKey, c.method, c.path, ""), c.status, "")
 	}
 	if res := p.manageAs(p.adminKey, "HEAD", "/manage/projects", ""); res.status != 200 || res.body != "" {
 		t.Errorf("HEAD: got %d", res.status)
@@ -338,7 +338,7 @@ func TestManageURLs(t *testing.T) {
 	if res := p.manageAs(p.adminKey, "PUT", "/manage/projects", ""); res.header.Get("Allow") != "GET, POST" {
 		t.Errorf("Allow: %s", res.header.Get("Allow"))
 	}
-	for _, res := range []answer{p.manageAs(p.adminKey, "GET", "/manage/projects", ""), p.do("GET", "/manage/projects", "")} {
+	for _, res := range []testResponse{p.manageAs(p.adminKey, "GET", "/manage/projects", ""), p.do("GET", "/manage/projects", "")} {
 		if res.header.Get("Cache-Control") != "no-store" || !strings.HasPrefix(res.header.Get("X-Request-Id"), "req_") || res.header.Get("Content-Type") != "application/json" {
 			t.Errorf("headers: %v", http.Header(res.header))
 		}

@@ -16,29 +16,29 @@ type tokenView struct {
 	ProjectID         string          `json:"project_id"`
 	Name              string          `json:"name"`
 	IsActive          bool            `json:"is_active"` // by itself; its project may be inactive
-	ExpiresAt         *stamp          `json:"expires_at"`
+	ExpiresAt         *timestamp      `json:"expires_at"`
 	IdleExpiryMinutes *int64          `json:"idle_expiry_minutes"`
-	RevokedAt         *stamp          `json:"revoked_at"`
+	RevokedAt         *timestamp      `json:"revoked_at"`
 	MaxRequests       *int64          `json:"max_requests"`
 	RequestCount      int64           `json:"request_count"`
 	Policy            json.RawMessage `json:"policy"`
-	LastUsedAt        *stamp          `json:"last_used_at"`
-	OverlapUntil      *stamp          `json:"overlap_until"` // until then the value before the last rotation works too
+	LastUsedAt        *timestamp      `json:"last_used_at"`
+	OverlapUntil      *timestamp      `json:"overlap_until"` // until then the value before the last rotation works too
 	Version           int64           `json:"version"`
-	CreatedAt         stamp           `json:"created_at"`
-	UpdatedAt         stamp           `json:"updated_at"`
+	CreatedAt         timestamp       `json:"created_at"`
+	UpdatedAt         timestamp       `json:"updated_at"`
 	Limits            []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one token that is read
 	Token             string          `json:"token,omitempty"`
 }
 
-func (api *manageAPI) showToken(t *tokenRow, now time.Time) tokenView {
+func (api *manageAPI) newTokenView(t *tokenRow, now time.Time) tokenView {
 	ms := now.UnixMilli()
-	t = api.limits.upToDate(t, ms)
-	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: stampOf(t.expiresAt), RevokedAt: stampOf(t.revokedAt),
-		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: stampOf(t.lastUsedAt),
-		Version: t.version, CreatedAt: stamp(t.createdAt), UpdatedAt: stamp(t.updatedAt)}
+	t = api.limits.withLiveUsage(t, ms)
+	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: newTimestamp(t.expiresAt), RevokedAt: newTimestamp(t.revokedAt),
+		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: newTimestamp(t.lastUsedAt),
+		Version: t.version, CreatedAt: timestamp(t.createdAt), UpdatedAt: timestamp(t.updatedAt)}
 	if t.oldHashUntil != nil && *t.oldHashUntil > ms {
-		v.OverlapUntil = stampOf(t.oldHashUntil)
+		v.OverlapUntil = newTimestamp(t.oldHashUntil)
 	}
 	if t.idleExpiry != nil {
 		v.IdleExpiryMinutes = new(*t.idleExpiry / time.Minute.Milliseconds())
@@ -48,31 +48,31 @@ func (api *manageAPI) showToken(t *tokenRow, now time.Time) tokenView {
 	return v
 }
 
-func (api *manageAPI) listTokens(r *manageRequest) (*reply, error) {
-	page, err := r.page("project_id", "active", "name")
+func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery("project_id", "active", "name")
 	if err != nil {
 		return nil, err
 	}
 	f := tokenFilter{project: r.query.Get("project_id"), prefix: r.query.Get("name"), afterSeq: page.seq, afterName: page.name,
 		limit: page.limit + 1, now: r.now.UnixMilli()}
-	if f.active, err = r.boolean("active"); err != nil {
+	if f.active, err = r.boolParam("active"); err != nil {
 		return nil, err
 	}
 	if f.project != "" {
 		if _, err := api.store.projectByID(r.ctx, f.project); err != nil {
-			return nil, unknownProject(err)
+			return nil, asProjectFieldError(err)
 		}
 	}
 	rows, err := api.store.listTokens(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, page.limit,
-		func(t *tokenRow) tokenView { return api.showToken(t, r.now) },
-		func(t *tokenRow) string { return cursor(t.seq, t.name) })}, nil
+	return &manageResponse{body: newListPage(rows, page.limit,
+		func(t *tokenRow) tokenView { return api.newTokenView(t, r.now) },
+		func(t *tokenRow) string { return formatCursor(t.seq, t.name) })}, nil
 }
 
-func unknownProject(err error) error {
+func asProjectFieldError(err error) error {
 	if errors.Is(err, errNotFound) {
 		return &fieldError{"project_id", "names no project"}
 	}
@@ -81,11 +81,11 @@ func unknownProject(err error) error {
 
 // A tokenInput is what an admin may say about a token.
 type tokenInput struct {
-	projectID, name          opt[string]
-	minutes, hours, days     opt[int64]
-	expiresAt                opt[string]
-	idleMinutes, maxRequests opt[int64]
-	policy                   opt[json.RawMessage]
+	projectID, name          optional[string]
+	minutes, hours, days     optional[int64]
+	expiresAt                optional[string]
+	idleMinutes, maxRequests optional[int64]
+	policy                   optional[json.RawMessage]
 }
 
 func (in *tokenInput) fields() map[string]any {
@@ -93,7 +93,7 @@ func (in *tokenInput) fields() map[string]any {
 		"expires_at": &in.expiresAt, "idle_expiry_minutes": &in.idleMinutes, "max_requests": &in.maxRequests, "policy": &in.policy}
 }
 
-func tokenNullable() []string {
+func nullableTokenFields() []string {
 	return []string{"expires_at", "idle_expiry_minutes", "max_requests", "policy"}
 }
 
@@ -106,21 +106,21 @@ func (in *tokenInput) expiry(now time.Time) (at *int64, ok bool, err error) {
 	given := 0
 	for _, l := range []struct {
 		name string
-		in   opt[int64]
+		in   optional[int64]
 		unit time.Duration
 	}{{"duration_minutes", in.minutes, time.Minute}, {"duration_hours", in.hours, time.Hour}, {"expires_in_days", in.days, 24 * time.Hour}} {
 		if !l.in.set {
 			continue
 		}
 		given++
-		if l.in.v < 1 || l.in.v > int64(maxLifetime/l.unit) {
+		if l.in.value < 1 || l.in.value > int64(maxLifetime/l.unit) {
 			return nil, false, &fieldError{l.name, "must be a whole number from 1 to 100 years' worth"}
 		}
-		at = new(now.Add(time.Duration(l.in.v) * l.unit).UnixMilli())
+		at = new(now.Add(time.Duration(l.in.value) * l.unit).UnixMilli())
 	}
 	if in.expiresAt.set {
 		given++
-		if at, err = futureTime("expires_at", in.expiresAt, now); err != nil {
+		if at, err = parseFutureTime("expires_at", in.expiresAt, now); err != nil {
 			return nil, false, err
 		}
 	}
@@ -130,12 +130,12 @@ func (in *tokenInput) expiry(now time.Time) (at *int64, ok bool, err error) {
 	return at, given == 1, nil
 }
 
-// futureTime reads an RFC 3339 time after now; null is nil: never.
-func futureTime(name string, in opt[string], now time.Time) (*int64, error) {
-	if !in.given() {
+// parseFutureTime reads an RFC 3339 time after now; null is nil: never.
+func parseFutureTime(name string, in optional[string], now time.Time) (*int64, error) {
+	if !in.hasValue() {
 		return nil, nil
 	}
-	t, err := time.Parse(time.RFC3339, in.v)
+	t, err := time.Parse(time.RFC3339, in.value)
 	if err != nil {
 		return nil, &fieldError{name, "must be a time such as 2027-01-31T00:00:00Z, or null for never"}
 	}
@@ -147,10 +147,10 @@ func futureTime(name string, in opt[string], now time.Time) (*int64, error) {
 
 func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
 	if in.name.set {
-		if err := checkName(in.name.v); err != nil {
+		if err := validateName(in.name.value); err != nil {
 			return err
 		}
-		t.name = in.name.v
+		t.name = in.name.value
 	}
 	at, ok, err := in.expiry(now)
 	if err != nil {
@@ -162,23 +162,23 @@ func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
 	if in.idleMinutes.set {
 		t.idleExpiry = nil
 		if !in.idleMinutes.null {
-			if in.idleMinutes.v < 1 || in.idleMinutes.v > int64(maxLifetime/time.Minute) {
+			if in.idleMinutes.value < 1 || in.idleMinutes.value > int64(maxLifetime/time.Minute) {
 				return &fieldError{"idle_expiry_minutes", "must be a whole number from 1 to 100 years' worth, or null"}
 			}
-			t.idleExpiry = new(in.idleMinutes.v * time.Minute.Milliseconds())
+			t.idleExpiry = new(in.idleMinutes.value * time.Minute.Milliseconds())
 		}
 	}
 	if in.maxRequests.set {
 		t.maxRequests = nil
 		if !in.maxRequests.null {
-			if in.maxRequests.v < 0 || in.maxRequests.v > math.MaxInt64/2 {
+			if in.maxRequests.value < 0 || in.maxRequests.value > math.MaxInt64/2 {
 				return &fieldError{"max_requests", "must be 0 (none) or more, or null (unlimited)"}
 			}
-			t.maxRequests = new(in.maxRequests.v)
+			t.maxRequests = new(in.maxRequests.value)
 		}
 	}
 	if in.policy.set {
-		p, err := parsePolicy(orEmpty(in.policy), false)
+		p, err := parsePolicy(objectOrEmpty(in.policy), false)
 		if err != nil {
 			return err
 		}
@@ -187,36 +187,36 @@ func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
 	return nil
 }
 
-// defaultLifetime is for a token whose maker says nothing about its end.
-const defaultLifetime = 30 * 24 * time.Hour
+// defaultTokenLifetime is for a token whose maker says nothing about its end.
+const defaultTokenLifetime = 30 * 24 * time.Hour
 
-func (api *manageAPI) createToken(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
 	var in tokenInput
 	fields := in.fields()
 	fields["project_id"] = &in.projectID
-	if err := decodeObject(r.body, fields, tokenNullable()...); err != nil {
+	if err := decodeObject(r.body, fields, nullableTokenFields()...); err != nil {
 		return nil, err
 	}
-	if !in.projectID.given() {
+	if !in.projectID.hasValue() {
 		return nil, &fieldError{"project_id", "is needed"}
 	}
 	now := r.now.UnixMilli()
-	t := &tokenRow{projectID: in.projectID.v, name: "unnamed", policy: "{}", createdAt: now, updatedAt: now,
-		expiresAt: new(r.now.Add(defaultLifetime).UnixMilli())}
+	t := &tokenRow{projectID: in.projectID.value, name: "unnamed", policy: "{}", createdAt: now, updatedAt: now,
+		expiresAt: new(r.now.Add(defaultTokenLifetime).UnixMilli())}
 	if err := in.apply(t, r.now); err != nil {
 		return nil, err
 	}
-	value, err := api.mintToken(r.ctx, r.by, t)
+	value, err := api.mintToken(r.ctx, r.origin, t)
 	if err != nil {
-		return nil, unknownProject(err)
+		return nil, asProjectFieldError(err)
 	}
-	v := api.showToken(t, r.now)
+	v := api.newTokenView(t, r.now)
 	v.Token = value()
-	return &reply{http.StatusCreated, t.version, v}, nil
+	return &manageResponse{http.StatusCreated, t.version, v}, nil
 }
 
 // mintToken gives t a value and stores it.
-func (api *manageAPI) mintToken(ctx context.Context, by origin, t *tokenRow) (secret, error) {
+func (api *manageAPI) mintToken(ctx context.Context, by auditOrigin, t *tokenRow) (secret, error) {
 	for range 5 { // a public part that is taken is a matter of luck
 		value, public := mintCredential(tokenPrefix, "")
 		hash, _, _ := hashCredential(tokenPrefix, value())
@@ -230,21 +230,21 @@ func (api *manageAPI) mintToken(ctx context.Context, by origin, t *tokenRow) (se
 	return nil, errors.New("no free token id was found")
 }
 
-func (api *manageAPI) getToken(r *manageRequest) (*reply, error) {
-	t, err := api.store.tokenByID(r.ctx, r.path("id"))
+func (api *manageAPI) getToken(r *manageRequest) (*manageResponse, error) {
+	t, err := api.store.tokenByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	v := api.showToken(&t, r.now)
+	v := api.newTokenView(&t, r.now)
 	if v.Limits, err = api.limits.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
 		return nil, err
 	}
-	return &reply{0, t.version, v}, nil
+	return &manageResponse{0, t.version, v}, nil
 }
 
-func (api *manageAPI) patchToken(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchToken(r *manageRequest) (*manageResponse, error) {
 	var in tokenInput
-	if err := decodeObject(r.body, in.fields(), tokenNullable()...); err != nil {
+	if err := decodeObject(r.body, in.fields(), nullableTokenFields()...); err != nil {
 		return nil, err
 	}
 	return api.changeToken(r, func(t *tokenRow) error {
@@ -260,7 +260,7 @@ func errRevoked(what string) error {
 }
 
 // revokeToken ends a token for good. Revoking twice keeps the first time.
-func (api *manageAPI) revokeToken(r *manageRequest) (*reply, error) {
+func (api *manageAPI) revokeToken(r *manageRequest) (*manageResponse, error) {
 	return api.changeToken(r, func(t *tokenRow) error {
 		if t.revokedAt == nil {
 			t.revokedAt = new(r.now.UnixMilli())
@@ -270,30 +270,30 @@ func (api *manageAPI) revokeToken(r *manageRequest) (*reply, error) {
 }
 
 // changeToken stores a change and puts it in force before it returns.
-func (api *manageAPI) changeToken(r *manageRequest, change func(*tokenRow) error) (*reply, error) {
-	t, err := api.store.changeToken(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
+func (api *manageAPI) changeToken(r *manageRequest, change func(*tokenRow) error) (*manageResponse, error) {
+	t, err := api.store.changeToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}
 	if err := api.registry.tokenChanged(&t); err != nil {
 		return nil, err
 	}
-	return &reply{0, t.version, api.showToken(&t, r.now)}, nil
+	return &manageResponse{0, t.version, api.newTokenView(&t, r.now)}, nil
 }
 
 const (
-	defaultOverlap = 60
-	maxOverlap     = 30 * 24 * 60
+	defaultOverlapMinutes = 60
+	maxOverlapMinutes     = 30 * 24 * 60
 )
 
 // rotateToken gives a token a new value. Its id, limits and counts stay; the
 // value before works until the overlap ends, one before that no more.
-func (api *manageAPI) rotateToken(r *manageRequest) (*reply, error) {
-	overlap := opt[int64]{v: defaultOverlap}
+func (api *manageAPI) rotateToken(r *manageRequest) (*manageResponse, error) {
+	overlap := optional[int64]{value: defaultOverlapMinutes}
 	if err := decodeObject(r.body, map[string]any{"overlap_minutes": &overlap}); err != nil {
 		return nil, err
 	}
-	if overlap.v < 0 || overlap.v > maxOverlap {
+	if overlap.value < 0 || overlap.value > maxOverlapMinutes {
 		return nil, &fieldError{"overlap_minutes", "must be from 0 to 43200 (30 days)"}
 	}
 	var value secret
@@ -303,7 +303,7 @@ func (api *manageAPI) rotateToken(r *manageRequest) (*reply, error) {
 		}
 		value, _ = mintCredential(tokenPrefix, t.id[len("tok_"):])
 		hash, _, _ := hashCredential(tokenPrefix, value())
-		t.oldHash, t.oldHashUntil, t.hash = t.hash, new(r.now.UnixMilli()+overlap.v*time.Minute.Milliseconds()), hash[:]
+		t.oldHash, t.oldHashUntil, t.hash = t.hash, new(r.now.UnixMilli()+overlap.value*time.Minute.Milliseconds()), hash[:]
 		return nil
 	})
 	if err != nil {
@@ -316,108 +316,108 @@ func (api *manageAPI) rotateToken(r *manageRequest) (*reply, error) {
 }
 
 type keyView struct {
-	ID        string `json:"id"`
-	Name      string `json:"name"`
-	Role      role   `json:"role"`
-	IsActive  bool   `json:"is_active"`
-	ExpiresAt *stamp `json:"expires_at"`
-	RevokedAt *stamp `json:"revoked_at"`
-	Version   int64  `json:"version"`
-	CreatedAt stamp  `json:"created_at"`
-	UpdatedAt stamp  `json:"updated_at"`
-	Key       string `json:"key,omitempty"`
+	ID        string     `json:"id"`
+	Name      string     `json:"name"`
+	Role      role       `json:"role"`
+	IsActive  bool       `json:"is_active"`
+	ExpiresAt *timestamp `json:"expires_at"`
+	RevokedAt *timestamp `json:"revoked_at"`
+	Version   int64      `json:"version"`
+	CreatedAt timestamp  `json:"created_at"`
+	UpdatedAt timestamp  `json:"updated_at"`
+	Key       string     `json:"key,omitempty"`
 }
 
-func showKey(k *keyRow, now time.Time) keyView {
+func newKeyView(k *managementKeyRow, now time.Time) keyView {
 	active := k.revokedAt == nil && (k.expiresAt == nil || *k.expiresAt > now.UnixMilli())
-	return keyView{ID: k.id, Name: k.name, Role: role(k.role), IsActive: active, ExpiresAt: stampOf(k.expiresAt), RevokedAt: stampOf(k.revokedAt),
-		Version: k.version, CreatedAt: stamp(k.createdAt), UpdatedAt: stamp(k.updatedAt)}
+	return keyView{ID: k.id, Name: k.name, Role: role(k.role), IsActive: active, ExpiresAt: newTimestamp(k.expiresAt), RevokedAt: newTimestamp(k.revokedAt),
+		Version: k.version, CreatedAt: timestamp(k.createdAt), UpdatedAt: timestamp(k.updatedAt)}
 }
 
-func (api *manageAPI) listKeys(r *manageRequest) (*reply, error) {
-	page, err := r.page()
+func (api *manageAPI) listKeys(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery()
 	if err != nil {
 		return nil, err
 	}
-	rows, err := api.store.listKeys(r.ctx, page.seq, page.limit+1)
+	rows, err := api.store.listManagementKeys(r.ctx, page.seq, page.limit+1)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, page.limit,
-		func(k *keyRow) keyView { return showKey(k, r.now) },
-		func(k *keyRow) string { return cursor(k.seq, "") })}, nil
+	return &manageResponse{body: newListPage(rows, page.limit,
+		func(k *managementKeyRow) keyView { return newKeyView(k, r.now) },
+		func(k *managementKeyRow) string { return formatCursor(k.seq, "") })}, nil
 }
 
 // A keyInput is what an admin may say about a management key.
-type keyInput struct{ name, role, expiresAt opt[string] }
+type keyInput struct{ name, role, expiresAt optional[string] }
 
 func (in *keyInput) decode(body []byte) error {
 	return decodeObject(body, map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt}, "expires_at")
 }
 
-func (in *keyInput) apply(k *keyRow, now time.Time) error {
+func (in *keyInput) apply(k *managementKeyRow, now time.Time) error {
 	if in.name.set {
-		if err := checkName(in.name.v); err != nil {
+		if err := validateName(in.name.value); err != nil {
 			return err
 		}
-		k.name = in.name.v
+		k.name = in.name.value
 	}
 	if in.role.set {
-		if role(in.role.v).rank() == 0 {
+		if role(in.role.value).rank() == 0 {
 			return &fieldError{"role", "must be viewer, operator or admin"}
 		}
-		k.role = in.role.v
+		k.role = in.role.value
 	}
 	if in.expiresAt.set {
 		var err error
-		if k.expiresAt, err = futureTime("expires_at", in.expiresAt, now); err != nil {
+		if k.expiresAt, err = parseFutureTime("expires_at", in.expiresAt, now); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (api *manageAPI) createKey(r *manageRequest) (*reply, error) {
+func (api *manageAPI) createKey(r *manageRequest) (*manageResponse, error) {
 	var in keyInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
 	in.name.set, in.role.set = true, true // both are needed
-	k := &keyRow{createdAt: r.now.UnixMilli(), updatedAt: r.now.UnixMilli()}
+	k := &managementKeyRow{createdAt: r.now.UnixMilli(), updatedAt: r.now.UnixMilli()}
 	if err := in.apply(k, r.now); err != nil {
 		return nil, err
 	}
 	value := mintKey(k)
-	if err := api.store.addKey(r.ctx, r.by, k); err != nil {
+	if err := api.store.addManagementKey(r.ctx, r.origin, k); err != nil {
 		return nil, err
 	}
-	v := showKey(k, r.now)
+	v := newKeyView(k, r.now)
 	v.Key = value()
-	return &reply{http.StatusCreated, k.version, v}, nil
+	return &manageResponse{http.StatusCreated, k.version, v}, nil
 }
 
 // mintKey gives k an id and a value, which it returns.
-func mintKey(k *keyRow) secret {
-	value, public := mintCredential(keyPrefix, "")
-	hash, _, _ := hashCredential(keyPrefix, value())
+func mintKey(k *managementKeyRow) secret {
+	value, public := mintCredential(manageKeyPrefix, "")
+	hash, _, _ := hashCredential(manageKeyPrefix, value())
 	k.id, k.hash = "key_"+public, hash[:]
 	return value
 }
 
-func (api *manageAPI) getKey(r *manageRequest) (*reply, error) {
-	k, err := api.store.keyByID(r.ctx, r.path("id"))
+func (api *manageAPI) getKey(r *manageRequest) (*manageResponse, error) {
+	k, err := api.store.managementKeyByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	return &reply{0, k.version, showKey(&k, r.now)}, nil
+	return &manageResponse{0, k.version, newKeyView(&k, r.now)}, nil
 }
 
-func (api *manageAPI) patchKey(r *manageRequest) (*reply, error) {
+func (api *manageAPI) patchKey(r *manageRequest) (*manageResponse, error) {
 	var in keyInput
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	return api.changeKey(r, func(k *keyRow) error {
+	return api.changeKey(r, func(k *managementKeyRow) error {
 		if k.revokedAt != nil {
 			return errRevoked("key")
 		}
@@ -425,8 +425,8 @@ func (api *manageAPI) patchKey(r *manageRequest) (*reply, error) {
 	})
 }
 
-func (api *manageAPI) revokeKey(r *manageRequest) (*reply, error) {
-	return api.changeKey(r, func(k *keyRow) error {
+func (api *manageAPI) revokeKey(r *manageRequest) (*manageResponse, error) {
+	return api.changeKey(r, func(k *managementKeyRow) error {
 		if k.revokedAt == nil {
 			k.revokedAt = new(r.now.UnixMilli())
 		}
@@ -434,15 +434,15 @@ func (api *manageAPI) revokeKey(r *manageRequest) (*reply, error) {
 	})
 }
 
-// changeKey stores a change of a key. A key cannot take its own rights away:
+// rekeyDatabase stores a change of a key. A key cannot take its own rights away:
 // that would lock out who holds the only one.
-func (api *manageAPI) changeKey(r *manageRequest, change func(*keyRow) error) (*reply, error) {
-	if r.path("id") == r.actor.id {
+func (api *manageAPI) changeKey(r *manageRequest, change func(*managementKeyRow) error) (*manageResponse, error) {
+	if r.pathValue("id") == r.actor.id {
 		return nil, &fieldError{"", "A key cannot change or revoke itself. Use another admin key."}
 	}
-	k, err := api.store.changeKey(r.ctx, r.by, r.path("id"), r.match, r.now.UnixMilli(), change)
+	k, err := api.store.changeManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli(), change)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{0, k.version, showKey(&k, r.now)}, nil
+	return &manageResponse{0, k.version, newKeyView(&k, r.now)}, nil
 }

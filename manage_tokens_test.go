@@ -29,19 +29,19 @@ func TestTokenInput(t *testing.T) {
 		{`"name":""`, "name"}, {`"name":"a\nb"`, "name"}, {`"policy":{"stateful":true}`, "policy.stateful"}, {`"policy":{"models":[7]}`, "policy.models"}, {`"policy":1`, "policy"},
 		{`"request_count":0`, "request_count"}, {`"token":"x"`, "token"}, {`"revoked_at":null`, "revoked_at"}, {`"is_active":true`, "is_active"}, {`"hash":"x"`, "hash"},
 	} {
-		refused(t, "POST "+c[0], p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`",`+c[0]+`}`), 400, c[1])
-		refused(t, "PATCH "+c[0], p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{`+c[0]+`}`), 400, c[1])
+		expectParamError(t, "POST "+c[0], p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`",`+c[0]+`}`), 400, c[1])
+		expectParamError(t, "PATCH "+c[0], p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{`+c[0]+`}`), 400, c[1])
 	}
 	for _, c := range [][2]string{{`{}`, "project_id"}, {`{"project_id":""}`, "project_id"}, {`{"project_id":"proj_none"}`, "project_id"}, {`{"project_id":7}`, "project_id"},
 		{`{"project_id":"` + p.project + `","project_id":"` + p.project + `"}`, "project_id"}} {
-		refused(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/tokens", c[0]), 400, c[1])
+		expectParamError(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/tokens", c[0]), 400, c[1])
 	}
-	refused(t, "another project", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"project_id":"x"}`), 400, "project_id")
+	expectParamError(t, "another project", p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"project_id":"x"}`), 400, "project_id")
 	if after := p.manageAs(p.adminKey, "GET", "/manage/tokens/"+p.tokenID, "").body; after != before {
 		t.Errorf("it was %s and is %s", before, after)
 	}
 	for _, c := range [][2]string{{`{"overlap_minutes":-1}`, "overlap_minutes"}, {`{"overlap_minutes":43201}`, "overlap_minutes"}, {`{"overlap_minutes":null}`, "overlap_minutes"}, {`{"minutes":1}`, "minutes"}} {
-		refused(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/tokens/"+p.tokenID+"/rotate", c[0]), 400, c[1])
+		expectParamError(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/tokens/"+p.tokenID+"/rotate", c[0]), 400, c[1])
 	}
 	if res := p.chat(); res.status != 200 {
 		t.Errorf("after all that: got %d", res.status)
@@ -54,7 +54,7 @@ func TestTokenExpiry(t *testing.T) {
 	p := newTest(t, nil)
 	day := 24 * time.Hour
 	for fields, want := range map[string]time.Duration{
-		`"duration_minutes":5`: 5 * time.Minute, `"duration_hours":2`: 2 * time.Hour, `"expires_in_days":3`: 3 * day, `"name":"says nothing"`: defaultLifetime,
+		`"duration_minutes":5`: 5 * time.Minute, `"duration_hours":2`: 2 * time.Hour, `"expires_in_days":3`: 3 * day, `"name":"says nothing"`: defaultTokenLifetime,
 		`"expires_at":null`: 0, `"expires_in_days":36500`: maxLifetime,
 		`"expires_at":"` + time.Now().Add(36*time.Hour).In(time.FixedZone("", 2*3600+1800)).Format(time.RFC3339Nano) + `"`: 36 * time.Hour,
 	} {
@@ -86,10 +86,10 @@ func TestTokenExpiry(t *testing.T) {
 	// Expired and idle ones are refused, and shown as not active.
 	for column, at := range map[string]int64{"expires_at": now - 1, "idle_expiry": 1} {
 		id, token := p.newToken(`"name":"` + column + `"`)
-		if _, err := p.in.store.write.ExecContext(t.Context(), `UPDATE tokens SET created_at = 1, `+column+` = ? WHERE id = ?`, at, id); err != nil {
+		if _, err := p.instance.store.writeDB.ExecContext(t.Context(), `UPDATE tokens SET created_at = 1, `+column+` = ? WHERE id = ?`, at, id); err != nil {
 			t.Fatal(err)
 		}
-		if res := p.chatAs(token); res.status != 401 || res.code() != "invalid_api_key" {
+		if res := p.chatAs(token); res.status != 401 || res.errorCode() != "invalid_api_key" {
 			t.Errorf("%s: got %d %s", column, res.status, res.body)
 		}
 		for _, query := range []string{"?name=" + column + "&active=false", "?name=" + column} {
@@ -111,17 +111,17 @@ func TestTokenRevocation(t *testing.T) {
 	for _, operation := range [][2]string{{"DELETE", "/manage/tokens/%s"}, {"POST", "/manage/projects/" + p.project + "/tokens/revoke"}} {
 		id, token := p.newToken(`"name":"x"`)
 		started := make(chan struct{})
-		p.provider.answer(func(c *providerConn, r recorded) bool {
+		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 			if !strings.Contains(r.body, `"stream":true`) {
-				return answerChat(c, r)
+				return chatScript(c, r)
 			}
-			c.sse()
+			c.beginSSE()
 			_ = c.chunk(chatEvents(false)[0])
 			close(started)
-			c.gone(10 * time.Second)
+			c.waitClosed(10 * time.Second)
 			return false
 		})
-		stream := make(chan answer, 1)
+		stream := make(chan testResponse, 1)
 		go func() { stream <- p.chatAs(token, `"stream":true`) }()
 		<-started
 		at := time.Now()
@@ -143,7 +143,7 @@ func TestTokenRevocation(t *testing.T) {
 			t.Errorf("%s: %v, then %v", path, v, again)
 		}
 		for _, c := range [][3]string{{"PATCH", "", `{"name":"y"}`}, {"PATCH", "", `{"expires_at":null}`}, {"POST", "/rotate", ``}} {
-			refused(t, "revoked: "+c[0], p.manageAs(p.adminKey, c[0], "/manage/tokens/"+id+c[1], c[2]), 400, "")
+			expectParamError(t, "revoked: "+c[0], p.manageAs(p.adminKey, c[0], "/manage/tokens/"+id+c[1], c[2]), 400, "")
 		}
 	}
 	// Bulk revocation says how many, leaves other projects alone, and twice is none.
@@ -151,7 +151,7 @@ func TestTokenRevocation(t *testing.T) {
 	p.manage("POST", "/manage/projects", `{"name":"other","openai_api_key":"`+p.provider.key+`"}`, 201, &project)
 	var made struct{ Token string }
 	p.manage("POST", "/manage/tokens", `{"project_id":"`+project.ID+`"}`, 201, &made)
-	p.provider.answer(answerChat)
+	p.provider.setScript(chatScript)
 	for _, want := range []int{3, 0} {
 		if want == 3 {
 			for range 3 {
@@ -166,7 +166,7 @@ func TestTokenRevocation(t *testing.T) {
 	if res := p.chatAs(made.Token); res.status != 200 {
 		t.Errorf("a token of another project: got %d", res.status)
 	}
-	refused(t, "with a field", p.manageAs(p.adminKey, "POST", "/manage/projects/"+project.ID+"/tokens/revoke", `{"older_than":"x"}`), 400, "older_than")
+	expectParamError(t, "with a field", p.manageAs(p.adminKey, "POST", "/manage/projects/"+project.ID+"/tokens/revoke", `{"older_than":"x"}`), 400, "older_than")
 }
 
 // TestTokenRotation: old and new work until the overlap ends, one before that no
@@ -213,14 +213,14 @@ func TestTokenRotation(t *testing.T) {
 	fifth := rotate(`{"overlap_minutes":1}`)
 	works("the fourth, in the overlap", fourth, true)
 	// The end of the overlap, brought nearer by hand; then the token is read anew.
-	p.settle()
-	if _, err := p.in.store.write.ExecContext(t.Context(), `UPDATE tokens SET old_hash_until = ? WHERE id = ?`, time.Now().UnixMilli(), id); err != nil {
+	p.waitSettled()
+	if _, err := p.instance.store.writeDB.ExecContext(t.Context(), `UPDATE tokens SET old_hash_until = ? WHERE id = ?`, time.Now().UnixMilli(), id); err != nil {
 		t.Fatal(err)
 	}
 	p.manage("PATCH", "/manage/tokens/"+id, `{"name":"read anew"}`, 200, nil)
 	works("the fourth, after the overlap", fourth, false)
 	works("the fifth", fifth, true)
-	p.settle()
+	p.waitSettled()
 	var v struct {
 		RequestCount int64 `json:"request_count"`
 	}
@@ -283,7 +283,7 @@ func TestTokenLimitChanged(t *testing.T) {
 	})
 	ok := burst(20)
 	changing.Wait()
-	p.settle()
+	p.waitSettled()
 	var v struct {
 		RequestCount int `json:"request_count"`
 	}
@@ -300,16 +300,16 @@ func TestManagementKeys(t *testing.T) {
 	for _, c := range [][2]string{{`{"name":"k"}`, "role"}, {`{"role":"viewer"}`, "name"}, {`{"name":"k","role":"root"}`, "role"}, {`{"name":"k","role":"Admin"}`, "role"},
 		{`{"name":"k","role":null}`, "role"}, {`{"name":"k","role":"viewer","expires_at":"2020-01-01T00:00:00Z"}`, "expires_at"}, {`{"name":"k","role":"viewer","is_admin":true}`, "is_admin"},
 		{`{"name":"k","role":"viewer","role":"admin"}`, "role"}, {`{"name":"k","role":"viewer","key":"x"}`, "key"}} {
-		refused(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/keys", c[0]), 400, c[1])
+		expectParamError(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/keys", c[0]), 400, c[1])
 	}
 	id, key := p.newKey("k", "viewer")
-	own := p.ownKey()
+	own := p.ownKeyID()
 	for _, method := range []string{"PATCH", "DELETE"} {
 		body := ""
 		if method == "PATCH" {
 			body = `{"role":"viewer"}`
 		}
-		refused(t, method+" of itself", p.manageAs(p.adminKey, method, "/manage/keys/"+own, body), 400, "")
+		expectParamError(t, method+" of itself", p.manageAs(p.adminKey, method, "/manage/keys/"+own, body), 400, "")
 	}
 	post := func() int { return p.manageAs(key, "POST", "/manage/tokens", `{"project_id":"`+p.project+`"}`).status }
 	for _, c := range []struct {
@@ -327,8 +327,8 @@ func TestManagementKeys(t *testing.T) {
 	if got := post(); got != 401 {
 		t.Errorf("revoked: got %d", got)
 	}
-	refused(t, "revoked", p.manageAs(p.adminKey, "PATCH", "/manage/keys/"+id, `{"name":"x"}`), 400, "")
-	refused(t, "none", p.manageAs(p.adminKey, "DELETE", "/manage/keys/key_none", ""), 404, "")
+	expectParamError(t, "revoked", p.manageAs(p.adminKey, "PATCH", "/manage/keys/"+id, `{"name":"x"}`), 400, "")
+	expectParamError(t, "none", p.manageAs(p.adminKey, "DELETE", "/manage/keys/key_none", ""), 404, "")
 	for range 5 {
 		p.newKey("page", "viewer")
 	}
@@ -355,10 +355,10 @@ func TestManagementKeys(t *testing.T) {
 	}
 }
 
-// ownKey returns the id of the key that the test uses.
-func (p *testProxy) ownKey() string {
+// ownKeyID returns the id of the key that the test uses.
+func (p *testProxy) ownKeyID() string {
 	p.t.Helper()
-	who, err := p.in.manage.manager(context.Background(), p.adminKey, time.Now())
+	who, err := p.instance.dispatchManage.actorByKey(context.Background(), p.adminKey, time.Now())
 	if err != nil {
 		p.t.Fatal(err)
 	}

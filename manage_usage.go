@@ -20,7 +20,7 @@ import (
 
 type requestReply struct {
 	ID               string        `json:"id"`
-	StartedAt        stamp         `json:"started_at"`
+	StartedAt        timestamp     `json:"started_at"`
 	ProjectID        string        `json:"project_id"`
 	TokenID          string        `json:"token_id"`
 	UpstreamID       string        `json:"upstream_id"`
@@ -29,7 +29,7 @@ type requestReply struct {
 	Stream           bool          `json:"stream"`
 	Address          string        `json:"address"`
 	Status           int           `json:"status"`
-	Outcome          outcome       `json:"outcome"`
+	Outcome          callOutcome   `json:"outcome"`
 	ErrorCode        string        `json:"error_code"`
 	UsageSource      usageSource   `json:"usage_source"`
 	InputTokens      int64         `json:"input_tokens"`
@@ -45,28 +45,28 @@ type requestReply struct {
 	LimitHit         string        `json:"limit_hit"`   // the limit that refused the call, or a shadow limit that would have
 }
 
-func showRequest(v *requestView) requestReply {
-	out := requestReply{requestID(v.id), stamp(v.started), v.projectID, v.tokenID, v.upstreamID, v.endpoint, v.model, v.stream, v.address,
+func newRequestReply(v *requestView) requestReply {
+	out := requestReply{formatRequestID(v.id), timestamp(v.started), v.projectID, v.tokenID, v.upstreamID, v.endpoint, v.model, v.stream, v.address,
 		v.status, v.outcome, v.errorCode, v.source, v.counts.input, v.counts.cached, v.counts.cacheWrite,
-		v.counts.output, v.counts.reasoning, nil, millis(v.firstByte), millis(v.total), v.attempts, []attemptLine{}, v.limitHit}
+		v.counts.output, v.counts.reasoning, nil, microsToMillis(v.nullFirstByteUS), microsToMillis(v.nullTotalUS), v.attempts, []attemptLine{}, v.limitHit}
 	if v.attemptLog != "" {
 		_ = json.Unmarshal([]byte(v.attemptLog), &out.AttemptLog) // what we wrote; else the list stays empty
 	}
-	if v.costKnown != nil {
-		out.Cost = new(dollars(*v.costKnown))
+	if v.nullCost != nil {
+		out.Cost = new(dollars(*v.nullCost))
 	}
 	return out
 }
 
-func millis(us *int64) *float64 {
+func microsToMillis(us *int64) *float64 {
 	if us == nil {
 		return nil
 	}
 	return new(float64(*us) / 1000)
 }
 
-func (api *manageAPI) getRequest(r *manageRequest) (*reply, error) {
-	id := parseRequestID(r.path("id"))
+func (api *manageAPI) getRequest(r *manageRequest) (*manageResponse, error) {
+	id := parseRequestID(r.pathValue("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
@@ -74,50 +74,50 @@ func (api *manageAPI) getRequest(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: showRequest(&v)}, nil
+	return &manageResponse{body: newRequestReply(&v)}, nil
 }
 
-func (api *manageAPI) listRequests(r *manageRequest) (*reply, error) {
-	page, err := r.page("project_id", "token_id", "outcome", "from", "to")
+func (api *manageAPI) listRequests(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery("project_id", "token_id", "outcome", "from", "to")
 	if err != nil {
 		return nil, err
 	}
 	f := requestFilter{project: r.query.Get("project_id"), token: r.query.Get("token_id"), outcome: r.query.Get("outcome"),
 		before: math.MaxInt64, limit: page.limit}
-	if f.outcome != "" && !slices.Contains(outcomes(), outcome(f.outcome)) {
+	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
 		return nil, badRequest("invalid_value", "outcome", "outcome must be open, ok, refused, client_gone, truncated, upstream_error or lost.")
 	}
-	from, to, err := r.span(time.Time{}, time.Time{})
+	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {
 		return nil, err
 	}
 	if !from.IsZero() {
-		f.from = firstID(from)
+		f.from = minIDAt(from)
 	}
 	if !to.IsZero() {
-		f.before = firstID(to)
+		f.before = minIDAt(to)
 	}
 	if page.seq > 0 {
 		f.before = min(f.before, page.seq)
 	}
-	rows, next, err := api.store.pageRequests(r.ctx, f)
+	rows, next, err := api.store.requestsPage(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
-	out := pageOf(rows, page.limit, showRequest, nil)
+	out := newListPage(rows, page.limit, newRequestReply, nil)
 	if next != 0 {
-		out.Next = cursor(next, "")
+		out.Next = formatCursor(next, "")
 	}
-	return &reply{body: out}, nil
+	return &manageResponse{body: out}, nil
 }
 
-func outcomes() []outcome {
-	return []outcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError, outcomeLost}
+func allOutcomes() []callOutcome {
+	return []callOutcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError, outcomeLost}
 }
 
-// span reads from and to, RFC 3339 times, with what holds where they are not
+// timeRange reads from and to, RFC 3339 times, with what holds where they are not
 // given.
-func (r *manageRequest) span(from, to time.Time) (time.Time, time.Time, error) {
+func (r *manageRequest) timeRange(from, to time.Time) (time.Time, time.Time, error) {
 	for _, p := range []struct {
 		name string
 		at   *time.Time
@@ -139,30 +139,30 @@ func (r *manageRequest) span(from, to time.Time) (time.Time, time.Time, error) {
 }
 
 type usageReply struct {
-	At              *stamp  `json:"at,omitempty"` // start of the hour, day or month
-	ProjectID       *string `json:"project_id,omitempty"`
-	ProjectName     *string `json:"project_name,omitempty"`
-	TokenID         *string `json:"token_id,omitempty"`
-	TokenName       *string `json:"token_name,omitempty"`
-	Model           *string `json:"model,omitempty"` // "" stands for names that get no sums of their own (requestRow.sumModel)
-	Endpoint        *string `json:"endpoint,omitempty"`
-	Outcome         *string `json:"outcome,omitempty"`
-	Calls           int64   `json:"calls"`
-	InputTokens     int64   `json:"input_tokens"`
-	CachedTokens    int64   `json:"cached_tokens"`
-	OutputTokens    int64   `json:"output_tokens"`
-	ReasoningTokens int64   `json:"reasoning_tokens"`
-	Cost            dollars `json:"cost"` // of the calls whose price is known
-	UnpricedCalls   int64   `json:"unpriced_calls"`
-	EstimatedCalls  int64   `json:"estimated_calls"`
-	WouldRefuse     int64   `json:"would_refuse"` // calls that a shadow limit would have refused
+	At              *timestamp `json:"at,omitempty"` // start of the hour, day or month
+	ProjectID       *string    `json:"project_id,omitempty"`
+	ProjectName     *string    `json:"project_name,omitempty"`
+	TokenID         *string    `json:"token_id,omitempty"`
+	TokenName       *string    `json:"token_name,omitempty"`
+	Model           *string    `json:"model,omitempty"` // "" stands for names that get no sums of their own (requestRow.sumModel)
+	Endpoint        *string    `json:"endpoint,omitempty"`
+	Outcome         *string    `json:"outcome,omitempty"`
+	Calls           int64      `json:"calls"`
+	InputTokens     int64      `json:"input_tokens"`
+	CachedTokens    int64      `json:"cached_tokens"`
+	OutputTokens    int64      `json:"output_tokens"`
+	ReasoningTokens int64      `json:"reasoning_tokens"`
+	Cost            dollars    `json:"cost"` // of the calls whose price is known
+	UnpricedCalls   int64      `json:"unpriced_calls"`
+	EstimatedCalls  int64      `json:"estimated_calls"`
+	WouldRefuse     int64      `json:"would_refuse"` // calls that a shadow limit would have refused
 }
 
 const maxUsageRows = 10_000
 
 // getUsage adds up the sums of a span of time, by time and by group.
-func (api *manageAPI) getUsage(r *manageRequest) (*reply, error) {
-	if err := r.only("interval", "group_by", "project_id", "token_id", "from", "to"); err != nil {
+func (api *manageAPI) getUsage(r *manageRequest) (*manageResponse, error) {
+	if err := r.checkParams("interval", "group_by", "project_id", "token_id", "from", "to"); err != nil {
 		return nil, err
 	}
 	q := usageQuery{project: r.query.Get("project_id"), token: r.query.Get("token_id"), limit: maxUsageRows,
@@ -171,10 +171,10 @@ func (api *manageAPI) getUsage(r *manageRequest) (*reply, error) {
 	if lookBack == 0 {
 		return nil, badRequest("invalid_value", "interval", "interval must be hour, day, month or total.")
 	}
-	if err := q.groupBy(r.query.Get("group_by")); err != nil {
+	if err := q.parseGroupBy(r.query.Get("group_by")); err != nil {
 		return nil, err
 	}
-	from, to, err := r.span(time.Time{}, r.now.UTC())
+	from, to, err := r.timeRange(time.Time{}, r.now.UTC())
 	if err != nil {
 		return nil, err
 	}
@@ -191,20 +191,20 @@ func (api *manageAPI) getUsage(r *manageRequest) (*reply, error) {
 	q.from = from.UnixMilli() - from.UnixMilli()%unit // whole units: a part of one cannot be told
 	q.to = to.UnixMilli()
 	rows, err := api.store.usage(r.ctx, q)
-	if errors.Is(err, errTooMany) {
+	if errors.Is(err, errTooManyRows) {
 		return nil, badRequest("too_many_rows", "", "The answer would have more than 10,000 rows. Ask for one project, a shorter time, a longer interval or fewer groups.")
 	}
 	if err != nil {
 		return nil, err
 	}
-	out := list[usageReply]{Data: []usageReply{}}
+	out := listPage[usageReply]{Data: []usageReply{}}
 	for i := range rows {
-		out.Data = append(out.Data, q.show(&rows[i]))
+		out.Data = append(out.Data, q.newReply(&rows[i]))
 	}
-	return &reply{body: out}, nil
+	return &manageResponse{body: out}, nil
 }
 
-func (q *usageQuery) groupBy(text string) error {
+func (q *usageQuery) parseGroupBy(text string) error {
 	if text == "" {
 		return nil
 	}
@@ -218,12 +218,12 @@ func (q *usageQuery) groupBy(text string) error {
 	return nil
 }
 
-// show leaves out what the rows are not grouped by.
-func (q *usageQuery) show(u *usageRow) usageReply {
+// newReply leaves out what the rows are not grouped by.
+func (q *usageQuery) newReply(u *usageRow) usageReply {
 	v := usageReply{Calls: u.calls, InputTokens: u.input, CachedTokens: u.cached, OutputTokens: u.output, ReasoningTokens: u.reasoning,
 		Cost: dollars(u.cost), UnpricedCalls: u.unpriced, EstimatedCalls: u.estimated, WouldRefuse: u.wouldRefuse}
 	if q.interval != "total" {
-		v.At = new(stamp(u.at))
+		v.At = new(timestamp(u.at))
 	}
 	for _, f := range []struct {
 		on   bool
@@ -247,10 +247,10 @@ type priceView struct {
 	Output      *json.RawMessage `json:"output"`
 	AudioInput  *json.RawMessage `json:"audio_input"`
 	AudioOutput *json.RawMessage `json:"audio_output"`
-	UpdatedAt   *stamp           `json:"updated_at"` // null: a list price
+	UpdatedAt   *timestamp       `json:"updated_at"` // null: a list price
 }
 
-func showPrice(p *priceRow) priceView {
+func newPriceView(p *priceRow) priceView {
 	perMillion := func(pico *int64) *json.RawMessage {
 		if pico == nil {
 			return nil
@@ -260,45 +260,45 @@ func showPrice(p *priceRow) priceView {
 	v := priceView{p.id, p.match, perMillion(p.input), perMillion(p.cachedInput), perMillion(p.cacheWrite), perMillion(p.output),
 		perMillion(p.audioInput), perMillion(p.audioOutput), nil}
 	if p.updatedAt != 0 {
-		v.UpdatedAt = new(stamp(p.updatedAt))
+		v.UpdatedAt = new(timestamp(p.updatedAt))
 	}
 	return v
 }
 
-func (p *priceRow) kinds() []**int64 {
+func (p *priceRow) priceFields() []**int64 {
 	return []**int64{&p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput}
 }
 
 // listPrices returns the operator's own prices, or with ?model= the price that
 // a model has now, from whichever list, or nothing if nobody knows.
-func (api *manageAPI) listPrices(r *manageRequest) (*reply, error) {
-	if err := r.only("model", "provider"); err != nil {
+func (api *manageAPI) listPrices(r *manageRequest) (*manageResponse, error) {
+	if err := r.checkParams("model", "provider"); err != nil {
 		return nil, err
 	}
 	if model := r.query.Get("model"); model != "" {
 		p, ok := api.prices.Load().lookup(r.query.Get("provider"), model)
 		if !ok {
-			return &reply{body: list[priceView]{Data: []priceView{}}}, nil
+			return &manageResponse{body: listPage[priceView]{Data: []priceView{}}}, nil
 		}
 		row := priceRow{match: model}
 		for i, v := range []int64{p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput} {
 			if v >= 0 {
-				*row.kinds()[i] = new(v)
+				*row.priceFields()[i] = new(v)
 			}
 		}
-		return &reply{body: list[priceView]{Data: []priceView{showPrice(&row)}}}, nil
+		return &manageResponse{body: listPage[priceView]{Data: []priceView{newPriceView(&row)}}}, nil
 	}
 	rows, err := api.store.listPrices(r.ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, len(rows), showPrice, func(*priceRow) string { return "" })}, nil
+	return &manageResponse{body: newListPage(rows, len(rows), newPriceView, func(*priceRow) string { return "" })}, nil
 }
 
-func (api *manageAPI) setPrice(r *manageRequest) (*reply, error) {
-	var match opt[string]
+func (api *manageAPI) setPrice(r *manageRequest) (*manageResponse, error) {
+	var match optional[string]
 	names := []string{"input", "cached_input", "cache_write", "output", "audio_input", "audio_output"}
-	given := make([]opt[json.RawMessage], len(names))
+	given := make([]optional[json.RawMessage], len(names))
 	fields := map[string]any{"match": &match}
 	for i, n := range names {
 		fields[n] = &given[i]
@@ -306,44 +306,44 @@ func (api *manageAPI) setPrice(r *manageRequest) (*reply, error) {
 	if err := decodeObject(r.body, fields, names...); err != nil {
 		return nil, err
 	}
-	if match.v == "" || len(match.v) > 256 || strings.ContainsFunc(match.v, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+	if match.value == "" || len(match.value) > 256 || strings.ContainsFunc(match.value, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return nil, &fieldError{"match", "must be a model's name, or a pattern with *, of 1 to 256 bytes"}
 	}
-	row := &priceRow{id: newID("price"), match: match.v, updatedAt: r.now.UnixMilli()}
+	row := &priceRow{id: newID("price"), match: match.value, updatedAt: r.now.UnixMilli()}
 	for i, in := range given {
-		if !in.given() {
+		if !in.hasValue() {
 			continue
 		}
-		pico, err := parseDollars(strings.Trim(string(in.v), `"`))
+		pico, err := parseDollars(strings.Trim(string(in.value), `"`))
 		if err != nil {
 			return nil, &fieldError{names[i], "must be dollars per million tokens: 0 to 1000000, at most 6 decimals"}
 		}
-		*row.kinds()[i] = new(pico)
+		*row.priceFields()[i] = new(pico)
 	}
 	if row.input == nil && row.output == nil {
 		return nil, &fieldError{"input", "or output is needed"}
 	}
-	if err := api.store.setPrice(r.ctx, r.by, row); err != nil {
+	if err := api.store.setPrice(r.ctx, r.origin, row); err != nil {
 		return nil, err
 	}
-	if err := api.loadPrices(r); err != nil {
+	if err := api.reloadPrices(r); err != nil {
 		return nil, err
 	}
-	return &reply{status: http.StatusCreated, body: showPrice(row)}, nil
+	return &manageResponse{status: http.StatusCreated, body: newPriceView(row)}, nil
 }
 
-func (api *manageAPI) deletePrice(r *manageRequest) (*reply, error) {
-	if err := api.store.deletePrice(r.ctx, r.by, r.path("id")); err != nil {
+func (api *manageAPI) deletePrice(r *manageRequest) (*manageResponse, error) {
+	if err := api.store.deletePrice(r.ctx, r.origin, r.pathValue("id")); err != nil {
 		return nil, err
 	}
-	if err := api.loadPrices(r); err != nil {
+	if err := api.reloadPrices(r); err != nil {
 		return nil, err
 	}
-	return &reply{body: map[string]any{"id": r.path("id"), "deleted": true}}, nil
+	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
 }
 
-func (api *manageAPI) loadPrices(r *manageRequest) error {
-	t, err := pricesOf(r.ctx, api.store)
+func (api *manageAPI) reloadPrices(r *manageRequest) error {
+	t, err := effectivePrices(r.ctx, api.store)
 	if err != nil {
 		return fmt.Errorf("the price is stored, but not yet in force: %w", err)
 	}
@@ -351,35 +351,35 @@ func (api *manageAPI) loadPrices(r *manageRequest) error {
 	return nil
 }
 
-// originOf says who makes a request, for the audit trail.
-func (api *manageAPI) originOf(w http.ResponseWriter, r *http.Request, who actor, now time.Time) origin {
-	return origin{actor: who.id, role: who.role, address: api.addresses.clientAddress(r), requestID: w.Header().Get("X-Request-Id"), at: now.UnixMilli()}
+// newAuditOrigin says who makes a request, for the audit trail.
+func (api *manageAPI) newAuditOrigin(w http.ResponseWriter, r *http.Request, who actor, now time.Time) auditOrigin {
+	return auditOrigin{actorID: who.id, role: who.role, address: api.addresses.clientAddress(r), requestID: w.Header().Get("X-Request-Id"), at: now.UnixMilli()}
 }
 
-// failureNotes decides which wrong management keys get an entry of their own.
+// signInAuditLimiter decides which wrong management keys get an entry of their own.
 // Anyone can present one, and entries are kept for ever: so a few a minute, not
 // too many a day, and the number of those left out.
-type failureNotes struct {
+type signInAuditLimiter struct {
 	mu              sync.Mutex
 	minute, day     int64
 	inMinute, inDay int
-	left            int64
+	omitted         int64
 }
 
 const (
-	notedInMinute = 10
-	notedInDay    = 500
+	maxFailuresAuditedPerMinute = 10
+	maxFailuresAuditedPerDay    = 500
 )
 
-// take reports whether an entry may be made now.
-func (f *failureNotes) take(now time.Time) bool {
+// allow reports whether an entry may be made now.
+func (f *signInAuditLimiter) allow(now time.Time) bool {
 	if m := now.Unix() / 60; m != f.minute {
 		f.minute, f.inMinute = m, 0
 	}
 	if d := now.Unix() / 86_400; d != f.day {
 		f.day, f.inDay = d, 0
 	}
-	if f.inMinute >= notedInMinute || f.inDay >= notedInDay {
+	if f.inMinute >= maxFailuresAuditedPerMinute || f.inDay >= maxFailuresAuditedPerDay {
 		return false
 	}
 	f.inMinute++
@@ -387,68 +387,68 @@ func (f *failureNotes) take(now time.Time) bool {
 	return true
 }
 
-// note reports whether a failure gets an entry, and how many before it got none.
-func (f *failureNotes) note(now time.Time) (ok bool, left int64) {
+// record reports whether a failure gets an entry, and how many before it got none.
+func (f *signInAuditLimiter) record(now time.Time) (ok bool, left int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !f.take(now) {
-		f.left++
+	if !f.allow(now) {
+		f.omitted++
 		return false, 0
 	}
-	left, f.left = f.left, 0
+	left, f.omitted = f.omitted, 0
 	return true, left
 }
 
-// add counts n more that got no entry.
-func (f *failureNotes) add(n int64) {
+// addOmitted counts n more that got no entry.
+func (f *signInAuditLimiter) addOmitted(n int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.left += n
+	f.omitted += n
 }
 
-// rest returns how many got no entry, for one that tells only that; 0: none, or
+// takeOmitted returns how many got no entry, for one that tells only that; 0: none, or
 // it must wait. At the end it does not wait.
-func (f *failureNotes) rest(now time.Time, end bool) (left int64) {
+func (f *signInAuditLimiter) takeOmitted(now time.Time, end bool) (left int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.left > 0 && (end || f.take(now)) {
-		left, f.left = f.left, 0
+	if f.omitted > 0 && (end || f.allow(now)) {
+		left, f.omitted = f.omitted, 0
 	}
 	return left
 }
 
-// signInFailed puts a wrong management key on the trail. by.actor is the key's
+// auditFailedSignIn puts a wrong management key on the trail. by.actor is the key's
 // id if it is one that was valid once. Whoever presented it is refused in any
 // case, so trouble with the trail is for the log alone.
-func (api *manageAPI) signInFailed(ctx context.Context, by origin, door string, now time.Time) {
-	ok, left := api.wrongKeys.note(now)
+func (api *manageAPI) auditFailedSignIn(ctx context.Context, by auditOrigin, door string, now time.Time) {
+	ok, left := api.authFailureAudit.record(now)
 	if !ok {
 		return
 	}
-	api.noteFailure(ctx, by, door, left, 1)
+	api.writeFailedSignIns(ctx, by, door, left, 1)
 }
 
-// noteFailure adds an entry that tells of failed sign-ins: of so many that were
+// writeFailedSignIns adds an entry that tells of failed sign-ins: of so many that were
 // left out before, and of one more or none. It waits no longer than a few seconds, but for as long as it needs:
 // who presents a key must not be able to keep it off the trail by leaving.
-func (api *manageAPI) noteFailure(ctx context.Context, by origin, door string, left, more int64) {
-	a := act{action: actionSignInFailed, object: door}
+func (api *manageAPI) writeFailedSignIns(ctx context.Context, by auditOrigin, door string, left, more int64) {
+	a := auditEvent{action: actionSignInFailed, object: door}
 	if left > 0 {
-		a.detail = []fact{{"left_out", left}}
+		a.detail = []auditField{{"left_out", left}}
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	if err := api.store.note(ctx, by, a); err != nil {
-		api.wrongKeys.add(left + more)
+	if err := api.store.recordAuditEvent(ctx, by, a); err != nil {
+		api.authFailureAudit.addOmitted(left + more)
 		api.log.Error("a failed sign-in could not be put on the audit trail", "request_id", by.requestID, "address", by.address, "error", err)
 	}
 }
 
-// keepTrail notes, every so often and at the end, how many failed sign-ins were
+// runAuditCheckpoints notes, every so often and at the end, how many failed sign-ins were
 // left out, and logs where the trail ends, if that is not where it was logged
 // last: a log that is kept elsewhere shows later that nothing up to there was
 // removed.
-func (api *manageAPI) keepTrail(ctx context.Context, every time.Duration, logged int64) {
+func (api *manageAPI) runAuditCheckpoints(ctx context.Context, every time.Duration, logged int64) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for end := false; !end; {
@@ -458,10 +458,10 @@ func (api *manageAPI) keepTrail(ctx context.Context, every time.Duration, logged
 			now, end = time.Now(), true
 		case now = <-tick.C:
 		}
-		if left := api.wrongKeys.rest(now, end); left > 0 {
-			api.noteFailure(ctx, systemOrigin(now), "", left, 0)
+		if left := api.authFailureAudit.takeOmitted(now, end); left > 0 {
+			api.writeFailedSignIns(ctx, systemOrigin(now), "", left, 0)
 		}
-		if h, ok, _, err := api.store.auditHead(context.WithoutCancel(ctx), api.store.chain); err == nil && ok && h.seq != logged {
+		if h, ok, _, err := api.store.loadAuditHead(context.WithoutCancel(ctx), api.store.chain); err == nil && ok && h.seq != logged {
 			logged = h.seq
 			api.log.Info("the audit trail ends here", "head", h.String())
 		}
@@ -470,7 +470,7 @@ func (api *manageAPI) keepTrail(ctx context.Context, every time.Duration, logged
 
 type auditView struct {
 	Seq       int64           `json:"seq"`
-	At        stamp           `json:"at"`
+	At        timestamp       `json:"at"`
 	Actor     string          `json:"actor"`
 	ActorName string          `json:"actor_name"` // what the key is called now
 	Role      role            `json:"role"`
@@ -481,23 +481,23 @@ type auditView struct {
 	Detail    json.RawMessage `json:"detail"`
 }
 
-func showAudit(r *auditRow) auditView {
-	v := auditView{r.seq, stamp(r.at), r.actor, r.name, r.role, r.address, r.requestID, r.action, r.object, json.RawMessage(r.detail)}
+func newAuditView(r *auditRow) auditView {
+	v := auditView{r.seq, timestamp(r.at), r.actorID, r.actorName, r.role, r.address, r.requestID, r.action, r.object, json.RawMessage(r.detail)}
 	if !json.Valid(v.Detail) { // somebody has edited it; the list must show it all the same
-		v.Detail = factJSON(map[string]string{"unreadable": r.detail})
+		v.Detail = auditValueJSON(map[string]string{"unreadable": r.detail})
 	}
 	return v
 }
 
 // listAudit lists the audit trail, newest first.
-func (api *manageAPI) listAudit(r *manageRequest) (*reply, error) {
-	page, err := r.page("actor", "action", "object", "from", "to")
+func (api *manageAPI) listAudit(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery("actor", "action", "object", "from", "to")
 	if err != nil {
 		return nil, err
 	}
 	f := auditFilter{actor: r.query.Get("actor"), action: r.query.Get("action"), object: r.query.Get("object"),
 		from: math.MinInt64, to: math.MaxInt64, beforeAt: math.MaxInt64, beforeSeq: math.MaxInt64, limit: page.limit + 1}
-	from, to, err := r.span(time.Time{}, time.Time{})
+	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {
 		return nil, err
 	}
@@ -517,17 +517,17 @@ func (api *manageAPI) listAudit(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: pageOf(rows, page.limit, showAudit, func(r *auditRow) string { return cursor(r.seq, strconv.FormatInt(r.at, 10)) })}, nil
+	return &manageResponse{body: newListPage(rows, page.limit, newAuditView, func(r *auditRow) string { return formatCursor(r.seq, strconv.FormatInt(r.at, 10)) })}, nil
 }
 
-const actionErase = "content.erase"
+const actionEraseContent = "content.erase"
 
 // A contentView is what is kept of a call.
 type contentView struct {
-	ID      string   `json:"id"`
-	Until   stamp    `json:"kept_until"`
-	Request bodyView `json:"request"`
-	Answer  bodyView `json:"answer"`
+	ID      string    `json:"id"`
+	Until   timestamp `json:"kept_until"`
+	Request bodyView  `json:"request"`
+	Answer  bodyView  `json:"answer"`
 }
 
 // A bodyView is one body: as text, or in base64 if it is none.
@@ -538,9 +538,9 @@ type bodyView struct {
 	Base64 *string `json:"base64"`
 }
 
-// showBody shows a body of size bytes, of which kept are the first. A character
+// newBodyView shows a body of size bytes, of which kept are the first. A character
 // that was cut in two at the end is left out.
-func showBody(kept string, size int64) bodyView {
+func newBodyView(kept string, size int64) bodyView {
 	v := bodyView{Bytes: size, Kept: int64(len(kept))}
 	whole := kept
 	for cut := 0; cut < utf8.UTFMax && int64(len(kept)) < size && !utf8.ValidString(whole); cut++ {
@@ -554,11 +554,11 @@ func showBody(kept string, size int64) bodyView {
 	return v
 }
 
-func (api *manageAPI) getContent(r *manageRequest) (*reply, error) {
-	if err := r.only(); err != nil {
+func (api *manageAPI) getContent(r *manageRequest) (*manageResponse, error) {
+	if err := r.checkParams(); err != nil {
 		return nil, err
 	}
-	id := parseRequestID(r.path("id"))
+	id := parseRequestID(r.pathValue("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
@@ -566,7 +566,7 @@ func (api *manageAPI) getContent(r *manageRequest) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reply{body: v}, nil
+	return &manageResponse{body: v}, nil
 }
 
 // revealContent returns a call's content, after the audit trail says who saw it.
@@ -575,34 +575,34 @@ func (api *manageAPI) revealContent(r *manageRequest, id int64) (*contentView, e
 	if err != nil {
 		return nil, err
 	}
-	if err := api.store.note(r.ctx, r.by, act{actionReveal, requestID(id), []fact{{"what", "content"}}}); err != nil {
+	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionReveal, formatRequestID(id), []auditField{{"what", "content"}}}); err != nil {
 		return nil, fmt.Errorf("noting who saw content: %w", err)
 	}
-	request, answer, err := api.contents.open(row)
+	request, answer, err := api.contentKey.open(row)
 	if err != nil {
-		return nil, fmt.Errorf("content of %s: %w", requestID(id), err)
+		return nil, fmt.Errorf("content of %s: %w", formatRequestID(id), err)
 	}
-	return &contentView{requestID(id), stamp(row.until), showBody(request(), row.requestBytes), showBody(answer(), row.answerBytes)}, nil
+	return &contentView{formatRequestID(id), timestamp(row.expiresAt), newBodyView(request(), row.requestBytes), newBodyView(answer(), row.responseBytes)}, nil
 }
 
 // eraseContent deletes all that is kept of a project's calls, in steps between
 // which calls are written.
-func (api *manageAPI) eraseContent(r *manageRequest) (*reply, error) {
-	p, err := api.store.projectByID(r.ctx, r.path("id"))
+func (api *manageAPI) eraseContent(r *manageRequest) (*manageResponse, error) {
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	if err := api.store.note(r.ctx, r.by, act{actionErase, p.id, nil}); err != nil {
+	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionEraseContent, p.id, nil}); err != nil {
 		return nil, fmt.Errorf("noting who erases content: %w", err)
 	}
 	var erased int64
 	for {
-		n, err := api.store.dropProjectContents(r.ctx, p.seq, 100)
+		n, err := api.store.deleteProjectContents(r.ctx, p.seq, 100)
 		if err != nil {
 			return nil, err
 		}
 		if n == 0 {
-			return &reply{body: struct {
+			return &manageResponse{body: struct {
 				Erased int64 `json:"erased"`
 			}{erased}}, nil
 		}

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// A usageLine is a row of GET /manage/usage.
-type usageLine struct {
+// A usageEntry is a row of GET /manage/usage.
+type usageEntry struct {
 	At             *time.Time
 	ProjectID      *string `json:"project_id"`
 	ProjectName    *string `json:"project_name"`
@@ -35,7 +35,7 @@ type usageLine struct {
 }
 
 // group names what the line is about: "" for what it is not grouped by.
-func (l *usageLine) group() string {
+func (l *usageEntry) group() string {
 	var parts []string
 	if l.At != nil {
 		parts = append(parts, l.At.UTC().Format(time.RFC3339))
@@ -48,13 +48,13 @@ func (l *usageLine) group() string {
 	return strings.Join(parts, "|")
 }
 
-func (l *usageLine) numbers() string {
+func (l *usageEntry) numbers() string {
 	return fmt.Sprint(l.Calls, l.Input, l.Cached, l.Output, l.Reasoning, l.Cost, l.UnpricedCalls, l.EstimatedCalls)
 }
 
-func (p *testProxy) usage(query string) []usageLine {
+func (p *testProxy) usage(query string) []usageEntry {
 	p.t.Helper()
-	var l struct{ Data []usageLine }
+	var l struct{ Data []usageEntry }
 	p.manage("GET", "/manage/usage?"+query, "", 200, &l)
 	return l.Data
 }
@@ -78,7 +78,7 @@ func newUsageTest(t *testing.T) *usageTest {
 	for _, project := range []string{u.project, u.project, second.ID} {
 		var token struct{ ID string }
 		u.manage("POST", "/manage/tokens", `{"project_id":"`+project+`","name":"of `+project+`"}`, 201, &token)
-		row, err := u.in.store.tokenByID(t.Context(), token.ID)
+		row, err := u.instance.store.tokenByID(t.Context(), token.ID)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -93,32 +93,32 @@ func newUsageTest(t *testing.T) *usageTest {
 			at = u.now.Add(-time.Duration(random.Int64N(int64(30 * time.Hour))))
 		}
 		seq := seqs[random.IntN(len(seqs))]
-		r := &requestRow{id: firstID(at) + int64(i), started: at.UnixMilli(), project: seq[0], token: seq[1], endpoint: "POST /v1/" + pick("chat/completions", "embeddings"),
-			address: "192.0.2.1", model: pick("gpt-4o", "gpt-5", "invented"), status: 200, outcome: outcome(pick("ok", "refused", "client_gone", "upstream_error")),
+		r := &requestRow{id: minIDAt(at) + int64(i), started: at.UnixMilli(), project: seq[0], token: seq[1], endpoint: "POST /v1/" + pick("chat/completions", "embeddings"),
+			address: "192.0.2.1", model: pick("gpt-4o", "gpt-5", "invented"), status: 200, outcome: callOutcome(pick("ok", "refused", "client_gone", "upstream_error")),
 			source: usageSource(pick("exact", "estimated", "none")), counts: tokenCounts{input: random.Int64N(5000), cached: random.Int64N(500), output: random.Int64N(900), reasoning: random.Int64N(90)},
 			firstByteUS: -1, totalUS: 1000, attempts: 1}
-		r.knownModel = r.model != "invented" || r.outcome == outcomeOK
+		r.modelTracked = r.model != "invented" || r.outcome == outcomeOK
 		if r.source == usageNone {
 			r.counts = tokenCounts{}
 		} else if r.model != "invented" {
 			r.priced, r.cost = true, random.Int64N(1e9)
 		}
 		u.rows = append(u.rows, r)
-		u.in.ledger.record(r, true)
+		u.instance.ledger.recordRefused(r, true)
 	}
-	u.settle()
+	u.waitSettled()
 	return u
 }
 
 // expect adds up the rows that keep lets through, by hand.
 func (u *usageTest) expect(interval string, by map[string]bool, keep func(*requestRow) bool) map[string]string {
-	sums := map[string]*sum{}
+	sums := map[string]*usageSum{}
 	for _, r := range u.rows {
 		if !keep(r) {
 			continue
 		}
 		at := time.UnixMilli(r.started).UTC()
-		var l usageLine
+		var l usageEntry
 		switch interval {
 		case "hour":
 			l.At = new(at.Truncate(time.Hour))
@@ -128,7 +128,7 @@ func (u *usageTest) expect(interval string, by map[string]bool, keep func(*reque
 			l.At = new(time.Date(at.Year(), at.Month(), 1, 0, 0, 0, 0, time.UTC))
 		}
 		model := r.model
-		if !r.knownModel {
+		if !r.modelTracked {
 			model = ""
 		}
 		for name, f := range map[string]struct {
@@ -142,7 +142,7 @@ func (u *usageTest) expect(interval string, by map[string]bool, keep func(*reque
 		}
 		s := sums[l.group()]
 		if s == nil {
-			s = &sum{}
+			s = &usageSum{}
 			sums[l.group()] = s
 		}
 		s.calls++
@@ -188,7 +188,7 @@ func (u *usageTest) compare(query string, want map[string]string) {
 func TestUsageSums(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
-	var rows struct{ Data []ledgerRow }
+	var rows struct{ Data []requestEntry }
 	if u.manage("GET", "/manage/requests?limit=500", "", 200, &rows); len(rows.Data) != 500 {
 		t.Fatalf("the ledger shows %d rows", len(rows.Data))
 	}
@@ -230,9 +230,9 @@ func TestUsageSums(t *testing.T) {
 	}
 }
 
-// TestUsageSpan: from and to, widened to whole hours and days; what holds
+// TestUsageRange: from and to, widened to whole hours and days; what holds
 // without them; and the order of rows.
-func TestUsageSpan(t *testing.T) {
+func TestUsageRange(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
 	for _, c := range []struct {
@@ -256,7 +256,7 @@ func TestUsageSpan(t *testing.T) {
 		t.Errorf("a year by month: %d rows", len(rows))
 	}
 	rows := u.usage("group_by=project,model")
-	if !slices.IsSortedFunc(rows, func(a, b usageLine) int {
+	if !slices.IsSortedFunc(rows, func(a, b usageEntry) int {
 		return strings.Compare(a.At.Format(time.RFC3339)+*a.ProjectName+*a.Model, b.At.Format(time.RFC3339)+*b.ProjectName+*b.Model)
 	}) {
 		t.Error("the rows are in no order")
@@ -264,19 +264,19 @@ func TestUsageSpan(t *testing.T) {
 	for query, param := range map[string]string{"interval=week": "interval", "group_by=": "group_by", "group_by=project,project": "group_by", "group_by=project,": "group_by", "group_by=user": "group_by",
 		"group_by=project;token": "", "from=yesterday": "from", "to=1764000000": "to", "from=2026-02-30T00:00:00Z": "from", "from=0001-01-01T00:00:00Z": "from", "to=9999-01-01T00:00:00Z": "to",
 		"from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z": "from", "from=2026-01-01T00:00:00Z&to=2026-01-01T00:00:00Z": "from", "limit=5": "limit", "model=x": "model"} {
-		refused(t, query, u.manageAs(u.adminKey, "GET", "/manage/usage?"+query, ""), 400, param)
+		expectParamError(t, query, u.manageAs(u.adminKey, "GET", "/manage/usage?"+query, ""), 400, param)
 	}
 }
 
-// TestUsageForgotten: hourly sums of single tokens go after their time; those of
+// TestUsageRetention: hourly sums of single tokens go after their time; those of
 // projects and those by day stay.
-func TestUsageForgotten(t *testing.T) {
+func TestUsageRetention(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
 	from := "&from=" + u.now.AddDate(0, 0, -80).UTC().Format(time.RFC3339)
 	before := u.now.AddDate(0, 0, -10).UTC().Truncate(24 * time.Hour)
 	for range 100 {
-		n, err := u.in.store.forgetSums(t.Context(), before.UnixMilli(), 2)
+		n, err := u.instance.store.deleteOldSums(t.Context(), before.UnixMilli(), 2)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -320,7 +320,7 @@ func TestRequestList(t *testing.T) {
 		var want, got []string
 		for _, r := range u.rows {
 			if keep(r) {
-				want = append(want, requestID(r.id))
+				want = append(want, formatRequestID(r.id))
 			}
 		}
 		slices.Sort(want)
@@ -344,7 +344,7 @@ func TestRequestList(t *testing.T) {
 		}
 	}
 	for query, param := range map[string]string{"outcome=OK": "outcome", "outcome=": "outcome", "from=x": "from", "limit=501": "limit", "status=200": "status"} {
-		refused(t, query, u.manageAs(u.adminKey, "GET", "/manage/requests?"+query, ""), 400, param)
+		expectParamError(t, query, u.manageAs(u.adminKey, "GET", "/manage/requests?"+query, ""), 400, param)
 	}
 }
 
@@ -401,8 +401,8 @@ func TestPriceOverride(t *testing.T) {
 	if got := cost(); got != listed {
 		t.Errorf("without prices of one's own: %s, before %s", got, listed)
 	}
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "in-no-list-1"))
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list-1"))
 	})
 	if got := cost(); got != "null" {
 		t.Errorf("an unknown model costs %s", got)
@@ -421,6 +421,6 @@ func TestPriceOverride(t *testing.T) {
 		{`{"match":"m","input":1000000.1}`, "input"}, {`{"match":"m","output":0.0000001}`, "output"}, {`{"match":"m","output":1e3}`, "output"}, {`{"match":"m","output":"1,5"}`, "output"},
 		{`{"match":"m","output":""}`, "output"}, {`{"match":"m","output":true}`, "output"}, {`{"match":"m","output":[1]}`, "output"}, {`{"match":"m","input":1,"audio_input":"free"}`, "audio_input"},
 		{`{"match":"m","input":1,"cost":1}`, "cost"}, {`{"match":"m","input":1,"input":2}`, "input"}, {`{"match":"m","input":"\"\"1\"\""}`, "input"}} {
-		refused(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/prices", c[0]), 400, c[1])
+		expectParamError(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/prices", c[0]), 400, c[1])
 	}
 }

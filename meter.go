@@ -12,7 +12,7 @@ import (
 	"unicode/utf8"
 )
 
-const maxModel = 256 // bytes of a model name; a longer one is not believed
+const maxReportedModelLen = 256 // bytes of a model name; a longer one is not believed
 
 // meterKind says whose way of counting an endpoint follows.
 type meterKind uint8
@@ -34,15 +34,15 @@ type meter struct {
 	bytes  int64  // taken in, also what was not handed on
 	events int64  // SSE events that carried data, [DONE] included
 
-	kind   meterKind
-	sse    bool
-	opaque bool
-	strip  bool
-	trust  usageSource // what source returns, "" before the first byte
-	seen   bool        // report is from the answer
-	report usageFields // the last usable usage object
-	scan   jsonScan
-	event  *eventReader // of a stream
+	kind          meterKind
+	sse           bool
+	opaque        bool
+	strip         bool
+	currentSource usageSource // what source returns, "" before the first byte
+	hasUsage      bool        // report is from the answer
+	usage         usageFields // the last usable usage object
+	scan          usageScanner
+	reader        *eventReader // of a stream
 }
 
 // newMeter returns a meter for one answer. sse: it is a text/event-stream. opaque: its bytes cannot be read
@@ -52,71 +52,71 @@ func newMeter(kind meterKind, sse, opaque, strip bool) *meter {
 	m := &meter{kind: kind, sse: sse, opaque: opaque, strip: strip && sse && !opaque && kind == meterOpenAI}
 	m.scan.reset(sse)
 	if sse {
-		m.event = &eventReader{first: true}
+		m.reader = &eventReader{firstEvent: true}
 	}
 	return m
 }
 
 // source says where counts come from.
 func (m *meter) source() usageSource {
-	if m.trust == "" {
+	if m.currentSource == "" {
 		return usageNone
 	}
-	return m.trust
+	return m.currentSource
 }
 
-// pass takes the next bytes of the answer and returns what the client gets now: p itself unless strip is
+// process takes the next bytes of the answer and returns what the client gets now: p itself unless strip is
 // on. The result is valid until the next call.
-func (m *meter) pass(p []byte) []byte {
+func (m *meter) process(p []byte) []byte {
 	m.bytes += int64(len(p))
 	switch {
 	case m.kind == meterNone || m.opaque:
 	case m.sse:
-		p = m.passEvents(p)
+		p = m.processEvents(p)
 	default:
 		m.scan.feed(p)
 		m.model, m.done = m.scan.model, m.scan.state == scanClosed
-		m.seen, m.report = m.scan.usageSeen, m.scan.usage
+		m.hasUsage, m.usage = m.scan.usageSeen, m.scan.usage
 	}
-	m.counts, m.trust = m.tally()
+	m.counts, m.currentSource = m.currentUsage()
 	return p
 }
 
-// end tells the meter that no more bytes come, whether the answer ended properly or was cut, and returns
+// finish tells the meter that no more bytes come, whether the answer ended properly or was cut, and returns
 // what was still held. The result is empty unless strip is on.
-func (m *meter) end() []byte {
+func (m *meter) finish() []byte {
 	if !m.sse || m.opaque || m.kind == meterNone {
 		return nil
 	}
-	held := m.endEvents()
-	m.counts, m.trust = m.tally()
+	held := m.finishEvents()
+	m.counts, m.currentSource = m.currentUsage()
 	return held
 }
 
-// tally works out the counts so far and where they come from.
-func (m *meter) tally() (tokenCounts, usageSource) {
+// currentUsage works out the counts so far and where they come from.
+func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	switch {
 	case m.kind == meterNone || m.bytes == 0:
 		return tokenCounts{}, usageNone
-	case !m.seen && !m.sse && m.scan.bareInput:
+	case !m.hasUsage && !m.sse && m.scan.topLevelInput:
 		return tokenCounts{}, usageNone // a count_tokens answer: counted, not consumed
-	case !m.seen:
+	case !m.hasUsage:
 		return tokenCounts{output: m.estimateOutput()}, usageEstimated
 	}
-	f := m.report
+	f := m.usage
 	in, out := f.n[slotInput], f.n[slotOutput]
 	switch {
-	case in < 0 && out < 0 && f.seconds:
+	case in < 0 && out < 0 && f.byDuration:
 		return tokenCounts{}, usageNone // billed by duration
-	case out == countBad || in < 0 && out < 0:
+	case out == countInvalid || in < 0 && out < 0:
 		// Half a report: the stream was cut before its last count, or the count is nonsense. The size
 		// of what was sent says more than a zero.
 		f.n[slotOutput] = m.estimateOutput()
-		return f.normal(m.kind), usageEstimated
+		return f.normalize(m.kind), usageEstimated
 	case in < 0:
-		return f.normal(m.kind), usageEstimated
+		return f.normalize(m.kind), usageEstimated
 	}
-	return f.normal(m.kind), usageExact // without output in embeddings
+	return f.normalize(m.kind), usageExact // without output in embeddings
 }
 
 // estimateOutput guesses the output tokens from the size of what was sent.
@@ -126,8 +126,8 @@ func (m *meter) estimateOutput() int64 {
 	}
 	// Every event repeats the same envelope around a few letters. The smallest event shows its size, but
 	// for the last of a chat stream, which has no letters and not even their member: so the second smallest.
-	e := m.event
-	return max(e.deltas, (e.deltaBytes-e.deltas*e.smallish)/4)
+	e := m.reader
+	return max(e.deltas, (e.deltaBytes-e.deltas*e.secondSmallest)/4)
 }
 
 // estimateTokens is the usual rule of thumb: four bytes to a token, rounded up.
@@ -141,13 +141,13 @@ func estimateTokens(bytes int64) int64 {
 // A count that is not in a usage object, and one that is there but is no integer of 0 or more.
 const (
 	countMissing = -1
-	countBad     = -2
+	countInvalid = -2
 )
 
 // usageFields are the counts of one usage object as it has them, by slot.
 type usageFields struct {
-	n       [slotCounts]int64
-	seconds bool // the answer is measured in seconds of audio
+	n          [numCountSlots]int64
+	byDuration bool // the answer is measured in seconds of audio
 }
 
 // clear makes every count missing.
@@ -155,45 +155,45 @@ func (f *usageFields) clear() {
 	for i := range f.n {
 		f.n[i] = countMissing
 	}
-	f.seconds = false
+	f.byDuration = false
 }
 
-// set keeps the largest value given for a slot: gateways send the same count under two names, one of
+// setMax keeps the largest value given for a slot: gateways send the same count under two names, one of
 // them zero.
-func (f *usageFields) set(s slot, v int64) {
-	if v != countBad {
+func (f *usageFields) setMax(s slot, v int64) {
+	if v != countInvalid {
 		f.n[s] = max(f.n[s], v)
 	} else if f.n[s] == countMissing {
-		f.n[s] = countBad
+		f.n[s] = countInvalid
 	}
 }
 
-// usable reports whether f is worth believing at all.
-func (f *usageFields) usable() bool { return f.n[slotInput] >= 0 || f.n[slotOutput] >= 0 }
+// hasCounts reports whether f is worth believing at all.
+func (f *usageFields) hasCounts() bool { return f.n[slotInput] >= 0 || f.n[slotOutput] >= 0 }
 
 // merge takes over what a later object says. Anthropic's counts are running totals, so a zero after a
 // positive count is a gateway's filler and does not undo it.
 func (f *usageFields) merge(later *usageFields) {
 	for i, v := range later.n {
-		if v > 0 || v == 0 && f.n[i] < 0 || v == countBad && f.n[i] == countMissing {
+		if v > 0 || v == 0 && f.n[i] < 0 || v == countInvalid && f.n[i] == countMissing {
 			f.n[i] = v
 		}
 	}
 }
 
-// normal turns the counts into the form the ledger keeps, within its bounds.
-func (f *usageFields) normal(kind meterKind) tokenCounts {
-	at := func(s slot) int64 { return min(max(f.n[s], 0), maxCount) }
+// normalize turns the counts into the form the ledger keeps, within its bounds.
+func (f *usageFields) normalize(kind meterKind) tokenCounts {
+	at := func(s slot) int64 { return min(max(f.n[s], 0), maxTokenCount) }
 	c := tokenCounts{
 		input: at(slotInput), cached: at(slotCached), cacheWrite: at(slotCacheWrite), output: at(slotOutput),
 		reasoning: at(slotReasoning), audioInput: at(slotAudioInput), audioOutput: at(slotAudioOutput),
 	}
 	if kind == meterAnthropic {
-		c.input = min(c.input+c.cached+c.cacheWrite, maxCount)
+		c.input = min(c.input+c.cached+c.cacheWrite, maxTokenCount)
 	}
 	// xAI counts reasoning beside the completion, not in it; only the total tells.
 	if c.reasoning > 0 && at(slotTotal) == c.input+c.output+c.reasoning {
-		c.output = min(c.output+c.reasoning, maxCount)
+		c.output = min(c.output+c.reasoning, maxTokenCount)
 	}
 	c.cached = min(c.cached, c.input)
 	c.cacheWrite = min(c.cacheWrite, c.input-c.cached)
@@ -203,9 +203,9 @@ func (f *usageFields) normal(kind meterKind) tokenCounts {
 	return c
 }
 
-// cleanName returns the text of a JSON string, without its quotes, or "" unless it can be logged, stored
+// sanitizeModelName returns the text of a JSON string, without its quotes, or "" unless it can be logged, stored
 // and shown as it is: valid UTF-8, no control characters, not too long.
-func cleanName(raw []byte) string {
+func sanitizeModelName(raw []byte) string {
 	name := string(raw)
 	if !utf8.ValidString(name) {
 		return ""
@@ -227,28 +227,28 @@ func cleanName(raw []byte) string {
 
 // buckets are steps of about 1.6, five in each power of ten: fine enough for a
 // quantile to be off by less than a tenth, few enough to stand in one row.
-const buckets = 22
+const latencyBuckets = 22
 
-// bucketBounds are the highest milliseconds of the buckets but the last, which
+// latencyBounds are the highest milliseconds of the buckets but the last, which
 // has no end.
-func bucketBounds() [buckets - 1]int64 {
+func latencyBounds() [latencyBuckets - 1]int64 {
 	return [...]int64{10, 16, 25, 40, 63, 100, 160, 250, 400, 630, 1000, 1600, 2500, 4000, 6300, 10000, 16000, 25000, 40000, 63000, 100000}
 }
 
-// latencies counts times by bucket.
-type latencies [buckets]int64
+// latencyHistogram counts times by bucket.
+type latencyHistogram [latencyBuckets]int64
 
-func (h *latencies) add(us int64) {
-	for i, bound := range bucketBounds() {
+func (h *latencyHistogram) observe(us int64) {
+	for i, bound := range latencyBounds() {
 		if us <= bound*1000 {
 			h[i]++
 			return
 		}
 	}
-	h[buckets-1]++
+	h[latencyBuckets-1]++
 }
 
-func (h *latencies) count() (n int64) {
+func (h *latencyHistogram) total() (n int64) {
 	for _, v := range h {
 		n += v
 	}
@@ -258,13 +258,13 @@ func (h *latencies) count() (n int64) {
 // quantile returns the time in milliseconds that part q of the counted times do
 // not exceed, as if times lay evenly, in their logarithm, within a bucket; +Inf if
 // that is in the last bucket, and -1 if nothing was counted.
-func (h *latencies) quantile(q float64) float64 {
-	total := h.count()
+func (h *latencyHistogram) quantile(q float64) float64 {
+	total := h.total()
 	if total == 0 {
 		return -1
 	}
 	rank, below := q*float64(total), 0.0
-	bounds := bucketBounds()
+	bounds := latencyBounds()
 	for i, bound := range bounds {
 		n := float64(h[i])
 		if n > 0 && below+n >= rank {

@@ -17,25 +17,25 @@ const (
 	slotAudioInput
 	slotAudioOutput
 	slotTotal
-	slotCounts // how many of them there are
+	numCountSlots // how many of them there are
 	slotUsage
 	slotModel
 	slotType
 	slotError
 	slotChoices
-	slotInner
+	slotNested
 	slotInputDetails
 	slotOutputDetails
 	slotSeconds
-	slotBareInput
+	slotTopLevelInput
 )
 
-// A scope is an object whose members matter.
-type scope uint8
+// A jsonScope is an object whose members matter.
+type jsonScope uint8
 
 const (
-	scopeTop scope = iota
-	scopeInner
+	scopeTop jsonScope = iota
+	scopeNested
 	scopeUsage
 	scopeInputDetails
 	scopeOutputDetails
@@ -49,7 +49,7 @@ const (
 	scanName                      // in a name
 	scanColon                     // after a name
 	scanValue                     // before a value
-	scanText                      // in a string value
+	scanString                    // in a string value
 	scanScalar                    // in a number or literal
 	scanFirst                     // after the [ of choices
 	scanSkip                      // inside a value nobody wants
@@ -59,40 +59,40 @@ const (
 	scanBroken                    // not JSON; the rest is ignored
 )
 
-// jsonScan is an incremental reader of one document after the other.
-type jsonScan struct {
+// usageScanner is an incremental reader of one document after the other.
+type usageScanner struct {
 	model string // the first one found; stays over reset
 
-	usage        usageFields // of the last usage object; complete when usageSeen
-	usageSeen    bool
-	usageInner   bool // it is response.usage or message.usage
-	choicesEmpty bool // choices is []
-	hasError     bool // error is there and not null
-	bareInput    bool // input_tokens stands at the top level
-	typ          eventType
+	usage         usageFields // of the last usage object; complete when usageSeen
+	usageSeen     bool
+	usageNested   bool // it is response.usage or message.usage
+	choicesEmpty  bool // choices is []
+	hasError      bool // error is there and not null
+	topLevelInput bool // input_tokens stands at the top level
+	eventType     eventType
 
-	inner   bool // look into response and message too
-	state   scanState
-	slot    slot
-	escaped bool // the last byte was a backslash in a string
-	null    bool // the scalar starts with n
-	bad     bool // the scalar is no unsigned integer
-	level   uint8
-	scopes  [4]scope
-	depth   int    // open brackets in a skipped value
-	number  int64  // the scalar so far
-	text    []byte // of a string that came in pieces, as far as it fits
-	length  int    // of that string; more than maxModel when it did not fit
+	readNested  bool // look into response and message too
+	state       scanState
+	slot        slot
+	escaped     bool // the last byte was a backslash in a string
+	null        bool // the scalar starts with n
+	invalid     bool // the scalar is no unsigned integer
+	level       uint8
+	scopes      [4]jsonScope
+	depth       int    // open brackets in a skipped value
+	scalarValue int64  // the scalar so far
+	text        []byte // of a string that came in pieces, as far as it fits
+	length      int    // of that string; more than maxReportedModelLen when it did not fit
 }
 
 // reset makes s ready for the next document.
-func (s *jsonScan) reset(inner bool) {
-	s.usageSeen, s.usageInner, s.choicesEmpty, s.hasError, s.bareInput = false, false, false, false, false
-	s.typ, s.inner, s.state, s.level, s.depth, s.escaped = eventNone, inner, scanStart, 0, 0, false
+func (s *usageScanner) reset(inner bool) {
+	s.usageSeen, s.usageNested, s.choicesEmpty, s.hasError, s.topLevelInput = false, false, false, false, false
+	s.eventType, s.readNested, s.state, s.level, s.depth, s.escaped = eventNone, inner, scanStart, 0, 0, false
 }
 
 // feed reads the next bytes of the document.
-func (s *jsonScan) feed(p []byte) {
+func (s *usageScanner) feed(p []byte) {
 	for i := 0; i < len(p); {
 		switch s.state {
 		case scanSkip:
@@ -102,44 +102,44 @@ func (s *jsonScan) feed(p []byte) {
 			if i, closed = s.stringEnd(p, i); closed {
 				s.state = scanSkip
 			}
-		case scanName, scanText:
+		case scanName, scanString:
 			from := i
 			var closed bool
 			if i, closed = s.stringEnd(p, i); !closed {
-				s.keep(p[from:i])
+				s.bufferText(p[from:i])
 				continue
 			}
 			text := p[from : i-1]
 			if s.length > 0 { // it began in an earlier piece
-				s.keep(text)
-				text = s.text[:min(s.length, maxModel)]
+				s.bufferText(text)
+				text = s.text[:min(s.length, maxReportedModelLen)]
 			}
 			if s.state == scanName {
-				s.slot, s.state = s.slotOf(text), scanColon
-				s.forget()
+				s.slot, s.state = s.slotFor(text), scanColon
+				s.discardEarlier()
 			} else {
-				s.gotText(text, max(s.length, len(text)) > maxModel)
+				s.setString(text, max(s.length, len(text)) > maxReportedModelLen)
 				s.state = scanAfter
 			}
 		case scanScalar:
-			i = s.scalar(p, i)
+			i = s.readScalar(p, i)
 		case scanBroken:
 			return
 		default:
-			s.step(p[i])
+			s.readByte(p[i])
 			i++
 		}
 	}
 }
 
-// step takes one byte outside of strings, numbers and skipped values.
-func (s *jsonScan) step(c byte) {
+// readByte takes one byte outside of strings, numbers and skipped values.
+func (s *usageScanner) readByte(c byte) {
 	if c == ' ' || c == '\n' || c == '\r' || c == '\t' {
 		return
 	}
 	switch {
 	case s.state == scanValue:
-		s.value(c)
+		s.startValue(c)
 	case s.state == scanKey && c == '"':
 		s.state, s.length = scanName, 0
 	case s.state == scanColon && c == ':':
@@ -147,7 +147,7 @@ func (s *jsonScan) step(c byte) {
 	case s.state == scanAfter && c == ',' && s.level > 0:
 		s.state = scanKey
 	case (s.state == scanAfter || s.state == scanKey) && c == '}' && s.level > 0:
-		s.close()
+		s.leaveObject()
 	case s.state == scanFirst && c == ']':
 		s.choicesEmpty = true
 		s.state = scanAfter
@@ -155,7 +155,7 @@ func (s *jsonScan) step(c byte) {
 		s.depth, s.state = 1, scanSkip
 		s.skip([]byte{c}, 0)
 	case s.state == scanStart && c == '{':
-		s.open(scopeTop)
+		s.enterObject(scopeTop)
 	case s.state == scanStart && c == '[':
 		s.slot, s.depth, s.state = slotNone, 1, scanSkip
 	case s.state == scanStart && (c == 0xEF || c == 0xBB || c == 0xBF): // byte order mark
@@ -164,29 +164,29 @@ func (s *jsonScan) step(c byte) {
 	}
 }
 
-// value takes the first byte of a value in a known object.
-func (s *jsonScan) value(c byte) {
+// startValue takes the first byte of a value in a known object.
+func (s *usageScanner) startValue(c byte) {
 	if s.slot == slotError && c != 'n' {
 		s.hasError = true
 	}
 	switch c {
 	case '"':
-		s.state, s.length = scanText, 0
+		s.state, s.length = scanString, 0
 	case '{':
 		switch s.slot {
 		case slotUsage:
 			s.usage.clear()
-			s.usageInner = s.scopes[s.level-1] == scopeInner
-			s.open(scopeUsage)
+			s.usageNested = s.scopes[s.level-1] == scopeNested
+			s.enterObject(scopeUsage)
 			return
-		case slotInner:
-			s.open(scopeInner)
+		case slotNested:
+			s.enterObject(scopeNested)
 			return
 		case slotInputDetails:
-			s.open(scopeInputDetails)
+			s.enterObject(scopeInputDetails)
 			return
 		case slotOutputDetails:
-			s.open(scopeOutputDetails)
+			s.enterObject(scopeOutputDetails)
 			return
 		}
 		fallthrough
@@ -195,24 +195,24 @@ func (s *jsonScan) value(c byte) {
 			s.state = scanFirst
 			return
 		}
-		s.count(countBad)
+		s.setCount(countInvalid)
 		s.depth, s.state = 1, scanSkip
 	case ',', ':', '}', ']':
 		s.state = scanBroken
 	default:
-		s.state, s.null, s.bad, s.number = scanScalar, c == 'n', c < '0' || c > '9', int64(c)-'0'
+		s.state, s.null, s.invalid, s.scalarValue = scanScalar, c == 'n', c < '0' || c > '9', int64(c)-'0'
 	}
 }
 
-// open enters an object whose members matter. The scopes nest four deep at most, by slotOf.
-func (s *jsonScan) open(sc scope) {
+// enterObject enters an object whose members matter. The scopes nest four deep at most, by slotOf.
+func (s *usageScanner) enterObject(sc jsonScope) {
 	s.scopes[s.level] = sc
 	s.level++
 	s.state = scanKey
 }
 
-// close leaves it.
-func (s *jsonScan) close() {
+// leaveObject leaves it.
+func (s *usageScanner) leaveObject() {
 	s.level--
 	if s.scopes[s.level] == scopeUsage {
 		s.usageSeen = true
@@ -225,7 +225,7 @@ func (s *jsonScan) close() {
 
 // skip runs over an unwanted value from p[i] and returns where it stopped. Embeddings are a megabyte of
 // numbers, so this loop looks at two conditions a byte and no more.
-func (s *jsonScan) skip(p []byte, i int) int {
+func (s *usageScanner) skip(p []byte, i int) int {
 	for ; i < len(p); i++ {
 		switch c := p[i]; {
 		case c == '"':
@@ -250,7 +250,7 @@ func (s *jsonScan) skip(p []byte, i int) int {
 // stringEnd returns the index after the closing quote of the string that p[i:] is in, or len(p), false.
 // Names are short and prose is full of escapes, so it looks at a few bytes first; after 32 plain ones it is
 // more likely base64 or a long word, and searching pays.
-func (s *jsonScan) stringEnd(p []byte, i int) (int, bool) {
+func (s *usageScanner) stringEnd(p []byte, i int) (int, bool) {
 	if s.escaped && i < len(p) {
 		s.escaped = false
 		i++
@@ -280,70 +280,70 @@ func (s *jsonScan) stringEnd(p []byte, i int) (int, bool) {
 	return len(p), false
 }
 
-// scalar reads a number or literal from p[i] and returns the index of the byte that ends it.
-func (s *jsonScan) scalar(p []byte, i int) int {
+// readScalar reads a number or literal from p[i] and returns the index of the byte that ends it.
+func (s *usageScanner) readScalar(p []byte, i int) int {
 	for ; i < len(p); i++ {
 		switch c := p[i]; c {
 		case ',', '}', ']', ' ', '\n', '\r', '\t':
 			if !s.null {
-				v := s.number
-				if s.bad {
-					v = countBad
+				v := s.scalarValue
+				if s.invalid {
+					v = countInvalid
 				}
-				s.count(v)
+				s.setCount(v)
 			}
 			s.state = scanAfter
 			return i
 		default:
 			if c < '0' || c > '9' {
-				s.bad = true
-			} else if s.number = s.number*10 + int64(c-'0'); s.number > maxCount {
-				s.number = maxCount
+				s.invalid = true
+			} else if s.scalarValue = s.scalarValue*10 + int64(c-'0'); s.scalarValue > maxTokenCount {
+				s.scalarValue = maxTokenCount
 			}
 		}
 	}
 	return i
 }
 
-// count takes the value of a slot that holds a number.
-func (s *jsonScan) count(v int64) {
+// setCount takes the value of a slot that holds a number.
+func (s *usageScanner) setCount(v int64) {
 	switch {
-	case s.slot > slotNone && s.slot < slotCounts:
-		s.usage.set(s.slot, v)
+	case s.slot > slotNone && s.slot < numCountSlots:
+		s.usage.setMax(s.slot, v)
 	case s.slot == slotSeconds:
-		s.usage.seconds = true
-	case s.slot == slotBareInput:
-		s.bareInput = v >= 0
+		s.usage.byDuration = true
+	case s.slot == slotTopLevelInput:
+		s.topLevelInput = v >= 0
 	}
 }
 
-// gotText takes the value of a slot that holds a string.
-func (s *jsonScan) gotText(text []byte, tooLong bool) {
+// setString takes the value of a slot that holds a string.
+func (s *usageScanner) setString(text []byte, tooLong bool) {
 	switch s.slot {
 	case slotModel:
 		if s.model == "" && !tooLong {
-			s.model = cleanName(text)
+			s.model = sanitizeModelName(text)
 		}
 	case slotType:
-		s.typ = eventOther
+		s.eventType = eventOther
 		if !tooLong {
-			s.typ = eventTypeOf(text)
+			s.eventType = eventTypeOf(text)
 		}
 	default:
-		s.count(countBad)
+		s.setCount(countInvalid)
 	}
 }
 
-// keep adds to the string that the piece ends in.
-func (s *jsonScan) keep(b []byte) {
-	if room := maxModel - s.length; room > 0 {
+// bufferText adds to the string that the piece ends in.
+func (s *usageScanner) bufferText(b []byte) {
+	if room := maxReportedModelLen - s.length; room > 0 {
 		s.text = append(s.text[:s.length], b[:min(len(b), room)]...)
 	}
-	s.length = min(s.length+len(b), maxModel+1)
+	s.length = min(s.length+len(b), maxReportedModelLen+1)
 }
 
-// forget drops what an earlier member of the same name said: the last one counts, as in encoding/json.
-func (s *jsonScan) forget() {
+// discardEarlier drops what an earlier member of the same name said: the last one counts, as in encoding/json.
+func (s *usageScanner) discardEarlier() {
 	switch s.slot {
 	case slotUsage:
 		s.usageSeen = false
@@ -354,17 +354,17 @@ func (s *jsonScan) forget() {
 	}
 }
 
-// slotOf says what the member called name of the innermost known object is wanted for.
-func (s *jsonScan) slotOf(name []byte) slot {
+// slotFor says what the member called name of the innermost known object is wanted for.
+func (s *usageScanner) slotFor(name []byte) slot {
 	switch sc := s.scopes[s.level-1]; sc {
-	case scopeTop, scopeInner:
+	case scopeTop, scopeNested:
 		switch string(name) {
 		case "usage":
 			return slotUsage
 		case "model":
 			return slotModel
 		}
-		if sc == scopeInner {
+		if sc == scopeNested {
 			return slotNone
 		}
 		switch string(name) {
@@ -375,10 +375,10 @@ func (s *jsonScan) slotOf(name []byte) slot {
 		case "choices":
 			return slotChoices
 		case "input_tokens":
-			return slotBareInput
+			return slotTopLevelInput
 		case "response", "message":
-			if s.inner {
-				return slotInner
+			if s.readNested {
+				return slotNested
 			}
 		}
 	case scopeUsage:

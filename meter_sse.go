@@ -7,19 +7,19 @@ import (
 	"bytes"
 )
 
-const maxEvent = 64 << 10 // bytes of an event that are held; a usage chunk has a few hundred
+const maxEventBytes = 64 << 10 // bytes of an event that are held; a usage chunk has a few hundred
 
 // An eventType is a name that an event goes by, where it means something here.
 type eventType uint8
 
 const (
-	eventNone         eventType = iota // no name
-	eventOther                         // a name of no interest
-	eventStart                         // Anthropic's first: usage without the output
-	eventError                         // the stream broke after its status 200
-	eventEnd                           // nothing comes after it
-	eventResponseEnd                   // the same, with the usage in `response`
-	eventResponseFail                  // the same, and the answer is an error
+	eventNone           eventType = iota // no name
+	eventOther                           // a name of no interest
+	eventMessageStart                    // Anthropic's first: usage without the output
+	eventError                           // the stream broke after its status 200
+	eventEnd                             // nothing comes after it
+	eventResponseEnd                     // the same, with the usage in `response`
+	eventResponseFailed                  // the same, and the answer is an error
 )
 
 func eventTypeOf(name []byte) eventType {
@@ -27,7 +27,7 @@ func eventTypeOf(name []byte) eventType {
 	case "":
 		return eventNone
 	case "message_start":
-		return eventStart
+		return eventMessageStart
 	case "error":
 		return eventError
 	case "message_stop", "transcript.text.done", "speech.audio.done",
@@ -36,7 +36,7 @@ func eventTypeOf(name []byte) eventType {
 	case "response.completed", "response.incomplete":
 		return eventResponseEnd
 	case "response.failed":
-		return eventResponseFail
+		return eventResponseFailed
 	}
 	return eventOther
 }
@@ -55,36 +55,36 @@ const (
 // eventReader is the part of a meter that knows about events and lines.
 type eventReader struct {
 	// Cutting. A line ends with LF, CRLF or CR; an event ends with an empty line.
-	midLine bool   // the line has bytes
-	afterCR bool   // the line ended with CR, so that an LF now is still part of its end
-	begun   bool   // the event has bytes
-	big     bool   // the event has passed maxEvent
-	dropped bool   // the last event was left out
-	hold    []byte // the event so far, when it came in pieces
-	out     []byte // what pass returns when it is not a part of its argument
+	midLine   bool   // the line has bytes
+	afterCR   bool   // the line ended with CR, so that an LF now is still part of its end
+	hasBytes  bool   // the event has bytes
+	oversized bool   // the event has passed maxEventBytes
+	dropped   bool   // the last event was left out
+	buffer    []byte // the event so far, when it came in pieces
+	out       []byte // what pass returns when it is not a part of its argument
 
 	// The event at hand.
-	first   bool // it is the stream's first: a byte order mark may come
-	reading bool // its data goes to the JSON reader
-	hasData bool
-	several bool // lines of data; one may end anywhere in the document
-	field   lineField
-	prefix  [6]byte // the name of the field so far
-	nprefix int
-	name    [64]byte // of `event:`; more than 64 bytes are of no interest
-	nname   int
-	head    [6]byte // the first bytes of the data
-	nhead   int
-	size    int64 // of the data
+	firstEvent bool // it is the stream's first: a byte order mark may come
+	parsing    bool // its data goes to the JSON reader
+	hasData    bool
+	multiLine  bool // lines of data; one may end anywhere in the document
+	field      lineField
+	prefix     [6]byte // the name of the field so far
+	prefixLen  int
+	name       [64]byte // of `event:`; more than 64 bytes are of no interest
+	nameLen    int
+	head       [6]byte // the first bytes of the data
+	headLen    int
+	dataSize   int64 // of the data
 
 	// What the estimate is made of: complete events that carry a piece of the answer.
-	deltas, deltaBytes int64
-	smallest, smallish int64 // the two smallest sizes
+	deltas, deltaBytes       int64
+	smallest, secondSmallest int64 // the two smallest sizes
 }
 
-// passEvents is pass for a stream.
-func (m *meter) passEvents(p []byte) []byte {
-	e := m.event
+// processEvents is pass for a stream.
+func (m *meter) processEvents(p []byte) []byte {
+	e := m.reader
 	ends := lineEnds{lf: -1, cr: -1}
 	out := e.out[:0]
 	from := 0  // p[from:start] goes out as it is
@@ -94,7 +94,7 @@ func (m *meter) passEvents(p []byte) []byte {
 			e.afterCR = false
 			if p[i] == '\n' {
 				i++
-				if !e.begun { // it belongs to the event before, and goes its way
+				if !e.hasBytes { // it belongs to the event before, and goes its way
 					if start = i; e.dropped {
 						out = append(out, p[from:i-1]...)
 						from = i
@@ -103,7 +103,7 @@ func (m *meter) passEvents(p []byte) []byte {
 				continue
 			}
 		}
-		e.begun = true
+		e.hasBytes = true
 		if e.midLine || p[i] != '\n' && p[i] != '\r' {
 			e.midLine = true
 			if i = ends.next(p, i); i < len(p) {
@@ -115,39 +115,39 @@ func (m *meter) passEvents(p []byte) []byte {
 		e.afterCR = p[i] == '\r'
 		i++
 		whole := p[start:i]
-		if len(e.hold) > 0 {
-			e.hold = append(e.hold, whole...)
-			whole = e.hold
+		if len(e.buffer) > 0 {
+			e.buffer = append(e.buffer, whole...)
+			whole = e.buffer
 		}
-		e.dropped = m.endEvent(whole, true) && m.strip
+		e.dropped = m.finishEvent(whole, true) && m.strip
 		switch {
 		case e.dropped:
 			out = append(out, p[from:start]...)
 			from = i
-		case len(e.hold) > 0:
+		case len(e.buffer) > 0:
 			if m.strip {
-				out = append(out, e.hold...)
+				out = append(out, e.buffer...)
 			}
 			from = i
 		}
-		e.hold, e.begun, e.big = e.hold[:0], false, false
+		e.buffer, e.hasBytes, e.oversized = e.buffer[:0], false, false
 		start = i
 	}
 	to := len(p)
 	if rest := p[start:]; len(rest) > 0 {
 		switch {
-		case e.big:
-			m.lines(rest)
-		case len(e.hold)+len(rest) > maxEvent:
-			m.beginBig()
-			m.lines(e.hold)
-			m.lines(rest)
+		case e.oversized:
+			m.readLines(rest)
+		case len(e.buffer)+len(rest) > maxEventBytes:
+			m.startOversized()
+			m.readLines(e.buffer)
+			m.readLines(rest)
 			if m.strip {
-				out = append(out, e.hold...)
+				out = append(out, e.buffer...)
 			}
-			e.hold = nil
+			e.buffer = nil
 		default:
-			e.hold = append(e.hold, rest...)
+			e.buffer = append(e.buffer, rest...)
 			to = start
 		}
 	}
@@ -161,74 +161,74 @@ func (m *meter) passEvents(p []byte) []byte {
 	return e.out
 }
 
-// endEvents is end for a stream. An event without its empty line is read like any other: a client may
+// finishEvents is end for a stream. An event without its empty line is read like any other: a client may
 // do the same.
-func (m *meter) endEvents() []byte {
-	e := m.event
-	if !e.begun {
+func (m *meter) finishEvents() []byte {
+	e := m.reader
+	if !e.hasBytes {
 		return nil
 	}
-	held := e.hold
-	e.dropped = m.endEvent(held, false) && m.strip
-	e.hold, e.begun, e.big = nil, false, false
+	held := e.buffer
+	e.dropped = m.finishEvent(held, false) && m.strip
+	e.buffer, e.hasBytes, e.oversized = nil, false, false
 	if e.dropped || !m.strip {
 		return nil
 	}
 	return held
 }
 
-// endEvent reads the event that has come to its end, or the last part of a big one, and reports whether
+// finishEvent reads the event that has come to its end, or the last part of a big one, and reports whether
 // it is a usage chunk. complete: its empty line was seen.
-func (m *meter) endEvent(b []byte, complete bool) bool {
-	e := m.event
-	big := e.big || len(b) > maxEvent
+func (m *meter) finishEvent(b []byte, complete bool) bool {
+	e := m.reader
+	big := e.oversized || len(b) > maxEventBytes
 	switch {
-	case e.big:
-		m.lines(b)
+	case e.oversized:
+		m.readLines(b)
 	case big:
-		m.beginBig()
-		m.lines(b)
+		m.startOversized()
+		m.readLines(b)
 	default:
-		m.lines(b)
-		if m.matters(b) {
-			e.clear()
-			e.reading = true
+		m.readLines(b)
+		if m.isRelevant(b) {
+			e.reset()
+			e.parsing = true
 			m.scan.reset(true)
-			m.lines(b)
+			m.readLines(b)
 		}
 	}
-	chunk := e.hasData && m.take(complete) && !big
-	e.clear()
-	e.first = false
+	chunk := e.hasData && m.applyEvent(complete) && !big
+	e.reset()
+	e.firstEvent = false
 	return chunk
 }
 
-// beginBig turns to reading the event at hand as it passes.
-func (m *meter) beginBig() {
-	m.event.clear()
-	m.event.big, m.event.reading = true, true
+// startOversized turns to reading the event at hand as it passes.
+func (m *meter) startOversized() {
+	m.reader.reset()
+	m.reader.oversized, m.reader.parsing = true, true
 	m.scan.reset(true)
 }
 
-// clear forgets the lines of the event at hand.
-func (e *eventReader) clear() {
-	e.field, e.nprefix, e.nname, e.nhead, e.size = fieldStart, 0, 0, 0, 0
-	e.hasData, e.several, e.reading = false, false, false
+// reset forgets the lines of the event at hand.
+func (e *eventReader) reset() {
+	e.field, e.prefixLen, e.nameLen, e.headLen, e.dataSize = fieldStart, 0, 0, 0, 0
+	e.hasData, e.multiLine, e.parsing = false, false, false
 }
 
-// matters reports whether the data of an event, whose lines were read, can change anything. Most events
+// isRelevant reports whether the data of an event, whose lines were read, can change anything. Most events
 // carry a word of the answer and nothing else, so this is what a stream costs. It may say yes in vain, but
 // says no only where take would find nothing: no name before a colon is one that matters.
-func (m *meter) matters(b []byte) bool {
-	e := m.event
-	if !e.hasData || string(e.head[:e.nhead]) == "[DONE]" {
+func (m *meter) isRelevant(b []byte) bool {
+	e := m.reader
+	if !e.hasData || string(e.head[:e.headLen]) == "[DONE]" {
 		return false
 	}
-	if e.several {
+	if e.multiLine {
 		return true
 	}
 	// With an event line the type is known from there, and errors are.
-	name := e.name[:e.nname]
+	name := e.name[:e.nameLen]
 	untyped := len(name) == 0 || string(name) == "message"
 	for i := 0; ; i++ {
 		if i = indexFrom(b, i, ':'); i == len(b) {
@@ -257,18 +257,18 @@ func (m *meter) matters(b []byte) bool {
 	}
 }
 
-// take draws the consequences of one event with data and reports whether it is a usage chunk.
-func (m *meter) take(complete bool) bool {
-	e, s := m.event, &m.scan
+// applyEvent draws the consequences of one event with data and reports whether it is a usage chunk.
+func (m *meter) applyEvent(complete bool) bool {
+	e, s := m.reader, &m.scan
 	m.events++
-	name := e.name[:e.nname]
-	finish := string(e.head[:e.nhead]) == "[DONE]"
+	name := e.name[:e.nameLen]
+	finish := string(e.head[:e.headLen]) == "[DONE]"
 	m.done = m.done || finish
 	typ := eventTypeOf(name)
 	fault := typ == eventError
-	if e.reading {
-		if s.typ != eventNone {
-			typ = s.typ
+	if e.parsing {
+		if s.eventType != eventNone {
+			typ = s.eventType
 		}
 		fault = fault || s.hasError || typ == eventError
 		m.model = s.model
@@ -276,50 +276,50 @@ func (m *meter) take(complete bool) bool {
 	m.failed = m.failed || fault
 	// Named events that are no deltas repeat the answer or frame it.
 	if !finish && !fault && complete && (len(name) == 0 || bytes.Contains(name, []byte("delta"))) {
-		e.measure()
+		e.recordSize()
 	}
 	switch typ {
 	case eventEnd, eventResponseEnd:
 		m.done = true
-	case eventResponseFail:
+	case eventResponseFailed:
 		m.done, m.failed = true, true
 	}
-	if !e.reading || !s.usageSeen {
+	if !e.parsing || !s.usageSeen {
 		return false
 	}
 	switch {
-	case s.usageInner && m.kind == meterAnthropic && typ == eventStart:
-		s.usage.n[slotOutput] = countBad // it says 1; the true count comes with message_delta
-		m.seen, m.report = true, s.usage
-	case s.usageInner && m.kind == meterOpenAI && (typ == eventResponseEnd || typ == eventResponseFail):
-		m.adopt()
-	case s.usageInner: // of an event in between
-	case m.kind == meterAnthropic && m.seen:
-		m.report.merge(&s.usage)
+	case s.usageNested && m.kind == meterAnthropic && typ == eventMessageStart:
+		s.usage.n[slotOutput] = countInvalid // it says 1; the true count comes with message_delta
+		m.hasUsage, m.usage = true, s.usage
+	case s.usageNested && m.kind == meterOpenAI && (typ == eventResponseEnd || typ == eventResponseFailed):
+		m.adoptUsage()
+	case s.usageNested: // of an event in between
+	case m.kind == meterAnthropic && m.hasUsage:
+		m.usage.merge(&s.usage)
 	default:
-		m.adopt()
+		m.adoptUsage()
 	}
-	return s.state == scanClosed && s.choicesEmpty && !s.usageInner
+	return s.state == scanClosed && s.choicesEmpty && !s.usageNested
 }
 
-// measure adds the event to what the estimate is made of.
-func (e *eventReader) measure() {
+// recordSize adds the event to what the estimate is made of.
+func (e *eventReader) recordSize() {
 	e.deltas++
-	e.deltaBytes += e.size
+	e.deltaBytes += e.dataSize
 	switch {
 	case e.deltas == 1:
-		e.smallest, e.smallish = e.size, e.size
-	case e.size < e.smallest:
-		e.smallest, e.smallish = e.size, e.smallest
-	case e.deltas == 2 || e.size < e.smallish:
-		e.smallish = e.size
+		e.smallest, e.secondSmallest = e.dataSize, e.dataSize
+	case e.dataSize < e.smallest:
+		e.smallest, e.secondSmallest = e.dataSize, e.smallest
+	case e.deltas == 2 || e.dataSize < e.secondSmallest:
+		e.secondSmallest = e.dataSize
 	}
 }
 
-// adopt takes the usage just read for the answer's: the last one wins, but not over a better one.
-func (m *meter) adopt() {
-	if !m.seen || m.scan.usage.usable() {
-		m.seen, m.report = true, m.scan.usage
+// adoptUsage takes the usage just read for the answer's: the last one wins, but not over a better one.
+func (m *meter) adoptUsage() {
+	if !m.hasUsage || m.scan.usage.hasCounts() {
+		m.hasUsage, m.usage = true, m.scan.usage
 	}
 }
 
@@ -344,30 +344,30 @@ func indexFrom(p []byte, i int, c byte) int {
 	return len(p)
 }
 
-// lines reads the next bytes of the event at hand, in any pieces.
-func (m *meter) lines(b []byte) {
-	e := m.event
+// readLines reads the next bytes of the event at hand, in any pieces.
+func (m *meter) readLines(b []byte) {
+	e := m.reader
 	ends := lineEnds{lf: -1, cr: -1}
 	for i := 0; i < len(b); i++ {
 		end := ends.next(b, i)
 		if end > i {
-			m.line(b[i:end])
+			m.readLine(b[i:end])
 		}
 		if end < len(b) { // the LF of a CRLF ends an empty line here, which does no harm
-			e.field, e.nprefix = fieldStart, 0
+			e.field, e.prefixLen = fieldStart, 0
 		}
 		i = end
 	}
 }
 
-// line reads a part of a line.
-func (m *meter) line(b []byte) {
-	e := m.event
+// readLine reads a part of a line.
+func (m *meter) readLine(b []byte) {
+	e := m.reader
 	if e.field == fieldStart {
-		if b = e.startLine(b); e.field == fieldSpace {
+		if b = e.readFieldName(b); e.field == fieldSpace {
 			if e.hasData { // data lines are joined by a line feed
-				e.several = true
-				m.data([]byte{'\n'})
+				e.multiLine = true
+				m.readData([]byte{'\n'})
 			}
 			e.hasData = true
 		}
@@ -383,37 +383,37 @@ func (m *meter) line(b []byte) {
 	}
 	switch e.field {
 	case fieldData:
-		m.data(b)
+		m.readData(b)
 	case fieldEvent:
-		e.nname += copy(e.name[e.nname:], b)
+		e.nameLen += copy(e.name[e.nameLen:], b)
 	}
 }
 
-// startLine reads the name of a field up to its colon and returns what follows.
-func (e *eventReader) startLine(b []byte) []byte {
-	if e.nprefix == 0 { // nearly always
+// readFieldName reads the name of a field up to its colon and returns what follows.
+func (e *eventReader) readFieldName(b []byte) []byte {
+	if e.prefixLen == 0 { // nearly always
 		if bytes.HasPrefix(b, []byte("data:")) {
 			e.field = fieldSpace
 			return b[5:]
 		}
 		if bytes.HasPrefix(b, []byte("event:")) {
-			e.field, e.nname = fieldEventSpace, 0
+			e.field, e.nameLen = fieldEventSpace, 0
 			return b[6:]
 		}
 	}
 	for i, c := range b {
-		e.prefix[e.nprefix] = c
-		e.nprefix++
-		switch name := string(e.prefix[:e.nprefix]); {
+		e.prefix[e.prefixLen] = c
+		e.prefixLen++
+		switch name := string(e.prefix[:e.prefixLen]); {
 		case name == "data:":
 			e.field = fieldSpace
 			return b[i+1:]
 		case name == "event:":
-			e.field, e.nname = fieldEventSpace, 0
+			e.field, e.nameLen = fieldEventSpace, 0
 			return b[i+1:]
-		case e.first && name == "\uFEFF":
-			e.nprefix = 0
-		case !startsWith("data:", name) && !startsWith("event:", name) && !(e.first && startsWith("\uFEFF", name)):
+		case e.firstEvent && name == "\uFEFF":
+			e.prefixLen = 0
+		case !startsWith("data:", name) && !startsWith("event:", name) && !(e.firstEvent && startsWith("\uFEFF", name)):
 			e.field = fieldOther
 			return nil
 		}
@@ -423,12 +423,12 @@ func (e *eventReader) startLine(b []byte) []byte {
 
 func startsWith(s, prefix string) bool { return len(s) >= len(prefix) && s[:len(prefix)] == prefix }
 
-// data reads a part of the event's data.
-func (m *meter) data(b []byte) {
-	e := m.event
-	e.size += int64(len(b))
-	e.nhead += copy(e.head[e.nhead:], b)
-	if e.reading {
+// readData reads a part of the event's data.
+func (m *meter) readData(b []byte) {
+	e := m.reader
+	e.dataSize += int64(len(b))
+	e.headLen += copy(e.head[e.headLen:], b)
+	if e.parsing {
 		m.scan.feed(b)
 	}
 }

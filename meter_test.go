@@ -66,18 +66,18 @@ func runMeter(m *meter, body []byte, next func() int) []byte {
 		n := min(max(next(), 0), len(body))
 		piece := bytes.Clone(body[:n])
 		body = body[n:]
-		out = append(out, m.pass(piece)...)
+		out = append(out, m.process(piece)...)
 		for i := range piece {
 			piece[i] = '"'
 		}
 	}
-	return append(out, m.end()...)
+	return append(out, m.finish()...)
 }
 
-func inOnePiece() int { return 1 << 30 }
+func allAtOnce() int { return 1 << 30 }
 
-// meterSays is everything a meter says, in one line.
-func meterSays(m *meter) string {
+// meterState is everything a meter says, in one line.
+func meterState(m *meter) string {
 	return fmt.Sprintf("%s %+v model=%q done=%v failed=%v bytes=%d events=%d", m.source(), m.counts, m.model, m.done, m.failed, m.bytes, m.events)
 }
 
@@ -104,7 +104,7 @@ func TestMeterGolden(t *testing.T) {
 		t.Run(g.name, func(t *testing.T) {
 			t.Parallel()
 			m := g.meter(false)
-			if out := runMeter(m, g.body, inOnePiece); !bytes.Equal(out, g.body) {
+			if out := runMeter(m, g.body, allAtOnce); !bytes.Equal(out, g.body) {
 				t.Errorf("the client got %q", out)
 			}
 			end := "cut"
@@ -123,14 +123,14 @@ func TestMeterGolden(t *testing.T) {
 			if g.events != "" && fmt.Sprint(m.events) != g.events {
 				t.Errorf("events = %d, want %s", m.events, g.events)
 			}
-			want := meterSays(m)
+			want := meterState(m)
 			rnd := rand.New(rand.NewPCG(1, 2))
 			for range 50 {
 				m := g.meter(false)
 				if out := runMeter(m, g.body, func() int { return rnd.IntN(40) }); !bytes.Equal(out, g.body) {
 					t.Fatalf("in pieces the client got %q", out)
 				}
-				if got := meterSays(m); got != want {
+				if got := meterState(m); got != want {
 					t.Fatalf("in pieces\n got %s\nwant %s", got, want)
 				}
 			}
@@ -146,7 +146,7 @@ func TestMeterEveryCut(t *testing.T) {
 		for cut := range g.body {
 			for _, strip := range []bool{false, true} {
 				m := g.meter(strip)
-				out := runMeter(m, g.body[:cut], inOnePiece)
+				out := runMeter(m, g.body[:cut], allAtOnce)
 				if !strip && !bytes.Equal(out, g.body[:cut]) {
 					t.Fatalf("%s cut at %d: the client got %q", g.name, cut, out)
 				}
@@ -186,10 +186,10 @@ func TestMeterStrip(t *testing.T) {
 			want = append(want, e...)
 		}
 		bare := g.meter(false)
-		runMeter(bare, g.body, inOnePiece)
+		runMeter(bare, g.body, allAtOnce)
 		rnd := rand.New(rand.NewPCG(3, 4))
 		for round := range 60 {
-			next := inOnePiece
+			next := allAtOnce
 			if round > 0 {
 				next = func() int { return rnd.IntN(round * 4) }
 			}
@@ -197,7 +197,7 @@ func TestMeterStrip(t *testing.T) {
 			if got := runMeter(m, g.body, next); !bytes.Equal(got, want) {
 				t.Fatalf("%s: the client got\n%q\nwant\n%q", g.name, got, want)
 			}
-			if got, want := meterSays(m), meterSays(bare); got != want {
+			if got, want := meterState(m), meterState(bare); got != want {
 				t.Fatalf("%s: with strip\n got %s\nwant %s", g.name, got, want)
 			}
 		}
@@ -220,18 +220,18 @@ func TestMeterStripAtOnce(t *testing.T) {
 		{"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":2}}\r\n\r", ""},
 		{"\n: c\r\n\r", ": c\r\n\r"},
 		{"\n", "\n"},
-		{"data: " + strings.Repeat("x", maxEvent-6), ""},
-		{"y", "data: " + strings.Repeat("x", maxEvent-6) + "y"},
+		{"data: " + strings.Repeat("x", maxEventBytes-6), ""},
+		{"y", "data: " + strings.Repeat("x", maxEventBytes-6) + "y"},
 		{"z", "z"},
 		{"\n\n", "\n\n"},
 		{"data: {\"choices\":[],", ""},
 	}
 	for i, s := range steps {
-		if out := string(m.pass([]byte(s.in))); out != s.out {
+		if out := string(m.process([]byte(s.in))); out != s.out {
 			t.Fatalf("step %d: got %.80q, want %.80q", i, out, s.out)
 		}
 	}
-	if out := string(m.end()); out != "data: {\"choices\":[]," {
+	if out := string(m.finish()); out != "data: {\"choices\":[]," {
 		t.Errorf("end = %q", out)
 	}
 }
@@ -273,7 +273,7 @@ func TestMeterBadUsage(t *testing.T) {
 		{meterAnthropic, `{"input_tokens":1000000000000,"output_tokens":5,"cache_read_input_tokens":1e12,"cache_creation_input_tokens":1000000000000}`, "exact input=1000000000000 cacheWrite=1000000000000 output=5"},
 	} {
 		m := newMeter(c.kind, false, false, false)
-		runMeter(m, []byte(pad+c.usage+"}"), inOnePiece)
+		runMeter(m, []byte(pad+c.usage+"}"), allAtOnce)
 		if got := meterCounts(m); got != c.want {
 			t.Errorf("%s\n got %s\nwant %s", c.usage, got, c.want)
 		}
@@ -296,7 +296,7 @@ func TestMeterStreamRules(t *testing.T) {
 		{"type behind response", `data: {"response":{"usage":{"input_tokens":2,"output_tokens":3}},"type":"response.completed"}` + "\n\n", "exact input=2 output=3"},
 		{"no empty line at the end", `data:{"usage":{"prompt_tokens":2,"completion_tokens":3}}`, "exact input=2 output=3"},
 		{"spaces", "data:\t{ \"usage\" : { \"prompt_tokens\" : 2 , \"completion_tokens\" : 3 } } \n\n", "exact input=2 output=3"},
-		{"big event", `data: {"type":"response.completed","response":{"output":"` + strings.Repeat(`a\"`, maxEvent) + `","usage":{"input_tokens":2,"output_tokens":3}}}` + "\n\n", "exact input=2 output=3"},
+		{"big event", `data: {"type":"response.completed","response":{"output":"` + strings.Repeat(`a\"`, maxEventBytes) + `","usage":{"input_tokens":2,"output_tokens":3}}}` + "\n\n", "exact input=2 output=3"},
 	} {
 		var first string
 		for _, size := range []int{1 << 30, 1, 2, 7, 4096} {
@@ -306,9 +306,9 @@ func TestMeterStreamRules(t *testing.T) {
 				t.Errorf("%s, in pieces of %d: got %s, want %s", c.name, size, got, c.want)
 			}
 			if first == "" {
-				first = meterSays(m)
-			} else if meterSays(m) != first {
-				t.Errorf("%s, in pieces of %d: got %s, want %s", c.name, size, meterSays(m), first)
+				first = meterState(m)
+			} else if meterState(m) != first {
+				t.Errorf("%s, in pieces of %d: got %s, want %s", c.name, size, meterState(m), first)
 			}
 		}
 	}
@@ -318,7 +318,7 @@ func TestMeterStreamRules(t *testing.T) {
 // matters. With a comment that makes every event big, each stream says the same.
 func TestMeterReadsNoMoreInBigEvents(t *testing.T) {
 	t.Parallel()
-	comment := ":" + strings.Repeat(" ", maxEvent) + "\n"
+	comment := ":" + strings.Repeat(" ", maxEventBytes) + "\n"
 	for _, g := range usageCases(t) {
 		if !strings.HasSuffix(g.kind, "sse") || bytes.Contains(g.body, []byte("\r")) {
 			continue
@@ -329,10 +329,10 @@ func TestMeterReadsNoMoreInBigEvents(t *testing.T) {
 			big = append(big, event...)
 		}
 		small, m := g.meter(false), g.meter(false)
-		runMeter(small, g.body, inOnePiece)
+		runMeter(small, g.body, allAtOnce)
 		runMeter(m, big, func() int { return 10_000 })
 		m.bytes = small.bytes
-		if got, want := meterSays(m), meterSays(small); got != want {
+		if got, want := meterState(m), meterState(small); got != want {
 			t.Errorf("%s\n got %s\nwant %s", g.name, got, want)
 		}
 	}
@@ -375,12 +375,12 @@ func FuzzMeter(f *testing.F) {
 		rnd := rand.New(rand.NewPCG(seed, 0))
 		for _, strip := range []bool{false, true} {
 			ref := newMeter(kind, sse, false, strip)
-			want := runMeter(ref, body, inOnePiece)
+			want := runMeter(ref, body, allAtOnce)
 			if !ref.strip && !bytes.Equal(want, body) {
 				t.Fatalf("the client got %q", want)
 			}
 			c := ref.counts
-			if c.input < 0 || c.output < 0 || c.input > maxCount || c.output > maxCount || c.cached < 0 ||
+			if c.input < 0 || c.output < 0 || c.input > maxTokenCount || c.output > maxTokenCount || c.cached < 0 ||
 				c.cacheWrite < 0 || c.cached+c.cacheWrite > c.input || c.reasoning > c.output {
 				t.Fatalf("insane counts %+v", c)
 			}
@@ -389,7 +389,7 @@ func FuzzMeter(f *testing.F) {
 				if got := runMeter(m, body, func() int { return 1 + rnd.IntN(top) }); !bytes.Equal(got, want) {
 					t.Fatalf("in pieces the client got\n%q\nwant\n%q", got, want)
 				}
-				if got, want := meterSays(m), meterSays(ref); got != want {
+				if got, want := meterState(m), meterState(ref); got != want {
 					t.Fatalf("in pieces\n got %s\nwant %s", got, want)
 				}
 			}
@@ -482,7 +482,7 @@ func TestScanAgreesWithEncodingJSON(t *testing.T) {
 		if err := json.Unmarshal([]byte(text), &top); err != nil {
 			t.Fatalf("%v in %s", err, text)
 		}
-		var s jsonScan
+		var s usageScanner
 		s.reset(false)
 		for p := []byte(text); len(p) > 0; {
 			n := 1 + d.IntN(len(p))
@@ -514,7 +514,7 @@ func TestScanAgreesWithEncodingJSON(t *testing.T) {
 			for _, name := range names {
 				var n uint64
 				if json.Unmarshal(usage[name], &n) == nil && string(usage[name]) != "null" {
-					want = max(want, int64(min(n, maxCount)))
+					want = max(want, int64(min(n, maxTokenCount)))
 				}
 			}
 			if got := max(s.usage.n[sl], -1); got != want {
@@ -558,31 +558,31 @@ func TestModelNames(t *testing.T) {
 
 // TestMeterMemory: a unary call costs two allocations at most, and an answer of any size no more (BO10).
 func TestMeterMemory(t *testing.T) {
-	body := []byte(madeAnswer(700))
+	body := []byte(syntheticResponse(700))
 	if n := testing.AllocsPerRun(100, func() {
 		m := newMeter(meterOpenAI, false, false, false)
-		m.pass(body)
-		m.end()
+		m.process(body)
+		m.finish()
 	}); n > 2 {
 		t.Errorf("a unary call costs %v allocations", n)
 	}
 	event := []byte(chatEvent)
 	m := newMeter(meterOpenAI, true, false, true)
-	m.pass(event)
-	if n := testing.AllocsPerRun(100, func() { m.pass(event) }); n > 0 {
+	m.process(event)
+	if n := testing.AllocsPerRun(100, func() { m.process(event) }); n > 0 {
 		t.Errorf("an event costs %v allocations", n)
 	}
 	u := newMeter(meterOpenAI, false, false, false)
 	big := []byte(strings.Repeat(`[0.0123,"text \" text",{"usage":{}}],`, 1000))
-	u.pass([]byte(`{"data":[`))
-	if n := testing.AllocsPerRun(100, func() { u.pass(big) }); n > 0 {
+	u.process([]byte(`{"data":[`))
+	if n := testing.AllocsPerRun(100, func() { u.process(big) }); n > 0 {
 		t.Errorf("a piece of a large answer costs %v allocations", n)
 	}
 }
 
 const chatEvent = `data: {"id":"chatcmpl-9lM","object":"chat.completion.chunk","created":1741570283,"model":"gpt-4o-2024-08-06","service_tier":"default","system_fingerprint":"fp_50cad350e4","choices":[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"usage":null}` + "\n\n"
 
-func madeAnswer(text int) string {
+func syntheticResponse(text int) string {
 	return fmt.Sprintf(`{"id":"chatcmpl-B9MBs8Cj","object":"chat.completion","created":1741569952,"model":"gpt-4o-2024-08-06","choices":[{"index":0,"message":{"role":"assistant","content":"%s","refusal":null,"annotations":[]},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":19,"completion_tokens":10,"total_tokens":29,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}},"service_tier":"default","system_fingerprint":"fp_fc9f1d7035"}`,
 		strings.Repeat(`words and \"words\",\n`, text/20))
 }
@@ -590,8 +590,8 @@ func madeAnswer(text int) string {
 func BenchmarkMeterUnary(b *testing.B) {
 	numbers := strings.Repeat("0.0023064255,-0.009327292,", 768*20)
 	for _, c := range []struct{ name, body string }{
-		{"chat-1KB", madeAnswer(400)},
-		{"chat-100KB", madeAnswer(100_000)},
+		{"chat-1KB", syntheticResponse(400)},
+		{"chat-100KB", syntheticResponse(100_000)},
 		{"embeddings-400KB", `{"object":"list","data":[{"embedding":[` + numbers + `0]}],"model":"m","usage":{"prompt_tokens":8,"total_tokens":8}}`},
 		{"base64-1MB", `{"data":[{"b64_json":"` + strings.Repeat("iVBORw0KGgo/", 87_000) + `"}],"usage":{"input_tokens":50,"output_tokens":50}}`},
 	} {
@@ -603,7 +603,7 @@ func BenchmarkMeterUnary(b *testing.B) {
 				m := newMeter(meterOpenAI, false, false, false)
 				for p := body; len(p) > 0; {
 					n := min(len(p), 32<<10)
-					m.pass(p[:n])
+					m.process(p[:n])
 					p = p[n:]
 				}
 				if m.source() != usageExact {
@@ -628,11 +628,11 @@ func BenchmarkMeterEvent(b *testing.B) {
 		event := []byte(c.event)
 		b.Run(c.name, func(b *testing.B) {
 			m := newMeter(c.kind, true, false, c.strip)
-			m.pass([]byte("data: {\"model\":\"m\",\"message\":{\"model\":\"m\"}}\n\n"))
+			m.process([]byte("data: {\"model\":\"m\",\"message\":{\"model\":\"m\"}}\n\n"))
 			b.SetBytes(int64(len(event)))
 			b.ReportAllocs()
 			for b.Loop() {
-				m.pass(event)
+				m.process(event)
 			}
 		})
 	}

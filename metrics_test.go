@@ -16,10 +16,10 @@ import (
 	"time"
 )
 
-// metricsOf reads a page of metrics strictly: every sample belongs to the family
+// parseMetrics reads a page of metrics strictly: every sample belongs to the family
 // announced before it, no series occurs twice, histograms are cumulative. It
 // returns the samples by name and labels.
-func metricsOf(t testing.TB, page string) map[string]float64 {
+func parseMetrics(t testing.TB, page string) map[string]float64 {
 	t.Helper()
 	sample := regexp.MustCompile(`^([a-z_]+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? (-?[0-9.]+)$`)
 	out, kinds := map[string]float64{}, map[string]string{}
@@ -79,11 +79,11 @@ func (p *testProxy) metrics() map[string]float64 {
 	if res.status != 200 {
 		p.t.Fatalf("got %d: %s", res.status, res.body)
 	}
-	return metricsOf(p.t, res.body)
+	return parseMetrics(p.t, res.body)
 }
 
-// sumOf adds up the samples of a family that have all of some labels.
-func sumOf(samples map[string]float64, family string, labels ...string) (sum float64) {
+// sumSamples adds up the samples of a family that have all of some labels.
+func sumSamples(samples map[string]float64, family string, labels ...string) (sum float64) {
 next:
 	for name, v := range samples {
 		if got, _, _ := strings.Cut(name, "{"); got != family {
@@ -99,9 +99,9 @@ next:
 	return sum
 }
 
-// TestMetricsDoors: on the main address a management key opens /metrics and
+// TestMetricsAccess: on the main address a management key opens /metrics and
 // nothing else does; on METRICS_ADDR it is open, and nothing else is there.
-func TestMetricsDoors(t *testing.T) {
+func TestMetricsAccess(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"METRICS_ADDR": "127.0.0.1:0"})
 	var viewer struct{ Key string }
@@ -124,11 +124,11 @@ func TestMetricsDoors(t *testing.T) {
 		t.Errorf("POST: got %d", res.status)
 	}
 	p.chat()
-	p.settle()
+	p.waitSettled()
 	main := p.url
-	p.url = "http://" + p.in.metered.Addr().String()
+	p.url = "http://" + p.instance.metricsListener.Addr().String()
 	res := p.do("GET", "/metrics", "")
-	if samples := metricsOf(t, res.body); res.status != 200 || sumOf(samples, "llm_proxy_calls_total") != 1 {
+	if samples := parseMetrics(t, res.body); res.status != 200 || sumSamples(samples, "llm_proxy_calls_total") != 1 {
 		t.Errorf("METRICS_ADDR: got %d %s", res.status, res.body)
 	}
 	if strings.Contains(res.body, `"test"`) || strings.Contains(res.body, p.tokenID) || strings.Contains(res.body, p.dir) {
@@ -154,7 +154,7 @@ func TestMetricsAgree(t *testing.T) {
 	p := newTest(t, nil)
 	_, narrow := p.newToken(`"name":"n","policy":{"models":["gpt-4o"]}`)
 	_, once := p.newToken(`"name":"o","max_requests":1`)
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		switch {
 		case strings.Contains(r.body, `"user":"500"`):
 			return c.reply(500, `{"error":{}}`)
@@ -163,13 +163,13 @@ func TestMetricsAgree(t *testing.T) {
 		case strings.Contains(r.body, `"user":"401"`):
 			return c.reply(401, `{"error":{}}`)
 		case strings.Contains(r.body, `"user":"cut"`):
-			c.sse()
+			c.beginSSE()
 			_ = c.chunk(chatEvents(false)[0])
 			return c.reset()
 		case strings.Contains(r.body, `"user":"reset"`):
 			return c.reset()
 		}
-		return answerChat(c, r)
+		return chatScript(c, r)
 	})
 	for range 3 {
 		p.chat()
@@ -186,7 +186,7 @@ func TestMetricsAgree(t *testing.T) {
 	p.chatAs("sk-llmp_wrong")
 	rows := p.ledger()
 	m := p.metrics()
-	if n := sumOf(m, "llm_proxy_calls_total"); n != float64(len(rows)+1) { // a stranger's is on no record
+	if n := sumSamples(m, "llm_proxy_calls_total"); n != float64(len(rows)+1) { // a stranger's is on no record
 		t.Errorf("%v calls counted, %d on record", n, len(rows))
 	}
 	want := map[string]float64{}
@@ -197,44 +197,44 @@ func TestMetricsAgree(t *testing.T) {
 	}
 	want["refused"]++
 	for outcome, n := range want {
-		if got := sumOf(m, "llm_proxy_calls_total", `outcome="`+outcome+`"`); got != n {
+		if got := sumSamples(m, "llm_proxy_calls_total", `outcome="`+outcome+`"`); got != n {
 			t.Errorf("outcome %s: %v counted, %v on record", outcome, got, n)
 		}
 	}
-	if i, o := sumOf(m, "llm_proxy_tokens_total", `kind="input"`), sumOf(m, "llm_proxy_tokens_total", `kind="output"`); i != input || o != output || i == 0 {
+	if i, o := sumSamples(m, "llm_proxy_tokens_total", `kind="input"`), sumSamples(m, "llm_proxy_tokens_total", `kind="output"`); i != input || o != output || i == 0 {
 		t.Errorf("tokens: %v and %v counted, %v and %v on record", i, o, input, output)
 	}
-	if n := sumOf(m, "llm_proxy_upstream_attempts_total"); n != float64(len(p.provider.got())) {
-		t.Errorf("%v attempts counted, the provider got %d", n, len(p.provider.got()))
+	if n := sumSamples(m, "llm_proxy_upstream_attempts_total"); n != float64(len(p.provider.received())) {
+		t.Errorf("%v attempts counted, the provider got %d", n, len(p.provider.received()))
 	}
 	for labels, n := range map[string]float64{
 		`result="ok"`: 8, `result="failed"`: 3, `result="refused"`: 1, `result="key_refused"`: 1, `result="unreachable"`: 1,
 	} {
-		if got := sumOf(m, "llm_proxy_upstream_attempts_total", labels); got != n {
+		if got := sumSamples(m, "llm_proxy_upstream_attempts_total", labels); got != n {
 			t.Errorf("attempts %s: %v, want %v", labels, got, n)
 		}
 	}
 	for labels, n := range map[string]float64{`code="model_not_allowed",class="policy"`: 1, `code="project_spend_limit_exceeded",class="policy"`: 1, `code="malformed",class="caller"`: 1} {
-		if got := sumOf(m, "llm_proxy_refusals_total", labels); got != n {
+		if got := sumSamples(m, "llm_proxy_refusals_total", labels); got != n {
 			t.Errorf("refusals %s: %v, want %v", labels, got, n)
 		}
 	}
 	for class, n := range map[string]float64{"caller": 2, "policy": 2, "provider": 6, "proxy": 0, "none": 7} {
-		if got := sumOf(m, "llm_proxy_calls_total", `class="`+class+`"`); got != n {
+		if got := sumSamples(m, "llm_proxy_calls_total", `class="`+class+`"`); got != n {
 			t.Errorf("class %s: %v, want %v", class, got, n)
 		}
 	}
 	for name, n := range map[string]float64{"llm_proxy_running_streams": 0, "llm_proxy_running_calls": 0, "llm_proxy_ledger_queue_rows": 0, "llm_proxy_draining": 0,
 		"llm_proxy_ledger_failing": 0, "llm_proxy_registry_projects": 1, "llm_proxy_build_info": 1} {
-		if got := sumOf(m, name); got != n {
+		if got := sumSamples(m, name); got != n {
 			t.Errorf("%s is %v, want %v", name, got, n)
 		}
 	}
 	for _, name := range []string{"llm_proxy_overhead_seconds_count", "llm_proxy_first_byte_seconds_count", "llm_proxy_duration_seconds_sum",
 		"llm_proxy_ledger_commit_seconds_count", "llm_proxy_ledger_rows_total", "llm_proxy_database_bytes", "llm_proxy_disk_free_bytes",
 		"llm_proxy_cost_dollars_total", "llm_proxy_http_requests_total", "go_goroutines", "go_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"} {
-		if sumOf(m, name) <= 0 {
-			t.Errorf("%s is %v", name, sumOf(m, name))
+		if sumSamples(m, name) <= 0 {
+			t.Errorf("%s is %v", name, sumSamples(m, name))
 		}
 	}
 }
@@ -244,23 +244,23 @@ func TestMetricsRunning(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	goOn := make(chan bool)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(false)[0])
 		<-goOn
 		return c.chunk(chatEvents(false)[4-1]) == nil && c.chunk("") == nil
 	})
-	done := make(chan answer, 1)
+	done := make(chan testResponse, 1)
 	go func() { done <- p.chat(`"stream":true`) }()
-	waitFor(t, "a stream", func() bool { return p.in.metrics.streams.Load() == 1 })
+	waitFor(t, "a stream", func() bool { return p.instance.metrics.activeStreams.Load() == 1 })
 	m := p.metrics()
-	if sumOf(m, "llm_proxy_running_streams") != 1 || sumOf(m, "llm_proxy_running_calls") != 1 || sumOf(m, "llm_proxy_connections") < 1 {
+	if sumSamples(m, "llm_proxy_running_streams") != 1 || sumSamples(m, "llm_proxy_running_calls") != 1 || sumSamples(m, "llm_proxy_connections") < 1 {
 		t.Error("a running stream is not shown")
 	}
 	close(goOn)
 	<-done
-	p.settle()
-	if m := p.metrics(); sumOf(m, "llm_proxy_running_streams") != 0 {
+	p.waitSettled()
+	if m := p.metrics(); sumSamples(m, "llm_proxy_running_streams") != 0 {
 		t.Error("a stream that has ended is shown as running")
 	}
 }
@@ -279,27 +279,27 @@ func TestMetricsBounded(t *testing.T) {
 		p.chatAs(fmt.Sprintf("sk-llmp_%d", i))
 		p.do(fmt.Sprintf("METHOD%d", i), "/v1/chat/completions", "", "Authorization", "Bearer "+p.token)
 	}
-	p.provider.answer(func(c *providerConn, r recorded) bool {
-		n := len(p.provider.got())
-		return c.reply(400+n%90, strings.Replace(chatAnswer, "gpt-4o-mini-2024-07-18", fmt.Sprintf("answered-%d", n), 1))
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		n := len(p.provider.received())
+		return c.reply(400+n%90, strings.Replace(chatResponseBody, "gpt-4o-mini-2024-07-18", fmt.Sprintf("answered-%d", n), 1))
 	})
 	for i := range 40 {
 		odd(i)
 	}
-	p.settle()
+	p.waitSettled()
 	p.metrics() // counts itself
 	before := slices.Sorted(maps.Keys(p.metrics()))
 	for i := range 60 {
 		odd(1000 + i)
 	}
-	p.settle()
+	p.waitSettled()
 	if after := slices.Sorted(maps.Keys(p.metrics())); !slices.Equal(before, after) {
 		t.Errorf("there were %d series, then %d", len(before), len(after))
 	}
 	var s series[int, int]
-	s.most = 2
+	s.maxLen = 2
 	for i := range 100 {
-		*s.getOr(i, -1)++
+		*s.getOrOther(i, -1)++
 	}
 	if len(s.m) != 3 || *s.m[-1] != 98 {
 		t.Errorf("a full series: %v", s.m)
@@ -309,13 +309,13 @@ func TestMetricsBounded(t *testing.T) {
 // TestMetricsEscape: labels that administrators chose cannot break the page.
 func TestMetricsEscape(t *testing.T) {
 	t.Parallel()
-	text := &metricsText{}
-	text.about("x", "gauge", "X.")
-	text.int(1, "a", "q\"b\\s\nn\xffé")
+	text := &metricsWriter{}
+	text.beginFamily("x", "gauge", "X.")
+	text.writeInt(1, "a", "q\"b\\s\nn\xffé")
 	if got, want := string(text.b), "# HELP llm_proxy_x X.\n# TYPE llm_proxy_x gauge\nllm_proxy_x{a=\"q\\\"b\\\\s\\nn\uFFFDé\"} 1\n"; got != want {
 		t.Errorf("got %q", got)
 	}
-	metricsOf(t, string(text.b))
+	parseMetrics(t, string(text.b))
 }
 
 // TestMetricsInUse: an address that is taken stops the start, and says which.
@@ -333,51 +333,51 @@ func TestMetricsInUse(t *testing.T) {
 	in.listener.Close()
 }
 
-// countedCall is a call as settle hands it to metrics.
-func countedCall(tb testing.TB) (*metrics, *call, *requestRow) {
+// newCountedCall is a call as settle hands it to metrics.
+func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 	prices, err := loadPrices()
 	if err != nil {
 		tb.Fatal(err)
 	}
 	m, table := newMetrics(), newEndpointTable()
-	m.know(table)
+	m.registerEndpoints(table)
 	c := &call{endpoint: table.all()[0], entry: &ledgerEntry{}, upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
-		project: &projectState{id: "proj_1"}, firstByte: 3 * time.Millisecond, reading: time.Millisecond}
-	c.sentAt, c.headAt = time.UnixMilli(1), time.UnixMilli(2)
+		project: &projectState{id: "proj_1"}, firstByte: 3 * time.Millisecond, bodyReadTime: time.Millisecond}
+	c.sentAt, c.headersAt = time.UnixMilli(1), time.UnixMilli(2)
 	return m, c, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true, cost: 5, firstByteUS: 3000, totalUS: 4000,
 		counts: tokenCounts{input: 9, output: 3}}
 }
 
 // TestMetricsAllocateNothing: to count is free of garbage.
 func TestMetricsAllocateNothing(t *testing.T) {
-	m, c, row := countedCall(t)
-	if n := testing.AllocsPerRun(1000, func() { m.call(c, row); m.attempt(c.upstream, attemptOK) }); n != 0 {
+	m, c, row := newCountedCall(t)
+	if n := testing.AllocsPerRun(1000, func() { m.countCall(c, row); m.countAttempt(c.upstream, attemptOK) }); n != 0 {
 		t.Errorf("%v allocations a call", n)
 	}
 }
 
 func BenchmarkMetricsCall(b *testing.B) {
-	m, c, row := countedCall(b)
+	m, c, row := newCountedCall(b)
 	for b.Loop() {
-		m.call(c, row)
-		m.attempt(c.upstream, attemptOK)
+		m.countCall(c, row)
+		m.countAttempt(c.upstream, attemptOK)
 	}
 }
 
 // BenchmarkMetricsPage writes a page with as many series as there may be.
 func BenchmarkMetricsPage(b *testing.B) {
-	m, c, row := countedCall(b)
+	m, c, row := newCountedCall(b)
 	for i := range maxModelSeries {
 		c.project = &projectState{id: fmt.Sprintf("proj_%d", i)}
-		m.call(c, row)
+		m.countCall(c, row)
 	}
-	t := &metricsText{}
+	t := &metricsWriter{}
 	table := newEndpointTable()
 	for b.Loop() {
 		t.b = t.b[:0]
-		m.showCalls(t, table)
-		m.showModels(t)
-		m.showSeries(t)
+		m.writeCalls(t, table)
+		m.writeModels(t)
+		m.writeSeries(t)
 	}
 }
 
@@ -388,15 +388,15 @@ func TestHealthWhenFull(t *testing.T) {
 	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "2"})
 	p.allowErrors = true // that it is full is one
 	goOn := make(chan bool)
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		<-goOn
-		return answerChat(c, r)
+		return chatScript(c, r)
 	})
 	var calls sync.WaitGroup
 	for range 2 {
 		calls.Go(func() { p.chat() })
 	}
-	waitFor(t, "two calls to run", func() bool { return len(p.provider.got()) == 2 })
+	waitFor(t, "two calls to run", func() bool { return len(p.provider.received()) == 2 })
 	if res := p.chat(); res.status != 503 || res.header.Get("Retry-After") == "" {
 		t.Errorf("a third call: got %d", res.status)
 	}
@@ -405,7 +405,7 @@ func TestHealthWhenFull(t *testing.T) {
 			t.Errorf("%s: got %d", path, res.status)
 		}
 	}
-	if m := p.metrics(); sumOf(m, "llm_proxy_running_calls") != 2 {
+	if m := p.metrics(); sumSamples(m, "llm_proxy_running_calls") != 2 {
 		t.Error("/metrics does not show the calls")
 	}
 	close(goOn)

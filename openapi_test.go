@@ -141,7 +141,7 @@ func (s *spec) parameters(op map[string]any, in string) map[string]map[string]an
 	return out
 }
 
-func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // TestOpenAPIRoutes: the same URLs and roles, and the path parameters that the
 // URLs have.
@@ -154,8 +154,8 @@ func TestOpenAPIRoutes(t *testing.T) {
 		if !slices.Contains(s.operations(), rt.pattern) {
 			continue // told below
 		}
-		if got := s.operation(rt.pattern)["x-role"]; got != string(rt.need) {
-			t.Errorf("%s: x-role is %v, it needs %s", rt.pattern, got, rt.need)
+		if got := s.operation(rt.pattern)["x-role"]; got != string(rt.minRole) {
+			t.Errorf("%s: x-role is %v, it needs %s", rt.pattern, got, rt.minRole)
 		}
 	}
 	slices.Sort(want)
@@ -170,7 +170,7 @@ func TestOpenAPIRoutes(t *testing.T) {
 			inPath = append(inPath, m[1])
 		}
 		slices.Sort(inPath)
-		if got := sorted(s.parameters(op, "path")); !slices.Equal(got, inPath) {
+		if got := sortedKeys(s.parameters(op, "path")); !slices.Equal(got, inPath) {
 			t.Errorf("%s: path parameters %v", name, got)
 		}
 		if id := op["operationId"]; id == nil || ids[id] {
@@ -180,9 +180,9 @@ func TestOpenAPIRoutes(t *testing.T) {
 	}
 }
 
-// fill puts ids of the test's own things into a pattern; there are none of
+// operationPath puts ids of the test's own things into a pattern; there are none of
 // calls, prices and keys.
-func (p *testProxy) fill(name string) (method, path string) {
+func (p *testProxy) operationPath(name string) (method, path string) {
 	method, path, _ = strings.Cut(name, " ")
 	id := "none"
 	switch {
@@ -194,8 +194,8 @@ func (p *testProxy) fill(name string) (method, path string) {
 	return method, strings.NewReplacer("{id}", id, "{upstream}", p.upstream).Replace(path)
 }
 
-// known reads the names that a refusal lists.
-func known(t *testing.T, res answer) []string {
+// knownNames reads the names that a refusal lists.
+func knownNames(t *testing.T, res testResponse) []string {
 	t.Helper()
 	_, list, ok := strings.Cut(res.message(), "known are: ")
 	if res.status != 400 || !ok {
@@ -209,8 +209,8 @@ func known(t *testing.T, res answer) []string {
 	return names
 }
 
-// refusal returns what an OpenAI-shaped error says.
-func (a answer) refusal() (message, param string) {
+// errorDetail returns what an OpenAI-shaped error says.
+func (a testResponse) errorDetail() (message, param string) {
 	var e struct {
 		Error struct{ Message, Param string }
 	}
@@ -218,9 +218,9 @@ func (a answer) refusal() (message, param string) {
 	return e.Error.Message, e.Error.Param
 }
 
-func (a answer) message() string { m, _ := a.refusal(); return m }
+func (a testResponse) message() string { m, _ := a.errorDetail(); return m }
 
-func (a answer) param() string { _, p := a.refusal(); return p }
+func (a testResponse) param() string { _, p := a.errorDetail(); return p }
 
 // TestOpenAPIRequests: the same fields and query parameters, of the same types,
 // null where it says so, and needed where it says so.
@@ -228,13 +228,13 @@ func TestOpenAPIRequests(t *testing.T) {
 	t.Parallel()
 	s, p := readSpec(t), newTest(t, nil)
 	for _, name := range s.operations() {
-		method, path := p.fill(name)
+		method, path := p.operationPath(name)
 		if !strings.HasPrefix(path, "/manage/") {
 			continue
 		}
 		op := s.operation(name)
 		query := s.parameters(op, "query")
-		if got, want := known(t, p.manageAs(p.adminKey, method, path+"?no_such=1", "")), sorted(query); !slices.Equal(got, want) {
+		if got, want := knownNames(t, p.manageAs(p.adminKey, method, path+"?no_such=1", "")), sortedKeys(query); !slices.Equal(got, want) {
 			t.Errorf("%s takes the parameters %v; openapi.yaml has %v", name, got, want)
 		}
 		for q, param := range query {
@@ -257,11 +257,11 @@ func TestOpenAPIRequests(t *testing.T) {
 			continue
 		}
 		schema := s.at(op, "requestBody", "content", "application/json", "schema")
-		if got, want := known(t, p.manageAs(p.adminKey, method, path, `{"no_such":1}`)), sorted(s.properties(schema)); !slices.Equal(got, want) {
+		if got, want := knownNames(t, p.manageAs(p.adminKey, method, path, `{"no_such":1}`)), sortedKeys(s.properties(schema)); !slices.Equal(got, want) {
 			t.Errorf("%s takes the fields %v; openapi.yaml has %v", name, got, want)
 		}
 		for field, v := range s.properties(schema) {
-			s.tryField(p, method, path, field, s.at(v), needed(p)[name])
+			s.tryField(p, method, path, field, s.at(v), requiredFields(p)[name])
 		}
 	}
 }
@@ -281,14 +281,14 @@ func (s *spec) tryField(p *testProxy, method, path, field string, schema map[str
 			body = map[string]string{}
 		}
 		body[field] = value
-		if res := p.manageAs(p.adminKey, method, path, object(body)); res.status != 400 || res.param() != field {
+		if res := p.manageAs(p.adminKey, method, path, jsonObject(body)); res.status != 400 || res.param() != field {
 			s.t.Errorf("%s %s with %s %s: got %d %s", method, path, field, value, res.status, res.body)
 		}
 	}
 }
 
-// needed are the fields that each operation needs, with values.
-func needed(p *testProxy) map[string]map[string]string {
+// requiredFields are the fields that each operation needs, with values.
+func requiredFields(p *testProxy) map[string]map[string]string {
 	return map[string]map[string]string{
 		"POST /manage/projects":                {"name": `"a"`},
 		"POST /manage/projects/{id}/upstreams": {"name": `"a"`, "api_key": `"sk-0123456789abcdef"`},
@@ -303,37 +303,37 @@ func needed(p *testProxy) map[string]map[string]string {
 func TestOpenAPIRequired(t *testing.T) {
 	t.Parallel()
 	s, p := readSpec(t), newTest(t, nil)
-	for name, body := range needed(p) {
+	for name, body := range requiredFields(p) {
 		required := s.required(s.at(s.operation(name), "requestBody", "content", "application/json", "schema"))
 		slices.Sort(required)
-		if !slices.Equal(required, sorted(body)) {
-			t.Errorf("%s requires %v in openapi.yaml, the test says %v", name, required, sorted(body))
+		if !slices.Equal(required, sortedKeys(body)) {
+			t.Errorf("%s requires %v in openapi.yaml, the test says %v", name, required, sortedKeys(body))
 		}
-		method, path := p.fill(name)
+		method, path := p.operationPath(name)
 		for _, left := range required {
 			part := maps.Clone(body)
 			delete(part, left)
-			if res := p.manageAs(p.adminKey, method, path, object(part)); res.status != 400 || res.param() != left {
+			if res := p.manageAs(p.adminKey, method, path, jsonObject(part)); res.status != 400 || res.param() != left {
 				t.Errorf("%s without %s: got %d %s", name, left, res.status, res.body)
 			}
 		}
 		if name == "POST /manage/prices" {
 			body["input"] = "1" // or output: JSON Schema could say so, but few would read it
 		}
-		p.manage(method, path, object(body), 201, nil)
+		p.manage(method, path, jsonObject(body), 201, nil)
 	}
 }
 
-func object(members map[string]string) string {
+func jsonObject(members map[string]string) string {
 	var parts []string
-	for _, name := range sorted(members) {
+	for _, name := range sortedKeys(members) {
 		parts = append(parts, `"`+name+`":`+members[name])
 	}
 	return "{" + strings.Join(parts, ",") + "}"
 }
 
-// answered checks an answer against its operation's responses.
-func (s *spec) answered(method, path string, res answer) {
+// checkResponse checks an answer against its operation's responses.
+func (s *spec) checkResponse(method, path string, res testResponse) {
 	s.t.Helper()
 	u, err := url.Parse(path)
 	if err != nil {
@@ -433,24 +433,24 @@ func jsonType(v any) string {
 	return "object"
 }
 
-// unseen reports the properties of a schema that no answer had.
-func (s *spec) unseen(where string, schema map[string]any) {
+// reportUnseen reports the properties of a schema that no answer had.
+func (s *spec) reportUnseen(where string, schema map[string]any) {
 	s.t.Helper()
 	if items := s.at(schema, "items"); items != nil {
-		s.unseen(where+"[]", items)
+		s.reportUnseen(where+"[]", items)
 	}
 	for name, v := range s.properties(schema) {
 		if !s.seen[where+"."+name] {
 			s.t.Errorf("%s: no answer has %s", where, name)
 			continue
 		}
-		s.unseen(where+"."+name, s.at(v))
+		s.reportUnseen(where+"."+name, s.at(v))
 	}
 }
 
-// TestOpenAPIAnswers: each field of each answer is in its schema, and each
+// TestOpenAPIResponses: each field of each answer is in its schema, and each
 // property of a schema occurs.
-func TestOpenAPIAnswers(t *testing.T) {
+func TestOpenAPIResponses(t *testing.T) {
 	t.Parallel()
 	s, p := readSpec(t), newTest(t, nil)
 	call := func(method, path, body string, status int) string {
@@ -459,7 +459,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 		if res.status != status {
 			t.Fatalf("%s %s: got %d, want %d: %s", method, path, res.status, status, res.body)
 		}
-		s.answered(method, path, res)
+		s.checkResponse(method, path, res)
 		return between(res.body, `"id":"`, `"`)
 	}
 	const limits = `"addresses":["0.0.0.0/0","::/0"],"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
@@ -485,16 +485,16 @@ func TestOpenAPIAnswers(t *testing.T) {
 	call("GET", "/manage/tokens?limit=1", "", 200)
 	call("GET", "/manage/projects?limit=1", "", 200)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
-	p.seenMayHold(promptCanary)
+	p.allowSecret(promptCanary)
 	p.chat()
 	p.chat()
 	p.chat(`"stream":true`)
 	second, _ := p.addUpstream(`"priority":1`)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(429, "{}") })
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(429, "{}") })
 	p.chat() // with two attempts
-	p.settle()
+	p.waitSettled()
 	id := call("GET", "/manage/requests?limit=1", "", 200)
-	second.answer(endless)
+	second.setScript(endlessScript)
 	for range 2 {
 		if _, err := p.stream(p.token).read(1); err != nil {
 			t.Fatal(err)
@@ -522,9 +522,9 @@ func TestOpenAPIAnswers(t *testing.T) {
 	call("DELETE", path+"/content", "", 200)
 	call("DELETE", path, "", 200)
 	for _, path := range []string{"/healthz", "/readyz"} {
-		s.answered("GET", path, p.do("GET", path, ""))
+		s.checkResponse("GET", path, p.do("GET", path, ""))
 	}
-	s.answered("GET", "/metrics", p.manageAs(p.adminKey, "GET", "/metrics", ""))
+	s.checkResponse("GET", "/metrics", p.manageAs(p.adminKey, "GET", "/metrics", ""))
 	for _, name := range s.operations() {
 		for status, r := range s.at(s.operation(name), "responses") {
 			where := fmt.Sprintf("%s %s ", name, status)
@@ -534,7 +534,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 			if !s.seen[where] {
 				t.Errorf("%s: no such answer", where)
 			}
-			s.unseen(where, s.at(r, "content", "application/json", "schema"))
+			s.reportUnseen(where, s.at(r, "content", "application/json", "schema"))
 		}
 	}
 }
@@ -548,26 +548,26 @@ func TestOpenAPIErrors(t *testing.T) {
 	var viewer struct{ ID, Key string }
 	p.manage("POST", "/manage/keys", `{"name":"v","role":"viewer"}`, 201, &viewer)
 	p.secrets = append(p.secrets, viewer.Key)
-	for range failuresAllowed {
+	for range maxAuthFailures {
 		p.manageAs("wrong", "GET", "/manage/projects", "", "X-Forwarded-For", "192.0.2.1")
 	}
 	for _, name := range s.operations() {
-		method, path := p.fill(name)
+		method, path := p.operationPath(name)
 		path = strings.Replace(path, "/keys/none", "/keys/"+viewer.ID, 1)
 		if !strings.HasPrefix(path, "/manage/") {
 			continue
 		}
 		admin := "Bearer " + p.adminKey
-		provoked := map[int]answer{
+		provoked := map[int]testResponse{
 			400: p.do(method, path+"?a=1&a=2", "", "Authorization", admin),
 			401: p.do(method, path, ""),
 			403: p.do(method, path, "", "Authorization", "Bearer "+viewer.Key, "If-Match", `"1000"`),
 			412: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "application/json", "If-Match", `"1000"`),
-			413: p.do(method, path, strings.Repeat(" ", maxManageBody+1), "Authorization", admin, "If-Match", `"1000"`),
+			413: p.do(method, path, strings.Repeat(" ", maxManageBodyBytes+1), "Authorization", admin, "If-Match", `"1000"`),
 			415: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "text/plain", "If-Match", `"1000"`),
 			421: p.do(method, path, "", "Authorization", admin, "Host", "evil.example.com"),
 			429: p.do(method, path, "", "Authorization", "Bearer wrong", "X-Forwarded-For", "192.0.2.1"),
-			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID, "none").Replace(path), object(needed(p)[name]),
+			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID, "none").Replace(path), jsonObject(requiredFields(p)[name]),
 				"Authorization", admin, "Content-Type", "application/json"),
 		}
 		for status, res := range provoked {
@@ -576,7 +576,7 @@ func TestOpenAPIErrors(t *testing.T) {
 				t.Errorf("%s: provoking %d got %d %s; openapi.yaml declares it: %v", name, status, res.status, res.body, declared)
 			}
 			if res.status >= 300 {
-				s.answered(method, path, res)
+				s.checkResponse(method, path, res)
 			}
 		}
 		// The rest of what is declared is the database's trouble.

@@ -31,10 +31,10 @@ type policy struct {
 // parsePolicy reads a policy from JSON, strictly. Only a project's policy may
 // turn stateful endpoints on.
 func parsePolicy(raw []byte, ofProject bool) (policy, error) {
-	var endpoints, models, addresses opt[[]string]
-	var limits opt[[]json.RawMessage]
-	var stateful opt[bool]
-	var keepDays opt[int64]
+	var endpoints, models, addresses optional[[]string]
+	var limits optional[[]json.RawMessage]
+	var stateful optional[bool]
+	var keepDays optional[int64]
 	fields := map[string]any{"endpoints": &endpoints, "models": &models, "addresses": &addresses, "limits": &limits}
 	if ofProject {
 		fields["stateful"], fields["keep_content_days"] = &stateful, &keepDays
@@ -47,34 +47,34 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 		}
 		return policy{}, err
 	}
-	p := policy{Stateful: stateful.v, KeepContentDays: keepDays.v}
+	p := policy{Stateful: stateful.value, KeepContentDays: keepDays.value}
 	if p.KeepContentDays < 0 || p.KeepContentDays > 365 {
 		return policy{}, &fieldError{"policy.keep_content_days", "must be from 0, which keeps nothing, to 365"}
 	}
 	for _, l := range []struct {
 		name string
-		in   opt[[]string]
+		in   optional[[]string]
 		out  *[]string
 	}{{"policy.endpoints", endpoints, &p.Endpoints}, {"policy.models", models, &p.Models}} {
-		if !l.in.given() {
+		if !l.in.hasValue() {
 			continue
 		}
-		if err := checkPatterns(l.name, l.in.v); err != nil {
+		if err := checkPatterns(l.name, l.in.value); err != nil {
 			return policy{}, err
 		}
-		*l.out = l.in.v
+		*l.out = l.in.value
 		if *l.out == nil {
 			*l.out = []string{}
 		}
 	}
 	var err error
-	if addresses.given() {
-		if p.Addresses, err = parseAddresses(addresses.v); err != nil {
+	if addresses.hasValue() {
+		if p.Addresses, err = parseAddresses(addresses.value); err != nil {
 			return policy{}, err
 		}
 	}
-	if limits.given() {
-		if p.Limits, err = parseLimits(limits.v); err != nil {
+	if limits.hasValue() {
+		if p.Limits, err = parseLimits(limits.value); err != nil {
 			return policy{}, err
 		}
 	}
@@ -131,12 +131,12 @@ func (p policy) String() string {
 }
 
 func (p policy) allowsModel(model string) bool {
-	return p.Models == nil || matchesAny(p.Models, model)
+	return p.Models == nil || matchesAnyPattern(p.Models, model)
 }
 
 // allowsEndpoint takes an endpoint's name, METHOD and pattern, and its pattern.
 func (p policy) allowsEndpoint(name, pattern string) bool {
-	return p.Endpoints == nil || matchesAny(p.Endpoints, name) || matchesAny(p.Endpoints, pattern)
+	return p.Endpoints == nil || matchesAnyPattern(p.Endpoints, name) || matchesAnyPattern(p.Endpoints, pattern)
 }
 
 // allowsAddress takes a client's address as text; what is none is not allowed
@@ -158,18 +158,18 @@ func (p policy) allowsAddress(address string) bool {
 	return false
 }
 
-// matchesAny reports whether s is in list, whose entries may end in *.
-func matchesAny(list []string, s string) bool {
+// matchesAnyPattern reports whether s is in list, whose entries may end in *.
+func matchesAnyPattern(list []string, s string) bool {
 	for _, p := range list {
-		if matches(p, s) {
+		if matchesPattern(p, s) {
 			return true
 		}
 	}
 	return false
 }
 
-// matches reports whether s is what pattern says, which may end in *.
-func matches(pattern, s string) bool {
+// matchesPattern reports whether s is what pattern says, which may end in *.
+func matchesPattern(pattern, s string) bool {
 	prefix, ok := strings.CutSuffix(pattern, "*")
 	return pattern == s || ok && strings.HasPrefix(s, prefix)
 }
@@ -177,53 +177,55 @@ func matches(pattern, s string) bool {
 // A limit is one rule of a policy. A call counts in it if both patterns match.
 // It is immutable.
 type limit struct {
-	count    measure
-	per      span   // 0 for countConcurrent
-	shadow   bool   // refuses nothing, and counts what it would have refused
-	max      int64  // requests, tokens, calls; for dollars nano-dollars
-	endpoint string // "" for every endpoint
-	model    string // a pattern for the model asked for, "" for every model
+	metric      limitMetric
+	period      limitPeriod // 0 for metricConcurrent
+	monitorOnly bool        // refuses nothing, and counts what it would have refused
+	max         int64       // requests, tokens, calls; for dollars nano-dollars
+	endpoint    string      // "" for every endpoint
+	model       string      // a pattern for the model asked for, "" for every model
 }
 
 // A limitKey says which limits count the same: a change of max alone keeps the
 // count.
 type limitKey struct {
-	count           measure
-	per             span
-	shadow          bool
+	metric          limitMetric
+	period          limitPeriod
+	monitorOnly     bool
 	endpoint, model string
 }
 
-func (l *limit) key() limitKey { return limitKey{l.count, l.per, l.shadow, l.endpoint, l.model} }
+func (l *limit) key() limitKey {
+	return limitKey{l.metric, l.period, l.monitorOnly, l.endpoint, l.model}
+}
 
 // applies reports whether a call of an endpoint (its name, METHOD and pattern,
 // and its pattern) and a model counts in l.
 func (l *limit) applies(name, pattern, model string) bool {
-	return (l.endpoint == "" || matches(l.endpoint, name) || matches(l.endpoint, pattern)) &&
-		(l.model == "" || matches(l.model, model))
+	return (l.endpoint == "" || matchesPattern(l.endpoint, name) || matchesPattern(l.endpoint, pattern)) &&
+		(l.model == "" || matchesPattern(l.model, model))
 }
 
-// quota reports whether l, once spent, is spent for so long that a client
+// isQuota reports whether l, once spent, is spent for so long that a client
 // should not try again by itself.
-func (l *limit) quota() bool { return l.per >= perDay }
+func (l *limit) isQuota() bool { return l.period >= perDay }
 
 // String is the limit in words: "60 requests per minute for models gpt-4o*".
 func (l *limit) String() string {
 	var b strings.Builder
-	switch l.count {
-	case countConcurrent:
+	switch l.metric {
+	case metricConcurrent:
 		b.WriteString(strconv.FormatInt(l.max, 10) + " calls at one time")
-	case countDollars:
+	case metricDollars:
 		b.WriteString("$" + formatNanos(l.max))
 	default:
-		b.WriteString(strconv.FormatInt(l.max, 10) + " " + l.count.String())
+		b.WriteString(strconv.FormatInt(l.max, 10) + " " + l.metric.String())
 	}
-	switch l.per {
+	switch l.period {
 	case 0:
 	case perLifetime:
 		b.WriteString(" in all")
 	default:
-		b.WriteString(" per " + l.per.String())
+		b.WriteString(" per " + l.period.String())
 	}
 	if l.endpoint != "" {
 		b.WriteString(" on " + l.endpoint)
@@ -234,9 +236,9 @@ func (l *limit) String() string {
 	return b.String()
 }
 
-// amount writes a count of l's kind as JSON has it.
-func (l *limit) amount(n int64) json.RawMessage {
-	if l.count == countDollars {
+// valueJSON writes a count of l's kind as JSON has it.
+func (l *limit) valueJSON(n int64) json.RawMessage {
+	if l.metric == metricDollars {
 		return json.RawMessage(formatNanos(n))
 	}
 	return json.RawMessage(strconv.FormatInt(n, 10))
@@ -252,14 +254,14 @@ type limitJSON struct {
 }
 
 func (l limit) MarshalJSON() ([]byte, error) {
-	return json.Marshal(limitJSON{l.count.String(), l.amount(l.max), l.per.String(), l.endpoint, l.model, l.shadow})
+	return json.Marshal(limitJSON{l.metric.String(), l.valueJSON(l.max), l.period.String(), l.endpoint, l.model, l.monitorOnly})
 }
 
 const (
-	maxLimits        = 20 // of one policy: each call looks at all of them
-	maxLimitCount    = 1_000_000_000_000
-	maxLimitDollars  = 100_000_000
-	maxLimitParallel = 1_000_000
+	maxLimits          = 20 // of one policy: each call looks at all of them
+	maxLimitCount      = 1_000_000_000_000
+	maxLimitDollars    = 100_000_000
+	maxLimitConcurrent = 1_000_000
 )
 
 // parseLimits reads a policy's list of limits. Errors name the entry and the
@@ -293,54 +295,54 @@ func parseLimits(raw []json.RawMessage) ([]limit, error) {
 }
 
 func parseLimit(raw []byte) (limit, error) {
-	var count, per, endpoint, model opt[string]
-	var most opt[json.RawMessage]
-	var shadow opt[bool]
+	var count, per, endpoint, model optional[string]
+	var most optional[json.RawMessage]
+	var shadow optional[bool]
 	if err := decodeObject(raw, map[string]any{"count": &count, "max": &most, "per": &per,
 		"endpoint": &endpoint, "model": &model, "shadow": &shadow}); err != nil {
 		return limit{}, err
 	}
-	l := limit{shadow: shadow.v, endpoint: endpoint.v, model: model.v}
-	for m := countRequests; m <= countConcurrent; m++ {
-		if count.v == m.String() {
-			l.count = m
+	l := limit{monitorOnly: shadow.value, endpoint: endpoint.value, model: model.value}
+	for m := metricRequests; m <= metricConcurrent; m++ {
+		if count.value == m.String() {
+			l.metric = m
 		}
 	}
-	if l.count == 0 {
+	if l.metric == 0 {
 		return l, &fieldError{"count", "must be requests, tokens, dollars or concurrent"}
 	}
 	for p := perSecond; p <= perLifetime; p++ {
-		if per.v == p.String() {
-			l.per = p
+		if per.value == p.String() {
+			l.period = p
 		}
 	}
 	switch {
-	case l.count == countConcurrent && per.set:
+	case l.metric == metricConcurrent && per.set:
 		return l, &fieldError{"per", "is not for concurrent, which counts calls that run at one time"}
-	case l.count == countDollars && l.per < perHour:
+	case l.metric == metricDollars && l.period < perHour:
 		return l, &fieldError{"per", "must be hour, day, week, month or lifetime"}
-	case l.count != countConcurrent && l.per == 0:
+	case l.metric != metricConcurrent && l.period == 0:
 		return l, &fieldError{"per", "must be second, minute, hour, day, week, month or lifetime"}
 	}
-	for name, v := range map[string]opt[string]{"endpoint": endpoint, "model": model} {
+	for name, v := range map[string]optional[string]{"endpoint": endpoint, "model": model} {
 		if v.set {
-			if err := checkPatterns(name, []string{v.v}); err != nil {
+			if err := checkPatterns(name, []string{v.value}); err != nil {
 				return l, err
 			}
 		}
 	}
 	var err error
-	l.max, err = parseMax(l.count, string(most.v))
+	l.max, err = parseMax(l.metric, string(most.value))
 	return l, err
 }
 
 // parseMax reads max as JSON has it: a whole number, for dollars a decimal one.
-func parseMax(m measure, text string) (int64, error) {
+func parseMax(m limitMetric, text string) (int64, error) {
 	most := int64(maxLimitCount)
 	switch m {
-	case countConcurrent:
-		most = maxLimitParallel
-	case countDollars:
+	case metricConcurrent:
+		most = maxLimitConcurrent
+	case metricDollars:
 		whole, decimals, point := strings.Cut(text, ".")
 		if n, err := strconv.ParseInt(whole+(decimals + "000000000")[:9], 10, 64); err == nil && allDigits(whole) &&
 			(!point || allDigits(decimals) && len(decimals) <= 9) && n <= maxLimitDollars*1_000_000_000 {

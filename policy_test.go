@@ -31,7 +31,7 @@ func (p *testProxy) burst(token string, n int) map[int]int {
 		all.Go(func() {
 			ready.Done()
 			<-barrier
-			_, status := p.callFree(context.Background(), token, `"n":1`)
+			_, status := p.sendChat(context.Background(), token, `"n":1`)
 			mu.Lock()
 			defer mu.Unlock()
 			statuses[status]++
@@ -43,10 +43,10 @@ func (p *testProxy) burst(token string, n int) map[int]int {
 	return statuses
 }
 
-// count returns a token's request_count.
-func (p *testProxy) count(id string) int64 {
+// requestCount returns a token's request_count.
+func (p *testProxy) requestCount(id string) int64 {
 	p.t.Helper()
-	p.settle()
+	p.waitSettled()
 	var v struct {
 		RequestCount int64 `json:"request_count"`
 	}
@@ -67,18 +67,18 @@ func TestALimitIsALimit(t *testing.T) {
 					t.Fatalf("got %d", res.status)
 				}
 			}
-			hits := len(p.provider.got())
+			hits := len(p.provider.received())
 			statuses := p.burst(token, 200)
 			left := limit - used
-			if n := len(p.provider.got()) - hits; n != left || statuses[200] != left || statuses[429] != 200-left {
+			if n := len(p.provider.received()) - hits; n != left || statuses[200] != left || statuses[429] != 200-left {
 				t.Errorf("%d of %d used: the provider got %d calls, the clients %v", used, limit, n, statuses)
 			}
-			if n := p.count(id); n != int64(limit) {
+			if n := p.requestCount(id); n != int64(limit) {
 				t.Errorf("%d of %d used: the count is %d", used, limit, n)
 			}
 		}
 	}
-	p.countsAgree()
+	p.checkCounts()
 }
 
 // TestLimitAcrossRestart: what was used before a restart is used after it.
@@ -94,8 +94,8 @@ func TestLimitAcrossRestart(t *testing.T) {
 		}
 		p.start()
 	}
-	if n := len(p.provider.got()); total != 20 || n != 20 || p.count(id) != 20 {
-		t.Errorf("of 20 calls %d were answered, %d made, %d counted", total, n, p.count(id))
+	if n := len(p.provider.received()); total != 20 || n != 20 || p.requestCount(id) != 20 {
+		t.Errorf("of 20 calls %d were answered, %d made, %d counted", total, n, p.requestCount(id))
 	}
 }
 
@@ -106,7 +106,7 @@ func TestLimitWhileChanged(t *testing.T) {
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	for round := range 5 {
 		id, token := p.newToken(`"name":"l","max_requests":50`)
-		hits := len(p.provider.got())
+		hits := len(p.provider.received())
 		stop := make(chan struct{})
 		var others sync.WaitGroup
 		for _, do := range []func(i int){
@@ -116,7 +116,7 @@ func TestLimitWhileChanged(t *testing.T) {
 				}
 			},
 			func(int) {
-				p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), p.in.ledger.flush(t.Context()) == nil)
+				p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), p.instance.ledger.flush(t.Context()) == nil)
 				time.Sleep(100 * time.Microsecond)
 			},
 		} {
@@ -134,7 +134,7 @@ func TestLimitWhileChanged(t *testing.T) {
 		last := int64(0)
 		for range 4 {
 			p.burst(token, 40)
-			n := p.count(id)
+			n := p.requestCount(id)
 			if n < last {
 				t.Errorf("round %d: the count went from %d to %d", round, last, n)
 			}
@@ -142,7 +142,7 @@ func TestLimitWhileChanged(t *testing.T) {
 		}
 		close(stop)
 		others.Wait()
-		if n := len(p.provider.got()) - hits; n != 50 || last != 50 {
+		if n := len(p.provider.received()) - hits; n != 50 || last != 50 {
 			t.Errorf("round %d: of 50 calls %d were made and %d counted", round, n, last)
 		}
 	}
@@ -153,7 +153,7 @@ func TestLimitWhileChanged(t *testing.T) {
 func TestEvictedTokenIsNotUsed(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	g, hash := p.in.registry, hashOf(p.token)
+	g, hash := p.instance.registry, tokenHash(p.token)
 	find := func() *liveToken {
 		token, _, err := g.lookup(t.Context(), hash, time.Now().UnixMilli())
 		if err != nil {
@@ -168,11 +168,11 @@ func TestEvictedTokenIsNotUsed(t *testing.T) {
 		t.Error("a token was evicted although the ledger had not settled")
 	}
 	g.evict(later, true)
-	if evicted.hold() {
+	if evicted.acquire() {
 		t.Error("an evicted token can be used")
 	}
 	held := find()
-	if held == evicted || !held.hold() {
+	if held == evicted || !held.acquire() {
 		t.Fatal("the token cannot be used again")
 	}
 	g.evict(later, true)
@@ -182,7 +182,7 @@ func TestEvictedTokenIsNotUsed(t *testing.T) {
 	held.release(time.Now())
 }
 
-func hashOf(token string) [32]byte {
+func tokenHash(token string) [32]byte {
 	hash, _, _ := hashCredential(tokenPrefix, token)
 	return hash
 }
@@ -213,41 +213,41 @@ func TestWhatCounts(t *testing.T) {
 	p.allowErrors = true // a provider that refuses its key is one
 	id, token := p.newToken(`"name":"c","max_requests":6,"policy":{"models":["gpt-4o-mini"]}`)
 	auth := []string{"Authorization", "Bearer " + token, "Content-Type", "application/json"}
-	reply := func(status int) func(*providerConn, recorded) bool {
-		return func(c *providerConn, _ recorded) bool { return c.reply(status, `{"error":{}}`) }
+	reply := func(status int) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, _ recordedRequest) bool { return c.reply(status, `{"error":{}}`) }
 	}
 	for i, test := range []struct {
 		name   string
-		script func(*providerConn, recorded) bool
+		script func(*providerConn, recordedRequest) bool
 		path   string
 		body   string
 		status int
 		counts int64
 	}{
-		{"answered", answerChat, "/v1/chat/completions", chatBody(), 200, 1},
-		{"model not allowed", answerChat, "/v1/chat/completions", strings.Replace(chatBody(), "mini", "maxi", 1), 403, 0},
-		{"no such endpoint", answerChat, "/v1/nothing", chatBody(), 404, 0},
-		{"no JSON", answerChat, "/v1/chat/completions", "{", 400, 0},
+		{"answered", chatScript, "/v1/chat/completions", chatBody(), 200, 1},
+		{"model not allowed", chatScript, "/v1/chat/completions", strings.Replace(chatBody(), "mini", "maxi", 1), 403, 0},
+		{"no such endpoint", chatScript, "/v1/nothing", chatBody(), 404, 0},
+		{"no JSON", chatScript, "/v1/chat/completions", "{", 400, 0},
 		{"the provider fails", reply(500), "/v1/chat/completions", chatBody(), 500, 1},
 		{"the provider is busy", reply(429), "/v1/chat/completions", chatBody(), 429, 1},
 		{"the provider refuses the key", reply(401), "/v1/chat/completions", chatBody(), 502, 1},
-		{"the provider breaks off", func(c *providerConn, _ recorded) bool { return false }, "/v1/chat/completions", chatBody(), 502, 1},
-		{"the answer breaks off", func(c *providerConn, _ recorded) bool {
+		{"the provider breaks off", func(c *providerConn, _ recordedRequest) bool { return false }, "/v1/chat/completions", chatBody(), 502, 1},
+		{"the answer breaks off", func(c *providerConn, _ recordedRequest) bool {
 			_, _ = c.Write([]byte("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n1"))
 			return false
 		}, "/v1/chat/completions", chatBody(), 0, 1},
-		{"used up", answerChat, "/v1/chat/completions", chatBody(), 429, 0},
+		{"used up", chatScript, "/v1/chat/completions", chatBody(), 429, 0},
 	} {
-		p.provider.answer(test.script)
-		before := p.count(id)
+		p.provider.setScript(test.script)
+		before := p.requestCount(id)
 		if res := p.do("POST", test.path, test.body, auth...); res.status != test.status && (test.status != 0 || res.err == nil) {
 			t.Errorf("%d %s: got %d %s", i, test.name, res.status, res.body)
 		}
-		if n := p.count(id) - before; n != test.counts {
+		if n := p.requestCount(id) - before; n != test.counts {
 			t.Errorf("%d %s: counts %d, want %d", i, test.name, n, test.counts)
 		}
 	}
-	p.countsAgree()
+	p.checkCounts()
 }
 
 // TestUsedUp: the refusal does not send clients into retrying what will not
@@ -258,7 +258,7 @@ func TestUsedUp(t *testing.T) {
 	id, token := p.newToken(`"name":"u","max_requests":1`)
 	p.chatAs(token)
 	res := p.chatAs(token)
-	if res.status != 429 || res.code() != "project_spend_limit_exceeded" || !strings.Contains(res.body, `"insufficient_quota"`) ||
+	if res.status != 429 || res.errorCode() != "project_spend_limit_exceeded" || !strings.Contains(res.body, `"insufficient_quota"`) ||
 		res.header.Get("X-Should-Retry") != "false" || res.header.Get("Retry-After") != "" {
 		t.Errorf("got %d %v %s", res.status, res.header, res.body)
 	}
@@ -267,8 +267,8 @@ func TestUsedUp(t *testing.T) {
 		t.Errorf("after one more was allowed: got %d, %d", a.status, b.status)
 	}
 	p.manage("PATCH", "/manage/tokens/"+id, `{"max_requests":1}`, 200, nil)
-	if res := p.chatAs(token); res.status != 429 || p.count(id) != 2 {
-		t.Errorf("after it was lowered: got %d, count %d", res.status, p.count(id))
+	if res := p.chatAs(token); res.status != 429 || p.requestCount(id) != 2 {
+		t.Errorf("after it was lowered: got %d, count %d", res.status, p.requestCount(id))
 	}
 }
 
@@ -277,10 +277,10 @@ func TestUsedUp(t *testing.T) {
 func TestDeletedWhileRunning(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[1])
-		c.gone(10 * time.Second)
+		c.waitClosed(10 * time.Second)
 		return false
 	})
 	const n = 50
@@ -290,7 +290,7 @@ func TestDeletedWhileRunning(t *testing.T) {
 		}
 	}
 	p.manage("DELETE", "/manage/projects/"+p.project, "", http.StatusOK, nil)
-	rows := p.rows()
+	rows := p.allRequests()
 	if len(rows) != n {
 		t.Errorf("%d rows for %d calls", len(rows), n)
 	}
@@ -299,8 +299,8 @@ func TestDeletedWhileRunning(t *testing.T) {
 			t.Errorf("the ledger has %+v", v.requestRow)
 		}
 	}
-	p.sumsAgree()
-	p.countsAgree()
+	p.checkSums()
+	p.checkCounts()
 }
 
 // TestRetryAfterHolds (LI12): who comes back after Retry-After, or to the
@@ -319,16 +319,16 @@ func TestRetryAfterHolds(t *testing.T) {
 			t.Run(name+" "+field, func(t *testing.T) {
 				t.Parallel()
 				p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-				p.provider.answer(always(200, usageAnswer(26, 1)))
-				_, token := p.policyToken(test.limit)
-				var res answer
+				p.provider.setScript(replyScript(200, usageResponse(26, 1)))
+				_, token := p.newLimitedToken(test.limit)
+				var res testResponse
 				for range 300 {
 					if res = p.chatAs(token, tinyBody); res.status != 200 {
 						break
 					}
 				}
 				refused := time.Now()
-				if res.status != 429 || res.code() != "rate_limit_exceeded" || !strings.Contains(res.body, `"type":"`+test.kind+`"`) || res.header.Get("X-Should-Retry") != "" {
+				if res.status != 429 || res.errorCode() != "rate_limit_exceeded" || !strings.Contains(res.body, `"type":"`+test.kind+`"`) || res.header.Get("X-Should-Retry") != "" {
 					t.Fatalf("got %d %v %s", res.status, res.header, res.body)
 				}
 				whole, err := strconv.Atoi(res.header.Get("Retry-After"))
@@ -355,7 +355,7 @@ func TestRefusals(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	const day = `"per":"day"`
-	calm(5 * time.Second)
+	awaitClearOfHour(5 * time.Second)
 	for _, test := range []struct {
 		limit, members string
 		code, kind     string
@@ -381,18 +381,18 @@ func TestRefusals(t *testing.T) {
 				own, its, whose = its, own, "The limit of this token's project"
 			}
 			_, tokens, _ := p.newProject(where+test.limit+test.members, its, own, 1)
-			var res answer
+			var res testResponse
 			for range 3 {
 				if res = p.chatAs(tokens[0], test.members); res.status == 429 {
 					break
 				}
-				p.settle()
+				p.waitSettled()
 			}
 			var e struct {
 				Error struct{ Message, Type string }
 			}
 			_ = json.Unmarshal([]byte(res.body), &e)
-			code := res.code()
+			code := res.errorCode()
 			if strings.Contains(test.message, "never allows") {
 				code, e.Error.Type = test.code, test.kind // a mistake of the caller, not of a quota
 			}
@@ -400,7 +400,7 @@ func TestRefusals(t *testing.T) {
 				t.Errorf("%s, %s: got %d %s", where, test.limit, res.status, res.body)
 			}
 			after, no := res.header.Get("Retry-After") != "", res.header.Get("X-Should-Retry") == "false"
-			hour := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)) > noLongSleep
+			hour := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)) > maxRetryWait
 			if want := map[string][2]bool{"yes": {true, false}, "hour": {true, hour}, "no": {false, true}}[test.retry]; after != want[0] || no != want[1] {
 				t.Errorf("%s, %s: the headers are %v", where, test.limit, res.header)
 			}
@@ -418,19 +418,19 @@ func TestRefusals(t *testing.T) {
 func TestRateHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		const its = "X-RateLimit-Limit-Requests: 77777\r\nx-ratelimit-remaining-requests: 77777\r\nx-ratelimit-limit-tokens: 77777\r\nx-ratelimit-reset-tokens: 77777s\r\nX-Ratelimit-Limit-Project-Tokens: 77777"
 		switch {
 		case strings.Contains(r.body, `"seed":4`):
 			return c.reply(400, `{"error":{}}`, its)
 		case strings.Contains(r.body, `"stream":true`):
-			c.sse(its)
+			c.beginSSE(its)
 			for _, e := range chatEvents(true) {
 				_ = c.chunk(e)
 			}
 			return c.chunk("") == nil
 		}
-		return c.reply(200, chatAnswer, its)
+		return c.reply(200, chatResponseBody, its)
 	})
 	_, tokens, _ := p.newProject("headers", `{"limits":[{"count":"requests","max":3333,"per":"day"},{"count":"tokens","max":33333,"per":"minute"}]}`,
 		`{"limits":[{"count":"requests","max":60,"per":"minute"},{"count":"requests","max":4,"per":"month"},{"count":"tokens","max":100000,"per":"day"},
@@ -438,7 +438,7 @@ func TestRateHeaders(t *testing.T) {
 	_, none := p.newToken(`"name":"none"`)
 	for i, members := range []string{`"max_tokens":10`, `"stream":true,"max_tokens":10`, `"seed":4`, `"max_tokens":7000`, `"n":1`, `"n":1`} {
 		res := p.chatAs(tokens[0], members)
-		p.settle()
+		p.waitSettled()
 		left := []string{"3", "2", "1", "1", "0", "0"}[i]
 		h := res.header
 		if h.Get("X-Ratelimit-Limit-Requests") != "4" || h.Get("X-Ratelimit-Remaining-Requests") != left || h.Get("X-Ratelimit-Limit-Tokens") != "6000" {
@@ -467,13 +467,13 @@ func TestRateHeaders(t *testing.T) {
 	}
 }
 
-// TestShadow: a limit in shadow refuses nothing, and says on the call, in the
+// TestMonitorOnly: a limit in shadow refuses nothing, and says on the call, in the
 // sums and in the limit itself what it would have refused. Made real, it has the
 // true count.
-func TestShadow(t *testing.T) {
+func TestMonitorOnly(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	calm(5 * time.Second)
+	awaitClearOfHour(5 * time.Second)
 	const shadow = `{"count":"requests","max":2,"per":"day","shadow":true}`
 	project, tokens, ids := p.newProject("shadow", `{}`, `{"limits":[`+shadow+`,{"count":"concurrent","max":0,"shadow":true,"model":"gpt-5*"}]}`, 1)
 	path := "/manage/tokens/" + ids[0]
@@ -482,7 +482,7 @@ func TestShadow(t *testing.T) {
 			t.Fatalf("got %d %s", res.status, res.body)
 		}
 	}
-	l := p.limits(path)
+	l := p.settledLimits(path)
 	if l[0].Used != 2 || l[0].WouldRefuse != 3 || l[0].Left != 0 || !l[0].Shadow || l[1].WouldRefuse != 0 {
 		t.Errorf("the limits say %+v", l)
 	}
@@ -522,7 +522,7 @@ func TestShadow(t *testing.T) {
 			LimitHit string `json:"limit_hit"`
 		}
 	}
-	p.settle()
+	p.waitSettled()
 	p.manage("GET", "/manage/requests?outcome=refused&token_id="+ids[0], "", 200, &refused)
 	if len(refused.Data) != 1 || refused.Data[0].LimitHit != "6 requests per day" {
 		t.Errorf("the refused call is on record as %+v", refused)
@@ -534,16 +534,16 @@ func TestShadow(t *testing.T) {
 func TestOwnToken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	calm(5 * time.Second)
+	awaitClearOfHour(5 * time.Second)
 	project, tokens, ids := p.newProject("secret-project", `{"endpoints":["/v1/chat/*"],"models":["gpt-4o*","secret-model"],"limits":[{"count":"requests","max":4711,"per":"day"},{"count":"concurrent","max":4712}]}`,
 		`{"models":["gpt-4o*"],"limits":[{"count":"requests","max":3,"per":"day"},{"count":"dollars","max":0.5,"per":"month"}]}`, 2)
 	p.manage("PATCH", "/manage/tokens/"+ids[0], `{"name":"mine","max_requests":9}`, 200, nil)
-	ask := func(method, token string) answer {
+	ask := func(method, token string) testResponse {
 		return p.do(method, ownTokenPath, "", "Authorization", "Bearer "+token)
 	}
 	p.chatAs(tokens[0])
 	p.chatAs(tokens[1])
-	p.settle()
+	p.waitSettled()
 	var v map[string]any
 	for range 10 { // more often than any limit allows
 		res := ask("GET", tokens[0])
@@ -623,7 +623,7 @@ func TestAddresses(t *testing.T) {
 				h = append(h, "X-Forwarded-For", test.from)
 			}
 			res := p.do("POST", "/v1/chat/completions", chatBody(), h...)
-			if res.status != test.want || test.want == 403 && res.code() != "address_not_allowed" {
+			if res.status != test.want || test.want == 403 && res.errorCode() != "address_not_allowed" {
 				t.Errorf("%s of %s, from %q: got %d %s", test.addresses, where, test.from, res.status, res.body)
 			}
 			if first := strings.Trim(strings.Split(test.addresses, ",")[0], `"`); test.want == 403 && first != "" && strings.Contains(res.body, first) {
@@ -649,19 +649,19 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// TestWhatEachEndTakes (LI9): see the file's head. Tokens and dollars are -1 where
+// TestUsageByOutcome (LI9): see the file's head. Tokens and dollars are -1 where
 // nobody knows what the provider will bill, and the estimate counts.
-func TestWhatEachEndTakes(t *testing.T) {
+func TestUsageByOutcome(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error", "MAX_BODY_BYTES": "64KiB"})
 	p.allowErrors = true // a provider that refuses its key is one
-	p.in.running.mu.Lock()
-	p.in.running.limits.upstreamTimeout = 300 * time.Millisecond
-	p.in.running.mu.Unlock()
-	calm(20 * time.Second)
-	begun := func(then func(*providerConn) bool) func(*providerConn, recorded) bool {
-		return func(c *providerConn, _ recorded) bool {
-			c.sse()
+	p.instance.running.mu.Lock()
+	p.instance.running.limits.upstreamTimeout = 300 * time.Millisecond
+	p.instance.running.mu.Unlock()
+	awaitClearOfHour(20 * time.Second)
+	begun := func(then func(*providerConn) bool) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, _ recordedRequest) bool {
+			c.beginSSE()
 			_ = c.chunk(strings.Join(chatEvents(true)[:2], ""))
 			return then(c)
 		}
@@ -669,85 +669,88 @@ func TestWhatEachEndTakes(t *testing.T) {
 	const path = "/v1/chat/completions"
 	for _, test := range []struct {
 		name             string
-		script           func(*providerConn, recorded) bool
+		script           func(*providerConn, recordedRequest) bool
 		path, body       string
 		leave            bool // the client does, after the first event or half a second
 		requests, tokens int
 	}{
-		{"answered", answerChat, path, chatBody(), false, 1, 12},
-		{"streamed", answerChat, path, chatBody(`"stream":true`), false, 1, 12},
-		{"answered without usage", always(200, `{"choices":[]}`), path, chatBody(), false, 1, -1},
-		{"the provider does not like it", always(400, `{"error":{}}`), path, chatBody(), false, 1, 0},
-		{"the provider is busy", always(429, `{"error":{}}`), path, chatBody(), false, 1, 0},
-		{"the provider fails", always(500, `{"error":{}}`), path, chatBody(), false, 1, 0},
-		{"the provider refuses the key", always(401, `{"error":{}}`), path, chatBody(), false, 1, 0},
-		{"the provider hangs up", func(c *providerConn, _ recorded) bool { return c.reset() }, path, chatBody(), false, 1, 0},
-		{"the provider is silent", silence, path, chatBody(), false, 1, -1},
+		{"answered", chatScript, path, chatBody(), false, 1, 12},
+		{"streamed", chatScript, path, chatBody(`"stream":true`), false, 1, 12},
+		{"answered without usage", replyScript(200, `{"choices":[]}`), path, chatBody(), false, 1, -1},
+		{"the provider does not like it", replyScript(400, `{"error":{}}`), path, chatBody(), false, 1, 0},
+		{"the provider is busy", replyScript(429, `{"error":{}}`), path, chatBody(), false, 1, 0},
+		{"the provider fails", replyScript(500, `{"error":{}}`), path, chatBody(), false, 1, 0},
+		{"the provider refuses the key", replyScript(401, `{"error":{}}`), path, chatBody(), false, 1, 0},
+		{"the provider hangs up", func(c *providerConn, _ recordedRequest) bool { return c.reset() }, path, chatBody(), false, 1, 0},
+		{"the provider is silent", silentScript, path, chatBody(), false, 1, -1},
 		{"the stream breaks off", begun((*providerConn).reset), path, chatBody(`"stream":true`), false, 1, -1},
-		{"the stream has no end", begun(endChunks), path, chatBody(`"stream":true`), false, 1, -1},
-		{"the client leaves the stream", begun(stall), path, chatBody(`"stream":true`), true, 1, -1},
-		{"the client leaves before the answer", silence, path, chatBody(), true, 1, -1},
-		{"a list of models", always(200, `{"object":"list","data":[]}`), "GET /v1/models", ``, false, 1, 0},
-		{"a count of tokens", always(200, `{"input_tokens":9}`), "/v1/messages/count_tokens", strings.Replace(chatBody(), "gpt-4o-mini", "claude-sonnet-4", 1), false, 0, 0},
-		{"no such endpoint", answerChat, "/v1/nothing", chatBody(), false, 0, 0},
-		{"no JSON", answerChat, path, `{`, false, 0, 0},
-		{"too large", answerChat, path, chatBody(`"user":"` + strings.Repeat("x", 65<<10) + `"`), false, 0, 0},
-		{"a model that is not allowed", answerChat, path, strings.Replace(chatBody(), "mini", "maxi", 1), false, 0, 0},
-		{"another limit refuses it", answerChat, path, chatBody(`"max_tokens":900000`), false, 0, 0},
-		{"it asks about itself", answerChat, "GET " + ownTokenPath, ``, false, 0, 0},
+		{"the stream has no end", begun(endStream), path, chatBody(`"stream":true`), false, 1, -1},
+		{"the client leaves the stream", begun(stallScript), path, chatBody(`"stream":true`), true, 1, -1},
+		{"the client leaves before the answer", silentScript, path, chatBody(), true, 1, -1},
+		{"a list of models", replyScript(200, `{"object":"list","data":[]}`), "GET /v1/models", ``, false, 1, 0},
+		{"a count of tokens", replyScript(200, `{"input_tokens":9}`), "/v1/messages/count_tokens", strings.Replace(chatBody(), "gpt-4o-mini", "claude-sonnet-4", 1), false, 0, 0},
+		{"no such endpoint", chatScript, "/v1/nothing", chatBody(), false, 0, 0},
+		{"no JSON", chatScript, path, `{`, false, 0, 0},
+		{"too large", chatScript, path, chatBody(`"user":"` + strings.Repeat("x", 65<<10) + `"`), false, 0, 0},
+		{"a model that is not allowed", chatScript, path, strings.Replace(chatBody(), "mini", "maxi", 1), false, 0, 0},
+		{"another limit refuses it", chatScript, path, chatBody(`"max_tokens":900000`), false, 0, 0},
+		{"it asks about itself", chatScript, "GET " + ownTokenPath, ``, false, 0, 0},
 	} {
 		id, token := p.newToken(`"name":"c","max_requests":100,"policy":{"models":["gpt-4o-mini"],"limits":[{"count":"requests","max":100,"per":"day"},
 			{"count":"tokens","max":800000,"per":"month"},{"count":"dollars","max":90,"per":"lifetime"},{"count":"concurrent","max":2},{"count":"requests","max":3,"per":"minute"}]}`)
-		p.provider.answer(test.script)
+		p.provider.setScript(test.script)
 		method, target := "POST", test.path
 		if m, rest, ok := strings.Cut(target, " "); ok {
 			method, target = m, rest
 		}
 		if test.leave {
-			p.leave(token, test.body)
+			p.abandonCall(token, test.body)
 		} else {
 			p.do(method, target, test.body, "Authorization", "Bearer "+token, "Content-Type", "application/json")
 		}
-		l := p.limits("/manage/tokens/" + id)
-		if int(l[0].Used) != test.requests || p.count(id) != int64(test.requests) || int(l[1].Used) != test.tokens && (test.tokens >= 0 || l[1].Used == 0) ||
+		l := p.settledLimits("/manage/tokens/" + id)
+		if int(l[0].Used) != test.requests || p.requestCount(id) != int64(test.requests) || int(l[1].Used) != test.tokens && (test.tokens >= 0 || l[1].Used == 0) ||
 			(l[2].Used > 0) != (test.tokens != 0) || l[3].Used != 0 || l[1].Reserved+l[2].Reserved != 0 || int(l[4].Used) != test.requests {
-			t.Errorf("%s: count %d, limits %+v", test.name, p.count(id), l)
+			t.Errorf("%s: count %d, limits %+v", test.name, p.requestCount(id), l)
 		}
-		if again := p.asStored(id)[:3]; !slices.Equal(again, []float64{l[0].Used, l[1].Used, l[2].Used}) {
+		if again := p.storedUsage(id)[:3]; !slices.Equal(again, []float64{l[0].Used, l[1].Used, l[2].Used}) {
 			t.Errorf("%s: after a restart %v would be used, instead of %+v", test.name, again, l)
 		}
 	}
-	p.sumsAgree()
-	p.countsAgree()
+	p.checkSums()
+	p.checkCounts()
 }
 
-// silence is no answer.
-func silence(c *providerConn, _ recorded) bool { c.gone(20 * time.Second); return false }
+// silentScript is no answer.
+func silentScript(c *providerConn, _ recordedRequest) bool {
+	c.waitClosed(20 * time.Second)
+	return false
+}
 
-// leave makes a call and goes away in the middle of it.
-func (p *testProxy) leave(token, body string) {
+// abandonCall makes a call and goes away in the middle of it.
+func (p *testProxy) abandonCall(token, body string) {
 	p.t.Helper()
-	hits := len(p.provider.got())
+	hits := len(p.provider.received())
 	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	defer conn.Close()
 	_, _ = fmt.Fprintf(conn, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", token, len(body), body)
-	waitFor(p.t, "the provider", func() bool { return len(p.provider.got()) > hits })
+	waitFor(p.t, "the provider", func() bool { return len(p.provider.received()) > hits })
 	if strings.Contains(body, `"stream":true`) {
 		_, _ = io.ReadFull(conn, make([]byte, 100))
 	}
 }
 
-// asStored returns what a new process would take for used of a token's limits.
-func (p *testProxy) asStored(id string) (out []float64) {
+// storedUsage returns what a new process would take for used of a token's limits.
+func (p *testProxy) storedUsage(id string) (out []float64) {
 	p.t.Helper()
-	row, err := p.in.store.tokenByID(context.Background(), id)
+	row, err := p.instance.store.tokenByID(context.Background(), id)
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	views, err := p.in.manage.limits.storedLimits(context.Background(), row.policy, false, row.project, row.seq, time.Now().UnixMilli())
+	views, err := p.instance.dispatchManage.limits.storedLimits(context.Background(), row.policy, false, row.project, row.seq, time.Now().UnixMilli())
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -761,21 +764,21 @@ func (p *testProxy) asStored(id string) (out []float64) {
 	return out
 }
 
-// TestPlacesNeverLeak (LI7): of three places at one time none is lost, and never
+// TestConcurrencyNeverLeaks (LI7): of three places at one time none is lost, and never
 // a fourth is given, while a thousand calls end in every way there is.
-func TestPlacesNeverLeak(t *testing.T) {
+func TestConcurrencyNeverLeaks(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	p.allowErrors = true
 	id, token := p.newToken(`"name":"p","policy":{"limits":[{"count":"concurrent","max":3},{"count":"tokens","max":400000,"per":"day"}]}`)
 	var running, most, calls atomic.Int64
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		n := running.Add(1)
 		defer running.Add(-1)
 		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
 		}
 		calls.Add(1)
-		return anyAnswer(c, r)
+		return seededScript(c, r)
 	})
 	var all sync.WaitGroup
 	for i := range 8 {
@@ -785,58 +788,58 @@ func TestPlacesNeverLeak(t *testing.T) {
 				if j%4 == 0 { // the client goes away
 					time.AfterFunc(time.Duration(j*i%17)*100*time.Microsecond, cancel)
 				}
-				p.callFree(ctx, token, fmt.Sprintf(`"stream":%v,"max_tokens":10,"seed":%d`, j%2 == 0, i*1000+j))
+				p.sendChat(ctx, token, fmt.Sprintf(`"stream":%v,"max_tokens":10,"seed":%d`, j%2 == 0, i*1000+j))
 				cancel()
 			}
 		})
 	}
 	all.Wait()
-	p.settle()
+	p.waitSettled()
 	if most.Load() > 3 || calls.Load() < 200 {
 		t.Errorf("%d calls were with the provider at one time, %d in all", most.Load(), calls.Load())
 	}
-	hits, statuses := p.crowd(30, func(int) int {
-		_, status := p.callFree(context.Background(), token, tinyBody)
+	hits, statuses := p.runConcurrently(30, func(int) int {
+		_, status := p.sendChat(context.Background(), token, tinyBody)
 		return status
 	})
-	if l := p.limits("/manage/tokens/" + id); hits != 3 || statuses[429] != 27 || l[0].Used != 0 || l[1].Reserved != 0 {
+	if l := p.settledLimits("/manage/tokens/" + id); hits != 3 || statuses[429] != 27 || l[0].Used != 0 || l[1].Reserved != 0 {
 		t.Errorf("after %d calls %d run at once, clients got %v, the limits say %+v", calls.Load(), hits, statuses, l)
 	}
-	p.sumsAgree()
-	p.countsAgree()
+	p.checkSums()
+	p.checkCounts()
 }
 
-// TestPlacesAfterAPanic (LI7): a bug of ours in the middle of a call frees its
+// TestConcurrencyAfterPanic (LI7): a bug of ours in the middle of a call frees its
 // place too.
-func TestPlacesAfterAPanic(t *testing.T) {
+func TestConcurrencyAfterPanic(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	p.allowErrors = true
 	id, token := p.newToken(`"name":"p","max_requests":100,"policy":{"limits":[{"count":"concurrent","max":1},{"count":"tokens","max":5000,"per":"day"}]}`)
-	p.in.transport.Proxy = func(*http.Request) (*url.URL, error) { panic("broken") }
+	p.instance.transport.Proxy = func(*http.Request) (*url.URL, error) { panic("broken") }
 	for range 5 {
 		if res := p.chatAs(token, tinyBody); res.err == nil {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
-		p.settle()
+		p.waitSettled()
 	}
-	p.in.transport.Proxy = nil
+	p.instance.transport.Proxy = nil
 	if res := p.chatAs(token, tinyBody); res.status != 200 {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
-	if l := p.limits("/manage/tokens/" + id); l[0].Used != 0 || l[1].Reserved != 0 {
+	if l := p.settledLimits("/manage/tokens/" + id); l[0].Used != 0 || l[1].Reserved != 0 {
 		t.Errorf("the limits say %+v", l)
 	}
 }
 
-// usageAnswer is an answer that used so many tokens.
-func usageAnswer(input, output int) string {
-	return strings.Replace(strings.Replace(chatAnswer, `"prompt_tokens":9`, fmt.Sprintf(`"prompt_tokens":%d`, input), 1),
+// usageResponse is an answer that used so many tokens.
+func usageResponse(input, output int) string {
+	return strings.Replace(strings.Replace(chatResponseBody, `"prompt_tokens":9`, fmt.Sprintf(`"prompt_tokens":%d`, input), 1),
 		`"completion_tokens":3`, fmt.Sprintf(`"completion_tokens":%d`, output), 1)
 }
 
-// policyToken makes a token with these limits and returns its path in /manage.
-func (p *testProxy) policyToken(limits string) (path, token string) {
+// newLimitedToken makes a token with these limits and returns its path in /manage.
+func (p *testProxy) newLimitedToken(limits string) (path, token string) {
 	p.t.Helper()
 	id, token := p.newToken(`"name":"l","policy":{"limits":[` + limits + `]}`)
 	return "/manage/tokens/" + id, token
@@ -848,10 +851,10 @@ func TestBudgetHolds(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	// A call may cost 26*150 + 5000*600 nano-dollars, and costs a tenth of it.
-	path, token := p.policyToken(`{"count":"dollars","max":0.01,"per":"lifetime"}`)
+	path, token := p.newLimitedToken(`{"count":"dollars","max":0.01,"per":"lifetime"}`)
 	total := 0
 	for round := 0; ; round++ {
-		hits, statuses := p.crowd(50, func(i int) int {
+		hits, statuses := p.runConcurrently(50, func(i int) int {
 			status, _ := p.send(nil, token, "/v1/chat/completions", chatBody(`"max_tokens":5000`))
 			return status
 		})
@@ -861,14 +864,14 @@ func TestBudgetHolds(t *testing.T) {
 		if total += hits; hits == 0 || total > 1000 {
 			break
 		}
-		p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, usageAnswer(9, 500)) })
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, usageResponse(9, 500)) })
 		for range 5 { // and one after the other
 			if status, _ := p.send(nil, token, "/v1/chat/completions", chatBody(`"max_tokens":5000`)); status == 200 {
 				total++
 			}
 		}
 	}
-	l := p.limits(path)[0]
+	l := p.settledLimits(path)[0]
 	spent := 0.0
 	for _, row := range p.ledger() {
 		if row.Cost != nil {
@@ -889,32 +892,32 @@ func TestReservationsComeBack(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	p.allowErrors = true
-	path, token := p.policyToken(`{"count":"tokens","max":1000,"per":"day"},{"count":"dollars","max":0.001,"per":"lifetime"},` +
+	path, token := p.newLimitedToken(`{"count":"tokens","max":1000,"per":"day"},{"count":"dollars","max":0.001,"per":"lifetime"},` +
 		`{"count":"concurrent","max":1},{"count":"tokens","max":1000,"per":"minute"}`)
-	for name, script := range map[string]func(*providerConn, recorded) bool{
-		"fails":            always(500, `{"error":{}}`),
-		"is busy":          always(429, `{"error":{}}`),
-		"does not like it": always(400, `{"error":{}}`),
-		"refuses the key":  always(401, `{"error":{}}`),
-		"sends elsewhere":  always(302, ``, "Location: http://127.0.0.1:1/"),
-		"breaks off":       func(c *providerConn, _ recorded) bool { return c.reset() },
-		"speaks no HTTP":   func(c *providerConn, _ recorded) bool { _, _ = c.Write([]byte("220 smtp\r\n")); return false },
+	for name, script := range map[string]func(*providerConn, recordedRequest) bool{
+		"fails":            replyScript(500, `{"error":{}}`),
+		"is busy":          replyScript(429, `{"error":{}}`),
+		"does not like it": replyScript(400, `{"error":{}}`),
+		"refuses the key":  replyScript(401, `{"error":{}}`),
+		"sends elsewhere":  replyScript(302, ``, "Location: http://127.0.0.1:1/"),
+		"breaks off":       func(c *providerConn, _ recordedRequest) bool { return c.reset() },
+		"speaks no HTTP":   func(c *providerConn, _ recordedRequest) bool { _, _ = c.Write([]byte("220 smtp\r\n")); return false },
 	} {
 		t.Log(name)
-		p.provider.answer(script)
+		p.provider.setScript(script)
 		for range 5 { // each asks for nearly all there is
 			if res := p.chatAs(token, `"max_tokens":900`); res.status == 429 && name != "is busy" || strings.Contains(res.body, "limit of") {
 				t.Fatalf("the provider %s: got %d %s", name, res.status, res.body)
 			}
-			p.settle()
+			p.waitSettled()
 		}
-		for _, l := range p.limits(path) {
+		for _, l := range p.settledLimits(path) {
 			if l.Reserved != 0 || l.Used != 0 {
 				t.Errorf("the provider %s: %+v", name, l)
 			}
 		}
 	}
-	p.provider.answer(answerChat)
+	p.provider.setScript(chatScript)
 	if res := p.chatAs(token, `"max_tokens":900`); res.status != 200 {
 		t.Errorf("then: got %d %s", res.status, res.body)
 	}
@@ -929,10 +932,10 @@ func TestReservationsComeBack(t *testing.T) {
 func TestBucketSavesNothingUp(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"minute"}`, noon)
-	var kept []*hold
+	var kept []*reservation
 	now := int64(noon)
 	for range 20 {
-		h, refused := l.try(s, chatAsk(10, 990), now)
+		h, refused := l.tryReserve(s, chatEstimate(10, 990), now)
 		if refused != nil {
 			t.Fatalf("after %d minutes: %+v", (now-noon)/60_000, refused)
 		}
@@ -940,11 +943,11 @@ func TestBucketSavesNothingUp(t *testing.T) {
 	}
 	taken := 0
 	for {
-		if h, _ := l.try(s, chatAsk(10, 990), now); h.limiter != nil {
-			h.settle(now, spending{counted: true, tokens: 1000}, func() {})
+		if h, _ := l.tryReserve(s, chatEstimate(10, 990), now); h.limiter != nil {
+			h.settle(now, finalUsage{forwarded: true, tokens: 1000}, func() {})
 			taken += 1000
 		} else if len(kept) > 0 {
-			kept[0].settle(now, spending{counted: true, tokens: 0}, func() {})
+			kept[0].settle(now, finalUsage{forwarded: true, tokens: 0}, func() {})
 			kept = kept[1:]
 		} else {
 			break
@@ -979,24 +982,24 @@ func TestSpentStreams(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-			calm(10 * time.Second)
+			awaitClearOfHour(10 * time.Second)
 			own, its := `{"limits":[`+test.limit+`]}`, `{}`
 			if test.project {
 				own, its = its, own
 			}
 			project, tokens, ids := p.newProject("b", its, own, 2)
 			enough, cut := make(chan struct{}), make(chan time.Time, 1)
-			p.provider.answer(func(c *providerConn, _ recorded) bool {
-				c.sse()
+			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+				c.beginSSE()
 				_ = c.chunk(strings.Repeat(chatEvents(true)[1], 500))
 				<-enough
 				_ = c.chunk(strings.Repeat(chatEvents(true)[1], 1000))
 				if test.ended {
-					c.gone(10 * time.Second)
+					c.waitClosed(10 * time.Second)
 					cut <- time.Now()
 					return false
 				}
-				time.Sleep(3 * watchEvery) // in which it would be seen
+				time.Sleep(3 * watchInterval) // in which it would be seen
 				for _, e := range chatEvents(true) {
 					_ = c.chunk(e)
 				}
@@ -1011,7 +1014,7 @@ func TestSpentStreams(t *testing.T) {
 			}
 			passed := time.Now()
 			close(enough)
-			rest, err := s.rest()
+			rest, err := s.readAll()
 			if !test.ended {
 				if err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
 					t.Errorf("the stream ended with %q, %v", rest[max(0, len(rest)-200):], err)
@@ -1032,7 +1035,7 @@ func TestSpentStreams(t *testing.T) {
 			if test.project {
 				path = "/manage/projects/" + project
 			}
-			if l := p.limits(path)[0]; l.Left != 0 || l.Used <= l.Max || l.Reserved != 0 {
+			if l := p.settledLimits(path)[0]; l.Left != 0 || l.Used <= l.Max || l.Reserved != 0 {
 				t.Errorf("the limit says %+v", l)
 			}
 			for i, token := range tokens {
@@ -1040,8 +1043,8 @@ func TestSpentStreams(t *testing.T) {
 				if i == 1 && !test.project {
 					want = 200 // it is another token's budget
 				}
-				p.provider.answer(answerChat)
-				if res := p.chatAs(token); res.status != want || want == 429 && (res.code() != "project_spend_limit_exceeded" || res.header.Get("Retry-After") != "") {
+				p.provider.setScript(chatScript)
+				if res := p.chatAs(token); res.status != want || want == 429 && (res.errorCode() != "project_spend_limit_exceeded" || res.header.Get("Retry-After") != "") {
 					t.Errorf("then token %d: got %d %s", i, res.status, res.body)
 				}
 			}
@@ -1049,22 +1052,22 @@ func TestSpentStreams(t *testing.T) {
 	}
 }
 
-// TestSpentHeldStream: a stream that is held back until it is complete is ended
+// TestSpentBufferedStream: a stream that is held back until it is complete is ended
 // like any other; as nothing of it has left, its client is told why.
-func TestSpentHeldStream(t *testing.T) {
+func TestSpentBufferedStream(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	_, token := p.policyToken(`{"count":"tokens","max":1000,"per":"day"}`)
-	p.provider.answer(streamOf([]string{strings.Repeat(chatEvents(true)[1], 1500)}, 1, stall))
+	_, token := p.newLimitedToken(`{"count":"tokens","max":1000,"per":"day"}`)
+	p.provider.setScript(streamScript([]string{strings.Repeat(chatEvents(true)[1], 1500)}, 1, stallScript))
 	res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), "Authorization", "Bearer "+token, "Content-Type", "application/json", "X-LLM-Proxy-Stream", "verified")
-	if res.status != 429 || res.code() != "project_spend_limit_exceeded" || res.header.Get("X-Should-Retry") != "false" {
+	if res.status != 429 || res.errorCode() != "project_spend_limit_exceeded" || res.header.Get("X-Should-Retry") != "false" {
 		t.Errorf("got %d %v %s", res.status, res.header, clip(res.body, 300))
 	}
 	if row := p.lastCall(); row.Outcome != "truncated" || row.UsageSource != "estimated" || row.OutputTokens < 1000 {
 		t.Errorf("the ledger has %+v", row)
 	}
-	_, token = p.policyToken(`{"count":"tokens","max":1000,"per":"day"}`)
-	p.provider.answer(streamOf([]string{strings.Repeat(chatEvents(true)[1], 900)}, 1, func(*providerConn) bool { return false }))
+	_, token = p.newLimitedToken(`{"count":"tokens","max":1000,"per":"day"}`)
+	p.provider.setScript(streamScript([]string{strings.Repeat(chatEvents(true)[1], 900)}, 1, func(*providerConn) bool { return false }))
 	p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), "Authorization", "Bearer "+token, "Content-Type", "application/json", "X-LLM-Proxy-Stream", "verified")
 	if row := p.lastCall(); row.Outcome != "upstream_error" || row.UsageSource != "estimated" || row.OutputTokens < 800 {
 		t.Errorf("cut by the provider: the ledger has %+v", row)
@@ -1076,11 +1079,11 @@ func TestSpentHeldStream(t *testing.T) {
 func TestPriceUnknown(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if strings.HasSuffix(r.target, "/speech") || strings.HasSuffix(r.target, "/generations") {
 			return c.reply(200, `x`, "Content-Type: audio/mpeg")
 		}
-		return answerChat(c, r)
+		return chatScript(c, r)
 	})
 	const day, lifetime = `{"count":"dollars","max":1,"per":"day"`, `{"count":"dollars","max":1,"per":"lifetime"`
 	chat := func(model string) [2]string {
@@ -1103,19 +1106,19 @@ func TestPriceUnknown(t *testing.T) {
 		{day + `,"endpoint":"/v1/chat/*"}`, speech, 200},
 		{`{"count":"requests","max":1,"per":"day"}`, chat("unheard-of"), 200},
 	} {
-		_, token := p.policyToken(test.limit)
-		before := len(p.provider.got())
+		_, token := p.newLimitedToken(test.limit)
+		before := len(p.provider.received())
 		res := p.do("POST", test.call[0], test.call[1], "Authorization", "Bearer "+token, "Content-Type", "application/json")
-		if res.status != test.want || test.want == 403 && (res.code() != "price_unknown" || len(p.provider.got()) != before) {
+		if res.status != test.want || test.want == 403 && (res.errorCode() != "price_unknown" || len(p.provider.received()) != before) {
 			t.Errorf("%s, %s: got %d %s", test.limit, test.call[1], res.status, res.body)
 		}
 	}
-	path, token := p.policyToken(day + `}`)
+	path, token := p.newLimitedToken(day + `}`)
 	p.manage("POST", "/manage/prices", `{"match":"unheard-of","input":1000,"output":2000}`, 201, nil)
 	if res := p.do("POST", "/v1/chat/completions", chat("unheard-of")[1], "Authorization", "Bearer "+token, "Content-Type", "application/json"); res.status != http.StatusOK {
 		t.Errorf("with a price: got %d %s", res.status, res.body)
 	}
-	if l := p.limits(path)[0]; l.Used == 0 {
+	if l := p.settledLimits(path)[0]; l.Used == 0 {
 		t.Errorf("with a price: %+v", l)
 	}
 }
@@ -1125,18 +1128,18 @@ func TestPriceUnknown(t *testing.T) {
 func TestDebtIsCarried(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	path, token := p.policyToken(`{"count":"tokens","max":1000,"per":"minute"}`)
-	p.provider.answer(always(200, usageAnswer(9, 5_000_000)))
+	path, token := p.newLimitedToken(`{"count":"tokens","max":1000,"per":"minute"}`)
+	p.provider.setScript(replyScript(200, usageResponse(9, 5_000_000)))
 	if res := p.chatAs(token, `"max_tokens":10`); res.status != 200 {
 		t.Fatalf("got %d %s", res.status, res.body)
 	}
-	p.settle()
+	p.waitSettled()
 	res := p.chatAs(token, `"max_tokens":10`)
 	wait, err := time.ParseDuration(res.header.Get("Retry-After-Ms") + "ms")
 	if res.status != 429 || err != nil || wait < time.Minute || wait > 2*time.Minute {
 		t.Errorf("got %d, Retry-After-Ms %v, %s", res.status, wait, res.body)
 	}
-	if l := p.limits(path)[0]; l.Used != 2000 || l.Left != 0 {
+	if l := p.settledLimits(path)[0]; l.Used != 2000 || l.Left != 0 {
 		t.Errorf("the limit says %+v", l)
 	}
 }

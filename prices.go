@@ -32,7 +32,7 @@ type price struct{ input, cachedInput, cacheWrite, output, audioInput, audioOutp
 // A kind without a price of its own costs what input or output costs. Tokens that are both cached and
 // audio count as cached.
 func (p price) cost(c tokenCounts) (nanos int64, ok bool) {
-	var sum wide
+	var sum uint128
 	text := max(c.input, 0)
 	take := func(n int64) int64 { // the parts never exceed the whole, so wide cannot overflow
 		n = min(max(n, 0), text)
@@ -42,24 +42,24 @@ func (p price) cost(c tokenCounts) (nanos int64, ok bool) {
 	cached, written, heard := take(c.cached), take(c.cacheWrite), take(c.audioInput)
 	said := max(c.output, 0)
 	spoken := min(max(c.audioOutput, 0), said)
-	ok = sum.add(text, p.input, noPrice)
-	ok = sum.add(cached, p.cachedInput, p.input) && ok
-	ok = sum.add(written, p.cacheWrite, p.input) && ok
-	ok = sum.add(heard, p.audioInput, p.input) && ok
-	ok = sum.add(said-spoken, p.output, noPrice) && ok
-	ok = sum.add(spoken, p.audioOutput, p.output) && ok
+	ok = sum.addTokens(text, p.input, noPrice)
+	ok = sum.addTokens(cached, p.cachedInput, p.input) && ok
+	ok = sum.addTokens(written, p.cacheWrite, p.input) && ok
+	ok = sum.addTokens(heard, p.audioInput, p.input) && ok
+	ok = sum.addTokens(said-spoken, p.output, noPrice) && ok
+	ok = sum.addTokens(spoken, p.audioOutput, p.output) && ok
 	if !ok {
 		return 0, false
 	}
-	return sum.thousandth(), true
+	return sum.roundedThousandth(), true
 }
 
-// wide is an unsigned sum of 128 bits.
-type wide struct{ hi, lo uint64 }
+// uint128 is an unsigned sum of 128 bits.
+type uint128 struct{ hi, lo uint64 }
 
-// add adds n tokens at pico each, or at other when pico is noPrice. It returns false when n tokens have
+// addTokens adds n tokens at pico each, or at other when pico is noPrice. It returns false when n tokens have
 // neither price.
-func (w *wide) add(n, pico, other int64) bool {
+func (w *uint128) addTokens(n, pico, other int64) bool {
 	if pico < 0 {
 		pico = other
 	}
@@ -73,8 +73,8 @@ func (w *wide) add(n, pico, other int64) bool {
 	return true
 }
 
-// thousandth returns w/1000 rounded half up, or math.MaxInt64 if that is less.
-func (w wide) thousandth() int64 {
+// roundedThousandth returns w/1000 rounded half up, or math.MaxInt64 if that is less.
+func (w uint128) roundedThousandth() int64 {
 	lo, carry := bits.Add64(w.lo, 500, 0)
 	hi := w.hi + carry
 	if hi >= 1000 {
@@ -90,8 +90,8 @@ type priceTable struct {
 	patterns  []pricePattern // longest first
 	providers []string       // in the order a model of an unnamed provider is looked for
 
-	ownExact    map[string]price
-	ownPatterns []pricePattern // longest first
+	overrideExact    map[string]price
+	overridePatterns []pricePattern // longest first
 }
 
 type priceKey struct{ provider, model string }
@@ -173,28 +173,28 @@ func parsePrices(text string) (*priceTable, error) {
 			}
 		}
 	}
-	longestFirst(t.patterns)
+	sortLongestFirst(t.patterns)
 	return t, nil
 }
 
-// longestFirst sorts the pattern that says most to the front; equals stay in order.
-func longestFirst(patterns []pricePattern) {
+// sortLongestFirst sorts the pattern that says most to the front; equals stay in order.
+func sortLongestFirst(patterns []pricePattern) {
 	slices.SortStableFunc(patterns, func(a, b pricePattern) int { return cmp.Compare(len(b.match), len(a.match)) })
 }
 
-// with returns a table in which overrides stand over the list, in place of any earlier ones. What matches
+// withOverrides returns a table in which overrides stand over the list, in place of any earlier ones. What matches
 // one has its price and nothing of the list's. Of two with the same match the later one counts.
-func (t *priceTable) with(overrides []priceOverride) *priceTable {
+func (t *priceTable) withOverrides(overrides []priceOverride) *priceTable {
 	own := *t
-	own.ownExact, own.ownPatterns = make(map[string]price), nil
+	own.overrideExact, own.overridePatterns = make(map[string]price), nil
 	for _, o := range slices.Backward(overrides) {
 		if strings.Contains(o.match, "*") {
-			own.ownPatterns = append(own.ownPatterns, pricePattern{match: o.match, price: o.price})
-		} else if _, later := own.ownExact[o.match]; !later {
-			own.ownExact[o.match] = o.price
+			own.overridePatterns = append(own.overridePatterns, pricePattern{match: o.match, price: o.price})
+		} else if _, later := own.overrideExact[o.match]; !later {
+			own.overrideExact[o.match] = o.price
 		}
 	}
-	longestFirst(own.ownPatterns)
+	sortLongestFirst(own.overridePatterns)
 	return &own
 }
 
@@ -207,30 +207,30 @@ func (t *priceTable) lookup(provider, model string) (price, bool) {
 	if i := strings.LastIndexByte(model, '/'); anyone && i >= 0 {
 		vendor, short = model[:i], model[i+1:]
 	}
-	if p, ok := t.override(model, short); ok {
+	if p, ok := t.lookupOverride(model, short); ok {
 		return p, true
 	}
 	switch {
 	case anyone:
-		if p, ok := t.listed(vendor, short); ok {
+		if p, ok := t.lookupListed(vendor, short); ok {
 			return p, true
 		}
-		return t.anyones(model, short)
+		return t.lookupAnyProvider(model, short)
 	case provider == "azure":
-		if p, ok := t.listed("azure", model); ok {
+		if p, ok := t.lookupListed("azure", model); ok {
 			return p, true
 		}
 		provider = "openai"
 	}
-	return t.listed(provider, model)
+	return t.lookupListed(provider, model)
 }
 
-// label is a model's name for metrics: one that the table has, or the pattern in it that the name matches,
+// metricLabel is a model's name for metrics: one that the table has, or the pattern in it that the name matches,
 // else "other". What clients make up cannot become a name.
-func (t *priceTable) label(model string) string {
+func (t *priceTable) metricLabel(model string) string {
 	short := model[strings.LastIndexByte(model, '/')+1:]
 	for _, name := range [...]string{model, short} {
-		if _, ok := t.ownExact[name]; ok {
+		if _, ok := t.overrideExact[name]; ok {
 			return name
 		}
 		for _, provider := range t.providers {
@@ -239,7 +239,7 @@ func (t *priceTable) label(model string) string {
 			}
 		}
 	}
-	for _, list := range [...][]pricePattern{t.ownPatterns, t.patterns} {
+	for _, list := range [...][]pricePattern{t.overridePatterns, t.patterns} {
 		for _, p := range list {
 			if matchName(p.match, model) || matchName(p.match, short) {
 				return p.match
@@ -249,14 +249,14 @@ func (t *priceTable) label(model string) string {
 	return otherLabel
 }
 
-// override looks a model up in the operator's prices, under its full name before the short one.
-func (t *priceTable) override(model, short string) (price, bool) {
+// lookupOverride looks a model up in the operator's prices, under its full name before the short one.
+func (t *priceTable) lookupOverride(model, short string) (price, bool) {
 	for _, name := range []string{model, short} {
-		if p, ok := t.ownExact[name]; ok {
+		if p, ok := t.overrideExact[name]; ok {
 			return p, true
 		}
 	}
-	for _, o := range t.ownPatterns {
+	for _, o := range t.overridePatterns {
 		if matchName(o.match, model) || matchName(o.match, short) {
 			return o.price, true
 		}
@@ -264,8 +264,8 @@ func (t *priceTable) override(model, short string) (price, bool) {
 	return price{}, false
 }
 
-// listed looks a model up among one provider's.
-func (t *priceTable) listed(provider, model string) (price, bool) {
+// lookupListed looks a model up among one provider's.
+func (t *priceTable) lookupListed(provider, model string) (price, bool) {
 	if p, ok := t.exact[priceKey{provider, model}]; ok {
 		return p, true
 	}
@@ -277,8 +277,8 @@ func (t *priceTable) listed(provider, model string) (price, bool) {
 	return price{}, false
 }
 
-// anyones looks a model up among all providers'.
-func (t *priceTable) anyones(model, short string) (price, bool) {
+// lookupAnyProvider looks a model up among all providers'.
+func (t *priceTable) lookupAnyProvider(model, short string) (price, bool) {
 	for _, name := range []string{model, short} {
 		for _, provider := range t.providers {
 			if p, ok := t.exact[priceKey{provider, name}]; ok {

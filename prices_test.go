@@ -66,7 +66,7 @@ func TestPriceOverrides(t *testing.T) {
 	t.Parallel()
 	list := listPrices(t)
 	at := func(n int64) price { return price{n, noPrice, noPrice, n, noPrice, noPrice} }
-	table := list.with([]priceOverride{
+	table := list.withOverrides([]priceOverride{
 		{"gpt-*", at(1)}, {"gpt-4o*", at(2)}, {"gpt-4o-mini", at(3)}, {"*", at(4)}, {"twice", at(5)}, {"twice", at(6)}, {"vendor/*", at(7)},
 	})
 	for _, c := range []struct {
@@ -88,7 +88,7 @@ func TestPriceOverrides(t *testing.T) {
 	if p, _ := list.lookup("openai", "gpt-4o"); p.input != 2_500_000 {
 		t.Errorf("the list itself changed: %+v", p)
 	}
-	if p, _ := table.with(nil).lookup("openai", "gpt-4o"); p.input != 2_500_000 {
+	if p, _ := table.withOverrides(nil).lookup("openai", "gpt-4o"); p.input != 2_500_000 {
 		t.Errorf("overrides outlived their replacement: %+v", p)
 	}
 }
@@ -150,7 +150,7 @@ func TestCostAgainstBig(t *testing.T) {
 	upTo := func(n int64) int64 { return rnd.Int64N(1 + n>>rnd.IntN(40)) }
 	for range 50_000 {
 		p := price{upTo(1e12), upTo(1e12), upTo(1e12), upTo(1e12), upTo(1e12), upTo(1e12)}
-		c := tokenCounts{input: upTo(maxCount), output: upTo(maxCount)}
+		c := tokenCounts{input: upTo(maxTokenCount), output: upTo(maxTokenCount)}
 		c.cached = rnd.Int64N(c.input + 1)
 		c.cacheWrite = rnd.Int64N(c.input - c.cached + 1)
 		c.audioInput = rnd.Int64N(c.input - c.cached - c.cacheWrite + 1)

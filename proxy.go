@@ -28,62 +28,62 @@ type call struct {
 	anthropic  bool // errors in Anthropic's shape
 	controller *http.ResponseController
 
-	presented [32]byte // the hash of what the client presents
+	credentialHash [32]byte // the hash of what the client presents
 
-	token   *liveToken // nil until authenticated
-	state   *tokenState
-	project *projectState
+	token      *liveToken // nil until authenticated
+	tokenState *tokenState
+	project    *projectState
 
-	match    match
-	endpoint *endpoint
-	query    string
-	fields   callFields
-	kept     *keptContent // nil: the project does not ask for it
-	form     bool         // the body is multipart/form-data
-	body     []byte       // read whole; nil for uploads
-	held     int64        // bytes reserved of the memory for bodies
-	verified bool         // its stream is held until it is complete
-	stripped bool         // stream_options.include_usage was added by us
+	match         endpointMatch
+	endpoint      *endpoint
+	query         string
+	fields        callFields
+	storedContent *storedContent // nil: the project does not ask for it
+	form          bool           // the body is multipart/form-data
+	body          []byte         // read whole; nil for uploads
+	bodyReserved  int64          // bytes reserved of the memory for bodies
+	bufferStream  bool           // its stream is held until it is complete
+	usageAdded    bool           // stream_options.include_usage was added by us
 
-	hold       hold                     // what it has reserved of its limits
-	durable    bool                     // a count of its must hold through a crash
-	rates      rateHeaders              // what is left of its token's limits
-	upstream   *upstream                // the attempt's; in the end, the one that answered
-	shown      atomic.Pointer[upstream] // the same, for other goroutines
-	tries      tries
-	prices     *priceTable // as they were when the call began
-	admitted   atomic.Bool // what stands above is there for other goroutines to read
-	entry      *ledgerEntry
-	ctx        context.Context
-	cancel     context.CancelCauseFunc
-	watch      watch
-	uploading  atomic.Bool // its body goes up as it comes, and has not ended
-	attempts   int         // made so far, over all upstreams
-	begun      bool        // the call's note is committed
-	unrecorded bool        // it could not be: the call is refused, whatever the provider said
+	reservation       reservation              // what it has reserved of its limits
+	commitFirst       bool                     // a count of its must hold through a crash
+	rates             rateHeaders              // what is left of its token's limits
+	upstream          *upstream                // the attempt's; in the end, the one that answered
+	publishedUpstream atomic.Pointer[upstream] // the same, for other goroutines
+	attempts          attempts
+	prices            *priceTable // as they were when the call began
+	admitted          atomic.Bool // what stands above is there for other goroutines to read
+	entry             *ledgerEntry
+	ctx               context.Context
+	cancel            context.CancelCauseFunc
+	progress          callProgress
+	uploading         atomic.Bool // its body goes up as it comes, and has not ended
+	attemptCount      int         // made so far, over all upstreams
+	committed         bool        // the call's note is committed
+	commitFailed      bool        // it could not be: the call is refused, whatever the provider said
 
-	answer    *answerWriter
-	failure   *apiError     // what the client was told instead of an answer
-	relayed   bool          // ReverseProxy returned: the answer is complete
-	firstByte time.Duration // until the first answer byte left; 0: none did
-	reading   time.Duration // that the client took to send its body
-	sentAt    time.Time     // when the provider got its turn; zero: it did not
-	headAt    time.Time     // when the head of its answer came; zero: none did
-	over      time.Time     // when it was settled; zero: it was not
+	response     *responseWriter
+	failure      *apiError     // what the client was told instead of an answer
+	relayed      bool          // ReverseProxy returned: the answer is complete
+	firstByte    time.Duration // until the first answer byte left; 0: none did
+	bodyReadTime time.Duration // that the client took to send its body
+	sentAt       time.Time     // when the provider got its turn; zero: it did not
+	headersAt    time.Time     // when the head of its answer came; zero: none did
+	settledAt    time.Time     // when it was settled; zero: it was not
 }
 
-// ended returns when the call was settled, or now if it was not admitted.
-func (c *call) ended() time.Time {
-	if c.over.IsZero() {
+// endTime returns when the call was settled, or now if it was not admitted.
+func (c *call) endTime() time.Time {
+	if c.settledAt.IsZero() {
 		return time.Now()
 	}
-	return c.over
+	return c.settledAt
 }
 
-// end makes the call stop with why, from another goroutine.
-func (c *call) end(why *apiError) {
+// abort makes the call stop with why, from another goroutine.
+func (c *call) abort(why *apiError) {
 	c.cancel(why)
-	switch phase(c.watch.phase.Load()) { // unblock what does not look at a context
+	switch phase(c.progress.phase.Load()) { // unblock what does not look at a context
 	case phaseReading:
 		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
 	case phaseWriting:
@@ -96,36 +96,36 @@ func (c *call) end(why *apiError) {
 
 // A proxy carries /v1 calls to providers. It alone holds the transport.
 type proxy struct {
-	cfg       *config
-	log       *logger
-	quietLog  *log.Logger // for net/http's own notes, at debug
-	registry  *registry
-	limits    *limitState
-	ledger    *ledger
-	running   *runningCalls
-	endpoints *endpointTable
-	transport *http.Transport
-	buffers   *bufferPool
-	nowhere   *url.URL // empty
-	bodies    *bodyMemory
-	ids       *idSource
-	addresses *addressReader
-	prices    *atomic.Pointer[priceTable]
-	gone      func() string // says what is wrong with the database file, "" if nothing
-	strangers *lineLimit    // of log lines about callers without a key
-	metrics   *metrics
-	contents  *contentKey
+	cfg                     *config
+	log                     *logger
+	httpErrorLog            *log.Logger // for net/http's own notes, at debug
+	registry                *registry
+	limits                  *limitState
+	ledger                  *ledger
+	running                 *runningCalls
+	endpoints               *endpointTable
+	transport               *http.Transport
+	buffers                 *bufferPool
+	emptyURL                *url.URL // empty
+	bodies                  *bodyMemory
+	ids                     *idSource
+	addresses               *addressReader
+	prices                  *atomic.Pointer[priceTable]
+	databaseProblem         func() string // says what is wrong with the database file, "" if nothing
+	unauthenticatedLogLimit *logLimiter   // of log lines about callers without a key
+	metrics                 *metrics
+	contentKey              *contentKey
 }
 
 // handleV1 carries one call to the provider and back. Each step may end it;
 // none is repeated.
 func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	c := p.newCall(w, r)
-	if err := p.identify(c, r); err != nil { // who
+	if err := p.authenticate(c, r); err != nil { // who
 		p.refuse(c, w, r, err)
 		return
 	}
-	defer func() { c.token.release(c.ended()) }()
+	defer func() { c.token.release(c.endTime()) }()
 	var stop context.CancelFunc
 	c.ctx, c.cancel, stop = cancelable(r.Context())
 	defer stop()
@@ -135,12 +135,12 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	}
 	defer func() { // after settle, which is deferred later and so runs before
 		// net/http sends what it still holds after us, out of the watchdog's sight.
-		_ = c.controller.SetWriteDeadline(c.ended().Add(p.running.limits.clientStall))
+		_ = c.controller.SetWriteDeadline(c.endTime().Add(p.running.limits.clientStallTimeout))
 		p.releaseBody(c)
-		c.kept.release()
+		c.storedContent.release()
 		p.running.remove(c)
 	}()
-	if err := p.read(c, w, r); err != nil { // what
+	if err := p.readCall(c, w, r); err != nil { // what
 		p.refuse(c, w, r, err)
 		return
 	}
@@ -148,15 +148,15 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 		p.refuse(c, w, r, err)
 		return
 	}
-	c.kept = p.keepContent(c)
+	c.storedContent = p.newStoredContent(c)
 	// Deferred, for a cut answer leaves ReverseProxy by a panic
 	// (http.ErrAbortHandler), and is paid for and on record all the same.
 	defer p.settle(c, r)
 	c.rates.write(w.Header())
-	if c.durable {
+	if c.commitFirst {
 		// A count that must hold through a crash is committed before the
 		// provider is called. Without one, both happen at once.
-		if err := p.awaitRecord(c); err != nil {
+		if err := p.awaitCommit(c); err != nil {
 			p.fail(c, w, err)
 			return
 		}
@@ -167,12 +167,12 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 // newCall returns a call with an id, which all its answers carry.
 func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
-	c.tries.s, c.tries.c = p, c
+	c.attempts.s, c.attempts.c = p, c
 	c.id = p.ids.next(c.start)
 	c.address = p.addresses.clientAddress(r)
 	c.trace, _ = parseTraceparent(r.Header["Traceparent"])
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
-	c.requestID = requestID(c.id)
+	c.requestID = formatRequestID(c.id)
 	id := []string{c.requestID}
 	w.Header()["X-Llm-Proxy-Request-Id"] = id
 	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
@@ -188,9 +188,9 @@ func cancelable(parent context.Context) (context.Context, context.CancelCauseFun
 	return ctx, cancel, func() { cancel(nil) }
 }
 
-// identify finds the token that the request presents, and holds it. Before it
+// authenticate finds the token that the request presents, and holds it. Before it
 // has, not a byte of the body is read.
-func (p *proxy) identify(c *call, r *http.Request) error {
+func (p *proxy) authenticate(c *call, r *http.Request) error {
 	presented, err := credential(r.Header)
 	if err != nil {
 		return err
@@ -199,7 +199,7 @@ func (p *proxy) identify(c *call, r *http.Request) error {
 	if !ok {
 		return errBadToken("malformed")
 	}
-	c.presented = hash
+	c.credentialHash = hash
 	now := c.start.UnixMilli()
 	token, state, err := p.registry.lookup(r.Context(), hash, now)
 	if errors.Is(err, errUnknownToken) {
@@ -211,7 +211,7 @@ func (p *proxy) identify(c *call, r *http.Request) error {
 	if err != nil {
 		return errUnavailable("store_unavailable", err) // never 401: the token may be good
 	}
-	c.token, c.state, c.project = token, state, token.project.state.Load()
+	c.token, c.tokenState, c.project = token, state, token.project.state.Load()
 	if why := token.validity(state, now); why != "" {
 		return errBadToken(why)
 	}
@@ -224,8 +224,8 @@ func (p *proxy) identify(c *call, r *http.Request) error {
 		return &apiError{status: http.StatusForbidden, code: "address_not_allowed",
 			msg: "This token may not be used from the address " + c.address + ". Ask its administrator."}
 	}
-	if !token.hold() {
-		return p.identify(c, r) // it was evicted just now; the one loaded next has its count
+	if !token.acquire() {
+		return p.authenticate(c, r) // it was evicted just now; the one loaded next has its count
 	}
 	return nil
 }
@@ -259,47 +259,47 @@ func credential(h http.Header) (string, error) {
 	return found, nil
 }
 
-// asCause returns why the watchdog ended a call, nil if it did not.
-func asCause(ctx context.Context) *apiError {
+// abortCause returns why the watchdog ended a call, nil if it did not.
+func abortCause(ctx context.Context) *apiError {
 	e, _ := errors.AsType[*apiError](context.Cause(ctx))
 	return e
 }
 
-// awaitRecord returns when the call's note is committed. Only then may an answer
+// awaitCommit returns when the call's note is committed. Only then may an answer
 // byte leave.
-func (p *proxy) awaitRecord(c *call) error {
-	if c.begun {
+func (p *proxy) awaitCommit(c *call) error {
+	if c.committed {
 		return nil
 	}
 	select {
-	case <-c.entry.begun():
-		return c.recorded()
+	case <-c.entry.committed():
+		return c.checkCommit()
 	default:
 	}
-	p.running.enter(c, phaseLedger)
+	p.running.setPhase(c, phaseLedger)
 	select {
-	case <-c.entry.begun():
-		return c.recorded()
+	case <-c.entry.committed():
+		return c.checkCommit()
 	case <-c.ctx.Done():
 		return context.Cause(c.ctx)
 	}
 }
 
-func (c *call) recorded() error {
-	if err := c.entry.fate(); err != nil {
-		c.unrecorded = true
+func (c *call) checkCommit() error {
+	if err := c.entry.commitErr(); err != nil {
+		c.commitFailed = true
 		return errUnavailable("ledger_unavailable", err)
 	}
-	c.begun = true
+	c.committed = true
 	return nil
 }
 
 // forward makes the call to the provider and relays its answer.
 func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
-	c.answer = newAnswerWriter(p, c, w)
-	c.verified = c.verified && c.fields.stream
+	c.response = newResponseWriter(p, c, w)
+	c.bufferStream = c.bufferStream && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: p.nowhere, // which ReverseProxy copies; proxy_attempts.go says where to
+		Method: r.Method, URL: p.emptyURL, // which ReverseProxy copies; proxy_attempts.go says where to
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
@@ -310,21 +310,21 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), p.running, c}, r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
-		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.sentAt = upHeader(r.Header), time.Now() },
-		Transport:      &c.tries, // what goes up is each attempt's own: proxy_attempts.go
+		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.sentAt = upstreamHeader(r.Header), time.Now() },
+		Transport:      &c.attempts, // what goes up is each attempt's own: proxy_attempts.go
 		BufferPool:     p.buffers,
-		ErrorLog:       p.quietLog,
-		ModifyResponse: func(res *http.Response) error { return p.accept(c, res) },
+		ErrorLog:       p.httpErrorLog,
+		ModifyResponse: func(res *http.Response) error { return p.acceptResponse(c, res) },
 		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { p.fail(c, w, err) },
 	}
-	rp.ServeHTTP(c.answer, in)
-	c.answer.finish()
+	rp.ServeHTTP(c.response, in)
+	c.response.finish()
 	c.relayed = true
 }
 
-// accept looks at the head of the provider's answer before any of it leaves.
-func (p *proxy) accept(c *call, res *http.Response) error {
-	c.headAt = time.Now()
+// acceptResponse looks at the head of the provider's answer before any of it leaves.
+func (p *proxy) acceptResponse(c *call, res *http.Response) error {
+	c.headersAt = time.Now()
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
 		// Its text may quote the key, and the client can do nothing about it.
@@ -336,17 +336,17 @@ func (p *proxy) accept(c *call, res *http.Response) error {
 			msg:   "The provider's answer is not one to an API call.",
 			cause: errors.New("the provider answered " + strconv.Itoa(code))}
 	}
-	if err := p.awaitRecord(c); err != nil {
+	if err := p.awaitCommit(c); err != nil {
 		return err
 	}
-	c.watch.idle.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
-	p.running.enter(c, phaseRelaying)
+	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
+	p.running.setPhase(c, phaseRelaying)
 	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
 		if err := filterModels(c, res); err != nil {
 			return err
 		}
 	}
-	c.answer.expect(res)
+	c.response.prepare(res)
 	return nil
 }
 
@@ -358,14 +358,14 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 		// to return would be an empty 200, so the connection breaks instead.
 		panic(http.ErrAbortHandler)
 	}
-	if !c.begun && !c.unrecorded { // an error is an answer too, and waits for the record
+	if !c.committed && !c.commitFailed { // an error is an answer too, and waits for the record
 		select {
-		case <-c.entry.begun():
-			_ = c.recorded()
-		case <-time.After(p.running.limits.ledgerPatience):
+		case <-c.entry.committed():
+			_ = c.checkCommit()
+		case <-time.After(p.running.limits.commitTimeout):
 		}
 	}
-	if !c.begun {
+	if !c.committed {
 		c.failure = errUnavailable("ledger_unavailable", err)
 	}
 	c.firstByte = time.Since(c.start)
@@ -375,7 +375,7 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 // upstreamFailure says what the client is told, or nil if it has left. The
 // text of err may name hosts and addresses and is for the log only.
 func upstreamFailure(c *call, err error) *apiError {
-	if cause := asCause(c.ctx); cause != nil {
+	if cause := abortCause(c.ctx); cause != nil {
 		return cause
 	}
 	if c.ctx.Err() != nil {

@@ -18,59 +18,59 @@ func (p *proxy) admit(c *call) error {
 	if !p.ledger.healthy() {
 		return errUnavailable("ledger_unavailable", errors.New("the ledger cannot be written"))
 	}
-	if why := p.gone(); why != "" { // rows would go into a file that has no name any more
+	if why := p.databaseProblem(); why != "" { // rows would go into a file that has no name any more
 		return errUnavailable("ledger_unavailable", errors.New(why))
 	}
-	if err := c.allowed(); err != nil {
+	if err := c.checkPolicies(); err != nil {
 		return err
 	}
-	if c.upstream = c.pick(); c.upstream == nil {
+	if c.upstream = c.pickUpstream(); c.upstream == nil {
 		now := c.start.UnixMilli()
-		if w := c.wish(now); c.project.full(&w) {
+		if w := c.criteria(now); c.project.atCapacity(&w) {
 			return &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", retryAfter: time.Duration(60_000-now%60_000) * time.Millisecond,
 				msg: "This project's upstreams have reached their own limits for this minute."}
 		}
 		return &apiError{status: http.StatusNotFound, code: "no_upstream", msg: "This project has no provider for this endpoint and model.", noRetry: true}
 	}
-	if c.upstream.broken != nil {
-		return errUnavailable("upstream_key_unreadable", c.upstream.broken)
+	if c.upstream.configErr != nil {
+		return errUnavailable("upstream_key_unreadable", c.upstream.configErr)
 	}
 	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
-		c.body, c.stripped = withIncludeUsage(c.body, c.fields), true
+		c.body, c.usageAdded = withIncludeUsage(c.body, c.fields), true
 	}
 	c.prices = p.prices.Load()
 	if err := p.reserve(c); err != nil {
-		c.upstream.health.release() // it may have been chosen to probe it
+		c.upstream.health.endProbe() // it may have been chosen to probe it
 		return err
 	}
 	c.admitted.Store(true)
 	c.entry = p.ledger.begin(requestRow{
-		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.state.seq, endpoint: c.endpoint.name(),
+		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq, endpoint: c.endpoint.name(),
 		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
-		counts: tokenCounts{input: c.inputEstimate(), output: c.mostOutput()},
+		counts: tokenCounts{input: c.inputEstimate(), output: c.maxOutputTokens()},
 	})
 	return nil
 }
 
-// allowed checks the call against the policies of project and token.
-func (c *call) allowed() error {
+// checkPolicies checks the call against the policies of project and token.
+func (c *call) checkPolicies() error {
 	e := c.endpoint
 	if e.class == classStateful && !c.project.policy.Stateful {
 		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
 			msg: "This endpoint reads or changes objects kept at the provider; the project's policy does not turn such endpoints on."}
 	}
-	if ref := c.fields.stateRef; ref != "" && !c.project.policy.Stateful {
+	if ref := c.fields.statefulParam; ref != "" && !c.project.policy.Stateful {
 		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed", param: ref,
 			msg: "The field " + ref + " refers to objects kept at the provider; the project's policy does not turn those on."}
 	}
-	for _, p := range [...]*policy{&c.project.policy, &c.state.policy} {
+	for _, p := range [...]*policy{&c.project.policy, &c.tokenState.policy} {
 		if !p.allowsEndpoint(e.name(), e.pattern) {
 			return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
 				msg: "This token may not use this endpoint. It may use: " + clip(strings.Join(p.Endpoints, ", "), 500) + "."}
 		}
-		if p.Models != nil && c.fields.otherModels != "" { // the provider would choose among them
-			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: c.fields.otherModels,
-				msg: "This token is held to certain models; name one in model, and leave " + c.fields.otherModels + " out."}
+		if p.Models != nil && c.fields.modelListParam != "" { // the provider would choose among them
+			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: c.fields.modelListParam,
+				msg: "This token is held to certain models; name one in model, and leave " + c.fields.modelListParam + " out."}
 		}
 		if p.Models == nil || (c.fields.model == "" && !e.needsModel) {
 			continue
@@ -83,12 +83,12 @@ func (c *call) allowed() error {
 	return nil
 }
 
-// formText is how much of a form is taken for text, and so for four bytes a
+// maxFormText is how much of a form is taken for text, and so for four bytes a
 // token. The rest is sound or a picture, of which even the most compressed has
 // hundreds of bytes a token.
 const (
-	formText  = 32 << 10
-	formBytes = 64 // a token, of the rest
+	maxFormText       = 32 << 10
+	formBytesPerToken = 64 // a token, of the rest
 )
 
 // inputEstimate is how many tokens the body may be. Nothing in JSON is taken for
@@ -99,26 +99,26 @@ func (c *call) inputEstimate() int64 {
 	switch {
 	case c.endpoint.meter == meterNone:
 		return 0
-	case c.form && n > formText:
-		return estimateTokens(formText) + (n-formText)/formBytes
+	case c.form && n > maxFormText:
+		return estimateTokens(maxFormText) + (n-maxFormText)/formBytesPerToken
 	}
 	return estimateTokens(n)
 }
 
-// mostOutput is the most output that the call asks for, 0 if it does not say. Only
+// maxOutputTokens is the most output that the call asks for, 0 if it does not say. Only
 // the endpoint's own names for it count: a provider that takes no notice of
 // another one would not hold the call to it.
-func (c *call) mostOutput() int64 {
+func (c *call) maxOutputTokens() int64 {
 	most := c.fields.maxTokens
 	switch p := c.endpoint.pattern; {
 	case p == "/v1/chat/completions":
-		most = max(most, c.fields.maxComplete)
+		most = max(most, c.fields.maxCompletionTokens)
 	case strings.HasPrefix(p, "/v1/responses"):
-		most = c.fields.maxOutput
+		most = c.fields.maxOutputTokens
 	}
 	n := max(1, c.fields.n) // 0: there is no body
-	if most > maxCount/n {
-		return maxCount
+	if most > maxTokenCount/n {
+		return maxTokenCount
 	}
 	return most * n
 }
@@ -126,76 +126,76 @@ func (c *call) mostOutput() int64 {
 // assumedOutput is what a call may write that names no most output.
 const assumedOutput = 4096
 
-// ask says what the call may take at most.
-func (c *call) ask() ask {
+// estimate says what the call may take at most.
+func (c *call) estimate() estimate {
 	e := c.endpoint
-	a := ask{name: e.name(), pattern: e.pattern, model: c.fields.model}
+	a := estimate{endpoint: e.name(), pattern: e.pattern, model: c.fields.model}
 	if e.meter == meterNone || strings.HasSuffix(e.pattern, "_tokens") { // those count, and use nothing
 		return a
 	}
-	a.input, a.output = c.inputEstimate(), c.mostOutput()
-	if a.output == 0 && e.writes() {
-		a.assumed = true
-		a.output = assumedOutput * min(max(1, c.fields.n), maxCount/assumedOutput)
+	a.input, a.output = c.inputEstimate(), c.maxOutputTokens()
+	if a.output == 0 && e.hasOutputTokens() {
+		a.outputAssumed = true
+		a.output = assumedOutput * min(max(1, c.fields.n), maxTokenCount/assumedOutput)
 	}
 	return a
 }
 
-// writes reports whether answers of the endpoint have output tokens.
-func (e *endpoint) writes() bool {
+// hasOutputTokens reports whether answers of the endpoint have output tokens.
+func (e *endpoint) hasOutputTokens() bool {
 	return e.meter != meterNone && e.pattern != "/v1/embeddings" && e.pattern != "/v1/audio/speech"
 }
 
 // reserve takes the call from every limit of its project and token, or from
 // none.
 func (p *proxy) reserve(c *call) error {
-	most := c.state.maxRequests
+	most := c.tokenState.maxRequests
 	if most >= 0 && c.token.used.Load() >= most { // before it disturbs the limits it shares with others
-		return errAllUsed(most)
+		return errRequestsExhausted(most)
 	}
-	c.hold.ask = c.ask()
+	c.reservation.estimate = c.estimate()
 	now := c.start.UnixMilli()
 	l := &c.token.project.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := p.limits.adoptLimits(c.token, now); err != nil {
+	if err := p.limits.syncLimits(c.token, now); err != nil {
 		return errUnavailable("limits_unavailable", err)
 	}
-	if err := c.appraise(l.project.of, c.token.limits.of); err != nil {
+	if err := c.estimateCost(l.project.policy, c.token.limits.policy); err != nil {
 		return err
 	}
-	refused := l.reserve(&c.hold, &c.token.limits, now)
+	refused := l.reserve(&c.reservation, &c.token.limits, now)
 	if refused == nil && !c.token.reserve(most) {
-		l.release(&c.hold, now, spending{})
-		return errAllUsed(most)
+		l.release(&c.reservation, now, finalUsage{})
+		return errRequestsExhausted(most)
 	}
 	if refused != nil {
-		return errLimit(refused)
+		return errLimitExceeded(refused)
 	}
-	c.rates = c.token.rates(most, now)
-	c.durable = most >= 0 || c.hold.durable()
+	c.rates = c.token.rateHeaders(most, now)
+	c.commitFirst = most >= 0 || c.reservation.durable()
 	return nil
 }
 
-// appraise works out what the call may cost, if a limit of its project or token
+// estimateCost works out what the call may cost, if a limit of its project or token
 // counts dollars. Where nobody knows the price, a budget could not hold: such a
 // call is refused.
-func (c *call) appraise(policies ...*policy) error {
-	a := &c.hold.ask
-	if c.endpoint.meter == meterNone && !billedUnseen(c.endpoint.name()) {
+func (c *call) estimateCost(policies ...*policy) error {
+	a := &c.reservation.estimate
+	if c.endpoint.meter == meterNone && !billedWithoutUsage(c.endpoint.name()) {
 		return nil
 	}
 	looked, known := false, false
 	for _, p := range policies {
 		for i := range p.Limits {
 			l := &p.Limits[i]
-			if l.count != countDollars || !l.applies(a.name, a.pattern, a.model) {
+			if l.metric != metricDollars || !l.applies(a.endpoint, a.pattern, a.model) {
 				continue
 			}
 			if !looked {
-				looked, known = true, c.appraiseAt(a)
+				looked, known = true, c.fillEstimatedCost(a)
 			}
-			if !known && !l.shadow {
+			if !known && !l.monitorOnly {
 				return &apiError{status: http.StatusForbidden, code: "price_unknown", param: "model", limit: l.String(),
 					msg: "A budget holds for this call, " + l.String() + ", but what it would cost is not known. Ask the administrator to set a price for this model, or use another one."}
 			}
@@ -204,8 +204,8 @@ func (c *call) appraise(policies ...*policy) error {
 	return nil
 }
 
-// appraiseAt fills in the costs, and reports whether they are known.
-func (c *call) appraiseAt(a *ask) bool {
+// fillEstimatedCost fills in the costs, and reports whether they are known.
+func (c *call) fillEstimatedCost(a *estimate) bool {
 	p, ok := c.prices.lookup(c.upstream.provider, c.fields.model)
 	if !ok || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character; its answer counts nothing
 		return false
@@ -216,41 +216,41 @@ func (c *call) appraiseAt(a *ask) bool {
 	return in && out
 }
 
-func errAllUsed(most int64) *apiError {
+func errRequestsExhausted(most int64) *apiError {
 	return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true,
 		limit: strconv.FormatInt(most, 10) + " requests in all", msg: "This token has used all of its " + strconv.FormatInt(most, 10) + " requests."}
 }
 
-// noLongSleep is the longest wait that clients are asked to sit out: some of
+// maxRetryWait is the longest wait that clients are asked to sit out: some of
 // their libraries sleep for as long as they are told, others refuse (wire.md).
-const noLongSleep = 2 * time.Minute
+const maxRetryWait = 2 * time.Minute
 
-// errLimit says which limit has no room, and when it will have.
-func errLimit(r *refusal) *apiError {
+// errLimitExceeded says which limit has no room, and when it will have.
+func errLimitExceeded(r *limitViolation) *apiError {
 	whose := "This token's limit of "
 	if r.ofProject {
 		whose = "The limit of this token's project of "
 	}
 	e := &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", limit: r.limit.String(), msg: whose + r.limit.String() + " is used up"}
-	switch r.limit.count {
-	case countRequests, countTokens:
-		e.kind = r.limit.count.String()
+	switch r.limit.metric {
+	case metricRequests, metricTokens:
+		e.kind = r.limit.metric.String()
 	}
-	if r.left > 0 && r.limit.count != countRequests {
-		e.msg = fmt.Sprintf("%s%s has no room for this call: it may need %s, and %s is left", whose, r.limit, r.limit.amount(r.need), r.limit.amount(r.left))
+	if r.remaining > 0 && r.limit.metric != metricRequests {
+		e.msg = fmt.Sprintf("%s%s has no room for this call: it may need %s, and %s is left", whose, r.limit, r.limit.valueJSON(r.need), r.limit.valueJSON(r.remaining))
 	}
 	switch wait := time.Duration(r.wait) * time.Millisecond; {
-	case r.impossible:
+	case r.exceedsMax:
 		e.noRetry = true
 		e.msg = whose + r.limit.String() + " never allows as much output as this call asks for. Ask for less."
-	case r.limit.quota() || r.never:
+	case r.limit.isQuota() || r.permanent:
 		e.code, e.kind, e.noRetry = "project_spend_limit_exceeded", "insufficient_quota", true
 		e.msg += "."
-		if !r.never {
+		if !r.permanent {
 			e.msg += " It begins anew in " + wait.Round(time.Minute).String() + "."
 		}
 	default:
-		e.retryAfter, e.noRetry = wait, wait > noLongSleep
+		e.retryAfter, e.noRetry = wait, wait > maxRetryWait
 		e.msg += ". Try again in " + wait.String() + "."
 	}
 	return e

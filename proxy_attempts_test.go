@@ -34,11 +34,11 @@ func (p *testProxy) addUpstream(fields string) (*fakeProvider, string) {
 	return provider, up.ID
 }
 
-// keysApart looks for keys of other upstreams in what each provider got.
-func (p *testProxy) keysApart(providers ...*fakeProvider) {
+// checkKeysApart looks for keys of other upstreams in what each provider got.
+func (p *testProxy) checkKeysApart(providers ...*fakeProvider) {
 	p.t.Helper()
 	for _, to := range providers {
-		for _, r := range to.got() {
+		for _, r := range to.received() {
 			for _, of := range providers {
 				if has := strings.Contains(r.head+r.body, of.key); has != (of == to) {
 					p.t.Errorf("a provider's own key: %v, in its request: %v", of == to, has)
@@ -67,10 +67,10 @@ func longStream() []string {
 	return append(events, chatEvents(true)[2:]...)
 }
 
-// streamOf answers with n of the events and then does what then says.
-func streamOf(events []string, n int, then func(*providerConn) bool) func(*providerConn, recorded) bool {
-	return func(c *providerConn, _ recorded) bool {
-		c.sse()
+// streamScript answers with n of the events and then does what then says.
+func streamScript(events []string, n int, then func(*providerConn) bool) func(*providerConn, recordedRequest) bool {
+	return func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		for _, e := range events[:n] {
 			if c.chunk(e) != nil {
 				return false
@@ -80,64 +80,67 @@ func streamOf(events []string, n int, then func(*providerConn) bool) func(*provi
 	}
 }
 
-func always(status int, body string, headers ...string) func(*providerConn, recorded) bool {
-	return func(c *providerConn, _ recorded) bool { return c.reply(status, body, headers...) }
+func replyScript(status int, body string, headers ...string) func(*providerConn, recordedRequest) bool {
+	return func(c *providerConn, _ recordedRequest) bool { return c.reply(status, body, headers...) }
 }
 
-func endChunks(c *providerConn) bool { return c.chunk("") == nil }
+func endStream(c *providerConn) bool { return c.chunk("") == nil }
 
-func stall(c *providerConn) bool { c.gone(20 * time.Second); return false }
+func stallScript(c *providerConn) bool { c.waitClosed(20 * time.Second); return false }
 
-func hangUp(c *providerConn) bool { return c.reset() }
+func resetScript(c *providerConn) bool { return c.reset() }
 
 // A providerFault is something that a provider does wrong, for as long as the
 // test runs, and what becomes of the calls. asked is how often the provider, and
 // then the fallback, is asked for one call.
 type providerFault struct {
-	name     string
-	stream   bool
-	script   func(*providerConn, recorded) bool
-	asked    [2]int
-	status   int    // 0: the answer is cut
-	outcome  string // on record
-	code     string
-	health   string // of the provider after the call
-	fallback string // what the fallback rejects, if anything: a part of a body
-	verified [2]int // how often they are asked for a verified stream, where that differs
+	name             string
+	stream           bool
+	script           func(*providerConn, recordedRequest) bool
+	attempts         [2]int
+	status           int    // 0: the answer is cut
+	outcome          string // on record
+	code             string
+	health           string // of the provider after the call
+	fallback         string // what the fallback rejects, if anything: a part of a body
+	bufferedAttempts [2]int // how often they are asked for a verified stream, where that differs
 }
 
 var providerFaults = []providerFault{
-	{"429 with Retry-After", false, always(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 7"), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
-	{"429 without", true, always(429, `{"error":{}}`), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
-	{"429 for good", false, always(429, `{"error":{"code":"insufficient_quota"}}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
-	{"402", false, always(402, `{}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
-	{"401", false, always(401, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
-	{"403", true, always(403, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
-	{"503 persistent", false, always(503, `{"error":{}}`), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"503 with Retry-After", false, always(503, `{"error":{}}`, "Retry-After: 20"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"an error that never ends", true, func(c *providerConn, _ recorded) bool {
+	{"429 with Retry-After", false, replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 7"), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
+	{"429 without", true, replyScript(429, `{"error":{}}`), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
+	{"429 for good", false, replyScript(429, `{"error":{"code":"insufficient_quota"}}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
+	{"402", false, replyScript(402, `{}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
+	{"401", false, replyScript(401, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
+	{"403", true, replyScript(403, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
+	{"503 persistent", false, replyScript(503, `{"error":{}}`), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"503 with Retry-After", false, replyScript(503, `{"error":{}}`, "Retry-After: 20"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"an error that never ends", true, func(c *providerConn, _ recordedRequest) bool {
 		_, _ = c.Write([]byte("HTTP/1.1 500 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"))
-		return stall(c)
+		return stallScript(c)
 	}, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"redirect", false, always(302, ``, "Location: /"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"reset before headers", false, func(c *providerConn, _ recorded) bool { return c.reset() }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"no HTTP", true, func(c *providerConn, _ recorded) bool { _, _ = c.Write([]byte("nonsense\r\n\r\n")); return false }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"no response", true, func(c *providerConn, _ recorded) bool { return stall(c) }, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"slow first token", true, streamOf(longStream(), 0, stall), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"comments and no token", true, streamOf([]string{": wait\n\n", "event: ping\n\n"}, 2, stall), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"empty stream", true, streamOf(nil, 0, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"cut before the first event", true, streamOf([]string{": wait\n\n"}, 1, hangUp), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"error as first event", true, streamOf([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"malformed chunk at first", true, streamOf([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endChunks), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"malformed chunk later", true, streamOf(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endChunks), [2]int{1, 0}, 200, "ok", "", "ready", "", [2]int{2, 1}},
-	{"stream cut after 40 of 60 events", true, streamOf(longStream(), 40, hangUp), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", "", [2]int{2, 1}},
-	{"stream stalled", true, streamOf(longStream(), 40, stall), [2]int{1, 0}, 0, "truncated", "stream_idle", "ready", "", [2]int{1, 1}},
-	{"cut, and a fallback that rejects prefill", true, streamOf(longStream(), 40, hangUp), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", `"role":"assistant"`, [2]int{2, 1}},
-	{"missing [DONE]", true, streamOf(longStream(), 60, endChunks), [2]int{1, 0}, 200, "truncated", "stream_unfinished", "ready", "", [2]int{2, 1}},
-	{"content filter", false, always(400, `{"error":{"code":"content_filter"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
-	{"bad request", false, always(400, `{"error":{"code":"invalid_value"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
-	{"not found", false, always(404, `{"error":{"code":"model_not_found"}}`), [2]int{1, 0}, 404, "upstream_error", "", "ready", "", [2]int{}},
-	{"conflict", false, always(409, `{"error":{}}`), [2]int{1, 0}, 409, "upstream_error", "", "ready", "", [2]int{}},
+	{"redirect", false, replyScript(302, ``, "Location: /"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"reset before headers", false, func(c *providerConn, _ recordedRequest) bool { return c.reset() }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"no HTTP", true, func(c *providerConn, _ recordedRequest) bool {
+		_, _ = c.Write([]byte("nonsense\r\n\r\n"))
+		return false
+	}, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"no response", true, func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"slow first token", true, streamScript(longStream(), 0, stallScript), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"comments and no token", true, streamScript([]string{": wait\n\n", "event: ping\n\n"}, 2, stallScript), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"empty stream", true, streamScript(nil, 0, endStream), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"cut before the first event", true, streamScript([]string{": wait\n\n"}, 1, resetScript), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"error as first event", true, streamScript([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endStream), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"malformed chunk at first", true, streamScript([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endStream), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
+	{"malformed chunk later", true, streamScript(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endStream), [2]int{1, 0}, 200, "ok", "", "ready", "", [2]int{2, 1}},
+	{"stream cut after 40 of 60 events", true, streamScript(longStream(), 40, resetScript), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", "", [2]int{2, 1}},
+	{"stream stalled", true, streamScript(longStream(), 40, stallScript), [2]int{1, 0}, 0, "truncated", "stream_idle", "ready", "", [2]int{1, 1}},
+	{"cut, and a fallback that rejects prefill", true, streamScript(longStream(), 40, resetScript), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", `"role":"assistant"`, [2]int{2, 1}},
+	{"missing [DONE]", true, streamScript(longStream(), 60, endStream), [2]int{1, 0}, 200, "truncated", "stream_unfinished", "ready", "", [2]int{2, 1}},
+	{"content filter", false, replyScript(400, `{"error":{"code":"content_filter"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
+	{"bad request", false, replyScript(400, `{"error":{"code":"invalid_value"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
+	{"not found", false, replyScript(404, `{"error":{"code":"model_not_found"}}`), [2]int{1, 0}, 404, "upstream_error", "", "ready", "", [2]int{}},
+	{"conflict", false, replyScript(409, `{"error":{}}`), [2]int{1, 0}, 409, "upstream_error", "", "ready", "", [2]int{}},
 }
 
 // TestFailover: with a fallback, each fault that shows before an event has left
@@ -148,8 +151,8 @@ func TestFailover(t *testing.T) {
 	faults := slices.Clone(providerFaults)
 	for _, f := range providerFaults {
 		if f.stream {
-			if f.name += ", verified"; f.verified != [2]int{} {
-				f.asked, f.status, f.outcome, f.code = f.verified, 200, "ok", ""
+			if f.name += ", verified"; f.bufferedAttempts != [2]int{} {
+				f.attempts, f.status, f.outcome, f.code = f.bufferedAttempts, 200, "ok", ""
 			}
 			faults = append(faults, f)
 		}
@@ -159,33 +162,33 @@ func TestFailover(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1s", "STREAM_IDLE_TIMEOUT": "2s"})
 			fallback, id := p.addUpstream(`"priority":1`)
-			fallback.answer(func(c *providerConn, r recorded) bool {
+			fallback.setScript(func(c *providerConn, r recordedRequest) bool {
 				if f.fallback != "" && strings.Contains(r.body, f.fallback) {
 					return c.reply(400, "{}")
 				}
-				return answerChat(c, r)
+				return chatScript(c, r)
 			})
-			p.provider.answer(f.script)
+			p.provider.setScript(f.script)
 			headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
 			if strings.HasSuffix(f.name, "verified") {
 				headers = append(headers, "X-LLM-Proxy-Stream", "verified")
 			}
 			res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, f.stream)), headers...)
-			if got := [2]int{len(p.provider.got()), len(fallback.got())}; got != f.asked {
-				t.Errorf("the providers were asked %v times, want %v", got, f.asked)
+			if got := [2]int{len(p.provider.received()), len(fallback.received())}; got != f.attempts {
+				t.Errorf("the providers were asked %v times, want %v", got, f.attempts)
 			}
-			p.keysApart(p.provider, fallback)
-			rescued := f.asked[1] > 0
+			p.checkKeysApart(p.provider, fallback)
+			rescued := f.attempts[1] > 0
 			switch want := strings.Join(chatEvents(false), ""); {
 			case f.status == 0 && (res.err == nil || strings.Contains(res.body, "[DONE]")):
 				t.Errorf("a cut answer came as %d %q, %v", res.status, clip(res.body, 300), res.err)
 			case f.status != 0 && (res.err != nil || res.status != f.status):
 				t.Errorf("got %d %q, %v", res.status, clip(res.body, 300), res.err)
-			case rescued && f.stream && res.body != want || rescued && !f.stream && res.body != chatAnswer:
+			case rescued && f.stream && res.body != want || rescued && !f.stream && res.body != chatResponseBody:
 				t.Errorf("the answer is %q", res.body)
 			}
 			row := p.lastCall()
-			if row.Outcome != f.outcome || row.ErrorCode != f.code || row.Attempts != f.asked[0]+f.asked[1] {
+			if row.Outcome != f.outcome || row.ErrorCode != f.code || row.Attempts != f.attempts[0]+f.attempts[1] {
 				t.Errorf("the ledger has %+v", row)
 			}
 			if rescued && (row.UpstreamID != id || len(row.AttemptLog) != row.Attempts || row.OutputTokens != 3 || row.InputTokens != 9 || row.UsageSource != "exact") {
@@ -208,22 +211,22 @@ func TestFailover(t *testing.T) {
 // the same key; the fallback never hears of it.
 func TestOnceOnly(t *testing.T) {
 	t.Parallel()
-	for name, first := range map[string]func(*providerConn, recorded) bool{
-		"500 once": always(500, `{"error":{}}`),
-		"reset":    func(c *providerConn, _ recorded) bool { return c.reset() },
+	for name, first := range map[string]func(*providerConn, recordedRequest) bool{
+		"500 once": replyScript(500, `{"error":{}}`),
+		"reset":    func(c *providerConn, _ recordedRequest) bool { return c.reset() },
 	} {
 		p := newTest(t, nil)
 		fallback, _ := p.addUpstream(`"priority":1`)
-		p.provider.answer(func(c *providerConn, r recorded) bool {
-			if len(p.provider.got()) == 1 {
+		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+			if len(p.provider.received()) == 1 {
 				return first(c, r)
 			}
-			return answerChat(c, r)
+			return chatScript(c, r)
 		})
-		if res := p.chat(); res.status != 200 || res.body != chatAnswer {
+		if res := p.chat(); res.status != 200 || res.body != chatResponseBody {
 			t.Errorf("%s: got %d %s", name, res.status, res.body)
 		}
-		if n, m := len(p.provider.got()), len(fallback.got()); n != 2 || m != 0 {
+		if n, m := len(p.provider.received()), len(fallback.received()); n != 2 || m != 0 {
 			t.Errorf("%s: the providers were asked %d and %d times", name, n, m)
 		}
 		if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 2 || len(row.AttemptLog) != 2 || row.OutputTokens != 3 {
@@ -239,29 +242,29 @@ func TestOutage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	fallback, _ := p.addUpstream(`"priority":1`)
-	p.provider.answer(always(503, `{"error":{}}`))
+	p.provider.setScript(replyScript(503, `{"error":{}}`))
 	for i := range 20 {
 		if res := p.chat(); res.status != 200 {
 			t.Errorf("call %d in the outage: got %d %s", i, res.status, res.body)
 		}
 	}
-	asked := len(p.provider.got())
+	asked := len(p.provider.received())
 	if asked < 3 || asked > 8 { // three open the breaker; a slow machine may see a probe or two
 		t.Errorf("a provider that is down was asked %d times in 20 calls", asked)
 	}
 	if h := p.healthOf(p.upstream); h.State != "open" {
 		t.Errorf("after 20 failed calls: %+v", h)
 	}
-	p.provider.answer(answerChat)
-	h := p.in.health.of(1, "")
+	p.provider.setScript(chatScript)
+	h := p.instance.health.forUpstream(1, "")
 	h.until.Store(time.Now().UnixMilli()) // the pause is over
-	before := len(fallback.got())
+	before := len(fallback.received())
 	for i := range 5 {
 		if res := p.chat(); res.status != 200 {
 			t.Errorf("call %d after the outage: got %d %s", i, res.status, res.body)
 		}
 	}
-	if n := len(p.provider.got()) - asked; n != 5 || len(fallback.got()) != before {
+	if n := len(p.provider.received()) - asked; n != 5 || len(fallback.received()) != before {
 		t.Errorf("after the outage the provider got %d of 5 calls", n)
 	}
 	if h := p.healthOf(p.upstream); h.State != "ready" {
@@ -275,7 +278,7 @@ func TestHealthSurvives(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	fallback, _ := p.addUpstream(`"priority":1`)
-	p.provider.answer(always(401, `{}`))
+	p.provider.setScript(replyScript(401, `{}`))
 	p.chat()
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -285,16 +288,16 @@ func TestHealthSurvives(t *testing.T) {
 		t.Errorf("after a restart: %+v", h)
 	}
 	p.chat()
-	if n, m := len(p.provider.got()), len(fallback.got()); n != 1 || m != 2 {
+	if n, m := len(p.provider.received()), len(fallback.received()); n != 1 || m != 2 {
 		t.Errorf("the providers were asked %d and %d times", n, m)
 	}
-	if n := sumOf(p.metrics(), "llm_proxy_upstreams", `state="quarantined"`); n != 1 {
+	if n := sumSamples(p.metrics(), "llm_proxy_upstreams", `state="quarantined"`); n != 1 {
 		t.Errorf("the metrics count %v quarantined upstreams", n)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":2}`, 200, nil)
-	p.provider.answer(answerChat)
-	if res := p.chat(); res.status != 200 || len(p.provider.got()) != 2 {
-		t.Errorf("after the change: got %d, the provider was asked %d times", res.status, len(p.provider.got()))
+	p.provider.setScript(chatScript)
+	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 2 {
+		t.Errorf("after the change: got %d, the provider was asked %d times", res.status, len(p.provider.received()))
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -304,8 +307,8 @@ func TestHealthSurvives(t *testing.T) {
 		t.Errorf("after another restart: %+v", h)
 	}
 	var told []string
-	for _, e := range p.trail(0) {
-		if e.action == "upstream.health" && e.object == p.upstream && e.actor == actorSystem {
+	for _, e := range p.auditEntries(0) {
+		if e.action == "upstream.health" && e.object == p.upstream && e.actorID == actorSystem {
 			told = append(told, between(e.detail, `"state":[`, `]`))
 		}
 	}
@@ -320,18 +323,18 @@ func TestNoneLeft(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, _ := p.addUpstream(`"weight":1`)
-	p.provider.answer(always(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 30"))
-	second.answer(always(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 20"))
-	if res := p.chat(); res.status != 429 || res.code() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
+	p.provider.setScript(replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 30"))
+	second.setScript(replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 20"))
+	if res := p.chat(); res.status != 429 || res.errorCode() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
 		t.Errorf("got %d %v %s", res.status, res.header, res.body)
 	}
-	if n, m := len(p.provider.got()), len(second.got()); n != 1 || m != 1 {
+	if n, m := len(p.provider.received()), len(second.received()); n != 1 || m != 1 {
 		t.Errorf("the providers were asked %d and %d times", n, m)
 	}
-	if res := p.chat(); res.status != 429 || len(p.provider.got()) != 1 || len(second.got()) != 2 {
-		t.Errorf("the next call: got %d; the providers were asked %d and %d times", res.status, len(p.provider.got()), len(second.got()))
+	if res := p.chat(); res.status != 429 || len(p.provider.received()) != 1 || len(second.received()) != 2 {
+		t.Errorf("the next call: got %d; the providers were asked %d and %d times", res.status, len(p.provider.received()), len(second.received()))
 	}
-	second.answer(always(401, `{}`)) // less use to the client than the other's 429
+	second.setScript(replyScript(401, `{}`)) // less use to the client than the other's 429
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{}`, 200, nil)
 	p.chat()
 	if res := p.chat(); res.status != 502 && res.status != 429 {
@@ -344,28 +347,28 @@ func TestShortWait(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, _ := p.addUpstream(`"priority":1`)
-	second.answer(always(429, `{}`, "Retry-After: 1"))
-	p.provider.answer(func(c *providerConn, r recorded) bool { return c.reply(429, `{}`, "Retry-After: 300") })
+	second.setScript(replyScript(429, `{}`, "Retry-After: 1"))
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { return c.reply(429, `{}`, "Retry-After: 300") })
 	go func() {
-		for len(second.got()) == 0 && t.Context().Err() == nil {
+		for len(second.received()) == 0 && t.Context().Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
-		second.answer(answerChat)
+		second.setScript(chatScript)
 	}()
-	if res := p.chat(); res.status != 200 || len(p.provider.got()) != 1 || len(second.got()) != 2 {
-		t.Errorf("got %d; the providers were asked %d and %d times", res.status, len(p.provider.got()), len(second.got()))
+	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 1 || len(second.received()) != 2 {
+		t.Errorf("got %d; the providers were asked %d and %d times", res.status, len(p.provider.received()), len(second.received()))
 	}
 }
 
-// TestKeptObjects: calls that may name what is kept at a provider all go to one
+// TestStoredObjects: calls that may name what is kept at a provider all go to one
 // upstream, and are made once.
-func TestKeptObjects(t *testing.T) {
+func TestStoredObjects(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, _ := p.addUpstream(`"weight":1000`)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
-	p.provider.answer(always(500, `{"error":{}}`))
+	p.provider.setScript(replyScript(500, `{"error":{}}`))
 	for range 5 {
 		if res := p.do("GET", "/v1/files", "", auth[:2]...); res.status != 500 {
 			t.Errorf("got %d %s", res.status, res.body)
@@ -374,28 +377,28 @@ func TestKeptObjects(t *testing.T) {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
 	}
-	if n, m := len(p.provider.got()), len(second.got()); n != 10 || m != 0 {
+	if n, m := len(p.provider.received()), len(second.received()); n != 10 || m != 0 {
 		t.Errorf("the providers were asked %d and %d times", n, m)
 	}
 }
 
-// TestVerifiedAlone: without another upstream a verified stream that breaks is an
+// TestBufferedStreamAlone: without another upstream a verified stream that breaks is an
 // error in one piece, and one that is well comes whole, byte for byte.
-func TestVerifiedAlone(t *testing.T) {
+func TestBufferedStreamAlone(t *testing.T) {
 	t.Parallel()
 	long := longStream()
 	unmarked := append(slices.Clone(long[:58]), chatEvents(true)[2])
-	big := []string{`data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", maxVerified) + `"}}]}` + "\n\n"}
+	big := []string{`data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", maxBufferedStream) + `"}}]}` + "\n\n"}
 	for _, c := range []struct {
 		name   string
-		script func(*providerConn, recorded) bool
+		script func(*providerConn, recordedRequest) bool
 		env    map[string]string
 		status int
 		want   string // 200: the stream; else the code
 	}{
-		{"whole", streamOf(long, len(long), endChunks), nil, 200, strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), "")},
-		{"in pieces", func(c *providerConn, _ recorded) bool {
-			c.sse()
+		{"whole", streamScript(long, len(long), endStream), nil, 200, strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), "")},
+		{"in pieces", func(c *providerConn, _ recordedRequest) bool {
+			c.beginSSE()
 			for _, b := range []byte(strings.ReplaceAll(strings.Join(long, ""), "\n", "\r\n")) {
 				if c.chunk(string(b)) != nil {
 					return false
@@ -403,22 +406,22 @@ func TestVerifiedAlone(t *testing.T) {
 			}
 			return c.chunk("") == nil
 		}, nil, 200, strings.ReplaceAll(strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), ""), "\n", "\r\n")},
-		{"never marked", streamOf(unmarked, len(unmarked), endChunks), nil, 200, strings.Join(unmarked, "")},
-		{"no end", streamOf(long, 40, endChunks), nil, 502, "upstream_unreachable"},
-		{"cut", streamOf(long, 40, hangUp), nil, 502, "upstream_unreachable"},
-		{"stalled", streamOf(long, 40, stall), map[string]string{"STREAM_IDLE_TIMEOUT": "300ms"}, 504, "upstream_timeout"},
-		{"error inside", streamOf([]string{long[0], "data: {\"error\":{\"message\":\"x\"}}\n\n"}, 2, endChunks), nil, 502, "upstream_unreachable"},
-		{"too large", streamOf(big, 1, endChunks), nil, 502, "stream_too_large"},
-		{"no memory", streamOf(big, 1, endChunks), map[string]string{"BODY_MEMORY": "4MiB", "MAX_BODY_BYTES": "1MiB"}, 503, "body_memory_full"},
+		{"never marked", streamScript(unmarked, len(unmarked), endStream), nil, 200, strings.Join(unmarked, "")},
+		{"no end", streamScript(long, 40, endStream), nil, 502, "upstream_unreachable"},
+		{"cut", streamScript(long, 40, resetScript), nil, 502, "upstream_unreachable"},
+		{"stalled", streamScript(long, 40, stallScript), map[string]string{"STREAM_IDLE_TIMEOUT": "300ms"}, 504, "upstream_timeout"},
+		{"error inside", streamScript([]string{long[0], "data: {\"error\":{\"message\":\"x\"}}\n\n"}, 2, endStream), nil, 502, "upstream_unreachable"},
+		{"too large", streamScript(big, 1, endStream), nil, 502, "stream_too_large"},
+		{"no memory", streamScript(big, 1, endStream), map[string]string{"BODY_MEMORY": "4MiB", "MAX_BODY_BYTES": "1MiB"}, 503, "body_memory_full"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, c.env)
 			p.allowErrors = c.status == 503
 			p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
-			p.provider.answer(c.script)
+			p.provider.setScript(c.script)
 			res := p.chat(`"stream":true`)
-			if res.err != nil || res.status != c.status || c.status == 200 && res.body != c.want || c.status != 200 && res.code() != c.want {
+			if res.err != nil || res.status != c.status || c.status == 200 && res.body != c.want || c.status != 200 && res.errorCode() != c.want {
 				t.Errorf("got %d %q, %v", res.status, clip(res.body, 500), res.err)
 			}
 			if row := p.lastCall(); row.Status != c.status || row.Attempts != 1 || (row.Outcome == "ok") != (c.name == "whole" || c.name == "in pieces") {
@@ -428,11 +431,11 @@ func TestVerifiedAlone(t *testing.T) {
 	}
 	p := newTest(t, nil)
 	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "X-LLM-Proxy-Stream"}
-	if res := p.do("POST", "/v1/chat/completions", chatBody(), append(auth, "yes")...); res.status != 400 || len(p.provider.got()) != 0 {
+	if res := p.do("POST", "/v1/chat/completions", chatBody(), append(auth, "yes")...); res.status != 400 || len(p.provider.received()) != 0 {
 		t.Errorf("a header that means nothing: got %d %s", res.status, res.body)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
-	p.provider.answer(streamOf(long, 40, hangUp))
+	p.provider.setScript(streamScript(long, 40, resetScript))
 	if res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "plain")...); res.status != 200 || res.err == nil {
 		t.Errorf("a plain one: got %d %v", res.status, res.err)
 	}
@@ -453,19 +456,19 @@ func TestFailoverOtherAPIs(t *testing.T) {
 	for _, c := range []struct {
 		path, provider, header string
 		good                   []string
-		script                 func(*providerConn, recorded) bool
+		script                 func(*providerConn, recordedRequest) bool
 		verified               bool
 		asked                  [2]int
 	}{
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, always(529, `{"type":"error","error":{"type":"overloaded_error"}}`), false, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, always(429, `{"type":"error","error":{"type":"rate_limit_error"}}`, "anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"), false, [2]int{1, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf([]string{overloaded}, 1, endChunks), false, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf([]string{messages[0], messages[2], overloaded}, 3, endChunks), true, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf(messages, 4, endChunks), true, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamOf(messages, 3, hangUp), true, [2]int{2, 1}},
-		{"/v1/responses", "azure", "Api-Key", responses, always(500, `{"error":{}}`), false, [2]int{2, 1}},
-		{"/v1/responses", "azure", "Api-Key", responses, streamOf(responses, 2, hangUp), true, [2]int{2, 1}},
-		{"/v1/responses", "azure", "Api-Key", responses, streamOf(append(responses[:1:1], event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endChunks), true, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, replyScript(529, `{"type":"error","error":{"type":"overloaded_error"}}`), false, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, replyScript(429, `{"type":"error","error":{"type":"rate_limit_error"}}`, "anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"), false, [2]int{1, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript([]string{overloaded}, 1, endStream), false, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript([]string{messages[0], messages[2], overloaded}, 3, endStream), true, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript(messages, 4, endStream), true, [2]int{2, 1}},
+		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript(messages, 3, resetScript), true, [2]int{2, 1}},
+		{"/v1/responses", "azure", "Api-Key", responses, replyScript(500, `{"error":{}}`), false, [2]int{2, 1}},
+		{"/v1/responses", "azure", "Api-Key", responses, streamScript(responses, 2, resetScript), true, [2]int{2, 1}},
+		{"/v1/responses", "azure", "Api-Key", responses, streamScript(append(responses[:1:1], event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endStream), true, [2]int{2, 1}},
 	} {
 		p := newTest(t, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":0}`, 200, nil)
@@ -476,8 +479,8 @@ func TestFailoverOtherAPIs(t *testing.T) {
 			p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
 				fmt.Sprintf(`{"name":"u","provider":%q,"api_key":%q,"base_url":%q,"priority":%d}`, c.provider, providers[i].key, providers[i].url, i), 201, nil)
 		}
-		providers[0].answer(c.script)
-		providers[1].answer(streamOf(c.good, len(c.good), endChunks))
+		providers[0].setScript(c.script)
+		providers[1].setScript(streamScript(c.good, len(c.good), endStream))
 		headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
 		if c.verified {
 			headers = append(headers, "X-LLM-Proxy-Stream", "verified")
@@ -486,11 +489,11 @@ func TestFailoverOtherAPIs(t *testing.T) {
 		if want := strings.Join(c.good, ""); res.status != 200 || res.err != nil || res.body != want {
 			t.Errorf("%s, verified %v: got %d %q, %v", c.path, c.verified, res.status, res.body, res.err)
 		}
-		if got := [2]int{len(providers[0].got()), len(providers[1].got())}; got != c.asked || len(p.provider.got()) != 0 {
+		if got := [2]int{len(providers[0].received()), len(providers[1].received())}; got != c.asked || len(p.provider.received()) != 0 {
 			t.Errorf("%s: the providers were asked %v times, want %v", c.path, got, c.asked)
 		}
 		for _, provider := range providers {
-			if got := provider.last(t).header.Get(c.header); got != provider.key {
+			if got := provider.lastRequest(t).header.Get(c.header); got != provider.key {
 				t.Errorf("%s: %s is not the provider's own key", c.path, c.header)
 			}
 		}
@@ -500,9 +503,9 @@ func TestFailoverOtherAPIs(t *testing.T) {
 	}
 }
 
-// TestHeldStreamEnds: a client that leaves while its stream is held ends the
+// TestBufferedStreamEnds: a client that leaves while its stream is held ends the
 // provider's call, and so does a token that is revoked.
-func TestHeldStreamEnds(t *testing.T) {
+func TestBufferedStreamEnds(t *testing.T) {
 	t.Parallel()
 	for what, end := range map[string]func(p *testProxy, leave func()){
 		"client_gone": func(_ *testProxy, leave func()) { leave() },
@@ -511,9 +514,9 @@ func TestHeldStreamEnds(t *testing.T) {
 		p := newTest(t, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
 		sent, gone := make(chan struct{}), make(chan bool, 1)
-		p.provider.answer(streamOf(longStream(), 30, func(c *providerConn) bool {
+		p.provider.setScript(streamScript(longStream(), 30, func(c *providerConn) bool {
 			close(sent)
-			gone <- c.gone(5 * time.Second)
+			gone <- c.waitClosed(5 * time.Second)
 			return false
 		}))
 		ctx, leave := context.WithCancel(t.Context())
@@ -547,7 +550,7 @@ func TestSharesInParallel(t *testing.T) {
 		t.Helper()
 		var before []int
 		for _, provider := range providers {
-			before = append(before, len(provider.got()))
+			before = append(before, len(provider.received()))
 		}
 		var wait sync.WaitGroup
 		for range 16 {
@@ -573,7 +576,7 @@ func TestSharesInParallel(t *testing.T) {
 		}
 		wait.Wait()
 		for i, provider := range providers {
-			got := float64(len(provider.got())-before[i]) / float64(calls)
+			got := float64(len(provider.received())-before[i]) / float64(calls)
 			t.Logf("%s: provider %d got %.3f of the calls, its share is %.3f", what, i, got, want[i])
 			if d := got - want[i]; d > 0.04 || d < -0.04 {
 				t.Errorf("%s: provider %d got %.3f of the calls, its share is %.3f", what, i, got, want[i])
@@ -582,33 +585,33 @@ func TestSharesInParallel(t *testing.T) {
 	}
 	const calls = 2400 // 0.04 is four standard deviations of the largest share
 	shares("all well", calls, 0.1, 0.2, 0.7)
-	seven.answer(always(401, `{}`))
+	seven.setScript(replyScript(401, `{}`))
 	shares("one is dead", calls, 1./3, 2./3, 0)
-	seven.answer(answerChat)
-	p.in.health.forget(3, time.Now().UnixMilli())
+	seven.setScript(chatScript)
+	p.instance.health.reset(3, time.Now().UnixMilli())
 	shares("it is well again", calls, 0.1, 0.2, 0.7)
 }
 
-// A randomPool is what the providers of a test saw, by call.
-type randomPool struct {
+// A faultyPool is what the providers of a test saw, by call.
+type faultyPool struct {
 	mu       sync.Mutex
 	attempts map[string]int
 	settled  map[string]int // attempt that gave an answer of which bytes could leave
-	again    []string       // calls that were sent after it
+	resent   []string       // calls that were sent after it
 }
 
 // begin notes an attempt and returns which one of its call it is.
-func (r *randomPool) begin(call string) int {
+func (r *faultyPool) begin(call string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.attempts[call]++
 	if r.settled[call] > 0 {
-		r.again = append(r.again, call)
+		r.resent = append(r.resent, call)
 	}
 	return r.attempts[call]
 }
 
-func (r *randomPool) settle(call string, attempt int) {
+func (r *faultyPool) settle(call string, attempt int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.settled[call] = attempt
@@ -616,7 +619,7 @@ func (r *randomPool) settle(call string, attempt int) {
 
 // answer does something to an attempt that its call's name and its number pick.
 // A good answer has the call's name and, as usage, its number.
-func (r *randomPool) answer(c *providerConn, req recorded) bool {
+func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 	call := between(req.body, `"user":"`, `"`)
 	attempt := r.begin(call)
 	var number int
@@ -643,16 +646,16 @@ func (r *randomPool) answer(c *providerConn, req recorded) bool {
 	case what == 3:
 		return c.reset()
 	case what == 4 && stream:
-		return streamOf(nil, 0, func(c *providerConn) bool { c.gone(20 * time.Millisecond); return false })(c, req)
+		return streamScript(nil, 0, func(c *providerConn) bool { c.waitClosed(20 * time.Millisecond); return false })(c, req)
 	case what == 5:
 		return c.reply(503, `{"error":{}}`, "Retry-After: 1")
 	case what == 6 && stream:
-		return streamOf([]string{"data: {\"error\":{\"message\":\"x\"}}\n\n"}, 1, endChunks)(c, req)
+		return streamScript([]string{"data: {\"error\":{\"message\":\"x\"}}\n\n"}, 1, endStream)(c, req)
 	case what <= 8 && stream: // it breaks after two events
 		if !verified {
 			r.settle(call, attempt)
 		}
-		return streamOf(events, 2, hangUp)(c, req)
+		return streamScript(events, 2, resetScript)(c, req)
 	case what == 9:
 		r.settle(call, attempt)
 		return c.reply(400, `{"error":{"code":"invalid_value"}}`)
@@ -661,20 +664,20 @@ func (r *randomPool) answer(c *providerConn, req recorded) bool {
 	}
 	r.settle(call, attempt)
 	if stream {
-		return streamOf(events, len(events), endChunks)(c, req)
+		return streamScript(events, len(events), endStream)(c, req)
 	}
-	return c.reply(200, bodyOf(chatAnswer))
+	return c.reply(200, bodyOf(chatResponseBody))
 }
 
 func TestRandomFaults(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1m"})
-	r := &randomPool{attempts: map[string]int{}, settled: map[string]int{}}
-	p.provider.answer(r.answer)
+	r := &faultyPool{attempts: map[string]int{}, settled: map[string]int{}}
+	p.provider.setScript(r.answer)
 	providers := []*fakeProvider{p.provider}
 	for i := range 3 {
 		provider, _ := p.addUpstream(fmt.Sprintf(`"priority":%d`, i/2))
-		provider.answer(r.answer)
+		provider.setScript(r.answer)
 		providers = append(providers, provider)
 	}
 	const calls = 320
@@ -690,7 +693,7 @@ func TestRandomFaults(t *testing.T) {
 					headers = append(headers, "X-LLM-Proxy-Stream", "verified")
 				}
 				for seq := range int64(4) { // all keys are well again, or few faults would be met
-					p.in.health.forget(seq+1, time.Now().UnixMilli())
+					p.instance.health.reset(seq+1, time.Now().UnixMilli())
 				}
 				res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0), `"stream_options":{"include_usage":true}`, `"user":"`+call+`"`), headers...)
 				text := res.body
@@ -714,13 +717,13 @@ func TestRandomFaults(t *testing.T) {
 		})
 	}
 	wait.Wait()
-	p.keysApart(providers...)
+	p.checkKeysApart(providers...)
 	rows := p.ledger()
 	if len(rows) != calls {
 		t.Errorf("%d rows for %d calls", len(rows), calls)
 	}
-	if len(r.again) > 0 {
-		t.Errorf("sent again after an answer: %v", r.again)
+	if len(r.resent) > 0 {
+		t.Errorf("sent again after an answer: %v", r.resent)
 	}
 	sent := 0
 	for call, n := range r.attempts {
@@ -747,26 +750,26 @@ func TestRandomFaults(t *testing.T) {
 		t.Errorf("the providers saw %d attempts more than are on record", sent)
 	}
 	for seq := range int64(4) {
-		if n := p.in.health.of(seq+1, "").running.Load(); n != 0 {
+		if n := p.instance.health.forUpstream(seq+1, "").running.Load(); n != 0 {
 			t.Errorf("upstream %d still has %d running calls", seq+1, n)
 		}
 	}
 }
 
-// A muteHost takes connections and never says a word on them: a TLS handshake
+// A silentHost takes connections and never says a word on them: a TLS handshake
 // with it hangs.
-type muteHost struct {
+type silentHost struct {
 	url   string
 	calls atomic.Int64
 }
 
-func newMuteHost(t *testing.T) *muteHost {
+func newMuteHost(t *testing.T) *silentHost {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &muteHost{url: "https://" + l.Addr().String()}
+	h := &silentHost{url: "https://" + l.Addr().String()}
 	var serving sync.WaitGroup
 	serving.Go(func() {
 		var open []net.Conn
@@ -786,8 +789,8 @@ func newMuteHost(t *testing.T) *muteHost {
 	return h
 }
 
-// addMute gives the project an upstream at a mute host, in front of its first.
-func (p *testProxy) addMute(h *muteHost, fields string) string {
+// addSilentUpstream gives the project an upstream at a mute host, in front of its first.
+func (p *testProxy) addSilentUpstream(h *silentHost, fields string) string {
 	p.t.Helper()
 	var up struct{ ID string }
 	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
@@ -802,7 +805,7 @@ func TestConnectTimeout(t *testing.T) {
 	t.Parallel()
 	for _, stream := range []bool{false, true} {
 		p, mute := newTest(t, nil), newMuteHost(t)
-		id := p.addMute(mute, `"connect_ms":200`)
+		id := p.addSilentUpstream(mute, `"connect_ms":200`)
 		begun := time.Now()
 		if res := p.chat(fmt.Sprintf(`"stream":%v`, stream)); res.status != 200 || res.err != nil {
 			t.Fatalf("got %d %s, %v", res.status, res.body, res.err)
@@ -818,7 +821,7 @@ func TestConnectTimeout(t *testing.T) {
 			t.Errorf("the key is %+v", h)
 		}
 		before := mute.calls.Load()
-		p.in.health.of(2, "").until.Store(time.Now().Add(time.Hour).UnixMilli()) // a slow machine must not see the probe
+		p.instance.health.forUpstream(2, "").until.Store(time.Now().Add(time.Hour).UnixMilli()) // a slow machine must not see the probe
 		if res := p.chat(); res.status != 200 || mute.calls.Load() != before || p.lastCall().Attempts != 1 {
 			t.Errorf("the next call: got %d, after %d attempts", res.status, p.lastCall().Attempts)
 		}
@@ -830,23 +833,23 @@ func TestConnectTimeout(t *testing.T) {
 func TestConnectTimeoutAlone(t *testing.T) {
 	t.Parallel()
 	p, mute := newTest(t, nil), newMuteHost(t)
-	id := p.addMute(mute, `"connect_ms":200`)
+	id := p.addSilentUpstream(mute, `"connect_ms":200`)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, "", 200, nil)
 	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n"
 	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type"}
-	for what, call := range map[string]func() answer{
-		"unary":  func() answer { return p.chat() },
-		"stream": func() answer { return p.chat(`"stream":true`) },
-		"verified": func() answer {
+	for what, call := range map[string]func() testResponse{
+		"unary":  func() testResponse { return p.chat() },
+		"stream": func() testResponse { return p.chat(`"stream":true`) },
+		"verified": func() testResponse {
 			return p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "application/json", "X-LLM-Proxy-Stream", "verified")...)
 		},
-		"upload": func() answer {
+		"upload": func() testResponse {
 			return p.do("POST", "/v1/files", form, append(auth, "multipart/form-data; boundary=b")...)
 		},
 	} {
 		begun := time.Now()
-		p.refused(what, call(), 504, "upstream_timeout")
+		p.expectRefused(what, call(), 504, "upstream_timeout")
 		if d := time.Since(begun); d > connectTimeout {
 			t.Errorf("%s: it took %v", what, d)
 		}
@@ -870,10 +873,10 @@ func TestConnectTimeoutIsNoMore(t *testing.T) {
 			_, _ = io.Copy(io.Discard, r.Body)
 			time.Sleep(300 * time.Millisecond)
 			w.Header().Set("Content-Type", "application/json")
-			_, _ = io.WriteString(w, chatAnswer[:20])
+			_, _ = io.WriteString(w, chatResponseBody[:20])
 			_ = http.NewResponseController(w).Flush()
 			time.Sleep(300 * time.Millisecond)
-			_, _ = io.WriteString(w, chatAnswer[20:])
+			_, _ = io.WriteString(w, chatResponseBody[20:])
 		}))
 		slow.EnableHTTP2 = http2
 		slow.StartTLS()
@@ -881,14 +884,14 @@ func TestConnectTimeoutIsNoMore(t *testing.T) {
 		p := newTest(t, nil)
 		roots := x509.NewCertPool()
 		roots.AddCert(slow.Certificate())
-		p.in.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
-		p.newUpstream(slow.URL)
+		p.instance.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
+		p.replaceBaseURL(slow.URL)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"connect_ms":200}`, 200, nil)
 		for range 2 { // the second time over connections that stand
 			var calls sync.WaitGroup
 			for range 3 {
 				calls.Go(func() {
-					if res := p.chat(); res.status != 200 || res.body != chatAnswer {
+					if res := p.chat(); res.status != 200 || res.body != chatResponseBody {
 						t.Errorf("HTTP/2 %v: got %d %s, %v", http2, res.status, res.body, res.err)
 					}
 				})
@@ -933,31 +936,31 @@ func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 	p := newTest(t, nil)
 	roots := x509.NewCertPool()
 	roots.AddCert(made.Certificate())
-	p.in.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
-	p.in.transport.TLSHandshakeTimeout = 3 * time.Second // or the test would wait for it
-	p.newUpstream("https://" + l.Addr().String())
+	p.instance.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
+	p.instance.transport.TLSHandshakeTimeout = 3 * time.Second // or the test would wait for it
+	p.replaceBaseURL("https://" + l.Addr().String())
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"connect_ms":500}`, 200, nil)
-	get := func() answer { return p.do("GET", "/v1/models/m", "", "Authorization", "Bearer "+p.token) }
+	get := func() testResponse { return p.do("GET", "/v1/models/m", "", "Authorization", "Bearer "+p.token) }
 	if res := get(); res.status != 200 {
 		t.Fatalf("got %d %s", res.status, res.body)
 	}
 	begun := time.Now()
-	p.refused("after the connection died", get(), 504, "upstream_timeout")
+	p.expectRefused("after the connection died", get(), 504, "upstream_timeout")
 	if d := time.Since(begun); d < 500*time.Millisecond || d > 2500*time.Millisecond {
 		t.Errorf("it took %v", d)
 	}
 }
 
-// TestAnswerTimeout: an answer in one piece that has not begun within the
+// TestResponseTimeout: an answer in one piece that has not begun within the
 // upstream's answer_ms is another's; streams and uploads take their time.
-func TestAnswerTimeout(t *testing.T) {
+func TestResponseTimeout(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"answer_ms":300}`, 200, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return stall(c) })
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return stallScript(c) })
 
 	begun := time.Now() // alone
-	if res := p.chat(); res.status != 504 || res.code() != "upstream_timeout" {
+	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
 		t.Errorf("alone: got %d %s", res.status, res.body)
 	}
 	if d := time.Since(begun); d < 300*time.Millisecond || d > 10*time.Second {
@@ -968,7 +971,7 @@ func TestAnswerTimeout(t *testing.T) {
 	}
 
 	second, id := p.addUpstream(`"priority":1`)
-	if res := p.chat(); res.status != 200 || res.body != chatAnswer {
+	if res := p.chat(); res.status != 200 || res.body != chatResponseBody {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 	row := p.lastCall()
@@ -981,33 +984,33 @@ func TestAnswerTimeout(t *testing.T) {
 
 	// The last one's own time holds, too.
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"answer_ms":300}`, 200, nil)
-	second.answer(func(c *providerConn, _ recorded) bool { return stall(c) })
-	if res := p.chat(); res.status != 504 || res.code() != "upstream_timeout" {
+	second.setScript(func(c *providerConn, _ recordedRequest) bool { return stallScript(c) })
+	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
 		t.Errorf("with two that hang: got %d %s", res.status, res.body)
 	}
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
 
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
-	later := func(script func(*providerConn, recorded) bool) func(*providerConn, recorded) bool {
-		return func(c *providerConn, r recorded) bool { time.Sleep(600 * time.Millisecond); return script(c, r) }
+	later := func(script func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, r recordedRequest) bool { time.Sleep(600 * time.Millisecond); return script(c, r) }
 	}
-	p.provider.answer(later(answerChat))
+	p.provider.setScript(later(chatScript))
 	if res := p.chat(`"stream":true`); res.status != 200 || res.body != strings.Join(chatEvents(false), "") {
 		t.Errorf("a stream that begins later: got %d %s", res.status, res.body)
 	}
-	p.provider.answer(later(always(200, `{"id":"file-1"}`)))
+	p.provider.setScript(later(replyScript(200, `{"id":"file-1"}`)))
 	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n"
 	if res := p.do("POST", "/v1/files", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b"); res.status != 200 {
 		t.Errorf("an upload: got %d %s", res.status, res.body)
 	}
-	begunSlowly := func(c *providerConn, _ recorded) bool { // a head in time, and the rest later
-		_, _ = fmt.Fprintf(c, "HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(chatAnswer))
+	begunSlowly := func(c *providerConn, _ recordedRequest) bool { // a head in time, and the rest later
+		_, _ = fmt.Fprintf(c, "HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(chatResponseBody))
 		time.Sleep(600 * time.Millisecond)
-		_, err := io.WriteString(c, chatAnswer)
+		_, err := io.WriteString(c, chatResponseBody)
 		return err == nil
 	}
-	p.provider.answer(begunSlowly)
-	if res := p.chat(); res.status != 200 || res.body != chatAnswer {
+	p.provider.setScript(begunSlowly)
+	if res := p.chat(); res.status != 200 || res.body != chatResponseBody {
 		t.Errorf("an answer that began in time: got %d %s", res.status, res.body)
 	}
 }

@@ -18,22 +18,22 @@ import (
 )
 
 const (
-	maxUnion      = 8    // upstreams that are asked for one list
-	maxModelPages = 20   // of each one's list
-	mostOfAPage   = 1000 // models: Anthropic gives no more
-	usualPage     = 20   // what it gives where nothing is said
-	maxCursor     = 512  // bytes
+	maxMergedUpstreams   = 8    // upstreams that are asked for one list
+	maxModelPages        = 20   // of each one's list
+	maxModelPageSize     = 1000 // models: Anthropic gives no more
+	defaultModelPageSize = 20   // what it gives where nothing is said
+	maxCursorBytes       = 512  // bytes
 )
 
-// A union is a list of models while it is put together.
-type union struct {
-	paged  bool   // it is Anthropic's
-	query  string // of the page that is asked for now
-	left   int    // bytes that may still come, of all lists together
-	known  map[string]bool
-	models []listedModel
-	status int    // of the last attempt,
-	reason string // and what was wrong with it, if others make up the list
+// A mergedModels is a list of models while it is put together.
+type mergedModels struct {
+	paged      bool   // it is Anthropic's
+	query      string // of the page that is asked for now
+	bytesLeft  int    // bytes that may still come, of all lists together
+	seen       map[string]bool
+	models     []listedModel
+	lastStatus int    // of the last attempt,
+	lastReason string // and what was wrong with it, if others make up the list
 }
 
 type listedModel struct {
@@ -41,175 +41,177 @@ type listedModel struct {
 	entry json.RawMessage
 }
 
-// united returns the upstreams whose lists make up the answer, the most
+// modelSources returns the upstreams whose lists make up the answer, the most
 // preferred first; of those with one base URL, which have one list, the call's
 // own goes first and the others stand by. Nil: the call goes its usual way, for
 // there is one list only. One that comes in pages and loses models to a policy is
 // read whole all the same: no page could say then where the next one begins.
-func (t *tries) united() (list []*upstream) {
+func (t *attempts) modelSources() (list []*upstream) {
 	c := t.c
 	if c.endpoint.pattern != "/v1/models" {
 		return nil
 	}
 	paged := c.upstream.provider == providerAnthropic
-	whole := paged && (c.project.policy.Models != nil || c.state.policy.Models != nil)
+	whole := paged && (c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
 	if len(c.project.upstreams) == 1 && !whole {
 		return nil
 	}
-	w := c.wish(c.start.UnixMilli())
+	w := c.criteria(c.start.UnixMilli())
 	w.api = apiOpenAI
 	if paged {
 		w.api = apiAnthropic
 	}
 	for _, u := range c.project.upstreams {
-		if u == c.upstream || w.fits(u) && u.health.mayTry(w.now) {
+		if u == c.upstream || w.fits(u) && u.health.available(w.now) {
 			list = append(list, u)
 		}
 	}
-	own := c.upstream.place()
-	if !whole && !slices.ContainsFunc(list, func(u *upstream) bool { return u.place() != own }) {
+	own := c.upstream.baseURL()
+	if !whole && !slices.ContainsFunc(list, func(u *upstream) bool { return u.baseURL() != own }) {
 		return nil
 	}
-	i, j := slices.IndexFunc(list, func(u *upstream) bool { return u.place() == own }), slices.Index(list, c.upstream)
+	i, j := slices.IndexFunc(list, func(u *upstream) bool { return u.baseURL() == own }), slices.Index(list, c.upstream)
 	list[i], list[j] = list[j], list[i]
 	return list
 }
 
-// place is what upstreams with one list of models have in common.
-func (u *upstream) place() string { return u.scheme + "://" + u.host + u.basePath }
+// baseURL is what upstreams with one list of models have in common.
+func (u *upstream) baseURL() string { return u.scheme + "://" + u.host + u.basePath }
 
-// unite asks the upstreams for their lists and answers with all of them together,
+// mergeModels asks the upstreams for their lists and answers with all of them together,
 // as far as the token may use what is in them. One that does not give its whole
 // list is left out; if none does, the client gets what they said instead.
-func (t *tries) unite(req *http.Request, list []*upstream) (*http.Response, error) {
+func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Response, error) {
 	c, chosen := t.c, t.c.upstream
-	n := &union{paged: chosen.provider == providerAnthropic, left: maxModelList, known: map[string]bool{}}
-	want, err := n.wanted(c.query)
+	n := &mergedModels{paged: chosen.provider == providerAnthropic, bytesLeft: maxModelList, seen: map[string]bool{}}
+	want, err := n.parsePageRequest(c.query)
 	if err != nil {
 		return nil, err
 	}
-	t.union = n
+	t.merged = n
 	var good *http.Response
 	var by *upstream
-	var last listing
+	var last modelListing
 	asked, have := 0, map[string]bool{}
 	for _, u := range list {
-		if asked == maxUnion || asked > 0 && t.late() {
+		if asked == maxMergedUpstreams || asked > 0 && t.pastDeadline() {
 			break
 		}
 		// What the chosen one takes from its own limits was taken when it was chosen.
-		if have[u.place()] || u != chosen && !u.health.room(time.Now().UnixMilli(), 0, &u.settings, true) {
+		if have[u.baseURL()] || u != chosen && !u.health.admits(time.Now().UnixMilli(), 0, &u.settings, true) {
 			continue
 		}
 		if asked++; asked > 1 {
-			t.leave(&last.v, last.res)
+			t.endAttempt(&last.decision, last.res)
 		}
 		c.upstream = u
-		c.shown.Store(u)
-		if last = t.list(req); last.whole {
-			have[u.place()] = true
-			n.take(u, last.models, c.mayUse)
+		c.publishedUpstream.Store(u)
+		if last = t.listModels(req); last.complete {
+			have[u.baseURL()] = true
+			n.addFrom(u, last.models, c.mayUseModel)
 			if good == nil {
 				good, by = last.res, u
 			}
 		}
 	}
 	if good == nil {
-		return t.best(last.res, last.err)
+		return t.bestResponse(last.res, last.err)
 	}
-	n.reason = last.v.reason
+	n.lastReason = last.decision.reason
 	if last.res != nil {
-		n.status = last.res.StatusCode
+		n.lastStatus = last.res.StatusCode
 		last.res.Body.Close()
 	}
 	c.upstream = by
-	c.shown.Store(by)
-	return n.answer(good, &want, c.anthropic)
+	c.publishedUpstream.Store(by)
+	return n.fillResponse(good, &want, c.anthropic)
 }
 
-// late reports whether nobody is to be asked any more.
-func (t *tries) late() bool { return t.c.ctx.Err() != nil || time.Since(t.c.start) > attemptWindow }
-
-// A listing is what asking one upstream for its list has come to.
-type listing struct {
-	models []json.RawMessage
-	whole  bool
-	res    *http.Response // of the last page, which is read; or what came in its place
-	err    error
-	v      verdict
+// pastDeadline reports whether nobody is to be asked any more.
+func (t *attempts) pastDeadline() bool {
+	return t.c.ctx.Err() != nil || time.Since(t.c.start) > defaultRetryWindow
 }
 
-// list asks the call's upstream for its list, page after page where there are
+// A modelListing is what asking one upstream for its list has come to.
+type modelListing struct {
+	models   []json.RawMessage
+	complete bool
+	res      *http.Response // of the last page, which is read; or what came in its place
+	err      error
+	decision retryDecision
+}
+
+// listModels asks the call's upstream for its list, page after page where there are
 // some: each is an attempt, and counts as one in the upstream's own limits.
-func (t *tries) list(req *http.Request) (l listing) {
-	n, after := t.union, ""
+func (t *attempts) listModels(req *http.Request) (l modelListing) {
+	n, after := t.merged, ""
 	for pages := 1; ; pages++ {
-		n.query = n.ask(t.c.query, after)
+		n.query = n.pageQuery(t.c.query, after)
 		l.res, l.err = t.attempt(req)
-		if l.v = t.judge(l.res, l.err); l.err != nil || l.res.StatusCode != http.StatusOK {
+		if l.decision = t.classify(l.res, l.err); l.err != nil || l.res.StatusCode != http.StatusOK {
 			return l
 		}
-		page, err := modelPageOf(l.res)
+		page, err := parseModelPage(l.res)
 		if err != nil {
-			l.err, l.v.reason = err, "its list of models cannot be read"
+			l.err, l.decision.reason = err, "its list of models cannot be read"
 			return l
 		}
 		l.models = append(l.models, page.Data...)
-		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after || len(page.LastID) > maxCursor || pages == maxModelPages {
-			l.whole = true
+		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after || len(page.LastID) > maxCursorBytes || pages == maxModelPages {
+			l.complete = true
 			return l
 		}
 		after = page.LastID
 		switch now := time.Now().UnixMilli(); {
-		case t.late():
-			l.err, l.v.reason = errImpatient, "did not bring its whole list in time"
-		case !t.room(now):
-			l.err, l.v.reason = errUnreadableList(), "has no room for another page in its own limits"
+		case t.pastDeadline():
+			l.err, l.decision.reason = errAttemptTimeout, "did not bring its whole list in time"
+		case !t.reserveCapacity(now):
+			l.err, l.decision.reason = errUnreadableModelList(), "has no room for another page in its own limits"
 		}
 		if l.err != nil {
 			return l
 		}
-		t.leave(&l.v, l.res)
+		t.endAttempt(&l.decision, l.res)
 	}
 }
 
-// ask returns the query for an upstream's page after a model, "" for the first.
+// pageQuery returns the query for an upstream's page after a model, "" for the first.
 // Whatever page the client wants, all are asked for.
-func (n *union) ask(query, after string) string {
+func (n *mergedModels) pageQuery(query, after string) string {
 	q, err := url.ParseQuery(query)
 	if !n.paged || err != nil { // which it was encoded for: proxy_request.go
 		return query
 	}
 	q.Del("before_id")
 	q.Del("after_id")
-	q.Set("limit", strconv.Itoa(mostOfAPage))
+	q.Set("limit", strconv.Itoa(maxModelPageSize))
 	if after != "" {
 		q.Set("after_id", after)
 	}
 	return q.Encode()
 }
 
-// readPage reads a page to its end, while its time is limited, and leaves it in
+// readModelPage reads a page to its end, while its time is limited, and leaves it in
 // the answer's body. The provider's key is not left in it: the client's answer is
 // searched for one key only.
-func (t *tries) readPage(res *http.Response) error {
-	n := t.union
+func (t *attempts) readModelPage(res *http.Response) error {
+	n := t.merged
 	defer res.Body.Close()
-	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.left)+1))
+	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.bytesLeft)+1))
 	if err != nil {
 		return err
 	}
-	if len(page) > n.left {
-		e := errUnreadableList()
+	if len(page) > n.bytesLeft {
+		e := errUnreadableModelList()
 		e.cause = errors.New("the lists of models are too large")
 		return e
 	}
-	n.left -= len(page)
-	mask := newKeyMask(t.at.key())
-	if page = append(mask.pass(page), mask.end()...); mask.seen {
-		t.s.log.Error("the provider's list of models held its key; it was masked", "request_id", t.c.requestID, "upstream", t.at.id)
+	n.bytesLeft -= len(page)
+	mask := newKeyMask(t.current.key())
+	if page = append(mask.redact(page), mask.flush()...); mask.found {
+		t.s.log.Error("the provider's list of models held its key; it was masked", "request_id", t.c.requestID, "upstream", t.current.id)
 	}
-	res.Body = &headBody{http.NoBody, page, page, true}
+	res.Body = &peekedBody{http.NoBody, page, page, true}
 	return nil
 }
 
@@ -219,28 +221,28 @@ type modelPage struct {
 	LastID  string            `json:"last_id"`
 }
 
-// modelPageOf takes out of an answer the page that read has left there.
-func modelPageOf(res *http.Response) (p modelPage, err error) {
-	text := errorHead(res)
+// parseModelPage takes out of an answer the page that read has left there.
+func parseModelPage(res *http.Response) (p modelPage, err error) {
+	text := peekBody(res)
 	res.Body = http.NoBody // a page is no answer for the client
 	if err := json.Unmarshal(text, &p); err != nil || p.Data == nil {
-		e := errUnreadableList()
+		e := errUnreadableModelList()
 		e.cause = cmp.Or(err, errors.New("a list of models is none"))
 		return p, e
 	}
 	return p, nil
 }
 
-// take adds the models of an upstream's list that calls for would go there and
+// addFrom adds the models of an upstream's list that calls for would go there and
 // that may be used, those it has another name for under both, and none twice.
-func (n *union) take(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
+func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
 	names := map[string][]string{} // the upstream's own -> clients'
 	for asked, sent := range u.rewrite {
 		names[sent] = append(names[sent], asked)
 	}
 	add := func(id string, entry json.RawMessage) {
-		if !n.known[id] && (len(u.models) == 0 || matchesAny(u.models, id)) && mayUse(id) {
-			n.known[id] = true
+		if !n.seen[id] && (len(u.models) == 0 || matchesAnyPattern(u.models, id)) && mayUse(id) {
+			n.seen[id] = true
 			n.models = append(n.models, listedModel{id, entry})
 		}
 	}
@@ -260,23 +262,23 @@ func (n *union) take(u *upstream, list []json.RawMessage, mayUse func(string) bo
 	}
 }
 
-// A pageWish is the page that a client asks for, as Anthropic has it: so many
+// A modelPageRequest is the page that a client asks for, as Anthropic has it: so many
 // models that follow one, or come before one.
-type pageWish struct {
+type modelPageRequest struct {
 	limit         int
 	after, before string
 }
 
-// wanted reads which page the client asks for.
-func (n *union) wanted(query string) (w pageWish, err error) {
+// parsePageRequest reads which page the client asks for.
+func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err error) {
 	q, err := url.ParseQuery(query)
 	if !n.paged || err != nil {
 		return w, nil
 	}
-	w = pageWish{usualPage, q.Get("after_id"), q.Get("before_id")}
+	w = modelPageRequest{defaultModelPageSize, q.Get("after_id"), q.Get("before_id")}
 	if s := q.Get("limit"); s != "" {
-		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > mostOfAPage {
-			return w, badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(mostOfAPage)+".")
+		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > maxModelPageSize {
+			return w, badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(maxModelPageSize)+".")
 		}
 	}
 	if w.after != "" && w.before != "" {
@@ -285,10 +287,10 @@ func (n *union) wanted(query string) (w pageWish, err error) {
 	return w, nil
 }
 
-// of returns the page, and whether there are more models the same way on. A
+// selectPage returns the page, and whether there are more models the same way on. A
 // model that the list does not have is an error: an empty page would look like
 // the list's end.
-func (w *pageWish) of(models []listedModel) (page []listedModel, more bool, err *apiError) {
+func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel, more bool, err *apiError) {
 	at := func(param, id string) int {
 		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
 		if i < 0 {
@@ -309,11 +311,11 @@ func (w *pageWish) of(models []listedModel) (page []listedModel, more bool, err 
 	return models[from:to], to < len(models), err
 }
 
-// answer puts the list into res, or of one in pages the page that is asked for.
-func (n *union) answer(res *http.Response, want *pageWish, anthropic bool) (*http.Response, error) {
+// fillResponse puts the list into res, or of one in pages the page that is asked for.
+func (n *mergedModels) fillResponse(res *http.Response, want *modelPageRequest, anthropic bool) (*http.Response, error) {
 	page, more, failed := n.models, false, (*apiError)(nil)
 	if n.paged {
-		page, more, failed = want.of(n.models)
+		page, more, failed = want.selectPage(n.models)
 	}
 	entries := make([]json.RawMessage, 0, len(page))
 	for _, m := range page {
@@ -331,7 +333,7 @@ func (n *union) answer(res *http.Response, want *pageWish, anthropic bool) (*htt
 		return nil, err
 	}
 	if failed != nil { // said as a provider would: the call has been to some
-		res.StatusCode, body = failed.status, failed.text(anthropic)
+		res.StatusCode, body = failed.status, failed.responseBody(anthropic)
 	}
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
@@ -346,9 +348,9 @@ type ownToken struct {
 	Object            string      `json:"object"`
 	ID                string      `json:"id"`
 	Name              string      `json:"name"`
-	ExpiresAt         *stamp      `json:"expires_at"`
+	ExpiresAt         *timestamp  `json:"expires_at"`
 	IdleExpiryMinutes *int64      `json:"idle_expiry_minutes"`
-	OverlapUntil      *stamp      `json:"overlap_until"` // until then this value of it works: it was rotated
+	OverlapUntil      *timestamp  `json:"overlap_until"` // until then this value of it works: it was rotated
 	MaxRequests       *int64      `json:"max_requests"`
 	RequestCount      int64       `json:"request_count"`
 	RequestsLeft      *int64      `json:"requests_left"`
@@ -360,7 +362,7 @@ type ownToken struct {
 // handleOwnToken answers GET /v1/llm-proxy/token.
 func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 	c := p.newCall(w, r)
-	if err := p.identify(c, r); err != nil {
+	if err := p.authenticate(c, r); err != nil {
 		p.refuse(c, w, r, err)
 		return
 	}
@@ -392,16 +394,16 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 
 func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	now := c.start.UnixMilli()
-	t, st := c.token, c.state
+	t, st := c.token, c.tokenState
 	v := &ownToken{Object: "llm_proxy.token", ID: st.id, Name: st.name, RequestCount: t.used.Load(), Endpoints: st.policy.Endpoints, Models: st.policy.Models}
 	if st.expiresAt != 0 {
-		v.ExpiresAt = new(stamp(st.expiresAt))
+		v.ExpiresAt = new(timestamp(st.expiresAt))
 	}
 	if st.idleExpiry != 0 {
 		v.IdleExpiryMinutes = new(st.idleExpiry / time.Minute.Milliseconds())
 	}
-	if c.presented == st.oldHash {
-		v.OverlapUntil = new(stamp(st.oldHashUntil))
+	if c.credentialHash == st.oldHash {
+		v.OverlapUntil = new(timestamp(st.oldHashUntil))
 	}
 	if st.maxRequests >= 0 {
 		v.MaxRequests, v.RequestsLeft = new(st.maxRequests), new(max(0, st.maxRequests-v.RequestCount))
@@ -409,17 +411,17 @@ func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	l := &t.project.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := p.limits.adoptLimits(t, now); err != nil {
+	if err := p.limits.syncLimits(t, now); err != nil {
 		return nil, err
 	}
-	v.Limits = showLimits(t.limits.counters, now)
-	c.rates = t.rates(st.maxRequests, now)
+	v.Limits = newLimitViews(t.limits.counters, now)
+	c.rates = t.rateHeaders(st.maxRequests, now)
 	return v, nil
 }
 
 func (p *proxy) logOwnToken(c *call) {
 	p.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
-		"token", c.state.id, "project", c.project.id, "address", c.address, "total_us", time.Since(c.start).Microseconds())
+		"token", c.tokenState.id, "project", c.project.id, "address", c.address, "total_us", time.Since(c.start).Microseconds())
 }
 
 // maxModelList bounds the one answer that is read whole.
@@ -429,11 +431,11 @@ const maxModelList = 8 << 20
 // is the one answer that is changed; without a list of models in a policy even
 // it is not.
 func filterModels(c *call, res *http.Response) error {
-	project, token := &c.project.policy, &c.state.policy
-	if project.Models == nil && token.Models == nil || c.tries.union != nil { // which is within them as it is
+	project, token := &c.project.policy, &c.tokenState.policy
+	if project.Models == nil && token.Models == nil || c.attempts.merged != nil { // which is within them as it is
 		return nil
 	}
-	unreadable := errUnreadableList()
+	unreadable := errUnreadableModelList()
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
 	if err != nil || len(body) > maxModelList {
 		unreadable.cause = errors.Join(err, errors.New("reading the list of models"))
@@ -467,6 +469,6 @@ func filterModels(c *call, res *http.Response) error {
 	return nil
 }
 
-func errUnreadableList() *apiError {
+func errUnreadableModelList() *apiError {
 	return &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", msg: "The provider's list of models could not be read."}
 }

@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// claudeList answers as Anthropic does, in pages of at most so many models.
-func claudeList(most int, ids ...string) func(*providerConn, recorded) bool {
-	return func(c *providerConn, r recorded) bool {
+// claudeListScript answers as Anthropic does, in pages of at most so many models.
+func claudeListScript(most int, ids ...string) func(*providerConn, recordedRequest) bool {
+	return func(c *providerConn, r recordedRequest) bool {
 		u, err := url.Parse(r.target)
 		q := u.Query()
 		limit, errLimit := strconv.Atoi(q.Get("limit"))
@@ -37,10 +37,10 @@ func claudeList(most int, ids ...string) func(*providerConn, recorded) bool {
 }
 
 // addClaude gives the test's project an upstream that speaks Anthropic's API.
-func (p *testProxy) addClaude(fields string, script func(*providerConn, recorded) bool) (*fakeProvider, string) {
+func (p *testProxy) addClaude(fields string, script func(*providerConn, recordedRequest) bool) (*fakeProvider, string) {
 	p.t.Helper()
 	provider := newFakeProvider(p.t)
-	provider.answer(script)
+	provider.setScript(script)
 	return provider, p.addClaudeAt(provider, fields)
 }
 
@@ -66,7 +66,7 @@ type claudePage struct {
 	LastID  *string `json:"last_id"`
 }
 
-func (p *testProxy) claude(token, query string) answer {
+func (p *testProxy) listClaudeModels(token, query string) testResponse {
 	p.t.Helper()
 	return p.do("GET", "/v1/models"+query, "", "X-Api-Key", token, "Anthropic-Version", "2023-06-01")
 }
@@ -74,7 +74,7 @@ func (p *testProxy) claude(token, query string) answer {
 // claudeModels returns the ids on a page, which must be one.
 func (p *testProxy) claudeModels(token, query string) (string, claudePage) {
 	p.t.Helper()
-	res := p.claude(token, query)
+	res := p.listClaudeModels(token, query)
 	var page claudePage
 	if err := json.Unmarshal([]byte(res.body), &page); err != nil || res.status != 200 || page.Data == nil || page.HasMore == nil || strings.Contains(res.body, `"object"`) {
 		p.t.Fatalf("%s: got %d %s", query, res.status, res.body)
@@ -89,9 +89,9 @@ func (p *testProxy) claudeModels(token, query string) (string, claudePage) {
 	return strings.Join(ids, " "), page
 }
 
-// claudeWalk reads page after page as Anthropic's SDKs do: by has_more, and by
+// walkClaudePages reads page after page as Anthropic's SDKs do: by has_more, and by
 // last_id or, where before_id was given, first_id.
-func (p *testProxy) claudeWalk(token string, limit int, before string) (pages []string) {
+func (p *testProxy) walkClaudePages(token string, limit int, before string) (pages []string) {
 	p.t.Helper()
 	q := url.Values{"limit": {strconv.Itoa(limit)}}
 	if before != "" {
@@ -115,13 +115,13 @@ func (p *testProxy) claudeWalk(token string, limit int, before string) (pages []
 	return nil
 }
 
-// TestUnitedClaudeModels: the lists of several providers with Anthropic's API are
+// TestMergedClaudeModels: the lists of several providers with Anthropic's API are
 // one, without twins, and a client walks it page by page, both ways.
-func TestUnitedClaudeModels(t *testing.T) {
+func TestMergedClaudeModels(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil) // its first upstream speaks OpenAI's API, and has no part in this
-	one, id := p.addClaude(`"models":["claude*"]`, claudeList(2, "claude-5", "claude-4", "claude-3", "claude-2", "other", "claude-1"))
-	two, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"glm-4"}`, claudeList(1000, "glm-5", "claude-3", "glm-4"))
+	one, id := p.addClaude(`"models":["claude*"]`, claudeListScript(2, "claude-5", "claude-4", "claude-3", "claude-2", "other", "claude-1"))
+	two, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"glm-4"}`, claudeListScript(1000, "glm-5", "claude-3", "glm-4"))
 	const all = "claude-5 claude-4 claude-3 claude-2 claude-1 glm-5 glm-4 mine"
 
 	for _, query := range []string{"", "?limit=1000", "?limit=8", "?beta=true"} {
@@ -133,24 +133,24 @@ func TestUnitedClaudeModels(t *testing.T) {
 		t.Errorf("the ledger has %+v", row)
 	}
 	var asked []string
-	for _, r := range one.got()[len(one.got())-3:] {
+	for _, r := range one.received()[len(one.received())-3:] {
 		asked = append(asked, r.target)
 	}
 	if want := []string{"/v1/models?beta=true&limit=1000", "/v1/models?after_id=claude-4&beta=true&limit=1000", "/v1/models?after_id=claude-2&beta=true&limit=1000"}; !slices.Equal(asked, want) {
 		t.Errorf("the provider was asked %v", asked)
 	}
-	p.keysApart(one, two)
-	if n := len(p.provider.got()); n != 0 {
+	p.checkKeysApart(one, two)
+	if n := len(p.provider.received()); n != 0 {
 		t.Errorf("the provider of another API was asked %d times", n)
 	}
 
-	if got, want := p.claudeWalk(p.token, 2, ""), []string{"claude-5 claude-4", "claude-3 claude-2", "claude-1 glm-5", "glm-4 mine"}; !slices.Equal(got, want) {
+	if got, want := p.walkClaudePages(p.token, 2, ""), []string{"claude-5 claude-4", "claude-3 claude-2", "claude-1 glm-5", "glm-4 mine"}; !slices.Equal(got, want) {
 		t.Errorf("forwards: %q", got)
 	}
-	if got, want := p.claudeWalk(p.token, 2, "mine"), []string{"glm-5 glm-4", "claude-2 claude-1", "claude-4 claude-3", "claude-5"}; !slices.Equal(got, want) {
+	if got, want := p.walkClaudePages(p.token, 2, "mine"), []string{"glm-5 glm-4", "claude-2 claude-1", "claude-4 claude-3", "claude-5"}; !slices.Equal(got, want) {
 		t.Errorf("backwards: %q", got)
 	}
-	if got := p.claudeWalk(p.token, 3, ""); len(got) != 3 || got[2] != "glm-4 mine" {
+	if got := p.walkClaudePages(p.token, 3, ""); len(got) != 3 || got[2] != "glm-4 mine" {
 		t.Errorf("by three: %q", got)
 	}
 	if got, page := p.claudeModels(p.token, "?after_id=mine"); got != "" || *page.HasMore || page.FirstID != nil || page.LastID != nil {
@@ -166,18 +166,18 @@ func TestUnitedClaudeModels(t *testing.T) {
 	// What the client asks for in a wrong way is refused as the provider would.
 	for query, param := range map[string]string{"?limit=0": "limit", "?limit=1001": "limit", "?limit=x": "limit", "?after_id=glm-5&before_id=glm-4": "before_id",
 		"?after_id=nonesuch": "after_id", "?before_id=nonesuch": "before_id", "?after_id=other": "after_id"} {
-		before := len(one.got())
-		res := p.claude(p.token, query)
+		before := len(one.received())
+		res := p.listClaudeModels(p.token, query)
 		if res.status != 400 || between(res.body, `"param":"`, `"`) != param || !strings.Contains(res.body, `"type":"error"`) || !strings.Contains(res.body, `"invalid_request_error"`) {
 			t.Errorf("%s: got %d %s", query, res.status, res.body)
 		}
-		if asked := len(one.got()) > before; asked != strings.Contains(query, "=nonesuch") && asked != strings.HasSuffix(query, "=other") {
+		if asked := len(one.received()) > before; asked != strings.Contains(query, "=nonesuch") && asked != strings.HasSuffix(query, "=other") {
 			t.Errorf("%s: the provider was asked: %v", query, asked)
 		}
 	}
 
 	// OpenAI's SDKs have the other list, as it is.
-	p.provider.answer(always(200, `{"object": "list", "data": [{"id":"gpt-4o"}]}`))
+	p.provider.setScript(replyScript(200, `{"object": "list", "data": [{"id":"gpt-4o"}]}`))
 	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != `{"object": "list", "data": [{"id":"gpt-4o"}]}` {
 		t.Errorf("the list of the other API: got %d %s", res.status, res.body)
 	}
@@ -191,14 +191,14 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 	list := []string{"claude-opus-1", "claude-haiku-1", "claude-opus-2", "claude-opus-3", "claude-haiku-2", "claude-haiku-3", "claude-opus-4", "claude-haiku-4", "claude-opus-5"}
 	p := newTest(t, nil)
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, "", 200, nil)
-	one, _ := p.addClaude(`"priority":0`, claudeList(3, list...))
+	one, _ := p.addClaude(`"priority":0`, claudeListScript(3, list...))
 	narrowID, narrow := p.newToken(`"name":"narrow","policy":{"models":["claude-haiku*","glm*"]}`)
 	check := func(what string, want ...string) {
 		t.Helper()
-		if got := p.claudeWalk(narrow, 2, ""); !slices.Equal(got, want) {
+		if got := p.walkClaudePages(narrow, 2, ""); !slices.Equal(got, want) {
 			t.Errorf("%s: %q", what, got)
 		}
-		if res := p.claude(narrow, "?after_id=claude-opus-3"); res.status != 400 {
+		if res := p.listClaudeModels(narrow, "?after_id=claude-opus-3"); res.status != 400 {
 			t.Errorf("%s: a hidden model as cursor: got %d %s", what, res.status, res.body)
 		}
 	}
@@ -207,11 +207,11 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 		t.Errorf("the ledger has %+v", row)
 	}
 	// Without a policy that names models one provider's list is its own, byte for byte.
-	res := p.claude(p.token, "?limit=2&after_id=claude-opus-2")
-	if one.last(t).target != "/v1/models?limit=2&after_id=claude-opus-2" || !strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) || p.lastCall().Attempts != 1 {
-		t.Errorf("the list of one provider: asked for %s, got %s", one.last(t).target, res.body)
+	res := p.listClaudeModels(p.token, "?limit=2&after_id=claude-opus-2")
+	if one.lastRequest(t).target != "/v1/models?limit=2&after_id=claude-opus-2" || !strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) || p.lastCall().Attempts != 1 {
+		t.Errorf("the list of one provider: asked for %s, got %s", one.lastRequest(t).target, res.body)
 	}
-	p.addClaude(`"priority":1`, claudeList(1000, "glm-5", "kimi-3", "claude-haiku-1"))
+	p.addClaude(`"priority":1`, claudeListScript(1000, "glm-5", "kimi-3", "claude-haiku-1"))
 	check("of two", "claude-haiku-1 claude-haiku-2", "claude-haiku-3 claude-haiku-4", "glm-5")
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["claude-haiku-1","glm-5"]}}`, 200, nil)
 	check("within the project's policy too", "claude-haiku-1 glm-5")
@@ -221,43 +221,43 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 	}
 }
 
-// TestClaudeModelsOfTheWell: a provider that does not bring its whole list is
+// TestClaudeModelsOfHealthyUpstreams: a provider that does not bring its whole list is
 // left out of it, whatever is wrong, and the others' is the answer; the ledger
 // says so. Without any list the client gets what was wrong.
-func TestClaudeModelsOfTheWell(t *testing.T) {
+func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 	t.Parallel()
-	secondPage := func(then func(*providerConn, recorded) bool) func(*providerConn, recorded) bool {
-		first := claudeList(1, "claude-2", "claude-1")
-		return func(c *providerConn, r recorded) bool {
+	secondPage := func(then func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
+		first := claudeListScript(1, "claude-2", "claude-1")
+		return func(c *providerConn, r recordedRequest) bool {
 			if strings.Contains(r.target, "after_id") {
 				return then(c, r)
 			}
 			return first(c, r)
 		}
 	}
-	stalled := func(c *providerConn, _ recorded) bool { return stall(c) }
-	halfway := func(c *providerConn, _ recorded) bool {
+	stalled := func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }
+	halfway := func(c *providerConn, _ recordedRequest) bool {
 		_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
-		return stall(c)
+		return stallScript(c)
 	}
 	for _, c := range []struct {
 		name   string
-		script func(*providerConn, recorded) bool
+		script func(*providerConn, recordedRequest) bool
 		asked  int
 		reason string
 		alone  int // the status where there is no other
 	}{
-		{"503", always(503, `{}`), 1, "server error", 503},
-		{"429", always(429, `{}`, "Retry-After: 60"), 1, "rate limited", 429},
-		{"401", always(401, `{}`), 1, "key refused", 502},
-		{"reset", func(c *providerConn, _ recorded) bool { return c.reset() }, 1, "broke off before it answered", 502},
+		{"503", replyScript(503, `{}`), 1, "server error", 503},
+		{"429", replyScript(429, `{}`, "Retry-After: 60"), 1, "rate limited", 429},
+		{"401", replyScript(401, `{}`), 1, "key refused", 502},
+		{"reset", func(c *providerConn, _ recordedRequest) bool { return c.reset() }, 1, "broke off before it answered", 502},
 		{"hangs", stalled, 1, "did not answer in time", 504},
 		{"hangs within a page", halfway, 1, "did not answer in time", 504},
-		{"no JSON", always(200, `nonsense`), 1, "its list of models cannot be read", 502},
-		{"no list", always(200, `{"data":{}}`), 1, "its list of models cannot be read", 502},
-		{"too large", always(200, `{"data":["`+strings.Repeat("x", maxModelList)+`"]}`), 1, "", 502},
-		{"503 at the second page", secondPage(always(503, `{}`)), 2, "server error", 503},
-		{"cut within the second page", secondPage(func(c *providerConn, _ recorded) bool {
+		{"no JSON", replyScript(200, `nonsense`), 1, "its list of models cannot be read", 502},
+		{"no list", replyScript(200, `{"data":{}}`), 1, "its list of models cannot be read", 502},
+		{"too large", replyScript(200, `{"data":["`+strings.Repeat("x", maxModelList)+`"]}`), 1, "", 502},
+		{"503 at the second page", secondPage(replyScript(503, `{}`)), 2, "server error", 503},
+		{"cut within the second page", secondPage(func(c *providerConn, _ recordedRequest) bool {
 			_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
 			return c.reset()
 		}), 2, "broke off before it answered", 502},
@@ -268,11 +268,11 @@ func TestClaudeModelsOfTheWell(t *testing.T) {
 			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1s"})
 			first := c.name != "503" && c.name != "no JSON" // asked first, or last
 			bad, badID := p.addClaude(fmt.Sprintf(`"priority":%d`, map[bool]int{true: 0, false: 2}[first]), c.script)
-			_, goodID := p.addClaude(`"priority":1`, claudeList(1, "glm-5", "glm-4"))
+			_, goodID := p.addClaude(`"priority":1`, claudeListScript(1, "glm-5", "glm-4"))
 			if got, _ := p.claudeModels(p.token, ""); got != "glm-5 glm-4" {
 				t.Errorf("got %q", got)
 			}
-			if n := len(bad.got()); n != c.asked {
+			if n := len(bad.received()); n != c.asked {
 				t.Errorf("it was asked %d times", n)
 			}
 			row := p.lastCall()
@@ -289,9 +289,9 @@ func TestClaudeModelsOfTheWell(t *testing.T) {
 			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+goodID, `{"weight":0}`, 200, nil)
 			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+badID, `{"note":"well again"}`, 200, nil)
 			same := newFakeProvider(t) // another place that fares no better, so that a list is put together
-			same.answer(c.script)
+			same.setScript(c.script)
 			p.addClaudeAt(same, `"priority":3`)
-			if res := p.claude(p.token, ""); res.status != c.alone || res.err != nil {
+			if res := p.listClaudeModels(p.token, ""); res.status != c.alone || res.err != nil {
 				t.Errorf("with none: got %d %s, %v", res.status, clip(res.body, 300), res.err)
 			}
 		})
@@ -304,14 +304,14 @@ func TestClaudeModelsBounds(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	number := 0
-	endless, endlessID := p.addClaude(`"priority":0`, func(c *providerConn, _ recorded) bool {
+	endless, endlessID := p.addClaude(`"priority":0`, func(c *providerConn, _ recordedRequest) bool {
 		number++
 		return c.reply(200, fmt.Sprintf(`{"data":[{"id":"m%d"}],"has_more":true,"first_id":"m%[1]d","last_id":"m%[1]d"}`, number))
 	})
-	again, againID := p.addClaude(`"priority":1`, always(200, `{"data":[{"id":"same"}],"has_more":true,"first_id":"same","last_id":"same"}`))
+	again, againID := p.addClaude(`"priority":1`, replyScript(200, `{"data":[{"id":"same"}],"has_more":true,"first_id":"same","last_id":"same"}`))
 	got, page := p.claudeModels(p.token, "?limit=1000")
-	if n := len(strings.Fields(got)); n != maxModelPages+1 || len(endless.got()) != maxModelPages || len(again.got()) != 2 || *page.HasMore {
-		t.Errorf("got %d models from %d and %d pages", n, len(endless.got()), len(again.got()))
+	if n := len(strings.Fields(got)); n != maxModelPages+1 || len(endless.received()) != maxModelPages || len(again.received()) != 2 || *page.HasMore {
+		t.Errorf("got %d models from %d and %d pages", n, len(endless.received()), len(again.received()))
 	}
 	for _, id := range []string{endlessID, againID} {
 		p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
@@ -321,10 +321,10 @@ func TestClaudeModelsBounds(t *testing.T) {
 	if left := 60 - now.Second(); left < 5 { // what follows must not fall into two minutes
 		time.Sleep(time.Duration(left) * time.Second)
 	}
-	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`, claudeList(1, "claude-3", "claude-2", "claude-1"))
-	p.addClaude(`"priority":1`, claudeList(9, "glm-5"))
-	if got, _ := p.claudeModels(p.token, ""); got != "glm-5" || len(limited.got()) != 2 {
-		t.Errorf("got %q, and the limited provider was asked %d times", got, len(limited.got()))
+	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`, claudeListScript(1, "claude-3", "claude-2", "claude-1"))
+	p.addClaude(`"priority":1`, claudeListScript(9, "glm-5"))
+	if got, _ := p.claudeModels(p.token, ""); got != "glm-5" || len(limited.received()) != 2 {
+		t.Errorf("got %q, and the limited provider was asked %d times", got, len(limited.received()))
 	}
 	if row := p.lastCall(); row.Attempts != 3 || !strings.Contains(row.AttemptLog[1].Error, "no room") {
 		t.Errorf("the ledger has %+v", row)
@@ -332,16 +332,16 @@ func TestClaudeModelsBounds(t *testing.T) {
 
 	q := newTest(t, nil) // two keys of one place, the first of which is refused
 	provider, first := q.addClaude(`"priority":0`, nil)
-	list := claudeList(1, "claude-2", "claude-1")
+	list := claudeListScript(1, "claude-2", "claude-1")
 	spare := &fakeProvider{url: provider.url, key: "sk-spare-" + randomBase62(30)}
-	provider.answer(func(c *providerConn, r recorded) bool {
+	provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if r.header.Get("X-Api-Key") != spare.key {
 			return c.reply(401, `{}`)
 		}
 		return list(c, r)
 	})
 	second := q.addClaudeAt(spare, `"priority":1`)
-	q.addClaude(`"priority":2`, claudeList(9, "glm-5"))
+	q.addClaude(`"priority":2`, claudeListScript(9, "glm-5"))
 	if got, _ := q.claudeModels(q.token, ""); got != "claude-2 claude-1 glm-5" {
 		t.Errorf("with a spare key: %q", got)
 	}
@@ -355,8 +355,8 @@ func TestClaudeModelsBounds(t *testing.T) {
 // knows it.
 func TestOneModel(t *testing.T) {
 	t.Parallel()
-	knows := func(ids ...string) func(*providerConn, recorded) bool {
-		return func(c *providerConn, r recorded) bool {
+	knows := func(ids ...string) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, r recordedRequest) bool {
 			id, _ := url.PathUnescape(strings.TrimPrefix(r.target, "/v1/models/"))
 			if !slices.Contains(ids, id) {
 				return c.reply(404, `{"type":"error","error":{"type":"not_found_error","message":"model: `+id+`"}}`)
@@ -365,7 +365,7 @@ func TestOneModel(t *testing.T) {
 		}
 	}
 	p := newTest(t, nil)
-	p.provider.answer(knows("gpt-4o", "deployed"))
+	p.provider.setScript(knows("gpt-4o", "deployed"))
 	claude, _ := p.addClaude(`"models":["claude*"]`, knows("claude-5"))
 	glm, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"z/glm-4"}`, knows("glm-5", "z/glm-4"))
 	kimi, kimiID := p.addClaude(`"priority":2`, knows("kimi-3"))
@@ -382,14 +382,14 @@ func TestOneModel(t *testing.T) {
 		{"nonesuch", 404, "/v1/models/nonesuch", kimi},
 	} {
 		res := p.do("GET", "/v1/models/"+c.id, "", "X-Api-Key", p.token, "Anthropic-Version", "2023-06-01")
-		if res.status != c.status || c.by.last(t).target != c.asked || c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
-			t.Errorf("%s: got %d %s, and the provider was asked for %s", c.id, res.status, res.body, c.by.last(t).target)
+		if res.status != c.status || c.by.lastRequest(t).target != c.asked || c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
+			t.Errorf("%s: got %d %s, and the provider was asked for %s", c.id, res.status, res.body, c.by.lastRequest(t).target)
 		}
 	}
 	if row := p.lastCall(); row.Attempts != 2 || row.UpstreamID != kimiID || row.Outcome != "upstream_error" || row.AttemptLog[0].Error != "does not know the model" {
 		t.Errorf("the ledger has %+v", row)
 	}
-	if n := len(p.provider.got()); n != 0 {
+	if n := len(p.provider.received()); n != 0 {
 		t.Errorf("the provider of another API was asked %d times", n)
 	}
 	for _, id := range []string{kimiID, p.upstream} { // the key is none the worse for it
@@ -401,23 +401,23 @@ func TestOneModel(t *testing.T) {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"ours":"deployed"}}`, 200, nil)
-	if res := p.do("GET", "/v1/models/ours", "", "Authorization", "Bearer "+p.token); res.status != 200 || p.provider.last(t).target != "/v1/models/deployed" {
+	if res := p.do("GET", "/v1/models/ours", "", "Authorization", "Bearer "+p.token); res.status != 200 || p.provider.lastRequest(t).target != "/v1/models/deployed" {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 }
 
-// TestUnitedModelsHoldNoKey: no list that a provider's is put into shows the key
+// TestMergedModelsContainNoKey: no list that a provider's is put into shows the key
 // of any of them, whoever says it.
-func TestUnitedModelsHoldNoKey(t *testing.T) {
+func TestMergedModelsContainNoKey(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
 	second, id := p.addUpstream(`"priority":1`)
-	p.provider.answer(always(200, `{"object":"list","data":[{"id":"a"}]}`))
-	second.answer(always(200, `{"object":"list","data":[{"id":"b","owned_by":"`+second.key+`"},{"id":"`+second.key+`"}]}`))
-	p.addClaude(`"priority":0`, claudeList(9, "claude-5"))
+	p.provider.setScript(replyScript(200, `{"object":"list","data":[{"id":"a"}]}`))
+	second.setScript(replyScript(200, `{"object":"list","data":[{"id":"b","owned_by":"`+second.key+`"},{"id":"`+second.key+`"}]}`))
+	p.addClaude(`"priority":0`, claudeListScript(9, "claude-5"))
 	claude, claudeID := p.addClaude(`"priority":1`, nil)
-	claude.answer(always(200, `{"data":[{"id":"glm-5","display_name":"x`+claude.key+`x"}],"has_more":false}`))
+	claude.setScript(replyScript(200, `{"data":[{"id":"glm-5","display_name":"x`+claude.key+`x"}],"has_more":false}`))
 	for _, c := range []struct{ header, owner, id, model string }{{"Openai-Beta", second.key, id, "b"}, {"Anthropic-Version", claude.key, claudeID, "glm-5"}} {
 		res := p.do("GET", "/v1/models", "", "X-Api-Key", p.token, c.header, "1")
 		if res.status != 200 || !strings.Contains(res.body, `"`+c.model+`"`) || !strings.Contains(res.body, strings.Repeat("*", len(c.owner))) || strings.Contains(res.body, c.owner) {

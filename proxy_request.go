@@ -12,15 +12,15 @@ import (
 	"time"
 )
 
-// read finds out what the call wants: its endpoint, its body within the limits,
+// readCall finds out what the call wants: its endpoint, its body within the limits,
 // and from the body what limits and metering must know.
-func (p *proxy) read(c *call, w http.ResponseWriter, r *http.Request) error {
+func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error {
 	if r.Header["Upgrade"] != nil {
 		return badRequest("upgrade_not_supported", "", "This proxy does not switch protocols; remove the Upgrade header.")
 	}
 	m, err := p.endpoints.match(r.Method, r.URL)
 	if err != nil {
-		return noEndpoint(w, err, m)
+		return endpointError(w, err, m)
 	}
 	c.match, c.endpoint = m, m.endpoint
 	if c.query, err = cleanQuery(r.URL.RawQuery); err != nil {
@@ -34,7 +34,7 @@ func (p *proxy) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if ce := r.Header.Get("Content-Encoding"); ce != "" && !strings.EqualFold(ce, "identity") {
 		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "Send the body without Content-Encoding; limits must be able to read it."}
 	}
-	if c.verified, err = wantsVerified(r.Header, c.project); err != nil {
+	if c.bufferStream, err = wantsBufferedStream(r.Header, c.project); err != nil {
 		return err
 	}
 	form, err := isForm(c.endpoint, r.Header.Get("Content-Type"))
@@ -45,7 +45,7 @@ func (p *proxy) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	switch {
 	case c.endpoint.body == bodyNone:
 		c.fields.model = m.model
-		return refuseBody(r.Body)
+		return rejectBody(r.Body)
 	case c.endpoint.upload && form:
 		return nil // streamed
 	}
@@ -53,7 +53,7 @@ func (p *proxy) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	if c.body, err = p.readBody(c, r); err != nil {
 		return err
 	}
-	c.reading = time.Since(begun)
+	c.bodyReadTime = time.Since(begun)
 	switch {
 	case c.endpoint.body == bodyRaw:
 	case form:
@@ -67,7 +67,7 @@ func (p *proxy) read(c *call, w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func noEndpoint(w http.ResponseWriter, err error, m match) error {
+func endpointError(w http.ResponseWriter, err error, m endpointMatch) error {
 	if errors.Is(err, errWrongMethod) {
 		w.Header().Set("Allow", m.allow)
 		return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This endpoint takes " + m.allow + "."}
@@ -109,9 +109,9 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 	return false, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "Send the body as " + want + " and say so in Content-Type."}
 }
 
-// refuseBody refuses what an endpoint without a body would drop in silence. An
+// rejectBody refuses what an endpoint without a body would drop in silence. An
 // empty object is what some clients send for nothing.
-func refuseBody(body io.Reader) error {
+func rejectBody(body io.Reader) error {
 	const most = 16
 	b, err := io.ReadAll(io.LimitReader(body, most))
 	if text := strings.TrimSpace(string(b)); err != nil || len(b) == most || text != "" && text != "{}" {
@@ -135,17 +135,17 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	if r.ContentLength >= 0 {
 		size = min(r.ContentLength, step) // a declared length is a claim: memory follows what comes
 	}
-	p.running.enter(c, phaseReading)
+	p.running.setPhase(c, phaseReading)
 	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing
 	for {
-		if int64(cap(buf)) > c.held {
-			if err := p.holdBody(c, int64(cap(buf))); err != nil {
+		if int64(cap(buf)) > c.bodyReserved {
+			if err := p.reserveBody(c, int64(cap(buf))); err != nil {
 				return nil, err
 			}
 		}
 		n, err := r.Body.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
-		c.watch.received.Store(int64(len(buf)))
+		c.progress.bytesReceived.Store(int64(len(buf)))
 		if int64(len(buf)) > p.cfg.maxBodyBytes {
 			return nil, tooLarge()
 		}
@@ -153,7 +153,7 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 			return buf, nil
 		}
 		if err != nil {
-			if cause := asCause(c.ctx); cause != nil {
+			if cause := abortCause(c.ctx); cause != nil {
 				return nil, cause
 			}
 			return nil, &apiError{status: http.StatusBadRequest, code: "request_cut", msg: "The request body ended early or was malformed.", cause: err}
@@ -164,27 +164,27 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	}
 }
 
-// holdBody makes the call hold n bytes of the memory for bodies. One token gets
+// reserveBody makes the call hold n bytes of the memory for bodies. One token gets
 // a quarter of it, and always enough for one body of the largest size: it must
 // not be able to keep all others out.
-func (p *proxy) holdBody(c *call, n int64) error {
-	more := n - c.held
-	if of := c.token.bodies.Add(more); of > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && of > n {
-		c.token.bodies.Add(-more)
+func (p *proxy) reserveBody(c *call, n int64) error {
+	more := n - c.bodyReserved
+	if of := c.token.bodyBytes.Add(more); of > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && of > n {
+		c.token.bodyBytes.Add(-more)
 		return &apiError{status: http.StatusTooManyRequests, code: "body_memory_full", retryAfter: time.Second,
 			msg: "This token's calls hold too much memory for request bodies. Send fewer large ones at one time."}
 	}
 	if !p.bodies.reserve(more) {
-		c.token.bodies.Add(-more)
+		c.token.bodyBytes.Add(-more)
 		return errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
 	}
-	c.held = n
+	c.bodyReserved = n
 	return nil
 }
 
 func (p *proxy) releaseBody(c *call) {
-	c.token.bodies.Add(-c.held)
-	p.bodies.release(c.held)
+	c.token.bodyBytes.Add(-c.bodyReserved)
+	p.bodies.release(c.bodyReserved)
 }
 
 // A progressReader tells the watchdog how an upload moves: while it does, the
@@ -197,12 +197,12 @@ type progressReader struct {
 
 func (r *progressReader) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
-	r.c.watch.received.Add(int64(n))
+	r.c.progress.bytesReceived.Add(int64(n))
 	if err != nil {
 		r.c.uploading.Store(false)
 	}
-	if n > 0 && phase(r.c.watch.phase.Load()) == phaseProvider {
-		r.running.enter(r.c, phaseProvider)
+	if n > 0 && phase(r.c.progress.phase.Load()) == phaseProvider {
+		r.running.setPhase(r.c, phaseProvider)
 	}
 	return n, err
 }

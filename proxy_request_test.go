@@ -36,7 +36,7 @@ func TestOddPaths(t *testing.T) {
 		/v1/organization/projects/p/api_keys /v1/projects/p/users /v1/dashboard/billing/usage /v1/me /v1/api_keys /v1/login /v1/workspaces`) {
 		for _, method := range []string{"POST", "GET"} {
 			for _, key := range []string{p.token, p.adminKey} {
-				got := p.raw(method + " " + target + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + key +
+				got := p.sendRaw(method + " " + target + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + key +
 					"\r\nContent-Type: application/json\r\nContent-Length: " + fmt.Sprint(len(chatBody())) + "\r\n\r\n" + chatBody())
 				status := strings.TrimPrefix(got, "HTTP/1.1 ")[:3]
 				// An admin's key at /v1 is 401 before the path is looked at; net/http calls some targets malformed.
@@ -50,16 +50,16 @@ func TestOddPaths(t *testing.T) {
 		}
 	}
 	for _, target := range []string{"/v1/chat/completions x", "/v1/chat\tcompletions", "/v1/chat/completions\x00", "v1/chat/completions", ""} {
-		if got := p.raw("GET " + target + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
+		if got := p.sendRaw("GET " + target + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 			t.Errorf("%q: got %q", target, got)
 		}
 	}
 	// A fragment is no part of a request; net/http takes it for a byte of the path.
-	if got := p.raw("POST /v1/chat/completions#x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 404 ") {
+	if got := p.sendRaw("POST /v1/chat/completions#x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 404 ") {
 		t.Errorf("a fragment: got %q", got)
 	}
-	if n := len(p.provider.got()); n > 0 {
-		t.Errorf("the provider got %d requests, last %s", n, p.provider.last(t).target)
+	if n := len(p.provider.received()); n > 0 {
+		t.Errorf("the provider got %d requests, last %s", n, p.provider.lastRequest(t).target)
 	}
 }
 
@@ -76,7 +76,7 @@ func TestOnlyTheTableForwards(t *testing.T) {
 		forms[e.pattern] = forms[e.pattern] || e.body == bodyForm
 	}
 	forwarded := map[string]bool{}
-	p.provider.answer(func(c *providerConn, r recorded) bool { return c.reply(200, "{}") })
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { return c.reply(200, "{}") })
 	for pattern := range forms {
 		path := pattern
 		for strings.Contains(path, "{") {
@@ -89,27 +89,27 @@ func TestOnlyTheTableForwards(t *testing.T) {
 			class, known := classes[name]
 			kind, body := "application/json", ""
 			if method == "POST" && forms[pattern] {
-				kind, body = formType, form("model=gpt-4o")
+				kind, body = formContentType, multipartBody("model=gpt-4o")
 			} else if method == "POST" {
 				body = `{"model":"gpt-4o"}`
 				if strings.HasSuffix(pattern, "/cancel") || strings.HasSuffix(pattern, "/hangup") || strings.HasSuffix(pattern, "/pause") || strings.HasSuffix(pattern, "/resume") || strings.Contains(pattern, "evals/{eval_id}/runs/{run_id}") {
 					body = ""
 				}
 			}
-			before := len(p.provider.got())
+			before := len(p.provider.received())
 			a := p.do(method, path, body, "Authorization", "Bearer "+p.token, "Content-Type", kind)
-			up := len(p.provider.got()) - before
+			up := len(p.provider.received()) - before
 			switch {
 			case !known && (a.status != 405 || up > 0):
 				t.Errorf("%s: got %d, %d went up", name, a.status, up)
-			case known && class == classStateful && (a.status != 403 || a.code() != "endpoint_not_allowed" || up > 0):
+			case known && class == classStateful && (a.status != 403 || a.errorCode() != "endpoint_not_allowed" || up > 0):
 				t.Errorf("%s: got %d %s, %d went up", name, a.status, a.body, up)
 			case known && class == classInference && strings.HasPrefix(pattern, "/v1/messages"):
 				if a.status != 404 || up > 0 { // this project's provider does not speak it
 					t.Errorf("%s: got %d %s", name, a.status, a.body)
 				}
 			case known && class == classInference:
-				if a.status != 200 || up != 1 || p.provider.last(t).target != path || p.provider.last(t).method != method {
+				if a.status != 200 || up != 1 || p.provider.lastRequest(t).target != path || p.provider.lastRequest(t).method != method {
 					t.Errorf("%s: got %d %s, %d went up", name, a.status, a.body, up)
 				}
 				forwarded[name] = true
@@ -140,14 +140,14 @@ func TestQueryOverTheWire(t *testing.T) {
 		{"?" + many + "model=bad", "", 400}, {"?after=" + strings.Repeat("a", 20_000), "", 400}, {"?limit=%0d%0a", "", 400}, {"?limit=%ff", "", 400},
 		{"?order=asc#x", "/v1/files?order=asc%23x", 200},
 	} {
-		before := len(p.provider.got())
-		got := p.raw("GET /v1/files" + c.query + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\n\r\n")
+		before := len(p.provider.received())
+		got := p.sendRaw("GET /v1/files" + c.query + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\n\r\n")
 		if !strings.HasPrefix(got, fmt.Sprintf("HTTP/1.1 %d ", c.status)) && !strings.HasPrefix(got, "HTTP/1.1 431 ") {
 			t.Errorf("%.100s: got %.300q", c.query, got)
 		}
-		reqs := p.provider.got()
+		reqs := p.provider.received()
 		if c.status != 200 && len(reqs) != before || c.status == 200 && (len(reqs) != before+1 || reqs[before].target != c.want) {
-			t.Errorf("%.100s: the provider got %d more, last %q", c.query, len(reqs)-before, p.provider.last(t).target)
+			t.Errorf("%.100s: the provider got %d more, last %q", c.query, len(reqs)-before, p.provider.lastRequest(t).target)
 		}
 	}
 }
@@ -165,20 +165,20 @@ func TestModelInPathIsHeldToPolicy(t *testing.T) {
 			t.Errorf("%s: got %d %s, want %d", path, a.status, a.body, want)
 		}
 	}
-	for _, r := range p.provider.got() {
+	for _, r := range p.provider.received() {
 		if r.target != "/v1/models/gpt-4o-mini" && r.target != "/v1/models/meta/llama" && r.target != "/v1/models/meta%2Fllama" {
 			t.Errorf("the provider got %s", r.target)
 		}
 	}
 }
 
-// smuggled is a second request that hides in what the first one's body may be.
-func (p *testProxy) smuggled() string {
+// smuggledRequest is a second request that hides in what the first one's body may be.
+func (p *testProxy) smuggledRequest() string {
 	return "GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + p.token + "\r\n\r\n"
 }
 
-// head is a chat call's head without its framing.
-func (p *testProxy) head(version, lines string) string {
+// requestHead is a chat call's head without its framing.
+func (p *testProxy) requestHead(version, lines string) string {
 	return "POST /v1/chat/completions HTTP/" + version + "\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\nContent-Type: application/json\r\n" + lines + "\r\n"
 }
 
@@ -191,40 +191,40 @@ func TestAmbiguousFraming(t *testing.T) {
 	length := fmt.Sprintf("Content-Length: %d\r\n", len(body))
 	chunked := fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(body), body)
 	for _, c := range []struct{ name, request string }{
-		{"two lengths", p.head("1.1", length+"Content-Length: 2\r\n") + body},
-		{"a list of lengths", p.head("1.1", fmt.Sprintf("Content-Length: %d, 2\r\n", len(body))) + body},
-		{"signed length", p.head("1.1", fmt.Sprintf("Content-Length: +%d\r\n", len(body))) + body},
-		{"negative length", p.head("1.1", "Content-Length: -1\r\n") + body},
-		{"hexadecimal length", p.head("1.1", "Content-Length: 0x10\r\n") + body},
-		{"no number", p.head("1.1", "Content-Length: \r\n") + body},
-		{"huge length", p.head("1.1", "Content-Length: 99999999999999999999\r\n") + body},
-		{"unknown coding", p.head("1.1", "Transfer-Encoding: xchunked\r\n") + chunked},
-		{"chunked and identity", p.head("1.1", "Transfer-Encoding: chunked, identity\r\n") + chunked},
-		{"identity", p.head("1.1", "Transfer-Encoding: identity\r\n"+length) + body},
-		{"gzip, chunked", p.head("1.1", "Transfer-Encoding: gzip, chunked\r\n") + chunked},
-		{"chunked twice", p.head("1.1", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n") + chunked},
-		{"blank before the colon", p.head("1.1", "Transfer-Encoding : chunked\r\n"+length) + chunked},
-		{"vertical tab", p.head("1.1", "Transfer-Encoding: \x0bchunked\r\n"+length) + chunked},
-		{"no chunk size", p.head("1.1", "Transfer-Encoding: chunked\r\n") + "\r\n" + body},
-		{"chunk size with a sign", p.head("1.1", "Transfer-Encoding: chunked\r\n") + "+" + chunked},
-		{"huge chunk size", p.head("1.1", "Transfer-Encoding: chunked\r\n") + "fffffffffffffffff\r\n" + body},
-		{"chunk without its end", p.head("1.1", "Transfer-Encoding: chunked\r\n") + fmt.Sprintf("%x\r\n%sXX0\r\n\r\n", len(body), body)},
-		{"chunk extension without end", p.head("1.1", "Transfer-Encoding: chunked\r\n") + "2;" + strings.Repeat("a", 1<<20)},
-		{"bare CR in a chunk line", p.head("1.1", "Transfer-Encoding: chunked\r\n") + fmt.Sprintf("%x\r%s", len(body), body)},
+		{"two lengths", p.requestHead("1.1", length+"Content-Length: 2\r\n") + body},
+		{"a list of lengths", p.requestHead("1.1", fmt.Sprintf("Content-Length: %d, 2\r\n", len(body))) + body},
+		{"signed length", p.requestHead("1.1", fmt.Sprintf("Content-Length: +%d\r\n", len(body))) + body},
+		{"negative length", p.requestHead("1.1", "Content-Length: -1\r\n") + body},
+		{"hexadecimal length", p.requestHead("1.1", "Content-Length: 0x10\r\n") + body},
+		{"no number", p.requestHead("1.1", "Content-Length: \r\n") + body},
+		{"huge length", p.requestHead("1.1", "Content-Length: 99999999999999999999\r\n") + body},
+		{"unknown coding", p.requestHead("1.1", "Transfer-Encoding: xchunked\r\n") + chunked},
+		{"chunked and identity", p.requestHead("1.1", "Transfer-Encoding: chunked, identity\r\n") + chunked},
+		{"identity", p.requestHead("1.1", "Transfer-Encoding: identity\r\n"+length) + body},
+		{"gzip, chunked", p.requestHead("1.1", "Transfer-Encoding: gzip, chunked\r\n") + chunked},
+		{"chunked twice", p.requestHead("1.1", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n") + chunked},
+		{"blank before the colon", p.requestHead("1.1", "Transfer-Encoding : chunked\r\n"+length) + chunked},
+		{"vertical tab", p.requestHead("1.1", "Transfer-Encoding: \x0bchunked\r\n"+length) + chunked},
+		{"no chunk size", p.requestHead("1.1", "Transfer-Encoding: chunked\r\n") + "\r\n" + body},
+		{"chunk size with a sign", p.requestHead("1.1", "Transfer-Encoding: chunked\r\n") + "+" + chunked},
+		{"huge chunk size", p.requestHead("1.1", "Transfer-Encoding: chunked\r\n") + "fffffffffffffffff\r\n" + body},
+		{"chunk without its end", p.requestHead("1.1", "Transfer-Encoding: chunked\r\n") + fmt.Sprintf("%x\r\n%sXX0\r\n\r\n", len(body), body)},
+		{"chunk extension without end", p.requestHead("1.1", "Transfer-Encoding: chunked\r\n") + "2;" + strings.Repeat("a", 1<<20)},
+		{"bare CR in a chunk line", p.requestHead("1.1", "Transfer-Encoding: chunked\r\n") + fmt.Sprintf("%x\r%s", len(body), body)},
 		{"HTTP/0.9", "GET /v1/models\r\n\r\n"},
-		{"HTTP/2.0", p.head("2.0", length) + body},
-		{"HTTP/1.2.3", p.head("1.2.3", length) + body},
-		{"tab in the request line", strings.Replace(p.head("1.1", length), "POST /", "POST\t/", 1) + body},
-		{"two Hosts", p.head("1.1", "Host: y\r\n"+length) + body},
-		{"no Host", strings.Replace(p.head("1.1", length), "Host: x\r\n", "", 1) + body},
-		{"bad Host", strings.Replace(p.head("1.1", length), "Host: x", "Host: x/y@z", 1) + body},
+		{"HTTP/2.0", p.requestHead("2.0", length) + body},
+		{"HTTP/1.2.3", p.requestHead("1.2.3", length) + body},
+		{"tab in the request line", strings.Replace(p.requestHead("1.1", length), "POST /", "POST\t/", 1) + body},
+		{"two Hosts", p.requestHead("1.1", "Host: y\r\n"+length) + body},
+		{"no Host", strings.Replace(p.requestHead("1.1", length), "Host: x\r\n", "", 1) + body},
+		{"bad Host", strings.Replace(p.requestHead("1.1", length), "Host: x", "Host: x/y@z", 1) + body},
 		{"method with a line end", "PO\r\nST /v1/chat/completions HTTP/1.1\r\n\r\n"},
 		{"empty method", " /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"},
 		{"blank in the target", "GET /v1/models x HTTP/1.1\r\nHost: x\r\n\r\n"},
 		{"control in the target", "GET /v1/mod\x01els HTTP/1.1\r\nHost: x\r\n\r\n"},
 		{"bad escape in the target", "GET /v1/models/%zz HTTP/1.1\r\nHost: x\r\n\r\n"},
 	} {
-		got := p.raw(c.request + p.smuggled())
+		got := p.sendRaw(c.request + p.smuggledRequest())
 		status, _, _ := strings.Cut(strings.TrimPrefix(got, "HTTP/1.1 "), "\r\n")
 		if got != "" && !strings.HasPrefix(status, "400 ") && !strings.HasPrefix(status, "501 ") && !strings.HasPrefix(status, "505 ") {
 			t.Errorf("%s: got %q", c.name, got)
@@ -232,8 +232,8 @@ func TestAmbiguousFraming(t *testing.T) {
 		if strings.Count(got, "HTTP/1.1 ") > 1 {
 			t.Errorf("%s: two answers: %q", c.name, got)
 		}
-		if n := len(p.provider.got()); n > 0 {
-			t.Fatalf("%s: the provider got %d requests: %q", c.name, n, p.provider.last(t).body)
+		if n := len(p.provider.received()); n > 0 {
+			t.Fatalf("%s: the provider got %d requests: %q", c.name, n, p.provider.lastRequest(t).body)
 		}
 	}
 }
@@ -248,16 +248,16 @@ func TestOddFraming(t *testing.T) {
 	half := len(body) / 2
 	chunked := fmt.Sprintf("%x;ext=\"1\"\r\n%s\r\n%X\r\n%s\r\n0\r\nX-Trailer: GET /x HTTP/1.1\r\nAuthorization: Bearer x\r\n\r\n", half, body[:half], len(body)-half, body[half:])
 	for _, c := range []struct{ name, request string }{
-		{"the same length twice", p.head("1.1", length+length) + body},
-		{"chunks, extensions, trailers", p.head("1.1", "Transfer-Encoding: Chunked\r\nTrailer: X-Trailer\r\n") + chunked},
-		{"both framings", p.head("1.1", "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n") + chunked},
-		{"folded header", p.head("1.1", "Accept: a\r\n\tb\r\n"+length) + body},
-		{"HTTP/1.0", p.head("1.0", length) + body},
-		{"bare line feeds", strings.ReplaceAll(p.head("1.1", length), "\r\n", "\n") + body},
+		{"the same length twice", p.requestHead("1.1", length+length) + body},
+		{"chunks, extensions, trailers", p.requestHead("1.1", "Transfer-Encoding: Chunked\r\nTrailer: X-Trailer\r\n") + chunked},
+		{"both framings", p.requestHead("1.1", "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n") + chunked},
+		{"folded header", p.requestHead("1.1", "Accept: a\r\n\tb\r\n"+length) + body},
+		{"HTTP/1.0", p.requestHead("1.0", length) + body},
+		{"bare line feeds", strings.ReplaceAll(p.requestHead("1.1", length), "\r\n", "\n") + body},
 	} {
-		before := len(p.provider.got())
-		got := p.raw(c.request + p.smuggled())
-		reqs := p.provider.got()
+		before := len(p.provider.received())
+		got := p.sendRaw(c.request + p.smuggledRequest())
+		reqs := p.provider.received()
 		refused := strings.HasPrefix(got, "HTTP/1.1 400 ")
 		if !refused && !strings.HasPrefix(got, "HTTP/1.1 200 ") && !strings.HasPrefix(got, "HTTP/1.0 200 ") || strings.Count(got, "\r\nX-Llm-Proxy-Request-Id:") > 1 {
 			t.Errorf("%s: got %q", c.name, got)
@@ -277,7 +277,7 @@ func TestOddFraming(t *testing.T) {
 func TestUnreadBodyIsNoRequest(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	inner := p.smuggled()
+	inner := p.smuggledRequest()
 	for _, head := range []string{
 		"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\n", // refused before the body
 		"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + p.token + "\r\n",
@@ -285,28 +285,28 @@ func TestUnreadBodyIsNoRequest(t *testing.T) {
 		"GET /healthz HTTP/1.1\r\nHost: x\r\n",
 		"POST /manage/projects HTTP/1.1\r\nHost: x\r\n",
 	} {
-		got := p.raw(head + fmt.Sprintf("Content-Length: %d\r\n\r\n%sGET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", len(inner), inner))
-		if n := strings.Count(got, "HTTP/1.1 "); n > 2 || len(p.provider.got()) > 0 {
-			t.Errorf("%q: %d answers, %d requests: %q", head[:20], n, len(p.provider.got()), got)
+		got := p.sendRaw(head + fmt.Sprintf("Content-Length: %d\r\n\r\n%sGET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", len(inner), inner))
+		if n := strings.Count(got, "HTTP/1.1 "); n > 2 || len(p.provider.received()) > 0 {
+			t.Errorf("%q: %d answers, %d requests: %q", head[:20], n, len(p.provider.received()), got)
 		}
 	}
 }
 
-// TestNoContinueForStrangers: who has no valid token is not asked for the body.
-func TestNoContinueForStrangers(t *testing.T) {
+// TestNoContinueForUnauthenticated: who has no valid token is not asked for the body.
+func TestNoContinueForUnauthenticated(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	for _, auth := range []string{"Bearer wrong", "Bearer " + p.mint(tokenPrefix)} {
-		got := p.raw("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: " + auth + "\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 104857600\r\n\r\n")
+	for _, auth := range []string{"Bearer wrong", "Bearer " + p.unknownCredential(tokenPrefix)} {
+		got := p.sendRaw("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: " + auth + "\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 104857600\r\n\r\n")
 		if !strings.HasPrefix(got, "HTTP/1.1 401 ") || strings.Contains(got, "100 Continue") || !strings.Contains(got, "\r\nConnection: close\r\n") {
 			t.Errorf("got %q", got)
 		}
 	}
-	got := p.raw(p.rawChat("Expect: 100-continue\r\nConnection: close\r\n", chatBody()))
-	if !strings.Contains(got, "HTTP/1.1 200 OK") || p.provider.last(t).header["Expect"] != nil {
+	got := p.sendRaw(p.rawChatRequest("Expect: 100-continue\r\nConnection: close\r\n", chatBody()))
+	if !strings.Contains(got, "HTTP/1.1 200 OK") || p.provider.lastRequest(t).header["Expect"] != nil {
 		t.Errorf("with a token: got %q", got)
 	}
-	if got := p.raw(p.rawChat("Expect: the-unexpected\r\nConnection: close\r\n", chatBody())); !strings.HasPrefix(got, "HTTP/1.1 417 ") {
+	if got := p.sendRaw(p.rawChatRequest("Expect: the-unexpected\r\nConnection: close\r\n", chatBody())); !strings.HasPrefix(got, "HTTP/1.1 417 ") {
 		t.Errorf("got %q", got)
 	}
 }
@@ -325,26 +325,26 @@ func TestHostIsNoRoute(t *testing.T) {
 		"POST http://user:pw@" + evil + "/v1/chat/completions HTTP/1.1\r\nHost: " + evil,
 		"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Forwarded-Host: " + evil + "\r\nX-Original-URL: " + other.url,
 	} {
-		if got := p.raw(start + auth); !strings.HasPrefix(got, "HTTP/1.1 200 ") || len(p.provider.got()) != i+1 {
+		if got := p.sendRaw(start + auth); !strings.HasPrefix(got, "HTTP/1.1 200 ") || len(p.provider.received()) != i+1 {
 			t.Errorf("%q: got %q", start, got)
 		}
-		if h := p.provider.last(t).header.Get("Host"); h != strings.TrimPrefix(p.provider.url, "http://") {
+		if h := p.provider.lastRequest(t).header.Get("Host"); h != strings.TrimPrefix(p.provider.url, "http://") {
 			t.Errorf("%q: the provider got Host: %s", start, h)
 		}
 	}
-	if len(other.got()) > 0 {
+	if len(other.received()) > 0 {
 		t.Error("another host was called")
 	}
 	for host, want := range map[string]int{
 		"evil.example": 421, "evil.example:80": 421, "127.0.0.1.evil.example": 421, "evil.example.": 421, "localhost.": 421,
 		"localhost": 200, "localhost:1": 200, "127.0.0.1": 200, "[::1]:8080": 200, "llm-proxy": 200,
 	} {
-		got := p.raw("GET /manage/projects HTTP/1.1\r\nHost: " + host + "\r\nConnection: close\r\nAuthorization: Bearer " + p.adminKey + "\r\n\r\n")
+		got := p.sendRaw("GET /manage/projects HTTP/1.1\r\nHost: " + host + "\r\nConnection: close\r\nAuthorization: Bearer " + p.adminKey + "\r\n\r\n")
 		if !strings.HasPrefix(got, fmt.Sprintf("HTTP/1.1 %d ", want)) {
 			t.Errorf("/manage as %s: got %.60q, want %d", host, got, want)
 		}
 	}
-	if got := p.raw("GET http://evil.example/manage/projects HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + p.adminKey + "\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 421 ") {
+	if got := p.sendRaw("GET http://evil.example/manage/projects HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + p.adminKey + "\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 421 ") {
 		t.Errorf("/manage by a full URL: got %.60q", got)
 	}
 }
@@ -355,17 +355,17 @@ func TestMethods(t *testing.T) {
 	p := newTest(t, nil)
 	for _, method := range []string{"GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "FOO", "post", "Post", "PRI", "COPY"} {
 		a := p.do(method, "/v1/embeddings", "", "Authorization", "Bearer "+p.token)
-		if a.status != 405 || a.header.Get("Allow") != "POST" || method != "HEAD" && a.code() != "method_not_allowed" {
+		if a.status != 405 || a.header.Get("Allow") != "POST" || method != "HEAD" && a.errorCode() != "method_not_allowed" {
 			t.Errorf("%s: got %d %s %v", method, a.status, a.body, a.err)
 		}
 	}
 	for _, line := range []string{"CONNECT evil.example:443", "CONNECT /v1/models", "OPTIONS *", "GET *", "TRACE /", "DELETE /healthz", "POST /", "CONNECT /manage/projects"} {
-		got := p.raw(line + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\n\r\n")
+		got := p.sendRaw(line + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer " + p.token + "\r\n\r\n")
 		if !strings.HasPrefix(got, "HTTP/1.1 4") || !strings.Contains(got, "nosniff") && !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 			t.Errorf("%s: got %q", line, got)
 		}
 	}
-	if n := len(p.provider.got()); n > 0 {
+	if n := len(p.provider.received()); n > 0 {
 		t.Errorf("the provider got %d requests", n)
 	}
 }
@@ -390,16 +390,16 @@ func TestNothingReflected(t *testing.T) {
 			t.Errorf("%s: %d %v %s", c[1], a.status, a.header, a.body)
 		}
 	}
-	if n := len(p.provider.got()); n > 0 {
+	if n := len(p.provider.received()); n > 0 {
 		t.Errorf("the provider got %d requests", n)
 	}
 }
 
-// setLimits changes what the watchdog holds calls to. No call may be running.
-func (p *testProxy) setLimits(change func(*callLimits)) {
-	p.in.running.mu.Lock()
-	defer p.in.running.mu.Unlock()
-	change(&p.in.running.limits)
+// setCallLimits changes what the watchdog holds calls to. No call may be running.
+func (p *testProxy) setCallLimits(change func(*callLimits)) {
+	p.instance.running.mu.Lock()
+	defer p.instance.running.mu.Unlock()
+	change(&p.instance.running.limits)
 }
 
 // dial opens a connection to the proxy that ends with the test.
@@ -414,8 +414,8 @@ func (p *testProxy) dial() *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// rawThenShut sends bytes, shuts the client's side, and returns what comes.
-func (p *testProxy) rawThenShut(request string) string {
+// sendRawHalfClose sends bytes, shuts the client's side, and returns what comes.
+func (p *testProxy) sendRawHalfClose(request string) string {
 	p.t.Helper()
 	conn := p.dial()
 	_, _ = io.WriteString(conn, request)
@@ -424,18 +424,18 @@ func (p *testProxy) rawThenShut(request string) string {
 	return string(b)
 }
 
-// released fails the test unless nothing is held for a call any more.
-func (p *testProxy) released() {
+// checkReleased fails the test unless nothing is held for a call any more.
+func (p *testProxy) checkReleased() {
 	p.t.Helper()
-	waitFor(p.t, "the calls to end", func() bool { return p.in.running.oldest() == 0 && p.in.proxy.bodies.used.Load() == 0 })
+	waitFor(p.t, "the calls to end", func() bool { return p.instance.running.oldestID() == 0 && p.instance.proxy.bodies.used.Load() == 0 })
 }
 
-// running returns how many calls are in a phase.
-func (p *testProxy) running(in phase) (n int) {
-	p.in.running.mu.Lock()
-	defer p.in.running.mu.Unlock()
-	for c := range p.in.running.calls {
-		if phase(c.watch.phase.Load()) == in {
+// countInPhase returns how many calls are in a phase.
+func (p *testProxy) countInPhase(in phase) (n int) {
+	p.instance.running.mu.Lock()
+	defer p.instance.running.mu.Unlock()
+	for c := range p.instance.running.calls {
+		if phase(c.progress.phase.Load()) == in {
 			n++
 		}
 	}
@@ -447,16 +447,16 @@ func (p *testProxy) running(in phase) (n int) {
 func TestSlowBody(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.setLimits(func(l *callLimits) { l.readWindow, l.readRate = 500*time.Millisecond, 1000 })
+	p.setCallLimits(func(l *callLimits) { l.readWindow, l.minReadRate = 500*time.Millisecond, 1000 })
 	body := chatBody(`"user":"` + strings.Repeat("u", 4000) + `"`)
-	head := strings.TrimSuffix(p.rawChat("Connection: close\r\n", body), body)
+	head := strings.TrimSuffix(p.rawChatRequest("Connection: close\r\n", body), body)
 
 	trickle := p.dial()
 	_, _ = io.WriteString(trickle, head+body[:3000]) // fast at first
 	if b, _ := io.ReadAll(trickle); !strings.HasPrefix(string(b), "HTTP/1.1 400 ") || !strings.Contains(string(b), "request_too_slow") {
 		t.Errorf("a body that stops: got %q", b)
 	}
-	p.released()
+	p.checkReleased()
 
 	steady := p.dial()
 	_, _ = io.WriteString(steady, head)
@@ -467,7 +467,7 @@ func TestSlowBody(t *testing.T) {
 	if b, _ := io.ReadAll(steady); !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
 		t.Errorf("a body that is slow: got %q", b)
 	}
-	p.released()
+	p.checkReleased()
 }
 
 // TestSlowReader: a client that stops reading is cut off and the provider's
@@ -475,10 +475,10 @@ func TestSlowBody(t *testing.T) {
 func TestSlowReader(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.setLimits(func(l *callLimits) { l.clientStall = 300 * time.Millisecond })
+	p.setCallLimits(func(l *callLimits) { l.clientStallTimeout = 300 * time.Millisecond })
 	sent := make(chan int, 1)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		event, n := chatEvents(true)[1], 0
 		for c.chunk(strings.Repeat(event, 100)) == nil {
 			n += 100 * len(event)
@@ -487,11 +487,11 @@ func TestSlowReader(t *testing.T) {
 		return false
 	})
 	conn := p.dial()
-	_, _ = io.WriteString(conn, p.rawChat("", chatBody(`"stream":true`)))
+	_, _ = io.WriteString(conn, p.rawChatRequest("", chatBody(`"stream":true`)))
 	if n := <-sent; n > 64<<20 {
 		t.Errorf("the provider could send %d bytes to a client that read none", n)
 	}
-	p.released()
+	p.checkReleased()
 	row := p.lastCall()
 	if row.Outcome != "truncated" || row.ErrorCode != "client_stalled" || row.UsageSource != "estimated" || row.OutputTokens == 0 {
 		t.Errorf("the ledger has %+v", row)
@@ -503,19 +503,19 @@ func TestSlowReader(t *testing.T) {
 func TestSilentProvider(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "1s", "STREAM_IDLE_TIMEOUT": "1s"})
-	p.provider.answer(func(c *providerConn, _ recorded) bool { c.gone(10 * time.Second); return false })
-	if res := p.chat(); res.status != 504 || res.code() != "upstream_timeout" {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { c.waitClosed(10 * time.Second); return false })
+	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
 		t.Errorf("no answer: got %d %s", res.status, res.body)
 	}
-	p.released()
+	p.checkReleased()
 	if row := p.lastCall(); row.Outcome != "upstream_error" || row.ErrorCode != "upstream_timeout" || row.UsageSource != "estimated" || row.InputTokens == 0 {
 		t.Errorf("no answer: the ledger has %+v", row)
 	}
 
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
-		c.gone(10 * time.Second)
+		c.waitClosed(10 * time.Second)
 		return false
 	})
 	if res := p.chat(`"stream":true`); res.status != 200 || res.err == nil || res.body != chatEvents(true)[0] {
@@ -525,9 +525,9 @@ func TestSilentProvider(t *testing.T) {
 		t.Errorf("an answer that stops: the ledger has %+v", row)
 	}
 
-	p.provider.answer(func(c *providerConn, _ recorded) bool { // longer in all than either limit
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { // longer in all than either limit
 		time.Sleep(300 * time.Millisecond)
-		c.sse()
+		c.beginSSE()
 		for _, e := range chatEvents(true) {
 			_ = c.chunk(e)
 			time.Sleep(300 * time.Millisecond)
@@ -539,23 +539,23 @@ func TestSilentProvider(t *testing.T) {
 	}
 }
 
-// TestUnseenLeaving: net/http does not see a client leave that has sent a byte
+// TestUndetectedClientClose: net/http does not see a client leave that has sent a byte
 // too many. The provider's silence then ends the call.
-func TestUnseenLeaving(t *testing.T) {
+func TestUndetectedClientClose(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "500ms"})
 	called := make(chan struct{})
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		close(called)
-		c.gone(10 * time.Second)
+		c.waitClosed(10 * time.Second)
 		return false
 	})
 	conn := p.dial()
-	_, _ = io.WriteString(conn, p.rawChat("", chatBody()))
+	_, _ = io.WriteString(conn, p.rawChatRequest("", chatBody()))
 	<-called
 	_, _ = io.WriteString(conn, "G")
 	conn.Close()
-	p.released()
+	p.checkReleased()
 	if row := p.lastCall(); row.ErrorCode != "upstream_timeout" {
 		t.Errorf("the ledger has %+v", row)
 	}
@@ -571,10 +571,10 @@ func TestStalledUpload(t *testing.T) {
 	conn := p.dial()
 	_, _ = fmt.Fprintf(conn, "POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"+
 		"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n--b\r\n", token)
-	waitFor(t, "the upload", func() bool { return p.running(phaseProvider) == 1 })
+	waitFor(t, "the upload", func() bool { return p.countInPhase(phaseProvider) == 1 })
 	p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
 	revoked := time.Now()
-	p.released()
+	p.checkReleased()
 	if d := time.Since(revoked); d > time.Second {
 		t.Errorf("the upload ended %v after the token was revoked", d)
 	}
@@ -598,16 +598,16 @@ func TestNotSentTwice(t *testing.T) {
 			if res := p.chat(); res.status != 200 { // leaves a connection to reuse
 				t.Fatalf("got %d", res.status)
 			}
-			p.provider.answer(func(c *providerConn, _ recorded) bool { return cut(c) })
+			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return cut(c) })
 			res := p.do("POST", "/v1/chat/completions", chatBody(), "Authorization", "Bearer "+p.token,
 				"Content-Type", "application/json", "Idempotency-Key", "k-1")
 			if res.status != 502 {
 				t.Errorf("got %d %s", res.status, res.body)
 			}
-			if n := len(p.provider.got()); n != 2 {
+			if n := len(p.provider.received()); n != 2 {
 				t.Errorf("the provider got %d requests for 2 calls", n)
 			}
-			if got := p.provider.last(t).header[http.CanonicalHeaderKey("Idempotency-Key")]; len(got) != 1 || got[0] != "k-1" {
+			if got := p.provider.lastRequest(t).header[http.CanonicalHeaderKey("Idempotency-Key")]; len(got) != 1 || got[0] != "k-1" {
 				t.Errorf("the provider got the Idempotency-Key %v", got)
 			}
 			if row := p.lastCall(); row.Attempts != 1 || row.Outcome != "upstream_error" {
@@ -644,8 +644,8 @@ func TestLongUpload(t *testing.T) {
 		t.Fatal(err)
 	}
 	res.Body.Close()
-	if res.StatusCode != 200 || len(p.provider.last(t).body) != 8000 {
-		t.Errorf("got %d, the provider %d bytes", res.StatusCode, len(p.provider.last(t).body))
+	if res.StatusCode != 200 || len(p.provider.lastRequest(t).body) != 8000 {
+		t.Errorf("got %d, the provider %d bytes", res.StatusCode, len(p.provider.lastRequest(t).body))
 	}
 }
 
@@ -654,13 +654,13 @@ func TestLongUpload(t *testing.T) {
 func TestTrickledUpload(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.setLimits(func(l *callLimits) { l.readWindow, l.readRate = 300*time.Millisecond, 1000 })
+	p.setCallLimits(func(l *callLimits) { l.readWindow, l.minReadRate = 300*time.Millisecond, 1000 })
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	conn := p.dial()
 	_, _ = fmt.Fprintf(conn, "POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"+
 		"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n--b\r\n", p.token)
-	waitFor(t, "the upload", func() bool { return p.running(phaseProvider) == 1 })
-	p.released()
+	waitFor(t, "the upload", func() bool { return p.countInPhase(phaseProvider) == 1 })
+	p.checkReleased()
 	if row := p.lastCall(); row.ErrorCode != "request_too_slow" || row.Outcome != "truncated" {
 		t.Errorf("the ledger has %+v", row)
 	}
@@ -672,12 +672,12 @@ func TestStalledModelList(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"STREAM_IDLE_TIMEOUT": "500ms"})
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["gpt*"]}}`, 200, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
-		c.gone(10 * time.Second)
+		c.waitClosed(10 * time.Second)
 		return false
 	})
-	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.status != 504 || res.code() != "stream_idle" {
+	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.status != 504 || res.errorCode() != "stream_idle" {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 }
@@ -751,7 +751,7 @@ func TestHostileText(t *testing.T) {
 	p := newTest(t, nil)
 	for _, s := range []string{`' OR '1'='1`, `"; DROP TABLE tokens; --`, `%`, `_`, `\`, `{{.}}`, `<script>`, "\u2028", "é\u0301", "a\x00b", "\xff\xfe", "\x1b[2J", strings.Repeat("x", 5000)} {
 		header := strings.Map(func(r rune) rune { return max(r, ' ') }, s)
-		p.refused(s, p.chatAs(header), 401, "invalid_api_key")
+		p.expectRefused(s, p.chatAs(header), 401, "invalid_api_key")
 		quoted, _ := json.Marshal(s)
 		for _, c := range [][3]string{
 			{"POST", "/manage/tokens", `{"project_id":` + string(quoted) + `,"name":"x"}`},
@@ -797,7 +797,7 @@ func TestPolicyOfToken(t *testing.T) {
 		{"/v1/embeddings", `{"model":"gpt-4o-mini","input":"x"}`, "endpoint_not_allowed"},
 		{"/v1/completions", `{"model":"gpt-4o-mini","prompt":"x"}`, "endpoint_not_allowed"},
 	} {
-		p.refused(c.body, p.do("POST", c.path, c.body, "Authorization", "Bearer "+token, "Content-Type", "application/json"), 403, c.code)
+		p.expectRefused(c.body, p.do("POST", c.path, c.body, "Authorization", "Bearer "+token, "Content-Type", "application/json"), 403, c.code)
 	}
 	if a := p.chatAs(token, `"models":null`); a.status != 200 {
 		t.Errorf("models null: %d %s", a.status, a.body)
@@ -812,7 +812,7 @@ func TestWrongTokensLockNobodyOut(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	for range 200 {
-		p.refused("wrong", p.chatAs(p.mint(tokenPrefix)), 401, "invalid_api_key")
+		p.expectRefused("wrong", p.chatAs(p.unknownCredential(tokenPrefix)), 401, "invalid_api_key")
 	}
 	if a := p.chat(); a.status != 200 {
 		t.Errorf("the valid token: %d %s", a.status, a.body)
@@ -825,17 +825,17 @@ func TestStoreDown(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
-	if err := p.in.store.read.Close(); err != nil {
+	if err := p.instance.store.readDB.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for _, token := range []string{p.token, p.mint(tokenPrefix)} {
+	for _, token := range []string{p.token, p.unknownCredential(tokenPrefix)} {
 		a := p.chatAs(token)
-		p.refused("well-formed", a, 503, "store_unavailable")
+		p.expectRefused("well-formed", a, 503, "store_unavailable")
 		if a.header.Get("Retry-After") == "" {
 			t.Error("no Retry-After")
 		}
 	}
-	p.refused("malformed", p.chatAs("sk-x"), 401, "invalid_api_key")
+	p.expectRefused("malformed", p.chatAs("sk-x"), 401, "invalid_api_key")
 	if a := p.manageAs(p.adminKey, "GET", "/manage/projects", ""); a.status != 503 {
 		t.Errorf("/manage: %d %s", a.status, a.body)
 	}
@@ -846,22 +846,22 @@ func TestStoreDown(t *testing.T) {
 func TestUnknownTokensBounded(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	g, now := p.in.registry, time.Now().UnixMilli()
+	g, now := p.instance.registry, time.Now().UnixMilli()
 	var hash [32]byte
-	for i := range maxUnknown + 500 {
+	for i := range maxUnknownHashes + 500 {
 		hash[0], hash[1], hash[2] = byte(i), byte(i>>8), 1
 		if _, _, err := g.lookup(t.Context(), hash, now); err != errUnknownToken {
 			t.Fatal(err)
 		}
-		if len(g.unknown) > maxUnknown {
-			t.Fatalf("%d hashes are kept", len(g.unknown))
+		if len(g.unknownHashes) > maxUnknownHashes {
+			t.Fatalf("%d hashes are kept", len(g.unknownHashes))
 		}
 	}
 	if n := len(g.byID); n > 1 {
 		t.Errorf("%d tokens are live", n)
 	}
 	p.allowErrors = true
-	p.in.store.read.Close() // so that a second look-up would show
+	p.instance.store.readDB.Close() // so that a second look-up would show
 	if _, _, err := g.lookup(t.Context(), hash, now); err != errUnknownToken {
 		t.Errorf("the second time: %v", err)
 	}

@@ -17,65 +17,65 @@ import (
 	"time"
 )
 
-const maxErrorHead = 16 << 10 // of a provider's error that is read, to know what it is
+const maxPeekBytes = 16 << 10 // of a provider's error that is read, to know what it is
 
-// A headBody is an answer's body whose first bytes have been read.
-type headBody struct {
+// A peekedBody is an answer's body whose first bytes have been read.
+type peekedBody struct {
 	io.ReadCloser
-	head  []byte
-	rest  []byte // of head, not yet given out
-	whole bool   // there is nothing after it
+	peeked   []byte
+	unread   []byte // of head, not yet given out
+	complete bool   // there is nothing after it
 }
 
-func (b *headBody) Read(p []byte) (int, error) {
-	if len(b.rest) > 0 {
-		n := copy(p, b.rest)
-		b.rest = b.rest[n:]
+func (b *peekedBody) Read(p []byte) (int, error) {
+	if len(b.unread) > 0 {
+		n := copy(p, b.unread)
+		b.unread = b.unread[n:]
 		return n, nil
 	}
-	if b.whole {
+	if b.complete {
 		return 0, io.EOF
 	}
 	return b.ReadCloser.Read(p)
 }
 
-// errorHead returns the first bytes of a provider's error, and leaves them in
+// peekBody returns the first bytes of a provider's error, and leaves them in
 // its body.
-func errorHead(res *http.Response) []byte {
-	if b, ok := res.Body.(*headBody); ok {
-		return b.head
+func peekBody(res *http.Response) []byte {
+	if b, ok := res.Body.(*peekedBody); ok {
+		return b.peeked
 	}
-	head, err := io.ReadAll(io.LimitReader(res.Body, maxErrorHead))
-	res.Body = &headBody{res.Body, head, head, err == nil && len(head) < maxErrorHead}
+	head, err := io.ReadAll(io.LimitReader(res.Body, maxPeekBytes))
+	res.Body = &peekedBody{res.Body, head, head, err == nil && len(head) < maxPeekBytes}
 	return head
 }
 
-// An eventFault says that a stream failed at its very begin.
-type eventFault struct{ reason string }
+// An streamError says that a stream failed at its very begin.
+type streamError struct{ reason string }
 
-func (e *eventFault) Error() string { return "the stream " + e.reason }
+func (e *streamError) Error() string { return "the stream " + e.reason }
 
-// awaitEvent returns when the stream's first event is there, and leaves all
+// awaitFirstEvent returns when the stream's first event is there, and leaves all
 // that was read in its body. A stream that ends before, or whose first event is
-// an error, is an *eventFault.
-func awaitEvent(res *http.Response) error {
+// an error, is an *streamError.
+func awaitFirstEvent(res *http.Response) error {
 	head := make([]byte, 0, 4<<10)
 	body := res.Body
 	for {
 		n, err := body.Read(head[len(head):cap(head)])
 		head = head[:len(head)+n]
-		if data, ok := firstData(head); ok || len(head) >= maxEvent {
-			if why := eventTrouble(data); ok && why != "" {
+		if data, ok := firstEventData(head); ok || len(head) >= maxEventBytes {
+			if why := eventProblem(data); ok && why != "" {
 				body.Close()
-				return &eventFault{why}
+				return &streamError{why}
 			}
-			res.Body = &headBody{body, head, head, false}
+			res.Body = &peekedBody{body, head, head, false}
 			return nil
 		}
 		if err != nil {
 			body.Close()
 			if err == io.EOF {
-				return &eventFault{"ended before its first event"}
+				return &streamError{"ended before its first event"}
 			}
 			return err
 		}
@@ -85,8 +85,8 @@ func awaitEvent(res *http.Response) error {
 	}
 }
 
-// firstData returns the data of the first event that has any, if it is whole.
-func firstData(b []byte) ([]byte, bool) {
+// firstEventData returns the data of the first event that has any, if it is whole.
+func firstEventData(b []byte) ([]byte, bool) {
 	for {
 		data, n := nextEvent(b)
 		if n == 0 || data != nil {
@@ -119,9 +119,9 @@ func nextEvent(b []byte) (data []byte, n int) {
 	}
 }
 
-// eventTrouble says what is wrong with an event's data, "" if nothing is: an
+// eventProblem says what is wrong with an event's data, "" if nothing is: an
 // error and nothing else, or no JSON at all.
-func eventTrouble(data []byte) string {
+func eventProblem(data []byte) string {
 	var e struct {
 		Type  any
 		Error json.RawMessage
@@ -138,8 +138,8 @@ func eventTrouble(data []byte) string {
 	return ""
 }
 
-// goesUp is the allow-list for request headers. Keys are canonical.
-func goesUp(name string) bool {
+// allowRequestHeader is the allow-list for request headers. Keys are canonical.
+func allowRequestHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
 		return true
@@ -149,13 +149,13 @@ func goesUp(name string) bool {
 	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "X-Stainless-") || strings.HasPrefix(name, "Anthropic-")
 }
 
-// upHeader returns the headers that go to the provider, the key not yet among
+// upstreamHeader returns the headers that go to the provider, the key not yet among
 // them. Those that the client's Connection header names are for this hop only;
 // Content-Type is not the client's to take away.
-func upHeader(in http.Header) http.Header {
+func upstreamHeader(in http.Header) http.Header {
 	out := make(http.Header, 8)
 	for name, values := range in {
-		if goesUp(name) {
+		if allowRequestHeader(name) {
 			out[name] = values
 		}
 	}
@@ -179,10 +179,10 @@ func upHeader(in http.Header) http.Header {
 	return out
 }
 
-// comesDown is the allow-list for answer headers. Keys are canonical. The
+// allowResponseHeader is the allow-list for answer headers. Keys are canonical. The
 // provider's X-Ratelimit-* are not on it: they are the key's, which many tokens
 // share; the token's own stand in their place (proxy_admit.go).
-func comesDown(name string) bool {
+func allowResponseHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
 		"X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry":
@@ -193,57 +193,57 @@ func comesDown(name string) bool {
 	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
 }
 
-// An answerWriter is the http.ResponseWriter that ReverseProxy writes to. Its
+// An responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its
 // header map leads nowhere: nothing reaches the client that expect did not put
 // there, so no 1xx and no trailer does. It has no Hijack and no Unwrap.
-type answerWriter struct {
+type responseWriter struct {
 	s      *proxy
 	c      *call
 	w      http.ResponseWriter
 	header http.Header
 
-	meter      *meter // nil until an answer came
-	keys       keyMask
-	sse        bool
-	providerID string // what the provider calls this request
-	status     int
-	gone       bool // the client did not take them
+	meter             *meter // nil until an answer came
+	keyMask           keyMask
+	sse               bool
+	providerRequestID string // what the provider calls this request
+	status            int
+	clientGone        bool // the client did not take them
 }
 
-func newAnswerWriter(s *proxy, c *call, w http.ResponseWriter) *answerWriter {
-	return &answerWriter{s: s, c: c, w: w, header: http.Header{}}
+func newResponseWriter(s *proxy, c *call, w http.ResponseWriter) *responseWriter {
+	return &responseWriter{s: s, c: c, w: w, header: http.Header{}}
 }
 
-func (a *answerWriter) Header() http.Header { return a.header }
+func (a *responseWriter) Header() http.Header { return a.header }
 
-// expect takes over the head of the provider's answer: what may come down goes
+// prepare takes over the head of the provider's answer: what may come down goes
 // into the client's header.
-func (a *answerWriter) expect(res *http.Response) {
-	a.keys = newKeyMask(a.c.upstream.key())
+func (a *responseWriter) prepare(res *http.Response) {
+	a.keyMask = newKeyMask(a.c.upstream.key())
 	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
 	encoded := res.Header.Get("Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
 	if a.sse = contentType == "text/event-stream"; a.sse {
-		a.s.metrics.streams.Add(1) // until settle
+		a.s.metrics.activeStreams.Add(1) // until settle
 	}
 	if res.StatusCode >= 400 || !a.sse && contentType != "application/json" && !opaque {
 		kind = meterNone // an error is not billed; audio and the like say nothing
 	}
-	a.meter = newMeter(kind, a.sse, opaque, a.c.stripped)
+	a.meter = newMeter(kind, a.sse, opaque, a.c.usageAdded)
 
 	to := a.w.Header()
 	for name, values := range res.Header {
-		if comesDown(name) && !a.keys.in(values) {
+		if allowResponseHeader(name) && !a.keyMask.containsKey(values) {
 			to[name] = values
 			if name == "X-Request-Id" || name == "Request-Id" {
-				a.providerID = clip(values[0], 128)
+				a.providerRequestID = clip(values[0], 128)
 			}
 		}
 	}
 	if _, ok := to["Content-Type"]; !ok {
 		to["Content-Type"] = nil // net/http would guess one from the body
 	}
-	if a.c.stripped && a.sse {
+	if a.c.usageAdded && a.sse {
 		to.Del("Content-Length")
 	}
 	if a.c.project.routing.ShowUpstream {
@@ -278,7 +278,7 @@ func mediaType(header string) string {
 }
 
 // WriteHeader sends the head to the client.
-func (a *answerWriter) WriteHeader(status int) {
+func (a *responseWriter) WriteHeader(status int) {
 	if status < 200 || a.status != 0 {
 		return
 	}
@@ -289,11 +289,11 @@ func (a *answerWriter) WriteHeader(status int) {
 
 // Write passes bytes of the answer on. It reports them all as written even
 // where an event is held back, so that ReverseProxy goes on.
-func (a *answerWriter) Write(p []byte) (int, error) {
-	rest := a.meter.pass(a.keys.pass(p))
-	a.c.watch.answered.Add(int64(len(p)))
+func (a *responseWriter) Write(p []byte) (int, error) {
+	rest := a.meter.process(a.keyMask.redact(p))
+	a.c.progress.bytesRelayed.Add(int64(len(p)))
 	if a.sse {
-		a.c.watch.output.Store(max(a.meter.counts.output, a.meter.estimateOutput()))
+		a.c.progress.outputTokens.Store(max(a.meter.counts.output, a.meter.estimateOutput()))
 	}
 	if err := a.send(rest); err != nil {
 		return 0, err
@@ -301,55 +301,55 @@ func (a *answerWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (a *answerWriter) send(p []byte) error {
+func (a *responseWriter) send(p []byte) error {
 	if len(p) == 0 {
-		a.s.running.enter(a.c, phaseRelaying)
+		a.s.running.setPhase(a.c, phaseRelaying)
 		return nil
 	}
-	a.c.kept.answered(p)
-	a.s.running.enter(a.c, phaseWriting)
+	a.c.storedContent.addResponse(p)
+	a.s.running.setPhase(a.c, phaseWriting)
 	if _, err := a.w.Write(p); err != nil {
-		a.gone = true
+		a.clientGone = true
 		return err
 	}
-	a.s.running.enter(a.c, phaseRelaying)
+	a.s.running.setPhase(a.c, phaseRelaying)
 	return nil
 }
 
 // FlushError lets ReverseProxy push each event out at once.
-func (a *answerWriter) FlushError() error {
+func (a *responseWriter) FlushError() error {
 	if a.status == 0 {
 		return nil
 	}
-	a.s.running.enter(a.c, phaseWriting)
+	a.s.running.setPhase(a.c, phaseWriting)
 	err := a.c.controller.Flush()
 	if err != nil {
-		a.gone = true
+		a.clientGone = true
 	}
-	a.s.running.enter(a.c, phaseRelaying)
+	a.s.running.setPhase(a.c, phaseRelaying)
 	return err
 }
 
 // finish sends what is still held when the answer is complete.
-func (a *answerWriter) finish() {
+func (a *responseWriter) finish() {
 	if a.status == 0 {
 		return
 	}
-	if rest := a.keys.end(); len(rest) > 0 {
-		_ = a.send(a.meter.pass(rest))
+	if rest := a.keyMask.flush(); len(rest) > 0 {
+		_ = a.send(a.meter.process(rest))
 	}
-	_ = a.send(a.meter.end())
+	_ = a.send(a.meter.finish())
 }
 
 // A keyMask replaces a provider key in an answer by asterisks, also where it is
 // cut in two by the network: no answer may carry the key to a client, whatever
 // a provider echoes.
 type keyMask struct {
-	key  []byte
-	rare int    // the index of a byte of the key that answers seldom have: the search goes by it
-	held []byte // the end of what came, if a key may begin there
-	out  []byte // what pass returned last, when it had to join
-	seen bool   // a key was found
+	key   []byte
+	rare  int    // the index of a byte of the key that answers seldom have: the search goes by it
+	carry []byte // the end of what came, if a key may begin there
+	out   []byte // what pass returned last, when it had to join
+	found bool   // a key was found
 }
 
 func newKeyMask(key string) keyMask {
@@ -375,36 +375,36 @@ func (m *keyMask) find(p []byte, at int) int {
 	return -1
 }
 
-// in reports whether a header's values hold the key.
-func (m *keyMask) in(values []string) bool {
+// containsKey reports whether a header's values hold the key.
+func (m *keyMask) containsKey(values []string) bool {
 	for _, v := range values {
 		if strings.Contains(v, string(m.key)) {
-			m.seen = true
+			m.found = true
 			return true
 		}
 	}
 	return false
 }
 
-// pass returns what of p, and of what was held, can go on. It may write to p.
-func (m *keyMask) pass(p []byte) []byte {
+// redact returns what of p, and of what was held, can go on. It may write to p.
+func (m *keyMask) redact(p []byte) []byte {
 	if len(m.key) == 0 {
 		return p
 	}
-	if len(m.held) > 0 {
-		m.out = append(append(m.out[:0], m.held...), p...)
-		m.held, p = m.held[:0], m.out
+	if len(m.carry) > 0 {
+		m.out = append(append(m.out[:0], m.carry...), p...)
+		m.carry, p = m.carry[:0], m.out
 	}
 	at := 0 // what is before it has been looked at
 	for i := m.find(p, at); i >= 0; i = m.find(p, at) {
-		m.seen = true
+		m.found = true
 		at = i + len(m.key)
 		copy(p[i:at], bytes.Repeat([]byte{'*'}, len(m.key)))
 	}
 	tail := p[max(at, len(p)-len(m.key)+1):]
 	for i := bytes.IndexByte(tail, m.key[0]); i >= 0; {
 		if bytes.HasPrefix(m.key, tail[i:]) {
-			m.held = append(m.held, tail[i:]...)
+			m.carry = append(m.carry, tail[i:]...)
 			return p[:len(p)-len(tail)+i]
 		}
 		next := bytes.IndexByte(tail[i+1:], m.key[0])
@@ -416,15 +416,15 @@ func (m *keyMask) pass(p []byte) []byte {
 	return p
 }
 
-// end returns what was held and turned out not to be a key.
-func (m *keyMask) end() []byte { return m.held }
+// flush returns what was held and turned out not to be a key.
+func (m *keyMask) flush() []byte { return m.carry }
 
-// maxVerified bounds a stream that is held. It counts as BODY_MEMORY.
-const maxVerified = 16 << 20
+// maxBufferedStream bounds a stream that is held. It counts as BODY_MEMORY.
+const maxBufferedStream = 16 << 20
 
-// wantsVerified reports whether the call's stream is to be held: the client says
+// wantsBufferedStream reports whether the call's stream is to be held: the client says
 // so, or its project does and the client does not say otherwise.
-func wantsVerified(h http.Header, p *projectState) (bool, error) {
+func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	switch v := h["X-Llm-Proxy-Stream"]; {
 	case len(v) == 0:
 		return p.routing.VerifiedStreams, nil
@@ -434,10 +434,10 @@ func wantsVerified(h http.Header, p *projectState) (bool, error) {
 	return false, badRequest("invalid_value", "X-LLM-Proxy-Stream", "X-LLM-Proxy-Stream must be verified or plain.")
 }
 
-// hold reads a stream to its end and leaves it in the answer's body, whole. A
+// bufferStream reads a stream to its end and leaves it in the answer's body, whole. A
 // stream that is cut, has an event that is an error or no JSON, or lacks its end
 // is an error, and nothing of it is left. alive is called with each read.
-func (t *tries) hold(res *http.Response, alive func()) (err error) {
+func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 	body := res.Body
 	defer body.Close()
 	held := int64(0)
@@ -448,7 +448,7 @@ func (t *tries) hold(res *http.Response, alive func()) (err error) {
 	}()
 	plain := res.Header.Get("Content-Encoding") == "" // else its events cannot be read, only its end
 	var all []byte
-	look := eventLook{}
+	look := eventScanner{}
 	m := newMeter(t.c.endpoint.meter, true, !plain, false)
 	for {
 		if len(all) == cap(all) {
@@ -459,16 +459,16 @@ func (t *tries) hold(res *http.Response, alive func()) (err error) {
 			held = int64(cap(all))
 		}
 		n, err := body.Read(all[len(all):cap(all)])
-		m.pass(all[len(all) : len(all)+n])
+		m.process(all[len(all) : len(all)+n])
 		all = all[:len(all)+n]
-		t.c.watch.output.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for what nobody has seen yet too
+		t.c.progress.outputTokens.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for what nobody has seen yet too
 		alive()
-		if len(all) > maxVerified {
+		if len(all) > maxBufferedStream {
 			return &apiError{status: http.StatusBadGateway, code: "stream_too_large", noRetry: true,
-				msg: "The stream is larger than the " + strconv.Itoa(maxVerified>>20) + " MiB that are held; ask for it with X-LLM-Proxy-Stream: plain."}
+				msg: "The stream is larger than the " + strconv.Itoa(maxBufferedStream>>20) + " MiB that are held; ask for it with X-LLM-Proxy-Stream: plain."}
 		}
-		if why := look.read(all); plain && why != "" {
-			return &eventFault{why}
+		if why := look.scan(all); plain && why != "" {
+			return &streamError{why}
 		}
 		if err == io.EOF {
 			break
@@ -479,17 +479,17 @@ func (t *tries) hold(res *http.Response, alive func()) (err error) {
 	}
 	// Some compatible providers never send an end mark. Where nobody else is left to
 	// ask, a reason to finish is as good.
-	if m.end(); plain && t.c.endpoint.endMarked() && !m.done && (!look.finished || t.spare()) {
-		return &eventFault{"ended without its end mark"}
+	if m.finish(); plain && t.c.endpoint.hasEndMarker() && !m.done && (!look.finished || t.hasAlternative()) {
+		return &streamError{"ended without its end mark"}
 	}
-	t.c.held += held
-	res.Body = &headBody{http.NoBody, all, all, true}
+	t.c.bodyReserved += held
+	res.Body = &peekedBody{http.NoBody, all, all, true}
 	return nil
 }
 
-// holding is how long a stream that is held may stand still.
-func (t *tries) holding(patience time.Duration) time.Duration {
-	switch own := time.Duration(t.at.settings.IdleMS) * time.Millisecond; {
+// bufferIdleTimeout is how long a stream that is held may stand still.
+func (t *attempts) bufferIdleTimeout(patience time.Duration) time.Duration {
+	switch own := time.Duration(t.current.settings.IdleMS) * time.Millisecond; {
 	case own > 0:
 		return own
 	case patience > 0:
@@ -498,27 +498,27 @@ func (t *tries) holding(patience time.Duration) time.Duration {
 	return t.s.cfg.streamIdleTimeout
 }
 
-// An eventLook reads the events of a stream that grows.
-type eventLook struct {
-	at       int  // so far they have been read
-	seen     int  // so far there was no end of a line since then
+// An eventScanner reads the events of a stream that grows.
+type eventScanner struct {
+	offset   int  // so far they have been read
+	scanned  int  // so far there was no end of a line since then
 	finished bool // an event said why the answer ends
 }
 
-// read looks at the events that have come to their end since it was last called,
+// scan looks at the events that have come to their end since it was last called,
 // and says what is wrong with the stream, "" if nothing is.
-func (l *eventLook) read(stream []byte) string {
-	fresh := stream[l.seen:]
-	if l.seen = len(stream); !bytes.ContainsAny(fresh, "\r\n") {
+func (l *eventScanner) scan(stream []byte) string {
+	fresh := stream[l.scanned:]
+	if l.scanned = len(stream); !bytes.ContainsAny(fresh, "\r\n") {
 		return "" // of a large event: looking at all of it each time would take long
 	}
 	for {
-		data, n := nextEvent(stream[l.at:])
+		data, n := nextEvent(stream[l.offset:])
 		if n == 0 {
 			return ""
 		}
-		l.at += n
-		if why := eventTrouble(data); why != "" {
+		l.offset += n
+		if why := eventProblem(data); why != "" {
 			return why
 		}
 		var e struct {
@@ -528,7 +528,7 @@ func (l *eventLook) read(stream []byte) string {
 			Type     any
 			Response struct{ Error struct{ Code any } }
 		}
-		_ = json.Unmarshal(data, &e) // eventTrouble has seen that it is JSON
+		_ = json.Unmarshal(data, &e) // eventProblem has seen that it is JSON
 		if code := e.Response.Error.Code; e.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded") {
 			return "has an error in it" // others are the call's own fault, and would be again
 		}

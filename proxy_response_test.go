@@ -37,14 +37,14 @@ func TestConnectionHeader(t *testing.T) {
 		"Connection: close, openai-beta, user-agent, x-api-key\r\n",
 		"Connection: keep-alive\r\nKeep-Alive: timeout=1\r\nProxy-Connection: authorization\r\n",
 	} {
-		before := len(p.provider.got())
-		got := p.raw(p.rawChat(lines+"User-Agent: sdk\r\nOpenAI-Beta: b\r\nConnection: close\r\n", chatBody()))
+		before := len(p.provider.received())
+		got := p.sendRaw(p.rawChatRequest(lines+"User-Agent: sdk\r\nOpenAI-Beta: b\r\nConnection: close\r\n", chatBody()))
 		if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
 			t.Errorf("%q: got %q", lines, got)
 			continue
 		}
-		r := p.provider.last(t)
-		if len(p.provider.got()) != before+1 || r.header.Get("Authorization") != "Bearer "+p.provider.key || r.header.Get("Content-Type") != "application/json" || r.body != chatBody() {
+		r := p.provider.lastRequest(t)
+		if len(p.provider.received()) != before+1 || r.header.Get("Authorization") != "Bearer "+p.provider.key || r.header.Get("Content-Type") != "application/json" || r.body != chatBody() {
 			t.Errorf("%q: the provider got %s", lines, strings.ReplaceAll(r.head, p.provider.key, "KEY"))
 		}
 		taken := strings.Contains(lines, "openai-beta")
@@ -67,18 +67,18 @@ func TestDeniedHeaders(t *testing.T) {
 		"X-Amz-Security-Token", "X-Openai-Organization", "Http2-Settings", "Keep-Alive", "Sec-Websocket-Key", "X-Llm-Proxy-Request-Id", "Api_Key", "Host_"} {
 		lines.WriteString(name + ": denied-value\r\n")
 	}
-	if got := p.raw(p.rawChat(lines.String()+"Connection: close\r\n", chatBody())); !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+	if got := p.sendRaw(p.rawChatRequest(lines.String()+"Connection: close\r\n", chatBody())); !strings.HasPrefix(got, "HTTP/1.1 200 ") {
 		t.Fatalf("got %q", got)
 	}
 	var names []string
-	for name := range p.provider.last(t).header {
+	for name := range p.provider.lastRequest(t).header {
 		names = append(names, name)
 	}
 	slices.Sort(names)
 	if want := []string{"Authorization", "Content-Length", "Content-Type", "Host"}; !slices.Equal(names, want) {
 		t.Errorf("the provider got the headers %v, want %v", names, want)
 	}
-	if h := p.provider.last(t).head; strings.Contains(h, "denied") {
+	if h := p.provider.lastRequest(t).head; strings.Contains(h, "denied") {
 		t.Errorf("the provider got %s", strings.ReplaceAll(h, p.provider.key, "KEY"))
 	}
 }
@@ -89,8 +89,8 @@ func TestAccountHeadersAreTheUpstreams(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"organization":"org-ours","openai_project":"proj-ours"}`, 200, nil)
-	p.call("Authorization", "Bearer "+p.token, "OpenAI-Organization", "org-theirs", "OpenAI-Project", "proj-theirs")
-	if h := p.provider.last(t).header; strings.Join(h["Openai-Organization"], ",") != "org-ours" || strings.Join(h["Openai-Project"], ",") != "proj-ours" {
+	p.chatWithHeaders("Authorization", "Bearer "+p.token, "OpenAI-Organization", "org-theirs", "OpenAI-Project", "proj-theirs")
+	if h := p.provider.lastRequest(t).header; strings.Join(h["Openai-Organization"], ",") != "org-ours" || strings.Join(h["Openai-Project"], ",") != "proj-ours" {
 		t.Errorf("the provider got %v %v", h["Openai-Organization"], h["Openai-Project"])
 	}
 }
@@ -103,16 +103,16 @@ func TestMalformedHeaders(t *testing.T) {
 		"X Y: 1\r\n", ": empty\r\n", "no colon\r\n", "Bäd: 1\r\n", "X-A : 1\r\n", "X-A: a\x00b\r\n", "X-A: a\x7fb\r\n", "X-A: a\rb\r\n", "Host: y\r\n",
 		"Content-Type: text/plain\r\n", "Content-Type: application/json\r\n", "content-encoding: identity\r\nContent-Encoding: gzip\r\n",
 	} {
-		got := p.raw(p.rawChat(line+"Connection: close\r\n", chatBody()))
+		got := p.sendRaw(p.rawChatRequest(line+"Connection: close\r\n", chatBody()))
 		if !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 			t.Errorf("%q: got %.200q", line, got)
 		}
 	}
-	if n := len(p.provider.got()); n > 0 {
+	if n := len(p.provider.received()); n > 0 {
 		t.Errorf("the provider got %d requests", n)
 	}
 	for _, size := range []string{"X-A: " + strings.Repeat("a", 70<<10) + "\r\n", strings.Repeat("X-A: 1\r\n", 10_000), "Cookie: " + strings.Repeat("a=b; ", 14_000) + "\r\n"} {
-		if got := p.raw(p.rawChat(size, chatBody())); got != "" && !strings.HasPrefix(got, "HTTP/1.1 431 ") {
+		if got := p.sendRaw(p.rawChatRequest(size, chatBody())); got != "" && !strings.HasPrefix(got, "HTTP/1.1 431 ") {
 			t.Errorf("%d bytes of headers: got %.200q", len(size), got)
 		}
 	}
@@ -128,26 +128,26 @@ func TestNoUpgrade(t *testing.T) {
 		"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
 		"Upgrade: anything\r\n", "Connection: upgrade\r\nupgrade: \t x\r\n", "Upgrade: \r\nUpgrade: h2c\r\nConnection: Upgrade\r\n",
 	} {
-		got := p.raw(p.rawChat(lines+"Connection: close\r\n", chatBody()) + "GET /tunnel HTTP/1.1\r\nHost: x\r\n\r\n")
+		got := p.sendRaw(p.rawChatRequest(lines+"Connection: close\r\n", chatBody()) + "GET /tunnel HTTP/1.1\r\nHost: x\r\n\r\n")
 		if !strings.HasPrefix(got, "HTTP/1.1 400 ") || !strings.Contains(got, "upgrade_not_supported") {
 			t.Errorf("%q: got %q", lines, got)
 		}
 	}
-	if n := len(p.provider.got()); n > 0 {
+	if n := len(p.provider.received()); n > 0 {
 		t.Fatalf("the provider got %d requests", n)
 	}
-	if got := p.raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); !strings.HasPrefix(got, "HTTP/1.1 ") {
+	if got := p.sendRaw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); !strings.HasPrefix(got, "HTTP/1.1 ") {
 		t.Errorf("HTTP/2 without TLS: got %q", got)
 	}
 	for _, head := range []string{
 		"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
 		"HTTP/1.1 101 Switching Protocols\r\n\r\n", "HTTP/1.1 101 X\r\nUpgrade: h2c\r\n\r\n",
 	} {
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			_, _ = io.WriteString(c, head+"bytes of a tunnel")
-			return !c.gone(0)
+			return !c.waitClosed(0)
 		})
-		got := p.raw(p.rawChat("Connection: close\r\n", chatBody()) + "more bytes")
+		got := p.sendRaw(p.rawChatRequest("Connection: close\r\n", chatBody()) + "more bytes")
 		if !strings.HasPrefix(got, "HTTP/1.1 502 ") || strings.Contains(got, "tunnel") || strings.Contains(got, "101 ") {
 			t.Errorf("%q: got %q", head, got)
 		}
@@ -159,14 +159,14 @@ func TestNoUpgrade(t *testing.T) {
 func TestEarlyHints(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		for range 3 {
 			_, _ = io.WriteString(c, "HTTP/1.1 103 Early Hints\r\nSet-Cookie: canary=1\r\nOpenAI-Organization: canary\r\nX-Canary: 1\r\nOpenAI-Canary: 1\r\nX-Request-Id: canary\r\n\r\n")
 		}
 		_, _ = io.WriteString(c, "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
-		return c.reply(200, chatAnswer)
+		return c.reply(200, chatResponseBody)
 	})
-	got := p.raw(p.rawChat("Connection: close\r\n", chatBody()))
+	got := p.sendRaw(p.rawChatRequest("Connection: close\r\n", chatBody()))
 	if !strings.HasPrefix(got, "HTTP/1.1 200 ") || strings.Count(got, "HTTP/1.1 ") != 1 || strings.Contains(strings.ToLower(got), "canary") {
 		t.Errorf("got %q", got)
 	}
@@ -186,11 +186,11 @@ func TestNoTrailers(t *testing.T) {
 	p := newTest(t, nil)
 	for _, announce := range []string{"", "Trailer: X-Canary, Set-Cookie\r\n", "Trailer: OpenAI-Canary\r\n"} {
 		for _, kind := range []string{"text/event-stream", "application/json"} {
-			p.provider.answer(func(c *providerConn, _ recorded) bool {
+			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 				_, err := fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%sTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Canary: 1\r\nSet-Cookie: canary=1\r\nOpenAI-Canary: canary\r\n\r\n", kind, announce)
 				return err == nil
 			})
-			got := p.raw(p.rawChat("TE: trailers\r\nConnection: close\r\n", chatBody()))
+			got := p.sendRaw(p.rawChatRequest("TE: trailers\r\nConnection: close\r\n", chatBody()))
 			if !strings.HasPrefix(got, "HTTP/1.1 200 ") || strings.Contains(strings.ToLower(got), "canary") || !strings.Contains(got, "{}") {
 				t.Errorf("%q %s: got %q", announce, kind, got)
 			}
@@ -198,11 +198,11 @@ func TestNoTrailers(t *testing.T) {
 	}
 }
 
-// TestAnswerHeaders: an allow-list, and no type where the provider gave none.
-func TestAnswerHeaders(t *testing.T) {
+// TestResponseHeaders: an allow-list, and no type where the provider gave none.
+func TestResponseHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		return c.reply(200, "<html><script>", "content-type: application/json", "Set-Cookie: a=b", "Server: x", "Via: x", "OpenAI-Organization: o", "openai-project: p",
 			"Anthropic-Organization-Id: o", "Alt-Svc: h3=\":443\"", "Strict-Transport-Security: max-age=1", "Access-Control-Allow-Origin: *", "Clear-Site-Data: *",
 			"Location: http://evil/", "WWW-Authenticate: Basic", "Content-Security-Policy: x", "Refresh: 0;url=http://evil/", "Link: <x>", "X-Accel-Redirect: /etc",
@@ -224,7 +224,7 @@ func TestAnswerHeaders(t *testing.T) {
 	if a.header.Get("X-Request-Id") != "theirs" || a.header.Get("X-Llm-Proxy-Request-Id") == "mine" || a.header.Get("Cache-Control") != "no-store" || a.header.Get("X-Content-Type-Options") != "nosniff" {
 		t.Errorf("got %v", a.header)
 	}
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		_, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n<html><script>")
 		return err == nil
 	})
@@ -255,11 +255,11 @@ func TestNoRedirect(t *testing.T) {
 		}
 	}()
 	for _, status := range []int{300, 301, 302, 303, 304, 307, 308} {
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			_, err := fmt.Fprintf(c, "HTTP/1.1 %d X\r\nLocation: http://%s/v1/chat/completions\r\nContent-Length: 0\r\n\r\n", status, evil.Addr())
 			return err == nil
 		})
-		if a := p.chat(); a.status != 502 || a.code() != "upstream_protocol_error" || a.header.Get("Location") != "" || a.header.Get("X-Should-Retry") != "false" {
+		if a := p.chat(); a.status != 502 || a.errorCode() != "upstream_protocol_error" || a.header.Get("Location") != "" || a.header.Get("X-Should-Retry") != "false" {
 			t.Errorf("%d: got %d %s %v", status, a.status, a.body, a.header)
 		}
 	}
@@ -295,7 +295,7 @@ func TestNoCrossOrigin(t *testing.T) {
 // it the right-most address that is not theirs.
 func TestClientAddress(t *testing.T) {
 	t.Parallel()
-	s := &addressReader{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
+	s := &addressReader{isTrustedProxy: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
 	for _, c := range []struct {
 		peer  string
 		lines []string
@@ -325,12 +325,12 @@ func TestClientAddress(t *testing.T) {
 		}
 	}
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.0/8"})
-	p.call("Authorization", "Bearer "+p.token, "X-Forwarded-For", "6.6.6.6, 198.51.100.7")
+	p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-Forwarded-For", "6.6.6.6, 198.51.100.7")
 	if row := p.lastCall(); row.Address != "198.51.100.7" {
 		t.Errorf("the ledger has the address %s", row.Address)
 	}
 	p = newTest(t, nil)
-	p.call("Authorization", "Bearer "+p.token, "X-Forwarded-For", "198.51.100.7")
+	p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-Forwarded-For", "198.51.100.7")
 	if row := p.lastCall(); row.Address != "127.0.0.1" {
 		t.Errorf("the ledger has the address %s", row.Address)
 	}
@@ -342,7 +342,7 @@ func FuzzClientAddress(f *testing.F) {
 	f.Add("10.0.0.1:1", "1.2.3.4, 10.0.0.2", "6.6.6.6")
 	f.Add("[fd00::1%x]:1", "::1%2, ", "")
 	f.Add("9.9.9.9:1", "1.2.3.4", "\n")
-	s := &addressReader{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
+	s := &addressReader{isTrustedProxy: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 	f.Fuzz(func(t *testing.T, peer, one, two string) {
 		got := s.clientAddress(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {one, two}}})
 		host, _, err := net.SplitHostPort(peer)
@@ -383,8 +383,8 @@ func TestStreamEventsPassAtOnce(t *testing.T) {
 		events = append([]string{comment}, events...)
 	}
 	for _, asked := range []bool{true, false} { // with and without the usage event being looked for
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
-			c.sse()
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			c.beginSSE()
 			for i, e := range events {
 				if c.chunk(e) != nil {
 					return false
@@ -410,7 +410,7 @@ func TestStreamEventsPassAtOnce(t *testing.T) {
 			}
 			got <- struct{}{}
 		}
-		if rest, err := s.rest(); rest != "" || err != nil {
+		if rest, err := s.readAll(); rest != "" || err != nil {
 			t.Errorf("after the last event: %q, %v", rest, err)
 		}
 	}
@@ -455,8 +455,8 @@ func TestStreamBytes(t *testing.T) {
 			if how == "one byte" && len(test.stream) > 10_000 {
 				continue
 			}
-			p.provider.answer(func(c *providerConn, _ recorded) bool {
-				c.sse()
+			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+				c.beginSSE()
 				for rest := test.stream; rest != ""; {
 					n := min(size(), len(rest))
 					if c.chunk(rest[:n]) != nil {
@@ -486,8 +486,8 @@ func TestStreamBigEvent(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	big := `data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", 16<<20) + `"}}]}` + "\n\n"
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(big)
 		_ = c.chunk(strings.Join(chatEvents(true), ""))
 		return c.chunk("") == nil
@@ -511,8 +511,8 @@ func TestNeverLieAboutAStream(t *testing.T) {
 		fmt.Fprintf(&chunks, "%x\r\n%s\r\n", len(e), e)
 	}
 	answers := []struct{ name, raw, body, members string }{
-		{"unary", head + "application/json\r\nContent-Length: " + fmt.Sprint(len(chatAnswer)) + "\r\n\r\n" + chatAnswer, chatAnswer, `"n":1`},
-		{"unary in chunks", head + "application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(chatAnswer), chatAnswer), chatAnswer, `"n":1`},
+		{"unary", head + "application/json\r\nContent-Length: " + fmt.Sprint(len(chatResponseBody)) + "\r\n\r\n" + chatResponseBody, chatResponseBody, `"n":1`},
+		{"unary in chunks", head + "application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(chatResponseBody), chatResponseBody), chatResponseBody, `"n":1`},
 		{"stream", head + "text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks.String() + "0\r\n\r\n",
 			strings.Join(chatEvents(true), ""), `"stream":true,"stream_options":{"include_usage":true}`},
 	}
@@ -522,7 +522,7 @@ func TestNeverLieAboutAStream(t *testing.T) {
 				t.Parallel()
 				p := newTest(t, nil)
 				for k := 0; k < len(a.raw); k += step {
-					p.provider.answer(func(c *providerConn, _ recorded) bool {
+					p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 						_, _ = io.WriteString(c, a.raw[:k])
 						if how == "RST" {
 							return c.reset()
@@ -531,7 +531,7 @@ func TestNeverLieAboutAStream(t *testing.T) {
 					})
 					res := p.chat(a.members)
 					switch {
-					case res.err == nil && res.status == 502 && res.code() == "upstream_unreachable" && k < strings.Index(a.raw, "\r\n\r\n")+4+1:
+					case res.err == nil && res.status == 502 && res.errorCode() == "upstream_unreachable" && k < strings.Index(a.raw, "\r\n\r\n")+4+1:
 					case res.err != nil && strings.HasPrefix(a.body, res.body):
 					case how == "RST" && res.status == 502: // the reset overtook the bytes before it
 					default:
@@ -556,13 +556,13 @@ func TestClientGone(t *testing.T) {
 	events := chatEvents(true)
 	for k := range len(events) {
 		sent, gone := make(chan struct{}), make(chan bool, 1)
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			if k > 0 {
-				c.sse()
+				c.beginSSE()
 				_ = c.chunk(strings.Join(events[:k], ""))
 			}
 			close(sent)
-			gone <- c.gone(5 * time.Second)
+			gone <- c.waitClosed(5 * time.Second)
 			return false
 		})
 		ctx, leave := context.WithCancel(t.Context())
@@ -604,8 +604,8 @@ func TestClientGone(t *testing.T) {
 func TestClientShutsItsSide(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { c.gone(5 * time.Second); return false })
-	if got := p.rawThenShut(p.rawChat("", chatBody())); got != "" {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { c.waitClosed(5 * time.Second); return false })
+	if got := p.sendRawHalfClose(p.rawChatRequest("", chatBody())); got != "" {
 		t.Errorf("the client got %q", got)
 	}
 	if row := p.lastCall(); row.Outcome != "client_gone" || row.Status != 499 {
@@ -617,15 +617,19 @@ func TestClientShutsItsSide(t *testing.T) {
 func TestStreamOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, chatAnswer) })
-	if res := p.chat(`"stream":true`); res.body != chatAnswer || res.header.Get("Content-Type") != "application/json" {
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, chatResponseBody) })
+	if res := p.chat(`"stream":true`); res.body != chatResponseBody || res.header.Get("Content-Type") != "application/json" {
 		t.Errorf("JSON for a stream: %+v", res)
 	}
 	if row := p.lastCall(); row.Outcome != "ok" || row.UsageSource != "exact" || row.OutputTokens != 3 {
 		t.Errorf("JSON for a stream: the ledger has %+v", row)
 	}
 	stream := strings.Join(chatEvents(true), "")
-	p.provider.answer(func(c *providerConn, _ recorded) bool { c.sse(); _ = c.chunk(stream); return c.chunk("") == nil })
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(stream)
+		return c.chunk("") == nil
+	})
 	if res := p.chat(); res.body != stream {
 		t.Errorf("a stream for JSON: %+v", res)
 	}
@@ -640,11 +644,11 @@ func TestStreamCompressed(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	got := make(chan struct{})
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if r.header.Get("Accept-Encoding") != "" {
 			return c.reply(400, "{}") // the client's wish goes no further
 		}
-		c.sse("Content-Encoding: gzip")
+		c.beginSSE("Content-Encoding: gzip")
 		var b bytes.Buffer
 		z := gzip.NewWriter(&b)
 		for _, e := range chatEvents(false) {
@@ -691,16 +695,16 @@ func TestStreamFraming(t *testing.T) {
 	p := newTest(t, nil)
 	want := strings.Join(chatEvents(false), "")
 	body := chatBody(`"stream":true`)
-	old := p.raw(strings.Replace(p.rawChat("", body), "HTTP/1.1", "HTTP/1.0", 1))
+	old := p.sendRaw(strings.Replace(p.rawChatRequest("", body), "HTTP/1.1", "HTTP/1.0", 1))
 	if head, rest, _ := strings.Cut(old, "\r\n\r\n"); rest != want || strings.Contains(strings.ToLower(head), "chunked") {
 		t.Errorf("HTTP/1.0: got %q", old)
 	}
-	if once := p.raw(p.rawChat("Connection: close\r\n", body)); !strings.HasSuffix(once, "0\r\n\r\n") || !strings.Contains(once, "Connection: close") {
+	if once := p.sendRaw(p.rawChatRequest("Connection: close\r\n", body)); !strings.HasSuffix(once, "0\r\n\r\n") || !strings.Contains(once, "Connection: close") {
 		t.Errorf("without keep-alive: got %q", once)
 	}
-	hs := httptest.NewUnstartedServer(p.in.server.routes())
+	hs := httptest.NewUnstartedServer(p.instance.server.routes())
 	hs.EnableHTTP2 = true
-	hs.Config.ErrorLog = p.in.server.quietLog
+	hs.Config.ErrorLog = p.instance.server.httpErrorLog
 	hs.StartTLS()
 	defer hs.Close()
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: hs.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}, ForceAttemptHTTP2: true}}
@@ -725,8 +729,8 @@ func TestStreamFraming(t *testing.T) {
 	if got, err := call(); got != want || err != nil {
 		t.Errorf("HTTP/2: got %q, %v", got, err)
 	}
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
 		return false
 	})
@@ -776,7 +780,7 @@ func (p *testProxy) openStream(ctx context.Context, token, members string) (*cli
 	seen := io.TeeReader(res.Body, writerFunc(func(b []byte) (int, error) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		return p.seen.Write(b)
+		return p.clientOutput.Write(b)
 	}))
 	return &clientStream{p, res.Body, bufio.NewReader(seen)}, nil
 }
@@ -792,20 +796,20 @@ func (s *clientStream) read(n int) (string, error) {
 	return string(b[:n]), err
 }
 
-// rest returns all that is still to come, with how it ended: nil is a clean end.
-func (s *clientStream) rest() (string, error) {
+// readAll returns all that is still to come, with how it ended: nil is a clean end.
+func (s *clientStream) readAll() (string, error) {
 	b, err := io.ReadAll(s.r)
 	return string(b), err
 }
 
-// masked passes chunks through a mask for key and returns all that comes out.
-func masked(key string, chunks ...[]byte) (string, bool) {
+// maskChunks passes chunks through a mask for key and returns all that comes out.
+func maskChunks(key string, chunks ...[]byte) (string, bool) {
 	m := newKeyMask(key)
 	var out []byte
 	for _, c := range chunks {
-		out = append(out, m.pass(bytes.Clone(c))...)
+		out = append(out, m.redact(bytes.Clone(c))...)
 	}
-	return string(append(out, m.end()...)), m.seen
+	return string(append(out, m.flush()...)), m.found
 }
 
 func TestKeyMask(t *testing.T) {
@@ -827,13 +831,13 @@ func TestKeyMask(t *testing.T) {
 		in := []byte(c.in)
 		for i := range len(in) + 1 { // every way to cut it in three
 			for j := i; j <= len(in); j++ {
-				if got, seen := masked(key, in[:i], in[i:j], in[j:]); got != c.want || seen != (c.in != c.want) {
+				if got, seen := maskChunks(key, in[:i], in[i:j], in[j:]); got != c.want || seen != (c.in != c.want) {
 					t.Fatalf("%q cut at %d and %d: got %q, seen %v; want %q", c.in, i, j, got, seen, c.want)
 				}
 			}
 		}
 	}
-	if got, _ := masked("", []byte("abc")); got != "abc" {
+	if got, _ := maskChunks("", []byte("abc")); got != "abc" {
 		t.Errorf("without a key: got %q", got)
 	}
 }
@@ -849,7 +853,7 @@ func FuzzKeyMask(f *testing.F) {
 			t.Skip()
 		}
 		in = append(in, between+key+between+key[:len(key)-1]...)
-		whole, seen := masked(key, in)
+		whole, seen := maskChunks(key, in)
 		if strings.Contains(whole, key) || !seen || len(whole) != len(in) {
 			t.Fatalf("%q became %q", in, whole)
 		}
@@ -870,7 +874,7 @@ func FuzzKeyMask(f *testing.F) {
 			}
 			chunks, rest = append(chunks, rest[:n]), rest[n:]
 		}
-		if cut, _ := masked(key, append(chunks, rest)...); cut != whole {
+		if cut, _ := maskChunks(key, append(chunks, rest)...); cut != whole {
 			t.Fatalf("in pieces %q, whole %q", cut, whole)
 		}
 	})
@@ -889,9 +893,9 @@ func FuzzUpHeader(f *testing.F) {
 		name = http.CanonicalHeaderKey(name)
 		in[name] = []string{value}
 		in["Connection"] = append(in["Connection"], connection)
-		out := upHeader(in)
+		out := upstreamHeader(in)
 		for n, values := range out {
-			if !goesUp(n) || strings.Join(values, "\n") != strings.Join(in[n], "\n") {
+			if !allowRequestHeader(n) || strings.Join(values, "\n") != strings.Join(in[n], "\n") {
 				t.Fatalf("%q: %q went up", n, values)
 			}
 			for listed := range strings.SplitSeq(connection, ",") {

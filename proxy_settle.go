@@ -16,75 +16,75 @@ const statusClientClosed = 499 // in ledger and log only: the client left before
 // settle is deferred by handleV1 for every admitted call.
 func (p *proxy) settle(c *call, r *http.Request) {
 	now, row := time.Now(), &c.entry.row
-	c.over = now
+	c.settledAt = now
 	row.totalUS = now.Sub(c.start).Microseconds()
-	row.attempts = c.attempts
+	row.attempts = c.attemptCount
 	row.upstream = c.upstream.seq
-	row.outcome, row.errorCode, row.status = c.verdict(r)
+	row.outcome, row.errorCode, row.status = c.classifyOutcome(r)
 	row.firstByteUS = -1
 	if c.firstByte > 0 {
 		row.firstByteUS = c.firstByte.Microseconds()
 	}
-	c.measure(row)
-	c.tries.finish(row, now.UnixMilli())
-	row.cost, row.priced, row.knownModel = c.prices.price(c.upstream.provider, row.model, row.counts)
-	row.asked, row.limitHit, row.wouldRefuse = c.fields.model, c.hold.shadow, c.hold.shadow != ""
-	if ended := asCause(c.ctx); ended != nil && ended.limit != "" {
+	c.fillUsage(row)
+	c.attempts.finish(row, now.UnixMilli())
+	row.cost, row.priced, row.modelTracked = c.prices.price(c.upstream.provider, row.model, row.counts)
+	row.requestedModel, row.limitHit, row.wouldRefuse = c.fields.model, c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
+	if ended := abortCause(c.ctx); ended != nil && ended.limit != "" {
 		row.limitHit, row.wouldRefuse = ended.limit, false
 	}
-	known := row.knownModel || row.outcome == outcomeOK
-	row.knownModel = known && c.token.mayName(row.model)
-	row.knownAsked = known && c.token.mayName(row.asked)
+	known := row.modelTracked || row.outcome == outcomeOK
+	row.modelTracked = known && c.token.trackModel(row.model)
+	row.requestedModelTracked = known && c.token.trackModel(row.requestedModel)
 	if row.source == usageNone {
 		row.cost, row.priced = 0, false
 	}
 	if row.outcome == outcomeRefused {
 		c.token.refund() // nor does the ledger count it
 	}
-	if c.kept != nil && row.outcome != outcomeRefused {
+	if c.storedContent != nil && row.outcome != outcomeRefused {
 		var err error
-		if row.content, err = p.contents.seal(c.id, c.project.seq, c.kept); err != nil {
+		if row.content, err = p.contentKey.seal(c.id, c.project.seq, c.storedContent); err != nil {
 			p.log.Error("content could not be kept", "request_id", c.requestID, "error", err)
 		}
 	}
-	spent := spending{counted: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output, dollars: row.cost}
+	spent := finalUsage{forwarded: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output, dollars: row.cost}
 	if !row.priced {
 		spent.dollars = 0 // as in the sums
 	}
-	c.hold.settle(now.UnixMilli(), spent, func() { p.ledger.settle(c.entry) })
-	p.metrics.call(c, row)
-	if c.answer != nil && c.answer.sse {
-		p.metrics.streams.Add(-1)
+	c.reservation.settle(now.UnixMilli(), spent, func() { p.ledger.settle(c.entry) })
+	p.metrics.countCall(c, row)
+	if c.response != nil && c.response.sse {
+		p.metrics.activeStreams.Add(-1)
 	}
-	if c.answer != nil && c.answer.keys.seen {
+	if c.response != nil && c.response.keyMask.found {
 		p.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
 	}
 	p.logCall(c, row, now)
 }
 
-// verdict says how the call ended, with the client's view of it: the error code
+// classifyOutcome says how the call ended, with the client's view of it: the error code
 // it got, or why the answer broke off, and its status.
-func (c *call) verdict(r *http.Request) (outcome, string, int) {
-	a := c.answer
+func (c *call) classifyOutcome(r *http.Request) (callOutcome, string, int) {
+	a := c.response
 	switch {
-	case c.unrecorded:
+	case c.commitFailed:
 		return outcomeRefused, "ledger_unavailable", http.StatusServiceUnavailable
 	case c.failure != nil:
 		o := outcomeRefused
-		if c.attempts > 0 {
+		if c.attemptCount > 0 {
 			o = outcomeTruncated // the provider had it, and may bill it
 		}
-		if c.attempts > 0 && (c.failure.status == http.StatusBadGateway || c.failure.status == http.StatusGatewayTimeout) {
+		if c.attemptCount > 0 && (c.failure.status == http.StatusBadGateway || c.failure.status == http.StatusGatewayTimeout) {
 			o = outcomeUpstreamError
 		}
 		return o, c.failure.recordCode(), c.failure.status
 	case a == nil || a.status == 0:
 		return outcomeClientGone, "client_gone", statusClientClosed
-	case !c.relayed || a.gone: // ReverseProxy panicked, or the last bytes had no taker
-		if cause := asCause(c.ctx); cause != nil {
+	case !c.relayed || a.clientGone: // ReverseProxy panicked, or the last bytes had no taker
+		if cause := abortCause(c.ctx); cause != nil {
 			return outcomeTruncated, cause.recordCode(), a.status
 		}
-		if a.gone || r.Context().Err() != nil {
+		if a.clientGone || r.Context().Err() != nil {
 			return outcomeClientGone, "client_gone", a.status
 		}
 		return outcomeTruncated, "upstream_cut", a.status
@@ -92,14 +92,14 @@ func (c *call) verdict(r *http.Request) (outcome, string, int) {
 		return outcomeUpstreamError, "", a.status
 	case a.meter.failed:
 		return outcomeUpstreamError, "error_in_stream", a.status
-	case a.sse && !a.meter.done && c.endpoint.endMarked():
+	case a.sse && !a.meter.done && c.endpoint.hasEndMarker():
 		return outcomeTruncated, "stream_unfinished", a.status
 	}
 	return outcomeOK, "", a.status
 }
 
-// endMarked reports whether a stream of this endpoint says that it is complete.
-func (e *endpoint) endMarked() bool {
+// hasEndMarker reports whether a stream of this endpoint says that it is complete.
+func (e *endpoint) hasEndMarker() bool {
 	switch e.pattern {
 	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
 		return true
@@ -107,22 +107,22 @@ func (e *endpoint) endMarked() bool {
 	return false
 }
 
-// measure fills in what the answer says was used, or an estimate of it: no
+// fillUsage fills in what the answer says was used, or an estimate of it: no
 // usage is silently zero.
-func (c *call) measure(row *requestRow) {
+func (c *call) fillUsage(row *requestRow) {
 	row.counts, row.source = tokenCounts{}, usageNone
-	if c.endpoint.meter == meterNone || c.attempts == 0 {
+	if c.endpoint.meter == meterNone || c.attemptCount == 0 {
 		return
 	}
-	if c.answer == nil || c.answer.meter == nil {
-		held := c.watch.output.Load() // of a stream that was held back, and never became whole
-		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout && c.failure != errUnconnected || asCause(c.ctx) != nil || c.unrecorded || held > 0 {
+	if c.response == nil || c.response.meter == nil {
+		held := c.progress.outputTokens.Load() // of a stream that was held back, and never became whole
+		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout && c.failure != errConnectTimeout || abortCause(c.ctx) != nil || c.commitFailed || held > 0 {
 			// We or the client gave up on a provider that had the request and may bill it.
 			row.counts, row.source = tokenCounts{input: c.inputEstimate(), output: held}, usageEstimated
 		}
 		return
 	}
-	m := c.answer.meter
+	m := c.response.meter
 	if m.model != "" {
 		row.model = m.model
 	}
@@ -161,10 +161,10 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	at := time.Now()
 	row.totalUS = at.Sub(c.start).Microseconds()
 	if c.token != nil && p.ledger.healthy() {
-		row.project, row.token = c.project.seq, c.state.seq
-		now, last := row.started, c.token.refused.Load()
-		detailed := now-last >= refusalsRecorded.Milliseconds() && c.token.refused.CompareAndSwap(last, now)
-		p.ledger.record(&row, detailed)
+		row.project, row.token = c.project.seq, c.tokenState.seq
+		now, last := row.started, c.token.lastRefusalAt.Load()
+		detailed := now-last >= refusalLogInterval.Milliseconds() && c.token.lastRefusalAt.CompareAndSwap(last, now)
+		p.ledger.recordRefused(&row, detailed)
 	}
 	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
 		// net/http reads on before it answers, so as to keep the connection.
@@ -177,12 +177,12 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	if c.token != nil {
 		l := &c.token.project.limiter
 		l.mu.Lock()
-		c.rates = c.token.rates(c.state.maxRequests, row.started)
+		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, row.started)
 		l.mu.Unlock()
 	}
 	c.rates.write(w.Header())
 	writeError(w, e, c.anthropic)
-	p.metrics.call(c, &row)
+	p.metrics.countCall(c, &row)
 	p.logCall(c, &row, at)
 }
 
@@ -202,12 +202,12 @@ func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
 	var left int64
 	if c.token == nil { // whatever went wrong: anyone can cause it
 		var ok bool
-		if ok, left = p.strangers.allow(c.start); !ok {
-			p.metrics.leftOut.Add(1)
+		if ok, left = p.unauthenticatedLogLimit.allow(c.start); !ok {
+			p.metrics.suppressedLogLines.Add(1)
 			return
 		}
 	}
-	line := p.log.line(at, level, "call")
+	line := p.log.beginLine(at, level, "call")
 	defer line.end()
 	if left > 0 {
 		line.num("lines_left_out", left)
@@ -227,13 +227,13 @@ func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
 		line.str(name, row.limitHit)
 	}
 	if c.token != nil {
-		line.str("token", c.state.id)
+		line.str("token", c.tokenState.id)
 		line.str("project", c.project.id)
 	}
 	line.str("address", row.address)
-	if c.trace.trace != "" {
-		line.str("trace_id", c.trace.trace)
-		line.str("span_id", c.trace.span)
+	if c.trace.traceID != "" {
+		line.str("trace_id", c.trace.traceID)
+		line.str("span_id", c.trace.spanID)
 	}
 	if row.model != "" {
 		line.str("model", clip(row.model, 256))
@@ -244,8 +244,8 @@ func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
 		line.num("input_tokens", row.counts.input)
 		line.num("output_tokens", row.counts.output)
 		line.num("first_byte_us", row.firstByteUS)
-		if c.answer != nil && c.answer.providerID != "" {
-			line.str("provider_request_id", c.answer.providerID)
+		if c.response != nil && c.response.providerRequestID != "" {
+			line.str("provider_request_id", c.response.providerRequestID)
 		}
 	}
 	if c.failure != nil && c.failure.cause != nil && row.status >= 500 {

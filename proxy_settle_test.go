@@ -29,7 +29,7 @@ func TestBilledUnseen(t *testing.T) {
 		{"/v1/responses/input_tokens", `{"object":"response.input_tokens","input_tokens":9}`, "application/json", 0},
 	} {
 		p := newTest(t, nil)
-		p.provider.answer(func(pc *providerConn, _ recorded) bool {
+		p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool {
 			return pc.reply(200, c.answer, "Content-Type: "+c.contentType)
 		})
 		if res := p.do("POST", c.path, chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
@@ -56,15 +56,15 @@ func TestBilledUnseen(t *testing.T) {
 func TestMadeUpModels(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.answer(func(pc *providerConn, _ recorded) bool { return pc.reply(200, `{"choices":[]}`) })
-	const calls = maxModelNames + 30
+	p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool { return pc.reply(200, `{"choices":[]}`) })
+	const calls = maxTrackedModels + 30
 	for i := range calls {
 		body := fmt.Sprintf(`{"model":"made-up-%d","messages":[]}`, i)
 		if res := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
 			t.Fatalf("got %d %s", res.status, res.body)
 		}
 	}
-	p.settle()
+	p.waitSettled()
 	var usage struct {
 		Data []struct {
 			Model string
@@ -73,21 +73,21 @@ func TestMadeUpModels(t *testing.T) {
 	}
 	p.manage("GET", "/manage/usage?interval=total&group_by=model", "", 200, &usage)
 	for _, u := range usage.Data {
-		if u.Model == "" && u.Calls != calls-maxModelNames {
-			t.Errorf("%d calls are summed without a name, want %d", u.Calls, calls-maxModelNames)
+		if u.Model == "" && u.Calls != calls-maxTrackedModels {
+			t.Errorf("%d calls are summed without a name, want %d", u.Calls, calls-maxTrackedModels)
 		}
 	}
-	if len(usage.Data) != maxModelNames+1 {
-		t.Errorf("%d names have sums, want %d", len(usage.Data), maxModelNames+1)
+	if len(usage.Data) != maxTrackedModels+1 {
+		t.Errorf("%d names have sums, want %d", len(usage.Data), maxTrackedModels+1)
 	}
 }
 
-// rows returns the whole ledger.
-func (p *testProxy) rows() (all []requestView) {
+// allRequests returns the whole ledger.
+func (p *testProxy) allRequests() (all []requestView) {
 	p.t.Helper()
-	p.settle()
+	p.waitSettled()
 	for before := int64(math.MaxInt64); ; before = all[len(all)-1].id {
-		rows, err := p.in.store.listRequests(context.Background(), requestFilter{before: before, limit: 1000})
+		rows, err := p.instance.store.listRequests(context.Background(), requestFilter{before: before, limit: 1000})
 		if err != nil {
 			p.t.Fatal(err)
 		}
@@ -98,24 +98,24 @@ func (p *testProxy) rows() (all []requestView) {
 	}
 }
 
-// sumsAgree holds the sums, of each grain, to the rows. Refused calls have a row
+// checkSums holds the sums, of each grain, to the rows. Refused calls have a row
 // only now and then, and are left out.
-func (p *testProxy) sumsAgree() {
+func (p *testProxy) checkSums() {
 	p.t.Helper()
 	type key struct{ at, token, model, endpoint, outcome any }
-	want := map[string]map[key]sum{"hour": {}, "day": {}, "total": {}}
-	for _, v := range p.rows() {
+	want := map[string]map[key]usageSum{"hour": {}, "day": {}, "total": {}}
+	for _, v := range p.allRequests() {
 		if v.outcome == outcomeRefused {
 			continue
 		}
 		if v.outcome == outcomeOpen {
-			p.t.Errorf("%s is still open", requestID(v.id))
+			p.t.Errorf("%s is still open", formatRequestID(v.id))
 		}
 		r := v.requestRow
-		if r.priced = v.costKnown != nil; r.priced {
-			r.cost = *v.costKnown
+		if r.priced = v.nullCost != nil; r.priced {
+			r.cost = *v.nullCost
 		}
-		r.totalUS = deref(v.total)
+		r.totalUS = deref(v.nullTotalUS)
 		for grain, k := range map[string]key{
 			"hour":  {r.started - r.started%hourMS, v.tokenID, nil, r.endpoint, string(r.outcome)},
 			"day":   {r.started - r.started%dayMS, nil, nil, r.endpoint, string(r.outcome)},
@@ -127,12 +127,12 @@ func (p *testProxy) sumsAgree() {
 		}
 	}
 	for grain, want := range want {
-		rows, err := p.in.store.usage(context.Background(), usageQuery{interval: grain, to: math.MaxInt64, limit: 1 << 20,
+		rows, err := p.instance.store.usage(context.Background(), usageQuery{interval: grain, to: math.MaxInt64, limit: 1 << 20,
 			byToken: grain != "day", byEndpoint: grain != "total", byOutcome: true})
 		if err != nil {
 			p.t.Fatal(err)
 		}
-		got := map[key]sum{}
+		got := map[key]usageSum{}
 		for _, u := range rows {
 			k := key{at: u.at, outcome: u.outcome}
 			if grain != "day" {
@@ -142,7 +142,7 @@ func (p *testProxy) sumsAgree() {
 				k.endpoint = u.endpoint
 			}
 			if u.outcome != string(outcomeRefused) {
-				got[k] = u.sum
+				got[k] = u.usageSum
 			}
 		}
 		for k, s := range want {
@@ -156,35 +156,35 @@ func (p *testProxy) sumsAgree() {
 	}
 }
 
-// countsAgree holds each token's count, stored and live, to its rows. A call that
+// checkCounts holds each token's count, stored and live, to its rows. A call that
 // could not be recorded was refused, and does not count.
-func (p *testProxy) countsAgree() {
+func (p *testProxy) checkCounts() {
 	p.t.Helper()
 	calls := map[string]int64{}
-	for _, v := range p.rows() {
+	for _, v := range p.allRequests() {
 		if v.outcome != outcomeRefused || v.attempts > 0 && v.errorCode != "ledger_unavailable" {
 			calls[v.tokenID]++
 		}
 	}
 	for id, n := range calls {
-		row, err := p.in.store.tokenByID(context.Background(), id)
+		row, err := p.instance.store.tokenByID(context.Background(), id)
 		if err != nil {
 			p.t.Fatal(err)
 		}
-		p.in.registry.mu.RLock()
+		p.instance.registry.mu.RLock()
 		live := n // of one that was not used since the start
-		if token := p.in.registry.byID[id]; token != nil {
+		if token := p.instance.registry.byID[id]; token != nil {
 			live = token.used.Load()
 		}
-		p.in.registry.mu.RUnlock()
+		p.instance.registry.mu.RUnlock()
 		if row.requestCount != n || live != n {
 			p.t.Errorf("token %s has %d rows, but the count %d, live %d", id, n, row.requestCount, live)
 		}
 	}
 }
 
-// anyAnswer answers in the way that a number in the call's "seed" picks.
-func anyAnswer(c *providerConn, r recorded) bool {
+// seededScript answers in the way that a number in the call's "seed" picks.
+func seededScript(c *providerConn, r recordedRequest) bool {
 	var seed int
 	if _, after, ok := strings.Cut(r.body, `"seed":`); ok {
 		_, _ = fmt.Sscan(strings.TrimRight(after, "}"), &seed)
@@ -197,15 +197,15 @@ func anyAnswer(c *providerConn, r recorded) bool {
 	case 2:
 		return false
 	case 3:
-		c.sse()
+		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[1])
 		return c.reset()
 	case 4:
-		return c.reply(200, strings.ReplaceAll(chatAnswer, `"prompt_tokens":9`, `"prompt_tokens":`+fmt.Sprint(seed)))
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, `"prompt_tokens":9`, `"prompt_tokens":`+fmt.Sprint(seed)))
 	case 5:
-		return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini", "unheard-of"))
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini", "unheard-of"))
 	}
-	return answerChat(c, r)
+	return chatScript(c, r)
 }
 
 // trafficTokens makes a plain token, a limited one, and one whose calls are all
@@ -232,7 +232,7 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 				if rng.IntN(4) == 0 {
 					time.AfterFunc(time.Duration(rng.IntN(3000))*time.Microsecond, cancel)
 				}
-				id, status := p.callFree(ctx, tokens[rng.IntN(len(tokens))], fmt.Sprintf(`"stream":%v,"seed":%d`, rng.IntN(2) == 0, rng.IntN(1000)))
+				id, status := p.sendChat(ctx, tokens[rng.IntN(len(tokens))], fmt.Sprintf(`"stream":%v,"seed":%d`, rng.IntN(2) == 0, rng.IntN(1000)))
 				cancel()
 				if status != 0 {
 					mu.Lock()
@@ -246,9 +246,9 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 	return seen
 }
 
-// callFree makes a chat call from any goroutine and reads the answer. It returns
+// sendChat makes a chat call from any goroutine and reads the answer. It returns
 // its id and status, which is 0 if the client got no head.
-func (p *testProxy) callFree(ctx context.Context, token, members string) (id string, status int) {
+func (p *testProxy) sendChat(ctx context.Context, token, members string) (id string, status int) {
 	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(members)))
 	if err != nil {
 		p.t.Error(err)

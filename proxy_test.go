@@ -15,10 +15,10 @@ func TestTransparent(t *testing.T) {
 	p := newTest(t, nil)
 	body := `{ "messages": [], "big": 9223372036854775809, "e": 1e400, "sep": "` + "\u2028" + `", "neg": -0, "model":"gpt-4o-mini" }`
 	res := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", "sdk/1")
-	if res.status != 200 || res.body != chatAnswer {
+	if res.status != 200 || res.body != chatResponseBody {
 		t.Fatalf("got %d %s", res.status, res.body)
 	}
-	got := p.provider.last(t)
+	got := p.provider.lastRequest(t)
 	if got.body != body {
 		t.Errorf("the provider got %s", got.body)
 	}
@@ -43,7 +43,7 @@ func TestStreamUsageAddedAndRemoved(t *testing.T) {
 	if res := p.chat(`"stream":true`); res.body != plain {
 		t.Errorf("without asking for usage: %s", res.body)
 	}
-	if got := p.provider.last(t); !strings.Contains(got.body, `"include_usage":true`) {
+	if got := p.provider.lastRequest(t); !strings.Contains(got.body, `"include_usage":true`) {
 		t.Errorf("the provider got %s", got.body)
 	}
 	if res := p.chat(`"stream":true`, `"stream_options":{"include_usage":true}`); res.body != with {
@@ -64,7 +64,7 @@ func TestUpHeaders(t *testing.T) {
 		"Cookie", "a=b", "OpenAI-Organization", "org", "OpenAI-Project", "proj", "OpenAI-Beta", "b", "X-Stainless-Lang", "js",
 		"X-Forwarded-For", "1.2.3.4", "Via", "x", "Range", "bytes=0-1", "Idempotency-Key", "i", "Traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "X-Custom", "no")
 	var names []string
-	for name := range p.provider.last(t).header {
+	for name := range p.provider.lastRequest(t).header {
 		names = append(names, name)
 	}
 	slices.Sort(names)
@@ -81,12 +81,12 @@ func TestModelsGoToTheSDKsFamily(t *testing.T) {
 	p := newTest(t, nil)
 	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
 		`{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`/claude/v1","api_key":"`+p.provider.key+`"}`, 201, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, `{"data":[]}`) })
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"data":[]}`) })
 	for _, c := range []struct{ name, value, want string }{
 		{"Anthropic-Version", "2023-06-01", "/claude/v1/models"}, {"X-Stainless-Lang", "js", "/v1/models"},
 	} {
 		p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token, c.name, c.value)
-		if got := p.provider.last(t).target; got != c.want {
+		if got := p.provider.lastRequest(t).target; got != c.want {
 			t.Errorf("with %s the list came from %s, want %s", c.name, got, c.want)
 		}
 	}
@@ -98,27 +98,27 @@ func TestHTTP2(t *testing.T) {
 	t.Parallel()
 	cert, key := testCertificate(t, t.TempDir(), time.Hour)
 	p := newTest(t, map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
-	if res := p.chat(); res.status != 200 || res.body != chatAnswer || res.header.Get("Connection") != "" {
+	if res := p.chat(); res.status != 200 || res.body != chatResponseBody || res.header.Get("Connection") != "" {
 		t.Errorf("unary: got %d %s", res.status, res.body)
 	}
 	if res := p.chat(`"stream":true`); res.err != nil || res.body != strings.Join(chatEvents(false), "") {
 		t.Errorf("stream: got %v %s", res.err, res.body)
 	}
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(false)[0])
 		return c.reset()
 	})
 	if res := p.chat(`"stream":true`); res.status == 200 && res.err == nil {
 		t.Errorf("a cut stream ended cleanly: %s", res.body)
 	}
-	p.provider.answer(func(c *providerConn, _ recorded) bool {
-		c.sse()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
 		_ = c.chunk(chatEvents(false)[0])
 		if res := p.manageAs(p.adminKey, "DELETE", "/manage/tokens/"+p.tokenID, ""); res.status != 200 {
 			t.Errorf("revoking: got %d", res.status)
 		}
-		return !c.gone(10 * time.Second)
+		return !c.waitClosed(10 * time.Second)
 	})
 	if res := p.chat(`"stream":true`); res.status != 200 || res.err == nil {
 		t.Errorf("a revoked token's stream: got %d %v %s", res.status, res.err, res.body)

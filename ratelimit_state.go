@@ -15,9 +15,9 @@ import (
 	"time"
 )
 
-// limitPatience is how long a call may wait, with the others of its project, for
+// limitLoadTimeout is how long a call may wait, with the others of its project, for
 // the past of a limit that is new to this process.
-const limitPatience = 2 * time.Second
+const limitLoadTimeout = 2 * time.Second
 
 // A limitState joins live limits to what the store knows of their past.
 type limitState struct {
@@ -26,30 +26,30 @@ type limitState struct {
 	registry *registry
 }
 
-// adoptLimits puts the limits of t's policy and of its project's in force. The
+// syncLimits puts the limits of t's policy and of its project's in force. The
 // caller holds the limiter's mu, so that no call of the project comes or ends
 // meanwhile.
-func (ls *limitState) adoptLimits(t *liveToken, now int64) error {
-	if err := ls.adoptProject(t.project, now); err != nil {
+func (ls *limitState) syncLimits(t *liveToken, now int64) error {
+	if err := ls.syncProjectLimits(t.project, now); err != nil {
 		return err
 	}
 	st := t.state.Load()
-	return ls.adopt(&t.project.limiter, &t.limits, &st.policy, t.project.state.Load().seq, st.seq, now)
+	return ls.syncScope(&t.project.limiter, &t.limits, &st.policy, t.project.state.Load().seq, st.seq, now)
 }
 
-func (ls *limitState) adoptProject(p *liveProject, now int64) error {
+func (ls *limitState) syncProjectLimits(p *liveProject, now int64) error {
 	st := p.state.Load()
-	return ls.adopt(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
+	return ls.syncScope(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
 }
 
-// adopt makes the counters of sub those of p, unless they are.
-func (ls *limitState) adopt(l *limiter, sub *subject, p *policy, project, token, now int64) error {
-	if sub.of == p {
+// syncScope makes the counters of sub those of p, unless they are.
+func (ls *limitState) syncScope(l *limiter, sub *limitScope, p *policy, project, token, now int64) error {
+	if sub.policy == p {
 		return nil
 	}
-	var past []pastUses
-	if sub.lacking(p) {
-		ctx, cancel := context.WithTimeout(context.Background(), limitPatience)
+	var past []periodUsage
+	if sub.needsHistory(p) {
+		ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
 		defer cancel()
 		if sub.admitted { // what it used may still be on its way into the sums
 			if err := ls.ledger.flush(ctx); err != nil {
@@ -57,31 +57,31 @@ func (ls *limitState) adopt(l *limiter, sub *subject, p *policy, project, token,
 			}
 		}
 		var err error
-		if past, err = ls.pastOf(ctx, p, project, token, now); err != nil {
+		if past, err = ls.loadPastUsage(ctx, p, project, token, now); err != nil {
 			return err
 		}
 	}
-	l.adopt(sub, p, now, func(l *limit) int64 { return usedOf(past, l) })
+	l.setPolicy(sub, p, now, func(l *limit) int64 { return sumUsage(past, l) })
 	return nil
 }
 
-// pastUses are what was used in one kind of window.
-type pastUses struct {
-	per  span
-	uses []pastUse
+// periodUsage are what was used in one kind of window.
+type periodUsage struct {
+	period limitPeriod
+	rows   []pastUsage
 }
 
-// pastOf reads what was used in each window that a limit of p has.
-func (ls *limitState) pastOf(ctx context.Context, p *policy, project, token, now int64) ([]pastUses, error) {
-	var out []pastUses
+// loadPastUsage reads what was used in each window that a limit of p has.
+func (ls *limitState) loadPastUsage(ctx context.Context, p *policy, project, token, now int64) ([]periodUsage, error) {
+	var out []periodUsage
 next:
 	for i := range p.Limits {
-		per := p.Limits[i].per
+		per := p.Limits[i].period
 		if per < perHour {
 			continue
 		}
 		for _, o := range out {
-			if o.per == per {
+			if o.period == per {
 				continue next
 			}
 		}
@@ -90,37 +90,37 @@ next:
 			grain = "hour"
 		}
 		from, _ := per.window(now)
-		uses, err := ls.store.usedSince(ctx, grain, project, token, from)
+		uses, err := ls.store.usageSince(ctx, grain, project, token, from)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, pastUses{per, uses})
+		out = append(out, periodUsage{per, uses})
 	}
 	return out, nil
 }
 
-// usedOf adds up what counts in l. A model that was not kept apart counts in
+// sumUsage adds up what counts in l. A model that was not kept apart counts in
 // every limit: a limit may refuse too early after a restart, never too late.
-func usedOf(past []pastUses, l *limit) (n int64) {
+func sumUsage(past []periodUsage, l *limit) (n int64) {
 	for _, p := range past {
-		if p.per != l.per {
+		if p.period != l.period {
 			continue
 		}
-		for _, u := range p.uses {
+		for _, u := range p.rows {
 			_, pattern, _ := strings.Cut(u.endpoint, " ")
-			asked := u.asked
-			if asked == askedOther {
+			asked := u.requestedModel
+			if asked == otherModels {
 				asked = strings.TrimSuffix(l.model, "*")
 			}
 			if !l.applies(u.endpoint, pattern, asked) {
 				continue
 			}
-			switch l.count {
-			case countRequests:
+			switch l.metric {
+			case metricRequests:
 				n += u.calls
-			case countTokens:
+			case metricTokens:
 				n += u.tokens
-			case countDollars:
+			case metricDollars:
 				n += u.nanosUSD
 			}
 		}
@@ -139,43 +139,43 @@ type limitView struct {
 	Used        json.RawMessage `json:"used"`
 	Reserved    json.RawMessage `json:"reserved"` // by running calls
 	Left        json.RawMessage `json:"left"`
-	ResetsAt    *stamp          `json:"resets_at"`    // null: never, or when calls end
+	ResetsAt    *timestamp      `json:"resets_at"`    // null: never, or when calls end
 	WouldRefuse int64           `json:"would_refuse"` // calls, since this process counts
 }
 
-func showLimits(counters []*counter, now int64) []limitView {
+func newLimitViews(counters []*limitCounter, now int64) []limitView {
 	out := make([]limitView, 0, len(counters))
 	for _, c := range counters {
 		c.advance(now)
 		l := c.limit
-		v := limitView{Count: l.count.String(), Max: l.amount(l.max), Per: l.per.String(), Endpoint: l.endpoint, Model: l.model, Shadow: l.shadow,
-			Used: l.amount((c.used + c.unit() - 1) / c.unit()), Reserved: l.amount(c.held), Left: l.amount(c.left()), WouldRefuse: c.wouldRefuse}
-		if l.count == countConcurrent { // what runs is in use, not set aside
+		v := limitView{Count: l.metric.String(), Max: l.valueJSON(l.max), Per: l.period.String(), Endpoint: l.endpoint, Model: l.model, Shadow: l.monitorOnly,
+			Used: l.valueJSON((c.used + c.scale() - 1) / c.scale()), Reserved: l.valueJSON(c.reserved), Left: l.valueJSON(c.remaining()), WouldRefuse: c.wouldRefuse}
+		if l.metric == metricConcurrent { // what runs is in use, not set aside
 			v.Used, v.Reserved = v.Reserved, v.Used
 		}
-		if at := c.resets(now); at > now {
-			v.ResetsAt = new(stamp(at))
+		if at := c.resetTime(now); at > now {
+			v.ResetsAt = new(timestamp(at))
 		}
 		out = append(out, v)
 	}
 	return out
 }
 
-// resets is when all of the limit will be there again, now if it is, 0 if it
+// resetTime is when all of the limit will be there again, now if it is, 0 if it
 // never will be by itself.
-func (c *counter) resets(now int64) int64 {
+func (c *limitCounter) resetTime(now int64) int64 {
 	switch {
-	case c.limit.per.bucket() > 0 && c.limit.max > 0:
+	case c.limit.period.bucketMS() > 0 && c.limit.max > 0:
 		return now + (c.used+c.limit.max-1)/c.limit.max
-	case c.to > 0:
-		return c.to
+	case c.windowEnd > 0:
+		return c.windowEnd
 	}
 	return 0
 }
 
-// upToDate returns a row with the calls that it does not know of yet: it learns of
+// withLiveUsage returns a row with the calls that it does not know of yet: it learns of
 // one when that has ended.
-func (ls *limitState) upToDate(row *tokenRow, now int64) *tokenRow {
+func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 	t := ls.registry.liveToken(row.id)
 	if t == nil {
 		return row
@@ -194,10 +194,10 @@ func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, now int64)
 	if t := ls.registry.liveToken(row.id); t != nil {
 		t.project.limiter.mu.Lock()
 		defer t.project.limiter.mu.Unlock()
-		if err := ls.adoptLimits(t, now); err != nil {
+		if err := ls.syncLimits(t, now); err != nil {
 			return nil, errUnavailable("limits_unavailable", err)
 		}
-		return showLimits(t.limits.counters, now), nil
+		return newLimitViews(t.limits.counters, now), nil
 	}
 	return ls.storedLimits(ctx, row.policy, false, row.project, row.seq, now)
 }
@@ -207,10 +207,10 @@ func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, now in
 	if p := ls.registry.liveProject(row.seq); p != nil {
 		p.limiter.mu.Lock()
 		defer p.limiter.mu.Unlock()
-		if err := ls.adoptProject(p, now); err != nil {
+		if err := ls.syncProjectLimits(p, now); err != nil {
 			return nil, errUnavailable("limits_unavailable", err)
 		}
-		return showLimits(p.limiter.project.counters, now), nil
+		return newLimitViews(p.limiter.project.counters, now), nil
 	}
 	return ls.storedLimits(ctx, row.policy, true, row.seq, 0, now)
 }
@@ -221,55 +221,55 @@ func (ls *limitState) storedLimits(ctx context.Context, text string, ofProject b
 	if err != nil {
 		return nil, err
 	}
-	return showLimits(counters, now), nil
+	return newLimitViews(counters, now), nil
 }
 
-func (ls *limitState) storedCounters(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]*counter, error) {
+func (ls *limitState) storedCounters(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]*limitCounter, error) {
 	p, err := parsePolicy([]byte(text), ofProject)
 	if err != nil {
 		return nil, err
 	}
-	past, err := ls.pastOf(ctx, &p, project, token, now)
+	past, err := ls.loadPastUsage(ctx, &p, project, token, now)
 	if err != nil {
 		return nil, err
 	}
-	counters := make([]*counter, 0, len(p.Limits))
+	counters := make([]*limitCounter, 0, len(p.Limits))
 	for i := range p.Limits {
-		counters = append(counters, newCounter(&p.Limits[i], now, usedOf(past, &p.Limits[i])))
+		counters = append(counters, newLimitCounter(&p.Limits[i], now, sumUsage(past, &p.Limits[i])))
 	}
 	return counters, nil
 }
 
 // A rateHeader is what is left of a limit, as the headers x-ratelimit-* say it.
 type rateHeader struct {
-	set         bool
-	limit, left int64
-	reset       time.Duration // until all of it is there again; 0: no such time is known
+	set              bool
+	limit, remaining int64
+	reset            time.Duration // until all of it is there again; 0: no such time is known
 }
 
 // rateHeaders are those of a token's tightest limits of requests and of tokens.
 type rateHeaders struct{ requests, tokens rateHeader }
 
-// rates finds the limits of t of which least is left. The caller holds the
+// rateHeaders finds the limits of t of which least is left. The caller holds the
 // limiter's mu. The project's limits are not shown: they say what others use.
-func (t *liveToken) rates(most, now int64) (r rateHeaders) {
+func (t *liveToken) rateHeaders(most, now int64) (r rateHeaders) {
 	if most >= 0 {
-		r.requests = rateHeader{set: true, limit: most, left: max(0, most-t.used.Load())}
+		r.requests = rateHeader{set: true, limit: most, remaining: max(0, most-t.used.Load())}
 	}
 	for _, c := range t.limits.counters {
 		to := &r.requests
 		switch l := c.limit; {
-		case l.count == countTokens:
+		case l.metric == metricTokens:
 			to = &r.tokens
-		case l.count != countRequests:
+		case l.metric != metricRequests:
 			continue
 		}
-		if c.limit.shadow {
+		if c.limit.monitorOnly {
 			continue
 		}
 		c.advance(now)
-		if left := c.left(); !to.set || left < to.left {
-			*to = rateHeader{true, c.limit.max, left, time.Duration(max(0, c.resets(now)-now)) * time.Millisecond}
+		if left := c.remaining(); !to.set || left < to.remaining {
+			*to = rateHeader{true, c.limit.max, left, time.Duration(max(0, c.resetTime(now)-now)) * time.Millisecond}
 		}
 	}
 	return r
@@ -288,7 +288,7 @@ func (r *rateHeaders) write(h http.Header) {
 			continue
 		}
 		h[k.limit] = []string{strconv.FormatInt(k.of.limit, 10)}
-		h[k.remaining] = []string{strconv.FormatInt(k.of.left, 10)}
+		h[k.remaining] = []string{strconv.FormatInt(k.of.remaining, 10)}
 		if k.of.reset > 0 {
 			h[k.reset] = []string{k.of.reset.String()}
 		}
@@ -299,7 +299,7 @@ func (r *rateHeaders) write(h http.Header) {
 type nearLimit struct {
 	token, name, project, projectID string // token and name are "" where it is the project's own
 	limit                           string // in words
-	part                            float64
+	fraction                        float64
 }
 
 // nearLimits returns the limits of which part (0.8) or more is spent. It looks at most projects and tokens each: more than that
@@ -322,36 +322,36 @@ func (g *registry) nearLimits(now int64, part float64, most int) []nearLimit {
 	var out []nearLimit
 	for _, p := range projects {
 		st := p.state.Load()
-		out = append(out, p.limiter.near(&p.limiter.project, now, part, nearLimit{project: st.name, projectID: st.id})...)
+		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, part, nearLimit{project: st.name, projectID: st.id})...)
 	}
 	for _, t := range tokens {
 		st, p := t.state.Load(), t.project.state.Load()
-		out = append(out, t.project.limiter.near(&t.limits, now, part, nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id})...)
+		out = append(out, t.project.limiter.nearLimits(&t.limits, now, part, nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id})...)
 	}
 	return out
 }
 
-// fullest sorts limits, the fullest first.
-func fullest(all []nearLimit) {
+// sortNearLimits sorts limits, the fullest first.
+func sortNearLimits(all []nearLimit) {
 	slices.SortFunc(all, func(a, b nearLimit) int {
-		return cmp.Or(cmp.Compare(b.part, a.part), cmp.Compare(a.project, b.project), cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
+		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project), cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
 	})
 }
 
-// near returns the limits of a subject that are mostly spent, each as of.
-func (l *limiter) near(sub *subject, now int64, part float64, of nearLimit) []nearLimit {
+// nearLimits returns the limits of a subject that are mostly spent, each as of.
+func (l *limiter) nearLimits(sub *limitScope, now int64, part float64, of nearLimit) []nearLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return nearOf(sub.counters, now, part, of)
+	return filterNearLimits(sub.counters, now, part, of)
 }
 
-func nearOf(counters []*counter, now int64, part float64, of nearLimit) (out []nearLimit) {
+func filterNearLimits(counters []*limitCounter, now int64, part float64, of nearLimit) (out []nearLimit) {
 	for _, c := range counters {
-		if !c.limit.quota() || c.limit.shadow || c.limit.max == 0 {
+		if !c.limit.isQuota() || c.limit.monitorOnly || c.limit.max == 0 {
 			continue
 		}
 		c.advance(now)
-		if of.part = float64(c.used) / float64(c.limit.max); of.part >= part {
+		if of.fraction = float64(c.used) / float64(c.limit.max); of.fraction >= part {
 			of.limit = c.limit.String()
 			out = append(out, of)
 		}

@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// windows are limits of 20 calls, each of 12 tokens and $0.00000315, over every
+// windowLimits are limits of 20 calls, each of 12 tokens and $0.00000315, over every
 // window. The last leaves room for what the last call sets aside.
-func windows(kind string) (out []string) {
+func windowLimits(kind string) (out []string) {
 	for per := perHour; per <= perLifetime; per++ {
 		most := map[string]string{"requests": "20", "tokens": fmt.Sprint(19*12 + 30), "dollars": fmt.Sprintf("0.%09d", 19*3150+5_000)}[kind]
 		out = append(out, fmt.Sprintf(`{"count":%q,"max":%s,"per":%q}`, kind, most, per))
@@ -29,15 +29,15 @@ func windows(kind string) (out []string) {
 // tinyBody needs 26 tokens at most, and 1 of its answer.
 const tinyBody = `"max_tokens":1`
 
-// spend makes calls, from n clients at once, until each was refused once, and
+// useUpLimit makes calls, from n clients at once, until each was refused once, and
 // returns how many were answered.
-func (p *testProxy) spend(token string, n, most int) (answered int) {
+func (p *testProxy) useUpLimit(token string, n, most int) (answered int) {
 	var mu sync.Mutex
 	var all sync.WaitGroup
 	for range n {
 		all.Go(func() {
 			for range most {
-				_, status := p.callFree(context.Background(), token, tinyBody)
+				_, status := p.sendChat(context.Background(), token, tinyBody)
 				mu.Lock()
 				if status == 200 {
 					answered++
@@ -63,9 +63,9 @@ func TestWindowsSurvive(t *testing.T) {
 				t.Run(strings.Join([]string{kind, where, how}, " "), func(t *testing.T) {
 					t.Parallel()
 					p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-					calm(10 * time.Second)
+					awaitClearOfHour(10 * time.Second)
 					paths, tokens := map[string]string{}, map[string]string{}
-					for i, limit := range windows(kind) {
+					for i, limit := range windowLimits(kind) {
 						own, its := `{"limits":[`+limit+`]}`, `{}`
 						if where == "project" {
 							own, its = its, own
@@ -75,11 +75,11 @@ func TestWindowsSurvive(t *testing.T) {
 						if where == "project" {
 							paths[limit] = "/manage/projects/" + project
 						}
-						if n := p.spend(made[0], 1, 7); n != 7 {
+						if n := p.useUpLimit(made[0], 1, 7); n != 7 {
 							t.Fatalf("%s: %d of 7 calls were answered", limit, n)
 						}
 					}
-					p.settle()
+					p.waitSettled()
 					q := p
 					switch how {
 					case "restart":
@@ -88,18 +88,18 @@ func TestWindowsSurvive(t *testing.T) {
 						}
 						p.start()
 					case "kill":
-						q = p.asAfterCrash()
+						q = p.crashedCopy()
 					case "eviction":
-						p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+						p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
 					}
 					for limit, token := range tokens {
-						before := q.limits(paths[limit])[0] // of a token that no call has used yet
-						n := q.spend(token, 4, 20)
+						before := q.settledLimits(paths[limit])[0] // of a token that no call has used yet
+						n := q.useUpLimit(token, 4, 20)
 						if min := map[string]int{"requests": 13, "tokens": 10, "dollars": 10}[kind]; n > 13 || n < min {
 							t.Errorf("%s: after 7 calls, %d of 13 more were answered", limit, n)
 						}
 						unit := map[string]float64{"requests": 1, "tokens": 12, "dollars": 3150e-9}[kind]
-						after := q.limits(paths[limit])[0]
+						after := q.settledLimits(paths[limit])[0]
 						if fmt.Sprintf("%.9f", before.Used) != fmt.Sprintf("%.9f", 7*unit) || fmt.Sprintf("%.9f", after.Used) != fmt.Sprintf("%.9f", float64(7+n)*unit) {
 							t.Errorf("%s: %+v, and after %d calls more %+v", limit, before, n, after)
 						}
@@ -115,26 +115,26 @@ func TestWindowsSurvive(t *testing.T) {
 func TestKilledAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	calm(10 * time.Second)
-	path, token := p.policyToken(`{"count":"requests","max":10,"per":"hour"},{"count":"requests","max":10,"per":"lifetime","endpoint":"/v1/chat/*"},` +
+	awaitClearOfHour(10 * time.Second)
+	path, token := p.newLimitedToken(`{"count":"requests","max":10,"per":"hour"},{"count":"requests","max":10,"per":"lifetime","endpoint":"/v1/chat/*"},` +
 		`{"count":"tokens","max":100000,"per":"day","model":"gpt-4o-mini"},{"count":"concurrent","max":5}`)
-	if n := p.spend(token, 1, 3); n != 3 {
+	if n := p.useUpLimit(token, 1, 3); n != 3 {
 		t.Fatalf("%d of 3 calls were answered", n)
 	}
-	p.settle()
-	p.provider.answer(endless)
+	p.waitSettled()
+	p.provider.setScript(endlessScript)
 	for range 5 {
 		if _, err := p.stream(token, `"max_tokens":50`).read(1); err != nil {
 			t.Fatal(err)
 		}
 	}
-	q := p.asAfterCrash()
-	p.provider.answer(answerChat)
-	l := q.limits(path)
+	q := p.crashedCopy()
+	p.provider.setScript(chatScript)
+	l := q.settledLimits(path)
 	if l[0].Used != 8 || l[1].Used != 8 || l[2].Used < 3*12+5*50 || l[2].Used > 3*12+5*100 || l[3].Used != 0 {
 		t.Errorf("after the kill: %+v", l)
 	}
-	if n := q.spend(token, 1, 20); n != 2 {
+	if n := q.useUpLimit(token, 1, 20); n != 2 {
 		t.Errorf("after the kill %d calls were answered, 2 were left", n)
 	}
 }
@@ -148,7 +148,7 @@ func TestLimitsChangeUnderLoad(t *testing.T) {
 		t.Run(where, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-			calm(20 * time.Second)
+			awaitClearOfHour(20 * time.Second)
 			project, tokens, ids := p.newProject("load", `{}`, `{}`, 2)
 			token, path := tokens[0], "/manage/tokens/"+ids[0]
 			if where == "project" {
@@ -166,14 +166,14 @@ func TestLimitsChangeUnderLoad(t *testing.T) {
 						case <-stop:
 							return
 						default:
-							if _, status := p.callFree(context.Background(), token, tinyBody); status != 200 && status != 429 {
+							if _, status := p.sendChat(context.Background(), token, tinyBody); status != 200 && status != 429 {
 								t.Errorf("got %d", status)
 							}
 						}
 					}
 				})
 			}
-			used := func() int { return len(p.provider.got()) }
+			used := func() int { return len(p.provider.received()) }
 			const day, lifetime = `{"count":"requests","max":%d,"per":"day"}`, `{"count":"requests","max":%d,"per":"lifetime"}`
 			for round := range 4 {
 				waitFor(t, "calls", func() bool { return used() >= (round+1)*30 })
@@ -200,13 +200,13 @@ func TestLimitsChangeUnderLoad(t *testing.T) {
 			close(stop)
 			clients.Wait()
 			set(fmt.Sprintf(day, 1) + `,{"count":"tokens","max":1,"per":"month"},` + fmt.Sprintf(lifetime, 1))
-			p.settle()
-			l, n := p.limits(path), float64(used())
+			p.waitSettled()
+			l, n := p.settledLimits(path), float64(used())
 			if l[0].Used != n || l[1].Used != 12*n || l[2].Used != n {
 				t.Errorf("after %v calls: %+v", n, l)
 			}
-			p.sumsAgree()
-			p.countsAgree()
+			p.checkSums()
+			p.checkCounts()
 		})
 	}
 }
@@ -216,8 +216,8 @@ func TestLimitsChangeUnderLoad(t *testing.T) {
 func TestLimitAddedAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	calm(10 * time.Second)
-	p.provider.answer(endless)
+	awaitClearOfHour(10 * time.Second)
+	p.provider.setScript(endlessScript)
 	for range 4 {
 		if _, err := p.stream(p.token, `"max_tokens":70`).read(1); err != nil {
 			t.Fatal(err)
@@ -226,52 +226,52 @@ func TestLimitAddedAmidCalls(t *testing.T) {
 	for _, path := range []string{"/manage/tokens/" + p.tokenID, "/manage/projects/" + p.project} {
 		p.manage("PATCH", path, `{"policy":{"limits":[{"count":"requests","max":5,"per":"day"},{"count":"concurrent","max":5},
 			{"count":"tokens","max":500,"per":"month"},{"count":"requests","max":9,"per":"day","model":"gpt-5*"}]}}`, 200, nil)
-		l := p.limitsNow(path)
+		l := p.currentLimits(path)
 		if l[0].Used != 4 || l[1].Used != 4 || l[2].Reserved+l[2].Used < 4*70 || l[3].Used != 0 {
 			t.Errorf("%s: %+v", path, l)
 		}
 	}
-	p.provider.answer(answerChat)
-	if n := p.spend(p.token, 4, 3); n != 1 {
+	p.provider.setScript(chatScript)
+	if n := p.useUpLimit(p.token, 4, 3); n != 1 {
 		t.Errorf("beside 4 running calls %d were answered, 1 was left", n)
 	}
 }
 
-// TestImpatientCalls (LI14): calls that wait for the ledger for too long are
+// TestCommitTimeout (LI14): calls that wait for the ledger for too long are
 // refused without ever being forwarded. They do not count, whether the ledger
 // writes them later or not at all.
-func TestImpatientCalls(t *testing.T) {
+func TestCommitTimeout(t *testing.T) {
 	t.Parallel()
 	for _, busy := range []int{50, 3000} { // the write fails before the lock is gone; or waits for it
 		t.Run(fmt.Sprint(busy), func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 			p.allowErrors = true
-			p.in.running.mu.Lock()
-			p.in.running.limits.ledgerPatience = 200 * time.Millisecond
-			p.in.running.mu.Unlock()
-			calm(20 * time.Second)
+			p.instance.running.mu.Lock()
+			p.instance.running.limits.commitTimeout = 200 * time.Millisecond
+			p.instance.running.mu.Unlock()
+			awaitClearOfHour(20 * time.Second)
 			id, token := p.newToken(`"name":"l","max_requests":12,"policy":{"limits":[{"count":"requests","max":12,"per":"day"}]}`)
-			if n := p.spend(token, 1, 2); n != 2 {
+			if n := p.useUpLimit(token, 1, 2); n != 2 {
 				t.Fatalf("%d of 2 calls were answered", n)
 			}
-			p.settle()
-			p.pragma(fmt.Sprintf(`PRAGMA busy_timeout = %d`, busy))
+			p.waitSettled()
+			p.setPragma(fmt.Sprintf(`PRAGMA busy_timeout = %d`, busy))
 			release := p.lockDatabase()
 			if statuses := p.burst(token, 8); statuses[503] != 8 {
 				t.Errorf("while it was locked clients got %v", statuses)
 			}
 			release()
-			waitFor(t, "the ledger", p.in.ledger.healthy)
-			p.settle()
-			if n := p.count(id); n != 2 || len(p.provider.got()) != 2 {
-				t.Errorf("the count is %d after %d calls", n, len(p.provider.got()))
+			waitFor(t, "the ledger", p.instance.ledger.healthy)
+			p.waitSettled()
+			if n := p.requestCount(id); n != 2 || len(p.provider.received()) != 2 {
+				t.Errorf("the count is %d after %d calls", n, len(p.provider.received()))
 			}
-			p.countsAgree()
-			if n := p.spend(token, 3, 20); n != 10 {
+			p.checkCounts()
+			if n := p.useUpLimit(token, 3, 20); n != 10 {
 				t.Errorf("of 10 calls that were left %d were answered", n)
 			}
-			p.countsAgree()
+			p.checkCounts()
 		})
 	}
 }
@@ -289,34 +289,34 @@ func TestLockedDatabase(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 			p.allowErrors = true
-			calm(10 * time.Second)
+			awaitClearOfHour(10 * time.Second)
 			id, token := p.newToken(`"name":"l","max_requests":20,"policy":{"limits":[` + limit + `]}`)
-			if n := p.spend(token, 1, 2); n != 2 {
+			if n := p.useUpLimit(token, 1, 2); n != 2 {
 				t.Fatalf("%d of 2 calls were answered", n)
 			}
-			p.settle()
-			p.pragma(`PRAGMA busy_timeout = 20`)
-			hits := len(p.provider.got())
+			p.waitSettled()
+			p.setPragma(`PRAGMA busy_timeout = 20`)
+			hits := len(p.provider.received())
 			release := p.lockDatabase()
 			statuses := p.burst(token, 50)
 			if statuses[200] != 0 || statuses[503] == 0 || statuses[503]+statuses[429] != 50 {
 				t.Errorf("while it was locked clients got %v", statuses)
 			}
-			if n := len(p.provider.got()) - hits; n > 10 || strings.Contains(name, "day") && n != 0 {
+			if n := len(p.provider.received()) - hits; n > 10 || strings.Contains(name, "day") && n != 0 {
 				t.Errorf("while it was locked the provider got %d calls", n)
 			}
 			release()
-			waitFor(t, "the ledger", p.in.ledger.healthy)
-			p.settle()
-			if n := p.count(id); n != 2 {
+			waitFor(t, "the ledger", p.instance.ledger.healthy)
+			p.waitSettled()
+			if n := p.requestCount(id); n != 2 {
 				t.Errorf("the count is %d after 2 calls", n)
 			}
-			p.countsAgree()
+			p.checkCounts()
 			if strings.Contains(name, "day") {
-				if l := p.limits("/manage/tokens/" + id)[0]; l.Used != 2 {
+				if l := p.settledLimits("/manage/tokens/" + id)[0]; l.Used != 2 {
 					t.Errorf("after 2 calls: %+v", l)
 				}
-				if n := p.spend(token, 3, 20); n != 8 {
+				if n := p.useUpLimit(token, 3, 20); n != 8 {
 					t.Errorf("of 8 calls that were left %d were answered", n)
 				}
 			}
@@ -324,8 +324,8 @@ func TestLockedDatabase(t *testing.T) {
 	}
 }
 
-// A streamNow is a running call as GET /manage/streams shows it.
-type streamNow struct {
+// A streamStatus is a running call as GET /manage/streams shows it.
+type streamStatus struct {
 	ID, Endpoint, Model, Address, State string
 	StartedAt                           time.Time `json:"started_at"`
 	AgeMS                               int64     `json:"age_ms"`
@@ -339,10 +339,10 @@ type streamNow struct {
 	OutputTokens                        int64 `json:"output_tokens"`
 }
 
-func (p *testProxy) streams(query string) (list []streamNow, next string) {
+func (p *testProxy) streams(query string) (list []streamStatus, next string) {
 	p.t.Helper()
 	var v struct {
-		Data []streamNow
+		Data []streamStatus
 		Next string
 	}
 	p.manage("GET", "/manage/streams"+query, "", 200, &v)
@@ -359,12 +359,12 @@ func TestStreamsAreListed(t *testing.T) {
 	}
 	project, tokens, ids := p.newProject("watched", `{}`, `{}`, 1)
 	enough := make(chan struct{})
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if !strings.Contains(r.body, `"stream":true`) {
 			<-enough
-			return answerChat(c, r)
+			return chatScript(c, r)
 		}
-		c.sse()
+		c.beginSSE()
 		_ = c.chunk(strings.Repeat(chatEvents(true)[1], 200))
 		<-enough
 		for _, e := range chatEvents(true) {
@@ -374,9 +374,9 @@ func TestStreamsAreListed(t *testing.T) {
 	})
 	var all sync.WaitGroup
 	for range 5 {
-		all.Go(func() { p.callFree(context.Background(), p.token, `"max_tokens":10`) })
+		all.Go(func() { p.sendChat(context.Background(), p.token, `"max_tokens":10`) })
 	}
-	waitFor(t, "the calls", func() bool { return len(p.provider.got()) == 5 })
+	waitFor(t, "the calls", func() bool { return len(p.provider.received()) == 5 })
 	s := p.stream(tokens[0])
 	if _, err := s.read(200 * len(chatEvents(true)[1])); err != nil {
 		t.Fatal(err)
@@ -416,11 +416,11 @@ func TestStreamsAreListed(t *testing.T) {
 		}
 	}
 	close(enough)
-	if rest, err := s.rest(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
+	if rest, err := s.readAll(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
 		t.Errorf("the stream ended with %v", err)
 	}
 	all.Wait()
-	p.settle()
+	p.waitSettled()
 	if list, _ := p.streams(""); len(list) != 0 {
 		t.Errorf("when all are over there are %+v", list)
 	}
@@ -434,18 +434,18 @@ func TestStreamsAreCut(t *testing.T) {
 	_, viewer := p.newKey("v", "viewer")
 	_, operator := p.newKey("o", "operator")
 	id, token := p.newToken(`"name":"c","policy":{"limits":[{"count":"concurrent","max":2}]}`)
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if !strings.Contains(r.body, `"stream":true`) {
-			return silence(c, r)
+			return silentScript(c, r)
 		}
-		return endless(c, r)
+		return endlessScript(c, r)
 	})
 	other := p.stream(p.token)
 	s := p.stream(token)
 	if _, err := s.read(len(chatEvents(true)[1])); err != nil {
 		t.Fatal(err)
 	}
-	waiting := make(chan answer, 1)
+	waiting := make(chan testResponse, 1)
 	go func() { waiting <- p.chatAs(token) }()
 	waitFor(t, "the second call", func() bool { list, _ := p.streams("?token_id=" + id); return len(list) == 2 })
 	list, _ := p.streams("?token_id=" + id)
@@ -466,10 +466,10 @@ func TestStreamsAreCut(t *testing.T) {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
 		if v.Stream {
-			if rest, err := s.rest(); err == nil || strings.Contains(rest, "[DONE]") {
+			if rest, err := s.readAll(); err == nil || strings.Contains(rest, "[DONE]") {
 				t.Errorf("the stream ended as if it were complete: %q", rest)
 			}
-		} else if res := <-waiting; res.status != 403 || res.code() != "cut_by_administrator" {
+		} else if res := <-waiting; res.status != 403 || res.errorCode() != "cut_by_administrator" {
 			t.Errorf("the waiting call: got %d %s", res.status, res.body)
 		}
 		if d := time.Since(asked); d > time.Second {
@@ -485,7 +485,7 @@ func TestStreamsAreCut(t *testing.T) {
 	if list, _ := p.streams(""); len(list) != 1 || list[0].TokenID != p.tokenID {
 		t.Errorf("beside those that were cut there are %+v", list)
 	}
-	if l := p.limitsNow("/manage/tokens/" + id)[0]; l.Used != 0 {
+	if l := p.currentLimits("/manage/tokens/" + id)[0]; l.Used != 0 {
 		t.Errorf("the places are %+v", l)
 	}
 	if err := other.body.Close(); err != nil {
@@ -512,9 +512,9 @@ func TestMaxConcurrentCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "10", "LOG_LEVEL": "error"})
 	p.allowErrors = true // a proxy that is full is its operator's trouble
-	path, token := p.policyToken(`{"count":"requests","max":1000,"per":"lifetime"}`)
+	path, token := p.newLimitedToken(`{"count":"requests","max":1000,"per":"lifetime"}`)
 	for round := range 5 {
-		hits, statuses := p.crowd(50, func(i int) int {
+		hits, statuses := p.runConcurrently(50, func(i int) int {
 			status, h := p.send(nil, []string{p.token, token}[i%2], "/v1/chat/completions", chatBody(tinyBody))
 			if status == 503 && h.Get("Retry-After") == "" {
 				t.Error("503 without Retry-After")
@@ -524,25 +524,25 @@ func TestMaxConcurrentCalls(t *testing.T) {
 		if hits != 10 || statuses[200] != 10 || statuses[503] != 40 {
 			t.Errorf("round %d: %d calls ran at once, clients got %v", round, hits, statuses)
 		}
-		p.settle()
+		p.waitSettled()
 	}
 	calls := 0.0
-	for _, v := range p.rows() {
+	for _, v := range p.allRequests() {
 		if v.outcome == outcomeOK && v.tokenID != p.tokenID {
 			calls++
 		}
 	}
-	if l := p.limits(path)[0]; l.Used != calls {
+	if l := p.settledLimits(path)[0]; l.Used != calls {
 		t.Errorf("after %v calls: %+v", calls, l)
 	}
 	var open []net.Conn
 	for range 10 {
 		conn := p.dial()
-		_, _ = io.WriteString(conn, strings.TrimSuffix(p.rawChat("", chatBody()), "}"))
+		_, _ = io.WriteString(conn, strings.TrimSuffix(p.rawChatRequest("", chatBody()), "}"))
 		open = append(open, conn)
 	}
-	waitFor(t, "the bodies", func() bool { return p.running(phaseReading) == 10 })
-	if res := p.chat(); res.status != 503 || res.code() != "too_many_calls" {
+	waitFor(t, "the bodies", func() bool { return p.countInPhase(phaseReading) == 10 })
+	if res := p.chat(); res.status != 503 || res.errorCode() != "too_many_calls" {
 		t.Errorf("beside 10 calls that send their bodies: got %d %s", res.status, res.body)
 	}
 	if res := p.do("GET", ownTokenPath, "", "Authorization", "Bearer "+p.token); res.status != 200 {
@@ -551,7 +551,7 @@ func TestMaxConcurrentCalls(t *testing.T) {
 	for _, conn := range open {
 		conn.Close()
 	}
-	waitFor(t, "their ends", func() bool { return p.running(phaseReading) == 0 })
+	waitFor(t, "their ends", func() bool { return p.countInPhase(phaseReading) == 0 })
 	if res := p.chat(); res.status != 200 {
 		t.Errorf("then: got %d %s", res.status, res.body)
 	}
@@ -585,7 +585,7 @@ func TestBodyMemoryOfAToken(t *testing.T) {
 			t.Errorf("got %q", text)
 		}
 	}
-	if used := p.in.proxy.bodies.used.Load(); used > 2<<20+64<<10 {
+	if used := p.instance.proxy.bodies.used.Load(); used > 2<<20+64<<10 {
 		t.Errorf("one token holds %d bytes of 8 MiB", used)
 	}
 	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
@@ -595,15 +595,15 @@ func TestBodyMemoryOfAToken(t *testing.T) {
 		conn.Close()
 	}
 	refused.Wait()
-	p.settle()
+	p.waitSettled()
 	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+greedy, "Content-Type", "application/json"); res.status != 200 {
 		t.Errorf("the token, when its calls are over: got %d %s", res.status, res.body)
 	}
 }
 
-// calm waits until the next full hour, where every calendar window may begin
+// awaitClearOfHour waits until the next full hour, where every calendar window may begin
 // anew, is at least d away.
-func calm(d time.Duration) {
+func awaitClearOfHour(d time.Duration) {
 	if left := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)); left < d {
 		time.Sleep(left + 10*time.Millisecond)
 	}
@@ -625,15 +625,15 @@ func (p *testProxy) newProject(name, policy, tokenPolicy string, n int) (id stri
 	return v.ID, tokens, ids
 }
 
-// limits returns how the limits of a token or project stand, when no call runs.
-func (p *testProxy) limits(path string) []limitNow {
+// settledLimits returns how the limits of a token or project stand, when no call runs.
+func (p *testProxy) settledLimits(path string) []limitStatus {
 	p.t.Helper()
-	p.settle()
-	return p.limitsNow(path)
+	p.waitSettled()
+	return p.currentLimits(path)
 }
 
-// A limitNow is a limit as GET shows it.
-type limitNow struct {
+// A limitStatus is a limit as GET shows it.
+type limitStatus struct {
 	Count, Per, Endpoint, Model string
 	Max, Used, Reserved, Left   float64
 	Shadow                      bool
@@ -641,9 +641,9 @@ type limitNow struct {
 	WouldRefuse                 int        `json:"would_refuse"`
 }
 
-func (p *testProxy) limitsNow(path string) []limitNow {
+func (p *testProxy) currentLimits(path string) []limitStatus {
 	p.t.Helper()
-	var v struct{ Limits []limitNow }
+	var v struct{ Limits []limitStatus }
 	p.manage("GET", path, "", 200, &v)
 	return v.Limits
 }
@@ -674,17 +674,17 @@ func (p *testProxy) send(rt http.RoundTripper, token, path, body string, headers
 	return res.StatusCode, res.Header
 }
 
-// crowd makes m calls at the same moment. The provider answers none before each
+// runConcurrently makes m calls at the same moment. The provider answers none before each
 // has come to it or was refused, so that all that are let in run together. It
 // returns how many reached the provider, and how often each status came.
-func (p *testProxy) crowd(m int, call func(i int) (status int)) (hits int, statuses map[int]int) {
+func (p *testProxy) runConcurrently(m int, call func(i int) (status int)) (hits int, statuses map[int]int) {
 	p.t.Helper()
 	var in, out atomic.Int64
 	open := make(chan struct{})
-	p.provider.answer(func(c *providerConn, r recorded) bool {
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		in.Add(1)
 		<-open
-		return answerChat(c, r)
+		return chatScript(c, r)
 	})
 	var mu sync.Mutex
 	statuses = map[int]int{}
@@ -713,7 +713,7 @@ func (p *testProxy) crowd(m int, call func(i int) (status int)) (hits int, statu
 	hits = int(in.Load())
 	close(open)
 	all.Wait()
-	p.provider.answer(answerChat)
+	p.provider.setScript(chatScript)
 	return hits, statuses
 }
 
@@ -721,8 +721,8 @@ func (p *testProxy) crowd(m int, call func(i int) (status int)) (hits int, statu
 // before. Its max is in JSON.
 type limitKind struct {
 	count, per string
-	fresh      string // max for 5 calls
-	warm       string // max for 3 that were answered, and 5
+	newMax     string // max for 5 calls
+	usedMax    string // max for 3 that were answered, and 5
 	rate       float64
 }
 
@@ -732,21 +732,21 @@ type limitKind struct {
 func limitKinds() (out []limitKind) {
 	const need, used, needUSD, usedUSD = 126, 12, 26*150 + 100*600, 9*150 + 3*600
 	for per := perSecond; per <= perLifetime; per++ {
-		k := limitKind{count: "requests", per: per.String(), fresh: "5", warm: "8"}
-		if b := per.bucket(); b > 0 {
-			k.warm, k.rate = k.fresh, 5/float64(b) // what flows back is seen to below
+		k := limitKind{count: "requests", per: per.String(), newMax: "5", usedMax: "8"}
+		if b := per.bucketMS(); b > 0 {
+			k.usedMax, k.rate = k.newMax, 5/float64(b) // what flows back is seen to below
 		}
 		out = append(out, k)
-		k = limitKind{count: "tokens", per: per.String(), fresh: fmt.Sprint(5*need + need/2), warm: fmt.Sprint(3*used + 5*need + need/2)}
-		if b := per.bucket(); b > 0 {
-			k.warm, k.rate = k.fresh, 5.5/float64(b)
+		k = limitKind{count: "tokens", per: per.String(), newMax: fmt.Sprint(5*need + need/2), usedMax: fmt.Sprint(3*used + 5*need + need/2)}
+		if b := per.bucketMS(); b > 0 {
+			k.usedMax, k.rate = k.newMax, 5.5/float64(b)
 		}
 		out = append(out, k)
 		if per >= perHour {
-			out = append(out, limitKind{count: "dollars", per: per.String(), fresh: fmt.Sprintf("0.%09d", 5*needUSD+needUSD/2), warm: fmt.Sprintf("0.%09d", 3*usedUSD+5*needUSD+needUSD/2)})
+			out = append(out, limitKind{count: "dollars", per: per.String(), newMax: fmt.Sprintf("0.%09d", 5*needUSD+needUSD/2), usedMax: fmt.Sprintf("0.%09d", 3*usedUSD+5*needUSD+needUSD/2)})
 		}
 	}
-	return append(out, limitKind{count: "concurrent", fresh: "5", warm: "5"})
+	return append(out, limitKind{count: "concurrent", newMax: "5", usedMax: "5"})
 }
 
 const fiveBody = `"max_tokens":100`
@@ -763,24 +763,24 @@ func TestExactlyN(t *testing.T) {
 				t.Parallel()
 				p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 				for i, k := range limitKinds() {
-					p.exactly5(k, where, warm, i%3)
+					p.checkExactlyFive(k, where, warm, i%3)
 				}
-				p.sumsAgree()
-				p.countsAgree()
+				p.checkSums()
+				p.checkCounts()
 			})
 		}
 	}
 }
 
-// exactly5 tries one kind of limit. pattern 1 and 2 hold it to an endpoint or a
+// checkExactlyFive tries one kind of limit. pattern 1 and 2 hold it to an endpoint or a
 // model, beside limits that the calls have nothing to do with.
-func (p *testProxy) exactly5(k limitKind, where string, warm bool, pattern int) {
+func (p *testProxy) checkExactlyFive(k limitKind, where string, warm bool, pattern int) {
 	p.t.Helper()
 	const made, m = 3, 40
 	name := fmt.Sprintf("%s per %s of a %s, warm %v, pattern %d", k.count, k.per, where, warm, pattern)
-	most := k.fresh
+	most := k.newMax
 	if warm {
-		most = k.warm
+		most = k.usedMax
 	}
 	limit := fmt.Sprintf(`{"count":%q,"max":%s`, k.count, most)
 	if k.per != "" {
@@ -796,7 +796,7 @@ func (p *testProxy) exactly5(k limitKind, where string, warm bool, pattern int) 
 		others = `,{"count":"concurrent","max":0,"model":"gpt-5*"}`
 	}
 	policy, path := `{"limits":[`+limit+`}`+others+`]}`, ""
-	calm(5 * time.Second)
+	awaitClearOfHour(5 * time.Second)
 	var tokens []string
 	if where == "token" {
 		_, all, ids := p.newProject(name, `{}`, policy, 1)
@@ -812,7 +812,7 @@ func (p *testProxy) exactly5(k limitKind, where string, warm bool, pattern int) 
 				p.t.Fatalf("%s: got %d %s", name, res.status, res.body)
 			}
 		}
-		p.settle()
+		p.waitSettled()
 	}
 	want := 5
 	if k.rate > 0 && warm {
@@ -821,7 +821,7 @@ func (p *testProxy) exactly5(k limitKind, where string, warm bool, pattern int) 
 			want = 5
 		}
 	}
-	hits, statuses := p.crowd(m, func(i int) int {
+	hits, statuses := p.runConcurrently(m, func(i int) int {
 		status, _ := p.send(nil, tokens[i%len(tokens)], "/v1/chat/completions", chatBody(fiveBody))
 		return status
 	})
@@ -829,7 +829,7 @@ func (p *testProxy) exactly5(k limitKind, where string, warm bool, pattern int) 
 	if hits < want || hits > want+flowed || k.rate == 0 && hits != want || statuses[200] != hits || statuses[429] != m-hits {
 		p.t.Errorf("%s: of %d calls %d reached the provider, want %d (and %d for what flowed back); clients got %v", name, m, hits, want, flowed, statuses)
 	}
-	l := p.limits(path)[0]
+	l := p.settledLimits(path)[0]
 	if l.Reserved != 0 || k.count == "concurrent" && l.Used != 0 {
 		p.t.Errorf("%s: when no call runs, it says %+v", name, l)
 	}
@@ -855,13 +855,13 @@ func TestOneCounter(t *testing.T) {
 	defer h2.CloseIdleConnections()
 	for i, limit := range []string{`{"count":"requests","max":5,"per":"day"}`, `{"count":"concurrent","max":5}`, `{"count":"tokens","max":693,"per":"lifetime"}`} {
 		for _, where := range []string{"token", "project"} {
-			calm(5 * time.Second)
+			awaitClearOfHour(5 * time.Second)
 			own, its := `{"limits":[`+limit+`]}`, `{}`
 			if where == "project" {
 				own, its = its, own
 			}
 			_, tokens, _ := p.newProject(fmt.Sprint(where, i), its, own, 1)
-			hits, statuses := p.crowd(60, func(i int) int {
+			hits, statuses := p.runConcurrently(60, func(i int) int {
 				var rt http.RoundTripper = h2
 				if i%2 == 0 {
 					h1 := p.http2(cert)
@@ -877,7 +877,7 @@ func TestOneCounter(t *testing.T) {
 		}
 	}
 	addresses := map[string]bool{}
-	for _, v := range p.rows() {
+	for _, v := range p.allRequests() {
 		addresses[v.address] = true
 	}
 	if len(addresses) < 5 {

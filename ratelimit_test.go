@@ -30,31 +30,31 @@ func testLimits(t testing.TB, text string) *policy {
 }
 
 // newLimiter returns a limiter with limits on a project and a token of it.
-func newTestLimiter(t testing.TB, project, token string, now int64) (*limiter, *subject) {
+func newTestLimiter(t testing.TB, project, token string, now int64) (*limiter, *limitScope) {
 	t.Helper()
-	l, s := &limiter{}, &subject{}
+	l, s := &limiter{}, &limitScope{}
 	none := func(*limit) int64 { return 0 }
-	l.adopt(&l.project, testLimits(t, project), now, none)
-	l.adopt(s, testLimits(t, token), now, none)
+	l.setPolicy(&l.project, testLimits(t, project), now, none)
+	l.setPolicy(s, testLimits(t, token), now, none)
 	return l, s
 }
 
-func chatAsk(input, output int64) ask {
-	return ask{name: "POST /v1/chat/completions", pattern: "/v1/chat/completions", model: "gpt-4o-mini", input: input, output: output,
+func chatEstimate(input, output int64) estimate {
+	return estimate{endpoint: "POST /v1/chat/completions", pattern: "/v1/chat/completions", model: "gpt-4o-mini", input: input, output: output,
 		inputCost: input * 100, outputCost: output * 400}
 }
 
-func (l *limiter) try(s *subject, a ask, now int64) (*hold, *refusal) {
+func (l *limiter) tryReserve(s *limitScope, a estimate, now int64) (*reservation, *limitViolation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h := &hold{ask: a}
+	h := &reservation{estimate: a}
 	return h, l.reserve(h, s, now)
 }
 
 func TestWindows(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		per          span
+		per          limitPeriod
 		at, from, to string
 	}{
 		{perHour, "2026-02-11T12:59:59.999Z", "2026-02-11T12:00:00Z", "2026-02-11T13:00:00Z"},
@@ -143,18 +143,18 @@ func TestBucket(t *testing.T) {
 		accepted := int64(0)
 		for now := int64(noon); now <= noon+3_600_000; now += step {
 			for {
-				h, refused := l.try(s, chatAsk(1, 1), now)
+				h, refused := l.tryReserve(s, chatEstimate(1, 1), now)
 				if refused != nil {
 					if refused.wait < 1 || refused.wait > 60_000/7+1 {
 						t.Fatalf("told to wait %d ms", refused.wait)
 					}
-					if _, early := l.try(s, chatAsk(1, 1), now+refused.wait-1); early == nil && refused.wait > 1 {
+					if _, early := l.tryReserve(s, chatEstimate(1, 1), now+refused.wait-1); early == nil && refused.wait > 1 {
 						t.Fatalf("there was room before the %d ms were over", refused.wait)
 					}
 					break
 				}
 				accepted++
-				h.settle(now, spending{counted: true}, func() {})
+				h.settle(now, finalUsage{forwarded: true}, func() {})
 			}
 			if most := 7 + 7*(now-noon)/60_000; accepted > most || step < 7000 && accepted < most {
 				t.Fatalf("steps of %d ms: %d accepted after %d ms, want %d", step, accepted, now-noon, most)
@@ -171,14 +171,14 @@ func TestRetryAfterIsHonest(t *testing.T) {
 		l, s := newTestLimiter(t, `{"count":"requests","max":5,"per":"second"}`, `{"count":"requests","max":20,"per":"hour"}`, time.Now().UnixMilli())
 		began := time.Now()
 		for i := range 40 {
-			h, refused := l.try(s, chatAsk(1, 1), time.Now().UnixMilli())
+			h, refused := l.tryReserve(s, chatEstimate(1, 1), time.Now().UnixMilli())
 			if refused != nil {
 				time.Sleep(time.Duration(refused.wait) * time.Millisecond)
-				if h, refused = l.try(s, chatAsk(1, 1), time.Now().UnixMilli()); refused != nil {
+				if h, refused = l.tryReserve(s, chatEstimate(1, 1), time.Now().UnixMilli()); refused != nil {
 					t.Fatalf("call %d waited as it was told and was refused again: %+v", i, refused)
 				}
 			}
-			h.settle(time.Now().UnixMilli(), spending{counted: true}, func() {})
+			h.settle(time.Now().UnixMilli(), finalUsage{forwarded: true}, func() {})
 		}
 		// 20 in the first hour, the rest at the full hour, five of them at once.
 		if took := time.Since(began); took > time.Hour+4*time.Second || took < 4*time.Second {
@@ -207,11 +207,11 @@ func TestExactInParallel(t *testing.T) {
 				var admitted atomic.Int64
 				start := make(chan struct{})
 				var wait sync.WaitGroup
-				holds := make(chan *hold, 1000)
+				holds := make(chan *reservation, 1000)
 				for range 1000 {
 					wait.Go(func() {
 						<-start
-						if h, refused := l.try(s, chatAsk(5, 5), noon); refused == nil {
+						if h, refused := l.tryReserve(s, chatEstimate(5, 5), noon); refused == nil {
 							admitted.Add(1)
 							holds <- h
 						}
@@ -224,7 +224,7 @@ func TestExactInParallel(t *testing.T) {
 				}
 				close(holds)
 				for h := range holds { // none was forwarded
-					wait.Go(func() { h.settle(noon, spending{}, func() {}) })
+					wait.Go(func() { h.settle(noon, finalUsage{}, func() {}) })
 				}
 				wait.Wait()
 			}
@@ -238,24 +238,24 @@ func TestExactInParallel(t *testing.T) {
 // TestEstimates: what is reserved of tokens and dollars.
 func TestEstimates(t *testing.T) {
 	t.Parallel()
-	guess := chatAsk(100, 4096)
-	guess.assumed = true
+	guess := chatEstimate(100, 4096)
+	guess.outputAssumed = true
 	for _, test := range []struct {
 		limit string
-		ask   ask
+		ask   estimate
 		need  int64
 	}{
-		{`{"count":"tokens","max":10000,"per":"day"}`, chatAsk(100, 500), 600},
+		{`{"count":"tokens","max":10000,"per":"day"}`, chatEstimate(100, 500), 600},
 		{`{"count":"tokens","max":10000,"per":"day"}`, guess, 100 + 2500},
 		{`{"count":"tokens","max":1000000,"per":"day"}`, guess, 100 + 4096},
 		{`{"count":"tokens","max":50,"per":"day"}`, guess, 50},
 		{`{"count":"tokens","max":0,"per":"day"}`, guess, 1},
-		{`{"count":"tokens","max":50,"per":"day"}`, ask{}, 0},
-		{`{"count":"dollars","max":1,"per":"day"}`, chatAsk(100, 500), 100*100 + 500*400},
+		{`{"count":"tokens","max":50,"per":"day"}`, estimate{}, 0},
+		{`{"count":"dollars","max":1,"per":"day"}`, chatEstimate(100, 500), 100*100 + 500*400},
 		{`{"count":"dollars","max":0.0001,"per":"day"}`, guess, 10000 + 25000},
-		{`{"count":"requests","max":5,"per":"day"}`, ask{}, 1},
+		{`{"count":"requests","max":5,"per":"day"}`, estimate{}, 1},
 	} {
-		if got := test.ask.need(&testLimits(t, test.limit).Limits[0]); got != test.need {
+		if got := test.ask.quantityFor(&testLimits(t, test.limit).Limits[0]); got != test.need {
 			t.Errorf("%s, %+v: needs %d, want %d", test.limit, test.ask, got, test.need)
 		}
 	}
@@ -272,7 +272,7 @@ func TestEstimates(t *testing.T) {
 		}
 	}
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":100,"per":"day"}`, noon)
-	if _, r := l.try(s, chatAsk(10, 101), noon); r == nil || !r.impossible {
+	if _, r := l.tryReserve(s, chatEstimate(10, 101), noon); r == nil || !r.exceedsMax {
 		t.Errorf("more output than there ever is: %+v", r)
 	}
 }
@@ -282,16 +282,16 @@ func TestEstimates(t *testing.T) {
 func TestDebt(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, `{"count":"tokens","max":1000,"per":"hour"}`, `{"count":"tokens","max":1000,"per":"minute"}`, noon)
-	h, _ := l.try(s, chatAsk(50, 50), noon)
-	h.settle(noon, spending{counted: true, tokens: 1_000_000}, func() {})
-	if _, r := l.try(s, chatAsk(5, 5), noon+60_000); r == nil || r.ofProject != true {
+	h, _ := l.tryReserve(s, chatEstimate(50, 50), noon)
+	h.settle(noon, finalUsage{forwarded: true, tokens: 1_000_000}, func() {})
+	if _, r := l.tryReserve(s, chatEstimate(5, 5), noon+60_000); r == nil || r.ofProject != true {
 		t.Errorf("after a debt: %+v", r)
 	}
 	at := int64(noon + 3_600_000)
-	if h, r := l.try(s, chatAsk(5, 5), at); r != nil {
+	if h, r := l.tryReserve(s, chatEstimate(5, 5), at); r != nil {
 		t.Errorf("the next hour: %+v", r)
 	} else {
-		h.settle(at, spending{tokens: 10}, func() {})
+		h.settle(at, finalUsage{tokens: 10}, func() {})
 	}
 	if used := s.counters[0].used; used != 10*60_000 {
 		t.Errorf("an hour later the bucket has %d", used)
@@ -303,23 +303,23 @@ func TestDebt(t *testing.T) {
 func TestSpentBudgetEndsStreams(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"day"},{"count":"tokens","max":100,"per":"week","shadow":true}`, noon)
-	named, _ := l.try(s, chatAsk(100, 400), noon)
-	guess := chatAsk(50, 4096)
-	guess.assumed = true
-	open, _ := l.try(s, guess, noon)
-	if spent := named.progress(noon, 100_000); spent != nil {
+	named, _ := l.tryReserve(s, chatEstimate(100, 400), noon)
+	guess := chatEstimate(50, 4096)
+	guess.outputAssumed = true
+	open, _ := l.tryReserve(s, guess, noon)
+	if spent := named.updateUsage(noon, 100_000); spent != nil {
 		t.Errorf("a call that named its most output was ended: %s", spent)
 	}
-	if spent := open.progress(noon, 550); spent != nil { // 500 + 600 = 1100: at the edge
+	if spent := open.updateUsage(noon, 550); spent != nil { // 500 + 600 = 1100: at the edge
 		t.Errorf("ended at 1100 of 1000: %s", spent)
 	}
-	if spent := open.progress(noon, 551); spent == nil || named.progress(noon, 0) == nil {
+	if spent := open.updateUsage(noon, 551); spent == nil || named.updateUsage(noon, 0) == nil {
 		t.Error("not ended beyond the overdraft")
 	}
-	open.settle(noon, spending{counted: true, tokens: 600}, func() {})
-	named.settle(noon, spending{counted: true, tokens: 120}, func() {})
-	if c := s.counters[0]; c.used != 720 || c.held != 0 {
-		t.Errorf("settled to %d used, %d held", c.used, c.held)
+	open.settle(noon, finalUsage{forwarded: true, tokens: 600}, func() {})
+	named.settle(noon, finalUsage{forwarded: true, tokens: 120}, func() {})
+	if c := s.counters[0]; c.used != 720 || c.reserved != 0 {
+		t.Errorf("settled to %d used, %d held", c.used, c.reserved)
 	}
 }
 
@@ -329,43 +329,43 @@ func TestSpentBudgetEndsStreams(t *testing.T) {
 func TestPolicyChangeKeepsCounts(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"day"},{"count":"concurrent","max":9}`, noon)
-	var holds []*hold
+	var holds []*reservation
 	for range 3 {
-		h, _ := l.try(s, chatAsk(10, 10), noon)
+		h, _ := l.tryReserve(s, chatEstimate(10, 10), noon)
 		holds = append(holds, h)
 	}
 	p := testLimits(t, `{"count":"requests","max":4,"per":"day"},{"count":"tokens","max":1000,"per":"day"},{"count":"requests","max":50,"per":"week","model":"other"}`)
-	if !s.lacking(p) {
+	if !s.needsHistory(p) {
 		t.Error("the past of two new limits is not asked for")
 	}
-	l.adopt(s, p, noon, func(lim *limit) int64 { return int64(lim.per) * 7 })
-	got := fmt.Sprint(s.counters[0].used, s.counters[1].used, s.counters[1].held, s.counters[2].used)
+	l.setPolicy(s, p, noon, func(lim *limit) int64 { return int64(lim.period) * 7 })
+	got := fmt.Sprint(s.counters[0].used, s.counters[1].used, s.counters[1].reserved, s.counters[2].used)
 	if want := fmt.Sprint(3, int64(perDay)*7, 60, int64(perWeek)*7); got != want {
 		t.Errorf("after the change: %s, want %s", got, want)
 	}
-	if s.lacking(p) {
+	if s.needsHistory(p) {
 		t.Error("the past is asked for again")
 	}
 	for _, h := range holds {
-		h.settle(noon, spending{counted: true, tokens: 15}, func() {})
+		h.settle(noon, finalUsage{forwarded: true, tokens: 15}, func() {})
 	}
-	if c := s.counters[1]; c.used != int64(perDay)*7+45 || c.held != 0 {
-		t.Errorf("the new limit settled to %d used, %d held", c.used, c.held)
+	if c := s.counters[1]; c.used != int64(perDay)*7+45 || c.reserved != 0 {
+		t.Errorf("the new limit settled to %d used, %d held", c.used, c.reserved)
 	}
-	if _, r := l.try(s, chatAsk(1, 1), noon); r != nil {
+	if _, r := l.tryReserve(s, chatEstimate(1, 1), noon); r != nil {
 		t.Errorf("the fourth of four: %+v", r)
 	}
-	if _, r := l.try(s, chatAsk(1, 1), noon); r == nil || !r.limit.quota() {
+	if _, r := l.tryReserve(s, chatEstimate(1, 1), noon); r == nil || !r.limit.isQuota() {
 		t.Errorf("the fifth of four: %+v", r)
 	}
 }
 
 // modelCall is a call as the model of TestAgainstModel knows it.
 type modelCall struct {
-	h              *hold
-	window, amount int64 // the window it began in, what it reserved
-	used           int64 // at least so much, so far or in the end
-	over           bool
+	reservation      *reservation
+	window, reserved int64 // the window it began in, what it reserved
+	used             int64 // at least so much, so far or in the end
+	ended            bool
 }
 
 // TestAgainstModel: random orders of reserving, settling, giving up, progress,
@@ -375,24 +375,24 @@ func TestAgainstModel(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 1))
-		per := []span{perHour, perDay, perWeek, perMonth, perLifetime}[r.IntN(5)]
-		count := []measure{countRequests, countTokens, countDollars}[r.IntN(3)]
+		per := []limitPeriod{perHour, perDay, perWeek, perMonth, perLifetime}[r.IntN(5)]
+		count := []limitMetric{metricRequests, metricTokens, metricDollars}[r.IntN(3)]
 		most := int64(20 + r.IntN(2000))
-		text, _ := json.Marshal(limit{count: count, per: per, max: most})
+		text, _ := json.Marshal(limit{metric: count, period: per, max: most})
 		now := int64(noon)
 		l, s := newTestLimiter(t, `{"count":"concurrent","max":5}`, string(text), now)
 		from, to := per.window(now)
 		var calls []*modelCall
 		total := func() (n int64, running int) {
 			for _, c := range calls {
-				if !c.over {
+				if !c.ended {
 					running++
 				}
 				if c.window != from {
 					continue
 				}
-				if n += c.used; !c.over {
-					n += max(0, c.amount-c.used)
+				if n += c.used; !c.ended {
+					n += max(0, c.reserved-c.used)
 				}
 			}
 			return n, running
@@ -406,18 +406,18 @@ func TestAgainstModel(t *testing.T) {
 				}
 				continue
 			case 1, 2, 3:
-				a := chatAsk(r.Int64N(50), r.Int64N(50)+1)
-				a.assumed = r.IntN(2) == 0
+				a := chatEstimate(r.Int64N(50), r.Int64N(50)+1)
+				a.outputAssumed = r.IntN(2) == 0
 				taken, running := total()
-				need := a.need(s.counters[0].limit)
-				h, refused := l.try(s, a, now)
-				fits := taken+need <= most && running < 5 && !a.impossible(s.counters[0].limit)
+				need := a.quantityFor(s.counters[0].limit)
+				h, refused := l.tryReserve(s, a, now)
+				fits := taken+need <= most && running < 5 && !a.exceedsMax(s.counters[0].limit)
 				if (refused == nil) != fits {
 					t.Fatalf("seed %d step %d: %s with %d taken, %d running, needs %d: %+v", seed, step, s.counters[0].limit, taken, running, need, refused)
 				}
 				if refused == nil {
-					c := &modelCall{h: h, window: from, amount: need}
-					if count == countRequests {
+					c := &modelCall{reservation: h, window: from, reserved: need}
+					if count == metricRequests {
 						c.used = 1
 					}
 					calls = append(calls, c)
@@ -427,18 +427,18 @@ func TestAgainstModel(t *testing.T) {
 					continue
 				}
 				c := calls[r.IntN(len(calls))]
-				if c.over {
+				if c.ended {
 					continue
 				}
 				if r.IntN(3) > 0 {
-					if output := r.Int64N(80); count != countRequests {
-						c.h.progress(now, output)
-						sofar := c.h.ask.input + output
-						if count == countDollars {
-							sofar = c.h.ask.inputCost + output*400
+					if output := r.Int64N(80); count != metricRequests {
+						c.reservation.updateUsage(now, output)
+						sofar := c.reservation.estimate.input + output
+						if count == metricDollars {
+							sofar = c.reservation.estimate.inputCost + output*400
 						}
-						if !c.h.ask.assumed {
-							sofar = min(sofar, c.amount)
+						if !c.reservation.estimate.outputAssumed {
+							sofar = min(sofar, c.reserved)
 						}
 						if c.window == from {
 							c.used = max(c.used, sofar)
@@ -446,22 +446,22 @@ func TestAgainstModel(t *testing.T) {
 					}
 					continue
 				}
-				spent := spending{counted: r.IntN(4) > 0, tokens: r.Int64N(200), dollars: r.Int64N(100_000)}
-				c.h.settle(now, spent, func() {})
-				if c.over = true; count == countRequests {
-					if !spent.counted {
+				spent := finalUsage{forwarded: r.IntN(4) > 0, tokens: r.Int64N(200), dollars: r.Int64N(100_000)}
+				c.reservation.settle(now, spent, func() {})
+				if c.ended = true; count == metricRequests {
+					if !spent.forwarded {
 						c.used = 0
 					}
 				} else {
-					c.used = spent.of(count)
+					c.used = spent.value(count)
 				}
 			}
 			taken, running := total()
 			got := s.counters[0]
 			got.advance(now)
-			if got.used+got.held != taken || int64(running) != l.project.counters[0].held {
+			if got.used+got.reserved != taken || int64(running) != l.project.counters[0].reserved {
 				t.Fatalf("seed %d step %d: %s has %d used and %d held, the model %d; %d running, the model %d",
-					seed, step, got.limit, got.used, got.held, taken, l.project.counters[0].held, running)
+					seed, step, got.limit, got.used, got.reserved, taken, l.project.counters[0].reserved, running)
 			}
 		}
 	}
@@ -478,17 +478,17 @@ const tenLimits = `{"count":"requests","max":1000000000,"per":"second"},{"count"
 func BenchmarkAdmission(b *testing.B) {
 	l, s := newTestLimiter(b, tenLimits, tenLimits, noon)
 	now := int64(noon)
-	a := chatAsk(100, 200)
-	h := &hold{}
+	a := chatEstimate(100, 200)
+	h := &reservation{}
 	b.ReportAllocs()
 	for b.Loop() {
-		*h = hold{ask: a}
+		*h = reservation{estimate: a}
 		l.mu.Lock()
 		if l.reserve(h, s, now) != nil {
 			b.Fatal("refused")
 		}
 		l.mu.Unlock()
-		h.settle(now, spending{counted: true, tokens: 250, dollars: 40_000}, func() {})
+		h.settle(now, finalUsage{forwarded: true, tokens: 250, dollars: 40_000}, func() {})
 		now++
 	}
 }
@@ -513,7 +513,7 @@ func BenchmarkLiveTokens(b *testing.B) {
 			}
 			t := &liveToken{project: project}
 			t.state.Store(st)
-			project.limiter.adopt(&t.limits, &st.policy, noon, func(*limit) int64 { return 0 })
+			project.limiter.setPolicy(&t.limits, &st.policy, noon, func(*limit) int64 { return 0 })
 			g.byHash[st.hash], g.byID[strings.Clone(st.id)] = t, t
 		}
 		runtime.GC()
@@ -534,17 +534,17 @@ func TestWindowEdges(t *testing.T) {
 		whole int // windows that are hammered from end to end
 	}{{"hour", 20 * time.Second, 5}, {"day", 7 * time.Minute, 5}, {"week", 53 * time.Minute, 5}, {"month", 4 * time.Hour, 5}} {
 		l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"`+test.per+`"}`, noon)
-		per := s.counters[0].limit.per
+		per := s.counters[0].limit.period
 		got := map[int64]int{}
 		last := int64(0) // the window that has just begun
 		for now := int64(noon); len(got) <= test.whole; now += test.step.Milliseconds() {
 			from, to := per.window(now)
 			last = from
 			for range 3 {
-				h, refused := l.try(s, chatAsk(1, 1), now)
+				h, refused := l.tryReserve(s, chatEstimate(1, 1), now)
 				if refused == nil {
 					got[from]++
-					h.settle(now, spending{counted: true}, func() {})
+					h.settle(now, finalUsage{forwarded: true}, func() {})
 				} else if refused.wait != to-now {
 					t.Fatalf("%s: told to wait %d ms, %d before the edge", test.per, refused.wait, to-now)
 				}
@@ -564,7 +564,7 @@ func TestCallsOutliveTheirToken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"limits":[{"count":"tokens","max":1000000,"per":"day"},{"count":"concurrent","max":100}]}}`, 200, nil)
-	p.provider.answer(endless)
+	p.provider.setScript(endlessScript)
 	const calls = 20
 	for range calls {
 		if _, err := p.stream(p.token, `"max_tokens":50`).read(1); err != nil {
@@ -582,7 +582,7 @@ func TestCallsOutliveTheirToken(t *testing.T) {
 			t.Errorf("the ledger has %+v", row)
 		}
 	}
-	if l := &p.in.registry.liveToken(p.tokenID).project.limiter; l.running != nil || l.project.counters[1].held != 0 || l.project.counters[0].held != 0 {
+	if l := &p.instance.registry.liveToken(p.tokenID).project.limiter; l.running != nil || l.project.counters[1].reserved != 0 || l.project.counters[0].reserved != 0 {
 		t.Error("reservations are left behind")
 	}
 }

@@ -15,14 +15,14 @@ import (
 
 // A projectState is what is known of a project at one version. It is immutable.
 type projectState struct {
-	seq       int64
-	id, name  string
-	active    bool
-	policy    policy
-	routing   routing
-	upstreams []*upstream // active ones, most preferred first
-	version   int64
-	unread    bool // a change of it could not be read: inactive until it is
+	seq        int64
+	id, name   string
+	active     bool
+	policy     policy
+	routing    routing
+	upstreams  []*upstream // active ones, most preferred first
+	version    int64
+	loadFailed bool // a change of it could not be read: inactive until it is
 }
 
 type liveProject struct {
@@ -39,7 +39,7 @@ type registry struct {
 	store  *store
 	ledger *ledger
 	sealer *sealer
-	health *healthBook
+	health *healthTracker
 	// allowPrivate is the rule for base URLs that stored ones are held to.
 	allowPrivate bool
 
@@ -50,25 +50,25 @@ type registry struct {
 	// changes counts what admins changed and what was evicted, so that a row read
 	// before is not put in after it: a revoked token would rise again, and one
 	// that was evicted would forget calls.
-	changes int64
-	evicted uint64 // what the ledger had been given when a token was last evicted
+	changes    int64
+	evictedSeq uint64 // what the ledger had been given when a token was last evicted
 	// unknown remembers hashes that no token has, for a short while. It is
 	// emptied when it is full: an attacker can fill it, but not grow it.
-	unknown map[[32]byte]int64
+	unknownHashes map[[32]byte]int64
 }
 
 const (
-	maxUnknown       = 4096
-	unknownFor       = 5 * time.Second
-	evictAfter       = 10 * time.Minute
-	loadAttempts     = 100         // each fails only if an admin changed something within it
-	refusalsRecorded = time.Second // at most one refused call on record a token in this time
+	maxUnknownHashes   = 4096
+	unknownTTL         = 5 * time.Second
+	evictAfter         = 10 * time.Minute
+	maxLoadRetries     = 100         // each fails only if an admin changed something within it
+	refusalLogInterval = time.Second // at most one refused call on record a token in this time
 )
 
-func newRegistry(st *store, l *ledger, sl *sealer, health *healthBook, allowPrivate bool) *registry {
+func newRegistry(st *store, l *ledger, sl *sealer, health *healthTracker, allowPrivate bool) *registry {
 	return &registry{store: st, ledger: l, sealer: sl, health: health, allowPrivate: allowPrivate,
 		byHash: map[[32]byte]*liveToken{}, byID: map[string]*liveToken{},
-		projects: map[int64]*liveProject{}, unknown: map[[32]byte]int64{}}
+		projects: map[int64]*liveProject{}, unknownHashes: map[[32]byte]int64{}}
 }
 
 // lookup returns the token with this hash and its state, whatever that state
@@ -77,19 +77,19 @@ func newRegistry(st *store, l *ledger, sl *sealer, health *healthBook, allowPriv
 func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveToken, *tokenState, error) {
 	g.mu.RLock()
 	t := g.byHash[hash]
-	until := g.unknown[hash]
+	until := g.unknownHashes[hash]
 	g.mu.RUnlock()
 	if t == nil && now < until {
 		return nil, nil, errUnknownToken
 	}
 	if t == nil {
 		var err error
-		if t, err = g.load(ctx, hash, now); err != nil {
+		if t, err = g.loadToken(ctx, hash, now); err != nil {
 			return nil, nil, err
 		}
 	}
-	if t.project.state.Load().unread {
-		if err := g.reread(ctx, t.project); err != nil {
+	if t.project.state.Load().loadFailed {
+		if err := g.reloadProject(ctx, t.project); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -100,22 +100,22 @@ func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveT
 	return nil, nil, errUnknownToken // its old self, after a rotation
 }
 
-// load reads a token and its project and puts them in.
-func (g *registry) load(ctx context.Context, hash [32]byte, now int64) (*liveToken, error) {
-	for range loadAttempts {
+// loadToken reads a token and its project and puts them in.
+func (g *registry) loadToken(ctx context.Context, hash [32]byte, now int64) (*liveToken, error) {
+	for range maxLoadRetries {
 		g.mu.RLock()
-		before, evicted := g.changes, g.evicted
+		before, evicted := g.changes, g.evictedSeq
 		g.mu.RUnlock()
-		if err := g.ledger.settled(ctx, evicted); err != nil { // a token's row must have all its calls when it is read
+		if err := g.ledger.awaitIfHealthy(ctx, evicted); err != nil { // a token's row must have all its calls when it is read
 			return nil, fmt.Errorf("reading a token: %w", err)
 		}
 		row, err := g.store.tokenByHash(ctx, hash)
 		if errors.Is(err, errNotFound) {
 			g.mu.Lock()
-			if len(g.unknown) >= maxUnknown {
-				clear(g.unknown)
+			if len(g.unknownHashes) >= maxUnknownHashes {
+				clear(g.unknownHashes)
 			}
-			g.unknown[hash] = now + unknownFor.Milliseconds()
+			g.unknownHashes[hash] = now + unknownTTL.Milliseconds()
 			g.mu.Unlock()
 			return nil, errUnknownToken
 		}
@@ -172,9 +172,9 @@ func (g *registry) loadProject(ctx context.Context, seq int64) (*liveProject, er
 	return p, nil
 }
 
-// reread reads a project anew whose last change could not be read.
-func (g *registry) reread(ctx context.Context, p *liveProject) error {
-	for range loadAttempts {
+// reloadProject reads a project anew whose last change could not be read.
+func (g *registry) reloadProject(ctx context.Context, p *liveProject) error {
+	for range maxLoadRetries {
 		g.mu.RLock()
 		before := g.changes
 		g.mu.RUnlock()
@@ -184,7 +184,7 @@ func (g *registry) reread(ctx context.Context, p *liveProject) error {
 		}
 		g.mu.Lock()
 		unchanged := g.changes == before
-		if unchanged && p.state.Load().unread {
+		if unchanged && p.state.Load().loadFailed {
 			p.state.Store(st)
 		}
 		g.mu.Unlock()
@@ -200,7 +200,7 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	if err != nil {
 		return nil, fmt.Errorf("reading project %d: %w", seq, err)
 	}
-	ups, err := g.store.servingUpstreams(ctx, seq)
+	ups, err := g.store.usableUpstreams(ctx, seq)
 	if err != nil {
 		return nil, err
 	}
@@ -251,7 +251,7 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 	if p := g.projects[seq]; p != nil {
 		switch was := p.state.Load(); {
 		case err != nil:
-			p.state.Store(&projectState{seq: seq, id: was.id, name: was.name, version: was.version, unread: true})
+			p.state.Store(&projectState{seq: seq, id: was.id, name: was.name, version: was.version, loadFailed: true})
 		case was.version < st.version:
 			p.state.Store(st)
 		}
@@ -316,7 +316,7 @@ func (g *registry) evict(now int64, settled bool) {
 	defer g.mu.Unlock()
 	some := false
 	for hash, t := range g.byHash {
-		if t.lastUsed.Load() < now-evictAfter.Milliseconds() && t.leave() {
+		if t.lastUsed.Load() < now-evictAfter.Milliseconds() && t.tryEvict() {
 			delete(g.byHash, hash)
 			delete(g.byID, t.state.Load().id)
 			some = true
@@ -324,7 +324,7 @@ func (g *registry) evict(now int64, settled bool) {
 	}
 	if some { // a call may have ended since the ledger was asked
 		g.changes++
-		g.evicted = g.ledger.given()
+		g.evictedSeq = g.ledger.queuedSoFar()
 	}
 }
 

@@ -77,7 +77,7 @@ func formBoundary(contentType string) (string, error) {
 		return "", &bodyError{"", "The Content-Type must be multipart/form-data with a boundary and nothing else."}
 	case hasCharset && !strings.EqualFold(charset, "utf-8"):
 		return "", &bodyError{"", "The charset of a multipart form must be utf-8."}
-	case boundary == "" || len(boundary) > maxBoundaryLen || !onlyBytes(boundary, "'()+_,-./:=?"):
+	case boundary == "" || len(boundary) > maxBoundaryLen || !isAlphanumericOr(boundary, "'()+_,-./:=?"):
 		return "", &bodyError{"", fmt.Sprintf("The multipart boundary must be 1 to %d letters, digits or '()+_,-./:=? characters.", maxBoundaryLen)}
 	}
 	return boundary, nil
@@ -106,7 +106,7 @@ func (f *callFields) addPart(part []byte, seen *uint, at int) error {
 		}
 	}
 	// A quoted name with a blank or an escape is read differently by different parsers.
-	if !ok || kind != "form-data" || name == "" || len(name) > 128 || !onlyBytes(name, "_-[]") {
+	if !ok || kind != "form-data" || name == "" || len(name) > 128 || !isAlphanumericOr(name, "_-[]") {
 		return formError("a part lacks the header Content-Disposition: form-data with a plain name")
 	}
 	if name == "_charset_" {
@@ -121,7 +121,7 @@ func (f *callFields) addPart(part []byte, seen *uint, at int) error {
 		return formError("a part has a Content-Transfer-Encoding other than 7bit, 8bit or binary")
 	}
 	if _, counted := headers["content-length"]; name == "model" && !counted { // else another length would be a lie
-		f.modelAt = bodySplice{at + len(head) + 4, at + len(part), "form"}
+		f.modelSplice = splice{at + len(head) + 4, at + len(part), "form"}
 	}
 	return f.addField(name, value, file, headers["content-type"], seen)
 }
@@ -166,7 +166,7 @@ func (f *callFields) setText(name string, value []byte) error {
 	case (name == "n" || name == "best_of" || strings.HasPrefix(name, "max_")) && strings.Trim(text, "0123456789") != "":
 		err = &bodyError{name, fmt.Sprintf("Invalid value for %q: it must be an integer.", name)} // "4_0" is 40 to Python
 	case text != "": // an empty field is an absent one
-		err = f.set(name, value)
+		err = f.setField(name, value)
 	}
 	if err != nil {
 		return err
@@ -201,7 +201,7 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 		var key, value string
 		key, rest, ok = strings.Cut(rest, "=")
 		key = strings.ToLower(strings.Trim(key, " \t"))
-		if _, twice := params[key]; !ok || twice || !isToken(key) {
+		if _, twice := params[key]; !ok || twice || !isHeaderToken(key) {
 			return "", nil, false
 		}
 		if quoted, found := strings.CutPrefix(rest, `"`); found {
@@ -215,7 +215,7 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 			}
 		} else {
 			value, rest, more = strings.Cut(rest, ";")
-			if value = strings.TrimRight(value, " \t"); !isToken(value) {
+			if value = strings.TrimRight(value, " \t"); !isHeaderToken(value) {
 				return "", nil, false
 			}
 		}
@@ -224,10 +224,10 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 	return kind, params, true
 }
 
-func isToken(s string) bool { return s != "" && onlyBytes(s, "!#$%&'*+-.^_`|~") }
+func isHeaderToken(s string) bool { return s != "" && isAlphanumericOr(s, "!#$%&'*+-.^_`|~") }
 
-// onlyBytes says whether s has ASCII letters, digits and the bytes of extra only.
-func onlyBytes(s, extra string) bool {
+// isAlphanumericOr says whether s has ASCII letters, digits and the bytes of extra only.
+func isAlphanumericOr(s, extra string) bool {
 	for i := range len(s) {
 		c := s[i]
 		if !(c|0x20 >= 'a' && c|0x20 <= 'z' || c >= '0' && c <= '9' || strings.IndexByte(extra, c) >= 0) {

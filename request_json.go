@@ -19,9 +19,9 @@ import (
 )
 
 const (
-	maxModelLen   = 256
-	maxFieldCount = math.MaxInt32 // counts saturate here, so that n × max_tokens cannot overflow
-	maxKeyLen     = 32            // no protected name or case twin of one is longer (ſ has 2 bytes, K 3)
+	maxModelLen         = 256
+	maxFieldValue       = math.MaxInt32 // counts saturate here, so that n × max_tokens cannot overflow
+	maxProtectedNameLen = 32            // no protected name or case twin of one is longer (ſ has 2 bytes, K 3)
 )
 
 // protectedNames are the top-level fields that the proxy or its policies read. Each may occur once, in this spelling.
@@ -32,21 +32,21 @@ var protectedNames = [...]string{
 
 // callFields is what a request body says that the proxy must know. Everything else passes unread.
 type callFields struct {
-	model        string // "" when the body names none
-	stream       bool
-	maxTokens    int64      // max_tokens; 0 when that is no positive integer, as the next two
-	maxComplete  int64      // max_completion_tokens
-	maxOutput    int64      // max_output_tokens
-	n            int64      // the larger of n and best_of; 1 unless one is a positive integer
-	includeUsage bool       // stream_options.include_usage is true
-	stateRef     string     // first field that refers to objects kept at the provider and is neither null nor false; "" if none
-	otherModels  string     // "models" or "fallbacks" if the body names models beside model, as routers of several providers take them
-	usage        bodySplice // what withIncludeUsage does
-	modelAt      bodySplice // where the model is: a JSON string, or with text "form" a form field's value; to is 0: nowhere
+	model               string // "" when the body names none
+	stream              bool
+	maxTokens           int64  // max_tokens; 0 when that is no positive integer, as the next two
+	maxCompletionTokens int64  // max_completion_tokens
+	maxOutputTokens     int64  // max_output_tokens
+	n                   int64  // the larger of n and best_of; 1 unless one is a positive integer
+	includeUsage        bool   // stream_options.include_usage is true
+	statefulParam       string // first field that refers to objects kept at the provider and is neither null nor false; "" if none
+	modelListParam      string // "models" or "fallbacks" if the body names models beside model, as routers of several providers take them
+	usageSplice         splice // what withIncludeUsage does
+	modelSplice         splice // where the model is: a JSON string, or with text "form" a form field's value; to is 0: nowhere
 }
 
-// bodySplice replaces body[from:to] by text; "" means that nothing is to be done.
-type bodySplice struct {
+// splice replaces body[from:to] by text; "" means that nothing is to be done.
+type splice struct {
 	from, to int
 	text     string
 }
@@ -61,8 +61,8 @@ func (e *bodyError) Error() string { return e.msg }
 // maxJSONDepth levels, and the rules for protectedNames.
 func scanJSON(body []byte) (callFields, error) {
 	f := callFields{n: 1}
-	s := bodyScan{b: body}
-	s.space()
+	s := bodyScanner{b: body}
+	s.skipSpace()
 	switch {
 	case bytes.HasPrefix(body, []byte("\xef\xbb\xbf")):
 		s.fail("", "The request body starts with a byte order mark; send plain UTF-8 JSON.")
@@ -73,10 +73,10 @@ func scanJSON(body []byte) (callFields, error) {
 	case s.b[s.i] != '{':
 		s.fail("", fmt.Sprintf("The request body must be a JSON object (byte %d).", s.i))
 	default:
-		s.top(&f)
-		s.space()
+		s.readTopLevel(&f)
+		s.skipSpace()
 		if s.err == nil && s.i < len(body) {
-			s.syntax("the end of the body")
+			s.failSyntax("the end of the body")
 		}
 	}
 	if s.err != nil {
@@ -88,7 +88,7 @@ func scanJSON(body []byte) (callFields, error) {
 // withIncludeUsage returns body with stream_options.include_usage set to true; every other byte, the order of keys
 // and the white space stay. f must come from scanJSON of the same body. If nothing must change it returns body itself.
 func withIncludeUsage(body []byte, f callFields) []byte {
-	e := f.usage
+	e := f.usageSplice
 	if e.text == "" {
 		return body
 	}
@@ -103,12 +103,12 @@ func withIncludeUsage(body []byte, f callFields) []byte {
 // withIncludeUsage since: added says so. Where f found no model it returns body
 // itself.
 func withModel(body []byte, f callFields, added bool, model string) []byte {
-	e := f.modelAt
+	e := f.modelSplice
 	if e.to == 0 {
 		return body
 	}
-	if added && f.usage.text != "" && f.usage.from <= e.from {
-		shift := len(f.usage.text) - (f.usage.to - f.usage.from)
+	if added && f.usageSplice.text != "" && f.usageSplice.from <= e.from {
+		shift := len(f.usageSplice.text) - (f.usageSplice.to - f.usageSplice.from)
 		e.from, e.to = e.from+shift, e.to+shift
 	}
 	name := []byte(model)
@@ -124,8 +124,8 @@ func withModel(body []byte, f callFields, added bool, model string) []byte {
 	return append(out, body[e.to:]...)
 }
 
-// set takes one protected field; raw is its JSON value as sent, already checked for syntax.
-func (f *callFields) set(name string, raw []byte) *bodyError {
+// setField takes one protected field; raw is its JSON value as sent, already checked for syntax.
+func (f *callFields) setField(name string, raw []byte) *bodyError {
 	switch name {
 	case "model":
 		if raw[0] != '"' {
@@ -142,20 +142,20 @@ func (f *callFields) set(name string, raw []byte) *bodyError {
 		}
 		f.stream = string(raw) == "true"
 	case "max_tokens":
-		f.maxTokens = count(raw)
+		f.maxTokens = parsePositive(raw)
 	case "max_completion_tokens":
-		f.maxComplete = count(raw)
+		f.maxCompletionTokens = parsePositive(raw)
 	case "max_output_tokens":
-		f.maxOutput = count(raw)
+		f.maxOutputTokens = parsePositive(raw)
 	case "n", "best_of":
-		f.n = max(f.n, count(raw))
+		f.n = max(f.n, parsePositive(raw))
 	case "previous_response_id", "conversation", "background":
-		if f.stateRef == "" && string(raw) != "null" && string(raw) != "false" {
-			f.stateRef = name
+		if f.statefulParam == "" && string(raw) != "null" && string(raw) != "false" {
+			f.statefulParam = name
 		}
 	case "models", "fallbacks":
 		if string(raw) != "null" {
-			f.otherModels = name
+			f.modelListParam = name
 		}
 	}
 	return nil
@@ -173,26 +173,26 @@ func (f *callFields) setModel(text []byte) *bodyError {
 	return nil
 }
 
-// count is the value of a positive integer, at most maxFieldCount, or 0 for anything else. An integer may be written
+// parsePositive is the value of a positive integer, at most maxFieldValue, or 0 for anything else. An integer may be written
 // 4.0 or 4e0: providers take that for 4, so a budget must too.
-func count(raw []byte) int64 {
+func parsePositive(raw []byte) int64 {
 	if len(raw) == 0 || raw[0] < '0' || raw[0] > '9' {
 		return 0
 	}
 	v, err := strconv.ParseFloat(string(raw), 64)
 	if math.IsInf(v, 1) {
-		return maxFieldCount
+		return maxFieldValue
 	}
 	if err != nil || v != math.Trunc(v) {
 		return 0
 	}
-	return int64(min(v, maxFieldCount))
+	return int64(min(v, maxFieldValue))
 }
 
 // protectedName returns the index of the protected name that key is, or folds to as encoding/json folds, and
 // whether it is spelled exactly so; or -1.
 func protectedName(key []byte) (i int, exact bool) {
-	if len(key) > maxKeyLen {
+	if len(key) > maxProtectedNameLen {
 		return -1, false
 	}
 	for i, name := range protectedNames {
@@ -210,17 +210,17 @@ func protectedName(key []byte) (i int, exact bool) {
 	return -1, false
 }
 
-// top reads the outermost object into f.
-func (s *bodyScan) top(f *callFields) {
+// readTopLevel reads the outermost object into f.
+func (s *bodyScanner) readTopLevel(f *callFields) {
 	open, members := s.i+1, 0
 	options := false
 	var seen uint
-	for more := s.first('}'); more; more = s.next('}') {
+	for more := s.enter('}'); more; more = s.next('}') {
 		members++
-		key := s.plainKey()
+		key := s.readDecodedKey()
 		i, exact := protectedName(key)
 		if i < 0 {
-			s.value()
+			s.skipValue()
 			continue
 		}
 		name := protectedNames[i]
@@ -231,13 +231,13 @@ func (s *bodyScan) top(f *callFields) {
 			s.fail(name, fmt.Sprintf("Duplicate field %q: it may occur once only.", name))
 		case name == "stream_options":
 			options = true
-			s.streamOptions(f)
+			s.readStreamOptions(f)
 		default:
-			if raw := s.rawValue(); s.err == nil {
+			if raw := s.readValue(); s.err == nil {
 				if name == "model" {
-					f.modelAt = bodySplice{from: s.i - len(raw), to: s.i}
+					f.modelSplice = splice{from: s.i - len(raw), to: s.i}
 				}
-				if err := f.set(name, raw); err != nil {
+				if err := f.setField(name, raw); err != nil {
 					s.fail(err.param, err.msg)
 				}
 			}
@@ -245,31 +245,31 @@ func (s *bodyScan) top(f *callFields) {
 		seen |= 1 << i
 	}
 	if !options {
-		f.usage = bodySplice{open, open, `"stream_options":{"include_usage":true},`}
+		f.usageSplice = splice{open, open, `"stream_options":{"include_usage":true},`}
 		if members == 0 {
-			f.usage.text = strings.TrimSuffix(f.usage.text, ",")
+			f.usageSplice.text = strings.TrimSuffix(f.usageSplice.text, ",")
 		}
 	}
 }
 
-// streamOptions reads the value of stream_options: an object or null.
-func (s *bodyScan) streamOptions(f *callFields) {
+// readStreamOptions reads the value of stream_options: an object or null.
+func (s *bodyScanner) readStreamOptions(f *callFields) {
 	const name = "stream_options.include_usage"
 	from := s.i
 	if from < len(s.b) && s.b[from] != '{' {
-		if raw := s.rawValue(); s.err == nil && string(raw) != "null" {
+		if raw := s.readValue(); s.err == nil && string(raw) != "null" {
 			s.fail("stream_options", "Invalid type for 'stream_options': it must be an object.")
 		}
-		f.usage = bodySplice{from, s.i, `{"include_usage":true}`}
+		f.usageSplice = splice{from, s.i, `{"include_usage":true}`}
 		return
 	}
 	members, found := 0, false
-	for more := s.first('}'); more; more = s.next('}') {
+	for more := s.enter('}'); more; more = s.next('}') {
 		members++
-		key := s.plainKey()
-		twin := len(key) <= maxKeyLen && strings.EqualFold(string(key), "include_usage")
+		key := s.readDecodedKey()
+		twin := len(key) <= maxProtectedNameLen && strings.EqualFold(string(key), "include_usage")
 		at := s.i
-		raw := s.rawValue()
+		raw := s.readValue()
 		switch {
 		case !twin || s.err != nil:
 		case string(key) != "include_usage":
@@ -279,7 +279,7 @@ func (s *bodyScan) streamOptions(f *callFields) {
 		case string(raw) == "true":
 			found, f.includeUsage = true, true
 		case string(raw) == "false" || string(raw) == "null":
-			found, f.usage = true, bodySplice{at, s.i, "true"}
+			found, f.usageSplice = true, splice{at, s.i, "true"}
 		default:
 			s.fail(name, "Invalid type for 'stream_options.include_usage': it must be a boolean.")
 		}
@@ -287,31 +287,31 @@ func (s *bodyScan) streamOptions(f *callFields) {
 	switch {
 	case found:
 	case members == 0:
-		f.usage = bodySplice{from + 1, from + 1, `"include_usage":true`}
+		f.usageSplice = splice{from + 1, from + 1, `"include_usage":true`}
 	default:
-		f.usage = bodySplice{from + 1, from + 1, `"include_usage":true,`}
+		f.usageSplice = splice{from + 1, from + 1, `"include_usage":true,`}
 	}
 }
 
 const maxJSONDepth = 128
 
-// bodyScan is a position in a body. The first error stays and moves the position to the end, so that every
+// bodyScanner is a position in a body. The first error stays and moves the position to the end, so that every
 // method below simply finds nothing more to read.
-type bodyScan struct {
+type bodyScanner struct {
 	b     []byte
 	i     int
 	depth int
 	err   *bodyError
 }
 
-func (s *bodyScan) fail(param, msg string) {
+func (s *bodyScanner) fail(param, msg string) {
 	if s.err == nil {
 		s.err = &bodyError{param, msg}
 	}
 	s.i = len(s.b)
 }
 
-func (s *bodyScan) syntax(want string) {
+func (s *bodyScanner) failSyntax(want string) {
 	got := "the body ends"
 	if s.i < len(s.b) {
 		got = strconv.QuoteRuneToASCII(rune(s.b[s.i])) + " found"
@@ -319,14 +319,14 @@ func (s *bodyScan) syntax(want string) {
 	s.fail("", fmt.Sprintf("The request body is not valid JSON: %s at byte %d where %s was expected.", got, s.i, want))
 }
 
-// first enters an object or array and says whether it has a member; next says whether another follows.
-func (s *bodyScan) first(end byte) bool {
+// enter enters an object or array and says whether it has a member; next says whether another follows.
+func (s *bodyScanner) enter(end byte) bool {
 	if s.depth++; s.depth > maxJSONDepth {
 		s.fail("", fmt.Sprintf("The request body is nested deeper than %d levels (byte %d).", maxJSONDepth, s.i))
 		return false
 	}
 	s.i = min(s.i+1, len(s.b))
-	if s.space(); s.i < len(s.b) && s.b[s.i] == end {
+	if s.skipSpace(); s.i < len(s.b) && s.b[s.i] == end {
 		s.i++
 		s.depth--
 		return false
@@ -334,97 +334,97 @@ func (s *bodyScan) first(end byte) bool {
 	return true
 }
 
-func (s *bodyScan) next(end byte) bool {
-	s.space()
+func (s *bodyScanner) next(end byte) bool {
+	s.skipSpace()
 	switch {
 	case s.i < len(s.b) && s.b[s.i] == ',':
 		s.i++
-		s.space()
+		s.skipSpace()
 		return true
 	case s.i < len(s.b) && s.b[s.i] == end:
 		s.i++
 		s.depth--
 		return false
 	}
-	s.syntax("',' or '" + string(rune(end)) + "'")
+	s.failSyntax("',' or '" + string(rune(end)) + "'")
 	return false
 }
 
-// key reads a member's name and its colon, up to the value. The name is as sent; escaped says that it needs unescape.
-func (s *bodyScan) key() (raw []byte, escaped bool) {
-	raw, escaped = s.str("a field name in double quotes")
-	if s.space(); s.i == len(s.b) || s.b[s.i] != ':' {
-		s.syntax("':'")
+// readKey reads a member's name and its colon, up to the value. The name is as sent; escaped says that it needs unescape.
+func (s *bodyScanner) readKey() (raw []byte, escaped bool) {
+	raw, escaped = s.readString("a field name in double quotes")
+	if s.skipSpace(); s.i == len(s.b) || s.b[s.i] != ':' {
+		s.failSyntax("':'")
 		return nil, false
 	}
 	s.i++
-	s.space()
+	s.skipSpace()
 	return raw, escaped
 }
 
-// plainKey is key, decoded: "mo\u0064el" is model to every parser.
-func (s *bodyScan) plainKey() []byte {
-	raw, escaped := s.key()
+// readDecodedKey is key, decoded: "mo\u0064el" is model to every parser.
+func (s *bodyScanner) readDecodedKey() []byte {
+	raw, escaped := s.readKey()
 	if escaped {
 		return unescape(raw)
 	}
 	return raw
 }
 
-func (s *bodyScan) rawValue() []byte {
+func (s *bodyScanner) readValue() []byte {
 	from := s.i
-	s.value()
+	s.skipValue()
 	return s.b[from:s.i]
 }
 
-func (s *bodyScan) value() {
+func (s *bodyScanner) skipValue() {
 	if s.i == len(s.b) {
-		s.syntax("a value")
+		s.failSyntax("a value")
 		return
 	}
 	switch s.b[s.i] {
 	case '"':
-		s.str("a string")
+		s.readString("a string")
 	case '{':
-		for more := s.first('}'); more; more = s.next('}') {
-			s.key()
-			s.value()
+		for more := s.enter('}'); more; more = s.next('}') {
+			s.readKey()
+			s.skipValue()
 		}
 	case '[':
-		for more := s.first(']'); more; more = s.next(']') {
-			s.value()
+		for more := s.enter(']'); more; more = s.next(']') {
+			s.skipValue()
 		}
 	case 't':
-		s.literal("true")
+		s.skipLiteral("true")
 	case 'f':
-		s.literal("false")
+		s.skipLiteral("false")
 	case 'n':
-		s.literal("null")
+		s.skipLiteral("null")
 	default:
-		s.number()
+		s.skipNumber()
 	}
 }
 
-func (s *bodyScan) literal(word string) {
+func (s *bodyScanner) skipLiteral(word string) {
 	if !bytes.HasPrefix(s.b[s.i:], []byte(word)) {
-		s.syntax("a value")
+		s.failSyntax("a value")
 		return
 	}
 	s.i += len(word)
 }
 
-func (s *bodyScan) number() {
+func (s *bodyScanner) skipNumber() {
 	if s.b[s.i] == '-' {
 		s.i++
 	}
 	if s.i < len(s.b) && s.b[s.i] == '0' {
 		s.i++
-	} else if !s.digits("a value") {
+	} else if !s.skipDigits("a value") {
 		return
 	}
 	if s.i < len(s.b) && s.b[s.i] == '.' {
 		s.i++
-		if !s.digits("a digit") {
+		if !s.skipDigits("a digit") {
 			return
 		}
 	}
@@ -433,33 +433,33 @@ func (s *bodyScan) number() {
 		if s.i < len(s.b) && (s.b[s.i] == '+' || s.b[s.i] == '-') {
 			s.i++
 		}
-		s.digits("a digit")
+		s.skipDigits("a digit")
 	}
 }
 
-func (s *bodyScan) digits(want string) bool {
+func (s *bodyScanner) skipDigits(want string) bool {
 	from := s.i
 	for s.i < len(s.b) && s.b[s.i] >= '0' && s.b[s.i] <= '9' {
 		s.i++
 	}
 	if s.i == from {
-		s.syntax(want)
+		s.failSyntax(want)
 		return false
 	}
 	return true
 }
 
-func (s *bodyScan) space() {
+func (s *bodyScanner) skipSpace() {
 	const blanks = 1<<' ' | 1<<'\n' | 1<<'\r' | 1<<'\t'
 	for s.i < len(s.b) && s.b[s.i] <= ' ' && blanks>>s.b[s.i]&1 == 1 {
 		s.i++
 	}
 }
 
-// str reads a string and returns what is between the quotes, and whether that has escapes.
-func (s *bodyScan) str(want string) (raw []byte, escaped bool) {
+// readString reads a string and returns what is between the quotes, and whether that has escapes.
+func (s *bodyScanner) readString(want string) (raw []byte, escaped bool) {
 	if s.i == len(s.b) || s.b[s.i] != '"' {
-		s.syntax(want)
+		s.failSyntax(want)
 		return nil, false
 	}
 	from := s.i + 1
@@ -472,13 +472,13 @@ func (s *bodyScan) str(want string) (raw []byte, escaped bool) {
 		case s.i < len(s.b) && s.b[s.i] == '\\':
 			n := escapeLen(s.b[s.i:])
 			if n == 0 {
-				s.syntax("a valid escape sequence")
+				s.failSyntax("a valid escape sequence")
 				return nil, false
 			}
 			s.i += n
 			escaped = true
 		default: // a control character, or the end
-			s.syntax("the rest of a string")
+			s.failSyntax("the rest of a string")
 			return nil, false
 		}
 	}
@@ -507,14 +507,14 @@ func escapeLen(b []byte) int {
 	switch {
 	case len(b) >= 2 && strings.IndexByte(`"\/bfnrt`, b[1]) >= 0:
 		return 2
-	case len(b) >= 6 && b[1] == 'u' && hex4(b[2:]) >= 0:
+	case len(b) >= 6 && b[1] == 'u' && parseHex4(b[2:]) >= 0:
 		return 6
 	}
 	return 0
 }
 
-// hex4 is the value of four hexadecimal digits, or -1.
-func hex4(b []byte) rune {
+// parseHex4 is the value of four hexadecimal digits, or -1.
+func parseHex4(b []byte) rune {
 	var v rune
 	for _, c := range b[:4] {
 		d := strings.IndexByte("0123456789abcdef", c|0x20)
@@ -538,12 +538,12 @@ func unescape(raw []byte) []byte {
 			out = append(out, "\"\\/\b\f\n\r\t"[strings.IndexByte(`"\/bfnrt`, raw[i+1])])
 			i += 2
 		default:
-			r := hex4(raw[i+2:])
+			r := parseHex4(raw[i+2:])
 			i += 6
 			if utf16.IsSurrogate(r) {
 				low := rune(-1)
 				if i+6 <= len(raw) && raw[i] == '\\' && raw[i+1] == 'u' {
-					low = hex4(raw[i+2:])
+					low = parseHex4(raw[i+2:])
 				}
 				if r = utf16.DecodeRune(r, low); r != utf8.RuneError {
 					i += 6

@@ -21,24 +21,24 @@ import (
 // A server has the routes of the program and what stands in front of them. The
 // three surfaces behind it are types of their own: proxy, manageAPI and adminUI.
 type server struct {
-	cfg       *config
-	log       *logger
-	quietLog  *log.Logger // for net/http's own notes, at debug
-	store     *store
-	ledger    *ledger
-	running   *runningCalls
-	ids       *idSource
-	addresses *addressReader
-	strangers *lineLimit    // of log lines about callers without a key
-	gone      func() string // says what is wrong with the database file, "" if nothing
-	metrics   *metrics
-	writable  writeCheck
-	showing   sync.Mutex // held while a page of metrics is written
+	cfg                     *config
+	log                     *logger
+	httpErrorLog            *log.Logger // for net/http's own notes, at debug
+	store                   *store
+	ledger                  *ledger
+	running                 *runningCalls
+	ids                     *idSource
+	addresses               *addressReader
+	unauthenticatedLogLimit *logLimiter   // of log lines about callers without a key
+	databaseProblem         func() string // says what is wrong with the database file, "" if nothing
+	metrics                 *metrics
+	writable                writeCheck
+	metricsMu               sync.Mutex // held while a page of metrics is written
 
-	proxy    *proxy
-	manage   *manageAPI
-	admin    *adminUI // nil: the pages are turned off
-	exporter *exporter
+	proxy          *proxy
+	dispatchManage *manageAPI
+	admin          *adminUI // nil: the pages are turned off
+	exporter       *exporter
 }
 
 // writeTimeout is for a client to take an answer that is not a provider's, and
@@ -49,27 +49,27 @@ const writeTimeout = time.Minute
 // keys only, /admin sessions only.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", s.handleHome)                                      // open: one line of text
-	mux.HandleFunc("GET /healthz", s.handleHealth)                                // open: the process answers
-	mux.HandleFunc("GET /readyz", s.handleReady)                                  // open: calls would be taken
-	mux.Handle("/manage/", s.protect(s.manage.manageRoutes()))                    // a management key, by role: manage.go
-	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleKeyedMetrics))) // a management key of any role; open on METRICS_ADDR
+	mux.HandleFunc("GET /{$}", s.handleHome)                                              // open: one line of text
+	mux.HandleFunc("GET /healthz", s.handleHealth)                                        // open: the process answers
+	mux.HandleFunc("GET /readyz", s.handleReady)                                          // open: calls would be taken
+	mux.Handle("/manage/", s.protect(s.dispatchManage.manageRoutes()))                    // a management key, by role: manage.go
+	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleAuthenticatedMetrics))) // a management key of any role; open on METRICS_ADDR
 	if s.cfg.adminPages {
 		mux.Handle("/admin/", s.admin.adminRoutes()) // a session, by role: admin.go
 		mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
 	}
 	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
-		mux.Handle(open, wrongMethod("GET"))
+		mux.Handle(open, methodNotAllowed("GET"))
 	}
 	mux.HandleFunc("/manage", notFound) // else a redirect, which a client follows with its key
 	mux.HandleFunc("/", notFound)
-	return s.front(mux)
+	return s.dispatch(mux)
 }
 
-// front is the first to see a request. /v1 goes straight to its room: ServeMux
+// dispatch is the first to see a request. /v1 goes straight to its room: ServeMux
 // would answer odd paths with redirects, and a path that is not plain must not
 // be cleaned into another one that is.
-func (s *server) front(mux http.Handler) http.Handler {
+func (s *server) dispatch(mux http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if p := r.URL.Path; strings.HasPrefix(p, "/v1/") && r.Method != http.MethodConnect {
 			if p == ownTokenPath { // what a token may ask about itself
@@ -83,13 +83,13 @@ func (s *server) front(mux http.Handler) http.Handler {
 	})
 }
 
-// smallBodyPatience is for bodies that are not calls': those have a watchdog.
-const smallBodyPatience = 30 * time.Second
+// smallBodyTimeout is for bodies that are not calls': those have a watchdog.
+const smallBodyTimeout = 30 * time.Second
 
 // logRequest serves what is not /v1, with its own id and one log line.
 func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	start := time.Now()
-	id := requestID(s.ids.next(start))
+	id := formatRequestID(s.ids.next(start))
 	h := w.Header()
 	h.Set("X-Request-Id", id)
 	h.Set("X-Llm-Proxy-Request-Id", id)
@@ -97,18 +97,18 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	h.Set("Cache-Control", "no-store")
 	_ = http.NewResponseController(w).SetWriteDeadline(start.Add(writeTimeout))
 	sw := &statusWriter{ResponseWriter: w}
-	_ = http.NewResponseController(w).SetReadDeadline(start.Add(smallBodyPatience))
+	_ = http.NewResponseController(w).SetReadDeadline(start.Add(smallBodyTimeout))
 	defer func() {
-		s.metrics.request(r.Pattern, sw.status)
+		s.metrics.countRequest(r.Pattern, sw.status)
 		level := slog.LevelInfo
 		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
 			level = slog.LevelDebug
 		}
 		line := []any{"request_id", id, "route", r.Pattern, "status", sw.status, "address", s.addresses.clientAddress(r), "total_us", time.Since(start).Microseconds()}
 		if sw.status >= 400 && sw.status < 500 { // anyone can cause these
-			ok, left := s.strangers.allow(start)
+			ok, left := s.unauthenticatedLogLimit.allow(start)
 			if !ok {
-				s.metrics.leftOut.Add(1)
+				s.metrics.suppressedLogLines.Add(1)
 				return
 			}
 			if left > 0 {
@@ -174,7 +174,7 @@ func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case s.running.isDraining():
 		why = "draining"
-	case s.gone() != "":
+	case s.databaseProblem() != "":
 		why = "the database file is gone"
 	case !s.ledger.healthy():
 		why = "the ledger cannot be written"
@@ -192,16 +192,16 @@ func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
 // A writeCheck asks the database at most once a second whether it can be written:
 // the question is a write, and anyone may ask.
 type writeCheck struct {
-	mu  sync.Mutex
-	at  time.Time
-	err error
+	mu        sync.Mutex
+	checkedAt time.Time
+	err       error
 }
 
 func (c *writeCheck) check(ctx context.Context, st *store) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if time.Since(c.at) >= time.Second {
-		c.err, c.at = st.writable(ctx), time.Now()
+	if time.Since(c.checkedAt) >= time.Second {
+		c.err, c.checkedAt = st.checkWritable(ctx), time.Now()
 	}
 	return c.err
 }
@@ -242,8 +242,8 @@ func ourHost(publicURL *url.URL, hostport string) bool {
 
 // An addressReader finds out where a request comes from.
 type addressReader struct {
-	trusted   []netip.Prefix // networks of proxies whose X-Forwarded-For is believed
-	trustUnix bool           // whoever connects by the unix socket is such a proxy
+	isTrustedProxy []netip.Prefix // networks of proxies whose X-Forwarded-For is believed
+	trustUnix      bool           // whoever connects by the unix socket is such a proxy
 }
 
 // clientAddress returns the client's address: the connection's, or behind
@@ -256,7 +256,7 @@ func (a *addressReader) clientAddress(r *http.Request) string {
 		if !a.trustUnix {
 			return ""
 		}
-	case len(a.trusted) == 0:
+	case len(a.isTrustedProxy) == 0:
 		return host
 	default:
 		if addr, err = netip.ParseAddr(host); err != nil || !a.trusts(addr) {
@@ -289,7 +289,7 @@ func addressText(addr netip.Addr) string {
 }
 
 func (a *addressReader) trusts(addr netip.Addr) bool {
-	for _, p := range a.trusted {
+	for _, p := range a.isTrustedProxy {
 		if p.Contains(addr.Unmap()) {
 			return true
 		}
@@ -297,10 +297,10 @@ func (a *addressReader) trusts(addr netip.Addr) bool {
 	return false
 }
 
-// closeBeyond returns a hook for http.Server that closes new connections while
+// limitConnections returns a hook for http.Server that closes new connections while
 // most are open: what a connection takes, an attacker could else take without end.
 // open counts them; nil for who does not want to know.
-func closeBeyond(most int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
+func limitConnections(most int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
 	if open == nil {
 		open = new(atomic.Int64)
 	}
@@ -327,10 +327,10 @@ func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
 
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
-// failures counts wrong management keys, by address and minute, in a fixed number
+// authThrottle counts wrong management keys, by address and minute, in a fixed number
 // of slots that addresses share by hash: it cannot grow. Who has too many is told
 // to wait; guessing 256 bits is in vain in any case.
-type failures struct {
+type authThrottle struct {
 	mu    sync.Mutex
 	slots [1024]struct {
 		count int
@@ -339,11 +339,11 @@ type failures struct {
 }
 
 const (
-	failuresAllowed = 20
-	failureWindow   = time.Minute
+	maxAuthFailures   = 20
+	authFailureWindow = time.Minute
 )
 
-func failureSlot(address string) int {
+func throttleSlot(address string) int {
 	if a, err := netip.ParseAddr(address); err == nil && a.Is6() && !a.Is4In6() {
 		if p, err := a.Prefix(64); err == nil { // one customer has a whole /64
 			address = p.String()
@@ -356,42 +356,42 @@ func failureSlot(address string) int {
 	return int(h % 1024)
 }
 
-// blocked reports whether an address has guessed wrong too often of late, and
+// blockedFor reports whether an address has guessed wrong too often of late, and
 // for how long it stays so.
-func (f *failures) blocked(address string, now time.Time) time.Duration {
+func (f *authThrottle) blockedFor(address string, now time.Time) time.Duration {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := &f.slots[failureSlot(address)]
-	if now.After(s.until) || s.count < failuresAllowed {
+	s := &f.slots[throttleSlot(address)]
+	if now.After(s.until) || s.count < maxAuthFailures {
 		return 0
 	}
 	return s.until.Sub(now)
 }
 
-func (f *failures) add(address string, now time.Time) {
+func (f *authThrottle) recordFailure(address string, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := &f.slots[failureSlot(address)]
+	s := &f.slots[throttleSlot(address)]
 	if now.After(s.until) {
-		s.count, s.until = 0, now.Add(failureWindow)
+		s.count, s.until = 0, now.Add(authFailureWindow)
 	}
 	s.count++
 }
 
 // handleMetrics is open: it stands on METRICS_ADDR.
 func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
-	s.showing.Lock() // one at a time: a page takes memory
-	defer s.showing.Unlock()
+	s.metricsMu.Lock() // one at a time: a page takes memory
+	defer s.metricsMu.Unlock()
 	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
 	defer cancel()
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	_, _ = w.Write(s.exporter.metricsPage(ctx))
 }
 
-// handleKeyedMetrics asks for a management key first, of any role.
-func (s *server) handleKeyedMetrics(w http.ResponseWriter, r *http.Request) {
-	if _, err := s.manage.authenticateManager(w, r); err != nil {
-		s.manage.writeManageError(w, r, err)
+// handleAuthenticatedMetrics asks for a management key first, of any role.
+func (s *server) handleAuthenticatedMetrics(w http.ResponseWriter, r *http.Request) {
+	if _, err := s.dispatchManage.authenticateManager(w, r); err != nil {
+		s.dispatchManage.writeManageError(w, r, err)
 		return
 	}
 	s.handleMetrics(w, r)
@@ -409,7 +409,7 @@ func (s *server) metricsServer() *http.Server {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
-		ConnState:         closeBeyond(64, nil),
-		ErrorLog:          s.quietLog,
+		ConnState:         limitConnections(64, nil),
+		ErrorLog:          s.httpErrorLog,
 	}
 }

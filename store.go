@@ -25,23 +25,23 @@ var schemaFiles embed.FS
 // A store is the database: one connection that writes, so that writers queue in
 // this process and never meet a lock, and a few that read.
 type store struct {
-	write *sql.DB
-	read  *sql.DB
-	chain *auditChain  // nil until openAudit; without it nothing that is managed can be changed
-	tail  atomic.Int64 // seq of the newest entry of the trail that this process has committed
+	writeDB      *sql.DB
+	readDB       *sql.DB
+	chain        *auditChain  // nil until openAudit; without it nothing that is managed can be changed
+	lastAuditSeq atomic.Int64 // seq of the newest entry of the trail that this process has committed
 }
 
-const readers = 4
+const readPoolSize = 4
 
 // openStore opens or makes the database in file and migrates it. The file must
 // exist (empty is fine): its owner decides on its permissions.
 func openStore(ctx context.Context, file string) (*store, error) {
 	s := &store{}
 	var err error
-	if s.write, err = openSQLite(file, 1, "&_pragma=wal_autocheckpoint(2000)"); err != nil {
+	if s.writeDB, err = openSQLite(file, 1, "&_pragma=wal_autocheckpoint(2000)"); err != nil {
 		return nil, err
 	}
-	if s.read, err = openSQLite(file, readers, "&_pragma=query_only(1)"); err != nil {
+	if s.readDB, err = openSQLite(file, readPoolSize, "&_pragma=query_only(1)"); err != nil {
 		return nil, err
 	}
 	if err := s.migrate(ctx); err != nil {
@@ -67,7 +67,7 @@ func openSQLite(file string, n int, extra string) (*sql.DB, error) {
 }
 
 func (s *store) close() error {
-	return errors.Join(s.read.Close(), s.write.Close())
+	return errors.Join(s.readDB.Close(), s.writeDB.Close())
 }
 
 // migrate runs the schema files that the database has not seen, in order and
@@ -77,7 +77,7 @@ func (s *store) migrate(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listing the schema: %w", err)
 	}
-	return s.tx(ctx, func(tx *sql.Tx) error {
+	return s.withTx(ctx, func(tx *sql.Tx) error {
 		var at int
 		if err := tx.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
 			return fmt.Errorf("reading its version: %w", err)
@@ -102,9 +102,9 @@ func (s *store) migrate(ctx context.Context) error {
 	})
 }
 
-// tx runs do in one write transaction: all of it happens, or nothing.
-func (s *store) tx(ctx context.Context, do func(*sql.Tx) error) error {
-	tx, err := s.write.BeginTx(ctx, nil)
+// withTx runs do in one write transaction: all of it happens, or nothing.
+func (s *store) withTx(ctx context.Context, do func(*sql.Tx) error) error {
+	tx, err := s.writeDB.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning a transaction: %w", err)
 	}
@@ -124,25 +124,25 @@ var (
 	errTaken    = errors.New("name is taken")
 )
 
-// found turns sql.ErrNoRows into errNotFound.
-func found(err error) error {
+// mapNoRows turns sql.ErrNoRows into errNotFound.
+func mapNoRows(err error) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return errNotFound
 	}
 	return err
 }
 
-// unique turns a violated UNIQUE constraint into errTaken.
-func unique(err error) error {
+// mapUniqueViolation turns a violated UNIQUE constraint into errTaken.
+func mapUniqueViolation(err error) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
 		return errTaken
 	}
 	return err
 }
 
-// writable reports whether the database takes a write now.
-func (s *store) writable(ctx context.Context) error {
-	_, err := s.write.ExecContext(ctx, `
+// checkWritable reports whether the database takes a write now.
+func (s *store) checkWritable(ctx context.Context) error {
+	_, err := s.writeDB.ExecContext(ctx, `
 		INSERT INTO settings (name, value) VALUES ('write_check', ?)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, strconv.FormatInt(time.Now().UnixMilli(), 10))
 	return err
@@ -150,7 +150,7 @@ func (s *store) writable(ctx context.Context) error {
 
 // size returns the bytes of the database's pages, and of those that are free.
 func (s *store) size(ctx context.Context) (all, free int64, err error) {
-	err = s.read.QueryRowContext(ctx, `
+	err = s.readDB.QueryRowContext(ctx, `
 		SELECT c.page_count * s.page_size, f.freelist_count * s.page_size
 		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`).Scan(&all, &free)
 	if err != nil {
@@ -162,13 +162,13 @@ func (s *store) size(ctx context.Context) (all, free int64, err error) {
 // setting returns a row of settings, or errNotFound.
 func (s *store) setting(ctx context.Context, name string) (string, error) {
 	var v string
-	err := s.read.QueryRowContext(ctx, `SELECT value FROM settings WHERE name = ?`, name).Scan(&v)
-	return v, found(err)
+	err := s.readDB.QueryRowContext(ctx, `SELECT value FROM settings WHERE name = ?`, name).Scan(&v)
+	return v, mapNoRows(err)
 }
 
 // setSetting writes a row of settings.
 func (s *store) setSetting(ctx context.Context, name, value string) error {
-	_, err := s.write.ExecContext(ctx, `
+	_, err := s.writeDB.ExecContext(ctx, `
 		INSERT INTO settings (name, value) VALUES (?, ?)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value)
 	return err
@@ -179,9 +179,9 @@ func (s *store) setSetting(ctx context.Context, name, value string) error {
 // compares bytes.
 func prefixEnd(s string) string { return s + "\xff" }
 
-// isTrouble reports whether err is the database's trouble (locked, full, not
+// isDatabaseFailure reports whether err is the database's trouble (locked, full, not
 // writable, broken) and not the caller's mistake. It may pass by itself.
-func isTrouble(err error) bool {
+func isDatabaseFailure(err error) bool {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
 		case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE:
@@ -192,9 +192,9 @@ func isTrouble(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
 }
 
-// refusedRow reports whether err is the database's verdict on a row, which
+// isRejectedRow reports whether err is the database's verdict on a row, which
 // trying again cannot change.
-func refusedRow(err error) bool {
+func isRejectedRow(err error) bool {
 	e, ok := errors.AsType[*sqlite.Error](err)
 	if !ok {
 		return false
@@ -212,7 +212,7 @@ type sessionRow struct {
 	createdAt, seenAt int64
 
 	name, role string
-	alive      bool
+	keyValid   bool
 }
 
 // maxSessions bounds the sessions of one key: more end the oldest.
@@ -220,20 +220,20 @@ const maxSessions = 50
 
 // addSession stores a new session, and drops those that began before old, the
 // key's beyond maxSessions, and the one with the hash replaced (nil: none).
-func (s *store) addSession(ctx context.Context, by origin, row *sessionRow, old int64, replaced []byte) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) addSession(ctx context.Context, by auditOrigin, row *sessionRow, old int64, replaced []byte) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		if _, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE created_at < ? OR hash = ?`, old, replaced); err != nil {
-			return act{}, fmt.Errorf("ending old sessions: %w", err)
+			return auditEvent{}, fmt.Errorf("ending old sessions: %w", err)
 		}
 		if _, err := tx.ExecContext(ctx, `
 			DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC LIMIT -1 OFFSET ?)`,
 			row.key, maxSessions-1); err != nil {
-			return act{}, fmt.Errorf("ending the key's oldest sessions: %w", err)
+			return auditEvent{}, fmt.Errorf("ending the key's oldest sessions: %w", err)
 		}
 		_, err := tx.ExecContext(ctx, `
 			INSERT INTO sessions (hash, key, proof, address, created_at, seen_at) VALUES (?, ?, ?, ?, ?, ?)`,
 			row.hash, row.key, row.proof, row.address, row.createdAt, row.seenAt)
-		return act{action: actionSignIn, object: row.key}, err
+		return auditEvent{action: actionSignIn, object: row.key}, err
 	})
 }
 
@@ -241,19 +241,19 @@ const sessionColumns = `s.hash, s.key, s.proof, s.address, s.created_at, s.seen_
 	k.id IS NOT NULL AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > ?1)`
 
 func (s *sessionRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&s.hash, &s.key, &s.proof, &s.address, &s.createdAt, &s.seenAt, &s.name, &s.role, &s.alive))
+	return mapNoRows(row.Scan(&s.hash, &s.key, &s.proof, &s.address, &s.createdAt, &s.seenAt, &s.name, &s.role, &s.keyValid))
 }
 
 // sessionByHash does not judge whether the session has run out.
 func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (row sessionRow, err error) {
-	err = row.scan(s.read.QueryRowContext(ctx, `
+	err = row.scan(s.readDB.QueryRowContext(ctx, `
 		SELECT `+sessionColumns+` FROM sessions s LEFT JOIN management_keys k ON k.id = s.key WHERE s.hash = ?2`, now, hash[:]))
 	return row, err
 }
 
-// sessionsOf lists a key's sessions that were seen since a time, newest first.
-func (s *store) sessionsOf(ctx context.Context, key string, now, since int64) ([]sessionRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
+// sessionsByKey lists a key's sessions that were seen since a time, newest first.
+func (s *store) sessionsByKey(ctx context.Context, key string, now, since int64) ([]sessionRow, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT `+sessionColumns+` FROM sessions s LEFT JOIN management_keys k ON k.id = s.key
 		WHERE s.key = ?2 AND s.seen_at >= ?3 ORDER BY s.created_at DESC LIMIT ?4`, now, key, since, maxSessions)
 	if err != nil {
@@ -273,34 +273,34 @@ func (s *store) sessionsOf(ctx context.Context, key string, now, since int64) ([
 
 // touchSession notes that a session was in use.
 func (s *store) touchSession(ctx context.Context, hash []byte, now int64) error {
-	_, err := s.write.ExecContext(ctx, `UPDATE sessions SET seen_at = ? WHERE hash = ?`, now, hash)
+	_, err := s.writeDB.ExecContext(ctx, `UPDATE sessions SET seen_at = ? WHERE hash = ?`, now, hash)
 	return err
 }
 
 // endSession ends one session of by's.
-func (s *store) endSession(ctx context.Context, by origin, hash []byte) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) endSession(ctx context.Context, by auditOrigin, hash []byte) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		_, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE hash = ?`, hash)
-		return act{action: actionSignOut, object: by.actor}, err
+		return auditEvent{action: actionSignOut, object: by.actorID}, err
 	})
 }
 
-// endSessions ends all sessions of a key.
-func (s *store) endSessions(ctx context.Context, by origin, key string) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+// endKeySessions ends all sessions of a key.
+func (s *store) endKeySessions(ctx context.Context, by auditOrigin, key string) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		res, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE key = ?`, key)
 		if err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		n, err := res.RowsAffected()
-		return act{actionSignOut, key, []fact{{"everywhere", true}, {"sessions", n}}}, err
+		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
 	})
 }
 
 // endAllSessions is for a restored database: who signed out since it was made
 // must stay so.
 func (s *store) endAllSessions(ctx context.Context) error {
-	if _, err := s.write.ExecContext(ctx, `DELETE FROM sessions`); err != nil {
+	if _, err := s.writeDB.ExecContext(ctx, `DELETE FROM sessions`); err != nil {
 		return fmt.Errorf("ending all sessions: %w", err)
 	}
 	return nil

@@ -27,7 +27,7 @@ func openReadOnly(file string, still bool) (*store, error) {
 		return nil, fmt.Errorf("opening database %s: %w", file, err)
 	}
 	db.SetMaxOpenConns(2)
-	return &store{write: db, read: db}, nil
+	return &store{writeDB: db, readDB: db}, nil
 }
 
 func readOnlyURI(file string) string {
@@ -41,15 +41,15 @@ func (s *store) schemaVersion(ctx context.Context) (at, known int, err error) {
 	if err != nil {
 		return 0, 0, fmt.Errorf("listing the schema: %w", err)
 	}
-	if err := s.read.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
+	if err := s.readDB.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
 		return 0, 0, fmt.Errorf("reading the schema version: %w", err)
 	}
 	return at, len(files), nil
 }
 
-// check runs SQLite's own integrity check and returns what it complains about.
-func (s *store) check(ctx context.Context) ([]string, error) {
-	rows, err := s.read.QueryContext(ctx, `PRAGMA integrity_check(20)`)
+// checkIntegrity runs SQLite's own integrity check and returns what it complains about.
+func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
+	rows, err := s.readDB.QueryContext(ctx, `PRAGMA integrity_check(20)`)
 	if err != nil {
 		return nil, fmt.Errorf("checking integrity: %w", err)
 	}
@@ -71,23 +71,23 @@ func (s *store) check(ctx context.Context) ([]string, error) {
 // that is empty. The store must be one from openReadOnly: VACUUM INTO is a
 // write in the eyes of query_only, though it leaves the source alone.
 func (s *store) copyTo(ctx context.Context, file string) error {
-	if _, err := s.read.ExecContext(ctx, `VACUUM INTO ?`, file); err != nil {
+	if _, err := s.readDB.ExecContext(ctx, `VACUUM INTO ?`, file); err != nil {
 		return fmt.Errorf("copying the database: %w", err)
 	}
 	return nil
 }
 
-// A census says how much is in a database.
-type census struct {
+// A rowCounts says how much is in a database.
+type rowCounts struct {
 	projects, tokens, calls int64
-	newest                  int64 // id of the newest call; 0: none
+	newestCall              int64 // id of the newest call; 0: none
 }
 
-func (s *store) census(ctx context.Context) (c census, err error) {
-	err = s.read.QueryRowContext(ctx, `
+func (s *store) countRows(ctx context.Context) (c rowCounts, err error) {
+	err = s.readDB.QueryRowContext(ctx, `
 		SELECT (SELECT count(*) FROM projects WHERE deleted_at IS NULL), (SELECT count(*) FROM tokens),
 			(SELECT count(*) FROM requests), (SELECT coalesce(max(id), 0) FROM requests)`).
-		Scan(&c.projects, &c.tokens, &c.calls, &c.newest)
+		Scan(&c.projects, &c.tokens, &c.calls, &c.newestCall)
 	if err != nil {
 		return c, fmt.Errorf("counting: %w", err)
 	}
@@ -96,22 +96,22 @@ func (s *store) census(ctx context.Context) (c census, err error) {
 
 // countRunning counts the calls with an id below before that have not ended.
 func (s *store) countRunning(ctx context.Context, before int64) (n int64, err error) {
-	if err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before).Scan(&n); err != nil {
+	if err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before).Scan(&n); err != nil {
 		return 0, fmt.Errorf("counting running calls: %w", err)
 	}
 	return n, nil
 }
 
-// A revival is what a backup would bring back to life, beside the database that
+// A restoreImpact is what a backup would bring back to life, beside the database that
 // it is to replace.
-type revival struct {
-	revoked int64 // tokens revoked since
-	rotated int64 // tokens whose value was replaced since: the old one works again
-	expiry  int64 // tokens whose end was brought forward since
-	used    int64 // tokens whose count of requests goes back
-	keys    int64 // management keys revoked or cut in role or time since
-	paused  int64 // projects deactivated or deleted since
-	unknown int64 // tokens made since, which it does not know
+type restoreImpact struct {
+	revoked             int64 // tokens revoked since
+	rotated             int64 // tokens whose value was replaced since: the old one works again
+	expiryShortened     int64 // tokens whose end was brought forward since
+	requestCountLowered int64 // tokens whose count of requests goes back
+	managementKeys      int64 // management keys revoked or cut in role or time since
+	deactivated         int64 // projects deactivated or deleted since
+	createdSince        int64 // tokens made since, which it does not know
 }
 
 // attachCurrent puts a database beside s, on its one writing connection, under
@@ -119,11 +119,11 @@ type revival struct {
 // was current is worked out into made_since: calls that ended, and those that run
 // in one of the two, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
-	if _, err := s.write.ExecContext(ctx, `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
+	if _, err := s.writeDB.ExecContext(ctx, `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
 		return fmt.Errorf("opening the current database: %w", err)
 	}
 	var notes int // before there were any, tokens counted a call when it began
-	if err := s.write.QueryRowContext(ctx, `SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`).Scan(&notes); err != nil {
+	if err := s.writeDB.QueryRowContext(ctx, `SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`).Scan(&notes); err != nil {
 		return fmt.Errorf("reading the current database: %w", err)
 	}
 	const head = `
@@ -138,15 +138,15 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 	if notes > 0 {
 		query = head + `SELECT token, count(*) AS n FROM now.running GROUP BY token` + tail
 	}
-	if _, err := s.write.ExecContext(ctx, query); err != nil {
+	if _, err := s.writeDB.ExecContext(ctx, query); err != nil {
 		return fmt.Errorf("comparing with the current database: %w", err)
 	}
 	return nil
 }
 
-// revival compares s with the database that attachCurrent put beside it.
-func (s *store) revival(ctx context.Context) (r revival, err error) {
-	err = s.write.QueryRowContext(ctx, `
+// restoreImpact compares s with the database that attachCurrent put beside it.
+func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) {
+	err = s.writeDB.QueryRowContext(ctx, `
 		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS gone, c.hash AS hash_now, c.expires_at AS expires_now
 			FROM main.tokens b JOIN now.tokens c ON c.id = b.id WHERE b.revoked_at IS NULL)
 		SELECT (SELECT count(*) FROM alive WHERE gone IS NOT NULL),
@@ -158,17 +158,17 @@ func (s *store) revival(ctx context.Context) (r revival, err error) {
 				WHERE b.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),
 			(SELECT count(*) FROM main.projects b JOIN now.projects c ON c.id = b.id WHERE b.is_active AND NOT c.is_active),
 			(SELECT count(*) FROM now.tokens c WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens))`).
-		Scan(&r.revoked, &r.rotated, &r.expiry, &r.used, &r.keys, &r.paused, &r.unknown)
+		Scan(&r.revoked, &r.rotated, &r.expiryShortened, &r.requestCountLowered, &r.managementKeys, &r.deactivated, &r.createdSince)
 	if err != nil {
 		return r, fmt.Errorf("comparing with the current database: %w", err)
 	}
 	return r, nil
 }
 
-// witherSince makes tokens, management keys and projects of s no more alive
+// reapplyRevocations makes tokens, management keys and projects of s no more alive
 // than they are in the database that attachCurrent put beside it.
-func (s *store) witherSince(ctx context.Context, by origin, a act) error {
-	return s.changeAll(ctx, by, a, []string{`
+func (s *store) reapplyRevocations(ctx context.Context, by auditOrigin, a auditEvent) error {
+	return s.execAudited(ctx, by, a, []string{`
 		UPDATE main.tokens SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
 		FROM now.tokens c
 		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
@@ -187,31 +187,31 @@ func (s *store) witherSince(ctx context.Context, by origin, a act) error {
 	})
 }
 
-// witherAll revokes every token and every management key.
-func (s *store) witherAll(ctx context.Context, by origin, a act) error {
-	return s.changeAll(ctx, by, a, []string{
+// revokeAll revokes every token and every management key.
+func (s *store) revokeAll(ctx context.Context, by auditOrigin, a auditEvent) error {
+	return s.execAudited(ctx, by, a, []string{
 		`UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
 		`UPDATE management_keys SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
 	})
 }
 
-// changeAll runs statements that take the time as ?1 in one transaction.
-func (s *store) changeAll(ctx context.Context, by origin, a act, statements []string) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+// execAudited runs statements that take the time as ?1 in one transaction.
+func (s *store) execAudited(ctx context.Context, by auditOrigin, a auditEvent, statements []string) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		for _, text := range statements {
 			if _, err := tx.ExecContext(ctx, text, by.at); err != nil {
-				return act{}, fmt.Errorf("revoking: %w", err)
+				return auditEvent{}, fmt.Errorf("revoking: %w", err)
 			}
 		}
 		return a, nil
 	})
 }
 
-// attachedHead returns where the audit trail ends in the database that
+// attachedAuditHead returns where the audit trail ends in the database that
 // attachCurrent put beside s, "" if that cannot be told.
-func (s *store) attachedHead(ctx context.Context) string {
+func (s *store) attachedAuditHead(ctx context.Context) string {
 	var stored string
-	if err := s.write.QueryRowContext(ctx, `SELECT value FROM now.settings WHERE name = 'audit_head'`).Scan(&stored); err != nil {
+	if err := s.writeDB.QueryRowContext(ctx, `SELECT value FROM now.settings WHERE name = 'audit_head'`).Scan(&stored); err != nil {
 		return "" // there is no such database, or it is from before the trail
 	}
 	return stored[:max(strings.LastIndexByte(stored, ':'), 0)]
@@ -225,9 +225,9 @@ func sealedSettings() map[string]string {
 	return map[string]string{"key_check": keyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
 }
 
-// countSealed counts the provider keys.
-func (s *store) countSealed(ctx context.Context) (n int64, err error) {
-	if err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`).Scan(&n); err != nil {
+// countSealedKeys counts the provider keys.
+func (s *store) countSealedKeys(ctx context.Context) (n int64, err error) {
+	if err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`).Scan(&n); err != nil {
 		return 0, fmt.Errorf("counting provider keys: %w", err)
 	}
 	return n, nil
@@ -236,20 +236,20 @@ func (s *store) countSealed(ctx context.Context) (n int64, err error) {
 // reseal seals with to what from has sealed: all of it, or nothing. It returns
 // the number of provider keys. What the old key sealed is overwritten in the
 // file, for who gets hold of that key later.
-func (s *store) reseal(ctx context.Context, by origin, from, to *sealer) (n int64, err error) {
-	if _, err := s.write.ExecContext(ctx, `PRAGMA secure_delete = 1`); err != nil {
+func (s *store) reseal(ctx context.Context, by auditOrigin, from, to *sealer) (n int64, err error) {
+	if _, err := s.writeDB.ExecContext(ctx, `PRAGMA secure_delete = 1`); err != nil {
 		return 0, fmt.Errorf("asking for deleted data to be overwritten: %w", err)
 	}
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		for name, bound := range sealedSettings() {
 			if err := resealSetting(ctx, tx, name, bound, from, to); err != nil {
-				return act{}, fmt.Errorf("the setting %s: %w", name, err)
+				return auditEvent{}, fmt.Errorf("the setting %s: %w", name, err)
 			}
 		}
 		if n, err = resealUpstreams(ctx, tx, from, to); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
-		return act{actionRekey, "", []fact{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
+		return auditEvent{actionRekey, "", []auditField{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
 	})
 	return n, err
 }
@@ -271,7 +271,7 @@ func resealSetting(ctx context.Context, tx *sql.Tx, name, bound string, from, to
 	if err != nil {
 		return err
 	}
-	return putSetting(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, bound)))
+	return setSettingTx(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, bound)))
 }
 
 func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer) (int64, error) {

@@ -8,8 +8,8 @@ import (
 	"fmt"
 )
 
-// A keyRow is a management key as stored.
-type keyRow struct {
+// A managementKeyRow is a management key as stored.
+type managementKeyRow struct {
 	seq                  int64
 	id, name             string
 	hash                 []byte
@@ -19,52 +19,52 @@ type keyRow struct {
 	createdAt, updatedAt int64
 }
 
-const keyColumns = `seq, id, name, hash, role, expires_at, revoked_at, version, created_at, updated_at`
+const managementKeyColumns = `seq, id, name, hash, role, expires_at, revoked_at, version, created_at, updated_at`
 
-func (k *keyRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&k.seq, &k.id, &k.name, &k.hash, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.createdAt, &k.updatedAt))
+func (k *managementKeyRow) scan(row interface{ Scan(...any) error }) error {
+	return mapNoRows(row.Scan(&k.seq, &k.id, &k.name, &k.hash, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.createdAt, &k.updatedAt))
 }
 
-func (s *store) addKey(ctx context.Context, by origin, k *keyRow) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) addManagementKey(ctx context.Context, by auditOrigin, k *managementKeyRow) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO management_keys (id, name, hash, role, expires_at, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
 			RETURNING seq, version`, k.id, k.name, k.hash, k.role, k.expiresAt, k.createdAt, k.updatedAt).Scan(&k.seq, &k.version)
-		return act{"key.create", k.id, changes(nil, k.facts())}, unique(err)
+		return auditEvent{"key.create", k.id, diffAuditFields(nil, k.auditFields())}, mapUniqueViolation(err)
 	})
 }
 
-// facts are what the audit trail says of a management key.
-func (k *keyRow) facts() []fact {
-	return []fact{{"name", k.name}, {"role", k.role}, {"expires_at", factTime(k.expiresAt)}, {"revoked_at", factTime(k.revokedAt)}}
+// auditFields are what the audit trail says of a management key.
+func (k *managementKeyRow) auditFields() []auditField {
+	return []auditField{{"name", k.name}, {"role", k.role}, {"expires_at", auditTime(k.expiresAt)}, {"revoked_at", auditTime(k.revokedAt)}}
 }
 
-func (s *store) keyByHash(ctx context.Context, hash [32]byte) (k keyRow, err error) {
-	err = k.scan(s.read.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM management_keys WHERE hash = ?`, hash[:]))
+func (s *store) managementKeyByHash(ctx context.Context, hash [32]byte) (k managementKeyRow, err error) {
+	err = k.scan(s.readDB.QueryRowContext(ctx, `SELECT `+managementKeyColumns+` FROM management_keys WHERE hash = ?`, hash[:]))
 	return k, err
 }
 
-func (s *store) keyByID(ctx context.Context, id string) (k keyRow, err error) {
-	err = k.scan(s.read.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM management_keys WHERE id = ?`, id))
+func (s *store) managementKeyByID(ctx context.Context, id string) (k managementKeyRow, err error) {
+	err = k.scan(s.readDB.QueryRowContext(ctx, `SELECT `+managementKeyColumns+` FROM management_keys WHERE id = ?`, id))
 	return k, err
 }
 
-// countKeys counts revoked and expired ones too.
-func (s *store) countKeys(ctx context.Context) (n int64, err error) {
-	err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM management_keys`).Scan(&n)
+// countManagementKeys counts revoked and expired ones too.
+func (s *store) countManagementKeys(ctx context.Context) (n int64, err error) {
+	err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM management_keys`).Scan(&n)
 	return n, err
 }
 
-func (s *store) listKeys(ctx context.Context, after int64, limit int) ([]keyRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
-		SELECT `+keyColumns+` FROM management_keys WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
+func (s *store) listManagementKeys(ctx context.Context, after int64, limit int) ([]managementKeyRow, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
+		SELECT `+managementKeyColumns+` FROM management_keys WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
 	if err != nil {
 		return nil, fmt.Errorf("listing management keys: %w", err)
 	}
 	defer rows.Close()
-	var out []keyRow
+	var out []managementKeyRow
 	for rows.Next() {
-		var k keyRow
+		var k managementKeyRow
 		if err := k.scan(rows); err != nil {
 			return nil, fmt.Errorf("listing management keys: %w", err)
 		}
@@ -73,18 +73,18 @@ func (s *store) listKeys(ctx context.Context, after int64, limit int) ([]keyRow,
 	return out, rows.Err()
 }
 
-// changeKey is changeProject for management keys.
-func (s *store) changeKey(ctx context.Context, by origin, id string, version, now int64, change func(*keyRow) error) (k keyRow, err error) {
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
-		if err := k.scan(tx.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM management_keys WHERE id = ?`, id)); err != nil {
-			return act{}, err
+// rekeyDatabase is changeProject for management keys.
+func (s *store) changeManagementKey(ctx context.Context, by auditOrigin, id string, version, now int64, change func(*managementKeyRow) error) (k managementKeyRow, err error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
+		if err := k.scan(tx.QueryRowContext(ctx, `SELECT `+managementKeyColumns+` FROM management_keys WHERE id = ?`, id)); err != nil {
+			return auditEvent{}, err
 		}
 		if version != 0 && version != k.version {
-			return act{}, errStale
+			return auditEvent{}, errStale
 		}
 		was := k
 		if err := change(&k); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		k.version, k.updatedAt = k.version+1, now
 		_, err := tx.ExecContext(ctx, `
@@ -94,7 +94,7 @@ func (s *store) changeKey(ctx context.Context, by origin, id string, version, no
 		if k.revokedAt != nil {
 			action = "key.revoke"
 		}
-		return act{action, k.id, changes(was.facts(), k.facts())}, err
+		return auditEvent{action, k.id, diffAuditFields(was.auditFields(), k.auditFields())}, err
 	})
 	return k, err
 }
@@ -110,20 +110,20 @@ type priceRow struct {
 const priceColumns = `seq, id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at`
 
 func (p *priceRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&p.seq, &p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput, &p.updatedAt))
+	return mapNoRows(row.Scan(&p.seq, &p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput, &p.updatedAt))
 }
 
 // setPrice stores a price, in place of one with the same match, whose id then
 // stays.
-func (s *store) setPrice(ctx context.Context, by origin, p *priceRow) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) setPrice(ctx context.Context, by auditOrigin, p *priceRow) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		var was priceRow
-		var before []fact
+		var before []auditField
 		err := was.scan(tx.QueryRowContext(ctx, `SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match))
 		if err == nil {
-			before = was.facts()
+			before = was.auditFields()
 		} else if !errors.Is(err, errNotFound) {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		err = p.scan(tx.QueryRowContext(ctx, `
 			INSERT INTO prices (id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at)
@@ -133,27 +133,27 @@ func (s *store) setPrice(ctx context.Context, by origin, p *priceRow) error {
 				audio_output = excluded.audio_output, updated_at = excluded.updated_at
 			RETURNING `+priceColumns,
 			p.id, p.match, p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput, p.updatedAt))
-		return act{"price.set", p.id, changes(before, p.facts())}, err
+		return auditEvent{"price.set", p.id, diffAuditFields(before, p.auditFields())}, err
 	})
 }
 
-func (s *store) deletePrice(ctx context.Context, by origin, id string) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) deletePrice(ctx context.Context, by auditOrigin, id string) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		var was priceRow
 		err := was.scan(tx.QueryRowContext(ctx, `DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id))
-		return act{"price.delete", id, changes(was.facts(), nil)}, err
+		return auditEvent{"price.delete", id, diffAuditFields(was.auditFields(), nil)}, err
 	})
 }
 
-// facts are what the audit trail says of a price.
-func (p *priceRow) facts() []fact {
-	return []fact{{"match", p.match}, {"input", factDollars(p.input)}, {"cached_input", factDollars(p.cachedInput)},
-		{"cache_write", factDollars(p.cacheWrite)}, {"output", factDollars(p.output)},
-		{"audio_input", factDollars(p.audioInput)}, {"audio_output", factDollars(p.audioOutput)}}
+// auditFields are what the audit trail says of a price.
+func (p *priceRow) auditFields() []auditField {
+	return []auditField{{"match", p.match}, {"input", auditDollars(p.input)}, {"cached_input", auditDollars(p.cachedInput)},
+		{"cache_write", auditDollars(p.cacheWrite)}, {"output", auditDollars(p.output)},
+		{"audio_input", auditDollars(p.audioInput)}, {"audio_output", auditDollars(p.audioOutput)}}
 }
 
 func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
-	rows, err := s.read.QueryContext(ctx, `SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
+	rows, err := s.readDB.QueryContext(ctx, `SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
 	if err != nil {
 		return nil, fmt.Errorf("listing prices: %w", err)
 	}

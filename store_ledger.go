@@ -16,9 +16,9 @@ import (
 
 // The statements of a ledgerWriter.
 const (
-	stmtBegin = iota
-	stmtOver
-	stmtCount
+	stmtInsertPending = iota
+	stmtDeletePending
+	stmtCountTokenUse
 	stmtRecordOK
 	stmtRecordOK8
 	stmtRecord
@@ -28,27 +28,27 @@ const (
 	stmtBeginTx
 	stmtCommit
 	stmtRollback
-	ledgerStatements
+	ledgerStmtCount
 )
 
 // Ordinary rows have a statement of their own, and one that takes eight at once:
 // most are such, and each value and each statement costs.
 const (
-	okStatement = `
+	okInsert = `
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, usage_source,
 				input_tokens, output_tokens, cost, first_byte_us, total_us)
 			VALUES `
-	okValues              = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
-	okTogether, okColumns = 8, 13
+	okValues                       = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
+	okRowsPerInsert, okColumnCount = 8, 13
 )
 
-func ledgerTexts() [ledgerStatements]string {
+func ledgerSQL() [ledgerStmtCount]string {
 	return [...]string{
-		stmtBegin:     `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
-		stmtOver:      `DELETE FROM begun WHERE batch = ?`,
-		stmtCount:     `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`,
-		stmtRecordOK:  okStatement + okValues,
-		stmtRecordOK8: okStatement + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
+		stmtInsertPending: `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
+		stmtDeletePending: `DELETE FROM begun WHERE batch = ?`,
+		stmtCountTokenUse: `UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`,
+		stmtRecordOK:      okInsert + okValues,
+		stmtRecordOK8:     okInsert + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
 		stmtRecord: `
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, error_code, usage_source,
 				input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
@@ -68,8 +68,8 @@ func ledgerTexts() [ledgerStatements]string {
 type ledgerWriter struct {
 	store *store
 	conn  driver.Conn // the statements are of this one; database/sql may open another
-	stmts [ledgerStatements]driver.StmtExecContext
-	args  [okTogether * okColumns]driver.NamedValue // the most that a statement has
+	stmts [ledgerStmtCount]driver.StmtExecContext
+	args  [okRowsPerInsert * okColumnCount]driver.NamedValue // the most that a statement has
 }
 
 func (s *store) newLedgerWriter() *ledgerWriter {
@@ -82,16 +82,16 @@ func (s *store) newLedgerWriter() *ledgerWriter {
 
 // A ledgerBatch is what one transaction writes.
 type ledgerBatch struct {
-	begun   int64         // the name of the batch of calls that begin; 0: none do
-	calls   []byte        // those calls, as the table begun has them
-	records []*requestRow // calls that have ended
-	over    []int64       // batches whose last calls are among them
-	sums    []*requestRow // calls that count in the sums only
+	pendingBatchID     int64         // the name of the batch of calls that begin; 0: none do
+	pendingRecordsJSON []byte        // those calls, as the table begun has them
+	records            []*requestRow // calls that have ended
+	endedBatchIDs      []int64       // batches whose last calls are among them
+	sumOnlyRows        []*requestRow // calls that count in the sums only
 }
 
 // write writes a batch: all of it, or nothing.
 func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
-	conn, err := w.store.write.Conn(ctx)
+	conn, err := w.store.writeDB.Conn(ctx)
 	if err != nil {
 		return fmt.Errorf("taking the writing connection: %w", err)
 	}
@@ -127,7 +127,7 @@ func (w *ledgerWriter) prepare(c any) error {
 	// The connection before is closed, for there is one at a time, and its
 	// statements with it: to close them again would be a crash.
 	clear(w.stmts[:])
-	for i, text := range ledgerTexts() {
+	for i, text := range ledgerSQL() {
 		st, err := conn.Prepare(text)
 		if err != nil {
 			return fmt.Errorf("preparing the ledger: %w", err)
@@ -142,15 +142,15 @@ func (w *ledgerWriter) prepare(c any) error {
 
 // close lets the statements go, before the store is closed.
 func (w *ledgerWriter) close() {
-	conn, err := w.store.write.Conn(context.Background())
+	conn, err := w.store.writeDB.Conn(context.Background())
 	if err != nil {
 		return // the connection is gone, and its statements with it
 	}
 	defer conn.Close()
-	_ = conn.Raw(func(any) error { w.drop(); return nil })
+	_ = conn.Raw(func(any) error { w.closeStmts(); return nil })
 }
 
-func (w *ledgerWriter) drop() {
+func (w *ledgerWriter) closeStmts() {
 	for i, st := range w.stmts {
 		if st, ok := st.(driver.Stmt); ok {
 			_ = st.Close()
@@ -170,14 +170,14 @@ func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...driver.Valu
 }
 
 func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
-	if b.begun != 0 {
-		if err := w.exec(ctx, stmtBegin, b.begun, string(b.calls)); err != nil {
+	if b.pendingBatchID != 0 {
+		if err := w.exec(ctx, stmtInsertPending, b.pendingBatchID, string(b.pendingRecordsJSON)); err != nil {
 			return fmt.Errorf("noting calls that begin: %w", err)
 		}
 	}
 	type used struct{ calls, at int64 }
 	counts := map[int64]used{}
-	if err := w.record(ctx, b.records); err != nil {
+	if err := w.insertRequests(ctx, b.records); err != nil {
 		return fmt.Errorf("recording calls: %w", err)
 	}
 	for _, r := range b.records {
@@ -186,18 +186,18 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 			counts[r.token] = used{u.calls + 1, max(u.at, r.started+r.totalUS/1000)}
 		}
 	}
-	for _, batch := range b.over {
-		if err := w.exec(ctx, stmtOver, batch); err != nil {
+	for _, batch := range b.endedBatchIDs {
+		if err := w.exec(ctx, stmtDeletePending, batch); err != nil {
 			return fmt.Errorf("letting go of calls that have ended: %w", err)
 		}
 	}
 	for token, u := range counts {
-		if err := w.exec(ctx, stmtCount, u.calls, u.at, token); err != nil {
+		if err := w.exec(ctx, stmtCountTokenUse, u.calls, u.at, token); err != nil {
 			return fmt.Errorf("counting calls: %w", err)
 		}
 	}
-	sums := newTally()
-	for _, rows := range [...][]*requestRow{b.records, b.sums} {
+	sums := newUsageTally()
+	for _, rows := range [...][]*requestRow{b.records, b.sumOnlyRows} {
 		for _, r := range rows {
 			sums.add(r)
 		}
@@ -208,28 +208,28 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	return sums.write(exec(stmtSum), exec(stmtHour))
 }
 
-// note appends the call as begun has it.
-func (r *requestRow) note(b []byte) []byte {
+// appendPendingRecord appends the call as begun has it.
+func (r *requestRow) appendPendingRecord(b []byte) []byte {
 	for i, n := range [...]int64{r.id, r.project, r.token, r.upstream} {
 		b = strconv.AppendInt(append(b, "[,"[min(i, 1)]), n, 10)
 	}
-	b = appendJSONText(append(b, ','), r.endpoint)
-	b = appendJSONText(append(b, ','), r.model)
+	b = appendJSONString(append(b, ','), r.endpoint)
+	b = appendJSONString(append(b, ','), r.model)
 	b = append(b, ",0,"...)
 	if r.stream {
 		b[len(b)-2] = '1'
 	}
-	b = appendJSONText(b, r.address)
+	b = appendJSONString(b, r.address)
 	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
 	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
 	return append(b, ']')
 }
 
-// record writes the rows of calls, and their content where that is kept.
-func (w *ledgerWriter) record(ctx context.Context, rows []*requestRow) error {
-	together := make([]driver.Value, 0, okTogether*okColumns)
+// insertRequests writes the rows of calls, and their content where that is kept.
+func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) error {
+	together := make([]driver.Value, 0, okRowsPerInsert*okColumnCount)
 	for _, r := range rows {
-		if r.ordinary() {
+		if r.isPlainOK() {
 			together = append(together, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 				r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS)
 			if len(together) == cap(together) {
@@ -245,51 +245,51 @@ func (w *ledgerWriter) record(ctx context.Context, rows []*requestRow) error {
 			return err
 		}
 		if c := r.content; c != nil {
-			if err := w.exec(ctx, stmtContent, c.id, c.project, c.until, c.request, c.requestBytes, c.answer, c.answerBytes); err != nil {
+			if err := w.exec(ctx, stmtContent, c.id, c.project, c.expiresAt, c.request, c.requestBytes, c.response, c.responseBytes); err != nil {
 				return err
 			}
 		}
 	}
-	for ; len(together) > 0; together = together[okColumns:] {
-		if err := w.exec(ctx, stmtRecordOK, together[:okColumns]...); err != nil {
+	for ; len(together) > 0; together = together[okColumnCount:] {
+		if err := w.exec(ctx, stmtRecordOK, together[:okColumnCount]...); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// ordinary reports whether the row has nothing to say beyond what a plain
+// isPlainOK reports whether the row has nothing to say beyond what a plain
 // successful call has.
-func (r *requestRow) ordinary() bool {
+func (r *requestRow) isPlainOK() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
 		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == "" &&
 		r.limitHit == "" && r.attemptLog == ""
 }
 
-// A sumKey names one row of usage_sums.
-type sumKey struct {
+// A usageSumKey names one row of usage_sums.
+type usageSumKey struct {
 	grain           string
 	token, project  int64
-	started         int64 // of the hour or day
+	start           int64 // of the hour or day
 	model, endpoint string
-	outcome         outcome
-	asked           string
+	outcome         callOutcome
+	requestedModel  string
 }
 
-// billedUnseen reports whether a provider charges for a call of an endpoint whose
+// billedWithoutUsage reports whether a provider charges for a call of an endpoint whose
 // answer may count no tokens: speech by the character, pictures by the piece.
-func billedUnseen(endpoint string) bool {
+func billedWithoutUsage(endpoint string) bool {
 	return strings.HasPrefix(endpoint, "POST /v1/audio/") || strings.HasPrefix(endpoint, "POST /v1/images/")
 }
 
-// A sum is what usage_sums adds up.
-type sum struct {
+// An usageSum is what usage_sums adds up.
+type usageSum struct {
 	calls, input, cached, output, reasoning int64
 	cost, unpriced, estimated, totalUS      int64
 	wouldRefuse                             int64
 }
 
-func (s *sum) add(r *requestRow) {
+func (s *usageSum) add(r *requestRow) {
 	s.calls++
 	s.input += r.counts.input
 	s.cached += r.counts.cached
@@ -297,7 +297,7 @@ func (s *sum) add(r *requestRow) {
 	s.reasoning += r.counts.reasoning
 	if r.priced {
 		s.cost += r.cost
-	} else if r.source != usageNone || r.outcome == outcomeOK && billedUnseen(r.endpoint) {
+	} else if r.source != usageNone || r.outcome == outcomeOK && billedWithoutUsage(r.endpoint) {
 		s.unpriced++
 	}
 	if r.source == usageEstimated {
@@ -330,46 +330,48 @@ func nullUnless(ok bool, v int64) any {
 // sumModel is the model under which a call is summed. A name that a client made
 // up must not make a row, or one client could fill the disk with them.
 func (r *requestRow) sumModel() string {
-	if r.knownModel {
+	if r.modelTracked {
 		return r.model
 	}
 	return ""
 }
 
-// askedOther stands in sums for models asked for that are not kept apart.
-const askedOther = "*"
+// otherModels stands in sums for models asked for that are not kept apart.
+const otherModels = "*"
 
-// sumAsked is the model asked for, under the same rule.
-func (r *requestRow) sumAsked() string {
-	if r.knownAsked || r.asked == "" {
-		return r.asked
+// sumRequestedModel is the model asked for, under the same rule.
+func (r *requestRow) sumRequestedModel() string {
+	if r.requestedModelTracked || r.requestedModel == "" {
+		return r.requestedModel
 	}
-	return askedOther
+	return otherModels
 }
 
-// A tally adds up calls for the sums and the hours of projects.
-type tally struct {
-	sums  map[sumKey]*sum // by hour, of single tokens
+// An usageTally adds up calls for the sums and the hours of projects.
+type usageTally struct {
+	sums  map[usageSumKey]*usageSum // by hour, of single tokens
 	hours map[hourKey]*hourSum
 
-	last sumKey // the call before, which is often of the same kind
-	sum  *sum
-	hour *hourSum
+	lastKey  usageSumKey // the call before, which is often of the same kind
+	lastSum  *usageSum
+	lastHour *hourSum
 }
 
-func newTally() *tally { return &tally{sums: map[sumKey]*sum{}, hours: map[hourKey]*hourSum{}} }
+func newUsageTally() *usageTally {
+	return &usageTally{sums: map[usageSumKey]*usageSum{}, hours: map[hourKey]*hourSum{}}
+}
 
-func (t *tally) add(r *requestRow) {
+func (t *usageTally) add(r *requestRow) {
 	hour := r.started - r.started%hourMS
-	k := sumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumAsked()}
-	if t.sum == nil || k != t.last {
-		t.last, t.sum, t.hour = k, addTo(t.sums, k), addTo(t.hours, hourKey{r.project, hour})
+	k := usageSumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumRequestedModel()}
+	if t.lastSum == nil || k != t.lastKey {
+		t.lastKey, t.lastSum, t.lastHour = k, getOrInsert(t.sums, k), getOrInsert(t.hours, hourKey{r.project, hour})
 	}
-	t.sum.add(r)
-	t.hour.add(r)
+	t.lastSum.add(r)
+	t.lastHour.add(r)
 }
 
-func addTo[K comparable, V any](m map[K]*V, k K) *V {
+func getOrInsert[K comparable, V any](m map[K]*V, k K) *V {
 	v := m[k]
 	if v == nil {
 		v = new(V)
@@ -378,52 +380,52 @@ func addTo[K comparable, V any](m map[K]*V, k K) *V {
 	return v
 }
 
-func (k sumKey) of(grain string, at int64) sumKey {
-	k.grain, k.started = grain, at
+func (k usageSumKey) withGrain(grain string, at int64) usageSumKey {
+	k.grain, k.start = grain, at
 	return k
 }
 
-// all adds, to what was added up for single tokens and projects, the coarser
+// rollUp adds, to what was added up for single tokens and projects, the coarser
 // sums: each row that calls of many tokens share is written once.
-func (t *tally) all() {
+func (t *usageTally) rollUp() {
 	for k, v := range maps.Clone(t.sums) {
-		day, project, everyone := k.of("day", k.started-k.started%dayMS), k, k
+		day, project, everyone := k.withGrain("day", k.start-k.start%dayMS), k, k
 		project.token = 0
-		everyone.token, everyone.project, everyone.asked = 0, 0, ""
-		for _, to := range [...]sumKey{
-			day, {grain: "token", token: k.token, project: k.project, started: day.started},
-			project, project.of("day", day.started), {grain: "token", project: k.project, started: day.started},
-			everyone, everyone.of("day", day.started),
+		everyone.token, everyone.project, everyone.requestedModel = 0, 0, ""
+		for _, to := range [...]usageSumKey{
+			day, {grain: "token", token: k.token, project: k.project, start: day.start},
+			project, project.withGrain("day", day.start), {grain: "token", project: k.project, start: day.start},
+			everyone, everyone.withGrain("day", day.start),
 		} {
-			addTo(t.sums, to).merge(*v)
+			getOrInsert(t.sums, to).merge(*v)
 		}
 	}
 	for k, v := range maps.Clone(t.hours) {
-		addTo(t.hours, hourKey{0, k.at}).merge(v)
+		getOrInsert(t.hours, hourKey{0, k.at}).merge(v)
 	}
 }
 
 // write writes what was added up, with the two statements.
-func (t *tally) write(sums, hours func(...driver.Value) error) error {
-	t.all()
+func (t *usageTally) write(sums, hours func(...driver.Value) error) error {
+	t.rollUp()
 	for k, v := range t.sums {
-		if err := sums(k.grain, k.token, k.started, k.project, k.model, k.endpoint, string(k.outcome), k.asked,
+		if err := sums(k.grain, k.token, k.start, k.project, k.model, k.endpoint, string(k.outcome), k.requestedModel,
 			v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated, v.wouldRefuse, v.totalUS); err != nil {
 			return fmt.Errorf("adding to the sums: %w", err)
 		}
 	}
 	for k, v := range t.hours {
-		if err := hours(v.values(k)...); err != nil {
+		if err := hours(v.insertArgs(k)...); err != nil {
 			return fmt.Errorf("adding to the hours: %w", err)
 		}
 	}
 	return nil
 }
 
-// runningCalls returns up to limit calls that are noted as running: of a database
+// pendingRecords returns up to limit calls that are noted as running: of a database
 // that no program has open, those that died with the last one.
-func (s *store) runningCalls(ctx context.Context, limit int) ([]*requestRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
+func (s *store) pendingRecords(ctx context.Context, limit int) ([]*requestRow, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens
 		FROM running ORDER BY id LIMIT ?`, limit)
 	if err != nil {
@@ -442,27 +444,27 @@ func (s *store) runningCalls(ctx context.Context, limit int) ([]*requestRow, err
 	return out, rows.Err()
 }
 
-// forgetBegun deletes all notes of calls that began.
-func (s *store) forgetBegun(ctx context.Context) error {
-	if _, err := s.write.ExecContext(ctx, `DELETE FROM begun`); err != nil {
+// deletePending deletes all notes of calls that began.
+func (s *store) deletePending(ctx context.Context) error {
+	if _, err := s.writeDB.ExecContext(ctx, `DELETE FROM begun`); err != nil {
 		return fmt.Errorf("letting go of running calls: %w", err)
 	}
 	return nil
 }
 
-// lastRequest returns the highest id there is, 0 if there is none.
-func (s *store) lastRequest(ctx context.Context) (id int64, err error) {
-	if err = s.read.QueryRowContext(ctx, `SELECT coalesce(max(id), 0) FROM requests`).Scan(&id); err != nil {
+// lastRequestID returns the highest id there is, 0 if there is none.
+func (s *store) lastRequestID(ctx context.Context) (id int64, err error) {
+	if err = s.readDB.QueryRowContext(ctx, `SELECT coalesce(max(id), 0) FROM requests`).Scan(&id); err != nil {
 		return 0, fmt.Errorf("reading the last call: %w", err)
 	}
 	return id, nil
 }
 
-// forgetRequests deletes up to limit rows with an id below before, and returns
+// deleteOldRequests deletes up to limit rows with an id below before, and returns
 // how many. The row of a call that is noted as begun stays: without it the call
 // would seem to run. No note of such a call is in a later batch.
-func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (int64, error) {
-	res, err := s.write.ExecContext(ctx, `
+func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) (int64, error) {
+	res, err := s.writeDB.ExecContext(ctx, `
 		DELETE FROM requests WHERE id IN (SELECT id FROM requests
 			WHERE id < ?1 AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c WHERE b.batch < ?1) ORDER BY id LIMIT ?2)`, before, limit)
 	if err != nil {
@@ -471,11 +473,11 @@ func (s *store) forgetRequests(ctx context.Context, before int64, limit int) (in
 	return res.RowsAffected()
 }
 
-// forgetSums deletes the hourly sums of up to limit tokens from before a time,
+// deleteOldSums deletes the hourly sums of up to limit tokens from before a time,
 // and returns how many tokens had any. Which ones is found by going from one to
 // the next in the key's order, outside the transaction that deletes.
-func (s *store) forgetSums(ctx context.Context, before int64, limit int) (int64, error) {
-	rows, err := s.read.QueryContext(ctx, usedTokens+`
+func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
+	rows, err := s.readDB.QueryContext(ctx, usedTokensCTE+`
 		SELECT u.project, u.token FROM used u
 		WHERE u.token IS NOT NULL AND EXISTS (SELECT 1 FROM usage_sums WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
 		LIMIT ?4`, "", "hour", before, limit)
@@ -494,7 +496,7 @@ func (s *store) forgetSums(ctx context.Context, before int64, limit int) (int64,
 	if err := rows.Err(); err != nil || len(found) == 0 {
 		return 0, err
 	}
-	return int64(len(found)), s.tx(ctx, func(tx *sql.Tx) error {
+	return int64(len(found)), s.withTx(ctx, func(tx *sql.Tx) error {
 		for _, f := range found {
 			if _, err := tx.ExecContext(ctx, `
 				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`, f[0], f[1], before); err != nil {
@@ -505,7 +507,7 @@ func (s *store) forgetSums(ctx context.Context, before int64, limit int) (int64,
 	})
 }
 
-func (s *sum) merge(o sum) {
+func (s *usageSum) merge(o usageSum) {
 	s.calls += o.calls
 	s.input += o.input
 	s.cached += o.cached

@@ -25,7 +25,7 @@ type projectRow struct {
 const projectColumns = `seq, id, name, is_active, policy, routing, version, created_at, updated_at`
 
 func (p *projectRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&p.seq, &p.id, &p.name, &p.active, &p.policy, &p.routing, &p.version, &p.createdAt, &p.updatedAt))
+	return mapNoRows(row.Scan(&p.seq, &p.id, &p.name, &p.active, &p.policy, &p.routing, &p.version, &p.createdAt, &p.updatedAt))
 }
 
 // An upstreamRow is an upstream as stored; its key stays sealed.
@@ -40,79 +40,79 @@ type upstreamRow struct {
 	organization, openaiProject string
 	weight, priority            int64
 	models, rewrite, settings   string // JSON
-	shared                      string // JSON list of projects beside its own
+	sharedWith                  string // JSON list of projects beside its own
 	active                      bool
 	version                     int64
 	createdAt, updatedAt        int64
 }
 
 const upstreamColumns = `u.seq, u.id, u.project, p.id, u.name, u.provider, u.base_url, u.sealed_key, u.key_hint,
-	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.settings, ` + sharedColumn + `, u.is_active, u.version, u.created_at, u.updated_at`
+	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.settings, ` + sharedWithColumn + `, u.is_active, u.version, u.created_at, u.updated_at`
 
 func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&u.seq, &u.id, &u.project, &u.projectID, &u.name, &u.provider, &u.baseURL, &u.sealedKey, &u.keyHint,
-		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.settings, &u.shared, &u.active, &u.version, &u.createdAt, &u.updatedAt))
+	return mapNoRows(row.Scan(&u.seq, &u.id, &u.project, &u.projectID, &u.name, &u.provider, &u.baseURL, &u.sealedKey, &u.keyHint,
+		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.settings, &u.sharedWith, &u.active, &u.version, &u.createdAt, &u.updatedAt))
 }
 
 // addProject stores a new project, and its first upstream unless up is nil. It
 // fills in the seqs.
-func (s *store) addProject(ctx context.Context, by origin, p *projectRow, up *upstreamRow) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) addProject(ctx context.Context, by auditOrigin, p *projectRow, up *upstreamRow) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO projects (id, name, is_active, policy, routing, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
 			RETURNING seq, version`, p.id, p.name, p.active, p.policy, p.routing, p.createdAt, p.updatedAt).Scan(&p.seq, &p.version)
-		a := act{"project.create", p.id, changes(nil, p.facts())}
+		a := auditEvent{"project.create", p.id, diffAuditFields(nil, p.auditFields())}
 		if err != nil || up == nil {
-			return a, unique(err)
+			return a, mapUniqueViolation(err)
 		}
 		up.project = p.seq
-		a.detail = append(a.detail, fact{"upstream", up.id})
-		for _, f := range changes(nil, up.facts()) {
-			a.detail = append(a.detail, fact{"upstream." + f.name, f.value})
+		a.detail = append(a.detail, auditField{"upstream", up.id})
+		for _, f := range diffAuditFields(nil, up.auditFields()) {
+			a.detail = append(a.detail, auditField{"upstream." + f.name, f.value})
 		}
 		return a, insertUpstream(ctx, tx, up)
 	})
 }
 
-// facts are what the audit trail says of a project.
-func (p *projectRow) facts() []fact {
-	return []fact{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}, {"routing", json.RawMessage(p.routing)}}
+// auditFields are what the audit trail says of a project.
+func (p *projectRow) auditFields() []auditField {
+	return []auditField{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}, {"routing", json.RawMessage(p.routing)}}
 }
 
-// facts are what the audit trail says of an upstream. Of its key that is the
+// auditFields are what the audit trail says of an upstream. Of its key that is the
 // hint, and a mark by which two keys with the same hint are told apart.
-func (u *upstreamRow) facts() []fact {
+func (u *upstreamRow) auditFields() []auditField {
 	var key any
 	if len(u.sealedKey) > 0 {
 		mark := sha256.Sum256(u.sealedKey)
 		key = map[string]string{"hint": u.keyHint, "sealed": hex.EncodeToString(mark[:4])}
 	}
-	return []fact{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
+	return []auditField{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
 		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight}, {"priority", u.priority},
-		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)}, {"shared_with", json.RawMessage(u.shared)}, {"is_active", u.active}}
+		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)}, {"shared_with", json.RawMessage(u.sharedWith)}, {"is_active", u.active}}
 }
 
 func (s *store) projectByID(ctx context.Context, id string) (p projectRow, err error) {
-	err = p.scan(s.read.QueryRowContext(ctx, `
+	err = p.scan(s.readDB.QueryRowContext(ctx, `
 		SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id))
 	return p, err
 }
 
 func (s *store) projectBySeq(ctx context.Context, seq int64) (p projectRow, err error) {
-	err = p.scan(s.read.QueryRowContext(ctx, `SELECT `+projectColumns+` FROM projects WHERE seq = ?`, seq))
+	err = p.scan(s.readDB.QueryRowContext(ctx, `SELECT `+projectColumns+` FROM projects WHERE seq = ?`, seq))
 	return p, err
 }
 
 // countProjects counts deleted ones too: it answers "was this ever used?".
 func (s *store) countProjects(ctx context.Context) (n int64, err error) {
-	err = s.read.QueryRowContext(ctx, `SELECT count(*) FROM projects`).Scan(&n)
+	err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM projects`).Scan(&n)
 	return n, err
 }
 
 // listProjects returns up to limit projects with seq > after, in seq order.
 // active is nil for all; prefix is of the name, "" for all.
 func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string) ([]projectRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT `+projectColumns+` FROM projects
 		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2)
 			AND (?3 = '' OR (name >= ?3 AND name < ?4))
@@ -134,24 +134,24 @@ func (s *store) listProjects(ctx context.Context, after int64, limit int, active
 
 // changeProject reads a project, lets change edit it, and writes it back in one
 // transaction. version, unless 0, must be the row's.
-func (s *store) changeProject(ctx context.Context, by origin, id string, version, now int64, change func(*projectRow) error) (p projectRow, err error) {
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) changeProject(ctx context.Context, by auditOrigin, id string, version, now int64, change func(*projectRow) error) (p projectRow, err error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		if err := p.scan(tx.QueryRowContext(ctx, `
 			SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id)); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		if version != 0 && version != p.version {
-			return act{}, errStale
+			return auditEvent{}, errStale
 		}
 		was := p
 		if err := change(&p); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		p.version, p.updatedAt = p.version+1, now
 		_, err := tx.ExecContext(ctx, `
 			UPDATE projects SET name = ?, is_active = ?, policy = ?, routing = ?, version = ?, updated_at = ? WHERE seq = ?`,
 			p.name, p.active, p.policy, p.routing, p.version, p.updatedAt, p.seq)
-		return act{"project.change", p.id, changes(was.facts(), p.facts())}, unique(err)
+		return auditEvent{"project.change", p.id, diffAuditFields(was.auditFields(), p.auditFields())}, mapUniqueViolation(err)
 	})
 	return p, err
 }
@@ -159,46 +159,46 @@ func (s *store) changeProject(ctx context.Context, by origin, id string, version
 // deleteProject takes a project out of use for good: it becomes inactive, its
 // tokens are revoked, its provider keys are wiped, its name is free again. Its
 // rows stay, for the ledger names them. Deleting twice is errNotFound.
-func (s *store) deleteProject(ctx context.Context, by origin, id string, version, now int64) (p projectRow, err error) {
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) deleteProject(ctx context.Context, by auditOrigin, id string, version, now int64) (p projectRow, err error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		err := p.scan(tx.QueryRowContext(ctx, `
 			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1,
 				name = name || ' (deleted ' || id || ')'
 			WHERE id = ?2 AND deleted_at IS NULL AND (?3 = 0 OR version = ?3)
 			RETURNING `+projectColumns, now, id, version))
 		if err == errNotFound && version != 0 {
-			return act{}, staleOrMissing(ctx, tx, `SELECT 1 FROM projects WHERE id = ? AND deleted_at IS NULL`, id)
+			return auditEvent{}, staleOrMissing(ctx, tx, `SELECT 1 FROM projects WHERE id = ? AND deleted_at IS NULL`, id)
 		}
 		if err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		tokens, err := tx.ExecContext(ctx, `
 			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
 			WHERE project = ?2 AND revoked_at IS NULL`, now, p.seq)
 		if err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		if _, err := tx.ExecContext(ctx, `
 			UPDATE projects SET version = version + 1, updated_at = ?
 			WHERE deleted_at IS NULL AND seq IN (SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq WHERE u.project = ?)`, now, p.seq); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		upstreams, err := tx.ExecContext(ctx, `
 			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1, updated_at = ?1
 			WHERE project = ?2 AND deleted_at IS NULL`, now, p.seq)
 		if err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
-		a := act{"project.delete", id, []fact{{"name", strings.TrimSuffix(p.name, " (deleted "+id+")")}}}
+		a := auditEvent{"project.delete", id, []auditField{{"name", strings.TrimSuffix(p.name, " (deleted "+id+")")}}}
 		for _, part := range []struct {
 			name string
 			res  sql.Result
 		}{{"tokens", tokens}, {"upstreams", upstreams}} {
 			n, err := part.res.RowsAffected()
 			if err != nil {
-				return act{}, err
+				return auditEvent{}, err
 			}
-			a.detail = append(a.detail, fact{part.name, n})
+			a.detail = append(a.detail, auditField{part.name, n})
 		}
 		return a, nil
 	})
@@ -209,7 +209,7 @@ func (s *store) deleteProject(ctx context.Context, by origin, id string, version
 func staleOrMissing(ctx context.Context, tx *sql.Tx, query string, id string) error {
 	var one int
 	if err := tx.QueryRowContext(ctx, query, id).Scan(&one); err != nil {
-		return found(err)
+		return mapNoRows(err)
 	}
 	return errStale
 }
@@ -225,37 +225,37 @@ func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
 	if err != nil {
 		return err
 	}
-	return u.share(ctx, tx, u.createdAt)
+	return u.saveSharing(ctx, tx, u.createdAt)
 }
 
 // addUpstream stores a new upstream of the project with u.project, and bumps
 // the project's version: what the project does has changed.
-func (s *store) addUpstream(ctx context.Context, by origin, u *upstreamRow, now int64) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
-		if err := touchProject(ctx, tx, u.project, now); err != nil {
-			return act{}, err
+func (s *store) addUpstream(ctx context.Context, by auditOrigin, u *upstreamRow, now int64) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
+		if err := bumpProjectVersion(ctx, tx, u.project, now); err != nil {
+			return auditEvent{}, err
 		}
-		return u.act("upstream.create", nil), insertUpstream(ctx, tx, u)
+		return u.auditEvent("upstream.create", nil), insertUpstream(ctx, tx, u)
 	})
 }
 
-// act is what happened to an upstream that had the facts before, nil if it is
+// auditEvent is what happened to an upstream that had the facts before, nil if it is
 // new.
-func (u *upstreamRow) act(action string, before []fact) act {
-	return act{action, u.id, append([]fact{{"project_id", u.projectID}}, changes(before, u.facts())...)}
+func (u *upstreamRow) auditEvent(action string, before []auditField) auditEvent {
+	return auditEvent{action, u.id, append([]auditField{{"project_id", u.projectID}}, diffAuditFields(before, u.auditFields())...)}
 }
 
-// touchProject bumps a project's version, or returns errNotFound if it was
+// bumpProjectVersion bumps a project's version, or returns errNotFound if it was
 // deleted: it must not get a key that nobody wipes any more.
-func touchProject(ctx context.Context, tx *sql.Tx, project, now int64) error {
-	return found(tx.QueryRowContext(ctx, `
+func bumpProjectVersion(ctx context.Context, tx *sql.Tx, project, now int64) error {
+	return mapNoRows(tx.QueryRowContext(ctx, `
 		UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ? AND deleted_at IS NULL RETURNING seq`, now, project).Scan(&project))
 }
 
-// upstreamsOf returns a project's upstreams in the order in which they are
+// projectUpstreams returns a project's upstreams in the order in which they are
 // preferred: priority, then age.
-func (s *store) upstreamsOf(ctx context.Context, project int64) ([]upstreamRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
+func (s *store) projectUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
 		WHERE u.project = ? AND u.deleted_at IS NULL ORDER BY u.priority, u.seq LIMIT 1000`, project)
 	if err != nil {
@@ -274,7 +274,7 @@ func (s *store) upstreamsOf(ctx context.Context, project int64) ([]upstreamRow, 
 }
 
 func (s *store) upstreamByID(ctx context.Context, projectID, id string) (u upstreamRow, err error) {
-	err = u.scan(s.read.QueryRowContext(ctx, `
+	err = u.scan(s.readDB.QueryRowContext(ctx, `
 		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
 		WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID))
 	return u, err
@@ -282,20 +282,20 @@ func (s *store) upstreamByID(ctx context.Context, projectID, id string) (u upstr
 
 // changeUpstream is changeProject for upstreams. change may also mark the row
 // as deleted, by returning true.
-func (s *store) changeUpstream(ctx context.Context, by origin, projectID, id string, version, now int64, change func(*upstreamRow) (bool, error)) (u upstreamRow, err error) {
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) changeUpstream(ctx context.Context, by auditOrigin, projectID, id string, version, now int64, change func(*upstreamRow) (bool, error)) (u upstreamRow, err error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		if err := u.scan(tx.QueryRowContext(ctx, `
 			SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
 			WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID)); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		if version != 0 && version != u.version {
-			return act{}, errStale
+			return auditEvent{}, errStale
 		}
 		was := u
 		deleted, err := change(&u)
 		if err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		var deletedAt *int64
 		action := "upstream.change"
@@ -309,26 +309,26 @@ func (s *store) changeUpstream(ctx context.Context, by origin, projectID, id str
 			WHERE seq = ?`,
 			u.name, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
 			u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
-		if err := u.share(ctx, tx, now); err != nil {
-			return act{}, err
+		if err := u.saveSharing(ctx, tx, now); err != nil {
+			return auditEvent{}, err
 		}
-		return u.act(action, was.facts()), touchProject(ctx, tx, u.project, now)
+		return u.auditEvent(action, was.auditFields()), bumpProjectVersion(ctx, tx, u.project, now)
 	})
 	return u, err
 }
 
-// sharedColumn is the list of projects that an upstream u is shared with, as
+// sharedWithColumn is the list of projects that an upstream u is shared with, as
 // JSON.
-const sharedColumn = `(SELECT json_group_array(id) FROM (
+const sharedWithColumn = `(SELECT json_group_array(id) FROM (
 		SELECT o.id FROM upstream_shares s JOIN projects o ON o.seq = s.project
 		WHERE s.upstream = u.seq AND o.deleted_at IS NULL ORDER BY o.id))`
 
-// servingUpstreams returns the upstreams that a project's calls may go to, its
+// usableUpstreams returns the upstreams that a project's calls may go to, its
 // own and those shared with it, in the order in which they are preferred.
-func (s *store) servingUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
+func (s *store) usableUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
 		WHERE u.seq IN (SELECT seq FROM upstreams WHERE project = ?1 UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
 			AND u.deleted_at IS NULL
@@ -348,9 +348,9 @@ func (s *store) servingUpstreams(ctx context.Context, project int64) ([]upstream
 	return out, rows.Err()
 }
 
-// sharers returns the projects that an upstream is shared with.
-func (s *store) sharers(ctx context.Context, upstream int64) (seqs []int64, err error) {
-	rows, err := s.read.QueryContext(ctx, `SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
+// sharedProjects returns the projects that an upstream is shared with.
+func (s *store) sharedProjects(ctx context.Context, upstream int64) (seqs []int64, err error) {
+	rows, err := s.readDB.QueryContext(ctx, `SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
 	if err != nil {
 		return nil, fmt.Errorf("reading whom an upstream is shared with: %w", err)
 	}
@@ -365,14 +365,14 @@ func (s *store) sharers(ctx context.Context, upstream int64) (seqs []int64, err 
 	return seqs, rows.Err()
 }
 
-// share writes whom an upstream is shared with, and bumps the versions of all
+// saveSharing writes whom an upstream is shared with, and bumps the versions of all
 // projects that this or another change of it concerns.
-func (u *upstreamRow) share(ctx context.Context, tx *sql.Tx, now int64) error {
-	if err := touchSharers(ctx, tx, u.seq, now); err != nil {
+func (u *upstreamRow) saveSharing(ctx context.Context, tx *sql.Tx, now int64) error {
+	if err := bumpSharedVersions(ctx, tx, u.seq, now); err != nil {
 		return err
 	}
 	var ids []string
-	if err := json.Unmarshal([]byte(u.shared), &ids); err != nil {
+	if err := json.Unmarshal([]byte(u.sharedWith), &ids); err != nil {
 		return fmt.Errorf("whom upstream %s is shared with: %w", u.id, err)
 	}
 	if _, err := tx.ExecContext(ctx, `DELETE FROM upstream_shares WHERE upstream = ?`, u.seq); err != nil {
@@ -388,10 +388,10 @@ func (u *upstreamRow) share(ctx context.Context, tx *sql.Tx, now int64) error {
 			return &fieldError{"shared_with", "names " + clip(id, 64) + ", which is no other project"}
 		}
 	}
-	return touchSharers(ctx, tx, u.seq, now)
+	return bumpSharedVersions(ctx, tx, u.seq, now)
 }
 
-func touchSharers(ctx context.Context, tx *sql.Tx, upstream, now int64) error {
+func bumpSharedVersions(ctx context.Context, tx *sql.Tx, upstream, now int64) error {
 	_, err := tx.ExecContext(ctx, `
 		UPDATE projects SET version = version + 1, updated_at = ?
 		WHERE deleted_at IS NULL AND seq IN (SELECT project FROM upstream_shares WHERE upstream = ?)`, now, upstream)

@@ -21,17 +21,17 @@ type usageQuery struct {
 	limit                                              int // of groups, and of projects and tokens that are looked at
 }
 
-// A period is a span of time whose sums are added up into one: all of it, or a
+// A timeRange is a span of time whose sums are added up into one: all of it, or a
 // month. Within hours and days the rows themselves say.
-type period struct{ from, to, at int64 }
+type timeRange struct{ from, to, at int64 }
 
-func (q *usageQuery) periods() (out []period) {
+func (q *usageQuery) timeRanges() (out []timeRange) {
 	if q.interval != "month" {
-		return []period{{q.from, q.to, 0}}
+		return []timeRange{{q.from, q.to, 0}}
 	}
 	for t := time.UnixMilli(q.from).UTC(); t.UnixMilli() < q.to; {
 		next := time.Date(t.Year(), t.Month()+1, 1, 0, 0, 0, 0, time.UTC)
-		out = append(out, period{t.UnixMilli(), min(next.UnixMilli(), q.to), t.UnixMilli()})
+		out = append(out, timeRange{t.UnixMilli(), min(next.UnixMilli(), q.to), t.UnixMilli()})
 		t = next
 	}
 	return out
@@ -48,7 +48,7 @@ type usageKey struct {
 
 type usageRow struct {
 	usageKey
-	sum
+	usageSum
 }
 
 func (k *usageKey) compare(o *usageKey) int {
@@ -57,9 +57,9 @@ func (k *usageKey) compare(o *usageKey) int {
 		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome))
 }
 
-var errTooMany = errors.New("too many rows")
+var errTooManyRows = errors.New("too many rows")
 
-// usage adds up sums, or returns errTooMany. For each project, or each token
+// usage adds up sums, or returns errTooManyRows. For each project, or each token
 // where single tokens matter, it reads one range of the table's own order, in
 // which SQLite adds up as it goes: sorting them all together costs many times
 // as much.
@@ -69,28 +69,28 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 		return nil, err
 	}
 	statement, grain := q.statement()
-	st, err := s.read.PrepareContext(ctx, statement)
+	st, err := s.readDB.PrepareContext(ctx, statement)
 	if err != nil {
 		return nil, fmt.Errorf("adding up usage: %w", err)
 	}
 	defer st.Close()
-	groups := map[usageKey]*sum{}
-	periods := q.periods()
+	groups := map[usageKey]*usageSum{}
+	periods := q.timeRanges()
 	for i := range scopes {
 		if len(groups) > q.limit {
-			return nil, errTooMany
+			return nil, errTooManyRows
 		}
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
 		for _, p := range periods {
-			if err := q.addUp(st, grain, &scopes[i], p, groups); err != nil {
+			if err := q.sumRange(st, grain, &scopes[i], p, groups); err != nil {
 				return nil, fmt.Errorf("adding up usage: %w", err)
 			}
 		}
 	}
 	if len(groups) > q.limit {
-		return nil, errTooMany
+		return nil, errTooManyRows
 	}
 	out := make([]usageRow, 0, len(groups))
 	for k, v := range groups {
@@ -135,9 +135,9 @@ type usageScope struct {
 	usageKey             // its ids and names
 }
 
-// addUp adds a scope's sums of a period to the groups. It reads one short range
+// sumRange adds a scope's sums of a period to the groups. It reads one short range
 // and cannot be cancelled: for what can, the driver starts a goroutine a time.
-func (q *usageQuery) addUp(st *sql.Stmt, grain string, sc *usageScope, p period, groups map[usageKey]*sum) error {
+func (q *usageQuery) sumRange(st *sql.Stmt, grain string, sc *usageScope, p timeRange, groups map[usageKey]*usageSum) error {
 	rows, err := st.QueryContext(context.Background(), grain, sc.project, sc.token, p.from, p.to)
 	if err != nil {
 		return err
@@ -151,7 +151,7 @@ func (q *usageQuery) addUp(st *sql.Stmt, grain string, sc *usageScope, p period,
 		base.tokenID, base.tokenName = sc.tokenID, sc.tokenName
 	}
 	for rows.Next() {
-		var v sum
+		var v usageSum
 		var at int64
 		var model, endpoint, outcome string
 		if err := rows.Scan(&at, &model, &endpoint, &outcome, &v.calls, &v.input, &v.cached, &v.output, &v.reasoning,
@@ -178,10 +178,10 @@ func (q *usageQuery) addUp(st *sql.Stmt, grain string, sc *usageScope, p period,
 	return rows.Err()
 }
 
-// usedTokens lists the tokens of the project with id ?1 ("": of all) that have
+// usedTokensCTE lists the tokens of the project with id ?1 ("": of all) that have
 // sums of grain ?2, by going from one to the next in the key's order. A row with
 // token NULL ends each project.
-const usedTokens = `
+const usedTokensCTE = `
 	WITH RECURSIVE used (project, token) AS (
 		SELECT p.seq, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = p.seq AND token > 0)
 		FROM projects p WHERE ?1 = '' OR p.id = ?1
@@ -199,11 +199,11 @@ func (s *store) usageScopes(ctx context.Context, q *usageQuery) ([]usageScope, e
 			WHERE t.id = ?3 AND (?1 = '' OR p.id = ?1) LIMIT ?2`
 		args = append(args, q.token)
 	case q.byToken:
-		query = usedTokens + ` SELECT p.seq, t.seq, p.id, p.name, t.id, t.name
+		query = usedTokensCTE + ` SELECT p.seq, t.seq, p.id, p.name, t.id, t.name
 			FROM used u JOIN projects p ON p.seq = u.project JOIN tokens t ON t.seq = u.token LIMIT ?3`
 		args = []any{q.project, "token", q.limit + 1}
 	}
-	rows, err := s.read.QueryContext(ctx, query, args...)
+	rows, err := s.readDB.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("listing whose usage to add up: %w", err)
 	}
@@ -217,7 +217,7 @@ func (s *store) usageScopes(ctx context.Context, q *usageQuery) ([]usageScope, e
 		out = append(out, sc)
 	}
 	if len(out) > q.limit {
-		return nil, errTooMany
+		return nil, errTooManyRows
 	}
 	return out, rows.Err()
 }
@@ -228,62 +228,62 @@ type hourKey struct{ project, at int64 }
 // An hourSum is what a row of project_hours adds up.
 type hourSum struct {
 	calls, input, output, cost, unpriced int64
-	errors                               [errorClasses]int64
-	first, total                         latencies
+	errors                               [errorClassCount]int64
+	firstByteLatency, totalLatency       latencyHistogram
 }
 
-// hourColumns is how many columns an hourSum fills.
-const hourColumns = 5 + errorClasses + 2*buckets
+// hourColumnCount is how many columns an hourSum fills.
+const hourColumnCount = 5 + errorClassCount + 2*latencyBuckets
 
-const errorClasses = 4
+const errorClassCount = 4
 
-// hourClasses are the columns of errors, in their order.
-func hourClasses() [errorClasses]errorClass {
-	return [...]errorClass{classCaller, classPolicy, classProvider, classProxy}
+// errorColumnClasses are the columns of errors, in their order.
+func errorColumnClasses() [errorClassCount]errorClass {
+	return [...]errorClass{errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
 }
 
 // add counts a call. s is what the call alone adds to usage_sums.
 func (h *hourSum) add(r *requestRow) {
-	var s sum
+	var s usageSum
 	s.add(r)
 	h.calls, h.input, h.output, h.cost, h.unpriced = h.calls+1, h.input+s.input, h.output+s.output, h.cost+s.cost, h.unpriced+s.unpriced
-	class := r.class()
-	for i, c := range hourClasses() {
+	class := r.errorClass()
+	for i, c := range errorColumnClasses() {
 		if c == class {
 			h.errors[i]++
 		}
 	}
 	if r.outcome == outcomeOK && r.attempts > 0 && r.firstByteUS >= 0 {
-		h.first.add(r.firstByteUS)
-		h.total.add(r.totalUS)
+		h.firstByteLatency.observe(r.firstByteUS)
+		h.totalLatency.observe(r.totalUS)
 	}
 }
 
 func (h *hourSum) merge(o *hourSum) {
-	to := h.columns()
-	for i, v := range o.columns() {
+	to := h.columnPtrs()
+	for i, v := range o.columnPtrs() {
 		*to[i] += *v
 	}
 }
 
-// columns returns where the values of h stand, in the order of the statements.
-func (h *hourSum) columns() [hourColumns]*int64 {
-	c := [hourColumns]*int64{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced}
+// columnPtrs returns where the values of h stand, in the order of the statements.
+func (h *hourSum) columnPtrs() [hourColumnCount]*int64 {
+	c := [hourColumnCount]*int64{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced}
 	n := 5
 	for i := range h.errors {
 		c[n], n = &h.errors[i], n+1
 	}
-	for i := range h.first {
-		c[n], c[n+buckets] = &h.first[i], &h.total[i]
+	for i := range h.firstByteLatency {
+		c[n], c[n+latencyBuckets] = &h.firstByteLatency[i], &h.totalLatency[i]
 		n++
 	}
 	return c
 }
 
-// values are what hourStatement takes.
-func (h *hourSum) values(k hourKey) []driver.Value {
-	out := append(make([]driver.Value, 0, 2+hourColumns), k.project, k.at)
-	for _, v := range h.columns() {
+// insertArgs are what hourStatement takes.
+func (h *hourSum) insertArgs(k hourKey) []driver.Value {
+	out := append(make([]driver.Value, 0, 2+hourColumnCount), k.project, k.at)
+	for _, v := range h.columnPtrs() {
 		out = append(out, *v)
 	}
 	return out
@@ -315,7 +315,7 @@ const hourStatement = `
 		t25000 = t25000 + excluded.t25000, t40000 = t40000 + excluded.t40000, t63000 = t63000 + excluded.t63000,
 		t100000 = t100000 + excluded.t100000, t_more = t_more + excluded.t_more`
 
-const hourTotals = `
+const hourSumColumns = `
 		coalesce(sum(calls), 0), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), coalesce(sum(cost), 0),
 		coalesce(sum(unpriced_calls), 0), coalesce(sum(caller_errors), 0), coalesce(sum(policy_errors), 0),
 		coalesce(sum(provider_errors), 0), coalesce(sum(proxy_errors), 0), coalesce(sum(f10), 0), coalesce(sum(f16), 0),
@@ -329,29 +329,29 @@ const hourTotals = `
 		coalesce(sum(t6300), 0), coalesce(sum(t10000), 0), coalesce(sum(t16000), 0), coalesce(sum(t25000), 0),
 		coalesce(sum(t40000), 0), coalesce(sum(t63000), 0), coalesce(sum(t100000), 0), coalesce(sum(t_more), 0)`
 
-// hoursOf adds up the hours of a project, or of all together (project 0), that
+// sumHours adds up the hours of a project, or of all together (project 0), that
 // begin in from <= at < to.
-func (s *store) hoursOf(ctx context.Context, project, from, to int64) (*hourSum, error) {
+func (s *store) sumHours(ctx context.Context, project, from, to int64) (*hourSum, error) {
 	h := &hourSum{}
-	if err := s.read.QueryRowContext(ctx, `SELECT `+hourTotals+` FROM project_hours WHERE project = ? AND at >= ? AND at < ?`,
-		project, from, to).Scan(h.fields()...); err != nil {
+	if err := s.readDB.QueryRowContext(ctx, `SELECT `+hourSumColumns+` FROM project_hours WHERE project = ? AND at >= ? AND at < ?`,
+		project, from, to).Scan(h.scanTargets()...); err != nil {
 		return nil, fmt.Errorf("adding up hours: %w", err)
 	}
 	return h, nil
 }
 
-func (h *hourSum) fields() []any {
-	out := make([]any, 0, hourColumns)
-	for _, v := range h.columns() {
+func (h *hourSum) scanTargets() []any {
+	out := make([]any, 0, hourColumnCount)
+	for _, v := range h.columnPtrs() {
 		out = append(out, v)
 	}
 	return out
 }
 
-// forgetHours deletes the hours of up to limit projects from before a time, and
+// deleteOldHours deletes the hours of up to limit projects from before a time, and
 // returns how many rows went.
-func (s *store) forgetHours(ctx context.Context, before int64, limit int) (int64, error) {
-	res, err := s.write.ExecContext(ctx, `
+func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (int64, error) {
+	res, err := s.writeDB.ExecContext(ctx, `
 		DELETE FROM project_hours WHERE at < ?1 AND project IN (
 			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
 			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`, before, limit)
@@ -361,33 +361,33 @@ func (s *store) forgetHours(ctx context.Context, before int64, limit int) (int64
 	return res.RowsAffected()
 }
 
-// An amount is what charts are made of.
-type amount struct{ calls, tokens, cost int64 }
+// An usageTotals is what charts are made of.
+type usageTotals struct{ calls, tokens, cost int64 }
 
-func (a *amount) add(o amount) {
+func (a *usageTotals) add(o usageTotals) {
 	a.calls += o.calls
 	a.tokens += o.tokens
 	a.cost += o.cost
 }
 
-// A share is the part of a project, token, model or endpoint in an amount.
-type share struct {
+// An usageShare is the part of a project, token, model or endpoint in an amount.
+type usageShare struct {
 	seq             int64  // of a project
 	id, name, label string // label is of a token its project's name, of a project "deleted" if it is
-	amount
+	usageTotals
 }
 
-// A step is an amount at a time, of a model or, where there is none, of all.
-type step struct {
+// An usagePoint is an amount at a time, of a model or, where there is none, of all.
+type usagePoint struct {
 	at    int64
 	model string
-	amount
+	usageTotals
 }
 
-// hourSlots adds up the hours of a project, or of all together (0), in steps of
+// hourSumsByStep adds up the hours of a project, or of all together (0), in steps of
 // length ms from from on, until to.
-func (s *store) hourSlots(ctx context.Context, project, from, to, length int64) ([]hourSum, error) {
-	st, err := s.read.PrepareContext(ctx, `SELECT `+hourTotals+` FROM project_hours WHERE project = ? AND at >= ? AND at < ?`)
+func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length int64) ([]hourSum, error) {
+	st, err := s.readDB.PrepareContext(ctx, `SELECT `+hourSumColumns+` FROM project_hours WHERE project = ? AND at >= ? AND at < ?`)
 	if err != nil {
 		return nil, fmt.Errorf("adding up hours: %w", err)
 	}
@@ -395,7 +395,7 @@ func (s *store) hourSlots(ctx context.Context, project, from, to, length int64) 
 	var out []hourSum
 	for at := from; at < to; at += length {
 		var h hourSum
-		if err := st.QueryRowContext(ctx, project, at, min(at+length, to)).Scan(h.fields()...); err != nil {
+		if err := st.QueryRowContext(ctx, project, at, min(at+length, to)).Scan(h.scanTargets()...); err != nil {
 			return nil, fmt.Errorf("adding up hours: %w", err)
 		}
 		out = append(out, h)
@@ -403,35 +403,35 @@ func (s *store) hourSlots(ctx context.Context, project, from, to, length int64) 
 	return out, nil
 }
 
-// stepsByModel returns what each model has of each hour or day (grain) of a
+// usagePointsByModel returns what each model has of each hour or day (grain) of a
 // project, or of all together (0).
-func (s *store) stepsByModel(ctx context.Context, grain string, project, from, to int64) ([]step, error) {
-	return readSteps(s.read.QueryContext(ctx, `
+func (s *store) usagePointsByModel(ctx context.Context, grain string, project, from, to int64) ([]usagePoint, error) {
+	return scanUsagePoints(s.readDB.QueryContext(ctx, `
 		SELECT at, model, sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
 		WHERE grain = ? AND project = ? AND token = 0 AND at >= ? AND at < ? GROUP BY at, model`, grain, project, from, to))
 }
 
-// stepsOfHours and stepsOfDays return what a project has of each hour or day.
-func (s *store) stepsOfHours(ctx context.Context, project, from, to int64) ([]step, error) {
-	return readSteps(s.read.QueryContext(ctx, `
+// hourlyUsagePoints and stepsOfDays return what a project has of each hour or day.
+func (s *store) hourlyUsagePoints(ctx context.Context, project, from, to int64) ([]usagePoint, error) {
+	return scanUsagePoints(s.readDB.QueryContext(ctx, `
 		SELECT at, '', calls, input_tokens + output_tokens, cost FROM project_hours
 		WHERE project = ? AND at >= ? AND at < ?`, project, from, to))
 }
 
-func (s *store) stepsOfDays(ctx context.Context, project, from, to int64) ([]step, error) {
-	return readSteps(s.read.QueryContext(ctx, `
+func (s *store) dailyUsagePoints(ctx context.Context, project, from, to int64) ([]usagePoint, error) {
+	return scanUsagePoints(s.readDB.QueryContext(ctx, `
 		SELECT at, '', calls, input_tokens + output_tokens, cost FROM usage_sums
 		WHERE grain = 'token' AND project = ? AND token = 0 AND at >= ? AND at < ?`, project, from, to))
 }
 
-func readSteps(rows *sql.Rows, err error) ([]step, error) {
+func scanUsagePoints(rows *sql.Rows, err error) ([]usagePoint, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading steps: %w", err)
 	}
 	defer rows.Close()
-	var out []step
+	var out []usagePoint
 	for rows.Next() {
-		var v step
+		var v usagePoint
 		if err := rows.Scan(&v.at, &v.model, &v.calls, &v.tokens, &v.cost); err != nil {
 			return nil, fmt.Errorf("reading steps: %w", err)
 		}
@@ -441,45 +441,45 @@ func readSteps(rows *sql.Rows, err error) ([]step, error) {
 }
 
 // sharesByEndpoint returns what each endpoint has of a project, or of all (0).
-func (s *store) sharesByEndpoint(ctx context.Context, grain string, project, from, to int64) ([]share, error) {
-	return readShares(s.read.QueryContext(ctx, `
+func (s *store) sharesByEndpoint(ctx context.Context, grain string, project, from, to int64) ([]usageShare, error) {
+	return scanUsageShares(s.readDB.QueryContext(ctx, `
 		SELECT 0, '', endpoint, '', sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
 		WHERE grain = ? AND project = ? AND token = 0 AND at >= ? AND at < ? GROUP BY endpoint`, grain, project, from, to))
 }
 
 // sharesByProjectHours and sharesByProjectDays return what each project has, in
 // no order. One with no calls is not among them.
-func (s *store) sharesByProjectHours(ctx context.Context, from, to int64) ([]share, error) {
-	return readShares(s.read.QueryContext(ctx, `
+func (s *store) sharesByProjectHours(ctx context.Context, from, to int64) ([]usageShare, error) {
+	return scanUsageShares(s.readDB.QueryContext(ctx, `
 		SELECT p.seq, p.id, p.name, iif(p.deleted_at IS NULL, '', 'deleted'), sum(h.calls), sum(h.input_tokens + h.output_tokens), sum(h.cost)
 		FROM projects p CROSS JOIN project_hours h ON h.project = p.seq AND h.at >= ? AND h.at < ? GROUP BY p.seq`, from, to))
 }
 
-func (s *store) sharesByProjectDays(ctx context.Context, from, to int64) ([]share, error) {
-	return readShares(s.read.QueryContext(ctx, `
+func (s *store) sharesByProjectDays(ctx context.Context, from, to int64) ([]usageShare, error) {
+	return scanUsageShares(s.readDB.QueryContext(ctx, `
 		SELECT p.seq, p.id, p.name, iif(p.deleted_at IS NULL, '', 'deleted'), sum(u.calls), sum(u.input_tokens + u.output_tokens), sum(u.cost)
 		FROM projects p CROSS JOIN usage_sums u ON u.grain = 'token' AND u.project = p.seq AND u.token = 0 AND u.at >= ? AND u.at < ?
 		GROUP BY p.seq`, from, to))
 }
 
 // sharesByToken returns what each token of a project has, in no order, or
-// errTooMany if more than limit were ever used. id is the project's, "" for all.
+// errTooManyRows if more than limit were ever used. id is the project's, "" for all.
 // grain is hour, or token: that is days.
-func (s *store) sharesByToken(ctx context.Context, grain, id string, from, to int64, limit int) ([]share, error) {
+func (s *store) sharesByToken(ctx context.Context, grain, id string, from, to int64, limit int) ([]usageShare, error) {
 	scopes, err := s.usageScopes(ctx, &usageQuery{project: id, byToken: true, limit: limit})
 	if err != nil {
 		return nil, err
 	}
-	st, err := s.read.PrepareContext(ctx, `
+	st, err := s.readDB.PrepareContext(ctx, `
 		SELECT coalesce(sum(calls), 0), coalesce(sum(input_tokens + output_tokens), 0), coalesce(sum(cost), 0) FROM usage_sums
 		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ?`)
 	if err != nil {
 		return nil, fmt.Errorf("adding up tokens: %w", err)
 	}
 	defer st.Close()
-	var out []share
+	var out []usageShare
 	for i := range scopes {
-		v := share{id: scopes[i].tokenID, name: scopes[i].tokenName, label: scopes[i].projectName}
+		v := usageShare{id: scopes[i].tokenID, name: scopes[i].tokenName, label: scopes[i].projectName}
 		if err := st.QueryRowContext(ctx, grain, scopes[i].project, scopes[i].token, from, to).Scan(&v.calls, &v.tokens, &v.cost); err != nil {
 			return nil, fmt.Errorf("adding up tokens: %w", err)
 		}
@@ -490,9 +490,9 @@ func (s *store) sharesByToken(ctx context.Context, grain, id string, from, to in
 	return out, nil
 }
 
-// sharesOfLatest returns what each token has of the latest limit calls of a
+// latestSharesByToken returns what each token has of the latest limit calls of a
 // project (0: of all) with ids from from on and below to.
-func (s *store) sharesOfLatest(ctx context.Context, project, from, to int64, limit int) ([]share, error) {
+func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64, limit int) ([]usageShare, error) {
 	const tokens = `
 		SELECT 0, t.id, t.name, p.name, c.calls, c.tokens, c.cost FROM (
 			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens, coalesce(sum(cost), 0) AS cost FROM (
@@ -500,19 +500,19 @@ func (s *store) sharesOfLatest(ctx context.Context, project, from, to int64, lim
 	const rest = ` ORDER BY id DESC LIMIT ?4) GROUP BY token) c
 		JOIN tokens t ON t.seq = c.token JOIN projects p ON p.seq = t.project`
 	if project == 0 {
-		return readShares(s.read.QueryContext(ctx, tokens+`WHERE ?1 = 0 AND id >= ?2 AND id < ?3`+rest, project, from, to, limit))
+		return scanUsageShares(s.readDB.QueryContext(ctx, tokens+`WHERE ?1 = 0 AND id >= ?2 AND id < ?3`+rest, project, from, to, limit))
 	}
-	return readShares(s.read.QueryContext(ctx, tokens+`WHERE project = ?1 AND id >= ?2 AND id < ?3`+rest, project, from, to, limit))
+	return scanUsageShares(s.readDB.QueryContext(ctx, tokens+`WHERE project = ?1 AND id >= ?2 AND id < ?3`+rest, project, from, to, limit))
 }
 
-func readShares(rows *sql.Rows, err error) ([]share, error) {
+func scanUsageShares(rows *sql.Rows, err error) ([]usageShare, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading shares: %w", err)
 	}
 	defer rows.Close()
-	var out []share
+	var out []usageShare
 	for rows.Next() {
-		var v share
+		var v usageShare
 		if err := rows.Scan(&v.seq, &v.id, &v.name, &v.label, &v.calls, &v.tokens, &v.cost); err != nil {
 			return nil, fmt.Errorf("reading shares: %w", err)
 		}
@@ -521,13 +521,13 @@ func readShares(rows *sql.Rows, err error) ([]share, error) {
 	return out, rows.Err()
 }
 
-// countSince counts calls with ids from from on, up to limit.
-func (s *store) countSince(ctx context.Context, project, from int64, limit int) (n int64, err error) {
+// countRequestsSince counts calls with ids from from on, up to limit.
+func (s *store) countRequestsSince(ctx context.Context, project, from int64, limit int) (n int64, err error) {
 	const counted = `SELECT count(*) FROM (SELECT 1 FROM requests `
 	if project == 0 {
-		err = s.read.QueryRowContext(ctx, counted+`WHERE ?1 = 0 AND id >= ?2 LIMIT ?3)`, project, from, limit).Scan(&n)
+		err = s.readDB.QueryRowContext(ctx, counted+`WHERE ?1 = 0 AND id >= ?2 LIMIT ?3)`, project, from, limit).Scan(&n)
 	} else {
-		err = s.read.QueryRowContext(ctx, counted+`WHERE project = ?1 AND id >= ?2 LIMIT ?3)`, project, from, limit).Scan(&n)
+		err = s.readDB.QueryRowContext(ctx, counted+`WHERE project = ?1 AND id >= ?2 LIMIT ?3)`, project, from, limit).Scan(&n)
 	}
 	if err != nil {
 		return 0, fmt.Errorf("counting calls: %w", err)
@@ -537,8 +537,8 @@ func (s *store) countSince(ctx context.Context, project, from int64, limit int) 
 
 // expiringTokens returns up to limit tokens that expire in from <= t < to, the
 // first to expire first.
-func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) (out []tokenNote, err error) {
-	rows, err := s.read.QueryContext(ctx, `
+func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) (out []expiringToken, err error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT t.id, t.name, p.name, p.id, t.expires_at FROM tokens t JOIN projects p ON p.seq = t.project
 		WHERE t.revoked_at IS NULL AND t.expires_at >= ? AND t.expires_at < ? AND p.deleted_at IS NULL ORDER BY t.expires_at LIMIT ?`, from, to, limit)
 	if err != nil {
@@ -546,8 +546,8 @@ func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) (
 	}
 	defer rows.Close()
 	for rows.Next() {
-		var n tokenNote
-		if err := rows.Scan(&n.id, &n.name, &n.project, &n.projectID, &n.at); err != nil {
+		var n expiringToken
+		if err := rows.Scan(&n.id, &n.name, &n.project, &n.projectID, &n.expiresAt); err != nil {
 			return nil, fmt.Errorf("listing tokens that expire: %w", err)
 		}
 		out = append(out, n)
@@ -555,29 +555,29 @@ func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) (
 	return out, rows.Err()
 }
 
-// A tokenNote is a token that deserves a look, and when something happens to it.
-type tokenNote struct {
+// A expiringToken is a token that deserves a look, and when something happens to it.
+type expiringToken struct {
 	id, name, project, projectID string
-	at                           int64
+	expiresAt                    int64
 }
 
 // projectNames returns the ids and names of up to limit projects, by name.
-func (s *store) projectNames(ctx context.Context, limit int) ([]share, error) {
-	return readShares(s.read.QueryContext(ctx, `
+func (s *store) projectNames(ctx context.Context, limit int) ([]usageShare, error) {
+	return scanUsageShares(s.readDB.QueryContext(ctx, `
 		SELECT seq, id, name, '', 0, 0, 0 FROM projects WHERE deleted_at IS NULL ORDER BY name LIMIT ?`, limit))
 }
 
-// A keyTrouble is an upstream whose key is not well.
-type keyTrouble struct {
+// A unhealthyUpstream is an upstream whose key is not well.
+type unhealthyUpstream struct {
 	project, projectID, upstream string
 	state, reason                string
 	until, since                 int64
 }
 
-// keyTroubles returns the upstreams in use that are left out at now, those that
+// unhealthyUpstreams returns the upstreams in use that are left out at now, those that
 // need somebody's help first.
-func (s *store) keyTroubles(ctx context.Context, now int64, limit int) ([]keyTrouble, error) {
-	rows, err := s.read.QueryContext(ctx, `
+func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([]unhealthyUpstream, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
 		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream JOIN projects p ON p.seq = u.project
 		WHERE u.deleted_at IS NULL AND u.is_active = 1 AND p.deleted_at IS NULL AND (h.state <> 'cooling' OR h.until > ?)
@@ -586,9 +586,9 @@ func (s *store) keyTroubles(ctx context.Context, now int64, limit int) ([]keyTro
 		return nil, fmt.Errorf("reading which keys are not well: %w", err)
 	}
 	defer rows.Close()
-	var out []keyTrouble
+	var out []unhealthyUpstream
 	for rows.Next() {
-		var v keyTrouble
+		var v unhealthyUpstream
 		if err := rows.Scan(&v.project, &v.projectID, &v.upstream, &v.state, &v.reason, &v.until, &v.since); err != nil {
 			return nil, fmt.Errorf("reading which keys are not well: %w", err)
 		}

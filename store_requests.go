@@ -15,8 +15,8 @@ type requestView struct {
 	requestRow
 	projectID, tokenID, upstreamID       string
 	projectName, tokenName, upstreamName string
-	costKnown                            *int64
-	firstByte, total                     *int64
+	nullCost                             *int64
+	nullFirstByteUS, nullTotalUS         *int64
 }
 
 const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''),
@@ -24,26 +24,26 @@ const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, '
 	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
 	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit, r.attempt_log`
 
-const requestTables = ` LEFT JOIN projects p ON p.seq = r.project
+const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
 
 const (
-	runningRequests = `SELECT ` + requestColumns + ` FROM running r` + requestTables
-	endedRequests   = `SELECT ` + requestColumns + ` FROM requests r` + requestTables
+	selectRunning = `SELECT ` + requestColumns + ` FROM running r` + requestJoins
+	selectEnded   = `SELECT ` + requestColumns + ` FROM requests r` + requestJoins
 )
 
 func (v *requestView) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
+	return mapNoRows(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
 		&v.projectName, &v.tokenName, &v.upstreamName, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
-		&v.counts.output, &v.counts.reasoning, &v.costKnown, &v.firstByte, &v.total, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
+		&v.counts.output, &v.counts.reasoning, &v.nullCost, &v.nullFirstByteUS, &v.nullTotalUS, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
 }
 
 // requestByID returns a call, running or ended, or errNotFound.
 func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
-	const ended = endedRequests + `WHERE r.id = ?`
-	for _, query := range [...]string{ended, runningRequests + `WHERE r.batch <= ?1 AND r.id = ?1`, ended} { // it may end in between
-		if err = v.scan(s.read.QueryRowContext(ctx, query, id)); !errors.Is(err, errNotFound) {
+	const ended = selectEnded + `WHERE r.id = ?`
+	for _, query := range [...]string{ended, selectRunning + `WHERE r.batch <= ?1 AND r.id = ?1`, ended} { // it may end in between
+		if err = v.scan(s.readDB.QueryRowContext(ctx, query, id)); !errors.Is(err, errNotFound) {
 			break
 		}
 	}
@@ -60,23 +60,23 @@ type requestFilter struct {
 	limit                    int
 }
 
-// sifts reports whether the filter asks for more than an index can tell: calls
+// needsScan reports whether the filter asks for more than an index can tell: calls
 // that it does not let through are looked at, then, and may be many.
-func (f *requestFilter) sifts() bool {
+func (f *requestFilter) needsScan() bool {
 	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.token != "" && f.project != ""
 }
 
-// requestsLooked is how many calls are looked at for one page of a list.
-const requestsLooked = 20_000
+// maxScannedRequests is how many calls are looked at for one page of a list.
+const maxScannedRequests = 20_000
 
-// pageRequests returns up to f.limit calls, newest first, and the id before which
+// requestsPage returns up to f.limit calls, newest first, and the id before which
 // the list goes on, 0 if it does not. For a filter that few calls pass a page can
 // be short, or empty, and the list still goes on: so that none takes long.
-func (s *store) pageRequests(ctx context.Context, f requestFilter) (rows []requestView, next int64, err error) {
+func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []requestView, next int64, err error) {
 	limit, first := f.limit, f.from
 	f.limit++
-	if f.sifts() {
-		if f.from, err = s.siftFrom(ctx, &f, requestsLooked); err != nil {
+	if f.needsScan() {
+		if f.from, err = s.scanStart(ctx, &f, maxScannedRequests); err != nil {
 			return nil, 0, err
 		}
 	}
@@ -92,9 +92,9 @@ func (s *store) pageRequests(ctx context.Context, f requestFilter) (rows []reque
 	return rows, 0, nil
 }
 
-// siftFrom returns the id of the last of the latest most calls of f's project or
+// scanStart returns the id of the last of the latest most calls of f's project or
 // token: f.from if there are not so many.
-func (s *store) siftFrom(ctx context.Context, f *requestFilter, most int) (from int64, err error) {
+func (s *store) scanStart(ctx context.Context, f *requestFilter, most int) (from int64, err error) {
 	const head, tail = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `, ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4)`
 	query, scope := head+`?1 = ''`+tail, ""
 	switch {
@@ -104,7 +104,7 @@ func (s *store) siftFrom(ctx context.Context, f *requestFilter, most int) (from 
 		query, scope = head+`project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
 	}
 	n := 0
-	if err := s.read.QueryRowContext(ctx, query, scope, f.from, f.before, most).Scan(&n, &from); err != nil {
+	if err := s.readDB.QueryRowContext(ctx, query, scope, f.from, f.before, most).Scan(&n, &from); err != nil {
 		return 0, fmt.Errorf("listing calls: %w", err)
 	}
 	if n < most {
@@ -120,15 +120,15 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
 	const ofToken, ofProject = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`, `r.project = (SELECT seq FROM projects WHERE id = ?1)`
 	const begun = `r.batch < ?3 AND ` // a note of an earlier call is in no later batch
-	running, ended, scope := runningRequests+`WHERE `+begun+`?1 = ''`+tail, endedRequests+`WHERE ?1 = ''`+tail, ""
+	running, ended, scope := selectRunning+`WHERE `+begun+`?1 = ''`+tail, selectEnded+`WHERE ?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
-		running, ended, scope = runningRequests+`WHERE `+begun+ofToken+tail, endedRequests+`WHERE `+ofToken+tail, f.token
+		running, ended, scope = selectRunning+`WHERE `+begun+ofToken+tail, selectEnded+`WHERE `+ofToken+tail, f.token
 	case f.project != "":
-		running, ended, scope = runningRequests+`WHERE `+begun+ofProject+tail, endedRequests+`WHERE `+ofProject+tail, f.project
+		running, ended, scope = selectRunning+`WHERE `+begun+ofProject+tail, selectEnded+`WHERE `+ofProject+tail, f.project
 	}
 	list := func(out []requestView, query string) ([]requestView, error) {
-		rows, err := s.read.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
+		rows, err := s.readDB.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
 		if err != nil {
 			return nil, fmt.Errorf("listing calls: %w", err)
 		}
@@ -171,54 +171,54 @@ const contentStatement = `
 // contentByID returns what is kept of a call at now, or errNotFound.
 func (s *store) contentByID(ctx context.Context, id, now int64) (*contentRow, error) {
 	c := &contentRow{id: id}
-	err := s.read.QueryRowContext(ctx, `
+	err := s.readDB.QueryRowContext(ctx, `
 		SELECT project, until, request, request_bytes, answer, answer_bytes FROM contents WHERE id = ? AND until > ?`, id, now).
-		Scan(&c.project, &c.until, &c.request, &c.requestBytes, &c.answer, &c.answerBytes)
+		Scan(&c.project, &c.expiresAt, &c.request, &c.requestBytes, &c.response, &c.responseBytes)
 	if err != nil {
-		return nil, found(err)
+		return nil, mapNoRows(err)
 	}
 	return c, nil
 }
 
-// contentUntil returns until when content of a call is kept, 0 if none is.
-func (s *store) contentUntil(ctx context.Context, id int64) (until int64, err error) {
-	err = s.read.QueryRowContext(ctx, `SELECT until FROM contents WHERE id = ?`, id).Scan(&until)
-	if err = found(err); errors.Is(err, errNotFound) {
+// contentExpiry returns until when content of a call is kept, 0 if none is.
+func (s *store) contentExpiry(ctx context.Context, id int64) (until int64, err error) {
+	err = s.readDB.QueryRowContext(ctx, `SELECT until FROM contents WHERE id = ?`, id).Scan(&until)
+	if err = mapNoRows(err); errors.Is(err, errNotFound) {
 		return 0, nil
 	}
 	return until, err
 }
 
-// forgetContents deletes up to limit contents that are kept until now or less,
+// deleteExpiredContents deletes up to limit contents that are kept until now or less,
 // and returns how many.
-func (s *store) forgetContents(ctx context.Context, now int64, limit int) (int64, error) {
-	return s.dropContents(ctx, `
+func (s *store) deleteExpiredContents(ctx context.Context, now int64, limit int) (int64, error) {
+	return s.deleteContents(ctx, `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE until <= ? ORDER BY until LIMIT ?)`, now, limit)
 }
 
-// dropOldContents deletes up to limit contents, of the oldest calls first.
-func (s *store) dropOldContents(ctx context.Context, limit int) (int64, error) {
-	return s.dropContents(ctx, `
+// deleteOldestContents deletes up to limit contents, of the oldest calls first.
+func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, error) {
+	return s.deleteContents(ctx, `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > ? ORDER BY id LIMIT ?)`, 0, limit)
 }
 
-// dropProjectContents deletes up to limit contents of a project.
-func (s *store) dropProjectContents(ctx context.Context, project int64, limit int) (int64, error) {
-	return s.dropContents(ctx, `
+// deleteProjectContents deletes up to limit contents of a project.
+func (s *store) deleteProjectContents(ctx context.Context, project int64, limit int) (int64, error) {
+	return s.deleteContents(ctx, `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE project = ? ORDER BY id LIMIT ?)`, project, limit)
 }
 
-func (s *store) dropContents(ctx context.Context, text string, of int64, limit int) (int64, error) {
-	res, err := s.write.ExecContext(ctx, text, of, limit)
+func (s *store) deleteContents(ctx context.Context, text string, of int64, limit int) (int64, error) {
+	res, err := s.writeDB.ExecContext(ctx, text, of, limit)
 	if err != nil {
 		return 0, fmt.Errorf("deleting contents: %w", err)
 	}
 	return res.RowsAffected()
 }
 
-// allHealth returns the health of every upstream in use that is not well.
-func (s *store) allHealth(ctx context.Context) ([]healthRow, error) {
-	rows, err := s.read.QueryContext(ctx, `
+// listUnhealthy returns the health of every upstream in use that is not well.
+func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT h.upstream, u.id, h.state, h.until, h.strikes, h.reason, h.changed_at
 		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream WHERE u.deleted_at IS NULL LIMIT 100000`)
 	if err != nil {
@@ -245,12 +245,12 @@ func (s *store) allHealth(ctx context.Context) ([]healthRow, error) {
 // setHealth stores a key's health; a ready one's row goes. What is serious, or
 // no longer is, goes into the audit trail with it: told is what that has.
 func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, told keyState) error {
-	if !r.state.serious() && !told.serious() || r.state == told {
-		return s.tx(ctx, func(tx *sql.Tx) error { return writeHealth(ctx, tx, r) })
+	if !r.state.needsAttention() && !told.needsAttention() || r.state == told {
+		return s.withTx(ctx, func(tx *sql.Tx) error { return writeHealth(ctx, tx, r) })
 	}
-	detail := []fact{{"state", [2]string{told.String(), r.state.String()}}, {"reason", r.reason}}
-	return s.change(ctx, origin{actor: actorSystem, at: now}, func(tx *sql.Tx) (act, error) {
-		return act{"upstream.health", r.id, detail}, writeHealth(ctx, tx, r)
+	detail := []auditField{{"state", [2]string{told.String(), r.state.String()}}, {"reason", r.reason}}
+	return s.withAuditedTx(ctx, auditOrigin{actorID: actorSystem, at: now}, func(tx *sql.Tx) (auditEvent, error) {
+		return auditEvent{"upstream.health", r.id, detail}, writeHealth(ctx, tx, r)
 	})
 }
 

@@ -43,14 +43,14 @@ func newScaleTest(b *testing.B) *scaleTest {
 	b.Helper()
 	provider := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		_, _ = io.WriteString(w, chatAnswer)
+		_, _ = io.WriteString(w, chatResponseBody)
 	}))
 	b.Cleanup(provider.Close)
 	s := &scaleTest{b: b, env: map[string]string{"DATA_DIR": filepath.Join(b.TempDir(), "data"), "ALLOW_PRIVATE_UPSTREAMS": "true",
 		"OPENAI_API_URL": provider.URL, "LOG_LEVEL": "warn"}}
 	s.open()
 	var err error
-	if s.key, err = s.in.manage.firstKey(b.Context()); err != nil {
+	if s.key, err = s.in.dispatchManage.createFirstKey(b.Context()); err != nil {
 		b.Fatal(err)
 	}
 	return s
@@ -82,10 +82,10 @@ func (s *scaleTest) close() {
 func (s *scaleTest) seed(statements ...string) {
 	s.b.Helper()
 	ctx := s.b.Context()
-	if _, err := s.in.store.write.ExecContext(ctx, `PRAGMA cache_size = -400000`); err != nil {
+	if _, err := s.in.store.writeDB.ExecContext(ctx, `PRAGMA cache_size = -400000`); err != nil {
 		s.b.Fatal(err)
 	}
-	err := s.in.store.tx(ctx, func(tx *sql.Tx) error {
+	err := s.in.store.withTx(ctx, func(tx *sql.Tx) error {
 		for _, text := range statements {
 			if _, err := tx.ExecContext(ctx, text); err != nil {
 				return fmt.Errorf("%w in %s", err, text)
@@ -96,7 +96,7 @@ func (s *scaleTest) seed(statements ...string) {
 	if err != nil {
 		s.b.Fatal(err)
 	}
-	if _, err := s.in.store.write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`); err != nil {
+	if _, err := s.in.store.writeDB.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`); err != nil {
 		s.b.Fatal(err)
 	}
 }
@@ -127,8 +127,8 @@ func (s *scaleTest) call(method, path, body, key string) (time.Duration, string)
 	return time.Since(start), string(text)
 }
 
-// report reports the median and the worst of some times, in milliseconds.
-func report(b *testing.B, name string, times []time.Duration) {
+// reportTimes reports the median and the worst of some times, in milliseconds.
+func reportTimes(b *testing.B, name string, times []time.Duration) {
 	slices.Sort(times)
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	b.ReportMetric(0, "ns/op") // says nothing here
@@ -140,7 +140,7 @@ func report(b *testing.B, name string, times []time.Duration) {
 func (s *scaleTest) seedProjects() {
 	s.b.Helper()
 	for i := range 50 {
-		if _, err := s.in.manage.firstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
+		if _, err := s.in.dispatchManage.createFirstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
 			s.b.Fatal(err)
 		}
 	}
@@ -180,7 +180,7 @@ func BenchmarkScaleTokens(b *testing.B) {
 			times = append(times, s.open())
 			s.close()
 		}
-		report(b, "", times)
+		reportTimes(b, "", times)
 	})
 	s.open()
 	defer s.close()
@@ -200,8 +200,8 @@ func BenchmarkScaleTokens(b *testing.B) {
 			}
 			tokens = tokens[:1] // a first use happens once
 		}
-		report(b, "first-", first)
-		report(b, "later-", later)
+		reportTimes(b, "first-", first)
+		reportTimes(b, "later-", later)
 	})
 	_, projects := s.call("GET", "/manage/projects?limit=1", "", s.key())
 	project := between(projects, `{"data":[{"id":"`, `"`)
@@ -216,7 +216,7 @@ func BenchmarkScaleTokens(b *testing.B) {
 					path = "/manage/tokens" + query + map[bool]string{true: "?", false: "&"}[query == ""] + "after=" + next
 				}
 			}
-			report(b, "", times)
+			reportTimes(b, "", times)
 		})
 	}
 }
@@ -266,7 +266,7 @@ func BenchmarkScaleUsage(b *testing.B) {
 		GROUP BY token, at - at % 86400000, project, model, endpoint, outcome`,
 		`INSERT INTO usage_sums `+columns+`
 		SELECT 'token', token, at, project, '', '', '', `+sums+` FROM usage_sums WHERE grain = 'day' GROUP BY token, at, project`)
-	rows, err := s.in.store.read.QueryContext(b.Context(), `SELECT grain, token <> 0, count(*), sum(calls) FROM usage_sums GROUP BY 1, 2`)
+	rows, err := s.in.store.readDB.QueryContext(b.Context(), `SELECT grain, token <> 0, count(*), sum(calls) FROM usage_sums GROUP BY 1, 2`)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -307,7 +307,7 @@ func BenchmarkScaleUsage(b *testing.B) {
 				d, text := s.call("GET", "/manage/usage?"+query, "", s.key())
 				times, size = append(times, d), strings.Count(text, `"calls":`)
 			}
-			report(b, "", times)
+			reportTimes(b, "", times)
 			b.ReportMetric(float64(size), "rows")
 		})
 	}
@@ -352,7 +352,7 @@ func (s *scaleTest) seedPages(last int64) {
 			SELECT 'token', p.seq, 0, %d + i * 86400000, '', '', '', 111, 99900, 0, 27750, 0, 44400000, 0, 0, 1 FROM projects p CROSS JOIN n`, from))
 	s.seed(fmt.Sprintf("INSERT INTO usage_sums "+sums+" "+series, 90) + fmt.Sprintf(`
 			SELECT 'token', t.project, t.seq, %d + i * 86400000, '', '', '', 1, 900, 0, 250, 0, 400000, 0, 0, 1 FROM (SELECT seq, project FROM tokens LIMIT 20000) t CROSS JOIN n`, from))
-	columns := strings.Repeat(", i % 7", 2*buckets)
+	columns := strings.Repeat(", i % 7", 2*latencyBuckets)
 	s.seed(fmt.Sprintf("INSERT INTO project_hours "+series, 90*24) + fmt.Sprintf(`
 			SELECT p.seq, %d + i * 3600000, 5, 4500, 1250, 2000000, 0, 0, 0, 1, 0%s FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p CROSS JOIN n`, from, columns))
 	s.b.Logf("all after %v", time.Since(start))
@@ -392,14 +392,14 @@ func BenchmarkScalePages(b *testing.B) {
 				d, text := s.call("GET", "/admin/"+path, "", "")
 				times, size = append(times, d), len(text)
 			}
-			report(b, "", times)
+			reportTimes(b, "", times)
 			b.ReportMetric(float64(size)/1024, "KiB")
 		})
 	}
 }
 
-// A statement is SQL as it stands in the source.
-type statement struct{ where, text string }
+// A sqlStatement is SQL as it stands in the source.
+type sqlStatement struct{ position, text string }
 
 // sqlSource reads string expressions out of source files: literals, constants
 // and what is put together from them with +.
@@ -433,7 +433,7 @@ func (s *sqlSource) fold(scope string, e ast.Expr) (string, bool) {
 
 // statements walks over a function, or what stands outside of functions, and
 // returns the largest constant expressions that are SQL.
-func (s *sqlSource) statements(scope string, node ast.Node) (out []statement) {
+func (s *sqlSource) statements(scope string, node ast.Node) (out []sqlStatement) {
 	verb := regexp.MustCompile(`^\s*(SELECT|INSERT|UPDATE|DELETE|WITH) `)
 	ast.Inspect(node, func(n ast.Node) bool {
 		if d, ok := n.(*ast.GenDecl); ok && d.Tok == token.CONST {
@@ -445,7 +445,7 @@ func (s *sqlSource) statements(scope string, node ast.Node) (out []statement) {
 		}
 		text, ok := s.fold(scope, e)
 		if ok && verb.MatchString(text) {
-			out = append(out, statement{s.files.Position(e.Pos()).String(), text})
+			out = append(out, sqlStatement{s.files.Position(e.Pos()).String(), text})
 		}
 		return !ok
 	})
@@ -454,7 +454,7 @@ func (s *sqlSource) statements(scope string, node ast.Node) (out []statement) {
 
 // readStatements returns the statements of store*.go. SQL that it cannot read
 // fails the test.
-func readStatements(t *testing.T) (out []statement) {
+func readStatements(t *testing.T) (out []sqlStatement) {
 	t.Helper()
 	names, err := filepath.Glob("store*.go")
 	if err != nil {
@@ -504,8 +504,8 @@ func readStatements(t *testing.T) (out []statement) {
 	return out
 }
 
-// plan returns the lines of a statement's plan.
-func plan(ctx context.Context, st *store, text string) ([]string, error) {
+// queryPlan returns the lines of a statement's plan.
+func queryPlan(ctx context.Context, st *store, text string) ([]string, error) {
 	numbers := regexp.MustCompile(`\?(\d+)`).FindAllStringSubmatch(text, -1)
 	count := 0
 	for _, m := range numbers {
@@ -518,7 +518,7 @@ func plan(ctx context.Context, st *store, text string) ([]string, error) {
 	if len(numbers) == 0 {
 		count = strings.Count(text, "?")
 	}
-	rows, err := st.write.QueryContext(ctx, "EXPLAIN QUERY PLAN "+text, make([]any, count)...)
+	rows, err := st.writeDB.QueryContext(ctx, "EXPLAIN QUERY PLAN "+text, make([]any, count)...)
 	if err != nil {
 		return nil, err
 	}
@@ -535,9 +535,9 @@ func plan(ctx context.Context, st *store, text string) ([]string, error) {
 	return out, rows.Err()
 }
 
-// scans returns the lines of a plan that walk through all of a growing table, or
+// fullScans returns the lines of a plan that walk through all of a growing table, or
 // through all sums of one grain.
-func scans(text string, lines []string) (bad []string) {
+func fullScans(text string, lines []string) (bad []string) {
 	growing := map[string]string{}
 	for _, m := range regexp.MustCompile(`\b(requests|tokens|usage_sums|project_hours|audit|contents)\b(?: (?:AS )?([a-z]\w*))?`).FindAllStringSubmatch(text, -1) {
 		growing[m[1]] = m[1]
@@ -567,13 +567,13 @@ func TestNoFullScans(t *testing.T) {
 		t.Errorf("only %d statements were found", len(statements))
 	}
 	for _, st := range statements {
-		lines, err := plan(t.Context(), p.in.store, st.text)
+		lines, err := queryPlan(t.Context(), p.instance.store, st.text)
 		if err != nil {
-			t.Errorf("%s: %v in %s", st.where, err, st.text)
+			t.Errorf("%s: %v in %s", st.position, err, st.text)
 			continue
 		}
-		if bad := scans(st.text, lines); len(bad) > 0 {
-			t.Errorf("%s: %s\n%s", st.where, strings.Join(bad, "; "), st.text)
+		if bad := fullScans(st.text, lines); len(bad) > 0 {
+			t.Errorf("%s: %s\n%s", st.position, strings.Join(bad, "; "), st.text)
 		}
 	}
 	for text, want := range map[string]int{ // the test itself can fail
@@ -581,8 +581,8 @@ func TestNoFullScans(t *testing.T) {
 		`DELETE FROM tokens`: 1, `SELECT 1 FROM tokens WHERE seq = ?`: 0, `SELECT 1 FROM usage_sums WHERE grain = ? AND project = ? AND token > ?2`: 0,
 		`SELECT name FROM projects WHERE name LIKE ?`: 0, `SELECT 1 FROM (SELECT max(id) AS m FROM requests) JOIN tokens t ON t.seq + 1 = m`: 1,
 	} {
-		lines, err := plan(t.Context(), p.in.store, text)
-		if err != nil || len(scans(text, lines)) != want {
+		lines, err := queryPlan(t.Context(), p.instance.store, text)
+		if err != nil || len(fullScans(text, lines)) != want {
 			t.Errorf("%s: %v %v", text, lines, err)
 		}
 	}
@@ -596,7 +596,7 @@ func TestRowsStay(t *testing.T) {
 	drops, inserts := 0, 0
 	for _, st := range readStatements(t) {
 		if change.MatchString(st.text) {
-			t.Errorf("%s changes rows: %s", st.where, st.text)
+			t.Errorf("%s changes rows: %s", st.position, st.text)
 		}
 		if drop.MatchString(st.text) {
 			drops++
@@ -632,19 +632,19 @@ func BenchmarkLedgerBatch(b *testing.B) {
 				}
 			}
 			for b.Loop() {
-				begun := &begunBatch{}
+				begun := &pendingBatch{}
 				var entries []*ledgerEntry
 				for i := range 50 {
 					now := time.Now()
 					row := requestRow{id: ids.next(now), started: now.UnixMilli(), project: int64(1 + i%min(tokens, 5)), token: int64(1 + i%tokens),
-						endpoint: "POST /v1/chat/completions", model: "gpt-4o", knownModel: true, status: 200, outcome: outcomeOK, source: usageExact,
+						endpoint: "POST /v1/chat/completions", model: "gpt-4o", modelTracked: true, status: 200, outcome: outcomeOK, source: usageExact,
 						counts: tokenCounts{input: 900, output: 250}, cost: 400_000, priced: true,
 						firstByteUS: int64(100_000 + i*20_000), totalUS: int64(300_000 + i*70_000), attempts: 1}
-					begun.add(row.id, row.note(nil))
+					begun.add(row.id, row.appendPendingRecord(nil))
 					entries = append(entries, &ledgerEntry{row: row, batch: begun})
 				}
-				write(batchOf(begun, nil, nil))
-				write(batchOf(nil, entries, nil))
+				write(buildLedgerBatch(begun, nil, nil))
+				write(buildLedgerBatch(nil, entries, nil))
 			}
 			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N)/50, "µs/call")
 			b.ReportMetric(0, "ns/op")
@@ -661,13 +661,13 @@ func TestHoursAgree(t *testing.T) {
 	for i := range 200 {
 		at := u.now.Add(-time.Duration(random.Int64N(int64(50 * time.Hour))))
 		r := *u.rows[random.IntN(len(u.rows))]
-		r.id, r.started = firstID(at)+int64(1000+i), at.UnixMilli()
+		r.id, r.started = minIDAt(at)+int64(1000+i), at.UnixMilli()
 		r.firstByteUS = random.Int64N(3e6)
 		r.totalUS = r.firstByteUS + random.Int64N(200e6)
 		u.rows = append(u.rows, &r)
-		u.in.ledger.record(&r, i%2 == 0) // on record or not: the sums have all
+		u.instance.ledger.recordRefused(&r, i%2 == 0) // on record or not: the sums have all
 	}
-	u.settle()
+	u.waitSettled()
 	now := u.now.UnixMilli()
 	from, to := now-30*hourMS-now%hourMS, now-3*hourMS-now%hourMS
 	check := func(project int64) {
@@ -678,11 +678,11 @@ func TestHoursAgree(t *testing.T) {
 				want.add(r)
 			}
 		}
-		got, err := u.in.store.hoursOf(t.Context(), project, from, to)
+		got, err := u.instance.store.sumHours(t.Context(), project, from, to)
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("project %d: %+v, want %+v, %v", project, got, want, err)
 		}
-		if n := want.first.count(); n == 0 || n != want.total.count() || want.errors[0] == 0 {
+		if n := want.firstByteLatency.total(); n == 0 || n != want.totalLatency.total() || want.errors[0] == 0 {
 			t.Errorf("project %d: the test proves nothing: %+v", project, want)
 		}
 	}
@@ -692,12 +692,12 @@ func TestHoursAgree(t *testing.T) {
 	}
 	for n := int64(1); n > 0; {
 		var err error
-		if n, err = u.in.store.forgetHours(t.Context(), from, 1); err != nil {
+		if n, err = u.instance.store.deleteOldHours(t.Context(), from, 1); err != nil {
 			t.Fatal(err)
 		}
 	}
 	check(0)
-	if h, err := u.in.store.hoursOf(t.Context(), 0, 0, from); err != nil || h.calls != 0 {
+	if h, err := u.instance.store.sumHours(t.Context(), 0, 0, from); err != nil || h.calls != 0 {
 		t.Errorf("hours from before are left: %+v, %v", h, err)
 	}
 }
@@ -709,7 +709,7 @@ func TestHoursMigrated(t *testing.T) {
 	const day = 20_000 * dayMS
 	var sums []string
 	for project := 1; project <= 2; project++ {
-		for i, o := range []outcome{outcomeOK, outcomeRefused, outcomeClientGone, outcomeUpstreamError, outcomeLost} {
+		for i, o := range []callOutcome{outcomeOK, outcomeRefused, outcomeClientGone, outcomeUpstreamError, outcomeLost} {
 			for _, grain := range []string{"hour", "day"} {
 				sums = append(sums, fmt.Sprintf(`
 					INSERT INTO usage_sums (grain, project, token, at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
@@ -718,10 +718,10 @@ func TestHoursMigrated(t *testing.T) {
 			}
 		}
 	}
-	st := mustOpen(t, oldDatabase(t, "schema/004_project_hours.sql", sums...))
+	st := mustOpenStore(t, oldDatabase(t, "schema/004_project_hours.sql", sums...))
 	for project, times := range map[int64]int64{0: 2, 1: 1, 2: 1} {
 		want := hourSum{calls: 15 * times, input: 500 * times, output: 50 * times, cost: 25 * times, unpriced: 5 * times, errors: [4]int64{3 * times, 2 * times, 4 * times, 5 * times}}
-		if h, err := st.hoursOf(t.Context(), project, day, day+hourMS); err != nil || *h != want {
+		if h, err := st.sumHours(t.Context(), project, day, day+hourMS); err != nil || *h != want {
 			t.Errorf("project %d: %+v, %v", project, h, err)
 		}
 	}
@@ -732,7 +732,7 @@ func TestHoursMigrated(t *testing.T) {
 		`SELECT count(*) FROM usage_sums WHERE grain = 'token' AND token = 0 AND model || endpoint <> ''`: 0,
 	} {
 		var n int64
-		if err := st.read.QueryRow(query).Scan(&n); err != nil || n != want {
+		if err := st.readDB.QueryRow(query).Scan(&n); err != nil || n != want {
 			t.Errorf("%s: %d, %v", query, n, err)
 		}
 	}
@@ -744,12 +744,12 @@ func TestQuantiles(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(3, 4))
 	for _, typical := range []float64{30_000, 400_000, 9_000_000} {
-		var h latencies
+		var h latencyHistogram
 		var all []float64
 		for range 20_000 {
 			us := typical * math.Exp(random.NormFloat64()*0.6)
 			all = append(all, us/1000)
-			h.add(int64(us))
+			h.observe(int64(us))
 		}
 		slices.Sort(all)
 		for _, q := range []float64{0.5, 0.95} {
@@ -759,9 +759,9 @@ func TestQuantiles(t *testing.T) {
 			}
 		}
 	}
-	var none, slow, one latencies
-	slow.add(100_000_001)
-	one.add(500_000)
+	var none, slow, one latencyHistogram
+	slow.observe(100_000_001)
+	one.observe(500_000)
 	if none.quantile(0.5) != -1 || !math.IsInf(slow.quantile(0.5), 1) || one.quantile(0.5) < 400 || one.quantile(0.95) > 630 {
 		t.Error(none.quantile(0.5), slow.quantile(0.5), one.quantile(0.5), one.quantile(0.95))
 	}

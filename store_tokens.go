@@ -35,43 +35,43 @@ const tokenColumns = `t.seq, t.id, t.project, p.id, t.name, t.hash, t.old_hash, 
 	t.revoked_at, t.max_requests, t.request_count, t.policy, t.version, t.last_used_at, t.created_at, t.updated_at`
 
 func (t *tokenRow) scan(row interface{ Scan(...any) error }) error {
-	return found(row.Scan(&t.seq, &t.id, &t.project, &t.projectID, &t.name, &t.hash, &t.oldHash, &t.oldHashUntil, &t.expiresAt, &t.idleExpiry,
+	return mapNoRows(row.Scan(&t.seq, &t.id, &t.project, &t.projectID, &t.name, &t.hash, &t.oldHash, &t.oldHashUntil, &t.expiresAt, &t.idleExpiry,
 		&t.revokedAt, &t.maxRequests, &t.requestCount, &t.policy, &t.version, &t.lastUsedAt, &t.createdAt, &t.updatedAt))
 }
 
 // addToken stores a new token of the project with id t.projectID and fills in
 // what the database decides. A project that does not exist is errNotFound; a
 // taken id or hash is errTaken.
-func (s *store) addToken(ctx context.Context, by origin, t *tokenRow) error {
-	return s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) addToken(ctx context.Context, by auditOrigin, t *tokenRow) error {
+	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO tokens (id, project, name, hash, expires_at, idle_expiry, max_requests, policy, created_at, updated_at)
 			SELECT ?, seq, ?, ?, ?, ?, ?, ?, ?, ? FROM projects WHERE id = ? AND deleted_at IS NULL
 			RETURNING seq, project, version`,
 			t.id, t.name, t.hash, t.expiresAt, t.idleExpiry, t.maxRequests, t.policy, t.createdAt, t.updatedAt, t.projectID).
 			Scan(&t.seq, &t.project, &t.version)
-		return t.act("token.create", nil), found(unique(err))
+		return t.auditEvent("token.create", nil), mapNoRows(mapUniqueViolation(err))
 	})
 }
 
-// facts are what the audit trail says of a token. Not its hashes: that one was
+// auditFields are what the audit trail says of a token. Not its hashes: that one was
 // replaced is an action of its own.
-func (t *tokenRow) facts() []fact {
+func (t *tokenRow) auditFields() []auditField {
 	var idle *int64
 	if t.idleExpiry != nil {
 		idle = new(*t.idleExpiry / 60_000)
 	}
-	return []fact{{"name", t.name}, {"expires_at", factTime(t.expiresAt)}, {"idle_expiry_minutes", idle}, {"max_requests", t.maxRequests},
-		{"policy", json.RawMessage(t.policy)}, {"overlap_until", factTime(t.oldHashUntil)}, {"revoked_at", factTime(t.revokedAt)}}
+	return []auditField{{"name", t.name}, {"expires_at", auditTime(t.expiresAt)}, {"idle_expiry_minutes", idle}, {"max_requests", t.maxRequests},
+		{"policy", json.RawMessage(t.policy)}, {"overlap_until", auditTime(t.oldHashUntil)}, {"revoked_at", auditTime(t.revokedAt)}}
 }
 
-// act is what happened to a token that was before, nil if it is new.
-func (t *tokenRow) act(action string, before *tokenRow) act {
-	var was []fact
+// auditEvent is what happened to a token that was before, nil if it is new.
+func (t *tokenRow) auditEvent(action string, before *tokenRow) auditEvent {
+	var was []auditField
 	if before != nil {
-		was = before.facts()
+		was = before.auditFields()
 	}
-	return act{action, t.id, append([]fact{{"project_id", t.projectID}}, changes(was, t.facts())...)}
+	return auditEvent{action, t.id, append([]auditField{{"project_id", t.projectID}}, diffAuditFields(was, t.auditFields())...)}
 }
 
 // changeAction names a change by what it did, whoever asked for it.
@@ -88,7 +88,7 @@ func (t *tokenRow) changeAction(before *tokenRow) string {
 // tokenByHash finds the token that a hash stands for now or stood for before
 // its last rotation. It does not judge whether the token is valid.
 func (s *store) tokenByHash(ctx context.Context, hash [32]byte) (t tokenRow, err error) {
-	err = t.scan(s.read.QueryRowContext(ctx, `
+	err = t.scan(s.readDB.QueryRowContext(ctx, `
 		SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.hash = ?1
 		UNION ALL
 		SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.old_hash = ?1`, hash[:]))
@@ -96,7 +96,7 @@ func (s *store) tokenByHash(ctx context.Context, hash [32]byte) (t tokenRow, err
 }
 
 func (s *store) tokenByID(ctx context.Context, id string) (t tokenRow, err error) {
-	err = t.scan(s.read.QueryRowContext(ctx, `
+	err = t.scan(s.readDB.QueryRowContext(ctx, `
 		SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.id = ?`, id))
 	return t, err
 }
@@ -135,7 +135,7 @@ func (s *store) listTokens(ctx context.Context, f tokenFilter) ([]tokenRow, erro
 			AND t.project = (SELECT seq FROM projects WHERE id = ?8)` + active + byName
 		args = append(args, f.prefix, prefixEnd(f.prefix), f.afterName, f.project)
 	}
-	rows, err := s.read.QueryContext(ctx, query, args...)
+	rows, err := s.readDB.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("listing tokens: %w", err)
 	}
@@ -154,18 +154,18 @@ func (s *store) listTokens(ctx context.Context, f tokenFilter) ([]tokenRow, erro
 // changeToken reads a token, lets change edit it, and writes it back in one
 // transaction: all columns an admin may change, none that counts. version,
 // unless 0, must be the row's.
-func (s *store) changeToken(ctx context.Context, by origin, id string, version, now int64, change func(*tokenRow) error) (t tokenRow, err error) {
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) changeToken(ctx context.Context, by auditOrigin, id string, version, now int64, change func(*tokenRow) error) (t tokenRow, err error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		if err := t.scan(tx.QueryRowContext(ctx, `
 			SELECT `+tokenColumns+` FROM tokens t JOIN projects p ON p.seq = t.project WHERE t.id = ?`, id)); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		if version != 0 && version != t.version {
-			return act{}, errStale
+			return auditEvent{}, errStale
 		}
 		was := t
 		if err := change(&t); err != nil {
-			return act{}, err
+			return auditEvent{}, err
 		}
 		t.version, t.updatedAt = t.version+1, now
 		_, err := tx.ExecContext(ctx, `
@@ -173,30 +173,30 @@ func (s *store) changeToken(ctx context.Context, by origin, id string, version, 
 				revoked_at = ?, max_requests = ?, policy = ?, version = ?, updated_at = ? WHERE seq = ?`,
 			t.name, t.hash, t.oldHash, t.oldHashUntil, t.expiresAt, t.idleExpiry,
 			t.revokedAt, t.maxRequests, t.policy, t.version, t.updatedAt, t.seq)
-		return t.act(t.changeAction(&was), &was), unique(err)
+		return t.auditEvent(t.changeAction(&was), &was), mapUniqueViolation(err)
 	})
 	return t, err
 }
 
 // revokeTokens revokes all of a project's tokens that are not revoked yet and
 // returns how many.
-func (s *store) revokeTokens(ctx context.Context, by origin, project string, now int64) (n int64, err error) {
-	err = s.change(ctx, by, func(tx *sql.Tx) (act, error) {
+func (s *store) revokeTokens(ctx context.Context, by auditOrigin, project string, now int64) (n int64, err error) {
+	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
 		res, err := tx.ExecContext(ctx, `
 			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
 			WHERE revoked_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ?2)`, now, project)
 		if err != nil {
-			return act{}, fmt.Errorf("revoking tokens: %w", err)
+			return auditEvent{}, fmt.Errorf("revoking tokens: %w", err)
 		}
 		n, err = res.RowsAffected()
-		return act{"project.revoke_tokens", project, []fact{{"tokens", n}}}, err
+		return auditEvent{"project.revoke_tokens", project, []auditField{{"tokens", n}}}, err
 	})
 	return n, err
 }
 
-// A tokenWalk says in which order tokens are listed, and from where on. Of the
+// A tokenListQuery says in which order tokens are listed, and from where on. Of the
 // range only what the order goes by counts.
-type tokenWalk struct {
+type tokenListQuery struct {
 	order    string // newest, oldest, name, ends, revoked, unused
 	project  string // a project's id; "" for all
 	prefix   string // of the name, in the order name
@@ -204,18 +204,18 @@ type tokenWalk struct {
 
 	afterSeq  int64 // where the page before ended; 0 and "" for the first
 	afterName string
-	afterEnds int64 // or when it was revoked
+	afterTime int64 // or when it was revoked
 	limit     int   // of tokens that are looked at
 }
 
-// neverEnds is the end of a token that has none; see schema/009.
-const neverEnds = 9_000_000_000_000_000
+// neverExpires is the end of a token that has none; see schema/009.
+const neverExpires = 9_000_000_000_000_000
 
 // walkTokens calls see for each token in order, until it returns false or limit
 // tokens were seen. It reports whether there may be more.
-func (s *store) walkTokens(ctx context.Context, w tokenWalk, see func(*tokenRow) bool) (more bool, err error) {
+func (s *store) walkTokens(ctx context.Context, w tokenListQuery, see func(*tokenRow) bool) (more bool, err error) {
 	query, args := w.statement()
-	rows, err := s.read.QueryContext(ctx, query, append(args, w.limit+1)...)
+	rows, err := s.readDB.QueryContext(ctx, query, append(args, w.limit+1)...)
 	if err != nil {
 		return false, fmt.Errorf("listing tokens: %w", err)
 	}
@@ -225,7 +225,7 @@ func (s *store) walkTokens(ctx context.Context, w tokenWalk, see func(*tokenRow)
 			return true, nil
 		}
 		var t tokenRow
-		if err := t.scan(andEnds{rows}); err != nil {
+		if err := t.scan(rowWithEndsAt{rows}); err != nil {
 			return false, fmt.Errorf("listing tokens: %w", err)
 		}
 		if !see(&t) {
@@ -235,12 +235,12 @@ func (s *store) walkTokens(ctx context.Context, w tokenWalk, see func(*tokenRow)
 	return false, rows.Err()
 }
 
-// andEnds reads a row that has ends_at, which the order went by, as its last.
-type andEnds struct {
+// rowWithEndsAt reads a row that has ends_at, which the order went by, as its last.
+type rowWithEndsAt struct {
 	row interface{ Scan(...any) error }
 }
 
-func (a andEnds) Scan(to ...any) error {
+func (a rowWithEndsAt) Scan(to ...any) error {
 	var ends int64
 	return a.row.Scan(append(to, &ends)...)
 }
@@ -248,7 +248,7 @@ func (a andEnds) Scan(to ...any) error {
 // statement returns the statement for an order, and its arguments but the limit.
 // Where the order is by something that several tokens have in common, the rest
 // of those comes first, and then all beyond.
-func (w *tokenWalk) statement() (string, []any) {
+func (w *tokenListQuery) statement() (string, []any) {
 	const head = `SELECT ` + tokenColumns + `, t.ends_at FROM tokens t JOIN projects p ON p.seq = t.project WHERE `
 	const ofProject = `t.project = (SELECT seq FROM projects WHERE id = ?1) AND `
 	backward := w.afterSeq
@@ -276,13 +276,13 @@ func (w *tokenWalk) statement() (string, []any) {
 	case "ends":
 		const some = `t.revoked_at IS NULL AND `
 		const rest, beyond, order = some + `t.ends_at = ?2 AND t.seq > ?3`, some + `t.ends_at > ?2 AND t.ends_at <= ?4`, ` ORDER BY 19, 1 LIMIT ?5`
-		args := []any{w.project, max(w.from, w.afterEnds), max(w.afterSeq, map[bool]int64{true: math.MaxInt64}[w.afterEnds == 0]), w.to}
+		args := []any{w.project, max(w.from, w.afterTime), max(w.afterSeq, map[bool]int64{true: math.MaxInt64}[w.afterTime == 0]), w.to}
 		if all {
 			return head + `?1 = '' AND ` + rest + ` UNION ALL ` + head + `?1 = '' AND ` + beyond + order, args
 		}
 		return head + ofProject + rest + ` UNION ALL ` + head + ofProject + beyond + order, args
 	case "revoked":
-		ends := w.afterEnds
+		ends := w.afterTime
 		if ends == 0 {
 			ends = math.MaxInt64
 		}
@@ -298,18 +298,18 @@ func (w *tokenWalk) statement() (string, []any) {
 	return head + ofProject + `t.seq < ?2 ORDER BY t.seq DESC LIMIT ?3`, []any{w.project, backward}
 }
 
-// A pastUse is what settled calls of an endpoint and a model asked for have
+// A pastUsage is what settled calls of an endpoint and a model asked for have
 // used since some time. asked is "" where names were not kept apart.
-type pastUse struct {
-	endpoint, asked         string
-	calls, tokens, nanosUSD int64
+type pastUsage struct {
+	endpoint, requestedModel string
+	calls, tokens, nanosUSD  int64
 }
 
-// usedSince adds up what calls that began at from or later have used, of a
+// usageSince adds up what calls that began at from or later have used, of a
 // token or, with token 0, of a whole project. from is the start of an hour (grain
 // "hour") or of a day. Refused calls are not among them: they took nothing.
-func (s *store) usedSince(ctx context.Context, grain string, project, token, from int64) ([]pastUse, error) {
-	rows, err := s.read.QueryContext(ctx, `
+func (s *store) usageSince(ctx context.Context, grain string, project, token, from int64) ([]pastUsage, error) {
+	rows, err := s.readDB.QueryContext(ctx, `
 		SELECT endpoint, asked, sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
 		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND outcome <> 'refused' GROUP BY endpoint, asked`,
 		grain, project, token, from)
@@ -317,10 +317,10 @@ func (s *store) usedSince(ctx context.Context, grain string, project, token, fro
 		return nil, fmt.Errorf("reading what a limit has used: %w", err)
 	}
 	defer rows.Close()
-	var out []pastUse
+	var out []pastUsage
 	for rows.Next() {
-		var u pastUse
-		if err := rows.Scan(&u.endpoint, &u.asked, &u.calls, &u.tokens, &u.nanosUSD); err != nil {
+		var u pastUsage
+		if err := rows.Scan(&u.endpoint, &u.requestedModel, &u.calls, &u.tokens, &u.nanosUSD); err != nil {
 			return nil, fmt.Errorf("reading what a limit has used: %w", err)
 		}
 		out = append(out, u)

@@ -22,8 +22,8 @@ import (
 // checksum (CRC-32 of all before it) lets a typing mistake or a scanner be told
 // apart offline. A management key has the prefix llmpm_ and else the same form.
 const (
-	tokenPrefix = "sk-llmp_"
-	keyPrefix   = "llmpm_"
+	tokenPrefix     = "sk-llmp_"
+	manageKeyPrefix = "llmpm_"
 
 	publicLen, secretLen, checksumLen = 8, 43, 6
 )
@@ -132,56 +132,58 @@ func newTokenState(row *tokenRow) (*tokenState, error) {
 // the row changes; its counter is the one truth in this process: loaded once,
 // then only added to, and the ledger adds the same to the row.
 type liveToken struct {
-	project  *liveProject
-	state    atomic.Pointer[tokenState]
-	used     atomic.Int64 // admitted calls over its life
-	lastUsed atomic.Int64 // unix milliseconds
-	refused  atomic.Int64 // when a refusal of it was last put on record
-	running  atomic.Int64 // calls that hold it; far below 0 once it was evicted
-	bodies   atomic.Int64 // bytes of request bodies held for it
-	limits   subject      // guarded by its project's limiter
+	project       *liveProject
+	state         atomic.Pointer[tokenState]
+	used          atomic.Int64 // admitted calls over its life
+	lastUsed      atomic.Int64 // unix milliseconds
+	lastRefusalAt atomic.Int64 // when a refusal of it was last put on record
+	running       atomic.Int64 // calls that hold it; far below 0 once it was evicted
+	bodyBytes     atomic.Int64 // bytes of request bodies held for it
+	limits        limitScope   // guarded by its project's limiter
 
-	mu     sync.Mutex
-	models map[string]struct{} // names that have sums of their own
+	mu            sync.Mutex
+	trackedModels map[string]struct{} // names that have sums of their own
 }
 
-// maxModelNames bounds the names under which one token's calls are summed while
+// maxTrackedModels bounds the names under which one token's calls are summed while
 // it is live. Clients make up names; each would be rows that stay.
-const maxModelNames = 100
+const maxTrackedModels = 100
 
-// mayName reports whether a model's name may have sums of its own.
-func (t *liveToken) mayName(model string) bool {
+// trackModel reports whether a model's name may have sums of its own.
+func (t *liveToken) trackModel(model string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, ok := t.models[model]; ok {
+	if _, ok := t.trackedModels[model]; ok {
 		return true
 	}
-	if len(t.models) >= maxModelNames {
+	if len(t.trackedModels) >= maxTrackedModels {
 		return false
 	}
-	if t.models == nil {
-		t.models = map[string]struct{}{}
+	if t.trackedModels == nil {
+		t.trackedModels = map[string]struct{}{}
 	}
-	t.models[model] = struct{}{}
+	t.trackedModels[model] = struct{}{}
 	return true
 }
 
 // left is what running counts up from in a token that was evicted: never to 0.
-const left = -1 << 62
+const evictedRunning = -1 << 62
 
-// hold keeps the token from being evicted until release. It reports false when
+// acquire keeps the token from being evicted until release. It reports false when
 // it was already: a second live token may then stand for the same row, and two
 // counters would let one limit pass twice.
-func (t *liveToken) hold() bool { return t.running.Add(1) > 0 }
+func (t *liveToken) acquire() bool { return t.running.Add(1) > 0 }
 
 func (t *liveToken) release(at time.Time) {
 	t.lastUsed.Store(at.UnixMilli())
 	t.running.Add(-1)
 }
 
-// leave reports whether the token may be dropped, and lets no call hold it any
+// tryEvict reports whether the token may be dropped, and lets no call hold it any
 // more if so.
-func (t *liveToken) leave() bool { return t.running.CompareAndSwap(0, left) || t.running.Load() < 0 }
+func (t *liveToken) tryEvict() bool {
+	return t.running.CompareAndSwap(0, evictedRunning) || t.running.Load() < 0
+}
 
 // validity returns "" for a token that may be used now, or why not: expired,
 // revoked, idle_expired.

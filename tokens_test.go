@@ -16,26 +16,26 @@ import (
 	"time"
 )
 
-// call makes a chat call with exactly these headers.
-func (p *testProxy) call(headers ...string) answer {
+// chatWithHeaders makes a chat call with exactly these headers.
+func (p *testProxy) chatWithHeaders(headers ...string) testResponse {
 	p.t.Helper()
 	return p.do("POST", "/v1/chat/completions", chatBody(), append([]string{"Content-Type", "application/json"}, headers...)...)
 }
 
-// refused checks that an answer is a refusal with status and code, and that the
+// expectRefused checks that an answer is a refusal with status and code, and that the
 // provider has had no request.
-func (p *testProxy) refused(what string, a answer, status int, code string) {
+func (p *testProxy) expectRefused(what string, a testResponse, status int, code string) {
 	p.t.Helper()
-	if a.status != status || a.code() != code {
+	if a.status != status || a.errorCode() != code {
 		p.t.Errorf("%s: got %d %s (%v), want %d %s", what, a.status, a.body, a.err, status, code)
 	}
-	if n := len(p.provider.got()); n > 0 {
+	if n := len(p.provider.received()); n > 0 {
 		p.t.Fatalf("%s: the provider got %d requests", what, n)
 	}
 }
 
-// mint returns a token or key of the right form that nobody has.
-func (p *testProxy) mint(prefix string) string {
+// unknownCredential returns a token or key of the right form that nobody has.
+func (p *testProxy) unknownCredential(prefix string) string {
 	value, _ := mintCredential(prefix, "")
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -49,7 +49,7 @@ func TestBadTokensAlike(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	expiredID, expired := p.newToken(`"name":"expired","duration_hours":1`)
-	if _, err := p.in.store.write.Exec("UPDATE tokens SET expires_at = ? WHERE id = ?", time.Now().UnixMilli()-1, expiredID); err != nil {
+	if _, err := p.instance.store.writeDB.Exec("UPDATE tokens SET expires_at = ? WHERE id = ?", time.Now().UnixMilli()-1, expiredID); err != nil {
 		t.Fatal(err)
 	}
 	revokedID, revoked := p.newToken(`"name":"revoked"`)
@@ -72,7 +72,7 @@ func TestBadTokensAlike(t *testing.T) {
 		{"text after it", []string{"Authorization", "Bearer " + p.token + " x"}},
 		{"two in one", []string{"Authorization", "Bearer " + p.token + ", Bearer " + p.token}},
 		{"long", []string{"Authorization", "Bearer " + strings.Repeat("a", 30<<10)}},
-		{"unknown", []string{"Authorization", "Bearer " + p.mint(tokenPrefix)}},
+		{"unknown", []string{"Authorization", "Bearer " + p.unknownCredential(tokenPrefix)}},
 		{"expired", []string{"Authorization", "Bearer " + expired}},
 		{"revoked", []string{"Authorization", "Bearer " + revoked}},
 		{"wrong checksum", []string{"Authorization", "Bearer " + p.token[:len(p.token)-1] + "!"}},
@@ -80,8 +80,8 @@ func TestBadTokensAlike(t *testing.T) {
 		{"bearer in x-api-key", []string{"X-Api-Key", "Bearer " + p.token}},
 		{"underscores", []string{"X_Api_Key", p.token, "Authorization_", "Bearer " + p.token}},
 	} {
-		got := p.call(c.headers...)
-		p.refused(c.name, got, 401, "invalid_api_key")
+		got := p.chatWithHeaders(c.headers...)
+		p.expectRefused(c.name, got, 401, "invalid_api_key")
 		if first == "" {
 			first = got.body
 		}
@@ -89,12 +89,12 @@ func TestBadTokensAlike(t *testing.T) {
 			t.Errorf("%s: the answer differs: %s", c.name, got.body)
 		}
 	}
-	if a := p.call("Authorization", "Bearer "+strings.Repeat("a", 1<<20)); a.err == nil && a.status != 431 {
+	if a := p.chatWithHeaders("Authorization", "Bearer "+strings.Repeat("a", 1<<20)); a.err == nil && a.status != 431 {
 		t.Errorf("1 MiB: got %d", a.status)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"is_active":false}`, 200, nil)
-	p.refused("valid, of an inactive project", p.chat(), 403, "project_inactive")
-	p.refused("unknown, meanwhile", p.call("Authorization", "Bearer "+p.mint(tokenPrefix)), 401, "invalid_api_key")
+	p.expectRefused("valid, of an inactive project", p.chat(), 403, "project_inactive")
+	p.expectRefused("unknown, meanwhile", p.chatWithHeaders("Authorization", "Bearer "+p.unknownCredential(tokenPrefix)), 401, "invalid_api_key")
 }
 
 // TestEveryCharacterCounts: a token with any one character changed is refused
@@ -112,10 +112,10 @@ func TestEveryCharacterCounts(t *testing.T) {
 			t.Errorf("with character %d changed, the form is still right", i)
 		}
 		if i%7 == 0 {
-			p.refused("changed", p.chatAs(changed), 401, "invalid_api_key")
+			p.expectRefused("changed", p.chatAs(changed), 401, "invalid_api_key")
 		}
 	}
-	if n := len(p.in.registry.unknown); n > 0 {
+	if n := len(p.instance.registry.unknownHashes); n > 0 {
 		t.Errorf("%d malformed tokens were looked up", n)
 	}
 }
@@ -129,12 +129,12 @@ func TestTokenSpelling(t *testing.T) {
 		{"X-Api-Key", p.token}, {"Api-Key", p.token},
 		{"Authorization", "Bearer " + p.token, "X-Api-Key", p.token, "Api-Key", p.token},
 	} {
-		if a := p.call(headers...); a.status != 200 {
+		if a := p.chatWithHeaders(headers...); a.status != 200 {
 			t.Errorf("%d headers, scheme %.8q: got %d", len(headers)/2, headers[1], a.status)
 		}
 	}
 	for _, line := range []string{"Authorization: Bearer \x00", "Authorization: Bearer " + "\x01", "Authorization : Bearer x", "Authorization\r\n: x"} {
-		got := p.raw("GET /v1/models HTTP/1.1\r\nHost: x\r\n" + line + "\r\n\r\n")
+		got := p.sendRaw("GET /v1/models HTTP/1.1\r\nHost: x\r\n" + line + "\r\n\r\n")
 		if !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 			t.Errorf("%q: got %q", line, got)
 		}
@@ -160,10 +160,10 @@ func TestNoMixedIdentity(t *testing.T) {
 		{"two x-api-key", []string{"X-Api-Key", p.token, "X-Api-Key", other}},
 		{"a wrong second one", []string{"Authorization", a, "X-Api-Key", "sk-other"}},
 	} {
-		p.refused(c.name, p.call(c.headers...), 400, "ambiguous_credentials")
+		p.expectRefused(c.name, p.chatWithHeaders(c.headers...), 400, "ambiguous_credentials")
 	}
-	p.refused("in one line", p.call("Authorization", a+", "+b), 401, "invalid_api_key")
-	p.refused("in the query", p.do("POST", "/v1/chat/completions?api_key="+other, chatBody(), "Authorization", a, "Content-Type", "application/json"), 400, "invalid_request")
+	p.expectRefused("in one line", p.chatWithHeaders("Authorization", a+", "+b), 401, "invalid_api_key")
+	p.expectRefused("in the query", p.do("POST", "/v1/chat/completions?api_key="+other, chatBody(), "Authorization", a, "Content-Type", "application/json"), 400, "invalid_request")
 	for _, row := range p.ledger() {
 		if row.TokenID != p.tokenID {
 			t.Errorf("on record for the other token: %+v", row)
@@ -189,9 +189,9 @@ func TestTokenElsewhere(t *testing.T) {
 		{"/v1/chat/completions", chatBody(), []string{"Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key." + p.token}},
 		{"/v1/chat/completions", chatBody(), []string{"Proxy-Authorization", "Bearer " + p.token, "X-Auth-Token", p.token, "Token", p.token}},
 	} {
-		p.refused(c.path[:16], p.do("POST", c.path, c.body, append(c.headers, "Content-Type", "application/json")...), 401, "invalid_api_key")
+		p.expectRefused(c.path[:16], p.do("POST", c.path, c.body, append(c.headers, "Content-Type", "application/json")...), 401, "invalid_api_key")
 	}
-	if a := p.do("GET", "/"+p.token, ""); a.status != 404 || a.code() != "unknown_url" {
+	if a := p.do("GET", "/"+p.token, ""); a.status != 404 || a.errorCode() != "unknown_url" {
 		t.Errorf("a token as URL: %d %s", a.status, a.body)
 	}
 }
@@ -216,7 +216,7 @@ func TestRevokedForGood(t *testing.T) {
 					accepted.Add(1)
 				}
 				if i == 0 { // what makes the registry read again
-					p.in.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+					p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
 					p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"name":"n"}`)
 				}
 			}
@@ -289,30 +289,30 @@ func TestPassTheHash(t *testing.T) {
 		tokenPrefix + hex.EncodeToString(hash[:]), p.tokenID, strings.TrimPrefix(p.tokenID, "tok_"), p.project, p.upstream,
 	} {
 		s = strings.Map(func(r rune) rune { return max(r, ' ') }, strings.ReplaceAll(s, "\x7f", " "))
-		p.refused("in place of the token", p.chatAs(s), 401, "invalid_api_key")
+		p.expectRefused("in place of the token", p.chatAs(s), 401, "invalid_api_key")
 		if a := p.manageAs(s, "GET", "/manage/projects", ""); a.status != 401 {
 			t.Errorf("on /manage: %d", a.status)
 		}
 	}
 }
 
-// TestDoorsApart: a token opens /v1 only, a management key /manage only.
-func TestDoorsApart(t *testing.T) {
+// TestCredentialsAreSeparate: a token opens /v1 only, a management key /manage only.
+func TestCredentialsAreSeparate(t *testing.T) {
 	t.Parallel()
 	const fromEnvironment = "mgmt-Qd81kz0PvYw7Xn3Lr6Ts2Hb9" + "JcMf5"
 	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": fromEnvironment})
 	p.secrets = append(p.secrets, fromEnvironment)
 	for _, key := range []string{p.adminKey, fromEnvironment} {
-		p.refused("management key on /v1", p.chatAs(key), 401, "invalid_api_key")
+		p.expectRefused("management key on /v1", p.chatAs(key), 401, "invalid_api_key")
 		if a := p.manageAs(key, "GET", "/manage/projects", ""); a.status != 200 {
 			t.Errorf("on /manage: %d %s", a.status, a.body)
 		}
 	}
 	for _, c := range [][]string{
-		{"Authorization", "Bearer " + p.token}, {"Authorization", "Bearer " + p.mint(keyPrefix)}, {"X-Api-Key", p.adminKey},
+		{"Authorization", "Bearer " + p.token}, {"Authorization", "Bearer " + p.unknownCredential(manageKeyPrefix)}, {"X-Api-Key", p.adminKey},
 		{"Cookie", "session=" + p.adminKey}, {"Authorization", p.adminKey}, {"Authorization", "Bearer " + p.adminKey, "Authorization", "Bearer x"}, nil,
 	} {
-		if a := p.do("GET", "/manage/projects", "", c...); a.status != 401 || a.code() != "invalid_management_key" || a.header.Get("WWW-Authenticate") != "Bearer" {
+		if a := p.do("GET", "/manage/projects", "", c...); a.status != 401 || a.errorCode() != "invalid_management_key" || a.header.Get("WWW-Authenticate") != "Bearer" {
 			t.Errorf("%d headers on /manage: %d %s", len(c)/2, a.status, a.body)
 		}
 	}
@@ -335,7 +335,7 @@ func FuzzHashCredential(f *testing.F) {
 		if !form.MatchString(text) || checksum([]byte(text[:len(text)-6])) != [6]byte([]byte(text[len(text)-6:])) || hash != sha256.Sum256([]byte(text)) || pub != text[8:16] {
 			t.Fatalf("%q was taken: %q", text, pub)
 		}
-		if _, _, ok := hashCredential(keyPrefix, text); ok {
+		if _, _, ok := hashCredential(manageKeyPrefix, text); ok {
 			t.Fatalf("%q is a management key too", text)
 		}
 		if at < 0 || at >= len(text) || text[at] == with {
@@ -350,12 +350,12 @@ func FuzzHashCredential(f *testing.F) {
 
 // FuzzParseRequestID: every id that is read is written back as it was.
 func FuzzParseRequestID(f *testing.F) {
-	for _, s := range []string{requestID(1), requestID(1<<63 - 1), "req_", "req_0000000000000", "req_z000000000000", "req_00000000é00", ""} {
+	for _, s := range []string{formatRequestID(1), formatRequestID(1<<63 - 1), "req_", "req_0000000000000", "req_z000000000000", "req_00000000é00", ""} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		if id := parseRequestID(s); id < 0 || id != 0 && requestID(id) != s {
-			t.Fatalf("%q is read as %d, which is %s", s, id, requestID(id))
+		if id := parseRequestID(s); id < 0 || id != 0 && formatRequestID(id) != s {
+			t.Fatalf("%q is read as %d, which is %s", s, id, formatRequestID(id))
 		}
 	})
 }

@@ -21,23 +21,23 @@ import (
 // An upstream is one provider key of a project and where it may be sent. It is
 // immutable.
 type upstream struct {
-	seq          int64
-	owner        int64 // the project whose it is; others may share it
-	id, name     string
-	provider     string
-	scheme, host string
-	basePath     string // what stands for the client's /v1
-	key          secret
-	organization string
-	project      string // OpenAI's, not ours
-	models       []string
-	rewrite      map[string]string // the model asked for -> the model sent
-	settings     upstreamSettings
-	weight       int64
-	priority     int64
-	broken       error // not nil: its key does not open, or its URL is no longer allowed
-	health       *keyHealth
-	budget       *retryBudget // of its host
+	seq           int64
+	owner         int64 // the project whose it is; others may share it
+	id, name      string
+	provider      string
+	scheme, host  string
+	basePath      string // what stands for the client's /v1
+	key           secret
+	organization  string
+	openaiProject string // OpenAI's, not ours
+	models        []string
+	rewrite       map[string]string // the model asked for -> the model sent
+	settings      upstreamSettings
+	weight        int64
+	priority      int64
+	configErr     error // not nil: its key does not open, or its URL is no longer allowed
+	health        *keyHealth
+	retryBudget   *retryBudget // of its host
 }
 
 const (
@@ -50,12 +50,12 @@ const (
 // newUpstream makes a stored upstream ready for use. What is wrong with it ends
 // up in broken, and in its health: others go first, and where there are none a
 // call is refused, for a key that does not open must be noticed.
-func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, book *healthBook) *upstream {
+func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, book *healthTracker) *upstream {
 	up := &upstream{seq: row.seq, owner: row.project, id: row.id, name: row.name, provider: row.provider, weight: row.weight, priority: row.priority,
-		organization: row.organization, project: row.openaiProject}
-	up.broken = up.unseal(row, sl, allowPrivate)
-	up.health, up.budget = book.of(row.seq, row.id), book.budget(up.host)
-	up.health.usable(time.Now().UnixMilli(), up.broken == nil)
+		organization: row.organization, openaiProject: row.openaiProject}
+	up.configErr = up.unseal(row, sl, allowPrivate)
+	up.health, up.retryBudget = book.forUpstream(row.seq, row.id), book.budgetFor(up.host)
+	up.health.setUsable(time.Now().UnixMilli(), up.configErr == nil)
 	return up
 }
 
@@ -87,7 +87,7 @@ func (u *upstream) serves(api apiFamily, model string) bool {
 	if api == apiAnthropic && u.provider != providerAnthropic || api == apiOpenAI && u.provider == providerAnthropic {
 		return false
 	}
-	return len(u.models) == 0 || model == "" || matchesAny(u.models, model)
+	return len(u.models) == 0 || model == "" || matchesAnyPattern(u.models, model)
 }
 
 // url returns where a call goes; path begins with /v1 and is built from an
@@ -103,8 +103,8 @@ func (u *upstream) url(path, query string) *url.URL {
 	return out
 }
 
-// named returns the upstream's own name for a model.
-func (u *upstream) named(model string) string {
+// mapModel returns the upstream's own name for a model.
+func (u *upstream) mapModel(model string) string {
 	if name, ok := u.rewrite[model]; ok {
 		return name
 	}
@@ -125,8 +125,8 @@ func (u *upstream) authorize(h http.Header) {
 	if u.organization != "" {
 		h["Openai-Organization"] = []string{u.organization}
 	}
-	if u.project != "" {
-		h["Openai-Project"] = []string{u.project}
+	if u.openaiProject != "" {
+		h["Openai-Project"] = []string{u.openaiProject}
 	}
 }
 
@@ -195,10 +195,10 @@ func checkHost(host string, allowPrivate bool) error {
 	return nil
 }
 
-// neverDialled are places that hand out credentials or have no business being
+// blockedNetworks are places that hand out credentials or have no business being
 // a provider, whatever the settings: link-local with the cloud metadata
 // services, the ones that live elsewhere, multicast, unspecified.
-var neverDialled = []netip.Prefix{
+var blockedNetworks = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
 	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"),
 	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"), netip.MustParsePrefix("fd00:ec2::/32"),
@@ -224,7 +224,7 @@ func checkAddress(addr netip.Addr, allowPrivate bool) error {
 		b := addr.As16()
 		addr = netip.AddrFrom4([4]byte(b[12:]))
 	}
-	for _, p := range neverDialled {
+	for _, p := range blockedNetworks {
 		if p.Contains(addr) {
 			return errors.New("is a link-local, metadata, multicast, tunnel or unspecified address, which is never allowed")
 		}
@@ -278,11 +278,11 @@ func newTransport(allowPrivate bool) *http.Transport {
 	}
 }
 
-var errUnconnected = &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider could not be reached in time."}
+var errConnectTimeout = &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider could not be reached in time."}
 
 // send makes a request. If the upstream has a connect_ms and no connection stands
 // by then (its name looked up, dialled, its TLS handshake done), the error is
-// errUnconnected.
+// errConnectTimeout.
 //
 // The time is the request's, not the dial's: all upstreams share one transport
 // and its rules, and its dials are nobody's own. One may serve whichever request
@@ -294,18 +294,18 @@ func (u *upstream) send(transport http.RoundTripper, req *http.Request) (*http.R
 		return transport.RoundTrip(req)
 	}
 	ctx, cancel := context.WithCancelCause(req.Context()) // ends with its parent: the answer is read under it
-	timer := time.AfterFunc(limit, func() { cancel(errUnconnected) })
+	timer := time.AfterFunc(limit, func() { cancel(errConnectTimeout) })
 	defer timer.Stop()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GetConn: func(string) { timer.Reset(limit) }, // again if the connection it got turned out to be dead
 		GotConn: func(httptrace.GotConnInfo) { timer.Stop() },
 	})
 	res, err := transport.RoundTrip(req.WithContext(ctx))
-	if context.Cause(ctx) != error(errUnconnected) {
+	if context.Cause(ctx) != error(errConnectTimeout) {
 		return res, err
 	}
 	if err == nil {
 		res.Body.Close()
 	}
-	return nil, errUnconnected
+	return nil, errConnectTimeout
 }

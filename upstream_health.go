@@ -23,7 +23,7 @@ type keyState uint8
 const (
 	keyReady       keyState = iota
 	keyCooling              // the provider said that it gets too many calls
-	keyOpen                 // it fails, and the breaker is open
+	keyBreakerOpen          // it fails, and the breaker is open
 	keyExhausted            // its account has no money or quota left
 	keyQuarantined          // the provider refuses the key, or it cannot be read
 )
@@ -34,48 +34,48 @@ func keyStateNames() []string {
 
 func (s keyState) String() string { return keyStateNames()[s] }
 
-// serious reports whether somebody must do something about it.
-func (s keyState) serious() bool { return s >= keyExhausted }
+// needsAttention reports whether somebody must do something about it.
+func (s keyState) needsAttention() bool { return s >= keyExhausted }
 
 const (
-	faultsToOpen   = 3       // failures in a row, with no complete answer between them
-	openLeast      = 1_000   // milliseconds of a breaker's first pause, doubled with each probe that fails
-	openMost       = 30_000  // and its longest
-	coolLeast      = 1_000   // where a 429 does not say how long
-	coolMost       = 300_000 // whatever it says
-	quarantineFor  = 300_000
-	quarantineMost = hourMS
-	probeLease     = 60_000 // a probe that has told nothing for so long is forgotten
+	failuresToOpen  = 3       // failures in a row, with no complete answer between them
+	breakerMinPause = 1_000   // milliseconds of a breaker's first pause, doubled with each probe that fails
+	breakerMaxPause = 30_000  // and its longest
+	cooldownMin     = 1_000   // where a 429 does not say how long
+	cooldownMax     = 300_000 // whatever it says
+	quarantineMin   = 300_000
+	quarantineMax   = hourMS
+	probeLease      = 60_000 // a probe that has told nothing for so long is forgotten
 )
 
 // A keyHealth is what is known of one upstream's key. Of a key that is well,
 // asking costs one atomic load.
 type keyHealth struct {
-	upstream int64 // the row's seq
-	id       string
-	book     *healthBook
-	running  atomic.Int64 // calls it has now
-	until    atomic.Int64 // 0: ready; else it is left out before, and probed by one call after
-	marked   atomic.Bool  // faults or strikes are not 0
-	told     keyState     // as the audit trail has it; of the goroutine that stores changes
+	upstream      int64 // the row's seq
+	id            string
+	tracker       *healthTracker
+	running       atomic.Int64 // calls it has now
+	until         atomic.Int64 // 0: ready; else it is left out before, and probed by one call after
+	hasFailures   atomic.Bool  // faults or strikes are not 0
+	reportedState keyState     // as the audit trail has it; of the goroutine that stores changes
 
-	mu        sync.Mutex
-	minute    int64 // which the counts below are of
-	requests  int64
-	tokens    int64
-	state     keyState
-	faults    int // failures in a row while ready
-	strikes   int // times it was left out since its last good answer: the pauses grow with them
-	probe     int64
-	changedAt int64
-	reason    string
+	mu         sync.Mutex
+	minute     int64 // which the counts below are of
+	requests   int64
+	tokens     int64
+	state      keyState
+	failures   int // failures in a row while ready
+	strikes    int // times it was left out since its last good answer: the pauses grow with them
+	probeUntil int64
+	changedAt  int64
+	reason     string
 }
 
 // ready reports whether the key is well: nothing keeps calls from it.
 func (h *keyHealth) ready() bool { return h.until.Load() == 0 }
 
-// mayTry reports whether the key may have a call now. It takes nothing.
-func (h *keyHealth) mayTry(now int64) bool {
+// available reports whether the key may have a call now. It takes nothing.
+func (h *keyHealth) available(now int64) bool {
 	until := h.until.Load()
 	if until == 0 {
 		return true
@@ -85,12 +85,12 @@ func (h *keyHealth) mayTry(now int64) bool {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.state <= keyCooling || now >= h.probe
+	return h.state <= keyCooling || now >= h.probeUntil
 }
 
-// take reports whether a call that chose the key may go there: of several that
+// tryAcquire reports whether a call that chose the key may go there: of several that
 // would probe it, one may.
-func (h *keyHealth) take(now int64) bool {
+func (h *keyHealth) tryAcquire(now int64) bool {
 	until := h.until.Load()
 	if until == 0 {
 		return true
@@ -100,19 +100,19 @@ func (h *keyHealth) take(now int64) bool {
 	switch {
 	case h.state == keyReady:
 		return true
-	case now < h.until.Load() || h.state != keyCooling && now < h.probe:
+	case now < h.until.Load() || h.state != keyCooling && now < h.probeUntil:
 		return false
 	case h.state == keyCooling: // over; its strikes stay until an answer is good
-		h.put(now, keyReady, 0, "")
+		h.setState(now, keyReady, 0, "")
 		return true
 	}
-	h.probe = now + probeLease
+	h.probeUntil = now + probeLease
 	return true
 }
 
-// room reports whether the key's own limits a minute (0: none) let one more call
+// admits reports whether the key's own limits a minute (0: none) let one more call
 // of so many tokens through; with take it also takes that from them.
-func (h *keyHealth) room(now, tokens int64, limits *upstreamSettings, take bool) bool {
+func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, take bool) bool {
 	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
 		return true
 	}
@@ -132,9 +132,9 @@ func (h *keyHealth) room(now, tokens int64, limits *upstreamSettings, take bool)
 	return true
 }
 
-// used corrects what room took for a call that began then, by what it has
+// correctUsage corrects what room took for a call that began then, by what it has
 // really used, if it is still the same minute.
-func (h *keyHealth) used(began, took, tokens int64, limits *upstreamSettings) {
+func (h *keyHealth) correctUsage(began, took, tokens int64, limits *upstreamSettings) {
 	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
 		return
 	}
@@ -145,139 +145,139 @@ func (h *keyHealth) used(began, took, tokens int64, limits *upstreamSettings) {
 	}
 }
 
-// put changes the state; the caller holds the lock.
-func (h *keyHealth) put(now int64, s keyState, pause int64, reason string) {
-	h.state, h.reason, h.changedAt, h.probe, h.faults = s, reason, now, 0, 0
+// setState changes the state; the caller holds the lock.
+func (h *keyHealth) setState(now int64, s keyState, pause int64, reason string) {
+	h.state, h.reason, h.changedAt, h.probeUntil, h.failures = s, reason, now, 0, 0
 	if s == keyReady {
 		h.until.Store(0)
 	} else {
 		h.until.Store(now + pause)
 	}
-	h.marked.Store(h.strikes > 0)
-	h.book.note(h)
+	h.hasFailures.Store(h.strikes > 0)
+	h.tracker.markChanged(h)
 }
 
-// stale reports whether an attempt that began then says nothing new: the state
+// isStale reports whether an attempt that began then says nothing new: the state
 // has changed since. The caller holds the lock.
-func (h *keyHealth) stale(began int64) bool {
+func (h *keyHealth) isStale(began int64) bool {
 	return began < h.changedAt || began == h.changedAt && h.state != keyReady
 }
 
-// known reports whether trouble that would lead to state s is no news: stale, or
+// isRedundant reports whether trouble that would lead to state s is no news: stale, or
 // from a key that is left out for as much and was asked because none was well.
-func (h *keyHealth) known(now, began int64, s keyState) bool {
-	return h.stale(began) || s <= h.state && now < h.until.Load()
+func (h *keyHealth) isRedundant(now, began int64, s keyState) bool {
+	return h.isStale(began) || s <= h.state && now < h.until.Load()
 }
 
-// good notes an answer that shows the key to work. done says that the answer
+// recordSuccess notes an answer that shows the key to work. done says that the answer
 // was complete: only then are the failures before it forgotten, or a provider
 // that cuts each of its answers would never be left out.
-func (h *keyHealth) good(now, began int64, done bool) {
-	if h.until.Load() == 0 && !(done && h.marked.Load()) {
+func (h *keyHealth) recordSuccess(now, began int64, done bool) {
+	if h.until.Load() == 0 && !(done && h.hasFailures.Load()) {
 		return
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.stale(began) {
+	if h.isStale(began) {
 		return
 	}
 	if h.state != keyReady {
 		h.strikes = 0
-		h.put(now, keyReady, 0, "")
+		h.setState(now, keyReady, 0, "")
 	}
 	if done {
-		h.faults, h.strikes = 0, 0
-		h.marked.Store(false)
+		h.failures, h.strikes = 0, 0
+		h.hasFailures.Store(false)
 	}
 }
 
-// fault notes that the provider failed: some make a breaker open. sure is for
+// recordFailure notes that the provider failed: some make a breaker open. sure is for
 // failures that leave no doubt, as of a connection that could not be made.
-func (h *keyHealth) fault(now, began int64, sure bool, reason string) {
+func (h *keyHealth) recordFailure(now, began int64, sure bool, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.known(now, began, keyOpen) {
+	if h.isRedundant(now, began, keyBreakerOpen) {
 		return
 	}
 	if h.state == keyReady {
-		h.marked.Store(true)
-		if h.faults++; h.faults < faultsToOpen && !sure {
+		h.hasFailures.Store(true)
+		if h.failures++; h.failures < failuresToOpen && !sure {
 			return
 		}
 	}
-	pause := int64(openLeast) << min(h.strikes, 10)
+	pause := int64(breakerMinPause) << min(h.strikes, 10)
 	h.strikes++
-	h.put(now, keyOpen, min(pause, openMost), reason)
+	h.setState(now, keyBreakerOpen, min(pause, breakerMaxPause), reason)
 }
 
-// limited notes that the key gets too many calls. wait is what the provider
+// recordRateLimit notes that the key gets too many calls. wait is what the provider
 // asked for, 0 if it did not say.
-func (h *keyHealth) limited(now, began, wait int64, reason string) {
+func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	pause := wait
 	if pause <= 0 {
-		pause = int64(coolLeast) << min(h.strikes, 10)
+		pause = int64(cooldownMin) << min(h.strikes, 10)
 	}
-	pause = min(max(pause, coolLeast), coolMost)
-	if h.known(now, began, keyCooling) {
+	pause = min(max(pause, cooldownMin), cooldownMax)
+	if h.isRedundant(now, began, keyCooling) {
 		if h.state == keyCooling && wait > 0 && now+pause > h.until.Load()+1000 {
 			h.until.Store(now + pause)
-			h.book.note(h)
+			h.tracker.markChanged(h)
 		}
 		return
 	}
 	h.strikes++
-	h.put(now, keyCooling, pause, reason)
+	h.setState(now, keyCooling, pause, reason)
 }
 
-// exhausted notes that the key's account has nothing left. Nobody says until
+// recordExhausted notes that the key's account has nothing left. Nobody says until
 // when, so it is tried again each hour, and when a day begins.
-func (h *keyHealth) exhausted(now, began int64, reason string) {
+func (h *keyHealth) recordExhausted(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.known(now, began, keyExhausted) {
+	if h.isRedundant(now, began, keyExhausted) {
 		return
 	}
 	h.strikes++
-	h.put(now, keyExhausted, min(hourMS, dayMS-now%dayMS), reason)
+	h.setState(now, keyExhausted, min(hourMS, dayMS-now%dayMS), reason)
 }
 
-// quarantined notes that the provider refuses the key.
-func (h *keyHealth) quarantined(now, began int64, reason string) {
+// recordRejected notes that the provider refuses the key.
+func (h *keyHealth) recordRejected(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.known(now, began, keyQuarantined) {
+	if h.isRedundant(now, began, keyQuarantined) {
 		return
 	}
-	pause := int64(quarantineFor) << min(h.strikes, 10)
+	pause := int64(quarantineMin) << min(h.strikes, 10)
 	h.strikes++
-	h.put(now, keyQuarantined, min(pause, quarantineMost), reason)
+	h.setState(now, keyQuarantined, min(pause, quarantineMax), reason)
 }
 
 const unusableReason = "its key does not open, or its URL is not allowed any more"
 
-// usable says whether the upstream can be used at all as it is stored. One that
+// setUsable says whether the upstream can be used at all as it is stored. One that
 // cannot is out until it can.
-func (h *keyHealth) usable(now int64, yes bool) {
+func (h *keyHealth) setUsable(now int64, yes bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	switch out := h.state == keyQuarantined && h.reason == unusableReason; {
 	case yes && out:
-		h.put(now, keyReady, 0, "")
+		h.setState(now, keyReady, 0, "")
 	case !yes && !out:
-		h.put(now, keyQuarantined, 100*365*dayMS, unusableReason)
+		h.setState(now, keyQuarantined, 100*365*dayMS, unusableReason)
 	}
 }
 
-// release ends a probe that told nothing, as when its client left.
-func (h *keyHealth) release() {
+// endProbe ends a probe that told nothing, as when its client left.
+func (h *keyHealth) endProbe() {
 	if h.until.Load() == 0 {
 		return
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.probe = 0
+	h.probeUntil = 0
 }
 
 // A healthRow is a key's health as stored and shown.
@@ -292,8 +292,8 @@ type healthRow struct {
 	running   int64
 }
 
-// row returns what is known now; a pause that is over is over.
-func (h *keyHealth) row(now int64) healthRow {
+// snapshot returns what is known now; a pause that is over is over.
+func (h *keyHealth) snapshot(now int64) healthRow {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := healthRow{h.upstream, h.id, h.state, h.until.Load(), h.strikes, h.reason, h.changedAt, h.running.Load()}
@@ -303,48 +303,48 @@ func (h *keyHealth) row(now int64) healthRow {
 	return r
 }
 
-// A healthBook has the health of every upstream that has been used since the
+// A healthTracker has the health of every upstream that has been used since the
 // start, or was not well then. Admins make upstreams, so it does not grow
 // without end.
-type healthBook struct {
-	mu    sync.Mutex
-	keys  map[int64]*keyHealth
-	hosts map[string]*retryBudget
-	dirty map[*keyHealth]struct{}
-	wake  chan struct{} // gets a value when dirty has one
+type healthTracker struct {
+	mu      sync.Mutex
+	keys    map[int64]*keyHealth
+	budgets map[string]*retryBudget
+	dirty   map[*keyHealth]struct{}
+	wake    chan struct{} // gets a value when dirty has one
 }
 
-func newHealthBook() *healthBook {
-	return &healthBook{keys: map[int64]*keyHealth{}, hosts: map[string]*retryBudget{}, dirty: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1)}
+func newHealthTracker() *healthTracker {
+	return &healthTracker{keys: map[int64]*keyHealth{}, budgets: map[string]*retryBudget{}, dirty: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1)}
 }
 
-// of returns the health of an upstream.
-func (b *healthBook) of(upstream int64, id string) *keyHealth {
+// forUpstream returns the health of an upstream.
+func (b *healthTracker) forUpstream(upstream int64, id string) *keyHealth {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	h := b.keys[upstream]
 	if h == nil {
-		h = &keyHealth{upstream: upstream, id: id, book: b}
+		h = &keyHealth{upstream: upstream, id: id, tracker: b}
 		b.keys[upstream] = h
 	}
 	return h
 }
 
 // restore puts in what was stored by a process before.
-func (b *healthBook) restore(r healthRow) {
-	h := b.of(r.upstream, r.id)
+func (b *healthTracker) restore(r healthRow) {
+	h := b.forUpstream(r.upstream, r.id)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.state, h.reason, h.changedAt, h.strikes = r.state, r.reason, r.changedAt, r.strikes
 	h.until.Store(r.until)
-	h.marked.Store(r.strikes > 0)
-	if r.state.serious() {
-		h.told = r.state
+	h.hasFailures.Store(r.strikes > 0)
+	if r.state.needsAttention() {
+		h.reportedState = r.state
 	}
 }
 
-// forget makes an upstream ready again: an admin has changed it.
-func (b *healthBook) forget(upstream, now int64) {
+// reset makes an upstream ready again: an admin has changed it.
+func (b *healthTracker) reset(upstream, now int64) {
 	b.mu.Lock()
 	h := b.keys[upstream]
 	b.mu.Unlock()
@@ -354,26 +354,26 @@ func (b *healthBook) forget(upstream, now int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.strikes = 0; h.state != keyReady {
-		h.put(now, keyReady, 0, "")
+		h.setState(now, keyReady, 0, "")
 		return
 	}
-	h.faults, h.changedAt = 0, now // what attempts with the key before still bring says nothing of this one
-	h.marked.Store(false)
+	h.failures, h.changedAt = 0, now // what attempts with the key before still bring says nothing of this one
+	h.hasFailures.Store(false)
 }
 
-// count returns how many upstreams are in each state.
-func (b *healthBook) count(now int64) (n [keyQuarantined + 1]int64) {
+// countByState returns how many upstreams are in each state.
+func (b *healthTracker) countByState(now int64) (n [keyQuarantined + 1]int64) {
 	b.mu.Lock()
 	keys := slices.Collect(maps.Values(b.keys))
 	b.mu.Unlock()
 	for _, h := range keys {
-		n[h.row(now).state]++
+		n[h.snapshot(now).state]++
 	}
 	return n
 }
 
-// note queues a changed key for changes.
-func (b *healthBook) note(h *keyHealth) {
+// markChanged queues a changed key for changes.
+func (b *healthTracker) markChanged(h *keyHealth) {
 	b.mu.Lock()
 	b.dirty[h] = struct{}{}
 	b.mu.Unlock()
@@ -383,8 +383,8 @@ func (b *healthBook) note(h *keyHealth) {
 	}
 }
 
-// changes returns the keys whose state has changed since it was last called.
-func (b *healthBook) changes() (keys []*keyHealth) {
+// takeChanges returns the keys whose state has changed since it was last called.
+func (b *healthTracker) takeChanges() (keys []*keyHealth) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for h := range b.dirty {
@@ -394,15 +394,15 @@ func (b *healthBook) changes() (keys []*keyHealth) {
 	return keys
 }
 
-// budget returns what may be sent again to a host.
-func (b *healthBook) budget(host string) *retryBudget {
+// budgetFor returns what may be sent again to a host.
+func (b *healthTracker) budgetFor(host string) *retryBudget {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	r := b.hosts[host]
+	r := b.budgets[host]
 	if r == nil {
 		r = &retryBudget{}
-		r.credit.Store(budgetMost)
-		b.hosts[host] = r
+		r.credit.Store(retryCreditMax)
+		b.budgets[host] = r
 	}
 	return r
 }
@@ -411,29 +411,29 @@ func (b *healthBook) budget(host string) *retryBudget {
 // fifth of its calls, and one a second. Without it, an outage would be met with
 // twice the load. Credit is in thousandths of a call.
 type retryBudget struct {
-	credit atomic.Int64
-	at     atomic.Int64 // when the second's share was last added
+	credit     atomic.Int64
+	refilledAt atomic.Int64 // when the second's share was last added
 }
 
 const (
-	budgetShare = 200 // for each call
-	budgetMost  = 50_000
+	retryCreditPerCall = 200 // for each call
+	retryCreditMax     = 50_000
 )
 
 // earn notes a call to the host.
 func (r *retryBudget) earn() {
-	if r.credit.Load() < budgetMost {
-		r.credit.Add(budgetShare)
+	if r.credit.Load() < retryCreditMax {
+		r.credit.Add(retryCreditPerCall)
 	}
 }
 
 // spend takes one call from the budget, if it has one.
 func (r *retryBudget) spend(now int64) bool {
-	if at := r.at.Load(); now > at && r.at.CompareAndSwap(at, now) && at != 0 {
-		r.credit.Add(min(now-at, budgetMost))
+	if at := r.refilledAt.Load(); now > at && r.refilledAt.CompareAndSwap(at, now) && at != 0 {
+		r.credit.Add(min(now-at, retryCreditMax))
 	}
-	if r.credit.Load() > budgetMost {
-		r.credit.Store(budgetMost)
+	if r.credit.Load() > retryCreditMax {
+		r.credit.Store(retryCreditMax)
 	}
 	if r.credit.Add(-1000) < 0 {
 		r.credit.Add(1000)
@@ -442,35 +442,35 @@ func (r *retryBudget) spend(now int64) bool {
 	return true
 }
 
-// retryHint returns how many milliseconds a 429 asks to wait, at most coolMost,
+// retryHint returns how many milliseconds a 429 asks to wait, at most cooldownMax,
 // and 0 if it does not say or cannot be understood. get returns a header's value.
 func retryHint(get func(string) string, now time.Time) int64 {
 	if ms, err := strconv.ParseFloat(get("Retry-After-Ms"), 64); err == nil && ms > 0 {
 		return boundedMS(ms)
 	}
 	if v := get("Retry-After"); v != "" {
-		if ms := waitOf(v, now, false); ms > 0 {
+		if ms := parseWait(v, now, false); ms > 0 {
 			return ms
 		}
 	}
 	var most int64
 	for _, kind := range [...]string{"Requests", "Tokens"} {
 		if get("X-Ratelimit-Remaining-"+kind) == "0" {
-			most = max(most, waitOf(get("X-Ratelimit-Reset-"+kind), now, true))
+			most = max(most, parseWait(get("X-Ratelimit-Reset-"+kind), now, true))
 		}
 		if get("Anthropic-Ratelimit-"+kind+"-Remaining") == "0" {
-			most = max(most, waitOf(get("Anthropic-Ratelimit-"+kind+"-Reset"), now, true))
+			most = max(most, parseWait(get("Anthropic-Ratelimit-"+kind+"-Reset"), now, true))
 		}
 	}
 	if most == 0 {
-		most = waitOf(get("X-Ratelimit-Reset"), now, true)
+		most = parseWait(get("X-Ratelimit-Reset"), now, true)
 	}
 	return most
 }
 
-// waitOf reads one value: seconds, a duration such as 6m0s or 12ms, a date, or
+// parseWait reads one value: seconds, a duration such as 6m0s or 12ms, a date, or
 // where epoch says so a large number that is a time of its own.
-func waitOf(v string, now time.Time, epoch bool) int64 {
+func parseWait(v string, now time.Time, epoch bool) int64 {
 	v = strings.TrimSpace(v)
 	if n, err := strconv.ParseFloat(v, 64); err == nil {
 		switch ms := float64(now.UnixMilli()); {
@@ -496,17 +496,17 @@ func boundedMS(ms float64) int64 {
 	if math.IsNaN(ms) || ms <= 0 {
 		return 0
 	}
-	return int64(math.Ceil(min(ms, coolMost)))
+	return int64(math.Ceil(min(ms, cooldownMax)))
 }
 
-// openHealth returns what is known of the keys that were not well when the last
+// loadHealth returns what is known of the keys that were not well when the last
 // process ended.
-func openHealth(ctx context.Context, st *store) (*healthBook, error) {
-	rows, err := st.allHealth(ctx)
+func loadHealth(ctx context.Context, st *store) (*healthTracker, error) {
+	rows, err := st.listUnhealthy(ctx)
 	if err != nil {
 		return nil, err
 	}
-	book := newHealthBook()
+	book := newHealthTracker()
 	for _, r := range rows {
 		if now := time.Now().UnixMilli(); r.changedAt > now { // the clock was set back
 			r.changedAt, r.until = now, now
@@ -518,50 +518,50 @@ func openHealth(ctx context.Context, st *store) (*healthBook, error) {
 	return book, nil
 }
 
-// A healthKeeper stores what changes in a healthBook.
+// A healthKeeper stores what changes in a healthTracker.
 type healthKeeper struct {
-	health *healthBook
+	health *healthTracker
 	store  *store
 	log    *logger
 }
 
-// keepHealth stores changes as they come, until ctx is over. What cannot be
+// persistHealth stores changes as they come, until ctx is over. What cannot be
 // stored holds in memory all the same, and is tried again.
-func (k *healthKeeper) keepHealth(ctx context.Context) {
+func (k *healthKeeper) persistHealth(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			k.storeHealth(context.WithoutCancel(ctx))
+			k.saveHealthChanges(context.WithoutCancel(ctx))
 			return
 		case <-k.health.wake:
 		}
-		if !k.storeHealth(context.WithoutCancel(ctx)) { // a statement that is cut short costs the connection
+		if !k.saveHealthChanges(context.WithoutCancel(ctx)) { // a statement that is cut short costs the connection
 			select {
 			case <-ctx.Done():
-			case <-time.After(retryDelay):
+			case <-time.After(ledgerRetryDelay):
 			}
 		}
 	}
 }
 
-// storeHealth stores the changes there are, and reports whether all were.
-func (k *healthKeeper) storeHealth(ctx context.Context) bool {
+// saveHealthChanges stores the changes there are, and reports whether all were.
+func (k *healthKeeper) saveHealthChanges(ctx context.Context) bool {
 	all := true
-	for _, h := range k.health.changes() {
+	for _, h := range k.health.takeChanges() {
 		now := time.Now().UnixMilli()
-		row := h.row(now)
+		row := h.snapshot(now)
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := k.store.setHealth(ctx, now, &row, h.told)
+		err := k.store.setHealth(ctx, now, &row, h.reportedState)
 		cancel()
 		if err != nil {
 			all = false
-			k.health.note(h)
+			k.health.markChanged(h)
 			k.log.Warn("the health of an upstream cannot be stored", "upstream", row.id, "error", err)
 			continue
 		}
-		h.told = keyReady // or in a pause that ends by itself, which the trail has not
-		if row.state.serious() {
-			h.told = row.state
+		h.reportedState = keyReady // or in a pause that ends by itself, which the trail has not
+		if row.state.needsAttention() {
+			h.reportedState = row.state
 		}
 		level := slog.LevelWarn // the provider's trouble, or the key's
 		if row.state == keyReady {

@@ -13,85 +13,85 @@ import (
 	"time"
 )
 
-// A wish is what a call asks of its project's upstreams.
-type wish struct {
-	api    apiFamily
-	model  string
-	pinned bool  // only the first that serves will do: it keeps the objects that the call may name
-	tokens int64 // an estimate of what it takes from an upstream's own limit
-	now    int64
-	tried  []*upstream // which have had their turn
-	strict bool        // nil is better than one that is not well
+// A criteria is what a call asks of its project's upstreams.
+type criteria struct {
+	api         apiFamily
+	model       string
+	pinned      bool  // only the first that serves will do: it keeps the objects that the call may name
+	tokens      int64 // an estimate of what it takes from an upstream's own limit
+	now         int64
+	tried       []*upstream // which have had their turn
+	healthyOnly bool        // nil is better than one that is not well
 }
 
 // fits reports whether an upstream may take the call at all.
-func (w *wish) fits(u *upstream) bool {
-	return u.weight > 0 && u.serves(w.api, w.model) && !slices.Contains(w.tried, u) && u.health.room(w.now, w.tokens, &u.settings, false)
+func (w *criteria) fits(u *upstream) bool {
+	return u.weight > 0 && u.serves(w.api, w.model) && !slices.Contains(w.tried, u) && u.health.admits(w.now, w.tokens, &u.settings, false)
 }
 
-// take takes the call from the upstream's own limits, and its probe if it needs
+// reserve takes the call from the upstream's own limits, and its probe if it needs
 // one. Both can fail, for other calls choose at the same time.
-func (w *wish) take(u *upstream) bool {
-	if !u.health.take(w.now) {
+func (w *criteria) reserve(u *upstream) bool {
+	if !u.health.tryAcquire(w.now) {
 		return false
 	}
-	if !u.health.room(w.now, w.tokens, &u.settings, true) {
-		u.health.release()
+	if !u.health.admits(w.now, w.tokens, &u.settings, true) {
+		u.health.endProbe()
 		return false
 	}
 	return true
 }
 
-// pick chooses the upstream for a call: among those of the first priority that
+// pickUpstream chooses the upstream for a call: among those of the first priority that
 // has one which serves the call and is well, by chance and weight. Weight 0
 // takes an upstream out of turn. If none is well, the least bad one is tried:
 // what the provider then says is more use to the client than a guess of ours.
 // It is nil where none serves the call, where those that do have no room left in
 // their own limits, and, if the wish is strict, where none is well.
-func (p *projectState) pick(w *wish) *upstream {
+func (p *projectState) pickUpstream(w *criteria) *upstream {
 	if w.pinned {
-		return p.first(w)
+		return p.pinnedUpstream(w)
 	}
 	var space [64]*upstream
 	for group := p.upstreams; len(group) > 0; { // in order of priority
-		ready, rest := w.ready(group, space[:0])
+		ready, rest := w.appendReady(group, space[:0])
 		for len(ready) > 0 {
-			i := draw(ready)
-			if w.take(ready[i]) {
+			i := weightedPick(ready)
+			if w.reserve(ready[i]) {
 				return ready[i]
 			}
 			ready = slices.Delete(ready, i, i+1) // another call probes it
 		}
 		group = rest
 	}
-	if w.strict {
+	if w.healthyOnly {
 		return nil
 	}
-	if u := p.leastBad(w); u != nil && u.health.room(w.now, w.tokens, &u.settings, true) {
+	if u := p.soonestReady(w); u != nil && u.health.admits(w.now, w.tokens, &u.settings, true) {
 		return u
 	}
 	return nil
 }
 
-// ready appends to found those of the first priority in list that may have the
+// appendReady appends to found those of the first priority in list that may have the
 // call now, and returns what of list is left.
-func (w *wish) ready(list, found []*upstream) (ready, rest []*upstream) {
+func (w *criteria) appendReady(list, found []*upstream) (ready, rest []*upstream) {
 	for i, u := range list {
 		if u.priority != list[0].priority {
 			return found, list[i:]
 		}
-		if w.fits(u) && u.health.mayTry(w.now) {
+		if w.fits(u) && u.health.available(w.now) {
 			found = append(found, u)
 		}
 	}
 	return found, nil
 }
 
-// draw picks one by chance and weight. If that one has more running calls than
+// weightedPick picks one by chance and weight. If that one has more running calls than
 // its weight and chance explain (by two standard deviations), the least busy
 // for its weight goes first: a key that hangs must not collect the calls until it
 // is known to hang.
-func draw(list []*upstream) int {
+func weightedPick(list []*upstream) int {
 	if len(list) == 1 {
 		return 0
 	}
@@ -125,11 +125,11 @@ func draw(list []*upstream) int {
 	return best
 }
 
-// first returns the first upstream that serves the call, well or not.
-func (p *projectState) first(w *wish) *upstream {
+// pinnedUpstream returns the first upstream that serves the call, well or not.
+func (p *projectState) pinnedUpstream(w *criteria) *upstream {
 	for _, u := range p.upstreams {
 		if u.weight > 0 && u.serves(w.api, w.model) {
-			if slices.Contains(w.tried, u) || !u.health.room(w.now, w.tokens, &u.settings, true) {
+			if slices.Contains(w.tried, u) || !u.health.admits(w.now, w.tokens, &u.settings, true) {
 				return nil
 			}
 			return u
@@ -138,69 +138,69 @@ func (p *projectState) first(w *wish) *upstream {
 	return nil
 }
 
-// full reports whether an upstream serves the call but has no room left.
-func (p *projectState) full(w *wish) bool {
+// atCapacity reports whether an upstream serves the call but has no room left.
+func (p *projectState) atCapacity(w *criteria) bool {
 	for _, u := range p.upstreams {
-		if u.weight > 0 && u.serves(w.api, w.model) && !u.health.room(w.now, w.tokens, &u.settings, false) {
+		if u.weight > 0 && u.serves(w.api, w.model) && !u.health.admits(w.now, w.tokens, &u.settings, false) {
 			return true
 		}
 	}
 	return false
 }
 
-// leastBad returns the upstream that is to be well again soonest, of those that
+// soonestReady returns the upstream that is to be well again soonest, of those that
 // are in the least trouble.
-func (p *projectState) leastBad(w *wish) (best *upstream) {
+func (p *projectState) soonestReady(w *criteria) (best *upstream) {
 	var least healthRow
 	for _, u := range p.upstreams {
 		if !w.fits(u) {
 			continue
 		}
-		if r := u.health.row(w.now); best == nil || r.state < least.state || r.state == least.state && r.until < least.until {
+		if r := u.health.snapshot(w.now); best == nil || r.state < least.state || r.state == least.state && r.until < least.until {
 			best, least = u, r
 		}
 	}
 	return best
 }
 
-// spare reports whether pick would find another upstream.
-func (p *projectState) spare(w *wish) bool {
+// hasAlternative reports whether pick would find another upstream.
+func (p *projectState) hasAlternative(w *criteria) bool {
 	if w.pinned {
 		return false
 	}
 	for _, u := range p.upstreams {
-		if w.fits(u) && u.health.mayTry(w.now) {
+		if w.fits(u) && u.health.available(w.now) {
 			return true
 		}
 	}
 	return false
 }
 
-// A routeLine is what choosing says of one upstream.
-type routeLine struct {
+// A routeExplanation is what choosing says of one upstream.
+type routeExplanation struct {
 	upstream *upstream
 	share    float64 // of the calls, now
-	why      string
+	reason   string
 }
 
 // explain says of each upstream of the project what it would get of calls like w.
-func (p *projectState) explain(w *wish) []routeLine {
-	lines := make([]routeLine, 0, len(p.upstreams))
+func (p *projectState) explain(w *criteria) []routeExplanation {
+	lines := make([]routeExplanation, 0, len(p.upstreams))
 	var group []int // of lines
 	for _, u := range p.upstreams {
-		line := routeLine{upstream: u, why: w.obstacle(u)}
-		if line.why == "" && len(group) > 0 && lines[group[0]].upstream.priority != u.priority {
-			line.why = "stands by: upstreams of a lower priority number go first"
+		line := routeExplanation{upstream: u, reason: w.exclusionReason(u)}
+		if line.reason == "" && len(group) > 0 && lines[group[0]].upstream.priority != u.priority {
+			line.reason = "stands by: upstreams of a lower priority number go first"
 		}
-		if lines = append(lines, line); line.why == "" {
+		if lines = append(lines, line); line.reason == "" {
 			group = append(group, len(lines)-1)
 		}
 	}
 	if len(group) == 0 {
-		if u := p.leastBad(w); u != nil {
+		if u := p.soonestReady(w); u != nil {
 			for i := range lines {
 				if lines[i].upstream == u {
-					lines[i].share, lines[i].why = 1, "is asked because none is well: "+lines[i].why
+					lines[i].share, lines[i].reason = 1, "is asked because none is well: "+lines[i].reason
 				}
 			}
 		}
@@ -211,16 +211,16 @@ func (p *projectState) explain(w *wish) []routeLine {
 		total += lines[i].upstream.weight
 	}
 	for _, i := range group {
-		lines[i].share, lines[i].why = float64(lines[i].upstream.weight)/float64(total), "shares the calls by weight"
+		lines[i].share, lines[i].reason = float64(lines[i].upstream.weight)/float64(total), "shares the calls by weight"
 		if len(group) == 1 {
-			lines[i].why = "is the first that serves the model and is well"
+			lines[i].reason = "is the first that serves the model and is well"
 		}
 	}
 	return lines
 }
 
-// obstacle says why an upstream cannot get a call now, "" if it can.
-func (w *wish) obstacle(u *upstream) string {
+// exclusionReason says why an upstream cannot get a call now, "" if it can.
+func (w *criteria) exclusionReason(u *upstream) string {
 	switch {
 	case u.weight == 0:
 		return "has the weight 0"
@@ -228,10 +228,10 @@ func (w *wish) obstacle(u *upstream) string {
 		return "speaks another provider's API"
 	case !u.serves(w.api, w.model):
 		return "does not have the model in its list"
-	case !u.health.room(w.now, w.tokens, &u.settings, false):
+	case !u.health.admits(w.now, w.tokens, &u.settings, false):
 		return "has no room left in its own limits for this minute"
-	case !u.health.mayTry(w.now):
-		h := u.health.row(w.now)
+	case !u.health.available(w.now):
+		h := u.health.snapshot(w.now)
 		return "is " + h.state.String() + ": " + h.reason
 	}
 	return ""
@@ -255,34 +255,34 @@ type fallback struct {
 
 // parseRouting reads a project's routing from JSON, strictly.
 func parseRouting(raw []byte) (r routing, err error) {
-	var fallbacks opt[[]json.RawMessage]
-	var verified, show opt[bool]
+	var fallbacks optional[[]json.RawMessage]
+	var verified, show optional[bool]
 	if err := decodeObject(raw, map[string]any{"fallbacks": &fallbacks, "verified_streams": &verified, "show_upstream": &show}); err != nil {
-		return routing{}, under("routing", err)
+		return routing{}, qualifyFieldError("routing", err)
 	}
-	r.VerifiedStreams, r.ShowUpstream = verified.v, show.v
-	if len(fallbacks.v) > 100 {
+	r.VerifiedStreams, r.ShowUpstream = verified.value, show.value
+	if len(fallbacks.value) > 100 {
 		return routing{}, &fieldError{"routing.fallbacks", "must have 100 entries or fewer"}
 	}
-	for i, raw := range fallbacks.v {
+	for i, raw := range fallbacks.value {
 		param := "routing.fallbacks[" + strconv.Itoa(i) + "]"
-		var model, to opt[string]
+		var model, to optional[string]
 		if err := decodeObject(raw, map[string]any{"model": &model, "to": &to}); err != nil {
-			return routing{}, under(param, err)
+			return routing{}, qualifyFieldError(param, err)
 		}
-		if err := checkPatterns(param+".model", []string{model.v}); err != nil {
+		if err := checkPatterns(param+".model", []string{model.value}); err != nil {
 			return routing{}, err
 		}
-		if err := checkModelName(param+".to", to.v); err != nil {
+		if err := checkModelName(param+".to", to.value); err != nil {
 			return routing{}, err
 		}
-		r.Fallbacks = append(r.Fallbacks, fallback{model.v, to.v})
+		r.Fallbacks = append(r.Fallbacks, fallback{model.value, to.value})
 	}
 	return r, nil
 }
 
-// under names the object that a field with a mistake is in.
-func under(object string, err error) error {
+// qualifyFieldError names the object that a field with a mistake is in.
+func qualifyFieldError(object string, err error) error {
 	if e, ok := err.(*fieldError); ok && e.param != "" {
 		return &fieldError{object + "." + e.param, e.msg}
 	} else if ok { // it is JSON, as part of a body that was read
@@ -306,10 +306,10 @@ func (r routing) String() string {
 	return string(b)
 }
 
-// fallback returns the model that stands in for another, "" if none does.
-func (r *routing) fallback(model string) string {
+// fallbackFor returns the model that stands in for another, "" if none does.
+func (r *routing) fallbackFor(model string) string {
 	for _, f := range r.Fallbacks {
-		if matches(f.Model, model) && f.To != model {
+		if matchesPattern(f.Model, model) && f.To != model {
 			return f.To
 		}
 	}

@@ -15,9 +15,9 @@ import (
 
 // testPool is a project with these upstreams, all well.
 func testPool(list ...*upstream) *projectState {
-	book := newHealthBook()
+	book := newHealthTracker()
 	for i, u := range list {
-		u.health, u.budget = book.of(int64(i+1), u.id), book.budget(u.host)
+		u.health, u.retryBudget = book.forUpstream(int64(i+1), u.id), book.budgetFor(u.host)
 	}
 	return &projectState{upstreams: list}
 }
@@ -50,23 +50,23 @@ func TestUpstreamShares(t *testing.T) {
 		{"weights", "gpt-4o", nil, now, map[string]float64{"a": 0.25, "b": 0.75}},
 		{"only one serves", "llama", nil, now, map[string]float64{"a": 1}},
 		{"of four", "o3", nil, now, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
-		{"one is cooling", "o3", func() { health["c"].limited(now, now, 20_000, "") }, now + 1, map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
+		{"one is cooling", "o3", func() { health["c"].recordRateLimit(now, now, 20_000, "") }, now + 1, map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
 		{"it has cooled", "o3", nil, now + 20_000, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
 		{"two are dead", "o3", func() {
-			health["a"].fault(now+20_001, now+20_000, true, "")
-			health["c"].quarantined(now+20_001, now+20_000, "")
+			health["a"].recordFailure(now+20_001, now+20_000, true, "")
+			health["c"].recordRejected(now+20_001, now+20_000, "")
 		}, now + 20_002, map[string]float64{"d": 0.33, "e": 0.67}},
-		{"a group is down", "gpt-4o", func() { health["b"].exhausted(now+20_001, now+20_000, "") }, now + 20_002, map[string]float64{"spare": 1}},
-		{"two groups are", "gpt-4o", func() { health["spare"].fault(now+20_001, now+20_000, true, "") }, now + 20_002, map[string]float64{"last": 1}},
-		{"all are: the least bad", "gpt-4o", func() { health["last"].limited(now+20_001, now+20_000, 5000, "") }, now + 20_002, map[string]float64{"last": 1}},
-		{"a probe goes out, once", "gpt-4o", nil, now + 20_001 + openLeast, map[string]float64{"last": 1}},
+		{"a group is down", "gpt-4o", func() { health["b"].recordExhausted(now+20_001, now+20_000, "") }, now + 20_002, map[string]float64{"spare": 1}},
+		{"two groups are", "gpt-4o", func() { health["spare"].recordFailure(now+20_001, now+20_000, true, "") }, now + 20_002, map[string]float64{"last": 1}},
+		{"all are: the least bad", "gpt-4o", func() { health["last"].recordRateLimit(now+20_001, now+20_000, 5000, "") }, now + 20_002, map[string]float64{"last": 1}},
+		{"a probe goes out, once", "gpt-4o", nil, now + 20_001 + breakerMinPause, map[string]float64{"last": 1}},
 	} {
 		if c.do != nil {
 			c.do()
 		}
 		got := map[string]int{}
 		for range calls {
-			got[p.pick(&wish{api: apiOpenAI, model: c.model, now: c.now}).id]++
+			got[p.pickUpstream(&criteria{api: apiOpenAI, model: c.model, now: c.now}).id]++
 		}
 		if c.name == "a probe goes out, once" { // one to each that is due, and all others to the least bad
 			if got["a"] != 1 || got["spare"] != 1 {
@@ -83,7 +83,7 @@ func TestUpstreamShares(t *testing.T) {
 			}
 		}
 	}
-	if u := testPool(p.upstreams[3]).pick(&wish{api: apiOpenAI}); u != nil {
+	if u := testPool(p.upstreams[3]).pickUpstream(&criteria{api: apiOpenAI}); u != nil {
 		t.Errorf("weight 0: %s was chosen", u.id)
 	}
 }
@@ -103,14 +103,14 @@ func TestRewrite(t *testing.T) {
 		`{"stream_options":{},  "stream":true, "messages":[], "mo\u0064el" : "gpt-4o\u002dmini" , "n":1}`,
 	} {
 		for fails := range 2 {
-			if p.provider.answer(answerChat); fails == 1 {
-				p.provider.answer(always(429, `{}`))
+			if p.provider.setScript(chatScript); fails == 1 {
+				p.provider.setScript(replyScript(429, `{}`))
 			}
-			p.in.health.forget(1, time.Now().UnixMilli())
+			p.instance.health.reset(1, time.Now().UnixMilli())
 			if res := p.do("POST", "/v1/chat/completions", body, auth...); res.status != 200 {
 				t.Fatalf("got %d %s", res.status, res.body)
 			}
-			added := string(withIncludeUsage([]byte(body), must(scanJSON([]byte(body)))))
+			added := string(withIncludeUsage([]byte(body), mustScan(scanJSON([]byte(body)))))
 			if !strings.Contains(body, `"stream":true`) {
 				added = body
 			}
@@ -118,26 +118,26 @@ func TestRewrite(t *testing.T) {
 			if strings.Contains(body, `\u002d`) {
 				model = `"gpt-4o\u002dmini"`
 			}
-			if got, want := p.provider.last(t).body, strings.Replace(added, model, `"my-deployment"`, 1); got != want {
+			if got, want := p.provider.lastRequest(t).body, strings.Replace(added, model, `"my-deployment"`, 1); got != want {
 				t.Errorf("the provider got %s, want %s", got, want)
 			}
 			if fails == 1 {
-				if got, want := second.last(t).body, strings.Replace(added, model, `"é\""`, 1); got != want {
+				if got, want := second.lastRequest(t).body, strings.Replace(added, model, `"é\""`, 1); got != want {
 					t.Errorf("the second got %s, want %s", got, want)
 				}
 			}
 		}
 	}
-	p.provider.answer(answerChat)
-	p.in.health.forget(1, time.Now().UnixMilli())
+	p.provider.setScript(chatScript)
+	p.instance.health.reset(1, time.Now().UnixMilli())
 	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\ngpt-4o-mini\r\n--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\ngpt-4o-mini\r\n--b--\r\n"
 	p.do("POST", "/v1/audio/transcriptions", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b")
-	if got, want := p.provider.last(t).body, strings.Replace(form, "\r\n\r\ngpt-4o-mini\r\n--b--", "\r\n\r\nmy-deployment\r\n--b--", 1); got != want {
+	if got, want := p.provider.lastRequest(t).body, strings.Replace(form, "\r\n\r\ngpt-4o-mini\r\n--b--", "\r\n\r\nmy-deployment\r\n--b--", 1); got != want {
 		t.Errorf("the form came as %q, want %q", got, want)
 	}
 }
 
-func must(f callFields, err error) callFields {
+func mustScan(f callFields, err error) callFields {
 	if err != nil {
 		panic(err)
 	}
@@ -150,17 +150,17 @@ func must(f callFields, err error) callFields {
 func TestFallbackModel(t *testing.T) {
 	t.Parallel()
 	const tooLong = `{"error":{"message":"too long","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}`
-	byModel := func(status int, body string) func(*providerConn, recorded) bool {
-		return func(c *providerConn, r recorded) bool {
+	byModel := func(status int, body string) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, r recordedRequest) bool {
 			if strings.Contains(r.body, `"gpt-4.1"`) {
-				return c.reply(200, strings.ReplaceAll(chatAnswer, "gpt-4o-mini-2024-07-18", "gpt-4.1-2025-04-14"))
+				return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "gpt-4.1-2025-04-14"))
 			}
 			return c.reply(status, body)
 		}
 	}
 	for _, c := range []struct {
 		name, routing, policy string
-		script                func(*providerConn, recorded) bool
+		script                func(*providerConn, recordedRequest) bool
 		status                int
 		models                []string // sent, in order
 	}{
@@ -174,13 +174,13 @@ func TestFallbackModel(t *testing.T) {
 	} {
 		p := newTest(t, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":`+c.routing+`,"policy":`+c.policy+`}`, 200, nil)
-		p.provider.answer(c.script)
+		p.provider.setScript(c.script)
 		res := p.chat()
 		if res.status != c.status {
 			t.Errorf("%s: got %d %s", c.name, res.status, res.body)
 		}
 		var models []string
-		for _, r := range p.provider.got() {
+		for _, r := range p.provider.received() {
 			models = append(models, between(r.body, `"model":"`, `"`))
 		}
 		if !slices.Equal(models, c.models) {
@@ -199,11 +199,11 @@ func TestFallbackModel(t *testing.T) {
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}],"show_upstream":true}}`, 200, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["gpt*"]}`, 200, nil)
 	other, id := p.addUpstream(`"models":["llama"]`)
-	p.provider.answer(always(503, `{}`))
+	p.provider.setScript(replyScript(503, `{}`))
 	if res := p.chat(); res.status != 200 || res.header.Get("X-LLM-Proxy-Upstream") != id {
 		t.Errorf("a model that is down: got %d %v %s", res.status, res.header, res.body)
 	}
-	if n, m := len(p.provider.got()), len(other.got()); n != 2 || m != 1 || between(other.last(t).body, `"model":"`, `"`) != "llama" {
+	if n, m := len(p.provider.received()), len(other.received()); n != 2 || m != 1 || between(other.lastRequest(t).body, `"model":"`, `"`) != "llama" {
 		t.Errorf("the providers were asked %d and %d times", n, m)
 	}
 }
@@ -228,16 +228,16 @@ func TestOwnLimits(t *testing.T) {
 	for range 8 {
 		got[<-statuses]++
 	}
-	if n, m := len(p.provider.got()), len(second.got()); n != 3 || m != 2 || got[200] != 5 || got[429] != 3 {
+	if n, m := len(p.provider.received()), len(second.received()); n != 3 || m != 2 || got[200] != 5 || got[429] != 3 {
 		t.Errorf("the providers got %d and %d calls, clients %v", n, m, got)
 	}
-	if res := p.chat(); res.code() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
+	if res := p.chat(); res.errorCode() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
 		t.Errorf("got %d %v %s", res.status, res.header, res.body)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"requests_per_minute":0,"tokens_per_minute":100}`, 200, nil)
 	answered := 0
 	for range 8 { // each uses 12 tokens, as the two before, and is expected to read 25
-		if p.settle(); p.chat().status == 200 {
+		if p.waitSettled(); p.chat().status == 200 {
 			answered++
 		}
 	}
@@ -327,11 +327,11 @@ func TestTryRoute(t *testing.T) {
 	}
 	check("all well", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
 	now := time.Now().UnixMilli()
-	p.in.health.of(1, "").quarantined(now, now, "the provider refuses the key")
+	p.instance.health.forUpstream(1, "").recordRejected(now, now, "the provider refuses the key")
 	check("one refused", route("model=gpt-4o&api=openai"), map[string]float64{ids[1]: 1})
 	check("a model of one", route("model=llama-3"), map[string]float64{ids[1]: 0.5, ids[3]: 0.5})
 	check("another API", route("model=claude&api=anthropic"), map[string]float64{ids[4]: 1})
-	if n := len(p.provider.got()); n != 0 {
+	if n := len(p.provider.received()); n != 0 {
 		t.Errorf("the provider was asked %d times", n)
 	}
 	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model"} {
@@ -341,16 +341,16 @@ func TestTryRoute(t *testing.T) {
 	}
 }
 
-// TestUnitedModels: the list of models is that of all a project's providers,
+// TestMergedModels: the list of models is that of all a project's providers,
 // each with what calls for would go there, and within what the token may use.
-func TestUnitedModels(t *testing.T) {
+func TestMergedModels(t *testing.T) {
 	t.Parallel()
-	list := func(ids ...string) func(*providerConn, recorded) bool {
+	list := func(ids ...string) func(*providerConn, recordedRequest) bool {
 		var entries []string
 		for _, id := range ids {
 			entries = append(entries, `{"id":"`+id+`","object":"model","owned_by":"x"}`)
 		}
-		return always(200, `{"object":"list","data":[`+strings.Join(entries, ",")+`]}`)
+		return replyScript(200, `{"object":"list","data":[`+strings.Join(entries, ",")+`]}`)
 	}
 	p := newTest(t, nil)
 	auth := []string{"Authorization", "Bearer " + p.token}
@@ -370,14 +370,14 @@ func TestUnitedModels(t *testing.T) {
 		}
 		return strings.Join(ids, " ")
 	}
-	p.provider.answer(list("gpt-4o", "gpt-4o-mini", "o3"))
+	p.provider.setScript(list("gpt-4o", "gpt-4o-mini", "o3"))
 	if got := models(); got != "gpt-4o gpt-4o-mini o3" {
 		t.Errorf("of one upstream: %s", got)
 	}
 	llama, _ := p.addUpstream(`"models":["llama*","mine"],"rewrite":{"mine":"llama-3"}`)
-	llama.answer(list("llama-3", "llama-4", "other"))
+	llama.setScript(list("llama-3", "llama-4", "other"))
 	azure, _ := p.addUpstream(`"priority":1,"rewrite":{"o3":"deployed"}`)
-	azure.answer(list("deployed", "gpt-4o"))
+	azure.setScript(list("deployed", "gpt-4o"))
 	for range 5 { // whichever would get the call
 		if got := models(); got != "gpt-4o gpt-4o-mini o3 llama-3 mine llama-4 deployed" {
 			t.Errorf("of three: %s", got)
@@ -391,13 +391,13 @@ func TestUnitedModels(t *testing.T) {
 		t.Errorf("within a policy: %s", got)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{}}`, 200, nil)
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reset() })
-	azure.answer(always(200, `no JSON`))
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reset() })
+	azure.setScript(replyScript(200, `no JSON`))
 	if got := models(); got != "llama-3 mine llama-4" {
 		t.Errorf("with one that answers: %s", got)
 	}
-	p.keysApart(p.provider, llama, azure)
-	llama.answer(always(503, `{"error":{}}`))
+	p.checkKeysApart(p.provider, llama, azure)
+	llama.setScript(replyScript(503, `{"error":{}}`))
 	if res := p.do("GET", "/v1/models", "", auth...); res.status < 500 {
 		t.Errorf("with none: got %d %s", res.status, res.body)
 	}
@@ -416,13 +416,13 @@ func BenchmarkRouting(b *testing.B) {
 			p := testPool(list...)
 			if trouble {
 				for i := range 10 {
-					list[5*i].health.fault(noon, noon, true, "")
+					list[5*i].health.recordFailure(noon, noon, true, "")
 				}
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				w := wish{api: apiOpenAI, model: "gpt-4o", now: noon + 1, tokens: 100}
-				if p.pick(&w) == nil {
+				w := criteria{api: apiOpenAI, model: "gpt-4o", now: noon + 1, tokens: 100}
+				if p.pickUpstream(&w) == nil {
 					b.Fatal("none")
 				}
 			}
@@ -441,30 +441,30 @@ func BenchmarkDeadKey(b *testing.B) {
 		b.ReportMetric(float64(healthy.Microseconds()), "healthy-p99-us")
 		for _, dead := range []struct {
 			name   string
-			script func(*providerConn, recorded) bool
+			script func(*providerConn, recordedRequest) bool
 		}{
-			{"reset", func(c *providerConn, _ recorded) bool { return c.reset() }},
-			{"503", always(503, `{}`)}, {"429", always(429, `{}`)}, {"401", always(401, `{}`)},
-			{"hangs", func(c *providerConn, _ recorded) bool { return stall(c) }},
+			{"reset", func(c *providerConn, _ recordedRequest) bool { return c.reset() }},
+			{"503", replyScript(503, `{}`)}, {"429", replyScript(429, `{}`)}, {"401", replyScript(401, `{}`)},
+			{"hangs", func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }},
 		} {
 			b.ReportMetric(float64(deadKeyP99(b, dead.script))/float64(healthy), dead.name+"-ratio")
 		}
 	}
 }
 
-func deadKeyP99(b *testing.B, dead func(*providerConn, recorded) bool) time.Duration {
+func deadKeyP99(b *testing.B, dead func(*providerConn, recordedRequest) bool) time.Duration {
 	b.Helper()
 	p := newTest(b, map[string]string{"LOG_LEVEL": "error"})
 	defer p.stop()
-	slow := func(c *providerConn, r recorded) bool {
+	slow := func(c *providerConn, r recordedRequest) bool {
 		time.Sleep(20 * time.Millisecond)
-		return answerChat(c, r)
+		return chatScript(c, r)
 	}
-	p.provider.answer(slow)
+	p.provider.setScript(slow)
 	for i := range 2 {
 		provider, _ := p.addUpstream(`"weight":1`)
-		if provider.answer(slow); i == 1 && dead != nil {
-			provider.answer(dead)
+		if provider.setScript(slow); i == 1 && dead != nil {
+			provider.setScript(dead)
 		}
 	}
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
@@ -518,9 +518,9 @@ func TestSharedUpstream(t *testing.T) {
 	}
 	expect := func(what string, status int) {
 		t.Helper()
-		before := len(p.provider.got())
+		before := len(p.provider.received())
 		res := p.chatAs(token.Token)
-		if asked := len(p.provider.got()) - before; res.status != status || asked != 1 && status == 200 {
+		if asked := len(p.provider.received()) - before; res.status != status || asked != 1 && status == 200 {
 			t.Errorf("%s: got %d %s, the provider was asked %d times", what, res.status, res.body, asked)
 		}
 	}
@@ -555,7 +555,7 @@ func TestSharedUpstream(t *testing.T) {
 	expect("not shared any more", 404)
 	share(`"`+other.ID+`"`, 200)
 	now := time.Now().UnixMilli()
-	p.in.health.of(1, "").limited(now, now, 60_000, "x")
+	p.instance.health.forUpstream(1, "").recordRateLimit(now, now, 60_000, "x")
 	if _, id := p.addUpstream(`"priority":1,"shared_with":["` + other.ID + `"]`); p.chatAs(token.Token).status != 200 || p.lastCall().UpstreamID != id {
 		t.Errorf("a key that cools in one project is used in another: %+v", p.lastCall())
 	}

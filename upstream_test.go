@@ -192,12 +192,12 @@ func TestDialChecksTheAddress(t *testing.T) {
 	}
 	// The same through the whole way of a call: the base URL was fine when it was
 	// stored.
-	p.newUpstream("http://localhost:" + port)
-	p.in.transport.CloseIdleConnections()
-	p.in.transport.DialContext = newTransport(false).DialContext
+	p.replaceBaseURL("http://localhost:" + port)
+	p.instance.transport.CloseIdleConnections()
+	p.instance.transport.DialContext = newTransport(false).DialContext
 	a := p.chat()
-	p.refused("forbidden when dialled", a, 502, "upstream_unreachable")
-	p.tellsNothing("forbidden when dialled", a)
+	p.expectRefused("forbidden when dialled", a, 502, "upstream_unreachable")
+	p.checkNoNetworkDetail("forbidden when dialled", a)
 	if row := p.lastCall(); row.Outcome != "upstream_error" {
 		t.Errorf("the ledger has %+v", row)
 	}
@@ -215,7 +215,7 @@ func TestPrivateUpstreamTurnedOff(t *testing.T) {
 	p.env["ALLOW_PRIVATE_UPSTREAMS"] = "false"
 	p.env["OPENAI_API_URL"] = ""
 	p.start()
-	p.refused("a private base URL", p.chat(), 503, "upstream_key_unreadable")
+	p.expectRefused("a private base URL", p.chat(), 503, "upstream_key_unreadable")
 }
 
 // TestClientChoosesNoPlace: nothing in a client's body or headers is where the
@@ -230,12 +230,12 @@ func TestClientChoosesNoPlace(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"X-Base-Url", "X-Portkey-Custom-Host", "X-Portkey-Provider", "X-Api-Base", "X-Forwarded-Host", "X-Host", "X-Original-Url", "Forwarded", "Helicone-Target-Url", "OpenAI-Base-Url", "Referer"} {
-		if a := p.call("Authorization", "Bearer "+p.token, name, other.url); a.status != 200 {
+		if a := p.chatWithHeaders("Authorization", "Bearer "+p.token, name, other.url); a.status != 200 {
 			t.Errorf("%s: got %d", name, a.status)
 		}
 	}
-	if len(other.got()) > 0 || len(p.provider.got()) != 22 {
-		t.Errorf("the other place got %d calls, the provider %d", len(other.got()), len(p.provider.got()))
+	if len(other.received()) > 0 || len(p.provider.received()) != 22 {
+		t.Errorf("the other place got %d calls, the provider %d", len(other.received()), len(p.provider.received()))
 	}
 }
 
@@ -273,7 +273,7 @@ func TestEchoedKeyMasked(t *testing.T) {
 	p.allowErrors = true // each is noted as one
 	key, stars := p.provider.key, strings.Repeat("*", len(p.provider.key))
 	for _, status := range []int{200, 400, 404, 429, 500, 503} {
-		p.provider.answer(func(c *providerConn, r recorded) bool {
+		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 			body := `{"error":{"message":"Bad key: ` + r.header.Get("Authorization") + `, that is ` + key + key + `"}}`
 			fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nX-Request-Id: %s\r\nOpenAI-Version: a%sb\r\nX-Echo: %s\r\nRetry-After: %s\r\nContent-Length: %d\r\n\r\n%s",
 				status, key, key, key, key, key, len(body), body)
@@ -293,19 +293,19 @@ func TestEchoedKeyMasked(t *testing.T) {
 	}
 }
 
-// TestRefusedKeyIsOurTrouble: a provider's 401 or 403 is not the client's, and
+// TestRefusedKeyIsProxyError: a provider's 401 or 403 is not the client's, and
 // its text, which may quote a part of the key, stays here.
-func TestRefusedKeyIsOurTrouble(t *testing.T) {
+func TestRefusedKeyIsProxyError(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	part := p.provider.key[:20]
 	for _, status := range []int{401, 403} {
 		for _, stream := range []string{`"x":0`, `"stream":true`} {
-			p.provider.answer(func(c *providerConn, _ recorded) bool {
+			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 				return c.reply(status, `{"error":{"message":"Incorrect API key provided: `+part+`"}}`, "X-Request-Id: "+part, "WWW-Authenticate: Bearer "+part)
 			})
 			a := p.chat(stream)
-			if a.status != 502 || a.code() != "upstream_auth_error" || a.header.Get("X-Should-Retry") != "false" {
+			if a.status != 502 || a.errorCode() != "upstream_auth_error" || a.header.Get("X-Should-Retry") != "false" {
 				t.Errorf("%d: got %d %s %v", status, a.status, a.body, a.header)
 			}
 			if all := fmt.Sprint(a.header, a.body); strings.Contains(all, part[:12]) || a.header.Get("WWW-Authenticate") != "" {
@@ -330,8 +330,8 @@ func TestEchoedKeyInStream(t *testing.T) {
 	whole := event + ": " + key[:14] + "\n\ndata: [DONE]\n\n"
 	at := strings.Index(event, key)
 	for _, cut := range []int{at, at + 1, at + 7, at + len(key)/2, at + len(key) - 1, at + len(key), len(event) + 5, -1} {
-		p.provider.answer(func(c *providerConn, _ recorded) bool {
-			c.sse("X-Request-Id: " + key)
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			c.beginSSE("X-Request-Id: " + key)
 			if cut < 0 { // byte by byte
 				for i := range len(whole) {
 					if c.chunk(whole[i:i+1]) != nil {
@@ -349,7 +349,7 @@ func TestEchoedKeyInStream(t *testing.T) {
 		}
 	}
 	// What looks like the beginning of the key at the very end is no key.
-	p.provider.answer(func(c *providerConn, _ recorded) bool { return c.reply(200, `{"x":"`+key[:14]) })
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"x":"`+key[:14]) })
 	if a := p.chat(); a.body != `{"x":"`+key[:14] {
 		t.Errorf("got %q, %v", a.body, a.err)
 	}
@@ -361,47 +361,50 @@ func TestBrokenProviderSaysNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	key := p.provider.key
-	for name, script := range map[string]func(c *providerConn, r recorded) bool{
-		"no http":    func(c *providerConn, _ recorded) bool { fmt.Fprintf(c, "SSH-2.0 %s\r\n\r\n", key); return false },
-		"bad status": func(c *providerConn, _ recorded) bool { fmt.Fprintf(c, "HTTP/1.1 2x0 %s\r\n\r\n", key); return false },
-		"bad header": func(c *providerConn, _ recorded) bool {
+	for name, script := range map[string]func(c *providerConn, r recordedRequest) bool{
+		"no http": func(c *providerConn, _ recordedRequest) bool { fmt.Fprintf(c, "SSH-2.0 %s\r\n\r\n", key); return false },
+		"bad status": func(c *providerConn, _ recordedRequest) bool {
+			fmt.Fprintf(c, "HTTP/1.1 2x0 %s\r\n\r\n", key)
+			return false
+		},
+		"bad header": func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", key)
 			return false
 		},
-		"bad header name": func(c *providerConn, _ recorded) bool {
+		"bad header name": func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n %s: x\r\n\r\n", key)
 			return false
 		},
-		"bad length": func(c *providerConn, _ recorded) bool {
+		"bad length": func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", key)
 			return false
 		},
-		"two lengths": func(c *providerConn, _ recorded) bool {
+		"two lengths": func(c *providerConn, _ recordedRequest) bool {
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab")
 			return false
 		},
-		"unknown transfer": func(c *providerConn, _ recorded) bool {
+		"unknown transfer": func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n", key)
 			return false
 		},
-		"endless headers": func(c *providerConn, _ recorded) bool {
+		"endless headers": func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nX: %s\r\n\r\n", strings.Repeat(key, 4000))
 			return false
 		},
-		"closes": func(*providerConn, recorded) bool { return false },
-		"resets": func(c *providerConn, _ recorded) bool { return c.reset() },
+		"closes": func(*providerConn, recordedRequest) bool { return false },
+		"resets": func(c *providerConn, _ recordedRequest) bool { return c.reset() },
 	} {
-		p.provider.answer(script)
+		p.provider.setScript(script)
 		a := p.chat()
 		if a.status != 502 || a.err != nil {
 			t.Errorf("%s: got %d %s %v", name, a.status, a.body, a.err)
 		}
-		p.tellsNothing(name, a)
+		p.checkNoNetworkDetail(name, a)
 	}
 }
 
-// tellsNothing looks for traces of the network in an error.
-func (p *testProxy) tellsNothing(what string, a answer) {
+// checkNoNetworkDetail looks for traces of the network in an error.
+func (p *testProxy) checkNoNetworkDetail(what string, a testResponse) {
 	p.t.Helper()
 	text := strings.ToLower(fmt.Sprint(a.body, a.header))
 	for _, s := range []string{"127.0.0.1", "localhost", strings.TrimPrefix(p.provider.url, "http://127.0.0.1"), "dial", "tcp", "x509", "certificate", "tls", "http/1.x", "eof", "connection re", "goroutine", "malformed"} {
@@ -411,8 +414,8 @@ func (p *testProxy) tellsNothing(what string, a answer) {
 	}
 }
 
-// newUpstream makes the test's project use another base URL, with a key of its own.
-func (p *testProxy) newUpstream(baseURL string) (key string) {
+// replaceBaseURL makes the test's project use another base URL, with a key of its own.
+func (p *testProxy) replaceBaseURL(baseURL string) (key string) {
 	p.t.Helper()
 	key = "sk-other-" + randomBase62(40)
 	p.secrets = append(p.secrets, key)
@@ -432,7 +435,7 @@ func TestUnreachableProvider(t *testing.T) {
 	closed.Close()
 	var served atomic.Int64
 	untrusted := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served.Add(1) }))
-	untrusted.Config.ErrorLog = quietLogger(newLogger(io.Discard, 0, true))
+	untrusted.Config.ErrorLog = newHTTPErrorLog(newLogger(io.Discard, 0, true))
 	untrusted.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
 	untrusted.StartTLS()
 	defer untrusted.Close()
@@ -444,7 +447,7 @@ func TestUnreachableProvider(t *testing.T) {
 		"a name not there":  "https://provider.invalid",
 		"TLS not asked for": "http" + strings.TrimPrefix(untrusted.URL, "https"),
 	} {
-		p.newUpstream(base)
+		p.replaceBaseURL(base)
 		a := p.chat()
 		if name == "TLS not asked for" { // Go's server explains itself in plain HTTP: a 400
 			if a.status != 400 {
@@ -452,12 +455,12 @@ func TestUnreachableProvider(t *testing.T) {
 			}
 			continue
 		}
-		if a.status != 502 || a.code() != "upstream_unreachable" {
+		if a.status != 502 || a.errorCode() != "upstream_unreachable" {
 			t.Errorf("%s: got %d %s", name, a.status, a.body)
 		}
-		p.tellsNothing(name, a)
+		p.checkNoNetworkDetail(name, a)
 	}
-	if served.Load() > 0 || len(p.provider.got()) > 0 {
+	if served.Load() > 0 || len(p.provider.received()) > 0 {
 		t.Error("a request went out without a trusted certificate")
 	}
 }
@@ -481,7 +484,7 @@ func TestProviderKeyNeverShown(t *testing.T) {
 			t.Errorf("%q: %d %s", masked, a.status, a.body)
 		}
 	}
-	if a := p.chat(); a.status != 200 || p.provider.last(t).header.Get("Authorization") != "Bearer "+p.provider.key {
+	if a := p.chat(); a.status != 200 || p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
 		t.Errorf("the stored key is not in use any more: %d %s", a.status, a.body)
 	}
 	const short = "Zk39xPqL07"
@@ -519,11 +522,11 @@ func TestKeyFollowsNoURL(t *testing.T) {
 			t.Errorf("%s: %d %s", body, a.status, a.body)
 		}
 	}
-	if a := p.chat(); a.status != 200 || len(thief.got()) > 0 {
-		t.Fatalf("got %d; the other place got %d requests", a.status, len(thief.got()))
+	if a := p.chat(); a.status != 200 || len(thief.received()) > 0 {
+		t.Fatalf("got %d; the other place got %d requests", a.status, len(thief.received()))
 	}
-	key := p.newUpstream(thief.url)
-	if a := p.chat(); a.status != 200 || thief.last(t).header.Get("Authorization") != "Bearer "+key || strings.Contains(thief.last(t).head, p.provider.key) {
+	key := p.replaceBaseURL(thief.url)
+	if a := p.chat(); a.status != 200 || thief.lastRequest(t).header.Get("Authorization") != "Bearer "+key || strings.Contains(thief.lastRequest(t).head, p.provider.key) {
 		t.Errorf("with a new key: %d %s", a.status, a.body)
 	}
 }
@@ -560,24 +563,24 @@ func TestEditedDatabase(t *testing.T) {
 	} {
 		var sealed []byte
 		var base string
-		row := p.in.store.write.QueryRow("SELECT sealed_key, base_url FROM upstreams WHERE id = ?", p.upstream)
+		row := p.instance.store.writeDB.QueryRow("SELECT sealed_key, base_url FROM upstreams WHERE id = ?", p.upstream)
 		if err := row.Scan(&sealed, &base); err != nil {
 			t.Fatal(err)
 		}
-		p.edit("UPDATE upstreams SET "+c.set+" WHERE id = ?", append(c.args, p.upstream)...)
+		p.editDatabase("UPDATE upstreams SET "+c.set+" WHERE id = ?", append(c.args, p.upstream)...)
 		a := p.chat()
 		want := "upstream_key_unreadable"
 		if c.name == "another project" { // this one has none left, and the other two
-			if want = "no_upstream"; a.status != 404 || a.code() != want {
+			if want = "no_upstream"; a.status != 404 || a.errorCode() != want {
 				t.Errorf("%s: got %d %s", c.name, a.status, a.body)
 			}
-		} else if a.status != 503 || a.code() != want {
+		} else if a.status != 503 || a.errorCode() != want {
 			t.Errorf("%s: got %d %s", c.name, a.status, a.body)
 		}
-		p.edit("UPDATE upstreams SET id = ?, project = (SELECT seq FROM projects WHERE id = ?), sealed_key = ?, base_url = ? WHERE id IN (?, 'up_0000000000000000')",
+		p.editDatabase("UPDATE upstreams SET id = ?, project = (SELECT seq FROM projects WHERE id = ?), sealed_key = ?, base_url = ? WHERE id IN (?, 'up_0000000000000000')",
 			p.upstream, p.project, sealed, base, p.upstream)
 	}
-	if len(p.provider.got())+len(thief.got()) > 0 {
+	if len(p.provider.received())+len(thief.received()) > 0 {
 		t.Error("a provider was called")
 	}
 	if a := p.chat(); a.status != 200 {
@@ -585,10 +588,10 @@ func TestEditedDatabase(t *testing.T) {
 	}
 }
 
-// edit changes the database behind the program's back, and starts it anew.
-func (p *testProxy) edit(query string, args ...any) {
+// editDatabase changes the database behind the program's back, and starts it anew.
+func (p *testProxy) editDatabase(query string, args ...any) {
 	p.t.Helper()
-	if _, err := p.in.store.write.Exec(query, args...); err != nil {
+	if _, err := p.instance.store.writeDB.Exec(query, args...); err != nil {
 		p.t.Fatal(err)
 	}
 	if err := p.stop(); err != nil {
@@ -605,7 +608,7 @@ func TestWrongEncryptionKey(t *testing.T) {
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(p.env["DATA_DIR"], keyName)
+	file := filepath.Join(p.env["DATA_DIR"], keyFileName)
 	right, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
@@ -694,20 +697,20 @@ func TestRetryHint(t *testing.T) {
 		"Retry-After: -5":                   0,
 		"Retry-After: soon":                 0,
 		"Retry-After: NaN":                  0,
-		"Retry-After: Inf":                  coolMost,
-		"Retry-After: 1000000000":           coolMost,
-		"Retry-After: 1e300":                coolMost,
-		"Retry-After: 99999999999999999999": coolMost,
-		"Retry-After: 6m0s":                 coolMost,
+		"Retry-After: Inf":                  cooldownMax,
+		"Retry-After: 1000000000":           cooldownMax,
+		"Retry-After: 1e300":                cooldownMax,
+		"Retry-After: 99999999999999999999": cooldownMax,
+		"Retry-After: 6m0s":                 cooldownMax,
 		"Retry-After: 1m30s":                90_000,
 		"Retry-After: Tue, 24 Nov 2026 12:00:20 GMT":                         20_000,
 		"Retry-After: Tue, 24 Nov 2026 11:00:20 GMT":                         0,
-		"Retry-After: Fri, 24 Nov 2028 12:00:20 GMT":                         coolMost,
+		"Retry-After: Fri, 24 Nov 2028 12:00:20 GMT":                         cooldownMax,
 		"Retry-After-Ms: 1500|Retry-After: 7":                                1_500,
 		"Retry-After-Ms: x|Retry-After: 7":                                   7_000,
 		"X-Ratelimit-Reset-Requests: 6m0s":                                   0, // whose count is not used up
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 12ms": 12,
-		"X-Ratelimit-Remaining-Tokens: 0|X-Ratelimit-Reset-Tokens: 6m0s":     coolMost,
+		"X-Ratelimit-Remaining-Tokens: 0|X-Ratelimit-Reset-Tokens: 6m0s":     cooldownMax,
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 2s|X-Ratelimit-Remaining-Tokens: 9|X-Ratelimit-Reset-Tokens: 50s": 2_000,
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: -1":                                                               0,
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 45":                                                               45_000,
@@ -734,32 +737,32 @@ func TestRetryHint(t *testing.T) {
 // after, half a minute later at most.
 func TestHealthThroughOutage(t *testing.T) {
 	t.Parallel()
-	h := newHealthBook().of(1, "up_1")
+	h := newHealthTracker().forUpstream(1, "up_1")
 	asked, back := 0, int64(0)
 	const down = 60_000
 	for now := int64(1); now < 3*down && back == 0; now += 100 {
-		if !h.mayTry(now) || !h.take(now) {
+		if !h.available(now) || !h.tryAcquire(now) {
 			continue
 		}
-		if h.mayTry(now) != (h.state == keyReady) {
+		if h.available(now) != (h.state == keyReady) {
 			t.Fatalf("at %d a second call may go there while the first probes it", now)
 		}
 		if now < down {
 			asked++
-			h.fault(now+1, now, false, "down")
+			h.recordFailure(now+1, now, false, "down")
 			continue
 		}
-		h.good(now+1, now, false)
+		h.recordSuccess(now+1, now, false)
 		back = now
 	}
-	if asked < faultsToOpen || asked > 10 {
+	if asked < failuresToOpen || asked > 10 {
 		t.Errorf("a provider that is down for a minute was asked %d times", asked)
 	}
-	if back == 0 || back > down+openMost+100 {
+	if back == 0 || back > down+breakerMaxPause+100 {
 		t.Errorf("the key has its calls again after %d ms", back)
 	}
-	if h.good(back+10, back+5, true); h.row(back+11).state != keyReady || h.strikes != 0 {
-		t.Errorf("after a good answer: %+v", h.row(back+11))
+	if h.recordSuccess(back+10, back+5, true); h.snapshot(back+11).state != keyReady || h.strikes != 0 {
+		t.Errorf("after a good answer: %+v", h.snapshot(back+11))
 	}
 }
 
@@ -767,84 +770,84 @@ func TestHealthThroughOutage(t *testing.T) {
 func TestHealthStates(t *testing.T) {
 	t.Parallel()
 	const day = 20_000 * dayMS
-	h, now := newHealthBook().of(1, "up_1"), int64(day+23*hourMS+30*60_000)
+	h, now := newHealthTracker().forUpstream(1, "up_1"), int64(day+23*hourMS+30*60_000)
 	expect := func(what string, s keyState, pause int64) {
 		t.Helper()
-		r := h.row(now)
+		r := h.snapshot(now)
 		if until := now + pause; r.state != s || pause > 0 && r.until != until {
 			t.Errorf("%s: %v for %d ms, want %v for %d", what, r.state, r.until-now, s, pause)
 		}
 	}
 	pass := func(ms int64) { now += ms }
-	h.fault(now, now, false, "x")
-	h.fault(now, now, false, "x")
+	h.recordFailure(now, now, false, "x")
+	h.recordFailure(now, now, false, "x")
 	expect("two failures", keyReady, 0)
-	h.good(now, now, true)
-	h.fault(now, now, false, "x")
+	h.recordSuccess(now, now, true)
+	h.recordFailure(now, now, false, "x")
 	expect("an answer between", keyReady, 0)
-	h.good(now, now, false) // begun, not complete
-	h.fault(now, now, false, "x")
-	h.fault(now, now, false, "x")
-	expect("three in a row", keyOpen, openLeast)
-	h.good(now+1, now, true) // of a call that began before
-	expect("an old answer", keyOpen, openLeast)
-	pass(openLeast)
-	if !h.take(now) || h.take(now) || h.mayTry(now) {
+	h.recordSuccess(now, now, false) // begun, not complete
+	h.recordFailure(now, now, false, "x")
+	h.recordFailure(now, now, false, "x")
+	expect("three in a row", keyBreakerOpen, breakerMinPause)
+	h.recordSuccess(now+1, now, true) // of a call that began before
+	expect("an old answer", keyBreakerOpen, breakerMinPause)
+	pass(breakerMinPause)
+	if !h.tryAcquire(now) || h.tryAcquire(now) || h.available(now) {
 		t.Error("not one probe")
 	}
-	h.fault(now, now, false, "x")
-	expect("a probe that failed", keyOpen, 2*openLeast)
-	pass(2 * openLeast)
-	h.take(now)
-	h.release()
-	if !h.mayTry(now) {
+	h.recordFailure(now, now, false, "x")
+	expect("a probe that failed", keyBreakerOpen, 2*breakerMinPause)
+	pass(2 * breakerMinPause)
+	h.tryAcquire(now)
+	h.endProbe()
+	if !h.available(now) {
 		t.Error("a probe that told nothing blocks the next")
 	}
-	h.limited(now, now, 7_000, "x")
+	h.recordRateLimit(now, now, 7_000, "x")
 	expect("limited while it was open", keyCooling, 7_000)
-	h.limited(now, now-1, 20_000, "x")
+	h.recordRateLimit(now, now-1, 20_000, "x")
 	expect("a longer wait", keyCooling, 20_000)
-	h.limited(now, now, 0, "x")
+	h.recordRateLimit(now, now, 0, "x")
 	expect("a wait of nobody knows how long", keyCooling, 20_000)
-	h.exhausted(now, now+1, "x")
+	h.recordExhausted(now, now+1, "x")
 	expect("exhausted: until the day begins", keyExhausted, day+dayMS-now)
-	h.fault(now, now+1, true, "x")
+	h.recordFailure(now, now+1, true, "x")
 	expect("lesser trouble", keyExhausted, day+dayMS-now)
 	pass(hourMS)
-	h.take(now)
-	h.exhausted(now, now, "x")
+	h.tryAcquire(now)
+	h.recordExhausted(now, now, "x")
 	expect("again: an hour", keyExhausted, hourMS)
 	pass(1)
-	h.quarantined(now, now, "x")
-	expect("refused", keyQuarantined, quarantineMost)
+	h.recordRejected(now, now, "x")
+	expect("refused", keyQuarantined, quarantineMax)
 	pass(1)
-	h.good(now, now, false) // asked because none was well
+	h.recordSuccess(now, now, false) // asked because none was well
 	expect("a good answer", keyReady, 0)
 	pass(1)
-	h.limited(now, now, 0, "x")
-	expect("limited", keyCooling, coolLeast)
-	pass(coolLeast)
+	h.recordRateLimit(now, now, 0, "x")
+	expect("limited", keyCooling, cooldownMin)
+	pass(cooldownMin)
 	expect("it has cooled", keyReady, 0)
-	h.take(now)
+	h.tryAcquire(now)
 	pass(1)
-	h.limited(now, now, 0, "x")
-	expect("limited again", keyCooling, 2*coolLeast)
+	h.recordRateLimit(now, now, 0, "x")
+	expect("limited again", keyCooling, 2*cooldownMin)
 	pass(1)
-	h.usable(now, false)
-	if h.mayTry(now + 50*365*dayMS) {
+	h.setUsable(now, false)
+	if h.available(now + 50*365*dayMS) {
 		t.Error("a key that does not open is tried")
 	}
-	h.usable(now, true)
+	h.setUsable(now, true)
 	expect("it opens", keyReady, 0)
 	pass(1)
-	h.quarantined(now, now, "x")
-	h.book.forget(1, now)
+	h.recordRejected(now, now, "x")
+	h.tracker.reset(1, now)
 	expect("an admin changed it", keyReady, 0)
-	h.quarantined(now+1, now-1, "x")
+	h.recordRejected(now+1, now-1, "x")
 	expect("an attempt with the key before", keyReady, 0)
 	pass(10)
-	h.book.forget(1, now)
-	h.quarantined(now+1, now-1, "x")
+	h.tracker.reset(1, now)
+	h.recordRejected(now+1, now-1, "x")
 	expect("an attempt with a key that was well before", keyReady, 0)
 }
 
@@ -852,7 +855,7 @@ func TestHealthStates(t *testing.T) {
 // after a reserve.
 func TestRetryBudget(t *testing.T) {
 	t.Parallel()
-	b := newHealthBook().budget("host")
+	b := newHealthTracker().budgetFor("host")
 	spent := func(calls int, from, ms int64) (n int) {
 		for i := range calls {
 			b.earn()
