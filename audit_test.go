@@ -152,7 +152,7 @@ func TestAuditEveryChange(t *testing.T) {
 	p.secrets = append(p.secrets, "sk-canary-0123456789abcdefWXYZ", "sk-other-0123456789abcdefWXYZ")
 	var keys struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/keys", "", 200, &keys)
-	for _, rt := range p.instance.dispatchManage.manageTable() {
+	for _, rt := range p.instance.manage.manageTable() {
 		method, _, _ := strings.Cut(rt.pattern, " ")
 		before := p.lastAuditSeq()
 		if method == "GET" {

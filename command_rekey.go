@@ -17,10 +17,6 @@ import (
 
 const rekeyUsage = "usage: llm-proxy rekey [FILE]"
 
-// newKeyFileName is where a new key waits until the database has been sealed with
-// it, if the key lives in the data directory.
-const newKeyFileName = keyFileName + ".new"
-
 // rekey seals everything with the key in FILE, or with one that is made now and
 // takes the place of the key file.
 func (p *program) rekey(ctx context.Context, args []string) error {
@@ -115,7 +111,7 @@ func rekeyDatabase(ctx context.Context, cfg *config, st *store, name string, mad
 	if err := st.openAudit(ctx, from, systemOrigin(time.Now())); err != nil {
 		return 0, nil, err
 	}
-	n, err = st.reseal(ctx, systemOrigin(time.Now()), from, to)
+	n, err = st.reseal(ctx, systemOrigin(time.Now()), from, to, baseURLOrigin)
 	return n, to, err
 }
 

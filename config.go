@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -532,4 +534,32 @@ func parseDuration(s string, least, most time.Duration) (time.Duration, error) {
 		return 0, fmt.Errorf("must be from %s to %s", formatDuration(least), formatDuration(most))
 	}
 	return d, nil
+}
+
+// A build is what this binary was made from.
+type build struct{ version, revision, goVersion string }
+
+// linkedVersion is the version, where the linker was told one (Dockerfile): a build
+// without the repository knows none. Nothing else writes it.
+var linkedVersion string
+
+func readBuildInfo() build {
+	b := build{version: cmp.Or(linkedVersion, "devel")}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		b.goVersion = info.GoVersion
+		if linkedVersion == "" && info.Main.Version != "" && info.Main.Version != "(devel)" {
+			b.version = info.Main.Version
+		}
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				b.revision = s.Value
+			}
+		}
+	}
+	return b
+}
+
+func versionText() string {
+	b := readBuildInfo()
+	return strings.Join(strings.Fields("llm-proxy "+b.version+" "+b.revision+" "+b.goVersion), " ")
 }

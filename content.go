@@ -10,7 +10,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"time"
 )
 
 // A storedBody is the beginning of a request's body or an answer's.
@@ -28,18 +27,6 @@ type storedContent struct {
 	maxBytes          int64 // bytes of each body
 	expiresAt         int64
 	request, response storedBody
-}
-
-// newStoredContent begins to keep a call's content, if its project asks for it.
-func (p *proxy) newStoredContent(c *call) *storedContent {
-	days := c.project.policy.KeepContentDays
-	if days == 0 {
-		return nil
-	}
-	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's own row
-	k := &storedContent{memory: p.bodies, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
-	k.add(&k.request, c.body)
-	return k
 }
 
 func (k *storedContent) add(b *storedBody, p []byte) {
@@ -78,11 +65,6 @@ func (k *storedContent) release() {
 // that need not touch what is kept.
 type contentKey struct{ root secret }
 
-const (
-	contentKeySetting = "content_key"
-	contentKeyContext = "llm-proxy content key v1"
-)
-
 // openContentKey returns the database's key, made at first.
 func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, error) {
 	text, err := st.setting(ctx, contentKeySetting)
@@ -112,13 +94,6 @@ func (k *contentKey) sealerFor(id int64) (*sealer, error) {
 		return nil, fmt.Errorf("deriving a content key: %w", err)
 	}
 	return newSealer(key)
-}
-
-// A contentRow is what the store has of a call's content, sealed.
-type contentRow struct {
-	id, project, expiresAt      int64
-	request, response           []byte
-	requestBytes, responseBytes int64
 }
 
 const (

@@ -322,3 +322,7 @@ func freeSpace(path string) (uint64, error) {
 	}
 	return uint64(st.Bavail) * uint64(st.Bsize), nil
 }
+
+// newKeyFileName is where a new key waits until the database has been sealed with
+// it, if the key lives in the data directory.
+const newKeyFileName = keyFileName + ".new"

@@ -236,7 +236,7 @@ func (in *instance) seedDemoData(ctx context.Context, now time.Time, key secret)
 	d := &demoData{}
 	if in.cfg.managementToken == nil {
 		var err error
-		if d.key, err = in.dispatchManage.createFirstKey(ctx); err != nil {
+		if d.key, err = in.manage.createFirstKey(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -244,7 +244,7 @@ func (in *instance) seedDemoData(ctx context.Context, now time.Time, key secret)
 	var openai, anthropic []int64 // seqs of upstreams, by project; 0: none
 	for _, dp := range demoProjects() {
 		at := now.AddDate(0, 0, -90)
-		p, up, err := in.dispatchManage.addOpenAIProject(ctx, dp.name, dp.policy, key, at)
+		p, up, err := in.manage.addOpenAIProject(ctx, dp.name, dp.policy, key, at)
 		if err != nil {
 			return nil, err
 		}
@@ -255,7 +255,7 @@ func (in *instance) seedDemoData(ctx context.Context, now time.Time, key secret)
 		more := upstreamInput{name: optional[string]{set: true, value: "anthropic"}, key: optional[secret]{set: true, value: key},
 			provider: optional[string]{set: true, value: providerAnthropic}, baseURL: optional[string]{set: true, value: in.cfg.openaiURL}}
 		up = newUpstreamRow(p, at.UnixMilli())
-		if err := more.apply(in.dispatchManage, up, true); err != nil {
+		if err := more.apply(in.manage, up, true); err != nil {
 			return nil, err
 		}
 		if err := in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {
@@ -313,7 +313,7 @@ func (in *instance) createDemoToken(ctx context.Context, now time.Time, u demoUs
 	if u.idleExpiry != 0 {
 		t.idleExpiry = new(u.idleExpiry.Milliseconds())
 	}
-	value, err := in.dispatchManage.mintToken(ctx, systemOrigin(time.Now()), t)
+	value, err := in.manage.mintToken(ctx, systemOrigin(time.Now()), t)
 	if err != nil {
 		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
 	}

@@ -4,11 +4,14 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -336,4 +339,238 @@ func (r role) rank() int {
 type actor struct {
 	id, name string
 	role     role
+}
+
+// An auditOrigin is who does something, from where and when. Who has nothing to do
+// with a request is actorSystem.
+type auditOrigin struct {
+	actorID   string // a management key's id, actorEnvironment, actorSystem; "": not known
+	role      role
+	address   string
+	requestID string
+	at        int64
+}
+
+const (
+	actorEnvironment = "env"    // who holds MANAGEMENT_TOKEN
+	actorSystem      = "system" // the program itself, at a start or a command
+)
+
+func systemOrigin(now time.Time) auditOrigin {
+	return auditOrigin{actorID: actorSystem, at: now.UnixMilli()}
+}
+
+// What is done to stored things has an action of the form thing.verb, which
+// stands where it is stored. These are the others.
+const (
+	actionAuditBegin   = "audit.begin"
+	actionRestore      = "database.restore"
+	actionSignIn       = "sign_in"
+	actionSignInFailed = "sign_in_failed"
+	actionSignOut      = "sign_out"
+	actionExport       = "export"
+	actionReveal       = "reveal"
+)
+
+// An auditEvent is what an entry says was done, and to which object.
+type auditEvent struct {
+	action, object string
+	detail         []auditField
+}
+
+// An auditField is a named value in an entry's detail. No secret may be one: what
+// prints as [secret] elsewhere does so here, but a plain string does not.
+type auditField struct {
+	name  string
+	value any
+}
+
+// maxAuditValueBytes bounds the JSON of one value in a detail: what is longer, such as a
+// long policy, is told by its length and hash.
+const maxAuditValueBytes = 2 << 10
+
+// diffAuditFields returns, for each fact that differs, the values before and after. A
+// fact that one side lacks is null there; nil is a thing that is not there at
+// all.
+func diffAuditFields(before, after []auditField) (out []auditField) {
+	value := func(of []auditField, name string) []byte {
+		i := slices.IndexFunc(of, func(f auditField) bool { return f.name == name })
+		if i < 0 {
+			return []byte("null")
+		}
+		return auditValueJSON(of[i].value)
+	}
+	names := after
+	if after == nil {
+		names = before
+	}
+	for _, f := range names {
+		was, is := value(before, f.name), value(after, f.name)
+		if !bytes.Equal(was, is) {
+			out = append(out, auditField{f.name, [2]json.RawMessage{digestLongValue(was), digestLongValue(is)}})
+		}
+	}
+	return out
+}
+
+// auditValueJSON is a value's JSON. What has none is a mistake of ours, which must not
+// keep a token from being revoked.
+func auditValueJSON(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return []byte(`"?"`)
+	}
+	return b
+}
+
+// auditTime and auditDollars are values as /manage shows them.
+func auditTime(ms *int64) any {
+	if ms == nil {
+		return nil
+	}
+	return time.UnixMilli(*ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
+}
+
+func auditDollars(pico *int64) any {
+	if pico == nil {
+		return nil
+	}
+	return json.Number(formatDollars(*pico))
+}
+
+func digestLongValue(value []byte) []byte {
+	if len(value) <= maxAuditValueBytes {
+		return value
+	}
+	hash := sha256.Sum256(value)
+	return fmt.Appendf(nil, `{"bytes":%d,"sha256":"%x"}`, len(value), hash)
+}
+
+// detailJSON is the detail as an object.
+func (a *auditEvent) detailJSON() string {
+	out := []byte("{")
+	for i, f := range a.detail {
+		if i > 0 {
+			out = append(out, ',')
+		}
+		value := auditValueJSON(f.value)
+		if len(value) > 3*maxAuditValueBytes { // a pair has been clipped on both sides
+			value = digestLongValue(value)
+		}
+		out = append(append(out, auditValueJSON(f.name)...), ':')
+		out = append(out, value...)
+	}
+	return string(append(out, '}'))
+}
+
+// A contentRow is what the store has of a call's content, sealed.
+type contentRow struct {
+	id, project, expiresAt      int64
+	request, response           []byte
+	requestBytes, responseBytes int64
+}
+
+// buckets are steps of about 1.6, five in each power of ten: fine enough for a
+// quantile to be off by less than a tenth, few enough to stand in one row.
+const latencyBuckets = 22
+
+// latencyBounds are the highest milliseconds of the buckets but the last, which
+// has no end.
+func latencyBounds() [latencyBuckets - 1]int64 {
+	return [...]int64{10, 16, 25, 40, 63, 100, 160, 250, 400, 630, 1000, 1600, 2500, 4000, 6300, 10000, 16000, 25000, 40000, 63000, 100000}
+}
+
+// latencyHistogram counts times by bucket.
+type latencyHistogram [latencyBuckets]int64
+
+func (h *latencyHistogram) observe(us int64) {
+	for i, bound := range latencyBounds() {
+		if us <= bound*1000 {
+			h[i]++
+			return
+		}
+	}
+	h[latencyBuckets-1]++
+}
+
+func (h *latencyHistogram) total() (n int64) {
+	for _, v := range h {
+		n += v
+	}
+	return n
+}
+
+// quantile returns the time in milliseconds that part q of the counted times do
+// not exceed, as if times lay evenly, in their logarithm, within a bucket; +Inf if
+// that is in the last bucket, and -1 if nothing was counted.
+func (h *latencyHistogram) quantile(q float64) float64 {
+	total := h.total()
+	if total == 0 {
+		return -1
+	}
+	rank, below := q*float64(total), 0.0
+	bounds := latencyBounds()
+	for i, bound := range bounds {
+		n := float64(h[i])
+		if n > 0 && below+n >= rank {
+			low := float64(bound) / 1.6
+			if i > 0 {
+				low = float64(bounds[i-1])
+			}
+			return low * math.Pow(float64(bound)/low, (rank-below)/n)
+		}
+		below += n
+	}
+	return math.Inf(1)
+}
+
+// A keyState is what is known of a key. The later ones are worse.
+type keyState uint8
+
+const (
+	keyReady       keyState = iota
+	keyCooling              // the provider said that it gets too many calls
+	keyBreakerOpen          // it fails, and the breaker is open
+	keyExhausted            // its account has no money or quota left
+	keyQuarantined          // the provider refuses the key, or it cannot be read
+)
+
+func keyStateNames() []string {
+	return []string{"ready", "cooling", "open", "exhausted", "quarantined"}
+}
+
+func (s keyState) String() string { return keyStateNames()[s] }
+
+// needsAttention reports whether somebody must do something about it.
+func (s keyState) needsAttention() bool { return s >= keyExhausted }
+
+// A healthRow is a key's health as stored and shown.
+type healthRow struct {
+	upstream  int64
+	id        string
+	state     keyState
+	until     int64
+	strikes   int
+	reason    string
+	changedAt int64
+	running   int64
+}
+
+// A timestamp is a time in answers: unix milliseconds inside, RFC 3339 outside.
+type timestamp int64
+
+func (t timestamp) MarshalJSON() ([]byte, error) {
+	return []byte(time.UnixMilli(int64(t)).UTC().Format(`"2006-01-02T15:04:05.000Z07:00"`)), nil
+}
+
+// datetimeLocal writes a time as an input for times has it.
+func (t timestamp) datetimeLocal() string {
+	return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04")
+}
+
+func newTimestamp(p *int64) *timestamp {
+	if p == nil {
+		return nil
+	}
+	return new(timestamp(*p))
 }

@@ -225,3 +225,11 @@ func truncatedErrorClass(code string) errorClass {
 	}
 	return errorClassPolicy // revoked, expired, a limit, an administrator's cut
 }
+
+// writeTimeout is for a client to take an answer that is not a provider's, and
+// for an HTTP/2 connection to take a byte.
+const writeTimeout = time.Minute
+
+func notFound(w http.ResponseWriter, r *http.Request) {
+	writeError(w, &apiError{status: http.StatusNotFound, code: "unknown_url", msg: "There is nothing at this URL."}, false)
+}

@@ -52,16 +52,16 @@ func TestLayoutImports(t *testing.T) {
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
 		"html/template":          {"admin*.go"},
-		"os":                     {"main.go", "config.go", "datadir.go", "demo.go", "listen.go", "command_*.go"},
+		"os":                     {"main.go", "config.go", "datadir.go", "demo.go", "listen.go", "command*.go"},
 		"os/signal":              {"main.go"},
 		"syscall":                {"main.go", "datadir.go", "upstream.go", "listen.go"},
 		"crypto/rand":            {"secrets.go", "tokens.go"},
-		"crypto/tls":             {"config.go", "listen.go", "command_backup.go", "command_doctor.go"},
-		"runtime/debug":          {"main.go"},
+		"crypto/tls":             {"config.go", "listen.go", "command.go", "command_doctor.go"},
+		"runtime/debug":          {"main.go", "config.go"},
 		"runtime/metrics":        {"main.go", "metrics.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
-	plain := []string{"domain.go", "json.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go", "policy.go", "audit.go", "metrics.go", "ratelimit.go", "upstream_select.go"}
+	plain := []string{"domain.go", "json.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go", "policy.go", "metrics.go", "ratelimit.go", "upstream_select.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
 	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly) {
@@ -192,7 +192,7 @@ func TestLayoutSecrets(t *testing.T) {
 	want := map[string]int{
 		"admin_session.go": 1,                                               // binding a session to MANAGEMENT_TOKEN
 		"proxy_models.go":  1, "proxy_response.go": 1, "proxy_settle.go": 1, // masking a provider's key in what the provider says
-		"audit.go":           2, // the key of the audit trail: deriving it, using it
+		"store_audit.go":     2, // the key of the audit trail: deriving it, using it
 		"command_rekey.go":   1, // a new encryption key, into its file
 		"command_restore.go": 1, // the new management key after --revoke=all
 		"content.go":         1, // the key of stored content, to derive each call's
@@ -206,18 +206,8 @@ func TestLayoutSecrets(t *testing.T) {
 		"secrets.go":         3, // sealing, the hint
 		"upstream.go":        3, // the header of a call to the provider
 	}
-	fset := token.NewFileSet()
-	files := parseSources(t, fset, parser.SkipObjectResolution)
-	info := &types.Info{Types: map[ast.Expr]types.TypeAndValue{}}
-	// Other packages stay empty: secret and all that holds one are our own, and
-	// the errors that follow from the rest do not matter here.
-	conf := types.Config{Importer: emptyImporter{}, Error: func(error) {}}
+	fset, files, info := typeCheck(t)
 	names := slices.Sorted(maps.Keys(files))
-	var parsed []*ast.File
-	for _, name := range names {
-		parsed = append(parsed, files[name])
-	}
-	_, _ = conf.Check("main", fset, parsed, info)
 	got := map[string]int{}
 	for _, name := range names {
 		ast.Inspect(files[name], func(n ast.Node) bool {
@@ -237,6 +227,67 @@ func TestLayoutSecrets(t *testing.T) {
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("secrets are opened in %v, but the list says %v", got, want)
+	}
+}
+
+// typeCheck parses and type-checks the program. Other packages stay empty: the
+// errors that follow from that do not matter here.
+func typeCheck(t *testing.T) (*token.FileSet, map[string]*ast.File, *types.Info) {
+	t.Helper()
+	fset := token.NewFileSet()
+	files := parseSources(t, fset, parser.SkipObjectResolution)
+	info := &types.Info{Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{}}
+	conf := types.Config{Importer: emptyImporter{}, Error: func(error) {}}
+	var parsed []*ast.File
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		parsed = append(parsed, files[name])
+	}
+	_, _ = conf.Check("main", fset, parsed, info)
+	return fset, files, info
+}
+
+// layers lists the files of each layer, the lowest first. A file may use what its
+// own layer and those below it declare.
+func layers() [][]string {
+	return [][]string{
+		{"domain.go", "json.go", "errors.go", "secrets.go", "logging.go", "throttle.go"},
+		{"store*.go"},
+		{"config.go", "datadir.go", "listen.go", "request_*.go", "endpoints.go", "meter*.go", "prices.go", "metrics.go", "policy.go", "ratelimit*.go",
+			"tokens.go", "registry.go", "upstream*.go", "ledger.go", "content.go", "audit.go"},
+		{"proxy*.go", "manage*.go"},
+		{"admin*.go", "charts.go", "dashboard.go", "command*.go"},
+		{"demo.go", "server.go", "main.go"},
+	}
+}
+
+// layerOf returns the layer of a file, -1 if it has none.
+func layerOf(name string) int {
+	return slices.IndexFunc(layers(), func(patterns []string) bool { return matchesFile(patterns, name) })
+}
+
+// TestLayoutLayers: no file uses what a higher layer declares, be it a function, a
+// type, a method or a field.
+func TestLayoutLayers(t *testing.T) {
+	t.Parallel()
+	fset, files, info := typeCheck(t)
+	for name := range files {
+		if layerOf(name) < 0 && !strings.HasPrefix(name, "demo_") {
+			t.Errorf("%s is in no layer", name)
+		}
+	}
+	uses := 0
+	for id, o := range info.Uses {
+		if v, ok := o.(*types.Var); o.Pkg() == nil || o.Pkg().Path() != "main" || ok && !v.IsField() && v.Parent() != o.Pkg().Scope() {
+			continue
+		}
+		uses++
+		from, to := fset.Position(id.Pos()), fset.Position(o.Pos()).Filename
+		if layerOf(from.Filename) < layerOf(to) {
+			t.Errorf("%s uses %s, which %s in a higher layer declares", from, o.Name(), to)
+		}
+	}
+	if uses < 10_000 {
+		t.Errorf("only %d uses were seen", uses)
 	}
 }
 

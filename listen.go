@@ -11,6 +11,9 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -20,6 +23,33 @@ import (
 	"time"
 )
 
+// addressText writes an address; "" for that of a unix socket, which has none.
+func addressText(addr netip.Addr) string {
+	if !addr.IsValid() {
+		return ""
+	}
+	return addr.String()
+}
+
+// limitConnections returns a hook for http.Server that closes new connections while
+// most are open: what a connection takes, an attacker could else take without end.
+// open counts them; nil for who does not want to know.
+func limitConnections(most int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
+	if open == nil {
+		open = new(atomic.Int64)
+	}
+	return func(c net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if open.Add(1) > most {
+				c.Close() // its goroutine sees that, and ends in StateClosed
+			}
+		case http.StateClosed, http.StateHijacked:
+			open.Add(-1)
+		}
+	}
+}
+
 // certificatePollInterval is how often the files of the certificate are looked at.
 const certificatePollInterval = 10 * time.Second
 
@@ -27,25 +57,6 @@ const (
 	unixPrefix    = "unix:"
 	systemdListen = "systemd"
 )
-
-// listen opens LISTEN_ADDR, and METRICS_ADDR if there is one.
-func (in *instance) listen() (err error) {
-	if in.listener, err = openListener(in.cfg.listenAddr, in.cfg.socketMode); err != nil {
-		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", in.cfg.listenAddr, err)
-	}
-	if in.cfg.tlsCert != "" {
-		if in.certificate, err = newCertificate(in.cfg.tlsCert, in.cfg.tlsKey); err != nil {
-			return err
-		}
-	}
-	if in.cfg.metricsAddr == "" {
-		return nil
-	}
-	if in.metricsListener, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
-		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
-	}
-	return nil
-}
 
 // openListener opens an address that checkListen has found good.
 func openListener(addr string, mode fs.FileMode) (net.Listener, error) {
@@ -180,4 +191,69 @@ func (c *certificate) watch(ctx context.Context, every time.Duration, told <-cha
 		}
 		log.Info("the TLS certificate was read anew", "not_after", c.current.Load().Leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
+}
+
+// ourHost reports whether a Host header can be ours: an address, a name without
+// a dot (no attacker can own one), or PUBLIC_URL's.
+func ourHost(publicURL *url.URL, hostport string) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	if publicURL != nil && strings.EqualFold(host, publicURL.Hostname()) {
+		return true
+	}
+	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
+		return true
+	}
+	return host != "" && !strings.ContainsAny(host, ".%")
+}
+
+// An addressReader finds out where a request comes from.
+type addressReader struct {
+	isTrustedProxy []netip.Prefix // networks of proxies whose X-Forwarded-For is believed
+	trustUnix      bool           // whoever connects by the unix socket is such a proxy
+}
+
+// clientAddress returns the client's address: the connection's, or behind
+// trusted proxies the right-most one in X-Forwarded-For that is not theirs.
+func (a *addressReader) clientAddress(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	var addr netip.Addr
+	switch {
+	case err != nil: // by a unix socket
+		if !a.trustUnix {
+			return ""
+		}
+	case len(a.isTrustedProxy) == 0:
+		return host
+	default:
+		if addr, err = netip.ParseAddr(host); err != nil || !a.trusts(addr) {
+			return host
+		}
+	}
+	lines := r.Header["X-Forwarded-For"]
+	for i := len(lines) - 1; i >= 0; i-- {
+		hops := strings.Split(lines[i], ",")
+		for j := len(hops) - 1; j >= 0; j-- {
+			hop, err := netip.ParseAddr(strings.TrimSpace(hops[j]))
+			if err != nil {
+				return addressText(addr) // what is left of it cannot be believed
+			}
+			addr = hop.Unmap().WithZone("")
+			if !a.trusts(addr) {
+				return addressText(addr)
+			}
+		}
+	}
+	return addressText(addr)
+}
+
+func (a *addressReader) trusts(addr netip.Addr) bool {
+	for _, p := range a.isTrustedProxy {
+		if p.Contains(addr.Unmap()) {
+			return true
+		}
+	}
+	return false
 }

@@ -99,33 +99,6 @@ func (s *logSink) close() {
 	}
 }
 
-// A logLimiter lets a few lines a second through and counts the rest. It is for
-// lines that anyone can cause, token or not: they must not fill a disk.
-type logLimiter struct {
-	mu         sync.Mutex
-	second     int64
-	written    int
-	suppressed int64
-}
-
-const logLinesPerSecond = 50 // a second
-
-// allow reports whether a line may be written now, and how many were left out
-// since the last one.
-func (l *logLimiter) allow(now time.Time) (ok bool, left int64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if s := now.Unix(); s != l.second {
-		l.second, l.written = s, 0
-	}
-	if l.written++; l.written > logLinesPerSecond {
-		l.suppressed++
-		return false, 0
-	}
-	left, l.suppressed = l.suppressed, 0
-	return true, left
-}
-
 // A logger is slog's, and what it takes to write the lines of calls.
 type logger struct {
 	*slog.Logger

@@ -5,7 +5,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,13 +20,31 @@ import (
 	runtimemetrics "runtime/metrics"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"text/tabwriter"
 	"time"
 )
+
+// listen opens LISTEN_ADDR, and METRICS_ADDR if there is one.
+func (in *instance) listen() (err error) {
+	if in.listener, err = openListener(in.cfg.listenAddr, in.cfg.socketMode); err != nil {
+		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", in.cfg.listenAddr, err)
+	}
+	if in.cfg.tlsCert != "" {
+		if in.certificate, err = newCertificate(in.cfg.tlsCert, in.cfg.tlsKey); err != nil {
+			return err
+		}
+	}
+	if in.cfg.metricsAddr == "" {
+		return nil
+	}
+	if in.metricsListener, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
+		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
+	}
+	return nil
+}
 
 func main() {
 	ctx, drain := context.WithCancel(context.Background())
@@ -52,33 +69,6 @@ func main() {
 		os.Exit(1)
 	}
 }
-
-// A program is what main gives to run: the outside world, replaceable in tests.
-type program struct {
-	getenv         func(string) string
-	stdout, stderr io.Writer
-	ready          func(addr net.Addr) // called when listening; may be nil
-	hangups        chan os.Signal      // SIGHUP; nil: left to the system
-}
-
-const usageText = `llm-proxy: a transparent, secure proxy between client programs and LLM APIs.
-
-  llm-proxy [serve]            serve, with settings from the environment
-  llm-proxy demo               serve with a stand-in provider and sample data; nothing is kept
-  llm-proxy doctor [--provider]  check configuration, key, database, disk; asked to, the providers too
-  llm-proxy healthcheck        exit 0 if the server at LISTEN_ADDR answers
-  llm-proxy backup FILE        write a consistent copy of the database, while serving or not
-  llm-proxy restore FILE [--revoke=since|all|none]
-                               put a backup in the database's place, with the server stopped
-  llm-proxy audit verify [SEQ:MAC]
-                               go through the audit trail and find what was changed or removed
-  llm-proxy rekey [FILE]       change the encryption key, with the server stopped: to the one in FILE,
-                               or to one that is made and takes the place of the key file
-  llm-proxy version
-
-Settings (environment variables), their defaults and what they do:
-
-`
 
 // run does what the arguments say. It returns when that is done, or when ctx is
 // over and the server has drained.
@@ -118,50 +108,6 @@ func (p *program) run(ctx context.Context, args []string) error {
 	return fmt.Errorf("unknown command %q; see llm-proxy --help", clip(command, 64))
 }
 
-func (p *program) noArgs(args []string, do func() error) error {
-	if len(args) > 0 {
-		return fmt.Errorf("unexpected argument %q; see llm-proxy --help", clip(args[0], 64))
-	}
-	return do()
-}
-
-// config loads the configuration, or lists all that is wrong with it.
-func (p *program) config() (*config, error) {
-	cfg, err := loadConfig(p.getenv)
-	if err != nil {
-		return nil, fmt.Errorf("the configuration has problems:\n%w", err)
-	}
-	return cfg, nil
-}
-
-// A build is what this binary was made from.
-type build struct{ version, revision, goVersion string }
-
-// linkedVersion is the version, where the linker was told one (Dockerfile): a build
-// without the repository knows none. Nothing else writes it.
-var linkedVersion string
-
-func readBuildInfo() build {
-	b := build{version: cmp.Or(linkedVersion, "devel")}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		b.goVersion = info.GoVersion
-		if linkedVersion == "" && info.Main.Version != "" && info.Main.Version != "(devel)" {
-			b.version = info.Main.Version
-		}
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				b.revision = s.Value
-			}
-		}
-	}
-	return b
-}
-
-func versionText() string {
-	b := readBuildInfo()
-	return strings.Join(strings.Fields("llm-proxy "+b.version+" "+b.revision+" "+b.goVersion), " ")
-}
-
 func (p *program) serve(ctx context.Context) error { return p.serveWithSetup(ctx, p.bootstrap) }
 
 // serveWithSetup serves, after first did what the database still lacks.
@@ -192,22 +138,22 @@ func (p *program) serveWithSetup(ctx context.Context, first func(context.Context
 // An instance is a server with all that stands behind it: what is opened is
 // closed by close, in the opposite order.
 type instance struct {
-	cfg            *config
-	log            *logger
-	dir            *dataDir
-	store          *store
-	sealer         *sealer
-	contentKey     *contentKey
-	prices         atomic.Pointer[priceTable]
-	ledger         *ledger
-	health         *healthTracker
-	registry       *registry
-	running        *runningCalls
-	transport      *http.Transport
-	metrics        *metrics
-	server         *server
-	proxy          *proxy
-	dispatchManage *manageAPI
+	cfg        *config
+	log        *logger
+	dir        *dataDir
+	store      *store
+	sealer     *sealer
+	contentKey *contentKey
+	prices     atomic.Pointer[priceTable]
+	ledger     *ledger
+	health     *healthTracker
+	registry   *registry
+	running    *runningCalls
+	transport  *http.Transport
+	metrics    *metrics
+	server     *server
+	proxy      *proxy
+	manage     *manageAPI
 
 	listener        net.Listener
 	metricsListener net.Listener       // on METRICS_ADDR; nil: none
@@ -295,10 +241,10 @@ func (in *instance) build(ids *idSource, linesDropped func() int64) error {
 	in.proxy = &proxy{cfg: cfg, log: in.log, httpErrorLog: quiet, registry: in.registry, limits: limits, ledger: in.ledger, running: in.running,
 		endpoints: endpoints, transport: in.transport, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}, bodies: bodies, ids: ids,
 		addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, unauthenticatedLogLimit: strangers, metrics: in.metrics, contentKey: in.contentKey}
-	in.dispatchManage = &manageAPI{cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
+	in.manage = &manageAPI{signIns: &signInAuditor{log: in.log, store: in.store}, cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
 		running: in.running, addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, authThrottle: &authThrottle{}, contentKey: in.contentKey}
 	in.server = &server{cfg: cfg, log: in.log, httpErrorLog: quiet, store: in.store, ledger: in.ledger, running: in.running, ids: ids,
-		addresses: addresses, unauthenticatedLogLimit: strangers, databaseProblem: in.dir.databaseProblem, metrics: in.metrics, proxy: in.proxy, dispatchManage: in.dispatchManage,
+		addresses: addresses, unauthenticatedLogLimit: strangers, databaseProblem: in.dir.databaseProblem, metrics: in.metrics, proxy: in.proxy, manage: in.manage,
 		exporter: &exporter{cfg: cfg, metrics: in.metrics, endpoints: endpoints, registry: in.registry, health: in.health, ledger: in.ledger,
 			running: in.running, bodies: bodies, diskUse: diskUse, droppedLogLines: linesDropped, started: started}}
 	if !cfg.adminPages {
@@ -308,7 +254,7 @@ func (in *instance) build(ids *idSource, linesDropped func() int64) error {
 	if err != nil {
 		return err
 	}
-	in.server.admin = &adminUI{cfg: cfg, log: in.log, store: in.store, api: in.dispatchManage, registry: in.registry, limits: limits, ledger: in.ledger,
+	in.server.admin = &adminUI{cfg: cfg, log: in.log, store: in.store, api: in.manage, registry: in.registry, limits: limits, ledger: in.ledger,
 		running: in.running, endpoints: endpoints, databaseProblem: in.dir.databaseProblem, diskUse: diskUse, pages: pages, keyID: in.sealer.id(), started: started}
 	return nil
 }
@@ -326,7 +272,7 @@ func (in *instance) startWorkers() {
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
 	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // trouble will show with the first entry
-	in.workers.Go(func() { in.dispatchManage.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
+	in.workers.Go(func() { in.manage.signIns.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
 		in.ledger.runRetention(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
@@ -490,7 +436,7 @@ func (p *program) bootstrap(ctx context.Context, in *instance) error {
 	}
 	base := in.baseURL()
 	if keys == 0 && in.cfg.managementToken == nil {
-		key, err := in.dispatchManage.createFirstKey(ctx)
+		key, err := in.manage.createFirstKey(ctx)
 		if err != nil {
 			return err
 		}
@@ -518,7 +464,7 @@ Clients then use the base URL %[1]s/v1 and the token as their API key.
 		in.log.Info("OPENAI_API_KEY is not used: the database has projects already")
 		return nil
 	}
-	token, err := in.dispatchManage.createFirstProject(ctx, "default", in.cfg.openaiKey)
+	token, err := in.manage.createFirstProject(ctx, "default", in.cfg.openaiKey)
 	if err != nil {
 		return err
 	}
@@ -560,75 +506,4 @@ func (in *instance) baseURL() string {
 		addr = "localhost:" + strconv.Itoa(int(ap.Port()))
 	}
 	return scheme + "://" + addr
-}
-
-func (api *manageAPI) createFirstKey(ctx context.Context) (secret, error) {
-	by := systemOrigin(time.Now())
-	row := &managementKeyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
-	value := mintKey(row)
-	if err := api.store.addManagementKey(ctx, by, row); err != nil {
-		return nil, fmt.Errorf("storing the first management key: %w", err)
-	}
-	return value, nil
-}
-
-// createFirstProject makes a project with one OpenAI key, and a token for it.
-func (api *manageAPI) createFirstProject(ctx context.Context, name string, key secret) (secret, error) {
-	now := time.Now()
-	project, _, err := api.addOpenAIProject(ctx, name, "{}", key, now)
-	if err != nil {
-		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
-	}
-	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
-		expiresAt: new(now.Add(defaultTokenLifetime).UnixMilli())}
-	value, err := api.mintToken(ctx, systemOrigin(now), token)
-	if err != nil {
-		return nil, fmt.Errorf("storing the token: %w", err)
-	}
-	return value, nil
-}
-
-// addOpenAIProject makes a project with one upstream, OpenAI with this key.
-func (api *manageAPI) addOpenAIProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
-	ms := at.UnixMilli()
-	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, routing: "{}", createdAt: ms, updatedAt: ms}
-	up := newUpstreamRow(project, ms)
-	in := upstreamInput{name: optional[string]{set: true, value: "primary"}, key: optional[secret]{set: true, value: key}}
-	if err := in.apply(api, up, true); err != nil {
-		return nil, nil, err
-	}
-	if err := api.store.addProject(ctx, systemOrigin(time.Now()), project, up); err != nil {
-		return nil, nil, fmt.Errorf("storing the project: %w", err)
-	}
-	return project, up, nil
-}
-
-// newUpstreamRow returns an upstream of the project, for an upstreamInput to
-// fill in.
-func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
-	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", sharedWith: "[]", active: true, createdAt: ms, updatedAt: ms}
-}
-
-// effectivePrices returns the list prices with the operator's own over them.
-func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
-	listed, err := loadPrices()
-	if err != nil {
-		return nil, err
-	}
-	rows, err := st.listPrices(ctx)
-	if err != nil {
-		return nil, err
-	}
-	value := func(p *int64) int64 {
-		if p == nil {
-			return -1
-		}
-		return *p
-	}
-	overrides := make([]priceOverride, 0, len(rows))
-	for _, r := range rows {
-		overrides = append(overrides, priceOverride{match: r.match, price: price{value(r.input), value(r.cachedInput), value(r.cacheWrite),
-			value(r.output), value(r.audioInput), value(r.audioOutput)}})
-	}
-	return listed.withOverrides(overrides), nil
 }

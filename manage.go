@@ -24,20 +24,20 @@ import (
 
 // A manageAPI is the JSON API under /manage.
 type manageAPI struct {
-	cfg              *config
-	log              *logger
-	store            *store
-	sealer           *sealer
-	registry         *registry
-	limits           *limitState
-	health           *healthTracker
-	running          *runningCalls
-	addresses        *addressReader
-	prices           *atomic.Pointer[priceTable]
-	databaseProblem  func() string      // says what is wrong with the database file, "" if nothing
-	authThrottle     *authThrottle      // of wrong management keys
-	authFailureAudit signInAuditLimiter // of wrong management keys on the audit trail
-	contentKey       *contentKey
+	cfg             *config
+	log             *logger
+	store           *store
+	sealer          *sealer
+	registry        *registry
+	limits          *limitState
+	health          *healthTracker
+	running         *runningCalls
+	addresses       *addressReader
+	prices          *atomic.Pointer[priceTable]
+	databaseProblem func() string  // says what is wrong with the database file, "" if nothing
+	authThrottle    *authThrottle  // of wrong management keys
+	signIns         *signInAuditor // of wrong management keys on the audit trail
+	contentKey      *contentKey
 }
 
 // A manageRoute is one URL of /manage, the least role it needs and what
@@ -254,7 +254,7 @@ func (api *manageAPI) verifyManageKey(ctx context.Context, by auditOrigin, door,
 		return who, err
 	}
 	by.actorID = who.id
-	api.auditFailedSignIn(ctx, by, door, now)
+	api.signIns.auditFailedSignIn(ctx, by, door, now)
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
 	if wait := api.authThrottle.blockedFor(by.address, now); wait > 0 {
@@ -417,25 +417,6 @@ func newListPage[R, T any](rows []R, limit int, show func(*R) T, at func(*R) str
 		l.Data = append(l.Data, show(&rows[i]))
 	}
 	return l
-}
-
-// A timestamp is a time in answers: unix milliseconds inside, RFC 3339 outside.
-type timestamp int64
-
-func (t timestamp) MarshalJSON() ([]byte, error) {
-	return []byte(time.UnixMilli(int64(t)).UTC().Format(`"2006-01-02T15:04:05.000Z07:00"`)), nil
-}
-
-// datetimeLocal writes a time as an input for times has it.
-func (t timestamp) datetimeLocal() string {
-	return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04")
-}
-
-func newTimestamp(p *int64) *timestamp {
-	if p == nil {
-		return nil
-	}
-	return new(timestamp(*p))
 }
 
 // A dollars is money in answers: nano-dollars inside, a decimal number outside.

@@ -3,12 +3,35 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
+	"time"
 )
+
+// addOpenAIProject makes a project with one upstream, OpenAI with this key.
+func (api *manageAPI) addOpenAIProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
+	ms := at.UnixMilli()
+	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, routing: "{}", createdAt: ms, updatedAt: ms}
+	up := newUpstreamRow(project, ms)
+	in := upstreamInput{name: optional[string]{set: true, value: "primary"}, key: optional[secret]{set: true, value: key}}
+	if err := in.apply(api, up, true); err != nil {
+		return nil, nil, err
+	}
+	if err := api.store.addProject(ctx, systemOrigin(time.Now()), project, up); err != nil {
+		return nil, nil, fmt.Errorf("storing the project: %w", err)
+	}
+	return project, up, nil
+}
+
+// newUpstreamRow returns an upstream of the project, for an upstreamInput to
+// fill in.
+func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
+	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", sharedWith: "[]", active: true, createdAt: ms, updatedAt: ms}
+}
 
 type projectView struct {
 	ID        string          `json:"id"`

@@ -78,7 +78,7 @@ func TestManageRoles(t *testing.T) {
 			return []string{"Authorization", "Bearer " + viewer, "Authorization", "Bearer " + p.adminKey}
 		}, 0},
 	} {
-		for _, rt := range p.instance.dispatchManage.manageTable() {
+		for _, rt := range p.instance.manage.manageTable() {
 			method, path := p.operationPath(rt.pattern)
 			addresses++ // one each, for an address that fails often is slowed down
 			headers := append(c.headers(rt), "X-Forwarded-For", fmt.Sprintf("10.%d.%d.1", addresses/256, addresses%256))

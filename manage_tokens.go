@@ -6,10 +6,37 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"time"
 )
+
+func (api *manageAPI) createFirstKey(ctx context.Context) (secret, error) {
+	by := systemOrigin(time.Now())
+	row := &managementKeyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
+	value := mintKey(row)
+	if err := api.store.addManagementKey(ctx, by, row); err != nil {
+		return nil, fmt.Errorf("storing the first management key: %w", err)
+	}
+	return value, nil
+}
+
+// createFirstProject makes a project with one OpenAI key, and a token for it.
+func (api *manageAPI) createFirstProject(ctx context.Context, name string, key secret) (secret, error) {
+	now := time.Now()
+	project, _, err := api.addOpenAIProject(ctx, name, "{}", key, now)
+	if err != nil {
+		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
+	}
+	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
+		expiresAt: new(now.Add(defaultTokenLifetime).UnixMilli())}
+	value, err := api.mintToken(ctx, systemOrigin(now), token)
+	if err != nil {
+		return nil, fmt.Errorf("storing the token: %w", err)
+	}
+	return value, nil
+}
 
 type tokenView struct {
 	ID                string          `json:"id"`

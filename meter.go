@@ -7,7 +7,6 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"math"
 	"unicode"
 	"unicode/utf8"
 )
@@ -223,58 +222,4 @@ func sanitizeModelName(raw []byte) string {
 		}
 	}
 	return name
-}
-
-// buckets are steps of about 1.6, five in each power of ten: fine enough for a
-// quantile to be off by less than a tenth, few enough to stand in one row.
-const latencyBuckets = 22
-
-// latencyBounds are the highest milliseconds of the buckets but the last, which
-// has no end.
-func latencyBounds() [latencyBuckets - 1]int64 {
-	return [...]int64{10, 16, 25, 40, 63, 100, 160, 250, 400, 630, 1000, 1600, 2500, 4000, 6300, 10000, 16000, 25000, 40000, 63000, 100000}
-}
-
-// latencyHistogram counts times by bucket.
-type latencyHistogram [latencyBuckets]int64
-
-func (h *latencyHistogram) observe(us int64) {
-	for i, bound := range latencyBounds() {
-		if us <= bound*1000 {
-			h[i]++
-			return
-		}
-	}
-	h[latencyBuckets-1]++
-}
-
-func (h *latencyHistogram) total() (n int64) {
-	for _, v := range h {
-		n += v
-	}
-	return n
-}
-
-// quantile returns the time in milliseconds that part q of the counted times do
-// not exceed, as if times lay evenly, in their logarithm, within a bucket; +Inf if
-// that is in the last bucket, and -1 if nothing was counted.
-func (h *latencyHistogram) quantile(q float64) float64 {
-	total := h.total()
-	if total == 0 {
-		return -1
-	}
-	rank, below := q*float64(total), 0.0
-	bounds := latencyBounds()
-	for i, bound := range bounds {
-		n := float64(h[i])
-		if n > 0 && below+n >= rank {
-			low := float64(bound) / 1.6
-			if i > 0 {
-				low = float64(bounds[i-1])
-			}
-			return low * math.Pow(float64(bound)/low, (rank-below)/n)
-		}
-		below += n
-	}
-	return math.Inf(1)
 }

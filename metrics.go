@@ -7,7 +7,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"maps"
 	runtimemetrics "runtime/metrics"
 	"slices"
@@ -193,25 +192,33 @@ func (m *metrics) forEndpoint(e *endpoint) *endpointMetrics {
 	return &m.noEndpoint
 }
 
-// countCall counts a call that has ended, admitted or refused.
-func (m *metrics) countCall(c *call, row *requestRow) {
+// A forwardedCall is what is counted of a call that was admitted.
+type forwardedCall struct {
+	project  string
+	provider string
+	prices   *priceTable
+	overhead time.Duration // 0: the call was not answered by a provider
+}
+
+// countCall counts a call that has ended; f is nil where it was refused.
+func (m *metrics) countCall(e *endpoint, row *requestRow, f *forwardedCall) {
 	o, class := indexOf(countedOutcomes[:], row.outcome), row.errorClass()
-	em := m.forEndpoint(c.endpoint)
+	em := m.forEndpoint(e)
 	em.calls[o][indexOf(countedClasses[:], class)].Add(1)
 	em.total.observe(row.totalUS, &slowBounds)
 	if row.outcome == outcomeRefused {
 		m.codes.getOrOther(codeKey{row.errorCode, class}, codeKey{otherLabel, class}).Add(1)
 	}
-	if c.entry == nil || c.upstream == nil {
+	if f == nil {
 		return
 	}
 	if row.firstByteUS >= 0 {
 		em.firstByte.observe(row.firstByteUS, &slowBounds)
 	}
-	if own := c.overhead(); own > 0 {
-		m.overhead.observe(own.Microseconds(), &fastBounds)
+	if f.overhead > 0 {
+		m.overhead.observe(f.overhead.Microseconds(), &fastBounds)
 	}
-	k := modelKey{c.project.id, c.upstream.provider, c.prices.metricLabel(row.model)}
+	k := modelKey{f.project, f.provider, f.prices.metricLabel(row.model)}
 	mm := m.models.getOrOther(k, modelKey{otherLabel, otherLabel, otherLabel})
 	mm.calls[o].Add(1)
 	for i, n := range [...]int64{row.counts.input, row.counts.cached, row.counts.output, row.counts.reasoning} {
@@ -224,16 +231,6 @@ func (m *metrics) countCall(c *call, row *requestRow) {
 	} else if row.source != usageNone {
 		mm.unpriced.Add(1)
 	}
-}
-
-// overhead is what a call that reached a provider and was answered took of this
-// program's own: until it was sent on, without the time the client took to send
-// its body, and from the provider's head to the first byte that left.
-func (c *call) overhead() time.Duration {
-	if c.sentAt.IsZero() || c.headersAt.IsZero() || c.firstByte == 0 {
-		return 0
-	}
-	return c.firstByte - c.bodyReadTime - c.headersAt.Sub(c.sentAt)
 }
 
 // countAttempt counts how a request to a provider ended.
@@ -348,34 +345,6 @@ func (t *metricsWriter) writeHistogram(h *histogram, bounds *[13]int64, pairs ..
 	t.family = name + "_count"
 	t.writeInt(sum, pairs...) // the buckets' own, so that the two agree while calls go on
 	t.family = name
-}
-
-// An exporter writes the page of metrics.
-type exporter struct {
-	cfg             *config
-	metrics         *metrics
-	endpoints       *endpointTable
-	registry        *registry
-	health          *healthTracker
-	ledger          *ledger
-	running         *runningCalls
-	bodies          *bodyMemory
-	diskUse         func(context.Context) (diskUsage, error)
-	droppedLogLines func() int64 // nil: nobody counts
-	started         time.Time
-}
-
-// metricsPage writes the page.
-func (e *exporter) metricsPage(ctx context.Context) []byte {
-	t := &metricsWriter{b: make([]byte, 0, 64<<10)}
-	e.metrics.writeCalls(t, e.endpoints)
-	e.metrics.writeModels(t)
-	e.metrics.writeSeries(t)
-	e.writeRunning(t)
-	e.writeLedger(t)
-	e.writeDisk(ctx, t)
-	writeRuntime(t, e.started)
-	return t.b
 }
 
 // eachEndpoint calls do with every endpoint, and the calls that found none, with its name.
@@ -498,82 +467,6 @@ func (m *metrics) writeSeries(t *metricsWriter) {
 	for i, k := range routes {
 		t.writeInt(asked[i].Load(), "route", cmp.Or(k.route, "none"), "status", k.status)
 	}
-}
-
-// writeRunning writes what is going on now.
-func (e *exporter) writeRunning(t *metricsWriter) {
-	t.beginFamily("running_calls", "gauge", "Calls that are running, by what they wait for.")
-	for i, n := range e.running.countByPhase() {
-		t.writeInt(n, "phase", phaseNames[i])
-	}
-	t.beginFamily("running_calls_max", "gauge", "MAX_CONCURRENT_CALLS.")
-	t.writeInt(e.cfg.maxCalls)
-	t.beginFamily("running_streams", "gauge", "Event streams that are being relayed.")
-	t.writeInt(e.metrics.activeStreams.Load())
-	t.beginFamily("draining", "gauge", "1 while new calls are refused because the program is ending.")
-	t.writeInt(boolToInt(e.running.isDraining()))
-	t.beginFamily("connections", "gauge", "Connections that clients have open.")
-	t.writeInt(e.metrics.openConnections.Load())
-	t.beginFamily("connections_max", "gauge", "MAX_CONNECTIONS.")
-	t.writeInt(e.cfg.maxConnections)
-	t.beginFamily("body_memory_bytes", "gauge", "Memory that request bodies take.")
-	t.writeInt(e.bodies.used.Load())
-	t.beginFamily("body_memory_max_bytes", "gauge", "BODY_MEMORY.")
-	t.writeInt(e.bodies.limit)
-	t.beginFamily("log_lines_left_out_total", "counter", "Log lines about callers without a key that were not written, so as not to fill the disk.")
-	t.writeInt(e.metrics.suppressedLogLines.Load())
-	t.beginFamily("log_lines_dropped_total", "counter", "Log lines that were lost because their reader was too slow.")
-	if e.droppedLogLines != nil {
-		t.writeInt(e.droppedLogLines())
-	} else {
-		t.writeInt(0)
-	}
-	t.beginFamily("upstreams", "gauge", "Upstreams of projects that were used since the start, by what is known of their keys.")
-	for state, n := range e.health.countByState(time.Now().UnixMilli()) {
-		t.writeInt(n, "state", keyState(state).String())
-	}
-	tokens, projects := e.registry.size()
-	t.beginFamily("registry_tokens", "gauge", "Tokens held in memory because they were used of late.")
-	t.writeInt(tokens)
-	t.beginFamily("registry_projects", "gauge", "Projects held in memory.")
-	t.writeInt(projects)
-}
-
-func boolToInt(b bool) int64 {
-	if b {
-		return 1
-	}
-	return 0
-}
-
-func (e *exporter) writeLedger(t *metricsWriter) {
-	begins, settles := e.ledger.backlog()
-	t.beginFamily("ledger_queue_rows", "gauge", "Rows that wait to be committed.")
-	t.writeInt(begins, "kind", "begin")
-	t.writeInt(settles, "kind", "settle")
-	t.beginFamily("ledger_failing", "gauge", "1 while the ledger cannot be written; calls are refused then.")
-	t.writeInt(boolToInt(!e.ledger.healthy()))
-	t.beginFamily("ledger_commit_seconds", "histogram", "Time to commit one batch of rows.")
-	t.writeHistogram(&e.ledger.commitDurations, &fastBounds)
-	t.beginFamily("ledger_rows_total", "counter", "What was committed: a note and a row for an admitted call, a row for a refused one.")
-	t.writeInt(e.ledger.committedRows.Load())
-}
-
-// writeDisk writes sizes; what cannot be read now is left out.
-func (e *exporter) writeDisk(ctx context.Context, t *metricsWriter) {
-	if e.diskUse == nil {
-		return
-	}
-	use, err := e.diskUse(ctx)
-	if err != nil {
-		return
-	}
-	t.beginFamily("database_bytes", "gauge", "Size of the database file, of its write-ahead log, and of the space in the file that is free for new rows.")
-	t.writeInt(use.databaseSize, "part", "file")
-	t.writeInt(use.walSize, "part", "wal")
-	t.writeInt(use.reusable, "part", "free")
-	t.beginFamily("disk_free_bytes", "gauge", "What can still be written to the database's disk.")
-	t.writeInt(use.available)
 }
 
 // A diskUsage is what the database takes on disk, in bytes.

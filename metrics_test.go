@@ -351,7 +351,10 @@ func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 // TestMetricsAllocateNothing: to count is free of garbage.
 func TestMetricsAllocateNothing(t *testing.T) {
 	m, c, row := newCountedCall(t)
-	if n := testing.AllocsPerRun(1000, func() { m.countCall(c, row); m.countAttempt(c.upstream, attemptOK) }); n != 0 {
+	if n := testing.AllocsPerRun(1000, func() {
+		m.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
+		m.countAttempt(c.upstream, attemptOK)
+	}); n != 0 {
 		t.Errorf("%v allocations a call", n)
 	}
 }
@@ -359,7 +362,7 @@ func TestMetricsAllocateNothing(t *testing.T) {
 func BenchmarkMetricsCall(b *testing.B) {
 	m, c, row := newCountedCall(b)
 	for b.Loop() {
-		m.countCall(c, row)
+		m.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 		m.countAttempt(c.upstream, attemptOK)
 	}
 }
@@ -369,7 +372,7 @@ func BenchmarkMetricsPage(b *testing.B) {
 	m, c, row := newCountedCall(b)
 	for i := range maxModelSeries {
 		c.project = &projectState{id: fmt.Sprintf("proj_%d", i)}
-		m.countCall(c, row)
+		m.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	}
 	t := &metricsWriter{}
 	table := newEndpointTable()

@@ -5,6 +5,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	_ "embed"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,30 @@ import (
 	"strconv"
 	"strings"
 )
+
+// effectivePrices returns the list prices with the operator's own over them.
+func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
+	listed, err := loadPrices()
+	if err != nil {
+		return nil, err
+	}
+	rows, err := st.listPrices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	value := func(p *int64) int64 {
+		if p == nil {
+			return -1
+		}
+		return *p
+	}
+	overrides := make([]priceOverride, 0, len(rows))
+	for _, r := range rows {
+		overrides = append(overrides, priceOverride{match: r.match, price: price{value(r.input), value(r.cachedInput), value(r.cacheWrite),
+			value(r.output), value(r.audioInput), value(r.audioOutput)}})
+	}
+	return listed.withOverrides(overrides), nil
+}
 
 // pricesJSON is the list that loadPrices reads; its member "about" says what it is.
 //

@@ -8,7 +8,6 @@ import (
 	"mime"
 	"net/http"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -206,19 +205,3 @@ func (r *progressReader) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
-
-// bodyMemory is the memory that all request bodies held at one time may take.
-type bodyMemory struct {
-	limit int64
-	used  atomic.Int64
-}
-
-func (b *bodyMemory) reserve(n int64) bool {
-	if b.used.Add(n) > b.limit {
-		b.used.Add(-n)
-		return false
-	}
-	return true
-}
-
-func (b *bodyMemory) release(n int64) { b.used.Add(-n) }

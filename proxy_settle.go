@@ -11,6 +11,28 @@ import (
 	"time"
 )
 
+// newStoredContent begins to keep a call's content, if its project asks for it.
+func (p *proxy) newStoredContent(c *call) *storedContent {
+	days := c.project.policy.KeepContentDays
+	if days == 0 {
+		return nil
+	}
+	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's own row
+	k := &storedContent{memory: p.bodies, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
+	k.add(&k.request, c.body)
+	return k
+}
+
+// overhead is what a call that reached a provider and was answered took of this
+// program's own: until it was sent on, without the time the client took to send
+// its body, and from the provider's head to the first byte that left.
+func (c *call) overhead() time.Duration {
+	if c.sentAt.IsZero() || c.headersAt.IsZero() || c.firstByte == 0 {
+		return 0
+	}
+	return c.firstByte - c.bodyReadTime - c.headersAt.Sub(c.sentAt)
+}
+
 const statusClientClosed = 499 // in ledger and log only: the client left before any answer
 
 // settle is deferred by handleV1 for every admitted call.
@@ -52,7 +74,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 		spent.dollars = 0 // as in the sums
 	}
 	c.reservation.settle(now.UnixMilli(), spent, func() { p.ledger.settle(c.entry) })
-	p.metrics.countCall(c, row)
+	p.metrics.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	if c.response != nil && c.response.sse {
 		p.metrics.activeStreams.Add(-1)
 	}
@@ -182,7 +204,7 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	}
 	c.rates.write(w.Header())
 	writeError(w, e, c.anthropic)
-	p.metrics.countCall(c, &row)
+	p.metrics.countCall(c.endpoint, &row, nil)
 	p.logCall(c, &row, at)
 }
 

@@ -28,9 +28,12 @@ const hiddenSecret = "[secret]"
 
 func newSecret(s string) secret { return func() string { return s } }
 
-func (secret) Format(f fmt.State, _ rune)   { _, _ = f.Write([]byte(hiddenSecret)) }
-func (secret) LogValue() slog.Value         { return slog.StringValue(hiddenSecret) }
+func (secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(hiddenSecret)) }
+
+func (secret) LogValue() slog.Value { return slog.StringValue(hiddenSecret) }
+
 func (secret) MarshalText() ([]byte, error) { return []byte(hiddenSecret), nil }
+
 func (secret) MarshalJSON() ([]byte, error) { return []byte(`"` + hiddenSecret + `"`), nil }
 
 // UnmarshalJSON takes a secret from a request body.
@@ -182,3 +185,10 @@ func newEncryptionKey() secret {
 	rand.Read(key)
 	return newSecret(hex.EncodeToString(key))
 }
+
+const auditKeyContext = "llm-proxy audit key v1"
+
+const (
+	contentKeySetting = "content_key"
+	contentKeyContext = "llm-proxy content key v1"
+)

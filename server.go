@@ -7,14 +7,10 @@ import (
 	"context"
 	"log"
 	"log/slog"
-	"net"
 	"net/http"
-	"net/netip"
-	"net/url"
 	"path"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -35,15 +31,11 @@ type server struct {
 	writable                writeCheck
 	metricsMu               sync.Mutex // held while a page of metrics is written
 
-	proxy          *proxy
-	dispatchManage *manageAPI
-	admin          *adminUI // nil: the pages are turned off
-	exporter       *exporter
+	proxy    *proxy
+	manage   *manageAPI
+	admin    *adminUI // nil: the pages are turned off
+	exporter *exporter
 }
-
-// writeTimeout is for a client to take an answer that is not a provider's, and
-// for an HTTP/2 connection to take a byte.
-const writeTimeout = time.Minute
 
 // routes is every URL of the program. /v1 takes tokens only, /manage management
 // keys only, /admin sessions only.
@@ -52,7 +44,7 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("GET /{$}", s.handleHome)                                              // open: one line of text
 	mux.HandleFunc("GET /healthz", s.handleHealth)                                        // open: the process answers
 	mux.HandleFunc("GET /readyz", s.handleReady)                                          // open: calls would be taken
-	mux.Handle("/manage/", s.protect(s.dispatchManage.manageRoutes()))                    // a management key, by role: manage.go
+	mux.Handle("/manage/", s.protect(s.manage.manageRoutes()))                            // a management key, by role: manage.go
 	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleAuthenticatedMetrics))) // a management key of any role; open on METRICS_ADDR
 	if s.cfg.adminPages {
 		mux.Handle("/admin/", s.admin.adminRoutes()) // a session, by role: admin.go
@@ -123,10 +115,6 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 		return
 	}
 	next.ServeHTTP(sw, r)
-}
-
-func notFound(w http.ResponseWriter, r *http.Request) {
-	writeError(w, &apiError{status: http.StatusNotFound, code: "unknown_url", msg: "There is nothing at this URL."}, false)
 }
 
 // A statusWriter remembers the status for the log.
@@ -224,160 +212,6 @@ func (s *server) protect(next http.Handler) http.Handler {
 	})
 }
 
-// ourHost reports whether a Host header can be ours: an address, a name without
-// a dot (no attacker can own one), or PUBLIC_URL's.
-func ourHost(publicURL *url.URL, hostport string) bool {
-	host := hostport
-	if h, _, err := net.SplitHostPort(hostport); err == nil {
-		host = h
-	}
-	if publicURL != nil && strings.EqualFold(host, publicURL.Hostname()) {
-		return true
-	}
-	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
-		return true
-	}
-	return host != "" && !strings.ContainsAny(host, ".%")
-}
-
-// An addressReader finds out where a request comes from.
-type addressReader struct {
-	isTrustedProxy []netip.Prefix // networks of proxies whose X-Forwarded-For is believed
-	trustUnix      bool           // whoever connects by the unix socket is such a proxy
-}
-
-// clientAddress returns the client's address: the connection's, or behind
-// trusted proxies the right-most one in X-Forwarded-For that is not theirs.
-func (a *addressReader) clientAddress(r *http.Request) string {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	var addr netip.Addr
-	switch {
-	case err != nil: // by a unix socket
-		if !a.trustUnix {
-			return ""
-		}
-	case len(a.isTrustedProxy) == 0:
-		return host
-	default:
-		if addr, err = netip.ParseAddr(host); err != nil || !a.trusts(addr) {
-			return host
-		}
-	}
-	lines := r.Header["X-Forwarded-For"]
-	for i := len(lines) - 1; i >= 0; i-- {
-		hops := strings.Split(lines[i], ",")
-		for j := len(hops) - 1; j >= 0; j-- {
-			hop, err := netip.ParseAddr(strings.TrimSpace(hops[j]))
-			if err != nil {
-				return addressText(addr) // what is left of it cannot be believed
-			}
-			addr = hop.Unmap().WithZone("")
-			if !a.trusts(addr) {
-				return addressText(addr)
-			}
-		}
-	}
-	return addressText(addr)
-}
-
-// addressText writes an address; "" for that of a unix socket, which has none.
-func addressText(addr netip.Addr) string {
-	if !addr.IsValid() {
-		return ""
-	}
-	return addr.String()
-}
-
-func (a *addressReader) trusts(addr netip.Addr) bool {
-	for _, p := range a.isTrustedProxy {
-		if p.Contains(addr.Unmap()) {
-			return true
-		}
-	}
-	return false
-}
-
-// limitConnections returns a hook for http.Server that closes new connections while
-// most are open: what a connection takes, an attacker could else take without end.
-// open counts them; nil for who does not want to know.
-func limitConnections(most int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
-	if open == nil {
-		open = new(atomic.Int64)
-	}
-	return func(c net.Conn, state http.ConnState) {
-		switch state {
-		case http.StateNew:
-			if open.Add(1) > most {
-				c.Close() // its goroutine sees that, and ends in StateClosed
-			}
-		case http.StateClosed, http.StateHijacked:
-			open.Add(-1)
-		}
-	}
-}
-
-// A bufferPool lends ReverseProxy the buffers it copies with.
-type bufferPool struct{ pool sync.Pool }
-
-func newBufferPool(size int) *bufferPool {
-	return &bufferPool{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
-}
-
-func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
-
-func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
-
-// authThrottle counts wrong management keys, by address and minute, in a fixed number
-// of slots that addresses share by hash: it cannot grow. Who has too many is told
-// to wait; guessing 256 bits is in vain in any case.
-type authThrottle struct {
-	mu    sync.Mutex
-	slots [1024]struct {
-		count int
-		until time.Time
-	}
-}
-
-const (
-	maxAuthFailures   = 20
-	authFailureWindow = time.Minute
-)
-
-func throttleSlot(address string) int {
-	if a, err := netip.ParseAddr(address); err == nil && a.Is6() && !a.Is4In6() {
-		if p, err := a.Prefix(64); err == nil { // one customer has a whole /64
-			address = p.String()
-		}
-	}
-	var h uint32 = 2166136261 // FNV-1a
-	for i := range len(address) {
-		h = (h ^ uint32(address[i])) * 16777619
-	}
-	return int(h % 1024)
-}
-
-// blockedFor reports whether an address has guessed wrong too often of late, and
-// for how long it stays so.
-func (f *authThrottle) blockedFor(address string, now time.Time) time.Duration {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s := &f.slots[throttleSlot(address)]
-	if now.After(s.until) || s.count < maxAuthFailures {
-		return 0
-	}
-	return s.until.Sub(now)
-}
-
-func (f *authThrottle) recordFailure(address string, now time.Time) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s := &f.slots[throttleSlot(address)]
-	if now.After(s.until) {
-		s.count, s.until = 0, now.Add(authFailureWindow)
-	}
-	s.count++
-}
-
 // handleMetrics is open: it stands on METRICS_ADDR.
 func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
 	s.metricsMu.Lock() // one at a time: a page takes memory
@@ -390,8 +224,8 @@ func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
 
 // handleAuthenticatedMetrics asks for a management key first, of any role.
 func (s *server) handleAuthenticatedMetrics(w http.ResponseWriter, r *http.Request) {
-	if _, err := s.dispatchManage.authenticateManager(w, r); err != nil {
-		s.dispatchManage.writeManageError(w, r, err)
+	if _, err := s.manage.authenticateManager(w, r); err != nil {
+		s.manage.writeManageError(w, r, err)
 		return
 	}
 	s.handleMetrics(w, r)
@@ -412,4 +246,108 @@ func (s *server) metricsServer() *http.Server {
 		ConnState:         limitConnections(64, nil),
 		ErrorLog:          s.httpErrorLog,
 	}
+}
+
+// An exporter writes the page of metrics.
+type exporter struct {
+	cfg             *config
+	metrics         *metrics
+	endpoints       *endpointTable
+	registry        *registry
+	health          *healthTracker
+	ledger          *ledger
+	running         *runningCalls
+	bodies          *bodyMemory
+	diskUse         func(context.Context) (diskUsage, error)
+	droppedLogLines func() int64 // nil: nobody counts
+	started         time.Time
+}
+
+// metricsPage writes the page.
+func (e *exporter) metricsPage(ctx context.Context) []byte {
+	t := &metricsWriter{b: make([]byte, 0, 64<<10)}
+	e.metrics.writeCalls(t, e.endpoints)
+	e.metrics.writeModels(t)
+	e.metrics.writeSeries(t)
+	e.writeRunning(t)
+	e.writeLedger(t)
+	e.writeDisk(ctx, t)
+	writeRuntime(t, e.started)
+	return t.b
+}
+
+// writeRunning writes what is going on now.
+func (e *exporter) writeRunning(t *metricsWriter) {
+	t.beginFamily("running_calls", "gauge", "Calls that are running, by what they wait for.")
+	for i, n := range e.running.countByPhase() {
+		t.writeInt(n, "phase", phaseNames[i])
+	}
+	t.beginFamily("running_calls_max", "gauge", "MAX_CONCURRENT_CALLS.")
+	t.writeInt(e.cfg.maxCalls)
+	t.beginFamily("running_streams", "gauge", "Event streams that are being relayed.")
+	t.writeInt(e.metrics.activeStreams.Load())
+	t.beginFamily("draining", "gauge", "1 while new calls are refused because the program is ending.")
+	t.writeInt(boolToInt(e.running.isDraining()))
+	t.beginFamily("connections", "gauge", "Connections that clients have open.")
+	t.writeInt(e.metrics.openConnections.Load())
+	t.beginFamily("connections_max", "gauge", "MAX_CONNECTIONS.")
+	t.writeInt(e.cfg.maxConnections)
+	t.beginFamily("body_memory_bytes", "gauge", "Memory that request bodies take.")
+	t.writeInt(e.bodies.used.Load())
+	t.beginFamily("body_memory_max_bytes", "gauge", "BODY_MEMORY.")
+	t.writeInt(e.bodies.limit)
+	t.beginFamily("log_lines_left_out_total", "counter", "Log lines about callers without a key that were not written, so as not to fill the disk.")
+	t.writeInt(e.metrics.suppressedLogLines.Load())
+	t.beginFamily("log_lines_dropped_total", "counter", "Log lines that were lost because their reader was too slow.")
+	if e.droppedLogLines != nil {
+		t.writeInt(e.droppedLogLines())
+	} else {
+		t.writeInt(0)
+	}
+	t.beginFamily("upstreams", "gauge", "Upstreams of projects that were used since the start, by what is known of their keys.")
+	for state, n := range e.health.countByState(time.Now().UnixMilli()) {
+		t.writeInt(n, "state", keyState(state).String())
+	}
+	tokens, projects := e.registry.size()
+	t.beginFamily("registry_tokens", "gauge", "Tokens held in memory because they were used of late.")
+	t.writeInt(tokens)
+	t.beginFamily("registry_projects", "gauge", "Projects held in memory.")
+	t.writeInt(projects)
+}
+
+func boolToInt(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (e *exporter) writeLedger(t *metricsWriter) {
+	begins, settles := e.ledger.backlog()
+	t.beginFamily("ledger_queue_rows", "gauge", "Rows that wait to be committed.")
+	t.writeInt(begins, "kind", "begin")
+	t.writeInt(settles, "kind", "settle")
+	t.beginFamily("ledger_failing", "gauge", "1 while the ledger cannot be written; calls are refused then.")
+	t.writeInt(boolToInt(!e.ledger.healthy()))
+	t.beginFamily("ledger_commit_seconds", "histogram", "Time to commit one batch of rows.")
+	t.writeHistogram(&e.ledger.commitDurations, &fastBounds)
+	t.beginFamily("ledger_rows_total", "counter", "What was committed: a note and a row for an admitted call, a row for a refused one.")
+	t.writeInt(e.ledger.committedRows.Load())
+}
+
+// writeDisk writes sizes; what cannot be read now is left out.
+func (e *exporter) writeDisk(ctx context.Context, t *metricsWriter) {
+	if e.diskUse == nil {
+		return
+	}
+	use, err := e.diskUse(ctx)
+	if err != nil {
+		return
+	}
+	t.beginFamily("database_bytes", "gauge", "Size of the database file, of its write-ahead log, and of the space in the file that is free for new rows.")
+	t.writeInt(use.databaseSize, "part", "file")
+	t.writeInt(use.walSize, "part", "wal")
+	t.writeInt(use.reusable, "part", "free")
+	t.beginFamily("disk_free_bytes", "gauge", "What can still be written to the database's disk.")
+	t.writeInt(use.available)
 }

@@ -236,7 +236,7 @@ func (s *store) countSealedKeys(ctx context.Context) (n int64, err error) {
 // reseal seals with to what from has sealed: all of it, or nothing. It returns
 // the number of provider keys. What the old key sealed is overwritten in the
 // file, for who gets hold of that key later.
-func (s *store) reseal(ctx context.Context, by auditOrigin, from, to *sealer) (n int64, err error) {
+func (s *store) reseal(ctx context.Context, by auditOrigin, from, to *sealer, originOf func(baseURL string) (string, error)) (n int64, err error) {
 	if _, err := s.writeDB.ExecContext(ctx, `PRAGMA secure_delete = 1`); err != nil {
 		return 0, fmt.Errorf("asking for deleted data to be overwritten: %w", err)
 	}
@@ -246,7 +246,7 @@ func (s *store) reseal(ctx context.Context, by auditOrigin, from, to *sealer) (n
 				return auditEvent{}, fmt.Errorf("the setting %s: %w", name, err)
 			}
 		}
-		if n, err = resealUpstreams(ctx, tx, from, to); err != nil {
+		if n, err = resealUpstreams(ctx, tx, from, to, originOf); err != nil {
 			return auditEvent{}, err
 		}
 		return auditEvent{actionRekey, "", []auditField{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
@@ -274,7 +274,7 @@ func resealSetting(ctx context.Context, tx *sql.Tx, name, bound string, from, to
 	return setSettingTx(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, bound)))
 }
 
-func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer) (int64, error) {
+func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer, originOf func(string) (string, error)) (int64, error) {
 	rows, err := tx.QueryContext(ctx, `
 		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project WHERE length(u.sealed_key) > 0 ORDER BY u.seq`)
 	if err != nil {
@@ -294,11 +294,11 @@ func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer) (int64, 
 	}
 	for i := range all {
 		u := &all[i]
-		base, err := parseBaseURL(u.baseURL, true) // where it may be sent is not the question here
+		origin, err := originOf(u.baseURL)
 		if err != nil {
 			return 0, fmt.Errorf("upstream %s of project %s: base URL %w", u.id, u.projectID, err)
 		}
-		bound := sealContext(u.id, u.projectID, base.Scheme+"://"+base.Host)
+		bound := sealContext(u.id, u.projectID, origin)
 		plain, err := from.open(u.sealedKey, bound)
 		if err != nil {
 			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. Give it its provider key anew, or delete it, then repeat", u.id, u.projectID, err)

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,53 @@ import (
 	"syscall"
 	"time"
 )
+
+// baseURLOrigin returns the origin that a stored base URL's key is bound to.
+// Whether calls may go there is not the question here.
+func baseURLOrigin(s string) (string, error) {
+	u, err := parseBaseURL(s, true)
+	if err != nil {
+		return "", err
+	}
+	return u.Scheme + "://" + u.Host, nil
+}
+
+// parseBaseURL checks a base URL as an SDK takes it, such as
+// https://api.openai.com/v1. Without a path, /v1 is meant. Plain http and
+// private addresses need allowPrivate; what is never allowed (metadata services
+// and the like) is refused here as far as the text shows it, and again for the
+// address that is really dialled.
+func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
+	u, err := url.Parse(s)
+	switch {
+	case len(s) > 2000 || err != nil || u.Host == "" || u.Opaque != "" || (u.Scheme != "https" && u.Scheme != "http"):
+		return nil, errors.New("must be an absolute URL, as in https://api.openai.com/v1")
+	case u.User != nil:
+		return nil, errors.New("must not hold a user name or password; the key has its own field")
+	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
+		return nil, errors.New("must not have a query or a fragment")
+	case u.Scheme == "http" && !allowPrivate:
+		return nil, errors.New("must be https; plain http needs ALLOW_PRIVATE_UPSTREAMS=true")
+	case u.RawPath != "" || strings.Contains(u.Path, "//") || strings.Contains(u.Path, "/.") || strings.ContainsAny(u.Path, `\;%`):
+		return nil, errors.New("must have a plain path, without escapes, dot segments or empty segments")
+	}
+	if err := checkHost(u.Hostname(), allowPrivate); err != nil {
+		return nil, err
+	}
+	if p := u.Port(); p != "" || strings.HasSuffix(u.Host, ":") {
+		if p == "" || p == "0" || len(p) > 5 || (len(p) == 5 && p > "65535") {
+			return nil, errors.New("must have a port from 1 to 65535")
+		}
+		if u.Scheme == "https" && p == "443" || u.Scheme == "http" && p == "80" {
+			u.Host = strings.TrimSuffix(u.Host, ":"+p)
+		}
+	}
+	u.Host = strings.ToLower(u.Host)
+	if u.Path = strings.TrimRight(u.Path, "/"); u.Path == "" {
+		u.Path = "/v1"
+	}
+	return u, nil
+}
 
 // An upstream is one provider key of a project and where it may be sent. It is
 // immutable.
@@ -128,43 +176,6 @@ func (u *upstream) authorize(h http.Header) {
 	if u.openaiProject != "" {
 		h["Openai-Project"] = []string{u.openaiProject}
 	}
-}
-
-// parseBaseURL checks a base URL as an SDK takes it, such as
-// https://api.openai.com/v1. Without a path, /v1 is meant. Plain http and
-// private addresses need allowPrivate; what is never allowed (metadata services
-// and the like) is refused here as far as the text shows it, and again for the
-// address that is really dialled.
-func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
-	u, err := url.Parse(s)
-	switch {
-	case len(s) > 2000 || err != nil || u.Host == "" || u.Opaque != "" || (u.Scheme != "https" && u.Scheme != "http"):
-		return nil, errors.New("must be an absolute URL, as in https://api.openai.com/v1")
-	case u.User != nil:
-		return nil, errors.New("must not hold a user name or password; the key has its own field")
-	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
-		return nil, errors.New("must not have a query or a fragment")
-	case u.Scheme == "http" && !allowPrivate:
-		return nil, errors.New("must be https; plain http needs ALLOW_PRIVATE_UPSTREAMS=true")
-	case u.RawPath != "" || strings.Contains(u.Path, "//") || strings.Contains(u.Path, "/.") || strings.ContainsAny(u.Path, `\;%`):
-		return nil, errors.New("must have a plain path, without escapes, dot segments or empty segments")
-	}
-	if err := checkHost(u.Hostname(), allowPrivate); err != nil {
-		return nil, err
-	}
-	if p := u.Port(); p != "" || strings.HasSuffix(u.Host, ":") {
-		if p == "" || p == "0" || len(p) > 5 || (len(p) == 5 && p > "65535") {
-			return nil, errors.New("must have a port from 1 to 65535")
-		}
-		if u.Scheme == "https" && p == "443" || u.Scheme == "http" && p == "80" {
-			u.Host = strings.TrimSuffix(u.Host, ":"+p)
-		}
-	}
-	u.Host = strings.ToLower(u.Host)
-	if u.Path = strings.TrimRight(u.Path, "/"); u.Path == "" {
-		u.Path = "/v1"
-	}
-	return u, nil
 }
 
 // checkHost holds the rule for a base URL's host. Names that look like numbers

@@ -17,26 +17,6 @@ import (
 	"time"
 )
 
-// A keyState is what is known of a key. The later ones are worse.
-type keyState uint8
-
-const (
-	keyReady       keyState = iota
-	keyCooling              // the provider said that it gets too many calls
-	keyBreakerOpen          // it fails, and the breaker is open
-	keyExhausted            // its account has no money or quota left
-	keyQuarantined          // the provider refuses the key, or it cannot be read
-)
-
-func keyStateNames() []string {
-	return []string{"ready", "cooling", "open", "exhausted", "quarantined"}
-}
-
-func (s keyState) String() string { return keyStateNames()[s] }
-
-// needsAttention reports whether somebody must do something about it.
-func (s keyState) needsAttention() bool { return s >= keyExhausted }
-
 const (
 	failuresToOpen  = 3       // failures in a row, with no complete answer between them
 	breakerMinPause = 1_000   // milliseconds of a breaker's first pause, doubled with each probe that fails
@@ -278,18 +258,6 @@ func (h *keyHealth) endProbe() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.probeUntil = 0
-}
-
-// A healthRow is a key's health as stored and shown.
-type healthRow struct {
-	upstream  int64
-	id        string
-	state     keyState
-	until     int64
-	strikes   int
-	reason    string
-	changedAt int64
-	running   int64
 }
 
 // snapshot returns what is known now; a pause that is over is over.

@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -22,6 +23,49 @@ import (
 	"strings"
 	"time"
 )
+
+// A program is what main gives to run: the outside world, replaceable in tests.
+type program struct {
+	getenv         func(string) string
+	stdout, stderr io.Writer
+	ready          func(addr net.Addr) // called when listening; may be nil
+	hangups        chan os.Signal      // SIGHUP; nil: left to the system
+}
+
+const usageText = `llm-proxy: a transparent, secure proxy between client programs and LLM APIs.
+
+  llm-proxy [serve]            serve, with settings from the environment
+  llm-proxy demo               serve with a stand-in provider and sample data; nothing is kept
+  llm-proxy doctor [--provider]  check configuration, key, database, disk; asked to, the providers too
+  llm-proxy healthcheck        exit 0 if the server at LISTEN_ADDR answers
+  llm-proxy backup FILE        write a consistent copy of the database, while serving or not
+  llm-proxy restore FILE [--revoke=since|all|none]
+                               put a backup in the database's place, with the server stopped
+  llm-proxy audit verify [SEQ:MAC]
+                               go through the audit trail and find what was changed or removed
+  llm-proxy rekey [FILE]       change the encryption key, with the server stopped: to the one in FILE,
+                               or to one that is made and takes the place of the key file
+  llm-proxy version
+
+Settings (environment variables), their defaults and what they do:
+
+`
+
+func (p *program) noArgs(args []string, do func() error) error {
+	if len(args) > 0 {
+		return fmt.Errorf("unexpected argument %q; see llm-proxy --help", clip(args[0], 64))
+	}
+	return do()
+}
+
+// config loads the configuration, or lists all that is wrong with it.
+func (p *program) config() (*config, error) {
+	cfg, err := loadConfig(p.getenv)
+	if err != nil {
+		return nil, fmt.Errorf("the configuration has problems:\n%w", err)
+	}
+	return cfg, nil
+}
 
 // healthcheck asks the server at LISTEN_ADDR whether it answers. It reads no
 // secret and does not look at the other settings: what is wrong with them is
