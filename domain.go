@@ -4,14 +4,12 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
 	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -339,128 +337,6 @@ func (r role) rank() int {
 type actor struct {
 	id, name string
 	role     role
-}
-
-// An auditOrigin is who does something, from where and when. Who has nothing to do
-// with a request is actorSystem.
-type auditOrigin struct {
-	actorID   string // a management key's id, actorEnvironment, actorSystem; "": not known
-	role      role
-	address   string
-	requestID string
-	at        int64
-}
-
-const (
-	actorEnvironment = "env"    // who holds MANAGEMENT_TOKEN
-	actorSystem      = "system" // the program itself, at a start or a command
-)
-
-func systemOrigin(now time.Time) auditOrigin {
-	return auditOrigin{actorID: actorSystem, at: now.UnixMilli()}
-}
-
-// What is done to stored things has an action of the form thing.verb, which
-// stands where it is stored. These are the others.
-const (
-	actionAuditBegin   = "audit.begin"
-	actionRestore      = "database.restore"
-	actionSignIn       = "sign_in"
-	actionSignInFailed = "sign_in_failed"
-	actionSignOut      = "sign_out"
-	actionExport       = "export"
-	actionReveal       = "reveal"
-)
-
-// An auditEvent is what an entry says was done, and to which object.
-type auditEvent struct {
-	action, object string
-	detail         []auditField
-}
-
-// An auditField is a named value in an entry's detail. No secret may be one: what
-// prints as [secret] elsewhere does so here, but a plain string does not.
-type auditField struct {
-	name  string
-	value any
-}
-
-// maxAuditValueBytes bounds the JSON of one value in a detail: what is longer, such as a
-// long policy, is told by its length and hash.
-const maxAuditValueBytes = 2 << 10
-
-// diffAuditFields returns, for each fact that differs, the values before and after. A
-// fact that one side lacks is null there; nil is a thing that is not there at
-// all.
-func diffAuditFields(before, after []auditField) (out []auditField) {
-	value := func(of []auditField, name string) []byte {
-		i := slices.IndexFunc(of, func(f auditField) bool { return f.name == name })
-		if i < 0 {
-			return []byte("null")
-		}
-		return auditValueJSON(of[i].value)
-	}
-	names := after
-	if after == nil {
-		names = before
-	}
-	for _, f := range names {
-		was, is := value(before, f.name), value(after, f.name)
-		if !bytes.Equal(was, is) {
-			out = append(out, auditField{f.name, [2]json.RawMessage{digestLongValue(was), digestLongValue(is)}})
-		}
-	}
-	return out
-}
-
-// auditValueJSON is a value's JSON. What has none is a mistake of ours, which must not
-// keep a token from being revoked.
-func auditValueJSON(v any) []byte {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return []byte(`"?"`)
-	}
-	return b
-}
-
-// auditTime and auditDollars are values as /manage shows them.
-func auditTime(ms *int64) any {
-	if ms == nil {
-		return nil
-	}
-	return time.UnixMilli(*ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
-}
-
-func auditDollars(pico *int64) any {
-	if pico == nil {
-		return nil
-	}
-	return json.Number(formatDollars(*pico))
-}
-
-func digestLongValue(value []byte) []byte {
-	if len(value) <= maxAuditValueBytes {
-		return value
-	}
-	hash := sha256.Sum256(value)
-	return fmt.Appendf(nil, `{"bytes":%d,"sha256":"%x"}`, len(value), hash)
-}
-
-// detailJSON is the detail as an object.
-func (a *auditEvent) detailJSON() string {
-	out := []byte("{")
-	for i, f := range a.detail {
-		if i > 0 {
-			out = append(out, ',')
-		}
-		value := auditValueJSON(f.value)
-		if len(value) > 3*maxAuditValueBytes { // a pair has been clipped on both sides
-			value = digestLongValue(value)
-		}
-		out = append(append(out, auditValueJSON(f.name)...), ':')
-		out = append(out, value...)
-	}
-	return string(append(out, '}'))
 }
 
 // A contentRow is what the store has of a call's content, sealed.

@@ -15,12 +15,132 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
+
+// A signInAuditor puts failed sign-ins on the audit trail, and tells the log where
+// the trail ends.
+type signInAuditor struct {
+	log     *logger
+	store   *store
+	limiter signInAuditLimiter
+}
+
+// signInAuditLimiter decides which wrong management keys get an entry of their own.
+// Anyone can present one, and entries are kept for ever: so a few a minute, not
+// too many a day, and the number of those left out.
+type signInAuditLimiter struct {
+	mu              sync.Mutex
+	minute, day     int64
+	inMinute, inDay int
+	omitted         int64
+}
+
+const (
+	maxFailuresAuditedPerMinute = 10
+	maxFailuresAuditedPerDay    = 500
+)
+
+// allow reports whether an entry may be made now.
+func (f *signInAuditLimiter) allow(now time.Time) bool {
+	if m := now.Unix() / 60; m != f.minute {
+		f.minute, f.inMinute = m, 0
+	}
+	if d := now.Unix() / 86_400; d != f.day {
+		f.day, f.inDay = d, 0
+	}
+	if f.inMinute >= maxFailuresAuditedPerMinute || f.inDay >= maxFailuresAuditedPerDay {
+		return false
+	}
+	f.inMinute++
+	f.inDay++
+	return true
+}
+
+// record reports whether a failure gets an entry, and how many before it got none.
+func (f *signInAuditLimiter) record(now time.Time) (ok bool, left int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.allow(now) {
+		f.omitted++
+		return false, 0
+	}
+	left, f.omitted = f.omitted, 0
+	return true, left
+}
+
+// addOmitted counts n more that got no entry.
+func (f *signInAuditLimiter) addOmitted(n int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.omitted += n
+}
+
+// takeOmitted returns how many got no entry, for one that tells only that; 0: none, or
+// it must wait. At the end it does not wait.
+func (f *signInAuditLimiter) takeOmitted(now time.Time, end bool) (left int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.omitted > 0 && (end || f.allow(now)) {
+		left, f.omitted = f.omitted, 0
+	}
+	return left
+}
+
+// auditFailedSignIn puts a wrong management key on the trail. by.actor is the key's
+// id if it is one that was valid once. Whoever presented it is refused in any
+// case, so trouble with the trail is for the log alone.
+func (a *signInAuditor) auditFailedSignIn(ctx context.Context, by auditOrigin, door string, now time.Time) {
+	ok, left := a.limiter.record(now)
+	if !ok {
+		return
+	}
+	a.writeFailedSignIns(ctx, by, door, left, 1)
+}
+
+// writeFailedSignIns adds an entry that tells of failed sign-ins: of so many that were
+// left out before, and of one more or none. It waits no longer than a few seconds, but for as long as it needs:
+// who presents a key must not be able to keep it off the trail by leaving.
+func (a *signInAuditor) writeFailedSignIns(ctx context.Context, by auditOrigin, door string, left, more int64) {
+	event := auditEvent{action: actionSignInFailed, object: door}
+	if left > 0 {
+		event.detail = []auditField{{"left_out", left}}
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if err := a.store.recordAuditEvent(ctx, by, event); err != nil {
+		a.limiter.addOmitted(left + more)
+		a.log.Error("a failed sign-in could not be put on the audit trail", "request_id", by.requestID, "address", by.address, "error", err)
+	}
+}
+
+// runAuditCheckpoints notes, every so often and at the end, how many failed sign-ins were
+// left out, and logs where the trail ends, if that is not where it was logged
+// last: a log that is kept elsewhere shows later that nothing up to there was
+// removed.
+func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Duration, logged int64) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for end := false; !end; {
+		var now time.Time
+		select {
+		case <-ctx.Done():
+			now, end = time.Now(), true
+		case now = <-tick.C:
+		}
+		if left := a.limiter.takeOmitted(now, end); left > 0 {
+			a.writeFailedSignIns(ctx, systemOrigin(now), "", left, 0)
+		}
+		if h, ok, _, err := a.store.loadAuditHead(context.WithoutCancel(ctx), a.store.chain); err == nil && ok && h.seq != logged {
+			logged = h.seq
+			a.log.Info("the audit trail ends here", "head", h.String())
+		}
+	}
+}
 
 // A manageAPI is the JSON API under /manage.
 type manageAPI struct {
@@ -497,98 +617,4 @@ func (api *manageAPI) newHealthView(u *upstreamRow) healthView {
 		v.Since, v.Until = new(timestamp(h.changedAt)), new(timestamp(h.until))
 	}
 	return v
-}
-
-type streamView struct {
-	ID           string    `json:"id"` // the request's
-	StartedAt    timestamp `json:"started_at"`
-	AgeMS        int64     `json:"age_ms"`
-	ProjectID    string    `json:"project_id"`
-	ProjectName  string    `json:"project_name"`
-	TokenID      string    `json:"token_id"`
-	TokenName    string    `json:"token_name"`
-	UpstreamID   string    `json:"upstream_id"`
-	Endpoint     string    `json:"endpoint"`
-	Model        string    `json:"model"` // as asked for
-	Stream       bool      `json:"stream"`
-	Address      string    `json:"address"`
-	State        string    `json:"state"`         // ledger, provider, relaying or writing: what the call waits for
-	Bytes        int64     `json:"bytes"`         // of the answer so far
-	InputTokens  int64     `json:"input_tokens"`  // an estimate
-	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed answer only
-	seq          int64
-}
-
-// admittedCalls returns the running calls that were admitted, oldest first.
-func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	out := make([]streamView, 0, len(rc.calls))
-	for c := range rc.calls {
-		if !c.admitted.Load() { // it may still be being read
-			continue
-		}
-		out = append(out, streamView{c.requestID, timestamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
-			c.project.id, c.project.name, c.tokenState.id, c.tokenState.name, c.publishedUpstream.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
-			phaseNames[c.progress.phase.Load()], c.progress.bytesRelayed.Load(), c.reservation.estimate.input, c.progress.outputTokens.Load(), c.id})
-	}
-	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
-	return out
-}
-
-// find returns an admitted call that runs, nil if there is none. Only what was
-// there when it was admitted may be read of it.
-func (rc *runningCalls) find(id int64) *call {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	for c := range rc.calls {
-		if c.id == id && c.admitted.Load() {
-			return c
-		}
-	}
-	return nil
-}
-
-// abort ends a call if it still runs.
-func (rc *runningCalls) abort(c *call, why *apiError) {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	if _, ok := rc.calls[c]; ok {
-		c.abort(why)
-	}
-}
-
-func (api *manageAPI) listStreams(r *manageRequest) (*manageResponse, error) {
-	page, err := r.parseListQuery("project_id", "token_id")
-	if err != nil {
-		return nil, err
-	}
-	project, token := r.query.Get("project_id"), r.query.Get("token_id")
-	var rows []streamView
-	for _, v := range api.running.admittedCalls(r.now) {
-		if v.seq > page.seq && (project == "" || v.ProjectID == project) && (token == "" || v.TokenID == token) {
-			rows = append(rows, v)
-		}
-	}
-	return &manageResponse{body: newListPage(rows, page.limit,
-		func(v *streamView) streamView { return *v },
-		func(v *streamView) string { return formatCursor(v.seq, "") })}, nil
-}
-
-// abortStream ends a running call. Its client sees it break off; its row says who
-// did it.
-func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
-	c := api.running.find(parseRequestID(r.pathValue("id")))
-	if c == nil {
-		return nil, errNotFound
-	}
-	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", c.requestID, []auditField{{"project_id", c.project.id}, {"token_id", c.tokenState.id}}}); err != nil {
-		return nil, err // no audit, no change
-	}
-	api.running.abort(c, errCutByAdmin())
-	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
-}
-
-func errCutByAdmin() *apiError {
-	return &apiError{status: http.StatusForbidden, code: "cut_by_administrator", msg: "An administrator ended this call."}
 }

@@ -16,6 +16,100 @@ import (
 	"unicode/utf8"
 )
 
+type streamView struct {
+	ID           string    `json:"id"` // the request's
+	StartedAt    timestamp `json:"started_at"`
+	AgeMS        int64     `json:"age_ms"`
+	ProjectID    string    `json:"project_id"`
+	ProjectName  string    `json:"project_name"`
+	TokenID      string    `json:"token_id"`
+	TokenName    string    `json:"token_name"`
+	UpstreamID   string    `json:"upstream_id"`
+	Endpoint     string    `json:"endpoint"`
+	Model        string    `json:"model"` // as asked for
+	Stream       bool      `json:"stream"`
+	Address      string    `json:"address"`
+	State        string    `json:"state"`         // ledger, provider, relaying or writing: what the call waits for
+	Bytes        int64     `json:"bytes"`         // of the answer so far
+	InputTokens  int64     `json:"input_tokens"`  // an estimate
+	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed answer only
+	seq          int64
+}
+
+// admittedCalls returns the running calls that were admitted, oldest first.
+func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	out := make([]streamView, 0, len(rc.calls))
+	for c := range rc.calls {
+		if !c.admitted.Load() { // it may still be being read
+			continue
+		}
+		out = append(out, streamView{c.requestID, timestamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
+			c.project.id, c.project.name, c.tokenState.id, c.tokenState.name, c.publishedUpstream.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
+			phaseNames[c.progress.phase.Load()], c.progress.bytesRelayed.Load(), c.reservation.estimate.input, c.progress.outputTokens.Load(), c.id})
+	}
+	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
+	return out
+}
+
+// find returns an admitted call that runs, nil if there is none. Only what was
+// there when it was admitted may be read of it.
+func (rc *runningCalls) find(id int64) *call {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	for c := range rc.calls {
+		if c.id == id && c.admitted.Load() {
+			return c
+		}
+	}
+	return nil
+}
+
+// abort ends a call if it still runs.
+func (rc *runningCalls) abort(c *call, why *apiError) {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	if _, ok := rc.calls[c]; ok {
+		c.abort(why)
+	}
+}
+
+func (api *manageAPI) listStreams(r *manageRequest) (*manageResponse, error) {
+	page, err := r.parseListQuery("project_id", "token_id")
+	if err != nil {
+		return nil, err
+	}
+	project, token := r.query.Get("project_id"), r.query.Get("token_id")
+	var rows []streamView
+	for _, v := range api.running.admittedCalls(r.now) {
+		if v.seq > page.seq && (project == "" || v.ProjectID == project) && (token == "" || v.TokenID == token) {
+			rows = append(rows, v)
+		}
+	}
+	return &manageResponse{body: newListPage(rows, page.limit,
+		func(v *streamView) streamView { return *v },
+		func(v *streamView) string { return formatCursor(v.seq, "") })}, nil
+}
+
+// abortStream ends a running call. Its client sees it break off; its row says who
+// did it.
+func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
+	c := api.running.find(parseRequestID(r.pathValue("id")))
+	if c == nil {
+		return nil, errNotFound
+	}
+	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", c.requestID, []auditField{{"project_id", c.project.id}, {"token_id", c.tokenState.id}}}); err != nil {
+		return nil, err // no audit, no change
+	}
+	api.running.abort(c, errCutByAdmin())
+	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
+}
+
+func errCutByAdmin() *apiError {
+	return &apiError{status: http.StatusForbidden, code: "cut_by_administrator", msg: "An administrator ended this call."}
+}
+
 type requestReply struct {
 	ID               string        `json:"id"`
 	StartedAt        timestamp     `json:"started_at"`
