@@ -42,24 +42,24 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 	defer rc.mu.Unlock()
 	out := make([]streamView, 0, len(rc.calls))
 	for c := range rc.calls {
-		if !c.admitted.Load() { // it may still be being read
+		info := c.info.Load()
+		if info == nil { // not admitted yet
 			continue
 		}
-		out = append(out, streamView{c.requestID, timestamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
-			c.project.id, c.project.name, c.tokenState.id, c.tokenState.name, c.publishedUpstream.Load().id, c.endpoint.name(), c.fields.model, c.fields.stream, c.address,
-			phaseNames[c.progress.phase.Load()], c.progress.bytesRelayed.Load(), c.reservation.estimate.input, c.progress.outputTokens.Load(), c.id})
+		out = append(out, streamView{info.requestID, timestamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
+			info.project.id, info.project.name, info.token.id, info.token.name, info.upstream.id, info.endpoint.name(), info.model, info.stream, info.address,
+			phaseNames[c.progress.phase.Load()], c.progress.bytesRelayed.Load(), info.inputTokens, c.progress.outputTokens.Load(), c.id})
 	}
 	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
 	return out
 }
 
-// find returns an admitted call that runs, nil if there is none. Only what was
-// there when it was admitted may be read of it.
-func (rc *runningCalls) find(id int64) *call {
+// find returns an admitted call that runs, nil if there is none.
+func (rc *runningCalls) find(id int64) *runningCall {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	for c := range rc.calls {
-		if c.id == id && c.admitted.Load() {
+		if c.id == id && c.info.Load() != nil {
 			return c
 		}
 	}
@@ -67,7 +67,7 @@ func (rc *runningCalls) find(id int64) *call {
 }
 
 // abort ends a call if it still runs.
-func (rc *runningCalls) abort(c *call, why *apiError) {
+func (rc *runningCalls) abort(c *runningCall, why *apiError) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if _, ok := rc.calls[c]; ok {
@@ -99,7 +99,8 @@ func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
 	if c == nil {
 		return nil, errNotFound
 	}
-	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", c.requestID, []auditField{{"project_id", c.project.id}, {"token_id", c.tokenState.id}}}); err != nil {
+	info := c.info.Load()
+	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", info.requestID, []auditField{{"project_id", info.project.id}, {"token_id", info.token.id}}}); err != nil {
 		return nil, err // no audit, no change
 	}
 	api.running.abort(c, errCutByAdmin())

@@ -341,9 +341,9 @@ func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 	}
 	m, table := newMetrics(), newEndpointTable()
 	m.registerEndpoints(table)
-	c := &call{endpoint: table.all()[0], entry: &ledgerEntry{}, upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
-		project: &projectState{id: "proj_1"}, firstByte: 3 * time.Millisecond, bodyReadTime: time.Millisecond}
-	c.sentAt, c.headersAt = time.UnixMilli(1), time.UnixMilli(2)
+	c := &call{clientRequest: clientRequest{endpoint: table.all()[0]}, entry: &ledgerEntry{}, upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
+		project: &projectState{id: "proj_1"}, times: callTimes{firstByte: 3 * time.Millisecond, bodyRead: time.Millisecond}}
+	c.times.sentAt, c.times.headersAt = time.UnixMilli(1), time.UnixMilli(2)
 	return m, c, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true, cost: 5, firstByteUS: 3000, totalUS: 4000,
 		counts: tokenCounts{input: 9, output: 3}}
 }

@@ -17,81 +17,87 @@ import (
 	"time"
 )
 
-// A call is one /v1 call that a client makes. Its fields are filled in by the
-// steps below, in their order; each belongs to the goroutine that serves it.
+// A call is one /v1 call. It belongs to the goroutine that serves it; other goroutines
+// see its runningCall only. The steps of handleV1 fill in its fields, in their order.
 type call struct {
-	id         int64
-	requestID  string // id as clients see it
-	start      time.Time
-	address    string
-	trace      traceContext
-	anthropic  bool // errors in Anthropic's shape
-	controller *http.ResponseController
+	runningCall   // what other goroutines may use: id, start, token, progress, ...
+	clientRequest // what the client asks for
 
-	credentialHash [32]byte // the hash of what the client presents
+	requestID      string // id as clients see it
+	address        string
+	trace          traceContext
+	anthropic      bool     // errors in Anthropic's shape
+	credentialHash [32]byte // of the credential that the client presents
+	tokenState     *tokenState
+	project        *projectState
 
-	token      *liveToken // nil until authenticated
-	tokenState *tokenState
-	project    *projectState
+	reservation   reservation // of its limits
+	commitFirst   bool        // a limit must hold through a crash: commit before forwarding
+	rates         rateHeaders // what is left of its token's limits
+	upstream      *upstream   // of the current attempt, in the end the one that answered; see setUpstream
+	prices        *priceTable // as they were when the call was admitted
+	entry         *ledgerEntry
+	storedContent *storedContent // nil: the project does not store content
+	admittedInfo  callInfo       // the first that is published: here it costs no allocation
+	ctx           context.Context
 
-	match         endpointMatch
-	endpoint      *endpoint
-	query         string
-	fields        callFields
-	storedContent *storedContent // nil: the project does not ask for it
-	form          bool           // the body is multipart/form-data
-	body          []byte         // read whole; nil for uploads
-	bodyReserved  int64          // bytes reserved of the memory for bodies
-	bufferStream  bool           // its stream is held until it is complete
-	usageAdded    bool           // stream_options.include_usage was added by us
-
-	reservation       reservation              // what it has reserved of its limits
-	commitFirst       bool                     // a count of its must hold through a crash
-	rates             rateHeaders              // what is left of its token's limits
-	upstream          *upstream                // the attempt's; in the end, the one that answered
-	publishedUpstream atomic.Pointer[upstream] // the same, for other goroutines
-	attempts          attempts
-	prices            *priceTable // as they were when the call began
-	admitted          atomic.Bool // what stands above is there for other goroutines to read
-	entry             *ledgerEntry
-	ctx               context.Context
-	cancel            context.CancelCauseFunc
-	progress          callProgress
-	uploading         atomic.Bool // its body goes up as it comes, and has not ended
-	attemptCount      int         // made so far, over all upstreams
-	committed         bool        // the call's note is committed
-	commitFailed      bool        // it could not be: the call is refused, whatever the provider said
-
+	attempts     attempts
+	attemptCount int  // made so far, over all upstreams
+	committed    bool // the pending record is committed
+	commitFailed bool // it could not be: the call is refused, whatever the provider answered
 	response     *responseWriter
-	failure      *apiError     // what the client was told instead of an answer
-	relayed      bool          // ReverseProxy returned: the answer is complete
-	firstByte    time.Duration // until the first answer byte left; 0: none did
-	bodyReadTime time.Duration // that the client took to send its body
-	sentAt       time.Time     // when the provider got its turn; zero: it did not
-	headersAt    time.Time     // when the head of its answer came; zero: none did
-	settledAt    time.Time     // when it was settled; zero: it was not
+	failure      *apiError // the error that the client got instead of an answer
+	relayed      bool      // ReverseProxy returned: the answer is complete
+	times        callTimes
+}
+
+// A clientRequest is a client's request as read, checked and matched.
+type clientRequest struct {
+	match        endpointMatch
+	endpoint     *endpoint
+	query        string
+	fields       callFields
+	form         bool   // the body is multipart/form-data
+	body         []byte // the whole body; nil for uploads
+	bodyReserved int64  // bytes reserved in the memory for bodies
+	bufferStream bool   // the answer's stream is held back until it is complete
+	usageAdded   bool   // stream_options.include_usage was added by the proxy
+}
+
+// callTimes are the moments of a call that its row and the metrics need.
+type callTimes struct {
+	bodyRead  time.Duration // the client took to send the body
+	sentAt    time.Time     // when the call went to the provider; zero: it did not
+	headersAt time.Time     // when the provider's headers came; zero: none did
+	firstByte time.Duration // from the start until the first answer byte left; 0: none did
+	settledAt time.Time     // zero: not settled
+}
+
+// publish lets other goroutines see the call. It is called once, at admission.
+func (c *call) publish() {
+	c.admittedInfo = callInfo{requestID: c.requestID, address: c.address, project: c.project, token: c.tokenState,
+		endpoint: c.endpoint, model: c.fields.model, stream: c.fields.stream,
+		upstream: c.upstream, inputTokens: c.reservation.estimate.input, reservation: &c.reservation}
+	c.info.Store(&c.admittedInfo)
+}
+
+// setUpstream makes u the call's current upstream. Published values stay as they are: a
+// new one takes their place.
+func (c *call) setUpstream(u *upstream) {
+	c.upstream = u
+	if old := c.info.Load(); old != nil && old.upstream != u {
+		info := *old
+		info.upstream = u
+		c.info.Store(&info)
+	}
 }
 
 // endTime returns when the call was settled, or now if it was not admitted.
 func (c *call) endTime() time.Time {
-	if c.settledAt.IsZero() {
+	if c.times.settledAt.IsZero() {
 		return time.Now()
 	}
-	return c.settledAt
-}
-
-// abort makes the call stop with why, from another goroutine.
-func (c *call) abort(why *apiError) {
-	c.cancel(why)
-	switch phase(c.progress.phase.Load()) { // unblock what does not look at a context
-	case phaseReading:
-		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
-	case phaseWriting:
-		_ = c.controller.SetWriteDeadline(time.Unix(1, 0))
-	}
-	if c.uploading.Load() { // the transport reads the client's body, and closing that waits for the read
-		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
-	}
+	return c.times.settledAt
 }
 
 // A proxy carries /v1 calls to providers. It alone holds the transport.
@@ -129,7 +135,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	var stop context.CancelFunc
 	c.ctx, c.cancel, stop = cancelable(r.Context())
 	defer stop()
-	if err := p.running.add(c); err != nil {
+	if err := p.running.add(&c.runningCall); err != nil {
 		p.refuse(c, w, r, err)
 		return
 	}
@@ -138,7 +144,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 		_ = c.controller.SetWriteDeadline(c.endTime().Add(p.running.limits.clientStallTimeout))
 		p.releaseBody(c)
 		c.storedContent.release()
-		p.running.remove(c)
+		p.running.remove(&c.runningCall)
 	}()
 	if err := p.readCall(c, w, r); err != nil { // what
 		p.refuse(c, w, r, err)
@@ -166,7 +172,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 
 // newCall returns a call with an id, which all its answers carry.
 func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
-	c := &call{start: time.Now(), controller: http.NewResponseController(w)}
+	c := &call{runningCall: runningCall{ticks: &p.running.ticks, start: time.Now(), controller: http.NewResponseController(w)}}
 	c.attempts.s, c.attempts.c = p, c
 	c.id = p.ids.next(c.start)
 	c.address = p.addresses.clientAddress(r)
@@ -276,7 +282,7 @@ func (p *proxy) awaitCommit(c *call) error {
 		return c.checkCommit()
 	default:
 	}
-	p.running.setPhase(c, phaseLedger)
+	c.setPhase(phaseLedger)
 	select {
 	case <-c.entry.committed():
 		return c.checkCommit()
@@ -306,11 +312,11 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		// An upload is streamed: bytes go up while the answer may already come
 		// down, which HTTP/1 needs to be told.
 		_ = c.controller.EnableFullDuplex()
-		c.uploading.Store(true)
-		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), p.running, c}, r.ContentLength
+		c.progress.uploading.Store(true)
+		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), &c.runningCall}, r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
-		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.sentAt = upstreamHeader(r.Header), time.Now() },
+		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header), time.Now() },
 		Transport:      &c.attempts, // what goes up is each attempt's own: proxy_attempts.go
 		BufferPool:     p.buffers,
 		ErrorLog:       p.httpErrorLog,
@@ -324,7 +330,7 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 
 // acceptResponse looks at the head of the provider's answer before any of it leaves.
 func (p *proxy) acceptResponse(c *call, res *http.Response) error {
-	c.headersAt = time.Now()
+	c.times.headersAt = time.Now()
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
 		// Its text may quote the key, and the client can do nothing about it.
@@ -340,7 +346,7 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 		return err
 	}
 	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
-	p.running.setPhase(c, phaseRelaying)
+	c.setPhase(phaseRelaying)
 	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
 		if err := filterModels(c, res); err != nil {
 			return err
@@ -368,7 +374,7 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 	if !c.committed {
 		c.failure = errUnavailable("ledger_unavailable", err)
 	}
-	c.firstByte = time.Since(c.start)
+	c.times.firstByte = time.Since(c.start)
 	writeError(w, c.failure, c.anthropic)
 }
 

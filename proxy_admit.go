@@ -24,7 +24,7 @@ func (p *proxy) admit(c *call) error {
 	if err := c.checkPolicies(); err != nil {
 		return err
 	}
-	if c.upstream = c.pickUpstream(); c.upstream == nil {
+	if c.setUpstream(c.pickUpstream()); c.upstream == nil {
 		now := c.start.UnixMilli()
 		if w := c.criteria(now); c.project.atCapacity(&w) {
 			return &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", retryAfter: time.Duration(60_000-now%60_000) * time.Millisecond,
@@ -43,7 +43,7 @@ func (p *proxy) admit(c *call) error {
 		c.upstream.health.endProbe() // it may have been chosen to probe it
 		return err
 	}
-	c.admitted.Store(true)
+	c.publish()
 	c.entry = p.ledger.begin(requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq, endpoint: c.endpoint.name(),
 		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
@@ -94,7 +94,7 @@ const (
 // inputEstimate is how many tokens the body may be. Nothing in JSON is taken for
 // less than text: who pays for what it says could else make it look like a
 // picture.
-func (c *call) inputEstimate() int64 {
+func (c *clientRequest) inputEstimate() int64 {
 	n := int64(len(c.body))
 	switch {
 	case c.endpoint.meter == meterNone:
@@ -108,7 +108,7 @@ func (c *call) inputEstimate() int64 {
 // maxOutputTokens is the most output that the call asks for, 0 if it does not say. Only
 // the endpoint's own names for it count: a provider that takes no notice of
 // another one would not hold the call to it.
-func (c *call) maxOutputTokens() int64 {
+func (c *clientRequest) maxOutputTokens() int64 {
 	most := c.fields.maxTokens
 	switch p := c.endpoint.pattern; {
 	case p == "/v1/chat/completions":

@@ -91,14 +91,14 @@ func (t *attempts) attempt(req *http.Request) (*http.Response, error) {
 // stream must bring its first event.
 func (t *attempts) roundTrip(req *http.Request) (*http.Response, error) {
 	c := t.c
-	t.current, t.startedAt = c.upstream, c.sentAt.UnixMilli()
+	t.current, t.startedAt = c.upstream, c.times.sentAt.UnixMilli()
 	if c.attemptCount > 0 {
 		t.startedAt = time.Now().UnixMilli()
 	}
 	c.attemptCount++
 	t.current.health.running.Add(1)
 	t.current.retryBudget.earn()
-	t.s.running.setPhase(c, phaseProvider)
+	c.setPhase(phaseProvider)
 	out, err := t.buildRequest(req)
 	if err != nil {
 		return nil, err
@@ -137,7 +137,7 @@ func (t *attempts) readStart(res *http.Response, timer *time.Timer, patience tim
 	case res.StatusCode != http.StatusOK || mediaType(res.Header.Get("Content-Type")) != "text/event-stream":
 	case t.c.bufferStream:
 		still := t.bufferIdleTimeout(patience)
-		return t.bufferStream(res, func() { timer.Reset(still); t.s.running.setPhase(t.c, phaseProvider) })
+		return t.bufferStream(res, func() { timer.Reset(still); t.c.setPhase(phaseProvider) })
 	default:
 		return awaitFirstEvent(res)
 	}
@@ -261,7 +261,7 @@ func (t *attempts) upstreamModel() string {
 }
 
 // replayable reports whether the call's body can be sent again.
-func (c *call) replayable() bool { return c.body != nil || !c.endpoint.upload }
+func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.upload }
 
 // pickUpstream chooses the upstream. An endpoint that both families of providers have
 // (the list of models) goes to the family whose SDK is asking, if it is there.
@@ -279,7 +279,6 @@ func (c *call) pickUpstream() (u *upstream) {
 	if u == nil {
 		u = c.project.pickUpstream(&w)
 	}
-	c.publishedUpstream.Store(u)
 	return u
 }
 
@@ -332,8 +331,7 @@ func (t *attempts) nextAttempt(v *retryDecision, res *http.Response) bool {
 	}
 	t.endAttempt(v, res)
 	t.fallbackModel, t.tried = model, tried
-	c.upstream = next
-	c.publishedUpstream.Store(next)
+	c.setUpstream(next)
 	return true
 }
 
@@ -392,8 +390,7 @@ func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, 
 	if res != nil {
 		res.Body.Close()
 	}
-	t.c.upstream = t.savedResponse.upstream
-	t.c.publishedUpstream.Store(t.savedResponse.upstream)
+	t.c.setUpstream(t.savedResponse.upstream)
 	return t.savedResponse.res, nil
 }
 

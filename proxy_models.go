@@ -104,8 +104,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		if asked++; asked > 1 {
 			t.endAttempt(&last.decision, last.res)
 		}
-		c.upstream = u
-		c.publishedUpstream.Store(u)
+		c.setUpstream(u)
 		if last = t.listModels(req); last.complete {
 			have[u.baseURL()] = true
 			n.addFrom(u, last.models, c.mayUseModel)
@@ -122,8 +121,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		n.lastStatus = last.res.StatusCode
 		last.res.Body.Close()
 	}
-	c.upstream = by
-	c.publishedUpstream.Store(by)
+	c.setUpstream(by)
 	return n.fillResponse(good, &want, c.anthropic)
 }
 

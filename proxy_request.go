@@ -52,7 +52,7 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	if c.body, err = p.readBody(c, r); err != nil {
 		return err
 	}
-	c.bodyReadTime = time.Since(begun)
+	c.times.bodyRead = time.Since(begun)
 	switch {
 	case c.endpoint.body == bodyRaw:
 	case form:
@@ -134,7 +134,7 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	if r.ContentLength >= 0 {
 		size = min(r.ContentLength, step) // a declared length is a claim: memory follows what comes
 	}
-	p.running.setPhase(c, phaseReading)
+	c.setPhase(phaseReading)
 	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing
 	for {
 		if int64(cap(buf)) > c.bodyReserved {
@@ -190,18 +190,17 @@ func (p *proxy) releaseBody(c *call) {
 // provider is not late with its answer; when it hardly does, the client is.
 type progressReader struct {
 	io.ReadCloser
-	running *runningCalls
-	c       *call
+	c *runningCall
 }
 
 func (r *progressReader) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
 	r.c.progress.bytesReceived.Add(int64(n))
 	if err != nil {
-		r.c.uploading.Store(false)
+		r.c.progress.uploading.Store(false)
 	}
 	if n > 0 && phase(r.c.progress.phase.Load()) == phaseProvider {
-		r.running.setPhase(r.c, phaseProvider)
+		r.c.setPhase(phaseProvider)
 	}
 	return n, err
 }

@@ -295,7 +295,7 @@ func (a *responseWriter) WriteHeader(status int) {
 		return
 	}
 	a.status = status
-	a.c.firstByte = time.Since(a.c.start)
+	a.c.times.firstByte = time.Since(a.c.start)
 	a.w.WriteHeader(status)
 }
 
@@ -315,16 +315,16 @@ func (a *responseWriter) Write(p []byte) (int, error) {
 
 func (a *responseWriter) send(p []byte) error {
 	if len(p) == 0 {
-		a.s.running.setPhase(a.c, phaseRelaying)
+		a.c.setPhase(phaseRelaying)
 		return nil
 	}
 	a.c.storedContent.addResponse(p)
-	a.s.running.setPhase(a.c, phaseWriting)
+	a.c.setPhase(phaseWriting)
 	if _, err := a.w.Write(p); err != nil {
 		a.clientGone = true
 		return err
 	}
-	a.s.running.setPhase(a.c, phaseRelaying)
+	a.c.setPhase(phaseRelaying)
 	return nil
 }
 
@@ -333,12 +333,12 @@ func (a *responseWriter) FlushError() error {
 	if a.status == 0 {
 		return nil
 	}
-	a.s.running.setPhase(a.c, phaseWriting)
+	a.c.setPhase(phaseWriting)
 	err := a.c.controller.Flush()
 	if err != nil {
 		a.clientGone = true
 	}
-	a.s.running.setPhase(a.c, phaseRelaying)
+	a.c.setPhase(phaseRelaying)
 	return err
 }
 

@@ -48,19 +48,67 @@ func newCallLimits(calls int64, upstreamTimeout, streamIdleTimeout time.Duration
 	return callLimits{calls, upstreamTimeout, streamIdleTimeout, 30 * time.Second, 1 << 10, 60 * time.Second, 5 * time.Second}
 }
 
-// A callProgress is what the watchdog sees of a call. The call's goroutine writes it,
-// the watchdog reads it.
+// A runningCall is the part of a call that other goroutines may use: the watchdog, /manage
+// and a drain. The first group is set before the call is added to runningCalls.
+type runningCall struct {
+	ticks      *atomic.Int64 // of runningCalls
+	id         int64
+	start      time.Time
+	token      *liveToken
+	controller *http.ResponseController
+	cancel     context.CancelCauseFunc
+
+	progress callProgress
+	info     atomic.Pointer[callInfo] // nil until the call is admitted
+}
+
+// A callInfo describes an admitted call. A published one never changes.
+type callInfo struct {
+	requestID   string
+	address     string
+	project     *projectState
+	token       *tokenState
+	endpoint    *endpoint
+	model       string // as asked for
+	stream      bool
+	upstream    *upstream    // of the current attempt
+	inputTokens int64        // an estimate
+	reservation *reservation // guarded by its limiter
+}
+
+// callProgress says how far a call has come. The call's goroutine writes it, others
+// read it.
 type callProgress struct {
 	phase         atomic.Int32
 	since         atomic.Int64 // tick at which the phase began or last made progress
+	uploading     atomic.Bool  // the request body is being streamed and has not ended
 	bytesReceived atomic.Int64 // bytes of the request body so far
 	bytesRelayed  atomic.Int64 // bytes of the answer so far
-	outputTokens  atomic.Int64 // tokens of a streamed answer so far, as far as one can tell
+	outputTokens  atomic.Int64 // an estimate of the tokens of a streamed answer so far
+	idleTimeout   atomic.Int64 // nanoseconds the answer may pause; 0: the setting for all upstreams
 
-	idleTimeout atomic.Int64 // nanoseconds that the answer may pause, if the upstream has a time of its own
+	windowStart time.Time // for the watchdog alone: when the current window for reading began,
+	windowBytes int64     // and how many bytes had come by then
+}
 
-	windowStart time.Time // of the watchdog alone: when the window for reading began,
-	windowBytes int64     // and what had come by then
+// setPhase records that the call waits for something else now, or has made progress.
+func (c *runningCall) setPhase(p phase) {
+	c.progress.phase.Store(int32(p))
+	c.progress.since.Store(c.ticks.Load())
+}
+
+// abort makes the call stop with why, from another goroutine.
+func (c *runningCall) abort(why *apiError) {
+	c.cancel(why)
+	at := phase(c.progress.phase.Load())
+	// Reads and writes of the client's connection do not look at the context. While an
+	// upload runs, the transport reads it, and waits for that read when it closes the body.
+	if at == phaseReading || c.progress.uploading.Load() {
+		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
+	}
+	if at == phaseWriting {
+		_ = c.controller.SetWriteDeadline(time.Unix(1, 0))
+	}
 }
 
 // runningCalls is the set of running calls. The zero value is not ready: use
@@ -70,17 +118,17 @@ type runningCalls struct {
 	ticks  atomic.Int64 // time in units of watchInterval, cheap to read
 
 	mu       sync.Mutex
-	calls    map[*call]struct{}
+	calls    map[*runningCall]struct{}
 	drainErr *apiError // not nil: new calls are refused with it
 	wait     sync.WaitGroup
 }
 
 func newRunningCalls(l callLimits) *runningCalls {
-	return &runningCalls{limits: l, calls: map[*call]struct{}{}}
+	return &runningCalls{limits: l, calls: map[*runningCall]struct{}{}}
 }
 
 // add puts c in, unless the program is draining.
-func (rc *runningCalls) add(c *call) error {
+func (rc *runningCalls) add(c *runningCall) error {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if rc.drainErr != nil {
@@ -94,7 +142,7 @@ func (rc *runningCalls) add(c *call) error {
 	return nil
 }
 
-func (rc *runningCalls) remove(c *call) {
+func (rc *runningCalls) remove(c *runningCall) {
 	rc.mu.Lock()
 	delete(rc.calls, c)
 	rc.mu.Unlock()
@@ -122,12 +170,6 @@ func (rc *runningCalls) countByPhase() (n [len(phaseNames)]int64) {
 		n[c.progress.phase.Load()]++
 	}
 	return n
-}
-
-// setPhase notes that c now waits for something else, or has made progress.
-func (rc *runningCalls) setPhase(c *call, p phase) {
-	c.progress.phase.Store(int32(p))
-	c.progress.since.Store(rc.ticks.Load())
 }
 
 // run watches until ctx is over.
@@ -158,20 +200,20 @@ func (rc *runningCalls) enforce(now time.Time) {
 }
 
 // abortReason says why a call must end now, or nil.
-func (rc *runningCalls) abortReason(c *call, now time.Time, ms int64) *apiError {
+func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *apiError {
 	if why := c.token.validity(c.token.state.Load(), ms); why != "" {
 		return errBadToken(why)
 	}
 	if p := c.token.project.state.Load(); !p.active {
 		return errInactiveProject()
 	}
-	if c.admitted.Load() {
-		if l := c.reservation.updateUsage(ms, c.progress.outputTokens.Load()); l != nil {
+	if info := c.info.Load(); info != nil {
+		if l := info.reservation.updateUsage(ms, c.progress.outputTokens.Load()); l != nil {
 			return errLimitSpent(l)
 		}
 	}
 	at := phase(c.progress.phase.Load())
-	if (at == phaseReading || c.uploading.Load()) && c.progress.tooSlow(now, c.start, &rc.limits) {
+	if (at == phaseReading || c.progress.uploading.Load()) && c.progress.tooSlow(now, c.start, &rc.limits) {
 		return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
 	}
 	idle := time.Duration(rc.ticks.Load()-c.progress.since.Load()) * watchInterval

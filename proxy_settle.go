@@ -27,10 +27,10 @@ func (p *proxy) newStoredContent(c *call) *storedContent {
 // program's own: until it was sent on, without the time the client took to send
 // its body, and from the provider's head to the first byte that left.
 func (c *call) overhead() time.Duration {
-	if c.sentAt.IsZero() || c.headersAt.IsZero() || c.firstByte == 0 {
+	if c.times.sentAt.IsZero() || c.times.headersAt.IsZero() || c.times.firstByte == 0 {
 		return 0
 	}
-	return c.firstByte - c.bodyReadTime - c.headersAt.Sub(c.sentAt)
+	return c.times.firstByte - c.times.bodyRead - c.times.headersAt.Sub(c.times.sentAt)
 }
 
 const statusClientClosed = 499 // in ledger and log only: the client left before any answer
@@ -38,14 +38,14 @@ const statusClientClosed = 499 // in ledger and log only: the client left before
 // settle is deferred by handleV1 for every admitted call.
 func (p *proxy) settle(c *call, r *http.Request) {
 	now, row := time.Now(), &c.entry.row
-	c.settledAt = now
+	c.times.settledAt = now
 	row.totalUS = now.Sub(c.start).Microseconds()
 	row.attempts = c.attemptCount
 	row.upstream = c.upstream.seq
 	row.outcome, row.errorCode, row.status = c.classifyOutcome(r)
 	row.firstByteUS = -1
-	if c.firstByte > 0 {
-		row.firstByteUS = c.firstByte.Microseconds()
+	if c.times.firstByte > 0 {
+		row.firstByteUS = c.times.firstByte.Microseconds()
 	}
 	c.fillUsage(row)
 	c.attempts.finish(row, now.UnixMilli())

@@ -261,11 +261,11 @@ func TestEstimates(t *testing.T) {
 	}
 	chat, speech := &endpoint{meter: meterOpenAI}, &endpoint{meter: meterNone}
 	for _, test := range []struct {
-		c    *call
+		c    *clientRequest
 		want int64
 	}{
-		{&call{endpoint: chat, body: make([]byte, 1<<20)}, 1 << 18}, {&call{endpoint: speech, body: make([]byte, 1<<20)}, 0},
-		{&call{endpoint: chat, form: true, body: make([]byte, 20_000)}, 5000}, {&call{endpoint: chat, form: true, body: make([]byte, 1<<20)}, 8192 + (1<<20-32<<10)/64},
+		{&clientRequest{endpoint: chat, body: make([]byte, 1<<20)}, 1 << 18}, {&clientRequest{endpoint: speech, body: make([]byte, 1<<20)}, 0},
+		{&clientRequest{endpoint: chat, form: true, body: make([]byte, 20_000)}, 5000}, {&clientRequest{endpoint: chat, form: true, body: make([]byte, 1<<20)}, 8192 + (1<<20-32<<10)/64},
 	} {
 		if got := test.c.inputEstimate(); got != test.want {
 			t.Errorf("%d bytes, a form %v: %d tokens, want %d", len(test.c.body), test.c.form, got, test.want)
