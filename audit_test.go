@@ -569,42 +569,6 @@ func TestAuditFailedSignIns(t *testing.T) {
 	}
 }
 
-// TestFailureNotes: so many a minute, so many a day, and none uncounted.
-func TestFailureNotes(t *testing.T) {
-	t.Parallel()
-	var f signInAuditLimiter
-	at := time.Unix(1_800_000_000, 0).Truncate(24 * time.Hour)
-	noted, told := 0, int64(0)
-	for m := range 24 * 60 {
-		inMinute := 0
-		for i := range 30 {
-			ok, left := f.record(at.Add(time.Duration(m)*time.Minute + time.Duration(i)*time.Second))
-			if told += left; ok {
-				noted++
-				inMinute++
-			}
-		}
-		if inMinute > maxFailuresAuditedPerMinute {
-			t.Fatalf("%d in a minute", inMinute)
-		}
-	}
-	last := at.Add(24*time.Hour - time.Second)
-	if noted != maxFailuresAuditedPerDay || f.takeOmitted(last, false) != 0 {
-		t.Errorf("%d in a day", noted)
-	}
-	told += f.takeOmitted(at.Add(24*time.Hour), false)
-	if told+int64(noted) != 24*60*30 || f.takeOmitted(last, true) != 0 {
-		t.Errorf("%d noted, %d told", noted, told)
-	}
-	if ok, left := f.record(at.Add(25 * time.Hour)); !ok || left != 0 {
-		t.Error("the next day has none left")
-	}
-	f.addOmitted(3)
-	if f.takeOmitted(last, true) != 3 {
-		t.Error("what was given back is lost")
-	}
-}
-
 // TestAuditVerify: the command tells a whole trail from one that is not, beside
 // a server, without one, and where nothing can be written; and says what to do.
 func TestAuditVerify(t *testing.T) {

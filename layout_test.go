@@ -61,7 +61,7 @@ func TestLayoutImports(t *testing.T) {
 		"runtime/metrics":        {"main.go", "metrics.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
-	plain := []string{"domain.go", "json.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go", "policy.go", "metrics.go", "audit.go", "ratelimit.go", "upstream_select.go"}
+	plain := []string{"domain.go", "json.go", "throttle.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go", "policy.go", "metrics.go", "audit.go", "ratelimit.go", "upstream_select.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
 	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly) {

@@ -120,23 +120,23 @@ func TestLogHasNoContent(t *testing.T) {
 // written, and the rest is counted.
 func TestUnauthenticatedLogLimit(t *testing.T) {
 	t.Parallel()
-	var l logLimiter
+	l := newThrottle(logLinesPerSecond, time.Second)
 	now, written, left := time.Unix(1000, 0), 0, int64(0)
 	for i := range 1000 {
-		ok, n := l.allow(now.Add(time.Duration(i) * time.Millisecond))
-		if ok {
+		wait, n := l.allow(now.Add(time.Duration(i) * time.Millisecond))
+		if wait == 0 {
 			written++
 		}
 		left += n
 	}
-	ok, n := l.allow(now.Add(5 * time.Second))
-	if written != logLinesPerSecond || left != 0 || !ok || n != 1000-logLinesPerSecond {
-		t.Errorf("%d lines of 1000 were written, then %v with %d left out", written, ok, n)
+	wait, n := l.allow(now.Add(5 * time.Second))
+	if written != logLinesPerSecond || left != 0 || wait != 0 || n != 1000-logLinesPerSecond {
+		t.Errorf("%d lines of 1000 were written, then %v with %d left out", written, wait, n)
 	}
 	p := newTest(t, nil)
-	p.instance.server.unauthenticatedLogLimit.mu.Lock()
-	p.instance.server.unauthenticatedLogLimit.second, p.instance.server.unauthenticatedLogLimit.written = time.Now().Unix(), logLinesPerSecond
-	p.instance.server.unauthenticatedLogLimit.mu.Unlock()
+	for range logLinesPerSecond {
+		p.instance.server.unauthenticatedLogLimit.allow(time.Now())
+	}
 	p.chatWithHeaders("Authorization", "Bearer x")
 	p.chat()
 	p.waitSettled()

@@ -236,13 +236,13 @@ func (in *instance) build(ids *idSource, linesDropped func() int64) error {
 	limits := &limitState{store: in.store, ledger: in.ledger, registry: in.registry}
 	addresses := &addressReader{isTrustedProxy: cfg.trustedProxies, trustUnix: cfg.trustUnix}
 	quiet := newHTTPErrorLog(in.log)
-	strangers := &logLimiter{}
+	strangers := newThrottle(logLinesPerSecond, time.Second)
 	diskUse := func(ctx context.Context) (diskUsage, error) { return in.dir.diskUsage(ctx, in.store) }
 	in.proxy = &proxy{cfg: cfg, log: in.log, httpErrorLog: quiet, registry: in.registry, limits: limits, ledger: in.ledger, running: in.running,
 		endpoints: endpoints, transport: in.transport, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}, bodies: bodies, ids: ids,
 		addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, unauthenticatedLogLimit: strangers, metrics: in.metrics, contentKey: in.contentKey}
-	in.manage = &manageAPI{signIns: &signInAuditor{log: in.log, store: in.store}, cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
-		running: in.running, addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, authThrottle: &authThrottle{}, contentKey: in.contentKey}
+	in.manage = &manageAPI{signIns: &signInAuditor{log: in.log, store: in.store, limiter: newSignInThrottle()}, cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
+		running: in.running, addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, authThrottle: newAuthThrottle(), contentKey: in.contentKey}
 	in.server = &server{cfg: cfg, log: in.log, httpErrorLog: quiet, store: in.store, ledger: in.ledger, running: in.running, ids: ids,
 		addresses: addresses, unauthenticatedLogLimit: strangers, databaseProblem: in.dir.databaseProblem, metrics: in.metrics, proxy: in.proxy, manage: in.manage,
 		exporter: &exporter{cfg: cfg, metrics: in.metrics, endpoints: endpoints, registry: in.registry, health: in.health, ledger: in.ledger,

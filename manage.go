@@ -17,7 +17,6 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -27,76 +26,15 @@ import (
 type signInAuditor struct {
 	log     *logger
 	store   *store
-	limiter signInAuditLimiter
-}
-
-// signInAuditLimiter decides which wrong management keys get an entry of their own.
-// Anyone can present one, and entries are kept for ever: so a few a minute, not
-// too many a day, and the number of those left out.
-type signInAuditLimiter struct {
-	mu              sync.Mutex
-	minute, day     int64
-	inMinute, inDay int
-	omitted         int64
-}
-
-const (
-	maxFailuresAuditedPerMinute = 10
-	maxFailuresAuditedPerDay    = 500
-)
-
-// allow reports whether an entry may be made now.
-func (f *signInAuditLimiter) allow(now time.Time) bool {
-	if m := now.Unix() / 60; m != f.minute {
-		f.minute, f.inMinute = m, 0
-	}
-	if d := now.Unix() / 86_400; d != f.day {
-		f.day, f.inDay = d, 0
-	}
-	if f.inMinute >= maxFailuresAuditedPerMinute || f.inDay >= maxFailuresAuditedPerDay {
-		return false
-	}
-	f.inMinute++
-	f.inDay++
-	return true
-}
-
-// record reports whether a failure gets an entry, and how many before it got none.
-func (f *signInAuditLimiter) record(now time.Time) (ok bool, left int64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if !f.allow(now) {
-		f.omitted++
-		return false, 0
-	}
-	left, f.omitted = f.omitted, 0
-	return true, left
-}
-
-// addOmitted counts n more that got no entry.
-func (f *signInAuditLimiter) addOmitted(n int64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.omitted += n
-}
-
-// takeOmitted returns how many got no entry, for one that tells only that; 0: none, or
-// it must wait. At the end it does not wait.
-func (f *signInAuditLimiter) takeOmitted(now time.Time, end bool) (left int64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.omitted > 0 && (end || f.allow(now)) {
-		left, f.omitted = f.omitted, 0
-	}
-	return left
+	limiter *throttle
 }
 
 // auditFailedSignIn puts a wrong management key on the trail. by.actor is the key's
 // id if it is one that was valid once. Whoever presented it is refused in any
 // case, so trouble with the trail is for the log alone.
 func (a *signInAuditor) auditFailedSignIn(ctx context.Context, by auditOrigin, door string, now time.Time) {
-	ok, left := a.limiter.record(now)
-	if !ok {
+	wait, left := a.limiter.allow(now)
+	if wait > 0 {
 		return
 	}
 	a.writeFailedSignIns(ctx, by, door, left, 1)
@@ -154,9 +92,9 @@ type manageAPI struct {
 	running         *runningCalls
 	addresses       *addressReader
 	prices          *atomic.Pointer[priceTable]
-	databaseProblem func() string  // says what is wrong with the database file, "" if nothing
-	authThrottle    *authThrottle  // of wrong management keys
-	signIns         *signInAuditor // of wrong management keys on the audit trail
+	databaseProblem func() string    // says what is wrong with the database file, "" if nothing
+	authThrottle    *addressThrottle // of wrong management keys
+	signIns         *signInAuditor   // of wrong management keys on the audit trail
 	contentKey      *contentKey
 }
 
@@ -377,11 +315,10 @@ func (api *manageAPI) verifyManageKey(ctx context.Context, by auditOrigin, door,
 	api.signIns.auditFailedSignIn(ctx, by, door, now)
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
-	if wait := api.authThrottle.blockedFor(by.address, now); wait > 0 {
+	if wait, _ := api.authThrottle.of(by.address).allow(now); wait > 0 {
 		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
 			msg: "Too many wrong management keys from this address."}
 	}
-	api.authThrottle.recordFailure(by.address, now)
 	return actor{}, errInvalidManageKey()
 }
 

@@ -118,7 +118,7 @@ type proxy struct {
 	addresses               *addressReader
 	prices                  *atomic.Pointer[priceTable]
 	databaseProblem         func() string // says what is wrong with the database file, "" if nothing
-	unauthenticatedLogLimit *logLimiter   // of log lines about callers without a key
+	unauthenticatedLogLimit *throttle     // of log lines about callers without a key
 	metrics                 *metrics
 	contentKey              *contentKey
 }

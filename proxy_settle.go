@@ -184,9 +184,8 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	row.totalUS = at.Sub(c.start).Microseconds()
 	if c.token != nil && p.ledger.healthy() {
 		row.project, row.token = c.project.seq, c.tokenState.seq
-		now, last := row.started, c.token.lastRefusalAt.Load()
-		detailed := now-last >= refusalLogInterval.Milliseconds() && c.token.lastRefusalAt.CompareAndSwap(last, now)
-		p.ledger.recordRefused(&row, detailed)
+		wait, _ := c.token.refusals.allow(c.start)
+		p.ledger.recordRefused(&row, wait == 0)
 	}
 	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
 		// net/http reads on before it answers, so as to keep the connection.
@@ -223,8 +222,8 @@ func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
 	}
 	var left int64
 	if c.token == nil { // whatever went wrong: anyone can cause it
-		var ok bool
-		if ok, left = p.unauthenticatedLogLimit.allow(c.start); !ok {
+		var wait time.Duration
+		if wait, left = p.unauthenticatedLogLimit.allow(c.start); wait > 0 {
 			p.metrics.suppressedLogLines.Add(1)
 			return
 		}

@@ -58,11 +58,10 @@ type registry struct {
 }
 
 const (
-	maxUnknownHashes   = 4096
-	unknownTTL         = 5 * time.Second
-	evictAfter         = 10 * time.Minute
-	maxLoadRetries     = 100         // each fails only if an admin changed something within it
-	refusalLogInterval = time.Second // at most one refused call on record a token in this time
+	maxUnknownHashes = 4096
+	unknownTTL       = 5 * time.Second
+	evictAfter       = 10 * time.Minute
+	maxLoadRetries   = 100 // each fails only if an admin changed something within it
 )
 
 func newRegistry(st *store, l *ledger, sl *sealer, health *healthTracker, allowPrivate bool) *registry {
@@ -141,7 +140,7 @@ func (g *registry) loadToken(ctx context.Context, hash [32]byte, now int64) (*li
 		g.projects[row.project] = project
 		t := g.byID[st.id]
 		if t == nil {
-			t = &liveToken{project: project}
+			t = &liveToken{project: project, refusals: newThrottle(1, refusalLogInterval)}
 			t.used.Store(row.requestCount)
 			t.lastUsed.Store(max(row.createdAt, deref(row.lastUsedAt)))
 			t.state.Store(st)

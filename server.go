@@ -25,7 +25,7 @@ type server struct {
 	running                 *runningCalls
 	ids                     *idSource
 	addresses               *addressReader
-	unauthenticatedLogLimit *logLimiter   // of log lines about callers without a key
+	unauthenticatedLogLimit *throttle     // of log lines about callers without a key
 	databaseProblem         func() string // says what is wrong with the database file, "" if nothing
 	metrics                 *metrics
 	writable                writeCheck
@@ -98,8 +98,8 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 		}
 		line := []any{"request_id", id, "route", r.Pattern, "status", sw.status, "address", s.addresses.clientAddress(r), "total_us", time.Since(start).Microseconds()}
 		if sw.status >= 400 && sw.status < 500 { // anyone can cause these
-			ok, left := s.unauthenticatedLogLimit.allow(start)
-			if !ok {
+			wait, left := s.unauthenticatedLogLimit.allow(start)
+			if wait > 0 {
 				s.metrics.suppressedLogLines.Add(1)
 				return
 			}

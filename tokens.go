@@ -132,14 +132,14 @@ func newTokenState(row *tokenRow) (*tokenState, error) {
 // the row changes; its counter is the one truth in this process: loaded once,
 // then only added to, and the ledger adds the same to the row.
 type liveToken struct {
-	project       *liveProject
-	state         atomic.Pointer[tokenState]
-	used          atomic.Int64 // admitted calls over its life
-	lastUsed      atomic.Int64 // unix milliseconds
-	lastRefusalAt atomic.Int64 // when a refusal of it was last put on record
-	running       atomic.Int64 // calls that hold it; far below 0 once it was evicted
-	bodyBytes     atomic.Int64 // bytes of request bodies held for it
-	limits        limitScope   // guarded by its project's limiter
+	project   *liveProject
+	state     atomic.Pointer[tokenState]
+	used      atomic.Int64 // admitted calls over its life
+	lastUsed  atomic.Int64 // unix milliseconds
+	refusals  *throttle    // which of its refused calls get a ledger row of their own
+	running   atomic.Int64 // calls that hold it; far below 0 once it was evicted
+	bodyBytes atomic.Int64 // bytes of request bodies held for it
+	limits    limitScope   // guarded by its project's limiter
 
 	mu            sync.Mutex
 	trackedModels map[string]struct{} // names that have sums of their own
