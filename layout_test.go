@@ -59,6 +59,7 @@ func TestLayoutImports(t *testing.T) {
 		"crypto/tls":             {"config.go", "listen.go", "command.go", "command_doctor.go"},
 		"runtime/debug":          {"main.go", "config.go"},
 		"runtime/metrics":        {"main.go", "metrics.go"},
+		"llm-proxy/demo":         {"demo.go"},
 		"os/exec":                {}, "unsafe": {}, "reflect": {}, "plugin": {}, "text/template": {}, "net/rpc": {}, "encoding/gob": {}, "net/http/pprof": {}, "expvar": {},
 	}
 	plain := []string{"domain.go", "json.go", "throttle.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go", "policy.go", "metrics.go", "audit.go", "ratelimit.go", "upstream_select.go"}
@@ -76,6 +77,9 @@ func TestLayoutImports(t *testing.T) {
 			if strings.Contains(path, ".") && !strings.HasPrefix(path, "modernc.org/sqlite") {
 				t.Errorf("%s imports %s: not the standard library", name, path)
 			}
+			if strings.HasPrefix(path, "llm-proxy/") && only[path] == nil {
+				t.Errorf("%s imports %s: the program is one package", name, path)
+			}
 			for _, f := range only[path] {
 				if matchesFile([]string{f}, name) {
 					used[path+" "+f] = true
@@ -89,6 +93,43 @@ func TestLayoutImports(t *testing.T) {
 				t.Errorf("%s does not import %s any more: take it off the list", f, path)
 			}
 		}
+	}
+}
+
+// TestLayoutDemo: the stand-in provider uses nothing of the program and cannot
+// open a file, a connection or a process.
+func TestLayoutDemo(t *testing.T) {
+	t.Parallel()
+	allowed := []string{"bytes", "cmp", "crypto/subtle", "encoding/base64", "encoding/binary", "encoding/json", "errors", "fmt",
+		"hash/fnv", "image", "image/color", "image/png", "io", "maps", "math", "math/rand/v2", "mime", "mime/multipart", "net/http",
+		"slices", "strconv", "strings", "sync", "time"}
+	notHTTP := []string{"Get", "Post", "PostForm", "Head", "Client", "Transport", "DefaultClient", "ListenAndServe", "Serve",
+		"FileServer", "Dir"}
+	names, err := filepath.Glob("demo/*.go")
+	if err != nil || len(names) < 4 {
+		t.Fatal(names, err)
+	}
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, spec := range file.Imports {
+			if path := strings.Trim(spec.Path.Value, `"`); !slices.Contains(allowed, path) {
+				t.Errorf("%s imports %s", name, path)
+			}
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			if s, ok := n.(*ast.SelectorExpr); ok {
+				if id, ok := s.X.(*ast.Ident); ok && id.Name == "http" && slices.Contains(notHTTP, s.Sel.Name) {
+					t.Errorf("%s uses http.%s", name, s.Sel.Name)
+				}
+			}
+			return true
+		})
 	}
 }
 
@@ -271,7 +312,7 @@ func TestLayoutLayers(t *testing.T) {
 	t.Parallel()
 	fset, files, info := typeCheck(t)
 	for name := range files {
-		if layerOf(name) < 0 && !strings.HasPrefix(name, "demo_") {
+		if layerOf(name) < 0 {
 			t.Errorf("%s is in no layer", name)
 		}
 	}
@@ -314,9 +355,9 @@ func TestLayoutForbidden(t *testing.T) {
 	allowed := map[string][]string{
 		"InsecureSkipVerify": nil, "http.DefaultClient": nil, "http.DefaultTransport": nil, "http.Get(": nil, "http.Post(": nil, "Director:": nil,
 		"math/rand\"": nil, "template.JS(": nil, "template.URL(": nil, "template.CSS(": nil, "context.WithValue": nil, "recover()": nil, "MD5": nil, "sha1": nil,
-		"template.HTML(": {"admin_dashboard.go", "admin_requests.go"},                     // charts, which escape what they write
-		"os.Exit(":       {"main.go"},                                                     // main itself
-		"err.Error()":    {"demo_provider.go", "command_doctor.go", "manage_projects.go"}, // not to clients of a real server; and our own words about a field
+		"template.HTML(": {"admin_dashboard.go", "admin_requests.go"}, // charts, which escape what they write
+		"os.Exit(":       {"main.go"},                                 // main itself
+		"err.Error()":    {"command_doctor.go", "manage_projects.go"}, // not to clients of a real server; and our own words about a field
 		"http.ListenAnd": nil,
 	}
 	for name := range parseSources(t, token.NewFileSet(), 0) {
@@ -328,7 +369,7 @@ func TestLayoutForbidden(t *testing.T) {
 				}
 			}
 			// What is read whole is bounded on the same line, or by a reader that is.
-			if strings.Contains(code, "io.ReadAll(") && !strings.Contains(code, "LimitReader") && !strings.Contains(code, "MaxBytesReader") && !strings.HasPrefix(name, "demo_") {
+			if strings.Contains(code, "io.ReadAll(") && !strings.Contains(code, "LimitReader") && !strings.Contains(code, "MaxBytesReader") {
 				t.Errorf("%s:%d reads without a bound that can be seen", name, n+1)
 			}
 		}

@@ -1,6 +1,7 @@
-// This room holds what the demo provider says: plain code from a request to words and tool arguments. The same request
-// gives the same answer. It knows no HTTP, no clock and no provider's answer shapes.
-package main
+// This file makes the content of the answers: text and tool arguments. It is plain code: the same
+// request gives the same answer. It uses no HTTP and no clock, and does not depend on any API's
+// answer format.
+package demo
 
 import (
 	"encoding/json"
@@ -13,23 +14,23 @@ import (
 	"strings"
 )
 
-// The sentences that answers are made of, one subject a line of thought.
+// The sentences that answers are made of, by subject.
 const (
-	demoRivers = `A river rarely takes the straight way: it gives up slope for length and ends in meanders.
+	rivers = `A river rarely takes the straight way: it gives up slope for length and ends in meanders.
 The outer bank of a bend is cut away while the inner bank grows, so the whole bend wanders downstream.
 Most of the water in a dry summer comes from the ground beside the river and not from rain.
 Where a river meets the sea it slows, drops its silt and builds the land it then has to cross.
 A flood plain is part of the river; it is only dry for most of the year.
 Cold mountain streams hold more oxygen than warm ones, which is why trout live there.
 Gravel moves in a few days of high water and then lies still for months.`
-	demoBread = `Good bread needs four things: flour, water, salt and time, and time is the one most often left out.
+	bread = `Good bread needs four things: flour, water, salt and time, and time is the one most often left out.
 A long, cool rise gives the flour's own enzymes the hours they need, and the crumb tastes of it.
 Salt tightens the gluten and slows the yeast, so it is weighed and never guessed.
 The crust forms best in steam, because a damp surface stays soft while the loaf still grows.
 A loaf is done when it sounds hollow underneath, at about 96 degrees inside.
 Wet dough is hard to shape and easy to love: it bakes into large, shining holes.
 Rye holds its water for days, which is why rye bread keeps and wheat bread does not.`
-	demoRailways = `A railway saves its energy in the contact of steel on steel, a patch no larger than a coin.
+	railways = `A railway saves its energy in the contact of steel on steel, a patch no larger than a coin.
 Gradients decide where a line can go; curves decide how fast.
 Signals divide the track into blocks, and one rule keeps everyone safe: one train to a block.
 Most delays are small and come from doors, and they grow where lines share a junction.
@@ -38,10 +39,10 @@ Electric trains give back much of what they took when they brake into a station.
 Before railways each town kept its own noon; the timetable made them agree on one.`
 )
 
-// A demoJSON is an object in writing order: name, value, name, value.
-type demoJSON []any
+// An obj is a JSON object whose fields keep their order: name, value, name, value.
+type obj []any
 
-func (o demoJSON) MarshalJSON() ([]byte, error) {
+func (o obj) MarshalJSON() ([]byte, error) {
 	b := []byte{'{'}
 	for i := 0; i+1 < len(o); i += 2 {
 		if i > 0 {
@@ -58,7 +59,7 @@ func (o demoJSON) MarshalJSON() ([]byte, error) {
 	return append(b, '}'), nil
 }
 
-// nullIfEmpty is s, or null if it is empty.
+// nullIfEmpty returns s, or null if it is empty.
 func nullIfEmpty(s string) any {
 	if s == "" {
 		return nil
@@ -66,8 +67,8 @@ func nullIfEmpty(s string) any {
 	return s
 }
 
-// A demoBody is what the provider reads from a request, of any endpoint and dialect.
-type demoBody struct {
+// A request has the fields that the provider reads, for every endpoint of both APIs.
+type request struct {
 	Model               string           `json:"model"`
 	Stream              bool             `json:"stream"`
 	Messages            []map[string]any `json:"messages"`
@@ -97,30 +98,30 @@ type demoBody struct {
 	prompt string // promptText, computed once
 }
 
-// A demoCompletion is one answer: words or a tool call.
-type demoCompletion struct {
+// A completion is one answer: text or a tool call.
+type completion struct {
 	text               string
 	toolName, toolArgs string // a call of the tool with JSON arguments; "" if there is none
-	reasoningTokens    int    // tokens thought before the answer
+	reasoningTokens    int    // reasoning tokens before the answer
 	outputTokens       int    // output tokens, reasoning included
-	truncated          bool   // cut at the limit of tokens
+	truncated          bool   // cut at the token limit
 }
 
-// demoTokenCount is how many tokens n bytes of text are said to be.
-func demoTokenCount(n int) int { return (n + 3) / 4 }
+// countTokens returns the number of tokens that n bytes of text count as.
+func countTokens(n int) int { return (n + 3) / 4 }
 
-// demoWords splits text as a stream would.
-func demoWords(text string) []string { return strings.SplitAfter(text, " ") }
+// splitWords splits text into the chunks of a stream.
+func splitWords(text string) []string { return strings.SplitAfter(text, " ") }
 
-// splitToolArgs splits JSON as the deltas of tool arguments are.
-func splitToolArgs(args string) (bits []string) {
-	for bit := range slices.Chunk([]rune(args), 8) {
-		bits = append(bits, string(bit))
+// splitToolArgs splits the JSON of tool arguments into the deltas of a stream.
+func splitToolArgs(args string) (deltas []string) {
+	for delta := range slices.Chunk([]rune(args), 8) {
+		deltas = append(deltas, string(delta))
 	}
-	return bits
+	return deltas
 }
 
-func demoHash(parts ...string) uint64 {
+func hash(parts ...string) uint64 {
 	h := fnv.New64a()
 	for _, part := range parts {
 		h.Write([]byte(part))
@@ -129,8 +130,8 @@ func demoHash(parts ...string) uint64 {
 	return h.Sum64()
 }
 
-// demoTrigger finds [[name arg]] in a prompt.
-func demoTrigger(prompt, name string) (arg string, ok bool) {
+// findTrigger finds [[name arg]] in a prompt.
+func findTrigger(prompt, name string) (arg string, ok bool) {
 	_, rest, ok := strings.Cut(prompt, "[["+name)
 	if !ok {
 		return "", false
@@ -139,8 +140,9 @@ func demoTrigger(prompt, name string) (arg string, ok bool) {
 	return strings.TrimSpace(arg), ok
 }
 
-// demoText is the text in a prompt, a message or a list of either. A list of token numbers gives four bytes for each.
-func demoText(v any) string {
+// textOf returns the text in a prompt, a message or a list of either. Each number in a list of
+// tokens gives four bytes.
+func textOf(v any) string {
 	var b strings.Builder
 	switch v := v.(type) {
 	case string:
@@ -149,32 +151,33 @@ func demoText(v any) string {
 		return fmt.Sprintf("%4.4s", strconv.FormatInt(int64(v), 36))
 	case []any:
 		for _, e := range v {
-			b.WriteString(demoText(e))
+			b.WriteString(textOf(e))
 		}
 	case map[string]any:
 		for _, name := range []string{"text", "content", "output", "arguments"} {
 			if e, ok := v[name]; ok && e != nil {
-				b.WriteString(demoText(e))
+				b.WriteString(textOf(e))
 			}
 		}
 	}
 	return b.String()
 }
 
-// promptText is all the text of the prompt, joined by nothing; its tokens are demoTokenCount of its length.
-func (b *demoBody) promptText() string {
+// promptText returns all the text of the prompt, joined without separators. countTokens of its
+// length is its token count.
+func (b *request) promptText() string {
 	var t strings.Builder
 	for _, v := range []any{b.System, b.Instructions, b.Prompt, b.Input} {
-		t.WriteString(demoText(v))
+		t.WriteString(textOf(v))
 	}
 	for _, m := range b.Messages {
-		t.WriteString(demoText(m))
+		t.WriteString(textOf(m))
 	}
 	return t.String()
 }
 
-// lastTurn is the text of the last message, and whether that is the result of a tool.
-func (b *demoBody) lastTurn() (text string, toolResult bool) {
+// lastTurn returns the text of the last message, and whether that message is the result of a tool.
+func (b *request) lastTurn() (text string, toolResult bool) {
 	last := any(b.Prompt)
 	if list, ok := b.Input.([]any); ok && len(list) > 0 {
 		last = list[len(list)-1]
@@ -192,26 +195,27 @@ func (b *demoBody) lastTurn() (text string, toolResult bool) {
 			return part["type"] == "tool_result"
 		})
 	}
-	return demoText(last), toolResult
+	return textOf(last), toolResult
 }
 
-// tokenLimit is the most tokens the answer may have; 0 = any number.
-func (b *demoBody) tokenLimit() int {
+// tokenLimit returns how many tokens the answer may have; 0: no limit.
+func (b *request) tokenLimit() int {
 	return max(b.MaxTokens, b.MaxCompletionTokens, b.MaxOutputTokens, 0)
 }
 
-// completions gives n different answers to the request.
-func (b *demoBody) completions(n int) []demoCompletion {
-	list := make([]demoCompletion, n)
+// completions returns n different answers to the request.
+func (b *request) completions(n int) []completion {
+	list := make([]completion, n)
 	for i := range list {
 		list[i] = b.completion(i)
 	}
 	return list
 }
 
-// completion gives the answer number i to the request: a tool call if one was asked for, else text within the limit.
-func (b *demoBody) completion(i int) (a demoCompletion) {
-	rng := rand.New(rand.NewPCG(demoHash(b.Model, b.prompt), uint64(b.Seed)*131+uint64(i)))
+// completion returns answer number i to the request: a tool call if one was asked for, otherwise
+// text within the limit.
+func (b *request) completion(i int) (a completion) {
+	rng := rand.New(rand.NewPCG(hash(b.Model, b.prompt), uint64(b.Seed)*131+uint64(i)))
 	question, toolResult := b.lastTurn()
 	limit := b.tokenLimit()
 	if b.isReasoningModel() {
@@ -222,28 +226,29 @@ func (b *demoBody) completion(i int) (a demoCompletion) {
 	}
 	name, schema := b.chosenTool(question, toolResult)
 	if name != "" {
-		a.toolName, a.toolArgs = name, demoSample(schema, question, rng)
-		a.outputTokens = demoTokenCount(len(a.toolName)+len(a.toolArgs)) + a.reasoningTokens
+		a.toolName, a.toolArgs = name, sampleJSON(schema, question, rng)
+		a.outputTokens = countTokens(len(a.toolName)+len(a.toolArgs)) + a.reasoningTokens
 		return a
 	}
 	a.text = b.composeText(question, toolResult, rng)
-	if limit > 0 && demoTokenCount(len(a.text)) > limit-a.reasoningTokens {
+	if limit > 0 && countTokens(len(a.text)) > limit-a.reasoningTokens {
 		a.text = strings.ToValidUTF8(a.text[:4*(limit-a.reasoningTokens)], "")
 		a.truncated = true
 	}
-	a.outputTokens = demoTokenCount(len(a.text)) + a.reasoningTokens
+	a.outputTokens = countTokens(len(a.text)) + a.reasoningTokens
 	return a
 }
 
-// isReasoningModel reports whether the model is one that thinks first.
-func (b *demoBody) isReasoningModel() bool {
+// isReasoningModel reports whether the model counts reasoning tokens.
+func (b *request) isReasoningModel() bool {
 	return slices.ContainsFunc([]string{"o1", "o3", "o4", "gpt-5"}, func(family string) bool {
 		return strings.HasPrefix(b.Model, family)
 	})
 }
 
-// composeText writes the answer: JSON if the request wants that, else sentences on a subject near the question.
-func (b *demoBody) composeText(question string, toolResult bool, rng *rand.Rand) string {
+// composeText writes the answer: JSON if the request asks for it, otherwise sentences on a subject
+// near the question.
+func (b *request) composeText(question string, toolResult bool, rng *rand.Rand) string {
 	format, _ := b.ResponseFormat.(map[string]any)
 	if format == nil {
 		format = b.Text.Format
@@ -252,9 +257,9 @@ func (b *demoBody) composeText(question string, toolResult bool, rng *rand.Rand)
 		if inner, ok := format["json_schema"].(map[string]any); ok {
 			format = inner
 		}
-		return demoSample(format["schema"], question, rng)
+		return sampleJSON(format["schema"], question, rng)
 	}
-	subjects := []string{demoRivers, demoBread, demoRailways}
+	subjects := []string{rivers, bread, railways}
 	subject := subjects[rng.IntN(len(subjects))]
 	for i, word := range []string{"river", "bread", "rail"} {
 		if strings.Contains(strings.ToLower(question), word) {
@@ -263,24 +268,24 @@ func (b *demoBody) composeText(question string, toolResult bool, rng *rand.Rand)
 	}
 	sentences := strings.Split(subject, "\n")
 	from, count := rng.IntN(len(sentences)), 3+rng.IntN(3)
-	opening := "You asked: “" + demoExcerpt(question) + "”"
+	opening := "You asked: “" + excerpt(question) + "”"
 	if toolResult {
-		opening = "The tool says: “" + demoExcerpt(question) + "”"
+		opening = "The tool says: “" + excerpt(question) + "”"
 	}
 	text := []string{opening + ". Here is what the demo provider knows."}
 	for i := range count {
 		text = append(text, sentences[(from+i)%len(sentences)])
 	}
-	said := strings.Join(text, " ")
+	answer := strings.Join(text, " ")
 	if format["type"] == "json_object" {
-		object, _ := json.Marshal(demoJSON{"answer", said}) // a string
+		object, _ := json.Marshal(obj{"answer", answer}) // cannot fail for a string
 		return string(object)
 	}
-	return said
+	return answer
 }
 
-// demoExcerpt is the beginning of s on one line.
-func demoExcerpt(s string) string {
+// excerpt returns the beginning of s, on one line.
+func excerpt(s string) string {
 	r := []rune(s[:min(len(s), 400)])
 	if len(r) > 80 || len(s) > 400 {
 		r = append(r[:min(len(r), 80)], '…')
@@ -288,9 +293,10 @@ func demoExcerpt(s string) string {
 	return strings.TrimSpace(strings.Join(strings.Fields(strings.ToValidUTF8(string(r), "")), " "))
 }
 
-// chosenTool returns the tool to call and the schema of its arguments, "" for none: the one that tool_choice names or
-// requires, else one that the last message mentions by name or by "weather" or "tool". A tool's own result calls none.
-func (b *demoBody) chosenTool(question string, toolResult bool) (name string, schema any) {
+// chosenTool returns the tool to call and the schema of its arguments, or "". It chooses the tool
+// that tool_choice names or requires, otherwise one that the last message mentions by name or by
+// "weather" or "tool". After a tool's result it chooses none.
+func (b *request) chosenTool(question string, toolResult bool) (name string, schema any) {
 	choice, _ := b.ToolChoice.(string)
 	wanted := ""
 	if m, ok := b.ToolChoice.(map[string]any); ok {
@@ -308,7 +314,7 @@ func (b *demoBody) chosenTool(question string, toolResult bool) (name string, sc
 	mentioned := strings.Contains(question, "weather") || strings.Contains(question, "tool")
 	first, firstSchema := "", any(nil)
 	for _, tool := range b.Tools {
-		n, s := demoTool(tool)
+		n, s := functionTool(tool)
 		if n == "" {
 			continue
 		}
@@ -325,8 +331,9 @@ func (b *demoBody) chosenTool(question string, toolResult bool) (name string, sc
 	return "", nil
 }
 
-// demoTool is the name and schema of a function tool in any dialect; "" for tools that a provider runs itself.
-func demoTool(tool map[string]any) (name string, schema any) {
+// functionTool returns the name and schema of a function tool of either API, or "" for tools that
+// the provider runs itself.
+func functionTool(tool map[string]any) (name string, schema any) {
 	if f, ok := tool["function"].(map[string]any); ok {
 		tool = f
 	} else if tool["type"] != "function" && tool["input_schema"] == nil {
@@ -339,26 +346,26 @@ func demoTool(tool map[string]any) (name string, schema any) {
 	return name, tool["parameters"]
 }
 
-// demoSample is a plausible JSON value for a JSON schema, an object if the schema says nothing.
-func demoSample(schema any, question string, rng *rand.Rand) string {
+// sampleJSON returns a plausible JSON value for a JSON schema, {} if there is no schema.
+func sampleJSON(schema any, question string, rng *rand.Rand) string {
 	root, _ := schema.(map[string]any)
 	if root == nil {
 		return "{}"
 	}
-	s := demoSampler{root: root, question: question, rng: rng, valuesLeft: 500}
-	b, _ := json.Marshal(s.value("", root)) // values that came from JSON
+	s := sampler{root: root, question: question, rng: rng, valuesLeft: 500}
+	b, _ := json.Marshal(s.value("", root)) // cannot fail: the values came from JSON
 	return string(b)
 }
 
-// A demoSampler fills in one schema; left bounds its work, whatever the schema refers to.
-type demoSampler struct {
+// A sampler fills in one schema. valuesLeft bounds its work, even if the schema refers to itself.
+type sampler struct {
 	root       map[string]any
 	question   string
 	rng        *rand.Rand
-	valuesLeft int // values
+	valuesLeft int
 }
 
-func (s *demoSampler) value(name string, schema any) any {
+func (s *sampler) value(name string, schema any) any {
 	m, _ := schema.(map[string]any)
 	if s.valuesLeft--; s.valuesLeft < 0 {
 		return nil
@@ -396,8 +403,8 @@ func (s *demoSampler) value(name string, schema any) any {
 	case kind == "array":
 		return []any{s.value(name, m["items"])}
 	case kind == "integer" || kind == "number":
-		if least, ok := m["minimum"].(float64); ok {
-			return least
+		if minimum, ok := m["minimum"].(float64); ok {
+			return minimum
 		}
 		return 1 + s.rng.IntN(9)
 	case kind == "boolean":
@@ -408,15 +415,16 @@ func (s *demoSampler) value(name string, schema any) any {
 	return s.stringFor(strings.ToLower(name))
 }
 
-// stringFor is a plausible string for a property of that name.
-func (s *demoSampler) stringFor(name string) string {
-	for _, guess := range [][2]string{
-		{"city", "Lisbon"}, {"location", "Lisbon"}, {"place", "Lisbon"}, {"country", "Portugal"}, {"date", "2025-06-01"},
+// stringFor returns a plausible string for a property of that name.
+func (s *sampler) stringFor(name string) string {
+	for _, example := range [][2]string{
+		{"city", "Lisbon"}, {"location", "Lisbon"}, {"place", "Lisbon"}, {"country", "Portugal"}, {"date",
+			"2025-06-01"},
 		{"time", "09:30"}, {"unit", "celsius"}, {"mail", "ada@example.com"}, {"url", "https://example.com/"},
-		{"name", "Ada"}, {"lang", "en"}, {"query", demoExcerpt(s.question)}, {"question", demoExcerpt(s.question)},
+		{"name", "Ada"}, {"lang", "en"}, {"query", excerpt(s.question)}, {"question", excerpt(s.question)},
 	} {
-		if strings.Contains(name, guess[0]) {
-			return guess[1]
+		if strings.Contains(name, example[0]) {
+			return example[1]
 		}
 	}
 	return "example"

@@ -1,9 +1,11 @@
-// This room is the stand-in provider of `llm-proxy demo`: it answers over real HTTP as OpenAI and Anthropic would, so that
-// every feature can be tried without a key. It invents its answers, calls nobody, keeps nothing, and may only be served on
-// loopback. A prompt that contains [[error 429]] or [[error 500]] (any status from 400 to 599) is refused in that way,
-// [[cut]] breaks the connection half-way through the answer, and [[slow 3s]] delays it (a minute at most): for operators to
-// see how faults show.
-package main
+// Package demo is the stand-in provider of `llm-proxy demo`, with the sample data. It answers over
+// real HTTP as OpenAI and Anthropic would, so that every feature can be tried without a key. It
+// invents its answers, opens no connection, stores nothing, and may only be served on loopback.
+//
+// Operators can see how the proxy handles faults: a prompt with [[error 429]] or [[error 500]] (any
+// status from 400 to 599) gets that error, [[cut]] breaks the connection half-way through the
+// answer, and [[slow 3s]] delays it (at most a minute).
+package demo
 
 import (
 	"bytes"
@@ -24,28 +26,28 @@ import (
 )
 
 const (
-	demoMaxBody      = 32 << 20
-	demoMaxPrefixes  = 4096 // prompt prefixes remembered for cached_tokens
-	demoUnknownModel = "no-such-model"
-	demoCacheStep    = 1024 // tokens: the grain of the prompt cache
+	maxBodyBytes    = 32 << 20
+	maxPrefixes     = 4096 // prompt prefixes kept for cached_tokens
+	unknownModel    = "no-such-model"
+	cacheStepTokens = 1024 // the prompt cache counts in steps of this many tokens
 )
 
-// A demoProvider answers like OpenAI (Authorization: Bearer) and Anthropic (x-api-key). It requires its key. What it says
-// follows from the model, the prompt and the request's seed alone; ids are new for each call, and cached tokens depend on
-// the long prompts it saw before. It is safe for concurrent use.
-type demoProvider struct {
+// A provider answers like OpenAI (Authorization: Bearer) and Anthropic (x-api-key). It requires its
+// key. The text depends only on the model, the prompt and the request's seed; ids are new for each
+// call, and cached tokens depend on earlier long prompts. It is safe for concurrent use.
+type provider struct {
 	key        string
-	chunkDelay time.Duration // between the chunks of a stream; 0 = no delays anywhere
+	chunkDelay time.Duration // between the chunks of a stream; 0: no delays at all
 
 	mu           sync.Mutex
 	ids          *rand.Rand          // guarded by mu
-	seenPrefixes map[uint64]struct{} // guarded by mu: hashes of prompt prefixes, at most demoMaxPrefixes
+	seenPrefixes map[uint64]struct{} // guarded by mu: hashes of prompt prefixes, at most maxPrefixes
 }
 
-// newDemoProvider returns a provider that requires key. With pace > 0 the first token takes 150 to 600 ms and each
-// further chunk about pace; with 0 it answers at once.
-func newDemoProvider(key string, pace time.Duration) *demoProvider {
-	return &demoProvider{
+// NewProvider returns a provider that requires key. If pace > 0, the first token takes 150 to 600
+// ms and each further chunk about pace; if it is 0, the provider answers at once.
+func NewProvider(key string, pace time.Duration) *provider {
+	return &provider{
 		key:          key,
 		chunkDelay:   pace,
 		ids:          rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)),
@@ -53,12 +55,13 @@ func newDemoProvider(key string, pace time.Duration) *demoProvider {
 	}
 }
 
-// ServeHTTP answers one call. It panics with http.ErrAbortHandler where a real provider's connection would break: on
-// [[cut]], and when the client has left.
-func (p *demoProvider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &demoCall{p: p, w: w, r: r, start: time.Now(), requestID: p.newID("req_")}
+// ServeHTTP answers one call. It panics with http.ErrAbortHandler where a real provider's
+// connection would break: on [[cut]], and when the client has disconnected.
+func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	c := &call{p: p, w: w, r: r, start: time.Now(), requestID: p.newID("req_")}
 	_, version := r.Header["Anthropic-Version"]
-	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || version && strings.HasPrefix(r.URL.Path, "/v1/models")
+	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || version &&
+		strings.HasPrefix(r.URL.Path, "/v1/models")
 	if !c.authorized() {
 		return
 	}
@@ -73,21 +76,22 @@ func (p *demoProvider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	answer()
 }
 
-// A demoCall is one call being answered, by one goroutine.
-type demoCall struct {
-	p          *demoProvider
+// A call is one call being answered. Only one goroutine uses it.
+type call struct {
+	p          *provider
 	w          http.ResponseWriter
 	r          *http.Request
 	start      time.Time
 	requestID  string
 	anthropic  bool // answer in Anthropic's shapes, not OpenAI's
-	body       demoBody
+	body       request
 	rawBody    []byte // the JSON body; nil for multipart
 	audioBytes int64  // bytes of an uploaded file
 }
 
-// handler returns what answers the route, nil if nothing does: every URL of the provider.
-func (c *demoCall) handler() func() {
+// handler returns the method that answers the request's URL, or nil if there is none. It lists
+// every URL of the provider.
+func (c *call) handler() func() {
 	switch c.r.Method + " " + c.r.URL.Path {
 	case "GET /v1/models":
 		return c.models
@@ -122,9 +126,9 @@ func (c *demoCall) handler() func() {
 	return nil
 }
 
-// authorized reports whether the call carries the key in its dialect's header; if not, it has been refused. Anthropic's
-// dialect has two: SDKs send the key in either.
-func (c *demoCall) authorized() bool {
+// authorized reports whether the call carries the key in its API's header; if not, it answers with
+// the error. SDKs send Anthropic's key in either of two headers.
+func (c *call) authorized() bool {
 	given, msg := c.r.Header.Get("X-Api-Key"), "invalid x-api-key"
 	if !c.anthropic || given == "" {
 		given, _ = strings.CutPrefix(c.r.Header.Get("Authorization"), "Bearer ")
@@ -143,10 +147,10 @@ func (c *demoCall) authorized() bool {
 	return true
 }
 
-// readBody reads and checks the body and plays the faults that its prompt asks for. It reports whether the call goes on; if
-// not, it has been answered.
-func (c *demoCall) readBody() bool {
-	body := http.MaxBytesReader(c.w, c.r.Body, demoMaxBody)
+// readBody reads and checks the body and injects the faults that its prompt asks for. It returns
+// false if it has answered the call.
+func (c *call) readBody() bool {
+	body := http.MaxBytesReader(c.w, c.r.Body, maxBodyBytes)
 	kind, params, _ := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
 	var err error
 	if kind == "multipart/form-data" {
@@ -171,7 +175,7 @@ func (c *demoCall) readBody() bool {
 	case c.body.Model == "":
 		c.fail(http.StatusBadRequest, "", "you must provide a model parameter")
 		return false
-	case c.body.Model == demoUnknownModel:
+	case c.body.Model == unknownModel:
 		c.failUnknownModel()
 		return false
 	}
@@ -182,8 +186,8 @@ func (c *demoCall) readBody() bool {
 	return !c.injectFault()
 }
 
-// readForm reads a multipart body: the fields of audio calls, and the file's size.
-func (c *demoCall) readForm(form *multipart.Reader) error {
+// readForm reads a multipart body: the fields of audio calls and the size of the file.
+func (c *call) readForm(form *multipart.Reader) error {
 	for {
 		part, err := form.NextPart()
 		if err == io.EOF {
@@ -215,14 +219,14 @@ func (c *demoCall) readForm(form *multipart.Reader) error {
 	}
 }
 
-// injectFault plays [[slow …]] and [[error …]] and reports whether the call has been answered by it.
-func (c *demoCall) injectFault() bool {
-	if arg, ok := demoTrigger(c.body.prompt, "slow"); ok {
+// injectFault carries out [[slow …]] and [[error …]] and reports whether it has answered the call.
+func (c *call) injectFault() bool {
+	if arg, ok := findTrigger(c.body.prompt, "slow"); ok {
 		if d, err := time.ParseDuration(arg); err == nil {
 			c.sleep(min(d, time.Minute))
 		}
 	}
-	arg, _ := demoTrigger(c.body.prompt, "error")
+	arg, _ := findTrigger(c.body.prompt, "error")
 	status, err := strconv.Atoi(arg)
 	if err != nil || status < 400 || status > 599 {
 		return false
@@ -239,29 +243,30 @@ func (c *demoCall) injectFault() bool {
 	return true
 }
 
-// failUnknownModel answers 404 as the dialect does for a model that does not exist.
-func (c *demoCall) failUnknownModel() {
-	msg := "The model `" + demoUnknownModel + "` does not exist or you do not have access to it."
+// failUnknownModel answers 404 for a model that does not exist.
+func (c *call) failUnknownModel() {
+	msg := "The model `" + unknownModel + "` does not exist or you do not have access to it."
 	if c.anthropic {
-		msg = "model: " + demoUnknownModel
+		msg = "model: " + unknownModel
 	}
 	c.fail(http.StatusNotFound, "model_not_found", msg)
 }
 
-// fail answers with an error in the dialect's shape. code "" is null; Anthropic has none.
-func (c *demoCall) fail(status int, code, msg string) {
-	kind := demoErrorType(status, c.anthropic)
-	v := demoJSON{"error", demoJSON{"message", msg, "type", kind, "param", nil, "code", nullIfEmpty(code)}}
+// fail answers with an error in the API's shape. OpenAI's code is null if code is empty;
+// Anthropic's errors have no code.
+func (c *call) fail(status int, code, msg string) {
+	kind := errorType(status, c.anthropic)
+	v := obj{"error", obj{"message", msg, "type", kind, "param", nil, "code", nullIfEmpty(code)}}
 	if c.anthropic {
-		v = demoJSON{"type", "error", "error", demoJSON{"type", kind, "message", msg}, "request_id", c.requestID}
+		v = obj{"type", "error", "error", obj{"type", kind, "message", msg}, "request_id", c.requestID}
 	}
 	b, _ := json.Marshal(v) // strings only
 	c.writeHeader(status, "application/json")
 	c.w.Write(append(b, '\n'))
 }
 
-// demoErrorType is the error type that the dialect gives a status.
-func demoErrorType(status int, anthropic bool) string {
+// errorType returns the API's error type for a status.
+func errorType(status int, anthropic bool) string {
 	switch {
 	case !anthropic && status == 429:
 		return "requests"
@@ -281,30 +286,31 @@ func demoErrorType(status int, anthropic bool) string {
 	return "invalid_request_error"
 }
 
-// writeHeader sends the status and headers. Nothing was sent before.
-func (c *demoCall) writeHeader(status int, contentType string) {
+// writeHeader sends the status and headers. Nothing may have been sent before.
+func (c *call) writeHeader(status int, contentType string) {
 	h := c.w.Header()
 	h.Set("Content-Type", contentType)
-	used, left := demoTokenCount(len(c.body.prompt)), "9999"
+	used, remaining := countTokens(len(c.body.prompt)), "9999"
 	if status == http.StatusTooManyRequests {
-		left = "0"
+		remaining = "0"
 	}
+	untilReset := time.Duration(used) * 30 * time.Microsecond
 	set := map[string]string{
 		"X-Request-Id": c.requestID, "Openai-Version": "2020-10-01", "Openai-Organization": "org-demo",
 		"Openai-Processing-Ms":           strconv.FormatInt(time.Since(c.start).Milliseconds(), 10),
 		"X-Ratelimit-Limit-Requests":     "10000",
-		"X-Ratelimit-Remaining-Requests": left,
+		"X-Ratelimit-Remaining-Requests": remaining,
 		"X-Ratelimit-Reset-Requests":     "6ms",
 		"X-Ratelimit-Limit-Tokens":       "2000000",
 		"X-Ratelimit-Remaining-Tokens":   strconv.Itoa(max(0, 2000000-used)),
-		"X-Ratelimit-Reset-Tokens":       (time.Duration(used) * 30 * time.Microsecond).Round(time.Millisecond).String(),
+		"X-Ratelimit-Reset-Tokens":       untilReset.Round(time.Millisecond).String(),
 	}
 	if c.anthropic {
 		reset := c.start.Add(time.Second).UTC().Format(time.RFC3339)
 		set = map[string]string{
 			"Request-Id": c.requestID, "Anthropic-Organization-Id": "00000000-0000-4000-8000-000000000000",
 			"Anthropic-Ratelimit-Requests-Limit":     "10000",
-			"Anthropic-Ratelimit-Requests-Remaining": left,
+			"Anthropic-Ratelimit-Requests-Remaining": remaining,
 			"Anthropic-Ratelimit-Requests-Reset":     reset,
 			"Anthropic-Ratelimit-Tokens-Limit":       "2000000",
 			"Anthropic-Ratelimit-Tokens-Remaining":   strconv.Itoa(max(0, 2000000-used)),
@@ -317,8 +323,9 @@ func (c *demoCall) writeHeader(status int, contentType string) {
 	c.w.WriteHeader(status)
 }
 
-// replyJSON answers a call that is not a stream with v as JSON, after the time that words of text would take.
-func (c *demoCall) replyJSON(words int, v any) {
+// replyJSON sends v as JSON to a client that did not ask for a stream, after the time that so many
+// words would take.
+func (c *call) replyJSON(words int, v any) {
 	b, err := json.Marshal(v)
 	if err != nil {
 		c.fail(http.StatusInternalServerError, "", "The demo provider could not encode its answer.")
@@ -327,8 +334,8 @@ func (c *demoCall) replyJSON(words int, v any) {
 	c.replyBytes(words, "application/json", append(b, '\n'))
 }
 
-// replyBytes is reply for any content type; [[cut]] ends it half-way.
-func (c *demoCall) replyBytes(words int, contentType string, b []byte) {
+// replyBytes is replyJSON for any content type. [[cut]] ends it half-way.
+func (c *call) replyBytes(words int, contentType string, b []byte) {
 	c.sleep(c.firstTokenDelay() + time.Duration(words)*c.p.chunkDelay)
 	c.w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	c.writeHeader(http.StatusOK, contentType)
@@ -341,15 +348,16 @@ func (c *demoCall) replyBytes(words int, contentType string, b []byte) {
 	panic(http.ErrAbortHandler)
 }
 
-// beginStream sends the headers of an event stream when the first token would be there.
-func (c *demoCall) beginStream() {
+// beginStream waits for the first token's delay and sends the headers of an event stream.
+func (c *call) beginStream() {
 	c.sleep(c.firstTokenDelay())
 	c.w.Header().Set("Cache-Control", "no-cache")
 	c.writeHeader(http.StatusOK, "text/event-stream; charset=utf-8")
 }
 
-// sendEvent sends one event of a stream and flushes it. name "" sends data alone; a json.RawMessage goes as it is.
-func (c *demoCall) sendEvent(name string, v any) {
+// sendEvent sends one event of a stream and flushes it. Without a name it sends data only; it sends
+// a json.RawMessage as is.
+func (c *call) sendEvent(name string, v any) {
 	data, ok := v.(json.RawMessage)
 	var err error
 	if !ok {
@@ -367,12 +375,13 @@ func (c *demoCall) sendEvent(name string, v any) {
 		err = http.NewResponseController(c.w).Flush()
 	}
 	if err != nil {
-		panic(http.ErrAbortHandler) // a stream that cannot go on must not look complete
+		panic(http.ErrAbortHandler) // a broken stream must not look complete
 	}
 }
 
-// sendPaced emits the chunks of a stream at the provider's pace; [[cut]] ends the connection half-way.
-func (c *demoCall) sendPaced(chunks []string, emit func(chunk string)) {
+// sendPaced emits the chunks of a stream at the provider's pace. [[cut]] breaks the connection
+// half-way.
+func (c *call) sendPaced(chunks []string, emit func(chunk string)) {
 	for i, chunk := range chunks {
 		if i > 0 {
 			c.sleep(c.p.chunkDelay)
@@ -384,21 +393,22 @@ func (c *demoCall) sendPaced(chunks []string, emit func(chunk string)) {
 	}
 }
 
-func (c *demoCall) wantsCut() bool {
-	_, ok := demoTrigger(c.body.prompt, "cut")
+func (c *call) wantsCut() bool {
+	_, ok := findTrigger(c.body.prompt, "cut")
 	return ok
 }
 
-// firstTokenDelay is the believable delay before the first token: 150 to 600 ms, the same for the same prompt; 0 without a pace.
-func (c *demoCall) firstTokenDelay() time.Duration {
+// firstTokenDelay returns a realistic delay before the first token: 150 to 600 ms, the same for the
+// same prompt, or 0 without a pace.
+func (c *call) firstTokenDelay() time.Duration {
 	if c.p.chunkDelay <= 0 {
 		return 0
 	}
-	return time.Duration(150+demoHash(c.body.Model, c.body.prompt)%451) * time.Millisecond
+	return time.Duration(150+hash(c.body.Model, c.body.prompt)%451) * time.Millisecond
 }
 
-// sleep waits; it panics with http.ErrAbortHandler when the client leaves meanwhile.
-func (c *demoCall) sleep(d time.Duration) {
+// sleep waits. It panics with http.ErrAbortHandler if the client disconnects meanwhile.
+func (c *call) sleep(d time.Duration) {
 	if d <= 0 {
 		return
 	}
@@ -411,30 +421,30 @@ func (c *demoCall) sleep(d time.Duration) {
 	}
 }
 
-// newID returns a new id with the prefix, in the length of the real ones.
-func (p *demoProvider) newID(prefix string) string {
+// newID returns a new id with the prefix, as long as a real one.
+func (p *provider) newID(prefix string) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return fmt.Sprintf("%s%016x%016x", prefix, p.ids.Uint64(), p.ids.Uint64())
 }
 
-// cachedTokens returns how many of the prompt's tokens the model has seen at the start of an earlier prompt, in steps of 1024,
-// and remembers this one.
-func (p *demoProvider) cachedTokens(model, prompt string) (tokens int) {
+// cachedTokens returns how many of the prompt's tokens, in steps of 1024, the model has seen at the
+// start of an earlier prompt. It records this prompt.
+func (p *provider) cachedTokens(model, prompt string) (tokens int) {
 	fresh := map[uint64]struct{}{}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	const step = demoCacheStep * 4 // bytes
-	h := demoHash(model)
-	for end := step; end <= len(prompt) && len(fresh) < demoMaxPrefixes/4; end += step {
-		h = demoHash(strconv.FormatUint(h, 16), prompt[end-step:end])
+	const step = cacheStepTokens * 4 // bytes
+	h := hash(model)
+	for end := step; end <= len(prompt) && len(fresh) < maxPrefixes/4; end += step {
+		h = hash(strconv.FormatUint(h, 16), prompt[end-step:end])
 		if _, ok := p.seenPrefixes[h]; ok {
 			tokens = end / 4
 		} else {
 			fresh[h] = struct{}{}
 		}
 	}
-	if len(p.seenPrefixes)+len(fresh) > demoMaxPrefixes {
+	if len(p.seenPrefixes)+len(fresh) > maxPrefixes {
 		clear(p.seenPrefixes)
 	}
 	maps.Copy(p.seenPrefixes, fresh)
