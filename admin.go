@@ -200,7 +200,7 @@ func (ui *adminUI) adminRoutes() http.Handler {
 			mux.Handle(method+" "+path, ui.pageHandler(rt))
 		}
 	}
-	wrong := ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*pageResponse, error) { return nil, errPageMethodNotAllowed() }})
+	wrong := ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*pageResponse, error) { return nil, errMethodNotAllowed("GET, HEAD or POST") }})
 	for path, methods := range known {
 		for _, method := range []string{http.MethodGet, http.MethodPost} {
 			if !strings.Contains(methods, method) {
@@ -244,8 +244,7 @@ func (ui *adminUI) authorizePage(need role, w http.ResponseWriter, r *pageReques
 		return errNotSignedIn
 	}
 	if need != "" && !r.hasRole(need) {
-		return &apiError{status: http.StatusForbidden, code: "role_too_low",
-			msg: "This needs the role " + string(need) + "; you are signed in with the role " + string(r.actor.role) + "."}
+		return errRoleTooLow(need, r.actor.role)
 	}
 	var err error
 	if r.query, err = url.ParseQuery(r.http.URL.RawQuery); err != nil {
@@ -261,7 +260,7 @@ func (ui *adminUI) authorizePage(need role, w http.ResponseWriter, r *pageReques
 	}
 	r.ctx = context.WithoutCancel(r.ctx) // a change is carried through when its sender leaves
 	if why := ui.databaseProblem(); why != "" {
-		return errUnavailable("store_unavailable", errors.New(why))
+		return errStoreUnavailable(errors.New(why))
 	}
 	return r.readForm(w)
 }
@@ -269,12 +268,12 @@ func (ui *adminUI) authorizePage(need role, w http.ResponseWriter, r *pageReques
 // readForm reads the body, which must be a form of ours.
 func (r *pageRequest) readForm(w http.ResponseWriter) error {
 	if t, _, err := mime.ParseMediaType(r.http.Header.Get("Content-Type")); err != nil || t != "application/x-www-form-urlencoded" {
-		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "This is not a form of these pages."}
+		return errContentType("application/x-www-form-urlencoded")
 	}
 	r.http.Body = http.MaxBytesReader(w, r.http.Body, maxFormBytes)
 	if err := r.http.ParseForm(); err != nil {
 		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-			return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The form is larger than 1 MiB."}
+			return errBodyTooLarge(maxFormBytes)
 		}
 		return badRequest("invalid_value", "", "The form cannot be read.")
 	}
@@ -415,10 +414,6 @@ func (ui *adminUI) adminHome(*pageRequest) (*pageResponse, error) {
 	return &pageResponse{redirect: "/admin/dashboard"}, nil
 }
 
-func errPageMethodNotAllowed() *apiError {
-	return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This address does not take this method."}
-}
-
 // withPageSecurity sets the headers that every answer has, and refuses host names that
 // are not ours and requests that another site may have caused.
 func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
@@ -439,13 +434,12 @@ func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 		}
 		switch {
 		case !ourHost(ui.cfg.publicURL, r.Host):
-			ui.writeErrorPage(w, r, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
-				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."})
+			ui.writeErrorPage(w, r, errUnknownHost)
 		case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodPost:
 			h.Set("Allow", "GET, HEAD, POST")
-			ui.writeErrorPage(w, r, errPageMethodNotAllowed())
+			ui.writeErrorPage(w, r, errMethodNotAllowed("GET, HEAD or POST"))
 		case r.Method == http.MethodPost && !sameOrigin(r, secure):
-			ui.writeErrorPage(w, r, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."})
+			ui.writeErrorPage(w, r, errCrossOrigin)
 		default:
 			next.ServeHTTP(w, r)
 		}

@@ -67,7 +67,7 @@ func (ui *adminUI) loadSession(r *pageRequest) error {
 		return nil
 	}
 	if err != nil {
-		return errUnavailable("store_unavailable", err)
+		return errStoreUnavailable(err)
 	}
 	if now >= row.createdAt+maxSessionAge.Milliseconds() || now >= row.seenAt+sessionIdleTimeout.Milliseconds() {
 		return nil
@@ -89,7 +89,7 @@ func (ui *adminUI) loadSession(r *pageRequest) error {
 	// sitting there.
 	if now >= row.seenAt+sessionTouchInterval.Milliseconds() && r.http.Header.Get("X-Auto-Refresh") == "" {
 		if err := ui.store.touchSession(r.ctx, row.hash, now); err != nil {
-			return errUnavailable("store_unavailable", err)
+			return errStoreUnavailable(err)
 		}
 	}
 	return nil

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -213,7 +212,7 @@ func (ui *adminUI) auditCheckPage(r *pageRequest) (*pageResponse, error) {
 	defer cancel()
 	k, err := ui.store.verifyAudit(ctx, ui.store.chain, nil)
 	if ctx.Err() != nil && r.ctx.Err() == nil {
-		return nil, &apiError{status: http.StatusServiceUnavailable, code: "too_long", msg: "The trail is too long to be checked here. Use llm-proxy audit verify."}
+		return nil, errAuditTooLong
 	}
 	if err != nil {
 		return nil, err

@@ -1,6 +1,5 @@
-// This room holds what clients are told when something fails: the errors, their
-// shapes and the one function that writes them. err.Error() never reaches a
-// client; only the log sees a cause.
+// This file holds every error that clients can get: one catalogue, the two JSON shapes and the one function
+// that writes them. A cause is for the log alone: err.Error() never reaches a client.
 package main
 
 import (
@@ -13,16 +12,16 @@ import (
 	"time"
 )
 
-// An apiError is a failure as its receiver is told it. cause is for the log.
+// An apiError is a failure as the client gets it. Catalogue values are shared and never change.
 type apiError struct {
 	status     int
 	code       string
-	kind       string // OpenAI's "type"; "" for what goes with the status
+	kind       string // OpenAI's "type"; "" for the type that goes with the status
 	param      string
 	msg        string
 	retryAfter time.Duration // 0: no Retry-After
-	noRetry    bool          // tells SDKs not to try again although the status says so
-	limit      string        // the limit that refused, in words, for ledger and log
+	noRetry    bool          // tells SDKs not to retry although the status says so
+	limit      string        // the limit that refused the call, in words, for the ledger and the log
 	cause      error
 }
 
@@ -35,8 +34,14 @@ func (e *apiError) Error() string {
 
 func (e *apiError) Unwrap() error { return e.cause }
 
-// recordCode is what ledger and log say about the failure: the code, but of a
-// bad token which of the reasons it was, for the operator alone.
+// withCause returns a copy of e with a cause.
+func (e *apiError) withCause(cause error) *apiError {
+	c := *e
+	c.cause = cause
+	return &c
+}
+
+// recordCode is the code for the ledger and the log: for a bad token the reason, which only operators see.
 func (e *apiError) recordCode() string {
 	if e.status == http.StatusUnauthorized && e.cause != nil {
 		return e.cause.Error()
@@ -81,15 +86,15 @@ func (e *apiError) anthropicType() string {
 	return "invalid_request_error"
 }
 
-// asAPIError returns err as an apiError. What is none is a mistake of ours: 500.
+// asAPIError returns err as an apiError. Any other error is a fault of the proxy: 500.
 func asAPIError(err error) *apiError {
 	if e, ok := errors.AsType[*apiError](err); ok {
 		return e
 	}
 	if e, ok := errors.AsType[*fieldError](err); ok {
-		return &apiError{status: http.StatusBadRequest, code: "invalid_value", param: e.param, msg: fieldErrorMessage(e)}
+		return badRequest("invalid_value", e.param, fieldErrorMessage(e))
 	}
-	return &apiError{status: http.StatusInternalServerError, code: "internal_error", msg: "Internal error. The log has it under this request's id.", cause: err}
+	return errInternal(err)
 }
 
 func fieldErrorMessage(e *fieldError) string {
@@ -111,8 +116,8 @@ type errorInner struct {
 	Code    *string `json:"code"`
 }
 
-// responseBody is the failure as a client reads it. anthropic picks that provider's
-// shape, which its SDKs read; it holds OpenAI's members too.
+// responseBody returns the JSON for the client. anthropic selects the shape that Anthropic's SDKs read,
+// which has OpenAI's members too.
 func (e *apiError) responseBody(anthropic bool) []byte {
 	body := errorBody{Error: errorInner{Message: e.msg, Type: e.errorType()}}
 	if e.param != "" {
@@ -124,14 +129,11 @@ func (e *apiError) responseBody(anthropic bool) []byte {
 	if anthropic {
 		body.Type, body.Error.Type = "error", e.anthropicType()
 	}
-	b, err := json.Marshal(body)
-	if err != nil { // cannot be: strings only
-		b = []byte(`{"error":{"message":"Internal error.","type":"server_error","param":null,"code":"internal_error"}}`)
-	}
+	b, _ := json.Marshal(body) // strings only: it cannot fail
 	return append(b, '\n')
 }
 
-// writeError is the only writer of failures.
+// writeError is the only function that writes errors.
 func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 	b := e.responseBody(anthropic)
 	h := w.Header()
@@ -143,45 +145,34 @@ func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 		h.Set("X-Should-Retry", "false")
 	}
 	if e.code == "draining" {
-		h.Set("Connection", "close") // over HTTP/2: no new call on this connection, so that a retry goes elsewhere
+		h.Set("Connection", "close") // in HTTP/2 too: a retry then uses a new connection, to another process
 	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(b)))
 	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(e.status)
-	_, _ = w.Write(b) // a client that has gone needs no error
+	_, _ = w.Write(b) // fails only if the client has left
 }
 
-func errBadToken(cause string) *apiError {
-	// One body for unknown, malformed, expired and revoked alike: a thief learns
-	// nothing. The ledger and the log know which it was.
-	return &apiError{status: http.StatusUnauthorized, code: "invalid_api_key",
-		msg:   "Incorrect API key provided. Use a token of this proxy that is valid: not expired, not revoked.",
-		cause: errors.New(cause)}
-}
+// writeTimeout is the time a client has to take an answer of the proxy's own, and an HTTP/2 connection to
+// take a byte.
+const writeTimeout = time.Minute
 
-func errUnavailable(code string, cause error) *apiError {
-	return &apiError{status: http.StatusServiceUnavailable, code: code, kind: "service_unavailable_error",
-		msg: "The proxy cannot take this call now. Try again shortly.", retryAfter: time.Second, cause: cause}
-}
+func notFound(w http.ResponseWriter, _ *http.Request) { writeError(w, errUnknownURL, false) }
 
-func badRequest(code, param, msg string) *apiError {
-	return &apiError{status: http.StatusBadRequest, code: code, param: param, msg: msg}
-}
-
-// An errorClass says who has to do something about a call that did not go well.
+// An errorClass says who has to act on a failed call.
 type errorClass string
 
 const (
-	errorClassNone     errorClass = ""         // it went well
-	errorClassCaller   errorClass = "caller"   // the client sent what nobody can serve, or left
-	errorClassPolicy   errorClass = "policy"   // an administrator's rule or limit
-	errorClassProvider errorClass = "provider" // the provider failed, was silent or broke off
-	errorClassProxy    errorClass = "proxy"    // this program, its database or its disk
+	errorClassNone     errorClass = ""         // the call succeeded
+	errorClassCaller   errorClass = "caller"   // the request was wrong, or the client left
+	errorClassPolicy   errorClass = "policy"   // a rule or limit of an administrator
+	errorClassProvider errorClass = "provider" // the provider failed, was silent or was cut off
+	errorClassProxy    errorClass = "proxy"    // the proxy, its database or its disk
 )
 
-// errorClass sorts a settled call. It goes by what the ledger knows of it, so that
-// metrics, pages and a query over old rows say the same.
+// errorClass returns the class of a settled call. It uses ledger columns only, so that metrics, pages and
+// queries over old rows agree.
 func (r *requestRow) errorClass() errorClass {
 	switch r.outcome {
 	case outcomeClientGone:
@@ -194,7 +185,7 @@ func (r *requestRow) errorClass() errorClass {
 		return refusedErrorClass(r.status, r.errorCode)
 	case outcomeUpstreamError:
 		if r.status >= 400 && r.status < 500 && r.status != 429 {
-			return errorClassCaller // the provider judged the request
+			return errorClassCaller // the provider rejected the request
 		}
 		return errorClassProvider
 	}
@@ -213,7 +204,7 @@ func refusedErrorClass(status int, code string) errorClass {
 	return errorClassCaller
 }
 
-// truncatedErrorClass sorts answers that broke off after they had begun, by why.
+// truncatedErrorClass returns the class of an answer that was cut off.
 func truncatedErrorClass(code string) errorClass {
 	switch code {
 	case "upstream_cut", "stream_unfinished", "stream_idle", "upstream_timeout":
@@ -223,13 +214,243 @@ func truncatedErrorClass(code string) errorClass {
 	case "draining", "ledger_unavailable", "store_unavailable":
 		return errorClassProxy
 	}
-	return errorClassPolicy // revoked, expired, a limit, an administrator's cut
+	return errorClassPolicy // revoked, expired, over a limit, or ended by an administrator
 }
 
-// writeTimeout is for a client to take an answer that is not a provider's, and
-// for an HTTP/2 connection to take a byte.
-const writeTimeout = time.Minute
+// The catalogue: every error that clients get, by who has to act. The values are shared and never change;
+// an error whose text depends on the call is a function.
 
-func notFound(w http.ResponseWriter, r *http.Request) {
-	writeError(w, &apiError{status: http.StatusNotFound, code: "unknown_url", msg: "There is nothing at this URL."}, false)
+// The caller has to act: the request is wrong, or the client too slow.
+var (
+	errTwoCredentials = newError(400, "ambiguous_credentials", "The request has two different keys. Send one token.")
+	errUpgrade        = newError(400, "upgrade_not_supported", "This proxy does not switch protocols. Omit Upgrade.")
+	errUnexpectedBody = newError(400, "unexpected_body", "This endpoint takes no request body.")
+	errRequestTooSlow = newError(400, "request_too_slow", "The request body arrived too slowly.")
+	errRequestCut     = newError(400, "request_cut", "The request body ended early or was malformed.")
+	errStreamHeader   = badRequest("invalid_value", "X-LLM-Proxy-Stream",
+		"X-LLM-Proxy-Stream must be verified or plain.")
+	errTwoCursors      = badRequest("invalid_value", "before_id", "Send after_id or before_id, not both.")
+	errUnknownURL      = newError(404, "unknown_url", "There is nothing at this URL. Check the path.")
+	errUnknownEndpoint = newError(404, "unknown_endpoint", "This proxy does not support this endpoint. Check the path.")
+	errClientStalled   = newError(408, "client_stalled", "The client stopped reading the response.")
+	errUploadTooLarge  = newError(413, "request_too_large", "The upload is larger than this proxy's limit.")
+	errEncodedBody     = newError(415, "unsupported_encoding", "Send the request body without Content-Encoding.")
+	errCharset         = newError(415, "unsupported_content_type", "Send JSON in UTF-8, not in another charset.")
+	errClientGone      = newError(statusClientClosed, "client_gone", "") // for the ledger and the log only
+)
+
+// statusClientClosed is the status of a call whose client left before any answer. No client sees it.
+const statusClientClosed = 499
+
+func newError(status int, code, msg string) *apiError {
+	return &apiError{status: status, code: code, msg: msg}
+}
+
+func badRequest(code, param, msg string) *apiError {
+	return &apiError{status: 400, code: code, param: param, msg: msg}
+}
+
+func errRepeatedCredential(header string) *apiError {
+	return newError(400, "ambiguous_credentials", "The request has more than one "+header+" header.")
+}
+
+func errRepeatedHeader(header string) *apiError {
+	return badRequest("ambiguous_header", header, "The request has more than one "+header+" header.")
+}
+
+func errPageSize(most int) *apiError {
+	return badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(most)+".")
+}
+
+func errUnknownCursor(param string) *apiError {
+	return badRequest("invalid_value", param, param+" must be the id of a model in this list.")
+}
+
+// errBadToken has one body for unknown, malformed, expired and revoked tokens: it must tell a thief nothing.
+// Only the ledger and the log get the reason.
+func errBadToken(reason string) *apiError {
+	return newError(401, "invalid_api_key", "Incorrect API key provided. "+
+		"Use a token of this proxy that has not expired and is not revoked.").withCause(errors.New(reason))
+}
+
+func errMethodNotAllowed(allowed string) *apiError {
+	return newError(405, "method_not_allowed", "This URL does not support the request's method. Use "+allowed+".")
+}
+
+func errBodyTooLarge(limit int64) *apiError {
+	return newError(413, "request_too_large", "The request body is larger than the limit of "+formatSize(limit)+".")
+}
+
+func errContentType(want string) *apiError {
+	return newError(415, "unsupported_content_type",
+		"Send the request body as "+want+", and name that type in Content-Type.")
+}
+
+// An administrator has to act: a policy does not allow the call.
+var (
+	errInactiveProject  = newError(403, "project_inactive", "This token's project is inactive. Ask its administrator.")
+	errStatefulEndpoint = newError(403, "endpoint_not_allowed",
+		"This endpoint reads or changes objects stored at the provider. The project's policy does not allow that.")
+	errCutByAdmin = newError(403, "cut_by_administrator", "An administrator ended this call.")
+	errNoUpstream = &apiError{status: 404, code: "no_upstream", noRetry: true,
+		msg: "This project has no provider for this endpoint and model. Ask the proxy's administrator."}
+)
+
+// errAddressNotAllowed does not name the allowed networks: whoever stole a token would learn them.
+func errAddressNotAllowed(address string) *apiError {
+	return newError(403, "address_not_allowed",
+		"This token may not be used from the address "+address+". Ask the proxy's administrator.")
+}
+
+func errStatefulField(param string) *apiError {
+	return &apiError{status: 403, code: "endpoint_not_allowed", param: param, msg: "The field " + param +
+		" refers to objects stored at the provider. The project's policy does not allow that."}
+}
+
+func errEndpointNotAllowed(allowed []string) *apiError {
+	return newError(403, "endpoint_not_allowed",
+		"This token may not use this endpoint. It may use: "+clip(strings.Join(allowed, ", "), 500)+".")
+}
+
+func errModelNotAllowed(allowed []string) *apiError {
+	return &apiError{status: 403, code: "model_not_allowed", param: "model",
+		msg: "This token may not use this model. It may use: " + clip(strings.Join(allowed, ", "), 500) + "."}
+}
+
+func errModelListNotAllowed(param string) *apiError {
+	return &apiError{status: 403, code: "model_not_allowed", param: param,
+		msg: "This token may use certain models only. Name one of them in model, and leave out " + param + "."}
+}
+
+func errPriceUnknown(limit string) *apiError {
+	return &apiError{status: 403, code: "price_unknown", param: "model", limit: limit,
+		msg: "A budget of " + limit + " applies to this call, but the model's price is not known. " +
+			"Use another model, or ask the proxy's administrator to set the price."}
+}
+
+// A limit is reached: of the token, of its project or of the upstreams.
+
+// maxRetryWait is the longest wait that SDKs are asked to sit out: some sleep for as long as the header says,
+// others ignore it (wire.md).
+const maxRetryWait = 2 * time.Minute
+
+// errRateLimited is for a limit that has room again after wait. kind is what it counts, or "".
+func errRateLimited(limit, kind, msg string, wait time.Duration) *apiError {
+	return &apiError{status: 429, code: "rate_limit_exceeded", kind: kind, limit: limit,
+		msg: msg + " Try again in " + wait.String() + ".", retryAfter: wait, noRetry: wait > maxRetryWait}
+}
+
+// errNeverFits is for a call that asks for more than the limit ever allows.
+func errNeverFits(limit, kind, msg string) *apiError {
+	return &apiError{status: 429, code: "rate_limit_exceeded", kind: kind, limit: limit, msg: msg, noRetry: true}
+}
+
+// errQuotaSpent is for a budget, which has room again in hours or days, or never.
+func errQuotaSpent(limit, msg string) *apiError {
+	return &apiError{status: 429, code: "project_spend_limit_exceeded", kind: "insufficient_quota", limit: limit,
+		msg: msg, noRetry: true}
+}
+
+func errUpstreamsAtCapacity(wait time.Duration) *apiError {
+	return &apiError{status: 429, code: "rate_limit_exceeded", retryAfter: wait,
+		msg: "This project's upstreams have reached their own limits for this minute."}
+}
+
+func errTokenBodyMemory() *apiError {
+	return &apiError{status: 429, code: "body_memory_full", retryAfter: time.Second,
+		msg: "This token's calls use too much memory for request bodies. Send fewer large requests at the same time."}
+}
+
+// The provider failed, was silent, or did not answer like an API. An attempt's timeouts are values of
+// their own: after them another attempt may follow.
+var (
+	errUpstreamUnreachable = newError(502, "upstream_unreachable",
+		"The provider could not be reached, or closed the connection before it answered.")
+	errModelList       = newError(502, "upstream_protocol_error", "The provider's list of models could not be read.")
+	errConnectTimeout  = newError(504, "upstream_timeout", "The provider could not be reached in time.")
+	errAttemptTimeout  = newError(504, "upstream_timeout", "The provider did not answer in time.")
+	errUpstreamTimeout = newError(504, "upstream_timeout", "The provider did not answer in time.")
+	errStreamIdle      = newError(504, "stream_idle", "The provider's answer paused for too long.")
+)
+
+// errUpstreamAuth replaces the provider's answer, whose text may quote the key.
+func errUpstreamAuth(status int) *apiError {
+	return &apiError{status: 502, code: "upstream_auth_error", noRetry: true, cause: errProviderStatus(status),
+		msg: "The provider refused this project's key. Ask the proxy's administrator."}
+}
+
+func errUpstreamProtocol(status int) *apiError {
+	return &apiError{status: 502, code: "upstream_protocol_error", noRetry: true, cause: errProviderStatus(status),
+		msg: "The provider did not answer like an API. Ask the proxy's administrator to check the base URL."}
+}
+
+func errProviderStatus(status int) error { return fmt.Errorf("the provider answered %d", status) }
+
+func errStreamTooLarge(limit int64) *apiError {
+	return &apiError{status: 502, code: "stream_too_large", noRetry: true, msg: "The stream is larger than the " +
+		formatSize(limit) + " that the proxy can hold back. Ask for it with X-LLM-Proxy-Stream: plain."}
+}
+
+// The proxy itself failed: always 503 with Retry-After, and never 401, for the token may be good.
+
+func errUnavailable(code, msg string, cause error) *apiError {
+	return &apiError{status: 503, code: code, kind: "service_unavailable_error",
+		msg: msg + " Try again shortly.", retryAfter: time.Second, cause: cause}
+}
+
+func errStoreUnavailable(cause error) *apiError {
+	return errUnavailable("store_unavailable", "The proxy cannot use its database at the moment.", cause)
+}
+
+func errLedgerUnavailable(cause error) *apiError {
+	return errUnavailable("ledger_unavailable", "The proxy cannot record calls at the moment.", cause)
+}
+
+func errLimitsUnavailable(cause error) *apiError {
+	return errUnavailable("limits_unavailable", "The proxy cannot check limits at the moment.", cause)
+}
+
+func errUpstreamKeyUnreadable(cause error) *apiError {
+	return errUnavailable("upstream_key_unreadable", "The proxy cannot read this project's provider key.", cause)
+}
+
+func errBodyMemoryFull() *apiError {
+	return errUnavailable("body_memory_full", "The proxy's memory for request bodies is used up.",
+		errors.New("BODY_MEMORY is used up"))
+}
+
+func errTooManyCalls() *apiError {
+	return errUnavailable("too_many_calls", "The proxy is handling as many calls as it can.",
+		errors.New("MAX_CONCURRENT_CALLS are running"))
+}
+
+func errDraining() *apiError {
+	return errUnavailable("draining", "The proxy is shutting down.", errors.New("shutting down"))
+}
+
+func errInternal(cause error) *apiError {
+	return newError(500, "internal_error",
+		"Internal error. The proxy's log has details under this request's id.").withCause(cause)
+}
+
+// Errors of /manage and /admin alone.
+var (
+	errUnknownHost = newError(421, "unknown_host", "Unknown host name. Set PUBLIC_URL to the one in use.")
+	errCrossOrigin = newError(403, "cross_origin", "The request comes from a page of another site.")
+	errManageKey   = newError(401, "invalid_management_key",
+		"A valid management key is needed: Authorization: Bearer <key>.")
+	errObjectNotFound = newError(404, "not_found", "No such object exists, or it was deleted.")
+	errStaleVersion   = newError(412, "stale_version", "It has changed since it was read. Read it again, then retry.")
+	errNameTaken      = badRequest("name_taken", "name", "This name is already in use.")
+	errAuditTooLong   = newError(503, "too_long", "The audit trail is too long. Use llm-proxy audit verify.")
+)
+
+func errRoleTooLow(need, have role) *apiError {
+	return newError(403, "role_too_low",
+		"This needs the role "+string(need)+"; the key in use has the role "+string(have)+".")
+}
+
+func errTooManyFailures(wait time.Duration) *apiError {
+	return &apiError{status: 429, code: "too_many_failures", retryAfter: wait,
+		msg: "Too many wrong management keys from this address. Try again later."}
 }

@@ -164,7 +164,7 @@ func (api *manageAPI) manageRoutes() http.Handler {
 func methodNotAllowed(allowed string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Allow", allowed)
-		writeError(w, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes " + allowed + "."}, false)
+		writeError(w, errMethodNotAllowed(allowed), false)
 	})
 }
 
@@ -219,8 +219,7 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		return nil, err
 	}
 	if who.role.rank() < rt.minRole.rank() {
-		return nil, &apiError{status: http.StatusForbidden, code: "role_too_low",
-			msg: "This needs the role " + string(rt.minRole) + "; this key has the role " + string(who.role) + "."}
+		return nil, errRoleTooLow(rt.minRole, who.role)
 	}
 	now := time.Now()
 	req := &manageRequest{http: r, ctx: r.Context(), actor: who, origin: api.newAuditOrigin(w, r, who, now), now: now}
@@ -246,7 +245,7 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		req.ctx = context.WithoutCancel(req.ctx)
 	}
 	if why := api.databaseProblem(); why != "" { // nothing may be stored in a file that has no name any more
-		return nil, errUnavailable("store_unavailable", errors.New(why))
+		return nil, errStoreUnavailable(errors.New(why))
 	}
 	if req.ifMatchVersion, err = parseIfMatch(r.Header["If-Match"]); err != nil {
 		return nil, err
@@ -274,7 +273,7 @@ func parseIfMatch(values []string) (int64, error) {
 func readManageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxManageBodyBytes))
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return nil, &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The body is larger than 1 MiB."}
+		return nil, errBodyTooLarge(maxManageBodyBytes)
 	}
 	if err != nil {
 		return nil, badRequest("request_cut", "", "The body ended early.")
@@ -284,21 +283,20 @@ func readManageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	}
 	// A form of another site can only send the simple types.
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
-		return nil, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "Send JSON, with Content-Type: application/json."}
+		return nil, errContentType("application/json")
 	}
 	return body, nil
 }
 
 // authenticateManager finds out whose management key the request presents.
 func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request) (actor, error) {
-	denied := errInvalidManageKey()
 	values := r.Header["Authorization"]
 	if len(values) != 1 {
-		return actor{}, denied
+		return actor{}, errManageKey
 	}
 	scheme, presented, _ := strings.Cut(values[0], " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return actor{}, denied
+		return actor{}, errManageKey
 	}
 	now := time.Now()
 	return api.verifyManageKey(r.Context(), api.newAuditOrigin(w, r, actor{}, now), r.Pattern, presented, now)
@@ -316,15 +314,9 @@ func (api *manageAPI) verifyManageKey(ctx context.Context, by auditOrigin, door,
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
 	if wait, _ := api.authThrottle.of(by.address).allow(now); wait > 0 {
-		return actor{}, &apiError{status: http.StatusTooManyRequests, code: "too_many_failures", retryAfter: wait,
-			msg: "Too many wrong management keys from this address."}
+		return actor{}, errTooManyFailures(wait)
 	}
-	return actor{}, errInvalidManageKey()
-}
-
-func errInvalidManageKey() *apiError {
-	return &apiError{status: http.StatusUnauthorized, code: "invalid_management_key",
-		msg: "A valid management key is needed: Authorization: Bearer <key>."}
+	return actor{}, errManageKey
 }
 
 // environmentActor is who holds MANAGEMENT_TOKEN.
@@ -349,7 +341,7 @@ func (api *manageAPI) actorByKey(ctx context.Context, presented string, now time
 	case errors.Is(err, errNotFound):
 		return actor{}, errNotFound
 	case err != nil:
-		return actor{}, errUnavailable("store_unavailable", err)
+		return actor{}, errStoreUnavailable(err)
 	case key.revokedAt != nil, key.expiresAt != nil && now.UnixMilli() >= *key.expiresAt:
 		return actor{id: key.id}, errNotFound
 	}
@@ -360,13 +352,13 @@ func (api *manageAPI) actorByKey(ctx context.Context, presented string, now time
 func manageError(err error) *apiError {
 	switch {
 	case errors.Is(err, errNotFound):
-		return &apiError{status: http.StatusNotFound, code: "not_found", msg: "There is no such thing, or it was deleted."}
+		return errObjectNotFound
 	case errors.Is(err, errStale):
-		return &apiError{status: http.StatusPreconditionFailed, code: "stale_version", msg: "It was changed since it was read. Read it again, then repeat the change."}
+		return errStaleVersion
 	case errors.Is(err, errTaken):
-		return &apiError{status: http.StatusBadRequest, code: "name_taken", param: "name", msg: "This name is taken."}
+		return errNameTaken
 	case isDatabaseFailure(err):
-		return errUnavailable("store_unavailable", err)
+		return errStoreUnavailable(err)
 	}
 	return asAPIError(err)
 }

@@ -103,12 +103,8 @@ func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
 	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", info.requestID, []auditField{{"project_id", info.project.id}, {"token_id", info.token.id}}}); err != nil {
 		return nil, err // no audit, no change
 	}
-	api.running.abort(c, errCutByAdmin())
+	api.running.abort(c, errCutByAdmin)
 	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
-}
-
-func errCutByAdmin() *apiError {
-	return &apiError{status: http.StatusForbidden, code: "cut_by_administrator", msg: "An administrator ended this call."}
 }
 
 type requestReply struct {

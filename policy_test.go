@@ -364,9 +364,9 @@ func TestRefusals(t *testing.T) {
 	}{
 		{`{"count":"requests","max":1,"per":"minute"}`, `"n":1`, "rate_limit_exceeded", "requests", "yes", "of 1 requests per minute is used up. Try again in"},
 		{`{"count":"requests","max":1,"per":"hour"}`, `"n":1`, "rate_limit_exceeded", "requests", "hour", "of 1 requests per hour is used up"},
-		{`{"count":"requests","max":1,"per":"day"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 1 requests per day is used up. It begins anew in"},
-		{`{"count":"requests","max":1,"per":"week"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "It begins anew in"},
-		{`{"count":"requests","max":1,"per":"month"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "It begins anew in"},
+		{`{"count":"requests","max":1,"per":"day"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 1 requests per day is used up. It resets in"},
+		{`{"count":"requests","max":1,"per":"week"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "It resets in"},
+		{`{"count":"requests","max":1,"per":"month"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "It resets in"},
 		{`{"count":"requests","max":1,"per":"lifetime"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 1 requests in all is used up."},
 		{`{"count":"requests","max":0,"per":"second"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 0 requests per second is used up."},
 		{`{"count":"concurrent","max":0}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 0 calls at one time is used up."},
@@ -378,7 +378,7 @@ func TestRefusals(t *testing.T) {
 		for _, where := range []string{"token", "project"} {
 			own, its, whose := `{"limits":[`+test.limit+`]}`, `{}`, "This token's limit"
 			if where == "project" {
-				own, its, whose = its, own, "The limit of this token's project"
+				own, its, whose = its, own, "The project's limit"
 			}
 			_, tokens, _ := p.newProject(where+test.limit+test.members, its, own, 1)
 			var res testResponse

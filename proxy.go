@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -212,23 +211,20 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 		return errBadToken("unknown")
 	}
 	if err != nil && r.Context().Err() != nil {
-		return &apiError{status: statusClientClosed, code: "client_gone", cause: err} // no trouble of ours
+		return errClientGone.withCause(err)
 	}
 	if err != nil {
-		return errUnavailable("store_unavailable", err) // never 401: the token may be good
+		return errStoreUnavailable(err)
 	}
 	c.token, c.tokenState, c.project = token, state, token.project.state.Load()
 	if why := token.validity(state, now); why != "" {
 		return errBadToken(why)
 	}
 	if !c.project.active {
-		return errInactiveProject()
+		return errInactiveProject
 	}
 	if !c.project.policy.allowsAddress(c.address) || !state.policy.allowsAddress(c.address) {
-		// The networks that are allowed are not named: whoever has stolen a token
-		// would learn them.
-		return &apiError{status: http.StatusForbidden, code: "address_not_allowed",
-			msg: "This token may not be used from the address " + c.address + ". Ask its administrator."}
+		return errAddressNotAllowed(c.address)
 	}
 	if !token.acquire() {
 		return p.authenticate(c, r) // it was evicted just now; the one loaded next has its count
@@ -244,7 +240,7 @@ func credential(h http.Header) (string, error) {
 	for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key"} {
 		values := h[name]
 		if len(values) > 1 {
-			return "", badRequest("ambiguous_credentials", "", "The request has more than one "+name+" header.")
+			return "", errRepeatedCredential(name)
 		}
 		if len(values) == 0 {
 			continue
@@ -258,7 +254,7 @@ func credential(h http.Header) (string, error) {
 			v = strings.TrimLeft(rest, " ")
 		}
 		if found != "" && v != found {
-			return "", badRequest("ambiguous_credentials", "", "The request presents two different keys. Send the token once.")
+			return "", errTwoCredentials
 		}
 		found = v
 	}
@@ -294,7 +290,7 @@ func (p *proxy) awaitCommit(c *call) error {
 func (c *call) checkCommit() error {
 	if err := c.entry.commitErr(); err != nil {
 		c.commitFailed = true
-		return errUnavailable("ledger_unavailable", err)
+		return errLedgerUnavailable(err)
 	}
 	c.committed = true
 	return nil
@@ -333,14 +329,9 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	c.times.headersAt = time.Now()
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
-		// Its text may quote the key, and the client can do nothing about it.
-		return &apiError{status: http.StatusBadGateway, code: "upstream_auth_error", noRetry: true,
-			msg:   "The provider refused this project's key. Ask the proxy's administrator.",
-			cause: errors.New("the provider answered " + strconv.Itoa(code))}
+		return errUpstreamAuth(code)
 	case code < 200 || code >= 300 && code < 400:
-		return &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", noRetry: true,
-			msg:   "The provider's answer is not one to an API call.",
-			cause: errors.New("the provider answered " + strconv.Itoa(code))}
+		return errUpstreamProtocol(code)
 	}
 	if err := p.awaitCommit(c); err != nil {
 		return err
@@ -372,7 +363,7 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 		}
 	}
 	if !c.committed {
-		c.failure = errUnavailable("ledger_unavailable", err)
+		c.failure = errLedgerUnavailable(err)
 	}
 	c.times.firstByte = time.Since(c.start)
 	writeError(w, c.failure, c.anthropic)
@@ -391,10 +382,10 @@ func upstreamFailure(c *call, err error) *apiError {
 		return e
 	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large", msg: "The upload is larger than this proxy's limit.", cause: err}
+		return errUploadTooLarge.withCause(err)
 	}
 	if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
-		return &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider could not be reached in time.", cause: err}
+		return errConnectTimeout.withCause(err)
 	}
-	return &apiError{status: http.StatusBadGateway, code: "upstream_unreachable", msg: "The provider could not be reached or broke off before it answered.", cause: err}
+	return errUpstreamUnreachable.withCause(err)
 }

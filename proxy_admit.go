@@ -6,8 +6,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net/http"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -16,10 +14,10 @@ import (
 // applies, and puts it on record.
 func (p *proxy) admit(c *call) error {
 	if !p.ledger.healthy() {
-		return errUnavailable("ledger_unavailable", errors.New("the ledger cannot be written"))
+		return errLedgerUnavailable(errors.New("the ledger cannot be written"))
 	}
 	if why := p.databaseProblem(); why != "" { // rows would go into a file that has no name any more
-		return errUnavailable("ledger_unavailable", errors.New(why))
+		return errLedgerUnavailable(errors.New(why))
 	}
 	if err := c.checkPolicies(); err != nil {
 		return err
@@ -27,13 +25,12 @@ func (p *proxy) admit(c *call) error {
 	if c.setUpstream(c.pickUpstream()); c.upstream == nil {
 		now := c.start.UnixMilli()
 		if w := c.criteria(now); c.project.atCapacity(&w) {
-			return &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", retryAfter: time.Duration(60_000-now%60_000) * time.Millisecond,
-				msg: "This project's upstreams have reached their own limits for this minute."}
+			return errUpstreamsAtCapacity(time.Duration(60_000-now%60_000) * time.Millisecond)
 		}
-		return &apiError{status: http.StatusNotFound, code: "no_upstream", msg: "This project has no provider for this endpoint and model.", noRetry: true}
+		return errNoUpstream
 	}
 	if c.upstream.configErr != nil {
-		return errUnavailable("upstream_key_unreadable", c.upstream.configErr)
+		return errUpstreamKeyUnreadable(c.upstream.configErr)
 	}
 	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
 		c.body, c.usageAdded = withIncludeUsage(c.body, c.fields), true
@@ -56,28 +53,23 @@ func (p *proxy) admit(c *call) error {
 func (c *call) checkPolicies() error {
 	e := c.endpoint
 	if e.class == classStateful && !c.project.policy.Stateful {
-		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
-			msg: "This endpoint reads or changes objects kept at the provider; the project's policy does not turn such endpoints on."}
+		return errStatefulEndpoint
 	}
 	if ref := c.fields.statefulParam; ref != "" && !c.project.policy.Stateful {
-		return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed", param: ref,
-			msg: "The field " + ref + " refers to objects kept at the provider; the project's policy does not turn those on."}
+		return errStatefulField(ref)
 	}
 	for _, p := range [...]*policy{&c.project.policy, &c.tokenState.policy} {
 		if !p.allowsEndpoint(e.name(), e.pattern) {
-			return &apiError{status: http.StatusForbidden, code: "endpoint_not_allowed",
-				msg: "This token may not use this endpoint. It may use: " + clip(strings.Join(p.Endpoints, ", "), 500) + "."}
+			return errEndpointNotAllowed(p.Endpoints)
 		}
 		if p.Models != nil && c.fields.modelListParam != "" { // the provider would choose among them
-			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: c.fields.modelListParam,
-				msg: "This token is held to certain models; name one in model, and leave " + c.fields.modelListParam + " out."}
+			return errModelListNotAllowed(c.fields.modelListParam)
 		}
 		if p.Models == nil || (c.fields.model == "" && !e.needsModel) {
 			continue
 		}
 		if c.fields.model == "" || !p.allowsModel(c.fields.model) {
-			return &apiError{status: http.StatusForbidden, code: "model_not_allowed", param: "model",
-				msg: "This token may not use this model. It may use: " + clip(strings.Join(p.Models, ", "), 500) + "."}
+			return errModelNotAllowed(p.Models)
 		}
 	}
 	return nil
@@ -151,7 +143,7 @@ func (e *endpoint) hasOutputTokens() bool {
 func (p *proxy) reserve(c *call) error {
 	most := c.tokenState.maxRequests
 	if most >= 0 && c.token.used.Load() >= most { // before it disturbs the limits it shares with others
-		return errRequestsExhausted(most)
+		return requestsExhausted(most)
 	}
 	c.reservation.estimate = c.estimate()
 	now := c.start.UnixMilli()
@@ -159,7 +151,7 @@ func (p *proxy) reserve(c *call) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := p.limits.syncLimits(c.token, now); err != nil {
-		return errUnavailable("limits_unavailable", err)
+		return errLimitsUnavailable(err)
 	}
 	if err := c.estimateCost(l.project.policy, c.token.limits.policy); err != nil {
 		return err
@@ -167,10 +159,10 @@ func (p *proxy) reserve(c *call) error {
 	refused := l.reserve(&c.reservation, &c.token.limits, now)
 	if refused == nil && !c.token.reserve(most) {
 		l.release(&c.reservation, now, finalUsage{})
-		return errRequestsExhausted(most)
+		return requestsExhausted(most)
 	}
 	if refused != nil {
-		return errLimitExceeded(refused)
+		return violationError(refused)
 	}
 	c.rates = c.token.rateHeaders(most, now)
 	c.commitFirst = most >= 0 || c.reservation.durable()
@@ -196,8 +188,7 @@ func (c *call) estimateCost(policies ...*policy) error {
 				looked, known = true, c.fillEstimatedCost(a)
 			}
 			if !known && !l.monitorOnly {
-				return &apiError{status: http.StatusForbidden, code: "price_unknown", param: "model", limit: l.String(),
-					msg: "A budget holds for this call, " + l.String() + ", but what it would cost is not known. Ask the administrator to set a price for this model, or use another one."}
+				return errPriceUnknown(l.String())
 			}
 		}
 	}
@@ -216,42 +207,37 @@ func (c *call) fillEstimatedCost(a *estimate) bool {
 	return in && out
 }
 
-func errRequestsExhausted(most int64) *apiError {
-	return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true,
-		limit: strconv.FormatInt(most, 10) + " requests in all", msg: "This token has used all of its " + strconv.FormatInt(most, 10) + " requests."}
+// requestsExhausted refuses a call of a token that has made all of its requests.
+func requestsExhausted(maxRequests int64) *apiError {
+	l := limit{metric: metricRequests, period: perLifetime, max: maxRequests}
+	return errQuotaSpent(l.String(), "This token's limit of "+l.String()+" is used up.")
 }
 
-// maxRetryWait is the longest wait that clients are asked to sit out: some of
-// their libraries sleep for as long as they are told, others refuse (wire.md).
-const maxRetryWait = 2 * time.Minute
-
-// errLimitExceeded says which limit has no room, and when it will have.
-func errLimitExceeded(r *limitViolation) *apiError {
-	whose := "This token's limit of "
-	if r.ofProject {
-		whose = "The limit of this token's project of "
+// violationError says which limit has no room, and when it will have.
+func violationError(v *limitViolation) *apiError {
+	name, kind := v.limit.String(), ""
+	msg := "This token's limit of " + name
+	if v.ofProject {
+		msg = "The project's limit of " + name
 	}
-	e := &apiError{status: http.StatusTooManyRequests, code: "rate_limit_exceeded", limit: r.limit.String(), msg: whose + r.limit.String() + " is used up"}
-	switch r.limit.metric {
-	case metricRequests, metricTokens:
-		e.kind = r.limit.metric.String()
+	if v.limit.metric == metricRequests || v.limit.metric == metricTokens {
+		kind = v.limit.metric.String()
 	}
-	if r.remaining > 0 && r.limit.metric != metricRequests {
-		e.msg = fmt.Sprintf("%s%s has no room for this call: it may need %s, and %s is left", whose, r.limit, r.limit.valueJSON(r.need), r.limit.valueJSON(r.remaining))
+	if v.exceedsMax {
+		return errNeverFits(name, kind, msg+" never allows as much output as this call asks for. Ask for less.")
 	}
-	switch wait := time.Duration(r.wait) * time.Millisecond; {
-	case r.exceedsMax:
-		e.noRetry = true
-		e.msg = whose + r.limit.String() + " never allows as much output as this call asks for. Ask for less."
-	case r.limit.isQuota() || r.permanent:
-		e.code, e.kind, e.noRetry = "project_spend_limit_exceeded", "insufficient_quota", true
-		e.msg += "."
-		if !r.permanent {
-			e.msg += " It begins anew in " + wait.Round(time.Minute).String() + "."
-		}
-	default:
-		e.retryAfter, e.noRetry = wait, wait > maxRetryWait
-		e.msg += ". Try again in " + wait.String() + "."
+	if v.remaining > 0 && v.limit.metric != metricRequests {
+		msg += fmt.Sprintf(" has no room for this call: it may need %s, and %s is left.",
+			v.limit.valueJSON(v.need), v.limit.valueJSON(v.remaining))
+	} else {
+		msg += " is used up."
 	}
-	return e
+	wait := time.Duration(v.wait) * time.Millisecond
+	switch {
+	case v.permanent:
+		return errQuotaSpent(name, msg)
+	case v.limit.isQuota():
+		return errQuotaSpent(name, msg+" It resets in "+wait.Round(time.Minute).String()+".")
+	}
+	return errRateLimited(name, kind, msg, wait)
 }

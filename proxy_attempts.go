@@ -58,8 +58,6 @@ type savedResponse struct {
 	upstream *upstream
 }
 
-var errAttemptTimeout = &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider did not answer in time."}
-
 // RoundTrip makes attempts until one is good enough for the client, or no other
 // is left.
 func (t *attempts) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -249,7 +247,7 @@ func (t *attempts) buildBody() ([]byte, error) {
 	}
 	body := withModel(c.body, c.fields, c.usageAdded, name)
 	if !t.s.bodies.reserve(int64(len(body))) {
-		return nil, errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+		return nil, errBodyMemoryFull()
 	}
 	c.bodyReserved += int64(len(body))
 	return body, nil

@@ -164,7 +164,7 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 		case t.pastDeadline():
 			l.err, l.decision.reason = errAttemptTimeout, "did not bring its whole list in time"
 		case !t.reserveCapacity(now):
-			l.err, l.decision.reason = errUnreadableModelList(), "has no room for another page in its own limits"
+			l.err, l.decision.reason = errModelList, "has no room for another page in its own limits"
 		}
 		if l.err != nil {
 			return l
@@ -200,7 +200,7 @@ func (t *attempts) readModelPage(res *http.Response) error {
 		return err
 	}
 	if len(page) > n.bytesLeft {
-		e := errUnreadableModelList()
+		e := errModelList
 		e.cause = errors.New("the lists of models are too large")
 		return e
 	}
@@ -224,7 +224,7 @@ func parseModelPage(res *http.Response) (p modelPage, err error) {
 	text := peekBody(res)
 	res.Body = http.NoBody // a page is no answer for the client
 	if err := json.Unmarshal(text, &p); err != nil || p.Data == nil {
-		e := errUnreadableModelList()
+		e := errModelList
 		e.cause = cmp.Or(err, errors.New("a list of models is none"))
 		return p, e
 	}
@@ -276,11 +276,11 @@ func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err e
 	w = modelPageRequest{defaultModelPageSize, q.Get("after_id"), q.Get("before_id")}
 	if s := q.Get("limit"); s != "" {
 		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > maxModelPageSize {
-			return w, badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(maxModelPageSize)+".")
+			return w, errPageSize(maxModelPageSize)
 		}
 	}
 	if w.after != "" && w.before != "" {
-		return w, badRequest("invalid_value", "before_id", "Give after_id or before_id, not both.")
+		return w, errTwoCursors
 	}
 	return w, nil
 }
@@ -292,7 +292,7 @@ func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel,
 	at := func(param, id string) int {
 		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
 		if i < 0 {
-			err = badRequest("invalid_value", param, param+" names no model of this list, or none that it has any more.")
+			err = errUnknownCursor(param)
 		}
 		return i
 	}
@@ -367,12 +367,12 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 	defer c.token.running.Add(-1) // not release: to ask is not to use
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", "GET")
-		p.refuse(c, w, r, &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This URL takes GET."})
+		p.refuse(c, w, r, errMethodNotAllowed("GET"))
 		return
 	}
 	v, err := p.ownToken(c)
 	if err != nil {
-		p.refuse(c, w, r, errUnavailable("limits_unavailable", err))
+		p.refuse(c, w, r, errLimitsUnavailable(err))
 		return
 	}
 	body, err := json.Marshal(v)
@@ -433,16 +433,14 @@ func filterModels(c *call, res *http.Response) error {
 	if project.Models == nil && token.Models == nil || c.attempts.merged != nil { // which is within them as it is
 		return nil
 	}
-	unreadable := errUnreadableModelList()
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
 	if err != nil || len(body) > maxModelList {
-		unreadable.cause = errors.Join(err, errors.New("reading the list of models"))
-		return unreadable
+		return errModelList.withCause(errors.Join(err, errors.New("reading the list of models")))
 	}
 	var list map[string]json.RawMessage
 	var data []json.RawMessage
 	if json.Unmarshal(body, &list) != nil || json.Unmarshal(list["data"], &data) != nil {
-		return unreadable
+		return errModelList
 	}
 	kept := []json.RawMessage{}
 	for _, raw := range data {
@@ -454,19 +452,15 @@ func filterModels(c *call, res *http.Response) error {
 		}
 	}
 	if list["data"], err = json.Marshal(kept); err != nil {
-		return unreadable
+		return errModelList
 	}
 	delete(list, "first_id") // Anthropic's cursors: they name models
 	delete(list, "last_id")
 	if body, err = json.Marshal(list); err != nil {
-		return unreadable
+		return errModelList
 	}
 	res.Body.Close()
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
 	return nil
-}
-
-func errUnreadableModelList() *apiError {
-	return &apiError{status: http.StatusBadGateway, code: "upstream_protocol_error", msg: "The provider's list of models could not be read."}
 }

@@ -15,7 +15,7 @@ import (
 // and from the body what limits and metering must know.
 func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error {
 	if r.Header["Upgrade"] != nil {
-		return badRequest("upgrade_not_supported", "", "This proxy does not switch protocols; remove the Upgrade header.")
+		return errUpgrade
 	}
 	m, err := p.endpoints.match(r.Method, r.URL)
 	if err != nil {
@@ -27,11 +27,11 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	}
 	for _, name := range [...]string{"Content-Type", "Content-Encoding"} {
 		if len(r.Header[name]) > 1 { // we would go by one of them, the provider perhaps by the other
-			return badRequest("ambiguous_header", name, "The request has more than one "+name+" header.")
+			return errRepeatedHeader(name)
 		}
 	}
 	if ce := r.Header.Get("Content-Encoding"); ce != "" && !strings.EqualFold(ce, "identity") {
-		return &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "Send the body without Content-Encoding; limits must be able to read it."}
+		return errEncodedBody
 	}
 	if c.bufferStream, err = wantsBufferedStream(r.Header, c.project); err != nil {
 		return err
@@ -69,9 +69,9 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 func endpointError(w http.ResponseWriter, err error, m endpointMatch) error {
 	if errors.Is(err, errWrongMethod) {
 		w.Header().Set("Allow", m.allow)
-		return &apiError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", msg: "This endpoint takes " + m.allow + "."}
+		return errMethodNotAllowed(m.allow)
 	}
-	return &apiError{status: http.StatusNotFound, code: "unknown_endpoint", msg: "This proxy forwards no such endpoint."}
+	return errUnknownEndpoint
 }
 
 func asClientError(err error) error {
@@ -95,7 +95,7 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 		// In another charset the same bytes may be another JSON text: in UTF-7
 		// "+AG0-odel" is "model".
 		if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
-			return false, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "JSON is UTF-8; send no other charset in Content-Type."}
+			return false, errCharset
 		}
 		return false, nil
 	case err == nil && t == "multipart/form-data" && e.body != bodyJSON:
@@ -105,7 +105,7 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 	if e.body == bodyForm {
 		want = "multipart/form-data"
 	}
-	return false, &apiError{status: http.StatusUnsupportedMediaType, code: "unsupported_content_type", msg: "Send the body as " + want + " and say so in Content-Type."}
+	return false, errContentType(want)
 }
 
 // rejectBody refuses what an endpoint without a body would drop in silence. An
@@ -114,7 +114,7 @@ func rejectBody(body io.Reader) error {
 	const most = 16
 	b, err := io.ReadAll(io.LimitReader(body, most))
 	if text := strings.TrimSpace(string(b)); err != nil || len(b) == most || text != "" && text != "{}" {
-		return badRequest("unexpected_body", "", "This endpoint takes no body.")
+		return errUnexpectedBody
 	}
 	return nil
 }
@@ -122,12 +122,8 @@ func rejectBody(body io.Reader) error {
 // readBody reads the body whole: the provider then gets it in one write, and
 // the connection to the client is not torn by an answer that comes early.
 func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
-	tooLarge := func() error {
-		return &apiError{status: http.StatusRequestEntityTooLarge, code: "request_too_large",
-			msg: "The body is larger than this proxy's limit of " + formatSize(p.cfg.maxBodyBytes) + "."}
-	}
 	if r.ContentLength > p.cfg.maxBodyBytes {
-		return nil, tooLarge()
+		return nil, errBodyTooLarge(p.cfg.maxBodyBytes)
 	}
 	const step = 64 << 10
 	size := int64(step)
@@ -146,7 +142,7 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 		buf = buf[:len(buf)+n]
 		c.progress.bytesReceived.Store(int64(len(buf)))
 		if int64(len(buf)) > p.cfg.maxBodyBytes {
-			return nil, tooLarge()
+			return nil, errBodyTooLarge(p.cfg.maxBodyBytes)
 		}
 		if err == io.EOF {
 			return buf, nil
@@ -155,7 +151,7 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 			if cause := abortCause(c.ctx); cause != nil {
 				return nil, cause
 			}
-			return nil, &apiError{status: http.StatusBadRequest, code: "request_cut", msg: "The request body ended early or was malformed.", cause: err}
+			return nil, errRequestCut.withCause(err)
 		}
 		if len(buf) == cap(buf) {
 			buf = append(buf[:cap(buf)], 0)[:len(buf)] // grows by append's own rule
@@ -170,12 +166,11 @@ func (p *proxy) reserveBody(c *call, n int64) error {
 	more := n - c.bodyReserved
 	if of := c.token.bodyBytes.Add(more); of > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && of > n {
 		c.token.bodyBytes.Add(-more)
-		return &apiError{status: http.StatusTooManyRequests, code: "body_memory_full", retryAfter: time.Second,
-			msg: "This token's calls hold too much memory for request bodies. Send fewer large ones at one time."}
+		return errTokenBodyMemory()
 	}
 	if !p.bodies.reserve(more) {
 		c.token.bodyBytes.Add(-more)
-		return errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+		return errBodyMemoryFull()
 	}
 	c.bodyReserved = n
 	return nil

@@ -12,7 +12,6 @@ import (
 	"mime"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -443,7 +442,7 @@ func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	case len(v) == 1 && (v[0] == "verified" || v[0] == "plain"):
 		return v[0] == "verified", nil
 	}
-	return false, badRequest("invalid_value", "X-LLM-Proxy-Stream", "X-LLM-Proxy-Stream must be verified or plain.")
+	return false, errStreamHeader
 }
 
 // bufferStream reads a stream to its end and leaves it in the answer's body, whole. A
@@ -466,7 +465,7 @@ func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 		if len(all) == cap(all) {
 			all = slices.Grow(all, max(len(all), 32<<10))
 			if more := int64(cap(all)) - held; !t.s.bodies.reserve(more) {
-				return errUnavailable("body_memory_full", errors.New("BODY_MEMORY is used up"))
+				return errBodyMemoryFull()
 			}
 			held = int64(cap(all))
 		}
@@ -476,8 +475,7 @@ func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 		t.c.progress.outputTokens.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for what nobody has seen yet too
 		alive()
 		if len(all) > maxBufferedStream {
-			return &apiError{status: http.StatusBadGateway, code: "stream_too_large", noRetry: true,
-				msg: "The stream is larger than the " + strconv.Itoa(maxBufferedStream>>20) + " MiB that are held; ask for it with X-LLM-Proxy-Stream: plain."}
+			return errStreamTooLarge(maxBufferedStream)
 		}
 		if why := look.scan(all); plain && why != "" {
 			return &streamError{why}

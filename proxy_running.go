@@ -135,7 +135,7 @@ func (rc *runningCalls) add(c *runningCall) error {
 		return rc.drainErr
 	}
 	if int64(len(rc.calls)) >= rc.limits.maxCalls {
-		return errUnavailable("too_many_calls", errors.New("MAX_CONCURRENT_CALLS are running"))
+		return errTooManyCalls()
 	}
 	rc.calls[c] = struct{}{}
 	rc.wait.Add(1)
@@ -205,34 +205,34 @@ func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *ap
 		return errBadToken(why)
 	}
 	if p := c.token.project.state.Load(); !p.active {
-		return errInactiveProject()
+		return errInactiveProject
 	}
 	if info := c.info.Load(); info != nil {
 		if l := info.reservation.updateUsage(ms, c.progress.outputTokens.Load()); l != nil {
-			return errLimitSpent(l)
+			return errQuotaSpent(l.String(), "The limit of "+l.String()+" is used up, so the proxy ended the call.")
 		}
 	}
 	at := phase(c.progress.phase.Load())
 	if (at == phaseReading || c.progress.uploading.Load()) && c.progress.tooSlow(now, c.start, &rc.limits) {
-		return &apiError{status: http.StatusBadRequest, code: "request_too_slow", msg: "The request body arrived too slowly."}
+		return errRequestTooSlow
 	}
 	idle := time.Duration(rc.ticks.Load()-c.progress.since.Load()) * watchInterval
 	switch at {
 	case phaseLedger:
 		if idle > rc.limits.commitTimeout {
-			return errUnavailable("ledger_unavailable", errors.New("the ledger did not commit in time"))
+			return errLedgerUnavailable(errors.New("the ledger did not commit in time"))
 		}
 	case phaseProvider:
 		if idle > rc.limits.upstreamTimeout {
-			return &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider did not answer in time."}
+			return errUpstreamTimeout
 		}
 	case phaseRelaying:
 		if most := time.Duration(c.progress.idleTimeout.Load()); idle > cmp.Or(most, rc.limits.streamIdleTimeout) {
-			return &apiError{status: http.StatusGatewayTimeout, code: "stream_idle", msg: "The provider's answer paused for too long."}
+			return errStreamIdle
 		}
 	case phaseWriting:
 		if idle > rc.limits.clientStallTimeout {
-			return &apiError{status: http.StatusRequestTimeout, code: "client_stalled", msg: "The client took no more of the answer."}
+			return errClientStalled
 		}
 	}
 	return nil
@@ -257,7 +257,7 @@ func (w *callProgress) tooSlow(now, start time.Time, l *callLimits) bool {
 // drain refuses new calls from now on and waits for the running ones. When ctx
 // ends it cuts them, and waits a little for their rows to be settled.
 func (rc *runningCalls) drain(ctx context.Context) {
-	stop := errUnavailable("draining", errors.New("shutting down"))
+	stop := errDraining()
 	rc.mu.Lock()
 	rc.drainErr = stop
 	rc.mu.Unlock()
@@ -291,14 +291,4 @@ func (rc *runningCalls) isDraining() bool {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	return rc.drainErr != nil
-}
-
-// errLimitSpent ends a running call whose budget was passed.
-func errLimitSpent(l *limit) *apiError {
-	return &apiError{status: http.StatusTooManyRequests, code: "project_spend_limit_exceeded", kind: "insufficient_quota", noRetry: true, limit: l.String(),
-		msg: "The limit of " + l.String() + " is spent, and the call was ended."}
-}
-
-func errInactiveProject() *apiError {
-	return &apiError{status: http.StatusForbidden, code: "project_inactive", msg: "This token's project is not active. Ask its administrator."}
 }

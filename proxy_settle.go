@@ -33,8 +33,6 @@ func (c *call) overhead() time.Duration {
 	return c.times.firstByte - c.times.bodyRead - c.times.headersAt.Sub(c.times.sentAt)
 }
 
-const statusClientClosed = 499 // in ledger and log only: the client left before any answer
-
 // settle is deferred by handleV1 for every admitted call.
 func (p *proxy) settle(c *call, r *http.Request) {
 	now, row := time.Now(), &c.entry.row

@@ -195,7 +195,7 @@ func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, now int64)
 		t.project.limiter.mu.Lock()
 		defer t.project.limiter.mu.Unlock()
 		if err := ls.syncLimits(t, now); err != nil {
-			return nil, errUnavailable("limits_unavailable", err)
+			return nil, errLimitsUnavailable(err)
 		}
 		return newLimitViews(t.limits.counters, now), nil
 	}
@@ -208,7 +208,7 @@ func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, now in
 		p.limiter.mu.Lock()
 		defer p.limiter.mu.Unlock()
 		if err := ls.syncProjectLimits(p, now); err != nil {
-			return nil, errUnavailable("limits_unavailable", err)
+			return nil, errLimitsUnavailable(err)
 		}
 		return newLimitViews(p.limiter.project.counters, now), nil
 	}

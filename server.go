@@ -199,13 +199,12 @@ func (c *writeCheck) check(ctx context.Context, st *store) error {
 func (s *server) protect(next http.Handler) http.Handler {
 	origins := http.NewCrossOriginProtection()
 	origins.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		writeError(w, &apiError{status: http.StatusForbidden, code: "cross_origin", msg: "The request comes from a page of another site."}, false)
+		writeError(w, errCrossOrigin, false)
 	}))
 	guarded := origins.Handler(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !ourHost(s.cfg.publicURL, r.Host) {
-			writeError(w, &apiError{status: http.StatusMisdirectedRequest, code: "unknown_host",
-				msg: "This host name is not the proxy's. Set PUBLIC_URL if it should be."}, false)
+			writeError(w, errUnknownHost, false)
 			return
 		}
 		guarded.ServeHTTP(w, r)

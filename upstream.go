@@ -289,8 +289,6 @@ func newTransport(allowPrivate bool) *http.Transport {
 	}
 }
 
-var errConnectTimeout = &apiError{status: http.StatusGatewayTimeout, code: "upstream_timeout", msg: "The provider could not be reached in time."}
-
 // send makes a request. If the upstream has a connect_ms and no connection stands
 // by then (its name looked up, dialled, its TLS handshake done), the error is
 // errConnectTimeout.
