@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -47,58 +46,6 @@ func (p *testProxy) setPragma(text string) {
 	if _, err := p.instance.store.writeDB.Exec(text); err != nil {
 		p.t.Fatal(err)
 	}
-}
-
-// TestOnRecord: no answer byte leaves before the call's row is committed.
-func TestOnRecord(t *testing.T) {
-	t.Parallel()
-	for name, fields := range map[string]string{"unlimited": `"name":"a"`, "limited": `"name":"b","max_requests":10`} {
-		for _, member := range []string{`"stream":true`, `"stream":false`} {
-			t.Run(name+" "+member, func(t *testing.T) {
-				t.Parallel()
-				p := newTest(t, nil)
-				_, p.token = p.newToken(fields)
-				if res := p.chat(); res.status != 200 { // so that the token is live
-					t.Fatalf("got %d", res.status)
-				}
-				release := p.lockDatabase()
-				conn := p.dial()
-				_, _ = io.WriteString(conn, p.rawChatRequest("Connection: close\r\n", chatBody(member)))
-				if name == "unlimited" { // a limited one is recorded before the provider is called
-					waitFor(t, "the provider", func() bool { return len(p.provider.received()) == 2 })
-				}
-				_ = conn.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
-				if n, err := conn.Read(make([]byte, 1)); n != 0 || err == nil {
-					t.Error("a byte of the answer left while the database was locked")
-				}
-				if n := len(p.provider.received()); name == "limited" && n != 1 {
-					t.Errorf("the provider got %d calls", n)
-				}
-				release()
-				_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
-				if b, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
-					t.Errorf("after that: %q, %v", b, err)
-				}
-				p.checkSums()
-				p.checkCounts()
-			})
-		}
-	}
-	p := newTest(t, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-		c.beginSSE()
-		_ = c.chunk(chatEvents(true)[0])
-		return !c.waitClosed(10 * time.Second)
-	})
-	s := p.stream(p.token)
-	if _, err := s.read(1); err != nil {
-		t.Fatal(err)
-	}
-	rows, err := p.instance.store.listRequests(t.Context(), requestFilter{before: math.MaxInt64, limit: 10})
-	if err != nil || len(rows) != 1 || rows[0].outcome != outcomeOpen {
-		t.Errorf("at the first byte, the ledger has %+v, %v", rows, err)
-	}
-	s.body.Close()
 }
 
 // TestDatabaseFailure: while the database cannot be written calls get 503 and

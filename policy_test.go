@@ -54,33 +54,6 @@ func (p *testProxy) requestCount(id string) int64 {
 	return v.RequestCount
 }
 
-// TestALimitIsALimit: of 200 calls at once exactly as many get through as the
-// token has left.
-func TestALimitIsALimit(t *testing.T) {
-	t.Parallel()
-	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	for _, limit := range []int{1, 7, 100} {
-		for used := 0; used < limit; used += max(1, limit-1) { // a token that is new, and one with little left
-			id, token := p.newToken(fmt.Sprintf(`"name":"l","max_requests":%d`, limit))
-			for range used {
-				if res := p.chatAs(token); res.status != 200 {
-					t.Fatalf("got %d", res.status)
-				}
-			}
-			hits := len(p.provider.received())
-			statuses := p.burst(token, 200)
-			left := limit - used
-			if n := len(p.provider.received()) - hits; n != left || statuses[200] != left || statuses[429] != 200-left {
-				t.Errorf("%d of %d used: the provider got %d calls, the clients %v", used, limit, n, statuses)
-			}
-			if n := p.requestCount(id); n != int64(limit) {
-				t.Errorf("%d of %d used: the count is %d", used, limit, n)
-			}
-		}
-	}
-	p.checkCounts()
-}
-
 // TestLimitAcrossRestart: what was used before a restart is used after it.
 func TestLimitAcrossRestart(t *testing.T) {
 	t.Parallel()

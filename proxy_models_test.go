@@ -428,3 +428,21 @@ func TestMergedModelsContainNoKey(t *testing.T) {
 		}
 	}
 }
+
+// TestModelsGoToTheSDKsFamily: in a project with both kinds of provider, each
+// SDK's list of models comes from the provider that it was written for.
+func TestModelsGoToTheSDKsFamily(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+		`{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`/claude/v1","api_key":"`+p.provider.key+`"}`, 201, nil)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"data":[]}`) })
+	for _, c := range []struct{ name, value, want string }{
+		{"Anthropic-Version", "2023-06-01", "/claude/v1/models"}, {"X-Stainless-Lang", "js", "/v1/models"},
+	} {
+		p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token, c.name, c.value)
+		if got := p.provider.lastRequest(t).target; got != c.want {
+			t.Errorf("with %s the list came from %s, want %s", c.name, got, c.want)
+		}
+	}
+}

@@ -500,54 +500,6 @@ func TestStreamBigEvent(t *testing.T) {
 	}
 }
 
-// TestNeverLieAboutAStream: an answer that the provider cuts, at whatever byte,
-// is an error for the client: 502 while nothing has left, a broken connection
-// after. Nothing is made up to complete it.
-func TestNeverLieAboutAStream(t *testing.T) {
-	t.Parallel()
-	head := "HTTP/1.1 200 OK\r\nContent-Type: "
-	var chunks strings.Builder
-	for _, e := range chatEvents(true) {
-		fmt.Fprintf(&chunks, "%x\r\n%s\r\n", len(e), e)
-	}
-	answers := []struct{ name, raw, body, members string }{
-		{"unary", head + "application/json\r\nContent-Length: " + fmt.Sprint(len(chatResponseBody)) + "\r\n\r\n" + chatResponseBody, chatResponseBody, `"n":1`},
-		{"unary in chunks", head + "application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(chatResponseBody), chatResponseBody), chatResponseBody, `"n":1`},
-		{"stream", head + "text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks.String() + "0\r\n\r\n",
-			strings.Join(chatEvents(true), ""), `"stream":true,"stream_options":{"include_usage":true}`},
-	}
-	for _, a := range answers {
-		for how, step := range map[string]int{"FIN": 1, "RST": 5} {
-			t.Run(a.name+" "+how, func(t *testing.T) {
-				t.Parallel()
-				p := newTest(t, nil)
-				for k := 0; k < len(a.raw); k += step {
-					p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-						_, _ = io.WriteString(c, a.raw[:k])
-						if how == "RST" {
-							return c.reset()
-						}
-						return false
-					})
-					res := p.chat(a.members)
-					switch {
-					case res.err == nil && res.status == 502 && res.errorCode() == "upstream_unreachable" && k < strings.Index(a.raw, "\r\n\r\n")+4+1:
-					case res.err != nil && strings.HasPrefix(a.body, res.body):
-					case how == "RST" && res.status == 502: // the reset overtook the bytes before it
-					default:
-						t.Fatalf("cut after %d of %d bytes: status %d, %q, %v", k, len(a.raw), res.status, res.body, res.err)
-					}
-				}
-				for _, row := range p.ledger() {
-					if row.Outcome != "truncated" && row.Outcome != "upstream_error" || row.ErrorCode == "" {
-						t.Errorf("the ledger has %+v", row)
-					}
-				}
-			})
-		}
-	}
-}
-
 // TestClientGone: a client that leaves, before the answer or after any event of
 // it, cancels the provider's call within a second and has its row.
 func TestClientGone(t *testing.T) {
