@@ -1,10 +1,20 @@
-// This room makes the ids of calls: numbers that grow with time, so that the
-// ledger is in order of time, and the text that clients see of them. Plain code.
+// This file holds the domain types and the formatting that every layer shares, by subject:
+//
+//	money, sizes, durations and text      how values are written, and some read back
+//	call ids                              numbers in order of time, and their text for clients
+//	tokens                                what an answer used, and how far the count can be trusted
+//	limits                                what a limit counts, and over which period
+//	calls                                 a row of the ledger and how a call ended
+//	actors                                management keys and their roles
+//	latency                               a histogram with quantiles
+//	key health                            the state of a provider key
+//	times                                 unix milliseconds inside, RFC 3339 outside
+//
+// Plain code: it does no I/O and uses no other file of the program.
 package main
 
 import (
 	"bytes"
-	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,7 +27,9 @@ import (
 	"unicode/utf8"
 )
 
-// formatDollars is the inverse of parseDollars; noPrice gives "".
+// Money, sizes, durations and text.
+
+// formatDollars writes a price as parseDollars reads it: dollars per million tokens. noPrice gives "".
 func formatDollars(pico int64) string {
 	if pico < 0 {
 		return ""
@@ -25,30 +37,35 @@ func formatDollars(pico int64) string {
 	return formatDecimal(pico, 6)
 }
 
-// formatNanos writes nano-dollars as dollars with as many of nine decimals as it takes.
+// formatNanos writes nano-dollars as dollars, with at most nine decimals.
 func formatNanos(nanos int64) string { return formatDecimal(nanos, 9) }
 
-// formatDecimal writes n/10^places without needless zeros.
+// formatDecimal writes n/10^places without trailing zeros.
 func formatDecimal(n int64, places int) string {
 	sign, magnitude := "", uint64(n)
 	if n < 0 {
 		sign, magnitude = "-", -magnitude
 	}
-	all := fmt.Sprintf("%0*d", places+1, magnitude)
-	whole, decimals := all[:len(all)-places], strings.TrimRight(all[len(all)-places:], "0")
+	digits := fmt.Sprintf("%0*d", places+1, magnitude)
+	whole, decimals := digits[:len(digits)-places], strings.TrimRight(digits[len(digits)-places:], "0")
 	if decimals == "" {
 		return sign + whole
 	}
 	return sign + whole + "." + decimals
 }
 
-// parseSize reads a size in bytes with one of the units B, KiB, MiB and GiB.
-func parseSize(s string, least, most int64) (int64, error) {
-	units := []struct {
-		name string
-		size int64
-	}{{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"B", 1}, {"", 1}}
-	for _, u := range units {
+type sizeUnit struct {
+	name  string
+	bytes int64
+}
+
+func sizeUnits() []sizeUnit {
+	return []sizeUnit{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}, {"", 1}}
+}
+
+// parseSize reads a size in bytes: a whole number, with a unit or without.
+func parseSize(s string, lowest, highest int64) (int64, error) {
+	for _, u := range sizeUnits() {
 		digits, ok := strings.CutSuffix(s, u.name)
 		if !ok {
 			continue
@@ -57,21 +74,19 @@ func parseSize(s string, least, most int64) (int64, error) {
 		if err != nil {
 			break
 		}
-		if n < (least+u.size-1)/u.size || n > most/u.size {
-			return 0, fmt.Errorf("must be from %s to %s", formatSize(least), formatSize(most))
+		if n < (lowest+u.bytes-1)/u.bytes || n > highest/u.bytes {
+			return 0, fmt.Errorf("must be from %s to %s", formatSize(lowest), formatSize(highest))
 		}
-		return n * u.size, nil
+		return n * u.bytes, nil
 	}
-	return 0, errors.New("must be a whole number of bytes, KiB, MiB or GiB, as in 32MiB")
+	return 0, errors.New("must be a whole number of bytes, KiB, MiB or GiB, such as 32MiB")
 }
 
+// formatSize writes a size in the largest unit that divides it.
 func formatSize(n int64) string {
-	for _, u := range []struct {
-		name string
-		size int64
-	}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}} {
-		if n >= u.size && n%u.size == 0 {
-			return strconv.FormatInt(n/u.size, 10) + u.name
+	for _, u := range sizeUnits() {
+		if n >= u.bytes && n%u.bytes == 0 {
+			return strconv.FormatInt(n/u.bytes, 10) + u.name
 		}
 	}
 	return strconv.FormatInt(n, 10) + "B"
@@ -89,9 +104,35 @@ func formatDuration(d time.Duration) string {
 	return d.String()
 }
 
-// An idSource makes the ids of calls: 42 bits of unix milliseconds, 9 of a
-// number that tells replicas apart, 12 that count. They grow all the time, even
-// when the clock goes back.
+// clip shortens text from outside to maxLen bytes before it is shown.
+func clip(s string, maxLen int) string {
+	if len(s) <= maxLen {
+		return s
+	}
+	for maxLen > 0 && !utf8.RuneStart(s[maxLen]) {
+		maxLen--
+	}
+	return s[:maxLen] + "…"
+}
+
+// appendJSONString appends s to b as a JSON string.
+func appendJSONString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			var text bytes.Buffer
+			e := json.NewEncoder(&text)
+			e.SetEscapeHTML(false)
+			_ = e.Encode(s) // a string: it cannot fail
+			return append(b, bytes.TrimSuffix(text.Bytes(), []byte{'\n'})...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
+// Call ids.
+
+// An idSource makes the ids of calls. An id has 42 bits of unix milliseconds, 9 random bits that tell
+// replicas apart, and a 12-bit counter. Ids always grow, even when the clock is set back.
 type idSource struct {
 	node int64
 	last atomic.Int64
@@ -99,7 +140,7 @@ type idSource struct {
 
 const idTimeShift = 21
 
-// newIDSource makes ids above last, the highest there is.
+// newIDSource returns a source of ids above last, the highest id on record.
 func newIDSource(last int64) *idSource {
 	s := &idSource{node: rand.Int64N(512) << 12}
 	s.last.Store(last)
@@ -111,7 +152,7 @@ func (s *idSource) next(now time.Time) int64 {
 		last, id := s.last.Load(), now.UnixMilli()<<idTimeShift|s.node
 		if id <= last {
 			id = last + 1
-			if id&0xfff == 0 { // 4096 in a millisecond: borrow from the next
+			if id&0xfff == 0 { // 4096 ids in this millisecond: borrow from the next
 				id = (last>>idTimeShift+1)<<idTimeShift | s.node
 			}
 		}
@@ -121,13 +162,12 @@ func (s *idSource) next(now time.Time) int64 {
 	}
 }
 
-// minIDAt returns the least id that a call begun at t can have.
+// minIDAt returns the lowest id of a call that starts at t.
 func minIDAt(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
 
 const crockford = "0123456789abcdefghjkmnpqrstvwxyz"
 
-// formatRequestID writes a call's id as clients see it; parseRequestID reads it back,
-// 0 if it is none.
+// formatRequestID writes a call's id as clients see it.
 func formatRequestID(id int64) string {
 	out := []byte("req_0000000000000")
 	for i := len(out) - 1; i >= 4; i-- {
@@ -137,6 +177,7 @@ func formatRequestID(id int64) string {
 	return string(out)
 }
 
+// parseRequestID reads an id from formatRequestID, and returns 0 for any other text.
 func parseRequestID(s string) int64 {
 	digits, ok := strings.CutPrefix(s, "req_")
 	if !ok || len(digits) != 13 || digits[0] > '7' {
@@ -153,57 +194,36 @@ func parseRequestID(s string) int64 {
 	return id
 }
 
-// clip shortens text from outside before it is shown.
-func clip(s string, most int) string {
-	if len(s) <= most {
-		return s
-	}
-	for most > 0 && !utf8.RuneStart(s[most]) {
-		most--
-	}
-	return s[:most] + "…"
-}
+// Tokens.
 
-// appendJSONString appends s as a string of JSON.
-func appendJSONString(b []byte, s string) []byte {
-	for i := range len(s) {
-		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
-			var text bytes.Buffer
-			e := json.NewEncoder(&text)
-			e.SetEscapeHTML(false)
-			_ = e.Encode(s) // a string: it cannot fail
-			return append(b, bytes.TrimSuffix(text.Bytes(), []byte{'\n'})...)
-		}
-	}
-	return append(append(append(b, '"'), s...), '"')
-}
-
-// maxTokenCount bounds every token count: no answer has more, and sums of it cannot overflow.
+// maxTokenCount bounds every token count: no answer has more, and sums of such counts cannot overflow.
 const maxTokenCount = 1_000_000_000_000
 
-// tokenCounts is normalised: input includes cached, cacheWrite and audioInput; output includes reasoning
-// and audioOutput. No part is larger than its whole, and all are between 0 and maxTokenCount.
+// tokenCounts is normalized: input includes cached, cacheWrite and audioInput; output includes reasoning
+// and audioOutput. No part exceeds its whole, and every count is from 0 to maxTokenCount.
 type tokenCounts struct {
 	input, cached, cacheWrite, output, reasoning, audioInput, audioOutput int64
 }
 
-// usageSource says how far a count can be trusted; its text is what the ledger stores.
+// A usageSource tells how far counts can be trusted. The ledger stores its text.
 type usageSource string
 
 const (
-	usageExact     usageSource = "exact"     // the provider's own count
-	usageEstimated usageSource = "estimated" // the answer has none, or only half of one
-	usageNone      usageSource = "none"      // the answer is not counted in tokens
+	usageExact     usageSource = "exact"     // the provider's own counts
+	usageEstimated usageSource = "estimated" // the answer has no counts, or only some
+	usageNone      usageSource = "none"      // the answer is not billed in tokens
 )
+
+// Limits.
 
 // A limitMetric is what a limit counts.
 type limitMetric uint8
 
 const (
-	metricRequests   limitMetric = iota + 1 // calls that were forwarded, whatever came of them
+	metricRequests   limitMetric = iota + 1 // forwarded calls, whatever came of them
 	metricTokens                            // input and output together
-	metricDollars                           // by the prices of the program and of its operator
-	metricConcurrent                        // calls that run at one time
+	metricDollars                           // at the list prices or the operator's own
+	metricConcurrent                        // calls running at one time
 )
 
 func (m limitMetric) String() string {
@@ -212,9 +232,9 @@ func (m limitMetric) String() string {
 
 // A limitPeriod is the time over which a limit counts.
 //
-// A second and a minute are buckets: they hold max, and what was taken flows
-// back evenly. All longer ones are windows of the calendar in UTC, which begin
-// at the full hour, at midnight, on Monday, on the first of the month.
+// Second and minute are token buckets: a bucket holds the limit's max, and what was taken refills
+// evenly. Longer periods are calendar windows in UTC, which start at the full hour, at midnight, on
+// Monday and on the first of the month. A lifetime never ends.
 type limitPeriod uint8
 
 const (
@@ -227,11 +247,16 @@ const (
 	perLifetime
 )
 
+const (
+	hourMS = 3_600_000
+	dayMS  = 24 * hourMS
+)
+
 func (p limitPeriod) String() string {
 	return [...]string{"", "second", "minute", "hour", "day", "week", "month", "lifetime"}[p]
 }
 
-// bucketMS returns the milliseconds in which a bucket refills, 0 for a window.
+// bucketMS returns the milliseconds in which a bucket refills, and 0 for a window.
 func (p limitPeriod) bucketMS() int64 {
 	switch p {
 	case perSecond:
@@ -242,8 +267,8 @@ func (p limitPeriod) bucketMS() int64 {
 	return 0
 }
 
-// window returns the bounds of the calendar window that holds now, all in unix
-// milliseconds. A lifetime has none.
+// window returns the bounds of the calendar window around now, in unix milliseconds, and 0, 0 for a
+// lifetime.
 func (p limitPeriod) window(now int64) (from, to int64) {
 	switch p {
 	case perHour:
@@ -262,7 +287,9 @@ func (p limitPeriod) window(now int64) (from, to int64) {
 	return 0, 0
 }
 
-// A requestRow is one call in the ledger. Its first part is known when it begins.
+// Calls.
+
+// A requestRow is one call in the ledger. The first group of fields is set when the call starts.
 type requestRow struct {
 	id       int64
 	started  int64 // unix milliseconds
@@ -279,46 +306,50 @@ type requestRow struct {
 	errorCode             string
 	source                usageSource
 	counts                tokenCounts
-	cost                  int64 // nano-dollars; meaningful only if priced
+	cost                  int64 // nano-dollars; only valid if priced
 	priced                bool
-	firstByteUS           int64 // -1: none left
+	firstByteUS           int64 // -1: no byte was sent
 	totalUS               int64
 	attempts              int
 	cache                 string
-	attemptLog            string      // JSON, "" of a call that needed one attempt
-	limitHit              string      // the limit that refused the call, or a shadow limit that would have
-	wouldRefuse           bool        // it is a shadow limit
-	requestedModel        string      // the model asked for
+	attemptLog            string      // JSON; "" if one attempt was enough
+	limitHit              string      // the limit that refused the call, or the shadow limit that would have
+	wouldRefuse           bool        // limitHit is a shadow limit
+	requestedModel        string      // the model that the client asked for
 	content               *contentRow // nil: not kept
-	modelTracked          bool        // the model may name a sum of its own (see sumModel)
-	requestedModelTracked bool        // so may the model asked for
+	modelTracked          bool        // model may have sums of its own (see sumModel)
+	requestedModelTracked bool        // requestedModel may, too
 }
 
-// A callOutcome says how a call ended, as the ledger writes it.
+// A callOutcome says how a call ended. The ledger stores its text.
 type callOutcome string
 
 const (
-	outcomeOpen          callOutcome = "open" // it runs
+	outcomeOpen          callOutcome = "open" // still running
 	outcomeOK            callOutcome = "ok"
-	outcomeRefused       callOutcome = "refused"        // by us: no right, no room, not allowed
+	outcomeRefused       callOutcome = "refused"        // by the proxy: not authorized, not allowed, over a limit
 	outcomeClientGone    callOutcome = "client_gone"    // the client left before the end
-	outcomeTruncated     callOutcome = "truncated"      // we or the provider cut an answer that had begun
-	outcomeUpstreamError callOutcome = "upstream_error" // the provider failed or answered 4xx/5xx
+	outcomeTruncated     callOutcome = "truncated"      // the provider or the proxy cut off an answer
+	outcomeUpstreamError callOutcome = "upstream_error" // the provider failed or answered 4xx or 5xx
 	outcomeLost          callOutcome = "lost"           // the program died during the call
 )
 
-const (
-	hourMS = 3_600_000
-	dayMS  = 24 * hourMS
-)
+// A contentRow is the stored content of a call, sealed.
+type contentRow struct {
+	id, project, expiresAt      int64
+	request, response           []byte
+	requestBytes, responseBytes int64
+}
 
-// A role is what a management key may do. Each includes the ones before.
+// Actors.
+
+// A role is what a management key may do. Each role includes those before it.
 type role string
 
 const (
 	roleViewer   role = "viewer"   // sees everything but keys
-	roleOperator role = "operator" // makes, changes and revokes tokens
-	roleAdmin    role = "admin"    // projects, provider keys, prices, management keys
+	roleOperator role = "operator" // creates, changes and revokes tokens
+	roleAdmin    role = "admin"    // manages projects, provider keys, prices and management keys
 )
 
 func (r role) rank() int {
@@ -333,30 +364,25 @@ func (r role) rank() int {
 	return 0
 }
 
-// An actor is who acts: a stored management key, or the one in the environment.
+// An actor is the holder of a management key: a stored one, or the one in the environment.
 type actor struct {
 	id, name string
 	role     role
 }
 
-// A contentRow is what the store has of a call's content, sealed.
-type contentRow struct {
-	id, project, expiresAt      int64
-	request, response           []byte
-	requestBytes, responseBytes int64
-}
+// Latency.
 
-// buckets are steps of about 1.6, five in each power of ten: fine enough for a
-// quantile to be off by less than a tenth, few enough to stand in one row.
+// latencyBuckets grow by a factor of about 1.6, five to a power of ten: fine enough for a quantile to be
+// off by less than a tenth, and few enough for one row.
 const latencyBuckets = 22
 
-// latencyBounds are the highest milliseconds of the buckets but the last, which
-// has no end.
+// latencyBounds returns the upper bounds in milliseconds of all buckets but the last, which has none.
 func latencyBounds() [latencyBuckets - 1]int64 {
-	return [...]int64{10, 16, 25, 40, 63, 100, 160, 250, 400, 630, 1000, 1600, 2500, 4000, 6300, 10000, 16000, 25000, 40000, 63000, 100000}
+	return [...]int64{10, 16, 25, 40, 63, 100, 160, 250, 400, 630, 1000, 1600, 2500, 4000, 6300,
+		10000, 16000, 25000, 40000, 63000, 100000}
 }
 
-// latencyHistogram counts times by bucket.
+// A latencyHistogram counts times by bucket.
 type latencyHistogram [latencyBuckets]int64
 
 func (h *latencyHistogram) observe(us int64) {
@@ -376,9 +402,8 @@ func (h *latencyHistogram) total() (n int64) {
 	return n
 }
 
-// quantile returns the time in milliseconds that part q of the counted times do
-// not exceed, as if times lay evenly, in their logarithm, within a bucket; +Inf if
-// that is in the last bucket, and -1 if nothing was counted.
+// quantile returns the milliseconds that a share q of the times does not exceed, assuming that times
+// spread evenly over a bucket's logarithm. It returns +Inf in the last bucket, and -1 without any times.
 func (h *latencyHistogram) quantile(q float64) float64 {
 	total := h.total()
 	if total == 0 {
@@ -400,15 +425,17 @@ func (h *latencyHistogram) quantile(q float64) float64 {
 	return math.Inf(1)
 }
 
-// A keyState is what is known of a key. The later ones are worse.
+// Key health.
+
+// A keyState is the state of a provider key, in order of severity.
 type keyState uint8
 
 const (
 	keyReady       keyState = iota
-	keyCooling              // the provider said that it gets too many calls
-	keyBreakerOpen          // it fails, and the breaker is open
-	keyExhausted            // its account has no money or quota left
-	keyQuarantined          // the provider refuses the key, or it cannot be read
+	keyCooling              // the provider reported too many calls
+	keyBreakerOpen          // calls fail, and the circuit breaker is open
+	keyExhausted            // the provider account has no money or quota left
+	keyQuarantined          // the provider refuses the key, or the key cannot be read
 )
 
 func keyStateNames() []string {
@@ -417,10 +444,10 @@ func keyStateNames() []string {
 
 func (s keyState) String() string { return keyStateNames()[s] }
 
-// needsAttention reports whether somebody must do something about it.
+// needsAttention reports whether only an administrator can resolve the state.
 func (s keyState) needsAttention() bool { return s >= keyExhausted }
 
-// A healthRow is a key's health as stored and shown.
+// A healthRow is a key's health as it is stored and shown.
 type healthRow struct {
 	upstream  int64
 	id        string
@@ -432,18 +459,21 @@ type healthRow struct {
 	running   int64
 }
 
-// A timestamp is a time in answers: unix milliseconds inside, RFC 3339 outside.
+// Times.
+
+// A timestamp is a time in JSON answers: unix milliseconds inside, RFC 3339 outside.
 type timestamp int64
 
 func (t timestamp) MarshalJSON() ([]byte, error) {
 	return []byte(time.UnixMilli(int64(t)).UTC().Format(`"2006-01-02T15:04:05.000Z07:00"`)), nil
 }
 
-// datetimeLocal writes a time as an input for times has it.
+// datetimeLocal writes a time as an HTML input of type datetime-local takes it.
 func (t timestamp) datetimeLocal() string {
 	return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04")
 }
 
+// newTimestamp returns nil for nil.
 func newTimestamp(p *int64) *timestamp {
 	if p == nil {
 		return nil

@@ -1,6 +1,6 @@
-// The table of endpoints that the proxy forwards: what is not here is 404. (Finding one: endpoints.go.)
-// Data only. Never in this table: operations that hand out credentials of the provider account (realtime and
-// chatkit sessions) or administer it (organization, projects).
+// This file has the table of endpoints that the proxy forwards, and matches requests against it. Whatever is
+// not in the table is a 404. Paths are compared byte for byte, and the outbound path is built from the pattern
+// and checked ids, so no client can send the provider a path that the table does not name. Plain code.
 package main
 
 import (
@@ -27,7 +27,7 @@ const (
 const (
 	apiOpenAI apiFamily = iota
 	apiAnthropic
-	apiAny // both kinds of provider have it
+	apiAny // providers of both families have it
 )
 
 const (
@@ -43,198 +43,158 @@ const (
 	flagNeedsModel
 	flagAddUsage
 	flagUpload
+	flagAnthropic // the API family is Anthropic's
+	flagAnyAPI    // every API family has it
 )
 
-// endpointRow is one line of the table; endpoint says what the columns mean.
-type endpointRow struct {
-	method, pattern string
-	class           endpointClass
-	api             apiFamily
-	body            bodyKind
-	meter           meterKind
-	flags           endpointFlags
-}
-
-// endpoint is an operation that the proxy forwards.
+// An endpoint is an operation that the proxy forwards.
 type endpoint struct {
-	method, pattern string // pattern as in "/v1/files/{file_id}"
+	method, pattern string // a pattern is like "/v1/files/{file_id}"
 	class           endpointClass
 	api             apiFamily
 	body            bodyKind
 	meter           meterKind
-	modelInPath     bool   // match.model is set
-	needsModel      bool   // runs a model: without a model name that policy can check it is refused where models are restricted
-	addUsage        bool   // the proxy may add stream_options.include_usage
-	upload          bool   // a form may be far larger than memory and is streamed, unscanned
-	label           string // see name
+	modelInPath     bool // match sets endpointMatch.model
+	// needsModel: it runs a model. Where models are restricted, a request is refused if it names no model
+	// that the policy can check.
+	needsModel bool
+	addUsage   bool   // the proxy may add stream_options.include_usage
+	upload     bool   // a form may be far larger than memory: it is streamed without a scan
+	label      string // see name
 }
 
 // name is the endpoint in logs, metrics and policies: "POST /v1/chat/completions".
 func (e *endpoint) name() string { return e.label }
 
-// endpointRows is every operation there is. The OpenAI lines are those of its specification of 2026-08-21.
-var endpointRows = []endpointRow{
-	// Inference: on by default.
-	{"POST", "/v1/audio/speech", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/audio/transcriptions", classInference, apiOpenAI, bodyForm, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/audio/translations", classInference, apiOpenAI, bodyForm, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/chat/completions", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel | flagAddUsage},
-	{"POST", "/v1/completions", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel | flagAddUsage},
-	{"POST", "/v1/embeddings", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/images/edits", classInference, apiOpenAI, bodyJSONOrForm, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/images/generations", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/images/variations", classInference, apiOpenAI, bodyForm, meterOpenAI, flagNeedsModel},
-	{"GET", "/v1/models", classInference, apiAny, bodyNone, meterNone, 0},
-	{"GET", "/v1/models/{model}", classInference, apiAny, bodyNone, meterNone, flagModelInPath},
-	{"POST", "/v1/moderations", classInference, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"POST", "/v1/responses", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/responses/compact", classInference, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/responses/input_tokens", classInference, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"POST", "/v1/messages", classInference, apiAnthropic, bodyJSON, meterAnthropic, flagNeedsModel},
-	{"POST", "/v1/messages/count_tokens", classInference, apiAnthropic, bodyJSON, meterNone, flagNeedsModel},
+// An endpointRow is one pattern and its methods. Only POST has the row's body and meter, and its flags but
+// flagModelInPath.
+type endpointRow struct {
+	methods, pattern string
+	body             bodyKind
+	meter            meterKind
+	flags            endpointFlags
+}
 
-	// Stateful: off unless a project turns it on, because all tokens of one provider key share these objects.
-	{"GET", "/v1/assistants", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/assistants", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"DELETE", "/v1/assistants/{assistant_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/assistants/{assistant_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/assistants/{assistant_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/audio/voice_consents", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/audio/voice_consents", classStateful, apiOpenAI, bodyForm, meterNone, 0},
-	{"DELETE", "/v1/audio/voice_consents/{consent_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/audio/voice_consents/{consent_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/audio/voice_consents/{consent_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/audio/voices", classStateful, apiOpenAI, bodyForm, meterNone, 0},
-	{"GET", "/v1/batches", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/batches", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"GET", "/v1/batches/{batch_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/batches/{batch_id}/cancel", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/chat/completions", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"DELETE", "/v1/chat/completions/{completion_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/chat/completions/{completion_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/chat/completions/{completion_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/chat/completions/{completion_id}/messages", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/chatkit/threads", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"DELETE", "/v1/chatkit/threads/{thread_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/chatkit/threads/{thread_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/chatkit/threads/{thread_id}/items", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/containers", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/containers", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/containers/{container_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/containers/{container_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/containers/{container_id}/files", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/containers/{container_id}/files", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagUpload},
-	{"DELETE", "/v1/containers/{container_id}/files/{file_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/containers/{container_id}/files/{file_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/containers/{container_id}/files/{file_id}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/content_provenance_checks", classStateful, apiOpenAI, bodyForm, meterNone, 0},
-	{"POST", "/v1/conversations", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/conversations/{conversation_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/conversations/{conversation_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/conversations/{conversation_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/conversations/{conversation_id}/items", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/conversations/{conversation_id}/items", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/conversations/{conversation_id}/items/{item_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/conversations/{conversation_id}/items/{item_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/evals", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/evals", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"DELETE", "/v1/evals/{eval_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/evals/{eval_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/evals/{eval_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/evals/{eval_id}/runs", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/evals/{eval_id}/runs", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"DELETE", "/v1/evals/{eval_id}/runs/{run_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/evals/{eval_id}/runs/{run_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/evals/{eval_id}/runs/{run_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/evals/{eval_id}/runs/{run_id}/output_items", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/files", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/files", classStateful, apiOpenAI, bodyForm, meterNone, flagUpload},
-	{"DELETE", "/v1/files/{file_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/files/{file_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/files/{file_id}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/fine_tuning/alpha/graders/run", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"POST", "/v1/fine_tuning/alpha/graders/validate", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions/{permission_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/fine_tuning/jobs", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/fine_tuning/jobs", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume", classStateful, apiOpenAI, bodyNone, meterNone, flagNeedsModel},
-	{"DELETE", "/v1/models/{model}", classStateful, apiOpenAI, bodyNone, meterNone, flagModelInPath},
-	{"POST", "/v1/realtime/calls", classStateful, apiOpenAI, bodyRaw, meterNone, flagNeedsModel},
-	{"POST", "/v1/realtime/calls/{call_id}/accept", classStateful, apiOpenAI, bodyJSON, meterNone, flagNeedsModel},
-	{"POST", "/v1/realtime/calls/{call_id}/hangup", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/realtime/calls/{call_id}/refer", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/realtime/calls/{call_id}/reject", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/responses/{response_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/responses/{response_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/responses/{response_id}/cancel", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/responses/{response_id}/input_items", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/skills", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/skills", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagUpload},
-	{"DELETE", "/v1/skills/{skill_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/skills/{skill_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}/versions", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/skills/{skill_id}/versions", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagUpload},
-	{"DELETE", "/v1/skills/{skill_id}/versions/{version}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}/versions/{version}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}/versions/{version}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/threads/runs", classStateful, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"DELETE", "/v1/threads/{thread_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/threads/{thread_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/threads/{thread_id}/messages", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}/messages", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/threads/{thread_id}/messages/{message_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/threads/{thread_id}/messages/{message_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}/messages/{message_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/threads/{thread_id}/runs", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}/runs", classStateful, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"GET", "/v1/threads/{thread_id}/runs/{run_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}/runs/{run_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}/runs/{run_id}/cancel", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/threads/{thread_id}/runs/{run_id}/steps", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/threads/{thread_id}/runs/{run_id}/steps/{step_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/threads/{thread_id}/runs/{run_id}/submit_tool_outputs", classStateful, apiOpenAI, bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/uploads", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/uploads/{upload_id}/cancel", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/uploads/{upload_id}/complete", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/uploads/{upload_id}/parts", classStateful, apiOpenAI, bodyForm, meterNone, flagUpload},
-	{"GET", "/v1/vector_stores", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/vector_stores", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/vector_stores/{vector_store_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/vector_stores/{vector_store_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/vector_stores/{vector_store_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"POST", "/v1/vector_stores/{vector_store_id}/file_batches", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/cancel", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/files", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/vector_stores/{vector_store_id}/files", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/vector_stores/{vector_store_id}/files", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"DELETE", "/v1/vector_stores/{vector_store_id}/files/{file_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/vector_stores/{vector_store_id}/files/{file_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/vector_stores/{vector_store_id}/files/{file_id}", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/vector_stores/{vector_store_id}/files/{file_id}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/vector_stores/{vector_store_id}/search", classStateful, apiOpenAI, bodyJSON, meterNone, 0},
-	{"GET", "/v1/videos", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/videos", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
-	{"POST", "/v1/videos/characters", classStateful, apiOpenAI, bodyForm, meterNone, flagUpload},
-	{"GET", "/v1/videos/characters/{character_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/videos/edits", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
-	{"POST", "/v1/videos/extensions", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
-	{"DELETE", "/v1/videos/{video_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/videos/{video_id}", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"GET", "/v1/videos/{video_id}/content", classStateful, apiOpenAI, bodyNone, meterNone, 0},
-	{"POST", "/v1/videos/{video_id}/remix", classStateful, apiOpenAI, bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
+// The tables follow OpenAI's specification of 2026-08-21. They never change. Operations that hand out
+// credentials of the provider account (realtime and chatkit sessions) or administer it (organization,
+// projects) must never be in them.
+
+// inferenceEndpoints are on by default.
+var inferenceEndpoints = []endpointRow{
+	{"POST", "/v1/audio/speech", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/audio/transcriptions", bodyForm, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/audio/translations", bodyForm, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/chat/completions", bodyJSON, meterOpenAI, flagNeedsModel | flagAddUsage},
+	{"POST", "/v1/completions", bodyJSON, meterOpenAI, flagNeedsModel | flagAddUsage},
+	{"POST", "/v1/embeddings", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/images/edits", bodyJSONOrForm, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/images/generations", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/images/variations", bodyForm, meterOpenAI, flagNeedsModel},
+	{"GET", "/v1/models", bodyNone, meterNone, flagAnyAPI},
+	{"GET", "/v1/models/{model}", bodyNone, meterNone, flagAnyAPI | flagModelInPath},
+	{"POST", "/v1/moderations", bodyJSON, meterNone, flagNeedsModel},
+	{"POST", "/v1/responses", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/responses/compact", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/responses/input_tokens", bodyJSON, meterNone, flagNeedsModel},
+	{"POST", "/v1/messages", bodyJSON, meterAnthropic, flagAnthropic | flagNeedsModel},
+	{"POST", "/v1/messages/count_tokens", bodyJSON, meterNone, flagAnthropic | flagNeedsModel},
+}
+
+// statefulEndpoints are off unless a project turns them on: all tokens of one provider key share their objects.
+var statefulEndpoints = []endpointRow{
+	{"GET POST", "/v1/assistants", bodyJSON, meterNone, flagNeedsModel},
+	{"DELETE GET POST", "/v1/assistants/{assistant_id}", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/audio/voice_consents", bodyForm, meterNone, 0},
+	{"DELETE GET POST", "/v1/audio/voice_consents/{consent_id}", bodyJSON, meterNone, 0},
+	{"POST", "/v1/audio/voices", bodyForm, meterNone, 0},
+	{"GET POST", "/v1/batches", bodyJSON, meterNone, flagNeedsModel},
+	{"GET", "/v1/batches/{batch_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1/batches/{batch_id}/cancel", bodyNone, meterNone, 0},
+	{"GET", "/v1/chat/completions", bodyNone, meterNone, 0},
+	{"DELETE GET POST", "/v1/chat/completions/{completion_id}", bodyJSON, meterNone, 0},
+	{"GET", "/v1/chat/completions/{completion_id}/messages", bodyNone, meterNone, 0},
+	{"GET", "/v1/chatkit/threads", bodyNone, meterNone, 0},
+	{"DELETE GET", "/v1/chatkit/threads/{thread_id}", bodyNone, meterNone, 0},
+	{"GET", "/v1/chatkit/threads/{thread_id}/items", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/containers", bodyJSON, meterNone, 0},
+	{"DELETE GET", "/v1/containers/{container_id}", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/containers/{container_id}/files", bodyJSONOrForm, meterNone, flagUpload},
+	{"DELETE GET", "/v1/containers/{container_id}/files/{file_id}", bodyNone, meterNone, 0},
+	{"GET", "/v1/containers/{container_id}/files/{file_id}/content", bodyNone, meterNone, 0},
+	{"POST", "/v1/content_provenance_checks", bodyForm, meterNone, 0},
+	{"POST", "/v1/conversations", bodyJSON, meterNone, 0},
+	{"DELETE GET POST", "/v1/conversations/{conversation_id}", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/conversations/{conversation_id}/items", bodyJSON, meterNone, 0},
+	{"DELETE GET", "/v1/conversations/{conversation_id}/items/{item_id}", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/evals", bodyJSON, meterNone, flagNeedsModel},
+	{"DELETE GET POST", "/v1/evals/{eval_id}", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/evals/{eval_id}/runs", bodyJSON, meterNone, flagNeedsModel},
+	{"DELETE GET POST", "/v1/evals/{eval_id}/runs/{run_id}", bodyNone, meterNone, 0},
+	{"GET", "/v1/evals/{eval_id}/runs/{run_id}/output_items", bodyNone, meterNone, 0},
+	{"GET", "/v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/files", bodyForm, meterNone, flagUpload},
+	{"DELETE GET", "/v1/files/{file_id}", bodyNone, meterNone, 0},
+	{"GET", "/v1/files/{file_id}/content", bodyNone, meterNone, 0},
+	{"POST", "/v1/fine_tuning/alpha/graders/run", bodyJSON, meterNone, flagNeedsModel},
+	{"POST", "/v1/fine_tuning/alpha/graders/validate", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions", bodyJSON, meterNone, 0},
+	{"DELETE", "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions/{permission_id}",
+		bodyNone, meterNone, 0},
+	{"GET POST", "/v1/fine_tuning/jobs", bodyJSON, meterNone, flagNeedsModel},
+	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", bodyNone, meterNone, 0},
+	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", bodyNone, meterNone, 0},
+	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", bodyNone, meterNone, 0},
+	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause", bodyNone, meterNone, 0},
+	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume", bodyNone, meterNone, flagNeedsModel},
+	{"DELETE", "/v1/models/{model}", bodyNone, meterNone, flagModelInPath},
+	{"POST", "/v1/realtime/calls", bodyRaw, meterNone, flagNeedsModel},
+	{"POST", "/v1/realtime/calls/{call_id}/accept", bodyJSON, meterNone, flagNeedsModel},
+	{"POST", "/v1/realtime/calls/{call_id}/hangup", bodyNone, meterNone, 0},
+	{"POST", "/v1/realtime/calls/{call_id}/refer", bodyJSON, meterNone, 0},
+	{"POST", "/v1/realtime/calls/{call_id}/reject", bodyJSON, meterNone, 0},
+	{"DELETE GET", "/v1/responses/{response_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1/responses/{response_id}/cancel", bodyNone, meterNone, 0},
+	{"GET", "/v1/responses/{response_id}/input_items", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/skills", bodyJSONOrForm, meterNone, flagUpload},
+	{"DELETE GET POST", "/v1/skills/{skill_id}", bodyJSON, meterNone, 0},
+	{"GET", "/v1/skills/{skill_id}/content", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/skills/{skill_id}/versions", bodyJSONOrForm, meterNone, flagUpload},
+	{"DELETE GET", "/v1/skills/{skill_id}/versions/{version}", bodyNone, meterNone, 0},
+	{"GET", "/v1/skills/{skill_id}/versions/{version}/content", bodyNone, meterNone, 0},
+	{"POST", "/v1/threads", bodyJSON, meterNone, 0},
+	{"POST", "/v1/threads/runs", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"DELETE GET POST", "/v1/threads/{thread_id}", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/threads/{thread_id}/messages", bodyJSON, meterNone, 0},
+	{"DELETE GET POST", "/v1/threads/{thread_id}/messages/{message_id}", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/threads/{thread_id}/runs", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"GET POST", "/v1/threads/{thread_id}/runs/{run_id}", bodyJSON, meterNone, 0},
+	{"POST", "/v1/threads/{thread_id}/runs/{run_id}/cancel", bodyNone, meterNone, 0},
+	{"GET", "/v1/threads/{thread_id}/runs/{run_id}/steps", bodyNone, meterNone, 0},
+	{"GET", "/v1/threads/{thread_id}/runs/{run_id}/steps/{step_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1/threads/{thread_id}/runs/{run_id}/submit_tool_outputs", bodyJSON, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/uploads", bodyJSON, meterNone, 0},
+	{"POST", "/v1/uploads/{upload_id}/cancel", bodyNone, meterNone, 0},
+	{"POST", "/v1/uploads/{upload_id}/complete", bodyJSON, meterNone, 0},
+	{"POST", "/v1/uploads/{upload_id}/parts", bodyForm, meterNone, flagUpload},
+	{"GET POST", "/v1/vector_stores", bodyJSON, meterNone, 0},
+	{"DELETE GET POST", "/v1/vector_stores/{vector_store_id}", bodyJSON, meterNone, 0},
+	{"POST", "/v1/vector_stores/{vector_store_id}/file_batches", bodyJSON, meterNone, 0},
+	{"GET", "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/cancel", bodyNone, meterNone, 0},
+	{"GET", "/v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/files", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/vector_stores/{vector_store_id}/files", bodyJSON, meterNone, 0},
+	{"DELETE GET POST", "/v1/vector_stores/{vector_store_id}/files/{file_id}", bodyJSON, meterNone, 0},
+	{"GET", "/v1/vector_stores/{vector_store_id}/files/{file_id}/content", bodyNone, meterNone, 0},
+	{"POST", "/v1/vector_stores/{vector_store_id}/search", bodyJSON, meterNone, 0},
+	{"GET POST", "/v1/videos", bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
+	{"POST", "/v1/videos/characters", bodyForm, meterNone, flagUpload},
+	{"GET", "/v1/videos/characters/{character_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1/videos/edits", bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
+	{"POST", "/v1/videos/extensions", bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
+	{"DELETE GET", "/v1/videos/{video_id}", bodyNone, meterNone, 0},
+	{"GET", "/v1/videos/{video_id}/content", bodyNone, meterNone, 0},
+	{"POST", "/v1/videos/{video_id}/remix", bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
 }
 
 var (
@@ -244,15 +204,15 @@ var (
 
 const modelPrefix = "/v1/models/"
 
-// endpointTable finds endpoints. It does not change once made.
+// An endpointTable finds endpoints. It is immutable.
 type endpointTable struct {
-	static       map[string]*methodSet // patterns without an id
-	root         pathNode              // all patterns but models, by segment
+	static       map[string]*methodSet // by pattern, for those without an id
+	root         pathNode              // all patterns but those with a model, by segment
 	list         []*endpoint
 	modelMethods methodSet // /v1/models/{model}, where the model may contain slashes
 }
 
-// methodSet is all methods of one pattern.
+// A methodSet has all methods of one pattern.
 type methodSet struct {
 	endpoints []*endpoint
 	allow     string // "DELETE, GET", for the Allow header
@@ -260,47 +220,61 @@ type methodSet struct {
 
 type pathNode struct {
 	segment    string // the literal segment; "" for an id
-	allowColon bool   // the id may contain ':' (fine-tuned models: ft:gpt-4o:org::id)
+	allowColon bool   // the id may contain ':', as in fine-tuned models: ft:gpt-4o:org::id
 	literals   map[string]*pathNode
 	param      *pathNode
 	methods    methodSet
 }
 
-// endpointMatch is a request's endpoint.
+// An endpointMatch is the endpoint that a request matched.
 type endpointMatch struct {
 	endpoint *endpoint
 	path     string // for the provider, escaped
-	model    string // from the path, decoded; "" unless endpoint.flagModelInPath
-	allow    string // the methods there are, set with errWrongMethod only
+	model    string // from the path, decoded; "" unless endpoint.modelInPath
+	allow    string // the methods that exist; set with errWrongMethod only
 }
 
 func newEndpointTable() *endpointTable {
 	t := &endpointTable{static: make(map[string]*methodSet)}
-	for _, r := range endpointRows {
-		e := &endpoint{
-			method: r.method, pattern: r.pattern, class: r.class, api: r.api, body: r.body, meter: r.meter,
-			modelInPath: r.flags&flagModelInPath != 0, needsModel: r.flags&flagNeedsModel != 0,
-			addUsage: r.flags&flagAddUsage != 0, upload: r.flags&flagUpload != 0,
-			label: r.method + " " + r.pattern,
-		}
-		t.list = append(t.list, e)
-		if e.modelInPath {
-			t.modelMethods.add(e)
-			continue
-		}
-		n := t.root.findOrAdd(e.pattern)
-		n.methods.add(e)
-		if !strings.Contains(e.pattern, "{") {
-			t.static[e.pattern] = &n.methods
-		}
-	}
+	t.add(classInference, inferenceEndpoints)
+	t.add(classStateful, statefulEndpoints)
 	return t
 }
 
-// all returns every endpoint, in the order of the table's rows.
+func (t *endpointTable) add(class endpointClass, rows []endpointRow) {
+	for _, r := range rows {
+		for method := range strings.FieldsSeq(r.methods) {
+			e := &endpoint{method: method, pattern: r.pattern, label: method + " " + r.pattern, class: class,
+				modelInPath: r.flags&flagModelInPath != 0}
+			if method == "POST" {
+				e.body, e.meter = r.body, r.meter
+				e.needsModel, e.addUsage = r.flags&flagNeedsModel != 0, r.flags&flagAddUsage != 0
+				e.upload = r.flags&flagUpload != 0
+			}
+			switch {
+			case r.flags&flagAnthropic != 0:
+				e.api = apiAnthropic
+			case r.flags&flagAnyAPI != 0:
+				e.api = apiAny
+			}
+			t.list = append(t.list, e)
+			if e.modelInPath {
+				t.modelMethods.add(e)
+				continue
+			}
+			n := t.root.findOrAdd(e.pattern)
+			n.methods.add(e)
+			if !strings.Contains(e.pattern, "{") {
+				t.static[e.pattern] = &n.methods
+			}
+		}
+	}
+}
+
+// all returns every endpoint, in the order of the tables.
 func (t *endpointTable) all() []*endpoint { return t.list }
 
-// findOrAdd returns the node for pattern, making what is missing on the way.
+// findOrAdd returns the node of a pattern and adds the nodes that are missing on the way.
 func (n *pathNode) findOrAdd(pattern string) *pathNode {
 	for segment := range strings.SplitSeq(pattern[1:], "/") {
 		if segment[0] == '{' {
@@ -321,35 +295,35 @@ func (n *pathNode) findOrAdd(pattern string) *pathNode {
 	return n
 }
 
-func (r *methodSet) add(e *endpoint) {
-	r.endpoints = append(r.endpoints, e)
-	if r.allow != "" {
-		r.allow += ", "
+func (s *methodSet) add(e *endpoint) {
+	s.endpoints = append(s.endpoints, e)
+	if s.allow != "" {
+		s.allow += ", "
 	}
-	r.allow += e.method
+	s.allow += e.method
 }
 
-// forMethod returns the match for method; path is the outbound path.
-func (r *methodSet) forMethod(method, path, model string) (endpointMatch, error) {
-	for _, e := range r.endpoints {
+// forMethod returns the match for a method. path is the outbound path.
+func (s *methodSet) forMethod(method, path, model string) (endpointMatch, error) {
+	for _, e := range s.endpoints {
 		if e.method == method {
 			return endpointMatch{endpoint: e, path: path, model: model}, nil
 		}
 	}
-	if len(r.endpoints) == 0 {
+	if len(s.endpoints) == 0 {
 		return endpointMatch{}, errNoEndpoint
 	}
-	return endpointMatch{allow: r.allow}, errWrongMethod
+	return endpointMatch{allow: s.allow}, errWrongMethod
 }
 
-// match finds the endpoint of a request; u is from its request line (host and query do not count). It returns
-// errNoEndpoint, or errWrongMethod with match.allow. Paths are compared byte for byte: no escapes (except in a
-// model's name), no dot or empty segments, no trailing slash. A literal segment wins over an id for good:
+// match finds the endpoint of a request. u is from its request line; host and query are ignored. The error is
+// errNoEndpoint, or errWrongMethod with endpointMatch.allow. A path may have no escapes (except in a model's
+// name), no dot or empty segments and no trailing slash. A literal segment always wins over an id:
 // /v1/responses/compact is never the response "compact", whatever the method.
 func (t *endpointTable) match(method string, u *url.URL) (endpointMatch, error) {
 	escaped := u.EscapedPath()
-	if r := t.static[escaped]; r != nil {
-		return r.forMethod(method, r.endpoints[0].pattern, "")
+	if s := t.static[escaped]; s != nil {
+		return s.forMethod(method, s.endpoints[0].pattern, "")
 	}
 	if rest, ok := strings.CutPrefix(escaped, modelPrefix); ok {
 		path, model, ok := parseModelPath(rest)
@@ -376,18 +350,18 @@ func (t *endpointTable) match(method string, u *url.URL) (endpointMatch, error) 
 	return n.methods.forMethod(method, string(path), "")
 }
 
-// isValidID says whether s is 1 to 128 letters, digits and "_-.", and no way to write a dot segment.
-func isValidID(s string, colon bool) bool {
+// isValidID reports whether s is 1 to 128 letters, digits and "_-.", and cannot be read as a dot segment.
+func isValidID(s string, allowColon bool) bool {
 	extra := "_-."
-	if colon {
+	if allowColon {
 		extra = "_-.:"
 	}
 	return s != "" && len(s) <= 128 && s[0] != '.' && !strings.Contains(s, "..") && isAlphanumericOr(s, extra)
 }
 
-// parseModelPath reads what follows /v1/models/, escaped, and returns the outbound path and the model's name. Raw
-// slashes stay raw and escaped ones escaped; each segment is unescaped once, and a '%' that is left is refused,
-// so that no decoder further on can find more in it.
+// parseModelPath reads the escaped path after /v1/models/ and returns the outbound path and the model's name.
+// Raw slashes stay raw and escaped slashes stay escaped. Each segment is unescaped once; a '%' that remains is
+// refused, so that a later decoder cannot find another name in it.
 func parseModelPath(rest string) (path, model string, ok bool) {
 	if len(rest) > 3*maxModelLen {
 		return "", "", false
@@ -413,7 +387,7 @@ func parseModelPath(rest string) (path, model string, ok bool) {
 	return path, model, true
 }
 
-// modelOutboundPath returns the outbound path of another model's name, and the one there is if a path cannot hold it.
+// modelOutboundPath returns the outbound path of a model, or path if no path can hold the model's name.
 func modelOutboundPath(name, path string) string {
 	if p, _, ok := parseModelPath(strings.ReplaceAll(url.PathEscape(name), "%2F", "/")); ok {
 		return p
@@ -421,8 +395,8 @@ func modelOutboundPath(name, path string) string {
 	return path
 }
 
-// queryParams are the query parameters of the operations above. model is not one: no endpoint takes it there, and
-// a provider that did would let it go past the check of models. true: it may be repeated.
+// queryParams are the query parameters of the operations above; true means that one may be repeated. model is
+// not among them: no endpoint takes it there, and with a provider that did, it would bypass the model check.
 var queryParams = map[string]bool{
 	"after": false, "before": false, "after_id": false, "before_id": false, "starting_after": false,
 	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
@@ -432,14 +406,15 @@ var queryParams = map[string]bool{
 
 const maxQueryLen = 2 << 10
 
-// cleanQuery returns the query for the provider, in the order of raw and encoded anew. It knows queryParams and
-// metadata[key]. An unknown or repeated parameter, a bad escape or value is a *bodyError that names it.
+// cleanQuery returns the query for the provider: the same parameters in the same order, encoded again. It
+// accepts queryParams and metadata[key]. For an unknown or repeated parameter, a bad escape or a bad value it
+// returns a *bodyError that names the parameter.
 func cleanQuery(raw string) (string, error) {
 	if len(raw) > maxQueryLen {
 		return "", &bodyError{"", fmt.Sprintf("The query string is longer than %d bytes.", maxQueryLen)}
 	}
 	if strings.Contains(raw, ";") {
-		return "", &bodyError{"", "The query string has a ';', which some servers take for a separator."}
+		return "", &bodyError{"", "The query string contains ';', which some servers treat as a separator."}
 	}
 	var out strings.Builder
 	seen := make(map[string]bool)
@@ -451,7 +426,7 @@ func cleanQuery(raw string) (string, error) {
 		name, err1 := url.QueryUnescape(rawName)
 		value, err2 := url.QueryUnescape(rawValue)
 		if err1 != nil || err2 != nil {
-			return "", &bodyError{"", fmt.Sprintf("The query parameter %+q has a bad escape.", rawName)}
+			return "", &bodyError{"", fmt.Sprintf("The query parameter %+q contains a bad escape.", rawName)}
 		}
 		repeatable, known := queryParams[name]
 		switch {
@@ -460,7 +435,7 @@ func cleanQuery(raw string) (string, error) {
 		case seen[name] && !repeatable:
 			return "", &bodyError{name, fmt.Sprintf("Repeated query parameter %+q.", name)}
 		case !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl):
-			return "", &bodyError{name, fmt.Sprintf("The query parameter %+q has an invalid character.", name)}
+			return "", &bodyError{name, fmt.Sprintf("The query parameter %+q contains an invalid character.", name)}
 		}
 		seen[name] = true
 		if out.Len() > 0 {
@@ -471,7 +446,7 @@ func cleanQuery(raw string) (string, error) {
 	return out.String(), nil
 }
 
-// isMetadataParam says whether name is metadata[key], as in lists that are filtered by metadata.
+// isMetadataParam reports whether name is metadata[key], which filters a list.
 func isMetadataParam(name string) bool {
 	key, ok := strings.CutPrefix(name, "metadata[")
 	key, closed := strings.CutSuffix(key, "]")

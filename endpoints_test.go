@@ -132,37 +132,42 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 			}
 		}
 	}
-	if found != len(want) || found != len(endpointRows) {
-		t.Errorf("%d of %d operations found; the table has %d", found, len(want), len(endpointRows))
+	if found != len(want) || found != len(table.all()) {
+		t.Errorf("%d of %d operations found; the table has %d", found, len(want), len(table.all()))
 	}
 }
 
-func TestEndpointRows(t *testing.T) {
+func TestEndpointTable(t *testing.T) {
 	t.Parallel()
+	goodPattern := regexp.MustCompile(`^/v1(/[a-z_]+|/\{[a-z_]+\})+$`)
 	seen := make(map[string]bool)
-	for _, r := range endpointRows {
-		name := r.method + " " + r.pattern
+	for _, e := range newEndpointTable().all() {
+		name := e.name()
 		if seen[name] {
-			t.Errorf("%s: twice", name)
+			t.Errorf("%s: listed twice", name)
 		}
 		seen[name] = true
-		if !regexp.MustCompile(`^/v1(/[a-z_]+|/\{[a-z_]+\})+$`).MatchString(r.pattern) || !regexp.MustCompile(`^(GET|POST|DELETE)$`).MatchString(r.method) {
+		if !goodPattern.MatchString(e.pattern) || e.method != "GET" && e.method != "POST" && e.method != "DELETE" {
 			t.Errorf("%s: malformed", name)
 		}
-		if r.method != "POST" && (r.body != bodyNone || r.meter != meterNone || r.flags&^flagModelInPath != 0) {
+		if e.method != "POST" && (e.body != bodyNone || e.meter != meterNone || e.needsModel || e.addUsage || e.upload) {
 			t.Errorf("%s: only a POST has a body, a meter or traits", name)
 		}
-		if r.class == classInference && (r.method == "POST") != (r.flags&flagNeedsModel != 0) {
+		if e.class == classInference && (e.method == "POST") != e.needsModel {
 			t.Errorf("%s: every inference POST needs a model", name)
 		}
-		if strings.Contains(r.pattern, "{model}") != (r.flags&flagModelInPath != 0) {
+		if strings.Contains(e.pattern, "{model}") != e.modelInPath {
 			t.Errorf("%s: wrong modelInPath", name)
 		}
-		if r.flags&flagUpload != 0 && (r.class != classStateful || r.body != bodyForm && r.body != bodyJSONOrForm) {
+		if e.upload && (e.class != classStateful || e.body != bodyForm && e.body != bodyJSONOrForm) {
 			t.Errorf("%s: wrong upload", name)
 		}
-		if (r.flags&flagAddUsage != 0) != (name == "POST /v1/chat/completions" || name == "POST /v1/completions") {
+		if e.addUsage != (name == "POST /v1/chat/completions" || name == "POST /v1/completions") {
 			t.Errorf("%s: wrong addUsage", name)
+		}
+		if anthropic := strings.HasPrefix(e.pattern, "/v1/messages"); (e.api == apiAnthropic) != anthropic ||
+			(e.api == apiAny) != (e.method == "GET" && e.class == classInference) {
+			t.Errorf("%s: wrong API family", name)
 		}
 	}
 }

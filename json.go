@@ -1,7 +1,6 @@
-// This room reads the JSON objects that admins send, strictly: unknown,
-// repeated and differently-cased names are errors that name the field, because
-// a name that is silently ignored is a limit that silently does not hold. It
-// also writes text as JSON. Plain code: it knows no HTTP and no tables.
+// This file reads the JSON objects that administrators send, strictly: an unknown, repeated or
+// differently-cased name is an error that names the field. A name that is silently ignored would be a
+// limit that silently does not hold. Plain code: it uses neither HTTP nor the store.
 package main
 
 import (
@@ -11,13 +10,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"unicode/utf8"
 )
 
-// A fieldError is a mistake in a request, told to who sent it: param names the
-// field ("" for the body as a whole), msg completes the sentence.
+// A fieldError is a mistake in a request, reported to its sender. param names the field, "" for the whole
+// body; msg completes the sentence.
 type fieldError struct{ param, msg string }
 
 func (e *fieldError) Error() string {
@@ -27,8 +27,7 @@ func (e *fieldError) Error() string {
 	return e.param + ": " + e.msg
 }
 
-// An optional is a field that may be absent, null or a value: three things that a
-// PATCH must tell apart.
+// An optional is a field that may be absent, null or a value. A PATCH must tell the three apart.
 type optional[T any] struct {
 	set, null bool
 	value     T
@@ -46,8 +45,8 @@ func (o *optional[T]) UnmarshalJSON(b []byte) error {
 // hasValue reports whether the field holds a value.
 func (o optional[T]) hasValue() bool { return o.set && !o.null }
 
-// decodeObject reads one JSON object into the pointers of fields, by exact
-// name. null is for those in nullable only. Every error is a *fieldError.
+// decodeObject reads one JSON object into the pointers of fields, by exact name. Only the fields in
+// nullable may be null. Every error is a *fieldError.
 func decodeObject(body []byte, fields map[string]any, nullable ...string) error {
 	if !utf8.Valid(body) {
 		return &fieldError{"", "The body is not valid UTF-8."}
@@ -61,11 +60,11 @@ func decodeObject(body []byte, fields map[string]any, nullable ...string) error 
 		t, err := dec.Token()
 		name, ok := t.(string)
 		if err != nil || !ok {
-			return syntaxError(dec, err)
+			return syntaxError(dec)
 		}
-		to, known := fields[name]
+		target, ok := fields[name]
 		switch {
-		case !known:
+		case !ok:
 			return &fieldError{clip(name, 64), "is not a known field; known are: " + fieldNames(fields)}
 		case seen[name]:
 			return &fieldError{name, "is given twice"}
@@ -73,23 +72,23 @@ func decodeObject(body []byte, fields map[string]any, nullable ...string) error 
 		seen[name] = true
 		var raw json.RawMessage
 		if err := dec.Decode(&raw); err != nil {
-			return syntaxError(dec, err)
+			return syntaxError(dec)
 		}
 		if string(raw) == "null" && !slices.Contains(nullable, name) {
-			return &fieldError{name, "must be " + expectedType(to) + ", not null"}
+			return &fieldError{name, "must be " + expectedType(target) + ", not null"}
 		}
-		if err := json.Unmarshal(raw, to); err != nil {
-			if _, isType := errors.AsType[*json.UnmarshalTypeError](err); isType {
-				return &fieldError{name, "must be " + expectedType(to)}
+		if err := json.Unmarshal(raw, target); err != nil {
+			if _, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+				return &fieldError{name, "must be " + expectedType(target)}
 			}
 			if fe, ok := errors.AsType[*fieldError](err); ok {
 				return fe
 			}
-			return syntaxError(dec, err)
+			return syntaxError(dec)
 		}
 	}
 	if _, err := dec.Token(); err != nil {
-		return syntaxError(dec, err)
+		return syntaxError(dec)
 	}
 	if _, err := dec.Token(); err != io.EOF {
 		return &fieldError{"", "The body has data after its JSON object."}
@@ -97,22 +96,17 @@ func decodeObject(body []byte, fields map[string]any, nullable ...string) error 
 	return nil
 }
 
-func syntaxError(dec *json.Decoder, _ error) error {
+func syntaxError(dec *json.Decoder) error {
 	return &fieldError{"", fmt.Sprintf("The body is not valid JSON at byte %d.", dec.InputOffset())}
 }
 
 func fieldNames(fields map[string]any) string {
-	names := make([]string, 0, len(fields))
-	for n := range fields {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	return cmp.Or(strings.Join(names, ", "), "none")
+	return cmp.Or(strings.Join(slices.Sorted(maps.Keys(fields)), ", "), "none")
 }
 
-// expectedType says in words what a field's pointer takes.
-func expectedType(to any) string {
-	switch to.(type) {
+// expectedType describes the values that a field's pointer accepts.
+func expectedType(target any) string {
+	switch target.(type) {
 	case *optional[string], *optional[secret], *string:
 		return "a string"
 	case *optional[int64], *int64:
@@ -131,15 +125,18 @@ func expectedType(to any) string {
 	return "of another type"
 }
 
-// validateName holds the rule for the names that admins give to things.
+// validateName checks the name of a project, upstream, token or key. It must not be able to change how the
+// text around it is displayed.
 func validateName(s string) error {
 	if s == "" || len(s) > 100 {
 		return &fieldError{"name", "must have 1 to 100 bytes"}
 	}
-	for _, r := range s {
-		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) || r == '\u2028' || r == '\u2029' || (r >= '\u202a' && r <= '\u202e') || (r >= '\u2066' && r <= '\u2069') {
-			return &fieldError{"name", "must not have control characters"}
-		}
+	invisible := func(r rune) bool { // control characters, line separators and changes of text direction
+		return r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' ||
+			r >= '\u202a' && r <= '\u202e' || r >= '\u2066' && r <= '\u2069'
+	}
+	if strings.ContainsFunc(s, invisible) {
+		return &fieldError{"name", "must not contain control characters"}
 	}
 	if strings.TrimSpace(s) != s {
 		return &fieldError{"name", "must not begin or end with white space"}

@@ -332,7 +332,7 @@ func (api *manageAPI) actorByKey(ctx context.Context, presented string, now time
 			return environmentActor(), nil
 		}
 	}
-	hash, _, ok := hashCredential(manageKeyPrefix, presented)
+	hash, ok := hashCredential(manageKeyPrefix, presented)
 	if !ok {
 		return actor{}, errNotFound
 	}

@@ -246,7 +246,7 @@ func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
 func (api *manageAPI) mintToken(ctx context.Context, by auditOrigin, t *tokenRow) (secret, error) {
 	for range 5 { // a public part that is taken is a matter of luck
 		value, public := mintCredential(tokenPrefix, "")
-		hash, _, _ := hashCredential(tokenPrefix, value())
+		hash, _ := hashCredential(tokenPrefix, value())
 		t.id, t.hash = "tok_"+public, hash[:]
 		err := api.store.addToken(ctx, by, t)
 		if errors.Is(err, errTaken) {
@@ -329,7 +329,7 @@ func (api *manageAPI) rotateToken(r *manageRequest) (*manageResponse, error) {
 			return errRevoked("token")
 		}
 		value, _ = mintCredential(tokenPrefix, t.id[len("tok_"):])
-		hash, _, _ := hashCredential(tokenPrefix, value())
+		hash, _ := hashCredential(tokenPrefix, value())
 		t.oldHash, t.oldHashUntil, t.hash = t.hash, new(r.now.UnixMilli()+overlap.value*time.Minute.Milliseconds()), hash[:]
 		return nil
 	})
@@ -426,7 +426,7 @@ func (api *manageAPI) createKey(r *manageRequest) (*manageResponse, error) {
 // mintKey gives k an id and a value, which it returns.
 func mintKey(k *managementKeyRow) secret {
 	value, public := mintCredential(manageKeyPrefix, "")
-	hash, _, _ := hashCredential(manageKeyPrefix, value())
+	hash, _ := hashCredential(manageKeyPrefix, value())
 	k.id, k.hash = "key_"+public, hash[:]
 	return value
 }

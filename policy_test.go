@@ -156,7 +156,7 @@ func TestEvictedTokenIsNotUsed(t *testing.T) {
 }
 
 func tokenHash(token string) [32]byte {
-	hash, _, _ := hashCredential(tokenPrefix, token)
+	hash, _ := hashCredential(tokenPrefix, token)
 	return hash
 }
 

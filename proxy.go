@@ -200,7 +200,7 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	hash, _, ok := hashCredential(tokenPrefix, presented)
+	hash, ok := hashCredential(tokenPrefix, presented)
 	if !ok {
 		return errBadToken("malformed")
 	}

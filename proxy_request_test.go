@@ -71,8 +71,8 @@ func TestOnlyTheTableForwards(t *testing.T) {
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	forms := map[string]bool{}
 	classes := map[string]endpointClass{}
-	for _, e := range endpointRows {
-		classes[e.method+" "+e.pattern] = e.class
+	for _, e := range newEndpointTable().all() {
+		classes[e.name()] = e.class
 		forms[e.pattern] = forms[e.pattern] || e.body == bodyForm
 	}
 	forwarded := map[string]bool{}

@@ -1,6 +1,6 @@
-// This room keeps the live view of tokens and their projects: what the next call
-// of a token may do. It loads what it has not seen, and lets go of what is not in
-// use; no state in it outlives a change by an admin. It never writes a row.
+// This file keeps the live tokens and their projects in memory: what the next call of a token may do. It
+// loads a token at its first call and evicts it when it is idle. No state outlives an administrator's
+// change: a change is applied before the administrator gets the answer. It never writes a row.
 package main
 
 import (
@@ -13,16 +13,16 @@ import (
 	"time"
 )
 
-// A projectState is what is known of a project at one version. It is immutable.
+// A projectState is a project's row at one version. It is immutable.
 type projectState struct {
 	seq        int64
 	id, name   string
 	active     bool
 	policy     policy
 	routing    routing
-	upstreams  []*upstream // active ones, most preferred first
+	upstreams  []*upstream // the active ones, most preferred first
 	version    int64
-	loadFailed bool // a change of it could not be read: inactive until it is
+	loadFailed bool // a change could not be read; the project is inactive until it can
 }
 
 type liveProject struct {
@@ -32,28 +32,24 @@ type liveProject struct {
 
 var errUnknownToken = errors.New("unknown token")
 
-// A registry answers "whose token is this, and what may it do now?" from
-// memory, and loads from the store what it has not seen. An admin's change is
-// put in before the admin gets the answer, so it holds from the next call on.
+// A registry finds the token of a hash, its project and their state.
 type registry struct {
-	store  *store
-	ledger *ledger
-	sealer *sealer
-	health *healthTracker
-	// allowPrivate is the rule for base URLs that stored ones are held to.
-	allowPrivate bool
+	store        *store
+	ledger       *ledger
+	sealer       *sealer
+	health       *healthTracker
+	allowPrivate bool // stored base URLs may point into private networks
 
 	mu       sync.RWMutex
 	byHash   map[[32]byte]*liveToken
 	byID     map[string]*liveToken
 	projects map[int64]*liveProject
-	// changes counts what admins changed and what was evicted, so that a row read
-	// before is not put in after it: a revoked token would rise again, and one
-	// that was evicted would forget calls.
+	// changes counts administrators' changes and evictions. A row that was read before one must not be added
+	// after it: a revoked token would become valid again, and an evicted one would lose calls.
 	changes    int64
-	evictedSeq uint64 // what the ledger had been given when a token was last evicted
-	// unknown remembers hashes that no token has, for a short while. It is
-	// emptied when it is full: an attacker can fill it, but not grow it.
+	evictedSeq uint64 // the ledger's position at the last eviction
+	// unknownHashes has hashes that belong to no token, each until unknownTTL is over. It is emptied when it
+	// is full: an attacker can fill it, but not make it grow.
 	unknownHashes map[[32]byte]int64
 }
 
@@ -61,7 +57,7 @@ const (
 	maxUnknownHashes = 4096
 	unknownTTL       = 5 * time.Second
 	evictAfter       = 10 * time.Minute
-	maxLoadRetries   = 100 // each fails only if an admin changed something within it
+	maxLoadRetries   = 100 // an attempt fails only if an administrator changes something during it
 )
 
 func newRegistry(st *store, l *ledger, sl *sealer, health *healthTracker, allowPrivate bool) *registry {
@@ -70,9 +66,9 @@ func newRegistry(st *store, l *ledger, sl *sealer, health *healthTracker, allowP
 		projects: map[int64]*liveProject{}, unknownHashes: map[[32]byte]int64{}}
 }
 
-// lookup returns the token with this hash and its state, whatever that state
-// is; judging it is validity's work. A hash that no token has, or had until its
-// overlap ended, is errUnknownToken. Any other error is the store's.
+// lookup returns the token with this hash and its state. The token need not be valid: see validity. For a
+// hash that no token has, or that was replaced and whose overlap ended, it returns errUnknownToken. Any other
+// error comes from the store.
 func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveToken, *tokenState, error) {
 	g.mu.RLock()
 	t := g.byHash[hash]
@@ -96,26 +92,22 @@ func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveT
 	if hash == st.hash || hash == st.oldHash && now < st.oldHashUntil {
 		return t, st, nil
 	}
-	return nil, nil, errUnknownToken // its old self, after a rotation
+	return nil, nil, errUnknownToken // the hash before a rotation
 }
 
-// loadToken reads a token and its project and puts them in.
+// loadToken reads a token and its project and adds them.
 func (g *registry) loadToken(ctx context.Context, hash [32]byte, now int64) (*liveToken, error) {
 	for range maxLoadRetries {
 		g.mu.RLock()
 		before, evicted := g.changes, g.evictedSeq
 		g.mu.RUnlock()
-		if err := g.ledger.awaitIfHealthy(ctx, evicted); err != nil { // a token's row must have all its calls when it is read
+		// The row must include all calls of the token when it is read.
+		if err := g.ledger.awaitIfHealthy(ctx, evicted); err != nil {
 			return nil, fmt.Errorf("reading a token: %w", err)
 		}
 		row, err := g.store.tokenByHash(ctx, hash)
 		if errors.Is(err, errNotFound) {
-			g.mu.Lock()
-			if len(g.unknownHashes) >= maxUnknownHashes {
-				clear(g.unknownHashes)
-			}
-			g.unknownHashes[hash] = now + unknownTTL.Milliseconds()
-			g.mu.Unlock()
+			g.rememberUnknown(hash, now)
 			return nil, errUnknownToken
 		}
 		if err != nil {
@@ -129,49 +121,62 @@ func (g *registry) loadToken(ctx context.Context, hash [32]byte, now int64) (*li
 		if err != nil {
 			return nil, err
 		}
-		g.mu.Lock()
-		if g.changes != before { // something was changed in between: read again
-			g.mu.Unlock()
-			continue
+		if t := g.addToken(&row, hash, st, project, before); t != nil {
+			return t, nil
 		}
-		if p := g.projects[row.project]; p != nil {
-			project = p
-		}
-		g.projects[row.project] = project
-		t := g.byID[st.id]
-		if t == nil {
-			t = &liveToken{project: project, refusals: newThrottle(1, refusalLogInterval)}
-			t.used.Store(row.requestCount)
-			t.lastUsed.Store(max(row.createdAt, deref(row.lastUsedAt)))
-			t.state.Store(st)
-			g.byID[st.id] = t
-		}
-		g.byHash[hash] = t
-		g.mu.Unlock()
-		return t, nil
 	}
 	return nil, errors.New("reading a token: it kept changing")
 }
 
-// loadProject returns a project that is live, or a new one that is not yet put
-// in: load does that if nothing has changed since.
+// addToken adds a token that was read when changes had the value before, or returns nil if something changed
+// since.
+func (g *registry) addToken(row *tokenRow, hash [32]byte, st *tokenState, project *liveProject, before int64,
+) *liveToken {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.changes != before {
+		return nil
+	}
+	if p := g.projects[row.project]; p != nil {
+		project = p
+	}
+	g.projects[row.project] = project
+	t := g.byID[st.id]
+	if t == nil {
+		t = &liveToken{project: project, refusals: newThrottle(1, refusalLogInterval)}
+		t.used.Store(row.requestCount)
+		t.lastUsed.Store(max(row.createdAt, deref(row.lastUsedAt)))
+		t.state.Store(st)
+		g.byID[st.id] = t
+	}
+	g.byHash[hash] = t
+	return t
+}
+
+func (g *registry) rememberUnknown(hash [32]byte, now int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.unknownHashes) >= maxUnknownHashes {
+		clear(g.unknownHashes)
+	}
+	g.unknownHashes[hash] = now + unknownTTL.Milliseconds()
+}
+
+// loadProject returns a live project, or a new one for addToken to add.
 func (g *registry) loadProject(ctx context.Context, seq int64) (*liveProject, error) {
-	g.mu.RLock()
-	p := g.projects[seq]
-	g.mu.RUnlock()
-	if p != nil {
+	if p := g.liveProject(seq); p != nil {
 		return p, nil
 	}
 	st, err := g.readProject(ctx, seq)
 	if err != nil {
 		return nil, err
 	}
-	p = &liveProject{}
+	p := &liveProject{}
 	p.state.Store(st)
 	return p, nil
 }
 
-// reloadProject reads a project anew whose last change could not be read.
+// reloadProject reads a project whose last change could not be read.
 func (g *registry) reloadProject(ctx context.Context, p *liveProject) error {
 	for range maxLoadRetries {
 		g.mu.RLock()
@@ -211,15 +216,14 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 		return nil, fmt.Errorf("routing of project %s: %w", row.id, err)
 	}
 	for i := range ups {
-		if !ups[i].active {
-			continue
+		if ups[i].active {
+			st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate, g.health))
 		}
-		st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate, g.health))
 	}
 	return st, nil
 }
 
-// tokenChanged puts in a token's row as an admin just left it.
+// tokenChanged applies a token's row after an administrator's change.
 func (g *registry) tokenChanged(row *tokenRow) error {
 	st, err := newTokenState(row)
 	if err != nil {
@@ -234,36 +238,36 @@ func (g *registry) tokenChanged(row *tokenRow) error {
 	return nil
 }
 
-// projectChanged reads a project anew, and with tokens true each live token of
-// it, all of which have just been revoked. What cannot be read is inactive, or
-// revoked, until it can: an old state must never outlive a change.
+// projectChanged reads a changed project again. With tokens it also reads the project's live tokens, all of
+// which were just revoked. A project that cannot be read is inactive until it can, and such a token is revoked:
+// an old state must never outlive a change.
 func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) error {
 	st, err := g.readProject(ctx, seq)
 	g.mu.Lock()
 	g.changes++
-	var mine []string
+	var ids []string
 	for id, t := range g.byID {
 		if tokens && t.project.state.Load().seq == seq {
-			mine = append(mine, id)
+			ids = append(ids, id)
 		}
 	}
 	if p := g.projects[seq]; p != nil {
-		switch was := p.state.Load(); {
+		switch old := p.state.Load(); {
 		case err != nil:
-			p.state.Store(&projectState{seq: seq, id: was.id, name: was.name, version: was.version, loadFailed: true})
-		case was.version < st.version:
+			p.state.Store(&projectState{seq: seq, id: old.id, name: old.name, version: old.version, loadFailed: true})
+		case old.version < st.version:
 			p.state.Store(st)
 		}
 	}
 	g.mu.Unlock()
-	for _, id := range mine {
+	for _, id := range ids {
 		row, e := g.store.tokenByID(ctx, id)
 		if e == nil {
 			e = g.tokenChanged(&row)
 		}
 		if e != nil {
 			g.markRevoked(id)
-			err = errors.Join(err, fmt.Errorf("reading token %s anew: %w", id, e))
+			err = errors.Join(err, fmt.Errorf("reading token %s again: %w", id, e))
 		}
 	}
 	if err != nil {
@@ -272,28 +276,28 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 	return err
 }
 
-// upstreamsChanged reads a project anew whose upstreams were changed, and all
-// live ones that share some of them, or do from now on.
+// upstreamsChanged reads a project again after its upstreams changed, and the live projects that share them or
+// will from now on (sharers).
 func (g *registry) upstreamsChanged(ctx context.Context, owner int64, sharers []int64) error {
-	again := map[int64]bool{owner: true}
+	affected := map[int64]bool{owner: true}
 	for _, seq := range sharers {
-		again[seq] = true
+		affected[seq] = true
 	}
 	g.mu.RLock()
 	for seq, p := range g.projects {
-		again[seq] = again[seq] || slices.ContainsFunc(p.state.Load().upstreams, func(u *upstream) bool { return u.owner == owner })
+		if slices.ContainsFunc(p.state.Load().upstreams, func(u *upstream) bool { return u.owner == owner }) {
+			affected[seq] = true
+		}
 	}
 	g.mu.RUnlock()
 	var errs []error
-	for seq, yes := range again {
-		if yes {
-			errs = append(errs, g.projectChanged(ctx, seq, false))
-		}
+	for seq := range affected {
+		errs = append(errs, g.projectChanged(ctx, seq, false))
 	}
 	return errors.Join(errs...)
 }
 
-// markRevoked ends a token whose row says so but could not be read.
+// markRevoked revokes a live token whose revoked row could not be read.
 func (g *registry) markRevoked(id string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -304,44 +308,44 @@ func (g *registry) markRevoked(id string) {
 	}
 }
 
-// evict drops tokens without a call for a while: memory follows the tokens in
-// use, not those that exist. settled says that the ledger has just written all it
-// was given: while it cannot, rows may lack calls for long.
+// evict drops tokens that have been idle for evictAfter: memory depends on the tokens in use, not on those
+// that exist. settled means that the ledger has just written everything it was given. Otherwise rows may lack
+// calls, and nothing is evicted.
 func (g *registry) evict(now int64, settled bool) {
 	if !settled {
 		return
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	some := false
+	evicted := false
 	for hash, t := range g.byHash {
 		if t.lastUsed.Load() < now-evictAfter.Milliseconds() && t.tryEvict() {
 			delete(g.byHash, hash)
 			delete(g.byID, t.state.Load().id)
-			some = true
+			evicted = true
 		}
 	}
-	if some { // a call may have ended since the ledger was asked
+	if evicted { // calls may have ended since the ledger was settled
 		g.changes++
 		g.evictedSeq = g.ledger.queuedSoFar()
 	}
 }
 
-// liveToken returns a token that has been used of late, nil for any other.
+// liveToken returns a token that is in memory, or nil.
 func (g *registry) liveToken(id string) *liveToken {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	return g.byID[id]
 }
 
-// liveProject returns a project one of whose tokens was used, nil for any other.
+// liveProject returns a project that is in memory, or nil.
 func (g *registry) liveProject(seq int64) *liveProject {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	return g.projects[seq]
 }
 
-// size says how many tokens and projects are held.
+// size returns the number of tokens and projects in memory.
 func (g *registry) size() (tokens, projects int64) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()

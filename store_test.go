@@ -160,7 +160,7 @@ func BenchmarkScaleTokens(b *testing.B) {
 	for range 200 {
 		var row tokenRow
 		value, public := mintCredential(tokenPrefix, "")
-		hash, _, _ := hashCredential(tokenPrefix, value())
+		hash, _ := hashCredential(tokenPrefix, value())
 		row = tokenRow{id: "tok_" + public, name: "used", hash: hash[:], policy: "{}", createdAt: 1, updatedAt: 1}
 		p, err := s.in.store.projectBySeq(b.Context(), 7)
 		if err != nil {

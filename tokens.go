@@ -1,6 +1,6 @@
-// This room makes and reads the tokens that clients present, and says what a
-// stored one is worth. It never holds a token in clear for longer than the call
-// that presents it, and never writes a row.
+// This file makes and checks the credentials that clients present, and holds the live state of a token. A
+// credential in clear exists only during the call that creates or presents it. Plain code: it never writes a
+// row.
 package main
 
 import (
@@ -18,9 +18,9 @@ import (
 //
 //	sk-llmp_<8 public>_<43 secret><6 checksum>
 //
-// in base62: the public part names it in logs, the secret has 256 bits, and the
-// checksum (CRC-32 of all before it) lets a typing mistake or a scanner be told
-// apart offline. A management key has the prefix llmpm_ and else the same form.
+// in base62. The public part names it in logs, and the secret has 256 bits. The checksum is the CRC-32 of all
+// characters before it: typing mistakes and random text are recognized without the store. A management key has
+// the same form with the prefix llmpm_.
 const (
 	tokenPrefix     = "sk-llmp_"
 	manageKeyPrefix = "llmpm_"
@@ -30,14 +30,14 @@ const (
 
 const base62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-// randomBase62 returns n characters, each one uniform.
+// randomBase62 returns n uniformly distributed characters.
 func randomBase62(n int) string {
 	out := make([]byte, 0, n)
 	var buf [64]byte
 	for len(out) < n {
 		rand.Read(buf[:]) // never fails: crypto/rand ends the program instead
 		for _, b := range buf {
-			if b < 248 && len(out) < n { // 248 = 4 * 62: above it a byte would favour some characters
+			if b < 248 && len(out) < n { // 248 = 4 * 62: larger bytes would favor some characters
 				out = append(out, base62[b%62])
 			}
 		}
@@ -48,8 +48,7 @@ func randomBase62(n int) string {
 // newID returns a random id such as proj_8yKp….
 func newID(prefix string) string { return prefix + "_" + randomBase62(16) }
 
-// mintCredential returns a new token or key with the given prefix and public
-// part ("" for a new one), which it returns too.
+// mintCredential returns a new token or key and its public part, which is random if public is "".
 func mintCredential(prefix, public string) (value secret, pub string) {
 	if public == "" {
 		public = randomBase62(publicLen)
@@ -68,27 +67,22 @@ func checksum(text []byte) (out [checksumLen]byte) {
 	return out
 }
 
-// hashCredential checks the form of a token or key without asking the store,
-// and returns its SHA-256 and public part. A plain hash is right here: 2^256
-// inputs cannot be tried, so salt and slowness would protect nothing.
-func hashCredential(prefix, text string) (hash [32]byte, public string, ok bool) {
-	if len(text) != len(prefix)+publicLen+1+secretLen+checksumLen || !strings.HasPrefix(text, prefix) {
-		return hash, "", false
+// hashCredential checks the form of a token or key, without the store, and returns its SHA-256. A plain hash is
+// right here: nobody can try 2^256 inputs, so a salt or a slow hash would protect nothing.
+func hashCredential(prefix, text string) (hash [32]byte, ok bool) {
+	rest, ok := strings.CutPrefix(text, prefix)
+	if !ok || len(rest) != publicLen+1+secretLen+checksumLen || rest[publicLen] != '_' ||
+		!isAlphanumericOr(rest[:publicLen], "") || !isAlphanumericOr(rest[publicLen+1:], "") {
+		return hash, false
 	}
-	public = text[len(prefix) : len(prefix)+publicLen]
 	bytes, end := []byte(text), len(text)-checksumLen
-	if text[len(prefix)+publicLen] != '_' || checksum(bytes[:end]) != [checksumLen]byte(bytes[end:]) {
-		return hash, "", false
+	if checksum(bytes[:end]) != [checksumLen]byte(bytes[end:]) {
+		return hash, false
 	}
-	for i := range len(text) - len(prefix) {
-		if c := text[len(prefix)+i]; i != publicLen && (c < '0' || c > '9') && (c < 'A' || c > 'Z') && (c < 'a' || c > 'z') {
-			return hash, "", false
-		}
-	}
-	return sha256.Sum256(bytes), public, true
+	return sha256.Sum256(bytes), true
 }
 
-// A tokenState is what is known of a token at one version. It is immutable.
+// A tokenState is a token's row at one version. It is immutable.
 type tokenState struct {
 	seq          int64
 	id, name     string
@@ -111,8 +105,11 @@ func deref(p *int64) int64 {
 }
 
 func newTokenState(row *tokenRow) (*tokenState, error) {
-	st := &tokenState{seq: row.seq, id: row.id, name: row.name, expiresAt: deref(row.expiresAt), idleExpiry: deref(row.idleExpiry),
-		revoked: row.revokedAt != nil, maxRequests: -1, version: row.version}
+	st := &tokenState{
+		seq: row.seq, id: row.id, name: row.name, version: row.version,
+		expiresAt: deref(row.expiresAt), idleExpiry: deref(row.idleExpiry),
+		revoked: row.revokedAt != nil, maxRequests: -1,
+	}
 	copy(st.hash[:], row.hash)
 	if row.oldHash != nil {
 		copy(st.oldHash[:], row.oldHash)
@@ -128,16 +125,16 @@ func newTokenState(row *tokenRow) (*tokenState, error) {
 	return st, nil
 }
 
-// A liveToken is a token that has been used of late. Its state is swapped when
-// the row changes; its counter is the one truth in this process: loaded once,
-// then only added to, and the ledger adds the same to the row.
+// A liveToken is a token that was used recently. Its state is replaced when its row changes. Its count of calls
+// is authoritative in this process: it is loaded once and then only added to, and the ledger adds the same
+// calls to the row.
 type liveToken struct {
 	project   *liveProject
 	state     atomic.Pointer[tokenState]
-	used      atomic.Int64 // admitted calls over its life
+	used      atomic.Int64 // admitted calls over its lifetime
 	lastUsed  atomic.Int64 // unix milliseconds
-	refusals  *throttle    // which of its refused calls get a ledger row of their own
-	running   atomic.Int64 // calls that hold it; far below 0 once it was evicted
+	refusals  *throttle    // allows a refused call a ledger row of its own
+	running   atomic.Int64 // calls that hold it; far below 0 once evicted
 	bodyBytes atomic.Int64 // bytes of request bodies held for it
 	limits    limitScope   // guarded by its project's limiter
 
@@ -145,8 +142,8 @@ type liveToken struct {
 	trackedModels map[string]struct{} // names that have sums of their own
 }
 
-// maxTrackedModels bounds the names under which one token's calls are summed while
-// it is live. Clients make up names; each would be rows that stay.
+// maxTrackedModels bounds the model names under which a live token's calls are summed. Clients can make up
+// names, and each sum is a row that stays.
 const maxTrackedModels = 100
 
 // trackModel reports whether a model's name may have sums of its own.
@@ -166,12 +163,11 @@ func (t *liveToken) trackModel(model string) bool {
 	return true
 }
 
-// left is what running counts up from in a token that was evicted: never to 0.
+// evictedRunning is the value of running in an evicted token: too low for calls to count it up to 0.
 const evictedRunning = -1 << 62
 
-// acquire keeps the token from being evicted until release. It reports false when
-// it was already: a second live token may then stand for the same row, and two
-// counters would let one limit pass twice.
+// acquire keeps the token from being evicted until release. It returns false if the token was evicted already:
+// then a second live token may exist for the same row, and two counters would let a limit be used twice.
 func (t *liveToken) acquire() bool { return t.running.Add(1) > 0 }
 
 func (t *liveToken) release(at time.Time) {
@@ -179,14 +175,12 @@ func (t *liveToken) release(at time.Time) {
 	t.running.Add(-1)
 }
 
-// tryEvict reports whether the token may be dropped, and lets no call hold it any
-// more if so.
+// tryEvict reports whether the token may be dropped. If so, no call can acquire it any more.
 func (t *liveToken) tryEvict() bool {
 	return t.running.CompareAndSwap(0, evictedRunning) || t.running.Load() < 0
 }
 
-// validity returns "" for a token that may be used now, or why not: expired,
-// revoked, idle_expired.
+// validity returns "" if the token may be used now, and otherwise the reason: revoked, expired or idle_expired.
 func (t *liveToken) validity(st *tokenState, now int64) string {
 	switch {
 	case st.revoked:
@@ -199,9 +193,8 @@ func (t *liveToken) validity(st *tokenState, now int64) string {
 	return ""
 }
 
-// reserve takes one call from the token's lifetime count. The count never
-// passes the limit, under any parallelism: a call that finds it full takes
-// nothing.
+// reserve counts one call against the token's lifetime limit; a negative limit means none. The count never
+// passes the limit under any parallelism: if it is reached, reserve returns false and counts nothing.
 func (t *liveToken) reserve(limit int64) bool {
 	for {
 		n := t.used.Load()
@@ -214,5 +207,5 @@ func (t *liveToken) reserve(limit int64) bool {
 	}
 }
 
-// refund gives a reserved call back: for one that was never forwarded.
+// refund returns a reserved call that was never forwarded.
 func (t *liveToken) refund() { t.used.Add(-1) }

@@ -108,7 +108,7 @@ func TestEveryCharacterCounts(t *testing.T) {
 			other = '1'
 		}
 		changed := p.token[:i] + string(other) + p.token[i+1:]
-		if _, _, ok := hashCredential(tokenPrefix, changed); ok {
+		if _, ok := hashCredential(tokenPrefix, changed); ok {
 			t.Errorf("with character %d changed, the form is still right", i)
 		}
 		if i%7 == 0 {
@@ -328,21 +328,22 @@ func FuzzHashCredential(f *testing.F) {
 	f.Add(strings.Repeat("é", 33), 70, byte(0xff))
 	form := regexp.MustCompile(`\Ask-llmp_[0-9A-Za-z]{8}_[0-9A-Za-z]{49}\z`)
 	f.Fuzz(func(t *testing.T, text string, at int, with byte) {
-		hash, pub, ok := hashCredential(tokenPrefix, text)
+		hash, ok := hashCredential(tokenPrefix, text)
 		if !ok {
 			return
 		}
-		if !form.MatchString(text) || checksum([]byte(text[:len(text)-6])) != [6]byte([]byte(text[len(text)-6:])) || hash != sha256.Sum256([]byte(text)) || pub != text[8:16] {
-			t.Fatalf("%q was taken: %q", text, pub)
+		if !form.MatchString(text) || hash != sha256.Sum256([]byte(text)) ||
+			checksum([]byte(text[:len(text)-6])) != [6]byte([]byte(text[len(text)-6:])) {
+			t.Fatalf("%q was accepted", text)
 		}
-		if _, _, ok := hashCredential(manageKeyPrefix, text); ok {
+		if _, ok := hashCredential(manageKeyPrefix, text); ok {
 			t.Fatalf("%q is a management key too", text)
 		}
 		if at < 0 || at >= len(text) || text[at] == with {
 			return
 		}
 		other := text[:at] + string([]byte{with}) + text[at+1:]
-		if _, _, ok := hashCredential(tokenPrefix, other); ok {
+		if _, ok := hashCredential(tokenPrefix, other); ok {
 			t.Fatalf("%q and %q are both taken", text, other)
 		}
 	})
