@@ -20,7 +20,7 @@ FROM scratch
 COPY --from=build /out/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /out/llm-proxy /llm-proxy
 COPY --from=build --chown=65532:65532 /out/root/ /
-# TMPDIR: the image has no /tmp, and SQLite sorts on disk what is too large for memory.
+# TMPDIR: the image has no /tmp, and SQLite sorts large results on disk.
 ENV LISTEN_ADDR=:8080 DATA_DIR=/data TMPDIR=/data
 USER 65532:65532
 WORKDIR /data
