@@ -83,7 +83,7 @@ type dashData struct {
 	steps              []hourSum // by step
 	total              hourSum
 	previous           *hourSum
-	modelPoints        []usagePoint
+	modelPoints        []usageRow // by step and model
 	byProject          []usageSeries
 	projects           []usageShare // all with calls, most first
 	tokens             []usageShare // most first
@@ -128,7 +128,8 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			if d.previous, err = s.sumHours(ctx, q.projectSeq, q.prevFrom, q.prevTo); err != nil {
 				return err
 			}
-			d.endpoints, err = s.sharesByEndpoint(ctx, q.grain, q.projectSeq, q.from, q.to)
+			d.endpoints, err = s.usageShares(ctx, usageQuery{project: q.projectID, hourly: q.grain == "hour", byEndpoint: true,
+				from: q.from, to: q.to, limit: 1 << 30})
 			q.sortLargestFirst(d.endpoints)
 			return err
 		},
@@ -173,7 +174,7 @@ func (d *dashData) readUsage(ctx context.Context, s *store, q *dashQuery) (err e
 	if d.steps, err = s.hourSumsByStep(ctx, q.projectSeq, q.from, q.to, q.stepMS); err != nil {
 		return err
 	}
-	d.modelPoints, err = s.usagePointsByModel(ctx, q.grain, q.projectSeq, q.from, q.to)
+	d.modelPoints, err = s.usage(ctx, usageQuery{interval: q.grain, project: q.projectID, byModel: true, from: q.from, to: q.to, limit: 1 << 30})
 	return err
 }
 
@@ -189,28 +190,20 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 	if q.projectSeq != 0 {
 		return nil
 	}
-	if q.lengthMS == dayMS {
-		d.projects, err = s.sharesByProjectHours(ctx, q.from, q.to)
-	} else {
-		d.projects, err = s.sharesByProjectDays(ctx, q.from, q.to)
-	}
+	d.projects, err = s.usageShares(ctx, usageQuery{hourly: q.lengthMS == dayMS, byProject: true, from: q.from, to: q.to, limit: 1 << 30})
 	if err != nil || q.groupBy != "project" {
 		q.sortLargestFirst(d.projects)
 		return err
 	}
 	q.sortLargestFirst(d.projects)
 	for _, p := range d.projects[:min(len(d.projects), maxNamedSeries)] {
-		read := s.dailyUsagePoints
-		if q.grain == "hour" {
-			read = s.hourlyUsagePoints
-		}
-		steps, err := read(ctx, p.seq, q.from, q.to)
+		steps, err := s.usage(ctx, usageQuery{interval: q.grain, project: p.id, totalsOnly: true, from: q.from, to: q.to, limit: 1 << 30})
 		if err != nil {
 			return err
 		}
 		one := usageSeries{name: p.name, values: make([]usageTotals, q.steps())}
 		for _, v := range steps {
-			one.add(q.index(v.at), v.usageTotals)
+			one.add(q.index(v.at), v.totals())
 		}
 		d.byProject = append(d.byProject, one)
 	}
@@ -229,11 +222,8 @@ func (v *usageSeries) add(i int, a usageTotals) {
 // readTokens reads what each token has: of all calls of the period if tokens are
 // not too many to be added up, else of the latest calls.
 func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
-	grain := "token"
-	if q.lengthMS == dayMS {
-		grain = "hour"
-	}
-	d.tokens, err = s.sharesByToken(ctx, grain, q.projectID, q.from, q.to, q.maxExactTokens)
+	d.tokens, err = s.usageShares(ctx, usageQuery{project: q.projectID, hourly: q.lengthMS == dayMS, byToken: true,
+		from: q.from, to: q.to, limit: q.maxExactTokens})
 	if errors.Is(err, errTooManyRows) {
 		d.sampledCalls = q.sampleSize
 		d.tokens, err = s.latestSharesByToken(ctx, q.projectSeq, minIDAt(time.UnixMilli(q.from)), minIDAt(time.UnixMilli(q.to)), q.sampleSize)
@@ -281,7 +271,7 @@ func (d *dashData) modelSeries(q *dashQuery) []usageSeries {
 			one = &usageSeries{id: v.model, name: modelLabel(v.model), values: make([]usageTotals, q.steps())}
 			at[v.model], all = one, append(all, one)
 		}
-		one.add(q.index(v.at), v.usageTotals)
+		one.add(q.index(v.at), v.totals())
 	}
 	slices.SortStableFunc(all, func(a, b *usageSeries) int {
 		return cmp.Or(cmp.Compare(q.valueOf(b.total), q.valueOf(a.total)), cmp.Compare(b.total.calls, a.total.calls), cmp.Compare(a.name, b.name))

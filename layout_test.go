@@ -47,7 +47,7 @@ func TestLayoutImports(t *testing.T) {
 	t.Parallel()
 	only := map[string][]string{
 		"database/sql":           {"store*.go"},
-		"database/sql/driver":    {"store_ledger.go", "store_reports.go"},
+		"database/sql/driver":    {"store_ledger.go"},
 		"modernc.org/sqlite":     {"store.go"},
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
@@ -207,7 +207,7 @@ func declaredIdents(s ast.Spec) []*ast.Ident {
 	return nil
 }
 
-// TestLayoutAudit: what administrators manage is changed through store.change
+// TestLayoutAudit: what administrators manage is changed through store.withAuditedTx
 // alone, which puts it into the audit trail.
 func TestLayoutAudit(t *testing.T) {
 	t.Parallel()
@@ -217,8 +217,8 @@ func TestLayoutAudit(t *testing.T) {
 			continue
 		}
 		ast.Inspect(file, func(n ast.Node) bool {
-			if s, ok := n.(*ast.SelectorExpr); ok && (s.Sel.Name == "write" || s.Sel.Name == "tx") {
-				t.Errorf("%s goes around store.change", fset.Position(s.Pos()))
+			if s, ok := n.(*ast.SelectorExpr); ok && (s.Sel.Name == "writeDB" || s.Sel.Name == "withTx") {
+				t.Errorf("%s goes around store.withAuditedTx", fset.Position(s.Pos()))
 			}
 			return true
 		})

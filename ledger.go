@@ -445,12 +445,15 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 		if len(rows) == 0 {
 			return total, st.deletePending(ctx)
 		}
-		for _, r := range rows {
+		records := make([]*requestRow, len(rows))
+		for i := range rows {
+			r := &rows[i]
+			records[i] = r
 			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
 			r.requestedModel = r.model // nobody knows which one would have answered
 			price(r)
 		}
-		if err := w.write(ctx, ledgerBatch{records: rows}); err != nil {
+		if err := w.write(ctx, ledgerBatch{records: records}); err != nil {
 			return 0, fmt.Errorf("recording lost calls: %w", err)
 		}
 		total += len(rows)

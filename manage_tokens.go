@@ -80,18 +80,21 @@ func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := tokenFilter{project: r.query.Get("project_id"), prefix: r.query.Get("name"), afterSeq: page.seq, afterName: page.name,
-		limit: page.limit + 1, now: r.now.UnixMilli()}
-	if f.active, err = r.boolParam("active"); err != nil {
+	q := tokenListQuery{order: "oldest", project: r.query.Get("project_id"), prefix: r.query.Get("name"),
+		afterSeq: page.seq, afterName: page.name, limit: page.limit + 1, now: r.now.UnixMilli()}
+	if q.prefix != "" {
+		q.order = "name"
+	}
+	if q.active, err = r.boolParam("active"); err != nil {
 		return nil, err
 	}
-	if f.project != "" {
-		if _, err := api.store.projectByID(r.ctx, f.project); err != nil {
+	if q.project != "" {
+		if _, err := api.store.projectByID(r.ctx, q.project); err != nil {
 			return nil, asProjectFieldError(err)
 		}
 	}
-	rows, err := api.store.listTokens(r.ctx, f)
-	if err != nil {
+	var rows []tokenRow
+	if _, err := api.store.walkTokens(r.ctx, q, func(t *tokenRow) bool { rows = append(rows, *t); return true }); err != nil {
 		return nil, err
 	}
 	return &manageResponse{body: newListPage(rows, page.limit,

@@ -1,6 +1,6 @@
-// This room opens the database, brings its schema up to date, and runs
-// transactions. With its neighbours store_*.go it is the only place with SQL:
-// every statement is constant text, and values go in by ? alone.
+// This file opens the database, brings its schema up to date, runs transactions, and holds the helpers with
+// which store_*.go reads rows. It also has the tables of the program itself: settings, sessions and the
+// health of upstreams. Only store*.go has SQL: every statement is constant text, and values are passed by ?.
 package main
 
 import (
@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -22,19 +23,19 @@ import (
 //go:embed schema/*.sql
 var schemaFiles embed.FS
 
-// A store is the database: one connection that writes, so that writers queue in
-// this process and never meet a lock, and a few that read.
+// A store is the database: one connection that writes, so that writers queue in this process and never find
+// the database locked, and a few that read.
 type store struct {
 	writeDB      *sql.DB
 	readDB       *sql.DB
-	chain        *auditChain  // nil until openAudit; without it nothing that is managed can be changed
-	lastAuditSeq atomic.Int64 // seq of the newest entry of the trail that this process has committed
+	chain        *auditChain  // nil until openAudit; without it, nothing that administrators manage can be changed
+	lastAuditSeq atomic.Int64 // seq of the newest audit entry that this process has committed
 }
 
 const readPoolSize = 4
 
-// openStore opens or makes the database in file and migrates it. The file must
-// exist (empty is fine): its owner decides on its permissions.
+// openStore opens or creates the database in file and migrates it. The file must exist (it may be empty): the
+// caller decides on its permissions.
 func openStore(ctx context.Context, file string) (*store, error) {
 	s := &store{}
 	var err error
@@ -51,8 +52,8 @@ func openStore(ctx context.Context, file string) (*store, error) {
 	return s, nil
 }
 
-// openSQLite makes a pool of n connections. The DSN is code, not data, for
-// modernc.org/sqlite runs pragmas from it: only the path varies, escaped.
+// openSQLite makes a pool of n connections. The DSN is code, not data, because modernc.org/sqlite runs pragmas
+// from it: only the path varies, and it is escaped.
 func openSQLite(file string, n int, extra string) (*sql.DB, error) {
 	dsn := "file:" + (&url.URL{Path: file}).EscapedPath() +
 		"?_pragma=busy_timeout(2000)&_pragma=journal_mode(wal)&_pragma=synchronous(normal)" +
@@ -66,26 +67,25 @@ func openSQLite(file string, n int, extra string) (*sql.DB, error) {
 	return db, nil
 }
 
-func (s *store) close() error {
-	return errors.Join(s.readDB.Close(), s.writeDB.Close())
-}
+func (s *store) close() error { return errors.Join(s.readDB.Close(), s.writeDB.Close()) }
 
-// migrate runs the schema files that the database has not seen, in order and
-// all in one transaction: after a crash it is at the old version or at the new.
+// migrate runs the schema files that the database has not seen yet, in order and in one transaction: after a
+// crash it is at the old version or at the new one.
 func (s *store) migrate(ctx context.Context) error {
 	files, err := fs.Glob(schemaFiles, "schema/*.sql")
 	if err != nil {
 		return fmt.Errorf("listing the schema: %w", err)
 	}
 	return s.withTx(ctx, func(tx *sql.Tx) error {
-		var at int
-		if err := tx.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
-			return fmt.Errorf("reading its version: %w", err)
+		version, err := queryValue[int](ctx, tx, "reading its version", `PRAGMA user_version`)
+		if err != nil {
+			return err
 		}
-		if at > len(files) {
-			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary knows %d); use that one, or restore a backup", at, len(files))
+		if version > len(files) {
+			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); use that one, or restore a backup",
+				version, len(files))
 		}
-		for i, name := range files[at:] {
+		for i, name := range files[version:] {
 			text, err := schemaFiles.ReadFile(name)
 			if err != nil {
 				return fmt.Errorf("reading %s: %w", name, err)
@@ -93,8 +93,8 @@ func (s *store) migrate(ctx context.Context) error {
 			if _, err := tx.ExecContext(ctx, string(text)); err != nil {
 				return fmt.Errorf("running %s: %w", name, err)
 			}
-			// A pragma takes no parameter; the value is a counter of ours.
-			if _, err := tx.ExecContext(ctx, "PRAGMA user_version = "+strconv.Itoa(at+i+1)); err != nil {
+			// A pragma takes no parameter; the value is our own counter.
+			if _, err := tx.ExecContext(ctx, "PRAGMA user_version = "+strconv.Itoa(version+i+1)); err != nil {
 				return fmt.Errorf("setting the version: %w", err)
 			}
 		}
@@ -102,20 +102,71 @@ func (s *store) migrate(ctx context.Context) error {
 	})
 }
 
-// withTx runs do in one write transaction: all of it happens, or nothing.
-func (s *store) withTx(ctx context.Context, do func(*sql.Tx) error) error {
+// withTx runs fn in one write transaction: all of it takes effect, or nothing.
+func (s *store) withTx(ctx context.Context, fn func(*sql.Tx) error) error {
 	tx, err := s.writeDB.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning a transaction: %w", err)
 	}
 	defer tx.Rollback() // without effect after Commit
-	if err := do(tx); err != nil {
+	if err := fn(tx); err != nil {
 		return err
 	}
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("committing: %w", err)
 	}
 	return nil
+}
+
+// A querier runs statements: a pool or a transaction.
+type querier interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
+}
+
+// collect returns the rows of a query. columns returns pointers to the fields of a T that take a row's columns,
+// in their order. doing describes the operation in an error.
+func collect[T any](ctx context.Context, db querier, doing string, columns func(*T) []any, query string, args ...any) (out []T, err error) {
+	rows, err := db.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", doing, err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var row T
+		if err := rows.Scan(columns(&row)...); err != nil {
+			return nil, fmt.Errorf("%s: %w", doing, err)
+		}
+		out = append(out, row)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", doing, err)
+	}
+	return out, nil
+}
+
+// queryRow returns the first row of a query, or errNotFound. columns is as for collect.
+func queryRow[T any](ctx context.Context, db querier, columns func(*T) []any, query string, args ...any) (row T, err error) {
+	err = db.QueryRowContext(ctx, query, args...).Scan(columns(&row)...)
+	return row, mapNoRows(err)
+}
+
+// queryValue returns the only column of the first row of a query, or an error that wraps errNotFound.
+func queryValue[T any](ctx context.Context, db querier, doing, query string, args ...any) (value T, err error) {
+	if err := db.QueryRowContext(ctx, query, args...).Scan(&value); err != nil {
+		return value, fmt.Errorf("%s: %w", doing, mapNoRows(err))
+	}
+	return value, nil
+}
+
+// execCount runs a statement and returns how many rows it changed.
+func execCount(ctx context.Context, db querier, doing, query string, args ...any) (int64, error) {
+	res, err := db.ExecContext(ctx, query, args...)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", doing, err)
+	}
+	return res.RowsAffected()
 }
 
 var (
@@ -140,47 +191,8 @@ func mapUniqueViolation(err error) error {
 	return err
 }
 
-// checkWritable reports whether the database takes a write now.
-func (s *store) checkWritable(ctx context.Context) error {
-	_, err := s.writeDB.ExecContext(ctx, `
-		INSERT INTO settings (name, value) VALUES ('write_check', ?)
-		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, strconv.FormatInt(time.Now().UnixMilli(), 10))
-	return err
-}
-
-// size returns the bytes of the database's pages, and of those that are free.
-func (s *store) size(ctx context.Context) (all, free int64, err error) {
-	err = s.readDB.QueryRowContext(ctx, `
-		SELECT c.page_count * s.page_size, f.freelist_count * s.page_size
-		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`).Scan(&all, &free)
-	if err != nil {
-		return 0, 0, fmt.Errorf("asking for the database's size: %w", err)
-	}
-	return all, free, nil
-}
-
-// setting returns a row of settings, or errNotFound.
-func (s *store) setting(ctx context.Context, name string) (string, error) {
-	var v string
-	err := s.readDB.QueryRowContext(ctx, `SELECT value FROM settings WHERE name = ?`, name).Scan(&v)
-	return v, mapNoRows(err)
-}
-
-// setSetting writes a row of settings.
-func (s *store) setSetting(ctx context.Context, name, value string) error {
-	_, err := s.writeDB.ExecContext(ctx, `
-		INSERT INTO settings (name, value) VALUES (?, ?)
-		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value)
-	return err
-}
-
-// prefixEnd returns a string above all names that begin with s, so that a search
-// by prefix is a range of an index: no UTF-8 has the byte 0xff, and SQLite
-// compares bytes.
-func prefixEnd(s string) string { return s + "\xff" }
-
-// isDatabaseFailure reports whether err is the database's trouble (locked, full, not
-// writable, broken) and not the caller's mistake. It may pass by itself.
+// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged) and
+// not a mistake of the caller. Such a failure may pass.
 func isDatabaseFailure(err error) bool {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
@@ -192,8 +204,7 @@ func isDatabaseFailure(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
 }
 
-// isRejectedRow reports whether err is the database's verdict on a row, which
-// trying again cannot change.
+// isRejectedRow reports whether the database rejects a row, which a retry cannot change.
 func isRejectedRow(err error) bool {
 	e, ok := errors.AsType[*sqlite.Error](err)
 	if !ok {
@@ -203,9 +214,48 @@ func isRejectedRow(err error) bool {
 	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
 }
 
-// A sessionRow is a session as stored. name and role are its key's as they are
-// now; alive says that the key is neither revoked nor expired. For the key in
-// the environment the three are empty: that one is judged elsewhere.
+// size returns the bytes of the database's pages, and of those that are free.
+func (s *store) size(ctx context.Context) (all, free int64, err error) {
+	err = s.readDB.QueryRowContext(ctx, `
+		SELECT c.page_count * s.page_size, f.freelist_count * s.page_size
+		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`).Scan(&all, &free)
+	if err != nil {
+		return 0, 0, fmt.Errorf("reading the database's size: %w", err)
+	}
+	return all, free, nil
+}
+
+// setting returns a setting, or errNotFound.
+func (s *store) setting(ctx context.Context, name string) (value string, err error) {
+	err = s.readDB.QueryRowContext(ctx, `SELECT value FROM settings WHERE name = ?`, name).Scan(&value)
+	return value, mapNoRows(err)
+}
+
+func (s *store) setSetting(ctx context.Context, name, value string) error {
+	return saveSetting(ctx, s.writeDB, name, value)
+}
+
+func saveSetting(ctx context.Context, db querier, name, value string) error {
+	if _, err := db.ExecContext(ctx, `
+		INSERT INTO settings (name, value) VALUES (?, ?)
+		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value); err != nil {
+		return fmt.Errorf("writing the setting %s: %w", name, err)
+	}
+	return nil
+}
+
+// checkWritable returns an error if the database cannot be written now.
+func (s *store) checkWritable(ctx context.Context) error {
+	return s.setSetting(ctx, "write_check", strconv.FormatInt(time.Now().UnixMilli(), 10))
+}
+
+// prefixEnd returns a string above all names that begin with s, so that a search by prefix is a range of an
+// index: no UTF-8 has the byte 0xff, and SQLite compares bytes.
+func prefixEnd(s string) string { return s + "\xff" }
+
+// A sessionRow is a session as stored. name and role are those that its management key has now; keyValid means
+// that the key is neither revoked nor expired. For MANAGEMENT_TOKEN the three are zero: admin_session.go
+// checks that one.
 type sessionRow struct {
 	hash, proof       []byte
 	key, address      string
@@ -215,14 +265,14 @@ type sessionRow struct {
 	keyValid   bool
 }
 
-// maxSessions bounds the sessions of one key: more end the oldest.
+// maxSessions bounds the sessions of one key: a further one ends the oldest.
 const maxSessions = 50
 
-// addSession stores a new session, and drops those that began before old, the
-// key's beyond maxSessions, and the one with the hash replaced (nil: none).
-func (s *store) addSession(ctx context.Context, by auditOrigin, row *sessionRow, old int64, replaced []byte) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		if _, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE created_at < ? OR hash = ?`, old, replaced); err != nil {
+// addSession stores a new session and ends those created before createdBefore, the key's oldest beyond
+// maxSessions, and the one with replacedHash (nil: none).
+func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow, createdBefore int64, replacedHash []byte) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
 			return auditEvent{}, fmt.Errorf("ending old sessions: %w", err)
 		}
 		if _, err := tx.ExecContext(ctx, `
@@ -237,71 +287,93 @@ func (s *store) addSession(ctx context.Context, by auditOrigin, row *sessionRow,
 	})
 }
 
-const sessionColumns = `s.hash, s.key, s.proof, s.address, s.created_at, s.seen_at, coalesce(k.name, ''), coalesce(k.role, ''),
-	k.id IS NOT NULL AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > ?1)`
+const selectSessions = `
+	SELECT s.hash, s.key, s.proof, s.address, s.created_at, s.seen_at, coalesce(k.name, ''), coalesce(k.role, ''),
+		k.id IS NOT NULL AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > ?1)
+	FROM sessions s LEFT JOIN management_keys k ON k.id = s.key `
 
-func (s *sessionRow) scan(row interface{ Scan(...any) error }) error {
-	return mapNoRows(row.Scan(&s.hash, &s.key, &s.proof, &s.address, &s.createdAt, &s.seenAt, &s.name, &s.role, &s.keyValid))
+func (r *sessionRow) columns() []any {
+	return []any{&r.hash, &r.key, &r.proof, &r.address, &r.createdAt, &r.seenAt, &r.name, &r.role, &r.keyValid}
 }
 
-// sessionByHash does not judge whether the session has run out.
-func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (row sessionRow, err error) {
-	err = row.scan(s.readDB.QueryRowContext(ctx, `
-		SELECT `+sessionColumns+` FROM sessions s LEFT JOIN management_keys k ON k.id = s.key WHERE s.hash = ?2`, now, hash[:]))
-	return row, err
+// sessionByHash does not check whether the session has expired.
+func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (sessionRow, error) {
+	return queryRow(ctx, s.readDB, (*sessionRow).columns, selectSessions+`WHERE s.hash = ?2`, now, hash[:])
 }
 
-// sessionsByKey lists a key's sessions that were seen since a time, newest first.
+// sessionsByKey lists a key's sessions that were used at or after since, newest first.
 func (s *store) sessionsByKey(ctx context.Context, key string, now, since int64) ([]sessionRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT `+sessionColumns+` FROM sessions s LEFT JOIN management_keys k ON k.id = s.key
+	return collect(ctx, s.readDB, "listing sessions", (*sessionRow).columns, selectSessions+`
 		WHERE s.key = ?2 AND s.seen_at >= ?3 ORDER BY s.created_at DESC LIMIT ?4`, now, key, since, maxSessions)
-	if err != nil {
-		return nil, fmt.Errorf("listing sessions: %w", err)
-	}
-	defer rows.Close()
-	var out []sessionRow
-	for rows.Next() {
-		var row sessionRow
-		if err := row.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing sessions: %w", err)
-		}
-		out = append(out, row)
-	}
-	return out, rows.Err()
 }
 
-// touchSession notes that a session was in use.
+// touchSession records that a session was used.
 func (s *store) touchSession(ctx context.Context, hash []byte, now int64) error {
 	_, err := s.writeDB.ExecContext(ctx, `UPDATE sessions SET seen_at = ? WHERE hash = ?`, now, hash)
 	return err
 }
 
-// endSession ends one session of by's.
-func (s *store) endSession(ctx context.Context, by auditOrigin, hash []byte) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
+// endSession ends one session of origin's actor.
+func (s *store) endSession(ctx context.Context, origin auditOrigin, hash []byte) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		_, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE hash = ?`, hash)
-		return auditEvent{action: actionSignOut, object: by.actorID}, err
+		return auditEvent{action: actionSignOut, object: origin.actorID}, err
 	})
 }
 
 // endKeySessions ends all sessions of a key.
-func (s *store) endKeySessions(ctx context.Context, by auditOrigin, key string) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		res, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE key = ?`, key)
-		if err != nil {
-			return auditEvent{}, err
-		}
-		n, err := res.RowsAffected()
+func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key string) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		n, err := execCount(ctx, tx, "ending sessions", `DELETE FROM sessions WHERE key = ?`, key)
 		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
 	})
 }
 
-// endAllSessions is for a restored database: who signed out since it was made
-// must stay so.
+// endAllSessions is for a restored database: a session that was ended after the backup must not come back.
 func (s *store) endAllSessions(ctx context.Context) error {
-	if _, err := s.writeDB.ExecContext(ctx, `DELETE FROM sessions`); err != nil {
-		return fmt.Errorf("ending all sessions: %w", err)
+	_, err := execCount(ctx, s.writeDB, "ending all sessions", `DELETE FROM sessions`)
+	return err
+}
+
+// listUnhealthy returns the health of every upstream in use that is not ready.
+func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
+	type stored struct {
+		healthRow
+		stateName string
 	}
-	return nil
+	rows, err := collect(ctx, s.readDB, "reading the health of upstreams", func(r *stored) []any {
+		return []any{&r.upstream, &r.id, &r.stateName, &r.until, &r.strikes, &r.reason, &r.changedAt}
+	}, `SELECT h.upstream, u.id, h.state, h.until, h.strikes, h.reason, h.changed_at
+		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream WHERE u.deleted_at IS NULL LIMIT 100000`)
+	var out []healthRow
+	for _, r := range rows {
+		r.state = keyState(max(0, slices.Index(keyStateNames(), r.stateName)))
+		out = append(out, r.healthRow)
+	}
+	return out, err
+}
+
+// setHealth stores an upstream's health; a row that is ready is deleted. A state that needs attention, or no
+// longer does, is put into the audit trail in the same transaction. reported is the state that the trail has.
+func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, reported keyState) error {
+	if !r.state.needsAttention() && !reported.needsAttention() || r.state == reported {
+		return s.withTx(ctx, func(tx *sql.Tx) error { return saveHealth(ctx, tx, r) })
+	}
+	detail := []auditField{{"state", [2]string{reported.String(), r.state.String()}}, {"reason", r.reason}}
+	return s.withAuditedTx(ctx, auditOrigin{actorID: actorSystem, at: now}, func(tx *sql.Tx) (auditEvent, error) {
+		return auditEvent{"upstream.health", r.id, detail}, saveHealth(ctx, tx, r)
+	})
+}
+
+func saveHealth(ctx context.Context, tx *sql.Tx, r *healthRow) error {
+	if r.state == keyReady {
+		_, err := tx.ExecContext(ctx, `DELETE FROM upstream_health WHERE upstream = ?`, r.upstream)
+		return err
+	}
+	_, err := tx.ExecContext(ctx, `
+		INSERT INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT (upstream) DO UPDATE SET state = excluded.state, until = excluded.until, strikes = excluded.strikes,
+			reason = excluded.reason, changed_at = excluded.changed_at`,
+		r.upstream, r.state.String(), r.until, r.strikes, r.reason, r.changedAt)
+	return err
 }

@@ -1,6 +1,5 @@
-// SQL for the audit trail, and the one way to change what administrators
-// manage: change, which writes the entry in the same transaction. No entry, no
-// change.
+// This file has the SQL for the audit trail, and the only way to change what administrators manage: withAuditedTx, which
+// writes the audit entry in the same transaction. Without the entry there is no change.
 package main
 
 import (
@@ -11,77 +10,102 @@ import (
 	"math"
 )
 
-// auditSchemaVersion is the version of the schema that brought the trail.
+// auditSchemaVersion is the first version of the schema with an audit trail.
 const auditSchemaVersion = 2
 
-// withAuditedTx runs do in one write transaction, and puts the act that it returns
-// into the audit trail in the same one.
-func (s *store) withAuditedTx(ctx context.Context, by auditOrigin, do func(*sql.Tx) (auditEvent, error)) error {
+// withAuditedTx runs fn in one write transaction, and appends the event that it returns to the audit trail in the same
+// one.
+func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*sql.Tx) (auditEvent, error)) error {
 	var seq int64
 	err := s.withTx(ctx, func(tx *sql.Tx) error {
-		a, err := do(tx)
+		event, err := fn(tx)
 		if err != nil {
 			return err
 		}
-		seq, err = s.appendAuditEntry(ctx, tx, by, a)
+		seq, err = s.appendAuditEntry(ctx, tx, origin, event)
 		return err
 	})
-	for was := s.lastAuditSeq.Load(); err == nil && was < seq; was = s.lastAuditSeq.Load() {
-		s.lastAuditSeq.CompareAndSwap(was, seq) // who committed later may have been here before
+	for last := s.lastAuditSeq.Load(); err == nil && last < seq; last = s.lastAuditSeq.Load() {
+		s.lastAuditSeq.CompareAndSwap(last, seq) // a later commit may have stored its seq already
 	}
 	return err
 }
 
-// recordAuditEvent puts something into the audit trail that changes nothing here, such as a
-// sign-in. Who notes an act must not let it happen when that fails.
-func (s *store) recordAuditEvent(ctx context.Context, by auditOrigin, a auditEvent) error {
-	return s.withAuditedTx(ctx, by, func(*sql.Tx) (auditEvent, error) { return a, nil })
+// changeRow edits a row and returns it as it is then, all in one audited transaction: load reads the row, edit changes
+// it, and save writes it and returns what happened. version must be the row's, unless it is 0; errStale otherwise.
+func changeRow[T any, P interface {
+	*T
+	versionFields() (version, updatedAt *int64)
+}](ctx context.Context, s *store, origin auditOrigin, version, now int64,
+	load func(*sql.Tx) (T, error), edit func(*T) error, save func(tx *sql.Tx, old, row *T) (auditEvent, error)) (row T, err error) {
+	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
+		if row, err = load(tx); err != nil {
+			return event, err
+		}
+		rowVersion, updatedAt := P(&row).versionFields()
+		if version != 0 && version != *rowVersion {
+			return event, errStale
+		}
+		old := row
+		if err = edit(&row); err != nil {
+			return event, err
+		}
+		*rowVersion, *updatedAt = *rowVersion+1, now
+		event, err = save(tx, &old, &row)
+		return event, mapUniqueViolation(err)
+	})
+	return row, err
 }
 
-// appendAuditEntry adds an entry at the trail's end and returns its seq. An end that
-// somebody has tampered with does not stop it, for tokens must be revocable all
-// the same: the entry then follows none, which checkAudit finds ever after. An
-// end before one that this process has seen is one that was put back.
-func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, by auditOrigin, a auditEvent) (int64, error) {
+// recordAuditEvent appends an event that changes nothing in the database, such as a sign-in. If it fails, the caller must
+// not let the event happen.
+func (s *store) recordAuditEvent(ctx context.Context, origin auditOrigin, event auditEvent) error {
+	return s.withAuditedTx(ctx, origin, func(*sql.Tx) (auditEvent, error) { return event, nil })
+}
+
+// appendAuditEntry appends an entry to the trail and returns its seq. A head that was tampered with does not stop it,
+// because tokens must be revocable all the same: the entry then has no predecessor, which verifyAudit reports from
+// then on. A head before an entry that this process has committed is an old one that was put back.
+func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, origin auditOrigin, event auditEvent) (int64, error) {
 	if s.chain == nil {
 		return 0, errors.New("the audit trail is not open")
 	}
+	head, ok, newest, err := readAuditHead(ctx, tx, s.chain)
+	if err != nil {
+		return 0, err
+	}
+	if lastSeq := max(newest, s.lastAuditSeq.Load()); !ok || lastSeq > head.seq {
+		head = emptyAuditHead(lastSeq)
+	}
+	e := &auditEntry{auditOrigin: origin, action: event.action, object: event.object, detail: event.detailJSON()}
+	head = s.chain.appendEntry(head, e)
+	if _, err := tx.ExecContext(ctx, `INSERT INTO audit (`+auditColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, e.columns()...); err != nil {
+		return 0, fmt.Errorf("writing the audit trail: %w", err)
+	}
+	return e.seq, saveSetting(ctx, tx, "audit_head", s.chain.signHead(head))
+}
+
+// readAuditHead returns the trail's head, and false if this program did not write it. newest is the seq of the last
+// entry that exists at the same moment.
+func readAuditHead(ctx context.Context, db querier, chain *auditChain) (head auditHead, ok bool, newest int64, err error) {
 	var stored string
-	var newest int64
-	err := tx.QueryRowContext(ctx, `
+	err = db.QueryRowContext(ctx, `
 		SELECT coalesce((SELECT value FROM settings WHERE name = 'audit_head'), ''), (SELECT coalesce(max(seq), 0) FROM audit)`).
 		Scan(&stored, &newest)
 	if err != nil {
-		return 0, fmt.Errorf("reading the end of the audit trail: %w", err)
+		return head, false, 0, fmt.Errorf("reading the end of the audit trail: %w", err)
 	}
-	head, ok := s.chain.verifyHead(stored)
-	if seen := max(newest, s.lastAuditSeq.Load()); !ok || seen > head.seq {
-		head = emptyAuditHead(seen)
-	}
-	e := &auditEntry{auditOrigin: by, action: a.action, object: a.object, detail: a.detailJSON()}
-	head = s.chain.appendEntry(head, e)
-	if _, err := tx.ExecContext(ctx, `
-		INSERT INTO audit (seq, at, actor, role, address, request_id, action, object, detail, prev, mac)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		e.seq, e.at, e.actorID, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, e.prev, e.mac); err != nil {
-		return 0, fmt.Errorf("writing the audit trail: %w", err)
-	}
-	return e.seq, setSettingTx(ctx, tx, "audit_head", s.chain.signHead(head))
+	head, ok = chain.verifyHead(stored)
+	return head, ok, newest, nil
 }
 
-func setSettingTx(ctx context.Context, tx *sql.Tx, name, value string) error {
-	if _, err := tx.ExecContext(ctx, `
-		INSERT INTO settings (name, value) VALUES (?, ?)
-		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value); err != nil {
-		return fmt.Errorf("writing the setting %s: %w", name, err)
-	}
-	return nil
+func (s *store) loadAuditHead(ctx context.Context, chain *auditChain) (head auditHead, ok bool, newest int64, err error) {
+	return readAuditHead(ctx, s.readDB, chain)
 }
 
-// openAudit makes s able to change things, with the chain that the database has.
-// A database without one gets it, with a first entry that says what was there
-// already. One that has entries and no key for them is not served.
-func (s *store) openAudit(ctx context.Context, sl *sealer, by auditOrigin) (err error) {
+// openAudit loads the database's audit chain, which makes changes possible. A database without one gets one, with a
+// first entry that says what the database already contains. A database with entries but no key for them is refused.
+func (s *store) openAudit(ctx context.Context, sl *sealer, origin auditOrigin) (err error) {
 	if s.chain, err = s.loadAuditChain(ctx, sl); !errors.Is(err, errNotFound) {
 		return err
 	}
@@ -89,23 +113,24 @@ func (s *store) openAudit(ctx context.Context, sl *sealer, by auditOrigin) (err 
 	if s.chain, sealed, err = newAuditChain(sl); err != nil {
 		return err
 	}
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		var entries, projects, tokens, keys int64
 		if err := tx.QueryRowContext(ctx, `
 			SELECT (SELECT coalesce(max(seq), 0) FROM audit), (SELECT coalesce(max(seq), 0) FROM projects),
 				(SELECT coalesce(max(seq), 0) FROM tokens), (SELECT coalesce(max(seq), 0) FROM management_keys)`).
 			Scan(&entries, &projects, &tokens, &keys); err != nil {
-			return auditEvent{}, fmt.Errorf("beginning the audit trail: %w", err)
+			return auditEvent{}, fmt.Errorf("starting the audit trail: %w", err)
 		}
 		if entries > 0 {
-			return auditEvent{}, errors.New("the audit trail has entries, but its key was removed from the database; bring back a backup with llm-proxy restore FILE")
+			return auditEvent{}, errors.New("the audit trail has entries, but its key was removed from the database; " +
+				"restore a backup with llm-proxy restore FILE")
 		}
-		return auditEvent{actionAuditBegin, "", []auditField{{"projects", projects}, {"tokens", tokens}, {"management_keys", keys}}},
-			setSettingTx(ctx, tx, "audit_key", sealed)
+		detail := []auditField{{"projects", projects}, {"tokens", tokens}, {"management_keys", keys}}
+		return auditEvent{actionAuditBegin, "", detail}, saveSetting(ctx, tx, "audit_key", sealed)
 	})
 }
 
-// loadAuditChain returns the chain that the database has, or errNotFound.
+// loadAuditChain returns the database's audit chain, or errNotFound.
 func (s *store) loadAuditChain(ctx context.Context, sl *sealer) (*auditChain, error) {
 	sealed, err := s.setting(ctx, "audit_key")
 	if err != nil {
@@ -118,76 +143,50 @@ func (s *store) loadAuditChain(ctx context.Context, sl *sealer) (*auditChain, er
 	return chain, nil
 }
 
-// loadAuditHead returns the trail's end, and false if this program did not write it.
-// newest is the seq of the last entry that is there, at the same moment.
-func (s *store) loadAuditHead(ctx context.Context, chain *auditChain) (h auditHead, ok bool, newest int64, err error) {
-	var stored string
-	err = s.readDB.QueryRowContext(ctx, `
-		SELECT coalesce((SELECT value FROM settings WHERE name = 'audit_head'), ''), (SELECT coalesce(max(seq), 0) FROM audit)`).
-		Scan(&stored, &newest)
-	if err != nil {
-		return h, false, 0, fmt.Errorf("reading the end of the audit trail: %w", err)
-	}
-	h, ok = chain.verifyHead(stored)
-	return h, ok, newest, nil
-}
-
-// verifyAudit goes through the whole trail, as it ends now: others may write on.
-func (s *store) verifyAudit(ctx context.Context, chain *auditChain, expect *auditHead) (*auditCheck, error) {
-	k := &auditCheck{chain: chain, lastHead: emptyAuditHead(0), expectedHead: expect}
-	h, ok, newest, err := s.loadAuditHead(ctx, chain)
+// verifyAudit checks the whole trail up to its present end; entries may be appended meanwhile. expected is a head that
+// was noted earlier, or nil.
+func (s *store) verifyAudit(ctx context.Context, chain *auditChain, expected *auditHead) (*auditCheck, error) {
+	check := &auditCheck{chain: chain, lastHead: emptyAuditHead(0), expectedHead: expected}
+	head, ok, newest, err := s.loadAuditHead(ctx, chain)
 	if err != nil {
 		return nil, err
 	}
-	until := h.seq
+	until := head.seq
 	if !ok {
 		until = newest
 	}
 	// From below 1: a row may have been put there.
-	for after, full := int64(math.MinInt64), true; full; {
+	for after, more := int64(math.MinInt64), true; more; {
 		page, err := s.auditPage(ctx, after, until)
 		if err != nil {
 			return nil, err
 		}
 		for i := range page {
-			k.add(&page[i])
+			check.add(&page[i])
 			after = page[i].seq
 		}
-		full = len(page) == auditPageSize
+		more = len(page) == auditPageSize
 	}
-	k.finish(h, ok, newest)
-	return k, nil
+	check.finish(head, ok, newest)
+	return check, nil
 }
 
 const auditPageSize = 1000
 
-const auditColumns = `a.seq, a.at, a.actor, a.role, a.address, a.request_id, a.action, a.object, a.detail, a.prev, a.mac`
+const auditColumns = `seq, at, actor, role, address, request_id, action, object, detail, prev, mac`
 
-func (e *auditEntry) scan(row interface{ Scan(...any) error }, more ...any) error {
-	return row.Scan(append([]any{&e.seq, &e.at, &e.actorID, &e.role, &e.address, &e.requestID, &e.action, &e.object, &e.detail, &e.prev, &e.mac}, more...)...)
+func (e *auditEntry) columns() []any {
+	return []any{&e.seq, &e.at, &e.actorID, &e.role, &e.address, &e.requestID, &e.action, &e.object, &e.detail, &e.prev, &e.mac}
 }
 
 // auditPage returns entries in the order in which they were written.
 func (s *store) auditPage(ctx context.Context, after, until int64) ([]auditEntry, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT `+auditColumns+` FROM audit a WHERE a.seq > ? AND a.seq <= ? ORDER BY a.seq LIMIT ?`, after, until, auditPageSize)
-	if err != nil {
-		return nil, fmt.Errorf("reading the audit trail: %w", err)
-	}
-	defer rows.Close()
-	out := make([]auditEntry, 0, auditPageSize)
-	for rows.Next() {
-		var e auditEntry
-		if err := e.scan(rows); err != nil {
-			return nil, fmt.Errorf("reading the audit trail: %w", err)
-		}
-		out = append(out, e)
-	}
-	return out, rows.Err()
+	return collect(ctx, s.readDB, "reading the audit trail", (*auditEntry).columns, `
+		SELECT `+auditColumns+` FROM audit WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?`, after, until, auditPageSize)
 }
 
-// An auditFilter says which entries a list holds; "" is all. It goes on below
-// the entry with beforeAt and beforeSeq.
+// An auditFilter says which entries a list has; "" lets all through. The list begins below the entry with beforeAt and
+// beforeSeq.
 type auditFilter struct {
 	actor, action, object string
 	from, to              int64
@@ -195,39 +194,28 @@ type auditFilter struct {
 	limit                 int
 }
 
-// An auditRow is an entry for people: name is what the actor's key is called now.
+// An auditRow is an entry to be shown: actorName is the present name of the actor's key.
 type auditRow struct {
 	auditEntry
 	actorName string
 }
 
-// listAudit returns up to f.limit entries, newest first. Each of the four cases
-// walks an index of its own.
+func (r *auditRow) columns() []any { return append(r.auditEntry.columns(), &r.actorName) }
+
+// listAudit returns up to f.limit entries, newest first. Each of the four statements walks an index of its own.
 func (s *store) listAudit(ctx context.Context, f auditFilter) ([]auditRow, error) {
-	const head = `SELECT ` + auditColumns + `, coalesce(k.name, '') FROM audit a LEFT JOIN management_keys k ON k.id = a.actor
-		WHERE a.at >= ?1 AND a.at < ?2 AND (a.at, a.seq) < (?3, ?4) AND `
-	const tail = ` ORDER BY a.at DESC, a.seq DESC LIMIT ?5`
+	const head = `SELECT ` + auditColumns + `, coalesce((SELECT name FROM management_keys WHERE id = audit.actor), '') FROM audit
+		WHERE at >= ?1 AND at < ?2 AND (at, seq) < (?3, ?4) AND `
+	const tail = ` ORDER BY at DESC, seq DESC LIMIT ?5`
 	query := head + `?6 = '' AND ?7 = '' AND ?8 = ''` + tail
 	switch {
 	case f.object != "":
-		query = head + `a.object = ?6 AND (?7 = '' OR a.actor = ?7) AND (?8 = '' OR a.action = ?8)` + tail
+		query = head + `object = ?6 AND (?7 = '' OR actor = ?7) AND (?8 = '' OR action = ?8)` + tail
 	case f.actor != "":
-		query = head + `?6 = '' AND a.actor = ?7 AND (?8 = '' OR a.action = ?8)` + tail
+		query = head + `?6 = '' AND actor = ?7 AND (?8 = '' OR action = ?8)` + tail
 	case f.action != "":
-		query = head + `?6 = '' AND ?7 = '' AND a.action = ?8` + tail
+		query = head + `?6 = '' AND ?7 = '' AND action = ?8` + tail
 	}
-	rows, err := s.readDB.QueryContext(ctx, query, f.from, f.to, f.beforeAt, f.beforeSeq, f.limit, f.object, f.actor, f.action)
-	if err != nil {
-		return nil, fmt.Errorf("listing the audit trail: %w", err)
-	}
-	defer rows.Close()
-	var out []auditRow
-	for rows.Next() {
-		var r auditRow
-		if err := r.scan(rows, &r.actorName); err != nil {
-			return nil, fmt.Errorf("listing the audit trail: %w", err)
-		}
-		out = append(out, r)
-	}
-	return out, rows.Err()
+	return collect(ctx, s.readDB, "listing the audit trail", (*auditRow).columns, query,
+		f.from, f.to, f.beforeAt, f.beforeSeq, f.limit, f.object, f.actor, f.action)
 }

@@ -1,6 +1,5 @@
-// SQL about a database as a whole, for the commands that look at one beside a
-// running server, copy it, or bring a copy back. Nothing here changes the
-// database that a server has open.
+// This file has the SQL about a database as a whole, for the commands that read one beside a running server, copy it,
+// restore a backup, or seal its secrets with another key. It never changes the database that a server has open.
 package main
 
 import (
@@ -11,15 +10,15 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
+	"slices"
 	"strings"
 )
 
-// openReadOnly opens a database that another process may be writing to. Every
-// write through the returned store fails. still says that nobody writes to the
-// file: then no lock is taken on it and no file is made beside it.
-func openReadOnly(file string, still bool) (*store, error) {
+// openReadOnly opens a database that another process may be writing to. Every write through the returned store fails.
+// immutable promises that nobody writes to the file: then it is not locked, and no file is created beside it.
+func openReadOnly(file string, immutable bool) (*store, error) {
 	dsn := readOnlyURI(file) + "&_pragma=busy_timeout(5000)"
-	if still {
+	if immutable {
 		dsn += "&immutable=1"
 	}
 	db, err := sql.Open("sqlite", dsn)
@@ -34,50 +33,30 @@ func readOnlyURI(file string) string {
 	return "file:" + (&url.URL{Path: file}).EscapedPath() + "?mode=ro"
 }
 
-// schemaVersion returns the version that a database is at, and the one that
-// this program knows.
-func (s *store) schemaVersion(ctx context.Context) (at, known int, err error) {
+// schemaVersion returns the version of the database, and the one that this program supports.
+func (s *store) schemaVersion(ctx context.Context) (version, supported int, err error) {
 	files, err := fs.Glob(schemaFiles, "schema/*.sql")
 	if err != nil {
 		return 0, 0, fmt.Errorf("listing the schema: %w", err)
 	}
-	if err := s.readDB.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&at); err != nil {
-		return 0, 0, fmt.Errorf("reading the schema version: %w", err)
-	}
-	return at, len(files), nil
+	version, err = queryValue[int](ctx, s.readDB, "reading the schema version", `PRAGMA user_version`)
+	return version, len(files), err
 }
 
-// checkIntegrity runs SQLite's own integrity check and returns what it complains about.
+// checkIntegrity runs SQLite's own integrity check and returns the problems that it reports.
 func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
-	rows, err := s.readDB.QueryContext(ctx, `PRAGMA integrity_check(20)`)
-	if err != nil {
-		return nil, fmt.Errorf("checking integrity: %w", err)
-	}
-	defer rows.Close()
-	var out []string
-	for rows.Next() {
-		var line string
-		if err := rows.Scan(&line); err != nil {
-			return nil, fmt.Errorf("checking integrity: %w", err)
-		}
-		if line != "ok" {
-			out = append(out, line)
-		}
-	}
-	return out, rows.Err()
+	lines, err := collect(ctx, s.readDB, "checking integrity", func(line *string) []any { return []any{line} }, `PRAGMA integrity_check(20)`)
+	return slices.DeleteFunc(lines, func(line string) bool { return line == "ok" }), err
 }
 
-// copyTo writes a consistent copy of the database, as of one moment, to a file
-// that is empty. The store must be one from openReadOnly: VACUUM INTO is a
-// write in the eyes of query_only, though it leaves the source alone.
+// copyTo writes a consistent copy of the database, as of one moment, to a file that is empty. The store must be one from
+// openReadOnly: query_only does not allow VACUUM INTO, although that leaves the source alone.
 func (s *store) copyTo(ctx context.Context, file string) error {
-	if _, err := s.readDB.ExecContext(ctx, `VACUUM INTO ?`, file); err != nil {
-		return fmt.Errorf("copying the database: %w", err)
-	}
-	return nil
+	_, err := execCount(ctx, s.readDB, "copying the database", `VACUUM INTO ?`, file)
+	return err
 }
 
-// A rowCounts says how much is in a database.
+// rowCounts is how much a database contains.
 type rowCounts struct {
 	projects, tokens, calls int64
 	newestCall              int64 // id of the newest call; 0: none
@@ -89,42 +68,38 @@ func (s *store) countRows(ctx context.Context) (c rowCounts, err error) {
 			(SELECT count(*) FROM requests), (SELECT coalesce(max(id), 0) FROM requests)`).
 		Scan(&c.projects, &c.tokens, &c.calls, &c.newestCall)
 	if err != nil {
-		return c, fmt.Errorf("counting: %w", err)
+		return c, fmt.Errorf("counting rows: %w", err)
 	}
 	return c, nil
 }
 
 // countRunning counts the calls with an id below before that have not ended.
-func (s *store) countRunning(ctx context.Context, before int64) (n int64, err error) {
-	if err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before).Scan(&n); err != nil {
-		return 0, fmt.Errorf("counting running calls: %w", err)
-	}
-	return n, nil
+func (s *store) countRunning(ctx context.Context, before int64) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting running calls", `SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before)
 }
 
-// A restoreImpact is what a backup would bring back to life, beside the database that
-// it is to replace.
+// A restoreImpact is what a backup would undo in the database that it is to replace.
 type restoreImpact struct {
 	revoked             int64 // tokens revoked since
-	rotated             int64 // tokens whose value was replaced since: the old one works again
-	expiryShortened     int64 // tokens whose end was brought forward since
-	requestCountLowered int64 // tokens whose count of requests goes back
-	managementKeys      int64 // management keys revoked or cut in role or time since
+	rotated             int64 // tokens whose value was replaced since: the old one would be valid again
+	expiryShortened     int64 // tokens whose expiry was brought forward since
+	requestCountLowered int64 // tokens whose request count would become lower
+	managementKeys      int64 // management keys revoked, or limited in role or time, since
 	deactivated         int64 // projects deactivated or deleted since
-	createdSince        int64 // tokens made since, which it does not know
+	createdSince        int64 // tokens created since, which the backup does not have
 }
 
-// attachCurrent puts a database beside s, on its one writing connection, under
-// the name now. It may not be changed through it. What tokens have done since s
-// was current is worked out into made_since: calls that ended, and those that run
-// in one of the two, which is where a program may have died.
+// attachCurrent attaches the current database, read-only, to the one writing connection of the backup s, under the name
+// now. It computes into made_since how many requests each token has made since the backup: calls that ended, and those
+// that run in either database, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
-	if _, err := s.writeDB.ExecContext(ctx, `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
-		return fmt.Errorf("opening the current database: %w", err)
+	if _, err := execCount(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
+		return err
 	}
-	var notes int // before there were any, tokens counted a call when it began
-	if err := s.writeDB.QueryRowContext(ctx, `SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`).Scan(&notes); err != nil {
-		return fmt.Errorf("reading the current database: %w", err)
+	// Versions before this view counted a call in its token when it began.
+	views, err := queryValue[int](ctx, s.writeDB, "reading the current database", `SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`)
+	if err != nil {
+		return err
 	}
 	const head = `
 		CREATE TEMP TABLE made_since AS
@@ -135,16 +110,14 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 	const tail = `) theirs ON theirs.token = c.seq
 		WHERE c.request_count + coalesce(theirs.n, 0) > b.request_count + coalesce(ours.n, 0)`
 	query := head + `SELECT NULL AS token, 0 AS n` + tail
-	if notes > 0 {
+	if views > 0 {
 		query = head + `SELECT token, count(*) AS n FROM now.running GROUP BY token` + tail
 	}
-	if _, err := s.writeDB.ExecContext(ctx, query); err != nil {
-		return fmt.Errorf("comparing with the current database: %w", err)
-	}
-	return nil
+	_, err = execCount(ctx, s.writeDB, "comparing with the current database", query)
+	return err
 }
 
-// restoreImpact compares s with the database that attachCurrent put beside it.
+// restoreImpact compares the backup s with the current database, after attachCurrent.
 func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) {
 	err = s.writeDB.QueryRowContext(ctx, `
 		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS gone, c.hash AS hash_now, c.expires_at AS expires_now
@@ -165,10 +138,10 @@ func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) 
 	return r, nil
 }
 
-// reapplyRevocations makes tokens, management keys and projects of s no more alive
-// than they are in the database that attachCurrent put beside it.
-func (s *store) reapplyRevocations(ctx context.Context, by auditOrigin, a auditEvent) error {
-	return s.execAudited(ctx, by, a, []string{`
+// reapplyRevocations makes the tokens, management keys and projects of the backup s no more valid than they are in the
+// current database, after attachCurrent.
+func (s *store) reapplyRevocations(ctx context.Context, origin auditOrigin, event auditEvent) error {
+	return s.execAudited(ctx, origin, event, []string{`
 		UPDATE main.tokens SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
 		FROM now.tokens c
 		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
@@ -188,61 +161,56 @@ func (s *store) reapplyRevocations(ctx context.Context, by auditOrigin, a auditE
 }
 
 // revokeAll revokes every token and every management key.
-func (s *store) revokeAll(ctx context.Context, by auditOrigin, a auditEvent) error {
-	return s.execAudited(ctx, by, a, []string{
+func (s *store) revokeAll(ctx context.Context, origin auditOrigin, event auditEvent) error {
+	return s.execAudited(ctx, origin, event, []string{
 		`UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
 		`UPDATE management_keys SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
 	})
 }
 
-// execAudited runs statements that take the time as ?1 in one transaction.
-func (s *store) execAudited(ctx context.Context, by auditOrigin, a auditEvent, statements []string) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		for _, text := range statements {
-			if _, err := tx.ExecContext(ctx, text, by.at); err != nil {
-				return auditEvent{}, fmt.Errorf("revoking: %w", err)
+// execAudited runs statements that use the time as ?1, in one audited transaction.
+func (s *store) execAudited(ctx context.Context, origin auditOrigin, event auditEvent, statements []string) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		for _, statement := range statements {
+			if _, err := execCount(ctx, tx, "revoking", statement, origin.at); err != nil {
+				return auditEvent{}, err
 			}
 		}
-		return a, nil
+		return event, nil
 	})
 }
 
-// attachedAuditHead returns where the audit trail ends in the database that
-// attachCurrent put beside s, "" if that cannot be told.
+// attachedAuditHead returns where the audit trail of the current database ends, after attachCurrent; "" if that cannot
+// be read.
 func (s *store) attachedAuditHead(ctx context.Context) string {
-	var stored string
-	if err := s.writeDB.QueryRowContext(ctx, `SELECT value FROM now.settings WHERE name = 'audit_head'`).Scan(&stored); err != nil {
-		return "" // there is no such database, or it is from before the trail
+	stored, err := queryValue[string](ctx, s.writeDB, "reading the audit head", `SELECT value FROM now.settings WHERE name = 'audit_head'`)
+	if err != nil {
+		return "" // no database is attached, or it is older than the trail
 	}
 	return stored[:max(strings.LastIndexByte(stored, ':'), 0)]
 }
 
 const actionRekey = "database.rekey"
 
-// sealedSettings are the settings that hold something sealed, with what each is
-// bound to.
+// sealedSettings are the settings with a sealed value, and what each value is bound to.
 func sealedSettings() map[string]string {
 	return map[string]string{"key_check": keyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
 }
 
 // countSealedKeys counts the provider keys.
-func (s *store) countSealedKeys(ctx context.Context) (n int64, err error) {
-	if err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`).Scan(&n); err != nil {
-		return 0, fmt.Errorf("counting provider keys: %w", err)
-	}
-	return n, nil
+func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting provider keys", `SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`)
 }
 
-// reseal seals with to what from has sealed: all of it, or nothing. It returns
-// the number of provider keys. What the old key sealed is overwritten in the
-// file, for who gets hold of that key later.
-func (s *store) reseal(ctx context.Context, by auditOrigin, from, to *sealer, originOf func(baseURL string) (string, error)) (n int64, err error) {
-	if _, err := s.writeDB.ExecContext(ctx, `PRAGMA secure_delete = 1`); err != nil {
-		return 0, fmt.Errorf("asking for deleted data to be overwritten: %w", err)
+// reseal seals with to what from has sealed: all of it, or nothing. It returns the number of provider keys. What the old key
+// sealed is overwritten in the file, because that key may leak later.
+func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer, originOf func(baseURL string) (string, error)) (n int64, err error) {
+	if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten", `PRAGMA secure_delete = 1`); err != nil {
+		return 0, err
 	}
-	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		for name, bound := range sealedSettings() {
-			if err := resealSetting(ctx, tx, name, bound, from, to); err != nil {
+	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		for name, aad := range sealedSettings() {
+			if err := resealSetting(ctx, tx, name, aad, from, to); err != nil {
 				return auditEvent{}, fmt.Errorf("the setting %s: %w", name, err)
 			}
 		}
@@ -254,11 +222,10 @@ func (s *store) reseal(ctx context.Context, by auditOrigin, from, to *sealer, or
 	return n, err
 }
 
-func resealSetting(ctx context.Context, tx *sql.Tx, name, bound string, from, to *sealer) error {
-	var text string
-	err := tx.QueryRowContext(ctx, `SELECT value FROM settings WHERE name = ?`, name).Scan(&text)
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil // not made yet
+func resealSetting(ctx context.Context, tx *sql.Tx, name, aad string, from, to *sealer) error {
+	text, err := queryValue[string](ctx, tx, "reading it", `SELECT value FROM settings WHERE name = ?`, name)
+	if errors.Is(err, errNotFound) {
+		return nil // not set yet
 	}
 	if err != nil {
 		return err
@@ -267,30 +234,17 @@ func resealSetting(ctx context.Context, tx *sql.Tx, name, bound string, from, to
 	if err != nil {
 		return errUnseal
 	}
-	plain, err := from.open(sealed, bound)
+	plain, err := from.open(sealed, aad)
 	if err != nil {
 		return err
 	}
-	return setSettingTx(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, bound)))
+	return saveSetting(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, aad)))
 }
 
 func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer, originOf func(string) (string, error)) (int64, error) {
-	rows, err := tx.QueryContext(ctx, `
-		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project WHERE length(u.sealed_key) > 0 ORDER BY u.seq`)
+	all, err := collect(ctx, tx, "reading provider keys", (*upstreamRow).columns, selectUpstreams+`WHERE length(sealed_key) > 0 ORDER BY seq`)
 	if err != nil {
-		return 0, fmt.Errorf("reading provider keys: %w", err)
-	}
-	defer rows.Close()
-	var all []upstreamRow
-	for rows.Next() {
-		var u upstreamRow
-		if err := u.scan(rows); err != nil {
-			return 0, fmt.Errorf("reading provider keys: %w", err)
-		}
-		all = append(all, u)
-	}
-	if err := rows.Err(); err != nil {
-		return 0, fmt.Errorf("reading provider keys: %w", err)
+		return 0, err
 	}
 	for i := range all {
 		u := &all[i]
@@ -298,12 +252,13 @@ func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer, originOf
 		if err != nil {
 			return 0, fmt.Errorf("upstream %s of project %s: base URL %w", u.id, u.projectID, err)
 		}
-		bound := sealContext(u.id, u.projectID, origin)
-		plain, err := from.open(u.sealedKey, bound)
+		aad := sealContext(u.id, u.projectID, origin)
+		plain, err := from.open(u.sealedKey, aad)
 		if err != nil {
-			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. Give it its provider key anew, or delete it, then repeat", u.id, u.projectID, err)
+			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. Enter its provider key again, or delete it, then repeat",
+				u.id, u.projectID, err)
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE upstreams SET sealed_key = ? WHERE seq = ?`, to.seal(plain, bound), u.seq); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE upstreams SET sealed_key = ? WHERE seq = ?`, to.seal(plain, aad), u.seq); err != nil {
 			return 0, fmt.Errorf("writing upstream %s: %w", u.id, err)
 		}
 	}

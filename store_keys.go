@@ -1,11 +1,11 @@
-// SQL for management keys and for the prices that the operator sets.
+// This file has the SQL for management keys and for the prices that administrators set. Every change goes through
+// withAuditedTx: without an audit entry there is no change.
 package main
 
 import (
 	"context"
 	"database/sql"
 	"errors"
-	"fmt"
 )
 
 // A managementKeyRow is a management key as stored.
@@ -19,87 +19,78 @@ type managementKeyRow struct {
 	createdAt, updatedAt int64
 }
 
-const managementKeyColumns = `seq, id, name, hash, role, expires_at, revoked_at, version, created_at, updated_at`
+const (
+	managementKeyEditable = `name, role, expires_at, revoked_at, version, updated_at`
+	selectManagementKeys  = `SELECT seq, id, hash, created_at, ` + managementKeyEditable + ` FROM management_keys `
+)
 
-func (k *managementKeyRow) scan(row interface{ Scan(...any) error }) error {
-	return mapNoRows(row.Scan(&k.seq, &k.id, &k.name, &k.hash, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.createdAt, &k.updatedAt))
+// editable returns the columns that a change may write.
+func (k *managementKeyRow) editable() []any {
+	return []any{&k.name, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.updatedAt}
 }
 
-func (s *store) addManagementKey(ctx context.Context, by auditOrigin, k *managementKeyRow) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		err := tx.QueryRowContext(ctx, `
-			INSERT INTO management_keys (id, name, hash, role, expires_at, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
-			RETURNING seq, version`, k.id, k.name, k.hash, k.role, k.expiresAt, k.createdAt, k.updatedAt).Scan(&k.seq, &k.version)
-		return auditEvent{"key.create", k.id, diffAuditFields(nil, k.auditFields())}, mapUniqueViolation(err)
-	})
+func (k *managementKeyRow) columns() []any {
+	return append([]any{&k.seq, &k.id, &k.hash, &k.createdAt}, k.editable()...)
 }
 
-// auditFields are what the audit trail says of a management key.
+func (k *managementKeyRow) versionFields() (version, updatedAt *int64) {
+	return &k.version, &k.updatedAt
+}
+
+// auditFields are what the audit trail records of a management key.
 func (k *managementKeyRow) auditFields() []auditField {
 	return []auditField{{"name", k.name}, {"role", k.role}, {"expires_at", auditTime(k.expiresAt)}, {"revoked_at", auditTime(k.revokedAt)}}
 }
 
-func (s *store) managementKeyByHash(ctx context.Context, hash [32]byte) (k managementKeyRow, err error) {
-	err = k.scan(s.readDB.QueryRowContext(ctx, `SELECT `+managementKeyColumns+` FROM management_keys WHERE hash = ?`, hash[:]))
-	return k, err
+// addManagementKey stores a new key and fills in what the database decides.
+func (s *store) addManagementKey(ctx context.Context, origin auditOrigin, k *managementKeyRow) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		k.version = 1
+		err := tx.QueryRowContext(ctx, `
+			INSERT INTO management_keys (id, hash, created_at, `+managementKeyEditable+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+			k.columns()[1:]...).Scan(&k.seq)
+		return auditEvent{"key.create", k.id, diffAuditFields(nil, k.auditFields())}, mapUniqueViolation(err)
+	})
 }
 
-func (s *store) managementKeyByID(ctx context.Context, id string) (k managementKeyRow, err error) {
-	err = k.scan(s.readDB.QueryRowContext(ctx, `SELECT `+managementKeyColumns+` FROM management_keys WHERE id = ?`, id))
-	return k, err
+func (s *store) managementKeyByHash(ctx context.Context, hash [32]byte) (managementKeyRow, error) {
+	return queryRow(ctx, s.readDB, (*managementKeyRow).columns, selectManagementKeys+`WHERE hash = ?`, hash[:])
+}
+
+func (s *store) managementKeyByID(ctx context.Context, id string) (managementKeyRow, error) {
+	return managementKeyByID(ctx, s.readDB, id)
+}
+
+func managementKeyByID(ctx context.Context, db querier, id string) (managementKeyRow, error) {
+	return queryRow(ctx, db, (*managementKeyRow).columns, selectManagementKeys+`WHERE id = ?`, id)
 }
 
 // countManagementKeys counts revoked and expired ones too.
-func (s *store) countManagementKeys(ctx context.Context) (n int64, err error) {
-	err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM management_keys`).Scan(&n)
-	return n, err
+func (s *store) countManagementKeys(ctx context.Context) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting management keys", `SELECT count(*) FROM management_keys`)
 }
 
 func (s *store) listManagementKeys(ctx context.Context, after int64, limit int) ([]managementKeyRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT `+managementKeyColumns+` FROM management_keys WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
-	if err != nil {
-		return nil, fmt.Errorf("listing management keys: %w", err)
-	}
-	defer rows.Close()
-	var out []managementKeyRow
-	for rows.Next() {
-		var k managementKeyRow
-		if err := k.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing management keys: %w", err)
-		}
-		out = append(out, k)
-	}
-	return out, rows.Err()
+	return collect(ctx, s.readDB, "listing management keys", (*managementKeyRow).columns,
+		selectManagementKeys+`WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
 }
 
-// rekeyDatabase is changeProject for management keys.
-func (s *store) changeManagementKey(ctx context.Context, by auditOrigin, id string, version, now int64, change func(*managementKeyRow) error) (k managementKeyRow, err error) {
-	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		if err := k.scan(tx.QueryRowContext(ctx, `SELECT `+managementKeyColumns+` FROM management_keys WHERE id = ?`, id)); err != nil {
-			return auditEvent{}, err
-		}
-		if version != 0 && version != k.version {
-			return auditEvent{}, errStale
-		}
-		was := k
-		if err := change(&k); err != nil {
-			return auditEvent{}, err
-		}
-		k.version, k.updatedAt = k.version+1, now
-		_, err := tx.ExecContext(ctx, `
-			UPDATE management_keys SET name = ?, role = ?, expires_at = ?, revoked_at = ?, version = ?, updated_at = ? WHERE seq = ?`,
-			k.name, k.role, k.expiresAt, k.revokedAt, k.version, k.updatedAt, k.seq)
+// changeManagementKey is changeRow for a management key.
+func (s *store) changeManagementKey(ctx context.Context, origin auditOrigin, id string, version, now int64,
+	edit func(*managementKeyRow) error) (managementKeyRow, error) {
+	load := func(tx *sql.Tx) (managementKeyRow, error) { return managementKeyByID(ctx, tx, id) }
+	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, k *managementKeyRow) (auditEvent, error) {
+		_, err := tx.ExecContext(ctx, `UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+			append(k.editable(), k.seq)...)
 		action := "key.change"
 		if k.revokedAt != nil {
 			action = "key.revoke"
 		}
-		return auditEvent{action, k.id, diffAuditFields(was.auditFields(), k.auditFields())}, err
+		return auditEvent{action, k.id, diffAuditFields(old.auditFields(), k.auditFields())}, err
 	})
-	return k, err
 }
 
-// A priceRow is a price that the operator set; nil: none for that kind.
+// A priceRow is a price that an administrator set; nil: none for that kind.
 type priceRow struct {
 	seq                                                             int64
 	id, match                                                       string
@@ -107,64 +98,46 @@ type priceRow struct {
 	updatedAt                                                       int64
 }
 
-const priceColumns = `seq, id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at`
+const priceColumns = `id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at`
 
-func (p *priceRow) scan(row interface{ Scan(...any) error }) error {
-	return mapNoRows(row.Scan(&p.seq, &p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput, &p.updatedAt))
+func (p *priceRow) columns() []any {
+	return []any{&p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput, &p.updatedAt}
 }
 
-// setPrice stores a price, in place of one with the same match, whose id then
-// stays.
-func (s *store) setPrice(ctx context.Context, by auditOrigin, p *priceRow) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		var was priceRow
-		var before []auditField
-		err := was.scan(tx.QueryRowContext(ctx, `SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match))
-		if err == nil {
-			before = was.auditFields()
-		} else if !errors.Is(err, errNotFound) {
-			return auditEvent{}, err
-		}
-		err = p.scan(tx.QueryRowContext(ctx, `
-			INSERT INTO prices (id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-			ON CONFLICT (match) DO UPDATE SET input = excluded.input, cached_input = excluded.cached_input,
-				cache_write = excluded.cache_write, output = excluded.output, audio_input = excluded.audio_input,
-				audio_output = excluded.audio_output, updated_at = excluded.updated_at
-			RETURNING `+priceColumns,
-			p.id, p.match, p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput, p.updatedAt))
-		return auditEvent{"price.set", p.id, diffAuditFields(before, p.auditFields())}, err
-	})
-}
-
-func (s *store) deletePrice(ctx context.Context, by auditOrigin, id string) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		var was priceRow
-		err := was.scan(tx.QueryRowContext(ctx, `DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id))
-		return auditEvent{"price.delete", id, diffAuditFields(was.auditFields(), nil)}, err
-	})
-}
-
-// auditFields are what the audit trail says of a price.
+// auditFields are what the audit trail records of a price.
 func (p *priceRow) auditFields() []auditField {
 	return []auditField{{"match", p.match}, {"input", auditDollars(p.input)}, {"cached_input", auditDollars(p.cachedInput)},
 		{"cache_write", auditDollars(p.cacheWrite)}, {"output", auditDollars(p.output)},
 		{"audio_input", auditDollars(p.audioInput)}, {"audio_output", auditDollars(p.audioOutput)}}
 }
 
-func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
-	if err != nil {
-		return nil, fmt.Errorf("listing prices: %w", err)
-	}
-	defer rows.Close()
-	var out []priceRow
-	for rows.Next() {
-		var p priceRow
-		if err := p.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing prices: %w", err)
+// setPrice stores a price. It replaces one with the same match, whose id stays.
+func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		var oldFields []auditField
+		old, err := queryRow(ctx, tx, (*priceRow).columns, `SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match)
+		if err == nil {
+			oldFields = old.auditFields()
+		} else if !errors.Is(err, errNotFound) {
+			return auditEvent{}, err
 		}
-		out = append(out, p)
-	}
-	return out, rows.Err()
+		err = tx.QueryRowContext(ctx, `
+			INSERT INTO prices (`+priceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+			ON CONFLICT (match) DO UPDATE SET input = excluded.input, cached_input = excluded.cached_input,
+				cache_write = excluded.cache_write, output = excluded.output, audio_input = excluded.audio_input,
+				audio_output = excluded.audio_output, updated_at = excluded.updated_at
+			RETURNING id`, p.columns()...).Scan(&p.id)
+		return auditEvent{"price.set", p.id, diffAuditFields(oldFields, p.auditFields())}, err
+	})
+}
+
+func (s *store) deletePrice(ctx context.Context, origin auditOrigin, id string) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		old, err := queryRow(ctx, tx, (*priceRow).columns, `DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id)
+		return auditEvent{"price.delete", id, diffAuditFields(old.auditFields(), nil)}, err
+	})
+}
+
+func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
+	return collect(ctx, s.readDB, "listing prices", (*priceRow).columns, `SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
 }

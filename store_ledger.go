@@ -24,6 +24,7 @@ const (
 	stmtRecord
 	stmtSum
 	stmtHour
+	stmtLatency
 	stmtContent
 	stmtBeginTx
 	stmtCommit
@@ -56,7 +57,8 @@ func ledgerSQL() [ledgerStmtCount]string {
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtSum:      sumStatement,
 		stmtHour:     hourStatement,
-		stmtContent:  contentStatement,
+		stmtLatency:  latencyStatement,
+		stmtContent:  insertContent,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
 		stmtCommit:   `COMMIT`,
 		stmtRollback: `ROLLBACK`,
@@ -205,7 +207,7 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	exec := func(stmt int) func(...driver.Value) error {
 		return func(values ...driver.Value) error { return w.exec(ctx, stmt, values...) }
 	}
-	return sums.write(exec(stmtSum), exec(stmtHour))
+	return sums.write(exec(stmtSum), exec(stmtHour), exec(stmtLatency))
 }
 
 // appendPendingRecord appends the call as begun has it.
@@ -405,8 +407,8 @@ func (t *usageTally) rollUp() {
 	}
 }
 
-// write writes what was added up, with the two statements.
-func (t *usageTally) write(sums, hours func(...driver.Value) error) error {
+// write writes what was added up, with the three statements.
+func (t *usageTally) write(sums, hours, latency func(...driver.Value) error) error {
 	t.rollUp()
 	for k, v := range t.sums {
 		if err := sums(k.grain, k.token, k.start, k.project, k.model, k.endpoint, string(k.outcome), k.requestedModel,
@@ -414,97 +416,166 @@ func (t *usageTally) write(sums, hours func(...driver.Value) error) error {
 			return fmt.Errorf("adding to the sums: %w", err)
 		}
 	}
+	bounds := latencyBounds()
 	for k, v := range t.hours {
-		if err := hours(v.insertArgs(k)...); err != nil {
+		if err := hours(k.project, k.at, v.calls, v.input, v.output, v.cost, v.unpriced,
+			v.errors[0], v.errors[1], v.errors[2], v.errors[3]); err != nil {
 			return fmt.Errorf("adding to the hours: %w", err)
 		}
+		for i, firstBytes := range v.firstByteLatency {
+			answers, boundMS := v.totalLatency[i], int64(0)
+			if i < len(bounds) {
+				boundMS = bounds[i]
+			}
+			if firstBytes == 0 && answers == 0 {
+				continue
+			}
+			if err := latency(k.project, k.at, boundMS, firstBytes, answers); err != nil {
+				return fmt.Errorf("adding to the latency: %w", err)
+			}
+		}
 	}
 	return nil
 }
 
-// pendingRecords returns up to limit calls that are noted as running: of a database
-// that no program has open, those that died with the last one.
-func (s *store) pendingRecords(ctx context.Context, limit int) ([]*requestRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens
+// An hourKey names a row of project_hours.
+type hourKey struct{ project, at int64 }
+
+// An hourSum is what a row of project_hours and its rows of project_latency add up.
+type hourSum struct {
+	calls, input, output, cost, unpriced int64
+	errors                               [errorClassCount]int64 // as errorColumnClasses names them
+	firstByteLatency, totalLatency       latencyHistogram
+}
+
+const errorClassCount = 4
+
+// errorColumnClasses are the columns of errors, in their order.
+func errorColumnClasses() [errorClassCount]errorClass {
+	return [...]errorClass{errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
+}
+
+// add counts a call. s is what the call alone adds to usage_sums.
+func (h *hourSum) add(r *requestRow) {
+	var s usageSum
+	s.add(r)
+	h.calls, h.input, h.output, h.cost, h.unpriced = h.calls+1, h.input+s.input, h.output+s.output, h.cost+s.cost, h.unpriced+s.unpriced
+	class := r.errorClass()
+	for i, c := range errorColumnClasses() {
+		if c == class {
+			h.errors[i]++
+		}
+	}
+	if r.outcome == outcomeOK && r.attempts > 0 && r.firstByteUS >= 0 {
+		h.firstByteLatency.observe(r.firstByteUS)
+		h.totalLatency.observe(r.totalUS)
+	}
+}
+
+func (h *hourSum) merge(o *hourSum) {
+	h.calls += o.calls
+	h.input += o.input
+	h.output += o.output
+	h.cost += o.cost
+	h.unpriced += o.unpriced
+	for i := range h.errors {
+		h.errors[i] += o.errors[i]
+	}
+	for i := range h.firstByteLatency {
+		h.firstByteLatency[i] += o.firstByteLatency[i]
+		h.totalLatency[i] += o.totalLatency[i]
+	}
+}
+
+// columns returns the counters that project_hours has, in the order of its columns.
+func (h *hourSum) columns() []any {
+	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced, &h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
+}
+
+const hourStatement = `
+	INSERT INTO project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
+		caller_errors, policy_errors, provider_errors, proxy_errors)
+	VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+	ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,
+		input_tokens = input_tokens + excluded.input_tokens, output_tokens = output_tokens + excluded.output_tokens,
+		cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
+		caller_errors = caller_errors + excluded.caller_errors, policy_errors = policy_errors + excluded.policy_errors,
+		provider_errors = provider_errors + excluded.provider_errors, proxy_errors = proxy_errors + excluded.proxy_errors`
+
+const latencyStatement = `
+	INSERT INTO project_latency (project, at, bucket, first_bytes, answers) VALUES (?, ?, ?, ?, ?)
+	ON CONFLICT DO UPDATE SET first_bytes = first_bytes + excluded.first_bytes, answers = answers + excluded.answers`
+
+// pendingRecords returns up to limit calls whose pending record has no row yet: in a database that no program has open,
+// those that were running when the last one died.
+func (s *store) pendingRecords(ctx context.Context, limit int) ([]requestRow, error) {
+	return collect(ctx, s.readDB, "reading pending records", func(r *requestRow) []any {
+		return []any{&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream, &r.address,
+			&r.counts.input, &r.counts.output}
+	}, `SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens
 		FROM running ORDER BY id LIMIT ?`, limit)
-	if err != nil {
-		return nil, fmt.Errorf("reading running calls: %w", err)
-	}
-	defer rows.Close()
-	var out []*requestRow
-	for rows.Next() {
-		r := &requestRow{}
-		if err := rows.Scan(&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream, &r.address,
-			&r.counts.input, &r.counts.output); err != nil {
-			return nil, fmt.Errorf("reading running calls: %w", err)
-		}
-		out = append(out, r)
-	}
-	return out, rows.Err()
 }
 
-// deletePending deletes all notes of calls that began.
+// deletePending deletes all pending records.
 func (s *store) deletePending(ctx context.Context) error {
-	if _, err := s.writeDB.ExecContext(ctx, `DELETE FROM begun`); err != nil {
-		return fmt.Errorf("letting go of running calls: %w", err)
-	}
-	return nil
+	_, err := execCount(ctx, s.writeDB, "deleting pending records", `DELETE FROM begun`)
+	return err
 }
 
-// lastRequestID returns the highest id there is, 0 if there is none.
-func (s *store) lastRequestID(ctx context.Context) (id int64, err error) {
-	if err = s.readDB.QueryRowContext(ctx, `SELECT coalesce(max(id), 0) FROM requests`).Scan(&id); err != nil {
-		return 0, fmt.Errorf("reading the last call: %w", err)
-	}
-	return id, nil
+// lastRequestID returns the highest id of a call, 0 if there is none.
+func (s *store) lastRequestID(ctx context.Context) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "reading the last call", `SELECT coalesce(max(id), 0) FROM requests`)
 }
 
-// deleteOldRequests deletes up to limit rows with an id below before, and returns
-// how many. The row of a call that is noted as begun stays: without it the call
-// would seem to run. No note of such a call is in a later batch.
+// deleteOldRequests deletes up to limit rows with an id below before, and returns how many. The row of a call that still
+// has a pending record stays: without it the call would seem to run. Such a record is in no later batch.
 func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) (int64, error) {
-	res, err := s.writeDB.ExecContext(ctx, `
+	return execCount(ctx, s.writeDB, "deleting old calls", `
 		DELETE FROM requests WHERE id IN (SELECT id FROM requests
-			WHERE id < ?1 AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c WHERE b.batch < ?1) ORDER BY id LIMIT ?2)`, before, limit)
-	if err != nil {
-		return 0, fmt.Errorf("deleting old rows: %w", err)
-	}
-	return res.RowsAffected()
+			WHERE id < ?1 AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c WHERE b.batch < ?1)
+			ORDER BY id LIMIT ?2)`, before, limit)
 }
 
-// deleteOldSums deletes the hourly sums of up to limit tokens from before a time,
-// and returns how many tokens had any. Which ones is found by going from one to
-// the next in the key's order, outside the transaction that deletes.
+// deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many tokens had any.
+// It finds those by stepping from one to the next in the key's order, outside the transaction that deletes.
 func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
-	rows, err := s.readDB.QueryContext(ctx, usedTokensCTE+`
+	type tokenKey struct{ project, token int64 }
+	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any { return []any{&k.project, &k.token} }, usedTokensCTE+`
 		SELECT u.project, u.token FROM used u
-		WHERE u.token IS NOT NULL AND EXISTS (SELECT 1 FROM usage_sums WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
+		WHERE u.token IS NOT NULL
+			AND EXISTS (SELECT 1 FROM usage_sums WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
 		LIMIT ?4`, "", "hour", before, limit)
-	if err != nil {
-		return 0, fmt.Errorf("finding old sums: %w", err)
-	}
-	defer rows.Close()
-	var found [][2]int64
-	for rows.Next() {
-		var project, token int64
-		if err := rows.Scan(&project, &token); err != nil {
-			return 0, fmt.Errorf("finding old sums: %w", err)
-		}
-		found = append(found, [2]int64{project, token})
-	}
-	if err := rows.Err(); err != nil || len(found) == 0 {
+	if err != nil || len(tokens) == 0 {
 		return 0, err
 	}
-	return int64(len(found)), s.withTx(ctx, func(tx *sql.Tx) error {
-		for _, f := range found {
-			if _, err := tx.ExecContext(ctx, `
-				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`, f[0], f[1], before); err != nil {
-				return fmt.Errorf("deleting old sums: %w", err)
+	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
+		for _, k := range tokens {
+			if _, err := execCount(ctx, tx, "deleting old sums", `
+				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`, k.project, k.token, before); err != nil {
+				return err
 			}
 		}
 		return nil
 	})
+}
+
+// deleteOldHours deletes the hours and latencies of up to limit projects from before a time, and returns how many rows it
+// deleted.
+func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (deleted int64, err error) {
+	for _, query := range [...]string{`
+		DELETE FROM project_latency WHERE at < ?1 AND project IN (
+			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
+			WHERE EXISTS (SELECT 1 FROM project_latency l WHERE l.project = p.seq AND l.at < ?1) LIMIT ?2)`, `
+		DELETE FROM project_hours WHERE at < ?1 AND project IN (
+			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
+			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`} {
+		n, err := execCount(ctx, s.writeDB, "deleting old hours", query, before, limit)
+		if err != nil {
+			return deleted, err
+		}
+		deleted += n
+	}
+	return deleted, nil
 }
 
 func (s *usageSum) merge(o usageSum) {

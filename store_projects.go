@@ -1,5 +1,5 @@
-// SQL for projects and their upstreams. Contracts: a missing row is
-// errNotFound, a stale version errStale, a name in use errTaken.
+// This file has the SQL for projects and their upstreams. Contracts: a missing row is errNotFound, an outdated version
+// errStale, a name in use errTaken. Every change goes through withAuditedTx.
 package main
 
 import (
@@ -9,7 +9,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"strings"
 )
 
 // A projectRow is a project as stored.
@@ -22,10 +21,26 @@ type projectRow struct {
 	createdAt, updatedAt int64
 }
 
-const projectColumns = `seq, id, name, is_active, policy, routing, version, created_at, updated_at`
+const (
+	projectEditable = `name, is_active, policy, routing, version, updated_at`
+	projectColumns  = `seq, id, created_at, ` + projectEditable
+	selectProjects  = `SELECT ` + projectColumns + ` FROM projects `
+)
 
-func (p *projectRow) scan(row interface{ Scan(...any) error }) error {
-	return mapNoRows(row.Scan(&p.seq, &p.id, &p.name, &p.active, &p.policy, &p.routing, &p.version, &p.createdAt, &p.updatedAt))
+// editable returns the columns that a change may write.
+func (p *projectRow) editable() []any {
+	return []any{&p.name, &p.active, &p.policy, &p.routing, &p.version, &p.updatedAt}
+}
+
+func (p *projectRow) columns() []any {
+	return append([]any{&p.seq, &p.id, &p.createdAt}, p.editable()...)
+}
+
+func (p *projectRow) versionFields() (version, updatedAt *int64) { return &p.version, &p.updatedAt }
+
+// auditFields are what the audit trail records of a project.
+func (p *projectRow) auditFields() []auditField {
+	return []auditField{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}, {"routing", json.RawMessage(p.routing)}}
 }
 
 // An upstreamRow is an upstream as stored; its key stays sealed.
@@ -40,198 +55,154 @@ type upstreamRow struct {
 	organization, openaiProject string
 	weight, priority            int64
 	models, rewrite, settings   string // JSON
-	sharedWith                  string // JSON list of projects beside its own
+	sharedWith                  string // JSON, a list of ids of other projects
 	active                      bool
 	version                     int64
 	createdAt, updatedAt        int64
 }
 
-const upstreamColumns = `u.seq, u.id, u.project, p.id, u.name, u.provider, u.base_url, u.sealed_key, u.key_hint,
-	u.organization, u.openai_project, u.weight, u.priority, u.models, u.rewrite, u.settings, ` + sharedWithColumn + `, u.is_active, u.version, u.created_at, u.updated_at`
+const (
+	upstreamEditable = `name, base_url, sealed_key, key_hint, organization, openai_project, weight, priority, models, rewrite, settings,
+		is_active, version, updated_at`
+	selectUpstreams = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = upstreams.project),
+		(SELECT json_group_array(id) FROM (
+			SELECT o.id FROM upstream_shares s JOIN projects o ON o.seq = s.project
+			WHERE s.upstream = upstreams.seq AND o.deleted_at IS NULL ORDER BY o.id)),
+		provider, created_at, ` + upstreamEditable + ` FROM upstreams `
+)
 
-func (u *upstreamRow) scan(row interface{ Scan(...any) error }) error {
-	return mapNoRows(row.Scan(&u.seq, &u.id, &u.project, &u.projectID, &u.name, &u.provider, &u.baseURL, &u.sealedKey, &u.keyHint,
-		&u.organization, &u.openaiProject, &u.weight, &u.priority, &u.models, &u.rewrite, &u.settings, &u.sharedWith, &u.active, &u.version, &u.createdAt, &u.updatedAt))
+// editable returns the columns that a change may write.
+func (u *upstreamRow) editable() []any {
+	return []any{&u.name, &u.baseURL, &u.sealedKey, &u.keyHint, &u.organization, &u.openaiProject, &u.weight, &u.priority,
+		&u.models, &u.rewrite, &u.settings, &u.active, &u.version, &u.updatedAt}
 }
 
-// addProject stores a new project, and its first upstream unless up is nil. It
-// fills in the seqs.
-func (s *store) addProject(ctx context.Context, by auditOrigin, p *projectRow, up *upstreamRow) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		err := tx.QueryRowContext(ctx, `
-			INSERT INTO projects (id, name, is_active, policy, routing, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?)
-			RETURNING seq, version`, p.id, p.name, p.active, p.policy, p.routing, p.createdAt, p.updatedAt).Scan(&p.seq, &p.version)
-		a := auditEvent{"project.create", p.id, diffAuditFields(nil, p.auditFields())}
-		if err != nil || up == nil {
-			return a, mapUniqueViolation(err)
-		}
-		up.project = p.seq
-		a.detail = append(a.detail, auditField{"upstream", up.id})
-		for _, f := range diffAuditFields(nil, up.auditFields()) {
-			a.detail = append(a.detail, auditField{"upstream." + f.name, f.value})
-		}
-		return a, insertUpstream(ctx, tx, up)
-	})
+func (u *upstreamRow) columns() []any {
+	return append([]any{&u.seq, &u.id, &u.project, &u.projectID, &u.sharedWith, &u.provider, &u.createdAt}, u.editable()...)
 }
 
-// auditFields are what the audit trail says of a project.
-func (p *projectRow) auditFields() []auditField {
-	return []auditField{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}, {"routing", json.RawMessage(p.routing)}}
-}
+func (u *upstreamRow) versionFields() (version, updatedAt *int64) { return &u.version, &u.updatedAt }
 
-// auditFields are what the audit trail says of an upstream. Of its key that is the
-// hint, and a mark by which two keys with the same hint are told apart.
+// auditFields are what the audit trail records of an upstream. Of its key that is the hint, and a fingerprint which
+// distinguishes two keys with the same hint.
 func (u *upstreamRow) auditFields() []auditField {
 	var key any
 	if len(u.sealedKey) > 0 {
-		mark := sha256.Sum256(u.sealedKey)
-		key = map[string]string{"hint": u.keyHint, "sealed": hex.EncodeToString(mark[:4])}
+		fingerprint := sha256.Sum256(u.sealedKey)
+		key = map[string]string{"hint": u.keyHint, "sealed": hex.EncodeToString(fingerprint[:4])}
 	}
 	return []auditField{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
 		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight}, {"priority", u.priority},
-		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)}, {"shared_with", json.RawMessage(u.sharedWith)}, {"is_active", u.active}}
+		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)},
+		{"shared_with", json.RawMessage(u.sharedWith)}, {"is_active", u.active}}
 }
 
-func (s *store) projectByID(ctx context.Context, id string) (p projectRow, err error) {
-	err = p.scan(s.readDB.QueryRowContext(ctx, `
-		SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id))
-	return p, err
+// auditEvent returns what happened to an upstream. oldFields are its fields before, nil if it is new.
+func (u *upstreamRow) auditEvent(action string, oldFields []auditField) auditEvent {
+	return auditEvent{action, u.id, append([]auditField{{"project_id", u.projectID}}, diffAuditFields(oldFields, u.auditFields())...)}
 }
 
-func (s *store) projectBySeq(ctx context.Context, seq int64) (p projectRow, err error) {
-	err = p.scan(s.readDB.QueryRowContext(ctx, `SELECT `+projectColumns+` FROM projects WHERE seq = ?`, seq))
-	return p, err
-}
-
-// countProjects counts deleted ones too: it answers "was this ever used?".
-func (s *store) countProjects(ctx context.Context) (n int64, err error) {
-	err = s.readDB.QueryRowContext(ctx, `SELECT count(*) FROM projects`).Scan(&n)
-	return n, err
-}
-
-// listProjects returns up to limit projects with seq > after, in seq order.
-// active is nil for all; prefix is of the name, "" for all.
-func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string) ([]projectRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT `+projectColumns+` FROM projects
-		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2)
-			AND (?3 = '' OR (name >= ?3 AND name < ?4))
-		ORDER BY seq LIMIT ?5`, after, active, prefix, prefixEnd(prefix), limit)
-	if err != nil {
-		return nil, fmt.Errorf("listing projects: %w", err)
-	}
-	defer rows.Close()
-	var out []projectRow
-	for rows.Next() {
-		var p projectRow
-		if err := p.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing projects: %w", err)
+// addProject stores a new project, and its first upstream unless up is nil. It fills in what the database decides.
+func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRow, up *upstreamRow) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		p.version = 1
+		err := tx.QueryRowContext(ctx, `
+			INSERT INTO projects (id, created_at, `+projectEditable+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+			p.columns()[1:]...).Scan(&p.seq)
+		event := auditEvent{"project.create", p.id, diffAuditFields(nil, p.auditFields())}
+		if err != nil || up == nil {
+			return event, mapUniqueViolation(err)
 		}
-		out = append(out, p)
-	}
-	return out, rows.Err()
+		up.project = p.seq
+		event.detail = append(event.detail, auditField{"upstream", up.id})
+		for _, f := range diffAuditFields(nil, up.auditFields()) {
+			event.detail = append(event.detail, auditField{"upstream." + f.name, f.value})
+		}
+		return event, insertUpstream(ctx, tx, up)
+	})
 }
 
-// changeProject reads a project, lets change edit it, and writes it back in one
-// transaction. version, unless 0, must be the row's.
-func (s *store) changeProject(ctx context.Context, by auditOrigin, id string, version, now int64, change func(*projectRow) error) (p projectRow, err error) {
-	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		if err := p.scan(tx.QueryRowContext(ctx, `
-			SELECT `+projectColumns+` FROM projects WHERE id = ? AND deleted_at IS NULL`, id)); err != nil {
-			return auditEvent{}, err
+func (s *store) projectByID(ctx context.Context, id string) (projectRow, error) {
+	return projectByID(ctx, s.readDB, id)
+}
+
+func projectByID(ctx context.Context, db querier, id string) (projectRow, error) {
+	return queryRow(ctx, db, (*projectRow).columns, selectProjects+`WHERE id = ? AND deleted_at IS NULL`, id)
+}
+
+// projectBySeq returns a project, which may be deleted.
+func (s *store) projectBySeq(ctx context.Context, seq int64) (projectRow, error) {
+	return queryRow(ctx, s.readDB, (*projectRow).columns, selectProjects+`WHERE seq = ?`, seq)
+}
+
+// countProjects counts deleted ones too: it answers whether the database was ever used.
+func (s *store) countProjects(ctx context.Context) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting projects", `SELECT count(*) FROM projects`)
+}
+
+// listProjects returns up to limit projects with seq > after, in seq order. active is nil for all; prefix is of the
+// name, "" for all.
+func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string) ([]projectRow, error) {
+	return collect(ctx, s.readDB, "listing projects", (*projectRow).columns, selectProjects+`
+		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2) AND (?3 = '' OR (name >= ?3 AND name < ?4))
+		ORDER BY seq LIMIT ?5`, after, active, prefix, prefixEnd(prefix), limit)
+}
+
+// changeProject is changeRow for a project.
+func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string, version, now int64,
+	edit func(*projectRow) error) (projectRow, error) {
+	load := func(tx *sql.Tx) (projectRow, error) { return projectByID(ctx, tx, id) }
+	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, p *projectRow) (auditEvent, error) {
+		_, err := tx.ExecContext(ctx, `UPDATE projects SET (`+projectEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+			append(p.editable(), p.seq)...)
+		return auditEvent{"project.change", p.id, diffAuditFields(old.auditFields(), p.auditFields())}, err
+	})
+}
+
+// deleteProject takes a project out of use for good: it becomes inactive, its tokens are revoked, its provider keys
+// are wiped, and its name becomes free. Its rows stay, because the ledger refers to them. Deleting it twice is
+// errNotFound.
+func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string, version, now int64) (p projectRow, err error) {
+	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
+		if p, err = projectByID(ctx, tx, id); err != nil {
+			return event, err
 		}
 		if version != 0 && version != p.version {
-			return auditEvent{}, errStale
+			return event, errStale
 		}
-		was := p
-		if err := change(&p); err != nil {
-			return auditEvent{}, err
-		}
-		p.version, p.updatedAt = p.version+1, now
-		_, err := tx.ExecContext(ctx, `
-			UPDATE projects SET name = ?, is_active = ?, policy = ?, routing = ?, version = ?, updated_at = ? WHERE seq = ?`,
-			p.name, p.active, p.policy, p.routing, p.version, p.updatedAt, p.seq)
-		return auditEvent{"project.change", p.id, diffAuditFields(was.auditFields(), p.auditFields())}, mapUniqueViolation(err)
-	})
-	return p, err
-}
-
-// deleteProject takes a project out of use for good: it becomes inactive, its
-// tokens are revoked, its provider keys are wiped, its name is free again. Its
-// rows stay, for the ledger names them. Deleting twice is errNotFound.
-func (s *store) deleteProject(ctx context.Context, by auditOrigin, id string, version, now int64) (p projectRow, err error) {
-	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		err := p.scan(tx.QueryRowContext(ctx, `
+		event = auditEvent{"project.delete", id, []auditField{{"name", p.name}}}
+		if p, err = queryRow(ctx, tx, (*projectRow).columns, `
 			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1,
 				name = name || ' (deleted ' || id || ')'
-			WHERE id = ?2 AND deleted_at IS NULL AND (?3 = 0 OR version = ?3)
-			RETURNING `+projectColumns, now, id, version))
-		if err == errNotFound && version != 0 {
-			return auditEvent{}, staleOrMissing(ctx, tx, `SELECT 1 FROM projects WHERE id = ? AND deleted_at IS NULL`, id)
+			WHERE seq = ?2 RETURNING `+projectColumns, now, p.seq); err != nil {
+			return event, err
 		}
-		if err != nil {
-			return auditEvent{}, err
-		}
-		tokens, err := tx.ExecContext(ctx, `
+		for _, step := range []struct{ name, query string }{{"tokens", `
 			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
-			WHERE project = ?2 AND revoked_at IS NULL`, now, p.seq)
-		if err != nil {
-			return auditEvent{}, err
-		}
-		if _, err := tx.ExecContext(ctx, `
-			UPDATE projects SET version = version + 1, updated_at = ?
-			WHERE deleted_at IS NULL AND seq IN (SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq WHERE u.project = ?)`, now, p.seq); err != nil {
-			return auditEvent{}, err
-		}
-		upstreams, err := tx.ExecContext(ctx, `
+			WHERE project = ?2 AND revoked_at IS NULL`}, {"", `
+			UPDATE projects SET version = version + 1, updated_at = ?1
+			WHERE deleted_at IS NULL AND seq IN (
+				SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq WHERE u.project = ?2)`}, {"upstreams", `
 			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1, updated_at = ?1
-			WHERE project = ?2 AND deleted_at IS NULL`, now, p.seq)
-		if err != nil {
-			return auditEvent{}, err
-		}
-		a := auditEvent{"project.delete", id, []auditField{{"name", strings.TrimSuffix(p.name, " (deleted "+id+")")}}}
-		for _, part := range []struct {
-			name string
-			res  sql.Result
-		}{{"tokens", tokens}, {"upstreams", upstreams}} {
-			n, err := part.res.RowsAffected()
+			WHERE project = ?2 AND deleted_at IS NULL`},
+		} {
+			n, err := execCount(ctx, tx, "deleting a project", step.query, now, p.seq)
 			if err != nil {
-				return auditEvent{}, err
+				return event, err
 			}
-			a.detail = append(a.detail, auditField{part.name, n})
+			if step.name != "" {
+				event.detail = append(event.detail, auditField{step.name, n})
+			}
 		}
-		return a, nil
+		return event, nil
 	})
 	return p, err
 }
 
-// staleOrMissing tells why a conditional change met no row.
-func staleOrMissing(ctx context.Context, tx *sql.Tx, query string, id string) error {
-	var one int
-	if err := tx.QueryRowContext(ctx, query, id).Scan(&one); err != nil {
-		return mapNoRows(err)
-	}
-	return errStale
-}
-
-func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
-	err := tx.QueryRowContext(ctx, `
-		INSERT INTO upstreams (id, project, name, provider, base_url, sealed_key, key_hint, organization, openai_project,
-			weight, priority, models, rewrite, settings, is_active, created_at, updated_at)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-		RETURNING seq, version`,
-		u.id, u.project, u.name, u.provider, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
-		u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.createdAt, u.updatedAt).Scan(&u.seq, &u.version)
-	if err != nil {
-		return err
-	}
-	return u.saveSharing(ctx, tx, u.createdAt)
-}
-
-// addUpstream stores a new upstream of the project with u.project, and bumps
-// the project's version: what the project does has changed.
-func (s *store) addUpstream(ctx context.Context, by auditOrigin, u *upstreamRow, now int64) error {
-	return s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
+// addUpstream stores a new upstream of the project with seq u.project. It bumps the project's version, because what the
+// project does has changed.
+func (s *store) addUpstream(ctx context.Context, origin auditOrigin, u *upstreamRow, now int64) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		if err := bumpProjectVersion(ctx, tx, u.project, now); err != nil {
 			return auditEvent{}, err
 		}
@@ -239,152 +210,101 @@ func (s *store) addUpstream(ctx context.Context, by auditOrigin, u *upstreamRow,
 	})
 }
 
-// auditEvent is what happened to an upstream that had the facts before, nil if it is
-// new.
-func (u *upstreamRow) auditEvent(action string, before []auditField) auditEvent {
-	return auditEvent{action, u.id, append([]auditField{{"project_id", u.projectID}}, diffAuditFields(before, u.auditFields())...)}
+func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
+	u.version = 1
+	err := tx.QueryRowContext(ctx, `
+		INSERT INTO upstreams (id, project, provider, created_at, `+upstreamEditable+`)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+		append([]any{u.id, u.project, u.provider, u.createdAt}, u.editable()...)...).Scan(&u.seq)
+	if err != nil {
+		return err
+	}
+	return u.saveSharing(ctx, tx, u.createdAt)
 }
 
-// bumpProjectVersion bumps a project's version, or returns errNotFound if it was
-// deleted: it must not get a key that nobody wipes any more.
+// bumpProjectVersion bumps a project's version. It returns errNotFound if the project is deleted: such a project must
+// not get a key, because nobody would wipe it any more.
 func bumpProjectVersion(ctx context.Context, tx *sql.Tx, project, now int64) error {
 	return mapNoRows(tx.QueryRowContext(ctx, `
-		UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ? AND deleted_at IS NULL RETURNING seq`, now, project).Scan(&project))
+		UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ? AND deleted_at IS NULL RETURNING seq`,
+		now, project).Scan(&project))
 }
 
-// projectUpstreams returns a project's upstreams in the order in which they are
-// preferred: priority, then age.
+// projectUpstreams returns a project's own upstreams in the order of preference: priority, then age.
 func (s *store) projectUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
-		WHERE u.project = ? AND u.deleted_at IS NULL ORDER BY u.priority, u.seq LIMIT 1000`, project)
-	if err != nil {
-		return nil, fmt.Errorf("listing upstreams: %w", err)
-	}
-	defer rows.Close()
-	var out []upstreamRow
-	for rows.Next() {
-		var u upstreamRow
-		if err := u.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing upstreams: %w", err)
-		}
-		out = append(out, u)
-	}
-	return out, rows.Err()
+	return collect(ctx, s.readDB, "listing upstreams", (*upstreamRow).columns, selectUpstreams+`
+		WHERE project = ? AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
 }
 
-func (s *store) upstreamByID(ctx context.Context, projectID, id string) (u upstreamRow, err error) {
-	err = u.scan(s.readDB.QueryRowContext(ctx, `
-		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
-		WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID))
-	return u, err
+// usableUpstreams returns the upstreams that a project's calls may use, its own and those shared with it, in the order
+// of preference.
+func (s *store) usableUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
+	return collect(ctx, s.readDB, "listing a project's upstreams", (*upstreamRow).columns, selectUpstreams+`
+		WHERE seq IN (SELECT seq FROM upstreams WHERE project = ?1 UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
+			AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
 }
 
-// changeUpstream is changeProject for upstreams. change may also mark the row
-// as deleted, by returning true.
-func (s *store) changeUpstream(ctx context.Context, by auditOrigin, projectID, id string, version, now int64, change func(*upstreamRow) (bool, error)) (u upstreamRow, err error) {
-	err = s.withAuditedTx(ctx, by, func(tx *sql.Tx) (auditEvent, error) {
-		if err := u.scan(tx.QueryRowContext(ctx, `
-			SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
-			WHERE u.id = ? AND p.id = ? AND u.deleted_at IS NULL AND p.deleted_at IS NULL`, id, projectID)); err != nil {
-			return auditEvent{}, err
-		}
-		if version != 0 && version != u.version {
-			return auditEvent{}, errStale
-		}
-		was := u
-		deleted, err := change(&u)
-		if err != nil {
-			return auditEvent{}, err
-		}
-		var deletedAt *int64
-		action := "upstream.change"
+func (s *store) upstreamByID(ctx context.Context, projectID, id string) (upstreamRow, error) {
+	return upstreamByID(ctx, s.readDB, projectID, id)
+}
+
+func upstreamByID(ctx context.Context, db querier, projectID, id string) (upstreamRow, error) {
+	return queryRow(ctx, db, (*upstreamRow).columns, selectUpstreams+`
+		WHERE id = ? AND deleted_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ? AND deleted_at IS NULL)`, id, projectID)
+}
+
+// changeUpstream is changeRow for an upstream. edit may also delete it, by returning true.
+func (s *store) changeUpstream(ctx context.Context, origin auditOrigin, projectID, id string, version, now int64,
+	edit func(*upstreamRow) (deleted bool, err error)) (upstreamRow, error) {
+	action, deletedAt := "upstream.change", (*int64)(nil)
+	load := func(tx *sql.Tx) (upstreamRow, error) { return upstreamByID(ctx, tx, projectID, id) }
+	editOrDelete := func(u *upstreamRow) error {
+		deleted, err := edit(u)
 		if deleted {
-			deletedAt, action = &now, "upstream.delete"
+			action, deletedAt = "upstream.delete", &now
 		}
-		u.version, u.updatedAt = u.version+1, now
+		return err
+	}
+	return changeRow(ctx, s, origin, version, now, load, editOrDelete, func(tx *sql.Tx, old, u *upstreamRow) (auditEvent, error) {
 		if _, err := tx.ExecContext(ctx, `
-			UPDATE upstreams SET name = ?, base_url = ?, sealed_key = ?, key_hint = ?, organization = ?, openai_project = ?,
-				weight = ?, priority = ?, models = ?, rewrite = ?, settings = ?, is_active = ?, version = ?, updated_at = ?, deleted_at = ?
-			WHERE seq = ?`,
-			u.name, u.baseURL, u.sealedKey, u.keyHint, u.organization, u.openaiProject,
-			u.weight, u.priority, u.models, u.rewrite, u.settings, u.active, u.version, u.updatedAt, deletedAt, u.seq); err != nil {
+			UPDATE upstreams SET (`+upstreamEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+			append(u.editable(), deletedAt, u.seq)...); err != nil {
 			return auditEvent{}, err
 		}
 		if err := u.saveSharing(ctx, tx, now); err != nil {
 			return auditEvent{}, err
 		}
-		return u.auditEvent(action, was.auditFields()), bumpProjectVersion(ctx, tx, u.project, now)
+		return u.auditEvent(action, old.auditFields()), bumpProjectVersion(ctx, tx, u.project, now)
 	})
-	return u, err
 }
 
-// sharedWithColumn is the list of projects that an upstream u is shared with, as
-// JSON.
-const sharedWithColumn = `(SELECT json_group_array(id) FROM (
-		SELECT o.id FROM upstream_shares s JOIN projects o ON o.seq = s.project
-		WHERE s.upstream = u.seq AND o.deleted_at IS NULL ORDER BY o.id))`
-
-// usableUpstreams returns the upstreams that a project's calls may go to, its
-// own and those shared with it, in the order in which they are preferred.
-func (s *store) usableUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT `+upstreamColumns+` FROM upstreams u JOIN projects p ON p.seq = u.project
-		WHERE u.seq IN (SELECT seq FROM upstreams WHERE project = ?1 UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
-			AND u.deleted_at IS NULL
-		ORDER BY u.priority, u.seq LIMIT 1000`, project)
-	if err != nil {
-		return nil, fmt.Errorf("listing a project's upstreams: %w", err)
-	}
-	defer rows.Close()
-	var out []upstreamRow
-	for rows.Next() {
-		var u upstreamRow
-		if err := u.scan(rows); err != nil {
-			return nil, fmt.Errorf("listing a project's upstreams: %w", err)
-		}
-		out = append(out, u)
-	}
-	return out, rows.Err()
+// sharedProjects returns the seqs of the projects that an upstream is shared with.
+func (s *store) sharedProjects(ctx context.Context, upstream int64) ([]int64, error) {
+	return collect(ctx, s.readDB, "reading with whom an upstream is shared", func(seq *int64) []any { return []any{seq} },
+		`SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
 }
 
-// sharedProjects returns the projects that an upstream is shared with.
-func (s *store) sharedProjects(ctx context.Context, upstream int64) (seqs []int64, err error) {
-	rows, err := s.readDB.QueryContext(ctx, `SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
-	if err != nil {
-		return nil, fmt.Errorf("reading whom an upstream is shared with: %w", err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var seq int64
-		if err := rows.Scan(&seq); err != nil {
-			return nil, fmt.Errorf("reading whom an upstream is shared with: %w", err)
-		}
-		seqs = append(seqs, seq)
-	}
-	return seqs, rows.Err()
-}
-
-// saveSharing writes whom an upstream is shared with, and bumps the versions of all
-// projects that this or another change of it concerns.
+// saveSharing writes with which projects an upstream is shared, and bumps the versions of all projects that had the
+// upstream before or have it now.
 func (u *upstreamRow) saveSharing(ctx context.Context, tx *sql.Tx, now int64) error {
 	if err := bumpSharedVersions(ctx, tx, u.seq, now); err != nil {
 		return err
 	}
 	var ids []string
 	if err := json.Unmarshal([]byte(u.sharedWith), &ids); err != nil {
-		return fmt.Errorf("whom upstream %s is shared with: %w", u.id, err)
+		return fmt.Errorf("reading with whom upstream %s is shared: %w", u.id, err)
 	}
 	if _, err := tx.ExecContext(ctx, `DELETE FROM upstream_shares WHERE upstream = ?`, u.seq); err != nil {
 		return err
 	}
 	for _, id := range ids {
-		res, err := tx.ExecContext(ctx, `
-			INSERT INTO upstream_shares (upstream, project) SELECT ?1, seq FROM projects WHERE id = ?2 AND deleted_at IS NULL AND seq <> ?3`, u.seq, id, u.project)
+		n, err := execCount(ctx, tx, "sharing an upstream", `
+			INSERT INTO upstream_shares (upstream, project)
+			SELECT ?1, seq FROM projects WHERE id = ?2 AND deleted_at IS NULL AND seq <> ?3`, u.seq, id, u.project)
 		if err != nil {
 			return err
 		}
-		if n, err := res.RowsAffected(); err != nil || n != 1 {
+		if n != 1 {
 			return &fieldError{"shared_with", "names " + clip(id, 64) + ", which is no other project"}
 		}
 	}

@@ -1,50 +1,40 @@
-// SQL that adds up sums. They never touch the ledger's rows.
+// This file has the SQL for reports: it adds up the sums that the ledger keeps. It reads single calls only where there is
+// no sum for what is asked, and then a bounded number of them. It writes nothing.
 package main
 
 import (
 	"cmp"
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 )
 
-// A usageQuery says which sums are added up, and by what.
+// A usageQuery says which sums to add up, and how to group them.
 type usageQuery struct {
 	interval                                           string // hour, day, month or total
+	hourly                                             bool   // read hours even where days would do: from is not midnight
+	totalsOnly                                         bool   // only calls, tokens and cost are needed
 	from, to                                           int64  // unix milliseconds: from <= start of the hour or day < to
 	project, token                                     string // ids, "" for all
 	byProject, byToken, byModel, byEndpoint, byOutcome bool
-	limit                                              int // of groups, and of projects and tokens that are looked at
+	limit                                              int // of groups, and of projects and tokens that are read
 }
 
-// A timeRange is a span of time whose sums are added up into one: all of it, or a
-// month. Within hours and days the rows themselves say.
-type timeRange struct{ from, to, at int64 }
-
-func (q *usageQuery) timeRanges() (out []timeRange) {
-	if q.interval != "month" {
-		return []timeRange{{q.from, q.to, 0}}
-	}
-	for t := time.UnixMilli(q.from).UTC(); t.UnixMilli() < q.to; {
-		next := time.Date(t.Year(), t.Month()+1, 1, 0, 0, 0, 0, time.UTC)
-		out = append(out, timeRange{t.UnixMilli(), min(next.UnixMilli(), q.to), t.UnixMilli()})
-		t = next
-	}
-	return out
-}
-
-// A usageKey is what a line of the answer is about; what it is not grouped by is
-// zero.
+// A usageKey names a group; fields by which the query does not group are zero.
 type usageKey struct {
-	at                       int64
-	projectID, projectName   string
-	tokenID, tokenName       string
-	model, endpoint, outcome string
+	at                     int64
+	projectSeq             int64
+	projectDeleted         bool
+	projectID, projectName string
+	tokenID, tokenName     string
+	usageLabels
 }
+
+// usageLabels are the columns of usage_sums by which a query may group.
+type usageLabels struct{ model, endpoint, outcome string }
 
 type usageRow struct {
 	usageKey
@@ -59,10 +49,9 @@ func (k *usageKey) compare(o *usageKey) int {
 
 var errTooManyRows = errors.New("too many rows")
 
-// usage adds up sums, or returns errTooManyRows. For each project, or each token
-// where single tokens matter, it reads one range of the table's own order, in
-// which SQLite adds up as it goes: sorting them all together costs many times
-// as much.
+// usage adds up sums, or returns errTooManyRows. For each project, or each token where single tokens matter, it reads one
+// range in the table's own order, in which SQLite adds up as it reads: sorting all rows together costs many times as
+// much.
 func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	scopes, err := s.usageScopes(ctx, &q)
 	if err != nil {
@@ -75,22 +64,18 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	}
 	defer st.Close()
 	groups := map[usageKey]*usageSum{}
-	periods := q.timeRanges()
 	for i := range scopes {
-		if len(groups) > q.limit {
-			return nil, errTooManyRows
-		}
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		for _, p := range periods {
-			if err := q.sumRange(st, grain, &scopes[i], p, groups); err != nil {
+		for _, r := range q.timeRanges() {
+			if err := q.sumRange(st, grain, &scopes[i], r, groups); err != nil {
 				return nil, fmt.Errorf("adding up usage: %w", err)
 			}
 		}
-	}
-	if len(groups) > q.limit {
-		return nil, errTooManyRows
+		if len(groups) > q.limit {
+			return nil, errTooManyRows
+		}
 	}
 	out := make([]usageRow, 0, len(groups))
 	for k, v := range groups {
@@ -100,87 +85,113 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	return out, nil
 }
 
-// statement returns the statement that reads no finer than it must, and the
-// grain to read.
+// A timeRange is a span of time whose sums are added up into one. at is its start in the answer, 0 where the rows
+// themselves have one.
+type timeRange struct{ from, to, at int64 }
+
+func (q *usageQuery) timeRanges() (out []timeRange) {
+	if q.interval != "month" {
+		return []timeRange{{q.from, q.to, 0}}
+	}
+	for t := time.UnixMilli(q.from).UTC(); t.UnixMilli() < q.to; {
+		next := time.Date(t.Year(), t.Month()+1, 1, 0, 0, 0, 0, time.UTC)
+		out = append(out, timeRange{t.UnixMilli(), min(next.UnixMilli(), q.to), t.UnixMilli()})
+		t = next
+	}
+	return out
+}
+
+// ofAll reports whether the sums of all projects together, project 0, answer the query.
+func (q *usageQuery) ofAll() bool {
+	return q.project == "" && q.token == "" && !q.byProject && !q.byToken
+}
+
+// statement returns the statement that reads no finer than it must, and the grain to read.
 func (q *usageQuery) statement() (text, grain string) {
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
 			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us)
-		FROM usage_sums WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ? `
-	if grain = "day"; q.interval == "hour" {
+		FROM usage_sums WHERE grain = ?1 AND project = ?2 AND token = ?3 AND at >= ?4 AND at < ?5 `
+	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0
+		FROM project_hours WHERE ?1 = 'hour' AND project = ?2 AND ?3 = 0 AND at >= ?4 AND at < ?5 `
+	if grain = "day"; q.interval == "hour" || q.hourly {
 		grain = "hour"
 	}
-	timed, fine := q.interval == "hour" || q.interval == "day", q.byEndpoint || q.byOutcome
+	byTime, singleTokens := q.interval == "hour" || q.interval == "day", q.byToken || q.token != ""
 	switch {
-	case fine && timed:
+	case (q.byEndpoint || q.byOutcome) && byTime:
 		return `SELECT at, model, endpoint, outcome, ` + sums + `GROUP BY at, model, endpoint, outcome`, grain
-	case fine:
+	case q.byEndpoint || q.byOutcome:
 		return `SELECT 0, model, endpoint, outcome, ` + sums + `GROUP BY model, endpoint, outcome`, grain
-	case q.byModel && timed:
+	case q.byModel && byTime:
 		return `SELECT at, model, '', '', ` + sums + `GROUP BY at, model`, grain
 	case q.byModel:
 		return `SELECT 0, model, '', '', ` + sums + `GROUP BY model`, grain
+	case grain == "hour" && q.totalsOnly && !singleTokens && byTime:
+		return `SELECT at, '', '', '', ` + hours + `GROUP BY at`, grain
+	case grain == "hour" && q.totalsOnly && !singleTokens:
+		return `SELECT 0, '', '', '', ` + hours + `GROUP BY project`, grain
 	}
-	if grain == "day" {
-		grain = "token" // over all models; token 0 is all of the project's
+	if grain == "day" && !q.ofAll() {
+		grain = "token" // days over all models; token 0 is all of the project's
 	}
-	if timed {
+	if byTime {
 		return `SELECT at, '', '', '', ` + sums + `GROUP BY at`, grain
 	}
 	return `SELECT 0, '', '', '', ` + sums + `GROUP BY grain`, grain
 }
 
-// A usageScope is a project, or one of its tokens, whose sums are read.
-type usageScope struct {
-	project, token int64 // token 0: all of the project's together
-	usageKey             // its ids and names
-}
-
-// sumRange adds a scope's sums of a period to the groups. It reads one short range
-// and cannot be cancelled: for what can, the driver starts a goroutine a time.
-func (q *usageQuery) sumRange(st *sql.Stmt, grain string, sc *usageScope, p timeRange, groups map[usageKey]*usageSum) error {
-	rows, err := st.QueryContext(context.Background(), grain, sc.project, sc.token, p.from, p.to)
+// sumRange adds a scope's sums in a range of time to the groups. It reads one short range and cannot be cancelled: for a
+// query that can be, the driver starts a goroutine each time.
+func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r timeRange, groups map[usageKey]*usageSum) error {
+	rows, err := st.QueryContext(context.Background(), grain, scope.projectSeq, scope.tokenSeq, r.from, r.to)
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
-	base := usageKey{}
+	var base usageKey
 	if q.byProject {
-		base.projectID, base.projectName = sc.projectID, sc.projectName
+		base = scope.usageKey
 	}
+	base.tokenID, base.tokenName = "", ""
 	if q.byToken {
-		base.tokenID, base.tokenName = sc.tokenID, sc.tokenName
+		base.tokenID, base.tokenName = scope.tokenID, scope.tokenName
 	}
 	for rows.Next() {
-		var v usageSum
 		var at int64
-		var model, endpoint, outcome string
-		if err := rows.Scan(&at, &model, &endpoint, &outcome, &v.calls, &v.input, &v.cached, &v.output, &v.reasoning,
-			&v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS); err != nil {
+		var labels usageLabels
+		var v usageSum
+		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &v.calls, &v.input, &v.cached, &v.output,
+			&v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS); err != nil {
 			return err
 		}
 		k := base
-		k.at = p.at + at // one of them is 0
+		k.at = r.at + at // one of them is 0
 		if q.byModel {
-			k.model = model
+			k.model = labels.model
 		}
 		if q.byEndpoint {
-			k.endpoint = endpoint
+			k.endpoint = labels.endpoint
 		}
 		if q.byOutcome {
-			k.outcome = outcome
+			k.outcome = labels.outcome
 		}
-		if g := groups[k]; g != nil {
-			g.merge(v)
-		} else {
-			groups[k] = &v
-		}
+		getOrInsert(groups, k).merge(v)
 	}
 	return rows.Err()
 }
 
-// usedTokensCTE lists the tokens of the project with id ?1 ("": of all) that have
-// sums of grain ?2, by going from one to the next in the key's order. A row with
-// token NULL ends each project.
+// A usageScope is a project, or one of its tokens, whose sums are read.
+type usageScope struct {
+	tokenSeq int64 // 0: all of the project's together
+	usageKey       // the ids and names of both
+}
+
+func (c *usageScope) columns() []any {
+	return []any{&c.projectSeq, &c.tokenSeq, &c.projectID, &c.projectName, &c.projectDeleted, &c.tokenID, &c.tokenName}
+}
+
+// usedTokensCTE lists the tokens of the project with id ?1 ("": of all) that have sums of grain ?2, by stepping from one to
+// the next in the key's order. A row with token NULL ends each project.
 const usedTokensCTE = `
 	WITH RECURSIVE used (project, token) AS (
 		SELECT p.seq, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = p.seq AND token > 0)
@@ -189,410 +200,197 @@ const usedTokensCTE = `
 		SELECT u.project, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = u.project AND token > u.token)
 		FROM used u WHERE u.token IS NOT NULL)`
 
-// usageScopes lists what a query reads. Deleted projects are among it.
+// usageScopes lists what a query reads, deleted projects included.
 func (s *store) usageScopes(ctx context.Context, q *usageQuery) ([]usageScope, error) {
-	query := `SELECT seq, 0, id, name, '', '' FROM projects WHERE ?1 = '' OR id = ?1 LIMIT ?2`
-	args := []any{q.project, q.limit + 1}
+	const names = `p.id, p.name, p.deleted_at IS NOT NULL, `
+	query := `SELECT p.seq, 0, ` + names + `'', '' FROM projects p WHERE ?1 = '' OR p.id = ?1 LIMIT ?3`
+	args := []any{q.project, q.token, q.limit + 1}
 	switch {
+	case q.ofAll():
+		return []usageScope{{}}, nil
 	case q.token != "":
-		query = `SELECT p.seq, t.seq, p.id, p.name, t.id, t.name FROM tokens t JOIN projects p ON p.seq = t.project
-			WHERE t.id = ?3 AND (?1 = '' OR p.id = ?1) LIMIT ?2`
-		args = append(args, q.token)
+		query = `SELECT p.seq, t.seq, ` + names + `t.id, t.name FROM tokens t JOIN projects p ON p.seq = t.project
+			WHERE t.id = ?2 AND (?1 = '' OR p.id = ?1) LIMIT ?3`
 	case q.byToken:
-		query = usedTokensCTE + ` SELECT p.seq, t.seq, p.id, p.name, t.id, t.name
+		query = usedTokensCTE + ` SELECT p.seq, t.seq, ` + names + `t.id, t.name
 			FROM used u JOIN projects p ON p.seq = u.project JOIN tokens t ON t.seq = u.token LIMIT ?3`
-		args = []any{q.project, "token", q.limit + 1}
+		args[1] = "token"
 	}
-	rows, err := s.readDB.QueryContext(ctx, query, args...)
-	if err != nil {
-		return nil, fmt.Errorf("listing whose usage to add up: %w", err)
+	out, err := collect(ctx, s.readDB, "listing whose usage to add up", (*usageScope).columns, query, args...)
+	if err == nil && len(out) > q.limit {
+		err = errTooManyRows
 	}
-	defer rows.Close()
-	var out []usageScope
-	for rows.Next() {
-		var sc usageScope
-		if err := rows.Scan(&sc.project, &sc.token, &sc.projectID, &sc.projectName, &sc.tokenID, &sc.tokenName); err != nil {
-			return nil, fmt.Errorf("listing whose usage to add up: %w", err)
-		}
-		out = append(out, sc)
-	}
-	if len(out) > q.limit {
-		return nil, errTooManyRows
-	}
-	return out, rows.Err()
+	return out, err
 }
 
-// An hourKey names a row of project_hours.
-type hourKey struct{ project, at int64 }
-
-// An hourSum is what a row of project_hours adds up.
-type hourSum struct {
-	calls, input, output, cost, unpriced int64
-	errors                               [errorClassCount]int64
-	firstByteLatency, totalLatency       latencyHistogram
-}
-
-// hourColumnCount is how many columns an hourSum fills.
-const hourColumnCount = 5 + errorClassCount + 2*latencyBuckets
-
-const errorClassCount = 4
-
-// errorColumnClasses are the columns of errors, in their order.
-func errorColumnClasses() [errorClassCount]errorClass {
-	return [...]errorClass{errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
-}
-
-// add counts a call. s is what the call alone adds to usage_sums.
-func (h *hourSum) add(r *requestRow) {
-	var s usageSum
-	s.add(r)
-	h.calls, h.input, h.output, h.cost, h.unpriced = h.calls+1, h.input+s.input, h.output+s.output, h.cost+s.cost, h.unpriced+s.unpriced
-	class := r.errorClass()
-	for i, c := range errorColumnClasses() {
-		if c == class {
-			h.errors[i]++
-		}
-	}
-	if r.outcome == outcomeOK && r.attempts > 0 && r.firstByteUS >= 0 {
-		h.firstByteLatency.observe(r.firstByteUS)
-		h.totalLatency.observe(r.totalUS)
-	}
-}
-
-func (h *hourSum) merge(o *hourSum) {
-	to := h.columnPtrs()
-	for i, v := range o.columnPtrs() {
-		*to[i] += *v
-	}
-}
-
-// columnPtrs returns where the values of h stand, in the order of the statements.
-func (h *hourSum) columnPtrs() [hourColumnCount]*int64 {
-	c := [hourColumnCount]*int64{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced}
-	n := 5
-	for i := range h.errors {
-		c[n], n = &h.errors[i], n+1
-	}
-	for i := range h.firstByteLatency {
-		c[n], c[n+latencyBuckets] = &h.firstByteLatency[i], &h.totalLatency[i]
-		n++
-	}
-	return c
-}
-
-// insertArgs are what hourStatement takes.
-func (h *hourSum) insertArgs(k hourKey) []driver.Value {
-	out := append(make([]driver.Value, 0, 2+hourColumnCount), k.project, k.at)
-	for _, v := range h.columnPtrs() {
-		out = append(out, *v)
-	}
-	return out
-}
-
-const hourStatement = `
-	INSERT INTO project_hours (project, at,
-		calls, input_tokens, output_tokens, cost, unpriced_calls, caller_errors, policy_errors, provider_errors, proxy_errors, f10,
-		f16, f25, f40, f63, f100, f160, f250, f400, f630, f1000, f1600, f2500, f4000, f6300, f10000, f16000, f25000, f40000, f63000,
-		f100000, f_more, t10, t16, t25, t40, t63, t100, t160, t250, t400, t630, t1000, t1600, t2500, t4000, t6300, t10000, t16000,
-		t25000, t40000, t63000, t100000, t_more)
-	VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-	ON CONFLICT DO UPDATE SET
-		calls = calls + excluded.calls, input_tokens = input_tokens + excluded.input_tokens,
-		output_tokens = output_tokens + excluded.output_tokens, cost = cost + excluded.cost,
-		unpriced_calls = unpriced_calls + excluded.unpriced_calls, caller_errors = caller_errors + excluded.caller_errors,
-		policy_errors = policy_errors + excluded.policy_errors, provider_errors = provider_errors + excluded.provider_errors,
-		proxy_errors = proxy_errors + excluded.proxy_errors, f10 = f10 + excluded.f10, f16 = f16 + excluded.f16,
-		f25 = f25 + excluded.f25, f40 = f40 + excluded.f40, f63 = f63 + excluded.f63, f100 = f100 + excluded.f100,
-		f160 = f160 + excluded.f160, f250 = f250 + excluded.f250, f400 = f400 + excluded.f400, f630 = f630 + excluded.f630,
-		f1000 = f1000 + excluded.f1000, f1600 = f1600 + excluded.f1600, f2500 = f2500 + excluded.f2500, f4000 = f4000 + excluded.f4000,
-		f6300 = f6300 + excluded.f6300, f10000 = f10000 + excluded.f10000, f16000 = f16000 + excluded.f16000,
-		f25000 = f25000 + excluded.f25000, f40000 = f40000 + excluded.f40000, f63000 = f63000 + excluded.f63000,
-		f100000 = f100000 + excluded.f100000, f_more = f_more + excluded.f_more, t10 = t10 + excluded.t10, t16 = t16 + excluded.t16,
-		t25 = t25 + excluded.t25, t40 = t40 + excluded.t40, t63 = t63 + excluded.t63, t100 = t100 + excluded.t100,
-		t160 = t160 + excluded.t160, t250 = t250 + excluded.t250, t400 = t400 + excluded.t400, t630 = t630 + excluded.t630,
-		t1000 = t1000 + excluded.t1000, t1600 = t1600 + excluded.t1600, t2500 = t2500 + excluded.t2500, t4000 = t4000 + excluded.t4000,
-		t6300 = t6300 + excluded.t6300, t10000 = t10000 + excluded.t10000, t16000 = t16000 + excluded.t16000,
-		t25000 = t25000 + excluded.t25000, t40000 = t40000 + excluded.t40000, t63000 = t63000 + excluded.t63000,
-		t100000 = t100000 + excluded.t100000, t_more = t_more + excluded.t_more`
-
-const hourSumColumns = `
-		coalesce(sum(calls), 0), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), coalesce(sum(cost), 0),
-		coalesce(sum(unpriced_calls), 0), coalesce(sum(caller_errors), 0), coalesce(sum(policy_errors), 0),
-		coalesce(sum(provider_errors), 0), coalesce(sum(proxy_errors), 0), coalesce(sum(f10), 0), coalesce(sum(f16), 0),
-		coalesce(sum(f25), 0), coalesce(sum(f40), 0), coalesce(sum(f63), 0), coalesce(sum(f100), 0), coalesce(sum(f160), 0),
-		coalesce(sum(f250), 0), coalesce(sum(f400), 0), coalesce(sum(f630), 0), coalesce(sum(f1000), 0), coalesce(sum(f1600), 0),
-		coalesce(sum(f2500), 0), coalesce(sum(f4000), 0), coalesce(sum(f6300), 0), coalesce(sum(f10000), 0), coalesce(sum(f16000), 0),
-		coalesce(sum(f25000), 0), coalesce(sum(f40000), 0), coalesce(sum(f63000), 0), coalesce(sum(f100000), 0),
-		coalesce(sum(f_more), 0), coalesce(sum(t10), 0), coalesce(sum(t16), 0), coalesce(sum(t25), 0), coalesce(sum(t40), 0),
-		coalesce(sum(t63), 0), coalesce(sum(t100), 0), coalesce(sum(t160), 0), coalesce(sum(t250), 0), coalesce(sum(t400), 0),
-		coalesce(sum(t630), 0), coalesce(sum(t1000), 0), coalesce(sum(t1600), 0), coalesce(sum(t2500), 0), coalesce(sum(t4000), 0),
-		coalesce(sum(t6300), 0), coalesce(sum(t10000), 0), coalesce(sum(t16000), 0), coalesce(sum(t25000), 0),
-		coalesce(sum(t40000), 0), coalesce(sum(t63000), 0), coalesce(sum(t100000), 0), coalesce(sum(t_more), 0)`
-
-// sumHours adds up the hours of a project, or of all together (project 0), that
-// begin in from <= at < to.
-func (s *store) sumHours(ctx context.Context, project, from, to int64) (*hourSum, error) {
-	h := &hourSum{}
-	if err := s.readDB.QueryRowContext(ctx, `SELECT `+hourSumColumns+` FROM project_hours WHERE project = ? AND at >= ? AND at < ?`,
-		project, from, to).Scan(h.scanTargets()...); err != nil {
-		return nil, fmt.Errorf("adding up hours: %w", err)
-	}
-	return h, nil
-}
-
-func (h *hourSum) scanTargets() []any {
-	out := make([]any, 0, hourColumnCount)
-	for _, v := range h.columnPtrs() {
-		out = append(out, v)
-	}
-	return out
-}
-
-// deleteOldHours deletes the hours of up to limit projects from before a time, and
-// returns how many rows went.
-func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (int64, error) {
-	res, err := s.writeDB.ExecContext(ctx, `
-		DELETE FROM project_hours WHERE at < ?1 AND project IN (
-			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
-			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`, before, limit)
-	if err != nil {
-		return 0, fmt.Errorf("deleting old hours: %w", err)
-	}
-	return res.RowsAffected()
-}
-
-// An usageTotals is what charts are made of.
+// usageTotals is what charts show.
 type usageTotals struct{ calls, tokens, cost int64 }
 
-func (a *usageTotals) add(o usageTotals) {
-	a.calls += o.calls
-	a.tokens += o.tokens
-	a.cost += o.cost
+func (t *usageTotals) add(o usageTotals) {
+	t.calls += o.calls
+	t.tokens += o.tokens
+	t.cost += o.cost
 }
 
-// An usageShare is the part of a project, token, model or endpoint in an amount.
+func (s *usageSum) totals() usageTotals { return usageTotals{s.calls, s.input + s.output, s.cost} }
+
+// A usageShare is the part of a total that a project, token, model or endpoint has.
 type usageShare struct {
 	seq             int64  // of a project
-	id, name, label string // label is of a token its project's name, of a project "deleted" if it is
+	id, name, label string // label is "deleted" for a deleted project, and a token's project name
 	usageTotals
 }
 
-// An usagePoint is an amount at a time, of a model or, where there is none, of all.
-type usagePoint struct {
-	at    int64
-	model string
-	usageTotals
+func (v *usageShare) columns() []any {
+	return []any{&v.seq, &v.id, &v.name, &v.label, &v.calls, &v.tokens, &v.cost}
 }
 
-// hourSumsByStep adds up the hours of a project, or of all together (0), in steps of
-// length ms from from on, until to.
-func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length int64) ([]hourSum, error) {
-	st, err := s.readDB.PrepareContext(ctx, `SELECT `+hourSumColumns+` FROM project_hours WHERE project = ? AND at >= ? AND at < ?`)
-	if err != nil {
-		return nil, fmt.Errorf("adding up hours: %w", err)
-	}
-	defer st.Close()
-	var out []hourSum
-	for at := from; at < to; at += length {
-		var h hourSum
-		if err := st.QueryRowContext(ctx, project, at, min(at+length, to)).Scan(h.scanTargets()...); err != nil {
-			return nil, fmt.Errorf("adding up hours: %w", err)
-		}
-		out = append(out, h)
-	}
-	return out, nil
-}
-
-// usagePointsByModel returns what each model has of each hour or day (grain) of a
-// project, or of all together (0).
-func (s *store) usagePointsByModel(ctx context.Context, grain string, project, from, to int64) ([]usagePoint, error) {
-	return scanUsagePoints(s.readDB.QueryContext(ctx, `
-		SELECT at, model, sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
-		WHERE grain = ? AND project = ? AND token = 0 AND at >= ? AND at < ? GROUP BY at, model`, grain, project, from, to))
-}
-
-// hourlyUsagePoints and stepsOfDays return what a project has of each hour or day.
-func (s *store) hourlyUsagePoints(ctx context.Context, project, from, to int64) ([]usagePoint, error) {
-	return scanUsagePoints(s.readDB.QueryContext(ctx, `
-		SELECT at, '', calls, input_tokens + output_tokens, cost FROM project_hours
-		WHERE project = ? AND at >= ? AND at < ?`, project, from, to))
-}
-
-func (s *store) dailyUsagePoints(ctx context.Context, project, from, to int64) ([]usagePoint, error) {
-	return scanUsagePoints(s.readDB.QueryContext(ctx, `
-		SELECT at, '', calls, input_tokens + output_tokens, cost FROM usage_sums
-		WHERE grain = 'token' AND project = ? AND token = 0 AND at >= ? AND at < ?`, project, from, to))
-}
-
-func scanUsagePoints(rows *sql.Rows, err error) ([]usagePoint, error) {
-	if err != nil {
-		return nil, fmt.Errorf("reading steps: %w", err)
-	}
-	defer rows.Close()
-	var out []usagePoint
-	for rows.Next() {
-		var v usagePoint
-		if err := rows.Scan(&v.at, &v.model, &v.calls, &v.tokens, &v.cost); err != nil {
-			return nil, fmt.Errorf("reading steps: %w", err)
-		}
-		out = append(out, v)
-	}
-	return out, rows.Err()
-}
-
-// sharesByEndpoint returns what each endpoint has of a project, or of all (0).
-func (s *store) sharesByEndpoint(ctx context.Context, grain string, project, from, to int64) ([]usageShare, error) {
-	return scanUsageShares(s.readDB.QueryContext(ctx, `
-		SELECT 0, '', endpoint, '', sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
-		WHERE grain = ? AND project = ? AND token = 0 AND at >= ? AND at < ? GROUP BY endpoint`, grain, project, from, to))
-}
-
-// sharesByProjectHours and sharesByProjectDays return what each project has, in
-// no order. One with no calls is not among them.
-func (s *store) sharesByProjectHours(ctx context.Context, from, to int64) ([]usageShare, error) {
-	return scanUsageShares(s.readDB.QueryContext(ctx, `
-		SELECT p.seq, p.id, p.name, iif(p.deleted_at IS NULL, '', 'deleted'), sum(h.calls), sum(h.input_tokens + h.output_tokens), sum(h.cost)
-		FROM projects p CROSS JOIN project_hours h ON h.project = p.seq AND h.at >= ? AND h.at < ? GROUP BY p.seq`, from, to))
-}
-
-func (s *store) sharesByProjectDays(ctx context.Context, from, to int64) ([]usageShare, error) {
-	return scanUsageShares(s.readDB.QueryContext(ctx, `
-		SELECT p.seq, p.id, p.name, iif(p.deleted_at IS NULL, '', 'deleted'), sum(u.calls), sum(u.input_tokens + u.output_tokens), sum(u.cost)
-		FROM projects p CROSS JOIN usage_sums u ON u.grain = 'token' AND u.project = p.seq AND u.token = 0 AND u.at >= ? AND u.at < ?
-		GROUP BY p.seq`, from, to))
-}
-
-// sharesByToken returns what each token of a project has, in no order, or
-// errTooManyRows if more than limit were ever used. id is the project's, "" for all.
-// grain is hour, or token: that is days.
-func (s *store) sharesByToken(ctx context.Context, grain, id string, from, to int64, limit int) ([]usageShare, error) {
-	scopes, err := s.usageScopes(ctx, &usageQuery{project: id, byToken: true, limit: limit})
-	if err != nil {
-		return nil, err
-	}
-	st, err := s.readDB.PrepareContext(ctx, `
-		SELECT coalesce(sum(calls), 0), coalesce(sum(input_tokens + output_tokens), 0), coalesce(sum(cost), 0) FROM usage_sums
-		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND at < ?`)
-	if err != nil {
-		return nil, fmt.Errorf("adding up tokens: %w", err)
-	}
-	defer st.Close()
+// usageShares returns what each token, project or endpoint has, by which of them q groups, in no order. One without calls
+// is not among them.
+func (s *store) usageShares(ctx context.Context, q usageQuery) ([]usageShare, error) {
+	q.interval, q.totalsOnly, q.byProject = "total", true, q.byProject || q.byToken
+	rows, err := s.usage(ctx, q)
 	var out []usageShare
-	for i := range scopes {
-		v := usageShare{id: scopes[i].tokenID, name: scopes[i].tokenName, label: scopes[i].projectName}
-		if err := st.QueryRowContext(ctx, grain, scopes[i].project, scopes[i].token, from, to).Scan(&v.calls, &v.tokens, &v.cost); err != nil {
-			return nil, fmt.Errorf("adding up tokens: %w", err)
+	for i := range rows {
+		r := &rows[i]
+		share := usageShare{usageTotals: r.totals()}
+		switch {
+		case q.byToken:
+			share.id, share.name, share.label = r.tokenID, r.tokenName, r.projectName
+		case q.byProject:
+			share.seq, share.id, share.name = r.projectSeq, r.projectID, r.projectName
+			if r.projectDeleted {
+				share.label = "deleted"
+			}
+		default:
+			share.name = r.endpoint
 		}
-		if v.calls > 0 {
-			out = append(out, v)
-		}
+		out = append(out, share)
 	}
-	return out, nil
+	return out, err
 }
 
-// latestSharesByToken returns what each token has of the latest limit calls of a
-// project (0: of all) with ids from from on and below to.
+// latestSharesByToken returns what each token has of the latest limit calls of a project (0: of all) with from <= id < to.
 func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64, limit int) ([]usageShare, error) {
-	const tokens = `
+	const head = `
 		SELECT 0, t.id, t.name, p.name, c.calls, c.tokens, c.cost FROM (
 			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens, coalesce(sum(cost), 0) AS cost FROM (
 				SELECT token, input_tokens, output_tokens, cost FROM requests `
-	const rest = ` ORDER BY id DESC LIMIT ?4) GROUP BY token) c
+	const tail = ` ORDER BY id DESC LIMIT ?4) GROUP BY token) c
 		JOIN tokens t ON t.seq = c.token JOIN projects p ON p.seq = t.project`
-	if project == 0 {
-		return scanUsageShares(s.readDB.QueryContext(ctx, tokens+`WHERE ?1 = 0 AND id >= ?2 AND id < ?3`+rest, project, from, to, limit))
+	query := head + `WHERE ?1 = 0 AND id >= ?2 AND id < ?3` + tail
+	if project != 0 {
+		query = head + `WHERE project = ?1 AND id >= ?2 AND id < ?3` + tail
 	}
-	return scanUsageShares(s.readDB.QueryContext(ctx, tokens+`WHERE project = ?1 AND id >= ?2 AND id < ?3`+rest, project, from, to, limit))
+	return collect(ctx, s.readDB, "adding up the latest calls", (*usageShare).columns, query, project, from, to, limit)
 }
 
-func scanUsageShares(rows *sql.Rows, err error) ([]usageShare, error) {
-	if err != nil {
-		return nil, fmt.Errorf("reading shares: %w", err)
+// countRequestsSince counts the calls of a project (0: of all) with from <= id, up to limit.
+func (s *store) countRequestsSince(ctx context.Context, project, from int64, limit int) (int64, error) {
+	const head = `SELECT count(*) FROM (SELECT 1 FROM requests `
+	query := head + `WHERE ?1 = 0 AND id >= ?2 LIMIT ?3)`
+	if project != 0 {
+		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3)`
 	}
-	defer rows.Close()
-	var out []usageShare
-	for rows.Next() {
-		var v usageShare
-		if err := rows.Scan(&v.seq, &v.id, &v.name, &v.label, &v.calls, &v.tokens, &v.cost); err != nil {
-			return nil, fmt.Errorf("reading shares: %w", err)
+	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, limit)
+}
+
+// A pastUsage is what ended calls of an endpoint and a requested model have used since some time. requestedModel is ""
+// where models were not tracked.
+type pastUsage struct {
+	endpoint, requestedModel string
+	calls, tokens, nanosUSD  int64
+}
+
+// usageSince adds up what calls that began at from or later have used, of a token or, with token 0, of a whole project.
+// from is the start of an hour (grain "hour") or of a day. Refused calls do not count: they used nothing.
+func (s *store) usageSince(ctx context.Context, grain string, project, token, from int64) ([]pastUsage, error) {
+	return collect(ctx, s.readDB, "reading what a limit has used", func(u *pastUsage) []any {
+		return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.tokens, &u.nanosUSD}
+	}, `SELECT endpoint, asked, sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
+		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND outcome <> 'refused' GROUP BY endpoint, asked`,
+		grain, project, token, from)
+}
+
+// hourSumsByStep adds up the hours of a project, or of all together (0), that begin in from <= at < to, in steps of a length
+// in milliseconds.
+func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length int64) ([]hourSum, error) {
+	out := make([]hourSum, (to-from+length-1)/length)
+	type step struct {
+		index int64
+		hourSum
+	}
+	steps, err := collect(ctx, s.readDB, "adding up hours", func(r *step) []any { return append([]any{&r.index}, r.columns()...) }, `
+		SELECT (at - ?2) / ?4, sum(calls), sum(input_tokens), sum(output_tokens), sum(cost), sum(unpriced_calls),
+			sum(caller_errors), sum(policy_errors), sum(provider_errors), sum(proxy_errors)
+		FROM project_hours WHERE project = ?1 AND at >= ?2 AND at < ?3 GROUP BY 1`, project, from, to, length)
+	if err != nil {
+		return nil, err
+	}
+	for i := range steps {
+		out[steps[i].index] = steps[i].hourSum
+	}
+	type bucket struct{ index, boundMS, firstBytes, answers int64 }
+	buckets, err := collect(ctx, s.readDB, "adding up latency", func(b *bucket) []any {
+		return []any{&b.index, &b.boundMS, &b.firstBytes, &b.answers}
+	}, `SELECT (at - ?2) / ?4, bucket, sum(first_bytes), sum(answers)
+		FROM project_latency WHERE project = ?1 AND at >= ?2 AND at < ?3 GROUP BY 1, 2`, project, from, to, length)
+	bounds := latencyBounds()
+	for _, b := range buckets {
+		i := slices.Index(bounds[:], b.boundMS)
+		if i < 0 {
+			i = len(bounds)
 		}
-		out = append(out, v)
+		out[b.index].firstByteLatency[i] += b.firstBytes
+		out[b.index].totalLatency[i] += b.answers
 	}
-	return out, rows.Err()
+	return out, err
 }
 
-// countRequestsSince counts calls with ids from from on, up to limit.
-func (s *store) countRequestsSince(ctx context.Context, project, from int64, limit int) (n int64, err error) {
-	const counted = `SELECT count(*) FROM (SELECT 1 FROM requests `
-	if project == 0 {
-		err = s.readDB.QueryRowContext(ctx, counted+`WHERE ?1 = 0 AND id >= ?2 LIMIT ?3)`, project, from, limit).Scan(&n)
-	} else {
-		err = s.readDB.QueryRowContext(ctx, counted+`WHERE project = ?1 AND id >= ?2 LIMIT ?3)`, project, from, limit).Scan(&n)
+// sumHours adds up all hours of a project, or of all together (0), that begin in from <= at < to.
+func (s *store) sumHours(ctx context.Context, project, from, to int64) (*hourSum, error) {
+	sums, err := s.hourSumsByStep(ctx, project, from, to, max(to-from, 1))
+	if err != nil || len(sums) == 0 {
+		return &hourSum{}, err
 	}
-	if err != nil {
-		return 0, fmt.Errorf("counting calls: %w", err)
-	}
-	return n, nil
+	return &sums[0], nil
 }
 
-// expiringTokens returns up to limit tokens that expire in from <= t < to, the
-// first to expire first.
-func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) (out []expiringToken, err error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT t.id, t.name, p.name, p.id, t.expires_at FROM tokens t JOIN projects p ON p.seq = t.project
-		WHERE t.revoked_at IS NULL AND t.expires_at >= ? AND t.expires_at < ? AND p.deleted_at IS NULL ORDER BY t.expires_at LIMIT ?`, from, to, limit)
-	if err != nil {
-		return nil, fmt.Errorf("listing tokens that expire: %w", err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var n expiringToken
-		if err := rows.Scan(&n.id, &n.name, &n.project, &n.projectID, &n.expiresAt); err != nil {
-			return nil, fmt.Errorf("listing tokens that expire: %w", err)
-		}
-		out = append(out, n)
-	}
-	return out, rows.Err()
+// projectNames returns the ids and names of up to limit projects, by name.
+func (s *store) projectNames(ctx context.Context, limit int) ([]usageShare, error) {
+	return collect(ctx, s.readDB, "listing the names of projects", (*usageShare).columns,
+		`SELECT seq, id, name, '', 0, 0, 0 FROM projects WHERE deleted_at IS NULL ORDER BY name LIMIT ?`, limit)
 }
 
-// A expiringToken is a token that deserves a look, and when something happens to it.
+// An expiringToken is a token that expires soon.
 type expiringToken struct {
 	id, name, project, projectID string
 	expiresAt                    int64
 }
 
-// projectNames returns the ids and names of up to limit projects, by name.
-func (s *store) projectNames(ctx context.Context, limit int) ([]usageShare, error) {
-	return scanUsageShares(s.readDB.QueryContext(ctx, `
-		SELECT seq, id, name, '', 0, 0, 0 FROM projects WHERE deleted_at IS NULL ORDER BY name LIMIT ?`, limit))
+// expiringTokens returns up to limit tokens that expire in from <= t < to, the first to expire first.
+func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) ([]expiringToken, error) {
+	return collect(ctx, s.readDB, "listing tokens that expire", func(t *expiringToken) []any {
+		return []any{&t.id, &t.name, &t.project, &t.projectID, &t.expiresAt}
+	}, `SELECT t.id, t.name, p.name, p.id, t.expires_at FROM tokens t JOIN projects p ON p.seq = t.project
+		WHERE t.revoked_at IS NULL AND t.expires_at >= ? AND t.expires_at < ? AND p.deleted_at IS NULL
+		ORDER BY t.expires_at LIMIT ?`, from, to, limit)
 }
 
-// A unhealthyUpstream is an upstream whose key is not well.
+// An unhealthyUpstream is an upstream that is not ready, with the names that an administrator knows.
 type unhealthyUpstream struct {
 	project, projectID, upstream string
 	state, reason                string
 	until, since                 int64
 }
 
-// unhealthyUpstreams returns the upstreams in use that are left out at now, those that
-// need somebody's help first.
+// unhealthyUpstreams returns up to limit upstreams in use that calls skip at now, those that need attention first.
 func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([]unhealthyUpstream, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
+	return collect(ctx, s.readDB, "listing unhealthy upstreams", func(u *unhealthyUpstream) []any {
+		return []any{&u.project, &u.projectID, &u.upstream, &u.state, &u.reason, &u.until, &u.since}
+	}, `SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
 		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream JOIN projects p ON p.seq = u.project
 		WHERE u.deleted_at IS NULL AND u.is_active = 1 AND p.deleted_at IS NULL AND (h.state <> 'cooling' OR h.until > ?)
-		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END, h.changed_at LIMIT ?`, now, limit)
-	if err != nil {
-		return nil, fmt.Errorf("reading which keys are not well: %w", err)
-	}
-	defer rows.Close()
-	var out []unhealthyUpstream
-	for rows.Next() {
-		var v unhealthyUpstream
-		if err := rows.Scan(&v.project, &v.projectID, &v.upstream, &v.state, &v.reason, &v.until, &v.since); err != nil {
-			return nil, fmt.Errorf("reading which keys are not well: %w", err)
-		}
-		out = append(out, v)
-	}
-	return out, rows.Err()
+		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END, h.changed_at
+		LIMIT ?`, now, limit)
 }

@@ -1,16 +1,15 @@
-// SQL that reads single calls of the ledger.
+// This file has the SQL that reads single calls of the ledger, and their stored content. store_ledger.go writes them.
 package main
 
 import (
 	"cmp"
 	"context"
-	"database/sql"
 	"errors"
 	"fmt"
 	"slices"
 )
 
-// A requestView is a row of the ledger with the ids and names of what it names.
+// A requestView is a row of the ledger with the ids and names of the project, token and upstream that it refers to.
 type requestView struct {
 	requestRow
 	projectID, tokenID, upstreamID       string
@@ -32,48 +31,49 @@ const (
 	selectEnded   = `SELECT ` + requestColumns + ` FROM requests r` + requestJoins
 )
 
-func (v *requestView) scan(row interface{ Scan(...any) error }) error {
-	return mapNoRows(row.Scan(&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
+func (v *requestView) columns() []any {
+	return []any{&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
 		&v.projectName, &v.tokenName, &v.upstreamName, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
-		&v.counts.output, &v.counts.reasoning, &v.nullCost, &v.nullFirstByteUS, &v.nullTotalUS, &v.attempts, &v.cache, &v.limitHit, &v.attemptLog))
+		&v.counts.output, &v.counts.reasoning, &v.nullCost, &v.nullFirstByteUS, &v.nullTotalUS, &v.attempts, &v.cache,
+		&v.limitHit, &v.attemptLog}
 }
 
 // requestByID returns a call, running or ended, or errNotFound.
 func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err error) {
 	const ended = selectEnded + `WHERE r.id = ?`
-	for _, query := range [...]string{ended, selectRunning + `WHERE r.batch <= ?1 AND r.id = ?1`, ended} { // it may end in between
-		if err = v.scan(s.readDB.QueryRowContext(ctx, query, id)); !errors.Is(err, errNotFound) {
+	// A call may end between the first two.
+	for _, query := range [...]string{ended, selectRunning + `WHERE r.batch <= ?1 AND r.id = ?1`, ended} {
+		if v, err = queryRow(ctx, s.readDB, (*requestView).columns, query, id); !errors.Is(err, errNotFound) {
 			break
 		}
 	}
 	return v, err
 }
 
-// A requestFilter says which calls a list holds. Ids are a range of time. Empty
-// texts and zeros let all calls through.
+// A requestFilter says which calls a list has. Empty strings and zeros let all calls through.
 type requestFilter struct {
 	project, token           string // ids
 	outcome, model, endpoint string
 	statusFrom, statusTo     int   // statusFrom <= status < statusTo
-	from, before             int64 // ids: from <= id < before
+	from, before             int64 // ids, and so a range of time: from <= id < before
 	limit                    int
 }
 
-// needsScan reports whether the filter asks for more than an index can tell: calls
-// that it does not let through are looked at, then, and may be many.
+// needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are read too, and
+// they may be many.
 func (f *requestFilter) needsScan() bool {
 	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.token != "" && f.project != ""
 }
 
-// maxScannedRequests is how many calls are looked at for one page of a list.
+// maxScannedRequests is how many calls are read for one page of a list.
 const maxScannedRequests = 20_000
 
-// requestsPage returns up to f.limit calls, newest first, and the id before which
-// the list goes on, 0 if it does not. For a filter that few calls pass a page can
-// be short, or empty, and the list still goes on: so that none takes long.
+// requestsPage returns up to f.limit calls, newest first, and the id before which the next page begins, 0 if there is none.
+// For a filter that few calls meet, a page can be short or empty although there is a next one, so that no page takes
+// long.
 func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []requestView, next int64, err error) {
-	limit, first := f.limit, f.from
+	limit, from := f.limit, f.from
 	f.limit++
 	if f.needsScan() {
 		if f.from, err = s.scanStart(ctx, &f, maxScannedRequests); err != nil {
@@ -86,16 +86,16 @@ func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []reque
 	switch {
 	case len(rows) > limit:
 		return rows[:limit], rows[limit-1].id, nil
-	case f.from > first:
+	case f.from > from:
 		return rows, f.from, nil
 	}
 	return rows, 0, nil
 }
 
-// scanStart returns the id of the last of the latest most calls of f's project or
-// token: f.from if there are not so many.
-func (s *store) scanStart(ctx context.Context, f *requestFilter, most int) (from int64, err error) {
-	const head, tail = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `, ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4)`
+// scanStart returns the id of the oldest of the latest limit calls of f's project or token, or f.from if there are fewer.
+func (s *store) scanStart(ctx context.Context, f *requestFilter, limit int) (from int64, err error) {
+	const head = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `
+	const tail = ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4)`
 	query, scope := head+`?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
@@ -104,10 +104,10 @@ func (s *store) scanStart(ctx context.Context, f *requestFilter, most int) (from
 		query, scope = head+`project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
 	}
 	n := 0
-	if err := s.readDB.QueryRowContext(ctx, query, scope, f.from, f.before, most).Scan(&n, &from); err != nil {
+	if err := s.readDB.QueryRowContext(ctx, query, scope, f.from, f.before, limit).Scan(&n, &from); err != nil {
 		return 0, fmt.Errorf("listing calls: %w", err)
 	}
-	if n < most {
+	if n < limit {
 		from = f.from
 	}
 	return from, nil
@@ -119,42 +119,32 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
 	const ofToken, ofProject = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`, `r.project = (SELECT seq FROM projects WHERE id = ?1)`
-	const begun = `r.batch < ?3 AND ` // a note of an earlier call is in no later batch
-	running, ended, scope := selectRunning+`WHERE `+begun+`?1 = ''`+tail, selectEnded+`WHERE ?1 = ''`+tail, ""
+	const fromRunning = selectRunning + `WHERE r.batch < ?3 AND ` // no later batch has an earlier call
+	const fromEnded = selectEnded + `WHERE `
+	running, ended, scope := fromRunning+`?1 = ''`+tail, fromEnded+`?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
-		running, ended, scope = selectRunning+`WHERE `+begun+ofToken+tail, selectEnded+`WHERE `+ofToken+tail, f.token
+		running, ended, scope = fromRunning+ofToken+tail, fromEnded+ofToken+tail, f.token
 	case f.project != "":
-		running, ended, scope = selectRunning+`WHERE `+begun+ofProject+tail, selectEnded+`WHERE `+ofProject+tail, f.project
+		running, ended, scope = fromRunning+ofProject+tail, fromEnded+ofProject+tail, f.project
 	}
-	list := func(out []requestView, query string) ([]requestView, error) {
-		rows, err := s.readDB.QueryContext(ctx, query, scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
-		if err != nil {
-			return nil, fmt.Errorf("listing calls: %w", err)
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var v requestView
-			if err := v.scan(rows); err != nil {
-				return nil, fmt.Errorf("listing calls: %w", err)
-			}
-			out = append(out, v)
-		}
-		return out, rows.Err()
+	list := func(query string) ([]requestView, error) {
+		return collect(ctx, s.readDB, "listing calls", (*requestView).columns, query,
+			scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
 	}
 	var out []requestView
-	var err error
-	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // which running ones have
-		if out, err = list(nil, running); err != nil {
+	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // running calls can match
+		var err error
+		if out, err = list(running); err != nil {
 			return nil, err
 		}
 	}
-	open := len(out)
-	// After the running ones: a call that ends in between is in both lists, and in
-	// the order of the sort its row comes last.
-	if out, err = list(out, ended); err != nil || open == 0 {
-		return out, err
+	// Read after the running ones: a call that ends in between is in both lists, and the sort puts its row last.
+	rows, err := list(ended)
+	if err != nil || len(out) == 0 {
+		return rows, err
 	}
+	out = append(out, rows...)
 	slices.SortStableFunc(out, func(a, b requestView) int { return cmp.Compare(b.id, a.id) })
 	for i := len(out) - 1; i > 0; i-- {
 		if out[i].id == out[i-1].id {
@@ -164,105 +154,39 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	return out[:min(len(out), f.limit)], nil
 }
 
-const contentStatement = `
-	INSERT INTO contents (id, project, until, request, request_bytes, answer, answer_bytes) VALUES (?, ?, ?, ?, ?, ?, ?)
-	ON CONFLICT DO NOTHING`
+const contentColumns = `id, project, until, request, request_bytes, answer, answer_bytes`
 
-// contentByID returns what is kept of a call at now, or errNotFound.
+func (c *contentRow) columns() []any {
+	return []any{&c.id, &c.project, &c.expiresAt, &c.request, &c.requestBytes, &c.response, &c.responseBytes}
+}
+
+const insertContent = `INSERT INTO contents (` + contentColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`
+
+// contentByID returns the content that is stored of a call at now, or errNotFound.
 func (s *store) contentByID(ctx context.Context, id, now int64) (*contentRow, error) {
-	c := &contentRow{id: id}
-	err := s.readDB.QueryRowContext(ctx, `
-		SELECT project, until, request, request_bytes, answer, answer_bytes FROM contents WHERE id = ? AND until > ?`, id, now).
-		Scan(&c.project, &c.expiresAt, &c.request, &c.requestBytes, &c.response, &c.responseBytes)
-	if err != nil {
-		return nil, mapNoRows(err)
-	}
-	return c, nil
+	c, err := queryRow(ctx, s.readDB, (*contentRow).columns, `SELECT `+contentColumns+` FROM contents WHERE id = ? AND until > ?`, id, now)
+	return &c, err
 }
 
-// contentExpiry returns until when content of a call is kept, 0 if none is.
-func (s *store) contentExpiry(ctx context.Context, id int64) (until int64, err error) {
-	err = s.readDB.QueryRowContext(ctx, `SELECT until FROM contents WHERE id = ?`, id).Scan(&until)
-	if err = mapNoRows(err); errors.Is(err, errNotFound) {
-		return 0, nil
-	}
-	return until, err
+// contentExpiry returns when the content of a call expires, 0 if none is stored.
+func (s *store) contentExpiry(ctx context.Context, id int64) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "reading when content expires", `SELECT coalesce((SELECT until FROM contents WHERE id = ?), 0)`, id)
 }
 
-// deleteExpiredContents deletes up to limit contents that are kept until now or less,
-// and returns how many.
+// deleteExpiredContents deletes up to limit contents that expire at now or earlier, and returns how many.
 func (s *store) deleteExpiredContents(ctx context.Context, now int64, limit int) (int64, error) {
-	return s.deleteContents(ctx, `
+	return execCount(ctx, s.writeDB, "deleting expired content", `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE until <= ? ORDER BY until LIMIT ?)`, now, limit)
 }
 
-// deleteOldestContents deletes up to limit contents, of the oldest calls first.
+// deleteOldestContents deletes up to limit contents, those of the oldest calls first.
 func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, error) {
-	return s.deleteContents(ctx, `
-		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > ? ORDER BY id LIMIT ?)`, 0, limit)
+	return execCount(ctx, s.writeDB, "deleting the oldest content", `
+		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > 0 ORDER BY id LIMIT ?)`, limit)
 }
 
 // deleteProjectContents deletes up to limit contents of a project.
 func (s *store) deleteProjectContents(ctx context.Context, project int64, limit int) (int64, error) {
-	return s.deleteContents(ctx, `
+	return execCount(ctx, s.writeDB, "deleting a project's content", `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE project = ? ORDER BY id LIMIT ?)`, project, limit)
-}
-
-func (s *store) deleteContents(ctx context.Context, text string, of int64, limit int) (int64, error) {
-	res, err := s.writeDB.ExecContext(ctx, text, of, limit)
-	if err != nil {
-		return 0, fmt.Errorf("deleting contents: %w", err)
-	}
-	return res.RowsAffected()
-}
-
-// listUnhealthy returns the health of every upstream in use that is not well.
-func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
-	rows, err := s.readDB.QueryContext(ctx, `
-		SELECT h.upstream, u.id, h.state, h.until, h.strikes, h.reason, h.changed_at
-		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream WHERE u.deleted_at IS NULL LIMIT 100000`)
-	if err != nil {
-		return nil, fmt.Errorf("reading the health of upstreams: %w", err)
-	}
-	defer rows.Close()
-	var out []healthRow
-	for rows.Next() {
-		var r healthRow
-		var state string
-		if err := rows.Scan(&r.upstream, &r.id, &state, &r.until, &r.strikes, &r.reason, &r.changedAt); err != nil {
-			return nil, fmt.Errorf("reading the health of upstreams: %w", err)
-		}
-		for i, name := range keyStateNames() {
-			if name == state {
-				r.state = keyState(i)
-			}
-		}
-		out = append(out, r)
-	}
-	return out, rows.Err()
-}
-
-// setHealth stores a key's health; a ready one's row goes. What is serious, or
-// no longer is, goes into the audit trail with it: told is what that has.
-func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, told keyState) error {
-	if !r.state.needsAttention() && !told.needsAttention() || r.state == told {
-		return s.withTx(ctx, func(tx *sql.Tx) error { return writeHealth(ctx, tx, r) })
-	}
-	detail := []auditField{{"state", [2]string{told.String(), r.state.String()}}, {"reason", r.reason}}
-	return s.withAuditedTx(ctx, auditOrigin{actorID: actorSystem, at: now}, func(tx *sql.Tx) (auditEvent, error) {
-		return auditEvent{"upstream.health", r.id, detail}, writeHealth(ctx, tx, r)
-	})
-}
-
-func writeHealth(ctx context.Context, tx *sql.Tx, r *healthRow) error {
-	if r.state == keyReady {
-		_, err := tx.ExecContext(ctx, `DELETE FROM upstream_health WHERE upstream = ?`, r.upstream)
-		return err
-	}
-	_, err := tx.ExecContext(ctx, `
-		INSERT INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)
-		ON CONFLICT (upstream) DO UPDATE SET state = excluded.state, until = excluded.until, strikes = excluded.strikes,
-			reason = excluded.reason, changed_at = excluded.changed_at`,
-		r.upstream, r.state.String(), r.until, r.strikes, r.reason, r.changedAt)
-	return err
 }

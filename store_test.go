@@ -352,9 +352,10 @@ func (s *scaleTest) seedPages(last int64) {
 			SELECT 'token', p.seq, 0, %d + i * 86400000, '', '', '', 111, 99900, 0, 27750, 0, 44400000, 0, 0, 1 FROM projects p CROSS JOIN n`, from))
 	s.seed(fmt.Sprintf("INSERT INTO usage_sums "+sums+" "+series, 90) + fmt.Sprintf(`
 			SELECT 'token', t.project, t.seq, %d + i * 86400000, '', '', '', 1, 900, 0, 250, 0, 400000, 0, 0, 1 FROM (SELECT seq, project FROM tokens LIMIT 20000) t CROSS JOIN n`, from))
-	columns := strings.Repeat(", i % 7", 2*latencyBuckets)
 	s.seed(fmt.Sprintf("INSERT INTO project_hours "+series, 90*24) + fmt.Sprintf(`
-			SELECT p.seq, %d + i * 3600000, 5, 4500, 1250, 2000000, 0, 0, 0, 1, 0%s FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p CROSS JOIN n`, from, columns))
+			SELECT p.seq, %d + i * 3600000, 5, 4500, 1250, 2000000, 0, 0, 0, 1, 0 FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p CROSS JOIN n`, from))
+	s.seed(fmt.Sprintf("INSERT INTO project_latency "+series, 90*24) + fmt.Sprintf(`, buckets (ms) AS (VALUES (250), (400), (630), (1000), (1600), (2500), (4000))
+			SELECT p.seq, %d + i * 3600000, ms, i %% 7, i %% 7 FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p CROSS JOIN n CROSS JOIN buckets`, from))
 	s.b.Logf("all after %v", time.Since(start))
 }
 
@@ -539,7 +540,7 @@ func queryPlan(ctx context.Context, st *store, text string) ([]string, error) {
 // through all sums of one grain.
 func fullScans(text string, lines []string) (bad []string) {
 	growing := map[string]string{}
-	for _, m := range regexp.MustCompile(`\b(requests|tokens|usage_sums|project_hours|audit|contents)\b(?: (?:AS )?([a-z]\w*))?`).FindAllStringSubmatch(text, -1) {
+	for _, m := range regexp.MustCompile(`\b(requests|tokens|usage_sums|project_hours|project_latency|audit|contents)\b(?: (?:AS )?([a-z]\w*))?`).FindAllStringSubmatch(text, -1) {
 		growing[m[1]] = m[1]
 		if m[2] != "" {
 			growing[m[2]] = m[1]
@@ -735,6 +736,63 @@ func TestHoursMigrated(t *testing.T) {
 		if err := st.readDB.QueryRow(query).Scan(&n); err != nil || n != want {
 			t.Errorf("%s: %d, %v", query, n, err)
 		}
+	}
+}
+
+// TestLatencyMigrated: a database with latency in columns gives the same counts and quantiles once it has rows.
+func TestLatencyMigrated(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(12, 12))
+	const day = 20_000 * dayMS
+	var statements []string
+	want := map[int64][]hourSum{}
+	for project := range int64(3) {
+		want[project] = make([]hourSum, 3)
+		for hour := range want[project] {
+			h := &want[project][hour]
+			if hour == 1 {
+				continue // an hour without calls
+			}
+			for _, column := range h.columns() {
+				*column.(*int64) = random.Int64N(1000)
+			}
+			values := []any{project, day + int64(hour)*hourMS}
+			for _, column := range h.columns() {
+				values = append(values, *column.(*int64))
+			}
+			for _, latency := range []*latencyHistogram{&h.firstByteLatency, &h.totalLatency} {
+				for bucket := range latency {
+					latency[bucket] = max(0, random.Int64N(200)-100) // many are empty
+					values = append(values, latency[bucket])
+				}
+			}
+			list := strings.ReplaceAll(strings.Trim(fmt.Sprint(values), "[]"), " ", ", ")
+			statements = append(statements, "INSERT INTO project_hours VALUES ("+list+")")
+		}
+	}
+	st := mustOpenStore(t, oldDatabase(t, "schema/012_latency.sql", statements...))
+	for project, hours := range want {
+		got, err := st.hourSumsByStep(t.Context(), project, day, day+3*hourMS, hourMS)
+		if err != nil || !slices.Equal(got, hours) {
+			t.Errorf("project %d: %+v, want %+v, %v", project, got, hours, err)
+		}
+		var total hourSum
+		for i := range hours {
+			total.merge(&hours[i])
+		}
+		sum, err := st.sumHours(t.Context(), project, day, day+3*hourMS)
+		if err != nil || *sum != total {
+			t.Errorf("project %d: %+v, want %+v, %v", project, sum, total, err)
+		}
+		for _, q := range []float64{0.5, 0.95} {
+			if sum.firstByteLatency.quantile(q) != total.firstByteLatency.quantile(q) || sum.totalLatency.quantile(q) != total.totalLatency.quantile(q) {
+				t.Errorf("project %d: p%v differs", project, 100*q)
+			}
+		}
+	}
+	empty, err := queryValue[int](t.Context(), st.readDB, "counting", `SELECT count(*) FROM project_latency WHERE first_bytes + answers = 0`)
+	if err != nil || empty != 0 {
+		t.Errorf("%d empty buckets: %v", empty, err)
 	}
 }
 
