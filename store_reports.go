@@ -312,6 +312,60 @@ func (s *store) usageSince(ctx context.Context, grain string, project, token, fr
 		grain, project, token, from)
 }
 
+// An hourKey names a row of project_hours.
+type hourKey struct{ project, at int64 }
+
+// An hourSum is what a row of project_hours and its rows of project_latency add up.
+type hourSum struct {
+	calls, input, output, cost, unpriced int64
+	errors                               [errorClassCount]int64 // as errorColumnClasses names them
+	firstByteLatency, totalLatency       latencyHistogram
+}
+
+const errorClassCount = 4
+
+// errorColumnClasses are the columns of errors, in their order.
+func errorColumnClasses() [errorClassCount]errorClass {
+	return [...]errorClass{errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
+}
+
+// add counts a call. s is what the call alone adds to usage_sums.
+func (h *hourSum) add(r *requestRow) {
+	var s usageSum
+	s.add(r)
+	h.calls, h.input, h.output, h.cost, h.unpriced = h.calls+1, h.input+s.input, h.output+s.output, h.cost+s.cost, h.unpriced+s.unpriced
+	class := r.errorClass()
+	for i, c := range errorColumnClasses() {
+		if c == class {
+			h.errors[i]++
+		}
+	}
+	if r.outcome == outcomeOK && r.attempts > 0 && r.firstByteUS >= 0 {
+		h.firstByteLatency.observe(r.firstByteUS)
+		h.totalLatency.observe(r.totalUS)
+	}
+}
+
+func (h *hourSum) merge(o *hourSum) {
+	h.calls += o.calls
+	h.input += o.input
+	h.output += o.output
+	h.cost += o.cost
+	h.unpriced += o.unpriced
+	for i := range h.errors {
+		h.errors[i] += o.errors[i]
+	}
+	for i := range h.firstByteLatency {
+		h.firstByteLatency[i] += o.firstByteLatency[i]
+		h.totalLatency[i] += o.totalLatency[i]
+	}
+}
+
+// columns returns the counters that project_hours has, in the order of its columns.
+func (h *hourSum) columns() []any {
+	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced, &h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
+}
+
 // hourSumsByStep adds up the hours of a project, or of all together (0), that begin in from <= at < to, in steps of a length
 // in milliseconds.
 func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length int64) ([]hourSum, error) {
