@@ -19,9 +19,16 @@ import (
 	"time"
 )
 
-// An adminUI is the pages under /admin. It reaches what administrators manage
-// through the API, with the same checks.
+// An adminUI is the pages under /admin. It reads and changes everything through the
+// management API, with the same checks.
 type adminUI struct {
+	adminDeps
+	pages     *pageSet
+	sentForms submittedForms // recently
+}
+
+// adminDeps has what an adminUI uses of the rest of the program. All fields are required.
+type adminDeps struct {
 	cfg             *config
 	log             *logger
 	store           *store
@@ -31,12 +38,15 @@ type adminUI struct {
 	ledger          *ledger
 	running         *runningCalls
 	endpoints       *endpointTable
-	databaseProblem func() string // says what is wrong with the database file, "" if nothing
+	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
 	diskUse         func(context.Context) (diskUsage, error)
-	pages           *pageSet
-	sentForms       submittedForms // of late
-	keyID           string         // of the encryption key
+	keyID           string // of the encryption key
 	started         time.Time
+}
+
+func newAdminUI(d adminDeps) (*adminUI, error) {
+	pages, err := newPageSet()
+	return &adminUI{adminDeps: d, pages: pages}, err
 }
 
 // An adminRoute is one URL of /admin with its methods, the least role it needs

@@ -171,7 +171,7 @@ func TestFirstStartWithProviderKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := serveProgram(t, env)
-	waitFor(t, "the note that OPENAI_API_KEY is not used", func() bool { return bytes.Contains(again.log.bytes(), []byte("OPENAI_API_KEY is not used")) })
+	waitFor(t, "the note that OPENAI_API_KEY is ignored", func() bool { return bytes.Contains(again.log.bytes(), []byte("OPENAI_API_KEY is ignored")) })
 	if len(again.out.bytes()) > 0 {
 		t.Errorf("the second start prints %s", again.out.bytes())
 	}

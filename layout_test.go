@@ -354,6 +354,31 @@ func (emptyImporter) Import(path string) (*types.Package, error) {
 	return p, nil
 }
 
+// TestLayoutConstructors: main.go gives every part of the program all that it requires.
+func TestLayoutConstructors(t *testing.T) {
+	t.Parallel()
+	_, files, info := typeCheck(t)
+	seen := 0
+	ast.Inspect(files["main.go"], func(n ast.Node) bool {
+		lit, ok := n.(*ast.CompositeLit)
+		if !ok {
+			return true
+		}
+		named, ok := info.Types[lit].Type.(*types.Named)
+		if !ok || !strings.HasSuffix(named.Obj().Name(), "Deps") && named.Obj().Name() != "exporter" {
+			return true
+		}
+		seen++
+		if fields := named.Underlying().(*types.Struct).NumFields(); len(lit.Elts) != fields {
+			t.Errorf("%s sets %d of %d fields of %s", "main.go", len(lit.Elts), fields, named.Obj().Name())
+		}
+		return true
+	})
+	if seen != 4 {
+		t.Errorf("%d constructors were seen", seen)
+	}
+}
+
 // TestLayoutForbidden (SC4): these stand in the files listed and nowhere else;
 // mostly nowhere at all.
 func TestLayoutForbidden(t *testing.T) {

@@ -135,7 +135,7 @@ func TestUnauthenticatedLogLimit(t *testing.T) {
 	}
 	p := newTest(t, nil)
 	for range logLinesPerSecond {
-		p.instance.server.unauthenticatedLogLimit.allow(time.Now())
+		p.instance.server.logThrottle.allow(time.Now())
 	}
 	p.chatWithHeaders("Authorization", "Bearer x")
 	p.chat()

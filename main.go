@@ -1,7 +1,9 @@
-// llm-proxy stands between client programs and LLM APIs: clients present a
-// token that expires, can be revoked and is limited; the proxy swaps it for the
-// project's provider key. This room takes arguments and environment in and
-// gives an exit code out: it wires the rooms together, listens, and drains.
+// llm-proxy stands between client programs and LLM APIs. Clients present a token that
+// expires, can be revoked and is limited; the proxy replaces it with the project's
+// provider key.
+//
+// This file takes arguments and environment and returns an exit code. It builds the
+// program from its parts, listens, serves and drains.
 package main
 
 import (
@@ -13,7 +15,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -27,25 +28,6 @@ import (
 	"time"
 )
 
-// listen opens LISTEN_ADDR, and METRICS_ADDR if there is one.
-func (in *instance) listen() (err error) {
-	if in.listener, err = openListener(in.cfg.listenAddr, in.cfg.socketMode); err != nil {
-		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", in.cfg.listenAddr, err)
-	}
-	if in.cfg.tlsCert != "" {
-		if in.certificate, err = newCertificate(in.cfg.tlsCert, in.cfg.tlsKey); err != nil {
-			return err
-		}
-	}
-	if in.cfg.metricsAddr == "" {
-		return nil
-	}
-	if in.metricsListener, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
-		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
-	}
-	return nil
-}
-
 func main() {
 	ctx, drain := context.WithCancel(context.Background())
 	defer drain()
@@ -54,13 +36,13 @@ func main() {
 	go func() { // ends with the program
 		<-signals
 		drain()
-		<-signals // who asks twice does not want to wait; open calls become lost rows
+		<-signals // a second signal means: do not wait. Open calls become lost rows.
 		os.Exit(1)
 	}()
-	signal.Ignore(syscall.SIGPIPE) // a log reader that dies must not take the program with it
-	log.SetOutput(io.Discard)      // net/http's transport writes there what providers send unasked, unmasked
+	signal.Ignore(syscall.SIGPIPE) // the program must outlive the process that reads its log
+	log.SetOutput(io.Discard)      // net/http's transport logs unsolicited data of providers here, with secrets
 	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
-	if len(os.Args) < 2 || os.Args[1] == "serve" { // all else ends with the terminal that it was started in
+	if len(os.Args) < 2 || os.Args[1] == "serve" { // other commands end with their terminal
 		p.hangups = make(chan os.Signal, 1)
 		signal.Notify(p.hangups, syscall.SIGHUP)
 	}
@@ -70,8 +52,8 @@ func main() {
 	}
 }
 
-// run does what the arguments say. It returns when that is done, or when ctx is
-// over and the server has drained.
+// run carries out the command in args. The server's commands return after they have
+// drained, which starts when ctx is done.
 func (p *program) run(ctx context.Context, args []string) error {
 	command := "serve"
 	if len(args) > 0 {
@@ -110,8 +92,8 @@ func (p *program) run(ctx context.Context, args []string) error {
 
 func (p *program) serve(ctx context.Context) error { return p.serveWithSetup(ctx, p.bootstrap) }
 
-// serveWithSetup serves, after first did what the database still lacks.
-func (p *program) serveWithSetup(ctx context.Context, first func(context.Context, *instance) error) error {
+// serveWithSetup serves. It calls setup first, to add what the database lacks.
+func (p *program) serveWithSetup(ctx context.Context, setup func(context.Context, *instance) error) error {
 	cfg, err := p.config()
 	if err != nil {
 		return err
@@ -124,82 +106,89 @@ func (p *program) serveWithSetup(ctx context.Context, first func(context.Context
 		return err
 	}
 	in.hangups = p.hangups
-	// Before a secret is printed that is shown only once: a start that fails
-	// must not have printed it.
+	// Listen before setup, which prints secrets that are shown only once: a start that
+	// fails must not have printed them.
 	if err := in.listen(); err != nil {
 		return errors.Join(err, in.close())
 	}
-	if err := first(ctx, in); err != nil {
+	if err := setup(ctx, in); err != nil {
 		return errors.Join(err, in.close())
 	}
 	return in.serve(ctx, p.ready)
 }
 
-// An instance is a server with all that stands behind it: what is opened is
-// closed by close, in the opposite order.
+// An instance is a server with everything it uses. close closes what was opened, in the
+// opposite order.
 type instance struct {
-	cfg        *config
-	log        *logger
-	dir        *dataDir
-	store      *store
-	sealer     *sealer
-	contentKey *contentKey
-	prices     atomic.Pointer[priceTable]
-	ledger     *ledger
-	health     *healthTracker
-	registry   *registry
-	running    *runningCalls
-	transport  *http.Transport
-	metrics    *metrics
-	server     *server
-	proxy      *proxy
-	manage     *manageAPI
+	cfg            *config
+	log            *logger
+	metrics        *metrics
+	dir            *dataDir
+	store          *store
+	sealer         *sealer
+	createdKeyFile string // the key file, if this start created it
+	contentKey     *contentKey
+	prices         atomic.Pointer[priceTable]
+	ledger         *ledger
+	health         *healthTracker
+	registry       *registry
+	running        *runningCalls
+	transport      *http.Transport
+
+	proxy  *proxy
+	manage *manageAPI
+	server *server
+
+	stop    context.CancelFunc // ends the workers
+	workers sync.WaitGroup
 
 	listener        net.Listener
-	metricsListener net.Listener       // on METRICS_ADDR; nil: none
-	certificate     *certificate       // nil: no TLS
-	hangups         chan os.Signal     // SIGHUP; nil: not looked at
-	stop            context.CancelFunc // ends the background goroutines
-	workers         sync.WaitGroup
-	createdKeyFile  string // the key file, if it was made by this start
+	metricsListener net.Listener   // on METRICS_ADDR; nil if not set
+	certificate     *certificate   // nil: no TLS
+	hangups         chan os.Signal // SIGHUP; nil: ignored
 }
 
-// openInstance opens the data directory, the database and the ledger, and builds
-// the surfaces on them. linesDropped counts lost log lines; nil: nobody counts.
-func openInstance(ctx context.Context, cfg *config, log *logger, linesDropped func() int64) (_ *instance, err error) {
+// openInstance opens what is on disk, builds the surfaces on it and starts the workers.
+// droppedLogLines counts lost log lines; it may be nil.
+func openInstance(
+	ctx context.Context, cfg *config, log *logger, droppedLogLines func() int64,
+) (_ *instance, err error) {
 	in := &instance{cfg: cfg, log: log, metrics: newMetrics(), stop: func() {}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, in.close())
 		}
 	}()
-	if err = in.openRecords(ctx); err != nil {
+	if err = in.openDatabase(ctx); err != nil {
+		return nil, err
+	}
+	if err = in.openLedger(ctx); err != nil {
 		return nil, err
 	}
 	if in.health, err = loadHealth(ctx, in.store); err != nil {
 		return nil, err
 	}
-	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
-	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
-	in.transport = newTransport(cfg.allowPrivate)
 	last, err := in.store.lastRequestID(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err = in.build(newIDSource(last), linesDropped); err != nil {
+	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
+	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
+	in.transport = newTransport(cfg.allowPrivate)
+	if err = in.buildSurfaces(newIDSource(last), droppedLogLines); err != nil {
 		return nil, err
 	}
 	in.startWorkers()
 	return in, nil
 }
 
-// openRecords opens what is on disk, and all that a call is recorded with.
-func (in *instance) openRecords(ctx context.Context) (err error) {
+// openDatabase opens the data directory, the database and the keys that unseal it.
+func (in *instance) openDatabase(ctx context.Context) (err error) {
 	if in.dir, err = openDataDir(in.cfg); err != nil {
 		return err
 	}
 	if in.store, err = openStore(ctx, in.cfg.databaseFile); err != nil {
-		return fmt.Errorf("%w; look into it with llm-proxy doctor, or bring back a backup with llm-proxy restore FILE", err)
+		return fmt.Errorf("%w; examine it with llm-proxy doctor, or restore a backup with llm-proxy restore FILE", err)
 	}
 	if in.sealer, in.createdKeyFile, err = openSealer(ctx, in.cfg, in.store); err != nil {
 		return err
@@ -208,90 +197,106 @@ func (in *instance) openRecords(ctx context.Context) (err error) {
 		return err
 	}
 	if err = in.dir.recordDatabase(); err != nil {
-		return fmt.Errorf("noting the database: %w", err)
+		return fmt.Errorf("recording the database: %w", err)
 	}
-	if in.contentKey, err = openContentKey(ctx, in.store, in.sealer); err != nil {
-		return err
-	}
+	in.contentKey, err = openContentKey(ctx, in.store, in.sealer)
+	return err
+}
+
+// openLedger opens the ledger, which turns the pending records of a crash into lost rows.
+func (in *instance) openLedger(ctx context.Context) error {
 	prices, err := effectivePrices(ctx, in.store)
 	if err != nil {
 		return err
 	}
 	in.prices.Store(prices)
-	lost := func(r *requestRow) {
+	priceLostRow := func(r *requestRow) {
 		r.cost, r.priced, r.modelTracked = prices.price("", r.model, r.counts)
 		r.requestedModelTracked = r.modelTracked
 	}
-	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, lost)
+	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, priceLostRow)
 	return err
 }
 
-// build makes the server and the three surfaces, each with what it uses.
-func (in *instance) build(ids *idSource, linesDropped func() int64) error {
+// buildSurfaces builds the proxy, the management API, the pages and the server, each with
+// exactly what it uses.
+func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (err error) {
 	cfg := in.cfg
 	started := time.Now()
 	endpoints := newEndpointTable()
-	in.metrics.registerEndpoints(endpoints)
 	bodies := &bodyMemory{limit: cfg.bodyMemory}
 	limits := &limitState{store: in.store, ledger: in.ledger, registry: in.registry}
 	addresses := &addressReader{isTrustedProxy: cfg.trustedProxies, trustUnix: cfg.trustUnix}
-	quiet := newHTTPErrorLog(in.log)
-	strangers := newThrottle(logLinesPerSecond, time.Second)
+	httpErrorLog := newHTTPErrorLog(in.log)
+	logThrottle := newThrottle(logLinesPerSecond, time.Second)
 	diskUse := func(ctx context.Context) (diskUsage, error) { return in.dir.diskUsage(ctx, in.store) }
-	in.proxy = &proxy{cfg: cfg, log: in.log, httpErrorLog: quiet, registry: in.registry, limits: limits, ledger: in.ledger, running: in.running,
-		endpoints: endpoints, transport: in.transport, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}, bodies: bodies, ids: ids,
-		addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, unauthenticatedLogLimit: strangers, metrics: in.metrics, contentKey: in.contentKey}
-	in.manage = &manageAPI{signIns: &signInAuditor{log: in.log, store: in.store, limiter: newSignInThrottle()}, cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
-		running: in.running, addresses: addresses, prices: &in.prices, databaseProblem: in.dir.databaseProblem, authThrottle: newAuthThrottle(), contentKey: in.contentKey}
-	in.server = &server{cfg: cfg, log: in.log, httpErrorLog: quiet, store: in.store, ledger: in.ledger, running: in.running, ids: ids,
-		addresses: addresses, unauthenticatedLogLimit: strangers, databaseProblem: in.dir.databaseProblem, metrics: in.metrics, proxy: in.proxy, manage: in.manage,
-		exporter: &exporter{cfg: cfg, metrics: in.metrics, endpoints: endpoints, registry: in.registry, health: in.health, ledger: in.ledger,
-			running: in.running, bodies: bodies, diskUse: diskUse, droppedLogLines: linesDropped, started: started}}
-	if !cfg.adminPages {
-		return nil
+	if droppedLogLines == nil {
+		droppedLogLines = func() int64 { return 0 }
 	}
-	pages, err := newPageSet()
-	if err != nil {
-		return err
+	in.proxy = newProxy(proxyDeps{
+		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
+		registry: in.registry, limits: limits, ledger: in.ledger, running: in.running, contentKey: in.contentKey,
+		endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
+		prices: &in.prices, databaseProblem: in.dir.databaseProblem,
+	})
+	in.manage = newManageAPI(manageDeps{
+		cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits,
+		health: in.health, running: in.running, addresses: addresses, prices: &in.prices,
+		databaseProblem: in.dir.databaseProblem, contentKey: in.contentKey,
+	})
+	in.server = &server{
+		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
+		ids: ids, addresses: addresses, proxy: in.proxy, manage: in.manage,
+		readiness: &readiness{running: in.running, databaseProblem: in.dir.databaseProblem, ledger: in.ledger, store: in.store},
+		exporter: &exporter{
+			cfg: cfg, metrics: in.metrics, registry: in.registry, health: in.health, ledger: in.ledger, bodies: bodies,
+			running: in.running.snapshot, diskUse: diskUse, droppedLogLines: droppedLogLines, started: started,
+		},
 	}
-	in.server.admin = &adminUI{cfg: cfg, log: in.log, store: in.store, api: in.manage, registry: in.registry, limits: limits, ledger: in.ledger,
-		running: in.running, endpoints: endpoints, databaseProblem: in.dir.databaseProblem, diskUse: diskUse, pages: pages, keyID: in.sealer.id(), started: started}
-	return nil
+	if cfg.adminPages {
+		in.server.admin, err = newAdminUI(adminDeps{
+			cfg: cfg, log: in.log, store: in.store, api: in.manage, registry: in.registry, limits: limits,
+			ledger: in.ledger, running: in.running, endpoints: endpoints, databaseProblem: in.dir.databaseProblem,
+			diskUse: diskUse, keyID: in.sealer.id(), started: started,
+		})
+	}
+	return err
 }
 
-// startWorkers starts the goroutines that run beside the calls. close ends
-// them.
+// startWorkers starts the background goroutines. close ends them.
 func (in *instance) startWorkers() {
 	ctx, stop := context.WithCancel(context.Background())
 	in.stop = stop
-	if os.Getenv("GOGC") == "" { // else the operator knows better
+	if os.Getenv("GOGC") == "" { // otherwise the operator has tuned it
 		in.workers.Go(func() { tuneGC(ctx) })
 	}
 	in.workers.Go(func() { in.running.run(ctx) })
 	keeper := &healthKeeper{health: in.health, store: in.store, log: in.log}
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
-	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // trouble will show with the first entry
+	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // an error shows with the first event
 	in.workers.Go(func() { in.manage.signIns.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
 		in.ledger.runRetention(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
-	in.workers.Go(func() {
-		tick := time.NewTicker(time.Minute)
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case now := <-tick.C:
-				in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
-			}
-		}
-	})
+	in.workers.Go(func() { in.evictIdle(ctx) })
 }
 
-// close ends the workers, writes what the ledger still has, and closes the
-// database.
+// evictIdle removes idle entries from the registry every minute, until ctx is done.
+func (in *instance) evictIdle(ctx context.Context) {
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
+		}
+	}
+}
+
+// close ends the workers, writes what the ledger has queued, and closes what was opened.
 func (in *instance) close() error {
 	in.stop()
 	in.workers.Wait()
@@ -303,7 +308,7 @@ func (in *instance) close() error {
 	}
 	for _, l := range []net.Listener{in.listener, in.metricsListener} {
 		if l != nil {
-			_ = l.Close() // again, mostly
+			_ = l.Close() // usually closed already
 		}
 	}
 	if in.transport != nil {
@@ -318,23 +323,30 @@ func (in *instance) close() error {
 	return errors.Join(errs...)
 }
 
-// serve answers, after listen, until ctx is over, then drains and closes. A
-// second signal while it drains ends the program at once: that is main's doing.
-func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error) {
-	l := in.listener
-	hs := &http.Server{
-		Handler:           in.server.routes(),
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		ConnState:         limitConnections(in.cfg.maxConnections, &in.metrics.openConnections),
-		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout},
-		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
-		ErrorLog:          in.server.httpErrorLog,
-
-		DisableGeneralOptionsHandler: true, // its answer to OPTIONS * would be in no log
-		// No read or write timeout: an answer may stream for hours. The watchdog
-		// (proxy_running.go) ends what stands still.
+// listen opens LISTEN_ADDR, and METRICS_ADDR if it is set.
+func (in *instance) listen() (err error) {
+	if in.listener, err = openListener(in.cfg.listenAddr, in.cfg.socketMode); err != nil {
+		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", in.cfg.listenAddr, err)
 	}
+	if in.cfg.tlsCert != "" {
+		if in.certificate, err = newCertificate(in.cfg.tlsCert, in.cfg.tlsKey); err != nil {
+			return err
+		}
+	}
+	if in.cfg.metricsAddr == "" {
+		return nil
+	}
+	if in.metricsListener, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
+		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
+	}
+	return nil
+}
+
+// serve serves on the open listeners until ctx is done, then drains and closes. It calls
+// ready, if not nil, when it accepts connections. A second signal during the drain ends
+// the program at once: main does that.
+func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
+	l, hs, ms := in.listener, in.server.httpServer(), in.server.metricsServer()
 	if in.certificate != nil {
 		hs.TLSConfig = in.certificate.tlsConfig()
 	}
@@ -348,7 +360,6 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 			failed <- hs.Serve(l)
 		}
 	})
-	ms := in.server.metricsServer()
 	if in.metricsListener != nil {
 		in.log.Info("serving metrics", "address", in.metricsListener.Addr().String())
 		serving.Go(func() { _ = ms.Serve(in.metricsListener) }) // until the drain is over
@@ -361,41 +372,46 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) (err error)
 	}
 	select {
 	case <-ctx.Done():
-	case err = <-failed:
+	case err := <-failed:
 		_ = ms.Close()
 		return errors.Join(fmt.Errorf("serving: %w", err), in.close())
 	}
-	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
-	drain, cancel := context.WithTimeout(context.Background(), in.cfg.drainTimeout)
-	defer cancel()
-	// Not Shutdown yet: it would drop, without an answer, requests that are on
-	// their way on connections that stand. They get 503 and Connection: close.
-	_ = l.Close()
-	hs.SetKeepAlivesEnabled(false)
-	in.running.drain(drain)
-	last, done := context.WithTimeout(context.Background(), time.Second) // for administrators' requests
-	defer done()
-	_ = hs.Shutdown(last)
-	_ = hs.Close()
+	in.drain(hs)
 	_ = ms.Close()
 	stopWatching()
 	serving.Wait()
-	err = in.close()
+	err := in.close()
 	in.log.Info("stopped")
 	return err
 }
 
+// drain stops accepting connections, waits for running calls to end, and closes hs.
+func (in *instance) drain(hs *http.Server) {
+	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
+	ctx, cancel := context.WithTimeout(context.Background(), in.cfg.drainTimeout)
+	defer cancel()
+	// Shutdown comes later: it would drop, without an answer, requests that are under way on
+	// open connections. Until then they get 503 and Connection: close.
+	_ = in.listener.Close()
+	hs.SetKeepAlivesEnabled(false)
+	in.running.drain(ctx)
+	last, done := context.WithTimeout(context.Background(), time.Second) // for administrators' requests
+	defer done()
+	_ = hs.Shutdown(last)
+	_ = hs.Close()
+}
+
 const (
-	gcHeadroom     = 32 << 20 // bytes of garbage that a collection may wait for
-	minLiveHeap    = 4 << 20  // what is in use counts as so much at least
-	minGCPercent   = 100      // per cent: Go's own rule, where that is more than gcHeadroom
+	gcHeadroom     = 32 << 20 // bytes of garbage that may accumulate before a collection
+	minLiveHeap    = 4 << 20  // bytes; a smaller live heap counts as this much
+	minGCPercent   = 100      // Go's default, used where it allows more garbage than gcHeadroom
 	gcTuneInterval = 100 * time.Millisecond
 )
 
-// tuneGC sets the collector's target as the heap grows and shrinks, until ctx
-// is over.
+// tuneGC adjusts the garbage collector's target to the size of the live heap, until ctx is
+// done. Go's default would collect very often while the heap is small.
 func tuneGC(ctx context.Context) {
-	live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}} // that the last collection left
+	live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}} // after the last collection
 	set := gcPercentFor(0)
 	debug.SetGCPercent(set)
 	tick := time.NewTicker(gcTuneInterval)
@@ -407,24 +423,25 @@ func tuneGC(ctx context.Context) {
 		case <-tick.C:
 		}
 		runtimemetrics.Read(live)
-		if want := gcPercentFor(live[0].Value.Uint64()); want < set-set/8 || want > set+set/8 { // each change stops the world
+		want := gcPercentFor(live[0].Value.Uint64())
+		if want < set-set/8 || want > set+set/8 { // few changes: each one stops the world
 			debug.SetGCPercent(want)
 			set = want
 		}
 	}
 }
 
-// gcPercentFor is how much garbage may come, in per cent of what is in use.
-func gcPercentFor(used uint64) int {
-	return max(minGCPercent, int(gcHeadroom*100/max(used, minLiveHeap)))
+// gcPercentFor returns how much garbage may accumulate, in percent of the live heap.
+func gcPercentFor(liveHeap uint64) int {
+	return max(minGCPercent, int(gcHeadroom*100/max(liveHeap, minLiveHeap)))
 }
 
-// bootstrap makes the first management key, unless the environment has one, and
-// with OPENAI_API_KEY a first project and token. Both only in a database that
-// has none: nothing is ever printed again.
+// bootstrap creates the first management key, unless the environment has one, and with
+// OPENAI_API_KEY a first project and token. It does so only in a database that has none,
+// so no secret is ever printed again.
 func (p *program) bootstrap(ctx context.Context, in *instance) error {
 	if in.createdKeyFile != "" {
-		in.log.Warn("an encryption key was made; keep it apart from the database and its backups", "file", in.createdKeyFile)
+		in.log.Warn("an encryption key was created; keep it apart from the database and its backups", "file", in.createdKeyFile)
 	}
 	keys, err := in.store.countManagementKeys(ctx)
 	if err != nil {
@@ -440,11 +457,11 @@ func (p *program) bootstrap(ctx context.Context, in *instance) error {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(p.stdout, "\nThe first management key (role admin). It is shown only now:\n\n  %s\n", key())
+		fmt.Fprintf(p.stdout, "\nThe first management key (role admin), shown only once:\n\n  %s\n", key())
 		in.printAdminURL(p.stdout, base)
 		if in.cfg.openaiKey == nil || projects > 0 {
 			fmt.Fprintf(p.stdout, `
-Next, make a project with your provider's key, and a token for it:
+Next, create a project with your provider's key, and a token for it:
 
   export KEY=<the management key>
   curl %[1]s/manage/projects -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \
@@ -461,7 +478,7 @@ Clients then use the base URL %[1]s/v1 and the token as their API key.
 		return nil
 	}
 	if projects > 0 {
-		in.log.Info("OPENAI_API_KEY is not used: the database has projects already")
+		in.log.Info("OPENAI_API_KEY is ignored: the database already has projects")
 		return nil
 	}
 	token, err := in.manage.createFirstProject(ctx, "default", in.cfg.openaiKey)
@@ -469,7 +486,7 @@ Clients then use the base URL %[1]s/v1 and the token as their API key.
 		return err
 	}
 	fmt.Fprintf(p.stdout, `
-The project "default" was made with OPENAI_API_KEY. A token for it, good for 30 days and shown only now:
+The project "default" was created with OPENAI_API_KEY. Its token, valid for 30 days and shown only once:
 
   %[2]s
 
@@ -482,14 +499,14 @@ Try it:
 	return nil
 }
 
-// printAdminURL says where the first key opens pages, if there are any.
+// printAdminURL prints where to sign in with the first key, unless ADMIN_PAGES=false.
 func (in *instance) printAdminURL(w io.Writer, base string) {
 	if in.cfg.adminPages {
 		fmt.Fprintf(w, "\nSign in with it at %s/admin\n", base)
 	}
 }
 
-// baseURL is where clients reach this server, as far as it knows.
+// baseURL returns the URL under which clients reach this server, as far as it knows.
 func (in *instance) baseURL() string {
 	if in.cfg.publicURL != nil {
 		return in.cfg.publicURL.Scheme + "://" + in.cfg.publicURL.Host
@@ -499,7 +516,7 @@ func (in *instance) baseURL() string {
 		scheme = "https"
 	}
 	if in.listener.Addr().Network() == "unix" {
-		return scheme + "://localhost" // through the socket: what is in front has another name
+		return scheme + "://localhost" // a proxy in front of the socket has the public name
 	}
 	addr := in.listener.Addr().String()
 	if ap, err := netip.ParseAddrPort(addr); err == nil && ap.Addr().IsUnspecified() {

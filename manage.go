@@ -82,6 +82,13 @@ func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Dura
 
 // A manageAPI is the JSON API under /manage.
 type manageAPI struct {
+	manageDeps
+	authThrottle *addressThrottle // of wrong management keys
+	signIns      *signInAuditor   // of wrong management keys, for the audit trail
+}
+
+// manageDeps has what a manageAPI uses of the rest of the program. All fields are required.
+type manageDeps struct {
 	cfg             *config
 	log             *logger
 	store           *store
@@ -92,10 +99,13 @@ type manageAPI struct {
 	running         *runningCalls
 	addresses       *addressReader
 	prices          *atomic.Pointer[priceTable]
-	databaseProblem func() string    // says what is wrong with the database file, "" if nothing
-	authThrottle    *addressThrottle // of wrong management keys
-	signIns         *signInAuditor   // of wrong management keys on the audit trail
+	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
 	contentKey      *contentKey
+}
+
+func newManageAPI(d manageDeps) *manageAPI {
+	signIns := &signInAuditor{log: d.log, store: d.store, limiter: newSignInThrottle()}
+	return &manageAPI{manageDeps: d, authThrottle: newAuthThrottle(), signIns: signIns}
 }
 
 // A manageRoute is one URL of /manage, the least role it needs and what

@@ -1,12 +1,13 @@
-// This room counts: calls, tokens, money, times, attempts, for /metrics. To
-// count is some atomic additions, and never an allocation once a series is there.
-// Every label is from a closed set (endpoints, projects, upstreams, models with a
-// price, codes of ours), and each set has an upper bound besides: nothing that a
-// client sends can make a series. Plain code: what is shown is metrics.go's.
+// This file counts calls, tokens, money, durations and attempts, and writes the page
+// of /metrics. Counting is a few atomic additions: it takes no lock and allocates
+// nothing once a series exists. Clients cannot create series: every label value is
+// from a closed set (endpoints, projects, upstreams, priced models, error codes), and
+// each vector has a maximum size as well. Serving the page over HTTP is server.go's.
 package main
 
 import (
 	"cmp"
+	"context"
 	"maps"
 	runtimemetrics "runtime/metrics"
 	"slices"
@@ -19,14 +20,15 @@ import (
 
 // A histogram counts durations in microseconds by upper bound.
 type histogram struct {
-	counts [14]atomic.Int64 // the last: above all bounds
+	counts [14]atomic.Int64 // the last one: above all bounds
 	sum    atomic.Int64
 }
 
-// Bounds of histograms, in microseconds: of what takes as long as a provider
-// does, and of what this program does itself.
+// Upper bounds of histograms, in microseconds: slowBounds for durations that include a
+// provider's, fastBounds for what this program does itself.
 var (
-	slowBounds = [13]int64{50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000, 120_000_000, 300_000_000, 600_000_000}
+	slowBounds = [13]int64{50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000, 30_000_000,
+		60_000_000, 120_000_000, 300_000_000, 600_000_000}
 	fastBounds = [13]int64{50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 1_000_000}
 )
 
@@ -39,206 +41,209 @@ func (h *histogram) observe(us int64, bounds *[13]int64) {
 	h.sum.Add(us)
 }
 
-// countedOutcomes and countedClasses are the rows and columns of endpointMetrics.
-var (
-	countedOutcomes = [...]callOutcome{outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError}
-	countedClasses  = [...]errorClass{errorClassNone, errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
-)
-
-// endpointMetrics is what is counted of one endpoint.
-type endpointMetrics struct {
-	calls     [len(countedOutcomes)][len(countedClasses)]atomic.Int64
-	firstByte histogram
-	total     histogram
+// labelValues are the values of a vector's labels.
+type labelValues interface {
+	[1]string | [2]string | [3]string
 }
 
-// modelMetrics is what is counted of one project's use of one model.
-type modelMetrics struct {
-	calls    [len(countedOutcomes)]atomic.Int64
-	tokens   [len(tokenKinds)]atomic.Int64
-	nanos    atomic.Int64
-	unpriced atomic.Int64
+// A vector has one V, a set of counters, for each combination of label values that was
+// counted. Readers take no lock: adding a combination replaces the map.
+type vector[L labelValues, V any] struct {
+	max    int        // combinations; one more is added for each overflow that get is given
+	adding sync.Mutex // held while a combination is added
+	series atomic.Pointer[map[L]*V]
 }
 
-var tokenKinds = [...]string{"input", "cached_input", "output", "reasoning"}
+// get returns the counters of a combination. If the vector is full, it returns those of
+// overflow for combinations that it does not have, so that sums stay true.
+func (v *vector[L, V]) get(labels, overflow L) *V {
+	series := v.load()
+	if c := series[labels]; c != nil {
+		return c
+	}
+	if c := series[overflow]; c != nil && len(series) >= v.max {
+		return c
+	}
+	v.adding.Lock()
+	defer v.adding.Unlock()
+	series = v.load()
+	if series[labels] == nil && len(series) >= v.max {
+		labels = overflow
+	}
+	if c := series[labels]; c != nil {
+		return c
+	}
+	larger := make(map[L]*V, len(series)+1)
+	maps.Copy(larger, series)
+	larger[labels] = new(V)
+	v.series.Store(&larger)
+	return larger[labels]
+}
 
-type modelKey struct{ project, provider, model string }
+// load returns the series. The map is never changed.
+func (v *vector[L, V]) load() map[L]*V {
+	if p := v.series.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
 
-// An attemptResult is how a request to a provider ended, for its upstream's series.
-type attemptResult int
+// sorted returns the combinations, sorted by label values, and their counters.
+func (v *vector[L, V]) sorted() (labels []L, counters []*V) {
+	series := v.load()
+	labels = slices.SortedFunc(maps.Keys(series), compareLabels)
+	for _, l := range labels {
+		counters = append(counters, series[l])
+	}
+	return labels, counters
+}
 
+// each calls do for every combination, sorted by label values.
+func (v *vector[L, V]) each(do func(labels L, counters *V)) {
+	labels, counters := v.sorted()
+	for i, l := range labels {
+		do(l, counters[i])
+	}
+}
+
+func compareLabels[L labelValues](a, b L) int {
+	for i := range len(a) {
+		if order := cmp.Compare(a[i], b[i]); order != 0 {
+			return order
+		}
+	}
+	return 0
+}
+
+// Maximum numbers of combinations.
 const (
-	attemptOK          attemptResult = iota
-	attemptRejected                  // 4xx: the request was at fault
-	attemptRateLimited               // 429
-	attemptKeyRefused                // 401 or 403: the key was
-	attemptFailed                    // 5xx, or no answer to an API call
-	attemptTimeout                   // no answer in time
-	attemptUnreachable               // no connection, or it broke before an answer
-	attemptAbandoned                 // the client left, or the call was ended, before one
-	attemptResultCount
-)
-
-var attemptResultNames = [attemptResultCount]string{"ok", "refused", "rate_limited", "key_refused", "failed", "timeout", "unreachable", "abandoned"}
-
-type upstreamMetrics struct {
-	attempts [attemptResultCount]atomic.Int64
-}
-
-type upstreamKey struct{ upstream, provider string }
-
-// Upper bounds on series. Beyond them calls count under "other": sums stay true.
-const (
+	maxEndpointSeries = 1000
 	maxModelSeries    = 4000
 	maxUpstreamSeries = 2000
 	maxCodeSeries     = 200
 	otherLabel        = "other"
 )
 
-// metrics is all that is counted since the program started.
+// countedOutcomes and countedClasses are the rows and columns of endpointCounters.
+var (
+	countedOutcomes = [...]callOutcome{
+		outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError,
+	}
+	countedClasses = [...]errorClass{
+		errorClassNone, errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy,
+	}
+	tokenKinds = [...]string{"input", "cached_input", "output", "reasoning"}
+)
+
+// endpointCounters are the counters of one endpoint.
+type endpointCounters struct {
+	calls     [len(countedOutcomes)][len(countedClasses)]atomic.Int64
+	firstByte histogram
+	duration  histogram
+}
+
+// modelCounters are the counters of one project's use of one model.
+type modelCounters struct {
+	calls    [len(countedOutcomes)]atomic.Int64
+	tokens   [len(tokenKinds)]atomic.Int64
+	nanos    atomic.Int64 // nano-dollars
+	unpriced atomic.Int64
+}
+
+// An attemptResult says how a request to a provider ended.
+type attemptResult int
+
+const (
+	attemptOK          attemptResult = iota
+	attemptRejected                  // 4xx: the provider rejected the request
+	attemptRateLimited               // 429
+	attemptKeyRefused                // 401 or 403: the provider refused the key
+	attemptFailed                    // 5xx, or an answer that is not an API's
+	attemptTimeout                   // no answer in time
+	attemptUnreachable               // no connection, or it broke before the answer
+	attemptAbandoned                 // the client left, or the call was ended, before the answer
+	attemptResultCount
+)
+
+var attemptResultNames = [attemptResultCount]string{
+	"ok", "refused", "rate_limited", "key_refused", "failed", "timeout", "unreachable", "abandoned",
+}
+
+// metrics holds everything that was counted since the program started.
 type metrics struct {
-	endpoints          map[*endpoint]*endpointMetrics // made once, never changed
-	noEndpoint         endpointMetrics                // calls that did not come as far as an endpoint
+	endpoints vector[[1]string, endpointCounters]
+	models    vector[[3]string, modelCounters]                    // project, provider, model
+	attempts  vector[[2]string, [attemptResultCount]atomic.Int64] // upstream, provider
+	refusals  vector[[2]string, atomic.Int64]                     // error code, class
+	requests  vector[[2]string, atomic.Int64]                     // route ("GET /manage/tokens"), status ("2xx")
+
 	overhead           histogram
-	activeStreams      atomic.Int64 // being relayed now
-	openConnections    atomic.Int64 // connections of clients
-	suppressedLogLines atomic.Int64 // log lines about strangers
-
-	models    series[modelKey, modelMetrics]
-	upstreams series[upstreamKey, upstreamMetrics]
-	codes     series[codeKey, atomic.Int64]
-	routes    series[routeKey, atomic.Int64]
-}
-
-type codeKey struct {
-	code  string
-	class errorClass
-}
-
-type routeKey struct {
-	route  string // as in routes: "GET /manage/tokens"
-	status string // "2xx"
+	activeStreams      atomic.Int64 // streams that are being relayed
+	openConnections    atomic.Int64 // of clients
+	suppressedLogLines atomic.Int64 // about unauthenticated callers
 }
 
 func newMetrics() *metrics {
-	m := &metrics{endpoints: map[*endpoint]*endpointMetrics{}}
-	m.models.maxLen, m.upstreams.maxLen, m.codes.maxLen, m.routes.maxLen = maxModelSeries, maxUpstreamSeries, maxCodeSeries, maxCodeSeries
+	m := &metrics{}
+	m.endpoints.max, m.models.max, m.attempts.max = maxEndpointSeries, maxModelSeries, maxUpstreamSeries
+	m.refusals.max, m.requests.max = maxCodeSeries, maxCodeSeries
 	return m
 }
 
-// registerEndpoints makes room for every endpoint there is, so that counting needs no lock.
-func (m *metrics) registerEndpoints(t *endpointTable) {
-	for _, e := range t.all() {
-		m.endpoints[e] = &endpointMetrics{}
-	}
-}
+func indexOf[T comparable](list []T, v T) int { return max(0, slices.Index(list, v)) }
 
-// series is a bounded set of things counted.
-type series[K comparable, V any] struct {
-	maxLen int
-	mu     sync.RWMutex
-	m      map[K]*V
-}
-
-// get returns what is counted under k, or nil if that would be one too many.
-func (s *series[K, V]) get(k K) *V {
-	s.mu.RLock()
-	v := s.m[k]
-	s.mu.RUnlock()
-	if v != nil {
-		return v
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if v = s.m[k]; v != nil || len(s.m) >= s.maxLen {
-		return v
-	}
-	if s.m == nil {
-		s.m = map[K]*V{}
-	}
-	v = new(V)
-	s.m[k] = v
-	return v
-}
-
-// getOrOther is get, with a place for what is too much. The few others there are may
-// exceed the bound.
-func (s *series[K, V]) getOrOther(k, other K) *V {
-	if v := s.get(k); v != nil {
-		return v
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.m[other] == nil {
-		s.m[other] = new(V)
-	}
-	return s.m[other]
-}
-
-func indexOf[T comparable](list []T, v T) int {
-	for i := range list {
-		if list[i] == v {
-			return i
-		}
-	}
-	return 0
-}
-
-// forEndpoint returns what is counted of an endpoint; nil: there is none.
-func (m *metrics) forEndpoint(e *endpoint) *endpointMetrics {
-	if em := m.endpoints[e]; em != nil {
-		return em
-	}
-	return &m.noEndpoint
-}
-
-// A forwardedCall is what is counted of a call that was admitted.
+// A forwardedCall has what is counted of a call that was admitted.
 type forwardedCall struct {
 	project  string
 	provider string
 	prices   *priceTable
-	overhead time.Duration // 0: the call was not answered by a provider
+	overhead time.Duration // 0: no provider answered the call
 }
 
-// countCall counts a call that has ended; f is nil where it was refused.
+// countCall counts a call that has ended. e is nil if no endpoint matched, and f is nil
+// if the call was refused.
 func (m *metrics) countCall(e *endpoint, row *requestRow, f *forwardedCall) {
-	o, class := indexOf(countedOutcomes[:], row.outcome), row.errorClass()
-	em := m.forEndpoint(e)
-	em.calls[o][indexOf(countedClasses[:], class)].Add(1)
-	em.total.observe(row.totalUS, &slowBounds)
+	outcome, class := indexOf(countedOutcomes[:], row.outcome), row.errorClass()
+	name := "none"
+	if e != nil {
+		name = e.name()
+	}
+	ec := m.endpoints.get([1]string{name}, [1]string{otherLabel})
+	ec.calls[outcome][indexOf(countedClasses[:], class)].Add(1)
+	ec.duration.observe(row.totalUS, &slowBounds)
 	if row.outcome == outcomeRefused {
-		m.codes.getOrOther(codeKey{row.errorCode, class}, codeKey{otherLabel, class}).Add(1)
+		m.refusals.get([2]string{row.errorCode, string(class)}, [2]string{otherLabel, string(class)}).Add(1)
 	}
 	if f == nil {
 		return
 	}
 	if row.firstByteUS >= 0 {
-		em.firstByte.observe(row.firstByteUS, &slowBounds)
+		ec.firstByte.observe(row.firstByteUS, &slowBounds)
 	}
 	if f.overhead > 0 {
 		m.overhead.observe(f.overhead.Microseconds(), &fastBounds)
 	}
-	k := modelKey{f.project, f.provider, f.prices.metricLabel(row.model)}
-	mm := m.models.getOrOther(k, modelKey{otherLabel, otherLabel, otherLabel})
-	mm.calls[o].Add(1)
+	model := [3]string{f.project, f.provider, f.prices.metricLabel(row.model)}
+	mc := m.models.get(model, [3]string{otherLabel, otherLabel, otherLabel})
+	mc.calls[outcome].Add(1)
 	for i, n := range [...]int64{row.counts.input, row.counts.cached, row.counts.output, row.counts.reasoning} {
 		if n > 0 {
-			mm.tokens[i].Add(n)
+			mc.tokens[i].Add(n)
 		}
 	}
 	if row.priced {
-		mm.nanos.Add(row.cost)
+		mc.nanos.Add(row.cost)
 	} else if row.source != usageNone {
-		mm.unpriced.Add(1)
+		mc.unpriced.Add(1)
 	}
 }
 
-// countAttempt counts how a request to a provider ended.
-func (m *metrics) countAttempt(u *upstream, how attemptResult) {
-	m.upstreams.getOrOther(upstreamKey{u.id, u.provider}, upstreamKey{otherLabel, otherLabel}).attempts[how].Add(1)
+// countAttempt counts a request to a provider that has ended.
+func (m *metrics) countAttempt(u *upstream, result attemptResult) {
+	m.attempts.get([2]string{u.id, u.provider}, [2]string{otherLabel, otherLabel})[result].Add(1)
 }
 
-// resultOfStatus sorts a provider's status.
+// resultOfStatus returns the result of an attempt that a provider answered.
 func resultOfStatus(status int) attemptResult {
 	switch {
 	case status == 401 || status == 403:
@@ -253,8 +258,8 @@ func resultOfStatus(status int) attemptResult {
 	return attemptFailed
 }
 
-// resultOfError sorts an attempt that ended before the provider's head came, by
-// what the client was told; nil: it had left.
+// resultOfError returns the result of an attempt that ended before the provider's
+// headers came, by the error that the client gets; nil: the client had left.
 func resultOfError(e *apiError) attemptResult {
 	switch {
 	case e == nil:
@@ -267,132 +272,89 @@ func resultOfError(e *apiError) attemptResult {
 	return attemptAbandoned
 }
 
-// countRequest counts a request to anything but /v1.
+// countRequest counts a request to a URL outside /v1.
 func (m *metrics) countRequest(pattern string, status int) {
 	group := "none"
 	if status >= 100 && status < 600 {
-		group = string(rune('0'+status/100)) + "xx"
+		group = statusGroups[status/100]
 	}
-	m.routes.getOrOther(routeKey{pattern, group}, routeKey{otherLabel, group}).Add(1)
+	m.requests.get([2]string{cmp.Or(pattern, "none"), group}, [2]string{otherLabel, group}).Add(1)
 }
 
-// A metricsWriter is a page of metrics as it is written.
+var statusGroups = [...]string{"none", "1xx", "2xx", "3xx", "4xx", "5xx"}
+
+// A metricsWriter writes a page in Prometheus' text format.
 type metricsWriter struct {
 	b      []byte
 	family string
 }
 
-// beginFamily begins a family.
-func (t *metricsWriter) beginFamily(name, kind, help string) {
-	t.family = "llm_proxy_" + name
+// beginFamily starts a metric family. Names that are not go_ or process_ get our prefix.
+func (w *metricsWriter) beginFamily(name, kind, help string) {
+	w.family = "llm_proxy_" + name
 	if strings.HasPrefix(name, "go_") || strings.HasPrefix(name, "process_") {
-		t.family = name
+		w.family = name
 	}
-	t.b = append(t.b, "# HELP "+t.family+" "+help+"\n# TYPE "+t.family+" "+kind+"\n"...)
+	w.b = append(w.b, "# HELP "+w.family+" "+help+"\n# TYPE "+w.family+" "+kind+"\n"...)
 }
 
-// writeLabels writes {a="b",…}; pairs are names and values.
-func (t *metricsWriter) writeLabels(pairs []string) {
+// writeLabels writes {a="b",…}; pairs holds names and values in turn.
+func (w *metricsWriter) writeLabels(pairs []string) {
 	for i := 0; i+1 < len(pairs); i += 2 {
-		t.b = append(t.b, "{,"[min(i, 1)])
-		t.b = append(append(t.b, pairs[i]...), `="`...)
-		for _, r := range pairs[i+1] { // ranging turns bytes that are no UTF-8 into U+FFFD
+		w.b = append(w.b, "{,"[min(i, 1)])
+		w.b = append(append(w.b, pairs[i]...), `="`...)
+		for _, r := range pairs[i+1] { // range turns invalid UTF-8 into U+FFFD
 			switch r {
 			case '\\':
-				t.b = append(t.b, `\\`...)
+				w.b = append(w.b, `\\`...)
 			case '"':
-				t.b = append(t.b, `\"`...)
+				w.b = append(w.b, `\"`...)
 			case '\n':
-				t.b = append(t.b, `\n`...)
+				w.b = append(w.b, `\n`...)
 			default:
-				t.b = append(t.b, string(r)...)
+				w.b = append(w.b, string(r)...)
 			}
 		}
-		t.b = append(t.b, '"')
+		w.b = append(w.b, '"')
 	}
 	if len(pairs) > 0 {
-		t.b = append(t.b, '}')
+		w.b = append(w.b, '}')
 	}
 }
 
-func (t *metricsWriter) writeInt(n int64, pairs ...string) {
-	t.b = append(t.b, t.family...)
-	t.writeLabels(pairs)
-	t.b = append(strconv.AppendInt(append(t.b, ' '), n, 10), '\n')
+func (w *metricsWriter) writeInt(n int64, pairs ...string) {
+	w.b = append(w.b, w.family...)
+	w.writeLabels(pairs)
+	w.b = append(strconv.AppendInt(append(w.b, ' '), n, 10), '\n')
 }
 
 // writeDecimal writes n/10^places.
-func (t *metricsWriter) writeDecimal(n int64, places int, pairs ...string) {
-	t.b = append(t.b, t.family...)
-	t.writeLabels(pairs)
-	t.b = append(append(append(t.b, ' '), formatDecimal(n, places)...), '\n')
+func (w *metricsWriter) writeDecimal(n int64, places int, pairs ...string) {
+	w.b = append(w.b, w.family...)
+	w.writeLabels(pairs)
+	w.b = append(append(append(w.b, ' '), formatDecimal(n, places)...), '\n')
 }
 
-// writeHistogram writes one in seconds.
-func (t *metricsWriter) writeHistogram(h *histogram, bounds *[13]int64, pairs ...string) {
-	name, sum := t.family, int64(0)
-	t.family = name + "_bucket"
+// writeHistogram writes a histogram in seconds.
+func (w *metricsWriter) writeHistogram(h *histogram, bounds *[13]int64, pairs ...string) {
+	name, sum := w.family, int64(0)
+	w.family = name + "_bucket"
 	for i := range h.counts {
 		sum += h.counts[i].Load()
 		le := "+Inf"
 		if i < len(bounds) {
 			le = formatDecimal(bounds[i], 6)
 		}
-		t.writeInt(sum, append(slices.Clip(pairs), "le", le)...)
+		w.writeInt(sum, append(slices.Clip(pairs), "le", le)...)
 	}
-	t.family = name + "_sum"
-	t.writeDecimal(h.sum.Load(), 6, pairs...)
-	t.family = name + "_count"
-	t.writeInt(sum, pairs...) // the buckets' own, so that the two agree while calls go on
-	t.family = name
+	w.family = name + "_sum"
+	w.writeDecimal(h.sum.Load(), 6, pairs...)
+	w.family = name + "_count"
+	w.writeInt(sum, pairs...) // the sum of the buckets, so that the two agree while calls are counted
+	w.family = name
 }
 
-// eachEndpoint calls do with every endpoint, and the calls that found none, with its name.
-func (m *metrics) eachEndpoint(table *endpointTable, do func(name string, em *endpointMetrics)) {
-	for _, e := range table.all() {
-		do(e.name(), m.forEndpoint(e))
-	}
-	do("none", &m.noEndpoint)
-}
-
-func (m *metrics) writeCalls(t *metricsWriter, table *endpointTable) {
-	t.beginFamily("calls_total", "counter", "Calls under /v1 that ended, by how and whose trouble it was.")
-	m.eachEndpoint(table, func(name string, em *endpointMetrics) {
-		for o := range countedOutcomes {
-			for c := range countedClasses {
-				if n := em.calls[o][c].Load(); n > 0 {
-					t.writeInt(n, "endpoint", name, "outcome", string(countedOutcomes[o]), "class", cmp.Or(string(countedClasses[c]), "none"))
-				}
-			}
-		}
-	})
-	t.beginFamily("errors_total", "counter", "Calls that did not go well, by whose trouble it was.")
-	for c, class := range countedClasses {
-		if class == errorClassNone {
-			continue
-		}
-		var sum int64
-		m.eachEndpoint(table, func(_ string, em *endpointMetrics) {
-			for o := range countedOutcomes {
-				sum += em.calls[o][c].Load()
-			}
-		})
-		t.writeInt(sum, "class", string(class))
-	}
-	show := func(name, help string, of func(*endpointMetrics) *histogram) {
-		t.beginFamily(name, "histogram", help)
-		m.eachEndpoint(table, func(name string, em *endpointMetrics) {
-			if h := of(em); h.hasObservations() {
-				t.writeHistogram(h, &slowBounds, "endpoint", name)
-			}
-		})
-	}
-	show("first_byte_seconds", "From a request's arrival to the first byte of its answer.", func(em *endpointMetrics) *histogram { return &em.firstByte })
-	show("duration_seconds", "From a request's arrival to the last byte of its answer.", func(em *endpointMetrics) *histogram { return &em.total })
-	t.beginFamily("overhead_seconds", "histogram", "Of the time to the first byte, what was neither the provider's nor the client's.")
-	t.writeHistogram(&m.overhead, &fastBounds)
-}
-
+// hasObservations reports whether anything was observed.
 func (h *histogram) hasObservations() bool {
 	for i := range h.counts {
 		if h.counts[i].Load() > 0 {
@@ -402,91 +364,229 @@ func (h *histogram) hasObservations() bool {
 	return false
 }
 
-// sorted copies a series, in order.
-func (s *series[K, V]) sorted(order func(a, b K) int) (keys []K, values []*V) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	keys = slices.SortedFunc(maps.Keys(s.m), order)
-	for _, k := range keys {
-		values = append(values, s.m[k])
-	}
-	return keys, values
-}
-
-func (m *metrics) writeModels(t *metricsWriter) {
-	keys, values := m.models.sorted(func(a, b modelKey) int {
-		return cmp.Or(cmp.Compare(a.project, b.project), cmp.Compare(a.provider, b.provider), cmp.Compare(a.model, b.model))
-	})
-	each := func(do func(mm *modelMetrics, labels ...string)) {
-		for i, k := range keys {
-			do(values[i], "project", k.project, "provider", k.provider, "model", k.model)
-		}
-	}
-	t.beginFamily("model_calls_total", "counter", "Admitted calls that ended, by project, provider, model and outcome.")
-	each(func(mm *modelMetrics, labels ...string) {
+func (m *metrics) writeCalls(w *metricsWriter) {
+	var byClass [len(countedClasses)]int64
+	w.beginFamily("calls_total", "counter", "Finished calls under /v1, by outcome and class of error.")
+	m.endpoints.each(func(labels [1]string, ec *endpointCounters) {
 		for o := range countedOutcomes {
-			if n := mm.calls[o].Load(); n > 0 {
-				t.writeInt(n, append(labels, "outcome", string(countedOutcomes[o]))...)
+			for c := range countedClasses {
+				n := ec.calls[o][c].Load()
+				byClass[c] += n
+				if n > 0 {
+					w.writeInt(n, "endpoint", labels[0], "outcome", string(countedOutcomes[o]),
+						"class", cmp.Or(string(countedClasses[c]), "none"))
+				}
 			}
 		}
 	})
-	t.beginFamily("tokens_total", "counter", "Tokens used. cached_input is part of input, reasoning part of output.")
-	each(func(mm *modelMetrics, labels ...string) {
+	w.beginFamily("errors_total", "counter", "Calls that failed, by class of error.")
+	for c, class := range countedClasses {
+		if class != errorClassNone {
+			w.writeInt(byClass[c], "class", string(class))
+		}
+	}
+	writeDurations := func(name, help string, pick func(*endpointCounters) *histogram) {
+		w.beginFamily(name, "histogram", help)
+		m.endpoints.each(func(labels [1]string, ec *endpointCounters) {
+			if h := pick(ec); h.hasObservations() {
+				w.writeHistogram(h, &slowBounds, "endpoint", labels[0])
+			}
+		})
+	}
+	writeDurations("first_byte_seconds", "Time from a request's arrival to the first byte of its answer.",
+		func(ec *endpointCounters) *histogram { return &ec.firstByte })
+	writeDurations("duration_seconds", "Time from a request's arrival to the last byte of its answer.",
+		func(ec *endpointCounters) *histogram { return &ec.duration })
+	w.beginFamily("overhead_seconds", "histogram",
+		"The part of the time to the first byte that was spent neither by the provider nor by the client.")
+	w.writeHistogram(&m.overhead, &fastBounds)
+}
+
+func (m *metrics) writeModels(w *metricsWriter) {
+	models, counters := m.models.sorted()
+	each := func(write func(mc *modelCounters, labels ...string)) {
+		for i, l := range models {
+			write(counters[i], "project", l[0], "provider", l[1], "model", l[2])
+		}
+	}
+	w.beginFamily("model_calls_total", "counter", "Finished calls that were admitted, by project, provider, model and outcome.")
+	each(func(mc *modelCounters, labels ...string) {
+		for o := range countedOutcomes {
+			if n := mc.calls[o].Load(); n > 0 {
+				w.writeInt(n, append(labels, "outcome", string(countedOutcomes[o]))...)
+			}
+		}
+	})
+	w.beginFamily("tokens_total", "counter", "Tokens used. cached_input is part of input, reasoning part of output.")
+	each(func(mc *modelCounters, labels ...string) {
 		for i := range tokenKinds {
-			if n := mm.tokens[i].Load(); n > 0 {
-				t.writeInt(n, append(labels, "kind", tokenKinds[i])...)
+			if n := mc.tokens[i].Load(); n > 0 {
+				w.writeInt(n, append(labels, "kind", tokenKinds[i])...)
 			}
 		}
 	})
-	t.beginFamily("cost_dollars_total", "counter", "What calls cost, by the price table.")
-	each(func(mm *modelMetrics, labels ...string) { t.writeDecimal(mm.nanos.Load(), 9, labels...) })
-	t.beginFamily("unpriced_calls_total", "counter", "Calls that used tokens without a known price; their cost is in no sum.")
-	each(func(mm *modelMetrics, labels ...string) {
-		if n := mm.unpriced.Load(); n > 0 {
-			t.writeInt(n, labels...)
+	w.beginFamily("cost_dollars_total", "counter", "Cost of calls, by the price table.")
+	each(func(mc *modelCounters, labels ...string) { w.writeDecimal(mc.nanos.Load(), 9, labels...) })
+	w.beginFamily("unpriced_calls_total", "counter",
+		"Calls that used tokens without a known price; no sum contains their cost.")
+	each(func(mc *modelCounters, labels ...string) {
+		if n := mc.unpriced.Load(); n > 0 {
+			w.writeInt(n, labels...)
 		}
 	})
 }
 
-func (m *metrics) writeSeries(t *metricsWriter) {
-	t.beginFamily("refusals_total", "counter", "Calls that were refused, by error code; of bad tokens, by what was wrong with them.")
-	codes, refused := m.codes.sorted(func(a, b codeKey) int { return cmp.Or(cmp.Compare(a.code, b.code), cmp.Compare(a.class, b.class)) })
-	for i, k := range codes {
-		t.writeInt(refused[i].Load(), "code", k.code, "class", string(k.class))
-	}
-	t.beginFamily("upstream_attempts_total", "counter", "Requests to providers, by upstream and how each ended.")
-	ups, tried := m.upstreams.sorted(func(a, b upstreamKey) int { return cmp.Compare(a.upstream, b.upstream) })
-	for i, k := range ups {
-		for how, name := range attemptResultNames {
-			// Zeros too: what has never failed must be seen to fail for the first time.
-			t.writeInt(tried[i].attempts[how].Load(), "upstream", k.upstream, "provider", k.provider, "result", name)
+func (m *metrics) writeRequests(w *metricsWriter) {
+	w.beginFamily("refusals_total", "counter",
+		"Refused calls, by error code; if the token is not valid, by the reason.")
+	m.refusals.each(func(l [2]string, n *atomic.Int64) { w.writeInt(n.Load(), "code", l[0], "class", l[1]) })
+	w.beginFamily("upstream_attempts_total", "counter", "Requests to providers, by upstream and result.")
+	m.attempts.each(func(l [2]string, results *[attemptResultCount]atomic.Int64) {
+		for i, name := range attemptResultNames {
+			// Zeros are written too, so that an alert sees the first failure as an increase.
+			w.writeInt(results[i].Load(), "upstream", l[0], "provider", l[1], "result", name)
 		}
-	}
-	t.beginFamily("http_requests_total", "counter", "Requests to anything but /v1, by route and kind of status.")
-	routes, asked := m.routes.sorted(func(a, b routeKey) int { return cmp.Or(cmp.Compare(a.route, b.route), cmp.Compare(a.status, b.status)) })
-	for i, k := range routes {
-		t.writeInt(asked[i].Load(), "route", cmp.Or(k.route, "none"), "status", k.status)
-	}
+	})
+	w.beginFamily("http_requests_total", "counter", "Requests to URLs outside /v1, by route and class of status.")
+	m.requests.each(func(l [2]string, n *atomic.Int64) { w.writeInt(n.Load(), "route", l[0], "status", l[1]) })
 }
 
-// A diskUsage is what the database takes on disk, in bytes.
+// A runningSnapshot describes the running calls at one moment.
+type runningSnapshot struct {
+	phases   []phaseCount
+	draining bool
+}
+
+type phaseCount struct {
+	phase string
+	calls int64
+}
+
+// A diskUsage is the space that the database takes on disk, in bytes.
 type diskUsage struct{ databaseSize, walSize, reusable, available int64 }
 
-// writeRuntime writes facts of the process and of Go's runtime.
-func writeRuntime(t *metricsWriter, started time.Time) {
+// An exporter writes the page of /metrics: the counters and the state of the program.
+type exporter struct {
+	cfg             *config
+	metrics         *metrics
+	registry        *registry
+	health          *healthTracker
+	ledger          *ledger
+	bodies          *bodyMemory
+	running         func() runningSnapshot
+	diskUse         func(context.Context) (diskUsage, error)
+	droppedLogLines func() int64
+	started         time.Time
+}
+
+// page returns the page.
+func (e *exporter) page(ctx context.Context) []byte {
+	w := &metricsWriter{b: make([]byte, 0, 64<<10)}
+	e.metrics.writeCalls(w)
+	e.metrics.writeModels(w)
+	e.metrics.writeRequests(w)
+	e.writeRunning(w)
+	e.writeLedger(w)
+	e.writeDisk(ctx, w)
+	writeRuntime(w, e.started)
+	return w.b
+}
+
+// writeRunning writes the load of the program.
+func (e *exporter) writeRunning(w *metricsWriter) {
+	running := e.running()
+	w.beginFamily("running_calls", "gauge", "Running calls, by what they are waiting for.")
+	for _, p := range running.phases {
+		w.writeInt(p.calls, "phase", p.phase)
+	}
+	w.beginFamily("draining", "gauge", "1 while new calls are refused because the program is stopping.")
+	w.writeInt(boolToInt(running.draining))
+	w.beginFamily("upstreams", "gauge", "Upstreams of projects used since the start, by the state of their keys.")
+	for state, n := range e.health.countByState(time.Now().UnixMilli()) {
+		w.writeInt(n, "state", keyState(state).String())
+	}
+	tokens, projects := e.registry.size()
+	w.writeGauges([]gauge{
+		{"running_calls_max", "MAX_CONCURRENT_CALLS.", e.cfg.maxCalls},
+		{"running_streams", "Event streams that are being relayed.", e.metrics.activeStreams.Load()},
+		{"connections", "Open connections of clients.", e.metrics.openConnections.Load()},
+		{"connections_max", "MAX_CONNECTIONS.", e.cfg.maxConnections},
+		{"body_memory_bytes", "Memory that request bodies take.", e.bodies.used.Load()},
+		{"body_memory_max_bytes", "BODY_MEMORY.", e.bodies.limit},
+		{"registry_tokens", "Recently used tokens that are kept in memory.", tokens},
+		{"registry_projects", "Projects that are kept in memory.", projects},
+	})
+	w.beginFamily("log_lines_left_out_total", "counter",
+		"Log lines about unauthenticated callers that were not written, to protect the disk.")
+	w.writeInt(e.metrics.suppressedLogLines.Load())
+	w.beginFamily("log_lines_dropped_total", "counter", "Log lines that were lost because their reader was too slow.")
+	w.writeInt(e.droppedLogLines())
+}
+
+// A gauge is a family with one sample.
+type gauge struct {
+	name, help string
+	value      int64
+}
+
+func (w *metricsWriter) writeGauges(gauges []gauge) {
+	for _, g := range gauges {
+		w.beginFamily(g.name, "gauge", g.help)
+		w.writeInt(g.value)
+	}
+}
+
+func boolToInt(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (e *exporter) writeLedger(w *metricsWriter) {
+	begins, settles := e.ledger.backlog()
+	w.beginFamily("ledger_queue_rows", "gauge", "Rows that wait to be committed.")
+	w.writeInt(begins, "kind", "begin")
+	w.writeInt(settles, "kind", "settle")
+	w.beginFamily("ledger_failing", "gauge", "1 while the ledger cannot be written; calls are refused then.")
+	w.writeInt(boolToInt(!e.ledger.healthy()))
+	w.beginFamily("ledger_commit_seconds", "histogram", "Time to commit one batch of rows.")
+	w.writeHistogram(&e.ledger.commitDurations, &fastBounds)
+	w.beginFamily("ledger_rows_total", "counter",
+		"Committed rows: a pending record and a row for an admitted call, a row for a refused one.")
+	w.writeInt(e.ledger.committedRows.Load())
+}
+
+// writeDisk writes sizes. It leaves them out if they cannot be read.
+func (e *exporter) writeDisk(ctx context.Context, w *metricsWriter) {
+	use, err := e.diskUse(ctx)
+	if err != nil {
+		return
+	}
+	w.beginFamily("database_bytes", "gauge",
+		"Size of the database file, of its write-ahead log, and of the free space inside the file.")
+	w.writeInt(use.databaseSize, "part", "file")
+	w.writeInt(use.walSize, "part", "wal")
+	w.writeInt(use.reusable, "part", "free")
+	w.writeGauges([]gauge{{"disk_free_bytes", "Free space on the database's disk.", use.available}})
+}
+
+// writeRuntime writes measurements of the process and of the Go runtime.
+func writeRuntime(w *metricsWriter, started time.Time) {
 	b := readBuildInfo()
-	t.beginFamily("build_info", "gauge", "1, with the version in its labels.")
-	t.writeInt(1, "version", b.version, "revision", b.revision, "go", b.goVersion)
-	t.beginFamily("process_start_time_seconds", "gauge", "When the process began, in unix time.")
-	t.writeDecimal(started.UnixMilli(), 3)
+	w.beginFamily("build_info", "gauge", "Always 1; the labels have the version.")
+	w.writeInt(1, "version", b.version, "revision", b.revision, "go", b.goVersion)
+	w.beginFamily("process_start_time_seconds", "gauge", "Start time of the process, in unix time.")
+	w.writeDecimal(started.UnixMilli(), 3)
 	if us, ok := cpuTime(); ok {
-		t.beginFamily("process_cpu_seconds_total", "counter", "Processor time of the process.")
-		t.writeDecimal(us, 6)
+		w.beginFamily("process_cpu_seconds_total", "counter", "Processor time that the process used.")
+		w.writeDecimal(us, 6)
 	}
 	for _, m := range []struct{ source, name, kind, help string }{
 		{"/sched/goroutines:goroutines", "go_goroutines", "gauge", "Goroutines."},
-		{"/sched/gomaxprocs:threads", "go_gomaxprocs", "gauge", "Threads that may run Go code at once."},
-		{"/memory/classes/heap/objects:bytes", "go_heap_objects_bytes", "gauge", "Memory of live objects and of dead ones not yet swept."},
+		{"/sched/gomaxprocs:threads", "go_gomaxprocs", "gauge", "Threads that may run Go code at the same time."},
+		{"/memory/classes/heap/objects:bytes", "go_heap_objects_bytes", "gauge",
+			"Memory of live objects and of dead objects that are not swept yet."},
 		{"/memory/classes/total:bytes", "go_memory_bytes", "gauge", "Memory that the runtime has mapped."},
 		{"/gc/cycles/total:gc-cycles", "go_gc_cycles_total", "counter", "Garbage collections."},
 		{"/gc/heap/allocs:bytes", "go_allocated_bytes_total", "counter", "Memory allocated since the start."},
@@ -494,8 +594,8 @@ func writeRuntime(t *metricsWriter, started time.Time) {
 		sample := []runtimemetrics.Sample{{Name: m.source}}
 		runtimemetrics.Read(sample)
 		if sample[0].Value.Kind() == runtimemetrics.KindUint64 {
-			t.beginFamily(m.name, m.kind, m.help)
-			t.writeInt(int64(sample[0].Value.Uint64()))
+			w.beginFamily(m.name, m.kind, m.help)
+			w.writeInt(int64(sample[0].Value.Uint64()))
 		}
 	}
 }

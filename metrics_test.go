@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -296,13 +297,66 @@ func TestMetricsBounded(t *testing.T) {
 	if after := slices.Sorted(maps.Keys(p.metrics())); !slices.Equal(before, after) {
 		t.Errorf("there were %d series, then %d", len(before), len(after))
 	}
-	var s series[int, int]
-	s.maxLen = 2
+	v := vector[[1]string, atomic.Int64]{max: 2}
 	for i := range 100 {
-		*s.getOrOther(i, -1)++
+		v.get([1]string{strconv.Itoa(i)}, [1]string{otherLabel}).Add(1)
 	}
-	if len(s.m) != 3 || *s.m[-1] != 98 {
-		t.Errorf("a full series: %v", s.m)
+	if series := v.load(); len(series) != 3 || series[[1]string{otherLabel}].Load() != 98 {
+		t.Errorf("a full vector has %d series", len(series))
+	}
+}
+
+// TestMetricsPage: the page of some counted calls is the one in testdata, and a running
+// program has the families and labels listed there. Dashboards depend on both.
+func TestMetricsPage(t *testing.T) {
+	t.Parallel()
+	prices, err := loadPrices()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, endpoints := newMetrics(), newEndpointTable().all()
+	chat, messages := endpoints[3], endpoints[15]
+	openai := &upstream{id: "up_1", provider: providerOpenAI}
+	anthropic := &upstream{id: "up_2", provider: providerAnthropic}
+	forwarded := func(u *upstream) *forwardedCall {
+		return &forwardedCall{project: "proj_1", provider: u.provider, prices: prices, overhead: 1500 * time.Microsecond}
+	}
+	m.countCall(chat, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true,
+		cost: 5_250_000_000, firstByteUS: 60_000, totalUS: 700_000_000,
+		counts: tokenCounts{input: 9, cached: 4, output: 3, reasoning: 2}}, forwarded(openai))
+	m.countCall(chat, &requestRow{outcome: outcomeOK, status: 200, model: "made-up", source: usageEstimated,
+		firstByteUS: 1, totalUS: 2, counts: tokenCounts{input: 1}}, forwarded(openai))
+	m.countCall(messages, &requestRow{outcome: outcomeTruncated, status: 200, errorCode: "upstream_cut",
+		model: "claude-sonnet-5", source: usageNone, firstByteUS: -1, totalUS: 3}, forwarded(anthropic))
+	m.countCall(messages, &requestRow{outcome: outcomeRefused, status: 403, errorCode: "model_not_allowed",
+		totalUS: 90, firstByteUS: -1}, nil)
+	m.countCall(nil, &requestRow{outcome: outcomeRefused, status: 401, errorCode: "malformed",
+		totalUS: 100, firstByteUS: -1}, nil)
+	m.countAttempt(openai, attemptOK)
+	m.countAttempt(openai, attemptOK)
+	m.countAttempt(anthropic, attemptTimeout)
+	m.countRequest("GET /healthz", 200)
+	m.countRequest("", 404)
+	m.countRequest("GET /manage/tokens", 0)
+	w := &metricsWriter{}
+	m.writeCalls(w)
+	m.writeModels(w)
+	m.writeRequests(w)
+	parseMetrics(t, string(w.b))
+	if want := mustReadFile(t, "testdata/metrics_page.txt"); string(w.b) != want {
+		t.Errorf("the page differs from testdata/metrics_page.txt:\n%s", w.b)
+	}
+
+	p := newTest(t, nil)
+	p.chat()
+	p.waitSettled()
+	families := map[string]bool{}
+	for name := range p.metrics() {
+		families[regexp.MustCompile(`="[^"]*"`).ReplaceAllString(name, "")] = true
+	}
+	got := strings.Join(slices.Sorted(maps.Keys(families)), "\n") + "\n"
+	if want := mustReadFile(t, "testdata/metrics_families.txt"); got != want {
+		t.Errorf("the families differ from testdata/metrics_families.txt:\n%s", got)
 	}
 }
 
@@ -340,7 +394,6 @@ func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 		tb.Fatal(err)
 	}
 	m, table := newMetrics(), newEndpointTable()
-	m.registerEndpoints(table)
 	c := &call{clientRequest: clientRequest{endpoint: table.all()[0]}, entry: &ledgerEntry{}, upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
 		project: &projectState{id: "proj_1"}, times: callTimes{firstByte: 3 * time.Millisecond, bodyRead: time.Millisecond}}
 	c.times.sentAt, c.times.headersAt = time.UnixMilli(1), time.UnixMilli(2)
@@ -375,12 +428,11 @@ func BenchmarkMetricsPage(b *testing.B) {
 		m.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	}
 	t := &metricsWriter{}
-	table := newEndpointTable()
 	for b.Loop() {
 		t.b = t.b[:0]
-		m.writeCalls(t, table)
+		m.writeCalls(t)
 		m.writeModels(t)
-		m.writeSeries(t)
+		m.writeRequests(t)
 	}
 }
 

@@ -101,25 +101,34 @@ func (c *call) endTime() time.Time {
 
 // A proxy carries /v1 calls to providers. It alone holds the transport.
 type proxy struct {
-	cfg                     *config
-	log                     *logger
-	httpErrorLog            *log.Logger // for net/http's own notes, at debug
-	registry                *registry
-	limits                  *limitState
-	ledger                  *ledger
-	running                 *runningCalls
-	endpoints               *endpointTable
-	transport               *http.Transport
-	buffers                 *bufferPool
-	emptyURL                *url.URL // empty
-	bodies                  *bodyMemory
-	ids                     *idSource
-	addresses               *addressReader
-	prices                  *atomic.Pointer[priceTable]
-	databaseProblem         func() string // says what is wrong with the database file, "" if nothing
-	unauthenticatedLogLimit *throttle     // of log lines about callers without a key
-	metrics                 *metrics
-	contentKey              *contentKey
+	proxyDeps
+	buffers  *bufferPool
+	emptyURL *url.URL
+}
+
+// proxyDeps has what a proxy uses of the rest of the program. All fields are required.
+type proxyDeps struct {
+	cfg             *config
+	log             *logger
+	httpErrorLog    *log.Logger // for messages of net/http, at debug level
+	logThrottle     *throttle   // of log lines about unauthenticated callers
+	metrics         *metrics
+	registry        *registry
+	limits          *limitState
+	ledger          *ledger
+	running         *runningCalls
+	contentKey      *contentKey
+	endpoints       *endpointTable
+	transport       *http.Transport
+	bodies          *bodyMemory
+	ids             *idSource
+	addresses       *addressReader
+	prices          *atomic.Pointer[priceTable]
+	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
+}
+
+func newProxy(d proxyDeps) *proxy {
+	return &proxy{proxyDeps: d, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
 }
 
 // handleV1 carries one call to the provider and back. Each step may end it;

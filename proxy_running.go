@@ -162,14 +162,18 @@ func (rc *runningCalls) oldestID() int64 {
 	return id
 }
 
-// countByPhase counts the running calls by what they wait for.
-func (rc *runningCalls) countByPhase() (n [len(phaseNames)]int64) {
+// snapshot counts the running calls by phase.
+func (rc *runningCalls) snapshot() runningSnapshot {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	for c := range rc.calls {
-		n[c.progress.phase.Load()]++
+	s := runningSnapshot{phases: make([]phaseCount, len(phaseNames)), draining: rc.drainErr != nil}
+	for i, name := range phaseNames {
+		s.phases[i].phase = name
 	}
-	return n
+	for c := range rc.calls {
+		s.phases[c.progress.phase.Load()].calls++
+	}
+	return s
 }
 
 // run watches until ctx is over.

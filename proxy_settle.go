@@ -221,7 +221,7 @@ func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
 	var left int64
 	if c.token == nil { // whatever went wrong: anyone can cause it
 		var wait time.Duration
-		if wait, left = p.unauthenticatedLogLimit.allow(c.start); wait > 0 {
+		if wait, left = p.logThrottle.allow(c.start); wait > 0 {
 			p.metrics.suppressedLogLines.Add(1)
 			return
 		}

@@ -1,6 +1,5 @@
-// This room is the HTTP server: every URL on one screen, the doors in front of
-// them, and what all rooms behind share. It forwards nothing and decides on no
-// token itself.
+// This file has the routes of the program: every URL, what a client must present for it,
+// and what every request passes first. It forwards nothing and checks no token itself.
 package main
 
 import (
@@ -11,75 +10,69 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// A server has the routes of the program and what stands in front of them. The
-// three surfaces behind it are types of their own: proxy, manageAPI and adminUI.
+// A server has the routes. The three surfaces behind them are types of their own.
 type server struct {
-	cfg                     *config
-	log                     *logger
-	httpErrorLog            *log.Logger // for net/http's own notes, at debug
-	store                   *store
-	ledger                  *ledger
-	running                 *runningCalls
-	ids                     *idSource
-	addresses               *addressReader
-	unauthenticatedLogLimit *throttle     // of log lines about callers without a key
-	databaseProblem         func() string // says what is wrong with the database file, "" if nothing
-	metrics                 *metrics
-	writable                writeCheck
-	metricsMu               sync.Mutex // held while a page of metrics is written
+	cfg          *config
+	log          *logger
+	httpErrorLog *log.Logger
+	ids          *idSource
+	addresses    *addressReader
+	logThrottle  *throttle // of log lines about unauthenticated callers
+	metrics      *metrics
+	readiness    *readiness
+	exporter     *exporter
+	exporting    sync.Mutex // held while a page of metrics is written
 
-	proxy    *proxy
-	manage   *manageAPI
-	admin    *adminUI // nil: the pages are turned off
-	exporter *exporter
+	proxy  *proxy
+	manage *manageAPI
+	admin  *adminUI // nil: ADMIN_PAGES=false
 }
 
-// routes is every URL of the program. /v1 takes tokens only, /manage management
-// keys only, /admin sessions only.
+// routes returns the handler of every URL. /v1 takes client tokens only, /manage management
+// keys only, /admin session cookies only.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", s.handleHome)                                              // open: one line of text
-	mux.HandleFunc("GET /healthz", s.handleHealth)                                        // open: the process answers
-	mux.HandleFunc("GET /readyz", s.handleReady)                                          // open: calls would be taken
-	mux.Handle("/manage/", s.protect(s.manage.manageRoutes()))                            // a management key, by role: manage.go
-	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleAuthenticatedMetrics))) // a management key of any role; open on METRICS_ADDR
-	if s.cfg.adminPages {
-		mux.Handle("/admin/", s.admin.adminRoutes()) // a session, by role: admin.go
+	mux.HandleFunc("GET /{$}", s.handleHome)       // open: one line of text
+	mux.HandleFunc("GET /healthz", s.handleHealth) // open: the process answers
+	mux.HandleFunc("GET /readyz", s.handleReady)   // open: calls would be accepted
+	// A management key of any role. METRICS_ADDR serves the same page without a key.
+	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleAuthenticatedMetrics)))
+	// A management key; manageTable in manage.go has the URLs and the role that each needs.
+	mux.Handle("/manage/", s.protect(s.manage.manageRoutes()))
+	if s.admin != nil {
+		// A session; adminTable in admin.go has the URLs and the role that each needs.
+		mux.Handle("/admin/", s.admin.adminRoutes())
 		mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
 	}
 	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
 		mux.Handle(open, methodNotAllowed("GET"))
 	}
-	mux.HandleFunc("/manage", notFound) // else a redirect, which a client follows with its key
+	mux.HandleFunc("/manage", notFound) // ServeMux would redirect, and a client would follow with its key
 	mux.HandleFunc("/", notFound)
-	return s.dispatch(mux)
-}
-
-// dispatch is the first to see a request. /v1 goes straight to its room: ServeMux
-// would answer odd paths with redirects, and a path that is not plain must not
-// be cleaned into another one that is.
-func (s *server) dispatch(mux http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if p := r.URL.Path; strings.HasPrefix(p, "/v1/") && r.Method != http.MethodConnect {
-			if p == ownTokenPath { // what a token may ask about itself
-				s.proxy.handleOwnToken(w, r)
-			} else {
-				s.proxy.handleV1(w, r)
-			}
-			return
+		// ServeMux must not see /v1: it cleans paths that are not canonical and answers with a
+		// redirect, but such a path must not reach another endpoint than the one it names.
+		switch {
+		case r.Method == http.MethodConnect || !strings.HasPrefix(r.URL.Path, "/v1/"):
+			s.serveLogged(w, r, mux)
+		case r.URL.Path == ownTokenPath: // /v1/llm-proxy/token
+			s.proxy.handleOwnToken(w, r) // a client token: what it may know about itself
+		default: // /v1/*: endpointRows in endpoints.go has the endpoints
+			s.proxy.handleV1(w, r) // a client token: the call goes to a provider
 		}
-		s.logRequest(w, r, mux)
 	})
 }
 
-// smallBodyTimeout is for bodies that are not calls': those have a watchdog.
+// smallBodyTimeout limits reading the body of a request outside /v1. The watchdog limits
+// those of calls.
 const smallBodyTimeout = 30 * time.Second
 
-// logRequest serves what is not /v1, with its own id and one log line.
-func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Handler) {
+// serveLogged serves a request outside /v1, with an id and one log line.
+func (s *server) serveLogged(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	start := time.Now()
 	id := formatRequestID(s.ids.next(start))
 	h := w.Header()
@@ -87,27 +80,13 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	h.Set("X-Llm-Proxy-Request-Id", id)
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
-	_ = http.NewResponseController(w).SetWriteDeadline(start.Add(writeTimeout))
+	controller := http.NewResponseController(w)
+	_ = controller.SetWriteDeadline(start.Add(writeTimeout))
+	_ = controller.SetReadDeadline(start.Add(smallBodyTimeout))
 	sw := &statusWriter{ResponseWriter: w}
-	_ = http.NewResponseController(w).SetReadDeadline(start.Add(smallBodyTimeout))
 	defer func() {
 		s.metrics.countRequest(r.Pattern, sw.status)
-		level := slog.LevelInfo
-		if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
-			level = slog.LevelDebug
-		}
-		line := []any{"request_id", id, "route", r.Pattern, "status", sw.status, "address", s.addresses.clientAddress(r), "total_us", time.Since(start).Microseconds()}
-		if sw.status >= 400 && sw.status < 500 { // anyone can cause these
-			wait, left := s.unauthenticatedLogLimit.allow(start)
-			if wait > 0 {
-				s.metrics.suppressedLogLines.Add(1)
-				return
-			}
-			if left > 0 {
-				line = append(line, "lines_left_out", left)
-			}
-		}
-		s.log.Log(context.Background(), level, "request", line...)
+		s.logRequest(r, sw.status, id, start)
 	}()
 	if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
 		path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
@@ -117,7 +96,27 @@ func (s *server) logRequest(w http.ResponseWriter, r *http.Request, next http.Ha
 	next.ServeHTTP(sw, r)
 }
 
-// A statusWriter remembers the status for the log.
+func (s *server) logRequest(r *http.Request, status int, id string, start time.Time) {
+	level := slog.LevelInfo
+	if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
+		level = slog.LevelDebug
+	}
+	line := []any{"request_id", id, "route", r.Pattern, "status", status,
+		"address", s.addresses.clientAddress(r), "total_us", time.Since(start).Microseconds()}
+	if status >= 400 && status < 500 { // anyone can cause these
+		wait, suppressed := s.logThrottle.allow(start)
+		if wait > 0 {
+			s.metrics.suppressedLogLines.Add(1)
+			return
+		}
+		if suppressed > 0 {
+			line = append(line, "lines_left_out", suppressed)
+		}
+	}
+	s.log.Log(context.Background(), level, "request", line...)
+}
+
+// A statusWriter records the status for the log.
 type statusWriter struct {
 	http.ResponseWriter
 	status int
@@ -139,89 +138,101 @@ func (w *statusWriter) Write(b []byte) (int, error) {
 	return w.ResponseWriter.Write(b)
 }
 
+func writePlainText(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = w.Write([]byte(text + "\n"))
+}
+
 func (s *server) handleHome(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	_, _ = w.Write([]byte("llm-proxy. Clients use /v1, administrators /admin (pages) and /manage (JSON).\n"))
+	writePlainText(w, http.StatusOK, "llm-proxy. Clients use /v1, administrators /admin (pages) and /manage (JSON).")
 }
 
-// handleHealth says that the process answers, whatever else may be wrong.
+// handleHealth answers that the process runs, whatever its state.
 func (s *server) handleHealth(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	_, _ = w.Write([]byte("ok\n"))
+	writePlainText(w, http.StatusOK, "ok")
 }
 
-// handleReady says whether calls would be taken now. It is about this program,
-// not about providers: a load balancer cannot mend those by going elsewhere.
+// handleReady answers whether calls would be accepted now.
 func (s *server) handleReady(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	// The answer is kept for others, so who asks must not be able to spoil it by
-	// leaving.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 3*time.Second)
-	defer cancel()
-	var why string
-	switch {
-	case s.running.isDraining():
-		why = "draining"
-	case s.databaseProblem() != "":
-		why = "the database file is gone"
-	case !s.ledger.healthy():
-		why = "the ledger cannot be written"
-	case s.writable.check(ctx, s.store) != nil:
-		why = "the database cannot be written"
-	default:
-		_, _ = w.Write([]byte("ready\n"))
+	if problem := s.readiness.problem(r.Context()); problem != "" {
+		w.Header().Set("Retry-After", "1")
+		writePlainText(w, http.StatusServiceUnavailable, problem)
 		return
 	}
-	w.Header().Set("Retry-After", "1")
-	w.WriteHeader(http.StatusServiceUnavailable)
-	_, _ = w.Write([]byte(why + "\n"))
+	writePlainText(w, http.StatusOK, "ready")
 }
 
-// A writeCheck asks the database at most once a second whether it can be written:
-// the question is a write, and anyone may ask.
-type writeCheck struct {
+// A readiness finds out whether this program can accept calls. It does not look at
+// providers: sending clients to another replica would not help with those.
+type readiness struct {
+	running         *runningCalls
+	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
+	ledger          *ledger
+	store           *store
+
 	mu        sync.Mutex
 	checkedAt time.Time
-	err       error
+	writeErr  error // the last check of the database
 }
 
-func (c *writeCheck) check(ctx context.Context, st *store) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if time.Since(c.checkedAt) >= time.Second {
-		c.err, c.checkedAt = st.checkWritable(ctx), time.Now()
+// problem returns the reason why calls would be refused, or "".
+func (rd *readiness) problem(ctx context.Context) string {
+	switch {
+	case rd.running.isDraining():
+		return "draining"
+	case rd.databaseProblem() != "":
+		return "the database file is gone"
+	case !rd.ledger.healthy():
+		return "the ledger cannot be written"
+	case rd.checkWritable(ctx) != nil:
+		return "the database cannot be written"
 	}
-	return c.err
+	return ""
 }
 
-// protect guards what administrators use: against other web sites
-// (cross-origin requests) and against names that an attacker points at us.
+// checkWritable asks the database at most once a second: the check is a write, and
+// anyone may ask.
+func (rd *readiness) checkWritable(ctx context.Context) error {
+	rd.mu.Lock()
+	defer rd.mu.Unlock()
+	if time.Since(rd.checkedAt) >= time.Second {
+		// Other callers get the same answer, so one that disconnects must not end the check.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+		defer cancel()
+		rd.writeErr, rd.checkedAt = rd.store.checkWritable(ctx), time.Now()
+	}
+	return rd.writeErr
+}
+
+// protect guards what administrators use against cross-origin requests, and against host
+// names that an attacker has pointed at this server (DNS rebinding).
 func (s *server) protect(next http.Handler) http.Handler {
 	origins := http.NewCrossOriginProtection()
 	origins.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		writeError(w, errCrossOrigin, false)
 	}))
-	guarded := origins.Handler(next)
+	sameOrigin := origins.Handler(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !ourHost(s.cfg.publicURL, r.Host) {
 			writeError(w, errUnknownHost, false)
 			return
 		}
-		guarded.ServeHTTP(w, r)
+		sameOrigin.ServeHTTP(w, r)
 	})
 }
 
-// handleMetrics is open: it stands on METRICS_ADDR.
+// handleMetrics writes the page of metrics. METRICS_ADDR serves it without a key.
 func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
-	s.metricsMu.Lock() // one at a time: a page takes memory
-	defer s.metricsMu.Unlock()
+	s.exporting.Lock() // one at a time: a page takes memory
+	defer s.exporting.Unlock()
 	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
 	defer cancel()
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	_, _ = w.Write(s.exporter.metricsPage(ctx))
+	_, _ = w.Write(s.exporter.page(ctx))
 }
 
-// handleAuthenticatedMetrics asks for a management key first, of any role.
+// handleAuthenticatedMetrics is handleMetrics for a management key of any role.
 func (s *server) handleAuthenticatedMetrics(w http.ResponseWriter, r *http.Request) {
 	if _, err := s.manage.authenticateManager(w, r); err != nil {
 		s.manage.writeManageError(w, r, err)
@@ -230,8 +241,24 @@ func (s *server) handleAuthenticatedMetrics(w http.ResponseWriter, r *http.Reque
 	s.handleMetrics(w, r)
 }
 
-// metricsServer is for a listener of its own, METRICS_ADDR: who reaches that
-// needs no key. It knows one URL.
+// httpServer returns the server for LISTEN_ADDR.
+func (s *server) httpServer() *http.Server {
+	return &http.Server{
+		Handler:           s.routes(),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		ConnState:         limitConnections(s.cfg.maxConnections, &s.metrics.openConnections),
+		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout},
+		MaxHeaderBytes:    60 << 10, // net/http allows 4 KiB more
+		ErrorLog:          s.httpErrorLog,
+		// The answer of net/http to OPTIONS * would be in no log.
+		DisableGeneralOptionsHandler: true,
+		// There is no read or write timeout, because an answer may stream for hours. The
+		// watchdog (proxy_running.go) ends calls that make no progress.
+	}
+}
+
+// metricsServer returns the server for METRICS_ADDR. It has one URL and needs no key.
 func (s *server) metricsServer() *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", s.handleMetrics)
@@ -242,111 +269,7 @@ func (s *server) metricsServer() *http.Server {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
-		ConnState:         limitConnections(64, nil),
+		ConnState:         limitConnections(64, new(atomic.Int64)),
 		ErrorLog:          s.httpErrorLog,
 	}
-}
-
-// An exporter writes the page of metrics.
-type exporter struct {
-	cfg             *config
-	metrics         *metrics
-	endpoints       *endpointTable
-	registry        *registry
-	health          *healthTracker
-	ledger          *ledger
-	running         *runningCalls
-	bodies          *bodyMemory
-	diskUse         func(context.Context) (diskUsage, error)
-	droppedLogLines func() int64 // nil: nobody counts
-	started         time.Time
-}
-
-// metricsPage writes the page.
-func (e *exporter) metricsPage(ctx context.Context) []byte {
-	t := &metricsWriter{b: make([]byte, 0, 64<<10)}
-	e.metrics.writeCalls(t, e.endpoints)
-	e.metrics.writeModels(t)
-	e.metrics.writeSeries(t)
-	e.writeRunning(t)
-	e.writeLedger(t)
-	e.writeDisk(ctx, t)
-	writeRuntime(t, e.started)
-	return t.b
-}
-
-// writeRunning writes what is going on now.
-func (e *exporter) writeRunning(t *metricsWriter) {
-	t.beginFamily("running_calls", "gauge", "Calls that are running, by what they wait for.")
-	for i, n := range e.running.countByPhase() {
-		t.writeInt(n, "phase", phaseNames[i])
-	}
-	t.beginFamily("running_calls_max", "gauge", "MAX_CONCURRENT_CALLS.")
-	t.writeInt(e.cfg.maxCalls)
-	t.beginFamily("running_streams", "gauge", "Event streams that are being relayed.")
-	t.writeInt(e.metrics.activeStreams.Load())
-	t.beginFamily("draining", "gauge", "1 while new calls are refused because the program is ending.")
-	t.writeInt(boolToInt(e.running.isDraining()))
-	t.beginFamily("connections", "gauge", "Connections that clients have open.")
-	t.writeInt(e.metrics.openConnections.Load())
-	t.beginFamily("connections_max", "gauge", "MAX_CONNECTIONS.")
-	t.writeInt(e.cfg.maxConnections)
-	t.beginFamily("body_memory_bytes", "gauge", "Memory that request bodies take.")
-	t.writeInt(e.bodies.used.Load())
-	t.beginFamily("body_memory_max_bytes", "gauge", "BODY_MEMORY.")
-	t.writeInt(e.bodies.limit)
-	t.beginFamily("log_lines_left_out_total", "counter", "Log lines about callers without a key that were not written, so as not to fill the disk.")
-	t.writeInt(e.metrics.suppressedLogLines.Load())
-	t.beginFamily("log_lines_dropped_total", "counter", "Log lines that were lost because their reader was too slow.")
-	if e.droppedLogLines != nil {
-		t.writeInt(e.droppedLogLines())
-	} else {
-		t.writeInt(0)
-	}
-	t.beginFamily("upstreams", "gauge", "Upstreams of projects that were used since the start, by what is known of their keys.")
-	for state, n := range e.health.countByState(time.Now().UnixMilli()) {
-		t.writeInt(n, "state", keyState(state).String())
-	}
-	tokens, projects := e.registry.size()
-	t.beginFamily("registry_tokens", "gauge", "Tokens held in memory because they were used of late.")
-	t.writeInt(tokens)
-	t.beginFamily("registry_projects", "gauge", "Projects held in memory.")
-	t.writeInt(projects)
-}
-
-func boolToInt(b bool) int64 {
-	if b {
-		return 1
-	}
-	return 0
-}
-
-func (e *exporter) writeLedger(t *metricsWriter) {
-	begins, settles := e.ledger.backlog()
-	t.beginFamily("ledger_queue_rows", "gauge", "Rows that wait to be committed.")
-	t.writeInt(begins, "kind", "begin")
-	t.writeInt(settles, "kind", "settle")
-	t.beginFamily("ledger_failing", "gauge", "1 while the ledger cannot be written; calls are refused then.")
-	t.writeInt(boolToInt(!e.ledger.healthy()))
-	t.beginFamily("ledger_commit_seconds", "histogram", "Time to commit one batch of rows.")
-	t.writeHistogram(&e.ledger.commitDurations, &fastBounds)
-	t.beginFamily("ledger_rows_total", "counter", "What was committed: a note and a row for an admitted call, a row for a refused one.")
-	t.writeInt(e.ledger.committedRows.Load())
-}
-
-// writeDisk writes sizes; what cannot be read now is left out.
-func (e *exporter) writeDisk(ctx context.Context, t *metricsWriter) {
-	if e.diskUse == nil {
-		return
-	}
-	use, err := e.diskUse(ctx)
-	if err != nil {
-		return
-	}
-	t.beginFamily("database_bytes", "gauge", "Size of the database file, of its write-ahead log, and of the space in the file that is free for new rows.")
-	t.writeInt(use.databaseSize, "part", "file")
-	t.writeInt(use.walSize, "part", "wal")
-	t.writeInt(use.reusable, "part", "free")
-	t.beginFamily("disk_free_bytes", "gauge", "What can still be written to the database's disk.")
-	t.writeInt(use.available)
 }
