@@ -1,5 +1,5 @@
 // Headers: what a client may not smuggle past the proxy to the provider, nor a
-// provider to the client. (What goes up at all: TestUpHeaders, FuzzUpHeader.)
+// provider to the client. (What goes up at all: TestCalls, FuzzUpHeader.)
 package main
 
 import (
