@@ -1,6 +1,5 @@
-// This room keeps what calls said and were answered, for projects whose policy
-// asks for it; for all others it does nothing. What is kept is the first bytes of
-// each body, sealed before it leaves this room. It knows no table and no URL.
+// This file stores the content of calls, for projects whose policy asks for it: the first bytes of the request
+// body and of the answer. It seals them before anything else sees them. It uses no table and no URL.
 package main
 
 import (
@@ -12,60 +11,55 @@ import (
 	"fmt"
 )
 
-// A storedBody is the beginning of a request's body or an answer's.
+// A storedBody is the start of a request body or of an answer.
 type storedBody struct {
 	bytes []byte
-	size  int64 // of the whole
-	full  bool  // no more is kept
+	size  int64 // of the whole body
+	full  bool  // nothing more is stored
 }
 
-// A storedContent is what is kept of a running call. The nil one keeps nothing. It
-// belongs to the goroutine of the call.
+// A storedContent is the content of a running call. It belongs to the call's goroutine. nil stores nothing.
 type storedContent struct {
-	memory            *bodyMemory // which it takes its memory from, as bodies do
-	reserved          int64
-	maxBytes          int64 // bytes of each body
-	expiresAt         int64
+	memory            *bodyMemory // shared with request bodies
+	reserved          int64       // bytes of memory
+	maxBytes          int64       // of each body
+	expiresAt         int64       // unix milliseconds
 	request, response storedBody
 }
 
-func (k *storedContent) add(b *storedBody, p []byte) {
-	if k == nil {
-		return
-	}
+func (sc *storedContent) add(b *storedBody, p []byte) {
 	b.size += int64(len(p))
-	n := min(k.maxBytes-int64(len(b.bytes)), int64(len(p)))
+	n := min(sc.maxBytes-int64(len(b.bytes)), int64(len(p)))
 	if b.full || n == 0 {
 		return
 	}
-	if !k.memory.reserve(n) { // calls go first
+	if !sc.memory.reserve(n) { // request bodies have precedence
 		b.full = true
 		return
 	}
-	k.reserved += n
+	sc.reserved += n
 	b.bytes = append(b.bytes, p[:n]...)
 }
 
-// addResponse keeps bytes of the answer as they go to the client.
-func (k *storedContent) addResponse(p []byte) {
-	if k != nil {
-		k.add(&k.response, p)
+// addResponse stores bytes of the answer as they go to the client.
+func (sc *storedContent) addResponse(p []byte) {
+	if sc != nil {
+		sc.add(&sc.response, p)
 	}
 }
 
-func (k *storedContent) release() {
-	if k != nil {
-		k.memory.release(k.reserved)
+func (sc *storedContent) release() {
+	if sc != nil {
+		sc.memory.release(sc.reserved)
 	}
 }
 
-// A contentKey seals what is kept, each call with a key of its own derived from
-// it: the number of calls has no bound that one AES-GCM key would be good for.
-// It is random and itself sealed with the encryption key, so that a change of
-// that need not touch what is kept.
+// A contentKey seals stored content. Each call gets a key of its own, derived from the root key: the number of
+// calls is not bounded, and one AES-GCM key is safe for a bounded number of messages only. The root key is random
+// and is sealed with the encryption key, so that changing the latter leaves stored content as it is.
 type contentKey struct{ root secret }
 
-// openContentKey returns the database's key, made at first.
+// openContentKey returns the database's content key, and makes one the first time.
 func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, error) {
 	text, err := st.setting(ctx, contentKeySetting)
 	if errors.Is(err, errNotFound) {
@@ -74,22 +68,22 @@ func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, er
 		return &contentKey{root}, st.setSetting(ctx, contentKeySetting, sealed)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading the key of kept content: %w", err)
+		return nil, fmt.Errorf("reading the content key: %w", err)
 	}
 	sealed, err := base64.StdEncoding.DecodeString(text)
 	if err != nil {
-		return nil, fmt.Errorf("the key of kept content: %w", errUnseal)
+		return nil, fmt.Errorf("opening the content key: %w", errUnseal)
 	}
 	root, err := sl.open(sealed, contentKeyContext)
 	if err != nil {
-		return nil, fmt.Errorf("the key of kept content: %w", err)
+		return nil, fmt.Errorf("opening the content key: %w", err)
 	}
 	return &contentKey{root}, nil
 }
 
-// sealerFor returns the sealer for one call.
-func (k *contentKey) sealerFor(id int64) (*sealer, error) {
-	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy content v1|"+formatRequestID(id), 32)
+// sealerFor returns the sealer of one call.
+func (k *contentKey) sealerFor(callID int64) (*sealer, error) {
+	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy content v1|"+formatRequestID(callID), 32)
 	if err != nil {
 		return nil, fmt.Errorf("deriving a content key: %w", err)
 	}
@@ -101,18 +95,18 @@ const (
 	responsePart = "answer"
 )
 
-// seal returns what is to be stored of k.
-func (k *contentKey) seal(id, project int64, c *storedContent) (*contentRow, error) {
-	sl, err := k.sealerFor(id)
+// seal returns the row that stores sc.
+func (k *contentKey) seal(callID, project int64, sc *storedContent) (*contentRow, error) {
+	sl, err := k.sealerFor(callID)
 	if err != nil {
 		return nil, err
 	}
-	return &contentRow{id: id, project: project, expiresAt: c.expiresAt,
-		request: sl.seal(newSecret(string(c.request.bytes)), requestPart), requestBytes: c.request.size,
-		response: sl.seal(newSecret(string(c.response.bytes)), responsePart), responseBytes: c.response.size}, nil
+	return &contentRow{id: callID, project: project, expiresAt: sc.expiresAt,
+		request: sl.seal(newSecret(string(sc.request.bytes)), requestPart), requestBytes: sc.request.size,
+		response: sl.seal(newSecret(string(sc.response.bytes)), responsePart), responseBytes: sc.response.size}, nil
 }
 
-// open returns both bodies of a row.
+// open returns both bodies of a row in clear.
 func (k *contentKey) open(row *contentRow) (request, answer secret, err error) {
 	sl, err := k.sealerFor(row.id)
 	if err != nil {

@@ -1,6 +1,5 @@
-// This room is the way of one /v1 call, from top to bottom: who, what, whether,
-// record, forward, settle. It is the only file that knows httputil. It keeps no
-// state of its own, and no answer byte leaves it before the call is on record.
+// This file carries one /v1 call from top to bottom: authenticate, match and read, admit, record, forward,
+// meter, settle. It is the only file that uses httputil. No answer byte leaves before the call is on record.
 package main
 
 import (
@@ -15,6 +14,38 @@ import (
 	"sync/atomic"
 	"time"
 )
+
+// A proxy carries /v1 calls to providers. It is the only type that holds the transport.
+type proxy struct {
+	proxyDeps
+	buffers  *bufferPool
+	emptyURL *url.URL
+}
+
+// proxyDeps has what a proxy uses of the rest of the program. All fields are required.
+type proxyDeps struct {
+	cfg             *config
+	log             *logger
+	httpErrorLog    *log.Logger // for messages of net/http, at debug level
+	logThrottle     *throttle   // of log lines about unauthenticated callers
+	metrics         *metrics
+	registry        *registry
+	limits          *limitState
+	ledger          *ledger
+	running         *runningCalls
+	contentKey      *contentKey
+	endpoints       *endpointTable
+	transport       *http.Transport
+	bodies          *bodyMemory
+	ids             *idSource
+	addresses       *addressReader
+	prices          *atomic.Pointer[priceTable]
+	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
+}
+
+func newProxy(d proxyDeps) *proxy {
+	return &proxy{proxyDeps: d, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
+}
 
 // A call is one /v1 call. It belongs to the goroutine that serves it; other goroutines
 // see its runningCall only. The steps of handleV1 fill in its fields, in their order.
@@ -99,88 +130,47 @@ func (c *call) endTime() time.Time {
 	return c.times.settledAt
 }
 
-// A proxy carries /v1 calls to providers. It alone holds the transport.
-type proxy struct {
-	proxyDeps
-	buffers  *bufferPool
-	emptyURL *url.URL
-}
-
-// proxyDeps has what a proxy uses of the rest of the program. All fields are required.
-type proxyDeps struct {
-	cfg             *config
-	log             *logger
-	httpErrorLog    *log.Logger // for messages of net/http, at debug level
-	logThrottle     *throttle   // of log lines about unauthenticated callers
-	metrics         *metrics
-	registry        *registry
-	limits          *limitState
-	ledger          *ledger
-	running         *runningCalls
-	contentKey      *contentKey
-	endpoints       *endpointTable
-	transport       *http.Transport
-	bodies          *bodyMemory
-	ids             *idSource
-	addresses       *addressReader
-	prices          *atomic.Pointer[priceTable]
-	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
-}
-
-func newProxy(d proxyDeps) *proxy {
-	return &proxy{proxyDeps: d, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
-}
-
-// handleV1 carries one call to the provider and back. Each step may end it;
-// none is repeated.
+// handleV1 carries one call to the provider and back. Each step may end the call; none is repeated.
 func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	c := p.newCall(w, r)
-	if err := p.authenticate(c, r); err != nil { // who
+	if err := p.authenticate(c, r); err != nil {
 		p.refuse(c, w, r, err)
 		return
 	}
 	defer func() { c.token.release(c.endTime()) }()
-	var stop context.CancelFunc
-	c.ctx, c.cancel, stop = cancelable(r.Context())
-	defer stop()
+	c.ctx, c.cancel = context.WithCancelCause(r.Context())
+	defer c.cancel(nil)
 	if err := p.running.add(&c.runningCall); err != nil {
 		p.refuse(c, w, r, err)
 		return
 	}
-	defer func() { // after settle, which is deferred later and so runs before
-		// net/http sends what it still holds after us, out of the watchdog's sight.
-		_ = c.controller.SetWriteDeadline(c.endTime().Add(p.running.limits.clientStallTimeout))
-		p.releaseBody(c)
-		c.storedContent.release()
-		p.running.remove(&c.runningCall)
-	}()
-	if err := p.readCall(c, w, r); err != nil { // what
-		p.refuse(c, w, r, err)
-		return
+	defer p.leave(c)
+	err := p.readCall(c, w, r)
+	if err == nil {
+		err = p.admit(c) // reserves, and hands the pending record to the ledger
 	}
-	if err := p.admit(c); err != nil { // whether
+	if err != nil {
 		p.refuse(c, w, r, err)
 		return
 	}
 	c.storedContent = p.newStoredContent(c)
-	// Deferred, for a cut answer leaves ReverseProxy by a panic
-	// (http.ErrAbortHandler), and is paid for and on record all the same.
+	// Deferred: a cut answer leaves ReverseProxy by a panic (http.ErrAbortHandler), and is still recorded
+	// and paid for.
 	defer p.settle(c, r)
 	c.rates.write(w.Header())
-	if c.commitFirst {
-		// A count that must hold through a crash is committed before the
-		// provider is called. Without one, both happen at once.
+	if c.commitFirst { // otherwise the record is committed while the provider works on its answer
 		if err := p.awaitCommit(c); err != nil {
 			p.fail(c, w, err)
 			return
 		}
 	}
-	p.forward(c, w, r)
+	p.forward(c, w, r) // meters the answer as it passes: proxy_response.go
 }
 
-// newCall returns a call with an id, which all its answers carry.
+// newCall returns a call with an id, and puts the id into the header of every answer.
 func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
-	c := &call{runningCall: runningCall{ticks: &p.running.ticks, start: time.Now(), controller: http.NewResponseController(w)}}
+	c := &call{runningCall: runningCall{
+		ticks: &p.running.ticks, start: time.Now(), controller: http.NewResponseController(w)}}
 	c.attempts.s, c.attempts.c = p, c
 	c.id = p.ids.next(c.start)
 	c.address = p.addresses.clientAddress(r)
@@ -189,21 +179,24 @@ func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c.requestID = formatRequestID(c.id)
 	id := []string{c.requestID}
 	w.Header()["X-Llm-Proxy-Request-Id"] = id
-	w.Header()["X-Request-Id"] = id // the provider's takes its place, if it has one
+	w.Header()["X-Request-Id"] = id // replaced by the provider's, if it sends one
 	if c.anthropic {
-		w.Header()["Request-Id"] = id // where that provider's SDKs look for it
+		w.Header()["Request-Id"] = id // where Anthropic's SDKs look for it
 	}
 	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
 	return c
 }
 
-func cancelable(parent context.Context) (context.Context, context.CancelCauseFunc, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(parent)
-	return ctx, cancel, func() { cancel(nil) }
+// leave frees what the call holds until its handler returns. It runs after settle.
+func (p *proxy) leave(c *call) {
+	// After the handler net/http sends what it has buffered, and the watchdog no longer sees the call.
+	_ = c.controller.SetWriteDeadline(c.endTime().Add(p.running.limits.clientStallTimeout))
+	p.releaseBody(c)
+	c.storedContent.release()
+	p.running.remove(&c.runningCall)
 }
 
-// authenticate finds the token that the request presents, and holds it. Before it
-// has, not a byte of the body is read.
+// authenticate finds the token that the request presents, and acquires it. It reads no byte of the body.
 func (p *proxy) authenticate(c *call, r *http.Request) error {
 	presented, err := credential(r.Header)
 	if err != nil {
@@ -216,18 +209,17 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 	c.credentialHash = hash
 	now := c.start.UnixMilli()
 	token, state, err := p.registry.lookup(r.Context(), hash, now)
-	if errors.Is(err, errUnknownToken) {
+	switch {
+	case errors.Is(err, errUnknownToken):
 		return errBadToken("unknown")
-	}
-	if err != nil && r.Context().Err() != nil {
+	case err != nil && r.Context().Err() != nil:
 		return errClientGone.withCause(err)
-	}
-	if err != nil {
+	case err != nil:
 		return errStoreUnavailable(err)
 	}
 	c.token, c.tokenState, c.project = token, state, token.project.state.Load()
-	if why := token.validity(state, now); why != "" {
-		return errBadToken(why)
+	if reason := token.validity(state, now); reason != "" {
+		return errBadToken(reason)
 	}
 	if !c.project.active {
 		return errInactiveProject
@@ -236,14 +228,13 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 		return errAddressNotAllowed(c.address)
 	}
 	if !token.acquire() {
-		return p.authenticate(c, r) // it was evicted just now; the one loaded next has its count
+		return p.authenticate(c, r) // it was evicted a moment ago: load it again, with its counts
 	}
 	return nil
 }
 
-// credential returns what the request presents as its token: a bearer token, or
-// x-api-key or api-key as some SDKs send. Two different ones are an error, so
-// that no other part of the system can take the other one.
+// credential returns the token that the request presents: a bearer token, or x-api-key or api-key, which some
+// SDKs send. Two different ones are an error: another part of the system might read the other one.
 func credential(h http.Header) (string, error) {
 	var found string
 	for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key"} {
@@ -254,30 +245,29 @@ func credential(h http.Header) (string, error) {
 		if len(values) == 0 {
 			continue
 		}
-		v := values[0]
+		value := values[0]
 		if name == "Authorization" {
-			scheme, rest, ok := strings.Cut(v, " ")
+			scheme, rest, ok := strings.Cut(value, " ")
 			if !ok || !strings.EqualFold(scheme, "Bearer") {
 				return "", errBadToken("not a bearer token")
 			}
-			v = strings.TrimLeft(rest, " ")
+			value = strings.TrimLeft(rest, " ")
 		}
-		if found != "" && v != found {
+		if found != "" && value != found {
 			return "", errTwoCredentials
 		}
-		found = v
+		found = value
 	}
 	return found, nil
 }
 
-// abortCause returns why the watchdog ended a call, nil if it did not.
+// abortCause returns why the watchdog ended a call, or nil if it did not.
 func abortCause(ctx context.Context) *apiError {
 	e, _ := errors.AsType[*apiError](context.Cause(ctx))
 	return e
 }
 
-// awaitCommit returns when the call's note is committed. Only then may an answer
-// byte leave.
+// awaitCommit returns when the pending record is committed. No answer byte may leave before.
 func (p *proxy) awaitCommit(c *call) error {
 	if c.committed {
 		return nil
@@ -305,24 +295,26 @@ func (c *call) checkCommit() error {
 	return nil
 }
 
-// forward makes the call to the provider and relays its answer.
+// forward sends the call to the provider and relays the answer.
 func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.response = newResponseWriter(p, c, w)
 	c.bufferStream = c.bufferStream && c.fields.stream
 	in := (&http.Request{
-		Method: r.Method, URL: p.emptyURL, // which ReverseProxy copies; proxy_attempts.go says where to
+		Method: r.Method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
-		// An upload is streamed: bytes go up while the answer may already come
-		// down, which HTTP/1 needs to be told.
+		// An upload is streamed, and the answer may begin before the upload ends. HTTP/1 has to be told.
 		_ = c.controller.EnableFullDuplex()
 		c.progress.uploading.Store(true)
-		in.Body, in.ContentLength = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), &c.runningCall}, r.ContentLength
+		in.Body = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), &c.runningCall}
+		in.ContentLength = r.ContentLength
 	}
 	rp := &httputil.ReverseProxy{
-		Rewrite:        func(pr *httputil.ProxyRequest) { pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header), time.Now() },
-		Transport:      &c.attempts, // what goes up is each attempt's own: proxy_attempts.go
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header), time.Now()
+		},
+		Transport:      &c.attempts, // it builds each attempt's request: proxy_attempts.go
 		BufferPool:     p.buffers,
 		ErrorLog:       p.httpErrorLog,
 		ModifyResponse: func(res *http.Response) error { return p.acceptResponse(c, res) },
@@ -333,7 +325,7 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.relayed = true
 }
 
-// acceptResponse looks at the head of the provider's answer before any of it leaves.
+// acceptResponse checks the status and header of the provider's answer before any of it leaves.
 func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	c.times.headersAt = time.Now()
 	switch code := res.StatusCode; {
@@ -356,15 +348,15 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	return nil
 }
 
-// fail answers a call that got no answer from the provider. w is the client's.
+// fail answers a call that got no answer from the provider. w is the client's own.
 func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 	c.failure = upstreamFailure(c, err)
 	if c.failure == nil {
-		// The client has left, or has only shut its side, which looks the same:
-		// to return would be an empty 200, so the connection breaks instead.
+		// The client has left, or has only closed its sending side, which looks the same. Returning would
+		// send an empty 200: break the connection instead.
 		panic(http.ErrAbortHandler)
 	}
-	if !c.committed && !c.commitFailed { // an error is an answer too, and waits for the record
+	if !c.committed && !c.commitFailed { // an error is an answer too: it waits for the record
 		select {
 		case <-c.entry.committed():
 			_ = c.checkCommit()
@@ -378,8 +370,8 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 	writeError(w, c.failure, c.anthropic)
 }
 
-// upstreamFailure says what the client is told, or nil if it has left. The
-// text of err may name hosts and addresses and is for the log only.
+// upstreamFailure returns the error for the client, or nil if the client has left. err may name hosts and
+// addresses: it becomes the cause, which only the log gets.
 func upstreamFailure(c *call, err error) *apiError {
 	if cause := abortCause(c.ctx); cause != nil {
 		return cause
@@ -393,7 +385,7 @@ func upstreamFailure(c *call, err error) *apiError {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return errUploadTooLarge.withCause(err)
 	}
-	if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
 		return errConnectTimeout.withCause(err)
 	}
 	return errUpstreamUnreachable.withCause(err)

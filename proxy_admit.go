@@ -1,6 +1,5 @@
-// This room decides whether a call may be made: rights first, then limits. What
-// it lets through has been taken from every limit that applies, and is on its
-// way to the ledger. It forwards nothing.
+// This file decides whether a call may be made: policies first, then limits. An admitted call has a reservation
+// in every limit that applies, and its pending record is on the way to the ledger. Nothing is forwarded here.
 package main
 
 import (
@@ -10,14 +9,13 @@ import (
 	"time"
 )
 
-// admit decides whether the call may be made, takes it from every limit that
-// applies, and puts it on record.
+// admit checks the call against policies and limits, reserves what it may use, and begins its record.
 func (p *proxy) admit(c *call) error {
 	if !p.ledger.healthy() {
 		return errLedgerUnavailable(errors.New("the ledger cannot be written"))
 	}
-	if why := p.databaseProblem(); why != "" { // rows would go into a file that has no name any more
-		return errLedgerUnavailable(errors.New(why))
+	if problem := p.databaseProblem(); problem != "" { // rows would go into a file that was deleted or replaced
+		return errLedgerUnavailable(errors.New(problem))
 	}
 	if err := c.checkPolicies(); err != nil {
 		return err
@@ -37,32 +35,33 @@ func (p *proxy) admit(c *call) error {
 	}
 	c.prices = p.prices.Load()
 	if err := p.reserve(c); err != nil {
-		c.upstream.health.endProbe() // it may have been chosen to probe it
+		c.upstream.health.endProbe() // this call may have been its probe
 		return err
 	}
 	c.publish()
 	c.entry = p.ledger.begin(requestRow{
-		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq, endpoint: c.endpoint.name(),
-		stream: c.fields.stream, address: c.address, upstream: c.upstream.seq, model: c.fields.model,
+		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq,
+		endpoint: c.endpoint.name(), stream: c.fields.stream, address: c.address,
+		upstream: c.upstream.seq, model: c.fields.model,
 		counts: tokenCounts{input: c.inputEstimate(), output: c.maxOutputTokens()},
 	})
 	return nil
 }
 
-// checkPolicies checks the call against the policies of project and token.
+// checkPolicies checks the call against the policies of its project and its token.
 func (c *call) checkPolicies() error {
 	e := c.endpoint
 	if e.class == classStateful && !c.project.policy.Stateful {
 		return errStatefulEndpoint
 	}
-	if ref := c.fields.statefulParam; ref != "" && !c.project.policy.Stateful {
-		return errStatefulField(ref)
+	if c.fields.statefulParam != "" && !c.project.policy.Stateful {
+		return errStatefulField(c.fields.statefulParam)
 	}
 	for _, p := range [...]*policy{&c.project.policy, &c.tokenState.policy} {
 		if !p.allowsEndpoint(e.name(), e.pattern) {
 			return errEndpointNotAllowed(p.Endpoints)
 		}
-		if p.Models != nil && c.fields.modelListParam != "" { // the provider would choose among them
+		if p.Models != nil && c.fields.modelListParam != "" { // the provider would pick one of them
 			return errModelListNotAllowed(c.fields.modelListParam)
 		}
 		if p.Models == nil || (c.fields.model == "" && !e.needsModel) {
@@ -75,62 +74,57 @@ func (c *call) checkPolicies() error {
 	return nil
 }
 
-// maxFormText is how much of a form is taken for text, and so for four bytes a
-// token. The rest is sound or a picture, of which even the most compressed has
-// hundreds of bytes a token.
 const (
-	maxFormText       = 32 << 10
-	formBytesPerToken = 64 // a token, of the rest
+	maxFormText       = 32 << 10 // bytes of a form that are estimated as text
+	formBytesPerToken = 64       // of the rest: sound and pictures have hundreds of bytes a token, however compressed
 )
 
-// inputEstimate is how many tokens the body may be. Nothing in JSON is taken for
-// less than text: who pays for what it says could else make it look like a
-// picture.
-func (c *clientRequest) inputEstimate() int64 {
-	n := int64(len(c.body))
+// inputEstimate returns how many tokens the body may have. JSON always counts as text: otherwise a client could
+// disguise text as a picture to lower the estimate.
+func (q *clientRequest) inputEstimate() int64 {
+	n := int64(len(q.body))
 	switch {
-	case c.endpoint.meter == meterNone:
+	case q.endpoint.meter == meterNone:
 		return 0
-	case c.form && n > maxFormText:
+	case q.form && n > maxFormText:
 		return estimateTokens(maxFormText) + (n-maxFormText)/formBytesPerToken
 	}
 	return estimateTokens(n)
 }
 
-// maxOutputTokens is the most output that the call asks for, 0 if it does not say. Only
-// the endpoint's own names for it count: a provider that takes no notice of
-// another one would not hold the call to it.
-func (c *clientRequest) maxOutputTokens() int64 {
-	most := c.fields.maxTokens
-	switch p := c.endpoint.pattern; {
-	case p == "/v1/chat/completions":
-		most = max(most, c.fields.maxCompletionTokens)
-	case strings.HasPrefix(p, "/v1/responses"):
-		most = c.fields.maxOutputTokens
+// maxOutputTokens returns the most output that the call asks for, 0 if it does not say. Only the endpoint's own
+// field names count: a provider ignores the others, and would not hold the call to them.
+func (q *clientRequest) maxOutputTokens() int64 {
+	limit := q.fields.maxTokens
+	switch pattern := q.endpoint.pattern; {
+	case pattern == "/v1/chat/completions":
+		limit = max(limit, q.fields.maxCompletionTokens)
+	case strings.HasPrefix(pattern, "/v1/responses"):
+		limit = q.fields.maxOutputTokens
 	}
-	n := max(1, c.fields.n) // 0: there is no body
-	if most > maxTokenCount/n {
+	n := max(1, q.fields.n) // 0: there is no body
+	if limit > maxTokenCount/n {
 		return maxTokenCount
 	}
-	return most * n
+	return limit * n
 }
 
-// assumedOutput is what a call may write that names no most output.
+// assumedOutput is the estimate of output tokens for a call that sets no maximum.
 const assumedOutput = 4096
 
-// estimate says what the call may take at most.
-func (c *call) estimate() estimate {
-	e := c.endpoint
-	a := estimate{endpoint: e.name(), pattern: e.pattern, model: c.fields.model}
-	if e.meter == meterNone || strings.HasSuffix(e.pattern, "_tokens") { // those count, and use nothing
-		return a
+// estimate returns what the call may use at most.
+func (q *clientRequest) estimate() estimate {
+	e := q.endpoint
+	est := estimate{endpoint: e.name(), pattern: e.pattern, model: q.fields.model}
+	if e.meter == meterNone || strings.HasSuffix(e.pattern, "_tokens") { // counting tokens uses none
+		return est
 	}
-	a.input, a.output = c.inputEstimate(), c.maxOutputTokens()
-	if a.output == 0 && e.hasOutputTokens() {
-		a.outputAssumed = true
-		a.output = assumedOutput * min(max(1, c.fields.n), maxTokenCount/assumedOutput)
+	est.input, est.output = q.inputEstimate(), q.maxOutputTokens()
+	if est.output == 0 && e.hasOutputTokens() {
+		est.outputAssumed = true
+		est.output = assumedOutput * min(max(1, q.fields.n), maxTokenCount/assumedOutput)
 	}
-	return a
+	return est
 }
 
 // hasOutputTokens reports whether answers of the endpoint have output tokens.
@@ -138,12 +132,11 @@ func (e *endpoint) hasOutputTokens() bool {
 	return e.meter != meterNone && e.pattern != "/v1/embeddings" && e.pattern != "/v1/audio/speech"
 }
 
-// reserve takes the call from every limit of its project and token, or from
-// none.
+// reserve reserves the call in every limit of its project and its token, or in none.
 func (p *proxy) reserve(c *call) error {
-	most := c.tokenState.maxRequests
-	if most >= 0 && c.token.used.Load() >= most { // before it disturbs the limits it shares with others
-		return requestsExhausted(most)
+	maxRequests := c.tokenState.maxRequests
+	if maxRequests >= 0 && c.token.used.Load() >= maxRequests { // checked before the limits it shares with others
+		return requestsExhausted(maxRequests)
 	}
 	c.reservation.estimate = c.estimate()
 	now := c.start.UnixMilli()
@@ -156,24 +149,22 @@ func (p *proxy) reserve(c *call) error {
 	if err := c.estimateCost(l.project.policy, c.token.limits.policy); err != nil {
 		return err
 	}
-	refused := l.reserve(&c.reservation, &c.token.limits, now)
-	if refused == nil && !c.token.reserve(most) {
+	if v := l.reserve(&c.reservation, &c.token.limits, now); v != nil {
+		return violationError(v)
+	}
+	if !c.token.reserve(maxRequests) {
 		l.release(&c.reservation, now, finalUsage{})
-		return requestsExhausted(most)
+		return requestsExhausted(maxRequests)
 	}
-	if refused != nil {
-		return violationError(refused)
-	}
-	c.rates = c.token.rateHeaders(most, now)
-	c.commitFirst = most >= 0 || c.reservation.durable()
+	c.rates = c.token.rateHeaders(maxRequests, now)
+	c.commitFirst = maxRequests >= 0 || c.reservation.durable()
 	return nil
 }
 
-// estimateCost works out what the call may cost, if a limit of its project or token
-// counts dollars. Where nobody knows the price, a budget could not hold: such a
-// call is refused.
+// estimateCost fills in what the call may cost, if a limit in dollars applies to it. A budget cannot hold for a
+// call without a known price: such a call is refused.
 func (c *call) estimateCost(policies ...*policy) error {
-	a := &c.reservation.estimate
+	est := &c.reservation.estimate
 	if c.endpoint.meter == meterNone && !billedWithoutUsage(c.endpoint.name()) {
 		return nil
 	}
@@ -181,11 +172,11 @@ func (c *call) estimateCost(policies ...*policy) error {
 	for _, p := range policies {
 		for i := range p.Limits {
 			l := &p.Limits[i]
-			if l.metric != metricDollars || !l.applies(a.endpoint, a.pattern, a.model) {
+			if l.metric != metricDollars || !l.applies(est.endpoint, est.pattern, est.model) {
 				continue
 			}
 			if !looked {
-				looked, known = true, c.fillEstimatedCost(a)
+				looked, known = true, c.fillEstimatedCost(est)
 			}
 			if !known && !l.monitorOnly {
 				return errPriceUnknown(l.String())
@@ -195,25 +186,25 @@ func (c *call) estimateCost(policies ...*policy) error {
 	return nil
 }
 
-// fillEstimatedCost fills in the costs, and reports whether they are known.
-func (c *call) fillEstimatedCost(a *estimate) bool {
-	p, ok := c.prices.lookup(c.upstream.provider, c.fields.model)
-	if !ok || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character; its answer counts nothing
+// fillEstimatedCost fills in the costs of est, and reports whether they are known.
+func (c *call) fillEstimatedCost(est *estimate) bool {
+	price, ok := c.prices.lookup(c.upstream.provider, c.fields.model)
+	if !ok || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character, and its answers report no usage
 		return false
 	}
-	var in, out bool
-	a.inputCost, in = p.cost(tokenCounts{input: a.input})
-	a.outputCost, out = p.cost(tokenCounts{output: a.output})
-	return in && out
+	var inputKnown, outputKnown bool
+	est.inputCost, inputKnown = price.cost(tokenCounts{input: est.input})
+	est.outputCost, outputKnown = price.cost(tokenCounts{output: est.output})
+	return inputKnown && outputKnown
 }
 
 // requestsExhausted refuses a call of a token that has made all of its requests.
 func requestsExhausted(maxRequests int64) *apiError {
-	l := limit{metric: metricRequests, period: perLifetime, max: maxRequests}
-	return errQuotaSpent(l.String(), "This token's limit of "+l.String()+" is used up.")
+	name := (&limit{metric: metricRequests, period: perLifetime, max: maxRequests}).String()
+	return errQuotaSpent(name, "This token's limit of "+name+" is used up.")
 }
 
-// violationError says which limit has no room, and when it will have.
+// violationError returns the error that names the limit without room, and when it has room again.
 func violationError(v *limitViolation) *apiError {
 	name, kind := v.limit.String(), ""
 	msg := "This token's limit of " + name

@@ -1,5 +1,5 @@
-// This room reads what a client asks for: the endpoint, the query, and the body
-// within its limits. It decides nothing about rights.
+// This file reads what the client asks for: the endpoint, the query, and the body within its limits. It decides
+// nothing about rights.
 package main
 
 import (
@@ -11,51 +11,53 @@ import (
 	"time"
 )
 
-// readCall finds out what the call wants: its endpoint, its body within the limits,
-// and from the body what limits and metering must know.
+// readCall fills in the call's clientRequest: the endpoint, the body, and the fields of the body that policies,
+// limits and metering need.
 func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error {
 	if r.Header["Upgrade"] != nil {
 		return errUpgrade
 	}
 	m, err := p.endpoints.match(r.Method, r.URL)
-	if err != nil {
-		return endpointError(w, err, m)
+	switch {
+	case errors.Is(err, errWrongMethod):
+		w.Header().Set("Allow", m.allow)
+		return errMethodNotAllowed(m.allow)
+	case err != nil:
+		return errUnknownEndpoint
 	}
 	c.match, c.endpoint = m, m.endpoint
 	if c.query, err = cleanQuery(r.URL.RawQuery); err != nil {
 		return asClientError(err)
 	}
 	for _, name := range [...]string{"Content-Type", "Content-Encoding"} {
-		if len(r.Header[name]) > 1 { // we would go by one of them, the provider perhaps by the other
+		if len(r.Header[name]) > 1 { // the provider might use another one than the proxy
 			return errRepeatedHeader(name)
 		}
 	}
-	if ce := r.Header.Get("Content-Encoding"); ce != "" && !strings.EqualFold(ce, "identity") {
+	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return errEncodedBody
 	}
 	if c.bufferStream, err = wantsBufferedStream(r.Header, c.project); err != nil {
 		return err
 	}
-	form, err := isForm(c.endpoint, r.Header.Get("Content-Type"))
-	if err != nil {
+	if c.form, err = isForm(c.endpoint, r.Header.Get("Content-Type")); err != nil {
 		return err
 	}
-	c.form = form
 	switch {
 	case c.endpoint.body == bodyNone:
 		c.fields.model = m.model
 		return rejectBody(r.Body)
-	case c.endpoint.upload && form:
+	case c.endpoint.upload && c.form:
 		return nil // streamed
 	}
-	begun := time.Now()
+	readAt := time.Now()
 	if c.body, err = p.readBody(c, r); err != nil {
 		return err
 	}
-	c.times.bodyRead = time.Since(begun)
+	c.times.bodyRead = time.Since(readAt)
 	switch {
 	case c.endpoint.body == bodyRaw:
-	case form:
+	case c.form:
 		c.fields, err = scanForm(r.Header.Get("Content-Type"), c.body)
 	default:
 		c.fields, err = scanJSON(c.body)
@@ -66,14 +68,7 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	return nil
 }
 
-func endpointError(w http.ResponseWriter, err error, m endpointMatch) error {
-	if errors.Is(err, errWrongMethod) {
-		w.Header().Set("Allow", m.allow)
-		return errMethodNotAllowed(m.allow)
-	}
-	return errUnknownEndpoint
-}
-
+// asClientError turns an error about the request itself into a 400.
 func asClientError(err error) error {
 	if e, ok := errors.AsType[*bodyError](err); ok {
 		return badRequest("invalid_request", e.param, e.msg)
@@ -81,19 +76,18 @@ func asClientError(err error) error {
 	return asAPIError(err)
 }
 
-// isForm reports whether the body is a form (else JSON), or refuses its type.
+// isForm reports whether the body is a form, not JSON; any other type is an error.
 func isForm(e *endpoint, contentType string) (bool, error) {
 	if e.body == bodyNone || e.body == bodyRaw {
 		return false, nil
 	}
-	if contentType == "application/json" && e.body != bodyForm { // nearly always
+	if contentType == "application/json" && e.body != bodyForm { // the usual case
 		return false, nil
 	}
 	t, params, err := mime.ParseMediaType(contentType)
 	switch {
 	case err == nil && t == "application/json" && e.body != bodyForm:
-		// In another charset the same bytes may be another JSON text: in UTF-7
-		// "+AG0-odel" is "model".
+		// In another charset the same bytes may be another text: in UTF-7 "+AG0-odel" is "model".
 		if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
 			return false, errCharset
 		}
@@ -108,19 +102,18 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 	return false, errContentType(want)
 }
 
-// rejectBody refuses what an endpoint without a body would drop in silence. An
-// empty object is what some clients send for nothing.
+// rejectBody refuses a body that the endpoint would silently ignore. Some clients send an empty object.
 func rejectBody(body io.Reader) error {
-	const most = 16
-	b, err := io.ReadAll(io.LimitReader(body, most))
-	if text := strings.TrimSpace(string(b)); err != nil || len(b) == most || text != "" && text != "{}" {
+	const maxLen = 16
+	b, err := io.ReadAll(io.LimitReader(body, maxLen))
+	if text := strings.TrimSpace(string(b)); err != nil || len(b) == maxLen || text != "" && text != "{}" {
 		return errUnexpectedBody
 	}
 	return nil
 }
 
-// readBody reads the body whole: the provider then gets it in one write, and
-// the connection to the client is not torn by an answer that comes early.
+// readBody reads the whole body: the provider gets it in one write, and an early answer does not break the
+// client's connection.
 func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	if r.ContentLength > p.cfg.maxBodyBytes {
 		return nil, errBodyTooLarge(p.cfg.maxBodyBytes)
@@ -128,10 +121,10 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	const step = 64 << 10
 	size := int64(step)
 	if r.ContentLength >= 0 {
-		size = min(r.ContentLength, step) // a declared length is a claim: memory follows what comes
+		size = min(r.ContentLength, step) // memory follows the bytes that arrive, not the declared length
 	}
 	c.setPhase(phaseReading)
-	buf := make([]byte, 0, size+1) // one byte more, to meet the end without growing
+	buf := make([]byte, 0, size+1) // one more byte, to find the end without growing
 	for {
 		if int64(cap(buf)) > c.bodyReserved {
 			if err := p.reserveBody(c, int64(cap(buf))); err != nil {
@@ -154,17 +147,16 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 			return nil, errRequestCut.withCause(err)
 		}
 		if len(buf) == cap(buf) {
-			buf = append(buf[:cap(buf)], 0)[:len(buf)] // grows by append's own rule
+			buf = append(buf[:cap(buf)], 0)[:len(buf)] // grow as append does
 		}
 	}
 }
 
-// reserveBody makes the call hold n bytes of the memory for bodies. One token gets
-// a quarter of it, and always enough for one body of the largest size: it must
-// not be able to keep all others out.
+// reserveBody raises the call's share of the memory for bodies to n bytes. One token gets at most a quarter of
+// that memory, so that it cannot keep out all others, but always enough for one body of the largest size.
 func (p *proxy) reserveBody(c *call, n int64) error {
 	more := n - c.bodyReserved
-	if of := c.token.bodyBytes.Add(more); of > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && of > n {
+	if used := c.token.bodyBytes.Add(more); used > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && used > n {
 		c.token.bodyBytes.Add(-more)
 		return errTokenBodyMemory()
 	}
@@ -181,8 +173,8 @@ func (p *proxy) releaseBody(c *call) {
 	p.bodies.release(c.bodyReserved)
 }
 
-// A progressReader tells the watchdog how an upload moves: while it does, the
-// provider is not late with its answer; when it hardly does, the client is.
+// A progressReader reports the progress of an upload to the watchdog: the provider's time to answer starts again
+// with each read, and a client that sends too slowly is noticed.
 type progressReader struct {
 	io.ReadCloser
 	c *runningCall

@@ -1,6 +1,6 @@
-// This room knows the calls that are running, and watches them: one goroutine
-// ends those whose token has withered, whose provider or client has fallen
-// silent, or which have outlived a drain. All time limits on a call are here.
+// This file has the set of running calls and its watchdog, one goroutine that ends calls whose token is no
+// longer valid, whose budget is spent, whose provider or client is silent, or that outlive a drain. It holds
+// all time limits of a call. It sees the runningCall of a call, never the call itself.
 package main
 
 import (
@@ -17,39 +17,40 @@ import (
 type phase int32
 
 const (
-	phaseReading  phase = iota // the client's body
-	phaseLedger                // its note's commit
-	phaseProvider              // the first byte of the answer
-	phaseRelaying              // the next bytes of the answer
-	phaseWriting               // the client, to take bytes
+	phaseReading  phase = iota // the request body
+	phaseLedger                // the commit of its pending record
+	phaseProvider              // the start of the answer
+	phaseRelaying              // more of the answer
+	phaseWriting               // the client, to accept bytes
 )
 
 var phaseNames = [...]string{"reading", "ledger", "provider", "relaying", "writing"}
 
 const (
 	watchInterval    = 100 * time.Millisecond
-	drainGracePeriod = 5 * time.Second // for calls to end after they were cut
-	refusedBodyGrace = time.Second     // for the rest of a body that nobody will read
+	drainGracePeriod = 5 * time.Second // for calls to end after a drain aborted them
 )
 
-// callLimits are what the watchdog holds calls to.
+// callLimits are the limits that the watchdog enforces.
 type callLimits struct {
-	maxCalls           int64 // at one time, of all tokens
+	maxCalls           int64 // at the same time, over all tokens
 	upstreamTimeout    time.Duration
 	streamIdleTimeout  time.Duration
-	readWindow         time.Duration // in each of which a request body must bring
-	minReadRate        float64       // so many bytes a second, or end
-	clientStallTimeout time.Duration // a client that takes no byte for so long is cut off
-	commitTimeout      time.Duration // for a note's commit
+	readWindow         time.Duration // in each such window a request body must arrive
+	minReadRate        float64       // at this many bytes a second or more
+	clientStallTimeout time.Duration // how long a client may accept no byte of the answer
+	commitTimeout      time.Duration // how long the commit of a pending record may take
 }
 
-// newCallLimits returns the limits for three settings and what no one sets.
-func newCallLimits(calls int64, upstreamTimeout, streamIdleTimeout time.Duration) callLimits {
-	return callLimits{calls, upstreamTimeout, streamIdleTimeout, 30 * time.Second, 1 << 10, 60 * time.Second, 5 * time.Second}
+// newCallLimits returns the limits for three settings, with fixed values for the others.
+func newCallLimits(maxCalls int64, upstreamTimeout, streamIdleTimeout time.Duration) callLimits {
+	return callLimits{maxCalls: maxCalls, upstreamTimeout: upstreamTimeout, streamIdleTimeout: streamIdleTimeout,
+		readWindow: 30 * time.Second, minReadRate: 1 << 10,
+		clientStallTimeout: time.Minute, commitTimeout: 5 * time.Second}
 }
 
-// A runningCall is the part of a call that other goroutines may use: the watchdog, /manage
-// and a drain. The first group is set before the call is added to runningCalls.
+// A runningCall is the part of a call that other goroutines may use: the watchdog, /manage and a drain.
+// The first group of fields is set before the call is added to runningCalls and never changes.
 type runningCall struct {
 	ticks      *atomic.Int64 // of runningCalls
 	id         int64
@@ -76,8 +77,7 @@ type callInfo struct {
 	reservation *reservation // guarded by its limiter
 }
 
-// callProgress says how far a call has come. The call's goroutine writes it, others
-// read it.
+// callProgress says how far a call has come. The call's goroutine writes it, others read it.
 type callProgress struct {
 	phase         atomic.Int32
 	since         atomic.Int64 // tick at which the phase began or last made progress
@@ -87,22 +87,22 @@ type callProgress struct {
 	outputTokens  atomic.Int64 // an estimate of the tokens of a streamed answer so far
 	idleTimeout   atomic.Int64 // nanoseconds the answer may pause; 0: the setting for all upstreams
 
-	windowStart time.Time // for the watchdog alone: when the current window for reading began,
-	windowBytes int64     // and how many bytes had come by then
+	windowStart time.Time // used by the watchdog alone: when the current read window began,
+	windowBytes int64     // and how many bytes had arrived by then
 }
 
-// setPhase records that the call waits for something else now, or has made progress.
+// setPhase records what the call waits for, or that it has made progress.
 func (c *runningCall) setPhase(p phase) {
 	c.progress.phase.Store(int32(p))
 	c.progress.since.Store(c.ticks.Load())
 }
 
-// abort makes the call stop with why, from another goroutine.
-func (c *runningCall) abort(why *apiError) {
-	c.cancel(why)
+// abort ends the call with reason, from another goroutine.
+func (c *runningCall) abort(reason *apiError) {
+	c.cancel(reason)
 	at := phase(c.progress.phase.Load())
-	// Reads and writes of the client's connection do not look at the context. While an
-	// upload runs, the transport reads it, and waits for that read when it closes the body.
+	// Reads and writes on the client's connection ignore the context. The transport reads an upload, and
+	// waits for that read when it closes the body.
 	if at == phaseReading || c.progress.uploading.Load() {
 		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
 	}
@@ -111,8 +111,7 @@ func (c *runningCall) abort(why *apiError) {
 	}
 }
 
-// runningCalls is the set of running calls. The zero value is not ready: use
-// newRunningCalls.
+// runningCalls is the set of running calls; newRunningCalls makes one.
 type runningCalls struct {
 	limits callLimits
 	ticks  atomic.Int64 // time in units of watchInterval, cheap to read
@@ -123,11 +122,11 @@ type runningCalls struct {
 	wait     sync.WaitGroup
 }
 
-func newRunningCalls(l callLimits) *runningCalls {
-	return &runningCalls{limits: l, calls: map[*runningCall]struct{}{}}
+func newRunningCalls(limits callLimits) *runningCalls {
+	return &runningCalls{limits: limits, calls: map[*runningCall]struct{}{}}
 }
 
-// add puts c in, unless the program is draining.
+// add adds c, unless the program is draining or has its maximum of calls.
 func (rc *runningCalls) add(c *runningCall) error {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
@@ -149,17 +148,17 @@ func (rc *runningCalls) remove(c *runningCall) {
 	rc.wait.Done()
 }
 
-// oldestID returns the id of the oldest running call, 0 if none runs.
+// oldestID returns the id of the oldest running call, 0 if there is none.
 func (rc *runningCalls) oldestID() int64 {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	var id int64
+	var oldest int64
 	for c := range rc.calls {
-		if id == 0 || c.id < id {
-			id = c.id
+		if oldest == 0 || c.id < oldest {
+			oldest = c.id
 		}
 	}
-	return id
+	return oldest
 }
 
 // snapshot counts the running calls by phase.
@@ -176,7 +175,7 @@ func (rc *runningCalls) snapshot() runningSnapshot {
 	return s
 }
 
-// run watches until ctx is over.
+// run is the watchdog. It returns when ctx is done.
 func (rc *runningCalls) run(ctx context.Context) {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
@@ -191,29 +190,29 @@ func (rc *runningCalls) run(ctx context.Context) {
 	}
 }
 
-// enforce ends the calls that must not go on.
+// enforce aborts the calls that have to end.
 func (rc *runningCalls) enforce(now time.Time) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	ms := now.UnixMilli()
 	for c := range rc.calls {
-		if err := rc.abortReason(c, now, ms); err != nil {
-			c.abort(err)
+		if reason := rc.abortReason(c, now, ms); reason != nil {
+			c.abort(reason)
 		}
 	}
 }
 
-// abortReason says why a call must end now, or nil.
+// abortReason returns why a call has to end now, or nil.
 func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *apiError {
-	if why := c.token.validity(c.token.state.Load(), ms); why != "" {
-		return errBadToken(why)
+	if reason := c.token.validity(c.token.state.Load(), ms); reason != "" {
+		return errBadToken(reason)
 	}
-	if p := c.token.project.state.Load(); !p.active {
+	if !c.token.project.state.Load().active {
 		return errInactiveProject
 	}
 	if info := c.info.Load(); info != nil {
 		if l := info.reservation.updateUsage(ms, c.progress.outputTokens.Load()); l != nil {
-			return errQuotaSpent(l.String(), "The limit of "+l.String()+" is used up, so the proxy ended the call.")
+			return errQuotaSpent(l.String(), "The limit of "+l.String()+" is used up: the proxy ended the call.")
 		}
 	}
 	at := phase(c.progress.phase.Load())
@@ -221,63 +220,55 @@ func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *ap
 		return errRequestTooSlow
 	}
 	idle := time.Duration(rc.ticks.Load()-c.progress.since.Load()) * watchInterval
-	switch at {
-	case phaseLedger:
-		if idle > rc.limits.commitTimeout {
-			return errLedgerUnavailable(errors.New("the ledger did not commit in time"))
-		}
-	case phaseProvider:
-		if idle > rc.limits.upstreamTimeout {
-			return errUpstreamTimeout
-		}
-	case phaseRelaying:
-		if most := time.Duration(c.progress.idleTimeout.Load()); idle > cmp.Or(most, rc.limits.streamIdleTimeout) {
-			return errStreamIdle
-		}
-	case phaseWriting:
-		if idle > rc.limits.clientStallTimeout {
-			return errClientStalled
-		}
+	switch {
+	case at == phaseLedger && idle > rc.limits.commitTimeout:
+		return errLedgerUnavailable(errors.New("the ledger did not commit in time"))
+	case at == phaseProvider && idle > rc.limits.upstreamTimeout:
+		return errUpstreamTimeout
+	case at == phaseRelaying &&
+		idle > cmp.Or(time.Duration(c.progress.idleTimeout.Load()), rc.limits.streamIdleTimeout):
+		return errStreamIdle
+	case at == phaseWriting && idle > rc.limits.clientStallTimeout:
+		return errClientStalled
 	}
 	return nil
 }
 
-// tooSlow reports whether a body has brought too little in a whole window. Not
-// on average: a body that comes fast and then stops must not hold its memory
-// for as long as its first part has earned.
-func (w *callProgress) tooSlow(now, start time.Time, l *callLimits) bool {
-	if w.windowStart.IsZero() {
-		w.windowStart = start
+// tooSlow reports whether too little of a body arrived in a whole window. An average would be wrong: a body
+// that starts fast and then stops could keep its memory for as long as its first part allows.
+func (p *callProgress) tooSlow(now, start time.Time, limits *callLimits) bool {
+	if p.windowStart.IsZero() {
+		p.windowStart = start
 	}
-	if now.Sub(w.windowStart) < l.readWindow {
+	if now.Sub(p.windowStart) < limits.readWindow {
 		return false
 	}
-	received := w.bytesReceived.Load()
-	slow := float64(received-w.windowBytes) < l.minReadRate*l.readWindow.Seconds()
-	w.windowStart, w.windowBytes = now, received
+	received := p.bytesReceived.Load()
+	slow := float64(received-p.windowBytes) < limits.minReadRate*limits.readWindow.Seconds()
+	p.windowStart, p.windowBytes = now, received
 	return slow
 }
 
-// drain refuses new calls from now on and waits for the running ones. When ctx
-// ends it cuts them, and waits a little for their rows to be settled.
+// drain refuses new calls from now on and waits for the running ones. When ctx ends it aborts them, and waits
+// up to drainGracePeriod until they are settled.
 func (rc *runningCalls) drain(ctx context.Context) {
-	stop := errDraining()
+	reason := errDraining()
 	rc.mu.Lock()
-	rc.drainErr = stop
+	rc.drainErr = reason
 	rc.mu.Unlock()
 	done := make(chan struct{})
-	go func() { rc.wait.Wait(); close(done) }() // ends with the last call; the program ends soon after in any case
+	go func() { rc.wait.Wait(); close(done) }() // ends with the last call, or with the program
 	select {
 	case <-done:
 		return
 	case <-ctx.Done():
 	}
-	again := time.NewTicker(watchInterval) // a call may have begun to wait for its client just after it was cut
+	again := time.NewTicker(watchInterval) // a call may start to wait for its client just after it was aborted
 	defer again.Stop()
 	for giveUp := time.After(drainGracePeriod); ; {
 		rc.mu.Lock()
 		for c := range rc.calls {
-			c.abort(stop)
+			c.abort(reason)
 		}
 		rc.mu.Unlock()
 		select {

@@ -1,6 +1,5 @@
-// This room ends a call: what became of it, what it used and cost, its ledger
-// row, its log line. It runs on every path, also when the answer was cut, and
-// never under the request's own context, which is over by then.
+// This file ends a call: its outcome, what it used and cost, its ledger row, its log line. It runs for every call,
+// also where the answer was cut, and never under the request's own context, which may be over by then.
 package main
 
 import (
@@ -11,114 +10,109 @@ import (
 	"time"
 )
 
-// newStoredContent begins to keep a call's content, if its project asks for it.
+// refusedBodyGrace is how long a refused client may take to send the rest of its body.
+const refusedBodyGrace = time.Second
+
+// newStoredContent starts to keep the call's content, if its project asks for it.
 func (p *proxy) newStoredContent(c *call) *storedContent {
 	days := c.project.policy.KeepContentDays
 	if days == 0 {
 		return nil
 	}
-	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's own row
-	k := &storedContent{memory: p.bodies, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
-	k.add(&k.request, c.body)
-	return k
+	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's row
+	sc := &storedContent{memory: p.bodies, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
+	sc.add(&sc.request, c.body)
+	return sc
 }
 
-// overhead is what a call that reached a provider and was answered took of this
-// program's own: until it was sent on, without the time the client took to send
-// its body, and from the provider's head to the first byte that left.
+// overhead is the time that the proxy itself took for an answered call: until it was sent on, without the time
+// that the client took to send its body, and from the provider's headers to the first byte that left.
 func (c *call) overhead() time.Duration {
-	if c.times.sentAt.IsZero() || c.times.headersAt.IsZero() || c.times.firstByte == 0 {
+	t := &c.times
+	if t.sentAt.IsZero() || t.headersAt.IsZero() || t.firstByte == 0 {
 		return 0
 	}
-	return c.times.firstByte - c.times.bodyRead - c.times.headersAt.Sub(c.times.sentAt)
+	return t.firstByte - t.bodyRead - t.headersAt.Sub(t.sentAt)
 }
 
-// settle is deferred by handleV1 for every admitted call.
+// settle releases the call's reservation and finishes its row. handleV1 defers it for every admitted call.
 func (p *proxy) settle(c *call, r *http.Request) {
 	now, row := time.Now(), &c.entry.row
 	c.times.settledAt = now
-	row.totalUS = now.Sub(c.start).Microseconds()
-	row.attempts = c.attemptCount
-	row.upstream = c.upstream.seq
-	row.outcome, row.errorCode, row.status = c.classifyOutcome(r)
-	row.firstByteUS = -1
+	row.totalUS, row.firstByteUS = now.Sub(c.start).Microseconds(), -1
 	if c.times.firstByte > 0 {
 		row.firstByteUS = c.times.firstByte.Microseconds()
 	}
+	row.attempts, row.upstream = c.attemptCount, c.upstream.seq
+	row.outcome, row.errorCode, row.status = c.classifyOutcome(r)
 	c.fillUsage(row)
 	c.attempts.finish(row, now.UnixMilli())
-	row.cost, row.priced, row.modelTracked = c.prices.price(c.upstream.provider, row.model, row.counts)
-	row.requestedModel, row.limitHit, row.wouldRefuse = c.fields.model, c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
-	if ended := abortCause(c.ctx); ended != nil && ended.limit != "" {
-		row.limitHit, row.wouldRefuse = ended.limit, false
+	c.fillCost(row)
+	row.limitHit, row.wouldRefuse = c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
+	if reason := abortCause(c.ctx); reason != nil && reason.limit != "" {
+		row.limitHit, row.wouldRefuse = reason.limit, false
 	}
-	known := row.modelTracked || row.outcome == outcomeOK
-	row.modelTracked = known && c.token.trackModel(row.model)
-	row.requestedModelTracked = known && c.token.trackModel(row.requestedModel)
-	if row.source == usageNone {
-		row.cost, row.priced = 0, false
+	used := finalUsage{forwarded: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output}
+	if row.priced {
+		used.dollars = row.cost
 	}
-	if row.outcome == outcomeRefused {
-		c.token.refund() // nor does the ledger count it
-	}
-	if c.storedContent != nil && row.outcome != outcomeRefused {
+	if !used.forwarded {
+		c.token.refund() // the ledger does not count it either
+	} else if c.storedContent != nil {
 		var err error
 		if row.content, err = p.contentKey.seal(c.id, c.project.seq, c.storedContent); err != nil {
-			p.log.Error("content could not be kept", "request_id", c.requestID, "error", err)
+			p.log.Error("content could not be stored", "request_id", c.requestID, "error", err)
 		}
 	}
-	spent := finalUsage{forwarded: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output, dollars: row.cost}
-	if !row.priced {
-		spent.dollars = 0 // as in the sums
-	}
-	c.reservation.settle(now.UnixMilli(), spent, func() { p.ledger.settle(c.entry) })
+	c.reservation.settle(now.UnixMilli(), used, func() { p.ledger.settle(c.entry) })
 	p.metrics.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	if c.response != nil && c.response.sse {
 		p.metrics.activeStreams.Add(-1)
 	}
 	if c.response != nil && c.response.keyMask.found {
-		p.log.Error("the provider's answer held its key; it was masked", "request_id", c.requestID, "upstream", c.upstream.id)
+		p.log.Error("the provider's answer contained its key; the key was masked",
+			"request_id", c.requestID, "upstream", c.upstream.id)
 	}
 	p.logCall(c, row, now)
 }
 
-// classifyOutcome says how the call ended, with the client's view of it: the error code
-// it got, or why the answer broke off, and its status.
-func (c *call) classifyOutcome(r *http.Request) (callOutcome, string, int) {
-	a := c.response
+// classifyOutcome returns how the call ended, and what its client saw: the error code, or the reason why the
+// answer was cut, and the status.
+func (c *call) classifyOutcome(r *http.Request) (outcome callOutcome, code string, status int) {
+	answer := c.response
 	switch {
 	case c.commitFailed:
 		return outcomeRefused, "ledger_unavailable", http.StatusServiceUnavailable
 	case c.failure != nil:
-		o := outcomeRefused
+		outcome = outcomeRefused
 		if c.attemptCount > 0 {
-			o = outcomeTruncated // the provider had it, and may bill it
+			outcome = outcomeTruncated // the provider had the request, and may bill it
+			if c.failure.status == http.StatusBadGateway || c.failure.status == http.StatusGatewayTimeout {
+				outcome = outcomeUpstreamError
+			}
 		}
-		if c.attemptCount > 0 && (c.failure.status == http.StatusBadGateway || c.failure.status == http.StatusGatewayTimeout) {
-			o = outcomeUpstreamError
-		}
-		return o, c.failure.recordCode(), c.failure.status
-	case a == nil || a.status == 0:
+		return outcome, c.failure.recordCode(), c.failure.status
+	case answer == nil || answer.status == 0:
 		return outcomeClientGone, "client_gone", statusClientClosed
-	case !c.relayed || a.clientGone: // ReverseProxy panicked, or the last bytes had no taker
-		if cause := abortCause(c.ctx); cause != nil {
-			return outcomeTruncated, cause.recordCode(), a.status
+	case !c.relayed || answer.clientGone: // ReverseProxy panicked, or the client did not take the last bytes
+		if reason := abortCause(c.ctx); reason != nil {
+			return outcomeTruncated, reason.recordCode(), answer.status
 		}
-		if a.clientGone || r.Context().Err() != nil {
-			return outcomeClientGone, "client_gone", a.status
+		if answer.clientGone || r.Context().Err() != nil {
+			return outcomeClientGone, "client_gone", answer.status
 		}
-		return outcomeTruncated, "upstream_cut", a.status
-	case a.status >= 400:
-		return outcomeUpstreamError, "", a.status
-	case a.meter.failed:
-		return outcomeUpstreamError, "error_in_stream", a.status
-	case a.sse && !a.meter.done && c.endpoint.hasEndMarker():
-		return outcomeTruncated, "stream_unfinished", a.status
+		return outcomeTruncated, "upstream_cut", answer.status
+	case answer.status >= 400:
+		return outcomeUpstreamError, "", answer.status
+	case answer.meter.failed:
+		return outcomeUpstreamError, "error_in_stream", answer.status
+	case answer.sse && !answer.meter.done && c.endpoint.hasEndMarker():
+		return outcomeTruncated, "stream_unfinished", answer.status
 	}
-	return outcomeOK, "", a.status
+	return outcomeOK, "", answer.status
 }
 
-// hasEndMarker reports whether a stream of this endpoint says that it is complete.
+// hasEndMarker reports whether a complete stream of this endpoint ends with a marker.
 func (e *endpoint) hasEndMarker() bool {
 	switch e.pattern {
 	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
@@ -127,18 +121,18 @@ func (e *endpoint) hasEndMarker() bool {
 	return false
 }
 
-// fillUsage fills in what the answer says was used, or an estimate of it: no
-// usage is silently zero.
+// fillUsage fills in the usage that the answer reports, or an estimate: no usage is silently zero.
 func (c *call) fillUsage(row *requestRow) {
 	row.counts, row.source = tokenCounts{}, usageNone
 	if c.endpoint.meter == meterNone || c.attemptCount == 0 {
 		return
 	}
 	if c.response == nil || c.response.meter == nil {
-		held := c.progress.outputTokens.Load() // of a stream that was held back, and never became whole
-		if c.failure == nil || c.failure.status == http.StatusGatewayTimeout && c.failure != errConnectTimeout || abortCause(c.ctx) != nil || c.commitFailed || held > 0 {
-			// We or the client gave up on a provider that had the request and may bill it.
-			row.counts, row.source = tokenCounts{input: c.inputEstimate(), output: held}, usageEstimated
+		buffered := c.progress.outputTokens.Load() // of a buffered stream that was never complete
+		// The proxy or the client gave up on a provider that had the request and may bill it.
+		if buffered > 0 || c.failure == nil || c.commitFailed || abortCause(c.ctx) != nil ||
+			c.failure.status == http.StatusGatewayTimeout && c.failure != errConnectTimeout {
+			row.counts, row.source = tokenCounts{input: c.inputEstimate(), output: buffered}, usageEstimated
 		}
 		return
 	}
@@ -151,15 +145,27 @@ func (c *call) fillUsage(row *requestRow) {
 		return
 	}
 	if strings.HasPrefix(c.endpoint.pattern, "/v1/images/") || c.endpoint.pattern == "/v1/moderations" {
-		row.counts, row.source = tokenCounts{}, usageNone // their bytes say nothing of tokens; moderation is free
+		row.counts, row.source = tokenCounts{}, usageNone // image bytes say nothing about tokens; moderation is free
 	} else if row.counts.input == 0 {
 		row.counts.input = c.inputEstimate()
 	}
 }
 
-// price returns what counts of a model cost, whether that is known, and whether
-// the model is one with a price.
-func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos int64, priced, known bool) {
+// fillCost fills in what the usage costs, if the model has a price, and which models the sums list by name.
+func (c *call) fillCost(row *requestRow) {
+	row.requestedModel = c.fields.model
+	var listed bool
+	row.cost, row.priced, listed = c.prices.price(c.upstream.provider, row.model, row.counts)
+	if row.source == usageNone {
+		row.cost, row.priced = 0, false
+	}
+	listed = listed || row.outcome == outcomeOK
+	row.modelTracked = listed && c.token.trackModel(row.model)
+	row.requestedModelTracked = listed && c.token.trackModel(row.requestedModel)
+}
+
+// price returns the cost of counts, whether it is known, and whether the model is in the price list.
+func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos int64, priced, listed bool) {
 	p, ok := t.lookup(provider, model)
 	if !ok {
 		return 0, false, false
@@ -168,111 +174,112 @@ func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos in
 	return nanos, priced, true
 }
 
-// refuse answers a call that was not admitted. A known token's refusal is put
-// on record, though not more often than once a second for one token: a client
-// that tries again and again must not fill the disk. All are in the sums.
+// refuse answers a call that was not admitted. The sums count every refusal of a known token, but at most one a
+// second gets a row of its own: a client in a retry loop must not fill the disk.
 func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err error) {
 	e := asAPIError(err)
-	row := requestRow{id: c.id, started: c.start.UnixMilli(), address: c.address, stream: c.fields.stream, model: c.fields.model,
-		outcome: outcomeRefused, errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1, limitHit: e.limit}
+	c.failure = e
+	now := time.Now()
+	row := requestRow{id: c.id, started: c.start.UnixMilli(), totalUS: now.Sub(c.start).Microseconds(),
+		address: c.address, stream: c.fields.stream, model: c.fields.model, outcome: outcomeRefused,
+		errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1, limitHit: e.limit}
 	if c.endpoint != nil {
 		row.endpoint = c.endpoint.name()
 	}
-	at := time.Now()
-	row.totalUS = at.Sub(c.start).Microseconds()
-	if c.token != nil && p.ledger.healthy() {
-		row.project, row.token = c.project.seq, c.tokenState.seq
-		wait, _ := c.token.refusals.allow(c.start)
-		p.ledger.recordRefused(&row, wait == 0)
-	}
-	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
-		// net/http reads on before it answers, so as to keep the connection.
-		// Who is refused, above all who has no token, must not hold it by
-		// sending nothing.
-		_ = c.controller.SetReadDeadline(time.Now().Add(refusedBodyGrace))
-	}
-	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
-	c.failure = e
 	if c.token != nil {
+		if p.ledger.healthy() {
+			row.project, row.token = c.project.seq, c.tokenState.seq
+			wait, _ := c.token.refusals.allow(c.start)
+			p.ledger.recordRefused(&row, wait == 0)
+		}
 		l := &c.token.project.limiter
 		l.mu.Lock()
 		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, row.started)
 		l.mu.Unlock()
 	}
+	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
+		// net/http reads the rest of the body before it answers, to keep the connection. A refused client,
+		// above all one without a token, must not hold the connection by sending nothing.
+		_ = c.controller.SetReadDeadline(time.Now().Add(refusedBodyGrace))
+	}
+	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
 	c.rates.write(w.Header())
 	writeError(w, e, c.anthropic)
 	p.metrics.countCall(c.endpoint, &row, nil)
-	p.logCall(c, &row, at)
+	p.logCall(c, &row, now)
 }
 
-// logCall writes the call's one log line, at the call's end: never a header, body,
-// query or key.
-func (p *proxy) logCall(c *call, row *requestRow, at time.Time) {
-	level := slog.LevelInfo // what clients do wrong is theirs
-	if row.status >= 500 {
-		level = slog.LevelWarn // the provider's trouble
-		if row.outcome == outcomeRefused {
-			level = slog.LevelError // ours
-		}
+// logCall writes the call's one log line: never a header, body, query or key.
+func (p *proxy) logCall(c *call, row *requestRow, now time.Time) {
+	level := slog.LevelInfo // the client's mistakes, too
+	switch {
+	case row.status >= 500 && row.outcome == outcomeRefused:
+		level = slog.LevelError // the proxy failed
+	case row.status >= 500:
+		level = slog.LevelWarn // the provider failed
 	}
 	if !p.log.Enabled(context.Background(), level) {
 		return
 	}
-	var left int64
-	if c.token == nil { // whatever went wrong: anyone can cause it
+	var omitted int64
+	if c.token == nil { // anyone can cause such lines
 		var wait time.Duration
-		if wait, left = p.logThrottle.allow(c.start); wait > 0 {
+		if wait, omitted = p.logThrottle.allow(c.start); wait > 0 {
 			p.metrics.suppressedLogLines.Add(1)
 			return
 		}
 	}
-	line := p.log.beginLine(at, level, "call")
+	line := p.log.beginLine(now, level, "call")
 	defer line.end()
-	if left > 0 {
-		line.num("lines_left_out", left)
+	optional := func(name, value string) {
+		if value != "" {
+			line.str(name, value)
+		}
+	}
+	if omitted > 0 {
+		line.num("lines_left_out", omitted)
 	}
 	line.str("request_id", c.requestID)
 	line.str("route", row.endpoint)
 	line.num("status", int64(row.status))
 	line.str("outcome", string(row.outcome))
-	if row.errorCode != "" {
-		line.str("code", row.errorCode)
-	}
-	if row.limitHit != "" {
-		name := "limit"
-		if row.wouldRefuse {
-			name = "shadow_limit"
-		}
-		line.str(name, row.limitHit)
+	optional("code", row.errorCode)
+	if row.wouldRefuse {
+		optional("shadow_limit", row.limitHit)
+	} else {
+		optional("limit", row.limitHit)
 	}
 	if c.token != nil {
 		line.str("token", c.tokenState.id)
 		line.str("project", c.project.id)
 	}
 	line.str("address", row.address)
-	if c.trace.traceID != "" {
-		line.str("trace_id", c.trace.traceID)
-		line.str("span_id", c.trace.spanID)
-	}
-	if row.model != "" {
-		line.str("model", clip(row.model, 256))
-	}
+	optional("trace_id", c.trace.traceID)
+	optional("span_id", c.trace.spanID)
+	optional("model", clip(row.model, 256))
 	if c.entry != nil {
 		line.flag("stream", row.stream)
 		line.str("usage", string(row.source))
 		line.num("input_tokens", row.counts.input)
 		line.num("output_tokens", row.counts.output)
 		line.num("first_byte_us", row.firstByteUS)
-		if c.response != nil && c.response.providerRequestID != "" {
-			line.str("provider_request_id", c.response.providerRequestID)
+		if c.response != nil {
+			optional("provider_request_id", c.response.providerRequestID)
 		}
 	}
-	if c.failure != nil && c.failure.cause != nil && row.status >= 500 {
-		text := c.failure.cause.Error()
-		if c.entry != nil { // net/http quotes what it could not read of an answer, which may quote the key
-			text = strings.ReplaceAll(text, c.upstream.key(), hiddenSecret)
-		}
-		line.str("error", clip(text, 1024))
-	}
+	optional("error", c.logCause(row.status))
 	line.num("total_us", row.totalUS)
+}
+
+// logCause returns the text of what caused a 5xx, without the provider's key: net/http quotes what it cannot
+// parse of an answer, and that may contain the key.
+func (c *call) logCause(status int) string {
+	if status < 500 || c.failure == nil || c.failure.cause == nil {
+		return ""
+	}
+	text := c.failure.cause.Error()
+	if c.entry != nil {
+		text = strings.ReplaceAll(text, c.upstream.key(), hiddenSecret)
+	}
+	return clip(text, 1024)
 }

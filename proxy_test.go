@@ -201,7 +201,7 @@ func TestPromiseRevocationIsImmediate(t *testing.T) {
 func TestPromiseKeysNeverComeBack(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.allowErrors = true // "the provider's answer held its key" is one
+	p.allowErrors = true // "the provider's answer contained its key" is one
 	for _, status := range []int{200, 400, 401, 403, 404, 429, 500} {
 		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 			key := p.provider.key

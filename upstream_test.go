@@ -288,7 +288,7 @@ func TestEchoedKeyMasked(t *testing.T) {
 			t.Errorf("%d: headers %v", status, a.header)
 		}
 	}
-	if !bytes.Contains(p.log.bytes(), []byte("held its key")) {
+	if !bytes.Contains(p.log.bytes(), []byte("contained its key")) {
 		t.Error("the log does not say that a provider echoes keys")
 	}
 }
