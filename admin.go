@@ -32,7 +32,8 @@ type adminDeps struct {
 	cfg             *config
 	log             *logger
 	store           *store
-	api             *manageAPI
+	ops             *operations
+	auth            *managementAuth
 	registry        *registry
 	limits          *limitState
 	ledger          *ledger
@@ -249,7 +250,7 @@ func (ui *adminUI) authorizePage(need role, w http.ResponseWriter, r *pageReques
 	if err := ui.loadSession(r); err != nil {
 		return err
 	}
-	r.origin = ui.api.newAuditOrigin(w, r.http, r.actor, r.now)
+	r.origin = ui.auth.newOrigin(w, r.http, r.actor, r.now)
 	if need != "" && r.session == nil {
 		return errNotSignedIn
 	}

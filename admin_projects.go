@@ -25,11 +25,14 @@ type projectsView struct {
 
 func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 	v := projectsView{Name: r.query.Get("name"), Active: r.query.Get("active")}
-	rep, err := ui.api.listProjects(r.withQuery("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")))
+	f, err := r.withQuery("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")).parseProjectFilter()
 	if err != nil {
 		return nil, err
 	}
-	l := rep.body.(listPage[projectView])
+	l, err := ui.ops.listProjects(r.ctx, f)
+	if err != nil {
+		return nil, err
+	}
 	v.Projects = l.Data
 	v.Next = r.nextPageURL(l.Next)
 	v.First = len(l.Data) == 0 && v.Name == "" && v.Active == "" && r.query.Get("after") == ""
@@ -107,12 +110,17 @@ func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	if in["api_key"] != nil || in["base_url"] != nil || r.form.Get("provider") != providerOpenAI {
 		in["provider"] = r.form.Get("provider")
 	}
-	rep, err := ui.api.createProject(r.withJSON(in))
+	var typed projectInput
+	err := typed.decode(r.withJSON(in).body)
+	var project projectRow
+	if err == nil {
+		project, err = ui.ops.createProject(r.ctx, r.origin, typed)
+	}
 	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
-	return redirectTo("/admin/projects/"+rep.body.(projectView).ID, "project-made"), nil
+	return redirectTo("/admin/projects/"+project.id, "project-made"), nil
 }
 
 // A labeledValue is a line of facts.
@@ -160,15 +168,14 @@ type projectPageView struct {
 const maxProjectPageTokens = 10
 
 func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	p := rep.body.(projectView)
 	v := projectPageView{projectView: p, Limits: newBarViews(p.Limits), Allowed: policySummary(p.Policy)}
 	w := tokenListQuery{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverExpires, limit: 100}
 	v.More, err = ui.store.walkTokens(r.ctx, w, func(row *tokenRow) bool {
-		if t := ui.api.newTokenView(row, r.now); t.IsActive {
+		if t := ui.ops.newTokenView(row, r.now); t.IsActive {
 			v.Tokens = append(v.Tokens, t)
 		}
 		return len(v.Tokens) < maxProjectPageTokens
@@ -184,11 +191,10 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 
 // editProject is the page that changes a project's name and policy.
 func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	project := rep.body.(projectView)
 	here := "/admin/projects/" + project.ID
 	v := &formView{Crumb: &formOption{here, project.Name}, Policy: newPolicyForm(true), Form: &pageForm{
 		Action: here + "/edit", Submit: "Save", Cancel: here, Version: project.Version, Fields: []*formField{
@@ -205,7 +211,11 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 	v.Form.Version = r.ifMatchVersion
 	routing, err := parseRoutingForm(r.form)
 	if err == nil {
-		_, err = ui.api.patchProject(r.withJSON(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.parsePolicy(r.form, project.Policy), "routing": routing}))
+		var in projectInput
+		err = in.decodePatch(r.withJSON(map[string]any{"name": r.form.Get("name"), "policy": v.Policy.parsePolicy(r.form, project.Policy), "routing": routing}).body)
+		if err == nil {
+			_, err = ui.ops.updateProject(r.ctx, r.origin, project.ID, r.ifMatchVersion, in)
+		}
 	}
 	if err != nil {
 		p.status, err = v.showError(err)
@@ -249,11 +259,10 @@ func parseRoutingForm(form url.Values) (map[string]any, error) {
 
 // setProjectActivePage activates or deactivates a project.
 func (ui *adminUI) setProjectActivePage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	project := rep.body.(projectView)
 	here, on := "/admin/projects/"+project.ID, strings.HasSuffix(r.http.URL.Path, "/activate")
 	if !r.isPost() && on {
 		return r.confirmPage("Activate "+project.Name+"?", "Its tokens work again from the next call on.", "Activate", here), nil
@@ -262,7 +271,7 @@ func (ui *adminUI) setProjectActivePage(r *pageRequest) (*pageResponse, error) {
 		return r.confirmPage("Deactivate "+project.Name+"?", "All its tokens stop working at once, and their running calls are cut. Nothing is lost; it can be activated again.",
 			"Deactivate", here), nil
 	}
-	if _, err := ui.api.patchProject(r.withJSON(map[string]any{"is_active": on})); err != nil {
+	if _, err := ui.ops.updateProject(r.ctx, r.origin, project.ID, r.ifMatchVersion, projectInput{active: given(on)}); err != nil {
 		return nil, err
 	}
 	return redirectTo(here, "saved"), nil
@@ -270,16 +279,15 @@ func (ui *adminUI) setProjectActivePage(r *pageRequest) (*pageResponse, error) {
 
 // removeProject deletes a project.
 func (ui *adminUI) removeProject(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	project := rep.body.(projectView)
 	if !r.isPost() {
 		return r.confirmPage("Delete "+project.Name+"?", "This is for good:", "Delete the project", "/admin/projects/"+project.ID,
 			"all its tokens are revoked, and their running calls are cut", "its provider keys are wiped", "its calls stay in the ledger"), nil
 	}
-	if _, err := ui.api.deleteProject(r.withJSON(nil)); err != nil {
+	if err := ui.ops.deleteProject(r.ctx, r.origin, project.ID, r.ifMatchVersion); err != nil {
 		return nil, err
 	}
 	return redirectTo("/admin/projects", "deleted"), nil
@@ -287,16 +295,15 @@ func (ui *adminUI) removeProject(r *pageRequest) (*pageResponse, error) {
 
 // eraseContentPage erases what is kept of a project's calls.
 func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	project := rep.body.(projectView)
 	if !r.isPost() {
 		return r.confirmPage("Erase what the calls of "+project.Name+" say?", "The questions and answers that are kept of its calls are deleted, for good. The calls stay in the ledger.",
 			"Erase", "/admin/projects/"+project.ID), nil
 	}
-	if _, err := ui.api.eraseContent(r.withJSON(nil)); err != nil {
+	if _, err := ui.ops.eraseContent(r.ctx, r.origin, project.ID); err != nil {
 		return nil, err
 	}
 	return redirectTo("/admin/projects/"+project.ID, "deleted"), nil
@@ -304,16 +311,15 @@ func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
 
 // revokeProjectTokensPage revokes all tokens of a project.
 func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	project := rep.body.(projectView)
 	if !r.isPost() {
 		return r.confirmPage("Revoke all tokens of "+project.Name+"?", "All of them stop working at once, for good, and their running calls are cut.",
 			"Revoke all tokens", "/admin/projects/"+project.ID), nil
 	}
-	if _, err := ui.api.revokeProjectTokens(r.withJSON(map[string]any{})); err != nil {
+	if _, err := ui.ops.revokeProjectTokens(r.ctx, r.origin, project.ID); err != nil {
 		return nil, err
 	}
 	return redirectTo("/admin/projects/"+project.ID, "revoked"), nil
@@ -387,11 +393,10 @@ func formatNonZero(n int64) string {
 
 // newUpstreamPage adds a provider key to a project.
 func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	project := rep.body.(projectView)
 	here := "/admin/projects/" + project.ID
 	v := &formView{Crumb: &formOption{here, project.Name}, Form: &pageForm{Action: here + "/upstreams/new", Submit: "Add the key", Cancel: here,
 		Fields: append([]*formField{
@@ -409,7 +414,10 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	if err == nil {
 		in["provider"] = r.form.Get("provider")
 		setText(in, r.form, "base_url", false)
-		_, err = ui.api.createUpstream(r.withJSON(in))
+		var typed upstreamInput
+		if err = typed.decode(r.withJSON(in).body); err == nil {
+			_, err = ui.ops.createUpstream(r.ctx, r.origin, project.ID, typed)
+		}
 	}
 	if err != nil {
 		p.status, err = v.showError(err)
@@ -420,11 +428,10 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 
 // editUpstream changes an upstream, and replaces its key if one is given.
 func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getUpstream(r.withQuery())
+	u, err := ui.ops.getUpstream(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
 	if err != nil {
 		return nil, err
 	}
-	u := rep.body.(upstreamView)
 	here := "/admin/projects/" + u.ProjectID
 	key := providerKeyField("Empty: the key that is stored stays. A new base URL needs the key anew.", false)
 	key.Label = "New provider key"
@@ -454,7 +461,10 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	in, err := parseUpstreamForm(r.form)
 	if err == nil {
 		in["base_url"], in["is_active"] = r.form.Get("base_url"), r.form.Get("is_active") != ""
-		_, err = ui.api.patchUpstream(r.withJSON(in))
+		var typed upstreamInput
+		if err = typed.decode(r.withJSON(in).body); err == nil {
+			_, err = ui.ops.updateUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion, typed)
+		}
 	}
 	if err != nil {
 		p.status, err = v.showError(err)
@@ -474,16 +484,15 @@ func jsonListToLines(raw json.RawMessage) string {
 
 // removeUpstream deletes an upstream.
 func (ui *adminUI) removeUpstream(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getUpstream(r.withQuery())
+	u, err := ui.ops.getUpstream(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
 	if err != nil {
 		return nil, err
 	}
-	u := rep.body.(upstreamView)
 	here := "/admin/projects/" + u.ProjectID
 	if !r.isPost() {
 		return r.confirmPage("Remove the provider key "+u.Name+"?", "The key is wiped, for good. Calls go to the project's other keys; without any they are refused.", "Remove the key", here), nil
 	}
-	if _, err := ui.api.deleteUpstream(r.withJSON(nil)); err != nil {
+	if err := ui.ops.deleteUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion); err != nil {
 		return nil, err
 	}
 	return redirectTo(here, "deleted"), nil
@@ -507,16 +516,16 @@ type routePageUpstream struct {
 // tryRoutePage shows which provider key would get a call for a model now, and
 // why the others would not.
 func (ui *adminUI) tryRoutePage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getProject(r.withQuery())
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	v := routePageView{Project: rep.body.(projectView), Model: r.query.Get("model"), API: r.query.Get("api")}
+	v := routePageView{Project: project, Model: r.query.Get("model"), API: r.query.Get("api")}
 	p := &pageResponse{template: "route", title: "Route in " + v.Project.Name, data: &v}
 	if v.Model == "" {
 		return p, nil
 	}
-	rep, err = ui.api.explainRoute(r.withQuery("model", v.Model, "api", v.API))
+	route, err := ui.ops.explainRoute(r.ctx, project.ID, v.Model, v.API)
 	if fe, ok := errors.AsType[*fieldError](err); ok {
 		v.Mistake = fieldErrorMessage(fe)
 		return p, nil
@@ -524,7 +533,6 @@ func (ui *adminUI) tryRoutePage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	route := rep.body.(routeView)
 	v.Fallback = route.FallbackModel
 	for _, l := range route.Upstreams {
 		v.Lines = append(v.Lines, routePageUpstream{l, percent(100 * l.Share), l.timeoutsText()})

@@ -244,11 +244,7 @@ type contentPart struct {
 }
 
 func (ui *adminUI) contentPage(r *pageRequest) (*pageResponse, error) {
-	id := parseRequestID(r.pathValue("id"))
-	if id == 0 {
-		return nil, errNotFound
-	}
-	v, err := ui.api.revealContent(r.manageRequest, id)
+	v, err := ui.ops.revealContent(r.ctx, r.origin, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}

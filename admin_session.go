@@ -128,7 +128,7 @@ func (ui *adminUI) signInForm(r *pageRequest, next, problem string, status int) 
 // may have been planted.
 func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 	next := localPath(r.form.Get("next"))
-	who, err := ui.api.verifyManageKey(r.ctx, r.origin, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
+	who, err := ui.auth.verifyKey(r.ctx, r.origin, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
 	if e, ok := errors.AsType[*apiError](err); ok && e.status < 500 {
 		p := ui.signInForm(r, next, "This is no valid management key. Keys begin with llmpm_; an expired or revoked one does not work.", e.status)
 		if e.retryAfter > 0 {

@@ -25,17 +25,16 @@ type pricesView struct {
 func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 	v := pricesView{Model: strings.TrimSpace(r.query.Get("model")), Provider: r.query.Get("provider"),
 		Providers: append([]formOption{{"", "Any"}}, providerField().Options...)}
-	rep, err := ui.api.listPrices(r.withQuery())
+	rows, err := ui.store.listPrices(r.ctx)
 	if err != nil {
 		return nil, err
 	}
-	v.Prices = rep.body.(listPage[priceView]).Data
+	for i := range rows {
+		v.Prices = append(v.Prices, newPriceView(&rows[i]))
+	}
 	if v.Asked = v.Model != ""; v.Asked {
-		if rep, err = ui.api.listPrices(r.withQuery("model", v.Model, "provider", v.Provider)); err != nil {
-			return nil, err
-		}
-		if found := rep.body.(listPage[priceView]).Data; len(found) > 0 {
-			v.Found = &found[0]
+		if p, ok := ui.ops.effectivePrice(v.Provider, v.Model); ok {
+			v.Found = new(newPriceView(&p))
 		}
 	}
 	return &pageResponse{template: "prices", title: "Prices", data: v}, nil
@@ -64,7 +63,12 @@ func (ui *adminUI) newPrice(r *pageRequest) (*pageResponse, error) {
 			in[name] = jsonNumber(text)
 		}
 	}
-	if _, err := ui.api.setPrice(r.withJSON(in)); err != nil {
+	var typed priceInput
+	err := typed.decode(r.withJSON(in).body)
+	if err == nil {
+		_, err = ui.ops.setPrice(r.ctx, r.origin, typed)
+	}
+	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
@@ -77,7 +81,7 @@ func (ui *adminUI) removePrice(r *pageRequest) (*pageResponse, error) {
 		return r.confirmPage("Remove this price?", "From the next call on the list price holds again, if there is one. Without a price a call has no cost, and is counted as unpriced.",
 			"Remove the price", "/admin/prices"), nil
 	}
-	if _, err := ui.api.deletePrice(r.withJSON(nil)); err != nil {
+	if err := ui.ops.deletePrice(r.ctx, r.origin, r.pathValue("id")); err != nil {
 		return nil, err
 	}
 	return redirectTo("/admin/prices", "deleted"), nil
@@ -91,11 +95,11 @@ type streamsView struct {
 }
 
 func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.listStreams(r.withQuery("limit", "200", "after", r.query.Get("after"), "project_id", r.query.Get("project_id"), "token_id", r.query.Get("token_id")))
+	f, err := r.withQuery("limit", "200", "after", r.query.Get("after"), "project_id", r.query.Get("project_id"), "token_id", r.query.Get("token_id")).parseStreamFilter()
 	if err != nil {
 		return nil, err
 	}
-	l := rep.body.(listPage[streamView])
+	l := ui.ops.listStreams(f, r.now)
 	return &pageResponse{template: "streams", title: "Running calls", data: streamsView{l.Data, r.nextPageURL(l.Next), timestamp(r.now.UnixMilli())}}, nil
 }
 
@@ -107,7 +111,7 @@ func (ui *adminUI) cutStreamPage(r *pageRequest) (*pageResponse, error) {
 		}
 		return r.confirmPage("Cut this call?", "Its client sees the answer break off. What it has used so far is counted.", "Cut the call", "/admin/streams", r.pathValue("id")), nil
 	}
-	if _, err := ui.api.abortStream(r.withJSON(nil)); err != nil {
+	if err := ui.ops.abortStream(r.ctx, r.origin, r.pathValue("id")); err != nil {
 		return nil, err
 	}
 	return redirectTo("/admin/streams", "cut"), nil
@@ -131,11 +135,14 @@ type auditPageView struct {
 func (ui *adminUI) auditPage(r *pageRequest) (*pageResponse, error) {
 	v := auditPageView{Actor: strings.TrimSpace(r.query.Get("actor")), Action: strings.TrimSpace(r.query.Get("action")), Object: strings.TrimSpace(r.query.Get("object")),
 		From: r.query.Get("from"), To: r.query.Get("to")}
-	rep, err := ui.api.listAudit(r.withQuery("limit", "100", "after", r.query.Get("after"), "actor", v.Actor, "action", v.Action, "object", v.Object, "from", formTimeToRFC3339(v.From), "to", formTimeToRFC3339(v.To)))
+	f, err := r.withQuery("limit", "100", "after", r.query.Get("after"), "actor", v.Actor, "action", v.Action, "object", v.Object, "from", formTimeToRFC3339(v.From), "to", formTimeToRFC3339(v.To)).parseAuditFilter()
 	if err != nil {
 		return nil, err
 	}
-	l := rep.body.(listPage[auditView])
+	l, err := ui.ops.listAudit(r.ctx, f)
+	if err != nil {
+		return nil, err
+	}
 	v.Next = r.nextPageURL(l.Next)
 	v.Narrowed = v.Actor+v.Action+v.Object+v.From+v.To != ""
 	for _, e := range l.Data {
@@ -263,11 +270,14 @@ type keysView struct {
 }
 
 func (ui *adminUI) keysPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.listKeys(r.withQuery("limit", "100", "after", r.query.Get("after")))
+	query, err := r.withQuery("limit", "100", "after", r.query.Get("after")).parseListQuery()
 	if err != nil {
 		return nil, err
 	}
-	l := rep.body.(listPage[keyView])
+	l, err := ui.ops.listManagementKeys(r.ctx, query, r.now)
+	if err != nil {
+		return nil, err
+	}
 	v := keysView{Next: r.nextPageURL(l.Next), Environment: ui.cfg.managementToken != nil}
 	for _, k := range l.Data {
 		v.Keys = append(v.Keys, keyListItem{k, managementKeyState(&k, r.now), k.ID == r.actor.id})
@@ -313,21 +323,26 @@ func (ui *adminUI) newKeyPage(r *pageRequest) (*pageResponse, error) {
 	if !ui.sentForms.claim(r.form.Get("once")) {
 		return r.alreadySubmitted("/admin/keys", "key"), nil
 	}
-	rep, err := ui.api.createKey(r.withJSON(in))
+	var typed keyInput
+	err := typed.decode(r.withJSON(in).body)
+	var k managementKeyRow
+	var value secret
+	if err == nil {
+		k, value, err = ui.ops.createManagementKey(r.ctx, r.origin, typed)
+	}
 	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
-	return &pageResponse{template: "key-once", title: "The management key is made", data: rep.body.(keyView)}, nil
+	return &pageResponse{template: "key-once", title: "The management key is made", data: newKeyValueView(&k, value, r.now)}, nil
 }
 
 // editKey changes a management key.
 func (ui *adminUI) editKey(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getKey(r.withQuery())
+	k, err := ui.ops.getManagementKey(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	k := rep.body.(keyView)
 	v := &formView{Crumb: &formOption{"/admin/keys", "Management keys"}, Form: &pageForm{Action: "/admin/keys/" + k.ID + "/edit", Submit: "Save", Cancel: "/admin/keys",
 		Version: k.Version, Fields: keyFormFields()}}
 	stored := url.Values{"name": {k.Name}, "role": {string(k.Role)}}
@@ -346,7 +361,11 @@ func (ui *adminUI) editKey(r *pageRequest) (*pageResponse, error) {
 	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond
 		in["expires_at"] = formTimeToRFC3339(at)
 	}
-	if _, err := ui.api.patchKey(r.withJSON(in)); err != nil {
+	var typed keyInput
+	if err = typed.decode(r.withJSON(in).body); err == nil {
+		_, err = ui.ops.updateManagementKey(r.ctx, r.origin, k.ID, r.ifMatchVersion, typed)
+	}
+	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
@@ -355,15 +374,14 @@ func (ui *adminUI) editKey(r *pageRequest) (*pageResponse, error) {
 
 // revokeKeyPage ends a management key, and with it its sessions.
 func (ui *adminUI) revokeKeyPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getKey(r.withQuery())
+	k, err := ui.ops.getManagementKey(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	k := rep.body.(keyView)
 	if !r.isPost() {
 		return r.confirmPage("Revoke the key "+k.Name+"?", "It stops working at once, for good, and whoever is signed in with it is signed out.", "Revoke", "/admin/keys"), nil
 	}
-	if _, err := ui.api.revokeKey(r.withJSON(nil)); err != nil {
+	if _, err := ui.ops.revokeManagementKey(r.ctx, r.origin, k.ID, r.ifMatchVersion); err != nil {
 		return nil, err
 	}
 	return redirectTo("/admin/keys", "revoked"), nil

@@ -599,7 +599,7 @@ func TestAdminMistakes(t *testing.T) {
 		{upstream, "api_key", "sk-****", "api_key", "masked"}, {upstream, "base_url", "https://elsewhere.test", "api_key", "must be given again"}, {upstream, "priority", "x", "priority", "must be a whole number"},
 		{upstream, "rewrite", "a", "rewrite", "must have lines"}, {upstream, "connect_ms", "10001", "connect_ms", "must be 0 or from 100 to 10000"}, {upstream, "answer_ms", "1", "answer_ms", "must be 0 or from 100"},
 		{"/admin/tokens/new", "expires_at", "2001-01-01T00:00", "expires_at", "must be in the future"}, {"/admin/tokens/new", "max_requests", "ten", "max_requests", "must be a whole number"},
-		{"/admin/tokens/new", "project_id", "proj_none", "project_id", "names no project"}, {"/admin/tokens/new", "policy.models", "a*b", "policy.models", "only at the end"},
+		{"/admin/tokens/new", "project_id", "proj_none", "project_id", "does not exist"}, {"/admin/tokens/new", "policy.models", "a*b", "policy.models", "only at the end"},
 		{"/admin/tokens/" + p.tokenID + "/edit", "name", " x", "name", "white space"}, {"/admin/tokens/" + p.tokenID + "/rotate", "overlap_minutes", "-1", "overlap_minutes", "must be from 0"},
 		{"/admin/keys/new", "role", "god", "role", "must be viewer"}, {"/admin/keys/" + keyID + "/edit", "expires_at", "soon", "expires_at", "must be a time"},
 		{"/admin/prices/new", "match", "", "match", "must be a model"}, {"/admin/prices/new", "input", "-5", "input", "must be dollars"},

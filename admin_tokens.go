@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -72,12 +73,18 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	if !ui.sentForms.claim(r.form.Get("once")) {
 		return r.alreadySubmitted("/admin/tokens", "token"), nil
 	}
-	rep, err := ui.api.createToken(r.withJSON(in))
+	var typed tokenInput
+	err = typed.decode(r.withJSON(in).body, true)
+	var t tokenRow
+	var value secret
+	if err == nil {
+		t, value, err = ui.ops.createToken(r.ctx, r.origin, typed)
+	}
 	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
-	return ui.tokenValuePage(r, "The token is made", rep.body.(tokenView), nil)
+	return ui.tokenValuePage(r, "The token is made", ui.ops.newTokenValueView(&t, value, r.now), nil)
 }
 
 // parseTokenForm reads the fields that a new token and a changed one have in common.
@@ -173,11 +180,10 @@ type tokenPageView struct {
 }
 
 func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getToken(r.withQuery())
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	t := rep.body.(tokenView)
 	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits), Allowed: policySummary(t.Policy)}
 	if v.ProjectName, err = ui.projectName(r, t.ProjectID); err != nil {
 		return nil, err
@@ -188,20 +194,20 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 		b.Label = fmt.Sprintf("%s of %s requests used", b.Used, b.Max)
 		v.Requests = &b
 	}
-	if rep, err = ui.api.listRequests(r.withQuery("token_id", t.ID, "limit", "10")); err != nil {
+	calls, err := ui.ops.listRequests(r.ctx, requestFilter{token: t.ID, before: math.MaxInt64, limit: 10})
+	if err != nil {
 		return nil, err
 	}
-	v.Calls = rep.body.(listPage[requestReply]).Data
+	v.Calls = calls.Data
 	return &pageResponse{template: "token", title: t.Name, data: v}, nil
 }
 
 // editToken changes a token's name, life and policy.
 func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getToken(r.withQuery())
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	t := rep.body.(tokenView)
 	here := "/admin/tokens/" + t.ID
 	v := &formView{Crumb: &formOption{here, t.Name}, Policy: newPolicyForm(false), Form: &pageForm{Action: here + "/edit", Submit: "Save", Cancel: here, Version: t.Version, Fields: []*formField{
 		{Name: "name", Label: "Name", Kind: "text", Required: true},
@@ -227,7 +233,11 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond, also in the past
 		in["expires_at"] = formTimeToRFC3339(at)
 	}
-	if _, err := ui.api.patchToken(r.withJSON(in)); err != nil {
+	var typed tokenInput
+	if err = typed.decode(r.withJSON(in).body, false); err == nil {
+		_, err = ui.ops.updateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, typed)
+	}
+	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
@@ -243,11 +253,10 @@ func formatOptionalInt(n *int64) string {
 
 // rotateTokenPage gives a token a new value, and shows it once.
 func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getToken(r.withQuery())
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	t := rep.body.(tokenView)
 	here := "/admin/tokens/" + t.ID
 	v := &formView{Crumb: &formOption{here, t.Name}, Intro: "The token gets a new value; its id, its limits and what they count stay. The value it has now goes on working for a while, so that programs can change over.",
 		Form: &pageForm{Action: here + "/rotate", Submit: "Rotate", Cancel: here, Once: randomBase62(16), Version: t.Version, Fields: []*formField{
@@ -262,41 +271,37 @@ func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
 	if !ui.sentForms.claim(r.form.Get("once")) {
 		return r.alreadySubmitted(here, "new value"), nil
 	}
-	in := map[string]any{}
-	setNumber(in, r.form, "overlap_minutes", false)
-	if rep, err = ui.api.rotateToken(r.withJSON(in)); err != nil {
+	fields := map[string]any{}
+	setNumber(fields, r.form, "overlap_minutes", false)
+	var in rotateInput
+	err = in.decode(r.withJSON(fields).body)
+	var row tokenRow
+	var value secret
+	if err == nil {
+		row, value, err = ui.ops.rotateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
+	}
+	if err != nil {
 		p.status, err = v.showError(err)
 		return p, err
 	}
-	t = rep.body.(tokenView)
+	t = ui.ops.newTokenValueView(&row, value, r.now)
 	return ui.tokenValuePage(r, "The token has a new value", t, t.OverlapUntil)
 }
 
 // revokeTokenPage ends a token.
 func (ui *adminUI) revokeTokenPage(r *pageRequest) (*pageResponse, error) {
-	rep, err := ui.api.getToken(r.withQuery())
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	t := rep.body.(tokenView)
 	here := "/admin/tokens/" + t.ID
 	if !r.isPost() {
 		return r.confirmPage("Revoke "+t.Name+"?", "It stops working at once, for good, and its running calls are cut. Its calls stay in the ledger.", "Revoke", here), nil
 	}
-	if _, err := ui.api.revokeToken(r.withJSON(nil)); err != nil {
+	if _, err := ui.ops.revokeToken(r.ctx, r.origin, t.ID, r.ifMatchVersion); err != nil {
 		return nil, err
 	}
 	return redirectTo(here, "revoked"), nil
-}
-
-// withObject returns the same request for another object.
-func (r *pageRequest) withObject(id string) *pageRequest {
-	other, m := *r, *r.manageRequest
-	m.http = r.http.Clone(r.ctx)
-	m.http.SetPathValue("id", id)
-	m.ifMatchVersion = 0
-	other.manageRequest = &m
-	return &other
 }
 
 // revokeSelected revokes the tokens that were chosen in a list, after asking.
@@ -323,7 +328,7 @@ func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 		return &pageResponse{template: "confirm", title: "Revoke these tokens?", data: confirmView{"They stop working at once, for good, and their running calls are cut:", names, f}}, nil
 	}
 	for _, id := range ids {
-		if _, err := ui.api.revokeToken(r.withObject(id).withJSON(nil)); err != nil {
+		if _, err := ui.ops.revokeToken(r.ctx, r.origin, id, 0); err != nil {
 			return nil, fmt.Errorf("revoking %s: %w", id, err)
 		}
 	}
@@ -414,7 +419,7 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 		}
 		looked++
 		last = w.cursorAfter(t)
-		line := tokenLine{tokenView: ui.api.newTokenView(t, r.now)}
+		line := tokenLine{tokenView: ui.ops.newTokenView(t, r.now)}
 		line.State = newTokenStateView(&line.tokenView, r.now)
 		if v.matches(&line, r.now) {
 			v.Tokens = append(v.Tokens, line)

@@ -161,7 +161,7 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 		if err := st.revokeAll(ctx, by, a); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
-		return newManageAPI(manageDeps{store: st}).createFirstKey(ctx)
+		return (&operations{store: st}).createFirstKey(ctx)
 	}
 	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or cut short after the backup was made become valid again.\nSay what to do about that:\n\n")
 	if compared && since != (restoreImpact{}) {

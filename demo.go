@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -156,7 +157,7 @@ func (in *instance) addSampleData(ctx context.Context, now time.Time, providerKe
 	d := &sampleData{}
 	if in.cfg.managementToken == nil {
 		var err error
-		if d.key, err = in.manage.createFirstKey(ctx); err != nil {
+		if d.key, err = in.operations.createFirstKey(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -207,22 +208,25 @@ func (in *instance) addSampleData(ctx context.Context, now time.Time, providerKe
 func (in *instance) addSampleProject(
 	ctx context.Context, at time.Time, p demo.Project, providerKey secret,
 ) (stored sampleProject, err error) {
+	project := projectInput{name: given(p.Name), policy: given(json.RawMessage(p.Policy)), key: given(providerKey)}
 	var up *upstreamRow
-	if stored.row, up, err = in.manage.addOpenAIProject(ctx, p.Name, p.Policy, providerKey, at); err != nil {
+	if stored.row, up, err = in.operations.newProject(project, at.UnixMilli()); err != nil {
+		return stored, err
+	}
+	if err := in.store.addProject(ctx, systemOrigin(time.Now()), stored.row, up); err != nil {
 		return stored, err
 	}
 	stored.openai = up.seq
 	if !p.Anthropic {
 		return stored, nil
 	}
-	input := upstreamInput{
-		name:     optional[string]{set: true, value: "anthropic"},
-		key:      optional[secret]{set: true, value: providerKey},
-		provider: optional[string]{set: true, value: providerAnthropic},
-		baseURL:  optional[string]{set: true, value: in.cfg.openaiURL},
+	anthropic := upstreamInput{
+		name:     given("anthropic"),
+		key:      given(providerKey),
+		provider: given(providerAnthropic),
+		baseURL:  given(in.cfg.openaiURL),
 	}
-	up = newUpstreamRow(stored.row, at.UnixMilli())
-	if err := input.apply(in.manage, up, true); err != nil {
+	if up, err = in.operations.newUpstream(stored.row, anthropic, at.UnixMilli()); err != nil {
 		return stored, err
 	}
 	err = in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli())
@@ -251,7 +255,7 @@ func (in *instance) addSampleToken(
 		t.idleExpiry = new(s.IdleExpiry.Milliseconds())
 	}
 	origin := systemOrigin(time.Now())
-	value, err := in.manage.mintToken(ctx, origin, t)
+	value, err := in.operations.mintToken(ctx, origin, t)
 	if err != nil {
 		return nil, nil, fmt.Errorf("storing a sample token: %w", err)
 	}

@@ -64,7 +64,7 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 	}
 	maps.Copy(p.env, env)
 	p.start()
-	key, err := p.instance.manage.createFirstKey(t.Context())
+	key, err := p.instance.operations.createFirstKey(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

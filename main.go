@@ -135,9 +135,10 @@ type instance struct {
 	running        *runningCalls
 	transport      *http.Transport
 
-	proxy  *proxy
-	manage *manageAPI
-	server *server
+	operations *operations
+	proxy      *proxy
+	manage     *manageAPI
+	server     *server
 
 	stop    context.CancelFunc // ends the workers
 	workers sync.WaitGroup
@@ -239,11 +240,14 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
 		prices: &in.prices, databaseProblem: in.dir.databaseProblem,
 	})
-	in.manage = newManageAPI(manageDeps{
-		cfg: cfg, log: in.log, store: in.store, sealer: in.sealer, registry: in.registry, limits: limits,
-		health: in.health, running: in.running, addresses: addresses, prices: &in.prices,
-		databaseProblem: in.dir.databaseProblem, contentKey: in.contentKey,
-	})
+	in.operations = &operations{
+		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health, running: in.running,
+		prices: &in.prices, contentKey: in.contentKey, openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate,
+	}
+	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
+	in.manage = &manageAPI{
+		log: in.log, store: in.store, ops: in.operations, auth: auth, databaseProblem: in.dir.databaseProblem,
+	}
 	in.server = &server{
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		ids: ids, addresses: addresses, proxy: in.proxy, manage: in.manage,
@@ -255,7 +259,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	}
 	if cfg.adminPages {
 		in.server.admin, err = newAdminUI(adminDeps{
-			cfg: cfg, log: in.log, store: in.store, api: in.manage, registry: in.registry, limits: limits,
+			cfg: cfg, log: in.log, store: in.store, ops: in.operations, auth: auth, registry: in.registry, limits: limits,
 			ledger: in.ledger, running: in.running, endpoints: endpoints, databaseProblem: in.dir.databaseProblem,
 			diskUse: diskUse, keyID: in.sealer.id(), started: started,
 		})
@@ -275,7 +279,7 @@ func (in *instance) startWorkers() {
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
 	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // an error shows with the first event
-	in.workers.Go(func() { in.manage.signIns.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
+	in.workers.Go(func() { in.manage.auth.signIns.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
 		in.ledger.runRetention(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
@@ -453,7 +457,7 @@ func (p *program) bootstrap(ctx context.Context, in *instance) error {
 	}
 	base := in.baseURL()
 	if keys == 0 && in.cfg.managementToken == nil {
-		key, err := in.manage.createFirstKey(ctx)
+		key, err := in.operations.createFirstKey(ctx)
 		if err != nil {
 			return err
 		}
@@ -481,7 +485,7 @@ Clients then use the base URL %[1]s/v1 and the token as their API key.
 		in.log.Info("OPENAI_API_KEY is ignored: the database already has projects")
 		return nil
 	}
-	token, err := in.manage.createFirstProject(ctx, "default", in.cfg.openaiKey)
+	token, err := in.operations.createFirstProject(ctx, "default", in.cfg.openaiKey)
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,6 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -80,32 +79,38 @@ func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Dura
 	}
 }
 
-// A manageAPI is the JSON API under /manage.
+// A manageAPI is the JSON API under /manage. All fields are required.
 type manageAPI struct {
-	manageDeps
-	authThrottle *addressThrottle // of wrong management keys
-	signIns      *signInAuditor   // of wrong management keys, for the audit trail
-}
-
-// manageDeps has what a manageAPI uses of the rest of the program. All fields are required.
-type manageDeps struct {
-	cfg             *config
 	log             *logger
 	store           *store
-	sealer          *sealer
-	registry        *registry
-	limits          *limitState
-	health          *healthTracker
-	running         *runningCalls
-	addresses       *addressReader
-	prices          *atomic.Pointer[priceTable]
+	ops             *operations
+	auth            *managementAuth
 	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
-	contentKey      *contentKey
 }
 
-func newManageAPI(d manageDeps) *manageAPI {
-	signIns := &signInAuditor{log: d.log, store: d.store, limiter: newSignInThrottle()}
-	return &manageAPI{manageDeps: d, authThrottle: newAuthThrottle(), signIns: signIns}
+// A managementAuth finds out who acts: whose management key a request presents, and from where.
+type managementAuth struct {
+	store           *store
+	managementToken secret // MANAGEMENT_TOKEN; nil: not set
+	addresses       *addressReader
+	throttle        *addressThrottle // of wrong management keys
+	signIns         *signInAuditor   // of wrong management keys, for the audit trail
+}
+
+func newManagementAuth(log *logger, st *store, managementToken secret, addresses *addressReader) *managementAuth {
+	signIns := &signInAuditor{log: log, store: st, limiter: newSignInThrottle()}
+	return &managementAuth{st, managementToken, addresses, newAuthThrottle(), signIns}
+}
+
+// newOrigin says who makes a request, for the audit trail.
+func (a *managementAuth) newOrigin(w http.ResponseWriter, r *http.Request, caller actor, now time.Time) auditOrigin {
+	return auditOrigin{
+		actorID:   caller.id,
+		role:      caller.role,
+		address:   a.addresses.clientAddress(r),
+		requestID: w.Header().Get("X-Request-Id"),
+		at:        now.UnixMilli(),
+	}
 }
 
 // A manageRoute is one URL of /manage, the least role it needs and what
@@ -232,7 +237,7 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		return nil, errRoleTooLow(rt.minRole, who.role)
 	}
 	now := time.Now()
-	req := &manageRequest{http: r, ctx: r.Context(), actor: who, origin: api.newAuditOrigin(w, r, who, now), now: now}
+	req := &manageRequest{http: r, ctx: r.Context(), actor: who, origin: api.auth.newOrigin(w, r, who, now), now: now}
 	if req.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
 	}
@@ -309,21 +314,21 @@ func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request
 		return actor{}, errManageKey
 	}
 	now := time.Now()
-	return api.verifyManageKey(r.Context(), api.newAuditOrigin(w, r, actor{}, now), r.Pattern, presented, now)
+	return api.auth.verifyKey(r.Context(), api.auth.newOrigin(w, r, actor{}, now), r.Pattern, presented, now)
 }
 
-// verifyManageKey returns who holds the management key that by presents at a door, or
+// verifyKey returns who holds the management key that by presents at a door, or
 // why it is refused. A wrong key is on the audit trail then.
-func (api *manageAPI) verifyManageKey(ctx context.Context, by auditOrigin, door, presented string, now time.Time) (actor, error) {
-	who, err := api.actorByKey(ctx, presented, now)
+func (a *managementAuth) verifyKey(ctx context.Context, by auditOrigin, door, presented string, now time.Time) (actor, error) {
+	who, err := a.actorByKey(ctx, presented, now)
 	if !errors.Is(err, errNotFound) {
 		return who, err
 	}
 	by.actorID = who.id
-	api.signIns.auditFailedSignIn(ctx, by, door, now)
+	a.signIns.auditFailedSignIn(ctx, by, door, now)
 	// Only wrong keys are held up: whoever shares an address with a guesser, as
 	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
-	if wait, _ := api.authThrottle.of(by.address).allow(now); wait > 0 {
+	if wait, _ := a.throttle.of(by.address).allow(now); wait > 0 {
 		return actor{}, errTooManyFailures(wait)
 	}
 	return actor{}, errManageKey
@@ -334,10 +339,10 @@ func environmentActor() actor { return actor{actorEnvironment, "MANAGEMENT_TOKEN
 
 // actorByKey returns who holds a management key, or errNotFound: with the key's id
 // if it is one that was valid once, and else with none.
-func (api *manageAPI) actorByKey(ctx context.Context, presented string, now time.Time) (actor, error) {
-	if api.cfg.managementToken != nil {
+func (a *managementAuth) actorByKey(ctx context.Context, presented string, now time.Time) (actor, error) {
+	if a.managementToken != nil {
 		// Hashes are compared: equal lengths, and no clue in the time taken.
-		want, got := sha256.Sum256([]byte(api.cfg.managementToken())), sha256.Sum256([]byte(presented))
+		want, got := sha256.Sum256([]byte(a.managementToken())), sha256.Sum256([]byte(presented))
 		if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
 			return environmentActor(), nil
 		}
@@ -346,7 +351,7 @@ func (api *manageAPI) actorByKey(ctx context.Context, presented string, now time
 	if !ok {
 		return actor{}, errNotFound
 	}
-	key, err := api.store.managementKeyByHash(ctx, hash)
+	key, err := a.store.managementKeyByHash(ctx, hash)
 	switch {
 	case errors.Is(err, errNotFound):
 		return actor{}, errNotFound
@@ -459,6 +464,11 @@ func (r *manageRequest) boolParam(name string) (*bool, error) {
 	return nil, badRequest("invalid_value", name, name+" must be true or false.")
 }
 
+// deletedResponse answers that the thing with the id in the path is deleted.
+func (r *manageRequest) deletedResponse(name string, err error) (*manageResponse, error) {
+	return &manageResponse{body: map[string]any{"id": r.pathValue(name), "deleted": true}}, err
+}
+
 // A listPage is a page of things and where the next one begins.
 type listPage[T any] struct {
 	Data []T    `json:"data"`
@@ -505,40 +515,55 @@ type routeUpstreamView struct {
 	IdleMS       int64 `json:"idle_ms"`
 }
 
-// explainRoute says which upstream of a project would get a call for a model now,
-// and why. It calls nobody.
+// explainRoute says which upstream of a project would get a call for a model now, and why. It calls no
+// provider. api is openai, anthropic or "" for openai.
+func (ops *operations) explainRoute(ctx context.Context, projectID, model, api string) (routeView, error) {
+	v := routeView{Model: model, API: cmp.Or(api, "openai"), Upstreams: []routeUpstreamView{}}
+	need := criteria{api: apiOpenAI, model: model, now: time.Now().UnixMilli()}
+	p, err := ops.store.projectByID(ctx, projectID)
+	if err != nil {
+		return v, err
+	}
+	switch v.API {
+	case "openai":
+	case "anthropic":
+		need.api = apiAnthropic
+	default:
+		return v, &fieldError{"api", "must be openai or anthropic"}
+	}
+	if err := checkModelName("model", model); err != nil {
+		return v, err
+	}
+	state, err := ops.registry.readProject(ctx, p.seq)
+	if err != nil {
+		return v, err
+	}
+	v.FallbackModel = state.routing.fallbackFor(model)
+	for _, l := range state.explain(&need) {
+		u := l.upstream
+		v.Upstreams = append(v.Upstreams, routeUpstreamView{
+			UpstreamID:   u.id,
+			Name:         u.name,
+			Priority:     u.priority,
+			Weight:       u.weight,
+			SentModel:    u.mapModel(model),
+			Share:        l.share,
+			Why:          l.reason,
+			ConnectMS:    u.settings.ConnectMS,
+			AnswerMS:     u.settings.AnswerMS,
+			FirstEventMS: u.settings.FirstEventMS,
+			IdleMS:       u.settings.IdleMS,
+		})
+	}
+	return v, nil
+}
+
 func (api *manageAPI) explainRoute(r *manageRequest) (*manageResponse, error) {
 	if err := r.checkParams("model", "api"); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
-	if err != nil {
-		return nil, err
-	}
-	v := routeView{Model: r.query.Get("model"), API: r.query.Get("api"), Upstreams: []routeUpstreamView{}}
-	w := criteria{api: apiOpenAI, model: v.Model, now: time.Now().UnixMilli()}
-	switch v.API {
-	case "", "openai":
-		v.API = "openai"
-	case "anthropic":
-		w.api = apiAnthropic
-	default:
-		return nil, badRequest("invalid_value", "api", "api must be openai or anthropic.")
-	}
-	if err := checkModelName("model", v.Model); err != nil {
-		return nil, err
-	}
-	st, err := api.registry.readProject(r.ctx, p.seq)
-	if err != nil {
-		return nil, err
-	}
-	v.FallbackModel = st.routing.fallbackFor(v.Model)
-	for _, l := range st.explain(&w) {
-		u := l.upstream
-		v.Upstreams = append(v.Upstreams, routeUpstreamView{u.id, u.name, u.priority, u.weight, u.mapModel(v.Model), l.share, l.reason,
-			u.settings.ConnectMS, u.settings.AnswerMS, u.settings.FirstEventMS, u.settings.IdleMS})
-	}
-	return &manageResponse{body: v}, nil
+	v, err := api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
+	return &manageResponse{body: v}, err
 }
 
 type healthView struct {
@@ -549,8 +574,8 @@ type healthView struct {
 	Running int64      `json:"running"`
 }
 
-func (api *manageAPI) newHealthView(u *upstreamRow) healthView {
-	h := api.health.forUpstream(u.seq, u.id).snapshot(time.Now().UnixMilli())
+func (ops *operations) newHealthView(u *upstreamRow) healthView {
+	h := ops.health.forUpstream(u.seq, u.id).snapshot(time.Now().UnixMilli())
 	v := healthView{State: h.state.String(), Reason: h.reason, Running: h.running}
 	if h.state != keyReady {
 		v.Since, v.Until = new(timestamp(h.changedAt)), new(timestamp(h.until))

@@ -12,27 +12,6 @@ import (
 	"time"
 )
 
-// addOpenAIProject makes a project with one upstream, OpenAI with this key.
-func (api *manageAPI) addOpenAIProject(ctx context.Context, name, policy string, key secret, at time.Time) (*projectRow, *upstreamRow, error) {
-	ms := at.UnixMilli()
-	project := &projectRow{id: newID("proj"), name: name, active: true, policy: policy, routing: "{}", createdAt: ms, updatedAt: ms}
-	up := newUpstreamRow(project, ms)
-	in := upstreamInput{name: optional[string]{set: true, value: "primary"}, key: optional[secret]{set: true, value: key}}
-	if err := in.apply(api, up, true); err != nil {
-		return nil, nil, err
-	}
-	if err := api.store.addProject(ctx, systemOrigin(time.Now()), project, up); err != nil {
-		return nil, nil, fmt.Errorf("storing the project: %w", err)
-	}
-	return project, up, nil
-}
-
-// newUpstreamRow returns an upstream of the project, for an upstreamInput to
-// fill in.
-func newUpstreamRow(p *projectRow, ms int64) *upstreamRow {
-	return &upstreamRow{id: newID("up"), project: p.seq, projectID: p.id, weight: 1, models: "[]", rewrite: "{}", settings: "{}", sharedWith: "[]", active: true, createdAt: ms, updatedAt: ms}
-}
-
 type projectView struct {
 	ID        string          `json:"id"`
 	Name      string          `json:"name"`
@@ -47,151 +26,151 @@ type projectView struct {
 }
 
 // newProjectView reads the project's upstreams to go with it.
-func (api *manageAPI) newProjectView(r *manageRequest, p *projectRow) (projectView, error) {
-	ups, err := api.store.projectUpstreams(r.ctx, p.seq)
-	v := projectView{p.id, p.name, p.active, json.RawMessage(p.policy), json.RawMessage(p.routing), []upstreamView{}, p.version, timestamp(p.createdAt), timestamp(p.updatedAt), nil}
-	for i := range ups {
-		v.Upstreams = append(v.Upstreams, api.newUpstreamView(&ups[i]))
+func (ops *operations) newProjectView(ctx context.Context, p *projectRow) (projectView, error) {
+	upstreams, err := ops.store.projectUpstreams(ctx, p.seq)
+	v := projectView{
+		ID:        p.id,
+		Name:      p.name,
+		IsActive:  p.active,
+		Policy:    json.RawMessage(p.policy),
+		Routing:   json.RawMessage(p.routing),
+		Upstreams: []upstreamView{},
+		Version:   p.version,
+		CreatedAt: timestamp(p.createdAt),
+		UpdatedAt: timestamp(p.updatedAt),
+	}
+	for i := range upstreams {
+		v.Upstreams = append(v.Upstreams, ops.newUpstreamView(&upstreams[i]))
 	}
 	return v, err
 }
 
-func (api *manageAPI) projectResponse(r *manageRequest, status int, p *projectRow) (*manageResponse, error) {
-	v, err := api.newProjectView(r, p)
-	return &manageResponse{status, p.version, v}, err
-}
-
-func (api *manageAPI) listProjects(r *manageRequest) (*manageResponse, error) {
-	page, err := r.parseListQuery("active", "name")
+// getProject returns a project, its upstreams and how its limits stand.
+func (ops *operations) getProject(ctx context.Context, id string, now time.Time) (projectView, error) {
+	p, err := ops.store.projectByID(ctx, id)
 	if err != nil {
-		return nil, err
+		return projectView{}, err
 	}
-	active, err := r.boolParam("active")
-	if err != nil {
-		return nil, err
+	v, err := ops.newProjectView(ctx, &p)
+	if err == nil {
+		v.Limits, err = ops.limits.projectLimits(ctx, &p, now.UnixMilli())
 	}
-	rows, err := api.store.listProjects(r.ctx, page.seq, page.limit+1, active, r.query.Get("name"))
-	if err != nil {
-		return nil, err
-	}
-	views := make([]projectView, 0, len(rows))
-	for i := range rows {
-		v, err := api.newProjectView(r, &rows[i])
-		if err != nil {
-			return nil, err
-		}
-		views = append(views, v)
-	}
-	l := listPage[projectView]{Data: views[:min(len(views), page.limit)]}
-	if len(rows) > page.limit {
-		l.Next = formatCursor(rows[page.limit-1].seq, "")
-	}
-	return &manageResponse{body: l}, nil
-}
-
-// createProject makes a project and, when a key is given, its first upstream.
-func (api *manageAPI) createProject(r *manageRequest) (*manageResponse, error) {
-	var name, provider, baseURL optional[string]
-	var key, openaiKey optional[secret]
-	var active optional[bool]
-	var pol, rt optional[json.RawMessage]
-	if err := decodeObject(r.body, map[string]any{"name": &name, "api_key": &key, "openai_api_key": &openaiKey,
-		"provider": &provider, "base_url": &baseURL, "is_active": &active, "policy": &pol, "routing": &rt}); err != nil {
-		return nil, err
-	}
-	if err := validateName(name.value); err != nil {
-		return nil, err
-	}
-	if key.hasValue() && openaiKey.hasValue() {
-		return nil, &fieldError{"api_key", "and openai_api_key exclude each other"}
-	}
-	now := r.now.UnixMilli()
-	p := &projectRow{id: newID("proj"), name: name.value, active: !active.hasValue() || active.value, policy: "{}", routing: "{}", createdAt: now, updatedAt: now}
-	if pol.hasValue() {
-		parsed, err := parsePolicy(pol.value, true)
-		if err != nil {
-			return nil, err
-		}
-		p.policy = parsed.String()
-	}
-	if rt.hasValue() {
-		parsed, err := parseRouting(rt.value)
-		if err != nil {
-			return nil, err
-		}
-		p.routing = parsed.String()
-	}
-	var up *upstreamRow
-	if openaiKey.hasValue() {
-		key = openaiKey
-	}
-	if key.hasValue() {
-		in := upstreamInput{name: optional[string]{set: true, value: "primary"}, provider: provider, baseURL: baseURL, key: key}
-		up = newUpstreamRow(p, now)
-		if err := in.apply(api, up, true); err != nil {
-			return nil, err
-		}
-	} else if provider.set || baseURL.set {
-		return nil, &fieldError{"api_key", "is needed with provider or base_url"}
-	}
-	if err := api.store.addProject(r.ctx, r.origin, p, up); err != nil {
-		return nil, err
-	}
-	return api.projectResponse(r, http.StatusCreated, p)
+	return v, err
 }
 
 func (api *manageAPI) getProject(r *manageRequest) (*manageResponse, error) {
-	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
+	v, err := api.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	return &manageResponse{0, v.Version, v}, err
+}
+
+// A projectFilter narrows and pages the list of projects.
+type projectFilter struct {
+	listQuery
+	active *bool  // nil for all
+	prefix string // of the name
+}
+
+func (r *manageRequest) parseProjectFilter() (f projectFilter, err error) {
+	if f.listQuery, err = r.parseListQuery("active", "name"); err != nil {
+		return f, err
+	}
+	f.prefix = r.query.Get("name")
+	f.active, err = r.boolParam("active")
+	return f, err
+}
+
+func (ops *operations) listProjects(ctx context.Context, f projectFilter) (listPage[projectView], error) {
+	rows, err := ops.store.listProjects(ctx, f.seq, f.limit+1, f.active, f.prefix)
+	if err != nil {
+		return listPage[projectView]{}, err
+	}
+	l := newListPage(rows, f.limit, func(p *projectRow) projectView {
+		v, viewErr := ops.newProjectView(ctx, p)
+		err = errors.Join(err, viewErr)
+		return v
+	}, func(p *projectRow) string { return formatCursor(p.seq, "") })
+	return l, err
+}
+
+func (api *manageAPI) listProjects(r *manageRequest) (*manageResponse, error) {
+	f, err := r.parseProjectFilter()
 	if err != nil {
 		return nil, err
 	}
-	v, err := api.newProjectView(r, &p)
-	if err == nil {
-		v.Limits, err = api.limits.projectLimits(r.ctx, &p, r.now.UnixMilli())
+	l, err := api.ops.listProjects(r.ctx, f)
+	return &manageResponse{body: l}, err
+}
+
+// A projectInput is what an admin may send about a project. The provider, base URL and keys are those of
+// its first upstream, and only for a new project.
+type projectInput struct {
+	name, provider, baseURL optional[string]
+	key, openaiKey          optional[secret]
+	active                  optional[bool]
+	policy, routing         optional[json.RawMessage]
+}
+
+func (in *projectInput) apply(p *projectRow) error {
+	if in.name.set {
+		if err := validateName(in.name.value); err != nil {
+			return err
+		}
+		p.name = in.name.value
 	}
-	return &manageResponse{0, p.version, v}, err
+	if in.active.hasValue() {
+		p.active = in.active.value
+	}
+	if in.policy.set {
+		parsed, err := parsePolicy(objectOrEmpty(in.policy), true)
+		if err != nil {
+			return err
+		}
+		p.policy = parsed.String()
+	}
+	if in.routing.set {
+		parsed, err := parseRouting(objectOrEmpty(in.routing))
+		if err != nil {
+			return err
+		}
+		p.routing = parsed.String()
+	}
+	return nil
+}
+
+// projectResponse answers with a project and its upstreams.
+func (api *manageAPI) projectResponse(r *manageRequest, status int, p *projectRow, err error) (*manageResponse, error) {
+	if err != nil {
+		return nil, err
+	}
+	v, err := api.ops.newProjectView(r.ctx, p)
+	return &manageResponse{status, p.version, v}, err
+}
+
+func (api *manageAPI) createProject(r *manageRequest) (*manageResponse, error) {
+	var in projectInput
+	if err := in.decode(r.body); err != nil {
+		return nil, err
+	}
+	p, err := api.ops.createProject(r.ctx, r.origin, in)
+	return api.projectResponse(r, http.StatusCreated, &p, err)
 }
 
 func (api *manageAPI) patchProject(r *manageRequest) (*manageResponse, error) {
-	var name optional[string]
-	var active optional[bool]
-	var pol, rt optional[json.RawMessage]
-	if err := decodeObject(r.body, map[string]any{"name": &name, "is_active": &active, "policy": &pol, "routing": &rt}, "policy", "routing"); err != nil {
+	var in projectInput
+	if err := in.decodePatch(r.body); err != nil {
 		return nil, err
 	}
-	p, err := api.store.changeProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli(), func(p *projectRow) error {
-		if name.set {
-			if err := validateName(name.value); err != nil {
-				return err
-			}
-			p.name = name.value
-		}
-		if active.set {
-			p.active = active.value
-		}
-		if pol.set {
-			parsed, err := parsePolicy(objectOrEmpty(pol), true)
-			if err != nil {
-				return err
-			}
-			p.policy = parsed.String()
-		}
-		if rt.set {
-			parsed, err := parseRouting(objectOrEmpty(rt))
-			if err != nil {
-				return err
-			}
-			p.routing = parsed.String()
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	if err := api.registry.projectChanged(r.ctx, p.seq, false); err != nil {
-		return nil, err
-	}
-	return api.projectResponse(r, 0, &p)
+	p, err := api.ops.updateProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
+	return api.projectResponse(r, 0, &p, err)
+}
+
+func (in *projectInput) decode(body []byte) error {
+	return decodeObject(body, map[string]any{"name": &in.name, "api_key": &in.key, "openai_api_key": &in.openaiKey,
+		"provider": &in.provider, "base_url": &in.baseURL, "is_active": &in.active, "policy": &in.policy, "routing": &in.routing})
+}
+
+func (in *projectInput) decodePatch(body []byte) error {
+	return decodeObject(body, map[string]any{"name": &in.name, "is_active": &in.active, "policy": &in.policy, "routing": &in.routing}, "policy", "routing")
 }
 
 // objectOrEmpty returns an object that was given, or the empty one for null.
@@ -203,32 +182,15 @@ func objectOrEmpty(p optional[json.RawMessage]) []byte {
 }
 
 func (api *manageAPI) deleteProject(r *manageRequest) (*manageResponse, error) {
-	p, err := api.store.deleteProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli())
-	if err != nil {
-		return nil, err
-	}
-	if err := errors.Join(api.registry.projectChanged(r.ctx, p.seq, true), api.registry.upstreamsChanged(r.ctx, p.seq, nil)); err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: map[string]any{"id": p.id, "deleted": true}}, nil
+	return r.deletedResponse("id", api.ops.deleteProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion))
 }
 
 func (api *manageAPI) revokeProjectTokens(r *manageRequest) (*manageResponse, error) {
 	if err := decodeObject(r.body, map[string]any{}); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
-	if err != nil {
-		return nil, err
-	}
-	n, err := api.store.revokeTokens(r.ctx, r.origin, p.id, r.now.UnixMilli())
-	if err != nil {
-		return nil, err
-	}
-	if err := api.registry.projectChanged(r.ctx, p.seq, true); err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: map[string]any{"revoked": n}}, nil
+	n, err := api.ops.revokeProjectTokens(r.ctx, r.origin, r.pathValue("id"))
+	return &manageResponse{body: map[string]any{"revoked": n}}, err
 }
 
 type upstreamView struct {
@@ -259,12 +221,36 @@ type upstreamView struct {
 	Health        healthView      `json:"health"`
 }
 
-func (api *manageAPI) newUpstreamView(u *upstreamRow) upstreamView {
+func (ops *operations) newUpstreamView(u *upstreamRow) upstreamView {
 	var set upstreamSettings
-	_ = json.Unmarshal([]byte(u.settings), &set) // what we wrote
-	return upstreamView{u.id, u.projectID, u.name, u.provider, u.baseURL, u.keyHint, u.organization, u.openaiProject,
-		u.weight, u.priority, json.RawMessage(u.models), json.RawMessage(u.rewrite), set.ConnectMS, set.AnswerMS, set.FirstEventMS, set.IdleMS,
-		set.RequestsPerMinute, set.TokensPerMinute, set.Note, json.RawMessage(u.sharedWith), u.active, u.version, timestamp(u.createdAt), timestamp(u.updatedAt), api.newHealthView(u)}
+	_ = json.Unmarshal([]byte(u.settings), &set) // the program wrote it
+	return upstreamView{
+		ID:            u.id,
+		ProjectID:     u.projectID,
+		Name:          u.name,
+		Provider:      u.provider,
+		BaseURL:       u.baseURL,
+		KeyHint:       u.keyHint,
+		Organization:  u.organization,
+		OpenAIProject: u.openaiProject,
+		Weight:        u.weight,
+		Priority:      u.priority,
+		Models:        json.RawMessage(u.models),
+		Rewrite:       json.RawMessage(u.rewrite),
+		ConnectMS:     set.ConnectMS,
+		AnswerMS:      set.AnswerMS,
+		FirstEventMS:  set.FirstEventMS,
+		IdleMS:        set.IdleMS,
+		Requests:      set.RequestsPerMinute,
+		Tokens:        set.TokensPerMinute,
+		Note:          set.Note,
+		SharedWith:    json.RawMessage(u.sharedWith),
+		IsActive:      u.active,
+		Version:       u.version,
+		CreatedAt:     timestamp(u.createdAt),
+		UpdatedAt:     timestamp(u.updatedAt),
+		Health:        ops.newHealthView(u),
+	}
 }
 
 // An upstreamInput is what an admin may say about an upstream.
@@ -288,11 +274,11 @@ func (in *upstreamInput) decode(body []byte) error {
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.
-func (in *upstreamInput) apply(s *manageAPI, row *upstreamRow, isNew bool) error {
+func (in *upstreamInput) apply(ops *operations, row *upstreamRow, isNew bool) error {
 	if err := in.applyIdentity(row, isNew); err != nil {
 		return err
 	}
-	if err := in.applyDestination(s, row, isNew); err != nil {
+	if err := in.applyDestination(ops, row, isNew); err != nil {
 		return err
 	}
 	for _, apply := range [...]func(*upstreamRow) error{in.applyAccount, in.applyWeight, in.applyModels, in.applySharing, in.applySettings} {
@@ -439,13 +425,13 @@ func (in *upstreamInput) applySettings(row *upstreamRow) error {
 // applyDestination takes over where calls go, and the key. A change of where
 // they go needs the key anew: without that rule, whoever may edit a URL could
 // have the key sent to a server of theirs.
-func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew bool) error {
+func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isNew bool) error {
 	if isNew {
 		switch {
 		case in.baseURL.hasValue():
 			row.baseURL = in.baseURL.value
 		case row.provider == providerOpenAI:
-			row.baseURL = s.cfg.openaiURL
+			row.baseURL = ops.openaiURL
 		case row.provider == providerAnthropic:
 			row.baseURL = "https://api.anthropic.com"
 		default:
@@ -460,7 +446,7 @@ func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew 
 		}
 		row.baseURL = in.baseURL.value
 	}
-	u, err := parseBaseURL(row.baseURL, s.cfg.allowPrivate)
+	u, err := parseBaseURL(row.baseURL, ops.allowPrivate)
 	if err != nil {
 		return &fieldError{"base_url", err.Error()} // an error of ours about the admin's text; no secret in it
 	}
@@ -471,7 +457,7 @@ func (in *upstreamInput) applyDestination(s *manageAPI, row *upstreamRow, isNew 
 	if err := checkProviderKey(in.key.value()); err != nil {
 		return &fieldError{"api_key", err.Error()}
 	}
-	row.sealedKey = s.sealer.seal(in.key.value, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
+	row.sealedKey = ops.sealer.seal(in.key.value, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
 	row.keyHint = in.key.value.hint()
 	return nil
 }
@@ -488,7 +474,7 @@ func (api *manageAPI) listUpstreams(r *manageRequest) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{body: newListPage(rows, len(rows), api.newUpstreamView, func(*upstreamRow) string { return "" })}, nil
+	return &manageResponse{body: newListPage(rows, len(rows), api.ops.newUpstreamView, func(*upstreamRow) string { return "" })}, nil
 }
 
 func (api *manageAPI) createUpstream(r *manageRequest) (*manageResponse, error) {
@@ -496,30 +482,29 @@ func (api *manageAPI) createUpstream(r *manageRequest) (*manageResponse, error) 
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
+	u, err := api.ops.createUpstream(r.ctx, r.origin, r.pathValue("id"), in)
+	return api.upstreamResponse(http.StatusCreated, &u, err)
+}
+
+func (api *manageAPI) upstreamResponse(status int, u *upstreamRow, err error) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	now := r.now.UnixMilli()
-	row := newUpstreamRow(&p, now)
-	if err := in.apply(api, row, true); err != nil {
-		return nil, err
+	return &manageResponse{status, u.version, api.ops.newUpstreamView(u)}, nil
+}
+
+// getUpstream returns an upstream of a project, and its health.
+func (ops *operations) getUpstream(ctx context.Context, projectID, id string) (upstreamView, error) {
+	u, err := ops.store.upstreamByID(ctx, projectID, id)
+	if err != nil {
+		return upstreamView{}, err
 	}
-	if err := api.store.addUpstream(r.ctx, r.origin, row, now); err != nil {
-		return nil, err
-	}
-	if err := api.upstreamChanged(r, row); err != nil {
-		return nil, err
-	}
-	return &manageResponse{http.StatusCreated, row.version, api.newUpstreamView(row)}, nil
+	return ops.newUpstreamView(&u), nil
 }
 
 func (api *manageAPI) getUpstream(r *manageRequest) (*manageResponse, error) {
-	u, err := api.store.upstreamByID(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{0, u.version, api.newUpstreamView(&u)}, nil
+	v, err := api.ops.getUpstream(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
+	return &manageResponse{0, v.Version, v}, err
 }
 
 func (api *manageAPI) patchUpstream(r *manageRequest) (*manageResponse, error) {
@@ -527,36 +512,10 @@ func (api *manageAPI) patchUpstream(r *manageRequest) (*manageResponse, error) {
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	return api.changeUpstream(r, func(u *upstreamRow) (bool, error) { return false, in.apply(api, u, false) })
+	u, err := api.ops.updateUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion, in)
+	return api.upstreamResponse(0, &u, err)
 }
 
-// deleteUpstream takes an upstream out of use and wipes its key. The row stays,
-// for the ledger names it.
 func (api *manageAPI) deleteUpstream(r *manageRequest) (*manageResponse, error) {
-	rep, err := api.changeUpstream(r, func(u *upstreamRow) (bool, error) {
-		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
-		return true, nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: map[string]any{"id": rep.body.(upstreamView).ID, "deleted": true}}, nil
-}
-
-func (api *manageAPI) changeUpstream(r *manageRequest, change func(*upstreamRow) (bool, error)) (*manageResponse, error) {
-	u, err := api.store.changeUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion, r.now.UnixMilli(), change)
-	if err != nil {
-		return nil, err
-	}
-	api.health.reset(u.seq, r.now.UnixMilli())
-	if err := api.upstreamChanged(r, &u); err != nil {
-		return nil, err
-	}
-	return &manageResponse{0, u.version, api.newUpstreamView(&u)}, nil
-}
-
-// upstreamChanged puts a changed upstream in force, wherever it serves.
-func (api *manageAPI) upstreamChanged(r *manageRequest, u *upstreamRow) error {
-	sharers, err := api.store.sharedProjects(r.ctx, u.seq)
-	return errors.Join(err, api.registry.upstreamsChanged(r.ctx, u.project, sharers))
+	return r.deletedResponse("upstream", api.ops.deleteUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion))
 }

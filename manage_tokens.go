@@ -6,37 +6,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
 	"net/http"
 	"time"
 )
-
-func (api *manageAPI) createFirstKey(ctx context.Context) (secret, error) {
-	by := systemOrigin(time.Now())
-	row := &managementKeyRow{name: "first key", role: string(roleAdmin), createdAt: by.at, updatedAt: by.at}
-	value := mintKey(row)
-	if err := api.store.addManagementKey(ctx, by, row); err != nil {
-		return nil, fmt.Errorf("storing the first management key: %w", err)
-	}
-	return value, nil
-}
-
-// createFirstProject makes a project with one OpenAI key, and a token for it.
-func (api *manageAPI) createFirstProject(ctx context.Context, name string, key secret) (secret, error) {
-	now := time.Now()
-	project, _, err := api.addOpenAIProject(ctx, name, "{}", key, now)
-	if err != nil {
-		return nil, fmt.Errorf("OPENAI_API_KEY: %w", err)
-	}
-	token := &tokenRow{projectID: project.id, name: "first token", policy: "{}", createdAt: now.UnixMilli(), updatedAt: now.UnixMilli(),
-		expiresAt: new(now.Add(defaultTokenLifetime).UnixMilli())}
-	value, err := api.mintToken(ctx, systemOrigin(now), token)
-	if err != nil {
-		return nil, fmt.Errorf("storing the token: %w", err)
-	}
-	return value, nil
-}
 
 type tokenView struct {
 	ID                string          `json:"id"`
@@ -58,9 +31,9 @@ type tokenView struct {
 	Token             string          `json:"token,omitempty"`
 }
 
-func (api *manageAPI) newTokenView(t *tokenRow, now time.Time) tokenView {
+func (ops *operations) newTokenView(t *tokenRow, now time.Time) tokenView {
 	ms := now.UnixMilli()
-	t = api.limits.withLiveUsage(t, ms)
+	t = ops.limits.withLiveUsage(t, ms)
 	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: newTimestamp(t.expiresAt), RevokedAt: newTimestamp(t.revokedAt),
 		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: newTimestamp(t.lastUsedAt),
 		Version: t.version, CreatedAt: timestamp(t.createdAt), UpdatedAt: timestamp(t.updatedAt)}
@@ -98,13 +71,13 @@ func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
 		return nil, err
 	}
 	return &manageResponse{body: newListPage(rows, page.limit,
-		func(t *tokenRow) tokenView { return api.newTokenView(t, r.now) },
+		func(t *tokenRow) tokenView { return api.ops.newTokenView(t, r.now) },
 		func(t *tokenRow) string { return formatCursor(t.seq, t.name) })}, nil
 }
 
 func asProjectFieldError(err error) error {
 	if errors.Is(err, errNotFound) {
-		return &fieldError{"project_id", "names no project"}
+		return &fieldError{"project_id", "does not exist"}
 	}
 	return err
 }
@@ -123,8 +96,12 @@ func (in *tokenInput) fields() map[string]any {
 		"expires_at": &in.expiresAt, "idle_expiry_minutes": &in.idleMinutes, "max_requests": &in.maxRequests, "policy": &in.policy}
 }
 
-func nullableTokenFields() []string {
-	return []string{"expires_at", "idle_expiry_minutes", "max_requests", "policy"}
+func (in *tokenInput) decode(body []byte, isNew bool) error {
+	fields := in.fields()
+	if isNew {
+		fields["project_id"] = &in.projectID
+	}
+	return decodeObject(body, fields, "expires_at", "idle_expiry_minutes", "max_requests", "policy")
 }
 
 // maxLifetime bounds what an admin may ask for; "never" is expires_at null.
@@ -222,93 +199,69 @@ const defaultTokenLifetime = 30 * 24 * time.Hour
 
 func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
 	var in tokenInput
-	fields := in.fields()
-	fields["project_id"] = &in.projectID
-	if err := decodeObject(r.body, fields, nullableTokenFields()...); err != nil {
+	if err := in.decode(r.body, true); err != nil {
 		return nil, err
 	}
-	if !in.projectID.hasValue() {
-		return nil, &fieldError{"project_id", "is needed"}
-	}
-	now := r.now.UnixMilli()
-	t := &tokenRow{projectID: in.projectID.value, name: "unnamed", policy: "{}", createdAt: now, updatedAt: now,
-		expiresAt: new(r.now.Add(defaultTokenLifetime).UnixMilli())}
-	if err := in.apply(t, r.now); err != nil {
-		return nil, err
-	}
-	value, err := api.mintToken(r.ctx, r.origin, t)
-	if err != nil {
-		return nil, asProjectFieldError(err)
-	}
-	v := api.newTokenView(t, r.now)
-	v.Token = value()
-	return &manageResponse{http.StatusCreated, t.version, v}, nil
+	t, value, err := api.ops.createToken(r.ctx, r.origin, in)
+	return api.tokenResponse(r, http.StatusCreated, &t, value, err)
 }
 
-// mintToken gives t a value and stores it.
-func (api *manageAPI) mintToken(ctx context.Context, by auditOrigin, t *tokenRow) (secret, error) {
-	for range 5 { // a public part that is taken is a matter of luck
-		value, public := mintCredential(tokenPrefix, "")
-		hash, _ := hashCredential(tokenPrefix, value())
-		t.id, t.hash = "tok_"+public, hash[:]
-		err := api.store.addToken(ctx, by, t)
-		if errors.Is(err, errTaken) {
-			continue
-		}
-		return value, err
+// tokenResponse answers with a token, and with its value if that is new.
+func (api *manageAPI) tokenResponse(r *manageRequest, status int, t *tokenRow, value secret, err error) (*manageResponse, error) {
+	if err != nil {
+		return nil, err
 	}
-	return nil, errors.New("no free token id was found")
+	return &manageResponse{status, t.version, api.ops.newTokenValueView(t, value, r.now)}, nil
+}
+
+// newTokenValueView shows a token with its value, unless that is nil.
+func (ops *operations) newTokenValueView(t *tokenRow, value secret, now time.Time) tokenView {
+	v := ops.newTokenView(t, now)
+	if value != nil {
+		v.Token = value()
+	}
+	return v
 }
 
 func (api *manageAPI) getToken(r *manageRequest) (*manageResponse, error) {
-	t, err := api.store.tokenByID(r.ctx, r.pathValue("id"))
+	v, err := api.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	return &manageResponse{0, v.Version, v}, err
+}
+
+// getToken returns a token and how its limits stand.
+func (ops *operations) getToken(ctx context.Context, id string, now time.Time) (tokenView, error) {
+	t, err := ops.store.tokenByID(ctx, id)
 	if err != nil {
-		return nil, err
+		return tokenView{}, err
 	}
-	v := api.newTokenView(&t, r.now)
-	if v.Limits, err = api.limits.tokenLimits(r.ctx, &t, r.now.UnixMilli()); err != nil {
-		return nil, err
-	}
-	return &manageResponse{0, t.version, v}, nil
+	v := ops.newTokenView(&t, now)
+	v.Limits, err = ops.limits.tokenLimits(ctx, &t, now.UnixMilli())
+	return v, err
 }
 
 func (api *manageAPI) patchToken(r *manageRequest) (*manageResponse, error) {
 	var in tokenInput
-	if err := decodeObject(r.body, in.fields(), nullableTokenFields()...); err != nil {
+	if err := in.decode(r.body, false); err != nil {
 		return nil, err
 	}
-	return api.changeToken(r, func(t *tokenRow) error {
-		if t.revokedAt != nil {
-			return errRevoked("token")
-		}
-		return in.apply(t, r.now)
-	})
+	t, err := api.ops.updateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
+	return api.tokenResponse(r, 0, &t, nil, err)
 }
 
 func errRevoked(what string) error {
-	return &fieldError{"", "The " + what + " is revoked, which is for good. Make a new one."}
+	return &fieldError{"", "The " + what + " is revoked, which is permanent. Create a new one."}
 }
 
-// revokeToken ends a token for good. Revoking twice keeps the first time.
 func (api *manageAPI) revokeToken(r *manageRequest) (*manageResponse, error) {
-	return api.changeToken(r, func(t *tokenRow) error {
-		if t.revokedAt == nil {
-			t.revokedAt = new(r.now.UnixMilli())
-		}
-		return nil
-	})
+	t, err := api.ops.revokeToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion)
+	return api.tokenResponse(r, 0, &t, nil, err)
 }
 
-// changeToken stores a change and puts it in force before it returns.
-func (api *manageAPI) changeToken(r *manageRequest, change func(*tokenRow) error) (*manageResponse, error) {
-	t, err := api.store.changeToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli(), change)
-	if err != nil {
-		return nil, err
-	}
-	if err := api.registry.tokenChanged(&t); err != nil {
-		return nil, err
-	}
-	return &manageResponse{0, t.version, api.newTokenView(&t, r.now)}, nil
+// A rotateInput says for how long the previous value of a rotated token works.
+type rotateInput struct{ overlapMinutes optional[int64] }
+
+func (in *rotateInput) decode(body []byte) error {
+	return decodeObject(body, map[string]any{"overlap_minutes": &in.overlapMinutes})
 }
 
 const (
@@ -316,33 +269,13 @@ const (
 	maxOverlapMinutes     = 30 * 24 * 60
 )
 
-// rotateToken gives a token a new value. Its id, limits and counts stay; the
-// value before works until the overlap ends, one before that no more.
 func (api *manageAPI) rotateToken(r *manageRequest) (*manageResponse, error) {
-	overlap := optional[int64]{value: defaultOverlapMinutes}
-	if err := decodeObject(r.body, map[string]any{"overlap_minutes": &overlap}); err != nil {
+	var in rotateInput
+	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	if overlap.value < 0 || overlap.value > maxOverlapMinutes {
-		return nil, &fieldError{"overlap_minutes", "must be from 0 to 43200 (30 days)"}
-	}
-	var value secret
-	rep, err := api.changeToken(r, func(t *tokenRow) error {
-		if t.revokedAt != nil {
-			return errRevoked("token")
-		}
-		value, _ = mintCredential(tokenPrefix, t.id[len("tok_"):])
-		hash, _ := hashCredential(tokenPrefix, value())
-		t.oldHash, t.oldHashUntil, t.hash = t.hash, new(r.now.UnixMilli()+overlap.value*time.Minute.Milliseconds()), hash[:]
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	v := rep.body.(tokenView)
-	v.Token = value()
-	rep.body = v
-	return rep, nil
+	t, value, err := api.ops.rotateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
+	return api.tokenResponse(r, 0, &t, value, err)
 }
 
 type keyView struct {
@@ -369,13 +302,15 @@ func (api *manageAPI) listKeys(r *manageRequest) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	rows, err := api.store.listManagementKeys(r.ctx, page.seq, page.limit+1)
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: newListPage(rows, page.limit,
-		func(k *managementKeyRow) keyView { return newKeyView(k, r.now) },
-		func(k *managementKeyRow) string { return formatCursor(k.seq, "") })}, nil
+	l, err := api.ops.listManagementKeys(r.ctx, page, r.now)
+	return &manageResponse{body: l}, err
+}
+
+func (ops *operations) listManagementKeys(ctx context.Context, query listQuery, now time.Time) (listPage[keyView], error) {
+	rows, err := ops.store.listManagementKeys(ctx, query.seq, query.limit+1)
+	return newListPage(rows, query.limit,
+		func(k *managementKeyRow) keyView { return newKeyView(k, now) },
+		func(k *managementKeyRow) string { return formatCursor(k.seq, "") }), err
 }
 
 // A keyInput is what an admin may say about a management key.
@@ -412,34 +347,35 @@ func (api *manageAPI) createKey(r *manageRequest) (*manageResponse, error) {
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	in.name.set, in.role.set = true, true // both are needed
-	k := &managementKeyRow{createdAt: r.now.UnixMilli(), updatedAt: r.now.UnixMilli()}
-	if err := in.apply(k, r.now); err != nil {
-		return nil, err
-	}
-	value := mintKey(k)
-	if err := api.store.addManagementKey(r.ctx, r.origin, k); err != nil {
-		return nil, err
-	}
-	v := newKeyView(k, r.now)
-	v.Key = value()
-	return &manageResponse{http.StatusCreated, k.version, v}, nil
+	k, value, err := api.ops.createManagementKey(r.ctx, r.origin, in)
+	return keyResponse(r, http.StatusCreated, &k, value, err)
 }
 
-// mintKey gives k an id and a value, which it returns.
-func mintKey(k *managementKeyRow) secret {
-	value, public := mintCredential(manageKeyPrefix, "")
-	hash, _ := hashCredential(manageKeyPrefix, value())
-	k.id, k.hash = "key_"+public, hash[:]
-	return value
-}
-
-func (api *manageAPI) getKey(r *manageRequest) (*manageResponse, error) {
-	k, err := api.store.managementKeyByID(r.ctx, r.pathValue("id"))
+// keyResponse answers with a management key, and with its value if that is new.
+func keyResponse(r *manageRequest, status int, k *managementKeyRow, value secret, err error) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{0, k.version, newKeyView(&k, r.now)}, nil
+	return &manageResponse{status, k.version, newKeyValueView(k, value, r.now)}, nil
+}
+
+// newKeyValueView shows a management key with its value, unless that is nil.
+func newKeyValueView(k *managementKeyRow, value secret, now time.Time) keyView {
+	v := newKeyView(k, now)
+	if value != nil {
+		v.Key = value()
+	}
+	return v
+}
+
+func (api *manageAPI) getKey(r *manageRequest) (*manageResponse, error) {
+	v, err := api.ops.getManagementKey(r.ctx, r.pathValue("id"), r.now)
+	return &manageResponse{0, v.Version, v}, err
+}
+
+func (ops *operations) getManagementKey(ctx context.Context, id string, now time.Time) (keyView, error) {
+	k, err := ops.store.managementKeyByID(ctx, id)
+	return newKeyView(&k, now), err
 }
 
 func (api *manageAPI) patchKey(r *manageRequest) (*manageResponse, error) {
@@ -447,32 +383,11 @@ func (api *manageAPI) patchKey(r *manageRequest) (*manageResponse, error) {
 	if err := in.decode(r.body); err != nil {
 		return nil, err
 	}
-	return api.changeKey(r, func(k *managementKeyRow) error {
-		if k.revokedAt != nil {
-			return errRevoked("key")
-		}
-		return in.apply(k, r.now)
-	})
+	k, err := api.ops.updateManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
+	return keyResponse(r, 0, &k, nil, err)
 }
 
 func (api *manageAPI) revokeKey(r *manageRequest) (*manageResponse, error) {
-	return api.changeKey(r, func(k *managementKeyRow) error {
-		if k.revokedAt == nil {
-			k.revokedAt = new(r.now.UnixMilli())
-		}
-		return nil
-	})
-}
-
-// rekeyDatabase stores a change of a key. A key cannot take its own rights away:
-// that would lock out who holds the only one.
-func (api *manageAPI) changeKey(r *manageRequest, change func(*managementKeyRow) error) (*manageResponse, error) {
-	if r.pathValue("id") == r.actor.id {
-		return nil, &fieldError{"", "A key cannot change or revoke itself. Use another admin key."}
-	}
-	k, err := api.store.changeManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, r.now.UnixMilli(), change)
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{0, k.version, newKeyView(&k, r.now)}, nil
+	k, err := api.ops.revokeManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion)
+	return keyResponse(r, 0, &k, nil, err)
 }

@@ -358,7 +358,7 @@ func TestManagementKeys(t *testing.T) {
 // ownKeyID returns the id of the key that the test uses.
 func (p *testProxy) ownKeyID() string {
 	p.t.Helper()
-	who, err := p.instance.manage.actorByKey(context.Background(), p.adminKey, time.Now())
+	who, err := p.instance.manage.auth.actorByKey(context.Background(), p.adminKey, time.Now())
 	if err != nil {
 		p.t.Fatal(err)
 	}

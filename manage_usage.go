@@ -3,10 +3,10 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
 	"net/http"
 	"slices"
@@ -75,36 +75,38 @@ func (rc *runningCalls) abort(c *runningCall, why *apiError) {
 	}
 }
 
-func (api *manageAPI) listStreams(r *manageRequest) (*manageResponse, error) {
+// A streamFilter narrows the list of running calls.
+type streamFilter struct {
+	project, token string // ids; "" for all
+	afterSeq       int64
+	limit          int
+}
+
+func (r *manageRequest) parseStreamFilter() (streamFilter, error) {
 	page, err := r.parseListQuery("project_id", "token_id")
+	return streamFilter{r.query.Get("project_id"), r.query.Get("token_id"), page.seq, page.limit}, err
+}
+
+// listStreams returns a page of the running calls, oldest first.
+func (ops *operations) listStreams(f streamFilter, now time.Time) listPage[streamView] {
+	calls := slices.DeleteFunc(ops.running.admittedCalls(now), func(v streamView) bool {
+		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project || f.token != "" && v.TokenID != f.token
+	})
+	return newListPage(calls, f.limit,
+		func(v *streamView) streamView { return *v },
+		func(v *streamView) string { return formatCursor(v.seq, "") })
+}
+
+func (api *manageAPI) listStreams(r *manageRequest) (*manageResponse, error) {
+	f, err := r.parseStreamFilter()
 	if err != nil {
 		return nil, err
 	}
-	project, token := r.query.Get("project_id"), r.query.Get("token_id")
-	var rows []streamView
-	for _, v := range api.running.admittedCalls(r.now) {
-		if v.seq > page.seq && (project == "" || v.ProjectID == project) && (token == "" || v.TokenID == token) {
-			rows = append(rows, v)
-		}
-	}
-	return &manageResponse{body: newListPage(rows, page.limit,
-		func(v *streamView) streamView { return *v },
-		func(v *streamView) string { return formatCursor(v.seq, "") })}, nil
+	return &manageResponse{body: api.ops.listStreams(f, r.now)}, nil
 }
 
-// abortStream ends a running call. Its client sees it break off; its row says who
-// did it.
 func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
-	c := api.running.find(parseRequestID(r.pathValue("id")))
-	if c == nil {
-		return nil, errNotFound
-	}
-	info := c.info.Load()
-	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{"stream.cut", info.requestID, []auditField{{"project_id", info.project.id}, {"token_id", info.token.id}}}); err != nil {
-		return nil, err // no audit, no change
-	}
-	api.running.abort(c, errCutByAdmin)
-	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
+	return r.deletedResponse("id", api.ops.abortStream(r.ctx, r.origin, r.pathValue("id")))
 }
 
 type requestReply struct {
@@ -189,15 +191,18 @@ func (api *manageAPI) listRequests(r *manageRequest) (*manageResponse, error) {
 	if page.seq > 0 {
 		f.before = min(f.before, page.seq)
 	}
-	rows, next, err := api.store.requestsPage(r.ctx, f)
-	if err != nil {
-		return nil, err
-	}
-	out := newListPage(rows, page.limit, newRequestReply, nil)
+	l, err := api.ops.listRequests(r.ctx, f)
+	return &manageResponse{body: l}, err
+}
+
+// listRequests returns a page of the ledger, newest first.
+func (ops *operations) listRequests(ctx context.Context, f requestFilter) (listPage[requestReply], error) {
+	rows, next, err := ops.store.requestsPage(ctx, f)
+	l := newListPage(rows, f.limit, newRequestReply, nil)
 	if next != 0 {
-		out.Next = formatCursor(next, "")
+		l.Next = formatCursor(next, "")
 	}
-	return &manageResponse{body: out}, nil
+	return l, err
 }
 
 func allOutcomes() []callOutcome {
@@ -358,91 +363,83 @@ func (p *priceRow) priceFields() []**int64 {
 	return []**int64{&p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput}
 }
 
-// listPrices returns the operator's own prices, or with ?model= the price that
-// a model has now, from whichever list, or nothing if nobody knows.
+// effectivePrice returns the price that a model has now, from whichever list, and whether there is one.
+func (ops *operations) effectivePrice(provider, model string) (priceRow, bool) {
+	p, ok := ops.prices.Load().lookup(provider, model)
+	row := priceRow{match: model}
+	for i, v := range []int64{p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput} {
+		if v >= 0 {
+			*row.priceFields()[i] = new(v)
+		}
+	}
+	return row, ok
+}
+
+// listPrices returns the operator's own prices or, with ?model=, the effective price of that model.
 func (api *manageAPI) listPrices(r *manageRequest) (*manageResponse, error) {
 	if err := r.checkParams("model", "provider"); err != nil {
 		return nil, err
 	}
-	if model := r.query.Get("model"); model != "" {
-		p, ok := api.prices.Load().lookup(r.query.Get("provider"), model)
-		if !ok {
-			return &manageResponse{body: listPage[priceView]{Data: []priceView{}}}, nil
-		}
-		row := priceRow{match: model}
-		for i, v := range []int64{p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput} {
-			if v >= 0 {
-				*row.priceFields()[i] = new(v)
-			}
-		}
-		return &manageResponse{body: listPage[priceView]{Data: []priceView{newPriceView(&row)}}}, nil
+	var rows []priceRow
+	var err error
+	if model := r.query.Get("model"); model == "" {
+		rows, err = api.store.listPrices(r.ctx)
+	} else if p, ok := api.ops.effectivePrice(r.query.Get("provider"), model); ok {
+		rows = append(rows, p)
 	}
-	rows, err := api.store.listPrices(r.ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: newListPage(rows, len(rows), newPriceView, func(*priceRow) string { return "" })}, nil
+	return &manageResponse{body: newListPage(rows, len(rows), newPriceView, nil)}, err
 }
 
-func (api *manageAPI) setPrice(r *manageRequest) (*manageResponse, error) {
-	var match optional[string]
-	names := []string{"input", "cached_input", "cache_write", "output", "audio_input", "audio_output"}
-	given := make([]optional[json.RawMessage], len(names))
-	fields := map[string]any{"match": &match}
-	for i, n := range names {
-		fields[n] = &given[i]
+// A priceInput is what an admin may send about a price: dollars per million tokens.
+type priceInput struct {
+	match   optional[string]
+	amounts [6]optional[json.RawMessage] // in the order of priceNames
+}
+
+func priceNames() []string {
+	return []string{"input", "cached_input", "cache_write", "output", "audio_input", "audio_output"}
+}
+
+func (in *priceInput) decode(body []byte) error {
+	fields := map[string]any{"match": &in.match}
+	for i, n := range priceNames() {
+		fields[n] = &in.amounts[i]
 	}
-	if err := decodeObject(r.body, fields, names...); err != nil {
-		return nil, err
+	return decodeObject(body, fields, priceNames()...)
+}
+
+func (in *priceInput) apply(row *priceRow) error {
+	row.match = in.match.value
+	if row.match == "" || len(row.match) > 256 || strings.ContainsFunc(row.match, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+		return &fieldError{"match", "must be a model's name, or a pattern with *, of 1 to 256 bytes"}
 	}
-	if match.value == "" || len(match.value) > 256 || strings.ContainsFunc(match.value, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-		return nil, &fieldError{"match", "must be a model's name, or a pattern with *, of 1 to 256 bytes"}
-	}
-	row := &priceRow{id: newID("price"), match: match.value, updatedAt: r.now.UnixMilli()}
-	for i, in := range given {
-		if !in.hasValue() {
+	for i, amount := range in.amounts {
+		if !amount.hasValue() {
 			continue
 		}
-		pico, err := parseDollars(strings.Trim(string(in.value), `"`))
+		pico, err := parseDollars(strings.Trim(string(amount.value), `"`))
 		if err != nil {
-			return nil, &fieldError{names[i], "must be dollars per million tokens: 0 to 1000000, at most 6 decimals"}
+			return &fieldError{priceNames()[i], "must be dollars per million tokens: 0 to 1000000, at most 6 decimals"}
 		}
 		*row.priceFields()[i] = new(pico)
 	}
 	if row.input == nil && row.output == nil {
-		return nil, &fieldError{"input", "or output is needed"}
+		return &fieldError{"input", "or output is needed"}
 	}
-	if err := api.store.setPrice(r.ctx, r.origin, row); err != nil {
-		return nil, err
-	}
-	if err := api.reloadPrices(r); err != nil {
-		return nil, err
-	}
-	return &manageResponse{status: http.StatusCreated, body: newPriceView(row)}, nil
-}
-
-func (api *manageAPI) deletePrice(r *manageRequest) (*manageResponse, error) {
-	if err := api.store.deletePrice(r.ctx, r.origin, r.pathValue("id")); err != nil {
-		return nil, err
-	}
-	if err := api.reloadPrices(r); err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: map[string]any{"id": r.pathValue("id"), "deleted": true}}, nil
-}
-
-func (api *manageAPI) reloadPrices(r *manageRequest) error {
-	t, err := effectivePrices(r.ctx, api.store)
-	if err != nil {
-		return fmt.Errorf("the price is stored, but not yet in force: %w", err)
-	}
-	api.prices.Store(t)
 	return nil
 }
 
-// newAuditOrigin says who makes a request, for the audit trail.
-func (api *manageAPI) newAuditOrigin(w http.ResponseWriter, r *http.Request, who actor, now time.Time) auditOrigin {
-	return auditOrigin{actorID: who.id, role: who.role, address: api.addresses.clientAddress(r), requestID: w.Header().Get("X-Request-Id"), at: now.UnixMilli()}
+func (api *manageAPI) setPrice(r *manageRequest) (*manageResponse, error) {
+	var in priceInput
+	if err := in.decode(r.body); err != nil {
+		return nil, err
+	}
+	p, err := api.ops.setPrice(r.ctx, r.origin, in)
+	return &manageResponse{status: http.StatusCreated, body: newPriceView(&p)}, err
+}
+
+func (api *manageAPI) deletePrice(r *manageRequest) (*manageResponse, error) {
+	return r.deletedResponse("id", api.ops.deletePrice(r.ctx, r.origin, r.pathValue("id")))
 }
 
 type auditView struct {
@@ -466,17 +463,25 @@ func newAuditView(r *auditRow) auditView {
 	return v
 }
 
-// listAudit lists the audit trail, newest first.
-func (api *manageAPI) listAudit(r *manageRequest) (*manageResponse, error) {
+// parseAuditFilter reads the filters and the page of a list of audit events.
+func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
 	page, err := r.parseListQuery("actor", "action", "object", "from", "to")
 	if err != nil {
-		return nil, err
+		return auditFilter{}, err
 	}
-	f := auditFilter{actor: r.query.Get("actor"), action: r.query.Get("action"), object: r.query.Get("object"),
-		from: math.MinInt64, to: math.MaxInt64, beforeAt: math.MaxInt64, beforeSeq: math.MaxInt64, limit: page.limit + 1}
+	f := auditFilter{
+		actor:     r.query.Get("actor"),
+		action:    r.query.Get("action"),
+		object:    r.query.Get("object"),
+		from:      math.MinInt64,
+		to:        math.MaxInt64,
+		beforeAt:  math.MaxInt64,
+		beforeSeq: math.MaxInt64,
+		limit:     page.limit + 1,
+	}
 	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {
-		return nil, err
+		return f, err
 	}
 	if !from.IsZero() {
 		f.from = from.UnixMilli()
@@ -487,17 +492,28 @@ func (api *manageAPI) listAudit(r *manageRequest) (*manageResponse, error) {
 	if page.seq > 0 {
 		f.beforeSeq = page.seq
 		if f.beforeAt, err = strconv.ParseInt(page.name, 10, 64); err != nil {
-			return nil, badRequest("invalid_value", "after", "after must be the value of next in an earlier answer.")
+			return f, badRequest("invalid_value", "after", "after must be the value of next in an earlier answer.")
 		}
 	}
-	rows, err := api.store.listAudit(r.ctx, f)
+	return f, nil
+}
+
+// listAudit returns a page of the audit trail, newest first.
+func (ops *operations) listAudit(ctx context.Context, f auditFilter) (listPage[auditView], error) {
+	rows, err := ops.store.listAudit(ctx, f)
+	return newListPage(rows, f.limit-1, newAuditView, func(e *auditRow) string {
+		return formatCursor(e.seq, strconv.FormatInt(e.at, 10))
+	}), err
+}
+
+func (api *manageAPI) listAudit(r *manageRequest) (*manageResponse, error) {
+	f, err := r.parseAuditFilter()
 	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{body: newListPage(rows, page.limit, newAuditView, func(r *auditRow) string { return formatCursor(r.seq, strconv.FormatInt(r.at, 10)) })}, nil
+	l, err := api.ops.listAudit(r.ctx, f)
+	return &manageResponse{body: l}, err
 }
-
-const actionEraseContent = "content.erase"
 
 // A contentView is what is kept of a call.
 type contentView struct {
@@ -535,55 +551,11 @@ func (api *manageAPI) getContent(r *manageRequest) (*manageResponse, error) {
 	if err := r.checkParams(); err != nil {
 		return nil, err
 	}
-	id := parseRequestID(r.pathValue("id"))
-	if id == 0 {
-		return nil, errNotFound
-	}
-	v, err := api.revealContent(r, id)
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: v}, nil
+	v, err := api.ops.revealContent(r.ctx, r.origin, r.pathValue("id"))
+	return &manageResponse{body: v}, err
 }
 
-// revealContent returns a call's content, after the audit trail says who saw it.
-func (api *manageAPI) revealContent(r *manageRequest, id int64) (*contentView, error) {
-	row, err := api.store.contentByID(r.ctx, id, r.now.UnixMilli())
-	if err != nil {
-		return nil, err
-	}
-	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionReveal, formatRequestID(id), []auditField{{"what", "content"}}}); err != nil {
-		return nil, fmt.Errorf("noting who saw content: %w", err)
-	}
-	request, answer, err := api.contentKey.open(row)
-	if err != nil {
-		return nil, fmt.Errorf("content of %s: %w", formatRequestID(id), err)
-	}
-	return &contentView{formatRequestID(id), timestamp(row.expiresAt), newBodyView(request(), row.requestBytes), newBodyView(answer(), row.responseBytes)}, nil
-}
-
-// eraseContent deletes all that is kept of a project's calls, in steps between
-// which calls are written.
 func (api *manageAPI) eraseContent(r *manageRequest) (*manageResponse, error) {
-	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
-	if err != nil {
-		return nil, err
-	}
-	if err := api.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionEraseContent, p.id, nil}); err != nil {
-		return nil, fmt.Errorf("noting who erases content: %w", err)
-	}
-	var erased int64
-	for {
-		n, err := api.store.deleteProjectContents(r.ctx, p.seq, 100)
-		if err != nil {
-			return nil, err
-		}
-		if n == 0 {
-			return &manageResponse{body: struct {
-				Erased int64 `json:"erased"`
-			}{erased}}, nil
-		}
-		erased += n
-		time.Sleep(time.Millisecond)
-	}
+	n, err := api.ops.eraseContent(r.ctx, r.origin, r.pathValue("id"))
+	return &manageResponse{body: map[string]any{"erased": n}}, err
 }

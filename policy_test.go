@@ -723,7 +723,7 @@ func (p *testProxy) storedUsage(id string) (out []float64) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	views, err := p.instance.manage.limits.storedLimits(context.Background(), row.policy, false, row.project, row.seq, time.Now().UnixMilli())
+	views, err := p.instance.operations.limits.storedLimits(context.Background(), row.policy, false, row.project, row.seq, time.Now().UnixMilli())
 	if err != nil {
 		p.t.Fatal(err)
 	}

@@ -50,7 +50,7 @@ func newScaleTest(b *testing.B) *scaleTest {
 		"OPENAI_API_URL": provider.URL, "LOG_LEVEL": "warn"}}
 	s.open()
 	var err error
-	if s.key, err = s.in.manage.createFirstKey(b.Context()); err != nil {
+	if s.key, err = s.in.operations.createFirstKey(b.Context()); err != nil {
 		b.Fatal(err)
 	}
 	return s
@@ -140,7 +140,7 @@ func reportTimes(b *testing.B, name string, times []time.Duration) {
 func (s *scaleTest) seedProjects() {
 	s.b.Helper()
 	for i := range 50 {
-		if _, err := s.in.manage.createFirstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
+		if _, err := s.in.operations.createFirstProject(s.b.Context(), fmt.Sprintf("project %02d", i), newSecret("sk-scale-"+randomBase62(40))); err != nil {
 			s.b.Fatal(err)
 		}
 	}
