@@ -1,13 +1,12 @@
-// This room is the door of /admin, the web pages for administrators: who may
-// enter, which role each page needs, and how an answer is written. The pages stand in admin_*.go; each takes
-// a request that has been let in and returns a page or an error. They read and
-// change things through the handlers of /manage, so that one set of rules holds.
+// This file is the entrance of /admin, the web pages for administrators: who may see which page, and
+// how a response is written. The pages are in the other admin files; each takes a request that was
+// let in and returns a page or an error. They read and change things through the operations of
+// /manage, so that the same rules hold.
 package main
 
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"maps"
 	"mime"
@@ -19,12 +18,11 @@ import (
 	"time"
 )
 
-// An adminUI is the pages under /admin. It reads and changes everything through the
-// management API, with the same checks.
+// An adminUI serves the pages under /admin.
 type adminUI struct {
 	adminDeps
 	pages     *pageSet
-	sentForms submittedForms // recently
+	sentForms submittedForms
 }
 
 // adminDeps has what an adminUI uses of the rest of the program. All fields are required.
@@ -39,7 +37,7 @@ type adminDeps struct {
 	ledger          *ledger
 	running         *runningCalls
 	endpoints       *endpointTable
-	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
+	databaseProblem func() string // returns what is wrong with the database file, "" if nothing
 	diskUse         func(context.Context) (diskUsage, error)
 	keyID           string // of the encryption key
 	started         time.Time
@@ -50,15 +48,15 @@ func newAdminUI(d adminDeps) (*adminUI, error) {
 	return &adminUI{adminDeps: d, pages: pages}, err
 }
 
-// An adminRoute is one URL of /admin with its methods, the least role it needs
-// ("": nobody has to be signed in) and what answers it. A GET changes nothing.
+// An adminRoute is one URL of /admin: its methods, the least role it needs ("": no session needed)
+// and its handler. A GET changes nothing.
 type adminRoute struct {
 	pattern string
 	minRole role
 	handle  func(*pageRequest) (*pageResponse, error)
 }
 
-// adminTable is every URL of /admin but the static files.
+// adminTable returns every URL of /admin except the static files.
 func (ui *adminUI) adminTable() []adminRoute {
 	return []adminRoute{
 		{"GET /admin/sign-in", "", ui.signInPage},
@@ -76,15 +74,15 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/projects/new", roleAdmin, ui.newProjectPage},
 		{"GET /admin/projects/{id}", roleViewer, ui.projectPage},
 		{"GET|POST /admin/projects/{id}/edit", roleAdmin, ui.editProject},
-		{"GET|POST /admin/projects/{id}/activate", roleAdmin, ui.setProjectActivePage},
-		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, ui.setProjectActivePage},
-		{"GET|POST /admin/projects/{id}/delete", roleAdmin, ui.removeProject},
+		{"GET|POST /admin/projects/{id}/activate", roleAdmin, ui.activateProject},
+		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, ui.deactivateProject},
+		{"GET|POST /admin/projects/{id}/delete", roleAdmin, ui.deleteProjectPage},
 		{"GET|POST /admin/projects/{id}/erase", roleAdmin, ui.eraseContentPage},
 		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, ui.revokeProjectTokensPage},
-		{"GET /admin/projects/{id}/route", roleViewer, ui.tryRoutePage},
+		{"GET /admin/projects/{id}/route", roleViewer, ui.testRoutePage},
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, ui.newUpstreamPage},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, ui.editUpstream},
-		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, ui.removeUpstream},
+		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, ui.deleteUpstreamPage},
 		{"GET /admin/tokens", roleViewer, ui.tokensPage},
 		{"GET|POST /admin/tokens/new", roleOperator, ui.newTokenPage},
 		{"POST /admin/tokens/revoke", roleOperator, ui.revokeSelected},
@@ -93,11 +91,11 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, ui.rotateTokenPage},
 		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, ui.revokeTokenPage},
 		{"GET /admin/streams", roleViewer, ui.streamsPage},
-		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.cutStreamPage},
+		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.endCallPage},
 		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPage},
 		{"GET /admin/prices", roleViewer, ui.pricesPage},
-		{"GET|POST /admin/prices/new", roleAdmin, ui.newPrice},
-		{"GET|POST /admin/prices/{id}/delete", roleAdmin, ui.removePrice},
+		{"GET|POST /admin/prices/new", roleAdmin, ui.newPricePage},
+		{"GET|POST /admin/prices/{id}/delete", roleAdmin, ui.deletePricePage},
 		{"GET /admin/keys", roleAdmin, ui.keysPage},
 		{"GET|POST /admin/keys/new", roleAdmin, ui.newKeyPage},
 		{"GET|POST /admin/keys/{id}/edit", roleAdmin, ui.editKey},
@@ -108,7 +106,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 	}
 }
 
-// adminNav is the navigation, in order.
+// adminNav returns the navigation, in order.
 func adminNav() []navItem {
 	return []navItem{
 		{Title: "Dashboard", Path: "/admin/dashboard", minRole: roleViewer},
@@ -123,39 +121,26 @@ func adminNav() []navItem {
 	}
 }
 
-// A navItem is a link of the navigation and the role that sees it.
+// A navItem is a link of the navigation, and the least role that sees it.
 type navItem struct {
 	Title, Path string
 	minRole     role
 	Here        bool
 }
 
-// A pageRequest is a request for a page that has been let in. What it embeds
-// makes it fit for the handlers of /manage; see with and asking.
+// A pageRequest is a request for a page that was let in.
 type pageRequest struct {
 	*manageRequest
-	form    url.Values // of a POST; nil else
+	form    url.Values // of a POST, otherwise nil
 	session *sessionRow
-	secure  bool // the browser came over TLS
+	secure  bool // the browser connected over TLS
 }
 
-// withJSON returns a request for a handler of /manage, with a JSON body of fields.
-func (r *pageRequest) withJSON(fields map[string]any) *manageRequest {
-	m := *r.manageRequest
-	m.query = url.Values{}
-	body, err := json.Marshal(fields)
-	if err != nil { // cannot be: strings, numbers, lists and maps of them
-		body = []byte("null")
-	}
-	m.body = body
-	return &m
-}
-
-// withQuery returns a request for a handler of /manage that has a query: pairs of
-// name and value, of which those without a value are left out.
+// withQuery returns a request of /manage with a query: pairs of name and value. Pairs with an empty value are
+// left out.
 func (r *pageRequest) withQuery(pairs ...string) *manageRequest {
 	m := *r.manageRequest
-	m.query, m.body = url.Values{}, nil
+	m.query = url.Values{}
 	for i := 0; i < len(pairs); i += 2 {
 		if pairs[i+1] != "" {
 			m.query.Set(pairs[i], pairs[i+1])
@@ -164,8 +149,7 @@ func (r *pageRequest) withQuery(pairs ...string) *manageRequest {
 	return &m
 }
 
-// nextPageURL returns the address of a list's next page: this one's, with another
-// place to go on from; "" if there is none.
+// nextPageURL returns the address of a list's next page, "" if there is none.
 func (r *pageRequest) nextPageURL(after string) string {
 	if after == "" {
 		return ""
@@ -176,23 +160,24 @@ func (r *pageRequest) nextPageURL(after string) string {
 	return r.http.URL.Path + "?" + q.Encode()
 }
 
-// hasRole reports whether who asks has at least a role.
-func (r *pageRequest) hasRole(need role) bool { return r.actor.role.rank() >= need.rank() }
+// hasRole reports whether the actor's role is at least minRole.
+func (r *pageRequest) hasRole(minRole role) bool { return r.actor.role.rank() >= minRole.rank() }
 
-// A pageResponse is what a handler answers with: a template and its data, or a place to
-// go on to, or an answer that is no page.
+func (r *pageRequest) isPost() bool { return r.http.Method == http.MethodPost }
+
+// A pageResponse is a template and its data, or a redirect, or a download.
 type pageResponse struct {
 	template string // the name of a file in templates/, without .html
 	title    string
 	status   int // 0: 200
 	data     any
-	redirect string // a path of ours; the browser goes there (303)
+	redirect string // a path under /admin (303)
 	cookie   *http.Cookie
-	write    func(http.ResponseWriter) error // writes an answer of its own, such as an export
+	write    func(http.ResponseWriter) error // writes a download
 }
 
-// redirectTo is the answer to a form that was carried out: the browser gets the page
-// at path anew, so that reloading it repeats nothing. done names a notice.
+// redirectTo is the response to a form that succeeded: the browser loads another page, so that a
+// reload repeats nothing. done names a notice of templates/parts/layout.html.
 func redirectTo(path, done string) *pageResponse {
 	if done != "" {
 		path += "?done=" + done
@@ -200,37 +185,44 @@ func redirectTo(path, done string) *pageResponse {
 	return &pageResponse{redirect: path}
 }
 
-// adminRoutes is /admin with all that stands in front of it.
+// adminRoutes returns the handler of everything under /admin.
 func (ui *adminUI) adminRoutes() http.Handler {
+	fail := func(err error) http.Handler {
+		return ui.pageHandler(adminRoute{handle: func(*pageRequest) (*pageResponse, error) { return nil, err }})
+	}
 	mux := http.NewServeMux()
-	known := map[string]string{}
+	allowed := map[string]string{}
 	for _, rt := range ui.adminTable() {
 		methods, path, _ := strings.Cut(rt.pattern, " ")
-		known[path] += methods
+		allowed[path] += methods
 		for method := range strings.SplitSeq(methods, "|") {
 			mux.Handle(method+" "+path, ui.pageHandler(rt))
 		}
 	}
-	wrong := ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*pageResponse, error) { return nil, errMethodNotAllowed("GET, HEAD or POST") }})
-	for path, methods := range known {
+	for path, methods := range allowed {
 		for _, method := range []string{http.MethodGet, http.MethodPost} {
 			if !strings.Contains(methods, method) {
-				mux.Handle(method+" "+path, wrong)
+				mux.Handle(method+" "+path, fail(errMethodNotAllowed("GET, HEAD or POST")))
 			}
 		}
 	}
 	mux.HandleFunc("GET /admin/static/{name}", ui.handleStatic)
-	mux.Handle("/admin/", ui.pageHandler(adminRoute{"", "", func(*pageRequest) (*pageResponse, error) { return nil, errNotFound }}))
+	mux.Handle("/admin/", fail(errNotFound))
 	return ui.withPageSecurity(mux)
 }
 
-// errNotSignedIn says that somebody has to sign in first.
+// errNotSignedIn means that the page needs a session.
 var errNotSignedIn = errors.New("not signed in")
 
-// pageHandler lets a request in, or not, and writes what its handler returns.
+// newPageRequest returns a request of which nothing was checked yet.
+func (ui *adminUI) newPageRequest(r *http.Request) *pageRequest {
+	return &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: ui.isSecureRequest(r)}
+}
+
+// pageHandler checks that a request may see the page, and writes what the page's handler returns.
 func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: ui.isSecureRequest(r)}
+		pr := ui.newPageRequest(r)
 		err := ui.authorizePage(rt.minRole, w, pr)
 		var p *pageResponse
 		if err == nil {
@@ -245,38 +237,38 @@ func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 
 const maxFormBytes = 1 << 20
 
-// authorizePage finds out who is signed in and reads the form.
-func (ui *adminUI) authorizePage(need role, w http.ResponseWriter, r *pageRequest) error {
+// authorizePage loads the session, checks the role and reads the query and the form.
+func (ui *adminUI) authorizePage(minRole role, w http.ResponseWriter, r *pageRequest) error {
 	if err := ui.loadSession(r); err != nil {
 		return err
 	}
 	r.origin = ui.auth.newOrigin(w, r.http, r.actor, r.now)
-	if need != "" && r.session == nil {
+	if minRole != "" && r.session == nil {
 		return errNotSignedIn
 	}
-	if need != "" && !r.hasRole(need) {
-		return errRoleTooLow(need, r.actor.role)
+	if minRole != "" && !r.hasRole(minRole) {
+		return errRoleTooLow(minRole, r.actor.role)
 	}
 	var err error
 	if r.query, err = url.ParseQuery(r.http.URL.RawQuery); err != nil {
-		return badRequest("invalid_value", "", "The address has a query that cannot be parsed.")
+		return badRequest("invalid_value", "", "The query of this address is malformed.")
 	}
 	for name, values := range r.query {
 		if len(values) > 1 {
-			return badRequest("invalid_value", clip(name, 64), "The address gives "+clip(name, 64)+" twice.")
+			return badRequest("invalid_value", clip(name, 64), "The address has "+clip(name, 64)+" more than once.")
 		}
 	}
-	if r.http.Method != http.MethodPost {
+	if !r.isPost() {
 		return nil
 	}
-	r.ctx = context.WithoutCancel(r.ctx) // a change is carried through when its sender leaves
-	if why := ui.databaseProblem(); why != "" {
-		return errStoreUnavailable(errors.New(why))
+	r.ctx = context.WithoutCancel(r.ctx) // a change is completed even if the browser disconnects
+	if problem := ui.databaseProblem(); problem != "" {
+		return errStoreUnavailable(errors.New(problem))
 	}
 	return r.readForm(w)
 }
 
-// readForm reads the body, which must be a form of ours.
+// readForm reads the body, which must be a form as browsers send it.
 func (r *pageRequest) readForm(w http.ResponseWriter) error {
 	if t, _, err := mime.ParseMediaType(r.http.Header.Get("Content-Type")); err != nil || t != "application/x-www-form-urlencoded" {
 		return errContentType("application/x-www-form-urlencoded")
@@ -286,23 +278,23 @@ func (r *pageRequest) readForm(w http.ResponseWriter) error {
 		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 			return errBodyTooLarge(maxFormBytes)
 		}
-		return badRequest("invalid_value", "", "The form cannot be read.")
+		return badRequest("invalid_value", "", "The form is malformed.")
 	}
 	r.form = r.http.PostForm
 	var err error
-	if v := r.form.Get("version"); v != "" { // of what the form was made from
+	if v := r.form.Get("version"); v != "" { // the version that the form was made from
 		r.ifMatchVersion, err = parseIfMatch([]string{v})
 	}
 	return err
 }
 
-// errorPage is the page that says what went wrong.
+// errorPage returns the page about an error or, without a session, a redirect to the sign-in page.
 func (ui *adminUI) errorPage(w http.ResponseWriter, r *pageRequest, err error) *pageResponse {
 	if errors.Is(err, errNotSignedIn) {
 		to := "/admin/sign-in"
 		if r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/" {
 			to += "?next=" + url.QueryEscape(r.http.URL.RequestURI())
-		} else if r.http.Method == http.MethodPost {
+		} else if r.isPost() {
 			to += "?done=ended"
 		}
 		return &pageResponse{redirect: to}
@@ -311,39 +303,36 @@ func (ui *adminUI) errorPage(w http.ResponseWriter, r *pageRequest, err error) *
 	if e.status >= 500 {
 		ui.log.Error("a page failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 	}
-	title := http.StatusText(e.status)
-	if e.status == http.StatusNotFound {
-		title = "Not found"
-	}
+	title := capitalize(strings.ToLower(http.StatusText(e.status)))
 	return &pageResponse{template: "error", title: title, status: e.status,
-		data: errorView{title, e.msg, w.Header().Get("X-Request-Id"), e.status >= 500}}
+		data: errorView{Message: e.msg, RequestID: w.Header().Get("X-Request-Id"), InLog: e.status >= 500}}
 }
 
-// An errorView is what the page about an error shows.
+// An errorView is the data of templates/error.html.
 type errorView struct {
-	Title, Message, RequestID string
-	Ours                      bool
+	Message, RequestID string
+	InLog              bool // the log has more about it
 }
 
-// writeErrorPage answers a request that nobody has looked at yet.
+// writeErrorPage answers a request of which nothing was checked yet.
 func (ui *adminUI) writeErrorPage(w http.ResponseWriter, r *http.Request, e *apiError) {
-	pr := &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}}
+	pr := ui.newPageRequest(r)
 	ui.writePage(w, pr, ui.errorPage(w, pr, e))
 }
 
-// A pageView is what every template sees.
+// A pageView is the data of every template.
 type pageView struct {
 	Title    string
 	SignedIn bool
-	Name     string // of the key that is signed in with
+	Name     string // of the management key
 	Role     role
-	Can      map[string]bool // by role: whether who is signed in has it
+	Can      map[string]bool // whether the role includes a role
 	Nav      []navItem
-	Notice   string
+	Done     string // names a notice
 	Data     any
 }
 
-// writePage writes a page as a whole or, if its template fails, an error.
+// writePage writes the whole page or, if its template fails, an error.
 func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageResponse) {
 	h := w.Header()
 	if p.cookie != nil {
@@ -356,8 +345,8 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 		return
 	case p.write != nil:
 		if err := p.write(w); err != nil {
-			ui.log.Warn("an answer was cut", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
-			panic(http.ErrAbortHandler) // the browser must see that it is not whole
+			ui.log.Warn("a download was cut off", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+			panic(http.ErrAbortHandler) // the browser must see that the file is incomplete
 		}
 		return
 	}
@@ -366,7 +355,7 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 		ui.log.Error("a page failed", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 		h.Set("Content-Type", "text/plain; charset=utf-8")
 		w.WriteHeader(http.StatusInternalServerError)
-		_, _ = w.Write([]byte("Internal error. The log has it under the request id " + h.Get("X-Request-Id") + ".\n"))
+		_, _ = w.Write([]byte("Internal error. The log has details under the request ID " + h.Get("X-Request-Id") + ".\n"))
 		return
 	}
 	h.Set("Content-Type", "text/html; charset=utf-8")
@@ -375,16 +364,13 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 }
 
 func (ui *adminUI) newPageView(r *pageRequest, p *pageResponse) *pageView {
-	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}}
-	if r.query != nil {
-		v.Notice = noticeText(r.query.Get("done"))
-	}
+	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}, Done: r.query.Get("done")}
 	if r.session == nil {
 		return v
 	}
 	v.SignedIn, v.Name, v.Role = true, r.actor.name, r.actor.role
-	for _, need := range []role{roleViewer, roleOperator, roleAdmin} {
-		v.Can[string(need)] = r.hasRole(need)
+	for _, minRole := range []role{roleViewer, roleOperator, roleAdmin} {
+		v.Can[string(minRole)] = r.hasRole(minRole)
 	}
 	for _, item := range adminNav() {
 		item.Here = r.http.URL.Path == item.Path || strings.HasPrefix(r.http.URL.Path, item.Path+"/")
@@ -395,38 +381,12 @@ func (ui *adminUI) newPageView(r *pageRequest, p *pageResponse) *pageView {
 	return v
 }
 
-// noticeText is what a page says about the form that led to it.
-func noticeText(done string) string {
-	switch done {
-	case "saved":
-		return "Saved."
-	case "deleted":
-		return "Removed."
-	case "revoked":
-		return "Revoked. The tokens do not work any more."
-	case "cut":
-		return "The call is cut."
-	case "none-chosen":
-		return "No token was chosen."
-	case "project-made":
-		return "The project is made. Next, make a token for it."
-	case "ended":
-		return "Your session has ended. Sign in again, then repeat what you did."
-	case "signed-out":
-		return "You are signed out."
-	case "signed-out-everywhere":
-		return "All sessions of this key are ended, here and elsewhere."
-	}
-	return ""
-}
-
-// adminHome is where somebody goes who asks for nothing in particular.
 func (ui *adminUI) adminHome(*pageRequest) (*pageResponse, error) {
 	return &pageResponse{redirect: "/admin/dashboard"}, nil
 }
 
-// withPageSecurity sets the headers that every answer has, and refuses host names that
-// are not ours and requests that another site may have caused.
+// withPageSecurity sets the security headers of every response. It refuses unknown host names (DNS
+// rebinding) and forms that another site may have sent.
 func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		secure := ui.isSecureRequest(r)
@@ -439,8 +399,8 @@ func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 		h.Set("Permissions-Policy", "camera=(), geolocation=(), microphone=()")
 		h.Set("Referrer-Policy", "no-referrer")
 		if !secure && !isLoopbackHost(r.Host) {
-			// There browsers send no Sec-Fetch-Site, and with no-referrer they also
-			// hide the Origin of our own forms.
+			// Over plain HTTP browsers send no Sec-Fetch-Site, and no-referrer would make them hide
+			// the Origin of our own forms too.
 			h.Set("Referrer-Policy", "same-origin")
 		}
 		switch {
@@ -457,8 +417,8 @@ func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 	})
 }
 
-// isSecureRequest reports whether the browser came over TLS: to us, or to what
-// stands before us and answers for PUBLIC_URL.
+// isSecureRequest reports whether the browser connected over TLS: to this process, or to the reverse proxy
+// in front of it that serves PUBLIC_URL.
 func (ui *adminUI) isSecureRequest(r *http.Request) bool {
 	public := ui.cfg.publicURL
 	return r.TLS != nil || public != nil && public.Scheme == "https" && strings.EqualFold(r.Host, public.Host)
@@ -473,9 +433,8 @@ func isLoopbackHost(hostport string) bool {
 	return host == "localhost" || err == nil && addr.IsLoopback()
 }
 
-// sameOrigin reports whether a browser says that a request comes from our own
-// pages. One that says nothing at all is not believed: every browser sends one
-// of the two with a form.
+// sameOrigin reports whether the browser states that the request comes from our own pages. A request
+// with neither header is refused: every browser sends one of the two with a form.
 func sameOrigin(r *http.Request, secure bool) bool {
 	if site := r.Header["Sec-Fetch-Site"]; len(site) > 0 {
 		return len(site) == 1 && (site[0] == "same-origin" || site[0] == "none")

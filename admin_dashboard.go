@@ -1,93 +1,113 @@
-// The dashboard of /admin: it reads what is asked for, hands numbers to
-// dashboard.go and charts.go, and puts what they make of it into a page.
+// This file is the dashboard of /admin: it reads what a period, a project and a metric ask for,
+// compares it with the period before, and lists what needs attention. charts.go computes the
+// charts, templates/dashboard.html writes the page.
 package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
-	"html/template"
 	"math"
 	"net/url"
+	"slices"
 	"strconv"
-	"strings"
+	"sync"
 	"time"
 )
 
 const (
-	maxExactTokens    = 500    // tokens that are added up exactly
-	maxSampledCalls   = 10_000 // calls that are looked at where there are more of them
-	maxLiveScanned    = 5_000  // projects and tokens that are live, each
-	maxIdleScanned    = 20     // projects and tokens that are not, each
-	nearLimitFraction = 0.8    // of a limit, from which on it is shown
-	lowDiskBytes      = 1 << 30
+	maxExactTokens     = 500     // tokens whose usage is added up exactly
+	maxSampledCalls    = 10_000  // latest calls that are read where there are more tokens
+	maxLiveScanned     = 5_000   // live projects, and live tokens, whose limits are checked
+	maxIdleScanned     = 20      // other projects, and other tokens, whose limits are checked
+	maxLastMinuteCalls = 100_000 // that are counted
+	maxExpiringTokens  = 1000    // that are read
+	maxAlertsPerKind   = 5
+	maxNamedSeries     = 6  // of a chart; the others are added up in one
+	rankingSize        = 10 // rows
+	nearLimitFraction  = 0.8
+	lowDiskBytes       = 1 << 30
 )
 
-// A dashView is what the dashboard shows.
-type dashView struct {
-	Periods, Projects, Bys, Measures []filterOption
-	Running, Lately                  string
-	Notes                            []dashboardAlert
-	Tiles                            []tile
-	Since, Before                    string
-	Usage                            chartView
-	Errors                           chartView
-	First, Total                     chartView
-	Lists                            []rankingTable
-	Fresh                            bool           // no call ever came
-	Export                           []filterOption // what is shown: values under names
+// A dashPeriod is the time that a dashboard covers: whole steps up to the one that has begun, and
+// the period before.
+type dashPeriod struct {
+	name, title      string
+	lengthMS, stepMS int64 // milliseconds
+	from, to         int64 // to is the end of the step that has begun
+	prevFrom, prevTo int64 // as much of the period before as has passed of this one
+	grain            string
 }
 
-// A filterOption is an option of a filter.
-type filterOption struct {
-	Value, Label string
-	Here         bool
+// dashPeriods returns the periods to choose from.
+func dashPeriods(now int64) []dashPeriod {
+	out := []dashPeriod{
+		{name: "24h", title: "24 hours", lengthMS: dayMS, stepMS: hourMS, grain: "hour"},
+		{name: "7d", title: "7 days", lengthMS: 7 * dayMS, stepMS: 6 * hourMS, grain: "hour"},
+		{name: "30d", title: "30 days", lengthMS: 30 * dayMS, stepMS: dayMS, grain: "day"},
+		{name: "90d", title: "90 days", lengthMS: 90 * dayMS, stepMS: dayMS, grain: "day"},
+	}
+	for i := range out {
+		p := &out[i]
+		p.to = now - now%p.stepMS + p.stepMS
+		unit := int64(dayMS) // longer periods start at midnight
+		if p.lengthMS == dayMS {
+			unit = hourMS
+		}
+		p.from = now - now%unit + unit - p.lengthMS
+		hour := now - now%hourMS + hourMS
+		p.prevFrom, p.prevTo = p.from-p.lengthMS, hour-p.lengthMS
+	}
+	return out
 }
 
-// A dashboardAlert is something that needs attention.
-type dashboardAlert struct {
-	Level, Kind string // level is bad or warn
-	Text, Link  string
+func (p *dashPeriod) steps() int         { return int((p.to - p.from) / p.stepMS) }
+func (p *dashPeriod) index(at int64) int { return int((at - p.from) / p.stepMS) }
+
+// A dashQuery is what a dashboard shows.
+type dashQuery struct {
+	dashPeriod
+	projectSeq     int64  // 0: all projects
+	projectID      string // "": all projects
+	groupBy        string // "project" or "model": what the bars consist of
+	metric         string // "calls", "tokens" or "cost"
+	now            int64
+	maxExactTokens int // with more tokens, only the latest calls are added up by token
+	sampleSize     int // how many of them
 }
 
-// A tile is one number, and what it was in the period before.
-type tile struct {
-	Label, Value, More string
-	Change, Before     string
-	Level              string // good, bad or ""
+// valueOf returns the value of the query's metric.
+func (q *dashQuery) valueOf(a usageTotals) float64 {
+	switch q.metric {
+	case "tokens":
+		return float64(a.tokens)
+	case "cost":
+		return float64(a.cost)
+	}
+	return float64(a.calls)
 }
 
-// A chartView is a chart with its legend and the table of its numbers.
-type chartView struct {
-	ID, Title, Note string
-	SVG             template.HTML // charts.go escapes what comes from outside
-	Legend          []legendItem
-	Head            []string
-	Rows            [][]string
-	Empty           bool
+func (q *dashQuery) unit() chartUnit {
+	if q.metric == "cost" {
+		return unitMoney
+	}
+	return unitCount
 }
 
-type legendItem struct{ Class, Name string }
-
-// A rankingTable is a table of the largest, with a bar each.
-type rankingTable struct {
-	Title, Kind, Note string
-	Rows              []rankingRow
-	More              int64
+// sortLargestFirst sorts by the query's metric.
+func (q *dashQuery) sortLargestFirst(shares []usageShare) {
+	slices.SortStableFunc(shares, func(a, b usageShare) int {
+		return cmp.Or(cmp.Compare(q.valueOf(b.usageTotals), q.valueOf(a.usageTotals)), cmp.Compare(b.calls, a.calls),
+			cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
+	})
 }
 
-type rankingRow struct {
-	Name, Label, Link   string
-	Bar                 template.HTML
-	Value, Part         string
-	Calls, Tokens, Cost string
-}
-
-// parseDashQuery reads what a dashboard is asked for.
-func (ui *adminUI) parseDashQuery(r *pageRequest, query url.Values) (*dashQuery, error) {
-	q := &dashQuery{now: r.now.UnixMilli(), groupBy: query.Get("by"), metric: cmp.Or(query.Get("measure"), "calls"),
-		projectID: query.Get("project"), maxExactTokens: maxExactTokens, sampleSize: maxSampledCalls}
+// parseDashQuery reads the query of a dashboard from an address or a form.
+func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery, error) {
+	q := &dashQuery{now: r.now.UnixMilli(), groupBy: values.Get("by"), metric: cmp.Or(values.Get("measure"), "calls"),
+		projectID: values.Get("project"), maxExactTokens: maxExactTokens, sampleSize: maxSampledCalls}
 	for _, p := range dashPeriods(q.now) {
-		if p.name == cmp.Or(query.Get("period"), "7d") {
+		if p.name == cmp.Or(values.Get("period"), "7d") {
 			q.dashPeriod = p
 		}
 	}
@@ -110,6 +130,163 @@ func (ui *adminUI) parseDashQuery(r *pageRequest, query url.Values) (*dashQuery,
 	return q, nil
 }
 
+// A dashData is what the store has for a dashboard.
+type dashData struct {
+	steps              []hourSum
+	total              hourSum
+	previous           *hourSum
+	modelPoints        []usageRow // by step and model
+	byProject          []usageSeries
+	projects           []usageShare // all that made calls, largest first
+	tokens             []usageShare // largest first
+	sampledCalls       int          // tokens has only this many of the latest calls; 0: all calls
+	endpoints          []usageShare
+	lastMinuteCalls    int64
+	expiring           []expiringToken
+	unhealthyUpstreams []unhealthyUpstream
+}
+
+// readDashboard reads everything that a dashboard shows, in parallel.
+func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, error) {
+	d := &dashData{}
+	err := inParallel(
+		func() (err error) {
+			err = d.readUsage(ctx, s, q)
+			for i := range d.steps {
+				d.total.merge(&d.steps[i])
+			}
+			return err
+		},
+		func() (err error) {
+			if d.previous, err = s.sumHours(ctx, q.projectSeq, q.prevFrom, q.prevTo); err != nil {
+				return err
+			}
+			d.endpoints, err = s.usageShares(ctx, usageQuery{project: q.projectID, hourly: q.grain == "hour", byEndpoint: true,
+				from: q.from, to: q.to, limit: math.MaxInt32})
+			q.sortLargestFirst(d.endpoints)
+			return err
+		},
+		func() error { return d.readProjects(ctx, s, q) },
+		func() (err error) {
+			if err = d.readTokens(ctx, s, q); err != nil {
+				return err
+			}
+			since := minIDAt(time.UnixMilli(q.now - 60_000))
+			d.lastMinuteCalls, err = s.countRequestsSince(ctx, q.projectSeq, since, maxLastMinuteCalls)
+			return err
+		},
+		func() (err error) {
+			if d.expiring, err = s.expiringTokens(ctx, q.now, q.now+7*dayMS, maxExpiringTokens); err != nil {
+				return err
+			}
+			d.unhealthyUpstreams, err = s.unhealthyUpstreams(ctx, q.now, maxAlertsPerKind)
+			return err
+		},
+	)
+	return d, err
+}
+
+// inParallel runs jobs, two at a time, and returns when all have ended. Two at most, so that calls
+// keep the other connections that read.
+func inParallel(jobs ...func() error) error {
+	errs := make([]error, len(jobs))
+	slots := make(chan struct{}, readPoolSize/2)
+	var wait sync.WaitGroup
+	for i, job := range jobs {
+		wait.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			errs[i] = job()
+		})
+	}
+	wait.Wait()
+	return errors.Join(errs...)
+}
+
+// readUsage reads the usage of each step, in total and by model.
+func (d *dashData) readUsage(ctx context.Context, s *store, q *dashQuery) (err error) {
+	if d.steps, err = s.hourSumsByStep(ctx, q.projectSeq, q.from, q.to, q.stepMS); err != nil {
+		return err
+	}
+	d.modelPoints, err = s.usage(ctx, usageQuery{interval: q.grain, project: q.projectID, byModel: true, from: q.from, to: q.to,
+		limit: math.MaxInt32})
+	return err
+}
+
+// readProjects reads the usage of each project, and by step that of the largest.
+func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (err error) {
+	if q.projectSeq != 0 {
+		return nil
+	}
+	d.projects, err = s.usageShares(ctx, usageQuery{hourly: q.lengthMS == dayMS, byProject: true, from: q.from, to: q.to,
+		limit: math.MaxInt32})
+	q.sortLargestFirst(d.projects)
+	if err != nil || q.groupBy != "project" {
+		return err
+	}
+	for _, p := range d.projects[:min(len(d.projects), maxNamedSeries)] {
+		points, err := s.usage(ctx, usageQuery{interval: q.grain, project: p.id, totalsOnly: true, from: q.from, to: q.to,
+			limit: math.MaxInt32})
+		if err != nil {
+			return err
+		}
+		series := usageSeries{name: p.name, values: make([]usageTotals, q.steps())}
+		for _, v := range points {
+			series.add(q.index(v.at), v.totals())
+		}
+		d.byProject = append(d.byProject, series)
+	}
+	return nil
+}
+
+// readTokens reads the usage of each token: of all calls of the period or, with too many tokens
+// to add up, of the latest calls.
+func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
+	d.tokens, err = s.usageShares(ctx, usageQuery{project: q.projectID, hourly: q.lengthMS == dayMS, byToken: true,
+		from: q.from, to: q.to, limit: q.maxExactTokens})
+	if errors.Is(err, errTooManyRows) {
+		d.sampledCalls = q.sampleSize
+		from, to := minIDAt(time.UnixMilli(q.from)), minIDAt(time.UnixMilli(q.to))
+		d.tokens, err = s.latestSharesByToken(ctx, q.projectSeq, from, to, q.sampleSize)
+	}
+	q.sortLargestFirst(d.tokens)
+	return err
+}
+
+// A dashView is the data of templates/dashboard.html.
+type dashView struct {
+	Periods, Projects, Groups, Metrics []option
+	Period, Project, GroupBy, Metric   string
+	Running, LastMinute                string
+	Alerts                             []dashAlert
+	Tiles                              []tile
+	Since, PreviousFrom, PreviousTo    string
+	Charts                             []chartView // usage, errors, first byte, total time
+	Rankings                           []rankingTable
+	NoCalls                            bool // there was never a call
+}
+
+// A dashAlert is something that needs attention. Level is bad or warn.
+type dashAlert struct{ Level, Kind, Link, Text string }
+
+// A tile is one number beside that of the period before. Level is good, bad or "".
+type tile struct{ Label, Value, More, Change, Previous, Level string }
+
+// A rankingTable lists the largest, each with a bar.
+type rankingTable struct {
+	Title   string
+	Rows    []rankingRow
+	More    int64 // rows left out
+	Sampled int64 // the rows count only this many of the latest calls; 0: all
+}
+
+type rankingRow struct {
+	Name, Label, Link   string
+	Bar                 coordinate
+	Value, Share        string
+	Calls, Tokens, Cost string
+}
+
 func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	q, err := ui.parseDashQuery(r, r.query)
 	if err != nil {
@@ -119,42 +296,39 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	projects, err := ui.projectFilterOptions(r, q.projectID)
-	if err != nil {
+	v := &dashView{Period: q.name, Project: q.projectID, GroupBy: q.groupBy, Metric: q.metric, Tiles: d.tiles(),
+		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"), Groups: options("project", "Project", "model", "Model"),
+		Since: formatDashboardTime(q.from), PreviousFrom: formatDashboardTime(q.prevFrom), PreviousTo: formatDashboardTime(q.prevTo),
+		Charts: d.charts(q), Rankings: d.rankings(q)}
+	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
-	v := &dashView{Projects: projects, Measures: filterOptions(q.metric, "calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
-		Bys: filterOptions(q.groupBy, "project", "Project", "model", "Model"), Tiles: d.tiles(),
-		Since: formatDashboardTime(q.from), Before: formatDashboardTime(q.prevFrom) + " – " + formatDashboardTime(q.prevTo)}
 	if d.total.calls+d.previous.calls == 0 && q.projectSeq == 0 {
 		last, err := ui.store.lastRequestID(r.ctx)
 		if err != nil {
 			return nil, err
 		}
-		v.Fresh = last == 0
+		v.NoCalls = last == 0
 	}
 	for _, p := range dashPeriods(q.now) {
-		v.Periods = append(v.Periods, filterOption{p.name, p.title, p.name == q.name})
+		v.Periods = append(v.Periods, option{p.name, p.title})
 	}
-	if q.projectSeq != 0 {
-		v.Bys = nil // there is but one
+	running := int64(0)
+	for _, c := range ui.running.admittedCalls(ui.started) {
+		if q.projectID == "" || c.ProjectID == q.projectID {
+			running++
+		}
 	}
-	v.Running, v.Lately = ui.liveNumbers(q, d)
-	if v.Notes, err = ui.dashboardAlerts(r, q, d); err != nil {
-		return nil, err
+	v.Running = groupDigits(running)
+	if v.LastMinute = groupDigits(d.lastMinuteCalls); d.lastMinuteCalls >= maxLastMinuteCalls {
+		v.LastMinute += "+"
 	}
-	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric]
-	v.Usage = newChartView("usage", title+" by "+q.groupBy, d.usageChart(q, title+" over time, by "+q.groupBy))
-	v.Errors = newChartView("errors", "Errors by whose they are", d.errorChart(q))
-	v.First = newChartView("first", "Time to the first byte", d.latencyChart(q, "Time to the first byte over time", func(h *hourSum) *latencyHistogram { return &h.firstByteLatency }))
-	v.Total = newChartView("total", "Time to the whole answer", d.latencyChart(q, "Time to the whole answer over time", func(h *hourSum) *latencyHistogram { return &h.totalLatency }))
-	v.Lists = d.rankings(q)
-	v.Export = filterOptions("", "period", q.name, "project", q.projectID, "by", q.groupBy, "measure", q.metric)
-	return &pageResponse{template: "dashboard", title: "Dashboard", data: v}, nil
+	v.Alerts, err = ui.dashAlerts(r, q, d)
+	return &pageResponse{template: "dashboard", title: "Dashboard", data: v}, err
 }
 
-// usageCharts are the calls and the cost of a project over the last 30 days.
-func (ui *adminUI) usageCharts(r *pageRequest, project string) (out []chartView, err error) {
+// projectCharts returns charts of a project's calls and cost over the last 30 days.
+func (ui *adminUI) projectCharts(r *pageRequest, project string) (charts []chartView, err error) {
 	q, err := ui.parseDashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
 	if err != nil {
 		return nil, err
@@ -163,107 +337,68 @@ func (ui *adminUI) usageCharts(r *pageRequest, project string) (out []chartView,
 	if err := d.readUsage(r.ctx, ui.store, q); err != nil {
 		return nil, err
 	}
-	for _, c := range filterOptions("", "calls", "Calls by model", "cost", "Cost by model") {
-		q.metric = c.Value
-		out = append(out, newChartView(c.Value, c.Label, d.usageChart(q, c.Label+" over 30 days")))
+	for _, q.metric = range []string{"calls", "cost"} {
+		charts = append(charts, d.usageChart(q, q.metric))
 	}
-	return out, nil
+	return charts, nil
 }
 
-func filterOptions(here string, pairs ...string) (out []filterOption) {
-	for i := 0; i < len(pairs); i += 2 {
-		out = append(out, filterOption{pairs[i], pairs[i+1], pairs[i] == here})
+func totalErrors(h *hourSum) (n int64) {
+	for _, v := range h.errors {
+		n += v
 	}
-	return out
+	return n
 }
 
-// maxFilterProjects bounds the projects that a filter offers; a list of all has its own
-// page.
-const maxFilterProjects = 1000
-
-// projectFilterOptions is the projects to choose from, and all together.
-func (ui *adminUI) projectFilterOptions(r *pageRequest, here string) ([]filterOption, error) {
-	out := []filterOption{{"", "All projects", here == ""}}
-	rows, err := ui.store.projectNames(r.ctx, maxFilterProjects)
-	if err != nil {
-		return nil, err
+// errorPercent returns how many percent of the calls failed.
+func errorPercent(h *hourSum) float64 {
+	if h.calls == 0 {
+		return 0
 	}
-	known := here == ""
-	for _, p := range rows {
-		out = append(out, filterOption{p.id, p.name, p.id == here})
-		known = known || p.id == here
-	}
-	if !known {
-		out = append(out, filterOption{here, here, true})
-	}
-	return out, nil
+	return 100 * float64(totalErrors(h)) / float64(h.calls)
 }
 
-// liveNumbers are the running calls and those of the last minute.
-func (ui *adminUI) liveNumbers(q *dashQuery, d *dashData) (running, lately string) {
-	n := int64(0)
-	for _, c := range ui.running.admittedCalls(ui.started) {
-		if q.projectID == "" || c.ProjectID == q.projectID {
-			n++
-		}
-	}
-	if lately = groupDigits(d.lastMinuteCalls); d.lastMinuteCalls >= maxLastMinuteCalls {
-		lately += "+"
-	}
-	return groupDigits(n), lately
-}
-
-// tiles are the totals of the period beside those of the one before.
+// tiles returns the totals of the period beside those of the period before.
 func (d *dashData) tiles() []tile {
 	now, was := &d.total, d.previous
-	errorsOf := func(h *hourSum) (n int64) {
-		for _, v := range h.errors {
-			n += v
-		}
-		return n
-	}
-	part := func(h *hourSum) float64 {
-		if h.calls == 0 {
-			return 0
-		}
-		return 100 * float64(errorsOf(h)) / float64(h.calls)
-	}
 	count := func(label string, now, was int64, u chartUnit, more string) tile {
-		return tile{Label: label, Value: u.format(float64(now)), More: more, Change: formatPercentChange(float64(now), float64(was)), Before: u.format(float64(was))}
+		return tile{Label: label, Value: u.format(float64(now)), More: more, Previous: u.format(float64(was)),
+			Change: formatPercentChange(float64(now), float64(was))}
 	}
-	money := count("Cost", now.cost, was.cost, unitMoney, "all calls have a price")
+	priced := "all calls are priced"
 	if now.unpriced > 0 {
-		money.More = pluralize(now.unpriced, "call", "calls") + " without a price"
+		priced = pluralize(now.unpriced, "call", "calls") + " without a price"
 	}
-	failed := tile{Label: "Errors", Value: percent(part(now)), More: pluralize(errorsOf(now), "call", "calls"), Before: percent(part(was))}
+	failed, failedBefore := errorPercent(now), errorPercent(was)
+	errorTile := tile{Label: "Errors", Value: percent(failed), More: pluralize(totalErrors(now), "call", "calls"), Previous: percent(failedBefore)}
 	if was.calls > 0 && now.calls > 0 {
-		failed.Change, failed.Level = formatPointChange(part(now)-part(was)), changeLevel(part(now), part(was), 0.5)
+		errorTile.Change, errorTile.Level = formatPointChange(failed-failedBefore), changeLevel(failed, failedBefore, 0.5)
 	}
-	out := []tile{
-		count("Calls", now.calls, was.calls, unitCount, pluralize(now.errors[1], "refused by a rule", "refused by rules")),
+	tiles := []tile{
+		count("Calls", now.calls, was.calls, unitCount, groupDigits(now.errors[1])+" refused by policy"),
 		count("Tokens", now.input+now.output, was.input+was.output, unitCount, groupDigits(now.input)+" in, "+groupDigits(now.output)+" out"),
-		money, failed,
+		count("Cost", now.cost, was.cost, unitMoney, priced), errorTile,
+		latencyTile("Time to first byte", &now.firstByteLatency, &was.firstByteLatency),
+		latencyTile("Total time", &now.totalLatency, &was.totalLatency),
 	}
-	for _, l := range []struct {
-		label    string
-		now, was *latencyHistogram
-	}{{"First byte", &now.firstByteLatency, &was.firstByteLatency}, {"Whole answer", &now.totalLatency, &was.totalLatency}} {
-		half, slow, before := l.now.quantile(0.5), l.now.quantile(0.95), l.was.quantile(0.5)
-		one := tile{Label: l.label, Value: unitMillis.format(half), More: "median; p95 " + unitMillis.format(slow), Before: unitMillis.format(before)}
-		if half > 0 && before > 0 && !math.IsInf(half+before, 0) {
-			one.Change, one.Level = formatPercentChange(half, before), changeLevel(half, before, before*0.1)
-		}
-		out = append(out, one)
-	}
-	for i := range out {
+	for i := range tiles {
 		if was.calls == 0 {
-			out[i].Before = ""
+			tiles[i].Previous = ""
 		}
 	}
-	return out
+	return tiles
 }
 
-// changeLevel says whether a number that should be small has changed by more than slack.
+func latencyTile(label string, now, was *latencyHistogram) tile {
+	median, p95, before := now.quantile(0.5), now.quantile(0.95), was.quantile(0.5)
+	t := tile{Label: label, Value: unitMillis.format(median), More: "median; p95 " + unitMillis.format(p95), Previous: unitMillis.format(before)}
+	if median > 0 && before > 0 && !math.IsInf(median+before, 0) {
+		t.Change, t.Level = formatPercentChange(median, before), changeLevel(median, before, before*0.1)
+	}
+	return t
+}
+
+// changeLevel judges the change of a number that should be small; changes up to slack are neutral.
 func changeLevel(now, was, slack float64) string {
 	switch {
 	case now > was+slack:
@@ -274,167 +409,104 @@ func changeLevel(now, was, slack float64) string {
 	return ""
 }
 
-func percent(v float64) string {
-	if v > 0 && v < 0.1 {
-		return "<0.1%"
-	}
-	return strconv.FormatFloat(v, 'f', 1, 64) + "%"
-}
-
-func formatSigned(v float64) string {
-	if v < 0 {
-		return "−" + formatTwoDecimals(-v)
-	}
-	return "+" + formatTwoDecimals(v)
-}
-
-// formatPointChange is a change of a percentage.
-func formatPointChange(v float64) string {
-	if v = math.Round(v*10) / 10; v == 0 {
-		return "±0"
-	}
-	return formatSigned(v) + " points"
-}
-
-// formatPercentChange is a change in percent, "" where there was nothing to compare with.
-func formatPercentChange(now, was float64) string {
-	if was <= 0 {
-		return ""
-	}
-	switch v := math.Round(100 * (now - was) / was); {
-	case v == 0:
-		return "±0%"
-	case v > 999:
-		return "×" + formatTwoDecimals(math.Round(now/was))
-	default:
-		return formatSigned(v) + "%"
-	}
-}
-
-// newChartView draws a chart and writes down its numbers, newest first.
-func newChartView(id, title string, c *timeChart) chartView {
-	v := chartView{ID: id, Title: title, SVG: template.HTML(c.svg()), Head: []string{"Time (UTC)"}, Empty: true}
-	for _, s := range c.series {
-		v.Legend = append(v.Legend, legendItem{s.class, s.name})
-		v.Head = append(v.Head, s.name)
-	}
-	for i := c.steps - 1; i >= 0; i-- {
-		row, any := []string{strings.TrimSuffix(c.stepLabel(i), " UTC")}, false
-		for _, s := range c.series {
-			value := s.values[i]
-			row, any = append(row, c.unit.format(value)), any || value > 0
-		}
-		if any {
-			v.Rows, v.Empty = append(v.Rows, row), false
-		}
-	}
-	return v
-}
-
-// rankings are the largest projects, tokens, models and endpoints.
-func (d *dashData) rankings(q *dashQuery) []rankingTable {
+// rankings returns the largest projects, tokens, models and endpoints.
+func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 	whole := q.valueOf(usageTotals{d.total.calls, d.total.input + d.total.output, d.total.cost})
-	tokens := q.ranking("Tokens", "token", d.tokens, whole)
-	if d.sampledCalls > 0 {
-		counted := 0.0
-		for _, t := range d.tokens {
-			counted += q.valueOf(t.usageTotals)
-		}
-		tokens = q.ranking("Tokens", "token", d.tokens, counted)
-		tokens.Note = "Of the latest " + groupDigits(int64(d.sampledCalls)) + " calls on record: there are more tokens than can be added up at once."
-	}
-	out := []rankingTable{tokens, q.ranking("Models", "model", d.usageByModel(q), whole), q.ranking("Endpoints", "endpoint", d.endpoints, whole)}
 	if q.projectSeq == 0 {
-		out = append([]rankingTable{q.ranking("Projects", "project", d.projects, whole)}, out...)
+		tables = append(tables, q.ranking("Projects", d.projects, whole))
 	}
-	return out
+	ofTokens := whole
+	if d.sampledCalls > 0 {
+		ofTokens = 0
+		for _, t := range d.tokens {
+			ofTokens += q.valueOf(t.usageTotals)
+		}
+	}
+	tokens := q.ranking("Tokens", d.tokens, ofTokens)
+	tokens.Sampled = int64(d.sampledCalls)
+	return append(tables, tokens, q.ranking("Models", d.usageByModel(q), whole), q.ranking("Endpoints", d.endpoints, whole))
 }
 
-func (q *dashQuery) ranking(title, kind string, all []usageShare, whole float64) rankingTable {
-	l := rankingTable{Title: title, Kind: kind, More: int64(max(0, len(all)-rankingSize))}
-	for _, v := range all[:min(len(all), rankingSize)] {
-		if q.valueOf(v.usageTotals) == 0 {
-			break // all that follow have nothing either
+func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) rankingTable {
+	t := rankingTable{Title: title, More: int64(max(0, len(shares)-rankingSize))}
+	for _, v := range shares[:min(len(shares), rankingSize)] {
+		value := q.valueOf(v.usageTotals)
+		if value == 0 {
+			break // the rest is zero too
 		}
-		row := rankingRow{Name: v.name, Label: v.label, Value: q.unit().format(q.valueOf(v.usageTotals)), Calls: groupDigits(v.calls), Tokens: groupDigits(v.tokens), Cost: formatMoney(v.cost)}
-		most := q.valueOf(all[0].usageTotals)
-		row.Bar = template.HTML(fractionBar(q.valueOf(v.usageTotals), most, "k1"))
+		row := rankingRow{Name: v.name, Label: v.label, Link: q.rankingLink(title, &v), Value: q.unit().format(value),
+			Calls: groupDigits(v.calls), Tokens: groupDigits(v.tokens), Cost: formatMoney(v.cost),
+			Bar: barWidth(value, q.valueOf(shares[0].usageTotals))}
 		if whole > 0 {
-			row.Part = percent(100 * q.valueOf(v.usageTotals) / whole)
+			row.Share = percent(100 * value / whole)
 		}
-		switch kind {
-		case "project":
-			if v.label != "" {
-				break // its page is gone
-			}
-			row.Link = "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.metric}}.Encode()
-		case "token":
-			row.Link = "/admin/tokens/" + url.PathEscape(v.id)
-		case "model":
-			if v.id != "" {
-				row.Link = "/admin/requests?" + url.Values{"model": {v.id}, "project": {q.projectID}}.Encode()
-			}
-		case "endpoint":
-			row.Link = "/admin/requests?" + url.Values{"endpoint": {v.name}, "project": {q.projectID}}.Encode()
-		}
-		if row.Name == "" { // calls that did not come as far as an endpoint, or named no model
+		if row.Name == "" { // the call reached no endpoint, or named no model
 			row.Name, row.Link = "none", ""
 		}
-		l.Rows = append(l.Rows, row)
+		t.Rows = append(t.Rows, row)
 	}
-	return l
+	return t
 }
 
-// formatDashboardTime writes a time as the dashboard's texts have it.
+// rankingLink returns the page that a row links to, "" if there is none.
+func (q *dashQuery) rankingLink(title string, v *usageShare) string {
+	switch {
+	case title == "Projects" && v.label == "": // otherwise it was deleted
+		return "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.metric}}.Encode()
+	case title == "Tokens":
+		return "/admin/tokens/" + url.PathEscape(v.id)
+	case title == "Models" && v.id != "":
+		return "/admin/requests?" + url.Values{"model": {v.id}, "project": {q.projectID}}.Encode()
+	case title == "Endpoints":
+		return "/admin/requests?" + url.Values{"endpoint": {v.name}, "project": {q.projectID}}.Encode()
+	}
+	return ""
+}
+
 func formatDashboardTime(ms int64) string { return time.UnixMilli(ms).UTC().Format("2 Jan 2006 15:04") }
 
-// dashboardAlerts lists what needs attention, the worst first.
-func (ui *adminUI) dashboardAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dashboardAlert, error) {
-	notes := ui.systemAlerts(r)
-	for _, k := range d.unhealthyUpstreams {
-		if q.projectID == "" || k.projectID == q.projectID {
-			notes = append(notes, dashboardAlert{Level: "bad", Kind: "Provider key", Text: keyAlertText(&k, r.now), Link: "/admin/projects/" + k.projectID})
+// dashAlerts lists what needs attention, the most urgent first.
+func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dashAlert, error) {
+	alerts := ui.systemAlerts(r)
+	for _, u := range d.unhealthyUpstreams {
+		if q.projectID == "" || u.projectID == q.projectID {
+			alerts = append(alerts, dashAlert{Level: "bad", Kind: "Upstream", Link: "/admin/projects/" + u.projectID, Text: upstreamAlertText(&u, r.now)})
 		}
 	}
-	resting, err := ui.inactiveNearLimits(r, q, d)
+	near, err := ui.idleNearLimits(r, q, d)
 	if err != nil {
 		return nil, err
 	}
-	near := append(ui.registry.nearLimits(q.now, nearLimitFraction, maxLiveScanned), resting...)
-	sortNearLimits(near)
-	left := maxAlertsPerKind
-	for _, n := range near {
-		if q.projectID != "" && n.projectID != q.projectID {
-			continue
-		}
-		if left--; left < 0 {
-			break
-		}
-		note := dashboardAlert{Level: "warn", Kind: "Limit", Link: "/admin/projects/" + n.projectID,
-			Text: percent(100*n.fraction) + " of " + n.limit + " is used: project " + n.project}
-		if n.token != "" {
-			note.Link, note.Text = "/admin/tokens/"+url.PathEscape(n.token), note.Text+", token "+n.name
-		}
-		if n.fraction >= 1 {
-			note.Level = "bad"
-		}
-		notes = append(notes, note)
+	near = append(ui.registry.nearLimits(q.now, nearLimitFraction, maxLiveScanned), near...)
+	if q.projectID != "" {
+		near = slices.DeleteFunc(near, func(n nearLimit) bool { return n.projectID != q.projectID })
 	}
-	return append(notes, expiryAlerts(r, q, d)...), nil
+	sortNearLimits(near)
+	for _, n := range near[:min(len(near), maxAlertsPerKind)] {
+		alert := dashAlert{Level: "warn", Kind: "Limit", Link: "/admin/projects/" + n.projectID, Text: "Project " + n.project}
+		if n.token != "" {
+			alert.Link, alert.Text = "/admin/tokens/"+url.PathEscape(n.token), "Token "+n.name+" of project "+n.project
+		}
+		if alert.Text += " has used " + percent(100*n.fraction) + " of " + n.limit + "."; n.fraction >= 1 {
+			alert.Level = "bad"
+		}
+		alerts = append(alerts, alert)
+	}
+	return append(alerts, expiryAlerts(r, q, d)...), nil
 }
 
-// inactiveNearLimits returns the nearly spent limits of projects and tokens that are
-// not live: of the largest in the period, for each takes some reading.
-func (ui *adminUI) inactiveNearLimits(r *pageRequest, q *dashQuery, d *dashData) (out []nearLimit, err error) {
+// idleNearLimits returns the nearly spent limits of projects and tokens that are not live. Each takes a
+// few reads, so only the largest of the period are checked.
+func (ui *adminUI) idleNearLimits(r *pageRequest, q *dashQuery, d *dashData) (near []nearLimit, err error) {
 	projects := d.projects[:min(len(d.projects), maxIdleScanned)]
 	if q.projectSeq != 0 {
 		projects = []usageShare{{seq: q.projectSeq, id: q.projectID}}
 	}
-	for _, of := range projects {
-		if ui.registry.liveProject(of.seq) != nil {
+	for _, v := range projects {
+		if ui.registry.liveProject(v.seq) != nil {
 			continue
 		}
-		p, err := ui.store.projectByID(r.ctx, of.id)
+		p, err := ui.store.projectByID(r.ctx, v.id)
 		if errors.Is(err, errNotFound) { // deleted
 			continue
 		}
@@ -445,7 +517,8 @@ func (ui *adminUI) inactiveNearLimits(r *pageRequest, q *dashQuery, d *dashData)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, filterNearLimits(counters, q.now, nearLimitFraction, nearLimit{project: p.name, projectID: p.id})...)
+		owner := nearLimit{project: p.name, projectID: p.id}
+		near = append(near, filterNearLimits(counters, q.now, nearLimitFraction, owner)...)
 	}
 	for _, v := range d.tokens[:min(len(d.tokens), maxIdleScanned)] {
 		if ui.registry.liveToken(v.id) != nil {
@@ -462,67 +535,110 @@ func (ui *adminUI) inactiveNearLimits(r *pageRequest, q *dashQuery, d *dashData)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, filterNearLimits(counters, q.now, nearLimitFraction, nearLimit{token: t.id, name: t.name, project: v.label, projectID: t.projectID})...)
+		owner := nearLimit{token: t.id, name: t.name, project: v.label, projectID: t.projectID}
+		near = append(near, filterNearLimits(counters, q.now, nearLimitFraction, owner)...)
 	}
-	return out, nil
+	return near, nil
 }
 
-// systemAlerts is what keeps this program from taking or recording calls, or soon
-// will.
-func (ui *adminUI) systemAlerts(r *pageRequest) (notes []dashboardAlert) {
-	if why := ui.databaseProblem(); why != "" {
-		notes = append(notes, dashboardAlert{Level: "bad", Kind: "Database", Text: "The database file is gone (" + why + "). Calls are refused. Stop the program and look into it with llm-proxy doctor."})
+// systemAlerts lists what keeps the proxy from taking or recording calls, or soon will.
+func (ui *adminUI) systemAlerts(r *pageRequest) (alerts []dashAlert) {
+	add := func(kind, text string) { alerts = append(alerts, dashAlert{Level: "bad", Kind: kind, Text: text}) }
+	if problem := ui.databaseProblem(); problem != "" {
+		add("Database", "The database file is missing or was replaced ("+problem+"), so calls are refused. Stop the proxy and run llm-proxy doctor.")
 	}
 	if !ui.ledger.healthy() {
-		notes = append(notes, dashboardAlert{Level: "bad", Kind: "Ledger", Text: "The ledger cannot be written, so calls are refused. Is the disk full?"})
+		add("Ledger", "The ledger cannot be written, so calls are refused. Check whether the disk is full.")
 	}
 	if ui.diskUse == nil {
-		return notes
+		return alerts
 	}
 	if use, err := ui.diskUse(r.ctx); err == nil && use.available < lowDiskBytes {
-		notes = append(notes, dashboardAlert{Level: "bad", Kind: "Disk", Text: formatBytes(use.available) + " are left on the database's disk, which holds " + formatBytes(use.databaseSize) + " of it."})
+		add("Disk", "Only "+formatBytes(use.available)+" are free on the disk of the database, which takes up "+formatBytes(use.databaseSize)+".")
 	}
-	return notes
+	return alerts
 }
 
-func keyAlertText(k *unhealthyUpstream, now time.Time) string {
-	text := k.project + ", " + k.upstream + ": "
-	switch k.state {
+func upstreamAlertText(u *unhealthyUpstream, now time.Time) string {
+	text := "Upstream " + u.upstream + " of project " + u.project + ": "
+	switch u.state {
 	case "quarantined":
-		text += "the provider does not take this key"
+		text += "the provider rejects its key"
 	case "exhausted":
-		text += "the account has no money or quota left"
+		text += "its account has run out of credit or quota"
 	case "cooling":
-		text += "the provider says that it gets too many calls"
+		text += "the provider limits its rate"
 	default:
 		text += "its calls fail"
 	}
-	if k.reason != "" {
-		text += " (" + k.reason + ")"
+	if u.reason != "" {
+		text += " (" + u.reason + ")"
 	}
-	text += ", noticed " + relativeTime(time.UnixMilli(k.since).Sub(now)) + "."
-	return text
+	return text + ", detected " + relativeTime(time.UnixMilli(u.since).Sub(now)) + "."
 }
 
-// expiryAlerts names the tokens that expire within a week.
-func expiryAlerts(r *pageRequest, q *dashQuery, d *dashData) (notes []dashboardAlert) {
+// expiryAlerts lists the tokens that expire within a week.
+func expiryAlerts(r *pageRequest, q *dashQuery, d *dashData) (alerts []dashAlert) {
 	others := int64(0)
 	for _, t := range d.expiring {
 		switch {
 		case q.projectID != "" && t.projectID != q.projectID:
-		case len(notes) < maxAlertsPerKind:
-			notes = append(notes, dashboardAlert{Level: "warn", Kind: "Token", Link: "/admin/tokens/" + url.PathEscape(t.id),
-				Text: t.name + " of " + t.project + " expires " + relativeTime(time.UnixMilli(t.expiresAt).Sub(r.now)) + "."})
+		case len(alerts) < maxAlertsPerKind:
+			alerts = append(alerts, dashAlert{Level: "warn", Kind: "Token", Link: "/admin/tokens/" + url.PathEscape(t.id),
+				Text: "Token " + t.name + " of project " + t.project + " expires " + relativeTime(time.UnixMilli(t.expiresAt).Sub(r.now)) + "."})
 		default:
 			others++
 		}
 	}
-	if others > 0 {
-		text := pluralize(others, "more token expires", "more tokens expire") + " within a week."
-		if len(d.expiring) == maxExpiringTokens {
-			text = "At least " + text
-		}
-		notes = append(notes, dashboardAlert{Level: "warn", Kind: "Token", Text: text, Link: "/admin/tokens"})
+	if others == 0 {
+		return alerts
 	}
-	return notes
+	text := pluralize(others, "more token expires", "more tokens expire") + " within a week."
+	if len(d.expiring) == maxExpiringTokens {
+		text = "At least " + text
+	}
+	return append(alerts, dashAlert{Level: "warn", Kind: "Token", Text: text, Link: "/admin/tokens"})
+}
+
+// writeCSV writes the numbers of the dashboard: a line for each step of time, and one for each project,
+// token, model and endpoint.
+func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
+	head := []string{"kind", "id", "name", "at", "calls", "input_tokens", "output_tokens", "tokens", "cost"}
+	for _, class := range errorColumnClasses() {
+		head = append(head, string(class)+"_errors")
+	}
+	e.writeRow(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms")...)
+	for i := range d.steps {
+		h := &d.steps[i]
+		row := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.stepMS).UTC().Format(time.RFC3339),
+			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.input + h.output), formatNanos(h.cost)}
+		for _, n := range h.errors {
+			row = append(row, formatInt(n))
+		}
+		for _, l := range []*latencyHistogram{&h.firstByteLatency, &h.totalLatency} {
+			row = append(row, quantileCell(l, 0.5), quantileCell(l, 0.95))
+		}
+		e.writeRow(row...)
+	}
+	for _, list := range []struct {
+		kind   string
+		shares []usageShare
+	}{{"project", d.projects}, {"token", d.tokens}, {"model", d.usageByModel(q)}, {"endpoint", d.endpoints}} {
+		for _, v := range list.shares {
+			e.writeRow(append([]string{list.kind, v.id, v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens), formatNanos(v.cost)},
+				make([]string, 4+4)...)...)
+		}
+	}
+	if d.sampledCalls > 0 {
+		note := "rows of kind token count only the latest " + strconv.Itoa(d.sampledCalls) + " calls"
+		e.writeRow(append([]string{"note", "", note}, make([]string, 14)...)...)
+	}
+}
+
+func quantileCell(l *latencyHistogram, q float64) string {
+	v := l.quantile(q)
+	if v < 0 || v > 1e9 { // no call, or in the unbounded bucket
+		return ""
+	}
+	return strconv.FormatFloat(v, 'f', 1, 64)
 }

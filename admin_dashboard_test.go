@@ -1,8 +1,9 @@
-// Tests of the dashboard: its numbers are those of the ledger, it says what needs
-// attention, and what it is asked for wrongly it says in words.
+// Tests of the dashboard and of charts: the numbers agree with the ledger, alerts are listed, and charts are
+// sound for any value and any name.
 package main
 
 import (
+	"cmp"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -21,8 +22,8 @@ import (
 	"time"
 )
 
-// TestDashboardAgrees: whatever the period, the project and what bars are made
-// of, the dashboard's numbers are those of the calls on record.
+// TestDashboardAgrees: for any period, project and grouping, the numbers of the dashboard are those of the calls
+// on record.
 func TestDashboardAgrees(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -31,7 +32,8 @@ func TestDashboardAgrees(t *testing.T) {
 	for _, p := range dashPeriods(u.now.UnixMilli()) {
 		for seq, id := range projects {
 			for _, by := range []string{"project", "model"} {
-				q := &dashQuery{dashPeriod: p, projectSeq: seq, projectID: id, groupBy: by, metric: "tokens", now: u.now.UnixMilli(), maxExactTokens: 100, sampleSize: 1000}
+				q := &dashQuery{dashPeriod: p, projectSeq: seq, projectID: id, groupBy: by, metric: "tokens",
+					now: u.now.UnixMilli(), maxExactTokens: 100, sampleSize: 1000}
 				if seq != 0 {
 					q.groupBy = "model"
 				}
@@ -80,43 +82,41 @@ func (u *usageTest) compareDashboard(q *dashQuery) {
 		}
 	}
 	if inSeries != whole || inSteps != whole {
-		u.t.Errorf("%s: the series hold %+v, their steps %+v, of %+v", name, inSeries, inSteps, whole)
+		u.t.Errorf("%s: the series add up to %+v, their steps to %+v, want %+v", name, inSeries, inSteps, whole)
 	}
 	for what, list := range map[string][]usageShare{"models": d.usageByModel(q), "endpoints": d.endpoints, "tokens": d.tokens, "projects": d.projects} {
 		var sum usageTotals
 		for i, v := range list {
 			sum.add(v.usageTotals)
 			if i > 0 && q.valueOf(list[i-1].usageTotals) < q.valueOf(v.usageTotals) {
-				u.t.Errorf("%s: %s are in no order", name, what)
+				u.t.Errorf("%s: %s are not sorted", name, what)
 			}
 			if what == "tokens" && v.usageTotals != tokens[v.id] || what == "endpoints" && v.usageTotals != endpoints[v.name] {
-				u.t.Errorf("%s: %s %s has %+v", name, what, orDefault(v.id, v.name), v.usageTotals)
+				u.t.Errorf("%s: %s %s has %+v", name, what, cmp.Or(v.id, v.name), v.usageTotals)
 			}
 		}
 		if sum != whole && !(what == "projects" && q.projectSeq != 0) {
-			u.t.Errorf("%s: all %s have %+v of %+v", name, what, sum, whole)
+			u.t.Errorf("%s: the %s add up to %+v, want %+v", name, what, sum, whole)
 		}
 	}
 }
 
-func orDefault(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
-}
-
-// TestDashboardBounded: where there are more tokens and calls than can be added
-// up soon, the latest calls are looked at, and the page says so.
+// TestDashboardBounded: with too many tokens to add up quickly, only the latest calls are read, and the page
+// says so.
 func TestDashboardBounded(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
 	p := dashPeriods(u.now.UnixMilli())[2]
 	for _, c := range []struct {
-		firstToken, latest, sampled int
-		calls                       int64
-	}{{100, 20, 0, -1}, {1, 20, 20, 20}, {1, 100_000, 100_000, -1}} {
-		q := &dashQuery{dashPeriod: p, groupBy: "project", metric: "calls", now: u.now.UnixMilli(), maxExactTokens: c.firstToken, sampleSize: c.latest}
+		maxExactTokens, sampleSize, sampled int
+		calls                               int64 // -1: all
+	}{
+		{maxExactTokens: 100, sampleSize: 20, sampled: 0, calls: -1},
+		{maxExactTokens: 1, sampleSize: 20, sampled: 20, calls: 20},
+		{maxExactTokens: 1, sampleSize: 100_000, sampled: 100_000, calls: -1},
+	} {
+		q := &dashQuery{dashPeriod: p, groupBy: "project", metric: "calls", now: u.now.UnixMilli(),
+			maxExactTokens: c.maxExactTokens, sampleSize: c.sampleSize}
 		d, err := u.instance.store.readDashboard(t.Context(), q)
 		if err != nil {
 			t.Fatal(err)
@@ -129,13 +129,13 @@ func TestDashboardBounded(t *testing.T) {
 			c.calls = d.total.calls
 		}
 		list := d.rankings(q)[1]
-		if d.sampledCalls != c.sampled || calls != c.calls || (list.Note != "") != (c.sampled > 0) {
-			t.Errorf("%+v: %d calls, of the latest %d, %q", c, calls, d.sampledCalls, list.Note)
+		if d.sampledCalls != c.sampled || calls != c.calls || list.Sampled != int64(c.sampled) {
+			t.Errorf("%+v: %d calls, of the latest %d; the page says %d", c, calls, d.sampledCalls, list.Sampled)
 		}
 	}
 }
 
-// TestDashboardPage: what the page shows, and how it answers what makes no sense.
+// TestDashboardPage: what the page shows, and the error for each invalid parameter.
 func TestDashboardPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -148,14 +148,14 @@ func TestDashboardPage(t *testing.T) {
 		}
 		for _, text := range texts {
 			if absent, ok := strings.CutPrefix(text, "!"); ok == strings.Contains(res.body, strings.TrimPrefix(text, "!")) {
-				t.Errorf("%s: %q is there: %v\n%s", path, absent, ok, res.body)
+				t.Errorf("%s: %q is on the page: %v\n%s", path, absent, ok, res.body)
 			}
 		}
 	}
-	has("/admin/dashboard", 200, "No call has come yet", "!Needs attention", "!<svg class=\"axis\"")
-	soon, _ := p.newToken(`"name":"soon to end","duration_hours":30`)
+	has("/admin/dashboard", 200, "No calls yet", "!Needs attention", "!<svg class=\"axis\"")
+	soon, _ := p.newToken(`"name":"ends soon","duration_hours":30`)
 	gone, _ := p.newToken(`"name":"revoked one","duration_hours":30`)
-	p.newToken(`"name":"far from it","expires_in_days":300`)
+	p.newToken(`"name":"ends late","expires_in_days":300`)
 	p.manage("DELETE", "/manage/tokens/"+gone, "", 200, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"limits":[{"count":"requests","max":4,"per":"day"},{"count":"requests","max":100,"per":"minute"},{"count":"tokens","max":1,"per":"day","shadow":true}]}}`, 200, nil)
 	for range 4 {
@@ -176,10 +176,11 @@ func TestDashboardPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, query := range []string{"", "?period=24h&measure=cost", "?period=7d&by=model", "?period=30d&measure=tokens&by=project", "?period=90d", "?project=" + p.project + "&period=24h"} {
-		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon, "soon to end of test expires in 29 hours", "!revoked one", "!far from it",
-			"100.0% of 4 requests per day", "!100 requests", "!1 tokens", "does not take this key", `<svg class="axis"`, "gpt-4o-mini", "POST /v1/chat/completions", "!No call has come")
+		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon, "Token ends soon of project test expires in 29 hours",
+			"!revoked one", "!ends late", "100.0% of 4 requests per day", "!100 requests", "!1 tokens", "the provider rejects its key",
+			`<svg class="axis"`, "gpt-4o-mini", "POST /v1/chat/completions", "!No calls yet")
 	}
-	if err := p.stop(); err != nil { // limits are known again after a restart, before any call
+	if err := p.stop(); err != nil { // after a restart limits are known before the first call
 		t.Fatal(err)
 	}
 	p.start()
@@ -196,7 +197,7 @@ func TestDashboardPage(t *testing.T) {
 	}
 }
 
-// TestChange: how a number is told beside the one before it.
+// TestChange: how the change of a number is shown.
 func TestChange(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -216,8 +217,10 @@ func TestChange(t *testing.T) {
 
 const chartDay = 20_000 * dayMS // 4 October 2024
 
-// chartCases are charts by the name of their golden file.
-func chartCases() map[string]string {
+// chartCases returns charts by the name of their golden file.
+func chartCases(t *testing.T) map[string]string {
+	render := chartRenderer(t)
+	draw := func(c *timeChart) string { return render("drawing", c.draw()) }
 	nan := math.NaN()
 	calls := &timeChart{label: "Calls over time, by project", start: chartDay, stepMS: dayMS, steps: 4, series: []chartSeries{
 		{"search", "k1", []float64{10, 0, 35, 20}}, {"bot", "k2", []float64{5, 0, 5, 1}}, {"all others", "k0", []float64{0, 0, 1, 0}}}}
@@ -228,24 +231,46 @@ func chartCases() map[string]string {
 	hostile := &timeChart{label: `"><script>alert(1)</script>`, start: chartDay, stepMS: dayMS, steps: 1, series: []chartSeries{
 		{"</title><img src=x onerror=alert(1)>\u202e&amp;", "k1", []float64{3}}}}
 	huge := &timeChart{label: "Huge", start: chartDay, stepMS: dayMS, steps: 2, series: []chartSeries{{"x", "k1", []float64{9.2e18, 1}}, {"y", "k2", []float64{9.2e18, 0}}}}
-	bar := durationBar{}
-	bar.add("to the first byte", "k1", 240_000)
-	bar.add("the answer <b>", "k4", 1_760_000)
+	empty := &timeChart{label: "Nothing", start: chartDay, stepMS: dayMS, steps: 3, series: []chartSeries{{"x", "k1", make([]float64, 3)}}}
+	none := &timeChart{label: "No series", unit: unitMoney, start: chartDay, stepMS: dayMS, steps: 1}
+	single := &timeChart{label: "One point", unit: unitMillis, start: chartDay, stepMS: hourMS, steps: 1, lineChart: true,
+		series: []chartSeries{{"p50", "k1", []float64{250}}}}
+	bar := newDurationBar(durationPart{Name: "to the first byte", Class: "k1", us: 240_000}, durationPart{Name: "nothing", Class: "k2"},
+		durationPart{Name: "the answer <b>", Class: "k4", us: 1_760_000})
 	return map[string]string{
-		"stacked": calls.svg(), "money": money.svg(), "lines": lines.svg(), "hostile": hostile.svg(), "huge": huge.svg(),
-		"empty":  (&timeChart{label: "Nothing", start: chartDay, stepMS: dayMS, steps: 3, series: []chartSeries{{"x", "k1", make([]float64, 3)}}}).svg(),
-		"none":   (&timeChart{label: "No series", unit: unitMoney, start: chartDay, stepMS: dayMS, steps: 1}).svg(),
-		"single": (&timeChart{label: "One point", unit: unitMillis, start: chartDay, stepMS: hourMS, steps: 1, lineChart: true, series: []chartSeries{{"p50", "k1", []float64{250}}}}).svg(),
-		"bars":   fractionBar(1, 3, "k1") + fractionBar(0, 0, "") + fractionBar(5, 3, "k2") + fractionBar(1e-9, 1, "k1"),
-		"span":   bar.svg() + (&durationBar{}).svg(),
+		"stacked": draw(calls), "money": draw(money), "lines": draw(lines), "hostile": draw(hostile), "huge": draw(huge),
+		"empty": draw(empty), "none": draw(none), "single": draw(single),
+		"bars": render("share-bar", barWidth(1, 3)) + render("share-bar", barWidth(0, 0)) + render("share-bar", barWidth(5, 3)) +
+			render("share-bar", barWidth(1e-9, 1)),
+		"span": render("duration-bar", bar) + render("duration-bar", newDurationBar()),
 	}
 }
 
-// TestCharts: charts look as in testdata/charts. LLM_PROXY_GOLDEN=1 writes those
-// files anew.
+// chartRenderer returns a function that renders a template of templates/parts.
+func chartRenderer(t *testing.T) func(name string, data any) string {
+	t.Helper()
+	ps, err := newPageSet()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := ps.templates()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(name string, data any) string {
+		t.Helper()
+		var b strings.Builder
+		if err := pages["dashboard"].ExecuteTemplate(&b, name, data); err != nil {
+			t.Fatal(err)
+		}
+		return b.String()
+	}
+}
+
+// TestCharts: charts look as in testdata/charts. LLM_PROXY_GOLDEN=1 rewrites these files.
 func TestCharts(t *testing.T) {
 	t.Parallel()
-	for name, got := range chartCases() {
+	for name, got := range chartCases(t) {
 		file := filepath.Join("testdata", "charts", name+".svg")
 		if os.Getenv("LLM_PROXY_GOLDEN") != "" {
 			if err := os.WriteFile(file, []byte(got+"\n"), 0o644); err != nil {
@@ -254,14 +279,13 @@ func TestCharts(t *testing.T) {
 		}
 		want, err := os.ReadFile(file)
 		if err != nil || string(want) != got+"\n" {
-			t.Errorf("%s is not drawn as in %s (%v):\n%s", name, file, err, clip(got, 3000))
+			t.Errorf("%s differs from %s (%v):\n%s", name, file, err, clip(got, 3000))
 		}
 		checkDrawing(t, name, got)
 	}
 }
 
-// checkDrawing holds a drawing to what the pages' Content-Security-Policy and any
-// browser ask for.
+// checkDrawing checks that a drawing is well-formed, has no script or style, and no impossible coordinate.
 func checkDrawing(t *testing.T, name, svg string) {
 	t.Helper()
 	d := xml.NewDecoder(strings.NewReader("<x>" + svg + "</x>"))
@@ -292,27 +316,28 @@ func checkDrawing(t *testing.T, name, svg string) {
 	}
 }
 
-// TestChartsOfAnything: no number or text makes a drawing that is not sound.
+// TestChartsOfAnything: drawings are sound for any number and any text.
 func TestChartsOfAnything(t *testing.T) {
 	t.Parallel()
+	render := chartRenderer(t)
 	random := rand.New(rand.NewPCG(5, 6))
 	values := []float64{0, 1, 0.4, 3e3, 1e9, 7e17, 1e-7, math.NaN(), math.Inf(1), math.MaxInt64, -1}
 	names := []string{"a", "<b>", `"`, "\x00\xff", "]]>", "&", "\u202e", strings.Repeat("x", 5000)}
 	for i := range 80 {
-		c := &timeChart{label: names[random.IntN(len(names))], unit: chartUnit(random.IntN(3)), start: chartDay, stepMS: []int64{hourMS, 6 * hourMS, dayMS}[random.IntN(3)],
-			steps: random.IntN(100), lineChart: i%2 == 0}
+		c := &timeChart{label: names[random.IntN(len(names))], unit: chartUnit(random.IntN(3)), start: chartDay,
+			stepMS: []int64{hourMS, 6 * hourMS, dayMS}[random.IntN(3)], steps: random.IntN(100), lineChart: i%2 == 0}
 		for range random.IntN(8) {
-			s := chartSeries{name: names[random.IntN(len(names))], class: "k1"}
+			s := chartSeries{Name: names[random.IntN(len(names))], Class: "k1"}
 			for range c.steps {
 				s.values = append(s.values, values[random.IntN(len(values))])
 			}
 			c.series = append(c.series, s)
 		}
-		checkDrawing(t, "anything", c.svg())
+		checkDrawing(t, "anything", render("drawing", c.draw()))
 	}
 }
 
-// TestTicks: axes end at or above the highest value, in two to five round steps.
+// TestTicks: an axis ends at or above the highest value, after one to five round steps.
 func TestTicks(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -337,9 +362,8 @@ func TestTicks(t *testing.T) {
 	}
 }
 
-// BenchmarkScaleAdmin walks through lists, ten pages deep, and opens single
-// pages. Most tokens have no end, and a name that many others have: where an
-// order by such a thing does not walk an index, it shows.
+// BenchmarkScaleAdmin pages through lists and opens single pages. Most tokens never expire and share their name
+// with many others, so that an order by either that does not use an index shows.
 func BenchmarkScaleAdmin(b *testing.B) {
 	s := newScaleTest(b)
 	defer s.close()

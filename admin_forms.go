@@ -1,7 +1,6 @@
-// This room makes the forms of /admin: fields with their labels and help, the
-// input kept and the mistake beside its field when a form is refused. What a
-// field may hold is not decided here: the handlers of /manage say, and a field
-// has the name that they use for it.
+// This file is the skeleton of every form of /admin: a GET shows it, a POST decodes it into the input of
+// an operation, runs the operation, and either redirects or shows the mistake beside its field. What a
+// field may hold is decided by the operations; a field has the JSON name that they use.
 package main
 
 import (
@@ -10,65 +9,148 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"unicode"
-	"unicode/utf8"
 )
 
-// A pageForm is what template "form" shows.
+// A pageForm is the data of the template "form".
 type pageForm struct {
 	Action, Submit, Cancel string
 	Danger                 bool
 	Problem                string // with the form as a whole
-	Version                int64  // of what it changes; 0: nothing
-	Once                   string // names this copy of the form: it is carried out once
-	Hidden                 []formOption
+	Version                int64  // of the object that it changes; 0: none
+	Creates                string // "token", "key" or "value": a secret that is shown once; "" otherwise
+	Once                   string // names this copy of a form that creates a secret: it is carried out once
+	Hidden                 []labeledValue
 	Fields                 []*formField
 }
 
-// A formField is one input with its label. Kind is text, password, number, textarea,
-// select, checkbox, datetime-local, or heading for a line between fields.
+// A formField is one input with its label. Kind is text, password, number, lines (a list, one entry per
+// line), pairs (a map, one "key = value" per line), select, checkbox or datetime-local.
 type formField struct {
 	Name, Label, Kind, Value, Help, Placeholder, Error string
-	Options                                            []formOption
-	Required, Checked, Short                           bool
+
+	Options                  []option
+	Required, Checked, Short bool
+	Empty                    emptyField
+	stored                   string
 }
 
-type formOption struct{ Value, Label string }
+// An emptyField tells what an empty field means.
+type emptyField int
 
-// fieldID is what labels and help refer to a field by.
+const (
+	emptyValue   emptyField = iota // the empty text, list or map, or the number 0
+	emptyOmitted                   // the operation's default, or no change
+	emptyNull
+)
+
+// A labeledValue is a value with its name.
+type labeledValue struct{ Label, Value string }
+
+// fieldID returns the HTML id of a field.
 func fieldID(name string) string {
 	return "f-" + strings.NewReplacer(".", "-", "[", "-", "]", "").Replace(name)
 }
 
-// fill puts in the values: those that were sent, or else those that are stored.
-// Passwords never come back.
+// fill puts in the values that were sent, otherwise those that are stored. Passwords never come back.
 func (f *pageForm) fill(sent, stored url.Values) {
 	values := stored
 	if sent != nil {
 		values = sent
 	}
-	for _, in := range f.Fields {
-		switch in.Kind {
-		case "heading", "password":
+	for _, field := range f.Fields {
+		field.stored = stored.Get(field.Name)
+		switch field.Kind {
+		case "password":
 		case "checkbox":
-			in.Checked = values.Get(in.Name) != ""
+			field.Checked = values.Get(field.Name) != ""
 		default:
-			in.Value = strings.ReplaceAll(values.Get(in.Name), "\r\n", "\n")
+			field.Value = strings.ReplaceAll(values.Get(field.Name), "\r\n", "\n")
 		}
 	}
 }
 
-// showError puts a mistake beside the field that it is about, and returns the
-// status of the answer. What is no mistake of the sender's comes back as error.
+// decode puts the form into the fields of an operation's input, by name. Fields that the input does not
+// have are left to the page.
+func (f *pageForm) decode(form url.Values, input map[string]any) error {
+	for _, field := range f.Fields {
+		to := input[field.Name]
+		if to == nil {
+			continue
+		}
+		if err := field.decode(strings.ToValidUTF8(form.Get(field.Name), "\ufffd"), to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (field *formField) decode(text string, to any) error {
+	if text == "" && field.Empty == emptyOmitted {
+		return nil
+	}
+	null := text == "" && field.Empty == emptyNull
+	switch to := to.(type) {
+	case *optional[string]:
+		if field.Kind == "datetime-local" {
+			if text != "" && text == field.stored {
+				return nil // stays as it is, to the millisecond, even in the past
+			}
+			text = formTimeToRFC3339(text)
+		}
+		if field.Name != "name" { // a name with spaces around it is refused
+			text = strings.TrimSpace(text)
+		}
+		*to = optional[string]{set: true, null: null, value: text}
+	case *optional[secret]:
+		*to = given(newSecret(text))
+	case *optional[bool]:
+		*to = given(text != "")
+	case *optional[int64]:
+		n, err := strconv.ParseInt(strings.ReplaceAll(strings.TrimSpace(text), ",", ""), 10, 64)
+		if err != nil && text != "" {
+			return &fieldError{field.Name, "must be a whole number"}
+		}
+		*to = optional[int64]{set: true, null: null, value: n}
+	case *optional[[]string]:
+		*to = given(splitLines(text))
+	case *optional[json.RawMessage]:
+		if field.Kind != "pairs" {
+			*to = given(jsonNumber(text))
+			return nil
+		}
+		pairs := map[string]string{}
+		for _, line := range splitLines(text) {
+			key, value, ok := strings.Cut(line, "=")
+			if !ok {
+				return &fieldError{field.Name, "must have lines such as " + field.Placeholder}
+			}
+			pairs[strings.TrimSpace(key)] = strings.TrimSpace(value)
+		}
+		*to = given(mustMarshal(pairs))
+	}
+	return nil
+}
+
+// mustMarshal returns the JSON of a value that cannot fail to have one.
+func mustMarshal(v any) json.RawMessage {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return json.RawMessage("null")
+	}
+	return b
+}
+
+// showError puts a mistake beside its field and returns the status of the page. Other errors come back.
 func (f *pageForm) showError(err error) (int, error) {
 	if errors.Is(err, errTaken) {
-		err = &fieldError{"name", "is taken by another one"}
+		err = &fieldError{"name", "is already taken"}
 	}
 	if errors.Is(err, errStale) {
-		f.Problem = "Somebody changed this while you had the form open. Open it again to see the change; what you typed is still here."
+		f.Problem = "Someone else changed this while you had the form open. Open it again to see the change. Your input is still here."
 		return http.StatusConflict, nil
 	}
 	fe, ok := errors.AsType[*fieldError](err)
@@ -79,9 +161,9 @@ func (f *pageForm) showError(err error) (int, error) {
 		}
 		return 0, err
 	}
-	for _, in := range f.Fields {
-		if in.Name == fe.param || strings.HasPrefix(fe.param, in.Name+"[") { // an entry of a list
-			in.Error = in.Label + " " + strings.TrimSuffix(fe.msg, ".") + "."
+	for _, field := range f.Fields {
+		if field.Name == fe.param || strings.HasPrefix(fe.param, field.Name+"[") { // an entry of a list
+			field.Error = field.Label + " " + strings.TrimSuffix(fe.msg, ".") + "."
 			return http.StatusBadRequest, nil
 		}
 	}
@@ -89,180 +171,241 @@ func (f *pageForm) showError(err error) (int, error) {
 	return http.StatusBadRequest, nil
 }
 
-func capitalize(s string) string {
-	r, n := utf8.DecodeRuneInString(s)
-	return string(unicode.ToUpper(r)) + s[n:]
+// A formView is the data of templates/form.html.
+type formView struct {
+	Crumb  option // the page above this one: its address and title
+	Intro  string // names a text of the template, "" for none
+	Form   *pageForm
+	Policy *policyForm // nil: the form has none
 }
 
-// setText puts a form's text into the fields of a request. An empty one is left
-// out, or null where that means "none".
-func setText(to map[string]any, form url.Values, name string, emptyIsNull bool) {
-	switch v := form.Get(name); {
-	case v != "":
-		to[name] = v
-	case emptyIsNull:
-		to[name] = nil
+// submit handles a page with a form. A GET shows it with what is stored. A POST runs the operation, which
+// returns the page that follows.
+func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values, run func() (*pageResponse, error)) (*pageResponse, error) {
+	v.Form.Action = r.http.URL.Path
+	if v.Form.Creates != "" {
+		v.Form.Once = randomBase62(16)
 	}
+	v.Form.fill(r.form, stored)
+	if v.Policy != nil {
+		v.Policy.fill(r.form)
+	}
+	page := &pageResponse{template: "form", title: title, data: v}
+	if !r.isPost() {
+		return page, nil
+	}
+	v.Form.Version = r.ifMatchVersion
+	if v.Form.Once != "" && !ui.sentForms.claim(r.form.Get("once")) {
+		return &pageResponse{template: "sent", title: "Form already submitted", status: http.StatusConflict, data: v}, nil
+	}
+	next, err := run()
+	if err == nil {
+		return next, nil
+	}
+	if v.Policy != nil && v.Policy.showError(err) {
+		page.status = http.StatusBadRequest
+		return page, nil
+	}
+	page.status, err = v.Form.showError(err)
+	return page, err
 }
 
-// setNumber is setText for whole numbers. What is none goes on as text: the
-// handler then says what the field must be.
-func setNumber(to map[string]any, form url.Values, name string, emptyIsNull bool) {
-	setText(to, form, name, emptyIsNull)
-	if v, ok := to[name].(string); ok {
-		if n, err := strconv.ParseInt(strings.ReplaceAll(strings.TrimSpace(v), ",", ""), 10, 64); err == nil {
-			to[name] = n
-		}
+// decode puts the form into an operation's input, by name.
+func (v *formView) decode(r *pageRequest, input map[string]any) error {
+	if err := v.Form.decode(r.form, input); err != nil {
+		return err
 	}
+	if to, ok := input["policy"].(*optional[json.RawMessage]); ok && v.Policy != nil {
+		*to = given(v.Policy.encode(r.form))
+	}
+	return nil
+}
+
+// A confirmView is the data of templates/confirm.html: a page that asks before it does something.
+type confirmView struct {
+	Ask   string // names the question
+	Items []string
+	Form  *pageForm
+}
+
+// confirm asks on a GET. On a POST it runs the operation and goes to then.
+func (r *pageRequest) confirm(title string, v *confirmView, then *pageResponse, run func() error) (*pageResponse, error) {
+	if !r.isPost() {
+		v.Form.Action, v.Form.Danger = r.http.URL.Path, true
+		return &pageResponse{template: "confirm", title: title, data: v}, nil
+	}
+	if err := run(); err != nil {
+		return nil, err
+	}
+	return then, nil
 }
 
 // splitLines returns the lines of a text area, without empty ones.
 func splitLines(text string) []string {
-	out := []string{}
+	lines := []string{}
 	for line := range strings.SplitSeq(text, "\n") {
 		if line = strings.TrimSpace(line); line != "" {
-			out = append(out, line)
+			lines = append(lines, line)
 		}
 	}
-	return out
+	return lines
 }
 
-// submittedForms remembers which forms were carried out of late, so that one which
-// shows a secret once does not make another when its answer is reloaded. It
-// forgets the oldest.
+// formTimeToRFC3339 converts the value of a datetime-local input. Other text is returned unchanged, for the
+// operation to refuse.
+func formTimeToRFC3339(text string) string {
+	switch len(text) {
+	case len("2006-01-02T15:04"):
+		return text + ":00Z"
+	case len("2006-01-02T15:04:05"):
+		return text + "Z"
+	}
+	return text
+}
+
+// jsonNumber returns a typed number as JSON; commas and a dollar sign are allowed. Other text becomes a JSON
+// string, for the operation to refuse.
+func jsonNumber(text string) json.RawMessage {
+	number := strings.TrimPrefix(strings.ReplaceAll(strings.TrimSpace(text), ",", ""), "$")
+	if number != "" && strings.Trim(number, "0123456789.") == "" && json.Valid([]byte(number)) {
+		return json.RawMessage(number)
+	}
+	return mustMarshal(text)
+}
+
+// submittedForms remembers the latest forms that were carried out, so that reloading the response to one that
+// shows a secret does not create another secret.
 type submittedForms struct {
 	mu   sync.Mutex
-	ids  [512]string
+	ids  [512]string // a ring
 	next int
 }
 
-// claim reports whether a form is seen for the first time.
-func (s *submittedForms) claim(name string) bool {
+// claim reports whether a form is submitted for the first time.
+func (s *submittedForms) claim(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, n := range s.ids {
-		if n == name {
-			return false
-		}
+	if slices.Contains(s.ids[:], id) {
+		return false
 	}
-	s.ids[s.next] = name
+	s.ids[s.next] = id
 	s.next = (s.next + 1) % len(s.ids)
 	return true
 }
 
-// A limitFormRow is one limit in the form. Index names its fields, which have the
-// names that errors use.
-type limitFormRow struct {
-	Index                       int
-	Count, Max, Per, Which, For string // Which: endpoint, For: model
-	Shadow                      bool
-	Error, ErrorField           string
+// A policyForm is the data of the template "policy".
+type policyForm struct {
+	Lists            []policyListField
+	Settings         []*formField // of a project's policy only
+	Limits           []*limitFormRow
+	Metrics, Periods []option
+	MaxLimits        int
+	Problem          string // with the limits as a whole
+	stored           json.RawMessage
 }
 
-// A policyListField is a list and what it means when it is empty.
+// A policyListField is a list, and whether an empty list allows nothing instead of everything.
 type policyListField struct{ List, None *formField }
 
-// A policyForm is the fields about a policy.
-type policyForm struct {
-	OfProject      bool
-	Lists          []policyListField
-	Limits         []*limitFormRow
-	Counts, Spans  []formOption
-	Problem        string
-	StatefulInput  *formField
-	KeepInput      *formField
-	MostLimitsHere int
+// A limitFormRow is one limit. Index is part of the names of its fields, which are the names in errors.
+type limitFormRow struct {
+	Index, Number                    int
+	Count, Max, Per, Endpoint, Model string
+	Shadow                           bool
+	Error, ErrorField                string
 }
 
-const blankLimitRows = 2 // empty ones for new limits
+const blankLimitRows = 2 // for new limits
 
-func newPolicyForm(ofProject bool) *policyForm {
-	list := func(name, label, placeholder, help, none string) policyListField {
-		return policyListField{&formField{Name: "policy." + name, Label: label, Kind: "textarea", Placeholder: placeholder, Help: help},
-			&formField{Name: "policy." + name + ".none", Label: none, Kind: "checkbox"}}
-	}
-	who := "this token"
+// newPolicyForm returns the form of a stored policy.
+func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
+	owner := "this token"
 	if ofProject {
-		who = "the project's tokens"
+		owner = "tokens of this project"
 	}
-	p := &policyForm{OfProject: ofProject, MostLimitsHere: maxLimits,
-		Counts: []formOption{{metricRequests.String(), "requests"}, {metricTokens.String(), "tokens"}, {metricDollars.String(), "dollars"}, {metricConcurrent.String(), "calls at one time"}},
-		Spans:  []formOption{{"", "–"}}}
-	for s := perSecond; s <= perLifetime; s++ {
-		p.Spans = append(p.Spans, formOption{s.String(), map[bool]string{true: "in all", false: "per " + s.String()}[s == perLifetime]})
+	list := func(name, label, placeholder, help string) policyListField {
+		return policyListField{
+			&formField{Name: "policy." + name, Label: label, Kind: "lines", Placeholder: placeholder, Help: help},
+			&formField{Name: "policy." + name + ".none", Label: "If the list is empty, allow none instead of all", Kind: "checkbox"}}
 	}
-	p.Lists = []policyListField{
-		list("models", "Models", "gpt-4o-mini\nclaude-*", "What "+who+" may ask for, one a line; * at the end stands for any rest. Empty: every model.",
-			"If no model is listed, allow none instead of all"),
-		list("endpoints", "Endpoints", "/v1/chat/completions\n/v1/audio/*", "What "+who+" may call, one a line, such as /v1/embeddings or POST /v1/responses. Empty: every endpoint that keeps nothing at the provider.",
-			"If no endpoint is listed, allow none instead of all"),
-		list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32", "From where "+who+" may be used, one network or address a line. Empty: from everywhere.",
-			"If no address is listed, allow none instead of all")}
+	p := &policyForm{MaxLimits: maxLimits, stored: stored,
+		Metrics: options(metricRequests.String(), "requests", metricTokens.String(), "tokens", metricDollars.String(), "dollars",
+			metricConcurrent.String(), "concurrent calls"),
+		Lists: []policyListField{
+			list("models", "Models", "gpt-4o-mini\nclaude-*",
+				"Models that "+owner+" may request. One per line; a trailing * is a wildcard. Leave empty for all models."),
+			list("endpoints", "Endpoints", "/v1/chat/completions\n/v1/audio/*",
+				"Endpoints that "+owner+" may call, such as /v1/embeddings or POST /v1/responses. One per line; a trailing * is a wildcard. "+
+					"Leave empty for all endpoints that store nothing at the provider."),
+			list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32",
+				"Networks or addresses from which "+owner+" may be used. One per line. Leave empty for everywhere."),
+		}}
+	p.Periods = options("", "–")
+	for period := perSecond; period < perLifetime; period++ {
+		p.Periods = append(p.Periods, option{period.String(), "per " + period.String()})
+	}
+	p.Periods = append(p.Periods, option{perLifetime.String(), "in total"})
 	if ofProject {
-		p.KeepInput = &formField{Name: "policy.keep_content_days", Label: "Days to keep what calls say", Kind: "number", Placeholder: "0", Short: true,
-			Help: "Request and answer of each call, sealed, for administrators to read. Empty or 0: nothing is kept. Tell the people whose words these are."}
-		p.StatefulInput = &formField{Name: "policy.stateful", Label: "Allow endpoints that keep objects at the provider", Kind: "checkbox",
-			Help: "Files, batches, assistants, stored responses. Everybody who shares the provider's key shares those objects."}
+		p.Settings = []*formField{
+			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox",
+				Help: "Files, batches, assistants, stored responses. All projects that use the same upstream key share these objects."},
+			{Name: "policy.keep_content_days", Label: "Keep request and response content (days)", Kind: "number", Placeholder: "0", Short: true,
+				Help: "Stored encrypted, readable by admins. Leave empty to store no content. Tell users that their content is stored."}}
 	}
 	return p
 }
 
-// fields is all of the form's fields but the limits'.
-func (p *policyForm) fields() (out []*formField) {
+// fields returns all fields except those of the limits.
+func (p *policyForm) fields() (fields []*formField) {
 	for _, l := range p.Lists {
-		out = append(out, l.List, l.None)
+		fields = append(fields, l.List, l.None)
 	}
-	if p.StatefulInput != nil {
-		out = append(out, p.StatefulInput, p.KeepInput)
-	}
-	return out
+	return append(fields, p.Settings...)
 }
 
-// fill puts in what was sent, or else a stored policy.
-func (p *policyForm) fill(sent url.Values, stored json.RawMessage) {
+// fill puts in what was sent, otherwise the stored policy.
+func (p *policyForm) fill(sent url.Values) {
 	values := sent
 	if sent == nil {
-		values = policyValues(stored)
+		values = policyValues(p.stored)
 	}
 	(&pageForm{Fields: p.fields()}).fill(values, nil)
-	for _, i := range limitIndexes(values) {
-		at := func(name string) string { return values.Get(fmt.Sprintf("policy.limits[%d].%s", i, name)) }
-		if row := (&limitFormRow{len(p.Limits), at("count"), strings.TrimSpace(at("max")), at("per"), at("endpoint"), at("model"), at("shadow") != "", "", ""}); row.Max != "" || row.Which != "" || row.For != "" {
-			p.Limits = append(p.Limits, row)
+	for i := range maxLimits + blankLimitRows {
+		value := func(name string) string {
+			return strings.TrimSpace(values.Get(fmt.Sprintf("policy.limits[%d].%s", i, name)))
+		}
+		row := limitFormRow{Count: value("count"), Max: value("max"), Per: value("per"), Endpoint: value("endpoint"), Model: value("model"), Shadow: value("shadow") != ""}
+		if row.Max != "" || row.Endpoint != "" || row.Model != "" {
+			p.addRow(row)
 		}
 	}
 	for range blankLimitRows {
 		if len(p.Limits) < maxLimits {
-			p.Limits = append(p.Limits, &limitFormRow{Index: len(p.Limits), Count: metricRequests.String(), Per: perMinute.String()})
+			p.addRow(limitFormRow{Count: metricRequests.String(), Per: perMinute.String()})
 		}
 	}
 }
 
-// limitIndexes returns the numbers of the rows that a form has, in order.
-func limitIndexes(values url.Values) (out []int) {
-	for i := range maxLimits + blankLimitRows {
-		if values.Has(fmt.Sprintf("policy.limits[%d].max", i)) {
-			out = append(out, i)
-		}
-	}
-	return out
+func (p *policyForm) addRow(row limitFormRow) {
+	row.Index, row.Number = len(p.Limits), len(p.Limits)+1
+	p.Limits = append(p.Limits, &row)
 }
 
-// policyValues writes a stored policy as the form has it.
+// policyValues returns a stored policy as the values of the form.
 func policyValues(stored json.RawMessage) url.Values {
-	values := url.Values{}
 	var p struct {
 		Models, Endpoints, Addresses []string
 		Stateful                     bool
 		KeepContentDays              int64 `json:"keep_content_days"`
 		Limits                       []limitJSON
 	}
-	if err := json.Unmarshal(stored, &p); err != nil { // cannot be: it was checked when it was stored
-		return values
+	values := url.Values{}
+	if err := json.Unmarshal(stored, &p); err != nil {
+		return values // cannot happen: it was checked when it was stored
 	}
-	for name, l := range map[string][]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses} {
-		values.Set("policy."+name, strings.Join(l, "\n"))
-		if l != nil && len(l) == 0 {
+	for name, list := range map[string][]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses} {
+		values.Set("policy."+name, strings.Join(list, "\n"))
+		if list != nil && len(list) == 0 {
 			values.Set("policy."+name+".none", "on")
 		}
 	}
@@ -270,181 +413,72 @@ func policyValues(stored json.RawMessage) url.Values {
 		values.Set("policy.stateful", "on")
 	}
 	if p.KeepContentDays > 0 {
-		values.Set("policy.keep_content_days", strconv.FormatInt(p.KeepContentDays, 10))
+		values.Set("policy.keep_content_days", formatInt(p.KeepContentDays))
 	}
 	for i, l := range p.Limits {
-		for name, v := range map[string]string{"count": l.Count, "max": string(l.Max), "per": l.Per, "endpoint": l.Endpoint, "model": l.Model, "shadow": map[bool]string{true: "on"}[l.Shadow]} {
+		for name, v := range map[string]string{"count": l.Count, "max": string(l.Max), "per": l.Per, "endpoint": l.Endpoint, "model": l.Model} {
 			values.Set(fmt.Sprintf("policy.limits[%d].%s", i, name), v)
+		}
+		if l.Shadow {
+			values.Set(fmt.Sprintf("policy.limits[%d].shadow", i), "on")
 		}
 	}
 	return values
 }
 
-// parsePolicy reads a policy from a form that was sent. What the form has no field
-// for stays as it is stored.
-func (p *policyForm) parsePolicy(sent url.Values, stored json.RawMessage) map[string]any {
-	out := map[string]any{}
-	var kept map[string]json.RawMessage
-	if err := json.Unmarshal(stored, &kept); err == nil {
-		for name, v := range kept {
-			out[name] = v
+// encode returns the policy that was sent. What the form has no field for stays as it is stored.
+func (p *policyForm) encode(sent url.Values) json.RawMessage {
+	out := map[string]json.RawMessage{}
+	if err := json.Unmarshal(p.stored, &out); err != nil {
+		out = map[string]json.RawMessage{} // cannot happen: it was checked when it was stored
+	}
+	set := func(name string, value any, isSet bool) {
+		delete(out, name)
+		if isSet {
+			out[name] = mustMarshal(value)
 		}
 	}
 	for _, name := range []string{"models", "endpoints", "addresses"} {
-		delete(out, name)
-		if l := splitLines(sent.Get("policy." + name)); len(l) > 0 || sent.Get("policy."+name+".none") != "" {
-			out[name] = l
-		}
+		list := splitLines(sent.Get("policy." + name))
+		set(name, list, len(list) > 0 || sent.Get("policy."+name+".none") != "")
 	}
-	delete(out, "keep_content_days")
-	if days := strings.TrimSpace(sent.Get("policy.keep_content_days")); p.OfProject && days != "" && days != "0" {
-		out["keep_content_days"] = jsonNumber(days)
-	}
-	delete(out, "stateful")
-	if p.OfProject && sent.Get("policy.stateful") != "" {
-		out["stateful"] = true
-	}
-	delete(out, "limits")
-	if limits := p.limitsJSON(); len(limits) > 0 {
-		out["limits"] = limits
-	}
-	return out
-}
-
-// limitsJSON is the limits of the rows that say anything.
-func (p *policyForm) limitsJSON() (out []map[string]any) {
+	days := strings.TrimSpace(sent.Get("policy.keep_content_days"))
+	set("keep_content_days", jsonNumber(days), p.Settings != nil && days != "" && days != "0")
+	set("stateful", true, p.Settings != nil && sent.Get("policy.stateful") != "")
+	limits := []limitJSON{}
 	for _, row := range p.Limits {
-		if row.Max == "" && row.Which == "" && row.For == "" {
-			continue
+		if row.Max == "" && row.Endpoint == "" && row.Model == "" {
+			continue // a blank row
 		}
-		l := map[string]any{"count": row.Count, "max": jsonNumber(row.Max)}
-		for name, v := range map[string]string{"per": row.Per, "endpoint": strings.TrimSpace(row.Which), "model": strings.TrimSpace(row.For)} {
-			if v != "" && (name != "per" || row.Count != metricConcurrent.String()) { // the row begins with a span, which that has not
-				l[name] = v
-			}
+		l := limitJSON{Count: row.Count, Max: jsonNumber(row.Max), Per: row.Per, Endpoint: row.Endpoint, Model: row.Model, Shadow: row.Shadow}
+		if row.Count == metricConcurrent.String() {
+			l.Per = "" // a blank row has a period, concurrent calls have none
 		}
-		if row.Shadow {
-			l["shadow"] = true
-		}
-		out = append(out, l)
+		limits = append(limits, l)
 	}
-	return out
+	set("limits", limits, len(limits) > 0)
+	return mustMarshal(out)
 }
 
-// jsonNumber is a typed number, commas allowed, as JSON has it. What is none
-// goes on as text, for the rules to refuse.
-func jsonNumber(text string) any {
-	text = strings.TrimPrefix(strings.ReplaceAll(strings.TrimSpace(text), ",", ""), "$")
-	if _, err := strconv.ParseFloat(text, 64); err == nil && strings.Trim(text, "0123456789.") == "" && json.Valid([]byte(text)) {
-		return json.Number(text)
-	}
-	return text
-}
-
-// showError puts a mistake beside the field that it is about, if it is one here.
-func (p *policyForm) showError(fe *fieldError) bool {
-	rest, ok := strings.CutPrefix(fe.param, "policy.limits")
+// showError reports whether a mistake is about the policy, and puts it beside its field.
+func (p *policyForm) showError(err error) bool {
+	fe, ok := errors.AsType[*fieldError](err)
 	if !ok {
 		return false
 	}
+	rest, ok := strings.CutPrefix(fe.param, "policy.limits")
+	if !ok {
+		form := pageForm{Fields: p.fields()}
+		status, _ := form.showError(err)
+		return status != 0 && form.Problem == ""
+	}
+	msg := strings.TrimSuffix(fe.msg, ".") + "."
 	n, name, _ := strings.Cut(strings.TrimPrefix(rest, "["), "]")
 	name = strings.TrimPrefix(name, ".")
 	if i, err := strconv.Atoi(n); err == nil && i < len(p.Limits) {
-		p.Limits[i].ErrorField = name
-		p.Limits[i].Error = capitalize(strings.TrimSpace(name + " " + strings.TrimSuffix(fe.msg, ".") + "."))
+		p.Limits[i].ErrorField, p.Limits[i].Error = name, capitalize(strings.TrimSpace(name+" "+msg))
 		return true
 	}
-	p.Problem = "The limits " + strings.TrimSuffix(fe.msg, ".") + "."
+	p.Problem = "The limits " + msg
 	return true
-}
-
-// A barView is use against a limit. Level is "", warn or bad.
-type barView struct {
-	Text, Label, Level string
-	Percent            int
-	Used, Max, Left    string
-	Shadow             bool
-	ResetsAt           *timestamp
-	WouldRefuse        int64
-}
-
-// newBarViews shows how limits stand.
-func newBarViews(limits []limitView) (out []barView) {
-	for _, l := range limits {
-		per := l.Per
-		switch {
-		case l.Count == metricConcurrent.String():
-			per = "at one time"
-		case l.Per == perLifetime.String():
-			per = "in all"
-		default:
-			per = "per " + per
-		}
-		scope := ""
-		if l.Endpoint != "" {
-			scope += " on " + l.Endpoint
-		}
-		if l.Model != "" {
-			scope += " for " + l.Model
-		}
-		amount := func(raw json.RawMessage) string {
-			return formatQuantity(string(raw), l.Count == metricDollars.String())
-		}
-		used, most := quantityMicros(l.Used), quantityMicros(l.Max)
-		b := newBarView(used, most)
-		b.Used, b.Max, b.Left, b.Shadow, b.ResetsAt, b.WouldRefuse = amount(l.Used), amount(l.Max), amount(l.Left), l.Shadow, l.ResetsAt, l.WouldRefuse
-		what := l.Count
-		if what == metricConcurrent.String() {
-			what = "calls"
-		}
-		b.Text = capitalize(strings.TrimSpace(map[bool]string{true: "", false: what}[what == metricDollars.String()]+" "+per)) + scope
-		if what == metricDollars.String() {
-			b.Text = "Dollars " + per + scope
-		}
-		b.Label = b.Text + ": " + b.Used + " of " + b.Max + " used"
-		out = append(out, b)
-	}
-	return out
-}
-
-// newBarView is the part of a whole, as a bar.
-func newBarView(used, most int64) barView {
-	b := barView{}
-	switch {
-	case used <= 0:
-	case most <= 0 || used >= most:
-		b.Percent = 100
-	default:
-		b.Percent = max(1, int(float64(used)/float64(most)*100))
-	}
-	switch {
-	case most <= 0 || used >= most:
-		b.Level = "bad"
-	case b.Percent >= 80:
-		b.Level = "warn"
-	}
-	return b
-}
-
-// quantityMicros reads an amount of a limit, whole or decimal, in units that can be
-// compared.
-func quantityMicros(raw json.RawMessage) int64 {
-	f, err := strconv.ParseFloat(string(raw), 64)
-	if err != nil || f > 9e18/1e6 {
-		return 0
-	}
-	return int64(f * 1e6)
-}
-
-// formatQuantity groups a number, or writes money.
-func formatQuantity(raw string, money bool) string {
-	whole, decimals, _ := strings.Cut(raw, ".")
-	n, err := strconv.ParseInt(whole, 10, 64)
-	if err != nil {
-		return raw
-	}
-	if !money {
-		return groupDigits(n)
-	}
-	return "$" + groupDigits(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
 }

@@ -1,5 +1,6 @@
-// The pages of /admin that show the ledger: calls by filters, one call with its
-// times, and the way out of it as a file (admin_requests.go).
+// This file has the pages of /admin about the ledger: the list of calls with its filters, one call with
+// its timing, its stored content, and the downloads. A download is recorded on the audit trail before
+// its first byte leaves.
 package main
 
 import (
@@ -8,8 +9,7 @@ import (
 	"cmp"
 	"encoding/csv"
 	"encoding/json"
-	"fmt"
-	"html/template"
+	"errors"
 	"math"
 	"net/http"
 	"net/url"
@@ -19,58 +19,52 @@ import (
 	"time"
 )
 
-// A requestsView is the list of calls.
+// A requestsView is the data of templates/requests.html.
 type requestsView struct {
-	Problem   string
-	Given     map[string]string // the filters, as they were given
-	Projects  []filterOption
-	Outcomes  []filterOption
-	Endpoints []filterOption
-	Rows      []requestListItem
-	Next      string
-	Short     bool // the list goes on, though the page is not full
-	Filtered  bool
-	Empty     bool // there is no call at all
+	Problem                       string            // with the filters
+	Given                         map[string]string // the filters as they were given
+	Projects, Outcomes, Endpoints []option
+	Rows                          []requestListItem
+	Next                          string
+	Partial                       bool // more calls may match than were scanned
+	Filtered                      bool
+	NoCalls                       bool // there was never a call
 }
 
-// A requestListItem is a call of the list.
+// A requestListItem is a call in a list. State is good, warn, bad or "".
 type requestListItem struct {
 	requestReply
 	ProjectName, TokenName, UpstreamName string
-	State                                string // good, warn, bad
+	State                                string
 	Class                                errorClass
 }
 
-// filterNames are the filters of the list, which its form, its pages and its
-// export have in common.
+// filterNames returns the filters, which the form, the pages and the download of the list share.
 func filterNames() []string {
 	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome"}
 }
 
-// parseRequestFilter reads the filters. What is wrong with one of them it says in
-// words.
+// parseRequestFilter reads the filters. It returns what is wrong with them as text.
 func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
-	f = requestFilter{project: query.Get("project"), token: query.Get("token"), model: query.Get("model"), endpoint: query.Get("endpoint"),
-		outcome: query.Get("outcome"), before: math.MaxInt64}
-	for _, at := range []struct {
+	f = requestFilter{project: query.Get("project"), token: query.Get("token"), model: query.Get("model"),
+		endpoint: query.Get("endpoint"), outcome: query.Get("outcome"), before: math.MaxInt64}
+	for _, bound := range []struct {
 		name string
-		to   *int64
+		id   *int64
 	}{{"from", &f.from}, {"to", &f.before}} {
-		v := query.Get(at.name)
-		if v == "" {
-			continue
+		if v := query.Get(bound.name); v != "" {
+			t, err := parseFilterTime(v)
+			if err != nil {
+				return f, "“" + bound.name + "” must be a time (UTC) such as 2026-01-31T00:00."
+			}
+			*bound.id = minIDAt(t)
 		}
-		t, err := parseFilterTime(v)
-		if err != nil {
-			return f, "“" + at.name + "” must be a time (UTC) such as 2026-01-31T00:00."
-		}
-		*at.to = minIDAt(t)
 	}
 	if query.Get("from") != "" && query.Get("to") != "" && f.from >= f.before {
 		return f, "“from” must be before “to”."
 	}
 	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
-		return f, "There is no outcome of that name."
+		return f, "There is no such outcome."
 	}
 	if v := query.Get("status"); v != "" {
 		if n, err := strconv.Atoi(v); err == nil && n >= 100 && n <= 599 {
@@ -84,18 +78,17 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 	}
 	for _, v := range []string{f.project, f.token, f.model, f.endpoint} {
 		if len(v) > 512 {
-			return f, "A filter is longer than any name."
+			return f, "A filter is longer than 512 bytes."
 		}
 	}
 	return f, ""
 }
 
-// parseFilterTime reads a time as browsers send it, or as /manage shows it.
-func parseFilterTime(v string) (time.Time, error) {
-	t, err := time.Parse("2006-01-02T15:04", v)
-	if err != nil {
-		if t, err = time.Parse("2006-01-02T15:04:05", v); err != nil {
-			t, err = time.Parse(time.RFC3339, v)
+// parseFilterTime parses a time as browsers send it, or as /manage writes it.
+func parseFilterTime(v string) (t time.Time, err error) {
+	for _, layout := range []string{"2006-01-02T15:04", "2006-01-02T15:04:05", time.RFC3339} {
+		if t, err = time.Parse(layout, v); err == nil {
+			break
 		}
 	}
 	if err == nil && (t.Year() < 2000 || t.Year() > 2200) {
@@ -118,18 +111,18 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 		if parseRequestID(id) != 0 {
 			return &pageResponse{redirect: "/admin/requests/" + id}, nil
 		}
-		v.Problem = "A request id looks like req_" + strings.Repeat("0", 13) + ": see the header X-LLM-Proxy-Request-ID of an answer."
+		v.Problem = "A request ID looks like req_" + strings.Repeat("0", 13) + ". Every response has it in the header X-LLM-Proxy-Request-ID."
 	}
 	var err error
-	if v.Projects, err = ui.projectFilterOptions(r, f.project); err != nil {
+	if v.Projects, err = ui.projectOptions(r, f.project); err != nil {
 		return nil, err
 	}
-	v.Outcomes, v.Endpoints = []filterOption{{"", "All", f.outcome == ""}}, []filterOption{{"", "All", f.endpoint == ""}}
+	v.Outcomes, v.Endpoints = options("", "All outcomes"), options("", "All endpoints")
 	for _, o := range allOutcomes() {
-		v.Outcomes = append(v.Outcomes, filterOption{string(o), strings.ReplaceAll(string(o), "_", " "), string(o) == f.outcome})
+		v.Outcomes = append(v.Outcomes, option{string(o), strings.ReplaceAll(string(o), "_", " ")})
 	}
 	for _, e := range ui.endpoints.all() {
-		v.Endpoints = append(v.Endpoints, filterOption{e.name(), e.name(), e.name() == f.endpoint})
+		v.Endpoints = append(v.Endpoints, option{e.name(), e.name()})
 	}
 	if v.Problem == "" {
 		err = ui.fillRequests(r, v, f)
@@ -142,7 +135,7 @@ func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter
 	if after := r.query.Get("after"); after != "" {
 		seq, _, err := parseCursor(after)
 		if err != nil {
-			return badRequest("invalid_value", "after", "This is not the address of a page of the list.")
+			return badRequest("invalid_value", "after", "This address is not a page of the list.")
 		}
 		f.before = min(f.before, seq)
 	}
@@ -154,36 +147,31 @@ func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter
 		v.Rows = append(v.Rows, newRequestListItem(&rows[i]))
 	}
 	if next != 0 {
-		v.Next, v.Short = r.nextPageURL(formatCursor(next, "")), len(rows) < requestsPageSize
+		v.Next, v.Partial = r.nextPageURL(formatCursor(next, "")), len(rows) < requestsPageSize
 	}
-	v.Empty = len(rows) == 0 && next == 0 && !v.Filtered && r.query.Get("after") == ""
+	v.NoCalls = len(rows) == 0 && next == 0 && !v.Filtered && r.query.Get("after") == ""
 	return nil
 }
 
 func newRequestListItem(v *requestView) requestListItem {
-	l := requestListItem{requestReply: newRequestReply(v), ProjectName: v.projectName, TokenName: v.tokenName, UpstreamName: v.upstreamName, State: "bad", Class: v.errorClass()}
+	item := requestListItem{requestReply: newRequestReply(v), ProjectName: v.projectName, TokenName: v.tokenName,
+		UpstreamName: v.upstreamName, State: "bad", Class: v.errorClass()}
 	switch v.outcome {
 	case outcomeOK:
-		l.State = "good"
+		item.State = "good"
 	case outcomeOpen:
-		l.State = ""
+		item.State = ""
 	case outcomeClientGone, outcomeRefused:
-		l.State = "warn"
+		item.State = "warn"
 	}
-	return l
+	return item
 }
 
-// A requestPageView is one call.
+// A requestPageView is the data of templates/request.html.
 type requestPageView struct {
 	requestListItem
-	Bar               template.HTML
-	Legend            []legendItem
-	Tries             int
-	Attempts          []attemptLine
-	Lost              bool
-	CallsOfToken      string // the address of the token's calls
-	Running, Reported bool
-	Kept              *timestamp // until when its content can be shown; nil: there is none
+	Bar          []durationPart
+	ContentUntil *timestamp // nil: there is no content, or none for this role
 }
 
 func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
@@ -195,71 +183,61 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &requestPageView{requestListItem: newRequestListItem(&row), Lost: row.outcome == outcomeLost, Running: row.outcome == outcomeOpen,
-		Reported: row.source == usageExact, CallsOfToken: "/admin/requests?" + url.Values{"token": {row.tokenID}}.Encode()}
-	v.Tries, v.Attempts = row.attempts, v.AttemptLog
-	if v.Kept, err = ui.storedContentUntil(r, id); err != nil {
-		return nil, err
-	}
-	bar := timeBar(&row, v.Attempts)
-	v.Bar, v.Legend = template.HTML(bar.svg()), bar.legend()
-	return &pageResponse{template: "request", title: cmp.Or(v.Model, "Call") + " · " + v.ID, data: v}, nil
+	v := &requestPageView{requestListItem: newRequestListItem(&row), Bar: durationBar(&row)}
+	v.ContentUntil, err = ui.contentUntil(r, id)
+	return &pageResponse{template: "request", title: cmp.Or(v.Model, "Call") + " · " + v.ID, data: v}, err
 }
 
-// timeBar is where the time of a call went.
-func timeBar(v *requestView, attempts []attemptLine) (b durationBar) {
+// durationBar splits the time of a call.
+func durationBar(v *requestView) []durationPart {
 	if v.nullTotalUS == nil || *v.nullTotalUS <= 0 {
-		return b
+		return nil
 	}
 	rest, failed := *v.nullTotalUS, int64(0)
+	attempts := newRequestReply(v).AttemptLog
 	for _, a := range attempts[:max(0, len(attempts)-1)] {
 		failed += a.MS * 1000
 	}
-	if failed = min(failed, rest); failed > 0 {
-		b.add("attempts that failed", "k6", failed)
-		rest -= failed
-	}
+	failed = min(failed, rest)
+	rest -= failed
+	failures := durationPart{Name: "failed attempts", Class: "k6", us: failed}
 	if v.nullFirstByteUS == nil {
-		b.add("without an answer byte", "k2", rest)
-		return b
+		return newDurationBar(failures, durationPart{Name: "no response byte", Class: "k2", us: rest})
 	}
 	wait := max(0, min(*v.nullFirstByteUS-failed, rest))
-	b.add("to the first byte", "k1", wait)
-	b.add("the answer", "k4", rest-wait)
-	return b
+	return newDurationBar(failures, durationPart{Name: "to the first byte", Class: "k1", us: wait},
+		durationPart{Name: "the response", Class: "k4", us: rest - wait})
 }
 
-// A contentPageView is what is kept of a call.
+// A contentPageView is the data of templates/content.html.
 type contentPageView struct {
 	contentView
 	Parts []contentPart
 }
 
-// A contentPart is one body with its name.
+// A contentPart is the request or the response.
 type contentPart struct {
 	Name string
 	bodyView
-	Cut    bool   // there was more of it
-	Pretty string // its text; JSON on lines of its own
+	Pretty string // the text; JSON is indented
 }
 
 func (ui *adminUI) contentPage(r *pageRequest) (*pageResponse, error) {
-	v, err := ui.ops.revealContent(r.ctx, r.origin, r.pathValue("id"))
+	content, err := ui.ops.revealContent(r.ctx, r.origin, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
-	p := &contentPageView{contentView: *v}
-	for _, b := range []contentPart{{Name: "What it said", bodyView: v.Request}, {Name: "What it was answered", bodyView: v.Answer}} {
-		b.Cut = b.Kept < b.Bytes
-		if b.Text != nil {
-			b.Pretty = indentJSON(*b.Text)
+	v := &contentPageView{contentView: *content}
+	for _, part := range []contentPart{{Name: "Request", bodyView: content.Request}, {Name: "Response", bodyView: content.Answer}} {
+		if part.Text != nil {
+			part.Pretty = indentJSON(*part.Text)
 		}
-		p.Parts = append(p.Parts, b)
+		v.Parts = append(v.Parts, part)
 	}
-	return &pageResponse{template: "content", title: "Content · " + v.ID, data: p}, nil
+	return &pageResponse{template: "content", title: "Content · " + v.ID, data: v}, nil
 }
 
-// indentJSON indents JSON, and leaves everything else as it is.
+// indentJSON indents JSON, and returns any other text unchanged.
 func indentJSON(text string) string {
 	var out bytes.Buffer
 	if json.Indent(&out, []byte(text), "", "  ") != nil {
@@ -268,9 +246,9 @@ func indentJSON(text string) string {
 	return out.String()
 }
 
-// storedContentUntil says until when there is content of a call to show, nil if there is
-// none, or none for who asks.
-func (ui *adminUI) storedContentUntil(r *pageRequest, id int64) (*timestamp, error) {
+// contentUntil returns until when a call's content is stored. It returns nil if there is none, or if the
+// role may not see it.
+func (ui *adminUI) contentUntil(r *pageRequest, id int64) (*timestamp, error) {
 	if !r.hasRole(roleAdmin) {
 		return nil, nil
 	}
@@ -282,12 +260,11 @@ func (ui *adminUI) storedContentUntil(r *pageRequest, id int64) (*timestamp, err
 }
 
 const (
-	exportBatchSize    = 500              // calls that are read at once
-	exportWriteTimeout = 30 * time.Second // for the receiver to take a page of them
+	exportBatchSize    = 500              // calls per read
+	exportWriteTimeout = 30 * time.Second // for the client to receive a batch
 )
 
-// exportRequests answers with the calls that the filters in the form let through,
-// newest first, as CSV or as lines of JSON.
+// exportRequests downloads the calls that match the filters of the form, newest first, as CSV or JSON lines.
 func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	format := r.form.Get("format")
 	if format != "csv" && format != "jsonl" {
@@ -298,19 +275,19 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 		return nil, badRequest("invalid_value", "", problem)
 	}
 	f.limit = exportBatchSize
-	f.before = min(f.before, minIDAt(r.now.Add(time.Second))) // what comes while it is written is not in it
+	f.before = min(f.before, minIDAt(r.now.Add(time.Second))) // without calls that begin during the download
 	rows, next, err := ui.store.requestsPage(r.ctx, f)
 	if err != nil {
 		return nil, err
 	}
-	facts := []auditField{{"format", format}}
+	details := []auditField{{"format", format}}
 	for _, name := range filterNames() {
 		if v := r.form.Get(name); v != "" {
-			facts = append(facts, auditField{name, v})
+			details = append(details, auditField{name, v})
 		}
 	}
-	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "requests", facts}); err != nil {
-		return nil, err // no audit, no export
+	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "requests", details}); err != nil {
+		return nil, err // no audit entry, no download
 	}
 	return &pageResponse{write: func(w http.ResponseWriter) error {
 		e := newExportWriter(w, format, "calls", r.now)
@@ -326,7 +303,7 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 				break
 			}
 			if ui.running.isDraining() {
-				return fmt.Errorf("the program is stopping")
+				return errors.New("the proxy is stopping")
 			}
 			f.before = next
 			if rows, next, err = ui.store.requestsPage(r.http.Context(), f); err != nil {
@@ -337,7 +314,29 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	}}, nil
 }
 
-// An exportWriter is a file on its way. After an error it writes nothing more.
+// exportDashboard downloads the numbers of the dashboard as CSV.
+func (ui *adminUI) exportDashboard(r *pageRequest) (*pageResponse, error) {
+	q, err := ui.parseDashQuery(r, r.form)
+	if err != nil {
+		return nil, err
+	}
+	d, err := ui.store.readDashboard(r.ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	details := []auditField{{"period", q.name}, {"project", q.projectID}}
+	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "dashboard", details}); err != nil {
+		return nil, err // no audit entry, no download
+	}
+	return &pageResponse{write: func(w http.ResponseWriter) error {
+		e := newExportWriter(w, "csv", "dashboard", r.now)
+		d.writeCSV(q, e)
+		e.flush()
+		return e.err
+	}}, nil
+}
+
+// An exportWriter writes a download. After an error it writes nothing more.
 type exportWriter struct {
 	ctrl *http.ResponseController
 	buf  *bufio.Writer
@@ -347,35 +346,36 @@ type exportWriter struct {
 
 func newExportWriter(w http.ResponseWriter, format, name string, now time.Time) *exportWriter {
 	h := w.Header()
-	h.Set("Content-Type", map[string]string{"csv": "text/csv; charset=utf-8; header=present", "jsonl": "application/x-ndjson"}[format])
 	h.Set("Content-Disposition", `attachment; filename="llm-proxy-`+name+`-`+now.UTC().Format("20060102-150405")+`.`+format+`"`)
+	h.Set("Content-Type", "application/x-ndjson")
 	e := &exportWriter{ctrl: http.NewResponseController(w), buf: bufio.NewWriterSize(w, 64<<10)}
 	if format == "csv" {
+		h.Set("Content-Type", "text/csv; charset=utf-8; header=present")
 		e.csv = csv.NewWriter(e.buf)
 	}
 	e.extendDeadline()
 	return e
 }
 
-// extendDeadline gives the receiver time for the next part, however long the whole takes.
-func (e *exportWriter) extendDeadline() {
-	if err := e.ctrl.SetWriteDeadline(time.Now().Add(exportWriteTimeout)); err != nil && e.err == nil {
+// fail keeps the first error.
+func (e *exportWriter) fail(err error) {
+	if e.err == nil {
 		e.err = err
 	}
 }
 
+// extendDeadline gives the client time for the next batch, however long the whole download takes.
+func (e *exportWriter) extendDeadline() {
+	e.fail(e.ctrl.SetWriteDeadline(time.Now().Add(exportWriteTimeout)))
+}
+
 func (e *exportWriter) flush() {
 	if e.csv != nil {
-		if e.csv.Flush(); e.err == nil {
-			e.err = e.csv.Error()
-		}
+		e.csv.Flush()
+		e.fail(e.csv.Error())
 	}
-	if err := e.buf.Flush(); err != nil && e.err == nil {
-		e.err = err
-	}
-	if err := e.ctrl.Flush(); err != nil && e.err == nil {
-		e.err = err
-	}
+	e.fail(e.buf.Flush())
+	e.fail(e.ctrl.Flush())
 	e.extendDeadline()
 }
 
@@ -388,7 +388,7 @@ func (e *exportWriter) writeRow(cells ...string) {
 	}
 }
 
-// safeCell keeps spreadsheets from taking a text for a formula.
+// safeCell keeps spreadsheets from taking text for a formula.
 func safeCell(v string) string {
 	if v != "" && strings.ContainsRune("=+-@\t\r\n", rune(v[0])) {
 		return "'" + v
@@ -396,7 +396,7 @@ func safeCell(v string) string {
 	return v
 }
 
-// An exportLine is a call as a line of JSON: as /manage shows it, with names.
+// An exportLine is a call as a JSON line: as /manage returns it, with names.
 type exportLine struct {
 	requestReply
 	ProjectName  string `json:"project_name"`
@@ -422,14 +422,18 @@ func (e *exportWriter) writeRequest(v *requestView) {
 		cost = formatNanos(*v.nullCost)
 	}
 	at := time.UnixMilli(v.started).UTC().Format("2006-01-02T15:04:05.000Z")
-	e.writeRow(q.ID, at, q.ProjectID, v.projectName, q.TokenID, v.tokenName, q.UpstreamID, v.upstreamName, q.Endpoint, q.Model, strconv.FormatBool(q.Stream), q.Address,
-		strconv.Itoa(q.Status), string(q.Outcome), q.ErrorCode, string(q.UsageSource), formatInt(q.InputTokens), formatInt(q.CachedTokens), formatInt(q.CacheWriteTokens),
-		formatInt(q.OutputTokens), formatInt(q.ReasoningTokens), cost, millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit)
+	e.writeRow(q.ID, at, q.ProjectID, v.projectName, q.TokenID, v.tokenName, q.UpstreamID, v.upstreamName,
+		q.Endpoint, q.Model, strconv.FormatBool(q.Stream), q.Address, strconv.Itoa(q.Status), string(q.Outcome),
+		q.ErrorCode, string(q.UsageSource), formatInt(q.InputTokens), formatInt(q.CachedTokens),
+		formatInt(q.CacheWriteTokens), formatInt(q.OutputTokens), formatInt(q.ReasoningTokens), cost,
+		millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit)
 }
 
 func (e *exportWriter) writeRequestHeader() {
-	e.writeRow("id", "started_at", "project_id", "project_name", "token_id", "token_name", "upstream_id", "upstream_name", "endpoint", "model", "stream", "address",
-		"status", "outcome", "error_code", "usage_source", "input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
+	e.writeRow("id", "started_at", "project_id", "project_name", "token_id", "token_name", "upstream_id", "upstream_name",
+		"endpoint", "model", "stream", "address", "status", "outcome",
+		"error_code", "usage_source", "input_tokens", "cached_tokens",
+		"cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
 		"first_byte_ms", "total_ms", "attempts", "limit_hit")
 }
 
@@ -440,65 +444,4 @@ func millisCell(v *float64) string {
 		return ""
 	}
 	return strconv.FormatFloat(*v, 'f', 3, 64)
-}
-
-// exportDashboard answers with the numbers of the charts: a line for each step of
-// time, and one for each of the largest projects, tokens, models and endpoints.
-func (ui *adminUI) exportDashboard(r *pageRequest) (*pageResponse, error) {
-	q, err := ui.parseDashQuery(r, r.form)
-	if err != nil {
-		return nil, err
-	}
-	d, err := ui.store.readDashboard(r.ctx, q)
-	if err != nil {
-		return nil, err
-	}
-	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "dashboard", []auditField{{"period", q.name}, {"project", q.projectID}}}); err != nil {
-		return nil, err
-	}
-	return &pageResponse{write: func(w http.ResponseWriter) error {
-		e := newExportWriter(w, "csv", "dashboard", r.now)
-		d.writeCSV(q, e)
-		e.flush()
-		return e.err
-	}}, nil
-}
-
-func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
-	head := []string{"kind", "id", "name", "at", "calls", "input_tokens", "output_tokens", "tokens", "cost"}
-	for _, class := range errorColumnClasses() {
-		head = append(head, string(class)+"_errors")
-	}
-	e.writeRow(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms")...)
-	for i := range d.steps {
-		h := &d.steps[i]
-		line := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.stepMS).UTC().Format(time.RFC3339),
-			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.input + h.output), formatNanos(h.cost)}
-		for _, n := range h.errors {
-			line = append(line, formatInt(n))
-		}
-		for _, l := range []*latencyHistogram{&h.firstByteLatency, &h.totalLatency} {
-			line = append(line, quantileCell(l, 0.5), quantileCell(l, 0.95))
-		}
-		e.writeRow(line...)
-	}
-	for _, of := range []struct {
-		kind string
-		all  []usageShare
-	}{{"project", d.projects}, {"token", d.tokens}, {"model", d.usageByModel(q)}, {"endpoint", d.endpoints}} {
-		for _, v := range of.all {
-			e.writeRow(append([]string{of.kind, v.id, v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens), formatNanos(v.cost)}, make([]string, 4+4)...)...)
-		}
-	}
-	if d.sampledCalls > 0 {
-		e.writeRow(append([]string{"note", "", "the lines of kind token are of the latest " + strconv.Itoa(d.sampledCalls) + " calls"}, make([]string, 14)...)...)
-	}
-}
-
-func quantileCell(l *latencyHistogram, q float64) string {
-	v := l.quantile(q)
-	if v < 0 || v > 1e9 { // none, or in the bucket without an end
-		return ""
-	}
-	return strconv.FormatFloat(v, 'f', 1, 64)
 }

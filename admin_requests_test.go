@@ -80,7 +80,7 @@ func TestRequestsPage(t *testing.T) {
 		}
 	}
 	for query, text := range map[string]string{"from=yesterday": "must be a time", "to=9999-01-01T00:00": "must be a time", "from=2026-01-02T00:00&to=2026-01-01T00:00": "must be before",
-		"status=abc": "such as 429", "status=9xx": "such as 429", "status=99": "such as 429", "outcome=good": "no outcome", "id=abc": "looks like req_",
+		"status=abc": "such as 429", "status=9xx": "such as 429", "status=99": "such as 429", "outcome=good": "no such outcome", "id=abc": "looks like req_",
 		"model=" + strings.Repeat("x", 600): "longer than"} {
 		res := b.get("/admin/requests?" + query)
 		_, value, _ := strings.Cut(query, "=")
@@ -151,7 +151,7 @@ func TestRequestPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	if res := b.get("/admin/requests"); !strings.Contains(res.body, "No call is on record yet") {
+	if res := b.get("/admin/requests"); !strings.Contains(res.body, "No calls yet") {
 		t.Error("an empty ledger does not say so")
 	}
 	if res := p.chat(); res.status != 200 {
@@ -159,7 +159,7 @@ func TestRequestPage(t *testing.T) {
 	}
 	row := p.lastCall()
 	res := b.get("/admin/requests/" + row.ID)
-	for _, text := range []string{row.ID, "chat/completions", "gpt-4o-mini", `<svg class="span"`, "to the first byte", "As the provider", "/admin/tokens/" + p.tokenID, "/admin/projects/" + p.project, "127.0.0.1"} {
+	for _, text := range []string{row.ID, "chat/completions", "gpt-4o-mini", `<svg class="span"`, "to the first byte", "As reported in the provider", "/admin/tokens/" + p.tokenID, "/admin/projects/" + p.project, "127.0.0.1"} {
 		if res.status != 200 || !strings.Contains(res.body, text) {
 			t.Errorf("%d: %q is not there: %s", res.status, text, res.body)
 		}

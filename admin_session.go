@@ -1,7 +1,6 @@
-// This room is signing in to /admin and out again, and who a request's session
-// belongs to. A session is a random id in a cookie; the database has its hash.
-// It ends after sessionIdleTimeout without use, after maxSessionAge in any case, with
-// its key, and by signing out.
+// This file signs people in to /admin and out again, and finds the session of a request. A session is a
+// random id in a cookie; the database has only its hash. It ends after sessionIdleTimeout without use,
+// after maxSessionAge in any case, when its key ends, and when its owner signs out.
 package main
 
 import (
@@ -9,7 +8,6 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
 	"path"
@@ -20,12 +18,12 @@ import (
 const (
 	sessionIdleTimeout   = 30 * time.Minute
 	maxSessionAge        = 8 * time.Hour
-	sessionTouchInterval = time.Minute // at most so often is a session's use written down
+	sessionTouchInterval = time.Minute // the use of a session is stored at most this often
 	sessionIDLen         = 43          // base62: 256 bits
 )
 
-// sessionCookieName is the name of the cookie: browsers hold one with __Host- to TLS,
-// to this host and to all of its paths. Over plain HTTP they would refuse it.
+// sessionCookieName returns the name of the cookie. Browsers bind a name with __Host- to TLS and to this exact
+// host; over plain HTTP they would refuse it.
 func sessionCookieName(secure bool) string {
 	if secure {
 		return "__Host-llm-proxy"
@@ -33,9 +31,10 @@ func sessionCookieName(secure bool) string {
 	return "llm-proxy"
 }
 
-// sessionCookie returns the cookie for a session's id; "" takes it away.
+// sessionCookie returns the cookie with a session's id. An empty id removes it from the browser.
 func sessionCookie(secure bool, id string) *http.Cookie {
-	c := &http.Cookie{Name: sessionCookieName(secure), Value: id, Path: "/", Secure: secure, HttpOnly: true, SameSite: http.SameSiteStrictMode}
+	c := &http.Cookie{Name: sessionCookieName(secure), Value: id, Path: "/", Secure: secure, HttpOnly: true,
+		SameSite: http.SameSiteStrictMode}
 	if !secure {
 		c.Path = "/admin"
 	}
@@ -45,17 +44,16 @@ func sessionCookie(secure bool, id string) *http.Cookie {
 	return c
 }
 
-// sessionID returns the session id that a request has, or "".
+// sessionID returns the session id of the request, or "".
 func (r *pageRequest) sessionID() string {
 	cookies := r.http.CookiesNamed(sessionCookieName(r.secure))
-	if len(cookies) != 1 || len(cookies[0].Value) != sessionIDLen { // two: one of them is not ours
+	if len(cookies) != 1 || len(cookies[0].Value) != sessionIDLen { // of two cookies, one is not ours
 		return ""
 	}
 	return cookies[0].Value
 }
 
-// loadSession fills in who is signed in. Without a session that holds, it leaves that
-// empty.
+// loadSession fills in the session and its actor. Without a valid session it leaves both empty.
 func (ui *adminUI) loadSession(r *pageRequest) error {
 	id := r.sessionID()
 	if id == "" {
@@ -76,7 +74,7 @@ func (ui *adminUI) loadSession(r *pageRequest) error {
 	case row.key == actorEnvironment:
 		proof := ui.managementTokenProof(id)
 		if proof == nil || subtle.ConstantTimeCompare(proof, row.proof) != 1 {
-			return nil // MANAGEMENT_TOKEN is another one now
+			return nil // MANAGEMENT_TOKEN has changed
 		}
 		r.actor = environmentActor()
 	case row.keyValid:
@@ -85,8 +83,7 @@ func (ui *adminUI) loadSession(r *pageRequest) error {
 		return nil
 	}
 	r.session = &row
-	// A page that refreshes itself does not keep a session alive: nobody may be
-	// sitting there.
+	// A page that refreshes itself does not keep a session alive: nobody may be at the screen.
 	if now >= row.seenAt+sessionTouchInterval.Milliseconds() && r.http.Header.Get("X-Auto-Refresh") == "" {
 		if err := ui.store.touchSession(r.ctx, row.hash, now); err != nil {
 			return errStoreUnavailable(err)
@@ -95,8 +92,8 @@ func (ui *adminUI) loadSession(r *pageRequest) error {
 	return nil
 }
 
-// managementTokenProof binds a session to MANAGEMENT_TOKEN as it is now. Without the
-// session's id, which is not stored, it says nothing about the token.
+// managementTokenProof binds a session to the current MANAGEMENT_TOKEN. Without the session's id, which is not
+// stored, it reveals nothing about the token.
 func (ui *adminUI) managementTokenProof(id string) []byte {
 	if ui.cfg.managementToken == nil {
 		return nil
@@ -105,10 +102,12 @@ func (ui *adminUI) managementTokenProof(id string) []byte {
 	return sum[:]
 }
 
-// A signInView is the page for signing in.
+// A signInView is the data of templates/sign-in.html.
 type signInView struct {
-	Next, Problem string
-	Open          bool // the connection is not encrypted, and not within this machine
+	Next        string
+	Unencrypted bool // the connection leaves this machine without TLS
+	WrongKey    bool
+	WaitSeconds int64 // after too many wrong keys
 }
 
 func (ui *adminUI) signInPage(r *pageRequest) (*pageResponse, error) {
@@ -116,26 +115,22 @@ func (ui *adminUI) signInPage(r *pageRequest) (*pageResponse, error) {
 	if r.session != nil {
 		return &pageResponse{redirect: next}, nil
 	}
-	return ui.signInForm(r, next, "", 0), nil
+	v := signInView{Next: next, Unencrypted: r.isUnencrypted()}
+	return &pageResponse{template: "sign-in", title: "Sign in", data: v}, nil
 }
 
-func (ui *adminUI) signInForm(r *pageRequest, next, problem string, status int) *pageResponse {
-	return &pageResponse{template: "sign-in", title: "Sign in", status: status,
-		data: signInView{next, problem, !r.secure && !isLoopbackHost(r.http.Host)}}
-}
+func (r *pageRequest) isUnencrypted() bool { return !r.secure && !isLoopbackHost(r.http.Host) }
 
-// signIn begins a session. Whatever session there was before is ended: its id
-// may have been planted.
+// signIn starts a session. It ends the previous session of the browser, whose id may have been planted.
 func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 	next := localPath(r.form.Get("next"))
 	who, err := ui.auth.verifyKey(r.ctx, r.origin, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
 	if e, ok := errors.AsType[*apiError](err); ok && e.status < 500 {
-		p := ui.signInForm(r, next, "This is no valid management key. Keys begin with llmpm_; an expired or revoked one does not work.", e.status)
+		v := signInView{Next: next, Unencrypted: r.isUnencrypted(), WrongKey: e.retryAfter == 0}
 		if e.retryAfter > 0 {
-			p.data = signInView{Next: next, Problem: fmt.Sprintf("Too many wrong keys came from your address. Wait %d seconds, then try again.",
-				int(e.retryAfter/time.Second)+1)}
+			v.WaitSeconds = int64(e.retryAfter/time.Second) + 1
 		}
-		return p, nil
+		return &pageResponse{template: "sign-in", title: "Sign in", status: e.status, data: v}, nil
 	}
 	if err != nil {
 		return nil, err
@@ -147,20 +142,20 @@ func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 	if who.id == actorEnvironment {
 		row.proof = ui.managementTokenProof(id)
 	}
-	var before []byte
+	var previous []byte
 	if old := r.sessionID(); old != "" {
 		sum := sha256.Sum256([]byte(old))
-		before = sum[:]
+		previous = sum[:]
 	}
 	r.origin.actorID, r.origin.role = who.id, who.role
-	if err := ui.store.addSession(r.ctx, r.origin, row, r.now.Add(-maxSessionAge).UnixMilli(), before); err != nil {
+	if err := ui.store.addSession(r.ctx, r.origin, row, r.now.Add(-maxSessionAge).UnixMilli(), previous); err != nil {
 		return nil, err
 	}
 	return &pageResponse{redirect: next, cookie: sessionCookie(r.secure, id)}, nil
 }
 
-// localPath returns a path of these pages to go to, whatever text a link to the
-// sign-in page had.
+// localPath returns next if it is a path of these pages, otherwise their start: a link to the sign-in page must
+// not lead to another site.
 func localPath(next string) string {
 	const home = "/admin/"
 	u, err := url.Parse(next)
@@ -173,29 +168,26 @@ func localPath(next string) string {
 }
 
 func (ui *adminUI) signOut(r *pageRequest) (*pageResponse, error) {
-	if err := ui.store.endSession(r.ctx, r.origin, r.session.hash); err != nil {
-		return nil, err
-	}
-	p := redirectTo("/admin/sign-in", "signed-out")
-	p.cookie = sessionCookie(r.secure, "")
-	return p, nil
+	return r.signedOut("signed-out", ui.store.endSession(r.ctx, r.origin, r.session.hash))
 }
 
 func (ui *adminUI) signOutEverywhere(r *pageRequest) (*pageResponse, error) {
-	if err := ui.store.endKeySessions(r.ctx, r.origin, r.actor.id); err != nil {
-		return nil, err
-	}
-	p := redirectTo("/admin/sign-in", "signed-out-everywhere")
-	p.cookie = sessionCookie(r.secure, "")
-	return p, nil
+	return r.signedOut("signed-out-everywhere", ui.store.endKeySessions(r.ctx, r.origin, r.actor.id))
 }
 
-// An accountView is the page about who is signed in.
+// signedOut removes the cookie once the session has ended.
+func (r *pageRequest) signedOut(done string, err error) (*pageResponse, error) {
+	p := redirectTo("/admin/sign-in", done)
+	p.cookie = sessionCookie(r.secure, "")
+	return p, err
+}
+
+// An accountView is the data of templates/account.html.
 type accountView struct {
-	ID, Name    string
-	Role        role
-	Sessions    []sessionView
-	Idle, Whole string
+	ID, Name              string
+	Role                  role
+	Sessions              []sessionView
+	IdleMinutes, MaxHours int
 }
 
 type sessionView struct {
@@ -210,10 +202,11 @@ func (ui *adminUI) accountPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := accountView{ID: r.actor.id, Name: r.actor.name, Role: r.actor.role,
-		Idle: "30 minutes", Whole: "8 hours"}
+		IdleMinutes: int(sessionIdleTimeout.Minutes()), MaxHours: int(maxSessionAge.Hours())}
 	for i := range rows {
-		v.Sessions = append(v.Sessions, sessionView{Address: rows[i].address, CreatedAt: timestamp(rows[i].createdAt), SeenAt: timestamp(rows[i].seenAt),
-			EndsAt: timestamp(rows[i].createdAt + maxSessionAge.Milliseconds()), IsThis: bytes.Equal(rows[i].hash, r.session.hash)})
+		row := &rows[i]
+		v.Sessions = append(v.Sessions, sessionView{Address: row.address, CreatedAt: timestamp(row.createdAt), SeenAt: timestamp(row.seenAt),
+			EndsAt: timestamp(row.createdAt + maxSessionAge.Milliseconds()), IsThis: bytes.Equal(row.hash, r.session.hash)})
 	}
 	return &pageResponse{template: "account", title: "Your access", data: v}, nil
 }

@@ -168,7 +168,7 @@ func TestSignInPage(t *testing.T) {
 	}
 	for i := range maxAuthFailures {
 		res := try("wrong", "192.0.2.7")
-		if res.status != 401 || !strings.Contains(res.body, "no valid management key") || !strings.Contains(res.body, `value="/admin/tokens"`) || strings.Contains(res.body, "wrong\"") {
+		if res.status != 401 || !strings.Contains(res.body, "This key is not valid") || !strings.Contains(res.body, `value="/admin/tokens"`) || strings.Contains(res.body, "wrong\"") {
 			t.Fatalf("attempt %d: %d %s", i, res.status, res.body)
 		}
 	}

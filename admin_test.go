@@ -590,7 +590,7 @@ func TestAdminMistakes(t *testing.T) {
 	for _, c := range []struct {
 		path, name, value, field, says string
 	}{
-		{"/admin/projects/new", "name", "", "name", "must have 1 to 100 bytes"}, {"/admin/projects/new", "name", "taken", "name", "is taken"},
+		{"/admin/projects/new", "name", "", "name", "must have 1 to 100 bytes"}, {"/admin/projects/new", "name", "taken", "name", "is already taken"},
 		{"/admin/projects/new", "base_url", "https://x.test", "api_key", "is needed"}, {"/admin/projects/new", "provider", "azure", "api_key", "is needed"},
 		{"/admin/projects/new", "policy.models", "a*b", "policy.models", "only at the end"}, {"/admin/projects/new", "policy.endpoints", "chat", "policy.endpoints", "must name endpoints"},
 		{"/admin/projects/new", "policy.addresses", "10.0.0.1/8", "policy.addresses", "10.0.0.1/8 is none"},
@@ -652,7 +652,7 @@ func TestAdminLostUpdate(t *testing.T) {
 		p.manage("PATCH", change, `{"name":"theirs"}`, 200, nil)
 		form.Set("name", "mine")
 		res := b.post(path, form)
-		if again := parseForm(t, res.body); res.status != 409 || !strings.Contains(res.body, "Somebody changed this") || again.Get("name") != "mine" || again.Get("version") != form.Get("version") {
+		if again := parseForm(t, res.body); res.status != 409 || !strings.Contains(res.body, "Someone else changed this") || again.Get("name") != "mine" || again.Get("version") != form.Get("version") {
 			t.Errorf("%s: got %d %s", path, res.status, res.body)
 		}
 		if res := p.manageAs(p.adminKey, "GET", change, ""); !strings.Contains(res.body, "theirs") {
@@ -702,7 +702,7 @@ func TestAdminKeysAndBulk(t *testing.T) {
 			t.Errorf("%s lives on", id)
 		}
 	}
-	if res := grace.post("/admin/tokens/revoke", nil); res.header.Get("Location") != "/admin/tokens?done=none-chosen" {
+	if res := grace.post("/admin/tokens/revoke", nil); res.header.Get("Location") != "/admin/tokens?done=none-selected" {
 		t.Errorf("none: %d %v", res.status, res.header)
 	}
 	if res := b.post("/admin/keys/key_"+key[len(manageKeyPrefix):][:publicLen]+"/revoke", nil); res.status != 303 || grace.isSignedIn() {

@@ -1,5 +1,5 @@
-// The pages of /admin about single tokens. The value of one is on one page only:
-// the answer to the form that made it.
+// This file has the pages of /admin about tokens. The value of a token is on one page only: the response
+// to the form that created or rotated it.
 package main
 
 import (
@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
@@ -16,130 +15,194 @@ import (
 	"time"
 )
 
-// projectName is what a project is called, deleted ones included.
-func (ui *adminUI) projectName(r *pageRequest, id string) (string, error) {
-	p, err := ui.store.projectByID(r.ctx, id)
-	if errors.Is(err, errNotFound) {
-		return "(deleted project)", nil
-	}
-	return p.name, err
-}
+const (
+	tokensPerPage     = 50
+	maxTokensScanned  = 5000 // for one page
+	expiringSoon      = 7 * 24 * time.Hour
+	maxProjectOptions = 2000
+	maxRevokedAtOnce  = 500
+)
 
-// lifetimeOptions are the lives that a new token may be given, in hours; "" is a time
-// of its own, and 0 none at all.
-func lifetimeOptions() []formOption {
-	return []formOption{{"1", "1 hour"}, {"8", "8 hours"}, {"24", "1 day"}, {"168", "7 days"}, {"720", "30 days"}, {"2160", "90 days"}, {"8760", "1 year"},
-		{"0", "no end"}, {"", "until the time below"}}
-}
-
-const idleHelp = "It stops working when it was not used for so long. Empty: it does not."
-
-// newTokenPage makes a token, and shows it once.
 func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
-	projects, err := ui.projectOptions(r, r.query.Get("project_id")+r.form.Get("project_id"))
+	projectID := cmp.Or(r.form.Get("project_id"), r.query.Get("project_id"))
+	projects, err := ui.projectOptions(r, projectID)
 	if err != nil {
 		return nil, err
 	}
-	if len(projects) == 0 {
+	if projects = projects[1:]; len(projects) == 0 {
 		return &pageResponse{template: "no-project", title: "New token"}, nil
 	}
-	v := &formView{Crumb: &formOption{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false), Form: &pageForm{
-		Action: "/admin/tokens/new", Submit: "Make the token", Cancel: "/admin/tokens", Once: randomBase62(16), Fields: []*formField{
-			{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
-			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "Who or what will use it. One token for each program makes it easy to revoke one of them."},
-			{Name: "lifetime", Label: "Works for", Kind: "select", Required: true, Short: true, Options: lifetimeOptions()},
-			{Name: "expires_at", Label: "Expires at (UTC)", Kind: "datetime-local", Short: true, Help: "Only for “until the time below”."},
-			{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "After so many calls it stops working. Empty: no such limit."},
-			{Name: "idle_expiry_minutes", Label: "Ends after disuse, in minutes", Kind: "number", Short: true, Help: idleHelp},
-		}}}
-	v.Form.fill(r.form, url.Values{"project_id": {r.query.Get("project_id")}, "lifetime": {"720"}})
-	v.Policy.fill(r.form, json.RawMessage("{}"))
-	p := &pageResponse{template: "form", title: "New token", data: v}
-	if !r.isPost() {
-		return p, nil
+	fields := []*formField{
+		{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
+		{Name: "name", Label: "Name", Kind: "text", Required: true,
+			Help: "Who or what uses the token. With a separate token for each program, you can revoke just one."},
+		{Name: "lifetime", Label: "Expires", Kind: "select", Required: true, Short: true,
+			Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days", "720", "In 30 days",
+				"2160", "In 90 days", "8760", "In 1 year", "never", "Never expires", "", "On a date")},
+		{Name: "expires_at", Label: "Expiry date (UTC)", Kind: "datetime-local", Short: true, Help: "Only for “On a date”."},
 	}
-	in := parseTokenForm(r.form)
-	in["project_id"], in["policy"] = r.form.Get("project_id"), v.Policy.parsePolicy(r.form, nil)
-	switch hours, err := strconv.ParseInt(r.form.Get("lifetime"), 10, 64); {
-	case r.form.Get("lifetime") == "":
-		in["expires_at"] = formTimeToRFC3339(r.form.Get("expires_at"))
-	case err != nil:
-		in["duration_hours"] = r.form.Get("lifetime")
-	case hours == 0:
-		in["expires_at"] = nil
-	default:
-		in["duration_hours"] = hours
-	}
-	if !ui.sentForms.claim(r.form.Get("once")) {
-		return r.alreadySubmitted("/admin/tokens", "token"), nil
-	}
-	var typed tokenInput
-	err = typed.decode(r.withJSON(in).body, true)
-	var t tokenRow
-	var value secret
-	if err == nil {
-		t, value, err = ui.ops.createToken(r.ctx, r.origin, typed)
-	}
-	if err != nil {
-		p.status, err = v.showError(err)
-		return p, err
-	}
-	return ui.tokenValuePage(r, "The token is made", ui.ops.newTokenValueView(&t, value, r.now), nil)
-}
-
-// parseTokenForm reads the fields that a new token and a changed one have in common.
-func parseTokenForm(form url.Values) map[string]any {
-	in := map[string]any{"name": form.Get("name")}
-	setNumber(in, form, "max_requests", true)
-	setNumber(in, form, "idle_expiry_minutes", true)
-	return in
-}
-
-// formTimeToRFC3339 writes what a datetime-local field holds as RFC 3339. What is no time
-// goes on as it is, for the rules to refuse.
-func formTimeToRFC3339(text string) string {
-	switch len(text) {
-	case len("2006-01-02T15:04"):
-		return text + ":00Z"
-	case len("2006-01-02T15:04:05"):
-		return text + "Z"
-	}
-	return text
-}
-
-// alreadySubmitted is the answer to a form that was carried out already.
-func (r *pageRequest) alreadySubmitted(back, one string) *pageResponse {
-	return &pageResponse{template: "sent", title: "Sent already", status: http.StatusConflict, data: labeledValue{Label: "The " + one +
-		" was made when this form was first sent, and its value is not shown again. If nobody noted it, make another one and revoke that one.", Value: back}}
-}
-
-// A tokenValueView is the page that shows a token.
-type tokenValueView struct {
-	Title, ID, Name, Value, Base string
-	Anthropic                    bool
-	Model                        string
-	Overlap                      *timestamp // until then the value before works too
-	ExpiresAt                    *timestamp
-}
-
-// tokenValuePage is the page with a token's value and what to do with it.
-func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t tokenView, overlap *timestamp) (*pageResponse, error) {
-	v := tokenValueView{Title: title, ID: t.ID, Name: t.Name, Value: t.Token, Base: ui.publicBase(r), Model: "gpt-4o-mini", Overlap: overlap, ExpiresAt: t.ExpiresAt}
-	p, err := ui.store.projectByID(r.ctx, t.ProjectID)
-	if err == nil {
-		var ups []upstreamRow
-		if ups, err = ui.store.projectUpstreams(r.ctx, p.seq); err == nil {
-			v.Anthropic = len(ups) > 0 && !slices.ContainsFunc(ups, func(u upstreamRow) bool { return u.provider != providerAnthropic })
+	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil), Form: &pageForm{
+		Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: append(fields, tokenLimitFields(0)...)}}
+	return ui.submit(r, "New token", v, url.Values{"project_id": {projectID}, "lifetime": {"720"}}, func() (*pageResponse, error) {
+		var in tokenInput
+		if err := v.decode(r, in.fields()); err != nil {
+			return nil, err
 		}
+		switch lifetime := r.form.Get("lifetime"); lifetime {
+		case "": // expires_at
+		case "never":
+			in.expiresAt = optional[string]{set: true, null: true}
+		default:
+			in.expiresAt = optional[string]{}
+			hours := &formField{Name: "lifetime", Kind: "number"}
+			if err := hours.decode(lifetime, &in.hours); err != nil {
+				return nil, err
+			}
+		}
+		t, value, err := ui.ops.createToken(r.ctx, r.origin, in)
+		if err != nil {
+			return nil, err
+		}
+		return ui.tokenValuePage(r, "Token created", &t, value)
+	})
+}
+
+// tokenLimitFields returns the fields that a new token and a changed one share.
+func tokenLimitFields(requests int64) []*formField {
+	total := "The token stops working after this many calls. Leave empty for no limit."
+	if requests > 0 {
+		total += " It has made " + pluralize(requests, "call", "calls") + " so far, which count."
 	}
+	return []*formField{
+		{Name: "max_requests", Label: "Maximum calls", Kind: "number", Short: true, Help: total, Empty: emptyNull},
+		{Name: "idle_expiry_minutes", Label: "Expires when idle (minutes)", Kind: "number", Short: true, Empty: emptyNull,
+			Help: "The token stops working after this long without use. Leave empty for no idle limit."},
+	}
+}
+
+func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	if v.Anthropic {
-		v.Model = "claude-haiku-4-5"
+	stored := url.Values{"name": {t.Name}}
+	if t.ExpiresAt != nil {
+		stored.Set("expires_at", t.ExpiresAt.datetimeLocal())
 	}
-	for _, policy := range []string{p.policy, string(t.Policy)} {
-		if parsed, err := parsePolicy([]byte(policy), true); err == nil {
+	for name, n := range map[string]*int64{"max_requests": t.MaxRequests, "idle_expiry_minutes": t.IdleExpiryMinutes} {
+		if n != nil {
+			stored.Set(name, formatInt(*n))
+		}
+	}
+	tokenURL := "/admin/tokens/" + t.ID
+	fields := []*formField{{Name: "name", Label: "Name", Kind: "text", Required: true}, expiryField("Leave empty if the token never expires.")}
+	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
+		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: append(fields, tokenLimitFields(t.RequestCount)...)}}
+	return ui.submit(r, "Edit token", v, stored, func() (*pageResponse, error) {
+		var in tokenInput
+		if err := v.decode(r, in.fields()); err != nil {
+			return nil, err
+		}
+		_, err := ui.ops.updateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
+		return redirectTo(tokenURL, "saved"), err
+	})
+}
+
+func expiryField(help string) *formField {
+	return &formField{Name: "expires_at", Label: "Expires (UTC)", Kind: "datetime-local", Short: true, Help: help, Empty: emptyNull}
+}
+
+func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	if err != nil {
+		return nil, err
+	}
+	tokenURL := "/admin/tokens/" + t.ID
+	v := &formView{Crumb: option{tokenURL, t.Name}, Intro: "rotate", Form: &pageForm{
+		Submit: "Rotate", Cancel: tokenURL, Creates: "value", Version: t.Version, Fields: []*formField{
+			{Name: "overlap_minutes", Label: "Keep the old value valid for", Kind: "select", Required: true, Short: true,
+				Options: options("0", "Revoke it now (leaked)", "60", "1 hour", "1440", "1 day", "10080", "7 days", "43200", "30 days")}}}}
+	return ui.submit(r, "Rotate "+t.Name, v, url.Values{"overlap_minutes": {"60"}}, func() (*pageResponse, error) {
+		var in rotateInput
+		if err := v.decode(r, in.fields()); err != nil {
+			return nil, err
+		}
+		row, value, err := ui.ops.rotateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
+		if err != nil {
+			return nil, err
+		}
+		return ui.tokenValuePage(r, "Token rotated", &row, value)
+	})
+}
+
+func (ui *adminUI) revokeTokenPage(r *pageRequest) (*pageResponse, error) {
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	if err != nil {
+		return nil, err
+	}
+	tokenURL := "/admin/tokens/" + t.ID
+	v := &confirmView{Ask: "revoke-token", Form: &pageForm{Submit: "Revoke token", Cancel: tokenURL}}
+	return r.confirm("Revoke "+t.Name+"?", v, redirectTo(tokenURL, "revoked"), func() error {
+		_, err := ui.ops.revokeToken(r.ctx, r.origin, t.ID, r.ifMatchVersion)
+		return err
+	})
+}
+
+// revokeSelected revokes the tokens that were selected in the list, after asking.
+func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
+	ids := slices.Compact(slices.Sorted(slices.Values(r.form["id"])))
+	switch {
+	case len(ids) == 0:
+		return redirectTo("/admin/tokens", "none-selected"), nil
+	case len(ids) > maxRevokedAtOnce:
+		return nil, badRequest("invalid_value", "id", fmt.Sprintf("At most %d tokens can be revoked at once.", maxRevokedAtOnce))
+	}
+	form := &pageForm{Action: "/admin/tokens/revoke", Submit: "Revoke " + pluralize(int64(len(ids)), "token", "tokens"),
+		Cancel: "/admin/tokens", Danger: true, Hidden: []labeledValue{{"sure", "yes"}}}
+	var names []string
+	for _, id := range ids {
+		t, err := ui.store.tokenByID(r.ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, t.name+" ("+id+")")
+		form.Hidden = append(form.Hidden, labeledValue{"id", id})
+	}
+	if r.form.Get("sure") != "yes" {
+		v := &confirmView{Ask: "revoke-tokens", Items: names, Form: form}
+		return &pageResponse{template: "confirm", title: "Revoke these tokens?", data: v}, nil
+	}
+	for _, id := range ids {
+		if _, err := ui.ops.revokeToken(r.ctx, r.origin, id, 0); err != nil {
+			return nil, fmt.Errorf("revoking %s: %w", id, err)
+		}
+	}
+	return redirectTo("/admin/tokens", "revoked"), nil
+}
+
+// A tokenValueView is the data of templates/token-once.html.
+type tokenValueView struct {
+	tokenView
+	Base, Model string // for the snippets
+	Anthropic   bool   // they are for Anthropic's SDKs
+}
+
+// tokenValuePage shows a token's value, and how to use it.
+func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t *tokenRow, value secret) (*pageResponse, error) {
+	v := tokenValueView{tokenView: ui.ops.newTokenValueView(t, value, r.now), Base: ui.publicBase(r), Model: "gpt-4o-mini"}
+	p, err := ui.store.projectByID(r.ctx, t.projectID)
+	if err != nil {
+		return nil, err
+	}
+	upstreams, err := ui.store.projectUpstreams(r.ctx, p.seq)
+	if err != nil {
+		return nil, err
+	}
+	if len(upstreams) > 0 && !slices.ContainsFunc(upstreams, func(u upstreamRow) bool { return u.provider != providerAnthropic }) {
+		v.Anthropic, v.Model = true, "claude-haiku-4-5"
+	}
+	for _, stored := range []string{p.policy, t.policy} {
+		if parsed, err := parsePolicy([]byte(stored), true); err == nil {
 			if i := slices.IndexFunc(parsed.Models, isShellSafe); i >= 0 {
 				v.Model = parsed.Models[i]
 			}
@@ -148,15 +211,12 @@ func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t tokenView, ove
 	return &pageResponse{template: "token-once", title: title, data: v}, nil
 }
 
-// isShellSafe reports whether a model's name can be pasted into a shell and into
-// source code as it is.
+// isShellSafe reports whether a model's name can be pasted into a shell and into source code unquoted.
 func isShellSafe(model string) bool {
-	return !strings.ContainsFunc(model, func(c rune) bool {
-		return !strings.ContainsRune(base62+"-_.:/", c)
-	})
+	return !strings.ContainsFunc(model, func(c rune) bool { return !strings.ContainsRune(base62+"-_.:/", c) })
 }
 
-// publicBase is where clients reach the proxy, as far as it knows.
+// publicBase returns the base URL for clients, as far as the proxy knows it.
 func (ui *adminUI) publicBase(r *pageRequest) string {
 	switch {
 	case ui.cfg.publicURL != nil:
@@ -167,16 +227,15 @@ func (ui *adminUI) publicBase(r *pageRequest) string {
 	return "http://" + r.http.Host
 }
 
-// A tokenPageView is the page of one token.
+// A tokenPageView is the data of templates/token.html.
 type tokenPageView struct {
 	tokenView
 	ProjectName string
 	State       stateView
 	Limits      []barView
 	Allowed     []labeledValue
-	Requests    *barView // use of max_requests; nil: no such limit
+	Requests    *barView // usage of max_requests; nil: there is no such limit
 	Calls       []requestReply
-	BadReason   string
 }
 
 func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
@@ -190,169 +249,28 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	if t.MaxRequests != nil {
 		b := newBarView(t.RequestCount, *t.MaxRequests)
-		b.Used, b.Max, b.Left = groupDigits(t.RequestCount), groupDigits(*t.MaxRequests), groupDigits(max(0, *t.MaxRequests-t.RequestCount))
-		b.Label = fmt.Sprintf("%s of %s requests used", b.Used, b.Max)
+		b.Used, b.Max = groupDigits(t.RequestCount), groupDigits(*t.MaxRequests)
+		b.Label = b.Used + " of " + b.Max + " calls used"
 		v.Requests = &b
 	}
 	calls, err := ui.ops.listRequests(r.ctx, requestFilter{token: t.ID, before: math.MaxInt64, limit: 10})
-	if err != nil {
-		return nil, err
-	}
 	v.Calls = calls.Data
-	return &pageResponse{template: "token", title: t.Name, data: v}, nil
+	return &pageResponse{template: "token", title: t.Name, data: v}, err
 }
 
-// editToken changes a token's name, life and policy.
-func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
-	if err != nil {
-		return nil, err
+// projectName returns a project's name, or a text if the project was deleted.
+func (ui *adminUI) projectName(r *pageRequest, id string) (string, error) {
+	p, err := ui.store.projectByID(r.ctx, id)
+	if errors.Is(err, errNotFound) {
+		return "(deleted project)", nil
 	}
-	here := "/admin/tokens/" + t.ID
-	v := &formView{Crumb: &formOption{here, t.Name}, Policy: newPolicyForm(false), Form: &pageForm{Action: here + "/edit", Submit: "Save", Cancel: here, Version: t.Version, Fields: []*formField{
-		{Name: "name", Label: "Name", Kind: "text", Required: true},
-		{Name: "expires_at", Label: "Expires at (UTC)", Kind: "datetime-local", Short: true, Help: "Empty: it has no end."},
-		{Name: "max_requests", Label: "Requests in all", Kind: "number", Short: true, Help: "Those it has made count: " + groupDigits(t.RequestCount) + " so far. Empty: no such limit."},
-		{Name: "idle_expiry_minutes", Label: "Ends after disuse, in minutes", Kind: "number", Short: true, Help: idleHelp},
-	}}}
-	stored := url.Values{"name": {t.Name}, "max_requests": {formatOptionalInt(t.MaxRequests)}, "idle_expiry_minutes": {formatOptionalInt(t.IdleExpiryMinutes)}}
-	if t.ExpiresAt != nil {
-		stored.Set("expires_at", t.ExpiresAt.datetimeLocal())
-	}
-	v.Form.fill(r.form, stored)
-	v.Policy.fill(r.form, t.Policy)
-	p := &pageResponse{template: "form", title: "Edit token", data: v}
-	if !r.isPost() {
-		return p, nil
-	}
-	v.Form.Version = r.ifMatchVersion
-	in := parseTokenForm(r.form)
-	in["policy"] = v.Policy.parsePolicy(r.form, t.Policy)
-	if at := r.form.Get("expires_at"); at == "" {
-		in["expires_at"] = nil
-	} else if at != stored.Get("expires_at") { // else it stays as it is, to the millisecond, also in the past
-		in["expires_at"] = formTimeToRFC3339(at)
-	}
-	var typed tokenInput
-	if err = typed.decode(r.withJSON(in).body, false); err == nil {
-		_, err = ui.ops.updateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, typed)
-	}
-	if err != nil {
-		p.status, err = v.showError(err)
-		return p, err
-	}
-	return redirectTo(here, "saved"), nil
+	return p.name, err
 }
 
-func formatOptionalInt(n *int64) string {
-	if n == nil {
-		return ""
-	}
-	return strconv.FormatInt(*n, 10)
-}
-
-// rotateTokenPage gives a token a new value, and shows it once.
-func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
-	if err != nil {
-		return nil, err
-	}
-	here := "/admin/tokens/" + t.ID
-	v := &formView{Crumb: &formOption{here, t.Name}, Intro: "The token gets a new value; its id, its limits and what they count stay. The value it has now goes on working for a while, so that programs can change over.",
-		Form: &pageForm{Action: here + "/rotate", Submit: "Rotate", Cancel: here, Once: randomBase62(16), Version: t.Version, Fields: []*formField{
-			{Name: "overlap_minutes", Label: "The value of now works for", Kind: "select", Required: true, Short: true,
-				Options: []formOption{{"0", "no longer: it leaked"}, {"60", "1 hour"}, {"1440", "1 day"}, {"10080", "7 days"}, {"43200", "30 days"}}}}}}
-	v.Form.fill(r.form, url.Values{"overlap_minutes": {"60"}})
-	p := &pageResponse{template: "form", title: "Rotate " + t.Name, data: v}
-	if !r.isPost() {
-		return p, nil
-	}
-	v.Form.Version = r.ifMatchVersion
-	if !ui.sentForms.claim(r.form.Get("once")) {
-		return r.alreadySubmitted(here, "new value"), nil
-	}
-	fields := map[string]any{}
-	setNumber(fields, r.form, "overlap_minutes", false)
-	var in rotateInput
-	err = in.decode(r.withJSON(fields).body)
-	var row tokenRow
-	var value secret
-	if err == nil {
-		row, value, err = ui.ops.rotateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
-	}
-	if err != nil {
-		p.status, err = v.showError(err)
-		return p, err
-	}
-	t = ui.ops.newTokenValueView(&row, value, r.now)
-	return ui.tokenValuePage(r, "The token has a new value", t, t.OverlapUntil)
-}
-
-// revokeTokenPage ends a token.
-func (ui *adminUI) revokeTokenPage(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
-	if err != nil {
-		return nil, err
-	}
-	here := "/admin/tokens/" + t.ID
-	if !r.isPost() {
-		return r.confirmPage("Revoke "+t.Name+"?", "It stops working at once, for good, and its running calls are cut. Its calls stay in the ledger.", "Revoke", here), nil
-	}
-	if _, err := ui.ops.revokeToken(r.ctx, r.origin, t.ID, r.ifMatchVersion); err != nil {
-		return nil, err
-	}
-	return redirectTo(here, "revoked"), nil
-}
-
-// revokeSelected revokes the tokens that were chosen in a list, after asking.
-func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
-	ids := slices.Compact(slices.Sorted(slices.Values(r.form["id"])))
-	if len(ids) == 0 {
-		return &pageResponse{redirect: "/admin/tokens?done=none-chosen"}, nil
-	}
-	if len(ids) > 500 {
-		return nil, badRequest("invalid_value", "id", "At most 500 tokens can be revoked at once.")
-	}
-	f := &pageForm{Action: "/admin/tokens/revoke", Submit: "Revoke " + pluralize(int64(len(ids)), "token", "tokens"), Cancel: "/admin/tokens", Danger: true,
-		Hidden: []formOption{{"yes", "sure"}}}
-	var names []string
-	for _, id := range ids {
-		t, err := ui.store.tokenByID(r.ctx, id)
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, t.name+" ("+id+")")
-		f.Hidden = append(f.Hidden, formOption{id, "id"})
-	}
-	if r.form.Get("sure") != "yes" {
-		return &pageResponse{template: "confirm", title: "Revoke these tokens?", data: confirmView{"They stop working at once, for good, and their running calls are cut:", names, f}}, nil
-	}
-	for _, id := range ids {
-		if _, err := ui.ops.revokeToken(r.ctx, r.origin, id, 0); err != nil {
-			return nil, fmt.Errorf("revoking %s: %w", id, err)
-		}
-	}
-	return redirectTo("/admin/tokens", "revoked"), nil
-}
-
-const (
-	tokensPerPage     = 50
-	maxTokensScanned  = 5000 // so many at most are looked at for one page
-	expiringSoon      = 7 * 24 * time.Hour
-	maxProjectOptions = 2000 // in the choice of projects
-)
-
-// A tokenLine is a token in a list.
-type tokenLine struct {
-	tokenView
-	ProjectName string
-	State       stateView
-}
-
-// A stateView is a word on how something is, and its colour.
+// A stateView is a state and its color: good, warn or bad.
 type stateView struct{ Kind, Text string }
 
-// newTokenStateView says what a token is worth now.
+// newTokenStateView returns the state of a token now.
 func newTokenStateView(t *tokenView, now time.Time) stateView {
 	switch {
 	case t.RevokedAt != nil:
@@ -363,47 +281,114 @@ func newTokenStateView(t *tokenView, now time.Time) stateView {
 		return stateView{"bad", "idle too long"}
 	case t.MaxRequests != nil && t.RequestCount >= *t.MaxRequests:
 		return stateView{"warn", "used up"}
-	case t.ExpiresAt != nil && int64(*t.ExpiresAt) <= now.Add(expiringSoon).UnixMilli():
+	case expiresSoon(t.ExpiresAt, now):
 		return stateView{"warn", "expires soon"}
 	}
 	return stateView{"good", "active"}
 }
 
-// A tokensView is the list of tokens.
+func expiresSoon(at *timestamp, now time.Time) bool {
+	return at != nil && int64(*at) <= now.Add(expiringSoon).UnixMilli()
+}
+
+// A barView is the usage of a limit. Level is "", warn or bad.
+type barView struct {
+	Text, Label, Level string
+	Percent            int
+	Used, Max, Left    string
+	Shadow             bool // monitor only
+	ResetsAt           *timestamp
+	WouldRefuse        int64
+}
+
+// newBarViews returns the usage of limits.
+func newBarViews(limits []limitView) (bars []barView) {
+	for _, l := range limits {
+		isMoney := l.Count == metricDollars.String()
+		what, period := l.Count, "per "+l.Per
+		switch {
+		case l.Count == metricConcurrent.String():
+			what, period = "concurrent calls", ""
+		case l.Per == perLifetime.String():
+			period = "in total"
+		}
+		b := newBarView(quantityMicros(l.Used), quantityMicros(l.Max))
+		b.Used, b.Max, b.Left = formatQuantity(string(l.Used), isMoney), formatQuantity(string(l.Max), isMoney), formatQuantity(string(l.Left), isMoney)
+		b.Shadow, b.ResetsAt, b.WouldRefuse = l.Shadow, l.ResetsAt, l.WouldRefuse
+		if b.Text = strings.TrimSpace(capitalize(what) + " " + period); l.Endpoint != "" {
+			b.Text += " on " + l.Endpoint
+		}
+		if l.Model != "" {
+			b.Text += " for " + l.Model
+		}
+		b.Label = b.Text + ": " + b.Used + " of " + b.Max + " used"
+		bars = append(bars, b)
+	}
+	return bars
+}
+
+func newBarView(used, limit int64) (b barView) {
+	switch {
+	case limit <= 0 || used >= limit:
+		b.Percent, b.Level = 100, "bad"
+		if used <= 0 {
+			b.Percent = 0
+		}
+	case used > 0:
+		b.Percent = max(1, int(float64(used)/float64(limit)*100))
+		if b.Percent >= 80 {
+			b.Level = "warn"
+		}
+	}
+	return b
+}
+
+// quantityMicros returns a whole or decimal quantity of a limit in millionths.
+func quantityMicros(raw json.RawMessage) int64 {
+	f, err := strconv.ParseFloat(string(raw), 64)
+	if err != nil || f > 9e18/1e6 {
+		return 0
+	}
+	return int64(f * 1e6)
+}
+
+// A tokensView is the data of templates/tokens.html.
 type tokensView struct {
-	Tokens               []tokenLine
-	Project, Name        string // what the list is narrowed by
-	State, Order         string
-	Projects             []formOption
-	States, Orders       []formOption
-	Next                 string
-	First, Sifted, Above bool // no token at all; not all were looked at; it is not the first page
-	Problem              string
+	Tokens         []tokenLine
+	Project, Name  string // the filters
+	State, Order   string
+	Projects       []option
+	States, Orders []option
+	Next           string
+	NoTokens       bool // there are none at all
+	Partial        bool // more tokens may match than were scanned
+	LaterPage      bool
 }
 
-func tokenStates() []formOption {
-	return []formOption{{"", "All"}, {"active", "Active"}, {"expiring", "Expiring within 7 days"}, {"expired", "Expired"}, {"revoked", "Revoked"}, {"unused", "Never used"}}
+// A tokenLine is a token in the list.
+type tokenLine struct {
+	tokenView
+	ProjectName string
+	State       stateView
 }
 
-func tokenOrders() []formOption {
-	return []formOption{{"", "Newest first"}, {"oldest", "Oldest first"}, {"name", "Name"}, {"ends", "Expiry, soonest first; no revoked ones"}}
+func tokenStates() []option {
+	return options("", "All", "active", "Active", "expiring", "Expiring within 7 days", "expired", "Expired", "revoked", "Revoked", "unused", "Never used")
+}
+
+func tokenOrders() []option {
+	return options("", "Newest first", "oldest", "Oldest first", "name", "Name", "ends", "Expiry, soonest first (without revoked)")
 }
 
 func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
-	v := &tokensView{Project: r.query.Get("project_id"), Name: strings.TrimSpace(r.query.Get("name")), State: r.query.Get("state"), Order: r.query.Get("order"),
-		States: tokenStates(), Orders: tokenOrders(), Above: r.query.Get("after") != ""}
+	v := &tokensView{Project: r.query.Get("project_id"), Name: strings.TrimSpace(r.query.Get("name")), State: r.query.Get("state"),
+		Order: r.query.Get("order"), States: tokenStates(), Orders: tokenOrders(), LaterPage: r.query.Get("after") != ""}
 	if strings.HasPrefix(v.Name, "tok_") {
 		if t, err := ui.store.tokenByID(r.ctx, v.Name); err == nil {
 			return &pageResponse{redirect: "/admin/tokens/" + t.id}, nil
 		}
 	}
-	p := &pageResponse{template: "tokens", title: "Tokens", data: v}
-	projects, err := ui.projectOptions(r, v.Project)
-	if err != nil {
-		return nil, err
-	}
-	v.Projects = append([]formOption{{"", "All"}}, projects...)
-	w, err := v.listQuery(r)
+	q, err := v.listQuery(r)
 	if err != nil {
 		return nil, err
 	}
@@ -412,13 +397,16 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 			return nil, err
 		}
 	}
-	last, looked := "", 0
-	more, err := ui.store.walkTokens(r.ctx, w, func(t *tokenRow) bool {
+	if v.Projects, err = ui.projectOptions(r, v.Project); err != nil {
+		return nil, err
+	}
+	cursor, scanned := "", 0
+	more, err := ui.store.walkTokens(r.ctx, q, func(t *tokenRow) bool {
 		if len(v.Tokens) == tokensPerPage {
 			return false
 		}
-		looked++
-		last = w.cursorAfter(t)
+		scanned++
+		cursor = q.cursorAfter(t)
 		line := tokenLine{tokenView: ui.ops.newTokenView(t, r.now)}
 		line.State = newTokenStateView(&line.tokenView, r.now)
 		if v.matches(&line, r.now) {
@@ -430,75 +418,74 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	if more {
-		v.Next = r.nextPageURL(last)
-		v.Sifted = len(v.Tokens) < tokensPerPage
+		v.Next, v.Partial = r.nextPageURL(cursor), len(v.Tokens) < tokensPerPage
 	}
-	v.First = looked == 0 && !v.Above && v.Project == "" && v.Name == "" && v.State == ""
-	return p, ui.nameProjects(r, v.Tokens)
+	v.NoTokens = scanned == 0 && !v.LaterPage && v.Project == "" && v.Name == "" && v.State == ""
+	return &pageResponse{template: "tokens", title: "Tokens", data: v}, ui.nameProjects(r, v.Tokens)
 }
 
-// listQuery works out along which index the list goes. An order that the filters do
-// not allow gives way to theirs.
+// listQuery chooses the index that the list follows. Filters override the order where no index has both.
 func (v *tokensView) listQuery(r *pageRequest) (tokenListQuery, error) {
 	for _, c := range []struct {
 		name, value string
-		known       []formOption
+		allowed     []option
 	}{{"state", v.State, v.States}, {"order", v.Order, v.Orders}} {
-		if !slices.ContainsFunc(c.known, func(o formOption) bool { return o.Value == c.value }) {
+		if !slices.ContainsFunc(c.allowed, func(o option) bool { return o.Value == c.value }) {
 			return tokenListQuery{}, badRequest("invalid_value", c.name, "There is no such "+c.name+".")
 		}
 	}
 	if len(v.Name) > 100 {
-		return tokenListQuery{}, badRequest("invalid_value", "name", "A name has 100 bytes at most.")
+		return tokenListQuery{}, badRequest("invalid_value", "name", "A name has at most 100 bytes.")
 	}
 	now := r.now.UnixMilli()
-	w := tokenListQuery{order: cmp.Or(v.Order, "newest"), project: v.Project, prefix: v.Name, to: neverExpires, limit: maxTokensScanned}
+	q := tokenListQuery{order: cmp.Or(v.Order, "newest"), project: v.Project, prefix: v.Name, to: neverExpires, limit: maxTokensScanned}
 	if v.Name != "" {
-		w.order = "name"
+		q.order = "name"
 	}
-	if w.order != "name" && v.Order != "oldest" {
+	if q.order != "name" && v.Order != "oldest" {
 		switch v.State {
 		case "active":
-			w.order, w.from = "ends", now
+			q.order, q.from = "ends", now
 		case "expiring":
-			w.order, w.from, w.to = "ends", now, now+expiringSoon.Milliseconds()
+			q.order, q.from, q.to = "ends", now, now+expiringSoon.Milliseconds()
 		case "expired":
-			w.order, w.to = "ends", now
+			q.order, q.to = "ends", now
 		case "revoked", "unused":
 			if v.State == "revoked" {
-				w.order, v.Order = "newest", "" // these expire no more
+				q.order, v.Order = "newest", "" // revoked tokens no longer expire
 			}
 			if v.Project == "" && v.Order == "" {
-				w.order = v.State
+				q.order = v.State
 			}
 		}
 	}
-	if w.order == "ends" || w.order == "name" || w.order == "oldest" {
-		v.Order = w.order
+	if q.order == "ends" || q.order == "name" || q.order == "oldest" {
+		v.Order = q.order
 	}
-	after := r.query.Get("after")
-	if after == "" {
-		return w, nil
+	if after := r.query.Get("after"); after != "" && !q.parseAfter(after) {
+		return q, badRequest("invalid_value", "after", "This address is not a page of the list.")
 	}
-	var key string
-	var err error
-	if w.afterSeq, key, err = parseCursor(after); err == nil {
-		switch w.order {
-		case "name":
-			w.afterName = key
-		case "ends", "revoked":
-			w.afterTime, err = strconv.ParseInt(key, 36, 64)
-		}
-	}
-	if err != nil || w.afterSeq < 1 || w.afterTime < 0 {
-		return w, badRequest("invalid_value", "after", "This is not the address of a page of the list.")
-	}
-	return w, nil
+	return q, nil
 }
 
-// cursorAfter says where the list goes on after a token.
-func (w *tokenListQuery) cursorAfter(t *tokenRow) string {
-	switch w.order {
+// parseAfter continues the list after a cursor, and reports whether the cursor is valid.
+func (q *tokenListQuery) parseAfter(cursor string) bool {
+	seq, key, err := parseCursor(cursor)
+	q.afterSeq = seq
+	switch q.order {
+	case "name":
+		q.afterName = key
+	case "ends", "revoked":
+		if err == nil {
+			q.afterTime, err = strconv.ParseInt(key, 36, 64)
+		}
+	}
+	return err == nil && q.afterSeq >= 1 && q.afterTime >= 0
+}
+
+// cursorAfter returns the cursor of the list after a token.
+func (q *tokenListQuery) cursorAfter(t *tokenRow) string {
+	switch q.order {
 	case "name":
 		return formatCursor(t.seq, t.name)
 	case "ends":
@@ -513,13 +500,13 @@ func (w *tokenListQuery) cursorAfter(t *tokenRow) string {
 	return formatCursor(t.seq, "")
 }
 
-// matches sifts out what the index did not.
+// matches filters by state what the index did not.
 func (v *tokensView) matches(t *tokenLine, now time.Time) bool {
 	switch v.State {
 	case "active":
 		return t.IsActive
 	case "expiring":
-		return t.IsActive && t.ExpiresAt != nil && int64(*t.ExpiresAt) <= now.Add(expiringSoon).UnixMilli()
+		return t.IsActive && expiresSoon(t.ExpiresAt, now)
 	case "expired":
 		return t.RevokedAt == nil && !t.IsActive
 	case "revoked":
@@ -530,29 +517,29 @@ func (v *tokensView) matches(t *tokenLine, now time.Time) bool {
 	return true
 }
 
-// projectOptions is the choice of projects, by name. The one that is chosen is
-// among them even where there are too many.
-func (ui *adminUI) projectOptions(r *pageRequest, chosen string) ([]formOption, error) {
-	rows, err := ui.store.listProjects(r.ctx, 0, maxProjectOptions, nil, "")
+// projectOptions returns the projects by name, after an option for all of them. The selected one is included
+// even if there are too many.
+func (ui *adminUI) projectOptions(r *pageRequest, selected string) ([]option, error) {
+	rows, err := ui.store.projectNames(r.ctx, maxProjectOptions)
 	if err != nil {
 		return nil, err
 	}
-	out := make([]formOption, 0, len(rows))
-	found := chosen == ""
-	for i := range rows {
-		out = append(out, formOption{rows[i].id, rows[i].name})
-		found = found || rows[i].id == chosen
+	list := make([]option, 0, len(rows)+2)
+	for _, p := range rows {
+		list = append(list, option{p.id, p.name})
 	}
-	if !found {
-		if p, err := ui.store.projectByID(r.ctx, chosen); err == nil {
-			out = append(out, formOption{p.id, p.name})
+	if selected != "" && !slices.ContainsFunc(list, func(o option) bool { return o.Value == selected }) {
+		p, err := ui.store.projectByID(r.ctx, selected)
+		if err != nil && !errors.Is(err, errNotFound) {
+			return nil, err
 		}
+		list = append(list, option{selected, cmp.Or(p.name, selected)})
 	}
-	slices.SortFunc(out, func(a, b formOption) int { return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label)) })
-	return out, nil
+	slices.SortStableFunc(list, func(a, b option) int { return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label)) })
+	return slices.Insert(list, 0, option{"", "All projects"}), nil
 }
 
-// nameProjects fills in the names of the projects of a page.
+// nameProjects fills in the names of the tokens' projects.
 func (ui *adminUI) nameProjects(r *pageRequest, lines []tokenLine) error {
 	names := map[string]string{}
 	for i := range lines {
@@ -567,84 +554,4 @@ func (ui *adminUI) nameProjects(r *pageRequest, lines []tokenLine) error {
 		lines[i].ProjectName = names[id]
 	}
 	return nil
-}
-
-// renderSnippet puts the token, the base URL and a model into a text.
-func (v tokenValueView) renderSnippet(openai, anthropic string) string {
-	text := openai
-	if v.Anthropic {
-		text = anthropic
-	}
-	return strings.NewReplacer("BASE", v.Base, "TOKEN", v.Value, "MODEL", v.Model).Replace(strings.TrimPrefix(text, "\n"))
-}
-
-func curlSnippet(v tokenValueView) string {
-	return v.renderSnippet(`
-curl BASE/v1/chat/completions \
-  -H "Authorization: Bearer TOKEN" \
-  -H "Content-Type: application/json" \
-  -d '{"model":"MODEL","messages":[{"role":"user","content":"Hello"}]}'
-`, `
-curl BASE/v1/messages \
-  -H "x-api-key: TOKEN" -H "anthropic-version: 2023-06-01" \
-  -H "Content-Type: application/json" \
-  -d '{"model":"MODEL","max_tokens":200,"messages":[{"role":"user","content":"Hello"}]}'
-`)
-}
-
-func pythonSnippet(v tokenValueView) string {
-	return v.renderSnippet(`
-from openai import OpenAI
-
-client = OpenAI(base_url="BASE/v1", api_key="TOKEN")
-answer = client.chat.completions.create(
-    model="MODEL", messages=[{"role": "user", "content": "Hello"}]
-)
-print(answer.choices[0].message.content)
-`, `
-from anthropic import Anthropic
-
-client = Anthropic(base_url="BASE", api_key="TOKEN")
-answer = client.messages.create(
-    model="MODEL", max_tokens=200, messages=[{"role": "user", "content": "Hello"}]
-)
-print(answer.content[0].text)
-`)
-}
-
-func nodeSnippet(v tokenValueView) string {
-	return v.renderSnippet(`
-import OpenAI from "openai";
-
-const client = new OpenAI({ baseURL: "BASE/v1", apiKey: "TOKEN" });
-const answer = await client.chat.completions.create({
-  model: "MODEL", messages: [{ role: "user", content: "Hello" }],
-});
-console.log(answer.choices[0].message.content);
-`, `
-import Anthropic from "@anthropic-ai/sdk";
-
-const client = new Anthropic({ baseURL: "BASE", apiKey: "TOKEN" });
-const answer = await client.messages.create({
-  model: "MODEL", max_tokens: 200, messages: [{ role: "user", content: "Hello" }],
-});
-console.log(answer.content[0].text);
-`)
-}
-
-func goSnippet(v tokenValueView) string {
-	return v.renderSnippet(`
-client := openai.NewClient(option.WithBaseURL("BASE/v1"), option.WithAPIKey("TOKEN"))
-answer, err := client.Chat.Completions.New(ctx, openai.ChatCompletionNewParams{
-	Model:    "MODEL",
-	Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage("Hello")},
-})
-`, `
-client := anthropic.NewClient(option.WithBaseURL("BASE"), option.WithAPIKey("TOKEN"))
-answer, err := client.Messages.New(ctx, anthropic.MessageNewParams{
-	Model:     "MODEL",
-	MaxTokens: 200,
-	Messages:  []anthropic.MessageParam{anthropic.NewUserMessage(anthropic.NewTextBlock("Hello"))},
-})
-`)
 }

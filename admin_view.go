@@ -1,6 +1,5 @@
-// This room turns data into HTML: it reads the embedded templates once and
-// serves the style sheet, the script and the icon. What templates may call is
-// here; they hold no rule of their own, and html/template escapes all that they
+// This file turns data into HTML: it parses the embedded templates once, serves the static files, and
+// has the functions that templates call. Templates only format; html/template escapes whatever they
 // print.
 package main
 
@@ -13,6 +12,7 @@ import (
 	"html/template"
 	"io"
 	"io/fs"
+	"math"
 	"mime"
 	"net/http"
 	"path"
@@ -20,17 +20,18 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
-//go:embed templates/*.html templates/static/*
+//go:embed templates
 var pageFiles embed.FS
 
-// A pageSet is all templates, and the static files by the names under which
-// pages link to them.
+// A pageSet holds the templates and the static files.
 type pageSet struct {
-	templates   func() (map[string]*template.Template, error) // by name; read when first asked for
-	files       map[string]staticFile                         // by name with a hash of what is in it
-	hashedNames map[string]string                             // that name, by the file's own
+	templates   func() (map[string]*template.Template, error) // by page; parsed on first use
+	files       map[string]staticFile                         // by name with a hash of the content
+	hashedNames map[string]string                             // by plain name
 }
 
 type staticFile struct {
@@ -38,8 +39,8 @@ type staticFile struct {
 	contentType string
 }
 
-// newPageSet reads the static files. Templates take some 20 ms and 4 MB, which
-// a program that nobody administers should not.
+// newPageSet reads the static files. Templates are parsed on first use: that takes some 20 ms and 4 MB, which
+// a proxy without visitors of /admin need not spend.
 func newPageSet() (*pageSet, error) {
 	ps := &pageSet{files: map[string]staticFile{}, hashedNames: map[string]string{}}
 	names, err := fs.Glob(pageFiles, "templates/static/*")
@@ -60,43 +61,39 @@ func newPageSet() (*pageSet, error) {
 	return ps, nil
 }
 
-// readTemplates reads the pages. Each is layout.html and parts.html with a
-// template "content" of its own.
+// readTemplates parses the pages. Each is a template "content" together with templates/parts.
 func (ps *pageSet) readTemplates() (map[string]*template.Template, error) {
-	out := map[string]*template.Template{}
-	base, err := template.New("").Funcs(ps.funcs()).ParseFS(pageFiles, "templates/layout.html", "templates/parts.html")
+	base, err := template.New("").Funcs(ps.funcs()).ParseFS(pageFiles, "templates/parts/*.html")
 	if err != nil {
-		return nil, fmt.Errorf("reading the layout: %w", err)
+		return nil, fmt.Errorf("parsing the shared templates: %w", err)
 	}
 	names, err := fs.Glob(pageFiles, "templates/*.html")
 	if err != nil {
 		return nil, fmt.Errorf("listing templates: %w", err)
 	}
+	pages := map[string]*template.Template{}
 	for _, name := range names {
-		if name == "templates/layout.html" || name == "templates/parts.html" {
-			continue
-		}
 		t, err := base.Clone()
 		if err == nil {
 			t, err = t.ParseFS(pageFiles, name)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("reading %s: %w", name, err)
+			return nil, fmt.Errorf("parsing %s: %w", name, err)
 		}
-		out[strings.TrimSuffix(path.Base(name), ".html")] = t
+		pages[strings.TrimSuffix(path.Base(name), ".html")] = t
 	}
-	return out, nil
+	return pages, nil
 }
 
-// render writes the page made from a template.
+// render writes a page.
 func (ps *pageSet) render(w io.Writer, name string, v *pageView) error {
-	all, err := ps.templates()
+	pages, err := ps.templates()
 	if err != nil {
 		return err
 	}
-	t := all[name]
+	t := pages[name]
 	if t == nil {
-		return fmt.Errorf("there is no template %q", name)
+		return fmt.Errorf("no template %q", name)
 	}
 	if err := t.ExecuteTemplate(w, "layout", v); err != nil {
 		return fmt.Errorf("template %q: %w", name, err)
@@ -104,7 +101,7 @@ func (ps *pageSet) render(w io.Writer, name string, v *pageView) error {
 	return nil
 }
 
-// handleStatic serves a file by its hashed name, which never means another text.
+// handleStatic serves a file by its hashed name, whose content never changes.
 func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
 	f, ok := ui.pages.files[r.PathValue("name")]
 	if !ok {
@@ -118,69 +115,76 @@ func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(f.body)
 }
 
-// funcs is what templates may call besides html/template's own.
+// funcs returns what templates may call besides html/template's own functions.
 func (ps *pageSet) funcs() template.FuncMap {
 	return template.FuncMap{
 		"static": func(name string) (string, error) {
 			if ps.hashedNames[name] == "" {
-				return "", fmt.Errorf("there is no static file %q", name)
+				return "", fmt.Errorf("no static file %q", name)
 			}
 			return "/admin/static/" + ps.hashedNames[name], nil
 		},
 		"fieldID": fieldID,
-		"when":    newTimeView,  // a *stamp or stamp; see template "time"
+		"when":    newTimeView,  // for the templates "time", "ago" and "exact"
 		"number":  formatNumber, // 1,234,567
-		"usd":     formatUSD,    // dollars: $1,234.50
+		"usd":     formatUSD,    // $1,234.50
 		"ms":      formatMillis,
 		"bytes":   formatBytes,
-		"curl":    curlSnippet, "python": pythonSnippet, "node": nodeSnippet, "golang": goSnippet,
-		"plural": pluralize, // plural 3 "token" "tokens": 3 tokens
-		"list":   func(items ...any) []any { return items },
-		"price":  func(v *json.RawMessage) string { return formatQuantity(string(*v), true) },
+		"plural":  pluralize, // plural 3 "token" "tokens": 3 tokens
+		"list":    func(items ...any) []any { return items },
+		"price":   func(v *json.RawMessage) string { return formatQuantity(string(*v), true) },
 	}
 }
 
-// A timeView is a time as a page shows it.
+// An option is one choice of a select.
+type option struct{ Value, Label string }
+
+// options returns options from pairs of value and label.
+func options(pairs ...string) (list []option) {
+	for i := 0; i < len(pairs); i += 2 {
+		list = append(list, option{pairs[i], pairs[i+1]})
+	}
+	return list
+}
+
+// A timeView is a time in the formats that pages use.
 type timeView struct{ ISO, Text, Exact, Date, Clock, Relative string }
 
-// newTimeView returns how a time is shown, or nil for none.
+// newTimeView formats a timestamp or *timestamp; it returns nil for a nil one.
 func newTimeView(v any) (*timeView, error) {
 	var at time.Time
 	switch v := v.(type) {
 	case timestamp:
-		at = time.UnixMilli(int64(v))
+		at = time.UnixMilli(int64(v)).UTC()
 	case *timestamp:
 		if v == nil {
 			return nil, nil
 		}
-		at = time.UnixMilli(int64(*v))
+		at = time.UnixMilli(int64(*v)).UTC()
 	default:
-		return nil, fmt.Errorf("%T is no time", v)
+		return nil, fmt.Errorf("%T is not a time", v)
 	}
-	at = at.UTC()
-	return &timeView{at.Format(time.RFC3339), at.Format("2006-01-02 15:04"), at.Format("2006-01-02 15:04:05"), at.Format("2006-01-02"), at.Format("15:04:05"), relativeTime(time.Until(at))}, nil
+	return &timeView{ISO: at.Format(time.RFC3339), Text: at.Format("2006-01-02 15:04"), Exact: at.Format("2006-01-02 15:04:05"),
+		Date: at.Format("2006-01-02"), Clock: at.Format("15:04:05"), Relative: relativeTime(time.Until(at))}, nil
 }
 
-// relativeTime says how far off a time is.
+// relativeTime returns a duration from now as text, such as "in 3 days" or "3 days ago".
 func relativeTime(d time.Duration) string {
-	ago := d < 0
-	if ago {
-		d = -d
-	}
+	const day = 24 * time.Hour
 	text := ""
-	switch {
-	case d < time.Minute:
-		text = pluralize(int64(d/time.Second), "second", "seconds")
-	case d < time.Hour:
-		text = pluralize(int64(d/time.Minute), "minute", "minutes")
-	case d < 48*time.Hour:
-		text = pluralize(int64(d/time.Hour), "hour", "hours")
-	case d < 2*365*24*time.Hour:
-		text = pluralize(int64(d/(24*time.Hour)), "day", "days")
-	default:
-		text = pluralize(int64(d/(365*24*time.Hour)), "year", "years")
+	for _, u := range []struct {
+		below, unit time.Duration
+		name        string
+	}{
+		{time.Minute, time.Second, "second"}, {time.Hour, time.Minute, "minute"}, {2 * day, time.Hour, "hour"},
+		{2 * 365 * day, day, "day"}, {math.MaxInt64, 365 * day, "year"},
+	} {
+		if d.Abs() < u.below {
+			text = pluralize(int64(d.Abs()/u.unit), u.name, u.name+"s")
+			break
+		}
 	}
-	if ago {
+	if d < 0 {
 		return text + " ago"
 	}
 	return "in " + text
@@ -193,7 +197,12 @@ func pluralize(n int64, one, many string) string {
 	return groupDigits(n) + " " + many
 }
 
-// groupDigits writes a number with a comma every three digits.
+func capitalize(s string) string {
+	r, n := utf8.DecodeRuneInString(s)
+	return string(unicode.ToUpper(r)) + s[n:]
+}
+
+// groupDigits returns a number with a comma between groups of three digits.
 func groupDigits(n int64) string {
 	digits := strconv.FormatInt(n, 10)
 	sign := ""
@@ -206,7 +215,7 @@ func groupDigits(n int64) string {
 	return sign + digits
 }
 
-// formatNumber groups any of the whole numbers that pages show.
+// formatNumber formats an int, an int64 or a *int64.
 func formatNumber(v any) (string, error) {
 	switch v := v.(type) {
 	case int64:
@@ -219,10 +228,10 @@ func formatNumber(v any) (string, error) {
 	case int:
 		return groupDigits(int64(v)), nil
 	}
-	return "", fmt.Errorf("%T is no whole number", v)
+	return "", fmt.Errorf("%T is not a whole number", v)
 }
 
-// formatUSD writes any of the amounts of money that pages show.
+// formatUSD formats dollars, *dollars or an int64 of nano-dollars.
 func formatUSD(v any) (string, error) {
 	var nanos int64
 	switch v := v.(type) {
@@ -236,20 +245,19 @@ func formatUSD(v any) (string, error) {
 	case int64:
 		nanos = v
 	default:
-		return "", fmt.Errorf("%T is no money", v)
+		return "", fmt.Errorf("%T is not an amount of money", v)
 	}
 	return formatMoney(nanos), nil
 }
 
-// formatMoney writes nano-dollars with two decimals, or as many as a small amount
-// needs.
+// formatMoney formats nano-dollars with two decimals, small amounts with more.
 func formatMoney(nanos int64) string {
 	sign, magnitude := "", nanos
 	if nanos < 0 {
 		sign, magnitude = "-", -nanos
 	}
 	places, unit := 2, int64(10_000_000)
-	if magnitude > 0 && magnitude < 1_000_000_000 { // below a dollar cents say too little
+	if magnitude > 0 && magnitude < 1_000_000_000 {
 		places, unit = 4, 100_000
 		if magnitude < 100_000 {
 			places, unit = 6, 1000
@@ -266,7 +274,7 @@ func formatMoney(nanos int64) string {
 	return fmt.Sprintf("%s$%s.%0*d", sign, groupDigits(rounded/scale), places, rounded%scale)
 }
 
-// formatMillis writes a number of milliseconds.
+// formatMillis formats a number of milliseconds.
 func formatMillis(v *float64) string {
 	switch {
 	case v == nil:
@@ -279,7 +287,7 @@ func formatMillis(v *float64) string {
 	return strconv.FormatFloat(*v/1000, 'f', 1, 64) + " s"
 }
 
-// formatBytes writes a size with one decimal.
+// formatBytes formats a size with one decimal.
 func formatBytes(n int64) string {
 	f, units := float64(n), []string{"B", "KiB", "MiB", "GiB", "TiB"}
 	for len(units) > 1 && f >= 1024 {
@@ -289,4 +297,54 @@ func formatBytes(n int64) string {
 		return strconv.FormatInt(n, 10) + " B"
 	}
 	return strconv.FormatFloat(f, 'f', 1, 64) + " " + units[0]
+}
+
+// formatQuantity groups the digits of a decimal number, and formats it as dollars if money is set.
+func formatQuantity(raw string, money bool) string {
+	whole, decimals, _ := strings.Cut(raw, ".")
+	n, err := strconv.ParseInt(whole, 10, 64)
+	if err != nil {
+		return raw
+	}
+	if !money {
+		return groupDigits(n)
+	}
+	return "$" + groupDigits(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
+}
+
+func percent(v float64) string {
+	if v > 0 && v < 0.1 {
+		return "<0.1%"
+	}
+	return strconv.FormatFloat(v, 'f', 1, 64) + "%"
+}
+
+func formatSigned(v float64) string {
+	if v < 0 {
+		return "−" + formatTwoDecimals(-v)
+	}
+	return "+" + formatTwoDecimals(v)
+}
+
+// formatPointChange formats the change of a percentage, in percentage points.
+func formatPointChange(v float64) string {
+	if v = math.Round(v*10) / 10; v == 0 {
+		return "±0"
+	}
+	return formatSigned(v) + " points"
+}
+
+// formatPercentChange formats a change in percent. It returns "" if there is nothing to compare with.
+func formatPercentChange(now, was float64) string {
+	if was <= 0 {
+		return ""
+	}
+	switch v := math.Round(100 * (now - was) / was); {
+	case v == 0:
+		return "±0%"
+	case v > 999:
+		return "×" + formatTwoDecimals(math.Round(now/was))
+	default:
+		return formatSigned(v) + "%"
+	}
 }

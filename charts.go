@@ -1,20 +1,18 @@
-// This room draws charts: plain code, numbers in, SVG out. Widths are parts of
-// what there is, so that a chart fits any screen with its letters as large as
-// everywhere; colours and strokes are classes of the style sheet. Every name that
-// comes in is escaped. Nothing here knows of HTTP, templates or the database.
+// This file computes charts: usage and times in, the coordinates of axes, bars and lines out.
+// templates/charts.html draws them, and html/template escapes every name. Nothing here reads from
+// the database or knows of HTTP.
 package main
 
 import (
 	"cmp"
-	"fmt"
-	"html"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// A chartUnit is what a chart counts.
+// A chartUnit is the unit of a chart's values.
 type chartUnit int
 
 const (
@@ -23,7 +21,7 @@ const (
 	unitMillis           // milliseconds
 )
 
-// formatShort writes a value as it stands at an axis: round, and in few letters.
+// formatShort returns a value as an axis shows it: short.
 func (u chartUnit) formatShort(v float64) string {
 	switch u {
 	case unitMoney:
@@ -41,7 +39,7 @@ func (u chartUnit) formatShort(v float64) string {
 	return shortNumber(v)
 }
 
-// format writes a value as it stands in a title or a table.
+// format returns a value as titles and tables show it.
 func (u chartUnit) format(v float64) string {
 	switch {
 	case math.IsInf(v, 1) && u == unitMillis:
@@ -70,8 +68,8 @@ func shortNumber(v float64) string {
 	return strconv.FormatFloat(v, 'f', -1, 64)
 }
 
-// ticks returns a round step, and how many of them reach up to highest: 1, 2 or 5
-// times a power of ten, at least two and at most five.
+// ticks returns a round step (1, 2 or 5 times a power of ten) and how many steps reach highest:
+// at least two and at most five, or one for a small count.
 func (u chartUnit) ticks(highest float64) (step float64, n int) {
 	if !(highest > 0) || math.IsInf(highest, 0) {
 		highest = 1
@@ -91,83 +89,136 @@ func (u chartUnit) ticks(highest float64) (step float64, n int) {
 	return step, max(1, int(math.Ceil(highest/step-1e-9)))
 }
 
-// A chartSeries is a row of values, one for each step of time. NaN is none.
+// A coordinate is a position or a length in a drawing: pixels, percent or a share of a viewBox.
+type coordinate float64
+
+func (v coordinate) String() string { return formatTwoDecimals(float64(v)) }
+
+// formatTwoDecimals returns a number with at most two decimals.
+func formatTwoDecimals(v float64) string {
+	text := strings.TrimRight(strings.TrimRight(strconv.FormatFloat(v, 'f', 2, 64), "0"), ".")
+	if text == "-0" {
+		return "0"
+	}
+	return text
+}
+
+// A chartSeries is one row of values, one value for each step of time. NaN means no value.
 type chartSeries struct {
-	name   string
-	class  string // of the style sheet: k1 to k6, k0 for the rest
+	Name   string
+	Class  string // of the style sheet: k1 to k6, k0 for the rest
 	values []float64
 }
 
 // A timeChart shows series over time.
 type timeChart struct {
-	label     string // what it shows, for those who do not see it
+	label     string // describes the chart to screen readers
 	unit      chartUnit
 	start     int64 // unix milliseconds of the first step
-	stepMS    int64 // its length
+	stepMS    int64
 	steps     int
 	series    []chartSeries
-	lineChart bool // lines beside each other, not bars on top of each other
+	lineChart bool // lines side by side instead of stacked bars
 }
 
-const (
-	plotHeight = 180
-	plotTop    = 8  // room for the highest label
-	plotLeft   = 52 // room for the labels of the axis
-	plotBottom = 24 // and of time
-)
+const plotHeight = 180 // pixels; templates/charts.html has the margins around the plot
 
-// svg draws the chart: the axis, which is as wide as its labels, and beside it the
-// plot, which takes what is left.
-func (c *timeChart) svg() string {
-	var b strings.Builder
-	const height = plotTop + plotHeight + plotBottom
-	fmt.Fprintf(&b, `<div class="chart" role="img" aria-label="%s"><svg class="axis" width="%d" height="%d">`, escapeSVG(c.label), plotLeft, height)
+// A drawing is a time chart in coordinates: y and heights in pixels, x and widths in percent of
+// the plot, so that the chart fits any screen while its letters keep their size.
+type drawing struct {
+	Label   string
+	Ticks   []chartTick
+	Times   []timeLabel
+	Lines   []chartLine
+	Columns []chartColumn
+}
+
+// A chartTick is one line of the grid and its label on the axis.
+type chartTick struct {
+	Text      string
+	Y, LabelY coordinate
+}
+
+// A timeLabel is a label below the plot.
+type timeLabel struct {
+	Class, Text string
+	X           coordinate
+}
+
+// A chartLine is the line of one series: unbroken runs, and a dot for each run of one point.
+// The x of runs counts from 0 to 1000, that of dots in percent.
+type chartLine struct {
+	Class string
+	Runs  [][]chartPoint
+	Dots  []chartPoint
+}
+
+type chartPoint struct{ X, Y coordinate }
+
+// A chartColumn is one step of time: its bars, and the area that shows its numbers on hover.
+type chartColumn struct {
+	Title    string
+	X, Width coordinate
+	Bars     []chartBar
+}
+
+type chartBar struct {
+	Class               string
+	X, Y, Width, Height coordinate
+}
+
+// draw computes the drawing of the chart.
+func (c *timeChart) draw() *drawing {
+	d := &drawing{Label: printable(c.label), Times: c.timeLabels()}
 	step, n := c.unit.ticks(c.highest())
+	for i := range n + 1 {
+		y := coordinate(plotHeight - plotHeight*float64(i)/float64(n))
+		d.Ticks = append(d.Ticks, chartTick{c.unit.formatShort(step * float64(i)), y, y + 12})
+	}
 	top := step * float64(n)
-	for i := range n + 1 {
-		fmt.Fprintf(&b, `<text class="y" x="%d" y="%s">%s</text>`, plotLeft-6, formatTwoDecimals(plotTop+plotHeight-plotHeight*float64(i)/float64(n)+4), c.unit.formatShort(step*float64(i)))
-	}
-	fmt.Fprintf(&b, `</svg><svg class="plot" height="%d"><svg y="%d" width="100%%" height="%d">`, height, plotTop, plotHeight+plotBottom)
-	for i := range n + 1 {
-		y := formatTwoDecimals(plotHeight - plotHeight*float64(i)/float64(n))
-		fmt.Fprintf(&b, `<line class="grid" x1="0" x2="100%%" y1="%s" y2="%s"/>`, y, y)
-	}
-	c.drawTimeLabels(&b)
 	if c.lineChart {
-		c.drawLines(&b, top)
+		for _, s := range c.series {
+			d.Lines = append(d.Lines, c.line(s, top))
+		}
 	}
 	for i := range c.steps {
-		c.drawColumn(&b, i, top)
+		d.Columns = append(d.Columns, c.column(i, top))
 	}
-	b.WriteString(`</svg></svg></div>`)
-	return b.String()
+	return d
 }
 
-// highest returns the highest value, or the highest pile of them.
-func (c *timeChart) highest() (most float64) {
+// printable removes the control characters that neither HTML nor XML allows.
+func printable(text string) string {
+	return strings.Map(func(c rune) rune {
+		if c < ' ' && c != '\n' || c == 0x7f || c == 0xfffe || c == 0xffff {
+			return -1
+		}
+		return c
+	}, strings.ToValidUTF8(text, ""))
+}
+
+// highest returns the highest value or, of stacked bars, the highest stack.
+func (c *timeChart) highest() (highest float64) {
 	for i := range c.steps {
-		pile := 0.0
+		stack := 0.0
 		for _, s := range c.series {
 			v := s.values[i]
 			if math.IsNaN(v) || math.IsInf(v, 0) {
 				continue
 			}
-			if pile += v; c.lineChart {
-				pile = v
+			if stack += v; c.lineChart {
+				stack = v
 			}
-			most = max(most, pile)
+			highest = max(highest, stack)
 		}
 	}
-	return most
+	return highest
 }
 
-// drawColumn draws the bars of a step, and the ground over which a pointer finds the
-// step's numbers.
-func (c *timeChart) drawColumn(b *strings.Builder, i int, top float64) {
+func (c *timeChart) column(i int, top float64) chartColumn {
 	width := 100 / float64(c.steps)
 	x := width * float64(i)
-	fmt.Fprintf(b, `<g class="slot"><title>%s</title><rect class="hit" x="%s%%" y="0" width="%s%%" height="%d"/>`,
-		escapeSVG(c.columnTitle(i)), formatTwoDecimals(x), formatTwoDecimals(width), plotHeight)
+	col := chartColumn{Title: printable(c.columnTitle(i)), X: coordinate(x), Width: coordinate(width)}
 	below := 0.0
 	for _, s := range c.series {
 		v := s.values[i]
@@ -175,11 +226,11 @@ func (c *timeChart) drawColumn(b *strings.Builder, i int, top float64) {
 			continue
 		}
 		height := plotHeight * v / top
-		fmt.Fprintf(b, `<rect class="%s" x="%s%%" y="%s" width="%s%%" height="%s"/>`, s.class,
-			formatTwoDecimals(x+width*0.1), formatTwoDecimals(max(0, plotHeight-below-height)), formatTwoDecimals(width*0.8), formatTwoDecimals(height))
+		col.Bars = append(col.Bars, chartBar{Class: s.Class, X: coordinate(x + width*0.1), Width: coordinate(width * 0.8),
+			Y: coordinate(max(0, plotHeight-below-height)), Height: coordinate(height)})
 		below += height
 	}
-	b.WriteString(`</g>`)
+	return col
 }
 
 func (c *timeChart) columnTitle(i int) string {
@@ -192,18 +243,18 @@ func (c *timeChart) columnTitle(i int) string {
 			continue
 		}
 		total, shown = total+v, shown+1
-		t.WriteString("\n" + s.name + ": " + c.unit.format(v))
+		t.WriteString("\n" + s.Name + ": " + c.unit.format(v))
 	}
 	switch {
 	case shown == 0:
-		t.WriteString("\nnothing")
+		t.WriteString("\nno data")
 	case shown > 1 && !c.lineChart:
-		t.WriteString("\ntogether: " + c.unit.format(total))
+		t.WriteString("\ntotal: " + c.unit.format(total))
 	}
 	return t.String()
 }
 
-// formTimeToRFC3339 names a step of time.
+// stepLabel returns the time of a step, such as "Mon 5 Jan 12:00–18:00 UTC".
 func (c *timeChart) stepLabel(i int) string {
 	at := time.UnixMilli(c.start + int64(i)*c.stepMS).UTC()
 	if c.stepMS >= dayMS {
@@ -212,9 +263,10 @@ func (c *timeChart) stepLabel(i int) string {
 	return at.Format("Mon 2 Jan 15:04") + at.Add(time.Duration(c.stepMS)*time.Millisecond).Format("–15:04") + " UTC"
 }
 
-// drawTimeLabels writes at most seven labels below the plot.
-func (c *timeChart) drawTimeLabels(b *strings.Builder) {
+// timeLabels returns at most seven labels for below the plot.
+func (c *timeChart) timeLabels() (labels []timeLabel) {
 	every, format := int64(max(1, (c.steps+5)/6))*c.stepMS, "2 Jan"
+	first := c.start
 	if c.stepMS < dayMS {
 		for _, every = range []int64{hourMS, 2 * hourMS, 3 * hourMS, 4 * hourMS, 6 * hourMS, 12 * hourMS, dayMS, 2 * dayMS, 7 * dayMS} {
 			if every >= c.stepMS && int64(c.steps)*c.stepMS <= 7*every {
@@ -224,124 +276,235 @@ func (c *timeChart) drawTimeLabels(b *strings.Builder) {
 		if every < dayMS {
 			format = "15:04"
 		}
+		first += (every - c.start%every) % every // at full hours or days
 	}
-	first := c.start
-	if c.stepMS < dayMS {
-		first += (every - c.start%every) % every // whole ones
-	}
-	shown := 0
 	for at := first; at < c.start+int64(c.steps)*c.stepMS; at += every {
 		x := 100 * (float64(at-c.start)/float64(c.stepMS) + 0.5) / float64(c.steps)
 		class := "x"
-		if shown%2 == 1 {
-			class = "x second" // left out where it is tight
+		if len(labels)%2 == 1 {
+			class = "x second" // hidden on narrow screens
 		}
-		shown++
 		if x > 96 {
 			x, class = 100, class+" last"
 		}
-		fmt.Fprintf(b, `<text class="%s" x="%s%%" y="%d">%s</text>`, class, formatTwoDecimals(x), plotHeight+18, time.UnixMilli(at).UTC().Format(format))
+		labels = append(labels, timeLabel{class, time.UnixMilli(at).UTC().Format(format), coordinate(x)})
 	}
+	return labels
 }
 
-// drawLines draws each series as a line that breaks where there is no value. A
-// value between two gaps is a dot.
-func (c *timeChart) drawLines(b *strings.Builder, top float64) {
-	for _, s := range c.series {
-		var path strings.Builder
-		var dots []string
-		length := 0
-		for i := range c.steps + 1 {
-			if i < c.steps && !math.IsNaN(s.values[i]) {
-				x, y := 1000*(float64(i)+0.5)/float64(c.steps), plotHeight-plotHeight*min(s.values[i], top)/top
-				path.WriteString(map[bool]string{true: "M", false: "L"}[length == 0] + formatTwoDecimals(x) + " " + formatTwoDecimals(y))
-				length++
-				continue
-			}
-			if length == 1 {
-				y := plotHeight - plotHeight*min(s.values[i-1], top)/top
-				dots = append(dots, fmt.Sprintf(`<circle class="dot %s" cx="%s%%" cy="%s" r="2.5"/>`, s.class, formatTwoDecimals(100*(float64(i)-0.5)/float64(c.steps)), formatTwoDecimals(y)))
-			}
-			length = 0
+// line returns the line of a series, which breaks where there is no value.
+func (c *timeChart) line(s chartSeries, top float64) chartLine {
+	l := chartLine{Class: s.Class}
+	var run []chartPoint
+	for i := range c.steps + 1 {
+		if i < c.steps && !math.IsNaN(s.values[i]) {
+			run = append(run, chartPoint{coordinate(1000 * (float64(i) + 0.5) / float64(c.steps)),
+				coordinate(plotHeight - plotHeight*min(s.values[i], top)/top)})
+			continue
 		}
-		fmt.Fprintf(b, `<svg viewBox="0 0 1000 %d" width="100%%" height="%d" preserveAspectRatio="none"><path class="line %s" d="%s"/></svg>%s`,
-			plotHeight, plotHeight, s.class, path.String(), strings.Join(dots, ""))
+		if len(run) == 1 {
+			l.Dots = append(l.Dots, chartPoint{run[0].X / 10, run[0].Y})
+		}
+		if len(run) > 0 {
+			l.Runs = append(l.Runs, run)
+		}
+		run = nil
 	}
+	return l
 }
 
-// fractionBar is a bar of a part of a whole; both are counted in the same unit.
-func fractionBar(part, whole float64, class string) string {
-	width := 0.0
+// barWidth returns the width, in percent, of a bar that shows part of whole.
+func barWidth(part, whole float64) coordinate {
 	if whole > 0 && part > 0 {
-		width = max(0.5, 100*min(part/whole, 1))
+		return coordinate(max(0.5, 100*min(part/whole, 1)))
 	}
-	return fmt.Sprintf(`<svg class="hbar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect class="%s" width="%s" height="8"/></svg>`,
-		escapeSVG(cmp.Or(class, "k1")), formatTwoDecimals(width))
+	return 0
 }
 
-// escapeSVG makes a text fit for a drawing: it ends no element or attribute, and has
-// no character that neither HTML nor XML may have.
-func escapeSVG(text string) string {
-	return html.EscapeString(strings.Map(func(c rune) rune {
-		if c < ' ' && c != '\n' || c == 0x7f || c == 0xfffe || c == 0xffff {
-			return -1
-		}
-		return c
-	}, strings.ToValidUTF8(text, "")))
-}
-
-// formatTwoDecimals writes a coordinate, with two decimals at most.
-func formatTwoDecimals(v float64) string {
-	text := strings.TrimRight(strings.TrimRight(strconv.FormatFloat(v, 'f', 2, 64), "0"), ".")
-	if text == "-0" {
-		return "0"
-	}
-	return text
-}
-
-// A durationBar shows of what a span of time is made, one after the other.
-type durationBar struct{ parts []durationPart }
-
+// A durationPart is one part of a duration, and its place in a bar that is 1000 wide.
 type durationPart struct {
-	name, class string
+	Name, Class string
 	us          int64
+	Text        string
+	X, Width    coordinate
 }
 
-func (b *durationBar) add(name, class string, us int64) {
-	if us > 0 {
-		b.parts = append(b.parts, durationPart{name, class, us})
+// newDurationBar lays the parts out one after the other, without those that took no time.
+func newDurationBar(parts ...durationPart) (bar []durationPart) {
+	total, x := 0.0, 0.0
+	for _, p := range parts {
+		total += float64(max(0, p.us))
 	}
-}
-
-func (b *durationBar) total() (us int64) {
-	for _, p := range b.parts {
-		us += p.us
-	}
-	return us
-}
-
-// svg draws the bar; "" if there is no time to show.
-func (b *durationBar) svg() string {
-	total := float64(b.total())
-	if total == 0 {
-		return ""
-	}
-	var out strings.Builder
-	out.WriteString(`<svg class="span" viewBox="0 0 1000 20" preserveAspectRatio="none" role="img" aria-label="Where the time went">`)
-	x := 0.0
-	for _, p := range b.parts {
+	for _, p := range parts {
+		if p.us <= 0 {
+			continue
+		}
 		width := 1000 * float64(p.us) / total
-		fmt.Fprintf(&out, `<g><title>%s: %s</title><rect class="%s" x="%s" width="%s" height="20"/></g>`,
-			escapeSVG(p.name), unitMillis.format(float64(p.us)/1000), escapeSVG(p.class), formatTwoDecimals(x), formatTwoDecimals(width))
+		p.Text, p.X, p.Width = unitMillis.format(float64(p.us)/1000), coordinate(x), coordinate(width)
+		bar = append(bar, p)
 		x += width
 	}
-	out.WriteString(`</svg>`)
-	return out.String()
+	return bar
 }
 
-func (b *durationBar) legend() (out []legendItem) {
-	for _, p := range b.parts {
-		out = append(out, legendItem{p.class, p.name + ": " + unitMillis.format(float64(p.us)/1000)})
+// A chartView is a chart with its title and the table of its numbers, newest first.
+type chartView struct {
+	ID, Title string
+	Drawing   *drawing
+	Series    []chartSeries
+	Rows      [][]string // empty: there is nothing to show
+}
+
+func newChartView(id, title string, c *timeChart) chartView {
+	v := chartView{ID: id, Title: title, Series: c.series, Drawing: c.draw()}
+	for i := c.steps - 1; i >= 0; i-- {
+		row, hasValue := []string{strings.TrimSuffix(c.stepLabel(i), " UTC")}, false
+		for _, s := range c.series {
+			row, hasValue = append(row, c.unit.format(s.values[i])), hasValue || s.values[i] > 0
+		}
+		if hasValue {
+			v.Rows = append(v.Rows, row)
+		}
 	}
-	return out
+	return v
+}
+
+// charts returns the charts of the dashboard.
+func (d *dashData) charts(q *dashQuery) []chartView {
+	return []chartView{
+		d.usageChart(q, "usage"),
+		d.errorChart(q),
+		d.latencyChart(q, "first", "Time to first byte", func(h *hourSum) *latencyHistogram { return &h.firstByteLatency }),
+		d.latencyChart(q, "total", "Total time", func(h *hourSum) *latencyHistogram { return &h.totalLatency }),
+	}
+}
+
+// newTimeChart returns a chart of the query's period, without series.
+func (q *dashQuery) newTimeChart(title string, unit chartUnit) *timeChart {
+	return &timeChart{label: title + " over time", unit: unit, start: q.from, stepMS: q.stepMS, steps: q.steps()}
+}
+
+func seriesClass(i int) string { return "k" + strconv.Itoa(i+1) }
+
+// usageChart returns the chart of the query's metric.
+func (d *dashData) usageChart(q *dashQuery, id string) chartView {
+	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric] + " by " + q.groupBy
+	c := q.newTimeChart(title, q.unit())
+	for i, s := range d.topSeries(q) {
+		series := chartSeries{Name: s.name, Class: seriesClass(i)}
+		if s.isOther {
+			series.Class = "k0"
+		}
+		for _, a := range s.values {
+			series.values = append(series.values, q.valueOf(a))
+		}
+		c.series = append(c.series, series)
+	}
+	return newChartView(id, title, c)
+}
+
+// errorChart returns the chart of errors by cause.
+func (d *dashData) errorChart(q *dashQuery) chartView {
+	c := q.newTimeChart("Errors by cause", unitCount)
+	for k, class := range errorColumnClasses() {
+		series := chartSeries{Name: string(class), Class: seriesClass(k)}
+		for i := range d.steps {
+			series.values = append(series.values, float64(d.steps[i].errors[k]))
+		}
+		c.series = append(c.series, series)
+	}
+	return newChartView("errors", "Errors by cause", c)
+}
+
+// latencyChart returns the chart of the median and the 95th percentile of a latency.
+func (d *dashData) latencyChart(q *dashQuery, id, title string, latency func(*hourSum) *latencyHistogram) chartView {
+	c := q.newTimeChart(title, unitMillis)
+	c.lineChart = true
+	for k, p := range []struct {
+		name     string
+		fraction float64
+	}{{"p50", 0.5}, {"p95", 0.95}} {
+		series := chartSeries{Name: p.name, Class: seriesClass(k)}
+		for i := range d.steps {
+			v := latency(&d.steps[i]).quantile(p.fraction)
+			if v < 0 {
+				v = math.NaN()
+			}
+			series.values = append(series.values, v)
+		}
+		c.series = append(c.series, series)
+	}
+	return newChartView(id, title, c)
+}
+
+// A usageSeries is the usage in each step of a period.
+type usageSeries struct {
+	id      string // of a model: its name as recorded
+	name    string
+	isOther bool // the sum of all that have no series of their own
+	values  []usageTotals
+	total   usageTotals
+}
+
+func (s *usageSeries) add(i int, a usageTotals) {
+	if i >= 0 && i < len(s.values) {
+		s.values[i].add(a)
+		s.total.add(a)
+	}
+}
+
+// topSeries returns the largest series, and the rest as one.
+func (d *dashData) topSeries(q *dashQuery) []usageSeries {
+	named := d.byProject
+	if q.groupBy == "model" {
+		named = d.modelSeries(q)
+	}
+	named = named[:min(len(named), maxNamedSeries)]
+	rest := usageSeries{name: "all others", isOther: true, values: make([]usageTotals, q.steps())}
+	for i := range d.steps {
+		h := &d.steps[i]
+		rest.add(i, usageTotals{h.calls, h.input + h.output, h.cost})
+	}
+	for _, s := range named {
+		for i, a := range s.values {
+			rest.add(i, usageTotals{-a.calls, -a.tokens, -a.cost})
+		}
+	}
+	for i := range rest.values { // below zero where a call settled between two reads
+		a := &rest.values[i]
+		a.calls, a.tokens, a.cost = max(0, a.calls), max(0, a.tokens), max(0, a.cost)
+	}
+	if q.valueOf(rest.total) > 0 {
+		named = append(named, rest)
+	}
+	return named
+}
+
+// modelSeries returns the series of each model, the largest first.
+func (d *dashData) modelSeries(q *dashQuery) (all []usageSeries) {
+	index := map[string]int{}
+	for _, v := range d.modelPoints {
+		i, ok := index[v.model]
+		if !ok {
+			i = len(all)
+			index[v.model] = i
+			all = append(all, usageSeries{id: v.model, name: modelLabel(v.model), values: make([]usageTotals, q.steps())})
+		}
+		all[i].add(q.index(v.at), v.totals())
+	}
+	slices.SortStableFunc(all, func(a, b usageSeries) int {
+		return cmp.Or(cmp.Compare(q.valueOf(b.total), q.valueOf(a.total)), cmp.Compare(b.total.calls, a.total.calls), cmp.Compare(a.name, b.name))
+	})
+	return all
+}
+
+// modelLabel names the usage without a model: see sumModel.
+func modelLabel(model string) string { return cmp.Or(model, "no model, or unknown") }
+
+// usageByModel returns the usage of each model, the largest first.
+func (d *dashData) usageByModel(q *dashQuery) (shares []usageShare) {
+	for _, s := range d.modelSeries(q) {
+		shares = append(shares, usageShare{id: s.id, name: s.name, usageTotals: s.total})
+	}
+	return shares
 }

@@ -164,9 +164,11 @@ func (api *manageAPI) patchProject(r *manageRequest) (*manageResponse, error) {
 	return api.projectResponse(r, 0, &p, err)
 }
 
-func (in *projectInput) decode(body []byte) error {
-	return decodeObject(body, map[string]any{"name": &in.name, "api_key": &in.key, "openai_api_key": &in.openaiKey,
-		"provider": &in.provider, "base_url": &in.baseURL, "is_active": &in.active, "policy": &in.policy, "routing": &in.routing})
+func (in *projectInput) decode(body []byte) error { return decodeObject(body, in.fields()) }
+
+func (in *projectInput) fields() map[string]any {
+	return map[string]any{"name": &in.name, "api_key": &in.key, "openai_api_key": &in.openaiKey,
+		"provider": &in.provider, "base_url": &in.baseURL, "is_active": &in.active, "policy": &in.policy, "routing": &in.routing}
 }
 
 func (in *projectInput) decodePatch(body []byte) error {
@@ -266,11 +268,13 @@ type upstreamInput struct {
 	active                                                                        optional[bool]
 }
 
-func (in *upstreamInput) decode(body []byte) error {
-	return decodeObject(body, map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
+func (in *upstreamInput) decode(body []byte) error { return decodeObject(body, in.fields()) }
+
+func (in *upstreamInput) fields() map[string]any {
+	return map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
 		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
 		"models": &in.models, "rewrite": &in.rewrite, "connect_ms": &in.connectMS, "answer_ms": &in.answerMS,
-		"first_event_ms": &in.firstEventMS, "idle_ms": &in.idleMS, "requests_per_minute": &in.requestsPerMinute, "tokens_per_minute": &in.tokensPerMinute, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active})
+		"first_event_ms": &in.firstEventMS, "idle_ms": &in.idleMS, "requests_per_minute": &in.requestsPerMinute, "tokens_per_minute": &in.tokensPerMinute, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active}
 }
 
 // apply checks the input and puts it into row, whose id and projectID are set.

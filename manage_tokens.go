@@ -92,14 +92,14 @@ type tokenInput struct {
 }
 
 func (in *tokenInput) fields() map[string]any {
-	return map[string]any{"name": &in.name, "duration_minutes": &in.minutes, "duration_hours": &in.hours, "expires_in_days": &in.days,
+	return map[string]any{"project_id": &in.projectID, "name": &in.name, "duration_minutes": &in.minutes, "duration_hours": &in.hours, "expires_in_days": &in.days,
 		"expires_at": &in.expiresAt, "idle_expiry_minutes": &in.idleMinutes, "max_requests": &in.maxRequests, "policy": &in.policy}
 }
 
 func (in *tokenInput) decode(body []byte, isNew bool) error {
 	fields := in.fields()
-	if isNew {
-		fields["project_id"] = &in.projectID
+	if !isNew {
+		delete(fields, "project_id")
 	}
 	return decodeObject(body, fields, "expires_at", "idle_expiry_minutes", "max_requests", "policy")
 }
@@ -260,8 +260,10 @@ func (api *manageAPI) revokeToken(r *manageRequest) (*manageResponse, error) {
 // A rotateInput says for how long the previous value of a rotated token works.
 type rotateInput struct{ overlapMinutes optional[int64] }
 
-func (in *rotateInput) decode(body []byte) error {
-	return decodeObject(body, map[string]any{"overlap_minutes": &in.overlapMinutes})
+func (in *rotateInput) decode(body []byte) error { return decodeObject(body, in.fields()) }
+
+func (in *rotateInput) fields() map[string]any {
+	return map[string]any{"overlap_minutes": &in.overlapMinutes}
 }
 
 const (
@@ -316,8 +318,10 @@ func (ops *operations) listManagementKeys(ctx context.Context, query listQuery, 
 // A keyInput is what an admin may say about a management key.
 type keyInput struct{ name, role, expiresAt optional[string] }
 
-func (in *keyInput) decode(body []byte) error {
-	return decodeObject(body, map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt}, "expires_at")
+func (in *keyInput) decode(body []byte) error { return decodeObject(body, in.fields(), "expires_at") }
+
+func (in *keyInput) fields() map[string]any {
+	return map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt}
 }
 
 func (in *keyInput) apply(k *managementKeyRow, now time.Time) error {

@@ -401,11 +401,15 @@ func priceNames() []string {
 }
 
 func (in *priceInput) decode(body []byte) error {
+	return decodeObject(body, in.fields(), priceNames()...)
+}
+
+func (in *priceInput) fields() map[string]any {
 	fields := map[string]any{"match": &in.match}
 	for i, n := range priceNames() {
 		fields[n] = &in.amounts[i]
 	}
-	return decodeObject(body, fields, priceNames()...)
+	return fields
 }
 
 func (in *priceInput) apply(row *priceRow) error {

@@ -1,13 +1,13 @@
-// The pages of /admin in a real browser: the way of an operator from the first
-// project to a revoked token, with scripts and without; and every page at two
-// widths, light and dark, read by a checker of accessibility.
+// Tests of the pages of /admin in a real browser: an administrator's journey from the first project to a
+// revoked token, with and without scripts; and every page at two widths, in light and dark mode, with an
+// accessibility checker.
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
 import { after, before, describe, test } from 'node:test';
 import { Proxy, within } from '../proxy.mjs';
 import { chromiumPath, launch, Visitor } from './browser.mjs';
 
-const skip = chromiumPath ? false : 'there is no chromium';
+const skip = chromiumPath ? false : 'chromium is not installed';
 
 describe('the pages', { skip }, () => {
   let proxy, browser;
@@ -36,32 +36,32 @@ describe('the pages', { skip }, () => {
       await page.goto(`${proxy.url}/admin/tokens`);
       await page.getByLabel('Management key').fill('wrong');
       await page.getByRole('button', { name: 'Sign in' }).click();
-      await page.getByText('This is no valid management key').waitFor();
+      await page.getByText('This key is not valid').waitFor();
       await page.getByLabel('Management key').fill(proxy.managementToken);
       await page.getByRole('button', { name: 'Sign in' }).click();
-      await page.getByRole('heading', { name: 'Tokens' }).waitFor(); // where the way led to
+      await page.getByRole('heading', { name: 'Tokens' }).waitFor(); // the page that was asked for
 
       await go('Projects');
       await page.getByRole('link', { name: 'New project' }).click();
       await page.getByLabel('Name', { exact: true }).fill(name);
-      await page.getByLabel('Provider key').fill('sk-****');
-      await page.getByRole('button', { name: 'Make the project' }).click();
-      await page.getByText('is a masked key').waitFor();
+      await page.getByLabel('API key').fill('sk-****');
+      await page.getByRole('button', { name: 'Create project' }).click();
+      await page.getByText('masked').waitFor();
       assert.equal(await page.getByLabel('Name', { exact: true }).inputValue(), name, 'the input is kept');
-      assert.equal(await page.getByLabel('Provider key').inputValue(), '', 'but not the key');
-      await page.getByLabel('Provider key').fill(proxy.provider.openaiKey);
-      await page.getByLabel('At most').first().fill('500');
-      await page.getByRole('button', { name: 'Make the project' }).click();
-      await page.getByText('The project is made').waitFor();
+      assert.equal(await page.getByLabel('API key').inputValue(), '', 'but not the key');
+      await page.getByLabel('API key').fill(proxy.provider.openaiKey);
+      await page.getByLabel('Maximum').first().fill('500');
+      await page.getByRole('button', { name: 'Create project' }).click();
+      await page.getByText('Project created').waitFor();
       await page.getByRole('cell', { name: '0 of 500' }).waitFor();
 
       await page.getByRole('link', { name: 'New token' }).first().click();
       await page.getByLabel('Name', { exact: true }).fill('browser');
-      await page.getByLabel('Works for').selectOption('7 days');
-      await page.getByRole('button', { name: 'Make the token' }).click();
+      await page.getByLabel('Expires', { exact: true }).selectOption('In 7 days');
+      await page.getByRole('button', { name: 'Create token' }).click();
       const token = await page.locator('#secret').textContent();
       assert.match(token, /^sk-llmp_\w{58}$/);
-      const copy = page.getByRole('button', { name: 'Copy the token' });
+      const copy = page.getByRole('button', { name: 'Copy token' });
       assert.equal(await copy.isVisible(), javaScriptEnabled);
       if (javaScriptEnabled) {
         await copy.click();
@@ -69,7 +69,7 @@ describe('the pages', { skip }, () => {
         assert.equal(await page.evaluate(() => navigator.clipboard.readText()), token);
       }
       for (const text of ['curl', 'Python', 'Node', 'Go']) await page.getByRole('heading', { name: text }).waitFor();
-      await page.getByRole('link', { name: 'I have it' }).click();
+      await page.getByRole('link', { name: 'Done, open browser' }).click();
       await page.getByRole('heading', { name: 'browser' }).waitFor();
       assert.ok(!(await page.content()).includes(token), 'it is shown once');
 
@@ -81,7 +81,7 @@ describe('the pages', { skip }, () => {
       await proxy.settled();
       await go('Calls');
       await page.getByLabel('Outcome').selectOption('ok');
-      await page.getByRole('button', { name: 'Show', exact: true }).click();
+      await page.getByRole('button', { name: 'Apply', exact: true }).click();
       const row = page.getByRole('row', { name: new RegExp(`${name} browser`) });
       await row.waitFor();
       const file = page.waitForEvent('download');
@@ -91,20 +91,20 @@ describe('the pages', { skip }, () => {
       await page.getByRole('heading', { name: 'Time' }).waitFor();
       await go('Dashboard');
       await page.getByText('24 hours', { exact: true }).click();
-      await page.getByRole('button', { name: 'Show', exact: true }).click();
+      await page.getByRole('button', { name: 'Apply', exact: true }).click();
       await page.getByRole('heading', { name: 'Calls by project' }).waitFor();
       await page.getByRole('rowheader', { name: `browser ${name}` }).waitFor();
-      await page.getByText('The numbers').first().click();
-      await page.getByRole('region', { name: 'Calls by project: the numbers' }).getByRole('columnheader', { name }).waitFor();
+      await page.getByText('Show numbers').first().click();
+      await page.getByRole('region', { name: 'Calls by project: numbers' }).getByRole('columnheader', { name }).waitFor();
 
       proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
       const stream = (await call(token, { stream: true })).body.getReader();
       await stream.read();
       await go('Running calls');
       await page.getByRole('cell', { name: 'browser' }).waitFor();
-      await page.getByRole('link', { name: /^Cut req_/ }).click();
-      await page.getByRole('button', { name: 'Cut the call' }).click();
-      await page.getByText('The call is cut').waitFor();
+      await page.getByRole('link', { name: /^End req_/ }).click();
+      await page.getByRole('button', { name: 'End call' }).click();
+      await page.getByText('The call was ended').waitFor();
       await assert.rejects(within(5000, (async () => { while (!(await stream.read()).done); })(), 'the stream ends'), /terminated|aborted|other side closed/);
 
       await page.goto(pageOfToken);
@@ -115,7 +115,7 @@ describe('the pages', { skip }, () => {
 
       await go('Audit trail');
       await page.getByRole('cell', { name: 'token.revoke' }).first().waitFor();
-      await page.getByRole('link', { name: 'Check the whole trail' }).click();
+      await page.getByRole('link', { name: 'Verify the trail' }).click();
       await page.getByText('none is missing').waitFor();
 
       await page.getByRole('button', { name: 'Sign out' }).click();
@@ -128,7 +128,7 @@ describe('the pages', { skip }, () => {
     });
   }
 
-  test('the keyboard alone is enough', async () => {
+  test('the pages work with the keyboard alone', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
     await page.goto(`${proxy.url}/admin/`);
@@ -137,7 +137,7 @@ describe('the pages', { skip }, () => {
     await page.getByRole('navigation', { name: 'Main' }).waitFor();
     await page.goto(`${proxy.url}/admin/projects/new`);
     await page.keyboard.press('Tab');
-    assert.equal(await page.evaluate(() => document.activeElement.textContent), 'Skip to the content');
+    assert.equal(await page.evaluate(() => document.activeElement.textContent), 'Skip to content');
     await page.keyboard.press('Enter');
     assert.equal(await page.evaluate(() => document.activeElement.id), 'main');
     const reached = new Set();
@@ -152,14 +152,14 @@ describe('the pages', { skip }, () => {
       reached.add(at.name);
       assert.ok(at.outline, `${at.name} shows no focus`);
     }
-    for (const name of ['name', 'provider', 'api_key', 'policy.models', 'policy.limits[0].max', 'policy.limits[1].shadow', 'Make the project', 'Cancel']) {
+    for (const name of ['name', 'provider', 'api_key', 'policy.models', 'policy.limits[0].max', 'policy.limits[1].shadow', 'Create project', 'Cancel']) {
       assert.ok(reached.has(name), `${name} is not reached: ${[...reached]}`);
     }
     assert.deepEqual(visitor.problems, []);
     await visitor.context.close();
   });
 
-  test('every page is sound at any width and in any light', async () => {
+  test('every page is sound at any width, in light and dark mode', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
     await page.goto(`${proxy.url}/admin/sign-in`);

@@ -1,5 +1,5 @@
-// Takes the pictures of the documents: docs/dashboard.png, docs/calls.png and
-// docs/token.png, of `llm-proxy demo`, whose sample calls end now.
+// Takes the screenshots of the documents, docs/dashboard.png, docs/calls.png and docs/token.png, from `llm-proxy
+// demo`, whose sample calls end now.
 //
 //	go build -o /tmp/llm-proxy . && LLM_PROXY_BINARY=/tmp/llm-proxy node e2e/admin/screenshots.mjs
 import assert from 'node:assert/strict';
