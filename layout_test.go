@@ -233,19 +233,20 @@ func TestLayoutSecrets(t *testing.T) {
 	want := map[string]int{
 		"admin_session.go": 1,                                               // binding a session to MANAGEMENT_TOKEN
 		"proxy_models.go":  1, "proxy_response.go": 1, "proxy_settle.go": 1, // masking a provider's key in what the provider says
-		"audit.go":             2, // the key of the audit trail: deriving it, using it
-		"command_rekey.go":     1, // a new encryption key, into its file
-		"command_restore.go":   1, // the new management key after --revoke=all
-		"content.go":           1, // the key of stored content, to derive each call's
-		"datadir.go":           2, // the encryption key: into its file, into the sealer
-		"demo.go":              4, // the stand-in provider's key, and what the newcomer is shown
-		"main.go":              2, // the first start shows a key and a token once
-		"manage.go":            1, // comparing MANAGEMENT_TOKEN
-		"manage_operations.go": 5, // hashing new credentials, showing stored content
-		"manage_projects.go":   1, // checking the form of a provider key
-		"manage_tokens.go":     2, // showing new credentials once
-		"secrets.go":           3, // sealing, the hint
-		"upstream.go":          3, // the header of a call to the provider
+		"audit.go":           2, // the key of the audit trail: deriving it, using it
+		"command_rekey.go":   1, // a new encryption key, into its file
+		"command_restore.go": 1, // the new management key after --revoke=all
+		"content.go":         1, // the key of stored content, to derive each call's
+		"datadir.go":         2, // the encryption key: into its file, into the sealer
+		"demo.go":            4, // the stand-in provider's key, and what the newcomer is shown
+		"main.go":            2, // the first start shows a key and a token once
+		"manage.go":          1, // comparing MANAGEMENT_TOKEN
+		"manage_projects.go": 1, // checking the form of a provider key
+		"manage_tokens.go":   2, // showing new credentials once
+		"manage_usage.go":    2, // showing stored content
+		"tokens.go":          1, // hashing new credentials
+		"secrets.go":         3, // sealing, the hint
+		"upstream.go":        3, // the header of a call to the provider
 	}
 	got := openedSecrets(t)
 	if !maps.Equal(got, want) {

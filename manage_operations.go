@@ -75,8 +75,8 @@ func (ops *operations) createToken(ctx context.Context, origin auditOrigin, in t
 func (ops *operations) mintToken(ctx context.Context, origin auditOrigin, t *tokenRow) (secret, error) {
 	for range 5 { // the public part is short enough to be taken by chance
 		value, public := mintCredential(tokenPrefix, "")
-		hash, _ := hashCredential(tokenPrefix, value())
-		t.id, t.hash = "tok_"+public, hash[:]
+		hash := hashMinted(value)
+		t.id, t.hash = "tok_"+public, hash
 		err := ops.store.addToken(ctx, origin, t)
 		if errors.Is(err, errTaken) {
 			continue
@@ -112,9 +112,9 @@ func (ops *operations) rotateToken(ctx context.Context, origin auditOrigin, id s
 			return errRevoked("token")
 		}
 		value, _ = mintCredential(tokenPrefix, t.id[len("tok_"):])
-		hash, _ := hashCredential(tokenPrefix, value())
+		hash := hashMinted(value)
 		t.oldHash, t.oldHashUntil = t.hash, new(origin.at+overlap*time.Minute.Milliseconds())
-		t.hash = hash[:]
+		t.hash = hash
 		return nil
 	})
 	return t, value, err
@@ -159,8 +159,8 @@ func (ops *operations) createManagementKey(ctx context.Context, origin auditOrig
 		return managementKeyRow{}, nil, err
 	}
 	value, public := mintCredential(manageKeyPrefix, "")
-	hash, _ := hashCredential(manageKeyPrefix, value())
-	k.id, k.hash = "key_"+public, hash[:]
+	hash := hashMinted(value)
+	k.id, k.hash = "key_"+public, hash
 	if err := ops.store.addManagementKey(ctx, origin, &k); err != nil {
 		return managementKeyRow{}, nil, fmt.Errorf("storing a management key: %w", err)
 	}
@@ -354,32 +354,6 @@ func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id s
 }
 
 const actionEraseContent = "content.erase"
-
-// revealContent returns the stored content of a call, after the audit trail has recorded who reads it.
-func (ops *operations) revealContent(ctx context.Context, origin auditOrigin, requestID string) (*contentView, error) {
-	id := parseRequestID(requestID)
-	if id == 0 {
-		return nil, errNotFound
-	}
-	row, err := ops.store.contentByID(ctx, id, origin.at)
-	if err != nil {
-		return nil, err
-	}
-	event := auditEvent{action: actionReveal, object: formatRequestID(id), detail: []auditField{{"what", "content"}}}
-	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
-		return nil, fmt.Errorf("recording who reads content: %w", err)
-	}
-	request, response, err := ops.contentKey.open(row)
-	if err != nil {
-		return nil, fmt.Errorf("content of %s: %w", formatRequestID(id), err)
-	}
-	return &contentView{
-		ID:      formatRequestID(id),
-		Until:   timestamp(row.expiresAt),
-		Request: newBodyView(request(), row.requestBytes),
-		Answer:  newBodyView(response(), row.responseBytes),
-	}, nil
-}
 
 // eraseContent deletes all stored content of a project and returns of how many calls. It deletes in
 // small steps, so that calls can be recorded in between.

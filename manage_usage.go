@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"slices"
@@ -562,4 +563,30 @@ func (api *manageAPI) getContent(r *manageRequest) (*manageResponse, error) {
 func (api *manageAPI) eraseContent(r *manageRequest) (*manageResponse, error) {
 	n, err := api.ops.eraseContent(r.ctx, r.origin, r.pathValue("id"))
 	return &manageResponse{body: map[string]any{"erased": n}}, err
+}
+
+// revealContent returns the stored content of a call, after the audit trail has recorded who reads it.
+func (ops *operations) revealContent(ctx context.Context, origin auditOrigin, requestID string) (*contentView, error) {
+	id := parseRequestID(requestID)
+	if id == 0 {
+		return nil, errNotFound
+	}
+	row, err := ops.store.contentByID(ctx, id, origin.at)
+	if err != nil {
+		return nil, err
+	}
+	event := auditEvent{action: actionReveal, object: formatRequestID(id), detail: []auditField{{"what", "content"}}}
+	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
+		return nil, fmt.Errorf("recording who reads content: %w", err)
+	}
+	request, response, err := ops.contentKey.open(row)
+	if err != nil {
+		return nil, fmt.Errorf("content of %s: %w", formatRequestID(id), err)
+	}
+	return &contentView{
+		ID:      formatRequestID(id),
+		Until:   timestamp(row.expiresAt),
+		Request: newBodyView(request(), row.requestBytes),
+		Answer:  newBodyView(response(), row.responseBytes),
+	}, nil
 }

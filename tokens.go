@@ -58,6 +58,12 @@ func mintCredential(prefix, public string) (value secret, pub string) {
 	return newSecret(text + string(sum[:])), public
 }
 
+// hashMinted returns the SHA-256 of a credential that mintCredential made.
+func hashMinted(value secret) []byte {
+	hash := sha256.Sum256([]byte(value()))
+	return hash[:]
+}
+
 func checksum(text []byte) (out [checksumLen]byte) {
 	sum := crc32.ChecksumIEEE(text)
 	for i := range out {

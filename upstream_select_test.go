@@ -322,7 +322,7 @@ func TestTryRoute(t *testing.T) {
 	if u := v.Upstreams[0]; u.ConnectMS != 1500 || u.AnswerMS != 30000 || u.IdleMS != 0 || v.Upstreams[1].AnswerMS != 0 {
 		t.Errorf("the times that a call waits there: %+v", v.Upstreams)
 	}
-	if page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body; strings.Count(page, "Waited for at most") != 1 || !strings.Contains(page, "connection 1.5s, answer 30s") {
+	if page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body; strings.Count(page, "Timeouts:") != 1 || !strings.Contains(page, "connect 1.5s, response 30s") {
 		t.Errorf("the page does not say how long a call waits: %s", page)
 	}
 	check("all well", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
