@@ -1062,7 +1062,7 @@ func TestRekey(t *testing.T) {
 	if res := p.chat(); res.status != 200 || p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
-	if v := p.getContentUntraced(before.ID); v.Request.Text == nil || !strings.Contains(*v.Request.Text, promptCanary) {
+	if v := p.getContent(before.ID); v.Request.Text == nil || !strings.Contains(*v.Request.Text, promptCanary) {
 		t.Error("kept content is lost")
 	}
 	k := p.verifyAudit()

@@ -1,5 +1,5 @@
-// Tests of calls that cost money and count no tokens, and of names that clients
-// make up.
+// Tests of settling: calls that cost money without tokens, made-up model names, and the traffic and checks that
+// other tests use to compare the ledger's rows with its sums and counts.
 package main
 
 import (
@@ -15,16 +15,17 @@ import (
 	"time"
 )
 
-// TestBilledUnseen: what is billed without tokens counts as unpriced, never as
-// nothing, and a picture's bytes are no tokens.
-func TestBilledUnseen(t *testing.T) {
+// TestBilledWithoutTokens: a call that is billed without tokens counts as unpriced, never as free, and the bytes of
+// a picture do not count as tokens.
+func TestBilledWithoutTokens(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		path, answer, contentType string
 		unpriced                  int64
 	}{
 		{"/v1/audio/speech", "binary", "audio/mpeg", 1},
-		{"/v1/images/generations", `{"created":1,"data":[{"b64_json":"` + strings.Repeat("A", 100_000) + `"}]}`, "application/json", 1},
+		{"/v1/images/generations", `{"created":1,"data":[{"b64_json":"` + strings.Repeat("A", 100_000) + `"}]}`,
+			"application/json", 1},
 		{"/v1/moderations", `{"id":"modr-1","results":[]}`, "application/json", 0},
 		{"/v1/responses/input_tokens", `{"object":"response.input_tokens","input_tokens":9}`, "application/json", 0},
 	} {
@@ -32,7 +33,8 @@ func TestBilledUnseen(t *testing.T) {
 		p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool {
 			return pc.reply(200, c.answer, "Content-Type: "+c.contentType)
 		})
-		if res := p.do("POST", c.path, chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
+		res := p.do("POST", c.path, chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json")
+		if res.status != 200 {
 			t.Fatalf("%s: got %d %s", c.path, res.status, res.body)
 		}
 		if row := p.lastCall(); row.OutputTokens != 0 || row.Cost != nil && *row.Cost != 0 {
@@ -51,8 +53,8 @@ func TestBilledUnseen(t *testing.T) {
 	}
 }
 
-// TestMadeUpModels: names that a client makes up get no sums without end, even
-// where the provider takes them all.
+// TestMadeUpModels: model names that a client makes up get a bounded number of sums, even if the provider accepts
+// them all.
 func TestMadeUpModels(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -60,7 +62,9 @@ func TestMadeUpModels(t *testing.T) {
 	const calls = maxTrackedModels + 30
 	for i := range calls {
 		body := fmt.Sprintf(`{"model":"made-up-%d","messages":[]}`, i)
-		if res := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
+		res := p.do("POST", "/v1/chat/completions", body,
+			"Authorization", "Bearer "+p.token, "Content-Type", "application/json")
+		if res.status != 200 {
 			t.Fatalf("got %d %s", res.status, res.body)
 		}
 	}
@@ -82,7 +86,7 @@ func TestMadeUpModels(t *testing.T) {
 	}
 }
 
-// allRequests returns the whole ledger.
+// allRequests returns all rows of the ledger.
 func (p *testProxy) allRequests() (all []requestView) {
 	p.t.Helper()
 	p.waitSettled()
@@ -98,8 +102,7 @@ func (p *testProxy) allRequests() (all []requestView) {
 	}
 }
 
-// checkSums holds the sums, of each grain, to the rows. Refused calls have a row
-// only now and then, and are left out.
+// checkSums compares the sums of each grain with the rows. It omits refused calls, of which not all have a row.
 func (p *testProxy) checkSums() {
 	p.t.Helper()
 	type key struct{ at, token, model, endpoint, outcome any }
@@ -127,7 +130,8 @@ func (p *testProxy) checkSums() {
 		}
 	}
 	for grain, want := range want {
-		rows, err := p.instance.store.usage(context.Background(), usageQuery{interval: grain, to: math.MaxInt64, limit: 1 << 20,
+		rows, err := p.instance.store.usage(context.Background(), usageQuery{interval: grain,
+			to: math.MaxInt64, limit: 1 << 20,
 			byToken: grain != "day", byEndpoint: grain != "total", byOutcome: true})
 		if err != nil {
 			p.t.Fatal(err)
@@ -147,17 +151,17 @@ func (p *testProxy) checkSums() {
 		}
 		for k, s := range want {
 			if got[k] != s {
-				p.t.Errorf("by %s, %v: the rows add up to %+v, the sums say %+v", grain, k, s, got[k])
+				p.t.Errorf("by %s, %v: the rows add up to %+v, the sums are %+v", grain, k, s, got[k])
 			}
 		}
 		if len(got) != len(want) {
-			p.t.Errorf("by %s: %d sums for %d kinds of rows", grain, len(got), len(want))
+			p.t.Errorf("by %s: %d sums, want %d", grain, len(got), len(want))
 		}
 	}
 }
 
-// checkCounts holds each token's count, stored and live, to its rows. A call that
-// could not be recorded was refused, and does not count.
+// checkCounts compares each token's count, stored and in memory, with its rows. A call that could not be recorded was
+// refused, and does not count.
 func (p *testProxy) checkCounts() {
 	p.t.Helper()
 	calls := map[string]int64{}
@@ -172,18 +176,18 @@ func (p *testProxy) checkCounts() {
 			p.t.Fatal(err)
 		}
 		p.instance.registry.mu.RLock()
-		live := n // of one that was not used since the start
+		live := n // for a token that was not used since the start
 		if token := p.instance.registry.byID[id]; token != nil {
 			live = token.used.Load()
 		}
 		p.instance.registry.mu.RUnlock()
 		if row.requestCount != n || live != n {
-			p.t.Errorf("token %s has %d rows, but the count %d, live %d", id, n, row.requestCount, live)
+			p.t.Errorf("token %s has %d rows, but the stored count %d, in memory %d", id, n, row.requestCount, live)
 		}
 	}
 }
 
-// seededScript answers in the way that a number in the call's "seed" picks.
+// seededScript selects an answer by the number in the call's "seed".
 func seededScript(c *providerConn, r recordedRequest) bool {
 	var seed int
 	if _, after, ok := strings.Cut(r.body, `"seed":`); ok {
@@ -201,25 +205,26 @@ func seededScript(c *providerConn, r recordedRequest) bool {
 		_ = c.chunk(chatEvents(true)[1])
 		return c.reset()
 	case 4:
-		return c.reply(200, strings.ReplaceAll(chatResponseBody, `"prompt_tokens":9`, `"prompt_tokens":`+fmt.Sprint(seed)))
+		return c.reply(200, strings.ReplaceAll(chatResponseBody,
+			`"prompt_tokens":9`, `"prompt_tokens":`+fmt.Sprint(seed)))
 	case 5:
 		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini", "unheard-of"))
 	}
 	return chatScript(c, r)
 }
 
-// trafficTokens makes a plain token, a limited one, and one whose calls are all
-// refused.
+// trafficTokens creates a plain token, a limited one, and one whose calls are all refused.
 func (p *testProxy) trafficTokens() (tokens []string) {
-	for _, fields := range []string{`"name":"a"`, `"name":"b","max_requests":1000`, `"name":"c","policy":{"models":["gpt-5*"]}`} {
+	for _, fields := range []string{
+		`"name":"a"`, `"name":"b","max_requests":1000`, `"name":"c","policy":{"models":["gpt-5*"]}`} {
 		_, token := p.newToken(fields)
 		tokens = append(tokens, token)
 	}
 	return tokens
 }
 
-// randomTraffic makes calls with some tokens, of which a few leave early, and
-// returns the status of each one that got one, by request id.
+// randomTraffic makes calls with random tokens; some of its clients leave early. It returns the status of each call
+// that got one, by request id.
 func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[string]int {
 	var mu sync.Mutex
 	seen := map[string]int{}
@@ -232,7 +237,8 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 				if rng.IntN(4) == 0 {
 					time.AfterFunc(time.Duration(rng.IntN(3000))*time.Microsecond, cancel)
 				}
-				id, status := p.sendChat(ctx, tokens[rng.IntN(len(tokens))], fmt.Sprintf(`"stream":%v,"seed":%d`, rng.IntN(2) == 0, rng.IntN(1000)))
+				members := fmt.Sprintf(`"stream":%v,"seed":%d`, rng.IntN(2) == 0, rng.IntN(1000))
+				id, status := p.sendChat(ctx, tokens[rng.IntN(len(tokens))], members)
 				cancel()
 				if status != 0 {
 					mu.Lock()
@@ -246,10 +252,11 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 	return seen
 }
 
-// sendChat makes a chat call from any goroutine and reads the answer. It returns
-// its id and status, which is 0 if the client got no head.
+// sendChat makes a chat call from any goroutine and reads the answer. It returns the call's id and status; the status
+// is 0 if the client got no headers.
 func (p *testProxy) sendChat(ctx context.Context, token, members string) (id string, status int) {
-	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(members)))
+	body := strings.NewReader(chatBody(members))
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", body)
 	if err != nil {
 		p.t.Error(err)
 		return "", 0

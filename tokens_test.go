@@ -1,6 +1,6 @@
-// Who may call: tokens and management keys that are missing, wrong, withered,
-// doubled or in the wrong place. Whatever is wrong with a token, the client
-// learns the same, and the provider hears of none of it.
+// Tests of authentication over HTTP: tokens and management keys that are missing, wrong, expired, revoked, sent
+// twice or in the wrong place. Whatever is wrong with a token, the client gets the same answer, and the provider
+// gets no request.
 package main
 
 import (
@@ -19,11 +19,11 @@ import (
 // chatWithHeaders makes a chat call with exactly these headers.
 func (p *testProxy) chatWithHeaders(headers ...string) testResponse {
 	p.t.Helper()
-	return p.do("POST", "/v1/chat/completions", chatBody(), append([]string{"Content-Type", "application/json"}, headers...)...)
+	headers = append([]string{"Content-Type", "application/json"}, headers...)
+	return p.do("POST", "/v1/chat/completions", chatBody(), headers...)
 }
 
-// expectRefused checks that an answer is a refusal with status and code, and that the
-// provider has had no request.
+// expectRefused checks that an answer is a refusal with status and code, and that the provider got no request.
 func (p *testProxy) expectRefused(what string, a testResponse, status int, code string) {
 	p.t.Helper()
 	if a.status != status || a.errorCode() != code {
@@ -34,7 +34,7 @@ func (p *testProxy) expectRefused(what string, a testResponse, status int, code 
 	}
 }
 
-// unknownCredential returns a token or key of the right form that nobody has.
+// unknownCredential returns a well-formed token or key that was never issued.
 func (p *testProxy) unknownCredential(prefix string) string {
 	value, _ := mintCredential(prefix, "")
 	p.mu.Lock()
@@ -43,13 +43,14 @@ func (p *testProxy) unknownCredential(prefix string) string {
 	return value()
 }
 
-// TestBadTokensAlike: unknown, revoked, expired and malformed tokens and none
-// at all get the same answer, byte for byte.
+// TestBadTokensAlike: unknown, revoked, expired, malformed and missing tokens get the same answer, byte for byte.
 func TestBadTokensAlike(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	expiredID, expired := p.newToken(`"name":"expired","duration_hours":1`)
-	if _, err := p.instance.store.writeDB.Exec("UPDATE tokens SET expires_at = ? WHERE id = ?", time.Now().UnixMilli()-1, expiredID); err != nil {
+	_, err := p.instance.store.writeDB.Exec("UPDATE tokens SET expires_at = ? WHERE id = ?",
+		time.Now().UnixMilli()-1, expiredID)
+	if err != nil {
 		t.Fatal(err)
 	}
 	revokedID, revoked := p.newToken(`"name":"revoked"`)
@@ -94,11 +95,12 @@ func TestBadTokensAlike(t *testing.T) {
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"is_active":false}`, 200, nil)
 	p.expectRefused("valid, of an inactive project", p.chat(), 403, "project_inactive")
-	p.expectRefused("unknown, meanwhile", p.chatWithHeaders("Authorization", "Bearer "+p.unknownCredential(tokenPrefix)), 401, "invalid_api_key")
+	unknown := p.chatAs(p.unknownCredential(tokenPrefix))
+	p.expectRefused("unknown, with the project inactive", unknown, 401, "invalid_api_key")
 }
 
-// TestEveryCharacterCounts: a token with any one character changed is refused
-// for its checksum, without asking the database.
+// TestEveryCharacterCounts: a token with any one character changed is refused by its checksum, without a look-up
+// in the database.
 func TestEveryCharacterCounts(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -109,7 +111,7 @@ func TestEveryCharacterCounts(t *testing.T) {
 		}
 		changed := p.token[:i] + string(other) + p.token[i+1:]
 		if _, ok := hashCredential(tokenPrefix, changed); ok {
-			t.Errorf("with character %d changed, the form is still right", i)
+			t.Errorf("with character %d changed, the token is still well-formed", i)
 		}
 		if i%7 == 0 {
 			p.expectRefused("changed", p.chatAs(changed), 401, "invalid_api_key")
@@ -120,12 +122,13 @@ func TestEveryCharacterCounts(t *testing.T) {
 	}
 }
 
-// TestTokenSpelling: what is taken besides "Bearer <token>".
+// TestTokenSpelling: what is accepted besides "Bearer <token>".
 func TestTokenSpelling(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for _, headers := range [][]string{
-		{"Authorization", "bearer " + p.token}, {"Authorization", "BEARER " + p.token}, {"Authorization", "Bearer  " + p.token + " "},
+		{"Authorization", "bearer " + p.token}, {"Authorization", "BEARER " + p.token},
+		{"Authorization", "Bearer  " + p.token + " "},
 		{"X-Api-Key", p.token}, {"Api-Key", p.token},
 		{"Authorization", "Bearer " + p.token, "X-Api-Key", p.token, "Api-Key", p.token},
 	} {
@@ -133,7 +136,8 @@ func TestTokenSpelling(t *testing.T) {
 			t.Errorf("%d headers, scheme %.8q: got %d", len(headers)/2, headers[1], a.status)
 		}
 	}
-	for _, line := range []string{"Authorization: Bearer \x00", "Authorization: Bearer " + "\x01", "Authorization : Bearer x", "Authorization\r\n: x"} {
+	for _, line := range []string{"Authorization: Bearer \x00", "Authorization: Bearer " + "\x01",
+		"Authorization : Bearer x", "Authorization\r\n: x"} {
 		got := p.sendRaw("GET /v1/models HTTP/1.1\r\nHost: x\r\n" + line + "\r\n\r\n")
 		if !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 			t.Errorf("%q: got %q", line, got)
@@ -163,16 +167,18 @@ func TestNoMixedIdentity(t *testing.T) {
 		p.expectRefused(c.name, p.chatWithHeaders(c.headers...), 400, "ambiguous_credentials")
 	}
 	p.expectRefused("in one line", p.chatWithHeaders("Authorization", a+", "+b), 401, "invalid_api_key")
-	p.expectRefused("in the query", p.do("POST", "/v1/chat/completions?api_key="+other, chatBody(), "Authorization", a, "Content-Type", "application/json"), 400, "invalid_request")
+	res := p.do("POST", "/v1/chat/completions?api_key="+other, chatBody(),
+		"Authorization", a, "Content-Type", "application/json")
+	p.expectRefused("in the query", res, 400, "invalid_request")
 	for _, row := range p.ledger() {
 		if row.TokenID != p.tokenID {
-			t.Errorf("on record for the other token: %+v", row)
+			t.Errorf("recorded for the other token: %+v", row)
 		}
 	}
 }
 
-// TestTokenElsewhere: a token counts in a header made for it and nowhere else,
-// and no log shows one from another place.
+// TestTokenElsewhere: a token is accepted in the headers for it and nowhere else, and no log shows one that was
+// sent in another place.
 func TestTokenElsewhere(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -186,23 +192,26 @@ func TestTokenElsewhere(t *testing.T) {
 		{"/v1/" + p.token + "/chat/completions", chatBody(), nil},
 		{"/v1/chat/completions", body, nil},
 		{"/v1/chat/completions", chatBody(), []string{"Cookie", "token=" + p.token + "; session=" + p.token}},
-		{"/v1/chat/completions", chatBody(), []string{"Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key." + p.token}},
-		{"/v1/chat/completions", chatBody(), []string{"Proxy-Authorization", "Bearer " + p.token, "X-Auth-Token", p.token, "Token", p.token}},
+		{"/v1/chat/completions", chatBody(),
+			[]string{"Sec-WebSocket-Protocol", "realtime, openai-insecure-api-key." + p.token}},
+		{"/v1/chat/completions", chatBody(),
+			[]string{"Proxy-Authorization", "Bearer " + p.token, "X-Auth-Token", p.token, "Token", p.token}},
 	} {
-		p.expectRefused(c.path[:16], p.do("POST", c.path, c.body, append(c.headers, "Content-Type", "application/json")...), 401, "invalid_api_key")
+		res := p.do("POST", c.path, c.body, append(c.headers, "Content-Type", "application/json")...)
+		p.expectRefused(c.path[:16], res, 401, "invalid_api_key")
 	}
 	if a := p.do("GET", "/"+p.token, ""); a.status != 404 || a.errorCode() != "unknown_url" {
-		t.Errorf("a token as URL: %d %s", a.status, a.body)
+		t.Errorf("a token as a URL: %d %s", a.status, a.body)
 	}
 }
 
-// TestRevokedForGood: under load, with admins changing the token, calls that
-// begin after its revocation was answered are all refused: it never rises again.
+// TestRevokedForGood: under load, while administrators change the token, every call that starts after the
+// revocation was answered is refused: no stale copy of the token is ever used again.
 func TestRevokedForGood(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	var revoked atomic.Bool
-	var accepted, risen atomic.Int64
+	var accepted, acceptedAfter atomic.Int64
 	ctx, stop := context.WithCancel(t.Context())
 	var load sync.WaitGroup
 	for i := range 4 {
@@ -211,11 +220,11 @@ func TestRevokedForGood(t *testing.T) {
 				after := revoked.Load()
 				switch a := p.chat(); {
 				case a.status == 200 && after:
-					risen.Add(1)
+					acceptedAfter.Add(1)
 				case a.status == 200:
 					accepted.Add(1)
 				}
-				if i == 0 { // what makes the registry read again
+				if i == 0 { // makes the registry load the token again
 					p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
 					p.manageAs(p.adminKey, "PATCH", "/manage/tokens/"+p.tokenID, `{"name":"n"}`)
 				}
@@ -232,12 +241,12 @@ func TestRevokedForGood(t *testing.T) {
 	}
 	stop()
 	load.Wait()
-	if n := risen.Load(); n > 0 {
-		t.Errorf("%d calls were taken after the revocation", n)
+	if n := acceptedAfter.Load(); n > 0 {
+		t.Errorf("%d calls were accepted after the revocation", n)
 	}
 }
 
-// TestExpiry: a token is valid before its expires_at, and not at it.
+// TestExpiry: a token is valid until its expires_at, exclusive.
 func TestExpiry(t *testing.T) {
 	t.Parallel()
 	live, st := &liveToken{}, &tokenState{expiresAt: 1000}
@@ -254,39 +263,45 @@ func TestExpiry(t *testing.T) {
 	before := time.Now()
 	p.manage("POST", "/manage/tokens", `{"project_id":"`+p.project+`","name":"day","duration_hours":24}`, 201, &v)
 	at, err := time.Parse(time.RFC3339, v.ExpiresAt)
-	if err != nil || !strings.HasSuffix(v.ExpiresAt, "Z") || at.Before(before.Add(24*time.Hour-time.Second)) || at.After(time.Now().Add(24*time.Hour)) {
+	if err != nil || !strings.HasSuffix(v.ExpiresAt, "Z") ||
+		at.Before(before.Add(24*time.Hour-time.Second)) || at.After(time.Now().Add(24*time.Hour)) {
 		t.Errorf("24 hours from %v is %s", before, v.ExpiresAt)
 	}
 }
 
-// TestTokenShownOnce: the harness looks for tokens in every later answer.
+// TestTokenShownOnce: no later answer shows a token; the harness looks for them in every answer.
 func TestTokenShownOnce(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	for _, c := range [][3]string{
-		{"GET", "/manage/tokens/" + p.tokenID, ""}, {"GET", "/manage/tokens", ""}, {"PATCH", "/manage/tokens/" + p.tokenID, `{"name":"x"}`},
-		{"GET", "/manage/keys", ""}, {"GET", "/manage/projects", ""},
+	for _, c := range []struct{ method, path, body string }{
+		{"GET", "/manage/tokens/" + p.tokenID, ""},
+		{"GET", "/manage/tokens", ""},
+		{"PATCH", "/manage/tokens/" + p.tokenID, `{"name":"x"}`},
+		{"GET", "/manage/keys", ""},
+		{"GET", "/manage/projects", ""},
 	} {
-		a := p.manageAs(p.adminKey, c[0], c[1], c[2])
-		if a.status != 200 || strings.Contains(a.body, `"token"`) || strings.Contains(a.body, "hash") || strings.Contains(a.body, `"key"`) {
-			t.Errorf("%s %s: %d %s", c[0], c[1], a.status, a.body)
+		a := p.manageAs(p.adminKey, c.method, c.path, c.body)
+		if a.status != 200 || strings.Contains(a.body, `"token"`) ||
+			strings.Contains(a.body, "hash") || strings.Contains(a.body, `"key"`) {
+			t.Errorf("%s %s: %d %s", c.method, c.path, a.status, a.body)
 		}
 	}
 	var m map[string]any
 	p.manage("GET", "/manage/tokens/"+p.tokenID, "", 200, &m)
 	if !strings.Contains(p.token, strings.TrimPrefix(m["id"].(string), "tok_")) {
-		t.Errorf("the id %v does not tell which token it is", m["id"])
+		t.Errorf("the id %v is not part of its token", m["id"])
 	}
 }
 
-// TestPassTheHash: what the database holds of a token opens nothing.
+// TestPassTheHash: what the database stores of a token is not accepted as a credential.
 func TestPassTheHash(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	hash := sha256.Sum256([]byte(p.token))
 	for _, s := range []string{
-		hex.EncodeToString(hash[:]), base64.StdEncoding.EncodeToString(hash[:]), base64.RawURLEncoding.EncodeToString(hash[:]), string(hash[:20]),
-		tokenPrefix + hex.EncodeToString(hash[:]), p.tokenID, strings.TrimPrefix(p.tokenID, "tok_"), p.project, p.upstream,
+		hex.EncodeToString(hash[:]), base64.StdEncoding.EncodeToString(hash[:]),
+		base64.RawURLEncoding.EncodeToString(hash[:]), string(hash[:20]), tokenPrefix + hex.EncodeToString(hash[:]),
+		p.tokenID, strings.TrimPrefix(p.tokenID, "tok_"), p.project, p.upstream,
 	} {
 		s = strings.Map(func(r rune) rune { return max(r, ' ') }, strings.ReplaceAll(s, "\x7f", " "))
 		p.expectRefused("in place of the token", p.chatAs(s), 401, "invalid_api_key")
@@ -296,7 +311,7 @@ func TestPassTheHash(t *testing.T) {
 	}
 }
 
-// TestCredentialsAreSeparate: a token opens /v1 only, a management key /manage only.
+// TestCredentialsAreSeparate: a token is accepted on /v1 only, a management key on /manage only.
 func TestCredentialsAreSeparate(t *testing.T) {
 	t.Parallel()
 	const fromEnvironment = "mgmt-Qd81kz0PvYw7Xn3Lr6Ts2Hb9" + "JcMf5"
@@ -309,17 +324,23 @@ func TestCredentialsAreSeparate(t *testing.T) {
 		}
 	}
 	for _, c := range [][]string{
-		{"Authorization", "Bearer " + p.token}, {"Authorization", "Bearer " + p.unknownCredential(manageKeyPrefix)}, {"X-Api-Key", p.adminKey},
-		{"Cookie", "session=" + p.adminKey}, {"Authorization", p.adminKey}, {"Authorization", "Bearer " + p.adminKey, "Authorization", "Bearer x"}, nil,
+		{"Authorization", "Bearer " + p.token},
+		{"Authorization", "Bearer " + p.unknownCredential(manageKeyPrefix)},
+		{"X-Api-Key", p.adminKey},
+		{"Cookie", "session=" + p.adminKey},
+		{"Authorization", p.adminKey},
+		{"Authorization", "Bearer " + p.adminKey, "Authorization", "Bearer x"},
+		nil,
 	} {
-		if a := p.do("GET", "/manage/projects", "", c...); a.status != 401 || a.errorCode() != "invalid_management_key" || a.header.Get("WWW-Authenticate") != "Bearer" {
+		a := p.do("GET", "/manage/projects", "", c...)
+		if a.status != 401 || a.errorCode() != "invalid_management_key" || a.header.Get("WWW-Authenticate") != "Bearer" {
 			t.Errorf("%d headers on /manage: %d %s", len(c)/2, a.status, a.body)
 		}
 	}
 }
 
-// FuzzHashCredential: what is taken has the form of a token and its checksum,
-// and no two texts are the same token.
+// FuzzHashCredential: an accepted text has the form and the checksum of a token, and no text that differs from it
+// by one byte is accepted.
 func FuzzHashCredential(f *testing.F) {
 	token, public := mintCredential(tokenPrefix, "")
 	f.Add(token(), 9, byte('x'))
@@ -344,19 +365,20 @@ func FuzzHashCredential(f *testing.F) {
 		}
 		other := text[:at] + string([]byte{with}) + text[at+1:]
 		if _, ok := hashCredential(tokenPrefix, other); ok {
-			t.Fatalf("%q and %q are both taken", text, other)
+			t.Fatalf("%q and %q are both accepted", text, other)
 		}
 	})
 }
 
-// FuzzParseRequestID: every id that is read is written back as it was.
+// FuzzParseRequestID: every accepted id is formatted as it was written.
 func FuzzParseRequestID(f *testing.F) {
-	for _, s := range []string{formatRequestID(1), formatRequestID(1<<63 - 1), "req_", "req_0000000000000", "req_z000000000000", "req_00000000é00", ""} {
+	for _, s := range []string{formatRequestID(1), formatRequestID(1<<63 - 1), "req_", "req_0000000000000",
+		"req_z000000000000", "req_00000000é00", ""} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		if id := parseRequestID(s); id < 0 || id != 0 && formatRequestID(id) != s {
-			t.Fatalf("%q is read as %d, which is %s", s, id, formatRequestID(id))
+			t.Fatalf("%q is parsed as %d, which is %s", s, id, formatRequestID(id))
 		}
 	})
 }
