@@ -256,7 +256,7 @@ func TestHelpAndVersion(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, s := range settings() {
+		for _, s := range settings(&config{}) {
 			if !strings.Contains(out, "  "+s.name+" ") || !strings.Contains(out, s.help) {
 				t.Errorf("%s says nothing of %s", arg, s.name)
 			}

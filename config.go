@@ -1,7 +1,6 @@
-// This room turns the environment into a checked config: every setting, its
-// default and its rule stand in one table, from which --help is made too. It
-// reads files that settings name, but changes nothing on disk; everything that
-// is wrong is reported at once.
+// This file turns the environment into a checked config. One table has every setting
+// with its default, help text and rule; --help prints the same table. Loading reads the
+// files that settings name but changes nothing on disk, and it reports all problems at once.
 package main
 
 import (
@@ -26,15 +25,15 @@ import (
 	"time"
 )
 
-// A config is the whole configuration, checked. It does not change after start.
+// A config is the checked configuration. It does not change after the start.
 type config struct {
 	listenAddr        string
-	metricsAddr       string // "": not on an address of its own
+	metricsAddr       string // "": /metrics is on listenAddr only
 	socketMode        fs.FileMode
 	dataDir           string
 	databaseFile      string
-	encryptionKey     secret // nil: the key file in dataDir
-	managementToken   secret // nil: only stored management keys
+	encryptionKey     secret // nil: use the key file in dataDir
+	managementToken   secret // nil: stored management keys only
 	openaiKey         secret // nil: no default project
 	openaiURL         string
 	allowPrivate      bool
@@ -57,132 +56,192 @@ type config struct {
 	maxDatabaseBytes  int64 // 0: no limit
 	maxContentBytes   int64
 	adminPages        bool
-	settings          []effectiveSetting // all of it, to be shown
+	settings          []effectiveSetting // for display
 }
 
-// A effectiveSetting is a setting as it is in force. Of a secret one Value says only
-// whether it is set.
+// An effectiveSetting is a setting in force. Value is hidden for a secret that is set.
 type effectiveSetting struct {
 	Name, Value, Help string
 	IsDefault         bool
 }
 
-// A setting is one row of the settings table. set checks text and stores it.
+// A setting is one row of the settings table.
 type setting struct {
 	name, def, help string
-	secret          bool // not quoted in errors; of the file settings too, for some put the secret itself there
-	set             func(c *config, text string) error
+	setter
 }
 
-func settings() []setting {
+// A setter checks the text of a setting and stores it in a field of a config.
+type setter struct {
+	set func(text string) error
+	// secret keeps the text out of errors. It is set for the _FILE settings of secrets too,
+	// because some users put the secret itself there.
+	secret bool
+}
+
+// setParsed stores what parse returns.
+func setParsed[T any](field *T, parse func(string) (T, error)) setter {
+	return setter{set: func(text string) (err error) { *field, err = parse(text); return err }}
+}
+
+// setChecked stores a text that passes check.
+func setChecked(field *string, check func(string) error) setter {
+	return setter{set: func(text string) error { *field = text; return check(text) }}
+}
+
+// setUnchecked stores the text without a check.
+func setUnchecked(field *string) setter { return setChecked(field, func(string) error { return nil }) }
+
+func setSize(field *int64, minimum, maximum int64) setter {
+	return setParsed(field, func(text string) (int64, error) { return parseSize(text, minimum, maximum) })
+}
+
+func setCount(field *int64, minimum, maximum int64) setter {
+	return setParsed(field, func(text string) (int64, error) { return parseCount(text, minimum, maximum) })
+}
+
+func setDuration(field *time.Duration, minimum, maximum time.Duration) setter {
+	return setParsed(field, func(text string) (time.Duration, error) { return parseDuration(text, minimum, maximum) })
+}
+
+func setBool(field *bool) setter { return setParsed(field, parseBool) }
+
+// setSecret stores a secret that passes check.
+func setSecret(field *secret, check func(string) error) setter {
+	return setter{secret: true, set: func(text string) error { *field = newSecret(text); return check(text) }}
+}
+
+// setSecretFile stores the secret in the file that the setting names, if it passes check.
+func setSecretFile(field *secret, check func(string) error) setter {
+	return setter{secret: true, set: func(name string) error { return readSecretFile(name, field, check) }}
+}
+
+// settings returns the table of all settings, which are stored in c.
+func settings(c *config) []setting {
+	return slices.Concat(serverSettings(c), dataSettings(c), limitSettings(c))
+}
+
+func serverSettings(c *config) []setting {
 	return []setting{
-		{"LISTEN_ADDR", "127.0.0.1:8080", "address and port to listen on; :8080 listens on every address, unix:PATH on a socket, systemd on the one handed down", false,
-			func(c *config, s string) error { c.listenAddr = s; return checkListen(s) }},
-		{"METRICS_ADDR", "", "address and port that serve /metrics without a key; empty: on LISTEN_ADDR only, with a management key", false,
-			func(c *config, s string) error {
-				c.metricsAddr = s
-				if s == systemdListen {
-					return errors.New("must be an address of its own; the socket handed down is for LISTEN_ADDR")
-				}
-				return checkListen(s)
-			}},
-		{"SOCKET_MODE", "0660", "who may connect to a unix socket: the file's mode, octal", false,
-			func(c *config, s string) (err error) { c.socketMode, err = parseFileMode(s); return err }},
-		{"DATA_DIR", "./data", "directory for the database and the key file; made if missing, 0700", false,
-			func(c *config, s string) (err error) { c.dataDir, err = filepath.Abs(s); return err }},
-		{"DATABASE_URL", "", "sqlite:FILE for a database outside DATA_DIR; empty: DATA_DIR/llm-proxy.db", false,
-			func(c *config, s string) (err error) { c.databaseFile, err = parseDatabaseURL(s); return err }},
-		{"ENCRYPTION_KEY", "", "32 random bytes, hex or base64, that seal provider keys in the database", true,
-			func(c *config, s string) error {
-				c.encryptionKey = newSecret(s)
-				_, err := parseEncryptionKey(s)
+		{"LISTEN_ADDR", "127.0.0.1:8080",
+			"address and port to listen on. :8080: every address; unix:PATH: a socket; systemd: the inherited socket",
+			setChecked(&c.listenAddr, checkListen)},
+		{"METRICS_ADDR", "",
+			"address and port that serve /metrics without a key; default: on LISTEN_ADDR only, with a management key",
+			setChecked(&c.metricsAddr, checkMetricsListen)},
+		{"SOCKET_MODE", "0660",
+			"octal file mode of a unix socket: who may connect",
+			setParsed(&c.socketMode, parseFileMode)},
+		{"PUBLIC_URL", "",
+			"URL that clients and browsers use, e.g. https://llm.example.com; /manage and /admin accept its host",
+			setParsed(&c.publicURL, parsePublicURL)},
+		{"TRUSTED_PROXIES", "",
+			"comma-separated addresses or CIDRs whose X-Forwarded-For is trusted; unix: connections through the socket",
+			setter{set: func(text string) (err error) {
+				c.trustUnix, c.trustedProxies, err = parseTrustedProxies(text)
 				return err
-			}},
-		{"ENCRYPTION_KEY_FILE", "", "file that holds the encryption key; neither set: DATA_DIR/encryption.key, made at first start", true,
-			func(c *config, s string) error {
-				return readSecretFile(s, &c.encryptionKey, func(v string) error { _, err := parseEncryptionKey(v); return err })
-			}},
-		{"MANAGEMENT_TOKEN", "", "a management key of role admin that lives in the environment; 32 characters or more", true,
-			func(c *config, s string) error { c.managementToken = newSecret(s); return checkManagementToken(s) }},
-		{"MANAGEMENT_TOKEN_FILE", "", "file that holds MANAGEMENT_TOKEN", true,
-			func(c *config, s string) error { return readSecretFile(s, &c.managementToken, checkManagementToken) }},
-		{"OPENAI_API_KEY", "", "on an empty database: makes a project \"default\" with this provider key, and a token", true,
-			func(c *config, s string) error { c.openaiKey = newSecret(s); return checkProviderKey(s) }},
-		{"OPENAI_API_URL", "https://api.openai.com", "base URL of new projects' first upstream that names none", false,
-			func(c *config, s string) error { c.openaiURL = s; return nil }}, // checked with ALLOW_PRIVATE_UPSTREAMS below
-		{"ALLOW_PRIVATE_UPSTREAMS", "false", "true: base URLs may be http:// and may name loopback or private addresses", false,
-			func(c *config, s string) (err error) { c.allowPrivate, err = parseBool(s); return err }},
-		{"PUBLIC_URL", "", "the URL clients and browsers use, e.g. https://llm.example.com; its host is accepted on /manage and /admin", false,
-			func(c *config, s string) (err error) { c.publicURL, err = parsePublicURL(s); return err }},
-		{"ADMIN_PAGES", "true", "false: no pages at /admin", false,
-			func(c *config, s string) (err error) { c.adminPages, err = parseBool(s); return err }},
-		{"TRUSTED_PROXIES", "", "comma-separated addresses or CIDRs whose X-Forwarded-For is believed; unix: who comes by the socket", false,
-			func(c *config, s string) (err error) {
-				c.trustUnix, c.trustedProxies, err = parseTrustedProxies(s)
-				return err
-			}},
-		{"TLS_CERT_FILE", "", "certificate chain, PEM; with TLS_KEY_FILE the proxy serves https itself. Read anew when it changes, and at SIGHUP", false,
-			func(c *config, s string) error { c.tlsCert = s; return nil }},
-		{"TLS_KEY_FILE", "", "private key, PEM", false,
-			func(c *config, s string) error { c.tlsKey = s; return nil }},
-		{"LOG_LEVEL", "info", "debug, info, warn or error", false,
-			func(c *config, s string) (err error) { c.logLevel, err = parseLevel(s); return err }},
-		{"LOG_FORMAT", "json", "json or text", false,
-			func(c *config, s string) error { c.logText = s == "text"; return checkOneOf(s, "json", "text") }},
-		{"MAX_BODY_BYTES", "32MiB", "largest request body (JSON, audio, images) that is read into memory", false,
-			func(c *config, s string) (err error) { c.maxBodyBytes, err = parseSize(s, 1<<10, 1<<30); return err }},
-		{"MAX_UPLOAD_BYTES", "512MiB", "largest file upload on stateful endpoints; streamed, not held in memory", false,
-			func(c *config, s string) (err error) { c.maxUploadBytes, err = parseSize(s, 1<<10, 1<<40); return err }},
-		{"BODY_MEMORY", "512MiB", "memory that all request bodies being handled may take together; beyond it calls get 503", false,
-			func(c *config, s string) (err error) { c.bodyMemory, err = parseSize(s, 1<<20, 1<<40); return err }},
-		{"MAX_CONCURRENT_CALLS", "10000", "calls to /v1 that may run together; beyond it new ones get 503 and Retry-After", false,
-			func(c *config, s string) (err error) { c.maxCalls, err = parseCount(s, 1, 1_000_000); return err }},
-		{"MAX_CONNECTIONS", "16384", "connections that clients may have open together; beyond it new ones are closed at once", false,
-			func(c *config, s string) (err error) { c.maxConnections, err = parseCount(s, 1, 1_000_000); return err }},
-		{"UPSTREAM_TIMEOUT", "10m", "how long a provider may take to begin its answer", false,
-			func(c *config, s string) (err error) {
-				c.upstreamTimeout, err = parseDuration(s, 100*time.Millisecond, 2*time.Hour)
-				return err
-			}},
-		{"FIRST_EVENT_TIMEOUT", "10s", "how long a stream's first event may take before the next upstream is tried, where there is one", false,
-			func(c *config, s string) (err error) {
-				c.firstEventTimeout, err = parseDuration(s, 100*time.Millisecond, 2*time.Hour)
-				return err
-			}},
-		{"STREAM_IDLE_TIMEOUT", "5m", "how long an answer may pause before it is cut; answers have no total limit", false,
-			func(c *config, s string) (err error) {
-				c.streamIdleTimeout, err = parseDuration(s, 100*time.Millisecond, 2*time.Hour)
-				return err
-			}},
-		{"DRAIN_TIMEOUT", "30s", "how long running calls may go on after SIGTERM", false,
-			func(c *config, s string) (err error) {
-				c.drainTimeout, err = parseDuration(s, 0, time.Hour)
-				return err
-			}},
-		{"RETENTION", "90d", "how long the ledger keeps single calls; sums are kept longer", false,
-			func(c *config, s string) (err error) {
-				c.retention, err = parseDuration(s, time.Hour, 3660*24*time.Hour)
-				return err
-			}},
-		{"MAX_DATABASE_BYTES", "", "size of the database beyond which the oldest single calls go, whatever their age; empty: no limit", false,
-			func(c *config, s string) (err error) {
-				c.maxDatabaseBytes, err = parseSize(s, 16<<20, 1<<50)
-				return err
-			}},
-		{"MAX_CONTENT_BYTES", "64KiB", "how much of a request and of an answer is kept, of projects whose policy has keep_content_days", false,
-			func(c *config, s string) (err error) {
-				c.maxContentBytes, err = parseSize(s, 1<<10, 16<<20)
-				return err
-			}},
+			}}},
+		{"TLS_CERT_FILE", "",
+			"PEM certificate chain; with TLS_KEY_FILE the proxy serves https. Reloaded when it changes, and on SIGHUP",
+			setUnchecked(&c.tlsCert)},
+		{"TLS_KEY_FILE", "",
+			"PEM private key",
+			setUnchecked(&c.tlsKey)},
+		{"ADMIN_PAGES", "true",
+			"false: no pages under /admin",
+			setBool(&c.adminPages)},
+		{"LOG_LEVEL", "info",
+			"debug, info, warn or error",
+			setParsed(&c.logLevel, parseLevel)},
+		{"LOG_FORMAT", "json",
+			"json or text",
+			setParsed(&c.logText, parseLogFormat)},
 	}
 }
 
-// settingText returns a setting as the environment has it, or its default.
+func dataSettings(c *config) []setting {
+	return []setting{
+		{"DATA_DIR", "./data",
+			"directory for the database and the key file; created with mode 0700 if missing",
+			setParsed(&c.dataDir, filepath.Abs)},
+		{"DATABASE_URL", "",
+			"sqlite:FILE for a database outside DATA_DIR; default: DATA_DIR/llm-proxy.db",
+			setParsed(&c.databaseFile, parseDatabaseURL)},
+		{"ENCRYPTION_KEY", "",
+			"32 random bytes in hex or base64; encrypts the provider keys in the database",
+			setSecret(&c.encryptionKey, checkEncryptionKey)},
+		{"ENCRYPTION_KEY_FILE", "",
+			"file with the encryption key; if neither is set: DATA_DIR/encryption.key, created at the first start",
+			setSecretFile(&c.encryptionKey, checkEncryptionKey)},
+		{"MANAGEMENT_TOKEN", "",
+			"a management key with role admin that is not in the database; at least 32 characters",
+			setSecret(&c.managementToken, checkManagementToken)},
+		{"MANAGEMENT_TOKEN_FILE", "",
+			"file with MANAGEMENT_TOKEN",
+			setSecretFile(&c.managementToken, checkManagementToken)},
+		{"OPENAI_API_KEY", "",
+			"if the database is empty: creates a project \"default\" with this provider key, and a token",
+			setSecret(&c.openaiKey, checkProviderKey)},
+		{"OPENAI_API_URL", "https://api.openai.com",
+			"base URL of a new project's first upstream, unless the request names one",
+			setUnchecked(&c.openaiURL)}, // checkTogether checks it with ALLOW_PRIVATE_UPSTREAMS
+		{"ALLOW_PRIVATE_UPSTREAMS", "false",
+			"true: base URLs may be http:// and may name loopback or private addresses",
+			setBool(&c.allowPrivate)},
+	}
+}
+
+func limitSettings(c *config) []setting {
+	const (
+		minTimeout, maxTimeout = 100 * time.Millisecond, 2 * time.Hour
+		day                    = 24 * time.Hour
+	)
+	return []setting{
+		{"MAX_BODY_BYTES", "32MiB",
+			"largest request body (JSON, audio, images) that is read into memory",
+			setSize(&c.maxBodyBytes, 1<<10, 1<<30)},
+		{"MAX_UPLOAD_BYTES", "512MiB",
+			"largest file upload on stateful endpoints; uploads are streamed, not kept in memory",
+			setSize(&c.maxUploadBytes, 1<<10, 1<<40)},
+		{"BODY_MEMORY", "512MiB",
+			"memory for all request bodies together; when it is full, calls get 503",
+			setSize(&c.bodyMemory, 1<<20, 1<<40)},
+		{"MAX_CONCURRENT_CALLS", "10000",
+			"concurrent calls to /v1; further ones get 503 with Retry-After",
+			setCount(&c.maxCalls, 1, 1_000_000)},
+		{"MAX_CONNECTIONS", "16384",
+			"open connections of clients; further ones are closed at once",
+			setCount(&c.maxConnections, 1, 1_000_000)},
+		{"UPSTREAM_TIMEOUT", "10m",
+			"how long a provider may take to start its answer",
+			setDuration(&c.upstreamTimeout, minTimeout, maxTimeout)},
+		{"FIRST_EVENT_TIMEOUT", "10s",
+			"how long a stream's first event may take before the next upstream, if any, is tried",
+			setDuration(&c.firstEventTimeout, minTimeout, maxTimeout)},
+		{"STREAM_IDLE_TIMEOUT", "5m",
+			"how long an answer may pause before it is cut; its total time is not limited",
+			setDuration(&c.streamIdleTimeout, minTimeout, maxTimeout)},
+		{"DRAIN_TIMEOUT", "30s",
+			"how long running calls may continue after SIGTERM",
+			setDuration(&c.drainTimeout, 0, time.Hour)},
+		{"RETENTION", "90d",
+			"how long the ledger keeps single calls; totals are kept longer",
+			setDuration(&c.retention, time.Hour, 3660*day)},
+		{"MAX_DATABASE_BYTES", "",
+			"database size above which the oldest single calls are deleted, whatever their age; default: no limit",
+			setSize(&c.maxDatabaseBytes, 16<<20, 1<<50)},
+		{"MAX_CONTENT_BYTES", "64KiB",
+			"how much of each request and answer is stored, in projects whose policy has keep_content_days",
+			setSize(&c.maxContentBytes, 1<<10, 16<<20)},
+	}
+}
+
+// settingText returns the text of a setting in the environment, or its default.
 func settingText(getenv func(string) string, name string) string {
 	if text := getenv(name); text != "" {
 		return text
 	}
-	for _, s := range settings() {
+	for _, s := range settings(&config{}) {
 		if s.name == name {
 			return s.def
 		}
@@ -190,73 +249,82 @@ func settingText(getenv func(string) string, name string) string {
 	return ""
 }
 
-// loadConfig reads every setting through getenv. The error, if any, lists all
-// problems, one a line, each with the setting's name and what to do.
+// loadConfig reads every setting through getenv. The error, if any, lists all problems,
+// one per line, each with the setting's name and what to do.
 func loadConfig(getenv func(string) string) (*config, error) {
 	return loadConfigWith(getenv, checkDirectory)
 }
 
-// loadConfigWith is loadConfig with another check of the directories that files are
-// kept in: for a command that writes none.
+// loadConfigWith is loadConfig with another check of directories, for commands that do
+// not write to them.
 func loadConfigWith(getenv func(string) string, checkDirectory func(string) error) (*config, error) {
 	c := &config{}
 	var problems []error
-	bad := map[string]bool{}
-	for _, s := range settings() {
+	invalid := map[string]bool{} // by name
+	for _, s := range settings(c) {
 		text := getenv(s.name)
 		if strings.TrimSpace(text) != text {
-			bad[s.name] = true
+			invalid[s.name] = true
 			problems = append(problems, fmt.Errorf("%s: has white space around its value; remove it", s.name))
 			continue
 		}
-		given := text != ""
-		if !given {
-			text = s.def
-		}
-		shown := text
-		if s.secret && given {
+		isDefault := text == ""
+		shown := cmp.Or(text, s.def)
+		if s.secret && !isDefault {
 			shown = hiddenSecret
 		}
-		c.settings = append(c.settings, effectiveSetting{s.name, shown, s.help, !given})
-		if text == "" {
+		c.settings = append(c.settings, effectiveSetting{s.name, shown, s.help, isDefault})
+		if text = cmp.Or(text, s.def); text == "" {
 			continue
 		}
-		if err := s.set(c, text); err != nil {
-			bad[s.name] = true
+		if err := s.set(text); err != nil {
+			invalid[s.name] = true
 			problems = append(problems, fmt.Errorf("%s: %s%w", s.name, quoteValue(s.secret, text), err))
 		}
 	}
-	for _, pair := range [][2]string{
-		{"ENCRYPTION_KEY", "ENCRYPTION_KEY_FILE"}, {"MANAGEMENT_TOKEN", "MANAGEMENT_TOKEN_FILE"},
-	} {
-		if getenv(pair[0]) != "" && getenv(pair[1]) != "" {
-			problems = append(problems, fmt.Errorf("%s and %s: exclude each other; unset one", pair[0], pair[1]))
+	problems = append(problems, c.checkTogether(getenv, invalid)...)
+	problems = append(problems, checkTLS(c)...)
+	problems = append(problems, c.checkFiles(checkDirectory)...)
+	return c, errors.Join(problems...)
+}
+
+// checkTogether checks the rules about two settings. It skips those whose own value is
+// invalid.
+func (c *config) checkTogether(getenv func(string) string, invalid map[string]bool) (problems []error) {
+	for _, name := range []string{"ENCRYPTION_KEY", "MANAGEMENT_TOKEN"} {
+		if getenv(name) != "" && getenv(name+"_FILE") != "" {
+			problems = append(problems, fmt.Errorf("%[1]s and %[1]s_FILE: cannot be combined; unset one", name))
 		}
 	}
-	if c.openaiURL != "" && !bad["ALLOW_PRIVATE_UPSTREAMS"] {
+	if c.openaiURL != "" && !invalid["ALLOW_PRIVATE_UPSTREAMS"] {
 		if _, err := parseBaseURL(c.openaiURL, c.allowPrivate); err != nil {
 			problems = append(problems, fmt.Errorf("OPENAI_API_URL: %s%w", quoteValue(false, c.openaiURL), err))
 		}
 	}
-	if c.bodyMemory < c.maxBodyBytes && !bad["BODY_MEMORY"] {
+	if c.bodyMemory < c.maxBodyBytes && !invalid["BODY_MEMORY"] {
 		problems = append(problems, errors.New("BODY_MEMORY: must be at least MAX_BODY_BYTES"))
 	}
-	problems = append(problems, checkTLS(c)...)
-	if c.dataDir != "" {
-		if err := checkDirectory(c.dataDir); err != nil {
-			problems = append(problems, fmt.Errorf("DATA_DIR: %w", err))
-		}
-		if c.databaseFile == "" {
-			c.databaseFile = filepath.Join(c.dataDir, "llm-proxy.db")
-		} else if err := checkDatabaseFile(c, checkDirectory); err != nil {
-			problems = append(problems, fmt.Errorf("DATABASE_URL: %w", err))
-		}
-	}
-	return c, errors.Join(problems...)
+	return problems
 }
 
-// quoteValue quotes a setting's value for an error, unless it is a secret or a
-// URL that may have one in it.
+// checkFiles checks where the database is, and chooses its file if DATABASE_URL is not set.
+func (c *config) checkFiles(checkDirectory func(string) error) (problems []error) {
+	if c.dataDir == "" {
+		return nil
+	}
+	if err := checkDirectory(c.dataDir); err != nil {
+		problems = append(problems, fmt.Errorf("DATA_DIR: %w", err))
+	}
+	if c.databaseFile == "" {
+		c.databaseFile = filepath.Join(c.dataDir, "llm-proxy.db")
+	} else if err := checkDatabaseFile(c.databaseFile, checkDirectory); err != nil {
+		problems = append(problems, fmt.Errorf("DATABASE_URL: %w", err))
+	}
+	return problems
+}
+
+// quoteValue quotes a setting's value for an error, unless it is a secret or a URL that may
+// contain one.
 func quoteValue(secret bool, text string) string {
 	if secret || strings.ContainsAny(text, "@?#") {
 		return "the value "
@@ -266,12 +334,8 @@ func quoteValue(secret bool, text string) string {
 
 // writeSettings prints the settings table for --help.
 func writeSettings(w *tabwriter.Writer) {
-	for _, s := range settings() {
-		def := s.def
-		if def == "" {
-			def = "-"
-		}
-		fmt.Fprintf(w, "  %s\t%s\t%s\n", s.name, def, s.help)
+	for _, s := range settings(&config{}) {
+		fmt.Fprintf(w, "  %s\t%s\t%s\n", s.name, cmp.Or(s.def, "-"), s.help)
 	}
 	w.Flush()
 }
@@ -291,8 +355,8 @@ func checkTLS(c *config) []error {
 	return nil
 }
 
-// checkDirectory reports whether dir can be written to, or made. It changes
-// nothing that stays.
+// checkDirectory returns an error if dir cannot be written to, or created. It leaves
+// nothing behind.
 func checkDirectory(dir string) error {
 	info, err := os.Stat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -308,25 +372,27 @@ func checkDirectory(dir string) error {
 	}
 	f, err := os.CreateTemp(dir, ".writable-*")
 	if err != nil {
-		return fmt.Errorf("%q cannot be written to: %s; give this user the right, or name another directory", dir, unwrapPathError(err))
+		return fmt.Errorf("%q cannot be written to: %s; grant this user write access, or choose another directory",
+			dir, unwrapPathError(err))
 	}
 	f.Close()
 	return os.Remove(f.Name())
 }
 
-// checkDatabaseFile looks at a database outside DATA_DIR, whose directory is
-// not ours to make.
-func checkDatabaseFile(c *config, checkDirectory func(string) error) error {
-	dir := filepath.Dir(c.databaseFile)
-	if info, err := os.Stat(c.databaseFile); err == nil && info.IsDir() {
-		return fmt.Errorf("%q is a directory; name a file in it", c.databaseFile)
+// checkDatabaseFile checks a database file outside DATA_DIR. The operator creates its
+// directory, not the program.
+func checkDatabaseFile(file string, checkDirectory func(string) error) error {
+	dir := filepath.Dir(file)
+	if info, err := os.Stat(file); err == nil && info.IsDir() {
+		return fmt.Errorf("%q is a directory; name a file in it", file)
 	}
 	if _, err := os.Stat(dir); err != nil {
-		return fmt.Errorf("%q: %w; make the directory first", dir, unwrapPathError(err))
+		return fmt.Errorf("%q: %w; create the directory first", dir, unwrapPathError(err))
 	}
 	return checkDirectory(dir)
 }
 
+// checkListen checks an address to listen on.
 func checkListen(s string) error {
 	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
 		if !filepath.IsAbs(path) || len(path) > 100 || strings.ContainsRune(path, 0) {
@@ -341,7 +407,7 @@ func checkListen(s string) error {
 	if err != nil {
 		return errors.New("must be HOST:PORT, as in 127.0.0.1:8080 or :8080, or unix:/path")
 	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n > 65535 {
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return errors.New("has a port that is not a number from 0 to 65535")
 	}
 	if host != "" && host != "localhost" {
@@ -352,20 +418,27 @@ func checkListen(s string) error {
 	return nil
 }
 
+func checkMetricsListen(s string) error {
+	if s == systemdListen {
+		return errors.New("must be another address; the inherited socket is for LISTEN_ADDR")
+	}
+	return checkListen(s)
+}
+
+// parseDatabaseURL returns the database file that DATABASE_URL names.
 func parseDatabaseURL(s string) (string, error) {
 	scheme, rest, ok := strings.Cut(s, ":")
 	switch {
 	case ok && (scheme == "postgres" || scheme == "postgresql"):
-		return "", errors.New("names PostgreSQL, which this binary is built without")
+		return "", errors.New("names PostgreSQL, but this binary is built without PostgreSQL support")
 	case !ok || scheme != "sqlite" || strings.TrimPrefix(rest, "//") == "":
 		return "", errors.New("must be sqlite:FILE")
 	}
 	return filepath.Abs(strings.TrimPrefix(rest, "//"))
 }
 
-// readSecretFile reads a secret from a file that only its owner should be able
-// to read; a trailing newline does not belong to it.
-func readSecretFile(name string, to *secret, check func(string) error) error {
+// readSecretFile reads a secret from a file. A newline at the end is not part of the secret.
+func readSecretFile(name string, field *secret, check func(string) error) error {
 	f, err := os.Open(name)
 	if err != nil {
 		return fmt.Errorf("names a file that cannot be read: %w", unwrapPathError(err))
@@ -376,16 +449,17 @@ func readSecretFile(name string, to *secret, check func(string) error) error {
 		return fmt.Errorf("names a file that cannot be read: %w", unwrapPathError(err))
 	}
 	if len(b) > 4096 {
-		return errors.New("names a file that is larger than 4 KiB; it must hold the secret alone")
+		return errors.New("names a file that is larger than 4 KiB; it must contain only the secret")
 	}
 	v := string(bytes.TrimRight(b, "\r\n"))
 	if err := check(v); err != nil {
-		return fmt.Errorf("names a file whose text %w", err)
+		return fmt.Errorf("names a file whose content %w", err)
 	}
-	*to = newSecret(v)
+	*field = newSecret(v)
 	return nil
 }
 
+// unwrapPathError removes the operation and the path from an error, which may be a secret.
 func unwrapPathError(err error) error {
 	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err
@@ -393,9 +467,14 @@ func unwrapPathError(err error) error {
 	return err
 }
 
+func checkEncryptionKey(s string) error {
+	_, err := parseEncryptionKey(s)
+	return err
+}
+
 func checkManagementToken(s string) error {
 	if len(s) < 32 {
-		return errors.New("must have 32 characters or more; make one with: openssl rand -hex 32")
+		return errors.New("must have at least 32 characters; create one with: openssl rand -hex 32")
 	}
 	seen := map[rune]bool{}
 	for _, r := range s {
@@ -406,22 +485,23 @@ func checkManagementToken(s string) error {
 	}
 	lower := strings.ToLower(s)
 	if len(seen) < 10 {
-		return errors.New("repeats too few characters to be random; make one with: openssl rand -hex 32")
+		return errors.New("has too few different characters to be random; create one with: openssl rand -hex 32")
 	}
-	for _, sample := range []string{"changeme", "change-me", "change_me", "your-", "your_", "example", "placeholder", "secret-token", "management-token"} {
+	for _, sample := range []string{"changeme", "change-me", "change_me", "your-", "your_", "example", "placeholder",
+		"secret-token", "management-token"} {
 		if strings.Contains(lower, sample) {
-			return errors.New("looks like a sample from documentation; make one with: openssl rand -hex 32")
+			return errors.New("looks like a sample from documentation; create one with: openssl rand -hex 32")
 		}
 	}
 	return nil
 }
 
-// checkProviderKey refuses what cannot be a provider's key, and above all the
-// masked form in which a key is shown.
+// checkProviderKey rejects what cannot be a provider's key, above all the masked form in
+// which providers show a key.
 func checkProviderKey(s string) error {
 	switch {
 	case strings.ContainsAny(s, "*…") || strings.Contains(s, "...") || s == hiddenSecret:
-		return errors.New("is a masked key; give the whole key")
+		return errors.New("looks masked or truncated; enter the whole key")
 	case len(s) < 8 || len(s) > 4096:
 		return errors.New("must have 8 to 4096 characters")
 	}
@@ -447,6 +527,10 @@ func checkOneOf(s string, allowed ...string) error {
 	return fmt.Errorf("must be one of: %s", strings.Join(allowed, ", "))
 }
 
+func parseLogFormat(s string) (isText bool, err error) {
+	return s == "text", checkOneOf(s, "json", "text")
+}
+
 func parseLevel(s string) (slog.Level, error) {
 	var l slog.Level
 	if err := checkOneOf(s, "debug", "info", "warn", "error"); err != nil {
@@ -464,7 +548,7 @@ func parsePublicURL(s string) (*url.URL, error) {
 	return u, nil
 }
 
-// parseFileMode reads the permissions of a file.
+// parseFileMode reads the permissions of a socket.
 func parseFileMode(s string) (fs.FileMode, error) {
 	n, err := strconv.ParseUint(s, 8, 32)
 	if err != nil || n > 0o777 || n&0o600 != 0o600 {
@@ -473,20 +557,20 @@ func parseFileMode(s string) (fs.FileMode, error) {
 	return fs.FileMode(n), nil
 }
 
-// parseTrustedProxies reads a list of networks, in which unix stands for the socket.
-func parseTrustedProxies(s string) (socket bool, nets []netip.Prefix, err error) {
+// parseTrustedProxies reads a list of networks, in which "unix" means the socket.
+func parseTrustedProxies(s string) (trustUnix bool, networks []netip.Prefix, err error) {
 	var rest []string
 	for item := range strings.SplitSeq(s, ",") {
 		if strings.TrimSpace(item) == "unix" {
-			socket = true
+			trustUnix = true
 		} else {
 			rest = append(rest, item)
 		}
 	}
 	if len(rest) > 0 {
-		nets, err = parsePrefixes(strings.Join(rest, ","))
+		networks, err = parsePrefixes(strings.Join(rest, ","))
 	}
-	return socket, nets, err
+	return trustUnix, networks, err
 }
 
 func parsePrefixes(s string) ([]netip.Prefix, error) {
@@ -507,40 +591,36 @@ func parsePrefixes(s string) ([]netip.Prefix, error) {
 }
 
 // parseCount reads a whole number.
-func parseCount(s string, least, most int64) (int64, error) {
+func parseCount(s string, minimum, maximum int64) (int64, error) {
 	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < least || n > most {
-		return 0, fmt.Errorf("must be a whole number from %d to %d", least, most)
+	if err != nil || n < minimum || n > maximum {
+		return 0, fmt.Errorf("must be a whole number from %d to %d", minimum, maximum)
 	}
 	return n, nil
 }
 
-// parseDuration reads a duration in Go's form, or in whole days as in 90d.
-func parseDuration(s string, least, most time.Duration) (time.Duration, error) {
-	var d time.Duration
+// parseDuration reads a duration in Go's format, or in whole days as in 90d.
+func parseDuration(s string, minimum, maximum time.Duration) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
 	if digits, ok := strings.CutSuffix(s, "d"); ok {
-		n, err := strconv.ParseUint(digits, 10, 16)
-		if err != nil {
-			return 0, errors.New("must be a duration with a unit, as in 30s, 5m, 2h or 90d")
-		}
-		d = time.Duration(n) * 24 * time.Hour
-	} else {
-		var err error
-		if d, err = time.ParseDuration(s); err != nil {
-			return 0, errors.New("must be a duration with a unit, as in 30s, 5m, 2h or 90d")
-		}
+		var days uint64
+		days, err = strconv.ParseUint(digits, 10, 16)
+		d = time.Duration(days) * 24 * time.Hour
 	}
-	if d < least || d > most {
-		return 0, fmt.Errorf("must be from %s to %s", formatDuration(least), formatDuration(most))
+	if err != nil {
+		return 0, errors.New("must be a duration with a unit, as in 30s, 5m, 2h or 90d")
+	}
+	if d < minimum || d > maximum {
+		return 0, fmt.Errorf("must be from %s to %s", formatDuration(minimum), formatDuration(maximum))
 	}
 	return d, nil
 }
 
-// A build is what this binary was made from.
+// A build describes what this binary was built from.
 type build struct{ version, revision, goVersion string }
 
-// linkedVersion is the version, where the linker was told one (Dockerfile): a build
-// without the repository knows none. Nothing else writes it.
+// linkedVersion is the version if the linker sets it (Dockerfile), because a build outside
+// the repository has none. Nothing else writes it.
 var linkedVersion string
 
 func readBuildInfo() build {

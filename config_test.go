@@ -1,5 +1,5 @@
-// These tests hold every setting to its rule: good values, bad values with
-// words that help, all problems at once, and never a secret in an error.
+// These tests check the rule of every setting: valid values, invalid values with a helpful
+// message, all problems at once, and never a secret in an error.
 package main
 
 import (
@@ -21,7 +21,7 @@ const (
 	goodToken = "m4nAg3-7Qz1xWk0VbR2sT9uYp5LcHd8Ej"
 )
 
-// loadTestConfig loads settings over ones that are enough for a start.
+// loadTestConfig loads env on top of the settings that a start requires.
 func loadTestConfig(t *testing.T, env map[string]string) (*config, error) {
 	t.Helper()
 	all := map[string]string{"DATA_DIR": t.TempDir()}
@@ -35,16 +35,20 @@ func TestConfigDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.listenAddr != "127.0.0.1:8080" || c.databaseFile != filepath.Join(c.dataDir, "llm-proxy.db") || c.encryptionKey != nil ||
-		c.managementToken != nil || c.openaiKey != nil || c.openaiURL != "https://api.openai.com" || c.allowPrivate || c.publicURL != nil ||
+	if c.listenAddr != "127.0.0.1:8080" || c.databaseFile != filepath.Join(c.dataDir, "llm-proxy.db") ||
+		c.encryptionKey != nil ||
+		c.managementToken != nil || c.openaiKey != nil || c.openaiURL != "https://api.openai.com" || c.allowPrivate ||
+		c.publicURL != nil ||
 		c.trustedProxies != nil || c.tlsCert != "" || c.tlsKey != "" || c.logLevel != slog.LevelInfo || c.logText ||
-		c.maxBodyBytes != 32<<20 || c.maxUploadBytes != 512<<20 || c.bodyMemory != 512<<20 || c.upstreamTimeout != 10*time.Minute ||
+		c.maxBodyBytes != 32<<20 || c.maxUploadBytes != 512<<20 || c.bodyMemory != 512<<20 ||
+		c.upstreamTimeout != 10*time.Minute ||
 		c.streamIdleTimeout != 5*time.Minute || c.drainTimeout != 30*time.Second || c.retention != 90*24*time.Hour {
 		t.Errorf("the defaults are %+v", c)
 	}
 }
 
-// TestConfigValues: one row, one value. want "" is good; else the error says it.
+// TestConfigValues has one value per row: if want is empty, the value is valid, otherwise
+// the error contains want.
 func TestConfigValues(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -68,7 +72,7 @@ func TestConfigValues(t *testing.T) {
 		{"METRICS_ADDR", ":9090", ""},
 		{"MAX_DATABASE_BYTES", "2GiB", ""},
 		{"MAX_DATABASE_BYTES", "1MiB", "must be from 16MiB"},
-		{"METRICS_ADDR", "systemd", "an address of its own"},
+		{"METRICS_ADDR", "systemd", "must be another address"},
 		{"METRICS_ADDR", "9090", "must be HOST:PORT"},
 		{"SOCKET_MODE", "0600", ""},
 		{"SOCKET_MODE", "777", ""},
@@ -94,7 +98,7 @@ func TestConfigValues(t *testing.T) {
 		{"DATABASE_URL", dir + "/x.db", "must be sqlite:FILE"},
 		{"DATABASE_URL", "mysql://x", "must be sqlite:FILE"},
 		{"DATABASE_URL", "postgres://u:pw-canary-1@host/db", "names PostgreSQL"},
-		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "none", "x.db"), "make the directory first"},
+		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "none", "x.db"), "create the directory first"},
 		{"DATABASE_URL", "sqlite:" + dir, "is a directory"},
 		{"ENCRYPTION_KEY", goodKey, ""},
 		{"ENCRYPTION_KEY", strings.ToUpper(goodKey), ""},
@@ -105,28 +109,30 @@ func TestConfigValues(t *testing.T) {
 		{"ENCRYPTION_KEY", "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f", "is a pattern"},
 		{"ENCRYPTION_KEY_FILE", file("key", goodKey+"\n", 0o600), ""},
 		{"ENCRYPTION_KEY_FILE", file("crlf", goodKey+"\r\n", 0o600), ""},
-		{"ENCRYPTION_KEY_FILE", file("short", goodKey[:60], 0o600), "names a file whose text must be 32 random bytes"},
+		{"ENCRYPTION_KEY_FILE", file("short", goodKey[:60], 0o600),
+			"names a file whose content must be 32 random bytes"},
 		{"ENCRYPTION_KEY_FILE", file("empty", "", 0o600), "must be 32 random bytes"},
 		{"ENCRYPTION_KEY_FILE", file("huge", strings.Repeat(goodKey, 100), 0o600), "larger than 4 KiB"},
 		{"ENCRYPTION_KEY_FILE", filepath.Join(dir, "missing"), "names a file that cannot be read: no such file"},
 		{"ENCRYPTION_KEY_FILE", dir, "names a file that cannot be read: is a directory"},
-		{"ENCRYPTION_KEY_FILE", goodKey, "names a file that cannot be read"}, // the key itself: must not be quoted
+		// the key itself, which must not be quoted
+		{"ENCRYPTION_KEY_FILE", goodKey, "names a file that cannot be read"},
 		{"ENCRYPTION_KEY_FILE", "/dev/zero", "larger than 4 KiB"},
 		{"MANAGEMENT_TOKEN", goodToken, ""},
-		{"MANAGEMENT_TOKEN", goodToken[:31], "32 characters or more"},
-		{"MANAGEMENT_TOKEN", strings.Repeat("abcdefgh", 5), "repeats too few characters"},
+		{"MANAGEMENT_TOKEN", goodToken[:31], "at least 32 characters"},
+		{"MANAGEMENT_TOKEN", strings.Repeat("abcdefgh", 5), "too few different characters"},
 		{"MANAGEMENT_TOKEN", "changeme-0123456789-abcdefghijklmn", "sample from documentation"},
 		{"MANAGEMENT_TOKEN", "Your-Management-Token-Goes-Here-123456", "sample from documentation"},
 		{"MANAGEMENT_TOKEN", "with a space 0123456789 abcdefghijk", "without spaces"},
 		{"MANAGEMENT_TOKEN", "tökén-0123456789-abcdefghijklmnopqr", "printable ASCII"},
 		{"MANAGEMENT_TOKEN", goodToken + "\n", "has white space around its value"},
 		{"MANAGEMENT_TOKEN_FILE", file("token", goodToken+"\n", 0o600), ""},
-		{"MANAGEMENT_TOKEN_FILE", file("weak", "password", 0o600), "32 characters or more"},
+		{"MANAGEMENT_TOKEN_FILE", file("weak", "password", 0o600), "at least 32 characters"},
 		{"MANAGEMENT_TOKEN_FILE", goodToken, "names a file that cannot be read"},
 		{"OPENAI_API_KEY", "sk-proj-0123456789", ""},
 		{"OPENAI_API_KEY", "sk-1234", "must have 8 to 4096 characters"},
-		{"OPENAI_API_KEY", "sk-...abcd1234", "is a masked key"},
-		{"OPENAI_API_KEY", "sk-********1234", "is a masked key"},
+		{"OPENAI_API_KEY", "sk-...abcd1234", "looks masked or truncated"},
+		{"OPENAI_API_KEY", "sk-********1234", "looks masked or truncated"},
 		{"OPENAI_API_KEY", "sk proj 0123", "without spaces"},
 		{"OPENAI_API_URL", "https://eu.api.openai.com/v1", ""},
 		{"OPENAI_API_URL", "http://api.openai.com", "must be https"},
@@ -188,20 +194,22 @@ func TestConfigValues(t *testing.T) {
 		case tt.want == "" && err != nil:
 			t.Errorf("%s=%q: %v", tt.name, tt.value, err)
 		case tt.want != "" && err == nil:
-			t.Errorf("%s=%q is taken", tt.name, tt.value)
-		case tt.want != "" && (!strings.Contains(err.Error(), tt.want) || !strings.HasPrefix(err.Error(), tt.name) || strings.Contains(err.Error(), "\n")):
+			t.Errorf("%s=%q is accepted", tt.name, tt.value)
+		case tt.want != "" && (!strings.Contains(err.Error(), tt.want) || !strings.HasPrefix(err.Error(), tt.name) ||
+			strings.Contains(err.Error(), "\n")):
 			t.Errorf("%s=%q: the error is %q, want one line with %q", tt.name, tt.value, err, tt.want)
-		case tt.want != "" && (isSecretSetting(tt.name) && strings.Contains(err.Error(), strings.TrimSpace(tt.value)) || strings.Contains(err.Error(), "pw-canary")):
+		case tt.want != "" && (isSecretSetting(tt.name) && strings.Contains(err.Error(), strings.TrimSpace(tt.value)) ||
+			strings.Contains(err.Error(), "pw-canary")):
 			t.Errorf("%s: its value is in the error: %v", tt.name, err)
 		}
 	}
 }
 
 func isSecretSetting(name string) bool {
-	return slices.ContainsFunc(settings(), func(s setting) bool { return s.name == name && s.secret })
+	return slices.ContainsFunc(settings(&config{}), func(s setting) bool { return s.name == name && s.secret })
 }
 
-// TestConfigPairs: what holds for two settings together.
+// TestConfigPairs checks the rules about two settings.
 func TestConfigPairs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -212,26 +220,28 @@ func TestConfigPairs(t *testing.T) {
 	}{
 		{map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, ""},
 		{map[string]string{"TLS_CERT_FILE": key, "TLS_KEY_FILE": cert}, "not a usable pair"},
-		{map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": "-----BEGIN PRIVATE KEY-----pw-canary-5"}, "not a usable pair"},
-		{map[string]string{"ENCRYPTION_KEY": goodKey, "ENCRYPTION_KEY_FILE": cert}, "exclude each other"},
-		{map[string]string{"MANAGEMENT_TOKEN": goodToken, "MANAGEMENT_TOKEN_FILE": cert}, "exclude each other"},
+		{map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": "-----BEGIN PRIVATE KEY-----pw-canary-5"},
+			"not a usable pair"},
+		{map[string]string{"ENCRYPTION_KEY": goodKey, "ENCRYPTION_KEY_FILE": cert}, "cannot be combined"},
+		{map[string]string{"MANAGEMENT_TOKEN": goodToken, "MANAGEMENT_TOKEN_FILE": cert}, "cannot be combined"},
 		{map[string]string{"OPENAI_API_URL": "http://127.0.0.1:9", "ALLOW_PRIVATE_UPSTREAMS": "true"}, ""},
 		{map[string]string{"BODY_MEMORY": "8MiB", "MAX_BODY_BYTES": "8MiB"}, ""},
 	} {
 		_, err := loadTestConfig(t, tt.env)
-		if (err == nil) != (tt.want == "") || err != nil && (!strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "pw-canary")) {
+		if (err == nil) != (tt.want == "") || err != nil &&
+			(!strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "pw-canary")) {
 			t.Errorf("%v: %v, want %q", tt.env, err, tt.want)
 		}
 	}
 }
 
-// TestConfigUnwritable: a directory that cannot be written to stops the start,
-// with words.
+// TestConfigUnwritable: a directory that cannot be written to is an error.
 func TestConfigUnwritable(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() == 0 {
-		t.Log("as root, /proc stands for a directory that takes no file")
-		if _, err := loadTestConfig(t, map[string]string{"DATA_DIR": "/proc"}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
+		t.Log("running as root: /proc takes the place of a directory that is not writable")
+		if _, err := loadTestConfig(t, map[string]string{"DATA_DIR": "/proc"}); err == nil ||
+			!strings.Contains(err.Error(), "cannot be written to") {
 			t.Errorf("the error is %v", err)
 		}
 		return
@@ -240,18 +250,20 @@ func TestConfigUnwritable(t *testing.T) {
 	if err := os.Chmod(dir, 0o500); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := loadTestConfig(t, map[string]string{"DATA_DIR": filepath.Join(dir, "data")}); err == nil || !strings.Contains(err.Error(), "cannot be written to") {
+	if _, err := loadTestConfig(t, map[string]string{"DATA_DIR": filepath.Join(dir, "data")}); err == nil ||
+		!strings.Contains(err.Error(), "cannot be written to") {
 		t.Errorf("the error is %v", err)
 	}
 }
 
-// TestConfigAllProblemsAtOnce: each setting that is wrong has its line, and
-// looking leaves nothing behind.
+// TestConfigAllProblemsAtOnce: each invalid setting has its own line in the error, and the
+// check leaves nothing behind.
 func TestConfigAllProblemsAtOnce(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	env := map[string]string{"DATA_DIR": dir, "LISTEN_ADDR": "8080", "ENCRYPTION_KEY": "secret-canary-aaaa", "MANAGEMENT_TOKEN": "secret-canary-bbbb",
-		"OPENAI_API_KEY": "secret-canary-cccc…", "LOG_LEVEL": "loud", "MAX_BODY_BYTES": "1TB", "BODY_MEMORY": "x", "UPSTREAM_TIMEOUT": "10",
+	env := map[string]string{"DATA_DIR": dir, "LISTEN_ADDR": "8080", "ENCRYPTION_KEY": "secret-canary-aaaa",
+		"MANAGEMENT_TOKEN": "secret-canary-bbbb",
+		"OPENAI_API_KEY":   "secret-canary-cccc…", "LOG_LEVEL": "loud", "MAX_BODY_BYTES": "1TB", "BODY_MEMORY": "x", "UPSTREAM_TIMEOUT": "10",
 		"RETENTION": " 9d", "PUBLIC_URL": "ftp://x", "TLS_KEY_FILE": "x", "TRUSTED_PROXIES": "?", "ALLOW_PRIVATE_UPSTREAMS": "1", "DATABASE_URL": "x"}
 	_, err := loadConfig(func(name string) string { return env[name] })
 	if err == nil {
@@ -275,42 +287,44 @@ func TestConfigAllProblemsAtOnce(t *testing.T) {
 	if strings.Contains(err.Error(), "secret-canary") {
 		t.Errorf("a secret is in %v", err)
 	}
-	if left, _ := os.ReadDir(dir); len(left) > 0 {
-		t.Errorf("checking left %v", left)
+	if files, _ := os.ReadDir(dir); len(files) > 0 {
+		t.Errorf("the check left %v behind", files)
 	}
 }
 
-// TestConfigTable: --help tells of every setting that is read, and of no other.
+// TestConfigTable: --help lists exactly the settings that are read.
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
-	asked := map[string]bool{}
-	if _, err := loadConfig(func(name string) string { asked[name] = true; return "" }); err != nil {
+	read := map[string]bool{}
+	if _, err := loadConfig(func(name string) string { read[name] = true; return "" }); err != nil {
 		t.Fatal(err)
 	}
 	var b bytes.Buffer
 	writeSettings(tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0))
-	for _, s := range settings() {
-		if !asked[s.name] || !strings.Contains(b.String(), "  "+s.name+"  ") || s.help == "" {
-			t.Errorf("%s: asked for %v", s.name, asked[s.name])
+	for _, s := range settings(&config{}) {
+		if !read[s.name] || !strings.Contains(b.String(), "  "+s.name+"  ") || s.help == "" {
+			t.Errorf("%s: read: %v", s.name, read[s.name])
 		}
-		delete(asked, s.name)
+		delete(read, s.name)
 	}
-	if len(asked) > 0 {
-		t.Errorf("these settings have no row: %v", asked)
+	if len(read) > 0 {
+		t.Errorf("these settings have no row: %v", read)
 	}
 }
 
-// FuzzConfig: whatever the environment holds, there is an error or a config
-// that is within its bounds, and no error has a secret in it.
+// FuzzConfig: any environment gives an error or a config within its bounds, and no error
+// contains a secret.
 func FuzzConfig(f *testing.F) {
 	names := make([]string, 0, 32)
-	for _, s := range settings() {
-		if !strings.HasSuffix(s.name, "_FILE") && s.name != "DATA_DIR" && s.name != "DATABASE_URL" { // they would reach out
+	for _, s := range settings(&config{}) {
+		// these touch files
+		if !strings.HasSuffix(s.name, "_FILE") && s.name != "DATA_DIR" && s.name != "DATABASE_URL" {
 			names = append(names, s.name)
 			f.Add(uint(len(names)-1), s.def, uint(0), "")
 		}
 	}
-	for _, v := range []string{":1", "1h", "-1s", "1KiB", "0x10", "10.0.0.0/8", "https://[::1]:0", "\x00", "sk-…", goodKey, goodToken, "9223372036854775808d", "1e3"} {
+	for _, v := range []string{":1", "1h", "-1s", "1KiB", "0x10", "10.0.0.0/8", "https://[::1]:0", "\x00", "sk-…",
+		goodKey, goodToken, "9223372036854775808d", "1e3"} {
 		for i := range names {
 			f.Add(uint(i), v, uint(i+1), v)
 		}
@@ -328,8 +342,10 @@ func FuzzConfig(f *testing.F) {
 			}
 			return
 		}
-		if c.maxBodyBytes < 1<<10 || c.maxBodyBytes > c.bodyMemory || c.maxUploadBytes < 1<<10 || c.upstreamTimeout < 100*time.Millisecond ||
-			c.upstreamTimeout > 2*time.Hour || c.streamIdleTimeout < 100*time.Millisecond || c.drainTimeout < 0 || c.retention < time.Hour {
+		if c.maxBodyBytes < 1<<10 || c.maxBodyBytes > c.bodyMemory || c.maxUploadBytes < 1<<10 ||
+			c.upstreamTimeout < 100*time.Millisecond ||
+			c.upstreamTimeout > 2*time.Hour || c.streamIdleTimeout < 100*time.Millisecond || c.drainTimeout < 0 ||
+			c.retention < time.Hour {
 			t.Errorf("out of bounds: %+v", c)
 		}
 		if c.encryptionKey != nil {
@@ -338,7 +354,7 @@ func FuzzConfig(f *testing.F) {
 			}
 		}
 		if c.managementToken != nil && len(c.managementToken()) < 32 {
-			t.Error("a short MANAGEMENT_TOKEN is taken")
+			t.Error("a short MANAGEMENT_TOKEN is accepted")
 		}
 		if _, err := parseBaseURL(c.openaiURL, c.allowPrivate); err != nil {
 			t.Error(err)

@@ -25,7 +25,7 @@ func TestReadmeSettings(t *testing.T) {
 	}
 	var table strings.Builder
 	table.WriteString("| setting | default | |\n| --- | --- | --- |\n")
-	for _, s := range settings() {
+	for _, s := range settings(&config{}) {
 		def := "-"
 		if s.def != "" {
 			def = "`" + s.def + "`"
@@ -175,7 +175,7 @@ func mustReadFile(t *testing.T, name string) string {
 }
 
 func settingNames() (names []string) {
-	for _, s := range settings() {
+	for _, s := range settings(&config{}) {
 		names = append(names, s.name)
 	}
 	return names
