@@ -51,7 +51,7 @@ func newMeter(kind meterKind, sse, opaque, strip bool) *meter {
 	m := &meter{kind: kind, sse: sse, opaque: opaque, strip: strip && sse && !opaque && kind == meterOpenAI}
 	m.scan.reset(sse)
 	if sse {
-		m.reader = &eventReader{firstEvent: true}
+		m.reader = &eventReader{}
 	}
 	return m
 }

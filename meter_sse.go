@@ -1,15 +1,220 @@
-// meter_sse.go cuts a text/event-stream into events, hands the data of those that can matter to the JSON
-// reader, and holds an event back while it may turn out to be the one to leave out. It may keep 64 KiB of
-// one event and no more; a larger one is handed on at once and read as it passes.
+// This file cuts a text/event-stream into events, for the meter and for every check of a stream, and meters
+// the events. It holds an event back while it may turn out to be the one to leave out. It keeps at most
+// 64 KiB of one event; a larger event passes at once and is read as it passes.
 package main
 
-import (
-	"bytes"
+import "bytes"
+
+const maxEventBytes = 64 << 10 // bytes of an event that are kept; a usage chunk has a few hundred
+
+// An sseToken says what sseCutter.next has found.
+type sseToken uint8
+
+const (
+	sseMore sseToken = iota // the bytes are used up
+	sseData                 // a piece of the event's data, in text
+	sseJoin                 // the event has another line of data: a line feed joins it to the one before
+	sseEnd                  // the empty line that ends the event
+	sseTail                 // the LF of the CRLF that ended the event before
 )
 
-const maxEventBytes = 64 << 10 // bytes of an event that are held; a usage chunk has a few hundred
+// An sseCutter cuts a text/event-stream into events and their data, whatever pieces it comes in: the same
+// bytes give the same events. It allocates nothing and keeps nothing of the stream but a short event name.
+// The zero value is ready. Use:
+//
+//	cutter.feed(piece)
+//	for token := cutter.next(); token != sseMore; token = cutter.next() { … }
+type sseCutter struct {
+	text []byte // of sseData: a part of what was fed
+	pos  int    // the bytes of the current piece up to here belong to the tokens returned
 
-// An eventType is a name that an event goes by, where it means something here.
+	// The current event. The fields are complete at sseEnd and stay until the next call.
+	open    bool     // it has bytes
+	hasData bool     // it has a line of data
+	lines   bool     // it has several
+	name    [64]byte // of its `event:` line; more than 64 bytes are of no interest
+	nameLen int
+	first   bool // it is the stream's first: a byte order mark may come
+	started bool // there was a first event
+
+	// The current line. A line ends with LF, CRLF or CR.
+	midLine   bool // it has bytes
+	afterCR   bool // the line before ended with CR: an LF now is still part of its end
+	field     lineField
+	prefix    [6]byte // the name of its field so far
+	prefixLen int
+
+	piece []byte
+	ends  lineEnds
+}
+
+// A lineField is what a line is known to hold so far.
+type lineField uint8
+
+const (
+	fieldStart     lineField = iota // the name is not complete
+	fieldDataSpace                  // after `data:`; one space may follow
+	fieldData
+	fieldEventSpace // the same for `event:`
+	fieldEvent
+	fieldOther // a comment, id, retry: runs to the end of the line
+)
+
+// feed gives the cutter the next bytes of the stream. next must have returned sseMore before.
+func (c *sseCutter) feed(p []byte) { c.piece, c.pos, c.ends = p, 0, lineEnds{lf: -1, cr: -1} }
+
+// next returns the next token.
+func (c *sseCutter) next() sseToken {
+	for c.pos < len(c.piece) {
+		if c.afterCR {
+			c.afterCR = false
+			if c.piece[c.pos] == '\n' {
+				if c.pos++; !c.open {
+					return sseTail
+				}
+				continue
+			}
+		}
+		if !c.open {
+			c.open, c.first, c.started = true, !c.started, true
+			c.hasData, c.lines, c.nameLen = false, false, 0
+		}
+		end := c.ends.next(c.piece, c.pos)
+		if end > c.pos {
+			if token := c.readLine(c.piece[c.pos:end]); token != sseMore {
+				return token
+			}
+			continue
+		}
+		empty := !c.midLine
+		c.midLine, c.field, c.prefixLen, c.afterCR = false, fieldStart, 0, c.piece[end] == '\r'
+		if c.pos++; empty {
+			c.open = false
+			return sseEnd
+		}
+	}
+	c.piece, c.text = nil, nil // they are the caller's
+	return sseMore
+}
+
+// readLine reads some or all of p, the rest of the current line as far as it is there. It returns sseMore if
+// what it read makes no token.
+func (c *sseCutter) readLine(p []byte) sseToken {
+	c.midLine = true
+	if c.field == fieldStart {
+		c.pos += c.readFieldName(p)
+		switch {
+		case c.field != fieldDataSpace:
+			return sseMore
+		case c.hasData:
+			c.lines = true
+			return sseJoin
+		}
+		c.hasData = true
+		return sseMore
+	}
+	c.pos += len(p)
+	if c.field == fieldDataSpace || c.field == fieldEventSpace {
+		c.field++
+		if p[0] == ' ' {
+			p = p[1:]
+		}
+	}
+	switch {
+	case c.field == fieldEvent:
+		c.nameLen += copy(c.name[c.nameLen:], p)
+	case c.field == fieldData && len(p) > 0:
+		c.text = p
+		return sseData
+	}
+	return sseMore
+}
+
+// readFieldName reads the name of a field up to its colon and returns how many bytes of p it has read: all of
+// them if the line has no colon yet, or holds nothing of interest.
+func (c *sseCutter) readFieldName(p []byte) int {
+	if c.prefixLen == 0 { // nearly always
+		if bytes.HasPrefix(p, []byte("data:")) {
+			c.field = fieldDataSpace
+			return 5
+		}
+		if bytes.HasPrefix(p, []byte("event:")) {
+			c.field, c.nameLen = fieldEventSpace, 0
+			return 6
+		}
+	}
+	for i, b := range p {
+		c.prefix[c.prefixLen] = b
+		c.prefixLen++
+		switch name := string(c.prefix[:c.prefixLen]); {
+		case name == "data:":
+			c.field = fieldDataSpace
+			return i + 1
+		case name == "event:":
+			c.field, c.nameLen = fieldEventSpace, 0
+			return i + 1
+		case c.first && name == "\uFEFF":
+			c.prefixLen = 0
+		case !startsWith("data:", name) && !startsWith("event:", name) && !(c.first && startsWith("\uFEFF", name)):
+			c.field = fieldOther
+			return len(p)
+		}
+	}
+	return len(p)
+}
+
+func startsWith(s, prefix string) bool { return len(s) >= len(prefix) && s[:len(prefix)] == prefix }
+
+// eventName returns the name in the current event's `event:` line, nil if it has none.
+func (c *sseCutter) eventName() []byte { return c.name[:c.nameLen] }
+
+// lineEnds finds the ends of lines in one slice from left to right and looks at every byte once.
+type lineEnds struct{ lf, cr int }
+
+// next returns the index of the first CR or LF in p[i:], or len(p).
+func (l *lineEnds) next(p []byte, i int) int {
+	if l.lf < i {
+		l.lf = indexFrom(p, i, '\n')
+	}
+	if l.cr < i {
+		l.cr = indexFrom(p, i, '\r')
+	}
+	return min(l.lf, l.cr)
+}
+
+func indexFrom(p []byte, i int, c byte) int {
+	if n := bytes.IndexByte(p[i:], c); n >= 0 {
+		return i + n
+	}
+	return len(p)
+}
+
+// An sseEvents collects the data of each event of a stream, for checks that need an event as a whole.
+type sseEvents struct {
+	sseCutter
+	data []byte // of the current event so far
+}
+
+// nextData returns the data of the next event that has any and is complete. The data is valid until the next
+// call.
+func (e *sseEvents) nextData() (data []byte, ok bool) {
+	for {
+		switch e.next() {
+		case sseData:
+			e.data = append(e.data, e.text...)
+		case sseJoin:
+			e.data = append(e.data, '\n')
+		case sseEnd:
+			if data, e.data = e.data, e.data[:0]; e.hasData {
+				return data, true
+			}
+		case sseMore:
+			return nil, false
+		}
+	}
+}
+
+// An eventType is what the name of an event means here.
 type eventType uint8
 
 const (
@@ -17,8 +222,8 @@ const (
 	eventOther                           // a name of no interest
 	eventMessageStart                    // Anthropic's first: usage without the output
 	eventError                           // the stream broke after its status 200
-	eventEnd                             // nothing comes after it
-	eventResponseEnd                     // the same, with the usage in `response`
+	eventEnd                             // the last event
+	eventResponseEnd                     // the last event, with the usage in `response`
 	eventResponseFailed                  // the same, and the answer is an error
 )
 
@@ -41,114 +246,71 @@ func eventTypeOf(name []byte) eventType {
 	return eventOther
 }
 
-type lineField uint8
-
-const (
-	fieldStart lineField = iota // the name is not complete
-	fieldSpace                  // after `data:`; one space may follow
-	fieldData
-	fieldEventSpace // the same for `event:`
-	fieldEvent
-	fieldOther // a comment, id, retry: runs to the end of the line
-)
-
-// eventReader is the part of a meter that knows about events and lines.
+// An eventReader is the part of a meter that reads the events of a stream. The zero value is ready.
 type eventReader struct {
-	// Cutting. A line ends with LF, CRLF or CR; an event ends with an empty line.
-	midLine   bool   // the line has bytes
-	afterCR   bool   // the line ended with CR, so that an LF now is still part of its end
-	hasBytes  bool   // the event has bytes
-	oversized bool   // the event has passed maxEventBytes
-	dropped   bool   // the last event was left out
-	buffer    []byte // the event so far, when it came in pieces
-	out       []byte // what pass returns when it is not a part of its argument
+	cutter sseCutter
+	buffer []byte // the current event so far, if it came in pieces
+	out    []byte // what process returns if that is not a part of its argument
 
-	// The event at hand.
-	firstEvent bool // it is the stream's first: a byte order mark may come
-	parsing    bool // its data goes to the JSON reader
-	hasData    bool
-	multiLine  bool // lines of data; one may end anywhere in the document
-	field      lineField
-	prefix     [6]byte // the name of the field so far
-	prefixLen  int
-	name       [64]byte // of `event:`; more than 64 bytes are of no interest
-	nameLen    int
-	head       [6]byte // the first bytes of the data
-	headLen    int
-	dataSize   int64 // of the data
+	oversized bool    // the current event has passed maxEventBytes
+	dropped   bool    // the last event was left out
+	parsing   bool    // the current event's data goes to the JSON scanner
+	head      [6]byte // the first bytes of its data
+	headLen   int
+	dataSize  int64 // bytes of its data
 
 	// What the estimate is made of: complete events that carry a piece of the answer.
 	deltas, deltaBytes       int64
 	smallest, secondSmallest int64 // the two smallest sizes
 }
 
-// processEvents is pass for a stream.
+// processEvents is process for a stream.
 func (m *meter) processEvents(p []byte) []byte {
 	e := m.reader
-	ends := lineEnds{lf: -1, cr: -1}
 	out := e.out[:0]
 	from := 0  // p[from:start] goes out as it is
-	start := 0 // where the event at hand starts in p
-	for i := 0; i < len(p); {
-		if e.afterCR {
-			e.afterCR = false
-			if p[i] == '\n' {
-				i++
-				if !e.hasBytes { // it belongs to the event before, and goes its way
-					if start = i; e.dropped {
-						out = append(out, p[from:i-1]...)
-						from = i
-					}
+	start := 0 // where the current event starts in p
+	e.cutter.feed(p)
+	for token := e.cutter.next(); token != sseMore; token = e.cutter.next() {
+		switch token {
+		case sseData:
+			m.readData(e.cutter.text)
+		case sseJoin:
+			m.readData([]byte{'\n'})
+		case sseTail: // it belongs to the event before, and goes the same way
+			if start = e.cutter.pos; e.dropped {
+				out = append(out, p[from:start-1]...)
+				from = start
+			}
+		case sseEnd:
+			end := e.cutter.pos
+			event := p[start:end]
+			if len(e.buffer) > 0 {
+				e.buffer = append(e.buffer, event...)
+				event = e.buffer
+			}
+			e.dropped = m.finishEvent(event, true) && m.strip
+			switch {
+			case e.dropped:
+				out = append(out, p[from:start]...)
+				from = end
+			case len(e.buffer) > 0:
+				if m.strip {
+					out = append(out, e.buffer...)
 				}
-				continue
+				from = end
 			}
+			e.buffer, start = e.buffer[:0], end
 		}
-		e.hasBytes = true
-		if e.midLine || p[i] != '\n' && p[i] != '\r' {
-			e.midLine = true
-			if i = ends.next(p, i); i < len(p) {
-				e.midLine, e.afterCR = false, p[i] == '\r'
-				i++
-			}
-			continue
-		}
-		e.afterCR = p[i] == '\r'
-		i++
-		whole := p[start:i]
-		if len(e.buffer) > 0 {
-			e.buffer = append(e.buffer, whole...)
-			whole = e.buffer
-		}
-		e.dropped = m.finishEvent(whole, true) && m.strip
-		switch {
-		case e.dropped:
-			out = append(out, p[from:start]...)
-			from = i
-		case len(e.buffer) > 0:
-			if m.strip {
-				out = append(out, e.buffer...)
-			}
-			from = i
-		}
-		e.buffer, e.hasBytes, e.oversized = e.buffer[:0], false, false
-		start = i
 	}
 	to := len(p)
-	if rest := p[start:]; len(rest) > 0 {
-		switch {
-		case e.oversized:
-			m.readLines(rest)
-		case len(e.buffer)+len(rest) > maxEventBytes:
-			m.startOversized()
-			m.readLines(e.buffer)
-			m.readLines(rest)
-			if m.strip {
-				out = append(out, e.buffer...)
-			}
-			e.buffer = nil
-		default:
-			e.buffer = append(e.buffer, rest...)
+	if rest := p[start:]; len(rest) > 0 && !e.oversized {
+		held := m.bufferEvent(rest)
+		if !e.oversized {
 			to = start
+		}
+		if m.strip {
+			out = append(out, held...)
 		}
 	}
 	if !m.strip {
@@ -161,124 +323,141 @@ func (m *meter) processEvents(p []byte) []byte {
 	return e.out
 }
 
-// finishEvents is end for a stream. An event without its empty line is read like any other: a client may
+// bufferEvent keeps the last bytes of a piece, in which the current event does not end. If the event is
+// too large by now, it is read as it passes from here on, and what was kept of it is returned.
+func (m *meter) bufferEvent(rest []byte) []byte {
+	e := m.reader
+	if len(e.buffer)+len(rest) <= maxEventBytes {
+		e.buffer = append(e.buffer, rest...)
+		return nil
+	}
+	m.scanData(e.buffer, rest)
+	held := e.buffer
+	e.buffer, e.oversized = nil, true
+	return held
+}
+
+// finishEvents is finish for a stream. It reads an event without its empty line like any other: a client may
 // do the same.
 func (m *meter) finishEvents() []byte {
 	e := m.reader
-	if !e.hasBytes {
+	if !e.cutter.open {
 		return nil
 	}
 	held := e.buffer
 	e.dropped = m.finishEvent(held, false) && m.strip
-	e.buffer, e.hasBytes, e.oversized = nil, false, false
+	e.buffer, e.cutter.open = nil, false
 	if e.dropped || !m.strip {
 		return nil
 	}
 	return held
 }
 
-// finishEvent reads the event that has come to its end, or the last part of a big one, and reports whether
-// it is a usage chunk. complete: its empty line was seen.
-func (m *meter) finishEvent(b []byte, complete bool) bool {
+// finishEvent reads the event that has ended, or the last part of an oversized one, and reports whether it is
+// a usage chunk that may be left out. complete means that its empty line was seen.
+func (m *meter) finishEvent(event []byte, complete bool) bool {
 	e := m.reader
-	big := e.oversized || len(b) > maxEventBytes
-	switch {
-	case e.oversized:
-		m.readLines(b)
-	case big:
-		m.startOversized()
-		m.readLines(b)
-	default:
-		m.readLines(b)
-		if m.isRelevant(b) {
-			e.reset()
-			e.parsing = true
-			m.scan.reset(true)
-			m.readLines(b)
+	large := e.oversized || len(event) > maxEventBytes
+	if !e.oversized && (large || m.isRelevant(event)) {
+		m.scanData(event)
+	}
+	usageChunk := e.cutter.hasData && m.applyEvent(complete) && !large
+	e.oversized, e.parsing, e.headLen, e.dataSize = false, false, 0, 0
+	return usageChunk
+}
+
+// scanData gives the data of the current event to the JSON scanner from its first byte: parts are what came of
+// the event so far. Data that comes later goes there too.
+func (m *meter) scanData(parts ...[]byte) {
+	m.reader.parsing = true
+	m.scan.reset(true)
+	again := sseCutter{started: !m.reader.cutter.first}
+	for _, part := range parts {
+		again.feed(part)
+		for token := again.next(); token != sseMore; token = again.next() {
+			switch token {
+			case sseData:
+				m.scan.feed(again.text)
+			case sseJoin:
+				m.scan.feed([]byte{'\n'})
+			}
 		}
 	}
-	chunk := e.hasData && m.applyEvent(complete) && !big
-	e.reset()
-	e.firstEvent = false
-	return chunk
 }
 
-// startOversized turns to reading the event at hand as it passes.
-func (m *meter) startOversized() {
-	m.reader.reset()
-	m.reader.oversized, m.reader.parsing = true, true
-	m.scan.reset(true)
-}
-
-// reset forgets the lines of the event at hand.
-func (e *eventReader) reset() {
-	e.field, e.prefixLen, e.nameLen, e.headLen, e.dataSize = fieldStart, 0, 0, 0, 0
-	e.hasData, e.multiLine, e.parsing = false, false, false
-}
-
-// isRelevant reports whether the data of an event, whose lines were read, can change anything. Most events
-// carry a word of the answer and nothing else, so this is what a stream costs. It may say yes in vain, but
-// says no only where take would find nothing: no name before a colon is one that matters.
-func (m *meter) isRelevant(b []byte) bool {
+// readData reads a piece of the current event's data.
+func (m *meter) readData(p []byte) {
 	e := m.reader
-	if !e.hasData || string(e.head[:e.headLen]) == "[DONE]" {
+	e.dataSize += int64(len(p))
+	e.headLen += copy(e.head[e.headLen:], p)
+	if e.parsing {
+		m.scan.feed(p)
+	}
+}
+
+// isRelevant reports whether the data of an event that has ended can change anything. Most events carry a
+// word of the answer and nothing else, so this is what a stream costs. It may say yes in vain, but it says no
+// only where applyEvent would find nothing: no name before a colon is one that matters.
+func (m *meter) isRelevant(event []byte) bool {
+	e := m.reader
+	if !e.cutter.hasData || string(e.head[:e.headLen]) == "[DONE]" {
 		return false
 	}
-	if e.multiLine {
+	if e.cutter.lines { // a line may end anywhere in the document
 		return true
 	}
 	// With an event line the type is known from there, and errors are.
-	name := e.name[:e.nameLen]
+	name := e.cutter.eventName()
 	untyped := len(name) == 0 || string(name) == "message"
 	for i := 0; ; i++ {
-		if i = indexFrom(b, i, ':'); i == len(b) {
+		if i = indexFrom(event, i, ':'); i == len(event) {
 			return false
 		}
 		end := i
-		for end > 0 && b[end-1] <= ' ' {
+		for end > 0 && event[end-1] <= ' ' {
 			end--
 		}
-		if end < 7 || b[end-1] != '"' { // all names have their quote and four letters, after `data:`
+		if end < 7 || event[end-1] != '"' { // all names have their quote and four letters, after `data:`
 			continue
 		}
-		var wanted bool
-		switch string(b[end-5 : end-1]) {
+		var relevant bool
+		switch string(event[end-5 : end-1]) {
 		case "sage", "rror": // usage, error
-			rest := bytes.TrimLeft(b[i+1:], " ")
-			wanted = len(rest) == 0 || rest[0] != 'n'
+			rest := bytes.TrimLeft(event[i+1:], " ")
+			relevant = len(rest) == 0 || rest[0] != 'n'
 		case "odel":
-			wanted = m.model == ""
+			relevant = m.model == ""
 		case "type":
-			wanted = untyped
+			relevant = untyped
 		}
-		if wanted {
+		if relevant {
 			return true
 		}
 	}
 }
 
-// applyEvent draws the consequences of one event with data and reports whether it is a usage chunk.
+// applyEvent updates the meter after an event with data and reports whether the event is a usage chunk.
 func (m *meter) applyEvent(complete bool) bool {
 	e, s := m.reader, &m.scan
 	m.events++
-	name := e.name[:e.nameLen]
-	finish := string(e.head[:e.headLen]) == "[DONE]"
-	m.done = m.done || finish
-	typ := eventTypeOf(name)
-	fault := typ == eventError
+	name := e.cutter.eventName()
+	doneMark := string(e.head[:e.headLen]) == "[DONE]"
+	m.done = m.done || doneMark
+	kind := eventTypeOf(name)
+	isError := kind == eventError
 	if e.parsing {
 		if s.eventType != eventNone {
-			typ = s.eventType
+			kind = s.eventType
 		}
-		fault = fault || s.hasError || typ == eventError
+		isError = isError || s.hasError || kind == eventError
 		m.model = s.model
 	}
-	m.failed = m.failed || fault
+	m.failed = m.failed || isError
 	// Named events that are no deltas repeat the answer or frame it.
-	if !finish && !fault && complete && (len(name) == 0 || bytes.Contains(name, []byte("delta"))) {
+	if !doneMark && !isError && complete && (len(name) == 0 || bytes.Contains(name, []byte("delta"))) {
 		e.recordSize()
 	}
-	switch typ {
+	switch kind {
 	case eventEnd, eventResponseEnd:
 		m.done = true
 	case eventResponseFailed:
@@ -287,22 +466,27 @@ func (m *meter) applyEvent(complete bool) bool {
 	if !e.parsing || !s.usageSeen {
 		return false
 	}
-	switch {
-	case s.usageNested && m.kind == meterAnthropic && typ == eventMessageStart:
-		s.usage.n[slotOutput] = countInvalid // it says 1; the true count comes with message_delta
-		m.hasUsage, m.usage = true, s.usage
-	case s.usageNested && m.kind == meterOpenAI && (typ == eventResponseEnd || typ == eventResponseFailed):
-		m.adoptUsage()
-	case s.usageNested: // of an event in between
-	case m.kind == meterAnthropic && m.hasUsage:
-		m.usage.merge(&s.usage)
-	default:
-		m.adoptUsage()
-	}
+	m.applyUsage(kind)
 	return s.state == scanClosed && s.choicesEmpty && !s.usageNested
 }
 
-// recordSize adds the event to what the estimate is made of.
+// applyUsage takes over the usage that an event of this type carries.
+func (m *meter) applyUsage(kind eventType) {
+	nested := m.scan.usageNested
+	switch {
+	case nested && m.kind == meterAnthropic && kind == eventMessageStart:
+		m.scan.usage.n[slotOutput] = countInvalid // it says 1; the true count comes with message_delta
+		m.hasUsage, m.usage = true, m.scan.usage
+	case nested && (m.kind != meterOpenAI || kind != eventResponseEnd && kind != eventResponseFailed):
+		// an event in between: its counts are not final
+	case !nested && m.kind == meterAnthropic && m.hasUsage:
+		m.usage.merge(&m.scan.usage)
+	case !m.hasUsage || m.scan.usage.hasCounts(): // the last one wins, but not over a better one
+		m.hasUsage, m.usage = true, m.scan.usage
+	}
+}
+
+// recordSize adds the event's size to what the estimate is made of.
 func (e *eventReader) recordSize() {
 	e.deltas++
 	e.deltaBytes += e.dataSize
@@ -313,122 +497,5 @@ func (e *eventReader) recordSize() {
 		e.smallest, e.secondSmallest = e.dataSize, e.smallest
 	case e.deltas == 2 || e.dataSize < e.secondSmallest:
 		e.secondSmallest = e.dataSize
-	}
-}
-
-// adoptUsage takes the usage just read for the answer's: the last one wins, but not over a better one.
-func (m *meter) adoptUsage() {
-	if !m.hasUsage || m.scan.usage.hasCounts() {
-		m.hasUsage, m.usage = true, m.scan.usage
-	}
-}
-
-// lineEnds finds the ends of lines in one slice from left to right, looking at every byte once.
-type lineEnds struct{ lf, cr int }
-
-// next returns the index of the first CR or LF in p[i:], or len(p).
-func (l *lineEnds) next(p []byte, i int) int {
-	if l.lf < i {
-		l.lf = indexFrom(p, i, '\n')
-	}
-	if l.cr < i {
-		l.cr = indexFrom(p, i, '\r')
-	}
-	return min(l.lf, l.cr)
-}
-
-func indexFrom(p []byte, i int, c byte) int {
-	if n := bytes.IndexByte(p[i:], c); n >= 0 {
-		return i + n
-	}
-	return len(p)
-}
-
-// readLines reads the next bytes of the event at hand, in any pieces.
-func (m *meter) readLines(b []byte) {
-	e := m.reader
-	ends := lineEnds{lf: -1, cr: -1}
-	for i := 0; i < len(b); i++ {
-		end := ends.next(b, i)
-		if end > i {
-			m.readLine(b[i:end])
-		}
-		if end < len(b) { // the LF of a CRLF ends an empty line here, which does no harm
-			e.field, e.prefixLen = fieldStart, 0
-		}
-		i = end
-	}
-}
-
-// readLine reads a part of a line.
-func (m *meter) readLine(b []byte) {
-	e := m.reader
-	if e.field == fieldStart {
-		if b = e.readFieldName(b); e.field == fieldSpace {
-			if e.hasData { // data lines are joined by a line feed
-				e.multiLine = true
-				m.readData([]byte{'\n'})
-			}
-			e.hasData = true
-		}
-	}
-	if len(b) == 0 {
-		return
-	}
-	if e.field == fieldSpace || e.field == fieldEventSpace {
-		e.field++
-		if b[0] == ' ' {
-			b = b[1:]
-		}
-	}
-	switch e.field {
-	case fieldData:
-		m.readData(b)
-	case fieldEvent:
-		e.nameLen += copy(e.name[e.nameLen:], b)
-	}
-}
-
-// readFieldName reads the name of a field up to its colon and returns what follows.
-func (e *eventReader) readFieldName(b []byte) []byte {
-	if e.prefixLen == 0 { // nearly always
-		if bytes.HasPrefix(b, []byte("data:")) {
-			e.field = fieldSpace
-			return b[5:]
-		}
-		if bytes.HasPrefix(b, []byte("event:")) {
-			e.field, e.nameLen = fieldEventSpace, 0
-			return b[6:]
-		}
-	}
-	for i, c := range b {
-		e.prefix[e.prefixLen] = c
-		e.prefixLen++
-		switch name := string(e.prefix[:e.prefixLen]); {
-		case name == "data:":
-			e.field = fieldSpace
-			return b[i+1:]
-		case name == "event:":
-			e.field, e.nameLen = fieldEventSpace, 0
-			return b[i+1:]
-		case e.firstEvent && name == "\uFEFF":
-			e.prefixLen = 0
-		case !startsWith("data:", name) && !startsWith("event:", name) && !(e.firstEvent && startsWith("\uFEFF", name)):
-			e.field = fieldOther
-			return nil
-		}
-	}
-	return nil
-}
-
-func startsWith(s, prefix string) bool { return len(s) >= len(prefix) && s[:len(prefix)] == prefix }
-
-// readData reads a part of the event's data.
-func (m *meter) readData(b []byte) {
-	e := m.reader
-	e.dataSize += int64(len(b))
-	e.headLen += copy(e.head[e.headLen:], b)
-	if e.parsing {
-		m.scan.feed(b)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -397,6 +398,78 @@ func FuzzMeter(f *testing.F) {
 	})
 }
 
+// cutEvents cuts a stream in pieces of the sizes that next gives and returns its events, one line each.
+func cutEvents(stream []byte, next func() int) (events []string) {
+	var cutter sseCutter
+	var data []byte
+	for len(stream) > 0 {
+		n := min(max(next(), 0), len(stream))
+		piece := bytes.Clone(stream[:n])
+		stream = stream[n:]
+		cutter.feed(piece)
+		for token := cutter.next(); token != sseMore; token = cutter.next() {
+			switch token {
+			case sseData:
+				data = append(data, cutter.text...)
+			case sseJoin:
+				data = append(data, '\n')
+			case sseEnd:
+				events = append(events, fmt.Sprintf("%q %v %q", cutter.eventName(), cutter.hasData, data))
+				data = nil
+			}
+		}
+		for i := range piece {
+			piece[i] = '"'
+		}
+	}
+	return events
+}
+
+// splitEvents is what cutEvents must return, written for a whole stream.
+func splitEvents(stream string) (events []string) {
+	stream = strings.ReplaceAll(strings.ReplaceAll(stream, "\r\n", "\n"), "\r", "\n")
+	name, data := "", []string(nil)
+	for line := range strings.Lines(stream) {
+		text, complete := strings.CutSuffix(line, "\n")
+		for events == nil && strings.HasPrefix(text, "\uFEFF") {
+			text = strings.TrimPrefix(text, "\uFEFF")
+		}
+		switch field, value, colon := strings.Cut(text, ":"); {
+		case line == "\n":
+			events = append(events, fmt.Sprintf("%q %v %q", name, data != nil, strings.Join(data, "\n")))
+			name, data = "", nil
+		case complete && colon && field == "data":
+			data = append(data, strings.TrimPrefix(value, " "))
+		case complete && colon && field == "event":
+			name = strings.TrimPrefix(value, " ")
+			name = name[:min(len(name), 64)]
+		}
+	}
+	return events
+}
+
+// FuzzSSECutter: a stream has the same events in whatever pieces it comes, and they are those of the standard.
+func FuzzSSECutter(f *testing.F) {
+	for i, g := range usageCases(f) {
+		f.Add(g.body, uint64(i))
+	}
+	for _, stream := range []string{
+		"\uFEFFdata: x\n\n", "\xEF\xBBdata: x\n\n", "data: a\rdata:\r\rdata: b\r\n\r\n\n", "data\n\ndatadata:x\n\n",
+		"event: a\nevent:b\ndata:  x\nid: 7\n:data: c\n\n", "event: " + strings.Repeat("e", 70) + "\n\n", "data: cut", "\r\n\r\r\n",
+	} {
+		f.Add([]byte(stream), uint64(len(stream)))
+	}
+	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
+		want := splitEvents(string(stream))
+		rnd := rand.New(rand.NewPCG(seed, 0))
+		for _, most := range []int{1, 3, 40, 1 << 30} {
+			if got := cutEvents(stream, func() int { return 1 + rnd.IntN(most) }); !slices.Equal(got, want) {
+				t.Fatalf("in pieces of at most %d:\n got %q\nwant %q", most, got, want)
+			}
+		}
+	})
+}
+
 // jsonDocument writes random JSON values made of what could fool a reader that looks for text.
 type jsonDocument struct {
 	*rand.Rand
@@ -571,6 +644,10 @@ func TestMeterMemory(t *testing.T) {
 	m.process(event)
 	if n := testing.AllocsPerRun(100, func() { m.process(event) }); n > 0 {
 		t.Errorf("an event costs %v allocations", n)
+	}
+	lines := []byte(strings.ReplaceAll(chatEvent, `,"choices"`, ",\r\ndata: \"choices\""))
+	if n := testing.AllocsPerRun(100, func() { m.process(lines[:100]); m.process(lines[100:]) }); n > 0 {
+		t.Errorf("an event of several lines in two pieces costs %v allocations", n)
 	}
 	u := newMeter(meterOpenAI, false, false, false)
 	big := []byte(strings.Repeat(`[0.0123,"text \" text",{"usage":{}}],`, 1000))

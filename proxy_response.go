@@ -61,24 +61,25 @@ func peekBody(res *http.Response) []byte {
 	return head
 }
 
-// An streamError says that a stream failed at its very begin.
+// A streamError says why a stream cannot be used, before any of it has reached the client.
 type streamError struct{ reason string }
 
 func (e *streamError) Error() string { return "the stream " + e.reason }
 
-// awaitFirstEvent returns when the stream's first event is there, and leaves all
-// that was read in its body. A stream that ends before, or whose first event is
-// an error, is an *streamError.
+// awaitFirstEvent returns when the stream's first event with data is complete, and leaves everything it has
+// read in the body. A stream that ends before, or whose first event is an error, is a *streamError.
 func awaitFirstEvent(res *http.Response) error {
 	head := make([]byte, 0, 4<<10)
 	body := res.Body
+	var events sseEvents
 	for {
 		n, err := body.Read(head[len(head):cap(head)])
+		events.feed(head[len(head) : len(head)+n])
 		head = head[:len(head)+n]
-		if data, ok := firstEventData(head); ok || len(head) >= maxEventBytes {
-			if why := eventProblem(data); ok && why != "" {
+		if data, ok := events.nextData(); ok || len(head) >= maxEventBytes {
+			if problem := parseStreamEvent(data).problem; ok && problem != "" {
 				body.Close()
-				return &streamError{why}
+				return &streamError{problem}
 			}
 			res.Body = &peekedBody{body, head, head, false}
 			return nil
@@ -96,57 +97,38 @@ func awaitFirstEvent(res *http.Response) error {
 	}
 }
 
-// firstEventData returns the data of the first event that has any, if it is whole.
-func firstEventData(b []byte) ([]byte, bool) {
-	for {
-		data, n := nextEvent(b)
-		if n == 0 || data != nil {
-			return data, n > 0
-		}
-		b = b[n:]
-	}
+// A streamEvent is what one event shows about its stream.
+type streamEvent struct {
+	problem  string // "" unless the event is an error and nothing else, or is not JSON
+	retry    bool   // it says that the answer failed for a reason that another attempt may not meet
+	finished bool   // it says why the answer ends
 }
 
-// nextEvent returns the data of the first event in b, nil if it has none, and
-// how long the event is with the empty line that ends it; 0: it is not whole.
-func nextEvent(b []byte) (data []byte, n int) {
-	for {
-		rest := b[n:]
-		i := bytes.IndexAny(rest, "\r\n")
-		if i < 0 {
-			return nil, 0
-		}
-		line := bytes.TrimPrefix(rest[:i], []byte("\ufeff"))
-		if bytes.HasPrefix(rest[i:], []byte("\r\n")) {
-			i++
-		}
-		n += i + 1
-		if len(line) == 0 {
-			return data, n
-		}
-		if text, ok := bytes.CutPrefix(line, []byte("data:")); ok {
-			data = append(append(data, text...), '\n')
-		}
-	}
-}
-
-// eventProblem says what is wrong with an event's data, "" if nothing is: an
-// error and nothing else, or no JSON at all.
-func eventProblem(data []byte) string {
-	var e struct {
-		Type  any
-		Error json.RawMessage
-	}
+// parseStreamEvent reads an event's data.
+func parseStreamEvent(data []byte) (e streamEvent) {
 	data = bytes.TrimSpace(data)
-	switch err := json.Unmarshal(data, &e); {
-	case string(data) == "[DONE]" || len(data) == 0:
-		return ""
-	case err != nil && !json.Valid(data):
-		return "has an event that is no JSON"
-	case e.Type == "error" || len(e.Error) > 0 && string(e.Error) != "null":
-		return "has an error in it"
+	if len(data) == 0 || string(data) == "[DONE]" {
+		return e
 	}
-	return ""
+	var v struct {
+		Type     any
+		Error    json.RawMessage
+		Response struct{ Error struct{ Code any } }
+		Choices  []struct {
+			FinishReason any `json:"finish_reason"`
+		}
+	}
+	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // members of other types do not matter
+		e.problem = "has an event that is not JSON"
+	} else if v.Type == "error" || len(v.Error) > 0 && string(v.Error) != "null" {
+		e.problem = "has an error in it"
+	}
+	code := v.Response.Error.Code // other codes are the call's own fault, and would come again
+	e.retry = v.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded")
+	for _, c := range v.Choices {
+		e.finished = e.finished || c.FinishReason != nil
+	}
+	return e
 }
 
 // allowRequestHeader is the allow-list for request headers. Keys are canonical.
@@ -445,40 +427,43 @@ func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	return false, errStreamHeader
 }
 
-// bufferStream reads a stream to its end and leaves it in the answer's body, whole. A
-// stream that is cut, has an event that is an error or no JSON, or lacks its end
-// is an error, and nothing of it is left. alive is called with each read.
+// bufferStream reads a stream to its end and leaves it in the answer's body, whole. A stream that is cut, has
+// an event that is an error or is not JSON, or lacks its end is an error, and nothing of it is left. alive is
+// called with each read.
 func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 	body := res.Body
 	defer body.Close()
-	held := int64(0)
+	reserved := int64(0)
 	defer func() {
 		if err != nil {
-			t.s.bodies.release(held)
+			t.s.bodies.release(reserved)
 		}
 	}()
-	plain := res.Header.Get("Content-Encoding") == "" // else its events cannot be read, only its end
-	var all []byte
-	look := eventScanner{}
-	m := newMeter(t.c.endpoint.meter, true, !plain, false)
+	readable := res.Header.Get("Content-Encoding") == "" // otherwise only the stream's end can be seen
+	var stream []byte
+	var check streamCheck
+	m := newMeter(t.c.endpoint.meter, true, !readable, false)
 	for {
-		if len(all) == cap(all) {
-			all = slices.Grow(all, max(len(all), 32<<10))
-			if more := int64(cap(all)) - held; !t.s.bodies.reserve(more) {
+		if len(stream) == cap(stream) {
+			stream = slices.Grow(stream, max(len(stream), 32<<10))
+			if more := int64(cap(stream)) - reserved; !t.s.bodies.reserve(more) {
 				return errBodyMemoryFull()
 			}
-			held = int64(cap(all))
+			reserved = int64(cap(stream))
 		}
-		n, err := body.Read(all[len(all):cap(all)])
-		m.process(all[len(all) : len(all)+n])
-		all = all[:len(all)+n]
-		t.c.progress.outputTokens.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for what nobody has seen yet too
+		n, err := body.Read(stream[len(stream):cap(stream)])
+		piece := stream[len(stream) : len(stream)+n]
+		stream = stream[:len(stream)+n]
+		m.process(piece)
+		t.c.progress.outputTokens.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for unseen output too
 		alive()
-		if len(all) > maxBufferedStream {
+		if len(stream) > maxBufferedStream {
 			return errStreamTooLarge(maxBufferedStream)
 		}
-		if why := look.scan(all); plain && why != "" {
-			return &streamError{why}
+		if readable {
+			if problem := check.problem(piece); problem != "" {
+				return &streamError{problem}
+			}
 		}
 		if err == io.EOF {
 			break
@@ -487,13 +472,13 @@ func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 			return err
 		}
 	}
-	// Some compatible providers never send an end mark. Where nobody else is left to
-	// ask, a reason to finish is as good.
-	if m.finish(); plain && t.c.endpoint.hasEndMarker() && !m.done && (!look.finished || t.hasAlternative()) {
+	// Some compatible providers never send an end mark. Where no other upstream is left,
+	// a reason to finish is as good.
+	if m.finish(); readable && t.c.endpoint.hasEndMarker() && !m.done && (!check.finished || t.hasAlternative()) {
 		return &streamError{"ended without its end mark"}
 	}
-	t.c.bodyReserved += held
-	res.Body = &peekedBody{http.NoBody, all, all, true}
+	t.c.bodyReserved += reserved
+	res.Body = &peekedBody{http.NoBody, stream, stream, true}
 	return nil
 }
 
@@ -508,42 +493,24 @@ func (t *attempts) bufferIdleTimeout(patience time.Duration) time.Duration {
 	return t.s.cfg.streamIdleTimeout
 }
 
-// An eventScanner reads the events of a stream that grows.
-type eventScanner struct {
-	offset   int  // so far they have been read
-	scanned  int  // so far there was no end of a line since then
+// A streamCheck checks the events of a stream as they come.
+type streamCheck struct {
+	events   sseEvents
 	finished bool // an event said why the answer ends
 }
 
-// scan looks at the events that have come to their end since it was last called,
-// and says what is wrong with the stream, "" if nothing is.
-func (l *eventScanner) scan(stream []byte) string {
-	fresh := stream[l.scanned:]
-	if l.scanned = len(stream); !bytes.ContainsAny(fresh, "\r\n") {
-		return "" // of a large event: looking at all of it each time would take long
+// problem reads the next bytes and says what is wrong with the stream, "" if nothing is.
+func (s *streamCheck) problem(p []byte) string {
+	s.events.feed(p)
+	for data, ok := s.events.nextData(); ok; data, ok = s.events.nextData() {
+		e := parseStreamEvent(data)
+		if e.problem != "" {
+			return e.problem
+		}
+		if e.retry {
+			return "has an error in it"
+		}
+		s.finished = s.finished || e.finished
 	}
-	for {
-		data, n := nextEvent(stream[l.offset:])
-		if n == 0 {
-			return ""
-		}
-		l.offset += n
-		if why := eventProblem(data); why != "" {
-			return why
-		}
-		var e struct {
-			Choices []struct {
-				FinishReason any `json:"finish_reason"`
-			}
-			Type     any
-			Response struct{ Error struct{ Code any } }
-		}
-		_ = json.Unmarshal(data, &e) // eventProblem has seen that it is JSON
-		if code := e.Response.Error.Code; e.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded") {
-			return "has an error in it" // others are the call's own fault, and would be again
-		}
-		for _, c := range e.Choices {
-			l.finished = l.finished || c.FinishReason != nil
-		}
-	}
+	return ""
 }
