@@ -30,8 +30,9 @@ type pageForm struct {
 // A formField is one input with its label. Kind is text, password, number, lines (a list, one entry per
 // line), pairs (a map, one "key = value" per line), select, checkbox or datetime-local.
 type formField struct {
-	Name, Label, Kind, Value, Help, Placeholder, Error string
+	Name, Label, Kind, Value, Placeholder, Error string
 
+	Help                     string // names a text of templates/parts/help.html
 	Options                  []option
 	Required, Checked, Short bool
 	Empty                    emptyField
@@ -319,26 +320,19 @@ const blankLimitRows = 2 // for new limits
 
 // newPolicyForm returns the form of a stored policy.
 func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
-	owner := "this token"
-	if ofProject {
-		owner = "tokens of this project"
-	}
-	list := func(name, label, placeholder, help string) policyListField {
+	list := func(name, label, placeholder string) policyListField {
 		return policyListField{
-			&formField{Name: "policy." + name, Label: label, Kind: "lines", Placeholder: placeholder, Help: help},
-			&formField{Name: "policy." + name + ".none", Label: "If the list is empty, allow none instead of all", Kind: "checkbox"}}
+			&formField{Name: "policy." + name, Label: label, Kind: "lines", Placeholder: placeholder, Help: name},
+			&formField{Name: "policy." + name + ".none", Kind: "checkbox", Label: "If the list is empty, allow none instead of all"},
+		}
 	}
 	p := &policyForm{MaxLimits: maxLimits, stored: stored,
-		Metrics: options(metricRequests.String(), "requests", metricTokens.String(), "tokens", metricDollars.String(), "dollars",
-			metricConcurrent.String(), "concurrent calls"),
+		Metrics: options(metricRequests.String(), "requests", metricTokens.String(), "tokens",
+			metricDollars.String(), "dollars", metricConcurrent.String(), "concurrent calls"),
 		Lists: []policyListField{
-			list("models", "Models", "gpt-4o-mini\nclaude-*",
-				"Models that "+owner+" may request. One per line; a trailing * is a wildcard. Leave empty for all models."),
-			list("endpoints", "Endpoints", "/v1/chat/completions\n/v1/audio/*",
-				"Endpoints that "+owner+" may call, such as /v1/embeddings or POST /v1/responses. One per line; a trailing * is a wildcard. "+
-					"Leave empty for all endpoints that store nothing at the provider."),
-			list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32",
-				"Networks or addresses from which "+owner+" may be used. One per line. Leave empty for everywhere."),
+			list("models", "Models", "gpt-4o-mini\nclaude-*"),
+			list("endpoints", "Endpoints", "/v1/chat/completions\n/v1/audio/*"),
+			list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32"),
 		}}
 	p.Periods = options("", "–")
 	for period := perSecond; period < perLifetime; period++ {
@@ -347,10 +341,10 @@ func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
 	p.Periods = append(p.Periods, option{perLifetime.String(), "in total"})
 	if ofProject {
 		p.Settings = []*formField{
-			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox",
-				Help: "Files, batches, assistants, stored responses. All projects that use the same upstream key share these objects."},
-			{Name: "policy.keep_content_days", Label: "Keep request and response content (days)", Kind: "number", Placeholder: "0", Short: true,
-				Help: "Stored encrypted, readable by admins. Leave empty to store no content. Tell users that their content is stored."}}
+			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox", Help: "stateful"},
+			{Name: "policy.keep_content_days", Label: "Keep request and response content (days)", Kind: "number",
+				Placeholder: "0", Help: "keep-content"},
+		}
 	}
 	return p
 }
@@ -391,21 +385,29 @@ func (p *policyForm) addRow(row limitFormRow) {
 	p.Limits = append(p.Limits, &row)
 }
 
+// A policyView is a stored policy. A list that is nil allows everything, an empty one nothing.
+type policyView struct {
+	Models, Endpoints, Addresses *[]string
+	Stateful                     bool
+	KeepContentDays              int64 `json:"keep_content_days"`
+	Limits                       []limitJSON
+}
+
+func newPolicyView(stored json.RawMessage) (p policyView) {
+	if err := json.Unmarshal(stored, &p); err != nil {
+		return policyView{} // a new object; what is stored was checked
+	}
+	return p
+}
+
 // policyValues returns a stored policy as the values of the form.
 func policyValues(stored json.RawMessage) url.Values {
-	var p struct {
-		Models, Endpoints, Addresses []string
-		Stateful                     bool
-		KeepContentDays              int64 `json:"keep_content_days"`
-		Limits                       []limitJSON
-	}
-	values := url.Values{}
-	if err := json.Unmarshal(stored, &p); err != nil {
-		return values // cannot happen: it was checked when it was stored
-	}
-	for name, list := range map[string][]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses} {
-		values.Set("policy."+name, strings.Join(list, "\n"))
-		if list != nil && len(list) == 0 {
+	p, values := newPolicyView(stored), url.Values{}
+	for name, list := range map[string]*[]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses} {
+		if list == nil {
+			continue
+		}
+		if values.Set("policy."+name, strings.Join(*list, "\n")); len(*list) == 0 {
 			values.Set("policy."+name+".none", "on")
 		}
 	}

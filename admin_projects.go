@@ -41,7 +41,7 @@ func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 type projectPageView struct {
 	projectView
 	Limits  []barView
-	Allowed []labeledValue
+	Allowed policyView
 	Tokens  []tokenView
 	More    bool // there are more active tokens
 	Charts  []chartView
@@ -54,7 +54,7 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := projectPageView{projectView: p, Limits: newBarViews(p.Limits), Allowed: policySummary(p.Policy)}
+	v := projectPageView{projectView: p, Limits: newBarViews(p.Limits), Allowed: newPolicyView(p.Policy)}
 	q := tokenListQuery{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverExpires, limit: 100}
 	v.More, err = ui.store.walkTokens(r.ctx, q, func(row *tokenRow) bool {
 		if t := ui.ops.newTokenView(row, r.now); t.IsActive {
@@ -69,42 +69,13 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	return &pageResponse{template: "project", title: p.Name, data: v}, err
 }
 
-// policySummary describes a policy, except its limits.
-func policySummary(text json.RawMessage) []labeledValue {
-	var p struct {
-		Models, Endpoints, Addresses []string
-		Stateful                     bool
-		KeepContentDays              int64 `json:"keep_content_days"`
-	}
-	if err := json.Unmarshal(text, &p); err != nil {
-		return nil // cannot happen: it was checked when it was stored
-	}
-	describe := func(list []string) string {
-		switch {
-		case list == nil:
-			return "all"
-		case len(list) == 0:
-			return "none"
-		}
-		return strings.Join(list, ", ")
-	}
-	summary := []labeledValue{{"Models", describe(p.Models)}, {"Endpoints", describe(p.Endpoints)}, {"Client addresses", describe(p.Addresses)}}
-	if p.Stateful {
-		summary = append(summary, labeledValue{"Objects stored at the provider", "allowed"})
-	}
-	if p.KeepContentDays > 0 {
-		summary = append(summary, labeledValue{"Request and response content", "kept for " + pluralize(p.KeepContentDays, "day", "days")})
-	}
-	return summary
-}
-
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
 		Submit: "Create project", Cancel: "/admin/projects", Fields: []*formField{
-			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "For example the name of a team or an application."},
-			providerField(),
-			apiKeyField("Of the first upstream. Stored encrypted and never shown again. You can add more upstreams later.", false),
-			baseURLField(false),
+			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "project-name"},
+			{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: providerOptions()},
+			{Name: "api_key", Label: "API key", Kind: "password", Empty: emptyOmitted, Help: "first-api-key"},
+			{Name: "base_url", Label: "Base URL", Kind: "text", Empty: emptyOmitted, Placeholder: "https://", Help: "base-url"},
 		}}}
 	return ui.submit(r, "New project", v, nil, func() (*pageResponse, error) {
 		var in projectInput
@@ -128,10 +99,8 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{projectURL, project.Name}, Policy: newPolicyForm(true, project.Policy), Form: &pageForm{
 		Submit: "Save", Cancel: projectURL, Version: project.Version, Fields: []*formField{
 			{Name: "name", Label: "Name", Kind: "text", Required: true},
-			{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Placeholder: "gpt-4o* = gpt-4o-mini",
-				Help: "One per line: a model = the model to use if no upstream can serve it."},
-			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox",
-				Help: "A stream that breaks off can then be retried, but clients get nothing until it is complete."},
+			{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Placeholder: "gpt-4o* = gpt-4o-mini", Help: "fallbacks"},
+			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox", Help: "verified-streams"},
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
 		}}}
 	return ui.submit(r, "Edit project", v, routingValues(&project), func() (*pageResponse, error) {
@@ -235,52 +204,27 @@ func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error
 }
 
 func providerOptions() []option {
-	return options(providerOpenAI, "OpenAI", providerAnthropic, "Anthropic", providerAzure, "Azure OpenAI", providerCompatible, "Other, OpenAI-compatible")
-}
-
-func providerField() *formField {
-	return &formField{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: providerOptions()}
-}
-
-func apiKeyField(help string, required bool) *formField {
-	return &formField{Name: "api_key", Label: "API key", Kind: "password", Required: required, Help: help, Empty: emptyOmitted}
-}
-
-func baseURLField(required bool) *formField {
-	f := &formField{Name: "base_url", Label: "Base URL", Kind: "text", Required: required, Placeholder: "https://"}
-	if !required {
-		f.Empty = emptyOmitted
-		f.Help = "Leave empty for the provider's own address. Azure and others need one, such as https://name.openai.azure.com/openai/v1."
-	}
-	return f
+	return options(providerOpenAI, "OpenAI", providerAnthropic, "Anthropic", providerAzure, "Azure OpenAI",
+		providerCompatible, "Other, OpenAI-compatible")
 }
 
 // upstreamFields returns the fields that a new upstream and a changed one share.
 func upstreamFields() []*formField {
 	return []*formField{
-		{Name: "models", Label: "Models", Kind: "lines", Placeholder: "gpt-4o*",
-			Help: "Models that it serves. One per line; a trailing * is a wildcard. Leave empty for all models."},
-		{Name: "priority", Label: "Priority", Kind: "number", Short: true, Required: true, Empty: emptyOmitted,
-			Help: "Calls go to the upstreams with the lowest number that serve the model."},
-		{Name: "weight", Label: "Weight", Kind: "number", Short: true, Required: true, Empty: emptyOmitted,
-			Help: "Upstreams of the same priority share the calls in proportion to their weights. 0: no calls."},
-		{Name: "rewrite", Label: "Model name mapping", Kind: "pairs", Placeholder: "gpt-4o = my-deployment",
-			Help: "One per line: the model that clients request = the model that is sent. Leave empty to send the same name."},
-		{Name: "requests_per_minute", Label: "Requests per minute", Kind: "number", Short: true,
-			Help: "Provider's limit. Calls beyond it go to the next upstream. Leave empty if unknown."},
-		{Name: "tokens_per_minute", Label: "Tokens per minute", Kind: "number", Short: true, Help: "Provider's limit. Leave empty if unknown."},
-		{Name: "connect_ms", Label: "Connect timeout (ms)", Kind: "number", Short: true,
-			Help: "Maximum time for name lookup, dialing and TLS handshake. After it, the call goes to the next upstream. Leave empty for 10000 each."},
-		{Name: "answer_ms", Label: "Response timeout (ms)", Kind: "number", Short: true,
-			Help: "Maximum time until a response without streaming starts. After it, the call goes to the next upstream, or ends if there is none. Leave empty for the proxy's default."},
-		{Name: "first_event_ms", Label: "First event timeout (ms)", Kind: "number", Short: true,
-			Help: "Maximum time until a stream starts. After it, the call goes to the next upstream. Leave empty for the proxy's default."},
-		{Name: "idle_ms", Label: "Longest pause between events (ms)", Kind: "number", Short: true, Help: "Leave empty for the proxy's default."},
-		{Name: "shared_with", Label: "Shared with projects", Kind: "lines", Placeholder: "proj_…",
-			Help: "IDs of other projects that use this upstream, one per line. They never see its API key."},
-		{Name: "note", Label: "Note", Kind: "text", Help: "For administrators, for example whose account it is."},
-		{Name: "organization", Label: "OpenAI organization", Kind: "text", Placeholder: "org-…", Help: "Sent as the header OpenAI-Organization."},
-		{Name: "openai_project", Label: "OpenAI project", Kind: "text", Placeholder: "proj_…", Help: "Sent as the header OpenAI-Project."},
+		{Name: "models", Label: "Models", Kind: "lines", Placeholder: "gpt-4o*", Help: "upstream-models"},
+		{Name: "priority", Label: "Priority", Kind: "number", Required: true, Empty: emptyOmitted, Help: "priority"},
+		{Name: "weight", Label: "Weight", Kind: "number", Required: true, Empty: emptyOmitted, Help: "weight"},
+		{Name: "rewrite", Label: "Model name mapping", Kind: "pairs", Placeholder: "gpt-4o = my-deployment", Help: "rewrite"},
+		{Name: "requests_per_minute", Label: "Requests per minute", Kind: "number", Help: "requests-per-minute"},
+		{Name: "tokens_per_minute", Label: "Tokens per minute", Kind: "number", Help: "tokens-per-minute"},
+		{Name: "connect_ms", Label: "Connect timeout (ms)", Kind: "number", Help: "connect-timeout"},
+		{Name: "answer_ms", Label: "Response timeout (ms)", Kind: "number", Help: "response-timeout"},
+		{Name: "first_event_ms", Label: "First event timeout (ms)", Kind: "number", Help: "first-event-timeout"},
+		{Name: "idle_ms", Label: "Longest pause between events (ms)", Kind: "number", Help: "idle-timeout"},
+		{Name: "shared_with", Label: "Shared with projects", Kind: "lines", Placeholder: "proj_…", Help: "shared-with"},
+		{Name: "note", Label: "Note", Kind: "text", Help: "note"},
+		{Name: "organization", Label: "OpenAI organization", Kind: "text", Placeholder: "org-…", Help: "organization"},
+		{Name: "openai_project", Label: "OpenAI project", Kind: "text", Placeholder: "proj_…", Help: "openai-project"},
 	}
 }
 
@@ -292,10 +236,10 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	projectURL := "/admin/projects/" + project.ID
 	v := &formView{Crumb: option{projectURL, project.Name}, Form: &pageForm{Submit: "Add upstream", Cancel: projectURL,
 		Fields: append([]*formField{
-			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "Unique among the project's upstreams."},
-			providerField(),
-			apiKeyField("Stored encrypted, and never shown again.", true),
-			baseURLField(false),
+			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "upstream-name"},
+			{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: providerOptions()},
+			{Name: "api_key", Label: "API key", Kind: "password", Required: true, Help: "api-key"},
+			{Name: "base_url", Label: "Base URL", Kind: "text", Empty: emptyOmitted, Placeholder: "https://", Help: "base-url"},
 		}, upstreamFields()...)}}
 	return ui.submit(r, "Add an upstream", v, url.Values{"priority": {"0"}, "weight": {"1"}}, func() (*pageResponse, error) {
 		var in upstreamInput
@@ -312,18 +256,17 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	key := apiKeyField("Leave empty to keep the stored key. A new base URL requires the key again.", false)
-	key.Label = "New API key"
+	hint := ""
 	if u.KeyHint != "" {
-		key.Placeholder = "•••• " + u.KeyHint
+		hint = "•••• " + u.KeyHint
 	}
 	projectURL := "/admin/projects/" + u.ProjectID
 	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{Submit: "Save", Cancel: projectURL, Version: u.Version,
 		Fields: append([]*formField{
 			{Name: "name", Label: "Name", Kind: "text", Required: true},
-			key,
-			baseURLField(true),
-			{Name: "is_active", Label: "Active", Kind: "checkbox", Help: "An inactive upstream gets no calls, and keeps its API key."},
+			{Name: "api_key", Label: "New API key", Kind: "password", Empty: emptyOmitted, Placeholder: hint, Help: "new-api-key"},
+			{Name: "base_url", Label: "Base URL", Kind: "text", Required: true, Placeholder: "https://"},
+			{Name: "is_active", Label: "Active", Kind: "checkbox", Help: "is-active"},
 		}, upstreamFields()...)}}
 	return ui.submit(r, "Upstream "+u.Name, v, upstreamValues(&u), func() (*pageResponse, error) {
 		var in upstreamInput

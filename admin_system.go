@@ -38,17 +38,17 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 	amount := func(name, label, help string) *formField {
-		return &formField{Name: name, Label: label, Kind: "number", Short: true, Help: help, Empty: emptyOmitted}
+		return &formField{Name: name, Label: label, Kind: "number", Help: help, Empty: emptyOmitted}
 	}
 	v := &formView{Crumb: option{"/admin/prices", "Prices"}, Intro: "price", Form: &pageForm{
 		Submit: "Set price", Cancel: "/admin/prices", Fields: []*formField{
 			{Name: "match", Label: "Model", Kind: "text", Required: true, Placeholder: "gpt-4o-mini or my-model-*",
-				Help: "The name of a model, or a pattern with * as a wildcard."},
+				Help: "match"},
 			amount("input", "Input", ""), amount("output", "Output", ""),
-			amount("cached_input", "Cached input", "Leave empty for the price of input."),
-			amount("cache_write", "Cache write", "Leave empty for the price of input."),
-			amount("audio_input", "Audio input", "Leave empty for the price of input."),
-			amount("audio_output", "Audio output", "Leave empty for the price of output."),
+			amount("cached_input", "Cached input", "as-input"),
+			amount("cache_write", "Cache write", "as-input"),
+			amount("audio_input", "Audio input", "as-input"),
+			amount("audio_output", "Audio output", "as-output"),
 		}}}
 	return ui.submit(r, "Set a price", v, url.Values{"match": {r.query.Get("match")}}, func() (*pageResponse, error) {
 		var in priceInput
@@ -268,12 +268,12 @@ func newKeyStateView(k *keyView, now time.Time) stateView {
 
 func keyFields() []*formField {
 	return []*formField{
-		{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "The person or program that uses the key."},
+		{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "key-name"},
 		{Name: "role", Label: "Role", Kind: "select", Required: true, Options: options(
 			string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
 			string(roleOperator), "Operator: can also create, change and revoke tokens",
 			string(roleAdmin), "Admin: can do everything")},
-		expiryField("Leave empty if the key never expires."),
+		expiryField(),
 	}
 }
 

@@ -34,15 +34,14 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	fields := []*formField{
 		{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
-		{Name: "name", Label: "Name", Kind: "text", Required: true,
-			Help: "Who or what uses the token. With a separate token for each program, you can revoke just one."},
+		{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "token-name"},
 		{Name: "lifetime", Label: "Expires", Kind: "select", Required: true, Short: true,
 			Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days", "720", "In 30 days",
 				"2160", "In 90 days", "8760", "In 1 year", "never", "Never expires", "", "On a date")},
-		{Name: "expires_at", Label: "Expiry date (UTC)", Kind: "datetime-local", Short: true, Help: "Only for “On a date”."},
+		{Name: "expires_at", Label: "Expiry date (UTC)", Kind: "datetime-local", Help: "expiry-date"},
 	}
 	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil), Form: &pageForm{
-		Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: append(fields, tokenLimitFields(0)...)}}
+		Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: append(fields, tokenLimitFields()...)}}
 	return ui.submit(r, "New token", v, url.Values{"project_id": {projectID}, "lifetime": {"720"}}, func() (*pageResponse, error) {
 		var in tokenInput
 		if err := v.decode(r, in.fields()); err != nil {
@@ -68,15 +67,10 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 }
 
 // tokenLimitFields returns the fields that a new token and a changed one share.
-func tokenLimitFields(requests int64) []*formField {
-	total := "The token stops working after this many calls. Leave empty for no limit."
-	if requests > 0 {
-		total += " It has made " + pluralize(requests, "call", "calls") + " so far, which count."
-	}
+func tokenLimitFields() []*formField {
 	return []*formField{
-		{Name: "max_requests", Label: "Maximum calls", Kind: "number", Short: true, Help: total, Empty: emptyNull},
-		{Name: "idle_expiry_minutes", Label: "Expires when idle (minutes)", Kind: "number", Short: true, Empty: emptyNull,
-			Help: "The token stops working after this long without use. Leave empty for no idle limit."},
+		{Name: "max_requests", Label: "Maximum calls", Kind: "number", Empty: emptyNull, Help: "max-requests"},
+		{Name: "idle_expiry_minutes", Label: "Expires when idle (minutes)", Kind: "number", Empty: emptyNull, Help: "idle-expiry"},
 	}
 }
 
@@ -95,9 +89,9 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 		}
 	}
 	tokenURL := "/admin/tokens/" + t.ID
-	fields := []*formField{{Name: "name", Label: "Name", Kind: "text", Required: true}, expiryField("Leave empty if the token never expires.")}
+	fields := []*formField{{Name: "name", Label: "Name", Kind: "text", Required: true}, expiryField()}
 	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
-		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: append(fields, tokenLimitFields(t.RequestCount)...)}}
+		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: append(fields, tokenLimitFields()...)}}
 	return ui.submit(r, "Edit token", v, stored, func() (*pageResponse, error) {
 		var in tokenInput
 		if err := v.decode(r, in.fields()); err != nil {
@@ -108,8 +102,8 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 	})
 }
 
-func expiryField(help string) *formField {
-	return &formField{Name: "expires_at", Label: "Expires (UTC)", Kind: "datetime-local", Short: true, Help: help, Empty: emptyNull}
+func expiryField() *formField {
+	return &formField{Name: "expires_at", Label: "Expires (UTC)", Kind: "datetime-local", Empty: emptyNull, Help: "expiry"}
 }
 
 func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
@@ -233,7 +227,7 @@ type tokenPageView struct {
 	ProjectName string
 	State       stateView
 	Limits      []barView
-	Allowed     []labeledValue
+	Allowed     policyView
 	Requests    *barView // usage of max_requests; nil: there is no such limit
 	Calls       []requestReply
 }
@@ -243,7 +237,7 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits), Allowed: policySummary(t.Policy)}
+	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits), Allowed: newPolicyView(t.Policy)}
 	if v.ProjectName, err = ui.projectName(r, t.ProjectID); err != nil {
 		return nil, err
 	}
