@@ -176,6 +176,11 @@ type pageResponse struct {
 	write    func(http.ResponseWriter) error // writes a download
 }
 
+// showPage is the response that renders a template.
+func showPage(template, title string, data any) *pageResponse {
+	return &pageResponse{template: template, title: title, data: data}
+}
+
 // redirectTo is the response to a form that succeeded: the browser loads another page, so that a
 // reload repeats nothing. done names a notice of templates/parts/layout.html.
 func redirectTo(path, done string) *pageResponse {
@@ -216,7 +221,8 @@ var errNotSignedIn = errors.New("not signed in")
 
 // newPageRequest returns a request of which nothing was checked yet.
 func (ui *adminUI) newPageRequest(r *http.Request) *pageRequest {
-	return &pageRequest{manageRequest: &manageRequest{http: r, ctx: r.Context(), now: time.Now()}, secure: ui.isSecureRequest(r)}
+	m := &manageRequest{http: r, ctx: r.Context(), now: time.Now()}
+	return &pageRequest{manageRequest: m, secure: ui.isSecureRequest(r)}
 }
 
 // pageHandler checks that a request may see the page, and writes what the page's handler returns.
@@ -270,8 +276,9 @@ func (ui *adminUI) authorizePage(minRole role, w http.ResponseWriter, r *pageReq
 
 // readForm reads the body, which must be a form as browsers send it.
 func (r *pageRequest) readForm(w http.ResponseWriter) error {
-	if t, _, err := mime.ParseMediaType(r.http.Header.Get("Content-Type")); err != nil || t != "application/x-www-form-urlencoded" {
-		return errContentType("application/x-www-form-urlencoded")
+	const formType = "application/x-www-form-urlencoded"
+	if t, _, err := mime.ParseMediaType(r.http.Header.Get("Content-Type")); err != nil || t != formType {
+		return errContentType(formType)
 	}
 	r.http.Body = http.MaxBytesReader(w, r.http.Body, maxFormBytes)
 	if err := r.http.ParseForm(); err != nil {
@@ -301,7 +308,7 @@ func (ui *adminUI) errorPage(w http.ResponseWriter, r *pageRequest, err error) *
 	}
 	e := manageError(err)
 	if e.status >= 500 {
-		ui.log.Error("a page failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+		ui.logFailure(w, r, err)
 	}
 	title := capitalize(strings.ToLower(http.StatusText(e.status)))
 	return &pageResponse{template: "error", title: title, status: e.status,
@@ -345,22 +352,27 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 		return
 	case p.write != nil:
 		if err := p.write(w); err != nil {
-			ui.log.Warn("a download was cut off", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+			ui.log.Warn("a download was cut off", "request_id", h.Get("X-Request-Id"),
+				"route", r.http.Pattern, "error", err)
 			panic(http.ErrAbortHandler) // the browser must see that the file is incomplete
 		}
 		return
 	}
 	var b bytes.Buffer
 	if err := ui.pages.render(&b, p.template, ui.newPageView(r, p)); err != nil {
-		ui.log.Error("a page failed", "request_id", h.Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
+		ui.logFailure(w, r, err)
 		h.Set("Content-Type", "text/plain; charset=utf-8")
 		w.WriteHeader(http.StatusInternalServerError)
-		_, _ = w.Write([]byte("Internal error. The log has details under the request ID " + h.Get("X-Request-Id") + ".\n"))
+		_, _ = w.Write([]byte("Internal error. See the log for request ID " + h.Get("X-Request-Id") + ".\n"))
 		return
 	}
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	w.WriteHeader(max(p.status, http.StatusOK))
 	_, _ = w.Write(b.Bytes())
+}
+
+func (ui *adminUI) logFailure(w http.ResponseWriter, r *pageRequest, err error) {
+	ui.log.Error("a page failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.http.Pattern, "error", err)
 }
 
 func (ui *adminUI) newPageView(r *pageRequest, p *pageResponse) *pageView {
@@ -391,8 +403,8 @@ func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		secure := ui.isSecureRequest(r)
 		h := w.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "+
-			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
+			"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 		h.Set("X-Frame-Options", "DENY")
 		h.Set("Cross-Origin-Opener-Policy", "same-origin")
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")

@@ -94,6 +94,12 @@ func (q *dashQuery) unit() chartUnit {
 	return unitCount
 }
 
+// usageQuery completes a query of the store with the period and the project.
+func (q *dashQuery) usageQuery(u usageQuery) usageQuery {
+	u.from, u.to, u.project, u.limit = q.from, q.to, cmp.Or(u.project, q.projectID), cmp.Or(u.limit, math.MaxInt32)
+	return u
+}
+
 // sortLargestFirst sorts by the query's metric.
 func (q *dashQuery) sortLargestFirst(shares []usageShare) {
 	slices.SortStableFunc(shares, func(a, b usageShare) int {
@@ -161,8 +167,7 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			if d.previous, err = s.sumHours(ctx, q.projectSeq, q.prevFrom, q.prevTo); err != nil {
 				return err
 			}
-			d.endpoints, err = s.usageShares(ctx, usageQuery{project: q.projectID, hourly: q.grain == "hour", byEndpoint: true,
-				from: q.from, to: q.to, limit: math.MaxInt32})
+			d.endpoints, err = s.usageShares(ctx, q.usageQuery(usageQuery{hourly: q.grain == "hour", byEndpoint: true}))
 			q.sortLargestFirst(d.endpoints)
 			return err
 		},
@@ -208,8 +213,7 @@ func (d *dashData) readUsage(ctx context.Context, s *store, q *dashQuery) (err e
 	if d.steps, err = s.hourSumsByStep(ctx, q.projectSeq, q.from, q.to, q.stepMS); err != nil {
 		return err
 	}
-	d.modelPoints, err = s.usage(ctx, usageQuery{interval: q.grain, project: q.projectID, byModel: true, from: q.from, to: q.to,
-		limit: math.MaxInt32})
+	d.modelPoints, err = s.usage(ctx, q.usageQuery(usageQuery{interval: q.grain, byModel: true}))
 	return err
 }
 
@@ -218,15 +222,13 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 	if q.projectSeq != 0 {
 		return nil
 	}
-	d.projects, err = s.usageShares(ctx, usageQuery{hourly: q.lengthMS == dayMS, byProject: true, from: q.from, to: q.to,
-		limit: math.MaxInt32})
+	d.projects, err = s.usageShares(ctx, q.usageQuery(usageQuery{hourly: q.lengthMS == dayMS, byProject: true}))
 	q.sortLargestFirst(d.projects)
 	if err != nil || q.groupBy != "project" {
 		return err
 	}
 	for _, p := range d.projects[:min(len(d.projects), maxNamedSeries)] {
-		points, err := s.usage(ctx, usageQuery{interval: q.grain, project: p.id, totalsOnly: true, from: q.from, to: q.to,
-			limit: math.MaxInt32})
+		points, err := s.usage(ctx, q.usageQuery(usageQuery{interval: q.grain, project: p.id, totalsOnly: true}))
 		if err != nil {
 			return err
 		}
@@ -242,8 +244,8 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 // readTokens reads the usage of each token: of all calls of the period or, with too many tokens
 // to add up, of the latest calls.
 func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
-	d.tokens, err = s.usageShares(ctx, usageQuery{project: q.projectID, hourly: q.lengthMS == dayMS, byToken: true,
-		from: q.from, to: q.to, limit: q.maxExactTokens})
+	byToken := usageQuery{hourly: q.lengthMS == dayMS, byToken: true, limit: q.maxExactTokens}
+	d.tokens, err = s.usageShares(ctx, q.usageQuery(byToken))
 	if errors.Is(err, errTooManyRows) {
 		d.sampledCalls = q.sampleSize
 		from, to := minIDAt(time.UnixMilli(q.from)), minIDAt(time.UnixMilli(q.to))
@@ -260,7 +262,7 @@ type dashView struct {
 	Running, LastMinute                string
 	Alerts                             []dashAlert
 	Tiles                              []tile
-	Since, PreviousFrom, PreviousTo    string
+	Since, PreviousFrom, PreviousTo    timestamp
 	Charts                             []chartView // usage, errors, first byte, total time
 	Rankings                           []rankingTable
 	NoCalls                            bool // there was never a call
@@ -296,10 +298,11 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &dashView{Period: q.name, Project: q.projectID, GroupBy: q.groupBy, Metric: q.metric, Tiles: d.tiles(),
-		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"), Groups: options("project", "Project", "model", "Model"),
-		Since: formatDashboardTime(q.from), PreviousFrom: formatDashboardTime(q.prevFrom), PreviousTo: formatDashboardTime(q.prevTo),
-		Charts: d.charts(q), Rankings: d.rankings(q)}
+	v := &dashView{Period: q.name, Project: q.projectID, GroupBy: q.groupBy, Metric: q.metric,
+		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
+		Groups:  options("project", "Project", "model", "Model"),
+		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
+		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q)}
 	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
@@ -324,7 +327,7 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		v.LastMinute += "+"
 	}
 	v.Alerts, err = ui.dashAlerts(r, q, d)
-	return &pageResponse{template: "dashboard", title: "Dashboard", data: v}, err
+	return showPage("dashboard", "Dashboard", v), err
 }
 
 // projectCharts returns charts of a project's calls and cost over the last 30 days.
@@ -369,15 +372,12 @@ func (d *dashData) tiles() []tile {
 	if now.unpriced > 0 {
 		priced = pluralize(now.unpriced, "call", "calls") + " without a price"
 	}
-	failed, failedBefore := errorPercent(now), errorPercent(was)
-	errorTile := tile{Label: "Errors", Value: percent(failed), More: pluralize(totalErrors(now), "call", "calls"), Previous: percent(failedBefore)}
-	if was.calls > 0 && now.calls > 0 {
-		errorTile.Change, errorTile.Level = formatPointChange(failed-failedBefore), changeLevel(failed, failedBefore, 0.5)
-	}
+	inOut := groupDigits(now.input) + " in, " + groupDigits(now.output) + " out"
 	tiles := []tile{
 		count("Calls", now.calls, was.calls, unitCount, groupDigits(now.errors[1])+" refused by policy"),
-		count("Tokens", now.input+now.output, was.input+was.output, unitCount, groupDigits(now.input)+" in, "+groupDigits(now.output)+" out"),
-		count("Cost", now.cost, was.cost, unitMoney, priced), errorTile,
+		count("Tokens", now.input+now.output, was.input+was.output, unitCount, inOut),
+		count("Cost", now.cost, was.cost, unitMoney, priced),
+		errorTile(now, was),
 		latencyTile("Time to first byte", &now.firstByteLatency, &was.firstByteLatency),
 		latencyTile("Total time", &now.totalLatency, &was.totalLatency),
 	}
@@ -389,9 +389,20 @@ func (d *dashData) tiles() []tile {
 	return tiles
 }
 
+func errorTile(now, was *hourSum) tile {
+	failed, before := errorPercent(now), errorPercent(was)
+	t := tile{Label: "Errors", Value: percent(failed), Previous: percent(before),
+		More: pluralize(totalErrors(now), "call", "calls")}
+	if was.calls > 0 && now.calls > 0 {
+		t.Change, t.Level = formatPointChange(failed-before), changeLevel(failed, before, 0.5)
+	}
+	return t
+}
+
 func latencyTile(label string, now, was *latencyHistogram) tile {
 	median, p95, before := now.quantile(0.5), now.quantile(0.95), was.quantile(0.5)
-	t := tile{Label: label, Value: unitMillis.format(median), More: "median; p95 " + unitMillis.format(p95), Previous: unitMillis.format(before)}
+	t := tile{Label: label, Value: unitMillis.format(median), More: "median; p95 " + unitMillis.format(p95),
+		Previous: unitMillis.format(before)}
 	if median > 0 && before > 0 && !math.IsInf(median+before, 0) {
 		t.Change, t.Level = formatPercentChange(median, before), changeLevel(median, before, before*0.1)
 	}
@@ -424,7 +435,8 @@ func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 	}
 	tokens := q.ranking("Tokens", d.tokens, ofTokens)
 	tokens.Sampled = int64(d.sampledCalls)
-	return append(tables, tokens, q.ranking("Models", d.usageByModel(q), whole), q.ranking("Endpoints", d.endpoints, whole))
+	return append(tables, tokens, q.ranking("Models", d.usageByModel(q), whole),
+		q.ranking("Endpoints", d.endpoints, whole))
 }
 
 func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) rankingTable {
@@ -463,14 +475,13 @@ func (q *dashQuery) rankingLink(title string, v *usageShare) string {
 	return ""
 }
 
-func formatDashboardTime(ms int64) string { return time.UnixMilli(ms).UTC().Format("2 Jan 2006 15:04") }
-
 // dashAlerts lists what needs attention, the most urgent first.
 func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dashAlert, error) {
 	alerts := ui.systemAlerts(r)
 	for _, u := range d.unhealthyUpstreams {
 		if q.projectID == "" || u.projectID == q.projectID {
-			alerts = append(alerts, dashAlert{Level: "bad", Kind: "Upstream", Link: "/admin/projects/" + u.projectID, Text: upstreamAlertText(&u, r.now)})
+			link := "/admin/projects/" + u.projectID
+			alerts = append(alerts, dashAlert{"bad", "Upstream", link, upstreamAlertText(&u, r.now)})
 		}
 	}
 	near, err := ui.idleNearLimits(r, q, d)
@@ -483,7 +494,7 @@ func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dash
 	}
 	sortNearLimits(near)
 	for _, n := range near[:min(len(near), maxAlertsPerKind)] {
-		alert := dashAlert{Level: "warn", Kind: "Limit", Link: "/admin/projects/" + n.projectID, Text: "Project " + n.project}
+		alert := dashAlert{"warn", "Limit", "/admin/projects/" + n.projectID, "Project " + n.project}
 		if n.token != "" {
 			alert.Link, alert.Text = "/admin/tokens/"+url.PathEscape(n.token), "Token "+n.name+" of project "+n.project
 		}
@@ -545,7 +556,8 @@ func (ui *adminUI) idleNearLimits(r *pageRequest, q *dashQuery, d *dashData) (ne
 func (ui *adminUI) systemAlerts(r *pageRequest) (alerts []dashAlert) {
 	add := func(kind, text string) { alerts = append(alerts, dashAlert{Level: "bad", Kind: kind, Text: text}) }
 	if problem := ui.databaseProblem(); problem != "" {
-		add("Database", "The database file is missing or was replaced ("+problem+"), so calls are refused. Stop the proxy and run llm-proxy doctor.")
+		add("Database", "The database file is missing or was replaced ("+problem+"), so calls are refused. "+
+			"Stop the proxy and run llm-proxy doctor.")
 	}
 	if !ui.ledger.healthy() {
 		add("Ledger", "The ledger cannot be written, so calls are refused. Check whether the disk is full.")
@@ -554,7 +566,8 @@ func (ui *adminUI) systemAlerts(r *pageRequest) (alerts []dashAlert) {
 		return alerts
 	}
 	if use, err := ui.diskUse(r.ctx); err == nil && use.available < lowDiskBytes {
-		add("Disk", "Only "+formatBytes(use.available)+" are free on the disk of the database, which takes up "+formatBytes(use.databaseSize)+".")
+		add("Disk", "Only "+formatBytes(use.available)+" are free on the disk of the database, which takes up "+
+			formatBytes(use.databaseSize)+".")
 	}
 	return alerts
 }
@@ -584,8 +597,9 @@ func expiryAlerts(r *pageRequest, q *dashQuery, d *dashData) (alerts []dashAlert
 		switch {
 		case q.projectID != "" && t.projectID != q.projectID:
 		case len(alerts) < maxAlertsPerKind:
-			alerts = append(alerts, dashAlert{Level: "warn", Kind: "Token", Link: "/admin/tokens/" + url.PathEscape(t.id),
-				Text: "Token " + t.name + " of project " + t.project + " expires " + relativeTime(time.UnixMilli(t.expiresAt).Sub(r.now)) + "."})
+			text := "Token " + t.name + " of project " + t.project + " expires " +
+				relativeTime(time.UnixMilli(t.expiresAt).Sub(r.now)) + "."
+			alerts = append(alerts, dashAlert{"warn", "Token", "/admin/tokens/" + url.PathEscape(t.id), text})
 		default:
 			others++
 		}
@@ -597,7 +611,7 @@ func expiryAlerts(r *pageRequest, q *dashQuery, d *dashData) (alerts []dashAlert
 	if len(d.expiring) == maxExpiringTokens {
 		text = "At least " + text
 	}
-	return append(alerts, dashAlert{Level: "warn", Kind: "Token", Text: text, Link: "/admin/tokens"})
+	return append(alerts, dashAlert{"warn", "Token", "/admin/tokens", text})
 }
 
 // writeCSV writes the numbers of the dashboard: a line for each step of time, and one for each project,
@@ -611,7 +625,8 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 	for i := range d.steps {
 		h := &d.steps[i]
 		row := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.stepMS).UTC().Format(time.RFC3339),
-			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.input + h.output), formatNanos(h.cost)}
+			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.input + h.output),
+			formatNanos(h.cost)}
 		for _, n := range h.errors {
 			row = append(row, formatInt(n))
 		}
@@ -625,8 +640,9 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 		shares []usageShare
 	}{{"project", d.projects}, {"token", d.tokens}, {"model", d.usageByModel(q)}, {"endpoint", d.endpoints}} {
 		for _, v := range list.shares {
-			e.writeRow(append([]string{list.kind, v.id, v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens), formatNanos(v.cost)},
-				make([]string, 4+4)...)...)
+			row := []string{list.kind, v.id, v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens),
+				formatNanos(v.cost)}
+			e.writeRow(append(row, make([]string, 4+4)...)...)
 		}
 	}
 	if d.sampledCalls > 0 {

@@ -151,7 +151,8 @@ func (f *pageForm) showError(err error) (int, error) {
 		err = &fieldError{"name", "is already taken"}
 	}
 	if errors.Is(err, errStale) {
-		f.Problem = "Someone else changed this while you had the form open. Open it again to see the change. Your input is still here."
+		f.Problem = "Someone else changed this while you had the form open. Open it again to see the change. " +
+			"Your input is still here."
 		return http.StatusConflict, nil
 	}
 	fe, ok := errors.AsType[*fieldError](err)
@@ -182,7 +183,8 @@ type formView struct {
 
 // submit handles a page with a form. A GET shows it with what is stored. A POST runs the operation, which
 // returns the page that follows.
-func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values, run func() (*pageResponse, error)) (*pageResponse, error) {
+func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values,
+	run func() (*pageResponse, error)) (*pageResponse, error) {
 	v.Form.Action = r.http.URL.Path
 	if v.Form.Creates != "" {
 		v.Form.Once = randomBase62(16)
@@ -191,13 +193,14 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 	if v.Policy != nil {
 		v.Policy.fill(r.form)
 	}
-	page := &pageResponse{template: "form", title: title, data: v}
+	page := showPage("form", title, v)
 	if !r.isPost() {
 		return page, nil
 	}
 	v.Form.Version = r.ifMatchVersion
 	if v.Form.Once != "" && !ui.sentForms.claim(r.form.Get("once")) {
-		return &pageResponse{template: "sent", title: "Form already submitted", status: http.StatusConflict, data: v}, nil
+		page.template, page.title, page.status = "sent", "Form already submitted", http.StatusConflict
+		return page, nil
 	}
 	next, err := run()
 	if err == nil {
@@ -230,10 +233,11 @@ type confirmView struct {
 }
 
 // confirm asks on a GET. On a POST it runs the operation and goes to then.
-func (r *pageRequest) confirm(title string, v *confirmView, then *pageResponse, run func() error) (*pageResponse, error) {
+func (r *pageRequest) confirm(title string, v *confirmView, then *pageResponse,
+	run func() error) (*pageResponse, error) {
 	if !r.isPost() {
 		v.Form.Action, v.Form.Danger = r.http.URL.Path, true
-		return &pageResponse{template: "confirm", title: title, data: v}, nil
+		return showPage("confirm", title, v), nil
 	}
 	if err := run(); err != nil {
 		return nil, err
@@ -316,6 +320,10 @@ type limitFormRow struct {
 	Error, ErrorField                string
 }
 
+func (row *limitFormRow) isBlank() bool {
+	return row.Max == "" && row.Endpoint == "" && row.Model == ""
+}
+
 const blankLimitRows = 2 // for new limits
 
 // newPolicyForm returns the form of a stored policy.
@@ -323,7 +331,8 @@ func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
 	list := func(name, label, placeholder string) policyListField {
 		return policyListField{
 			&formField{Name: "policy." + name, Label: label, Kind: "lines", Placeholder: placeholder, Help: name},
-			&formField{Name: "policy." + name + ".none", Kind: "checkbox", Label: "If the list is empty, allow none instead of all"},
+			&formField{Name: "policy." + name + ".none", Kind: "checkbox",
+				Label: "If the list is empty, allow none instead of all"},
 		}
 	}
 	p := &policyForm{MaxLimits: maxLimits, stored: stored,
@@ -341,7 +350,8 @@ func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
 	p.Periods = append(p.Periods, option{perLifetime.String(), "in total"})
 	if ofProject {
 		p.Settings = []*formField{
-			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox", Help: "stateful"},
+			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox",
+				Help: "stateful"},
 			{Name: "policy.keep_content_days", Label: "Keep request and response content (days)", Kind: "number",
 				Placeholder: "0", Help: "keep-content"},
 		}
@@ -368,8 +378,9 @@ func (p *policyForm) fill(sent url.Values) {
 		value := func(name string) string {
 			return strings.TrimSpace(values.Get(fmt.Sprintf("policy.limits[%d].%s", i, name)))
 		}
-		row := limitFormRow{Count: value("count"), Max: value("max"), Per: value("per"), Endpoint: value("endpoint"), Model: value("model"), Shadow: value("shadow") != ""}
-		if row.Max != "" || row.Endpoint != "" || row.Model != "" {
+		row := limitFormRow{Count: value("count"), Max: value("max"), Per: value("per"), Endpoint: value("endpoint"),
+			Model: value("model"), Shadow: value("shadow") != ""}
+		if !row.isBlank() {
 			p.addRow(row)
 		}
 	}
@@ -403,7 +414,8 @@ func newPolicyView(stored json.RawMessage) (p policyView) {
 // policyValues returns a stored policy as the values of the form.
 func policyValues(stored json.RawMessage) url.Values {
 	p, values := newPolicyView(stored), url.Values{}
-	for name, list := range map[string]*[]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses} {
+	lists := map[string]*[]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses}
+	for name, list := range lists {
 		if list == nil {
 			continue
 		}
@@ -418,11 +430,13 @@ func policyValues(stored json.RawMessage) url.Values {
 		values.Set("policy.keep_content_days", formatInt(p.KeepContentDays))
 	}
 	for i, l := range p.Limits {
-		for name, v := range map[string]string{"count": l.Count, "max": string(l.Max), "per": l.Per, "endpoint": l.Endpoint, "model": l.Model} {
-			values.Set(fmt.Sprintf("policy.limits[%d].%s", i, name), v)
+		row := fmt.Sprintf("policy.limits[%d].", i)
+		for name, v := range map[string]string{"count": l.Count, "max": string(l.Max), "per": l.Per,
+			"endpoint": l.Endpoint, "model": l.Model} {
+			values.Set(row+name, v)
 		}
 		if l.Shadow {
-			values.Set(fmt.Sprintf("policy.limits[%d].shadow", i), "on")
+			values.Set(row+"shadow", "on")
 		}
 	}
 	return values
@@ -432,7 +446,7 @@ func policyValues(stored json.RawMessage) url.Values {
 func (p *policyForm) encode(sent url.Values) json.RawMessage {
 	out := map[string]json.RawMessage{}
 	if err := json.Unmarshal(p.stored, &out); err != nil {
-		out = map[string]json.RawMessage{} // cannot happen: it was checked when it was stored
+		out = map[string]json.RawMessage{} // a new object
 	}
 	set := func(name string, value any, isSet bool) {
 		delete(out, name)
@@ -449,10 +463,11 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 	set("stateful", true, p.Settings != nil && sent.Get("policy.stateful") != "")
 	limits := []limitJSON{}
 	for _, row := range p.Limits {
-		if row.Max == "" && row.Endpoint == "" && row.Model == "" {
-			continue // a blank row
+		if row.isBlank() {
+			continue
 		}
-		l := limitJSON{Count: row.Count, Max: jsonNumber(row.Max), Per: row.Per, Endpoint: row.Endpoint, Model: row.Model, Shadow: row.Shadow}
+		l := limitJSON{Count: row.Count, Max: jsonNumber(row.Max), Per: row.Per, Endpoint: row.Endpoint,
+			Model: row.Model, Shadow: row.Shadow}
 		if row.Count == metricConcurrent.String() {
 			l.Per = "" // a blank row has a period, concurrent calls have none
 		}

@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/url"
 	"slices"
@@ -24,7 +25,8 @@ type projectsView struct {
 func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 	v := projectsView{Name: r.query.Get("name"), Active: r.query.Get("active"),
 		States: options("", "All", "true", "Active", "false", "Inactive")}
-	f, err := r.withQuery("limit", "100", "name", v.Name, "active", v.Active, "after", r.query.Get("after")).parseProjectFilter()
+	f, err := r.withQuery("limit", "100", "name", v.Name, "active", v.Active,
+		"after", r.query.Get("after")).parseProjectFilter()
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +36,7 @@ func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v.Projects, v.Next = page.Data, r.nextPageURL(page.Next)
 	v.NoProjects = len(page.Data) == 0 && v.Name == "" && v.Active == "" && r.query.Get("after") == ""
-	return &pageResponse{template: "projects", title: "Projects", data: v}, nil
+	return showPage("projects", "Projects", v), nil
 }
 
 // A projectPageView is the data of templates/project.html.
@@ -66,16 +68,16 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v.Charts, err = ui.projectCharts(r, p.ID)
-	return &pageResponse{template: "project", title: p.Name, data: v}, err
+	return showPage("project", p.Name, v), err
 }
 
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
 		Submit: "Create project", Cancel: "/admin/projects", Fields: []*formField{
-			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "project-name"},
-			{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: providerOptions()},
+			{Name: "name", Label: "Name", Required: true, Help: "project-name"},
+			providerField(),
 			{Name: "api_key", Label: "API key", Kind: "password", Empty: emptyOmitted, Help: "first-api-key"},
-			{Name: "base_url", Label: "Base URL", Kind: "text", Empty: emptyOmitted, Placeholder: "https://", Help: "base-url"},
+			{Name: "base_url", Label: "Base URL", Placeholder: "https://", Empty: emptyOmitted, Help: "base-url"},
 		}}}
 	return ui.submit(r, "New project", v, nil, func() (*pageResponse, error) {
 		var in projectInput
@@ -96,11 +98,14 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	projectURL := "/admin/projects/" + project.ID
-	v := &formView{Crumb: option{projectURL, project.Name}, Policy: newPolicyForm(true, project.Policy), Form: &pageForm{
+	policy := newPolicyForm(true, project.Policy)
+	v := &formView{Crumb: option{projectURL, project.Name}, Policy: policy, Form: &pageForm{
 		Submit: "Save", Cancel: projectURL, Version: project.Version, Fields: []*formField{
-			{Name: "name", Label: "Name", Kind: "text", Required: true},
-			{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Placeholder: "gpt-4o* = gpt-4o-mini", Help: "fallbacks"},
-			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox", Help: "verified-streams"},
+			{Name: "name", Label: "Name", Required: true},
+			{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Help: "fallbacks",
+				Placeholder: "gpt-4o* = gpt-4o-mini"},
+			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox",
+				Help: "verified-streams"},
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
 		}}}
 	return ui.submit(r, "Edit project", v, routingValues(&project), func() (*pageResponse, error) {
@@ -154,50 +159,53 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 	}), nil
 }
 
-// confirmProject confirms an operation on a whole project.
-func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit string, then func(*projectView) *pageResponse, run func(id string) error) (*pageResponse, error) {
-	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+// confirmProject confirms an operation on a whole project. done names the notice on the page that follows.
+func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit, done string,
+	run func(id string) error) (*pageResponse, error) {
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
 	}
-	form := &pageForm{Submit: submit, Cancel: "/admin/projects/" + project.ID}
-	return r.confirm(title+" "+project.Name+"?", &confirmView{Ask: ask, Form: form}, then(&project), func() error { return run(project.ID) })
-}
-
-func backToProject(done string) func(*projectView) *pageResponse {
-	return func(p *projectView) *pageResponse { return redirectTo("/admin/projects/"+p.ID, done) }
+	projectURL := "/admin/projects/" + p.ID
+	then := redirectTo(projectURL, done)
+	if ask == "delete-project" {
+		then = redirectTo("/admin/projects", done)
+	}
+	v := &confirmView{Ask: ask, Form: &pageForm{Submit: submit, Cancel: projectURL}}
+	return r.confirm(fmt.Sprintf(title, p.Name), v, then, func() error { return run(p.ID) })
 }
 
 func (ui *adminUI) activateProject(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Activate", "activate", "Activate", backToProject("saved"), func(id string) error {
+	return ui.confirmProject(r, "Activate %s?", "activate", "Activate", "saved", func(id string) error {
 		_, err := ui.ops.updateProject(r.ctx, r.origin, id, r.ifMatchVersion, projectInput{active: given(true)})
 		return err
 	})
 }
 
 func (ui *adminUI) deactivateProject(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Deactivate", "deactivate", "Deactivate", backToProject("saved"), func(id string) error {
+	return ui.confirmProject(r, "Deactivate %s?", "deactivate", "Deactivate", "saved", func(id string) error {
 		_, err := ui.ops.updateProject(r.ctx, r.origin, id, r.ifMatchVersion, projectInput{active: given(false)})
 		return err
 	})
 }
 
 func (ui *adminUI) deleteProjectPage(r *pageRequest) (*pageResponse, error) {
-	toList := func(*projectView) *pageResponse { return redirectTo("/admin/projects", "deleted") }
-	return ui.confirmProject(r, "Delete", "delete-project", "Delete project", toList, func(id string) error {
+	return ui.confirmProject(r, "Delete %s?", "delete-project", "Delete project", "deleted", func(id string) error {
 		return ui.ops.deleteProject(r.ctx, r.origin, id, r.ifMatchVersion)
 	})
 }
 
 func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Delete the stored content of", "erase", "Delete content", backToProject("deleted"), func(id string) error {
+	title := "Delete the stored content of %s?"
+	return ui.confirmProject(r, title, "erase", "Delete content", "deleted", func(id string) error {
 		_, err := ui.ops.eraseContent(r.ctx, r.origin, id)
 		return err
 	})
 }
 
 func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Revoke all tokens of", "revoke-all", "Revoke all tokens", backToProject("revoked"), func(id string) error {
+	title := "Revoke all tokens of %s?"
+	return ui.confirmProject(r, title, "revoke-all", "Revoke all tokens", "revoked", func(id string) error {
 		_, err := ui.ops.revokeProjectTokens(r.ctx, r.origin, id)
 		return err
 	})
@@ -208,13 +216,19 @@ func providerOptions() []option {
 		providerCompatible, "Other, OpenAI-compatible")
 }
 
+func providerField() *formField {
+	return &formField{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true,
+		Options: providerOptions()}
+}
+
 // upstreamFields returns the fields that a new upstream and a changed one share.
 func upstreamFields() []*formField {
 	return []*formField{
 		{Name: "models", Label: "Models", Kind: "lines", Placeholder: "gpt-4o*", Help: "upstream-models"},
 		{Name: "priority", Label: "Priority", Kind: "number", Required: true, Empty: emptyOmitted, Help: "priority"},
 		{Name: "weight", Label: "Weight", Kind: "number", Required: true, Empty: emptyOmitted, Help: "weight"},
-		{Name: "rewrite", Label: "Model name mapping", Kind: "pairs", Placeholder: "gpt-4o = my-deployment", Help: "rewrite"},
+		{Name: "rewrite", Label: "Model name mapping", Kind: "pairs", Help: "rewrite",
+			Placeholder: "gpt-4o = my-deployment"},
 		{Name: "requests_per_minute", Label: "Requests per minute", Kind: "number", Help: "requests-per-minute"},
 		{Name: "tokens_per_minute", Label: "Tokens per minute", Kind: "number", Help: "tokens-per-minute"},
 		{Name: "connect_ms", Label: "Connect timeout (ms)", Kind: "number", Help: "connect-timeout"},
@@ -222,9 +236,9 @@ func upstreamFields() []*formField {
 		{Name: "first_event_ms", Label: "First event timeout (ms)", Kind: "number", Help: "first-event-timeout"},
 		{Name: "idle_ms", Label: "Longest pause between events (ms)", Kind: "number", Help: "idle-timeout"},
 		{Name: "shared_with", Label: "Shared with projects", Kind: "lines", Placeholder: "proj_…", Help: "shared-with"},
-		{Name: "note", Label: "Note", Kind: "text", Help: "note"},
-		{Name: "organization", Label: "OpenAI organization", Kind: "text", Placeholder: "org-…", Help: "organization"},
-		{Name: "openai_project", Label: "OpenAI project", Kind: "text", Placeholder: "proj_…", Help: "openai-project"},
+		{Name: "note", Label: "Note", Help: "note"},
+		{Name: "organization", Label: "OpenAI organization", Placeholder: "org-…", Help: "organization"},
+		{Name: "openai_project", Label: "OpenAI project", Placeholder: "proj_…", Help: "openai-project"},
 	}
 }
 
@@ -236,12 +250,13 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	projectURL := "/admin/projects/" + project.ID
 	v := &formView{Crumb: option{projectURL, project.Name}, Form: &pageForm{Submit: "Add upstream", Cancel: projectURL,
 		Fields: append([]*formField{
-			{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "upstream-name"},
-			{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true, Options: providerOptions()},
+			{Name: "name", Label: "Name", Required: true, Help: "upstream-name"},
+			providerField(),
 			{Name: "api_key", Label: "API key", Kind: "password", Required: true, Help: "api-key"},
-			{Name: "base_url", Label: "Base URL", Kind: "text", Empty: emptyOmitted, Placeholder: "https://", Help: "base-url"},
+			{Name: "base_url", Label: "Base URL", Placeholder: "https://", Empty: emptyOmitted, Help: "base-url"},
 		}, upstreamFields()...)}}
-	return ui.submit(r, "Add an upstream", v, url.Values{"priority": {"0"}, "weight": {"1"}}, func() (*pageResponse, error) {
+	defaults := url.Values{"priority": {"0"}, "weight": {"1"}}
+	return ui.submit(r, "Add an upstream", v, defaults, func() (*pageResponse, error) {
 		var in upstreamInput
 		if err := v.decode(r, in.fields()); err != nil {
 			return nil, err
@@ -261,11 +276,12 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 		hint = "•••• " + u.KeyHint
 	}
 	projectURL := "/admin/projects/" + u.ProjectID
-	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{Submit: "Save", Cancel: projectURL, Version: u.Version,
-		Fields: append([]*formField{
-			{Name: "name", Label: "Name", Kind: "text", Required: true},
-			{Name: "api_key", Label: "New API key", Kind: "password", Empty: emptyOmitted, Placeholder: hint, Help: "new-api-key"},
-			{Name: "base_url", Label: "Base URL", Kind: "text", Required: true, Placeholder: "https://"},
+	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{
+		Submit: "Save", Cancel: projectURL, Version: u.Version, Fields: append([]*formField{
+			{Name: "name", Label: "Name", Required: true},
+			{Name: "api_key", Label: "New API key", Kind: "password", Placeholder: hint, Empty: emptyOmitted,
+				Help: "new-api-key"},
+			{Name: "base_url", Label: "Base URL", Required: true, Placeholder: "https://"},
 			{Name: "is_active", Label: "Active", Kind: "checkbox", Help: "is-active"},
 		}, upstreamFields()...)}}
 	return ui.submit(r, "Upstream "+u.Name, v, upstreamValues(&u), func() (*pageResponse, error) {
@@ -282,9 +298,10 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 func upstreamValues(u *upstreamView) url.Values {
 	values := url.Values{"name": {u.Name}, "base_url": {u.BaseURL}, "note": {u.Note}, "organization": {u.Organization},
 		"openai_project": {u.OpenAIProject}, "priority": {formatInt(u.Priority)}, "weight": {formatInt(u.Weight)},
-		"models": {jsonListToLines(u.Models)}, "shared_with": {jsonListToLines(u.SharedWith)}, "rewrite": {jsonMapToLines(u.Rewrite)}}
-	for name, n := range map[string]int64{"requests_per_minute": u.Requests, "tokens_per_minute": u.Tokens, "connect_ms": u.ConnectMS,
-		"answer_ms": u.AnswerMS, "first_event_ms": u.FirstEventMS, "idle_ms": u.IdleMS} {
+		"models": {jsonListToLines(u.Models)}, "shared_with": {jsonListToLines(u.SharedWith)},
+		"rewrite": {jsonMapToLines(u.Rewrite)}}
+	for name, n := range map[string]int64{"requests_per_minute": u.Requests, "tokens_per_minute": u.Tokens,
+		"connect_ms": u.ConnectMS, "answer_ms": u.AnswerMS, "first_event_ms": u.FirstEventMS, "idle_ms": u.IdleMS} {
 		if n != 0 { // 0 is the default
 			values.Set(name, formatInt(n))
 		}
@@ -352,7 +369,7 @@ func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
 	}
 	v := routePageView{Project: project, Model: r.query.Get("model"), API: r.query.Get("api"),
 		APIs: options("openai", "OpenAI", "anthropic", "Anthropic")}
-	page := &pageResponse{template: "route", title: "Test routing in " + project.Name, data: &v}
+	page := showPage("route", "Test routing in "+project.Name, &v)
 	if v.Model == "" {
 		return page, nil
 	}

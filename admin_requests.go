@@ -111,7 +111,7 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 		if parseRequestID(id) != 0 {
 			return &pageResponse{redirect: "/admin/requests/" + id}, nil
 		}
-		v.Problem = "A request ID looks like req_" + strings.Repeat("0", 13) + ". Every response has it in the header X-LLM-Proxy-Request-ID."
+		v.Problem = "A request ID looks like req_0000000000000. See the response header X-LLM-Proxy-Request-ID."
 	}
 	var err error
 	if v.Projects, err = ui.projectOptions(r, f.project); err != nil {
@@ -127,7 +127,7 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	if v.Problem == "" {
 		err = ui.fillRequests(r, v, f)
 	}
-	return &pageResponse{template: "requests", title: "Calls", data: v}, err
+	return showPage("requests", "Calls", v), err
 }
 
 func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
@@ -185,7 +185,7 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v := &requestPageView{requestListItem: newRequestListItem(&row), Bar: durationBar(&row)}
 	v.ContentUntil, err = ui.contentUntil(r, id)
-	return &pageResponse{template: "request", title: cmp.Or(v.Model, "Call") + " · " + v.ID, data: v}, err
+	return showPage("request", cmp.Or(v.Model, "Call")+" · "+v.ID, v), err
 }
 
 // durationBar splits the time of a call.
@@ -228,13 +228,14 @@ func (ui *adminUI) contentPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := &contentPageView{contentView: *content}
-	for _, part := range []contentPart{{Name: "Request", bodyView: content.Request}, {Name: "Response", bodyView: content.Answer}} {
+	parts := []contentPart{{Name: "Request", bodyView: content.Request}, {Name: "Response", bodyView: content.Answer}}
+	for _, part := range parts {
 		if part.Text != nil {
 			part.Pretty = indentJSON(*part.Text)
 		}
 		v.Parts = append(v.Parts, part)
 	}
-	return &pageResponse{template: "content", title: "Content · " + v.ID, data: v}, nil
+	return showPage("content", "Content · "+v.ID, v), nil
 }
 
 // indentJSON indents JSON, and returns any other text unchanged.
@@ -346,7 +347,8 @@ type exportWriter struct {
 
 func newExportWriter(w http.ResponseWriter, format, name string, now time.Time) *exportWriter {
 	h := w.Header()
-	h.Set("Content-Disposition", `attachment; filename="llm-proxy-`+name+`-`+now.UTC().Format("20060102-150405")+`.`+format+`"`)
+	file := "llm-proxy-" + name + "-" + now.UTC().Format("20060102-150405") + "." + format
+	h.Set("Content-Disposition", `attachment; filename="`+file+`"`)
 	h.Set("Content-Type", "application/x-ndjson")
 	e := &exportWriter{ctrl: http.NewResponseController(w), buf: bufio.NewWriterSize(w, 64<<10)}
 	if format == "csv" {
@@ -430,8 +432,8 @@ func (e *exportWriter) writeRequest(v *requestView) {
 }
 
 func (e *exportWriter) writeRequestHeader() {
-	e.writeRow("id", "started_at", "project_id", "project_name", "token_id", "token_name", "upstream_id", "upstream_name",
-		"endpoint", "model", "stream", "address", "status", "outcome",
+	e.writeRow("id", "started_at", "project_id", "project_name", "token_id", "token_name",
+		"upstream_id", "upstream_name", "endpoint", "model", "stream", "address", "status", "outcome",
 		"error_code", "usage_source", "input_tokens", "cached_tokens",
 		"cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
 		"first_byte_ms", "total_ms", "attempts", "limit_hit")

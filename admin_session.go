@@ -116,7 +116,7 @@ func (ui *adminUI) signInPage(r *pageRequest) (*pageResponse, error) {
 		return &pageResponse{redirect: next}, nil
 	}
 	v := signInView{Next: next, Unencrypted: r.isUnencrypted()}
-	return &pageResponse{template: "sign-in", title: "Sign in", data: v}, nil
+	return showPage("sign-in", "Sign in", v), nil
 }
 
 func (r *pageRequest) isUnencrypted() bool { return !r.secure && !isLoopbackHost(r.http.Host) }
@@ -159,9 +159,11 @@ func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 func localPath(next string) string {
 	const home = "/admin/"
 	u, err := url.Parse(next)
-	if err != nil || u.Scheme != "" || u.Host != "" || u.User != nil || u.Opaque != "" || !strings.HasPrefix(u.Path, home) ||
-		path.Clean(u.Path) != strings.TrimSuffix(u.Path, "/") || strings.ContainsFunc(next, func(c rune) bool { return c <= ' ' || c > '~' || c == '\\' }) ||
-		strings.HasPrefix(u.Path, "/admin/sign-") {
+	isUnsafe := func(c rune) bool { return c <= ' ' || c > '~' || c == '\\' }
+	switch {
+	case err != nil, u.Scheme != "", u.Host != "", u.User != nil, u.Opaque != "", strings.ContainsFunc(next, isUnsafe),
+		!strings.HasPrefix(u.Path, home), path.Clean(u.Path) != strings.TrimSuffix(u.Path, "/"),
+		strings.HasPrefix(u.Path, "/admin/sign-"):
 		return home
 	}
 	return (&url.URL{Path: u.Path, RawQuery: u.RawQuery}).String()
@@ -197,7 +199,8 @@ type sessionView struct {
 }
 
 func (ui *adminUI) accountPage(r *pageRequest) (*pageResponse, error) {
-	rows, err := ui.store.sessionsByKey(r.ctx, r.actor.id, r.now.UnixMilli(), r.now.Add(-sessionIdleTimeout).UnixMilli())
+	usedSince := r.now.Add(-sessionIdleTimeout).UnixMilli()
+	rows, err := ui.store.sessionsByKey(r.ctx, r.actor.id, r.now.UnixMilli(), usedSince)
 	if err != nil {
 		return nil, err
 	}
@@ -205,8 +208,9 @@ func (ui *adminUI) accountPage(r *pageRequest) (*pageResponse, error) {
 		IdleMinutes: int(sessionIdleTimeout.Minutes()), MaxHours: int(maxSessionAge.Hours())}
 	for i := range rows {
 		row := &rows[i]
-		v.Sessions = append(v.Sessions, sessionView{Address: row.address, CreatedAt: timestamp(row.createdAt), SeenAt: timestamp(row.seenAt),
-			EndsAt: timestamp(row.createdAt + maxSessionAge.Milliseconds()), IsThis: bytes.Equal(row.hash, r.session.hash)})
+		v.Sessions = append(v.Sessions, sessionView{Address: row.address, IsThis: bytes.Equal(row.hash, r.session.hash),
+			CreatedAt: timestamp(row.createdAt), SeenAt: timestamp(row.seenAt),
+			EndsAt: timestamp(row.createdAt + maxSessionAge.Milliseconds())})
 	}
-	return &pageResponse{template: "account", title: "Your access", data: v}, nil
+	return showPage("account", "Your access", v), nil
 }

@@ -33,7 +33,7 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 			v.Found = new(newPriceView(&p))
 		}
 	}
-	return &pageResponse{template: "prices", title: "Prices", data: v}, err
+	return showPage("prices", "Prices", v), err
 }
 
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
@@ -42,7 +42,7 @@ func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 	}
 	v := &formView{Crumb: option{"/admin/prices", "Prices"}, Intro: "price", Form: &pageForm{
 		Submit: "Set price", Cancel: "/admin/prices", Fields: []*formField{
-			{Name: "match", Label: "Model", Kind: "text", Required: true, Placeholder: "gpt-4o-mini or my-model-*",
+			{Name: "match", Label: "Model", Required: true, Placeholder: "gpt-4o-mini or my-model-*",
 				Help: "match"},
 			amount("input", "Input", ""), amount("output", "Output", ""),
 			amount("cached_input", "Cached input", "as-input"),
@@ -82,7 +82,7 @@ func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
 	}
 	page := ui.ops.listStreams(f, r.now)
 	v := streamsView{Calls: page.Data, Next: r.nextPageURL(page.Next), Now: timestamp(r.now.UnixMilli())}
-	return &pageResponse{template: "streams", title: "Running calls", data: v}, nil
+	return showPage("streams", "Running calls", v), nil
 }
 
 func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
@@ -90,7 +90,8 @@ func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
 	if ui.running.find(parseRequestID(id)) == nil {
 		return nil, errNotFound
 	}
-	v := &confirmView{Ask: "end-call", Items: []string{id}, Form: &pageForm{Submit: "End call", Cancel: "/admin/streams"}}
+	form := &pageForm{Submit: "End call", Cancel: "/admin/streams"}
+	v := &confirmView{Ask: "end-call", Items: []string{id}, Form: form}
 	return r.confirm("End this call?", v, redirectTo("/admin/streams", "ended-call"), func() error {
 		return ui.ops.abortStream(r.ctx, r.origin, id)
 	})
@@ -113,9 +114,10 @@ type auditLine struct {
 
 func (ui *adminUI) auditPage(r *pageRequest) (*pageResponse, error) {
 	value := func(name string) string { return strings.TrimSpace(r.query.Get(name)) }
-	v := auditPageView{Actor: value("actor"), Action: value("action"), Object: value("object"), From: value("from"), To: value("to")}
-	f, err := r.withQuery("limit", "100", "after", r.query.Get("after"), "actor", v.Actor, "action", v.Action, "object", v.Object,
-		"from", formTimeToRFC3339(v.From), "to", formTimeToRFC3339(v.To)).parseAuditFilter()
+	v := auditPageView{Actor: value("actor"), Action: value("action"), Object: value("object"),
+		From: value("from"), To: value("to")}
+	f, err := r.withQuery("limit", "100", "after", value("after"), "actor", v.Actor, "action", v.Action,
+		"object", v.Object, "from", formTimeToRFC3339(v.From), "to", formTimeToRFC3339(v.To)).parseAuditFilter()
 	if err != nil {
 		return nil, err
 	}
@@ -128,17 +130,17 @@ func (ui *adminUI) auditPage(r *pageRequest) (*pageResponse, error) {
 	for _, e := range page.Data {
 		v.Entries = append(v.Entries, auditLine{e, objectURL(e.Object), auditChanges(e.Detail)})
 	}
-	return &pageResponse{template: "audit", title: "Audit trail", data: v}, nil
+	return showPage("audit", "Audit trail", v), nil
 }
 
 // objectURL returns the page of the object with an id, "" if it has none.
 func objectURL(id string) string {
-	for prefix, path := range map[string]string{"proj_": "/admin/projects/", "tok_": "/admin/tokens/", "req_": "/admin/requests/"} {
-		if strings.HasPrefix(id, prefix) {
-			return path + url.PathEscape(id)
-		}
+	kind, _, _ := strings.Cut(id, "_")
+	lists := map[string]string{"proj": "/admin/projects/", "tok": "/admin/tokens/", "req": "/admin/requests/"}
+	if lists[kind] == "" {
+		return ""
 	}
-	return ""
+	return lists[kind] + url.PathEscape(id)
 }
 
 // auditChanges describes the details of an entry, in their order. A pair of values is before and after.
@@ -201,8 +203,9 @@ func (ui *adminUI) auditCheckPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := auditCheckView{Head: check.lastHead.String(), Entries: check.lastHead.seq, Problems: check.problems, More: int64(check.omittedProblems)}
-	return &pageResponse{template: "audit-check", title: "Verification of the audit trail", data: v}, nil
+	v := auditCheckView{Head: check.lastHead.String(), Entries: check.lastHead.seq,
+		Problems: check.problems, More: int64(check.omittedProblems)}
+	return showPage("audit-check", "Verification of the audit trail", v), nil
 }
 
 // A settingsView is the data of templates/settings.html.
@@ -219,13 +222,15 @@ type settingsView struct {
 
 func (ui *adminUI) settingsPage(r *pageRequest) (*pageResponse, error) {
 	v := settingsView{Settings: ui.cfg.settings, Version: versionText(), Started: timestamp(ui.started.UnixMilli()),
-		DatabaseFile: ui.cfg.databaseFile, KeyID: ui.keyID, LedgerOK: ui.ledger.healthy(), Calls: len(ui.running.admittedCalls(r.now))}
+		DatabaseFile: ui.cfg.databaseFile, KeyID: ui.keyID, LedgerOK: ui.ledger.healthy(),
+		Calls: len(ui.running.admittedCalls(r.now))}
 	if use, err := ui.diskUse(r.ctx); err == nil {
-		v.DiskKnown, v.File, v.Log, v.Reusable, v.Free = true, use.databaseSize, use.walSize, use.reusable, use.available
+		v.DiskKnown, v.Free = true, use.available
+		v.File, v.Log, v.Reusable = use.databaseSize, use.walSize, use.reusable
 	}
 	var err error
 	v.Schema, _, err = ui.store.schemaVersion(r.ctx)
-	return &pageResponse{template: "settings", title: "Settings", data: v}, err
+	return showPage("settings", "Settings", v), err
 }
 
 // A keysView is the data of templates/keys.html.
@@ -251,7 +256,7 @@ func (ui *adminUI) keysPage(r *pageRequest) (*pageResponse, error) {
 	for _, k := range page.Data {
 		v.Keys = append(v.Keys, keyListItem{k, newKeyStateView(&k, r.now), k.ID == r.actor.id})
 	}
-	return &pageResponse{template: "keys", title: "Management keys", data: v}, err
+	return showPage("keys", "Management keys", v), err
 }
 
 func newKeyStateView(k *keyView, now time.Time) stateView {
@@ -268,7 +273,7 @@ func newKeyStateView(k *keyView, now time.Time) stateView {
 
 func keyFields() []*formField {
 	return []*formField{
-		{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "key-name"},
+		{Name: "name", Label: "Name", Required: true, Help: "key-name"},
 		{Name: "role", Label: "Role", Kind: "select", Required: true, Options: options(
 			string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
 			string(roleOperator), "Operator: can also create, change and revoke tokens",
@@ -280,7 +285,8 @@ func keyFields() []*formField {
 func (ui *adminUI) newKeyPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
 		Form: &pageForm{Submit: "Create key", Cancel: "/admin/keys", Creates: "key", Fields: keyFields()}}
-	return ui.submit(r, "New management key", v, url.Values{"role": {string(roleViewer)}}, func() (*pageResponse, error) {
+	defaults := url.Values{"role": {string(roleViewer)}}
+	return ui.submit(r, "New management key", v, defaults, func() (*pageResponse, error) {
 		var in keyInput
 		if err := v.decode(r, in.fields()); err != nil {
 			return nil, err
@@ -289,7 +295,7 @@ func (ui *adminUI) newKeyPage(r *pageRequest) (*pageResponse, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &pageResponse{template: "key-once", title: "Management key created", data: newKeyValueView(&k, value, r.now)}, nil
+		return showPage("key-once", "Management key created", newKeyValueView(&k, value, r.now)), nil
 	})
 }
 

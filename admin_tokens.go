@@ -20,7 +20,6 @@ const (
 	maxTokensScanned  = 5000 // for one page
 	expiringSoon      = 7 * 24 * time.Hour
 	maxProjectOptions = 2000
-	maxRevokedAtOnce  = 500
 )
 
 func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
@@ -34,15 +33,18 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	fields := []*formField{
 		{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
-		{Name: "name", Label: "Name", Kind: "text", Required: true, Help: "token-name"},
+		{Name: "name", Label: "Name", Required: true, Help: "token-name"},
 		{Name: "lifetime", Label: "Expires", Kind: "select", Required: true, Short: true,
-			Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days", "720", "In 30 days",
-				"2160", "In 90 days", "8760", "In 1 year", "never", "Never expires", "", "On a date")},
+			Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days",
+				"720", "In 30 days", "2160", "In 90 days", "8760", "In 1 year", "never", "Never expires",
+				"", "On a date")},
 		{Name: "expires_at", Label: "Expiry date (UTC)", Kind: "datetime-local", Help: "expiry-date"},
 	}
-	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil), Form: &pageForm{
-		Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: append(fields, tokenLimitFields()...)}}
-	return ui.submit(r, "New token", v, url.Values{"project_id": {projectID}, "lifetime": {"720"}}, func() (*pageResponse, error) {
+	fields = append(fields, tokenLimitFields()...)
+	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil),
+		Form: &pageForm{Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: fields}}
+	defaults := url.Values{"project_id": {projectID}, "lifetime": {"720"}}
+	return ui.submit(r, "New token", v, defaults, func() (*pageResponse, error) {
 		var in tokenInput
 		if err := v.decode(r, in.fields()); err != nil {
 			return nil, err
@@ -70,7 +72,8 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 func tokenLimitFields() []*formField {
 	return []*formField{
 		{Name: "max_requests", Label: "Maximum calls", Kind: "number", Empty: emptyNull, Help: "max-requests"},
-		{Name: "idle_expiry_minutes", Label: "Expires when idle (minutes)", Kind: "number", Empty: emptyNull, Help: "idle-expiry"},
+		{Name: "idle_expiry_minutes", Label: "Expires when idle (minutes)", Kind: "number", Empty: emptyNull,
+			Help: "idle-expiry"},
 	}
 }
 
@@ -89,7 +92,7 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 		}
 	}
 	tokenURL := "/admin/tokens/" + t.ID
-	fields := []*formField{{Name: "name", Label: "Name", Kind: "text", Required: true}, expiryField()}
+	fields := []*formField{{Name: "name", Label: "Name", Required: true}, expiryField()}
 	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
 		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: append(fields, tokenLimitFields()...)}}
 	return ui.submit(r, "Edit token", v, stored, func() (*pageResponse, error) {
@@ -103,7 +106,8 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 }
 
 func expiryField() *formField {
-	return &formField{Name: "expires_at", Label: "Expires (UTC)", Kind: "datetime-local", Empty: emptyNull, Help: "expiry"}
+	return &formField{Name: "expires_at", Label: "Expires (UTC)", Kind: "datetime-local", Empty: emptyNull,
+		Help: "expiry"}
 }
 
 func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
@@ -114,8 +118,9 @@ func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
 	tokenURL := "/admin/tokens/" + t.ID
 	v := &formView{Crumb: option{tokenURL, t.Name}, Intro: "rotate", Form: &pageForm{
 		Submit: "Rotate", Cancel: tokenURL, Creates: "value", Version: t.Version, Fields: []*formField{
-			{Name: "overlap_minutes", Label: "Keep the old value valid for", Kind: "select", Required: true, Short: true,
-				Options: options("0", "Revoke it now (leaked)", "60", "1 hour", "1440", "1 day", "10080", "7 days", "43200", "30 days")}}}}
+			{Name: "overlap_minutes", Label: "Keep the old value valid for", Kind: "select", Required: true,
+				Short: true, Options: options("0", "Revoke it now (leaked)", "60", "1 hour", "1440", "1 day",
+					"10080", "7 days", "43200", "30 days")}}}}
 	return ui.submit(r, "Rotate "+t.Name, v, url.Values{"overlap_minutes": {"60"}}, func() (*pageResponse, error) {
 		var in rotateInput
 		if err := v.decode(r, in.fields()); err != nil {
@@ -148,8 +153,8 @@ func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 	switch {
 	case len(ids) == 0:
 		return redirectTo("/admin/tokens", "none-selected"), nil
-	case len(ids) > maxRevokedAtOnce:
-		return nil, badRequest("invalid_value", "id", fmt.Sprintf("At most %d tokens can be revoked at once.", maxRevokedAtOnce))
+	case len(ids) > 500:
+		return nil, badRequest("invalid_value", "id", "At most 500 tokens can be revoked at once.")
 	}
 	form := &pageForm{Action: "/admin/tokens/revoke", Submit: "Revoke " + pluralize(int64(len(ids)), "token", "tokens"),
 		Cancel: "/admin/tokens", Danger: true, Hidden: []labeledValue{{"sure", "yes"}}}
@@ -164,7 +169,7 @@ func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 	}
 	if r.form.Get("sure") != "yes" {
 		v := &confirmView{Ask: "revoke-tokens", Items: names, Form: form}
-		return &pageResponse{template: "confirm", title: "Revoke these tokens?", data: v}, nil
+		return showPage("confirm", "Revoke these tokens?", v), nil
 	}
 	for _, id := range ids {
 		if _, err := ui.ops.revokeToken(r.ctx, r.origin, id, 0); err != nil {
@@ -183,7 +188,7 @@ type tokenValueView struct {
 
 // tokenValuePage shows a token's value, and how to use it.
 func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t *tokenRow, value secret) (*pageResponse, error) {
-	v := tokenValueView{tokenView: ui.ops.newTokenValueView(t, value, r.now), Base: ui.publicBase(r), Model: "gpt-4o-mini"}
+	v := tokenValueView{tokenView: ui.ops.newTokenValueView(t, value, r.now), Base: ui.publicBase(r)}
 	p, err := ui.store.projectByID(r.ctx, t.projectID)
 	if err != nil {
 		return nil, err
@@ -192,9 +197,9 @@ func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t *tokenRow, val
 	if err != nil {
 		return nil, err
 	}
-	if len(upstreams) > 0 && !slices.ContainsFunc(upstreams, func(u upstreamRow) bool { return u.provider != providerAnthropic }) {
-		v.Anthropic, v.Model = true, "claude-haiku-4-5"
-	}
+	isOther := func(u upstreamRow) bool { return u.provider != providerAnthropic }
+	v.Anthropic = len(upstreams) > 0 && !slices.ContainsFunc(upstreams, isOther)
+	v.Model = map[bool]string{false: "gpt-4o-mini", true: "claude-haiku-4-5"}[v.Anthropic]
 	for _, stored := range []string{p.policy, t.policy} {
 		if parsed, err := parsePolicy([]byte(stored), true); err == nil {
 			if i := slices.IndexFunc(parsed.Models, isShellSafe); i >= 0 {
@@ -202,7 +207,7 @@ func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t *tokenRow, val
 			}
 		}
 	}
-	return &pageResponse{template: "token-once", title: title, data: v}, nil
+	return showPage("token-once", title, v), nil
 }
 
 // isShellSafe reports whether a model's name can be pasted into a shell and into source code unquoted.
@@ -237,7 +242,8 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits), Allowed: newPolicyView(t.Policy)}
+	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits),
+		Allowed: newPolicyView(t.Policy)}
 	if v.ProjectName, err = ui.projectName(r, t.ProjectID); err != nil {
 		return nil, err
 	}
@@ -249,7 +255,7 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	calls, err := ui.ops.listRequests(r.ctx, requestFilter{token: t.ID, before: math.MaxInt64, limit: 10})
 	v.Calls = calls.Data
-	return &pageResponse{template: "token", title: t.Name, data: v}, err
+	return showPage("token", t.Name, v), err
 }
 
 // projectName returns a project's name, or a text if the project was deleted.
@@ -299,6 +305,7 @@ type barView struct {
 func newBarViews(limits []limitView) (bars []barView) {
 	for _, l := range limits {
 		isMoney := l.Count == metricDollars.String()
+		quantity := func(raw json.RawMessage) string { return formatQuantity(string(raw), isMoney) }
 		what, period := l.Count, "per "+l.Per
 		switch {
 		case l.Count == metricConcurrent.String():
@@ -307,7 +314,7 @@ func newBarViews(limits []limitView) (bars []barView) {
 			period = "in total"
 		}
 		b := newBarView(quantityMicros(l.Used), quantityMicros(l.Max))
-		b.Used, b.Max, b.Left = formatQuantity(string(l.Used), isMoney), formatQuantity(string(l.Max), isMoney), formatQuantity(string(l.Left), isMoney)
+		b.Used, b.Max, b.Left = quantity(l.Used), quantity(l.Max), quantity(l.Left)
 		b.Shadow, b.ResetsAt, b.WouldRefuse = l.Shadow, l.ResetsAt, l.WouldRefuse
 		if b.Text = strings.TrimSpace(capitalize(what) + " " + period); l.Endpoint != "" {
 			b.Text += " on " + l.Endpoint
@@ -367,16 +374,19 @@ type tokenLine struct {
 }
 
 func tokenStates() []option {
-	return options("", "All", "active", "Active", "expiring", "Expiring within 7 days", "expired", "Expired", "revoked", "Revoked", "unused", "Never used")
+	return options("", "All", "active", "Active", "expiring", "Expiring within 7 days", "expired", "Expired",
+		"revoked", "Revoked", "unused", "Never used")
 }
 
 func tokenOrders() []option {
-	return options("", "Newest first", "oldest", "Oldest first", "name", "Name", "ends", "Expiry, soonest first (without revoked)")
+	return options("", "Newest first", "oldest", "Oldest first", "name", "Name",
+		"ends", "Expiry, soonest first (without revoked)")
 }
 
 func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
-	v := &tokensView{Project: r.query.Get("project_id"), Name: strings.TrimSpace(r.query.Get("name")), State: r.query.Get("state"),
-		Order: r.query.Get("order"), States: tokenStates(), Orders: tokenOrders(), LaterPage: r.query.Get("after") != ""}
+	v := &tokensView{Project: r.query.Get("project_id"), Name: strings.TrimSpace(r.query.Get("name")),
+		State: r.query.Get("state"), States: tokenStates(), Order: r.query.Get("order"), Orders: tokenOrders(),
+		LaterPage: r.query.Get("after") != ""}
 	if strings.HasPrefix(v.Name, "tok_") {
 		if t, err := ui.store.tokenByID(r.ctx, v.Name); err == nil {
 			return &pageResponse{redirect: "/admin/tokens/" + t.id}, nil
@@ -415,7 +425,7 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 		v.Next, v.Partial = r.nextPageURL(cursor), len(v.Tokens) < tokensPerPage
 	}
 	v.NoTokens = scanned == 0 && !v.LaterPage && v.Project == "" && v.Name == "" && v.State == ""
-	return &pageResponse{template: "tokens", title: "Tokens", data: v}, ui.nameProjects(r, v.Tokens)
+	return showPage("tokens", "Tokens", v), ui.nameProjects(r, v.Tokens)
 }
 
 // listQuery chooses the index that the list follows. Filters override the order where no index has both.
@@ -432,7 +442,8 @@ func (v *tokensView) listQuery(r *pageRequest) (tokenListQuery, error) {
 		return tokenListQuery{}, badRequest("invalid_value", "name", "A name has at most 100 bytes.")
 	}
 	now := r.now.UnixMilli()
-	q := tokenListQuery{order: cmp.Or(v.Order, "newest"), project: v.Project, prefix: v.Name, to: neverExpires, limit: maxTokensScanned}
+	q := tokenListQuery{order: cmp.Or(v.Order, "newest"), project: v.Project, prefix: v.Name, to: neverExpires,
+		limit: maxTokensScanned}
 	if v.Name != "" {
 		q.order = "name"
 	}
@@ -529,7 +540,9 @@ func (ui *adminUI) projectOptions(r *pageRequest, selected string) ([]option, er
 		}
 		list = append(list, option{selected, cmp.Or(p.name, selected)})
 	}
-	slices.SortStableFunc(list, func(a, b option) int { return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label)) })
+	slices.SortStableFunc(list, func(a, b option) int {
+		return cmp.Compare(strings.ToLower(a.Label), strings.ToLower(b.Label))
+	})
 	return slices.Insert(list, 0, option{"", "All projects"}), nil
 }
 

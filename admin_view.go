@@ -164,8 +164,8 @@ func newTimeView(v any) (*timeView, error) {
 	default:
 		return nil, fmt.Errorf("%T is not a time", v)
 	}
-	return &timeView{ISO: at.Format(time.RFC3339), Text: at.Format("2006-01-02 15:04"), Exact: at.Format("2006-01-02 15:04:05"),
-		Date: at.Format("2006-01-02"), Clock: at.Format("15:04:05"), Relative: relativeTime(time.Until(at))}, nil
+	return &timeView{ISO: at.Format(time.RFC3339), Text: at.Format("2006-01-02 15:04"), Date: at.Format(time.DateOnly),
+		Exact: at.Format(time.DateTime), Clock: at.Format(time.TimeOnly), Relative: relativeTime(time.Until(at))}, nil
 }
 
 // relativeTime returns a duration from now as text, such as "in 3 days" or "3 days ago".

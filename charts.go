@@ -226,8 +226,8 @@ func (c *timeChart) column(i int, top float64) chartColumn {
 			continue
 		}
 		height := plotHeight * v / top
-		col.Bars = append(col.Bars, chartBar{Class: s.Class, X: coordinate(x + width*0.1), Width: coordinate(width * 0.8),
-			Y: coordinate(max(0, plotHeight-below-height)), Height: coordinate(height)})
+		col.Bars = append(col.Bars, chartBar{Class: s.Class, X: coordinate(x + width*0.1),
+			Width: coordinate(width * 0.8), Y: coordinate(max(0, plotHeight-below-height)), Height: coordinate(height)})
 		below += height
 	}
 	return col
@@ -268,8 +268,8 @@ func (c *timeChart) timeLabels() (labels []timeLabel) {
 	every, format := int64(max(1, (c.steps+5)/6))*c.stepMS, "2 Jan"
 	first := c.start
 	if c.stepMS < dayMS {
-		for _, every = range []int64{hourMS, 2 * hourMS, 3 * hourMS, 4 * hourMS, 6 * hourMS, 12 * hourMS, dayMS, 2 * dayMS, 7 * dayMS} {
-			if every >= c.stepMS && int64(c.steps)*c.stepMS <= 7*every {
+		for _, hours := range []int64{1, 2, 3, 4, 6, 12, 24, 2 * 24, 7 * 24} {
+			if every = hours * hourMS; every >= c.stepMS && int64(c.steps)*c.stepMS <= 7*every {
 				break
 			}
 		}
@@ -371,11 +371,13 @@ func newChartView(id, title string, c *timeChart) chartView {
 
 // charts returns the charts of the dashboard.
 func (d *dashData) charts(q *dashQuery) []chartView {
+	firstByte := func(h *hourSum) *latencyHistogram { return &h.firstByteLatency }
+	totalTime := func(h *hourSum) *latencyHistogram { return &h.totalLatency }
 	return []chartView{
 		d.usageChart(q, "usage"),
 		d.errorChart(q),
-		d.latencyChart(q, "first", "Time to first byte", func(h *hourSum) *latencyHistogram { return &h.firstByteLatency }),
-		d.latencyChart(q, "total", "Total time", func(h *hourSum) *latencyHistogram { return &h.totalLatency }),
+		d.latencyChart(q, "first", "Time to first byte", firstByte),
+		d.latencyChart(q, "total", "Total time", totalTime),
 	}
 }
 
@@ -488,12 +490,14 @@ func (d *dashData) modelSeries(q *dashQuery) (all []usageSeries) {
 		if !ok {
 			i = len(all)
 			index[v.model] = i
-			all = append(all, usageSeries{id: v.model, name: modelLabel(v.model), values: make([]usageTotals, q.steps())})
+			series := usageSeries{id: v.model, name: modelLabel(v.model), values: make([]usageTotals, q.steps())}
+			all = append(all, series)
 		}
 		all[i].add(q.index(v.at), v.totals())
 	}
 	slices.SortStableFunc(all, func(a, b usageSeries) int {
-		return cmp.Or(cmp.Compare(q.valueOf(b.total), q.valueOf(a.total)), cmp.Compare(b.total.calls, a.total.calls), cmp.Compare(a.name, b.name))
+		return cmp.Or(cmp.Compare(q.valueOf(b.total), q.valueOf(a.total)), cmp.Compare(b.total.calls, a.total.calls),
+			cmp.Compare(a.name, b.name))
 	})
 	return all
 }
