@@ -171,7 +171,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{runningCall: runningCall{
 		ticks: &p.running.ticks, start: time.Now(), controller: http.NewResponseController(w)}}
-	c.attempts.s, c.attempts.c = p, c
+	c.attempts.p, c.attempts.c = p, c
 	c.id = p.ids.next(c.start)
 	c.address = p.addresses.clientAddress(r)
 	c.trace, _ = parseTraceparent(r.Header["Traceparent"])

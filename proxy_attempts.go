@@ -1,7 +1,6 @@
-// This room makes a call's attempts: it stands where ReverseProxy expects its
-// transport, and tries upstreams in turn until one has answered. Nothing has
-// reached the client while RoundTrip has not returned, and nothing is tried any
-// more once it has. It never reads what the client wrote.
+// This file makes a call's attempts. It stands where ReverseProxy expects its transport and tries upstreams in
+// turn until one has answered. Nothing reaches the client before RoundTrip has returned, and nothing is sent
+// again after that. It never reads what the client wrote.
 package main
 
 import (
@@ -21,164 +20,478 @@ import (
 
 const (
 	maxAttempts        = 5
-	defaultRetryWindow = time.Minute     // after its begin a call is not sent again
-	maxRetryAfterMS    = 2_000           // milliseconds of a Retry-After that are waited for where no other key is left
-	unaryTimeout       = 2 * time.Minute // for an answer in one piece, where another upstream is left and this one has no answer_ms
+	defaultRetryWindow = time.Minute     // a call is not sent again later than this after its start
+	maxRetryAfterMS    = 2_000           // the longest Retry-After that is waited for if no other upstream is left
+	unaryTimeout       = 2 * time.Minute // for answers in one piece, without answer_ms, if another upstream is left
 )
 
-// attempts are a call's attempts, and its transport. It belongs to the goroutine of the call.
+// attempts makes the attempts of one call and is its transport. It belongs to the goroutine of the call.
 type attempts struct {
-	s *proxy
+	p *proxy
 	c *call
 
-	fallbackModel  string    // that stands in for the client's; "" while none does
-	current        *upstream // where the last attempt went
-	startedAt      int64     // and when
-	cancel         context.CancelCauseFunc
-	tried          []*upstream   // those that are left behind
-	log            []attemptLine // why
-	retriedSameKey bool          // a key has had its second attempt
+	current        attempt       // its upstream is nil while no attempt is under way
+	fallbackModel  string        // replaces the client's model; "" while none does
+	tried          []*upstream   // the upstreams that the call has left
+	log            []attemptLine // the attempts that have ended, and why
+	retriedSameKey bool          // one key has had its second attempt
 	savedResponse  *savedResponse
-	merged         *mergedModels // a list of models that is put together
+	merged         *mergedModels // not nil: the call merges lists of models
 }
 
 // An attemptLine is one line of a call's attempt log, as stored and shown.
 type attemptLine struct {
 	Upstream string `json:"upstream_id"`
-	Model    string `json:"model"`            // that was asked for there
+	Model    string `json:"model"`            // as sent to this upstream
 	Status   int    `json:"status,omitempty"` // of the provider's answer
 	Error    string `json:"error,omitempty"`  // what was wrong, in our words
 	MS       int64  `json:"ms"`
 }
 
-// A savedResponse is a provider's error that is whole in memory. The client gets it
-// if what comes after is worse.
+// A savedResponse is a provider's error, complete in memory. The client gets it if later attempts end worse.
 type savedResponse struct {
 	res      *http.Response
 	upstream *upstream
 }
 
-// RoundTrip makes attempts until one is good enough for the client, or no other
-// is left.
+// RoundTrip makes attempts until one is good enough for the client or none is left.
 func (t *attempts) RoundTrip(req *http.Request) (*http.Response, error) {
 	if list := t.modelSources(); list != nil {
 		return t.mergeModels(req, list)
 	}
 	for {
 		res, err := t.attempt(req)
-		v := t.classify(res, err)
-		if v.final || !t.nextAttempt(&v, res) {
+		decision := t.classify(res, err)
+		if !t.retry(&decision, res) {
 			return t.bestResponse(res, err)
 		}
 	}
 }
 
-// attempt makes one attempt, and counts it.
+// attempt makes one attempt at the call's upstream and counts it. The attempt is then current until it ends.
 func (t *attempts) attempt(req *http.Request) (*http.Response, error) {
-	res, err := t.roundTrip(req)
+	a := t.newAttempt()
+	res, err := a.roundTrip(req)
 	if err != nil {
-		t.s.metrics.countAttempt(t.current, resultOfError(upstreamFailure(t.c, err)))
+		t.p.metrics.countAttempt(a.upstream, resultOfError(upstreamFailure(t.c, err)))
 		return nil, err
 	}
-	t.s.metrics.countAttempt(t.current, resultOfStatus(res.StatusCode))
+	t.p.metrics.countAttempt(a.upstream, resultOfStatus(res.StatusCode))
 	return res, nil
 }
 
-// roundTrip makes one attempt, at the call's upstream. Where another is left, or its
-// settings say so, it is not waited for for ever: an answer must begin, and a
-// stream must bring its first event.
-func (t *attempts) roundTrip(req *http.Request) (*http.Response, error) {
-	c := t.c
-	t.current, t.startedAt = c.upstream, c.times.sentAt.UnixMilli()
+// An attempt is one request to one upstream, from newAttempt to end. It has its own time limit, and counts as
+// a running call of the upstream.
+type attempt struct {
+	t         *attempts
+	upstream  *upstream
+	model     string // the model's name as this upstream gets it
+	startedAt int64  // unix milliseconds
+	timeout   time.Duration
+	timer     *time.Timer // ends the attempt while its answer has not begun; nil: only the watchdog does
+	cancel    context.CancelCauseFunc
+}
+
+// newAttempt begins an attempt at the call's upstream and makes it current. The one before has ended.
+func (t *attempts) newAttempt() *attempt {
+	c, u, startedAt := t.c, t.c.upstream, t.c.times.sentAt
 	if c.attemptCount > 0 {
-		t.startedAt = time.Now().UnixMilli()
+		startedAt = time.Now()
 	}
 	c.attemptCount++
-	t.current.health.running.Add(1)
-	t.current.retryBudget.earn()
+	u.health.running.Add(1)
+	u.retryBudget.earn()
 	c.setPhase(phaseProvider)
-	out, err := t.buildRequest(req)
+	model := u.mapModel(cmp.Or(t.fallbackModel, c.fields.model))
+	t.current = attempt{t: t, upstream: u, model: model, startedAt: startedAt.UnixMilli()}
+	return &t.current
+}
+
+// An attemptEnd says how an attempt has ended.
+type attemptEnd struct {
+	status   int    // of the provider's answer; 0: none
+	reason   string // what was wrong, in our words
+	recorded bool   // classify has recorded what the attempt shows about the key
+	complete bool   // its answer is good and complete
+	cut      bool   // its answer broke off or stood still
+}
+
+// end is the one exit of an attempt: it frees the upstream, releases the context, records what the end shows
+// about the key's health, and returns the line for the attempt log.
+func (a *attempt) end(now int64, e attemptEnd) attemptLine {
+	if a.cancel != nil {
+		a.cancel(nil)
+	}
+	h := a.upstream.health
+	h.running.Add(-1)
+	switch {
+	case e.recorded: // and with it, a probe has ended
+	case e.complete:
+		h.recordSuccess(now, a.startedAt, true)
+	case e.cut:
+		h.recordFailure(now, a.startedAt, false, "the provider's answer broke off or stood still")
+	default:
+		h.endProbe()
+	}
+	line := attemptLine{a.upstream.id, a.model, e.status, e.reason, now - a.startedAt}
+	*a = attempt{}
+	return line
+}
+
+// roundTrip sends the attempt's request. Where another upstream is left, or the settings say so, it does not
+// wait for ever: an answer must begin, and a stream must bring its first event.
+func (a *attempt) roundTrip(req *http.Request) (*http.Response, error) {
+	t := a.t
+	out, err := a.buildRequest(req)
 	if err != nil {
 		return nil, err
 	}
-	patience := t.attemptTimeout()
-	if patience == 0 && !c.bufferStream && t.merged == nil {
-		return t.current.send(t.s.transport, out)
+	if a.timeout = a.chooseTimeout(); a.timeout == 0 && !t.c.bufferStream && t.merged == nil {
+		return a.upstream.send(t.p.transport, out)
 	}
 	ctx, cancel := context.WithCancelCause(req.Context())
-	t.cancel = cancel
-	timer := time.AfterFunc(cmp.Or(patience, t.s.cfg.upstreamTimeout), func() { cancel(errAttemptTimeout) })
-	res, err := t.current.send(t.s.transport, out.WithContext(ctx))
+	a.cancel = cancel
+	a.timer = time.AfterFunc(cmp.Or(a.timeout, t.p.cfg.upstreamTimeout), func() { cancel(errAttemptTimeout) })
+	res, err := a.upstream.send(t.p.transport, out.WithContext(ctx))
 	if err == nil {
-		err = t.readStart(res, timer, patience)
+		err = a.readStart(res)
 	}
-	if timer.Stop(); context.Cause(ctx) == error(errAttemptTimeout) {
+	if a.timer.Stop(); context.Cause(ctx) == error(errAttemptTimeout) {
 		if err == nil {
 			res.Body.Close()
 		}
 		return nil, errAttemptTimeout
 	}
 	if err != nil {
-		cancel(nil)
 		return nil, err
 	}
 	return res, nil
 }
 
-// readStart reads what must have come of an answer while its time is limited.
-func (t *attempts) readStart(res *http.Response, timer *time.Timer, patience time.Duration) error {
+// readStart reads the part of an answer that must come while the attempt's time is limited.
+func (a *attempt) readStart(res *http.Response) error {
 	switch {
 	case res.StatusCode >= 400:
 		peekBody(res)
-	case res.StatusCode == http.StatusOK && t.merged != nil:
-		return t.readModelPage(res)
+	case res.StatusCode == http.StatusOK && a.t.merged != nil:
+		return a.readModelPage(res)
 	case res.StatusCode != http.StatusOK || mediaType(res.Header.Get("Content-Type")) != "text/event-stream":
-	case t.c.bufferStream:
-		still := t.bufferIdleTimeout(patience)
-		return t.bufferStream(res, func() { timer.Reset(still); t.c.setPhase(phaseProvider) })
+	case a.t.c.bufferStream:
+		return a.bufferStream(res)
 	default:
 		return awaitFirstEvent(res)
 	}
 	return nil
 }
 
-// attemptTimeout is how long an attempt may take to begin, 0 for as long as any may.
-// Where no other upstream is left, a stream's first event has no time of its
-// own: first_event_ms says when to turn to another. answer_ms is the upstream's
-// UPSTREAM_TIMEOUT for answers in one piece, and holds in any case; but not for
-// uploads that are streamed, which take as long as the client does, nor for a
-// list that others can make up too.
-func (t *attempts) attemptTimeout() time.Duration {
-	set, stream, spare := &t.current.settings, t.c.fields.stream, t.hasAlternative()
-	if set.AnswerMS > 0 && !stream && t.c.replayable() && (t.merged == nil || !spare) {
-		return time.Duration(set.AnswerMS) * time.Millisecond
+// chooseTimeout returns how long the answer may take to begin; 0 means no limit but the watchdog's. Where no
+// other upstream is left, a stream's first event has no limit of its own: first_event_ms says when to turn to
+// another upstream. answer_ms replaces UPSTREAM_TIMEOUT for answers in one piece and applies in any case, but
+// not to streamed uploads, which take as long as the client does, nor to a list of models that other upstreams
+// can make up too.
+func (a *attempt) chooseTimeout() time.Duration {
+	settings, c := &a.upstream.settings, a.t.c
+	stream, alternative := c.fields.stream, a.t.hasAlternative()
+	if settings.AnswerMS > 0 && !stream && c.replayable() && (a.t.merged == nil || !alternative) {
+		return time.Duration(settings.AnswerMS) * time.Millisecond
 	}
-	if !spare {
+	if !alternative {
 		return 0
 	}
-	if !stream && t.c.endpoint.pattern != "/v1/models" {
+	if !stream && c.endpoint.pattern != "/v1/models" {
 		return unaryTimeout
 	}
-	return cmp.Or(time.Duration(set.FirstEventMS)*time.Millisecond, t.s.cfg.firstEventTimeout)
+	return cmp.Or(time.Duration(settings.FirstEventMS)*time.Millisecond, a.t.p.cfg.firstEventTimeout)
 }
 
-// hasAlternative reports whether there is another place to send the call to.
+// buildRequest returns the attempt's request. The first attempt uses ReverseProxy's own; a later one shares no
+// map with it, because the transport may still be writing it.
+func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
+	c, out := a.t.c, req
+	if c.attemptCount > 1 {
+		out = req.WithContext(req.Context())
+		out.Header = req.Header.Clone()
+		for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
+			delete(out.Header, name)
+		}
+	}
+	path, query := c.match.path, c.query
+	if c.endpoint.modelInPath && a.model != c.fields.model {
+		path = modelOutboundPath(a.model, path)
+	}
+	if a.t.merged != nil {
+		query = a.t.merged.query
+	}
+	body, err := a.buildBody()
+	if err != nil {
+		return nil, err
+	}
+	if body != nil { // the checked bytes, which are in memory
+		out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+	}
+	out.URL = a.upstream.url(path, query) // URL and key always come from the same upstream
+	a.upstream.authorize(out.Header)
+	return out, nil
+}
+
+// buildBody returns the call's body with the model's name as this upstream knows it.
+func (a *attempt) buildBody() ([]byte, error) {
+	c := a.t.c
+	if a.model == c.fields.model || c.body == nil || c.fields.modelSplice.to == 0 {
+		return c.body, nil
+	}
+	body := withModel(c.body, c.fields, c.usageAdded, a.model)
+	if !a.t.p.bodies.reserve(int64(len(body))) {
+		return nil, errBodyMemoryFull()
+	}
+	c.bodyReserved += int64(len(body))
+	return body, nil
+}
+
+// A retryDecision says what an attempt means for the call. Unless it is final, the call may be sent again; the
+// zero value sends it to another upstream.
+type retryDecision struct {
+	final        bool   // the answer or the error is the client's
+	retrySameKey bool   // the fault may pass at once: the same key may be tried once more
+	tooLong      bool   // the call is too long for the model: only a fallback model can help
+	fault        bool   // the provider is in trouble, not this key alone: sending again costs retry budget
+	retryAfterMS int64  // milliseconds that the provider asks to wait; 0: it does not say
+	reason       string // for the attempt log
+}
+
+// classify decides what an attempt means and records it in the key's health.
+func (t *attempts) classify(res *http.Response, err error) retryDecision {
+	h, began := t.current.upstream.health, t.current.startedAt
+	if err == nil && res.StatusCode == http.StatusOK && h.ready() { // nearly always
+		return retryDecision{final: true}
+	}
+	now := time.Now()
+	ms := now.UnixMilli()
+	if err != nil {
+		return t.classifyError(err, ms)
+	}
+	switch code := res.StatusCode; {
+	case code == http.StatusUnauthorized || code == http.StatusForbidden:
+		h.recordRejected(ms, began, "the provider refuses the key: "+res.Status[:3])
+		return retryDecision{reason: "key refused"}
+	case code == http.StatusPaymentRequired:
+		h.recordExhausted(ms, began, "the provider answers 402: payment required")
+		return retryDecision{reason: "exhausted"}
+	case code == http.StatusTooManyRequests && hasErrorCode(peekBody(res), "insufficient_quota"):
+		h.recordExhausted(ms, began, "the provider answers insufficient_quota")
+		return retryDecision{reason: "exhausted"}
+	case code == http.StatusTooManyRequests:
+		wait := retryHint(res.Header.Get, now)
+		h.recordRateLimit(ms, began, wait, "the provider answers 429: too many requests")
+		return retryDecision{reason: "rate limited", retryAfterMS: wait}
+	case code >= 500 && code != http.StatusNotImplemented:
+		wait := retryHint(res.Header.Get, now)
+		h.recordFailure(ms, began, false, "the provider answers "+res.Status[:3])
+		return retryDecision{retrySameKey: wait == 0, fault: true, reason: "server error", retryAfterMS: wait}
+	case code < 200 || code >= 300 && code < 400:
+		h.recordFailure(ms, began, false, "the provider does not answer like an API")
+		return retryDecision{fault: true, reason: "not an API answer"}
+	case code == http.StatusBadRequest && t.availableFallback() != "" && isContextTooLong(peekBody(res)):
+		h.recordSuccess(ms, began, true)
+		return retryDecision{tooLong: true, reason: "too long for the model"}
+	case code == http.StatusNotFound && t.c.endpoint.modelInPath:
+		h.recordSuccess(ms, began, true)
+		return retryDecision{reason: "does not know the model"} // another upstream may
+	default: // of an error here, the call is the cause, not the key
+		h.recordSuccess(ms, began, code >= 400)
+		return retryDecision{final: true}
+	}
+}
+
+func (t *attempts) classifyError(err error, now int64) retryDecision {
+	if t.c.ctx.Err() != nil { // the client left, or the watchdog ended the call
+		return retryDecision{final: true}
+	}
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return retryDecision{final: true}
+	}
+	if e, ok := errors.AsType[*apiError](err); ok && e != errAttemptTimeout && e != errConnectTimeout { // our own
+		return retryDecision{final: true}
+	}
+	d := retryDecision{retrySameKey: true, fault: true, reason: "broke off before it answered"}
+	unsent := false // the provider has certainly not received the request
+	op, isOp := errors.AsType[*net.OpError](err)
+	netErr, isNet := errors.AsType[net.Error](err)
+	switch e, isStream := errors.AsType[*streamError](err); {
+	case isStream:
+		d.reason = e.reason
+	case err == error(errAttemptTimeout):
+		d.retrySameKey, d.reason = false, "did not answer in time"
+	case err == error(errConnectTimeout):
+		d.retrySameKey, unsent, d.reason = false, true, "could not be reached in time"
+	case isOp && op.Op == "dial" || errors.Is(err, errForbiddenAddress):
+		unsent, d.reason = true, "could not be reached"
+	case isNet && netErr.Timeout():
+		d.retrySameKey, d.reason = false, "did not answer in time"
+	}
+	t.current.upstream.health.recordFailure(now, t.current.startedAt, unsent, "the provider "+d.reason)
+	return d
+}
+
+// hasErrorCode reports whether an error in OpenAI's or Anthropic's shape has a code or type.
+func hasErrorCode(body []byte, code string) bool {
+	var e struct{ Error struct{ Code, Type any } }
+	_ = json.Unmarshal(body, &e) // an unreadable error has no code
+	return e.Error.Code == code || e.Error.Type == code
+}
+
+// isContextTooLong reports whether an error says that the call is too long for the model: OpenAI has a code
+// for that, Anthropic and others only words.
+func isContextTooLong(body []byte) bool {
+	if hasErrorCode(body, "context_length_exceeded") {
+		return true
+	}
+	var e struct{ Error struct{ Message string } }
+	_ = json.Unmarshal(body, &e)
+	return strings.HasPrefix(e.Error.Message, "prompt is too long") ||
+		strings.Contains(e.Error.Message, "maximum context length")
+}
+
+// retry reports whether the call is sent again. If so, the current attempt has ended, and the call's upstream
+// is the one that gets the next.
+func (t *attempts) retry(d *retryDecision, res *http.Response) bool {
+	c, u, start := t.c, t.current.upstream, time.Now()
+	if d.final || t.singleUpstream() || c.attemptCount >= maxAttempts || start.Sub(c.start) > t.retryWindow() ||
+		c.ctx.Err() != nil {
+		return false
+	}
+	now := start.UnixMilli()
+	if d.retrySameKey && !t.retriedSameKey && len(c.project.upstreams) > 1 && u.health.available(now) &&
+		t.reserveCapacity(now) && u.retryBudget.spend(now) {
+		return t.retrySameKey(d, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
+	}
+	var next *upstream
+	if !d.tooLong { // it would be too long everywhere
+		want := t.criteria()
+		next = c.project.pickUpstream(&want)
+	}
+	if next == nil && d.retryAfterMS > 0 && d.retryAfterMS <= maxRetryAfterMS && !t.retriedSameKey &&
+		(!d.fault || u.retryBudget.spend(now)) && t.reserveCapacity(now) {
+		return t.retrySameKey(d, res, time.Duration(d.retryAfterMS)*time.Millisecond)
+	}
+	model, tried := t.fallbackModel, append(t.tried, u)
+	if next == nil {
+		if model = t.availableFallback(); model == "" {
+			return false
+		}
+		want := t.criteria()
+		want.model, want.tried, tried = model, nil, nil
+		if next = c.project.pickUpstream(&want); next == nil {
+			return false
+		}
+	}
+	if d.fault && next.host == u.host && !u.retryBudget.spend(now) {
+		next.health.endProbe()
+		return false
+	}
+	t.endAttempt(d.reason, res)
+	t.fallbackModel, t.tried = model, tried
+	c.setUpstream(next)
+	return true
+}
+
+// retrySameKey waits and then lets the same key be tried once more. It returns false if the call ends first.
+func (t *attempts) retrySameKey(d *retryDecision, res *http.Response, pause time.Duration) bool {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-t.c.ctx.Done():
+		return false
+	}
+	t.retriedSameKey = true
+	t.endAttempt(d.reason, res)
+	return true
+}
+
+// endAttempt ends an attempt that another one follows. classify has recorded its result.
+func (t *attempts) endAttempt(reason string, res *http.Response) {
+	e := attemptEnd{reason: reason, recorded: true}
+	if res != nil {
+		e.status = res.StatusCode
+		if body, ok := res.Body.(*peekedBody); ok && body.complete && res.StatusCode != http.StatusPaymentRequired {
+			t.savedResponse = &savedResponse{res, t.current.upstream}
+		}
+		res.Body.Close()
+	}
+	t.log = append(t.log, t.current.end(time.Now().UnixMilli(), e))
+}
+
+// bestResponse returns the answer for the client: the last one, unless a provider gave a more useful one
+// before.
+func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, error) {
+	refused := res != nil && (res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden ||
+		res.StatusCode == http.StatusPaymentRequired)
+	if t.savedResponse == nil || err == nil && !refused || t.c.ctx.Err() != nil {
+		return res, err
+	}
+	if res != nil {
+		res.Body.Close()
+	}
+	t.c.setUpstream(t.savedResponse.upstream)
+	return t.savedResponse.res, nil
+}
+
+// finish ends the last attempt once the call is over, however it ended, and completes the row.
+func (t *attempts) finish(row *requestRow, now int64) {
+	c, a := t.c, &t.current
+	if a.upstream == nil { // the call was never sent
+		c.upstream.health.endProbe()
+		return
+	}
+	m, answered := c.response.meter, c.upstream == a.upstream // the client's answer is this attempt's
+	if t.fallbackModel != "" && (m == nil || m.model == "") {
+		row.model = t.fallbackModel // the answer does not name one
+	}
+	if row.source == usageExact {
+		used := row.counts.input + row.counts.output
+		a.upstream.health.correctUsage(a.startedAt, c.inputEstimate(), used, &a.upstream.settings)
+	}
+	e := attemptEnd{reason: row.errorCode, complete: row.outcome == outcomeOK && answered}
+	switch row.errorCode {
+	case "upstream_cut", "stream_idle", "error_in_stream":
+		e.cut = true
+	case "upstream_timeout":
+		e.cut = abortCause(c.ctx) != nil
+	}
+	if t.merged != nil {
+		e.status, e.reason = t.merged.lastStatus, cmp.Or(row.errorCode, t.merged.lastReason)
+	}
+	if m != nil && answered {
+		e.status = row.status
+	}
+	line := a.end(now, e)
+	if len(t.log) == 0 {
+		return // the row says it all
+	}
+	if text, err := json.Marshal(append(t.log, line)); err == nil { // strings and numbers: it cannot fail
+		row.attemptLog = string(text)
+	}
+}
+
+// hasAlternative reports whether the call could be sent elsewhere.
 func (t *attempts) hasAlternative() bool {
 	if t.singleUpstream() {
 		return false
 	}
-	w := t.criteria()
-	return t.c.project.hasAlternative(&w) || t.availableFallback() != ""
+	want := t.criteria()
+	return t.c.project.hasAlternative(&want) || t.availableFallback() != ""
 }
 
-// singleUpstream reports whether the call can be sent to one upstream and no other.
+// singleUpstream reports whether only one upstream can take the call.
 func (t *attempts) singleUpstream() bool {
 	p := t.c.project
 	return len(p.upstreams) == 1 && len(p.routing.Fallbacks) == 0 || t.c.pinned() || !t.c.replayable()
 }
 
-// availableFallback returns the model that may stand in for the client's: once, and if
-// the policies allow it.
+// availableFallback returns the fallback model for the call, "" if there is none: a call falls back once, and
+// only to a model that the policies allow.
 func (t *attempts) availableFallback() string {
 	c := t.c
 	if t.fallbackModel != "" || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
@@ -190,348 +503,62 @@ func (t *attempts) availableFallback() string {
 	return ""
 }
 
-// mayUseModel reports whether the policies allow a model.
-func (c *call) mayUseModel(model string) bool {
-	return c.project.policy.allowsModel(model) && c.tokenState.policy.allowsModel(model)
-}
-
-// criteria is what the call asks of the upstreams that have not had their turn.
+// criteria returns what the call requires of an upstream that it has not tried.
 func (t *attempts) criteria() criteria {
-	w := t.c.criteria(time.Now().UnixMilli())
-	w.model, w.healthyOnly = cmp.Or(t.fallbackModel, w.model), true
-	w.api = apiOpenAI // of the family that the first attempt has settled
-	if t.current.provider == providerAnthropic {
-		w.api = apiAnthropic
-	}
-	w.tried = append(slices.Clip(t.tried), t.current)
-	return w
+	want := t.c.criteria(time.Now().UnixMilli())
+	want.model, want.healthyOnly = cmp.Or(t.fallbackModel, want.model), true
+	want.api = t.current.upstream.family() // the first attempt has settled it
+	want.tried = append(slices.Clip(t.tried), t.current.upstream)
+	return want
 }
 
-// buildRequest returns the request for this attempt. The first is ReverseProxy's own;
-// a later one shares no map with it, for the transport may still be writing it.
-func (t *attempts) buildRequest(req *http.Request) (*http.Request, error) {
-	c, out := t.c, req
-	if c.attemptCount > 1 {
-		out = req.WithContext(req.Context())
-		out.Header = req.Header.Clone()
-		for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
-			delete(out.Header, name)
-		}
-	}
-	path, query := c.match.path, c.query
-	if name := t.upstreamModel(); c.endpoint.modelInPath && name != c.fields.model {
-		path = modelOutboundPath(name, path)
-	}
-	if t.merged != nil {
-		query = t.merged.query
-	}
-	out.URL = t.current.url(path, query) // with the key that goes there, always together
-	body, err := t.buildBody()
-	if err != nil {
-		return nil, err
-	}
-	if body != nil { // the bytes that were checked, known to be in memory
-		out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-		out.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
-	}
-	t.current.authorize(out.Header)
-	return out, nil
-}
-
-// buildBody returns the call's body with the model's name as this upstream knows it.
-func (t *attempts) buildBody() ([]byte, error) {
-	c := t.c
-	name := t.upstreamModel()
-	if name == c.fields.model || c.body == nil || c.fields.modelSplice.to == 0 {
-		return c.body, nil
-	}
-	body := withModel(c.body, c.fields, c.usageAdded, name)
-	if !t.s.bodies.reserve(int64(len(body))) {
-		return nil, errBodyMemoryFull()
-	}
-	c.bodyReserved += int64(len(body))
-	return body, nil
-}
-
-// upstreamModel is the model's name as the upstream of this attempt gets it.
-func (t *attempts) upstreamModel() string {
-	return t.current.mapModel(cmp.Or(t.fallbackModel, t.c.fields.model))
-}
-
-// replayable reports whether the call's body can be sent again.
-func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.upload }
-
-// pickUpstream chooses the upstream. An endpoint that both families of providers have
-// (the list of models) goes to the family whose SDK is asking, if it is there.
-func (c *call) pickUpstream() (u *upstream) {
-	w := c.criteria(c.start.UnixMilli())
-	if w.api == apiAny {
-		w.api = apiOpenAI
-		if c.anthropic {
-			w.api = apiAnthropic
-		}
-		if u = c.project.pickUpstream(&w); u == nil {
-			w.api = apiAny
-		}
-	}
-	if u == nil {
-		u = c.project.pickUpstream(&w)
-	}
-	return u
-}
-
-// criteria is what the call asks of its project's upstreams.
-func (c *call) criteria(now int64) criteria {
-	return criteria{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
-}
-
-// pinned reports whether the call may name objects that are kept at a provider,
-// or makes some: those are in one account, so one upstream gets all such calls.
-func (c *call) pinned() bool {
-	return c.endpoint.class == classStateful || c.fields.statefulParam != "" ||
-		c.project.policy.Stateful && strings.HasPrefix(c.endpoint.pattern, "/v1/responses")
-}
-
-// nextAttempt decides whether the call is sent again, and where: if so, that is its
-// upstream now.
-func (t *attempts) nextAttempt(v *retryDecision, res *http.Response) bool {
-	c := t.c
-	now := time.Now()
-	if t.singleUpstream() || c.attemptCount >= maxAttempts || now.Sub(c.start) > t.retryWindow() || c.ctx.Err() != nil {
-		return false
-	}
-	ms := now.UnixMilli()
-	if v.retrySameKey && !t.retriedSameKey && len(c.project.upstreams) > 1 && t.current.health.available(ms) && t.reserveCapacity(ms) && t.current.retryBudget.spend(ms) {
-		return t.retrySameKey(v, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
-	}
-	var next *upstream
-	if !v.tooLong { // which it would be anywhere
-		w := t.criteria()
-		next = c.project.pickUpstream(&w)
-	}
-	if next == nil && v.retryAfterMS > 0 && v.retryAfterMS <= maxRetryAfterMS && !t.retriedSameKey && (!v.fault || t.current.retryBudget.spend(ms)) && t.reserveCapacity(ms) {
-		return t.retrySameKey(v, res, time.Duration(v.retryAfterMS)*time.Millisecond)
-	}
-	model, tried := t.fallbackModel, append(t.tried, t.current)
-	if next == nil {
-		if model = t.availableFallback(); model == "" {
-			return false
-		}
-		w := t.criteria()
-		w.model, w.tried, tried = model, nil, nil
-		if next = c.project.pickUpstream(&w); next == nil {
-			return false
-		}
-	}
-	if v.fault && next.host == t.current.host && !t.current.retryBudget.spend(ms) {
-		next.health.endProbe()
-		return false
-	}
-	t.endAttempt(v, res)
-	t.fallbackModel, t.tried = model, tried
-	c.setUpstream(next)
-	return true
-}
-
-// retryWindow is the time after a call's begin in which it may be sent again.
+// retryWindow returns how long after its start the call may be sent again.
 func (t *attempts) retryWindow() time.Duration {
-	if t.c.bufferStream { // that its stream is cut may show late
-		return t.s.cfg.upstreamTimeout
+	if t.c.bufferStream { // a cut may show late in the stream
+		return t.p.cfg.upstreamTimeout
 	}
 	return defaultRetryWindow
 }
 
-// reserveCapacity takes one more attempt at the same key from its own limits.
+// reserveCapacity reserves one more attempt at the same key in the key's own limits.
 func (t *attempts) reserveCapacity(now int64) bool {
-	return t.current.health.admits(now, t.c.inputEstimate(), &t.current.settings, true)
+	u := t.current.upstream
+	return u.health.admits(now, t.c.inputEstimate(), &u.settings, true)
 }
 
-// retrySameKey has the same key tried once more, after a pause.
-func (t *attempts) retrySameKey(v *retryDecision, res *http.Response, pause time.Duration) bool {
-	timer := time.NewTimer(pause)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-t.c.ctx.Done():
-		return false
-	}
-	t.retriedSameKey = true
-	t.endAttempt(v, res)
-	return true
+// mayUseModel reports whether the policies of project and token allow a model.
+func (c *call) mayUseModel(model string) bool {
+	return c.project.policy.allowsModel(model) && c.tokenState.policy.allowsModel(model)
 }
 
-// endAttempt puts an attempt behind the call.
-func (t *attempts) endAttempt(v *retryDecision, res *http.Response) {
-	line := attemptLine{Upstream: t.current.id, Model: t.upstreamModel(), Error: v.reason, MS: time.Now().UnixMilli() - t.startedAt}
-	if res != nil {
-		line.Status = res.StatusCode
-		if head, ok := res.Body.(*peekedBody); ok && head.complete && res.StatusCode != http.StatusPaymentRequired {
-			t.savedResponse = &savedResponse{res, t.current}
+// replayable reports whether the body can be sent again.
+func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.upload }
+
+// pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that both API families
+// have (the list of models) goes to the family of the client's SDK, if the project has it.
+func (c *call) pickUpstream() *upstream {
+	want := c.criteria(c.start.UnixMilli())
+	if want.api == apiAny {
+		want.api = apiOpenAI
+		if c.anthropic {
+			want.api = apiAnthropic
 		}
-		res.Body.Close()
-	}
-	t.log = append(t.log, line)
-	t.current.health.running.Add(-1)
-	if t.cancel != nil {
-		t.cancel(nil)
-		t.cancel = nil
-	}
-}
-
-// bestResponse returns the answer for the client: the last one, unless a provider has
-// said more useful things before.
-func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, error) {
-	refused := res != nil && (res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden || res.StatusCode == http.StatusPaymentRequired)
-	if t.savedResponse == nil || err == nil && !refused || t.c.ctx.Err() != nil {
-		return res, err
-	}
-	if res != nil {
-		res.Body.Close()
-	}
-	t.c.setUpstream(t.savedResponse.upstream)
-	return t.savedResponse.res, nil
-}
-
-// finish is called once the call is over, however it ended: it frees the key,
-// and tells its health what only the end can show.
-func (t *attempts) finish(row *requestRow, now int64) {
-	if t.current == nil { // it never went out
-		t.c.upstream.health.endProbe()
-		return
-	}
-	if len(t.log) > 0 {
-		last := attemptLine{Upstream: t.current.id, Model: t.upstreamModel(), MS: now - t.startedAt, Error: row.errorCode}
-		if t.merged != nil {
-			last.Status, last.Error = t.merged.lastStatus, cmp.Or(row.errorCode, t.merged.lastReason)
+		if u := c.project.pickUpstream(&want); u != nil {
+			return u
 		}
-		if t.c.response.meter != nil && t.c.upstream == t.current {
-			last.Status = row.status
-		}
-		if text, err := json.Marshal(append(t.log, last)); err == nil { // strings and numbers: it cannot fail
-			row.attemptLog = string(text)
-		}
+		want.api = apiAny
 	}
-	if m := t.c.response.meter; t.fallbackModel != "" && (m == nil || m.model == "") {
-		row.model = t.fallbackModel // the answer does not say
-	}
-	h := t.current.health
-	if row.source == usageExact {
-		h.correctUsage(t.startedAt, t.c.inputEstimate(), row.counts.input+row.counts.output, &t.current.settings)
-	}
-	h.running.Add(-1)
-	if t.cancel != nil {
-		t.cancel(nil)
-	}
-	switch {
-	case row.outcome == outcomeOK && t.c.upstream == t.current:
-		h.recordSuccess(now, t.startedAt, true)
-	case row.errorCode == "upstream_cut" || row.errorCode == "stream_idle" || row.errorCode == "error_in_stream" ||
-		row.errorCode == "upstream_timeout" && abortCause(t.c.ctx) != nil:
-		h.recordFailure(now, t.startedAt, false, "the provider's answer broke off or stood still")
-	default:
-		h.endProbe()
-	}
+	return c.project.pickUpstream(&want)
 }
 
-// A retryDecision says what an attempt means for the call.
-type retryDecision struct {
-	final        bool   // the answer is the client's
-	retrySameKey bool   // the same key may be tried once more
-	unsent       bool   // the provider has not had the request
-	tooLong      bool   // the call does not fit into the model
-	fault        bool   // the provider is in trouble, not this key alone
-	retryAfterMS int64  // milliseconds that the provider asks to wait
-	reason       string // for the log
+// criteria returns what the call requires of an upstream.
+func (c *call) criteria(now int64) criteria {
+	return criteria{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
 }
 
-// classify says what an attempt means, and tells the key's health.
-func (t *attempts) classify(res *http.Response, err error) retryDecision {
-	if err == nil && res.StatusCode == http.StatusOK && t.current.health.ready() { // nearly always
-		return retryDecision{final: true}
-	}
-	h, now, began := t.current.health, time.Now().UnixMilli(), t.startedAt
-	if err != nil {
-		return t.classifyError(err, now)
-	}
-	switch code := res.StatusCode; {
-	case code == http.StatusUnauthorized || code == http.StatusForbidden:
-		h.recordRejected(now, began, "the provider refuses the key: "+res.Status[:3])
-		return retryDecision{reason: "key refused"}
-	case code == http.StatusPaymentRequired:
-		h.recordExhausted(now, began, "the provider answers 402: payment required")
-		return retryDecision{reason: "exhausted"}
-	case code == http.StatusTooManyRequests && hasErrorCode(peekBody(res), "insufficient_quota"):
-		h.recordExhausted(now, began, "the provider says insufficient_quota")
-		return retryDecision{reason: "exhausted"}
-	case code == http.StatusTooManyRequests:
-		wait := retryHint(res.Header.Get, time.Now())
-		h.recordRateLimit(now, began, wait, "the provider answers 429: too many requests")
-		return retryDecision{reason: "rate limited", retryAfterMS: wait}
-	case code >= 500 && code != http.StatusNotImplemented:
-		wait := retryHint(res.Header.Get, time.Now())
-		h.recordFailure(now, began, false, "the provider answers "+res.Status[:3])
-		return retryDecision{retrySameKey: wait == 0, fault: true, reason: "server error", retryAfterMS: wait}
-	case code < 200 || code >= 300 && code < 400:
-		h.recordFailure(now, began, false, "the provider does not answer like an API")
-		return retryDecision{fault: true, reason: "no API's answer"}
-	case code == http.StatusBadRequest && t.availableFallback() != "" && isContextTooLong(peekBody(res)):
-		h.recordSuccess(now, began, true)
-		return retryDecision{tooLong: true, reason: "too long for the model"}
-	case code == http.StatusNotFound && t.c.endpoint.modelInPath:
-		h.recordSuccess(now, began, true)
-		return retryDecision{reason: "does not know the model"} // another may
-	case code >= 400:
-		h.recordSuccess(now, began, true) // the call is wrong, not the key
-		return retryDecision{final: true}
-	}
-	h.recordSuccess(now, began, false)
-	return retryDecision{final: true}
-}
-
-func (t *attempts) classifyError(err error, now int64) retryDecision {
-	if t.c.ctx.Err() != nil { // the client, or the watchdog
-		return retryDecision{final: true}
-	}
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return retryDecision{final: true}
-	}
-	if e, ok := errors.AsType[*apiError](err); ok && e != errAttemptTimeout && e != errConnectTimeout { // of our own making
-		return retryDecision{final: true}
-	}
-	v := retryDecision{retrySameKey: true, fault: true, reason: "broke off before it answered"}
-	op, ok := errors.AsType[*net.OpError](err)
-	ne, isNet := errors.AsType[net.Error](err)
-	switch e, inStream := errors.AsType[*streamError](err); {
-	case inStream:
-		v.reason = e.reason
-	case err == error(errAttemptTimeout):
-		v.retrySameKey, v.reason = false, "did not answer in time"
-	case err == error(errConnectTimeout):
-		v.retrySameKey, v.unsent, v.reason = false, true, "could not be reached in time"
-	case ok && op.Op == "dial" || errors.Is(err, errForbiddenAddress):
-		v.unsent, v.reason = true, "could not be reached"
-	case isNet && ne.Timeout():
-		v.retrySameKey, v.reason = false, "did not answer in time"
-	}
-	t.current.health.recordFailure(now, t.startedAt, v.unsent, "the provider "+v.reason)
-	return v
-}
-
-// hasErrorCode reports whether an error in OpenAI's or Anthropic's shape has a
-// code or type.
-func hasErrorCode(body []byte, code string) bool {
-	var e struct{ Error struct{ Code, Type any } }
-	_ = json.Unmarshal(body, &e) // what cannot be read has no code
-	return e.Error.Code == code || e.Error.Type == code
-}
-
-// isContextTooLong reports whether an error says that the call is too long for the
-// model: OpenAI has a code for it, Anthropic and others only words.
-func isContextTooLong(body []byte) bool {
-	if hasErrorCode(body, "context_length_exceeded") {
-		return true
-	}
-	var e struct{ Error struct{ Message string } }
-	_ = json.Unmarshal(body, &e)
-	return strings.HasPrefix(e.Error.Message, "prompt is too long") || strings.Contains(e.Error.Message, "maximum context length")
+// pinned reports whether the call may name or create objects that are stored at a provider. They are in one
+// account, so one upstream gets all such calls.
+func (c *call) pinned() bool {
+	return c.endpoint.class == classStateful || c.fields.statefulParam != "" ||
+		c.project.policy.Stateful && strings.HasPrefix(c.endpoint.pattern, "/v1/responses")
 }

@@ -57,10 +57,7 @@ func (t *attempts) modelSources() (list []*upstream) {
 		return nil
 	}
 	w := c.criteria(c.start.UnixMilli())
-	w.api = apiOpenAI
-	if paged {
-		w.api = apiAnthropic
-	}
+	w.api = c.upstream.family()
 	for _, u := range c.project.upstreams {
 		if u == c.upstream || w.fits(u) && u.health.available(w.now) {
 			list = append(list, u)
@@ -102,7 +99,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 			continue
 		}
 		if asked++; asked > 1 {
-			t.endAttempt(&last.decision, last.res)
+			t.endAttempt(last.decision.reason, last.res)
 		}
 		c.setUpstream(u)
 		if last = t.listModels(req); last.complete {
@@ -169,7 +166,7 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 		if l.err != nil {
 			return l
 		}
-		t.endAttempt(&l.decision, l.res)
+		t.endAttempt(l.decision.reason, l.res)
 	}
 }
 
@@ -192,8 +189,8 @@ func (n *mergedModels) pageQuery(query, after string) string {
 // readModelPage reads a page to its end, while its time is limited, and leaves it in
 // the answer's body. The provider's key is not left in it: the client's answer is
 // searched for one key only.
-func (t *attempts) readModelPage(res *http.Response) error {
-	n := t.merged
+func (a *attempt) readModelPage(res *http.Response) error {
+	n := a.t.merged
 	defer res.Body.Close()
 	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.bytesLeft)+1))
 	if err != nil {
@@ -205,9 +202,9 @@ func (t *attempts) readModelPage(res *http.Response) error {
 		return e
 	}
 	n.bytesLeft -= len(page)
-	mask := newKeyMask(t.current.key())
+	mask := newKeyMask(a.upstream.key())
 	if page = append(mask.redact(page), mask.flush()...); mask.found {
-		t.s.log.Error("the provider's list of models held its key; it was masked", "request_id", t.c.requestID, "upstream", t.current.id)
+		a.t.p.log.Error("the provider's list of models held its key; it was masked", "request_id", a.t.c.requestID, "upstream", a.upstream.id)
 	}
 	res.Body = &peekedBody{http.NoBody, page, page, true}
 	return nil

@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"io"
@@ -428,25 +429,26 @@ func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 }
 
 // bufferStream reads a stream to its end and leaves it in the answer's body, whole. A stream that is cut, has
-// an event that is an error or is not JSON, or lacks its end is an error, and nothing of it is left. alive is
-// called with each read.
-func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
+// an event that is an error or is not JSON, or lacks its end is an error, and nothing of it is left. The
+// idle timeout starts again with each read.
+func (a *attempt) bufferStream(res *http.Response) (err error) {
+	c, bodies, idleTimeout := a.t.c, a.t.p.bodies, a.bufferIdleTimeout()
 	body := res.Body
 	defer body.Close()
 	reserved := int64(0)
 	defer func() {
 		if err != nil {
-			t.s.bodies.release(reserved)
+			bodies.release(reserved)
 		}
 	}()
 	readable := res.Header.Get("Content-Encoding") == "" // otherwise only the stream's end can be seen
 	var stream []byte
 	var check streamCheck
-	m := newMeter(t.c.endpoint.meter, true, !readable, false)
+	m := newMeter(c.endpoint.meter, true, !readable, false)
 	for {
 		if len(stream) == cap(stream) {
 			stream = slices.Grow(stream, max(len(stream), 32<<10))
-			if more := int64(cap(stream)) - reserved; !t.s.bodies.reserve(more) {
+			if more := int64(cap(stream)) - reserved; !bodies.reserve(more) {
 				return errBodyMemoryFull()
 			}
 			reserved = int64(cap(stream))
@@ -455,8 +457,9 @@ func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 		piece := stream[len(stream) : len(stream)+n]
 		stream = stream[:len(stream)+n]
 		m.process(piece)
-		t.c.progress.outputTokens.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for unseen output too
-		alive()
+		c.progress.outputTokens.Store(max(m.counts.output, m.estimateOutput())) // budgets hold for unseen output too
+		a.timer.Reset(idleTimeout)
+		c.setPhase(phaseProvider)
 		if len(stream) > maxBufferedStream {
 			return errStreamTooLarge(maxBufferedStream)
 		}
@@ -474,23 +477,18 @@ func (t *attempts) bufferStream(res *http.Response, alive func()) (err error) {
 	}
 	// Some compatible providers never send an end mark. Where no other upstream is left,
 	// a reason to finish is as good.
-	if m.finish(); readable && t.c.endpoint.hasEndMarker() && !m.done && (!check.finished || t.hasAlternative()) {
+	if m.finish(); readable && c.endpoint.hasEndMarker() && !m.done && (!check.finished || a.t.hasAlternative()) {
 		return &streamError{"ended without its end mark"}
 	}
-	t.c.bodyReserved += reserved
+	c.bodyReserved += reserved
 	res.Body = &peekedBody{http.NoBody, stream, stream, true}
 	return nil
 }
 
-// bufferIdleTimeout is how long a stream that is held may stand still.
-func (t *attempts) bufferIdleTimeout(patience time.Duration) time.Duration {
-	switch own := time.Duration(t.current.settings.IdleMS) * time.Millisecond; {
-	case own > 0:
-		return own
-	case patience > 0:
-		return patience
-	}
-	return t.s.cfg.streamIdleTimeout
+// bufferIdleTimeout returns how long a buffered stream may pause.
+func (a *attempt) bufferIdleTimeout() time.Duration {
+	own := time.Duration(a.upstream.settings.IdleMS) * time.Millisecond
+	return cmp.Or(own, a.timeout, a.t.p.cfg.streamIdleTimeout)
 }
 
 // A streamCheck checks the events of a stream as they come.

@@ -132,10 +132,18 @@ func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error
 
 // serves reports whether the upstream speaks the API family and has the model.
 func (u *upstream) serves(api apiFamily, model string) bool {
-	if api == apiAnthropic && u.provider != providerAnthropic || api == apiOpenAI && u.provider == providerAnthropic {
+	if api != apiAny && api != u.family() {
 		return false
 	}
 	return len(u.models) == 0 || model == "" || matchesAnyPattern(u.models, model)
+}
+
+// family returns the API family that the upstream speaks.
+func (u *upstream) family() apiFamily {
+	if u.provider == providerAnthropic {
+		return apiAnthropic
+	}
+	return apiOpenAI
 }
 
 // url returns where a call goes; path begins with /v1 and is built from an
