@@ -579,7 +579,7 @@ func TestAuditVerify(t *testing.T) {
 		return runProgram(t, p.env, append([]string{"audit", "verify"}, args...)...)
 	}
 	out, err := verify()
-	if err != nil || !strings.Contains(out, "is whole: 4 entries, from 20") || strings.Contains(out, "already had") {
+	if err != nil || !strings.Contains(out, "is intact: 4 entries, from 20") || strings.Contains(out, "already had") {
 		t.Fatalf("beside a server: %v: %s", err, out)
 	}
 	noted := between(out, "Its end is ", "\n")
@@ -618,12 +618,12 @@ func TestAuditVerify(t *testing.T) {
 		}
 	}
 	for what, c := range map[string]struct{ do, want string }{
-		"changed":     {`UPDATE audit SET actor = 'nobody' WHERE seq = 3`, "the first bad entry is 3"},
-		"cut":         {`DELETE FROM audit WHERE seq > 2`, "the first bad entry is 3"},
+		"changed":     {`UPDATE audit SET actor = 'nobody' WHERE seq = 3`, "the first bad event is 3"},
+		"cut":         {`DELETE FROM audit WHERE seq > 2`, "the first bad event is 3"},
 		"key removed": {`DELETE FROM settings WHERE name = 'audit_key'`, "key of the audit trail was removed"},
-		"key changed": {`UPDATE settings SET value = 'AAAA' WHERE name = 'audit_key'`, "key of the audit trail: sealed value does not open"},
-		"many":        {`UPDATE audit SET at = 0`, "the first bad entry is 1"},
-		"older":       {`PRAGMA user_version = 1`, "from before the audit trail"},
+		"key changed": {`UPDATE settings SET value = 'AAAA' WHERE name = 'audit_key'`, "key of the audit trail: a stored secret cannot be decrypted"},
+		"many":        {`UPDATE audit SET at = 0`, "the first bad event is 1"},
+		"older":       {`PRAGMA user_version = 1`, "from a version without an audit trail"},
 		"newer":       {`PRAGMA user_version = 99`, "newer llm-proxy"},
 	} {
 		env := p.tamperedCopy(c.do)
@@ -636,7 +636,7 @@ func TestAuditVerify(t *testing.T) {
 			t.Errorf("%s: doctor: %v: %s", what, err, out)
 		}
 	}
-	if out, err := runProgram(t, p.env, "doctor"); err != nil || !strings.Contains(out, "ok    audit trail: whole, 5 entries") {
+	if out, err := runProgram(t, p.env, "doctor"); err != nil || !strings.Contains(out, "ok    audit trail: intact, 5 entries") {
 		t.Errorf("doctor: %v: %s", err, out)
 	}
 	empty := serveEnv(t)
@@ -733,7 +733,7 @@ func TestAuditRestore(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
-		if out, err = runProgram(t, env, "audit", "verify"); err != nil || !strings.Contains(out, fmt.Sprintf("whole: %d entries", 5+i/2)) {
+		if out, err = runProgram(t, env, "audit", "verify"); err != nil || !strings.Contains(out, fmt.Sprintf("intact: %d entries", 5+i/2)) {
 			t.Errorf("%s: %v: %s", choice, err, out)
 		}
 		st, err := openReadOnly(filepath.Join(env["DATA_DIR"], "llm-proxy.db"), true)

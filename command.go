@@ -1,7 +1,6 @@
-// This room has the commands that look at a server from outside: healthcheck
-// asks it over HTTP, backup copies its database while it serves, audit verify
-// reads the audit trail. None changes anything of the server's, and none needs
-// it to stop.
+// This file has the commands that work beside a running server: healthcheck asks it over
+// HTTP, backup copies its database, audit verify checks its audit trail. They may not change
+// anything of the server's.
 package main
 
 import (
@@ -24,33 +23,34 @@ import (
 	"time"
 )
 
-// A program is what main gives to run: the outside world, replaceable in tests.
+// A program is one run of the executable. Tests replace its connections to the outside.
 type program struct {
 	getenv         func(string) string
 	stdout, stderr io.Writer
 	ready          func(addr net.Addr) // called when listening; may be nil
-	hangups        chan os.Signal      // SIGHUP; nil: left to the system
+	hangups        chan os.Signal      // SIGHUP; nil: not handled
 }
 
 const usageText = `llm-proxy: a transparent, secure proxy between client programs and LLM APIs.
 
   llm-proxy [serve]            serve, with settings from the environment
   llm-proxy demo               serve with a stand-in provider and sample data; nothing is kept
-  llm-proxy doctor [--provider]  check configuration, key, database, disk; asked to, the providers too
+  llm-proxy doctor [--provider]  check configuration, key, database and disk; with --provider the providers too
   llm-proxy healthcheck        exit 0 if the server at LISTEN_ADDR answers
-  llm-proxy backup FILE        write a consistent copy of the database, while serving or not
+  llm-proxy backup FILE        write a consistent copy of the database, with the server running or not
   llm-proxy restore FILE [--revoke=since|all|none]
-                               put a backup in the database's place, with the server stopped
+                               replace the database with a backup, with the server stopped
   llm-proxy audit verify [SEQ:MAC]
-                               go through the audit trail and find what was changed or removed
+                               check the audit trail for changed or removed events
   llm-proxy rekey [FILE]       change the encryption key, with the server stopped: to the one in FILE,
-                               or to one that is made and takes the place of the key file
+                               or to a new one that replaces the key file
   llm-proxy version
 
 Settings (environment variables), their defaults and what they do:
 
 `
 
+// noArgs calls do if the command has no arguments.
 func (p *program) noArgs(args []string, do func() error) error {
 	if len(args) > 0 {
 		return fmt.Errorf("unexpected argument %q; see llm-proxy --help", clip(args[0], 64))
@@ -58,7 +58,7 @@ func (p *program) noArgs(args []string, do func() error) error {
 	return do()
 }
 
-// config loads the configuration, or lists all that is wrong with it.
+// config loads the configuration. The error lists all its problems.
 func (p *program) config() (*config, error) {
 	cfg, err := loadConfig(p.getenv)
 	if err != nil {
@@ -67,9 +67,8 @@ func (p *program) config() (*config, error) {
 	return cfg, nil
 }
 
-// healthcheck asks the server at LISTEN_ADDR whether it answers. It reads no
-// secret and does not look at the other settings: what is wrong with them is
-// the server's business.
+// healthcheck asks the server at LISTEN_ADDR whether it answers. It reads no secret and
+// ignores problems of other settings, which the server reports.
 func (p *program) healthcheck(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
@@ -78,27 +77,28 @@ func (p *program) healthcheck(ctx context.Context) error {
 		return fmt.Errorf("LISTEN_ADDR: %w", err)
 	}
 	if addr == systemdListen {
-		return errors.New("LISTEN_ADDR: systemd knows where the server listens; set it to that address for this command")
+		return errors.New("LISTEN_ADDR: systemd chose the address; for this command, set it to that address")
 	}
-	to := &url.URL{Scheme: "http", Host: "localhost", Path: "/healthz"}
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+	target := &url.URL{Scheme: "http", Host: "localhost", Path: "/healthz"}
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		if path, ok := strings.CutPrefix(addr, unixPrefix); ok {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}
 		return dialAny(ctx, network, dialTargets(addr))
-	}}
+	}
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: dial}
 	if file := settingText(p.getenv, "TLS_CERT_FILE"); file != "" {
-		to.Scheme = "https"
+		target.Scheme = "https"
 		var err error
 		if transport.TLSClientConfig, err = pinnedTLSConfig(file); err != nil {
 			return fmt.Errorf("TLS_CERT_FILE: %w", err)
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, to.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
 	if err != nil {
 		return err
 	}
-	res, err := transport.RoundTrip(req) // no redirect is followed
+	res, err := transport.RoundTrip(req) // RoundTrip follows no redirect
 	if err != nil {
 		return fmt.Errorf("no answer from %s: %w", addr, err)
 	}
@@ -109,10 +109,9 @@ func (p *program) healthcheck(ctx context.Context) error {
 	return nil
 }
 
-// dialTargets are the addresses under which this machine reaches what listens
-// on addr.
+// dialTargets returns the addresses under which this machine reaches a listener on addr.
 func dialTargets(addr string) []string {
-	host, port, _ := net.SplitHostPort(addr) // checked before
+	host, port, _ := net.SplitHostPort(addr) // checkListen has checked it
 	ip, err := netip.ParseAddr(host)
 	if err == nil && !ip.IsUnspecified() {
 		return []string{addr}
@@ -120,6 +119,7 @@ func dialTargets(addr string) []string {
 	return []string{net.JoinHostPort("127.0.0.1", port), net.JoinHostPort("::1", port)}
 }
 
+// dialAny connects to the first address that answers.
 func dialAny(ctx context.Context, network string, addrs []string) (conn net.Conn, err error) {
 	var errs []error
 	for _, a := range addrs {
@@ -131,9 +131,9 @@ func dialAny(ctx context.Context, network string, addrs []string) (conn net.Conn
 	return nil, errors.Join(errs...)
 }
 
-// pinnedTLSConfig returns a client's configuration that believes the certificate in
-// file and no other. A server that goes on showing one from before the file was
-// renewed is therefore not healthy: it could not read the new one.
+// pinnedTLSConfig returns a client configuration that trusts only the certificate in file. If
+// the server still uses the certificate from before a renewal, it could not load the new one,
+// and the check fails.
 func pinnedTLSConfig(file string) (*tls.Config, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -153,7 +153,7 @@ func parseLeafCertificate(text []byte) (*x509.Certificate, error) {
 	for {
 		var block *pem.Block
 		if block, text = pem.Decode(text); block == nil {
-			return nil, errors.New("holds no certificate in PEM")
+			return nil, errors.New("contains no PEM certificate")
 		}
 		if block.Type == "CERTIFICATE" {
 			return x509.ParseCertificate(block.Bytes)
@@ -161,7 +161,7 @@ func parseLeafCertificate(text []byte) (*x509.Certificate, error) {
 	}
 }
 
-// certificateServerName returns a name that the certificate is good for.
+// certificateServerName returns a name for which the certificate is valid.
 func certificateServerName(leaf *x509.Certificate) string {
 	if len(leaf.DNSNames) > 0 {
 		return strings.Replace(leaf.DNSNames[0], "*", "healthcheck", 1)
@@ -172,8 +172,8 @@ func certificateServerName(leaf *x509.Certificate) string {
 	return leaf.Subject.CommonName
 }
 
-// backup copies the database to a new file, proves the copy good, and says what
-// it is worth. A copy that is not good does not stay.
+// backup copies the database to a new file, checks the copy, and prints what is in it. It
+// removes a copy that fails the check.
 func (p *program) backup(ctx context.Context, args []string) error {
 	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
 		return errors.New("usage: llm-proxy backup FILE")
@@ -189,24 +189,22 @@ func (p *program) backup(ctx context.Context, args []string) error {
 	if _, err := os.Stat(cfg.databaseFile); err != nil {
 		return fmt.Errorf("there is no database at %s: %w", cfg.databaseFile, unwrapPathError(err))
 	}
-	// SQLite fills a file that is there and empty; so its mode is ours from the
-	// first byte on.
+	// SQLite writes to an existing empty file, so the file has our mode from the first byte.
 	if err := writeNewFile(name, ""); errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%s is there already; name a file that is not", name)
+		return fmt.Errorf("%s already exists; choose another name", name)
 	} else if err != nil {
-		return fmt.Errorf("making the backup: %w", err)
+		return fmt.Errorf("creating the backup: %w", err)
 	}
-	facts, err := copyDatabase(ctx, cfg.databaseFile, name)
+	info, err := copyDatabase(ctx, cfg.databaseFile, name)
 	if err != nil {
 		return fmt.Errorf("%w; no backup was made", errors.Join(err, removeDatabase(name)))
 	}
-	fmt.Fprintf(p.stdout, "%s: %s\nIt is whole. To restore it, the encryption key with the id %s is needed, which is not in it.\n",
-		name, facts, facts.keyID)
+	fmt.Fprintf(p.stdout, "%s: %s\nThe backup is complete. To restore it, you need the encryption key with the id %s, "+
+		"which is not in the backup.\n", name, info, info.keyID)
 	return nil
 }
 
-// copyDatabase copies the database from to the empty file to, and examines the
-// copy.
+// copyDatabase copies the database from to the empty file to, and inspects the copy.
 func copyDatabase(ctx context.Context, from, to string) (*databaseInfo, error) {
 	src, err := openReadOnly(from, false)
 	if err != nil {
@@ -222,7 +220,7 @@ func copyDatabase(ctx context.Context, from, to string) (*databaseInfo, error) {
 	return inspectDatabase(ctx, to)
 }
 
-// audit goes through the audit trail, and fails if it is not as it was written.
+// audit verifies the audit trail. It returns an error if the trail is damaged.
 func (p *program) audit(ctx context.Context, args []string) error {
 	if len(args) == 0 || len(args) > 2 || args[0] != "verify" {
 		return errors.New("usage: llm-proxy audit verify [SEQ:MAC]")
@@ -235,7 +233,7 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		}
 		expect = &h
 	}
-	cfg, err := loadConfigWith(p.getenv, func(string) error { return nil }) // nothing is written
+	cfg, err := loadConfigWith(p.getenv, func(string) error { return nil }) // the command writes nothing
 	if err != nil {
 		return fmt.Errorf("the configuration has problems:\n%w", err)
 	}
@@ -249,10 +247,12 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		return err
 	}
 	if k.intact() {
-		fmt.Fprintf(p.stdout, "The audit trail is whole: %s.\nIts end is %s\n"+
-			"Note that elsewhere: given to this command later, it proves that nothing up to there was changed or removed.\n", k, k.lastHead)
-		if used := k.priorUseNotice(); used != "" {
-			fmt.Fprintln(p.stdout, used)
+		fmt.Fprintf(p.stdout, "The audit trail is intact: %s.\nIts end is %s\n"+
+			"Keep that value elsewhere: pass it to this command later to prove that nothing up to there was "+
+			"changed or removed.\n",
+			k, k.lastHead)
+		if notice := k.priorUseNotice(); notice != "" {
+			fmt.Fprintln(p.stdout, notice)
 		}
 		return nil
 	}
@@ -262,21 +262,24 @@ func (p *program) audit(ctx context.Context, args []string) error {
 	if k.omittedProblems > 0 {
 		fmt.Fprintf(p.stdout, "and %d more problems\n", k.omittedProblems)
 	}
-	return fmt.Errorf("the audit trail is not as it was written: the first bad entry is %d. Somebody wrote to %s who is not this program. "+
-		"Keep a copy of it, compare entries from %d on with a backup (llm-proxy restore, to another DATA_DIR), and look at who can write to that file",
+	return fmt.Errorf("the audit trail is damaged: the first bad event is %d. Something other than this program "+
+		"wrote to %s. "+
+		"Keep a copy of it, compare the events from %d on with a backup (llm-proxy restore, to another DATA_DIR), "+
+		"and find out who can write to that file",
 		k.firstProblemSeq, cfg.databaseFile, k.firstProblemSeq)
 }
 
-// verifyAudit checks the trail in a database, with the key from the settings.
+// verifyAudit checks the audit trail of a database, with the key from the settings.
 func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead) (*auditCheck, error) {
-	at, known, err := st.schemaVersion(ctx)
+	version, supported, err := st.schemaVersion(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if at > known {
-		return nil, fmt.Errorf("the database is of a newer llm-proxy (schema %d, this one knows %d); use that one", at, known)
+	if version > supported {
+		return nil, fmt.Errorf("the database is from a newer llm-proxy (schema %d; this one supports %d); use that one",
+			version, supported)
 	}
-	if at < auditSchemaVersion {
+	if version < auditSchemaVersion {
 		return nil, errNoAuditTrail
 	}
 	sl, err := openExistingSealer(ctx, cfg, st)
@@ -285,7 +288,9 @@ func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead)
 	}
 	chain, err := st.loadAuditChain(ctx, sl)
 	if errors.Is(err, errNotFound) {
-		return nil, errors.New("the key of the audit trail was removed from the database, so that no entry can be verified; bring back a backup with llm-proxy restore FILE")
+		return nil, errors.New("the key of the audit trail was removed from the database, so no event can be " +
+			"verified; " +
+			"restore a backup with llm-proxy restore FILE")
 	}
 	if err != nil {
 		return nil, err
@@ -293,11 +298,11 @@ func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead)
 	return st.verifyAudit(ctx, chain, expect)
 }
 
-var errNoAuditTrail = errors.New("the database is from before the audit trail, which begins with the next start of the server")
+var errNoAuditTrail = errors.New("the database is from a version without an audit trail; the next start of the " +
+	"server creates it")
 
-// openExistingReadOnly opens a database to look at: one that a server has open, or one on
-// a medium where nothing can be written, which SQLite opens only if told that
-// nobody writes.
+// openExistingReadOnly opens a database for reading. A server may have it open. On a read-only
+// medium, SQLite opens it only if told that nobody writes to it.
 func openExistingReadOnly(ctx context.Context, file string) (*store, error) {
 	if info, err := os.Stat(file); err != nil || info.Size() == 0 {
 		return nil, fmt.Errorf("there is no database at %s; check DATA_DIR and DATABASE_URL", file)
@@ -316,7 +321,7 @@ func openExistingReadOnly(ctx context.Context, file string) (*store, error) {
 	return openReadOnly(file, true)
 }
 
-// removeDatabase removes a database file and what SQLite may have put beside it.
+// removeDatabase removes a database file and the files that SQLite may have put beside it.
 func removeDatabase(name string) error {
 	var errs []error
 	for _, suffix := range []string{"-wal", "-shm", "-journal", ""} {
@@ -327,50 +332,60 @@ func removeDatabase(name string) error {
 	return errors.Join(errs...)
 }
 
-// databaseInfo is what examine found out about a database.
+// A databaseInfo describes a database that was inspected.
 type databaseInfo struct {
 	rowCounts
 	bytes    int64
-	keyCheck string // the setting of this name
+	keyCheck string // the setting key_check
 	keyID    string
 }
 
-func (f *databaseInfo) String() string {
-	s := fmt.Sprintf("%.1f MiB; %d projects, %d tokens, %d calls", float64(f.bytes)/(1<<20), f.projects, f.tokens, f.calls)
-	if f.newestCall > 0 {
-		s += ", the newest of " + time.UnixMilli(f.newestCall>>idTimeShift).UTC().Format(time.RFC3339)
+func (d *databaseInfo) String() string {
+	s := fmt.Sprintf("%.1f MiB; %s, %s, %s", float64(d.bytes)/(1<<20),
+		countNoun(d.projects, "project"), countNoun(d.tokens, "token"), countNoun(d.calls, "call"))
+	if d.newestCall > 0 {
+		s += ", the latest at " + time.UnixMilli(d.newestCall>>idTimeShift).UTC().Format(time.RFC3339)
 	}
 	return s
 }
 
-// inspectDatabase looks into a database file that nobody has open. It must be whole,
-// not newer than this program, and one of ours.
+// countNoun returns a number with its noun: "1 token", "2 tokens".
+func countNoun(n int64, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprintf("%d %s", n, noun)
+}
+
+// inspectDatabase checks a database file that nobody has open: it must be undamaged, not newer
+// than this program, and a database of llm-proxy.
 func inspectDatabase(ctx context.Context, name string) (*databaseInfo, error) {
 	info, err := os.Stat(name)
 	if err != nil {
-		return nil, fmt.Errorf("looking at the copy: %w", err)
+		return nil, fmt.Errorf("inspecting the copy: %w", err)
 	}
 	st, err := openReadOnly(name, true)
 	if err != nil {
 		return nil, err
 	}
 	defer st.close()
-	at, known, err := st.schemaVersion(ctx)
+	version, supported, err := st.schemaVersion(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if at > known {
-		return nil, fmt.Errorf("it is of a newer llm-proxy (schema %d, this one knows %d); use that one", at, known)
+	if version > supported {
+		return nil, fmt.Errorf("it is from a newer llm-proxy (schema %d; this one supports %d); use that one", version,
+			supported)
 	}
-	complaints, err := st.checkIntegrity(ctx)
+	problems, err := st.checkIntegrity(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if len(complaints) > 0 {
-		return nil, fmt.Errorf("it is damaged: %s", clip(strings.Join(complaints, "; "), 500))
+	if len(problems) > 0 {
+		return nil, fmt.Errorf("it is damaged: %s", clip(strings.Join(problems, "; "), 500))
 	}
 	f := &databaseInfo{bytes: info.Size()}
-	if f.keyCheck, err = st.setting(ctx, "key_check"); at == 0 || err != nil {
+	if f.keyCheck, err = st.setting(ctx, "key_check"); version == 0 || err != nil {
 		return nil, errors.Join(errors.New("it is not a database of llm-proxy"), err)
 	}
 	sealed, err := base64.StdEncoding.DecodeString(f.keyCheck)

@@ -1,7 +1,6 @@
-// This room is `llm-proxy doctor`: it looks at everything that a server needs
-// and says in one line each what is well, what is not, and what to do about it.
-// It works beside a running server: it only reads, takes no lock, and calls a
-// provider only when asked to. It never prints a secret.
+// This file is `llm-proxy doctor`: it checks everything that a server needs and prints one
+// line per check, with what to do about a problem. It may run beside a server: it only reads,
+// takes no lock, and calls providers only if asked to. It may not print a secret.
 package main
 
 import (
@@ -48,10 +47,10 @@ func (p *program) doctor(ctx context.Context, args []string) error {
 	var err error
 	if d.cfg, err = loadConfig(p.getenv); err != nil {
 		for line := range strings.SplitSeq(err.Error(), "\n") {
-			d.fail("configuration", line, "mend it, then run doctor again for the other checks")
+			d.fail("configuration", line, "fix it, then run doctor again for the other checks")
 		}
 	} else {
-		d.ok("configuration", "no problem")
+		d.ok("configuration", "valid")
 		d.runChecks(ctx, len(args) == 1)
 	}
 	if d.failed > 0 {
@@ -60,23 +59,25 @@ func (p *program) doctor(ctx context.Context, args []string) error {
 	return nil
 }
 
-// runChecks makes every check but the one of the configuration.
+// runChecks makes every check except the one of the configuration.
 func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 	d.checkClock()
 	d.checkCertificate()
 	if _, err := os.Stat(d.cfg.dataDir); errors.Is(err, fs.ErrNotExist) {
-		d.warn("data directory", d.cfg.dataDir+" is not there", "the first start makes it; if there was one, check DATA_DIR")
+		d.warn("data directory", d.cfg.dataDir+" does not exist",
+			"the first start creates it; if there was one, check DATA_DIR")
 		return
 	}
 	d.checkFileModes()
 	d.checkDisk()
 	if info, err := os.Stat(d.cfg.databaseFile); err != nil || info.Size() == 0 {
-		d.warn("database", d.cfg.databaseFile+" is missing or empty", "the first start makes it; if there was one, bring it back with llm-proxy restore FILE")
+		d.warn("database", d.cfg.databaseFile+" is missing or empty",
+			"the first start creates it; if there was one, restore it with llm-proxy restore FILE")
 		return
 	}
 	st, err := openReadOnly(d.cfg.databaseFile, false)
 	if err != nil {
-		d.fail("database", err.Error(), "bring back a backup with llm-proxy restore FILE")
+		d.fail("database", err.Error(), "restore a backup with llm-proxy restore FILE")
 		return
 	}
 	defer st.close()
@@ -94,10 +95,11 @@ func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 	d.checkUpstreams(ctx, st, sl, provider)
 }
 
-// checkClock finds clocks that were never set: tokens live by them.
+// checkClock finds clocks that were never set, because tokens expire by the clock.
 func (d *diagnosis) checkClock() {
 	if y := d.now.Year(); y < 2025 || y > 2100 {
-		d.fail("clock", "it says "+d.now.UTC().Format(time.RFC3339), "set the time of this machine: tokens expire by it")
+		d.fail("clock", "it shows "+d.now.UTC().Format(time.RFC3339),
+			"set the clock of this machine: tokens expire by it")
 		return
 	}
 	d.ok("clock", d.now.UTC().Format(time.RFC3339))
@@ -115,11 +117,12 @@ func (d *diagnosis) checkCertificate() {
 	}
 	switch until := pair.Leaf.NotAfter; {
 	case d.now.After(until):
-		d.fail(what, "expired on "+until.UTC().Format(time.DateOnly), "renew it and start the server again")
+		d.fail(what, "expired on "+until.UTC().Format(time.DateOnly), "renew it and restart the server")
 	case d.now.Before(pair.Leaf.NotBefore):
-		d.fail(what, "is not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339), "check the clock and the certificate")
+		d.fail(what, "is not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339),
+			"check the clock and the certificate")
 	case until.Sub(d.now) < 14*24*time.Hour:
-		d.warn(what, "expires on "+until.UTC().Format(time.DateOnly), "renew it and start the server again")
+		d.warn(what, "expires on "+until.UTC().Format(time.DateOnly), "renew it and restart the server")
 	default:
 		d.ok(what, "valid until "+until.UTC().Format(time.DateOnly))
 	}
@@ -131,19 +134,24 @@ func (d *diagnosis) checkFileModes() {
 	for _, name := range []string{d.cfg.databaseFile, d.cfg.databaseFile + "-wal", d.cfg.databaseFile + "-shm",
 		filepath.Join(d.cfg.dataDir, keyFileName), filepath.Join(d.cfg.dataDir, lockFileName)} {
 		if info, err := os.Stat(name); err == nil && info.Mode().Perm()&0o077 != 0 {
-			d.fail("file modes", fmt.Sprintf("%s has mode %04o: others may read or write it", name, info.Mode().Perm()), "chmod 600 "+name)
+			d.fail("file modes", fmt.Sprintf("%s has mode %04o: other users can read or write it", name,
+				info.Mode().Perm()),
+				"chmod 600 "+name)
 		}
 	}
 	for _, setting := range []string{"ENCRYPTION_KEY_FILE", "MANAGEMENT_TOKEN_FILE", "TLS_KEY_FILE"} {
 		name := d.getenv(setting)
 		if info, err := os.Stat(name); name != "" && err == nil && info.Mode().Perm()&0o007 != 0 {
-			d.warn("file modes", fmt.Sprintf("%s names a file with mode %04o: every user may read it", setting, info.Mode().Perm()), "take that right away")
+			d.warn("file modes", fmt.Sprintf("%s names a file with mode %04o: every user can read it", setting,
+				info.Mode().Perm()),
+				"remove that permission")
 		}
 	}
 	if info, err := os.Stat(d.cfg.dataDir); err == nil && info.Mode().Perm()&0o077 != 0 {
-		d.warn("file modes", fmt.Sprintf("%s has mode %04o", d.cfg.dataDir, info.Mode().Perm()), "chmod 700 "+d.cfg.dataDir)
+		d.warn("file modes", fmt.Sprintf("%s has mode %04o", d.cfg.dataDir, info.Mode().Perm()),
+			"chmod 700 "+d.cfg.dataDir)
 	} else if d.failed == before {
-		d.ok("file modes", "the data directory is its owner's alone")
+		d.ok("file modes", "only the owner can read the data directory")
 	}
 }
 
@@ -158,57 +166,60 @@ func (d *diagnosis) checkFreeSpace(dir string, free func(string) (uint64, error)
 	finding := fmt.Sprintf("%d MiB free in %s", n>>20, dir)
 	switch {
 	case err != nil:
-		d.warn("disk", "cannot tell how much is free in "+dir+": "+err.Error(), "look with df")
+		d.warn("disk", "cannot find the free space in "+dir+": "+err.Error(), "check with df")
 	case n < 100<<20:
-		d.fail("disk", finding, "make room: without it calls are refused")
+		d.fail("disk", finding, "free some space: without it calls are refused")
 	case n < 1<<30:
-		d.warn("disk", finding, "make room, or shorten RETENTION")
+		d.warn("disk", finding, "free some space, or shorten RETENTION")
 	default:
 		d.ok("disk", finding)
 	}
 }
 
-// checkDatabase reports whether the database can be looked into further.
+// checkDatabase reports whether the database can be used for further checks.
 func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
-	const remedy = "bring back a backup with llm-proxy restore FILE; the damaged file is kept"
-	at, known, err := st.schemaVersion(ctx)
+	const remedy = "restore a backup with llm-proxy restore FILE; the damaged file is kept"
+	version, supported, err := st.schemaVersion(ctx)
 	if err != nil {
 		d.fail("database", err.Error(), remedy)
 		return false
 	}
-	version := fmt.Sprintf("schema %d", at)
 	switch {
-	case at > known:
-		d.fail("database", fmt.Sprintf("schema %d is newer than this program, which knows %d", at, known), "use the newer llm-proxy")
+	case version > supported:
+		d.fail("database", fmt.Sprintf("schema %d is newer than this program, which supports %d", version, supported),
+			"use the newer llm-proxy")
 		return false
-	case at < known:
-		d.warn("database", fmt.Sprintf("schema %d is older than this program's %d", at, known), "the next start brings it up to date; make a backup first")
+	case version < supported:
+		d.warn("database", fmt.Sprintf("schema %d is older than this program's %d", version, supported),
+			"the next start migrates it; make a backup first")
 	}
-	complaints, err := st.checkIntegrity(ctx)
+	problems, err := st.checkIntegrity(ctx)
 	if err != nil {
-		complaints = append(complaints, err.Error())
+		problems = append(problems, err.Error())
 	}
-	if len(complaints) > 0 {
-		d.fail("database", "it is damaged: "+clip(strings.Join(complaints, ", "), 500), remedy)
+	if len(problems) > 0 {
+		d.fail("database", "damaged: "+clip(strings.Join(problems, ", "), 500), remedy)
 		return false
 	}
-	facts, err := st.countRows(ctx)
+	rows, err := st.countRows(ctx)
 	if err != nil {
 		d.fail("database", err.Error(), remedy)
 		return false
 	}
-	d.ok("database", fmt.Sprintf("whole, %s, %d projects, %d tokens, %d calls", version, facts.projects, facts.tokens, facts.calls))
-	if newest := time.UnixMilli(facts.newestCall >> idTimeShift); newest.After(d.now.Add(time.Minute)) {
-		d.warn("clock", "it is behind the newest call on record, of "+newest.UTC().Format(time.RFC3339), "check the time of this machine")
+	d.ok("database", fmt.Sprintf("intact, schema %d, %s, %s, %s", version,
+		countNoun(rows.projects, "project"), countNoun(rows.tokens, "token"), countNoun(rows.calls, "call")))
+	if newest := time.UnixMilli(rows.newestCall >> idTimeShift); newest.After(d.now.Add(time.Minute)) {
+		d.warn("clock", "it is behind the latest call on record, at "+newest.UTC().Format(time.RFC3339),
+			"check the clock of this machine")
 	}
 	return true
 }
 
-// checkOpenCalls finds calls that have not ended. A running server has some.
+// checkOpenCalls counts calls that have not ended. A running server has some.
 func (d *diagnosis) checkOpenCalls(ctx context.Context, st *store) {
 	const what = "open calls"
-	if at, known, err := st.schemaVersion(ctx); err == nil && at < known {
-		d.ok(what, "not looked for before the database is brought up to date")
+	if version, supported, err := st.schemaVersion(ctx); err == nil && version < supported {
+		d.ok(what, "not checked before the database is migrated")
 		return
 	}
 	n, err := st.countRunning(ctx, minIDAt(d.now))
@@ -222,30 +233,30 @@ func (d *diagnosis) checkOpenCalls(ctx context.Context, st *store) {
 		d.fail(what, err.Error(), "see the database check")
 	case old > 0:
 		d.warn(what, fmt.Sprintf("%d have been open for more than a day", old),
-			"if no server is running, the next start records them as lost, with an estimate")
+			"if no server is running, the next start records them as lost, with estimated usage")
 	default:
-		d.ok(what, fmt.Sprintf("%d not settled yet", n))
+		d.ok(what, fmt.Sprintf("%d not finished yet", n))
 	}
 }
 
-// checkAuditTrail goes through the audit trail.
+// checkAuditTrail verifies the audit trail.
 func (d *diagnosis) checkAuditTrail(ctx context.Context, st *store) {
-	const what, remedy = "audit trail", "see what llm-proxy audit verify says"
+	const what, remedy = "audit trail", "run llm-proxy audit verify for details"
 	k, err := verifyAudit(ctx, d.cfg, st, nil)
 	switch {
 	case errors.Is(err, errNoAuditTrail):
-		d.warn(what, "there is none yet", "the next start of the server begins it")
+		d.warn(what, "there is none yet", "the next start of the server creates it")
 	case err != nil:
 		d.fail(what, err.Error(), remedy)
 	case !k.intact():
-		d.fail(what, fmt.Sprintf("changed or removed from entry %d on", k.firstProblemSeq), remedy)
+		d.fail(what, fmt.Sprintf("changed or removed from event %d on", k.firstProblemSeq), remedy)
 	default:
-		d.ok(what, "whole, "+k.String())
+		d.ok(what, "intact, "+k.String())
 	}
 }
 
-// checkUpstreams tries the encryption key on every provider key, and on request
-// every provider key on its provider.
+// checkUpstreams decrypts every provider key and, if provider is true, tries each key with its
+// provider.
 func (d *diagnosis) checkUpstreams(ctx context.Context, st *store, sl *sealer, provider bool) {
 	rows, err := allUpstreams(ctx, st)
 	if err != nil {
@@ -261,13 +272,14 @@ func (d *diagnosis) checkUpstreams(ctx context.Context, st *store, sl *sealer, p
 		u := newUpstream(row, sl, d.cfg.allowPrivate, newHealthTracker())
 		switch {
 		case u.configErr != nil:
-			d.fail(what, u.configErr.Error(), "put it right, with its key, by PATCH /manage/projects/"+row.projectID+"/upstreams/"+row.id)
+			d.fail(what, u.configErr.Error(),
+				"correct it, and enter its key again: PATCH /manage/projects/"+row.projectID+"/upstreams/"+row.id)
 		case provider && row.active:
 			d.checkProvider(ctx, transport, what, u)
 		}
 	}
 	if d.failed == before {
-		d.ok("provider keys", fmt.Sprintf("%d, all open", len(rows)))
+		d.ok("provider keys", fmt.Sprintf("%d, all can be decrypted", len(rows)))
 	}
 }
 
@@ -290,8 +302,8 @@ func allUpstreams(ctx context.Context, st *store) (all []upstreamRow, err error)
 	}
 }
 
-// checkProvider asks a provider for its list of models, which costs nothing. Of the
-// answer only its class is told: a provider's text may hold the key.
+// checkProvider asks a provider for its list of models, which costs nothing. It prints only
+// the kind of answer, because the provider's text may contain the key.
 func (d *diagnosis) checkProvider(ctx context.Context, transport http.RoundTripper, what string, u *upstream) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -300,7 +312,8 @@ func (d *diagnosis) checkProvider(ctx context.Context, transport http.RoundTripp
 	if u.provider == providerAnthropic {
 		h.Set("Anthropic-Version", "2023-06-01")
 	}
-	req := (&http.Request{Method: http.MethodGet, URL: u.url("/v1/models", ""), Host: u.host, Header: h}).WithContext(ctx)
+	req := (&http.Request{Method: http.MethodGet, URL: u.url("/v1/models", ""), Host: u.host,
+		Header: h}).WithContext(ctx)
 	res, err := transport.RoundTrip(req)
 	if ne, ok := errors.AsType[net.Error](err); errors.Is(err, context.DeadlineExceeded) || ok && ne.Timeout() {
 		d.fail(what, "timeout: no answer in 10 s", "check the network and the base URL")
@@ -313,10 +326,11 @@ func (d *diagnosis) checkProvider(ctx context.Context, transport http.RoundTripp
 	res.Body.Close()
 	switch s := res.StatusCode; {
 	case s == http.StatusOK:
-		d.ok(what, "the provider takes the key")
+		d.ok(what, "the provider accepts the key")
 	case s == http.StatusUnauthorized || s == http.StatusForbidden:
-		d.fail(what, "key refused by the provider", "give it a valid key with PATCH on its URL under /manage")
+		d.fail(what, "key refused by the provider", "set a valid key with PATCH on its URL under /manage")
 	default:
-		d.warn(what, fmt.Sprintf("the provider answers %d to GET /models", s), "look at the provider's status page; some have no such list")
+		d.warn(what, fmt.Sprintf("the provider answers %d to GET /models", s),
+			"check the provider's status page; some providers have no such list")
 	}
 }

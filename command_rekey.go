@@ -1,7 +1,6 @@
-// This room changes the encryption key, with the server stopped: all that is
-// sealed with the old one is sealed with a new one, in one transaction. A crash
-// leaves the database with one key or the other, and the command, given again,
-// finishes what it began.
+// This file changes the encryption key, with the server stopped. It decrypts everything with
+// the old key and encrypts it with the new one, in one transaction. After a crash the database
+// has one key or the other, and repeating the command finishes the change.
 package main
 
 import (
@@ -17,8 +16,8 @@ import (
 
 const rekeyUsage = "usage: llm-proxy rekey [FILE]"
 
-// rekey seals everything with the key in FILE, or with one that is made now and
-// takes the place of the key file.
+// rekey encrypts everything with the key in FILE, or with a new key that replaces the key
+// file.
 func (p *program) rekey(ctx context.Context, args []string) error {
 	if len(args) > 1 || len(args) == 1 && strings.HasPrefix(args[0], "-") {
 		return errors.New(rekeyUsage)
@@ -28,7 +27,8 @@ func (p *program) rekey(ctx context.Context, args []string) error {
 		return err
 	}
 	if len(args) == 0 && cfg.encryptionKey != nil {
-		return errors.New("the encryption key stands in a setting, which this command cannot change; write a new one into a file (openssl rand -hex 32 > FILE) and name it: llm-proxy rekey FILE")
+		return errors.New("the encryption key is in a setting, which this command cannot change; " +
+			"write a new one to a file (openssl rand -hex 32 > FILE) and run: llm-proxy rekey FILE")
 	}
 	dir, err := lockDataDir(cfg)
 	if err != nil {
@@ -42,35 +42,41 @@ func (p *program) rekey(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	own := filepath.Join(cfg.dataDir, newKeyFileName)
-	name := own
+	keyFile, ownFile := filepath.Join(cfg.dataDir, keyFileName), filepath.Join(cfg.dataDir, newKeyFileName)
+	name := ownFile
 	if len(args) == 1 {
 		name = args[0]
 	}
-	n, to, err := rekeyDatabase(ctx, cfg, st, name, name == own)
-	if err = errors.Join(err, st.close()); err != nil { // which empties the write-ahead log of what the old key sealed
+	n, newSealer, err := rekeyDatabase(ctx, cfg, st, name, name == ownFile)
+	// close empties the write-ahead log, which has values that were encrypted with the old key.
+	if err = errors.Join(err, st.close()); err != nil {
 		return err
 	}
-	if name == own {
-		if err := replaceFile(own, filepath.Join(cfg.dataDir, keyFileName)); err != nil {
-			return fmt.Errorf("the database has the new key, but the key file could not be replaced: %w; give the command again", err)
+	if name == ownFile {
+		if err := replaceFile(ownFile, keyFile); err != nil {
+			return fmt.Errorf("the database has the new key, but the key file could not be replaced: %w; repeat "+
+				"the command", err)
 		}
 	}
-	fmt.Fprintf(p.stdout, "Everything is sealed with the key %s now: %d provider keys, and the keys of the audit trail and of kept content.\n", to.id(), n)
-	if name != own {
+	fmt.Fprintf(p.stdout, "All secrets are now encrypted with the key %s: %s, and the keys of the audit trail and "+
+		"of stored content.\n",
+		newSealer.id(), countNoun(n, "provider key"))
+	if name != ownFile {
 		fmt.Fprintf(p.stdout, "Start the server with ENCRYPTION_KEY_FILE=%s (or the same in ENCRYPTION_KEY).\n", name)
 	}
-	if _, err := os.Stat(filepath.Join(cfg.dataDir, keyFileName)); err == nil && name != own {
-		fmt.Fprintf(p.stdout, "%s is of no use any more, but for the backups from before.\n", filepath.Join(cfg.dataDir, keyFileName))
+	if _, err := os.Stat(keyFile); err == nil && name != ownFile {
+		fmt.Fprintf(p.stdout, "%s is only needed for older backups.\n", keyFile)
 	}
-	fmt.Fprintln(p.stdout, "Backups from before need the key from before. Make a new one.")
+	fmt.Fprintln(p.stdout, "Older backups need the old key. Make a new backup.")
 	return nil
 }
 
-// rekeyDatabase seals the database anew with the key in the file name, which is
-// made if made is true and it is not there. A database that has that key already
-// is left as it is.
-func rekeyDatabase(ctx context.Context, cfg *config, st *store, name string, made bool) (n int64, to *sealer, err error) {
+// rekeyDatabase encrypts the secrets in the database with the key in the file name. If create
+// is true, it creates the file if missing. A database that already has that key does not
+// change. It returns the number of provider keys.
+func rekeyDatabase(
+	ctx context.Context, cfg *config, st *store, name string, create bool,
+) (n int64, to *sealer, err error) {
 	check, err := st.setting(ctx, "key_check")
 	if err != nil {
 		return 0, nil, fmt.Errorf("reading the key check: %w", err)
@@ -83,25 +89,25 @@ func rekeyDatabase(ctx context.Context, cfg *config, st *store, name string, mad
 		}
 	}
 	to, err = sealerFromFile(name)
-	if made && err != nil && oldErr == nil { // not there, or cut short by a crash; nothing can be sealed with it
+	if create && err != nil && oldErr == nil { // missing, or incomplete after a crash: nothing is encrypted with it
 		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return 0, nil, fmt.Errorf("clearing what an earlier run left: %w", err)
+			return 0, nil, fmt.Errorf("removing the file that an earlier run left: %w", err)
 		}
 		if err := writeNewFile(name, newEncryptionKey()()+"\n"); err != nil {
 			return 0, nil, fmt.Errorf("writing the new key: %w", err)
 		}
 		to, err = sealerFromFile(name)
 	}
-	if made && err != nil && oldErr != nil {
+	if create && err != nil && oldErr != nil {
 		return 0, nil, oldErr
 	}
 	if err != nil {
 		return 0, nil, err
 	}
 	if oldErr == nil && to.id() == from.id() {
-		return 0, nil, fmt.Errorf("the key in %s is the one that is in use", name)
+		return 0, nil, fmt.Errorf("the key in %s is already in use", name)
 	}
-	if checkSealer(to, check) == nil { // an earlier run came so far
+	if checkSealer(to, check) == nil { // an earlier run has done this
 		n, err = st.countSealedKeys(ctx)
 		return n, to, err
 	}
@@ -128,7 +134,7 @@ func sealerFromFile(name string) (*sealer, error) {
 	return sl, nil
 }
 
-// replaceFile puts a file in another's place, on disk.
+// replaceFile renames a file over another and syncs the directory.
 func replaceFile(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err

@@ -1,8 +1,7 @@
-// This room puts a backup in the database's place, with the server stopped.
-// Everything is done and proved on a copy first; then files are only renamed.
-// The database that was there is moved aside and never deleted. A backup brings
-// back to life what was revoked after it: the operator has to say what becomes
-// of that.
+// This file replaces the database with a backup, with the server stopped. It prepares and
+// checks a copy first; after that it only renames files. It moves the previous database aside
+// and never deletes it. A backup would make valid again what was revoked after it was made, so
+// the operator has to choose what happens to that.
 package main
 
 import (
@@ -23,9 +22,9 @@ const restoreUsage = "usage: llm-proxy restore FILE [--revoke=since|all|none]"
 // A restoration is one run of the command.
 type restoration struct {
 	cfg        *config
-	backupFile string // the backup
-	copyFile   string // what will take the database's place
-	revokeMode string // since, all, none; "" : not said
+	backupFile string
+	copyFile   string // the copy that will replace the database
+	revokeMode string // since, all or none; "": not chosen
 	backupInfo *databaseInfo
 	now        time.Time
 }
@@ -55,10 +54,10 @@ func (p *program) restore(ctx context.Context, args []string) error {
 		return err
 	}
 	defer dir.close()
-	// The lock is ours, so this name is too, and what a crash left under it.
+	// This process has the lock, so no other uses this name. A crash may have left the file.
 	r.copyFile = r.cfg.databaseFile + ".restoring"
 	if err := removeDatabase(r.copyFile); err != nil {
-		return fmt.Errorf("clearing what an earlier restore left: %w", err)
+		return fmt.Errorf("removing the copy that an earlier restore left: %w", err)
 	}
 	key, err := r.prepareCopy(ctx, p.stdout)
 	if err != nil {
@@ -69,21 +68,24 @@ func (p *program) restore(ctx context.Context, args []string) error {
 		err = dir.recordDatabase()
 	}
 	if err != nil {
-		return fmt.Errorf("putting the backup in place: %w; this command may be repeated (the database from before is %s)", err, cmp.Or(aside, r.cfg.databaseFile))
+		return fmt.Errorf("replacing the database: %w; you can repeat this command (the previous database is %s)",
+			err, cmp.Or(aside, r.cfg.databaseFile))
 	}
-	fmt.Fprintf(p.stdout, "The backup is in place: %s.\n", r.cfg.databaseFile)
+	fmt.Fprintf(p.stdout, "The backup is restored: %s.\n", r.cfg.databaseFile)
 	if aside != "" {
-		fmt.Fprintf(p.stdout, "The database from before is %s; it holds sealed keys, so remove it when it is not needed any more.\n", aside)
+		fmt.Fprintf(p.stdout, "The previous database is %s. It contains encrypted keys, so delete it when you no "+
+			"longer need it.\n", aside)
 	}
 	if key != nil {
-		fmt.Fprintf(p.stdout, "All management keys are revoked. A new one (role admin), shown only now:\n\n  %s\n", key())
+		fmt.Fprintf(p.stdout, "All management keys are revoked. A new one (role admin), shown only once:\n\n  %s\n",
+			key())
 	}
 	return nil
 }
 
-// prepareCopy makes the copy that will take the database's place: proved whole,
-// with a key that opens it, migrated, and with what the operator wants revoked.
-// It returns the new management key, if revoking made one needed.
+// prepareCopy makes the copy that will replace the database. It checks that the copy is
+// undamaged and that the encryption key opens it, migrates it, and revokes what the operator
+// chose. It returns a new management key if all of them were revoked.
 func (r *restoration) prepareCopy(ctx context.Context, out io.Writer) (secret, error) {
 	if err := r.copyBackup(); err != nil {
 		return nil, err
@@ -97,7 +99,7 @@ func (r *restoration) prepareCopy(ctx context.Context, out io.Writer) (secret, e
 		return nil, err
 	}
 	key, err := r.applyRevokeMode(ctx, st, out)
-	if err = errors.Join(err, st.close()); err != nil { // which empties its -wal
+	if err = errors.Join(err, st.close()); err != nil { // close empties the write-ahead log
 		return nil, err
 	}
 	if _, err := os.Stat(r.copyFile + "-wal"); !errors.Is(err, fs.ErrNotExist) {
@@ -106,8 +108,8 @@ func (r *restoration) prepareCopy(ctx context.Context, out io.Writer) (secret, e
 	return key, syncFile(r.copyFile)
 }
 
-// copyBackup copies the backup beside the database. What it checks shows a
-// file that is not the work of llm-proxy backup.
+// copyBackup copies the backup next to the database. It rejects files that llm-proxy backup
+// did not write.
 func (r *restoration) copyBackup() error {
 	info, err := os.Stat(r.backupFile)
 	if err != nil {
@@ -117,7 +119,9 @@ func (r *restoration) copyBackup() error {
 		return fmt.Errorf("%s is the database itself", r.backupFile)
 	}
 	if wal, err := os.Stat(r.backupFile + "-wal"); err == nil && wal.Size() > 0 {
-		return fmt.Errorf("%s was copied while in use: part of it is in %s-wal; only llm-proxy backup makes whole copies", r.backupFile, r.backupFile)
+		return fmt.Errorf("%[1]s was copied while in use: part of it is in %[1]s-wal; only llm-proxy backup makes "+
+			"complete copies",
+			r.backupFile)
 	}
 	src, err := os.Open(r.backupFile)
 	if err != nil {
@@ -135,8 +139,8 @@ func (r *restoration) copyBackup() error {
 	return nil
 }
 
-// applyRevokeMode proves the encryption key, compares with the current database, explains,
-// and does what the operator chose.
+// applyRevokeMode checks the encryption key, compares the backup with the current database,
+// and revokes what the operator chose. Without a choice it explains the choices.
 func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Writer) (secret, error) {
 	sl, err := openExistingSealer(ctx, r.cfg, st)
 	if err != nil {
@@ -146,81 +150,97 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 	if err := errors.Join(st.openAudit(ctx, sl, by), st.endAllSessions(ctx)); err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(out, "The backup is whole: %s.\n", r.backupInfo)
-	since, compared := r.compareWithCurrent(ctx, st, out)
-	a := auditEvent{actionRestore, "", []auditField{{"revoke", r.revokeMode}, {"audit_head_before", st.attachedAuditHead(ctx)}}}
+	fmt.Fprintf(out, "The backup is intact: %s.\n", r.backupInfo)
+	impact, compared := r.compareWithCurrent(ctx, st, out)
+	event := auditEvent{actionRestore, "", []auditField{
+		{"revoke", r.revokeMode}, {"audit_head_before", st.attachedAuditHead(ctx)},
+	}}
 	switch r.revokeMode {
 	case "none":
-		return nil, st.recordAuditEvent(ctx, by, a)
+		return nil, st.recordAuditEvent(ctx, by, event)
 	case "since":
 		if !compared {
-			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or --revoke=none")
+			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or " +
+				"--revoke=none")
 		}
-		return nil, st.reapplyRevocations(ctx, by, a)
+		return nil, st.reapplyRevocations(ctx, by, event)
 	case "all":
-		if err := st.revokeAll(ctx, by, a); err != nil || r.cfg.managementToken != nil {
+		if err := st.revokeAll(ctx, by, event); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
 		return (&operations{store: st}).createFirstKey(ctx)
 	}
-	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or cut short after the backup was made become valid again.\nSay what to do about that:\n\n")
-	if compared && since != (restoreImpact{}) {
-		fmt.Fprint(out, "  --revoke=since  keep those revoked or cut short that are so now (the usual choice)\n")
+	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or limited after the backup was made would "+
+		"become valid again.\n"+
+		"Choose what to do with them:\n\n")
+	if compared && impact != (restoreImpact{}) {
+		fmt.Fprint(out, "  --revoke=since  apply the current revocations and limits to the backup (the usual choice)\n")
 	} else if compared {
-		fmt.Fprint(out, "  --revoke=since  the usual choice; there is nothing to revoke now\n")
+		fmt.Fprint(out, "  --revoke=since  the usual choice; there is nothing to revoke\n")
 	}
-	fmt.Fprint(out, "  --revoke=all    revoke every token and management key in the backup\n  --revoke=none   leave them as they are in the backup\n\n")
-	return nil, errors.New("nothing said about what was revoked since the backup; repeat with one of the choices above")
+	fmt.Fprint(out, "  --revoke=all    revoke every token and management key in the backup\n"+
+		"  --revoke=none   leave them as they are in the backup\n\n")
+	return nil, errors.New("choose what happens to tokens revoked since the backup: repeat the command with one of " +
+		"the options above")
 }
 
-// compareWithCurrent says what the backup would bring back to life, as far as the current
-// database is there and can be read. It leaves it attached to st.
-func (r *restoration) compareWithCurrent(ctx context.Context, st *store, out io.Writer) (since restoreImpact, ok bool) {
+// compareWithCurrent prints what the backup would make valid again. It returns false if there
+// is no current database that can be read; otherwise the current database stays attached to st.
+func (r *restoration) compareWithCurrent(
+	ctx context.Context, st *store, out io.Writer,
+) (impact restoreImpact, ok bool) {
 	if _, err := os.Stat(r.cfg.databaseFile); err != nil {
-		fmt.Fprint(out, "There is no current database, so what was revoked since the backup is not known.\n")
-		return since, false
+		fmt.Fprint(out, "There is no current database, so it is unknown what was revoked since the backup.\n")
+		return impact, false
 	}
 	err := st.attachCurrent(ctx, r.cfg.databaseFile)
 	if err == nil {
-		since, err = st.restoreImpact(ctx)
+		impact, err = st.restoreImpact(ctx)
 	}
 	if err != nil {
-		fmt.Fprintf(out, "The current database cannot be read (%v), so what was revoked since the backup is not known.\n", err)
-		return since, false
+		fmt.Fprintf(out, "The current database cannot be read (%v), so it is unknown what was revoked since the "+
+			"backup.\n", err)
+		return impact, false
 	}
-	fmt.Fprint(out, "Beside the current database, the backup\n")
+	if impact == (restoreImpact{}) {
+		fmt.Fprint(out, "Compared with the current database, the backup makes nothing valid or invalid.\n")
+		return impact, true
+	}
+	fmt.Fprint(out, "Compared with the current database, the backup has\n")
 	for _, line := range []struct {
-		n    int64
-		text string
+		n                int64
+		noun, difference string
 	}{
-		{since.revoked, "tokens valid again that are revoked now"},
-		{since.rotated, "tokens valid again with the value they had before a rotation"},
-		{since.expiryShortened, "tokens valid for longer than now"},
-		{since.requestCountLowered, "tokens whose count of requests goes back, so that more are left"},
-		{since.managementKeys, "management keys with rights that they do not have now"},
-		{since.deactivated, "projects active again that are inactive or deleted now"},
-		{since.createdSince, "valid tokens unknown: they were made since"},
+		{impact.revoked, "token", "valid, but revoked now"},
+		{impact.rotated, "token", "with the value from before a rotation"},
+		{impact.expiryShortened, "token", "with a later expiry"},
+		{impact.requestCountLowered, "token", "with fewer counted requests, so that more are left"},
+		{impact.managementKeys, "management key", "with rights that were reduced since"},
+		{impact.deactivated, "project", "active, but inactive or deleted now"},
+		{impact.createdSince, "valid token", "fewer, because they were created since"},
 	} {
-		fmt.Fprintf(out, "  makes %d %s\n", line.n, line.text)
+		if line.n > 0 {
+			fmt.Fprintf(out, "  %s %s\n", countNoun(line.n, line.noun), line.difference)
+		}
 	}
-	return since, true
+	return impact, true
 }
 
 // replaceDatabase moves the current database aside and the copy into its place. A crash in
-// between leaves no database at all, which the next start notices and refuses,
-// never one without its log or with another's. It returns where the database
-// went, "" if there was none.
+// between leaves no database, which the next start notices and refuses; it never leaves a
+// database without its log or with another one's. It returns the new name of the current
+// database, or "" if there was none.
 func (r *restoration) replaceDatabase() (aside string, err error) {
 	file := r.cfg.databaseFile
-	to := unusedFileName(file + ".before-restore-" + r.now.UTC().Format("20060102T150405Z"))
-	if err := os.Rename(file, to); err == nil {
-		aside = to
+	newName := unusedFileName(file + ".before-restore-" + r.now.UTC().Format("20060102T150405Z"))
+	if err := os.Rename(file, newName); err == nil {
+		aside = newName
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
-	// A log that stays would be taken for the new database's. It goes with its
-	// own, for it may hold what that does not yet.
-	if err := os.Rename(file+"-wal", to+"-wal"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// SQLite would use a log that stays for the new database. The log moves with its own
+	// database, because it may contain data that is not in the file yet.
+	if err := os.Rename(file+"-wal", newName+"-wal"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return aside, err
 	}
 	if err := os.Remove(file + "-shm"); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -235,13 +255,13 @@ func (r *restoration) replaceDatabase() (aside string, err error) {
 	return aside, syncDir(filepath.Dir(file))
 }
 
-// unusedFileName returns name, with a number if there is such a file.
+// unusedFileName returns name, with a number added if a file of that name exists.
 func unusedFileName(name string) string {
-	try := name
+	candidate := name
 	for i := 2; ; i++ {
-		if _, err := os.Lstat(try); errors.Is(err, fs.ErrNotExist) {
-			return try
+		if _, err := os.Lstat(candidate); errors.Is(err, fs.ErrNotExist) {
+			return candidate
 		}
-		try = fmt.Sprintf("%s-%d", name, i)
+		candidate = fmt.Sprintf("%s-%d", name, i)
 	}
 }

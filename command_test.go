@@ -59,7 +59,8 @@ func serveProgram(t *testing.T, env map[string]string, args ...string) *servedPr
 	s := &servedProgram{out: &syncBuffer{}, log: &syncBuffer{}}
 	ctx, cancel := context.WithCancel(context.Background())
 	addr, done := make(chan net.Addr, 1), make(chan error, 1)
-	p := &program{getenv: func(name string) string { return env[name] }, stdout: s.out, stderr: s.log, ready: func(a net.Addr) { addr <- a }}
+	p := &program{getenv: func(name string) string { return env[name] }, stdout: s.out, stderr: s.log,
+		ready: func(a net.Addr) { addr <- a }}
 	go func() { done <- p.run(ctx, args) }()
 	select {
 	case a := <-addr:
@@ -90,7 +91,8 @@ func (s *servedProgram) status(t *testing.T, path, credential string) int {
 }
 
 func serveEnv(t *testing.T) map[string]string {
-	return map[string]string{"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(t.TempDir(), "data"), "ALLOW_PRIVATE_UPSTREAMS": "true"}
+	return map[string]string{"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(t.TempDir(), "data"),
+		"ALLOW_PRIVATE_UPSTREAMS": "true"}
 }
 
 // findCredential finds the one token or key in an output.
@@ -118,7 +120,8 @@ func TestFirstStart(t *testing.T) {
 	if got := s.status(t, "/manage/projects", key); got != 200 {
 		t.Errorf("the printed key: %d", got)
 	}
-	for name, want := range map[string]os.FileMode{"": 0o700, "llm-proxy.db": 0o600, "llm-proxy.db-wal": 0o600, "llm-proxy.db-shm": 0o600, keyFileName: 0o600, lockFileName: 0o600} {
+	for name, want := range map[string]os.FileMode{"": 0o700, "llm-proxy.db": 0o600, "llm-proxy.db-wal": 0o600,
+		"llm-proxy.db-shm": 0o600, keyFileName: 0o600, lockFileName: 0o600} {
 		if info, err := os.Stat(filepath.Join(env["DATA_DIR"], name)); err != nil || info.Mode().Perm() != want {
 			t.Errorf("%q: %v %v, want %v", name, info, err, want)
 		}
@@ -157,11 +160,16 @@ func TestFirstStartWithProviderKey(t *testing.T) {
 	s := serveProgram(t, env)
 	out := string(s.out.bytes())
 	token := findCredential(t, tokenPrefix, out)
-	if strings.Contains(out, manageKeyPrefix) || strings.Contains(out, goodToken) || strings.Contains(out, provider.key) {
+	if strings.Contains(out, manageKeyPrefix) || strings.Contains(out, goodToken) ||
+		strings.Contains(out, provider.key) {
 		t.Errorf("printed: %s", out)
 	}
-	provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"object":"list","data":[]}`) })
-	if got := s.status(t, "/v1/models", token); got != 200 || provider.lastRequest(t).header.Get("Authorization") != "Bearer "+provider.key {
+	provider.setScript(func(c *providerConn,
+		_ recordedRequest) bool {
+		return c.reply(200, `{"object":"list","data":[]}`)
+	})
+	if got := s.status(t, "/v1/models", token); got != 200 ||
+		provider.lastRequest(t).header.Get("Authorization") != "Bearer "+provider.key {
 		t.Errorf("a call with the printed token: %d", got)
 	}
 	if got := s.status(t, "/manage/projects", goodToken); got != 200 {
@@ -171,7 +179,8 @@ func TestFirstStartWithProviderKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := serveProgram(t, env)
-	waitFor(t, "the note that OPENAI_API_KEY is ignored", func() bool { return bytes.Contains(again.log.bytes(), []byte("OPENAI_API_KEY is ignored")) })
+	waitFor(t, "the message that OPENAI_API_KEY is ignored",
+		func() bool { return bytes.Contains(again.log.bytes(), []byte("OPENAI_API_KEY is ignored")) })
 	if len(again.out.bytes()) > 0 {
 		t.Errorf("the second start prints %s", again.out.bytes())
 	}
@@ -187,7 +196,8 @@ func TestSecondProcess(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
 	serveProgram(t, env)
-	if _, err := runProgram(t, env, "serve"); err == nil || !strings.Contains(err.Error(), "another llm-proxy is using") {
+	if _, err := runProgram(t, env, "serve"); err == nil ||
+		!strings.Contains(err.Error(), "another llm-proxy is using") {
 		t.Errorf("the second process: %v", err)
 	}
 }
@@ -199,7 +209,8 @@ func TestSecondProcessOnDatabase(t *testing.T) {
 	first, second := serveEnv(t), serveEnv(t)
 	first["DATABASE_URL"], second["DATABASE_URL"] = database, database
 	live := serveProgram(t, first)
-	if _, err := runProgram(t, second, "serve"); err == nil || !strings.Contains(err.Error(), "another llm-proxy is using") {
+	if _, err := runProgram(t, second, "serve"); err == nil ||
+		!strings.Contains(err.Error(), "another llm-proxy is using") {
 		t.Errorf("the second process: %v", err)
 	}
 	if err := live.stop(); err != nil {
@@ -229,14 +240,16 @@ func TestPortTaken(t *testing.T) {
 func TestMissingDatabase(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
-	other := map[string]string{"DATABASE_URL": "sqlite:" + filepath.Join(t.TempDir(), "a-rather-long-name-for-a-database.db")}
+	other := map[string]string{"DATABASE_URL": "sqlite:" +
+		filepath.Join(t.TempDir(), "a-rather-long-name-for-a-database.db")}
 	maps.Copy(other, env)
 	for _, e := range []map[string]string{other, env, other, env} {
 		if err := serveProgram(t, e).stop(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for name, e := range map[string]map[string]string{filepath.Join(env["DATA_DIR"], "llm-proxy.db"): env, strings.TrimPrefix(other["DATABASE_URL"], "sqlite:"): other} {
+	for name, e := range map[string]map[string]string{filepath.Join(env["DATA_DIR"], "llm-proxy.db"): env,
+		strings.TrimPrefix(other["DATABASE_URL"], "sqlite:"): other} {
 		if err := os.Remove(name); err != nil {
 			t.Fatal(err)
 		}
@@ -267,7 +280,8 @@ func TestHelpAndVersion(t *testing.T) {
 			}
 		}
 	}
-	if out, err := runProgram(t, nil, "version"); err != nil || !strings.HasPrefix(out, "llm-proxy ") || strings.Count(out, "\n") != 1 {
+	if out, err := runProgram(t, nil, "version"); err != nil || !strings.HasPrefix(out, "llm-proxy ") ||
+		strings.Count(out, "\n") != 1 {
 		t.Errorf("version: %q %v", out, err)
 	}
 }
@@ -275,9 +289,12 @@ func TestHelpAndVersion(t *testing.T) {
 func TestWrongArguments(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ args, want string }{
-		{"sevre", "unknown command \"sevre\""}, {"--listen", "unknown command"}, {"serve now", "unexpected argument"}, {"demo x", "unexpected argument"},
-		{"healthcheck x", "unexpected argument"}, {"doctor --providers", "usage:"}, {"doctor --provider x", "usage:"}, {"backup", "usage:"},
-		{"backup a b", "usage:"}, {"backup --x", "usage:"}, {"restore", "usage:"}, {"restore a b", "usage:"}, {"restore a --revoke=some", "usage:"},
+		{"sevre", "unknown command \"sevre\""}, {"--listen", "unknown command"}, {"serve now",
+			"unexpected argument"}, {"demo x", "unexpected argument"},
+		{"healthcheck x", "unexpected argument"}, {"doctor --providers", "usage:"}, {"doctor --provider x",
+			"usage:"}, {"backup", "usage:"},
+		{"backup a b", "usage:"}, {"backup --x", "usage:"}, {"restore", "usage:"}, {"restore a b",
+			"usage:"}, {"restore a --revoke=some", "usage:"},
 		{"restore a --revoke=all --revoke=none", "usage:"}, {"restore --revoke=all", "usage:"},
 	} {
 		out, err := runProgram(t, map[string]string{"DATA_DIR": t.TempDir()}, strings.Fields(tt.args)...)
@@ -299,7 +316,8 @@ func testCertificate(t *testing.T, dir string, valid time.Duration) (cert, key s
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "x"}, DNSNames: []string{"*.example.test"},
+	leaf := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "x"},
+		DNSNames:  []string{"*.example.test"},
 		NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(valid)}
 	der, err := x509.CreateCertificate(rand.Reader, leaf, leaf, private.Public(), private)
 	if err != nil {
@@ -310,7 +328,8 @@ func testCertificate(t *testing.T, dir string, valid time.Duration) (cert, key s
 		t.Fatal(err)
 	}
 	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for name, b := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: secret}} {
+	for name, b := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der},
+		key: {Type: "PRIVATE KEY", Bytes: secret}} {
 		if err := os.WriteFile(name, pem.EncodeToMemory(b), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -340,7 +359,8 @@ func TestHealthcheck(t *testing.T) {
 	dead.Close()
 	for _, tt := range []struct{ addr, want string }{
 		{live.addr, ""}, {":" + port, ""}, {"0.0.0.0:" + port, ""}, {"[::]:" + port, ""}, {"localhost:" + port, ""},
-		{dead.Addr().String(), "no answer"}, {answers(503), "answers 503"}, {answers(307), "answers 307"}, {"nowhere", "LISTEN_ADDR: must be"},
+		{dead.Addr().String(), "no answer"}, {answers(503), "answers 503"}, {answers(307), "answers 307"}, {"nowhere",
+			"LISTEN_ADDR: must be"},
 	} {
 		// The other settings are wrong, which is not what was asked.
 		out, err := runProgram(t, map[string]string{"LISTEN_ADDR": tt.addr, "LOG_LEVEL": "wrong"}, "healthcheck")
@@ -382,7 +402,8 @@ func (p *testProxy) runDoctor(env map[string]string, args ...string) (lines []st
 	for _, l := range lines {
 		level, rest, _ := strings.Cut(l, " ")
 		failed = failed || level == "FAIL"
-		if level != "ok" && level != "warn" && level != "FAIL" || !strings.Contains(rest, ": ") || level != "ok" && !strings.Contains(rest, "; ") {
+		if level != "ok" && level != "warn" && level != "FAIL" || !strings.Contains(rest, ": ") || level != "ok" &&
+			!strings.Contains(rest, "; ") {
 			p.t.Errorf("a line without level, finding or remedy: %q", l)
 		}
 	}
@@ -420,8 +441,10 @@ func TestDoctorBesideServer(t *testing.T) {
 	if err != nil {
 		t.Errorf("%v: %s", err, strings.Join(lines, "\n"))
 	}
-	for _, what := range []string{"configuration:", "clock:", "file modes:", "disk:", "database: whole", "open calls: 0", "encryption key:", "provider keys: 1, all open"} {
-		if !hasFinding(lines, "ok", what, "") && (what != "disk:" || !hasFinding(lines, "warn", what, "")) { // the machine's own
+	for _, what := range []string{"configuration:", "clock:", "file modes:", "disk:", "database: intact",
+		"open calls: 0", "encryption key:", "provider keys: 1, all can be decrypted"} {
+		// the machine's own
+		if !hasFinding(lines, "ok", what, "") && (what != "disk:" || !hasFinding(lines, "warn", what, "")) {
 			t.Errorf("no line for %s in\n%s", what, strings.Join(lines, "\n"))
 		}
 	}
@@ -436,7 +459,8 @@ func TestDoctorBesideServer(t *testing.T) {
 func TestDoctorProvider(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+		`{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
 	status := func(code int) func(*providerConn, recordedRequest) bool {
 		return func(c *providerConn, r recordedRequest) bool {
 			return c.reply(code, r.header.Get("Authorization")+" is wrong")
@@ -446,19 +470,21 @@ func TestDoctorProvider(t *testing.T) {
 		script              func(*providerConn, recordedRequest) bool
 		level, what, remedy string
 	}{
-		{status(200), "ok", "the provider takes the key", ""},
-		{status(401), "FAIL", "key refused", "give it a valid key"},
-		{status(403), "FAIL", "key refused", "give it a valid key"},
+		{status(200), "ok", "the provider accepts the key", ""},
+		{status(401), "FAIL", "key refused", "set a valid key"},
+		{status(403), "FAIL", "key refused", "set a valid key"},
 		{status(307), "warn", "answers 307", ""},
 		{status(500), "warn", "answers 500", ""},
-		{func(c *providerConn, _ recordedRequest) bool { return c.reset() }, "FAIL", "unreachable", "check the base URL"},
+		{func(c *providerConn, _ recordedRequest) bool { return c.reset() }, "FAIL", "unreachable",
+			"check the base URL"},
 	} {
 		p.provider.setScript(tt.script)
 		lines, _ := p.runDoctor(nil, "--provider")
 		for _, name := range []string{"(primary)", "(claude)"} {
 			found := false
 			for _, l := range lines {
-				found = found || strings.HasPrefix(l, tt.level) && strings.Contains(l, name) && strings.Contains(l, tt.what) && strings.Contains(l, tt.remedy)
+				found = found || strings.HasPrefix(l, tt.level) && strings.Contains(l, name) &&
+					strings.Contains(l, tt.what) && strings.Contains(l, tt.remedy)
 			}
 			if !found {
 				t.Errorf("no line %s %s %s in\n%s", tt.level, name, tt.what, strings.Join(lines, "\n"))
@@ -470,7 +496,8 @@ func TestDoctorProvider(t *testing.T) {
 			t.Errorf("the provider got %s %s", r.method, r.target)
 		}
 	}
-	if r := p.provider.lastRequest(t); r.header.Get("X-Api-Key") != p.provider.key || r.header.Get("Anthropic-Version") == "" {
+	if r := p.provider.lastRequest(t); r.header.Get("X-Api-Key") != p.provider.key ||
+		r.header.Get("Anthropic-Version") == "" {
 		t.Error("the anthropic upstream was not asked in its own way")
 	}
 }
@@ -484,19 +511,27 @@ func TestDoctorFindings(t *testing.T) {
 		env               map[string]string
 		level, what, text string
 	}{
-		{"database readable by others", func(t *testing.T, p *testProxy) { mustChmod(t, p.instance.cfg.databaseFile, 0o644) }, nil,
+		{"database readable by others", func(t *testing.T, p *testProxy) {
+			mustChmod(t, p.instance.cfg.databaseFile, 0o644)
+		}, nil,
 			"FAIL", "file modes:", "chmod 600"},
-		{"key file readable by others", func(t *testing.T, p *testProxy) { mustChmod(t, filepath.Join(p.env["DATA_DIR"], keyFileName), 0o640) }, nil,
+		{"key file readable by others", func(t *testing.T, p *testProxy) {
+			mustChmod(t, filepath.Join(p.env["DATA_DIR"], keyFileName), 0o640)
+		}, nil,
 			"FAIL", "file modes:", "0640"},
 		{"directory open to others", func(t *testing.T, p *testProxy) { mustChmod(t, p.env["DATA_DIR"], 0o755) }, nil,
 			"warn", "file modes:", "chmod 700"},
-		{"key file missing", func(t *testing.T, p *testProxy) { mustRemove(t, filepath.Join(p.env["DATA_DIR"], keyFileName)) }, nil,
+		{"key file missing", func(t *testing.T, p *testProxy) {
+			mustRemove(t, filepath.Join(p.env["DATA_DIR"], keyFileName))
+		}, nil,
 			"FAIL", "encryption key:", "is missing"},
 		{"another key", nil, map[string]string{"ENCRYPTION_KEY": goodKey},
 			"FAIL", "encryption key:", "is not the one"},
 		{"database damaged", func(t *testing.T, p *testProxy) { damageDatabase(t, p.instance.cfg.databaseFile) }, nil,
 			"FAIL", "database:", "llm-proxy restore FILE"},
-		{"database no database", func(t *testing.T, p *testProxy) { mustOverwrite(t, p.instance.cfg.databaseFile, "text") }, nil,
+		{"database no database", func(t *testing.T, p *testProxy) {
+			mustOverwrite(t, p.instance.cfg.databaseFile, "text")
+		}, nil,
 			"FAIL", "database:", "llm-proxy restore FILE"},
 		{"database empty", func(t *testing.T, p *testProxy) { mustOverwrite(t, p.instance.cfg.databaseFile, "") }, nil,
 			"warn", "database:", "missing or empty"},
@@ -504,7 +539,7 @@ func TestDoctorFindings(t *testing.T) {
 			"FAIL", "database:", "newer than this program"},
 		{"provider key moved", func(t *testing.T, p *testProxy) {
 			execSQL(t, p, `UPDATE upstreams SET base_url = 'http://127.0.0.1:1/v1'`)
-		}, nil, "FAIL", "upstream up_", "does not open"},
+		}, nil, "FAIL", "upstream up_", "cannot be decrypted"},
 		{"base URL no longer allowed", nil, map[string]string{"ALLOW_PRIVATE_UPSTREAMS": "false", "OPENAI_API_URL": ""},
 			"FAIL", "upstream up_", "base URL"},
 		{"rows open for long", func(t *testing.T, p *testProxy) {
@@ -514,13 +549,13 @@ func TestDoctorFindings(t *testing.T) {
 			execSQL(t, p, `DROP VIEW running`)
 			execSQL(t, p, `DROP TABLE begun`)
 			execSQL(t, p, `PRAGMA user_version = 10`)
-		}, nil, "ok", "open calls:", "not looked for"},
+		}, nil, "ok", "open calls:", "not checked"},
 		{"a call from the future", func(t *testing.T, p *testProxy) {
 			execSQL(t, p, `INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
 				VALUES (9000000000000000000, 1, 1, 1, 'x', '', 0, '', 'ok', 'none', 0, 0)`)
-		}, nil, "warn", "clock:", "behind the newest call"},
+		}, nil, "warn", "clock:", "behind the latest call"},
 		{"no data directory", nil, map[string]string{"DATA_DIR": filepath.Join(t.TempDir(), "none")},
-			"warn", "data directory:", "is not there"},
+			"warn", "data directory:", "does not exist"},
 		{"wrong settings", nil, map[string]string{"LOG_LEVEL": "loud", "MANAGEMENT_TOKEN": "short-canary"},
 			"FAIL", "configuration:", "LOG_LEVEL"},
 	} {
@@ -608,7 +643,8 @@ func TestDoctorThresholds(t *testing.T) {
 	}{
 		{space(1<<30, nil), "ok    disk"}, {space(1<<30-1, nil), "warn  disk"}, {space(100<<20, nil), "warn  disk"},
 		{space(100<<20-1, nil), "FAIL  disk"}, {space(0, errors.New("x")), "warn  disk"},
-		{clock(1970), "FAIL  clock"}, {clock(2024), "FAIL  clock"}, {clock(2026), "ok    clock"}, {clock(2101), "FAIL  clock"},
+		{clock(1970), "FAIL  clock"}, {clock(2024), "FAIL  clock"}, {clock(2026), "ok    clock"}, {clock(2101),
+			"FAIL  clock"},
 		{certificate(15*24*time.Hour, now), "ok    TLS"}, {certificate(13*24*time.Hour, now), "warn  TLS"},
 		{certificate(-time.Hour, now), "FAIL  TLS"}, {certificate(time.Hour, now.Add(-72*time.Hour)), "FAIL  TLS"},
 		{modes(0o604), "warn  file modes: ENCRYPTION_KEY_FILE"}, {modes(0o640), "ok    file modes"},
@@ -665,9 +701,11 @@ func TestBackupUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	if calls == 0 || calls != counted || settled != summed {
-		t.Errorf("the copy is not of one moment: %d calls, %d counted; %d settled, %d summed", calls, counted, settled, summed)
+		t.Errorf("the copy is not of one moment: %d calls, %d counted; %d settled, %d summed", calls, counted, settled,
+			summed)
 	}
-	for _, want := range []string{file, "1 projects", "1 tokens", fmt.Sprintf("%d calls", calls), p.instance.sealer.id()} {
+	for _, want := range []string{file, "1 project", "1 token", fmt.Sprintf("%d calls", calls),
+		p.instance.sealer.id()} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in %q", want, out)
 		}
@@ -678,7 +716,8 @@ func TestBackupUnderLoad(t *testing.T) {
 	if out, err = runProgram(t, elsewhere, "restore", file, "--revoke=none"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if info, err = os.Stat(filepath.Join(elsewhere["DATA_DIR"], "llm-proxy.db")); err != nil || info.Mode().Perm() != 0o600 {
+	if info, err = os.Stat(filepath.Join(elsewhere["DATA_DIR"], "llm-proxy.db")); err != nil ||
+		info.Mode().Perm() != 0o600 {
 		t.Fatalf("the restored database: %v %v", info, err)
 	}
 	s := serveProgram(t, elsewhere)
@@ -720,13 +759,15 @@ func TestBackupRefused(t *testing.T) {
 	}
 	damageDatabase(t, p.instance.cfg.databaseFile)
 	fresh := filepath.Join(p.dir, "fresh.db")
-	if out, err := runProgram(t, p.env, "backup", fresh); err == nil || !strings.Contains(err.Error(), "no backup was made") {
+	if out, err := runProgram(t, p.env, "backup", fresh); err == nil ||
+		!strings.Contains(err.Error(), "no backup was made") {
 		t.Errorf("backup of a damaged database: %v %s", err, out)
 	}
 	if err := os.Remove(p.instance.cfg.databaseFile); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := runProgram(t, p.env, "backup", fresh); err == nil || !strings.Contains(err.Error(), "there is no database") {
+	if _, err := runProgram(t, p.env, "backup", fresh); err == nil ||
+		!strings.Contains(err.Error(), "there is no database") {
 		t.Errorf("backup of nothing: %v", err)
 	}
 	if left, _ := filepath.Glob(fresh + "*"); len(left) > 0 {
@@ -798,7 +839,8 @@ func newRestoreTest(t *testing.T) *restoreTest {
 	var rotated struct{ Token string }
 	r.manage("DELETE", "/manage/tokens/"+ids["revoked"], "", 200, nil)
 	r.manage("POST", "/manage/tokens/"+ids["rotated"]+"/rotate", `{"overlap_minutes":0}`, 200, &rotated)
-	r.manage("PATCH", "/manage/tokens/"+ids["shortened"], `{"expires_at":"`+time.Now().Add(1500*time.Millisecond).UTC().Format(time.RFC3339Nano)+`"}`, 200, nil)
+	r.manage("PATCH", "/manage/tokens/"+ids["shortened"],
+		`{"expires_at":"`+time.Now().Add(1500*time.Millisecond).UTC().Format(time.RFC3339Nano)+`"}`, 200, nil)
 	r.manage("DELETE", "/manage/keys/"+ids["key revoked"], "", 200, nil)
 	r.manage("PATCH", "/manage/keys/"+ids["key lowered"], `{"role":"viewer"}`, 200, nil)
 	r.tokens["new value"] = rotated.Token
@@ -813,8 +855,8 @@ func newRestoreTest(t *testing.T) *restoreTest {
 	return r
 }
 
-// TestRestoreChoices is UP7: a backup from before a revocation. Nothing happens
-// until the operator says what becomes of what was revoked since.
+// TestRestoreChoices (UP7): restoring a backup from before a revocation changes nothing until the operator
+// chooses what happens to what was revoked since.
 func TestRestoreChoices(t *testing.T) {
 	t.Parallel()
 	r := newRestoreTest(t)
@@ -823,12 +865,15 @@ func TestRestoreChoices(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "nothing was changed") {
 		t.Fatalf("without a choice: %v", err)
 	}
-	for _, want := range []string{"makes 1 tokens valid again that are revoked", "makes 1 tokens valid again with the value", "makes 1 tokens valid for longer",
-		"makes 1 tokens whose count", "makes 2 management keys", "makes 0 projects", "makes 1 valid tokens unknown",
-		"become valid again", "--revoke=since", "--revoke=all", "--revoke=none"} {
+	for _, want := range []string{"1 token valid, but revoked now", "1 token with the value from before",
+		"1 token with a later expiry", "1 token with fewer counted requests", "2 management keys with rights",
+		"1 valid token fewer", "become valid again", "--revoke=since", "--revoke=all", "--revoke=none"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in %s", want, out)
 		}
+	}
+	if strings.Contains(out, "projects active") { // none is, and lines that say zero are left out
+		t.Errorf("printed %s", out)
 	}
 	if after := dirChecksums(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
 		t.Errorf("a restore that was refused left %v, before %v", after, before)
@@ -838,11 +883,14 @@ func TestRestoreChoices(t *testing.T) {
 		tokens map[string]int
 		keys   map[string]int // POST /manage/keys, for admins only
 	}{
-		{"none", map[string]int{"kept": 200, "revoked": 200, "rotated": 200, "shortened": 200, "used": 200, "before": 401, "new value": 401, "made since": 401},
+		{"none", map[string]int{"kept": 200, "revoked": 200, "rotated": 200, "shortened": 200, "used": 200,
+			"before": 401, "new value": 401, "made since": 401},
 			map[string]int{"kept": 200, "revoked": 200, "lowered": 200}},
-		{"since", map[string]int{"kept": 200, "revoked": 401, "rotated": 401, "shortened": 401, "used": 429, "before": 401, "new value": 401, "made since": 401},
+		{"since", map[string]int{"kept": 200, "revoked": 401, "rotated": 401, "shortened": 401, "used": 429,
+			"before": 401, "new value": 401, "made since": 401},
 			map[string]int{"kept": 200, "revoked": 401, "lowered": 403}},
-		{"all", map[string]int{"kept": 401, "revoked": 401, "rotated": 401, "shortened": 401, "used": 401, "before": 401, "new value": 401, "made since": 401},
+		{"all", map[string]int{"kept": 401, "revoked": 401, "rotated": 401, "shortened": 401, "used": 401,
+			"before": 401, "new value": 401, "made since": 401},
 			map[string]int{"kept": 401, "revoked": 401, "lowered": 401}},
 	} {
 		t.Run(tt.choice, func(t *testing.T) {
@@ -926,7 +974,7 @@ func TestRestoreRefused(t *testing.T) {
 		{"empty", file("empty", nil), "cannot be used", nil},
 		{"newer", file("newer", newer), "newer llm-proxy", nil},
 		{"not ours", file("not-ours", old), "not a database of llm-proxy", nil},
-		{"a copy in use", withLog, "only llm-proxy backup makes whole copies", nil},
+		{"a copy in use", withLog, "only llm-proxy backup makes complete copies", nil},
 		{"itself", r.instance.cfg.databaseFile, "is the database itself", nil},
 		{"a directory", r.dir, "is a directory", nil},
 		{"wrong key", r.backup, "the encryption key is not the one", wrongKey},
@@ -934,7 +982,8 @@ func TestRestoreRefused(t *testing.T) {
 		env := maps.Clone(r.env)
 		maps.Copy(env, tt.env)
 		out, err := runProgram(t, env, "restore", tt.file, "--revoke=none")
-		if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), "nothing was changed") {
+		if err == nil || !strings.Contains(err.Error(), tt.want) ||
+			!strings.Contains(err.Error(), "nothing was changed") {
 			t.Errorf("%s: %v %s", tt.name, err, out)
 		}
 		if after := dirChecksums(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
@@ -942,14 +991,16 @@ func TestRestoreRefused(t *testing.T) {
 		}
 	}
 	fresh := serveEnv(t)
-	if _, err := runProgram(t, fresh, "restore", r.backup, "--revoke=none"); err == nil || !strings.Contains(err.Error(), "the encryption key is missing") {
+	if _, err := runProgram(t, fresh, "restore", r.backup, "--revoke=none"); err == nil ||
+		!strings.Contains(err.Error(), "the encryption key is missing") {
 		t.Errorf("without a key: %v", err)
 	}
 	if after := dirChecksums(t, fresh["DATA_DIR"]); len(after) != 1 { // the lock file
 		t.Errorf("without a key: left %v", after)
 	}
 	r.start()
-	if _, err := runProgram(t, r.env, "restore", r.backup, "--revoke=none"); err == nil || !strings.Contains(err.Error(), "another llm-proxy is using") {
+	if _, err := runProgram(t, r.env, "restore", r.backup, "--revoke=none"); err == nil ||
+		!strings.Contains(err.Error(), "another llm-proxy is using") {
 		t.Errorf("with the server running: %v", err)
 	}
 }
@@ -965,7 +1016,8 @@ func TestRestoreAfterFailure(t *testing.T) {
 	}
 	damageDatabase(t, file)
 	r.allowErrors = true
-	if out, err := restore("since"); err == nil || !strings.Contains(out, "cannot be read") || !strings.Contains(err.Error(), "needs a current database") {
+	if out, err := restore("since"); err == nil || !strings.Contains(out, "cannot be read") ||
+		!strings.Contains(err.Error(), "needs a current database") {
 		t.Errorf("since, beside a damaged database: %v %s", err, out)
 	}
 	if out, err := restore("none"); err != nil {
@@ -1029,12 +1081,14 @@ func TestRekey(t *testing.T) {
 	p := newTest(t, nil)
 	p.enableContent()
 	for range 20 {
-		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"u","priority":5,"api_key":"`+p.provider.key+`"}`, 201, nil)
+		p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+			`{"name":"u","priority":5,"api_key":"`+p.provider.key+`"}`, 201, nil)
 	}
 	p.chat()
 	before := p.lastCall()
 	old := p.instance.sealer
-	if out, err := runProgram(t, p.env, "rekey"); err == nil || !strings.Contains(err.Error(), "another llm-proxy is using") {
+	if out, err := runProgram(t, p.env, "rekey"); err == nil ||
+		!strings.Contains(err.Error(), "another llm-proxy is using") {
 		t.Errorf("while serving: %v %s", err, out)
 	}
 	if err := p.stop(); err != nil {
@@ -1045,7 +1099,8 @@ func TestRekey(t *testing.T) {
 		t.Fatal("the test does not find what is sealed: ", err)
 	}
 	out, err := runProgram(t, p.env, "rekey")
-	if err != nil || !strings.Contains(out, "21 provider keys") || strings.Contains(out, strings.TrimSpace(string(was))) {
+	if err != nil || !strings.Contains(out, "21 provider keys") ||
+		strings.Contains(out, strings.TrimSpace(string(was))) {
 		t.Fatalf("%v %s", err, out)
 	}
 	if n := p.countSealedWith(old.kid); n != 0 {
@@ -1059,7 +1114,8 @@ func TestRekey(t *testing.T) {
 		t.Error("the new key lies there twice")
 	}
 	p.start()
-	if res := p.chat(); res.status != 200 || p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
+	if res := p.chat(); res.status != 200 ||
+		p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 	if v := p.getContent(before.ID); v.Request.Text == nil || !strings.Contains(*v.Request.Text, promptCanary) {
@@ -1067,7 +1123,8 @@ func TestRekey(t *testing.T) {
 	}
 	k := p.verifyAudit()
 	entries, err := p.instance.store.auditPage(t.Context(), 0, 1<<60)
-	if err != nil || !k.intact() || entries[len(entries)-1].action != actionReveal || entries[len(entries)-2].action != actionRekey {
+	if err != nil || !k.intact() || entries[len(entries)-1].action != actionReveal ||
+		entries[len(entries)-2].action != actionRekey {
 		t.Errorf("the trail: %v %v", k.problems, err)
 	}
 	if err := p.stop(); err != nil {
@@ -1076,7 +1133,8 @@ func TestRekey(t *testing.T) {
 	if err := os.WriteFile(p.keyFile(), was, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil || !strings.Contains(err.Error(), "not the one") {
+	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil ||
+		!strings.Contains(err.Error(), "not the one") {
 		t.Errorf("it starts with the old key: %v", err)
 	}
 }
@@ -1101,24 +1159,27 @@ func TestRekeyFile(t *testing.T) {
 		args []string
 		want string
 	}{
-		{nil, "stands in a setting"},
+		{nil, "is in a setting"},
 		{[]string{"--force"}, rekeyUsage},
 		{[]string{next, next}, rekeyUsage},
 		{[]string{filepath.Join(p.dir, "none")}, "cannot be read"},
 		{[]string{file("short", "abc")}, "must be 32 random bytes"},
-		{[]string{file("same", goodKey)}, "is the one that is in use"},
+		{[]string{file("same", goodKey)}, "is already in use"},
 	} {
-		if out, err := runProgram(t, p.env, append([]string{"rekey"}, c.args...)...); err == nil || !strings.Contains(err.Error(), c.want) {
+		if out, err := runProgram(t, p.env, append([]string{"rekey"}, c.args...)...); err == nil ||
+			!strings.Contains(err.Error(), c.want) {
 			t.Errorf("%v: %v %s", c.args, err, out)
 		}
 	}
 	wrong := file("wrong", strings.Repeat("7654a210fedcba98", 2)+strings.Repeat("13579bdf02468ace", 2))
-	env := map[string]string{"ENCRYPTION_KEY": strings.Repeat("a1b2c3d4e5f60718", 2) + strings.Repeat("293a4b5c6d7e8f90", 2), "DATA_DIR": p.env["DATA_DIR"]}
+	env := map[string]string{"ENCRYPTION_KEY": strings.Repeat("a1b2c3d4e5f60718", 2) +
+		strings.Repeat("293a4b5c6d7e8f90", 2), "DATA_DIR": p.env["DATA_DIR"]}
 	if _, err := runProgram(t, env, "rekey", wrong); err == nil || !strings.Contains(err.Error(), "not the one") {
 		t.Errorf("with a key that opens nothing: %v", err)
 	}
 	for range 2 { // the second finds nothing to do
-		if out, err := runProgram(t, p.env, "rekey", next); err != nil || !strings.Contains(out, "ENCRYPTION_KEY_FILE="+next) {
+		if out, err := runProgram(t, p.env, "rekey", next); err != nil ||
+			!strings.Contains(out, "ENCRYPTION_KEY_FILE="+next) {
 			t.Errorf("%v %s", err, out)
 		}
 	}
@@ -1141,7 +1202,8 @@ func TestRekeyBroken(t *testing.T) {
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := runProgram(t, p.env, "rekey"); err == nil || !strings.Contains(err.Error(), p.upstream) || !strings.Contains(err.Error(), "nothing was changed") {
+	if _, err := runProgram(t, p.env, "rekey"); err == nil || !strings.Contains(err.Error(), p.upstream) ||
+		!strings.Contains(err.Error(), "nothing was changed") {
 		t.Errorf("got %v", err)
 	}
 	// The new key that was not needed does no harm; the change is not half done.
@@ -1149,7 +1211,8 @@ func TestRekeyBroken(t *testing.T) {
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := runProgram(t, map[string]string{"DATA_DIR": t.TempDir()}, "rekey"); err == nil || !strings.Contains(err.Error(), "there is no database") {
+	if out, err := runProgram(t, map[string]string{"DATA_DIR": t.TempDir()}, "rekey"); err == nil ||
+		!strings.Contains(err.Error(), "there is no database") {
 		t.Errorf("without a database: %v %s", err, out)
 	}
 }
@@ -1160,7 +1223,8 @@ func TestRekeyKilled(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for range 30 {
-		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"u","api_key":"`+p.provider.key+`"}`, 201, nil)
+		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"u","api_key":"`+p.provider.key+`"}`, 201,
+			nil)
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -1190,7 +1254,8 @@ func TestRekeyKilled(t *testing.T) {
 		if res := p.chat(); res.status != 200 {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
-		if ups, err := p.instance.store.projectUpstreams(t.Context(), p.instance.registry.projects[1].state.Load().seq); err != nil || len(ups) != 31 {
+		if ups, err := p.instance.store.projectUpstreams(t.Context(),
+			p.instance.registry.projects[1].state.Load().seq); err != nil || len(ups) != 31 {
 			t.Errorf("%d upstreams: %v", len(ups), err)
 		} else {
 			for i := range ups {
@@ -1226,10 +1291,11 @@ func TestRekeyInterrupted(t *testing.T) {
 	if err := os.WriteFile(p.keyFile(), was, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil || !strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
+	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil ||
+		!strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
 		t.Errorf("the start says %v", err)
 	}
-	if out, err := runProgram(t, p.env, "rekey"); err != nil || !strings.Contains(out, "1 provider keys") {
+	if out, err := runProgram(t, p.env, "rekey"); err != nil || !strings.Contains(out, "1 provider key,") {
 		t.Errorf("%v %s", err, out)
 	}
 	if err := os.WriteFile(next, nil, 0o600); err != nil { // cut short at its first step

@@ -261,10 +261,12 @@ func TestConfigUnwritable(t *testing.T) {
 func TestConfigAllProblemsAtOnce(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	env := map[string]string{"DATA_DIR": dir, "LISTEN_ADDR": "8080", "ENCRYPTION_KEY": "secret-canary-aaaa",
-		"MANAGEMENT_TOKEN": "secret-canary-bbbb",
-		"OPENAI_API_KEY":   "secret-canary-cccc…", "LOG_LEVEL": "loud", "MAX_BODY_BYTES": "1TB", "BODY_MEMORY": "x", "UPSTREAM_TIMEOUT": "10",
-		"RETENTION": " 9d", "PUBLIC_URL": "ftp://x", "TLS_KEY_FILE": "x", "TRUSTED_PROXIES": "?", "ALLOW_PRIVATE_UPSTREAMS": "1", "DATABASE_URL": "x"}
+	env := map[string]string{
+		"DATA_DIR": dir, "LISTEN_ADDR": "8080", "DATABASE_URL": "x", "LOG_LEVEL": "loud",
+		"ENCRYPTION_KEY": "secret-canary-aaaa", "MANAGEMENT_TOKEN": "secret-canary-bbbb", "OPENAI_API_KEY": "secret-canary-cccc…",
+		"MAX_BODY_BYTES": "1TB", "BODY_MEMORY": "x", "UPSTREAM_TIMEOUT": "10", "RETENTION": " 9d",
+		"PUBLIC_URL": "ftp://x", "TLS_KEY_FILE": "x", "TRUSTED_PROXIES": "?", "ALLOW_PRIVATE_UPSTREAMS": "1",
+	}
 	_, err := loadConfig(func(name string) string { return env[name] })
 	if err == nil {
 		t.Fatal("no error")

@@ -1,6 +1,6 @@
-// This room keeps the data directory: who may read it, that one process has it,
-// the encryption key in it, and that the database in it is the one that was
-// there before. It never overwrites a key or a database.
+// This file manages the data directory: its permissions, the lock that keeps a second process
+// out, the encryption key in it, and the check that its database is the one that was there
+// before. It never overwrites a key or a database.
 package main
 
 import (
@@ -25,17 +25,17 @@ const (
 	keyFileName  = "encryption.key"
 )
 
-// A dataDir is a data directory that this process has to itself.
+// A dataDir is a data directory that this process has locked.
 type dataDir struct {
 	lock         *os.File
-	databaseLock *os.File // of a database elsewhere; nil if it is in path
+	databaseLock *os.File // of a database outside path; otherwise nil
 	path         string
-	databaseFile string // the database
+	databaseFile string
 	openedInfo   fs.FileInfo
-	databaseGone atomic.Bool // the database file is no longer the one that was opened
+	databaseGone atomic.Bool // the file at databaseFile is not the opened one any more
 }
 
-// openDataDir makes what is missing and takes the lock. The caller closes it.
+// openDataDir locks the data directory and creates what is missing. The caller closes it.
 func openDataDir(cfg *config) (*dataDir, error) {
 	d, err := lockDataDir(cfg)
 	if err != nil {
@@ -48,10 +48,10 @@ func openDataDir(cfg *config) (*dataDir, error) {
 	return d, nil
 }
 
-// lockDataDir is openDataDir without a look at the database.
+// lockDataDir is openDataDir without a check of the database.
 func lockDataDir(cfg *config) (*dataDir, error) {
 	if err := os.MkdirAll(cfg.dataDir, 0o700); err != nil {
-		return nil, fmt.Errorf("making the data directory: %w", err)
+		return nil, fmt.Errorf("creating the data directory: %w", err)
 	}
 	lock, err := lockFile(filepath.Join(cfg.dataDir, lockFileName))
 	if err != nil {
@@ -67,36 +67,40 @@ func lockDataDir(cfg *config) (*dataDir, error) {
 	return d, nil
 }
 
-// lockFile opens name and locks it for this process, which closing it ends.
+// lockFile opens a file and locks it for this process until it is closed.
 func lockFile(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the lock file: %w", err)
 	}
-	for tries := 10; ; tries-- {
-		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil || tries == 0 {
+	for attempts := 10; ; attempts-- {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil || attempts == 0 {
 			break
 		}
-		time.Sleep(20 * time.Millisecond) // one that is just ending, or a process that it was starting, lets go soon
+		time.Sleep(20 * time.Millisecond) // a process that is just ending, or its child, releases the lock soon
 	}
 	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or give this one a DATA_DIR and a database of its own", filepath.Dir(name))
+		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or set another DATA_DIR and database for "+
+			"this one",
+			filepath.Dir(name))
 	}
 	return f, nil
 }
 
-// ensureDatabaseFile makes an empty database file if there never was one. The lock
-// file remembers that there was: a missing database is then an error, for to
-// begin anew silently would make every token unknown.
+// ensureDatabaseFile creates an empty database file if there never was one. The lock file
+// records that there was one: a missing database is then an error, because silently starting
+// with an empty one would make every token invalid.
 func (d *dataDir) ensureDatabaseFile() error {
-	had, err := d.databaseRecorded()
+	recorded, err := d.databaseRecorded()
 	if err != nil {
 		return err
 	}
 	info, err := os.Stat(d.databaseFile)
-	if had && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
-		return fmt.Errorf("the database %s is missing or empty, but there was one; bring it back (llm-proxy restore FILE), or to begin anew remove %s", d.databaseFile, d.lock.Name())
+	if recorded && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
+		return fmt.Errorf("the database %s is missing or empty, but there was one; restore it (llm-proxy restore "+
+			"FILE), "+
+			"or remove %s to start with an empty one", d.databaseFile, d.lock.Name())
 	}
 	f, err := os.OpenFile(d.databaseFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -104,21 +108,21 @@ func (d *dataDir) ensureDatabaseFile() error {
 	}
 	defer f.Close()
 	if d.openedInfo, err = f.Stat(); err != nil {
-		return fmt.Errorf("looking at the database file: %w", err)
+		return fmt.Errorf("examining the database file: %w", err)
 	}
 	if d.openedInfo.Mode().Perm()&0o077 != 0 { // SQLite gives its -wal and -shm files the same mode
 		if err := f.Chmod(0o600); err != nil {
-			return fmt.Errorf("keeping others from reading the database: %w", err)
+			return fmt.Errorf("restricting access to the database: %w", err)
 		}
 	}
 	return nil
 }
 
-// recordDatabase notes that the database was opened with success. The lock file has
-// one line for each database that ever was.
+// recordDatabase records in the lock file that the database was opened successfully. The file
+// has one line for each database.
 func (d *dataDir) recordDatabase() error {
-	had, err := d.databaseRecorded()
-	if err != nil || had {
+	recorded, err := d.databaseRecorded()
+	if err != nil || recorded {
 		return err
 	}
 	info, err := d.lock.Stat()
@@ -130,14 +134,14 @@ func (d *dataDir) recordDatabase() error {
 }
 
 func (d *dataDir) databaseRecorded() (bool, error) {
-	known, err := os.ReadFile(d.lock.Name())
+	text, err := os.ReadFile(d.lock.Name())
 	if err != nil {
 		return false, fmt.Errorf("reading the lock file: %w", err)
 	}
-	return slices.Contains(strings.Split(string(known), "\n"), d.databaseFile), nil
+	return slices.Contains(strings.Split(string(text), "\n"), d.databaseFile), nil
 }
 
-// close gives up the locks.
+// close releases the locks.
 func (d *dataDir) close() error {
 	err := d.lock.Close()
 	if d.databaseLock != nil {
@@ -146,8 +150,8 @@ func (d *dataDir) close() error {
 	return err
 }
 
-// watch looks every few seconds whether the database file is still there, until
-// ctx is over: SQLite would go on writing to a file that has no name any more.
+// watch checks every few seconds whether the database file is still there, until ctx is done:
+// SQLite would keep writing to a deleted file.
 func (d *dataDir) watch(ctx context.Context, log *slog.Logger) {
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
@@ -158,15 +162,18 @@ func (d *dataDir) watch(ctx context.Context, log *slog.Logger) {
 		case <-tick.C:
 		}
 		info, err := os.Stat(d.databaseFile)
-		lost := err != nil || !os.SameFile(info, d.openedInfo)
-		if lost && !d.databaseGone.Swap(true) {
-			log.Error("the database file was moved, removed or replaced while in use; calls are refused. Put it back, or restart.", "file", d.databaseFile)
-		} else if !lost && d.databaseGone.Swap(false) {
+		gone := err != nil || !os.SameFile(info, d.openedInfo)
+		if gone && !d.databaseGone.Swap(true) {
+			log.Error("the database file was moved, removed or replaced while in use; calls are refused. Put it "+
+				"back, or restart.",
+				"file", d.databaseFile)
+		} else if !gone && d.databaseGone.Swap(false) {
 			log.Info("the database file is back")
 		}
 	}
 }
 
+// databaseProblem describes what is wrong with the database file, or returns "".
 func (d *dataDir) databaseProblem() string {
 	if d.databaseGone.Load() {
 		return "the database file was moved, removed or replaced"
@@ -174,10 +181,10 @@ func (d *dataDir) databaseProblem() string {
 	return ""
 }
 
-// openSealer finds the encryption key, in the settings or in the key file, and
-// proves it right against the database. Only a database without any key gets a
-// new one. made says that a key file was made.
-func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, made string, err error) {
+// openSealer reads the encryption key from the settings or the key file and checks it against
+// the database. It creates a new key only for a database that has none; createdFile is then
+// the key file.
+func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, createdFile string, err error) {
 	if _, err = st.setting(ctx, "key_check"); err == nil {
 		sl, err = openExistingSealer(ctx, cfg, st)
 		return sl, "", err
@@ -187,8 +194,8 @@ func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, made s
 	}
 	key, err := encryptionKey(cfg)
 	if errors.Is(err, fs.ErrNotExist) {
-		key, made = newEncryptionKey(), filepath.Join(cfg.dataDir, keyFileName)
-		if err := writeNewFile(made, key()+"\n"); err != nil {
+		key, createdFile = newEncryptionKey(), filepath.Join(cfg.dataDir, keyFileName)
+		if err := writeNewFile(createdFile, key()+"\n"); err != nil {
 			return nil, "", fmt.Errorf("writing the key file: %w", err)
 		}
 	} else if err != nil {
@@ -198,10 +205,10 @@ func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, made s
 		return nil, "", err
 	}
 	sealed := base64.StdEncoding.EncodeToString(sl.seal(newSecret("llm-proxy"), keyCheckContext))
-	return sl, made, st.setSetting(ctx, "key_check", sealed)
+	return sl, createdFile, st.setSetting(ctx, "key_check", sealed)
 }
 
-// openExistingSealer is openSealer for a database that has its key: it makes nothing.
+// openExistingSealer is openSealer for a database that has a key. It creates nothing.
 func openExistingSealer(ctx context.Context, cfg *config, st *store) (*sealer, error) {
 	check, err := st.setting(ctx, "key_check")
 	if err != nil {
@@ -209,7 +216,8 @@ func openExistingSealer(ctx context.Context, cfg *config, st *store) (*sealer, e
 	}
 	key, err := encryptionKey(cfg)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the encryption key is missing: this database holds sealed keys; set ENCRYPTION_KEY or ENCRYPTION_KEY_FILE, or bring back %s", filepath.Join(cfg.dataDir, keyFileName))
+		return nil, fmt.Errorf("the encryption key is missing: this database contains encrypted keys; "+
+			"set ENCRYPTION_KEY or ENCRYPTION_KEY_FILE, or restore %s", filepath.Join(cfg.dataDir, keyFileName))
 	}
 	if err != nil {
 		return nil, err
@@ -219,14 +227,15 @@ func openExistingSealer(ctx context.Context, cfg *config, st *store) (*sealer, e
 		return nil, err
 	}
 	err = checkSealer(sl, check)
-	if _, e := os.Stat(filepath.Join(cfg.dataDir, newKeyFileName)); err != nil && e == nil && cfg.encryptionKey == nil {
+	_, statErr := os.Stat(filepath.Join(cfg.dataDir, newKeyFileName))
+	if err != nil && statErr == nil && cfg.encryptionKey == nil {
 		return nil, errors.New("a change of the encryption key was interrupted; finish it with: llm-proxy rekey")
 	}
 	return sl, err
 }
 
-// encryptionKey returns the key from the settings, or from the key file. Where
-// there is neither, the error is fs.ErrNotExist.
+// encryptionKey returns the key from the settings or from the key file. If neither has one,
+// the error is fs.ErrNotExist.
 func encryptionKey(cfg *config) (secret, error) {
 	if cfg.encryptionKey != nil {
 		return cfg.encryptionKey, nil
@@ -252,13 +261,14 @@ func checkSealer(sl *sealer, check string) error {
 		_, err = sl.open(sealed, keyCheckContext)
 	}
 	if err != nil {
-		return errors.New("the encryption key is not the one that this database's keys are sealed with; set the right ENCRYPTION_KEY or ENCRYPTION_KEY_FILE")
+		return errors.New("the encryption key is not the one that this database's keys are encrypted with; " +
+			"set the right ENCRYPTION_KEY or ENCRYPTION_KEY_FILE")
 	}
 	return nil
 }
 
-// writeNewFile writes a file that must not exist, for its owner only, and makes
-// sure that it is on disk.
+// writeNewFile writes a file that must not exist yet, readable by its owner only, and syncs
+// it to disk.
 func writeNewFile(name, text string) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -268,7 +278,7 @@ func writeNewFile(name, text string) error {
 	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name)))
 }
 
-// syncFile makes sure that what was written to a file is on disk.
+// syncFile syncs the content of a file to disk.
 func syncFile(name string) error {
 	f, err := os.OpenFile(name, os.O_RDWR, 0)
 	if err != nil {
@@ -277,7 +287,7 @@ func syncFile(name string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// syncDir makes sure that the names in a directory are on disk.
+// syncDir syncs the names in a directory to disk.
 func syncDir(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -286,26 +296,28 @@ func syncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// diskUsage says how much the database takes on disk, and how much is left.
+// diskUsage returns the space that the database takes on disk, and the free space.
 func (d *dataDir) diskUsage(ctx context.Context, st *store) (u diskUsage, err error) {
 	if _, u.reusable, err = st.size(ctx); err != nil {
 		return u, err
 	}
-	for _, part := range []struct {
-		to   *int64
-		name string
-	}{{&u.databaseSize, d.databaseFile}, {&u.walSize, d.databaseFile + "-wal"}} {
-		if info, err := os.Stat(part.name); err == nil {
-			*part.to = info.Size()
-		}
-	}
-	left, err := freeSpace(filepath.Dir(d.databaseFile))
-	u.available = int64(min(left, math.MaxInt64))
+	u.databaseSize, u.walSize = fileSize(d.databaseFile), fileSize(d.databaseFile+"-wal")
+	free, err := freeSpace(filepath.Dir(d.databaseFile))
+	u.available = int64(min(free, math.MaxInt64))
 	return u, err
 }
 
-// cpuTime returns the processor time of this process in microseconds, and false
-// if it cannot be known.
+// fileSize returns the size of a file; 0: it cannot be read.
+func fileSize(name string) int64 {
+	info, err := os.Stat(name)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// cpuTime returns the processor time of this process in microseconds, or false if the system
+// does not report it.
 func cpuTime() (us int64, ok bool) {
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
@@ -314,7 +326,7 @@ func cpuTime() (us int64, ok bool) {
 	return int64(u.Utime.Sec+u.Stime.Sec)*1_000_000 + int64(u.Utime.Usec+u.Stime.Usec), true
 }
 
-// freeSpace returns the bytes that this user can still write below path.
+// freeSpace returns the number of bytes that this user can still write under path.
 func freeSpace(path string) (uint64, error) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(path, &st); err != nil {
@@ -323,6 +335,6 @@ func freeSpace(path string) (uint64, error) {
 	return uint64(st.Bavail) * uint64(st.Bsize), nil
 }
 
-// newKeyFileName is where a new key waits until the database has been sealed with
-// it, if the key lives in the data directory.
+// newKeyFileName has the new key during a rekey, until the database is encrypted with it, if
+// the key is in the data directory.
 const newKeyFileName = keyFileName + ".new"

@@ -1,6 +1,6 @@
-// This room opens what clients connect to: a TCP address, a unix socket, or a
-// socket that systemd opened; and it keeps the TLS certificate, which may be
-// renewed while the program runs. It answers nothing itself.
+// This file opens what clients connect to: a TCP address, a unix socket or a socket that
+// systemd opened. It also reloads the TLS certificate when its files change, and finds out
+// which address a request comes from. It answers no request itself.
 package main
 
 import (
@@ -23,7 +23,7 @@ import (
 	"time"
 )
 
-// addressText writes an address; "" for that of a unix socket, which has none.
+// addressText returns an address as text, or "" for a unix socket, which has none.
 func addressText(addr netip.Addr) string {
 	if !addr.IsValid() {
 		return ""
@@ -31,18 +31,15 @@ func addressText(addr netip.Addr) string {
 	return addr.String()
 }
 
-// limitConnections returns a hook for http.Server that closes new connections while
-// most are open: what a connection takes, an attacker could else take without end.
-// open counts them; nil for who does not want to know.
-func limitConnections(most int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
-	if open == nil {
-		open = new(atomic.Int64)
-	}
+// limitConnections returns a hook for http.Server that closes new connections while maximum
+// are open; otherwise an attacker could use up memory with idle connections. open counts the
+// open ones.
+func limitConnections(maximum int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
 	return func(c net.Conn, state http.ConnState) {
 		switch state {
 		case http.StateNew:
-			if open.Add(1) > most {
-				c.Close() // its goroutine sees that, and ends in StateClosed
+			if open.Add(1) > maximum {
+				c.Close() // its goroutine notices and ends in StateClosed
 			}
 		case http.StateClosed, http.StateHijacked:
 			open.Add(-1)
@@ -50,7 +47,7 @@ func limitConnections(most int64, open *atomic.Int64) func(net.Conn, http.ConnSt
 	}
 }
 
-// certificatePollInterval is how often the files of the certificate are looked at.
+// certificatePollInterval is how often the certificate's files are checked for changes.
 const certificatePollInterval = 10 * time.Second
 
 const (
@@ -58,7 +55,7 @@ const (
 	systemdListen = "systemd"
 )
 
-// openListener opens an address that checkListen has found good.
+// openListener opens an address that has passed checkListen.
 func openListener(addr string, mode fs.FileMode) (net.Listener, error) {
 	if path, ok := strings.CutPrefix(addr, unixPrefix); ok {
 		return listenUnix(path, mode)
@@ -69,13 +66,13 @@ func openListener(addr string, mode fs.FileMode) (net.Listener, error) {
 	return net.Listen("tcp", addr)
 }
 
-// listenUnix makes a socket file, in the place of one that a dead process has
-// left. Anything else at that path stays, and is an error.
+// listenUnix creates a socket file. It replaces a socket that a dead process has left; any
+// other file at that path is an error and is not touched.
 func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case err == nil && info.Mode().Type() != fs.ModeSocket:
-		return nil, errors.New("there is a file of another kind; name a path that is free")
+		return nil, errors.New("a file that is not a socket exists there; choose another path")
 	case err == nil:
 		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
 			conn.Close()
@@ -85,8 +82,8 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 			return nil, unwrapPathError(err)
 		}
 	}
-	// The file must not be there for a moment with more rights than it should
-	// have. Other files that this process makes then have fewer, which is fine.
+	// The umask makes sure that the file never has more permissions than it should, not even
+	// for a moment. Other files created at the same time get fewer, which is harmless.
 	old := syscall.Umask(0o177)
 	l, err := net.Listen("unix", path)
 	syscall.Umask(old)
@@ -99,29 +96,30 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	return l, nil
 }
 
-// inheritListener takes the socket that systemd opened, the first of those it
-// hands down. It waits there for clients while the program is started anew.
+// inheritListener returns the first socket that systemd passed to this process. Clients can
+// connect to it even while the program restarts.
 func inheritListener(pid, fds string) (net.Listener, error) {
 	if n, err := strconv.Atoi(fds); err != nil || n < 1 || pid != strconv.Itoa(os.Getpid()) {
-		return nil, errors.New("no socket was handed down; start it through deploy/llm-proxy.socket, or name an address")
+		return nil, errors.New("no socket was inherited; start the program with deploy/llm-proxy.socket, or set an " +
+			"address")
 	}
 	const first = 3 // after standard input, output and error
 	f := os.NewFile(first, "LISTEN_FDS")
 	defer f.Close() // the listener has a copy
 	l, err := net.FileListener(f)
 	if err != nil {
-		return nil, fmt.Errorf("what was handed down is no socket that listens: %w", err)
+		return nil, fmt.Errorf("the inherited file is not a listening socket: %w", err)
 	}
 	return l, nil
 }
 
-// A certificate is the TLS certificate in use. It follows its files.
+// A certificate is the TLS certificate in use. watch reloads it when its files change.
 type certificate struct {
 	certFile, keyFile string
 	current           atomic.Pointer[tls.Certificate]
 
 	mu          sync.Mutex
-	loadedState string // how the files looked when they were last read
+	loadedState string // fileState when the files were last read
 }
 
 // newCertificate reads the files.
@@ -130,7 +128,7 @@ func newCertificate(certFile, keyFile string) (*certificate, error) {
 	return c, c.load()
 }
 
-// load reads the files. If they are no good what was in use stays so.
+// load reads the files. If they are not usable, the current certificate stays in use.
 func (c *certificate) load() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -143,7 +141,7 @@ func (c *certificate) load() error {
 	return nil
 }
 
-// fileState says how the files are now, in a text that changes when they do.
+// fileState describes the files in a text that changes when they do.
 func (c *certificate) fileState() string {
 	var out strings.Builder
 	for _, name := range [...]string{c.certFile, c.keyFile} {
@@ -160,16 +158,18 @@ func (c *certificate) changed() bool {
 	return c.fileState() != c.loadedState
 }
 
-// tlsConfig is for a server that uses the certificate, whichever is current.
+// tlsConfig returns the configuration of a server that uses the current certificate.
 func (c *certificate) tlsConfig() *tls.Config {
-	return &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.current.Load(), nil }}
+	return &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		return c.current.Load(), nil
+	}}
 }
 
-// watch reads the files again when they have changed, looking every so often,
-// and when told to, until ctx is over. Without a certificate it only takes what
-// it is told, which would else end the program.
-func (c *certificate) watch(ctx context.Context, every time.Duration, told <-chan os.Signal, log *slog.Logger) {
-	tick := time.NewTicker(every)
+// watch reloads the files when they have changed, which it checks at each interval, and on
+// SIGHUP, until ctx is done. Without a certificate it only receives SIGHUP, which would
+// otherwise end the program.
+func (c *certificate) watch(ctx context.Context, interval time.Duration, hangups <-chan os.Signal, log *slog.Logger) {
+	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
 		select {
@@ -179,22 +179,23 @@ func (c *certificate) watch(ctx context.Context, every time.Duration, told <-cha
 			if c == nil || !c.changed() {
 				continue
 			}
-		case <-told:
+		case <-hangups:
 			if c == nil {
-				log.Info("SIGHUP: there is no TLS certificate to read anew, and settings change only by a restart")
+				log.Info("SIGHUP: there is no TLS certificate to reload, and settings change only with a restart")
 				continue
 			}
 		}
 		if err := c.load(); err != nil {
-			log.Error("the TLS certificate could not be read anew; the one from before stays in use", "error", err)
+			log.Error("the TLS certificate could not be reloaded; the previous one stays in use", "error", err)
 			continue
 		}
-		log.Info("the TLS certificate was read anew", "not_after", c.current.Load().Leaf.NotAfter.UTC().Format(time.RFC3339))
+		notAfter := c.current.Load().Leaf.NotAfter.UTC().Format(time.RFC3339)
+		log.Info("the TLS certificate was reloaded", "not_after", notAfter)
 	}
 }
 
-// ourHost reports whether a Host header can be ours: an address, a name without
-// a dot (no attacker can own one), or PUBLIC_URL's.
+// ourHost reports whether a Host header can name this server: an IP address, a name without a
+// dot (which no attacker can own), or the host of PUBLIC_URL.
 func ourHost(publicURL *url.URL, hostport string) bool {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -209,23 +210,23 @@ func ourHost(publicURL *url.URL, hostport string) bool {
 	return host != "" && !strings.ContainsAny(host, ".%")
 }
 
-// An addressReader finds out where a request comes from.
+// An addressReader finds out which address a request comes from.
 type addressReader struct {
-	isTrustedProxy []netip.Prefix // networks of proxies whose X-Forwarded-For is believed
-	trustUnix      bool           // whoever connects by the unix socket is such a proxy
+	trustedProxies []netip.Prefix // networks of proxies whose X-Forwarded-For is trusted
+	trustUnix      bool           // clients of the unix socket are such proxies
 }
 
-// clientAddress returns the client's address: the connection's, or behind
-// trusted proxies the right-most one in X-Forwarded-For that is not theirs.
+// clientAddress returns the client's address: that of the connection, or behind trusted
+// proxies the last one in X-Forwarded-For that is not a trusted proxy's.
 func (a *addressReader) clientAddress(r *http.Request) string {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	var addr netip.Addr
 	switch {
-	case err != nil: // by a unix socket
+	case err != nil: // a unix socket
 		if !a.trustUnix {
 			return ""
 		}
-	case len(a.isTrustedProxy) == 0:
+	case len(a.trustedProxies) == 0:
 		return host
 	default:
 		if addr, err = netip.ParseAddr(host); err != nil || !a.trusts(addr) {
@@ -238,7 +239,7 @@ func (a *addressReader) clientAddress(r *http.Request) string {
 		for j := len(hops) - 1; j >= 0; j-- {
 			hop, err := netip.ParseAddr(strings.TrimSpace(hops[j]))
 			if err != nil {
-				return addressText(addr) // what is left of it cannot be believed
+				return addressText(addr) // the rest cannot be trusted
 			}
 			addr = hop.Unmap().WithZone("")
 			if !a.trusts(addr) {
@@ -250,7 +251,7 @@ func (a *addressReader) clientAddress(r *http.Request) string {
 }
 
 func (a *addressReader) trusts(addr netip.Addr) bool {
-	for _, p := range a.isTrustedProxy {
+	for _, p := range a.trustedProxies {
 		if p.Contains(addr.Unmap()) {
 			return true
 		}

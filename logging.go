@@ -1,6 +1,6 @@
-// This room carries log lines to where they go, without ever holding up a call:
-// lines are collected in memory and written by one goroutine. When the reader
-// of the log stops reading, lines are dropped, and counted.
+// This file writes the log without ever delaying a call: lines are collected in memory, and
+// one goroutine writes them. If the reader of the log is too slow, lines are dropped and
+// counted. It may not decide what is logged.
 package main
 
 import (
@@ -19,14 +19,14 @@ import (
 
 const maxLogBacklog = 1 << 20 // bytes waiting to be written
 
-// A logSink is an io.Writer for slog's handlers, which write one line a call.
+// A logSink is an io.Writer for slog's handlers. Each Write is one line.
 type logSink struct {
 	out io.Writer
 
 	mu           sync.Mutex
 	buf          []byte
-	dropped      int64 // since this was last said
-	droppedTotal int64 // ever
+	dropped      int64 // since the last warning about dropped lines
+	droppedTotal int64 // since the start
 	closed       bool
 
 	wake chan struct{}
@@ -52,7 +52,7 @@ func (s *logSink) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// droppedLines counts the lines that were dropped, ever.
+// droppedLines returns the number of dropped lines since the start.
 func (s *logSink) droppedLines() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -66,7 +66,7 @@ func (s *logSink) wakeWriter() {
 	}
 }
 
-// run writes what has come. Its owner is close.
+// run writes the collected lines until close, which waits for it.
 func (s *logSink) run() {
 	defer close(s.done)
 	var spare []byte
@@ -77,7 +77,8 @@ func (s *logSink) run() {
 		s.mu.Unlock()
 		_, err := s.out.Write(lines)
 		if dropped > 0 && err == nil {
-			fmt.Fprintf(s.out, "{\"level\":\"WARN\",\"msg\":\"log lines were dropped: their reader was too slow\",\"lines\":%d}\n", dropped)
+			const warning = `{"level":"WARN","msg":"log lines were dropped: their reader was too slow","lines":%d}`
+			fmt.Fprintf(s.out, warning+"\n", dropped)
 		}
 		spare = lines
 		if closed {
@@ -86,8 +87,8 @@ func (s *logSink) run() {
 	}
 }
 
-// close writes what is left, but waits no longer than a second: a reader that
-// has stopped must not keep the program from ending.
+// close writes the remaining lines. It waits at most a second, because a reader that has
+// stopped must not keep the program from ending.
 func (s *logSink) close() {
 	s.mu.Lock()
 	s.closed = true
@@ -99,7 +100,7 @@ func (s *logSink) close() {
 	}
 }
 
-// A logger is slog's, and what it takes to write the lines of calls.
+// A logger is slog's logger with a faster writer for the lines of calls.
 type logger struct {
 	*slog.Logger
 	out      io.Writer
@@ -109,7 +110,8 @@ type logger struct {
 
 func newLogger(out io.Writer, level slog.Level, text bool) *logger {
 	opts := &slog.HandlerOptions{Level: level}
-	l := &logger{out: out, text: text, linePool: sync.Pool{New: func() any { return &logLine{b: make([]byte, 0, 1<<10)} }}}
+	l := &logger{out: out, text: text}
+	l.linePool.New = func() any { return &logLine{b: make([]byte, 0, 1<<10)} }
 	if text {
 		l.Logger = slog.New(slog.NewTextHandler(out, opts))
 	} else {
@@ -118,15 +120,15 @@ func newLogger(out io.Writer, level slog.Level, text bool) *logger {
 	return l
 }
 
-// A logLine is a line that is put together field by field, in the form of slog's
-// handlers. It is for the line of each call, on which slog spends a twentieth of
-// what the call costs altogether, and three times as much as this.
+// A logLine is a line that is assembled field by field, in the format of slog's handlers. It
+// is used for the line of each call: slog would spend 5 % of the cost of a call on it, three
+// times as much as this does.
 type logLine struct {
 	logger *logger
 	b      []byte
 }
 
-// beginLine begins a line. It must be ended.
+// beginLine starts a line. The caller must call end.
 func (l *logger) beginLine(at time.Time, level slog.Level, msg string) *logLine {
 	n := l.linePool.Get().(*logLine)
 	n.logger = l
@@ -149,7 +151,7 @@ func (n *logLine) end() {
 	n.logger.linePool.Put(n)
 }
 
-// key writes the name of a field, which must need no quotes.
+// key writes the name of a field. The name must be one that needs no quotes.
 func (n *logLine) key(name string) {
 	if n.logger.text {
 		n.b = append(append(append(n.b, ' '), name...), '=')
@@ -182,46 +184,48 @@ func (n *logLine) flag(name string, v bool) {
 	n.b = strconv.AppendBool(n.b, v)
 }
 
-// newHTTPErrorLog is for what net/http has to say of single connections: handshake
-// noise, aborted copies. It is somebody else's text, so it is clipped.
+// newHTTPErrorLog returns a logger for net/http's messages about single connections, such as
+// failed handshakes and aborted copies. Clients influence the text, so it is clipped.
 func newHTTPErrorLog(to *logger) *log.Logger {
 	return log.New(httpErrorWriter{to}, "", 0)
 }
 
 type httpErrorWriter struct{ logger *logger }
 
-func (q httpErrorWriter) Write(p []byte) (int, error) {
-	if bytes.HasPrefix(p, []byte("http: panic serving ")) { // a mistake of ours; the stack shows addresses, no values
-		q.logger.Error("panic", "note", clip(string(p), 8192))
+func (w httpErrorWriter) Write(p []byte) (int, error) {
+	if bytes.HasPrefix(p, []byte("http: panic serving ")) { // a bug; the stack has addresses, no values
+		w.logger.Error("panic", "note", clip(string(p), 8192))
 		return len(p), nil
 	}
-	q.logger.Debug("net/http", "note", clip(string(p), 512))
+	w.logger.Debug("net/http", "note", clip(string(p), 512))
 	return len(p), nil
 }
 
-// A traceContext names a span of some trace; "" if there is none.
+// A traceContext identifies a span of a trace. Both ids are empty if there is none.
 type traceContext struct{ traceID, spanID string }
 
-// parseTraceparent reads a traceparent header: version, trace id, parent id and
-// flags. Versions after 00 may have more at the end. What is malformed, or given
-// twice, names no trace and may not go on.
+// parseTraceparent reads a traceparent header: version, trace id, parent id and flags.
+// Versions after 00 may have more at the end. A header that is malformed or repeated
+// identifies no trace and must not be forwarded.
 func parseTraceparent(values []string) (traceContext, bool) {
 	if len(values) != 1 {
 		return traceContext{}, false
 	}
 	v := values[0]
-	if len(v) < 55 || len(v) > 256 || v[2] != '-' || v[35] != '-' || v[52] != '-' || !isLowerHex(v[:2]) || !isLowerHex(v[53:55]) || v[:2] == "ff" {
+	if len(v) < 55 || len(v) > 256 || v[2] != '-' || v[35] != '-' || v[52] != '-' ||
+		!isLowerHex(v[:2]) || !isLowerHex(v[53:55]) || v[:2] == "ff" {
 		return traceContext{}, false
 	}
 	if len(v) > 55 && (v[:2] == "00" || v[55] != '-') {
 		return traceContext{}, false
 	}
 	t := traceContext{v[3:35], v[36:52]}
-	if !isLowerHex(t.traceID) || !isLowerHex(t.spanID) || strings.Trim(t.traceID, "0") == "" || strings.Trim(t.spanID, "0") == "" {
+	if !isLowerHex(t.traceID) || !isLowerHex(t.spanID) ||
+		strings.Trim(t.traceID, "0") == "" || strings.Trim(t.spanID, "0") == "" {
 		return traceContext{}, false
 	}
 	return t, true
 }
 
-// isLowerHex reports whether s has lower-case hexadecimal digits only.
+// isLowerHex reports whether s has only lower-case hexadecimal digits.
 func isLowerHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }

@@ -227,7 +227,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	endpoints := newEndpointTable()
 	bodies := &bodyMemory{limit: cfg.bodyMemory}
 	limits := &limitState{store: in.store, ledger: in.ledger, registry: in.registry}
-	addresses := &addressReader{isTrustedProxy: cfg.trustedProxies, trustUnix: cfg.trustUnix}
+	addresses := &addressReader{trustedProxies: cfg.trustedProxies, trustUnix: cfg.trustUnix}
 	httpErrorLog := newHTTPErrorLog(in.log)
 	logThrottle := newThrottle(logLinesPerSecond, time.Second)
 	diskUse := func(ctx context.Context) (diskUsage, error) { return in.dir.diskUsage(ctx, in.store) }
@@ -241,8 +241,8 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		prices: &in.prices, databaseProblem: in.dir.databaseProblem,
 	})
 	in.operations = &operations{
-		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health, running: in.running,
-		prices: &in.prices, contentKey: in.contentKey, openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate,
+		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
+		running: in.running, prices: &in.prices, contentKey: in.contentKey, openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate,
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
 	in.manage = &manageAPI{
@@ -251,7 +251,8 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	in.server = &server{
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		ids: ids, addresses: addresses, proxy: in.proxy, manage: in.manage,
-		readiness: &readiness{running: in.running, databaseProblem: in.dir.databaseProblem, ledger: in.ledger, store: in.store},
+		readiness: &readiness{running: in.running, databaseProblem: in.dir.databaseProblem, ledger: in.ledger,
+			store: in.store},
 		exporter: &exporter{
 			cfg: cfg, metrics: in.metrics, registry: in.registry, health: in.health, ledger: in.ledger, bodies: bodies,
 			running: in.running.snapshot, diskUse: diskUse, droppedLogLines: droppedLogLines, started: started,
@@ -445,7 +446,8 @@ func gcPercentFor(liveHeap uint64) int {
 // so no secret is ever printed again.
 func (p *program) bootstrap(ctx context.Context, in *instance) error {
 	if in.createdKeyFile != "" {
-		in.log.Warn("an encryption key was created; keep it apart from the database and its backups", "file", in.createdKeyFile)
+		in.log.Warn("an encryption key was created; keep it apart from the database and its backups", "file",
+			in.createdKeyFile)
 	}
 	keys, err := in.store.countManagementKeys(ctx)
 	if err != nil {

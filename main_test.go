@@ -671,7 +671,7 @@ func TestUnixSocketTaken(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := open(); err == nil || !strings.Contains(err.Error(), "a file of another kind") {
+	if _, err := open(); err == nil || !strings.Contains(err.Error(), "a file that is not a socket") {
 		t.Errorf("a file: %v", err)
 	}
 	if b, err := os.ReadFile(path); err != nil || string(b) != "precious" {
@@ -716,7 +716,7 @@ func TestSocketActivation(t *testing.T) {
 		t.Error(err)
 	}
 	for _, env := range []string{"", "LISTEN_FDS=1 LISTEN_PID=1", "LISTEN_FDS=0 LISTEN_PID=$$", "LISTEN_FDS=1 LISTEN_PID=$$"} {
-		if out, err := start(env).CombinedOutput(); err == nil || !strings.Contains(string(out), "handed down") {
+		if out, err := start(env).CombinedOutput(); err == nil || !strings.Contains(string(out), "inherited") {
 			t.Errorf("%q: %v %s", env, err, out)
 		}
 	}

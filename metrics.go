@@ -409,7 +409,8 @@ func (m *metrics) writeModels(w *metricsWriter) {
 			write(counters[i], "project", l[0], "provider", l[1], "model", l[2])
 		}
 	}
-	w.beginFamily("model_calls_total", "counter", "Finished calls that were admitted, by project, provider, model and outcome.")
+	w.beginFamily("model_calls_total", "counter",
+		"Finished calls that were admitted, by project, provider, model and outcome.")
 	each(func(mc *modelCounters, labels ...string) {
 		for o := range countedOutcomes {
 			if n := mc.calls[o].Load(); n > 0 {

@@ -295,7 +295,7 @@ func TestNoCrossOrigin(t *testing.T) {
 // it the right-most address that is not theirs.
 func TestClientAddress(t *testing.T) {
 	t.Parallel()
-	s := &addressReader{isTrustedProxy: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
+	s := &addressReader{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
 	for _, c := range []struct {
 		peer  string
 		lines []string
@@ -342,7 +342,7 @@ func FuzzClientAddress(f *testing.F) {
 	f.Add("10.0.0.1:1", "1.2.3.4, 10.0.0.2", "6.6.6.6")
 	f.Add("[fd00::1%x]:1", "::1%2, ", "")
 	f.Add("9.9.9.9:1", "1.2.3.4", "\n")
-	s := &addressReader{isTrustedProxy: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
+	s := &addressReader{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 	f.Fuzz(func(t *testing.T, peer, one, two string) {
 		got := s.clientAddress(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {one, two}}})
 		host, _, err := net.SplitHostPort(peer)

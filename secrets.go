@@ -1,5 +1,5 @@
-// This room holds what must never be printed: the secret type, and the sealing
-// of provider keys at rest. It may not log, and it knows no table and no URL.
+// This file has the type of values that must never be printed, and the encryption of provider
+// keys at rest. It may not log, and it uses no table and no URL.
 package main
 
 import (
@@ -18,10 +18,10 @@ import (
 	"strings"
 )
 
-// A secret is a string that printing, logging or encoding cannot reveal. It is
-// a func because fmt shows a func as an address even in unexported fields,
-// where it calls no methods. Calling one gives the value: each call deserves a
-// reviewer's look. The nil secret is "not set".
+// A secret is a string that printing, logging or encoding cannot reveal. It is a func because
+// fmt prints a func as an address even in unexported fields, where it calls no methods.
+// Calling a secret returns the value; layout_test.go lists every call for reviewers. The nil
+// secret is "not set".
 type secret func() string
 
 const hiddenSecret = "[secret]"
@@ -36,7 +36,7 @@ func (secret) MarshalText() ([]byte, error) { return []byte(hiddenSecret), nil }
 
 func (secret) MarshalJSON() ([]byte, error) { return []byte(`"` + hiddenSecret + `"`), nil }
 
-// UnmarshalJSON takes a secret from a request body.
+// UnmarshalJSON reads a secret from a request body.
 func (s *secret) UnmarshalJSON(b []byte) error {
 	var v string
 	if err := json.Unmarshal(b, &v); err != nil {
@@ -46,8 +46,8 @@ func (s *secret) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// hint returns the last 4 characters of a key, to tell keys apart by, and
-// nothing at all of a key so short that 4 characters would be much of it.
+// hint returns the last 4 characters of a key, so that people can tell keys apart, or nothing
+// if the key is so short that 4 characters would reveal too much.
 func (s secret) hint() string {
 	v := s()
 	if len(v) < 20 {
@@ -56,15 +56,16 @@ func (s secret) hint() string {
 	return v[len(v)-4:]
 }
 
-var errUnseal = errors.New("sealed value does not open: wrong encryption key, or the row was changed outside the program")
+var errUnseal = errors.New(
+	"a stored secret cannot be decrypted: wrong encryption key, or the row was changed outside the program")
 
 // A sealer encrypts provider keys with AES-256-GCM under a key derived from the
 // operator's encryption key. A sealed value is
 //
 //	version (1) | key id (8) | nonce (12) | ciphertext and tag
 //
-// The nonce is random: one key is good for far more than the keys of any
-// installation. The key id lets rekeying tell old from new.
+// The nonce is random: one key is safe for far more values than any installation has. The key
+// id tells values with the old key from values with the new one during a rekey.
 type sealer struct {
 	aead cipher.AEAD
 	kid  [8]byte
@@ -75,7 +76,7 @@ const sealVersion = 1
 // newSealer derives its keys from master, 32 bytes.
 func newSealer(master []byte) (*sealer, error) {
 	if len(master) != 32 {
-		return nil, fmt.Errorf("an encryption key has 32 bytes, not %d", len(master))
+		return nil, fmt.Errorf("an encryption key must have 32 bytes, not %d", len(master))
 	}
 	key, err := hkdf.Key(sha256.New, master, nil, "llm-proxy seal v1", 32)
 	if err != nil {
@@ -83,11 +84,11 @@ func newSealer(master []byte) (*sealer, error) {
 	}
 	block, err := aes.NewCipher(key)
 	if err != nil {
-		return nil, fmt.Errorf("making the cipher: %w", err)
+		return nil, fmt.Errorf("creating the cipher: %w", err)
 	}
 	aead, err := cipher.NewGCM(block)
 	if err != nil {
-		return nil, fmt.Errorf("making the cipher: %w", err)
+		return nil, fmt.Errorf("creating the cipher: %w", err)
 	}
 	s := &sealer{aead: aead}
 	mac := hmac.New(sha256.New, key)
@@ -96,8 +97,8 @@ func newSealer(master []byte) (*sealer, error) {
 	return s, nil
 }
 
-// seal encrypts plain. Only open with the same context gives it back, so a
-// ciphertext cannot be moved to where another context applies.
+// seal encrypts plain. Only open with the same context decrypts it, so a ciphertext cannot be
+// moved to another row or used for another host.
 func (s *sealer) seal(plain secret, context string) []byte {
 	out := make([]byte, 0, 1+len(s.kid)+s.aead.NonceSize()+len(plain())+s.aead.Overhead())
 	out = append(out, sealVersion)
@@ -108,8 +109,8 @@ func (s *sealer) seal(plain secret, context string) []byte {
 	return s.aead.Seal(out, nonce, []byte(plain()), []byte(context))
 }
 
-// open decrypts what seal made. Every failure is errUnseal: there is no
-// fallback to plaintext and no hint at what was wrong.
+// open decrypts a value from seal. Every failure is errUnseal: there is no fallback to
+// plaintext and no detail about the cause.
 func (s *sealer) open(sealed []byte, context string) (secret, error) {
 	head := 1 + len(s.kid)
 	if len(sealed) < head+s.aead.NonceSize()+s.aead.Overhead() ||
@@ -124,10 +125,11 @@ func (s *sealer) open(sealed []byte, context string) (secret, error) {
 	return newSecret(string(plain)), nil
 }
 
-// id names the sealer's key, as keyID does.
+// id returns the id of the sealer's key, as keyID does.
 func (s *sealer) id() string { return hex.EncodeToString(s.kid[:]) }
 
-// keyID names the key that a value was sealed with. It reveals nothing of it.
+// keyID returns the id of the key that a value was encrypted with. It reveals nothing about
+// the key.
 func keyID(sealed []byte) string {
 	if len(sealed) < 1+8 {
 		return "unknown"
@@ -135,8 +137,8 @@ func keyID(sealed []byte) string {
 	return hex.EncodeToString(sealed[1 : 1+8])
 }
 
-// sealContext binds a provider key to its row, its project and the place it is
-// sent to. A changed base URL therefore needs the key anew.
+// sealContext binds a provider key to its row, its project and the origin it is sent to. To
+// change the base URL, the administrator must therefore enter the key again.
 func sealContext(upstreamID, projectID, origin string) string {
 	return "llm-proxy upstream v1|" + upstreamID + "|" + projectID + "|" + origin
 }
@@ -152,16 +154,16 @@ func parseEncryptionKey(text string) ([]byte, error) {
 	} {
 		if key, err := decode(text); err == nil && len(key) == 32 {
 			if weakKey(key) {
-				return nil, errors.New("is a pattern, not a random key; make one with: openssl rand -hex 32")
+				return nil, errors.New("is a pattern, not a random key; create one with: openssl rand -hex 32")
 			}
 			return key, nil
 		}
 	}
-	return nil, errors.New("must be 32 random bytes as 64 hex digits or base64; make one with: openssl rand -hex 32")
+	return nil, errors.New("must be 32 random bytes as 64 hex digits or base64; create one with: openssl rand -hex 32")
 }
 
-// weakKey reports whether key uses so few different bytes that no random
-// source can have made it (a random one has fewer than 16 once in 10^12).
+// weakKey reports whether key has so few different bytes, or such a regular pattern, that it
+// is not random. (A random key has fewer than 16 different bytes once in 10^12.)
 func weakKey(key []byte) bool {
 	seen := map[byte]bool{}
 	for _, b := range key {
@@ -170,7 +172,7 @@ func weakKey(key []byte) bool {
 	if len(seen) < 16 {
 		return true
 	}
-	step := key[1] - key[0] // 00 01 02 … and the like, as in documentation
+	step := key[1] - key[0] // 00 01 02 …, as in documentation
 	for i := 1; i < len(key); i++ {
 		if key[i]-key[i-1] != step {
 			return false
@@ -179,7 +181,7 @@ func weakKey(key []byte) bool {
 	return true
 }
 
-// newEncryptionKey returns a fresh key as text for a key file.
+// newEncryptionKey returns a new random key as text for a key file.
 func newEncryptionKey() secret {
 	key := make([]byte, 32)
 	rand.Read(key)

@@ -240,7 +240,7 @@ func serveImage(t *testing.T, root string) {
 	if out, err := program("version").CombinedOutput(); err != nil || !strings.Contains(string(out), "v0.0.0-e2e") {
 		t.Errorf("version: %s %v", out, err)
 	}
-	if out, err := program("backup", "/data/backup.db").CombinedOutput(); err != nil || !strings.Contains(string(out), "It is whole") {
+	if out, err := program("backup", "/data/backup.db").CombinedOutput(); err != nil || !strings.Contains(string(out), "The backup is complete") {
 		t.Errorf("backup: %s %v", out, err)
 	}
 	if out, err := program("doctor").CombinedOutput(); err != nil {
