@@ -136,7 +136,7 @@ func TestConfigValues(t *testing.T) {
 		{"OPENAI_API_KEY", "sk proj 0123", "without spaces"},
 		{"OPENAI_API_URL", "https://eu.api.openai.com/v1", ""},
 		{"OPENAI_API_URL", "http://api.openai.com", "must be https"},
-		{"OPENAI_API_URL", "https://user:pw-canary-2@api.openai.com", "must not hold a user name"},
+		{"OPENAI_API_URL", "https://user:pw-canary-2@api.openai.com", "must not contain a user name"},
 		{"OPENAI_API_URL", "https://api.openai.com?key=pw-canary-3", "must not have a query"},
 		{"OPENAI_API_URL", "https://127.0.0.1", "loopback or private"},
 		{"OPENAI_API_URL", "api.openai.com", "must be an absolute URL"},

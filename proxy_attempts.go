@@ -211,7 +211,8 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 	if c.attemptCount > 1 {
 		out = req.WithContext(req.Context())
 		out.Header = req.Header.Clone()
-		for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
+		for _, name := range [...]string{
+			"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
 			delete(out.Header, name)
 		}
 	}

@@ -1,7 +1,6 @@
-// This room puts one list of models together from those of a project's several
-// providers. It is the one call that goes to more than one of them on purpose.
-// Anthropic's lists come in pages: all are read, and the client gets pages of
-// what they make together.
+// This file answers GET /v1/models from the lists of all of a project's providers, cut down to the models that
+// the token may use, and GET /v1/llm-proxy/token. It is the only call that goes to several providers on
+// purpose. Anthropic's lists come in pages: all pages are read, and the client gets pages of the merged list.
 package main
 
 import (
@@ -18,22 +17,23 @@ import (
 )
 
 const (
-	maxMergedUpstreams   = 8    // upstreams that are asked for one list
-	maxModelPages        = 20   // of each one's list
-	maxModelPageSize     = 1000 // models: Anthropic gives no more
-	defaultModelPageSize = 20   // what it gives where nothing is said
-	maxCursorBytes       = 512  // bytes
+	maxMergedUpstreams   = 8       // upstreams asked for one list
+	maxModelPages        = 20      // pages of each upstream's list
+	maxModelPageSize     = 1000    // models; Anthropic's limit
+	defaultModelPageSize = 20      // models; Anthropic's default
+	maxCursorBytes       = 512     // of a page's last id
+	maxModelList         = 8 << 20 // bytes of all lists of one call together
 )
 
-// A mergedModels is a list of models while it is put together.
+// A mergedModels is the merged list of models while it grows.
 type mergedModels struct {
-	paged      bool   // it is Anthropic's
-	query      string // of the page that is asked for now
-	bytesLeft  int    // bytes that may still come, of all lists together
+	paged      bool   // it comes in pages, as Anthropic's do
+	query      string // of the page that is requested now
+	bytesLeft  int    // bytes that the lists may still have together
 	seen       map[string]bool
 	models     []listedModel
-	lastStatus int    // of the last attempt,
-	lastReason string // and what was wrong with it, if others make up the list
+	lastStatus int    // of the last attempt
+	lastReason string // what was wrong with the last attempt, if other lists make up the answer
 }
 
 type listedModel struct {
@@ -41,11 +41,10 @@ type listedModel struct {
 	entry json.RawMessage
 }
 
-// modelSources returns the upstreams whose lists make up the answer, the most
-// preferred first; of those with one base URL, which have one list, the call's
-// own goes first and the others stand by. Nil: the call goes its usual way, for
-// there is one list only. One that comes in pages and loses models to a policy is
-// read whole all the same: no page could say then where the next one begins.
+// modelSources returns the upstreams whose lists make up the answer, in order of preference. Upstreams with one
+// base URL have one list: the call's own is asked first, the others are its spares. The result is nil if there
+// is only one list, which is then forwarded like any answer. A paged list that a policy cuts down is merged in
+// any case: otherwise no page could say where the next one begins.
 func (t *attempts) modelSources() (list []*upstream) {
 	c := t.c
 	if c.endpoint.pattern != "/v1/models" {
@@ -72,12 +71,12 @@ func (t *attempts) modelSources() (list []*upstream) {
 	return list
 }
 
-// baseURL is what upstreams with one list of models have in common.
+// baseURL identifies a list of models: upstreams with the same base URL have the same list.
 func (u *upstream) baseURL() string { return u.scheme + "://" + u.host + u.basePath }
 
-// mergeModels asks the upstreams for their lists and answers with all of them together,
-// as far as the token may use what is in them. One that does not give its whole
-// list is left out; if none does, the client gets what they said instead.
+// mergeModels requests the upstreams' lists and answers with the models of all of them that the token may use.
+// It leaves out an upstream that does not give its complete list. If none does, the client gets the best of
+// their other answers.
 func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Response, error) {
 	c, chosen := t.c, t.c.upstream
 	n := &mergedModels{paged: chosen.provider == providerAnthropic, bytesLeft: maxModelList, seen: map[string]bool{}}
@@ -94,7 +93,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		if asked == maxMergedUpstreams || asked > 0 && t.pastDeadline() {
 			break
 		}
-		// What the chosen one takes from its own limits was taken when it was chosen.
+		// The chosen upstream's own limits were charged when it was chosen.
 		if have[u.baseURL()] || u != chosen && !u.health.admits(time.Now().UnixMilli(), 0, &u.settings, true) {
 			continue
 		}
@@ -122,22 +121,22 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 	return n.fillResponse(good, &want, c.anthropic)
 }
 
-// pastDeadline reports whether nobody is to be asked any more.
+// pastDeadline reports whether it is too late for another attempt.
 func (t *attempts) pastDeadline() bool {
 	return t.c.ctx.Err() != nil || time.Since(t.c.start) > defaultRetryWindow
 }
 
-// A modelListing is what asking one upstream for its list has come to.
+// A modelListing is the result of requesting one upstream's list.
 type modelListing struct {
 	models   []json.RawMessage
 	complete bool
-	res      *http.Response // of the last page, which is read; or what came in its place
+	res      *http.Response // the last page, which has been read, or the answer instead of it
 	err      error
 	decision retryDecision
 }
 
-// listModels asks the call's upstream for its list, page after page where there are
-// some: each is an attempt, and counts as one in the upstream's own limits.
+// listModels requests the list of the call's upstream, page after page. Each page is an attempt and counts in
+// the upstream's own limits.
 func (t *attempts) listModels(req *http.Request) (l modelListing) {
 	n, after := t.merged, ""
 	for pages := 1; ; pages++ {
@@ -152,7 +151,8 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 			return l
 		}
 		l.models = append(l.models, page.Data...)
-		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after || len(page.LastID) > maxCursorBytes || pages == maxModelPages {
+		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after ||
+			len(page.LastID) > maxCursorBytes || pages == maxModelPages {
 			l.complete = true
 			return l
 		}
@@ -170,11 +170,11 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 	}
 }
 
-// pageQuery returns the query for an upstream's page after a model, "" for the first.
-// Whatever page the client wants, all are asked for.
+// pageQuery returns the query for the page after a model; "" means the first. All pages are requested,
+// whichever page the client wants.
 func (n *mergedModels) pageQuery(query, after string) string {
 	q, err := url.ParseQuery(query)
-	if !n.paged || err != nil { // which it was encoded for: proxy_request.go
+	if !n.paged || err != nil { // an error is impossible: proxy_request.go has encoded the query
 		return query
 	}
 	q.Del("before_id")
@@ -186,9 +186,8 @@ func (n *mergedModels) pageQuery(query, after string) string {
 	return q.Encode()
 }
 
-// readModelPage reads a page to its end, while its time is limited, and leaves it in
-// the answer's body. The provider's key is not left in it: the client's answer is
-// searched for one key only.
+// readModelPage reads a page to its end while its time is limited and leaves it in the answer's body. It masks
+// the provider's key here, because the client's answer is searched for one upstream's key only.
 func (a *attempt) readModelPage(res *http.Response) error {
 	n := a.t.merged
 	defer res.Body.Close()
@@ -204,7 +203,8 @@ func (a *attempt) readModelPage(res *http.Response) error {
 	n.bytesLeft -= len(page)
 	mask := newKeyMask(a.upstream.key())
 	if page = append(mask.redact(page), mask.flush()...); mask.found {
-		a.t.p.log.Error("the provider's list of models held its key; it was masked", "request_id", a.t.c.requestID, "upstream", a.upstream.id)
+		a.t.p.log.Error("a provider's list of models contained its key; the key was masked",
+			"request_id", a.t.c.requestID, "upstream", a.upstream.id)
 	}
 	res.Body = &peekedBody{http.NoBody, page, page, true}
 	return nil
@@ -216,10 +216,10 @@ type modelPage struct {
 	LastID  string            `json:"last_id"`
 }
 
-// parseModelPage takes out of an answer the page that read has left there.
+// parseModelPage parses the page that readModelPage has left in an answer, and takes it out.
 func parseModelPage(res *http.Response) (p modelPage, err error) {
 	text := peekBody(res)
-	res.Body = http.NoBody // a page is no answer for the client
+	res.Body = http.NoBody // a page is not an answer for the client
 	if err := json.Unmarshal(text, &p); err != nil || p.Data == nil {
 		e := errModelList
 		e.cause = cmp.Or(err, errors.New("a list of models is none"))
@@ -228,10 +228,10 @@ func parseModelPage(res *http.Response) (p modelPage, err error) {
 	return p, nil
 }
 
-// addFrom adds the models of an upstream's list that calls for would go there and
-// that may be used, those it has another name for under both, and none twice.
+// addFrom adds the models of an upstream's list that may be used and whose calls may go to that upstream. It
+// adds a model that the upstream has another name for under both names, and no name twice.
 func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
-	names := map[string][]string{} // the upstream's own -> clients'
+	names := map[string][]string{} // the upstream's name of a model -> the clients' names
 	for asked, sent := range u.rewrite {
 		names[sent] = append(names[sent], asked)
 	}
@@ -257,14 +257,14 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 	}
 }
 
-// A modelPageRequest is the page that a client asks for, as Anthropic has it: so many
-// models that follow one, or come before one.
+// A modelPageRequest is the page that a client wants, in Anthropic's form: at most limit models after or
+// before one.
 type modelPageRequest struct {
 	limit         int
 	after, before string
 }
 
-// parsePageRequest reads which page the client asks for.
+// parsePageRequest reads which page the client wants.
 func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err error) {
 	q, err := url.ParseQuery(query)
 	if !n.paged || err != nil {
@@ -282,9 +282,8 @@ func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err e
 	return w, nil
 }
 
-// selectPage returns the page, and whether there are more models the same way on. A
-// model that the list does not have is an error: an empty page would look like
-// the list's end.
+// selectPage returns the page and whether more models follow in the same direction. A model that is not in the
+// list is an error: an empty page would look like the end of the list.
 func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel, more bool, err *apiError) {
 	at := func(param, id string) int {
 		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
@@ -306,8 +305,10 @@ func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel,
 	return models[from:to], to < len(models), err
 }
 
-// fillResponse puts the list into res, or of one in pages the page that is asked for.
-func (n *mergedModels) fillResponse(res *http.Response, want *modelPageRequest, anthropic bool) (*http.Response, error) {
+// fillResponse puts the list into res, or the requested page of a paged list.
+func (n *mergedModels) fillResponse(
+	res *http.Response, want *modelPageRequest, anthropic bool,
+) (*http.Response, error) {
 	page, more, failed := n.models, false, (*apiError)(nil)
 	if n.paged {
 		page, more, failed = want.selectPage(n.models)
@@ -330,15 +331,19 @@ func (n *mergedModels) fillResponse(res *http.Response, want *modelPageRequest, 
 	if failed != nil { // said as a provider would: the call has been to some
 		res.StatusCode, body = failed.status, failed.responseBody(anthropic)
 	}
+	replaceBody(res, body)
+	return res, nil
+}
+
+func replaceBody(res *http.Response, body []byte) {
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
-	return res, nil
 }
 
 const ownTokenPath = "/v1/llm-proxy/token"
 
-// An ownToken is what a token is told of itself. Lists are those of its own
-// policy; its project's may be narrower.
+// An ownToken describes a token to its own client. The lists are those of the token's policy; its project's
+// may be narrower.
 type ownToken struct {
 	Object            string      `json:"object"`
 	ID                string      `json:"id"`
@@ -361,7 +366,7 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 		p.refuse(c, w, r, err)
 		return
 	}
-	defer c.token.running.Add(-1) // not release: to ask is not to use
+	defer c.token.running.Add(-1) // not release: this is not a use of the token
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", "GET")
 		p.refuse(c, w, r, errMethodNotAllowed("GET"))
@@ -390,7 +395,8 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	now := c.start.UnixMilli()
 	t, st := c.token, c.tokenState
-	v := &ownToken{Object: "llm_proxy.token", ID: st.id, Name: st.name, RequestCount: t.used.Load(), Endpoints: st.policy.Endpoints, Models: st.policy.Models}
+	v := &ownToken{Object: "llm_proxy.token", ID: st.id, Name: st.name, RequestCount: t.used.Load(),
+		Endpoints: st.policy.Endpoints, Models: st.policy.Models}
 	if st.expiresAt != 0 {
 		v.ExpiresAt = new(timestamp(st.expiresAt))
 	}
@@ -416,18 +422,15 @@ func (p *proxy) ownToken(c *call) (*ownToken, error) {
 
 func (p *proxy) logOwnToken(c *call) {
 	p.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
-		"token", c.tokenState.id, "project", c.project.id, "address", c.address, "total_us", time.Since(c.start).Microseconds())
+		"token", c.tokenState.id, "project", c.project.id, "address", c.address,
+		"total_us", time.Since(c.start).Microseconds())
 }
 
-// maxModelList bounds the one answer that is read whole.
-const maxModelList = 8 << 20
-
-// filterModels takes out of a list of models what the token may not use. This
-// is the one answer that is changed; without a list of models in a policy even
-// it is not.
+// filterModels removes the models that the token may not use from a list of models. It changes nothing unless
+// a policy lists models.
 func filterModels(c *call, res *http.Response) error {
 	project, token := &c.project.policy, &c.tokenState.policy
-	if project.Models == nil && token.Models == nil || c.attempts.merged != nil { // which is within them as it is
+	if project.Models == nil && token.Models == nil || c.attempts.merged != nil { // it holds allowed models only
 		return nil
 	}
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
@@ -451,13 +454,12 @@ func filterModels(c *call, res *http.Response) error {
 	if list["data"], err = json.Marshal(kept); err != nil {
 		return errModelList
 	}
-	delete(list, "first_id") // Anthropic's cursors: they name models
+	delete(list, "first_id") // Anthropic's cursors name models
 	delete(list, "last_id")
 	if body, err = json.Marshal(list); err != nil {
 		return errModelList
 	}
 	res.Body.Close()
-	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
+	replaceBody(res, body)
 	return nil
 }

@@ -423,7 +423,7 @@ func TestMergedModelsContainNoKey(t *testing.T) {
 		if res.status != 200 || !strings.Contains(res.body, `"`+c.model+`"`) || !strings.Contains(res.body, strings.Repeat("*", len(c.owner))) || strings.Contains(res.body, c.owner) {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
-		if !strings.Contains(string(p.log.bytes()), `list of models held its key; it was masked","request_id":"`+res.header.Get("X-LLM-Proxy-Request-Id")+`","upstream":"`+c.id) {
+		if !strings.Contains(string(p.log.bytes()), `list of models contained its key; the key was masked","request_id":"`+res.header.Get("X-LLM-Proxy-Request-Id")+`","upstream":"`+c.id) {
 			t.Error("the log does not say whose answer held a key")
 		}
 	}

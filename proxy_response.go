@@ -1,7 +1,6 @@
-// This room is what stands between ReverseProxy and the client: which headers
-// go up and down, and the writer that the provider's answer passes through. It
-// swallows what must not reach a client (1xx, trailers, upgrades, the provider's
-// key), and shows every byte to the meter on its way.
+// This file stands between ReverseProxy and the client: the header allow-lists both ways, and the writer that
+// the provider's answer passes through. It drops what must not reach a client (1xx, trailers, upgrades, the
+// provider's key) and shows every byte to the meter.
 package main
 
 import (
@@ -29,14 +28,14 @@ func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
 
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
-const maxPeekBytes = 16 << 10 // of a provider's error that is read, to know what it is
+const maxPeekBytes = 16 << 10 // bytes of a provider's error that are read to classify it
 
-// A peekedBody is an answer's body whose first bytes have been read.
+// A peekedBody is the body of an answer whose first bytes have been read.
 type peekedBody struct {
 	io.ReadCloser
 	peeked   []byte
-	unread   []byte // of head, not yet given out
-	complete bool   // there is nothing after it
+	unread   []byte // the part of peeked that Read has not returned yet
+	complete bool   // peeked is the whole body
 }
 
 func (b *peekedBody) Read(p []byte) (int, error) {
@@ -51,8 +50,7 @@ func (b *peekedBody) Read(p []byte) (int, error) {
 	return b.ReadCloser.Read(p)
 }
 
-// peekBody returns the first bytes of a provider's error, and leaves them in
-// its body.
+// peekBody returns the first bytes of a provider's error and leaves them in its body.
 func peekBody(res *http.Response) []byte {
 	if b, ok := res.Body.(*peekedBody); ok {
 		return b.peeked
@@ -132,20 +130,20 @@ func parseStreamEvent(data []byte) (e streamEvent) {
 	return e
 }
 
-// allowRequestHeader is the allow-list for request headers. Keys are canonical.
+// allowRequestHeader is the allow-list for request headers. Names are canonical.
 func allowRequestHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
 		return true
 	case "Openai-Organization", "Openai-Project":
-		return false // they name the account that pays: the upstream's settings say which
+		return false // they name the account that pays: the upstream's settings choose it
 	}
-	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "X-Stainless-") || strings.HasPrefix(name, "Anthropic-")
+	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "X-Stainless-") ||
+		strings.HasPrefix(name, "Anthropic-")
 }
 
-// upstreamHeader returns the headers that go to the provider, the key not yet among
-// them. Those that the client's Connection header names are for this hop only;
-// Content-Type is not the client's to take away.
+// upstreamHeader returns the headers that go to the provider, without the key. Headers that the client's
+// Connection header names are for this hop only, except that the client cannot remove Content-Type.
 func upstreamHeader(in http.Header) http.Header {
 	out := make(http.Header, 8)
 	for name, values := range in {
@@ -153,7 +151,7 @@ func upstreamHeader(in http.Header) http.Header {
 			out[name] = values
 		}
 	}
-	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // else a stranger's text would be taken for a trace
+	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // other text is not a trace
 		delete(out, "Traceparent")
 		delete(out, "Tracestate")
 	}
@@ -165,95 +163,91 @@ func upstreamHeader(in http.Header) http.Header {
 		}
 	}
 	if v, ok := out["Idempotency-Key"]; ok {
-		// Under this name net/http takes it as leave to send a call again that
-		// the provider has had already, which no limit and no row would know of.
+		// Under its canonical name, net/http would take the header as permission to send
+		// again what the provider has already received, unseen by limits and ledger.
 		delete(out, "Idempotency-Key")
 		out["idempotency-key"] = v
 	}
 	return out
 }
 
-// allowResponseHeader is the allow-list for answer headers. Keys are canonical. The
-// provider's X-Ratelimit-* are not on it: they are the key's, which many tokens
-// share; the token's own stand in their place (proxy_admit.go).
+// allowResponseHeader is the allow-list for answer headers. Names are canonical. The provider's X-Ratelimit-*
+// are not on it: they describe the key, which many tokens share. The token's own replace them (proxy_admit.go).
 func allowResponseHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
 		"X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry":
 		return true
 	case "Openai-Organization", "Openai-Project", "Anthropic-Organization-Id":
-		return false // whose account it is
+		return false // they name the account
 	}
 	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
 }
 
-// An responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its
-// header map leads nowhere: nothing reaches the client that expect did not put
-// there, so no 1xx and no trailer does. It has no Hijack and no Unwrap.
+// A responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its header map leads nowhere: only
+// headers that prepare has copied reach the client, so no 1xx and no trailer does. It has no Hijack or Unwrap.
 type responseWriter struct {
-	s      *proxy
+	p      *proxy
 	c      *call
-	w      http.ResponseWriter
+	client http.ResponseWriter
 	header http.Header
 
-	meter             *meter // nil until an answer came
+	meter             *meter // nil before an answer has come
 	keyMask           keyMask
 	sse               bool
-	providerRequestID string // what the provider calls this request
+	providerRequestID string // the provider's id of this request
 	status            int
-	clientGone        bool // the client did not take them
+	clientGone        bool // a write to the client failed
 }
 
-func newResponseWriter(s *proxy, c *call, w http.ResponseWriter) *responseWriter {
-	return &responseWriter{s: s, c: c, w: w, header: http.Header{}}
+func newResponseWriter(p *proxy, c *call, client http.ResponseWriter) *responseWriter {
+	return &responseWriter{p: p, c: c, client: client, header: http.Header{}}
 }
 
-func (a *responseWriter) Header() http.Header { return a.header }
+func (w *responseWriter) Header() http.Header { return w.header }
 
-// prepare takes over the head of the provider's answer: what may come down goes
-// into the client's header.
-func (a *responseWriter) prepare(res *http.Response) {
-	a.keyMask = newKeyMask(a.c.upstream.key())
-	kind, contentType := a.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
+// prepare reads the head of the provider's answer: it copies the allowed headers to the client's and chooses
+// the meter.
+func (w *responseWriter) prepare(res *http.Response) {
+	w.keyMask = newKeyMask(w.c.upstream.key())
+	kind, contentType := w.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
 	encoded := res.Header.Get("Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
-	if a.sse = contentType == "text/event-stream"; a.sse {
-		a.s.metrics.activeStreams.Add(1) // until settle
+	if w.sse = contentType == "text/event-stream"; w.sse {
+		w.p.metrics.activeStreams.Add(1) // until settle
 	}
-	if res.StatusCode >= 400 || !a.sse && contentType != "application/json" && !opaque {
-		kind = meterNone // an error is not billed; audio and the like say nothing
+	if res.StatusCode >= 400 || !w.sse && contentType != "application/json" && !opaque {
+		kind = meterNone // an error is not billed; audio and the like carry no usage
 	}
-	a.meter = newMeter(kind, a.sse, opaque, a.c.usageAdded)
+	w.meter = newMeter(kind, w.sse, opaque, w.c.usageAdded)
 
-	to := a.w.Header()
+	to := w.client.Header()
 	for name, values := range res.Header {
-		if allowResponseHeader(name) && !a.keyMask.containsKey(values) {
+		if allowResponseHeader(name) && !w.keyMask.containsKey(values) {
 			to[name] = values
 			if name == "X-Request-Id" || name == "Request-Id" {
-				a.providerRequestID = clip(values[0], 128)
+				w.providerRequestID = clip(values[0], 128)
 			}
 		}
 	}
 	if _, ok := to["Content-Type"]; !ok {
 		to["Content-Type"] = nil // net/http would guess one from the body
 	}
-	if a.c.usageAdded && a.sse {
+	if w.c.project.routing.ShowUpstream {
+		to["X-Llm-Proxy-Upstream"] = []string{w.c.upstream.id}
+	}
+	if !w.sse {
+		to["Cache-Control"] = []string{"no-store"}
+		res.Header = nil
+		return
+	}
+	if w.c.usageAdded {
 		to.Del("Content-Length")
 	}
-	if a.c.project.routing.ShowUpstream {
-		to["X-Llm-Proxy-Upstream"] = []string{a.c.upstream.id}
-	}
-	if a.sse {
-		to["Cache-Control"] = []string{"no-cache, no-store"}
-		to["X-Accel-Buffering"] = []string{"no"} // nginx in front must not collect events
-	} else {
-		to["Cache-Control"] = []string{"no-store"}
-	}
-	if a.sse { // which ReverseProxy goes by to flush each event; nothing else of the head is its business any more
-		res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
-	} else {
-		res.Header = nil
-	}
+	to["Cache-Control"] = []string{"no-cache, no-store"}
+	to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
+	// ReverseProxy flushes each event because of the type; it needs nothing else of the head.
+	res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
 }
 
 // mediaType returns the type in a Content-Type header, "" if there is none.
@@ -265,85 +259,84 @@ func mediaType(header string) string {
 		return "text/event-stream"
 	}
 	t, _, err := mime.ParseMediaType(header)
-	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // the type itself is clear then, and ReverseProxy goes by it
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // despite a bad parameter, the type is clear
 		return ""
 	}
 	return t
 }
 
 // WriteHeader sends the head to the client.
-func (a *responseWriter) WriteHeader(status int) {
-	if status < 200 || a.status != 0 {
+func (w *responseWriter) WriteHeader(status int) {
+	if status < 200 || w.status != 0 {
 		return
 	}
-	a.status = status
-	a.c.times.firstByte = time.Since(a.c.start)
-	a.w.WriteHeader(status)
+	w.status = status
+	w.c.times.firstByte = time.Since(w.c.start)
+	w.client.WriteHeader(status)
 }
 
-// Write passes bytes of the answer on. It reports them all as written even
-// where an event is held back, so that ReverseProxy goes on.
-func (a *responseWriter) Write(p []byte) (int, error) {
-	rest := a.meter.process(a.keyMask.redact(p))
-	a.c.progress.bytesRelayed.Add(int64(len(p)))
-	if a.sse {
-		a.c.progress.outputTokens.Store(max(a.meter.counts.output, a.meter.estimateOutput()))
+// Write passes bytes of the answer on. It reports all of them as written even if an event is held back, so that
+// ReverseProxy continues.
+func (w *responseWriter) Write(p []byte) (int, error) {
+	rest := w.meter.process(w.keyMask.redact(p))
+	w.c.progress.bytesRelayed.Add(int64(len(p)))
+	if w.sse {
+		w.c.progress.outputTokens.Store(max(w.meter.counts.output, w.meter.estimateOutput()))
 	}
-	if err := a.send(rest); err != nil {
+	if err := w.send(rest); err != nil {
 		return 0, err
 	}
 	return len(p), nil
 }
 
-func (a *responseWriter) send(p []byte) error {
+func (w *responseWriter) send(p []byte) error {
 	if len(p) == 0 {
-		a.c.setPhase(phaseRelaying)
+		w.c.setPhase(phaseRelaying)
 		return nil
 	}
-	a.c.storedContent.addResponse(p)
-	a.c.setPhase(phaseWriting)
-	if _, err := a.w.Write(p); err != nil {
-		a.clientGone = true
+	w.c.storedContent.addResponse(p)
+	w.c.setPhase(phaseWriting)
+	if _, err := w.client.Write(p); err != nil {
+		w.clientGone = true
 		return err
 	}
-	a.c.setPhase(phaseRelaying)
+	w.c.setPhase(phaseRelaying)
 	return nil
 }
 
-// FlushError lets ReverseProxy push each event out at once.
-func (a *responseWriter) FlushError() error {
-	if a.status == 0 {
+// FlushError lets ReverseProxy send each event at once.
+func (w *responseWriter) FlushError() error {
+	if w.status == 0 {
 		return nil
 	}
-	a.c.setPhase(phaseWriting)
-	err := a.c.controller.Flush()
+	w.c.setPhase(phaseWriting)
+	err := w.c.controller.Flush()
 	if err != nil {
-		a.clientGone = true
+		w.clientGone = true
 	}
-	a.c.setPhase(phaseRelaying)
+	w.c.setPhase(phaseRelaying)
 	return err
 }
 
-// finish sends what is still held when the answer is complete.
-func (a *responseWriter) finish() {
-	if a.status == 0 {
+// finish sends what is still held back when the answer is complete.
+func (w *responseWriter) finish() {
+	if w.status == 0 {
 		return
 	}
-	if rest := a.keyMask.flush(); len(rest) > 0 {
-		_ = a.send(a.meter.process(rest))
+	if rest := w.keyMask.flush(); len(rest) > 0 {
+		_ = w.send(w.meter.process(rest))
 	}
-	_ = a.send(a.meter.finish())
+	_ = w.send(w.meter.finish())
 }
 
-// A keyMask replaces a provider key in an answer by asterisks, also where it is
-// cut in two by the network: no answer may carry the key to a client, whatever
-// a provider echoes.
+// A keyMask replaces a provider key in an answer by asterisks, even if the network cuts the key in two: no
+// answer may carry the key to a client, whatever a provider echoes.
 type keyMask struct {
 	key   []byte
-	rare  int    // the index of a byte of the key that answers seldom have: the search goes by it
-	carry []byte // the end of what came, if a key may begin there
-	out   []byte // what pass returned last, when it had to join
-	found bool   // a key was found
+	rare  int    // the index of a byte of the key that is rare in answers: the search looks for it
+	carry []byte // the end of the last piece, if a key may begin there
+	out   []byte // the last result of redact, if it had to join
+	found bool   // the key was found
 }
 
 func newKeyMask(key string) keyMask {
@@ -354,7 +347,7 @@ func newKeyMask(key string) keyMask {
 	return m
 }
 
-// find returns where in p[at:] the first key begins, as an index of p, or -1.
+// find returns the index in p of the first key at or after at, or -1.
 func (m *keyMask) find(p []byte, at int) int {
 	for i := at + m.rare; i < len(p); i++ {
 		next := bytes.IndexByte(p[i:], m.key[m.rare])
@@ -369,7 +362,7 @@ func (m *keyMask) find(p []byte, at int) int {
 	return -1
 }
 
-// containsKey reports whether a header's values hold the key.
+// containsKey reports whether a header's values contain the key.
 func (m *keyMask) containsKey(values []string) bool {
 	for _, v := range values {
 		if strings.Contains(v, string(m.key)) {
@@ -380,7 +373,7 @@ func (m *keyMask) containsKey(values []string) bool {
 	return false
 }
 
-// redact returns what of p, and of what was held, can go on. It may write to p.
+// redact returns the bytes that can go on: of p and of what was held back. It may write to p.
 func (m *keyMask) redact(p []byte) []byte {
 	if len(m.key) == 0 {
 		return p
@@ -389,7 +382,7 @@ func (m *keyMask) redact(p []byte) []byte {
 		m.out = append(append(m.out[:0], m.carry...), p...)
 		m.carry, p = m.carry[:0], m.out
 	}
-	at := 0 // what is before it has been looked at
+	at := 0 // the search has passed the bytes before it
 	for i := m.find(p, at); i >= 0; i = m.find(p, at) {
 		m.found = true
 		at = i + len(m.key)
@@ -410,14 +403,14 @@ func (m *keyMask) redact(p []byte) []byte {
 	return p
 }
 
-// flush returns what was held and turned out not to be a key.
+// flush returns the bytes that were held back and are not a key.
 func (m *keyMask) flush() []byte { return m.carry }
 
-// maxBufferedStream bounds a stream that is held. It counts as BODY_MEMORY.
+// maxBufferedStream is the most bytes of a buffered stream. They count as BODY_MEMORY.
 const maxBufferedStream = 16 << 20
 
-// wantsBufferedStream reports whether the call's stream is to be held: the client says
-// so, or its project does and the client does not say otherwise.
+// wantsBufferedStream reports whether the call's stream is to be buffered: the client's header decides, then
+// the project's setting.
 func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	switch v := h["X-Llm-Proxy-Stream"]; {
 	case len(v) == 0:

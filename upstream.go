@@ -1,6 +1,5 @@
-// This room says where a call goes: a project's providers and their keys, the
-// rules for base URLs, and the one outbound transport with its check of every
-// address that is dialled. It may not read client input.
+// This file holds a project's upstreams and their keys, the rules for base URLs, and the one outbound transport,
+// which checks every address it dials. It may not read client input.
 package main
 
 import (
@@ -19,8 +18,8 @@ import (
 	"time"
 )
 
-// baseURLOrigin returns the origin that a stored base URL's key is bound to.
-// Whether calls may go there is not the question here.
+// baseURLOrigin returns the origin that the key of a stored base URL is bound to. It does not check whether calls
+// may go there.
 func baseURLOrigin(s string) (string, error) {
 	u, err := parseBaseURL(s, true)
 	if err != nil {
@@ -29,23 +28,22 @@ func baseURLOrigin(s string) (string, error) {
 	return u.Scheme + "://" + u.Host, nil
 }
 
-// parseBaseURL checks a base URL as an SDK takes it, such as
-// https://api.openai.com/v1. Without a path, /v1 is meant. Plain http and
-// private addresses need allowPrivate; what is never allowed (metadata services
-// and the like) is refused here as far as the text shows it, and again for the
-// address that is really dialled.
+// parseBaseURL checks a base URL in the form SDKs use, such as https://api.openai.com/v1. An empty path means
+// /v1. Plain http and private addresses need allowPrivate. Addresses that are never allowed (metadata services
+// and the like) are refused here as far as the text shows them, and again when the resolved address is dialled.
 func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
 	u, err := url.Parse(s)
 	switch {
 	case len(s) > 2000 || err != nil || u.Host == "" || u.Opaque != "" || (u.Scheme != "https" && u.Scheme != "http"):
 		return nil, errors.New("must be an absolute URL, as in https://api.openai.com/v1")
 	case u.User != nil:
-		return nil, errors.New("must not hold a user name or password; the key has its own field")
+		return nil, errors.New("must not contain a user name or password; the key has its own field")
 	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
 		return nil, errors.New("must not have a query or a fragment")
 	case u.Scheme == "http" && !allowPrivate:
 		return nil, errors.New("must be https; plain http needs ALLOW_PRIVATE_UPSTREAMS=true")
-	case u.RawPath != "" || strings.Contains(u.Path, "//") || strings.Contains(u.Path, "/.") || strings.ContainsAny(u.Path, `\;%`):
+	case u.RawPath != "" || strings.Contains(u.Path, "//") || strings.Contains(u.Path, "/.") ||
+		strings.ContainsAny(u.Path, `\;%`):
 		return nil, errors.New("must have a plain path, without escapes, dot segments or empty segments")
 	}
 	if err := checkHost(u.Hostname(), allowPrivate); err != nil {
@@ -66,24 +64,23 @@ func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
 	return u, nil
 }
 
-// An upstream is one provider key of a project and where it may be sent. It is
-// immutable.
+// An upstream is one provider key of a project and where it may be sent. It is immutable.
 type upstream struct {
 	seq           int64
-	owner         int64 // the project whose it is; others may share it
+	owner         int64 // the project that owns it; others may share it
 	id, name      string
 	provider      string
 	scheme, host  string
-	basePath      string // what stands for the client's /v1
+	basePath      string // replaces the client's /v1
 	key           secret
 	organization  string
-	openaiProject string // OpenAI's, not ours
+	openaiProject string // OpenAI's project, not this program's
 	models        []string
-	rewrite       map[string]string // the model asked for -> the model sent
+	rewrite       map[string]string // the client's name of a model -> the name that is sent
 	settings      upstreamSettings
 	weight        int64
 	priority      int64
-	configErr     error // not nil: its key does not open, or its URL is no longer allowed
+	configErr     error // not nil: its key cannot be decrypted, or its URL is no longer allowed
 	health        *keyHealth
 	retryBudget   *retryBudget // of its host
 }
@@ -95,37 +92,37 @@ const (
 	providerCompatible = "compatible"
 )
 
-// newUpstream makes a stored upstream ready for use. What is wrong with it ends
-// up in broken, and in its health: others go first, and where there are none a
-// call is refused, for a key that does not open must be noticed.
-func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, book *healthTracker) *upstream {
-	up := &upstream{seq: row.seq, owner: row.project, id: row.id, name: row.name, provider: row.provider, weight: row.weight, priority: row.priority,
-		organization: row.organization, openaiProject: row.openaiProject}
-	up.configErr = up.unseal(row, sl, allowPrivate)
-	up.health, up.retryBudget = book.forUpstream(row.seq, row.id), book.budgetFor(up.host)
-	up.health.setUsable(time.Now().UnixMilli(), up.configErr == nil)
-	return up
+// newUpstream returns a stored upstream, ready for use. What is wrong with it goes into configErr and its health:
+// other upstreams are preferred, and if there are none, calls are refused. A key that cannot be decrypted must
+// not go unnoticed.
+func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, tracker *healthTracker) *upstream {
+	u := &upstream{seq: row.seq, owner: row.project, id: row.id, name: row.name, provider: row.provider,
+		weight: row.weight, priority: row.priority, organization: row.organization, openaiProject: row.openaiProject}
+	u.configErr = u.unseal(row, sl, allowPrivate)
+	u.health, u.retryBudget = tracker.forUpstream(row.seq, row.id), tracker.budgetFor(u.host)
+	u.health.setUsable(time.Now().UnixMilli(), u.configErr == nil)
+	return u
 }
 
-// unseal opens the key, which works only for the row and host it was sealed
-// for.
+// unseal decrypts the key, which works only for the row and origin it was sealed for, and parses the settings.
 func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error {
 	base, err := parseBaseURL(row.baseURL, allowPrivate)
 	if err != nil {
 		return fmt.Errorf("base URL %w", err)
 	}
 	u.scheme, u.host, u.basePath = base.Scheme, base.Host, base.Path
-	if u.key, err = sl.open(row.sealedKey, sealContext(row.id, row.projectID, base.Scheme+"://"+base.Host)); err != nil {
+	sealedFor := sealContext(row.id, row.projectID, base.Scheme+"://"+base.Host)
+	if u.key, err = sl.open(row.sealedKey, sealedFor); err != nil {
 		return err
 	}
 	if err := json.Unmarshal([]byte(row.models), &u.models); err != nil {
-		return fmt.Errorf("its list of models: %w", err)
+		return fmt.Errorf("list of models: %w", err)
 	}
 	if u.rewrite, err = parseRewrite([]byte(row.rewrite)); err != nil {
-		return fmt.Errorf("its names of models: %w", err)
+		return fmt.Errorf("model name mapping: %w", err)
 	}
 	if err := json.Unmarshal([]byte(row.settings), &u.settings); err != nil {
-		return fmt.Errorf("its settings: %w", err)
+		return fmt.Errorf("settings: %w", err)
 	}
 	return nil
 }
@@ -146,8 +143,8 @@ func (u *upstream) family() apiFamily {
 	return apiOpenAI
 }
 
-// url returns where a call goes; path begins with /v1 and is built from an
-// endpoint's pattern, never from the client's bytes.
+// url returns the URL of a call. path begins with /v1 and is built from an endpoint's pattern, never from the
+// client's bytes.
 func (u *upstream) url(path, query string) *url.URL {
 	raw := u.basePath + strings.TrimPrefix(path, "/v1")
 	out := &url.URL{Scheme: u.scheme, Host: u.host, Path: raw, RawQuery: query}
@@ -167,8 +164,7 @@ func (u *upstream) mapModel(model string) string {
 	return model
 }
 
-// authorize puts the provider's key and account on an outgoing request's own
-// header map.
+// authorize sets the provider's key and account in an outgoing request's header.
 func (u *upstream) authorize(h http.Header) {
 	switch u.provider {
 	case providerAnthropic:
@@ -186,8 +182,8 @@ func (u *upstream) authorize(h http.Header) {
 	}
 }
 
-// checkHost holds the rule for a base URL's host. Names that look like numbers
-// are refused: resolvers read them as addresses in ways that checks do not.
+// checkHost checks a base URL's host. It refuses names that look like numbers: resolvers read them as addresses
+// in ways that checks do not.
 func checkHost(host string, allowPrivate bool) error {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return checkAddress(addr, allowPrivate)
@@ -205,7 +201,8 @@ func checkHost(host string, allowPrivate bool) error {
 	if strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x") {
 		return errors.New("has a host that looks like a number; write the address in full")
 	}
-	if name == "metadata" || name == "metadata.google.internal" || strings.HasSuffix(name, ".metadata.google.internal") {
+	if name == "metadata" || name == "metadata.google.internal" ||
+		strings.HasSuffix(name, ".metadata.google.internal") {
 		return errors.New("names a cloud metadata service, which is never allowed")
 	}
 	if (name == "localhost" || strings.HasSuffix(name, ".localhost")) && !allowPrivate {
@@ -214,38 +211,40 @@ func checkHost(host string, allowPrivate bool) error {
 	return nil
 }
 
-// blockedNetworks are places that hand out credentials or have no business being
-// a provider, whatever the settings: link-local with the cloud metadata
-// services, the ones that live elsewhere, multicast, unspecified.
+// blockedNetworks are never dialled, whatever the settings: link-local addresses with the cloud metadata
+// services, metadata services at other addresses, multicast and unspecified addresses.
 var blockedNetworks = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
-	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"),
-	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"), netip.MustParsePrefix("fd00:ec2::/32"),
-	// Tunnels that carry IPv4 addresses, none of which is looked into: local NAT64, 6to4, Teredo.
+	netip.MustParsePrefix("240.0.0.0/4"),
+	netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"), // metadata services
+	netip.MustParsePrefix("fd00:ec2::/32"),
+	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
+	// Tunnels that carry IPv4 addresses, which are not examined: local NAT64, 6to4, Teredo.
 	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("2001::/32"),
 }
 
 var privateNetworks = []netip.Prefix{
 	netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"),
-	netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fc00::/7"),
+	netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("100.64.0.0/10"),
+	netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fc00::/7"),
 }
 
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
-// checkAddress holds the rule for an address: as written in a base URL, and as
-// dialled after a name was resolved.
+// checkAddress checks an address, as written in a base URL and as dialled after a name was resolved.
 func checkAddress(addr netip.Addr, allowPrivate bool) error {
 	if addr.Zone() != "" {
 		return errors.New("has an address with a zone, which is never allowed")
 	}
 	addr = addr.Unmap()
-	if nat64.Contains(addr) { // an IPv4 address in IPv6 clothes
+	if nat64.Contains(addr) { // an IPv4 address written as IPv6
 		b := addr.As16()
 		addr = netip.AddrFrom4([4]byte(b[12:]))
 	}
 	for _, p := range blockedNetworks {
 		if p.Contains(addr) {
-			return errors.New("is a link-local, metadata, multicast, tunnel or unspecified address, which is never allowed")
+			return errors.New(
+				"is a link-local, metadata, multicast, tunnel or unspecified address, which is never allowed")
 		}
 	}
 	if allowPrivate {
@@ -261,18 +260,16 @@ func checkAddress(addr netip.Addr, allowPrivate bool) error {
 
 var errForbiddenAddress = errors.New("upstream resolves to an address that is not allowed")
 
-// connectTimeout is how long dialling may take, and how long the TLS handshake
-// after it, whatever an upstream's settings say.
+// connectTimeout limits dialling, and again the TLS handshake after it, whatever an upstream's settings say.
 const connectTimeout = 10 * time.Second
 
-// newTransport returns the transport that all calls to providers share. It
-// follows no redirect, adds no header, decompresses nothing, and has no limit
-// on the time of an answer: the watchdog sees to that.
+// newTransport returns the transport that all calls to providers share. It follows no redirect, adds no header,
+// decompresses nothing, and does not limit the time of an answer: the watchdog does.
 func newTransport(allowPrivate bool) *http.Transport {
 	dialer := &net.Dialer{
 		Timeout: connectTimeout, KeepAlive: 30 * time.Second,
-		// The check is on the address itself, after resolution: a name that
-		// resolves to something else later gains nothing.
+		// The address itself is checked, after resolution: a name that resolves to
+		// another address later gains nothing.
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
 			ap, err := netip.ParseAddrPort(address)
 			if err != nil || checkAddress(ap.Addr(), allowPrivate) != nil {
@@ -290,21 +287,19 @@ func newTransport(allowPrivate bool) *http.Transport {
 		MaxResponseHeaderBytes: 64 << 10,
 		ExpectContinueTimeout:  time.Second,
 		ForceAttemptHTTP2:      true,
-		// Many calls share an HTTP/2 connection. One that a firewall has dropped
-		// silently must not hold them all until TCP gives up.
+		// Many calls share an HTTP/2 connection. If a firewall drops one silently,
+		// they must not all hang until TCP gives up.
 		HTTP2:              &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
-		DisableCompression: true, // what we meter is what they get
+		DisableCompression: true, // the meter reads the bytes that the client gets
 	}
 }
 
-// send makes a request. If the upstream has a connect_ms and no connection stands
-// by then (its name looked up, dialled, its TLS handshake done), the error is
-// errConnectTimeout.
+// send makes a request. If the upstream has a connect_ms and no connection is ready by then (name resolved,
+// dialled, TLS handshake done), the error is errConnectTimeout.
 //
-// The time is the request's, not the dial's: all upstreams share one transport
-// and its rules, and its dials are nobody's own. One may serve whichever request
-// waits for that host, or go on when the request that began it has left, and
-// serve the next. A connection that stands already costs no time at all.
+// The time limits the request, not the dial: all upstreams share one transport, and a dial belongs to no
+// request. It may serve any request that waits for the host, or continue after its request has left and serve
+// the next. An open connection takes no time at all.
 func (u *upstream) send(transport http.RoundTripper, req *http.Request) (*http.Response, error) {
 	limit := time.Duration(u.settings.ConnectMS) * time.Millisecond
 	if limit == 0 {
@@ -314,7 +309,7 @@ func (u *upstream) send(transport http.RoundTripper, req *http.Request) (*http.R
 	timer := time.AfterFunc(limit, func() { cancel(errConnectTimeout) })
 	defer timer.Stop()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GetConn: func(string) { timer.Reset(limit) }, // again if the connection it got turned out to be dead
+		GetConn: func(string) { timer.Reset(limit) }, // again, if the connection it got was dead
 		GotConn: func(httptrace.GotConnInfo) { timer.Stop() },
 	})
 	res, err := transport.RoundTrip(req.WithContext(ctx))

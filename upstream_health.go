@@ -1,7 +1,6 @@
-// This room remembers how each provider key fares: whether it may have the next
-// call, and if not, why and until when. One key's trouble is never another's.
-// Plain code: no network, no store; time comes in as an argument, in unix
-// milliseconds.
+// This file tracks the health of each provider key: whether it may have the next call and, if not, why and until
+// when. One key's failures never affect another. The states are plain code, with the time as an argument in unix
+// milliseconds; healthKeeper stores them.
 package main
 
 import (
@@ -18,43 +17,42 @@ import (
 )
 
 const (
-	failuresToOpen  = 3       // failures in a row, with no complete answer between them
-	breakerMinPause = 1_000   // milliseconds of a breaker's first pause, doubled with each probe that fails
-	breakerMaxPause = 30_000  // and its longest
-	cooldownMin     = 1_000   // where a 429 does not say how long
-	cooldownMax     = 300_000 // whatever it says
+	failuresToOpen  = 3       // failures in a row, without a complete answer between them
+	breakerMinPause = 1_000   // ms; a breaker's first pause, doubled with each failed probe
+	breakerMaxPause = 30_000  // ms
+	cooldownMin     = 1_000   // ms; after a 429 that does not say how long
+	cooldownMax     = 300_000 // ms; whatever the 429 says
 	quarantineMin   = 300_000
 	quarantineMax   = hourMS
-	probeLease      = 60_000 // a probe that has told nothing for so long is forgotten
+	probeLease      = 60_000 // ms; a probe without a result for this long is given up
 )
 
-// A keyHealth is what is known of one upstream's key. Of a key that is well,
-// asking costs one atomic load.
+// A keyHealth is the health of one upstream's key. For a healthy key, a check costs one atomic load.
 type keyHealth struct {
 	upstream      int64 // the row's seq
 	id            string
 	tracker       *healthTracker
-	running       atomic.Int64 // calls it has now
-	until         atomic.Int64 // 0: ready; else it is left out before, and probed by one call after
-	hasFailures   atomic.Bool  // faults or strikes are not 0
-	reportedState keyState     // as the audit trail has it; of the goroutine that stores changes
+	running       atomic.Int64 // attempts under way
+	until         atomic.Int64 // 0: ready; otherwise it gets no call before, and one probe after
+	hasFailures   atomic.Bool  // failures or strikes are not 0
+	reportedState keyState     // as in the audit trail; only the goroutine that stores changes uses it
 
 	mu         sync.Mutex
-	minute     int64 // which the counts below are of
+	minute     int64 // that requests and tokens count
 	requests   int64
 	tokens     int64
 	state      keyState
 	failures   int // failures in a row while ready
-	strikes    int // times it was left out since its last good answer: the pauses grow with them
+	strikes    int // pauses since the last good answer; each makes the next one longer
 	probeUntil int64
 	changedAt  int64
 	reason     string
 }
 
-// ready reports whether the key is well: nothing keeps calls from it.
+// ready reports whether the key is healthy.
 func (h *keyHealth) ready() bool { return h.until.Load() == 0 }
 
-// available reports whether the key may have a call now. It takes nothing.
+// available reports whether the key may have a call now. It reserves nothing.
 func (h *keyHealth) available(now int64) bool {
 	until := h.until.Load()
 	if until == 0 {
@@ -68,8 +66,8 @@ func (h *keyHealth) available(now int64) bool {
 	return h.state <= keyCooling || now >= h.probeUntil
 }
 
-// tryAcquire reports whether a call that chose the key may go there: of several that
-// would probe it, one may.
+// tryAcquire reports whether a call that chose the key may use it. Of several calls that would probe the key,
+// one may.
 func (h *keyHealth) tryAcquire(now int64) bool {
 	until := h.until.Load()
 	if until == 0 {
@@ -82,7 +80,7 @@ func (h *keyHealth) tryAcquire(now int64) bool {
 		return true
 	case now < h.until.Load() || h.state != keyCooling && now < h.probeUntil:
 		return false
-	case h.state == keyCooling: // over; its strikes stay until an answer is good
+	case h.state == keyCooling: // the pause is over; strikes stay until a good answer
 		h.setState(now, keyReady, 0, "")
 		return true
 	}
@@ -90,9 +88,9 @@ func (h *keyHealth) tryAcquire(now int64) bool {
 	return true
 }
 
-// admits reports whether the key's own limits a minute (0: none) let one more call
-// of so many tokens through; with take it also takes that from them.
-func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, take bool) bool {
+// admits reports whether the key's own limits per minute (0: none) admit one more call of this many tokens. With
+// reserve, it also counts the call.
+func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve bool) bool {
 	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
 		return true
 	}
@@ -105,23 +103,23 @@ func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, take boo
 		limits.TokensPerMinute > 0 && h.tokens > 0 && h.tokens+tokens > limits.TokensPerMinute {
 		return false
 	}
-	if take {
+	if reserve {
 		h.requests++
 		h.tokens += tokens
 	}
 	return true
 }
 
-// correctUsage corrects what room took for a call that began then, by what it has
-// really used, if it is still the same minute.
-func (h *keyHealth) correctUsage(began, took, tokens int64, limits *upstreamSettings) {
+// correctUsage replaces the tokens that were reserved for a call that began at began by those that it used, if
+// the minute is still the same.
+func (h *keyHealth) correctUsage(began, reserved, used int64, limits *upstreamSettings) {
 	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
 		return
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if began/60_000 == h.minute {
-		h.tokens = max(0, h.tokens+tokens-took)
+		h.tokens = max(0, h.tokens+used-reserved)
 	}
 }
 
@@ -137,23 +135,31 @@ func (h *keyHealth) setState(now int64, s keyState, pause int64, reason string) 
 	h.tracker.markChanged(h)
 }
 
-// isStale reports whether an attempt that began then says nothing new: the state
-// has changed since. The caller holds the lock.
+// pause takes the key out for a time; the caller holds the lock.
+func (h *keyHealth) pause(now int64, s keyState, ms int64, reason string) {
+	h.strikes++
+	h.setState(now, s, ms, reason)
+}
+
+// backoff doubles a pause with each strike.
+func (h *keyHealth) backoff(ms int64) int64 { return ms << min(h.strikes, 10) }
+
+// isStale reports whether the state has changed since an attempt began, so that its result says nothing about
+// the current state. The caller holds the lock.
 func (h *keyHealth) isStale(began int64) bool {
 	return began < h.changedAt || began == h.changedAt && h.state != keyReady
 }
 
-// isRedundant reports whether trouble that would lead to state s is no news: stale, or
-// from a key that is left out for as much and was asked because none was well.
+// isRedundant reports whether a result that would lead to state s changes nothing: it is stale, or the key is
+// already paused for s or worse and was tried because no key was healthy. The caller holds the lock.
 func (h *keyHealth) isRedundant(now, began int64, s keyState) bool {
 	return h.isStale(began) || s <= h.state && now < h.until.Load()
 }
 
-// recordSuccess notes an answer that shows the key to work. done says that the answer
-// was complete: only then are the failures before it forgotten, or a provider
-// that cuts each of its answers would never be left out.
-func (h *keyHealth) recordSuccess(now, began int64, done bool) {
-	if h.until.Load() == 0 && !(done && h.hasFailures.Load()) {
+// recordSuccess records an answer that shows that the key works. Only a complete answer clears the failures
+// before it: otherwise a provider that cuts off every answer would never be paused.
+func (h *keyHealth) recordSuccess(now, began int64, complete bool) {
+	if h.until.Load() == 0 && !(complete && h.hasFailures.Load()) {
 		return
 	}
 	h.mu.Lock()
@@ -165,15 +171,15 @@ func (h *keyHealth) recordSuccess(now, began int64, done bool) {
 		h.strikes = 0
 		h.setState(now, keyReady, 0, "")
 	}
-	if done {
+	if complete {
 		h.failures, h.strikes = 0, 0
 		h.hasFailures.Store(false)
 	}
 }
 
-// recordFailure notes that the provider failed: some make a breaker open. sure is for
-// failures that leave no doubt, as of a connection that could not be made.
-func (h *keyHealth) recordFailure(now, began int64, sure bool, reason string) {
+// recordFailure records a failure of the provider. Several in a row open the breaker; one is enough if it is
+// certain, such as a connection that cannot be made.
+func (h *keyHealth) recordFailure(now, began int64, certain bool, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.isRedundant(now, began, keyBreakerOpen) {
@@ -181,23 +187,21 @@ func (h *keyHealth) recordFailure(now, began int64, sure bool, reason string) {
 	}
 	if h.state == keyReady {
 		h.hasFailures.Store(true)
-		if h.failures++; h.failures < failuresToOpen && !sure {
+		if h.failures++; h.failures < failuresToOpen && !certain {
 			return
 		}
 	}
-	pause := int64(breakerMinPause) << min(h.strikes, 10)
-	h.strikes++
-	h.setState(now, keyBreakerOpen, min(pause, breakerMaxPause), reason)
+	h.pause(now, keyBreakerOpen, min(h.backoff(breakerMinPause), breakerMaxPause), reason)
 }
 
-// recordRateLimit notes that the key gets too many calls. wait is what the provider
-// asked for, 0 if it did not say.
+// recordRateLimit records that the provider limits the key's rate. wait is the pause that the provider asked for,
+// 0 if it did not say.
 func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	pause := wait
 	if pause <= 0 {
-		pause = int64(cooldownMin) << min(h.strikes, 10)
+		pause = h.backoff(cooldownMin)
 	}
 	pause = min(max(pause, cooldownMin), cooldownMax)
 	if h.isRedundant(now, began, keyCooling) {
@@ -207,50 +211,47 @@ func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 		}
 		return
 	}
-	h.strikes++
-	h.setState(now, keyCooling, pause, reason)
+	h.pause(now, keyCooling, pause, reason)
 }
 
-// recordExhausted notes that the key's account has nothing left. Nobody says until
-// when, so it is tried again each hour, and when a day begins.
+// recordExhausted records that the key's account has no credit left. Providers do not say until when, so the key
+// is tried again each hour and when a day begins.
 func (h *keyHealth) recordExhausted(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.isRedundant(now, began, keyExhausted) {
 		return
 	}
-	h.strikes++
-	h.setState(now, keyExhausted, min(hourMS, dayMS-now%dayMS), reason)
+	h.pause(now, keyExhausted, min(hourMS, dayMS-now%dayMS), reason)
 }
 
-// recordRejected notes that the provider refuses the key.
+// recordRejected records that the provider refuses the key.
 func (h *keyHealth) recordRejected(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.isRedundant(now, began, keyQuarantined) {
 		return
 	}
-	pause := int64(quarantineMin) << min(h.strikes, 10)
-	h.strikes++
-	h.setState(now, keyQuarantined, min(pause, quarantineMax), reason)
+	h.pause(now, keyQuarantined, min(h.backoff(quarantineMin), quarantineMax), reason)
 }
 
+// unusableReason is stored, and setUsable compares it: another text would leave upstreams quarantined for ever.
 const unusableReason = "its key does not open, or its URL is not allowed any more"
 
-// setUsable says whether the upstream can be used at all as it is stored. One that
-// cannot is out until it can.
-func (h *keyHealth) setUsable(now int64, yes bool) {
+// setUsable records whether the upstream can be used at all as it is stored. One that cannot is quarantined until
+// it can.
+func (h *keyHealth) setUsable(now int64, usable bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	switch out := h.state == keyQuarantined && h.reason == unusableReason; {
-	case yes && out:
+	switch unusable := h.state == keyQuarantined && h.reason == unusableReason; {
+	case usable && unusable:
 		h.setState(now, keyReady, 0, "")
-	case !yes && !out:
+	case !usable && !unusable:
 		h.setState(now, keyQuarantined, 100*365*dayMS, unusableReason)
 	}
 }
 
-// endProbe ends a probe that told nothing, as when its client left.
+// endProbe ends a probe without a result, such as one whose client left.
 func (h *keyHealth) endProbe() {
 	if h.until.Load() == 0 {
 		return
@@ -260,7 +261,7 @@ func (h *keyHealth) endProbe() {
 	h.probeUntil = 0
 }
 
-// snapshot returns what is known now; a pause that is over is over.
+// snapshot returns the health as of now: a key whose cooldown is over is ready.
 func (h *keyHealth) snapshot(now int64) healthRow {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -271,36 +272,36 @@ func (h *keyHealth) snapshot(now int64) healthRow {
 	return r
 }
 
-// A healthTracker has the health of every upstream that has been used since the
-// start, or was not well then. Admins make upstreams, so it does not grow
-// without end.
+// A healthTracker has the health of every upstream that has been used since the start or was unhealthy then. Only
+// administrators create upstreams, so its size is bounded.
 type healthTracker struct {
 	mu      sync.Mutex
 	keys    map[int64]*keyHealth
 	budgets map[string]*retryBudget
-	dirty   map[*keyHealth]struct{}
-	wake    chan struct{} // gets a value when dirty has one
+	changed map[*keyHealth]struct{} // to be stored
+	wake    chan struct{}           // gets a value when changed has one
 }
 
 func newHealthTracker() *healthTracker {
-	return &healthTracker{keys: map[int64]*keyHealth{}, budgets: map[string]*retryBudget{}, dirty: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1)}
+	return &healthTracker{keys: map[int64]*keyHealth{}, budgets: map[string]*retryBudget{},
+		changed: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1)}
 }
 
 // forUpstream returns the health of an upstream.
-func (b *healthTracker) forUpstream(upstream int64, id string) *keyHealth {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	h := b.keys[upstream]
+func (t *healthTracker) forUpstream(upstream int64, id string) *keyHealth {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	h := t.keys[upstream]
 	if h == nil {
-		h = &keyHealth{upstream: upstream, id: id, tracker: b}
-		b.keys[upstream] = h
+		h = &keyHealth{upstream: upstream, id: id, tracker: t}
+		t.keys[upstream] = h
 	}
 	return h
 }
 
-// restore puts in what was stored by a process before.
-func (b *healthTracker) restore(r healthRow) {
-	h := b.forUpstream(r.upstream, r.id)
+// restore sets a health that an earlier process stored.
+func (t *healthTracker) restore(r healthRow) {
+	h := t.forUpstream(r.upstream, r.id)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.state, h.reason, h.changedAt, h.strikes = r.state, r.reason, r.changedAt, r.strikes
@@ -311,11 +312,11 @@ func (b *healthTracker) restore(r healthRow) {
 	}
 }
 
-// reset makes an upstream ready again: an admin has changed it.
-func (b *healthTracker) reset(upstream, now int64) {
-	b.mu.Lock()
-	h := b.keys[upstream]
-	b.mu.Unlock()
+// reset makes an upstream ready again, after an administrator has changed it.
+func (t *healthTracker) reset(upstream, now int64) {
+	t.mu.Lock()
+	h := t.keys[upstream]
+	t.mu.Unlock()
 	if h == nil {
 		return
 	}
@@ -325,62 +326,61 @@ func (b *healthTracker) reset(upstream, now int64) {
 		h.setState(now, keyReady, 0, "")
 		return
 	}
-	h.failures, h.changedAt = 0, now // what attempts with the key before still bring says nothing of this one
+	h.failures, h.changedAt = 0, now // results of attempts with the old key say nothing about the new one
 	h.hasFailures.Store(false)
 }
 
 // countByState returns how many upstreams are in each state.
-func (b *healthTracker) countByState(now int64) (n [keyQuarantined + 1]int64) {
-	b.mu.Lock()
-	keys := slices.Collect(maps.Values(b.keys))
-	b.mu.Unlock()
+func (t *healthTracker) countByState(now int64) (n [keyQuarantined + 1]int64) {
+	t.mu.Lock()
+	keys := slices.Collect(maps.Values(t.keys))
+	t.mu.Unlock()
 	for _, h := range keys {
 		n[h.snapshot(now).state]++
 	}
 	return n
 }
 
-// markChanged queues a changed key for changes.
-func (b *healthTracker) markChanged(h *keyHealth) {
-	b.mu.Lock()
-	b.dirty[h] = struct{}{}
-	b.mu.Unlock()
+// markChanged queues a key for takeChanges.
+func (t *healthTracker) markChanged(h *keyHealth) {
+	t.mu.Lock()
+	t.changed[h] = struct{}{}
+	t.mu.Unlock()
 	select {
-	case b.wake <- struct{}{}:
+	case t.wake <- struct{}{}:
 	default:
 	}
 }
 
-// takeChanges returns the keys whose state has changed since it was last called.
-func (b *healthTracker) takeChanges() (keys []*keyHealth) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for h := range b.dirty {
+// takeChanges returns the keys whose state has changed since the last call.
+func (t *healthTracker) takeChanges() (keys []*keyHealth) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for h := range t.changed {
 		keys = append(keys, h)
 	}
-	clear(b.dirty)
+	clear(t.changed)
 	return keys
 }
 
-// budgetFor returns what may be sent again to a host.
-func (b *healthTracker) budgetFor(host string) *retryBudget {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	r := b.budgets[host]
+// budgetFor returns the retry budget of a host.
+func (t *healthTracker) budgetFor(host string) *retryBudget {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.budgets[host]
 	if r == nil {
 		r = &retryBudget{}
 		r.credit.Store(retryCreditMax)
-		b.budgets[host] = r
+		t.budgets[host] = r
 	}
 	return r
 }
 
-// A retryBudget bounds the calls that are sent again to a host in trouble: a
-// fifth of its calls, and one a second. Without it, an outage would be met with
-// twice the load. Credit is in thousandths of a call.
+// A retryBudget bounds the calls that are sent again to a failing host: a fifth of its calls, plus one a second.
+// Without it, an outage would double the load. Credit is in thousandths of a call.
 type retryBudget struct {
 	credit     atomic.Int64
-	refilledAt atomic.Int64 // when the second's share was last added
+	refilledAt atomic.Int64 // when the share per second was last added
 }
 
 const (
@@ -388,14 +388,14 @@ const (
 	retryCreditMax     = 50_000
 )
 
-// earn notes a call to the host.
+// earn adds the credit of one call to the host.
 func (r *retryBudget) earn() {
 	if r.credit.Load() < retryCreditMax {
 		r.credit.Add(retryCreditPerCall)
 	}
 }
 
-// spend takes one call from the budget, if it has one.
+// spend takes the credit of one call, and reports whether there was enough.
 func (r *retryBudget) spend(now int64) bool {
 	if at := r.refilledAt.Load(); now > at && r.refilledAt.CompareAndSwap(at, now) && at != 0 {
 		r.credit.Add(min(now-at, retryCreditMax))
@@ -410,8 +410,8 @@ func (r *retryBudget) spend(now int64) bool {
 	return true
 }
 
-// retryHint returns how many milliseconds a 429 asks to wait, at most cooldownMax,
-// and 0 if it does not say or cannot be understood. get returns a header's value.
+// retryHint returns how many milliseconds an answer asks to wait, at most cooldownMax, and 0 if it does not say
+// or is not understood. get returns a header's value.
 func retryHint(get func(string) string, now time.Time) int64 {
 	if ms, err := strconv.ParseFloat(get("Retry-After-Ms"), 64); err == nil && ms > 0 {
 		return boundedMS(ms)
@@ -436,8 +436,8 @@ func retryHint(get func(string) string, now time.Time) int64 {
 	return most
 }
 
-// parseWait reads one value: seconds, a duration such as 6m0s or 12ms, a date, or
-// where epoch says so a large number that is a time of its own.
+// parseWait reads one value: seconds, a duration such as 6m0s or 12ms, or a date. With epoch, a large number is a
+// unix time.
 func parseWait(v string, now time.Time, epoch bool) int64 {
 	v = strings.TrimSpace(v)
 	if n, err := strconv.ParseFloat(v, 64); err == nil {
@@ -467,34 +467,33 @@ func boundedMS(ms float64) int64 {
 	return int64(math.Ceil(min(ms, cooldownMax)))
 }
 
-// loadHealth returns what is known of the keys that were not well when the last
-// process ended.
+// loadHealth returns a tracker with the keys that were unhealthy when the last process ended.
 func loadHealth(ctx context.Context, st *store) (*healthTracker, error) {
 	rows, err := st.listUnhealthy(ctx)
 	if err != nil {
 		return nil, err
 	}
-	book := newHealthTracker()
+	tracker := newHealthTracker()
 	for _, r := range rows {
 		if now := time.Now().UnixMilli(); r.changedAt > now { // the clock was set back
 			r.changedAt, r.until = now, now
 		}
-		if r.state != keyReady { // a name that this version does not know
-			book.restore(r)
+		if r.state != keyReady { // ready: a state that this version does not know
+			tracker.restore(r)
 		}
 	}
-	return book, nil
+	return tracker, nil
 }
 
-// A healthKeeper stores what changes in a healthTracker.
+// A healthKeeper stores the changes in a healthTracker.
 type healthKeeper struct {
 	health *healthTracker
 	store  *store
 	log    *logger
 }
 
-// persistHealth stores changes as they come, until ctx is over. What cannot be
-// stored holds in memory all the same, and is tried again.
+// persistHealth stores changes as they come, until ctx is over. A change that cannot be stored still applies in
+// memory, and is tried again.
 func (k *healthKeeper) persistHealth(ctx context.Context) {
 	for {
 		select {
@@ -503,7 +502,7 @@ func (k *healthKeeper) persistHealth(ctx context.Context) {
 			return
 		case <-k.health.wake:
 		}
-		if !k.saveHealthChanges(context.WithoutCancel(ctx)) { // a statement that is cut short costs the connection
+		if !k.saveHealthChanges(context.WithoutCancel(ctx)) { // cancelling a statement would cost the connection
 			select {
 			case <-ctx.Done():
 			case <-time.After(ledgerRetryDelay):
@@ -512,7 +511,7 @@ func (k *healthKeeper) persistHealth(ctx context.Context) {
 	}
 }
 
-// saveHealthChanges stores the changes there are, and reports whether all were.
+// saveHealthChanges stores the current changes and reports whether all were stored.
 func (k *healthKeeper) saveHealthChanges(ctx context.Context) bool {
 	all := true
 	for _, h := range k.health.takeChanges() {
@@ -524,14 +523,14 @@ func (k *healthKeeper) saveHealthChanges(ctx context.Context) bool {
 		if err != nil {
 			all = false
 			k.health.markChanged(h)
-			k.log.Warn("the health of an upstream cannot be stored", "upstream", row.id, "error", err)
+			k.log.Warn("the health of an upstream could not be stored", "upstream", row.id, "error", err)
 			continue
 		}
-		h.reportedState = keyReady // or in a pause that ends by itself, which the trail has not
+		h.reportedState = keyReady // or in a pause that ends by itself: the audit trail has neither
 		if row.state.needsAttention() {
 			h.reportedState = row.state
 		}
-		level := slog.LevelWarn // the provider's trouble, or the key's
+		level := slog.LevelWarn // a fault of the provider or the key
 		if row.state == keyReady {
 			level = slog.LevelInfo
 		}

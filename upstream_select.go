@@ -1,11 +1,12 @@
-// This room chooses the upstream for a call, by priority, health and weight. It
-// makes no call, and changes nothing but who probes a key. Plain code; time
-// comes in as an argument.
+// This file chooses the upstream for a call by priority, health and weight, and holds a project's routing and an
+// upstream's settings. It makes no call and changes only reservations and probes of keys. It is plain code; the
+// time is an argument.
 package main
 
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -13,84 +14,83 @@ import (
 	"time"
 )
 
-// A criteria is what a call asks of its project's upstreams.
+// A criteria says what a call requires of its upstream.
 type criteria struct {
 	api         apiFamily
 	model       string
-	pinned      bool  // only the first that serves will do: it keeps the objects that the call may name
-	tokens      int64 // an estimate of what it takes from an upstream's own limit
-	now         int64
-	tried       []*upstream // which have had their turn
-	healthyOnly bool        // nil is better than one that is not well
+	pinned      bool        // only the first that serves the call: it has the objects that the call may name
+	tokens      int64       // an estimate, for the upstream's own limits
+	now         int64       // unix milliseconds
+	tried       []*upstream // that the call has tried
+	healthyOnly bool        // no unhealthy upstream, even if there is no other
 }
 
-// fits reports whether an upstream may take the call at all.
-func (w *criteria) fits(u *upstream) bool {
-	return u.weight > 0 && u.serves(w.api, w.model) && !slices.Contains(w.tried, u) && u.health.admits(w.now, w.tokens, &u.settings, false)
+// fits reports whether an upstream may serve the call, whatever its health.
+func (c *criteria) fits(u *upstream) bool {
+	return u.weight > 0 && u.serves(c.api, c.model) && !slices.Contains(c.tried, u) &&
+		u.health.admits(c.now, c.tokens, &u.settings, false)
 }
 
-// reserve takes the call from the upstream's own limits, and its probe if it needs
-// one. Both can fail, for other calls choose at the same time.
-func (w *criteria) reserve(u *upstream) bool {
-	if !u.health.tryAcquire(w.now) {
+// reserve reserves the call in the upstream's own limits, and its probe if it needs one. Both can fail, because
+// other calls choose at the same time.
+func (c *criteria) reserve(u *upstream) bool {
+	if !u.health.tryAcquire(c.now) {
 		return false
 	}
-	if !u.health.admits(w.now, w.tokens, &u.settings, true) {
+	if !u.health.admits(c.now, c.tokens, &u.settings, true) {
 		u.health.endProbe()
 		return false
 	}
 	return true
 }
 
-// pickUpstream chooses the upstream for a call: among those of the first priority that
-// has one which serves the call and is well, by chance and weight. Weight 0
-// takes an upstream out of turn. If none is well, the least bad one is tried:
-// what the provider then says is more use to the client than a guess of ours.
-// It is nil where none serves the call, where those that do have no room left in
-// their own limits, and, if the wish is strict, where none is well.
-func (p *projectState) pickUpstream(w *criteria) *upstream {
-	if w.pinned {
-		return p.pinnedUpstream(w)
+// pickUpstream chooses the upstream for a call and reserves the call there. It takes the first priority that has
+// a healthy upstream which serves the call, and makes a weighted pick there; an upstream of weight 0 is never
+// picked. If none is healthy, it tries the one that recovers first: the provider's answer helps the client more
+// than a guess of ours. It returns nil if no upstream serves the call, if those that do have no capacity left
+// in their own limits, and with healthyOnly if none is healthy.
+func (p *projectState) pickUpstream(c *criteria) *upstream {
+	if c.pinned {
+		return p.pinnedUpstream(c)
 	}
-	var space [64]*upstream
+	var space [64]*upstream                     // saves an allocation
 	for group := p.upstreams; len(group) > 0; { // in order of priority
-		ready, rest := w.appendReady(group, space[:0])
+		ready, rest := c.appendReady(group, space[:0])
 		for len(ready) > 0 {
 			i := weightedPick(ready)
-			if w.reserve(ready[i]) {
+			if c.reserve(ready[i]) {
 				return ready[i]
 			}
 			ready = slices.Delete(ready, i, i+1) // another call probes it
 		}
 		group = rest
 	}
-	if w.healthyOnly {
+	if c.healthyOnly {
 		return nil
 	}
-	if u := p.soonestReady(w); u != nil && u.health.admits(w.now, w.tokens, &u.settings, true) {
+	if u := p.soonestReady(c); u != nil && u.health.admits(c.now, c.tokens, &u.settings, true) {
 		return u
 	}
 	return nil
 }
 
-// appendReady appends to found those of the first priority in list that may have the
-// call now, and returns what of list is left.
-func (w *criteria) appendReady(list, found []*upstream) (ready, rest []*upstream) {
+// appendReady appends to found the upstreams of the first priority in list that may have the call now, and
+// returns the rest of list.
+func (c *criteria) appendReady(list, found []*upstream) (ready, rest []*upstream) {
 	for i, u := range list {
 		if u.priority != list[0].priority {
 			return found, list[i:]
 		}
-		if w.fits(u) && u.health.available(w.now) {
+		if c.fits(u) && u.health.available(c.now) {
 			found = append(found, u)
 		}
 	}
 	return found, nil
 }
 
-// weightedPick picks one by chance and weight. If that one has more running calls than
-// its weight and chance explain (by two standard deviations), the least busy
-// for its weight goes first: a key that hangs must not collect the calls until it
-// is known to hang.
+// weightedPick returns the index of an upstream drawn at random by weight. If that one has more running calls
+// than weight and chance explain (by two standard deviations), it returns the least busy for its weight instead:
+// a key that hangs must not collect calls until it is known to hang.
 func weightedPick(list []*upstream) int {
 	if len(list) == 1 {
 		return 0
@@ -125,11 +125,11 @@ func weightedPick(list []*upstream) int {
 	return best
 }
 
-// pinnedUpstream returns the first upstream that serves the call, well or not.
-func (p *projectState) pinnedUpstream(w *criteria) *upstream {
+// pinnedUpstream returns the first upstream that serves the call, healthy or not.
+func (p *projectState) pinnedUpstream(c *criteria) *upstream {
 	for _, u := range p.upstreams {
-		if u.weight > 0 && u.serves(w.api, w.model) {
-			if slices.Contains(w.tried, u) || !u.health.admits(w.now, w.tokens, &u.settings, true) {
+		if u.weight > 0 && u.serves(c.api, c.model) {
+			if slices.Contains(c.tried, u) || !u.health.admits(c.now, c.tokens, &u.settings, true) {
 				return nil
 			}
 			return u
@@ -138,69 +138,61 @@ func (p *projectState) pinnedUpstream(w *criteria) *upstream {
 	return nil
 }
 
-// atCapacity reports whether an upstream serves the call but has no room left.
-func (p *projectState) atCapacity(w *criteria) bool {
-	for _, u := range p.upstreams {
-		if u.weight > 0 && u.serves(w.api, w.model) && !u.health.admits(w.now, w.tokens, &u.settings, false) {
-			return true
-		}
-	}
-	return false
+// atCapacity reports whether an upstream serves the call but has no capacity left in its own limits.
+func (p *projectState) atCapacity(c *criteria) bool {
+	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool {
+		return u.weight > 0 && u.serves(c.api, c.model) && !u.health.admits(c.now, c.tokens, &u.settings, false)
+	})
 }
 
-// soonestReady returns the upstream that is to be well again soonest, of those that
-// are in the least trouble.
-func (p *projectState) soonestReady(w *criteria) (best *upstream) {
+// soonestReady returns the upstream in the least severe state and, among those, the one that is ready first.
+func (p *projectState) soonestReady(c *criteria) (best *upstream) {
 	var least healthRow
 	for _, u := range p.upstreams {
-		if !w.fits(u) {
+		if !c.fits(u) {
 			continue
 		}
-		if r := u.health.snapshot(w.now); best == nil || r.state < least.state || r.state == least.state && r.until < least.until {
+		r := u.health.snapshot(c.now)
+		if best == nil || r.state < least.state || r.state == least.state && r.until < least.until {
 			best, least = u, r
 		}
 	}
 	return best
 }
 
-// hasAlternative reports whether pick would find another upstream.
-func (p *projectState) hasAlternative(w *criteria) bool {
-	if w.pinned {
+// hasAlternative reports whether pickUpstream would find another healthy upstream.
+func (p *projectState) hasAlternative(c *criteria) bool {
+	if c.pinned {
 		return false
 	}
-	for _, u := range p.upstreams {
-		if w.fits(u) && u.health.available(w.now) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool { return c.fits(u) && u.health.available(c.now) })
 }
 
-// A routeExplanation is what choosing says of one upstream.
+// A routeExplanation says why an upstream gets calls or does not.
 type routeExplanation struct {
 	upstream *upstream
 	share    float64 // of the calls, now
 	reason   string
 }
 
-// explain says of each upstream of the project what it would get of calls like w.
-func (p *projectState) explain(w *criteria) []routeExplanation {
+// explain says for each upstream of the project which share of such calls it would get, and why.
+func (p *projectState) explain(c *criteria) []routeExplanation {
 	lines := make([]routeExplanation, 0, len(p.upstreams))
 	var group []int // of lines
 	for _, u := range p.upstreams {
-		line := routeExplanation{upstream: u, reason: w.exclusionReason(u)}
+		line := routeExplanation{upstream: u, reason: c.exclusionReason(u)}
 		if line.reason == "" && len(group) > 0 && lines[group[0]].upstream.priority != u.priority {
-			line.reason = "stands by: upstreams of a lower priority number go first"
+			line.reason = "is on standby: upstreams with a lower priority number go first"
 		}
 		if lines = append(lines, line); line.reason == "" {
 			group = append(group, len(lines)-1)
 		}
 	}
 	if len(group) == 0 {
-		if u := p.soonestReady(w); u != nil {
+		if u := p.soonestReady(c); u != nil {
 			for i := range lines {
 				if lines[i].upstream == u {
-					lines[i].share, lines[i].reason = 1, "is asked because none is well: "+lines[i].reason
+					lines[i].share, lines[i].reason = 1, "is tried because none is healthy: "+lines[i].reason
 				}
 			}
 		}
@@ -213,41 +205,40 @@ func (p *projectState) explain(w *criteria) []routeExplanation {
 	for _, i := range group {
 		lines[i].share, lines[i].reason = float64(lines[i].upstream.weight)/float64(total), "shares the calls by weight"
 		if len(group) == 1 {
-			lines[i].reason = "is the first that serves the model and is well"
+			lines[i].reason = "is the first that serves the model and is healthy"
 		}
 	}
 	return lines
 }
 
-// exclusionReason says why an upstream cannot get a call now, "" if it can.
-func (w *criteria) exclusionReason(u *upstream) string {
+// exclusionReason says why an upstream cannot get such a call now, "" if it can.
+func (c *criteria) exclusionReason(u *upstream) string {
 	switch {
 	case u.weight == 0:
-		return "has the weight 0"
-	case !u.serves(w.api, ""):
+		return "has weight 0"
+	case !u.serves(c.api, ""):
 		return "speaks another provider's API"
-	case !u.serves(w.api, w.model):
+	case !u.serves(c.api, c.model):
 		return "does not have the model in its list"
-	case !u.health.admits(w.now, w.tokens, &u.settings, false):
-		return "has no room left in its own limits for this minute"
-	case !u.health.available(w.now):
-		h := u.health.snapshot(w.now)
+	case !u.health.admits(c.now, c.tokens, &u.settings, false):
+		return "has reached its own limits for this minute"
+	case !u.health.available(c.now):
+		h := u.health.snapshot(c.now)
 		return "is " + h.state.String() + ": " + h.reason
 	}
 	return ""
 }
 
-// A routing is a project's settings for its calls' way. The zero value is what
-// holds where nothing is said.
+// A routing is a project's settings for routing its calls. The zero value is the default.
 type routing struct {
 	Fallbacks []fallback `json:"fallbacks,omitzero"`
-	// VerifiedStreams has every stream held until it is complete.
+	// VerifiedStreams buffers every stream until it is complete.
 	VerifiedStreams bool `json:"verified_streams,omitzero"`
-	// ShowUpstream has each answer say which upstream it comes from.
+	// ShowUpstream names the upstream in a header of each answer.
 	ShowUpstream bool `json:"show_upstream,omitzero"`
 }
 
-// A fallback is the model that stands in for those of a pattern.
+// A fallback names the model that replaces the models of a pattern.
 type fallback struct {
 	Model string `json:"model"`
 	To    string `json:"to"`
@@ -257,7 +248,8 @@ type fallback struct {
 func parseRouting(raw []byte) (r routing, err error) {
 	var fallbacks optional[[]json.RawMessage]
 	var verified, show optional[bool]
-	if err := decodeObject(raw, map[string]any{"fallbacks": &fallbacks, "verified_streams": &verified, "show_upstream": &show}); err != nil {
+	fields := map[string]any{"fallbacks": &fallbacks, "verified_streams": &verified, "show_upstream": &show}
+	if err := decodeObject(raw, fields); err != nil {
 		return routing{}, qualifyFieldError("routing", err)
 	}
 	r.VerifiedStreams, r.ShowUpstream = verified.value, show.value
@@ -281,32 +273,33 @@ func parseRouting(raw []byte) (r routing, err error) {
 	return r, nil
 }
 
-// qualifyFieldError names the object that a field with a mistake is in.
+// qualifyFieldError adds the object that a wrong field is in to its name.
 func qualifyFieldError(object string, err error) error {
 	if e, ok := err.(*fieldError); ok && e.param != "" {
 		return &fieldError{object + "." + e.param, e.msg}
-	} else if ok { // it is JSON, as part of a body that was read
+	} else if ok { // it is JSON, but not an object
 		return &fieldError{object, "must be an object"}
 	}
 	return err
 }
 
 func checkModelName(param, name string) error {
-	if name == "" || len(name) > maxModelLen || strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c == 0x7f || c == '*' }) {
-		return &fieldError{param, "must be a model's name: 1 to 256 bytes, without spaces and *"}
+	if name == "" || len(name) > maxModelLen ||
+		strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c == 0x7f || c == '*' }) {
+		return &fieldError{param, "must be a model name: 1 to 256 bytes, without spaces and *"}
 	}
 	return nil
 }
 
 func (r routing) String() string {
 	b, err := json.Marshal(r)
-	if err != nil { // cannot be: strings and bools
+	if err != nil { // impossible: strings and bools
 		return "{}"
 	}
 	return string(b)
 }
 
-// fallbackFor returns the model that stands in for another, "" if none does.
+// fallbackFor returns the fallback model for a model, "" if there is none.
 func (r *routing) fallbackFor(model string) string {
 	for _, f := range r.Fallbacks {
 		if matchesPattern(f.Model, model) && f.To != model {
@@ -316,8 +309,7 @@ func (r *routing) fallbackFor(model string) string {
 	return ""
 }
 
-// parseRewrite reads an upstream's own names for models: what clients ask for,
-// and what is sent instead.
+// parseRewrite reads an upstream's model name mapping: from the clients' names to those that are sent.
 func parseRewrite(raw []byte) (map[string]string, error) {
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	wrong := &fieldError{"rewrite", `must be an object of strings, as in {"gpt-4o":"my-deployment"}`}
@@ -352,8 +344,7 @@ func parseRewrite(raw []byte) (map[string]string, error) {
 	return out, nil
 }
 
-// upstreamSettings are an upstream's own limits and patience; 0: none, or what
-// the environment sets.
+// upstreamSettings are an upstream's own limits and timeouts. 0 means no limit, or the environment's timeout.
 type upstreamSettings struct {
 	ConnectMS         int64  `json:"connect_ms,omitzero"`
 	AnswerMS          int64  `json:"answer_ms,omitzero"`
@@ -364,7 +355,7 @@ type upstreamSettings struct {
 	Note              string `json:"note,omitzero"`
 }
 
-// check holds the settings to their rules.
+// check returns a fieldError if a setting is out of its range.
 func (u *upstreamSettings) check() error {
 	longest, connect := (2 * time.Hour).Milliseconds(), connectTimeout.Milliseconds()
 	for _, f := range []struct {
@@ -373,10 +364,11 @@ func (u *upstreamSettings) check() error {
 	}{
 		{"connect_ms", u.ConnectMS, 100, connect}, {"answer_ms", u.AnswerMS, 100, longest},
 		{"first_event_ms", u.FirstEventMS, 100, longest}, {"idle_ms", u.IdleMS, 100, longest},
-		{"requests_per_minute", u.RequestsPerMinute, 1, 1_000_000_000}, {"tokens_per_minute", u.TokensPerMinute, 1, 1_000_000_000_000},
+		{"requests_per_minute", u.RequestsPerMinute, 1, 1_000_000_000},
+		{"tokens_per_minute", u.TokensPerMinute, 1, 1_000_000_000_000},
 	} {
 		if f.v != 0 && (f.v < f.from || f.v > f.to) {
-			return &fieldError{f.name, "must be 0 or from " + strconv.FormatInt(f.from, 10) + " to " + strconv.FormatInt(f.to, 10)}
+			return &fieldError{f.name, fmt.Sprintf("must be 0 or from %d to %d", f.from, f.to)}
 		}
 	}
 	if len(u.Note) > 500 || strings.ContainsFunc(u.Note, func(c rune) bool { return c < ' ' || c == 0x7f }) {
@@ -387,7 +379,7 @@ func (u *upstreamSettings) check() error {
 
 func (u *upstreamSettings) String() string {
 	b, err := json.Marshal(u)
-	if err != nil { // cannot be: numbers and a string
+	if err != nil { // impossible: numbers and a string
 		return "{}"
 	}
 	return string(b)
