@@ -84,14 +84,16 @@ func (u *usageTest) compareDashboard(q *dashQuery) {
 	if inSeries != whole || inSteps != whole {
 		u.t.Errorf("%s: the series add up to %+v, their steps to %+v, want %+v", name, inSeries, inSteps, whole)
 	}
-	for what, list := range map[string][]usageShare{"models": d.usageByModel(q), "endpoints": d.endpoints, "tokens": d.tokens, "projects": d.projects} {
+	for what, list := range map[string][]usageShare{"models": d.usageByModel(q), "endpoints": d.endpoints,
+		"tokens": d.tokens, "projects": d.projects} {
 		var sum usageTotals
 		for i, v := range list {
 			sum.add(v.usageTotals)
 			if i > 0 && q.valueOf(list[i-1].usageTotals) < q.valueOf(v.usageTotals) {
 				u.t.Errorf("%s: %s are not sorted", name, what)
 			}
-			if what == "tokens" && v.usageTotals != tokens[v.id] || what == "endpoints" && v.usageTotals != endpoints[v.name] {
+			if what == "tokens" && v.usageTotals != tokens[v.id] || what == "endpoints" &&
+				v.usageTotals != endpoints[v.name] {
 				u.t.Errorf("%s: %s %s has %+v", name, what, cmp.Or(v.id, v.name), v.usageTotals)
 			}
 		}
@@ -147,7 +149,8 @@ func TestDashboardPage(t *testing.T) {
 			t.Errorf("%s: %d", path, res.status)
 		}
 		for _, text := range texts {
-			if absent, ok := strings.CutPrefix(text, "!"); ok == strings.Contains(res.body, strings.TrimPrefix(text, "!")) {
+			if absent, ok := strings.CutPrefix(text, "!"); ok == strings.Contains(res.body,
+				strings.TrimPrefix(text, "!")) {
 				t.Errorf("%s: %q is on the page: %v\n%s", path, absent, ok, res.body)
 			}
 		}
@@ -157,7 +160,10 @@ func TestDashboardPage(t *testing.T) {
 	gone, _ := p.newToken(`"name":"revoked one","duration_hours":30`)
 	p.newToken(`"name":"ends late","expires_in_days":300`)
 	p.manage("DELETE", "/manage/tokens/"+gone, "", 200, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"limits":[{"count":"requests","max":4,"per":"day"},{"count":"requests","max":100,"per":"minute"},{"count":"tokens","max":1,"per":"day","shadow":true}]}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project,
+		`{"policy":{"limits":[{"count":"requests","max":4,"per":"day"},
+		{"count":"requests","max":100,"per":"minute"},
+		{"count":"tokens","max":1,"per":"day","shadow":true}]}}`, 200, nil)
 	for range 4 {
 		if res := p.chat(); res.status != 200 {
 			t.Fatal(res.status, res.body)
@@ -172,12 +178,17 @@ func TestDashboardPage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := p.instance.store.setHealth(t.Context(), time.Now().UnixMilli(), &healthRow{upstream: ups[0].seq, state: keyQuarantined, reason: "401", changedAt: time.Now().UnixMilli()}, keyReady); err != nil {
+	if err := p.instance.store.setHealth(t.Context(), time.Now().UnixMilli(),
+		&healthRow{upstream: ups[0].seq, state: keyQuarantined, reason: "401",
+			changedAt: time.Now().UnixMilli()}, keyReady); err != nil {
 		t.Fatal(err)
 	}
-	for _, query := range []string{"", "?period=24h&measure=cost", "?period=7d&by=model", "?period=30d&measure=tokens&by=project", "?period=90d", "?project=" + p.project + "&period=24h"} {
-		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon, "Token ends soon of project test expires in 29 hours",
-			"!revoked one", "!ends late", "100.0% of 4 requests per day", "!100 requests", "!1 tokens", "the provider rejects its key",
+	for _, query := range []string{"", "?period=24h&measure=cost", "?period=7d&by=model",
+		"?period=30d&measure=tokens&by=project", "?period=90d", "?project=" + p.project + "&period=24h"} {
+		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon,
+			"Token ends soon of project test expires in 29 hours",
+			"!revoked one", "!ends late", "100.0% of 4 requests per day", "!100 requests", "!1 tokens",
+			"the provider rejects its key",
 			`<svg class="axis"`, "gpt-4o-mini", "POST /v1/chat/completions", "!No calls yet")
 	}
 	if err := p.stop(); err != nil { // after a restart limits are known before the first call
@@ -222,25 +233,37 @@ func chartCases(t *testing.T) map[string]string {
 	render := chartRenderer(t)
 	draw := func(c *timeChart) string { return render("drawing", c.draw()) }
 	nan := math.NaN()
-	calls := &timeChart{label: "Calls over time, by project", start: chartDay, stepMS: dayMS, steps: 4, series: []chartSeries{
-		{"search", "k1", []float64{10, 0, 35, 20}}, {"bot", "k2", []float64{5, 0, 5, 1}}, {"all others", "k0", []float64{0, 0, 1, 0}}}}
-	money := &timeChart{label: "Cost", unit: unitMoney, start: chartDay, stepMS: hourMS, steps: 24, series: []chartSeries{{"m", "k1", make([]float64, 24)}}}
+	calls := &timeChart{label: "Calls over time, by project", start: chartDay, stepMS: dayMS, steps: 4,
+		series: []chartSeries{
+			{"search", "k1", []float64{10, 0, 35, 20}}, {"bot", "k2", []float64{5, 0, 5, 1}}, {"all others", "k0",
+				[]float64{0, 0, 1, 0}}}}
+	money := &timeChart{label: "Cost", unit: unitMoney, start: chartDay, stepMS: hourMS, steps: 24,
+		series: []chartSeries{{"m", "k1", make([]float64, 24)}}}
 	money.series[0].values[5], money.series[0].values[23] = 123_456_789, 900_000
-	lines := &timeChart{label: "Time", unit: unitMillis, start: chartDay, stepMS: 6 * hourMS, steps: 6, lineChart: true, series: []chartSeries{
-		{"p50", "k1", []float64{120, 130, nan, 90.5, nan, 200}}, {"p95", "k2", []float64{900, 1300, nan, math.Inf(1), nan, 2100}}}}
-	hostile := &timeChart{label: `"><script>alert(1)</script>`, start: chartDay, stepMS: dayMS, steps: 1, series: []chartSeries{
-		{"</title><img src=x onerror=alert(1)>\u202e&amp;", "k1", []float64{3}}}}
-	huge := &timeChart{label: "Huge", start: chartDay, stepMS: dayMS, steps: 2, series: []chartSeries{{"x", "k1", []float64{9.2e18, 1}}, {"y", "k2", []float64{9.2e18, 0}}}}
-	empty := &timeChart{label: "Nothing", start: chartDay, stepMS: dayMS, steps: 3, series: []chartSeries{{"x", "k1", make([]float64, 3)}}}
+	lines := &timeChart{label: "Time", unit: unitMillis, start: chartDay, stepMS: 6 * hourMS, steps: 6, lineChart: true,
+		series: []chartSeries{
+			{"p50", "k1", []float64{120, 130, nan, 90.5, nan, 200}}, {"p95", "k2",
+				[]float64{900, 1300, nan, math.Inf(1), nan, 2100}}}}
+	hostile := &timeChart{label: `"><script>alert(1)</script>`, start: chartDay, stepMS: dayMS, steps: 1,
+		series: []chartSeries{
+			{"</title><img src=x onerror=alert(1)>\u202e&amp;", "k1", []float64{3}}}}
+	huge := &timeChart{label: "Huge", start: chartDay, stepMS: dayMS, steps: 2,
+		series: []chartSeries{{"x", "k1", []float64{9.2e18, 1}}, {"y", "k2", []float64{9.2e18, 0}}}}
+	empty := &timeChart{label: "Nothing", start: chartDay, stepMS: dayMS, steps: 3,
+		series: []chartSeries{{"x", "k1", make([]float64, 3)}}}
 	none := &timeChart{label: "No series", unit: unitMoney, start: chartDay, stepMS: dayMS, steps: 1}
-	single := &timeChart{label: "One point", unit: unitMillis, start: chartDay, stepMS: hourMS, steps: 1, lineChart: true,
-		series: []chartSeries{{"p50", "k1", []float64{250}}}}
-	bar := newDurationBar(durationPart{Name: "to the first byte", Class: "k1", us: 240_000}, durationPart{Name: "nothing", Class: "k2"},
+	single := &timeChart{label: "One point", unit: unitMillis, start: chartDay, stepMS: hourMS, steps: 1,
+		lineChart: true,
+		series:    []chartSeries{{"p50", "k1", []float64{250}}}}
+	bar := newDurationBar(durationPart{Name: "to the first byte", Class: "k1", us: 240_000},
+		durationPart{Name: "nothing", Class: "k2"},
 		durationPart{Name: "the answer <b>", Class: "k4", us: 1_760_000})
 	return map[string]string{
-		"stacked": draw(calls), "money": draw(money), "lines": draw(lines), "hostile": draw(hostile), "huge": draw(huge),
+		"stacked": draw(calls), "money": draw(money), "lines": draw(lines), "hostile": draw(hostile),
+		"huge":  draw(huge),
 		"empty": draw(empty), "none": draw(none), "single": draw(single),
-		"bars": render("share-bar", barWidth(1, 3)) + render("share-bar", barWidth(0, 0)) + render("share-bar", barWidth(5, 3)) +
+		"bars": render("share-bar", barWidth(1, 3)) + render("share-bar", barWidth(0, 0)) +
+			render("share-bar", barWidth(5, 3)) +
 			render("share-bar", barWidth(1e-9, 1)),
 		"span": render("duration-bar", bar) + render("duration-bar", newDurationBar()),
 	}
@@ -309,7 +332,8 @@ func checkDrawing(t *testing.T, name, svg string) {
 			if a.Name.Local == "style" || strings.HasPrefix(a.Name.Local, "on") {
 				t.Errorf("%s has the attribute %s", name, a.Name.Local)
 			}
-			if n := strings.ToLower(a.Value); a.Name.Local != "aria-label" && (strings.Contains(n, "nan") || strings.Contains(n, "inf") || strings.HasPrefix(n, "-")) {
+			if n := strings.ToLower(a.Value); a.Name.Local != "aria-label" &&
+				(strings.Contains(n, "nan") || strings.Contains(n, "inf") || strings.HasPrefix(n, "-")) {
 				t.Errorf("%s: %s=%q", name, a.Name.Local, a.Value)
 			}
 		}
@@ -345,10 +369,15 @@ func TestTicks(t *testing.T) {
 		highest float64
 		want    string // the labels
 	}{
-		{unitCount, 0, "0 1"}, {unitCount, 1, "0 1"}, {unitCount, 3, "0 1 2 3"}, {unitCount, 7, "0 2 4 6 8"}, {unitCount, 100, "0 20 40 60 80 100"},
-		{unitCount, 101, "0 50 100 150"}, {unitCount, 12_345, "0 5k 10k 15k"}, {unitCount, 3_400_000, "0 1M 2M 3M 4M"}, {unitCount, 9.2e18, "0 2000000T 4000000T 6000000T 8000000T 10000000T"},
-		{unitMoney, 0, "$0 $0.20 $0.40 $0.60 $0.80 $1"}, {unitMoney, 3e9, "$0 $1 $2 $3"}, {unitMoney, 2e8, "$0 $0.05 $0.10 $0.15 $0.20"}, {unitMoney, 1.2e6, "$0 $0.0005 $0.001 $0.0015"}, {unitMoney, 4.2e12, "$0 $1k $2k $3k $4k $5k"},
-		{unitMillis, 900, "0 ms 200 ms 400 ms 600 ms 800 ms 1 s"}, {unitMillis, 4_000, "0 ms 1 s 2 s 3 s 4 s"}, {unitMillis, 63_000, "0 ms 20 s 40 s 60 s 80 s"},
+		{unitCount, 0, "0 1"}, {unitCount, 1, "0 1"}, {unitCount, 3, "0 1 2 3"}, {unitCount, 7,
+			"0 2 4 6 8"}, {unitCount, 100, "0 20 40 60 80 100"},
+		{unitCount, 101, "0 50 100 150"}, {unitCount, 12_345, "0 5k 10k 15k"}, {unitCount, 3_400_000,
+			"0 1M 2M 3M 4M"}, {unitCount, 9.2e18, "0 2000000T 4000000T 6000000T 8000000T 10000000T"},
+		{unitMoney, 0, "$0 $0.20 $0.40 $0.60 $0.80 $1"}, {unitMoney, 3e9, "$0 $1 $2 $3"}, {unitMoney, 2e8,
+			"$0 $0.05 $0.10 $0.15 $0.20"}, {unitMoney, 1.2e6, "$0 $0.0005 $0.001 $0.0015"},
+		{unitMoney, 4.2e12, "$0 $1k $2k $3k $4k $5k"},
+		{unitMillis, 900, "0 ms 200 ms 400 ms 600 ms 800 ms 1 s"}, {unitMillis, 4_000,
+			"0 ms 1 s 2 s 3 s 4 s"}, {unitMillis, 63_000, "0 ms 20 s 40 s 60 s 80 s"},
 		{unitCount, math.Inf(1), "0 1"}, {unitCount, math.NaN(), "0 1"},
 	} {
 		step, n := c.unit.ticks(c.highest)
@@ -369,11 +398,14 @@ func BenchmarkScaleAdmin(b *testing.B) {
 	defer s.close()
 	s.seed(`
 		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000)
-		INSERT INTO projects (id, name, created_at, updated_at) SELECT 'proj_' || hex(randomblob(8)), 'project ' || i, 1764000000000, 1764000000000 FROM n`, `
+		INSERT INTO projects (id, name, created_at, updated_at)
+		SELECT 'proj_' || hex(randomblob(8)), 'project ' || i, 1764000000000, 1764000000000 FROM n`, `
 		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000)
 		INSERT INTO tokens (id, project, name, hash, expires_at, revoked_at, last_used_at, created_at, updated_at)
-		SELECT 'tok_' || hex(randomblob(8)), CASE WHEN i % 3 = 0 THEN 7 ELSE 1 + i % 1000 END, CASE WHEN i % 2 = 0 THEN 'unnamed' ELSE 'seeded ' || hex(randomblob(3)) END,
-			randomblob(32), CASE WHEN i % 10 = 0 THEN 1 WHEN i % 10 = 1 THEN unixepoch() * 1000 + 86400000 + i END, CASE WHEN i % 20 = 3 THEN 1764000000000 END,
+		SELECT 'tok_' || hex(randomblob(8)), CASE WHEN i % 3 = 0 THEN 7 ELSE 1 + i % 1000 END,
+			CASE WHEN i % 2 = 0 THEN 'unnamed' ELSE 'seeded ' || hex(randomblob(3)) END,
+			randomblob(32), CASE WHEN i % 10 = 0 THEN 1 WHEN i % 10 = 1 THEN unixepoch() * 1000 + 86400000 + i END,
+			CASE WHEN i % 20 = 3 THEN 1764000000000 END,
 			CASE WHEN i % 4 > 0 THEN 1764000000000 + i END, 1764000000000 + i, 1764000000000 + i FROM n`)
 	client := s.web.Client()
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
@@ -410,10 +442,14 @@ func BenchmarkScaleAdmin(b *testing.B) {
 	_, page := do("GET", "/admin/tokens", nil)
 	token := between(page, `class="name" href="`, `"`)
 	next := regexp.MustCompile(`href="(/admin/tokens\?[^"]*after=[^"]*)"`)
-	for _, path := range []string{"/admin/projects", "/admin/projects/" + p.id, token, "/admin/tokens/new", "/admin/tokens", "/admin/tokens?order=oldest", "/admin/tokens?order=name",
-		"/admin/tokens?order=ends", "/admin/tokens?name=unn", "/admin/tokens?name=seeded+A", "/admin/tokens?state=active", "/admin/tokens?state=expiring", "/admin/tokens?state=expired",
-		"/admin/tokens?state=revoked", "/admin/tokens?state=unused", "/admin/tokens?state=active&project_id=" + p.id, "/admin/tokens?state=revoked&project_id=" + p.id,
-		"/admin/tokens?order=name&project_id=" + p.id, "/admin/tokens?state=revoked&name=unn"} {
+	paths := []string{"/admin/projects", "/admin/projects/" + p.id, token, "/admin/tokens/new", "/admin/tokens"}
+	for _, query := range []string{"order=oldest", "order=name", "order=ends", "name=unn", "name=seeded+A",
+		"state=active",
+		"state=expiring", "state=expired", "state=revoked", "state=unused", "state=active&project_id=" + p.id,
+		"state=revoked&project_id=" + p.id, "order=name&project_id=" + p.id, "state=revoked&name=unn"} {
+		paths = append(paths, "/admin/tokens?"+query)
+	}
+	for _, path := range paths {
 		b.Run(strings.ReplaceAll(strings.TrimPrefix(path, "/admin/"), p.id, "ID"), func(b *testing.B) {
 			var times []time.Duration
 			to := path

@@ -1,4 +1,4 @@
-// Tests of the list of calls, of one call, and of the files that leave the pages.
+// Tests of the list of calls, the page of one call, and downloads.
 package main
 
 import (
@@ -15,8 +15,7 @@ import (
 
 var callLinkPattern = regexp.MustCompile(`href="/admin/requests/(req_[0-9a-z]{13})"`)
 
-// parseCallList returns the ids of the calls on a page of the list, and the address of
-// the next one.
+// parseCallList returns the ids of the calls on a page of the list, and the address of the next page.
 func parseCallList(page string) (ids []string, next string) {
 	for _, m := range callLinkPattern.FindAllStringSubmatch(page, -1) {
 		ids = append(ids, m[1])
@@ -27,31 +26,42 @@ func parseCallList(page string) (ids []string, next string) {
 	return ids, next
 }
 
-// TestRequestsPage: filters hold together, pages meet without gap, newest first.
+// TestRequestsPage: all filters apply together; the pages list every match once, newest first.
 func TestRequestsPage(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
 	b := u.signIn(u.adminKey)
-	from, to := u.now.Add(-40*time.Hour).UTC().Truncate(time.Minute), u.now.Add(-2*time.Hour).UTC().Truncate(time.Minute)
+	from := u.now.Add(-40 * time.Hour).UTC().Truncate(time.Minute)
+	to := u.now.Add(-2 * time.Hour).UTC().Truncate(time.Minute)
 	first := u.rows[0]
+	all := func(*requestRow) bool { return true }
+	none := func(*requestRow) bool { return false }
+	inTime := func(r *requestRow) bool { return r.started >= from.UnixMilli() && r.started < to.UnixMilli() }
+	since := func(r *requestRow) bool { return r.started >= from.UnixMilli() }
+	ofProject := func(r *requestRow) bool { return r.project == first.project }
+	ofToken := func(r *requestRow) bool { return r.token == first.token }
 	for query, keep := range map[string]func(*requestRow) bool{
-		"": func(*requestRow) bool { return true },
-		"from=" + from.Format("2006-01-02T15:04") + "&to=" + to.Format("2006-01-02T15:04"): func(r *requestRow) bool {
-			return r.started >= from.UnixMilli() && r.started < to.UnixMilli()
+		"": all,
+		"from=" + from.Format("2006-01-02T15:04") + "&to=" + to.Format("2006-01-02T15:04"): inTime,
+		"from=" + url.QueryEscape(from.Format(time.RFC3339)):                               since,
+		"project=" + u.projects[first.project]:                                             ofProject,
+		"token=" + u.tokens[first.token]:                                                   ofToken,
+		"token=" + u.tokens[first.token] + "&project=proj_none":                            none,
+		"model=gpt-5&outcome=client_gone": func(r *requestRow) bool {
+			return r.model == "gpt-5" && r.outcome == outcomeClientGone
 		},
-		"from=" + url.QueryEscape(from.Format(time.RFC3339)):    func(r *requestRow) bool { return r.started >= from.UnixMilli() },
-		"project=" + u.projects[first.project]:                  func(r *requestRow) bool { return r.project == first.project },
-		"token=" + u.tokens[first.token]:                        func(r *requestRow) bool { return r.token == first.token },
-		"token=" + u.tokens[first.token] + "&project=proj_none": func(r *requestRow) bool { return false },
-		"model=gpt-5&outcome=client_gone":                       func(r *requestRow) bool { return r.model == "gpt-5" && r.outcome == outcomeClientGone },
-		"outcome=ok&project=" + u.projects[first.project]:       func(r *requestRow) bool { return r.outcome == outcomeOK && r.project == first.project },
-		"endpoint=" + url.QueryEscape("POST /v1/embeddings"):    func(r *requestRow) bool { return r.endpoint == "POST /v1/embeddings" },
-		"status=200":              func(*requestRow) bool { return true },
+		"outcome=ok&project=" + u.projects[first.project]: func(r *requestRow) bool {
+			return r.outcome == outcomeOK && ofProject(r)
+		},
+		"endpoint=" + url.QueryEscape("POST /v1/embeddings"): func(r *requestRow) bool {
+			return r.endpoint == "POST /v1/embeddings"
+		},
+		"status=200":              all,
 		"status=2xx&model=gpt-4o": func(r *requestRow) bool { return r.model == "gpt-4o" },
-		"status=5xx":              func(*requestRow) bool { return false },
-		"token=tok_none":          func(*requestRow) bool { return false },
-		"model=" + url.QueryEscape("' OR 1=1 --"):                     func(*requestRow) bool { return false },
-		"from=&to=&project=&token=&model=&endpoint=&status=&outcome=": func(*requestRow) bool { return true },
+		"status=5xx":              none,
+		"token=tok_none":          none,
+		"model=" + url.QueryEscape("' OR 1=1 --"):                     none,
+		"from=&to=&project=&token=&model=&endpoint=&status=&outcome=": all,
 	} {
 		var want []*requestRow
 		for _, r := range u.rows {
@@ -79,17 +89,22 @@ func TestRequestsPage(t *testing.T) {
 			t.Errorf("%s: %d calls are missing", query, len(want))
 		}
 	}
-	for query, text := range map[string]string{"from=yesterday": "must be a time", "to=9999-01-01T00:00": "must be a time", "from=2026-01-02T00:00&to=2026-01-01T00:00": "must be before",
-		"status=abc": "such as 429", "status=9xx": "such as 429", "status=99": "such as 429", "outcome=good": "no such outcome", "id=abc": "looks like req_",
+	for query, text := range map[string]string{"from=yesterday": "must be a time",
+		"to=9999-01-01T00:00": "must be a time", "from=2026-01-02T00:00&to=2026-01-01T00:00": "must be before",
+		"status=abc": "such as 429", "status=9xx": "such as 429", "status=99": "such as 429",
+		"outcome=good": "no such outcome", "id=abc": "looks like req_",
 		"model=" + strings.Repeat("x", 600): "longer than"} {
 		res := b.get("/admin/requests?" + query)
 		_, value, _ := strings.Cut(query, "=")
-		if value, _ = url.QueryUnescape(value); res.status != 200 || !strings.Contains(res.body, text) || !strings.Contains(res.body, `role="alert"`) ||
-			len(value) < 20 && !strings.HasPrefix(query, "outcome") && !strings.Contains(res.body, `value="`+value+`"`) {
-			t.Errorf("%s: %d, without %q or what was given", clip(query, 60), res.status, text)
+		if value, _ = url.QueryUnescape(value); res.status != 200 || !strings.Contains(res.body, text) ||
+			!strings.Contains(res.body, `role="alert"`) ||
+			len(value) < 20 && !strings.HasPrefix(query, "outcome") &&
+				!strings.Contains(res.body, `value="`+value+`"`) {
+			t.Errorf("%s: %d, without %q or the input", clip(query, 60), res.status, text)
 		}
 	}
-	for path, status := range map[string]int{"/admin/requests?after=x": 400, "/admin/requests?id=" + formatRequestID(first.id): 303,
+	for path, status := range map[string]int{"/admin/requests?after=x": 400, "/admin/requests?id=" +
+		formatRequestID(first.id): 303,
 		"/admin/requests/req_0000000000001": 404, "/admin/requests/nonsense": 404} {
 		if res := b.get(path); res.status != status {
 			t.Errorf("%s: %d", path, res.status)
@@ -97,8 +112,8 @@ func TestRequestsPage(t *testing.T) {
 	}
 }
 
-// TestRequestsFiltered: a filter that few calls pass looks at a bounded number of
-// calls for a page, says so, and goes on from there; nothing is missed.
+// TestRequestsFiltered: with a filter that few calls match, a page scans a bounded number of calls, says so, and the
+// next page continues there; no call is missed.
 func TestRequestsFiltered(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -129,7 +144,7 @@ func TestRequestsFiltered(t *testing.T) {
 			ids, path = parseCallList(res.body)
 			found = append(found, ids...)
 			if path != "" && !strings.Contains(res.body, "Look further back") {
-				t.Errorf("%s: page %d does not say that it is short", scope, pages)
+				t.Errorf("%s: page %d does not say that it is partial", scope, pages)
 			}
 		}
 		if pages != 2 || !slices.Equal(found, []string{formatRequestID(rare.id)}) {
@@ -146,31 +161,35 @@ func TestRequestsFiltered(t *testing.T) {
 	}
 }
 
-// TestRequestPage: a call's page has its numbers, whatever became of it.
+// TestRequestPage: the page of a call shows its numbers, whatever its outcome.
 func TestRequestPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
 	if res := b.get("/admin/requests"); !strings.Contains(res.body, "No calls yet") {
-		t.Error("an empty ledger does not say so")
+		t.Error("the page of an empty ledger does not say so")
 	}
 	if res := p.chat(); res.status != 200 {
 		t.Fatal(res.status)
 	}
 	row := p.lastCall()
 	res := b.get("/admin/requests/" + row.ID)
-	for _, text := range []string{row.ID, "chat/completions", "gpt-4o-mini", `<svg class="span"`, "to the first byte", "As reported in the provider", "/admin/tokens/" + p.tokenID, "/admin/projects/" + p.project, "127.0.0.1"} {
+	for _, text := range []string{row.ID, "chat/completions", "gpt-4o-mini", `<svg class="span"`, "to the first byte",
+		"As reported in the provider", "/admin/tokens/" + p.tokenID, "/admin/projects/" + p.project, "127.0.0.1"} {
 		if res.status != 200 || !strings.Contains(res.body, text) {
-			t.Errorf("%d: %q is not there: %s", res.status, text, res.body)
+			t.Errorf("%d: %q is not on the page: %s", res.status, text, res.body)
 		}
 	}
 	token, err := p.instance.store.tokenByID(t.Context(), p.tokenID)
 	if err != nil {
 		t.Fatal(err)
 	}
+	attempts := `[{"upstream_id":"up_1","model":"m","status":503,"ms":3},{"upstream_id":"up_2","model":"m","ms":4}]`
 	for i, o := range allOutcomes() {
-		r := &requestRow{id: minIDAt(time.Now()) + int64(i)<<5 + 1, project: token.project, token: token.seq, endpoint: "POST /v1/chat/completions", model: "", outcome: o,
-			source: usageNone, firstByteUS: -1, totalUS: int64(i), errorCode: "code_" + string(o), attempts: i, attemptLog: `[{"upstream_id":"up_1","model":"m","status":503,"ms":3},{"upstream_id":"up_2","model":"m","ms":4}]`}
+		r := &requestRow{id: minIDAt(time.Now()) + int64(i)<<5 + 1, project: token.project, token: token.seq,
+			endpoint: "POST /v1/chat/completions", model: "", outcome: o,
+			source: usageNone, firstByteUS: -1, totalUS: int64(i), errorCode: "code_" +
+				string(o), attempts: i, attemptLog: attempts}
 		p.instance.ledger.recordRefused(r, true)
 		p.waitSettled()
 		res := b.get("/admin/requests/" + formatRequestID(r.id))
@@ -180,8 +199,8 @@ func TestRequestPage(t *testing.T) {
 	}
 }
 
-// TestExports: a file has every call that the filters let through, its cells are
-// no formulas, and no file leaves without an entry on the audit trail.
+// TestExports: a download has every call that matches the filters and no formulas, and none starts without an audit
+// entry.
 func TestExports(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -193,7 +212,8 @@ func TestExports(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, model := range []string{"=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\"quoted\", \nand more", "<b>", "plain"} {
+	for i, model := range []string{"=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\"quoted\", \nand more", "<b>",
+		"plain"} {
 		r := *u.rows[0]
 		at := u.now.Add(-time.Duration(i) * time.Second)
 		r.id, r.started, r.token, r.model, r.project = minIDAt(at), at.UnixMilli(), row.seq, model, row.project
@@ -203,29 +223,34 @@ func TestExports(t *testing.T) {
 	u.waitSettled()
 	res := b.post("/admin/requests/export", url.Values{"format": {"csv"}})
 	records, err := csv.NewReader(strings.NewReader(res.body)).ReadAll()
-	if err != nil || res.status != 200 || len(records) != len(u.rows)+1 || !strings.HasPrefix(res.header.Get("Content-Disposition"), `attachment; filename="llm-proxy-calls-`) ||
+	if err != nil || res.status != 200 || len(records) != len(u.rows)+1 ||
+		!strings.HasPrefix(res.header.Get("Content-Disposition"), `attachment; filename="llm-proxy-calls-`) ||
 		!strings.HasPrefix(res.header.Get("Content-Type"), "text/csv") {
-		t.Fatalf("%d %v: %d lines of %d; %v", res.status, err, len(records), len(u.rows)+1, res.header)
+		t.Fatalf("%d %v: %d lines, want %d; %v", res.status, err, len(records), len(u.rows)+1, res.header)
 	}
 	models := map[string]int{}
 	for _, line := range records {
 		for i, cell := range line {
 			if cell != "" && strings.ContainsAny(cell[:1], "=+-@\t\r\n") {
-				t.Errorf("a cell of %s is %q", records[0][i], cell)
+				t.Errorf("a cell of %s may be a formula: %q", records[0][i], cell)
 			}
 		}
 		models[line[slices.Index(records[0], "model")]]++
 	}
-	if models["'=1+1"] != 1 || models["plain"] != 1 || records[1][slices.Index(records[0], "token_name")] != "'=cmd|' /C calc'!A0" {
+	if models["'=1+1"] != 1 || models["plain"] != 1 ||
+		records[1][slices.Index(records[0], "token_name")] != "'=cmd|' /C calc'!A0" {
 		t.Error(models, records[1])
 	}
 	res = b.post("/admin/requests/export", url.Values{"format": {"jsonl"}, "token": {evil.ID}, "model": {"@SUM(A1)"}})
 	var line struct{ Model, ID, TokenName string }
-	if err := json.Unmarshal([]byte(res.body), &line); err != nil || line.Model != "@SUM(A1)" || strings.Count(res.body, "\n") != 1 {
+	if err := json.Unmarshal([]byte(res.body), &line); err != nil || line.Model != "@SUM(A1)" ||
+		strings.Count(res.body, "\n") != 1 {
 		t.Errorf("%v: %s", err, res.body)
 	}
-	res = b.post("/admin/dashboard/export", url.Values{"period": {"90d"}, "project": {""}, "by": {"model"}, "measure": {"cost"}})
-	if records, err = csv.NewReader(strings.NewReader(res.body)).ReadAll(); err != nil || res.status != 200 || len(records) < 95 {
+	res = b.post("/admin/dashboard/export",
+		url.Values{"period": {"90d"}, "project": {""}, "by": {"model"}, "measure": {"cost"}})
+	if records, err = csv.NewReader(strings.NewReader(res.body)).ReadAll(); err != nil || res.status != 200 ||
+		len(records) < 95 {
 		t.Errorf("the dashboard: %d, %v, %d lines", res.status, err, len(records))
 	}
 	var trail struct {
@@ -235,10 +260,13 @@ func TestExports(t *testing.T) {
 		}
 	}
 	u.manage("GET", "/manage/audit?action=export", "", 200, &trail)
-	if len(trail.Data) != 3 || trail.Data[0].Object != "dashboard" || trail.Data[1].Object != "requests" || trail.Data[1].Detail["token"] != evil.ID || trail.Data[2].Detail["format"] != "csv" {
-		t.Errorf("the trail has %+v", trail.Data)
+	if len(trail.Data) != 3 || trail.Data[0].Object != "dashboard" || trail.Data[1].Object != "requests" ||
+		trail.Data[1].Detail["token"] != evil.ID || trail.Data[2].Detail["format"] != "csv" {
+		t.Errorf("the audit trail has %+v", trail.Data)
 	}
-	for path, form := range map[string]url.Values{"/admin/requests/export": {"format": {"xlsx"}}, "/admin/requests/export?x": {"format": {"csv"}, "status": {"x"}}, "/admin/dashboard/export": {"period": {"x"}}} {
+	for path, form := range map[string]url.Values{"/admin/requests/export": {"format": {"xlsx"}},
+		"/admin/requests/export?x": {"format": {"csv"},
+			"status": {"x"}}, "/admin/dashboard/export": {"period": {"x"}}} {
 		if res := b.post(path, form); res.status != 400 {
 			t.Errorf("%s %v: %d", path, form, res.status)
 		}
@@ -248,21 +276,24 @@ func TestExports(t *testing.T) {
 			t.Errorf("GET %s: %d", path, res.status)
 		}
 	}
-	u.allowErrors = true // the next ones are ours
-	if _, err := u.instance.store.writeDB.Exec(`CREATE TRIGGER no_audit BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`); err != nil {
+	u.allowErrors = true // from the trigger below
+	trigger := `CREATE TRIGGER no_audit BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`
+	if _, err := u.instance.store.writeDB.Exec(trigger); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"/admin/requests/export", "/admin/dashboard/export"} {
-		if res := b.post(path, url.Values{"format": {"csv"}}); res.status < 500 || strings.Contains(res.body, "req_") && strings.Contains(res.body, "gpt-") {
+		if res := b.post(path, url.Values{"format": {"csv"}}); res.status < 500 || strings.Contains(res.body, "req_") &&
+			strings.Contains(res.body, "gpt-") {
 			t.Errorf("%s without an audit trail: %d %s", path, res.status, clip(res.body, 200))
 		}
 	}
 }
 
-// TestSafeCells: what a spreadsheet would take for a formula it gets as text.
+// TestSafeCells: a cell that a spreadsheet would take for a formula becomes text.
 func TestSafeCells(t *testing.T) {
 	t.Parallel()
-	for in, want := range map[string]string{"": "", "a=1": "a=1", "=1": "'=1", "+1": "'+1", "-1": "'-1", "@x": "'@x", "\tx": "'\tx", "\rx": "'\rx", "\nx": "'\nx", "'x": "'x", "ä": "ä"} {
+	for in, want := range map[string]string{"": "", "a=1": "a=1", "=1": "'=1", "+1": "'+1", "-1": "'-1", "@x": "'@x",
+		"\tx": "'\tx", "\rx": "'\rx", "\nx": "'\nx", "'x": "'x", "ä": "ä"} {
 		if got := safeCell(in); got != want {
 			t.Errorf("%q: %q", in, got)
 		}

@@ -1,4 +1,4 @@
-// Tests of signing in to the pages and of the sessions that follow (group AD).
+// Tests of signing in to the pages, and of sessions (group AD).
 package main
 
 import (
@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// isSignedIn reports whether a cookie still opens the pages.
+// isSignedIn reports whether the cookie still opens the pages.
 func (b *browser) isSignedIn() bool {
 	b.p.t.Helper()
 	res := b.get("/admin/account")
@@ -21,23 +21,24 @@ func (b *browser) isSignedIn() bool {
 	return res.status == 200
 }
 
-// ageSession makes a browser's session older, as if nothing had happened for a while.
+// ageSession makes a browser's session older.
 func (b *browser) ageSession(created, seen time.Duration) {
 	b.p.t.Helper()
 	_, id, _ := strings.Cut(b.cookie, "=")
 	hash := sha256.Sum256([]byte(id))
-	res, err := b.p.instance.store.writeDB.ExecContext(b.p.t.Context(), `UPDATE sessions SET created_at = created_at - ?, seen_at = seen_at - ? WHERE hash = ?`,
+	res, err := b.p.instance.store.writeDB.ExecContext(b.p.t.Context(),
+		`UPDATE sessions SET created_at = created_at - ?, seen_at = seen_at - ? WHERE hash = ?`,
 		created.Milliseconds(), seen.Milliseconds(), hash[:])
 	if err != nil {
 		b.p.t.Fatal(err)
 	}
 	if n, _ := res.RowsAffected(); n != 1 {
-		b.p.t.Fatal("there is no such session")
+		b.p.t.Fatal("no such session")
 	}
 }
 
-// TestSessionsEnd (AD9): by signing out, here or everywhere, by time, with the
-// key and with its role.
+// TestSessionsEnd (AD9): sessions end by signing out, here or everywhere, by time, and with the key. A reduced role
+// takes effect immediately.
 func TestSessionsEnd(t *testing.T) {
 	t.Parallel()
 	const environment = "environment-key-Jx81LmQp04TzVb67wYcN"
@@ -45,30 +46,34 @@ func TestSessionsEnd(t *testing.T) {
 	p.secrets = append(p.secrets, environment)
 	a, other := p.signIn(p.adminKey), p.signIn(p.adminKey)
 	env := p.signIn(environment)
-	if res := a.post("/admin/sign-out", nil); res.status != 303 || !strings.Contains(res.header.Get("Set-Cookie"), "Max-Age=0") {
+	if res := a.post("/admin/sign-out", nil); res.status != 303 ||
+		!strings.Contains(res.header.Get("Set-Cookie"), "Max-Age=0") {
 		t.Errorf("sign out: %d %v", res.status, res.header)
 	}
 	if a.isSignedIn() || !other.isSignedIn() || !env.isSignedIn() {
-		t.Error("signing out ends one session, and that one")
+		t.Error("signing out must end exactly this session")
 	}
 	a = p.signIn(p.adminKey)
 	if other.post("/admin/sign-out-everywhere", nil); a.isSignedIn() || other.isSignedIn() || !env.isSignedIn() {
-		t.Error("signing out everywhere ends the key's sessions and no others")
+		t.Error("signing out everywhere must end all sessions of the key, and no others")
 	}
 	for name, c := range map[string]struct {
 		created, seen time.Duration
-		in            bool
+		valid         bool
 	}{
-		"fresh": {0, 0, true}, "used 29 minutes ago": {time.Hour, 29 * time.Minute, true}, "idle": {time.Hour, sessionIdleTimeout, false},
-		"nearly too old": {maxSessionAge - time.Minute, 0, true}, "too old, in use": {maxSessionAge, 0, false},
+		"fresh":               {0, 0, true},
+		"used 29 minutes ago": {time.Hour, 29 * time.Minute, true},
+		"idle":                {time.Hour, sessionIdleTimeout, false},
+		"nearly too old":      {maxSessionAge - time.Minute, 0, true},
+		"too old, in use":     {maxSessionAge, 0, false},
 	} {
 		b := p.signIn(p.adminKey)
-		if b.ageSession(c.created, c.seen); b.isSignedIn() != c.in {
-			t.Errorf("%s: in is %v", name, !c.in)
+		if b.ageSession(c.created, c.seen); b.isSignedIn() != c.valid {
+			t.Errorf("%s: signed in is %v", name, !c.valid)
 		}
 	}
 	b := p.signIn(p.adminKey)
-	for range 3 { // use keeps a session alive, up to its longest
+	for range 3 { // use keeps a session alive, up to its maximum age
 		if b.ageSession(29*time.Minute, 29*time.Minute); !b.isSignedIn() {
 			t.Error("a session in use ended")
 		}
@@ -85,10 +90,10 @@ func TestSessionsEnd(t *testing.T) {
 	}
 	p.manage("PATCH", "/manage/keys/"+id, `{"role":"viewer"}`, 200, nil)
 	if res := b.get("/admin/tokens/new"); res.status != 403 {
-		t.Errorf("a viewer since: %d", res.status)
+		t.Errorf("now a viewer: %d", res.status)
 	}
 	if p.manage("DELETE", "/manage/keys/"+id, "", 200, nil); b.isSignedIn() {
-		t.Error("the key is revoked, the session is not over")
+		t.Error("the session outlived its revoked key")
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -102,12 +107,11 @@ func TestSessionsEnd(t *testing.T) {
 	}
 	p.env["MANAGEMENT_TOKEN"] = environment + "2"
 	if p.start(); env.isSignedIn() {
-		t.Error("MANAGEMENT_TOKEN is another one, the session is not over")
+		t.Error("the session outlived a change of MANAGEMENT_TOKEN")
 	}
 }
 
-// TestSessionCookie (AD7, AD8): its attributes; a planted id is not taken over;
-// two cookies are none.
+// TestSessionCookie (AD7, AD8): the attributes of the cookie; a planted id is not adopted; two cookies count as none.
 func TestSessionCookie(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"PUBLIC_URL": "https://llm.example.test"})
@@ -118,15 +122,19 @@ func TestSessionCookie(t *testing.T) {
 		headers []string
 		want    string
 	}{
-		"plain HTTP":  {nil, "llm-proxy=; Path=/admin; HttpOnly; SameSite=Strict"},
-		"behind TLS":  {[]string{"Host", "llm.example.test"}, "__Host-llm-proxy=; Path=/; HttpOnly; Secure; SameSite=Strict"},
-		"planted":     {[]string{"Cookie", "llm-proxy=" + planted}, "llm-proxy=; Path=/admin; HttpOnly; SameSite=Strict"},
-		"planted TLS": {[]string{"Host", "llm.example.test", "Cookie", "__Host-llm-proxy=" + planted}, "__Host-llm-proxy=; Path=/; HttpOnly; Secure; SameSite=Strict"},
+		"plain HTTP": {nil, "llm-proxy=; Path=/admin; HttpOnly; SameSite=Strict"},
+		"behind TLS": {[]string{"Host", "llm.example.test"},
+			"__Host-llm-proxy=; Path=/; HttpOnly; Secure; SameSite=Strict"},
+		"planted": {[]string{"Cookie", "llm-proxy=" + planted},
+			"llm-proxy=; Path=/admin; HttpOnly; SameSite=Strict"},
+		"planted TLS": {[]string{"Host", "llm.example.test", "Cookie", "__Host-llm-proxy=" + planted},
+			"__Host-llm-proxy=; Path=/; HttpOnly; Secure; SameSite=Strict"},
 	} {
 		cookie := anonymous.post("/admin/sign-in", form, c.headers...).header.Get("Set-Cookie")
 		name0, rest, _ := strings.Cut(cookie, "=")
 		id, attributes, _ := strings.Cut(rest, ";")
-		if got := name0 + "=;" + attributes; got != c.want || len(id) != sessionIDLen || id == planted || strings.Contains(p.adminKey, id[:12]) {
+		if got := name0 + "=;" + attributes; got != c.want || len(id) != sessionIDLen || id == planted ||
+			strings.Contains(p.adminKey, id[:12]) {
 			t.Errorf("%s: %s", name, got)
 		}
 	}
@@ -135,14 +143,15 @@ func TestSessionCookie(t *testing.T) {
 	res := b.post("/admin/sign-in", form)
 	b.cookie, _, _ = strings.Cut(res.header.Get("Set-Cookie"), ";")
 	if before := (&browser{p, old}); before.isSignedIn() || !b.isSignedIn() || old == b.cookie {
-		t.Error("signing in anew must end the session before")
+		t.Error("signing in again must end the previous session")
 	}
 	for name, cookie := range map[string]string{
-		"two": b.cookie + "; " + b.cookie, "the other name": "__Host-" + b.cookie, "the management key": "llm-proxy=" + p.adminKey, "none": "llm-proxy=",
+		"two": b.cookie + "; " + b.cookie, "the other name": "__Host-" + b.cookie, "the management key": "llm-proxy=" +
+			p.adminKey, "none": "llm-proxy=",
 		"its hash": "llm-proxy=" + strings.Repeat("0", 43), "planted": "llm-proxy=" + planted,
 	} {
 		if (&browser{p, cookie}).isSignedIn() {
-			t.Errorf("%s: lets in", name)
+			t.Errorf("%s: opens the pages", name)
 		}
 	}
 	for _, header := range []string{"Authorization", "X-Api-Key"} {
@@ -157,8 +166,8 @@ func TestSessionCookie(t *testing.T) {
 	}
 }
 
-// TestSignInPage (AD10, AD11): wrong keys are slowed down, a right one never; and
-// it leads to our own pages alone.
+// TestSignInPage (AD10, AD11): wrong keys are throttled, a valid one never is; and signing in leads to our own pages
+// only.
 func TestSignInPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
@@ -168,7 +177,8 @@ func TestSignInPage(t *testing.T) {
 	}
 	for i := range maxAuthFailures {
 		res := try("wrong", "192.0.2.7")
-		if res.status != 401 || !strings.Contains(res.body, "This key is not valid") || !strings.Contains(res.body, `value="/admin/tokens"`) || strings.Contains(res.body, "wrong\"") {
+		if res.status != 401 || !strings.Contains(res.body, "This key is not valid") ||
+			!strings.Contains(res.body, `value="/admin/tokens"`) || strings.Contains(res.body, "wrong\"") {
 			t.Fatalf("attempt %d: %d %s", i, res.status, res.body)
 		}
 	}
@@ -185,38 +195,44 @@ func TestSignInPage(t *testing.T) {
 		}
 	}
 	if res := try(p.adminKey, "192.0.2.7"); res.status != 303 || res.header.Get("Location") != "/admin/tokens" {
-		t.Errorf("the right key: %d %v", res.status, res.header)
+		t.Errorf("the valid key: %d %v", res.status, res.header)
 	}
-	for next, want := range map[string]string{
-		"": "/admin/", "/admin/tokens?state=active&name=a%20b": "/admin/tokens?state=active&name=a%20b", "//evil.test": "/admin/", "https://evil.test/admin/": "/admin/",
-		"javascript:alert(1)": "/admin/", `/\evil.test`: "/admin/", `/admin/\evil`: "/admin/", "/admin/../v1": "/admin/", "/admin//evil.test": "/admin/", "admin/x": "/admin/",
-		"/manage/projects": "/admin/", "/admin/x\r\nSet-Cookie: a=b": "/admin/", "/admin/sign-in": "/admin/", "http:/admin/x": "/admin/", "///admin/": "/admin/", "/admin/%2e%2e/x": "/admin/",
-	} {
+	const local = "/admin/tokens?state=active&name=a%20b"
+	elsewhere := []string{"", "//evil.test", "https://evil.test/admin/", "javascript:alert(1)", `/\evil.test`,
+		`/admin/\evil`, "/admin/../v1", "/admin//evil.test", "admin/x", "/manage/projects",
+		"/admin/x\r\nSet-Cookie: a=b", "/admin/sign-in", "http:/admin/x", "///admin/", "/admin/%2e%2e/x"}
+	for _, next := range append(elsewhere, local) {
+		want := "/admin/"
+		if next == local {
+			want = local
+		}
 		res := b.post("/admin/sign-in", url.Values{"key": {p.adminKey}, "next": {next}})
 		if res.status != http.StatusSeeOther || res.header.Get("Location") != want {
 			t.Errorf("next=%q leads to %q", next, res.header.Get("Location"))
 		}
 	}
-	if res := p.do("GET", "/admin/tokens?state=active&x=%0d", ""); res.header.Get("Location") != "/admin/sign-in?next=%2Fadmin%2Ftokens%3Fstate%3Dactive%26x%3D%250d" {
+	if res := p.do("GET", "/admin/tokens?state=active&x=%0d",
+		""); res.header.Get("Location") != "/admin/sign-in?next=%2Fadmin%2Ftokens%3Fstate%3Dactive%26x%3D%250d" {
 		t.Errorf("before signing in: %d %v", res.status, res.header)
 	}
 	if res := p.do("GET", "/admin/sign-in", "", "Host", "10.1.2.3"); !strings.Contains(res.body, "not encrypted") {
-		t.Error("nobody is warned of plain HTTP")
+		t.Error("the page does not warn of plain HTTP")
 	}
 	b = p.signIn(p.adminKey)
 	for range 2 * maxSessions {
 		p.signIn(p.adminKey)
 	}
 	var n int
-	if err := p.instance.store.readDB.QueryRowContext(t.Context(), `SELECT count(*) FROM sessions`).Scan(&n); err != nil || n > maxSessions {
-		t.Errorf("%d sessions of one key, %v", n, err)
+	if err := p.instance.store.readDB.QueryRowContext(t.Context(),
+		`SELECT count(*) FROM sessions`).Scan(&n); err != nil || n > maxSessions {
+		t.Errorf("%d sessions of one key: %v", n, err)
 	}
 	if b.isSignedIn() {
-		t.Error("the oldest session outlived those that are too many")
+		t.Error("the oldest session did not end")
 	}
 }
 
-// TestSessionsDoNotComeBack: a backup brings no session back to life.
+// TestSessionsDoNotComeBack: restoring a backup revives no session.
 func TestSessionsDoNotComeBack(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -233,15 +249,14 @@ func TestSessionsDoNotComeBack(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	if p.start(); b.isSignedIn() {
-		t.Error("who signed out is in again")
+		t.Error("a session that was signed out is valid again")
 	}
 	if !p.signIn(p.adminKey).isSignedIn() {
-		t.Error("nobody can sign in any more")
+		t.Error("signing in fails")
 	}
 }
 
-// TestSessionOverTLS (AD8): where the proxy serves https itself, its cookie is
-// for https alone.
+// TestSessionOverTLS (AD8): if the proxy serves https itself, its cookie is for https only.
 func TestSessionOverTLS(t *testing.T) {
 	t.Parallel()
 	cert, key := testCertificate(t, t.TempDir(), time.Hour)
@@ -251,7 +266,7 @@ func TestSessionOverTLS(t *testing.T) {
 		t.Errorf("the cookie is %s", clip(b.cookie, 20))
 	}
 	if (&browser{p, strings.TrimPrefix(b.cookie, "__Host-")}).isSignedIn() {
-		t.Error("a cookie that plain HTTP may have set is believed")
+		t.Error("a cookie that plain HTTP may have set is accepted")
 	}
 	if res := b.get("/admin/projects"); res.header.Get("Referrer-Policy") != "no-referrer" {
 		t.Errorf("got %v", res.header)

@@ -1,0 +1,526 @@
+// Tests of the forms of the pages: an administrator's whole journey, unchanged forms, mistakes, lost updates and the
+// list of tokens.
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"html"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// parseForm returns the fields of the first POST form of a page, except the sign-out, as a browser would send them.
+func parseForm(t *testing.T, page string) url.Values {
+	t.Helper()
+	out := url.Values{}
+	_, rest, _ := strings.Cut(page, "<main")
+	_, rest, ok := strings.Cut(rest, `method="post"`)
+	body, _, _ := strings.Cut(rest, "</form>")
+	if !ok {
+		t.Fatalf("no form in %s", page)
+	}
+	fields := regexp.MustCompile(`(?s)<(input)([^>]*)>()|<(select|textarea)([^>]*)>(.*?)</`)
+	for _, m := range fields.FindAllStringSubmatch(strings.ReplaceAll(body, "</option>", ""), -1) {
+		if m[1] == "" {
+			m = m[3:]
+		}
+		attr := func(name string) (string, bool) {
+			v := regexp.MustCompile(` ` + name + `(?:="([^"]*)")?[ >]`).FindStringSubmatch(m[2] + " ")
+			if v == nil {
+				return "", false
+			}
+			return html.UnescapeString(v[1]), true
+		}
+		name, _ := attr("name")
+		value, _ := attr("value")
+		switch kind, _ := attr("type"); {
+		case m[1] == "textarea":
+			value = html.UnescapeString(strings.TrimPrefix(m[3], "\n"))
+		case m[1] == "select":
+			chosen := regexp.MustCompile(`<option value="([^"]*)" selected`).FindStringSubmatch(m[3])
+			if chosen == nil {
+				chosen = regexp.MustCompile(`<option value="([^"]*)"`).FindStringSubmatch(m[3])
+			}
+			value = html.UnescapeString(chosen[1])
+		case kind == "checkbox":
+			if _, on := attr("checked"); !on {
+				continue
+			}
+			if value == "" {
+				value = "on"
+			}
+		}
+		out.Set(name, value)
+	}
+	return out
+}
+
+// TestAdminJourney: the pages alone are enough to create a project with limits and a token, and to use, rotate and
+// revoke it.
+func TestAdminJourney(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	form := parseForm(t, b.get("/admin/projects/new").body)
+	form.Set("name", "From a page")
+	form.Set("api_key", p.provider.key)
+	form.Set("base_url", p.provider.url)
+	form.Set("policy.models", "gpt-4o-mini\r\nclaude-*\r\n\r\n")
+	form.Set("policy.addresses", "127.0.0.1")
+	form.Set("policy.limits[1].max", "1,000")
+	form.Set("policy.limits[1].count", "tokens")
+	form.Set("policy.limits[1].per", "day")
+	res := b.post("/admin/projects/new", form)
+	here, _, _ := strings.Cut(res.header.Get("Location"), "?")
+	if res.status != 303 || !strings.HasPrefix(here, "/admin/projects/proj_") {
+		t.Fatalf("got %d %v %s", res.status, res.header, res.body)
+	}
+	var project projectReply
+	p.manage("GET", "/manage"+strings.TrimPrefix(here, "/admin"), "", 200, &project)
+	want := `{"models":["gpt-4o-mini","claude-*"],"addresses":["127.0.0.1/32"],` +
+		`"limits":[{"count":"tokens","max":1000,"per":"day"}]}`
+	if string(project.Policy) != want || !project.IsActive {
+		t.Errorf("the policy is %s", project.Policy)
+	}
+	page := b.get(here).body
+	for _, want := range []string{"From a page", "0 of 1,000", "•••• " + p.provider.key[len(p.provider.key)-4:],
+		"gpt-4o-mini, claude-*"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("%q is not on the page", want)
+		}
+	}
+
+	form = parseForm(t, b.get("/admin/tokens/new?project_id="+project.ID).body)
+	if form.Get("project_id") != project.ID || form.Get("lifetime") != "720" {
+		t.Errorf("the form starts with %v", form)
+	}
+	form.Set("name", "app")
+	res = b.post("/admin/tokens/new", form)
+	token := regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body)
+	if res.status != 200 || token == "" || strings.Count(res.body, token) != 5 || len(checkHTML(res.body)) > 0 {
+		t.Fatalf("got %d %s %v", res.status, res.body, checkHTML(res.body))
+	}
+	p.secrets = append(p.secrets, token)
+	// AD20
+	if again := b.post("/admin/tokens/new", form); again.status != 409 || strings.Contains(again.body, "sk-llmp_") {
+		t.Errorf("reloaded: %d %s", again.status, again.body)
+	}
+	if res := p.chatAs(token); res.status != 200 {
+		t.Errorf("the token: %d %s", res.status, res.body)
+	}
+	p.waitSettled()
+	id := "tok_" + token[len(tokenPrefix):][:publicLen]
+	if page := b.get("/admin/tokens/" + id).body; !strings.Contains(page, "POST /v1/chat/completions") ||
+		!strings.Contains(page, "active") || strings.Contains(page, token) {
+		t.Errorf("the token's page: %s", page)
+	}
+	if calls := b.get("/admin/requests?token=" + id).body; strings.Count(calls, `href="/admin/requests/req_`) != 1 ||
+		!strings.Contains(b.get("/admin/tokens/"+id).body, `"/admin/requests?token=`+id+`"`) {
+		t.Errorf("the token's calls: %s", calls)
+	}
+	if page := b.get(here).body; !strings.Contains(page, "12 of 1,000") {
+		t.Errorf("the project's page does not show the usage: %s", page)
+	}
+	res = b.post("/admin/tokens/"+id+"/rotate", parseForm(t, b.get("/admin/tokens/"+id+"/rotate").body))
+	rotated := regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body)
+	p.secrets = append(p.secrets, rotated)
+	if res.status != 200 || rotated == token || p.chatAs(rotated).status != 200 || p.chatAs(token).status != 200 {
+		t.Errorf("rotated: %d %s", res.status, res.body)
+	}
+	if res := b.post("/admin/tokens/"+id+"/revoke", nil); res.status != 303 || p.chatAs(rotated).status != 401 ||
+		p.chatAs(token).status != 401 {
+		t.Errorf("revoked: %d", res.status)
+	}
+	if res := b.post("/admin/tokens/"+id+"/edit", url.Values{"name": {"x"}}); res.status != 400 ||
+		!strings.Contains(res.body, "is revoked") {
+		t.Errorf("edited after revocation: %d %s", res.status, res.body)
+	}
+	if res := b.post(here+"/deactivate", nil); res.status != 303 || !strings.Contains(b.get(here).body, "inactive") {
+		t.Errorf("deactivated: %d", res.status)
+	}
+	if res := b.post(here+"/delete", nil); res.status != 303 || b.get(here).status != 404 {
+		t.Errorf("deleted: %d", res.status)
+	}
+}
+
+// A projectReply is a project as /manage returns it.
+type projectReply struct {
+	ID, Name  string
+	IsActive  bool `json:"is_active"`
+	Policy    json.RawMessage
+	Routing   json.RawMessage
+	Version   int64
+	Upstreams []struct {
+		ID, Name, Note string
+		BaseURL        string `json:"base_url"`
+		KeyHint        string `json:"key_hint"`
+		Models         []string
+		SharedWith     []string `json:"shared_with"`
+		Rewrite        map[string]string
+		IsActive       bool  `json:"is_active"`
+		Requests       int64 `json:"requests_per_minute"`
+		Priority       int64
+	}
+}
+
+// TestAdminFormsKeepWhatIsStored: a form that is submitted unchanged changes nothing, whatever the policy.
+func TestAdminFormsKeepWhatIsStored(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	for _, body := range []string{`{}`, `{"models":[]}`,
+		`{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true,"keep_content_days":3}`,
+		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},` +
+			`{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
+		p.manage("PATCH", "/manage/projects/"+p.project,
+			`{"policy":`+body+`,
+			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true}}`, 200, nil)
+		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
+			`{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours",
+			"requests_per_minute":7,"connect_ms":700,"answer_ms":90000,"priority":3,
+			"shared_with":["`+other.ID+`"]}`, 200, nil)
+		read := func() (v projectReply) {
+			p.manage("GET", "/manage/projects/"+p.project, "", 200, &v)
+			v.Version = 0
+			return v
+		}
+		before := read()
+		for _, path := range []string{"/admin/projects/" + p.project + "/edit", "/admin/projects/" + p.project +
+			"/upstreams/" + p.upstream + "/edit"} {
+			if res := b.post(path, parseForm(t, b.get(path).body)); res.status != 303 {
+				t.Fatalf("%s: %d %s", path, res.status, res.body)
+			}
+		}
+		if after := read(); fmt.Sprintf("%+v", after) != fmt.Sprintf("%+v", before) {
+			t.Errorf("%s\nbefore %+v\nafter  %+v", body, before, after)
+		}
+		if body == `{}` {
+			continue
+		}
+		policy := strings.Replace(body, `,"stateful":true,"keep_content_days":3`, "", 1)
+		id, token := p.newToken(`"name":"keeps","expires_at":"2099-01-31T10:20:30.456Z",
+			"idle_expiry_minutes":61,"max_requests":5,"policy":` + policy)
+		p.secrets = append(p.secrets, token)
+		was := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body
+		if res := b.post("/admin/tokens/"+id+"/edit",
+			parseForm(t, b.get("/admin/tokens/"+id+"/edit").body)); res.status != 303 {
+			t.Fatalf("%d %s", res.status, res.body)
+		}
+		volatile := regexp.MustCompile(`"(version|updated_at)":[^,]*,`)
+		if is := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body; volatile.ReplaceAllString(is,
+			"") != volatile.ReplaceAllString(was, "") {
+			t.Errorf("before %s\nafter  %s", was, is)
+		}
+	}
+}
+
+// TestAdminMistakes: a refused form shows the error beside its field, keeps the input, and changes nothing.
+func TestAdminMistakes(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.manage("POST", "/manage/projects", `{"name":"taken"}`, 201, nil)
+	project := "/admin/projects/" + p.project + "/edit"
+	upstream := "/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit"
+	keyID, _ := p.newKey("k", "viewer")
+	newProject, newToken := "/admin/projects/new", "/admin/tokens/new"
+	token := "/admin/tokens/" + p.tokenID
+	for _, c := range []struct{ path, name, value, field, says string }{
+		{path: newProject, name: "name", value: "", says: "must have 1 to 100 bytes"},
+		{path: newProject, name: "name", value: "taken", says: "is already taken"},
+		{path: newProject, name: "base_url", value: "https://x.test", field: "api_key", says: "is needed"},
+		{path: newProject, name: "provider", value: "azure", field: "api_key", says: "is needed"},
+		{path: newProject, name: "policy.models", value: "a*b", says: "only at the end"},
+		{path: newProject, name: "policy.endpoints", value: "chat", says: "must name endpoints"},
+		{path: newProject, name: "policy.addresses", value: "10.0.0.1/8", says: "10.0.0.1/8 is none"},
+		{path: newProject, name: "policy.limits[1].max", value: "many", field: "policy.limits[0].max",
+			says: "must be a whole number"},
+		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be a whole number"},
+		{path: project, name: "routing.fallbacks", value: "gpt", says: "must have lines"},
+		{path: project, name: "routing.fallbacks", value: "gpt = a b", says: "must be a model"},
+		{path: upstream, name: "api_key", value: "sk-****", says: "masked"},
+		{path: upstream, name: "base_url", value: "https://elsewhere.test", field: "api_key",
+			says: "must be given again"},
+		{path: upstream, name: "priority", value: "x", says: "must be a whole number"},
+		{path: upstream, name: "rewrite", value: "a", says: "must have lines"},
+		{path: upstream, name: "connect_ms", value: "10001", says: "must be 0 or from 100 to 10000"},
+		{path: upstream, name: "answer_ms", value: "1", says: "must be 0 or from 100"},
+		{path: newToken, name: "expires_at", value: "2001-01-01T00:00", says: "must be in the future"},
+		{path: newToken, name: "max_requests", value: "ten", says: "must be a whole number"},
+		{path: newToken, name: "project_id", value: "proj_none", says: "does not exist"},
+		{path: newToken, name: "policy.models", value: "a*b", says: "only at the end"},
+		{path: token + "/edit", name: "name", value: " x", says: "white space"},
+		{path: token + "/rotate", name: "overlap_minutes", value: "-1", says: "must be from 0"},
+		{path: "/admin/keys/new", name: "role", value: "god", says: "must be viewer"},
+		{path: "/admin/keys/" + keyID + "/edit", name: "expires_at", value: "soon", says: "must be a time"},
+		{path: "/admin/prices/new", name: "match", value: "", says: "must be a model"},
+		{path: "/admin/prices/new", name: "input", value: "-5", says: "must be dollars"},
+	} {
+		c.field = cmp.Or(c.field, c.name)
+		form := parseForm(t, b.get(c.path).body)
+		for name, v := range map[string]string{"name": "fine", "match": "some-model", "output": "1"} {
+			if form.Has(name) && form.Get(name) == "" {
+				form.Set(name, v)
+			}
+		}
+		if c.name == "expires_at" && c.path == newToken {
+			form.Set("lifetime", "")
+		}
+		form.Set(c.name, c.value)
+		before := p.managedDigest()
+		res := b.post(c.path, form)
+		_, after, _ := strings.Cut(res.body, `name="`+c.field+`"`)
+		if len(after) > 1500 {
+			after = after[:1500]
+		}
+		if res.status != 400 || !strings.Contains(html.UnescapeString(after), c.says) || len(checkHTML(res.body)) > 0 ||
+			!strings.Contains(res.body, `aria-invalid="true"`) {
+			t.Errorf("%s with %s=%q: %d, beside %s is %s %v", c.path, c.name, c.value, res.status, c.field, after,
+				checkHTML(res.body))
+		}
+		again := parseForm(t, res.body)
+		for name := range form {
+			if name == "once" || name == "api_key" || strings.HasPrefix(name, "policy.limits[") {
+				continue
+			}
+			if again.Get(name) != strings.TrimSuffix(form.Get(name), "\n") && again.Get(name) != form.Get(name) &&
+				!(name == "role" || name == "project_id" || name == "overlap_minutes") {
+				t.Errorf("%s with %s=%q: %s was %q and is now %q", c.path, c.name, c.value, name, form.Get(name),
+					again.Get(name))
+			}
+		}
+		if p.managedDigest() != before {
+			t.Errorf("%s with %s=%q changed something", c.path, c.name, c.value)
+		}
+	}
+}
+
+// TestAdminLostUpdate (AD14): a form that was opened before someone else's change is refused.
+func TestAdminLostUpdate(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	for path, change := range map[string]string{
+		"/admin/projects/" + p.project + "/edit": "/manage/projects/" + p.project, "/admin/tokens/" + p.tokenID +
+			"/edit": "/manage/tokens/" + p.tokenID,
+		"/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit": "/manage/projects/" + p.project +
+			"/upstreams/" + p.upstream,
+	} {
+		form := parseForm(t, b.get(path).body)
+		p.manage("PATCH", change, `{"name":"theirs"}`, 200, nil)
+		form.Set("name", "mine")
+		res := b.post(path, form)
+		if again := parseForm(t, res.body); res.status != 409 ||
+			!strings.Contains(res.body, "Someone else changed this") || again.Get("name") != "mine" ||
+			again.Get("version") != form.Get("version") {
+			t.Errorf("%s: got %d %s", path, res.status, res.body)
+		}
+		if res := p.manageAs(p.adminKey, "GET", change, ""); !strings.Contains(res.body, "theirs") {
+			t.Errorf("%s: overwritten: %s", path, res.body)
+		}
+	}
+}
+
+// TestAdminKeysAndBulk: keys are created and revoked, except one's own; several tokens are revoked together after a
+// confirmation.
+func TestAdminKeysAndBulk(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	form := parseForm(t, b.get("/admin/keys/new").body)
+	form.Set("name", "Grace")
+	form.Set("role", "operator")
+	res := b.post("/admin/keys/new", form)
+	key := regexp.MustCompile(`llmpm_\w+`).FindString(res.body)
+	p.secrets = append(p.secrets, key)
+	if res.status != 200 || key == "" {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if again := b.post("/admin/keys/new", form); again.status != 409 || strings.Contains(again.body, "llmpm_") {
+		t.Errorf("reloaded: %d", again.status)
+	}
+	grace := p.signIn(key)
+	own := regexp.MustCompile(`key_\w+`).FindString(b.get("/admin/account").body)
+	if res := b.post("/admin/keys/"+own+"/revoke", nil); res.status != 400 || !b.isSignedIn() {
+		t.Errorf("revoking one's own key: %d %s", res.status, res.body)
+	}
+	var ids []string
+	for range 3 {
+		id, _ := p.newToken(`"name":"many"`)
+		ids = append(ids, id)
+	}
+	before := p.managedDigest()
+	res = grace.post("/admin/tokens/revoke", url.Values{"id": ids})
+	if res.status != 200 || p.managedDigest() != before || strings.Count(res.body, "many (tok_") != 3 ||
+		len(checkHTML(res.body)) > 0 {
+		t.Errorf("before the confirmation: %d %s", res.status, res.body)
+	}
+	if res := grace.post("/admin/tokens/revoke", url.Values{"id": ids, "sure": {"yes"}}); res.status != 303 {
+		t.Errorf("confirmed: %d %s", res.status, res.body)
+	}
+	for _, id := range ids {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, ""); !strings.Contains(res.body,
+			`"is_active":false`) {
+			t.Errorf("%s is still active", id)
+		}
+	}
+	if res := grace.post("/admin/tokens/revoke",
+		nil); res.header.Get("Location") != "/admin/tokens?done=none-selected" {
+		t.Errorf("none selected: %d %v", res.status, res.header)
+	}
+	if res := b.post("/admin/keys/key_"+key[len(manageKeyPrefix):][:publicLen]+"/revoke", nil); res.status != 303 ||
+		grace.isSignedIn() {
+		t.Errorf("revoking a key: %d", res.status)
+	}
+}
+
+// TestAdminTokenList: each filter with each order lists exactly the matching tokens, over all pages.
+func TestAdminTokenList(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	now, in := time.Now().UnixMilli(), p.instance.store
+	for i := range 130 {
+		project := p.project
+		if i%3 == 0 {
+			project = other.ID
+		}
+		row := &tokenRow{id: fmt.Sprintf("tok_n%03d", i), projectID: project, name: fmt.Sprintf("n%02d", i%40),
+			hash: fmt.Appendf(nil, "%032d", i), policy: "{}", createdAt: now, updatedAt: now}
+		switch i % 5 {
+		case 0:
+			row.expiresAt = new(now - int64(i+1)*1000)
+		case 1:
+			row.expiresAt = new(now + dayMS + int64(i))
+		case 2:
+			row.expiresAt = new(now + 30*dayMS)
+		}
+		if err := in.addToken(t.Context(), systemOrigin(time.Now()), row); err != nil {
+			t.Fatal(err)
+		}
+		if i%7 == 0 {
+			p.manage("DELETE", "/manage/tokens/"+row.id, "", 200, nil)
+		}
+	}
+	is := func(i int, state string) bool {
+		revoked := i%7 == 0
+		switch state {
+		case "active":
+			return !revoked && i%5 != 0
+		case "expiring":
+			return !revoked && i%5 == 1
+		case "expired":
+			return !revoked && i%5 == 0
+		case "revoked":
+			return revoked
+		}
+		return true
+	}
+	link := regexp.MustCompile(`class="name" href="/admin/tokens/(tok_n\d+)"`)
+	next := regexp.MustCompile(`href="(/admin/tokens\?[^"]*after=[^"]*)"`)
+	for _, state := range tokenStates() {
+		for _, order := range tokenOrders() {
+			for _, project := range []string{"", other.ID} {
+				for _, name := range []string{"", "n1"} {
+					var got []string
+					path := "/admin/tokens?" +
+						url.Values{"state": {state.Value}, "order": {order.Value}, "project_id": {project},
+							"name": {name}}.Encode()
+					for range 9 {
+						res := b.get(path)
+						if res.status != 200 || len(checkHTML(res.body)) > 0 {
+							t.Fatalf("%s: %d %v", path, res.status, checkHTML(res.body))
+						}
+						for _, m := range link.FindAllStringSubmatch(res.body, -1) {
+							got = append(got, m[1])
+						}
+						m := next.FindStringSubmatch(res.body)
+						if m == nil {
+							break
+						}
+						path = html.UnescapeString(m[1])
+					}
+					var want []string
+					for i := range 130 {
+						if is(i, state.Value) &&
+							!(order.Value == "ends" && state.Value != "revoked" && name == "" && is(i, "revoked")) &&
+							(project == "" || i%3 == 0) && strings.HasPrefix(fmt.Sprintf("n%02d", i%40), name) {
+							want = append(want, fmt.Sprintf("tok_n%03d", i))
+						}
+					}
+					if order.Value == "" && state.Value == "" && name == "" &&
+						!slices.IsSortedFunc(got, func(a, b string) int { return strings.Compare(b, a) }) {
+						t.Errorf("not newest first: %v", got)
+					}
+					if order.Value == "oldest" && name == "" && !slices.IsSorted(got) {
+						t.Errorf("not oldest first: %v", got)
+					}
+					slices.Sort(got)
+					if !slices.Equal(got, want) {
+						t.Errorf("state %q order %q project %q name %q:\ngot  %v\nwant %v", state.Value, order.Value,
+							project, name, got, want)
+					}
+				}
+			}
+		}
+	}
+	// AD15
+	for _, query := range []string{"state=;drop", "order=x", "after=x", "after=-1.", "after=zzzzzzzzzzzzzzzz.",
+		"order=ends&after=5.!", "name=" + strings.Repeat("x", 101), "state=active&state=active"} {
+		if res := b.get("/admin/tokens?" + query); res.status != 400 {
+			t.Errorf("%s: got %d", query, res.status)
+		}
+	}
+	for _, name := range []string{"%", "_", "n__", "*", "'", `\`} {
+		if res := b.get("/admin/tokens?name=" + url.QueryEscape(name)); res.status != 200 ||
+			link.MatchString(res.body) {
+			t.Errorf("%q: got %d %s", name, res.status, res.body)
+		}
+	}
+	if res := b.get("/admin/tokens?name=tok_n007"); res.header.Get("Location") != "/admin/tokens/tok_n007" {
+		t.Errorf("an id: %d %v", res.status, res.header)
+	}
+}
+
+// TestAdminContent: stored content is shown to admins only, after a POST, and can be deleted.
+func TestAdminContent(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.chat()
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":2}}`, 200, nil)
+	p.chat(`"user":"<script>"`)
+	rows := p.ledger()
+	if res := b.post("/admin/requests/"+rows[0].ID+"/content", nil); res.status != 404 {
+		t.Errorf("a call without content: %d %s", res.status, res.body)
+	}
+	path := "/admin/requests/" + rows[1].ID + "/content"
+	res := b.post(path, nil)
+	if res.status != 200 || !strings.Contains(res.body, promptCanary) || strings.Contains(res.body, "<script>") ||
+		len(checkHTML(res.body)) > 0 {
+		t.Errorf("got %d %v %s", res.status, checkHTML(res.body), res.body)
+	}
+	if res := b.get(path); res.status != 405 {
+		t.Errorf("by GET: %d", res.status)
+	}
+	_, key := p.newKey("o", "operator")
+	if res := p.signIn(key).post(path, nil); res.status != 403 {
+		t.Errorf("an operator: %d", res.status)
+	}
+	if res := b.post("/admin/projects/"+p.project+"/erase", nil); res.status != 303 || b.post(path, nil).status != 404 {
+		t.Errorf("erased: %d", res.status)
+	}
+	if page := b.get("/admin/audit?object=" + rows[1].ID).body; !strings.Contains(page, "reveal") {
+		t.Errorf("the audit trail does not record the view: %s", page)
+	}
+}
