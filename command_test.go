@@ -855,8 +855,8 @@ func newRestoreTest(t *testing.T) *restoreTest {
 	return r
 }
 
-// TestRestoreChoices (UP7): restoring a backup from before a revocation changes nothing until the operator
-// chooses what happens to what was revoked since.
+// TestRestoreChoices (UP7): restoring a backup from before a revocation changes nothing until the
+// operator chooses what happens to what was revoked since.
 func TestRestoreChoices(t *testing.T) {
 	t.Parallel()
 	r := newRestoreTest(t)

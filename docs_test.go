@@ -80,8 +80,10 @@ func TestAuditDocNamesActions(t *testing.T) {
 		t.Fatal(err)
 	}
 	spec := readSpec(t)
-	described, _ := spec.at(spec.root, "components", "schemas", "AuditEntry", "properties", "action")["description"].(string)
-	actions := []string{actionAuditBegin, actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut, actionExport, actionReveal}
+	described, _ := spec.at(spec.root, "components", "schemas", "AuditEntry", "properties",
+		"action")["description"].(string)
+	actions := []string{actionAuditBegin, actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut,
+		actionExport, actionReveal}
 	for _, m := range mutations(nil) {
 		actions = append(actions, m.action)
 	}
@@ -90,7 +92,8 @@ func TestAuditDocNamesActions(t *testing.T) {
 			t.Errorf("docs/audit.md does not have the action %s", a)
 		}
 		thing, verb, _ := strings.Cut(a, ".")
-		if _, list, ok := strings.Cut(described, " "+thing); !ok || !strings.Contains(strings.SplitN(list, ";", 2)[0], verb) {
+		if _, list, ok := strings.Cut(described, " "+thing); !ok ||
+			!strings.Contains(strings.SplitN(list, ";", 2)[0], verb) {
 			t.Errorf("openapi.yaml does not have the action %s", a)
 		}
 	}

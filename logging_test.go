@@ -21,7 +21,8 @@ func (p *testProxy) logLines() []map[string]any {
 	var out []map[string]any
 	for line := range bytes.Lines(p.log.bytes()) {
 		var m map[string]any
-		if err := json.Unmarshal(line, &m); err != nil || m["level"] == nil || m["msg"] == nil || len(line) > 4<<10 || bytes.ContainsAny(bytes.TrimSuffix(line, []byte("\n")), "\x00\x1b\r\n") {
+		if err := json.Unmarshal(line, &m); err != nil || m["level"] == nil || m["msg"] == nil || len(line) > 4<<10 ||
+			bytes.ContainsAny(bytes.TrimSuffix(line, []byte("\n")), "\x00\x1b\r\n") {
 			p.t.Errorf("%d bytes are no line of a log: %.300q, %v", len(line), line, err)
 		}
 		out = append(out, m)
@@ -42,7 +43,8 @@ func TestLinesStayLines(t *testing.T) {
 	for _, s := range hostileText {
 		header := strings.Map(func(r rune) rune { return max(r, ' ') }, s)
 		model, _ := json.Marshal(s)
-		p.post("/v1/chat/completions", "application/json", `{"model":`+string(model)+`,"messages":[]}`, "User-Agent", header, "X-Request-Id", header, "X-Client-Request-Id", header)
+		p.post("/v1/chat/completions", "application/json", `{"model":`+string(model)+`,"messages":[]}`, "User-Agent",
+			header, "X-Request-Id", header, "X-Client-Request-Id", header)
 		p.do("GET", "/"+urlEscape(clip(s, 500)), "", "User-Agent", header)
 		p.do("GET", "/v1/models/"+urlEscape(clip(s, 500)), "", "Authorization", "Bearer "+p.token)
 		p.do("GET", "/v1/models?"+urlEscape(clip(s, 500))+"=1", "", "Authorization", "Bearer "+p.token)
@@ -50,13 +52,19 @@ func TestLinesStayLines(t *testing.T) {
 		p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`","name":`+string(model)+`}`)
 		p.sendRaw("GET /" + s + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 500 %s\r\nX-Request-Id: %s\r\nContent-Type: %s\r\nContent-Length: 2\r\n\r\n{}", s, s, s)
+			fmt.Fprintf(c, "HTTP/1.1 500 %s\r\nX-Request-Id: %s\r\nContent-Type: %s\r\nContent-Length: 2\r\n\r\n{}", s,
+				s, s)
 			return false
 		})
 		p.chat()
-		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { fmt.Fprintf(c, "%s\r\n\r\n", s); return false })
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			fmt.Fprintf(c, "%s\r\n\r\n",
+				s)
+			return false
+		})
 		p.chat()
-		body, _ := json.Marshal(map[string]any{"model": s, "usage": map[string]int{"prompt_tokens": 1, "completion_tokens": 1}, "error": s})
+		body, _ := json.Marshal(map[string]any{"model": s,
+			"usage": map[string]int{"prompt_tokens": 1, "completion_tokens": 1}, "error": s})
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, string(body)) })
 		p.chat()
 	}
@@ -77,15 +85,18 @@ func TestOwnRequestID(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, chatResponseBody) })
-	a := p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-Request-Id", "mine", "X-Request-Id", "mine2", "Request-Id", "mine3", "X-Llm-Proxy-Request-Id", "mine4")
+	a := p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-Request-Id", "mine", "X-Request-Id", "mine2",
+		"Request-Id", "mine3", "X-Llm-Proxy-Request-Id", "mine4")
 	id := a.header.Get("X-Llm-Proxy-Request-Id")
-	if parseRequestID(id) == 0 || len(a.header["X-Llm-Proxy-Request-Id"]) != 1 || a.header.Get("X-Request-Id") != id || strings.Contains(p.provider.lastRequest(t).head, "mine") {
+	if parseRequestID(id) == 0 || len(a.header["X-Llm-Proxy-Request-Id"]) != 1 || a.header.Get("X-Request-Id") != id ||
+		strings.Contains(p.provider.lastRequest(t).head, "mine") {
 		t.Errorf("got %v", a.header)
 	}
 	if row := p.lastCall(); row.ID != id {
 		t.Errorf("the ledger has %s, the client got %s", row.ID, id)
 	}
-	if !bytes.Contains(p.log.bytes(), []byte(`"request_id":"`+id+`"`)) || bytes.Contains(p.log.bytes(), []byte("mine")) {
+	if !bytes.Contains(p.log.bytes(), []byte(`"request_id":"`+id+`"`)) ||
+		bytes.Contains(p.log.bytes(), []byte("mine")) {
 		t.Error("the log has another id")
 	}
 }
@@ -168,7 +179,8 @@ func (w *stuckWriter) Write(b []byte) (int, error) {
 // TestLineIsSlogs: the line of a call is what slog would have written.
 func TestLineIsSlogs(t *testing.T) {
 	t.Parallel()
-	texts := []string{"", "gpt-4o", "two words", "a=b", `say "hi" \ <&>`, "line\nfeed\t\x00\x1b[0m", "\xff\xfe broken", "größe 日本 \u2028 \u00a0", "x\u0301\U0001f600"}
+	texts := []string{"", "gpt-4o", "two words", "a=b", `say "hi" \ <&>`, "line\nfeed\t\x00\x1b[0m", "\xff\xfe broken",
+		"größe 日本 \u2028 \u00a0", "x\u0301\U0001f600"}
 	at := time.Date(2026, 11, 25, 17, 0, 5, 120_000_000, time.FixedZone("", 3600))
 	for _, text := range []bool{false, true} {
 		for _, level := range []slog.Level{slog.LevelInfo, slog.LevelError} {
@@ -208,7 +220,8 @@ func TestStuckLogBlocksNobody(t *testing.T) {
 	close(w.release)
 	waitFor(t, "the backlog", func() bool { return bytes.Contains(w.bytes(), []byte("dropped")) })
 	sink.close()
-	if out := w.bytes(); bytes.Count(out, []byte("x\n")) != maxLogBacklog/len(line)+1 || !bytes.Contains(out, fmt.Appendf(nil, `"lines":%d}`, extra)) {
+	if out := w.bytes(); bytes.Count(out, []byte("x\n")) != maxLogBacklog/len(line)+1 ||
+		!bytes.Contains(out, fmt.Appendf(nil, `"lines":%d}`, extra)) {
 		t.Errorf("%d bytes came out, ending with %.200q", len(out), out[max(0, len(out)-200):])
 	}
 	_, _ = sink.Write(line) // after close: dropped, no panic
@@ -224,7 +237,8 @@ func TestNoNoiseFromNetHTTP(t *testing.T) {
 	q.Printf("http: panic serving 127.0.0.1:1: boom\ngoroutine 1 [running]:")
 	p := &testProxy{t: t, log: &out}
 	lines := p.logLines()
-	if len(lines) != 2 || lines[0]["level"] != "DEBUG" || len(lines[0]["note"].(string)) > 520 || lines[1]["level"] != "ERROR" {
+	if len(lines) != 2 || lines[0]["level"] != "DEBUG" || len(lines[0]["note"].(string)) > 520 ||
+		lines[1]["level"] != "ERROR" {
 		t.Errorf("got %v", lines)
 	}
 }

@@ -44,7 +44,8 @@ func TestNoResurrection(t *testing.T) {
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	for round := range 30 {
 		var project struct{ ID string }
-		p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"r%d","openai_api_key":%q}`, round, p.provider.key), 201, &project)
+		p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"r%d","openai_api_key":%q}`, round, p.provider.key),
+			201, &project)
 		p.project = project.ID
 		id, token := p.newToken(`"name":"r"`)
 		var all sync.WaitGroup
@@ -95,7 +96,8 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 	if res := p.chat(); res.status != 200 { // it can be read again
 		t.Errorf("after that: got %d %s", res.status, res.body)
 	}
-	if _, err := p.instance.store.revokeTokens(t.Context(), systemOrigin(time.Now()), p.project, time.Now().UnixMilli()); err != nil {
+	if _, err := p.instance.store.revokeTokens(t.Context(), systemOrigin(time.Now()), p.project,
+		time.Now().UnixMilli()); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.projectChanged(never, seq, true); err == nil || !token.state.Load().revoked || state.revoked {
@@ -130,11 +132,13 @@ func TestDrain(t *testing.T) {
 	go func() { stopped <- p.stop() }()
 	waitFor(t, "the drain", p.instance.running.isDraining)
 	_, _ = io.WriteString(probe, "GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-	if b, _ := io.ReadAll(probe); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") || !strings.HasSuffix(string(b), "draining\n") {
+	if b, _ := io.ReadAll(probe); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") ||
+		!strings.HasSuffix(string(b), "draining\n") {
 		t.Errorf("readyz: got %q", b)
 	}
 	_, _ = io.WriteString(late, p.rawChatRequest("Connection: close\r\n", chatBody()))
-	if b, _ := io.ReadAll(late); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") || !strings.Contains(string(b), "Retry-After: 1\r\n") {
+	if b, _ := io.ReadAll(late); !strings.HasPrefix(string(b), "HTTP/1.1 503 ") ||
+		!strings.Contains(string(b), "Retry-After: 1\r\n") {
 		t.Errorf("a new call: got %q", b)
 	}
 	close(hold)
@@ -189,7 +193,8 @@ func TestDrainCuts(t *testing.T) {
 	}
 	p.start()
 	for _, v := range p.allRequests() {
-		if v.outcome != outcomeOK && (v.outcome != outcomeTruncated || v.errorCode != "draining" || v.source != usageEstimated || v.counts.output == 0) {
+		if v.outcome != outcomeOK && (v.outcome != outcomeTruncated || v.errorCode != "draining" ||
+			v.source != usageEstimated || v.counts.output == 0) {
 			t.Errorf("the ledger has %+v", v.requestRow)
 		}
 	}
@@ -200,7 +205,8 @@ func TestDrainCuts(t *testing.T) {
 // now: what a crash would have left.
 func (p *testProxy) crashedCopy() *testProxy {
 	p.t.Helper()
-	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets, env: maps.Clone(p.env),
+	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets,
+		env:      maps.Clone(p.env),
 		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token}
 	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
 	if err := os.CopyFS(q.env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
@@ -239,7 +245,8 @@ func TestLostCalls(t *testing.T) {
 			continue
 		}
 		lost++
-		if row.Outcome != "lost" || row.ErrorCode != "process_died" || row.UsageSource != "estimated" || row.InputTokens == 0 || row.OutputTokens != 50 || row.Cost == nil {
+		if row.Outcome != "lost" || row.ErrorCode != "process_died" || row.UsageSource != "estimated" ||
+			row.InputTokens == 0 || row.OutputTokens != 50 || row.Cost == nil {
 			t.Errorf("the ledger has %+v", row)
 		}
 	}
@@ -348,7 +355,8 @@ func TestDatabaseNotOurs(t *testing.T) {
 				in.close()
 				t.Fatal("it was opened")
 			}
-			if text := err.Error(); !strings.Contains(text, test.want) || !strings.Contains(text, p.instance.cfg.databaseFile) || !strings.Contains(text, "restore") {
+			if text := err.Error(); !strings.Contains(text, test.want) ||
+				!strings.Contains(text, p.instance.cfg.databaseFile) || !strings.Contains(text, "restore") {
 				t.Errorf("the error is %q", text)
 			}
 			if after, err := os.ReadFile(p.instance.cfg.databaseFile); err != nil || string(after) != string(before) {
@@ -391,8 +399,10 @@ func TestCrashDumpTellsNothing(t *testing.T) {
 	})
 	management := "mgmt-" + randomBase62(40)
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + filepath.Join(p.dir, "other"), "ALLOW_PRIVATE_UPSTREAMS=true",
-		"OPENAI_API_URL=" + p.provider.url, "OPENAI_API_KEY=" + p.provider.key, "MANAGEMENT_TOKEN=" + management, "LOG_LEVEL=debug", "TZ=Asia/Kathmandu"}
+	cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" +
+		filepath.Join(p.dir, "other"), "ALLOW_PRIVATE_UPSTREAMS=true",
+		"OPENAI_API_URL=" + p.provider.url, "OPENAI_API_KEY=" + p.provider.key, "MANAGEMENT_TOKEN=" +
+			management, "LOG_LEVEL=debug", "TZ=Asia/Kathmandu"}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -424,7 +434,8 @@ func TestCrashDumpTellsNothing(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	req, err := http.NewRequestWithContext(ctx, "POST", "http://"+address+"/v1/chat/completions", strings.NewReader(chatBody()))
+	req, err := http.NewRequestWithContext(ctx, "POST", "http://"+address+"/v1/chat/completions",
+		strings.NewReader(chatBody()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -486,7 +497,8 @@ type childProxy struct {
 func (p *testProxy) startChild(env ...string) *childProxy {
 	p.t.Helper()
 	c := &childProxy{cmd: exec.Command(os.Args[0]), exit: make(chan error, 1)}
-	c.cmd.Env = append([]string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + filepath.Join(p.t.TempDir(), "data"),
+	c.cmd.Env = append([]string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" +
+		filepath.Join(p.t.TempDir(), "data"),
 		"ALLOW_PRIVATE_UPSTREAMS=true", "OPENAI_API_URL=" + p.provider.url, "OPENAI_API_KEY=" + p.provider.key}, env...)
 	out, err := c.cmd.StdoutPipe()
 	if err != nil {
@@ -509,7 +521,8 @@ func (p *testProxy) startChild(env ...string) *childProxy {
 		if err != nil {
 			p.t.Fatal("the program does not listen: ", err)
 		}
-		if m := regexp.MustCompile(`"address":"(127[^"]+)"`).FindStringSubmatch(line); m != nil && strings.Contains(line, `"listening"`) {
+		if m := regexp.MustCompile(`"address":"(127[^"]+)"`).FindStringSubmatch(line); m != nil &&
+			strings.Contains(line, `"listening"`) {
 			c.url = "http://" + m[1]
 		}
 	}
@@ -588,9 +601,10 @@ func TestLogReaderGone(t *testing.T) {
 // getOverSocket makes a call through a unix socket and returns the status.
 func getOverSocket(t *testing.T, path, url string, headers ...string) (int, error) {
 	t.Helper()
-	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", path)
-	}}
+	tr := &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}}
 	req, err := http.NewRequestWithContext(t.Context(), "POST", "http://localhost"+url, strings.NewReader(chatBody()))
 	if err != nil {
 		t.Fatal(err)
@@ -623,11 +637,13 @@ func TestUnixSocket(t *testing.T) {
 		if err != nil || info.Mode() != fs.ModeSocket|0o600 {
 			t.Errorf("the socket: %v %v", info.Mode(), err)
 		}
-		status, err := getOverSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "X-Forwarded-For", "192.0.2.7")
+		status, err := getOverSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token,
+			"Content-Type", "application/json", "X-Forwarded-For", "192.0.2.7")
 		if status != 200 {
 			t.Errorf("got %d %v", status, err)
 		}
-		if status, err := getOverSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); status != 200 {
+		if status, err := getOverSocket(t, path, "/v1/chat/completions", "Authorization", "Bearer "+p.token,
+			"Content-Type", "application/json"); status != 200 {
 			t.Errorf("without X-Forwarded-For: got %d %v", status, err)
 		}
 		health := &program{getenv: func(name string) string { return p.env[name] }}
@@ -699,7 +715,8 @@ func TestSocketActivation(t *testing.T) {
 	start := func(env string, files ...*os.File) *exec.Cmd {
 		// The shell's own process becomes the program, so it knows its number.
 		cmd := exec.Command("/bin/sh", "-c", env+` exec "$0"`, os.Args[0])
-		cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=systemd", "DATA_DIR=" + filepath.Join(t.TempDir(), "data")}
+		cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=1", "LISTEN_ADDR=systemd", "DATA_DIR=" +
+			filepath.Join(t.TempDir(), "data")}
 		cmd.ExtraFiles = files
 		return cmd
 	}
@@ -715,7 +732,8 @@ func TestSocketActivation(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
-	for _, env := range []string{"", "LISTEN_FDS=1 LISTEN_PID=1", "LISTEN_FDS=0 LISTEN_PID=$$", "LISTEN_FDS=1 LISTEN_PID=$$"} {
+	for _, env := range []string{"", "LISTEN_FDS=1 LISTEN_PID=1", "LISTEN_FDS=0 LISTEN_PID=$$",
+		"LISTEN_FDS=1 LISTEN_PID=$$"} {
 		if out, err := start(env).CombinedOutput(); err == nil || !strings.Contains(string(out), "inherited") {
 			t.Errorf("%q: %v %s", env, err, out)
 		}
@@ -731,7 +749,8 @@ func TestCertificateRenewed(t *testing.T) {
 	p := newTest(t, map[string]string{"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
 	p.allowErrors = true // the broken file's
 	days := func() int {
-		conn, err := tls.Dial("tcp", strings.TrimPrefix(p.url, "https://"), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		conn, err := tls.Dial("tcp", strings.TrimPrefix(p.url, "https://"),
+			&tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -807,7 +826,8 @@ func TestTraceparent(t *testing.T) {
 		{[]string{"cc" + good[2:] + "-" + strings.Repeat("x", 300)}, false},
 	} {
 		before := strings.Count(string(p.log.bytes()), `"trace_id":"`+trace+`","span_id":"`+span+`"`)
-		headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "Tracestate", "a=b"}
+		headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "Tracestate",
+			"a=b"}
 		for _, v := range c.values {
 			headers = append(headers, "Traceparent", v)
 		}
@@ -819,7 +839,8 @@ func TestTraceparent(t *testing.T) {
 		logged := strings.Count(string(p.log.bytes()), `"trace_id":"`+trace+`","span_id":"`+span+`"`) - before
 		if c.ok && (got.Get("Traceparent") != c.values[0] || got.Get("Tracestate") != "a=b" || logged != 1) ||
 			!c.ok && (got["Traceparent"] != nil || got["Tracestate"] != nil || logged != 0) {
-			t.Errorf("%q: the provider got %q and %q, %d lines", c.values, got["Traceparent"], got["Tracestate"], logged)
+			t.Errorf("%q: the provider got %q and %q, %d lines", c.values, got["Traceparent"], got["Tracestate"],
+				logged)
 		}
 	}
 }

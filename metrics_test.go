@@ -132,10 +132,12 @@ func TestMetricsAccess(t *testing.T) {
 	if samples := parseMetrics(t, res.body); res.status != 200 || sumSamples(samples, "llm_proxy_calls_total") != 1 {
 		t.Errorf("METRICS_ADDR: got %d %s", res.status, res.body)
 	}
-	if strings.Contains(res.body, `"test"`) || strings.Contains(res.body, p.tokenID) || strings.Contains(res.body, p.dir) {
+	if strings.Contains(res.body, `"test"`) || strings.Contains(res.body, p.tokenID) ||
+		strings.Contains(res.body, p.dir) {
 		t.Error("the page names a project, a token or a directory")
 	}
-	for _, path := range []string{"/", "/healthz", "/manage/projects", "/v1/models", "/debug/pprof/", "/debug/vars", "/metrics/x"} {
+	for _, path := range []string{"/", "/healthz", "/manage/projects", "/v1/models", "/debug/pprof/", "/debug/vars",
+		"/metrics/x"} {
 		if res := p.do("GET", path, "", "Authorization", "Bearer "+p.adminKey); res.status != 404 {
 			t.Errorf("METRICS_ADDR%s: got %d", path, res.status)
 		}
@@ -202,7 +204,8 @@ func TestMetricsAgree(t *testing.T) {
 			t.Errorf("outcome %s: %v counted, %v on record", outcome, got, n)
 		}
 	}
-	if i, o := sumSamples(m, "llm_proxy_tokens_total", `kind="input"`), sumSamples(m, "llm_proxy_tokens_total", `kind="output"`); i != input || o != output || i == 0 {
+	if i, o := sumSamples(m, "llm_proxy_tokens_total", `kind="input"`), sumSamples(m, "llm_proxy_tokens_total",
+		`kind="output"`); i != input || o != output || i == 0 {
 		t.Errorf("tokens: %v and %v counted, %v and %v on record", i, o, input, output)
 	}
 	if n := sumSamples(m, "llm_proxy_upstream_attempts_total"); n != float64(len(p.provider.received())) {
@@ -215,7 +218,8 @@ func TestMetricsAgree(t *testing.T) {
 			t.Errorf("attempts %s: %v, want %v", labels, got, n)
 		}
 	}
-	for labels, n := range map[string]float64{`code="model_not_allowed",class="policy"`: 1, `code="project_spend_limit_exceeded",class="policy"`: 1, `code="malformed",class="caller"`: 1} {
+	for labels, n := range map[string]float64{`code="model_not_allowed",class="policy"`: 1,
+		`code="project_spend_limit_exceeded",class="policy"`: 1, `code="malformed",class="caller"`: 1} {
 		if got := sumSamples(m, "llm_proxy_refusals_total", labels); got != n {
 			t.Errorf("refusals %s: %v, want %v", labels, got, n)
 		}
@@ -225,13 +229,15 @@ func TestMetricsAgree(t *testing.T) {
 			t.Errorf("class %s: %v, want %v", class, got, n)
 		}
 	}
-	for name, n := range map[string]float64{"llm_proxy_running_streams": 0, "llm_proxy_running_calls": 0, "llm_proxy_ledger_queue_rows": 0, "llm_proxy_draining": 0,
+	for name, n := range map[string]float64{"llm_proxy_running_streams": 0, "llm_proxy_running_calls": 0,
+		"llm_proxy_ledger_queue_rows": 0, "llm_proxy_draining": 0,
 		"llm_proxy_ledger_failing": 0, "llm_proxy_registry_projects": 1, "llm_proxy_build_info": 1} {
 		if got := sumSamples(m, name); got != n {
 			t.Errorf("%s is %v, want %v", name, got, n)
 		}
 	}
-	for _, name := range []string{"llm_proxy_overhead_seconds_count", "llm_proxy_first_byte_seconds_count", "llm_proxy_duration_seconds_sum",
+	for _, name := range []string{"llm_proxy_overhead_seconds_count", "llm_proxy_first_byte_seconds_count",
+		"llm_proxy_duration_seconds_sum",
 		"llm_proxy_ledger_commit_seconds_count", "llm_proxy_ledger_rows_total", "llm_proxy_database_bytes", "llm_proxy_disk_free_bytes",
 		"llm_proxy_cost_dollars_total", "llm_proxy_http_requests_total", "go_goroutines", "go_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"} {
 		if sumSamples(m, name) <= 0 {
@@ -255,7 +261,8 @@ func TestMetricsRunning(t *testing.T) {
 	go func() { done <- p.chat(`"stream":true`) }()
 	waitFor(t, "a stream", func() bool { return p.instance.metrics.activeStreams.Load() == 1 })
 	m := p.metrics()
-	if sumSamples(m, "llm_proxy_running_streams") != 1 || sumSamples(m, "llm_proxy_running_calls") != 1 || sumSamples(m, "llm_proxy_connections") < 1 {
+	if sumSamples(m, "llm_proxy_running_streams") != 1 || sumSamples(m, "llm_proxy_running_calls") != 1 ||
+		sumSamples(m, "llm_proxy_connections") < 1 {
 		t.Error("a running stream is not shown")
 	}
 	close(goOn)
@@ -282,7 +289,8 @@ func TestMetricsBounded(t *testing.T) {
 	}
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		n := len(p.provider.received())
-		return c.reply(400+n%90, strings.Replace(chatResponseBody, "gpt-4o-mini-2024-07-18", fmt.Sprintf("answered-%d", n), 1))
+		return c.reply(400+n%90, strings.Replace(chatResponseBody, "gpt-4o-mini-2024-07-18",
+			fmt.Sprintf("answered-%d", n), 1))
 	})
 	for i := range 40 {
 		odd(i)
@@ -319,10 +327,12 @@ func TestMetricsPage(t *testing.T) {
 	openai := &upstream{id: "up_1", provider: providerOpenAI}
 	anthropic := &upstream{id: "up_2", provider: providerAnthropic}
 	forwarded := func(u *upstream) *forwardedCall {
-		return &forwardedCall{project: "proj_1", provider: u.provider, prices: prices, overhead: 1500 * time.Microsecond}
+		return &forwardedCall{project: "proj_1", provider: u.provider, prices: prices,
+			overhead: 1500 * time.Microsecond}
 	}
-	m.countCall(chat, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true,
-		cost: 5_250_000_000, firstByteUS: 60_000, totalUS: 700_000_000,
+	m.countCall(chat, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact,
+		priced: true,
+		cost:   5_250_000_000, firstByteUS: 60_000, totalUS: 700_000_000,
 		counts: tokenCounts{input: 9, cached: 4, output: 3, reasoning: 2}}, forwarded(openai))
 	m.countCall(chat, &requestRow{outcome: outcomeOK, status: 200, model: "made-up", source: usageEstimated,
 		firstByteUS: 1, totalUS: 2, counts: tokenCounts{input: 1}}, forwarded(openai))
@@ -366,7 +376,8 @@ func TestMetricsEscape(t *testing.T) {
 	text := &metricsWriter{}
 	text.beginFamily("x", "gauge", "X.")
 	text.writeInt(1, "a", "q\"b\\s\nn\xffé")
-	if got, want := string(text.b), "# HELP llm_proxy_x X.\n# TYPE llm_proxy_x gauge\nllm_proxy_x{a=\"q\\\"b\\\\s\\nn\uFFFDé\"} 1\n"; got != want {
+	if got, want := string(text.b), "# HELP llm_proxy_x X.\n# TYPE llm_proxy_x "+
+		"gauge\nllm_proxy_x{a=\"q\\\"b\\\\s\\nn\uFFFDé\"} 1\n"; got != want {
 		t.Errorf("got %q", got)
 	}
 	parseMetrics(t, string(text.b))
@@ -394,10 +405,13 @@ func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 		tb.Fatal(err)
 	}
 	m, table := newMetrics(), newEndpointTable()
-	c := &call{clientRequest: clientRequest{endpoint: table.all()[0]}, entry: &ledgerEntry{}, upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
-		project: &projectState{id: "proj_1"}, times: callTimes{firstByte: 3 * time.Millisecond, bodyRead: time.Millisecond}}
+	c := &call{clientRequest: clientRequest{endpoint: table.all()[0]}, entry: &ledgerEntry{},
+		upstream: &upstream{id: "up_1", provider: providerOpenAI}, prices: prices,
+		project: &projectState{id: "proj_1"}, times: callTimes{firstByte: 3 * time.Millisecond,
+			bodyRead: time.Millisecond}}
 	c.times.sentAt, c.times.headersAt = time.UnixMilli(1), time.UnixMilli(2)
-	return m, c, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true, cost: 5, firstByteUS: 3000, totalUS: 4000,
+	return m, c, &requestRow{outcome: outcomeOK, status: 200, model: "gpt-4o-mini", source: usageExact, priced: true,
+		cost: 5, firstByteUS: 3000, totalUS: 4000,
 		counts: tokenCounts{input: 9, output: 3}}
 }
 

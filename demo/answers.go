@@ -377,8 +377,8 @@ func (s *sampler) value(name string, schema any) any {
 		}
 		return s.value(name, defs[strings.TrimPrefix(ref, "#/$defs/")])
 	}
-	for _, union := range []string{"anyOf", "oneOf", "allOf"} {
-		if list, ok := m[union].([]any); ok && len(list) > 0 {
+	for _, keyword := range []string{"anyOf", "oneOf", "allOf"} {
+		if list, ok := m[keyword].([]any); ok && len(list) > 0 {
 			return s.value(name, list[0])
 		}
 	}

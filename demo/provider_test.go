@@ -222,12 +222,14 @@ func TestDemoProviderStreams(t *testing.T) {
 		{"completions", "/v1/completions", `{"model":"x","prompt":"a","stream_options":{"include_usage":true}}`,
 			"text stop usage [DONE]"},
 		{"responses", "/v1/responses", `{"model":"gpt-4.1","input":"a"}`, responses + "response.output_item.added " +
-			"response.content_part.added response.output_text.delta response.output_text.done response.content_part.done" + delta},
+			"response.content_part.added response.output_text.delta response.output_text.done " +
+			"response.content_part.done" + delta},
 		{"responses tool", "/v1/responses", `{"model":"gpt-4.1","input":"tool",` + tool + `}`, responses +
 			"response.output_item.added response.function_call_arguments.delta response.function_call_arguments.done" +
 			delta},
 		{"responses length", "/v1/responses", `{"model":"gpt-4.1","input":"a","max_output_tokens":1}`, responses +
-			"response.output_item.added response.content_part.added response.output_text.delta response.output_text.done " +
+			"response.output_item.added response.content_part.added response.output_text.delta " +
+			"response.output_text.done " +
 			"response.content_part.done response.output_item.done response.incomplete"},
 		{"messages", "/v1/messages", `{"model":"c","max_tokens":99,"messages":[{"content":"a"}]}`, "message_start " +
 			"content_block_start ping content_block_delta content_block_stop message_delta message_stop"},
