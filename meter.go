@@ -1,51 +1,54 @@
-// meter.go meters one answer: which model spoke, how many tokens it counted, whether it came to its end.
-// It sees the bytes as they pass and may hold back one SSE event at most; it never changes a byte, it only
-// leaves out the one chunk that the proxy itself asked for. Plain code: no network, no store, no clock.
-// meter_sse.go cuts a stream into events, meter_json.go finds the few members that matter in a document.
+// This file meters one answer: which model gave it, how many tokens it used, whether it is complete. It sees
+// the bytes as they pass and holds back one SSE event at most. It never changes a byte; it only leaves out the
+// one event that the proxy itself asked for. Plain code: no network, no store, no clock. meter_sse.go cuts a
+// stream into events, and meter_json.go finds the few members of a document that matter.
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
+	"strings"
 	"unicode"
 	"unicode/utf8"
 )
 
-const maxReportedModelLen = 256 // bytes of a model name; a longer one is not believed
+const maxReportedModelLen = 256 // bytes; a longer model name is ignored
 
-// meterKind says whose way of counting an endpoint follows.
+// A meterKind is a provider's way of counting tokens.
 type meterKind uint8
 
 const (
-	meterNone      meterKind = iota // nothing to read: audio, files, lists
+	meterNone      meterKind = iota // the answer has no counts: audio, files, lists
 	meterOpenAI                     // input counts include cached tokens
 	meterAnthropic                  // input counts exclude cached tokens
 )
 
-// A meter reads one answer as its bytes pass. Its fields and source are up to date after each pass, also
-// when the answer is cut and end is never called. When the source is estimated, an input of zero means that
-// the answer did not say: the caller has the request to guess from. It is not safe for concurrent use.
+// A meter reads one answer as its bytes pass. Its fields and source are current after each call of process,
+// even if the answer is cut off and finish is never called. If the source is estimated, an input of zero means
+// that the answer has no input count; the caller can estimate it from the request. A meter is not safe for
+// concurrent use.
 type meter struct {
 	counts tokenCounts
-	model  string // as the answer names it, at most 256 bytes of clean UTF-8; "" while unknown
-	done   bool   // the end was seen: [DONE], a last event, or the closing bracket of a unary answer
+	model  string // as the answer names it, at most 256 bytes of valid UTF-8; "" while unknown
+	done   bool   // the end was seen: [DONE], a final event, or the closing bracket of a JSON answer
 	failed bool   // the stream carried an error after its status 200
-	bytes  int64  // taken in, also what was not handed on
-	events int64  // SSE events that carried data, [DONE] included
+	bytes  int64  // read, including those that were left out
+	events int64  // SSE events with data, including [DONE]
 
 	kind          meterKind
 	sse           bool
 	opaque        bool
 	strip         bool
-	currentSource usageSource // what source returns, "" before the first byte
-	hasUsage      bool        // report is from the answer
+	currentSource usageSource // "" before the first byte
+	hasUsage      bool        // usage is from the answer
 	usage         usageFields // the last usable usage object
 	scan          usageScanner
 	reader        *eventReader // of a stream
 }
 
-// newMeter returns a meter for one answer. sse: it is a text/event-stream. opaque: its bytes cannot be read
-// (Content-Encoding, neither JSON nor SSE) and are only counted. strip: the proxy itself asked for
+// newMeter returns a meter for one answer. sse: the answer is a text/event-stream. opaque: its bytes cannot be
+// read (it is compressed, or neither JSON nor SSE) and are only counted. strip: the proxy itself asked for
 // stream_options.include_usage, so the event with empty choices and a usage object is left out.
 func newMeter(kind meterKind, sse, opaque, strip bool) *meter {
 	m := &meter{kind: kind, sse: sse, opaque: opaque, strip: strip && sse && !opaque && kind == meterOpenAI}
@@ -56,16 +59,11 @@ func newMeter(kind meterKind, sse, opaque, strip bool) *meter {
 	return m
 }
 
-// source says where counts come from.
-func (m *meter) source() usageSource {
-	if m.currentSource == "" {
-		return usageNone
-	}
-	return m.currentSource
-}
+// source tells where counts come from.
+func (m *meter) source() usageSource { return cmp.Or(m.currentSource, usageNone) }
 
-// process takes the next bytes of the answer and returns what the client gets now: p itself unless strip is
-// on. The result is valid until the next call.
+// process reads the next bytes of the answer and returns the bytes for the client: p itself unless strip is
+// set. The result is valid until the next call.
 func (m *meter) process(p []byte) []byte {
 	m.bytes += int64(len(p))
 	switch {
@@ -81,8 +79,8 @@ func (m *meter) process(p []byte) []byte {
 	return p
 }
 
-// finish tells the meter that no more bytes come, whether the answer ended properly or was cut, and returns
-// what was still held. The result is empty unless strip is on.
+// finish reads the end of the answer, whether it is complete or cut off, and returns the bytes that were held
+// back. The result is empty unless strip is set.
 func (m *meter) finish() []byte {
 	if !m.sse || m.opaque || m.kind == meterNone {
 		return nil
@@ -92,13 +90,13 @@ func (m *meter) finish() []byte {
 	return held
 }
 
-// currentUsage works out the counts so far and where they come from.
+// currentUsage returns the counts so far and where they come from.
 func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	switch {
 	case m.kind == meterNone || m.bytes == 0:
 		return tokenCounts{}, usageNone
 	case !m.hasUsage && !m.sse && m.scan.topLevelInput:
-		return tokenCounts{}, usageNone // a count_tokens answer: counted, not consumed
+		return tokenCounts{}, usageNone // a count_tokens answer: the tokens were counted, not used
 	case !m.hasUsage:
 		return tokenCounts{output: m.estimateOutput()}, usageEstimated
 	}
@@ -108,28 +106,29 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	case in < 0 && out < 0 && f.byDuration:
 		return tokenCounts{}, usageNone // billed by duration
 	case out == countInvalid || in < 0 && out < 0:
-		// Half a report: the stream was cut before its last count, or the count is nonsense. The size
-		// of what was sent says more than a zero.
+		// The stream was cut before its final count, or the count is invalid. The size of the answer is a
+		// better estimate than zero.
 		f.n[slotOutput] = m.estimateOutput()
 		return f.normalize(m.kind), usageEstimated
 	case in < 0:
 		return f.normalize(m.kind), usageEstimated
 	}
-	return f.normalize(m.kind), usageExact // without output in embeddings
+	return f.normalize(m.kind), usageExact // embeddings have no output
 }
 
-// estimateOutput guesses the output tokens from the size of what was sent.
+// estimateOutput estimates the output tokens from the size of the answer.
 func (m *meter) estimateOutput() int64 {
 	if !m.sse || m.opaque {
 		return estimateTokens(m.bytes)
 	}
-	// Every event repeats the same envelope around a few letters. The smallest event shows its size, but
-	// for the last of a chat stream, which has no letters and not even their member: so the second smallest.
+	// Every event repeats the same envelope around a few letters of text. The size of the second smallest
+	// event approximates the envelope; the smallest is often the last one of a chat stream, which lacks even
+	// the member for the text.
 	e := m.reader
 	return max(e.deltas, (e.deltaBytes-e.deltas*e.secondSmallest)/4)
 }
 
-// estimateTokens is the usual rule of thumb: four bytes to a token, rounded up.
+// estimateTokens applies the usual rule of thumb: four bytes per token, rounded up.
 func estimateTokens(bytes int64) int64 {
 	if bytes <= 0 {
 		return 0
@@ -137,16 +136,15 @@ func estimateTokens(bytes int64) int64 {
 	return (bytes-1)/4 + 1
 }
 
-// A count that is not in a usage object, and one that is there but is no integer of 0 or more.
 const (
-	countMissing = -1
-	countInvalid = -2
+	countMissing = -1 // the usage object lacks the count
+	countInvalid = -2 // the count is not an integer of 0 or more
 )
 
-// usageFields are the counts of one usage object as it has them, by slot.
+// usageFields are the raw counts of one usage object, by slot.
 type usageFields struct {
 	n          [numCountSlots]int64
-	byDuration bool // the answer is measured in seconds of audio
+	byDuration bool // the answer is billed by seconds of audio
 }
 
 // clear makes every count missing.
@@ -157,8 +155,8 @@ func (f *usageFields) clear() {
 	f.byDuration = false
 }
 
-// setMax keeps the largest value given for a slot: gateways send the same count under two names, one of
-// them zero.
+// setMax keeps the largest value of a slot: some gateways send the same count under two names, one of them
+// zero.
 func (f *usageFields) setMax(s slot, v int64) {
 	if v != countInvalid {
 		f.n[s] = max(f.n[s], v)
@@ -167,11 +165,11 @@ func (f *usageFields) setMax(s slot, v int64) {
 	}
 }
 
-// hasCounts reports whether f is worth believing at all.
+// hasCounts reports whether f has an input or an output count.
 func (f *usageFields) hasCounts() bool { return f.n[slotInput] >= 0 || f.n[slotOutput] >= 0 }
 
-// merge takes over what a later object says. Anthropic's counts are running totals, so a zero after a
-// positive count is a gateway's filler and does not undo it.
+// merge adds the counts of a later usage object. Anthropic's counts are running totals, so a zero after a
+// positive count is a gateway's filler and is ignored.
 func (f *usageFields) merge(later *usageFields) {
 	for i, v := range later.n {
 		if v > 0 || v == 0 && f.n[i] < 0 || v == countInvalid && f.n[i] == countMissing {
@@ -180,7 +178,7 @@ func (f *usageFields) merge(later *usageFields) {
 	}
 }
 
-// normalize turns the counts into the form the ledger keeps, within its bounds.
+// normalize returns the counts as the ledger keeps them; see tokenCounts.
 func (f *usageFields) normalize(kind meterKind) tokenCounts {
 	at := func(s slot) int64 { return min(max(f.n[s], 0), maxTokenCount) }
 	c := tokenCounts{
@@ -190,7 +188,7 @@ func (f *usageFields) normalize(kind meterKind) tokenCounts {
 	if kind == meterAnthropic {
 		c.input = min(c.input+c.cached+c.cacheWrite, maxTokenCount)
 	}
-	// xAI counts reasoning beside the completion, not in it; only the total tells.
+	// xAI counts reasoning beside the completion, not in it. Only the total shows it.
 	if c.reasoning > 0 && at(slotTotal) == c.input+c.output+c.reasoning {
 		c.output = min(c.output+c.reasoning, maxTokenCount)
 	}
@@ -202,8 +200,8 @@ func (f *usageFields) normalize(kind meterKind) tokenCounts {
 	return c
 }
 
-// sanitizeModelName returns the text of a JSON string, without its quotes, or "" unless it can be logged, stored
-// and shown as it is: valid UTF-8, no control characters, not too long.
+// sanitizeModelName decodes the inside of a JSON string. It returns "" if the name cannot be logged, stored and
+// shown as it is: if it is not valid UTF-8 or has control characters.
 func sanitizeModelName(raw []byte) string {
 	name := string(raw)
 	if !utf8.ValidString(name) {
@@ -216,10 +214,8 @@ func sanitizeModelName(raw []byte) string {
 		}
 		name = plain
 	}
-	for _, r := range name {
-		if unicode.IsControl(r) {
-			return ""
-		}
+	if strings.ContainsFunc(name, unicode.IsControl) {
+		return ""
 	}
 	return name
 }

@@ -1,10 +1,22 @@
-// meter_json.go finds the few members of a JSON document that a meter needs, whatever the document's size
-// and however it is cut into pieces: top-level usage, model, type, error, choices, and in a stream those of
-// `response` or `message`. It keeps no more than one short string. It is no validator: a broken document
-// yields less, never a panic. Names are compared as written; an escaped name is another name.
+// This file finds the few members of a JSON document that a meter needs, whatever the document's size and
+// however it is cut into pieces: top-level usage, model, type, error and choices, and in a stream those of
+// `response` or `message`. It keeps no more than one short string. It does not validate: a broken document
+// yields less, never a panic. Names are compared as written; an escaped name is a different name.
+//
+// usageScanner is a state machine with one state per position in a document:
+//
+//	scanStart  "{" leads to scanKey; "[" (a list of results) is skipped
+//	scanKey    a quote leads to scanName, "}" ends the object
+//	scanName   its closing quote leads to scanColon; slotFor then says what the member is for
+//	scanColon  ":" leads to scanValue
+//	scanValue  the first byte of the value decides: scanString, scanScalar, scanFirst for the list of choices,
+//	           scanKey for an object whose members matter (pushed on scopes), scanSkip for any other
+//	scanSkip   counts brackets up to the end of the value; scanSkipText is a string in it
+//	scanAfter  "," leads to scanKey, "}" ends the object
+//	scanClosed the document ended; scanBroken: it is not JSON, the rest is ignored
 package main
 
-// A slot is what the value being read is wanted for. The first ones are indexes of usageFields.
+// A slot says what the value being read is for. The first ones are indexes of usageFields.
 type slot uint8
 
 const (
@@ -17,7 +29,7 @@ const (
 	slotAudioInput
 	slotAudioOutput
 	slotTotal
-	numCountSlots // how many of them there are
+	numCountSlots // the slots above are counts
 	slotUsage
 	slotModel
 	slotType
@@ -52,43 +64,43 @@ const (
 	scanString                    // in a string value
 	scanScalar                    // in a number or literal
 	scanFirst                     // after the [ of choices
-	scanSkip                      // inside a value nobody wants
-	scanSkipText                  // in a string there
+	scanSkip                      // in a value that is not needed
+	scanSkipText                  // in a string of such a value
 	scanAfter                     // after a value
 	scanClosed                    // after the document
-	scanBroken                    // not JSON; the rest is ignored
+	scanBroken                    // not JSON
 )
 
-// usageScanner is an incremental reader of one document after the other.
+// A usageScanner reads one document after the other, each in pieces of any size.
 type usageScanner struct {
-	model string // the first one found; stays over reset
+	model string // the first one found; reset keeps it
 
-	usage         usageFields // of the last usage object; complete when usageSeen
+	usage         usageFields // of the last usage object; complete if usageSeen
 	usageSeen     bool
-	usageNested   bool // it is response.usage or message.usage
+	usageNested   bool // usage is response.usage or message.usage
 	choicesEmpty  bool // choices is []
-	hasError      bool // error is there and not null
-	topLevelInput bool // input_tokens stands at the top level
+	hasError      bool // error is present and not null
+	topLevelInput bool // input_tokens is at the top level
 	eventType     eventType
 
-	readNested  bool // look into response and message too
+	readNested  bool // look into response and message, too
 	state       scanState
 	slot        slot
-	escaped     bool // the last byte was a backslash in a string
+	escaped     bool // in a string, the last byte was a backslash
 	null        bool // the scalar starts with n
-	invalid     bool // the scalar is no unsigned integer
+	invalid     bool // the scalar is not an unsigned integer
 	level       uint8
-	scopes      [4]jsonScope
-	depth       int    // open brackets in a skipped value
-	scalarValue int64  // the scalar so far
-	text        []byte // of a string that came in pieces, as far as it fits
-	length      int    // of that string; more than maxReportedModelLen when it did not fit
+	scopes      [4]jsonScope // the known objects around the current position; level is their number
+	depth       int          // open brackets in a skipped value
+	scalarValue int64        // the scalar so far
+	text        []byte       // of a string that came in pieces, as far as it fits
+	length      int          // of that string; more than maxReportedModelLen if it did not fit
 }
 
-// reset makes s ready for the next document.
-func (s *usageScanner) reset(inner bool) {
+// reset prepares s for the next document.
+func (s *usageScanner) reset(readNested bool) {
 	s.usageSeen, s.usageNested, s.choicesEmpty, s.hasError, s.topLevelInput = false, false, false, false, false
-	s.eventType, s.readNested, s.state, s.level, s.depth, s.escaped = eventNone, inner, scanStart, 0, 0, false
+	s.eventType, s.readNested, s.state, s.level, s.depth, s.escaped = eventNone, readNested, scanStart, 0, 0, false
 }
 
 // feed reads the next bytes of the document.
@@ -110,7 +122,7 @@ func (s *usageScanner) feed(p []byte) {
 				continue
 			}
 			text := p[from : i-1]
-			if s.length > 0 { // it began in an earlier piece
+			if s.length > 0 { // it started in an earlier piece
 				s.bufferText(text)
 				text = s.text[:min(s.length, maxReportedModelLen)]
 			}
@@ -132,7 +144,7 @@ func (s *usageScanner) feed(p []byte) {
 	}
 }
 
-// readByte takes one byte outside of strings, numbers and skipped values.
+// readByte reads one byte outside of strings, numbers and skipped values.
 func (s *usageScanner) readByte(c byte) {
 	if c == ' ' || c == '\n' || c == '\r' || c == '\t' {
 		return
@@ -164,7 +176,7 @@ func (s *usageScanner) readByte(c byte) {
 	}
 }
 
-// startValue takes the first byte of a value in a known object.
+// startValue reads the first byte of a value in a known object.
 func (s *usageScanner) startValue(c byte) {
 	if s.slot == slotError && c != 'n' {
 		s.hasError = true
@@ -172,31 +184,8 @@ func (s *usageScanner) startValue(c byte) {
 	switch c {
 	case '"':
 		s.state, s.length = scanString, 0
-	case '{':
-		switch s.slot {
-		case slotUsage:
-			s.usage.clear()
-			s.usageNested = s.scopes[s.level-1] == scopeNested
-			s.enterObject(scopeUsage)
-			return
-		case slotNested:
-			s.enterObject(scopeNested)
-			return
-		case slotInputDetails:
-			s.enterObject(scopeInputDetails)
-			return
-		case slotOutputDetails:
-			s.enterObject(scopeOutputDetails)
-			return
-		}
-		fallthrough
-	case '[':
-		if s.slot == slotChoices && c == '[' {
-			s.state = scanFirst
-			return
-		}
-		s.setCount(countInvalid)
-		s.depth, s.state = 1, scanSkip
+	case '{', '[':
+		s.startContainer(c)
 	case ',', ':', '}', ']':
 		s.state = scanBroken
 	default:
@@ -204,14 +193,35 @@ func (s *usageScanner) startValue(c byte) {
 	}
 }
 
-// enterObject enters an object whose members matter. The scopes nest four deep at most, by slotOf.
+// startContainer enters an object or a list, or starts to skip it.
+func (s *usageScanner) startContainer(open byte) {
+	object := open == '{'
+	switch {
+	case object && s.slot == slotUsage:
+		s.usage.clear()
+		s.usageNested = s.scopes[s.level-1] == scopeNested
+		s.enterObject(scopeUsage)
+	case object && s.slot == slotNested:
+		s.enterObject(scopeNested)
+	case object && s.slot == slotInputDetails:
+		s.enterObject(scopeInputDetails)
+	case object && s.slot == slotOutputDetails:
+		s.enterObject(scopeOutputDetails)
+	case !object && s.slot == slotChoices:
+		s.state = scanFirst
+	default:
+		s.setCount(countInvalid)
+		s.depth, s.state = 1, scanSkip
+	}
+}
+
+// enterObject enters an object whose members matter. slotFor nests scopes at most four deep.
 func (s *usageScanner) enterObject(sc jsonScope) {
 	s.scopes[s.level] = sc
 	s.level++
 	s.state = scanKey
 }
 
-// leaveObject leaves it.
 func (s *usageScanner) leaveObject() {
 	s.level--
 	if s.scopes[s.level] == scopeUsage {
@@ -223,8 +233,8 @@ func (s *usageScanner) leaveObject() {
 	}
 }
 
-// skip runs over an unwanted value from p[i] and returns where it stopped. Embeddings are a megabyte of
-// numbers, so this loop looks at two conditions a byte and no more.
+// skip passes over a value that is not needed, from p[i], and returns where it stopped. Embeddings are a
+// megabyte of numbers, so the loop tests only two conditions for most bytes.
 func (s *usageScanner) skip(p []byte, i int) int {
 	for ; i < len(p); i++ {
 		switch c := p[i]; {
@@ -247,19 +257,19 @@ func (s *usageScanner) skip(p []byte, i int) int {
 	return i
 }
 
-// stringEnd returns the index after the closing quote of the string that p[i:] is in, or len(p), false.
-// Names are short and prose is full of escapes, so it looks at a few bytes first; after 32 plain ones it is
-// more likely base64 or a long word, and searching pays.
+// stringEnd returns the index after the closing quote of the string that p[i:] is in, or len(p), false. Names
+// are short and prose is full of escapes, so it looks at 32 bytes at first. After 32 plain bytes the string is
+// more likely base64, where searching for the next quote is faster.
 func (s *usageScanner) stringEnd(p []byte, i int) (int, bool) {
 	if s.escaped && i < len(p) {
 		s.escaped = false
 		i++
 	}
-	quote := -1 // the next one from i on, if that is not before i
+	quote := -1 // the next quote, or before i if it must be searched for
 	for i < len(p) {
 		near := p[i:min(i+32, len(p))]
 		n := plainLen(near)
-		for n < len(near) && near[n] < ' ' { // which no string has; whoever reads the answer may say so
+		for n < len(near) && near[n] < ' ' { // not valid in a string, but this is not a validator
 			n++
 			n += plainLen(near[n:])
 		}
@@ -280,7 +290,7 @@ func (s *usageScanner) stringEnd(p []byte, i int) (int, bool) {
 	return len(p), false
 }
 
-// readScalar reads a number or literal from p[i] and returns the index of the byte that ends it.
+// readScalar reads a number or literal from p[i] and returns the index of the byte after it.
 func (s *usageScanner) readScalar(p []byte, i int) int {
 	for ; i < len(p); i++ {
 		switch c := p[i]; c {
@@ -305,7 +315,7 @@ func (s *usageScanner) readScalar(p []byte, i int) int {
 	return i
 }
 
-// setCount takes the value of a slot that holds a number.
+// setCount stores the value of a slot that holds a number.
 func (s *usageScanner) setCount(v int64) {
 	switch {
 	case s.slot > slotNone && s.slot < numCountSlots:
@@ -317,7 +327,7 @@ func (s *usageScanner) setCount(v int64) {
 	}
 }
 
-// setString takes the value of a slot that holds a string.
+// setString stores the value of a slot that holds a string.
 func (s *usageScanner) setString(text []byte, tooLong bool) {
 	switch s.slot {
 	case slotModel:
@@ -334,15 +344,15 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 	}
 }
 
-// bufferText adds to the string that the piece ends in.
+// bufferText keeps a part of a string that comes in pieces.
 func (s *usageScanner) bufferText(b []byte) {
-	if room := maxReportedModelLen - s.length; room > 0 {
-		s.text = append(s.text[:s.length], b[:min(len(b), room)]...)
+	if space := maxReportedModelLen - s.length; space > 0 {
+		s.text = append(s.text[:s.length], b[:min(len(b), space)]...)
 	}
 	s.length = min(s.length+len(b), maxReportedModelLen+1)
 }
 
-// discardEarlier drops what an earlier member of the same name said: the last one counts, as in encoding/json.
+// discardEarlier drops the value of an earlier member of the same name: the last one counts, as in encoding/json.
 func (s *usageScanner) discardEarlier() {
 	switch s.slot {
 	case slotUsage:
@@ -354,52 +364,20 @@ func (s *usageScanner) discardEarlier() {
 	}
 }
 
-// slotFor says what the member called name of the innermost known object is wanted for.
+// slotFor returns the slot of the member with this name in the innermost known object.
 func (s *usageScanner) slotFor(name []byte) slot {
-	switch sc := s.scopes[s.level-1]; sc {
-	case scopeTop, scopeNested:
+	switch s.scopes[s.level-1] {
+	case scopeTop:
+		return topLevelSlot(name, s.readNested)
+	case scopeNested:
 		switch string(name) {
 		case "usage":
 			return slotUsage
 		case "model":
 			return slotModel
 		}
-		if sc == scopeNested {
-			return slotNone
-		}
-		switch string(name) {
-		case "type":
-			return slotType
-		case "error":
-			return slotError
-		case "choices":
-			return slotChoices
-		case "input_tokens":
-			return slotTopLevelInput
-		case "response", "message":
-			if s.readNested {
-				return slotNested
-			}
-		}
 	case scopeUsage:
-		switch string(name) {
-		case "prompt_tokens", "input_tokens":
-			return slotInput
-		case "completion_tokens", "output_tokens":
-			return slotOutput
-		case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens":
-			return slotCached // Anthropic, DeepSeek, Moonshot
-		case "cache_creation_input_tokens":
-			return slotCacheWrite
-		case "total_tokens":
-			return slotTotal
-		case "seconds":
-			return slotSeconds
-		case "prompt_tokens_details", "input_tokens_details", "input_token_details":
-			return slotInputDetails
-		case "completion_tokens_details", "output_tokens_details", "output_token_details":
-			return slotOutputDetails
-		}
+		return usageSlot(name)
 	case scopeInputDetails:
 		switch string(name) {
 		case "cached_tokens":
@@ -416,6 +394,50 @@ func (s *usageScanner) slotFor(name []byte) slot {
 		case "audio_tokens":
 			return slotAudioOutput
 		}
+	}
+	return slotNone
+}
+
+func topLevelSlot(name []byte, readNested bool) slot {
+	switch string(name) {
+	case "usage":
+		return slotUsage
+	case "model":
+		return slotModel
+	case "type":
+		return slotType
+	case "error":
+		return slotError
+	case "choices":
+		return slotChoices
+	case "input_tokens":
+		return slotTopLevelInput
+	case "response", "message":
+		if readNested {
+			return slotNested
+		}
+	}
+	return slotNone
+}
+
+func usageSlot(name []byte) slot {
+	switch string(name) {
+	case "prompt_tokens", "input_tokens":
+		return slotInput
+	case "completion_tokens", "output_tokens":
+		return slotOutput
+	case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens": // Anthropic, DeepSeek, Moonshot
+		return slotCached
+	case "cache_creation_input_tokens":
+		return slotCacheWrite
+	case "total_tokens":
+		return slotTotal
+	case "seconds":
+		return slotSeconds
+	case "prompt_tokens_details", "input_tokens_details", "input_token_details":
+		return slotInputDetails
+	case "completion_tokens_details", "output_tokens_details", "output_token_details":
+		return slotOutputDetails
 	}
 	return slotNone
 }

@@ -1,6 +1,6 @@
-// prices.go knows what tokens cost: the embedded list prices, the operator's own prices over them, and the
-// arithmetic from counts to money. Everything is an exact integer: pico-dollars for one token, nano-dollars
-// for a call; there is no float and no rounding but one. Plain code: it reads no file but its own.
+// This file has the prices of tokens: the embedded list prices, the operator's overrides, and the arithmetic
+// from counts to money. All numbers are exact integers: pico-dollars per token and nano-dollars per call. There
+// is no float, and a sum is rounded only once. Plain code: it does no I/O but reading the overrides.
 package main
 
 import (
@@ -17,7 +17,7 @@ import (
 	"strings"
 )
 
-// effectivePrices returns the list prices with the operator's own over them.
+// effectivePrices returns the list prices with the operator's overrides.
 func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
 	listed, err := loadPrices()
 	if err != nil {
@@ -29,76 +29,77 @@ func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
 	}
 	value := func(p *int64) int64 {
 		if p == nil {
-			return -1
+			return noPrice
 		}
 		return *p
 	}
 	overrides := make([]priceOverride, 0, len(rows))
 	for _, r := range rows {
-		overrides = append(overrides, priceOverride{match: r.match, price: price{value(r.input), value(r.cachedInput), value(r.cacheWrite),
-			value(r.output), value(r.audioInput), value(r.audioOutput)}})
+		overrides = append(overrides, priceOverride{r.match, price{
+			input: value(r.input), cachedInput: value(r.cachedInput), cacheWrite: value(r.cacheWrite),
+			output: value(r.output), audioInput: value(r.audioInput), audioOutput: value(r.audioOutput),
+		}})
 	}
 	return listed.withOverrides(overrides), nil
 }
 
-// pricesJSON is the list that loadPrices reads; its member "about" says what it is.
+// pricesJSON is the price list; its member "about" describes it.
 //
 //go:embed prices.json
 var pricesJSON string
 
 const noPrice = -1
 
-// price is in pico-dollars per token, which is micro-dollars per million tokens and exact for every list
-// price. noPrice means that there is none for that kind of token.
+// A price is in pico-dollars per token, which is micro-dollars per million tokens and exact for every list
+// price. A kind of token without a price has noPrice.
 type price struct{ input, cachedInput, cacheWrite, output, audioInput, audioOutput int64 }
 
-// cost returns what c costs in nano-dollars, rounded half up once, and math.MaxInt64 when that is too
-// small. It returns false when a kind of token that occurred has no price: unknown is not free.
-// A kind without a price of its own costs what input or output costs. Tokens that are both cached and
-// audio count as cached.
+// cost returns the cost of c in nano-dollars, rounded half up, or math.MaxInt64 if it is higher than that. A
+// kind of token without a price of its own costs what input or output costs. Tokens that are both cached and
+// audio count as cached. cost returns false if tokens were used that have no price: unknown is not free.
 func (p price) cost(c tokenCounts) (nanos int64, ok bool) {
 	var sum uint128
-	text := max(c.input, 0)
-	take := func(n int64) int64 { // the parts never exceed the whole, so wide cannot overflow
-		n = min(max(n, 0), text)
-		text -= n
+	textInput := max(c.input, 0)
+	split := func(n int64) int64 { // the parts never exceed the whole, so sum cannot overflow
+		n = min(max(n, 0), textInput)
+		textInput -= n
 		return n
 	}
-	cached, written, heard := take(c.cached), take(c.cacheWrite), take(c.audioInput)
-	said := max(c.output, 0)
-	spoken := min(max(c.audioOutput, 0), said)
-	ok = sum.addTokens(text, p.input, noPrice)
+	cached, cacheWrite, audioInput := split(c.cached), split(c.cacheWrite), split(c.audioInput)
+	textOutput := max(c.output, 0)
+	audioOutput := min(max(c.audioOutput, 0), textOutput)
+	textOutput -= audioOutput
+	ok = sum.addTokens(textInput, p.input, noPrice)
 	ok = sum.addTokens(cached, p.cachedInput, p.input) && ok
-	ok = sum.addTokens(written, p.cacheWrite, p.input) && ok
-	ok = sum.addTokens(heard, p.audioInput, p.input) && ok
-	ok = sum.addTokens(said-spoken, p.output, noPrice) && ok
-	ok = sum.addTokens(spoken, p.audioOutput, p.output) && ok
+	ok = sum.addTokens(cacheWrite, p.cacheWrite, p.input) && ok
+	ok = sum.addTokens(audioInput, p.audioInput, p.input) && ok
+	ok = sum.addTokens(textOutput, p.output, noPrice) && ok
+	ok = sum.addTokens(audioOutput, p.audioOutput, p.output) && ok
 	if !ok {
 		return 0, false
 	}
 	return sum.roundedThousandth(), true
 }
 
-// uint128 is an unsigned sum of 128 bits.
 type uint128 struct{ hi, lo uint64 }
 
-// addTokens adds n tokens at pico each, or at other when pico is noPrice. It returns false when n tokens have
-// neither price.
-func (w *uint128) addTokens(n, pico, other int64) bool {
-	if pico < 0 {
-		pico = other
+// addTokens adds the cost of n tokens at the given price, or at fallback if that is noPrice. It returns false
+// if there are tokens and no price.
+func (w *uint128) addTokens(n, price, fallback int64) bool {
+	if price < 0 {
+		price = fallback
 	}
-	if n == 0 || pico < 0 {
+	if n == 0 || price < 0 {
 		return n == 0
 	}
-	hi, lo := bits.Mul64(uint64(n), uint64(pico))
+	hi, lo := bits.Mul64(uint64(n), uint64(price))
 	var carry uint64
 	w.lo, carry = bits.Add64(w.lo, lo, 0)
 	w.hi, _ = bits.Add64(w.hi, hi, carry)
 	return true
 }
 
-// roundedThousandth returns w/1000 rounded half up, or math.MaxInt64 if that is less.
+// roundedThousandth returns w/1000 rounded half up, at most math.MaxInt64.
 func (w uint128) roundedThousandth() int64 {
 	lo, carry := bits.Add64(w.lo, 500, 0)
 	hi := w.hi + carry
@@ -109,11 +110,11 @@ func (w uint128) roundedThousandth() int64 {
 	return int64(min(q, math.MaxInt64))
 }
 
-// priceTable finds the price of a model. It is immutable, so any number of calls may share it.
+// A priceTable finds the price of a model. It is immutable and safe for concurrent use.
 type priceTable struct {
 	exact     map[priceKey]price
 	patterns  []pricePattern // longest first
-	providers []string       // in the order a model of an unnamed provider is looked for
+	providers []string       // in the order of the search if the provider is not known
 
 	overrideExact    map[string]price
 	overridePatterns []pricePattern // longest first
@@ -126,7 +127,7 @@ type pricePattern struct {
 	price           price
 }
 
-// priceOverride is the operator's price for the models that match; `*` in match stands for anything.
+// A priceOverride is the operator's price of the models that match, where `*` stands for any text.
 type priceOverride struct {
 	match string
 	price price
@@ -141,22 +142,12 @@ func loadPrices() (*priceTable, error) {
 	return t, nil
 }
 
-// parsePrices reads a price list; see prices.json for its form.
+// parsePrices reads a price list such as prices.json.
 func parsePrices(text string) (*priceTable, error) {
 	var list struct {
-		Currency string `json:"currency"`
-		Per      int64  `json:"per_tokens"`
-		Models   []struct {
-			Provider    string      `json:"provider"`
-			Model       string      `json:"model"`
-			Match       []string    `json:"match"`
-			Input       json.Number `json:"input"`
-			CachedInput json.Number `json:"cached_input"`
-			CacheWrite  json.Number `json:"cache_write"`
-			Output      json.Number `json:"output"`
-			AudioInput  json.Number `json:"audio_input"`
-			AudioOutput json.Number `json:"audio_output"`
-		} `json:"models"`
+		Currency string        `json:"currency"`
+		Per      int64         `json:"per_tokens"`
+		Models   []priceEntry `json:"models"`
 	}
 	if err := json.Unmarshal([]byte(text), &list); err != nil {
 		return nil, err
@@ -166,29 +157,16 @@ func parsePrices(text string) (*priceTable, error) {
 	}
 	t := &priceTable{exact: make(map[priceKey]price), providers: []string{"openai", "anthropic"}}
 	for _, m := range list.Models {
-		var p price
-		for _, kind := range []struct {
-			to   *int64
-			from json.Number
-		}{
-			{&p.input, m.Input}, {&p.cachedInput, m.CachedInput}, {&p.cacheWrite, m.CacheWrite},
-			{&p.output, m.Output}, {&p.audioInput, m.AudioInput}, {&p.audioOutput, m.AudioOutput},
-		} {
-			*kind.to = noPrice
-			if kind.from != "" {
-				pico, err := parseDollars(kind.from.String())
-				if err != nil {
-					return nil, fmt.Errorf("%s %s: %w", m.Provider, m.Model, err)
-				}
-				*kind.to = pico
-			}
+		p, err := m.price()
+		if err != nil {
+			return nil, fmt.Errorf("%s %s: %w", m.Provider, m.Model, err)
 		}
 		if !slices.Contains(t.providers, m.Provider) {
 			t.providers = append(t.providers, m.Provider)
 		}
 		for _, match := range m.Match {
 			key := priceKey{m.Provider, match}
-			if _, twice := t.exact[key]; twice {
+			if _, exists := t.exact[key]; exists {
 				return nil, fmt.Errorf("%s %s: %q is listed twice", m.Provider, m.Model, match)
 			}
 			if strings.Contains(match, "*") {
@@ -202,42 +180,73 @@ func parsePrices(text string) (*priceTable, error) {
 	return t, nil
 }
 
-// sortLongestFirst sorts the pattern that says most to the front; equals stay in order.
+// A priceEntry is one entry of the price list. A price that is not listed is "".
+type priceEntry struct {
+	Provider    string      `json:"provider"`
+	Model       string      `json:"model"`
+	Match       []string    `json:"match"`
+	Input       json.Number `json:"input"`
+	CachedInput json.Number `json:"cached_input"`
+	CacheWrite  json.Number `json:"cache_write"`
+	Output      json.Number `json:"output"`
+	AudioInput  json.Number `json:"audio_input"`
+	AudioOutput json.Number `json:"audio_output"`
+}
+
+func (m *priceEntry) price() (p price, err error) {
+	for _, f := range []struct {
+		target  *int64
+		dollars json.Number
+	}{
+		{&p.input, m.Input}, {&p.cachedInput, m.CachedInput}, {&p.cacheWrite, m.CacheWrite},
+		{&p.output, m.Output}, {&p.audioInput, m.AudioInput}, {&p.audioOutput, m.AudioOutput},
+	} {
+		if *f.target = noPrice; f.dollars != "" {
+			if *f.target, err = parseDollars(f.dollars.String()); err != nil {
+				return price{}, err
+			}
+		}
+	}
+	return p, nil
+}
+
+// sortLongestFirst puts the most specific pattern first; equally long ones stay in order.
 func sortLongestFirst(patterns []pricePattern) {
 	slices.SortStableFunc(patterns, func(a, b pricePattern) int { return cmp.Compare(len(b.match), len(a.match)) })
 }
 
-// withOverrides returns a table in which overrides stand over the list, in place of any earlier ones. What matches
-// one has its price and nothing of the list's. Of two with the same match the later one counts.
+// withOverrides returns a table with these overrides instead of any earlier ones. A model that matches an
+// override has only the override's prices, none from the list. Of two overrides with the same match the later
+// one counts.
 func (t *priceTable) withOverrides(overrides []priceOverride) *priceTable {
-	own := *t
-	own.overrideExact, own.overridePatterns = make(map[string]price), nil
+	changed := *t
+	changed.overrideExact, changed.overridePatterns = make(map[string]price), nil
 	for _, o := range slices.Backward(overrides) {
 		if strings.Contains(o.match, "*") {
-			own.overridePatterns = append(own.overridePatterns, pricePattern{match: o.match, price: o.price})
-		} else if _, later := own.overrideExact[o.match]; !later {
-			own.overrideExact[o.match] = o.price
+			changed.overridePatterns = append(changed.overridePatterns, pricePattern{match: o.match, price: o.price})
+		} else if _, exists := changed.overrideExact[o.match]; !exists {
+			changed.overrideExact[o.match] = o.price
 		}
 	}
-	sortLongestFirst(own.overridePatterns)
-	return &own
+	sortLongestFirst(changed.overridePatterns)
+	return &changed
 }
 
-// lookup returns the price of a model, and false if nobody knows. Overrides come first. In the list,
-// provider's own entries count, and for azure then openai's. For "compatible" and "" every provider's
-// do; a name like "openai/gpt-4o" says whose to prefer and is also looked for without that part.
+// lookup returns the price of a model, or false if there is none. Overrides come first. Then the provider's own
+// list entries count, and for azure also openai's. For "compatible" and "" every provider's entries count: a
+// name like "openai/gpt-4o" prefers openai, and is also looked up without that part.
 func (t *priceTable) lookup(provider, model string) (price, bool) {
-	anyone := provider == "compatible" || provider == ""
-	vendor, short := "", model
-	if i := strings.LastIndexByte(model, '/'); anyone && i >= 0 {
-		vendor, short = model[:i], model[i+1:]
+	anyProvider := provider == "compatible" || provider == ""
+	preferred, short := "", model
+	if i := strings.LastIndexByte(model, '/'); anyProvider && i >= 0 {
+		preferred, short = model[:i], model[i+1:]
 	}
 	if p, ok := t.lookupOverride(model, short); ok {
 		return p, true
 	}
 	switch {
-	case anyone:
-		if p, ok := t.lookupListed(vendor, short); ok {
+	case anyProvider:
+		if p, ok := t.lookupListed(preferred, short); ok {
 			return p, true
 		}
 		return t.lookupAnyProvider(model, short)
@@ -250,46 +259,37 @@ func (t *priceTable) lookup(provider, model string) (price, bool) {
 	return t.lookupListed(provider, model)
 }
 
-// metricLabel is a model's name for metrics: one that the table has, or the pattern in it that the name matches,
-// else "other". What clients make up cannot become a name.
+// metricLabel returns a model's name for metrics: a name in the table, or the pattern in it that the name
+// matches, or "other". So clients cannot create labels by making up names.
 func (t *priceTable) metricLabel(model string) string {
 	short := model[strings.LastIndexByte(model, '/')+1:]
 	for _, name := range [...]string{model, short} {
 		if _, ok := t.overrideExact[name]; ok {
 			return name
 		}
-		for _, provider := range t.providers {
-			if _, ok := t.exact[priceKey{provider, name}]; ok {
-				return name
-			}
+		if _, ok := t.exactAnyProvider(name); ok {
+			return name
 		}
 	}
-	for _, list := range [...][]pricePattern{t.overridePatterns, t.patterns} {
-		for _, p := range list {
-			if matchName(p.match, model) || matchName(p.match, short) {
-				return p.match
-			}
+	for _, patterns := range [...][]pricePattern{t.overridePatterns, t.patterns} {
+		if p := findPattern(patterns, model, short); p != nil {
+			return p.match
 		}
 	}
 	return otherLabel
 }
 
-// lookupOverride looks a model up in the operator's prices, under its full name before the short one.
+// lookupOverride looks up the operator's prices, for the full name before the short one.
 func (t *priceTable) lookupOverride(model, short string) (price, bool) {
-	for _, name := range []string{model, short} {
+	for _, name := range [...]string{model, short} {
 		if p, ok := t.overrideExact[name]; ok {
 			return p, true
 		}
 	}
-	for _, o := range t.overridePatterns {
-		if matchName(o.match, model) || matchName(o.match, short) {
-			return o.price, true
-		}
-	}
-	return price{}, false
+	return findPattern(t.overridePatterns, model, short).found()
 }
 
-// lookupListed looks a model up among one provider's.
+// lookupListed looks up the list prices of one provider.
 func (t *priceTable) lookupListed(provider, model string) (price, bool) {
 	if p, ok := t.exact[priceKey{provider, model}]; ok {
 		return p, true
@@ -302,25 +302,44 @@ func (t *priceTable) lookupListed(provider, model string) (price, bool) {
 	return price{}, false
 }
 
-// lookupAnyProvider looks a model up among all providers'.
+// lookupAnyProvider looks up the list prices of all providers.
 func (t *priceTable) lookupAnyProvider(model, short string) (price, bool) {
-	for _, name := range []string{model, short} {
-		for _, provider := range t.providers {
-			if p, ok := t.exact[priceKey{provider, name}]; ok {
-				return p, true
-			}
+	for _, name := range [...]string{model, short} {
+		if p, ok := t.exactAnyProvider(name); ok {
+			return p, true
 		}
 	}
-	for _, l := range t.patterns {
-		if matchName(l.match, model) || matchName(l.match, short) {
-			return l.price, true
+	return findPattern(t.patterns, model, short).found()
+}
+
+func (t *priceTable) exactAnyProvider(name string) (price, bool) {
+	for _, provider := range t.providers {
+		if p, ok := t.exact[priceKey{provider, name}]; ok {
+			return p, true
 		}
 	}
 	return price{}, false
 }
 
-// matchName reports whether pattern, in which `*` stands for any bytes or none, matches all of name. The
-// leftmost place for each part is always good enough, so there is no backtracking to exploit.
+// findPattern returns the first pattern that matches one of the names, or nil.
+func findPattern(patterns []pricePattern, model, short string) *pricePattern {
+	for i, p := range patterns {
+		if matchName(p.match, model) || matchName(p.match, short) {
+			return &patterns[i]
+		}
+	}
+	return nil
+}
+
+func (p *pricePattern) found() (price, bool) {
+	if p == nil {
+		return price{}, false
+	}
+	return p.price, true
+}
+
+// matchName reports whether pattern, where each `*` stands for any text, matches the whole name. The leftmost
+// place of each part always suffices, so there is no backtracking that a client could exploit.
 func matchName(pattern, name string) bool {
 	head, rest, star := strings.Cut(pattern, "*")
 	if !star || !strings.HasPrefix(name, head) {
@@ -340,8 +359,8 @@ func matchName(pattern, name string) bool {
 	}
 }
 
-// parseDollars reads a price in dollars for a million tokens, like "2.5", as pico-dollars for one. It is
-// strict: digits with at most one point between them, at most six decimals, at most a million dollars.
+// parseDollars reads a price in dollars per million tokens, such as "2.5", and returns pico-dollars per token.
+// It accepts digits with at most one point between them, at most six decimals, and at most a million dollars.
 func parseDollars(s string) (pico int64, err error) {
 	whole, decimals, point := strings.Cut(s, ".")
 	if !allDigits(whole) || point && !allDigits(decimals) {
