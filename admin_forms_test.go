@@ -240,7 +240,7 @@ func TestAdminMistakes(t *testing.T) {
 		{path: newProject, name: "provider", value: "azure", field: "api_key", says: "is needed"},
 		{path: newProject, name: "policy.models", value: "a*b", says: "only at the end"},
 		{path: newProject, name: "policy.endpoints", value: "chat", says: "must name endpoints"},
-		{path: newProject, name: "policy.addresses", value: "10.0.0.1/8", says: "10.0.0.1/8 is none"},
+		{path: newProject, name: "policy.addresses", value: "10.0.0.1/8", says: "10.0.0.1/8 is neither"},
 		{path: newProject, name: "policy.limits[1].max", value: "many", field: "policy.limits[0].max",
 			says: "must be a whole number"},
 		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be a whole number"},

@@ -340,7 +340,7 @@ func TestRefusals(t *testing.T) {
 		{`{"count":"requests","max":1,"per":"day"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 1 requests per day is used up. It resets in"},
 		{`{"count":"requests","max":1,"per":"week"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "It resets in"},
 		{`{"count":"requests","max":1,"per":"month"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "It resets in"},
-		{`{"count":"requests","max":1,"per":"lifetime"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 1 requests in all is used up."},
+		{`{"count":"requests","max":1,"per":"lifetime"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 1 requests in total is used up."},
 		{`{"count":"requests","max":0,"per":"second"}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 0 requests per second is used up."},
 		{`{"count":"concurrent","max":0}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "of 0 calls at one time is used up."},
 		{`{"count":"tokens","max":40,` + day + `}`, `"n":1`, "project_spend_limit_exceeded", "insufficient_quota", "no", "40 tokens per day has no room for this call: it may need 33, and 28 is left"},

@@ -145,8 +145,8 @@ func loadPrices() (*priceTable, error) {
 // parsePrices reads a price list such as prices.json.
 func parsePrices(text string) (*priceTable, error) {
 	var list struct {
-		Currency string        `json:"currency"`
-		Per      int64         `json:"per_tokens"`
+		Currency string       `json:"currency"`
+		Per      int64        `json:"per_tokens"`
 		Models   []priceEntry `json:"models"`
 	}
 	if err := json.Unmarshal([]byte(text), &list); err != nil {

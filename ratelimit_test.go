@@ -85,7 +85,7 @@ func TestLimitRules(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{
 		`{"count":"requests","max":60,"per":"minute"}`:                           "60 requests per minute",
-		`{"count":"requests","max":0,"per":"lifetime"}`:                          "0 requests in all",
+		`{"count":"requests","max":0,"per":"lifetime"}`:                          "0 requests in total",
 		`{"count":"tokens","max":1000000000000,"per":"month","model":"gpt-4o*"}`: "1000000000000 tokens per month for models gpt-4o*",
 		`{"count":"dollars","max":12.5,"per":"day","endpoint":"/v1/audio/*"}`:    "$12.5 per day on /v1/audio/*",
 		`{"count":"dollars","max":0.000000001,"per":"hour"}`:                     "$0.000000001 per hour",
@@ -104,7 +104,7 @@ func TestLimitRules(t *testing.T) {
 		`{"count":"dollars","max":-5,"per":"day"}`:                      "policy.limits[0].max: must be dollars from 0",
 		`{"count":"dollars","max":0.0000000001,"per":"day"}`:            "policy.limits[0].max: must be dollars from 0",
 		`{"count":"dollars","max":100000001,"per":"day"}`:               "policy.limits[0].max: must be dollars from 0",
-		`{"count":"concurrent","max":3,"per":"day"}`:                    "policy.limits[0].per: is not for concurrent",
+		`{"count":"concurrent","max":3,"per":"day"}`:                    "policy.limits[0].per: is not allowed with concurrent",
 		`{"count":"calls","max":3,"per":"day"}`:                         "policy.limits[0].count: must be requests, tokens, dollars or concurrent",
 		`{"max":3,"per":"day"}`:                                         "policy.limits[0].count: must be requests, tokens, dollars or concurrent",
 		`{"count":"requests","max":3,"per":"day","model":"a*b"}`:        "policy.limits[0].model: may have * only at the end",
