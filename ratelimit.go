@@ -1,26 +1,34 @@
-// This room counts: what calls have taken of each limit of their project and
-// token, and what is left. Requests and running calls are exact; tokens and
-// dollars are reserved as an estimate and settled to what the answer says. Plain
-// code: time comes in as an argument (unix milliseconds), nothing here does I/O.
+// This file counts what calls use of the limits of their project and token. Plain code: the time is an
+// argument (unix milliseconds), and nothing here does I/O.
+//
+// A call goes through three steps:
+//
+//	reserve      checks every limit that applies and reserves in all of them, or in none. Requests and running
+//	             calls are exact; tokens and dollars are an estimate.
+//	updateUsage  moves a running call's tokens and dollars from reserved to used as the answer comes.
+//	settle       returns what was reserved and counts what the call used.
+//
+// A window (an hour or longer) has used and reserved; both start again at 0 in the next window, and entries of an
+// earlier generation no longer count. A bucket (a second or a minute) has only used: a reservation is used at
+// once and refills from then on, and settling returns only what has not refilled yet.
 package main
 
 import "sync"
 
-// A limitCounter is what was taken of one limit.
+// A limitCounter is the current state of one limit.
 type limitCounter struct {
-	limit                  *limit // of the policy in force
-	windowStart, windowEnd int64  // the window; a bucket's from is when it last flowed back
-	// used is what is spent; in a bucket times its milliseconds, so that what
-	// flows back in one of them is a whole number.
+	limit                  *limit // of the current policy
+	windowStart, windowEnd int64  // of a bucket: windowStart is the time of its last refill
+	// used of a bucket is multiplied by the bucket's milliseconds, so that the refill of each millisecond is a
+	// whole number.
 	used        int64
-	reserved    int64 // reserved and not spent yet; of metricConcurrent, running calls
-	refilled    int64 // of a bucket: what has flowed back, ever; it may wrap
-	generation  int32 // of the window: what was reserved in an earlier one is void
+	reserved    int64 // reserved and not used yet; for metricConcurrent, the running calls
+	refilled    int64 // of a bucket: everything that was ever refilled; it may wrap around
+	generation  int32 // of the window: reservations of earlier generations are void
 	wouldRefuse int64 // calls that a shadow limit would have refused
 }
 
-// newLimitCounter returns the counter of a limit of which used was taken in the
-// window that holds now.
+// newLimitCounter returns the counter of a limit that was used in the window around now.
 func newLimitCounter(l *limit, now, used int64) *limitCounter {
 	c := &limitCounter{limit: l}
 	if c.windowStart, c.windowEnd = l.period.window(now); l.period.bucketMS() > 0 {
@@ -30,12 +38,11 @@ func newLimitCounter(l *limit, now, used int64) *limitCounter {
 	return c
 }
 
-// scale is what one request or token is in used.
+// scale is the value of one request or token in used.
 func (c *limitCounter) scale() int64 { return max(1, c.limit.period.bucketMS()) }
 
-// advance brings the counter to now. A clock that was set back gives nothing
-// back: up to a period the counter waits for it, beyond that it goes on from
-// there with what was used.
+// advance brings the counter to now. A clock that is set back never returns anything: for up to one period the
+// counter waits for the clock to catch up; beyond that it continues from the new time with the same use.
 func (c *limitCounter) advance(now int64) {
 	if b := c.limit.period.bucketMS(); b > 0 {
 		switch passed := now - c.windowStart; {
@@ -62,83 +69,80 @@ func (c *limitCounter) advance(now int64) {
 	c.windowStart, c.windowEnd = c.limit.period.window(now)
 }
 
-// refill gives n of a bucket back.
 func (c *limitCounter) refill(n int64) {
 	c.used -= n
 	c.refilled += n
 }
 
-// shortfall returns by how much need is too much now, 0 if there is room.
+// shortfall returns how much of need, scaled, exceeds the limit now; 0 if it fits.
 func (c *limitCounter) shortfall(need int64) int64 {
-	u := c.scale()
-	return max(0, c.used+(c.reserved+need-c.limit.max)*u)
+	return max(0, c.used+(c.reserved+need-c.limit.max)*c.scale())
 }
 
-// retryAfter returns the milliseconds until need has room, if nothing more is taken;
-// never is false where it will have one.
+// retryAfter returns the milliseconds until need fits, if nothing else is used until then. It returns never if
+// need will not fit by waiting.
 func (c *limitCounter) retryAfter(now, need int64) (ms int64, never bool) {
 	switch l := c.limit; {
 	case l.max == 0 || l.period == perLifetime:
 		return 0, true
 	case l.metric == metricConcurrent:
-		return 1000, false // nobody knows when a running call ends
+		return 1000, false // when a running call ends is unknown
 	case l.period.bucketMS() > 0:
 		return max(1, (c.shortfall(need)+l.max-1)/l.max+max(0, c.windowStart-now)), false
 	}
 	return max(1, c.windowEnd-now), false
 }
 
-// An estimate is what a call may take at most, as far as can be told before it is
-// made.
+// An estimate is the most that a call may use, as far as that is known before it is forwarded.
 type estimate struct {
-	endpoint, pattern, model string // the endpoint and the model asked for
+	endpoint, pattern, model string // the endpoint's name and pattern, the requested model
 	input, output            int64  // tokens
 	inputCost, outputCost    int64  // nano-dollars
-	outputAssumed            bool   // the call names no most output: output is a guess
+	outputAssumed            bool   // the request does not limit its output: output is a guess
 }
 
-// quantityFor is what the call reserves of a limit. A guess takes at most a quarter of
-// it, and nothing needs more than all of it: a rough estimate must not make a
-// call impossible. 0: the call takes nothing of what l counts.
-func (a *estimate) quantityFor(l *limit) int64 {
-	in, out := a.input, a.output
+// quantityFor returns the amount that the call reserves in a limit, or 0 if it uses nothing that l counts. A
+// guessed output reserves at most a quarter of the limit, and a call at most all of it: a rough estimate must
+// not make a call impossible.
+func (e *estimate) quantityFor(l *limit) int64 {
+	in, out := e.input, e.output
 	switch l.metric {
 	case metricRequests, metricConcurrent:
 		return 1
 	case metricDollars:
-		in, out = a.inputCost, a.outputCost
+		in, out = e.inputCost, e.outputCost
 	}
 	if in+out == 0 {
 		return 0
 	}
-	if a.outputAssumed {
+	if e.outputAssumed {
 		out = min(out, l.max/4)
 	}
 	return max(1, min(in+out, l.max))
 }
 
 // exceedsMax reports whether the call asks for more output than l ever allows.
-func (a *estimate) exceedsMax(l *limit) bool {
+func (e *estimate) exceedsMax(l *limit) bool {
 	switch l.metric {
 	case metricTokens:
-		return !a.outputAssumed && a.output > l.max
+		return !e.outputAssumed && e.output > l.max
 	case metricDollars:
-		return !a.outputAssumed && a.outputCost > l.max
+		return !e.outputAssumed && e.outputCost > l.max
 	}
 	return false
 }
 
-// A reservationEntry is what a call has of one counter.
+// A reservationEntry is what a call has reserved in one counter.
 type reservationEntry struct {
 	counter    *limitCounter
 	generation int32
 	quantity   int64 // reserved
-	refillMark int64 // of a bucket: once so much has flowed back, so has this
-	spent      int64 // of it, or beyond it, what the running call has used so far
+	refillMark int64 // of a bucket: when refilled reaches it, all of quantity has refilled
+	spent      int64 // what updateUsage has counted as used so far; may exceed quantity
 }
 
-// A reservation is all that one running call has reserved. It belongs to its limiter
-// between reserve and settle.
+// A reservation is everything that one running call has reserved. Its limiter owns it between reserve and
+// settle.
 type reservation struct {
 	limiter          *limiter
 	token            *limitScope
@@ -149,11 +153,11 @@ type reservation struct {
 	prev, next       *reservation
 }
 
-// A limitScope is a project or a token with limits of its own.
+// A limitScope is a project or a token with its own limits.
 type limitScope struct {
-	policy   *policy // whose limits the counters are; nil before the first call
+	policy   *policy // the counters are for its limits; nil before the first call
 	counters []*limitCounter
-	admitted bool // a call was: what it used may not be in the sums yet
+	admitted bool // a call was admitted: the stored sums may not include its use yet
 }
 
 // A limiter counts for one project and all its tokens.
@@ -163,283 +167,275 @@ type limiter struct {
 	running *reservation // the list of calls between reserve and settle
 }
 
-// A limitViolation says which limit has no room.
+// A limitViolation is a limit that a call would exceed.
 type limitViolation struct {
 	limit           *limit
 	ofProject       bool
 	remaining, need int64
-	wait            int64 // milliseconds; 0 if never
+	wait            int64 // milliseconds; 0 if permanent
 	permanent       bool  // waiting does not help
 	exceedsMax      bool  // the call asks for more than the limit ever allows
 }
 
-// reserve takes a call from every limit of its project and token that applies:
-// from all of them, or from none. It returns nil, or the limit that keeps the
-// call waiting longest. The caller holds mu.
-func (l *limiter) reserve(h *reservation, token *limitScope, now int64) *limitViolation {
+// reserve reserves a call in every limit of its project and token that applies: in all of them, or in none. It
+// returns nil, or the violation that keeps the call waiting longest. The caller holds mu.
+func (l *limiter) reserve(r *reservation, token *limitScope, now int64) *limitViolation {
 	if n := len(l.project.counters) + len(token.counters); n > 0 {
-		h.entries = make([]reservationEntry, 0, n)
+		r.entries = make([]reservationEntry, 0, n)
 	}
 	var worst *limitViolation
 	for i, s := range [...]*limitScope{&l.project, token} {
 		for _, c := range s.counters {
-			if !c.limit.applies(h.estimate.endpoint, h.estimate.pattern, h.estimate.model) {
-				continue
-			}
-			c.advance(now)
-			need := h.estimate.quantityFor(c.limit)
+			need := r.quantityIn(c)
 			if need == 0 {
 				continue
 			}
-			r := c.checkCapacity(&h.estimate, now, need)
+			c.advance(now)
+			v := c.checkCapacity(&r.estimate, now, need)
 			switch {
-			case r == nil:
-				h.entries = append(h.entries, reservationEntry{counter: c, generation: c.generation, quantity: need})
+			case v == nil:
+				r.entries = append(r.entries, reservationEntry{counter: c, generation: c.generation, quantity: need})
 			case c.limit.monitorOnly:
-				c.wouldRefuse++ // and it takes nothing, as a limit that is enforced
-				h.monitorOnlyLimit = c.limit.String()
-			case worst == nil || !worst.permanent && (r.permanent || r.wait > worst.wait):
-				worst, r.ofProject = r, i == 0
+				c.wouldRefuse++ // the call uses nothing here, as with an enforced limit
+				r.monitorOnlyLimit = c.limit.String()
+			case worst == nil || !worst.permanent && (v.permanent || v.wait > worst.wait):
+				worst, v.ofProject = v, i == 0
 			}
 		}
 	}
 	if worst != nil {
-		h.entries = nil
+		r.entries = nil
 		return worst
 	}
-	for i := range h.entries {
-		h.entries[i].apply()
+	for i := range r.entries {
+		r.entries[i].apply()
 	}
-	h.limiter, h.token, h.start = l, token, now
+	r.limiter, r.token, r.start = l, token, now
 	l.project.admitted, token.admitted = true, true
-	if h.next = l.running; h.next != nil {
-		h.next.prev = h
+	if r.next = l.running; r.next != nil {
+		r.next.prev = r
 	}
-	l.running = h
+	l.running = r
 	return nil
 }
 
-// checkCapacity returns why need has no room, nil if it has.
-func (c *limitCounter) checkCapacity(a *estimate, now, need int64) *limitViolation {
-	if a.exceedsMax(c.limit) {
+// quantityIn returns the amount that the call reserves in a counter, or 0 if the limit does not apply.
+func (r *reservation) quantityIn(c *limitCounter) int64 {
+	if !c.limit.applies(r.estimate.endpoint, r.estimate.pattern, r.estimate.model) {
+		return 0
+	}
+	return r.estimate.quantityFor(c.limit)
+}
+
+// checkCapacity returns the violation if need does not fit, or nil.
+func (c *limitCounter) checkCapacity(e *estimate, now, need int64) *limitViolation {
+	if e.exceedsMax(c.limit) {
 		return &limitViolation{limit: c.limit, need: need, remaining: c.remaining(), permanent: true, exceedsMax: true}
 	}
 	if c.shortfall(need) == 0 {
 		return nil
 	}
-	r := &limitViolation{limit: c.limit, need: need, remaining: c.remaining()}
-	r.wait, r.permanent = c.retryAfter(now, need)
-	return r
+	v := &limitViolation{limit: c.limit, need: need, remaining: c.remaining()}
+	v.wait, v.permanent = c.retryAfter(now, need)
+	return v
 }
 
-// remaining is what has room now, in requests, tokens, nano-dollars or calls.
-func (c *limitCounter) remaining() int64 {
-	return max(0, c.limit.max-c.reserved-(c.used+c.scale()-1)/c.scale())
-}
+// remaining returns how many requests, tokens, nano-dollars or running calls still fit.
+func (c *limitCounter) remaining() int64 { return max(0, c.limit.max-c.reserved-c.unscaledUse()) }
 
-// apply reserves the amount. What a bucket gives is spent at once, and flows
-// back from then on; so is a request.
-func (g *reservationEntry) apply() {
-	c := g.counter
+// unscaledUse returns used in requests, tokens or nano-dollars, rounded up.
+func (c *limitCounter) unscaledUse() int64 { return (c.used + c.scale() - 1) / c.scale() }
+
+// apply reserves the quantity. In a bucket it is used at once and refills from then on; a request is used at
+// once, too.
+func (e *reservationEntry) apply() {
+	c := e.counter
 	if c.limit.period.bucketMS() > 0 || c.limit.metric == metricRequests {
-		c.used += g.quantity * c.scale()
-		g.refillMark = c.refilled + c.used
+		c.used += e.quantity * c.scale()
+		e.refillMark = c.refilled + c.used
 		return
 	}
-	c.reserved += g.quantity
+	c.reserved += e.quantity
 }
 
-// A finalUsage is what a call has used in the end.
+// A finalUsage is what a call used in the end.
 type finalUsage struct {
-	forwarded bool  // it was forwarded: it counts as a request
+	forwarded bool  // it counts as a request
 	tokens    int64 // input and output
 	dollars   int64 // nano-dollars
 }
 
-func (s *finalUsage) value(m limitMetric) int64 {
+func (u *finalUsage) value(m limitMetric) int64 {
 	switch m {
 	case metricTokens:
-		return s.tokens
+		return u.tokens
 	case metricDollars:
-		return s.dollars
+		return u.dollars
 	}
 	return 0
 }
 
-// settle gives back what the call has reserved and takes what it used. record
-// is called within: a counter that is made meanwhile finds the call either
-// here or on record.
-func (h *reservation) settle(now int64, s finalUsage, record func()) {
-	h.limiter.mu.Lock()
-	defer h.limiter.mu.Unlock()
-	h.limiter.release(h, now, s)
+// settle returns what the call has reserved and counts what it used. record is called under the same lock: a
+// counter that is created at this time finds the call either here or in the ledger.
+func (r *reservation) settle(now int64, usage finalUsage, record func()) {
+	r.limiter.mu.Lock()
+	defer r.limiter.mu.Unlock()
+	r.limiter.release(r, now, usage)
 	record()
 }
 
-// release ends a hold. The caller holds mu.
-func (l *limiter) release(h *reservation, now int64, s finalUsage) {
-	for i := range h.entries {
-		g := &h.entries[i]
-		if g.counter.advance(now); g.generation == g.counter.generation {
-			g.settle(s)
+// release ends a reservation. The caller holds mu.
+func (l *limiter) release(r *reservation, now int64, usage finalUsage) {
+	for i := range r.entries {
+		e := &r.entries[i]
+		if e.counter.advance(now); e.generation == e.counter.generation {
+			e.settle(usage)
 		}
 	}
-	if h.prev != nil {
-		h.prev.next = h.next
+	if r.prev != nil {
+		r.prev.next = r.next
 	} else {
-		l.running = h.next
+		l.running = r.next
 	}
-	if h.next != nil {
-		h.next.prev = h.prev
+	if r.next != nil {
+		r.next.prev = r.prev
 	}
-	h.prev, h.next, h.entries = nil, nil, nil
+	r.prev, r.next, r.entries = nil, nil, nil
 }
 
-func (g *reservationEntry) settle(s finalUsage) {
-	c := g.counter
-	used := s.value(c.limit.metric)
-	if c.limit.metric == metricRequests && s.forwarded {
-		used = g.quantity
+func (e *reservationEntry) settle(usage finalUsage) {
+	c := e.counter
+	used := usage.value(c.limit.metric)
+	if c.limit.metric == metricRequests && usage.forwarded {
+		used = e.quantity
 	}
 	switch {
 	case c.limit.metric == metricConcurrent:
-		c.reserved -= g.quantity
-	case c.limit.period.bucketMS() > 0 && used < g.quantity:
-		// Of what was reserved and not used, what has flowed back is not there any
-		// more. To give it back all the same would let calls that reserve much and
-		// take long save it up, and take it all in one moment when they end.
-		c.used -= min(c.used, (g.quantity-used)*c.scale(), max(0, g.refillMark-c.refilled))
+		c.reserved -= e.quantity
+	case c.limit.period.bucketMS() > 0 && used < e.quantity:
+		// Only what has not refilled yet is returned. Otherwise long calls with large reservations could
+		// return it a second time, and a burst at their end would exceed the limit.
+		c.used -= min(c.used, (e.quantity-used)*c.scale(), max(0, e.refillMark-c.refilled))
 	case c.limit.period.bucketMS() > 0:
-		// What was used beyond the estimate is a debt, which keeps others
-		// waiting; not for longer than one more period, though.
-		c.used = max(c.used, min(c.used+(used-g.quantity)*c.scale(), 2*c.limit.max*c.scale()))
+		// Use beyond the estimate is a debt that delays other calls, but at most by one more period.
+		c.used = max(c.used, min(c.used+(used-e.quantity)*c.scale(), 2*c.limit.max*c.scale()))
 	case c.limit.metric == metricRequests:
-		c.used = max(0, c.used-(g.quantity-used))
+		c.used = max(0, c.used-(e.quantity-used))
 	default:
-		c.reserved -= max(0, g.quantity-g.spent)
-		c.used = max(0, c.used+used-g.spent)
+		c.reserved -= max(0, e.quantity-e.spent)
+		c.used = max(0, c.used+used-e.spent)
 	}
 }
 
-// overrunAllowance is by how much what was really spent may pass a window of tokens or
-// dollars before the running calls that count in it are ended.
+// overrunAllowance is how far the use of tokens or dollars may exceed a limit before the running calls that
+// count in it are ended.
 func overrunAllowance(l *limit) int64 { return l.max / 10 }
 
-// updateUsage counts what a running call has used so far: output tokens, as far as
-// one can tell. It returns a limit that is spent by more than its overdraft, nil
-// if none is. A call that named its most output never counts for more than it
-// has reserved, as the provider holds it to that. It does not wait: while the
-// limiter is busy reading the store, the next tick is soon enough.
-func (h *reservation) updateUsage(now, output int64) *limit {
-	if !h.limiter.mu.TryLock() {
+// updateUsage counts what a running call has used so far, given its estimated output tokens. It returns a limit
+// that is exceeded by more than its allowance, or nil. A call that limits its own output never counts for more
+// than it has reserved, because the provider enforces that. updateUsage does not wait: if the limiter is busy
+// reading the store, the next tick is soon enough.
+func (r *reservation) updateUsage(now, output int64) *limit {
+	if !r.limiter.mu.TryLock() {
 		return nil
 	}
-	defer h.limiter.mu.Unlock()
-	var spent *limit
-	for i := range h.entries {
-		g := &h.entries[i]
-		c := g.counter
+	defer r.limiter.mu.Unlock()
+	var exceeded *limit
+	for i := range r.entries {
+		e := &r.entries[i]
+		c := e.counter
 		if c.limit.metric != metricTokens && c.limit.metric != metricDollars || c.limit.period.bucketMS() > 0 {
 			continue
 		}
-		if c.advance(now); g.generation != c.generation {
+		if c.advance(now); e.generation != c.generation {
 			continue
 		}
-		sofar := h.estimate.input + output
+		used := r.estimate.input + output
 		if c.limit.metric == metricDollars {
-			sofar = h.estimate.inputCost
-			if h.estimate.output > 0 {
-				sofar += h.estimate.outputCost / h.estimate.output * output
+			used = r.estimate.inputCost
+			if r.estimate.output > 0 {
+				used += r.estimate.outputCost / r.estimate.output * output
 			}
 		}
-		if !h.estimate.outputAssumed {
-			sofar = min(sofar, g.quantity)
+		if !r.estimate.outputAssumed {
+			used = min(used, e.quantity)
 		}
-		if sofar > g.spent {
-			c.reserved -= max(0, g.quantity-g.spent) - max(0, g.quantity-sofar)
-			c.used += sofar - g.spent
-			g.spent = sofar
+		if used > e.spent {
+			c.reserved -= max(0, e.quantity-e.spent) - max(0, e.quantity-used)
+			c.used += used - e.spent
+			e.spent = used
 		}
 		if !c.limit.monitorOnly && c.used > c.limit.max+overrunAllowance(c.limit) {
-			spent = c.limit
+			exceeded = c.limit
 		}
 	}
-	return spent
+	return exceeded
 }
 
-// setPolicy makes the counters of s those of p's limits. What counts the same keeps
-// its count; past says what was used of a limit that has no counter yet, in the
-// window that holds now. The calls that are running count in new limits too.
+// setPolicy replaces the counters of s by those of p's limits. A limit that counts the same as before keeps its
+// counter. For any other, past returns what was used in the window around now, and the running calls count, too.
 // The caller holds mu.
 func (l *limiter) setPolicy(s *limitScope, p *policy, now int64, past func(*limit) int64) {
-	old := map[limitKey]*limitCounter{}
-	for _, c := range s.counters {
-		old[c.limit.key()] = c
-	}
+	old := s.counters
 	s.policy, s.counters = p, make([]*limitCounter, 0, len(p.Limits))
 	for i := range p.Limits {
 		lim := &p.Limits[i]
-		c := old[lim.key()]
+		c := counterFor(old, lim)
 		if c == nil {
 			c = newLimitCounter(lim, now, past(lim))
-			if lim.monitorOnly { // what it would have refused is in past too
+			if lim.monitorOnly { // past includes the calls that it would have refused
 				c.used = min(c.used, lim.max*c.scale())
 			}
 			l.countRunning(s, c)
 		} else {
-			c.setLimit(lim, now)
+			c.advance(now)
+			c.limit = lim
 		}
 		s.counters = append(s.counters, c)
 	}
 }
 
-// setLimit puts another max in force.
-func (c *limitCounter) setLimit(l *limit, now int64) {
-	c.advance(now)
-	c.limit = l
+// counterFor returns the counter that counts the same as l, or nil.
+func counterFor(counters []*limitCounter, l *limit) *limitCounter {
+	for _, c := range counters {
+		if c.limit.key() == l.key() {
+			return c
+		}
+	}
+	return nil
 }
 
-// countRunning makes running calls count in c, a new counter of s.
+// countRunning counts the running calls in c, a new counter of s.
 func (l *limiter) countRunning(s *limitScope, c *limitCounter) {
-	for h := l.running; h != nil; h = h.next {
-		if s != &l.project && s != h.token || !c.limit.applies(h.estimate.endpoint, h.estimate.pattern, h.estimate.model) {
+	for r := l.running; r != nil; r = r.next {
+		if s != &l.project && s != r.token {
 			continue
 		}
-		if c.windowEnd > 0 && h.start < c.windowStart { // it counts in the window in which it began
+		if c.windowEnd > 0 && r.start < c.windowStart { // a call counts in the window in which it starts
 			continue
 		}
-		if need := h.estimate.quantityFor(c.limit); need > 0 {
-			g := reservationEntry{counter: c, generation: c.generation, quantity: need}
-			g.apply()
-			h.entries = append(h.entries, g)
+		if need := r.quantityIn(c); need > 0 {
+			e := reservationEntry{counter: c, generation: c.generation, quantity: need}
+			e.apply()
+			r.entries = append(r.entries, e)
 		}
 	}
 }
 
-// needsHistory reports whether p has limits whose past use the store must be asked
-// for. The caller holds mu.
+// needsHistory reports whether p has a new limit whose past use is in the store. The caller holds mu.
 func (s *limitScope) needsHistory(p *policy) bool {
-next:
 	for i := range p.Limits {
-		l := &p.Limits[i]
-		if l.period < perHour {
-			continue
+		if l := &p.Limits[i]; l.period >= perHour && counterFor(s.counters, l) == nil {
+			return true
 		}
-		for _, c := range s.counters {
-			if c.limit.key() == l.key() {
-				continue next
-			}
-		}
-		return true
 	}
 	return false
 }
 
-// durable reports whether the call counts in a limit of requests that must hold
-// through a crash.
-func (h *reservation) durable() bool {
-	for i := range h.entries {
-		if l := h.entries[i].counter.limit; l.metric == metricRequests && l.period >= perHour && !l.monitorOnly {
+// durable reports whether the call counts in a request limit that must hold through a crash.
+func (r *reservation) durable() bool {
+	for i := range r.entries {
+		if l := r.entries[i].counter.limit; l.metric == metricRequests && l.period >= perHour && !l.monitorOnly {
 			return true
 		}
 	}

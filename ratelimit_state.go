@@ -1,6 +1,5 @@
-// This room joins the limits of live projects and tokens to what the store knows
-// of their past, and shows how they stand: to administrators, to the token's own
-// holder, and in the headers of each answer.
+// This file connects live limits with their past use in the store, and shows the current state of limits: to
+// administrators, to a token's holder, and in the rate limit headers of each answer. It never writes a row.
 package main
 
 import (
@@ -15,20 +14,19 @@ import (
 	"time"
 )
 
-// limitLoadTimeout is how long a call may wait, with the others of its project, for
-// the past of a limit that is new to this process.
+// limitLoadTimeout is how long the calls of a project may wait for the past use of a limit that is new to this
+// process.
 const limitLoadTimeout = 2 * time.Second
 
-// A limitState joins live limits to what the store knows of their past.
+// A limitState connects live limits with their past use.
 type limitState struct {
 	store    *store
 	ledger   *ledger
 	registry *registry
 }
 
-// syncLimits puts the limits of t's policy and of its project's in force. The
-// caller holds the limiter's mu, so that no call of the project comes or ends
-// meanwhile.
+// syncLimits applies the limits of t's policy and of its project's policy. The caller holds the limiter's mu, so
+// that no call of the project starts or ends at the same time.
 func (ls *limitState) syncLimits(t *liveToken, now int64) error {
 	if err := ls.syncProjectLimits(t.project, now); err != nil {
 		return err
@@ -42,16 +40,16 @@ func (ls *limitState) syncProjectLimits(p *liveProject, now int64) error {
 	return ls.syncScope(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
 }
 
-// syncScope makes the counters of sub those of p, unless they are.
-func (ls *limitState) syncScope(l *limiter, sub *limitScope, p *policy, project, token, now int64) error {
-	if sub.policy == p {
+// syncScope replaces the counters of s by those of p, if p is new.
+func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, token, now int64) error {
+	if s.policy == p {
 		return nil
 	}
 	var past []periodUsage
-	if sub.needsHistory(p) {
+	if s.needsHistory(p) {
 		ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
 		defer cancel()
-		if sub.admitted { // what it used may still be on its way into the sums
+		if s.admitted { // its use may not be in the stored sums yet
 			if err := ls.ledger.flush(ctx); err != nil {
 				return fmt.Errorf("waiting for the ledger: %w", err)
 			}
@@ -61,46 +59,40 @@ func (ls *limitState) syncScope(l *limiter, sub *limitScope, p *policy, project,
 			return err
 		}
 	}
-	l.setPolicy(sub, p, now, func(l *limit) int64 { return sumUsage(past, l) })
+	l.setPolicy(s, p, now, func(l *limit) int64 { return sumUsage(past, l) })
 	return nil
 }
 
-// periodUsage are what was used in one kind of window.
+// A periodUsage is what was used in the current window of a period.
 type periodUsage struct {
 	period limitPeriod
 	rows   []pastUsage
 }
 
-// loadPastUsage reads what was used in each window that a limit of p has.
+// loadPastUsage reads what was used in the current window of each limit of p.
 func (ls *limitState) loadPastUsage(ctx context.Context, p *policy, project, token, now int64) ([]periodUsage, error) {
 	var out []periodUsage
-next:
 	for i := range p.Limits {
-		per := p.Limits[i].period
-		if per < perHour {
+		period := p.Limits[i].period
+		if period < perHour || slices.ContainsFunc(out, func(o periodUsage) bool { return o.period == period }) {
 			continue
 		}
-		for _, o := range out {
-			if o.period == per {
-				continue next
-			}
-		}
 		grain := "day"
-		if per == perHour {
+		if period == perHour {
 			grain = "hour"
 		}
-		from, _ := per.window(now)
-		uses, err := ls.store.usageSince(ctx, grain, project, token, from)
+		from, _ := period.window(now)
+		rows, err := ls.store.usageSince(ctx, grain, project, token, from)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, periodUsage{per, uses})
+		out = append(out, periodUsage{period, rows})
 	}
 	return out, nil
 }
 
-// sumUsage adds up what counts in l. A model that was not kept apart counts in
-// every limit: a limit may refuse too early after a restart, never too late.
+// sumUsage adds up what counts in l. Models without sums of their own count in every limit: after a restart a
+// limit may refuse too early, but never too late.
 func sumUsage(past []periodUsage, l *limit) (n int64) {
 	for _, p := range past {
 		if p.period != l.period {
@@ -108,11 +100,11 @@ func sumUsage(past []periodUsage, l *limit) (n int64) {
 		}
 		for _, u := range p.rows {
 			_, pattern, _ := strings.Cut(u.endpoint, " ")
-			asked := u.requestedModel
-			if asked == otherModels {
-				asked = strings.TrimSuffix(l.model, "*")
+			model := u.requestedModel
+			if model == otherModels {
+				model = strings.TrimSuffix(l.model, "*")
 			}
-			if !l.applies(u.endpoint, pattern, asked) {
+			if !l.applies(u.endpoint, pattern, model) {
 				continue
 			}
 			switch l.metric {
@@ -128,7 +120,7 @@ func sumUsage(past []periodUsage, l *limit) (n int64) {
 	return n
 }
 
-// A limitView is how a limit stands.
+// A limitView is the current state of a limit in JSON.
 type limitView struct {
 	Count       string          `json:"count"`
 	Max         json.RawMessage `json:"max"`
@@ -139,8 +131,8 @@ type limitView struct {
 	Used        json.RawMessage `json:"used"`
 	Reserved    json.RawMessage `json:"reserved"` // by running calls
 	Left        json.RawMessage `json:"left"`
-	ResetsAt    *timestamp      `json:"resets_at"`    // null: never, or when calls end
-	WouldRefuse int64           `json:"would_refuse"` // calls, since this process counts
+	ResetsAt    *timestamp      `json:"resets_at"`    // null: never, or when running calls end
+	WouldRefuse int64           `json:"would_refuse"` // calls, since the limit was loaded
 }
 
 func newLimitViews(counters []*limitCounter, now int64) []limitView {
@@ -148,9 +140,13 @@ func newLimitViews(counters []*limitCounter, now int64) []limitView {
 	for _, c := range counters {
 		c.advance(now)
 		l := c.limit
-		v := limitView{Count: l.metric.String(), Max: l.valueJSON(l.max), Per: l.period.String(), Endpoint: l.endpoint, Model: l.model, Shadow: l.monitorOnly,
-			Used: l.valueJSON((c.used + c.scale() - 1) / c.scale()), Reserved: l.valueJSON(c.reserved), Left: l.valueJSON(c.remaining()), WouldRefuse: c.wouldRefuse}
-		if l.metric == metricConcurrent { // what runs is in use, not set aside
+		v := limitView{
+			Count: l.metric.String(), Max: l.valueJSON(l.max), Per: l.period.String(),
+			Endpoint: l.endpoint, Model: l.model, Shadow: l.monitorOnly,
+			Used: l.valueJSON(c.unscaledUse()), Reserved: l.valueJSON(c.reserved), Left: l.valueJSON(c.remaining()),
+			WouldRefuse: c.wouldRefuse,
+		}
+		if l.metric == metricConcurrent { // running calls are in use, not reserved
 			v.Used, v.Reserved = v.Reserved, v.Used
 		}
 		if at := c.resetTime(now); at > now {
@@ -161,8 +157,8 @@ func newLimitViews(counters []*limitCounter, now int64) []limitView {
 	return out
 }
 
-// resetTime is when all of the limit will be there again, now if it is, 0 if it
-// never will be by itself.
+// resetTime returns when the whole limit is available again without further calls, or 0 if that is unknown or
+// never.
 func (c *limitCounter) resetTime(now int64) int64 {
 	switch {
 	case c.limit.period.bucketMS() > 0 && c.limit.max > 0:
@@ -173,23 +169,23 @@ func (c *limitCounter) resetTime(now int64) int64 {
 	return 0
 }
 
-// withLiveUsage returns a row with the calls that it does not know of yet: it learns of
-// one when that has ended.
+// withLiveUsage returns a copy of the row that includes running calls. A row counts a call only when it has
+// ended.
 func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 	t := ls.registry.liveToken(row.id)
 	if t == nil {
 		return row
 	}
-	up := *row
-	if up.requestCount = t.used.Load(); t.running.Load() > 0 {
-		up.lastUsedAt = &now
-	} else if up.requestCount > row.requestCount {
-		up.lastUsedAt = new(t.lastUsed.Load())
+	current := *row
+	if current.requestCount = t.used.Load(); t.running.Load() > 0 {
+		current.lastUsedAt = &now
+	} else if current.requestCount > row.requestCount {
+		current.lastUsedAt = new(t.lastUsed.Load())
 	}
-	return &up
+	return &current
 }
 
-// tokenLimits shows how the limits of a token stand.
+// tokenLimits returns the state of a token's limits.
 func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, now int64) ([]limitView, error) {
 	if t := ls.registry.liveToken(row.id); t != nil {
 		t.project.limiter.mu.Lock()
@@ -202,7 +198,7 @@ func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, now int64)
 	return ls.storedLimits(ctx, row.policy, false, row.project, row.seq, now)
 }
 
-// projectLimits shows how the limits of a project stand.
+// projectLimits returns the state of a project's limits.
 func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, now int64) ([]limitView, error) {
 	if p := ls.registry.liveProject(row.seq); p != nil {
 		p.limiter.mu.Lock()
@@ -215,17 +211,20 @@ func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, now in
 	return ls.storedLimits(ctx, row.policy, true, row.seq, 0, now)
 }
 
-// storedLimits is for what no call has used of late: all is in the store.
-func (ls *limitState) storedLimits(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]limitView, error) {
-	counters, err := ls.storedCounters(ctx, text, ofProject, project, token, now)
+// storedLimits returns the state of the limits of a token or project that is not live.
+func (ls *limitState) storedLimits(ctx context.Context, policyText string, ofProject bool, project, token, now int64,
+) ([]limitView, error) {
+	counters, err := ls.storedCounters(ctx, policyText, ofProject, project, token, now)
 	if err != nil {
 		return nil, err
 	}
 	return newLimitViews(counters, now), nil
 }
 
-func (ls *limitState) storedCounters(ctx context.Context, text string, ofProject bool, project, token, now int64) ([]*limitCounter, error) {
-	p, err := parsePolicy([]byte(text), ofProject)
+// storedCounters returns the counters of a token or project that is not live: all its use is in the store.
+func (ls *limitState) storedCounters(ctx context.Context, policyText string, ofProject bool, project, token, now int64,
+) ([]*limitCounter, error) {
+	p, err := parsePolicy([]byte(policyText), ofProject)
 	if err != nil {
 		return nil, err
 	}
@@ -240,27 +239,27 @@ func (ls *limitState) storedCounters(ctx context.Context, text string, ofProject
 	return counters, nil
 }
 
-// A rateHeader is what is left of a limit, as the headers x-ratelimit-* say it.
+// A rateHeader is the state of a limit in the x-ratelimit-* headers.
 type rateHeader struct {
 	set              bool
 	limit, remaining int64
-	reset            time.Duration // until all of it is there again; 0: no such time is known
+	reset            time.Duration // until the whole limit is available again; 0: unknown
 }
 
-// rateHeaders are those of a token's tightest limits of requests and of tokens.
+// rateHeaders are for the token's request limit and token limit with the least remaining.
 type rateHeaders struct{ requests, tokens rateHeader }
 
-// rateHeaders finds the limits of t of which least is left. The caller holds the
-// limiter's mu. The project's limits are not shown: they say what others use.
-func (t *liveToken) rateHeaders(most, now int64) (r rateHeaders) {
-	if most >= 0 {
-		r.requests = rateHeader{set: true, limit: most, remaining: max(0, most-t.used.Load())}
+// rateHeaders returns the headers of a token; maxRequests is its lifetime limit, or negative. The caller holds
+// the limiter's mu. The project's limits are not included: they would reveal what other tokens use.
+func (t *liveToken) rateHeaders(maxRequests, now int64) (r rateHeaders) {
+	if maxRequests >= 0 {
+		r.requests = rateHeader{set: true, limit: maxRequests, remaining: max(0, maxRequests-t.used.Load())}
 	}
 	for _, c := range t.limits.counters {
-		to := &r.requests
+		header := &r.requests
 		switch l := c.limit; {
 		case l.metric == metricTokens:
-			to = &r.tokens
+			header = &r.tokens
 		case l.metric != metricRequests:
 			continue
 		}
@@ -268,53 +267,51 @@ func (t *liveToken) rateHeaders(most, now int64) (r rateHeaders) {
 			continue
 		}
 		c.advance(now)
-		if left := c.remaining(); !to.set || left < to.remaining {
-			*to = rateHeader{true, c.limit.max, left, time.Duration(max(0, c.resetTime(now)-now)) * time.Millisecond}
+		if n := c.remaining(); !header.set || n < header.remaining {
+			reset := time.Duration(max(0, c.resetTime(now)-now)) * time.Millisecond
+			*header = rateHeader{set: true, limit: c.limit.max, remaining: n, reset: reset}
 		}
 	}
 	return r
 }
 
-// write sets the headers, in the form that OpenAI gives them.
+// write sets the headers, in OpenAI's form.
 func (r *rateHeaders) write(h http.Header) {
-	for _, k := range [...]struct {
-		of                      *rateHeader
-		limit, remaining, reset string
-	}{
-		{&r.requests, "X-Ratelimit-Limit-Requests", "X-Ratelimit-Remaining-Requests", "X-Ratelimit-Reset-Requests"},
-		{&r.tokens, "X-Ratelimit-Limit-Tokens", "X-Ratelimit-Remaining-Tokens", "X-Ratelimit-Reset-Tokens"},
-	} {
-		if !k.of.set {
-			continue
-		}
-		h[k.limit] = []string{strconv.FormatInt(k.of.limit, 10)}
-		h[k.remaining] = []string{strconv.FormatInt(k.of.remaining, 10)}
-		if k.of.reset > 0 {
-			h[k.reset] = []string{k.of.reset.String()}
-		}
+	r.requests.write(h, "X-Ratelimit-Limit-Requests", "X-Ratelimit-Remaining-Requests", "X-Ratelimit-Reset-Requests")
+	r.tokens.write(h, "X-Ratelimit-Limit-Tokens", "X-Ratelimit-Remaining-Tokens", "X-Ratelimit-Reset-Tokens")
+}
+
+func (r *rateHeader) write(h http.Header, limit, remaining, reset string) {
+	if !r.set {
+		return
+	}
+	h[limit] = []string{strconv.FormatInt(r.limit, 10)}
+	h[remaining] = []string{strconv.FormatInt(r.remaining, 10)}
+	if r.reset > 0 {
+		h[reset] = []string{r.reset.String()}
 	}
 }
 
-// A nearLimit is a limit of a day or longer that is mostly spent.
+// A nearLimit is a limit of a day or longer that is mostly used up.
 type nearLimit struct {
-	token, name, project, projectID string // token and name are "" where it is the project's own
+	token, name, project, projectID string // token and name are "" for a project's limit
 	limit                           string // in words
 	fraction                        float64
 }
 
-// nearLimits returns the limits of which part (0.8) or more is spent. It looks at most projects and tokens each: more than that
-// are not looked through for a page.
-func (g *registry) nearLimits(now int64, part float64, most int) []nearLimit {
+// nearLimits returns the limits that are used up to the given fraction or more. It checks at most maxEach
+// projects and maxEach tokens, to bound the cost of a page.
+func (g *registry) nearLimits(now int64, fraction float64, maxEach int) []nearLimit {
 	g.mu.RLock()
 	var projects []*liveProject
 	for _, p := range g.projects {
-		if projects = append(projects, p); len(projects) == most {
+		if projects = append(projects, p); len(projects) == maxEach {
 			break
 		}
 	}
 	var tokens []*liveToken
 	for _, t := range g.byID {
-		if tokens = append(tokens, t); len(tokens) == most {
+		if tokens = append(tokens, t); len(tokens) == maxEach {
 			break
 		}
 	}
@@ -322,38 +319,42 @@ func (g *registry) nearLimits(now int64, part float64, most int) []nearLimit {
 	var out []nearLimit
 	for _, p := range projects {
 		st := p.state.Load()
-		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, part, nearLimit{project: st.name, projectID: st.id})...)
+		owner := nearLimit{project: st.name, projectID: st.id}
+		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, fraction, owner)...)
 	}
 	for _, t := range tokens {
 		st, p := t.state.Load(), t.project.state.Load()
-		out = append(out, t.project.limiter.nearLimits(&t.limits, now, part, nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id})...)
+		owner := nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id}
+		out = append(out, t.project.limiter.nearLimits(&t.limits, now, fraction, owner)...)
 	}
 	return out
 }
 
-// sortNearLimits sorts limits, the fullest first.
-func sortNearLimits(all []nearLimit) {
-	slices.SortFunc(all, func(a, b nearLimit) int {
-		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project), cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
+// sortNearLimits sorts limits by fraction, the highest first.
+func sortNearLimits(limits []nearLimit) {
+	slices.SortFunc(limits, func(a, b nearLimit) int {
+		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project),
+			cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
 	})
 }
 
-// nearLimits returns the limits of a subject that are mostly spent, each as of.
-func (l *limiter) nearLimits(sub *limitScope, now int64, part float64, of nearLimit) []nearLimit {
+// nearLimits returns the limits of a scope that are used up to the fraction, as copies of owner.
+func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return filterNearLimits(sub.counters, now, part, of)
+	return filterNearLimits(s.counters, now, fraction, owner)
 }
 
-func filterNearLimits(counters []*limitCounter, now int64, part float64, of nearLimit) (out []nearLimit) {
+func filterNearLimits(counters []*limitCounter, now int64, fraction float64, owner nearLimit) (out []nearLimit) {
 	for _, c := range counters {
 		if !c.limit.isQuota() || c.limit.monitorOnly || c.limit.max == 0 {
 			continue
 		}
 		c.advance(now)
-		if of.fraction = float64(c.used) / float64(c.limit.max); of.fraction >= part {
-			of.limit = c.limit.String()
-			out = append(out, of)
+		near := owner
+		if near.fraction = float64(c.used) / float64(c.limit.max); near.fraction >= fraction {
+			near.limit = c.limit.String()
+			out = append(out, near)
 		}
 	}
 	return out
