@@ -1,5 +1,5 @@
-// Tests of retry and failover: what a provider does wrong, and what the client
-// then sees, how often each provider is asked, and what is on record.
+// These tests hold retry and failover: for each fault of a provider, what the client gets, how often each provider
+// is called, and what is on record.
 package main
 
 import (
@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-// addUpstream gives the test's project another upstream, a provider of its own.
+// addUpstream adds an upstream with its own provider to the test's project.
 func (p *testProxy) addUpstream(fields string) (*fakeProvider, string) {
 	p.t.Helper()
 	provider := newFakeProvider(p.t)
@@ -34,7 +34,7 @@ func (p *testProxy) addUpstream(fields string) (*fakeProvider, string) {
 	return provider, up.ID
 }
 
-// checkKeysApart looks for keys of other upstreams in what each provider got.
+// checkKeysApart fails if a provider's request contains the key of another upstream, or not its own.
 func (p *testProxy) checkKeysApart(providers ...*fakeProvider) {
 	p.t.Helper()
 	for _, to := range providers {
@@ -67,7 +67,7 @@ func longStream() []string {
 	return append(events, chatEvents(true)[2:]...)
 }
 
-// streamScript answers with n of the events and then does what then says.
+// streamScript answers with n of the events and then runs then.
 func streamScript(events []string, n int, then func(*providerConn) bool) func(*providerConn, recordedRequest) bool {
 	return func(c *providerConn, _ recordedRequest) bool {
 		c.beginSSE()
@@ -90,62 +90,95 @@ func stallScript(c *providerConn) bool { c.waitClosed(20 * time.Second); return 
 
 func resetScript(c *providerConn) bool { return c.reset() }
 
-// A providerFault is something that a provider does wrong, for as long as the
-// test runs, and what becomes of the calls. asked is how often the provider, and
-// then the fallback, is asked for one call.
+// A providerFault is a fault that a provider has throughout the test, and the result of a call. attempts are those
+// at the provider and at the fallback.
 type providerFault struct {
 	name             string
 	stream           bool
 	script           func(*providerConn, recordedRequest) bool
 	attempts         [2]int
 	status           int    // 0: the answer is cut
-	outcome          string // on record
+	outcome          string // in the ledger
 	code             string
 	health           string // of the provider after the call
-	fallback         string // what the fallback rejects, if anything: a part of a body
-	bufferedAttempts [2]int // how often they are asked for a verified stream, where that differs
+	fallback         string // the fallback rejects bodies that contain it; "": none
+	bufferedAttempts [2]int // attempts for a verified stream, if they differ
 }
 
 var providerFaults = []providerFault{
-	{"429 with Retry-After", false, replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 7"), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
-	{"429 without", true, replyScript(429, `{"error":{}}`), [2]int{1, 1}, 200, "ok", "", "cooling", "", [2]int{}},
-	{"429 for good", false, replyScript(429, `{"error":{"code":"insufficient_quota"}}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
-	{"402", false, replyScript(402, `{}`), [2]int{1, 1}, 200, "ok", "", "exhausted", "", [2]int{}},
-	{"401", false, replyScript(401, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
-	{"403", true, replyScript(403, `{}`), [2]int{1, 1}, 200, "ok", "", "quarantined", "", [2]int{}},
-	{"503 persistent", false, replyScript(503, `{"error":{}}`), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"503 with Retry-After", false, replyScript(503, `{"error":{}}`, "Retry-After: 20"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"an error that never ends", true, func(c *providerConn, _ recordedRequest) bool {
+	{name: "429 with Retry-After",
+		script: replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 7"), attempts: [2]int{1, 1},
+		status: 200, outcome: "ok", health: "cooling"},
+	{name: "429 without", stream: true, script: replyScript(429, `{"error":{}}`), attempts: [2]int{1, 1}, status: 200,
+		outcome: "ok", health: "cooling"},
+	{name: "429 for good", script: replyScript(429, `{"error":{"code":"insufficient_quota"}}`),
+		attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "exhausted"},
+	{name: "402", script: replyScript(402, `{}`), attempts: [2]int{1, 1}, status: 200, outcome: "ok",
+		health: "exhausted"},
+	{name: "401", script: replyScript(401, `{}`), attempts: [2]int{1, 1}, status: 200, outcome: "ok",
+		health: "quarantined"},
+	{name: "403", stream: true, script: replyScript(403, `{}`), attempts: [2]int{1, 1}, status: 200, outcome: "ok",
+		health: "quarantined"},
+	{name: "503 persistent", script: replyScript(503, `{"error":{}}`), attempts: [2]int{2, 1}, status: 200,
+		outcome: "ok", health: "ready"},
+	{name: "503 with Retry-After", script: replyScript(503, `{"error":{}}`, "Retry-After: 20"),
+		attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "an error that never ends", stream: true, script: func(c *providerConn, _ recordedRequest) bool {
 		_, _ = c.Write([]byte("HTTP/1.1 500 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"))
 		return stallScript(c)
-	}, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"redirect", false, replyScript(302, ``, "Location: /"), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"reset before headers", false, func(c *providerConn, _ recordedRequest) bool { return c.reset() }, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"no HTTP", true, func(c *providerConn, _ recordedRequest) bool {
+	}, attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "redirect", script: replyScript(302, ``, "Location: /"), attempts: [2]int{1, 1}, status: 200,
+		outcome: "ok", health: "ready"},
+	{name: "reset before headers", script: func(c *providerConn, _ recordedRequest) bool { return c.reset() },
+		attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "no HTTP", stream: true, script: func(c *providerConn, _ recordedRequest) bool {
 		_, _ = c.Write([]byte("nonsense\r\n\r\n"))
 		return false
-	}, [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"no response", true, func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }, [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"slow first token", true, streamScript(longStream(), 0, stallScript), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"comments and no token", true, streamScript([]string{": wait\n\n", "event: ping\n\n"}, 2, stallScript), [2]int{1, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"empty stream", true, streamScript(nil, 0, endStream), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"cut before the first event", true, streamScript([]string{": wait\n\n"}, 1, resetScript), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"error as first event", true, streamScript([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endStream), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"malformed chunk at first", true, streamScript([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endStream), [2]int{2, 1}, 200, "ok", "", "ready", "", [2]int{}},
-	{"malformed chunk later", true, streamScript(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endStream), [2]int{1, 0}, 200, "ok", "", "ready", "", [2]int{2, 1}},
-	{"stream cut after 40 of 60 events", true, streamScript(longStream(), 40, resetScript), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", "", [2]int{2, 1}},
-	{"stream stalled", true, streamScript(longStream(), 40, stallScript), [2]int{1, 0}, 0, "truncated", "stream_idle", "ready", "", [2]int{1, 1}},
-	{"cut, and a fallback that rejects prefill", true, streamScript(longStream(), 40, resetScript), [2]int{1, 0}, 0, "truncated", "upstream_cut", "ready", `"role":"assistant"`, [2]int{2, 1}},
-	{"missing [DONE]", true, streamScript(longStream(), 60, endStream), [2]int{1, 0}, 200, "truncated", "stream_unfinished", "ready", "", [2]int{2, 1}},
-	{"content filter", false, replyScript(400, `{"error":{"code":"content_filter"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
-	{"bad request", false, replyScript(400, `{"error":{"code":"invalid_value"}}`), [2]int{1, 0}, 400, "upstream_error", "", "ready", "", [2]int{}},
-	{"not found", false, replyScript(404, `{"error":{"code":"model_not_found"}}`), [2]int{1, 0}, 404, "upstream_error", "", "ready", "", [2]int{}},
-	{"conflict", false, replyScript(409, `{"error":{}}`), [2]int{1, 0}, 409, "upstream_error", "", "ready", "", [2]int{}},
+	}, attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "no response", stream: true,
+		script: func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }, attempts: [2]int{1, 1},
+		status: 200, outcome: "ok", health: "ready"},
+	{name: "slow first token", stream: true, script: streamScript(longStream(), 0, stallScript),
+		attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "comments and no token", stream: true,
+		script: streamScript([]string{": wait\n\n", "event: ping\n\n"}, 2, stallScript), attempts: [2]int{1, 1},
+		status: 200, outcome: "ok", health: "ready"},
+	{name: "empty stream", stream: true, script: streamScript(nil, 0, endStream), attempts: [2]int{2, 1}, status: 200,
+		outcome: "ok", health: "ready"},
+	{name: "cut before the first event", stream: true, script: streamScript([]string{": wait\n\n"}, 1, resetScript),
+		attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "error as first event", stream: true,
+		script:   streamScript([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endStream),
+		attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
+	{name: "malformed chunk at first", stream: true,
+		script: streamScript([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endStream), attempts: [2]int{2, 1},
+		status: 200, outcome: "ok", health: "ready"},
+	{name: "malformed chunk later", stream: true,
+		script:   streamScript(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endStream),
+		attempts: [2]int{1, 0}, status: 200, outcome: "ok", health: "ready", bufferedAttempts: [2]int{2, 1}},
+	{name: "stream cut after 40 of 60 events", stream: true, script: streamScript(longStream(), 40, resetScript),
+		attempts: [2]int{1, 0}, outcome: "truncated", code: "upstream_cut", health: "ready",
+		bufferedAttempts: [2]int{2, 1}},
+	{name: "stream stalled", stream: true, script: streamScript(longStream(), 40, stallScript),
+		attempts: [2]int{1, 0}, outcome: "truncated", code: "stream_idle", health: "ready",
+		bufferedAttempts: [2]int{1, 1}},
+	{name: "cut, and a fallback that rejects prefill", stream: true,
+		script: streamScript(longStream(), 40, resetScript), attempts: [2]int{1, 0}, outcome: "truncated",
+		code: "upstream_cut", health: "ready", fallback: `"role":"assistant"`, bufferedAttempts: [2]int{2, 1}},
+	{name: "missing [DONE]", stream: true, script: streamScript(longStream(), 60, endStream), attempts: [2]int{1, 0},
+		status: 200, outcome: "truncated", code: "stream_unfinished", health: "ready", bufferedAttempts: [2]int{2, 1}},
+	{name: "content filter", script: replyScript(400, `{"error":{"code":"content_filter"}}`), attempts: [2]int{1, 0},
+		status: 400, outcome: "upstream_error", health: "ready"},
+	{name: "bad request", script: replyScript(400, `{"error":{"code":"invalid_value"}}`), attempts: [2]int{1, 0},
+		status: 400, outcome: "upstream_error", health: "ready"},
+	{name: "not found", script: replyScript(404, `{"error":{"code":"model_not_found"}}`), attempts: [2]int{1, 0},
+		status: 404, outcome: "upstream_error", health: "ready"},
+	{name: "conflict", script: replyScript(409, `{"error":{}}`), attempts: [2]int{1, 0}, status: 409,
+		outcome: "upstream_error", health: "ready"},
 }
 
-// TestFailover: with a fallback, each fault that shows before an event has left
-// is rescued, with one row on record that names who answered and one bill; and
-// what cannot be rescued ends as what it is.
+// TestFailover: with a fallback, a call survives each fault that shows before an event has left. It has one row,
+// which names the upstream that answered, and one bill. Other calls end visibly broken.
 func TestFailover(t *testing.T) {
 	t.Parallel()
 	faults := slices.Clone(providerFaults)
@@ -175,7 +208,7 @@ func TestFailover(t *testing.T) {
 			}
 			res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, f.stream)), headers...)
 			if got := [2]int{len(p.provider.received()), len(fallback.received())}; got != f.attempts {
-				t.Errorf("the providers were asked %v times, want %v", got, f.attempts)
+				t.Errorf("the providers got %v attempts, want %v", got, f.attempts)
 			}
 			p.checkKeysApart(p.provider, fallback)
 			rescued := f.attempts[1] > 0
@@ -207,8 +240,8 @@ func TestFailover(t *testing.T) {
 	}
 }
 
-// TestOnceOnly: a single 500, or a connection that breaks once, is tried again at
-// the same key; the fallback never hears of it.
+// TestOnceOnly: a call that meets a single 500 or broken connection is sent again with the same key, not to the
+// fallback.
 func TestOnceOnly(t *testing.T) {
 	t.Parallel()
 	for name, first := range map[string]func(*providerConn, recordedRequest) bool{
@@ -227,7 +260,7 @@ func TestOnceOnly(t *testing.T) {
 			t.Errorf("%s: got %d %s", name, res.status, res.body)
 		}
 		if n, m := len(p.provider.received()), len(fallback.received()); n != 2 || m != 0 {
-			t.Errorf("%s: the providers were asked %d and %d times", name, n, m)
+			t.Errorf("%s: the providers got %d and %d attempts", name, n, m)
 		}
 		if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 2 || len(row.AttemptLog) != 2 || row.OutputTokens != 3 {
 			t.Errorf("%s: the ledger has %+v", name, row)
@@ -235,9 +268,8 @@ func TestOnceOnly(t *testing.T) {
 	}
 }
 
-// TestOutage: twenty calls through an outage of the first provider are all
-// answered; it is asked as often as the breaker lets it, and has the calls again
-// with its first good answer.
+// TestOutage: during an outage of the first provider, all of twenty calls are answered. The breaker limits the
+// attempts there; after the first good answer, the provider gets the calls again.
 func TestOutage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -250,7 +282,7 @@ func TestOutage(t *testing.T) {
 	}
 	asked := len(p.provider.received())
 	if asked < 3 || asked > 8 { // three open the breaker; a slow machine may see a probe or two
-		t.Errorf("a provider that is down was asked %d times in 20 calls", asked)
+		t.Errorf("a provider that is down got %d attempts for 20 calls", asked)
 	}
 	if h := p.healthOf(p.upstream); h.State != "open" {
 		t.Errorf("after 20 failed calls: %+v", h)
@@ -272,8 +304,7 @@ func TestOutage(t *testing.T) {
 	}
 }
 
-// TestHealthSurvives: what is known of a key outlives the process, and ends when
-// an admin changes the upstream.
+// TestHealthSurvives: a key's health survives a restart and is reset when an administrator changes the upstream.
 func TestHealthSurvives(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -289,7 +320,7 @@ func TestHealthSurvives(t *testing.T) {
 	}
 	p.chat()
 	if n, m := len(p.provider.received()), len(fallback.received()); n != 1 || m != 2 {
-		t.Errorf("the providers were asked %d and %d times", n, m)
+		t.Errorf("the providers got %d and %d attempts", n, m)
 	}
 	if n := sumSamples(p.metrics(), "llm_proxy_upstreams", `state="quarantined"`); n != 1 {
 		t.Errorf("the metrics count %v quarantined upstreams", n)
@@ -297,7 +328,7 @@ func TestHealthSurvives(t *testing.T) {
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":2}`, 200, nil)
 	p.provider.setScript(chatScript)
 	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 2 {
-		t.Errorf("after the change: got %d, the provider was asked %d times", res.status, len(p.provider.received()))
+		t.Errorf("after the change: got %d, the provider got %d attempts", res.status, len(p.provider.received()))
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -306,19 +337,19 @@ func TestHealthSurvives(t *testing.T) {
 	if h := p.healthOf(p.upstream); h.State != "ready" {
 		t.Errorf("after another restart: %+v", h)
 	}
-	var told []string
+	var changes []string
 	for _, e := range p.auditEntries(0) {
 		if e.action == "upstream.health" && e.object == p.upstream && e.actorID == actorSystem {
-			told = append(told, between(e.detail, `"state":[`, `]`))
+			changes = append(changes, between(e.detail, `"state":[`, `]`))
 		}
 	}
-	if want := []string{`"ready","quarantined"`, `"quarantined","ready"`}; !slices.Equal(told, want) {
-		t.Errorf("the audit trail has %v", told)
+	if want := []string{`"ready","quarantined"`, `"quarantined","ready"`}; !slices.Equal(changes, want) {
+		t.Errorf("the audit trail has %v", changes)
 	}
 }
 
-// TestNoneLeft: when no upstream is well the client gets what a provider says,
-// with no more attempts than upstreams, and no call is turned away unasked.
+// TestNoneLeft: if no upstream is healthy, each call is still sent, at most once to each upstream, and the client
+// gets a provider's answer.
 func TestNoneLeft(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -329,12 +360,12 @@ func TestNoneLeft(t *testing.T) {
 		t.Errorf("got %d %v %s", res.status, res.header, res.body)
 	}
 	if n, m := len(p.provider.received()), len(second.received()); n != 1 || m != 1 {
-		t.Errorf("the providers were asked %d and %d times", n, m)
+		t.Errorf("the providers got %d and %d attempts", n, m)
 	}
 	if res := p.chat(); res.status != 429 || len(p.provider.received()) != 1 || len(second.received()) != 2 {
-		t.Errorf("the next call: got %d; the providers were asked %d and %d times", res.status, len(p.provider.received()), len(second.received()))
+		t.Errorf("the next call: got %d; the providers got %d and %d attempts", res.status, len(p.provider.received()), len(second.received()))
 	}
-	second.setScript(replyScript(401, `{}`)) // less use to the client than the other's 429
+	second.setScript(replyScript(401, `{}`)) // less useful to the client than the other's 429
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{}`, 200, nil)
 	p.chat()
 	if res := p.chat(); res.status != 502 && res.status != 429 {
@@ -342,26 +373,22 @@ func TestNoneLeft(t *testing.T) {
 	}
 }
 
-// TestShortWait: where no other key is left, a short Retry-After is waited for.
+// TestShortWait: if no other key is left, the call waits for a short Retry-After.
 func TestShortWait(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, _ := p.addUpstream(`"priority":1`)
-	second.setScript(replyScript(429, `{}`, "Retry-After: 1"))
-	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { return c.reply(429, `{}`, "Retry-After: 300") })
-	go func() {
-		for len(second.received()) == 0 && t.Context().Err() == nil {
-			time.Sleep(time.Millisecond)
-		}
+	p.provider.setScript(replyScript(429, `{}`, "Retry-After: 300"))
+	second.setScript(func(c *providerConn, _ recordedRequest) bool {
 		second.setScript(chatScript)
-	}()
+		return c.reply(429, `{}`, "Retry-After: 1")
+	})
 	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 1 || len(second.received()) != 2 {
-		t.Errorf("got %d; the providers were asked %d and %d times", res.status, len(p.provider.received()), len(second.received()))
+		t.Errorf("got %d; the providers got %d and %d attempts", res.status, len(p.provider.received()), len(second.received()))
 	}
 }
 
-// TestStoredObjects: calls that may name what is kept at a provider all go to one
-// upstream, and are made once.
+// TestStoredObjects: all calls that may name objects stored at a provider go to one upstream, and are sent once.
 func TestStoredObjects(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -378,12 +405,12 @@ func TestStoredObjects(t *testing.T) {
 		}
 	}
 	if n, m := len(p.provider.received()), len(second.received()); n != 10 || m != 0 {
-		t.Errorf("the providers were asked %d and %d times", n, m)
+		t.Errorf("the providers got %d and %d attempts", n, m)
 	}
 }
 
-// TestBufferedStreamAlone: without another upstream a verified stream that breaks is an
-// error in one piece, and one that is well comes whole, byte for byte.
+// TestBufferedStreamAlone: without another upstream, a verified stream that breaks is a plain error, and a good one
+// comes complete, byte for byte.
 func TestBufferedStreamAlone(t *testing.T) {
 	t.Parallel()
 	long := longStream()
@@ -394,10 +421,11 @@ func TestBufferedStreamAlone(t *testing.T) {
 		script func(*providerConn, recordedRequest) bool
 		env    map[string]string
 		status int
-		want   string // 200: the stream; else the code
+		want   string // the stream if the status is 200, otherwise the error code
 	}{
-		{"whole", streamScript(long, len(long), endStream), nil, 200, strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), "")},
-		{"in pieces", func(c *providerConn, _ recordedRequest) bool {
+		{name: "whole", script: streamScript(long, len(long), endStream), status: 200,
+			want: strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), "")},
+		{name: "in pieces", script: func(c *providerConn, _ recordedRequest) bool {
 			c.beginSSE()
 			for _, b := range []byte(strings.ReplaceAll(strings.Join(long, ""), "\n", "\r\n")) {
 				if c.chunk(string(b)) != nil {
@@ -405,14 +433,21 @@ func TestBufferedStreamAlone(t *testing.T) {
 				}
 			}
 			return c.chunk("") == nil
-		}, nil, 200, strings.ReplaceAll(strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), ""), "\n", "\r\n")},
-		{"never marked", streamScript(unmarked, len(unmarked), endStream), nil, 200, strings.Join(unmarked, "")},
-		{"no end", streamScript(long, 40, endStream), nil, 502, "upstream_unreachable"},
-		{"cut", streamScript(long, 40, resetScript), nil, 502, "upstream_unreachable"},
-		{"stalled", streamScript(long, 40, stallScript), map[string]string{"STREAM_IDLE_TIMEOUT": "300ms"}, 504, "upstream_timeout"},
-		{"error inside", streamScript([]string{long[0], "data: {\"error\":{\"message\":\"x\"}}\n\n"}, 2, endStream), nil, 502, "upstream_unreachable"},
-		{"too large", streamScript(big, 1, endStream), nil, 502, "stream_too_large"},
-		{"no memory", streamScript(big, 1, endStream), map[string]string{"BODY_MEMORY": "4MiB", "MAX_BODY_BYTES": "1MiB"}, 503, "body_memory_full"},
+		}, status: 200,
+			want: strings.ReplaceAll(strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), ""), "\n", "\r\n")},
+		{name: "never marked", script: streamScript(unmarked, len(unmarked), endStream), status: 200,
+			want: strings.Join(unmarked, "")},
+		{name: "no end", script: streamScript(long, 40, endStream), status: 502, want: "upstream_unreachable"},
+		{name: "cut", script: streamScript(long, 40, resetScript), status: 502, want: "upstream_unreachable"},
+		{name: "stalled", script: streamScript(long, 40, stallScript),
+			env: map[string]string{"STREAM_IDLE_TIMEOUT": "300ms"}, status: 504, want: "upstream_timeout"},
+		{name: "error inside",
+			script: streamScript([]string{long[0], "data: {\"error\":{\"message\":\"x\"}}\n\n"}, 2, endStream),
+			status: 502, want: "upstream_unreachable"},
+		{name: "too large", script: streamScript(big, 1, endStream), status: 502, want: "stream_too_large"},
+		{name: "no memory", script: streamScript(big, 1, endStream),
+			env: map[string]string{"BODY_MEMORY": "4MiB", "MAX_BODY_BYTES": "1MiB"}, status: 503,
+			want: "body_memory_full"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -432,17 +467,17 @@ func TestBufferedStreamAlone(t *testing.T) {
 	p := newTest(t, nil)
 	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "X-LLM-Proxy-Stream"}
 	if res := p.do("POST", "/v1/chat/completions", chatBody(), append(auth, "yes")...); res.status != 400 || len(p.provider.received()) != 0 {
-		t.Errorf("a header that means nothing: got %d %s", res.status, res.body)
+		t.Errorf("an invalid header: got %d %s", res.status, res.body)
 	}
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
 	p.provider.setScript(streamScript(long, 40, resetScript))
 	if res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "plain")...); res.status != 200 || res.err == nil {
-		t.Errorf("a plain one: got %d %v", res.status, res.err)
+		t.Errorf("a plain stream: got %d %v", res.status, res.err)
 	}
 }
 
-// TestFailoverOtherAPIs: Anthropic's messages and OpenAI's responses have events
-// of their own, and keys of their own headers; each is moved on in its own family.
+// TestFailoverOtherAPIs: Anthropic's messages and OpenAI's responses have other events and other headers for keys.
+// Each fails over within its API family.
 func TestFailoverOtherAPIs(t *testing.T) {
 	t.Parallel()
 	event := func(name, rest string) string {
@@ -458,17 +493,29 @@ func TestFailoverOtherAPIs(t *testing.T) {
 		good                   []string
 		script                 func(*providerConn, recordedRequest) bool
 		verified               bool
-		asked                  [2]int
+		attempts               [2]int
 	}{
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, replyScript(529, `{"type":"error","error":{"type":"overloaded_error"}}`), false, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, replyScript(429, `{"type":"error","error":{"type":"rate_limit_error"}}`, "anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"), false, [2]int{1, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript([]string{overloaded}, 1, endStream), false, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript([]string{messages[0], messages[2], overloaded}, 3, endStream), true, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript(messages, 4, endStream), true, [2]int{2, 1}},
-		{"/v1/messages", "anthropic", "X-Api-Key", messages, streamScript(messages, 3, resetScript), true, [2]int{2, 1}},
-		{"/v1/responses", "azure", "Api-Key", responses, replyScript(500, `{"error":{}}`), false, [2]int{2, 1}},
-		{"/v1/responses", "azure", "Api-Key", responses, streamScript(responses, 2, resetScript), true, [2]int{2, 1}},
-		{"/v1/responses", "azure", "Api-Key", responses, streamScript(append(responses[:1:1], event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endStream), true, [2]int{2, 1}},
+		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
+			script: replyScript(529, `{"type":"error","error":{"type":"overloaded_error"}}`), attempts: [2]int{2, 1}},
+		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
+			script:   replyScript(429, `{"type":"error","error":{"type":"rate_limit_error"}}`, "anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"),
+			attempts: [2]int{1, 1}},
+		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
+			script: streamScript([]string{overloaded}, 1, endStream), attempts: [2]int{2, 1}},
+		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
+			script: streamScript([]string{messages[0], messages[2], overloaded}, 3, endStream), verified: true,
+			attempts: [2]int{2, 1}},
+		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
+			script: streamScript(messages, 4, endStream), verified: true, attempts: [2]int{2, 1}},
+		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
+			script: streamScript(messages, 3, resetScript), verified: true, attempts: [2]int{2, 1}},
+		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
+			script: replyScript(500, `{"error":{}}`), attempts: [2]int{2, 1}},
+		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
+			script: streamScript(responses, 2, resetScript), verified: true, attempts: [2]int{2, 1}},
+		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
+			script:   streamScript(append(responses[:1:1], event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endStream),
+			verified: true, attempts: [2]int{2, 1}},
 	} {
 		p := newTest(t, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":0}`, 200, nil)
@@ -489,8 +536,8 @@ func TestFailoverOtherAPIs(t *testing.T) {
 		if want := strings.Join(c.good, ""); res.status != 200 || res.err != nil || res.body != want {
 			t.Errorf("%s, verified %v: got %d %q, %v", c.path, c.verified, res.status, res.body, res.err)
 		}
-		if got := [2]int{len(providers[0].received()), len(providers[1].received())}; got != c.asked || len(p.provider.received()) != 0 {
-			t.Errorf("%s: the providers were asked %v times, want %v", c.path, got, c.asked)
+		if got := [2]int{len(providers[0].received()), len(providers[1].received())}; got != c.attempts || len(p.provider.received()) != 0 {
+			t.Errorf("%s: the providers got %v attempts, want %v", c.path, got, c.attempts)
 		}
 		for _, provider := range providers {
 			if got := provider.lastRequest(t).header.Get(c.header); got != provider.key {
@@ -503,8 +550,8 @@ func TestFailoverOtherAPIs(t *testing.T) {
 	}
 }
 
-// TestBufferedStreamEnds: a client that leaves while its stream is held ends the
-// provider's call, and so does a token that is revoked.
+// TestBufferedStreamEnds: while a stream is buffered, a client that leaves ends the provider's call, and so does
+// revoking the token.
 func TestBufferedStreamEnds(t *testing.T) {
 	t.Parallel()
 	for what, end := range map[string]func(p *testProxy, leave func()){
@@ -525,7 +572,7 @@ func TestBufferedStreamEnds(t *testing.T) {
 		<-sent
 		end(p, leave)
 		if !<-gone || <-failed == nil {
-			t.Errorf("%s: the stream went on", what)
+			t.Errorf("%s: the stream continued", what)
 		}
 		leave()
 		if row := p.lastCall(); row.ErrorCode != what || row.UsageSource == "none" {
@@ -534,9 +581,8 @@ func TestBufferedStreamEnds(t *testing.T) {
 	}
 }
 
-// TestSharesInParallel (LI15): three keys of the weights 1, 2 and 7 keep their
-// shares of calls at one time; a dead one's are taken over by the others in
-// theirs, and it has its own again when it is well.
+// TestSharesInParallel (LI15): three keys with the weights 1, 2 and 7 keep their shares of parallel calls. The others
+// take over a dead key's share by weight, and it gets its share back when it recovers.
 func TestSharesInParallel(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -584,23 +630,23 @@ func TestSharesInParallel(t *testing.T) {
 		}
 	}
 	const calls = 2400 // 0.04 is four standard deviations of the largest share
-	shares("all well", calls, 0.1, 0.2, 0.7)
+	shares("all healthy", calls, 0.1, 0.2, 0.7)
 	seven.setScript(replyScript(401, `{}`))
 	shares("one is dead", calls, 1./3, 2./3, 0)
 	seven.setScript(chatScript)
 	p.instance.health.reset(3, time.Now().UnixMilli())
-	shares("it is well again", calls, 0.1, 0.2, 0.7)
+	shares("it has recovered", calls, 0.1, 0.2, 0.7)
 }
 
-// A faultyPool is what the providers of a test saw, by call.
+// A faultyPool records what a test's providers received, by call.
 type faultyPool struct {
 	mu       sync.Mutex
 	attempts map[string]int
-	settled  map[string]int // attempt that gave an answer of which bytes could leave
-	resent   []string       // calls that were sent after it
+	settled  map[string]int // the attempt whose answer could reach the client
+	resent   []string       // calls that were sent again after that
 }
 
-// begin notes an attempt and returns which one of its call it is.
+// begin counts an attempt and returns its number within its call.
 func (r *faultyPool) begin(call string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -617,8 +663,8 @@ func (r *faultyPool) settle(call string, attempt int) {
 	r.settled[call] = attempt
 }
 
-// answer does something to an attempt that its call's name and its number pick.
-// A good answer has the call's name and, as usage, its number.
+// answer answers an attempt in a way that depends on its call's name and its number only. A good answer contains
+// the call's name and, as usage, its number.
 func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 	call := between(req.body, `"user":"`, `"`)
 	attempt := r.begin(call)
@@ -651,7 +697,7 @@ func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 		return c.reply(503, `{"error":{}}`, "Retry-After: 1")
 	case what == 6 && stream:
 		return streamScript([]string{"data: {\"error\":{\"message\":\"x\"}}\n\n"}, 1, endStream)(c, req)
-	case what <= 8 && stream: // it breaks after two events
+	case what <= 8 && stream: // break after two events
 		if !verified {
 			r.settle(call, attempt)
 		}
@@ -682,7 +728,7 @@ func TestRandomFaults(t *testing.T) {
 	}
 	const calls = 320
 	var mu sync.Mutex
-	billed := map[int64]bool{} // output tokens of answers that came whole: each call has its own number
+	billed := map[int64]bool{} // output tokens of complete answers; each call has its own number
 	var wait sync.WaitGroup
 	for worker := range 16 {
 		wait.Go(func() {
@@ -692,17 +738,17 @@ func TestRandomFaults(t *testing.T) {
 					call += "-verified"
 					headers = append(headers, "X-LLM-Proxy-Stream", "verified")
 				}
-				for seq := range int64(4) { // all keys are well again, or few faults would be met
+				for seq := range int64(4) { // keep all keys healthy: otherwise calls meet few faults
 					p.instance.health.reset(seq+1, time.Now().UnixMilli())
 				}
 				res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0), `"stream_options":{"include_usage":true}`, `"user":"`+call+`"`), headers...)
 				text := res.body
-				if strings.HasPrefix(text, `data: {"error"`) { // the last upstream's, which passes as it is
+				if strings.HasPrefix(text, `data: {"error"`) { // the last upstream's error, which is passed on
 					continue
 				}
 				if own, roles := strings.Count(text, `"`+call+`"`), strings.Count(text, `"role":"assistant"`); res.status == 200 &&
-					(own > 1 || roles > 1 || res.err == nil && own+roles != 2) { // a reset may take what was sent before it along
-					t.Errorf("%s: not one answer of its own: %q", call, text)
+					(own > 1 || roles > 1 || res.err == nil && own+roles != 2) { // a reset may discard bytes sent before it
+					t.Errorf("%s: not exactly its own answer: %q", call, text)
 				}
 				whole := res.status == 200 && res.err == nil
 				if i%3 == 2 && res.status == 200 && !(whole && strings.HasSuffix(text, "data: [DONE]\n\n")) {
@@ -723,7 +769,7 @@ func TestRandomFaults(t *testing.T) {
 		t.Errorf("%d rows for %d calls", len(rows), calls)
 	}
 	if len(r.resent) > 0 {
-		t.Errorf("sent again after an answer: %v", r.resent)
+		t.Errorf("calls were sent again after an answer: %v", r.resent)
 	}
 	sent := 0
 	for call, n := range r.attempts {
@@ -733,7 +779,7 @@ func TestRandomFaults(t *testing.T) {
 	}
 	for _, row := range rows {
 		if sent -= row.Attempts; row.Outcome == "ok" && !billed[row.OutputTokens] {
-			t.Errorf("billed what no client got, or twice: %+v", row)
+			t.Errorf("no client got this answer, or it was billed twice: %+v", row)
 		}
 		if row.Outcome == "ok" {
 			delete(billed, row.OutputTokens)
@@ -756,8 +802,7 @@ func TestRandomFaults(t *testing.T) {
 	}
 }
 
-// A silentHost takes connections and never says a word on them: a TLS handshake
-// with it hangs.
+// A silentHost accepts connections and never sends a byte: a TLS handshake with it hangs.
 type silentHost struct {
 	url   string
 	calls atomic.Int64

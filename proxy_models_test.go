@@ -1,5 +1,5 @@
-// Tests of Anthropic's lists of models, which come in pages, where they are put
-// together from several providers; and of asking after one model.
+// These tests hold lists of models that are merged from several providers, Anthropic's pages among them, and
+// requests for one model.
 package main
 
 import (
@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// claudeListScript answers as Anthropic does, in pages of at most so many models.
+// claudeListScript answers like Anthropic, in pages of limited size.
 func claudeListScript(most int, ids ...string) func(*providerConn, recordedRequest) bool {
 	return func(c *providerConn, r recordedRequest) bool {
 		u, err := url.Parse(r.target)
@@ -36,7 +36,7 @@ func claudeListScript(most int, ids ...string) func(*providerConn, recordedReque
 	}
 }
 
-// addClaude gives the test's project an upstream that speaks Anthropic's API.
+// addClaude adds an upstream with Anthropic's API to the test's project.
 func (p *testProxy) addClaude(fields string, script func(*providerConn, recordedRequest) bool) (*fakeProvider, string) {
 	p.t.Helper()
 	provider := newFakeProvider(p.t)
@@ -55,7 +55,7 @@ func (p *testProxy) addClaudeAt(provider *fakeProvider, fields string) string {
 	return up.ID
 }
 
-// A claudePage is a page of a list, as Anthropic's SDKs read it.
+// A claudePage is a page of a list as Anthropic's SDKs read it.
 type claudePage struct {
 	Data []struct {
 		ID          string
@@ -71,7 +71,7 @@ func (p *testProxy) listClaudeModels(token, query string) testResponse {
 	return p.do("GET", "/v1/models"+query, "", "X-Api-Key", token, "Anthropic-Version", "2023-06-01")
 }
 
-// claudeModels returns the ids on a page, which must be one.
+// claudeModels returns the ids on a page, and fails if the answer is not a page.
 func (p *testProxy) claudeModels(token, query string) (string, claudePage) {
 	p.t.Helper()
 	res := p.listClaudeModels(token, query)
@@ -89,8 +89,8 @@ func (p *testProxy) claudeModels(token, query string) (string, claudePage) {
 	return strings.Join(ids, " "), page
 }
 
-// walkClaudePages reads page after page as Anthropic's SDKs do: by has_more, and by
-// last_id or, where before_id was given, first_id.
+// walkClaudePages reads page after page as Anthropic's SDKs do: by has_more, and by last_id or, with before_id, by
+// first_id.
 func (p *testProxy) walkClaudePages(token string, limit int, before string) (pages []string) {
 	p.t.Helper()
 	q := url.Values{"limit": {strconv.Itoa(limit)}}
@@ -115,11 +115,11 @@ func (p *testProxy) walkClaudePages(token string, limit int, before string) (pag
 	return nil
 }
 
-// TestMergedClaudeModels: the lists of several providers with Anthropic's API are
-// one, without twins, and a client walks it page by page, both ways.
+// TestMergedClaudeModels: the lists of several providers with Anthropic's API are merged without duplicates, and a
+// client can page through the result in both directions.
 func TestMergedClaudeModels(t *testing.T) {
 	t.Parallel()
-	p := newTest(t, nil) // its first upstream speaks OpenAI's API, and has no part in this
+	p := newTest(t, nil) // its first upstream speaks OpenAI's API and must not be asked
 	one, id := p.addClaude(`"models":["claude*"]`, claudeListScript(2, "claude-5", "claude-4", "claude-3", "claude-2", "other", "claude-1"))
 	two, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"glm-4"}`, claudeListScript(1000, "glm-5", "claude-3", "glm-4"))
 	const all = "claude-5 claude-4 claude-3 claude-2 claude-1 glm-5 glm-4 mine"
@@ -163,7 +163,7 @@ func TestMergedClaudeModels(t *testing.T) {
 		t.Errorf("what is known of a model is lost: %+v", page)
 	}
 
-	// What the client asks for in a wrong way is refused as the provider would.
+	// Invalid requests are refused as the provider would.
 	for query, param := range map[string]string{"?limit=0": "limit", "?limit=1001": "limit", "?limit=x": "limit", "?after_id=glm-5&before_id=glm-4": "before_id",
 		"?after_id=nonesuch": "after_id", "?before_id=nonesuch": "before_id", "?after_id=other": "after_id"} {
 		before := len(one.received())
@@ -176,16 +176,15 @@ func TestMergedClaudeModels(t *testing.T) {
 		}
 	}
 
-	// OpenAI's SDKs have the other list, as it is.
+	// OpenAI's SDKs get the other list, unchanged.
 	p.provider.setScript(replyScript(200, `{"object": "list", "data": [{"id":"gpt-4o"}]}`))
 	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != `{"object": "list", "data": [{"id":"gpt-4o"}]}` {
 		t.Errorf("the list of the other API: got %d %s", res.status, res.body)
 	}
 }
 
-// TestClaudeModelsWithinPolicies: what a token may not use is in no page and in
-// no cursor, whether there are several providers or one; and every page but the
-// last is full.
+// TestClaudeModelsWithinPolicies: a model that the token may not use is in no page and no cursor, with one provider
+// or several, and every page but the last is full.
 func TestClaudeModelsWithinPolicies(t *testing.T) {
 	t.Parallel()
 	list := []string{"claude-opus-1", "claude-haiku-1", "claude-opus-2", "claude-opus-3", "claude-haiku-2", "claude-haiku-3", "claude-opus-4", "claude-haiku-4", "claude-opus-5"}
@@ -206,7 +205,7 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 	if row := p.lastCall(); row.TokenID != narrowID || row.Attempts != 3 {
 		t.Errorf("the ledger has %+v", row)
 	}
-	// Without a policy that names models one provider's list is its own, byte for byte.
+	// Without a policy that lists models, a single provider's list is passed on byte for byte.
 	res := p.listClaudeModels(p.token, "?limit=2&after_id=claude-opus-2")
 	if one.lastRequest(t).target != "/v1/models?limit=2&after_id=claude-opus-2" || !strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) || p.lastCall().Attempts != 1 {
 		t.Errorf("the list of one provider: asked for %s, got %s", one.lastRequest(t).target, res.body)
@@ -221,9 +220,8 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 	}
 }
 
-// TestClaudeModelsOfHealthyUpstreams: a provider that does not bring its whole list is
-// left out of it, whatever is wrong, and the others' is the answer; the ledger
-// says so. Without any list the client gets what was wrong.
+// TestClaudeModelsOfHealthyUpstreams: a provider that does not give its complete list is left out, whatever the
+// fault; the answer is the others' list, and the ledger says why. Without any list, the client gets the fault.
 func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 	t.Parallel()
 	secondPage := func(then func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
@@ -245,28 +243,34 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 		script func(*providerConn, recordedRequest) bool
 		asked  int
 		reason string
-		alone  int // the status where there is no other
+		alone  int // the status if there is no other provider
 	}{
-		{"503", replyScript(503, `{}`), 1, "server error", 503},
-		{"429", replyScript(429, `{}`, "Retry-After: 60"), 1, "rate limited", 429},
-		{"401", replyScript(401, `{}`), 1, "key refused", 502},
-		{"reset", func(c *providerConn, _ recordedRequest) bool { return c.reset() }, 1, "broke off before it answered", 502},
-		{"hangs", stalled, 1, "did not answer in time", 504},
-		{"hangs within a page", halfway, 1, "did not answer in time", 504},
-		{"no JSON", replyScript(200, `nonsense`), 1, "its list of models cannot be read", 502},
-		{"no list", replyScript(200, `{"data":{}}`), 1, "its list of models cannot be read", 502},
-		{"too large", replyScript(200, `{"data":["`+strings.Repeat("x", maxModelList)+`"]}`), 1, "", 502},
-		{"503 at the second page", secondPage(replyScript(503, `{}`)), 2, "server error", 503},
-		{"cut within the second page", secondPage(func(c *providerConn, _ recordedRequest) bool {
+		{name: "503", script: replyScript(503, `{}`), asked: 1, reason: "server error", alone: 503},
+		{name: "429", script: replyScript(429, `{}`, "Retry-After: 60"), asked: 1, reason: "rate limited", alone: 429},
+		{name: "401", script: replyScript(401, `{}`), asked: 1, reason: "key refused", alone: 502},
+		{name: "reset", script: func(c *providerConn, _ recordedRequest) bool { return c.reset() }, asked: 1,
+			reason: "broke off before it answered", alone: 502},
+		{name: "hangs", script: stalled, asked: 1, reason: "did not answer in time", alone: 504},
+		{name: "hangs within a page", script: halfway, asked: 1, reason: "did not answer in time", alone: 504},
+		{name: "no JSON", script: replyScript(200, `nonsense`), asked: 1, reason: "its list of models cannot be read",
+			alone: 502},
+		{name: "no list", script: replyScript(200, `{"data":{}}`), asked: 1,
+			reason: "its list of models cannot be read", alone: 502},
+		{name: "too large", script: replyScript(200, `{"data":["`+strings.Repeat("x", maxModelList)+`"]}`), asked: 1,
+			alone: 502},
+		{name: "503 at the second page", script: secondPage(replyScript(503, `{}`)), asked: 2, reason: "server error",
+			alone: 503},
+		{name: "cut within the second page", script: secondPage(func(c *providerConn, _ recordedRequest) bool {
 			_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
 			return c.reset()
-		}), 2, "broke off before it answered", 502},
-		{"hangs at the second page", secondPage(halfway), 2, "did not answer in time", 504},
+		}), asked: 2, reason: "broke off before it answered", alone: 502},
+		{name: "hangs at the second page", script: secondPage(halfway), asked: 2, reason: "did not answer in time",
+			alone: 504},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1s"})
-			first := c.name != "503" && c.name != "no JSON" // asked first, or last
+			first := c.name != "503" && c.name != "no JSON" // it is asked first, otherwise last
 			bad, badID := p.addClaude(fmt.Sprintf(`"priority":%d`, map[bool]int{true: 0, false: 2}[first]), c.script)
 			_, goodID := p.addClaude(`"priority":1`, claudeListScript(1, "glm-5", "glm-4"))
 			if got, _ := p.claudeModels(p.token, ""); got != "glm-5 glm-4" {
@@ -288,7 +292,7 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 			}
 			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+goodID, `{"weight":0}`, 200, nil)
 			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+badID, `{"note":"well again"}`, 200, nil)
-			same := newFakeProvider(t) // another place that fares no better, so that a list is put together
+			same := newFakeProvider(t) // another provider with the same fault, so that lists are merged
 			same.setScript(c.script)
 			p.addClaudeAt(same, `"priority":3`)
 			if res := p.listClaudeModels(p.token, ""); res.status != c.alone || res.err != nil {
@@ -298,8 +302,8 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 	}
 }
 
-// TestClaudeModelsBounds: a list without an end has one here, an upstream's own
-// limits hold for its pages, and another key of a place stands by for the first.
+// TestClaudeModelsBounds: an endless list is cut off, an upstream's own limits apply to its pages, and another key
+// of the same provider is the first one's spare.
 func TestClaudeModelsBounds(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -318,7 +322,7 @@ func TestClaudeModelsBounds(t *testing.T) {
 	}
 
 	now := time.Now()
-	if left := 60 - now.Second(); left < 5 { // what follows must not fall into two minutes
+	if left := 60 - now.Second(); left < 5 { // the test must fit into one minute
 		time.Sleep(time.Duration(left) * time.Second)
 	}
 	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`, claudeListScript(1, "claude-3", "claude-2", "claude-1"))
@@ -330,7 +334,7 @@ func TestClaudeModelsBounds(t *testing.T) {
 		t.Errorf("the ledger has %+v", row)
 	}
 
-	q := newTest(t, nil) // two keys of one place, the first of which is refused
+	q := newTest(t, nil) // two keys of one provider, the first of which is refused
 	provider, first := q.addClaude(`"priority":0`, nil)
 	list := claudeListScript(1, "claude-2", "claude-1")
 	spare := &fakeProvider{url: provider.url, key: "sk-spare-" + randomBase62(30)}
@@ -350,9 +354,8 @@ func TestClaudeModelsBounds(t *testing.T) {
 	}
 }
 
-// TestOneModel: what is said of one model comes from an upstream that has it, by
-// its list of models, by its own name for it, or because it is the first that
-// knows it.
+// TestOneModel: a request for one model goes to an upstream that has the model by its list of models or its name
+// mapping, otherwise to the first that knows it.
 func TestOneModel(t *testing.T) {
 	t.Parallel()
 	knows := func(ids ...string) func(*providerConn, recordedRequest) bool {
@@ -375,11 +378,11 @@ func TestOneModel(t *testing.T) {
 		asked  string
 		by     *fakeProvider
 	}{
-		{"claude-5", 200, "/v1/models/claude-5", claude},
-		{"glm-5", 200, "/v1/models/glm-5", glm},
-		{"mine", 200, "/v1/models/z/glm-4", glm},
-		{"kimi-3", 200, "/v1/models/kimi-3", kimi},
-		{"nonesuch", 404, "/v1/models/nonesuch", kimi},
+		{id: "claude-5", status: 200, asked: "/v1/models/claude-5", by: claude},
+		{id: "glm-5", status: 200, asked: "/v1/models/glm-5", by: glm},
+		{id: "mine", status: 200, asked: "/v1/models/z/glm-4", by: glm},
+		{id: "kimi-3", status: 200, asked: "/v1/models/kimi-3", by: kimi},
+		{id: "nonesuch", status: 404, asked: "/v1/models/nonesuch", by: kimi},
 	} {
 		res := p.do("GET", "/v1/models/"+c.id, "", "X-Api-Key", p.token, "Anthropic-Version", "2023-06-01")
 		if res.status != c.status || c.by.lastRequest(t).target != c.asked || c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
@@ -392,7 +395,7 @@ func TestOneModel(t *testing.T) {
 	if n := len(p.provider.received()); n != 0 {
 		t.Errorf("the provider of another API was asked %d times", n)
 	}
-	for _, id := range []string{kimiID, p.upstream} { // the key is none the worse for it
+	for _, id := range []string{kimiID, p.upstream} { // the key stays healthy
 		if h := p.healthOf(id); h.State != "ready" {
 			t.Errorf("%s is %+v", id, h)
 		}
@@ -406,8 +409,7 @@ func TestOneModel(t *testing.T) {
 	}
 }
 
-// TestMergedModelsContainNoKey: no list that a provider's is put into shows the key
-// of any of them, whoever says it.
+// TestMergedModelsContainNoKey: a merged list contains no provider's key, whichever provider echoes it.
 func TestMergedModelsContainNoKey(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -418,7 +420,7 @@ func TestMergedModelsContainNoKey(t *testing.T) {
 	p.addClaude(`"priority":0`, claudeListScript(9, "claude-5"))
 	claude, claudeID := p.addClaude(`"priority":1`, nil)
 	claude.setScript(replyScript(200, `{"data":[{"id":"glm-5","display_name":"x`+claude.key+`x"}],"has_more":false}`))
-	for _, c := range []struct{ header, owner, id, model string }{{"Openai-Beta", second.key, id, "b"}, {"Anthropic-Version", claude.key, claudeID, "glm-5"}} {
+	for _, c := range []struct{ header, owner, id, model string }{{header: "Openai-Beta", owner: second.key, id: id, model: "b"}, {header: "Anthropic-Version", owner: claude.key, id: claudeID, model: "glm-5"}} {
 		res := p.do("GET", "/v1/models", "", "X-Api-Key", p.token, c.header, "1")
 		if res.status != 200 || !strings.Contains(res.body, `"`+c.model+`"`) || !strings.Contains(res.body, strings.Repeat("*", len(c.owner))) || strings.Contains(res.body, c.owner) {
 			t.Errorf("got %d %s", res.status, res.body)
@@ -429,8 +431,7 @@ func TestMergedModelsContainNoKey(t *testing.T) {
 	}
 }
 
-// TestModelsGoToTheSDKsFamily: in a project with both kinds of provider, each
-// SDK's list of models comes from the provider that it was written for.
+// TestModelsGoToTheSDKsFamily: in a project with both API families, each SDK gets the list of its own family.
 func TestModelsGoToTheSDKsFamily(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

@@ -1,5 +1,5 @@
-// Headers: what a client may not smuggle past the proxy to the provider, nor a
-// provider to the client. (What goes up at all: TestCalls, FuzzUpHeader.)
+// These tests hold what passes between client and provider: headers both ways, streams, and the mask for keys. (The
+// request headers that do pass: TestCalls, FuzzUpHeader.)
 package main
 
 import (
@@ -23,8 +23,8 @@ import (
 	"time"
 )
 
-// TestConnectionHeader: naming a header in Connection takes away neither the
-// key nor the type that the proxy sends, but what the client sent under it.
+// TestConnectionHeader: a header named in Connection loses the client's value, but not the key or the type that the
+// proxy sends.
 func TestConnectionHeader(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -47,14 +47,14 @@ func TestConnectionHeader(t *testing.T) {
 		if len(p.provider.received()) != before+1 || r.header.Get("Authorization") != "Bearer "+p.provider.key || r.header.Get("Content-Type") != "application/json" || r.body != chatBody() {
 			t.Errorf("%q: the provider got %s", lines, strings.ReplaceAll(r.head, p.provider.key, "KEY"))
 		}
-		taken := strings.Contains(lines, "openai-beta")
-		if (r.header.Get("Openai-Beta") == "") != taken || (r.header.Get("User-Agent") == "") != taken || r.header.Get("Connection") != "" {
+		removed := strings.Contains(lines, "openai-beta")
+		if (r.header.Get("Openai-Beta") == "") != removed || (r.header.Get("User-Agent") == "") != removed || r.header.Get("Connection") != "" {
 			t.Errorf("%q: the provider got %v", lines, r.header["Connection"])
 		}
 	}
 }
 
-// TestDeniedHeaders: none of these reaches the provider with the client's value.
+// TestDeniedHeaders: none of these headers reaches the provider with the client's value.
 func TestDeniedHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -83,8 +83,7 @@ func TestDeniedHeaders(t *testing.T) {
 	}
 }
 
-// TestAccountHeadersAreTheUpstreams: which organisation pays is for the
-// project's admin to say.
+// TestAccountHeadersAreTheUpstreams: only the project's administrator decides which organisation pays.
 func TestAccountHeadersAreTheUpstreams(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -95,7 +94,7 @@ func TestAccountHeadersAreTheUpstreams(t *testing.T) {
 	}
 }
 
-// TestMalformedHeaders: refused before anything else looks at them.
+// TestMalformedHeaders: malformed headers are refused before anything reads them.
 func TestMalformedHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -118,8 +117,7 @@ func TestMalformedHeaders(t *testing.T) {
 	}
 }
 
-// TestNoUpgrade: no request to switch protocols is taken, and no unasked switch
-// by a provider becomes a tunnel.
+// TestNoUpgrade: requests to switch protocols are refused, and a provider that switches unasked gets no tunnel.
 func TestNoUpgrade(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -154,8 +152,8 @@ func TestNoUpgrade(t *testing.T) {
 	}
 }
 
-// TestEarlyHints: no 1xx of a provider reaches the client, nor do its headers,
-// and the final answer keeps all that the proxy adds.
+// TestEarlyHints: no 1xx of a provider reaches the client, nor do its headers, and the final answer has all headers
+// that the proxy adds.
 func TestEarlyHints(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -180,7 +178,7 @@ func TestEarlyHints(t *testing.T) {
 	}
 }
 
-// TestNoTrailers: announced or not, streamed or not.
+// TestNoTrailers: no trailer reaches the client, announced or not, streamed or not.
 func TestNoTrailers(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -198,7 +196,7 @@ func TestNoTrailers(t *testing.T) {
 	}
 }
 
-// TestResponseHeaders: an allow-list, and no type where the provider gave none.
+// TestResponseHeaders: only listed headers reach the client, and no type is added if the provider sends none.
 func TestResponseHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -233,8 +231,7 @@ func TestResponseHeaders(t *testing.T) {
 	}
 }
 
-// TestNoRedirect: a redirect is not followed, nor handed to the client, whose
-// SDK would follow it with the token.
+// TestNoRedirect: a redirect is neither followed nor passed to the client, whose SDK would follow it with the token.
 func TestNoRedirect(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -268,7 +265,7 @@ func TestNoRedirect(t *testing.T) {
 	}
 }
 
-// TestNoCrossOrigin: no other web site may read answers, or change anything.
+// TestNoCrossOrigin: other web sites can neither read answers nor change anything.
 func TestNoCrossOrigin(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -291,8 +288,7 @@ func TestNoCrossOrigin(t *testing.T) {
 	}
 }
 
-// TestClientAddress: X-Forwarded-For counts from trusted peers only, and from
-// it the right-most address that is not theirs.
+// TestClientAddress: X-Forwarded-For is read from trusted peers only; its right-most untrusted address counts.
 func TestClientAddress(t *testing.T) {
 	t.Parallel()
 	s := &addressReader{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
@@ -336,8 +332,7 @@ func TestClientAddress(t *testing.T) {
 	}
 }
 
-// FuzzClientAddress: whatever the header says, the result is an address: the
-// peer's, or one that is in the header.
+// FuzzClientAddress: whatever the header contains, the result is the peer's address or one in the header.
 func FuzzClientAddress(f *testing.F) {
 	f.Add("10.0.0.1:1", "1.2.3.4, 10.0.0.2", "6.6.6.6")
 	f.Add("[fd00::1%x]:1", "::1%2, ", "")
@@ -359,8 +354,7 @@ func FuzzClientAddress(f *testing.F) {
 	})
 }
 
-// TestMediaType: what an answer is goes by its type alone, also where the
-// parameters are malformed, as it does for ReverseProxy.
+// TestMediaType: the type alone counts, even with malformed parameters, as it does for ReverseProxy.
 func TestMediaType(t *testing.T) {
 	t.Parallel()
 	for header, want := range map[string]string{"": "", "application/json": "application/json", "Text/Event-Stream": "text/event-stream",
@@ -372,8 +366,7 @@ func TestMediaType(t *testing.T) {
 	}
 }
 
-// TestStreamEventsPassAtOnce: the provider sends an event only when the client
-// has the one before.
+// TestStreamEventsPassAtOnce: the provider sends an event only when the client has the one before.
 func TestStreamEventsPassAtOnce(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -382,7 +375,7 @@ func TestStreamEventsPassAtOnce(t *testing.T) {
 	for _, comment := range []string{": ping\n\n", "event: x\nid: 7\ndata: {}\n\n", "data:\r\n\r\n"} {
 		events = append([]string{comment}, events...)
 	}
-	for _, asked := range []bool{true, false} { // with and without the usage event being looked for
+	for _, asked := range []bool{true, false} { // the client, or the proxy, asked for the usage event
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			c.beginSSE()
 			for i, e := range events {
@@ -416,35 +409,54 @@ func TestStreamEventsPassAtOnce(t *testing.T) {
 	}
 }
 
-// oddStreams are streams as providers may write them. usage is whether the
-// proxy can know what was used.
+// oddStreams are streams as providers may write them, and what the ledger must have.
 var oddStreams = []struct {
 	name, stream string
 	outcome      string
 	source       string
 	output       int64 // if exact
 }{
-	{"plain", strings.Join(chatEvents(true), ""), "ok", "exact", 3},
-	{"CRLF", strings.ReplaceAll(strings.Join(chatEvents(true), ""), "\n", "\r\n"), "ok", "exact", 3},
-	{"CR alone", strings.ReplaceAll(strings.Join(chatEvents(true), ""), "\n", "\r"), "ok", "exact", 3},
-	{"no space", strings.ReplaceAll(strings.Join(chatEvents(true), ""), "data: ", "data:"), "ok", "exact", 3},
-	{"mark, comments, names", "\ufeff: hello\n\nretry: 10\n\nid: 1\nevent: x\n" + strings.Join(chatEvents(true), ": c\n\n\n\n"), "ok", "exact", 3},
-	{"lines of data", "data: {\"choices\":\ndata: [{\"delta\":{\"content\":\"x\"}}]}\n\ndata: {\"choices\":[],\ndata: \"usage\":{\"prompt_tokens\":1,\"completion_tokens\":5}}\n\ndata: [DONE]\n\n", "ok", "exact", 5},
-	{"letters in pieces", "data: {\"choices\":[{\"delta\":{\"content\":\"😀é\\ud83d\\ude00\u2028\"}}]}\n\n" + strings.Join(chatEvents(true), ""), "ok", "exact", 3},
-	{"no usage", strings.Join(chatEvents(false), ""), "ok", "estimated", 0},
-	{"usage null", strings.ReplaceAll(strings.Join(chatEvents(false), ""), `"choices"`, `"usage":null,"choices"`), "ok", "estimated", 0},
-	{"usage twice", chatEvents(true)[3] + strings.ReplaceAll(chatEvents(true)[3], `completion_tokens":3`, `completion_tokens":4`) + "data: [DONE]\n\n", "ok", "exact", 4},
-	{"usage in the middle", chatEvents(true)[3] + strings.Join(chatEvents(false), ""), "ok", "exact", 3},
-	{"no end mark", strings.Join(chatEvents(true)[:4], ""), "truncated", "exact", 3},
-	{"a lying answer", `data: {"choices":[{"delta":{"content":"data: [DONE]\n\ndata: {\"usage\":{\"total_tokens\":0}}\n\n","tool_calls":[{"function":{"arguments":"{\"usage\":{\"completion_tokens\":99}}"}}]},"metadata":{"usage":{"completion_tokens":98}}}]}` +
-		"\n\n" + strings.Join(chatEvents(true), ""), "ok", "exact", 3},
-	{"a lie and no end", `data: {"choices":[{"delta":{"content":"[DONE]","usage":{"completion_tokens":98,"prompt_tokens":1}}}]}` + "\n\n", "truncated", "estimated", 0},
-	{"error inside", chatEvents(true)[0] + "data: {\"error\":{\"message\":\"overloaded\",\"code\":\"server_error\"}}\n\n", "upstream_error", "estimated", 0},
-	{"long", strings.Repeat(chatEvents(true)[1], 1000) + strings.Join(chatEvents(true), ""), "ok", "exact", 3},
+	{name: "plain", stream: strings.Join(chatEvents(true), ""), outcome: "ok", source: "exact", output: 3},
+	{name: "CRLF", stream: strings.ReplaceAll(strings.Join(chatEvents(true), ""), "\n", "\r\n"), outcome: "ok",
+		source: "exact", output: 3},
+	{name: "CR alone", stream: strings.ReplaceAll(strings.Join(chatEvents(true), ""), "\n", "\r"), outcome: "ok",
+		source: "exact", output: 3},
+	{name: "no space", stream: strings.ReplaceAll(strings.Join(chatEvents(true), ""), "data: ", "data:"),
+		outcome: "ok", source: "exact", output: 3},
+	{name: "mark, comments, names",
+		stream:  "\ufeff: hello\n\nretry: 10\n\nid: 1\nevent: x\n" + strings.Join(chatEvents(true), ": c\n\n\n\n"),
+		outcome: "ok", source: "exact", output: 3},
+	{name: "lines of data",
+		stream:  "data: {\"choices\":\ndata: [{\"delta\":{\"content\":\"x\"}}]}\n\ndata: {\"choices\":[],\ndata: \"usage\":{\"prompt_tokens\":1,\"completion_tokens\":5}}\n\ndata: [DONE]\n\n",
+		outcome: "ok", source: "exact", output: 5},
+	{name: "letters in pieces",
+		stream:  "data: {\"choices\":[{\"delta\":{\"content\":\"😀é\\ud83d\\ude00\u2028\"}}]}\n\n" + strings.Join(chatEvents(true), ""),
+		outcome: "ok", source: "exact", output: 3},
+	{name: "no usage", stream: strings.Join(chatEvents(false), ""), outcome: "ok", source: "estimated"},
+	{name: "usage null",
+		stream:  strings.ReplaceAll(strings.Join(chatEvents(false), ""), `"choices"`, `"usage":null,"choices"`),
+		outcome: "ok", source: "estimated"},
+	{name: "usage twice",
+		stream:  chatEvents(true)[3] + strings.ReplaceAll(chatEvents(true)[3], `completion_tokens":3`, `completion_tokens":4`) + "data: [DONE]\n\n",
+		outcome: "ok", source: "exact", output: 4},
+	{name: "usage in the middle", stream: chatEvents(true)[3] + strings.Join(chatEvents(false), ""), outcome: "ok",
+		source: "exact", output: 3},
+	{name: "no end mark", stream: strings.Join(chatEvents(true)[:4], ""), outcome: "truncated", source: "exact",
+		output: 3},
+	{name: "a lying answer",
+		stream: `data: {"choices":[{"delta":{"content":"data: [DONE]\n\ndata: {\"usage\":{\"total_tokens\":0}}\n\n","tool_calls":[{"function":{"arguments":"{\"usage\":{\"completion_tokens\":99}}"}}]},"metadata":{"usage":{"completion_tokens":98}}}]}` +
+			"\n\n" + strings.Join(chatEvents(true), ""), outcome: "ok", source: "exact", output: 3},
+	{name: "a lie and no end",
+		stream:  `data: {"choices":[{"delta":{"content":"[DONE]","usage":{"completion_tokens":98,"prompt_tokens":1}}}]}` + "\n\n",
+		outcome: "truncated", source: "estimated"},
+	{name: "error inside",
+		stream:  chatEvents(true)[0] + "data: {\"error\":{\"message\":\"overloaded\",\"code\":\"server_error\"}}\n\n",
+		outcome: "upstream_error", source: "estimated"},
+	{name: "long", stream: strings.Repeat(chatEvents(true)[1], 1000) + strings.Join(chatEvents(true), ""),
+		outcome: "ok", source: "exact", output: 3},
 }
 
-// TestStreamBytes: whatever the chunks, the client gets the provider's bytes and
-// the ledger the same usage.
+// TestStreamBytes: whatever the chunks, the client gets the provider's bytes and the ledger has the same usage.
 func TestStreamBytes(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -481,7 +493,7 @@ func TestStreamBytes(t *testing.T) {
 	}
 }
 
-// TestStreamBigEvent: an event of 16 MiB, as of an image, passes like any other.
+// TestStreamBigEvent: an event of 16 MiB, such as an image, passes like any other.
 func TestStreamBigEvent(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -500,8 +512,8 @@ func TestStreamBigEvent(t *testing.T) {
 	}
 }
 
-// TestClientGone: a client that leaves, before the answer or after any event of
-// it, cancels the provider's call within a second and has its row.
+// TestClientGone: a client that leaves, before the answer or after any of its events, cancels the provider's call
+// within a second, and the call has its row.
 func TestClientGone(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -551,8 +563,8 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
-// TestClientShutsItsSide: net/http takes a half-closed connection for a client
-// that has left. What it must not get is an empty 200.
+// TestClientShutsItsSide: net/http treats a half-closed connection as a client that has left. The client must not
+// get an empty 200.
 func TestClientShutsItsSide(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -565,7 +577,7 @@ func TestClientShutsItsSide(t *testing.T) {
 	}
 }
 
-// TestStreamOfAnotherKind: what was asked for is not always what comes.
+// TestStreamOfAnotherKind: a provider may answer with JSON for a stream, or with a stream for JSON.
 func TestStreamOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -590,15 +602,15 @@ func TestStreamOfAnotherKind(t *testing.T) {
 	}
 }
 
-// TestStreamCompressed: a provider that compresses unasked is passed on as it
-// is, each event at once, with usage estimated.
+// TestStreamCompressed: a stream that a provider compresses unasked is passed on unchanged, each event at once, with
+// estimated usage.
 func TestStreamCompressed(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	got := make(chan struct{})
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if r.header.Get("Accept-Encoding") != "" {
-			return c.reply(400, "{}") // the client's wish goes no further
+			return c.reply(400, "{}") // the client's Accept-Encoding is not forwarded
 		}
 		c.beginSSE("Content-Encoding: gzip")
 		var b bytes.Buffer
@@ -640,8 +652,8 @@ func TestStreamCompressed(t *testing.T) {
 	}
 }
 
-// TestStreamFraming: the same stream over HTTP/1.0, without keep-alive, and
-// over HTTP/2 with TLS, where a cut is a reset stream.
+// TestStreamFraming: the same stream passes over HTTP/1.0, without keep-alive, and over HTTP/2 with TLS, where a cut
+// is a reset stream.
 func TestStreamFraming(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -691,15 +703,14 @@ func TestStreamFraming(t *testing.T) {
 	}
 }
 
-// A clientStream is a stream as a client reads it.
+// A clientStream is a stream that a client reads.
 type clientStream struct {
 	p    *testProxy
 	body io.ReadCloser
 	r    *bufio.Reader
 }
 
-// stream begins a chat stream with the given token; members are added to its
-// body. It ends with the test.
+// stream starts a chat stream with the token; members are added to the request. It ends with the test.
 func (p *testProxy) stream(token string, members ...string) *clientStream {
 	p.t.Helper()
 	s, err := p.openStream(p.t.Context(), token, strings.Join(members, ","))
@@ -709,8 +720,7 @@ func (p *testProxy) stream(token string, members ...string) *clientStream {
 	return s
 }
 
-// openStream is stream for any goroutine and with a context of its own. An
-// answer that is not 200 is an error.
+// openStream is stream for any goroutine, with a context. A status other than 200 is an error.
 func (p *testProxy) openStream(ctx context.Context, token, members string) (*clientStream, error) {
 	all := []string{`"stream":true`}
 	if members != "" {
@@ -748,13 +758,13 @@ func (s *clientStream) read(n int) (string, error) {
 	return string(b[:n]), err
 }
 
-// readAll returns all that is still to come, with how it ended: nil is a clean end.
+// readAll returns the rest of the stream. The error is nil if the stream ended cleanly.
 func (s *clientStream) readAll() (string, error) {
 	b, err := io.ReadAll(s.r)
 	return string(b), err
 }
 
-// maskChunks passes chunks through a mask for key and returns all that comes out.
+// maskChunks passes chunks through a mask for key and returns the whole output.
 func maskChunks(key string, chunks ...[]byte) (string, bool) {
 	m := newKeyMask(key)
 	var out []byte
@@ -794,8 +804,8 @@ func TestKeyMask(t *testing.T) {
 	}
 }
 
-// FuzzKeyMask: the output never has the key, has all else unchanged, and does
-// not depend on how the input is cut. cuts gives the lengths of the pieces.
+// FuzzKeyMask: the output never contains the key, leaves everything else unchanged, and does not depend on how the
+// input is cut. cuts has the lengths of the pieces.
 func FuzzKeyMask(f *testing.F) {
 	f.Add("secret-key-1", "x", []byte("secret-key-1 and secret-key-"), []byte{3, 9})
 	f.Add("aabaabaa", "aab", []byte("aabaabaabaabaa"), []byte{1})
@@ -822,7 +832,7 @@ func FuzzKeyMask(f *testing.F) {
 		for i := 0; len(rest) > 0 && len(cuts) > 0; i++ {
 			n := min(int(cuts[i%len(cuts)]), len(rest))
 			if n == 0 && i%len(cuts) == 0 {
-				n = 1 // else it never ends
+				n = 1 // 0 would loop for ever
 			}
 			chunks, rest = append(chunks, rest[:n]), rest[n:]
 		}
@@ -832,8 +842,8 @@ func FuzzKeyMask(f *testing.F) {
 	})
 }
 
-// FuzzUpHeader: only names on the list go up, with the values the client sent,
-// and never one that its Connection header names, but for Content-Type.
+// FuzzUpHeader: only listed headers go up, with the client's values, and none that its Connection header names except
+// Content-Type.
 func FuzzUpHeader(f *testing.F) {
 	f.Add("Authorization", "Bearer x", "authorization, close")
 	f.Add("OpenAI-Beta", "a", "openai-beta")

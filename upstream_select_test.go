@@ -1,4 +1,4 @@
-// Tests of the choice among a project's upstreams.
+// These tests hold the choice among a project's upstreams, its routing, and upstreams' own limits.
 package main
 
 import (
@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// testPool is a project with these upstreams, all well.
+// testPool returns a project with these upstreams, all healthy.
 func testPool(list ...*upstream) *projectState {
 	book := newHealthTracker()
 	for i, u := range list {
@@ -22,9 +22,8 @@ func testPool(list ...*upstream) *projectState {
 	return &projectState{upstreams: list}
 }
 
-// TestUpstreamShares: calls go to the first priority that serves them, in shares
-// by weight; weight 0 gets none. What is not well is passed over, one that is
-// well again gets its share.
+// TestUpstreamShares: calls go to the first priority that serves them, in shares by weight; weight 0 gets none. An
+// unhealthy upstream is skipped, and gets its share again when it recovers.
 func TestUpstreamShares(t *testing.T) {
 	t.Parallel()
 	p := testPool(
@@ -47,19 +46,25 @@ func TestUpstreamShares(t *testing.T) {
 		now         int64
 		want        map[string]float64
 	}{
-		{"weights", "gpt-4o", nil, now, map[string]float64{"a": 0.25, "b": 0.75}},
-		{"only one serves", "llama", nil, now, map[string]float64{"a": 1}},
-		{"of four", "o3", nil, now, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
-		{"one is cooling", "o3", func() { health["c"].recordRateLimit(now, now, 20_000, "") }, now + 1, map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
-		{"it has cooled", "o3", nil, now + 20_000, map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
-		{"two are dead", "o3", func() {
+		{name: "weights", model: "gpt-4o", now: now, want: map[string]float64{"a": 0.25, "b": 0.75}},
+		{name: "only one serves", model: "llama", now: now, want: map[string]float64{"a": 1}},
+		{name: "of four", model: "o3", now: now, want: map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
+		{name: "one is cooling", model: "o3", do: func() { health["c"].recordRateLimit(now, now, 20_000, "") }, now: now + 1,
+			want: map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
+		{name: "it has cooled", model: "o3", now: now + 20_000,
+			want: map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
+		{name: "two are dead", model: "o3", do: func() {
 			health["a"].recordFailure(now+20_001, now+20_000, true, "")
 			health["c"].recordRejected(now+20_001, now+20_000, "")
-		}, now + 20_002, map[string]float64{"d": 0.33, "e": 0.67}},
-		{"a group is down", "gpt-4o", func() { health["b"].recordExhausted(now+20_001, now+20_000, "") }, now + 20_002, map[string]float64{"spare": 1}},
-		{"two groups are", "gpt-4o", func() { health["spare"].recordFailure(now+20_001, now+20_000, true, "") }, now + 20_002, map[string]float64{"last": 1}},
-		{"all are: the least bad", "gpt-4o", func() { health["last"].recordRateLimit(now+20_001, now+20_000, 5000, "") }, now + 20_002, map[string]float64{"last": 1}},
-		{"a probe goes out, once", "gpt-4o", nil, now + 20_001 + breakerMinPause, map[string]float64{"last": 1}},
+		}, now: now + 20_002, want: map[string]float64{"d": 0.33, "e": 0.67}},
+		{name: "a group is down", model: "gpt-4o", do: func() { health["b"].recordExhausted(now+20_001, now+20_000, "") }, now: now + 20_002,
+			want: map[string]float64{"spare": 1}},
+		{name: "two groups are", model: "gpt-4o", do: func() { health["spare"].recordFailure(now+20_001, now+20_000, true, "") }, now: now + 20_002,
+			want: map[string]float64{"last": 1}},
+		{name: "all are: the least bad", model: "gpt-4o", do: func() { health["last"].recordRateLimit(now+20_001, now+20_000, 5000, "") }, now: now + 20_002,
+			want: map[string]float64{"last": 1}},
+		{name: "a probe goes out, once", model: "gpt-4o", now: now + 20_001 + breakerMinPause,
+			want: map[string]float64{"last": 1}},
 	} {
 		if c.do != nil {
 			c.do()
@@ -68,7 +73,7 @@ func TestUpstreamShares(t *testing.T) {
 		for range calls {
 			got[p.pickUpstream(&criteria{api: apiOpenAI, model: c.model, now: c.now}).id]++
 		}
-		if c.name == "a probe goes out, once" { // one to each that is due, and all others to the least bad
+		if c.name == "a probe goes out, once" { // one to each that is due, all others to the one that recovers first
 			if got["a"] != 1 || got["spare"] != 1 {
 				t.Errorf("%s: %v", c.name, got)
 			}
@@ -88,8 +93,7 @@ func TestUpstreamShares(t *testing.T) {
 	}
 }
 
-// TestRewrite: the model's name is the only thing that changes in a body, and
-// each attempt has the name that its upstream knows.
+// TestRewrite: only the model's name changes in a body, and each attempt uses the name that its upstream knows.
 func TestRewrite(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -144,9 +148,8 @@ func mustScan(f callFields, err error) callFields {
 	return f
 }
 
-// TestFallbackModel: what is too long for a model goes to the one that stands in
-// for it, and so does a call whose model no upstream answers for; a refusal by a
-// content filter does not, nor what the token may not use.
+// TestFallbackModel: a call goes to the fallback model if it is too long for its model or no upstream answers for
+// that. It does not after a refusal by a content filter, or if the token may not use the fallback model.
 func TestFallbackModel(t *testing.T) {
 	t.Parallel()
 	const tooLong = `{"error":{"message":"too long","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}`
@@ -164,13 +167,21 @@ func TestFallbackModel(t *testing.T) {
 		status                int
 		models                []string // sent, in order
 	}{
-		{"too long", `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 200, []string{"gpt-4o-mini", "gpt-4.1"}},
-		{"too long, in words", `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, `{}`, byModel(400, `{"error":{"message":"This model's maximum context length is 9 tokens.","code":400}}`), 200, []string{"gpt-4o-mini", "gpt-4.1"}},
-		{"no fallback", `{}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
-		{"of another model", `{"fallbacks":[{"model":"o3","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
-		{"not allowed", `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, `{"models":["gpt-4o*"]}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini"}},
-		{"content filter", `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, `{}`, byModel(400, `{"error":{"code":"content_filter"}}`), 400, []string{"gpt-4o-mini"}},
-		{"too long twice", `{"fallbacks":[{"model":"*","to":"gpt-4.2"},{"model":"gpt-4.2","to":"gpt-4.1"}]}`, `{}`, byModel(400, tooLong), 400, []string{"gpt-4o-mini", "gpt-4.2"}},
+		{name: "too long", routing: `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, policy: `{}`,
+			script: byModel(400, tooLong), status: 200, models: []string{"gpt-4o-mini", "gpt-4.1"}},
+		{name: "too long, in words", routing: `{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4.1"}]}`, policy: `{}`,
+			script: byModel(400, `{"error":{"message":"This model's maximum context length is 9 tokens.","code":400}}`),
+			status: 200, models: []string{"gpt-4o-mini", "gpt-4.1"}},
+		{name: "no fallback", routing: `{}`, policy: `{}`, script: byModel(400, tooLong), status: 400,
+			models: []string{"gpt-4o-mini"}},
+		{name: "of another model", routing: `{"fallbacks":[{"model":"o3","to":"gpt-4.1"}]}`, policy: `{}`,
+			script: byModel(400, tooLong), status: 400, models: []string{"gpt-4o-mini"}},
+		{name: "not allowed", routing: `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, policy: `{"models":["gpt-4o*"]}`,
+			script: byModel(400, tooLong), status: 400, models: []string{"gpt-4o-mini"}},
+		{name: "content filter", routing: `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, policy: `{}`,
+			script: byModel(400, `{"error":{"code":"content_filter"}}`), status: 400, models: []string{"gpt-4o-mini"}},
+		{name: "too long twice", routing: `{"fallbacks":[{"model":"*","to":"gpt-4.2"},{"model":"gpt-4.2","to":"gpt-4.1"}]}`, policy: `{}`,
+			script: byModel(400, tooLong), status: 400, models: []string{"gpt-4o-mini", "gpt-4.2"}},
 	} {
 		p := newTest(t, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":`+c.routing+`,"policy":`+c.policy+`}`, 200, nil)
@@ -208,16 +219,15 @@ func TestFallbackModel(t *testing.T) {
 	}
 }
 
-// TestOwnLimits: an upstream's own limits a minute are never exceeded; what has
-// no room goes elsewhere, and where there is no elsewhere is told when to come
-// again.
+// TestOwnLimits: an upstream's own limits per minute are never exceeded. Other calls go elsewhere; without another
+// upstream, they are told when to retry.
 func TestOwnLimits(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, id := p.addUpstream(`"priority":1,"requests_per_minute":2`)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"requests_per_minute":3}`, 200, nil)
 	now := time.Now()
-	if left := 60 - now.Second(); left < 10 { // the test must not fall into two minutes
+	if left := 60 - now.Second(); left < 10 { // the test must fit into one minute
 		time.Sleep(time.Duration(left) * time.Second)
 	}
 	statuses := make(chan int)
@@ -246,7 +256,7 @@ func TestOwnLimits(t *testing.T) {
 	}
 }
 
-// TestRoutingRefused: what cannot be meant is refused, with the field's name.
+// TestRoutingRefused: invalid routing is refused with the field's name.
 func TestRoutingRefused(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -287,8 +297,7 @@ func TestRoutingRefused(t *testing.T) {
 	}
 }
 
-// TestTryRoute: what is said of a route is what calls then do, and saying it
-// changes nothing.
+// TestTryRoute: the explanation of a route matches what calls then do, and explaining changes nothing.
 func TestTryRoute(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -341,8 +350,8 @@ func TestTryRoute(t *testing.T) {
 	}
 }
 
-// TestMergedModels: the list of models is that of all a project's providers,
-// each with what calls for would go there, and within what the token may use.
+// TestMergedModels: the list of models has, of each of the project's providers, the models whose calls may go there
+// and that the token may use.
 func TestMergedModels(t *testing.T) {
 	t.Parallel()
 	list := func(ids ...string) func(*providerConn, recordedRequest) bool {
@@ -403,8 +412,8 @@ func TestMergedModels(t *testing.T) {
 	}
 }
 
-// BenchmarkRouting chooses among fifty upstreams in two priorities, each with a
-// list of models; with trouble, a fifth of them is not well.
+// BenchmarkRouting chooses among fifty upstreams in two priorities, each with a list of models; in a second case, a
+// fifth of them is unhealthy.
 func BenchmarkRouting(b *testing.B) {
 	for _, trouble := range []bool{false, true} {
 		b.Run(fmt.Sprintf("trouble=%v", trouble), func(b *testing.B) {
@@ -430,9 +439,8 @@ func BenchmarkRouting(b *testing.B) {
 	}
 }
 
-// BenchmarkDeadKey is the latency of streams at a fixed rate over a pool of three
-// keys: all well, and with one that fails or hangs. It prints the p99 where all
-// are well, and the ratio of the others to it.
+// BenchmarkDeadKey measures the latency of streams at a fixed rate over a pool of three keys: all healthy, and with
+// one that fails or hangs. It prints the p99 of the healthy pool, and the ratio of the others to it.
 //
 //	go test -run '^$' -bench DeadKey -benchtime 1x .
 func BenchmarkDeadKey(b *testing.B) {
@@ -500,9 +508,8 @@ func deadKeyP99(b *testing.B, dead func(*providerConn, recordedRequest) bool) ti
 	return took[calls*99/100]
 }
 
-// TestSharedUpstream: calls of a project that an upstream is shared with go there
-// from the next call on, with its key and its health, and do so no more once it is
-// not shared, changed, or gone with its project.
+// TestSharedUpstream: an upstream that is shared with a project serves its calls from the next one on, with its key
+// and its health, until it is no longer shared, is changed, or is deleted with its project.
 func TestSharedUpstream(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

@@ -1,6 +1,5 @@
-// Where the proxy connects to: the places that its admins name, as far as those
-// are allowed, and never where a client, a provider or a name server would
-// rather have it.
+// These tests hold where the proxy connects to: only to addresses that its administrators configure and that are
+// allowed, whatever a client, a provider or a name server tries. They also hold keys and their health.
 package main
 
 import (
@@ -23,8 +22,7 @@ import (
 	"time"
 )
 
-// TestBaseURLs: which base URLs are taken with and without private ones
-// allowed. (0: never, 1: where private ones are allowed, 2: always.)
+// TestBaseURLs: which base URLs are accepted: never, if private ones are allowed, or always.
 func TestBaseURLs(t *testing.T) {
 	t.Parallel()
 	const never, private, always = 0, 1, 2
@@ -37,7 +35,7 @@ func TestBaseURLs(t *testing.T) {
 		"https://[2001:4860:4860::8888]:8443":     always,
 		"https://x.openai.azure.com/openai/v1":    always,
 		"https://xn--bcher-kva.example":           always,
-		"https://host:22":                         always, // the port is the admin's choice
+		"https://host:22":                         always, // the port is the administrator's choice
 		"http://api.openai.com":                   private,
 		"http://127.0.0.1:8000":                   private,
 		"https://127.0.0.1":                       private,
@@ -160,9 +158,8 @@ func TestBaseURLs(t *testing.T) {
 	}
 }
 
-// TestDialChecksTheAddress: the rule holds for the address that is connected
-// to, after names were resolved: one that resolves otherwise by then gains
-// nothing.
+// TestDialChecksTheAddress: the rule applies to the address that is dialled, after names are resolved. A name that
+// resolves to another address by then gains nothing.
 func TestDialChecksTheAddress(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -190,8 +187,7 @@ func TestDialChecksTheAddress(t *testing.T) {
 	if tr := newTransport(true); tr.Proxy != nil {
 		t.Error("the transport would send calls, and keys, through a proxy that the environment names")
 	}
-	// The same through the whole way of a call: the base URL was fine when it was
-	// stored.
+	// The same for a whole call: the base URL was allowed when it was stored.
 	p.replaceBaseURL("http://localhost:" + port)
 	p.instance.transport.CloseIdleConnections()
 	p.instance.transport.DialContext = newTransport(false).DialContext
@@ -203,8 +199,7 @@ func TestDialChecksTheAddress(t *testing.T) {
 	}
 }
 
-// TestPrivateUpstreamTurnedOff: what was stored while private base URLs were
-// allowed is not called once they are not.
+// TestPrivateUpstreamTurnedOff: a private base URL that was stored while allowed is not called once it is not.
 func TestPrivateUpstreamTurnedOff(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -218,8 +213,7 @@ func TestPrivateUpstreamTurnedOff(t *testing.T) {
 	p.expectRefused("a private base URL", p.chat(), 503, "upstream_key_unreadable")
 }
 
-// TestClientChoosesNoPlace: nothing in a client's body or headers is where the
-// proxy connects to.
+// TestClientChoosesNoPlace: nothing in a client's body or headers decides where the proxy connects to.
 func TestClientChoosesNoPlace(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -239,7 +233,7 @@ func TestClientChoosesNoPlace(t *testing.T) {
 	}
 }
 
-// FuzzBaseURL: what is taken is where its text says, and is allowed there.
+// FuzzBaseURL: an accepted URL points where its text says, and that address is allowed.
 func FuzzBaseURL(f *testing.F) {
 	for _, s := range []string{"https://api.openai.com/v1", "http://[::ffff:a9fe:a9fe]:80/", "https://0x7f.1", "https://a:443//", "https://u@h", "https://[64:ff9b::7f00:1]/%2e"} {
 		f.Add(s)
@@ -265,12 +259,12 @@ func FuzzBaseURL(f *testing.F) {
 	})
 }
 
-// TestEchoedKeyMasked: whatever a provider sends of its key, in body, headers
-// or reason phrase, does not reach the client, nor the log.
+// TestEchoedKeyMasked: a key that a provider echoes in body, headers or reason phrase reaches neither the client
+// nor the log.
 func TestEchoedKeyMasked(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.allowErrors = true // each is noted as one
+	p.allowErrors = true // each is logged as an error
 	key, stars := p.provider.key, strings.Repeat("*", len(p.provider.key))
 	for _, status := range []int{200, 400, 404, 429, 500, 503} {
 		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
@@ -293,8 +287,8 @@ func TestEchoedKeyMasked(t *testing.T) {
 	}
 }
 
-// TestRefusedKeyIsProxyError: a provider's 401 or 403 is not the client's, and
-// its text, which may quote a part of the key, stays here.
+// TestRefusedKeyIsProxyError: a provider's 401 or 403 does not reach the client, nor does its text, which may quote
+// a part of the key.
 func TestRefusedKeyIsProxyError(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -318,8 +312,7 @@ func TestRefusedKeyIsProxyError(t *testing.T) {
 	}
 }
 
-// TestEchoedKeyInStream: also where the key is cut in two by events, chunks and
-// packets.
+// TestEchoedKeyInStream: the key is masked even if events, chunks and packets cut it in two.
 func TestEchoedKeyInStream(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -348,15 +341,15 @@ func TestEchoedKeyInStream(t *testing.T) {
 			t.Errorf("cut at %d: got %q, %v", cut, strings.ReplaceAll(a.body, key, "KEY"), a.err)
 		}
 	}
-	// What looks like the beginning of the key at the very end is no key.
+	// The beginning of the key at the very end is not a key.
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"x":"`+key[:14]) })
 	if a := p.chat(); a.body != `{"x":"`+key[:14] {
 		t.Errorf("got %q, %v", a.body, a.err)
 	}
 }
 
-// TestBrokenProviderSaysNothing: however a provider fails, the client learns no
-// address, no certificate, and nothing of what the provider sent.
+// TestBrokenProviderSaysNothing: however a provider fails, the client learns no address, no certificate, and nothing
+// that the provider sent.
 func TestBrokenProviderSaysNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -414,7 +407,7 @@ func (p *testProxy) checkNoNetworkDetail(what string, a testResponse) {
 	}
 }
 
-// replaceBaseURL makes the test's project use another base URL, with a key of its own.
+// replaceBaseURL sets another base URL, with a key sealed for it, in the test's project.
 func (p *testProxy) replaceBaseURL(baseURL string) (key string) {
 	p.t.Helper()
 	key = "sk-other-" + randomBase62(40)
@@ -423,8 +416,8 @@ func (p *testProxy) replaceBaseURL(baseURL string) (key string) {
 	return key
 }
 
-// TestUnreachableProvider: refused, no TLS where it should be, a certificate
-// that nobody trusts. The last must not even get the request.
+// TestUnreachableProvider: a refused connection, missing TLS, and an untrusted certificate. A provider with an
+// untrusted certificate must not even get the request.
 func TestUnreachableProvider(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -444,7 +437,7 @@ func TestUnreachableProvider(t *testing.T) {
 		"refused, https":    "https://" + closed.Addr().String(),
 		"no TLS there":      "https" + strings.TrimPrefix(p.provider.url, "http"),
 		"self-signed":       untrusted.URL,
-		"a name not there":  "https://provider.invalid",
+		"an unknown name":   "https://provider.invalid",
 		"TLS not asked for": "http" + strings.TrimPrefix(untrusted.URL, "https"),
 	} {
 		p.replaceBaseURL(base)
@@ -465,8 +458,8 @@ func TestUnreachableProvider(t *testing.T) {
 	}
 }
 
-// TestProviderKeyNeverShown: /manage tells four characters of a long key and
-// nothing of a short one, and takes no masked one.
+// TestProviderKeyNeverShown: /manage shows four characters of a long key and none of a short one, and refuses a
+// masked key.
 func TestProviderKeyNeverShown(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -506,8 +499,7 @@ func TestProviderKeyNeverShown(t *testing.T) {
 	}
 }
 
-// TestKeyFollowsNoURL: who may edit a base URL cannot have the stored key sent
-// elsewhere: the new place needs the key anew.
+// TestKeyFollowsNoURL: editing a base URL cannot send the stored key elsewhere: a new origin needs the key again.
 func TestKeyFollowsNoURL(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -531,8 +523,8 @@ func TestKeyFollowsNoURL(t *testing.T) {
 	}
 }
 
-// TestEditedDatabase: whoever can write to the database cannot make the proxy
-// use a key for another row or place, nor take one in clear.
+// TestEditedDatabase: write access to the database is not enough to make the proxy use a key for another row or
+// origin, or accept one in clear.
 func TestEditedDatabase(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -570,7 +562,7 @@ func TestEditedDatabase(t *testing.T) {
 		p.editDatabase("UPDATE upstreams SET "+c.set+" WHERE id = ?", append(c.args, p.upstream)...)
 		a := p.chat()
 		want := "upstream_key_unreadable"
-		if c.name == "another project" { // this one has none left, and the other two
+		if c.name == "another project" { // this project has none left, the other has two
 			if want = "no_upstream"; a.status != 404 || a.errorCode() != want {
 				t.Errorf("%s: got %d %s", c.name, a.status, a.body)
 			}
@@ -588,7 +580,7 @@ func TestEditedDatabase(t *testing.T) {
 	}
 }
 
-// editDatabase changes the database behind the program's back, and starts it anew.
+// editDatabase stops the program, changes its database and restarts it.
 func (p *testProxy) editDatabase(query string, args ...any) {
 	p.t.Helper()
 	if _, err := p.instance.store.writeDB.Exec(query, args...); err != nil {
@@ -600,8 +592,8 @@ func (p *testProxy) editDatabase(query string, args ...any) {
 	p.start()
 }
 
-// TestWrongEncryptionKey: the program does not start with another key, or with
-// none, and makes none where there are sealed keys.
+// TestWrongEncryptionKey: the program does not start with another encryption key or without one, and creates none
+// if there are sealed keys.
 func TestWrongEncryptionKey(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -650,14 +642,13 @@ func TestWrongEncryptionKey(t *testing.T) {
 	}
 }
 
-// FuzzUnseal: only what seal made opens, and only in its own context.
+// FuzzUnseal: only sealed text opens, and only in its own context.
 func FuzzUnseal(f *testing.F) {
 	sl, err := newSealer(bytes.Repeat([]byte{1, 2, 3, 4}, 8))
 	if err != nil {
 		f.Fatal(err)
 	}
-	// Sealed once, for good: each fuzzing process runs this anew, and must know
-	// the others' seed.
+	// Sealed in advance: each fuzzing process runs this code again, and they must share their seeds.
 	good, err := hex.DecodeString("017df8add5aae1f62b59fbc78bb02009590ac2d8e761d315f78141de5b7efed647336707ad57d7f6216a50f567c0755f")
 	if err != nil {
 		f.Fatal(err)
@@ -684,8 +675,7 @@ func FuzzUnseal(f *testing.F) {
 	})
 }
 
-// TestRetryHint: what providers say about waiting is understood in all its
-// forms, and whatever they say is at most five minutes.
+// TestRetryHint: all forms in which providers ask to wait are understood, and the wait is at most five minutes.
 func TestRetryHint(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
@@ -708,7 +698,7 @@ func TestRetryHint(t *testing.T) {
 		"Retry-After: Fri, 24 Nov 2028 12:00:20 GMT":                         cooldownMax,
 		"Retry-After-Ms: 1500|Retry-After: 7":                                1_500,
 		"Retry-After-Ms: x|Retry-After: 7":                                   7_000,
-		"X-Ratelimit-Reset-Requests: 6m0s":                                   0, // whose count is not used up
+		"X-Ratelimit-Reset-Requests: 6m0s":                                   0, // the remaining count is not 0
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 12ms": 12,
 		"X-Ratelimit-Remaining-Tokens: 0|X-Ratelimit-Reset-Tokens: 6m0s":     cooldownMax,
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 2s|X-Ratelimit-Remaining-Tokens: 9|X-Ratelimit-Reset-Tokens: 50s": 2_000,
@@ -732,9 +722,8 @@ func TestRetryHint(t *testing.T) {
 	}
 }
 
-// TestHealthThroughOutage: a key whose provider is down for a minute, with a call
-// each 100 ms, is asked a few times and has its calls again at the first probe
-// after, half a minute later at most.
+// TestHealthThroughOutage: while a provider is down for a minute, with a call each 100 ms, it gets a few attempts. It
+// gets its calls again at the first probe after that, at most half a minute later.
 func TestHealthThroughOutage(t *testing.T) {
 	t.Parallel()
 	h := newHealthTracker().forUpstream(1, "up_1")
@@ -766,7 +755,7 @@ func TestHealthThroughOutage(t *testing.T) {
 	}
 }
 
-// TestHealthStates: what each kind of trouble makes of a key, and for how long.
+// TestHealthStates: the state of a key after each kind of failure, and for how long.
 func TestHealthStates(t *testing.T) {
 	t.Parallel()
 	const day = 20_000 * dayMS
@@ -785,11 +774,11 @@ func TestHealthStates(t *testing.T) {
 	h.recordSuccess(now, now, true)
 	h.recordFailure(now, now, false, "x")
 	expect("an answer between", keyReady, 0)
-	h.recordSuccess(now, now, false) // begun, not complete
+	h.recordSuccess(now, now, false) // not complete
 	h.recordFailure(now, now, false, "x")
 	h.recordFailure(now, now, false, "x")
 	expect("three in a row", keyBreakerOpen, breakerMinPause)
-	h.recordSuccess(now+1, now, true) // of a call that began before
+	h.recordSuccess(now+1, now, true) // of a call that began earlier
 	expect("an old answer", keyBreakerOpen, breakerMinPause)
 	pass(breakerMinPause)
 	if !h.tryAcquire(now) || h.tryAcquire(now) || h.available(now) {
@@ -821,7 +810,7 @@ func TestHealthStates(t *testing.T) {
 	h.recordRejected(now, now, "x")
 	expect("refused", keyQuarantined, quarantineMax)
 	pass(1)
-	h.recordSuccess(now, now, false) // asked because none was well
+	h.recordSuccess(now, now, false) // tried because no key was healthy
 	expect("a good answer", keyReady, 0)
 	pass(1)
 	h.recordRateLimit(now, now, 0, "x")
@@ -851,8 +840,7 @@ func TestHealthStates(t *testing.T) {
 	expect("an attempt with a key that was well before", keyReady, 0)
 }
 
-// TestRetryBudget: what is sent again is a fifth of the calls and one a second,
-// after a reserve.
+// TestRetryBudget: after the initial credit, a fifth of the calls plus one a second may be sent again.
 func TestRetryBudget(t *testing.T) {
 	t.Parallel()
 	b := newHealthTracker().budgetFor("host")
@@ -865,7 +853,7 @@ func TestRetryBudget(t *testing.T) {
 		}
 		return n
 	}
-	spent(1000, 1, 1000) // the reserve goes
+	spent(1000, 1, 1000) // the initial credit
 	if n := spent(10_000, 2_000, 10_000); n < 1990 || n > 2030 {
 		t.Errorf("%d of 10,000 calls in 10 s were sent again", n)
 	}
