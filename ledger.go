@@ -1,8 +1,7 @@
-// This room is the durable record of calls: begin, settle, group commit,
-// recovery, retention. One goroutine writes; it takes whatever is queued and
-// commits it as one transaction. It never drops what it was given: when the
-// database fails it keeps the rows, tries again, and says so (healthy), so that
-// calls are refused until it works.
+// This file is the durable record of calls: their pending records, their rows when they have ended, group
+// commit, recovery and retention. One goroutine writes: it takes whatever is queued and commits it as one
+// transaction. It never drops a row: when the database fails it keeps the rows, retries and reports it
+// (healthy), so that calls are refused until it works again.
 package main
 
 import (
@@ -17,48 +16,48 @@ import (
 )
 
 const (
-	// settleDelay is how long settled rows may wait for company. Nobody waits
-	// for them; a crash in between makes them lost ones, with an estimate.
-	settleDelay     = 100 * time.Millisecond
-	settleBatchSize = 512
-	// So many calls that begin together are a crowd, for which a commit waits a
-	// moment.
-	largeBatchSize   = 8
-	largeBatchDelay  = 200 * time.Microsecond
+	// settleDelay is how long rows of ended calls may wait for others, to be committed together. Nobody
+	// waits for them; a crash in between turns them into lost ones, with an estimate.
+	settleDelay      = 100 * time.Millisecond
+	settleBatchSize  = 512
 	ledgerRetryDelay = 250 * time.Millisecond
+	// After a batch in which this many calls begin, the next commit is delayed: much of a transaction's cost
+	// is the same for one call and for fifty, and the delay is over long before a provider answers.
+	largeBatchSize  = 8
+	largeBatchDelay = 200 * time.Microsecond
 )
 
 // A ledgerEntry is one call on its way into the ledger.
 type ledgerEntry struct {
-	row   requestRow // of the caller until it is settled; from then on nobody writes it
+	row   requestRow // the caller's until settle; read-only from then on
 	batch *pendingBatch
 }
 
 type ledger struct {
 	store  *store
-	writer *ledgerWriter // of run's goroutine
+	writer *ledgerWriter // used by the goroutine of run only
 	log    *slog.Logger
 
 	mu              sync.Mutex
 	pending         *pendingBatch // nil: none
-	lastBatchBytes  int           // bytes that the last one's calls took
+	lastBatchBytes  int           // size of the last batch's JSON
 	settledEntries  []*ledgerEntry
 	sumOnlyRows     []*requestRow
-	oldestSettledAt time.Time // when the oldest of settles and sums came
-	queuedCount     uint64    // rows that were ever queued
-	committedCount  uint64    // so many of them, in the order of queueing, are surely written
-	flushing        bool      // someone waits for committed
+	oldestSettledAt time.Time // when the oldest of settledEntries and sumOnlyRows was queued
+	queuedCount     uint64    // all rows ever queued
+	committedCount  uint64    // how many of them, in the order of queueing, are certainly committed
+	flushing        bool      // a caller waits for committedCount
 	closing         bool
 
 	wake            chan struct{}
 	done            chan struct{}
 	failing         atomic.Bool
-	commitDurations histogram    // of the time batches took
-	committedRows   atomic.Int64 // that were committed
+	commitDurations histogram
+	committedRows   atomic.Int64
 }
 
-// openLedger recovers what a dead process left open, then starts the writer.
-// price fills in the cost of a lost row.
+// openLedger recovers the calls that were running when the last process died, then starts the writer. price
+// fills in the cost of a lost row.
 func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*requestRow)) (*ledger, error) {
 	writer := st.newLedgerWriter()
 	lost, err := recoverLost(ctx, st, writer, price)
@@ -66,26 +65,26 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 		return nil, err
 	}
 	if lost > 0 {
-		log.Warn("calls were running when the program died; their rows are now lost ones, with estimates", "rows", lost)
+		log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage", "rows", lost)
 	}
 	l := &ledger{store: st, writer: writer, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go l.run()
 	return l, nil
 }
 
-// begin queues a call and returns at once; wait on begun. The note is written in
-// parallel with the call to the provider.
+// begin queues the pending record of a call and returns at once. The record is committed while the provider
+// is being called; wait for committed.
 func (l *ledger) begin(row requestRow) *ledgerEntry {
 	e := &ledgerEntry{row: row}
 	var space [512]byte
-	note := row.appendPendingRecord(space[:0])
+	record := row.appendPendingRecord(space[:0])
 	l.mu.Lock()
 	first := l.pending == nil
 	if first {
 		l.pending = &pendingBatch{done: make(chan struct{}), recordsJSON: make([]byte, 0, l.lastBatchBytes+l.lastBatchBytes/2)}
 	}
 	e.batch = l.pending
-	e.batch.add(row.id, note)
+	e.batch.add(row.id, record)
 	l.queuedCount++
 	l.mu.Unlock()
 	if first {
@@ -94,39 +93,30 @@ func (l *ledger) begin(row requestRow) *ledgerEntry {
 	return e
 }
 
-// committed is closed when it is settled whether the call's note is committed: fate
-// says so then.
+// committed is closed once the pending record is committed or has failed; commitErr tells which.
 func (e *ledgerEntry) committed() <-chan struct{} { return e.batch.done }
 
-// commitErr is nil if the note is committed, or says why it is not.
+// commitErr is nil if the pending record is committed. Call it once committed is closed.
 func (e *ledgerEntry) commitErr() error { return e.batch.err }
 
-// settle queues how a begun call ended, as its row says. The row is read from now
-// on, and no more written.
+// settle queues the row of a call that has ended. From now on the row is read, and must not be written.
 func (l *ledger) settle(e *ledgerEntry) {
 	l.mu.Lock()
-	l.queuedCount++
-	if len(l.settledEntries)+len(l.sumOnlyRows) == 0 {
-		l.oldestSettledAt = time.Now()
-	}
+	l.enqueueSettled()
 	l.settledEntries = append(l.settledEntries, e)
-	full := len(l.settledEntries) >= settleBatchSize
-	first := len(l.settledEntries) == 1
+	n := len(l.settledEntries)
 	l.mu.Unlock()
-	if full || first {
+	if n == 1 || n >= settleBatchSize {
 		l.kick() // the first sets the writer's timer
 	}
 }
 
-// recordRefused queues a call that was never begun: a refused one. With row false it
-// counts in the sums only.
-func (l *ledger) recordRefused(r *requestRow, row bool) {
+// recordRefused queues a call that was refused, and so has no pending record. With withRow false it only
+// counts in the sums.
+func (l *ledger) recordRefused(r *requestRow, withRow bool) {
 	l.mu.Lock()
-	l.queuedCount++
-	if len(l.settledEntries)+len(l.sumOnlyRows) == 0 {
-		l.oldestSettledAt = time.Now()
-	}
-	if row {
+	l.enqueueSettled()
+	if withRow {
 		l.settledEntries = append(l.settledEntries, &ledgerEntry{row: *r})
 	} else {
 		l.sumOnlyRows = append(l.sumOnlyRows, new(*r))
@@ -135,6 +125,15 @@ func (l *ledger) recordRefused(r *requestRow, row bool) {
 	l.kick()
 }
 
+// enqueueSettled counts a row that the caller is about to queue. The caller holds mu.
+func (l *ledger) enqueueSettled() {
+	l.queuedCount++
+	if len(l.settledEntries)+len(l.sumOnlyRows) == 0 {
+		l.oldestSettledAt = time.Now()
+	}
+}
+
+// kick wakes the writer.
 func (l *ledger) kick() {
 	select {
 	case l.wake <- struct{}{}:
@@ -142,7 +141,7 @@ func (l *ledger) kick() {
 	}
 }
 
-// backlog says how many rows wait: calls that begin, and calls that have ended.
+// backlog returns how many rows are queued: of calls that begin, and of calls that have ended.
 func (l *ledger) backlog() (begins, settles int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -152,27 +151,25 @@ func (l *ledger) backlog() (begins, settles int64) {
 	return begins, int64(len(l.settledEntries) + len(l.sumOnlyRows))
 }
 
-// healthy reports whether the last write succeeded. While it did not, no call
-// may be admitted: it could not be put on record.
+// healthy reports whether the last write succeeded. While it did not, no call may be admitted, because it
+// could not be recorded.
 func (l *ledger) healthy() bool { return !l.failing.Load() }
 
-// flush returns when all that was queued before is committed, whatever is queued
-// meanwhile, or when ctx is over.
+// flush returns when all rows queued before are committed, or when ctx is over.
 func (l *ledger) flush(ctx context.Context) error { return l.awaitCommitted(ctx, l.queuedSoFar()) }
 
-// queuedSoFar says how many rows the ledger was ever given.
+// queuedSoFar returns how many rows were ever queued.
 func (l *ledger) queuedSoFar() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.queuedCount
 }
 
-// awaitCommitted returns when the first want rows that the ledger was given are committed,
-// or when ctx is over.
-func (l *ledger) awaitCommitted(ctx context.Context, want uint64) error {
+// awaitCommitted returns when the first count rows that were queued are committed, or when ctx is over.
+func (l *ledger) awaitCommitted(ctx context.Context, count uint64) error {
 	for {
 		l.mu.Lock()
-		done := l.committedCount >= want
+		done := l.committedCount >= count
 		l.flushing = l.flushing || !done
 		l.mu.Unlock()
 		if done {
@@ -187,22 +184,22 @@ func (l *ledger) awaitCommitted(ctx context.Context, want uint64) error {
 	}
 }
 
-// awaitIfHealthy is await for who must not wait long, as anyone may cause it: not at all
-// while the ledger cannot be written.
-func (l *ledger) awaitIfHealthy(ctx context.Context, want uint64) error {
+// awaitIfHealthy is awaitCommitted for waits that any client can cause: it does not wait while the ledger
+// cannot be written, and never long.
+func (l *ledger) awaitIfHealthy(ctx context.Context, count uint64) error {
 	l.mu.Lock()
-	owed := l.committedCount < want
+	behind := l.committedCount < count
 	l.mu.Unlock()
-	if owed && l.failing.Load() {
+	if behind && l.failing.Load() {
 		return errors.New("the ledger cannot be written")
 	}
 	ctx, cancel := context.WithTimeout(ctx, limitLoadTimeout)
 	defer cancel()
-	return l.awaitCommitted(ctx, want)
+	return l.awaitCommitted(ctx, count)
 }
 
-// close writes what is queued and ends the writer. It gives up at the end of
-// ctx; what is then unwritten becomes lost rows at the next start.
+// close writes what is queued and ends the writer. It gives up when ctx is over; what is not written by then
+// becomes lost rows at the next start.
 func (l *ledger) close(ctx context.Context) error {
 	err := l.flush(ctx)
 	l.mu.Lock()
@@ -214,37 +211,34 @@ func (l *ledger) close(ctx context.Context) error {
 	return err
 }
 
-// run is the writer. Its owner is close.
+// run is the writer; close waits for its end.
 func (l *ledger) run() {
 	defer close(l.done)
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
-		q := l.dequeue()
-		if q.pending != nil || len(q.settledEntries)+len(q.sumOnlyRows) > 0 {
-			l.write(q.pending, q.settledEntries, q.sumOnlyRows)
-			if q.pending != nil {
-				close(q.pending.done)
+		work := l.dequeue()
+		if work.pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
+			l.write(work.pending, work.settledEntries, work.sumOnlyRows)
+			if work.pending != nil {
+				close(work.pending.done)
 			}
-			l.markCommitted(q)
+			l.markCommitted(work)
 			if l.failing.Load() && !l.pause(ledgerRetryDelay) {
 				return
 			}
-			// Much of a transaction's cost is the same for one call and for fifty.
-			// Where many begin at one time the next batch is made larger by a
-			// wait, which is over long before a provider answers.
-			if q.pending != nil && q.pending.size >= largeBatchSize {
+			if work.pending != nil && work.pending.size >= largeBatchSize {
 				time.Sleep(largeBatchDelay)
 			} else {
 				runtime.Gosched()
 			}
 			continue
 		}
-		l.markCommitted(q)
-		if q.closing {
+		l.markCommitted(work)
+		if work.closing {
 			return
 		}
-		if l.failing.Load() { // nothing to try with: probe
+		if l.failing.Load() { // nothing is queued that a retry could write
 			if err := l.store.checkWritable(context.Background()); err == nil {
 				l.markRecovered()
 			} else if !l.pause(ledgerRetryDelay) {
@@ -252,7 +246,7 @@ func (l *ledger) run() {
 			}
 			continue
 		}
-		timer.Reset(q.wait)
+		timer.Reset(work.wait)
 		select {
 		case <-l.wake:
 		case <-timer.C:
@@ -260,7 +254,7 @@ func (l *ledger) run() {
 	}
 }
 
-// pause waits, and reports false when the ledger is being closed.
+// pause waits, and returns false if the ledger is being closed.
 func (l *ledger) pause(d time.Duration) bool {
 	time.Sleep(d)
 	l.mu.Lock()
@@ -268,19 +262,19 @@ func (l *ledger) pause(d time.Duration) bool {
 	return !l.closing
 }
 
-// A ledgerWork is what the writer took from the queues at one time.
+// ledgerWork is what the writer takes from the queues at one time.
 type ledgerWork struct {
 	pending        *pendingBatch
 	settledEntries []*ledgerEntry
 	sumOnlyRows    []*requestRow
-	drained        bool          // nothing was left
-	queuedCount    uint64        // queued then
-	wait           time.Duration // until what was left should be written
+	drained        bool          // nothing is left
+	queuedCount    uint64        // of the ledger at that time
+	wait           time.Duration // until what is left should be written
 	closing        bool
 }
 
-// dequeue empties the queues: all begins, and the settled rows when they have
-// waited long enough or are many.
+// dequeue empties the queues: all pending records, and the rows of ended calls if they have waited long
+// enough or are many.
 func (l *ledger) dequeue() ledgerWork {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -300,69 +294,75 @@ func (l *ledger) dequeue() ledgerWork {
 	return q
 }
 
-// markCommitted notes what a take has brought into the database. After a failure that
-// is nothing new: the rows are back in the queue.
-func (l *ledger) markCommitted(q ledgerWork) {
-	if !q.drained || l.failing.Load() {
+// markCommitted counts what work has brought into the database. After a failure that is nothing: the rows
+// are queued again.
+func (l *ledger) markCommitted(work ledgerWork) {
+	if !work.drained || l.failing.Load() {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.committedCount, l.flushing = q.queuedCount, false
+	l.committedCount, l.flushing = work.queuedCount, false
 }
 
-// write commits one batch. If it cannot, those whose calls begin are told so,
-// since they wait, and the rest goes back into the queue.
-func (l *ledger) write(begins *pendingBatch, settles []*ledgerEntry, sums []*requestRow) {
+// write commits one batch. If it cannot, the calls that begin fail, because they wait for it, and the rest
+// is queued again.
+func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) {
 	start := time.Now()
-	batch, undo := buildLedgerBatch(begins, settles, sums)
+	batch, undo := buildLedgerBatch(pending, settled, sums)
 	err := l.writer.write(context.Background(), batch)
 	l.commitDurations.observe(time.Since(start).Microseconds(), &fastBounds)
-	rows := len(settles) + len(sums)
-	if begins != nil {
-		begins.err = err
-		rows += begins.size
+	rows := len(settled) + len(sums)
+	if pending != nil {
+		pending.err = err
+		rows += pending.size
 	}
 	if err == nil {
-		if begins != nil {
-			begins.recordsJSON = nil // else for as long as the longest of them runs
+		if pending != nil {
+			pending.recordsJSON = nil // otherwise kept for as long as the longest of the calls runs
 		}
 		l.committedRows.Add(int64(rows))
 		l.markRecovered()
 		return
 	}
 	undo()
-	switch {
-	case !isRejectedRow(err):
+	if !isRejectedRow(err) {
 		if !l.failing.Swap(true) {
 			l.log.Error("the ledger cannot be written; calls are refused until it can", "error", err)
 		}
 		l.mu.Lock()
-		l.settledEntries = append(settles, l.settledEntries...)
+		l.settledEntries = append(settled, l.settledEntries...)
 		l.sumOnlyRows = append(sums, l.sumOnlyRows...)
 		l.mu.Unlock()
-	case rows > 1 && len(settles)+len(sums) > 0:
-		if begins != nil {
-			l.write(begins, nil, nil)
+		return
+	}
+	l.writeEach(pending, settled, sums, rows, err)
+}
+
+// writeEach writes the rows of a batch that the database rejected with err one by one. A row that it rejects
+// by itself must not block all others for ever: it is logged in full instead, so that nothing is lost
+// silently.
+func (l *ledger) writeEach(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow, rows int, err error) {
+	if rows > 1 && len(settled)+len(sums) > 0 {
+		if pending != nil {
+			l.write(pending, nil, nil)
 		}
-		for _, e := range settles {
+		for _, e := range settled {
 			l.write(nil, []*ledgerEntry{e}, nil)
 		}
 		for _, r := range sums {
 			l.write(nil, nil, []*requestRow{r})
 		}
-	default:
-		// One row that the database will never take must not hold up all
-		// others for ever. It is logged whole instead: nothing is lost silently.
-		for _, e := range settles {
-			sums = append(sums, &e.row)
-			l.abandon(e.batch)
-		}
-		for _, r := range sums {
-			l.log.Error("the database refuses a ledger row; it stands in this line instead", "error", err,
-				"id", formatRequestID(r.id), "token", r.token, "outcome", string(r.outcome),
-				"input_tokens", r.counts.input, "output_tokens", r.counts.output)
-		}
+		return
+	}
+	for _, e := range settled {
+		sums = append(sums, &e.row)
+		l.abandon(e.batch)
+	}
+	for _, r := range sums {
+		l.log.Error("the database rejects a ledger row; this line has it instead", "error", err,
+			"id", formatRequestID(r.id), "token", r.token, "outcome", string(r.outcome),
+			"input_tokens", r.counts.input, "output_tokens", r.counts.output)
 	}
 }
 
@@ -372,59 +372,59 @@ func (l *ledger) markRecovered() {
 	}
 }
 
-// A pendingBatch is the calls that begin together, a row of begun. Until the writer
-// takes it, it is guarded by the ledger's mu; then it is the writer's.
+// A pendingBatch is the pending records of calls that begin together, a row of the table begun. The ledger's
+// mu guards it until the writer takes it; then it is the writer's.
 type pendingBatch struct {
-	id          int64  // the least of its calls'
-	recordsJSON []byte // as in begun, but for the last bracket
+	id          int64  // the lowest of its calls
+	recordsJSON []byte // as in begun, without the last bracket
 	size        int
-	unsettled   int           // of its calls, those that have not ended
+	unsettled   int           // how many of its calls have not ended
 	written     bool          // it is in the database
-	err         error         // why it is not; readable once done
-	done        chan struct{} // closed when that is settled
+	err         error         // why it is not; may be read once done is closed
+	done        chan struct{} // closed when written and err are final
 }
 
-func (b *pendingBatch) add(id int64, note []byte) {
+func (b *pendingBatch) add(id int64, record []byte) {
 	if b.size == 0 {
 		b.id, b.recordsJSON = id, append(b.recordsJSON, '[')
 	} else {
 		b.id, b.recordsJSON = min(b.id, id), append(b.recordsJSON, ',')
 	}
-	b.recordsJSON = append(b.recordsJSON, note...)
+	b.recordsJSON = append(b.recordsJSON, record...)
 	b.size++
 	b.unsettled++
 }
 
-// buildLedgerBatch makes a batch of what was queued. It takes for granted that the batch
-// will be written; undo takes that back.
-func buildLedgerBatch(begins *pendingBatch, settles []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+// buildLedgerBatch makes a batch of what was queued, and updates the pending batches as if it were written;
+// undo reverts that.
+func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
 	b.sumOnlyRows = sums
-	if begins != nil {
-		begins.written = true
-		b.pendingBatchID, b.pendingRecordsJSON = begins.id, append(begins.recordsJSON, ']')
+	if pending != nil {
+		pending.written = true
+		b.pendingBatchID, b.pendingRecordsJSON = pending.id, append(pending.recordsJSON, ']')
 	}
-	for _, e := range settles {
+	for _, e := range settled {
 		b.records = append(b.records, &e.row)
-		if at := e.batch; at != nil && at.written { // else it was refused, or its note could not be written
-			if at.unsettled--; at.unsettled == 0 {
-				b.endedBatchIDs = append(b.endedBatchIDs, at.id)
+		if p := e.batch; p != nil && p.written { // otherwise the call was refused, or its pending record failed
+			if p.unsettled--; p.unsettled == 0 {
+				b.endedBatchIDs = append(b.endedBatchIDs, p.id)
 			}
 		}
 	}
 	return b, func() {
-		for _, e := range settles {
+		for _, e := range settled {
 			if e.batch != nil && e.batch.written {
 				e.batch.unsettled++
 			}
 		}
-		if begins != nil {
-			begins.written = false
+		if pending != nil {
+			pending.written = false
 		}
 	}
 }
 
-// abandon counts a call as ended that will have no row. If the last note of its
-// batch cannot be taken back now, the next start makes a lost call of it.
+// abandon counts a call as ended that will have no row. If its batch cannot be deleted now, the next start
+// records the call as lost.
 func (l *ledger) abandon(b *pendingBatch) {
 	if b == nil || !b.written {
 		return
@@ -434,8 +434,8 @@ func (l *ledger) abandon(b *pendingBatch) {
 	}
 }
 
-// recoverLost records calls that a dead process has noted as begun and not as
-// ended, with the estimates they began with, and returns how many.
+// recoverLost records the calls that were running when the last process died, with the estimates in their
+// pending records, and returns how many.
 func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
 	for {
 		rows, err := st.pendingRecords(ctx, 1000)
@@ -450,7 +450,7 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 			r := &rows[i]
 			records[i] = r
 			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
-			r.requestedModel = r.model // nobody knows which one would have answered
+			r.requestedModel = r.model // the model that would have answered is unknown
 			price(r)
 		}
 		if err := w.write(ctx, ledgerBatch{records: records}); err != nil {
@@ -460,18 +460,18 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 	}
 }
 
-// A retention is how long and how much is kept.
+// retention is how long and how much is stored.
 type retention struct {
 	maxAge   time.Duration // of single calls
-	maxBytes int64         // that the database may have in use; 0: no limit
+	maxBytes int64         // that the database may use; 0: no limit
 }
 
-// runRetention runs until ctx is over, and lets what is too old or too much go, in
-// small steps between which calls are written.
+// runRetention deletes what is too old or too much until ctx is over, in small steps between which calls are
+// written.
 func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
-	var sumsForgotten, told time.Time
+	var sumsPrunedAt, warnedAt time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -481,39 +481,39 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		now := time.Now()
 		l.prune(ctx, func() (int64, error) { return l.store.deleteExpiredContents(ctx, now.UnixMilli(), 20) })
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, minIDAt(now.Add(-keep.maxAge)), 200) })
-		if over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention))); over > 0 && now.Sub(told) >= time.Hour {
-			told = now
-			l.log.Warn("the database is larger than MAX_DATABASE_BYTES without any single calls that could go: sums, tokens and the audit trail stay",
+		if over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention))); over > 0 && now.Sub(warnedAt) >= time.Hour {
+			warnedAt = now
+			l.log.Warn("the database is larger than MAX_DATABASE_BYTES, and has no calls left that may be deleted: sums, tokens and the audit trail stay",
 				"bytes_over", over)
 		}
-		if now.Sub(sumsForgotten) >= time.Hour &&
+		if now.Sub(sumsPrunedAt) >= time.Hour &&
 			l.prune(ctx, func() (int64, error) {
 				return l.store.deleteOldSums(ctx, now.Add(-hourlySumsRetention).UnixMilli(), 20)
 			}) &&
 			l.prune(ctx, func() (int64, error) {
 				return l.store.deleteOldHours(ctx, now.Add(-projectHoursRetention).UnixMilli(), 20)
 			}) {
-			sumsForgotten = now // no hour ends before the next one
+			sumsPrunedAt = now // no further hour ends before the next one
 		}
 	}
 }
 
-// hourlySumsRetention is how long sums by hour and token are kept; those by day, and
-// those of whole projects, stay.
+// hourlySumsRetention is how long sums by hour and token are kept; those by day and those of whole projects
+// stay.
 const hourlySumsRetention = 100 * 24 * time.Hour
 
-// projectHoursRetention is how long the hours of projects are kept: the dashboard's longest
-// period, and the one before it.
+// projectHoursRetention is how long the hours of projects are kept: the dashboard's longest period, and the
+// one before it.
 const projectHoursRetention = 190 * 24 * time.Hour
 
-// prune lets rows go in steps until step says that none are left, or for so
-// many steps that the next tick should go on. It reports whether none are left.
+// prune calls step, which deletes some rows and returns how many, until none are left or the next tick
+// should continue. It reports whether none are left.
 func (l *ledger) prune(ctx context.Context, step func() (int64, error)) bool {
 	for range 200 {
 		n, err := step()
 		if err != nil {
 			if ctx.Err() == nil {
-				l.log.Error("letting old rows go", "error", err)
+				l.log.Error("deleting old rows failed", "error", err)
 			}
 			return false
 		}
@@ -529,25 +529,23 @@ func (l *ledger) prune(ctx context.Context, step func() (int64, error)) bool {
 	return false
 }
 
-// minCallRetention is how long calls are kept whatever they take.
+// minCallRetention is how long calls are kept, however large the database is.
 const minCallRetention = time.Hour
 
-// pruneToSize lets what is kept of calls' content go, then the oldest calls, those
-// with an id below before, while the
-// database has more than most bytes in use, until it is a twentieth below that,
-// so that it does not begin again at once. Freed pages stay in the file, which
-// does not shrink, and take the rows to come. It returns how much is too much
-// with no call left to let go; 0 most is no limit.
-func (l *ledger) pruneToSize(ctx context.Context, most, before int64) (over int64) {
+// pruneToSize deletes stored content, then the oldest calls, those with an id below before, once the
+// database uses more than limit bytes, until it is a twentieth below that, so that the next tick need not
+// start again. Freed pages stay in the file, which does not shrink, and take later rows. It returns by how
+// much the limit is exceeded when no call is left to delete; limit 0 is no limit.
+func (l *ledger) pruneToSize(ctx context.Context, limit, before int64) (over int64) {
 	used := func() (int64, error) {
 		all, free, err := l.store.size(ctx)
 		return all - free, err
 	}
-	if n, err := used(); most == 0 || err != nil || n <= most {
+	if n, err := used(); limit == 0 || err != nil || n <= limit {
 		return 0
 	}
-	none := l.prune(ctx, func() (int64, error) {
-		if n, err := used(); err != nil || n <= most-most/20 {
+	done := l.prune(ctx, func() (int64, error) {
+		if n, err := used(); err != nil || n <= limit-limit/20 {
 			return 0, err
 		}
 		if n, err := l.store.deleteOldestContents(ctx, 20); n > 0 || err != nil {
@@ -556,8 +554,8 @@ func (l *ledger) pruneToSize(ctx context.Context, most, before int64) (over int6
 		return l.store.deleteOldRequests(ctx, before, 200)
 	})
 	n, err := used()
-	if !none || err != nil {
+	if !done || err != nil {
 		return 0
 	}
-	return max(n-most, 0)
+	return max(n-limit, 0)
 }

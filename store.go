@@ -52,8 +52,8 @@ func openStore(ctx context.Context, file string) (*store, error) {
 	return s, nil
 }
 
-// openSQLite makes a pool of n connections. The DSN is code, not data, because modernc.org/sqlite runs pragmas
-// from it: only the path varies, and it is escaped.
+// openSQLite makes a pool of n connections. The DSN is code, not data, because modernc.org/sqlite runs
+// pragmas from it: only the path varies, and it is escaped.
 func openSQLite(file string, n int, extra string) (*sql.DB, error) {
 	dsn := "file:" + (&url.URL{Path: file}).EscapedPath() +
 		"?_pragma=busy_timeout(2000)&_pragma=journal_mode(wal)&_pragma=synchronous(normal)" +
@@ -125,8 +125,8 @@ type querier interface {
 	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
 }
 
-// collect returns the rows of a query. columns returns pointers to the fields of a T that take a row's columns,
-// in their order. doing describes the operation in an error.
+// collect returns the rows of a query. columns returns pointers to the fields of a T that take a row's
+// columns, in their order. doing describes the operation in an error.
 func collect[T any](ctx context.Context, db querier, doing string, columns func(*T) []any, query string, args ...any) (out []T, err error) {
 	rows, err := db.QueryContext(ctx, query, args...)
 	if err != nil {
@@ -191,8 +191,8 @@ func mapUniqueViolation(err error) error {
 	return err
 }
 
-// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged) and
-// not a mistake of the caller. Such a failure may pass.
+// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged)
+// and not a mistake of the caller. Such a failure may pass.
 func isDatabaseFailure(err error) bool {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
@@ -253,9 +253,9 @@ func (s *store) checkWritable(ctx context.Context) error {
 // index: no UTF-8 has the byte 0xff, and SQLite compares bytes.
 func prefixEnd(s string) string { return s + "\xff" }
 
-// A sessionRow is a session as stored. name and role are those that its management key has now; keyValid means
-// that the key is neither revoked nor expired. For MANAGEMENT_TOKEN the three are zero: admin_session.go
-// checks that one.
+// A sessionRow is a session as stored. name and role are those that its management key has now; keyValid
+// means that the key is neither revoked nor expired. For MANAGEMENT_TOKEN the three are zero:
+// admin_session.go checks that one.
 type sessionRow struct {
 	hash, proof       []byte
 	key, address      string

@@ -1,5 +1,5 @@
-// This file has the SQL for the audit trail, and the only way to change what administrators manage: withAuditedTx, which
-// writes the audit entry in the same transaction. Without the entry there is no change.
+// This file has the SQL for the audit trail, and the only way to change what administrators manage:
+// withAuditedTx, which writes the audit entry in the same transaction. Without the entry there is no change.
 package main
 
 import (
@@ -13,8 +13,8 @@ import (
 // auditSchemaVersion is the first version of the schema with an audit trail.
 const auditSchemaVersion = 2
 
-// withAuditedTx runs fn in one write transaction, and appends the event that it returns to the audit trail in the same
-// one.
+// withAuditedTx runs fn in one write transaction, and appends the event that it returns to the audit trail
+// in the same one.
 func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*sql.Tx) (auditEvent, error)) error {
 	var seq int64
 	err := s.withTx(ctx, func(tx *sql.Tx) error {
@@ -31,8 +31,9 @@ func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*
 	return err
 }
 
-// changeRow edits a row and returns it as it is then, all in one audited transaction: load reads the row, edit changes
-// it, and save writes it and returns what happened. version must be the row's, unless it is 0; errStale otherwise.
+// changeRow edits a row and returns it as it is then, all in one audited transaction: load reads the row,
+// edit changes it, and save writes it and returns what happened. version must be the row's, unless it is 0;
+// errStale otherwise.
 func changeRow[T any, P interface {
 	*T
 	versionFields() (version, updatedAt *int64)
@@ -57,15 +58,16 @@ func changeRow[T any, P interface {
 	return row, err
 }
 
-// recordAuditEvent appends an event that changes nothing in the database, such as a sign-in. If it fails, the caller must
-// not let the event happen.
+// recordAuditEvent appends an event that changes nothing in the database, such as a sign-in. If it fails,
+// the caller must not let the event happen.
 func (s *store) recordAuditEvent(ctx context.Context, origin auditOrigin, event auditEvent) error {
 	return s.withAuditedTx(ctx, origin, func(*sql.Tx) (auditEvent, error) { return event, nil })
 }
 
-// appendAuditEntry appends an entry to the trail and returns its seq. A head that was tampered with does not stop it,
-// because tokens must be revocable all the same: the entry then has no predecessor, which verifyAudit reports from
-// then on. A head before an entry that this process has committed is an old one that was put back.
+// appendAuditEntry appends an entry to the trail and returns its seq. A head that was tampered with does not
+// stop it, because tokens must be revocable all the same: the entry then has no predecessor, which
+// verifyAudit reports from then on. A head before an entry that this process has committed is an old one
+// that was put back.
 func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, origin auditOrigin, event auditEvent) (int64, error) {
 	if s.chain == nil {
 		return 0, errors.New("the audit trail is not open")
@@ -85,8 +87,8 @@ func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, origin auditOr
 	return e.seq, saveSetting(ctx, tx, "audit_head", s.chain.signHead(head))
 }
 
-// readAuditHead returns the trail's head, and false if this program did not write it. newest is the seq of the last
-// entry that exists at the same moment.
+// readAuditHead returns the trail's head, and false if this program did not write it. newest is the seq of
+// the last entry that exists at the same moment.
 func readAuditHead(ctx context.Context, db querier, chain *auditChain) (head auditHead, ok bool, newest int64, err error) {
 	var stored string
 	err = db.QueryRowContext(ctx, `
@@ -103,8 +105,9 @@ func (s *store) loadAuditHead(ctx context.Context, chain *auditChain) (head audi
 	return readAuditHead(ctx, s.readDB, chain)
 }
 
-// openAudit loads the database's audit chain, which makes changes possible. A database without one gets one, with a
-// first entry that says what the database already contains. A database with entries but no key for them is refused.
+// openAudit loads the database's audit chain, which makes changes possible. A database without one gets one,
+// with a first entry that says what the database already contains. A database with entries but no key for
+// them is refused.
 func (s *store) openAudit(ctx context.Context, sl *sealer, origin auditOrigin) (err error) {
 	if s.chain, err = s.loadAuditChain(ctx, sl); !errors.Is(err, errNotFound) {
 		return err
@@ -143,8 +146,8 @@ func (s *store) loadAuditChain(ctx context.Context, sl *sealer) (*auditChain, er
 	return chain, nil
 }
 
-// verifyAudit checks the whole trail up to its present end; entries may be appended meanwhile. expected is a head that
-// was noted earlier, or nil.
+// verifyAudit checks the whole trail up to its present end; entries may be appended meanwhile. expected is a
+// head that was noted earlier, or nil.
 func (s *store) verifyAudit(ctx context.Context, chain *auditChain, expected *auditHead) (*auditCheck, error) {
 	check := &auditCheck{chain: chain, lastHead: emptyAuditHead(0), expectedHead: expected}
 	head, ok, newest, err := s.loadAuditHead(ctx, chain)
@@ -185,8 +188,8 @@ func (s *store) auditPage(ctx context.Context, after, until int64) ([]auditEntry
 		SELECT `+auditColumns+` FROM audit WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?`, after, until, auditPageSize)
 }
 
-// An auditFilter says which entries a list has; "" lets all through. The list begins below the entry with beforeAt and
-// beforeSeq.
+// An auditFilter says which entries a list has; "" lets all through. The list begins below the entry with
+// beforeAt and beforeSeq.
 type auditFilter struct {
 	actor, action, object string
 	from, to              int64
@@ -202,7 +205,8 @@ type auditRow struct {
 
 func (r *auditRow) columns() []any { return append(r.auditEntry.columns(), &r.actorName) }
 
-// listAudit returns up to f.limit entries, newest first. Each of the four statements walks an index of its own.
+// listAudit returns up to f.limit entries, newest first. Each of the four statements walks an index of its
+// own.
 func (s *store) listAudit(ctx context.Context, f auditFilter) ([]auditRow, error) {
 	const head = `SELECT ` + auditColumns + `, coalesce((SELECT name FROM management_keys WHERE id = audit.actor), '') FROM audit
 		WHERE at >= ?1 AND at < ?2 AND (at, seq) < (?3, ?4) AND `

@@ -1,5 +1,6 @@
-// This file has the SQL about a database as a whole, for the commands that read one beside a running server, copy it,
-// restore a backup, or seal its secrets with another key. It never changes the database that a server has open.
+// This file has the SQL about a database as a whole, for the commands that read one beside a running server,
+// copy it, restore a backup, or seal its secrets with another key. It never changes the database that a
+// server has open.
 package main
 
 import (
@@ -14,8 +15,9 @@ import (
 	"strings"
 )
 
-// openReadOnly opens a database that another process may be writing to. Every write through the returned store fails.
-// immutable promises that nobody writes to the file: then it is not locked, and no file is created beside it.
+// openReadOnly opens a database that another process may be writing to. Every write through the returned
+// store fails. immutable promises that nobody writes to the file: then it is not locked, and no file is
+// created beside it.
 func openReadOnly(file string, immutable bool) (*store, error) {
 	dsn := readOnlyURI(file) + "&_pragma=busy_timeout(5000)"
 	if immutable {
@@ -49,8 +51,8 @@ func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
 	return slices.DeleteFunc(lines, func(line string) bool { return line == "ok" }), err
 }
 
-// copyTo writes a consistent copy of the database, as of one moment, to a file that is empty. The store must be one from
-// openReadOnly: query_only does not allow VACUUM INTO, although that leaves the source alone.
+// copyTo writes a consistent copy of the database, as of one moment, to a file that is empty. The store must
+// be one from openReadOnly: query_only does not allow VACUUM INTO, although that leaves the source alone.
 func (s *store) copyTo(ctx context.Context, file string) error {
 	_, err := execCount(ctx, s.readDB, "copying the database", `VACUUM INTO ?`, file)
 	return err
@@ -89,9 +91,9 @@ type restoreImpact struct {
 	createdSince        int64 // tokens created since, which the backup does not have
 }
 
-// attachCurrent attaches the current database, read-only, to the one writing connection of the backup s, under the name
-// now. It computes into made_since how many requests each token has made since the backup: calls that ended, and those
-// that run in either database, which is where a program may have died.
+// attachCurrent attaches the current database, read-only, to the one writing connection of the backup s,
+// under the name now. It computes into made_since how many requests each token has made since the backup:
+// calls that ended, and those that run in either database, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
 	if _, err := execCount(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
 		return err
@@ -138,8 +140,8 @@ func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) 
 	return r, nil
 }
 
-// reapplyRevocations makes the tokens, management keys and projects of the backup s no more valid than they are in the
-// current database, after attachCurrent.
+// reapplyRevocations makes the tokens, management keys and projects of the backup s no more valid than they
+// are in the current database, after attachCurrent.
 func (s *store) reapplyRevocations(ctx context.Context, origin auditOrigin, event auditEvent) error {
 	return s.execAudited(ctx, origin, event, []string{`
 		UPDATE main.tokens SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
@@ -180,8 +182,8 @@ func (s *store) execAudited(ctx context.Context, origin auditOrigin, event audit
 	})
 }
 
-// attachedAuditHead returns where the audit trail of the current database ends, after attachCurrent; "" if that cannot
-// be read.
+// attachedAuditHead returns where the audit trail of the current database ends, after attachCurrent; "" if
+// that cannot be read.
 func (s *store) attachedAuditHead(ctx context.Context) string {
 	stored, err := queryValue[string](ctx, s.writeDB, "reading the audit head", `SELECT value FROM now.settings WHERE name = 'audit_head'`)
 	if err != nil {
@@ -202,8 +204,8 @@ func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
 	return queryValue[int64](ctx, s.readDB, "counting provider keys", `SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`)
 }
 
-// reseal seals with to what from has sealed: all of it, or nothing. It returns the number of provider keys. What the old key
-// sealed is overwritten in the file, because that key may leak later.
+// reseal seals with to what from has sealed: all of it, or nothing. It returns the number of provider keys.
+// What the old key sealed is overwritten in the file, because that key may leak later.
 func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer, originOf func(baseURL string) (string, error)) (n int64, err error) {
 	if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten", `PRAGMA secure_delete = 1`); err != nil {
 		return 0, err

@@ -1,5 +1,5 @@
-// This file has the SQL for management keys and for the prices that administrators set. Every change goes through
-// withAuditedTx: without an audit entry there is no change.
+// This file has the SQL for management keys and for the prices that administrators set. Every change goes
+// through withAuditedTx: without an audit entry there is no change.
 package main
 
 import (

@@ -1,5 +1,5 @@
-// This file has the SQL for projects and their upstreams. Contracts: a missing row is errNotFound, an outdated version
-// errStale, a name in use errTaken. Every change goes through withAuditedTx.
+// This file has the SQL for projects and their upstreams. Contracts: a missing row is errNotFound, an
+// outdated version errStale, a name in use errTaken. Every change goes through withAuditedTx.
 package main
 
 import (
@@ -83,8 +83,8 @@ func (u *upstreamRow) columns() []any {
 
 func (u *upstreamRow) versionFields() (version, updatedAt *int64) { return &u.version, &u.updatedAt }
 
-// auditFields are what the audit trail records of an upstream. Of its key that is the hint, and a fingerprint which
-// distinguishes two keys with the same hint.
+// auditFields are what the audit trail records of an upstream. Of its key that is the hint, and a
+// fingerprint which distinguishes two keys with the same hint.
 func (u *upstreamRow) auditFields() []auditField {
 	var key any
 	if len(u.sealedKey) > 0 {
@@ -102,7 +102,8 @@ func (u *upstreamRow) auditEvent(action string, oldFields []auditField) auditEve
 	return auditEvent{action, u.id, append([]auditField{{"project_id", u.projectID}}, diffAuditFields(oldFields, u.auditFields())...)}
 }
 
-// addProject stores a new project, and its first upstream unless up is nil. It fills in what the database decides.
+// addProject stores a new project, and its first upstream unless up is nil. It fills in what the database
+// decides.
 func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRow, up *upstreamRow) error {
 	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		p.version = 1
@@ -140,8 +141,8 @@ func (s *store) countProjects(ctx context.Context) (int64, error) {
 	return queryValue[int64](ctx, s.readDB, "counting projects", `SELECT count(*) FROM projects`)
 }
 
-// listProjects returns up to limit projects with seq > after, in seq order. active is nil for all; prefix is of the
-// name, "" for all.
+// listProjects returns up to limit projects with seq > after, in seq order. active is nil for all; prefix is
+// of the name, "" for all.
 func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string) ([]projectRow, error) {
 	return collect(ctx, s.readDB, "listing projects", (*projectRow).columns, selectProjects+`
 		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2) AND (?3 = '' OR (name >= ?3 AND name < ?4))
@@ -159,9 +160,9 @@ func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string
 	})
 }
 
-// deleteProject takes a project out of use for good: it becomes inactive, its tokens are revoked, its provider keys
-// are wiped, and its name becomes free. Its rows stay, because the ledger refers to them. Deleting it twice is
-// errNotFound.
+// deleteProject takes a project out of use for good: it becomes inactive, its tokens are revoked, its
+// provider keys are wiped, and its name becomes free. Its rows stay, because the ledger refers to them.
+// Deleting it twice is errNotFound.
 func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string, version, now int64) (p projectRow, err error) {
 	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
 		if p, err = projectByID(ctx, tx, id); err != nil {
@@ -199,8 +200,8 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 	return p, err
 }
 
-// addUpstream stores a new upstream of the project with seq u.project. It bumps the project's version, because what the
-// project does has changed.
+// addUpstream stores a new upstream of the project with seq u.project. It bumps the project's version,
+// because what the project does has changed.
 func (s *store) addUpstream(ctx context.Context, origin auditOrigin, u *upstreamRow, now int64) error {
 	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		if err := bumpProjectVersion(ctx, tx, u.project, now); err != nil {
@@ -222,8 +223,8 @@ func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
 	return u.saveSharing(ctx, tx, u.createdAt)
 }
 
-// bumpProjectVersion bumps a project's version. It returns errNotFound if the project is deleted: such a project must
-// not get a key, because nobody would wipe it any more.
+// bumpProjectVersion bumps a project's version. It returns errNotFound if the project is deleted: such a
+// project must not get a key, because nobody would wipe it any more.
 func bumpProjectVersion(ctx context.Context, tx *sql.Tx, project, now int64) error {
 	return mapNoRows(tx.QueryRowContext(ctx, `
 		UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ? AND deleted_at IS NULL RETURNING seq`,
@@ -236,8 +237,8 @@ func (s *store) projectUpstreams(ctx context.Context, project int64) ([]upstream
 		WHERE project = ? AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
 }
 
-// usableUpstreams returns the upstreams that a project's calls may use, its own and those shared with it, in the order
-// of preference.
+// usableUpstreams returns the upstreams that a project's calls may use, its own and those shared with it, in
+// the order of preference.
 func (s *store) usableUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
 	return collect(ctx, s.readDB, "listing a project's upstreams", (*upstreamRow).columns, selectUpstreams+`
 		WHERE seq IN (SELECT seq FROM upstreams WHERE project = ?1 UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
@@ -284,8 +285,8 @@ func (s *store) sharedProjects(ctx context.Context, upstream int64) ([]int64, er
 		`SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
 }
 
-// saveSharing writes with which projects an upstream is shared, and bumps the versions of all projects that had the
-// upstream before or have it now.
+// saveSharing writes with which projects an upstream is shared, and bumps the versions of all projects that
+// had the upstream before or have it now.
 func (u *upstreamRow) saveSharing(ctx context.Context, tx *sql.Tx, now int64) error {
 	if err := bumpSharedVersions(ctx, tx, u.seq, now); err != nil {
 		return err

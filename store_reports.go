@@ -1,5 +1,5 @@
-// This file has the SQL for reports: it adds up the sums that the ledger keeps. It reads single calls only where there is
-// no sum for what is asked, and then a bounded number of them. It writes nothing.
+// This file has the SQL for reports: it adds up the sums that the ledger keeps. It reads single calls only
+// where there is no sum for what is asked, and then a bounded number of them. It writes nothing.
 package main
 
 import (
@@ -49,9 +49,9 @@ func (k *usageKey) compare(o *usageKey) int {
 
 var errTooManyRows = errors.New("too many rows")
 
-// usage adds up sums, or returns errTooManyRows. For each project, or each token where single tokens matter, it reads one
-// range in the table's own order, in which SQLite adds up as it reads: sorting all rows together costs many times as
-// much.
+// usage adds up sums, or returns errTooManyRows. For each project, or each token where single tokens matter,
+// it reads one range in the table's own order, in which SQLite adds up as it reads: sorting all rows
+// together costs many times as much.
 func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	scopes, err := s.usageScopes(ctx, &q)
 	if err != nil {
@@ -85,8 +85,8 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	return out, nil
 }
 
-// A timeRange is a span of time whose sums are added up into one. at is its start in the answer, 0 where the rows
-// themselves have one.
+// A timeRange is a span of time whose sums are added up into one. at is its start in the answer, 0 where the
+// rows themselves have one.
 type timeRange struct{ from, to, at int64 }
 
 func (q *usageQuery) timeRanges() (out []timeRange) {
@@ -140,8 +140,8 @@ func (q *usageQuery) statement() (text, grain string) {
 	return `SELECT 0, '', '', '', ` + sums + `GROUP BY grain`, grain
 }
 
-// sumRange adds a scope's sums in a range of time to the groups. It reads one short range and cannot be cancelled: for a
-// query that can be, the driver starts a goroutine each time.
+// sumRange adds a scope's sums in a range of time to the groups. It reads one short range and cannot be
+// cancelled: for a query that can be, the driver starts a goroutine each time.
 func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r timeRange, groups map[usageKey]*usageSum) error {
 	rows, err := st.QueryContext(context.Background(), grain, scope.projectSeq, scope.tokenSeq, r.from, r.to)
 	if err != nil {
@@ -190,8 +190,8 @@ func (c *usageScope) columns() []any {
 	return []any{&c.projectSeq, &c.tokenSeq, &c.projectID, &c.projectName, &c.projectDeleted, &c.tokenID, &c.tokenName}
 }
 
-// usedTokensCTE lists the tokens of the project with id ?1 ("": of all) that have sums of grain ?2, by stepping from one to
-// the next in the key's order. A row with token NULL ends each project.
+// usedTokensCTE lists the tokens of the project with id ?1 ("": of all) that have sums of grain ?2, by
+// stepping from one to the next in the key's order. A row with token NULL ends each project.
 const usedTokensCTE = `
 	WITH RECURSIVE used (project, token) AS (
 		SELECT p.seq, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = p.seq AND token > 0)
@@ -245,8 +245,8 @@ func (v *usageShare) columns() []any {
 	return []any{&v.seq, &v.id, &v.name, &v.label, &v.calls, &v.tokens, &v.cost}
 }
 
-// usageShares returns what each token, project or endpoint has, by which of them q groups, in no order. One without calls
-// is not among them.
+// usageShares returns what each token, project or endpoint has, by which of them q groups, in no order. One
+// without calls is not among them.
 func (s *store) usageShares(ctx context.Context, q usageQuery) ([]usageShare, error) {
 	q.interval, q.totalsOnly, q.byProject = "total", true, q.byProject || q.byToken
 	rows, err := s.usage(ctx, q)
@@ -270,7 +270,8 @@ func (s *store) usageShares(ctx context.Context, q usageQuery) ([]usageShare, er
 	return out, err
 }
 
-// latestSharesByToken returns what each token has of the latest limit calls of a project (0: of all) with from <= id < to.
+// latestSharesByToken returns what each token has of the latest limit calls of a project (0: of all) with
+// from <= id < to.
 func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64, limit int) ([]usageShare, error) {
 	const head = `
 		SELECT 0, t.id, t.name, p.name, c.calls, c.tokens, c.cost FROM (
@@ -295,15 +296,16 @@ func (s *store) countRequestsSince(ctx context.Context, project, from int64, lim
 	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, limit)
 }
 
-// A pastUsage is what ended calls of an endpoint and a requested model have used since some time. requestedModel is ""
-// where models were not tracked.
+// A pastUsage is what ended calls of an endpoint and a requested model have used since some time.
+// requestedModel is "" where models were not tracked.
 type pastUsage struct {
 	endpoint, requestedModel string
 	calls, tokens, nanosUSD  int64
 }
 
-// usageSince adds up what calls that began at from or later have used, of a token or, with token 0, of a whole project.
-// from is the start of an hour (grain "hour") or of a day. Refused calls do not count: they used nothing.
+// usageSince adds up what calls that began at from or later have used, of a token or, with token 0, of a
+// whole project. from is the start of an hour (grain "hour") or of a day. Refused calls do not count: they
+// used nothing.
 func (s *store) usageSince(ctx context.Context, grain string, project, token, from int64) ([]pastUsage, error) {
 	return collect(ctx, s.readDB, "reading what a limit has used", func(u *pastUsage) []any {
 		return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.tokens, &u.nanosUSD}
@@ -366,8 +368,8 @@ func (h *hourSum) columns() []any {
 	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced, &h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
 }
 
-// hourSumsByStep adds up the hours of a project, or of all together (0), that begin in from <= at < to, in steps of a length
-// in milliseconds.
+// hourSumsByStep adds up the hours of a project, or of all together (0), that begin in from <= at < to, in
+// steps of a length in milliseconds.
 func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length int64) ([]hourSum, error) {
 	out := make([]hourSum, (to-from+length-1)/length)
 	type step struct {
@@ -438,7 +440,8 @@ type unhealthyUpstream struct {
 	until, since                 int64
 }
 
-// unhealthyUpstreams returns up to limit upstreams in use that calls skip at now, those that need attention first.
+// unhealthyUpstreams returns up to limit upstreams in use that calls skip at now, those that need attention
+// first.
 func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([]unhealthyUpstream, error) {
 	return collect(ctx, s.readDB, "listing unhealthy upstreams", func(u *unhealthyUpstream) []any {
 		return []any{&u.project, &u.projectID, &u.upstream, &u.state, &u.reason, &u.until, &u.since}

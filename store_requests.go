@@ -1,4 +1,5 @@
-// This file has the SQL that reads single calls of the ledger, and their stored content. store_ledger.go writes them.
+// This file has the SQL that reads single calls of the ledger, and their stored content. store_ledger.go
+// writes them.
 package main
 
 import (
@@ -9,7 +10,8 @@ import (
 	"slices"
 )
 
-// A requestView is a row of the ledger with the ids and names of the project, token and upstream that it refers to.
+// A requestView is a row of the ledger with the ids and names of the project, token and upstream that it
+// refers to.
 type requestView struct {
 	requestRow
 	projectID, tokenID, upstreamID       string
@@ -60,8 +62,8 @@ type requestFilter struct {
 	limit                    int
 }
 
-// needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are read too, and
-// they may be many.
+// needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are
+// read too, and they may be many.
 func (f *requestFilter) needsScan() bool {
 	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.token != "" && f.project != ""
 }
@@ -69,9 +71,9 @@ func (f *requestFilter) needsScan() bool {
 // maxScannedRequests is how many calls are read for one page of a list.
 const maxScannedRequests = 20_000
 
-// requestsPage returns up to f.limit calls, newest first, and the id before which the next page begins, 0 if there is none.
-// For a filter that few calls meet, a page can be short or empty although there is a next one, so that no page takes
-// long.
+// requestsPage returns up to f.limit calls, newest first, and the id before which the next page begins, 0 if
+// there is none. For a filter that few calls meet, a page can be short or empty although there is a next
+// one, so that no page takes long.
 func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []requestView, next int64, err error) {
 	limit, from := f.limit, f.from
 	f.limit++
@@ -92,7 +94,8 @@ func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []reque
 	return rows, 0, nil
 }
 
-// scanStart returns the id of the oldest of the latest limit calls of f's project or token, or f.from if there are fewer.
+// scanStart returns the id of the oldest of the latest limit calls of f's project or token, or f.from if
+// there are fewer.
 func (s *store) scanStart(ctx context.Context, f *requestFilter, limit int) (from int64, err error) {
 	const head = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `
 	const tail = ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4)`
@@ -139,7 +142,8 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 			return nil, err
 		}
 	}
-	// Read after the running ones: a call that ends in between is in both lists, and the sort puts its row last.
+	// Read after the running ones: a call that ends in between is in both lists, and the sort puts its row
+	// last.
 	rows, err := list(ended)
 	if err != nil || len(out) == 0 {
 		return rows, err

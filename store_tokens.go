@@ -1,5 +1,5 @@
-// This file has the SQL for the tokens that clients present. request_count and last_used_at belong to the ledger,
-// which changes them by x = x + ? only; nothing here writes them.
+// This file has the SQL for the tokens that clients present. request_count and last_used_at belong to the
+// ledger, which changes them by x = x + ? only; nothing here writes them.
 package main
 
 import (
@@ -68,8 +68,8 @@ func (s *store) addToken(ctx context.Context, origin auditOrigin, t *tokenRow) e
 	})
 }
 
-// auditFields are what the audit trail records of a token. The hashes are not among them: a rotation is an action
-// of its own.
+// auditFields are what the audit trail records of a token. The hashes are not among them: a rotation is an
+// action of its own.
 func (t *tokenRow) auditFields() []auditField {
 	var idleMinutes *int64
 	if t.idleExpiry != nil {
@@ -100,8 +100,8 @@ func (t *tokenRow) changeAction(old *tokenRow) string {
 	return "token.change"
 }
 
-// tokenByHash returns the token with a hash, which may be the one from before its last rotation. It does not check
-// whether the token is valid.
+// tokenByHash returns the token with a hash, which may be the one from before its last rotation. It does not
+// check whether the token is valid.
 func (s *store) tokenByHash(ctx context.Context, hash [32]byte) (tokenRow, error) {
 	return queryRow(ctx, s.readDB, (*tokenRow).columns,
 		selectTokens+`WHERE hash = ?1 UNION ALL `+selectTokens+`WHERE old_hash = ?1`, hash[:])
@@ -152,8 +152,8 @@ type tokenListQuery struct {
 	limit     int    // of tokens that are visited
 }
 
-// walkTokens calls visit for each token in order, until it returns false or limit tokens were visited. more reports
-// whether there may be further ones.
+// walkTokens calls visit for each token in order, until it returns false or limit tokens were visited. more
+// reports whether there may be further ones.
 func (s *store) walkTokens(ctx context.Context, q tokenListQuery, visit func(*tokenRow) bool) (more bool, err error) {
 	query, args := q.statement()
 	rows, err := s.readDB.QueryContext(ctx, query, append(args, q.active, q.now, q.limit+1)...)
@@ -173,10 +173,10 @@ func (s *store) walkTokens(ctx context.Context, q tokenListQuery, visit func(*to
 	return false, rows.Err()
 }
 
-// statement returns the statement for an order, and its first four arguments: the project, the seq and the sort key
-// after which the page begins, and the end of the range of keys. Each statement walks one index. Where several
-// tokens can have the same key, the rest of those comes first and then all with later keys: a page must not
-// cost more because many share a key.
+// statement returns the statement for an order, and its first four arguments: the project, the seq and the
+// sort key after which the page begins, and the end of the range of keys. Each statement walks one index.
+// Where several tokens can have the same key, the rest of those comes first and then all with later keys: a
+// page must not cost more because many share a key.
 func (q *tokenListQuery) statement() (string, []any) {
 	const (
 		inAll     = selectTokens + `WHERE `
