@@ -47,8 +47,8 @@ func newProxy(d proxyDeps) *proxy {
 	return &proxy{proxyDeps: d, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
 }
 
-// A call is one /v1 call. It belongs to the goroutine that serves it; other goroutines
-// see its runningCall only. The steps of handleV1 fill in its fields, in their order.
+// A call is one /v1 call. It belongs to the goroutine that serves it; other goroutines see its runningCall only. The
+// steps of handleV1 fill in its fields, in their order.
 type call struct {
 	runningCall   // what other goroutines may use: id, start, token, progress, ...
 	clientRequest // what the client asks for
@@ -111,8 +111,7 @@ func (c *call) publish() {
 	c.info.Store(&c.admittedInfo)
 }
 
-// setUpstream makes u the call's current upstream. Published values stay as they are: a
-// new one takes their place.
+// setUpstream makes u the call's current upstream. A published value is replaced, never changed.
 func (c *call) setUpstream(u *upstream) {
 	c.upstream = u
 	if old := c.info.Load(); old != nil && old.upstream != u {

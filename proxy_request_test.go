@@ -478,6 +478,25 @@ func (p *testProxy) countInPhase(want phase) int64 {
 	return p.instance.running.snapshot().phases[want].calls
 }
 
+// TestPublishedCallInfo: other goroutines see a call once it is published, and a published value never changes.
+func TestPublishedCallInfo(t *testing.T) {
+	t.Parallel()
+	first, second := &upstream{id: "first"}, &upstream{id: "second"}
+	c := &call{requestID: "req_1"}
+	if c.setUpstream(first); c.info.Load() != nil {
+		t.Fatal("the call is visible before its admission")
+	}
+	c.publish()
+	seen := c.info.Load()
+	if c.setUpstream(first); c.info.Load() != seen {
+		t.Error("the same upstream replaces the published value")
+	}
+	c.setUpstream(second)
+	if now := c.info.Load(); seen.upstream != first || now.upstream != second || now.requestID != "req_1" || c.upstream != second {
+		t.Errorf("published %+v, then %+v", seen, now)
+	}
+}
+
 // TestSlowBody: a body that stops is refused; a slow but steady one is not.
 func TestSlowBody(t *testing.T) {
 	t.Parallel()
