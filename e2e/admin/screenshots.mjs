@@ -1,5 +1,4 @@
-// Takes the screenshots of the documents, docs/dashboard.png, docs/calls.png and docs/token.png, from `llm-proxy
-// demo`, whose sample calls end now.
+// Takes the screenshots of the documents, docs/*.png, from `llm-proxy demo`, whose sample calls end now.
 //
 //	go build -o /tmp/llm-proxy . && LLM_PROXY_BINARY=/tmp/llm-proxy node e2e/admin/screenshots.mjs
 import assert from 'node:assert/strict';
@@ -29,13 +28,15 @@ try {
   const visitor = await Visitor.start(browser, url, { viewport: { width: 1280, height: 860 } });
   await visitor.signIn(key);
   const { data: [token] } = await manage('/manage/tokens?name=website%20chat');
-  for (const [name, path, colorScheme] of [
-    ['dashboard', '/admin/dashboard?period=7d&measure=cost&by=model', 'light'], ['calls', '/admin/requests?outcome=ok', 'dark'], ['token', `/admin/tokens/${token.id}`, 'light'],
+  for (const [name, path, colorScheme, width, height] of [
+    ['dashboard', '/admin/dashboard?period=7d&measure=cost&by=model', 'light', 1280, 860], ['calls', '/admin/requests?outcome=ok', 'dark', 1280, 560],
+    ['token', `/admin/tokens/${token.id}`, 'light', 1280, 860], ['project-dark', `/admin/projects/${token.project_id}`, 'dark', 1280, 860],
+    ['tokens-phone', '/admin/tokens', 'light', 375, 760],
   ]) {
     await visitor.page.emulateMedia({ colorScheme });
+    await visitor.page.setViewportSize({ width, height });
     await visitor.page.goto(url + path);
     const file = `${docs}${name}.png`;
-    await visitor.page.setViewportSize({ width: 1280, height: name === 'calls' ? 560 : 860 });
     await visitor.page.screenshot({ path: file });
     assert.ok(statSync(file).size < 150_000, `${file} is too large`);
   }
