@@ -136,8 +136,8 @@ type pageRequest struct {
 	secure  bool // the browser connected over TLS
 }
 
-// withQuery returns a request of /manage with a query: pairs of name and value. Pairs with an empty value are
-// left out.
+// withQuery returns a request of /manage with a query: pairs of name and value. Pairs with an empty
+// value are left out.
 func (r *pageRequest) withQuery(pairs ...string) *manageRequest {
 	m := *r.manageRequest
 	m.query = url.Values{}
@@ -429,8 +429,8 @@ func (ui *adminUI) withPageSecurity(next http.Handler) http.Handler {
 	})
 }
 
-// isSecureRequest reports whether the browser connected over TLS: to this process, or to the reverse proxy
-// in front of it that serves PUBLIC_URL.
+// isSecureRequest reports whether the browser connected over TLS: to this process, or to the
+// reverse proxy in front of it that serves PUBLIC_URL.
 func (ui *adminUI) isSecureRequest(r *http.Request) bool {
 	public := ui.cfg.publicURL
 	return r.TLS != nil || public != nil && public.Scheme == "https" && strings.EqualFold(r.Host, public.Host)

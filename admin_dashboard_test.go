@@ -1,5 +1,5 @@
-// Tests of the dashboard and of charts: the numbers agree with the ledger, alerts are listed, and charts are
-// sound for any value and any name.
+// Tests of the dashboard and of charts: the numbers agree with the ledger, alerts are listed, and
+// charts are sound for any value and any name.
 package main
 
 import (
@@ -22,8 +22,8 @@ import (
 	"time"
 )
 
-// TestDashboardAgrees: for any period, project and grouping, the numbers of the dashboard are those of the calls
-// on record.
+// TestDashboardAgrees: for any period, project and grouping, the numbers of the dashboard are those
+// of the calls on record.
 func TestDashboardAgrees(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -103,8 +103,8 @@ func (u *usageTest) compareDashboard(q *dashQuery) {
 	}
 }
 
-// TestDashboardBounded: with too many tokens to add up quickly, only the latest calls are read, and the page
-// says so.
+// TestDashboardBounded: with too many tokens to add up quickly, only the latest calls are read, and
+// the page says so.
 func TestDashboardBounded(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -308,7 +308,8 @@ func TestCharts(t *testing.T) {
 	}
 }
 
-// checkDrawing checks that a drawing is well-formed, has no script or style, and no impossible coordinate.
+// checkDrawing checks that a drawing is well-formed, has no script or style, and no impossible
+// coordinate.
 func checkDrawing(t *testing.T, name, svg string) {
 	t.Helper()
 	d := xml.NewDecoder(strings.NewReader("<x>" + svg + "</x>"))
@@ -391,8 +392,8 @@ func TestTicks(t *testing.T) {
 	}
 }
 
-// BenchmarkScaleAdmin pages through lists and opens single pages. Most tokens never expire and share their name
-// with many others, so that an order by either that does not use an index shows.
+// BenchmarkScaleAdmin pages through lists and opens single pages. Most tokens never expire and
+// share their name with many others, so that an order by either that does not use an index shows.
 func BenchmarkScaleAdmin(b *testing.B) {
 	s := newScaleTest(b)
 	defer s.close()

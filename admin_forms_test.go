@@ -1,5 +1,5 @@
-// Tests of the forms of the pages: an administrator's whole journey, unchanged forms, mistakes, lost updates and the
-// list of tokens.
+// Tests of the forms of the pages: an administrator's whole journey, unchanged forms, mistakes,
+// lost updates and the list of tokens.
 package main
 
 import (
@@ -15,7 +15,8 @@ import (
 	"time"
 )
 
-// parseForm returns the fields of the first POST form of a page, except the sign-out, as a browser would send them.
+// parseForm returns the fields of the first POST form of a page, except the sign-out, as a browser
+// would send them.
 func parseForm(t *testing.T, page string) url.Values {
 	t.Helper()
 	out := url.Values{}
@@ -61,8 +62,8 @@ func parseForm(t *testing.T, page string) url.Values {
 	return out
 }
 
-// TestAdminJourney: the pages alone are enough to create a project with limits and a token, and to use, rotate and
-// revoke it.
+// TestAdminJourney: the pages alone are enough to create a project with limits and a token, and to
+// use, rotate and revoke it.
 func TestAdminJourney(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -169,7 +170,8 @@ type projectReply struct {
 	}
 }
 
-// TestAdminFormsKeepWhatIsStored: a form that is submitted unchanged changes nothing, whatever the policy.
+// TestAdminFormsKeepWhatIsStored: a form that is submitted unchanged changes nothing, whatever the
+// policy.
 func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -222,7 +224,8 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 	}
 }
 
-// TestAdminMistakes: a refused form shows the error beside its field, keeps the input, and changes nothing.
+// TestAdminMistakes: a refused form shows the error beside its field, keeps the input, and changes
+// nothing.
 func TestAdminMistakes(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -329,8 +332,8 @@ func TestAdminLostUpdate(t *testing.T) {
 	}
 }
 
-// TestAdminKeysAndBulk: keys are created and revoked, except one's own; several tokens are revoked together after a
-// confirmation.
+// TestAdminKeysAndBulk: keys are created and revoked, except one's own; several tokens are revoked
+// together after a confirmation.
 func TestAdminKeysAndBulk(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

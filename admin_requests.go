@@ -247,8 +247,8 @@ func indentJSON(text string) string {
 	return out.String()
 }
 
-// contentUntil returns until when a call's content is stored. It returns nil if there is none, or if the
-// role may not see it.
+// contentUntil returns until when a call's content is stored. It returns nil if there is none, or
+// if the role may not see it.
 func (ui *adminUI) contentUntil(r *pageRequest, id int64) (*timestamp, error) {
 	if !r.hasRole(roleAdmin) {
 		return nil, nil
@@ -265,7 +265,8 @@ const (
 	exportWriteTimeout = 30 * time.Second // for the client to receive a batch
 )
 
-// exportRequests downloads the calls that match the filters of the form, newest first, as CSV or JSON lines.
+// exportRequests downloads the calls that match the filters of the form, newest first, as CSV or
+// JSON lines.
 func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	format := r.form.Get("format")
 	if format != "csv" && format != "jsonl" {

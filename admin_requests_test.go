@@ -112,8 +112,8 @@ func TestRequestsPage(t *testing.T) {
 	}
 }
 
-// TestRequestsFiltered: with a filter that few calls match, a page scans a bounded number of calls, says so, and the
-// next page continues there; no call is missed.
+// TestRequestsFiltered: with a filter that few calls match, a page scans a bounded number of calls,
+// says so, and the next page continues there; no call is missed.
 func TestRequestsFiltered(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -199,8 +199,8 @@ func TestRequestPage(t *testing.T) {
 	}
 }
 
-// TestExports: a download has every call that matches the filters and no formulas, and none starts without an audit
-// entry.
+// TestExports: a download has every call that matches the filters and no formulas, and none starts
+// without an audit entry.
 func TestExports(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)

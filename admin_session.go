@@ -22,8 +22,8 @@ const (
 	sessionIDLen         = 43          // base62: 256 bits
 )
 
-// sessionCookieName returns the name of the cookie. Browsers bind a name with __Host- to TLS and to this exact
-// host; over plain HTTP they would refuse it.
+// sessionCookieName returns the name of the cookie. Browsers bind a name with __Host- to TLS and to
+// this exact host; over plain HTTP they would refuse it.
 func sessionCookieName(secure bool) string {
 	if secure {
 		return "__Host-llm-proxy"
@@ -92,8 +92,8 @@ func (ui *adminUI) loadSession(r *pageRequest) error {
 	return nil
 }
 
-// managementTokenProof binds a session to the current MANAGEMENT_TOKEN. Without the session's id, which is not
-// stored, it reveals nothing about the token.
+// managementTokenProof binds a session to the current MANAGEMENT_TOKEN. Without the session's id,
+// which is not stored, it reveals nothing about the token.
 func (ui *adminUI) managementTokenProof(id string) []byte {
 	if ui.cfg.managementToken == nil {
 		return nil
@@ -154,8 +154,8 @@ func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 	return &pageResponse{redirect: next, cookie: sessionCookie(r.secure, id)}, nil
 }
 
-// localPath returns next if it is a path of these pages, otherwise their start: a link to the sign-in page must
-// not lead to another site.
+// localPath returns next if it is a path of these pages, otherwise their start: a link to the
+// sign-in page must not lead to another site.
 func localPath(next string) string {
 	const home = "/admin/"
 	u, err := url.Parse(next)

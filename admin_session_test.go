@@ -37,8 +37,8 @@ func (b *browser) ageSession(created, seen time.Duration) {
 	}
 }
 
-// TestSessionsEnd (AD9): sessions end by signing out, here or everywhere, by time, and with the key. A reduced role
-// takes effect immediately.
+// TestSessionsEnd (AD9): sessions end by signing out, here or everywhere, by time, and with the
+// key. A reduced role takes effect immediately.
 func TestSessionsEnd(t *testing.T) {
 	t.Parallel()
 	const environment = "environment-key-Jx81LmQp04TzVb67wYcN"
@@ -111,7 +111,8 @@ func TestSessionsEnd(t *testing.T) {
 	}
 }
 
-// TestSessionCookie (AD7, AD8): the attributes of the cookie; a planted id is not adopted; two cookies count as none.
+// TestSessionCookie (AD7, AD8): the attributes of the cookie; a planted id is not adopted; two
+// cookies count as none.
 func TestSessionCookie(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"PUBLIC_URL": "https://llm.example.test"})
@@ -166,8 +167,8 @@ func TestSessionCookie(t *testing.T) {
 	}
 }
 
-// TestSignInPage (AD10, AD11): wrong keys are throttled, a valid one never is; and signing in leads to our own pages
-// only.
+// TestSignInPage (AD10, AD11): wrong keys are throttled, a valid one never is; and signing in leads
+// to our own pages only.
 func TestSignInPage(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})

@@ -1,5 +1,5 @@
-// Tests of the pages as a whole (group AD): roles, protection against other sites, and that every page is
-// sound HTML whatever it shows.
+// Tests of the pages as a whole (group AD): roles, protection against other sites, and that every
+// page is sound HTML whatever it shows.
 package main
 
 import (
@@ -50,8 +50,8 @@ func (b *browser) post(path string, form url.Values, headers ...string) testResp
 	return b.p.do("POST", path, form.Encode(), append(h, headers...)...)
 }
 
-// seedObjects creates one of each kind of object, all with the same name, and returns the paths of the pages
-// that show them.
+// seedObjects creates one of each kind of object, all with the same name, and returns the paths of
+// the pages that show them.
 func (p *testProxy) seedObjects(name string) []string {
 	p.t.Helper()
 	q := quoteJSON(name)
@@ -157,7 +157,8 @@ func (p *testProxy) requiredRole(method, path string) role {
 	return needs[pattern]
 }
 
-// TestAdminRoles: each role can use exactly its routes, and no page links to a route that its viewer may not use.
+// TestAdminRoles: each role can use exactly its routes, and no page links to a route that its
+// viewer may not use.
 func TestAdminRoles(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

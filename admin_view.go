@@ -39,8 +39,8 @@ type staticFile struct {
 	contentType string
 }
 
-// newPageSet reads the static files. Templates are parsed on first use: that takes some 20 ms and 4 MB, which
-// a proxy without visitors of /admin need not spend.
+// newPageSet reads the static files. Templates are parsed on first use: that takes some 20 ms and 4
+// MB, which a proxy without visitors of /admin need not spend.
 func newPageSet() (*pageSet, error) {
 	ps := &pageSet{files: map[string]staticFile{}, hashedNames: map[string]string{}}
 	names, err := fs.Glob(pageFiles, "templates/static/*")

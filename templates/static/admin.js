@@ -1,7 +1,7 @@
-// Conveniences. Every page works without them.
+// Every page works without this script. It adds copy buttons and parts that refresh themselves.
 "use strict";
 
-// Copy buttons: hidden in the page, shown where they can work.
+// Copy buttons are hidden in the page, and shown where the clipboard is available.
 function copyButtons(root) {
   if (!navigator.clipboard) return;
   for (const button of root.querySelectorAll("button[data-copy]")) {
@@ -21,7 +21,7 @@ function copyButtons(root) {
   }
 }
 
-// A form is sent once, however often its button is pressed.
+// A form is sent once, even if its button is pressed repeatedly.
 document.addEventListener("submit", (event) => {
   const form = event.target;
   if (form.method !== "post") return;
@@ -35,8 +35,8 @@ addEventListener("pageshow", () => {
   for (const form of document.querySelectorAll("form[data-sent]")) delete form.dataset.sent;
 });
 
-// A part of a page with data-refresh="seconds" and an id is fetched anew, while
-// somebody can see it and is not at work in it.
+// A part of a page with data-refresh="seconds" and an id is fetched again at that interval, while the page is
+// visible and the focus is not inside the part.
 function refresh(part) {
   const every = Number(part.dataset.refresh) * 1000;
   if (!(every >= 1000) || !part.id) return;
