@@ -1,6 +1,5 @@
-// These tests use the program from outside, as an operator does: arguments and
-// environment in, output and error out. First starts and the small commands are
-// here; backup, restore, doctor and demo have files of their own.
+// These tests use the commands as an operator does: arguments and environment in, output and
+// error out. demo has its own file.
 package main
 
 import (
@@ -34,7 +33,7 @@ import (
 	"time"
 )
 
-// runProgram runs a command to its end.
+// runProgram runs a command until it ends.
 func runProgram(t testing.TB, env map[string]string, args ...string) (stdout string, err error) {
 	t.Helper()
 	var out, log bytes.Buffer
@@ -46,7 +45,7 @@ func runProgram(t testing.TB, env map[string]string, args ...string) (stdout str
 	return out.String(), err
 }
 
-// A servedProgram program is one that serves until stop.
+// A servedProgram is a program that serves until stop.
 type servedProgram struct {
 	addr     string
 	out, log *syncBuffer
@@ -74,7 +73,7 @@ func serveProgram(t *testing.T, env map[string]string, args ...string) *servedPr
 	return s
 }
 
-// status makes a GET with a bearer credential and returns the answer's status.
+// status makes a GET request with a bearer credential and returns the status.
 func (s *servedProgram) status(t *testing.T, path, credential string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+s.addr+path, nil)
@@ -109,9 +108,9 @@ func findCredential(t *testing.T, prefix, out string) string {
 	return last
 }
 
-// TestFirstStart: with no setting but where, a server makes what it needs, for
-// its owner only whatever the umask, and prints the first key once. It is not
-// parallel: the umask is the whole process's.
+// TestFirstStart: with only DATA_DIR set, a server creates what it needs, readable by its owner
+// only whatever the umask, and prints the first key once. The test is not parallel because the
+// umask belongs to the process.
 func TestFirstStart(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	env := serveEnv(t)
@@ -150,8 +149,8 @@ func TestFirstStart(t *testing.T) {
 	}
 }
 
-// TestFirstStartWithProviderKey: OPENAI_API_KEY on an empty database makes a
-// project and a token; calls work at once.
+// TestFirstStartWithProviderKey: OPENAI_API_KEY with an empty database creates a project and a
+// token, and calls work at once.
 func TestFirstStartWithProviderKey(t *testing.T) {
 	t.Parallel()
 	provider := newFakeProvider(t)
@@ -191,7 +190,7 @@ func TestFirstStartWithProviderKey(t *testing.T) {
 	}
 }
 
-// TestSecondProcess: a data directory serves one process.
+// TestSecondProcess: only one process can use a data directory.
 func TestSecondProcess(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
@@ -218,8 +217,8 @@ func TestSecondProcessOnDatabase(t *testing.T) {
 	}
 }
 
-// TestPortTaken: who cannot listen prints no secret, for nobody would see it
-// again.
+// TestPortTaken: a server that cannot listen prints no secret, because secrets are shown only
+// once.
 func TestPortTaken(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
@@ -235,8 +234,8 @@ func TestPortTaken(t *testing.T) {
 	}
 }
 
-// TestMissingDatabase: a database that was there and is not any more is an
-// error, also when others were used in between.
+// TestMissingDatabase: a database that has disappeared is an error, even if other databases were
+// used in between.
 func TestMissingDatabase(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
@@ -257,7 +256,7 @@ func TestMissingDatabase(t *testing.T) {
 			t.Errorf("without its database: %v", err)
 		}
 		if _, err := os.Stat(name); err == nil {
-			t.Error("a new database was begun in silence")
+			t.Error("a new database was created silently")
 		}
 	}
 }
@@ -271,12 +270,12 @@ func TestHelpAndVersion(t *testing.T) {
 		}
 		for _, s := range settings(&config{}) {
 			if !strings.Contains(out, "  "+s.name+" ") || !strings.Contains(out, s.help) {
-				t.Errorf("%s says nothing of %s", arg, s.name)
+				t.Errorf("%s does not mention %s", arg, s.name)
 			}
 		}
 		for _, c := range []string{"serve", "demo", "doctor", "healthcheck", "backup FILE", "restore FILE", "version"} {
 			if !strings.Contains(out, c) {
-				t.Errorf("%s says nothing of %s", arg, c)
+				t.Errorf("%s does not mention %s", arg, c)
 			}
 		}
 	}
@@ -308,8 +307,8 @@ func TestWrongArguments(t *testing.T) {
 	}
 }
 
-// testCertificate writes a self-signed pair for llm.example.test that is valid
-// for as long as given from now.
+// testCertificate writes a self-signed certificate and key for llm.example.test. The certificate
+// is valid for the given time from now.
 func testCertificate(t *testing.T, dir string, valid time.Duration) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -362,7 +361,7 @@ func TestHealthcheck(t *testing.T) {
 		{dead.Addr().String(), "no answer"}, {answers(503), "answers 503"}, {answers(307), "answers 307"}, {"nowhere",
 			"LISTEN_ADDR: must be"},
 	} {
-		// The other settings are wrong, which is not what was asked.
+		// The other settings are invalid, which healthcheck ignores.
 		out, err := runProgram(t, map[string]string{"LISTEN_ADDR": tt.addr, "LOG_LEVEL": "wrong"}, "healthcheck")
 		if out != "" || (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want %q", tt.addr, err, tt.want)
@@ -370,7 +369,7 @@ func TestHealthcheck(t *testing.T) {
 	}
 }
 
-// TestHealthcheckTLS: the server's own certificate is believed, and no other.
+// TestHealthcheckTLS: healthcheck trusts only the server's own certificate.
 func TestHealthcheckTLS(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
@@ -386,7 +385,7 @@ func TestHealthcheckTLS(t *testing.T) {
 	other, otherKey := testCertificate(t, t.TempDir(), time.Hour)
 	for _, cert := range []string{other, otherKey, "", filepath.Join(t.TempDir(), "none")} {
 		if err := check(cert); err == nil {
-			t.Errorf("TLS_CERT_FILE=%q: the server is called healthy", cert)
+			t.Errorf("TLS_CERT_FILE=%q: healthcheck succeeds", cert)
 		}
 	}
 }
@@ -420,7 +419,7 @@ func (p *testProxy) runDoctor(env map[string]string, args ...string) (lines []st
 	return lines, err
 }
 
-// hasFinding reports whether a line begins with the level and subject and has text.
+// hasFinding reports whether a line starts with the level and subject and contains text.
 func hasFinding(lines []string, level, what, text string) bool {
 	for _, l := range lines {
 		l, ok := strings.CutPrefix(l, level)
@@ -431,7 +430,7 @@ func hasFinding(lines []string, level, what, text string) bool {
 	return false
 }
 
-// TestDoctorBesideServer: all well, while calls are served, and nothing changes.
+// TestDoctorBesideServer: doctor finds no problem beside a running server and changes nothing.
 func TestDoctorBesideServer(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": goodToken})
@@ -460,7 +459,8 @@ func TestDoctorProvider(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-		`{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
+		`{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`",`+
+			`"api_key":"`+p.provider.key+`"}`, 201, nil)
 	status := func(code int) func(*providerConn, recordedRequest) bool {
 		return func(c *providerConn, r recordedRequest) bool {
 			return c.reply(code, r.header.Get("Authorization")+" is wrong")
@@ -498,11 +498,11 @@ func TestDoctorProvider(t *testing.T) {
 	}
 	if r := p.provider.lastRequest(t); r.header.Get("X-Api-Key") != p.provider.key ||
 		r.header.Get("Anthropic-Version") == "" {
-		t.Error("the anthropic upstream was not asked in its own way")
+		t.Error("the anthropic upstream was not called with Anthropic's headers")
 	}
 }
 
-// TestDoctorFindings: each illness on a stopped server of its own.
+// TestDoctorFindings: doctor finds each problem, on a separate stopped server.
 func TestDoctorFindings(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -551,7 +551,8 @@ func TestDoctorFindings(t *testing.T) {
 			execSQL(t, p, `PRAGMA user_version = 10`)
 		}, nil, "ok", "open calls:", "not checked"},
 		{"a call from the future", func(t *testing.T, p *testProxy) {
-			execSQL(t, p, `INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, outcome, usage_source, input_tokens, output_tokens)
+			execSQL(t, p, `INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address,
+				outcome, usage_source, input_tokens, output_tokens)
 				VALUES (9000000000000000000, 1, 1, 1, 'x', '', 0, '', 'ok', 'none', 0, 0)`)
 		}, nil, "warn", "clock:", "behind the latest call"},
 		{"no data directory", nil, map[string]string{"DATA_DIR": filepath.Join(t.TempDir(), "none")},
@@ -613,7 +614,7 @@ func execSQL(t *testing.T, p *testProxy, text string) {
 	}
 }
 
-// TestDoctorThresholds: what a test cannot make a machine have.
+// TestDoctorThresholds checks limits of the machine that a test cannot reach, with substitutes.
 func TestDoctorThresholds(t *testing.T) {
 	t.Parallel()
 	now := time.Now()
@@ -658,8 +659,8 @@ func TestDoctorThresholds(t *testing.T) {
 	}
 }
 
-// TestBackupUnderLoad: the copy is of one moment, whole, and its owner's alone;
-// restored elsewhere with the key, its tokens work.
+// TestBackupUnderLoad: a backup during calls is consistent, complete and readable by its owner
+// only; when it is restored elsewhere with the key, its tokens work.
 func TestBackupUnderLoad(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -695,13 +696,15 @@ func TestBackupUnderLoad(t *testing.T) {
 	}
 	defer st.close()
 	var calls, counted, settled, summed int64
-	if err := st.readDB.QueryRow(`SELECT (SELECT count(*) FROM requests WHERE outcome <> 'refused'), (SELECT sum(request_count) FROM tokens),
-		(SELECT count(*) FROM requests WHERE outcome <> 'open'), (SELECT coalesce(sum(calls), 0) FROM usage_sums WHERE grain = 'day' AND token <> 0)`).
+	if err := st.readDB.QueryRow(`SELECT
+		(SELECT count(*) FROM requests WHERE outcome <> 'refused'), (SELECT sum(request_count) FROM tokens),
+		(SELECT count(*) FROM requests WHERE outcome <> 'open'),
+		(SELECT coalesce(sum(calls), 0) FROM usage_sums WHERE grain = 'day' AND token <> 0)`).
 		Scan(&calls, &counted, &settled, &summed); err != nil {
 		t.Fatal(err)
 	}
 	if calls == 0 || calls != counted || settled != summed {
-		t.Errorf("the copy is not of one moment: %d calls, %d counted; %d settled, %d summed", calls, counted, settled,
+		t.Errorf("the copy is not consistent: %d calls, %d counted; %d settled, %d summed", calls, counted, settled,
 			summed)
 	}
 	for _, want := range []string{file, "1 project", "1 token", fmt.Sprintf("%d calls", calls),
@@ -734,7 +737,7 @@ func modelsScript(c *providerConn, _ recordedRequest) bool {
 	return c.reply(200, `{"object":"list","data":[]}`)
 }
 
-// TestBackupRefused: what is there stays, what failed leaves nothing.
+// TestBackupRefused: backup overwrites no file, and a failed backup leaves none behind.
 func TestBackupRefused(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -752,7 +755,7 @@ func TestBackupRefused(t *testing.T) {
 		}
 	}
 	if b, err := os.ReadFile(there); err != nil || string(b) != "precious" {
-		t.Errorf("the file that was there: %q %v", b, err)
+		t.Errorf("the existing file: %q %v", b, err)
 	}
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -790,7 +793,7 @@ func damageDatabase(t *testing.T, file string) {
 	}
 }
 
-// dirChecksums are the names and sums of the files in a directory that matter.
+// dirChecksums returns the names and checksums of the relevant files in a directory.
 func dirChecksums(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	files := map[string]string{}
@@ -804,18 +807,18 @@ func dirChecksums(t *testing.T, dir string) map[string]string {
 			t.Fatal(err)
 		}
 		if strings.HasSuffix(e.Name(), "-shm") || strings.HasSuffix(e.Name(), "-wal") && len(b) == 0 {
-			continue // of those who only looked
+			continue // readers create these
 		}
 		files[e.Name()] = fmt.Sprintf("%x", sha256.Sum256(b))
 	}
 	return files
 }
 
-// A restoreTest is a stopped proxy whose backup is older than what was revoked.
+// A restoreTest is a stopped proxy whose backup is older than its revocations.
 type restoreTest struct {
 	*testProxy
 	backup string
-	tokens map[string]string // by what became of them since
+	tokens map[string]string // by what happened to them after the backup
 	keys   map[string]string
 }
 
@@ -872,11 +875,11 @@ func TestRestoreChoices(t *testing.T) {
 			t.Errorf("%q is not in %s", want, out)
 		}
 	}
-	if strings.Contains(out, "projects active") { // none is, and lines that say zero are left out
+	if strings.Contains(out, "projects active") { // there is none, and lines with zero are left out
 		t.Errorf("printed %s", out)
 	}
 	if after := dirChecksums(t, r.env["DATA_DIR"]); !maps.Equal(before, after) {
-		t.Errorf("a restore that was refused left %v, before %v", after, before)
+		t.Errorf("a refused restore left %v; before it there was %v", after, before)
 	}
 	for _, tt := range []struct {
 		choice string
@@ -910,7 +913,7 @@ func TestRestoreChoices(t *testing.T) {
 				t.Fatalf("moved aside: %v; %s", aside, out)
 			}
 			if f, err := inspectDatabase(t.Context(), aside[0]); err != nil || f.tokens != 8 {
-				t.Errorf("the database from before: %+v %v", f, err)
+				t.Errorf("the previous database: %+v %v", f, err)
 			}
 			s := serveProgram(t, env)
 			waitFor(t, "the shortened token's end", func() bool {
@@ -937,8 +940,7 @@ func TestRestoreChoices(t *testing.T) {
 	}
 }
 
-// TestRestoreRefused: whatever is wrong with a backup shows before anything is
-// touched.
+// TestRestoreRefused: restore finds every problem of a backup before it changes anything.
 func TestRestoreRefused(t *testing.T) {
 	t.Parallel()
 	r := newRestoreTest(t)
@@ -1005,7 +1007,7 @@ func TestRestoreRefused(t *testing.T) {
 	}
 }
 
-// TestRestoreAfterFailure: a current database that is damaged, gone, or left
+// TestRestoreAfterFailure: restore works if the current database is damaged, missing, or left
 // half-way by a restore that was killed.
 func TestRestoreAfterFailure(t *testing.T) {
 	t.Parallel()
@@ -1023,8 +1025,7 @@ func TestRestoreAfterFailure(t *testing.T) {
 	if out, err := restore("none"); err != nil {
 		t.Fatalf("none, beside a damaged database: %v %s", err, out)
 	}
-	// Killed between moving the old one away and the new one in: no database,
-	// a stale log, and the copy.
+	// As if killed between the two renames: no database, a stale log, and the copy.
 	for _, suffix := range []string{"-wal", "-shm", ".restoring", ".restoring-wal"} {
 		if err := os.WriteFile(file+suffix, []byte("stale"), 0o600); err != nil {
 			t.Fatal(err)
@@ -1053,10 +1054,10 @@ func TestRestoreAfterFailure(t *testing.T) {
 	}
 }
 
-// keyFile is where the key of a proxy without a setting for it lives.
+// keyFile returns the path of the key file of a proxy without a setting for the key.
 func (p *testProxy) keyFile() string { return filepath.Join(p.env["DATA_DIR"], keyFileName) }
 
-// countSealedWith counts the traces of a key in the database file and beside it.
+// countSealedWith counts the values encrypted with a key in the database file and its log.
 func (p *testProxy) countSealedWith(kid [8]byte) (n int) {
 	p.t.Helper()
 	files, err := filepath.Glob(p.instance.cfg.databaseFile + "*")
@@ -1074,8 +1075,8 @@ func (p *testProxy) countSealedWith(kid [8]byte) (n int) {
 	return n
 }
 
-// TestRekey (KC13): provider keys, the audit trail and kept content open with the
-// new key; of what the old one sealed nothing is left in the file.
+// TestRekey (KC13): provider keys, the audit trail and stored content open with the new key, and
+// nothing encrypted with the old key is left in the file.
 func TestRekey(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -1096,7 +1097,7 @@ func TestRekey(t *testing.T) {
 	}
 	was, err := os.ReadFile(p.keyFile())
 	if err != nil || p.countSealedWith(old.kid) == 0 {
-		t.Fatal("the test does not find what is sealed: ", err)
+		t.Fatal("the test does not find encrypted values: ", err)
 	}
 	out, err := runProgram(t, p.env, "rekey")
 	if err != nil || !strings.Contains(out, "21 provider keys") ||
@@ -1104,14 +1105,14 @@ func TestRekey(t *testing.T) {
 		t.Fatalf("%v %s", err, out)
 	}
 	if n := p.countSealedWith(old.kid); n != 0 {
-		t.Errorf("%d traces of the old key are left", n)
+		t.Errorf("%d values with the old key are left", n)
 	}
 	now, err := os.ReadFile(p.keyFile())
 	if info, e := os.Stat(p.keyFile()); err != nil || e != nil || info.Mode().Perm() != 0o600 || bytes.Equal(now, was) {
 		t.Errorf("the key file: %v %v", err, e)
 	}
 	if _, err := os.Stat(filepath.Join(p.env["DATA_DIR"], newKeyFileName)); err == nil {
-		t.Error("the new key lies there twice")
+		t.Error("the new key file is still there")
 	}
 	p.start()
 	if res := p.chat(); res.status != 200 ||
@@ -1119,7 +1120,7 @@ func TestRekey(t *testing.T) {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 	if v := p.getContent(before.ID); v.Request.Text == nil || !strings.Contains(*v.Request.Text, promptCanary) {
-		t.Error("kept content is lost")
+		t.Error("stored content is lost")
 	}
 	k := p.verifyAudit()
 	entries, err := p.instance.store.auditPage(t.Context(), 0, 1<<60)
@@ -1135,12 +1136,12 @@ func TestRekey(t *testing.T) {
 	}
 	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil ||
 		!strings.Contains(err.Error(), "not the one") {
-		t.Errorf("it starts with the old key: %v", err)
+		t.Errorf("the server starts with the old key: %v", err)
 	}
 }
 
-// TestRekeyFile: a key from a setting is changed to one in a file of the
-// operator's, and the two do not get mixed up.
+// TestRekeyFile: a key from a setting is replaced by one in an operator's file, and the command
+// refuses keys that do not fit.
 func TestRekeyFile(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"ENCRYPTION_KEY": goodKey})
@@ -1177,7 +1178,7 @@ func TestRekeyFile(t *testing.T) {
 	if _, err := runProgram(t, env, "rekey", wrong); err == nil || !strings.Contains(err.Error(), "not the one") {
 		t.Errorf("with a key that opens nothing: %v", err)
 	}
-	for range 2 { // the second finds nothing to do
+	for range 2 { // the second run has nothing to do
 		if out, err := runProgram(t, p.env, "rekey", next); err != nil ||
 			!strings.Contains(out, "ENCRYPTION_KEY_FILE="+next) {
 			t.Errorf("%v %s", err, out)
@@ -1191,12 +1192,13 @@ func TestRekeyFile(t *testing.T) {
 	}
 }
 
-// TestRekeyBroken: a row that does not open stops the change before anything is
-// changed, and is named.
+// TestRekeyBroken: a row that cannot be decrypted stops the command before it changes anything,
+// and the error names the row.
 func TestRekeyBroken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	if _, err := p.instance.store.writeDB.Exec(`UPDATE upstreams SET base_url = 'https://elsewhere.example.com/v1'`); err != nil {
+	const move = `UPDATE upstreams SET base_url = 'https://elsewhere.example.com/v1'`
+	if _, err := p.instance.store.writeDB.Exec(move); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.stop(); err != nil {
@@ -1206,7 +1208,7 @@ func TestRekeyBroken(t *testing.T) {
 		!strings.Contains(err.Error(), "nothing was changed") {
 		t.Errorf("got %v", err)
 	}
-	// The new key that was not needed does no harm; the change is not half done.
+	// The unused new key does no harm, and nothing was changed half-way.
 	p.start()
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
@@ -1217,8 +1219,8 @@ func TestRekeyBroken(t *testing.T) {
 	}
 }
 
-// TestRekeyKilled (KC13): killed at any moment, the change is finished by the
-// next run, and at no time are there rows of both keys.
+// TestRekeyKilled (KC13): if rekey is killed at any moment, the next run finishes the change, and
+// there are never rows with both keys.
 func TestRekeyKilled(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -1270,7 +1272,7 @@ func TestRekeyKilled(t *testing.T) {
 	}
 }
 
-// TestRekeyInterrupted: a start in the middle of a change says what to do.
+// TestRekeyInterrupted: a start during an unfinished rekey says what to do.
 func TestRekeyInterrupted(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -1284,7 +1286,7 @@ func TestRekeyInterrupted(t *testing.T) {
 	if out, err := runProgram(t, p.env, "rekey"); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
-	next := filepath.Join(p.env["DATA_DIR"], newKeyFileName) // as if it had ended before the last step
+	next := filepath.Join(p.env["DATA_DIR"], newKeyFileName) // as if it had been killed before the last step
 	if err := os.Rename(p.keyFile(), next); err != nil {
 		t.Fatal(err)
 	}
@@ -1293,12 +1295,12 @@ func TestRekeyInterrupted(t *testing.T) {
 	}
 	if _, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil); err == nil ||
 		!strings.Contains(err.Error(), "finish it with: llm-proxy rekey") {
-		t.Errorf("the start says %v", err)
+		t.Errorf("the error of the start is %v", err)
 	}
 	if out, err := runProgram(t, p.env, "rekey"); err != nil || !strings.Contains(out, "1 provider key,") {
 		t.Errorf("%v %s", err, out)
 	}
-	if err := os.WriteFile(next, nil, 0o600); err != nil { // cut short at its first step
+	if err := os.WriteFile(next, nil, 0o600); err != nil { // as if it had been killed at its first step
 		t.Fatal(err)
 	}
 	if out, err := runProgram(t, p.env, "rekey"); err != nil {

@@ -263,7 +263,8 @@ func TestConfigAllProblemsAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	env := map[string]string{
 		"DATA_DIR": dir, "LISTEN_ADDR": "8080", "DATABASE_URL": "x", "LOG_LEVEL": "loud",
-		"ENCRYPTION_KEY": "secret-canary-aaaa", "MANAGEMENT_TOKEN": "secret-canary-bbbb", "OPENAI_API_KEY": "secret-canary-cccc…",
+		"ENCRYPTION_KEY": "secret-canary-aaaa", "MANAGEMENT_TOKEN": "secret-canary-bbbb",
+		"OPENAI_API_KEY": "secret-canary-cccc…",
 		"MAX_BODY_BYTES": "1TB", "BODY_MEMORY": "x", "UPSTREAM_TIMEOUT": "10", "RETENTION": " 9d",
 		"PUBLIC_URL": "ftp://x", "TLS_KEY_FILE": "x", "TRUSTED_PROXIES": "?", "ALLOW_PRIVATE_UPSTREAMS": "1",
 	}

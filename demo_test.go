@@ -1,5 +1,5 @@
-// These tests run `llm-proxy demo` as a newcomer does: what it prints works, its
-// sample data agrees with itself, and nothing of it stays.
+// These tests run `llm-proxy demo` as a new user does: the commands that it prints work, its
+// sample data is consistent, and it leaves nothing behind.
 package main
 
 import (
@@ -21,20 +21,21 @@ import (
 	"llm-proxy/demo"
 )
 
-// TestDemo starts the demo and does what it says to try. The start is held to
-// two seconds, so it has the machine to itself; the rest is parallel.
+// TestDemo starts the demo and runs the commands that it prints. The start may take at most two
+// seconds, so it does not run in parallel with other tests; the rest does.
 func TestDemo(t *testing.T) {
 	env := serveEnv(t)
 	env["TMPDIR"] = t.TempDir()
-	env["DATA_DIR"], env["DATABASE_URL"], env["OPENAI_API_URL"] = "/nonexistent/and/not/used", "sqlite:/nonexistent/x", "https://example.com"
+	env["DATA_DIR"], env["DATABASE_URL"] = "/nonexistent/and/not/used", "sqlite:/nonexistent/x"
+	env["OPENAI_API_URL"] = "https://example.com"
 	start := time.Now()
 	s := serveProgram(t, env, "demo")
-	most := 2 * time.Second
+	limit := 2 * time.Second
 	if info, ok := debug.ReadBuildInfo(); ok &&
 		slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		most = time.Minute // the race detector makes SQLite, which is Go here, many times slower
+		limit = time.Minute // the race detector makes SQLite, which is compiled to Go, many times slower
 	}
-	if took := time.Since(start); took > most {
+	if took := time.Since(start); took > limit {
 		t.Errorf("the demo takes %v to start", took)
 	}
 	t.Parallel()
@@ -90,12 +91,13 @@ type demoCommand struct {
 	header            http.Header
 }
 
-// parseDemoCommands reads the curl lines of the invitation, with the variables that its
-// export line sets.
+// parseDemoCommands reads the printed curl commands, with the variables that the export line
+// sets.
 func parseDemoCommands(t *testing.T, out string) (lines []demoCommand) {
 	t.Helper()
 	vars := map[string]string{}
-	for _, m := range regexp.MustCompile(`([A-Z]+)=("[^"]*"|\S+)`).FindAllStringSubmatch(regexp.MustCompile(`(?m)^  export .*$`).FindString(out), -1) {
+	export := regexp.MustCompile(`(?m)^  export .*$`).FindString(out)
+	for _, m := range regexp.MustCompile(`([A-Z]+)=("[^"]*"|\S+)`).FindAllStringSubmatch(export, -1) {
 		vars[m[1]] = strings.Trim(m[2], `"`)
 	}
 	text := strings.ReplaceAll(out, "\\\n", " ")
@@ -145,8 +147,7 @@ func (c demoCommand) do(t *testing.T) (int, string) {
 	return res.StatusCode, string(b)
 }
 
-// TestDemoData: sums, counts and rows agree, every kind of token and outcome is
-// there, and the numbers are believable.
+// TestDemoData: sums, counts and rows agree, and every kind of token and outcome is there.
 func TestDemoData(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -157,7 +158,7 @@ func TestDemoData(t *testing.T) {
 	}
 	p.secrets = append(p.secrets, d.token(), d.key())
 	if d.projects != 3 || d.tokens != 12 || d.calls < 4000 || d.calls > 15000 {
-		t.Errorf("made %d projects, %d tokens, %d calls", d.projects, d.tokens, d.calls)
+		t.Errorf("there are %d projects, %d tokens, %d calls", d.projects, d.tokens, d.calls)
 	}
 	one := func(query string) (n int64) {
 		t.Helper()
@@ -167,18 +168,24 @@ func TestDemoData(t *testing.T) {
 		return n
 	}
 	for name, query := range map[string]string{
-		"request_count":       `SELECT count(*) FROM tokens t WHERE request_count <> (SELECT count(*) FROM requests r WHERE r.token = t.seq AND r.outcome <> 'refused')`,
-		"last_used_at":        `SELECT count(*) FROM tokens t WHERE request_count > 0 AND last_used_at IS NULL`,
-		"calls summed by day": `SELECT (SELECT sum(calls) FROM usage_sums WHERE grain = 'day' AND token <> 0) - (SELECT count(*) FROM requests)`,
-		"tokens summed by hour": `SELECT (SELECT sum(input_tokens + output_tokens) FROM usage_sums WHERE grain = 'hour' AND token <> 0) -
+		"request_count": `SELECT count(*) FROM tokens t WHERE request_count <>
+			(SELECT count(*) FROM requests r WHERE r.token = t.seq AND r.outcome <> 'refused')`,
+		"last_used_at": `SELECT count(*) FROM tokens t WHERE request_count > 0 AND last_used_at IS NULL`,
+		"calls summed by day": `SELECT (SELECT sum(calls) FROM usage_sums WHERE grain = 'day' AND token <> 0) -
+			(SELECT count(*) FROM requests)`,
+		"tokens summed by hour": `SELECT
+			(SELECT sum(input_tokens + output_tokens) FROM usage_sums WHERE grain = 'hour' AND token <> 0) -
 			(SELECT sum(input_tokens + output_tokens) FROM requests)`,
-		"cost":               `SELECT (SELECT sum(cost) FROM usage_sums WHERE grain = 'day' AND token = 0 AND project <> 0) - (SELECT sum(cost) FROM requests)`,
+		"cost": `SELECT (SELECT sum(cost) FROM usage_sums WHERE grain = 'day' AND token = 0 AND project <> 0) -
+			(SELECT sum(cost) FROM requests)`,
 		"rows in the future": `SELECT count(*) FROM requests WHERE started_at > unixepoch() * 1000`,
-		"calls before their token, or after its end": `SELECT count(*) FROM requests r JOIN tokens t ON t.seq = r.token WHERE r.started_at < t.created_at
-			OR r.outcome <> 'refused' AND (r.started_at > t.expires_at OR r.started_at > t.revoked_at)`,
-		"more than max_requests":      `SELECT count(*) FROM tokens WHERE request_count > max_requests`,
-		"first byte after the end":    `SELECT count(*) FROM requests WHERE first_byte_us > total_us`,
-		"parts larger than the whole": `SELECT count(*) FROM requests WHERE cached_tokens > input_tokens OR reasoning_tokens > output_tokens`,
+		"calls before their token, or after its end": `SELECT count(*) FROM requests r JOIN tokens t ON t.seq = r.token
+			WHERE r.started_at < t.created_at OR
+				r.outcome <> 'refused' AND (r.started_at > t.expires_at OR r.started_at > t.revoked_at)`,
+		"more than max_requests":   `SELECT count(*) FROM tokens WHERE request_count > max_requests`,
+		"first byte after the end": `SELECT count(*) FROM requests WHERE first_byte_us > total_us`,
+		"parts larger than the whole": `SELECT count(*) FROM requests
+			WHERE cached_tokens > input_tokens OR reasoning_tokens > output_tokens`,
 		"calls of the wrong provider": `SELECT count(*) FROM requests r JOIN upstreams u ON u.seq = r.upstream
 			WHERE (u.provider = 'anthropic') <> (r.endpoint = 'POST /v1/messages')`,
 	} {
@@ -187,18 +194,21 @@ func TestDemoData(t *testing.T) {
 		}
 	}
 	for name, query := range map[string]string{
-		"revoked tokens":                 `SELECT count(*) FROM tokens WHERE revoked_at IS NOT NULL`,
-		"expired tokens":                 `SELECT count(*) FROM tokens WHERE expires_at < unixepoch() * 1000`,
-		"tokens expiring soon":           `SELECT count(*) FROM tokens WHERE expires_at BETWEEN unixepoch() * 1000 AND (unixepoch() + 3 * 86400) * 1000`,
-		"tokens nearly used up":          `SELECT count(*) FROM tokens WHERE max_requests - request_count BETWEEN 1 AND 10`,
-		"unpriced calls":                 `SELECT count(*) FROM requests WHERE cost IS NULL AND usage_source = 'exact'`,
-		"streams":                        `SELECT count(*) FROM requests WHERE stream = 1`,
-		"ok":                             `SELECT count(*) FROM requests WHERE outcome = 'ok'`,
-		"refused":                        `SELECT count(*) FROM requests WHERE outcome = 'refused'`,
-		"client_gone":                    `SELECT count(*) FROM requests WHERE outcome = 'client_gone'`,
-		"truncated":                      `SELECT count(*) FROM requests WHERE outcome = 'truncated'`,
-		"upstream_error":                 `SELECT count(*) FROM requests WHERE outcome = 'upstream_error'`,
-		"weekdays busier than week-ends": `SELECT max(0, sum(CASE WHEN strftime('%w', started_at / 1000, 'unixepoch') IN ('0', '6') THEN -5 ELSE 2 END)) FROM requests`,
+		"revoked tokens": `SELECT count(*) FROM tokens WHERE revoked_at IS NOT NULL`,
+		"expired tokens": `SELECT count(*) FROM tokens WHERE expires_at < unixepoch() * 1000`,
+		"tokens expiring soon": `SELECT count(*) FROM tokens
+			WHERE expires_at BETWEEN unixepoch() * 1000 AND (unixepoch() + 3 * 86400) * 1000`,
+		"tokens nearly used up": `SELECT count(*) FROM tokens
+			WHERE max_requests - request_count BETWEEN 1 AND 10`,
+		"unpriced calls": `SELECT count(*) FROM requests WHERE cost IS NULL AND usage_source = 'exact'`,
+		"streams":        `SELECT count(*) FROM requests WHERE stream = 1`,
+		"ok":             `SELECT count(*) FROM requests WHERE outcome = 'ok'`,
+		"refused":        `SELECT count(*) FROM requests WHERE outcome = 'refused'`,
+		"client_gone":    `SELECT count(*) FROM requests WHERE outcome = 'client_gone'`,
+		"truncated":      `SELECT count(*) FROM requests WHERE outcome = 'truncated'`,
+		"upstream_error": `SELECT count(*) FROM requests WHERE outcome = 'upstream_error'`,
+		"weekdays busier than weekends": `SELECT max(0, sum(CASE
+			WHEN strftime('%w', started_at / 1000, 'unixepoch') IN ('0', '6') THEN -5 ELSE 2 END)) FROM requests`,
 	} {
 		if n := one(query); n == 0 {
 			t.Errorf("no %s", name)
@@ -211,13 +221,13 @@ func TestDemoData(t *testing.T) {
 	}
 }
 
-// TestDemoHistorySame: the same moment gives the same calls.
-func TestDemoHistorySame(t *testing.T) {
+// TestDemoHistoryIsDeterministic: the same time gives the same calls.
+func TestDemoHistoryIsDeterministic(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 23, 12, 34, 56, 0, time.UTC)
 	a, b := newSampleRows(demo.History(now, demo.Tokens())), newSampleRows(demo.History(now, demo.Tokens()))
 	if !reflect.DeepEqual(a, b) {
-		t.Error("two histories of one moment differ")
+		t.Error("two histories of the same time differ")
 	}
 	ids := map[int64]bool{}
 	models := map[string]bool{}
@@ -233,8 +243,8 @@ func TestDemoHistorySame(t *testing.T) {
 	}
 }
 
-// TestDemoKeepsSettings: the environment holds but for where data is and where
-// calls go, and MANAGEMENT_TOKEN is not printed.
+// TestDemoKeepsSettings: the demo keeps the settings of the environment, except where data is and
+// where calls go, and does not print MANAGEMENT_TOKEN.
 func TestDemoKeepsSettings(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
@@ -255,6 +265,6 @@ func TestDemoKeepsSettings(t *testing.T) {
 		t.Errorf("LOG_FORMAT=json gives %s", s.log.bytes())
 	}
 	if _, err := os.Stat(env["DATA_DIR"]); err == nil {
-		t.Error("DATA_DIR was made")
+		t.Error("DATA_DIR was created")
 	}
 }

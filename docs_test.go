@@ -1,5 +1,5 @@
-// The documents are held to the program: the settings table of README is the
-// one of config.go, and the tests that SECURITY.md names are there.
+// These tests compare the documents with the program: README has the settings table of
+// config.go, and the files, tests and settings that documents and deployments name exist.
 package main
 
 import (
@@ -15,8 +15,8 @@ import (
 	"testing"
 )
 
-// TestReadmeSettings: README has each setting with its default and its help, in
-// order, and no other. The failing test prints the table as it should be.
+// TestReadmeSettings: README has exactly the settings of the program, in order, with default and
+// help. If the test fails, it prints the correct table.
 func TestReadmeSettings(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("README.md")
@@ -36,12 +36,12 @@ func TestReadmeSettings(t *testing.T) {
 		t.Errorf("README.md does not have this table of settings:\n%s", table.String())
 	}
 	if n := strings.Count(string(readme), "\n"); n > 210 {
-		t.Errorf("README.md has %d lines; longer matters go to docs/", n)
+		t.Errorf("README.md has %d lines; move longer texts to docs/", n)
 	}
 }
 
-// TestSecurityNamesTests: each test that SECURITY.md names exists, so that no
-// threat is only said to be tested.
+// TestSecurityNamesTests: each test that SECURITY.md names exists, so that every threat is really
+// tested.
 func TestSecurityNamesTests(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("SECURITY.md")
@@ -71,8 +71,7 @@ func TestSecurityNamesTests(t *testing.T) {
 	}
 }
 
-// TestAuditDocNamesActions: docs/audit.md and openapi.yaml have each action that
-// an entry can have.
+// TestAuditDocNamesActions: docs/audit.md and openapi.yaml have every action of audit events.
 func TestAuditDocNamesActions(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile("docs/audit.md")
@@ -99,8 +98,8 @@ func TestAuditDocNamesActions(t *testing.T) {
 	}
 }
 
-// TestReviewTables: the files that docs/security-review.md sends a reviewer to
-// exist, and have about as many lines as it says.
+// TestReviewTables: the files in docs/security-review.md exist and have about as many lines as
+// it says.
 func TestReviewTables(t *testing.T) {
 	t.Parallel()
 	rows := 0
@@ -109,17 +108,17 @@ func TestReviewTables(t *testing.T) {
 		if len(cells) < 3 || !strings.Contains(cells[0], ".go`") {
 			continue
 		}
-		said, err := strconv.Atoi(strings.TrimSpace(cells[1]))
+		documented, err := strconv.Atoi(strings.TrimSpace(cells[1]))
 		if err != nil {
 			t.Errorf("%s: %v", line, err)
 		}
 		rows++
-		are := 0
+		lines := 0
 		for _, name := range regexp.MustCompile("`([a-z_]+\\.go)`").FindAllStringSubmatch(cells[0], -1) {
-			are += strings.Count(mustReadFile(t, name[1]), "\n")
+			lines += strings.Count(mustReadFile(t, name[1]), "\n")
 		}
-		if said < are*3/4 || said > are*4/3 {
-			t.Errorf("%s: they have %d lines", line, are)
+		if documented < lines*3/4 || documented > lines*4/3 {
+			t.Errorf("%s: they have %d lines", line, lines)
 		}
 	}
 	if rows < 20 {
@@ -127,8 +126,7 @@ func TestReviewTables(t *testing.T) {
 	}
 }
 
-// TestDocumentsNameFiles: each of our source files, and each test, that a
-// document names exists.
+// TestDocumentsNameFiles: every source file and test that a document names exists.
 func TestDocumentsNameFiles(t *testing.T) {
 	t.Parallel()
 	documents, err := filepath.Glob("docs/*.md")
@@ -151,7 +149,8 @@ func TestDocumentsNameFiles(t *testing.T) {
 	for _, name := range append(documents, "README.md", "SECURITY.md", "CONTRIBUTING.md") {
 		text := mustReadFile(t, name)
 		for _, m := range regexp.MustCompile("`([a-z_]+\\.go|[a-z]+/[a-z/._-]+)`").FindAllStringSubmatch(text, -1) {
-			if _, err := os.Stat(m[1]); err != nil && !strings.HasPrefix(m[1], "text/") && !strings.HasPrefix(m[1], "application/") {
+			if _, err := os.Stat(m[1]); err != nil &&
+				!strings.HasPrefix(m[1], "text/") && !strings.HasPrefix(m[1], "application/") {
 				t.Errorf("%s names %s: %v", name, m[1], err)
 			}
 		}
@@ -160,7 +159,8 @@ func TestDocumentsNameFiles(t *testing.T) {
 				t.Errorf("%s names %s, which does not exist", name, m[1])
 			}
 		}
-		for _, m := range regexp.MustCompile(`\]\(([^)#:]+\.(?:md|yaml))(?:#[^)]*)?\)`).FindAllStringSubmatch(text, -1) {
+		links := regexp.MustCompile(`\]\(([^)#:]+\.(?:md|yaml))(?:#[^)]*)?\)`)
+		for _, m := range links.FindAllStringSubmatch(text, -1) {
 			if _, err := os.Stat(filepath.Join(filepath.Dir(name), m[1])); err != nil {
 				t.Errorf("%s: a link to %s: %v", name, m[1], err)
 			}
@@ -184,8 +184,8 @@ func settingNames() (names []string) {
 	return names
 }
 
-// TestCompose: the services of compose.yaml listen on loopback only, have no
-// rights that they do not need, and mount what exists.
+// TestCompose: the services of compose.yaml listen on loopback only, have only the privileges
+// they need, and mount existing files.
 func TestCompose(t *testing.T) {
 	t.Parallel()
 	root, err := readYAML(mustReadFile(t, "compose.yaml"))
@@ -200,8 +200,9 @@ func TestCompose(t *testing.T) {
 				t.Errorf("%s is published on %s", name, port)
 			}
 		}
-		if !slices.Equal(collectStrings(s["cap_drop"]), []string{"ALL"}) || !slices.Equal(collectStrings(s["security_opt"]), []string{"no-new-privileges:true"}) {
-			t.Errorf("%s keeps rights", name)
+		if !slices.Equal(collectStrings(s["cap_drop"]), []string{"ALL"}) ||
+			!slices.Equal(collectStrings(s["security_opt"]), []string{"no-new-privileges:true"}) {
+			t.Errorf("%s has unneeded privileges", name)
 		}
 		for _, volume := range collectStrings(s["volumes"]) {
 			file, _, _ := strings.Cut(volume, ":")
@@ -221,7 +222,8 @@ func TestCompose(t *testing.T) {
 		}
 		if strings.HasSuffix(name, "_FILE") {
 			secret, ok := strings.CutPrefix(v.(string), "/run/secrets/")
-			if !ok || !slices.Contains(collectStrings(proxy["secrets"]), secret) || root.(map[string]any)["secrets"].(map[string]any)[secret] == nil {
+			declared := root.(map[string]any)["secrets"].(map[string]any)
+			if !ok || !slices.Contains(collectStrings(proxy["secrets"]), secret) || declared[secret] == nil {
 				t.Errorf("%s: no such secret", v)
 			}
 		}
@@ -242,11 +244,14 @@ func collectStrings(v any) (out []string) {
 	return out
 }
 
-// TestSettingsInDeploy: each setting that the unit and the Dockerfile name is one.
+// TestSettingsInDeploy: every setting in the systemd unit and the Dockerfile exists.
 func TestSettingsInDeploy(t *testing.T) {
 	t.Parallel()
 	known := append(settingNames(), "TMPDIR")
-	for file, lines := range map[string]string{"deploy/llm-proxy.service": `(?m)^Environment=(.*)`, "Dockerfile": `(?m)^ENV (.*)`} {
+	for file, lines := range map[string]string{
+		"deploy/llm-proxy.service": `(?m)^Environment=(.*)`,
+		"Dockerfile":               `(?m)^ENV (.*)`,
+	} {
 		found := 0
 		for _, line := range regexp.MustCompile(lines).FindAllStringSubmatch(mustReadFile(t, file), -1) {
 			for word := range strings.FieldsSeq(line[1]) {
@@ -262,7 +267,7 @@ func TestSettingsInDeploy(t *testing.T) {
 	}
 }
 
-// TestDockerignore: what the program embeds goes into the image's build.
+// TestDockerignore: the image's build gets every file that the program embeds.
 func TestDockerignore(t *testing.T) {
 	t.Parallel()
 	kept := strings.Split(mustReadFile(t, ".dockerignore"), "\n")
@@ -282,8 +287,7 @@ func TestDockerignore(t *testing.T) {
 	}
 }
 
-// TestWorkflow: what runs on somebody else's machines is pinned by digest, and
-// gets a token that can read only.
+// TestWorkflow: actions in the hosted workflow are pinned by digest and get a read-only token.
 func TestWorkflow(t *testing.T) {
 	t.Parallel()
 	text := mustReadFile(t, ".github/workflows/ci.yml")
@@ -293,8 +297,9 @@ func TestWorkflow(t *testing.T) {
 			t.Errorf("not pinned: %s", u[1])
 		}
 	}
-	if len(uses) == 0 || !strings.Contains(text, "\npermissions:\n  contents: read\n") || strings.Count(text, "permissions:") != 1 ||
+	if len(uses) == 0 ||
+		!strings.Contains(text, "\npermissions:\n  contents: read\n") || strings.Count(text, "permissions:") != 1 ||
 		strings.Contains(text, "secrets.") || strings.Contains(text, "pull_request_target") {
-		t.Error("the workflow has rights that it does not need")
+		t.Error("the workflow has unneeded permissions")
 	}
 }

@@ -1,5 +1,5 @@
-// The log: lines that stay lines whatever clients and providers send, no text
-// of either, and no way to hold up calls or fill a disk.
+// These tests check the log: clients and providers cannot forge lines in it or put content into
+// it, and it can neither delay calls nor fill the disk.
 package main
 
 import (
@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// logLines parses the log; each line must be one JSON object of a bearable size.
+// logLines parses the log. Each line must be one JSON object of at most 4 KiB.
 func (p *testProxy) logLines() []map[string]any {
 	p.t.Helper()
 	var out []map[string]any
@@ -23,21 +23,22 @@ func (p *testProxy) logLines() []map[string]any {
 		var m map[string]any
 		if err := json.Unmarshal(line, &m); err != nil || m["level"] == nil || m["msg"] == nil || len(line) > 4<<10 ||
 			bytes.ContainsAny(bytes.TrimSuffix(line, []byte("\n")), "\x00\x1b\r\n") {
-			p.t.Errorf("%d bytes are no line of a log: %.300q, %v", len(line), line, err)
+			p.t.Errorf("%d bytes are not a log line: %.300q, %v", len(line), line, err)
 		}
 		out = append(out, m)
 	}
 	return out
 }
 
-// hostileText is what breaks logs that are written carelessly.
+// hostileText has texts that break logs which do not escape them.
 var hostileText = [...]string{
-	"a\nb", "a\rb", "\x1b[31mred\x1b[0m", "nul\x00", "line\u2028separator", `","level":"ERROR","msg":"forged`, `%s%n{{.}}`, "\xff\xfe invalid", strings.Repeat("long", 1<<10),
+	"a\nb", "a\rb", "\x1b[31mred\x1b[0m", "nul\x00", "line\u2028separator", `","level":"ERROR","msg":"forged`,
+	`%s%n{{.}}`, "\xff\xfe invalid", strings.Repeat("long", 1<<10),
 }
 
-// TestLinesStayLines: also with hostile text in paths, headers, models and what
-// providers answer.
-func TestLinesStayLines(t *testing.T) {
+// TestLogLinesCannotBeForged: hostile text in paths, headers, models and answers of providers cannot
+// forge log lines.
+func TestLogLinesCannotBeForged(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for _, s := range hostileText {
@@ -58,8 +59,7 @@ func TestLinesStayLines(t *testing.T) {
 		})
 		p.chat()
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "%s\r\n\r\n",
-				s)
+			fmt.Fprintf(c, "%s\r\n\r\n", s)
 			return false
 		})
 		p.chat()
@@ -79,8 +79,8 @@ func TestLinesStayLines(t *testing.T) {
 	}
 }
 
-// TestOwnRequestID: the id on answers, in the log and in the ledger is ours,
-// whatever the client calls its request.
+// TestOwnRequestID: the proxy chooses the id in answers, in the log and in the ledger, whatever
+// id the client sends.
 func TestOwnRequestID(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -101,15 +101,16 @@ func TestOwnRequestID(t *testing.T) {
 	}
 }
 
-// TestLogHasNoContent: neither what is asked nor what is answered, in no case.
-// (The harness looks for the prompt after every test; here is the answer too.)
+// TestLogHasNoContent: the log never contains requests or answers. (The harness searches it for
+// the prompt after every test; this test searches for the answer too.)
 func TestLogHasNoContent(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	const canary = "answer-canary-93kd"
 	for _, status := range []int{200, 400, 401, 500} {
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-			return c.reply(status, `{"error":{"message":"`+canary+`","code":"`+canary+`"},"choices":[{"message":{"content":"`+canary+`"}}]}`)
+			return c.reply(status, `{"error":{"message":"`+canary+`","code":"`+canary+`"},`+
+				`"choices":[{"message":{"content":"`+canary+`"}}]}`)
 		})
 		p.chat()
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
@@ -127,8 +128,8 @@ func TestLogHasNoContent(t *testing.T) {
 	}
 }
 
-// TestUnauthenticatedLogLimit: of what anyone can cause, a few lines a second are
-// written, and the rest is counted.
+// TestUnauthenticatedLogLimit: of lines that anyone can cause, only a few per second are
+// written, and the rest are counted.
 func TestUnauthenticatedLogLimit(t *testing.T) {
 	t.Parallel()
 	l := newThrottle(logLinesPerSecond, time.Second)
@@ -162,7 +163,7 @@ func TestUnauthenticatedLogLimit(t *testing.T) {
 	}
 }
 
-// A stuckWriter takes nothing until it is let go.
+// A stuckWriter blocks until it is released.
 type stuckWriter struct {
 	entered chan struct{}
 	once    sync.Once
@@ -176,8 +177,8 @@ func (w *stuckWriter) Write(b []byte) (int, error) {
 	return w.syncBuffer.Write(b)
 }
 
-// TestLineIsSlogs: the line of a call is what slog would have written.
-func TestLineIsSlogs(t *testing.T) {
+// TestCallLineMatchesSlog: the line of a call is the same as slog's.
+func TestCallLineMatchesSlog(t *testing.T) {
 	t.Parallel()
 	texts := []string{"", "gpt-4o", "two words", "a=b", `say "hi" \ <&>`, "line\nfeed\t\x00\x1b[0m", "\xff\xfe broken",
 		"größe 日本 \u2028 \u00a0", "x\u0301\U0001f600"}
@@ -204,9 +205,9 @@ func TestLineIsSlogs(t *testing.T) {
 	}
 }
 
-// TestStuckLogBlocksNobody: when the log's reader stops reading, lines are
-// dropped, and the first line that goes through again says how many.
-func TestStuckLogBlocksNobody(t *testing.T) {
+// TestStuckLogReaderBlocksNoCall: when the reader of the log stops reading, lines are dropped, and the
+// next line that is written says how many.
+func TestStuckLogReaderBlocksNoCall(t *testing.T) {
 	t.Parallel()
 	w := &stuckWriter{entered: make(chan struct{}), release: make(chan struct{})}
 	sink := newLogSink(w)
@@ -227,9 +228,9 @@ func TestStuckLogBlocksNobody(t *testing.T) {
 	_, _ = sink.Write(line) // after close: dropped, no panic
 }
 
-// TestNoNoiseFromNetHTTP: its notes about single connections are clipped, at
-// debug, and in our form; a panic is an error.
-func TestNoNoiseFromNetHTTP(t *testing.T) {
+// TestNetHTTPErrorsAreClipped: net/http's messages about single connections are clipped and logged at
+// debug level in our format; a panic is an error.
+func TestNetHTTPErrorsAreClipped(t *testing.T) {
 	t.Parallel()
 	var out syncBuffer
 	q := newHTTPErrorLog(newLogger(&out, -4, false))
@@ -243,9 +244,9 @@ func TestNoNoiseFromNetHTTP(t *testing.T) {
 	}
 }
 
-// TestClientGoneIsNoError: who asks with a well-formed token that nobody has and
-// leaves at once causes no error in the log (the harness looks for one).
-func TestClientGoneIsNoError(t *testing.T) {
+// TestDisconnectLogsNoError: a client that uses a well-formed but unknown token and disconnects at
+// once causes no error in the log (the harness checks that).
+func TestDisconnectLogsNoError(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for range 100 {

@@ -242,7 +242,8 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	})
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
-		running: in.running, prices: &in.prices, contentKey: in.contentKey, openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate,
+		running: in.running, prices: &in.prices, contentKey: in.contentKey,
+		openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate,
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
 	in.manage = &manageAPI{
@@ -260,9 +261,9 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	}
 	if cfg.adminPages {
 		in.server.admin, err = newAdminUI(adminDeps{
-			cfg: cfg, log: in.log, store: in.store, ops: in.operations, auth: auth, registry: in.registry, limits: limits,
-			ledger: in.ledger, running: in.running, endpoints: endpoints, databaseProblem: in.dir.databaseProblem,
-			diskUse: diskUse, keyID: in.sealer.id(), started: started,
+			cfg: cfg, log: in.log, store: in.store, ops: in.operations, auth: auth, registry: in.registry,
+			limits: limits, ledger: in.ledger, running: in.running, endpoints: endpoints,
+			databaseProblem: in.dir.databaseProblem, diskUse: diskUse, keyID: in.sealer.id(), started: started,
 		})
 	}
 	return err

@@ -1,5 +1,5 @@
-// Tests of what begins and ends: tokens and projects that wither amid a call,
-// a server that drains, dies, comes back, or loses its database.
+// These tests start and stop the program: tokens and projects that are revoked during a call, a
+// server that drains, crashes, restarts or loses its database, sockets, TLS and signals.
 package main
 
 import (
@@ -29,7 +29,7 @@ import (
 	"time"
 )
 
-// endlessScript is a provider that sends one event and no more.
+// endlessScript is a provider that sends one event and then nothing.
 func endlessScript(c *providerConn, _ recordedRequest) bool {
 	c.beginSSE()
 	_ = c.chunk(chatEvents(true)[1])
@@ -37,9 +37,9 @@ func endlessScript(c *providerConn, _ recordedRequest) bool {
 	return false
 }
 
-// TestNoResurrection: a token or project that was just read for its first call
-// does not stay as it was when an admin changes it at that moment.
-func TestNoResurrection(t *testing.T) {
+// TestChangeDuringFirstCall: if an admin changes a token or project while it is being read for its
+// first call, the old state is not used afterwards.
+func TestChangeDuringFirstCall(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	for round := range 30 {
@@ -74,8 +74,8 @@ func TestNoResurrection(t *testing.T) {
 	}
 }
 
-// TestChangeThatCannotBeRead: a change is in the database but cannot be read
-// back. What it concerned is out of use until it can.
+// TestChangeThatCannotBeRead: if a change is in the database but cannot be read back, what it
+// concerns cannot be used until it can be read.
 func TestChangeThatCannotBeRead(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -108,8 +108,8 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 	}
 }
 
-// TestDrain: after SIGTERM what runs may finish, nothing new begins, and
-// readyz says so to whom it can.
+// TestDrain: after SIGTERM running calls may finish, new ones are refused, and readyz reports
+// that on open connections.
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -155,8 +155,8 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// TestDrainCuts: what has not finished within DRAIN_TIMEOUT is cut, and on
-// record with what it used so far, also where its client has stopped reading.
+// TestDrainCuts: calls that have not finished within DRAIN_TIMEOUT are cut and recorded with
+// their usage so far, even if the client has stopped reading.
 func TestDrainCuts(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"DRAIN_TIMEOUT": "300ms", "LOG_LEVEL": "error"})
@@ -201,8 +201,8 @@ func TestDrainCuts(t *testing.T) {
 	p.checkSums()
 }
 
-// crashedCopy starts a second proxy on a copy of the data directory as it is
-// now: what a crash would have left.
+// crashedCopy starts a second proxy on a copy of the data directory in its current state, as a
+// crash would have left it.
 func (p *testProxy) crashedCopy() *testProxy {
 	p.t.Helper()
 	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets,
@@ -220,8 +220,8 @@ func (p *testProxy) crashedCopy() *testProxy {
 	return q
 }
 
-// TestLostCalls: calls that ran when the program died are lost ones with an
-// estimate, in rows, sums and counts, and a limit goes on from there.
+// TestLostCalls: calls that were running when the program crashed become lost ones with
+// estimated usage, in rows, sums and counts, and limits continue from there.
 func TestLostCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -261,8 +261,8 @@ func TestLostCalls(t *testing.T) {
 	q.checkCounts()
 }
 
-// TestIDsGrow: ids of calls grow, also when the clock is set back.
-func TestIDsGrow(t *testing.T) {
+// TestRequestIDsIncrease: ids of calls increase, even if the clock is set back.
+func TestRequestIDsIncrease(t *testing.T) {
 	t.Parallel()
 	ids := newIDSource(0)
 	now := time.Now()
@@ -279,8 +279,8 @@ func TestIDsGrow(t *testing.T) {
 	}
 }
 
-// TestDatabaseFileGone: a database that is moved away while in use is noticed
-// within ten seconds; nothing is then reported as done, until it is back.
+// TestDatabaseFileGone: the program notices within ten seconds that the database was moved away
+// while in use, and refuses calls until it is back.
 func TestDatabaseFileGone(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -309,9 +309,9 @@ func TestDatabaseFileGone(t *testing.T) {
 	}
 }
 
-// TestDatabaseNotOurs: a database from a newer program, or one that is damaged,
-// is left alone, with a word on what to do.
-func TestDatabaseNotOurs(t *testing.T) {
+// TestUnusableDatabaseIsNotTouched: a database from a newer program, or a damaged one, is not touched, and
+// the error says what to do.
+func TestUnusableDatabaseIsNotTouched(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		spoil func(p *testProxy) error
@@ -366,8 +366,8 @@ func TestDatabaseNotOurs(t *testing.T) {
 	}
 }
 
-// TestMain lets a test run the program itself, as a process of its own. Most tests
-// wait most of the time, so twice as many run together as go test would let.
+// TestMain lets a test run the program itself in another process. Most tests mostly wait, so
+// twice as many run in parallel as go test would allow.
 func TestMain(m *testing.M) {
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") == "" {
 		flag.Parse()
@@ -386,10 +386,9 @@ func TestMain(m *testing.M) {
 	main()
 }
 
-// TestCrashDumpTellsNothing: the dump of all goroutines of a process that is
-// killed amid a call has neither key nor token nor prompt, and its command line
-// has none either.
-func TestCrashDumpTellsNothing(t *testing.T) {
+// TestCrashDumpHasNoSecrets: the goroutine dump of a process that is killed during a call
+// contains no key, token or prompt, nor does its command line.
+func TestCrashDumpHasNoSecrets(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil) // for its provider, and its look at what was seen
 	called := make(chan struct{}, 1)
@@ -461,9 +460,9 @@ func TestCrashDumpTellsNothing(t *testing.T) {
 	p.clientOutput.Write(seen.Bytes())
 }
 
-// TestPanicTellsNothing: a mistake of ours ends one call, is logged as an error
-// without what it held, and leaves nothing reserved.
-func TestPanicTellsNothing(t *testing.T) {
+// TestPanicLogsNoSecrets: a panic ends only one call, is logged as an error without values, and
+// leaves nothing reserved.
+func TestPanicLogsNoSecrets(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
@@ -473,7 +472,7 @@ func TestPanicTellsNothing(t *testing.T) {
 	}
 	waitFor(t, "the log", func() bool { return bytes.Contains(p.log.bytes(), []byte(`"level":"ERROR","msg":"panic"`)) })
 	if !bytes.Contains(p.log.bytes(), []byte("broken in two")) || !bytes.Contains(p.log.bytes(), []byte("proxy.go")) {
-		t.Error("the log does not say what and where")
+		t.Error("the log does not have the panic and its place")
 	}
 	p.instance.transport.Proxy = nil
 	if a := p.chat(); a.status != 200 {
@@ -484,8 +483,8 @@ func TestPanicTellsNothing(t *testing.T) {
 	}
 }
 
-// A childProxy is the program as a process of its own, with a project and a
-// token made from p's provider.
+// A childProxy is the program in another process, with a project and a token for p's
+// provider.
 type childProxy struct {
 	cmd   *exec.Cmd
 	url   string
@@ -531,7 +530,7 @@ func (p *testProxy) startChild(env ...string) *childProxy {
 	return c
 }
 
-// chat makes a call and returns its status, 0 if it got none.
+// chat makes a call and returns its status, or 0 if there was no answer.
 func (c *childProxy) chat(p *testProxy) int {
 	q := &testProxy{t: p.t, url: c.url}
 	return q.chatAs(c.token).status
@@ -549,7 +548,7 @@ func TestSecondSignal(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = c.cmd.Process.Signal(syscall.SIGTERM)
-	waitFor(t, "it to stop listening", func() bool {
+	waitFor(t, "the program to stop listening", func() bool {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
 		if err == nil {
 			conn.Close()
@@ -565,19 +564,18 @@ func TestSecondSignal(t *testing.T) {
 	select {
 	case err := <-c.exit:
 		if err == nil {
-			t.Error("a call was cut, but it ended as if all were well")
+			t.Error("a call was cut, but the program ended without an error")
 		}
 	case <-time.After(time.Second):
-		t.Error("it did not end at the second signal")
+		t.Error("the program did not end at the second signal")
 	}
 	if _, err := s.readAll(); err == nil {
 		t.Error("the stream ended as if it were complete")
 	}
 }
 
-// TestLogReaderGone: a log that nobody takes any more, as of a pager that was
-// closed, takes nothing else with it.
-func TestLogReaderGone(t *testing.T) {
+// TestLogReaderExits: if the reader of the log exits, such as a pager, the program continues.
+func TestLogReaderExits(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	c := p.startChild("LOG_LEVEL=debug")
@@ -591,10 +589,10 @@ func TestLogReaderGone(t *testing.T) {
 	select {
 	case err := <-c.exit:
 		if err != nil {
-			t.Errorf("it ended with %v", err)
+			t.Errorf("the program ended with %v", err)
 		}
 	case <-time.After(10 * time.Second):
-		t.Error("it did not end")
+		t.Error("the program did not end")
 	}
 }
 
@@ -620,8 +618,8 @@ func getOverSocket(t *testing.T, path, url string, headers ...string) (int, erro
 	return res.StatusCode, nil
 }
 
-// TestUnixSocket: calls come in by a socket with the mode that was asked for;
-// who they are from is what the proxy in front says, if it is believed.
+// TestUnixSocket: the program serves on a socket with the configured mode, and uses the client
+// address from a proxy in front only if it trusts that proxy.
 func TestUnixSocket(t *testing.T) {
 	t.Parallel()
 	for trusted, want := range map[string]string{"": "", "unix": "192.0.2.7"} {
@@ -664,8 +662,8 @@ func TestUnixSocket(t *testing.T) {
 	}
 }
 
-// TestUnixSocketTaken: a socket that a dead process left is replaced; one that
-// answers, and any other file, is not.
+// TestUnixSocketTaken: the socket of a dead process is replaced; a socket in use or any other
+// file is not.
 func TestUnixSocketTaken(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -698,8 +696,8 @@ func TestUnixSocketTaken(t *testing.T) {
 	}
 }
 
-// TestSocketActivation: the program serves on a socket that it was handed, and
-// refuses to start where it was handed none.
+// TestSocketActivation: the program serves on an inherited socket, and refuses to start
+// without one.
 func TestSocketActivation(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -740,8 +738,8 @@ func TestSocketActivation(t *testing.T) {
 	}
 }
 
-// TestCertificateRenewed: new connections get the new certificate, after SIGHUP
-// or without; a broken file changes nothing.
+// TestCertificateRenewed: new connections get the new certificate, with or without SIGHUP; a
+// broken file changes nothing.
 func TestCertificateRenewed(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -785,7 +783,7 @@ func TestCertificateRenewed(t *testing.T) {
 	waitFor(t, "the newest certificate", func() bool { return days() == 3 })
 }
 
-// TestHangup: SIGHUP does not end a server, with a certificate or without.
+// TestHangup: SIGHUP does not end a server, with or without a certificate.
 func TestHangup(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -798,8 +796,8 @@ func TestHangup(t *testing.T) {
 	}
 }
 
-// TestTraceparent: a well-formed trace goes on as it is and is in the log; any
-// other does not go on, nor does what belongs to it.
+// TestTraceparent: a well-formed trace is forwarded unchanged and logged; a malformed one is not
+// forwarded, nor is its tracestate.
 func TestTraceparent(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

@@ -1,6 +1,5 @@
-// Tests of /metrics: who may read it, that its text is what Prometheus reads,
-// that it agrees with the ledger and with the provider, and that no client can
-// make it grow or slow.
+// These tests check /metrics: who may read it, that its text is valid for Prometheus and agrees
+// with the ledger and the provider, and that clients can neither grow nor slow it.
 package main
 
 import (
@@ -51,10 +50,10 @@ func parseMetrics(t testing.TB, page string) map[string]float64 {
 			name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 		}
 		if name != family {
-			t.Errorf("%s stands in the family %s", m[1], family)
+			t.Errorf("%s is in the family %s", m[1], family)
 		}
 		if _, twice := out[m[1]+m[2]]; twice {
-			t.Errorf("twice: %s", line)
+			t.Errorf("repeated: %s", line)
 		}
 		v, err := strconv.ParseFloat(m[3], 64)
 		if err != nil {
@@ -83,7 +82,7 @@ func (p *testProxy) metrics() map[string]float64 {
 	return parseMetrics(p.t, res.body)
 }
 
-// sumSamples adds up the samples of a family that have all of some labels.
+// sumSamples adds up the samples of a family that have all the given labels.
 func sumSamples(samples map[string]float64, family string, labels ...string) (sum float64) {
 next:
 	for name, v := range samples {
@@ -100,8 +99,8 @@ next:
 	return sum
 }
 
-// TestMetricsAccess: on the main address a management key opens /metrics and
-// nothing else does; on METRICS_ADDR it is open, and nothing else is there.
+// TestMetricsAccess: on the main address /metrics requires a management key; on METRICS_ADDR it
+// requires none and is the only URL.
 func TestMetricsAccess(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"METRICS_ADDR": "127.0.0.1:0"})
@@ -150,8 +149,8 @@ func TestMetricsAccess(t *testing.T) {
 	}
 }
 
-// TestMetricsAgree: after many calls of many ends, what is counted is what the
-// ledger has and what the provider got.
+// TestMetricsAgree: after calls with many outcomes, the counters agree with the ledger and with
+// the requests that the provider got.
 func TestMetricsAgree(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -189,7 +188,8 @@ func TestMetricsAgree(t *testing.T) {
 	p.chatAs("sk-llmp_wrong")
 	rows := p.ledger()
 	m := p.metrics()
-	if n := sumSamples(m, "llm_proxy_calls_total"); n != float64(len(rows)+1) { // a stranger's is on no record
+	// One call was not authenticated: it is counted but not recorded.
+	if n := sumSamples(m, "llm_proxy_calls_total"); n != float64(len(rows)+1) {
 		t.Errorf("%v calls counted, %d on record", n, len(rows))
 	}
 	want := map[string]float64{}
@@ -212,7 +212,8 @@ func TestMetricsAgree(t *testing.T) {
 		t.Errorf("%v attempts counted, the provider got %d", n, len(p.provider.received()))
 	}
 	for labels, n := range map[string]float64{
-		`result="ok"`: 8, `result="failed"`: 3, `result="refused"`: 1, `result="key_refused"`: 1, `result="unreachable"`: 1,
+		`result="ok"`: 8, `result="failed"`: 3, `result="refused"`: 1,
+		`result="key_refused"`: 1, `result="unreachable"`: 1,
 	} {
 		if got := sumSamples(m, "llm_proxy_upstream_attempts_total", labels); got != n {
 			t.Errorf("attempts %s: %v, want %v", labels, got, n)
@@ -238,15 +239,17 @@ func TestMetricsAgree(t *testing.T) {
 	}
 	for _, name := range []string{"llm_proxy_overhead_seconds_count", "llm_proxy_first_byte_seconds_count",
 		"llm_proxy_duration_seconds_sum",
-		"llm_proxy_ledger_commit_seconds_count", "llm_proxy_ledger_rows_total", "llm_proxy_database_bytes", "llm_proxy_disk_free_bytes",
-		"llm_proxy_cost_dollars_total", "llm_proxy_http_requests_total", "go_goroutines", "go_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"} {
+		"llm_proxy_ledger_commit_seconds_count", "llm_proxy_ledger_rows_total",
+		"llm_proxy_database_bytes", "llm_proxy_disk_free_bytes",
+		"llm_proxy_cost_dollars_total", "llm_proxy_http_requests_total", "go_goroutines", "go_memory_bytes",
+		"process_cpu_seconds_total", "process_start_time_seconds"} {
 		if sumSamples(m, name) <= 0 {
 			t.Errorf("%s is %v", name, sumSamples(m, name))
 		}
 	}
 }
 
-// TestMetricsRunning: what runs is shown while it runs.
+// TestMetricsRunning: running calls and streams are shown while they run.
 func TestMetricsRunning(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -273,7 +276,7 @@ func TestMetricsRunning(t *testing.T) {
 	}
 }
 
-// TestMetricsBounded: nothing that clients make up becomes a series.
+// TestMetricsBounded: clients cannot create series.
 func TestMetricsBounded(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -283,7 +286,8 @@ func TestMetricsBounded(t *testing.T) {
 		p.do("GET", fmt.Sprintf("/manage/path-%d", i), "", "Authorization", "Bearer "+p.adminKey)
 		p.chatAs(p.token, fmt.Sprintf(`"user":"%d"`, i))
 		p.do("POST", "/v1/chat/completions", strings.Replace(chatBody(), "gpt-4o-mini", fmt.Sprintf("model-%d", i), 1),
-			"Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", fmt.Sprintf("agent-%d", i))
+			"Authorization", "Bearer "+p.token, "Content-Type", "application/json",
+			"User-Agent", fmt.Sprintf("agent-%d", i))
 		p.chatAs(fmt.Sprintf("sk-llmp_%d", i))
 		p.do(fmt.Sprintf("METHOD%d", i), "/v1/chat/completions", "", "Authorization", "Bearer "+p.token)
 	}
@@ -296,7 +300,7 @@ func TestMetricsBounded(t *testing.T) {
 		odd(i)
 	}
 	p.waitSettled()
-	p.metrics() // counts itself
+	p.metrics() // the request counts itself
 	before := slices.Sorted(maps.Keys(p.metrics()))
 	for i := range 60 {
 		odd(1000 + i)
@@ -370,7 +374,7 @@ func TestMetricsPage(t *testing.T) {
 	}
 }
 
-// TestMetricsEscape: labels that administrators chose cannot break the page.
+// TestMetricsEscape: labels chosen by administrators cannot break the page.
 func TestMetricsEscape(t *testing.T) {
 	t.Parallel()
 	text := &metricsWriter{}
@@ -383,7 +387,7 @@ func TestMetricsEscape(t *testing.T) {
 	parseMetrics(t, string(text.b))
 }
 
-// TestMetricsInUse: an address that is taken stops the start, and says which.
+// TestMetricsInUse: if the address is in use, the start fails with an error that names it.
 func TestMetricsInUse(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -398,7 +402,7 @@ func TestMetricsInUse(t *testing.T) {
 	in.listener.Close()
 }
 
-// newCountedCall is a call as settle hands it to metrics.
+// newCountedCall returns a call as settle passes it to metrics.
 func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 	prices, err := loadPrices()
 	if err != nil {
@@ -415,7 +419,7 @@ func newCountedCall(tb testing.TB) (*metrics, *call, *requestRow) {
 		counts: tokenCounts{input: 9, output: 3}}
 }
 
-// TestMetricsAllocateNothing: to count is free of garbage.
+// TestMetricsAllocateNothing: counting allocates nothing.
 func TestMetricsAllocateNothing(t *testing.T) {
 	m, c, row := newCountedCall(t)
 	if n := testing.AllocsPerRun(1000, func() {
@@ -434,7 +438,7 @@ func BenchmarkMetricsCall(b *testing.B) {
 	}
 }
 
-// BenchmarkMetricsPage writes a page with as many series as there may be.
+// BenchmarkMetricsPage writes a page with the maximum number of series.
 func BenchmarkMetricsPage(b *testing.B) {
 	m, c, row := newCountedCall(b)
 	for i := range maxModelSeries {
@@ -450,12 +454,12 @@ func BenchmarkMetricsPage(b *testing.B) {
 	}
 }
 
-// TestHealthWhenFull (ME4): with every place for a call taken, the program still
-// says that it is well, and what it is doing.
+// TestHealthWhenFull (ME4): at MAX_CONCURRENT_CALLS the program still answers health checks and
+// /metrics.
 func TestHealthWhenFull(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "2"})
-	p.allowErrors = true // that it is full is one
+	p.allowErrors = true // the refused call is logged as one
 	goOn := make(chan bool)
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		<-goOn

@@ -20,8 +20,7 @@ import (
 
 const testKey = "sk-demo-test"
 
-// send sends body to the provider with its key in both dialects and returns the answer, its body
-// unread.
+// send sends body to the provider with its key and returns the answer. The caller reads its body.
 func send(t *testing.T, srv *httptest.Server, method, path, contentType, body string) *http.Response {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, srv.URL+path, strings.NewReader(body))
@@ -54,7 +53,7 @@ func newServer(t *testing.T) *httptest.Server {
 	return srv
 }
 
-// decode reads a whole JSON answer with the status that is wanted.
+// decode reads a JSON answer that must have the given status.
 func decode(t *testing.T, res *http.Response, status int) map[string]any {
 	t.Helper()
 	b, err := io.ReadAll(res.Body)
@@ -68,7 +67,7 @@ func decode(t *testing.T, res *http.Response, status int) map[string]any {
 	return v
 }
 
-// lookup walks a decoded answer: "choices.0.message.content". A missing step gives "absent".
+// lookup returns the value at a path such as "choices.0.message.content", or "absent".
 func lookup(v any, path string) any {
 	for step := range strings.SplitSeq(path, ".") {
 		switch x := v.(type) {
@@ -90,7 +89,7 @@ func lookup(v any, path string) any {
 	return v
 }
 
-// readEvents reads a stream: the name and the data of each event.
+// readEvents reads a stream and returns the name and the data of each event.
 func readEvents(t *testing.T, res *http.Response) (names, data []string) {
 	t.Helper()
 	if ct := res.Header.Get("Content-Type"); !strings.HasPrefix(ct, "text/event-stream") {
@@ -123,15 +122,17 @@ func decodeObject(t *testing.T, data string) map[string]any {
 func TestDemoProviderShapes(t *testing.T) {
 	srv := newServer(t)
 	user := `"messages":[{"role":"user","content":"Tell me of rivers"}]` // 17 bytes: 5 tokens
-	weather := `"messages":[{"role":"user","content":"What is the weather?"}],"max_tokens":999,"tools":[{"type":"function",` +
-		`"function":{"name":"get_weather","parameters":{"type":"object","properties":{"city":{"type":"string"}}}}}]`
-	type want map[string]any // path: value; nil is null, "…" anything
+	weather := `"messages":[{"role":"user","content":"What is the weather?"}],"max_tokens":999,` +
+		`"tools":[{"type":"function","function":{"name":"get_weather",` +
+		`"parameters":{"type":"object","properties":{"city":{"type":"string"}}}}}]`
+	type want map[string]any // value by path; nil: null, "…": any value
 	for _, tt := range []struct {
 		name, path, body string
 		want             want
 	}{
 		{"chat", "/v1/chat/completions", `{"model":"gpt-4o-mini",` + user + `}`, want{"object": "chat.completion",
-			"id": "…", "created": "…", "system_fingerprint": "fp_demo", "model": "gpt-4o-mini", "usage.prompt_tokens": 5.0,
+			"id": "…", "created": "…", "system_fingerprint": "fp_demo", "model": "gpt-4o-mini",
+			"usage.prompt_tokens":     5.0,
 			"choices.0.finish_reason": "stop", "choices.0.message.role": "assistant", "choices.0.message.refusal": nil,
 			"usage.completion_tokens_details.reasoning_tokens": 0.0, "usage.prompt_tokens_details.cached_tokens": 0.0}},
 		{"chat n", "/v1/chat/completions", `{"model":"gpt-4o","n":3,` + user + `}`, want{"choices.2.index": 2.0}},
@@ -145,13 +146,16 @@ func TestDemoProviderShapes(t *testing.T) {
 		{"chat no tool", "/v1/chat/completions", `{"model":"gpt-4o","tool_choice":"none",` + weather + `}`, want{
 			"choices.0.finish_reason": "stop"}},
 		{"chat tool result", "/v1/chat/completions", strings.Replace(`{"model":"gpt-4o",`+weather+`}`, `"}],`,
-			`"},{"role":"tool","tool_call_id":"call_1","content":"weather: sunny"}],`, 1), want{"choices.0.finish_reason": "stop"}},
+			`"},{"role":"tool","tool_call_id":"call_1","content":"weather: sunny"}],`, 1),
+			want{"choices.0.finish_reason": "stop"}},
 		{"chat schema", "/v1/chat/completions", `{"model":"gpt-4o",` + user +
 			`,"response_format":{"type":"json_schema",` +
-			`"json_schema":{"name":"x","schema":{"type":"object","properties":{"ok":{"type":"boolean"},"n":{"$ref":"#/$defs/N"}},` +
+			`"json_schema":{"name":"x","schema":{"type":"object",` +
+			`"properties":{"ok":{"type":"boolean"},"n":{"$ref":"#/$defs/N"}},` +
 			`"$defs":{"N":{"enum":["a"]}}}}}}`, want{"choices.0.message.content": `{"n":"a","ok":true}`}},
 		{"completions", "/v1/completions", `{"model":"gpt-3.5-turbo-instruct","prompt":["a","b"]}`, want{
-			"object": "text_completion", "choices.1.text": "…", "choices.1.finish_reason": "stop", "usage.total_tokens": "…"}},
+			"object": "text_completion", "choices.1.text": "…", "choices.1.finish_reason": "stop",
+			"usage.total_tokens": "…"}},
 		{"responses", "/v1/responses", `{"model":"gpt-4.1","input":"Tell me of rivers"}`, want{"object": "response",
 			"status": "completed", "error": nil, "output.0.type": "message", "output.0.content.0.type": "output_text",
 			"usage.input_tokens": 5.0, "usage.input_tokens_details.cached_tokens": 0.0,
@@ -169,12 +173,14 @@ func TestDemoProviderShapes(t *testing.T) {
 		{"compact", "/v1/responses/compact", `{"model":"gpt-4.1","input":"12345"}`, want{
 			"object": "response.compaction", "output.1.type": "compaction", "usage.input_tokens": 2.0}},
 		{"embeddings", "/v1/embeddings", `{"model":"text-embedding-3-small","input":"a"}`, want{
-			"object": "list", "data.0.embedding.1535": "…", "data.0.embedding.1536": "absent", "usage.total_tokens": 1.0}},
+			"object": "list", "data.0.embedding.1535": "…", "data.0.embedding.1536": "absent",
+			"usage.total_tokens": 1.0}},
 		{"embeddings large", "/v1/embeddings", `{"model":"text-embedding-3-large","input":["a",[1,2]]}`, want{
 			"data.1.index": 1.0, "data.1.embedding.3071": "…", "usage.prompt_tokens": 3.0}},
 		{"embeddings tokens", "/v1/embeddings",
 			`{"model":"text-embedding-3-small","input":[7,8,100000],"dimensions":2}`, want{
-				"data.1": "absent", "data.0.embedding.1": "…", "data.0.embedding.2": "absent", "usage.prompt_tokens": 3.0}},
+				"data.1": "absent", "data.0.embedding.1": "…", "data.0.embedding.2": "absent",
+				"usage.prompt_tokens": 3.0}},
 		{"moderations", "/v1/moderations", `{"input":["peace","violence"]}`, want{"model": "omni-moderation-latest",
 			"results.0.flagged": false, "results.1.flagged": true, "results.1.categories.violence": true,
 			"results.1.category_applied_input_types.violence.0": "text"}},
@@ -186,7 +192,8 @@ func TestDemoProviderShapes(t *testing.T) {
 				"usage.input_tokens": 5.0, "usage.output_tokens": "…"}},
 		{"messages tool", "/v1/messages", `{"model":"claude-sonnet-5","max_tokens":900,` + user +
 			`,"tool_choice":{"type":"any"},` +
-			`"tools":[{"name":"f","input_schema":{"type":"object","properties":{"n":{"type":"integer","minimum":4}}}}]}`, want{
+			`"tools":[{"name":"f","input_schema":{"type":"object",` +
+			`"properties":{"n":{"type":"integer","minimum":4}}}}]}`, want{
 			"stop_reason": "tool_use", "content.0.type": "tool_use", "content.0.input.n": 4.0}},
 		{"count_tokens", "/v1/messages/count_tokens", `{"model":"claude-sonnet-5",` + user + `}`,
 			want{"input_tokens": 5.0}},
@@ -209,9 +216,12 @@ func TestDemoProviderShapes(t *testing.T) {
 func TestDemoProviderStreams(t *testing.T) {
 	srv := newServer(t)
 	const responses, delta = "response.created response.in_progress ", " response.output_item.done response.completed"
-	tool := `"tools":[{"type":"function","name":"f","input_schema":{"properties":{"city":{}}},"parameters":{"properties":` +
-		`{"city":{}}},"function":{"name":"f","parameters":{"properties":{"city":{}}}}}]`
-	for _, tt := range []struct{ name, path, body, want string }{ // want: the event names (or kinds), repeats folded
+	tool := `"tools":[{"type":"function","name":"f","input_schema":{"properties":{"city":{}}},` +
+		`"parameters":{"properties":{"city":{}}},"function":{"name":"f","parameters":{"properties":{"city":{}}}}}]`
+	for _, tt := range []struct {
+		name, path, body string
+		want             string // the event names (or kinds) without repetitions
+	}{
 		{"chat", "/v1/chat/completions", `{"model":"gpt-4o","messages":[{"content":"a"}]}`, "role content stop [DONE]"},
 		{"chat n", "/v1/chat/completions", `{"model":"gpt-4o","n":2,"messages":[{"content":"a"}]}`,
 			"role content stop role content stop [DONE]"},
@@ -255,7 +265,7 @@ func TestDemoProviderStreams(t *testing.T) {
 	}
 }
 
-// eventKind names an event by its type, or a chunk by what it brings.
+// eventKind returns the type of an event, or the kind of content of a chunk.
 func eventKind(t *testing.T, data string) string {
 	if data == "[DONE]" {
 		return data
@@ -281,10 +291,11 @@ func eventKind(t *testing.T, data string) string {
 	return "unknown: " + data
 }
 
-// A stream and a whole answer say the same and cost the same.
+// A stream and a single answer have the same text and usage.
 func TestDemoProviderStreamEqualsWhole(t *testing.T) {
 	srv := newServer(t)
-	body := `"model":"gpt-5-mini","seed":7,"messages":[{"role":"user","content":[{"type":"text","text":"Why bread?"}]}]}`
+	body := `"model":"gpt-5-mini","seed":7,"messages":[{"role":"user","content":[` +
+		`{"type":"text","text":"Why bread?"}]}]}`
 	whole := decode(t, post(t, srv, "/v1/chat/completions", "{"+body), 200)
 	_, data := readEvents(t, post(t, srv, "/v1/chat/completions",
 		`{"stream":true,"stream_options":{"include_usage":true},`+body))
@@ -299,12 +310,12 @@ func TestDemoProviderStreamEqualsWhole(t *testing.T) {
 		}
 	}
 	if want := lookup(whole, "choices.0.message.content"); text.String() != want {
-		t.Errorf("stream says %q, whole says %q", text.String(), want)
+		t.Errorf("the stream has %q, the single answer %q", text.String(), want)
 	}
 	got, want := decodeObject(t, data[len(data)-2])["usage"], whole["usage"]
 	if fmt.Sprint(got) != fmt.Sprint(want) ||
 		lookup(want, "completion_tokens_details.reasoning_tokens").(float64) < 64 {
-		t.Errorf("stream costs %v, whole costs %v", got, want)
+		t.Errorf("the stream has usage %v, the single answer %v", got, want)
 	}
 }
 
@@ -409,7 +420,7 @@ func TestDemoProviderNeedsItsKey(t *testing.T) {
 	}
 }
 
-func TestDemoProviderRemembersPrefixes(t *testing.T) {
+func TestDemoProviderCachesPrefixes(t *testing.T) {
 	p := NewProvider(testKey, 0)
 	long := strings.Repeat("0123456789abcdef", 600) // 9600 bytes, 2400 tokens
 	for _, tt := range []struct {
@@ -424,7 +435,7 @@ func TestDemoProviderRemembersPrefixes(t *testing.T) {
 	for i := range maxPrefixes {
 		p.cachedTokens("m", fmt.Sprint(i, long))
 		if len(p.seenPrefixes) > maxPrefixes {
-			t.Fatalf("%d prefixes remembered", len(p.seenPrefixes))
+			t.Fatalf("%d prefixes are kept", len(p.seenPrefixes))
 		}
 	}
 }
@@ -444,7 +455,7 @@ func TestDemoProviderPace(t *testing.T) {
 	}
 }
 
-// A client that leaves ends the call at once: Close waits for running calls.
+// A client that disconnects ends the call at once: Close waits for running calls.
 func TestDemoProviderClientLeaves(t *testing.T) {
 	srv := httptest.NewServer(NewProvider(testKey, time.Hour))
 	res := post(t, srv, "/v1/responses", `{"model":"m","stream":true,"input":"a"}`)
