@@ -808,7 +808,7 @@ type silentHost struct {
 	calls atomic.Int64
 }
 
-func newMuteHost(t *testing.T) *silentHost {
+func newSilentHost(t *testing.T) *silentHost {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -834,28 +834,28 @@ func newMuteHost(t *testing.T) *silentHost {
 	return h
 }
 
-// addSilentUpstream gives the project an upstream at a mute host, in front of its first.
+// addSilentUpstream adds an upstream at a silent host to the project, in front of its first.
 func (p *testProxy) addSilentUpstream(h *silentHost, fields string) string {
 	p.t.Helper()
 	var up struct{ ID string }
 	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-		fmt.Sprintf(`{"name":"mute","provider":"compatible","api_key":"sk-mute-0123456789","base_url":%q,%s}`, h.url, fields), 201, &up)
+		fmt.Sprintf(`{"name":"silent","provider":"compatible","api_key":"sk-silent-0123456789","base_url":%q,%s}`, h.url, fields), 201, &up)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"priority":1}`, 200, nil)
 	return up.ID
 }
 
-// TestConnectTimeout: an upstream that has no connection within its connect_ms is
-// left for the next at once, and for all calls until it is tried again.
+// TestConnectTimeout: if an upstream has no connection within its connect_ms, the call goes to the next at once, and
+// so do all calls until the upstream is probed.
 func TestConnectTimeout(t *testing.T) {
 	t.Parallel()
 	for _, stream := range []bool{false, true} {
-		p, mute := newTest(t, nil), newMuteHost(t)
-		id := p.addSilentUpstream(mute, `"connect_ms":200`)
-		begun := time.Now()
+		p, silent := newTest(t, nil), newSilentHost(t)
+		id := p.addSilentUpstream(silent, `"connect_ms":200`)
+		start := time.Now()
 		if res := p.chat(fmt.Sprintf(`"stream":%v`, stream)); res.status != 200 || res.err != nil {
 			t.Fatalf("got %d %s, %v", res.status, res.body, res.err)
 		}
-		if d := time.Since(begun); d < 200*time.Millisecond || d > connectTimeout {
+		if d := time.Since(start); d < 200*time.Millisecond || d > connectTimeout {
 			t.Errorf("it took %v", d)
 		}
 		row := p.lastCall()
@@ -865,20 +865,20 @@ func TestConnectTimeout(t *testing.T) {
 		if h := p.healthOf(id); h.State != "open" || !strings.Contains(h.Reason, "could not be reached in time") {
 			t.Errorf("the key is %+v", h)
 		}
-		before := mute.calls.Load()
-		p.instance.health.forUpstream(2, "").until.Store(time.Now().Add(time.Hour).UnixMilli()) // a slow machine must not see the probe
-		if res := p.chat(); res.status != 200 || mute.calls.Load() != before || p.lastCall().Attempts != 1 {
+		before := silent.calls.Load()
+		p.instance.health.forUpstream(2, "").until.Store(time.Now().Add(time.Hour).UnixMilli()) // no probe, even on a slow machine
+		if res := p.chat(); res.status != 200 || silent.calls.Load() != before || p.lastCall().Attempts != 1 {
 			t.Errorf("the next call: got %d, after %d attempts", res.status, p.lastCall().Attempts)
 		}
 	}
 }
 
-// TestConnectTimeoutAlone: without another upstream it is an error that says so,
-// on record as a call that the provider has not had.
+// TestConnectTimeoutAlone: without another upstream, the client gets an error that says so, and the ledger has a call
+// that did not reach the provider.
 func TestConnectTimeoutAlone(t *testing.T) {
 	t.Parallel()
-	p, mute := newTest(t, nil), newMuteHost(t)
-	id := p.addSilentUpstream(mute, `"connect_ms":200`)
+	p, silent := newTest(t, nil), newSilentHost(t)
+	id := p.addSilentUpstream(silent, `"connect_ms":200`)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, "", 200, nil)
 	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n"
@@ -893,9 +893,9 @@ func TestConnectTimeoutAlone(t *testing.T) {
 			return p.do("POST", "/v1/files", form, append(auth, "multipart/form-data; boundary=b")...)
 		},
 	} {
-		begun := time.Now()
+		start := time.Now()
 		p.expectRefused(what, call(), 504, "upstream_timeout")
-		if d := time.Since(begun); d > connectTimeout {
+		if d := time.Since(start); d > connectTimeout {
 			t.Errorf("%s: it took %v", what, d)
 		}
 		if row := p.lastCall(); row.Outcome != "upstream_error" || row.Attempts != 1 || row.UsageSource != "none" || row.UpstreamID != id {
@@ -907,8 +907,8 @@ func TestConnectTimeoutAlone(t *testing.T) {
 	}
 }
 
-// TestConnectTimeoutIsNoMore: once there is a connection, new or one that stood,
-// of HTTP/1.1 or shared by calls over HTTP/2, the answer may take its time.
+// TestConnectTimeoutIsNoMore: connect_ms does not limit the answer once there is a connection, new or reused, with
+// HTTP/1.1 or shared by calls over HTTP/2.
 func TestConnectTimeoutIsNoMore(t *testing.T) {
 	t.Parallel()
 	for _, http2 := range []bool{false, true} {
@@ -932,7 +932,7 @@ func TestConnectTimeoutIsNoMore(t *testing.T) {
 		p.instance.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
 		p.replaceBaseURL(slow.URL)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"connect_ms":200}`, 200, nil)
-		for range 2 { // the second time over connections that stand
+		for range 2 { // the second time over open connections
 			var calls sync.WaitGroup
 			for range 3 {
 				calls.Go(func() {
@@ -944,18 +944,18 @@ func TestConnectTimeoutIsNoMore(t *testing.T) {
 			calls.Wait()
 		}
 		if _, ok := protocols.Load("HTTP/2.0"); ok != http2 {
-			t.Errorf("the provider was asked over HTTP/2: %v, want %v", ok, http2)
+			t.Errorf("the provider got calls over HTTP/2: %v, want %v", ok, http2)
 		}
 	}
 }
 
-// TestConnectTimeoutAfterADeadConnection: a connection that stood and turns out
-// to be dead is replaced, and the time holds for the new one.
+// TestConnectTimeoutAfterADeadConnection: an open connection that turns out to be dead is replaced, and connect_ms
+// applies to the new one.
 func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 	t.Parallel()
-	made := httptest.NewUnstartedServer(nil) // for its certificate
-	made.StartTLS()
-	t.Cleanup(made.Close)
+	certified := httptest.NewUnstartedServer(nil) // for its certificate
+	certified.StartTLS()
+	t.Cleanup(certified.Close)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -966,21 +966,21 @@ func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 		if err != nil {
 			return
 		}
-		conn := tls.Server(raw, &tls.Config{Certificates: made.TLS.Certificates})
+		conn := tls.Server(raw, &tls.Config{Certificates: certified.TLS.Certificates})
 		first := &providerConn{Conn: conn}
 		_, _ = conn.Read(make([]byte, 64<<10)) // a request without a body, in one piece
 		first.reply(200, `{"id":"m","object":"model"}`)
 		_, _ = conn.Read(make([]byte, 64<<10)) // the next has no answer
 		raw.Close()
-		if mute, err := l.Accept(); err == nil { // and the next connection no handshake
-			_, _ = io.Copy(io.Discard, mute) // until the transport gives it up
-			mute.Close()
+		if silent, err := l.Accept(); err == nil { // and the next connection no handshake
+			_, _ = io.Copy(io.Discard, silent) // until the transport gives it up
+			silent.Close()
 		}
 	})
 	t.Cleanup(func() { l.Close(); serving.Wait() })
 	p := newTest(t, nil)
 	roots := x509.NewCertPool()
-	roots.AddCert(made.Certificate())
+	roots.AddCert(certified.Certificate())
 	p.instance.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
 	p.instance.transport.TLSHandshakeTimeout = 3 * time.Second // or the test would wait for it
 	p.replaceBaseURL("https://" + l.Addr().String())
@@ -989,26 +989,26 @@ func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 	if res := get(); res.status != 200 {
 		t.Fatalf("got %d %s", res.status, res.body)
 	}
-	begun := time.Now()
+	start := time.Now()
 	p.expectRefused("after the connection died", get(), 504, "upstream_timeout")
-	if d := time.Since(begun); d < 500*time.Millisecond || d > 2500*time.Millisecond {
+	if d := time.Since(start); d < 500*time.Millisecond || d > 2500*time.Millisecond {
 		t.Errorf("it took %v", d)
 	}
 }
 
-// TestResponseTimeout: an answer in one piece that has not begun within the
-// upstream's answer_ms is another's; streams and uploads take their time.
+// TestResponseTimeout: if an answer in one piece has not begun within the upstream's answer_ms, the call goes to
+// another upstream. answer_ms does not limit streams and uploads.
 func TestResponseTimeout(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"answer_ms":300}`, 200, nil)
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return stallScript(c) })
 
-	begun := time.Now() // alone
+	start := time.Now() // alone
 	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
 		t.Errorf("alone: got %d %s", res.status, res.body)
 	}
-	if d := time.Since(begun); d < 300*time.Millisecond || d > 10*time.Second {
+	if d := time.Since(start); d < 300*time.Millisecond || d > 10*time.Second {
 		t.Errorf("alone it took %v", d)
 	}
 	if row := p.lastCall(); row.Outcome != "upstream_error" || row.Attempts != 1 || row.UsageSource != "estimated" {
@@ -1023,11 +1023,11 @@ func TestResponseTimeout(t *testing.T) {
 	if row.UpstreamID != id || row.Attempts != 2 || row.AttemptLog[0].Error != "did not answer in time" || row.AttemptLog[0].MS < 300 || row.AttemptLog[0].MS > 10_000 {
 		t.Errorf("the ledger has %+v", row)
 	}
-	if h := p.healthOf(p.upstream); h.State != "ready" { // once is no proof
+	if h := p.healthOf(p.upstream); h.State != "ready" { // one failure opens no breaker
 		t.Errorf("the key is %+v", h)
 	}
 
-	// The last one's own time holds, too.
+	// The last upstream's own answer_ms applies, too.
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"answer_ms":300}`, 200, nil)
 	second.setScript(func(c *providerConn, _ recordedRequest) bool { return stallScript(c) })
 	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
@@ -1048,13 +1048,13 @@ func TestResponseTimeout(t *testing.T) {
 	if res := p.do("POST", "/v1/files", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b"); res.status != 200 {
 		t.Errorf("an upload: got %d %s", res.status, res.body)
 	}
-	begunSlowly := func(c *providerConn, _ recordedRequest) bool { // a head in time, and the rest later
+	slowBody := func(c *providerConn, _ recordedRequest) bool { // the head in time, the rest later
 		_, _ = fmt.Fprintf(c, "HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(chatResponseBody))
 		time.Sleep(600 * time.Millisecond)
 		_, err := io.WriteString(c, chatResponseBody)
 		return err == nil
 	}
-	p.provider.setScript(begunSlowly)
+	p.provider.setScript(slowBody)
 	if res := p.chat(); res.status != 200 || res.body != chatResponseBody {
 		t.Errorf("an answer that began in time: got %d %s", res.status, res.body)
 	}

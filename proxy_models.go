@@ -51,19 +51,19 @@ func (t *attempts) modelSources() (list []*upstream) {
 		return nil
 	}
 	paged := c.upstream.provider == providerAnthropic
-	whole := paged && (c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
-	if len(c.project.upstreams) == 1 && !whole {
+	cutDown := paged && (c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
+	if len(c.project.upstreams) == 1 && !cutDown {
 		return nil
 	}
-	w := c.criteria(c.start.UnixMilli())
-	w.api = c.upstream.family()
+	want := c.criteria(c.start.UnixMilli())
+	want.api = c.upstream.family()
 	for _, u := range c.project.upstreams {
-		if u == c.upstream || w.fits(u) && u.health.available(w.now) {
+		if u == c.upstream || want.fits(u) && u.health.available(want.now) {
 			list = append(list, u)
 		}
 	}
 	own := c.upstream.baseURL()
-	if !whole && !slices.ContainsFunc(list, func(u *upstream) bool { return u.baseURL() != own }) {
+	if !cutDown && !slices.ContainsFunc(list, func(u *upstream) bool { return u.baseURL() != own }) {
 		return nil
 	}
 	i, j := slices.IndexFunc(list, func(u *upstream) bool { return u.baseURL() == own }), slices.Index(list, c.upstream)
@@ -86,15 +86,15 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 	}
 	t.merged = n
 	var good *http.Response
-	var by *upstream
+	var source *upstream
 	var last modelListing
-	asked, have := 0, map[string]bool{}
+	asked, complete := 0, map[string]bool{}
 	for _, u := range list {
 		if asked == maxMergedUpstreams || asked > 0 && t.pastDeadline() {
 			break
 		}
 		// The chosen upstream's own limits were charged when it was chosen.
-		if have[u.baseURL()] || u != chosen && !u.health.admits(time.Now().UnixMilli(), 0, &u.settings, true) {
+		if complete[u.baseURL()] || u != chosen && !u.health.admits(time.Now().UnixMilli(), 0, &u.settings, true) {
 			continue
 		}
 		if asked++; asked > 1 {
@@ -102,10 +102,10 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		}
 		c.setUpstream(u)
 		if last = t.listModels(req); last.complete {
-			have[u.baseURL()] = true
+			complete[u.baseURL()] = true
 			n.addFrom(u, last.models, c.mayUseModel)
 			if good == nil {
-				good, by = last.res, u
+				good, source = last.res, u
 			}
 		}
 	}
@@ -117,7 +117,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		n.lastStatus = last.res.StatusCode
 		last.res.Body.Close()
 	}
-	c.setUpstream(by)
+	c.setUpstream(source)
 	return n.fillResponse(good, &want, c.anthropic)
 }
 
@@ -232,8 +232,8 @@ func parseModelPage(res *http.Response) (p modelPage, err error) {
 // adds a model that the upstream has another name for under both names, and no name twice.
 func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
 	names := map[string][]string{} // the upstream's name of a model -> the clients' names
-	for asked, sent := range u.rewrite {
-		names[sent] = append(names[sent], asked)
+	for name, sent := range u.rewrite {
+		names[sent] = append(names[sent], name)
 	}
 	add := func(id string, entry json.RawMessage) {
 		if !n.seen[id] && (len(u.models) == 0 || matchesAnyPattern(u.models, id)) && mayUse(id) {
@@ -248,10 +248,10 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 			continue
 		}
 		add(id, raw)
-		for _, asked := range slices.Sorted(slices.Values(names[id])) {
-			m["id"], _ = json.Marshal(asked) // a string
+		for _, name := range slices.Sorted(slices.Values(names[id])) {
+			m["id"], _ = json.Marshal(name) // a string
 			if entry, err := json.Marshal(m); err == nil {
-				add(asked, entry)
+				add(name, entry)
 			}
 		}
 	}
@@ -335,6 +335,7 @@ func (n *mergedModels) fillResponse(
 	return res, nil
 }
 
+// replaceBody gives an answer another body.
 func replaceBody(res *http.Response, body []byte) {
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
@@ -350,7 +351,7 @@ type ownToken struct {
 	Name              string      `json:"name"`
 	ExpiresAt         *timestamp  `json:"expires_at"`
 	IdleExpiryMinutes *int64      `json:"idle_expiry_minutes"`
-	OverlapUntil      *timestamp  `json:"overlap_until"` // until then this value of it works: it was rotated
+	OverlapUntil      *timestamp  `json:"overlap_until"` // not null: the value is an old one, valid until then
 	MaxRequests       *int64      `json:"max_requests"`
 	RequestCount      int64       `json:"request_count"`
 	RequestsLeft      *int64      `json:"requests_left"`

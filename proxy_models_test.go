@@ -137,11 +137,11 @@ func TestMergedClaudeModels(t *testing.T) {
 		asked = append(asked, r.target)
 	}
 	if want := []string{"/v1/models?beta=true&limit=1000", "/v1/models?after_id=claude-4&beta=true&limit=1000", "/v1/models?after_id=claude-2&beta=true&limit=1000"}; !slices.Equal(asked, want) {
-		t.Errorf("the provider was asked %v", asked)
+		t.Errorf("the provider got %v", asked)
 	}
 	p.checkKeysApart(one, two)
 	if n := len(p.provider.received()); n != 0 {
-		t.Errorf("the provider of another API was asked %d times", n)
+		t.Errorf("the provider of another API got %d requests", n)
 	}
 
 	if got, want := p.walkClaudePages(p.token, 2, ""), []string{"claude-5 claude-4", "claude-3 claude-2", "claude-1 glm-5", "glm-4 mine"}; !slices.Equal(got, want) {
@@ -208,7 +208,7 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 	// Without a policy that lists models, a single provider's list is passed on byte for byte.
 	res := p.listClaudeModels(p.token, "?limit=2&after_id=claude-opus-2")
 	if one.lastRequest(t).target != "/v1/models?limit=2&after_id=claude-opus-2" || !strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) || p.lastCall().Attempts != 1 {
-		t.Errorf("the list of one provider: asked for %s, got %s", one.lastRequest(t).target, res.body)
+		t.Errorf("the list of one provider: requested %s, got %s", one.lastRequest(t).target, res.body)
 	}
 	p.addClaude(`"priority":1`, claudeListScript(1000, "glm-5", "kimi-3", "claude-haiku-1"))
 	check("of two", "claude-haiku-1 claude-haiku-2", "claude-haiku-3 claude-haiku-4", "glm-5")
@@ -277,7 +277,7 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 				t.Errorf("got %q", got)
 			}
 			if n := len(bad.received()); n != c.asked {
-				t.Errorf("it was asked %d times", n)
+				t.Errorf("it got %d requests", n)
 			}
 			row := p.lastCall()
 			if row.Outcome != "ok" || row.UpstreamID != goodID || row.Attempts != c.asked+2 || len(row.AttemptLog) != c.asked+2 {
@@ -291,7 +291,7 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 				t.Errorf("the attempt log has %+v", row.AttemptLog)
 			}
 			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+goodID, `{"weight":0}`, 200, nil)
-			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+badID, `{"note":"well again"}`, 200, nil)
+			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+badID, `{"note":"recovered"}`, 200, nil)
 			same := newFakeProvider(t) // another provider with the same fault, so that lists are merged
 			same.setScript(c.script)
 			p.addClaudeAt(same, `"priority":3`)
@@ -328,7 +328,7 @@ func TestClaudeModelsBounds(t *testing.T) {
 	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`, claudeListScript(1, "claude-3", "claude-2", "claude-1"))
 	p.addClaude(`"priority":1`, claudeListScript(9, "glm-5"))
 	if got, _ := p.claudeModels(p.token, ""); got != "glm-5" || len(limited.received()) != 2 {
-		t.Errorf("got %q, and the limited provider was asked %d times", got, len(limited.received()))
+		t.Errorf("got %q, and the limited provider got %d requests", got, len(limited.received()))
 	}
 	if row := p.lastCall(); row.Attempts != 3 || !strings.Contains(row.AttemptLog[1].Error, "no room") {
 		t.Errorf("the ledger has %+v", row)
@@ -386,14 +386,14 @@ func TestOneModel(t *testing.T) {
 	} {
 		res := p.do("GET", "/v1/models/"+c.id, "", "X-Api-Key", p.token, "Anthropic-Version", "2023-06-01")
 		if res.status != c.status || c.by.lastRequest(t).target != c.asked || c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
-			t.Errorf("%s: got %d %s, and the provider was asked for %s", c.id, res.status, res.body, c.by.lastRequest(t).target)
+			t.Errorf("%s: got %d %s, and the provider got a request for %s", c.id, res.status, res.body, c.by.lastRequest(t).target)
 		}
 	}
 	if row := p.lastCall(); row.Attempts != 2 || row.UpstreamID != kimiID || row.Outcome != "upstream_error" || row.AttemptLog[0].Error != "does not know the model" {
 		t.Errorf("the ledger has %+v", row)
 	}
 	if n := len(p.provider.received()); n != 0 {
-		t.Errorf("the provider of another API was asked %d times", n)
+		t.Errorf("the provider of another API got %d requests", n)
 	}
 	for _, id := range []string{kimiID, p.upstream} { // the key stays healthy
 		if h := p.healthOf(id); h.State != "ready" {

@@ -51,7 +51,7 @@ func TestUpstreamShares(t *testing.T) {
 		{name: "of four", model: "o3", now: now, want: map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
 		{name: "one is cooling", model: "o3", do: func() { health["c"].recordRateLimit(now, now, 20_000, "") }, now: now + 1,
 			want: map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
-		{name: "it has cooled", model: "o3", now: now + 20_000,
+		{name: "the cooldown is over", model: "o3", now: now + 20_000,
 			want: map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
 		{name: "two are dead", model: "o3", do: func() {
 			health["a"].recordFailure(now+20_001, now+20_000, true, "")
@@ -195,7 +195,7 @@ func TestFallbackModel(t *testing.T) {
 			models = append(models, between(r.body, `"model":"`, `"`))
 		}
 		if !slices.Equal(models, c.models) {
-			t.Errorf("%s: the provider was asked for %v, want %v", c.name, models, c.models)
+			t.Errorf("%s: the provider got %v, want %v", c.name, models, c.models)
 		}
 		row := p.lastCall()
 		if c.status == 200 && (row.Model != "gpt-4.1-2025-04-14" || row.Outcome != "ok" || row.Attempts != 2 || row.AttemptLog[1].Model != "gpt-4.1" || row.Cost == nil || !strings.Contains(res.body, "gpt-4.1-2025-04-14")) {
@@ -215,7 +215,7 @@ func TestFallbackModel(t *testing.T) {
 		t.Errorf("a model that is down: got %d %v %s", res.status, res.header, res.body)
 	}
 	if n, m := len(p.provider.received()), len(other.received()); n != 2 || m != 1 || between(other.lastRequest(t).body, `"model":"`, `"`) != "llama" {
-		t.Errorf("the providers were asked %d and %d times", n, m)
+		t.Errorf("the providers got %d and %d requests", n, m)
 	}
 }
 
@@ -334,14 +334,14 @@ func TestTryRoute(t *testing.T) {
 	if page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body; strings.Count(page, "Timeouts:") != 1 || !strings.Contains(page, "connect 1.5s, response 30s") {
 		t.Errorf("the page does not say how long a call waits: %s", page)
 	}
-	check("all well", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
+	check("all healthy", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
 	now := time.Now().UnixMilli()
 	p.instance.health.forUpstream(1, "").recordRejected(now, now, "the provider refuses the key")
 	check("one refused", route("model=gpt-4o&api=openai"), map[string]float64{ids[1]: 1})
 	check("a model of one", route("model=llama-3"), map[string]float64{ids[1]: 0.5, ids[3]: 0.5})
 	check("another API", route("model=claude&api=anthropic"), map[string]float64{ids[4]: 1})
 	if n := len(p.provider.received()); n != 0 {
-		t.Errorf("the provider was asked %d times", n)
+		t.Errorf("the provider got %d requests", n)
 	}
 	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model"} {
 		if res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, ""); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
@@ -528,7 +528,7 @@ func TestSharedUpstream(t *testing.T) {
 		before := len(p.provider.received())
 		res := p.chatAs(token.Token)
 		if asked := len(p.provider.received()) - before; res.status != status || asked != 1 && status == 200 {
-			t.Errorf("%s: got %d %s, the provider was asked %d times", what, res.status, res.body, asked)
+			t.Errorf("%s: got %d %s, the provider got %d requests", what, res.status, res.body, asked)
 		}
 	}
 	expect("not shared", 404)

@@ -433,16 +433,16 @@ func TestUnreachableProvider(t *testing.T) {
 	untrusted.StartTLS()
 	defer untrusted.Close()
 	for name, base := range map[string]string{
-		"refused":           "http://" + closed.Addr().String(),
-		"refused, https":    "https://" + closed.Addr().String(),
-		"no TLS there":      "https" + strings.TrimPrefix(p.provider.url, "http"),
-		"self-signed":       untrusted.URL,
-		"an unknown name":   "https://provider.invalid",
-		"TLS not asked for": "http" + strings.TrimPrefix(untrusted.URL, "https"),
+		"refused":          "http://" + closed.Addr().String(),
+		"refused, https":   "https://" + closed.Addr().String(),
+		"no TLS there":     "https" + strings.TrimPrefix(p.provider.url, "http"),
+		"self-signed":      untrusted.URL,
+		"an unknown name":  "https://provider.invalid",
+		"no TLS requested": "http" + strings.TrimPrefix(untrusted.URL, "https"),
 	} {
 		p.replaceBaseURL(base)
 		a := p.chat()
-		if name == "TLS not asked for" { // Go's server explains itself in plain HTTP: a 400
+		if name == "no TLS requested" { // Go's server explains itself in plain HTTP: a 400
 			if a.status != 400 {
 				t.Errorf("%s: %d", name, a.status)
 			}
@@ -727,7 +727,7 @@ func TestRetryHint(t *testing.T) {
 func TestHealthThroughOutage(t *testing.T) {
 	t.Parallel()
 	h := newHealthTracker().forUpstream(1, "up_1")
-	asked, back := 0, int64(0)
+	attempts, back := 0, int64(0)
 	const down = 60_000
 	for now := int64(1); now < 3*down && back == 0; now += 100 {
 		if !h.available(now) || !h.tryAcquire(now) {
@@ -737,15 +737,15 @@ func TestHealthThroughOutage(t *testing.T) {
 			t.Fatalf("at %d a second call may go there while the first probes it", now)
 		}
 		if now < down {
-			asked++
+			attempts++
 			h.recordFailure(now+1, now, false, "down")
 			continue
 		}
 		h.recordSuccess(now+1, now, false)
 		back = now
 	}
-	if asked < failuresToOpen || asked > 10 {
-		t.Errorf("a provider that is down for a minute was asked %d times", asked)
+	if attempts < failuresToOpen || attempts > 10 {
+		t.Errorf("a provider that is down for a minute got %d attempts", attempts)
 	}
 	if back == 0 || back > down+breakerMaxPause+100 {
 		t.Errorf("the key has its calls again after %d ms", back)
@@ -790,14 +790,14 @@ func TestHealthStates(t *testing.T) {
 	h.tryAcquire(now)
 	h.endProbe()
 	if !h.available(now) {
-		t.Error("a probe that told nothing blocks the next")
+		t.Error("a probe without a result blocks the next")
 	}
 	h.recordRateLimit(now, now, 7_000, "x")
 	expect("limited while it was open", keyCooling, 7_000)
 	h.recordRateLimit(now, now-1, 20_000, "x")
 	expect("a longer wait", keyCooling, 20_000)
 	h.recordRateLimit(now, now, 0, "x")
-	expect("a wait of nobody knows how long", keyCooling, 20_000)
+	expect("a 429 that does not say how long", keyCooling, 20_000)
 	h.recordExhausted(now, now+1, "x")
 	expect("exhausted: until the day begins", keyExhausted, day+dayMS-now)
 	h.recordFailure(now, now+1, true, "x")
@@ -816,7 +816,7 @@ func TestHealthStates(t *testing.T) {
 	h.recordRateLimit(now, now, 0, "x")
 	expect("limited", keyCooling, cooldownMin)
 	pass(cooldownMin)
-	expect("it has cooled", keyReady, 0)
+	expect("the cooldown is over", keyReady, 0)
 	h.tryAcquire(now)
 	pass(1)
 	h.recordRateLimit(now, now, 0, "x")
@@ -837,7 +837,7 @@ func TestHealthStates(t *testing.T) {
 	pass(10)
 	h.tracker.reset(1, now)
 	h.recordRejected(now+1, now-1, "x")
-	expect("an attempt with a key that was well before", keyReady, 0)
+	expect("an old attempt, from when the key was healthy", keyReady, 0)
 }
 
 // TestRetryBudget: after the initial credit, a fifth of the calls plus one a second may be sent again.
