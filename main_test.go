@@ -114,11 +114,11 @@ func TestDrain(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true // a call that is refused while draining is our doing
-	hold := make(chan struct{})
+	proceed := make(chan struct{})
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
-		<-hold
+		<-proceed
 		_ = c.chunk(strings.Join(chatEvents(true)[1:], ""))
 		return c.chunk("") == nil
 	})
@@ -141,7 +141,7 @@ func TestDrain(t *testing.T) {
 		!strings.Contains(string(b), "Retry-After: 1\r\n") {
 		t.Errorf("a new call: got %q", b)
 	}
-	close(hold)
+	close(proceed)
 	if rest, err := s.readAll(); err != nil || !strings.HasSuffix(rest, "[DONE]\n\n") {
 		t.Errorf("the running stream: %q, %v", rest, err)
 	}
@@ -762,16 +762,16 @@ func TestCertificateRenewed(t *testing.T) {
 		t.Fatalf("the certificate has %d days", n)
 	}
 	ctx, stop := context.WithCancel(t.Context())
-	told, done := make(chan os.Signal), make(chan bool)
-	go func() { p.instance.certificate.watch(ctx, time.Hour, told, p.instance.log.Logger); close(done) }()
-	told <- syscall.SIGHUP
+	hangups, done := make(chan os.Signal), make(chan bool)
+	go func() { p.instance.certificate.watch(ctx, time.Hour, hangups, p.instance.log.Logger); close(done) }()
+	hangups <- syscall.SIGHUP
 	testCertificate(t, dir, 48*time.Hour)
-	told <- syscall.SIGHUP
+	hangups <- syscall.SIGHUP
 	waitFor(t, "the new certificate", func() bool { return days() == 2 })
 	if err := os.WriteFile(cert, []byte("broken"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	told <- syscall.SIGHUP
+	hangups <- syscall.SIGHUP
 	waitFor(t, "the error", func() bool { return strings.Contains(string(p.log.bytes()), "stays in use") })
 	if n := days(); n != 2 {
 		t.Errorf("after a broken file the certificate has %d days", n)
