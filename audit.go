@@ -1,6 +1,6 @@
-// This file says what the audit trail is: what an entry holds, and how each is
-// bound to the one before it, so that a changed, removed or added entry is
-// found. Plain code: store_audit.go has the table, manage_usage.go the URL.
+// This file defines the audit trail: what an entry contains, and how each is bound to the one before it, so
+// that a changed, removed or inserted entry is found. Plain code: store_audit.go has the table,
+// manage_usage.go the URL.
 package main
 
 import (
@@ -21,10 +21,9 @@ import (
 	"time"
 )
 
-// An auditOrigin is who does something, from where and when. Who has nothing to do
-// with a request is actorSystem.
+// An auditOrigin is who does something, from where and when. What no request causes is done by actorSystem.
 type auditOrigin struct {
-	actorID   string // a management key's id, actorEnvironment, actorSystem; "": not known
+	actorID   string // a management key's id, actorEnvironment or actorSystem; "": unknown
 	role      role
 	address   string
 	requestID string
@@ -32,16 +31,16 @@ type auditOrigin struct {
 }
 
 const (
-	actorEnvironment = "env"    // who holds MANAGEMENT_TOKEN
-	actorSystem      = "system" // the program itself, at a start or a command
+	actorEnvironment = "env"    // whoever presents MANAGEMENT_TOKEN
+	actorSystem      = "system" // the program itself, when it starts or runs a command
 )
 
 func systemOrigin(now time.Time) auditOrigin {
 	return auditOrigin{actorID: actorSystem, at: now.UnixMilli()}
 }
 
-// What is done to stored things has an action of the form thing.verb, which
-// stands where it is stored. These are the others.
+// A change of a stored object has an action of the form object.verb, which is in the function that stores
+// it. These are the other actions.
 const (
 	actionAuditBegin   = "audit.begin"
 	actionRestore      = "database.restore"
@@ -52,49 +51,49 @@ const (
 	actionReveal       = "reveal"
 )
 
-// An auditEvent is what an entry says was done, and to which object.
+// An auditEvent is what was done, and to which object.
 type auditEvent struct {
 	action, object string
 	detail         []auditField
 }
 
-// An auditField is a named value in an entry's detail. No secret may be one: what
-// prints as [secret] elsewhere does so here, but a plain string does not.
+// An auditField is a named value in an entry's detail. It must not be a secret: a value of type secret is
+// encoded as [secret], but a plain string is not.
 type auditField struct {
 	name  string
 	value any
 }
 
-// maxAuditValueBytes bounds the JSON of one value in a detail: what is longer, such as a
-// long policy, is told by its length and hash.
+// maxAuditValueBytes bounds the JSON of one value in a detail. A longer one, such as a long policy, is
+// recorded by its length and hash.
 const maxAuditValueBytes = 2 << 10
 
-// diffAuditFields returns, for each fact that differs, the values before and after. A
-// fact that one side lacks is null there; nil is a thing that is not there at
-// all.
+// diffAuditFields returns the fields that differ, each with its values before and after. A field that one
+// side lacks is null there. before is nil for a new object, after for one that was deleted.
 func diffAuditFields(before, after []auditField) (out []auditField) {
-	value := func(of []auditField, name string) []byte {
-		i := slices.IndexFunc(of, func(f auditField) bool { return f.name == name })
+	valueJSON := func(fields []auditField, name string) []byte {
+		i := slices.IndexFunc(fields, func(f auditField) bool { return f.name == name })
 		if i < 0 {
 			return []byte("null")
 		}
-		return auditValueJSON(of[i].value)
+		return auditValueJSON(fields[i].value)
 	}
 	names := after
 	if after == nil {
 		names = before
 	}
 	for _, f := range names {
-		was, is := value(before, f.name), value(after, f.name)
-		if !bytes.Equal(was, is) {
-			out = append(out, auditField{f.name, [2]json.RawMessage{digestLongValue(was), digestLongValue(is)}})
+		oldJSON, newJSON := valueJSON(before, f.name), valueJSON(after, f.name)
+		if !bytes.Equal(oldJSON, newJSON) {
+			change := [2]json.RawMessage{digestLongValue(oldJSON), digestLongValue(newJSON)}
+			out = append(out, auditField{f.name, change})
 		}
 	}
 	return out
 }
 
-// auditValueJSON is a value's JSON. What has none is a mistake of ours, which must not
-// keep a token from being revoked.
+// auditValueJSON returns a value's JSON. A value that cannot be encoded is a bug, which must not keep a
+// token from being revoked.
 func auditValueJSON(v any) []byte {
 	b, err := json.Marshal(v)
 	if err != nil {
@@ -103,7 +102,7 @@ func auditValueJSON(v any) []byte {
 	return b
 }
 
-// auditTime and auditDollars are values as /manage shows them.
+// auditTime and auditDollars return values in the form that /manage uses.
 func auditTime(ms *int64) any {
 	if ms == nil {
 		return nil
@@ -126,7 +125,7 @@ func digestLongValue(value []byte) []byte {
 	return fmt.Appendf(nil, `{"bytes":%d,"sha256":"%x"}`, len(value), hash)
 }
 
-// detailJSON is the detail as an object.
+// detailJSON returns the detail as a JSON object.
 func (a *auditEvent) detailJSON() string {
 	out := []byte("{")
 	for i, f := range a.detail {
@@ -134,7 +133,7 @@ func (a *auditEvent) detailJSON() string {
 			out = append(out, ',')
 		}
 		value := auditValueJSON(f.value)
-		if len(value) > 3*maxAuditValueBytes { // a pair has been clipped on both sides
+		if len(value) > 3*maxAuditValueBytes { // the values of a pair have been shortened already
 			value = digestLongValue(value)
 		}
 		out = append(append(out, auditValueJSON(f.name)...), ':')
@@ -151,14 +150,13 @@ type auditEntry struct {
 	prev, mac              []byte
 }
 
-// An auditHead says which entry is the last. Without it, nobody could tell that
-// the last ones were removed.
+// An auditHead names the last entry. Without it, the removal of the last entries could not be detected.
 type auditHead struct {
 	seq int64
 	mac []byte
 }
 
-// String is what an operator notes elsewhere, to compare with later.
+// String returns the form that an operator keeps elsewhere, to compare with later.
 func (h auditHead) String() string {
 	return strconv.FormatInt(h.seq, 10) + ":" + hex.EncodeToString(h.mac)
 }
@@ -174,18 +172,18 @@ func parseAuditHead(s string) (h auditHead, err error) {
 	return h, nil
 }
 
-// An auditChain makes and checks the MACs. Its key is one of its own, random
-// and sealed with the encryption key: the chain outlives a change of that.
+// An auditChain makes and checks the MACs. It has a random key of its own, sealed with the encryption key,
+// so that the chain survives a change of the encryption key.
 type auditChain struct{ key secret }
 
-// newAuditChain returns a chain with a new key, and the key sealed.
+// newAuditChain returns a chain with a new key, and that key, sealed.
 func newAuditChain(sl *sealer) (*auditChain, string, error) {
 	text := newEncryptionKey()
 	c, err := deriveAuditChain(text)
 	return c, base64.StdEncoding.EncodeToString(sl.seal(text, auditKeyContext)), err
 }
 
-// openAuditChain returns the chain whose key was sealed.
+// openAuditChain returns the chain with a sealed key.
 func openAuditChain(sl *sealer, sealed string) (*auditChain, error) {
 	raw, err := base64.StdEncoding.DecodeString(sealed)
 	if err != nil {
@@ -206,8 +204,8 @@ func deriveAuditChain(text secret) (*auditChain, error) {
 	return &auditChain{newSecret(string(key))}, nil
 }
 
-// mac is the MAC over a label, numbers and texts. Each text has its length
-// before it, so that no two lists of them are the same bytes.
+// mac returns the MAC of a label, numbers and texts. The length of each text precedes it, so that no two
+// lists of texts are the same bytes.
 func (c *auditChain) mac(label string, numbers []int64, texts ...string) []byte {
 	var b []byte
 	for _, n := range numbers {
@@ -223,11 +221,12 @@ func (c *auditChain) mac(label string, numbers []int64, texts ...string) []byte 
 }
 
 func (c *auditChain) entryMAC(e *auditEntry) []byte {
-	return c.mac("entry", []int64{e.seq, e.at}, e.actorID, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, string(e.prev))
+	return c.mac("entry", []int64{e.seq, e.at},
+		e.actorID, string(e.role), e.address, e.requestID, e.action, e.object, e.detail, string(e.prev))
 }
 
-// signHead writes a head as it is stored; open reads it back, and reports false for
-// what this chain's key has not made.
+// signHead returns a head in its stored form. verifyHead reads that, and returns false if it was not signed
+// with this chain's key.
 func (c *auditChain) signHead(h auditHead) string {
 	return h.String() + ":" + hex.EncodeToString(c.mac("head", []int64{h.seq}, string(h.mac)))
 }
@@ -238,9 +237,8 @@ func (c *auditChain) verifyHead(stored string) (auditHead, bool) {
 	return h, err == nil && hmac.Equal([]byte(c.signHead(h)), []byte(stored))
 }
 
-// appendEntry makes e the entry that follows the one that h names. emptyAuditHead is where a
-// chain begins; an entry after one that is missing or altered begins anew, and
-// the break stays to be seen.
+// appendEntry makes e the successor of the entry that h names, and returns the new head. A chain begins after
+// emptyAuditHead. So does an entry whose predecessor is missing or was changed: the break remains visible.
 func (c *auditChain) appendEntry(h auditHead, e *auditEntry) auditHead {
 	e.seq, e.prev = h.seq+1, h.mac
 	e.mac = c.entryMAC(e)
@@ -249,17 +247,17 @@ func (c *auditChain) appendEntry(h auditHead, e *auditEntry) auditHead {
 
 func emptyAuditHead(seq int64) auditHead { return auditHead{seq, make([]byte, sha256.Size)} }
 
-// An auditCheck goes through a trail from its first entry to its head.
+// An auditCheck checks a trail from its first entry to its head.
 type auditCheck struct {
 	chain           *auditChain
-	lastHead        auditHead // of the entry before
+	lastHead        auditHead // of the previous entry
 	firstEntry      auditEntry
 	newestAt        int64 // at of the newest entry
 	expectedHead    *auditHead
-	expectedFound   bool // the expected entry was there
+	expectedFound   bool // the trail has the expected entry
 	problems        []string
-	omittedProblems int   // problems that were too many to keep
-	firstProblemSeq int64 // seq of the first of them
+	omittedProblems int   // how many problems beyond maxAuditProblems were left out
+	firstProblemSeq int64 // the lowest seq that has one
 }
 
 const maxAuditProblems = 20
@@ -275,10 +273,10 @@ func (k *auditCheck) addProblem(seq int64, format string, args ...any) {
 	k.problems = append(k.problems, fmt.Sprintf(format, args...))
 }
 
-// add looks at the next entry.
+// add checks the next entry.
 func (k *auditCheck) add(e *auditEntry) {
 	want := k.lastHead.seq + 1
-	if e.seq < want { // below the first: the database has no two with the same seq
+	if e.seq < want { // before the first entry: no two rows have the same seq
 		k.addProblem(e.seq, "entry %d was not written by this program", e.seq)
 		return
 	}
@@ -288,7 +286,7 @@ func (k *auditCheck) add(e *auditEntry) {
 	if !hmac.Equal(k.chain.entryMAC(e), e.mac) {
 		k.addProblem(e.seq, "entry %d was changed, or was not written by this program", e.seq)
 	} else if e.seq == want && !hmac.Equal(e.prev, k.lastHead.mac) {
-		k.addProblem(e.seq, "entry %d was not written after the entry %d that is there", e.seq, k.lastHead.seq)
+		k.addProblem(e.seq, "entry %d was not written after the present entry %d", e.seq, k.lastHead.seq)
 	}
 	if k.expectedHead != nil && e.seq == k.expectedHead.seq {
 		k.expectedFound = hmac.Equal(e.mac, k.expectedHead.mac)
@@ -307,19 +305,19 @@ func (k *auditCheck) addMissing(from, to int64) {
 	k.addProblem(from, "entries %d to %d are missing", from, to)
 }
 
-// finish compares with the head, which is ok if this program wrote it, after
-// all entries up to it have been added. beyond is the seq of the last entry that
-// there is.
-func (k *auditCheck) finish(h auditHead, ok bool, beyond int64) {
+// finish compares the trail with its head, after all entries up to it were added. ok means that this program
+// wrote the head. newest is the seq of the last row.
+func (k *auditCheck) finish(h auditHead, ok bool, newest int64) {
 	switch {
 	case !ok:
-		k.addProblem(k.lastHead.seq+1, "the record of the last entry is missing or was changed: whether entries after %d were removed cannot be told", k.lastHead.seq)
+		k.addProblem(k.lastHead.seq+1, "the record of the last entry is missing or was changed: "+
+			"it cannot be checked whether entries after %d were removed", k.lastHead.seq)
 	case h.seq > k.lastHead.seq:
 		k.addMissing(k.lastHead.seq+1, h.seq)
 	case !hmac.Equal(h.mac, k.lastHead.mac):
 		k.addProblem(h.seq, "entry %d is not the one that was written as the last", h.seq)
 	}
-	if ok && beyond > h.seq {
+	if ok && newest > h.seq {
 		k.addProblem(h.seq+1, "there are entries after %d, which was the last", h.seq)
 	}
 	if k.expectedHead != nil && !k.expectedFound {
@@ -329,22 +327,24 @@ func (k *auditCheck) finish(h auditHead, ok bool, beyond int64) {
 
 func (k *auditCheck) intact() bool { return len(k.problems) == 0 }
 
-// String says what a whole trail holds.
+// String summarizes an intact trail.
 func (k *auditCheck) String() string {
 	day := func(ms int64) string { return time.UnixMilli(ms).UTC().Format(time.RFC3339) }
 	return fmt.Sprintf("%d entries, from %s to %s", k.lastHead.seq, day(k.firstEntry.at), day(k.newestAt))
 }
 
-// priorUseNotice says what the trail cannot tell because the database was in use
-// when it began, "" if it was new.
+// priorUseNotice says what the trail does not cover because the database was in use before it began, "" if
+// it was new.
 func (k *auditCheck) priorUseNotice() string {
-	var was struct {
+	var initial struct {
 		Projects, Tokens int64
 		Keys             int64 `json:"management_keys"`
 	}
-	if json.Unmarshal([]byte(k.firstEntry.detail), &was) != nil || was.Projects+was.Tokens+was.Keys == 0 {
+	if json.Unmarshal([]byte(k.firstEntry.detail), &initial) != nil ||
+		initial.Projects+initial.Tokens+initial.Keys == 0 {
 		return ""
 	}
-	return fmt.Sprintf("It begins in a database that already had %d projects, %d tokens and %d management keys: "+
-		"that is an upgrade from a version without a trail, or somebody removed the whole trail before then.", was.Projects, was.Tokens, was.Keys)
+	return fmt.Sprintf("The trail begins in a database that already had %d projects, %d tokens and "+
+		"%d management keys: either an upgrade from a version without a trail, or somebody removed the whole trail before.",
+		initial.Projects, initial.Tokens, initial.Keys)
 }

@@ -65,7 +65,8 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 		return nil, err
 	}
 	if lost > 0 {
-		log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage", "rows", lost)
+		log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage",
+			"rows", lost)
 	}
 	l := &ledger{store: st, writer: writer, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go l.run()
@@ -81,7 +82,8 @@ func (l *ledger) begin(row requestRow) *ledgerEntry {
 	l.mu.Lock()
 	first := l.pending == nil
 	if first {
-		l.pending = &pendingBatch{done: make(chan struct{}), recordsJSON: make([]byte, 0, l.lastBatchBytes+l.lastBatchBytes/2)}
+		size := l.lastBatchBytes + l.lastBatchBytes/2
+		l.pending = &pendingBatch{done: make(chan struct{}), recordsJSON: make([]byte, 0, size)}
 	}
 	e.batch = l.pending
 	e.batch.add(row.id, record)
@@ -449,7 +451,8 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 		for i := range rows {
 			r := &rows[i]
 			records[i] = r
-			r.outcome, r.errorCode, r.source, r.firstByteUS, r.attempts = outcomeLost, "process_died", usageEstimated, -1, 1
+			r.outcome, r.errorCode, r.source = outcomeLost, "process_died", usageEstimated
+			r.firstByteUS, r.attempts = -1, 1
 			r.requestedModel = r.model // the model that would have answered is unknown
 			price(r)
 		}
@@ -480,10 +483,14 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		}
 		now := time.Now()
 		l.prune(ctx, func() (int64, error) { return l.store.deleteExpiredContents(ctx, now.UnixMilli(), 20) })
-		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, minIDAt(now.Add(-keep.maxAge)), 200) })
-		if over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention))); over > 0 && now.Sub(warnedAt) >= time.Hour {
+		l.prune(ctx, func() (int64, error) {
+			return l.store.deleteOldRequests(ctx, minIDAt(now.Add(-keep.maxAge)), 200)
+		})
+		over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention)))
+		if over > 0 && now.Sub(warnedAt) >= time.Hour {
 			warnedAt = now
-			l.log.Warn("the database is larger than MAX_DATABASE_BYTES, and has no calls left that may be deleted: sums, tokens and the audit trail stay",
+			l.log.Warn("the database is larger than MAX_DATABASE_BYTES, and has no calls left that may be deleted: "+
+				"sums, tokens and the audit trail stay",
 				"bytes_over", over)
 		}
 		if now.Sub(sumsPrunedAt) >= time.Hour &&

@@ -82,8 +82,8 @@ func (s *store) migrate(ctx context.Context) error {
 			return err
 		}
 		if version > len(files) {
-			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); use that one, or restore a backup",
-				version, len(files))
+			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); "+
+				"use that one, or restore a backup", version, len(files))
 		}
 		for i, name := range files[version:] {
 			text, err := schemaFiles.ReadFile(name)
@@ -127,7 +127,8 @@ type querier interface {
 
 // collect returns the rows of a query. columns returns pointers to the fields of a T that take a row's
 // columns, in their order. doing describes the operation in an error.
-func collect[T any](ctx context.Context, db querier, doing string, columns func(*T) []any, query string, args ...any) (out []T, err error) {
+func collect[T any](ctx context.Context, db querier, doing string, columns func(*T) []any,
+	query string, args ...any) (out []T, err error) {
 	rows, err := db.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
@@ -147,7 +148,8 @@ func collect[T any](ctx context.Context, db querier, doing string, columns func(
 }
 
 // queryRow returns the first row of a query, or errNotFound. columns is as for collect.
-func queryRow[T any](ctx context.Context, db querier, columns func(*T) []any, query string, args ...any) (row T, err error) {
+func queryRow[T any](ctx context.Context, db querier, columns func(*T) []any,
+	query string, args ...any) (row T, err error) {
 	err = db.QueryRowContext(ctx, query, args...).Scan(columns(&row)...)
 	return row, mapNoRows(err)
 }
@@ -196,7 +198,8 @@ func mapUniqueViolation(err error) error {
 func isDatabaseFailure(err error) bool {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
-		case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE:
+		case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_ERROR,
+			sqlite3.SQLITE_MISUSE:
 			return false
 		}
 		return true
@@ -270,17 +273,21 @@ const maxSessions = 50
 
 // addSession stores a new session and ends those created before createdBefore, the key's oldest beyond
 // maxSessions, and the one with replacedHash (nil: none).
-func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow, createdBefore int64, replacedHash []byte) error {
+func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow,
+	createdBefore int64, replacedHash []byte) error {
 	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
-		if _, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
-			return auditEvent{}, fmt.Errorf("ending old sessions: %w", err)
+		if _, err := execCount(ctx, tx, "ending old sessions", `
+			DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
+			return auditEvent{}, err
 		}
-		if _, err := tx.ExecContext(ctx, `
-			DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC LIMIT -1 OFFSET ?)`,
-			row.key, maxSessions-1); err != nil {
-			return auditEvent{}, fmt.Errorf("ending the key's oldest sessions: %w", err)
+		_, err := execCount(ctx, tx, "ending the key's oldest sessions", `
+			DELETE FROM sessions WHERE hash IN (
+				SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC LIMIT -1 OFFSET ?)`,
+			row.key, maxSessions-1)
+		if err != nil {
+			return auditEvent{}, err
 		}
-		_, err := tx.ExecContext(ctx, `
+		_, err = tx.ExecContext(ctx, `
 			INSERT INTO sessions (hash, key, proof, address, created_at, seen_at) VALUES (?, ?, ?, ?, ?, ?)`,
 			row.hash, row.key, row.proof, row.address, row.createdAt, row.seenAt)
 		return auditEvent{action: actionSignIn, object: row.key}, err

@@ -38,7 +38,8 @@ func changeRow[T any, P interface {
 	*T
 	versionFields() (version, updatedAt *int64)
 }](ctx context.Context, s *store, origin auditOrigin, version, now int64,
-	load func(*sql.Tx) (T, error), edit func(*T) error, save func(tx *sql.Tx, old, row *T) (auditEvent, error)) (row T, err error) {
+	load func(*sql.Tx) (T, error), edit func(*T) error,
+	save func(tx *sql.Tx, old, row *T) (auditEvent, error)) (row T, err error) {
 	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
 		if row, err = load(tx); err != nil {
 			return event, err
@@ -81,18 +82,21 @@ func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, origin auditOr
 	}
 	e := &auditEntry{auditOrigin: origin, action: event.action, object: event.object, detail: event.detailJSON()}
 	head = s.chain.appendEntry(head, e)
-	if _, err := tx.ExecContext(ctx, `INSERT INTO audit (`+auditColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, e.columns()...); err != nil {
-		return 0, fmt.Errorf("writing the audit trail: %w", err)
+	if _, err := execCount(ctx, tx, "writing the audit trail", `
+		INSERT INTO audit (`+auditColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, e.columns()...); err != nil {
+		return 0, err
 	}
 	return e.seq, saveSetting(ctx, tx, "audit_head", s.chain.signHead(head))
 }
 
 // readAuditHead returns the trail's head, and false if this program did not write it. newest is the seq of
 // the last entry that exists at the same moment.
-func readAuditHead(ctx context.Context, db querier, chain *auditChain) (head auditHead, ok bool, newest int64, err error) {
+func readAuditHead(ctx context.Context, db querier, chain *auditChain) (
+	head auditHead, ok bool, newest int64, err error) {
 	var stored string
 	err = db.QueryRowContext(ctx, `
-		SELECT coalesce((SELECT value FROM settings WHERE name = 'audit_head'), ''), (SELECT coalesce(max(seq), 0) FROM audit)`).
+		SELECT coalesce((SELECT value FROM settings WHERE name = 'audit_head'), ''),
+			(SELECT coalesce(max(seq), 0) FROM audit)`).
 		Scan(&stored, &newest)
 	if err != nil {
 		return head, false, 0, fmt.Errorf("reading the end of the audit trail: %w", err)
@@ -101,7 +105,8 @@ func readAuditHead(ctx context.Context, db querier, chain *auditChain) (head aud
 	return head, ok, newest, nil
 }
 
-func (s *store) loadAuditHead(ctx context.Context, chain *auditChain) (head auditHead, ok bool, newest int64, err error) {
+func (s *store) loadAuditHead(ctx context.Context, chain *auditChain) (
+	head auditHead, ok bool, newest int64, err error) {
 	return readAuditHead(ctx, s.readDB, chain)
 }
 
@@ -179,13 +184,15 @@ const auditPageSize = 1000
 const auditColumns = `seq, at, actor, role, address, request_id, action, object, detail, prev, mac`
 
 func (e *auditEntry) columns() []any {
-	return []any{&e.seq, &e.at, &e.actorID, &e.role, &e.address, &e.requestID, &e.action, &e.object, &e.detail, &e.prev, &e.mac}
+	return []any{&e.seq, &e.at, &e.actorID, &e.role, &e.address, &e.requestID, &e.action, &e.object, &e.detail,
+		&e.prev, &e.mac}
 }
 
 // auditPage returns entries in the order in which they were written.
 func (s *store) auditPage(ctx context.Context, after, until int64) ([]auditEntry, error) {
 	return collect(ctx, s.readDB, "reading the audit trail", (*auditEntry).columns, `
-		SELECT `+auditColumns+` FROM audit WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?`, after, until, auditPageSize)
+		SELECT `+auditColumns+` FROM audit WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?`,
+		after, until, auditPageSize)
 }
 
 // An auditFilter says which entries a list has; "" lets all through. The list begins below the entry with
@@ -208,8 +215,8 @@ func (r *auditRow) columns() []any { return append(r.auditEntry.columns(), &r.ac
 // listAudit returns up to f.limit entries, newest first. Each of the four statements walks an index of its
 // own.
 func (s *store) listAudit(ctx context.Context, f auditFilter) ([]auditRow, error) {
-	const head = `SELECT ` + auditColumns + `, coalesce((SELECT name FROM management_keys WHERE id = audit.actor), '') FROM audit
-		WHERE at >= ?1 AND at < ?2 AND (at, seq) < (?3, ?4) AND `
+	const head = `SELECT ` + auditColumns + `, coalesce((SELECT name FROM management_keys WHERE id = audit.actor), '')
+		FROM audit WHERE at >= ?1 AND at < ?2 AND (at, seq) < (?3, ?4) AND `
 	const tail = ` ORDER BY at DESC, seq DESC LIMIT ?5`
 	query := head + `?6 = '' AND ?7 = '' AND ?8 = ''` + tail
 	switch {

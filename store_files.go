@@ -47,7 +47,8 @@ func (s *store) schemaVersion(ctx context.Context) (version, supported int, err 
 
 // checkIntegrity runs SQLite's own integrity check and returns the problems that it reports.
 func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
-	lines, err := collect(ctx, s.readDB, "checking integrity", func(line *string) []any { return []any{line} }, `PRAGMA integrity_check(20)`)
+	lines, err := collect(ctx, s.readDB, "checking integrity", func(line *string) []any { return []any{line} },
+		`PRAGMA integrity_check(20)`)
 	return slices.DeleteFunc(lines, func(line string) bool { return line == "ok" }), err
 }
 
@@ -77,7 +78,8 @@ func (s *store) countRows(ctx context.Context) (c rowCounts, err error) {
 
 // countRunning counts the calls with an id below before that have not ended.
 func (s *store) countRunning(ctx context.Context, before int64) (int64, error) {
-	return queryValue[int64](ctx, s.readDB, "counting running calls", `SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before)
+	return queryValue[int64](ctx, s.readDB, "counting running calls",
+		`SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before)
 }
 
 // A restoreImpact is what a backup would undo in the database that it is to replace.
@@ -95,11 +97,13 @@ type restoreImpact struct {
 // under the name now. It computes into made_since how many requests each token has made since the backup:
 // calls that ended, and those that run in either database, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
-	if _, err := execCount(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file)); err != nil {
+	_, err := execCount(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file))
+	if err != nil {
 		return err
 	}
 	// Versions before this view counted a call in its token when it began.
-	views, err := queryValue[int](ctx, s.writeDB, "reading the current database", `SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`)
+	views, err := queryValue[int](ctx, s.writeDB, "reading the current database",
+		`SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`)
 	if err != nil {
 		return err
 	}
@@ -122,18 +126,23 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 // restoreImpact compares the backup s with the current database, after attachCurrent.
 func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) {
 	err = s.writeDB.QueryRowContext(ctx, `
-		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS gone, c.hash AS hash_now, c.expires_at AS expires_now
+		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS gone, c.hash AS hash_now,
+				c.expires_at AS expires_now
 			FROM main.tokens b JOIN now.tokens c ON c.id = b.id WHERE b.revoked_at IS NULL)
 		SELECT (SELECT count(*) FROM alive WHERE gone IS NOT NULL),
 			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash <> hash_now),
-			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash = hash_now AND (expires_at IS NULL OR expires_now < expires_at)
-				AND expires_now IS NOT NULL),
+			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash = hash_now AND expires_now IS NOT NULL
+				AND (expires_at IS NULL OR expires_now < expires_at)),
 			(SELECT count(*) FROM alive WHERE gone IS NULL AND id IN (SELECT id FROM temp.made_since)),
 			(SELECT count(*) FROM main.management_keys b JOIN now.management_keys c ON c.id = b.id
-				WHERE b.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),
-			(SELECT count(*) FROM main.projects b JOIN now.projects c ON c.id = b.id WHERE b.is_active AND NOT c.is_active),
-			(SELECT count(*) FROM now.tokens c WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens))`).
-		Scan(&r.revoked, &r.rotated, &r.expiryShortened, &r.requestCountLowered, &r.managementKeys, &r.deactivated, &r.createdSince)
+				WHERE b.revoked_at IS NULL
+					AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),
+			(SELECT count(*) FROM main.projects b JOIN now.projects c ON c.id = b.id
+				WHERE b.is_active AND NOT c.is_active),
+			(SELECT count(*) FROM now.tokens c
+				WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens))`).
+		Scan(&r.revoked, &r.rotated, &r.expiryShortened, &r.requestCountLowered, &r.managementKeys, &r.deactivated,
+			&r.createdSince)
 	if err != nil {
 		return r, fmt.Errorf("comparing with the current database: %w", err)
 	}
@@ -144,14 +153,17 @@ func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) 
 // are in the current database, after attachCurrent.
 func (s *store) reapplyRevocations(ctx context.Context, origin auditOrigin, event auditEvent) error {
 	return s.execAudited(ctx, origin, event, []string{`
-		UPDATE main.tokens SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
+		UPDATE main.tokens
+		SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
 		FROM now.tokens c
-		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
+		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL
+			AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
 		UPDATE main.tokens SET expires_at = c.expires_at, version = main.tokens.version + 1, updated_at = ?1
 		FROM now.tokens c
 		WHERE c.id = main.tokens.id AND c.expires_at IS NOT NULL
 			AND (main.tokens.expires_at IS NULL OR c.expires_at < main.tokens.expires_at)`, `
-		UPDATE main.tokens SET request_count = main.tokens.request_count + m.n FROM temp.made_since m WHERE m.id = main.tokens.id`, `
+		UPDATE main.tokens SET request_count = main.tokens.request_count + m.n FROM temp.made_since m
+		WHERE m.id = main.tokens.id`, `
 		UPDATE main.management_keys SET revoked_at = c.revoked_at, role = c.role,
 			expires_at = c.expires_at, version = main.management_keys.version + 1, updated_at = ?1
 		FROM now.management_keys c
@@ -185,7 +197,8 @@ func (s *store) execAudited(ctx context.Context, origin auditOrigin, event audit
 // attachedAuditHead returns where the audit trail of the current database ends, after attachCurrent; "" if
 // that cannot be read.
 func (s *store) attachedAuditHead(ctx context.Context) string {
-	stored, err := queryValue[string](ctx, s.writeDB, "reading the audit head", `SELECT value FROM now.settings WHERE name = 'audit_head'`)
+	stored, err := queryValue[string](ctx, s.writeDB, "reading the audit head",
+		`SELECT value FROM now.settings WHERE name = 'audit_head'`)
 	if err != nil {
 		return "" // no database is attached, or it is older than the trail
 	}
@@ -196,18 +209,22 @@ const actionRekey = "database.rekey"
 
 // sealedSettings are the settings with a sealed value, and what each value is bound to.
 func sealedSettings() map[string]string {
-	return map[string]string{"key_check": keyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
+	return map[string]string{
+		"key_check": keyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
 }
 
 // countSealedKeys counts the provider keys.
 func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
-	return queryValue[int64](ctx, s.readDB, "counting provider keys", `SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`)
+	return queryValue[int64](ctx, s.readDB, "counting provider keys",
+		`SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`)
 }
 
 // reseal seals with to what from has sealed: all of it, or nothing. It returns the number of provider keys.
 // What the old key sealed is overwritten in the file, because that key may leak later.
-func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer, originOf func(baseURL string) (string, error)) (n int64, err error) {
-	if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten", `PRAGMA secure_delete = 1`); err != nil {
+func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer,
+	originOf func(baseURL string) (string, error)) (n int64, err error) {
+	const doing = "asking for deleted data to be overwritten"
+	if _, err := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`); err != nil {
 		return 0, err
 	}
 	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
@@ -243,8 +260,10 @@ func resealSetting(ctx context.Context, tx *sql.Tx, name, aad string, from, to *
 	return saveSetting(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, aad)))
 }
 
-func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer, originOf func(string) (string, error)) (int64, error) {
-	all, err := collect(ctx, tx, "reading provider keys", (*upstreamRow).columns, selectUpstreams+`WHERE length(sealed_key) > 0 ORDER BY seq`)
+func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer,
+	originOf func(string) (string, error)) (int64, error) {
+	all, err := collect(ctx, tx, "reading provider keys", (*upstreamRow).columns,
+		selectUpstreams+`WHERE length(sealed_key) > 0 ORDER BY seq`)
 	if err != nil {
 		return 0, err
 	}
@@ -257,11 +276,12 @@ func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer, originOf
 		aad := sealContext(u.id, u.projectID, origin)
 		plain, err := from.open(u.sealedKey, aad)
 		if err != nil {
-			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. Enter its provider key again, or delete it, then repeat",
-				u.id, u.projectID, err)
+			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. "+
+				"Enter its provider key again, or delete it, then repeat", u.id, u.projectID, err)
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE upstreams SET sealed_key = ? WHERE seq = ?`, to.seal(plain, aad), u.seq); err != nil {
-			return 0, fmt.Errorf("writing upstream %s: %w", u.id, err)
+		if _, err := execCount(ctx, tx, "writing upstream "+u.id, `
+			UPDATE upstreams SET sealed_key = ? WHERE seq = ?`, to.seal(plain, aad), u.seq); err != nil {
+			return 0, err
 		}
 	}
 	return int64(len(all)), nil

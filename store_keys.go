@@ -39,7 +39,8 @@ func (k *managementKeyRow) versionFields() (version, updatedAt *int64) {
 
 // auditFields are what the audit trail records of a management key.
 func (k *managementKeyRow) auditFields() []auditField {
-	return []auditField{{"name", k.name}, {"role", k.role}, {"expires_at", auditTime(k.expiresAt)}, {"revoked_at", auditTime(k.revokedAt)}}
+	return []auditField{{"name", k.name}, {"role", k.role}, {"expires_at", auditTime(k.expiresAt)},
+		{"revoked_at", auditTime(k.revokedAt)}}
 }
 
 // addManagementKey stores a new key and fills in what the database decides.
@@ -47,7 +48,8 @@ func (s *store) addManagementKey(ctx context.Context, origin auditOrigin, k *man
 	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		k.version = 1
 		err := tx.QueryRowContext(ctx, `
-			INSERT INTO management_keys (id, hash, created_at, `+managementKeyEditable+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+			INSERT INTO management_keys (id, hash, created_at, `+managementKeyEditable+`)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
 			k.columns()[1:]...).Scan(&k.seq)
 		return auditEvent{"key.create", k.id, diffAuditFields(nil, k.auditFields())}, mapUniqueViolation(err)
 	})
@@ -79,15 +81,17 @@ func (s *store) listManagementKeys(ctx context.Context, after int64, limit int) 
 func (s *store) changeManagementKey(ctx context.Context, origin auditOrigin, id string, version, now int64,
 	edit func(*managementKeyRow) error) (managementKeyRow, error) {
 	load := func(tx *sql.Tx) (managementKeyRow, error) { return managementKeyByID(ctx, tx, id) }
-	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, k *managementKeyRow) (auditEvent, error) {
-		_, err := tx.ExecContext(ctx, `UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+	save := func(tx *sql.Tx, old, k *managementKeyRow) (auditEvent, error) {
+		_, err := tx.ExecContext(ctx, `
+			UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 			append(k.editable(), k.seq)...)
 		action := "key.change"
 		if k.revokedAt != nil {
 			action = "key.revoke"
 		}
 		return auditEvent{action, k.id, diffAuditFields(old.auditFields(), k.auditFields())}, err
-	})
+	}
+	return changeRow(ctx, s, origin, version, now, load, edit, save)
 }
 
 // A priceRow is a price that an administrator set; nil: none for that kind.
@@ -101,12 +105,14 @@ type priceRow struct {
 const priceColumns = `id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at`
 
 func (p *priceRow) columns() []any {
-	return []any{&p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput, &p.updatedAt}
+	return []any{&p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput,
+		&p.updatedAt}
 }
 
 // auditFields are what the audit trail records of a price.
 func (p *priceRow) auditFields() []auditField {
-	return []auditField{{"match", p.match}, {"input", auditDollars(p.input)}, {"cached_input", auditDollars(p.cachedInput)},
+	return []auditField{{"match", p.match}, {"input", auditDollars(p.input)},
+		{"cached_input", auditDollars(p.cachedInput)},
 		{"cache_write", auditDollars(p.cacheWrite)}, {"output", auditDollars(p.output)},
 		{"audio_input", auditDollars(p.audioInput)}, {"audio_output", auditDollars(p.audioOutput)}}
 }
@@ -115,7 +121,8 @@ func (p *priceRow) auditFields() []auditField {
 func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) error {
 	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
 		var oldFields []auditField
-		old, err := queryRow(ctx, tx, (*priceRow).columns, `SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match)
+		old, err := queryRow(ctx, tx, (*priceRow).columns, `
+			SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match)
 		if err == nil {
 			oldFields = old.auditFields()
 		} else if !errors.Is(err, errNotFound) {
@@ -133,11 +140,13 @@ func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) e
 
 func (s *store) deletePrice(ctx context.Context, origin auditOrigin, id string) error {
 	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
-		old, err := queryRow(ctx, tx, (*priceRow).columns, `DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id)
+		old, err := queryRow(ctx, tx, (*priceRow).columns, `
+			DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id)
 		return auditEvent{"price.delete", id, diffAuditFields(old.auditFields(), nil)}, err
 	})
 }
 
 func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
-	return collect(ctx, s.readDB, "listing prices", (*priceRow).columns, `SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
+	return collect(ctx, s.readDB, "listing prices", (*priceRow).columns,
+		`SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
 }

@@ -39,27 +39,31 @@ const (
 // numbers of columns are those of one row.
 const (
 	insertOK = `
-		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, usage_source,
-			input_tokens, output_tokens, cost, first_byte_us, total_us)
+		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
+			usage_source, input_tokens, output_tokens, cost, first_byte_us, total_us)
 		VALUES `
 	okValues                                          = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
 	okColumnCount, sumColumnCount, latencyColumnCount = 13, 18, 5
 
 	insertSums = `
-		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, calls, input_tokens, cached_tokens,
-			output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us)
+		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, calls, input_tokens,
+			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, 
+			estimated_calls, would_refuse, total_us)
 		VALUES `
 	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	addToSums = ` ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,
 			input_tokens = input_tokens + excluded.input_tokens, cached_tokens = cached_tokens + excluded.cached_tokens,
-			output_tokens = output_tokens + excluded.output_tokens, reasoning_tokens = reasoning_tokens + excluded.reasoning_tokens,
+			output_tokens = output_tokens + excluded.output_tokens,
+			reasoning_tokens = reasoning_tokens + excluded.reasoning_tokens,
 			cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
-			estimated_calls = estimated_calls + excluded.estimated_calls, would_refuse = would_refuse + excluded.would_refuse,
+			estimated_calls = estimated_calls + excluded.estimated_calls,
+			would_refuse = would_refuse + excluded.would_refuse,
 			total_us = total_us + excluded.total_us`
 
 	insertLatency = `INSERT INTO project_latency (project, at, bucket, first_bytes, answers) VALUES `
 	latencyValues = `(?, ?, ?, ?, ?)`
-	addToLatency  = ` ON CONFLICT DO UPDATE SET first_bytes = first_bytes + excluded.first_bytes, answers = answers + excluded.answers`
+	addToLatency  = ` ON CONFLICT DO UPDATE SET first_bytes = first_bytes + excluded.first_bytes,
+			answers = answers + excluded.answers`
 )
 
 func ledgerSQL() [ledgerStmtCount]string {
@@ -67,13 +71,14 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtInsertPending: `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
 		stmtDeletePending: `DELETE FROM begun WHERE batch = ?`,
 		stmtCountTokenUse: `
-			UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?) WHERE seq = ?`,
+			UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?)
+			WHERE seq = ?`,
 		stmtRecordOK: insertOK + okValues,
 		stmtRecordOK8: insertOK + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` +
 			okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
 		stmtRecord: `
-			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome, error_code,
-				usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
+			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
+				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
 				cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtContent: insertContent,
@@ -85,13 +90,16 @@ func ledgerSQL() [ledgerStmtCount]string {
 				caller_errors, policy_errors, provider_errors, proxy_errors)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 			ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,
-				input_tokens = input_tokens + excluded.input_tokens, output_tokens = output_tokens + excluded.output_tokens,
+				input_tokens = input_tokens + excluded.input_tokens,
+				output_tokens = output_tokens + excluded.output_tokens,
 				cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
-				caller_errors = caller_errors + excluded.caller_errors, policy_errors = policy_errors + excluded.policy_errors,
-				provider_errors = provider_errors + excluded.provider_errors, proxy_errors = proxy_errors + excluded.proxy_errors`,
+				caller_errors = caller_errors + excluded.caller_errors,
+				policy_errors = policy_errors + excluded.policy_errors,
+				provider_errors = provider_errors + excluded.provider_errors,
+				proxy_errors = proxy_errors + excluded.proxy_errors`,
 		stmtLatency: insertLatency + latencyValues + addToLatency,
-		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
-			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + addToLatency,
+		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
+			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + addToLatency,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
 		stmtCommit:   `COMMIT`,
 		stmtRollback: `ROLLBACK`,
@@ -296,15 +304,16 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 			err = plain.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 				r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS)
 		} else {
-			err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
-				int64(r.status), string(r.outcome), r.errorCode, string(r.source),
+			err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream,
+				r.address, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
-				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS, int64(r.attempts),
-				r.cache, r.limitHit, r.attemptLog)
+				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
+				int64(r.attempts), r.cache, r.limitHit, r.attemptLog)
 		}
 		if err == nil && r.content != nil {
 			c := r.content
-			err = w.exec(ctx, stmtContent, c.id, c.project, c.expiresAt, c.request, c.requestBytes, c.response, c.responseBytes)
+			err = w.exec(ctx, stmtContent, c.id, c.project, c.expiresAt, c.request, c.requestBytes,
+				c.response, c.responseBytes)
 		}
 		if err != nil {
 			return err
@@ -316,8 +325,8 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 // isPlainOK reports whether the row has no value beyond those of a plain successful call.
 func (r *requestRow) isPlainOK() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 && r.errorCode == "" && r.cache == "" &&
-		r.limitHit == "" && r.attemptLog == ""
+		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 &&
+		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
 }
 
 // A usageSumKey names one row of usage_sums.
@@ -453,8 +462,10 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 	t.rollUp()
 	sums := w.newRowGroup(stmtSum, stmtSum8, sumColumnCount)
 	for k, v := range t.sums {
-		if err := sums.add(ctx, k.grain, k.token, k.start, k.project, k.model, k.endpoint, string(k.outcome), k.requestedModel,
-			v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated, v.wouldRefuse, v.totalUS); err != nil {
+		err := sums.add(ctx, k.grain, k.token, k.start, k.project, k.model, k.endpoint, string(k.outcome),
+			k.requestedModel, v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated,
+			v.wouldRefuse, v.totalUS)
+		if err != nil {
 			return fmt.Errorf("adding to the sums: %w", err)
 		}
 	}
@@ -523,18 +534,23 @@ func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) 
 // transaction that deletes.
 func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
 	type tokenKey struct{ project, token int64 }
-	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any { return []any{&k.project, &k.token} }, usedTokensCTE+`
+	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any {
+		return []any{&k.project, &k.token}
+	}, usedTokensCTE+`
 		SELECT u.project, u.token FROM used u
 		WHERE u.token IS NOT NULL
-			AND EXISTS (SELECT 1 FROM usage_sums WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
+			AND EXISTS (SELECT 1 FROM usage_sums
+				WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
 		LIMIT ?4`, "", "hour", before, limit)
 	if err != nil || len(tokens) == 0 {
 		return 0, err
 	}
 	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
 		for _, k := range tokens {
-			if _, err := execCount(ctx, tx, "deleting old sums", `
-				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`, k.project, k.token, before); err != nil {
+			_, err := execCount(ctx, tx, "deleting old sums", `
+				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`,
+				k.project, k.token, before)
+			if err != nil {
 				return err
 			}
 		}

@@ -40,7 +40,8 @@ func (p *projectRow) versionFields() (version, updatedAt *int64) { return &p.ver
 
 // auditFields are what the audit trail records of a project.
 func (p *projectRow) auditFields() []auditField {
-	return []auditField{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)}, {"routing", json.RawMessage(p.routing)}}
+	return []auditField{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)},
+		{"routing", json.RawMessage(p.routing)}}
 }
 
 // An upstreamRow is an upstream as stored; its key stays sealed.
@@ -62,7 +63,8 @@ type upstreamRow struct {
 }
 
 const (
-	upstreamEditable = `name, base_url, sealed_key, key_hint, organization, openai_project, weight, priority, models, rewrite, settings,
+	upstreamEditable = `name, base_url, sealed_key, key_hint, organization, openai_project, weight, priority,
+		models, rewrite, settings,
 		is_active, version, updated_at`
 	selectUpstreams = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = upstreams.project),
 		(SELECT json_group_array(id) FROM (
@@ -73,12 +75,13 @@ const (
 
 // editable returns the columns that a change may write.
 func (u *upstreamRow) editable() []any {
-	return []any{&u.name, &u.baseURL, &u.sealedKey, &u.keyHint, &u.organization, &u.openaiProject, &u.weight, &u.priority,
-		&u.models, &u.rewrite, &u.settings, &u.active, &u.version, &u.updatedAt}
+	return []any{&u.name, &u.baseURL, &u.sealedKey, &u.keyHint, &u.organization, &u.openaiProject, &u.weight,
+		&u.priority, &u.models, &u.rewrite, &u.settings, &u.active, &u.version, &u.updatedAt}
 }
 
 func (u *upstreamRow) columns() []any {
-	return append([]any{&u.seq, &u.id, &u.project, &u.projectID, &u.sharedWith, &u.provider, &u.createdAt}, u.editable()...)
+	return append([]any{&u.seq, &u.id, &u.project, &u.projectID, &u.sharedWith, &u.provider, &u.createdAt},
+		u.editable()...)
 }
 
 func (u *upstreamRow) versionFields() (version, updatedAt *int64) { return &u.version, &u.updatedAt }
@@ -92,14 +95,16 @@ func (u *upstreamRow) auditFields() []auditField {
 		key = map[string]string{"hint": u.keyHint, "sealed": hex.EncodeToString(fingerprint[:4])}
 	}
 	return []auditField{{"name", u.name}, {"provider", u.provider}, {"base_url", u.baseURL}, {"api_key", key},
-		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight}, {"priority", u.priority},
-		{"models", json.RawMessage(u.models)}, {"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)},
+		{"organization", u.organization}, {"openai_project", u.openaiProject}, {"weight", u.weight},
+		{"priority", u.priority}, {"models", json.RawMessage(u.models)},
+		{"rewrite", json.RawMessage(u.rewrite)}, {"settings", json.RawMessage(u.settings)},
 		{"shared_with", json.RawMessage(u.sharedWith)}, {"is_active", u.active}}
 }
 
 // auditEvent returns what happened to an upstream. oldFields are its fields before, nil if it is new.
 func (u *upstreamRow) auditEvent(action string, oldFields []auditField) auditEvent {
-	return auditEvent{action, u.id, append([]auditField{{"project_id", u.projectID}}, diffAuditFields(oldFields, u.auditFields())...)}
+	detail := []auditField{{"project_id", u.projectID}}
+	return auditEvent{action, u.id, append(detail, diffAuditFields(oldFields, u.auditFields())...)}
 }
 
 // addProject stores a new project, and its first upstream unless up is nil. It fills in what the database
@@ -143,9 +148,11 @@ func (s *store) countProjects(ctx context.Context) (int64, error) {
 
 // listProjects returns up to limit projects with seq > after, in seq order. active is nil for all; prefix is
 // of the name, "" for all.
-func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string) ([]projectRow, error) {
+func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string,
+) ([]projectRow, error) {
 	return collect(ctx, s.readDB, "listing projects", (*projectRow).columns, selectProjects+`
-		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2) AND (?3 = '' OR (name >= ?3 AND name < ?4))
+		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2)
+			AND (?3 = '' OR (name >= ?3 AND name < ?4))
 		ORDER BY seq LIMIT ?5`, after, active, prefix, prefixEnd(prefix), limit)
 }
 
@@ -153,17 +160,19 @@ func (s *store) listProjects(ctx context.Context, after int64, limit int, active
 func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string, version, now int64,
 	edit func(*projectRow) error) (projectRow, error) {
 	load := func(tx *sql.Tx) (projectRow, error) { return projectByID(ctx, tx, id) }
-	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, p *projectRow) (auditEvent, error) {
+	save := func(tx *sql.Tx, old, p *projectRow) (auditEvent, error) {
 		_, err := tx.ExecContext(ctx, `UPDATE projects SET (`+projectEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 			append(p.editable(), p.seq)...)
 		return auditEvent{"project.change", p.id, diffAuditFields(old.auditFields(), p.auditFields())}, err
-	})
+	}
+	return changeRow(ctx, s, origin, version, now, load, edit, save)
 }
 
 // deleteProject takes a project out of use for good: it becomes inactive, its tokens are revoked, its
 // provider keys are wiped, and its name becomes free. Its rows stay, because the ledger refers to them.
 // Deleting it twice is errNotFound.
-func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string, version, now int64) (p projectRow, err error) {
+func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string, version, now int64,
+) (p projectRow, err error) {
 	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
 		if p, err = projectByID(ctx, tx, id); err != nil {
 			return event, err
@@ -183,8 +192,10 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 			WHERE project = ?2 AND revoked_at IS NULL`}, {"", `
 			UPDATE projects SET version = version + 1, updated_at = ?1
 			WHERE deleted_at IS NULL AND seq IN (
-				SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq WHERE u.project = ?2)`}, {"upstreams", `
-			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1, updated_at = ?1
+				SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq
+				WHERE u.project = ?2)`}, {"upstreams", `
+			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1,
+				updated_at = ?1
 			WHERE project = ?2 AND deleted_at IS NULL`},
 		} {
 			n, err := execCount(ctx, tx, "deleting a project", step.query, now, p.seq)
@@ -241,7 +252,8 @@ func (s *store) projectUpstreams(ctx context.Context, project int64) ([]upstream
 // the order of preference.
 func (s *store) usableUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
 	return collect(ctx, s.readDB, "listing a project's upstreams", (*upstreamRow).columns, selectUpstreams+`
-		WHERE seq IN (SELECT seq FROM upstreams WHERE project = ?1 UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
+		WHERE seq IN (SELECT seq FROM upstreams WHERE project = ?1
+				UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
 			AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
 }
 
@@ -251,7 +263,8 @@ func (s *store) upstreamByID(ctx context.Context, projectID, id string) (upstrea
 
 func upstreamByID(ctx context.Context, db querier, projectID, id string) (upstreamRow, error) {
 	return queryRow(ctx, db, (*upstreamRow).columns, selectUpstreams+`
-		WHERE id = ? AND deleted_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ? AND deleted_at IS NULL)`, id, projectID)
+		WHERE id = ? AND deleted_at IS NULL
+			AND project = (SELECT seq FROM projects WHERE id = ? AND deleted_at IS NULL)`, id, projectID)
 }
 
 // changeUpstream is changeRow for an upstream. edit may also delete it, by returning true.
@@ -266,9 +279,10 @@ func (s *store) changeUpstream(ctx context.Context, origin auditOrigin, projectI
 		}
 		return err
 	}
-	return changeRow(ctx, s, origin, version, now, load, editOrDelete, func(tx *sql.Tx, old, u *upstreamRow) (auditEvent, error) {
+	save := func(tx *sql.Tx, old, u *upstreamRow) (auditEvent, error) {
 		if _, err := tx.ExecContext(ctx, `
-			UPDATE upstreams SET (`+upstreamEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+			UPDATE upstreams SET (`+upstreamEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+			WHERE seq = ?`,
 			append(u.editable(), deletedAt, u.seq)...); err != nil {
 			return auditEvent{}, err
 		}
@@ -276,12 +290,14 @@ func (s *store) changeUpstream(ctx context.Context, origin auditOrigin, projectI
 			return auditEvent{}, err
 		}
 		return u.auditEvent(action, old.auditFields()), bumpProjectVersion(ctx, tx, u.project, now)
-	})
+	}
+	return changeRow(ctx, s, origin, version, now, load, editOrDelete, save)
 }
 
 // sharedProjects returns the seqs of the projects that an upstream is shared with.
 func (s *store) sharedProjects(ctx context.Context, upstream int64) ([]int64, error) {
-	return collect(ctx, s.readDB, "reading with whom an upstream is shared", func(seq *int64) []any { return []any{seq} },
+	return collect(ctx, s.readDB, "reading with whom an upstream is shared",
+		func(seq *int64) []any { return []any{seq} },
 		`SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
 }
 

@@ -15,9 +15,9 @@ import (
 // A usageQuery says which sums to add up, and how to group them.
 type usageQuery struct {
 	interval                                           string // hour, day, month or total
-	hourly                                             bool   // read hours even where days would do: from is not midnight
+	hourly                                             bool   // read hours where days would do
 	totalsOnly                                         bool   // only calls, tokens and cost are needed
-	from, to                                           int64  // unix milliseconds: from <= start of the hour or day < to
+	from, to                                           int64  // from <= start of the hour or day < to
 	project, token                                     string // ids, "" for all
 	byProject, byToken, byModel, byEndpoint, byOutcome bool
 	limit                                              int // of groups, and of projects and tokens that are read
@@ -42,7 +42,8 @@ type usageRow struct {
 }
 
 func (k *usageKey) compare(o *usageKey) int {
-	return cmp.Or(cmp.Compare(k.at, o.at), cmp.Compare(k.projectName, o.projectName), cmp.Compare(k.projectID, o.projectID),
+	return cmp.Or(cmp.Compare(k.at, o.at),
+		cmp.Compare(k.projectName, o.projectName), cmp.Compare(k.projectID, o.projectID),
 		cmp.Compare(k.tokenName, o.tokenName), cmp.Compare(k.tokenID, o.tokenID), cmp.Compare(k.model, o.model),
 		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome))
 }
@@ -142,7 +143,8 @@ func (q *usageQuery) statement() (text, grain string) {
 
 // sumRange adds a scope's sums in a range of time to the groups. It reads one short range and cannot be
 // cancelled: for a query that can be, the driver starts a goroutine each time.
-func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r timeRange, groups map[usageKey]*usageSum) error {
+func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r timeRange,
+	groups map[usageKey]*usageSum) error {
 	rows, err := st.QueryContext(context.Background(), grain, scope.projectSeq, scope.tokenSeq, r.from, r.to)
 	if err != nil {
 		return err
@@ -160,8 +162,8 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		var at int64
 		var labels usageLabels
 		var v usageSum
-		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &v.calls, &v.input, &v.cached, &v.output,
-			&v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS); err != nil {
+		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &v.calls, &v.input, &v.cached,
+			&v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS); err != nil {
 			return err
 		}
 		k := base
@@ -197,7 +199,8 @@ const usedTokensCTE = `
 		SELECT p.seq, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = p.seq AND token > 0)
 		FROM projects p WHERE ?1 = '' OR p.id = ?1
 		UNION ALL
-		SELECT u.project, (SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = u.project AND token > u.token)
+		SELECT u.project,
+			(SELECT min(token) FROM usage_sums WHERE grain = ?2 AND project = u.project AND token > u.token)
 		FROM used u WHERE u.token IS NOT NULL)`
 
 // usageScopes lists what a query reads, deleted projects included.
@@ -275,7 +278,8 @@ func (s *store) usageShares(ctx context.Context, q usageQuery) ([]usageShare, er
 func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64, limit int) ([]usageShare, error) {
 	const head = `
 		SELECT 0, t.id, t.name, p.name, c.calls, c.tokens, c.cost FROM (
-			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens, coalesce(sum(cost), 0) AS cost FROM (
+			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens, coalesce(sum(cost), 0) AS cost
+			FROM (
 				SELECT token, input_tokens, output_tokens, cost FROM requests `
 	const tail = ` ORDER BY id DESC LIMIT ?4) GROUP BY token) c
 		JOIN tokens t ON t.seq = c.token JOIN projects p ON p.seq = t.project`
@@ -335,7 +339,11 @@ func errorColumnClasses() [errorClassCount]errorClass {
 func (h *hourSum) add(r *requestRow) {
 	var s usageSum
 	s.add(r)
-	h.calls, h.input, h.output, h.cost, h.unpriced = h.calls+1, h.input+s.input, h.output+s.output, h.cost+s.cost, h.unpriced+s.unpriced
+	h.calls++
+	h.input += s.input
+	h.output += s.output
+	h.cost += s.cost
+	h.unpriced += s.unpriced
 	class := r.errorClass()
 	for i, c := range errorColumnClasses() {
 		if c == class {
@@ -365,7 +373,8 @@ func (h *hourSum) merge(o *hourSum) {
 
 // columns returns the counters that project_hours has, in the order of its columns.
 func (h *hourSum) columns() []any {
-	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced, &h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
+	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced,
+		&h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
 }
 
 // hourSumsByStep adds up the hours of a project, or of all together (0), that begin in from <= at < to, in
@@ -376,7 +385,9 @@ func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length in
 		index int64
 		hourSum
 	}
-	steps, err := collect(ctx, s.readDB, "adding up hours", func(r *step) []any { return append([]any{&r.index}, r.columns()...) }, `
+	steps, err := collect(ctx, s.readDB, "adding up hours", func(r *step) []any {
+		return append([]any{&r.index}, r.columns()...)
+	}, `
 		SELECT (at - ?2) / ?4, sum(calls), sum(input_tokens), sum(output_tokens), sum(cost), sum(unpriced_calls),
 			sum(caller_errors), sum(policy_errors), sum(provider_errors), sum(proxy_errors)
 		FROM project_hours WHERE project = ?1 AND at >= ?2 AND at < ?3 GROUP BY 1`, project, from, to, length)
@@ -447,7 +458,9 @@ func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([
 		return []any{&u.project, &u.projectID, &u.upstream, &u.state, &u.reason, &u.until, &u.since}
 	}, `SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
 		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream JOIN projects p ON p.seq = u.project
-		WHERE u.deleted_at IS NULL AND u.is_active = 1 AND p.deleted_at IS NULL AND (h.state <> 'cooling' OR h.until > ?)
-		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END, h.changed_at
+		WHERE u.deleted_at IS NULL AND u.is_active = 1 AND p.deleted_at IS NULL
+			AND (h.state <> 'cooling' OR h.until > ?)
+		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END,
+			h.changed_at
 		LIMIT ?`, now, limit)
 }

@@ -23,7 +23,8 @@ type requestView struct {
 const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''),
 	coalesce(p.name, ''), coalesce(t.name, ''), coalesce(u.name, ''), r.endpoint, r.model, r.stream, r.address,
 	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
-	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit, r.attempt_log`
+	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit,
+	r.attempt_log`
 
 const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
@@ -121,7 +122,8 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
-	const ofToken, ofProject = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`, `r.project = (SELECT seq FROM projects WHERE id = ?1)`
+	const ofToken = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`
+	const ofProject = `r.project = (SELECT seq FROM projects WHERE id = ?1)`
 	const fromRunning = selectRunning + `WHERE r.batch < ?3 AND ` // no later batch has an earlier call
 	const fromEnded = selectEnded + `WHERE `
 	running, ended, scope := fromRunning+`?1 = ''`+tail, fromEnded+`?1 = ''`+tail, ""
@@ -164,17 +166,20 @@ func (c *contentRow) columns() []any {
 	return []any{&c.id, &c.project, &c.expiresAt, &c.request, &c.requestBytes, &c.response, &c.responseBytes}
 }
 
-const insertContent = `INSERT INTO contents (` + contentColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`
+const insertContent = `
+	INSERT INTO contents (` + contentColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`
 
 // contentByID returns the content that is stored of a call at now, or errNotFound.
 func (s *store) contentByID(ctx context.Context, id, now int64) (*contentRow, error) {
-	c, err := queryRow(ctx, s.readDB, (*contentRow).columns, `SELECT `+contentColumns+` FROM contents WHERE id = ? AND until > ?`, id, now)
+	c, err := queryRow(ctx, s.readDB, (*contentRow).columns, `
+		SELECT `+contentColumns+` FROM contents WHERE id = ? AND until > ?`, id, now)
 	return &c, err
 }
 
 // contentExpiry returns when the content of a call expires, 0 if none is stored.
 func (s *store) contentExpiry(ctx context.Context, id int64) (int64, error) {
-	return queryValue[int64](ctx, s.readDB, "reading when content expires", `SELECT coalesce((SELECT until FROM contents WHERE id = ?), 0)`, id)
+	return queryValue[int64](ctx, s.readDB, "reading when content expires",
+		`SELECT coalesce((SELECT until FROM contents WHERE id = ?), 0)`, id)
 }
 
 // deleteExpiredContents deletes up to limit contents that expire at now or earlier, and returns how many.
@@ -192,5 +197,6 @@ func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, err
 // deleteProjectContents deletes up to limit contents of a project.
 func (s *store) deleteProjectContents(ctx context.Context, project int64, limit int) (int64, error) {
 	return execCount(ctx, s.writeDB, "deleting a project's content", `
-		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE project = ? ORDER BY id LIMIT ?)`, project, limit)
+		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE project = ? ORDER BY id LIMIT ?)`,
+		project, limit)
 }

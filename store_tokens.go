@@ -37,19 +37,21 @@ type tokenRow struct {
 const neverExpires = 9_000_000_000_000_000
 
 const (
-	tokenEditable = `name, hash, old_hash, old_hash_until, expires_at, idle_expiry, revoked_at, max_requests, policy, version, updated_at`
-	selectTokens  = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = tokens.project),
+	tokenEditable = `name, hash, old_hash, old_hash_until, expires_at, idle_expiry, revoked_at,
+		max_requests, policy, version, updated_at`
+	selectTokens = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = tokens.project),
 		created_at, request_count, last_used_at, ends_at, ` + tokenEditable + ` FROM tokens `
 )
 
 // editable returns the columns that a change may write.
 func (t *tokenRow) editable() []any {
-	return []any{&t.name, &t.hash, &t.oldHash, &t.oldHashUntil, &t.expiresAt, &t.idleExpiry, &t.revokedAt, &t.maxRequests,
-		&t.policy, &t.version, &t.updatedAt}
+	return []any{&t.name, &t.hash, &t.oldHash, &t.oldHashUntil, &t.expiresAt, &t.idleExpiry, &t.revokedAt,
+		&t.maxRequests, &t.policy, &t.version, &t.updatedAt}
 }
 
 func (t *tokenRow) columns() []any {
-	return append([]any{&t.seq, &t.id, &t.project, &t.projectID, &t.createdAt, &t.requestCount, &t.lastUsedAt, &t.endsAt}, t.editable()...)
+	return append([]any{&t.seq, &t.id, &t.project, &t.projectID, &t.createdAt, &t.requestCount, &t.lastUsedAt,
+		&t.endsAt}, t.editable()...)
 }
 
 func (t *tokenRow) versionFields() (version, updatedAt *int64) { return &t.version, &t.updatedAt }
@@ -86,7 +88,8 @@ func (t *tokenRow) auditEvent(action string, old *tokenRow) auditEvent {
 	if old != nil {
 		oldFields = old.auditFields()
 	}
-	return auditEvent{action, t.id, append([]auditField{{"project_id", t.projectID}}, diffAuditFields(oldFields, t.auditFields())...)}
+	detail := []auditField{{"project_id", t.projectID}}
+	return auditEvent{action, t.id, append(detail, diffAuditFields(oldFields, t.auditFields())...)}
 }
 
 // changeAction names a change by its effect.
@@ -120,7 +123,8 @@ func (s *store) changeToken(ctx context.Context, origin auditOrigin, id string, 
 	edit func(*tokenRow) error) (tokenRow, error) {
 	load := func(tx *sql.Tx) (tokenRow, error) { return tokenByID(ctx, tx, id) }
 	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, t *tokenRow) (auditEvent, error) {
-		_, err := tx.ExecContext(ctx, `UPDATE tokens SET (`+tokenEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		_, err := tx.ExecContext(ctx, `
+			UPDATE tokens SET (`+tokenEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 			append(t.editable(), t.seq)...)
 		return t.auditEvent(t.changeAction(old), old), err
 	})
@@ -182,13 +186,15 @@ func (q *tokenListQuery) statement() (string, []any) {
 		inAll     = selectTokens + `WHERE `
 		inProject = selectTokens + `WHERE project = (SELECT seq FROM projects WHERE id = ?1) AND `
 		isActive  = ` AND (?5 IS NULL OR ?5 = ((SELECT p.is_active FROM projects p WHERE p.seq = tokens.project)
-			AND revoked_at IS NULL AND ends_at > ?6 AND (idle_expiry IS NULL OR coalesce(last_used_at, created_at) + idle_expiry > ?6))) `
-		newest       = `seq < ?2` + isActive + `ORDER BY seq DESC LIMIT ?7`
-		oldest       = `seq > ?2` + isActive + `ORDER BY seq LIMIT ?7`
-		sameName     = `name = ?3 AND seq > ?2` + isActive + `UNION ALL `
-		laterNames   = `name > ?3 AND name < ?4` + isActive + `ORDER BY name, seq LIMIT ?7`
-		sameEnd      = `revoked_at IS NULL AND ends_at = ?3 AND seq > ?2` + isActive + `UNION ALL `
-		laterEnds    = `revoked_at IS NULL AND ends_at > ?3 AND ends_at <= ?4` + isActive + `ORDER BY ends_at, seq LIMIT ?7`
+			AND revoked_at IS NULL AND ends_at > ?6
+			AND (idle_expiry IS NULL OR coalesce(last_used_at, created_at) + idle_expiry > ?6))) `
+		newest     = `seq < ?2` + isActive + `ORDER BY seq DESC LIMIT ?7`
+		oldest     = `seq > ?2` + isActive + `ORDER BY seq LIMIT ?7`
+		sameName   = `name = ?3 AND seq > ?2` + isActive + `UNION ALL `
+		laterNames = `name > ?3 AND name < ?4` + isActive + `ORDER BY name, seq LIMIT ?7`
+		sameEnd    = `revoked_at IS NULL AND ends_at = ?3 AND seq > ?2` + isActive + `UNION ALL `
+		laterEnds  = `revoked_at IS NULL AND ends_at > ?3 AND ends_at <= ?4` + isActive +
+			`ORDER BY ends_at, seq LIMIT ?7`
 		sameRevoked  = `revoked_at = ?3 AND seq < ?2` + isActive + `UNION ALL `
 		otherRevoked = `revoked_at < ?3` + isActive + `ORDER BY revoked_at DESC, seq DESC LIMIT ?7`
 		unused       = `last_used_at IS NULL AND seq < ?2` + isActive + `ORDER BY seq DESC LIMIT ?7`
