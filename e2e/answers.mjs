@@ -1,5 +1,5 @@
-// What a faithful provider answers: the shapes and the order of events that
-// OpenAI and Anthropic document, with contents that a test can foresee.
+// This file holds the default answers of the scripted provider: the shapes and the order of events that OpenAI and
+// Anthropic document, with predictable contents.
 import { setTimeout as pause } from 'node:timers/promises';
 
 const created = 1764000000;
@@ -50,7 +50,7 @@ const handlers = {
 
 const model = (id) => ({ id, object: 'model', created, owned_by: 'provider' });
 
-// Anthropic's lists come in pages; these are of three models at most.
+// Anthropic's lists are paginated; a page has at most three models.
 function claudeModels(call, ids, id) {
   const claude = (name) => ({ type: 'model', id: name, display_name: name.toUpperCase(), created_at: '2025-10-01T00:00:00Z' });
   if (id) return ids.includes(id) ? call.reply(200, claude(id)) : call.reply(404, { type: 'error', error: { type: 'not_found_error', message: `model: ${id}` } });
@@ -65,7 +65,7 @@ function retrieveModel(call, id) {
   return call.reply(200, model(id));
 }
 
-// What the model says, by what the request asks for.
+// The text of the model, depending on the request.
 function chatMessage(request) {
   if (request.tools) {
     return { role: 'assistant', content: null, refusal: null, tool_calls: [{ id: 'call_1', type: 'function', function: { name: request.tools[0].function.name, arguments: toolArguments.join('') } }] };
@@ -100,7 +100,7 @@ async function streamChat(call, request) {
   call.sse();
   call.event(chatChunk(request, { role: 'assistant', content: request.tools ? null : '', refusal: null }));
   for (const delta of deltas) {
-    await pause(1); // so that events come one by one
+    await pause(1); // so that events arrive one at a time
     call.event(chatChunk(request, delta));
   }
   call.event(chatChunk(request, {}, request.tools ? 'tool_calls' : 'stop'));
@@ -116,7 +116,7 @@ function embeddings(call) {
   call.reply(200, { object: 'list', data, model, usage: { prompt_tokens: 6, total_tokens: 6 } });
 }
 
-// The transcript says what arrived, so that a test can tell a whole upload.
+// The transcript describes the upload that arrived, so that a test can check that it is complete.
 async function transcription(call) {
   const form = await call.form;
   const file = form.get('file');

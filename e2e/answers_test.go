@@ -1,4 +1,4 @@
-// What the provider of the Go tests answers when it is not told to fail.
+// This file holds the default answers of the scripted provider.
 package e2e
 
 import (
@@ -106,7 +106,7 @@ func responsesStream(w http.ResponseWriter) {
 	events(w, append(list, event("response.completed", response("completed")))...)
 }
 
-// transcription says what arrived, so that a test can tell a whole upload.
+// transcription describes the upload that arrived, so that a test can check that it is complete.
 func transcription(w http.ResponseWriter, r *recorded) {
 	_, params, err := mime.ParseMediaType(r.header.Get("Content-Type"))
 	if err != nil {

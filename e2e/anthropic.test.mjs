@@ -1,5 +1,5 @@
-// The official @anthropic-ai/sdk through the proxy, natively: nothing is
-// translated, and failures are the errors that its users expect.
+// This file tests the official @anthropic-ai/sdk through the proxy. Nothing is translated, and failures are the errors that
+// its users expect.
 import assert from 'node:assert/strict';
 import { after, afterEach, before, describe, test } from 'node:test';
 import Anthropic from '@anthropic-ai/sdk';
@@ -48,7 +48,7 @@ describe('messages', () => {
     assert.deepEqual([row.outcome, row.usage_source, row.output_tokens, row.cached_tokens], ['ok', 'exact', 8, 4]);
   });
 
-  test('the token works as a bearer token, too', async () => {
+  test('the token also works as a bearer token', async () => {
     const { client: bearer } = make({ apiKey: null, authToken: proxy.token });
     assert.equal((await bearer.messages.create(ask)).content[0].text, text);
   });
@@ -138,7 +138,7 @@ describe('models of several providers', () => {
   });
   after(() => other.close());
 
-  test('the pager walks one list, whatever the pages', async () => {
+  test('the pager returns one list, whatever the page size', async () => {
     for (const limit of [1, 2, 3, 7, undefined]) {
       united.counter.count = 0;
       assert.deepEqual(await ids(united.client.models.list({ limit })), list);
@@ -148,20 +148,20 @@ describe('models of several providers', () => {
     assert.deepEqual([row.outcome, row.attempts], ['ok', 3]);
   });
 
-  test('and backwards', async () => {
+  test('the same, backwards', async () => {
     const pages = [];
     for await (const page of (await united.client.models.list({ limit: 2, before_id: 'glm-4' })).iterPages()) pages.push(page.data.map((model) => model.id));
     assert.deepEqual(pages, [list.slice(4, 6), list.slice(2, 4), list.slice(0, 2)]);
   });
 
-  test('with the models that the token may use, in full pages', async () => {
+  test('only models that the token may use, in full pages', async () => {
     const { client: narrow, counter } = make({ apiKey: await proxy.newToken({ project_id: project, policy: { models: ['claude-haiku*', 'glm*'] } }) });
     assert.deepEqual(await ids(narrow.models.list({ limit: 2 })), ['claude-haiku-5', 'claude-haiku-4', 'glm-5', 'glm-4']);
     assert.equal(counter.count, 2);
     await failure(narrow.models.list({ after_id: 'claude-opus-5' }), Anthropic.BadRequestError);
   });
 
-  test('one model, of whichever has it', async () => {
+  test('one model, from the provider that has it', async () => {
     assert.equal((await united.client.models.retrieve('glm-5')).display_name, 'GLM-5');
     assert.equal((await united.client.models.retrieve('claude-opus-5')).display_name, 'CLAUDE-OPUS-5');
     await failure(united.client.models.retrieve('nonesuch'), Anthropic.NotFoundError);
@@ -183,7 +183,7 @@ describe('errors', () => {
     assert.match(error.message, /claude-haiku\*/);
   });
 
-  test('a spent token is RateLimitError and not tried again', async () => {
+  test('a used-up token is RateLimitError and not retried', async () => {
     const { client: limited, counter } = make({ apiKey: await proxy.newToken({ max_requests: 1 }) });
     await limited.messages.create(ask);
     const error = await failure(limited.messages.create(ask), Anthropic.RateLimitError);

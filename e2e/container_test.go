@@ -1,6 +1,5 @@
-// The container image: built for real from the Dockerfile, where Debian's
-// buildah is at hand, and its program run from the image's own files, as the
-// image's user, in a chroot. It needs no registry and no daemon.
+// This file tests the container image. It builds the image from the Dockerfile if buildah is installed, and runs its
+// program from the image's own files, as the image's user, in a chroot. It needs no registry and no daemon.
 package e2e
 
 import (
@@ -22,7 +21,7 @@ import (
 	"time"
 )
 
-// A builder is buildah with a storage of its own.
+// A builder is buildah with separate storage.
 type builder struct {
 	t   *testing.T
 	dir string
@@ -32,7 +31,7 @@ func newBuilder(t *testing.T) *builder {
 	t.Helper()
 	for _, tool := range []string{"buildah", "busybox", "bash", "tar"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("there is no %s here: the image is not built", tool)
+			t.Skipf("%s is not installed: the image is not built", tool)
 		}
 	}
 	if os.Getuid() != 0 || runtime.GOOS != "linux" {
@@ -70,8 +69,8 @@ func command(t *testing.T, name string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// goImage makes a stand-in for the image golang:… from this machine's own
-// compiler and a shell, so that nothing has to be fetched.
+// goImage makes a substitute for the image golang:… from this machine's compiler and a shell, so that nothing has to be
+// fetched.
 func (b *builder) goImage() string {
 	root, goroot := filepath.Join(b.dir, "base"), command(b.t, "go", "env", "GOROOT")
 	for _, dir := range []string{"bin", "etc/ssl/certs", "tmp", "usr/local/go"} {
@@ -79,7 +78,7 @@ func (b *builder) goImage() string {
 			b.t.Fatal(err)
 		}
 	}
-	// What a build needs and no more: each step of one copies it all.
+	// Only what a build needs, as each step of the build copies all of it.
 	pack := "tar -C " + goroot + " -c --exclude=src/cmd --exclude=testdata --exclude='*_test.go' src pkg/include bin/go VERSION go.env " +
 		"$(cd " + goroot + " && ls -d pkg/tool/*/asm pkg/tool/*/compile pkg/tool/*/link) | tar -C " + filepath.Join(root, "usr/local/go") + " -x"
 	command(b.t, "bash", "-c", "set -o pipefail; "+pack)
@@ -102,8 +101,7 @@ func (b *builder) goImage() string {
 	return "localhost/golang:here"
 }
 
-// build builds the image and returns the directory with its files. volumes are
-// the caches of the machine's own compiler.
+// build builds the image and returns the directory with its files. volumes are the caches of this machine's compiler.
 func (b *builder) build(goImage, tag string, volumes ...string) (root string) {
 	b.t.Helper()
 	args := []string{"bud", "-q", "--isolation", "chroot", "--pull-never", "--layers=false", "--format", "docker", "--timestamp", "0",
@@ -115,8 +113,8 @@ func (b *builder) build(goImage, tag string, volumes ...string) (root string) {
 	return b.run("mount", b.run("from", tag))
 }
 
-// TestContainer: the image holds one program, the certificates and /data, and
-// nothing else; its program serves as its user, is healthy, and stops well.
+// TestContainer: the image contains one program, the certificates and /data, and nothing else. The program runs as the
+// image's user, becomes healthy, and stops cleanly.
 func TestContainer(t *testing.T) {
 	b := newBuilder(t)
 	base := b.goImage()
@@ -124,7 +122,7 @@ func TestContainer(t *testing.T) {
 	b.checkFiles(root)
 	b.checkConfig("localhost/llm-proxy:one")
 	t.Run("serves", func(t *testing.T) { serveImage(t, root) })
-	t.Run("again", func(t *testing.T) { // the same bytes, all compiled anew
+	t.Run("again", func(t *testing.T) { // the same bytes, although everything is compiled again
 		if one, two := hashOf(t, root), hashOf(t, b.build(base, "localhost/llm-proxy:two")); one != two {
 			t.Errorf("two builds differ: %s, %s", one, two)
 		}
@@ -172,7 +170,7 @@ func (b *builder) checkFiles(root string) {
 	}
 	b.t.Logf("the image has %d bytes", size)
 	if size > 25_000_000 {
-		b.t.Errorf("that is more than 25 MB")
+		b.t.Errorf("the image is larger than 25 MB")
 	}
 }
 
@@ -199,8 +197,7 @@ func (b *builder) checkConfig(tag string) {
 	}
 }
 
-// serveImage runs the image's program as a container would: its files, its
-// user, its settings but for the port.
+// serveImage runs the image's program as a container would: with its files, its user and its settings, except for the port.
 func serveImage(t *testing.T, root string) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -230,7 +227,7 @@ func serveImage(t *testing.T, root string) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	if !healthy {
-		t.Fatalf("it does not become healthy: %s", log.String())
+		t.Fatalf("the program did not become healthy: %s", log.String())
 	}
 	res, err := http.Get("http://" + addr + "/readyz")
 	if err != nil || res.StatusCode != 200 {
@@ -250,7 +247,7 @@ func serveImage(t *testing.T, root string) {
 		t.Fatal(err)
 	}
 	if err := server.Wait(); err != nil {
-		t.Errorf("it ended with %v: %s", err, log.String())
+		t.Errorf("the program ended with %v: %s", err, log.String())
 	}
 	if info, err := os.Stat(filepath.Join(root, "data", "llm-proxy.db")); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the database: %v %v", info, err)

@@ -1,5 +1,4 @@
-// Every command in a fenced sh block of the documents for users is run, in
-// order, against `llm-proxy demo`: what is written there works.
+// This file runs every command in a fenced sh block of the user documents, in order, against `llm-proxy demo`.
 package e2e
 
 import (
@@ -15,7 +14,7 @@ import (
 	"time"
 )
 
-// A demo is a running `llm-proxy demo`, and what it has invited to.
+// A demo is a running `llm-proxy demo`, with the URL and the credentials that it printed.
 type demo struct{ url, token, key string }
 
 func newDemo(t *testing.T) *demo {
@@ -57,7 +56,7 @@ func newDemo(t *testing.T) *demo {
 	select {
 	case <-done:
 	case <-time.After(60 * time.Second):
-		t.Fatal("the demo does not invite")
+		t.Fatal("the demo did not print its URL and credentials")
 	}
 	return d
 }
@@ -87,8 +86,7 @@ func (d *demo) ids(t *testing.T) (project, token string) {
 	return l.Data[0].Project, l.Data[0].ID
 }
 
-// TestDocuments runs the blocks. Placeholders become what the demo has; curl
-// fails the test at any status of 400 or more.
+// TestDocuments runs the blocks. Placeholders are replaced by the demo's values; curl fails on any status of 400 or more.
 func TestDocuments(t *testing.T) {
 	tool(t, "curl")
 	tool(t, "bash")
@@ -101,7 +99,7 @@ func TestDocuments(t *testing.T) {
 				"sk-...", "sk-0123456789abcdef0123")
 			blocks := block.FindAllStringSubmatch(read(t, name), -1)
 			if len(blocks) == 0 {
-				t.Fatal("there is no block")
+				t.Fatal("the document has no sh block")
 			}
 			var script strings.Builder
 			script.WriteString("set -euo pipefail\ncurl() { command curl -sS --fail-with-body \"$@\" || { echo; echo \"FAILED: curl $*\"; return 1; }; }\n" +
@@ -110,7 +108,7 @@ func TestDocuments(t *testing.T) {
 				script.WriteString(fill.Replace(b[1]) + "\n")
 			}
 			if n := strings.Count(script.String(), "\ncurl "); n < 5 {
-				t.Errorf("only %d commands", n)
+				t.Errorf("only %d commands were found", n)
 			}
 			cmd := exec.Command("bash")
 			cmd.Stdin = strings.NewReader(script.String())

@@ -1,5 +1,5 @@
-// When something fails, the official openai package must throw the error that
-// its users expect, and retry when that helps and only then.
+// This file tests failures: the official openai package must throw the error that its users expect, and retry only when
+// that helps.
 import assert from 'node:assert/strict';
 import { after, afterEach, before, describe, test } from 'node:test';
 import OpenAI from 'openai';
@@ -16,8 +16,7 @@ afterEach(() => provider.reset());
 
 const ask = { model: 'gpt-4o-mini', messages: [{ role: 'user', content: promptCanary }] };
 
-// make returns a client with the SDK's default retries, and the count of the
-// requests it sends.
+// make returns a client with the SDK's default retries, and a counter of the requests that it sends.
 function make(options = {}) {
   const counter = countingFetch();
   return { counter, client: new OpenAI({ apiKey: proxy.token, baseURL: `${proxy.url}/v1`, fetch: counter, ...options }) };
@@ -60,7 +59,7 @@ describe('refusals of the proxy', () => {
     assert.equal(provider.calls.length, 0);
   });
 
-  test('what is not forwarded is NotFoundError', async () => {
+  test('an unsupported endpoint is NotFoundError', async () => {
     const { client } = make();
     for (const path of ['/nonesuch', '/organization/users', '/realtime/sessions']) {
       const error = await failure(client.post(path, { body: {} }), OpenAI.NotFoundError);
@@ -69,7 +68,7 @@ describe('refusals of the proxy', () => {
     assert.equal(provider.calls.length, 0);
   });
 
-  test('a spent token is RateLimitError and not tried again', async () => {
+  test('a used-up token is RateLimitError and not retried', async () => {
     const { client, counter } = make({ apiKey: await proxy.newToken({ max_requests: 1 }) });
     assert.equal((await client.chat.completions.create(ask)).choices[0].message.content, text);
     const error = await failure(client.chat.completions.create(ask), OpenAI.RateLimitError);
@@ -82,7 +81,7 @@ describe('refusals of the proxy', () => {
 });
 
 describe('policies of the proxy', () => {
-  test('a model that the policy does not name is PermissionDeniedError, with those it names', async () => {
+  test('a model that the policy does not name is PermissionDeniedError, which lists the allowed models', async () => {
     const { client, counter } = make({ apiKey: await proxy.newToken({ policy: { models: ['gpt-5*'] } }) });
     const error = await failure(client.chat.completions.create(ask), OpenAI.PermissionDeniedError);
     assert.match(error.message, /gpt-5\*/);
@@ -105,7 +104,7 @@ describe('errors of the provider', () => {
     });
   }
 
-  test('a model that the provider lacks', async () => {
+  test('a model that the provider does not have', async () => {
     const { client } = make();
     const error = await failure(client.models.retrieve('nonesuch'), OpenAI.NotFoundError);
     assert.equal(error.code, 'model_not_found');
@@ -119,23 +118,23 @@ describe('errors of the provider', () => {
       assert.equal(answer.choices[0].message.content, text);
       const [first, second] = provider.calls;
       assert.equal(provider.calls.length, 2);
-      assert.ok(second.at - first.at >= least, `retried after ${second.at - first.at} ms`); // by itself the SDK waits 500 ms at most
+      assert.ok(second.at - first.at >= least, `retried after ${second.at - first.at} ms`); // without Retry-After the SDK waits at most 500 ms
       assert.deepEqual([first.headers['x-stainless-retry-count'], second.headers['x-stainless-retry-count']], ['0', '1']);
     });
   }
 
-  test('429 with a short Retry-After is waited for by the proxy', async () => {
+  test('the proxy waits for a short Retry-After of a 429', async () => {
     const { client } = make();
     provider.script((call) => call.fail(429, { message: 'slow down', type: 'requests', param: null, code: 'rate_limit_exceeded' }, { 'retry-after': '1' }));
     const answer = await client.chat.completions.create(ask);
     assert.equal(answer.choices[0].message.content, text);
     const [first, second] = provider.calls;
     assert.equal(provider.calls.length, 2);
-    assert.ok(second.at - first.at >= 950, `tried again after ${second.at - first.at} ms`);
+    assert.ok(second.at - first.at >= 950, `retried after ${second.at - first.at} ms`);
     assert.deepEqual([first.headers['x-stainless-retry-count'], second.headers['x-stainless-retry-count']], ['0', '0']);
   });
 
-  test('x-should-retry of the provider is obeyed', async () => {
+  test('the SDK obeys the provider’s x-should-retry', async () => {
     const { client } = make();
     provider.script((call) => call.fail(429, { message: 'no more credit', type: 'insufficient_quota', param: null, code: 'insufficient_quota' }, { 'x-should-retry': 'false' }));
     const error = await failure(client.chat.completions.create(ask), OpenAI.RateLimitError);
@@ -155,8 +154,8 @@ describe('errors of the provider', () => {
   }
 });
 
-describe('what breaks', () => {
-  test('a provider that breaks off before it answers is retried', async () => {
+describe('broken connections', () => {
+  test('a provider that disconnects before it answers is retried', async () => {
     const { client, counter } = make();
     provider.script((call) => call.cut());
     const answer = await client.chat.completions.create(ask);
@@ -164,7 +163,7 @@ describe('what breaks', () => {
     assert.deepEqual([counter.count, provider.calls.length], [2, 2]);
   });
 
-  test('a cut stream ends with an error, after all that came', async () => {
+  test('a cut stream ends with an error, after everything that arrived', async () => {
     const { client, counter } = make();
     provider.script((call) => {
       call.sse();
@@ -212,7 +211,7 @@ describe('what breaks', () => {
     assert.equal((await proxy.settled()).outcome, 'client_gone');
   });
 
-  test('a proxy that is not there is APIConnectionError', async () => {
+  test('an unreachable proxy is APIConnectionError', async () => {
     const { client, counter } = make({ baseURL: 'http://127.0.0.1:1/v1', maxRetries: 0 });
     await failure(client.chat.completions.create(ask), OpenAI.APIConnectionError);
     assert.equal(counter.count, 1);

@@ -1,6 +1,5 @@
-// The harness of the Go tests: the built binary on a loopback port of its own,
-// a project and tokens made through /manage, and a scripted provider that
-// records what reaches it.
+// This file is the harness of the Go tests: the built binary on a free loopback port, a project and tokens created through
+// /manage, and a scripted provider that records what it receives.
 package e2e
 
 import (
@@ -80,7 +79,7 @@ func newProxy(t *testing.T) *testProxy {
 	}
 	p := &testProxy{t: t, provider: newProvider(t)}
 	cmd := exec.Command(file)
-	if trace := os.Getenv("LLM_PROXY_TRACE"); trace != "" { // -D: the program itself stays our child
+	if trace := os.Getenv("LLM_PROXY_TRACE"); trace != "" { // -D: the program stays a child of this process
 		cmd = exec.Command("strace", "-D", "-f", "-qq", "-s", "300", "-o", trace,
 			"-e", "trace=execve,execveat,connect,open,openat,creat,unlink,unlinkat,rename,renameat,renameat2,ptrace,socket", "-e", "signal=none", file)
 	}
@@ -105,7 +104,7 @@ func newProxy(t *testing.T) *testProxy {
 	select {
 	case p.url = <-listening:
 	case <-time.After(30 * time.Second):
-		t.Fatal("the proxy does not listen")
+		t.Fatal("the proxy did not start to listen")
 	}
 	var made struct{ ID, Token string }
 	p.manage("/manage/projects", map[string]any{"name": "e2e", "openai_api_key": providerKey}, &made)
@@ -127,8 +126,7 @@ func (p *testProxy) readLog(r io.Reader, listening chan<- string) {
 	}
 }
 
-// stop ends the proxy as an operator would. It must end well, and its log may
-// hold neither a secret nor what was asked.
+// stop ends the proxy as an operator would. It must end cleanly, and its log must contain no secret and no prompt.
 func (p *testProxy) stop(cmd *exec.Cmd, logged <-chan struct{}) {
 	_ = cmd.Process.Signal(syscall.SIGTERM)
 	<-logged
@@ -140,7 +138,7 @@ func (p *testProxy) stop(cmd *exec.Cmd, logged <-chan struct{}) {
 	}
 	for _, secret := range []string{managementToken, providerKey, promptCanary, p.token} {
 		if secret != "" && strings.Contains(p.log.String(), secret) {
-			p.t.Error("the log holds a secret")
+			p.t.Error("the log contains a secret or a prompt")
 		}
 	}
 }
@@ -185,16 +183,16 @@ func (p *testProxy) client(token string, opts ...option.RequestOption) openai.Cl
 	return openai.NewClient(append([]option.RequestOption{option.WithBaseURL(p.url + "/v1"), option.WithAPIKey(token)}, opts...)...)
 }
 
-// A recorded request is what the provider got.
+// A recorded request is one that the provider received.
 type recorded struct {
 	method, target string
 	header         http.Header
 	body           []byte
 	at             time.Time
-	ctx            context.Context // over when its connection is
+	ctx            context.Context // ends with its connection
 }
 
-// A provider answers each request by the next of its scripts, or faithfully.
+// A provider answers each request with its next script, or with the default answer if none is left.
 type provider struct {
 	server *httptest.Server
 
@@ -219,7 +217,7 @@ func (p *provider) script(fns ...func(w http.ResponseWriter, r *recorded)) {
 	p.scripts = append(p.scripts, fns...)
 }
 
-// got returns all requests so far.
+// got returns all requests received so far.
 func (p *provider) got() []*recorded {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -243,14 +241,14 @@ func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	answer(w, call)
 }
 
-// reply writes a whole JSON answer.
+// reply writes a complete JSON answer.
 func reply(w http.ResponseWriter, status int, body string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_, _ = io.WriteString(w, body)
 }
 
-// events writes each event of a stream at once.
+// events writes a stream and flushes each event.
 func events(w http.ResponseWriter, list ...string) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	for _, e := range list {

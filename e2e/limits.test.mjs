@@ -1,5 +1,5 @@
-// Limits of the proxy as the official SDKs see them: a short one is waited for
-// and passed, a spent quota is an error at once.
+// This file tests how the official SDKs react to the limits of the proxy: they wait for a limit that refills soon, and a
+// used-up quota is an error immediately.
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
 import Anthropic from '@anthropic-ai/sdk';
@@ -26,7 +26,7 @@ for (const [name, make] of Object.entries(sdks)) {
   const { RateLimitError } = name === 'openai' ? OpenAI : Anthropic;
   const limited = (limit) => proxy.newToken({ policy: { limits: [limit] } });
 
-  test(`${name}: a short limit is waited for once`, async () => {
+  test(`${name}: the SDK waits once for a limit that refills soon`, async () => {
     const counter = countingFetch();
     const call = make(await limited({ count: 'requests', max: 20, per: 'minute' }), counter);
     const before = proxy.provider.calls.length;
@@ -34,13 +34,13 @@ for (const [name, make] of Object.entries(sdks)) {
     const asked = performance.now();
     await call();
     assert.equal(proxy.provider.calls.length - before, 21);
-    // One more is there after 3 s less what has passed; by itself an SDK would
-    // try again after half a second, and be refused once more.
+    // One more call is allowed 3 s after the first; without Retry-After an SDK would retry after half a second and be
+    // refused again.
     assert.equal(counter.count, 22, `${counter.count - 20} requests for the last call, in ${performance.now() - asked} ms`);
   });
 
   for (const limit of [{ count: 'requests', max: 1, per: 'lifetime' }, { count: 'tokens', max: 1, per: 'month' }, { count: 'dollars', max: 0, per: 'month' }]) {
-    test(`${name}: spent ${limit.count} are not tried again`, async () => {
+    test(`${name}: used-up ${limit.count} are not retried`, async () => {
       const counter = countingFetch();
       const call = make(await limited(limit), counter);
       for (let left = limit.max; left > 0; left--) await call().catch(() => {});

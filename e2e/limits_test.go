@@ -1,4 +1,4 @@
-// Limits of the proxy as openai-go sees them.
+// This file tests how openai-go reacts to the limits of the proxy.
 package e2e
 
 import (
@@ -10,16 +10,15 @@ import (
 	"github.com/openai/openai-go/v3/option"
 )
 
-// TestLimits: a short limit is waited for once and then passed; a spent quota is
-// an error at once.
+// TestLimits: the SDK waits once for a limit that refills soon, and then succeeds; a used-up quota is an error immediately.
 func TestLimits(t *testing.T) {
 	p := newProxy(t)
 	for _, tt := range []struct {
 		name     string
 		limit    map[string]any
-		before   int // calls that have room
+		before   int // calls within the limit
 		ok       bool
-		requests int // of the one after them
+		requests int // that the SDK sends for the call after them
 	}{
 		{"a minute", map[string]any{"count": "requests", "max": 20, "per": "minute"}, 20, true, 2},
 		{"a month", map[string]any{"count": "requests", "max": 1, "per": "month"}, 1, false, 1},

@@ -1,5 +1,5 @@
-// The official openai package through the proxy: everything that works against
-// the provider works with only the base URL and the key changed.
+// This file tests the official openai package through the proxy: everything works after changing only the base URL and the
+// key.
 import assert from 'node:assert/strict';
 import { after, afterEach, before, describe, test } from 'node:test';
 import OpenAI, { toFile } from 'openai';
@@ -33,7 +33,7 @@ describe('chat', () => {
     assert.equal(data.choices[0].message.content, text);
     assert.equal(data._request_id, 'req_of_provider');
     assert.equal(request_id, 'req_of_provider');
-    assert.equal(response.headers.get('x-ratelimit-remaining-requests'), null); // the key's, not the token's
+    assert.equal(response.headers.get('x-ratelimit-remaining-requests'), null); // it describes the key's limit, not the token's
     assert.equal(response.headers.get('openai-processing-ms'), '12');
     assert.equal(response.headers.get('openai-organization'), null);
     assert.match(response.headers.get('x-llm-proxy-request-id'), /^req_/);
@@ -42,7 +42,7 @@ describe('chat', () => {
     assert.deepEqual([row.outcome, row.usage_source, row.input_tokens, row.output_tokens, row.cached_tokens], ['ok', 'exact', 11, 8, 4]);
   });
 
-  test('the SDK’s own headers reach the provider, the account’s do not', async () => {
+  test('the SDK’s own headers reach the provider, account headers do not', async () => {
     const of = client.withOptions({ organization: 'org-of-client', project: 'proj-of-client' });
     await of.chat.completions.create(ask, { headers: { 'Idempotency-Key': 'idem-1', 'OpenAI-Beta': 'beta-1', 'X-Client-Request-Id': 'trace-1', Cookie: 'a=b' } });
     const { headers } = provider.last;
@@ -56,7 +56,7 @@ describe('chat', () => {
     for (const name of ['openai-organization', 'openai-project', 'cookie', 'x-forwarded-for']) assert.equal(headers[name], undefined, name);
   });
 
-  test('the token works as x-api-key and as api-key, too', async () => {
+  test('the token also works as x-api-key and as api-key', async () => {
     for (const name of ['x-api-key', 'api-key']) {
       const other = new OpenAI({ apiKey: 'unused', baseURL: `${proxy.url}/v1`, maxRetries: 0, defaultHeaders: { Authorization: null, [name]: proxy.token } });
       const answer = await other.chat.completions.create(ask);
@@ -84,7 +84,7 @@ describe('chat', () => {
 });
 
 describe('chat streams', () => {
-  test('every event, in order, and no more than was asked for', async () => {
+  test('every event, in order, and only what was asked for', async () => {
     const events = await collect(await client.chat.completions.create({ ...ask, stream: true }));
     assert.deepEqual(events.map((e) => e.choices[0].delta.content), ['', ...words, undefined]);
     assert.equal(events.at(-1).choices[0].finish_reason, 'stop');
@@ -94,7 +94,7 @@ describe('chat streams', () => {
     assert.deepEqual([row.outcome, row.stream, row.usage_source, row.output_tokens], ['ok', true, 'exact', 8]);
   });
 
-  test('usage for those who ask', async () => {
+  test('usage if the client asks for it', async () => {
     const events = await collect(await client.chat.completions.create({ ...ask, stream: true, stream_options: { include_usage: true } }));
     assert.equal(events.length, words.length + 3);
     assert.deepEqual(events.at(-1).choices, []);
@@ -118,7 +118,7 @@ describe('chat streams', () => {
     assert.deepEqual(JSON.parse(final.choices[0].message.tool_calls[0].function.arguments), forecast);
   });
 
-  test('events come at once, not when the answer is whole', async () => {
+  test('events arrive at once, not when the answer is complete', async () => {
     let release;
     const held = new Promise((resolve) => { release = resolve; });
     provider.script(async (call) => {
@@ -197,7 +197,7 @@ describe('other endpoints', () => {
     assert.deepEqual(plain.data[0].embedding, embedding);
   });
 
-  test('audio transcription: the upload arrives whole', async () => {
+  test('audio transcription: the upload arrives complete', async () => {
     const file = await toFile(speech, 'spéech.mp3', { type: 'audio/mpeg' });
     const sum = speech.reduce((a, b) => (a * 31 + b) % 1_000_003, 7);
     const answer = await client.audio.transcriptions.create({ file, model: 'gpt-4o-transcribe' });

@@ -1,5 +1,5 @@
-// The official openai-go package through the proxy: what works against the
-// provider works with only the base URL and the key changed.
+// This file tests the official openai-go package through the proxy: everything works after changing only the base URL and
+// the key.
 package e2e
 
 import (
@@ -80,7 +80,7 @@ func TestChatStream(t *testing.T) {
 			all, chunks := openai.ChatCompletionAccumulator{}, 0
 			for ; stream.Next(); chunks++ {
 				if !all.AddChunk(stream.Current()) {
-					t.Fatal("a chunk does not fit")
+					t.Fatal("a chunk cannot be added")
 				}
 			}
 			if err := stream.Err(); err != nil {
@@ -148,8 +148,7 @@ func TestOtherEndpoints(t *testing.T) {
 	}
 }
 
-// TestErrors: each failure is an openai.Error with its parts, and is tried
-// again only where that helps.
+// TestErrors: each failure is an openai.Error with all fields, and the SDK retries only where that helps.
 func TestErrors(t *testing.T) {
 	p := newProxy(t)
 	fails := func(status int, body string, headers ...string) func(http.ResponseWriter, *recorded) {
@@ -216,8 +215,8 @@ func TestRetryAfter(t *testing.T) {
 	if len(got) != 2 || got[1].header.Get("X-Stainless-Retry-Count") != "1" {
 		t.Fatalf("%d requests reached the provider", len(got))
 	}
-	if wait := got[1].at.Sub(got[0].at); wait < 950*time.Millisecond { // by itself the SDK waits half a second at most
-		t.Errorf("tried again after %v", wait)
+	if wait := got[1].at.Sub(got[0].at); wait < 950*time.Millisecond { // without Retry-After the SDK waits at most half a second
+		t.Errorf("retried after %v", wait)
 	}
 }
 
@@ -238,8 +237,7 @@ func TestCutStream(t *testing.T) {
 	}
 }
 
-// TestAbort: a client that leaves, or whose patience ends, cancels the call to
-// the provider within a second.
+// TestAbort: when a client disconnects or its timeout ends, the call to the provider is canceled within a second.
 func TestAbort(t *testing.T) {
 	p := newProxy(t)
 	client := p.client(p.token, option.WithMaxRetries(0))
@@ -249,7 +247,7 @@ func TestAbort(t *testing.T) {
 		select {
 		case <-got[len(got)-1].ctx.Done():
 		case <-time.After(time.Second):
-			t.Error("the call to the provider goes on")
+			t.Error("the call to the provider continued")
 		}
 	}
 	stall := func(w http.ResponseWriter, r *recorded) { <-r.ctx.Done() }

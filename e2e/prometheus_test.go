@@ -1,6 +1,5 @@
-// What deploy/ has for operators, tried with the real tools where they are at
-// hand: Prometheus scrapes the built binary and every query of the dashboard and
-// of the alerts is asked of it; promtool and systemd-analyze read their files.
+// This file tests the files in deploy/ with the real tools, if they are installed: Prometheus scrapes the built binary and
+// runs every query of the dashboard and of the alerts; promtool and systemd-analyze check their files.
 package e2e
 
 import (
@@ -23,11 +22,11 @@ import (
 	"github.com/openai/openai-go/v3"
 )
 
-// tool skips the test where a program is missing.
+// tool skips the test if a program is not installed.
 func tool(t *testing.T, name string) {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
-		t.Skipf("there is no %s here: this is not tried", name)
+		t.Skipf("%s is not installed", name)
 	}
 }
 
@@ -42,7 +41,7 @@ func output(t *testing.T, stdin io.Reader, name string, args ...string) string {
 	return string(out)
 }
 
-// TestAlertRules: the rules are sound, and each has a test in which it fires.
+// TestAlertRules: the rules are valid, and each has a test in which it fires.
 func TestAlertRules(t *testing.T) {
 	tool(t, "promtool")
 	output(t, nil, "promtool", "check", "config", "../deploy/prometheus.yml")
@@ -51,7 +50,7 @@ func TestAlertRules(t *testing.T) {
 	manual := read(t, "../docs/operate.md")
 	for _, m := range regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(read(t, "../deploy/alerts.yml"), -1) {
 		if !strings.Contains(tests, "alertname: "+m[1]+"\n        exp_alerts:\n") {
-			t.Errorf("%s is never seen to fire", m[1])
+			t.Errorf("no test makes %s fire", m[1])
 		}
 		if !strings.Contains(manual, "`"+m[1]+"`") {
 			t.Errorf("docs/operate.md does not say what to do about %s", m[1])
@@ -68,7 +67,7 @@ func read(t *testing.T, name string) string {
 	return string(text)
 }
 
-// TestUnit: systemd has nothing to say against the units.
+// TestUnit: systemd-analyze finds no problem in the units.
 func TestUnit(t *testing.T) {
 	tool(t, "systemd-analyze")
 	dir := t.TempDir()
@@ -86,8 +85,8 @@ func TestUnit(t *testing.T) {
 	}
 }
 
-// TestPrometheus: the page is what promtool likes, and a real Prometheus with
-// the rules of deploy/ scrapes it and answers every query.
+// TestPrometheus: promtool accepts the metrics page, and a real Prometheus with the rules of deploy/ scrapes it and
+// answers every query.
 func TestPrometheus(t *testing.T) {
 	tool(t, "prometheus")
 	tool(t, "promtool")
@@ -100,7 +99,7 @@ func TestPrometheus(t *testing.T) {
 	}
 	p.provider.script(func(w http.ResponseWriter, _ *recorded) { reply(w, 400, `{"error":{}}`) })
 	ask("a")
-	_, _ = http.Get(p.url + "/v1/models") // nobody's
+	_, _ = http.Get(p.url + "/v1/models") // without a token
 	page := get(t, "http://"+os.Getenv("METRICS_ADDR")+"/metrics")
 	if out := output(t, strings.NewReader(page), "promtool", "check", "metrics"); strings.TrimSpace(out) != "" {
 		t.Errorf("promtool: %s", out)
@@ -112,19 +111,19 @@ func TestPrometheus(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("Prometheus does not scrape: %v", prom.query("up"))
+			t.Fatalf("Prometheus did not scrape: %v", prom.query("up"))
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
 	names := prom.names()
-	empty := []string{ // nothing of the kind happened
+	empty := []string{ // no such event happened
 		"llm_proxy_unpriced_calls_total",
 	}
 	for _, q := range queries(t) {
 		got := prom.query(q)
 		for _, name := range metricNames(q) {
 			if !slices.Contains(names, name) && !slices.Contains(empty, name) {
-				t.Errorf("there is no metric %s, which %s asks for", name, q)
+				t.Errorf("there is no metric %s, which %s uses", name, q)
 			}
 		}
 		compares := strings.ContainsAny(q, "<>") || strings.Contains(q, "==")
@@ -161,7 +160,7 @@ func get(t *testing.T, url string) string {
 	return string(b)
 }
 
-// startPrometheus runs it with deploy/'s configuration, but for pace and target.
+// startPrometheus runs Prometheus with the configuration in deploy/, except for the interval and the target.
 func startPrometheus(t *testing.T, target string) string {
 	t.Helper()
 	dir, addr := t.TempDir(), freeAddress(t)
@@ -194,7 +193,7 @@ func startPrometheus(t *testing.T, target string) string {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	t.Fatal("Prometheus does not start")
+	t.Fatal("Prometheus did not start")
 	return ""
 }
 
@@ -234,8 +233,7 @@ func (p *prometheus) names() []string {
 	return answer.Data
 }
 
-// queries are those of the dashboard, with its variables filled in, and of the
-// alerts.
+// queries returns the queries of the dashboard, with its variables filled in, and of the alerts.
 func queries(t *testing.T) (out []string) {
 	t.Helper()
 	fill := strings.NewReplacer("$__rate_interval", "1m", "$instance", ".*")
@@ -251,7 +249,7 @@ func queries(t *testing.T) (out []string) {
 	}
 	for _, p := range board.Panels {
 		if len(p.Targets) == 0 {
-			t.Errorf("the panel %s asks for nothing", p.Title)
+			t.Errorf("the panel %s has no query", p.Title)
 		}
 		for _, target := range p.Targets {
 			out = append(out, fill.Replace(target.Expr))

@@ -1,6 +1,5 @@
-// The scripted provider of the tests: an HTTP server that speaks OpenAI's and
-// Anthropic's APIs, records what reaches it, and fails in the way that a test
-// tells it to. Its faithful answers are in answers.mjs.
+// This file is the scripted provider of the tests: an HTTP server that speaks OpenAI's and Anthropic's APIs, records what it
+// receives, and fails as a test's script says. Its default answers are in answers.mjs.
 import { createServer } from 'node:http';
 import { once } from 'node:events';
 import { answer } from './answers.mjs';
@@ -14,7 +13,7 @@ export class Call {
     this.body = body;
     this.at = performance.now();
     this.response = response;
-    // gone is fulfilled when the connection ends before the answer does.
+    // gone resolves when the connection ends before the answer is complete.
     this.gone = new Promise((resolve) => response.once('close', () => response.writableFinished || resolve()));
   }
 
@@ -46,7 +45,7 @@ export class Call {
     this.head(200, { 'content-type': 'text/event-stream; charset=utf-8' });
   }
 
-  // event writes one event; value is what its data line holds.
+  // event writes one event; value is its data.
   event(value, name) {
     const data = typeof value === 'string' ? value : JSON.stringify(value);
     this.response.write((name ? `event: ${name}\n` : '') + `data: ${data}\n\n`);
@@ -56,7 +55,7 @@ export class Call {
     this.response.end();
   }
 
-  // cut breaks the connection off, so that no client can take it for an end.
+  // cut resets the connection, so that no client can mistake it for the end of the answer.
   cut() {
     this.response.socket.resetAndDestroy();
   }
@@ -78,17 +77,16 @@ export class Provider {
     return p;
   }
 
-  // script lets each function answer one of the next requests, in their order,
-  // in place of the faithful answer.
+  // script makes each function answer one of the next requests, in order, instead of the default answer.
   script(...functions) {
     this.#scripts.push(...functions);
   }
 
-  // reset forgets what came, and reports scripts that no request used up.
+  // reset forgets the recorded requests, and throws if a script was not used.
   reset() {
     this.calls = [];
     const unused = this.#scripts.splice(0).length;
-    if (unused > 0) throw new Error(`${unused} scripted answers were not asked for`);
+    if (unused > 0) throw new Error(`${unused} scripted answers were not used`);
   }
 
   get last() {
@@ -96,12 +94,12 @@ export class Provider {
   }
 
   async #serve(request, response) {
-    response.on('error', () => {}); // the client's leaving is what some tests are about
+    response.on('error', () => {}); // some tests disconnect on purpose
     const chunks = [];
     try {
       for await (const chunk of request) chunks.push(chunk);
     } catch {
-      return; // cut within the request: the proxy's client left
+      return; // the request was cut because the proxy's client disconnected
     }
     const call = new Call(request, response, Buffer.concat(chunks));
     this.calls.push(call);

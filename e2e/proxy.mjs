@@ -1,6 +1,5 @@
-// The proxy under test: the built binary on a loopback port of its own, with a
-// data directory of its own, one project with an OpenAI and an Anthropic
-// provider, and tokens made through /manage.
+// This file starts the proxy under test: the built binary on a free loopback port, with a new data directory, one project
+// with an OpenAI and an Anthropic provider, and tokens created through /manage.
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
@@ -70,7 +69,7 @@ export class Proxy {
     return token;
   }
 
-  // settled returns the last call on record, once it is settled.
+  // settled waits until the last call is settled, and returns its row.
   async settled() {
     for (;;) {
       const { data } = await this.manage('GET', '/manage/requests?limit=1');
@@ -79,8 +78,7 @@ export class Proxy {
     }
   }
 
-  // stop ends the proxy as an operator would. It must end well, and its log may
-  // hold neither a secret nor what was asked.
+  // stop ends the proxy as an operator would. It must end cleanly, and its log must contain no secret and no prompt.
   async stop() {
     this.process.kill('SIGTERM');
     const [code] = await once(this.process, 'close');
@@ -101,7 +99,7 @@ function binary(dir) {
   return file;
 }
 
-// within fails unless the promise is fulfilled in time.
+// within rejects unless the promise resolves in time.
 export async function within(ms, promise, what) {
   let timer;
   const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Error(`not within ${ms} ms: ${what}`)), ms); });
@@ -112,7 +110,7 @@ export async function within(ms, promise, what) {
   }
 }
 
-// countingFetch is fetch with a count of the requests that an SDK really makes.
+// countingFetch is fetch with a counter of the requests that an SDK sends.
 export function countingFetch() {
   const counting = (...args) => {
     counting.count++;

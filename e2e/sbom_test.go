@@ -1,4 +1,4 @@
-// The list of what the program is made of, held to what the linker says.
+// This file checks the software bill of materials against the modules that the linker recorded.
 package e2e
 
 import (
@@ -9,8 +9,7 @@ import (
 	"testing"
 )
 
-// TestSBOM: deploy/sbom lists every module that is in the binary, with version
-// and checksum, and no other.
+// TestSBOM: deploy/sbom lists exactly the modules in the binary, with version and checksum.
 func TestSBOM(t *testing.T) {
 	tool(t, "awk")
 	file, err := binary()

@@ -1,5 +1,5 @@
-// What the program asks of the system, as strace sees it: it starts nothing,
-// connects to nobody but the provider, and writes nowhere but in its directory.
+// This file watches the program's system calls with strace: it starts no other program, connects only to the provider, and
+// writes only in its data directory.
 package e2e
 
 import (
@@ -14,13 +14,13 @@ import (
 	"github.com/openai/openai-go/v3"
 )
 
-// TestSystemCalls (SC5): see above.
+// TestSystemCalls checks the system calls of a whole run.
 func TestSystemCalls(t *testing.T) {
 	tool(t, "strace")
 	trace := filepath.Join(t.TempDir(), "trace")
 	t.Setenv("LLM_PROXY_TRACE", trace)
 	var dir, provider string
-	t.Run("serve", func(t *testing.T) { // its end stops the program
+	t.Run("serve", func(t *testing.T) { // the end of the subtest stops the program
 		p := newProxy(t)
 		dir = filepath.Dir(p.data)
 		u, err := url.Parse(p.provider.server.URL)
@@ -42,7 +42,7 @@ func TestSystemCalls(t *testing.T) {
 		}
 	})
 	var text string
-	for range 100 { // strace writes its last lines after the program has gone
+	for range 100 { // strace writes its last lines after the program has ended
 		if text = read(t, trace); strings.Contains(text, "+++ exited with 0 +++") {
 			break
 		}
@@ -54,11 +54,11 @@ func TestSystemCalls(t *testing.T) {
 	connected := 0
 	for _, line := range regexp.MustCompile(`(?m)^.*\bconnect\(.*$`).FindAllString(text, -1) {
 		if connected++; !strings.Contains(line, "sin_port=htons("+provider+"), sin_addr=inet_addr(\"127.0.0.1\")") {
-			t.Errorf("a connection to somebody else: %s", line)
+			t.Errorf("unexpected connection: %s", line)
 		}
 	}
 	if connected == 0 {
-		t.Error("not even the provider was called")
+		t.Error("no connection to the provider was seen")
 	}
 	readable := regexp.MustCompile(`^/(sys|proc|dev/urandom|etc/localtime|usr/share/zoneinfo|etc/mime\.types|etc/apache2?/mime\.types|etc/httpd/conf/mime\.types|(usr/(local/)?)?share/mime)(/|$)?`)
 	opened := 0
@@ -68,17 +68,17 @@ func TestSystemCalls(t *testing.T) {
 		if strings.HasPrefix(name, dir+"/") || !writes && readable.MatchString(name) {
 			continue
 		}
-		t.Errorf("opened: %s", m[0])
+		t.Errorf("unexpected file opened: %s", m[0])
 	}
 	if opened < 5 {
-		t.Errorf("only %d files were opened: the trace cannot be read", opened)
+		t.Errorf("only %d files were opened: is the trace readable?", opened)
 	}
 	for _, m := range regexp.MustCompile(`(?m)\b(?:unlink|unlinkat|rename|renameat2?)\((?:AT_FDCWD, )?"([^"]*)"`).FindAllStringSubmatch(text, -1) {
 		if !strings.HasPrefix(m[1], dir+"/") {
-			t.Errorf("removed: %s", m[0])
+			t.Errorf("unexpected file removed: %s", m[0])
 		}
 	}
 	if strings.Contains(text, "ptrace(") || strings.Contains(text, "AF_UNIX") {
-		t.Error("odd system calls")
+		t.Error("unexpected system calls")
 	}
 }

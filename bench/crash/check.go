@@ -1,4 +1,4 @@
-// The checks after a start: the ledger against what clients saw.
+// This file checks the ledger after a start against what the clients saw.
 package main
 
 import (
@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// A row is one of GET /manage/requests.
+// A row is one entry of GET /manage/requests.
 type row struct {
 	ID           string
 	TokenID      string `json:"token_id"`
@@ -21,9 +21,8 @@ type row struct {
 	ErrorCode    string `json:"error_code"`
 }
 
-// longBefore is how long before the kill a call must have been complete to be
-// more than lost for sure: the ledger may keep a settled row for a tenth of this
-// before it is written.
+// longBefore is how long before the kill a call must have been complete for its settled row to be required. The ledger
+// may hold a settled row in memory for a tenth of this time.
 const longBefore = time.Second
 
 // check compares what the clients saw since began with the ledger.
@@ -47,7 +46,7 @@ func (t *trial) check(began time.Time, calls []sight) error {
 		switch {
 		case !ok && s.status < 500 && s.status != http.StatusTooManyRequests, !ok && s.seed%failEvery == 0 && s.status == http.StatusInternalServerError:
 			t.violated("a client saw the answer %d to %s, but it has no row", s.status, s.id)
-		case !ok: // refused, which need not have a row
+		case !ok: // refused: it need not have a row
 		case r.TokenID != s.token.id:
 			t.violated("%s is on record under another token", s.id)
 		case s.status != http.StatusOK || !s.complete || killed.Sub(s.at) < longBefore:
@@ -61,8 +60,7 @@ func (t *trial) check(began time.Time, calls []sight) error {
 	return t.checkCounts()
 }
 
-// read adds the rows since a time to those known. A row that was settled before
-// must not have changed.
+// read adds the rows since a time to the rows already read. A row that was settled must not have changed.
 func (t *trial) read(since time.Time) error {
 	after := ""
 	for {
@@ -93,7 +91,7 @@ func (t *trial) read(since time.Time) error {
 	}
 }
 
-// checkCounts holds counts, limit and sums to the rows.
+// checkCounts compares request counts, the limit and the sums with the rows.
 func (t *trial) checkCounts() error {
 	calls, outcomes := map[string]int{}, map[string]int{}
 	for _, r := range t.rows {
@@ -133,7 +131,7 @@ func (t *trial) checkCounts() error {
 	for _, u := range usage.Data {
 		sums[u.Outcome] = u.Calls
 	}
-	delete(sums, "refused") // not each of those has a row
+	delete(sums, "refused") // not every refused call has a row
 	delete(outcomes, "refused")
 	if got, want := fmt.Sprint(sums), fmt.Sprint(outcomes); got != want {
 		t.violated("the sums are %s, the rows %s", got, want)

@@ -1,4 +1,4 @@
-// The load: a scripted provider, and clients that note what they saw.
+// This file makes the load: a scripted provider, and clients that record what they see.
 package main
 
 import (
@@ -15,12 +15,11 @@ import (
 	"time"
 )
 
-// A provider answers chat calls. What it does with one is in the call's "seed",
-// so that the client knows what to expect.
+// A provider answers chat calls. The "seed" of a call decides how, so that the client knows what to expect.
 type provider struct {
 	url     string
 	server  *http.Server
-	limited atomic.Int64 // calls of the limited token, which says so in "user"
+	limited atomic.Int64 // calls of the limited token, which are marked in "user"
 }
 
 func startProvider() (*provider, error) {
@@ -36,10 +35,10 @@ func startProvider() (*provider, error) {
 
 func (p *provider) close() { _ = p.server.Close() }
 
-// usageOf is what the provider says that a call used.
+// usageOf returns the usage that the provider reports for a call.
 func usageOf(seed int) (input, output int) { return seed%1000 + 1, seed%77 + 1 }
 
-const failEvery = 20 // of this many seeds one is answered with 500
+const failEvery = 20 // one in this many seeds is answered with 500
 
 func (p *provider) answer(w http.ResponseWriter, r *http.Request) {
 	var call struct {
@@ -82,16 +81,15 @@ func (p *provider) answer(w http.ResponseWriter, r *http.Request) {
 
 // A sight is what a client saw of a call.
 type sight struct {
-	id       string // the proxy's; "" if no byte of an answer came
+	id       string // the request id; "" if no byte of an answer arrived
 	token    *token
 	seed     int
 	status   int
-	complete bool      // the answer came to its end
+	complete bool      // the answer arrived completely
 	at       time.Time // when it ended
 }
 
-// load lets the clients call until the program is killed after d, and returns
-// what they saw.
+// load runs the clients until the program is killed after d, and returns what they saw.
 func (t *trial) load(ctx context.Context, d time.Duration) []sight {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -123,7 +121,7 @@ func (t *trial) load(ctx context.Context, d time.Duration) []sight {
 	return all
 }
 
-// call makes one call and reads its answer, or leaves amid it.
+// call makes one call and reads its answer, or disconnects while reading.
 func (t *trial) call(ctx context.Context, rng *rand.Rand) (s sight) {
 	s = sight{token: t.tokens[rng.IntN(len(t.tokens))], seed: rng.IntN(1_000_000)}
 	user := "anyone"

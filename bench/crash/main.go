@@ -1,24 +1,20 @@
-// Crash kills llm-proxy, again and again, and holds its ledger to what clients
-// saw.
+// Crash kills llm-proxy repeatedly and compares its ledger with what clients saw.
 //
 //	go run ./bench/crash -loops 100
 //
-// It starts the real program (built for the purpose, or -bin) on a fresh data
-// directory, with a scripted provider on loopback, and puts mixed load on it:
-// unary calls and streams, errors of the provider, clients that leave, several
-// tokens, one of them with max_requests. At a random moment it sends SIGKILL,
-// starts the program again on the same directory, and checks:
+// It starts the real program (newly built, or -bin) on an empty data directory, with a scripted provider on loopback, under
+// mixed load: unary calls and streams, provider errors, clients that disconnect, several tokens, one of them with
+// max_requests. At a random moment it sends SIGKILL, starts the program again on the same directory, and checks:
 //
-//   - every call of which a client saw an answer byte has its row;
-//   - no row is open after a start, and rows and counts never go back;
+//   - every call of which a client saw an answer byte has a row;
+//   - no row is open after a start, and no row or count is lost;
 //   - a call that was complete well before the kill is "ok" with exact usage;
-//   - the provider got no more calls of the limited token than its
+//   - the provider received no more calls of the limited token than its
 //     request_count says, and that is never more than max_requests;
 //   - each token's request_count, and the sums, equal the rows;
 //   - a start takes less than two seconds.
 //
-// It prints one line and exits with 1 if anything of that did not hold. -seed
-// repeats the same choices, though never the same timing.
+// It prints one line, and exits with 1 if a check failed. -seed repeats the same choices, but not the same timing.
 package main
 
 import (
@@ -45,7 +41,7 @@ func main() {
 	}
 }
 
-// options are the flags.
+// options are the command line flags.
 type options struct {
 	bin     string
 	loops   int
@@ -128,7 +124,7 @@ func (t *trial) lost() (n int) {
 	return n
 }
 
-// run does all loops, and ends with an orderly stop.
+// run does all loops and then stops the program cleanly.
 func (t *trial) run(ctx context.Context) error {
 	if err := t.start(ctx); err != nil {
 		return err
@@ -160,7 +156,7 @@ func (t *trial) run(ctx context.Context) error {
 	return nil
 }
 
-// start starts the program and notes how long it took until it was ready.
+// start starts the program and records how long it took to become ready.
 func (t *trial) start(ctx context.Context) error {
 	began := time.Now()
 	p, err := startProxy(ctx, t.bin, t.dir, t.provider.url)

@@ -1,4 +1,4 @@
-// A short run, so that the harness itself stays in order.
+// This file runs a few loops, so that the benchmark itself keeps working.
 package main
 
 import (

@@ -1,4 +1,4 @@
-// The program that is killed: starting it, ending it, and its /manage.
+// This file starts and ends the program under test, and calls its /manage.
 package main
 
 import (
@@ -44,7 +44,7 @@ func startProxy(ctx context.Context, bin, dir, providerURL string) (*proxy, erro
 		line, err := lines.ReadString('\n')
 		if err != nil {
 			_ = p.cmd.Wait()
-			return nil, fmt.Errorf("the program did not listen; it said %q", last+line)
+			return nil, fmt.Errorf("the program did not start to listen; its last output is %q", last+line)
 		}
 		last = line
 		var entry struct{ Msg, Address string }
@@ -59,7 +59,7 @@ func startProxy(ctx context.Context, bin, dir, providerURL string) (*proxy, erro
 	for {
 		res, err := p.client.Get(p.url + "/readyz")
 		if err != nil {
-			return nil, fmt.Errorf("asking whether it is ready: %w", err)
+			return nil, fmt.Errorf("checking readiness: %w", err)
 		}
 		res.Body.Close()
 		if res.StatusCode == http.StatusOK {
@@ -69,14 +69,14 @@ func startProxy(ctx context.Context, bin, dir, providerURL string) (*proxy, erro
 	}
 }
 
-// kill ends the program as a crash would, and waits for its end.
+// kill ends the program as a crash would, and waits until it has ended.
 func (p *proxy) kill() {
 	_ = p.cmd.Process.Kill()
 	p.ended <- <-p.ended
 	p.client.CloseIdleConnections()
 }
 
-// stop ends it in good order.
+// stop ends the program cleanly.
 func (p *proxy) stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return err
@@ -109,14 +109,14 @@ func (p *proxy) manage(method, path, body string, to any) error {
 	return json.Unmarshal(b, to)
 }
 
-// A token is one that the clients use.
+// A token is one of those that the clients use.
 type token struct {
 	id, value string
 	limit     int // 0: none
-	count     int // request_count when it was last looked at
+	count     int // request_count at the last check
 }
 
-// makeTokens makes three plain tokens and one that is used up about half way.
+// makeTokens creates three plain tokens, and one that is used up about half way through the run.
 func (t *trial) makeTokens() error {
 	var project struct{ ID string }
 	if err := t.proxy.manage("POST", "/manage/projects", `{"name":"crash","openai_api_key":"sk-crash-0123456789"}`, &project); err != nil {

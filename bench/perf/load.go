@@ -1,5 +1,4 @@
-// The load: connections that send one request after the other, and what it cost
-// the process at the other end.
+// This file makes the load, with connections that send one request after the other, and measures what it costs the target.
 package main
 
 import (
@@ -21,9 +20,8 @@ type measured struct {
 	p50        float64 // microseconds
 }
 
-// load keeps conns connections busy with body for d, after a warm-up of a
-// quarter of it; with a rate, calls are due at fixed times instead, and latency
-// runs from when they were due.
+// load keeps conns connections busy with body for d, after a warm-up of d/4. With a rate, calls are sent at fixed times
+// instead, and latency counts from the time at which a call was due.
 func load(ctx context.Context, t target, body string, conns, rate int, d time.Duration) (measured, error) {
 	ctx, cancel := context.WithTimeout(ctx, d+d/4)
 	defer cancel()
@@ -94,8 +92,7 @@ func worker(ctx context.Context, t target, body string, begin time.Time, i, conn
 	return took, nil
 }
 
-// idleStreams opens n streams that say one word and then nothing, and returns
-// the KiB of memory that each costs the target.
+// idleStreams opens n streams that send one word and then nothing, and returns the KiB of memory that each costs the target.
 func idleStreams(ctx context.Context, t target, n int) (float64, error) {
 	before := rss(t.pid)
 	request := t.request(chatBody(`"stream":true,"user":"idle"`))

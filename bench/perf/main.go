@@ -1,16 +1,14 @@
-// Perf measures what llm-proxy costs beside the least that a reverse proxy on
-// net/http can do: httputil.ReverseProxy with a buffer pool and another key.
+// Perf compares the cost of llm-proxy with that of a minimal reverse proxy on net/http: httputil.ReverseProxy with a buffer
+// pool and another key.
 //
 //	go run ./bench/perf
 //
-// It starts a provider with fixed answers, the bare proxy and the real program
-// (built for the purpose, or -bin), each a process of its own, and puts the same
-// load on both proxies in turns: unary calls and 64-event streams as fast as
-// answers come, unary calls at a fixed rate, and streams that stand idle. It
-// prints the CPU time per call (of the proxy's process, from /proc, so Linux
-// only), the ratio, and for the fixed rate the median latency. Compare figures
-// of one run only: machines differ, and so do their hours. Many short rounds say
-// more than few long ones, for a machine's speed changes by the second.
+// It starts a provider with fixed answers, the bare proxy and the real program (newly built, or -bin), each as a separate
+// process, and puts the same load on both proxies in turn: unary calls and 64-event streams as fast as answers arrive,
+// unary calls at a fixed rate, and idle streams. It prints the CPU time per call (of the proxy's process, from /proc, so
+// on Linux only), the ratio, and for the fixed rate the median latency. Only figures of one run are comparable: machines
+// differ, and one machine differs from hour to hour. Many short rounds are more reliable than few long ones, because a
+// machine's speed changes by the second.
 package main
 
 import (
@@ -35,12 +33,12 @@ func main() {
 		return
 	}
 	o := options{}
-	flag.StringVar(&o.bin, "bin", "", "llm-proxy binary; empty: built from this tree")
-	flag.IntVar(&o.rounds, "rounds", 15, "rounds; the figures are medians over them")
+	flag.StringVar(&o.bin, "bin", "", "llm-proxy binary; if empty, it is built from this tree")
+	flag.IntVar(&o.rounds, "rounds", 15, "rounds; the figures are their medians")
 	flag.DurationVar(&o.duration, "duration", time.Second, "length of one measurement")
 	flag.IntVar(&o.conns, "c", 64, "connections")
 	flag.IntVar(&o.rate, "rate", 500, "calls per second of the fixed-rate workload")
-	flag.IntVar(&o.idle, "idle", 2000, "idle streams; 0 leaves them out")
+	flag.IntVar(&o.idle, "idle", 2000, "idle streams; 0 skips them")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -125,8 +123,7 @@ func median(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// medianRatio is the median of the ratios round by round: a slow minute of the
-// machine is in both of its halves.
+// medianRatio is the median of the ratios of each round: a slow minute of the machine affects both sides.
 func medianRatio(a, b []float64) float64 {
 	r := make([]float64, len(a))
 	for i := range a {

@@ -1,5 +1,5 @@
-// The servers of a measurement: a provider with fixed answers, the bare proxy,
-// and the real program with a project and a token.
+// This file starts the servers of a measurement: a provider with fixed answers, the bare proxy, and the real program with a
+// project and a token.
 package main
 
 import (
@@ -28,8 +28,8 @@ const (
 	managementKey = "benchmark-0a9s8d7f6g5h4j3k2l1qwertyuiop"
 )
 
-// The provider's answers, each a list of writes: it must not take the processors
-// from what is measured.
+// The provider's answers, each a list of writes, so that the provider uses little of the CPU time of the processes that
+// are measured.
 type answers struct{ unary, stream, streamWithUsage, idle, refusal [][]byte }
 
 func newAnswers() answers {
@@ -38,7 +38,7 @@ func newAnswers() answers {
 	const head = "HTTP/1.1 200 OK\r\nDate: Tue, 24 Nov 2026 12:00:00 GMT\r\nopenai-organization: bench\r\nopenai-processing-ms: 350\r\n" +
 		"openai-version: 2020-10-01\r\nx-request-id: req_bench\r\nx-ratelimit-limit-requests: 10000\r\nx-ratelimit-limit-tokens: 2000000\r\n" +
 		"x-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 1999000\r\nx-ratelimit-reset-requests: 6ms\r\n" +
-		"x-ratelimit-reset-tokens: 30ms\r\nstrict-transport-security: max-age=31536000\r\n" // such as OpenAI sends
+		"x-ratelimit-reset-tokens: 30ms\r\nstrict-transport-security: max-age=31536000\r\n" // as OpenAI sends them
 	const streamed = head + "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 	body := `{"id":"chatcmpl-bench","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini","choices":[{"index":0,"message":` +
 		`{"role":"assistant","content":"` + strings.Repeat("The band plays on. ", 35) + `"},"finish_reason":"stop"}],` +
@@ -59,7 +59,7 @@ func newAnswers() answers {
 	}
 }
 
-// provide is the provider, on a free port of loopback whose URL it prints first.
+// provide runs the provider on a free loopback port, and first prints its URL.
 func provide() error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -104,12 +104,11 @@ func (a *answers) to(m message) [][]byte {
 	return a.unary
 }
 
-// A message is a request or a response, in slices that are valid until the next
-// one is read.
+// A message is a request or a response. Its slices are valid until the next one is read.
 type message struct{ head, body []byte }
 
-// readMessage reads a message of HTTP/1.1. It trusts who wrote it. The body is
-// kept if it is wanted; of one that is not, the last bytes are.
+// readMessage reads an HTTP/1.1 message of a trusted sender. It keeps the body if it is wanted, and otherwise only its last
+// bytes.
 func readMessage(br *bufio.Reader, wanted bool) (m message, err error) {
 	length, chunked := 0, false
 	for {
@@ -166,8 +165,8 @@ func readPart(br *bufio.Reader, b []byte, n int) ([]byte, error) {
 	return b, err
 }
 
-// bareProxy is the floor: what a reverse proxy on net/http costs that reads the
-// body first and sets another key, and does nothing else.
+// bareProxy is the lower bound: a reverse proxy on net/http that reads the body first, sets another key, and does nothing
+// else.
 func bareProxy(upstream string) (http.Handler, error) {
 	to, err := url.Parse(upstream)
 	if err != nil {
@@ -177,7 +176,7 @@ func bareProxy(upstream string) (http.Handler, error) {
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(to)
 			r.Out.Header["Authorization"] = []string{"Bearer " + providerKey}
-			r.Out.Body = r.In.Body // in memory, and known to be
+			r.Out.Body = r.In.Body // in memory
 		},
 		Transport:  &http.Transport{MaxIdleConns: 4096, MaxIdleConnsPerHost: 4096, DisableCompression: true},
 		BufferPool: &buffers{sync.Pool{New: func() any { return new(make([]byte, 32<<10)) }}},
@@ -199,8 +198,7 @@ type buffers struct{ pool sync.Pool }
 func (b *buffers) Get() []byte  { return *b.pool.Get().(*[]byte) }
 func (b *buffers) Put(p []byte) { b.pool.Put(&p) }
 
-// serveBare serves the bare proxy on a free port of loopback, whose URL it prints
-// first.
+// serveBare runs the bare proxy on a free loopback port, and first prints its URL.
 func serveBare(upstream string) error {
 	handler, err := bareProxy(upstream)
 	if err != nil {
@@ -220,8 +218,7 @@ func build(ctx context.Context, to string) error {
 	return cmd.Run()
 }
 
-// start starts all processes and returns what is to be measured, the bare proxy
-// first.
+// start starts all processes and returns the targets, the bare proxy first.
 func start(ctx context.Context, bin, dir string) (_ []target, stop func(), err error) {
 	var running []*exec.Cmd
 	stop = func() {
@@ -282,7 +279,7 @@ func start(ctx context.Context, bin, dir string) (_ []target, stop func(), err e
 	}, stop, err
 }
 
-// setUp makes a project and a token once the program answers.
+// setUp creates a project and a token as soon as the program answers.
 func setUp(ctx context.Context, base string) (string, error) {
 	var err error
 	for range 100 {
