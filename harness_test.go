@@ -1,6 +1,5 @@
-// The harness of the tests: a real server on a real port with real SQLite in a
-// directory of its own, and a scripted provider that speaks raw TCP and records
-// every byte. After each test it looks for secrets where none may be.
+// This file is the harness of the tests: a real server on a real port with a real SQLite database in a temporary directory,
+// and a scripted provider that speaks raw TCP and records every byte. After each test it searches all output for secrets.
 package main
 
 import (
@@ -37,30 +36,30 @@ type testProxy struct {
 	env      map[string]string
 	provider *fakeProvider
 	adminKey string // a management key of role admin
-	project  string // its id
-	upstream string // its id
+	project  string // the project's id
+	upstream string // the upstream's id
 	tokenID  string
 	token    string
 	log      *syncBuffer
-	stop     func() error // drains; further calls do nothing
+	stop     func() error // drains and stops; further calls do nothing
 
 	mu           sync.Mutex
-	clientOutput bytes.Buffer // all bytes that clients saw, but for answers that show a secret once
-	secrets      []string     // what may not be seen anywhere
-	// allowErrors lets the log hold lines of level ERROR, which else fail the test.
+	clientOutput bytes.Buffer // all bytes that clients saw, except answers that show a secret once
+	secrets      []string     // must not appear anywhere
+	// allowErrors allows log lines of level ERROR, which otherwise fail the test.
 	allowErrors bool
 }
 
 const promptCanary = "prompt-canary-7Qz1xW"
 
-// newTest starts a proxy; env overrides settings.
+// newTest starts a proxy with one project, upstream and token. env overrides settings.
 func newTest(t testing.TB, env map[string]string) *testProxy {
 	t.Helper()
 	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
 	p.secrets = []string{p.provider.key, promptCanary}
 	p.env = map[string]string{
-		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "ALLOW_PRIVATE_UPSTREAMS": "true",
-		"OPENAI_API_URL": p.provider.url, "LOG_LEVEL": "debug", "DRAIN_TIMEOUT": "5s",
+		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s",
+		"ALLOW_PRIVATE_UPSTREAMS": "true", "OPENAI_API_URL": p.provider.url, "LOG_LEVEL": "debug",
 	}
 	maps.Copy(p.env, env)
 	p.start()
@@ -74,14 +73,15 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 		ID        string
 		Upstreams []struct{ ID string }
 	}
-	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"test","openai_api_key":%q}`, p.provider.key), 201, &project)
+	body := fmt.Sprintf(`{"name":"test","openai_api_key":%q}`, p.provider.key)
+	p.manage("POST", "/manage/projects", body, 201, &project)
 	p.project, p.upstream = project.ID, project.Upstreams[0].ID
 	p.tokenID, p.token = p.newToken(`"name":"t"`)
 	t.Cleanup(p.finish)
 	return p
 }
 
-// start runs the server on p's data directory; after stop it may run again.
+// start runs the server on p's data directory. It may be called again after stop.
 func (p *testProxy) start() {
 	p.t.Helper()
 	cfg, err := loadConfig(func(name string) string { return p.env[name] })
@@ -110,13 +110,13 @@ func (p *testProxy) start() {
 	p.stop = sync.OnceValue(func() error { cancel(); return <-done })
 }
 
-// finish stops the server and looks for secrets.
+// finish stops the server and searches the clients' output, the log and the data directory for secrets.
 func (p *testProxy) finish() {
 	if err := p.stop(); err != nil && !p.allowErrors {
 		p.t.Errorf("stopping: %v", err)
 	}
 	if n := p.instance.proxy.bodies.used.Load(); n != 0 {
-		p.t.Errorf("%d bytes of request bodies are still held", n)
+		p.t.Errorf("%d bytes of request bodies are still reserved", n)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -149,27 +149,25 @@ func (p *testProxy) finish() {
 	}
 }
 
-// allowSecret takes a secret off the list of what may not be seen anywhere: the
-// test shows it to somebody who may see it.
+// allowSecret removes a secret from the list, because the test shows it to someone who may see it.
 func (p *testProxy) allowSecret(secret string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.secrets = slices.DeleteFunc(p.secrets, func(s string) bool { return s == secret })
 }
 
-// secretEncodings are the shapes in which a secret may leak; of one that is long
-// enough, its inner parts too.
+// secretEncodings returns the forms in which a secret might leak. For a long secret that includes parts of it.
 func secretEncodings(s string) []string {
 	forms := []string{s, base64.StdEncoding.EncodeToString([]byte(s)), hex.EncodeToString([]byte(s))}
 	if body := strings.TrimPrefix(strings.TrimPrefix(s, tokenPrefix), manageKeyPrefix); len(body) > 32 {
-		for i := 12; i+16 <= len(body)-4; i += 7 { // not the public part, nor the hint
+		for i := 12; i+16 <= len(body)-4; i += 7 { // neither the public part nor the hint
 			forms = append(forms, body[i:i+16])
 		}
 	}
 	return forms
 }
 
-// newToken makes a token of the test's project; fields are JSON members.
+// newToken creates a token of the test's project. fields are JSON members.
 func (p *testProxy) newToken(fields string) (id, token string) {
 	p.t.Helper()
 	var v struct{ ID, Token string }
@@ -180,8 +178,7 @@ func (p *testProxy) newToken(fields string) (id, token string) {
 	return v.ID, v.Token
 }
 
-// manage makes a call to /manage as admin, expects a status, and decodes the
-// answer into to unless it is nil.
+// manage makes a call to /manage as admin, expects a status, and decodes the answer into to unless that is nil.
 func (p *testProxy) manage(method, path, body string, status int, to any) {
 	p.t.Helper()
 	res := p.manageAs(p.adminKey, method, path, body)
@@ -204,22 +201,22 @@ func (p *testProxy) manageAs(key, method, path, body string, headers ...string) 
 	return p.do(method, path, body, h...)
 }
 
-// A testResponse is what a client got.
+// A testResponse is an answer that a client received.
 type testResponse struct {
 	status int
 	header http.Header
 	body   string
-	err    error // of reading the body: a cut answer
+	err    error // from reading the body, if the answer was cut
 }
 
-// errorCode returns the error code in an OpenAI-shaped error body, "" if it is none.
-func (a testResponse) errorCode() string {
+// errorCode returns the error code in an OpenAI-shaped error body, "" if the body has another shape.
+func (r testResponse) errorCode() string {
 	var e struct{ Error struct{ Code string } }
-	_ = json.Unmarshal([]byte(a.body), &e)
+	_ = json.Unmarshal([]byte(r.body), &e)
 	return e.Error.Code
 }
 
-// do makes any call; headers are pairs.
+// do makes any request. headers are pairs of name and value.
 func (p *testProxy) do(method, path, body string, headers ...string) testResponse {
 	p.t.Helper()
 	var r io.Reader
@@ -232,7 +229,7 @@ func (p *testProxy) do(method, path, body string, headers ...string) testRespons
 	}
 	for i := 0; i < len(headers); i += 2 {
 		req.Header.Add(headers[i], headers[i+1])
-		if headers[i] == "Host" { // which net/http takes from elsewhere
+		if headers[i] == "Host" { // net/http ignores the header and sends this field
 			req.Host = headers[i+1]
 		}
 	}
@@ -248,20 +245,20 @@ func (p *testProxy) do(method, path, body string, headers ...string) testRespons
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
 	a := testResponse{res.StatusCode, res.Header, string(b), err}
-	once := (strings.HasPrefix(path, "/manage/") || strings.HasPrefix(path, "/admin/")) && method == "POST" && res.StatusCode < 300 // may show a secret once
+	isManagement := strings.HasPrefix(path, "/manage/") || strings.HasPrefix(path, "/admin/")
+	showsSecret := isManagement && method == "POST" && res.StatusCode < 300
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	public := res.Header.Clone()
-	public.Del("Set-Cookie") // a session's id is in no other place
+	public.Del("Set-Cookie") // the only place where a session id may appear
 	fmt.Fprintln(&p.clientOutput, public, res.Trailer)
-	if !once {
+	if !showsSecret {
 		p.clientOutput.Write(b)
 	}
 	return a
 }
 
-// http2 returns a transport that speaks HTTP/2 to the proxy with testCertificate's
-// certificate.
+// http2 returns a transport that speaks HTTP/2 and trusts the certificate made by testCertificate.
 func (p *testProxy) http2(cert string) *http.Transport {
 	p.t.Helper()
 	text, err := os.ReadFile(cert)
@@ -274,8 +271,7 @@ func (p *testProxy) http2(cert string) *http.Transport {
 		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "llm.example.test"}}
 }
 
-// chat makes a unary chat call with the test's token. Members are added to the
-// body, as in `"stream":true`.
+// chat makes a chat call with the test's token. members are added to the body, for example `"stream":true`.
 func (p *testProxy) chat(members ...string) testResponse {
 	p.t.Helper()
 	return p.chatAs(p.token, members...)
@@ -283,11 +279,13 @@ func (p *testProxy) chat(members ...string) testResponse {
 
 func (p *testProxy) chatAs(token string, members ...string) testResponse {
 	p.t.Helper()
-	return p.do("POST", "/v1/chat/completions", chatBody(members...), "Authorization", "Bearer "+token, "Content-Type", "application/json")
+	return p.do("POST", "/v1/chat/completions", chatBody(members...),
+		"Authorization", "Bearer "+token, "Content-Type", "application/json")
 }
 
 func chatBody(members ...string) string {
-	return `{"model":"gpt-4o-mini","messages":[{"role":"user","content":"` + promptCanary + `"}]` + strings.Join(append([]string{""}, members...), ",") + `}`
+	return `{"model":"gpt-4o-mini","messages":[{"role":"user","content":"` + promptCanary + `"}]` +
+		strings.Join(append([]string{""}, members...), ",") + `}`
 }
 
 // requestEntry is a row of GET /manage/requests.
@@ -310,19 +308,17 @@ type requestEntry struct {
 	TotalMS                               *float64 `json:"total_ms"`
 }
 
-// ledger returns the calls on record, oldest first, after all are settled.
+// ledger returns the rows of all calls, oldest first, after all calls are settled.
 func (p *testProxy) ledger() []requestEntry {
 	p.t.Helper()
 	p.waitSettled()
 	var l struct{ Data []requestEntry }
 	p.manage("GET", "/manage/requests?limit=500", "", 200, &l)
-	for i, j := 0, len(l.Data)-1; i < j; i, j = i+1, j-1 {
-		l.Data[i], l.Data[j] = l.Data[j], l.Data[i]
-	}
+	slices.Reverse(l.Data)
 	return l.Data
 }
 
-// waitSettled waits until no call runs and the ledger is written.
+// waitSettled waits until no call is running and the ledger is written.
 func (p *testProxy) waitSettled() {
 	p.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); p.instance.running.oldestID() != 0; time.Sleep(time.Millisecond) {
@@ -337,18 +333,18 @@ func (p *testProxy) waitSettled() {
 	}
 }
 
-// lastCall returns the last row on record.
+// lastCall returns the last row in the ledger, and fails the test if there is none.
 func (p *testProxy) lastCall() requestEntry {
 	p.t.Helper()
 	rows := p.ledger()
 	if len(rows) == 0 {
-		p.t.Fatal("no call is on record")
+		p.t.Fatal("the ledger has no row")
 	}
 	return rows[len(rows)-1]
 }
 
-// sendRaw sends bytes as they are over TCP and returns all that comes back until
-// the server closes, or for at most a second.
+// sendRaw sends bytes unchanged over TCP, and returns what arrives until the server closes the connection or a second has
+// passed.
 func (p *testProxy) sendRaw(request string) string {
 	p.t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
@@ -373,7 +369,7 @@ func (p *testProxy) rawChatRequest(lines, body string) string {
 		"\r\nContent-Type: application/json\r\n" + lines + "Content-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + body
 }
 
-// waitFor polls until ok, or fails the test with what it waited for.
+// waitFor polls until ok returns true. After 10 s it fails the test and reports what it waited for.
 func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
@@ -383,7 +379,7 @@ func waitFor(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// A recordedRequest request is what the provider got.
+// A recordedRequest is a request that the provider received.
 type recordedRequest struct {
 	method, target string
 	header         http.Header // canonical names
@@ -391,8 +387,8 @@ type recordedRequest struct {
 	body           string
 }
 
-// A fakeProvider speaks HTTP/1.1 over raw TCP. What it answers is up to script,
-// which writes raw bytes; when it returns false the connection is closed.
+// A fakeProvider speaks HTTP/1.1 over raw TCP. script answers each request with raw bytes; if it returns false, the
+// connection is closed.
 type fakeProvider struct {
 	url, key string
 	listener net.Listener
@@ -409,7 +405,7 @@ type providerConn struct {
 	r *bufio.Reader
 }
 
-// reply writes a complete answer with Content-Length.
+// reply writes a complete answer with Content-Length. headers are whole lines.
 func (c *providerConn) reply(status int, body string, headers ...string) bool {
 	var h strings.Builder
 	fmt.Fprintf(&h, "HTTP/1.1 %d X\r\nContent-Length: %d\r\n", status, len(body))
@@ -423,19 +419,20 @@ func (c *providerConn) reply(status int, body string, headers ...string) bool {
 	return err == nil
 }
 
-// beginSSE begins an event stream in chunks.
+// beginSSE writes the head of a chunked event stream.
 func (c *providerConn) beginSSE(headers ...string) {
 	lines := strings.Join(append(headers, ""), "\r\n")
-	_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"+lines+"\r\n")
+	head := "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+	_, _ = io.WriteString(c, head+lines+"\r\n")
 }
 
-// chunk writes one chunk; an empty one ends the answer.
+// chunk writes one chunk; an empty chunk ends the answer.
 func (c *providerConn) chunk(s string) error {
 	_, err := fmt.Fprintf(c, "%x\r\n%s\r\n", len(s), s)
 	return err
 }
 
-// waitClosed waits until the proxy closes the connection, or gives up after d.
+// waitClosed waits for at most d and reports whether the proxy closed the connection.
 func (c *providerConn) waitClosed(d time.Duration) bool {
 	_ = c.SetReadDeadline(time.Now().Add(d))
 	_, err := c.r.ReadByte()
@@ -450,13 +447,16 @@ func (c *providerConn) reset() bool {
 	return false
 }
 
-const chatResponseBody = `{"id":"chatcmpl-1","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,` +
-	`"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":3,"total_tokens":12}}`
+const chatResponseBody = `{"id":"chatcmpl-1","object":"chat.completion","created":1764000000,` +
+	`"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,` +
+	`"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],` +
+	`"usage":{"prompt_tokens":9,"completion_tokens":3,"total_tokens":12}}`
 
-// chatEvents is a short stream; usage says whether the usage event is in it.
+// chatEvents returns a short stream, with or without the usage event.
 func chatEvents(usage bool) []string {
 	event := func(rest string) string {
-		return `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini-2024-07-18",` + rest + "}\n\n"
+		return `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1764000000,` +
+			`"model":"gpt-4o-mini-2024-07-18",` + rest + "}\n\n"
 	}
 	events := []string{
 		event(`"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]`),
@@ -469,8 +469,7 @@ func chatEvents(usage bool) []string {
 	return append(events, "data: [DONE]\n\n")
 }
 
-// chatScript is the script that a provider begins with: it answers chat calls,
-// streamed or not, with usage where it is asked for.
+// chatScript is the default script of a provider. It answers chat calls, streamed or not, with usage if the call asks for it.
 func chatScript(c *providerConn, r recordedRequest) bool {
 	if !strings.Contains(r.body, `"stream":true`) {
 		return c.reply(200, chatResponseBody, "X-Request-Id: provider-1")
@@ -490,7 +489,8 @@ func newFakeProvider(t testing.TB) *fakeProvider {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &fakeProvider{url: "http://" + l.Addr().String(), key: "sk-provider-" + randomBase62(40), listener: l, script: chatScript}
+	key := "sk-provider-" + randomBase62(40)
+	p := &fakeProvider{url: "http://" + l.Addr().String(), key: key, listener: l, script: chatScript}
 	var serving sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
 	serving.Go(func() {
@@ -555,7 +555,7 @@ func readRequest(br *bufio.Reader) (recordedRequest, error) {
 	return r, err
 }
 
-// A byteReader hands out one byte a time, so that nothing is read ahead.
+// A byteReader returns one byte at a time, so that nothing is read ahead.
 type byteReader struct{ r *bufio.Reader }
 
 func (b byteReader) Read(p []byte) (int, error) {
@@ -567,14 +567,14 @@ func (b byteReader) Read(p []byte) (int, error) {
 	return 1, nil
 }
 
-// setScript sets the script from now on.
+// setScript sets the script for all further requests.
 func (p *fakeProvider) setScript(script func(c *providerConn, r recordedRequest) bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.script = script
 }
 
-// received returns the requests so far.
+// received returns the requests received so far.
 func (p *fakeProvider) received() []recordedRequest {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -586,12 +586,12 @@ func (p *fakeProvider) lastRequest(t *testing.T) recordedRequest {
 	t.Helper()
 	all := p.received()
 	if len(all) == 0 {
-		t.Fatal("the provider got no request")
+		t.Fatal("the provider received no request")
 	}
 	return all[len(all)-1]
 }
 
-// A syncBuffer is a bytes.Buffer for several goroutines.
+// A syncBuffer is a bytes.Buffer that several goroutines may use.
 type syncBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer

@@ -27,7 +27,8 @@ func TestPromiseTransparent(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	body := `{ "messages": [], "big": 9223372036854775809, "e": 1e400, "sep": "` + "\u2028" + `", "neg": -0, "model":"gpt-4o-mini" }`
-	res := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", "sdk/1")
+	res := p.do("POST", "/v1/chat/completions", body,
+		"Authorization", "Bearer "+p.token, "Content-Type", "application/json", "User-Agent", "sdk/1")
 	if res.status != 200 || res.body != chatResponseBody {
 		t.Fatalf("got %d %s", res.status, res.body)
 	}
@@ -35,19 +36,22 @@ func TestPromiseTransparent(t *testing.T) {
 	if got.body != body {
 		t.Errorf("the provider got %s", got.body)
 	}
-	if got.target != "/v1/chat/completions" || got.header.Get("Authorization") != "Bearer "+p.provider.key || got.header.Get("User-Agent") != "sdk/1" {
+	if got.target != "/v1/chat/completions" || got.header.Get("Authorization") != "Bearer "+p.provider.key ||
+		got.header.Get("User-Agent") != "sdk/1" {
 		t.Errorf("the provider got %s", strings.ReplaceAll(got.head, p.provider.key, "KEY"))
 	}
 	if res.header.Get("X-Request-Id") != "provider-1" || !strings.HasPrefix(res.header.Get("X-Llm-Proxy-Request-Id"), "req_") {
 		t.Errorf("request ids: %v", res.header)
 	}
 	row := p.lastCall()
-	if row.Outcome != "ok" || row.UsageSource != "exact" || row.InputTokens != 9 || row.OutputTokens != 3 || row.Status != 200 || row.Cost == nil {
+	if row.Outcome != "ok" || row.UsageSource != "exact" || row.InputTokens != 9 || row.OutputTokens != 3 ||
+		row.Status != 200 || row.Cost == nil {
 		t.Errorf("the ledger has %+v", row)
 	}
 }
 
-// TestPromiseLimitIsALimit: of 200 calls at once, exactly as many pass as the token has left; all others are refused and reach no provider.
+// TestPromiseLimitIsALimit: of 200 simultaneous calls, exactly as many pass as the token has left. All others are refused
+// and reach no provider.
 func TestPromiseLimitIsALimit(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -171,7 +175,7 @@ func TestPromiseRevocationIsImmediate(t *testing.T) {
 				t.Error("the stream ended as if it were complete")
 			}
 			if !<-cut {
-				t.Error("the provider's call went on")
+				t.Error("the call to the provider continued")
 			}
 			if res := <-waiting; res.status != test.status {
 				t.Errorf("a call without an answer yet: got %d %s", res.status, res.body)
@@ -247,17 +251,22 @@ func TestPromiseNeverLieAboutAStream(t *testing.T) {
 	for _, e := range chatEvents(true) {
 		fmt.Fprintf(&chunks, "%x\r\n%s\r\n", len(e), e)
 	}
+	length := len(chatResponseBody)
 	answers := []struct{ name, raw, body, members string }{
-		{"unary", head + "application/json\r\nContent-Length: " + fmt.Sprint(len(chatResponseBody)) + "\r\n\r\n" + chatResponseBody, chatResponseBody, `"n":1`},
-		{"unary in chunks", head + "application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(chatResponseBody), chatResponseBody), chatResponseBody, `"n":1`},
-		{"stream", head + "text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks.String() + "0\r\n\r\n",
-			strings.Join(chatEvents(true), ""), `"stream":true,"stream_options":{"include_usage":true}`},
+		{name: "unary", body: chatResponseBody, members: `"n":1`,
+			raw: head + fmt.Sprintf("application/json\r\nContent-Length: %d\r\n\r\n%s", length, chatResponseBody)},
+		{name: "unary in chunks", body: chatResponseBody, members: `"n":1`,
+			raw: head + "application/json\r\nTransfer-Encoding: chunked\r\n\r\n" +
+				fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", length, chatResponseBody)},
+		{name: "stream", body: strings.Join(chatEvents(true), ""), members: `"stream":true,"stream_options":{"include_usage":true}`,
+			raw: head + "text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks.String() + "0\r\n\r\n"},
 	}
 	for _, a := range answers {
 		for how, step := range map[string]int{"FIN": 1, "RST": 5} {
 			t.Run(a.name+" "+how, func(t *testing.T) {
 				t.Parallel()
 				p := newTest(t, nil)
+				headLength := strings.Index(a.raw, "\r\n\r\n") + 4
 				for k := 0; k < len(a.raw); k += step {
 					p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 						_, _ = io.WriteString(c, a.raw[:k])
@@ -268,7 +277,7 @@ func TestPromiseNeverLieAboutAStream(t *testing.T) {
 					})
 					res := p.chat(a.members)
 					switch {
-					case res.err == nil && res.status == 502 && res.errorCode() == "upstream_unreachable" && k < strings.Index(a.raw, "\r\n\r\n")+4+1:
+					case res.err == nil && res.status == 502 && res.errorCode() == "upstream_unreachable" && k <= headLength:
 					case res.err != nil && strings.HasPrefix(a.body, res.body):
 					case how == "RST" && res.status == 502: // the reset overtook the bytes before it
 					default:
@@ -299,16 +308,19 @@ func TestPromiseFailClosedHonestly(t *testing.T) {
 	}{
 		{name: "ledger locked", begin: func(p *testProxy) { p.setPragma(`PRAGMA busy_timeout = 20`); p.lockDatabase() },
 			status: 503, code: "ledger_unavailable"},
-		{name: "database closed", begin: func(p *testProxy) { p.instance.store.readDB.Close() }, status: 503, code: "store_unavailable"},
+		{name: "database closed", begin: func(p *testProxy) { p.instance.store.readDB.Close() },
+			status: 503, code: "store_unavailable"},
 		{name: "body memory full", begin: func(p *testProxy) {
 			p.instance.proxy.bodies.reserve(1 << 20)
 			p.t.Cleanup(func() { p.instance.proxy.bodies.release(1 << 20) })
 		}, status: 503, code: "body_memory_full"},
-		{name: "provider unreachable", begin: func(p *testProxy) { p.provider.listener.Close() }, status: 502, code: "upstream_unreachable"},
+		{name: "provider unreachable", begin: func(p *testProxy) { p.provider.listener.Close() },
+			status: 502, code: "upstream_unreachable"},
 		{name: "provider breaks off", script: func(c *providerConn, _ recordedRequest) bool { return c.reset() },
 			status: 502, code: "upstream_unreachable"},
 		{name: "provider silent", script: silent, status: 504, code: "upstream_timeout"},
-		{name: "key refused", script: replyScript(401, `{"error":{"code":"invalid_api_key"}}`), status: 502, code: "upstream_auth_error"},
+		{name: "key refused", script: replyScript(401, `{"error":{"code":"invalid_api_key"}}`),
+			status: 502, code: "upstream_auth_error"},
 		{name: "key without rights", script: replyScript(403, `{}`), status: 502, code: "upstream_auth_error"},
 		{name: "redirect", script: replyScript(302, ``, "Location: /v1/models"), status: 502, code: "upstream_protocol_error"},
 	} {
