@@ -11,9 +11,11 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -607,4 +609,282 @@ func (s *syncBuffer) bytes() []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return bytes.Clone(s.b.Bytes())
+}
+
+// newKey makes a management key with a role.
+func (p *testProxy) newKey(name, role string) (id, key string) {
+	p.t.Helper()
+	var v struct{ ID, Key string }
+	p.manage("POST", "/manage/keys", fmt.Sprintf(`{"name":%q,"role":%q}`, name, role), 201, &v)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.secrets = append(p.secrets, v.Key)
+	return v.ID, v.Key
+}
+
+// expectParamError fails the test unless an answer is a refusal in OpenAI's shape that
+// names param.
+func expectParamError(t *testing.T, what string, res testResponse, status int, param string) {
+	t.Helper()
+	var e struct {
+		Error struct {
+			Message, Type, Code *string
+			Param               *string
+		}
+	}
+	err := json.Unmarshal([]byte(res.body), &e)
+	got := ""
+	if e.Error.Param != nil {
+		got = *e.Error.Param
+	}
+	if err != nil || e.Error.Message == nil || *e.Error.Message == "" || e.Error.Type == nil || e.Error.Code == nil || res.status != status || got != param {
+		t.Errorf("%s: got %d %s, want %d about %q", what, res.status, res.body, status, param)
+	}
+}
+
+func quote(s string) string {
+	b, err := json.Marshal(s)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+// chatWithHeaders makes a chat call with exactly these headers.
+func (p *testProxy) chatWithHeaders(headers ...string) testResponse {
+	p.t.Helper()
+	headers = append([]string{"Content-Type", "application/json"}, headers...)
+	return p.do("POST", "/v1/chat/completions", chatBody(), headers...)
+}
+
+// expectRefused checks that an answer is a refusal with status and code, and that the provider got no request.
+func (p *testProxy) expectRefused(what string, a testResponse, status int, code string) {
+	p.t.Helper()
+	if a.status != status || a.errorCode() != code {
+		p.t.Errorf("%s: got %d %s (%v), want %d %s", what, a.status, a.body, a.err, status, code)
+	}
+	if n := len(p.provider.received()); n > 0 {
+		p.t.Fatalf("%s: the provider got %d requests", what, n)
+	}
+}
+
+// unknownCredential returns a well-formed token or key that was never issued.
+func (p *testProxy) unknownCredential(prefix string) string {
+	value, _ := mintCredential(prefix, "")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.secrets = append(p.secrets, value())
+	return value()
+}
+
+// A clientStream is a stream that a client reads.
+type clientStream struct {
+	p    *testProxy
+	body io.ReadCloser
+	r    *bufio.Reader
+}
+
+// stream starts a chat stream with the token; members are added to the request. It ends with the test.
+func (p *testProxy) stream(token string, members ...string) *clientStream {
+	p.t.Helper()
+	s, err := p.openStream(p.t.Context(), token, strings.Join(members, ","))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return s
+}
+
+// openStream is stream for any goroutine, with a context. A status other than 200 is an error.
+func (p *testProxy) openStream(ctx context.Context, token, members string) (*clientStream, error) {
+	all := []string{`"stream":true`}
+	if members != "" {
+		all = append(all, members)
+	}
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(all...)))
+	if err != nil {
+		return nil, err
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
+	res, err := (&http.Transport{DisableKeepAlives: true, DisableCompression: true}).RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	p.t.Cleanup(func() { res.Body.Close() })
+	if res.StatusCode != 200 {
+		return nil, errors.New(res.Status)
+	}
+	seen := io.TeeReader(res.Body, writerFunc(func(b []byte) (int, error) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.clientOutput.Write(b)
+	}))
+	return &clientStream{p, res.Body, bufio.NewReader(seen)}, nil
+}
+
+// read returns the next n bytes.
+func (s *clientStream) read(n int) (string, error) {
+	b := make([]byte, n)
+	n, err := io.ReadFull(s.r, b)
+	return string(b[:n]), err
+}
+
+// readAll returns the rest of the stream. The error is nil if the stream ended cleanly.
+func (s *clientStream) readAll() (string, error) {
+	b, err := io.ReadAll(s.r)
+	return string(b), err
+}
+
+// allRequests returns all rows of the ledger.
+func (p *testProxy) allRequests() (all []requestView) {
+	p.t.Helper()
+	p.waitSettled()
+	for before := int64(math.MaxInt64); ; before = all[len(all)-1].id {
+		rows, err := p.instance.store.listRequests(context.Background(), requestFilter{before: before, limit: 1000})
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if len(rows) == 0 {
+			return all
+		}
+		all = append(all, rows...)
+	}
+}
+
+// checkSums compares the sums of each grain with the rows. It omits refused calls, of which not all have a row.
+func (p *testProxy) checkSums() {
+	p.t.Helper()
+	type key struct{ at, token, model, endpoint, outcome any }
+	want := map[string]map[key]usageSum{"hour": {}, "day": {}, "total": {}}
+	for _, v := range p.allRequests() {
+		if v.outcome == outcomeRefused {
+			continue
+		}
+		if v.outcome == outcomeOpen {
+			p.t.Errorf("%s is still open", formatRequestID(v.id))
+		}
+		r := v.requestRow
+		if r.priced = v.nullCost != nil; r.priced {
+			r.cost = *v.nullCost
+		}
+		r.totalUS = deref(v.nullTotalUS)
+		for grain, k := range map[string]key{
+			"hour":  {r.started - r.started%hourMS, v.tokenID, nil, r.endpoint, string(r.outcome)},
+			"day":   {r.started - r.started%dayMS, nil, nil, r.endpoint, string(r.outcome)},
+			"total": {int64(0), v.tokenID, nil, nil, string(r.outcome)},
+		} {
+			s := want[grain][k]
+			s.add(&r)
+			want[grain][k] = s
+		}
+	}
+	for grain, want := range want {
+		rows, err := p.instance.store.usage(context.Background(), usageQuery{interval: grain,
+			to: math.MaxInt64, limit: 1 << 20,
+			byToken: grain != "day", byEndpoint: grain != "total", byOutcome: true})
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		got := map[key]usageSum{}
+		for _, u := range rows {
+			k := key{at: u.at, outcome: u.outcome}
+			if grain != "day" {
+				k.token = u.tokenID
+			}
+			if grain != "total" {
+				k.endpoint = u.endpoint
+			}
+			if u.outcome != string(outcomeRefused) {
+				got[k] = u.usageSum
+			}
+		}
+		for k, s := range want {
+			if got[k] != s {
+				p.t.Errorf("by %s, %v: the rows add up to %+v, the sums are %+v", grain, k, s, got[k])
+			}
+		}
+		if len(got) != len(want) {
+			p.t.Errorf("by %s: %d sums, want %d", grain, len(got), len(want))
+		}
+	}
+}
+
+// checkCounts compares each token's count, stored and in memory, with its rows. A call that could not be recorded was
+// refused, and does not count.
+func (p *testProxy) checkCounts() {
+	p.t.Helper()
+	calls := map[string]int64{}
+	for _, v := range p.allRequests() {
+		if v.outcome != outcomeRefused || v.attempts > 0 && v.errorCode != "ledger_unavailable" {
+			calls[v.tokenID]++
+		}
+	}
+	for id, n := range calls {
+		row, err := p.instance.store.tokenByID(context.Background(), id)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.instance.registry.mu.RLock()
+		live := n // for a token that was not used since the start
+		if token := p.instance.registry.byID[id]; token != nil {
+			live = token.used.Load()
+		}
+		p.instance.registry.mu.RUnlock()
+		if row.requestCount != n || live != n {
+			p.t.Errorf("token %s has %d rows, but the stored count %d, in memory %d", id, n, row.requestCount, live)
+		}
+	}
+}
+
+// sendChat makes a chat call from any goroutine and reads the answer. It returns the call's id and status; the status
+// is 0 if the client got no headers.
+func (p *testProxy) sendChat(ctx context.Context, token, members string) (id string, status int) {
+	body := strings.NewReader(chatBody(members))
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", body)
+	if err != nil {
+		p.t.Error(err)
+		return "", 0
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
+	res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return "", 0
+	}
+	defer res.Body.Close()
+	_, _ = io.Copy(io.Discard, res.Body)
+	return res.Header.Get("X-Llm-Proxy-Request-Id"), res.StatusCode
+}
+
+// lockDatabase holds the database's write lock, as another program may, until
+// release is called.
+func (p *testProxy) lockDatabase() (release func()) {
+	p.t.Helper()
+	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	conn, err := db.Conn(context.Background())
+	if err == nil {
+		_, err = conn.ExecContext(context.Background(), `BEGIN EXCLUSIVE`)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	release = sync.OnceFunc(func() { _, _ = conn.ExecContext(context.Background(), `ROLLBACK`); db.Close() })
+	p.t.Cleanup(release)
+	return release
+}
+
+// setPragma sets something on the writing connection, of which there is one.
+func (p *testProxy) setPragma(text string) {
+	p.t.Helper()
+	if _, err := p.instance.store.writeDB.Exec(text); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// between returns what stands in text after from and before to.
+func between(text, from, to string) string {
+	_, rest, _ := strings.Cut(text, from)
+	found, _, _ := strings.Cut(rest, to)
+	return found
 }

@@ -20,34 +20,6 @@ import (
 	"time"
 )
 
-// lockDatabase holds the database's write lock, as another program may, until
-// release is called.
-func (p *testProxy) lockDatabase() (release func()) {
-	p.t.Helper()
-	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	conn, err := db.Conn(context.Background())
-	if err == nil {
-		_, err = conn.ExecContext(context.Background(), `BEGIN EXCLUSIVE`)
-	}
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	release = sync.OnceFunc(func() { _, _ = conn.ExecContext(context.Background(), `ROLLBACK`); db.Close() })
-	p.t.Cleanup(release)
-	return release
-}
-
-// setPragma sets something on the writing connection, of which there is one.
-func (p *testProxy) setPragma(text string) {
-	p.t.Helper()
-	if _, err := p.instance.store.writeDB.Exec(text); err != nil {
-		p.t.Fatal(err)
-	}
-}
-
 // TestDatabaseFailure: while the database cannot be written calls get 503 and
 // are told when to come back, what runs goes on and is settled once it can, and
 // it recovers by itself.

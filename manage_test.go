@@ -3,7 +3,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
@@ -12,37 +11,6 @@ import (
 	"testing"
 	"time"
 )
-
-// newKey makes a management key with a role.
-func (p *testProxy) newKey(name, role string) (id, key string) {
-	p.t.Helper()
-	var v struct{ ID, Key string }
-	p.manage("POST", "/manage/keys", fmt.Sprintf(`{"name":%q,"role":%q}`, name, role), 201, &v)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.secrets = append(p.secrets, v.Key)
-	return v.ID, v.Key
-}
-
-// expectParamError fails the test unless an answer is a refusal in OpenAI's shape that
-// names param.
-func expectParamError(t *testing.T, what string, res testResponse, status int, param string) {
-	t.Helper()
-	var e struct {
-		Error struct {
-			Message, Type, Code *string
-			Param               *string
-		}
-	}
-	err := json.Unmarshal([]byte(res.body), &e)
-	got := ""
-	if e.Error.Param != nil {
-		got = *e.Error.Param
-	}
-	if err != nil || e.Error.Message == nil || *e.Error.Message == "" || e.Error.Type == nil || e.Error.Code == nil || res.status != status || got != param {
-		t.Errorf("%s: got %d %s, want %d about %q", what, res.status, res.body, status, param)
-	}
-}
 
 // TestManageRoles (AU15, AU16): each route against each kind of key, from the
 // table of routes itself.
@@ -207,14 +175,6 @@ func TestManageQueries(t *testing.T) {
 			}
 		}
 	}
-}
-
-func quote(s string) string {
-	b, err := json.Marshal(s)
-	if err != nil {
-		panic(err)
-	}
-	return string(b)
 }
 
 // TestManagePages: a list is walked to its end without gap or repetition while

@@ -3,12 +3,10 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -703,66 +701,9 @@ func TestStreamFraming(t *testing.T) {
 	}
 }
 
-// A clientStream is a stream that a client reads.
-type clientStream struct {
-	p    *testProxy
-	body io.ReadCloser
-	r    *bufio.Reader
-}
-
-// stream starts a chat stream with the token; members are added to the request. It ends with the test.
-func (p *testProxy) stream(token string, members ...string) *clientStream {
-	p.t.Helper()
-	s, err := p.openStream(p.t.Context(), token, strings.Join(members, ","))
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	return s
-}
-
-// openStream is stream for any goroutine, with a context. A status other than 200 is an error.
-func (p *testProxy) openStream(ctx context.Context, token, members string) (*clientStream, error) {
-	all := []string{`"stream":true`}
-	if members != "" {
-		all = append(all, members)
-	}
-	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(all...)))
-	if err != nil {
-		return nil, err
-	}
-	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
-	res, err := (&http.Transport{DisableKeepAlives: true, DisableCompression: true}).RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	p.t.Cleanup(func() { res.Body.Close() })
-	if res.StatusCode != 200 {
-		return nil, errors.New(res.Status)
-	}
-	seen := io.TeeReader(res.Body, writerFunc(func(b []byte) (int, error) {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return p.clientOutput.Write(b)
-	}))
-	return &clientStream{p, res.Body, bufio.NewReader(seen)}, nil
-}
-
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
-
-// read returns the next n bytes.
-func (s *clientStream) read(n int) (string, error) {
-	b := make([]byte, n)
-	n, err := io.ReadFull(s.r, b)
-	return string(b[:n]), err
-}
-
-// readAll returns the rest of the stream. The error is nil if the stream ended cleanly.
-func (s *clientStream) readAll() (string, error) {
-	b, err := io.ReadAll(s.r)
-	return string(b), err
-}
 
 // maskChunks passes chunks through a mask for key and returns the whole output.
 func maskChunks(key string, chunks ...[]byte) (string, bool) {

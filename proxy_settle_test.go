@@ -5,10 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
-	"math"
 	"math/rand/v2"
-	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -86,107 +83,6 @@ func TestMadeUpModels(t *testing.T) {
 	}
 }
 
-// allRequests returns all rows of the ledger.
-func (p *testProxy) allRequests() (all []requestView) {
-	p.t.Helper()
-	p.waitSettled()
-	for before := int64(math.MaxInt64); ; before = all[len(all)-1].id {
-		rows, err := p.instance.store.listRequests(context.Background(), requestFilter{before: before, limit: 1000})
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		if len(rows) == 0 {
-			return all
-		}
-		all = append(all, rows...)
-	}
-}
-
-// checkSums compares the sums of each grain with the rows. It omits refused calls, of which not all have a row.
-func (p *testProxy) checkSums() {
-	p.t.Helper()
-	type key struct{ at, token, model, endpoint, outcome any }
-	want := map[string]map[key]usageSum{"hour": {}, "day": {}, "total": {}}
-	for _, v := range p.allRequests() {
-		if v.outcome == outcomeRefused {
-			continue
-		}
-		if v.outcome == outcomeOpen {
-			p.t.Errorf("%s is still open", formatRequestID(v.id))
-		}
-		r := v.requestRow
-		if r.priced = v.nullCost != nil; r.priced {
-			r.cost = *v.nullCost
-		}
-		r.totalUS = deref(v.nullTotalUS)
-		for grain, k := range map[string]key{
-			"hour":  {r.started - r.started%hourMS, v.tokenID, nil, r.endpoint, string(r.outcome)},
-			"day":   {r.started - r.started%dayMS, nil, nil, r.endpoint, string(r.outcome)},
-			"total": {int64(0), v.tokenID, nil, nil, string(r.outcome)},
-		} {
-			s := want[grain][k]
-			s.add(&r)
-			want[grain][k] = s
-		}
-	}
-	for grain, want := range want {
-		rows, err := p.instance.store.usage(context.Background(), usageQuery{interval: grain,
-			to: math.MaxInt64, limit: 1 << 20,
-			byToken: grain != "day", byEndpoint: grain != "total", byOutcome: true})
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		got := map[key]usageSum{}
-		for _, u := range rows {
-			k := key{at: u.at, outcome: u.outcome}
-			if grain != "day" {
-				k.token = u.tokenID
-			}
-			if grain != "total" {
-				k.endpoint = u.endpoint
-			}
-			if u.outcome != string(outcomeRefused) {
-				got[k] = u.usageSum
-			}
-		}
-		for k, s := range want {
-			if got[k] != s {
-				p.t.Errorf("by %s, %v: the rows add up to %+v, the sums are %+v", grain, k, s, got[k])
-			}
-		}
-		if len(got) != len(want) {
-			p.t.Errorf("by %s: %d sums, want %d", grain, len(got), len(want))
-		}
-	}
-}
-
-// checkCounts compares each token's count, stored and in memory, with its rows. A call that could not be recorded was
-// refused, and does not count.
-func (p *testProxy) checkCounts() {
-	p.t.Helper()
-	calls := map[string]int64{}
-	for _, v := range p.allRequests() {
-		if v.outcome != outcomeRefused || v.attempts > 0 && v.errorCode != "ledger_unavailable" {
-			calls[v.tokenID]++
-		}
-	}
-	for id, n := range calls {
-		row, err := p.instance.store.tokenByID(context.Background(), id)
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		p.instance.registry.mu.RLock()
-		live := n // for a token that was not used since the start
-		if token := p.instance.registry.byID[id]; token != nil {
-			live = token.used.Load()
-		}
-		p.instance.registry.mu.RUnlock()
-		if row.requestCount != n || live != n {
-			p.t.Errorf("token %s has %d rows, but the stored count %d, in memory %d", id, n, row.requestCount, live)
-		}
-	}
-}
-
 // seededScript selects an answer by the number in the call's "seed".
 func seededScript(c *providerConn, r recordedRequest) bool {
 	var seed int
@@ -250,23 +146,4 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 	}
 	all.Wait()
 	return seen
-}
-
-// sendChat makes a chat call from any goroutine and reads the answer. It returns the call's id and status; the status
-// is 0 if the client got no headers.
-func (p *testProxy) sendChat(ctx context.Context, token, members string) (id string, status int) {
-	body := strings.NewReader(chatBody(members))
-	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", body)
-	if err != nil {
-		p.t.Error(err)
-		return "", 0
-	}
-	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
-	res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-	if err != nil {
-		return "", 0
-	}
-	defer res.Body.Close()
-	_, _ = io.Copy(io.Discard, res.Body)
-	return res.Header.Get("X-Llm-Proxy-Request-Id"), res.StatusCode
 }

@@ -221,13 +221,6 @@ func BenchmarkScaleTokens(b *testing.B) {
 	}
 }
 
-// between returns what stands in text after from and before to.
-func between(text, from, to string) string {
-	_, rest, _ := strings.Cut(text, from)
-	found, _, _ := strings.Cut(rest, to)
-	return found
-}
-
 // BenchmarkScaleUsage has the sums of more than 10,000,000 calls: 90 days, 50 projects,
 // 1,000 tokens of which a few are busy, each with 5 models.
 func BenchmarkScaleUsage(b *testing.B) {

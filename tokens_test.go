@@ -16,33 +16,6 @@ import (
 	"time"
 )
 
-// chatWithHeaders makes a chat call with exactly these headers.
-func (p *testProxy) chatWithHeaders(headers ...string) testResponse {
-	p.t.Helper()
-	headers = append([]string{"Content-Type", "application/json"}, headers...)
-	return p.do("POST", "/v1/chat/completions", chatBody(), headers...)
-}
-
-// expectRefused checks that an answer is a refusal with status and code, and that the provider got no request.
-func (p *testProxy) expectRefused(what string, a testResponse, status int, code string) {
-	p.t.Helper()
-	if a.status != status || a.errorCode() != code {
-		p.t.Errorf("%s: got %d %s (%v), want %d %s", what, a.status, a.body, a.err, status, code)
-	}
-	if n := len(p.provider.received()); n > 0 {
-		p.t.Fatalf("%s: the provider got %d requests", what, n)
-	}
-}
-
-// unknownCredential returns a well-formed token or key that was never issued.
-func (p *testProxy) unknownCredential(prefix string) string {
-	value, _ := mintCredential(prefix, "")
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.secrets = append(p.secrets, value())
-	return value()
-}
-
 // TestBadTokensAlike: unknown, revoked, expired, malformed and missing tokens get the same answer, byte for byte.
 func TestBadTokensAlike(t *testing.T) {
 	t.Parallel()
