@@ -527,3 +527,33 @@ func TestAdminContent(t *testing.T) {
 		t.Errorf("the audit trail does not record the view: %s", page)
 	}
 }
+
+// TestTextsExist: every text that the source names is in the templates: help of fields, questions, introductions and
+// notices.
+func TestTextsExist(t *testing.T) {
+	t.Parallel()
+	templates := ""
+	for _, name := range []string{"confirm", "form", "parts/help", "parts/layout"} {
+		templates += mustReadFile(t, "templates/"+name+".html")
+	}
+	names := regexp.MustCompile(`(?:Ask|Help|help|Intro): "([a-z-]+)"|redirectTo\([^\n]*, "([a-z-]+)"\)|` +
+		`signedOut\("([a-z-]+)"|confirmProject\(r, [^,]+, "([a-z-]+)", "[^"]+", "([a-z-]+)"`)
+	seen := 0
+	for _, file := range []string{"admin.go", "admin_forms.go", "admin_projects.go", "admin_session.go",
+		"admin_system.go", "admin_tokens.go", "manage_fields.go"} {
+		for _, m := range names.FindAllStringSubmatch(mustReadFile(t, file), -1) {
+			for _, name := range m[1:] {
+				if name == "" {
+					continue
+				}
+				seen++
+				if !strings.Contains(templates, `eq . "`+name+`"`) {
+					t.Errorf("%s names the text %q, which no template has", file, name)
+				}
+			}
+		}
+	}
+	if seen < 50 {
+		t.Errorf("only %d names of texts were found", seen)
+	}
+}
