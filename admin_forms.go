@@ -39,14 +39,16 @@ type formField struct {
 	stored                   string
 }
 
-// An emptyField tells what an empty field means.
-type emptyField int
-
-const (
-	emptyValue   emptyField = iota // the empty text, list or map, or the number 0
-	emptyOmitted                   // the operation's default, or no change
-	emptyNull
-)
+// formFields returns the form fields of the named fields of an input, in this order.
+func formFields[I, R any](fields []field[I, R], names ...string) []*formField {
+	var form []*formField
+	for _, name := range names {
+		f := fields[slices.IndexFunc(fields, func(f field[I, R]) bool { return f.name == name })]
+		form = append(form, &formField{Name: name, Label: f.label, Kind: f.kind, Placeholder: f.placeholder,
+			Help: f.help, Required: f.required, Empty: f.empty})
+	}
+	return form
+}
 
 // A labeledValue is a value with its name.
 type labeledValue struct{ Label, Value string }

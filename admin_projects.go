@@ -221,25 +221,11 @@ func providerField() *formField {
 		Options: providerOptions()}
 }
 
-// upstreamFields returns the fields that a new upstream and a changed one share.
-func upstreamFields() []*formField {
-	return []*formField{
-		{Name: "models", Label: "Models", Kind: "lines", Placeholder: "gpt-4o*", Help: "upstream-models"},
-		{Name: "priority", Label: "Priority", Kind: "number", Required: true, Empty: emptyOmitted, Help: "priority"},
-		{Name: "weight", Label: "Weight", Kind: "number", Required: true, Empty: emptyOmitted, Help: "weight"},
-		{Name: "rewrite", Label: "Model name mapping", Kind: "pairs", Help: "rewrite",
-			Placeholder: "gpt-4o = my-deployment"},
-		{Name: "requests_per_minute", Label: "Requests per minute", Kind: "number", Help: "requests-per-minute"},
-		{Name: "tokens_per_minute", Label: "Tokens per minute", Kind: "number", Help: "tokens-per-minute"},
-		{Name: "connect_ms", Label: "Connect timeout (ms)", Kind: "number", Help: "connect-timeout"},
-		{Name: "answer_ms", Label: "Response timeout (ms)", Kind: "number", Help: "response-timeout"},
-		{Name: "first_event_ms", Label: "First event timeout (ms)", Kind: "number", Help: "first-event-timeout"},
-		{Name: "idle_ms", Label: "Longest pause between events (ms)", Kind: "number", Help: "idle-timeout"},
-		{Name: "shared_with", Label: "Shared with projects", Kind: "lines", Placeholder: "proj_…", Help: "shared-with"},
-		{Name: "note", Label: "Note", Help: "note"},
-		{Name: "organization", Label: "OpenAI organization", Placeholder: "org-…", Help: "organization"},
-		{Name: "openai_project", Label: "OpenAI project", Placeholder: "proj_…", Help: "openai-project"},
-	}
+// upstreamFormFields returns the fields that a new upstream and a changed one share.
+func upstreamFormFields() []*formField {
+	return formFields(upstreamFields(), "models", "priority", "weight", "rewrite", "requests_per_minute",
+		"tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms", "shared_with", "note",
+		"organization", "openai_project")
 }
 
 func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
@@ -254,7 +240,7 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 			providerField(),
 			{Name: "api_key", Label: "API key", Kind: "password", Required: true, Help: "api-key"},
 			{Name: "base_url", Label: "Base URL", Placeholder: "https://", Empty: emptyOmitted, Help: "base-url"},
-		}, upstreamFields()...)}}
+		}, upstreamFormFields()...)}}
 	defaults := url.Values{"priority": {"0"}, "weight": {"1"}}
 	return ui.submit(r, "Add an upstream", v, defaults, func() (*pageResponse, error) {
 		var in upstreamInput
@@ -283,7 +269,7 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 				Help: "new-api-key"},
 			{Name: "base_url", Label: "Base URL", Required: true, Placeholder: "https://"},
 			{Name: "is_active", Label: "Active", Kind: "checkbox", Help: "is-active"},
-		}, upstreamFields()...)}}
+		}, upstreamFormFields()...)}}
 	return ui.submit(r, "Upstream "+u.Name, v, upstreamValues(&u), func() (*pageResponse, error) {
 		var in upstreamInput
 		if err := v.decode(r, in.fields()); err != nil {

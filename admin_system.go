@@ -37,19 +37,9 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 }
 
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
-	amount := func(name, label, help string) *formField {
-		return &formField{Name: name, Label: label, Kind: "number", Help: help, Empty: emptyOmitted}
-	}
 	v := &formView{Crumb: option{"/admin/prices", "Prices"}, Intro: "price", Form: &pageForm{
-		Submit: "Set price", Cancel: "/admin/prices", Fields: []*formField{
-			{Name: "match", Label: "Model", Required: true, Placeholder: "gpt-4o-mini or my-model-*",
-				Help: "match"},
-			amount("input", "Input", ""), amount("output", "Output", ""),
-			amount("cached_input", "Cached input", "as-input"),
-			amount("cache_write", "Cache write", "as-input"),
-			amount("audio_input", "Audio input", "as-input"),
-			amount("audio_output", "Audio output", "as-output"),
-		}}}
+		Submit: "Set price", Cancel: "/admin/prices", Fields: formFields(priceFields(), "match", "input", "output", "cached_input",
+			"cache_write", "audio_input", "audio_output")}}
 	return ui.submit(r, "Set a price", v, url.Values{"match": {r.query.Get("match")}}, func() (*pageResponse, error) {
 		var in priceInput
 		if err := v.decode(r, in.fields()); err != nil {
@@ -271,20 +261,18 @@ func newKeyStateView(k *keyView, now time.Time) stateView {
 	return stateView{"good", "active"}
 }
 
-func keyFields() []*formField {
-	return []*formField{
-		{Name: "name", Label: "Name", Required: true, Help: "key-name"},
-		{Name: "role", Label: "Role", Kind: "select", Required: true, Options: options(
-			string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
-			string(roleOperator), "Operator: can also create, change and revoke tokens",
-			string(roleAdmin), "Admin: can do everything")},
-		expiryField(),
-	}
+func keyFormFields() []*formField {
+	fields := formFields(keyFields(), "name", "role", "expires_at")
+	fields[1].Options = options(
+		string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
+		string(roleOperator), "Operator: can also create, change and revoke tokens",
+		string(roleAdmin), "Admin: can do everything")
+	return fields
 }
 
 func (ui *adminUI) newKeyPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
-		Form: &pageForm{Submit: "Create key", Cancel: "/admin/keys", Creates: "key", Fields: keyFields()}}
+		Form: &pageForm{Submit: "Create key", Cancel: "/admin/keys", Creates: "key", Fields: keyFormFields()}}
 	defaults := url.Values{"role": {string(roleViewer)}}
 	return ui.submit(r, "New management key", v, defaults, func() (*pageResponse, error) {
 		var in keyInput
@@ -309,7 +297,7 @@ func (ui *adminUI) editKey(r *pageRequest) (*pageResponse, error) {
 		stored.Set("expires_at", k.ExpiresAt.datetimeLocal())
 	}
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
-		Form: &pageForm{Submit: "Save", Cancel: "/admin/keys", Version: k.Version, Fields: keyFields()}}
+		Form: &pageForm{Submit: "Save", Cancel: "/admin/keys", Version: k.Version, Fields: keyFormFields()}}
 	return ui.submit(r, "Edit "+k.Name, v, stored, func() (*pageResponse, error) {
 		var in keyInput
 		if err := v.decode(r, in.fields()); err != nil {

@@ -40,7 +40,7 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 				"", "On a date")},
 		{Name: "expires_at", Label: "Expiry date (UTC)", Kind: "datetime-local", Help: "expiry-date"},
 	}
-	fields = append(fields, tokenLimitFields()...)
+	fields = append(fields, formFields(tokenFields(), "max_requests", "idle_expiry_minutes")...)
 	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil),
 		Form: &pageForm{Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: fields}}
 	defaults := url.Values{"project_id": {projectID}, "lifetime": {"720"}}
@@ -68,15 +68,6 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	})
 }
 
-// tokenLimitFields returns the fields that a new token and a changed one share.
-func tokenLimitFields() []*formField {
-	return []*formField{
-		{Name: "max_requests", Label: "Maximum calls", Kind: "number", Empty: emptyNull, Help: "max-requests"},
-		{Name: "idle_expiry_minutes", Label: "Expires when idle (minutes)", Kind: "number", Empty: emptyNull,
-			Help: "idle-expiry"},
-	}
-}
-
 func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
@@ -92,9 +83,9 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 		}
 	}
 	tokenURL := "/admin/tokens/" + t.ID
-	fields := []*formField{{Name: "name", Label: "Name", Required: true}, expiryField()}
+	fields := formFields(tokenFields(), "name", "expires_at", "max_requests", "idle_expiry_minutes")
 	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
-		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: append(fields, tokenLimitFields()...)}}
+		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: fields}}
 	return ui.submit(r, "Edit token", v, stored, func() (*pageResponse, error) {
 		var in tokenInput
 		if err := v.decode(r, in.fields()); err != nil {
@@ -103,11 +94,6 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 		_, err := ui.ops.updateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
 		return redirectTo(tokenURL, "saved"), err
 	})
-}
-
-func expiryField() *formField {
-	return &formField{Name: "expires_at", Label: "Expires (UTC)", Kind: "datetime-local", Empty: emptyNull,
-		Help: "expiry"}
 }
 
 func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {

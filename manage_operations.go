@@ -87,7 +87,9 @@ func (ops *operations) mintToken(ctx context.Context, origin auditOrigin, t *tok
 }
 
 // updateToken changes a token that is not revoked.
-func (ops *operations) updateToken(ctx context.Context, origin auditOrigin, id string, version int64, in tokenInput) (tokenRow, error) {
+func (ops *operations) updateToken(
+	ctx context.Context, origin auditOrigin, id string, version int64, in tokenInput,
+) (tokenRow, error) {
 	return ops.changeToken(ctx, origin, id, version, func(t *tokenRow) error {
 		if t.revokedAt != nil {
 			return errRevoked("token")
@@ -98,13 +100,12 @@ func (ops *operations) updateToken(ctx context.Context, origin auditOrigin, id s
 
 // rotateToken gives a token a new value, which it returns. The id, limits and counts stay. The previous
 // value works for the given overlap; the one before it stops working at once.
-func (ops *operations) rotateToken(ctx context.Context, origin auditOrigin, id string, version int64, in rotateInput) (tokenRow, secret, error) {
+func (ops *operations) rotateToken(
+	ctx context.Context, origin auditOrigin, id string, version int64, in rotateInput,
+) (tokenRow, secret, error) {
 	overlap := int64(defaultOverlapMinutes)
-	if in.overlapMinutes.hasValue() {
-		overlap = in.overlapMinutes.value
-	}
-	if overlap < 0 || overlap > maxOverlapMinutes {
-		return tokenRow{}, nil, &fieldError{"overlap_minutes", "must be from 0 to 43200 (30 days)"}
+	if err := applyFields(&in, &overlap, rotateFields()); err != nil {
+		return tokenRow{}, nil, err
 	}
 	var value secret
 	t, err := ops.changeToken(ctx, origin, id, version, func(t *tokenRow) error {
@@ -121,7 +122,9 @@ func (ops *operations) rotateToken(ctx context.Context, origin auditOrigin, id s
 }
 
 // revokeToken ends a token permanently. Revoking it twice keeps the first time.
-func (ops *operations) revokeToken(ctx context.Context, origin auditOrigin, id string, version int64) (tokenRow, error) {
+func (ops *operations) revokeToken(
+	ctx context.Context, origin auditOrigin, id string, version int64,
+) (tokenRow, error) {
 	return ops.changeToken(ctx, origin, id, version, func(t *tokenRow) error {
 		if t.revokedAt == nil {
 			t.revokedAt = &origin.at
@@ -130,7 +133,9 @@ func (ops *operations) revokeToken(ctx context.Context, origin auditOrigin, id s
 	})
 }
 
-func (ops *operations) changeToken(ctx context.Context, origin auditOrigin, id string, version int64, change func(*tokenRow) error) (tokenRow, error) {
+func (ops *operations) changeToken(
+	ctx context.Context, origin auditOrigin, id string, version int64, change func(*tokenRow) error,
+) (tokenRow, error) {
 	t, err := ops.store.changeToken(ctx, origin, id, version, origin.at, change)
 	if err != nil {
 		return tokenRow{}, err
@@ -152,7 +157,9 @@ func (ops *operations) revokeProjectTokens(ctx context.Context, origin auditOrig
 }
 
 // createManagementKey creates a management key and returns its value, which is not stored.
-func (ops *operations) createManagementKey(ctx context.Context, origin auditOrigin, in keyInput) (managementKeyRow, secret, error) {
+func (ops *operations) createManagementKey(
+	ctx context.Context, origin auditOrigin, in keyInput,
+) (managementKeyRow, secret, error) {
 	in.name.set, in.role.set = true, true // both are required
 	k := managementKeyRow{createdAt: origin.at, updatedAt: origin.at}
 	if err := in.apply(&k, time.UnixMilli(origin.at)); err != nil {
@@ -168,7 +175,9 @@ func (ops *operations) createManagementKey(ctx context.Context, origin auditOrig
 }
 
 // updateManagementKey changes a management key that is not revoked.
-func (ops *operations) updateManagementKey(ctx context.Context, origin auditOrigin, id string, version int64, in keyInput) (managementKeyRow, error) {
+func (ops *operations) updateManagementKey(
+	ctx context.Context, origin auditOrigin, id string, version int64, in keyInput,
+) (managementKeyRow, error) {
 	return ops.changeManagementKey(ctx, origin, id, version, func(k *managementKeyRow) error {
 		if k.revokedAt != nil {
 			return errRevoked("key")
@@ -178,7 +187,9 @@ func (ops *operations) updateManagementKey(ctx context.Context, origin auditOrig
 }
 
 // revokeManagementKey ends a management key permanently. Revoking it twice keeps the first time.
-func (ops *operations) revokeManagementKey(ctx context.Context, origin auditOrigin, id string, version int64) (managementKeyRow, error) {
+func (ops *operations) revokeManagementKey(
+	ctx context.Context, origin auditOrigin, id string, version int64,
+) (managementKeyRow, error) {
 	return ops.changeManagementKey(ctx, origin, id, version, func(k *managementKeyRow) error {
 		if k.revokedAt == nil {
 			k.revokedAt = &origin.at
@@ -189,7 +200,9 @@ func (ops *operations) revokeManagementKey(ctx context.Context, origin auditOrig
 
 // changeManagementKey stores a change of a key. A key cannot change itself: an admin who takes away
 // the rights of the only key would be locked out.
-func (ops *operations) changeManagementKey(ctx context.Context, origin auditOrigin, id string, version int64, change func(*managementKeyRow) error) (managementKeyRow, error) {
+func (ops *operations) changeManagementKey(
+	ctx context.Context, origin auditOrigin, id string, version int64, change func(*managementKeyRow) error,
+) (managementKeyRow, error) {
 	if id == origin.actorID {
 		return managementKeyRow{}, &fieldError{"", "A key cannot change or revoke itself. Use another admin key."}
 	}
@@ -225,11 +238,14 @@ func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upst
 	case !in.key.hasValue():
 		return p, nil, nil
 	}
-	up, err := ops.newUpstream(p, upstreamInput{name: given("primary"), provider: in.provider, baseURL: in.baseURL, key: in.key}, at)
+	first := upstreamInput{name: given("primary"), provider: in.provider, baseURL: in.baseURL, key: in.key}
+	up, err := ops.newUpstream(p, first, at)
 	return p, up, err
 }
 
-func (ops *operations) updateProject(ctx context.Context, origin auditOrigin, id string, version int64, in projectInput) (projectRow, error) {
+func (ops *operations) updateProject(
+	ctx context.Context, origin auditOrigin, id string, version int64, in projectInput,
+) (projectRow, error) {
 	p, err := ops.store.changeProject(ctx, origin, id, version, origin.at, in.apply)
 	if err != nil {
 		return projectRow{}, err
@@ -246,7 +262,9 @@ func (ops *operations) deleteProject(ctx context.Context, origin auditOrigin, id
 	return errors.Join(ops.registry.projectChanged(ctx, p.seq, true), ops.registry.upstreamsChanged(ctx, p.seq, nil))
 }
 
-func (ops *operations) createUpstream(ctx context.Context, origin auditOrigin, projectID string, in upstreamInput) (upstreamRow, error) {
+func (ops *operations) createUpstream(
+	ctx context.Context, origin auditOrigin, projectID string, in upstreamInput,
+) (upstreamRow, error) {
 	p, err := ops.store.projectByID(ctx, projectID)
 	if err != nil {
 		return upstreamRow{}, err
@@ -279,14 +297,18 @@ func (ops *operations) newUpstream(p *projectRow, in upstreamInput, at int64) (*
 	return u, in.apply(ops, u, true)
 }
 
-func (ops *operations) updateUpstream(ctx context.Context, origin auditOrigin, projectID, id string, version int64, in upstreamInput) (upstreamRow, error) {
+func (ops *operations) updateUpstream(
+	ctx context.Context, origin auditOrigin, projectID, id string, version int64, in upstreamInput,
+) (upstreamRow, error) {
 	return ops.changeUpstream(ctx, origin, projectID, id, version, func(u *upstreamRow) (bool, error) {
 		return false, in.apply(ops, u, false)
 	})
 }
 
 // deleteUpstream takes an upstream out of use and wipes its key. The row stays: the ledger refers to it.
-func (ops *operations) deleteUpstream(ctx context.Context, origin auditOrigin, projectID, id string, version int64) error {
+func (ops *operations) deleteUpstream(
+	ctx context.Context, origin auditOrigin, projectID, id string, version int64,
+) error {
 	_, err := ops.changeUpstream(ctx, origin, projectID, id, version, func(u *upstreamRow) (bool, error) {
 		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
 		return true, nil
@@ -294,7 +316,10 @@ func (ops *operations) deleteUpstream(ctx context.Context, origin auditOrigin, p
 	return err
 }
 
-func (ops *operations) changeUpstream(ctx context.Context, origin auditOrigin, projectID, id string, version int64, change func(*upstreamRow) (bool, error)) (upstreamRow, error) {
+func (ops *operations) changeUpstream(
+	ctx context.Context, origin auditOrigin, projectID, id string, version int64,
+	change func(*upstreamRow) (bool, error),
+) (upstreamRow, error) {
 	u, err := ops.store.changeUpstream(ctx, origin, projectID, id, version, origin.at, change)
 	if err != nil {
 		return upstreamRow{}, err
@@ -357,12 +382,15 @@ const actionEraseContent = "content.erase"
 
 // eraseContent deletes all stored content of a project and returns of how many calls. It deletes in
 // small steps, so that calls can be recorded in between.
-func (ops *operations) eraseContent(ctx context.Context, origin auditOrigin, projectID string) (erased int64, err error) {
+func (ops *operations) eraseContent(
+	ctx context.Context, origin auditOrigin, projectID string,
+) (erased int64, err error) {
 	p, err := ops.store.projectByID(ctx, projectID)
 	if err != nil {
 		return 0, err
 	}
-	if err := ops.store.recordAuditEvent(ctx, origin, auditEvent{action: actionEraseContent, object: p.id}); err != nil {
+	event := auditEvent{action: actionEraseContent, object: p.id}
+	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
 		return 0, fmt.Errorf("recording who erases content: %w", err)
 	}
 	for {

@@ -6,9 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"net/http"
-	"slices"
 	"time"
 )
 
@@ -101,42 +99,6 @@ func (api *manageAPI) listProjects(r *manageRequest) (*manageResponse, error) {
 	return &manageResponse{body: l}, err
 }
 
-// A projectInput is what an admin may send about a project. The provider, base URL and keys are those of
-// its first upstream, and only for a new project.
-type projectInput struct {
-	name, provider, baseURL optional[string]
-	key, openaiKey          optional[secret]
-	active                  optional[bool]
-	policy, routing         optional[json.RawMessage]
-}
-
-func (in *projectInput) apply(p *projectRow) error {
-	if in.name.set {
-		if err := validateName(in.name.value); err != nil {
-			return err
-		}
-		p.name = in.name.value
-	}
-	if in.active.hasValue() {
-		p.active = in.active.value
-	}
-	if in.policy.set {
-		parsed, err := parsePolicy(objectOrEmpty(in.policy), true)
-		if err != nil {
-			return err
-		}
-		p.policy = parsed.String()
-	}
-	if in.routing.set {
-		parsed, err := parseRouting(objectOrEmpty(in.routing))
-		if err != nil {
-			return err
-		}
-		p.routing = parsed.String()
-	}
-	return nil
-}
-
 // projectResponse answers with a project and its upstreams.
 func (api *manageAPI) projectResponse(r *manageRequest, status int, p *projectRow, err error) (*manageResponse, error) {
 	if err != nil {
@@ -148,7 +110,7 @@ func (api *manageAPI) projectResponse(r *manageRequest, status int, p *projectRo
 
 func (api *manageAPI) createProject(r *manageRequest) (*manageResponse, error) {
 	var in projectInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, projectFields(), true); err != nil {
 		return nil, err
 	}
 	p, err := api.ops.createProject(r.ctx, r.origin, in)
@@ -157,30 +119,11 @@ func (api *manageAPI) createProject(r *manageRequest) (*manageResponse, error) {
 
 func (api *manageAPI) patchProject(r *manageRequest) (*manageResponse, error) {
 	var in projectInput
-	if err := in.decodePatch(r.body); err != nil {
+	if err := decodeFields(r.body, &in, projectFields(), false); err != nil {
 		return nil, err
 	}
 	p, err := api.ops.updateProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
 	return api.projectResponse(r, 0, &p, err)
-}
-
-func (in *projectInput) decode(body []byte) error { return decodeObject(body, in.fields()) }
-
-func (in *projectInput) fields() map[string]any {
-	return map[string]any{"name": &in.name, "api_key": &in.key, "openai_api_key": &in.openaiKey,
-		"provider": &in.provider, "base_url": &in.baseURL, "is_active": &in.active, "policy": &in.policy, "routing": &in.routing}
-}
-
-func (in *projectInput) decodePatch(body []byte) error {
-	return decodeObject(body, map[string]any{"name": &in.name, "is_active": &in.active, "policy": &in.policy, "routing": &in.routing}, "policy", "routing")
-}
-
-// objectOrEmpty returns an object that was given, or the empty one for null.
-func objectOrEmpty(p optional[json.RawMessage]) []byte {
-	if p.null {
-		return []byte("{}")
-	}
-	return p.value
 }
 
 func (api *manageAPI) deleteProject(r *manageRequest) (*manageResponse, error) {
@@ -255,177 +198,6 @@ func (ops *operations) newUpstreamView(u *upstreamRow) upstreamView {
 	}
 }
 
-// An upstreamInput is what an admin may say about an upstream.
-type upstreamInput struct {
-	name, provider, baseURL, organization, openaiProject                          optional[string]
-	key                                                                           optional[secret]
-	weight, priority                                                              optional[int64]
-	models                                                                        optional[[]string]
-	rewrite                                                                       optional[json.RawMessage]
-	connectMS, answerMS, firstEventMS, idleMS, requestsPerMinute, tokensPerMinute optional[int64]
-	note                                                                          optional[string]
-	sharedWith                                                                    optional[[]string]
-	active                                                                        optional[bool]
-}
-
-func (in *upstreamInput) decode(body []byte) error { return decodeObject(body, in.fields()) }
-
-func (in *upstreamInput) fields() map[string]any {
-	return map[string]any{"name": &in.name, "provider": &in.provider, "base_url": &in.baseURL, "api_key": &in.key,
-		"organization": &in.organization, "openai_project": &in.openaiProject, "weight": &in.weight, "priority": &in.priority,
-		"models": &in.models, "rewrite": &in.rewrite, "connect_ms": &in.connectMS, "answer_ms": &in.answerMS,
-		"first_event_ms": &in.firstEventMS, "idle_ms": &in.idleMS, "requests_per_minute": &in.requestsPerMinute, "tokens_per_minute": &in.tokensPerMinute, "note": &in.note, "shared_with": &in.sharedWith, "is_active": &in.active}
-}
-
-// apply checks the input and puts it into row, whose id and projectID are set.
-func (in *upstreamInput) apply(ops *operations, row *upstreamRow, isNew bool) error {
-	if err := in.applyIdentity(row, isNew); err != nil {
-		return err
-	}
-	if err := in.applyDestination(ops, row, isNew); err != nil {
-		return err
-	}
-	for _, apply := range [...]func(*upstreamRow) error{in.applyAccount, in.applyWeight, in.applyModels, in.applySharing, in.applySettings} {
-		if err := apply(row); err != nil {
-			return err
-		}
-	}
-	if in.active.hasValue() {
-		row.active = in.active.value
-	}
-	return nil
-}
-
-// applyIdentity takes over the name and, of a new upstream, the provider.
-func (in *upstreamInput) applyIdentity(row *upstreamRow, isNew bool) error {
-	if in.name.set || isNew {
-		if err := validateName(in.name.value); err != nil {
-			return err
-		}
-		row.name = in.name.value
-	}
-	if !isNew {
-		if in.provider.set {
-			return &fieldError{"provider", "cannot be changed; make another upstream"}
-		}
-		return nil
-	}
-	row.provider = providerOpenAI
-	if in.provider.hasValue() {
-		row.provider = in.provider.value
-	}
-	if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
-		return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
-	}
-	return nil
-}
-
-// applyAccount takes over which account of the provider's pays.
-func (in *upstreamInput) applyAccount(row *upstreamRow) error {
-	for _, f := range []struct {
-		name string
-		in   optional[string]
-		to   *string
-	}{{"organization", in.organization, &row.organization}, {"openai_project", in.openaiProject, &row.openaiProject}} {
-		if !f.in.set {
-			continue
-		}
-		for _, c := range f.in.value {
-			if c <= ' ' || c > '~' || len(f.in.value) > 200 {
-				return &fieldError{f.name, "must be a provider's id: at most 200 printable ASCII characters"}
-			}
-		}
-		*f.to = f.in.value
-	}
-	return nil
-}
-
-// applyWeight takes over which share of the calls it gets.
-func (in *upstreamInput) applyWeight(row *upstreamRow) error {
-	for _, f := range []struct {
-		name string
-		in   optional[int64]
-		to   *int64
-	}{{"weight", in.weight, &row.weight}, {"priority", in.priority, &row.priority}} {
-		if !f.in.hasValue() {
-			continue
-		}
-		if f.in.value < 0 || f.in.value > 1000 {
-			return &fieldError{f.name, "must be from 0 to 1000"}
-		}
-		*f.to = f.in.value
-	}
-	return nil
-}
-
-// applyModels takes over which models it serves, and its own names for them.
-func (in *upstreamInput) applyModels(row *upstreamRow) error {
-	if in.models.set {
-		if err := checkPatterns("models", in.models.value); err != nil {
-			return err
-		}
-		b, err := json.Marshal(append([]string{}, in.models.value...))
-		if err != nil {
-			return err
-		}
-		row.models = string(b)
-	}
-	if in.rewrite.hasValue() {
-		names, err := parseRewrite(in.rewrite.value)
-		if err != nil {
-			return err
-		}
-		b, err := json.Marshal(names)
-		if err != nil {
-			return err
-		}
-		row.rewrite = string(b)
-	}
-	return nil
-}
-
-// applySharing takes over which other projects it serves.
-func (in *upstreamInput) applySharing(row *upstreamRow) error {
-	if !in.sharedWith.set {
-		return nil
-	}
-	ids := slices.Compact(slices.Sorted(slices.Values(in.sharedWith.value)))
-	if len(ids) > 500 {
-		return &fieldError{"shared_with", "must have 500 entries or fewer"}
-	}
-	b, err := json.Marshal(append([]string{}, ids...))
-	if err != nil {
-		return err
-	}
-	row.sharedWith = string(b)
-	return nil
-}
-
-// applySettings takes over the upstream's own limits and patience.
-func (in *upstreamInput) applySettings(row *upstreamRow) error {
-	var set upstreamSettings
-	if err := json.Unmarshal([]byte(row.settings), &set); err != nil {
-		return fmt.Errorf("settings of upstream %s: %w", row.id, err)
-	}
-	for _, f := range []struct {
-		in optional[int64]
-		to *int64
-	}{{in.connectMS, &set.ConnectMS}, {in.answerMS, &set.AnswerMS}, {in.firstEventMS, &set.FirstEventMS}, {in.idleMS, &set.IdleMS},
-		{in.requestsPerMinute, &set.RequestsPerMinute}, {in.tokensPerMinute, &set.TokensPerMinute}} {
-		if f.in.hasValue() {
-			*f.to = f.in.value
-		}
-	}
-	if in.note.hasValue() {
-		set.Note = in.note.value
-	}
-	if err := set.check(); err != nil {
-		return err
-	}
-	row.settings = set.String()
-	return nil
-}
-
 // applyDestination takes over where calls go, and the key. A change of where
 // they go needs the key anew: without that rule, whoever may edit a URL could
 // have the key sent to a server of theirs.
@@ -483,7 +255,7 @@ func (api *manageAPI) listUpstreams(r *manageRequest) (*manageResponse, error) {
 
 func (api *manageAPI) createUpstream(r *manageRequest) (*manageResponse, error) {
 	var in upstreamInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, upstreamFields(), true); err != nil {
 		return nil, err
 	}
 	u, err := api.ops.createUpstream(r.ctx, r.origin, r.pathValue("id"), in)
@@ -513,7 +285,7 @@ func (api *manageAPI) getUpstream(r *manageRequest) (*manageResponse, error) {
 
 func (api *manageAPI) patchUpstream(r *manageRequest) (*manageResponse, error) {
 	var in upstreamInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, upstreamFields(), false); err != nil {
 		return nil, err
 	}
 	u, err := api.ops.updateUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion, in)

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"math"
 	"net/http"
 	"time"
 )
@@ -82,124 +81,12 @@ func asProjectFieldError(err error) error {
 	return err
 }
 
-// A tokenInput is what an admin may say about a token.
-type tokenInput struct {
-	projectID, name          optional[string]
-	minutes, hours, days     optional[int64]
-	expiresAt                optional[string]
-	idleMinutes, maxRequests optional[int64]
-	policy                   optional[json.RawMessage]
-}
-
-func (in *tokenInput) fields() map[string]any {
-	return map[string]any{"project_id": &in.projectID, "name": &in.name, "duration_minutes": &in.minutes, "duration_hours": &in.hours, "expires_in_days": &in.days,
-		"expires_at": &in.expiresAt, "idle_expiry_minutes": &in.idleMinutes, "max_requests": &in.maxRequests, "policy": &in.policy}
-}
-
-func (in *tokenInput) decode(body []byte, isNew bool) error {
-	fields := in.fields()
-	if !isNew {
-		delete(fields, "project_id")
-	}
-	return decodeObject(body, fields, "expires_at", "idle_expiry_minutes", "max_requests", "policy")
-}
-
-// maxLifetime bounds what an admin may ask for; "never" is expires_at null.
-const maxLifetime = 100 * 365 * 24 * time.Hour
-
-// expiry works out when the token expires: nil for never. ok is false when the
-// input does not say.
-func (in *tokenInput) expiry(now time.Time) (at *int64, ok bool, err error) {
-	given := 0
-	for _, l := range []struct {
-		name string
-		in   optional[int64]
-		unit time.Duration
-	}{{"duration_minutes", in.minutes, time.Minute}, {"duration_hours", in.hours, time.Hour}, {"expires_in_days", in.days, 24 * time.Hour}} {
-		if !l.in.set {
-			continue
-		}
-		given++
-		if l.in.value < 1 || l.in.value > int64(maxLifetime/l.unit) {
-			return nil, false, &fieldError{l.name, "must be a whole number from 1 to 100 years' worth"}
-		}
-		at = new(now.Add(time.Duration(l.in.value) * l.unit).UnixMilli())
-	}
-	if in.expiresAt.set {
-		given++
-		if at, err = parseFutureTime("expires_at", in.expiresAt, now); err != nil {
-			return nil, false, err
-		}
-	}
-	if given > 1 {
-		return nil, false, &fieldError{"expires_at", "and duration_minutes, duration_hours, expires_in_days exclude each other"}
-	}
-	return at, given == 1, nil
-}
-
-// parseFutureTime reads an RFC 3339 time after now; null is nil: never.
-func parseFutureTime(name string, in optional[string], now time.Time) (*int64, error) {
-	if !in.hasValue() {
-		return nil, nil
-	}
-	t, err := time.Parse(time.RFC3339, in.value)
-	if err != nil {
-		return nil, &fieldError{name, "must be a time such as 2027-01-31T00:00:00Z, or null for never"}
-	}
-	if !t.After(now) || t.Sub(now) > maxLifetime {
-		return nil, &fieldError{name, "must be in the future, and within 100 years"}
-	}
-	return new(t.UnixMilli()), nil
-}
-
-func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
-	if in.name.set {
-		if err := validateName(in.name.value); err != nil {
-			return err
-		}
-		t.name = in.name.value
-	}
-	at, ok, err := in.expiry(now)
-	if err != nil {
-		return err
-	}
-	if ok {
-		t.expiresAt = at
-	}
-	if in.idleMinutes.set {
-		t.idleExpiry = nil
-		if !in.idleMinutes.null {
-			if in.idleMinutes.value < 1 || in.idleMinutes.value > int64(maxLifetime/time.Minute) {
-				return &fieldError{"idle_expiry_minutes", "must be a whole number from 1 to 100 years' worth, or null"}
-			}
-			t.idleExpiry = new(in.idleMinutes.value * time.Minute.Milliseconds())
-		}
-	}
-	if in.maxRequests.set {
-		t.maxRequests = nil
-		if !in.maxRequests.null {
-			if in.maxRequests.value < 0 || in.maxRequests.value > math.MaxInt64/2 {
-				return &fieldError{"max_requests", "must be 0 (none) or more, or null (unlimited)"}
-			}
-			t.maxRequests = new(in.maxRequests.value)
-		}
-	}
-	if in.policy.set {
-		p, err := parsePolicy(objectOrEmpty(in.policy), false)
-		if err != nil {
-			return err
-		}
-		t.policy = p.String()
-	}
-	return nil
-}
-
 // defaultTokenLifetime is for a token whose maker says nothing about its end.
 const defaultTokenLifetime = 30 * 24 * time.Hour
 
 func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
 	var in tokenInput
-	if err := in.decode(r.body, true); err != nil {
+	if err := decodeFields(r.body, &in, tokenFields(), true); err != nil {
 		return nil, err
 	}
 	t, value, err := api.ops.createToken(r.ctx, r.origin, in)
@@ -241,7 +128,7 @@ func (ops *operations) getToken(ctx context.Context, id string, now time.Time) (
 
 func (api *manageAPI) patchToken(r *manageRequest) (*manageResponse, error) {
 	var in tokenInput
-	if err := in.decode(r.body, false); err != nil {
+	if err := decodeFields(r.body, &in, tokenFields(), false); err != nil {
 		return nil, err
 	}
 	t, err := api.ops.updateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
@@ -257,23 +144,9 @@ func (api *manageAPI) revokeToken(r *manageRequest) (*manageResponse, error) {
 	return api.tokenResponse(r, 0, &t, nil, err)
 }
 
-// A rotateInput says for how long the previous value of a rotated token works.
-type rotateInput struct{ overlapMinutes optional[int64] }
-
-func (in *rotateInput) decode(body []byte) error { return decodeObject(body, in.fields()) }
-
-func (in *rotateInput) fields() map[string]any {
-	return map[string]any{"overlap_minutes": &in.overlapMinutes}
-}
-
-const (
-	defaultOverlapMinutes = 60
-	maxOverlapMinutes     = 30 * 24 * 60
-)
-
 func (api *manageAPI) rotateToken(r *manageRequest) (*manageResponse, error) {
 	var in rotateInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, rotateFields(), false); err != nil {
 		return nil, err
 	}
 	t, value, err := api.ops.rotateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
@@ -315,40 +188,9 @@ func (ops *operations) listManagementKeys(ctx context.Context, query listQuery, 
 		func(k *managementKeyRow) string { return formatCursor(k.seq, "") }), err
 }
 
-// A keyInput is what an admin may say about a management key.
-type keyInput struct{ name, role, expiresAt optional[string] }
-
-func (in *keyInput) decode(body []byte) error { return decodeObject(body, in.fields(), "expires_at") }
-
-func (in *keyInput) fields() map[string]any {
-	return map[string]any{"name": &in.name, "role": &in.role, "expires_at": &in.expiresAt}
-}
-
-func (in *keyInput) apply(k *managementKeyRow, now time.Time) error {
-	if in.name.set {
-		if err := validateName(in.name.value); err != nil {
-			return err
-		}
-		k.name = in.name.value
-	}
-	if in.role.set {
-		if role(in.role.value).rank() == 0 {
-			return &fieldError{"role", "must be viewer, operator or admin"}
-		}
-		k.role = in.role.value
-	}
-	if in.expiresAt.set {
-		var err error
-		if k.expiresAt, err = parseFutureTime("expires_at", in.expiresAt, now); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 func (api *manageAPI) createKey(r *manageRequest) (*manageResponse, error) {
 	var in keyInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, keyFields(), true); err != nil {
 		return nil, err
 	}
 	k, value, err := api.ops.createManagementKey(r.ctx, r.origin, in)
@@ -384,7 +226,7 @@ func (ops *operations) getManagementKey(ctx context.Context, id string, now time
 
 func (api *manageAPI) patchKey(r *manageRequest) (*manageResponse, error) {
 	var in keyInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, keyFields(), false); err != nil {
 		return nil, err
 	}
 	k, err := api.ops.updateManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)

@@ -391,52 +391,9 @@ func (api *manageAPI) listPrices(r *manageRequest) (*manageResponse, error) {
 	return &manageResponse{body: newListPage(rows, len(rows), newPriceView, nil)}, err
 }
 
-// A priceInput is what an admin may send about a price: dollars per million tokens.
-type priceInput struct {
-	match   optional[string]
-	amounts [6]optional[json.RawMessage] // in the order of priceNames
-}
-
-func priceNames() []string {
-	return []string{"input", "cached_input", "cache_write", "output", "audio_input", "audio_output"}
-}
-
-func (in *priceInput) decode(body []byte) error {
-	return decodeObject(body, in.fields(), priceNames()...)
-}
-
-func (in *priceInput) fields() map[string]any {
-	fields := map[string]any{"match": &in.match}
-	for i, n := range priceNames() {
-		fields[n] = &in.amounts[i]
-	}
-	return fields
-}
-
-func (in *priceInput) apply(row *priceRow) error {
-	row.match = in.match.value
-	if row.match == "" || len(row.match) > 256 || strings.ContainsFunc(row.match, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-		return &fieldError{"match", "must be a model's name, or a pattern with *, of 1 to 256 bytes"}
-	}
-	for i, amount := range in.amounts {
-		if !amount.hasValue() {
-			continue
-		}
-		pico, err := parseDollars(strings.Trim(string(amount.value), `"`))
-		if err != nil {
-			return &fieldError{priceNames()[i], "must be dollars per million tokens: 0 to 1000000, at most 6 decimals"}
-		}
-		*row.priceFields()[i] = new(pico)
-	}
-	if row.input == nil && row.output == nil {
-		return &fieldError{"input", "or output is needed"}
-	}
-	return nil
-}
-
 func (api *manageAPI) setPrice(r *manageRequest) (*manageResponse, error) {
 	var in priceInput
-	if err := in.decode(r.body); err != nil {
+	if err := decodeFields(r.body, &in, priceFields(), true); err != nil {
 		return nil, err
 	}
 	p, err := api.ops.setPrice(r.ctx, r.origin, in)

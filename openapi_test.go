@@ -180,6 +180,47 @@ func TestOpenAPIRoutes(t *testing.T) {
 	}
 }
 
+// TestOpenAPIFields: each declared field of an input is a property of its schemas, and each property is
+// declared. Null is allowed in both or in neither.
+func TestOpenAPIFields(t *testing.T) {
+	t.Parallel()
+	s := readSpec(t)
+	compareFields(s, tokenFields(), "TokenCreate", "TokenPatch")
+	compareFields(s, rotateFields(), "", "TokenRotate")
+	compareFields(s, projectFields(), "ProjectCreate", "ProjectPatch")
+	compareFields(s, upstreamFields(), "UpstreamCreate", "UpstreamPatch")
+	compareFields(s, keyFields(), "KeyCreate", "KeyPatch")
+	compareFields(s, priceFields(), "PriceSet", "")
+}
+
+// compareFields compares a table of fields with the schemas of a new object and of a change; "" for none.
+func compareFields[I, R any](s *spec, fields []field[I, R], create, patch string) {
+	s.t.Helper()
+	for _, schema := range []string{create, patch} {
+		if schema == "" {
+			continue
+		}
+		properties := s.properties(s.at(s.root, "components", "schemas", schema))
+		for _, f := range fields {
+			if f.createOnly && schema == patch {
+				continue
+			}
+			if properties[f.name] == nil {
+				s.t.Errorf("%s: openapi.yaml does not have %s", schema, f.name)
+				continue
+			}
+			documented := slices.Contains(s.types(s.at(properties[f.name])), "null")
+			if declared := f.nullable || f.resettable && schema == patch; declared != documented {
+				s.t.Errorf("%s.%s: null is declared as allowed: %v; in openapi.yaml: %v", schema, f.name, declared, documented)
+			}
+			delete(properties, f.name)
+		}
+		for name := range properties {
+			s.t.Errorf("%s: manage_fields.go does not declare %s", schema, name)
+		}
+	}
+}
+
 // operationPath puts ids of the test's own things into a pattern; there are none of
 // calls, prices and keys.
 func (p *testProxy) operationPath(name string) (method, path string) {

@@ -6,12 +6,10 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 )
 
 // A criteria says what a call requires of its upstream.
@@ -353,28 +351,6 @@ type upstreamSettings struct {
 	RequestsPerMinute int64  `json:"requests_per_minute,omitzero"`
 	TokensPerMinute   int64  `json:"tokens_per_minute,omitzero"`
 	Note              string `json:"note,omitzero"`
-}
-
-// check returns a fieldError if a setting is out of its range.
-func (u *upstreamSettings) check() error {
-	longest, connect := (2 * time.Hour).Milliseconds(), connectTimeout.Milliseconds()
-	for _, f := range []struct {
-		name        string
-		v, from, to int64
-	}{
-		{"connect_ms", u.ConnectMS, 100, connect}, {"answer_ms", u.AnswerMS, 100, longest},
-		{"first_event_ms", u.FirstEventMS, 100, longest}, {"idle_ms", u.IdleMS, 100, longest},
-		{"requests_per_minute", u.RequestsPerMinute, 1, 1_000_000_000},
-		{"tokens_per_minute", u.TokensPerMinute, 1, 1_000_000_000_000},
-	} {
-		if f.v != 0 && (f.v < f.from || f.v > f.to) {
-			return &fieldError{f.name, fmt.Sprintf("must be 0 or from %d to %d", f.from, f.to)}
-		}
-	}
-	if len(u.Note) > 500 || strings.ContainsFunc(u.Note, func(c rune) bool { return c < ' ' || c == 0x7f }) {
-		return &fieldError{"note", "must have at most 500 bytes, without control characters"}
-	}
-	return nil
 }
 
 func (u *upstreamSettings) String() string {
