@@ -38,8 +38,9 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/prices", "Prices"}, Intro: "price", Form: &pageForm{
-		Submit: "Set price", Cancel: "/admin/prices", Fields: formFields(priceFields(), "match", "input", "output", "cached_input",
-			"cache_write", "audio_input", "audio_output")}}
+		Submit: "Set price", Cancel: "/admin/prices",
+		Fields: formFields(priceFields(), "match", "input", "output", "cached_input", "cache_write", "audio_input",
+			"audio_output")}}
 	return ui.submit(r, "Set a price", v, url.Values{"match": {r.query.Get("match")}}, func() (*pageResponse, error) {
 		var in priceInput
 		if err := v.decode(r, in.fields()); err != nil {

@@ -1,7 +1,6 @@
-// This room is the door of /manage, the JSON API for administrators: who may
-// enter, which role each URL needs, how bodies come in and answers go out. The
-// handlers stand in manage_*.go; each takes a request that has been let in and
-// returns a reply or an error.
+// This file is the frame of /manage, the JSON API for administrators: authentication, the role that each URL
+// requires, and how bodies are read and responses written. The handlers are in manage_*.go. Each takes an
+// authorized request and returns a response or an error.
 package main
 
 import (
@@ -15,50 +14,51 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// A signInAuditor puts failed sign-ins on the audit trail, and tells the log where
-// the trail ends.
+// A signInAuditor records failed sign-ins in the audit trail, and logs the head of the trail.
 type signInAuditor struct {
 	log     *logger
 	store   *store
 	limiter *throttle
 }
 
-// auditFailedSignIn puts a wrong management key on the trail. by.actor is the key's
-// id if it is one that was valid once. Whoever presented it is refused in any
-// case, so trouble with the trail is for the log alone.
-func (a *signInAuditor) auditFailedSignIn(ctx context.Context, by auditOrigin, door string, now time.Time) {
-	wait, left := a.limiter.allow(now)
+// auditFailedSignIn records a wrong management key. origin.actorID is the key's ID if the key was once valid.
+// The caller is refused in any case, so a failure to record is only logged.
+func (a *signInAuditor) auditFailedSignIn(ctx context.Context, origin auditOrigin, surface string, now time.Time) {
+	wait, omitted := a.limiter.allow(now)
 	if wait > 0 {
 		return
 	}
-	a.writeFailedSignIns(ctx, by, door, left, 1)
+	a.writeFailedSignIns(ctx, origin, surface, omitted, 1)
 }
 
-// writeFailedSignIns adds an entry that tells of failed sign-ins: of so many that were
-// left out before, and of one more or none. It waits no longer than a few seconds, but for as long as it needs:
-// who presents a key must not be able to keep it off the trail by leaving.
-func (a *signInAuditor) writeFailedSignIns(ctx context.Context, by auditOrigin, door string, left, more int64) {
-	event := auditEvent{action: actionSignInFailed, object: door}
-	if left > 0 {
-		event.detail = []auditField{{"left_out", left}}
+// writeFailedSignIns records an event for failed sign-ins: omitted of them had no event of their own, and
+// current (0 or 1) is the latest. It ignores the request's cancellation, so that a caller cannot keep a
+// wrong key off the trail by disconnecting.
+func (a *signInAuditor) writeFailedSignIns(
+	ctx context.Context, origin auditOrigin, surface string, omitted, current int64,
+) {
+	event := auditEvent{action: actionSignInFailed, object: surface}
+	if omitted > 0 {
+		event.detail = []auditField{{"left_out", omitted}}
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	if err := a.store.recordAuditEvent(ctx, by, event); err != nil {
-		a.limiter.addOmitted(left + more)
-		a.log.Error("a failed sign-in could not be put on the audit trail", "request_id", by.requestID, "address", by.address, "error", err)
+	if err := a.store.recordAuditEvent(ctx, origin, event); err != nil {
+		a.limiter.addOmitted(omitted + current)
+		a.log.Error("cannot record a failed sign-in in the audit trail",
+			"request_id", origin.requestID, "address", origin.address, "error", err)
 	}
 }
 
-// runAuditCheckpoints notes, every so often and at the end, how many failed sign-ins were
-// left out, and logs where the trail ends, if that is not where it was logged
-// last: a log that is kept elsewhere shows later that nothing up to there was
-// removed.
+// runAuditCheckpoints records how many failed sign-ins were omitted, and logs the head of the trail if it has
+// changed since it was last logged, periodically and at the end. A log that is kept on another machine then
+// proves that no event up to the head was removed.
 func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Duration, logged int64) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -69,12 +69,13 @@ func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Dura
 			now, end = time.Now(), true
 		case now = <-tick.C:
 		}
-		if left := a.limiter.takeOmitted(now, end); left > 0 {
-			a.writeFailedSignIns(ctx, systemOrigin(now), "", left, 0)
+		if omitted := a.limiter.takeOmitted(now, end); omitted > 0 {
+			a.writeFailedSignIns(ctx, systemOrigin(now), "", omitted, 0)
 		}
-		if h, ok, _, err := a.store.loadAuditHead(context.WithoutCancel(ctx), a.store.chain); err == nil && ok && h.seq != logged {
-			logged = h.seq
-			a.log.Info("the audit trail ends here", "head", h.String())
+		head, ok, _, err := a.store.loadAuditHead(context.WithoutCancel(ctx), a.store.chain)
+		if err == nil && ok && head.seq != logged {
+			logged = head.seq
+			a.log.Info("the audit trail ends here", "head", head.String())
 		}
 	}
 }
@@ -88,7 +89,7 @@ type manageAPI struct {
 	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
 }
 
-// A managementAuth finds out who acts: whose management key a request presents, and from where.
+// A managementAuth identifies the caller: the management key that a request presents, and its address.
 type managementAuth struct {
 	store           *store
 	managementToken secret // MANAGEMENT_TOKEN; nil: not set
@@ -102,7 +103,7 @@ func newManagementAuth(log *logger, st *store, managementToken secret, addresses
 	return &managementAuth{st, managementToken, addresses, newAuthThrottle(), signIns}
 }
 
-// newOrigin says who makes a request, for the audit trail.
+// newOrigin returns who makes a request, for the audit trail.
 func (a *managementAuth) newOrigin(w http.ResponseWriter, r *http.Request, caller actor, now time.Time) auditOrigin {
 	return auditOrigin{
 		actorID:   caller.id,
@@ -113,15 +114,14 @@ func (a *managementAuth) newOrigin(w http.ResponseWriter, r *http.Request, calle
 	}
 }
 
-// A manageRoute is one URL of /manage, the least role it needs and what
-// answers it.
+// A manageRoute is one URL of /manage, the role that it requires, and its handler.
 type manageRoute struct {
 	pattern string
 	minRole role
 	handle  func(*manageRequest) (*manageResponse, error)
 }
 
-// manageTable is every URL of /manage.
+// manageTable lists every URL of /manage.
 func (api *manageAPI) manageTable() []manageRoute {
 	return []manageRoute{
 		{"GET /manage/projects", roleViewer, api.listProjects},
@@ -183,70 +183,71 @@ func methodNotAllowed(allowed string) http.Handler {
 	})
 }
 
-// A manageRequest is a request that has been let in.
+// A manageRequest is an authorized request.
 type manageRequest struct {
 	http           *http.Request
 	ctx            context.Context
 	actor          actor
-	origin         auditOrigin // the actor, for the audit trail
-	body           []byte      // "" unless the method has one
-	query          url.Values  // every name known and given once
+	origin         auditOrigin // the actor and the time, for the audit trail
+	body           []byte      // nil unless the method has one
+	query          url.Values  // no name occurs twice
 	now            time.Time
-	ifMatchVersion int64 // the version in If-Match; 0: none asked for
+	ifMatchVersion int64 // the version in If-Match; 0: any
 }
 
 func (r *manageRequest) pathValue(name string) string { return r.http.PathValue(name) }
 
-// A manageResponse is what a handler answers with.
+// A manageResponse is the result of a handler.
 type manageResponse struct {
 	status  int   // 0: 200
-	version int64 // becomes the ETag; 0: none
+	version int64 // the ETag; 0: none
 	body    any
 }
 
 const maxManageBodyBytes = 1 << 20
 
-// manageHandler lets a request in, or not, and writes what its handler returns.
+// manageHandler authorizes a request, runs its handler and writes the response.
 func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rep, err := api.manage(rt, w, r)
+		res, err := api.manage(rt, w, r)
 		if err != nil {
 			api.writeManageError(w, r, err)
 			return
 		}
-		body, err := json.Marshal(rep.body)
+		body, err := json.Marshal(res.body)
 		if err != nil {
 			api.writeManageError(w, r, err)
 			return
 		}
-		if rep.version != 0 {
-			w.Header().Set("ETag", strconv.Quote(strconv.FormatInt(rep.version, 10)))
+		if res.version != 0 {
+			w.Header().Set("ETag", strconv.Quote(strconv.FormatInt(res.version, 10)))
 		}
 		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(max(rep.status, http.StatusOK))
+		w.WriteHeader(max(res.status, http.StatusOK))
 		_, _ = w.Write(append(body, '\n'))
 	})
 }
 
 func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*manageResponse, error) {
-	who, err := api.authenticateManager(w, r)
+	caller, err := api.authenticateManager(w, r)
 	if err != nil {
 		return nil, err
 	}
-	if who.role.rank() < rt.minRole.rank() {
-		return nil, errRoleTooLow(rt.minRole, who.role)
+	if caller.role.rank() < rt.minRole.rank() {
+		return nil, errRoleTooLow(rt.minRole, caller.role)
 	}
 	now := time.Now()
-	req := &manageRequest{http: r, ctx: r.Context(), actor: who, origin: api.auth.newOrigin(w, r, who, now), now: now}
+	origin := api.auth.newOrigin(w, r, caller, now)
+	req := &manageRequest{http: r, ctx: r.Context(), actor: caller, origin: origin, now: now}
 	if req.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
 	}
 	for name, values := range req.query {
 		if len(values) > 1 {
-			return nil, badRequest("invalid_value", clip(name, 64), "The query gives "+clip(name, 64)+" twice.")
+			return nil, badRequest("invalid_value", clip(name, 64), "The query has "+clip(name, 64)+" twice.")
 		}
-		if values[0] == "" { // as a script with an unset variable sends it: it would list all
-			return nil, badRequest("invalid_value", clip(name, 64), "The query gives no value for "+clip(name, 64)+".")
+		if values[0] == "" { // a script with an unset variable would list everything
+			return nil, badRequest("invalid_value", clip(name, 64), "The query has no value for "+clip(name, 64)+".")
 		}
 	}
 	if r.Method != http.MethodGet || strings.HasSuffix(rt.pattern, "}") { // only lists have parameters
@@ -255,12 +256,12 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		}
 	}
 	if r.Method != http.MethodGet {
-		// A change is carried through when its sender leaves: half of it, stored
-		// but not in force, would let a revoked token live on.
+		// A change is completed even if the caller disconnects. If it were stored but not put in force, a
+		// revoked token would stay valid.
 		req.ctx = context.WithoutCancel(req.ctx)
 	}
-	if why := api.databaseProblem(); why != "" { // nothing may be stored in a file that has no name any more
-		return nil, errStoreUnavailable(errors.New(why))
+	if problem := api.databaseProblem(); problem != "" { // a deleted file must not accept changes
+		return nil, errStoreUnavailable(errors.New(problem))
 	}
 	if req.ifMatchVersion, err = parseIfMatch(r.Header["If-Match"]); err != nil {
 		return nil, err
@@ -282,7 +283,7 @@ func parseIfMatch(values []string) (int64, error) {
 			return n, nil
 		}
 	}
-	return 0, badRequest("invalid_value", "If-Match", `If-Match must be the ETag of an earlier answer, as in "3".`)
+	return 0, badRequest("invalid_value", "If-Match", `If-Match must be the ETag of an earlier response, as in "3".`)
 }
 
 func readManageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
@@ -294,16 +295,16 @@ func readManageBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, badRequest("request_cut", "", "The body ended early.")
 	}
 	if len(body) == 0 {
-		return []byte("{}"), nil // all fields absent; needs no Content-Type
+		return []byte("{}"), nil // no fields; needs no Content-Type
 	}
-	// A form of another site can only send the simple types.
+	// A form on another site cannot send this type.
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
 		return nil, errContentType("application/json")
 	}
 	return body, nil
 }
 
-// authenticateManager finds out whose management key the request presents.
+// authenticateManager returns the owner of the management key in the request.
 func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request) (actor, error) {
 	values := r.Header["Authorization"]
 	if len(values) != 1 {
@@ -317,31 +318,33 @@ func (api *manageAPI) authenticateManager(w http.ResponseWriter, r *http.Request
 	return api.auth.verifyKey(r.Context(), api.auth.newOrigin(w, r, actor{}, now), r.Pattern, presented, now)
 }
 
-// verifyKey returns who holds the management key that by presents at a door, or
-// why it is refused. A wrong key is on the audit trail then.
-func (a *managementAuth) verifyKey(ctx context.Context, by auditOrigin, door, presented string, now time.Time) (actor, error) {
-	who, err := a.actorByKey(ctx, presented, now)
+// verifyKey returns the owner of a management key that is presented at a surface (a route), or why it is
+// refused. It records a wrong key in the audit trail.
+func (a *managementAuth) verifyKey(
+	ctx context.Context, origin auditOrigin, surface, presented string, now time.Time,
+) (actor, error) {
+	caller, err := a.actorByKey(ctx, presented, now)
 	if !errors.Is(err, errNotFound) {
-		return who, err
+		return caller, err
 	}
-	by.actorID = who.id
-	a.signIns.auditFailedSignIn(ctx, by, door, now)
-	// Only wrong keys are held up: whoever shares an address with a guesser, as
-	// all do behind a proxy that is not in TRUSTED_PROXIES, must not be.
-	if wait, _ := a.throttle.of(by.address).allow(now); wait > 0 {
+	origin.actorID = caller.id
+	a.signIns.auditFailedSignIn(ctx, origin, surface, now)
+	// Only wrong keys are delayed. Callers with a valid key may share the guesser's address, as all callers do
+	// behind a proxy that is not in TRUSTED_PROXIES.
+	if wait, _ := a.throttle.of(origin.address).allow(now); wait > 0 {
 		return actor{}, errTooManyFailures(wait)
 	}
 	return actor{}, errManageKey
 }
 
-// environmentActor is who holds MANAGEMENT_TOKEN.
+// environmentActor is the actor with MANAGEMENT_TOKEN.
 func environmentActor() actor { return actor{actorEnvironment, "MANAGEMENT_TOKEN", roleAdmin} }
 
-// actorByKey returns who holds a management key, or errNotFound: with the key's id
-// if it is one that was valid once, and else with none.
+// actorByKey returns the owner of a management key. For a key that is not valid it returns errNotFound, with
+// the key's ID if the key was once valid.
 func (a *managementAuth) actorByKey(ctx context.Context, presented string, now time.Time) (actor, error) {
 	if a.managementToken != nil {
-		// Hashes are compared: equal lengths, and no clue in the time taken.
+		// Comparing hashes of equal length leaks nothing through timing.
 		want, got := sha256.Sum256([]byte(a.managementToken())), sha256.Sum256([]byte(presented))
 		if subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
 			return environmentActor(), nil
@@ -363,7 +366,7 @@ func (a *managementAuth) actorByKey(ctx context.Context, presented string, now t
 	return actor{key.id, key.name, role(key.role)}, nil
 }
 
-// manageError turns what a handler returned into what its caller is told.
+// manageError converts the error of a handler into the error for its caller.
 func manageError(err error) *apiError {
 	switch {
 	case errors.Is(err, errNotFound):
@@ -384,22 +387,23 @@ func (api *manageAPI) writeManageError(w http.ResponseWriter, r *http.Request, e
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	if e.status >= 500 {
-		api.log.Error("a management call failed", "request_id", w.Header().Get("X-Request-Id"), "route", r.Pattern, "error", err)
+		requestID := w.Header().Get("X-Request-Id")
+		api.log.Error("a management call failed", "request_id", requestID, "route", r.Pattern, "error", err)
 	}
 	writeError(w, e, false)
 }
 
-// A listQuery is where a list goes on and how long a page is.
+// A listQuery is the size of a page and the row after which it starts.
 type listQuery struct {
 	limit int
 	seq   int64
-	name  string
+	name  string // if the list is ordered by name
 }
 
-// parseListQuery reads limit and after, and refuses names that are not in known.
-func (r *manageRequest) parseListQuery(known ...string) (listQuery, error) {
+// parseListQuery reads limit and after. It refuses parameters other than these and the allowed ones.
+func (r *manageRequest) parseListQuery(allowed ...string) (listQuery, error) {
 	p := listQuery{limit: 100}
-	if err := r.checkParams(append(known, "limit", "after")...); err != nil {
+	if err := r.checkParams(append(allowed, "limit", "after")...); err != nil {
 		return p, err
 	}
 	if v := r.query.Get("limit"); v != "" {
@@ -412,29 +416,26 @@ func (r *manageRequest) parseListQuery(known ...string) (listQuery, error) {
 	if v := r.query.Get("after"); v != "" {
 		var err error
 		if p.seq, p.name, err = parseCursor(v); err != nil {
-			return p, badRequest("invalid_value", "after", "after must be the value of next in an earlier answer.")
+			return p, badRequest("invalid_value", "after", "after must be the value of next in an earlier response.")
 		}
 	}
 	return p, nil
 }
 
-// checkParams refuses query names that are not known: a filter that is silently
-// ignored lists too much.
-func (r *manageRequest) checkParams(known ...string) error {
-next:
+// checkParams refuses query parameters that are not allowed: a filter that is silently ignored lists too much.
+func (r *manageRequest) checkParams(allowed ...string) error {
 	for name := range r.query {
-		for _, k := range known {
-			if name == k {
-				continue next
-			}
+		if !slices.Contains(allowed, name) {
+			known := cmp.Or(strings.Join(allowed, ", "), "none")
+			return badRequest("unknown_parameter", clip(name, 64),
+				"The query has an unknown parameter "+clip(name, 64)+"; known are: "+known+".")
 		}
-		return badRequest("unknown_parameter", clip(name, 64), "The query has an unknown parameter "+clip(name, 64)+"; known are: "+cmp.Or(strings.Join(known, ", "), "none")+".")
 	}
 	return nil
 }
 
-// formatCursor writes where a list goes on: a row's seq, and its name if the list is
-// in order of names. Clients treat it as opaque.
+// formatCursor returns the position in a list: a row's seq, and its name if the list is ordered by name.
+// Clients treat it as opaque.
 func formatCursor(seq int64, name string) string {
 	return strconv.FormatInt(seq, 36) + "." + url.QueryEscape(name)
 }
@@ -464,31 +465,31 @@ func (r *manageRequest) boolParam(name string) (*bool, error) {
 	return nil, badRequest("invalid_value", name, name+" must be true or false.")
 }
 
-// deletedResponse answers that the thing with the id in the path is deleted.
+// deletedResponse confirms that the object whose ID is in the path, under this name, is deleted.
 func (r *manageRequest) deletedResponse(name string, err error) (*manageResponse, error) {
 	return &manageResponse{body: map[string]any{"id": r.pathValue(name), "deleted": true}}, err
 }
 
-// A listPage is a page of things and where the next one begins.
+// A listPage is a page of a list, and the cursor of the next page.
 type listPage[T any] struct {
 	Data []T    `json:"data"`
 	Next string `json:"next,omitempty"`
 }
 
-// newListPage makes a page from rows, of which one more than limit was asked for.
-func newListPage[R, T any](rows []R, limit int, show func(*R) T, at func(*R) string) listPage[T] {
+// newListPage makes a page from rows, one more than limit if there is a next page.
+func newListPage[R, T any](rows []R, limit int, toItem func(*R) T, cursorFor func(*R) string) listPage[T] {
 	l := listPage[T]{Data: []T{}}
 	for i := range rows {
 		if i == limit {
-			l.Next = at(&rows[i-1])
+			l.Next = cursorFor(&rows[i-1])
 			break
 		}
-		l.Data = append(l.Data, show(&rows[i]))
+		l.Data = append(l.Data, toItem(&rows[i]))
 	}
 	return l
 }
 
-// A dollars is money in answers: nano-dollars inside, a decimal number outside.
+// A dollars is an amount in nano-dollars. In JSON it is a decimal number of dollars.
 type dollars int64
 
 func (d dollars) MarshalJSON() ([]byte, error) { return []byte(formatNanos(int64(d))), nil }
@@ -505,18 +506,18 @@ type routeUpstreamView struct {
 	Name       string  `json:"name"`
 	Priority   int64   `json:"priority"`
 	Weight     int64   `json:"weight"`
-	SentModel  string  `json:"sent_model"` // as the upstream knows the model
-	Share      float64 `json:"share"`      // of the calls, now
+	SentModel  string  `json:"sent_model"` // the upstream's name for the model
+	Share      float64 `json:"share"`      // of the calls at this moment
 	Why        string  `json:"why"`
-	// How long a call waits there, as far as its own settings say.
+	// The timeouts that the upstream sets; 0: the default.
 	ConnectMS    int64 `json:"connect_ms"`
 	AnswerMS     int64 `json:"answer_ms"`
 	FirstEventMS int64 `json:"first_event_ms"`
 	IdleMS       int64 `json:"idle_ms"`
 }
 
-// explainRoute says which upstream of a project would get a call for a model now, and why. It calls no
-// provider. api is openai, anthropic or "" for openai.
+// explainRoute tells which upstream of a project would get a call for a model now, and why. It sends no
+// request. api is openai, anthropic, or "" for openai.
 func (ops *operations) explainRoute(ctx context.Context, projectID, model, api string) (routeView, error) {
 	v := routeView{Model: model, API: cmp.Or(api, "openai"), Upstreams: []routeUpstreamView{}}
 	need := criteria{api: apiOpenAI, model: model, now: time.Now().UnixMilli()}

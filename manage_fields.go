@@ -425,7 +425,7 @@ func upstreamFields() []field[upstreamInput, upstreamEdit] {
 			apply: (*upstreamInput).applySharing},
 		stored(f{name: "note", formText: formText{label: "Note", help: "note"}},
 			func(in *upstreamInput) *optional[string] { return &in.note },
-			func(u *upstreamEdit) *string { return &u.settings.Note }, validateNote),
+			func(u *upstreamEdit) *string { return &u.settings.Note }, validateShortText),
 		stored(f{name: "organization",
 			formText: formText{label: "OpenAI organization", placeholder: "org-…", help: "organization"}},
 			func(in *upstreamInput) *optional[string] { return &in.organization },
@@ -555,7 +555,7 @@ func validateProviderID(name, value string) error {
 	return nil
 }
 
-func validateNote(name, value string) error {
+func validateShortText(name, value string) error {
 	if len(value) > 500 || strings.ContainsFunc(value, func(c rune) bool { return c < ' ' || c == 0x7f }) {
 		return &fieldError{name, "must have at most 500 bytes, without control characters"}
 	}

@@ -53,7 +53,7 @@ func (ops *operations) createFirstProject(ctx context.Context, name string, key 
 // createToken creates a token and returns its value, which is not stored.
 func (ops *operations) createToken(ctx context.Context, origin auditOrigin, in tokenInput) (tokenRow, secret, error) {
 	if !in.projectID.hasValue() {
-		return tokenRow{}, nil, &fieldError{"project_id", "is needed"}
+		return tokenRow{}, nil, &fieldError{"project_id", "is required"}
 	}
 	now := time.UnixMilli(origin.at)
 	t := tokenRow{
@@ -234,7 +234,7 @@ func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upst
 	case in.openaiKey.hasValue():
 		in.key = in.openaiKey
 	case !in.key.hasValue() && (in.provider.set || in.baseURL.set):
-		return nil, nil, &fieldError{"api_key", "is needed with provider or base_url"}
+		return nil, nil, &fieldError{"api_key", "is required with provider or base_url"}
 	case !in.key.hasValue():
 		return p, nil, nil
 	}

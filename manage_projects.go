@@ -1,5 +1,5 @@
-// Handlers of /manage for projects. A provider's key comes in here and never
-// goes out again: no answer has it, whatever the role.
+// This file has the handlers of /manage for projects and upstreams, and how these are shown. A provider key
+// comes in here and never goes out: no response contains it, whatever the role.
 package main
 
 import (
@@ -20,10 +20,10 @@ type projectView struct {
 	Version   int64           `json:"version"`
 	CreatedAt timestamp       `json:"created_at"`
 	UpdatedAt timestamp       `json:"updated_at"`
-	Limits    []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one project that is read
+	Limits    []limitView     `json:"limits,omitzero"` // the state of the limits; only in a single project
 }
 
-// newProjectView reads the project's upstreams to go with it.
+// newProjectView shows a project with its upstreams, which it reads.
 func (ops *operations) newProjectView(ctx context.Context, p *projectRow) (projectView, error) {
 	upstreams, err := ops.store.projectUpstreams(ctx, p.seq)
 	v := projectView{
@@ -43,7 +43,7 @@ func (ops *operations) newProjectView(ctx context.Context, p *projectRow) (proje
 	return v, err
 }
 
-// getProject returns a project, its upstreams and how its limits stand.
+// getProject returns a project, its upstreams and the state of its limits.
 func (ops *operations) getProject(ctx context.Context, id string, now time.Time) (projectView, error) {
 	p, err := ops.store.projectByID(ctx, id)
 	if err != nil {
@@ -99,8 +99,10 @@ func (api *manageAPI) listProjects(r *manageRequest) (*manageResponse, error) {
 	return &manageResponse{body: l}, err
 }
 
-// projectResponse answers with a project and its upstreams.
-func (api *manageAPI) projectResponse(r *manageRequest, status int, p *projectRow, err error) (*manageResponse, error) {
+// projectResponse returns a project and its upstreams.
+func (api *manageAPI) projectResponse(
+	r *manageRequest, status int, p *projectRow, err error,
+) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -198,9 +200,8 @@ func (ops *operations) newUpstreamView(u *upstreamRow) upstreamView {
 	}
 }
 
-// applyDestination takes over where calls go, and the key. A change of where
-// they go needs the key anew: without that rule, whoever may edit a URL could
-// have the key sent to a server of theirs.
+// applyDestination sets where calls go, and the provider key. A change of the URL requires the key again:
+// otherwise an admin who may edit the URL could have the stored key sent to a server of their own.
 func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isNew bool) error {
 	if isNew {
 		switch {
@@ -211,20 +212,20 @@ func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isN
 		case row.provider == providerAnthropic:
 			row.baseURL = "https://api.anthropic.com"
 		default:
-			return &fieldError{"base_url", "is needed for this provider"}
+			return &fieldError{"base_url", "is required for this provider"}
 		}
 		if !in.key.hasValue() {
-			return &fieldError{"api_key", "is needed"}
+			return &fieldError{"api_key", "is required"}
 		}
 	} else if in.baseURL.set {
 		if in.baseURL.value != row.baseURL && !in.key.hasValue() {
-			return &fieldError{"api_key", "must be given again when base_url changes"}
+			return &fieldError{"api_key", "is required again when base_url changes"}
 		}
 		row.baseURL = in.baseURL.value
 	}
 	u, err := parseBaseURL(row.baseURL, ops.allowPrivate)
 	if err != nil {
-		return &fieldError{"base_url", err.Error()} // an error of ours about the admin's text; no secret in it
+		return &fieldError{"base_url", err.Error()} // about the admin's own text; it contains no secret
 	}
 	row.baseURL = u.String()
 	if !in.key.set {
@@ -250,7 +251,7 @@ func (api *manageAPI) listUpstreams(r *manageRequest) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{body: newListPage(rows, len(rows), api.ops.newUpstreamView, func(*upstreamRow) string { return "" })}, nil
+	return &manageResponse{body: newListPage(rows, len(rows), api.ops.newUpstreamView, nil)}, nil
 }
 
 func (api *manageAPI) createUpstream(r *manageRequest) (*manageResponse, error) {
@@ -288,10 +289,12 @@ func (api *manageAPI) patchUpstream(r *manageRequest) (*manageResponse, error) {
 	if err := decodeFields(r.body, &in, upstreamFields(), false); err != nil {
 		return nil, err
 	}
-	u, err := api.ops.updateUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion, in)
+	projectID, id := r.pathValue("id"), r.pathValue("upstream")
+	u, err := api.ops.updateUpstream(r.ctx, r.origin, projectID, id, r.ifMatchVersion, in)
 	return api.upstreamResponse(0, &u, err)
 }
 
 func (api *manageAPI) deleteUpstream(r *manageRequest) (*manageResponse, error) {
-	return r.deletedResponse("upstream", api.ops.deleteUpstream(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"), r.ifMatchVersion))
+	projectID, id := r.pathValue("id"), r.pathValue("upstream")
+	return r.deletedResponse("upstream", api.ops.deleteUpstream(r.ctx, r.origin, projectID, id, r.ifMatchVersion))
 }

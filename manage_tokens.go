@@ -1,5 +1,5 @@
-// Handlers of /manage for tokens and management keys. The value of either is in
-// one answer only: the one to the request that made it.
+// This file has the handlers of /manage for tokens and management keys, and how these are shown. The value of
+// a credential is only in the response to the request that created it.
 package main
 
 import (
@@ -14,7 +14,7 @@ type tokenView struct {
 	ID                string          `json:"id"`
 	ProjectID         string          `json:"project_id"`
 	Name              string          `json:"name"`
-	IsActive          bool            `json:"is_active"` // by itself; its project may be inactive
+	IsActive          bool            `json:"is_active"` // its project may be inactive nevertheless
 	ExpiresAt         *timestamp      `json:"expires_at"`
 	IdleExpiryMinutes *int64          `json:"idle_expiry_minutes"`
 	RevokedAt         *timestamp      `json:"revoked_at"`
@@ -22,20 +22,31 @@ type tokenView struct {
 	RequestCount      int64           `json:"request_count"`
 	Policy            json.RawMessage `json:"policy"`
 	LastUsedAt        *timestamp      `json:"last_used_at"`
-	OverlapUntil      *timestamp      `json:"overlap_until"` // until then the value before the last rotation works too
+	OverlapUntil      *timestamp      `json:"overlap_until"` // until then the previous value is valid too
 	Version           int64           `json:"version"`
 	CreatedAt         timestamp       `json:"created_at"`
 	UpdatedAt         timestamp       `json:"updated_at"`
-	Limits            []limitView     `json:"limits,omitzero"` // how those of the policy stand; of one token that is read
+	Limits            []limitView     `json:"limits,omitzero"` // the state of the limits; only in a single token
 	Token             string          `json:"token,omitempty"`
 }
 
 func (ops *operations) newTokenView(t *tokenRow, now time.Time) tokenView {
 	ms := now.UnixMilli()
 	t = ops.limits.withLiveUsage(t, ms)
-	v := tokenView{ID: t.id, ProjectID: t.projectID, Name: t.name, ExpiresAt: newTimestamp(t.expiresAt), RevokedAt: newTimestamp(t.revokedAt),
-		MaxRequests: t.maxRequests, RequestCount: t.requestCount, Policy: json.RawMessage(t.policy), LastUsedAt: newTimestamp(t.lastUsedAt),
-		Version: t.version, CreatedAt: timestamp(t.createdAt), UpdatedAt: timestamp(t.updatedAt)}
+	v := tokenView{
+		ID:           t.id,
+		ProjectID:    t.projectID,
+		Name:         t.name,
+		ExpiresAt:    newTimestamp(t.expiresAt),
+		RevokedAt:    newTimestamp(t.revokedAt),
+		MaxRequests:  t.maxRequests,
+		RequestCount: t.requestCount,
+		Policy:       json.RawMessage(t.policy),
+		LastUsedAt:   newTimestamp(t.lastUsedAt),
+		Version:      t.version,
+		CreatedAt:    timestamp(t.createdAt),
+		UpdatedAt:    timestamp(t.updatedAt),
+	}
 	if t.oldHashUntil != nil && *t.oldHashUntil > ms {
 		v.OverlapUntil = newTimestamp(t.oldHashUntil)
 	}
@@ -48,12 +59,12 @@ func (ops *operations) newTokenView(t *tokenRow, now time.Time) tokenView {
 }
 
 func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
-	page, err := r.parseListQuery("project_id", "active", "name")
+	query, err := r.parseListQuery("project_id", "active", "name")
 	if err != nil {
 		return nil, err
 	}
 	q := tokenListQuery{order: "oldest", project: r.query.Get("project_id"), prefix: r.query.Get("name"),
-		afterSeq: page.seq, afterName: page.name, limit: page.limit + 1, now: r.now.UnixMilli()}
+		afterSeq: query.seq, afterName: query.name, limit: query.limit + 1, now: r.now.UnixMilli()}
 	if q.prefix != "" {
 		q.order = "name"
 	}
@@ -66,10 +77,14 @@ func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
 		}
 	}
 	var rows []tokenRow
-	if _, err := api.store.walkTokens(r.ctx, q, func(t *tokenRow) bool { rows = append(rows, *t); return true }); err != nil {
+	_, err = api.store.walkTokens(r.ctx, q, func(t *tokenRow) bool {
+		rows = append(rows, *t)
+		return true
+	})
+	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{body: newListPage(rows, page.limit,
+	return &manageResponse{body: newListPage(rows, query.limit,
 		func(t *tokenRow) tokenView { return api.ops.newTokenView(t, r.now) },
 		func(t *tokenRow) string { return formatCursor(t.seq, t.name) })}, nil
 }
@@ -81,7 +96,7 @@ func asProjectFieldError(err error) error {
 	return err
 }
 
-// defaultTokenLifetime is for a token whose maker says nothing about its end.
+// defaultTokenLifetime is the lifetime of a token if none is sent.
 const defaultTokenLifetime = 30 * 24 * time.Hour
 
 func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
@@ -93,15 +108,17 @@ func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
 	return api.tokenResponse(r, http.StatusCreated, &t, value, err)
 }
 
-// tokenResponse answers with a token, and with its value if that is new.
-func (api *manageAPI) tokenResponse(r *manageRequest, status int, t *tokenRow, value secret, err error) (*manageResponse, error) {
+// tokenResponse returns a token, with its value if that is new.
+func (api *manageAPI) tokenResponse(
+	r *manageRequest, status int, t *tokenRow, value secret, err error,
+) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
 	return &manageResponse{status, t.version, api.ops.newTokenValueView(t, value, r.now)}, nil
 }
 
-// newTokenValueView shows a token with its value, unless that is nil.
+// newTokenValueView is newTokenView with the value, unless that is nil.
 func (ops *operations) newTokenValueView(t *tokenRow, value secret, now time.Time) tokenView {
 	v := ops.newTokenView(t, now)
 	if value != nil {
@@ -115,7 +132,7 @@ func (api *manageAPI) getToken(r *manageRequest) (*manageResponse, error) {
 	return &manageResponse{0, v.Version, v}, err
 }
 
-// getToken returns a token and how its limits stand.
+// getToken returns a token and the state of its limits.
 func (ops *operations) getToken(ctx context.Context, id string, now time.Time) (tokenView, error) {
 	t, err := ops.store.tokenByID(ctx, id)
 	if err != nil {
@@ -168,20 +185,31 @@ type keyView struct {
 
 func newKeyView(k *managementKeyRow, now time.Time) keyView {
 	active := k.revokedAt == nil && (k.expiresAt == nil || *k.expiresAt > now.UnixMilli())
-	return keyView{ID: k.id, Name: k.name, Role: role(k.role), IsActive: active, ExpiresAt: newTimestamp(k.expiresAt), RevokedAt: newTimestamp(k.revokedAt),
-		Version: k.version, CreatedAt: timestamp(k.createdAt), UpdatedAt: timestamp(k.updatedAt)}
+	return keyView{
+		ID:        k.id,
+		Name:      k.name,
+		Role:      role(k.role),
+		IsActive:  active,
+		ExpiresAt: newTimestamp(k.expiresAt),
+		RevokedAt: newTimestamp(k.revokedAt),
+		Version:   k.version,
+		CreatedAt: timestamp(k.createdAt),
+		UpdatedAt: timestamp(k.updatedAt),
+	}
 }
 
 func (api *manageAPI) listKeys(r *manageRequest) (*manageResponse, error) {
-	page, err := r.parseListQuery()
+	query, err := r.parseListQuery()
 	if err != nil {
 		return nil, err
 	}
-	l, err := api.ops.listManagementKeys(r.ctx, page, r.now)
+	l, err := api.ops.listManagementKeys(r.ctx, query, r.now)
 	return &manageResponse{body: l}, err
 }
 
-func (ops *operations) listManagementKeys(ctx context.Context, query listQuery, now time.Time) (listPage[keyView], error) {
+func (ops *operations) listManagementKeys(
+	ctx context.Context, query listQuery, now time.Time,
+) (listPage[keyView], error) {
 	rows, err := ops.store.listManagementKeys(ctx, query.seq, query.limit+1)
 	return newListPage(rows, query.limit,
 		func(k *managementKeyRow) keyView { return newKeyView(k, now) },
@@ -197,15 +225,17 @@ func (api *manageAPI) createKey(r *manageRequest) (*manageResponse, error) {
 	return keyResponse(r, http.StatusCreated, &k, value, err)
 }
 
-// keyResponse answers with a management key, and with its value if that is new.
-func keyResponse(r *manageRequest, status int, k *managementKeyRow, value secret, err error) (*manageResponse, error) {
+// keyResponse returns a management key, with its value if that is new.
+func keyResponse(
+	r *manageRequest, status int, k *managementKeyRow, value secret, err error,
+) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
 	return &manageResponse{status, k.version, newKeyValueView(k, value, r.now)}, nil
 }
 
-// newKeyValueView shows a management key with its value, unless that is nil.
+// newKeyValueView is newKeyView with the value, unless that is nil.
 func newKeyValueView(k *managementKeyRow, value secret, now time.Time) keyView {
 	v := newKeyView(k, now)
 	if value != nil {

@@ -1,4 +1,5 @@
-// Handlers of /manage that read the ledger, and those of the price list.
+// This file has the handlers of /manage that read: running calls, the ledger, usage, the audit trail and stored
+// content; and those of prices.
 package main
 
 import (
@@ -18,7 +19,7 @@ import (
 )
 
 type streamView struct {
-	ID           string    `json:"id"` // the request's
+	ID           string    `json:"id"` // of the request
 	StartedAt    timestamp `json:"started_at"`
 	AgeMS        int64     `json:"age_ms"`
 	ProjectID    string    `json:"project_id"`
@@ -27,13 +28,13 @@ type streamView struct {
 	TokenName    string    `json:"token_name"`
 	UpstreamID   string    `json:"upstream_id"`
 	Endpoint     string    `json:"endpoint"`
-	Model        string    `json:"model"` // as asked for
+	Model        string    `json:"model"` // as requested
 	Stream       bool      `json:"stream"`
 	Address      string    `json:"address"`
-	State        string    `json:"state"`         // ledger, provider, relaying or writing: what the call waits for
-	Bytes        int64     `json:"bytes"`         // of the answer so far
+	State        string    `json:"state"`         // what the call waits for: ledger, provider, relaying or writing
+	Bytes        int64     `json:"bytes"`         // of the response so far
 	InputTokens  int64     `json:"input_tokens"`  // an estimate
-	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed answer only
+	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed response only
 	seq          int64
 }
 
@@ -47,15 +48,31 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 		if info == nil { // not admitted yet
 			continue
 		}
-		out = append(out, streamView{info.requestID, timestamp(c.start.UnixMilli()), now.Sub(c.start).Milliseconds(),
-			info.project.id, info.project.name, info.token.id, info.token.name, info.upstream.id, info.endpoint.name(), info.model, info.stream, info.address,
-			phaseNames[c.progress.phase.Load()], c.progress.bytesRelayed.Load(), info.inputTokens, c.progress.outputTokens.Load(), c.id})
+		out = append(out, streamView{
+			ID:           info.requestID,
+			StartedAt:    timestamp(c.start.UnixMilli()),
+			AgeMS:        now.Sub(c.start).Milliseconds(),
+			ProjectID:    info.project.id,
+			ProjectName:  info.project.name,
+			TokenID:      info.token.id,
+			TokenName:    info.token.name,
+			UpstreamID:   info.upstream.id,
+			Endpoint:     info.endpoint.name(),
+			Model:        info.model,
+			Stream:       info.stream,
+			Address:      info.address,
+			State:        phaseNames[c.progress.phase.Load()],
+			Bytes:        c.progress.bytesRelayed.Load(),
+			InputTokens:  info.inputTokens,
+			OutputTokens: c.progress.outputTokens.Load(),
+			seq:          c.id,
+		})
 	}
 	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
 	return out
 }
 
-// find returns an admitted call that runs, nil if there is none.
+// find returns an admitted running call, nil if there is none.
 func (rc *runningCalls) find(id int64) *runningCall {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
@@ -67,12 +84,12 @@ func (rc *runningCalls) find(id int64) *runningCall {
 	return nil
 }
 
-// abort ends a call if it still runs.
-func (rc *runningCalls) abort(c *runningCall, why *apiError) {
+// abort ends a call that is still running.
+func (rc *runningCalls) abort(c *runningCall, reason *apiError) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if _, ok := rc.calls[c]; ok {
-		c.abort(why)
+		c.abort(reason)
 	}
 }
 
@@ -91,7 +108,8 @@ func (r *manageRequest) parseStreamFilter() (streamFilter, error) {
 // listStreams returns a page of the running calls, oldest first.
 func (ops *operations) listStreams(f streamFilter, now time.Time) listPage[streamView] {
 	calls := slices.DeleteFunc(ops.running.admittedCalls(now), func(v streamView) bool {
-		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project || f.token != "" && v.TokenID != f.token
+		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project ||
+			f.token != "" && v.TokenID != f.token
 	})
 	return newListPage(calls, f.limit,
 		func(v *streamView) streamView { return *v },
@@ -129,20 +147,42 @@ type requestReply struct {
 	CacheWriteTokens int64         `json:"cache_write_tokens"`
 	OutputTokens     int64         `json:"output_tokens"`
 	ReasoningTokens  int64         `json:"reasoning_tokens"`
-	Cost             *dollars      `json:"cost"` // null: the price is not known, or nothing was billed
+	Cost             *dollars      `json:"cost"` // null: the price is unknown, or nothing was billed
 	FirstByteMS      *float64      `json:"first_byte_ms"`
 	TotalMS          *float64      `json:"total_ms"`
 	Attempts         int           `json:"attempts"`
-	AttemptLog       []attemptLine `json:"attempt_log"` // empty where one was enough
-	LimitHit         string        `json:"limit_hit"`   // the limit that refused the call, or a shadow limit that would have
+	AttemptLog       []attemptLine `json:"attempt_log"` // empty if there was one attempt
+	LimitHit         string        `json:"limit_hit"`   // the limit that refused the call, or would have (monitor only)
 }
 
 func newRequestReply(v *requestView) requestReply {
-	out := requestReply{formatRequestID(v.id), timestamp(v.started), v.projectID, v.tokenID, v.upstreamID, v.endpoint, v.model, v.stream, v.address,
-		v.status, v.outcome, v.errorCode, v.source, v.counts.input, v.counts.cached, v.counts.cacheWrite,
-		v.counts.output, v.counts.reasoning, nil, microsToMillis(v.nullFirstByteUS), microsToMillis(v.nullTotalUS), v.attempts, []attemptLine{}, v.limitHit}
+	out := requestReply{
+		ID:               formatRequestID(v.id),
+		StartedAt:        timestamp(v.started),
+		ProjectID:        v.projectID,
+		TokenID:          v.tokenID,
+		UpstreamID:       v.upstreamID,
+		Endpoint:         v.endpoint,
+		Model:            v.model,
+		Stream:           v.stream,
+		Address:          v.address,
+		Status:           v.status,
+		Outcome:          v.outcome,
+		ErrorCode:        v.errorCode,
+		UsageSource:      v.source,
+		InputTokens:      v.counts.input,
+		CachedTokens:     v.counts.cached,
+		CacheWriteTokens: v.counts.cacheWrite,
+		OutputTokens:     v.counts.output,
+		ReasoningTokens:  v.counts.reasoning,
+		FirstByteMS:      microsToMillis(v.nullFirstByteUS),
+		TotalMS:          microsToMillis(v.nullTotalUS),
+		Attempts:         v.attempts,
+		AttemptLog:       []attemptLine{},
+		LimitHit:         v.limitHit,
+	}
 	if v.attemptLog != "" {
-		_ = json.Unmarshal([]byte(v.attemptLog), &out.AttemptLog) // what we wrote; else the list stays empty
+		_ = json.Unmarshal([]byte(v.attemptLog), &out.AttemptLog) // the program wrote it
 	}
 	if v.nullCost != nil {
 		out.Cost = new(dollars(*v.nullCost))
@@ -174,10 +214,12 @@ func (api *manageAPI) listRequests(r *manageRequest) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := requestFilter{project: r.query.Get("project_id"), token: r.query.Get("token_id"), outcome: r.query.Get("outcome"),
+	f := requestFilter{
+		project: r.query.Get("project_id"), token: r.query.Get("token_id"), outcome: r.query.Get("outcome"),
 		before: math.MaxInt64, limit: page.limit}
 	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
-		return nil, badRequest("invalid_value", "outcome", "outcome must be open, ok, refused, client_gone, truncated, upstream_error or lost.")
+		return nil, badRequest("invalid_value", "outcome",
+			"outcome must be open, ok, refused, client_gone, truncated, upstream_error or lost.")
 	}
 	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {
@@ -207,11 +249,11 @@ func (ops *operations) listRequests(ctx context.Context, f requestFilter) (listP
 }
 
 func allOutcomes() []callOutcome {
-	return []callOutcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated, outcomeUpstreamError, outcomeLost}
+	return []callOutcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated,
+		outcomeUpstreamError, outcomeLost}
 }
 
-// timeRange reads from and to, RFC 3339 times, with what holds where they are not
-// given.
+// timeRange reads the RFC 3339 times from and to; the arguments are the defaults.
 func (r *manageRequest) timeRange(from, to time.Time) (time.Time, time.Time, error) {
 	for _, p := range []struct {
 		name string
@@ -239,7 +281,7 @@ type usageReply struct {
 	ProjectName     *string    `json:"project_name,omitempty"`
 	TokenID         *string    `json:"token_id,omitempty"`
 	TokenName       *string    `json:"token_name,omitempty"`
-	Model           *string    `json:"model,omitempty"` // "" stands for names that get no sums of their own (requestRow.sumModel)
+	Model           *string    `json:"model,omitempty"` // "": names without sums of their own, see requestRow.sumModel
 	Endpoint        *string    `json:"endpoint,omitempty"`
 	Outcome         *string    `json:"outcome,omitempty"`
 	Calls           int64      `json:"calls"`
@@ -247,22 +289,24 @@ type usageReply struct {
 	CachedTokens    int64      `json:"cached_tokens"`
 	OutputTokens    int64      `json:"output_tokens"`
 	ReasoningTokens int64      `json:"reasoning_tokens"`
-	Cost            dollars    `json:"cost"` // of the calls whose price is known
+	Cost            dollars    `json:"cost"` // of the calls with a known price
 	UnpricedCalls   int64      `json:"unpriced_calls"`
 	EstimatedCalls  int64      `json:"estimated_calls"`
-	WouldRefuse     int64      `json:"would_refuse"` // calls that a shadow limit would have refused
+	WouldRefuse     int64      `json:"would_refuse"` // calls that a monitor-only limit would have refused
 }
 
 const maxUsageRows = 10_000
 
-// getUsage adds up the sums of a span of time, by time and by group.
+// getUsage adds up usage over a range of time, by interval and by group.
 func (api *manageAPI) getUsage(r *manageRequest) (*manageResponse, error) {
 	if err := r.checkParams("interval", "group_by", "project_id", "token_id", "from", "to"); err != nil {
 		return nil, err
 	}
 	q := usageQuery{project: r.query.Get("project_id"), token: r.query.Get("token_id"), limit: maxUsageRows,
 		interval: cmp.Or(r.query.Get("interval"), "day")}
-	lookBack := map[string]time.Duration{"hour": 24 * time.Hour, "day": 30 * 24 * time.Hour, "month": 365 * 24 * time.Hour, "total": 30 * 24 * time.Hour}[q.interval]
+	const day = 24 * time.Hour
+	defaults := map[string]time.Duration{"hour": day, "day": 30 * day, "month": 365 * day, "total": 30 * day}
+	lookBack := defaults[q.interval]
 	if lookBack == 0 {
 		return nil, badRequest("invalid_value", "interval", "interval must be hour, day, month or total.")
 	}
@@ -283,11 +327,12 @@ func (api *manageAPI) getUsage(r *manageRequest) (*manageResponse, error) {
 	case "month":
 		from = time.Date(from.Year(), from.Month(), 1, 0, 0, 0, 0, time.UTC)
 	}
-	q.from = from.UnixMilli() - from.UnixMilli()%unit // whole units: a part of one cannot be told
+	q.from = from.UnixMilli() - from.UnixMilli()%unit // usage is stored by whole units
 	q.to = to.UnixMilli()
 	rows, err := api.store.usage(r.ctx, q)
 	if errors.Is(err, errTooManyRows) {
-		return nil, badRequest("too_many_rows", "", "The answer would have more than 10,000 rows. Ask for one project, a shorter time, a longer interval or fewer groups.")
+		return nil, badRequest("too_many_rows", "", "The response would have more than 10,000 rows. "+
+			"Select one project, a shorter time, a longer interval or fewer groups.")
 	}
 	if err != nil {
 		return nil, err
@@ -303,32 +348,49 @@ func (q *usageQuery) parseGroupBy(text string) error {
 	if text == "" {
 		return nil
 	}
+	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
+		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome}
 	for by := range strings.SplitSeq(text, ",") {
-		to, ok := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel, "endpoint": &q.byEndpoint, "outcome": &q.byOutcome}[by]
-		if !ok || *to {
-			return badRequest("invalid_value", "group_by", "group_by must list some of project, token, model, endpoint and outcome, each once.")
+		group, ok := groups[by]
+		if !ok || *group {
+			return badRequest("invalid_value", "group_by",
+				"group_by must list some of project, token, model, endpoint and outcome, each once.")
 		}
-		*to = true
+		*group = true
 	}
 	return nil
 }
 
-// newReply leaves out what the rows are not grouped by.
+// newReply shows a row, without the columns that are not grouped by.
 func (q *usageQuery) newReply(u *usageRow) usageReply {
-	v := usageReply{Calls: u.calls, InputTokens: u.input, CachedTokens: u.cached, OutputTokens: u.output, ReasoningTokens: u.reasoning,
-		Cost: dollars(u.cost), UnpricedCalls: u.unpriced, EstimatedCalls: u.estimated, WouldRefuse: u.wouldRefuse}
+	v := usageReply{
+		Calls:           u.calls,
+		InputTokens:     u.input,
+		CachedTokens:    u.cached,
+		OutputTokens:    u.output,
+		ReasoningTokens: u.reasoning,
+		Cost:            dollars(u.cost),
+		UnpricedCalls:   u.unpriced,
+		EstimatedCalls:  u.estimated,
+		WouldRefuse:     u.wouldRefuse,
+	}
 	if q.interval != "total" {
 		v.At = new(timestamp(u.at))
 	}
-	for _, f := range []struct {
-		on   bool
-		to   **string
-		text *string
-	}{{q.byProject, &v.ProjectID, &u.projectID}, {q.byProject, &v.ProjectName, &u.projectName}, {q.byToken, &v.TokenID, &u.tokenID},
-		{q.byToken, &v.TokenName, &u.tokenName}, {q.byModel, &v.Model, &u.model}, {q.byEndpoint, &v.Endpoint, &u.endpoint}, {q.byOutcome, &v.Outcome, &u.outcome}} {
-		if f.on {
-			*f.to = f.text
-		}
+	if q.byProject {
+		v.ProjectID, v.ProjectName = &u.projectID, &u.projectName
+	}
+	if q.byToken {
+		v.TokenID, v.TokenName = &u.tokenID, &u.tokenName
+	}
+	if q.byModel {
+		v.Model = &u.model
+	}
+	if q.byEndpoint {
+		v.Endpoint = &u.endpoint
+	}
+	if q.byOutcome {
+		v.Outcome = &u.outcome
 	}
 	return v
 }
@@ -336,7 +398,7 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 type priceView struct {
 	ID          string           `json:"id"`
 	Match       string           `json:"match"`
-	Input       *json.RawMessage `json:"input"` // dollars per million tokens; null: none for this kind
+	Input       *json.RawMessage `json:"input"` // dollars per million tokens; null: not set
 	CachedInput *json.RawMessage `json:"cached_input"`
 	CacheWrite  *json.RawMessage `json:"cache_write"`
 	Output      *json.RawMessage `json:"output"`
@@ -352,8 +414,16 @@ func newPriceView(p *priceRow) priceView {
 		}
 		return new(json.RawMessage(formatDollars(*pico)))
 	}
-	v := priceView{p.id, p.match, perMillion(p.input), perMillion(p.cachedInput), perMillion(p.cacheWrite), perMillion(p.output),
-		perMillion(p.audioInput), perMillion(p.audioOutput), nil}
+	v := priceView{
+		ID:          p.id,
+		Match:       p.match,
+		Input:       perMillion(p.input),
+		CachedInput: perMillion(p.cachedInput),
+		CacheWrite:  perMillion(p.cacheWrite),
+		Output:      perMillion(p.output),
+		AudioInput:  perMillion(p.audioInput),
+		AudioOutput: perMillion(p.audioOutput),
+	}
 	if p.updatedAt != 0 {
 		v.UpdatedAt = new(timestamp(p.updatedAt))
 	}
@@ -364,7 +434,7 @@ func (p *priceRow) priceFields() []**int64 {
 	return []**int64{&p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput}
 }
 
-// effectivePrice returns the price that a model has now, from whichever list, and whether there is one.
+// effectivePrice returns the price of a model, the operator's own or the list price, and whether there is one.
 func (ops *operations) effectivePrice(provider, model string) (priceRow, bool) {
 	p, ok := ops.prices.Load().lookup(provider, model)
 	row := priceRow{match: model}
@@ -408,7 +478,7 @@ type auditView struct {
 	Seq       int64           `json:"seq"`
 	At        timestamp       `json:"at"`
 	Actor     string          `json:"actor"`
-	ActorName string          `json:"actor_name"` // what the key is called now
+	ActorName string          `json:"actor_name"` // the current name of the key
 	Role      role            `json:"role"`
 	Address   string          `json:"address"`
 	RequestID string          `json:"request_id"`
@@ -418,8 +488,19 @@ type auditView struct {
 }
 
 func newAuditView(r *auditRow) auditView {
-	v := auditView{r.seq, timestamp(r.at), r.actorID, r.actorName, r.role, r.address, r.requestID, r.action, r.object, json.RawMessage(r.detail)}
-	if !json.Valid(v.Detail) { // somebody has edited it; the list must show it all the same
+	v := auditView{
+		Seq:       r.seq,
+		At:        timestamp(r.at),
+		Actor:     r.actorID,
+		ActorName: r.actorName,
+		Role:      r.role,
+		Address:   r.address,
+		RequestID: r.requestID,
+		Action:    r.action,
+		Object:    r.object,
+		Detail:    json.RawMessage(r.detail),
+	}
+	if !json.Valid(v.Detail) { // someone edited the database; the list must still show the event
 		v.Detail = auditValueJSON(map[string]string{"unreadable": r.detail})
 	}
 	return v
@@ -454,7 +535,7 @@ func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
 	if page.seq > 0 {
 		f.beforeSeq = page.seq
 		if f.beforeAt, err = strconv.ParseInt(page.name, 10, 64); err != nil {
-			return f, badRequest("invalid_value", "after", "after must be the value of next in an earlier answer.")
+			return f, badRequest("invalid_value", "after", "after must be the value of next in an earlier response.")
 		}
 	}
 	return f, nil
@@ -477,7 +558,7 @@ func (api *manageAPI) listAudit(r *manageRequest) (*manageResponse, error) {
 	return &manageResponse{body: l}, err
 }
 
-// A contentView is what is kept of a call.
+// A contentView is the stored content of a call.
 type contentView struct {
 	ID      string    `json:"id"`
 	Until   timestamp `json:"kept_until"`
@@ -485,7 +566,7 @@ type contentView struct {
 	Answer  bodyView  `json:"answer"`
 }
 
-// A bodyView is one body: as text, or in base64 if it is none.
+// A bodyView is one body: as text, or in base64 if it is not UTF-8.
 type bodyView struct {
 	Bytes  int64   `json:"bytes"`
 	Kept   int64   `json:"kept_bytes"`
@@ -493,18 +574,17 @@ type bodyView struct {
 	Base64 *string `json:"base64"`
 }
 
-// newBodyView shows a body of size bytes, of which kept are the first. A character
-// that was cut in two at the end is left out.
-func newBodyView(kept string, size int64) bodyView {
-	v := bodyView{Bytes: size, Kept: int64(len(kept))}
-	whole := kept
-	for cut := 0; cut < utf8.UTFMax && int64(len(kept)) < size && !utf8.ValidString(whole); cut++ {
-		whole = kept[:max(len(kept)-cut-1, 0)]
+// newBodyView shows the stored start of a body of size bytes. An incomplete character at its end is omitted.
+func newBodyView(stored string, size int64) bodyView {
+	v := bodyView{Bytes: size, Kept: int64(len(stored))}
+	whole := stored
+	for cut := 0; cut < utf8.UTFMax && int64(len(stored)) < size && !utf8.ValidString(whole); cut++ {
+		whole = stored[:max(len(stored)-cut-1, 0)]
 	}
 	if utf8.ValidString(whole) {
 		v.Text = &whole
 	} else {
-		v.Base64 = new(base64.StdEncoding.EncodeToString([]byte(kept)))
+		v.Base64 = new(base64.StdEncoding.EncodeToString([]byte(stored)))
 	}
 	return v
 }
