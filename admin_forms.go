@@ -1,6 +1,7 @@
-// This file is the skeleton of every form of /admin: a GET shows it, a POST decodes it into the input of
-// an operation, runs the operation, and either redirects or shows the mistake beside its field. What a
-// field may hold is decided by the operations; a field has the JSON name that they use.
+// This file is the skeleton of every form of /admin: a GET shows it, a POST decodes it into the
+// input of an operation, runs the operation, and either redirects or shows the mistake beside its
+// field. What a field may hold is decided by the operations; a field has the JSON name that they
+// use.
 package main
 
 import (
@@ -183,8 +184,8 @@ type formView struct {
 	Policy *policyForm // nil: the form has none
 }
 
-// submit handles a page with a form. A GET shows it with what is stored. A POST runs the operation, which
-// returns the page that follows.
+// submit handles a page with a form. A GET shows it with what is stored. A POST runs the operation,
+// which returns the page that follows.
 func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values,
 	run func() (*pageResponse, error)) (*pageResponse, error) {
 	v.Form.Action = r.http.URL.Path
@@ -258,8 +259,8 @@ func splitLines(text string) []string {
 	return lines
 }
 
-// formTimeToRFC3339 converts the value of a datetime-local input. Other text is returned unchanged, for the
-// operation to refuse.
+// formTimeToRFC3339 converts the value of a datetime-local input. Other text is returned unchanged,
+// for the operation to refuse.
 func formTimeToRFC3339(text string) string {
 	switch len(text) {
 	case len("2006-01-02T15:04"):
@@ -270,8 +271,8 @@ func formTimeToRFC3339(text string) string {
 	return text
 }
 
-// jsonNumber returns a typed number as JSON; commas and a dollar sign are allowed. Other text becomes a JSON
-// string, for the operation to refuse.
+// jsonNumber returns a typed number as JSON; commas and a dollar sign are allowed. Other text
+// becomes a JSON string, for the operation to refuse.
 func jsonNumber(text string) json.RawMessage {
 	number := strings.TrimPrefix(strings.ReplaceAll(strings.TrimSpace(text), ",", ""), "$")
 	if number != "" && strings.Trim(number, "0123456789.") == "" && json.Valid([]byte(number)) {
@@ -280,8 +281,8 @@ func jsonNumber(text string) json.RawMessage {
 	return mustMarshal(text)
 }
 
-// submittedForms remembers the latest forms that were carried out, so that reloading the response to one that
-// shows a secret does not create another secret.
+// submittedForms remembers the latest forms that were carried out, so that reloading the response
+// to one that shows a secret does not create another secret.
 type submittedForms struct {
 	mu   sync.Mutex
 	ids  [512]string // a ring

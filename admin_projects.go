@@ -1,5 +1,5 @@
-// This file has the pages of /admin about projects and their upstreams. They are thin over the operations
-// of /manage. No page shows an API key of an upstream: only its last four characters.
+// This file has the pages of /admin about projects and their upstreams. They are thin over the
+// operations of /manage. No page shows an API key of an upstream: only its last four characters.
 package main
 
 import (
@@ -159,7 +159,8 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 	}), nil
 }
 
-// confirmProject confirms an operation on a whole project. done names the notice on the page that follows.
+// confirmProject confirms an operation on a whole project. done names the notice on the page that
+// follows.
 func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit, done string,
 	run func(id string) error) (*pageResponse, error) {
 	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)

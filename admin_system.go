@@ -1,5 +1,5 @@
-// This file has the pages of /admin about the proxy as a whole: prices, running calls, management keys, the
-// audit trail and the settings. They are thin over the operations of /manage.
+// This file has the pages of /admin about the proxy as a whole: prices, running calls, management
+// keys, the audit trail and the settings. They are thin over the operations of /manage.
 package main
 
 import (
@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// A pricesView is the data of templates/prices.html: the operator's own prices, and the price of a model that
-// was looked up.
+// A pricesView is the data of templates/prices.html: the operator's own prices, and the price of a
+// model that was looked up.
 type pricesView struct {
 	Prices          []priceView
 	Model, Provider string

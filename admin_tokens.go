@@ -1,5 +1,5 @@
-// This file has the pages of /admin about tokens. The value of a token is on one page only: the response
-// to the form that created or rotated it.
+// This file has the pages of /admin about tokens. The value of a token is on one page only: the
+// response to the form that created or rotated it.
 package main
 
 import (
@@ -414,7 +414,8 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 	return showPage("tokens", "Tokens", v), ui.nameProjects(r, v.Tokens)
 }
 
-// listQuery chooses the index that the list follows. Filters override the order where no index has both.
+// listQuery chooses the index that the list follows. Filters override the order where no index has
+// both.
 func (v *tokensView) listQuery(r *pageRequest) (tokenListQuery, error) {
 	for _, c := range []struct {
 		name, value string
@@ -508,8 +509,8 @@ func (v *tokensView) matches(t *tokenLine, now time.Time) bool {
 	return true
 }
 
-// projectOptions returns the projects by name, after an option for all of them. The selected one is included
-// even if there are too many.
+// projectOptions returns the projects by name, after an option for all of them. The selected one is
+// included even if there are too many.
 func (ui *adminUI) projectOptions(r *pageRequest, selected string) ([]option, error) {
 	rows, err := ui.store.projectNames(r.ctx, maxProjectOptions)
 	if err != nil {
