@@ -1,5 +1,6 @@
-// meter_test.go holds the meter to golden transcripts of the real APIs (testdata/usage, one case a file), to
-// answers that try to fool it, and to one law: how an answer is cut into pieces changes nothing.
+// These tests check the meter against golden transcripts of the real APIs (testdata/usage, one case per
+// file), against answers that try to mislead it, and against one law: how an answer is cut into pieces
+// changes nothing.
 package main
 
 import (
@@ -15,7 +16,8 @@ import (
 	"testing"
 )
 
-// A usageCase is one file of testdata/usage: what the meter is told and must say, a line with --, the answer.
+// A usageCase is one file of testdata/usage: the arguments of newMeter and the expected result, a line with
+// --, the answer.
 type usageCase struct {
 	name, kind, usage, model, end, events string
 	body                                  []byte
@@ -59,8 +61,8 @@ func (g usageCase) meter(strip bool) *meter {
 	return newMeter(kind, strings.HasSuffix(g.kind, "sse"), false, strip)
 }
 
-// runMeter feeds body in pieces of the sizes that next gives and returns what a client gets. It scribbles over
-// each piece afterwards, so a meter that kept a reference is found out.
+// runMeter feeds body in pieces whose sizes next returns, and returns the bytes that a client gets. It
+// overwrites each piece afterwards, so that a meter that keeps a reference is found out.
 func runMeter(m *meter, body []byte, next func() int) []byte {
 	var out []byte
 	for len(body) > 0 {
@@ -77,12 +79,12 @@ func runMeter(m *meter, body []byte, next func() int) []byte {
 
 func allAtOnce() int { return 1 << 30 }
 
-// meterState is everything a meter says, in one line.
+// meterState is the whole visible state of a meter in one line.
 func meterState(m *meter) string {
 	return fmt.Sprintf("%s %+v model=%q done=%v failed=%v bytes=%d events=%d", m.source(), m.counts, m.model, m.done, m.failed, m.bytes, m.events)
 }
 
-// meterCounts is the form of the usage lines in testdata.
+// meterCounts writes counts as the usage lines in testdata do.
 func meterCounts(m *meter) string {
 	c, parts := m.counts, []string{string(m.source())}
 	for _, part := range []struct {
@@ -139,8 +141,8 @@ func TestMeterGolden(t *testing.T) {
 	}
 }
 
-// TestMeterEveryCut cuts streams at every byte: the client has every byte of it and nothing else, but the
-// usage chunk when it is complete (ST2, ST6).
+// TestMeterEveryCut cuts streams at every byte: the client gets every byte and nothing more, except for the
+// usage event if it is complete (ST2, ST6).
 func TestMeterEveryCut(t *testing.T) {
 	t.Parallel()
 	for _, g := range usageCases(t) {
@@ -162,7 +164,7 @@ func TestMeterEveryCut(t *testing.T) {
 	}
 }
 
-// TestMeterStrip takes exactly the usage chunk out, in whatever pieces it comes.
+// TestMeterStrip: exactly the usage event is left out, however it is cut into pieces.
 func TestMeterStrip(t *testing.T) {
 	t.Parallel()
 	choices := regexp.MustCompile(`"choices":(\ndata:)?\[\],`)
@@ -208,7 +210,7 @@ func TestMeterStrip(t *testing.T) {
 	}
 }
 
-// TestMeterStripAtOnce: holding an event must not delay the events before it, nor a whole one.
+// TestMeterStripAtOnce: holding an event back delays neither the events before it nor a complete event.
 func TestMeterStripAtOnce(t *testing.T) {
 	t.Parallel()
 	m := newMeter(meterOpenAI, true, false, true)
@@ -237,7 +239,7 @@ func TestMeterStripAtOnce(t *testing.T) {
 	}
 }
 
-// TestMeterBadUsage: whatever a provider reports, counts are sane and never silently zero (ST8, ST10).
+// TestMeterBadUsage: whatever a provider reports, counts are in range and never silently zero (ST8, ST10).
 func TestMeterBadUsage(t *testing.T) {
 	t.Parallel()
 	const pad = `{"model":"m","x":"0123456789","usage":` // 38 bytes
@@ -315,8 +317,8 @@ func TestMeterStreamRules(t *testing.T) {
 	}
 }
 
-// TestMeterReadsNoMoreInBigEvents: an event above 64 KiB is read whole, a small one only if it looks as if it
-// matters. With a comment that makes every event big, each stream says the same.
+// TestMeterReadsNoMoreInBigEvents: an event above 64 KiB is read in full, a small one only if it may matter.
+// A comment that makes every event big changes no result.
 func TestMeterReadsNoMoreInBigEvents(t *testing.T) {
 	t.Parallel()
 	comment := ":" + strings.Repeat(" ", maxEventBytes) + "\n"
@@ -339,7 +341,8 @@ func TestMeterReadsNoMoreInBigEvents(t *testing.T) {
 	}
 }
 
-// TestMeterOpaque: what cannot be read is counted, and what is not billed by tokens says so.
+// TestMeterOpaque: the bytes of an unreadable answer are counted, and an answer that is not billed by tokens
+// has usage none.
 func TestMeterOpaque(t *testing.T) {
 	t.Parallel()
 	body := []byte(`{"model":"m","usage":{"prompt_tokens":1,"completion_tokens":1}}`)
@@ -470,7 +473,7 @@ func FuzzSSECutter(f *testing.F) {
 	})
 }
 
-// jsonDocument writes random JSON values made of what could fool a reader that looks for text.
+// jsonDocument writes random JSON values made of text that could mislead a reader that searches for text.
 type jsonDocument struct {
 	*rand.Rand
 	b strings.Builder
@@ -511,7 +514,7 @@ func (d *jsonDocument) value(depth int) {
 	}
 }
 
-// object writes an object whose names are all different.
+// object writes an object with unique names.
 func (d *jsonDocument) object(depth int, first []string) {
 	d.b.WriteByte('{')
 	used := map[string]bool{}
@@ -629,7 +632,7 @@ func TestModelNames(t *testing.T) {
 	}
 }
 
-// TestMeterMemory: a unary call costs two allocations at most, and an answer of any size no more (BO10).
+// TestMeterMemory: a JSON answer costs at most two allocations, whatever its size (BO10).
 func TestMeterMemory(t *testing.T) {
 	body := []byte(syntheticResponse(700))
 	if n := testing.AllocsPerRun(100, func() {

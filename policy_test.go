@@ -1,5 +1,5 @@
-// Tests of limits: they hold exactly, for a token that is new and one that is
-// in use, under any parallelism, across restarts, evictions and admins' changes.
+// These tests check whole calls against policies and limits: limits hold exactly, for new and for live
+// tokens, under any parallelism, and across restarts, evictions and administrators' changes.
 package main
 
 import (
@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// burst makes n calls at the same moment and returns how often each status came.
+// burst makes n calls at the same moment and returns the number of answers with each status.
 func (p *testProxy) burst(token string, n int) map[int]int {
 	var mu sync.Mutex
 	statuses := map[int]int{}
@@ -54,7 +54,7 @@ func (p *testProxy) requestCount(id string) int64 {
 	return v.RequestCount
 }
 
-// TestLimitAcrossRestart: what was used before a restart is used after it.
+// TestLimitAcrossRestart: what was used before a restart stays used.
 func TestLimitAcrossRestart(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -72,8 +72,8 @@ func TestLimitAcrossRestart(t *testing.T) {
 	}
 }
 
-// TestLimitWhileChanged: an admin's changes and the eviction of idle tokens, both
-// without a pause, neither reset nor lose a count.
+// TestLimitWhileChanged: continuous changes by administrators and evictions of idle tokens neither reset nor
+// lose a count.
 func TestLimitWhileChanged(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -121,8 +121,8 @@ func TestLimitWhileChanged(t *testing.T) {
 	}
 }
 
-// TestEvictedTokenIsNotUsed: a call that has found a token just when it is
-// evicted finds it again, for the next call would count from another one.
+// TestEvictedTokenIsNotUsed: a call that finds a token at the moment of its eviction looks it up again.
+// Otherwise the next call would use another counter.
 func TestEvictedTokenIsNotUsed(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -160,8 +160,7 @@ func tokenHash(token string) [32]byte {
 	return hash
 }
 
-// TestLimitValues: 0 is none, null is no limit, and what is no whole number is
-// refused.
+// TestLimitValues: 0 allows nothing, null means no limit, and any other value but a whole number is refused.
 func TestLimitValues(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -178,8 +177,7 @@ func TestLimitValues(t *testing.T) {
 	}
 }
 
-// TestWhatCounts: a call counts when it was made, whatever became of it, and
-// does not when it was refused.
+// TestWhatCounts: a forwarded call counts, whatever its outcome; a refused call does not.
 func TestWhatCounts(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -223,8 +221,8 @@ func TestWhatCounts(t *testing.T) {
 	p.checkCounts()
 }
 
-// TestUsedUp: the refusal does not send clients into retrying what will not
-// change, and a raised limit holds from the next call on, with the count kept.
+// TestUsedUp: the refusal does not invite retries that cannot succeed. A raised limit applies from the next
+// call on and keeps the count.
 func TestUsedUp(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -245,8 +243,7 @@ func TestUsedUp(t *testing.T) {
 	}
 }
 
-// TestDeletedWhileRunning: calls in flight when their project is deleted are
-// settled under its name.
+// TestDeletedWhileRunning: calls that run while their project is deleted are recorded under its name.
 func TestDeletedWhileRunning(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -276,8 +273,8 @@ func TestDeletedWhileRunning(t *testing.T) {
 	p.checkCounts()
 }
 
-// TestRetryAfterHolds (LI12): who comes back after Retry-After, or to the
-// millisecond after retry-after-ms, gets in.
+// TestRetryAfterHolds (LI12): a client that retries after Retry-After, or after exactly retry-after-ms, is
+// admitted.
 func TestRetryAfterHolds(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct{ limit, kind string }{
@@ -322,8 +319,8 @@ func TestRetryAfterHolds(t *testing.T) {
 	}
 }
 
-// TestRefusals (LI12): each kind of refusal has its own words, and tells to try
-// again only where that can help soon.
+// TestRefusals (LI12): each kind of refusal has its own message, and suggests a retry only if that can help
+// soon.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -386,8 +383,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestRateHeaders: x-ratelimit-* are those of the token's tightest limits, on
-// answers, streams and errors alike, and never the provider's or the project's.
+// TestRateHeaders: x-ratelimit-* describe the token's tightest limits on answers, streams and errors alike,
+// and never those of the provider or the project.
 func TestRateHeaders(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -440,9 +437,8 @@ func TestRateHeaders(t *testing.T) {
 	}
 }
 
-// TestMonitorOnly: a limit in shadow refuses nothing, and says on the call, in the
-// sums and in the limit itself what it would have refused. Made real, it has the
-// true count.
+// TestMonitorOnly: a shadow limit refuses nothing, but shows what it would have refused on the call, in the
+// sums and in the limit itself. When it is enforced, its count is correct.
 func TestMonitorOnly(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -502,8 +498,8 @@ func TestMonitorOnly(t *testing.T) {
 	}
 }
 
-// TestOwnToken: a token may ask about itself, takes nothing by asking, and is
-// told nothing of its project, of the provider or of other tokens.
+// TestOwnToken: a token may read its own state without using anything. It learns nothing about its project,
+// the provider or other tokens.
 func TestOwnToken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -558,8 +554,8 @@ func TestOwnToken(t *testing.T) {
 	}
 }
 
-// TestAddresses: a token can be held to networks, of IPv4 and IPv6, by the
-// client's own address and not by one that it claims; nobody learns which.
+// TestAddresses: a token can be restricted to IPv4 and IPv6 networks. The client's real address counts, not
+// one that it claims, and no answer reveals the networks.
 func TestAddresses(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
@@ -622,8 +618,8 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// TestUsageByOutcome (LI9): see the file's head. Tokens and dollars are -1 where
-// nobody knows what the provider will bill, and the estimate counts.
+// TestUsageByOutcome (LI9): what each outcome of a call costs. Tokens and dollars are -1 if the provider's
+// bill is unknown; then the estimate counts.
 func TestUsageByOutcome(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error", "MAX_BODY_BYTES": "64KiB"})
@@ -694,13 +690,13 @@ func TestUsageByOutcome(t *testing.T) {
 	p.checkCounts()
 }
 
-// silentScript is no answer.
+// silentScript never answers.
 func silentScript(c *providerConn, _ recordedRequest) bool {
 	c.waitClosed(20 * time.Second)
 	return false
 }
 
-// abandonCall makes a call and goes away in the middle of it.
+// abandonCall makes a call and disconnects in the middle of it.
 func (p *testProxy) abandonCall(token, body string) {
 	p.t.Helper()
 	hits := len(p.provider.received())
@@ -716,7 +712,7 @@ func (p *testProxy) abandonCall(token, body string) {
 	}
 }
 
-// storedUsage returns what a new process would take for used of a token's limits.
+// storedUsage returns the use of a token's limits as a new process would load it.
 func (p *testProxy) storedUsage(id string) (out []float64) {
 	p.t.Helper()
 	row, err := p.instance.store.tokenByID(context.Background(), id)
@@ -737,8 +733,8 @@ func (p *testProxy) storedUsage(id string) (out []float64) {
 	return out
 }
 
-// TestConcurrencyNeverLeaks (LI7): of three places at one time none is lost, and never
-// a fourth is given, while a thousand calls end in every way there is.
+// TestConcurrencyNeverLeaks (LI7): with a limit of three running calls, none of the three slots is lost and
+// no fourth call runs, while a thousand calls end in all possible ways.
 func TestConcurrencyNeverLeaks(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -782,8 +778,7 @@ func TestConcurrencyNeverLeaks(t *testing.T) {
 	p.checkCounts()
 }
 
-// TestConcurrencyAfterPanic (LI7): a bug of ours in the middle of a call frees its
-// place too.
+// TestConcurrencyAfterPanic (LI7): a panic in the middle of a call releases its slot, too.
 func TestConcurrencyAfterPanic(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -805,21 +800,21 @@ func TestConcurrencyAfterPanic(t *testing.T) {
 	}
 }
 
-// usageResponse is an answer that used so many tokens.
+// usageResponse is an answer that used this many tokens.
 func usageResponse(input, output int) string {
 	return strings.Replace(strings.Replace(chatResponseBody, `"prompt_tokens":9`, fmt.Sprintf(`"prompt_tokens":%d`, input), 1),
 		`"completion_tokens":3`, fmt.Sprintf(`"completion_tokens":%d`, output), 1)
 }
 
-// newLimitedToken makes a token with these limits and returns its path in /manage.
+// newLimitedToken creates a token with these limits and returns its path in /manage.
 func (p *testProxy) newLimitedToken(limits string) (path, token string) {
 	p.t.Helper()
 	id, token := p.newToken(`"name":"l","policy":{"limits":[` + limits + `]}`)
 	return "/manage/tokens/" + id, token
 }
 
-// TestBudgetHolds (LI5): calls of which nobody knows beforehand what they will
-// cost spend no more than the budget together, however many come at once.
+// TestBudgetHolds (LI5): calls of unknown cost together spend no more than the budget, however many run in
+// parallel.
 func TestBudgetHolds(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -859,8 +854,8 @@ func TestBudgetHolds(t *testing.T) {
 	}
 }
 
-// TestReservationsComeBack (LI5): whatever becomes of a call, what it had set
-// aside and did not use has room again for the next one.
+// TestReservationsComeBack (LI5): whatever the outcome of a call, what it reserved and did not use is
+// available to the next one.
 func TestReservationsComeBack(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -899,9 +894,8 @@ func TestReservationsComeBack(t *testing.T) {
 	}
 }
 
-// TestBucketSavesNothingUp: calls that reserve all there is, minute by minute,
-// and are all ended unused at one moment give that moment no more than one
-// bucket and what it still held.
+// TestBucketSavesNothingUp: calls that reserve the whole bucket minute after minute, and all end unused at
+// one moment, return at most one bucket and what it still held.
 func TestBucketSavesNothingUp(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"minute"}`, noon)
@@ -931,8 +925,8 @@ func TestBucketSavesNothingUp(t *testing.T) {
 	}
 }
 
-// TestSpentStreams (LI5): a stream that goes on beyond a budget by more than a
-// tenth is ended within a second, and its client sees that it is not complete.
+// TestSpentStreams (LI5): a stream that exceeds a budget by more than a tenth is ended within a second, and
+// its client sees that it is incomplete.
 func TestSpentStreams(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -1025,8 +1019,8 @@ func TestSpentStreams(t *testing.T) {
 	}
 }
 
-// TestSpentBufferedStream: a stream that is held back until it is complete is ended
-// like any other; as nothing of it has left, its client is told why.
+// TestSpentBufferedStream: a buffered stream is ended in the same way. Because the client has received
+// nothing yet, it gets an error with the reason.
 func TestSpentBufferedStream(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -1047,8 +1041,8 @@ func TestSpentBufferedStream(t *testing.T) {
 	}
 }
 
-// TestPriceUnknown: a call whose cost nobody knows could not be held to a
-// budget, so it is refused where one holds for it, and only there.
+// TestPriceUnknown: a call of unknown cost cannot be held to a budget, so it is refused where a budget
+// applies, and only there.
 func TestPriceUnknown(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -1096,8 +1090,8 @@ func TestPriceUnknown(t *testing.T) {
 	}
 }
 
-// TestDebtIsCarried (LI13): what a call took beyond its estimate is paid for by those
-// that come after it, and keeps nobody waiting for longer than one more period.
+// TestDebtIsCarried (LI13): what a call uses beyond its estimate delays later calls, but by at most one more
+// period.
 func TestDebtIsCarried(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

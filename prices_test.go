@@ -1,4 +1,4 @@
-// prices_test.go checks the price list against known models and the arithmetic against math/big.
+// These tests check the price list against known models, and the arithmetic against math/big.
 package main
 
 import (
@@ -143,7 +143,8 @@ func TestCost(t *testing.T) {
 	}
 }
 
-// TestCostAgainstBig: exact to the last digit for any counts and prices, and sums do not drift (AC18).
+// TestCostAgainstBig: costs are exact to the last digit for any counts and prices, and sums do not drift
+// (AC18).
 func TestCostAgainstBig(t *testing.T) {
 	t.Parallel()
 	rnd := rand.New(rand.NewPCG(7, 8))

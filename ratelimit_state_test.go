@@ -1,6 +1,6 @@
-// Tests of limits through time (LI1, LI8, LI14): restarts, crashes, evictions,
-// a database that is locked, and administrators who change limits while calls
-// run. A window of an hour or more is exact through all of them.
+// These tests check limits over time (LI1, LI8, LI14): restarts, crashes, evictions, a locked database, and
+// administrators who change limits while calls run. A window of an hour or longer is exact through all of
+// them.
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// windowLimits are limits of 20 calls, each of 12 tokens and $0.00000315, over every
-// window. The last leaves room for what the last call sets aside.
+// windowLimits are limits of 20 calls, each of 12 tokens and $0.00000315, over every window. The last one
+// leaves space for the last call's reservation.
 func windowLimits(kind string) (out []string) {
 	for per := perHour; per <= perLifetime; per++ {
 		most := map[string]string{"requests": "20", "tokens": fmt.Sprint(19*12 + 30), "dollars": fmt.Sprintf("0.%09d", 19*3150+5_000)}[kind]
@@ -26,11 +26,11 @@ func windowLimits(kind string) (out []string) {
 	return out
 }
 
-// tinyBody needs 26 tokens at most, and 1 of its answer.
+// tinyBody needs at most 26 tokens, and 1 for its answer.
 const tinyBody = `"max_tokens":1`
 
-// useUpLimit makes calls, from n clients at once, until each was refused once, and
-// returns how many were answered.
+// useUpLimit makes calls from n parallel clients until each was refused once, and returns the number of
+// answered calls.
 func (p *testProxy) useUpLimit(token string, n, most int) (answered int) {
 	var mu sync.Mutex
 	var all sync.WaitGroup
@@ -53,8 +53,8 @@ func (p *testProxy) useUpLimit(token string, n, most int) (answered int) {
 	return answered
 }
 
-// TestWindowsSurvive: what was used before a restart, a kill -9 or an eviction is
-// used after it, of tokens and projects, to the last call.
+// TestWindowsSurvive: what was used before a restart, a kill -9 or an eviction stays used, for tokens and
+// projects, to the last call.
 func TestWindowsSurvive(t *testing.T) {
 	t.Parallel()
 	for _, kind := range []string{"requests", "tokens", "dollars"} {
@@ -110,8 +110,8 @@ func TestWindowsSurvive(t *testing.T) {
 	}
 }
 
-// TestKilledAmidCalls: calls that ran when the program was killed count, for
-// nobody knows that the provider did not have them; in tokens, by the estimate.
+// TestKilledAmidCalls: calls that ran when the program was killed count, because the provider may have served
+// them. Their tokens count by the estimate.
 func TestKilledAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -139,9 +139,8 @@ func TestKilledAmidCalls(t *testing.T) {
 	}
 }
 
-// TestLimitsChangeUnderLoad (LI8): while clients call without a pause, an
-// administrator raises a limit, lowers it, takes it away and puts it back. Each
-// holds from the answer to the change on, and no count starts anew.
+// TestLimitsChangeUnderLoad (LI8): while clients call without a pause, an administrator raises, lowers,
+// removes and restores a limit. Each change applies as soon as it is answered, and no count starts again.
 func TestLimitsChangeUnderLoad(t *testing.T) {
 	t.Parallel()
 	for _, where := range []string{"token", "project"} {
@@ -211,8 +210,8 @@ func TestLimitsChangeUnderLoad(t *testing.T) {
 	}
 }
 
-// TestLimitAddedAmidCalls (LI8): a limit that is added while calls run counts
-// them: requests at once, what they set aside, and their places.
+// TestLimitAddedAmidCalls (LI8): a limit that is added while calls run counts them: requests at once,
+// reservations, and slots.
 func TestLimitAddedAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -237,9 +236,8 @@ func TestLimitAddedAmidCalls(t *testing.T) {
 	}
 }
 
-// TestCommitTimeout (LI14): calls that wait for the ledger for too long are
-// refused without ever being forwarded. They do not count, whether the ledger
-// writes them later or not at all.
+// TestCommitTimeout (LI14): calls that wait too long for the ledger are refused without being forwarded. They
+// do not count, whether the ledger writes them later or never.
 func TestCommitTimeout(t *testing.T) {
 	t.Parallel()
 	for _, busy := range []int{50, 3000} { // the write fails before the lock is gone; or waits for it
@@ -276,8 +274,8 @@ func TestCommitTimeout(t *testing.T) {
 	}
 }
 
-// TestLockedDatabase (LI14): while the database takes no write, calls are refused
-// with 503 and nothing is unlimited; and what was refused does not count after.
+// TestLockedDatabase (LI14): while the database accepts no writes, calls are refused with 503 and no limit is
+// ignored. Refused calls do not count afterwards.
 func TestLockedDatabase(t *testing.T) {
 	t.Parallel()
 	for name, limit := range map[string]string{
@@ -324,7 +322,7 @@ func TestLockedDatabase(t *testing.T) {
 	}
 }
 
-// A streamStatus is a running call as GET /manage/streams shows it.
+// A streamStatus is a running call in the answer of GET /manage/streams.
 type streamStatus struct {
 	ID, Endpoint, Model, Address, State string
 	StartedAt                           time.Time `json:"started_at"`
@@ -349,8 +347,8 @@ func (p *testProxy) streams(query string) (list []streamStatus, next string) {
 	return v.Data, v.Next
 }
 
-// TestStreamsAreListed: each running call is there once, oldest first, page by
-// page and by its project or token, with how far it is; and not when it is over.
+// TestStreamsAreListed: each running call is listed once with its progress, oldest first, by page and by
+// project or token. It disappears when it ends.
 func TestStreamsAreListed(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -426,8 +424,8 @@ func TestStreamsAreListed(t *testing.T) {
 	}
 }
 
-// TestStreamsAreCut: an operator may end a call, whatever it waits for. Its client
-// sees that, its row says so, its place is free, and other calls go on.
+// TestStreamsAreCut: an operator can end a call in any state. Its client and its row show that, its slot is
+// released, and other calls continue.
 func TestStreamsAreCut(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -505,9 +503,8 @@ func TestStreamsAreCut(t *testing.T) {
 	}
 }
 
-// TestMaxConcurrentCalls: of all tokens together no more calls run than the
-// setting says, those among them that have not sent their body yet. Who comes on
-// top is told to come again, and takes nothing of its own limits.
+// TestMaxConcurrentCalls: the setting limits the running calls of all tokens, including those that have not
+// sent their body yet. Further calls are asked to retry and use nothing of their own limits.
 func TestMaxConcurrentCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "10", "LOG_LEVEL": "error"})
@@ -557,8 +554,8 @@ func TestMaxConcurrentCalls(t *testing.T) {
 	}
 }
 
-// TestBodyMemoryOfAToken: one token's bodies take a quarter of the memory for all,
-// so that it cannot keep the others out; what it held comes back.
+// TestBodyMemoryOfAToken: the bodies of one token use at most a quarter of the shared memory, so that it
+// cannot lock out the others. The memory is released afterwards.
 func TestBodyMemoryOfAToken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "1MiB", "BODY_MEMORY": "8MiB", "LOG_LEVEL": "error"})
@@ -601,15 +598,14 @@ func TestBodyMemoryOfAToken(t *testing.T) {
 	}
 }
 
-// awaitClearOfHour waits until the next full hour, where every calendar window may begin
-// anew, is at least d away.
+// awaitClearOfHour waits until the next full hour, where every calendar window may start, is at least d away.
 func awaitClearOfHour(d time.Duration) {
 	if left := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)); left < d {
 		time.Sleep(left + 10*time.Millisecond)
 	}
 }
 
-// newProject makes a project with a policy, and n tokens of it with another.
+// newProject creates a project with one policy, and n tokens in it with another.
 func (p *testProxy) newProject(name, policy, tokenPolicy string, n int) (id string, tokens, ids []string) {
 	p.t.Helper()
 	var v struct{ ID string }
@@ -625,14 +621,14 @@ func (p *testProxy) newProject(name, policy, tokenPolicy string, n int) (id stri
 	return v.ID, tokens, ids
 }
 
-// settledLimits returns how the limits of a token or project stand, when no call runs.
+// settledLimits returns the state of the limits of a token or project when no call runs.
 func (p *testProxy) settledLimits(path string) []limitStatus {
 	p.t.Helper()
 	p.waitSettled()
 	return p.currentLimits(path)
 }
 
-// A limitStatus is a limit as GET shows it.
+// A limitStatus is the state of a limit in the answer of a GET.
 type limitStatus struct {
 	Count, Per, Endpoint, Model string
 	Max, Used, Reserved, Left   float64
@@ -648,8 +644,8 @@ func (p *testProxy) currentLimits(path string) []limitStatus {
 	return v.Limits
 }
 
-// send makes a call from any goroutine, over rt or, with nil, a connection of
-// its own. Status 0 is a call without an answer.
+// send makes a call from any goroutine, over rt or, if that is nil, over a connection of its own. Status 0
+// means no answer.
 func (p *testProxy) send(rt http.RoundTripper, token, path, body string, headers ...string) (int, http.Header) {
 	req, err := http.NewRequestWithContext(context.Background(), "POST", p.url+path, strings.NewReader(body))
 	if err != nil {
@@ -674,9 +670,9 @@ func (p *testProxy) send(rt http.RoundTripper, token, path, body string, headers
 	return res.StatusCode, res.Header
 }
 
-// runConcurrently makes m calls at the same moment. The provider answers none before each
-// has come to it or was refused, so that all that are let in run together. It
-// returns how many reached the provider, and how often each status came.
+// runConcurrently makes m calls at the same moment. The provider answers only when each call has reached it
+// or was refused, so that all admitted calls run together. It returns how many reached the provider, and the
+// number of answers with each status.
 func (p *testProxy) runConcurrently(m int, call func(i int) (status int)) (hits int, statuses map[int]int) {
 	p.t.Helper()
 	var in, out atomic.Int64
@@ -717,8 +713,8 @@ func (p *testProxy) runConcurrently(m int, call func(i int) (status int)) (hits 
 	return hits, statuses
 }
 
-// A limitKind is a limit that lets exactly 5 calls through: new, or with 3 made
-// before. Its max is in JSON.
+// A limitKind is a limit that admits exactly 5 calls: a new one, or one with 3 calls already made. Its max is
+// in JSON.
 type limitKind struct {
 	count, per string
 	newMax     string // max for 5 calls
@@ -726,9 +722,8 @@ type limitKind struct {
 	rate       float64
 }
 
-// limitKinds is every kind of limit. A call may need 26 tokens for its body and
-// 100 for its answer; answered it has used 9 and 3. In nano-dollars a token of
-// gpt-4o-mini costs 150 and 600.
+// limitKinds has every kind of limit. A call may need 26 tokens for its body and 100 for its answer; it uses
+// 9 and 3. A token of gpt-4o-mini costs 150 and 600 nano-dollars.
 func limitKinds() (out []limitKind) {
 	const need, used, needUSD, usedUSD = 126, 12, 26*150 + 100*600, 9*150 + 3*600
 	for per := perSecond; per <= perLifetime; per++ {
@@ -751,7 +746,7 @@ func limitKinds() (out []limitKind) {
 
 const fiveBody = `"max_tokens":100`
 
-// TestExactlyN: see the file's head.
+// TestExactlyN (LI1): each kind of limit admits exactly its number of parallel calls.
 func TestExactlyN(t *testing.T) {
 	t.Parallel()
 	if n := len(chatBody(fiveBody)); (n+3)/4 != 26 {
@@ -772,8 +767,8 @@ func TestExactlyN(t *testing.T) {
 	}
 }
 
-// checkExactlyFive tries one kind of limit. pattern 1 and 2 hold it to an endpoint or a
-// model, beside limits that the calls have nothing to do with.
+// checkExactlyFive checks one kind of limit. Patterns 1 and 2 restrict it to an endpoint or a model, beside
+// limits that do not apply to the calls.
 func (p *testProxy) checkExactlyFive(k limitKind, where string, warm bool, pattern int) {
 	p.t.Helper()
 	const made, m = 3, 40
@@ -845,8 +840,8 @@ func (p *testProxy) checkExactlyFive(k limitKind, where string, warm bool, patte
 	}
 }
 
-// TestOneCounter (LI10): HTTP/1.1, HTTP/2 and clients at many addresses behind a
-// trusted proxy share the token's and the project's one count.
+// TestOneCounter (LI10): HTTP/1.1, HTTP/2 and clients at many addresses behind a trusted proxy share one
+// count per token and project.
 func TestOneCounter(t *testing.T) {
 	t.Parallel()
 	cert, key := testCertificate(t, t.TempDir(), time.Hour)

@@ -1,5 +1,5 @@
-// Tests of counting: against a model that adds up anew what calls have taken,
-// under random orders of what can happen, and in parallel.
+// These tests check the counters of limits: against a model that adds up all calls again each time, with
+// random orders of events, and in parallel.
 package main
 
 import (
@@ -16,10 +16,10 @@ import (
 	"time"
 )
 
-// noon is a Wednesday, far from every edge of a window but the hour's.
+// noon is a Wednesday, far from the edge of any window except the hour's.
 const noon = 1_770_811_200_000 // 2026-02-11T12:00:00Z
 
-// testLimits parses limits as a policy has them.
+// testLimits parses a policy's limits.
 func testLimits(t testing.TB, text string) *policy {
 	t.Helper()
 	p, err := parsePolicy([]byte(`{"limits":[`+text+`]}`), false)
@@ -29,7 +29,7 @@ func testLimits(t testing.TB, text string) *policy {
 	return &p
 }
 
-// newLimiter returns a limiter with limits on a project and a token of it.
+// newLimiter returns a limiter with limits on a project and on one of its tokens.
 func newTestLimiter(t testing.TB, project, token string, now int64) (*limiter, *limitScope) {
 	t.Helper()
 	l, s := &limiter{}, &limitScope{}
@@ -79,8 +79,7 @@ func TestWindows(t *testing.T) {
 	}
 }
 
-// TestLimitRules (LI6): what a list of limits may say, and what is told of the
-// rest.
+// TestLimitRules (LI6): which lists of limits are valid, and the errors for the others.
 func TestLimitRules(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{
@@ -134,8 +133,8 @@ func TestLimitRules(t *testing.T) {
 	}
 }
 
-// TestBucket (LI2, LI3): a fresh bucket gives max at once, then exactly as much
-// as flows back, without drift, whatever the steps.
+// TestBucket (LI2, LI3): a new bucket has max at once, then exactly what refills, without drift at any step
+// size.
 func TestBucket(t *testing.T) {
 	t.Parallel()
 	for _, step := range []int64{1, 3, 7, 100, 999, 61_001} {
@@ -163,8 +162,8 @@ func TestBucket(t *testing.T) {
 	}
 }
 
-// TestRetryAfterIsHonest (LI12): who waits for as long as it is told gets in,
-// and nobody waits longer than it takes.
+// TestRetryAfterIsHonest (LI12): a call that waits for the given time is admitted, and the time is not longer
+// than necessary.
 func TestRetryAfterIsHonest(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -187,8 +186,8 @@ func TestRetryAfterIsHonest(t *testing.T) {
 	})
 }
 
-// TestExactInParallel (LI1): of many calls at once exactly as many get in as the
-// limit says, and all that they held is there again afterwards.
+// TestExactInParallel (LI1): of many parallel calls exactly the limit is admitted, and everything reserved is
+// released afterwards.
 func TestExactInParallel(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{
@@ -235,7 +234,7 @@ func TestExactInParallel(t *testing.T) {
 	}
 }
 
-// TestEstimates: what is reserved of tokens and dollars.
+// TestEstimates: how many tokens and dollars a call reserves.
 func TestEstimates(t *testing.T) {
 	t.Parallel()
 	guess := chatEstimate(100, 4096)
@@ -277,8 +276,8 @@ func TestEstimates(t *testing.T) {
 	}
 }
 
-// TestDebt (LI13): what a call uses beyond its estimate keeps others waiting in
-// a bucket, for one more period at most; a window never takes it over.
+// TestDebt (LI13): use beyond the estimate delays other calls in a bucket, by at most one more period. A
+// window never carries it over.
 func TestDebt(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, `{"count":"tokens","max":1000,"per":"hour"}`, `{"count":"tokens","max":1000,"per":"minute"}`, noon)
@@ -298,8 +297,8 @@ func TestDebt(t *testing.T) {
 	}
 }
 
-// TestSpentBudgetEndsStreams: only what is really used beyond a budget and its
-// overdraft ends calls, and of a call that named its most output no guess can.
+// TestSpentBudgetEndsStreams: only real use beyond a budget and its allowance ends calls. For a call that
+// limits its output, no estimate does.
 func TestSpentBudgetEndsStreams(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"day"},{"count":"tokens","max":100,"per":"week","shadow":true}`, noon)
@@ -323,9 +322,8 @@ func TestSpentBudgetEndsStreams(t *testing.T) {
 	}
 }
 
-// TestPolicyChangeKeepsCounts (LI8): what counts the same keeps its count, a new
-// limit begins with the past and the running calls, and one that is gone leaves
-// nothing behind.
+// TestPolicyChangeKeepsCounts (LI8): a limit that counts the same keeps its count, a new limit starts with
+// the past use and the running calls, and a removed limit leaves nothing behind.
 func TestPolicyChangeKeepsCounts(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"day"},{"count":"concurrent","max":9}`, noon)
@@ -360,7 +358,7 @@ func TestPolicyChangeKeepsCounts(t *testing.T) {
 	}
 }
 
-// modelCall is a call as the model of TestAgainstModel knows it.
+// modelCall is a call in the model of TestAgainstModel.
 type modelCall struct {
 	reservation      *reservation
 	window, reserved int64 // the window it began in, what it reserved
@@ -368,9 +366,8 @@ type modelCall struct {
 	ended            bool
 }
 
-// TestAgainstModel: random orders of reserving, settling, giving up, progress,
-// passing time and clock jumps, against a model that knows all calls and adds
-// them up anew each time.
+// TestAgainstModel: random orders of reserving, settling, abandoning, progress, passing time and clock jumps,
+// compared with a model that keeps all calls and adds them up again each time.
 func TestAgainstModel(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(200) {
@@ -467,14 +464,13 @@ func TestAgainstModel(t *testing.T) {
 	}
 }
 
-// tenLimits are such as apply to every call and never refuse one here.
+// tenLimits apply to every call and refuse none here.
 const tenLimits = `{"count":"requests","max":1000000000,"per":"second"},{"count":"requests","max":1000000000000,"per":"minute"},
 	{"count":"requests","max":1000000000000,"per":"hour","model":"gpt-4o*"},{"count":"requests","max":1000000000000,"per":"day","endpoint":"/v1/chat/completions"},
 	{"count":"tokens","max":1000000000000,"per":"minute"},{"count":"tokens","max":1000000000000,"per":"day"},{"count":"tokens","max":1000000000000,"per":"month"},
 	{"count":"concurrent","max":1000000},{"count":"dollars","max":100000000,"per":"day"},{"count":"dollars","max":100000000,"per":"month","shadow":true}`
 
-// BenchmarkAdmission is reserve and settle, with ten limits on the project and
-// ten on the token.
+// BenchmarkAdmission measures reserve and settle with ten limits on the project and ten on the token.
 func BenchmarkAdmission(b *testing.B) {
 	l, s := newTestLimiter(b, tenLimits, tenLimits, noon)
 	now := int64(noon)
@@ -493,7 +489,7 @@ func BenchmarkAdmission(b *testing.B) {
 	}
 }
 
-// BenchmarkLiveTokens is what 100,000 live tokens with three limits each hold.
+// BenchmarkLiveTokens measures the memory of 100,000 live tokens with three limits each.
 func BenchmarkLiveTokens(b *testing.B) {
 	const tokens = 100_000
 	for b.Loop() {
@@ -524,8 +520,8 @@ func BenchmarkLiveTokens(b *testing.B) {
 	}
 }
 
-// TestWindowEdges (LI4): clients that hammer a limit across the edges of its
-// window never get more than it says in any one window, and all of it in each.
+// TestWindowEdges (LI4): clients that call without a pause across the edges of windows get exactly the limit
+// in each window.
 func TestWindowEdges(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -558,8 +554,8 @@ func TestWindowEdges(t *testing.T) {
 	}
 }
 
-// TestCallsOutliveTheirToken (LI11): what a call used is put down to its token
-// and project also when both ended while it ran.
+// TestCallsOutliveTheirToken (LI11): a call's use is recorded for its token and project, even if both ended
+// while it ran.
 func TestCallsOutliveTheirToken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)

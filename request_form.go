@@ -1,7 +1,7 @@
-// What a multipart/form-data request body says: the same fields as request_json.go reads from JSON.
-// Plain code: it sees bytes and returns values; it never copies a file's bytes.
-// mime/multipart is lenient (preamble, bare LF, folded headers, padded boundaries) and so are others, each in its
-// own way. This reader takes only what common clients send, so that every parser sees the same parts.
+// This file reads the fields of a multipart/form-data request body, the same ones that request_json.go reads from
+// JSON. mime/multipart and other parsers are lenient (preamble, bare LF, folded headers, padded boundaries), each in
+// a different way. This reader accepts only what common clients send, so that every parser sees the same parts.
+// Plain code: it gets bytes and returns values, and never copies a file's bytes.
 package main
 
 import (
@@ -18,8 +18,8 @@ const (
 	maxBoundaryLen = 70 // RFC 2046
 )
 
-// scanForm reads a whole multipart/form-data body and returns its fields. Every error is a *bodyError. What it
-// accepts has one reading: each "--boundary" in the body is a delimiter, each part has one plain name, and no
+// scanForm reads a multipart/form-data body and returns its fields. Every error is a *bodyError. A body that it
+// accepts can be read in one way only: each "--boundary" in it is a delimiter, each part has one plain name, and no
 // header of a part changes how its value is decoded.
 func scanForm(contentType string, body []byte) (callFields, error) {
 	f := callFields{n: 1}
@@ -34,7 +34,7 @@ func scanForm(contentType string, body []byte) (callFields, error) {
 	}
 	var seen uint
 	for parts := 0; ; parts++ {
-		// rest is what follows a delimiter: the line end and a part, or the end of the form.
+		// rest follows a delimiter. It starts with a line end and a part, or with the end of the form.
 		if end, ok := bytes.CutPrefix(rest, []byte("--")); ok && parts > 0 {
 			if len(end) > 0 && !bytes.HasPrefix(end, []byte("\r\n")) || len(bytes.Trim(end, " \t\r\n")) > 0 {
 				return callFields{}, formError("something follows its closing boundary")
@@ -78,14 +78,14 @@ func formBoundary(contentType string) (string, error) {
 	case hasCharset && !strings.EqualFold(charset, "utf-8"):
 		return "", &bodyError{"", "The charset of a multipart form must be utf-8."}
 	case boundary == "" || len(boundary) > maxBoundaryLen || !isAlphanumericOr(boundary, "'()+_,-./:=?"):
-		return "", &bodyError{"", fmt.Sprintf("The multipart boundary must be 1 to %d letters, digits or '()+_,-./:=? characters.", maxBoundaryLen)}
+		return "", &bodyError{"", fmt.Sprintf("The multipart boundary must be 1 to %d letters, digits or "+
+			"'()+_,-./:=? characters.", maxBoundaryLen)}
 	}
 	return boundary, nil
 }
 
-// addPart reads one part, headers and value, which is at a place in the body.
-// seen has a bit per protected name.
-func (f *callFields) addPart(part []byte, seen *uint, at int) error {
+// addPart reads one part, headers and value, that starts at offset in the body. seen has a bit per protected name.
+func (f *callFields) addPart(part []byte, seen *uint, offset int) error {
 	head, value, ok := bytes.Cut(part, []byte("\r\n\r\n"))
 	if !ok || len(head) > maxPartHeader {
 		return formError(fmt.Sprintf("a part has no headers, or more than %d bytes of them", maxPartHeader))
@@ -101,16 +101,16 @@ func (f *callFields) addPart(part []byte, seen *uint, at int) error {
 		case "name":
 		case "filename", "filename*":
 			file = true
-		default: // name*, above all: some parsers would prefer it
+		default: // above all name*, which some parsers prefer
 			return formError("a Content-Disposition has a parameter other than name and filename")
 		}
 	}
-	// A quoted name with a blank or an escape is read differently by different parsers.
+	// Parsers differ in how they read a quoted name with a blank or an escape.
 	if !ok || kind != "form-data" || name == "" || len(name) > 128 || !isAlphanumericOr(name, "_-[]") {
 		return formError("a part lacks the header Content-Disposition: form-data with a plain name")
 	}
 	if name == "_charset_" {
-		return formError("a _charset_ field would change how the others are read")
+		return formError("a _charset_ field would change how other fields are read")
 	}
 	if length, ok := headers["content-length"]; ok && length != strconv.Itoa(len(value)) {
 		return formError("a part has a wrong Content-Length")
@@ -120,13 +120,14 @@ func (f *callFields) addPart(part []byte, seen *uint, at int) error {
 	default:
 		return formError("a part has a Content-Transfer-Encoding other than 7bit, 8bit or binary")
 	}
-	if _, counted := headers["content-length"]; name == "model" && !counted { // else another length would be a lie
-		f.modelSplice = splice{at + len(head) + 4, at + len(part), "form"}
+	// With a Content-Length, a replaced model would make the header wrong.
+	if _, hasLength := headers["content-length"]; name == "model" && !hasLength {
+		f.modelSplice = splice{offset + len(head) + 4, offset + len(part), "form"}
 	}
 	return f.addField(name, value, file, headers["content-type"], seen)
 }
 
-// addField takes one named part; only protected names matter.
+// addField stores one named part if its name is protected.
 func (f *callFields) addField(name string, value []byte, file bool, contentType string, seen *uint) error {
 	base, _, list := strings.Cut(name, "[") // some parsers read model[] as model
 	i, exact := protectedName([]byte(base))
@@ -138,7 +139,8 @@ func (f *callFields) addField(name string, value []byte, file bool, contentType 
 	delete(params, "charset")
 	switch {
 	case !exact || list:
-		return &bodyError{protectedNames[i], fmt.Sprintf("Ambiguous field name %q: it must be spelled %q.", name, protectedNames[i])}
+		return &bodyError{protectedNames[i],
+			fmt.Sprintf("Ambiguous field name %q: it must be spelled %q.", name, protectedNames[i])}
 	case *seen>>i&1 == 1:
 		return &bodyError{name, fmt.Sprintf("Duplicate field %q: it may occur once only.", name)}
 	case file:
@@ -151,11 +153,12 @@ func (f *callFields) addField(name string, value []byte, file bool, contentType 
 	return f.setText(name, value)
 }
 
-// setText takes a protected field's text. Only ASCII, on which every permitted charset agrees.
+// setText stores a protected field's text. It accepts only ASCII, on which all permitted charsets agree.
 func (f *callFields) setText(name string, value []byte) error {
 	printable := func(r rune) bool { return r >= 0x20 && r < 0x7f }
 	if len(value) > maxModelLen || len(bytes.TrimFunc(value, printable)) > 0 {
-		return &bodyError{name, fmt.Sprintf("Invalid field %q: it must be at most %d plain ASCII characters.", name, maxModelLen)}
+		return &bodyError{name,
+			fmt.Sprintf("Invalid field %q: it must be at most %d plain ASCII characters.", name, maxModelLen)}
 	}
 	var err *bodyError
 	switch text := string(value); {
@@ -163,8 +166,9 @@ func (f *callFields) setText(name string, value []byte) error {
 		err = f.setModel(value)
 	case name == "stream" && text != "true" && text != "false":
 		err = &bodyError{name, "Invalid value for 'stream': it must be true or false."}
-	case (name == "n" || name == "best_of" || strings.HasPrefix(name, "max_")) && strings.Trim(text, "0123456789") != "":
-		err = &bodyError{name, fmt.Sprintf("Invalid value for %q: it must be an integer.", name)} // "4_0" is 40 to Python
+	case (name == "n" || name == "best_of" || strings.HasPrefix(name, "max_")) &&
+		strings.Trim(text, "0123456789") != "": // "4_0" is 40 to Python
+		err = &bodyError{name, fmt.Sprintf("Invalid value for %q: it must be an integer.", name)}
 	case text != "": // an empty field is an absent one
 		err = f.setField(name, value)
 	}
@@ -174,17 +178,18 @@ func (f *callFields) setText(name string, value []byte) error {
 	return nil
 }
 
-// partHeaders returns the headers of one part by lower-case name. Only the four that clients send are known: one
-// more might be Content-Encoding, which some parsers obey.
+// partHeaders returns the headers of one part by lower-case name. It accepts only the four that clients send:
+// another one might be Content-Encoding, which some parsers obey.
 func partHeaders(head []byte) (map[string]string, error) {
 	headers := make(map[string]string, 4)
 	for line := range strings.SplitSeq(string(head), "\r\n") {
 		name, value, ok := strings.Cut(line, ":")
 		name = strings.ToLower(name)
-		known := name == "content-disposition" || name == "content-type" || name == "content-transfer-encoding" || name == "content-length"
-		// A control character here is a bare CR or LF, which some parsers take for a line end, or a NUL.
+		known := name == "content-disposition" || name == "content-type" ||
+			name == "content-transfer-encoding" || name == "content-length"
+		// A control character here is a NUL, or a bare CR or LF, which some parsers treat as a line end.
 		control := strings.ContainsFunc(value, func(r rune) bool { return r < 0x20 && r != '\t' || r == 0x7f })
-		if _, twice := headers[name]; !ok || !known || twice || control {
+		if _, repeated := headers[name]; !ok || !known || repeated || control {
 			return nil, formError("a part has a malformed, unknown or repeated header")
 		}
 		headers[name] = strings.Trim(value, " \t")
@@ -192,8 +197,8 @@ func partHeaders(head []byte) (map[string]string, error) {
 	return headers, nil
 }
 
-// headerParams splits `kind; name=token; name="text"`, names in lower case. It refuses what parsers split in
-// different ways: repeated names, and quotes, backslashes and semicolons inside quoted text.
+// headerParams splits `kind; name=token; name="text"` and returns the names in lower case. It refuses what parsers
+// split in different ways: repeated names, and quotes, backslashes and semicolons inside quoted text.
 func headerParams(s string) (kind string, params map[string]string, ok bool) {
 	kind, rest, more := strings.Cut(s, ";")
 	kind, params = strings.Trim(kind, " \t"), make(map[string]string, 2)
@@ -201,7 +206,7 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 		var key, value string
 		key, rest, ok = strings.Cut(rest, "=")
 		key = strings.ToLower(strings.Trim(key, " \t"))
-		if _, twice := params[key]; !ok || twice || !isHeaderToken(key) {
+		if _, repeated := params[key]; !ok || repeated || !isHeaderToken(key) {
 			return "", nil, false
 		}
 		if quoted, found := strings.CutPrefix(rest, `"`); found {
@@ -226,7 +231,7 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 
 func isHeaderToken(s string) bool { return s != "" && isAlphanumericOr(s, "!#$%&'*+-.^_`|~") }
 
-// isAlphanumericOr says whether s has ASCII letters, digits and the bytes of extra only.
+// isAlphanumericOr reports whether s consists of ASCII letters, digits and the bytes of extra.
 func isAlphanumericOr(s, extra string) bool {
 	for i := range len(s) {
 		c := s[i]

@@ -1,7 +1,17 @@
-// What a JSON request body says, and the one splice the proxy makes. (Syntax: request_json.go; forms: request_form.go.)
-// Plain code: it sees bytes and returns values; it does no I/O, keeps no state and never copies the body.
-// It decides which model a call is authorised for, so it must read a body exactly as every provider's parser
-// would. Where two parsers could differ (twin keys, half surrogates) the body is refused, not interpreted.
+// This file reads the fields of a JSON request body that the proxy needs, and makes the two changes that the proxy
+// may make: adding include_usage and replacing the model. It decides which model a call is authorized for, so it
+// must read a body exactly as every provider's parser does. If two parsers could differ (repeated names, names in
+// another case, half surrogates), the body is refused, not interpreted. Plain code: no I/O, no state.
+//
+// How it works: scanJSON makes one pass over the body.
+//
+//	bodyScanner    a position in the body. Its methods mirror the JSON grammar (readKey, readValue, skipValue,
+//	               skipNumber, …). The first error moves the position to the end, so all loops stop.
+//	enter, next    step into an object or list and on to its next member, and count the depth.
+//	readTopLevel   reads the members of the outermost object. A name is decoded and compared with protectedNames;
+//	               the value of any other name is checked for syntax and skipped.
+//	setField       stores the value of a protected field in callFields.
+//	splice         marks the bytes to replace, so the rest of the body is forwarded unchanged.
 package main
 
 import (
@@ -21,44 +31,50 @@ import (
 const (
 	maxModelLen         = 256
 	maxFieldValue       = math.MaxInt32 // counts saturate here, so that n × max_tokens cannot overflow
-	maxProtectedNameLen = 32            // no protected name or case twin of one is longer (ſ has 2 bytes, K 3)
+	maxProtectedNameLen = 32            // the longest protected name, even if spelled with ſ (2 bytes) or K (3)
 )
 
-// protectedNames are the top-level fields that the proxy or its policies read. Each may occur once, in this spelling.
+// protectedNames are the top-level fields that the proxy reads. Each may occur once, in exactly this spelling.
 var protectedNames = [...]string{
 	"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of",
 	"previous_response_id", "conversation", "background", "store", "models", "fallbacks",
 }
 
-// callFields is what a request body says that the proxy must know. Everything else passes unread.
+// callFields are the fields of a request body that the proxy needs. Everything else passes unread.
 type callFields struct {
-	model               string // "" when the body names none
+	model               string // "" if the body has none
 	stream              bool
-	maxTokens           int64  // max_tokens; 0 when that is no positive integer, as the next two
-	maxCompletionTokens int64  // max_completion_tokens
-	maxOutputTokens     int64  // max_output_tokens
-	n                   int64  // the larger of n and best_of; 1 unless one is a positive integer
-	includeUsage        bool   // stream_options.include_usage is true
-	statefulParam       string // first field that refers to objects kept at the provider and is neither null nor false; "" if none
-	modelListParam      string // "models" or "fallbacks" if the body names models beside model, as routers of several providers take them
-	usageSplice         splice // what withIncludeUsage does
-	modelSplice         splice // where the model is: a JSON string, or with text "form" a form field's value; to is 0: nowhere
+	maxTokens           int64 // max_tokens; like the next two, 0 unless it is a positive integer
+	maxCompletionTokens int64 // max_completion_tokens
+	maxOutputTokens     int64 // max_output_tokens
+	n                   int64 // the larger of n and best_of; 1 unless one is a positive integer
+	includeUsage        bool  // stream_options.include_usage is true
+	// statefulParam is the first field that refers to objects kept at the provider and is neither null nor
+	// false; "" if there is none.
+	statefulParam string
+	// modelListParam is "models" or "fallbacks" if the body has that list of further models; some providers
+	// that route to others accept it.
+	modelListParam string
+	usageSplice    splice // adds include_usage
+	// modelSplice is where the model is: a JSON string, or with text "form" a form field's value. If to is 0,
+	// the body has no model that can be replaced.
+	modelSplice splice
 }
 
-// splice replaces body[from:to] by text; "" means that nothing is to be done.
+// A splice replaces body[from:to] by text. If text is "", nothing is replaced.
 type splice struct {
 	from, to int
 	text     string
 }
 
-// bodyError says why a body is refused. msg is for the client; param is the field at fault, or "".
+// A bodyError says why a body is refused. msg is for the client; param is the field at fault, or "".
 type bodyError struct{ param, msg string }
 
 func (e *bodyError) Error() string { return e.msg }
 
-// scanJSON reads body once and returns its fields. Every error is a *bodyError. It accepts what json.Valid
-// accepts, but for these stricter rules: one object at the top, valid UTF-8 without a byte order mark, at most
-// maxJSONDepth levels, and the rules for protectedNames.
+// scanJSON reads a body and returns its fields. Every error is a *bodyError. It accepts what json.Valid accepts,
+// with stricter rules: one object at the top, valid UTF-8 without a byte order mark, at most maxJSONDepth levels,
+// and the rules for protectedNames.
 func scanJSON(body []byte) (callFields, error) {
 	f := callFields{n: 1}
 	s := bodyScanner{b: body}
@@ -85,46 +101,45 @@ func scanJSON(body []byte) (callFields, error) {
 	return f, nil
 }
 
-// withIncludeUsage returns body with stream_options.include_usage set to true; every other byte, the order of keys
-// and the white space stay. f must come from scanJSON of the same body. If nothing must change it returns body itself.
-func withIncludeUsage(body []byte, f callFields) []byte {
-	e := f.usageSplice
-	if e.text == "" {
-		return body
-	}
-	out := make([]byte, 0, len(body)+len(e.text))
-	out = append(out, body[:e.from]...)
-	out = append(out, e.text...)
-	return append(out, body[e.to:]...)
+// apply returns a copy of body with text in place of body[from:to].
+func (s splice) apply(body []byte, text string) []byte {
+	out := make([]byte, 0, len(body)+len(text))
+	out = append(out, body[:s.from]...)
+	out = append(out, text...)
+	return append(out, body[s.to:]...)
 }
 
-// withModel returns a body with another model in the place of the client's; every
-// other byte stays. f must come from the same body, which may have been through
-// withIncludeUsage since: added says so. Where f found no model it returns body
-// itself.
-func withModel(body []byte, f callFields, added bool, model string) []byte {
-	e := f.modelSplice
-	if e.to == 0 {
+// withIncludeUsage returns body with stream_options.include_usage set to true and every other byte unchanged. f
+// must come from scanJSON of the same body. If nothing must change, it returns body itself.
+func withIncludeUsage(body []byte, f callFields) []byte {
+	if f.usageSplice.text == "" {
 		return body
 	}
-	if added && f.usageSplice.text != "" && f.usageSplice.from <= e.from {
-		shift := len(f.usageSplice.text) - (f.usageSplice.to - f.usageSplice.from)
-		e.from, e.to = e.from+shift, e.to+shift
+	return f.usageSplice.apply(body, f.usageSplice.text)
+}
+
+// withModel returns body with another model and every other byte unchanged. f must come from the same body;
+// usageAdded means that body was changed by withIncludeUsage since. If f has no model, it returns body itself.
+func withModel(body []byte, f callFields, usageAdded bool, model string) []byte {
+	s := f.modelSplice
+	if s.to == 0 {
+		return body
 	}
-	name := []byte(model)
-	if e.text == "" {
-		var err error
-		if name, err = json.Marshal(model); err != nil { // cannot be: a string
+	if usageAdded && f.usageSplice.text != "" && f.usageSplice.from <= s.from {
+		shift := len(f.usageSplice.text) - (f.usageSplice.to - f.usageSplice.from)
+		s.from, s.to = s.from+shift, s.to+shift
+	}
+	if s.text == "" {
+		name, err := json.Marshal(model)
+		if err != nil { // cannot happen: a string
 			return body
 		}
+		model = string(name)
 	}
-	out := make([]byte, 0, len(body)+len(name))
-	out = append(out, body[:e.from]...)
-	out = append(out, name...)
-	return append(out, body[e.to:]...)
+	return s.apply(body, model)
 }
 
-// setField takes one protected field; raw is its JSON value as sent, already checked for syntax.
+// setField stores one protected field. raw is its JSON value as sent, with valid syntax.
 func (f *callFields) setField(name string, raw []byte) *bodyError {
 	switch name {
 	case "model":
@@ -165,7 +180,7 @@ func (f *callFields) setModel(text []byte) *bodyError {
 	if len(text) == 0 || len(text) > maxModelLen {
 		return &bodyError{"model", fmt.Sprintf("Invalid 'model': it must have 1 to %d bytes.", maxModelLen)}
 	}
-	// U+FFFD is what half a surrogate pair decodes to here; other parsers make something else of it.
+	// Half a surrogate pair decodes to U+FFFD here, and to other text in other parsers.
 	if bytes.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) || r == utf8.RuneError }) {
 		return &bodyError{"model", "Invalid 'model': it has a character that no model name has."}
 	}
@@ -173,8 +188,8 @@ func (f *callFields) setModel(text []byte) *bodyError {
 	return nil
 }
 
-// parsePositive is the value of a positive integer, at most maxFieldValue, or 0 for anything else. An integer may be written
-// 4.0 or 4e0: providers take that for 4, so a budget must too.
+// parsePositive returns the value of a positive integer, at most maxFieldValue, or 0 for anything else. 4.0 and 4e0
+// are integers, too: providers read them as 4, so a budget must do so as well.
 func parsePositive(raw []byte) int64 {
 	if len(raw) == 0 || raw[0] < '0' || raw[0] > '9' {
 		return 0
@@ -189,14 +204,14 @@ func parsePositive(raw []byte) int64 {
 	return int64(min(v, maxFieldValue))
 }
 
-// protectedName returns the index of the protected name that key is, or folds to as encoding/json folds, and
-// whether it is spelled exactly so; or -1.
+// protectedName returns the index of the protected name that key equals under the case folding of encoding/json,
+// and whether it is spelled exactly so. It returns -1 if there is none.
 func protectedName(key []byte) (i int, exact bool) {
 	if len(key) > maxProtectedNameLen {
 		return -1, false
 	}
 	for i, name := range protectedNames {
-		// A twin is never shorter than the name, and starts with its letter in either case or with ſ.
+		// A name that folds to this one is never shorter, and starts with its letter in either case or with ſ.
 		if len(key) < len(name) || (key[0]|0x20 != name[0] && key[0] < utf8.RuneSelf) {
 			continue
 		}
@@ -213,7 +228,7 @@ func protectedName(key []byte) (i int, exact bool) {
 // readTopLevel reads the outermost object into f.
 func (s *bodyScanner) readTopLevel(f *callFields) {
 	open, members := s.i+1, 0
-	options := false
+	hasOptions := false
 	var seen uint
 	for more := s.enter('}'); more; more = s.next('}') {
 		members++
@@ -230,7 +245,7 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 		case seen>>i&1 == 1:
 			s.fail(name, fmt.Sprintf("Duplicate field %q: it may occur once only.", name))
 		case name == "stream_options":
-			options = true
+			hasOptions = true
 			s.readStreamOptions(f)
 		default:
 			if raw := s.readValue(); s.err == nil {
@@ -244,7 +259,7 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 		}
 		seen |= 1 << i
 	}
-	if !options {
+	if !hasOptions {
 		f.usageSplice = splice{open, open, `"stream_options":{"include_usage":true},`}
 		if members == 0 {
 			f.usageSplice.text = strings.TrimSuffix(f.usageSplice.text, ",")
@@ -267,11 +282,11 @@ func (s *bodyScanner) readStreamOptions(f *callFields) {
 	for more := s.enter('}'); more; more = s.next('}') {
 		members++
 		key := s.readDecodedKey()
-		twin := len(key) <= maxProtectedNameLen && strings.EqualFold(string(key), "include_usage")
-		at := s.i
+		folds := len(key) <= maxProtectedNameLen && strings.EqualFold(string(key), "include_usage")
+		start := s.i
 		raw := s.readValue()
 		switch {
-		case !twin || s.err != nil:
+		case !folds || s.err != nil:
 		case string(key) != "include_usage":
 			s.fail(name, fmt.Sprintf("Ambiguous field name %q: it must be spelled \"include_usage\".", key))
 		case found:
@@ -279,7 +294,7 @@ func (s *bodyScanner) readStreamOptions(f *callFields) {
 		case string(raw) == "true":
 			found, f.includeUsage = true, true
 		case string(raw) == "false" || string(raw) == "null":
-			found, f.usageSplice = true, splice{at, s.i, "true"}
+			found, f.usageSplice = true, splice{start, s.i, "true"}
 		default:
 			s.fail(name, "Invalid type for 'stream_options.include_usage': it must be a boolean.")
 		}
@@ -295,8 +310,8 @@ func (s *bodyScanner) readStreamOptions(f *callFields) {
 
 const maxJSONDepth = 128
 
-// bodyScanner is a position in a body. The first error stays and moves the position to the end, so that every
-// method below simply finds nothing more to read.
+// A bodyScanner is a position in a body. The first error is kept and moves the position to the end, so that the
+// methods below find nothing more to read.
 type bodyScanner struct {
 	b     []byte
 	i     int
@@ -319,7 +334,7 @@ func (s *bodyScanner) failSyntax(want string) {
 	s.fail("", fmt.Sprintf("The request body is not valid JSON: %s at byte %d where %s was expected.", got, s.i, want))
 }
 
-// enter enters an object or array and says whether it has a member; next says whether another follows.
+// enter enters an object or array and reports whether it has a member; next reports whether another one follows.
 func (s *bodyScanner) enter(end byte) bool {
 	if s.depth++; s.depth > maxJSONDepth {
 		s.fail("", fmt.Sprintf("The request body is nested deeper than %d levels (byte %d).", maxJSONDepth, s.i))
@@ -350,7 +365,7 @@ func (s *bodyScanner) next(end byte) bool {
 	return false
 }
 
-// readKey reads a member's name and its colon, up to the value. The name is as sent; escaped says that it needs unescape.
+// readKey reads a member's name and colon, up to the value. raw is the name as sent; if escaped, it needs unescape.
 func (s *bodyScanner) readKey() (raw []byte, escaped bool) {
 	raw, escaped = s.readString("a field name in double quotes")
 	if s.skipSpace(); s.i == len(s.b) || s.b[s.i] != ':' {
@@ -362,7 +377,7 @@ func (s *bodyScanner) readKey() (raw []byte, escaped bool) {
 	return raw, escaped
 }
 
-// readDecodedKey is key, decoded: "mo\u0064el" is model to every parser.
+// readDecodedKey is readKey with the name decoded: "mo\u0064el" is model to every parser.
 func (s *bodyScanner) readDecodedKey() []byte {
 	raw, escaped := s.readKey()
 	if escaped {
@@ -456,7 +471,7 @@ func (s *bodyScanner) skipSpace() {
 	}
 }
 
-// readString reads a string and returns what is between the quotes, and whether that has escapes.
+// readString reads a string and returns the text between the quotes, and whether it has escapes.
 func (s *bodyScanner) readString(want string) (raw []byte, escaped bool) {
 	if s.i == len(s.b) || s.b[s.i] != '"' {
 		s.failSyntax(want)
@@ -484,8 +499,8 @@ func (s *bodyScanner) readString(want string) (raw []byte, escaped bool) {
 	}
 }
 
-// plainLen counts the leading bytes that are neither quote, backslash nor control character, eight at a time:
-// (x-k)&^x&high marks bytes below k, where the lowest mark is always right (borrows only spoil higher ones).
+// plainLen counts the leading bytes that are not a quote, backslash or control character, eight at a time:
+// (x-k)&^x&high marks the bytes below k. The lowest mark is always right; borrows only affect higher ones.
 func plainLen(b []byte) int {
 	const ones, high = 0x0101010101010101, 0x8080808080808080
 	i := 0
@@ -502,7 +517,7 @@ func plainLen(b []byte) int {
 	return i
 }
 
-// escapeLen is the length of the escape sequence that b starts with, 0 if it is not a valid one.
+// escapeLen returns the length of the escape sequence at the start of b, or 0 if it is not valid.
 func escapeLen(b []byte) int {
 	switch {
 	case len(b) >= 2 && strings.IndexByte(`"\/bfnrt`, b[1]) >= 0:
@@ -513,7 +528,7 @@ func escapeLen(b []byte) int {
 	return 0
 }
 
-// parseHex4 is the value of four hexadecimal digits, or -1.
+// parseHex4 returns the value of four hexadecimal digits, or -1.
 func parseHex4(b []byte) rune {
 	var v rune
 	for _, c := range b[:4] {
@@ -526,7 +541,7 @@ func parseHex4(b []byte) rune {
 	return v
 }
 
-// unescape decodes the inside of a string that str has checked. Half a surrogate pair becomes U+FFFD.
+// unescape decodes the inside of a string that readString accepted. Half a surrogate pair becomes U+FFFD.
 func unescape(raw []byte) []byte {
 	out := make([]byte, 0, len(raw))
 	for i := 0; i < len(raw); {

@@ -1,6 +1,5 @@
-// Bodies: sizes, encodings, types, forms, and JSON that two parsers could read
-// in two ways. What goes up are the bytes that were checked. (The readers by
-// themselves: request_test.go, request_test.go.)
+// These tests check request bodies: sizes, encodings, types, forms, and JSON that two parsers could read in
+// two ways. The provider gets exactly the bytes that were checked.
 package main
 
 import (
@@ -18,14 +17,14 @@ import (
 	"time"
 )
 
-// post sends a body as it is to a path, with the test's token.
+// post sends a body unchanged to a path, with the test's token.
 func (p *testProxy) post(path, contentType, body string, headers ...string) testResponse {
 	p.t.Helper()
 	return p.do("POST", path, body, append([]string{"Authorization", "Bearer " + p.token, "Content-Type", contentType}, headers...)...)
 }
 
-// TestBodySize: the limit itself passes, one byte more does not, and a declared
-// size is not waited for.
+// TestBodySize: a body of exactly the limit passes, one byte more does not, and a declared size is refused at
+// once.
 func TestBodySize(t *testing.T) {
 	t.Parallel()
 	const limit = 64 << 10
@@ -53,8 +52,7 @@ func TestBodySize(t *testing.T) {
 	}
 }
 
-// TestBodyMemory: bodies together take no more than is allowed; who comes on
-// top is told to come again.
+// TestBodyMemory: all bodies together use no more memory than is allowed; further calls are asked to retry.
 func TestBodyMemory(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "1MiB", "BODY_MEMORY": "1MiB"})
@@ -75,7 +73,7 @@ func TestBodyMemory(t *testing.T) {
 	}
 }
 
-// TestUnauthenticatedUploadNothing: without a token not a byte of the body is read.
+// TestUnauthenticatedUploadNothing: without a token no byte of the body is read.
 func TestUnauthenticatedUploadNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -87,8 +85,8 @@ func TestUnauthenticatedUploadNothing(t *testing.T) {
 	}
 }
 
-// TestStalledUnauthenticatedUpload: who is refused gets the answer soon, also when the rest
-// of the body never comes, and the connection is closed.
+// TestStalledUnauthenticatedUpload: a refused client gets the answer soon, even if the rest of its body never
+// comes, and the connection is closed.
 func TestStalledUnauthenticatedUpload(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -115,7 +113,7 @@ func TestStalledUnauthenticatedUpload(t *testing.T) {
 	}
 }
 
-// TestJSONHasOneReading: what two parsers could read differently is refused.
+// TestJSONHasOneReading: a body that two parsers could read differently is refused.
 func TestJSONHasOneReading(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -152,8 +150,8 @@ func TestJSONHasOneReading(t *testing.T) {
 	}
 }
 
-// TestRequestEncoding: limits must be able to read a body, so it is not
-// inflated, nor passed on unread.
+// TestRequestEncoding: limits must be able to read a body, so a compressed body is neither decompressed nor
+// forwarded unread.
 func TestRequestEncoding(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -172,8 +170,7 @@ func TestRequestEncoding(t *testing.T) {
 	}
 }
 
-// TestContentTypes: a type that is not the endpoint's is no way around what is
-// read from its body.
+// TestContentTypes: another Content-Type than the endpoint's does not bypass the checks of the body.
 func TestContentTypes(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -197,7 +194,7 @@ func TestContentTypes(t *testing.T) {
 	}
 }
 
-// TestForms: the model of a form is read as strictly, and its size limited.
+// TestForms: a form's model is checked as strictly as in JSON, and a form's size is limited.
 func TestForms(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "1MiB"})
@@ -239,8 +236,8 @@ func TestForms(t *testing.T) {
 	}
 }
 
-// TestUnscannedUploadsHeldToModels: uploads are streamed unread, so who is held
-// to certain models cannot name one there.
+// TestUnscannedUploadsHeldToModels: uploads are streamed unread, so a token that is restricted to certain
+// models cannot use them with a model.
 func TestUnscannedUploadsHeldToModels(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -257,8 +254,7 @@ func TestUnscannedUploadsHeldToModels(t *testing.T) {
 	}
 }
 
-// TestBodyWhereNoneGoes: a body that would not be forwarded is refused rather
-// than dropped.
+// TestBodyWhereNoneGoes: a body that would not be forwarded is refused, not dropped.
 func TestBodyWhereNoneGoes(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -276,7 +272,7 @@ func TestBodyWhereNoneGoes(t *testing.T) {
 	}
 }
 
-// TestLargeResponse: an answer passes whole, its usage at the far end is read.
+// TestLargeResponse: a large answer passes complete, and the usage at its end is read.
 func TestLargeResponse(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -302,8 +298,8 @@ func TestLargeResponse(t *testing.T) {
 	}
 }
 
-// TestEncodedResponse: an answer in an encoding nobody asked for passes as it is,
-// and is not called free.
+// TestEncodedResponse: an answer in an encoding that was not requested passes unchanged, and is not recorded
+// as free.
 func TestEncodedResponse(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -500,7 +496,7 @@ func TestUnescape(t *testing.T) {
 	}
 }
 
-// TestProtectedNames holds what protectedName's shortcuts rely on.
+// TestProtectedNames checks the assumptions behind protectedName's shortcuts.
 func TestProtectedNames(t *testing.T) {
 	t.Parallel()
 	for i, name := range protectedNames {
@@ -566,7 +562,7 @@ func FuzzScanJSON(f *testing.F) {
 	})
 }
 
-// checkFields compares with what encoding/json reads.
+// checkFields compares the fields with what encoding/json reads.
 func checkFields(t *testing.T, body []byte, got callFields) {
 	t.Helper()
 	var members map[string]json.RawMessage
@@ -641,7 +637,7 @@ func BenchmarkScanJSON(b *testing.B) {
 
 const formContentType = "multipart/form-data; boundary=xyz"
 
-// multipartBody writes parts as "headers|value" with the common header for a bare "name=value".
+// multipartBody writes parts as "headers|value", with the common header for a bare "name=value".
 func multipartBody(parts ...string) string {
 	var b strings.Builder
 	for _, p := range parts {
@@ -847,8 +843,8 @@ func BenchmarkScanForm(b *testing.B) {
 	}
 }
 
-// FuzzDecodeObject: it never panics, each refusal is a *fieldError, and what it
-// takes means to encoding/json the same.
+// FuzzDecodeObject: decodeObject never panics, each error is a *fieldError, and encoding/json reads the same
+// from what it accepts.
 func FuzzDecodeObject(f *testing.F) {
 	for _, s := range []string{`{}`, `{"s":"x","n":1,"b":true,"l":["a"],"r":{"x":1}}`, `{"s":null}`, `{"r":null}`, `{"s":"a","s":"b"}`, `{"S":"a"}`, `{"n":1.0}`, `{"n":1e2}`, `{"n":9223372036854775808}`,
 		`{"s":"\ud800"}`, `{"\u0073":"x"}`, `{"s":"x"} `, `{"s":"x"}{}`, `[]`, `{"s"`, "{\"s\":\"\xff\"}", `{"l":[null,"a"]}`, `{"r":[[[[1]]]]}`, `{"k":"secret"}`, ` {"b" : false } `, `{"n":-0}`} {
@@ -902,8 +898,8 @@ func FuzzDecodeObject(f *testing.F) {
 	})
 }
 
-// FuzzParsePolicy: it never panics; a policy that it takes comes back from its
-// own text the same, and allows what encoding/json's reading of it allows.
+// FuzzParsePolicy: parsePolicy never panics. An accepted policy parses to itself again, and allows what
+// encoding/json's reading of it allows.
 func FuzzParsePolicy(f *testing.F) {
 	for _, s := range []string{`{}`, `{"models":[]}`, `{"models":["gpt-4o*","a"],"endpoints":["/v1/*"],"stateful":true}`, `{"models":["*"]}`, `{"models":["**"]}`, `{"models":null}`, `{"Models":[]}`,
 		`{"endpoints":["POST /v1/responses"]}`, `{"models":["\u0000"]}`, `[]`, `{"stateful":1}`, `{"models":["a\ud800"]}`} {
