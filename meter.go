@@ -85,9 +85,9 @@ func (m *meter) finish() []byte {
 	if !m.sse || m.opaque || m.kind == meterNone {
 		return nil
 	}
-	held := m.finishEvents()
+	rest := m.finishEvents()
 	m.counts, m.currentSource = m.currentUsage()
-	return held
+	return rest
 }
 
 // currentUsage returns the counts so far and where they come from.

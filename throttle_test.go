@@ -46,13 +46,15 @@ func TestThrottle(t *testing.T) {
 		th, start := throttle{windows: c.windows}, time.Unix(1_800_000_000, 0)
 		for i, e := range c.events {
 			if wait, omitted := th.allow(start.Add(e.at)); wait != e.wait || omitted != e.omitted {
-				t.Errorf("%s: event %d: wait %v with %d omitted, want %v with %d", name, i, wait, omitted, e.wait, e.omitted)
+				t.Errorf("%s: event %d: wait %v with %d omitted, want %v with %d",
+					name, i, wait, omitted, e.wait, e.omitted)
 			}
 		}
 	}
 }
 
-// TestFailureNotes: the audit trail gets so many failed sign-ins a minute and so many a day, and none stays uncounted.
+// TestFailureNotes: the audit trail gets a limited number of failed sign-ins per minute and per day, and the others
+// are counted.
 func TestFailureNotes(t *testing.T) {
 	t.Parallel()
 	limiter := newSignInThrottle()
