@@ -201,18 +201,84 @@ func TestSecondProcess(t *testing.T) {
 	}
 }
 
-// TestSecondProcessOnDatabase: two data directories cannot share a database.
+// TestSecondProcessOnDatabase: two processes cannot share a database file, by whatever names they
+// reach it.
 func TestSecondProcessOnDatabase(t *testing.T) {
 	t.Parallel()
-	database := "sqlite:" + filepath.Join(t.TempDir(), "shared.db")
-	first, second := serveEnv(t), serveEnv(t)
-	first["DATABASE_URL"], second["DATABASE_URL"] = database, database
-	live := serveProgram(t, first)
-	if _, err := runProgram(t, second, "serve"); err == nil ||
-		!strings.Contains(err.Error(), "another llm-proxy is using") {
-		t.Errorf("the second process: %v", err)
+	for name, set := range map[string]func(dir string, first, second map[string]string){
+		"the same DATABASE_URL": func(dir string, first, second map[string]string) {
+			first["DATABASE_URL"] = "sqlite:" + dir + "/x.db"
+			second["DATABASE_URL"] = first["DATABASE_URL"]
+		},
+		"a path with dots": func(dir string, first, second map[string]string) {
+			first["DATABASE_URL"] = "sqlite:" + dir + "/x.db"
+			second["DATABASE_URL"] = "sqlite:" + dir + "/sub/../x.db"
+		},
+		"the other's DATA_DIR": func(dir string, first, second map[string]string) {
+			second["DATABASE_URL"] = "sqlite:" + first["DATA_DIR"] + "/llm-proxy.db"
+		},
+		"a symbolic link": func(dir string, first, second map[string]string) {
+			first["DATABASE_URL"] = "sqlite:" + dir + "/x.db"
+			second["DATABASE_URL"] = "sqlite:" + dir + "/link.db"
+			mustSymlink(t, dir+"/x.db", dir+"/link.db")
+		},
+		"a link in the second's DATA_DIR": func(dir string, first, second map[string]string) {
+			mustSymlink(t, first["DATA_DIR"]+"/llm-proxy.db", second["DATA_DIR"]+"/llm-proxy.db")
+		},
+		"a link that waited for the database": func(dir string, first, second map[string]string) {
+			mustSymlink(t, second["DATA_DIR"]+"/llm-proxy.db", first["DATA_DIR"]+"/llm-proxy.db")
+		},
+		"a link to DATA_DIR": func(dir string, first, second map[string]string) {
+			mustSymlink(t, first["DATA_DIR"], dir+"/linked")
+			second["DATA_DIR"] = dir + "/linked"
+		},
+		"DATA_DIR is the database's directory": func(dir string, first, second map[string]string) {
+			first["DATABASE_URL"] = "sqlite:" + dir + "/x.db"
+			second["DATA_DIR"], second["DATABASE_URL"] = dir, first["DATABASE_URL"]
+		},
+		"a hard link": func(dir string, first, second map[string]string) {
+			first["DATABASE_URL"] = "sqlite:" + dir + "/x.db"
+			second["DATABASE_URL"] = "sqlite:" + dir + "/hard.db"
+			mustOverwrite(t, dir+"/x.db", "")
+			if err := os.Link(dir+"/x.db", dir+"/hard.db"); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, first, second := t.TempDir(), serveEnv(t), serveEnv(t)
+			for _, d := range []string{dir + "/sub", first["DATA_DIR"], second["DATA_DIR"]} {
+				if err := os.MkdirAll(d, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			set(dir, first, second)
+			first["ENCRYPTION_KEY"], second["ENCRYPTION_KEY"] = goodKey, goodKey
+			live := serveProgram(t, first)
+			for _, command := range []string{"serve", "restore"} {
+				args := []string{command}
+				if command == "restore" {
+					args = []string{command, filepath.Join(dir, "none"), "--revoke=none"}
+				}
+				if _, err := runProgram(t, second, args...); err == nil ||
+					!strings.Contains(err.Error(), "another llm-proxy is using") {
+					t.Errorf("%s by the second process: %v", command, err)
+				}
+			}
+			if err := live.stop(); err != nil {
+				t.Fatal(err)
+			}
+			if err := serveProgram(t, second).stop(); err != nil {
+				t.Errorf("the second process after the first: %v", err)
+			}
+		})
 	}
-	if err := live.stop(); err != nil {
+}
+
+func mustSymlink(t *testing.T, target, name string) {
+	t.Helper()
+	if err := os.Symlink(target, name); err != nil {
 		t.Fatal(err)
 	}
 }

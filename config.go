@@ -320,6 +320,7 @@ func (c *config) checkFiles(checkDirectory func(string) error) (problems []error
 	} else if err := checkDatabaseFile(c.databaseFile, checkDirectory); err != nil {
 		problems = append(problems, fmt.Errorf("DATABASE_URL: %w", err))
 	}
+	c.dataDir, c.databaseFile = resolveLinks(c.dataDir), resolveLinks(c.databaseFile)
 	return problems
 }
 

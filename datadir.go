@@ -27,12 +27,12 @@ const (
 
 // A dataDir is a data directory that this process has locked.
 type dataDir struct {
-	lock         *os.File
-	databaseLock *os.File // of a database outside path; otherwise nil
-	path         string
-	databaseFile string
-	openedInfo   fs.FileInfo
-	databaseGone atomic.Bool // the file at databaseFile is not the opened one any more
+	lock          *os.File
+	databaseLocks []*os.File
+	path          string
+	databaseFile  string
+	openedInfo    fs.FileInfo
+	databaseGone  atomic.Bool // the file at databaseFile is not the opened one any more
 }
 
 // openDataDir locks the data directory and creates what is missing. The caller closes it.
@@ -48,30 +48,45 @@ func openDataDir(cfg *config) (*dataDir, error) {
 	return d, nil
 }
 
-// lockDataDir is openDataDir without a check of the database.
+// lockDataDir is openDataDir without a check of the database, which may be missing.
 func lockDataDir(cfg *config) (*dataDir, error) {
 	if err := os.MkdirAll(cfg.dataDir, 0o700); err != nil {
-		return nil, fmt.Errorf("creating the data directory: %w", err)
+		return nil, fmt.Errorf("creating the data directory: %w; %s", err, fileRemedy(err))
 	}
-	lock, err := lockFile(filepath.Join(cfg.dataDir, lockFileName))
+	lock, err := lockFile(filepath.Join(cfg.dataDir, lockFileName), os.O_CREATE)
 	if err != nil {
 		return nil, err
 	}
 	d := &dataDir{lock: lock, path: cfg.dataDir, databaseFile: cfg.databaseFile}
-	if filepath.Dir(d.databaseFile) != d.path { // two directories may name one database
-		if d.databaseLock, err = lockFile(d.databaseFile + ".lock"); err != nil {
-			d.close()
-			return nil, err
-		}
+	if filepath.Dir(d.databaseFile) != d.path { // while a restore replaces the file, only its name is locked
+		err = d.lockDatabase(d.databaseFile+".lock", os.O_CREATE)
+	}
+	if err == nil {
+		err = d.lockDatabase(d.databaseFile, 0)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.close()
+		return nil, err
 	}
 	return d, nil
 }
 
+// lockDatabase locks a file until close. Only a lock on the database file itself keeps out every
+// process, whatever its data directory and by whichever name, link or mount it reaches the file.
+// SQLite does not notice it: its own locks are of another kind.
+func (d *dataDir) lockDatabase(name string, flags int) error {
+	f, err := lockFile(name, flags)
+	if err == nil {
+		d.databaseLocks = append(d.databaseLocks, f)
+	}
+	return err
+}
+
 // lockFile opens a file and locks it for this process until it is closed.
-func lockFile(name string) (*os.File, error) {
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+func lockFile(name string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|flags, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("opening the lock file: %w", err)
+		return nil, fmt.Errorf("locking: %w; %s", err, fileRemedy(err))
 	}
 	for attempts := 10; ; attempts-- {
 		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil || attempts == 0 {
@@ -81,11 +96,50 @@ func lockFile(name string) (*os.File, error) {
 	}
 	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("another llm-proxy is using %s; stop it, or set another DATA_DIR and database for "+
-			"this one",
-			filepath.Dir(name))
+		return nil, fmt.Errorf("another llm-proxy is using %s (locking %s: %w); stop it, or set another DATA_DIR and "+
+			"database for this one", filepath.Dir(name), name, err)
+	}
+	opened, err := f.Stat()
+	if now, statErr := os.Stat(name); err != nil || statErr != nil || !os.SameFile(opened, now) {
+		f.Close()
+		return nil, fmt.Errorf("%s was replaced at this moment; repeat the command", name)
 	}
 	return f, nil
+}
+
+// fileRemedy says what to do about an error of the file system.
+func fileRemedy(err error) string {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Sprintf("give the user %d, as which this program runs, access to it (chown, chmod)", os.Geteuid())
+	case errors.Is(err, syscall.EROFS):
+		return "mount it writable, or set DATA_DIR to a directory that is"
+	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+		return "free some space"
+	}
+	return "check DATA_DIR and DATABASE_URL"
+}
+
+// resolveLinks returns path without symbolic links, so that one file has one name. What does not
+// exist yet stays as it is.
+func resolveLinks(path string) string {
+	for range 40 { // links to links; the kernel allows as many
+		if resolved, err := filepath.EvalSymlinks(path); err == nil {
+			return resolved
+		}
+		target, err := os.Readlink(path)
+		if err != nil {
+			break
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(filepath.Dir(path), target)
+		}
+		path = target
+	}
+	if parent := filepath.Dir(path); parent != path {
+		return filepath.Join(resolveLinks(parent), filepath.Base(path))
+	}
+	return path
 }
 
 // ensureDatabaseFile creates an empty database file if there never was one. The lock file
@@ -96,15 +150,14 @@ func (d *dataDir) ensureDatabaseFile() error {
 	if err != nil {
 		return err
 	}
-	info, err := os.Stat(d.databaseFile)
-	if recorded && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
+	info, statErr := os.Stat(d.databaseFile)
+	if recorded && (errors.Is(statErr, fs.ErrNotExist) || statErr == nil && info.Size() == 0) {
 		return fmt.Errorf("the database %s is missing or empty, but there was one; restore it (llm-proxy restore "+
-			"FILE), "+
-			"or remove %s to start with an empty one", d.databaseFile, d.lock.Name())
+			"FILE), or remove %s to start with an empty one", d.databaseFile, d.lock.Name())
 	}
 	f, err := os.OpenFile(d.databaseFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return fmt.Errorf("opening the database file: %w", err)
+		return fmt.Errorf("opening the database file: %w; %s", err, fileRemedy(err))
 	}
 	defer f.Close()
 	if d.openedInfo, err = f.Stat(); err != nil {
@@ -114,6 +167,9 @@ func (d *dataDir) ensureDatabaseFile() error {
 		if err := f.Chmod(0o600); err != nil {
 			return fmt.Errorf("restricting access to the database: %w", err)
 		}
+	}
+	if errors.Is(statErr, fs.ErrNotExist) { // otherwise it is locked already
+		return d.lockDatabase(d.databaseFile, 0)
 	}
 	return nil
 }
@@ -138,14 +194,18 @@ func (d *dataDir) databaseRecorded() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("reading the lock file: %w", err)
 	}
-	return slices.Contains(strings.Split(string(text), "\n"), d.databaseFile), nil
+	// Earlier versions recorded the name that was set, which may be a link.
+	return slices.ContainsFunc(strings.Split(string(text), "\n"), func(line string) bool {
+		return line == d.databaseFile || line != "" && resolveLinks(line) == d.databaseFile
+	}), nil
 }
 
-// close releases the locks.
+// close releases the locks. The database must be closed: with any file descriptor of it that a
+// process closes, the process loses the locks that SQLite has on it.
 func (d *dataDir) close() error {
 	err := d.lock.Close()
-	if d.databaseLock != nil {
-		err = errors.Join(err, d.databaseLock.Close())
+	for _, f := range d.databaseLocks {
+		err = errors.Join(err, f.Close())
 	}
 	return err
 }
