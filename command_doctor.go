@@ -201,13 +201,23 @@ func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
 		d.fail("database", "damaged: "+clip(strings.Join(problems, ", "), 500), remedy)
 		return false
 	}
+	differences, err := checkSchema(ctx, st.readDB, version)
+	if err != nil {
+		d.fail("database", err.Error(), remedy)
+		return false
+	}
+	if len(differences) > 0 {
+		d.fail("database", describeSchemaProblems(differences, version).Error(), "the server does not start with it")
+	}
 	rows, err := st.countRows(ctx)
 	if err != nil {
 		d.fail("database", err.Error(), remedy)
 		return false
 	}
-	d.ok("database", fmt.Sprintf("intact, schema %d, %s, %s, %s", version,
-		countNoun(rows.projects, "project"), countNoun(rows.tokens, "token"), countNoun(rows.calls, "call")))
+	if len(differences) == 0 {
+		d.ok("database", fmt.Sprintf("intact, schema %d, %s, %s, %s", version,
+			countNoun(rows.projects, "project"), countNoun(rows.tokens, "token"), countNoun(rows.calls, "call")))
+	}
 	if newest := time.UnixMilli(rows.newestCall >> idTimeShift); newest.After(d.now.Add(time.Minute)) {
 		d.warn("clock", "it is behind the latest call on record, at "+newest.UTC().Format(time.RFC3339),
 			"check the clock of this machine")

@@ -346,23 +346,110 @@ func TestUnusableDatabaseIsNotTouched(t *testing.T) {
 			if err := test.spoil(p); err != nil {
 				t.Fatal(err)
 			}
-			before, err := os.ReadFile(p.instance.cfg.databaseFile)
-			if err != nil {
+			p.checkRefusedStart(test.want)
+		})
+	}
+}
+
+// TestForeignSchema: a database whose schema is not the one of its version is refused at the start,
+// unchanged, and doctor finds it: such a database may reject the rows of calls, and then limits forget.
+func TestForeignSchema(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct{ statement, want string }{
+		"a trigger that refuses rows": {
+			`CREATE TRIGGER no_rows BEFORE INSERT ON requests BEGIN SELECT RAISE(ABORT, 'no'); END`,
+			"the trigger no_rows on requests was added"},
+		"a unique index": {`CREATE UNIQUE INDEX once ON requests (token)`, "the index once on requests was added"},
+		"a column":       {`ALTER TABLE tokens ADD COLUMN note TEXT`, "the table tokens is different"},
+		"no view":        {`DROP VIEW running`, "the view running is missing"},
+		"no index":       {`DROP INDEX upstreams_project`, "the index upstreams_project is missing"},
+		"no trigger":     {`DROP TRIGGER audit_never_changed`, "the trigger audit_never_changed is missing"},
+		"harmless":       {`CREATE TABLE mine (x); CREATE INDEX quick ON requests (model); ANALYZE`, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			if err := p.stop(); err != nil {
 				t.Fatal(err)
 			}
-			in, err := openInstance(t.Context(), p.instance.cfg, p.instance.log, nil)
-			if err == nil {
-				in.close()
-				t.Fatal("it was opened")
+			execSQL(t, p, tt.statement)
+			lines, _ := p.runDoctor(nil)
+			if tt.want == "" {
+				p.start()
+				if res := p.chat(); res.status != 200 || !hasFinding(lines, "ok", "database:", "intact") {
+					t.Errorf("got %d %s, doctor %s", res.status, res.body, strings.Join(lines, "\n"))
+				}
+				return
 			}
-			if text := err.Error(); !strings.Contains(text, test.want) ||
-				!strings.Contains(text, p.instance.cfg.databaseFile) || !strings.Contains(text, "restore") {
-				t.Errorf("the error is %q", text)
+			if !hasFinding(lines, "FAIL", "database:", tt.want) || hasFinding(lines, "ok", "database:", "") {
+				t.Errorf("doctor: %s", strings.Join(lines, "\n"))
 			}
-			if after, err := os.ReadFile(p.instance.cfg.databaseFile); err != nil || string(after) != string(before) {
-				t.Errorf("the file was changed (%v)", err)
-			}
+			p.checkRefusedStart(tt.want)
 		})
+	}
+}
+
+// checkRefusedStart checks that a start fails with an error that names the database, contains want and
+// a remedy, and leaves the database as it is.
+func (p *testProxy) checkRefusedStart(want string) {
+	p.t.Helper()
+	before, err := os.ReadFile(p.instance.cfg.databaseFile)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	in, err := openInstance(p.t.Context(), p.instance.cfg, p.instance.log, nil)
+	if err == nil {
+		in.close()
+		p.t.Fatal("it was opened")
+	}
+	if text := err.Error(); !strings.Contains(text, want) || !strings.Contains(text, p.instance.cfg.databaseFile) ||
+		!strings.Contains(text, "restore") {
+		p.t.Errorf("the error is %q", text)
+	}
+	if after, err := os.ReadFile(p.instance.cfg.databaseFile); err != nil || string(after) != string(before) {
+		p.t.Errorf("the file was changed (%v)", err)
+	}
+}
+
+// TestFirstSchemas: databases of the first commits, which have the number of a schema that was changed
+// afterwards, are refused.
+func TestFirstSchemas(t *testing.T) {
+	t.Parallel()
+	text, err := schemaFiles.ReadFile("schema/001_init.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := string(text)
+	for now, then := range map[string]string{
+		"(grain = 'hour' OR grain = 'day' OR grain = 'token')": "(grain IN ('hour', 'day'))",
+		"KEY (grain, project, token, at, model":                "KEY (grain, token, at, project, model",
+	} {
+		if first = strings.Replace(first, now, then, 1); !strings.Contains(first, then) {
+			t.Fatalf("the schema has no %s", now)
+		}
+	}
+	env := serveEnv(t)
+	if err := os.MkdirAll(env["DATA_DIR"], 0o700); err != nil {
+		t.Fatal(err)
+	}
+	db, err := openSQLite(filepath.Join(env["DATA_DIR"], "llm-proxy.db"), 1, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, statement := range []string{first, `PRAGMA user_version = 1`} {
+		if _, err := db.Exec(statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range []string{"serve", "doctor"} {
+		out, err := runProgram(t, env, command)
+		if err == nil || !strings.Contains(out+err.Error(), "the table usage_sums is different") ||
+			!strings.Contains(out+err.Error(), "move the file away to start with an empty database") {
+			t.Errorf("%s: %v %s", command, err, out)
+		}
 	}
 }
 

@@ -85,21 +85,39 @@ func (s *store) migrate(ctx context.Context) error {
 			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); "+
 				"use that one, or restore a backup", version, len(files))
 		}
-		for i, name := range files[version:] {
-			text, err := schemaFiles.ReadFile(name)
+		if version > 0 { // what the schema files make of a right schema is right again
+			problems, err := checkSchema(ctx, tx, version)
 			if err != nil {
-				return fmt.Errorf("reading %s: %w", name, err)
+				return err
 			}
-			if _, err := tx.ExecContext(ctx, string(text)); err != nil {
-				return fmt.Errorf("running %s: %w", name, err)
-			}
-			// A pragma takes no parameter; the value is our own counter.
-			if _, err := tx.ExecContext(ctx, "PRAGMA user_version = "+strconv.Itoa(version+i+1)); err != nil {
-				return fmt.Errorf("setting the version: %w", err)
+			if len(problems) > 0 {
+				return describeSchemaProblems(problems, version)
 			}
 		}
-		return nil
+		return runSchemaFiles(ctx, tx, version, len(files))
 	})
+}
+
+// runSchemaFiles migrates from one version to another.
+func runSchemaFiles(ctx context.Context, db querier, from, to int) error {
+	files, err := fs.Glob(schemaFiles, "schema/*.sql")
+	if err != nil {
+		return fmt.Errorf("listing the schema: %w", err)
+	}
+	for i := from; i < to; i++ {
+		text, err := schemaFiles.ReadFile(files[i])
+		if err != nil {
+			return fmt.Errorf("reading %s: %w", files[i], err)
+		}
+		if _, err := db.ExecContext(ctx, string(text)); err != nil {
+			return fmt.Errorf("running %s: %w", files[i], err)
+		}
+		// A pragma takes no parameter; the value is our own counter.
+		if _, err := db.ExecContext(ctx, "PRAGMA user_version = "+strconv.Itoa(i+1)); err != nil {
+			return fmt.Errorf("setting the version: %w", err)
+		}
+	}
+	return nil
 }
 
 // withTx runs fn in one write transaction: all of it takes effect, or nothing.

@@ -45,6 +45,76 @@ func (s *store) schemaVersion(ctx context.Context) (version, supported int, err 
 	return version, len(files), err
 }
 
+// A schemaObject is a table, index, view or trigger, as SQLite describes it.
+type schemaObject struct{ kind, name, table, definition string }
+
+func listSchema(ctx context.Context, db querier) ([]schemaObject, error) {
+	return collect(ctx, db, "reading the schema", func(o *schemaObject) []any {
+		return []any{&o.kind, &o.name, &o.table, &o.definition}
+	}, `SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema WHERE name NOT GLOB 'sqlite_*' ORDER BY name`)
+}
+
+// checkSchema compares the schema of the database with the one that the schema files of its version make, and
+// returns the differences. In a database with another schema, statements fail that must not: the database
+// would reject the rows of calls, and limits would forget these.
+func checkSchema(ctx context.Context, db querier, version int) (problems []string, err error) {
+	model, err := sql.Open("sqlite", "file::memory:")
+	if err != nil {
+		return nil, fmt.Errorf("making a database to compare with: %w", err)
+	}
+	defer model.Close()
+	model.SetMaxOpenConns(1) // each connection has its own memory
+	if err := runSchemaFiles(ctx, model, 0, version); err != nil {
+		return nil, err
+	}
+	expected, err := listSchema(ctx, model)
+	if err != nil {
+		return nil, err
+	}
+	found, err := listSchema(ctx, db)
+	if err != nil {
+		return nil, err
+	}
+	actual, tables := map[string]schemaObject{}, map[string]bool{}
+	for _, o := range found {
+		actual[o.name] = o
+	}
+	for _, o := range expected {
+		tables[o.table] = true
+		have, ok := actual[o.name]
+		if delete(actual, o.name); !ok {
+			problems = append(problems, fmt.Sprintf("the %s %s is missing", o.kind, o.name))
+		} else if normalizeDefinition(have.definition) != normalizeDefinition(o.definition) {
+			problems = append(problems, fmt.Sprintf("the %s %s is different", o.kind, o.name))
+		}
+	}
+	for _, o := range found { // other tables, views and plain indexes change nothing
+		_, added := actual[o.name]
+		unique := strings.HasPrefix(normalizeDefinition(o.definition), "CREATEUNIQUE")
+		if added && tables[o.table] && (o.kind == "trigger" || unique) {
+			problems = append(problems, fmt.Sprintf("the %s %s on %s was added", o.kind, o.name, o.table))
+		}
+	}
+	return problems, nil
+}
+
+// normalizeDefinition returns a definition without what has no meaning: comments, white space, quotes.
+func normalizeDefinition(text string) string {
+	var out strings.Builder
+	for line := range strings.Lines(text) {
+		code, _, _ := strings.Cut(line, "--")
+		out.WriteString(strings.Join(strings.Fields(strings.ReplaceAll(code, `"`, "")), ""))
+	}
+	return out.String()
+}
+
+// describeSchemaProblems says what differs, and what to do about it.
+func describeSchemaProblems(problems []string, version int) error {
+	return fmt.Errorf("its schema is not the schema %d of this program (%s): it was changed by hand, or made by a "+
+		"development version. Undo a change by hand; otherwise restore a backup, or move the file away to start "+
+		"with an empty database", version, clip(strings.Join(problems, ", "), 300))
+}
+
 // checkIntegrity runs SQLite's own integrity check and returns the problems that it reports.
 func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
 	lines, err := collect(ctx, s.readDB, "checking integrity", func(line *string) []any { return []any{line} },
