@@ -196,9 +196,7 @@ func (a *attempt) readModelPage(res *http.Response) error {
 		return err
 	}
 	if len(page) > n.bytesLeft {
-		e := errModelList
-		e.cause = errors.New("the lists of models are too large")
-		return e
+		return errModelList.withCause(errors.New("the lists of models are too large"))
 	}
 	n.bytesLeft -= len(page)
 	mask := newKeyMask(a.upstream.key())
@@ -220,10 +218,8 @@ type modelPage struct {
 func parseModelPage(res *http.Response) (p modelPage, err error) {
 	text := peekBody(res)
 	res.Body = http.NoBody // a page is not an answer for the client
-	if err := json.Unmarshal(text, &p); err != nil || p.Data == nil {
-		e := errModelList
-		e.cause = cmp.Or(err, errors.New("a list of models is none"))
-		return p, e
+	if err = json.Unmarshal(text, &p); err != nil || p.Data == nil {
+		return p, errModelList.withCause(cmp.Or(err, errors.New("the answer is not a list of models")))
 	}
 	return p, nil
 }

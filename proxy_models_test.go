@@ -4,7 +4,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
@@ -351,6 +354,22 @@ func TestClaudeModelsBounds(t *testing.T) {
 	}
 	if row := q.lastCall(); row.UpstreamID != second || row.Attempts != 4 || row.AttemptLog[0].Upstream != first {
 		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// TestModelListErrorsAreCopies: what was wrong with one call's list is not in the error of another call.
+func TestModelListErrorsAreCopies(t *testing.T) {
+	t.Parallel()
+	response := func() *http.Response { return &http.Response{Body: io.NopCloser(strings.NewReader(`{"data":{}}`))} }
+	a := attempt{t: &attempts{merged: &mergedModels{bytesLeft: 1}}}
+	_, unreadable := parseModelPage(response())
+	for _, err := range []error{a.readModelPage(response()), unreadable} {
+		if e, ok := errors.AsType[*apiError](err); !ok || e == errModelList || e.cause == nil {
+			t.Errorf("got %v", err)
+		}
+	}
+	if errModelList.cause != nil {
+		t.Errorf("the shared error has the cause %v", errModelList.cause)
 	}
 }
 
