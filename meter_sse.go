@@ -1,45 +1,45 @@
 // This file cuts a text/event-stream into events, for the meter and for every check of a stream, and meters
-// the events. It holds an event back while it may turn out to be the one to leave out. It keeps at most
-// 64 KiB of one event; a larger event passes at once and is read as it passes.
+// the events. If the meter has to leave one out, each event is held back until it is complete. At most 64 KiB
+// of an event are kept; a larger event passes at once and is read as it passes.
 package main
 
 import "bytes"
 
 const maxEventBytes = 64 << 10 // bytes of an event that are kept; a usage chunk has a few hundred
 
-// An sseToken says what sseCutter.next has found.
+// An sseToken is what sseCutter.next has found.
 type sseToken uint8
 
 const (
-	sseMore sseToken = iota // the bytes are used up
+	sseMore sseToken = iota // all bytes are read: feed more
 	sseData                 // a piece of the event's data, in text
 	sseJoin                 // the event has another line of data: a line feed joins it to the one before
 	sseEnd                  // the empty line that ends the event
-	sseTail                 // the LF of the CRLF that ended the event before
+	sseTail                 // the LF of a CRLF whose CR has ended the event
 )
 
-// An sseCutter cuts a text/event-stream into events and their data, whatever pieces it comes in: the same
-// bytes give the same events. It allocates nothing and keeps nothing of the stream but a short event name.
-// The zero value is ready. Use:
+// An sseCutter cuts a text/event-stream into events and their data. The same bytes give the same events,
+// whatever pieces they come in. It allocates nothing and keeps nothing of the stream but the event's name and
+// the beginning of a field's name. The zero value is ready. Use:
 //
 //	cutter.feed(piece)
 //	for token := cutter.next(); token != sseMore; token = cutter.next() { … }
 type sseCutter struct {
-	text []byte // of sseData: a part of what was fed
-	pos  int    // the bytes of the current piece up to here belong to the tokens returned
+	text []byte // of sseData: a part of the current piece
+	pos  int    // the tokens returned so far cover the current piece up to here
 
 	// The current event. The fields are complete at sseEnd and stay until the next call.
 	open    bool     // it has bytes
 	hasData bool     // it has a line of data
-	lines   bool     // it has several
-	name    [64]byte // of its `event:` line; more than 64 bytes are of no interest
+	lines   bool     // it has several lines of data
+	name    [64]byte // of its `event:` line, clipped
 	nameLen int
-	first   bool // it is the stream's first: a byte order mark may come
-	started bool // there was a first event
+	first   bool // it is the stream's first event, so a byte order mark is skipped
+	started bool // the first event has begun
 
 	// The current line. A line ends with LF, CRLF or CR.
 	midLine   bool // it has bytes
-	afterCR   bool // the line before ended with CR: an LF now is still part of its end
+	afterCR   bool // the line before ended with CR: an LF that follows is part of that end
 	field     lineField
 	prefix    [6]byte // the name of its field so far
 	prefixLen int
@@ -48,7 +48,7 @@ type sseCutter struct {
 	ends  lineEnds
 }
 
-// A lineField is what a line is known to hold so far.
+// A lineField is the field that the current line has, as far as it has been read.
 type lineField uint8
 
 const (
@@ -57,7 +57,7 @@ const (
 	fieldData
 	fieldEventSpace // the same for `event:`
 	fieldEvent
-	fieldOther // a comment, id, retry: runs to the end of the line
+	fieldOther // a comment, id or retry; ignored to the end of the line
 )
 
 // feed gives the cutter the next bytes of the stream. next must have returned sseMore before.
@@ -97,8 +97,8 @@ func (c *sseCutter) next() sseToken {
 	return sseMore
 }
 
-// readLine reads some or all of p, the rest of the current line as far as it is there. It returns sseMore if
-// what it read makes no token.
+// readLine reads some or all of p, which is what there is of the rest of the current line. It returns sseMore if
+// that gives no token.
 func (c *sseCutter) readLine(p []byte) sseToken {
 	c.midLine = true
 	if c.field == fieldStart {
@@ -130,8 +130,8 @@ func (c *sseCutter) readLine(p []byte) sseToken {
 	return sseMore
 }
 
-// readFieldName reads the name of a field up to its colon and returns how many bytes of p it has read: all of
-// them if the line has no colon yet, or holds nothing of interest.
+// readFieldName reads the name of a field up to its colon and returns how many bytes of p it has read: all if
+// the line has no colon so far, or has another field.
 func (c *sseCutter) readFieldName(p []byte) int {
 	if c.prefixLen == 0 { // nearly always
 		if bytes.HasPrefix(p, []byte("data:")) {
@@ -168,7 +168,7 @@ func startsWith(s, prefix string) bool { return len(s) >= len(prefix) && s[:len(
 // eventName returns the name in the current event's `event:` line, nil if it has none.
 func (c *sseCutter) eventName() []byte { return c.name[:c.nameLen] }
 
-// lineEnds finds the ends of lines in one slice from left to right and looks at every byte once.
+// lineEnds finds the ends of lines in one slice, from left to right, and searches every byte once.
 type lineEnds struct{ lf, cr int }
 
 // next returns the index of the first CR or LF in p[i:], or len(p).
@@ -182,6 +182,7 @@ func (l *lineEnds) next(p []byte, i int) int {
 	return min(l.lf, l.cr)
 }
 
+// indexFrom returns the index of the first c in p[i:], or len(p).
 func indexFrom(p []byte, i int, c byte) int {
 	if n := bytes.IndexByte(p[i:], c); n >= 0 {
 		return i + n
@@ -195,8 +196,7 @@ type sseEvents struct {
 	data []byte // of the current event so far
 }
 
-// nextData returns the data of the next event that has any and is complete. The data is valid until the next
-// call.
+// nextData returns the data of the next complete event that has any. The data is valid until the next call.
 func (e *sseEvents) nextData() (data []byte, ok bool) {
 	for {
 		switch e.next() {
@@ -249,19 +249,19 @@ func eventTypeOf(name []byte) eventType {
 // An eventReader is the part of a meter that reads the events of a stream. The zero value is ready.
 type eventReader struct {
 	cutter sseCutter
-	buffer []byte // the current event so far, if it came in pieces
-	out    []byte // what process returns if that is not a part of its argument
+	buffer []byte // the current event so far, if it comes in pieces
+	out    []byte // the result of process, if that is not a part of its argument
 
-	oversized bool    // the current event has passed maxEventBytes
+	oversized bool    // the current event is larger than maxEventBytes
 	dropped   bool    // the last event was left out
 	parsing   bool    // the current event's data goes to the JSON scanner
 	head      [6]byte // the first bytes of its data
 	headLen   int
 	dataSize  int64 // bytes of its data
 
-	// What the estimate is made of: complete events that carry a piece of the answer.
+	// For the estimate: the complete events that carry a piece of the answer.
 	deltas, deltaBytes       int64
-	smallest, secondSmallest int64 // the two smallest sizes
+	smallest, secondSmallest int64 // sizes of the two smallest
 }
 
 // processEvents is process for a stream.
@@ -277,7 +277,7 @@ func (m *meter) processEvents(p []byte) []byte {
 			m.readData(e.cutter.text)
 		case sseJoin:
 			m.readData([]byte{'\n'})
-		case sseTail: // it belongs to the event before, and goes the same way
+		case sseTail: // part of the event before: passed on or left out with it
 			if start = e.cutter.pos; e.dropped {
 				out = append(out, p[from:start-1]...)
 				from = start
@@ -323,8 +323,8 @@ func (m *meter) processEvents(p []byte) []byte {
 	return e.out
 }
 
-// bufferEvent keeps the last bytes of a piece, in which the current event does not end. If the event is
-// too large by now, it is read as it passes from here on, and what was kept of it is returned.
+// bufferEvent keeps the last bytes of a piece, in which the current event does not end. If the event is now
+// too large, bufferEvent returns what was kept of it, and the rest is read as it passes.
 func (m *meter) bufferEvent(rest []byte) []byte {
 	e := m.reader
 	if len(e.buffer)+len(rest) <= maxEventBytes {
@@ -337,8 +337,8 @@ func (m *meter) bufferEvent(rest []byte) []byte {
 	return held
 }
 
-// finishEvents is finish for a stream. It reads an event without its empty line like any other: a client may
-// do the same.
+// finishEvents is finish for a stream. It reads a last event without its empty line like any other, as a client
+// may.
 func (m *meter) finishEvents() []byte {
 	e := m.reader
 	if !e.cutter.open {
@@ -353,8 +353,8 @@ func (m *meter) finishEvents() []byte {
 	return held
 }
 
-// finishEvent reads the event that has ended, or the last part of an oversized one, and reports whether it is
-// a usage chunk that may be left out. complete means that its empty line was seen.
+// finishEvent reads an event that has ended and reports whether it is a usage chunk that may be left out. Of an
+// oversized one, everything has been read already. complete means that its empty line was seen.
 func (m *meter) finishEvent(event []byte, complete bool) bool {
 	e := m.reader
 	large := e.oversized || len(event) > maxEventBytes
@@ -366,8 +366,8 @@ func (m *meter) finishEvent(event []byte, complete bool) bool {
 	return usageChunk
 }
 
-// scanData gives the data of the current event to the JSON scanner from its first byte: parts are what came of
-// the event so far. Data that comes later goes there too.
+// scanData passes the data of the current event to the JSON scanner from its first byte: parts are the event so
+// far. readData passes on what comes later.
 func (m *meter) scanData(parts ...[]byte) {
 	m.reader.parsing = true
 	m.scan.reset(true)
@@ -395,18 +395,18 @@ func (m *meter) readData(p []byte) {
 	}
 }
 
-// isRelevant reports whether the data of an event that has ended can change anything. Most events carry a
-// word of the answer and nothing else, so this is what a stream costs. It may say yes in vain, but it says no
-// only where applyEvent would find nothing: no name before a colon is one that matters.
+// isRelevant reports whether applyEvent could find something in the data of an event that has ended: whether a
+// name before some colon is one that matters. It may return true for an event without anything of interest, but
+// never false for one with it. Most events only carry a word of the answer, so this check is what a stream costs.
 func (m *meter) isRelevant(event []byte) bool {
 	e := m.reader
 	if !e.cutter.hasData || string(e.head[:e.headLen]) == "[DONE]" {
 		return false
 	}
-	if e.cutter.lines { // a line may end anywhere in the document
+	if e.cutter.lines { // the document is cut into lines, anywhere
 		return true
 	}
-	// With an event line the type is known from there, and errors are.
+	// An `event:` line gives the type, and marks errors.
 	name := e.cutter.eventName()
 	untyped := len(name) == 0 || string(name) == "message"
 	for i := 0; ; i++ {
@@ -417,14 +417,14 @@ func (m *meter) isRelevant(event []byte) bool {
 		for end > 0 && event[end-1] <= ' ' {
 			end--
 		}
-		if end < 7 || event[end-1] != '"' { // all names have their quote and four letters, after `data:`
+		if end < 7 || event[end-1] != '"' { // too short for `data:` and a name of four letters and its quote
 			continue
 		}
 		var relevant bool
 		switch string(event[end-5 : end-1]) {
 		case "sage", "rror": // usage, error
 			rest := bytes.TrimLeft(event[i+1:], " ")
-			relevant = len(rest) == 0 || rest[0] != 'n'
+			relevant = len(rest) == 0 || rest[0] != 'n' // not null
 		case "odel":
 			relevant = m.model == ""
 		case "type":
@@ -453,7 +453,7 @@ func (m *meter) applyEvent(complete bool) bool {
 		m.model = s.model
 	}
 	m.failed = m.failed || isError
-	// Named events that are no deltas repeat the answer or frame it.
+	// Named events other than deltas repeat the answer or frame it.
 	if !doneMark && !isError && complete && (len(name) == 0 || bytes.Contains(name, []byte("delta"))) {
 		e.recordSize()
 	}
@@ -470,15 +470,15 @@ func (m *meter) applyEvent(complete bool) bool {
 	return s.state == scanClosed && s.choicesEmpty && !s.usageNested
 }
 
-// applyUsage takes over the usage that an event of this type carries.
+// applyUsage updates the usage from an event of this type.
 func (m *meter) applyUsage(kind eventType) {
 	nested := m.scan.usageNested
 	switch {
 	case nested && m.kind == meterAnthropic && kind == eventMessageStart:
-		m.scan.usage.n[slotOutput] = countInvalid // it says 1; the true count comes with message_delta
+		m.scan.usage.n[slotOutput] = countInvalid // it is 1; the true count comes with message_delta
 		m.hasUsage, m.usage = true, m.scan.usage
 	case nested && (m.kind != meterOpenAI || kind != eventResponseEnd && kind != eventResponseFailed):
-		// an event in between: its counts are not final
+		// an event in the middle of the stream: its counts are not final
 	case !nested && m.kind == meterAnthropic && m.hasUsage:
 		m.usage.merge(&m.scan.usage)
 	case !m.hasUsage || m.scan.usage.hasCounts(): // the last one wins, but not over a better one
@@ -486,7 +486,7 @@ func (m *meter) applyUsage(kind eventType) {
 	}
 }
 
-// recordSize adds the event's size to what the estimate is made of.
+// recordSize counts the event for the estimate.
 func (e *eventReader) recordSize() {
 	e.deltas++
 	e.deltaBytes += e.dataSize

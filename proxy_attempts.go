@@ -1,6 +1,6 @@
 // This file makes a call's attempts. It stands where ReverseProxy expects its transport and tries upstreams in
 // turn until one has answered. Nothing reaches the client before RoundTrip has returned, and nothing is sent
-// again after that. It never reads what the client wrote.
+// again after that. Of the client's body it may replace the model's name; it reads nothing else there.
 package main
 
 import (
@@ -20,9 +20,9 @@ import (
 
 const (
 	maxAttempts        = 5
-	defaultRetryWindow = time.Minute     // a call is not sent again later than this after its start
-	maxRetryAfterMS    = 2_000           // the longest Retry-After that is waited for if no other upstream is left
-	unaryTimeout       = 2 * time.Minute // for answers in one piece, without answer_ms, if another upstream is left
+	defaultRetryWindow = time.Minute     // after its start, a call is sent again within this time only
+	maxRetryAfterMS    = 2_000           // the longest Retry-After to wait for, if no other upstream is left
+	unaryTimeout       = 2 * time.Minute // for answers in one piece without answer_ms, if another upstream is left
 )
 
 // attempts makes the attempts of one call and is its transport. It belongs to the goroutine of the call.
@@ -31,10 +31,10 @@ type attempts struct {
 	c *call
 
 	current        attempt       // its upstream is nil while no attempt is under way
-	fallbackModel  string        // replaces the client's model; "" while none does
-	tried          []*upstream   // the upstreams that the call has left
+	fallbackModel  string        // replaces the client's model; "": the call has not fallen back
+	tried          []*upstream   // upstreams that failed; they get no further attempt
 	log            []attemptLine // the attempts that have ended, and why
-	retriedSameKey bool          // one key has had its second attempt
+	retriedSameKey bool          // a key has had its second attempt; a call makes only one such
 	savedResponse  *savedResponse
 	merged         *mergedModels // not nil: the call merges lists of models
 }
@@ -44,7 +44,7 @@ type attemptLine struct {
 	Upstream string `json:"upstream_id"`
 	Model    string `json:"model"`            // as sent to this upstream
 	Status   int    `json:"status,omitempty"` // of the provider's answer
-	Error    string `json:"error,omitempty"`  // what was wrong, in our words
+	Error    string `json:"error,omitempty"`  // what was wrong, in the proxy's words
 	MS       int64  `json:"ms"`
 }
 
@@ -68,7 +68,7 @@ func (t *attempts) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 }
 
-// attempt makes one attempt at the call's upstream and counts it. The attempt is then current until it ends.
+// attempt makes one attempt at the call's upstream and counts it. The attempt stays current until it ends.
 func (t *attempts) attempt(req *http.Request) (*http.Response, error) {
 	a := t.newAttempt()
 	res, err := a.roundTrip(req)
@@ -88,7 +88,7 @@ type attempt struct {
 	model     string // the model's name as this upstream gets it
 	startedAt int64  // unix milliseconds
 	timeout   time.Duration
-	timer     *time.Timer // ends the attempt while its answer has not begun; nil: only the watchdog does
+	timer     *time.Timer // ends an attempt that brings no answer in time; nil: only the watchdog does
 	cancel    context.CancelCauseFunc
 }
 
@@ -110,14 +110,14 @@ func (t *attempts) newAttempt() *attempt {
 // An attemptEnd says how an attempt has ended.
 type attemptEnd struct {
 	status   int    // of the provider's answer; 0: none
-	reason   string // what was wrong, in our words
-	recorded bool   // classify has recorded what the attempt shows about the key
-	complete bool   // its answer is good and complete
-	cut      bool   // its answer broke off or stood still
+	reason   string // what was wrong, in the proxy's words
+	recorded bool   // classify has recorded the result in the key's health
+	complete bool   // the answer is good and complete
+	cut      bool   // the answer broke off or stalled
 }
 
-// end is the one exit of an attempt: it frees the upstream, releases the context, records what the end shows
-// about the key's health, and returns the line for the attempt log.
+// end is the one exit of an attempt: it releases the context, ends the upstream's running call, records the
+// result in the key's health, and returns the line for the attempt log.
 func (a *attempt) end(now int64, e attemptEnd) attemptLine {
 	if a.cancel != nil {
 		a.cancel(nil)
@@ -125,21 +125,22 @@ func (a *attempt) end(now int64, e attemptEnd) attemptLine {
 	h := a.upstream.health
 	h.running.Add(-1)
 	switch {
-	case e.recorded: // and with it, a probe has ended
+	case e.recorded: // that ended the probe, too
 	case e.complete:
 		h.recordSuccess(now, a.startedAt, true)
 	case e.cut:
-		h.recordFailure(now, a.startedAt, false, "the provider's answer broke off or stood still")
+		h.recordFailure(now, a.startedAt, false, "the provider's answer broke off or stalled")
 	default:
 		h.endProbe()
 	}
-	line := attemptLine{a.upstream.id, a.model, e.status, e.reason, now - a.startedAt}
+	line := attemptLine{
+		Upstream: a.upstream.id, Model: a.model, Status: e.status, Error: e.reason, MS: now - a.startedAt}
 	*a = attempt{}
 	return line
 }
 
-// roundTrip sends the attempt's request. Where another upstream is left, or the settings say so, it does not
-// wait for ever: an answer must begin, and a stream must bring its first event.
+// roundTrip sends the attempt's request. If chooseTimeout sets a limit, an answer must begin within it, and a
+// stream must bring its first event. Buffered streams and lists to be merged are read to their end.
 func (a *attempt) roundTrip(req *http.Request) (*http.Response, error) {
 	t := a.t
 	out, err := a.buildRequest(req)
@@ -184,11 +185,10 @@ func (a *attempt) readStart(res *http.Response) error {
 	return nil
 }
 
-// chooseTimeout returns how long the answer may take to begin; 0 means no limit but the watchdog's. Where no
-// other upstream is left, a stream's first event has no limit of its own: first_event_ms says when to turn to
-// another upstream. answer_ms replaces UPSTREAM_TIMEOUT for answers in one piece and applies in any case, but
-// not to streamed uploads, which take as long as the client does, nor to a list of models that other upstreams
-// can make up too.
+// chooseTimeout returns how long the answer may take to begin; 0 means no limit but the watchdog's. answer_ms
+// replaces UPSTREAM_TIMEOUT for answers in one piece, whether or not another upstream is left. It does not
+// apply to streamed uploads, which take as long as the client does, nor to a list of models while other
+// upstreams can make up the answer. The other limits say when to turn to another upstream, if one is left.
 func (a *attempt) chooseTimeout() time.Duration {
 	settings, c := &a.upstream.settings, a.t.c
 	stream, alternative := c.fields.stream, a.t.hasAlternative()
@@ -204,8 +204,8 @@ func (a *attempt) chooseTimeout() time.Duration {
 	return cmp.Or(time.Duration(settings.FirstEventMS)*time.Millisecond, a.t.p.cfg.firstEventTimeout)
 }
 
-// buildRequest returns the attempt's request. The first attempt uses ReverseProxy's own; a later one shares no
-// map with it, because the transport may still be writing it.
+// buildRequest returns the attempt's request. The first attempt uses ReverseProxy's own. A later one shares no
+// map with it, because the transport may still be sending it, and drops the key and account of the one before.
 func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 	c, out := a.t.c, req
 	if c.attemptCount > 1 {
@@ -236,7 +236,7 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 	return out, nil
 }
 
-// buildBody returns the call's body with the model's name as this upstream knows it.
+// buildBody returns the call's body with the model's name that this upstream uses.
 func (a *attempt) buildBody() ([]byte, error) {
 	c := a.t.c
 	if a.model == c.fields.model || c.body == nil || c.fields.modelSplice.to == 0 {
@@ -253,11 +253,11 @@ func (a *attempt) buildBody() ([]byte, error) {
 // A retryDecision says what an attempt means for the call. Unless it is final, the call may be sent again; the
 // zero value sends it to another upstream.
 type retryDecision struct {
-	final        bool   // the answer or the error is the client's
-	retrySameKey bool   // the fault may pass at once: the same key may be tried once more
+	final        bool   // the client gets this answer or error
+	retrySameKey bool   // the fault may be momentary: the same key may be tried once more
 	tooLong      bool   // the call is too long for the model: only a fallback model can help
-	fault        bool   // the provider is in trouble, not this key alone: sending again costs retry budget
-	retryAfterMS int64  // milliseconds that the provider asks to wait; 0: it does not say
+	fault        bool   // the provider is in trouble, not this key alone: a retry costs retry budget
+	retryAfterMS int64  // how long the provider asks to wait; 0: it does not say
 	reason       string // for the attempt log
 }
 
@@ -299,12 +299,13 @@ func (t *attempts) classify(res *http.Response, err error) retryDecision {
 	case code == http.StatusNotFound && t.c.endpoint.modelInPath:
 		h.recordSuccess(ms, began, true)
 		return retryDecision{reason: "does not know the model"} // another upstream may
-	default: // of an error here, the call is the cause, not the key
+	default: // an error here is the call's fault, not the key's
 		h.recordSuccess(ms, began, code >= 400)
 		return retryDecision{final: true}
 	}
 }
 
+// classifyError is classify for an attempt without an answer that can be used.
 func (t *attempts) classifyError(err error, now int64) retryDecision {
 	if t.c.ctx.Err() != nil { // the client left, or the watchdog ended the call
 		return retryDecision{final: true}
@@ -312,16 +313,16 @@ func (t *attempts) classifyError(err error, now int64) retryDecision {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return retryDecision{final: true}
 	}
-	if e, ok := errors.AsType[*apiError](err); ok && e != errAttemptTimeout && e != errConnectTimeout { // our own
-		return retryDecision{final: true}
+	if e, ok := errors.AsType[*apiError](err); ok && e != errAttemptTimeout && e != errConnectTimeout {
+		return retryDecision{final: true} // the proxy's own error
 	}
 	d := retryDecision{retrySameKey: true, fault: true, reason: "broke off before it answered"}
-	unsent := false // the provider has certainly not received the request
+	unsent := false // it is certain that the provider has not received the request
 	op, isOp := errors.AsType[*net.OpError](err)
 	netErr, isNet := errors.AsType[net.Error](err)
 	switch e, isStream := errors.AsType[*streamError](err); {
 	case isStream:
-		d.reason = e.reason
+		d.reason = e.problem
 	case err == error(errAttemptTimeout):
 		d.retrySameKey, d.reason = false, "did not answer in time"
 	case err == error(errConnectTimeout):
@@ -338,12 +339,12 @@ func (t *attempts) classifyError(err error, now int64) retryDecision {
 // hasErrorCode reports whether an error in OpenAI's or Anthropic's shape has a code or type.
 func hasErrorCode(body []byte, code string) bool {
 	var e struct{ Error struct{ Code, Type any } }
-	_ = json.Unmarshal(body, &e) // an unreadable error has no code
+	_ = json.Unmarshal(body, &e) // a body that cannot be read has no code
 	return e.Error.Code == code || e.Error.Type == code
 }
 
-// isContextTooLong reports whether an error says that the call is too long for the model: OpenAI has a code
-// for that, Anthropic and others only words.
+// isContextTooLong reports whether an error means that the call is too long for the model. OpenAI has a code
+// for that; Anthropic and others only say so in the message.
 func isContextTooLong(body []byte) bool {
 	if hasErrorCode(body, "context_length_exceeded") {
 		return true
@@ -358,7 +359,7 @@ func isContextTooLong(body []byte) bool {
 // is the one that gets the next.
 func (t *attempts) retry(d *retryDecision, res *http.Response) bool {
 	c, u, start := t.c, t.current.upstream, time.Now()
-	if d.final || t.singleUpstream() || c.attemptCount >= maxAttempts || start.Sub(c.start) > t.retryWindow() ||
+	if d.final || !t.retryable() || c.attemptCount >= maxAttempts || start.Sub(c.start) > t.retryWindow() ||
 		c.ctx.Err() != nil {
 		return false
 	}
@@ -368,7 +369,7 @@ func (t *attempts) retry(d *retryDecision, res *http.Response) bool {
 		return t.retrySameKey(d, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
 	}
 	var next *upstream
-	if !d.tooLong { // it would be too long everywhere
+	if !d.tooLong { // a call that is too long would be so at every upstream
 		want := t.criteria()
 		next = c.project.pickUpstream(&want)
 	}
@@ -397,7 +398,8 @@ func (t *attempts) retry(d *retryDecision, res *http.Response) bool {
 	return true
 }
 
-// retrySameKey waits and then lets the same key be tried once more. It returns false if the call ends first.
+// retrySameKey ends the attempt after a pause, so that the same key is tried once more. It returns false if the
+// call ends first.
 func (t *attempts) retrySameKey(d *retryDecision, res *http.Response, pause time.Duration) bool {
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
@@ -411,7 +413,7 @@ func (t *attempts) retrySameKey(d *retryDecision, res *http.Response, pause time
 	return true
 }
 
-// endAttempt ends an attempt that another one follows. classify has recorded its result.
+// endAttempt ends an attempt that is followed by another. classify has recorded its result.
 func (t *attempts) endAttempt(reason string, res *http.Response) {
 	e := attemptEnd{reason: reason, recorded: true}
 	if res != nil {
@@ -424,8 +426,7 @@ func (t *attempts) endAttempt(reason string, res *http.Response) {
 	t.log = append(t.log, t.current.end(time.Now().UnixMilli(), e))
 }
 
-// bestResponse returns the answer for the client: the last one, unless a provider gave a more useful one
-// before.
+// bestResponse returns the answer for the client: the last one, unless an earlier one is more useful.
 func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, error) {
 	refused := res != nil && (res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden ||
 		res.StatusCode == http.StatusPaymentRequired)
@@ -439,14 +440,14 @@ func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, 
 	return t.savedResponse.res, nil
 }
 
-// finish ends the last attempt once the call is over, however it ended, and completes the row.
+// finish ends the last attempt after the call, however the call ended, and adds the attempts to its row.
 func (t *attempts) finish(row *requestRow, now int64) {
 	c, a := t.c, &t.current
 	if a.upstream == nil { // the call was never sent
 		c.upstream.health.endProbe()
 		return
 	}
-	m, answered := c.response.meter, c.upstream == a.upstream // the client's answer is this attempt's
+	m, answered := c.response.meter, c.upstream == a.upstream // otherwise the client got an earlier answer
 	if t.fallbackModel != "" && (m == nil || m.model == "") {
 		row.model = t.fallbackModel // the answer does not name one
 	}
@@ -458,7 +459,7 @@ func (t *attempts) finish(row *requestRow, now int64) {
 	switch row.errorCode {
 	case "upstream_cut", "stream_idle", "error_in_stream":
 		e.cut = true
-	case "upstream_timeout":
+	case "upstream_timeout": // if the attempt itself timed out, classify has recorded that
 		e.cut = abortCause(c.ctx) != nil
 	}
 	if t.merged != nil {
@@ -469,30 +470,31 @@ func (t *attempts) finish(row *requestRow, now int64) {
 	}
 	line := a.end(now, e)
 	if len(t.log) == 0 {
-		return // the row says it all
+		return // the row already describes a single attempt
 	}
 	if text, err := json.Marshal(append(t.log, line)); err == nil { // strings and numbers: it cannot fail
 		row.attemptLog = string(text)
 	}
 }
 
-// hasAlternative reports whether the call could be sent elsewhere.
+// hasAlternative reports whether another upstream or model could take the call now.
 func (t *attempts) hasAlternative() bool {
-	if t.singleUpstream() {
+	if !t.retryable() {
 		return false
 	}
 	want := t.criteria()
 	return t.c.project.hasAlternative(&want) || t.availableFallback() != ""
 }
 
-// singleUpstream reports whether only one upstream can take the call.
-func (t *attempts) singleUpstream() bool {
+// retryable reports whether the call may be sent more than once: its body can be, it is not pinned to one
+// upstream, and the project has another upstream or a fallback model.
+func (t *attempts) retryable() bool {
 	p := t.c.project
-	return len(p.upstreams) == 1 && len(p.routing.Fallbacks) == 0 || t.c.pinned() || !t.c.replayable()
+	return (len(p.upstreams) > 1 || len(p.routing.Fallbacks) > 0) && !t.c.pinned() && t.c.replayable()
 }
 
-// availableFallback returns the fallback model for the call, "" if there is none: a call falls back once, and
-// only to a model that the policies allow.
+// availableFallback returns the model that the call can still fall back to, "" if there is none. A call falls
+// back once, and only to a model that the policies allow.
 func (t *attempts) availableFallback() string {
 	c := t.c
 	if t.fallbackModel != "" || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
@@ -504,30 +506,30 @@ func (t *attempts) availableFallback() string {
 	return ""
 }
 
-// criteria returns what the call requires of an upstream that it has not tried.
+// criteria returns what the call requires of its next upstream.
 func (t *attempts) criteria() criteria {
 	want := t.c.criteria(time.Now().UnixMilli())
 	want.model, want.healthyOnly = cmp.Or(t.fallbackModel, want.model), true
-	want.api = t.current.upstream.family() // the first attempt has settled it
+	want.api = t.current.upstream.family() // an endpoint of both families stays with the first attempt's
 	want.tried = append(slices.Clip(t.tried), t.current.upstream)
 	return want
 }
 
 // retryWindow returns how long after its start the call may be sent again.
 func (t *attempts) retryWindow() time.Duration {
-	if t.c.bufferStream { // a cut may show late in the stream
+	if t.c.bufferStream { // a fault may show late in the stream
 		return t.p.cfg.upstreamTimeout
 	}
 	return defaultRetryWindow
 }
 
-// reserveCapacity reserves one more attempt at the same key in the key's own limits.
+// reserveCapacity reserves one more attempt in the current key's own limits.
 func (t *attempts) reserveCapacity(now int64) bool {
 	u := t.current.upstream
 	return u.health.admits(now, t.c.inputEstimate(), &u.settings, true)
 }
 
-// mayUseModel reports whether the policies of project and token allow a model.
+// mayUseModel reports whether the policies of both project and token allow a model.
 func (c *call) mayUseModel(model string) bool {
 	return c.project.policy.allowsModel(model) && c.tokenState.policy.allowsModel(model)
 }
@@ -557,8 +559,8 @@ func (c *call) criteria(now int64) criteria {
 	return criteria{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
 }
 
-// pinned reports whether the call may name or create objects that are stored at a provider. They are in one
-// account, so one upstream gets all such calls.
+// pinned reports whether the call may name or create objects that a provider stores. They belong to one account,
+// so one upstream gets all such calls.
 func (c *call) pinned() bool {
 	return c.endpoint.class == classStateful || c.fields.statefulParam != "" ||
 		c.project.policy.Stateful && strings.HasPrefix(c.endpoint.pattern, "/v1/responses")

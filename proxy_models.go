@@ -1,6 +1,6 @@
 // This file answers GET /v1/models from the lists of all of a project's providers, cut down to the models that
-// the token may use, and GET /v1/llm-proxy/token. It is the only call that goes to several providers on
-// purpose. Anthropic's lists come in pages: all pages are read, and the client gets pages of the merged list.
+// the token may use: the only call that goes to several providers on purpose. Anthropic's lists come in pages;
+// all are read, and the client gets pages of the merged list. It also answers GET /v1/llm-proxy/token.
 package main
 
 import (
@@ -25,11 +25,11 @@ const (
 	maxModelList         = 8 << 20 // bytes of all lists of one call together
 )
 
-// A mergedModels is the merged list of models while it grows.
+// mergedModels is a merged list of models while it is put together.
 type mergedModels struct {
-	paged      bool   // it comes in pages, as Anthropic's do
+	paged      bool   // in pages, as Anthropic's
 	query      string // of the page that is requested now
-	bytesLeft  int    // bytes that the lists may still have together
+	bytesLeft  int    // bytes that further pages may have, over all upstreams
 	seen       map[string]bool
 	models     []listedModel
 	lastStatus int    // of the last attempt
@@ -41,10 +41,10 @@ type listedModel struct {
 	entry json.RawMessage
 }
 
-// modelSources returns the upstreams whose lists make up the answer, in order of preference. Upstreams with one
-// base URL have one list: the call's own is asked first, the others are its spares. The result is nil if there
-// is only one list, which is then forwarded like any answer. A paged list that a policy cuts down is merged in
-// any case: otherwise no page could say where the next one begins.
+// modelSources returns the upstreams whose lists make up the answer, in order of preference. Upstreams with the
+// same base URL have the same list: the call's own upstream is asked first, the others are its spares. The
+// result is nil if there is only one list, which is then forwarded like any answer. But a paged list that a
+// policy cuts down is always merged: a page without some of its models could not say where the next begins.
 func (t *attempts) modelSources() (list []*upstream) {
 	c := t.c
 	if c.endpoint.pattern != "/v1/models" {
@@ -76,7 +76,7 @@ func (u *upstream) baseURL() string { return u.scheme + "://" + u.host + u.baseP
 
 // mergeModels requests the upstreams' lists and answers with the models of all of them that the token may use.
 // It leaves out an upstream that does not give its complete list. If none does, the client gets the best of
-// their other answers.
+// the other answers.
 func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Response, error) {
 	c, chosen := t.c, t.c.upstream
 	n := &mergedModels{paged: chosen.provider == providerAnthropic, bytesLeft: maxModelList, seen: map[string]bool{}}
@@ -93,7 +93,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		if asked == maxMergedUpstreams || asked > 0 && t.pastDeadline() {
 			break
 		}
-		// The chosen upstream's own limits were charged when it was chosen.
+		// pickUpstream has reserved this call in the chosen upstream's own limits already.
 		if complete[u.baseURL()] || u != chosen && !u.health.admits(time.Now().UnixMilli(), 0, &u.settings, true) {
 			continue
 		}
@@ -130,13 +130,13 @@ func (t *attempts) pastDeadline() bool {
 type modelListing struct {
 	models   []json.RawMessage
 	complete bool
-	res      *http.Response // the last page, which has been read, or the answer instead of it
+	res      *http.Response // the last answer: a page, which has been read, or an error
 	err      error
 	decision retryDecision
 }
 
-// listModels requests the list of the call's upstream, page after page. Each page is an attempt and counts in
-// the upstream's own limits.
+// listModels requests the list of the call's upstream, page by page. Each page is an attempt and counts in the
+// upstream's own limits.
 func (t *attempts) listModels(req *http.Request) (l modelListing) {
 	n, after := t.merged, ""
 	for pages := 1; ; pages++ {
@@ -159,9 +159,9 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 		after = page.LastID
 		switch now := time.Now().UnixMilli(); {
 		case t.pastDeadline():
-			l.err, l.decision.reason = errAttemptTimeout, "did not bring its whole list in time"
+			l.err, l.decision.reason = errAttemptTimeout, "did not send its whole list in time"
 		case !t.reserveCapacity(now):
-			l.err, l.decision.reason = errModelList, "has no room for another page in its own limits"
+			l.err, l.decision.reason = errModelList, "has reached its own limits before the last page"
 		}
 		if l.err != nil {
 			return l
@@ -187,7 +187,7 @@ func (n *mergedModels) pageQuery(query, after string) string {
 }
 
 // readModelPage reads a page to its end while its time is limited and leaves it in the answer's body. It masks
-// the provider's key here, because the client's answer is searched for one upstream's key only.
+// the provider's key, because responseWriter searches the client's answer for one upstream's key only.
 func (a *attempt) readModelPage(res *http.Response) error {
 	n := a.t.merged
 	defer res.Body.Close()
@@ -204,7 +204,7 @@ func (a *attempt) readModelPage(res *http.Response) error {
 		a.t.p.log.Error("a provider's list of models contained its key; the key was masked",
 			"request_id", a.t.c.requestID, "upstream", a.upstream.id)
 	}
-	res.Body = &peekedBody{http.NoBody, page, page, true}
+	res.Body = &peekedBody{ReadCloser: http.NoBody, peeked: page, unread: page, complete: true}
 	return nil
 }
 
@@ -214,7 +214,7 @@ type modelPage struct {
 	LastID  string            `json:"last_id"`
 }
 
-// parseModelPage parses the page that readModelPage has left in an answer, and takes it out.
+// parseModelPage parses the page that readModelPage has left in an answer, and empties the answer's body.
 func parseModelPage(res *http.Response) (p modelPage, err error) {
 	text := peekBody(res)
 	res.Body = http.NoBody // a page is not an answer for the client
@@ -224,8 +224,8 @@ func parseModelPage(res *http.Response) (p modelPage, err error) {
 	return p, nil
 }
 
-// addFrom adds the models of an upstream's list that may be used and whose calls may go to that upstream. It
-// adds a model that the upstream has another name for under both names, and no name twice.
+// addFrom adds the models of an upstream's list that the client may use and whose calls may go to that upstream.
+// A model that the upstream knows by another name is added under both names, and no name twice.
 func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(string) bool) {
 	names := map[string][]string{} // the upstream's name of a model -> the clients' names
 	for name, sent := range u.rewrite {
@@ -245,7 +245,7 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 		}
 		add(id, raw)
 		for _, name := range slices.Sorted(slices.Values(names[id])) {
-			m["id"], _ = json.Marshal(name) // a string
+			m["id"], _ = json.Marshal(name) // a string: it cannot fail
 			if entry, err := json.Marshal(m); err == nil {
 				add(name, entry)
 			}
@@ -253,14 +253,14 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 	}
 }
 
-// A modelPageRequest is the page that a client wants, in Anthropic's form: at most limit models after or
-// before one.
+// A modelPageRequest is the page that a client asks for, as Anthropic defines it: at most limit models, after
+// or before a model.
 type modelPageRequest struct {
 	limit         int
 	after, before string
 }
 
-// parsePageRequest reads which page the client wants.
+// parsePageRequest reads which page the client asks for.
 func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err error) {
 	q, err := url.ParseQuery(query)
 	if !n.paged || err != nil {
@@ -278,7 +278,7 @@ func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err e
 	return w, nil
 }
 
-// selectPage returns the page and whether more models follow in the same direction. A model that is not in the
+// selectPage returns the page and whether more models follow in the same direction. A cursor that is not in the
 // list is an error: an empty page would look like the end of the list.
 func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel, more bool, err *apiError) {
 	at := func(param, id string) int {
@@ -301,7 +301,7 @@ func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel,
 	return models[from:to], to < len(models), err
 }
 
-// fillResponse puts the list into res, or the requested page of a paged list.
+// fillResponse makes the list the body of res, or the requested page of a paged list.
 func (n *mergedModels) fillResponse(
 	res *http.Response, want *modelPageRequest, anthropic bool,
 ) (*http.Response, error) {
@@ -324,14 +324,13 @@ func (n *mergedModels) fillResponse(
 	if err != nil {
 		return nil, err
 	}
-	if failed != nil { // said as a provider would: the call has been to some
+	if failed != nil { // answered as by a provider: the call has been to at least one
 		res.StatusCode, body = failed.status, failed.responseBody(anthropic)
 	}
 	replaceBody(res, body)
 	return res, nil
 }
 
-// replaceBody gives an answer another body.
 func replaceBody(res *http.Response, body []byte) {
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
@@ -386,7 +385,9 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Length", strconv.Itoa(len(body)+1))
 	h.Set("Cache-Control", "no-store")
 	_, _ = w.Write(append(body, '\n'))
-	p.logOwnToken(c)
+	p.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
+		"token", c.tokenState.id, "project", c.project.id, "address", c.address,
+		"total_us", time.Since(c.start).Microseconds())
 }
 
 func (p *proxy) ownToken(c *call) (*ownToken, error) {
@@ -417,17 +418,10 @@ func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	return v, nil
 }
 
-func (p *proxy) logOwnToken(c *call) {
-	p.log.Debug("own token", "request_id", c.requestID, "route", "GET "+ownTokenPath, "status", http.StatusOK,
-		"token", c.tokenState.id, "project", c.project.id, "address", c.address,
-		"total_us", time.Since(c.start).Microseconds())
-}
-
-// filterModels removes the models that the token may not use from a list of models. It changes nothing unless
-// a policy lists models.
+// filterModels removes the models that the token may not use from a single provider's list. It changes nothing
+// unless a policy lists models.
 func filterModels(c *call, res *http.Response) error {
-	project, token := &c.project.policy, &c.tokenState.policy
-	if project.Models == nil && token.Models == nil || c.attempts.merged != nil { // it holds allowed models only
+	if c.project.policy.Models == nil && c.tokenState.policy.Models == nil || c.attempts.merged != nil {
 		return nil
 	}
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
@@ -444,17 +438,17 @@ func filterModels(c *call, res *http.Response) error {
 		var m struct {
 			ID string `json:"id"`
 		}
-		if json.Unmarshal(raw, &m) == nil && project.allowsModel(m.ID) && token.allowsModel(m.ID) {
+		if json.Unmarshal(raw, &m) == nil && c.mayUseModel(m.ID) {
 			kept = append(kept, raw)
 		}
 	}
-	if list["data"], err = json.Marshal(kept); err != nil {
-		return errModelList
-	}
 	delete(list, "first_id") // Anthropic's cursors name models
 	delete(list, "last_id")
-	if body, err = json.Marshal(list); err != nil {
-		return errModelList
+	if list["data"], err = json.Marshal(kept); err == nil {
+		body, err = json.Marshal(list)
+	}
+	if err != nil {
+		return errModelList.withCause(err)
 	}
 	res.Body.Close()
 	replaceBody(res, body)

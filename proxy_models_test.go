@@ -333,7 +333,7 @@ func TestClaudeModelsBounds(t *testing.T) {
 	if got, _ := p.claudeModels(p.token, ""); got != "glm-5" || len(limited.received()) != 2 {
 		t.Errorf("got %q, and the limited provider got %d requests", got, len(limited.received()))
 	}
-	if row := p.lastCall(); row.Attempts != 3 || !strings.Contains(row.AttemptLog[1].Error, "no room") {
+	if row := p.lastCall(); row.Attempts != 3 || !strings.Contains(row.AttemptLog[1].Error, "own limits") {
 		t.Errorf("the ledger has %+v", row)
 	}
 

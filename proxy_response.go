@@ -1,6 +1,6 @@
-// This file stands between ReverseProxy and the client: the header allow-lists both ways, and the writer that
-// the provider's answer passes through. It drops what must not reach a client (1xx, trailers, upgrades, the
-// provider's key) and shows every byte to the meter.
+// This file holds what the provider's answer passes through on its way to the client: the header allow-lists
+// (for both directions), the checks of a stream before any of it leaves, and the writer, which drops what must
+// not reach a client (1xx, trailers, upgrades, the provider's key) and shows every byte to the meter.
 package main
 
 import (
@@ -30,10 +30,10 @@ func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
 const maxPeekBytes = 16 << 10 // bytes of a provider's error that are read to classify it
 
-// A peekedBody is the body of an answer whose first bytes have been read.
+// A peekedBody is the body of an answer whose first bytes have been read already. Read returns them again.
 type peekedBody struct {
 	io.ReadCloser
-	peeked   []byte
+	peeked   []byte // the first bytes
 	unread   []byte // the part of peeked that Read has not returned yet
 	complete bool   // peeked is the whole body
 }
@@ -50,23 +50,25 @@ func (b *peekedBody) Read(p []byte) (int, error) {
 	return b.ReadCloser.Read(p)
 }
 
-// peekBody returns the first bytes of a provider's error and leaves them in its body.
+// peekBody returns the first bytes of an answer's body and leaves them in it.
 func peekBody(res *http.Response) []byte {
 	if b, ok := res.Body.(*peekedBody); ok {
 		return b.peeked
 	}
 	head, err := io.ReadAll(io.LimitReader(res.Body, maxPeekBytes))
-	res.Body = &peekedBody{res.Body, head, head, err == nil && len(head) < maxPeekBytes}
+	res.Body = &peekedBody{
+		ReadCloser: res.Body, peeked: head, unread: head, complete: err == nil && len(head) < maxPeekBytes}
 	return head
 }
 
-// A streamError says why a stream cannot be used, before any of it has reached the client.
-type streamError struct{ reason string }
+// A streamError says why a stream cannot be used. None of it has reached the client.
+type streamError struct{ problem string }
 
-func (e *streamError) Error() string { return "the stream " + e.reason }
+func (e *streamError) Error() string { return "the provider " + e.problem }
 
 // awaitFirstEvent returns when the stream's first event with data is complete, and leaves everything it has
-// read in the body. A stream that ends before, or whose first event is an error, is a *streamError.
+// read in the body. It returns a *streamError if the stream ends before, or if that event is an error or is
+// not JSON. It does not check an event of maxEventBytes or more.
 func awaitFirstEvent(res *http.Response) error {
 	head := make([]byte, 0, 4<<10)
 	body := res.Body
@@ -80,13 +82,13 @@ func awaitFirstEvent(res *http.Response) error {
 				body.Close()
 				return &streamError{problem}
 			}
-			res.Body = &peekedBody{body, head, head, false}
+			res.Body = &peekedBody{ReadCloser: body, peeked: head, unread: head}
 			return nil
 		}
 		if err != nil {
 			body.Close()
 			if err == io.EOF {
-				return &streamError{"ended before its first event"}
+				return &streamError{"ended the stream before its first event"}
 			}
 			return err
 		}
@@ -98,10 +100,12 @@ func awaitFirstEvent(res *http.Response) error {
 
 // A streamEvent is what one event shows about its stream.
 type streamEvent struct {
-	problem  string // "" unless the event is an error and nothing else, or is not JSON
-	retry    bool   // it says that the answer failed for a reason that another attempt may not meet
-	finished bool   // it says why the answer ends
+	problem  string // not "": the event is an error and nothing else, or is not JSON
+	retry    bool   // the answer failed for a reason that another attempt may not meet
+	finished bool   // the event has a finish reason
 }
+
+const errorInStream = "sent an error in the stream"
 
 // parseStreamEvent reads an event's data.
 func parseStreamEvent(data []byte) (e streamEvent) {
@@ -118,11 +122,11 @@ func parseStreamEvent(data []byte) (e streamEvent) {
 		}
 	}
 	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // members of other types do not matter
-		e.problem = "has an event that is not JSON"
+		e.problem = "sent an event that is not JSON"
 	} else if v.Type == "error" || len(v.Error) > 0 && string(v.Error) != "null" {
-		e.problem = "has an error in it"
+		e.problem = errorInStream
 	}
-	code := v.Response.Error.Code // other codes are the call's own fault, and would come again
+	code := v.Response.Error.Code // other codes are the call's own fault, and would come back
 	e.retry = v.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded")
 	for _, c := range v.Choices {
 		e.finished = e.finished || c.FinishReason != nil
@@ -151,7 +155,7 @@ func upstreamHeader(in http.Header) http.Header {
 			out[name] = values
 		}
 	}
-	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // other text is not a trace
+	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // the client's own text, not a trace
 		delete(out, "Traceparent")
 		delete(out, "Tracestate")
 	}
@@ -163,8 +167,8 @@ func upstreamHeader(in http.Header) http.Header {
 		}
 	}
 	if v, ok := out["Idempotency-Key"]; ok {
-		// Under its canonical name, net/http would take the header as permission to send
-		// again what the provider has already received, unseen by limits and ledger.
+		// Under its canonical name, net/http takes the header as permission to resend what
+		// the provider may have received already, unseen by limits and ledger.
 		delete(out, "Idempotency-Key")
 		out["idempotency-key"] = v
 	}
@@ -172,7 +176,7 @@ func upstreamHeader(in http.Header) http.Header {
 }
 
 // allowResponseHeader is the allow-list for answer headers. Names are canonical. The provider's X-Ratelimit-*
-// are not on it: they describe the key, which many tokens share. The token's own replace them (proxy_admit.go).
+// are not on it: they describe the key, which many tokens share. The client gets its token's (proxy_admit.go).
 func allowResponseHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
@@ -185,14 +189,15 @@ func allowResponseHeader(name string) bool {
 }
 
 // A responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its header map leads nowhere: only
-// headers that prepare has copied reach the client, so no 1xx and no trailer does. It has no Hijack or Unwrap.
+// headers that prepare has copied reach the client, so neither a 1xx nor a trailer does. It has no Hijack and no
+// Unwrap, so no upgrade passes.
 type responseWriter struct {
 	p      *proxy
 	c      *call
 	client http.ResponseWriter
 	header http.Header
 
-	meter             *meter // nil before an answer has come
+	meter             *meter // nil until prepare
 	keyMask           keyMask
 	sse               bool
 	providerRequestID string // the provider's id of this request
@@ -206,8 +211,8 @@ func newResponseWriter(p *proxy, c *call, client http.ResponseWriter) *responseW
 
 func (w *responseWriter) Header() http.Header { return w.header }
 
-// prepare reads the head of the provider's answer: it copies the allowed headers to the client's and chooses
-// the meter.
+// prepare reads the head of the provider's answer: it chooses the meter and copies the allowed headers to the
+// client's.
 func (w *responseWriter) prepare(res *http.Response) {
 	w.keyMask = newKeyMask(w.c.upstream.key())
 	kind, contentType := w.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
@@ -217,7 +222,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 		w.p.metrics.activeStreams.Add(1) // until settle
 	}
 	if res.StatusCode >= 400 || !w.sse && contentType != "application/json" && !opaque {
-		kind = meterNone // an error is not billed; audio and the like carry no usage
+		kind = meterNone // an error is not billed; audio and the like report no usage
 	}
 	w.meter = newMeter(kind, w.sse, opaque, w.c.usageAdded)
 
@@ -246,7 +251,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 	}
 	to["Cache-Control"] = []string{"no-cache, no-store"}
 	to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
-	// ReverseProxy flushes each event because of the type; it needs nothing else of the head.
+	// ReverseProxy flushes after each write because of this type; it needs nothing else of the head.
 	res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
 }
 
@@ -275,8 +280,8 @@ func (w *responseWriter) WriteHeader(status int) {
 	w.client.WriteHeader(status)
 }
 
-// Write passes bytes of the answer on. It reports all of them as written even if an event is held back, so that
-// ReverseProxy continues.
+// Write passes bytes of the answer on. It reports all of them as written even if it holds some back: otherwise
+// ReverseProxy would stop.
 func (w *responseWriter) Write(p []byte) (int, error) {
 	rest := w.meter.process(w.keyMask.redact(p))
 	w.c.progress.bytesRelayed.Add(int64(len(p)))
@@ -329,11 +334,11 @@ func (w *responseWriter) finish() {
 	_ = w.send(w.meter.finish())
 }
 
-// A keyMask replaces a provider key in an answer by asterisks, even if the network cuts the key in two: no
-// answer may carry the key to a client, whatever a provider echoes.
+// A keyMask replaces a provider's key in an answer by asterisks, even if the key comes in pieces: no answer may
+// carry the key to a client, whatever a provider echoes.
 type keyMask struct {
 	key   []byte
-	rare  int    // the index of a byte of the key that is rare in answers: the search looks for it
+	rare  int    // the index of a byte of the key that is rare in answers: find looks for that byte
 	carry []byte // the end of the last piece, if a key may begin there
 	out   []byte // the last result of redact, if it had to join
 	found bool   // the key was found
@@ -349,13 +354,9 @@ func newKeyMask(key string) keyMask {
 
 // find returns the index in p of the first key at or after at, or -1.
 func (m *keyMask) find(p []byte, at int) int {
-	for i := at + m.rare; i < len(p); i++ {
-		next := bytes.IndexByte(p[i:], m.key[m.rare])
-		if next < 0 {
-			return -1
-		}
-		i += next
-		if from := i - m.rare; len(p)-from >= len(m.key) && bytes.Equal(p[from:from+len(m.key)], m.key) {
+	rare := m.key[m.rare]
+	for i := indexFrom(p, min(at+m.rare, len(p)), rare); i < len(p); i = indexFrom(p, i+1, rare) {
+		if from := i - m.rare; bytes.HasPrefix(p[from:], m.key) {
 			return from
 		}
 	}
@@ -373,7 +374,7 @@ func (m *keyMask) containsKey(values []string) bool {
 	return false
 }
 
-// redact returns the bytes that can go on: of p and of what was held back. It may write to p.
+// redact returns the bytes of p, after those held back before, that the client may get now. It may write to p.
 func (m *keyMask) redact(p []byte) []byte {
 	if len(m.key) == 0 {
 		return p
@@ -382,35 +383,29 @@ func (m *keyMask) redact(p []byte) []byte {
 		m.out = append(append(m.out[:0], m.carry...), p...)
 		m.carry, p = m.carry[:0], m.out
 	}
-	at := 0 // the search has passed the bytes before it
+	at := 0 // no key begins before
 	for i := m.find(p, at); i >= 0; i = m.find(p, at) {
 		m.found = true
 		at = i + len(m.key)
 		copy(p[i:at], bytes.Repeat([]byte{'*'}, len(m.key)))
 	}
 	tail := p[max(at, len(p)-len(m.key)+1):]
-	for i := bytes.IndexByte(tail, m.key[0]); i >= 0; {
+	for i := indexFrom(tail, 0, m.key[0]); i < len(tail); i = indexFrom(tail, i+1, m.key[0]) {
 		if bytes.HasPrefix(m.key, tail[i:]) {
 			m.carry = append(m.carry, tail[i:]...)
 			return p[:len(p)-len(tail)+i]
 		}
-		next := bytes.IndexByte(tail[i+1:], m.key[0])
-		if next < 0 {
-			break
-		}
-		i += 1 + next
 	}
 	return p
 }
 
-// flush returns the bytes that were held back and are not a key.
+// flush returns the bytes held back when the answer ends: they are not a whole key.
 func (m *keyMask) flush() []byte { return m.carry }
 
-// maxBufferedStream is the most bytes of a buffered stream. They count as BODY_MEMORY.
-const maxBufferedStream = 16 << 20
+const maxBufferedStream = 16 << 20 // bytes; they count as BODY_MEMORY
 
-// wantsBufferedStream reports whether the call's stream is to be buffered: the client's header decides, then
-// the project's setting.
+// wantsBufferedStream reports whether the call's stream is to be buffered: as the client's header says or,
+// without one, as the project's setting says.
 func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	switch v := h["X-Llm-Proxy-Stream"]; {
 	case len(v) == 0:
@@ -421,9 +416,9 @@ func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	return false, errStreamHeader
 }
 
-// bufferStream reads a stream to its end and leaves it in the answer's body, whole. A stream that is cut, has
-// an event that is an error or is not JSON, or lacks its end is an error, and nothing of it is left. The
-// idle timeout starts again with each read.
+// bufferStream reads a stream to its end and leaves it in the answer's body. It fails, and keeps nothing, if the
+// stream breaks off, has no end mark, or has an event that is an error or is not JSON. The idle timeout starts
+// again with each read.
 func (a *attempt) bufferStream(res *http.Response) (err error) {
 	c, bodies, idleTimeout := a.t.c, a.t.p.bodies, a.bufferIdleTimeout()
 	body := res.Body
@@ -434,7 +429,7 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 			bodies.release(reserved)
 		}
 	}()
-	readable := res.Header.Get("Content-Encoding") == "" // otherwise only the stream's end can be seen
+	readable := res.Header.Get("Content-Encoding") == "" // otherwise the events cannot be checked
 	var stream []byte
 	var check streamCheck
 	m := newMeter(c.endpoint.meter, true, !readable, false)
@@ -468,29 +463,29 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 			return err
 		}
 	}
-	// Some compatible providers never send an end mark. Where no other upstream is left,
-	// a reason to finish is as good.
+	// Some compatible providers never send an end mark. If no other upstream is left,
+	// a finish reason is enough.
 	if m.finish(); readable && c.endpoint.hasEndMarker() && !m.done && (!check.finished || a.t.hasAlternative()) {
-		return &streamError{"ended without its end mark"}
+		return &streamError{"ended the stream without an end mark"}
 	}
 	c.bodyReserved += reserved
-	res.Body = &peekedBody{http.NoBody, stream, stream, true}
+	res.Body = &peekedBody{ReadCloser: http.NoBody, peeked: stream, unread: stream, complete: true}
 	return nil
 }
 
 // bufferIdleTimeout returns how long a buffered stream may pause.
 func (a *attempt) bufferIdleTimeout() time.Duration {
-	own := time.Duration(a.upstream.settings.IdleMS) * time.Millisecond
-	return cmp.Or(own, a.timeout, a.t.p.cfg.streamIdleTimeout)
+	idle := time.Duration(a.upstream.settings.IdleMS) * time.Millisecond
+	return cmp.Or(idle, a.timeout, a.t.p.cfg.streamIdleTimeout)
 }
 
 // A streamCheck checks the events of a stream as they come.
 type streamCheck struct {
 	events   sseEvents
-	finished bool // an event said why the answer ends
+	finished bool // an event had a finish reason
 }
 
-// problem reads the next bytes and says what is wrong with the stream, "" if nothing is.
+// problem reads the next bytes and returns what is wrong with the stream, "" if nothing is.
 func (s *streamCheck) problem(p []byte) string {
 	s.events.feed(p)
 	for data, ok := s.events.nextData(); ok; data, ok = s.events.nextData() {
@@ -499,7 +494,7 @@ func (s *streamCheck) problem(p []byte) string {
 			return e.problem
 		}
 		if e.retry {
-			return "has an error in it"
+			return errorInStream
 		}
 		s.finished = s.finished || e.finished
 	}

@@ -1,5 +1,5 @@
 // This file holds a project's upstreams and their keys, the rules for base URLs, and the one outbound transport,
-// which checks every address it dials. It may not read client input.
+// which checks every address it dials. Nothing that a client sends decides here where a call goes.
 package main
 
 import (
@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// baseURLOrigin returns the origin that the key of a stored base URL is bound to. It does not check whether calls
-// may go there.
+// baseURLOrigin returns the origin of a stored base URL, which the sealed key is bound to. It does not check
+// whether calls may go there.
 func baseURLOrigin(s string) (string, error) {
 	u, err := parseBaseURL(s, true)
 	if err != nil {
@@ -64,7 +64,8 @@ func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
 	return u, nil
 }
 
-// An upstream is one provider key of a project and where it may be sent. It is immutable.
+// An upstream is one provider key of a project and the base URL that the key may be sent to. It is immutable,
+// except that health and retryBudget are shared by all its versions.
 type upstream struct {
 	seq           int64
 	owner         int64 // the project that owns it; others may share it
@@ -80,7 +81,7 @@ type upstream struct {
 	settings      upstreamSettings
 	weight        int64
 	priority      int64
-	configErr     error // not nil: its key cannot be decrypted, or its URL is no longer allowed
+	configErr     error // not nil: the row cannot be used; its key cannot be decrypted, or its URL is not allowed
 	health        *keyHealth
 	retryBudget   *retryBudget // of its host
 }
@@ -92,12 +93,14 @@ const (
 	providerCompatible = "compatible"
 )
 
-// newUpstream returns a stored upstream, ready for use. What is wrong with it goes into configErr and its health:
-// other upstreams are preferred, and if there are none, calls are refused. A key that cannot be decrypted must
-// not go unnoticed.
+// newUpstream returns a stored upstream, ready for use. If something is wrong with it, configErr says what, and
+// its key is quarantined: other upstreams are preferred, and without any, calls are refused. It is not left out,
+// because a key that cannot be decrypted must not go unnoticed.
 func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, tracker *healthTracker) *upstream {
-	u := &upstream{seq: row.seq, owner: row.project, id: row.id, name: row.name, provider: row.provider,
-		weight: row.weight, priority: row.priority, organization: row.organization, openaiProject: row.openaiProject}
+	u := &upstream{
+		seq: row.seq, owner: row.project, id: row.id, name: row.name, provider: row.provider, weight: row.weight,
+		priority: row.priority, organization: row.organization, openaiProject: row.openaiProject,
+	}
 	u.configErr = u.unseal(row, sl, allowPrivate)
 	u.health, u.retryBudget = tracker.forUpstream(row.seq, row.id), tracker.budgetFor(u.host)
 	u.health.setUsable(time.Now().UnixMilli(), u.configErr == nil)
@@ -143,8 +146,8 @@ func (u *upstream) family() apiFamily {
 	return apiOpenAI
 }
 
-// url returns the URL of a call. path begins with /v1 and is built from an endpoint's pattern, never from the
-// client's bytes.
+// url returns the URL of a call. path begins with /v1 and is built from an endpoint's pattern and checked ids,
+// never from a client's path as it came.
 func (u *upstream) url(path, query string) *url.URL {
 	raw := u.basePath + strings.TrimPrefix(path, "/v1")
 	out := &url.URL{Scheme: u.scheme, Host: u.host, Path: raw, RawQuery: query}
@@ -182,8 +185,8 @@ func (u *upstream) authorize(h http.Header) {
 	}
 }
 
-// checkHost checks a base URL's host. It refuses names that look like numbers: resolvers read them as addresses
-// in ways that checks do not.
+// checkHost checks a base URL's host. It refuses names that look like numbers, because resolvers may read them as
+// addresses that no check has seen.
 func checkHost(host string, allowPrivate bool) error {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return checkAddress(addr, allowPrivate)
@@ -211,15 +214,15 @@ func checkHost(host string, allowPrivate bool) error {
 	return nil
 }
 
-// blockedNetworks are never dialled, whatever the settings: link-local addresses with the cloud metadata
-// services, metadata services at other addresses, multicast and unspecified addresses.
+// blockedNetworks are never dialled, whatever the settings: unspecified, link-local (where most cloud metadata
+// services are), multicast and reserved addresses, and metadata services at other addresses.
 var blockedNetworks = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
 	netip.MustParsePrefix("240.0.0.0/4"),
 	netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"), // metadata services
 	netip.MustParsePrefix("fd00:ec2::/32"),
 	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
-	// Tunnels that carry IPv4 addresses, which are not examined: local NAT64, 6to4, Teredo.
+	// Tunnels to IPv4 addresses, which nothing here checks: local NAT64, 6to4, Teredo.
 	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("2001::/32"),
 }
 
@@ -263,13 +266,13 @@ var errForbiddenAddress = errors.New("upstream resolves to an address that is no
 // connectTimeout limits dialling, and again the TLS handshake after it, whatever an upstream's settings say.
 const connectTimeout = 10 * time.Second
 
-// newTransport returns the transport that all calls to providers share. It follows no redirect, adds no header,
-// decompresses nothing, and does not limit the time of an answer: the watchdog does.
+// newTransport returns the transport that all calls to providers share. It uses no proxy, follows no redirect,
+// does not decompress, and does not limit the time of an answer: the watchdog does.
 func newTransport(allowPrivate bool) *http.Transport {
 	dialer := &net.Dialer{
 		Timeout: connectTimeout, KeepAlive: 30 * time.Second,
-		// The address itself is checked, after resolution: a name that resolves to
-		// another address later gains nothing.
+		// The check is of the address itself, after the name is resolved: a name that
+		// resolves to another address than before gains nothing.
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
 			ap, err := netip.ParseAddrPort(address)
 			if err != nil || checkAddress(ap.Addr(), allowPrivate) != nil {
@@ -297,9 +300,9 @@ func newTransport(allowPrivate bool) *http.Transport {
 // send makes a request. If the upstream has a connect_ms and no connection is ready by then (name resolved,
 // dialled, TLS handshake done), the error is errConnectTimeout.
 //
-// The time limits the request, not the dial: all upstreams share one transport, and a dial belongs to no
-// request. It may serve any request that waits for the host, or continue after its request has left and serve
-// the next. An open connection takes no time at all.
+// The limit is on the request, not on the dial, because all upstreams share one transport, and a dial belongs to
+// no request: it may serve any request that waits for the host, or outlast its own request and serve the next.
+// With an open connection, there is no wait.
 func (u *upstream) send(transport http.RoundTripper, req *http.Request) (*http.Response, error) {
 	limit := time.Duration(u.settings.ConnectMS) * time.Millisecond
 	if limit == 0 {
@@ -309,7 +312,7 @@ func (u *upstream) send(transport http.RoundTripper, req *http.Request) (*http.R
 	timer := time.AfterFunc(limit, func() { cancel(errConnectTimeout) })
 	defer timer.Stop()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GetConn: func(string) { timer.Reset(limit) }, // again, if the connection it got was dead
+		GetConn: func(string) { timer.Reset(limit) }, // called again if the first connection was dead
 		GotConn: func(httptrace.GotConnInfo) { timer.Stop() },
 	})
 	res, err := transport.RoundTrip(req.WithContext(ctx))

@@ -1,6 +1,6 @@
 // This file tracks the health of each provider key: whether it may have the next call and, if not, why and until
-// when. One key's failures never affect another. The states are plain code, with the time as an argument in unix
-// milliseconds; healthKeeper stores them.
+// when. One key's failures never affect another. A keyHealth does no I/O and takes the time as an argument, in
+// unix milliseconds; healthKeeper stores the changes.
 package main
 
 import (
@@ -22,9 +22,9 @@ const (
 	breakerMaxPause = 30_000  // ms
 	cooldownMin     = 1_000   // ms; after a 429 that does not say how long
 	cooldownMax     = 300_000 // ms; whatever the 429 says
-	quarantineMin   = 300_000
+	quarantineMin   = 300_000 // ms
 	quarantineMax   = hourMS
-	probeLease      = 60_000 // ms; a probe without a result for this long is given up
+	probeLease      = 60_000 // ms; after this long without a result, a probe is given up
 )
 
 // A keyHealth is the health of one upstream's key. For a healthy key, a check costs one atomic load.
@@ -33,18 +33,18 @@ type keyHealth struct {
 	id            string
 	tracker       *healthTracker
 	running       atomic.Int64 // attempts under way
-	until         atomic.Int64 // 0: ready; otherwise it gets no call before, and one probe after
+	until         atomic.Int64 // 0: ready; otherwise the key gets no call before, and one probe after
 	hasFailures   atomic.Bool  // failures or strikes are not 0
 	reportedState keyState     // as in the audit trail; only the goroutine that stores changes uses it
 
 	mu         sync.Mutex
-	minute     int64 // that requests and tokens count
+	minute     int64 // the minute that requests and tokens count
 	requests   int64
 	tokens     int64
 	state      keyState
-	failures   int // failures in a row while ready
-	strikes    int // pauses since the last good answer; each makes the next one longer
-	probeUntil int64
+	failures   int   // failures in a row while ready
+	strikes    int   // pauses since the last good answer; each makes the next one longer
+	probeUntil int64 // a probe is under way, and given up then
 	changedAt  int64
 	reason     string
 }
@@ -66,8 +66,8 @@ func (h *keyHealth) available(now int64) bool {
 	return h.state <= keyCooling || now >= h.probeUntil
 }
 
-// tryAcquire reports whether a call that chose the key may use it. Of several calls that would probe the key,
-// one may.
+// tryAcquire reports whether a call that has chosen the key may use it. Of several calls that would probe the
+// key, only one may.
 func (h *keyHealth) tryAcquire(now int64) bool {
 	until := h.until.Load()
 	if until == 0 {
@@ -110,8 +110,8 @@ func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve 
 	return true
 }
 
-// correctUsage replaces the tokens that were reserved for a call that began at began by those that it used, if
-// the minute is still the same.
+// correctUsage replaces the tokens reserved for a call by those that it used, if the minute in which it began is
+// not over.
 func (h *keyHealth) correctUsage(began, reserved, used int64, limits *upstreamSettings) {
 	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
 		return
@@ -123,7 +123,7 @@ func (h *keyHealth) correctUsage(began, reserved, used int64, limits *upstreamSe
 	}
 }
 
-// setState changes the state; the caller holds the lock.
+// setState changes the state. The caller holds the lock.
 func (h *keyHealth) setState(now int64, s keyState, pause int64, reason string) {
 	h.state, h.reason, h.changedAt, h.probeUntil, h.failures = s, reason, now, 0, 0
 	if s == keyReady {
@@ -135,29 +135,29 @@ func (h *keyHealth) setState(now int64, s keyState, pause int64, reason string) 
 	h.tracker.markChanged(h)
 }
 
-// pause takes the key out for a time; the caller holds the lock.
+// pause takes the key out of use for a time. The caller holds the lock.
 func (h *keyHealth) pause(now int64, s keyState, ms int64, reason string) {
 	h.strikes++
 	h.setState(now, s, ms, reason)
 }
 
-// backoff doubles a pause with each strike.
+// backoff doubles a pause for each strike so far. The caller holds the lock.
 func (h *keyHealth) backoff(ms int64) int64 { return ms << min(h.strikes, 10) }
 
-// isStale reports whether the state has changed since an attempt began, so that its result says nothing about
-// the current state. The caller holds the lock.
+// isStale reports whether the state has changed since an attempt began: its result then says nothing about the
+// current state. The caller holds the lock.
 func (h *keyHealth) isStale(began int64) bool {
 	return began < h.changedAt || began == h.changedAt && h.state != keyReady
 }
 
 // isRedundant reports whether a result that would lead to state s changes nothing: it is stale, or the key is
-// already paused for s or worse and was tried because no key was healthy. The caller holds the lock.
+// already paused, with s or worse, and was only tried because no key was healthy. The caller holds the lock.
 func (h *keyHealth) isRedundant(now, began int64, s keyState) bool {
 	return h.isStale(began) || s <= h.state && now < h.until.Load()
 }
 
 // recordSuccess records an answer that shows that the key works. Only a complete answer clears the failures
-// before it: otherwise a provider that cuts off every answer would never be paused.
+// before it: otherwise a provider that breaks off every answer would never be paused.
 func (h *keyHealth) recordSuccess(now, began int64, complete bool) {
 	if h.until.Load() == 0 && !(complete && h.hasFailures.Load()) {
 		return
@@ -177,8 +177,8 @@ func (h *keyHealth) recordSuccess(now, began int64, complete bool) {
 	}
 }
 
-// recordFailure records a failure of the provider. Several in a row open the breaker; one is enough if it is
-// certain, such as a connection that cannot be made.
+// recordFailure records a failure of the provider. failuresToOpen in a row open the breaker. One is enough if it
+// is certain, as when there is no connection.
 func (h *keyHealth) recordFailure(now, began int64, certain bool, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -194,8 +194,8 @@ func (h *keyHealth) recordFailure(now, began int64, certain bool, reason string)
 	h.pause(now, keyBreakerOpen, min(h.backoff(breakerMinPause), breakerMaxPause), reason)
 }
 
-// recordRateLimit records that the provider limits the key's rate. wait is the pause that the provider asked for,
-// 0 if it did not say.
+// recordRateLimit records that the provider limits the key's rate. wait is the pause that the provider asks for,
+// 0 if it does not say.
 func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -215,7 +215,7 @@ func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 }
 
 // recordExhausted records that the key's account has no credit left. Providers do not say until when, so the key
-// is tried again each hour and when a day begins.
+// is tried again every hour and at the start of each day.
 func (h *keyHealth) recordExhausted(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -238,8 +238,8 @@ func (h *keyHealth) recordRejected(now, began int64, reason string) {
 // unusableReason is stored, and setUsable compares it: another text would leave upstreams quarantined for ever.
 const unusableReason = "its key does not open, or its URL is not allowed any more"
 
-// setUsable records whether the upstream can be used at all as it is stored. One that cannot is quarantined until
-// it can.
+// setUsable records whether the upstream can be used at all as it is stored. If not, it is quarantined until it
+// can.
 func (h *keyHealth) setUsable(now int64, usable bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -251,7 +251,7 @@ func (h *keyHealth) setUsable(now int64, usable bool) {
 	}
 }
 
-// endProbe ends a probe without a result, such as one whose client left.
+// endProbe ends a probe without a result, as when the client has left.
 func (h *keyHealth) endProbe() {
 	if h.until.Load() == 0 {
 		return
@@ -272,14 +272,14 @@ func (h *keyHealth) snapshot(now int64) healthRow {
 	return r
 }
 
-// A healthTracker has the health of every upstream that has been used since the start or was unhealthy then. Only
-// administrators create upstreams, so its size is bounded.
+// A healthTracker has the health of every upstream that has been loaded since the start or was unhealthy then.
+// Only administrators create upstreams and name hosts, so its size is bounded.
 type healthTracker struct {
 	mu      sync.Mutex
 	keys    map[int64]*keyHealth
 	budgets map[string]*retryBudget
 	changed map[*keyHealth]struct{} // to be stored
-	wake    chan struct{}           // gets a value when changed has one
+	wake    chan struct{}           // gets a value after each change
 }
 
 func newHealthTracker() *healthTracker {
@@ -287,7 +287,7 @@ func newHealthTracker() *healthTracker {
 		changed: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1)}
 }
 
-// forUpstream returns the health of an upstream.
+// forUpstream returns the health of an upstream; a new one is ready.
 func (t *healthTracker) forUpstream(upstream int64, id string) *keyHealth {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -299,7 +299,7 @@ func (t *healthTracker) forUpstream(upstream int64, id string) *keyHealth {
 	return h
 }
 
-// restore sets a health that an earlier process stored.
+// restore sets the health that an earlier process has stored.
 func (t *healthTracker) restore(r healthRow) {
 	h := t.forUpstream(r.upstream, r.id)
 	h.mu.Lock()
@@ -326,7 +326,7 @@ func (t *healthTracker) reset(upstream, now int64) {
 		h.setState(now, keyReady, 0, "")
 		return
 	}
-	h.failures, h.changedAt = 0, now // results of attempts with the old key say nothing about the new one
+	h.failures, h.changedAt = 0, now // the results of running attempts say nothing about the new key
 	h.hasFailures.Store(false)
 }
 
@@ -356,14 +356,12 @@ func (t *healthTracker) markChanged(h *keyHealth) {
 func (t *healthTracker) takeChanges() (keys []*keyHealth) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for h := range t.changed {
-		keys = append(keys, h)
-	}
+	keys = slices.Collect(maps.Keys(t.changed))
 	clear(t.changed)
 	return keys
 }
 
-// budgetFor returns the retry budget of a host.
+// budgetFor returns the retry budget of a host; a new one is full.
 func (t *healthTracker) budgetFor(host string) *retryBudget {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -376,11 +374,11 @@ func (t *healthTracker) budgetFor(host string) *retryBudget {
 	return r
 }
 
-// A retryBudget bounds the calls that are sent again to a failing host: a fifth of its calls, plus one a second.
+// A retryBudget limits how many calls are sent again to a failing host: a fifth of its calls, plus one a second.
 // Without it, an outage would double the load. Credit is in thousandths of a call.
 type retryBudget struct {
 	credit     atomic.Int64
-	refilledAt atomic.Int64 // when the share per second was last added
+	refilledAt atomic.Int64 // when the credit for the time passed was last added
 }
 
 const (
@@ -388,17 +386,17 @@ const (
 	retryCreditMax     = 50_000
 )
 
-// earn adds the credit of one call to the host.
+// earn adds the credit for one call.
 func (r *retryBudget) earn() {
 	if r.credit.Load() < retryCreditMax {
 		r.credit.Add(retryCreditPerCall)
 	}
 }
 
-// spend takes the credit of one call, and reports whether there was enough.
+// spend takes the credit for one retry and reports whether there was enough.
 func (r *retryBudget) spend(now int64) bool {
 	if at := r.refilledAt.Load(); now > at && r.refilledAt.CompareAndSwap(at, now) && at != 0 {
-		r.credit.Add(min(now-at, retryCreditMax))
+		r.credit.Add(min(now-at, retryCreditMax)) // one thousandth for each millisecond
 	}
 	if r.credit.Load() > retryCreditMax {
 		r.credit.Store(retryCreditMax)
@@ -410,8 +408,8 @@ func (r *retryBudget) spend(now int64) bool {
 	return true
 }
 
-// retryHint returns how many milliseconds an answer asks to wait, at most cooldownMax, and 0 if it does not say
-// or is not understood. get returns a header's value.
+// retryHint returns how many milliseconds an answer asks to wait, at most cooldownMax. It returns 0 if the answer
+// does not say, or not in a form that is understood. get returns a header's value.
 func retryHint(get func(string) string, now time.Time) int64 {
 	if ms, err := strconv.ParseFloat(get("Retry-After-Ms"), 64); err == nil && ms > 0 {
 		return boundedMS(ms)
@@ -436,8 +434,8 @@ func retryHint(get func(string) string, now time.Time) int64 {
 	return most
 }
 
-// parseWait reads one value: seconds, a duration such as 6m0s or 12ms, or a date. With epoch, a large number is a
-// unix time.
+// parseWait reads one value, and returns milliseconds: seconds, a duration such as 6m0s or 12ms, or a date. With
+// epoch, a large number is a unix time in seconds or milliseconds.
 func parseWait(v string, now time.Time, epoch bool) int64 {
 	v = strings.TrimSpace(v)
 	if n, err := strconv.ParseFloat(v, 64); err == nil {
@@ -460,6 +458,7 @@ func parseWait(v string, now time.Time, epoch bool) int64 {
 	return 0
 }
 
+// boundedMS rounds up to whole milliseconds, from 0 to cooldownMax.
 func boundedMS(ms float64) int64 {
 	if math.IsNaN(ms) || ms <= 0 {
 		return 0
@@ -475,10 +474,10 @@ func loadHealth(ctx context.Context, st *store) (*healthTracker, error) {
 	}
 	tracker := newHealthTracker()
 	for _, r := range rows {
-		if now := time.Now().UnixMilli(); r.changedAt > now { // the clock was set back
+		if now := time.Now().UnixMilli(); r.changedAt > now { // the clock has been set back
 			r.changedAt, r.until = now, now
 		}
-		if r.state != keyReady { // ready: a state that this version does not know
+		if r.state != keyReady { // listUnhealthy reads a state that this version does not have as ready
 			tracker.restore(r)
 		}
 	}
@@ -492,8 +491,8 @@ type healthKeeper struct {
 	log    *logger
 }
 
-// persistHealth stores changes as they come, until ctx is over. A change that cannot be stored still applies in
-// memory, and is tried again.
+// persistHealth stores changes as they come, until ctx ends. A change that cannot be stored still applies in
+// memory; storing it is tried again.
 func (k *healthKeeper) persistHealth(ctx context.Context) {
 	for {
 		select {
@@ -502,7 +501,7 @@ func (k *healthKeeper) persistHealth(ctx context.Context) {
 			return
 		case <-k.health.wake:
 		}
-		if !k.saveHealthChanges(context.WithoutCancel(ctx)) { // cancelling a statement would cost the connection
+		if !k.saveHealthChanges(context.WithoutCancel(ctx)) { // to cancel a statement would cost the connection
 			select {
 			case <-ctx.Done():
 			case <-time.After(ledgerRetryDelay):
@@ -526,7 +525,7 @@ func (k *healthKeeper) saveHealthChanges(ctx context.Context) bool {
 			k.log.Warn("the health of an upstream could not be stored", "upstream", row.id, "error", err)
 			continue
 		}
-		h.reportedState = keyReady // or in a pause that ends by itself: the audit trail has neither
+		h.reportedState = keyReady // or in a pause that ends by itself, which is not in the audit trail
 		if row.state.needsAttention() {
 			h.reportedState = row.state
 		}

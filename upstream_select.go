@@ -1,6 +1,6 @@
 // This file chooses the upstream for a call by priority, health and weight, and holds a project's routing and an
-// upstream's settings. It makes no call and changes only reservations and probes of keys. It is plain code; the
-// time is an argument.
+// upstream's settings. It does no I/O and takes the time as an argument. It changes nothing but the reservations
+// and probes of keys.
 package main
 
 import (
@@ -19,7 +19,7 @@ type criteria struct {
 	pinned      bool        // only the first that serves the call: it has the objects that the call may name
 	tokens      int64       // an estimate, for the upstream's own limits
 	now         int64       // unix milliseconds
-	tried       []*upstream // that the call has tried
+	tried       []*upstream // these are out: the call has tried them
 	healthyOnly bool        // no unhealthy upstream, even if there is no other
 }
 
@@ -29,8 +29,8 @@ func (c *criteria) fits(u *upstream) bool {
 		u.health.admits(c.now, c.tokens, &u.settings, false)
 }
 
-// reserve reserves the call in the upstream's own limits, and its probe if it needs one. Both can fail, because
-// other calls choose at the same time.
+// reserve reserves the call in the upstream's own limits, and the probe of its key if one is due. Both can fail,
+// because other calls choose at the same time.
 func (c *criteria) reserve(u *upstream) bool {
 	if !u.health.tryAcquire(c.now) {
 		return false
@@ -42,11 +42,11 @@ func (c *criteria) reserve(u *upstream) bool {
 	return true
 }
 
-// pickUpstream chooses the upstream for a call and reserves the call there. It takes the first priority that has
-// a healthy upstream which serves the call, and makes a weighted pick there; an upstream of weight 0 is never
-// picked. If none is healthy, it tries the one that recovers first: the provider's answer helps the client more
-// than a guess of ours. It returns nil if no upstream serves the call, if those that do have no capacity left
-// in their own limits, and with healthyOnly if none is healthy.
+// pickUpstream chooses the upstream for a call and reserves the call there. It makes a weighted pick in the first
+// priority that has a healthy upstream which serves the call; it never picks one of weight 0. If none is healthy,
+// it returns the one in the least severe state, because a provider's answer helps the client more than the
+// proxy's guess. It returns nil if no upstream serves the call, if those that do have no capacity left in their
+// own limits, and with healthyOnly if none is healthy.
 func (p *projectState) pickUpstream(c *criteria) *upstream {
 	if c.pinned {
 		return p.pinnedUpstream(c)
@@ -59,7 +59,7 @@ func (p *projectState) pickUpstream(c *criteria) *upstream {
 			if c.reserve(ready[i]) {
 				return ready[i]
 			}
-			ready = slices.Delete(ready, i, i+1) // another call probes it
+			ready = slices.Delete(ready, i, i+1) // another call has just taken its probe or its capacity
 		}
 		group = rest
 	}
@@ -88,7 +88,7 @@ func (c *criteria) appendReady(list, found []*upstream) (ready, rest []*upstream
 
 // weightedPick returns the index of an upstream drawn at random by weight. If that one has more running calls
 // than weight and chance explain (by two standard deviations), it returns the least busy for its weight instead:
-// a key that hangs must not collect calls until it is known to hang.
+// a key that hangs must not collect calls until a timeout shows that it hangs.
 func weightedPick(list []*upstream) int {
 	if len(list) == 1 {
 		return 0
@@ -97,9 +97,9 @@ func weightedPick(list []*upstream) int {
 	for _, u := range list {
 		weights += u.weight
 	}
-	at, drawn := rand.Int64N(weights), 0
-	for at -= list[0].weight; at >= 0; at -= list[drawn].weight {
-		drawn++
+	drawn := 0
+	for at := rand.Int64N(weights); at >= list[drawn].weight; drawn++ {
+		at -= list[drawn].weight
 	}
 	const isBusy = 4
 	busy := list[drawn].health.running.Load()
@@ -143,7 +143,7 @@ func (p *projectState) atCapacity(c *criteria) bool {
 	})
 }
 
-// soonestReady returns the upstream in the least severe state and, among those, the one that is ready first.
+// soonestReady returns the upstream in the least severe state and, of several, the one that is ready first.
 func (p *projectState) soonestReady(c *criteria) (best *upstream) {
 	var least healthRow
 	for _, u := range p.upstreams {
@@ -169,11 +169,11 @@ func (p *projectState) hasAlternative(c *criteria) bool {
 // A routeExplanation says why an upstream gets calls or does not.
 type routeExplanation struct {
 	upstream *upstream
-	share    float64 // of the calls, now
+	share    float64 // of the calls that are like this one, now
 	reason   string
 }
 
-// explain says for each upstream of the project which share of such calls it would get, and why.
+// explain returns, for each upstream of the project, which share of such calls it would get, and why.
 func (p *projectState) explain(c *criteria) []routeExplanation {
 	lines := make([]routeExplanation, 0, len(p.upstreams))
 	var group []int // of lines
@@ -209,7 +209,7 @@ func (p *projectState) explain(c *criteria) []routeExplanation {
 	return lines
 }
 
-// exclusionReason says why an upstream cannot get such a call now, "" if it can.
+// exclusionReason returns why an upstream cannot get such a call now, "" if it can.
 func (c *criteria) exclusionReason(u *upstream) string {
 	switch {
 	case u.weight == 0:
@@ -275,7 +275,7 @@ func parseRouting(raw []byte) (r routing, err error) {
 func qualifyFieldError(object string, err error) error {
 	if e, ok := err.(*fieldError); ok && e.param != "" {
 		return &fieldError{object + "." + e.param, e.msg}
-	} else if ok { // it is JSON, but not an object
+	} else if ok { // JSON, but not an object
 		return &fieldError{object, "must be an object"}
 	}
 	return err
@@ -289,15 +289,17 @@ func checkModelName(param, name string) error {
 	return nil
 }
 
-func (r routing) String() string {
-	b, err := json.Marshal(r)
-	if err != nil { // impossible: strings and bools
+func (r routing) String() string { return marshalSettings(r) }
+
+func marshalSettings(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil { // impossible: strings, numbers and bools
 		return "{}"
 	}
 	return string(b)
 }
 
-// fallbackFor returns the fallback model for a model, "" if there is none.
+// fallbackFor returns the model to fall back to from a model, "" if there is none.
 func (r *routing) fallbackFor(model string) string {
 	for _, f := range r.Fallbacks {
 		if matchesPattern(f.Model, model) && f.To != model {
@@ -314,16 +316,19 @@ func parseRewrite(raw []byte) (map[string]string, error) {
 	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
 		return nil, wrong
 	}
+	nextString := func() (s string, ok bool) {
+		t, _ := dec.Token() // nil after an error
+		s, ok = t.(string)
+		return s, ok
+	}
 	out := map[string]string{}
 	for dec.More() {
-		name, err := dec.Token()
-		from, ok := name.(string)
-		if err != nil || !ok {
+		from, ok := nextString()
+		if !ok {
 			return nil, wrong
 		}
-		value, err := dec.Token()
-		to, ok := value.(string)
-		if err != nil || !ok {
+		to, ok := nextString()
+		if !ok {
 			return nil, wrong
 		}
 		if _, twice := out[from]; twice {
@@ -342,7 +347,8 @@ func parseRewrite(raw []byte) (map[string]string, error) {
 	return out, nil
 }
 
-// upstreamSettings are an upstream's own limits and timeouts. 0 means no limit, or the environment's timeout.
+// upstreamSettings are an upstream's own limits and timeouts. 0 means no limit, or the timeout that is set for
+// the whole program.
 type upstreamSettings struct {
 	ConnectMS         int64  `json:"connect_ms,omitzero"`
 	AnswerMS          int64  `json:"answer_ms,omitzero"`
@@ -353,10 +359,4 @@ type upstreamSettings struct {
 	Note              string `json:"note,omitzero"`
 }
 
-func (u *upstreamSettings) String() string {
-	b, err := json.Marshal(u)
-	if err != nil { // impossible: numbers and a string
-		return "{}"
-	}
-	return string(b)
-}
+func (u *upstreamSettings) String() string { return marshalSettings(u) }
