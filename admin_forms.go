@@ -8,12 +8,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // A pageForm is the data of the template "form".
@@ -46,9 +48,77 @@ func formFields[I, R any](fields []field[I, R], names ...string) []*formField {
 	for _, name := range names {
 		f := fields[slices.IndexFunc(fields, func(f field[I, R]) bool { return f.name == name })]
 		form = append(form, &formField{Name: name, Label: f.label, Kind: f.kind, Placeholder: f.placeholder,
-			Help: f.help, Required: f.required, Empty: f.empty})
+			Help: f.help, Required: f.required, Empty: f.empty, Options: fieldOptions(name),
+			Short: name == "provider" || name == "overlap_minutes"})
 	}
 	return form
+}
+
+// fieldOptions returns the choices of a field that has the same on every page.
+func fieldOptions(name string) []option {
+	switch name {
+	case "provider":
+		return providerOptions()
+	case "role":
+		return options(
+			string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
+			string(roleOperator), "Operator: can also create, change and revoke tokens",
+			string(roleAdmin), "Admin: can do everything")
+	case "overlap_minutes":
+		return options("0", "Revoke it now (leaked)", "60", "1 hour", "1440", "1 day", "10080", "7 days",
+			"43200", "30 days")
+	}
+	return nil
+}
+
+func providerOptions() []option {
+	return options(providerOpenAI, "OpenAI", providerAnthropic, "Anthropic", providerAzure, "Azure OpenAI",
+		providerCompatible, "Other, OpenAI-compatible")
+}
+
+// storedValues returns what the fields of a form start with, from an object as operations return it.
+// It is the reverse of decode.
+func storedValues(object any, fields []*formField) url.Values {
+	stored, values := map[string]json.RawMessage{}, url.Values{}
+	if err := json.Unmarshal(mustMarshal(object), &stored); err != nil {
+		return values // cannot happen: objects have names
+	}
+	for _, field := range fields {
+		if raw, ok := stored[field.Name]; ok && string(raw) != "null" {
+			values.Set(field.Name, field.encode(raw))
+		}
+	}
+	return values
+}
+
+// encode returns a stored value as the field shows it.
+func (field *formField) encode(raw json.RawMessage) string {
+	var lines []string
+	text := displayJSON(raw)
+	switch field.Kind {
+	case "lines":
+		_ = json.Unmarshal(raw, &lines) // cannot fail: the operations return a list
+	case "pairs":
+		var pairs map[string]string
+		_ = json.Unmarshal(raw, &pairs) // the same
+		for _, key := range slices.Sorted(maps.Keys(pairs)) {
+			lines = append(lines, key+" = "+pairs[key])
+		}
+	case "checkbox":
+		return map[string]string{"true": "on"}[text]
+	case "datetime-local":
+		if t, err := time.Parse(time.RFC3339, text); err == nil {
+			return timestamp(t.UnixMilli()).datetimeLocal()
+		}
+	case "number":
+		if text == "0" && field.Empty == emptyValue {
+			return ""
+		}
+		return text
+	default:
+		return text
+	}
+	return strings.Join(lines, "\n")
 }
 
 // A labeledValue is a value with its name.
@@ -184,9 +254,9 @@ type formView struct {
 	Policy *policyForm // nil: the form has none
 }
 
-// submit handles a page with a form. A GET shows it with what is stored. A POST runs the operation,
-// which returns the page that follows.
-func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values,
+// submit handles a page with a form. A GET shows it with what is stored. A POST decodes it into the
+// input, whose fields are given by name, and runs the operation, which returns the page that follows.
+func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values, input map[string]any,
 	run func() (*pageResponse, error)) (*pageResponse, error) {
 	v.Form.Action = r.http.URL.Path
 	if v.Form.Creates != "" {
@@ -205,9 +275,12 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 		page.template, page.title, page.status = "sent", "Form already submitted", http.StatusConflict
 		return page, nil
 	}
-	next, err := run()
+	err := v.decode(r, input)
 	if err == nil {
-		return next, nil
+		var next *pageResponse
+		if next, err = run(); err == nil {
+			return next, nil
+		}
 	}
 	if v.Policy != nil && v.Policy.showError(err) {
 		page.status = http.StatusBadRequest

@@ -6,9 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net/url"
-	"slices"
 	"strings"
 	"time"
 )
@@ -73,17 +71,10 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
-		Submit: "Create project", Cancel: "/admin/projects", Fields: []*formField{
-			{Name: "name", Label: "Name", Required: true, Help: "project-name"},
-			providerField(),
-			{Name: "api_key", Label: "API key", Kind: "password", Empty: emptyOmitted, Help: "first-api-key"},
-			{Name: "base_url", Label: "Base URL", Placeholder: "https://", Empty: emptyOmitted, Help: "base-url"},
-		}}}
-	return ui.submit(r, "New project", v, nil, func() (*pageResponse, error) {
-		var in projectInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+		Submit: "Create project", Cancel: "/admin/projects",
+		Fields: formFields(projectFields(), "name", "provider", "api_key", "base_url")}}
+	var in projectInput
+	return ui.submit(r, "New project", v, nil, in.fields(), func() (*pageResponse, error) {
 		if !in.key.set && !in.baseURL.set && in.provider.value == providerOpenAI {
 			in.provider.set = false // the form's default: a project without an upstream
 		}
@@ -108,11 +99,8 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 				Help: "verified-streams"},
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
 		}}}
-	return ui.submit(r, "Edit project", v, routingValues(&project), func() (*pageResponse, error) {
-		var in projectInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	var in projectInput
+	return ui.submit(r, "Edit project", v, routingValues(&project), in.fields(), func() (*pageResponse, error) {
 		routing, err := encodeRouting(r.form)
 		if err != nil {
 			return nil, err
@@ -212,21 +200,11 @@ func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error
 	})
 }
 
-func providerOptions() []option {
-	return options(providerOpenAI, "OpenAI", providerAnthropic, "Anthropic", providerAzure, "Azure OpenAI",
-		providerCompatible, "Other, OpenAI-compatible")
-}
-
-func providerField() *formField {
-	return &formField{Name: "provider", Label: "Provider", Kind: "select", Required: true, Short: true,
-		Options: providerOptions()}
-}
-
-// upstreamFormFields returns the fields that a new upstream and a changed one share.
-func upstreamFormFields() []*formField {
-	return formFields(upstreamFields(), "models", "priority", "weight", "rewrite", "requests_per_minute",
-		"tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms", "shared_with", "note",
-		"organization", "openai_project")
+// upstreamFormFields returns the named fields and those that a new upstream and a changed one share.
+func upstreamFormFields(first ...string) []*formField {
+	return formFields(upstreamFields(), append(first, "models", "priority", "weight", "rewrite",
+		"requests_per_minute", "tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms",
+		"shared_with", "note", "organization", "openai_project")...)
 }
 
 func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
@@ -236,18 +214,12 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	}
 	projectURL := "/admin/projects/" + project.ID
 	v := &formView{Crumb: option{projectURL, project.Name}, Form: &pageForm{Submit: "Add upstream", Cancel: projectURL,
-		Fields: append([]*formField{
-			{Name: "name", Label: "Name", Required: true, Help: "upstream-name"},
-			providerField(),
-			{Name: "api_key", Label: "API key", Kind: "password", Required: true, Help: "api-key"},
-			{Name: "base_url", Label: "Base URL", Placeholder: "https://", Empty: emptyOmitted, Help: "base-url"},
-		}, upstreamFormFields()...)}}
+		Fields: upstreamFormFields("name", "provider", "api_key", "base_url")}}
+	key := v.Form.Fields[2]
+	key.Required, key.Empty = true, emptyValue
 	defaults := url.Values{"priority": {"0"}, "weight": {"1"}}
-	return ui.submit(r, "Add an upstream", v, defaults, func() (*pageResponse, error) {
-		var in upstreamInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	var in upstreamInput
+	return ui.submit(r, "Add an upstream", v, defaults, in.fields(), func() (*pageResponse, error) {
 		_, err := ui.ops.createUpstream(r.ctx, r.origin, project.ID, in)
 		return redirectTo(projectURL, "saved"), err
 	})
@@ -258,67 +230,21 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	hint := ""
-	if u.KeyHint != "" {
-		hint = "•••• " + u.KeyHint
-	}
 	projectURL := "/admin/projects/" + u.ProjectID
-	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{
-		Submit: "Save", Cancel: projectURL, Version: u.Version, Fields: append([]*formField{
-			{Name: "name", Label: "Name", Required: true},
-			{Name: "api_key", Label: "New API key", Kind: "password", Placeholder: hint, Empty: emptyOmitted,
-				Help: "new-api-key"},
-			{Name: "base_url", Label: "Base URL", Required: true, Placeholder: "https://"},
-			{Name: "is_active", Label: "Active", Kind: "checkbox", Help: "is-active"},
-		}, upstreamFormFields()...)}}
-	return ui.submit(r, "Upstream "+u.Name, v, upstreamValues(&u), func() (*pageResponse, error) {
-		var in upstreamInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{Submit: "Save", Cancel: projectURL,
+		Version: u.Version, Fields: upstreamFormFields("name", "api_key", "base_url", "is_active")}}
+	key, baseURL := v.Form.Fields[1], v.Form.Fields[2]
+	key.Label, key.Help = "New API key", "new-api-key"
+	if u.KeyHint != "" {
+		key.Placeholder = "•••• " + u.KeyHint
+	}
+	baseURL.Required, baseURL.Empty, baseURL.Help = true, emptyValue, ""
+	var in upstreamInput
+	stored := storedValues(u, v.Form.Fields)
+	return ui.submit(r, "Upstream "+u.Name, v, stored, in.fields(), func() (*pageResponse, error) {
 		_, err := ui.ops.updateUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion, in)
 		return redirectTo(projectURL, "saved"), err
 	})
-}
-
-// upstreamValues returns an upstream as the values of the form.
-func upstreamValues(u *upstreamView) url.Values {
-	values := url.Values{"name": {u.Name}, "base_url": {u.BaseURL}, "note": {u.Note}, "organization": {u.Organization},
-		"openai_project": {u.OpenAIProject}, "priority": {formatInt(u.Priority)}, "weight": {formatInt(u.Weight)},
-		"models": {jsonListToLines(u.Models)}, "shared_with": {jsonListToLines(u.SharedWith)},
-		"rewrite": {jsonMapToLines(u.Rewrite)}}
-	for name, n := range map[string]int64{"requests_per_minute": u.Requests, "tokens_per_minute": u.Tokens,
-		"connect_ms": u.ConnectMS, "answer_ms": u.AnswerMS, "first_event_ms": u.FirstEventMS, "idle_ms": u.IdleMS} {
-		if n != 0 { // 0 is the default
-			values.Set(name, formatInt(n))
-		}
-	}
-	if u.IsActive {
-		values.Set("is_active", "on")
-	}
-	return values
-}
-
-// jsonListToLines returns a stored JSON list, one entry per line.
-func jsonListToLines(stored json.RawMessage) string {
-	var list []string
-	if err := json.Unmarshal(stored, &list); err != nil {
-		return "" // cannot happen: it was checked when it was stored
-	}
-	return strings.Join(list, "\n")
-}
-
-// jsonMapToLines returns a stored JSON object, one "key = value" per line.
-func jsonMapToLines(stored json.RawMessage) string {
-	var pairs map[string]string
-	if err := json.Unmarshal(stored, &pairs); err != nil {
-		return "" // cannot happen: it was checked when it was stored
-	}
-	var lines []string
-	for _, key := range slices.Sorted(maps.Keys(pairs)) {
-		lines = append(lines, key+" = "+pairs[key])
-	}
-	return strings.Join(lines, "\n")
 }
 
 func (ui *adminUI) deleteUpstreamPage(r *pageRequest) (*pageResponse, error) {

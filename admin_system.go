@@ -41,11 +41,9 @@ func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 		Submit: "Set price", Cancel: "/admin/prices",
 		Fields: formFields(priceFields(), "match", "input", "output", "cached_input", "cache_write", "audio_input",
 			"audio_output")}}
-	return ui.submit(r, "Set a price", v, url.Values{"match": {r.query.Get("match")}}, func() (*pageResponse, error) {
-		var in priceInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	var in priceInput
+	defaults := url.Values{"match": {r.query.Get("match")}}
+	return ui.submit(r, "Set a price", v, defaults, in.fields(), func() (*pageResponse, error) {
 		_, err := ui.ops.setPrice(r.ctx, r.origin, in)
 		return redirectTo("/admin/prices", "saved"), err
 	})
@@ -262,24 +260,13 @@ func newKeyStateView(k *keyView, now time.Time) stateView {
 	return stateView{"good", "active"}
 }
 
-func keyFormFields() []*formField {
-	fields := formFields(keyFields(), "name", "role", "expires_at")
-	fields[1].Options = options(
-		string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
-		string(roleOperator), "Operator: can also create, change and revoke tokens",
-		string(roleAdmin), "Admin: can do everything")
-	return fields
-}
-
 func (ui *adminUI) newKeyPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
-		Form: &pageForm{Submit: "Create key", Cancel: "/admin/keys", Creates: "key", Fields: keyFormFields()}}
+		Form: &pageForm{Submit: "Create key", Cancel: "/admin/keys", Creates: "key",
+			Fields: formFields(keyFields(), "name", "role", "expires_at")}}
 	defaults := url.Values{"role": {string(roleViewer)}}
-	return ui.submit(r, "New management key", v, defaults, func() (*pageResponse, error) {
-		var in keyInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	var in keyInput
+	return ui.submit(r, "New management key", v, defaults, in.fields(), func() (*pageResponse, error) {
 		k, value, err := ui.ops.createManagementKey(r.ctx, r.origin, in)
 		if err != nil {
 			return nil, err
@@ -293,17 +280,11 @@ func (ui *adminUI) editKey(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	stored := url.Values{"name": {k.Name}, "role": {string(k.Role)}}
-	if k.ExpiresAt != nil {
-		stored.Set("expires_at", k.ExpiresAt.datetimeLocal())
-	}
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
-		Form: &pageForm{Submit: "Save", Cancel: "/admin/keys", Version: k.Version, Fields: keyFormFields()}}
-	return ui.submit(r, "Edit "+k.Name, v, stored, func() (*pageResponse, error) {
-		var in keyInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+		Form: &pageForm{Submit: "Save", Cancel: "/admin/keys", Version: k.Version,
+			Fields: formFields(keyFields(), "name", "role", "expires_at")}}
+	var in keyInput
+	return ui.submit(r, "Edit "+k.Name, v, storedValues(k, v.Form.Fields), in.fields(), func() (*pageResponse, error) {
 		_, err := ui.ops.updateManagementKey(r.ctx, r.origin, k.ID, r.ifMatchVersion, in)
 		return redirectTo("/admin/keys", "saved"), err
 	})

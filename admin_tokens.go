@@ -31,24 +31,20 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	if projects = projects[1:]; len(projects) == 0 {
 		return &pageResponse{template: "no-project", title: "New token"}, nil
 	}
-	fields := []*formField{
-		{Name: "project_id", Label: "Project", Kind: "select", Required: true, Options: projects},
-		{Name: "name", Label: "Name", Required: true, Help: "token-name"},
-		{Name: "lifetime", Label: "Expires", Kind: "select", Required: true, Short: true,
-			Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days",
-				"720", "In 30 days", "2160", "In 90 days", "8760", "In 1 year", "never", "Never expires",
-				"", "On a date")},
-		{Name: "expires_at", Label: "Expiry date (UTC)", Kind: "datetime-local", Help: "expiry-date"},
-	}
-	fields = append(fields, formFields(tokenFields(), "max_requests", "idle_expiry_minutes")...)
+	fields := formFields(tokenFields(), "project_id", "name", "expires_at", "max_requests", "idle_expiry_minutes")
+	fields[0].Options = projects
+	date := fields[2]
+	date.Label, date.Help = "Expiry date (UTC)", "expiry-date"
+	date.Empty = emptyValue // “On a date” without a date is a mistake, not a token that never expires
+	fields = slices.Insert(fields, 2, &formField{Name: "lifetime", Label: "Expires", Kind: "select", Required: true,
+		Short: true, Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days",
+			"720", "In 30 days", "2160", "In 90 days", "8760", "In 1 year", "never", "Never expires",
+			"", "On a date")})
 	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil),
 		Form: &pageForm{Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: fields}}
 	defaults := url.Values{"project_id": {projectID}, "lifetime": {"720"}}
-	return ui.submit(r, "New token", v, defaults, func() (*pageResponse, error) {
-		var in tokenInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	var in tokenInput
+	return ui.submit(r, "New token", v, defaults, in.fields(), func() (*pageResponse, error) {
 		switch lifetime := r.form.Get("lifetime"); lifetime {
 		case "": // expires_at
 		case "never":
@@ -73,24 +69,12 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	stored := url.Values{"name": {t.Name}}
-	if t.ExpiresAt != nil {
-		stored.Set("expires_at", t.ExpiresAt.datetimeLocal())
-	}
-	for name, n := range map[string]*int64{"max_requests": t.MaxRequests, "idle_expiry_minutes": t.IdleExpiryMinutes} {
-		if n != nil {
-			stored.Set(name, formatInt(*n))
-		}
-	}
 	tokenURL := "/admin/tokens/" + t.ID
 	fields := formFields(tokenFields(), "name", "expires_at", "max_requests", "idle_expiry_minutes")
 	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
 		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: fields}}
-	return ui.submit(r, "Edit token", v, stored, func() (*pageResponse, error) {
-		var in tokenInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+	var in tokenInput
+	return ui.submit(r, "Edit token", v, storedValues(t, fields), in.fields(), func() (*pageResponse, error) {
 		_, err := ui.ops.updateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
 		return redirectTo(tokenURL, "saved"), err
 	})
@@ -103,15 +87,11 @@ func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	tokenURL := "/admin/tokens/" + t.ID
 	v := &formView{Crumb: option{tokenURL, t.Name}, Intro: "rotate", Form: &pageForm{
-		Submit: "Rotate", Cancel: tokenURL, Creates: "value", Version: t.Version, Fields: []*formField{
-			{Name: "overlap_minutes", Label: "Keep the old value valid for", Kind: "select", Required: true,
-				Short: true, Options: options("0", "Revoke it now (leaked)", "60", "1 hour", "1440", "1 day",
-					"10080", "7 days", "43200", "30 days")}}}}
-	return ui.submit(r, "Rotate "+t.Name, v, url.Values{"overlap_minutes": {"60"}}, func() (*pageResponse, error) {
-		var in rotateInput
-		if err := v.decode(r, in.fields()); err != nil {
-			return nil, err
-		}
+		Submit: "Rotate", Cancel: tokenURL, Creates: "value", Version: t.Version,
+		Fields: formFields(rotateFields(), "overlap_minutes")}}
+	var in rotateInput
+	defaults := url.Values{"overlap_minutes": {"60"}}
+	return ui.submit(r, "Rotate "+t.Name, v, defaults, in.fields(), func() (*pageResponse, error) {
 		row, value, err := ui.ops.rotateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
 		if err != nil {
 			return nil, err
