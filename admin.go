@@ -136,14 +136,19 @@ type pageRequest struct {
 	secure  bool // the browser connected over TLS
 }
 
-// withQuery returns a request of /manage with a query: pairs of name and value. Pairs with an empty
-// value are left out.
-func (r *pageRequest) withQuery(pairs ...string) *manageRequest {
+// listRequest returns the request of /manage for a page of a list. Its query has the limit, the
+// cursor and the named filters, as far as they are given: with nothing but the limit, it is the
+// start of the whole list.
+func (r *pageRequest) listRequest(limit int64, filters ...string) *manageRequest {
 	m := *r.manageRequest
-	m.query = url.Values{}
-	for i := 0; i < len(pairs); i += 2 {
-		if pairs[i+1] != "" {
-			m.query.Set(pairs[i], pairs[i+1])
+	m.query = url.Values{"limit": {formatInt(limit)}}
+	for _, name := range append(filters, "after") {
+		value := strings.TrimSpace(r.query.Get(name))
+		if name == "from" || name == "to" {
+			value = formTimeToRFC3339(value)
+		}
+		if value != "" {
+			m.query.Set(name, value)
 		}
 	}
 	return &m
@@ -335,7 +340,7 @@ type pageView struct {
 	Role     role
 	Can      map[string]bool // whether the role includes a role
 	Nav      []navItem
-	Done     string // names a notice
+	Given    map[string]string // the parameters of the address
 	Data     any
 }
 
@@ -376,7 +381,10 @@ func (ui *adminUI) logFailure(w http.ResponseWriter, r *pageRequest, err error) 
 }
 
 func (ui *adminUI) newPageView(r *pageRequest, p *pageResponse) *pageView {
-	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}, Done: r.query.Get("done")}
+	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}, Given: map[string]string{}}
+	for name := range r.query {
+		v.Given[name] = r.query.Get(name)
+	}
 	if r.session == nil {
 		return v
 	}

@@ -13,18 +13,15 @@ import (
 
 // A projectsView is the data of templates/projects.html.
 type projectsView struct {
-	Projects     []projectView
-	Name, Active string // the filters
-	States       []option
-	Next         string // the address of the next page, "" if there is none
-	NoProjects   bool   // there are none at all
+	Projects   []projectView
+	States     []option
+	Next       string // the address of the next page, "" if there is none
+	NoProjects bool   // there are none at all
 }
 
 func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
-	v := projectsView{Name: r.query.Get("name"), Active: r.query.Get("active"),
-		States: options("", "All", "true", "Active", "false", "Inactive")}
-	f, err := r.withQuery("limit", "100", "name", v.Name, "active", v.Active,
-		"after", r.query.Get("after")).parseProjectFilter()
+	list := r.listRequest(100, "name", "active")
+	f, err := list.parseProjectFilter()
 	if err != nil {
 		return nil, err
 	}
@@ -32,9 +29,9 @@ func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.Projects, v.Next = page.Data, r.nextPageURL(page.Next)
-	v.NoProjects = len(page.Data) == 0 && v.Name == "" && v.Active == "" && r.query.Get("after") == ""
-	return showPage("projects", "Projects", v), nil
+	return showPage("projects", "Projects", projectsView{Projects: page.Data, Next: r.nextPageURL(page.Next),
+		States:     options("", "All", "true", "Active", "false", "Inactive"),
+		NoProjects: len(page.Data) == 0 && len(list.query) == 1}), nil
 }
 
 // A projectPageView is the data of templates/project.html.
@@ -261,12 +258,11 @@ func (ui *adminUI) deleteUpstreamPage(r *pageRequest) (*pageResponse, error) {
 
 // A routePageView is the data of templates/route.html.
 type routePageView struct {
-	Project    projectView
-	Model, API string
-	APIs       []option
-	Problem    string // with the model or API
-	Fallback   string
-	Upstreams  []routePageUpstream
+	Project   projectView
+	APIs      []option
+	Problem   string // with the model or API
+	Fallback  string
+	Upstreams []routePageUpstream
 }
 
 type routePageUpstream struct {
@@ -280,13 +276,12 @@ func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := routePageView{Project: project, Model: r.query.Get("model"), API: r.query.Get("api"),
-		APIs: options("openai", "OpenAI", "anthropic", "Anthropic")}
+	v := routePageView{Project: project, APIs: options("openai", "OpenAI", "anthropic", "Anthropic")}
 	page := showPage("route", "Test routing in "+project.Name, &v)
-	if v.Model == "" {
+	if r.query.Get("model") == "" {
 		return page, nil
 	}
-	route, err := ui.ops.explainRoute(r.ctx, project.ID, v.Model, v.API)
+	route, err := ui.ops.explainRoute(r.ctx, project.ID, r.query.Get("model"), r.query.Get("api"))
 	if fe, ok := errors.AsType[*fieldError](err); ok {
 		v.Problem = fieldErrorMessage(fe)
 		return page, nil

@@ -1,5 +1,5 @@
 // This file has the pages of /admin about the ledger: the list of calls with its filters, one call with
-// its timing, its stored content, and the downloads. A download is recorded on the audit trail before
+// its timing, its stored content, and the downloads. A download is recorded in the audit trail before
 // its first byte leaves.
 package main
 
@@ -21,8 +21,8 @@ import (
 
 // A requestsView is the data of templates/requests.html.
 type requestsView struct {
-	Problem                       string            // with the filters
-	Given                         map[string]string // the filters as they were given
+	Problem                       string   // with the filters
+	FilterNames                   []string // those that a download takes
 	Projects, Outcomes, Endpoints []option
 	Rows                          []requestListItem
 	Next                          string
@@ -100,14 +100,11 @@ func parseFilterTime(v string) (t time.Time, err error) {
 const requestsPageSize = 50
 
 func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
-	v := &requestsView{Given: map[string]string{}}
-	for _, name := range append(filterNames(), "id") {
-		v.Given[name] = r.query.Get(name)
-		v.Filtered = v.Filtered || v.Given[name] != ""
-	}
+	v := &requestsView{FilterNames: filterNames()}
+	v.Filtered = slices.ContainsFunc(append(filterNames(), "id"), func(n string) bool { return r.query.Get(n) != "" })
 	var f requestFilter
 	f, v.Problem = parseRequestFilter(r.query)
-	if id := strings.TrimSpace(v.Given["id"]); id != "" {
+	if id := strings.TrimSpace(r.query.Get("id")); id != "" {
 		if parseRequestID(id) != 0 {
 			return &pageResponse{redirect: "/admin/requests/" + id}, nil
 		}
@@ -288,10 +285,7 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 			details = append(details, auditField{name, v})
 		}
 	}
-	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "requests", details}); err != nil {
-		return nil, err // no audit entry, no download
-	}
-	return &pageResponse{write: func(w http.ResponseWriter) error {
+	return ui.download(r, "requests", details, func(w http.ResponseWriter) error {
 		e := newExportWriter(w, format, "calls", r.now)
 		if e.csv != nil {
 			e.writeRequestHeader()
@@ -313,7 +307,15 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 			}
 		}
 		return e.err
-	}}, nil
+	})
+}
+
+// download records a download in the audit trail and returns the response that writes it. Without
+// an audit entry there is no download.
+func (ui *adminUI) download(r *pageRequest, object string, details []auditField,
+	write func(http.ResponseWriter) error) (*pageResponse, error) {
+	err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, object, details})
+	return &pageResponse{write: write}, err
 }
 
 // exportDashboard downloads the numbers of the dashboard as CSV.
@@ -327,15 +329,12 @@ func (ui *adminUI) exportDashboard(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	details := []auditField{{"period", q.name}, {"project", q.projectID}}
-	if err := ui.store.recordAuditEvent(r.ctx, r.origin, auditEvent{actionExport, "dashboard", details}); err != nil {
-		return nil, err // no audit entry, no download
-	}
-	return &pageResponse{write: func(w http.ResponseWriter) error {
+	return ui.download(r, "dashboard", details, func(w http.ResponseWriter) error {
 		e := newExportWriter(w, "csv", "dashboard", r.now)
 		d.writeCSV(q, e)
 		e.flush()
 		return e.err
-	}}, nil
+	})
 }
 
 // An exportWriter writes a download. After an error it writes nothing more.

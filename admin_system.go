@@ -64,8 +64,7 @@ type streamsView struct {
 }
 
 func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
-	f, err := r.withQuery("limit", "200", "after", r.query.Get("after"), "project_id", r.query.Get("project_id"),
-		"token_id", r.query.Get("token_id")).parseStreamFilter()
+	f, err := r.listRequest(200, "project_id", "token_id").parseStreamFilter()
 	if err != nil {
 		return nil, err
 	}
@@ -88,10 +87,9 @@ func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
 
 // An auditPageView is the data of templates/audit.html.
 type auditPageView struct {
-	Entries                         []auditLine
-	Actor, Action, Object, From, To string // the filters
-	Next                            string
-	Filtered                        bool
+	Entries  []auditLine
+	Next     string
+	Filtered bool // or a later page
 }
 
 // An auditLine is an entry of the audit trail.
@@ -102,11 +100,8 @@ type auditLine struct {
 }
 
 func (ui *adminUI) auditPage(r *pageRequest) (*pageResponse, error) {
-	value := func(name string) string { return strings.TrimSpace(r.query.Get(name)) }
-	v := auditPageView{Actor: value("actor"), Action: value("action"), Object: value("object"),
-		From: value("from"), To: value("to")}
-	f, err := r.withQuery("limit", "100", "after", value("after"), "actor", v.Actor, "action", v.Action,
-		"object", v.Object, "from", formTimeToRFC3339(v.From), "to", formTimeToRFC3339(v.To)).parseAuditFilter()
+	list := r.listRequest(100, "actor", "action", "object", "from", "to")
+	f, err := list.parseAuditFilter()
 	if err != nil {
 		return nil, err
 	}
@@ -114,8 +109,7 @@ func (ui *adminUI) auditPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.Next = r.nextPageURL(page.Next)
-	v.Filtered = v.Actor+v.Action+v.Object+v.From+v.To != ""
+	v := auditPageView{Next: r.nextPageURL(page.Next), Filtered: len(list.query) > 1}
 	for _, e := range page.Data {
 		v.Entries = append(v.Entries, auditLine{e, objectURL(e.Object), auditChanges(e.Detail)})
 	}
@@ -236,7 +230,7 @@ type keyListItem struct {
 }
 
 func (ui *adminUI) keysPage(r *pageRequest) (*pageResponse, error) {
-	q, err := r.withQuery("limit", "100", "after", r.query.Get("after")).parseListQuery()
+	q, err := r.listRequest(100).parseListQuery()
 	if err != nil {
 		return nil, err
 	}
