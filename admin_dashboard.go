@@ -268,8 +268,19 @@ type dashView struct {
 	NoCalls                            bool // there was never a call
 }
 
-// A dashAlert is something that needs attention. Level is bad or warn.
-type dashAlert struct{ Level, Kind, Link, Text string }
+// A dashAlert is something that needs attention. Level is bad or warn. Kind selects a sentence of
+// templates/dashboard.html, which uses the other fields as far as it needs them.
+type dashAlert struct {
+	Level, Kind              string
+	Project, ProjectID       string
+	Token, TokenID           string
+	Upstream, Reason, Limit  string
+	UsedPercent              string // of the limit
+	At                       timestamp
+	Others                   int64 // tokens
+	AtLeast                  bool  // there are more than Others
+	FreeBytes, DatabaseBytes int64
+}
 
 // A tile is one number beside that of the period before. Level is good, bad or "".
 type tile struct{ Label, Value, More, Change, Previous, Level string }
@@ -479,9 +490,9 @@ func (q *dashQuery) rankingLink(title string, v *usageShare) string {
 func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dashAlert, error) {
 	alerts := ui.systemAlerts(r)
 	for _, u := range d.unhealthyUpstreams {
-		if q.projectID == "" || u.projectID == q.projectID {
-			link := "/admin/projects/" + u.projectID
-			alerts = append(alerts, dashAlert{"bad", "Upstream", link, upstreamAlertText(&u, r.now)})
+		if q.includes(u.projectID) {
+			alerts = append(alerts, dashAlert{Level: "bad", Kind: "upstream-" + u.state, Project: u.project,
+				ProjectID: u.projectID, Upstream: u.upstream, Reason: u.reason, At: timestamp(u.since)})
 		}
 	}
 	near, err := ui.idleNearLimits(r, q, d)
@@ -489,21 +500,22 @@ func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dash
 		return nil, err
 	}
 	near = append(ui.registry.nearLimits(q.now, nearLimitFraction, maxLiveScanned), near...)
-	if q.projectID != "" {
-		near = slices.DeleteFunc(near, func(n nearLimit) bool { return n.projectID != q.projectID })
-	}
+	near = slices.DeleteFunc(near, func(n nearLimit) bool { return !q.includes(n.projectID) })
 	sortNearLimits(near)
 	for _, n := range near[:min(len(near), maxAlertsPerKind)] {
-		alert := dashAlert{"warn", "Limit", "/admin/projects/" + n.projectID, "Project " + n.project}
-		if n.token != "" {
-			alert.Link, alert.Text = "/admin/tokens/"+url.PathEscape(n.token), "Token "+n.name+" of project "+n.project
-		}
-		if alert.Text += " has used " + percent(100*n.fraction) + " of " + n.limit + "."; n.fraction >= 1 {
+		alert := dashAlert{Level: "warn", Kind: "limit", Project: n.project, ProjectID: n.projectID,
+			Token: n.name, TokenID: n.token, Limit: n.limit, UsedPercent: percent(100 * n.fraction)}
+		if n.fraction >= 1 {
 			alert.Level = "bad"
 		}
 		alerts = append(alerts, alert)
 	}
-	return append(alerts, expiryAlerts(r, q, d)...), nil
+	return append(alerts, d.expiryAlerts(q)...), nil
+}
+
+// includes reports whether the dashboard covers a project.
+func (q *dashQuery) includes(projectID string) bool {
+	return q.projectID == "" || q.projectID == projectID
 }
 
 // idleNearLimits returns the nearly spent limits of projects and tokens that are not live. Each takes a
@@ -554,64 +566,36 @@ func (ui *adminUI) idleNearLimits(r *pageRequest, q *dashQuery, d *dashData) (ne
 
 // systemAlerts lists what keeps the proxy from taking or recording calls, or soon will.
 func (ui *adminUI) systemAlerts(r *pageRequest) (alerts []dashAlert) {
-	add := func(kind, text string) { alerts = append(alerts, dashAlert{Level: "bad", Kind: kind, Text: text}) }
 	if problem := ui.databaseProblem(); problem != "" {
-		add("Database", "The database file is missing or was replaced ("+problem+"), so calls are refused. "+
-			"Stop the proxy and run llm-proxy doctor.")
+		alerts = append(alerts, dashAlert{Level: "bad", Kind: "database", Reason: problem})
 	}
 	if !ui.ledger.healthy() {
-		add("Ledger", "The ledger cannot be written, so calls are refused. Check whether the disk is full.")
-	}
-	if ui.diskUse == nil {
-		return alerts
+		alerts = append(alerts, dashAlert{Level: "bad", Kind: "ledger"})
 	}
 	if use, err := ui.diskUse(r.ctx); err == nil && use.available < lowDiskBytes {
-		add("Disk", "Only "+formatBytes(use.available)+" are free on the disk of the database, which takes up "+
-			formatBytes(use.databaseSize)+".")
+		alerts = append(alerts, dashAlert{Level: "bad", Kind: "disk", FreeBytes: use.available,
+			DatabaseBytes: use.databaseSize})
 	}
 	return alerts
 }
 
-func upstreamAlertText(u *unhealthyUpstream, now time.Time) string {
-	text := "Upstream " + u.upstream + " of project " + u.project + ": "
-	switch u.state {
-	case "quarantined":
-		text += "the provider rejects its key"
-	case "exhausted":
-		text += "its account has run out of credit or quota"
-	case "cooling":
-		text += "the provider limits its rate"
-	default:
-		text += "its calls fail"
-	}
-	if u.reason != "" {
-		text += " (" + u.reason + ")"
-	}
-	return text + ", detected " + relativeTime(time.UnixMilli(u.since).Sub(now)) + "."
-}
-
-// expiryAlerts lists the tokens that expire within a week.
-func expiryAlerts(r *pageRequest, q *dashQuery, d *dashData) (alerts []dashAlert) {
-	others := int64(0)
+// expiryAlerts lists the tokens that expire within a week, and counts those that it has no line for.
+func (d *dashData) expiryAlerts(q *dashQuery) (alerts []dashAlert) {
+	others := dashAlert{Level: "warn", Kind: "expiry", AtLeast: len(d.expiring) == maxExpiringTokens}
 	for _, t := range d.expiring {
 		switch {
-		case q.projectID != "" && t.projectID != q.projectID:
+		case !q.includes(t.projectID):
 		case len(alerts) < maxAlertsPerKind:
-			text := "Token " + t.name + " of project " + t.project + " expires " +
-				relativeTime(time.UnixMilli(t.expiresAt).Sub(r.now)) + "."
-			alerts = append(alerts, dashAlert{"warn", "Token", "/admin/tokens/" + url.PathEscape(t.id), text})
+			alerts = append(alerts, dashAlert{Level: "warn", Kind: "expiry", Project: t.project, ProjectID: t.projectID,
+				Token: t.name, TokenID: t.id, At: timestamp(t.expiresAt)})
 		default:
-			others++
+			others.Others++
 		}
 	}
-	if others == 0 {
-		return alerts
+	if others.Others > 0 {
+		alerts = append(alerts, others)
 	}
-	text := pluralize(others, "more token expires", "more tokens expire") + " within a week."
-	if len(d.expiring) == maxExpiringTokens {
-		text = "At least " + text
-	}
-	return append(alerts, dashAlert{"warn", "Token", "/admin/tokens", text})
+	return alerts
 }
 
 // writeCSV writes the numbers of the dashboard: a line for each step of time, and one for each project,

@@ -186,7 +186,7 @@ func TestDashboardPage(t *testing.T) {
 	for _, query := range []string{"", "?period=24h&measure=cost", "?period=7d&by=model",
 		"?period=30d&measure=tokens&by=project", "?period=90d", "?project=" + p.project + "&period=24h"} {
 		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon,
-			"Token ends soon of project test expires in 29 hours",
+			">Token ends soon of project test</a> expires <time", ">in 29 hours</time>",
 			"!revoked one", "!ends late", "100.0% of 4 requests per day", "!100 requests", "!1 tokens",
 			"the provider rejects its key",
 			`<svg class="axis"`, "gpt-4o-mini", "POST /v1/chat/completions", "!No calls yet")

@@ -276,15 +276,10 @@ func formatMoney(nanos int64) string {
 
 // formatMillis formats a number of milliseconds.
 func formatMillis(v *float64) string {
-	switch {
-	case v == nil:
+	if v == nil {
 		return "–"
-	case *v < 10:
-		return strconv.FormatFloat(*v, 'f', 1, 64) + " ms"
-	case *v < 10_000:
-		return strconv.FormatFloat(*v, 'f', 0, 64) + " ms"
 	}
-	return strconv.FormatFloat(*v/1000, 'f', 1, 64) + " s"
+	return unitMillis.format(*v)
 }
 
 // formatBytes formats a size with one decimal.

@@ -1,5 +1,5 @@
 // This file computes charts: usage and times in, the coordinates of axes, bars and lines out.
-// templates/charts.html draws them, and html/template escapes every name. Nothing here reads from
+// templates/parts/charts.html draws them, and html/template escapes every name. Nothing here reads from
 // the database or knows of HTTP.
 package main
 
@@ -46,14 +46,22 @@ func (u chartUnit) format(v float64) string {
 		return "over 100 s"
 	case math.IsNaN(v) || math.IsInf(v, 0) || u == unitMillis && v < 0:
 		return "–"
-	case u == unitMillis && v >= 1000:
-		return strconv.FormatFloat(v/1000, 'g', 3, 64) + " s"
+	case u == unitMillis && v >= 999.5:
+		return threeDigits(v/1000) + " s"
 	case u == unitMillis:
-		return strconv.FormatFloat(v, 'g', 3, 64) + " ms"
+		return threeDigits(v) + " ms"
 	case u == unitMoney:
 		return formatMoney(int64(v))
 	}
 	return groupDigits(int64(v))
+}
+
+// threeDigits returns a number with three significant digits, or all digits before the point.
+func threeDigits(v float64) string {
+	if v >= 999.5 {
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	}
+	return strconv.FormatFloat(v, 'g', 3, 64)
 }
 
 func shortNumber(v float64) string {
@@ -121,7 +129,7 @@ type timeChart struct {
 	lineChart bool // lines side by side instead of stacked bars
 }
 
-const plotHeight = 180 // pixels; templates/charts.html has the margins around the plot
+const plotHeight = 180 // pixels; templates/parts/charts.html has the margins around the plot
 
 // A drawing is a time chart in coordinates: y and heights in pixels, x and widths in percent of
 // the plot, so that the chart fits any screen while its letters keep their size.
@@ -386,6 +394,15 @@ func (q *dashQuery) newTimeChart(title string, unit chartUnit) *timeChart {
 	return &timeChart{label: title + " over time", unit: unit, start: q.from, stepMS: q.stepMS, steps: q.steps()}
 }
 
+// addSeries adds a series with a value for each step.
+func (c *timeChart) addSeries(name, class string, value func(step int) float64) {
+	s := chartSeries{Name: name, Class: class}
+	for i := range c.steps {
+		s.values = append(s.values, value(i))
+	}
+	c.series = append(c.series, s)
+}
+
 func seriesClass(i int) string { return "k" + strconv.Itoa(i+1) }
 
 // usageChart returns the chart of the query's metric.
@@ -393,14 +410,11 @@ func (d *dashData) usageChart(q *dashQuery, id string) chartView {
 	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric] + " by " + q.groupBy
 	c := q.newTimeChart(title, q.unit())
 	for i, s := range d.topSeries(q) {
-		series := chartSeries{Name: s.name, Class: seriesClass(i)}
+		class := seriesClass(i)
 		if s.isOther {
-			series.Class = "k0"
+			class = "k0"
 		}
-		for _, a := range s.values {
-			series.values = append(series.values, q.valueOf(a))
-		}
-		c.series = append(c.series, series)
+		c.addSeries(s.name, class, func(i int) float64 { return q.valueOf(s.values[i]) })
 	}
 	return newChartView(id, title, c)
 }
@@ -409,11 +423,7 @@ func (d *dashData) usageChart(q *dashQuery, id string) chartView {
 func (d *dashData) errorChart(q *dashQuery) chartView {
 	c := q.newTimeChart("Errors by cause", unitCount)
 	for k, class := range errorColumnClasses() {
-		series := chartSeries{Name: string(class), Class: seriesClass(k)}
-		for i := range d.steps {
-			series.values = append(series.values, float64(d.steps[i].errors[k]))
-		}
-		c.series = append(c.series, series)
+		c.addSeries(string(class), seriesClass(k), func(i int) float64 { return float64(d.steps[i].errors[k]) })
 	}
 	return newChartView("errors", "Errors by cause", c)
 }
@@ -422,19 +432,13 @@ func (d *dashData) errorChart(q *dashQuery) chartView {
 func (d *dashData) latencyChart(q *dashQuery, id, title string, latency func(*hourSum) *latencyHistogram) chartView {
 	c := q.newTimeChart(title, unitMillis)
 	c.lineChart = true
-	for k, p := range []struct {
-		name     string
-		fraction float64
-	}{{"p50", 0.5}, {"p95", 0.95}} {
-		series := chartSeries{Name: p.name, Class: seriesClass(k)}
-		for i := range d.steps {
-			v := latency(&d.steps[i]).quantile(p.fraction)
-			if v < 0 {
-				v = math.NaN()
+	for k, percentile := range []int{50, 95} {
+		c.addSeries("p"+strconv.Itoa(percentile), seriesClass(k), func(i int) float64 {
+			if v := latency(&d.steps[i]).quantile(float64(percentile) / 100); v >= 0 {
+				return v
 			}
-			series.values = append(series.values, v)
-		}
-		c.series = append(c.series, series)
+			return math.NaN()
+		})
 	}
 	return newChartView(id, title, c)
 }
