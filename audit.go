@@ -345,6 +345,7 @@ func (k *auditCheck) priorUseNotice() string {
 		return ""
 	}
 	return fmt.Sprintf("The trail begins in a database that already had %d projects, %d tokens and "+
-		"%d management keys: either an upgrade from a version without a trail, or somebody removed the whole trail before.",
+		"%d management keys: either an upgrade from a version without a trail, or somebody removed the whole "+
+		"trail before.",
 		initial.Projects, initial.Tokens, initial.Keys)
 }

@@ -179,7 +179,6 @@ func sizeExceptions() map[string]string {
 		"command_rekey.go": "one command",
 		"content.go":       "one type, on a reviewer's list of its own",
 		"json.go":          "helpers that every layer uses",
-		"store_keys.go":    "one table",
 		"throttle.go":      "one type, used by several layers",
 	}
 }
@@ -187,15 +186,14 @@ func sizeExceptions() map[string]string {
 // stillWide are the files that still have lines above 120 columns. The list may only shrink.
 func stillWide() []string {
 	return []string{
-		"audit.go", "audit_test.go", "calls_test.go", "content_test.go", "endpoints_test.go",
-		"harness_test.go", "ledger.go", "ledger_test.go",
+		"audit_test.go", "calls_test.go", "content_test.go", "endpoints_test.go",
+		"harness_test.go", "ledger_test.go",
 		"manage_projects_test.go", "manage_test.go",
 		"manage_tokens_test.go", "manage_usage_test.go", "meter_test.go",
 		"openapi_test.go", "policy_test.go", "prices_test.go", "proxy_attempts_test.go",
 		"proxy_models_test.go", "proxy_request_test.go", "proxy_response_test.go", "proxy_test.go",
 		"ratelimit_state_test.go", "ratelimit_test.go",
-		"request_test.go", "store.go", "store_audit.go", "store_files.go", "store_keys.go", "store_ledger.go",
-		"store_projects.go", "store_reports.go", "store_requests.go", "store_test.go", "store_tokens.go",
+		"request_test.go", "store_test.go",
 		"tokens_test.go", "upstream_select_test.go", "upstream_test.go",
 	}
 }
@@ -333,7 +331,7 @@ func TestLayoutAudit(t *testing.T) {
 	t.Parallel()
 	fset := token.NewFileSet()
 	for name, file := range parseSources(t, fset, parser.SkipObjectResolution) {
-		if !matchesFile([]string{"store_projects.go", "store_tokens.go", "store_keys.go"}, name) {
+		if !matchesFile([]string{"store_projects.go", "store_tokens.go"}, name) {
 			continue
 		}
 		ast.Inspect(file, func(n ast.Node) bool {

@@ -47,7 +47,7 @@ const (
 
 	insertSums = `
 		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, calls, input_tokens,
-			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, 
+			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
 			estimated_calls, would_refuse, total_us)
 		VALUES `
 	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
@@ -78,8 +78,8 @@ func ledgerSQL() [ledgerStmtCount]string {
 			okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
 		stmtRecord: `
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
-				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-				cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log)
+				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
+				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtContent: insertContent,
 		stmtSum:     insertSums + sumValues + addToSums,
@@ -99,7 +99,8 @@ func ledgerSQL() [ledgerStmtCount]string {
 				proxy_errors = proxy_errors + excluded.proxy_errors`,
 		stmtLatency: insertLatency + latencyValues + addToLatency,
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
-			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + addToLatency,
+			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
+			latencyValues + addToLatency,
 		stmtBeginTx:  `BEGIN IMMEDIATE`,
 		stmtCommit:   `COMMIT`,
 		stmtRollback: `ROLLBACK`,
@@ -112,6 +113,7 @@ type ledgerWriter struct {
 	conn  driver.Conn // the one the statements belong to; database/sql may open another
 	stmts [ledgerStmtCount]driver.StmtExecContext
 	args  [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
+	rows  [8 * sumColumnCount]any               // of the present rowGroup
 }
 
 func (s *store) newLedgerWriter() *ledgerWriter {
@@ -216,6 +218,9 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 			return fmt.Errorf("writing pending records: %w", err)
 		}
 	}
+	if len(b.records)+len(b.sumOnlyRows)+len(b.endedBatchIDs) == 0 {
+		return nil
+	}
 	if err := w.insertRequests(ctx, b.records); err != nil {
 		return fmt.Errorf("recording calls: %w", err)
 	}
@@ -245,7 +250,8 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	return w.writeTally(ctx, tally)
 }
 
-// A rowGroup collects rows for a statement with one row and for one with eight.
+// A rowGroup collects rows for a statement with one row and for one with eight. A writer has one at a time:
+// flush it before the next is made.
 type rowGroup struct {
 	w           *ledgerWriter
 	one, eight  int // statements
@@ -253,8 +259,8 @@ type rowGroup struct {
 	values      []any
 }
 
-func (w *ledgerWriter) newRowGroup(one, eight, columnCount int) *rowGroup {
-	return &rowGroup{w, one, eight, columnCount, make([]any, 0, 8*columnCount)}
+func (w *ledgerWriter) newRowGroup(one, eight, columnCount int) rowGroup {
+	return rowGroup{w, one, eight, columnCount, w.rows[: 0 : 8*columnCount]}
 }
 
 // add adds a row, and writes eight once it has them.

@@ -1,5 +1,6 @@
-// This file has the SQL for projects and their upstreams. Contracts: a missing row is errNotFound, an
-// outdated version errStale, a name in use errTaken. Every change goes through withAuditedTx.
+// This file has the SQL for projects, their upstreams, and the prices that administrators set. Contracts: a
+// missing row is errNotFound, an outdated version errStale, a name in use errTaken. Every change goes through
+// withAuditedTx.
 package main
 
 import (
@@ -8,6 +9,7 @@ import (
 	"database/sql"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 )
 
@@ -333,4 +335,61 @@ func bumpSharedVersions(ctx context.Context, tx *sql.Tx, upstream, now int64) er
 		UPDATE projects SET version = version + 1, updated_at = ?
 		WHERE deleted_at IS NULL AND seq IN (SELECT project FROM upstream_shares WHERE upstream = ?)`, now, upstream)
 	return err
+}
+
+// A priceRow is a price that an administrator set; nil: none for that kind.
+type priceRow struct {
+	seq                                                             int64
+	id, match                                                       string
+	input, cachedInput, cacheWrite, output, audioInput, audioOutput *int64
+	updatedAt                                                       int64
+}
+
+const priceColumns = `id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at`
+
+func (p *priceRow) columns() []any {
+	return []any{&p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput,
+		&p.updatedAt}
+}
+
+// auditFields are what the audit trail records of a price.
+func (p *priceRow) auditFields() []auditField {
+	return []auditField{{"match", p.match}, {"input", auditDollars(p.input)},
+		{"cached_input", auditDollars(p.cachedInput)},
+		{"cache_write", auditDollars(p.cacheWrite)}, {"output", auditDollars(p.output)},
+		{"audio_input", auditDollars(p.audioInput)}, {"audio_output", auditDollars(p.audioOutput)}}
+}
+
+// setPrice stores a price. It replaces one with the same match, whose id stays.
+func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		var oldFields []auditField
+		old, err := queryRow(ctx, tx, (*priceRow).columns, `
+			SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match)
+		if err == nil {
+			oldFields = old.auditFields()
+		} else if !errors.Is(err, errNotFound) {
+			return auditEvent{}, err
+		}
+		err = tx.QueryRowContext(ctx, `
+			INSERT INTO prices (`+priceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+			ON CONFLICT (match) DO UPDATE SET input = excluded.input, cached_input = excluded.cached_input,
+				cache_write = excluded.cache_write, output = excluded.output, audio_input = excluded.audio_input,
+				audio_output = excluded.audio_output, updated_at = excluded.updated_at
+			RETURNING id`, p.columns()...).Scan(&p.id)
+		return auditEvent{"price.set", p.id, diffAuditFields(oldFields, p.auditFields())}, err
+	})
+}
+
+func (s *store) deletePrice(ctx context.Context, origin auditOrigin, id string) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		old, err := queryRow(ctx, tx, (*priceRow).columns, `
+			DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id)
+		return auditEvent{"price.delete", id, diffAuditFields(old.auditFields(), nil)}, err
+	})
+}
+
+func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
+	return collect(ctx, s.readDB, "listing prices", (*priceRow).columns,
+		`SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
 }
