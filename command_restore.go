@@ -168,7 +168,7 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 		if err := st.revokeAll(ctx, by, event); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
-		return (&operations{store: st}).createFirstKey(ctx)
+		return (&operations{store: st, fields: newFieldTables()}).createFirstKey(ctx)
 	}
 	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or limited after the backup was made would "+
 		"become valid again.\n"+

@@ -243,7 +243,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
 		running: in.running, prices: &in.prices, contentKey: in.contentKey,
-		openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate,
+		openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
 	in.manage = &manageAPI{

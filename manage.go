@@ -1,6 +1,6 @@
-// This file is the frame of /manage, the JSON API for administrators: authentication, the role that each URL
-// requires, and how bodies are read and responses written. The handlers are in manage_*.go. Each takes an
-// authorized request and returns a response or an error.
+// This file is the frame of /manage, the JSON API for administrators: authentication, the role and the query
+// parameters of each URL, and how bodies are read and responses written. The handlers are in manage_*.go. Each
+// takes an authorized request and returns the body of the response or an error.
 package main
 
 import (
@@ -114,50 +114,72 @@ func (a *managementAuth) newOrigin(w http.ResponseWriter, r *http.Request, calle
 	}
 }
 
-// A manageRoute is one URL of /manage, the role that it requires, and its handler.
+// A manageRoute is one URL of /manage: the role that it requires, its handler, which returns the body of the
+// response, and the query parameters that it has. A URL with the parameter after is a list with pages.
 type manageRoute struct {
 	pattern string
 	minRole role
-	handle  func(*manageRequest) (*manageResponse, error)
+	handle  func(*manageRequest) (any, error)
+	params  []string
 }
 
 // manageTable lists every URL of /manage.
 func (api *manageAPI) manageTable() []manageRoute {
+	fields := &api.ops.fields
 	return []manageRoute{
-		{"GET /manage/projects", roleViewer, api.listProjects},
-		{"POST /manage/projects", roleAdmin, api.createProject},
-		{"GET /manage/projects/{id}", roleViewer, api.getProject},
-		{"PATCH /manage/projects/{id}", roleAdmin, api.patchProject},
-		{"DELETE /manage/projects/{id}", roleAdmin, api.deleteProject},
-		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, api.revokeProjectTokens},
-		{"DELETE /manage/projects/{id}/content", roleAdmin, api.eraseContent},
-		{"GET /manage/projects/{id}/route", roleViewer, api.explainRoute},
-		{"GET /manage/projects/{id}/upstreams", roleViewer, api.listUpstreams},
-		{"POST /manage/projects/{id}/upstreams", roleAdmin, api.createUpstream},
-		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, api.getUpstream},
-		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.patchUpstream},
-		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream},
-		{"GET /manage/tokens", roleViewer, api.listTokens},
-		{"POST /manage/tokens", roleOperator, api.createToken},
-		{"GET /manage/tokens/{id}", roleViewer, api.getToken},
-		{"PATCH /manage/tokens/{id}", roleOperator, api.patchToken},
-		{"DELETE /manage/tokens/{id}", roleOperator, api.revokeToken},
-		{"POST /manage/tokens/{id}/rotate", roleOperator, api.rotateToken},
-		{"GET /manage/usage", roleViewer, api.getUsage},
-		{"GET /manage/requests", roleViewer, api.listRequests},
-		{"GET /manage/requests/{id}", roleViewer, api.getRequest},
-		{"GET /manage/requests/{id}/content", roleAdmin, api.getContent},
-		{"GET /manage/streams", roleViewer, api.listStreams},
-		{"DELETE /manage/streams/{id}", roleOperator, api.abortStream},
-		{"GET /manage/prices", roleViewer, api.listPrices},
-		{"POST /manage/prices", roleAdmin, api.setPrice},
-		{"DELETE /manage/prices/{id}", roleAdmin, api.deletePrice},
-		{"GET /manage/audit", roleAdmin, api.listAudit},
-		{"GET /manage/keys", roleAdmin, api.listKeys},
-		{"POST /manage/keys", roleAdmin, api.createKey},
-		{"GET /manage/keys/{id}", roleAdmin, api.getKey},
-		{"PATCH /manage/keys/{id}", roleAdmin, api.patchKey},
-		{"DELETE /manage/keys/{id}", roleAdmin, api.revokeKey},
+		{"GET /manage/projects", roleViewer, api.listProjects, pageParams("active", "name")},
+		{"POST /manage/projects", roleAdmin, withInput(fields.project, api.createProject), nil},
+		{"GET /manage/projects/{id}", roleViewer, api.getProject, nil},
+		{"PATCH /manage/projects/{id}", roleAdmin, withInput(fields.project, api.patchProject), nil},
+		{"DELETE /manage/projects/{id}", roleAdmin, api.deleteProject, nil},
+		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, api.revokeProjectTokens, nil},
+		{"DELETE /manage/projects/{id}/content", roleAdmin, api.eraseContent, nil},
+		{"GET /manage/projects/{id}/route", roleViewer, api.explainRoute, []string{"model", "api"}},
+		{"GET /manage/projects/{id}/upstreams", roleViewer, api.listUpstreams, nil},
+		{"POST /manage/projects/{id}/upstreams", roleAdmin, withInput(fields.upstream, api.createUpstream), nil},
+		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, api.getUpstream, nil},
+		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin,
+			withInput(fields.upstream, api.patchUpstream), nil},
+		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream, nil},
+		{"GET /manage/tokens", roleViewer, api.listTokens, pageParams("project_id", "active", "name")},
+		{"POST /manage/tokens", roleOperator, withInput(fields.token, api.createToken), nil},
+		{"GET /manage/tokens/{id}", roleViewer, api.getToken, nil},
+		{"PATCH /manage/tokens/{id}", roleOperator, withInput(fields.token, api.patchToken), nil},
+		{"DELETE /manage/tokens/{id}", roleOperator, api.revokeToken, nil},
+		{"POST /manage/tokens/{id}/rotate", roleOperator, withInput(fields.rotate, api.rotateToken), nil},
+		{"GET /manage/usage", roleViewer, api.getUsage,
+			[]string{"interval", "group_by", "project_id", "token_id", "from", "to"}},
+		{"GET /manage/requests", roleViewer, api.listRequests,
+			pageParams("project_id", "token_id", "outcome", "from", "to")},
+		{"GET /manage/requests/{id}", roleViewer, api.getRequest, nil},
+		{"GET /manage/requests/{id}/content", roleAdmin, api.getContent, nil},
+		{"GET /manage/streams", roleViewer, api.listStreams, pageParams("project_id", "token_id")},
+		{"DELETE /manage/streams/{id}", roleOperator, api.abortStream, nil},
+		{"GET /manage/prices", roleViewer, api.listPrices, []string{"model", "provider"}},
+		{"POST /manage/prices", roleAdmin, withInput(fields.price, api.setPrice), nil},
+		{"DELETE /manage/prices/{id}", roleAdmin, api.deletePrice, nil},
+		{"GET /manage/audit", roleAdmin, api.listAudit, pageParams("actor", "action", "object", "from", "to")},
+		{"GET /manage/keys", roleAdmin, api.listKeys, pageParams()},
+		{"POST /manage/keys", roleAdmin, withInput(fields.key, api.createKey), nil},
+		{"GET /manage/keys/{id}", roleAdmin, api.getKey, nil},
+		{"PATCH /manage/keys/{id}", roleAdmin, withInput(fields.key, api.patchKey), nil},
+		{"DELETE /manage/keys/{id}", roleAdmin, api.revokeKey, nil},
+	}
+}
+
+func pageParams(filters ...string) []string { return append(filters, "limit", "after") }
+
+// withInput returns a handler that decodes the body into the input of an operation. A PATCH changes an object;
+// a POST may send the fields that only a new object can have too.
+func withInput[I, R any](
+	fields []field[I, R], handle func(*manageRequest, I) (any, error),
+) func(*manageRequest) (any, error) {
+	return func(r *manageRequest) (any, error) {
+		var in I
+		if err := decodeFields(r.body, &in, fields, r.http.Method == http.MethodPost); err != nil {
+			return nil, err
+		}
+		return handle(r, in)
 	}
 }
 
@@ -197,38 +219,41 @@ type manageRequest struct {
 
 func (r *manageRequest) pathValue(name string) string { return r.http.PathValue(name) }
 
-// A manageResponse is the result of a handler.
-type manageResponse struct {
-	status  int   // 0: 200
-	version int64 // the ETag; 0: none
-	body    any
-}
+// A created is the body of a response about a new object, which has status 201.
+type created struct{ view any }
+
+// A versioned is a view of an object with a version, which is its ETag.
+type versioned interface{ etag() int64 }
 
 const maxManageBodyBytes = 1 << 20
 
 // manageHandler authorizes a request, runs its handler and writes the response.
 func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		res, err := api.manage(rt, w, r)
+		view, err := api.manage(rt, w, r)
+		status := http.StatusOK
+		if c, ok := view.(created); ok {
+			view, status = c.view, http.StatusCreated
+		}
+		var body []byte
+		if err == nil {
+			body, err = json.Marshal(view)
+		}
 		if err != nil {
 			api.writeManageError(w, r, err)
 			return
 		}
-		body, err := json.Marshal(res.body)
-		if err != nil {
-			api.writeManageError(w, r, err)
-			return
-		}
-		if res.version != 0 {
-			w.Header().Set("ETag", strconv.Quote(strconv.FormatInt(res.version, 10)))
+		if v, ok := view.(versioned); ok {
+			w.Header().Set("ETag", strconv.Quote(strconv.FormatInt(v.etag(), 10)))
 		}
 		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(max(res.status, http.StatusOK))
+		w.WriteHeader(status)
 		_, _ = w.Write(append(body, '\n'))
 	})
 }
 
-func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (*manageResponse, error) {
+// manage authorizes a request, reads it and runs its handler.
+func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Request) (any, error) {
 	caller, err := api.authenticateManager(w, r)
 	if err != nil {
 		return nil, err
@@ -239,21 +264,8 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 	now := time.Now()
 	origin := api.auth.newOrigin(w, r, caller, now)
 	req := &manageRequest{http: r, ctx: r.Context(), actor: caller, origin: origin, now: now}
-	if req.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
-		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
-	}
-	for name, values := range req.query {
-		if len(values) > 1 {
-			return nil, badRequest("invalid_value", clip(name, 64), "The query has "+clip(name, 64)+" twice.")
-		}
-		if values[0] == "" { // a script with an unset variable would list everything
-			return nil, badRequest("invalid_value", clip(name, 64), "The query has no value for "+clip(name, 64)+".")
-		}
-	}
-	if r.Method != http.MethodGet || strings.HasSuffix(rt.pattern, "}") { // only lists have parameters
-		if err := req.checkParams(); err != nil {
-			return nil, err
-		}
+	if req.query, err = parseManageQuery(r.URL.RawQuery, rt.params); err != nil {
+		return nil, err
 	}
 	if r.Method != http.MethodGet {
 		// A change is completed even if the caller disconnects. If it were stored but not put in force, a
@@ -272,6 +284,29 @@ func (api *manageAPI) manage(rt manageRoute, w http.ResponseWriter, r *http.Requ
 		}
 	}
 	return rt.handle(req)
+}
+
+// parseManageQuery parses a query. It refuses parameters that the route does not have: a filter that is silently
+// ignored lists too much.
+func parseManageQuery(raw string, params []string) (url.Values, error) {
+	query, err := url.ParseQuery(raw)
+	if err != nil {
+		return nil, badRequest("invalid_value", "", "The query cannot be parsed.")
+	}
+	for name, values := range query {
+		shown := clip(name, 64)
+		switch {
+		case len(values) > 1:
+			return nil, badRequest("invalid_value", shown, "The query has "+shown+" twice.")
+		case values[0] == "": // a script with an unset variable would list everything
+			return nil, badRequest("invalid_value", shown, "The query has no value for "+shown+".")
+		case !slices.Contains(params, name):
+			known := cmp.Or(strings.Join(params, ", "), "none")
+			return nil, badRequest("unknown_parameter", shown,
+				"The query has an unknown parameter "+shown+"; known are: "+known+".")
+		}
+	}
+	return query, nil
 }
 
 func parseIfMatch(values []string) (int64, error) {
@@ -400,12 +435,9 @@ type listQuery struct {
 	name  string // if the list is ordered by name
 }
 
-// parseListQuery reads limit and after. It refuses parameters other than these and the allowed ones.
-func (r *manageRequest) parseListQuery(allowed ...string) (listQuery, error) {
+// parseListQuery reads limit and after.
+func (r *manageRequest) parseListQuery() (listQuery, error) {
 	p := listQuery{limit: 100}
-	if err := r.checkParams(append(allowed, "limit", "after")...); err != nil {
-		return p, err
-	}
 	if v := r.query.Get("limit"); v != "" {
 		n, err := strconv.Atoi(v)
 		if err != nil || n < 1 || n > 500 {
@@ -420,18 +452,6 @@ func (r *manageRequest) parseListQuery(allowed ...string) (listQuery, error) {
 		}
 	}
 	return p, nil
-}
-
-// checkParams refuses query parameters that are not allowed: a filter that is silently ignored lists too much.
-func (r *manageRequest) checkParams(allowed ...string) error {
-	for name := range r.query {
-		if !slices.Contains(allowed, name) {
-			known := cmp.Or(strings.Join(allowed, ", "), "none")
-			return badRequest("unknown_parameter", clip(name, 64),
-				"The query has an unknown parameter "+clip(name, 64)+"; known are: "+known+".")
-		}
-	}
-	return nil
 }
 
 // formatCursor returns the position in a list: a row's seq, and its name if the list is ordered by name.
@@ -465,9 +485,9 @@ func (r *manageRequest) boolParam(name string) (*bool, error) {
 	return nil, badRequest("invalid_value", name, name+" must be true or false.")
 }
 
-// deletedResponse confirms that the object whose ID is in the path, under this name, is deleted.
-func (r *manageRequest) deletedResponse(name string, err error) (*manageResponse, error) {
-	return &manageResponse{body: map[string]any{"id": r.pathValue(name), "deleted": true}}, err
+// deleted confirms that the object whose ID is in the path, under this name, is deleted.
+func (r *manageRequest) deleted(name string, err error) (any, error) {
+	return map[string]any{"id": r.pathValue(name), "deleted": true}, err
 }
 
 // A listPage is a page of a list, and the cursor of the next page.
@@ -559,12 +579,8 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 	return v, nil
 }
 
-func (api *manageAPI) explainRoute(r *manageRequest) (*manageResponse, error) {
-	if err := r.checkParams("model", "api"); err != nil {
-		return nil, err
-	}
-	v, err := api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
-	return &manageResponse{body: v}, err
+func (api *manageAPI) explainRoute(r *manageRequest) (any, error) {
+	return api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
 }
 
 type healthView struct {

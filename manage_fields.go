@@ -2,9 +2,9 @@
 // of each. A field is declared once. Its row in the table has its name in JSON, in forms and in errors, the
 // text and kind of its form input, whether null is allowed, its rule, and where its value goes.
 //
-// The tables drive the decoding of JSON bodies (decodeFields), of forms (fieldTargets: the targets by name),
-// the inputs of forms, validation (applyFields), and a test holds openapi.yaml to them. A page shows the
-// fields that it names with formFields, and decodes them into the same input as the JSON API.
+// The tables drive the decoding of JSON bodies (decodeFields) and of forms (fieldTargets), the inputs of forms
+// (formFields in admin_forms.go) and validation (applyFields), and a test holds openapi.yaml to them. They are
+// made once, in newFieldTables, and do not change.
 package main
 
 import (
@@ -23,19 +23,16 @@ type field[I, R any] struct {
 	resettable bool // null resets it, in a change
 	createOnly bool // a change cannot have it
 
-	formText
+	// How forms present it; see formField.
+	label, kind, placeholder, help string
+	required                       bool
+	empty                          emptyField
+
 	target func(*I) any       // the pointer to its optional
 	apply  func(*I, *R) error // checks the value and stores it in the row; nil: the input's apply does both
 }
 
-// A formText is how forms present a field; see formField.
-type formText struct {
-	label, kind, placeholder, help string
-	required                       bool
-	empty                          emptyField
-}
-
-// An emptyField tells what an empty form field means.
+// An emptyField is the meaning of an empty form field.
 type emptyField int
 
 const (
@@ -44,23 +41,68 @@ const (
 	emptyNull
 )
 
+// fieldTables are the tables of the fields of all inputs.
+type fieldTables struct {
+	token    []field[tokenInput, tokenRow]
+	rotate   []field[rotateInput, int64] // of the overlap in minutes
+	key      []field[keyInput, managementKeyRow]
+	project  []field[projectInput, projectRow]
+	upstream []field[upstreamInput, upstreamEdit]
+	price    []field[priceInput, priceRow]
+}
+
+func newFieldTables() fieldTables {
+	return fieldTables{
+		token:    tokenFields(),
+		rotate:   rotateFields(),
+		key:      keyFields(),
+		project:  projectFields(),
+		upstream: upstreamFields(),
+		price:    priceFields(),
+	}
+}
+
 // given is an optional with a value.
 func given[T any](value T) optional[T] { return optional[T]{set: true, value: value} }
 
-// stored completes a field whose value goes into a column as it is, if it follows the rule.
+// stored completes a field whose value goes into a column as it is, if it follows the rule. at returns where the
+// value is in the input, and its column in the row.
 func stored[I, R, T any](
-	f field[I, R], in func(*I) *optional[T], column func(*R) *T, rule func(name string, value T) error,
+	f field[I, R], rule func(name string, value T) error, at func(*I, *R) (*optional[T], *T),
 ) field[I, R] {
-	f.target = func(input *I) any { return in(input) }
-	f.apply = func(input *I, row *R) error {
-		o := in(input)
-		if !o.hasValue() {
+	f.target = func(in *I) any { from, _ := at(in, new(R)); return from }
+	f.apply = func(in *I, row *R) error {
+		from, column := at(in, row)
+		if !from.hasValue() {
 			return nil
 		}
-		if err := rule(f.name, o.value); err != nil {
+		if err := rule(f.name, from.value); err != nil {
 			return err
 		}
-		*column(row) = o.value
+		*column = from.value
+		return nil
+	}
+	return f
+}
+
+// storedOrNull completes a field with a whole number of units. Null clears its column.
+func storedOrNull[I, R any](
+	f field[I, R], unit int64, rule func(string, int64) error, at func(*I, *R) (*optional[int64], **int64),
+) field[I, R] {
+	f.nullable = true
+	f.target = func(in *I) any { from, _ := at(in, new(R)); return from }
+	f.apply = func(in *I, row *R) error {
+		from, column := at(in, row)
+		if from.null {
+			*column = nil
+		}
+		if !from.hasValue() {
+			return nil
+		}
+		if err := rule(f.name, from.value); err != nil {
+			return err
+		}
+		*column = new(from.value * unit)
 		return nil
 	}
 	return f
@@ -77,14 +119,17 @@ func fieldTargets[I, R any](in *I, fields []field[I, R]) map[string]any {
 
 // decodeFields reads the JSON body of a request that creates or changes an object.
 func decodeFields[I, R any](body []byte, in *I, fields []field[I, R], isNew bool) error {
-	fields = slices.DeleteFunc(fields, func(f field[I, R]) bool { return f.createOnly && !isNew })
+	targets := fieldTargets(in, fields)
 	var nullable []string
 	for _, f := range fields {
+		if f.createOnly && !isNew {
+			delete(targets, f.name)
+		}
 		if f.nullable || f.resettable && !isNew {
 			nullable = append(nullable, f.name)
 		}
 	}
-	return decodeObject(body, fieldTargets(in, fields), nullable...)
+	return decodeObject(body, targets, nullable...)
 }
 
 // applyFields checks the values that were sent and stores them in the row.
@@ -104,23 +149,28 @@ func anyName(_, value string) error { return validateName(value) }
 
 func anyValue[T any](string, T) error { return nil }
 
-// inRange is the rule for a whole number.
-func inRange(from, to int64) func(string, int64) error {
+// within is the rule for a whole number, with what it must be.
+func within(from, to int64, must string) func(string, int64) error {
 	return func(name string, n int64) error {
 		if n < from || n > to {
-			return &fieldError{name, fmt.Sprintf("must be from %d to %d", from, to)}
+			return &fieldError{name, must}
 		}
 		return nil
 	}
 }
 
+func inRange(from, to int64) func(string, int64) error {
+	return within(from, to, fmt.Sprintf("must be from %d to %d", from, to))
+}
+
 // zeroOrInRange is the rule for a whole number for which 0 means the default.
 func zeroOrInRange(from, to int64) func(string, int64) error {
+	rule := within(from, to, fmt.Sprintf("must be 0 or from %d to %d", from, to))
 	return func(name string, n int64) error {
-		if n != 0 && (n < from || n > to) {
-			return &fieldError{name, fmt.Sprintf("must be 0 or from %d to %d", from, to)}
+		if n == 0 {
+			return nil
 		}
-		return nil
+		return rule(name, n)
 	}
 }
 
@@ -159,42 +209,39 @@ type tokenInput struct {
 	policy                   optional[json.RawMessage]
 }
 
-func (in *tokenInput) fields() map[string]any { return fieldTargets(in, tokenFields()) }
-
 func tokenFields() []field[tokenInput, tokenRow] {
 	type f = field[tokenInput, tokenRow]
 	return []f{
-		{name: "project_id", createOnly: true, formText: formText{label: "Project", kind: "select", required: true},
+		{name: "project_id", createOnly: true, label: "Project", kind: "select", required: true,
 			target: func(in *tokenInput) any { return &in.projectID }},
-		stored(f{name: "name", formText: formText{label: "Name", required: true, help: "token-name"}},
-			func(in *tokenInput) *optional[string] { return &in.name },
-			func(t *tokenRow) *string { return &t.name }, anyName),
+		stored(f{name: "name", label: "Name", required: true, help: "token-name"}, anyName,
+			func(in *tokenInput, t *tokenRow) (*optional[string], *string) { return &in.name, &t.name }),
 		{name: "duration_minutes", target: func(in *tokenInput) any { return &in.minutes }},
 		{name: "duration_hours", target: func(in *tokenInput) any { return &in.hours }},
 		{name: "expires_in_days", target: func(in *tokenInput) any { return &in.days }},
-		{name: "expires_at", nullable: true, target: func(in *tokenInput) any { return &in.expiresAt },
-			formText: formText{label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull, help: "expiry"}},
-		{name: "max_requests", nullable: true, target: func(in *tokenInput) any { return &in.maxRequests },
-			formText: formText{label: "Maximum calls", kind: "number", empty: emptyNull, help: "max-requests"},
-			apply:    (*tokenInput).applyMaxRequests},
-		{name: "idle_expiry_minutes", nullable: true, target: func(in *tokenInput) any { return &in.idleMinutes },
-			formText: formText{
-				label: "Expires when idle (minutes)", kind: "number", empty: emptyNull, help: "idle-expiry"},
-			apply: (*tokenInput).applyIdleExpiry},
+		{name: "expires_at", nullable: true, label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull,
+			help: "expiry", target: func(in *tokenInput) any { return &in.expiresAt }},
+		storedOrNull(f{name: "max_requests", label: "Maximum calls", kind: "number", empty: emptyNull,
+			help: "max-requests"}, 1, within(0, math.MaxInt64/2, "must be 0 (none) or more, or null (unlimited)"),
+			func(in *tokenInput, t *tokenRow) (*optional[int64], **int64) { return &in.maxRequests, &t.maxRequests }),
+		storedOrNull(f{name: "idle_expiry_minutes", label: "Expires when idle (minutes)", kind: "number",
+			empty: emptyNull, help: "idle-expiry"}, time.Minute.Milliseconds(),
+			within(1, int64(maxLifetime/time.Minute), "must be at least 1 and at most 100 years, or null"),
+			func(in *tokenInput, t *tokenRow) (*optional[int64], **int64) { return &in.idleMinutes, &t.idleExpiry }),
 		{name: "policy", nullable: true, target: func(in *tokenInput) any { return &in.policy },
 			apply: func(in *tokenInput, t *tokenRow) error { return applyPolicy(in.policy, false, &t.policy) }},
 	}
 }
 
 // apply checks the input and stores it in the row.
-func (in *tokenInput) apply(t *tokenRow, now time.Time) error {
-	if err := applyFields(in, t, tokenFields()); err != nil {
+func (in *tokenInput) apply(tables *fieldTables, t *tokenRow, now time.Time) error {
+	if err := applyFields(in, t, tables.token); err != nil {
 		return err
 	}
 	return in.applyExpiry(t, now)
 }
 
-// applyExpiry sets when the token expires, if the input tells.
+// applyExpiry sets when the token expires, if the input has a field for it.
 func (in *tokenInput) applyExpiry(t *tokenRow, now time.Time) (err error) {
 	ways := 0
 	for _, l := range []struct {
@@ -227,36 +274,6 @@ func (in *tokenInput) applyExpiry(t *tokenRow, now time.Time) (err error) {
 	return nil
 }
 
-func (in *tokenInput) applyMaxRequests(t *tokenRow) error {
-	if !in.maxRequests.set {
-		return nil
-	}
-	t.maxRequests = nil
-	if in.maxRequests.null {
-		return nil
-	}
-	if in.maxRequests.value < 0 || in.maxRequests.value > math.MaxInt64/2 {
-		return &fieldError{"max_requests", "must be 0 (none) or more, or null (unlimited)"}
-	}
-	t.maxRequests = new(in.maxRequests.value)
-	return nil
-}
-
-func (in *tokenInput) applyIdleExpiry(t *tokenRow) error {
-	if !in.idleMinutes.set {
-		return nil
-	}
-	t.idleExpiry = nil
-	if in.idleMinutes.null {
-		return nil
-	}
-	if in.idleMinutes.value < 1 || in.idleMinutes.value > int64(maxLifetime/time.Minute) {
-		return &fieldError{"idle_expiry_minutes", "must be at least 1 and at most 100 years, or null"}
-	}
-	t.idleExpiry = new(in.idleMinutes.value * time.Minute.Milliseconds())
-	return nil
-}
-
 // applyPolicy stores a policy in the form that the program writes; null is the empty policy.
 func applyPolicy(in optional[json.RawMessage], ofProject bool, column *string) error {
 	if !in.set {
@@ -272,36 +289,30 @@ func applyPolicy(in optional[json.RawMessage], ofProject bool, column *string) e
 // A rotateInput sets for how long the previous value of a rotated token stays valid.
 type rotateInput struct{ overlapMinutes optional[int64] }
 
-func (in *rotateInput) fields() map[string]any { return fieldTargets(in, rotateFields()) }
-
 const (
 	defaultOverlapMinutes = 60
 	maxOverlapMinutes     = 30 * 24 * 60
 )
 
 func rotateFields() []field[rotateInput, int64] {
-	return []field[rotateInput, int64]{stored(field[rotateInput, int64]{name: "overlap_minutes",
-		formText: formText{label: "Keep the old value valid for", kind: "select", required: true}},
-		func(in *rotateInput) *optional[int64] { return &in.overlapMinutes },
-		func(minutes *int64) *int64 { return minutes }, inRange(0, maxOverlapMinutes))}
+	type f = field[rotateInput, int64]
+	return []f{stored(f{name: "overlap_minutes", label: "Keep the old value valid for", kind: "select", required: true},
+		inRange(0, maxOverlapMinutes),
+		func(in *rotateInput, minutes *int64) (*optional[int64], *int64) { return &in.overlapMinutes, minutes })}
 }
 
 // A keyInput is what can be sent about a management key.
 type keyInput struct{ name, role, expiresAt optional[string] }
 
-func (in *keyInput) fields() map[string]any { return fieldTargets(in, keyFields()) }
-
 func keyFields() []field[keyInput, managementKeyRow] {
 	type f = field[keyInput, managementKeyRow]
 	return []f{
-		stored(f{name: "name", formText: formText{label: "Name", required: true, help: "key-name"}},
-			func(in *keyInput) *optional[string] { return &in.name },
-			func(k *managementKeyRow) *string { return &k.name }, anyName),
-		stored(f{name: "role", formText: formText{label: "Role", kind: "select", required: true}},
-			func(in *keyInput) *optional[string] { return &in.role },
-			func(k *managementKeyRow) *string { return &k.role }, validateRole),
-		{name: "expires_at", nullable: true, target: func(in *keyInput) any { return &in.expiresAt },
-			formText: formText{label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull, help: "expiry"}},
+		stored(f{name: "name", label: "Name", required: true, help: "key-name"}, anyName,
+			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.name, &k.name }),
+		stored(f{name: "role", label: "Role", kind: "select", required: true}, validateRole,
+			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.role, &k.role }),
+		{name: "expires_at", nullable: true, label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull,
+			help: "expiry", target: func(in *keyInput) any { return &in.expiresAt }},
 	}
 }
 
@@ -313,8 +324,8 @@ func validateRole(name, value string) error {
 }
 
 // apply checks the input and stores it in the row.
-func (in *keyInput) apply(k *managementKeyRow, now time.Time) (err error) {
-	if err = applyFields(in, k, keyFields()); err == nil && in.expiresAt.set {
+func (in *keyInput) apply(tables *fieldTables, k *managementKeyRow, now time.Time) (err error) {
+	if err = applyFields(in, k, tables.key); err == nil && in.expiresAt.set {
 		k.expiresAt, err = parseFutureTime("expires_at", in.expiresAt, now)
 	}
 	return err
@@ -329,32 +340,26 @@ type projectInput struct {
 	policy, routing         optional[json.RawMessage]
 }
 
-func (in *projectInput) fields() map[string]any { return fieldTargets(in, projectFields()) }
-
 func projectFields() []field[projectInput, projectRow] {
 	type f = field[projectInput, projectRow]
 	return []f{
-		stored(f{name: "name", formText: formText{label: "Name", required: true, help: "project-name"}},
-			func(in *projectInput) *optional[string] { return &in.name },
-			func(p *projectRow) *string { return &p.name }, anyName),
-		{name: "provider", createOnly: true, target: func(in *projectInput) any { return &in.provider },
-			formText: formText{label: "Provider", kind: "select", required: true}},
-		{name: "api_key", createOnly: true, target: func(in *projectInput) any { return &in.key },
-			formText: formText{label: "API key", kind: "password", empty: emptyOmitted, help: "first-api-key"}},
+		stored(f{name: "name", label: "Name", required: true, help: "project-name"}, anyName,
+			func(in *projectInput, p *projectRow) (*optional[string], *string) { return &in.name, &p.name }),
+		{name: "provider", createOnly: true, label: "Provider", kind: "select", required: true,
+			target: func(in *projectInput) any { return &in.provider }},
+		{name: "api_key", createOnly: true, label: "API key", kind: "password", empty: emptyOmitted,
+			help: "first-api-key", target: func(in *projectInput) any { return &in.key }},
 		{name: "openai_api_key", createOnly: true, target: func(in *projectInput) any { return &in.openaiKey }},
-		{name: "base_url", createOnly: true, target: func(in *projectInput) any { return &in.baseURL },
-			formText: formText{label: "Base URL", placeholder: "https://", empty: emptyOmitted, help: "base-url"}},
-		stored(f{name: "is_active"}, func(in *projectInput) *optional[bool] { return &in.active },
-			func(p *projectRow) *bool { return &p.active }, anyValue),
+		{name: "base_url", createOnly: true, label: "Base URL", placeholder: "https://", empty: emptyOmitted,
+			help: "base-url", target: func(in *projectInput) any { return &in.baseURL }},
+		stored(f{name: "is_active"}, anyValue,
+			func(in *projectInput, p *projectRow) (*optional[bool], *bool) { return &in.active, &p.active }),
 		{name: "policy", resettable: true, target: func(in *projectInput) any { return &in.policy },
 			apply: func(in *projectInput, p *projectRow) error { return applyPolicy(in.policy, true, &p.policy) }},
 		{name: "routing", resettable: true, target: func(in *projectInput) any { return &in.routing },
 			apply: (*projectInput).applyRouting},
 	}
 }
-
-// apply checks the input and stores it in the row.
-func (in *projectInput) apply(p *projectRow) error { return applyFields(in, p, projectFields()) }
 
 func (in *projectInput) applyRouting(p *projectRow) error {
 	if !in.routing.set {
@@ -378,94 +383,81 @@ type upstreamInput struct {
 	active                                                     optional[bool]
 }
 
-func (in *upstreamInput) fields() map[string]any { return fieldTargets(in, upstreamFields()) }
-
-// An upstreamEdit is an upstream while it is changed: its row, with the settings decoded.
+// An upstreamEdit is an upstream while it is changed: its row, and its settings decoded.
 type upstreamEdit struct {
-	*upstreamRow
-	settings upstreamSettings
+	upstreamRow
+	upstreamSettings
 }
 
 func upstreamFields() []field[upstreamInput, upstreamEdit] {
-	type f = field[upstreamInput, upstreamEdit]
+	type (
+		f     = field[upstreamInput, upstreamEdit]
+		input = upstreamInput
+		edit  = upstreamEdit
+	)
 	return slices.Concat([]f{
-		stored(f{name: "name", formText: formText{label: "Name", required: true, help: "upstream-name"}},
-			func(in *upstreamInput) *optional[string] { return &in.name },
-			func(u *upstreamEdit) *string { return &u.name }, anyName),
-		{name: "provider", target: func(in *upstreamInput) any { return &in.provider },
-			formText: formText{label: "Provider", kind: "select", required: true}},
-		{name: "api_key", target: func(in *upstreamInput) any { return &in.key },
-			formText: formText{label: "API key", kind: "password", empty: emptyOmitted, help: "api-key"}},
-		{name: "base_url", target: func(in *upstreamInput) any { return &in.baseURL },
-			formText: formText{label: "Base URL", placeholder: "https://", empty: emptyOmitted, help: "base-url"}},
-		stored(f{name: "is_active", formText: formText{label: "Active", kind: "checkbox", help: "is-active"}},
-			func(in *upstreamInput) *optional[bool] { return &in.active },
-			func(u *upstreamEdit) *bool { return &u.active }, anyValue),
-		{name: "models", target: func(in *upstreamInput) any { return &in.models },
-			formText: formText{label: "Models", kind: "lines", placeholder: "gpt-4o*", help: "upstream-models"},
-			apply:    (*upstreamInput).applyModels},
-		stored(f{name: "priority",
-			formText: formText{
-				label: "Priority", kind: "number", required: true, empty: emptyOmitted, help: "priority"}},
-			func(in *upstreamInput) *optional[int64] { return &in.priority },
-			func(u *upstreamEdit) *int64 { return &u.priority }, inRange(0, 1000)),
-		stored(f{name: "weight",
-			formText: formText{
-				label: "Weight", kind: "number", required: true, empty: emptyOmitted, help: "weight"}},
-			func(in *upstreamInput) *optional[int64] { return &in.weight },
-			func(u *upstreamEdit) *int64 { return &u.weight }, inRange(0, 1000)),
-		{name: "rewrite", target: func(in *upstreamInput) any { return &in.rewrite },
-			formText: formText{
-				label: "Model name mapping", kind: "pairs", placeholder: "gpt-4o = my-deployment", help: "rewrite"},
-			apply: (*upstreamInput).applyRewrite},
-	}, upstreamSettingFields(), []f{
-		{name: "shared_with", target: func(in *upstreamInput) any { return &in.sharedWith },
-			formText: formText{
-				label: "Shared with projects", kind: "lines", placeholder: "proj_…", help: "shared-with"},
-			apply: (*upstreamInput).applySharing},
-		stored(f{name: "note", formText: formText{label: "Note", help: "note"}},
-			func(in *upstreamInput) *optional[string] { return &in.note },
-			func(u *upstreamEdit) *string { return &u.settings.Note }, validateShortText),
-		stored(f{name: "organization",
-			formText: formText{label: "OpenAI organization", placeholder: "org-…", help: "organization"}},
-			func(in *upstreamInput) *optional[string] { return &in.organization },
-			func(u *upstreamEdit) *string { return &u.organization }, validateProviderID),
-		stored(f{name: "openai_project",
-			formText: formText{label: "OpenAI project", placeholder: "proj_…", help: "openai-project"}},
-			func(in *upstreamInput) *optional[string] { return &in.openaiProject },
-			func(u *upstreamEdit) *string { return &u.openaiProject }, validateProviderID),
+		stored(f{name: "name", label: "Name", required: true, help: "upstream-name"}, anyName,
+			func(in *input, u *edit) (*optional[string], *string) { return &in.name, &u.name }),
+		{name: "provider", label: "Provider", kind: "select", required: true,
+			target: func(in *input) any { return &in.provider }},
+		{name: "api_key", label: "API key", kind: "password", empty: emptyOmitted, help: "api-key",
+			target: func(in *input) any { return &in.key }},
+		{name: "base_url", label: "Base URL", placeholder: "https://", empty: emptyOmitted, help: "base-url",
+			target: func(in *input) any { return &in.baseURL }},
+		stored(f{name: "is_active", label: "Active", kind: "checkbox", help: "is-active"}, anyValue,
+			func(in *input, u *edit) (*optional[bool], *bool) { return &in.active, &u.active }),
+		{name: "models", label: "Models", kind: "lines", placeholder: "gpt-4o*", help: "upstream-models",
+			target: func(in *input) any { return &in.models }, apply: (*input).applyModels},
+		stored(f{name: "priority", label: "Priority", kind: "number", required: true, empty: emptyOmitted,
+			help: "priority"}, inRange(0, 1000),
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.priority, &u.priority }),
+		stored(f{name: "weight", label: "Weight", kind: "number", required: true, empty: emptyOmitted,
+			help: "weight"}, inRange(0, 1000),
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.weight, &u.weight }),
+		{name: "rewrite", label: "Model name mapping", kind: "pairs", placeholder: "gpt-4o = my-deployment",
+			help: "rewrite", target: func(in *input) any { return &in.rewrite }, apply: (*input).applyRewrite},
+	}, upstreamNumberFields(), []f{
+		{name: "shared_with", label: "Shared with projects", kind: "lines", placeholder: "proj_…", help: "shared-with",
+			target: func(in *input) any { return &in.sharedWith }, apply: (*input).applySharing},
+		stored(f{name: "note", label: "Note", help: "note"}, validateShortText,
+			func(in *input, u *edit) (*optional[string], *string) { return &in.note, &u.Note }),
+		stored(f{name: "organization", label: "OpenAI organization", placeholder: "org-…", help: "organization"},
+			validateProviderID,
+			func(in *input, u *edit) (*optional[string], *string) { return &in.organization, &u.organization }),
+		stored(f{name: "openai_project", label: "OpenAI project", placeholder: "proj_…", help: "openai-project"},
+			validateProviderID,
+			func(in *input, u *edit) (*optional[string], *string) { return &in.openaiProject, &u.openaiProject }),
 	})
 }
 
-// upstreamSettingFields declares the limits and timeouts of an upstream; 0 is the default.
-func upstreamSettingFields() []field[upstreamInput, upstreamEdit] {
-	longest, connect := (2 * time.Hour).Milliseconds(), connectTimeout.Milliseconds()
-	type f = field[upstreamInput, upstreamEdit]
+// upstreamNumberFields declares the limits and timeouts of an upstream; 0 is the default.
+func upstreamNumberFields() []field[upstreamInput, upstreamEdit] {
+	type (
+		f     = field[upstreamInput, upstreamEdit]
+		input = upstreamInput
+		edit  = upstreamEdit
+	)
+	number := func(
+		name, label, help string, least, most int64, at func(*input, *edit) (*optional[int64], *int64),
+	) f {
+		return stored(f{name: name, label: label, kind: "number", help: help}, zeroOrInRange(least, most), at)
+	}
+	longest := (2 * time.Hour).Milliseconds()
 	return []f{
-		stored(f{name: "requests_per_minute",
-			formText: formText{label: "Requests per minute", kind: "number", help: "requests-per-minute"}},
-			func(in *upstreamInput) *optional[int64] { return &in.requestsPerMinute },
-			func(u *upstreamEdit) *int64 { return &u.settings.RequestsPerMinute }, zeroOrInRange(1, 1_000_000_000)),
-		stored(f{name: "tokens_per_minute",
-			formText: formText{label: "Tokens per minute", kind: "number", help: "tokens-per-minute"}},
-			func(in *upstreamInput) *optional[int64] { return &in.tokensPerMinute },
-			func(u *upstreamEdit) *int64 { return &u.settings.TokensPerMinute }, zeroOrInRange(1, 1_000_000_000_000)),
-		stored(f{name: "connect_ms",
-			formText: formText{label: "Connect timeout (ms)", kind: "number", help: "connect-timeout"}},
-			func(in *upstreamInput) *optional[int64] { return &in.connectMS },
-			func(u *upstreamEdit) *int64 { return &u.settings.ConnectMS }, zeroOrInRange(100, connect)),
-		stored(f{name: "answer_ms",
-			formText: formText{label: "Response timeout (ms)", kind: "number", help: "response-timeout"}},
-			func(in *upstreamInput) *optional[int64] { return &in.answerMS },
-			func(u *upstreamEdit) *int64 { return &u.settings.AnswerMS }, zeroOrInRange(100, longest)),
-		stored(f{name: "first_event_ms",
-			formText: formText{label: "First event timeout (ms)", kind: "number", help: "first-event-timeout"}},
-			func(in *upstreamInput) *optional[int64] { return &in.firstEventMS },
-			func(u *upstreamEdit) *int64 { return &u.settings.FirstEventMS }, zeroOrInRange(100, longest)),
-		stored(f{name: "idle_ms",
-			formText: formText{label: "Longest pause between events (ms)", kind: "number", help: "idle-timeout"}},
-			func(in *upstreamInput) *optional[int64] { return &in.idleMS },
-			func(u *upstreamEdit) *int64 { return &u.settings.IdleMS }, zeroOrInRange(100, longest)),
+		number("requests_per_minute", "Requests per minute", "requests-per-minute", 1, 1_000_000_000,
+			func(in *input, u *edit) (*optional[int64], *int64) {
+				return &in.requestsPerMinute, &u.RequestsPerMinute
+			}),
+		number("tokens_per_minute", "Tokens per minute", "tokens-per-minute", 1, 1_000_000_000_000,
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.tokensPerMinute, &u.TokensPerMinute }),
+		number("connect_ms", "Connect timeout (ms)", "connect-timeout", 100, connectTimeout.Milliseconds(),
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.connectMS, &u.ConnectMS }),
+		number("answer_ms", "Response timeout (ms)", "response-timeout", 100, longest,
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.answerMS, &u.AnswerMS }),
+		number("first_event_ms", "First event timeout (ms)", "first-event-timeout", 100, longest,
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.firstEventMS, &u.FirstEventMS }),
+		number("idle_ms", "Longest pause between events (ms)", "idle-timeout", 100, longest,
+			func(in *input, u *edit) (*optional[int64], *int64) { return &in.idleMS, &u.IdleMS }),
 	}
 }
 
@@ -478,14 +470,15 @@ func (in *upstreamInput) apply(ops *operations, row *upstreamRow, isNew bool) er
 	if err := in.applyDestination(ops, row, isNew); err != nil {
 		return err
 	}
-	edit := upstreamEdit{upstreamRow: row}
-	if err := json.Unmarshal([]byte(row.settings), &edit.settings); err != nil {
+	edit := upstreamEdit{upstreamRow: *row}
+	if err := json.Unmarshal([]byte(row.settings), &edit.upstreamSettings); err != nil {
 		return fmt.Errorf("settings of upstream %s: %w", row.id, err)
 	}
-	if err := applyFields(in, &edit, upstreamFields()); err != nil {
+	if err := applyFields(in, &edit, ops.fields.upstream); err != nil {
 		return err
 	}
-	row.settings = edit.settings.String()
+	*row = edit.upstreamRow
+	row.settings = edit.upstreamSettings.String()
 	return nil
 }
 
@@ -568,12 +561,10 @@ type priceInput struct {
 	amounts [6]optional[json.RawMessage] // in the order of priceRow.priceFields
 }
 
-func (in *priceInput) fields() map[string]any { return fieldTargets(in, priceFields()) }
-
 func priceFields() []field[priceInput, priceRow] {
-	fields := []field[priceInput, priceRow]{{name: "match", target: func(in *priceInput) any { return &in.match },
-		formText: formText{label: "Model", required: true, placeholder: "gpt-4o-mini or my-model-*", help: "match"},
-		apply:    (*priceInput).applyMatch}}
+	type f = field[priceInput, priceRow]
+	fields := []f{{name: "match", label: "Model", required: true, placeholder: "gpt-4o-mini or my-model-*",
+		help: "match", target: func(in *priceInput) any { return &in.match }, apply: (*priceInput).applyMatch}}
 	for i, amount := range [...]struct{ name, label, help string }{
 		{"input", "Input", ""},
 		{"cached_input", "Cached input", "as-input"},
@@ -582,9 +573,9 @@ func priceFields() []field[priceInput, priceRow] {
 		{"audio_input", "Audio input", "as-input"},
 		{"audio_output", "Audio output", "as-output"},
 	} {
-		fields = append(fields, field[priceInput, priceRow]{
-			name: amount.name, nullable: true, target: func(in *priceInput) any { return &in.amounts[i] },
-			formText: formText{label: amount.label, kind: "number", empty: emptyOmitted, help: amount.help},
+		fields = append(fields, f{
+			name: amount.name, nullable: true, label: amount.label, kind: "number", empty: emptyOmitted,
+			help: amount.help, target: func(in *priceInput) any { return &in.amounts[i] },
 			apply: func(in *priceInput, p *priceRow) (err error) {
 				*p.priceFields()[i], err = parseAmount(amount.name, in.amounts[i])
 				return err
@@ -616,8 +607,8 @@ func (in *priceInput) applyMatch(p *priceRow) error {
 }
 
 // apply checks the input and stores it in the row.
-func (in *priceInput) apply(p *priceRow) error {
-	if err := applyFields(in, p, priceFields()); err != nil {
+func (in *priceInput) apply(tables *fieldTables, p *priceRow) error {
+	if err := applyFields(in, p, tables.price); err != nil {
 		return err
 	}
 	if p.input == nil && p.output == nil {
@@ -625,3 +616,10 @@ func (in *priceInput) apply(p *priceRow) error {
 	}
 	return nil
 }
+
+func (in *tokenInput) fields() map[string]any    { return fieldTargets(in, tokenFields()) }
+func (in *rotateInput) fields() map[string]any   { return fieldTargets(in, rotateFields()) }
+func (in *keyInput) fields() map[string]any      { return fieldTargets(in, keyFields()) }
+func (in *projectInput) fields() map[string]any  { return fieldTargets(in, projectFields()) }
+func (in *upstreamInput) fields() map[string]any { return fieldTargets(in, upstreamFields()) }
+func (in *priceInput) fields() map[string]any    { return fieldTargets(in, priceFields()) }

@@ -30,6 +30,7 @@ type operations struct {
 	contentKey   *contentKey
 	openaiURL    string // the base URL of an OpenAI upstream that names none
 	allowPrivate bool   // base URLs may be private addresses and plain http
+	fields       fieldTables
 }
 
 // createFirstKey creates the management key that the first start shows.
@@ -64,7 +65,7 @@ func (ops *operations) createToken(ctx context.Context, origin auditOrigin, in t
 		updatedAt: origin.at,
 		expiresAt: new(now.Add(defaultTokenLifetime).UnixMilli()),
 	}
-	if err := in.apply(&t, now); err != nil {
+	if err := in.apply(&ops.fields, &t, now); err != nil {
 		return tokenRow{}, nil, err
 	}
 	value, err := ops.mintToken(ctx, origin, &t)
@@ -94,7 +95,7 @@ func (ops *operations) updateToken(
 		if t.revokedAt != nil {
 			return errRevoked("token")
 		}
-		return in.apply(t, time.UnixMilli(origin.at))
+		return in.apply(&ops.fields, t, time.UnixMilli(origin.at))
 	})
 }
 
@@ -104,7 +105,7 @@ func (ops *operations) rotateToken(
 	ctx context.Context, origin auditOrigin, id string, version int64, in rotateInput,
 ) (tokenRow, secret, error) {
 	overlap := int64(defaultOverlapMinutes)
-	if err := applyFields(&in, &overlap, rotateFields()); err != nil {
+	if err := applyFields(&in, &overlap, ops.fields.rotate); err != nil {
 		return tokenRow{}, nil, err
 	}
 	var value secret
@@ -162,7 +163,7 @@ func (ops *operations) createManagementKey(
 ) (managementKeyRow, secret, error) {
 	in.name.set, in.role.set = true, true // both are required
 	k := managementKeyRow{createdAt: origin.at, updatedAt: origin.at}
-	if err := in.apply(&k, time.UnixMilli(origin.at)); err != nil {
+	if err := in.apply(&ops.fields, &k, time.UnixMilli(origin.at)); err != nil {
 		return managementKeyRow{}, nil, err
 	}
 	value, public := mintCredential(manageKeyPrefix, "")
@@ -182,7 +183,7 @@ func (ops *operations) updateManagementKey(
 		if k.revokedAt != nil {
 			return errRevoked("key")
 		}
-		return in.apply(k, time.UnixMilli(origin.at))
+		return in.apply(&ops.fields, k, time.UnixMilli(origin.at))
 	})
 }
 
@@ -225,7 +226,7 @@ func (ops *operations) createProject(ctx context.Context, origin auditOrigin, in
 func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upstreamRow, error) {
 	in.name.set = true // it is required
 	p := &projectRow{id: newID("proj"), active: true, policy: "{}", routing: "{}", createdAt: at, updatedAt: at}
-	if err := in.apply(p); err != nil {
+	if err := applyFields(&in, p, ops.fields.project); err != nil {
 		return nil, nil, err
 	}
 	switch {
@@ -246,7 +247,9 @@ func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upst
 func (ops *operations) updateProject(
 	ctx context.Context, origin auditOrigin, id string, version int64, in projectInput,
 ) (projectRow, error) {
-	p, err := ops.store.changeProject(ctx, origin, id, version, origin.at, in.apply)
+	p, err := ops.store.changeProject(ctx, origin, id, version, origin.at, func(p *projectRow) error {
+		return applyFields(&in, p, ops.fields.project)
+	})
 	if err != nil {
 		return projectRow{}, err
 	}
@@ -337,7 +340,7 @@ func (ops *operations) upstreamChanged(ctx context.Context, u *upstreamRow) erro
 // setPrice sets the operator's own price of a model or pattern, and replaces an earlier one.
 func (ops *operations) setPrice(ctx context.Context, origin auditOrigin, in priceInput) (priceRow, error) {
 	p := priceRow{id: newID("price"), updatedAt: origin.at}
-	if err := in.apply(&p); err != nil {
+	if err := in.apply(&ops.fields, &p); err != nil {
 		return priceRow{}, err
 	}
 	if err := ops.store.setPrice(ctx, origin, &p); err != nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"net/http"
 	"time"
 )
 
@@ -22,6 +21,8 @@ type projectView struct {
 	UpdatedAt timestamp       `json:"updated_at"`
 	Limits    []limitView     `json:"limits,omitzero"` // the state of the limits; only in a single project
 }
+
+func (v projectView) etag() int64 { return v.Version }
 
 // newProjectView shows a project with its upstreams, which it reads.
 func (ops *operations) newProjectView(ctx context.Context, p *projectRow) (projectView, error) {
@@ -56,9 +57,8 @@ func (ops *operations) getProject(ctx context.Context, id string, now time.Time)
 	return v, err
 }
 
-func (api *manageAPI) getProject(r *manageRequest) (*manageResponse, error) {
-	v, err := api.ops.getProject(r.ctx, r.pathValue("id"), r.now)
-	return &manageResponse{0, v.Version, v}, err
+func (api *manageAPI) getProject(r *manageRequest) (any, error) {
+	return api.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 }
 
 // A projectFilter narrows and pages the list of projects.
@@ -69,7 +69,7 @@ type projectFilter struct {
 }
 
 func (r *manageRequest) parseProjectFilter() (f projectFilter, err error) {
-	if f.listQuery, err = r.parseListQuery("active", "name"); err != nil {
+	if f.listQuery, err = r.parseListQuery(); err != nil {
 		return f, err
 	}
 	f.prefix = r.query.Get("name")
@@ -90,54 +90,41 @@ func (ops *operations) listProjects(ctx context.Context, f projectFilter) (listP
 	return l, err
 }
 
-func (api *manageAPI) listProjects(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) listProjects(r *manageRequest) (any, error) {
 	f, err := r.parseProjectFilter()
 	if err != nil {
 		return nil, err
 	}
-	l, err := api.ops.listProjects(r.ctx, f)
-	return &manageResponse{body: l}, err
+	return api.ops.listProjects(r.ctx, f)
 }
 
-// projectResponse returns a project and its upstreams.
-func (api *manageAPI) projectResponse(
-	r *manageRequest, status int, p *projectRow, err error,
-) (*manageResponse, error) {
+func (api *manageAPI) createProject(r *manageRequest, in projectInput) (any, error) {
+	p, err := api.ops.createProject(r.ctx, r.origin, in)
 	if err != nil {
 		return nil, err
 	}
-	v, err := api.ops.newProjectView(r.ctx, p)
-	return &manageResponse{status, p.version, v}, err
+	v, err := api.ops.newProjectView(r.ctx, &p)
+	return created{v}, err
 }
 
-func (api *manageAPI) createProject(r *manageRequest) (*manageResponse, error) {
-	var in projectInput
-	if err := decodeFields(r.body, &in, projectFields(), true); err != nil {
-		return nil, err
-	}
-	p, err := api.ops.createProject(r.ctx, r.origin, in)
-	return api.projectResponse(r, http.StatusCreated, &p, err)
-}
-
-func (api *manageAPI) patchProject(r *manageRequest) (*manageResponse, error) {
-	var in projectInput
-	if err := decodeFields(r.body, &in, projectFields(), false); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) patchProject(r *manageRequest, in projectInput) (any, error) {
 	p, err := api.ops.updateProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
-	return api.projectResponse(r, 0, &p, err)
+	if err != nil {
+		return nil, err
+	}
+	return api.ops.newProjectView(r.ctx, &p)
 }
 
-func (api *manageAPI) deleteProject(r *manageRequest) (*manageResponse, error) {
-	return r.deletedResponse("id", api.ops.deleteProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion))
+func (api *manageAPI) deleteProject(r *manageRequest) (any, error) {
+	return r.deleted("id", api.ops.deleteProject(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion))
 }
 
-func (api *manageAPI) revokeProjectTokens(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) revokeProjectTokens(r *manageRequest) (any, error) {
 	if err := decodeObject(r.body, map[string]any{}); err != nil {
 		return nil, err
 	}
 	n, err := api.ops.revokeProjectTokens(r.ctx, r.origin, r.pathValue("id"))
-	return &manageResponse{body: map[string]any{"revoked": n}}, err
+	return map[string]any{"revoked": n}, err
 }
 
 type upstreamView struct {
@@ -167,6 +154,8 @@ type upstreamView struct {
 	UpdatedAt     timestamp       `json:"updated_at"`
 	Health        healthView      `json:"health"`
 }
+
+func (v upstreamView) etag() int64 { return v.Version }
 
 func (ops *operations) newUpstreamView(u *upstreamRow) upstreamView {
 	var set upstreamSettings
@@ -239,35 +228,21 @@ func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isN
 	return nil
 }
 
-func (api *manageAPI) listUpstreams(r *manageRequest) (*manageResponse, error) {
-	if err := r.checkParams(); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) listUpstreams(r *manageRequest) (any, error) {
 	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
 	if err != nil {
 		return nil, err
 	}
 	rows, err := api.store.projectUpstreams(r.ctx, p.seq)
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: newListPage(rows, len(rows), api.ops.newUpstreamView, nil)}, nil
+	return newListPage(rows, len(rows), api.ops.newUpstreamView, nil), err
 }
 
-func (api *manageAPI) createUpstream(r *manageRequest) (*manageResponse, error) {
-	var in upstreamInput
-	if err := decodeFields(r.body, &in, upstreamFields(), true); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) createUpstream(r *manageRequest, in upstreamInput) (any, error) {
 	u, err := api.ops.createUpstream(r.ctx, r.origin, r.pathValue("id"), in)
-	return api.upstreamResponse(http.StatusCreated, &u, err)
-}
-
-func (api *manageAPI) upstreamResponse(status int, u *upstreamRow, err error) (*manageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{status, u.version, api.ops.newUpstreamView(u)}, nil
+	return created{api.ops.newUpstreamView(&u)}, nil
 }
 
 // getUpstream returns an upstream of a project, and its health.
@@ -279,22 +254,20 @@ func (ops *operations) getUpstream(ctx context.Context, projectID, id string) (u
 	return ops.newUpstreamView(&u), nil
 }
 
-func (api *manageAPI) getUpstream(r *manageRequest) (*manageResponse, error) {
-	v, err := api.ops.getUpstream(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
-	return &manageResponse{0, v.Version, v}, err
+func (api *manageAPI) getUpstream(r *manageRequest) (any, error) {
+	return api.ops.getUpstream(r.ctx, r.pathValue("id"), r.pathValue("upstream"))
 }
 
-func (api *manageAPI) patchUpstream(r *manageRequest) (*manageResponse, error) {
-	var in upstreamInput
-	if err := decodeFields(r.body, &in, upstreamFields(), false); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) patchUpstream(r *manageRequest, in upstreamInput) (any, error) {
 	projectID, id := r.pathValue("id"), r.pathValue("upstream")
 	u, err := api.ops.updateUpstream(r.ctx, r.origin, projectID, id, r.ifMatchVersion, in)
-	return api.upstreamResponse(0, &u, err)
+	if err != nil {
+		return nil, err
+	}
+	return api.ops.newUpstreamView(&u), nil
 }
 
-func (api *manageAPI) deleteUpstream(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) deleteUpstream(r *manageRequest) (any, error) {
 	projectID, id := r.pathValue("id"), r.pathValue("upstream")
-	return r.deletedResponse("upstream", api.ops.deleteUpstream(r.ctx, r.origin, projectID, id, r.ifMatchVersion))
+	return r.deleted("upstream", api.ops.deleteUpstream(r.ctx, r.origin, projectID, id, r.ifMatchVersion))
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"net/http"
 	"time"
 )
 
@@ -27,8 +26,10 @@ type tokenView struct {
 	CreatedAt         timestamp       `json:"created_at"`
 	UpdatedAt         timestamp       `json:"updated_at"`
 	Limits            []limitView     `json:"limits,omitzero"` // the state of the limits; only in a single token
-	Token             string          `json:"token,omitempty"`
+	Token             string          `json:"token,omitempty"` // the value, only if it is new
 }
+
+func (v tokenView) etag() int64 { return v.Version }
 
 func (ops *operations) newTokenView(t *tokenRow, now time.Time) tokenView {
 	ms := now.UnixMilli()
@@ -58,8 +59,8 @@ func (ops *operations) newTokenView(t *tokenRow, now time.Time) tokenView {
 	return v
 }
 
-func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
-	query, err := r.parseListQuery("project_id", "active", "name")
+func (api *manageAPI) listTokens(r *manageRequest) (any, error) {
+	query, err := r.parseListQuery()
 	if err != nil {
 		return nil, err
 	}
@@ -81,12 +82,9 @@ func (api *manageAPI) listTokens(r *manageRequest) (*manageResponse, error) {
 		rows = append(rows, *t)
 		return true
 	})
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: newListPage(rows, query.limit,
+	return newListPage(rows, query.limit,
 		func(t *tokenRow) tokenView { return api.ops.newTokenView(t, r.now) },
-		func(t *tokenRow) string { return formatCursor(t.seq, t.name) })}, nil
+		func(t *tokenRow) string { return formatCursor(t.seq, t.name) }), err
 }
 
 func asProjectFieldError(err error) error {
@@ -99,23 +97,9 @@ func asProjectFieldError(err error) error {
 // defaultTokenLifetime is the lifetime of a token if none is sent.
 const defaultTokenLifetime = 30 * 24 * time.Hour
 
-func (api *manageAPI) createToken(r *manageRequest) (*manageResponse, error) {
-	var in tokenInput
-	if err := decodeFields(r.body, &in, tokenFields(), true); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) createToken(r *manageRequest, in tokenInput) (any, error) {
 	t, value, err := api.ops.createToken(r.ctx, r.origin, in)
-	return api.tokenResponse(r, http.StatusCreated, &t, value, err)
-}
-
-// tokenResponse returns a token, with its value if that is new.
-func (api *manageAPI) tokenResponse(
-	r *manageRequest, status int, t *tokenRow, value secret, err error,
-) (*manageResponse, error) {
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{status, t.version, api.ops.newTokenValueView(t, value, r.now)}, nil
+	return created{api.ops.newTokenValueView(&t, value, r.now)}, err
 }
 
 // newTokenValueView is newTokenView with the value, unless that is nil.
@@ -127,9 +111,8 @@ func (ops *operations) newTokenValueView(t *tokenRow, value secret, now time.Tim
 	return v
 }
 
-func (api *manageAPI) getToken(r *manageRequest) (*manageResponse, error) {
-	v, err := api.ops.getToken(r.ctx, r.pathValue("id"), r.now)
-	return &manageResponse{0, v.Version, v}, err
+func (api *manageAPI) getToken(r *manageRequest) (any, error) {
+	return api.ops.getToken(r.ctx, r.pathValue("id"), r.now)
 }
 
 // getToken returns a token and the state of its limits.
@@ -143,31 +126,23 @@ func (ops *operations) getToken(ctx context.Context, id string, now time.Time) (
 	return v, err
 }
 
-func (api *manageAPI) patchToken(r *manageRequest) (*manageResponse, error) {
-	var in tokenInput
-	if err := decodeFields(r.body, &in, tokenFields(), false); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) patchToken(r *manageRequest, in tokenInput) (any, error) {
 	t, err := api.ops.updateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
-	return api.tokenResponse(r, 0, &t, nil, err)
+	return api.ops.newTokenView(&t, r.now), err
 }
 
 func errRevoked(what string) error {
 	return &fieldError{"", "The " + what + " is revoked, which is permanent. Create a new one."}
 }
 
-func (api *manageAPI) revokeToken(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) revokeToken(r *manageRequest) (any, error) {
 	t, err := api.ops.revokeToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion)
-	return api.tokenResponse(r, 0, &t, nil, err)
+	return api.ops.newTokenView(&t, r.now), err
 }
 
-func (api *manageAPI) rotateToken(r *manageRequest) (*manageResponse, error) {
-	var in rotateInput
-	if err := decodeFields(r.body, &in, rotateFields(), false); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) rotateToken(r *manageRequest, in rotateInput) (any, error) {
 	t, value, err := api.ops.rotateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
-	return api.tokenResponse(r, 0, &t, value, err)
+	return api.ops.newTokenValueView(&t, value, r.now), err
 }
 
 type keyView struct {
@@ -180,8 +155,10 @@ type keyView struct {
 	Version   int64      `json:"version"`
 	CreatedAt timestamp  `json:"created_at"`
 	UpdatedAt timestamp  `json:"updated_at"`
-	Key       string     `json:"key,omitempty"`
+	Key       string     `json:"key,omitempty"` // the value, only if it is new
 }
+
+func (v keyView) etag() int64 { return v.Version }
 
 func newKeyView(k *managementKeyRow, now time.Time) keyView {
 	active := k.revokedAt == nil && (k.expiresAt == nil || *k.expiresAt > now.UnixMilli())
@@ -198,13 +175,12 @@ func newKeyView(k *managementKeyRow, now time.Time) keyView {
 	}
 }
 
-func (api *manageAPI) listKeys(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) listKeys(r *manageRequest) (any, error) {
 	query, err := r.parseListQuery()
 	if err != nil {
 		return nil, err
 	}
-	l, err := api.ops.listManagementKeys(r.ctx, query, r.now)
-	return &manageResponse{body: l}, err
+	return api.ops.listManagementKeys(r.ctx, query, r.now)
 }
 
 func (ops *operations) listManagementKeys(
@@ -216,23 +192,9 @@ func (ops *operations) listManagementKeys(
 		func(k *managementKeyRow) string { return formatCursor(k.seq, "") }), err
 }
 
-func (api *manageAPI) createKey(r *manageRequest) (*manageResponse, error) {
-	var in keyInput
-	if err := decodeFields(r.body, &in, keyFields(), true); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) createKey(r *manageRequest, in keyInput) (any, error) {
 	k, value, err := api.ops.createManagementKey(r.ctx, r.origin, in)
-	return keyResponse(r, http.StatusCreated, &k, value, err)
-}
-
-// keyResponse returns a management key, with its value if that is new.
-func keyResponse(
-	r *manageRequest, status int, k *managementKeyRow, value secret, err error,
-) (*manageResponse, error) {
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{status, k.version, newKeyValueView(k, value, r.now)}, nil
+	return created{newKeyValueView(&k, value, r.now)}, err
 }
 
 // newKeyValueView is newKeyView with the value, unless that is nil.
@@ -244,9 +206,8 @@ func newKeyValueView(k *managementKeyRow, value secret, now time.Time) keyView {
 	return v
 }
 
-func (api *manageAPI) getKey(r *manageRequest) (*manageResponse, error) {
-	v, err := api.ops.getManagementKey(r.ctx, r.pathValue("id"), r.now)
-	return &manageResponse{0, v.Version, v}, err
+func (api *manageAPI) getKey(r *manageRequest) (any, error) {
+	return api.ops.getManagementKey(r.ctx, r.pathValue("id"), r.now)
 }
 
 func (ops *operations) getManagementKey(ctx context.Context, id string, now time.Time) (keyView, error) {
@@ -254,16 +215,12 @@ func (ops *operations) getManagementKey(ctx context.Context, id string, now time
 	return newKeyView(&k, now), err
 }
 
-func (api *manageAPI) patchKey(r *manageRequest) (*manageResponse, error) {
-	var in keyInput
-	if err := decodeFields(r.body, &in, keyFields(), false); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) patchKey(r *manageRequest, in keyInput) (any, error) {
 	k, err := api.ops.updateManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
-	return keyResponse(r, 0, &k, nil, err)
+	return newKeyView(&k, r.now), err
 }
 
-func (api *manageAPI) revokeKey(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) revokeKey(r *manageRequest) (any, error) {
 	k, err := api.ops.revokeManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion)
-	return keyResponse(r, 0, &k, nil, err)
+	return newKeyView(&k, r.now), err
 }

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -101,7 +100,7 @@ type streamFilter struct {
 }
 
 func (r *manageRequest) parseStreamFilter() (streamFilter, error) {
-	page, err := r.parseListQuery("project_id", "token_id")
+	page, err := r.parseListQuery()
 	return streamFilter{r.query.Get("project_id"), r.query.Get("token_id"), page.seq, page.limit}, err
 }
 
@@ -116,16 +115,16 @@ func (ops *operations) listStreams(f streamFilter, now time.Time) listPage[strea
 		func(v *streamView) string { return formatCursor(v.seq, "") })
 }
 
-func (api *manageAPI) listStreams(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) listStreams(r *manageRequest) (any, error) {
 	f, err := r.parseStreamFilter()
 	if err != nil {
 		return nil, err
 	}
-	return &manageResponse{body: api.ops.listStreams(f, r.now)}, nil
+	return api.ops.listStreams(f, r.now), nil
 }
 
-func (api *manageAPI) abortStream(r *manageRequest) (*manageResponse, error) {
-	return r.deletedResponse("id", api.ops.abortStream(r.ctx, r.origin, r.pathValue("id")))
+func (api *manageAPI) abortStream(r *manageRequest) (any, error) {
+	return r.deleted("id", api.ops.abortStream(r.ctx, r.origin, r.pathValue("id")))
 }
 
 type requestReply struct {
@@ -197,20 +196,17 @@ func microsToMillis(us *int64) *float64 {
 	return new(float64(*us) / 1000)
 }
 
-func (api *manageAPI) getRequest(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) getRequest(r *manageRequest) (any, error) {
 	id := parseRequestID(r.pathValue("id"))
 	if id == 0 {
 		return nil, errNotFound
 	}
 	v, err := api.store.requestByID(r.ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	return &manageResponse{body: newRequestReply(&v)}, nil
+	return newRequestReply(&v), err
 }
 
-func (api *manageAPI) listRequests(r *manageRequest) (*manageResponse, error) {
-	page, err := r.parseListQuery("project_id", "token_id", "outcome", "from", "to")
+func (api *manageAPI) listRequests(r *manageRequest) (any, error) {
+	page, err := r.parseListQuery()
 	if err != nil {
 		return nil, err
 	}
@@ -234,8 +230,7 @@ func (api *manageAPI) listRequests(r *manageRequest) (*manageResponse, error) {
 	if page.seq > 0 {
 		f.before = min(f.before, page.seq)
 	}
-	l, err := api.ops.listRequests(r.ctx, f)
-	return &manageResponse{body: l}, err
+	return api.ops.listRequests(r.ctx, f)
 }
 
 // listRequests returns a page of the ledger, newest first.
@@ -298,10 +293,7 @@ type usageReply struct {
 const maxUsageRows = 10_000
 
 // getUsage adds up usage over a range of time, by interval and by group.
-func (api *manageAPI) getUsage(r *manageRequest) (*manageResponse, error) {
-	if err := r.checkParams("interval", "group_by", "project_id", "token_id", "from", "to"); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	q := usageQuery{project: r.query.Get("project_id"), token: r.query.Get("token_id"), limit: maxUsageRows,
 		interval: cmp.Or(r.query.Get("interval"), "day")}
 	const day = 24 * time.Hour
@@ -341,7 +333,7 @@ func (api *manageAPI) getUsage(r *manageRequest) (*manageResponse, error) {
 	for i := range rows {
 		out.Data = append(out.Data, q.newReply(&rows[i]))
 	}
-	return &manageResponse{body: out}, nil
+	return out, nil
 }
 
 func (q *usageQuery) parseGroupBy(text string) error {
@@ -447,10 +439,7 @@ func (ops *operations) effectivePrice(provider, model string) (priceRow, bool) {
 }
 
 // listPrices returns the operator's own prices or, with ?model=, the effective price of that model.
-func (api *manageAPI) listPrices(r *manageRequest) (*manageResponse, error) {
-	if err := r.checkParams("model", "provider"); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) listPrices(r *manageRequest) (any, error) {
 	var rows []priceRow
 	var err error
 	if model := r.query.Get("model"); model == "" {
@@ -458,20 +447,16 @@ func (api *manageAPI) listPrices(r *manageRequest) (*manageResponse, error) {
 	} else if p, ok := api.ops.effectivePrice(r.query.Get("provider"), model); ok {
 		rows = append(rows, p)
 	}
-	return &manageResponse{body: newListPage(rows, len(rows), newPriceView, nil)}, err
+	return newListPage(rows, len(rows), newPriceView, nil), err
 }
 
-func (api *manageAPI) setPrice(r *manageRequest) (*manageResponse, error) {
-	var in priceInput
-	if err := decodeFields(r.body, &in, priceFields(), true); err != nil {
-		return nil, err
-	}
+func (api *manageAPI) setPrice(r *manageRequest, in priceInput) (any, error) {
 	p, err := api.ops.setPrice(r.ctx, r.origin, in)
-	return &manageResponse{status: http.StatusCreated, body: newPriceView(&p)}, err
+	return created{newPriceView(&p)}, err
 }
 
-func (api *manageAPI) deletePrice(r *manageRequest) (*manageResponse, error) {
-	return r.deletedResponse("id", api.ops.deletePrice(r.ctx, r.origin, r.pathValue("id")))
+func (api *manageAPI) deletePrice(r *manageRequest) (any, error) {
+	return r.deleted("id", api.ops.deletePrice(r.ctx, r.origin, r.pathValue("id")))
 }
 
 type auditView struct {
@@ -508,7 +493,7 @@ func newAuditView(r *auditRow) auditView {
 
 // parseAuditFilter reads the filters and the page of a list of audit events.
 func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
-	page, err := r.parseListQuery("actor", "action", "object", "from", "to")
+	page, err := r.parseListQuery()
 	if err != nil {
 		return auditFilter{}, err
 	}
@@ -549,13 +534,12 @@ func (ops *operations) listAudit(ctx context.Context, f auditFilter) (listPage[a
 	}), err
 }
 
-func (api *manageAPI) listAudit(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) listAudit(r *manageRequest) (any, error) {
 	f, err := r.parseAuditFilter()
 	if err != nil {
 		return nil, err
 	}
-	l, err := api.ops.listAudit(r.ctx, f)
-	return &manageResponse{body: l}, err
+	return api.ops.listAudit(r.ctx, f)
 }
 
 // A contentView is the stored content of a call.
@@ -589,17 +573,13 @@ func newBodyView(stored string, size int64) bodyView {
 	return v
 }
 
-func (api *manageAPI) getContent(r *manageRequest) (*manageResponse, error) {
-	if err := r.checkParams(); err != nil {
-		return nil, err
-	}
-	v, err := api.ops.revealContent(r.ctx, r.origin, r.pathValue("id"))
-	return &manageResponse{body: v}, err
+func (api *manageAPI) getContent(r *manageRequest) (any, error) {
+	return api.ops.revealContent(r.ctx, r.origin, r.pathValue("id"))
 }
 
-func (api *manageAPI) eraseContent(r *manageRequest) (*manageResponse, error) {
+func (api *manageAPI) eraseContent(r *manageRequest) (any, error) {
 	n, err := api.ops.eraseContent(r.ctx, r.origin, r.pathValue("id"))
-	return &manageResponse{body: map[string]any{"erased": n}}, err
+	return map[string]any{"erased": n}, err
 }
 
 // revealContent returns the stored content of a call, after the audit trail has recorded who reads it.

@@ -149,7 +149,7 @@ func TestOpenAPIRoutes(t *testing.T) {
 	t.Parallel()
 	s := readSpec(t)
 	want := []string{"GET /healthz", "GET /metrics", "GET /readyz"}
-	for _, rt := range (&manageAPI{}).manageTable() {
+	for _, rt := range (&manageAPI{ops: &operations{}}).manageTable() {
 		want = append(want, rt.pattern)
 		if !slices.Contains(s.operations(), rt.pattern) {
 			continue // told below
@@ -185,12 +185,13 @@ func TestOpenAPIRoutes(t *testing.T) {
 func TestOpenAPIFields(t *testing.T) {
 	t.Parallel()
 	s := readSpec(t)
-	compareFields(s, tokenFields(), "TokenCreate", "TokenPatch")
-	compareFields(s, rotateFields(), "", "TokenRotate")
-	compareFields(s, projectFields(), "ProjectCreate", "ProjectPatch")
-	compareFields(s, upstreamFields(), "UpstreamCreate", "UpstreamPatch")
-	compareFields(s, keyFields(), "KeyCreate", "KeyPatch")
-	compareFields(s, priceFields(), "PriceSet", "")
+	tables := newFieldTables()
+	compareFields(s, tables.token, "TokenCreate", "TokenPatch")
+	compareFields(s, tables.rotate, "", "TokenRotate")
+	compareFields(s, tables.project, "ProjectCreate", "ProjectPatch")
+	compareFields(s, tables.upstream, "UpstreamCreate", "UpstreamPatch")
+	compareFields(s, tables.key, "KeyCreate", "KeyPatch")
+	compareFields(s, tables.price, "PriceSet", "")
 }
 
 // compareFields compares a table of fields with the schemas of a new object and of a change; "" for none.
