@@ -69,9 +69,10 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
 		Submit: "Create project", Cancel: "/admin/projects",
-		Fields: formFields(projectFields(), "name", "provider", "api_key", "base_url")}}
+		Fields: formFields(ui.ops.fields.project, "name", "provider", "api_key", "base_url")}}
 	var in projectInput
-	return ui.submit(r, "New project", v, nil, in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.project)
+	return ui.submit(r, "New project", v, nil, targets, func() (*pageResponse, error) {
 		if !in.key.set && !in.baseURL.set && in.provider.value == providerOpenAI {
 			in.provider.set = false // the form's default: a project without an upstream
 		}
@@ -97,7 +98,8 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
 		}}}
 	var in projectInput
-	return ui.submit(r, "Edit project", v, routingValues(&project), in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.project)
+	return ui.submit(r, "Edit project", v, routingValues(&project), targets, func() (*pageResponse, error) {
 		routing, err := encodeRouting(r.form)
 		if err != nil {
 			return nil, err
@@ -198,8 +200,8 @@ func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error
 }
 
 // upstreamFormFields returns the named fields and those that a new upstream and a changed one share.
-func upstreamFormFields(first ...string) []*formField {
-	return formFields(upstreamFields(), append(first, "models", "priority", "weight", "rewrite",
+func (ui *adminUI) upstreamFormFields(first ...string) []*formField {
+	return formFields(ui.ops.fields.upstream, append(first, "models", "priority", "weight", "rewrite",
 		"requests_per_minute", "tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms",
 		"shared_with", "note", "organization", "openai_project")...)
 }
@@ -211,12 +213,13 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	}
 	projectURL := "/admin/projects/" + project.ID
 	v := &formView{Crumb: option{projectURL, project.Name}, Form: &pageForm{Submit: "Add upstream", Cancel: projectURL,
-		Fields: upstreamFormFields("name", "provider", "api_key", "base_url")}}
+		Fields: ui.upstreamFormFields("name", "provider", "api_key", "base_url")}}
 	key := v.Form.Fields[2]
 	key.Required, key.Empty = true, emptyValue
 	defaults := url.Values{"priority": {"0"}, "weight": {"1"}}
 	var in upstreamInput
-	return ui.submit(r, "Add an upstream", v, defaults, in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.upstream)
+	return ui.submit(r, "Add an upstream", v, defaults, targets, func() (*pageResponse, error) {
 		_, err := ui.ops.createUpstream(r.ctx, r.origin, project.ID, in)
 		return redirectTo(projectURL, "saved"), err
 	})
@@ -229,7 +232,7 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	}
 	projectURL := "/admin/projects/" + u.ProjectID
 	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{Submit: "Save", Cancel: projectURL,
-		Version: u.Version, Fields: upstreamFormFields("name", "api_key", "base_url", "is_active")}}
+		Version: u.Version, Fields: ui.upstreamFormFields("name", "api_key", "base_url", "is_active")}}
 	key, baseURL := v.Form.Fields[1], v.Form.Fields[2]
 	key.Label, key.Help = "New API key", "new-api-key"
 	if u.KeyHint != "" {
@@ -237,8 +240,9 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	}
 	baseURL.Required, baseURL.Empty, baseURL.Help = true, emptyValue, ""
 	var in upstreamInput
+	targets := fieldTargets(&in, ui.ops.fields.upstream)
 	stored := storedValues(u, v.Form.Fields)
-	return ui.submit(r, "Upstream "+u.Name, v, stored, in.fields(), func() (*pageResponse, error) {
+	return ui.submit(r, "Upstream "+u.Name, v, stored, targets, func() (*pageResponse, error) {
 		_, err := ui.ops.updateUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion, in)
 		return redirectTo(projectURL, "saved"), err
 	})

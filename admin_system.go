@@ -39,11 +39,12 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/prices", "Prices"}, Intro: "price", Form: &pageForm{
 		Submit: "Set price", Cancel: "/admin/prices",
-		Fields: formFields(priceFields(), "match", "input", "output", "cached_input", "cache_write", "audio_input",
-			"audio_output")}}
+		Fields: formFields(ui.ops.fields.price, "match", "input", "output", "cached_input", "cache_write",
+			"audio_input", "audio_output")}}
 	var in priceInput
+	targets := fieldTargets(&in, ui.ops.fields.price)
 	defaults := url.Values{"match": {r.query.Get("match")}}
-	return ui.submit(r, "Set a price", v, defaults, in.fields(), func() (*pageResponse, error) {
+	return ui.submit(r, "Set a price", v, defaults, targets, func() (*pageResponse, error) {
 		_, err := ui.ops.setPrice(r.ctx, r.origin, in)
 		return redirectTo("/admin/prices", "saved"), err
 	})
@@ -257,10 +258,11 @@ func newKeyStateView(k *keyView, now time.Time) stateView {
 func (ui *adminUI) newKeyPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
 		Form: &pageForm{Submit: "Create key", Cancel: "/admin/keys", Creates: "key",
-			Fields: formFields(keyFields(), "name", "role", "expires_at")}}
+			Fields: formFields(ui.ops.fields.key, "name", "role", "expires_at")}}
 	defaults := url.Values{"role": {string(roleViewer)}}
 	var in keyInput
-	return ui.submit(r, "New management key", v, defaults, in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.key)
+	return ui.submit(r, "New management key", v, defaults, targets, func() (*pageResponse, error) {
 		k, value, err := ui.ops.createManagementKey(r.ctx, r.origin, in)
 		if err != nil {
 			return nil, err
@@ -276,9 +278,10 @@ func (ui *adminUI) editKey(r *pageRequest) (*pageResponse, error) {
 	}
 	v := &formView{Crumb: option{"/admin/keys", "Management keys"},
 		Form: &pageForm{Submit: "Save", Cancel: "/admin/keys", Version: k.Version,
-			Fields: formFields(keyFields(), "name", "role", "expires_at")}}
+			Fields: formFields(ui.ops.fields.key, "name", "role", "expires_at")}}
 	var in keyInput
-	return ui.submit(r, "Edit "+k.Name, v, storedValues(k, v.Form.Fields), in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.key)
+	return ui.submit(r, "Edit "+k.Name, v, storedValues(k, v.Form.Fields), targets, func() (*pageResponse, error) {
 		_, err := ui.ops.updateManagementKey(r.ctx, r.origin, k.ID, r.ifMatchVersion, in)
 		return redirectTo("/admin/keys", "saved"), err
 	})

@@ -31,7 +31,7 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	if projects = projects[1:]; len(projects) == 0 {
 		return &pageResponse{template: "no-project", title: "New token"}, nil
 	}
-	fields := formFields(tokenFields(), "project_id", "name", "expires_at", "max_requests", "idle_expiry_minutes")
+	fields := formFields(ui.ops.fields.token, "project_id", "name", "expires_at", "max_requests", "idle_expiry_minutes")
 	fields[0].Options = projects
 	date := fields[2]
 	date.Label, date.Help = "Expiry date (UTC)", "expiry-date"
@@ -44,7 +44,8 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 		Form: &pageForm{Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: fields}}
 	defaults := url.Values{"project_id": {projectID}, "lifetime": {"720"}}
 	var in tokenInput
-	return ui.submit(r, "New token", v, defaults, in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.token)
+	return ui.submit(r, "New token", v, defaults, targets, func() (*pageResponse, error) {
 		switch lifetime := r.form.Get("lifetime"); lifetime {
 		case "": // expires_at
 		case "never":
@@ -70,11 +71,12 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	tokenURL := "/admin/tokens/" + t.ID
-	fields := formFields(tokenFields(), "name", "expires_at", "max_requests", "idle_expiry_minutes")
+	fields := formFields(ui.ops.fields.token, "name", "expires_at", "max_requests", "idle_expiry_minutes")
 	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
 		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: fields}}
 	var in tokenInput
-	return ui.submit(r, "Edit token", v, storedValues(t, fields), in.fields(), func() (*pageResponse, error) {
+	targets := fieldTargets(&in, ui.ops.fields.token)
+	return ui.submit(r, "Edit token", v, storedValues(t, fields), targets, func() (*pageResponse, error) {
 		_, err := ui.ops.updateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
 		return redirectTo(tokenURL, "saved"), err
 	})
@@ -88,10 +90,11 @@ func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
 	tokenURL := "/admin/tokens/" + t.ID
 	v := &formView{Crumb: option{tokenURL, t.Name}, Intro: "rotate", Form: &pageForm{
 		Submit: "Rotate", Cancel: tokenURL, Creates: "value", Version: t.Version,
-		Fields: formFields(rotateFields(), "overlap_minutes")}}
+		Fields: formFields(ui.ops.fields.rotate, "overlap_minutes")}}
 	var in rotateInput
+	targets := fieldTargets(&in, ui.ops.fields.rotate)
 	defaults := url.Values{"overlap_minutes": {"60"}}
-	return ui.submit(r, "Rotate "+t.Name, v, defaults, in.fields(), func() (*pageResponse, error) {
+	return ui.submit(r, "Rotate "+t.Name, v, defaults, targets, func() (*pageResponse, error) {
 		row, value, err := ui.ops.rotateToken(r.ctx, r.origin, t.ID, r.ifMatchVersion, in)
 		if err != nil {
 			return nil, err

@@ -616,10 +616,3 @@ func (in *priceInput) apply(tables *fieldTables, p *priceRow) error {
 	}
 	return nil
 }
-
-func (in *tokenInput) fields() map[string]any    { return fieldTargets(in, tokenFields()) }
-func (in *rotateInput) fields() map[string]any   { return fieldTargets(in, rotateFields()) }
-func (in *keyInput) fields() map[string]any      { return fieldTargets(in, keyFields()) }
-func (in *projectInput) fields() map[string]any  { return fieldTargets(in, projectFields()) }
-func (in *upstreamInput) fields() map[string]any { return fieldTargets(in, upstreamFields()) }
-func (in *priceInput) fields() map[string]any    { return fieldTargets(in, priceFields()) }
