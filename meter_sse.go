@@ -305,12 +305,12 @@ func (m *meter) processEvents(p []byte) []byte {
 	}
 	to := len(p)
 	if rest := p[start:]; len(rest) > 0 && !e.oversized {
-		held := m.bufferEvent(rest)
+		kept := m.bufferEvent(rest)
 		if !e.oversized {
 			to = start
 		}
 		if m.strip {
-			out = append(out, held...)
+			out = append(out, kept...)
 		}
 	}
 	if !m.strip {
@@ -332,9 +332,9 @@ func (m *meter) bufferEvent(rest []byte) []byte {
 		return nil
 	}
 	m.scanData(e.buffer, rest)
-	held := e.buffer
+	kept := e.buffer
 	e.buffer, e.oversized = nil, true
-	return held
+	return kept
 }
 
 // finishEvents is finish for a stream. It reads a last event without its empty line like any other, as a client
@@ -344,13 +344,13 @@ func (m *meter) finishEvents() []byte {
 	if !e.cutter.open {
 		return nil
 	}
-	held := e.buffer
-	e.dropped = m.finishEvent(held, false) && m.strip
+	kept := e.buffer
+	e.dropped = m.finishEvent(kept, false) && m.strip
 	e.buffer, e.cutter.open = nil, false
 	if e.dropped || !m.strip {
 		return nil
 	}
-	return held
+	return kept
 }
 
 // finishEvent reads an event that has ended and reports whether it is a usage chunk that may be left out. Of an

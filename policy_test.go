@@ -654,7 +654,7 @@ func TestUsageByOutcome(t *testing.T) {
 		{"the provider is silent", silentScript, path, chatBody(), false, 1, -1},
 		{"the stream breaks off", begun((*providerConn).reset), path, chatBody(`"stream":true`), false, 1, -1},
 		{"the stream has no end", begun(endStream), path, chatBody(`"stream":true`), false, 1, -1},
-		{"the client leaves the stream", begun(stallScript), path, chatBody(`"stream":true`), true, 1, -1},
+		{"the client leaves the stream", begun(stallStream), path, chatBody(`"stream":true`), true, 1, -1},
 		{"the client leaves before the answer", silentScript, path, chatBody(), true, 1, -1},
 		{"a list of models", replyScript(200, `{"object":"list","data":[]}`), "GET /v1/models", ``, false, 1, 0},
 		{"a count of tokens", replyScript(200, `{"input_tokens":9}`), "/v1/messages/count_tokens", strings.Replace(chatBody(), "gpt-4o-mini", "claude-sonnet-4", 1), false, 0, 0},
@@ -1025,7 +1025,7 @@ func TestSpentBufferedStream(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	_, token := p.newLimitedToken(`{"count":"tokens","max":1000,"per":"day"}`)
-	p.provider.setScript(streamScript([]string{strings.Repeat(chatEvents(true)[1], 1500)}, 1, stallScript))
+	p.provider.setScript(streamScript([]string{strings.Repeat(chatEvents(true)[1], 1500)}, 1, stallStream))
 	res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), "Authorization", "Bearer "+token, "Content-Type", "application/json", "X-LLM-Proxy-Stream", "verified")
 	if res.status != 429 || res.errorCode() != "project_spend_limit_exceeded" || res.header.Get("X-Should-Retry") != "false" {
 		t.Errorf("got %d %v %s", res.status, res.header, clip(res.body, 300))

@@ -21,17 +21,41 @@ import (
 	"time"
 )
 
-// addUpstream adds an upstream with its own provider to the test's project.
-func (p *testProxy) addUpstream(fields string) (*fakeProvider, string) {
+// addUpstream adds an upstream with a provider of its own to the test's project and returns its id; fields are
+// JSON members.
+func (p *testProxy) addUpstream(fields string) (provider *fakeProvider, id string) {
 	p.t.Helper()
-	provider := newFakeProvider(p.t)
+	provider = newFakeProvider(p.t)
+	return provider, p.addUpstreamAt(provider, providerCompatible, fields)
+}
+
+// addUpstreamAt adds an upstream with the provider's URL and key, which speaks the API of kind.
+func (p *testProxy) addUpstreamAt(provider *fakeProvider, kind, fields string) string {
+	p.t.Helper()
 	p.mu.Lock()
 	p.secrets = append(p.secrets, provider.key)
 	p.mu.Unlock()
 	var up struct{ ID string }
-	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-		fmt.Sprintf(`{"name":"u","provider":"compatible","api_key":%q,"base_url":%q,%s}`, provider.key, provider.url, fields), 201, &up)
-	return provider, up.ID
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", fmt.Sprintf(
+		`{"name":"u","provider":%q,"api_key":%q,"base_url":%q,%s}`, kind, provider.key, provider.url, fields), 201, &up)
+	return up.ID
+}
+
+// changeUpstream changes an upstream of the test's project; fields are JSON members.
+func (p *testProxy) changeUpstream(id, fields string) {
+	p.t.Helper()
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, "{"+fields+"}", 200, nil)
+}
+
+// changeProject changes the test's project; fields are JSON members.
+func (p *testProxy) changeProject(fields string) {
+	p.t.Helper()
+	p.manage("PATCH", "/manage/projects/"+p.project, "{"+fields+"}", 200, nil)
+}
+
+// jsonHeaders returns the headers of a JSON call with the test's token, and the further ones.
+func (p *testProxy) jsonHeaders(more ...string) []string {
+	return append([]string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}, more...)
 }
 
 // checkKeysApart fails if a provider's request contains the key of another upstream, or not its own.
@@ -67,6 +91,9 @@ func longStream() []string {
 	return append(events, chatEvents(true)[2:]...)
 }
 
+// uploadForm is the body of an upload, with the boundary b.
+const uploadForm = "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n"
+
 // streamScript answers with n of the events and then runs then.
 func streamScript(events []string, n int, then func(*providerConn) bool) func(*providerConn, recordedRequest) bool {
 	return func(c *providerConn, _ recordedRequest) bool {
@@ -86,9 +113,13 @@ func replyScript(status int, body string, headers ...string) func(*providerConn,
 
 func endStream(c *providerConn) bool { return c.chunk("") == nil }
 
-func stallScript(c *providerConn) bool { c.waitClosed(20 * time.Second); return false }
+func stallStream(c *providerConn) bool { c.waitClosed(20 * time.Second); return false }
 
-func resetScript(c *providerConn) bool { return c.reset() }
+func resetStream(c *providerConn) bool { return c.reset() }
+
+func stallScript(c *providerConn, _ recordedRequest) bool { return stallStream(c) }
+
+func resetScript(c *providerConn, _ recordedRequest) bool { return c.reset() }
 
 // A providerFault is a fault that a provider has throughout the test, and the result of a call. attempts are those
 // at the provider and at the fallback.
@@ -125,45 +156,47 @@ var providerFaults = []providerFault{
 		attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "an error that never ends", stream: true, script: func(c *providerConn, _ recordedRequest) bool {
 		_, _ = c.Write([]byte("HTTP/1.1 500 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"))
-		return stallScript(c)
+		return stallStream(c)
 	}, attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "redirect", script: replyScript(302, ``, "Location: /"), attempts: [2]int{1, 1}, status: 200,
 		outcome: "ok", health: "ready"},
-	{name: "reset before headers", script: func(c *providerConn, _ recordedRequest) bool { return c.reset() },
+	{name: "reset before headers", script: resetScript,
 		attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "no HTTP", stream: true, script: func(c *providerConn, _ recordedRequest) bool {
 		_, _ = c.Write([]byte("nonsense\r\n\r\n"))
 		return false
 	}, attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "no response", stream: true,
-		script: func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }, attempts: [2]int{1, 1},
+		script: stallScript, attempts: [2]int{1, 1},
 		status: 200, outcome: "ok", health: "ready"},
-	{name: "slow first token", stream: true, script: streamScript(longStream(), 0, stallScript),
+	{name: "slow first token", stream: true, script: streamScript(longStream(), 0, stallStream),
 		attempts: [2]int{1, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "comments and no token", stream: true,
-		script: streamScript([]string{": wait\n\n", "event: ping\n\n"}, 2, stallScript), attempts: [2]int{1, 1},
+		script: streamScript([]string{": wait\n\n", "event: ping\n\n"}, 2, stallStream), attempts: [2]int{1, 1},
 		status: 200, outcome: "ok", health: "ready"},
 	{name: "empty stream", stream: true, script: streamScript(nil, 0, endStream), attempts: [2]int{2, 1}, status: 200,
 		outcome: "ok", health: "ready"},
-	{name: "cut before the first event", stream: true, script: streamScript([]string{": wait\n\n"}, 1, resetScript),
+	{name: "cut before the first event", stream: true, script: streamScript([]string{": wait\n\n"}, 1, resetStream),
 		attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "error as first event", stream: true,
-		script:   streamScript([]string{"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endStream),
+		script: streamScript([]string{
+			"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"}, 1, endStream),
 		attempts: [2]int{2, 1}, status: 200, outcome: "ok", health: "ready"},
 	{name: "malformed chunk at first", stream: true,
 		script: streamScript([]string{"data: {\"choices\":[{\"delta\n\n"}, 1, endStream), attempts: [2]int{2, 1},
 		status: 200, outcome: "ok", health: "ready"},
 	{name: "malformed chunk later", stream: true,
-		script:   streamScript(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"}, chatEvents(true)[1:]...), 6, endStream),
+		script: streamScript(append([]string{chatEvents(true)[0], "data: {\"choices\":[{\"delta\n\n"},
+			chatEvents(true)[1:]...), 6, endStream),
 		attempts: [2]int{1, 0}, status: 200, outcome: "ok", health: "ready", bufferedAttempts: [2]int{2, 1}},
-	{name: "stream cut after 40 of 60 events", stream: true, script: streamScript(longStream(), 40, resetScript),
+	{name: "stream cut after 40 of 60 events", stream: true, script: streamScript(longStream(), 40, resetStream),
 		attempts: [2]int{1, 0}, outcome: "truncated", code: "upstream_cut", health: "ready",
 		bufferedAttempts: [2]int{2, 1}},
-	{name: "stream stalled", stream: true, script: streamScript(longStream(), 40, stallScript),
+	{name: "stream stalled", stream: true, script: streamScript(longStream(), 40, stallStream),
 		attempts: [2]int{1, 0}, outcome: "truncated", code: "stream_idle", health: "ready",
 		bufferedAttempts: [2]int{1, 1}},
 	{name: "cut, and a fallback that rejects prefill", stream: true,
-		script: streamScript(longStream(), 40, resetScript), attempts: [2]int{1, 0}, outcome: "truncated",
+		script: streamScript(longStream(), 40, resetStream), attempts: [2]int{1, 0}, outcome: "truncated",
 		code: "upstream_cut", health: "ready", fallback: `"role":"assistant"`, bufferedAttempts: [2]int{2, 1}},
 	{name: "missing [DONE]", stream: true, script: streamScript(longStream(), 60, endStream), attempts: [2]int{1, 0},
 		status: 200, outcome: "truncated", code: "stream_unfinished", health: "ready", bufferedAttempts: [2]int{2, 1}},
@@ -202,7 +235,7 @@ func TestFailover(t *testing.T) {
 				return chatScript(c, r)
 			})
 			p.provider.setScript(f.script)
-			headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+			headers := p.jsonHeaders()
 			if strings.HasSuffix(f.name, "verified") {
 				headers = append(headers, "X-LLM-Proxy-Stream", "verified")
 			}
@@ -224,7 +257,8 @@ func TestFailover(t *testing.T) {
 			if row.Outcome != f.outcome || row.ErrorCode != f.code || row.Attempts != f.attempts[0]+f.attempts[1] {
 				t.Errorf("the ledger has %+v", row)
 			}
-			if rescued && (row.UpstreamID != id || len(row.AttemptLog) != row.Attempts || row.OutputTokens != 3 || row.InputTokens != 9 || row.UsageSource != "exact") {
+			if rescued && (row.UpstreamID != id || len(row.AttemptLog) != row.Attempts || row.OutputTokens != 3 ||
+				row.InputTokens != 9 || row.UsageSource != "exact") {
 				t.Errorf("the ledger has %+v", row)
 			}
 			if len(row.AttemptLog) > 0 && row.AttemptLog[0].Error == "" {
@@ -246,7 +280,7 @@ func TestOnceOnly(t *testing.T) {
 	t.Parallel()
 	for name, first := range map[string]func(*providerConn, recordedRequest) bool{
 		"500 once": replyScript(500, `{"error":{}}`),
-		"reset":    func(c *providerConn, _ recordedRequest) bool { return c.reset() },
+		"reset":    resetScript,
 	} {
 		p := newTest(t, nil)
 		fallback, _ := p.addUpstream(`"priority":1`)
@@ -262,7 +296,8 @@ func TestOnceOnly(t *testing.T) {
 		if n, m := len(p.provider.received()), len(fallback.received()); n != 2 || m != 0 {
 			t.Errorf("%s: the providers got %d and %d attempts", name, n, m)
 		}
-		if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 2 || len(row.AttemptLog) != 2 || row.OutputTokens != 3 {
+		if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 2 || len(row.AttemptLog) != 2 ||
+			row.OutputTokens != 3 {
 			t.Errorf("%s: the ledger has %+v", name, row)
 		}
 	}
@@ -325,7 +360,7 @@ func TestHealthSurvives(t *testing.T) {
 	if n := sumSamples(p.metrics(), "llm_proxy_upstreams", `state="quarantined"`); n != 1 {
 		t.Errorf("the metrics count %v quarantined upstreams", n)
 	}
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":2}`, 200, nil)
+	p.changeUpstream(p.upstream, `"weight":2`)
 	p.provider.setScript(chatScript)
 	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 2 {
 		t.Errorf("after the change: got %d, the provider got %d attempts", res.status, len(p.provider.received()))
@@ -356,17 +391,19 @@ func TestNoneLeft(t *testing.T) {
 	second, _ := p.addUpstream(`"weight":1`)
 	p.provider.setScript(replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 30"))
 	second.setScript(replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 20"))
-	if res := p.chat(); res.status != 429 || res.errorCode() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
+	if res := p.chat(); res.status != 429 || res.errorCode() != "rate_limit_exceeded" ||
+		res.header.Get("Retry-After") == "" {
 		t.Errorf("got %d %v %s", res.status, res.header, res.body)
 	}
 	if n, m := len(p.provider.received()), len(second.received()); n != 1 || m != 1 {
 		t.Errorf("the providers got %d and %d attempts", n, m)
 	}
 	if res := p.chat(); res.status != 429 || len(p.provider.received()) != 1 || len(second.received()) != 2 {
-		t.Errorf("the next call: got %d; the providers got %d and %d attempts", res.status, len(p.provider.received()), len(second.received()))
+		t.Errorf("the next call: got %d; the providers got %d and %d attempts", res.status, len(p.provider.received()),
+			len(second.received()))
 	}
 	second.setScript(replyScript(401, `{}`)) // less useful to the client than the other's 429
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{}`, 200, nil)
+	p.changeUpstream(p.upstream, ``)
 	p.chat()
 	if res := p.chat(); res.status != 502 && res.status != 429 {
 		t.Errorf("got %d %s", res.status, res.body)
@@ -384,7 +421,8 @@ func TestShortWait(t *testing.T) {
 		return c.reply(429, `{}`, "Retry-After: 1")
 	})
 	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 1 || len(second.received()) != 2 {
-		t.Errorf("got %d; the providers got %d and %d attempts", res.status, len(p.provider.received()), len(second.received()))
+		t.Errorf("got %d; the providers got %d and %d attempts", res.status, len(p.provider.received()),
+			len(second.received()))
 	}
 }
 
@@ -393,14 +431,14 @@ func TestStoredObjects(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, _ := p.addUpstream(`"weight":1000`)
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
-	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+	p.changeProject(`"policy":{"stateful":true}`)
+	const body = `{"model":"m","input":"x","previous_response_id":"resp_1"}`
 	p.provider.setScript(replyScript(500, `{"error":{}}`))
 	for range 5 {
-		if res := p.do("GET", "/v1/files", "", auth[:2]...); res.status != 500 {
+		if res := p.do("GET", "/v1/files", "", "Authorization", "Bearer "+p.token); res.status != 500 {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
-		if res := p.do("POST", "/v1/responses", `{"model":"m","input":"x","previous_response_id":"resp_1"}`, auth...); res.status != 500 {
+		if res := p.do("POST", "/v1/responses", body, p.jsonHeaders()...); res.status != 500 {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
 	}
@@ -415,7 +453,8 @@ func TestBufferedStreamAlone(t *testing.T) {
 	t.Parallel()
 	long := longStream()
 	unmarked := append(slices.Clone(long[:58]), chatEvents(true)[2])
-	big := []string{`data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", maxBufferedStream) + `"}}]}` + "\n\n"}
+	big := []string{
+		`data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", maxBufferedStream) + `"}}]}` + "\n\n"}
 	for _, c := range []struct {
 		name   string
 		script func(*providerConn, recordedRequest) bool
@@ -434,12 +473,13 @@ func TestBufferedStreamAlone(t *testing.T) {
 			}
 			return c.chunk("") == nil
 		}, status: 200,
-			want: strings.ReplaceAll(strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), ""), "\n", "\r\n")},
+			want: strings.ReplaceAll(strings.Join(slices.Delete(slices.Clone(long), len(long)-2, len(long)-1), ""),
+				"\n", "\r\n")},
 		{name: "never marked", script: streamScript(unmarked, len(unmarked), endStream), status: 200,
 			want: strings.Join(unmarked, "")},
 		{name: "no end", script: streamScript(long, 40, endStream), status: 502, want: "upstream_unreachable"},
-		{name: "cut", script: streamScript(long, 40, resetScript), status: 502, want: "upstream_unreachable"},
-		{name: "stalled", script: streamScript(long, 40, stallScript),
+		{name: "cut", script: streamScript(long, 40, resetStream), status: 502, want: "upstream_unreachable"},
+		{name: "stalled", script: streamScript(long, 40, stallStream),
 			env: map[string]string{"STREAM_IDLE_TIMEOUT": "300ms"}, status: 504, want: "upstream_timeout"},
 		{name: "error inside",
 			script: streamScript([]string{long[0], "data: {\"error\":{\"message\":\"x\"}}\n\n"}, 2, endStream),
@@ -453,25 +493,30 @@ func TestBufferedStreamAlone(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, c.env)
 			p.allowErrors = c.status == 503
-			p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
+			p.changeProject(`"routing":{"verified_streams":true}`)
 			p.provider.setScript(c.script)
 			res := p.chat(`"stream":true`)
-			if res.err != nil || res.status != c.status || c.status == 200 && res.body != c.want || c.status != 200 && res.errorCode() != c.want {
+			if res.err != nil || res.status != c.status || c.status == 200 && res.body != c.want ||
+				c.status != 200 && res.errorCode() != c.want {
 				t.Errorf("got %d %q, %v", res.status, clip(res.body, 500), res.err)
 			}
-			if row := p.lastCall(); row.Status != c.status || row.Attempts != 1 || (row.Outcome == "ok") != (c.name == "whole" || c.name == "in pieces") {
+			if row := p.lastCall(); row.Status != c.status || row.Attempts != 1 ||
+				(row.Outcome == "ok") != (c.name == "whole" || c.name == "in pieces") {
 				t.Errorf("the ledger has %+v", row)
 			}
 		})
 	}
 	p := newTest(t, nil)
-	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json", "X-LLM-Proxy-Stream"}
-	if res := p.do("POST", "/v1/chat/completions", chatBody(), append(auth, "yes")...); res.status != 400 || len(p.provider.received()) != 0 {
+	stream := func(mode string) testResponse {
+		return p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`),
+			p.jsonHeaders("X-LLM-Proxy-Stream", mode)...)
+	}
+	if res := stream("yes"); res.status != 400 || len(p.provider.received()) != 0 {
 		t.Errorf("an invalid header: got %d %s", res.status, res.body)
 	}
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
-	p.provider.setScript(streamScript(long, 40, resetScript))
-	if res := p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "plain")...); res.status != 200 || res.err == nil {
+	p.changeProject(`"routing":{"verified_streams":true}`)
+	p.provider.setScript(streamScript(long, 40, resetStream))
+	if res := stream("plain"); res.status != 200 || res.err == nil {
 		t.Errorf("a plain stream: got %d %v", res.status, res.err)
 	}
 }
@@ -483,9 +528,12 @@ func TestFailoverOtherAPIs(t *testing.T) {
 	event := func(name, rest string) string {
 		return "event: " + name + "\ndata: {\"type\":\"" + name + "\"" + rest + "}\n\n"
 	}
-	messages := []string{event("message_start", `,"message":{"model":"claude-sonnet-4-5","usage":{"input_tokens":9,"output_tokens":1}}`), event("ping", ""),
-		event("content_block_delta", `,"delta":{"text":"Hi"}`), event("message_delta", `,"usage":{"output_tokens":3}`), event("message_stop", "")}
-	responses := []string{event("response.created", `,"response":{"model":"gpt-4o"}`), event("response.output_text.delta", `,"delta":"Hi"`),
+	messages := []string{event("message_start",
+		`,"message":{"model":"claude-sonnet-4-5","usage":{"input_tokens":9,"output_tokens":1}}`), event("ping", ""),
+		event("content_block_delta", `,"delta":{"text":"Hi"}`), event("message_delta", `,"usage":{"output_tokens":3}`),
+		event("message_stop", "")}
+	responses := []string{event("response.created", `,"response":{"model":"gpt-4o"}`),
+		event("response.output_text.delta", `,"delta":"Hi"`),
 		event("response.completed", `,"response":{"model":"gpt-4o","usage":{"input_tokens":9,"output_tokens":3}}`)}
 	overloaded := event("error", `,"error":{"type":"overloaded_error","message":"Overloaded"}`)
 	for _, c := range []struct {
@@ -498,7 +546,8 @@ func TestFailoverOtherAPIs(t *testing.T) {
 		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
 			script: replyScript(529, `{"type":"error","error":{"type":"overloaded_error"}}`), attempts: [2]int{2, 1}},
 		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
-			script:   replyScript(429, `{"type":"error","error":{"type":"rate_limit_error"}}`, "anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"),
+			script: replyScript(429, `{"type":"error","error":{"type":"rate_limit_error"}}`,
+				"anthropic-ratelimit-tokens-remaining: 0", "anthropic-ratelimit-tokens-reset: 2099-01-01T00:00:00Z"),
 			attempts: [2]int{1, 1}},
 		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
 			script: streamScript([]string{overloaded}, 1, endStream), attempts: [2]int{2, 1}},
@@ -508,27 +557,26 @@ func TestFailoverOtherAPIs(t *testing.T) {
 		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
 			script: streamScript(messages, 4, endStream), verified: true, attempts: [2]int{2, 1}},
 		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
-			script: streamScript(messages, 3, resetScript), verified: true, attempts: [2]int{2, 1}},
+			script: streamScript(messages, 3, resetStream), verified: true, attempts: [2]int{2, 1}},
 		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
 			script: replyScript(500, `{"error":{}}`), attempts: [2]int{2, 1}},
 		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
-			script: streamScript(responses, 2, resetScript), verified: true, attempts: [2]int{2, 1}},
+			script: streamScript(responses, 2, resetStream), verified: true, attempts: [2]int{2, 1}},
 		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
-			script:   streamScript(append(responses[:1:1], event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endStream),
+			script: streamScript(append(responses[:1:1],
+				event("response.failed", `,"response":{"error":{"code":"server_error"}}`)), 2, endStream),
 			verified: true, attempts: [2]int{2, 1}},
 	} {
 		p := newTest(t, nil)
-		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":0}`, 200, nil)
+		p.changeUpstream(p.upstream, `"weight":0`)
 		var providers [2]*fakeProvider
 		for i := range providers {
 			providers[i] = newFakeProvider(t)
-			p.secrets = append(p.secrets, providers[i].key)
-			p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-				fmt.Sprintf(`{"name":"u","provider":%q,"api_key":%q,"base_url":%q,"priority":%d}`, c.provider, providers[i].key, providers[i].url, i), 201, nil)
+			p.addUpstreamAt(providers[i], c.provider, fmt.Sprintf(`"priority":%d`, i))
 		}
 		providers[0].setScript(c.script)
 		providers[1].setScript(streamScript(c.good, len(c.good), endStream))
-		headers := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+		headers := p.jsonHeaders()
 		if c.verified {
 			headers = append(headers, "X-LLM-Proxy-Stream", "verified")
 		}
@@ -536,7 +584,8 @@ func TestFailoverOtherAPIs(t *testing.T) {
 		if want := strings.Join(c.good, ""); res.status != 200 || res.err != nil || res.body != want {
 			t.Errorf("%s, verified %v: got %d %q, %v", c.path, c.verified, res.status, res.body, res.err)
 		}
-		if got := [2]int{len(providers[0].received()), len(providers[1].received())}; got != c.attempts || len(p.provider.received()) != 0 {
+		if got := [2]int{len(providers[0].received()), len(providers[1].received())}; got != c.attempts ||
+			len(p.provider.received()) != 0 {
 			t.Errorf("%s: the providers got %v attempts, want %v", c.path, got, c.attempts)
 		}
 		for _, provider := range providers {
@@ -559,7 +608,7 @@ func TestBufferedStreamEnds(t *testing.T) {
 		"revoked":     func(p *testProxy, _ func()) { p.manage("DELETE", "/manage/tokens/"+p.tokenID, "", 200, nil) },
 	} {
 		p := newTest(t, nil)
-		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"verified_streams":true}}`, 200, nil)
+		p.changeProject(`"routing":{"verified_streams":true}`)
 		sent, gone := make(chan struct{}), make(chan bool, 1)
 		p.provider.setScript(streamScript(longStream(), 30, func(c *providerConn) bool {
 			close(sent)
@@ -586,7 +635,7 @@ func TestBufferedStreamEnds(t *testing.T) {
 func TestSharesInParallel(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":1}`, 200, nil)
+	p.changeUpstream(p.upstream, `"weight":1`)
 	two, _ := p.addUpstream(`"weight":2`)
 	seven, _ := p.addUpstream(`"weight":7`)
 	providers := []*fakeProvider{p.provider, two, seven}
@@ -602,12 +651,14 @@ func TestSharesInParallel(t *testing.T) {
 		for range 16 {
 			wait.Go(func() {
 				for range calls / 16 {
-					req, err := http.NewRequestWithContext(t.Context(), "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody()))
+					req, err := http.NewRequestWithContext(t.Context(), "POST", p.url+"/v1/chat/completions",
+						strings.NewReader(chatBody()))
 					if err != nil {
 						t.Error(err)
 						return
 					}
-					req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+					req.Header = http.Header{"Authorization": {"Bearer " + p.token},
+						"Content-Type": {"application/json"}}
 					res, err := client.Do(req)
 					if err != nil {
 						t.Error(err)
@@ -638,7 +689,7 @@ func TestSharesInParallel(t *testing.T) {
 	shares("it has recovered", calls, 0.1, 0.2, 0.7)
 }
 
-// A faultyPool records what a test's providers received, by call.
+// A faultyPool plays several providers with random faults and records their requests, by call.
 type faultyPool struct {
 	mu       sync.Mutex
 	attempts map[string]int
@@ -692,7 +743,10 @@ func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 	case what == 3:
 		return c.reset()
 	case what == 4 && stream:
-		return streamScript(nil, 0, func(c *providerConn) bool { c.waitClosed(20 * time.Millisecond); return false })(c, req)
+		return streamScript(nil, 0, func(c *providerConn) bool {
+			c.waitClosed(20 * time.Millisecond)
+			return false
+		})(c, req)
 	case what == 5:
 		return c.reply(503, `{"error":{}}`, "Retry-After: 1")
 	case what == 6 && stream:
@@ -701,7 +755,7 @@ func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 		if !verified {
 			r.settle(call, attempt)
 		}
-		return streamScript(events, 2, resetScript)(c, req)
+		return streamScript(events, 2, resetStream)(c, req)
 	case what == 9:
 		r.settle(call, attempt)
 		return c.reply(400, `{"error":{"code":"invalid_value"}}`)
@@ -715,6 +769,8 @@ func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 	return c.reply(200, bodyOf(chatResponseBody))
 }
 
+// TestRandomFaults: whatever faults four providers have, each call gets its own answer at most once, is not sent
+// again after a part of the answer has left, and has one row with all its attempts and the right bill.
 func TestRandomFaults(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1m"})
@@ -733,7 +789,7 @@ func TestRandomFaults(t *testing.T) {
 	for worker := range 16 {
 		wait.Go(func() {
 			for i := worker; i < calls; i += 16 {
-				call, headers := fmt.Sprintf("call-%d", i), []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
+				call, headers := fmt.Sprintf("call-%d", i), p.jsonHeaders()
 				if i%3 == 2 {
 					call += "-verified"
 					headers = append(headers, "X-LLM-Proxy-Stream", "verified")
@@ -741,13 +797,16 @@ func TestRandomFaults(t *testing.T) {
 				for seq := range int64(4) { // keep all keys healthy: otherwise calls meet few faults
 					p.instance.health.reset(seq+1, time.Now().UnixMilli())
 				}
-				res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0), `"stream_options":{"include_usage":true}`, `"user":"`+call+`"`), headers...)
+				body := chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0), `"stream_options":{"include_usage":true}`,
+					`"user":"`+call+`"`)
+				res := p.do("POST", "/v1/chat/completions", body, headers...)
 				text := res.body
 				if strings.HasPrefix(text, `data: {"error"`) { // the last upstream's error, which is passed on
 					continue
 				}
-				if own, roles := strings.Count(text, `"`+call+`"`), strings.Count(text, `"role":"assistant"`); res.status == 200 &&
-					(own > 1 || roles > 1 || res.err == nil && own+roles != 2) { // a reset may discard bytes sent before it
+				own, roles := strings.Count(text, `"`+call+`"`), strings.Count(text, `"role":"assistant"`)
+				// A reset may discard bytes sent before it.
+				if res.status == 200 && (own > 1 || roles > 1 || res.err == nil && own+roles != 2) {
 					t.Errorf("%s: not exactly its own answer: %q", call, text)
 				}
 				whole := res.status == 200 && res.err == nil
@@ -834,14 +893,12 @@ func newSilentHost(t *testing.T) *silentHost {
 	return h
 }
 
-// addSilentUpstream adds an upstream at a silent host to the project, in front of its first.
+// addSilentUpstream adds an upstream at a silent host to the project, with priority over the test's own.
 func (p *testProxy) addSilentUpstream(h *silentHost, fields string) string {
 	p.t.Helper()
-	var up struct{ ID string }
-	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-		fmt.Sprintf(`{"name":"silent","provider":"compatible","api_key":"sk-silent-0123456789","base_url":%q,%s}`, h.url, fields), 201, &up)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"priority":1}`, 200, nil)
-	return up.ID
+	id := p.addUpstreamAt(&fakeProvider{url: h.url, key: "sk-silent-0123456789"}, providerCompatible, fields)
+	p.changeUpstream(p.upstream, `"priority":1`)
+	return id
 }
 
 // TestConnectTimeout: if an upstream has no connection within its connect_ms, the call goes to the next at once, and
@@ -859,14 +916,16 @@ func TestConnectTimeout(t *testing.T) {
 			t.Errorf("it took %v", d)
 		}
 		row := p.lastCall()
-		if row.UpstreamID != p.upstream || row.Attempts != 2 || row.AttemptLog[0].Upstream != id || row.AttemptLog[0].Error != "could not be reached in time" || row.OutputTokens != 3 {
+		if row.UpstreamID != p.upstream || row.Attempts != 2 || row.AttemptLog[0].Upstream != id ||
+			row.AttemptLog[0].Error != "could not be reached in time" || row.OutputTokens != 3 {
 			t.Errorf("the ledger has %+v", row)
 		}
 		if h := p.healthOf(id); h.State != "open" || !strings.Contains(h.Reason, "could not be reached in time") {
 			t.Errorf("the key is %+v", h)
 		}
 		before := silent.calls.Load()
-		p.instance.health.forUpstream(2, "").until.Store(time.Now().Add(time.Hour).UnixMilli()) // no probe, even on a slow machine
+		// No probe, even on a slow machine.
+		p.instance.health.forUpstream(2, "").until.Store(time.Now().Add(time.Hour).UnixMilli())
 		if res := p.chat(); res.status != 200 || silent.calls.Load() != before || p.lastCall().Attempts != 1 {
 			t.Errorf("the next call: got %d, after %d attempts", res.status, p.lastCall().Attempts)
 		}
@@ -879,18 +938,18 @@ func TestConnectTimeoutAlone(t *testing.T) {
 	t.Parallel()
 	p, silent := newTest(t, nil), newSilentHost(t)
 	id := p.addSilentUpstream(silent, `"connect_ms":200`)
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	p.changeProject(`"policy":{"stateful":true}`)
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, "", 200, nil)
-	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n"
-	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type"}
 	for what, call := range map[string]func() testResponse{
 		"unary":  func() testResponse { return p.chat() },
 		"stream": func() testResponse { return p.chat(`"stream":true`) },
 		"verified": func() testResponse {
-			return p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`), append(auth, "application/json", "X-LLM-Proxy-Stream", "verified")...)
+			return p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`),
+				p.jsonHeaders("X-LLM-Proxy-Stream", "verified")...)
 		},
 		"upload": func() testResponse {
-			return p.do("POST", "/v1/files", form, append(auth, "multipart/form-data; boundary=b")...)
+			return p.do("POST", "/v1/files", uploadForm, "Authorization", "Bearer "+p.token,
+				"Content-Type", "multipart/form-data; boundary=b")
 		},
 	} {
 		start := time.Now()
@@ -898,7 +957,8 @@ func TestConnectTimeoutAlone(t *testing.T) {
 		if d := time.Since(start); d > connectTimeout {
 			t.Errorf("%s: it took %v", what, d)
 		}
-		if row := p.lastCall(); row.Outcome != "upstream_error" || row.Attempts != 1 || row.UsageSource != "none" || row.UpstreamID != id {
+		if row := p.lastCall(); row.Outcome != "upstream_error" || row.Attempts != 1 || row.UsageSource != "none" ||
+			row.UpstreamID != id {
 			t.Errorf("%s: the ledger has %+v", what, row)
 		}
 	}
@@ -908,7 +968,7 @@ func TestConnectTimeoutAlone(t *testing.T) {
 }
 
 // TestConnectTimeoutIsNoMore: connect_ms does not limit the answer once there is a connection, new or reused, with
-// HTTP/1.1 or shared by calls over HTTP/2.
+// HTTP/1.1 or shared by calls over HTTP/2. The provider sleeps because the elapsed time is what the test is about.
 func TestConnectTimeoutIsNoMore(t *testing.T) {
 	t.Parallel()
 	for _, http2 := range []bool{false, true} {
@@ -931,7 +991,7 @@ func TestConnectTimeoutIsNoMore(t *testing.T) {
 		roots.AddCert(slow.Certificate())
 		p.instance.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
 		p.replaceBaseURL(slow.URL)
-		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"connect_ms":200}`, 200, nil)
+		p.changeUpstream(p.upstream, `"connect_ms":200`)
 		for range 2 { // the second time over open connections
 			var calls sync.WaitGroup
 			for range 3 {
@@ -982,9 +1042,9 @@ func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 	roots := x509.NewCertPool()
 	roots.AddCert(certified.Certificate())
 	p.instance.transport.TLSClientConfig = &tls.Config{RootCAs: roots}
-	p.instance.transport.TLSHandshakeTimeout = 3 * time.Second // or the test would wait for it
+	p.instance.transport.TLSHandshakeTimeout = 3 * time.Second // so that the test does not take longer
 	p.replaceBaseURL("https://" + l.Addr().String())
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"connect_ms":500}`, 200, nil)
+	p.changeUpstream(p.upstream, `"connect_ms":500`)
 	get := func() testResponse { return p.do("GET", "/v1/models/m", "", "Authorization", "Bearer "+p.token) }
 	if res := get(); res.status != 200 {
 		t.Fatalf("got %d %s", res.status, res.body)
@@ -997,12 +1057,13 @@ func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 }
 
 // TestResponseTimeout: if an answer in one piece has not begun within the upstream's answer_ms, the call goes to
-// another upstream. answer_ms does not limit streams and uploads.
+// another upstream. answer_ms does not limit streams and uploads. Providers that answer later than that sleep,
+// because the elapsed time is what the test is about.
 func TestResponseTimeout(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"answer_ms":300}`, 200, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return stallScript(c) })
+	p.changeUpstream(p.upstream, `"answer_ms":300`)
+	p.provider.setScript(stallScript)
 
 	start := time.Now() // alone
 	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
@@ -1020,7 +1081,8 @@ func TestResponseTimeout(t *testing.T) {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 	row := p.lastCall()
-	if row.UpstreamID != id || row.Attempts != 2 || row.AttemptLog[0].Error != "did not answer in time" || row.AttemptLog[0].MS < 300 || row.AttemptLog[0].MS > 10_000 {
+	if row.UpstreamID != id || row.Attempts != 2 || row.AttemptLog[0].Error != "did not answer in time" ||
+		row.AttemptLog[0].MS < 300 || row.AttemptLog[0].MS > 10_000 {
 		t.Errorf("the ledger has %+v", row)
 	}
 	if h := p.healthOf(p.upstream); h.State != "ready" { // one failure opens no breaker
@@ -1028,28 +1090,32 @@ func TestResponseTimeout(t *testing.T) {
 	}
 
 	// The last upstream's own answer_ms applies, too.
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"answer_ms":300}`, 200, nil)
-	second.setScript(func(c *providerConn, _ recordedRequest) bool { return stallScript(c) })
+	p.changeUpstream(id, `"answer_ms":300`)
+	second.setScript(stallScript)
 	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
 		t.Errorf("with two that hang: got %d %s", res.status, res.body)
 	}
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
 
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	p.changeProject(`"policy":{"stateful":true}`)
 	later := func(script func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
-		return func(c *providerConn, r recordedRequest) bool { time.Sleep(600 * time.Millisecond); return script(c, r) }
+		return func(c *providerConn, r recordedRequest) bool {
+			time.Sleep(600 * time.Millisecond)
+			return script(c, r)
+		}
 	}
 	p.provider.setScript(later(chatScript))
 	if res := p.chat(`"stream":true`); res.status != 200 || res.body != strings.Join(chatEvents(false), "") {
 		t.Errorf("a stream that begins later: got %d %s", res.status, res.body)
 	}
 	p.provider.setScript(later(replyScript(200, `{"id":"file-1"}`)))
-	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--b--\r\n"
-	if res := p.do("POST", "/v1/files", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b"); res.status != 200 {
+	if res := p.do("POST", "/v1/files", uploadForm, "Authorization", "Bearer "+p.token,
+		"Content-Type", "multipart/form-data; boundary=b"); res.status != 200 {
 		t.Errorf("an upload: got %d %s", res.status, res.body)
 	}
 	slowBody := func(c *providerConn, _ recordedRequest) bool { // the head in time, the rest later
-		_, _ = fmt.Fprintf(c, "HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(chatResponseBody))
+		_, _ = fmt.Fprintf(c, "HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
+			len(chatResponseBody))
 		time.Sleep(600 * time.Millisecond)
 		_, err := io.WriteString(c, chatResponseBody)
 		return err == nil

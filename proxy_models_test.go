@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 )
 
 // claudeListScript answers like Anthropic, in pages of limited size.
@@ -29,13 +28,16 @@ func claudeListScript(most int, ids ...string) func(*providerConn, recordedReque
 		page := ids[from:min(len(ids), from+limit, from+most)]
 		var entries []string
 		for _, id := range page {
-			entries = append(entries, `{"type":"model","id":"`+id+`","display_name":"`+strings.ToUpper(id)+`","created_at":"2025-01-01T00:00:00Z"}`)
+			entries = append(entries, fmt.Sprintf(
+				`{"type":"model","id":%q,"display_name":%q,"created_at":"2025-01-01T00:00:00Z"}`,
+				id, strings.ToUpper(id)))
 		}
 		first, last := "null", "null"
 		if len(page) > 0 {
 			first, last = strconv.Quote(page[0]), strconv.Quote(page[len(page)-1])
 		}
-		return c.reply(200, fmt.Sprintf(`{"data":[%s],"has_more":%v,"first_id":%s,"last_id":%s}`, strings.Join(entries, ","), from+len(page) < len(ids), first, last))
+		return c.reply(200, fmt.Sprintf(`{"data":[%s],"has_more":%v,"first_id":%s,"last_id":%s}`,
+			strings.Join(entries, ","), from+len(page) < len(ids), first, last))
 	}
 }
 
@@ -44,18 +46,7 @@ func (p *testProxy) addClaude(fields string, script func(*providerConn, recorded
 	p.t.Helper()
 	provider := newFakeProvider(p.t)
 	provider.setScript(script)
-	return provider, p.addClaudeAt(provider, fields)
-}
-
-func (p *testProxy) addClaudeAt(provider *fakeProvider, fields string) string {
-	p.t.Helper()
-	p.mu.Lock()
-	p.secrets = append(p.secrets, provider.key)
-	p.mu.Unlock()
-	var up struct{ ID string }
-	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-		fmt.Sprintf(`{"name":"u","provider":"anthropic","api_key":%q,"base_url":%q,%s}`, provider.key, provider.url, fields), 201, &up)
-	return up.ID
+	return provider, p.addUpstreamAt(provider, providerAnthropic, fields)
 }
 
 // A claudePage is a page of a list as Anthropic's SDKs read it.
@@ -79,14 +70,16 @@ func (p *testProxy) claudeModels(token, query string) (string, claudePage) {
 	p.t.Helper()
 	res := p.listClaudeModels(token, query)
 	var page claudePage
-	if err := json.Unmarshal([]byte(res.body), &page); err != nil || res.status != 200 || page.Data == nil || page.HasMore == nil || strings.Contains(res.body, `"object"`) {
+	if err := json.Unmarshal([]byte(res.body), &page); err != nil || res.status != 200 || page.Data == nil ||
+		page.HasMore == nil || strings.Contains(res.body, `"object"`) {
 		p.t.Fatalf("%s: got %d %s", query, res.status, res.body)
 	}
 	var ids []string
 	for _, m := range page.Data {
 		ids = append(ids, m.ID)
 	}
-	if len(ids) > 0 && (page.FirstID == nil || *page.FirstID != ids[0] || page.LastID == nil || *page.LastID != ids[len(ids)-1]) {
+	if len(ids) > 0 && (page.FirstID == nil || *page.FirstID != ids[0] || page.LastID == nil ||
+		*page.LastID != ids[len(ids)-1]) {
 		p.t.Errorf("%s: the ends of the page are wrong: %s", query, res.body)
 	}
 	return strings.Join(ids, " "), page
@@ -123,8 +116,10 @@ func (p *testProxy) walkClaudePages(token string, limit int, before string) (pag
 func TestMergedClaudeModels(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil) // its first upstream speaks OpenAI's API and must not be asked
-	one, id := p.addClaude(`"models":["claude*"]`, claudeListScript(2, "claude-5", "claude-4", "claude-3", "claude-2", "other", "claude-1"))
-	two, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"glm-4"}`, claudeListScript(1000, "glm-5", "claude-3", "glm-4"))
+	one, id := p.addClaude(`"models":["claude*"]`,
+		claudeListScript(2, "claude-5", "claude-4", "claude-3", "claude-2", "other", "claude-1"))
+	two, _ := p.addClaude(`"priority":1,"rewrite":{"mine":"glm-4"}`,
+		claudeListScript(1000, "glm-5", "claude-3", "glm-4"))
 	const all = "claude-5 claude-4 claude-3 claude-2 claude-1 glm-5 glm-4 mine"
 
 	for _, query := range []string{"", "?limit=1000", "?limit=8", "?beta=true"} {
@@ -132,14 +127,16 @@ func TestMergedClaudeModels(t *testing.T) {
 			t.Errorf("%q: got %s, more: %v", query, got, *page.HasMore)
 		}
 	}
-	if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 4 || len(row.AttemptLog) != 4 || row.UpstreamID != id || row.AttemptLog[3].Status != 200 || row.AttemptLog[3].Error != "" {
+	if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 4 || len(row.AttemptLog) != 4 ||
+		row.UpstreamID != id || row.AttemptLog[3].Status != 200 || row.AttemptLog[3].Error != "" {
 		t.Errorf("the ledger has %+v", row)
 	}
 	var asked []string
 	for _, r := range one.received()[len(one.received())-3:] {
 		asked = append(asked, r.target)
 	}
-	if want := []string{"/v1/models?beta=true&limit=1000", "/v1/models?after_id=claude-4&beta=true&limit=1000", "/v1/models?after_id=claude-2&beta=true&limit=1000"}; !slices.Equal(asked, want) {
+	if want := []string{"/v1/models?beta=true&limit=1000", "/v1/models?after_id=claude-4&beta=true&limit=1000",
+		"/v1/models?after_id=claude-2&beta=true&limit=1000"}; !slices.Equal(asked, want) {
 		t.Errorf("the provider got %v", asked)
 	}
 	p.checkKeysApart(one, two)
@@ -147,16 +144,19 @@ func TestMergedClaudeModels(t *testing.T) {
 		t.Errorf("the provider of another API got %d requests", n)
 	}
 
-	if got, want := p.walkClaudePages(p.token, 2, ""), []string{"claude-5 claude-4", "claude-3 claude-2", "claude-1 glm-5", "glm-4 mine"}; !slices.Equal(got, want) {
+	want := []string{"claude-5 claude-4", "claude-3 claude-2", "claude-1 glm-5", "glm-4 mine"}
+	if got := p.walkClaudePages(p.token, 2, ""); !slices.Equal(got, want) {
 		t.Errorf("forwards: %q", got)
 	}
-	if got, want := p.walkClaudePages(p.token, 2, "mine"), []string{"glm-5 glm-4", "claude-2 claude-1", "claude-4 claude-3", "claude-5"}; !slices.Equal(got, want) {
+	want = []string{"glm-5 glm-4", "claude-2 claude-1", "claude-4 claude-3", "claude-5"}
+	if got := p.walkClaudePages(p.token, 2, "mine"); !slices.Equal(got, want) {
 		t.Errorf("backwards: %q", got)
 	}
 	if got := p.walkClaudePages(p.token, 3, ""); len(got) != 3 || got[2] != "glm-4 mine" {
 		t.Errorf("by three: %q", got)
 	}
-	if got, page := p.claudeModels(p.token, "?after_id=mine"); got != "" || *page.HasMore || page.FirstID != nil || page.LastID != nil {
+	if got, page := p.claudeModels(p.token, "?after_id=mine"); got != "" || *page.HasMore || page.FirstID != nil ||
+		page.LastID != nil {
 		t.Errorf("after the last: %q %+v", got, page)
 	}
 	if got, page := p.claudeModels(p.token, "?before_id=claude-5"); got != "" || *page.HasMore {
@@ -167,21 +167,25 @@ func TestMergedClaudeModels(t *testing.T) {
 	}
 
 	// Invalid requests are refused as the provider would.
-	for query, param := range map[string]string{"?limit=0": "limit", "?limit=1001": "limit", "?limit=x": "limit", "?after_id=glm-5&before_id=glm-4": "before_id",
-		"?after_id=nonesuch": "after_id", "?before_id=nonesuch": "before_id", "?after_id=other": "after_id"} {
+	for query, param := range map[string]string{"?limit=0": "limit", "?limit=1001": "limit", "?limit=x": "limit",
+		"?after_id=glm-5&before_id=glm-4": "before_id", "?after_id=nonesuch": "after_id",
+		"?before_id=nonesuch": "before_id", "?after_id=other": "after_id"} {
 		before := len(one.received())
 		res := p.listClaudeModels(p.token, query)
-		if res.status != 400 || between(res.body, `"param":"`, `"`) != param || !strings.Contains(res.body, `"type":"error"`) || !strings.Contains(res.body, `"invalid_request_error"`) {
+		if res.status != 400 || between(res.body, `"param":"`, `"`) != param ||
+			!strings.Contains(res.body, `"type":"error"`) || !strings.Contains(res.body, `"invalid_request_error"`) {
 			t.Errorf("%s: got %d %s", query, res.status, res.body)
 		}
-		if asked := len(one.received()) > before; asked != strings.Contains(query, "=nonesuch") && asked != strings.HasSuffix(query, "=other") {
+		if asked := len(one.received()) > before; asked != strings.Contains(query, "=nonesuch") &&
+			asked != strings.HasSuffix(query, "=other") {
 			t.Errorf("%s: the provider was asked: %v", query, asked)
 		}
 	}
 
 	// OpenAI's SDKs get the other list, unchanged.
-	p.provider.setScript(replyScript(200, `{"object": "list", "data": [{"id":"gpt-4o"}]}`))
-	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != `{"object": "list", "data": [{"id":"gpt-4o"}]}` {
+	const list = `{"object": "list", "data": [{"id":"gpt-4o"}]}`
+	p.provider.setScript(replyScript(200, list))
+	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != list {
 		t.Errorf("the list of the other API: got %d %s", res.status, res.body)
 	}
 }
@@ -190,7 +194,8 @@ func TestMergedClaudeModels(t *testing.T) {
 // or several, and every page but the last is full.
 func TestClaudeModelsWithinPolicies(t *testing.T) {
 	t.Parallel()
-	list := []string{"claude-opus-1", "claude-haiku-1", "claude-opus-2", "claude-opus-3", "claude-haiku-2", "claude-haiku-3", "claude-opus-4", "claude-haiku-4", "claude-opus-5"}
+	list := []string{"claude-opus-1", "claude-haiku-1", "claude-opus-2", "claude-opus-3", "claude-haiku-2",
+		"claude-haiku-3", "claude-opus-4", "claude-haiku-4", "claude-opus-5"}
 	p := newTest(t, nil)
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, "", 200, nil)
 	one, _ := p.addClaude(`"priority":0`, claudeListScript(3, list...))
@@ -210,14 +215,16 @@ func TestClaudeModelsWithinPolicies(t *testing.T) {
 	}
 	// Without a policy that lists models, a single provider's list is passed on byte for byte.
 	res := p.listClaudeModels(p.token, "?limit=2&after_id=claude-opus-2")
-	if one.lastRequest(t).target != "/v1/models?limit=2&after_id=claude-opus-2" || !strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) || p.lastCall().Attempts != 1 {
+	if one.lastRequest(t).target != "/v1/models?limit=2&after_id=claude-opus-2" ||
+		!strings.HasPrefix(res.body, `{"data":[{"type":"model","id":"claude-opus-3","display_name"`) ||
+		p.lastCall().Attempts != 1 {
 		t.Errorf("the list of one provider: requested %s, got %s", one.lastRequest(t).target, res.body)
 	}
 	p.addClaude(`"priority":1`, claudeListScript(1000, "glm-5", "kimi-3", "claude-haiku-1"))
 	check("of two", "claude-haiku-1 claude-haiku-2", "claude-haiku-3 claude-haiku-4", "glm-5")
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["claude-haiku-1","glm-5"]}}`, 200, nil)
+	p.changeProject(`"policy":{"models":["claude-haiku-1","glm-5"]}`)
 	check("within the project's policy too", "claude-haiku-1 glm-5")
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":[]}}`, 200, nil)
+	p.changeProject(`"policy":{"models":[]}`)
 	if got, page := p.claudeModels(narrow, ""); got != "" || *page.HasMore {
 		t.Errorf("of none: %s", got)
 	}
@@ -236,10 +243,10 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 			return first(c, r)
 		}
 	}
-	stalled := func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }
 	halfway := func(c *providerConn, _ recordedRequest) bool {
-		_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
-		return stallScript(c)
+		_, _ = c.Write(
+			[]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
+		return stallStream(c)
 	}
 	for _, c := range []struct {
 		name   string
@@ -251,9 +258,9 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 		{name: "503", script: replyScript(503, `{}`), asked: 1, reason: "server error", alone: 503},
 		{name: "429", script: replyScript(429, `{}`, "Retry-After: 60"), asked: 1, reason: "rate limited", alone: 429},
 		{name: "401", script: replyScript(401, `{}`), asked: 1, reason: "key refused", alone: 502},
-		{name: "reset", script: func(c *providerConn, _ recordedRequest) bool { return c.reset() }, asked: 1,
+		{name: "reset", script: resetScript, asked: 1,
 			reason: "broke off before it answered", alone: 502},
-		{name: "hangs", script: stalled, asked: 1, reason: "did not answer in time", alone: 504},
+		{name: "hangs", script: stallScript, asked: 1, reason: "did not answer in time", alone: 504},
 		{name: "hangs within a page", script: halfway, asked: 1, reason: "did not answer in time", alone: 504},
 		{name: "no JSON", script: replyScript(200, `nonsense`), asked: 1, reason: "its list of models cannot be read",
 			alone: 502},
@@ -264,7 +271,8 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 		{name: "503 at the second page", script: secondPage(replyScript(503, `{}`)), asked: 2, reason: "server error",
 			alone: 503},
 		{name: "cut within the second page", script: secondPage(func(c *providerConn, _ recordedRequest) bool {
-			_, _ = c.Write([]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
+			_, _ = c.Write(
+				[]byte("HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{\"data\":"))
 			return c.reset()
 		}), asked: 2, reason: "broke off before it answered", alone: 502},
 		{name: "hangs at the second page", script: secondPage(halfway), asked: 2, reason: "did not answer in time",
@@ -283,7 +291,8 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 				t.Errorf("it got %d requests", n)
 			}
 			row := p.lastCall()
-			if row.Outcome != "ok" || row.UpstreamID != goodID || row.Attempts != c.asked+2 || len(row.AttemptLog) != c.asked+2 {
+			if row.Outcome != "ok" || row.UpstreamID != goodID || row.Attempts != c.asked+2 ||
+				len(row.AttemptLog) != c.asked+2 {
 				t.Fatalf("the ledger has %+v", row)
 			}
 			at := c.asked - 1
@@ -293,11 +302,11 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 			if line := row.AttemptLog[at]; line.Upstream != badID || c.reason != "" && line.Error != c.reason {
 				t.Errorf("the attempt log has %+v", row.AttemptLog)
 			}
-			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+goodID, `{"weight":0}`, 200, nil)
-			p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+badID, `{"note":"recovered"}`, 200, nil)
+			p.changeUpstream(goodID, `"weight":0`)
+			p.changeUpstream(badID, `"note":"recovered"`)
 			same := newFakeProvider(t) // another provider with the same fault, so that lists are merged
 			same.setScript(c.script)
-			p.addClaudeAt(same, `"priority":3`)
+			p.addUpstreamAt(same, providerAnthropic, `"priority":3`)
 			if res := p.listClaudeModels(p.token, ""); res.status != c.alone || res.err != nil {
 				t.Errorf("with none: got %d %s, %v", res.status, clip(res.body, 300), res.err)
 			}
@@ -313,22 +322,23 @@ func TestClaudeModelsBounds(t *testing.T) {
 	number := 0
 	endless, endlessID := p.addClaude(`"priority":0`, func(c *providerConn, _ recordedRequest) bool {
 		number++
-		return c.reply(200, fmt.Sprintf(`{"data":[{"id":"m%d"}],"has_more":true,"first_id":"m%[1]d","last_id":"m%[1]d"}`, number))
+		return c.reply(200,
+			fmt.Sprintf(`{"data":[{"id":"m%d"}],"has_more":true,"first_id":"m%[1]d","last_id":"m%[1]d"}`, number))
 	})
-	again, againID := p.addClaude(`"priority":1`, replyScript(200, `{"data":[{"id":"same"}],"has_more":true,"first_id":"same","last_id":"same"}`))
+	again, againID := p.addClaude(`"priority":1`,
+		replyScript(200, `{"data":[{"id":"same"}],"has_more":true,"first_id":"same","last_id":"same"}`))
 	got, page := p.claudeModels(p.token, "?limit=1000")
-	if n := len(strings.Fields(got)); n != maxModelPages+1 || len(endless.received()) != maxModelPages || len(again.received()) != 2 || *page.HasMore {
+	if n := len(strings.Fields(got)); n != maxModelPages+1 || len(endless.received()) != maxModelPages ||
+		len(again.received()) != 2 || *page.HasMore {
 		t.Errorf("got %d models from %d and %d pages", n, len(endless.received()), len(again.received()))
 	}
 	for _, id := range []string{endlessID, againID} {
 		p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
 	}
 
-	now := time.Now()
-	if left := 60 - now.Second(); left < 5 { // the test must fit into one minute
-		time.Sleep(time.Duration(left) * time.Second)
-	}
-	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`, claudeListScript(1, "claude-3", "claude-2", "claude-1"))
+	waitForMinute(5)
+	limited, _ := p.addClaude(`"priority":0,"requests_per_minute":2`,
+		claudeListScript(1, "claude-3", "claude-2", "claude-1"))
 	p.addClaude(`"priority":1`, claudeListScript(9, "glm-5"))
 	if got, _ := p.claudeModels(p.token, ""); got != "glm-5" || len(limited.received()) != 2 {
 		t.Errorf("got %q, and the limited provider got %d requests", got, len(limited.received()))
@@ -347,7 +357,7 @@ func TestClaudeModelsBounds(t *testing.T) {
 		}
 		return list(c, r)
 	})
-	second := q.addClaudeAt(spare, `"priority":1`)
+	second := q.addUpstreamAt(spare, providerAnthropic, `"priority":1`)
 	q.addClaude(`"priority":2`, claudeListScript(9, "glm-5"))
 	if got, _ := q.claudeModels(q.token, ""); got != "claude-2 claude-1 glm-5" {
 		t.Errorf("with a spare key: %q", got)
@@ -404,11 +414,14 @@ func TestOneModel(t *testing.T) {
 		{id: "nonesuch", status: 404, asked: "/v1/models/nonesuch", by: kimi},
 	} {
 		res := p.do("GET", "/v1/models/"+c.id, "", "X-Api-Key", p.token, "Anthropic-Version", "2023-06-01")
-		if res.status != c.status || c.by.lastRequest(t).target != c.asked || c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
-			t.Errorf("%s: got %d %s, and the provider got a request for %s", c.id, res.status, res.body, c.by.lastRequest(t).target)
+		if res.status != c.status || c.by.lastRequest(t).target != c.asked ||
+			c.status == 404 && !strings.Contains(res.body, "model: nonesuch") {
+			t.Errorf("%s: got %d %s, and the provider got a request for %s", c.id, res.status, res.body,
+				c.by.lastRequest(t).target)
 		}
 	}
-	if row := p.lastCall(); row.Attempts != 2 || row.UpstreamID != kimiID || row.Outcome != "upstream_error" || row.AttemptLog[0].Error != "does not know the model" {
+	if row := p.lastCall(); row.Attempts != 2 || row.UpstreamID != kimiID || row.Outcome != "upstream_error" ||
+		row.AttemptLog[0].Error != "does not know the model" {
 		t.Errorf("the ledger has %+v", row)
 	}
 	if n := len(p.provider.received()); n != 0 {
@@ -419,11 +432,13 @@ func TestOneModel(t *testing.T) {
 			t.Errorf("%s is %+v", id, h)
 		}
 	}
-	if res := p.do("GET", "/v1/models/gpt-4o", "", "Authorization", "Bearer "+p.token); res.status != 200 || p.lastCall().Attempts != 1 {
+	if res := p.do("GET", "/v1/models/gpt-4o", "", "Authorization", "Bearer "+p.token); res.status != 200 ||
+		p.lastCall().Attempts != 1 {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"ours":"deployed"}}`, 200, nil)
-	if res := p.do("GET", "/v1/models/ours", "", "Authorization", "Bearer "+p.token); res.status != 200 || p.provider.lastRequest(t).target != "/v1/models/deployed" {
+	p.changeUpstream(p.upstream, `"rewrite":{"ours":"deployed"}`)
+	if res := p.do("GET", "/v1/models/ours", "", "Authorization", "Bearer "+p.token); res.status != 200 ||
+		p.provider.lastRequest(t).target != "/v1/models/deployed" {
 		t.Errorf("got %d %s", res.status, res.body)
 	}
 }
@@ -435,16 +450,23 @@ func TestMergedModelsContainNoKey(t *testing.T) {
 	p.allowErrors = true
 	second, id := p.addUpstream(`"priority":1`)
 	p.provider.setScript(replyScript(200, `{"object":"list","data":[{"id":"a"}]}`))
-	second.setScript(replyScript(200, `{"object":"list","data":[{"id":"b","owned_by":"`+second.key+`"},{"id":"`+second.key+`"}]}`))
+	second.setScript(replyScript(200,
+		`{"object":"list","data":[{"id":"b","owned_by":"`+second.key+`"},{"id":"`+second.key+`"}]}`))
 	p.addClaude(`"priority":0`, claudeListScript(9, "claude-5"))
 	claude, claudeID := p.addClaude(`"priority":1`, nil)
 	claude.setScript(replyScript(200, `{"data":[{"id":"glm-5","display_name":"x`+claude.key+`x"}],"has_more":false}`))
-	for _, c := range []struct{ header, owner, id, model string }{{header: "Openai-Beta", owner: second.key, id: id, model: "b"}, {header: "Anthropic-Version", owner: claude.key, id: claudeID, model: "glm-5"}} {
+	for _, c := range []struct{ header, owner, id, model string }{
+		{header: "Openai-Beta", owner: second.key, id: id, model: "b"},
+		{header: "Anthropic-Version", owner: claude.key, id: claudeID, model: "glm-5"},
+	} {
 		res := p.do("GET", "/v1/models", "", "X-Api-Key", p.token, c.header, "1")
-		if res.status != 200 || !strings.Contains(res.body, `"`+c.model+`"`) || !strings.Contains(res.body, strings.Repeat("*", len(c.owner))) || strings.Contains(res.body, c.owner) {
+		if res.status != 200 || !strings.Contains(res.body, `"`+c.model+`"`) ||
+			!strings.Contains(res.body, strings.Repeat("*", len(c.owner))) || strings.Contains(res.body, c.owner) {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
-		if !strings.Contains(string(p.log.bytes()), `list of models contained its key; the key was masked","request_id":"`+res.header.Get("X-LLM-Proxy-Request-Id")+`","upstream":"`+c.id) {
+		line := `list of models contained its key; the key was masked","request_id":"` +
+			res.header.Get("X-LLM-Proxy-Request-Id") + `","upstream":"` + c.id
+		if !strings.Contains(string(p.log.bytes()), line) {
 			t.Error("the log does not say whose answer held a key")
 		}
 	}
@@ -454,8 +476,8 @@ func TestMergedModelsContainNoKey(t *testing.T) {
 func TestModelsGoToTheSDKsFamily(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
-		`{"name":"claude","provider":"anthropic","base_url":"`+p.provider.url+`/claude/v1","api_key":"`+p.provider.key+`"}`, 201, nil)
+	p.addUpstreamAt(&fakeProvider{url: p.provider.url + "/claude/v1", key: p.provider.key}, providerAnthropic,
+		`"weight":1`)
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"data":[]}`) })
 	for _, c := range []struct{ name, value, want string }{
 		{"Anthropic-Version", "2023-06-01", "/claude/v1/models"}, {"X-Stainless-Lang", "js", "/v1/models"},

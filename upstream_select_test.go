@@ -15,9 +15,9 @@ import (
 
 // testPool returns a project with these upstreams, all healthy.
 func testPool(list ...*upstream) *projectState {
-	book := newHealthTracker()
+	tracker := newHealthTracker()
 	for i, u := range list {
-		u.health, u.retryBudget = book.forUpstream(int64(i+1), u.id), book.budgetFor(u.host)
+		u.health, u.retryBudget = tracker.forUpstream(int64(i+1), u.id), tracker.budgetFor(u.host)
 	}
 	return &projectState{upstreams: list}
 }
@@ -27,8 +27,10 @@ func testPool(list ...*upstream) *projectState {
 func TestUpstreamShares(t *testing.T) {
 	t.Parallel()
 	p := testPool(
-		&upstream{id: "a", provider: providerOpenAI, weight: 1}, &upstream{id: "claude", provider: providerAnthropic, weight: 9},
-		&upstream{id: "b", provider: providerCompatible, weight: 3, models: []string{"gpt*"}}, &upstream{id: "out", provider: providerOpenAI, weight: 0},
+		&upstream{id: "a", provider: providerOpenAI, weight: 1},
+		&upstream{id: "claude", provider: providerAnthropic, weight: 9},
+		&upstream{id: "b", provider: providerCompatible, weight: 3, models: []string{"gpt*"}},
+		&upstream{id: "out", provider: providerOpenAI, weight: 0},
 		&upstream{id: "c", provider: providerOpenAI, weight: 6, models: []string{"o*"}},
 		&upstream{id: "d", provider: providerOpenAI, weight: 1, models: []string{"o*"}},
 		&upstream{id: "e", provider: providerOpenAI, weight: 2, models: []string{"o*"}},
@@ -49,7 +51,8 @@ func TestUpstreamShares(t *testing.T) {
 		{name: "weights", model: "gpt-4o", now: now, want: map[string]float64{"a": 0.25, "b": 0.75}},
 		{name: "only one serves", model: "llama", now: now, want: map[string]float64{"a": 1}},
 		{name: "of four", model: "o3", now: now, want: map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
-		{name: "one is cooling", model: "o3", do: func() { health["c"].recordRateLimit(now, now, 20_000, "") }, now: now + 1,
+		{name: "one is cooling", model: "o3", do: func() { health["c"].recordRateLimit(now, now, 20_000, "") },
+			now:  now + 1,
 			want: map[string]float64{"a": 0.25, "d": 0.25, "e": 0.5}},
 		{name: "the cooldown is over", model: "o3", now: now + 20_000,
 			want: map[string]float64{"a": 0.1, "c": 0.6, "d": 0.1, "e": 0.2}},
@@ -57,11 +60,14 @@ func TestUpstreamShares(t *testing.T) {
 			health["a"].recordFailure(now+20_001, now+20_000, true, "")
 			health["c"].recordRejected(now+20_001, now+20_000, "")
 		}, now: now + 20_002, want: map[string]float64{"d": 0.33, "e": 0.67}},
-		{name: "a group is down", model: "gpt-4o", do: func() { health["b"].recordExhausted(now+20_001, now+20_000, "") }, now: now + 20_002,
+		{name: "a group is down", model: "gpt-4o",
+			do: func() { health["b"].recordExhausted(now+20_001, now+20_000, "") }, now: now + 20_002,
 			want: map[string]float64{"spare": 1}},
-		{name: "two groups are", model: "gpt-4o", do: func() { health["spare"].recordFailure(now+20_001, now+20_000, true, "") }, now: now + 20_002,
+		{name: "two groups are", model: "gpt-4o",
+			do: func() { health["spare"].recordFailure(now+20_001, now+20_000, true, "") }, now: now + 20_002,
 			want: map[string]float64{"last": 1}},
-		{name: "all are: the least bad", model: "gpt-4o", do: func() { health["last"].recordRateLimit(now+20_001, now+20_000, 5000, "") }, now: now + 20_002,
+		{name: "all are: the least bad", model: "gpt-4o",
+			do: func() { health["last"].recordRateLimit(now+20_001, now+20_000, 5000, "") }, now: now + 20_002,
 			want: map[string]float64{"last": 1}},
 		{name: "a probe goes out, once", model: "gpt-4o", now: now + 20_001 + breakerMinPause,
 			want: map[string]float64{"last": 1}},
@@ -97,11 +103,12 @@ func TestUpstreamShares(t *testing.T) {
 func TestRewrite(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"my \u0022deployment\u0022"}}`, 400, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"a","gpt-4o-mini":"b"}}`, 400, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"gpt-4o-mini":"my-deployment"}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
+		`{"rewrite":{"gpt-4o-mini":"my \u0022deployment\u0022"}}`, 400, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
+		`{"rewrite":{"gpt-4o-mini":"a","gpt-4o-mini":"b"}}`, 400, nil)
+	p.changeUpstream(p.upstream, `"rewrite":{"gpt-4o-mini":"my-deployment"}`)
 	second, _ := p.addUpstream(`"priority":1,"rewrite":{"gpt-4o-mini":"é\u0022"}`)
-	auth := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json"}
 	for _, body := range []string{
 		chatBody(), chatBody(`"stream":true`), chatBody(`"stream":true`, `"stream_options":{"include_usage":false}`),
 		`{"stream_options":{},  "stream":true, "messages":[], "mo\u0064el" : "gpt-4o\u002dmini" , "n":1}`,
@@ -111,7 +118,7 @@ func TestRewrite(t *testing.T) {
 				p.provider.setScript(replyScript(429, `{}`))
 			}
 			p.instance.health.reset(1, time.Now().UnixMilli())
-			if res := p.do("POST", "/v1/chat/completions", body, auth...); res.status != 200 {
+			if res := p.do("POST", "/v1/chat/completions", body, p.jsonHeaders()...); res.status != 200 {
 				t.Fatalf("got %d %s", res.status, res.body)
 			}
 			added := string(withIncludeUsage([]byte(body), mustScan(scanJSON([]byte(body)))))
@@ -122,21 +129,25 @@ func TestRewrite(t *testing.T) {
 			if strings.Contains(body, `\u002d`) {
 				model = `"gpt-4o\u002dmini"`
 			}
-			if got, want := p.provider.lastRequest(t).body, strings.Replace(added, model, `"my-deployment"`, 1); got != want {
+			want := strings.Replace(added, model, `"my-deployment"`, 1)
+			if got := p.provider.lastRequest(t).body; got != want {
 				t.Errorf("the provider got %s, want %s", got, want)
 			}
-			if fails == 1 {
-				if got, want := second.lastRequest(t).body, strings.Replace(added, model, `"é\""`, 1); got != want {
-					t.Errorf("the second got %s, want %s", got, want)
-				}
+			want = strings.Replace(added, model, `"é\""`, 1)
+			if fails == 1 && second.lastRequest(t).body != want {
+				t.Errorf("the second got %s, want %s", second.lastRequest(t).body, want)
 			}
 		}
 	}
 	p.provider.setScript(chatScript)
 	p.instance.health.reset(1, time.Now().UnixMilli())
-	form := "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\ngpt-4o-mini\r\n--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\ngpt-4o-mini\r\n--b--\r\n"
-	p.do("POST", "/v1/audio/transcriptions", form, "Authorization", "Bearer "+p.token, "Content-Type", "multipart/form-data; boundary=b")
-	if got, want := p.provider.lastRequest(t).body, strings.Replace(form, "\r\n\r\ngpt-4o-mini\r\n--b--", "\r\n\r\nmy-deployment\r\n--b--", 1); got != want {
+	form := func(model string) string {
+		return "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\ngpt-4o-mini\r\n" +
+			"--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n" + model + "\r\n--b--\r\n"
+	}
+	p.do("POST", "/v1/audio/transcriptions", form("gpt-4o-mini"), "Authorization", "Bearer "+p.token,
+		"Content-Type", "multipart/form-data; boundary=b")
+	if got, want := p.provider.lastRequest(t).body, form("my-deployment"); got != want {
 		t.Errorf("the form came as %q, want %q", got, want)
 	}
 }
@@ -152,11 +163,13 @@ func mustScan(f callFields, err error) callFields {
 // that. It does not after a refusal by a content filter, or if the token may not use the fallback model.
 func TestFallbackModel(t *testing.T) {
 	t.Parallel()
-	const tooLong = `{"error":{"message":"too long","type":"invalid_request_error","param":"messages","code":"context_length_exceeded"}}`
+	const tooLong = `{"error":{"message":"too long","type":"invalid_request_error","param":"messages",` +
+		`"code":"context_length_exceeded"}}`
 	byModel := func(status int, body string) func(*providerConn, recordedRequest) bool {
 		return func(c *providerConn, r recordedRequest) bool {
 			if strings.Contains(r.body, `"gpt-4.1"`) {
-				return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "gpt-4.1-2025-04-14"))
+				return c.reply(200,
+					strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "gpt-4.1-2025-04-14"))
 			}
 			return c.reply(status, body)
 		}
@@ -180,7 +193,8 @@ func TestFallbackModel(t *testing.T) {
 			script: byModel(400, tooLong), status: 400, models: []string{"gpt-4o-mini"}},
 		{name: "content filter", routing: `{"fallbacks":[{"model":"*","to":"gpt-4.1"}]}`, policy: `{}`,
 			script: byModel(400, `{"error":{"code":"content_filter"}}`), status: 400, models: []string{"gpt-4o-mini"}},
-		{name: "too long twice", routing: `{"fallbacks":[{"model":"*","to":"gpt-4.2"},{"model":"gpt-4.2","to":"gpt-4.1"}]}`, policy: `{}`,
+		{name: "too long twice",
+			routing: `{"fallbacks":[{"model":"*","to":"gpt-4.2"},{"model":"gpt-4.2","to":"gpt-4.1"}]}`, policy: `{}`,
 			script: byModel(400, tooLong), status: 400, models: []string{"gpt-4o-mini", "gpt-4.2"}},
 	} {
 		p := newTest(t, nil)
@@ -198,7 +212,9 @@ func TestFallbackModel(t *testing.T) {
 			t.Errorf("%s: the provider got %v, want %v", c.name, models, c.models)
 		}
 		row := p.lastCall()
-		if c.status == 200 && (row.Model != "gpt-4.1-2025-04-14" || row.Outcome != "ok" || row.Attempts != 2 || row.AttemptLog[1].Model != "gpt-4.1" || row.Cost == nil || !strings.Contains(res.body, "gpt-4.1-2025-04-14")) {
+		if c.status == 200 && (row.Model != "gpt-4.1-2025-04-14" || row.Outcome != "ok" || row.Attempts != 2 ||
+			row.AttemptLog[1].Model != "gpt-4.1" || row.Cost == nil ||
+			!strings.Contains(res.body, "gpt-4.1-2025-04-14")) {
 			t.Errorf("%s: the ledger has %+v", c.name, row)
 		}
 		if n := len(p.ledger()); n != 1 {
@@ -207,15 +223,24 @@ func TestFallbackModel(t *testing.T) {
 	}
 
 	p := newTest(t, nil) // all upstreams of the model are down, another's is not
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}],"show_upstream":true}}`, 200, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"models":["gpt*"]}`, 200, nil)
+	p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}],"show_upstream":true}`)
+	p.changeUpstream(p.upstream, `"models":["gpt*"]`)
 	other, id := p.addUpstream(`"models":["llama"]`)
 	p.provider.setScript(replyScript(503, `{}`))
 	if res := p.chat(); res.status != 200 || res.header.Get("X-LLM-Proxy-Upstream") != id {
 		t.Errorf("a model that is down: got %d %v %s", res.status, res.header, res.body)
 	}
-	if n, m := len(p.provider.received()), len(other.received()); n != 2 || m != 1 || between(other.lastRequest(t).body, `"model":"`, `"`) != "llama" {
+	if n, m := len(p.provider.received()), len(other.received()); n != 2 || m != 1 ||
+		between(other.lastRequest(t).body, `"model":"`, `"`) != "llama" {
 		t.Errorf("the providers got %d and %d requests", n, m)
+	}
+}
+
+// waitForMinute returns when at least room seconds of the current minute are left: an upstream's own limits count
+// by the minute, and the test must fit into one.
+func waitForMinute(room int) {
+	for 60-time.Now().Second() < room {
+		time.Sleep(50 * time.Millisecond)
 	}
 }
 
@@ -225,11 +250,8 @@ func TestOwnLimits(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	second, id := p.addUpstream(`"priority":1,"requests_per_minute":2`)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"requests_per_minute":3}`, 200, nil)
-	now := time.Now()
-	if left := 60 - now.Second(); left < 10 { // the test must fit into one minute
-		time.Sleep(time.Duration(left) * time.Second)
-	}
+	p.changeUpstream(p.upstream, `"requests_per_minute":3`)
+	waitForMinute(10)
 	statuses := make(chan int)
 	for range 8 {
 		go func() { statuses <- p.chat().status }()
@@ -244,7 +266,7 @@ func TestOwnLimits(t *testing.T) {
 	if res := p.chat(); res.errorCode() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
 		t.Errorf("got %d %v %s", res.status, res.header, res.body)
 	}
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+id, `{"requests_per_minute":0,"tokens_per_minute":100}`, 200, nil)
+	p.changeUpstream(id, `"requests_per_minute":0,"tokens_per_minute":100`)
 	answered := 0
 	for range 8 { // each uses 12 tokens, as the two before, and is expected to read 25
 		if p.waitSettled(); p.chat().status == 200 {
@@ -260,6 +282,11 @@ func TestOwnLimits(t *testing.T) {
 func TestRoutingRefused(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
+	refused := func(path, body, param string) {
+		t.Helper()
+		res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project+path, body)
+		expectParamError(t, body, res, 400, param)
+	}
 	for body, param := range map[string]string{
 		`{"routing":{"fallbacks":[{"model":"a*b","to":"c"}]}}`: "routing.fallbacks[0].model",
 		`{"routing":{"fallbacks":[{"model":"a"}]}}`:            "routing.fallbacks[0].to",
@@ -270,9 +297,7 @@ func TestRoutingRefused(t *testing.T) {
 		`{"routing":{"verified_streams":1}}`:                   "routing.verified_streams",
 		`{"routing":[]}`:                                       "routing",
 	} {
-		if res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project, body); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
-			t.Errorf("%s: got %d %s, want %s", body, res.status, res.body, param)
-		}
+		refused("", body, param)
 	}
 	for body, param := range map[string]string{
 		`{"rewrite":[]}`:                                     "rewrite",
@@ -291,9 +316,7 @@ func TestRoutingRefused(t *testing.T) {
 		`{"note":"a\nb"}`:                                    "note",
 		fmt.Sprintf(`{"note":%q}`, strings.Repeat("x", 501)): "note",
 	} {
-		if res := p.manageAs(p.adminKey, "PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, body); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
-			t.Errorf("%s: got %d %s, want %s", body, res.status, res.body, param)
-		}
+		refused("/upstreams/"+p.upstream, body, param)
 	}
 }
 
@@ -301,13 +324,14 @@ func TestRoutingRefused(t *testing.T) {
 func TestTryRoute(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"weight":3,"rewrite":{"gpt-4o":"mine"},"connect_ms":1500,"answer_ms":30000}`, 200, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":{"fallbacks":[{"model":"gpt*","to":"gpt-4.1"}]}}`, 200, nil)
+	p.changeUpstream(p.upstream, `"weight":3,"rewrite":{"gpt-4o":"mine"},"connect_ms":1500,"answer_ms":30000`)
+	p.changeProject(`"routing":{"fallbacks":[{"model":"gpt*","to":"gpt-4.1"}]}`)
 	p.addUpstream(`"weight":1`)
 	p.addUpstream(`"weight":1,"priority":1`)
 	p.addUpstream(`"weight":0`)
 	p.addUpstream(`"models":["llama*"]`)
-	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"claude","provider":"anthropic","api_key":"sk-ant-12345678"}`, 201, nil)
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+		`{"name":"claude","provider":"anthropic","api_key":"sk-ant-12345678"}`, 201, nil)
 	route := func(query string) (v routeView) {
 		p.manage("GET", "/manage/projects/"+p.project+"/route?"+query, "", 200, &v)
 		return v
@@ -328,10 +352,12 @@ func TestTryRoute(t *testing.T) {
 	if len(ids) != 6 || ids[0] != p.upstream || v.Upstreams[0].SentModel != "mine" || v.FallbackModel != "gpt-4.1" {
 		t.Fatalf("got %+v", v)
 	}
-	if u := v.Upstreams[0]; u.ConnectMS != 1500 || u.AnswerMS != 30000 || u.IdleMS != 0 || v.Upstreams[1].AnswerMS != 0 {
+	if u := v.Upstreams[0]; u.ConnectMS != 1500 || u.AnswerMS != 30000 || u.IdleMS != 0 ||
+		v.Upstreams[1].AnswerMS != 0 {
 		t.Errorf("the times that a call waits there: %+v", v.Upstreams)
 	}
-	if page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body; strings.Count(page, "Timeouts:") != 1 || !strings.Contains(page, "connect 1.5s, response 30s") {
+	page := p.signIn(p.adminKey).get("/admin/projects/" + p.project + "/route?model=gpt-4o").body
+	if strings.Count(page, "Timeouts:") != 1 || !strings.Contains(page, "connect 1.5s, response 30s") {
 		t.Errorf("the page does not say how long a call waits: %s", page)
 	}
 	check("all healthy", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
@@ -344,7 +370,8 @@ func TestTryRoute(t *testing.T) {
 		t.Errorf("the provider got %d requests", n)
 	}
 	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model"} {
-		if res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, ""); res.status != 400 || between(res.body, `"param":"`, `"`) != param {
+		res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, "")
+		if res.status != 400 || between(res.body, `"param":"`, `"`) != param {
 			t.Errorf("%q: got %d %s", query, res.status, res.body)
 		}
 	}
@@ -362,10 +389,9 @@ func TestMergedModels(t *testing.T) {
 		return replyScript(200, `{"object":"list","data":[`+strings.Join(entries, ",")+`]}`)
 	}
 	p := newTest(t, nil)
-	auth := []string{"Authorization", "Bearer " + p.token}
 	models := func() string {
 		t.Helper()
-		res := p.do("GET", "/v1/models", "", auth...)
+		res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token)
 		var v struct {
 			Object string
 			Data   []struct{ ID string }
@@ -395,19 +421,19 @@ func TestMergedModels(t *testing.T) {
 	if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 3 || len(row.AttemptLog) != 3 {
 		t.Errorf("the ledger has %+v", row)
 	}
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["llama*","o3"]}}`, 200, nil)
+	p.changeProject(`"policy":{"models":["llama*","o3"]}`)
 	if got := models(); got != "o3 llama-3 llama-4" {
 		t.Errorf("within a policy: %s", got)
 	}
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{}}`, 200, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reset() })
+	p.changeProject(`"policy":{}`)
+	p.provider.setScript(resetScript)
 	azure.setScript(replyScript(200, `no JSON`))
 	if got := models(); got != "llama-3 mine llama-4" {
 		t.Errorf("with one that answers: %s", got)
 	}
 	p.checkKeysApart(p.provider, llama, azure)
 	llama.setScript(replyScript(503, `{"error":{}}`))
-	if res := p.do("GET", "/v1/models", "", auth...); res.status < 500 {
+	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.status < 500 {
 		t.Errorf("with none: got %d %s", res.status, res.body)
 	}
 }
@@ -419,8 +445,8 @@ func BenchmarkRouting(b *testing.B) {
 		b.Run(fmt.Sprintf("trouble=%v", trouble), func(b *testing.B) {
 			var list []*upstream
 			for i := range 50 {
-				list = append(list, &upstream{id: fmt.Sprint(i), provider: providerOpenAI, weight: int64(1 + i%3), priority: int64(i / 40),
-					models: []string{"gpt-4o-mini", "gpt-4o*", "o3*"}})
+				list = append(list, &upstream{id: fmt.Sprint(i), provider: providerOpenAI, weight: int64(1 + i%3),
+					priority: int64(i / 40), models: []string{"gpt-4o-mini", "gpt-4o*", "o3*"}})
 			}
 			p := testPool(list...)
 			if trouble {
@@ -440,7 +466,8 @@ func BenchmarkRouting(b *testing.B) {
 }
 
 // BenchmarkDeadKey measures the latency of streams at a fixed rate over a pool of three keys: all healthy, and with
-// one that fails or hangs. It prints the p99 of the healthy pool, and the ratio of the others to it.
+// one that fails or hangs. It prints the p99 of the healthy pool, and the ratio of the others to it. It sleeps to
+// keep the rate and to make the providers slow.
 //
 //	go test -run '^$' -bench DeadKey -benchtime 1x .
 func BenchmarkDeadKey(b *testing.B) {
@@ -451,9 +478,9 @@ func BenchmarkDeadKey(b *testing.B) {
 			name   string
 			script func(*providerConn, recordedRequest) bool
 		}{
-			{"reset", func(c *providerConn, _ recordedRequest) bool { return c.reset() }},
+			{"reset", resetScript},
 			{"503", replyScript(503, `{}`)}, {"429", replyScript(429, `{}`)}, {"401", replyScript(401, `{}`)},
-			{"hangs", func(c *providerConn, _ recordedRequest) bool { return stallScript(c) }},
+			{"hangs", stallScript},
 		} {
 			b.ReportMetric(float64(deadKeyP99(b, dead.script))/float64(healthy), dead.name+"-ratio")
 		}
@@ -485,7 +512,8 @@ func deadKeyP99(b *testing.B, dead func(*providerConn, recordedRequest) bool) ti
 		due := begin.Add(time.Duration(i) * every)
 		time.Sleep(time.Until(due))
 		wait.Go(func() {
-			req, err := http.NewRequestWithContext(b.Context(), "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(`"stream":true`)))
+			req, err := http.NewRequestWithContext(b.Context(), "POST", p.url+"/v1/chat/completions",
+				strings.NewReader(chatBody(`"stream":true`)))
 			if err != nil {
 				b.Error(err)
 				return
@@ -563,7 +591,8 @@ func TestSharedUpstream(t *testing.T) {
 	share(`"`+other.ID+`"`, 200)
 	now := time.Now().UnixMilli()
 	p.instance.health.forUpstream(1, "").recordRateLimit(now, now, 60_000, "x")
-	if _, id := p.addUpstream(`"priority":1,"shared_with":["` + other.ID + `"]`); p.chatAs(token.Token).status != 200 || p.lastCall().UpstreamID != id {
+	_, id := p.addUpstream(`"priority":1,"shared_with":["` + other.ID + `"]`)
+	if p.chatAs(token.Token).status != 200 || p.lastCall().UpstreamID != id {
 		t.Errorf("a key that cools in one project is used in another: %+v", p.lastCall())
 	}
 	p.manage("DELETE", path, "", 200, nil)

@@ -22,7 +22,7 @@ import (
 	"time"
 )
 
-// TestBaseURLs: which base URLs are accepted: never, if private ones are allowed, or always.
+// TestBaseURLs: which base URLs are accepted always, only with ALLOW_PRIVATE_UPSTREAMS, or never.
 func TestBaseURLs(t *testing.T) {
 	t.Parallel()
 	const never, private, always = 0, 1, 2
@@ -149,7 +149,8 @@ func TestBaseURLs(t *testing.T) {
 		}
 	}
 	p := newTest(t, map[string]string{"ALLOW_PRIVATE_UPSTREAMS": "true"})
-	for _, text := range []string{"http://169.254.169.254/latest/meta-data", "https://user:pw@h/", "https://h/?key=x", "http://[::ffff:169.254.169.254]:80"} {
+	for _, text := range []string{"http://169.254.169.254/latest/meta-data", "https://user:pw@h/", "https://h/?key=x",
+		"http://[::ffff:169.254.169.254]:80"} {
 		body := fmt.Sprintf(`{"name":"x","openai_api_key":"sk-0123456789","base_url":%q}`, text)
 		a := p.manageAs(p.adminKey, "POST", "/manage/projects", body)
 		if a.status != 400 || !strings.Contains(a.body, "base_url") || strings.Contains(a.body, "pw") {
@@ -168,7 +169,8 @@ func TestDialChecksTheAddress(t *testing.T) {
 		"http://localhost:" + port: false, // a name that resolves to a private address
 		"http://127.0.0.1:" + port: false, "http://[::1]:" + port: false, "http://[::ffff:127.0.0.1]:" + port: false,
 		"http://0.0.0.0:" + port: true, "http://[::]:" + port: true, "http://0:" + port: true,
-		"http://169.254.169.254": true, "http://[fe80::1%25lo]:" + port: true, "http://100.100.100.200": true, "http://[::ffff:169.254.169.254]": true,
+		"http://169.254.169.254": true, "http://[fe80::1%25lo]:" + port: true, "http://100.100.100.200": true,
+		"http://[::ffff:169.254.169.254]": true,
 	} {
 		tr := newTransport(allowPrivate)
 		req, err := http.NewRequestWithContext(t.Context(), "GET", url, nil)
@@ -179,7 +181,8 @@ func TestDialChecksTheAddress(t *testing.T) {
 		if err == nil {
 			res.Body.Close()
 		}
-		if !errors.Is(err, errForbiddenAddress) && !(url == "http://0:"+port && err != nil) { // not every resolver knows "0"
+		// Not every resolver knows "0".
+		if !errors.Is(err, errForbiddenAddress) && !(url == "http://0:"+port && err != nil) {
 			t.Errorf("%s: got %v", url, err)
 		}
 		tr.CloseIdleConnections()
@@ -218,24 +221,28 @@ func TestClientChoosesNoPlace(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	other := newFakeProvider(t)
-	for _, name := range []string{"api_base", "base_url", "url", "endpoint", "host", "proxy", "api_key", "organization", "provider", "custom_llm_provider", "model_list"} {
+	for _, name := range []string{"api_base", "base_url", "url", "endpoint", "host", "proxy", "api_key",
+		"organization", "provider", "custom_llm_provider", "model_list"} {
 		if a := p.chat(fmt.Sprintf(`%q:%q`, name, other.url)); a.status != 200 {
 			t.Errorf("%s: got %d", name, a.status)
 		}
 	}
-	for _, name := range []string{"X-Base-Url", "X-Portkey-Custom-Host", "X-Portkey-Provider", "X-Api-Base", "X-Forwarded-Host", "X-Host", "X-Original-Url", "Forwarded", "Helicone-Target-Url", "OpenAI-Base-Url", "Referer"} {
+	for _, name := range []string{"X-Base-Url", "X-Portkey-Custom-Host", "X-Portkey-Provider", "X-Api-Base",
+		"X-Forwarded-Host", "X-Host", "X-Original-Url", "Forwarded", "Helicone-Target-Url", "OpenAI-Base-Url",
+		"Referer"} {
 		if a := p.chatWithHeaders("Authorization", "Bearer "+p.token, name, other.url); a.status != 200 {
 			t.Errorf("%s: got %d", name, a.status)
 		}
 	}
 	if len(other.received()) > 0 || len(p.provider.received()) != 22 {
-		t.Errorf("the other place got %d calls, the provider %d", len(other.received()), len(p.provider.received()))
+		t.Errorf("the other host got %d calls, the provider %d", len(other.received()), len(p.provider.received()))
 	}
 }
 
 // FuzzBaseURL: an accepted URL points where its text says, and that address is allowed.
 func FuzzBaseURL(f *testing.F) {
-	for _, s := range []string{"https://api.openai.com/v1", "http://[::ffff:a9fe:a9fe]:80/", "https://0x7f.1", "https://a:443//", "https://u@h", "https://[64:ff9b::7f00:1]/%2e"} {
+	for _, s := range []string{"https://api.openai.com/v1", "http://[::ffff:a9fe:a9fe]:80/", "https://0x7f.1",
+		"https://a:443//", "https://u@h", "https://[64:ff9b::7f00:1]/%2e"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -243,7 +250,8 @@ func FuzzBaseURL(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if u.Scheme != "https" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path == "" || strings.HasSuffix(u.Path, "/") || u.Host != strings.ToLower(u.Host) {
+		if u.Scheme != "https" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path == "" ||
+			strings.HasSuffix(u.Path, "/") || u.Host != strings.ToLower(u.Host) {
 			t.Fatalf("%q became %q", text, u)
 		}
 		if addr, err := netip.ParseAddr(u.Hostname()); err == nil && checkAddress(addr, false) != nil {
@@ -254,7 +262,7 @@ func FuzzBaseURL(f *testing.F) {
 			t.Fatalf("%q became %q, then %q, %v", text, u, again, err)
 		}
 		if _, err := parseBaseURL(text, true); err != nil {
-			t.Fatalf("%q is taken only where private places are not allowed: %v", text, err)
+			t.Fatalf("%q is accepted only if private addresses are not: %v", text, err)
 		}
 	})
 }
@@ -269,8 +277,9 @@ func TestEchoedKeyMasked(t *testing.T) {
 	for _, status := range []int{200, 400, 404, 429, 500, 503} {
 		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 			body := `{"error":{"message":"Bad key: ` + r.header.Get("Authorization") + `, that is ` + key + key + `"}}`
-			fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nX-Request-Id: %s\r\nOpenAI-Version: a%sb\r\nX-Echo: %s\r\nRetry-After: %s\r\nContent-Length: %d\r\n\r\n%s",
-				status, key, key, key, key, key, len(body), body)
+			fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nX-Request-Id: %[2]s\r\n"+
+				"OpenAI-Version: a%[2]sb\r\nX-Echo: %[2]s\r\nRetry-After: %[2]s\r\nContent-Length: %d\r\n\r\n%s",
+				status, key, len(body), body)
 			return true
 		})
 		a := p.chat()
@@ -278,7 +287,8 @@ func TestEchoedKeyMasked(t *testing.T) {
 		if a.status != status || a.body != want {
 			t.Errorf("%d: got %d %s", status, a.status, a.body)
 		}
-		if a.header.Get("Openai-Version") != "" || a.header.Get("Retry-After") != "" || !strings.HasPrefix(a.header.Get("X-Request-Id"), "req_") {
+		if a.header.Get("Openai-Version") != "" || a.header.Get("Retry-After") != "" ||
+			!strings.HasPrefix(a.header.Get("X-Request-Id"), "req_") {
 			t.Errorf("%d: headers %v", status, a.header)
 		}
 	}
@@ -296,13 +306,15 @@ func TestRefusedKeyIsProxyError(t *testing.T) {
 	for _, status := range []int{401, 403} {
 		for _, stream := range []string{`"x":0`, `"stream":true`} {
 			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-				return c.reply(status, `{"error":{"message":"Incorrect API key provided: `+part+`"}}`, "X-Request-Id: "+part, "WWW-Authenticate: Bearer "+part)
+				return c.reply(status, `{"error":{"message":"Incorrect API key provided: `+part+`"}}`,
+					"X-Request-Id: "+part, "WWW-Authenticate: Bearer "+part)
 			})
 			a := p.chat(stream)
 			if a.status != 502 || a.errorCode() != "upstream_auth_error" || a.header.Get("X-Should-Retry") != "false" {
 				t.Errorf("%d: got %d %s %v", status, a.status, a.body, a.header)
 			}
-			if all := fmt.Sprint(a.header, a.body); strings.Contains(all, part[:12]) || a.header.Get("WWW-Authenticate") != "" {
+			if all := fmt.Sprint(a.header, a.body); strings.Contains(all, part[:12]) ||
+				a.header.Get("WWW-Authenticate") != "" {
 				t.Errorf("%d: the answer has a part of the key: %s", status, all)
 			}
 		}
@@ -322,7 +334,8 @@ func TestEchoedKeyInStream(t *testing.T) {
 	want := strings.ReplaceAll(event, key, strings.Repeat("*", len(key))) + ": " + key[:14] + "\n\ndata: [DONE]\n\n"
 	whole := event + ": " + key[:14] + "\n\ndata: [DONE]\n\n"
 	at := strings.Index(event, key)
-	for _, cut := range []int{at, at + 1, at + 7, at + len(key)/2, at + len(key) - 1, at + len(key), len(event) + 5, -1} {
+	for _, cut := range []int{
+		at, at + 1, at + 7, at + len(key)/2, at + len(key) - 1, at + len(key), len(event) + 5, -1} {
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 			c.beginSSE("X-Request-Id: " + key)
 			if cut < 0 { // byte by byte
@@ -355,7 +368,10 @@ func TestBrokenProviderSaysNothing(t *testing.T) {
 	p := newTest(t, nil)
 	key := p.provider.key
 	for name, script := range map[string]func(c *providerConn, r recordedRequest) bool{
-		"no http": func(c *providerConn, _ recordedRequest) bool { fmt.Fprintf(c, "SSH-2.0 %s\r\n\r\n", key); return false },
+		"no http": func(c *providerConn, _ recordedRequest) bool {
+			fmt.Fprintf(c, "SSH-2.0 %s\r\n\r\n", key)
+			return false
+		},
 		"bad status": func(c *providerConn, _ recordedRequest) bool {
 			fmt.Fprintf(c, "HTTP/1.1 2x0 %s\r\n\r\n", key)
 			return false
@@ -385,7 +401,7 @@ func TestBrokenProviderSaysNothing(t *testing.T) {
 			return false
 		},
 		"closes": func(*providerConn, recordedRequest) bool { return false },
-		"resets": func(c *providerConn, _ recordedRequest) bool { return c.reset() },
+		"resets": resetScript,
 	} {
 		p.provider.setScript(script)
 		a := p.chat()
@@ -400,9 +416,10 @@ func TestBrokenProviderSaysNothing(t *testing.T) {
 func (p *testProxy) checkNoNetworkDetail(what string, a testResponse) {
 	p.t.Helper()
 	text := strings.ToLower(fmt.Sprint(a.body, a.header))
-	for _, s := range []string{"127.0.0.1", "localhost", strings.TrimPrefix(p.provider.url, "http://127.0.0.1"), "dial", "tcp", "x509", "certificate", "tls", "http/1.x", "eof", "connection re", "goroutine", "malformed"} {
+	for _, s := range []string{"127.0.0.1", "localhost", strings.TrimPrefix(p.provider.url, "http://127.0.0.1"),
+		"dial", "tcp", "x509", "certificate", "tls", "http/1.x", "eof", "connection re", "goroutine", "malformed"} {
 		if strings.Contains(text, s) {
-			p.t.Errorf("%s: the answer tells %q: %s", what, s, text)
+			p.t.Errorf("%s: the answer contains %q: %s", what, s, text)
 		}
 	}
 }
@@ -412,7 +429,7 @@ func (p *testProxy) replaceBaseURL(baseURL string) (key string) {
 	p.t.Helper()
 	key = "sk-other-" + randomBase62(40)
 	p.secrets = append(p.secrets, key)
-	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, fmt.Sprintf(`{"base_url":%q,"api_key":%q}`, baseURL, key), 200, nil)
+	p.changeUpstream(p.upstream, fmt.Sprintf(`"base_url":%q,"api_key":%q`, baseURL, key))
 	return key
 }
 
@@ -427,7 +444,8 @@ func TestUnreachableProvider(t *testing.T) {
 	}
 	closed.Close()
 	var served atomic.Int64
-	untrusted := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served.Add(1) }))
+	untrusted := httptest.NewUnstartedServer(http.HandlerFunc(
+		func(http.ResponseWriter, *http.Request) { served.Add(1) }))
 	untrusted.Config.ErrorLog = newHTTPErrorLog(newLogger(io.Discard, 0, true))
 	untrusted.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
 	untrusted.StartTLS()
@@ -471,14 +489,17 @@ func TestProviderKeyNeverShown(t *testing.T) {
 	if v.KeyHint != p.provider.key[len(p.provider.key)-4:] {
 		t.Errorf("the hint is %q", v.KeyHint)
 	}
-	for _, masked := range []string{"sk-…" + v.KeyHint, "****" + v.KeyHint, "sk-..." + v.KeyHint, v.KeyHint, "", "[secret]\n", "a key with spaces", "schlüssel-schlüssel"} {
+	for _, masked := range []string{"sk-…" + v.KeyHint, "****" + v.KeyHint, "sk-..." + v.KeyHint, v.KeyHint, "",
+		"[secret]\n", "a key with spaces", "schlüssel-schlüssel"} {
 		body, _ := json.Marshal(map[string]string{"api_key": masked})
-		if a := p.manageAs(p.adminKey, "PATCH", at, string(body)); a.status != 400 || strings.Contains(a.body, masked) && len(masked) > 4 {
+		if a := p.manageAs(p.adminKey, "PATCH", at, string(body)); a.status != 400 ||
+			strings.Contains(a.body, masked) && len(masked) > 4 {
 			t.Errorf("%q: %d %s", masked, a.status, a.body)
 		}
 	}
-	if a := p.chat(); a.status != 200 || p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
-		t.Errorf("the stored key is not in use any more: %d %s", a.status, a.body)
+	if a := p.chat(); a.status != 200 ||
+		p.provider.lastRequest(t).header.Get("Authorization") != "Bearer "+p.provider.key {
+		t.Errorf("the stored key is no longer used: %d %s", a.status, a.body)
 	}
 	const short = "Zk39xPqL07"
 	p.secrets = append(p.secrets, short)
@@ -486,13 +507,16 @@ func TestProviderKeyNeverShown(t *testing.T) {
 	if v.KeyHint != "" {
 		t.Errorf("the hint of a short key is %q", v.KeyHint)
 	}
-	for _, path := range []string{at, "/manage/projects/" + p.project, "/manage/projects", "/manage/projects/" + p.project + "/upstreams"} {
+	for _, path := range []string{at, "/manage/projects/" + p.project, "/manage/projects",
+		"/manage/projects/" + p.project + "/upstreams"} {
 		a := p.manageAs(p.adminKey, "GET", path, "")
-		if strings.Contains(a.body, "sealed") || strings.Contains(a.body, `"api_key"`) || strings.Contains(a.body, "openai_api_key") {
+		if strings.Contains(a.body, "sealed") || strings.Contains(a.body, `"api_key"`) ||
+			strings.Contains(a.body, "openai_api_key") {
 			t.Errorf("%s: %s", path, a.body)
 		}
 	}
-	for _, path := range []string{"/debug/pprof/", "/debug/vars", "/metrics", "/manage/config", "/version", "/.env", "/data/llm-proxy.db"} {
+	for _, path := range []string{"/debug/pprof/", "/debug/vars", "/metrics", "/manage/config", "/version", "/.env",
+		"/data/llm-proxy.db"} {
 		if a := p.do("GET", path, ""); a.status < 400 {
 			t.Errorf("%s: %d %s", path, a.status, a.body)
 		}
@@ -506,8 +530,9 @@ func TestKeyFollowsNoURL(t *testing.T) {
 	thief := newFakeProvider(t)
 	at := "/manage/projects/" + p.project + "/upstreams/" + p.upstream
 	for _, body := range []string{
-		`{"base_url":"` + thief.url + `"}`, `{"base_url":"` + thief.url + `","api_key":null}`, `{"base_url":"` + thief.url + `","api_key":""}`,
-		`{"base_url":"` + p.provider.url + `/other"}`, `{"base_url":"http://user@` + strings.TrimPrefix(p.provider.url, "http://") + `"}`, `{"base_url":null}`,
+		`{"base_url":"` + thief.url + `"}`, `{"base_url":"` + thief.url + `","api_key":null}`,
+		`{"base_url":"` + thief.url + `","api_key":""}`, `{"base_url":"` + p.provider.url + `/other"}`,
+		`{"base_url":"http://user@` + strings.TrimPrefix(p.provider.url, "http://") + `"}`, `{"base_url":null}`,
 		`{"provider":"anthropic"}`,
 	} {
 		if a := p.manageAs(p.adminKey, "PATCH", at, body); a.status != 400 {
@@ -515,10 +540,11 @@ func TestKeyFollowsNoURL(t *testing.T) {
 		}
 	}
 	if a := p.chat(); a.status != 200 || len(thief.received()) > 0 {
-		t.Fatalf("got %d; the other place got %d requests", a.status, len(thief.received()))
+		t.Fatalf("got %d; the other host got %d requests", a.status, len(thief.received()))
 	}
 	key := p.replaceBaseURL(thief.url)
-	if a := p.chat(); a.status != 200 || thief.lastRequest(t).header.Get("Authorization") != "Bearer "+key || strings.Contains(thief.lastRequest(t).head, p.provider.key) {
+	if a := p.chat(); a.status != 200 || thief.lastRequest(t).header.Get("Authorization") != "Bearer "+key ||
+		strings.Contains(thief.lastRequest(t).head, p.provider.key) {
 		t.Errorf("with a new key: %d %s", a.status, a.body)
 	}
 }
@@ -534,7 +560,8 @@ func TestEditedDatabase(t *testing.T) {
 		ID        string
 		Upstreams []struct{ ID string }
 	}
-	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"other","openai_api_key":%q,"base_url":%q}`, thief.key, thief.url), 201, &other)
+	p.manage("POST", "/manage/projects", fmt.Sprintf(
+		`{"name":"other","openai_api_key":%q,"base_url":%q}`, thief.key, thief.url), 201, &other)
 	p.secrets = append(p.secrets, thief.key)
 	from := other.Upstreams[0].ID
 	for _, c := range []struct {
@@ -569,18 +596,19 @@ func TestEditedDatabase(t *testing.T) {
 		} else if a.status != 503 || a.errorCode() != want {
 			t.Errorf("%s: got %d %s", c.name, a.status, a.body)
 		}
-		p.editDatabase("UPDATE upstreams SET id = ?, project = (SELECT seq FROM projects WHERE id = ?), sealed_key = ?, base_url = ? WHERE id IN (?, 'up_0000000000000000')",
+		p.editDatabase("UPDATE upstreams SET id = ?, project = (SELECT seq FROM projects WHERE id = ?), "+
+			"sealed_key = ?, base_url = ? WHERE id IN (?, 'up_0000000000000000')",
 			p.upstream, p.project, sealed, base, p.upstream)
 	}
 	if len(p.provider.received())+len(thief.received()) > 0 {
 		t.Error("a provider was called")
 	}
 	if a := p.chat(); a.status != 200 {
-		t.Errorf("put right again: %d %s", a.status, a.body)
+		t.Errorf("after the row was restored: %d %s", a.status, a.body)
 	}
 }
 
-// editDatabase stops the program, changes its database and restarts it.
+// editDatabase changes the program's database and restarts the program.
 func (p *testProxy) editDatabase(query string, args ...any) {
 	p.t.Helper()
 	if _, err := p.instance.store.writeDB.Exec(query, args...); err != nil {
@@ -620,7 +648,8 @@ func TestWrongEncryptionKey(t *testing.T) {
 		if err := os.WriteFile(file, []byte(key), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := open(); err == nil || !strings.Contains(err.Error(), "encryption key") || key != "" && strings.Contains(err.Error(), key) {
+		if err := open(); err == nil || !strings.Contains(err.Error(), "encryption key") ||
+			key != "" && strings.Contains(err.Error(), key) {
 			t.Errorf("with another key: %v", err)
 		}
 	}
@@ -631,7 +660,7 @@ func TestWrongEncryptionKey(t *testing.T) {
 		t.Errorf("without a key: %v", err)
 	}
 	if _, err := os.Stat(file); err == nil {
-		t.Error("a new key was made")
+		t.Error("a new key was created")
 	}
 	if err := os.WriteFile(file, right, 0o600); err != nil {
 		t.Fatal(err)
@@ -649,7 +678,8 @@ func FuzzUnseal(f *testing.F) {
 		f.Fatal(err)
 	}
 	// Sealed in advance: each fuzzing process runs this code again, and they must share their seeds.
-	good, err := hex.DecodeString("017df8add5aae1f62b59fbc78bb02009590ac2d8e761d315f78141de5b7efed647336707ad57d7f6216a50f567c0755f")
+	good, err := hex.DecodeString(
+		"017df8add5aae1f62b59fbc78bb02009590ac2d8e761d315f78141de5b7efed647336707ad57d7f6216a50f567c0755f")
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -701,12 +731,13 @@ func TestRetryHint(t *testing.T) {
 		"X-Ratelimit-Reset-Requests: 6m0s":                                   0, // the remaining count is not 0
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 12ms": 12,
 		"X-Ratelimit-Remaining-Tokens: 0|X-Ratelimit-Reset-Tokens: 6m0s":     cooldownMax,
-		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 2s|X-Ratelimit-Remaining-Tokens: 9|X-Ratelimit-Reset-Tokens: 50s": 2_000,
-		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: -1":                                                               0,
-		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 45":                                                               45_000,
-		"Anthropic-Ratelimit-Tokens-Remaining: 0|Anthropic-Ratelimit-Tokens-Reset: 2026-11-24T12:00:30Z":                                 30_000,
-		fmt.Sprintf("X-Ratelimit-Reset: %d", now.Unix()+40):                                                                              40_000,
-		fmt.Sprintf("X-Ratelimit-Reset: %d", now.UnixMilli()+40):                                                                         40,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 2s|" +
+			"X-Ratelimit-Remaining-Tokens: 9|X-Ratelimit-Reset-Tokens: 50s": 2_000,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: -1":                               0,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 45":                               45_000,
+		"Anthropic-Ratelimit-Tokens-Remaining: 0|Anthropic-Ratelimit-Tokens-Reset: 2026-11-24T12:00:30Z": 30_000,
+		fmt.Sprintf("X-Ratelimit-Reset: %d", now.Unix()+40):                                              40_000,
+		fmt.Sprintf("X-Ratelimit-Reset: %d", now.UnixMilli()+40):                                         40,
 	} {
 		get := func(name string) string {
 			for line := range strings.SplitSeq(headers, "|") {
@@ -734,7 +765,7 @@ func TestHealthThroughOutage(t *testing.T) {
 			continue
 		}
 		if h.available(now) != (h.state == keyReady) {
-			t.Fatalf("at %d a second call may go there while the first probes it", now)
+			t.Fatalf("at %d a second call may use the key while the first probes it", now)
 		}
 		if now < down {
 			attempts++
@@ -782,7 +813,7 @@ func TestHealthStates(t *testing.T) {
 	expect("an old answer", keyBreakerOpen, breakerMinPause)
 	pass(breakerMinPause)
 	if !h.tryAcquire(now) || h.tryAcquire(now) || h.available(now) {
-		t.Error("not one probe")
+		t.Error("there is not exactly one probe")
 	}
 	h.recordFailure(now, now, false, "x")
 	expect("a probe that failed", keyBreakerOpen, 2*breakerMinPause)
