@@ -264,11 +264,8 @@ func TestFailover(t *testing.T) {
 			if len(row.AttemptLog) > 0 && row.AttemptLog[0].Error == "" {
 				t.Errorf("the attempt log is %+v", row.AttemptLog)
 			}
-			if n := len(p.ledger()); n != 1 {
-				t.Errorf("%d rows for one call", n)
-			}
-			if h := p.healthOf(p.upstream); h.State != f.health {
-				t.Errorf("the key is %+v, want %s", h, f.health)
+			if n, h := len(p.ledger()), p.healthOf(p.upstream); n != 1 || h.State != f.health {
+				t.Errorf("there are %d rows for one call, and the key is %+v, want %s", n, h, f.health)
 			}
 		})
 	}
@@ -506,6 +503,12 @@ func TestBufferedStreamAlone(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestBufferedStreamHeader: the client's header has priority over the project's setting, and other values of it are
+// refused.
+func TestBufferedStreamHeader(t *testing.T) {
+	t.Parallel()
 	p := newTest(t, nil)
 	stream := func(mode string) testResponse {
 		return p.do("POST", "/v1/chat/completions", chatBody(`"stream":true`),
@@ -515,7 +518,7 @@ func TestBufferedStreamAlone(t *testing.T) {
 		t.Errorf("an invalid header: got %d %s", res.status, res.body)
 	}
 	p.changeProject(`"routing":{"verified_streams":true}`)
-	p.provider.setScript(streamScript(long, 40, resetStream))
+	p.provider.setScript(streamScript(longStream(), 40, resetStream))
 	if res := stream("plain"); res.status != 200 || res.err == nil {
 		t.Errorf("a plain stream: got %d %v", res.status, res.err)
 	}
@@ -630,6 +633,26 @@ func TestBufferedStreamEnds(t *testing.T) {
 	}
 }
 
+// chatOver makes a chat call over a client that keeps its connections. Anything but a complete 200 is an error.
+func (p *testProxy) chatOver(client *http.Client, members ...string) {
+	req, err := http.NewRequestWithContext(
+		p.t.Context(), "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(members...)))
+	if err != nil {
+		p.t.Error(err)
+		return
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+	res, err := client.Do(req)
+	if err != nil {
+		p.t.Error(err)
+		return
+	}
+	defer res.Body.Close()
+	if _, err := io.Copy(io.Discard, res.Body); err != nil || res.StatusCode != 200 {
+		p.t.Errorf("got %d, %v", res.StatusCode, err)
+	}
+}
+
 // TestSharesInParallel (LI15): three keys with the weights 1, 2 and 7 keep their shares of parallel calls. The others
 // take over a dead key's share by weight, and it gets its share back when it recovers.
 func TestSharesInParallel(t *testing.T) {
@@ -651,23 +674,7 @@ func TestSharesInParallel(t *testing.T) {
 		for range 16 {
 			wait.Go(func() {
 				for range calls / 16 {
-					req, err := http.NewRequestWithContext(t.Context(), "POST", p.url+"/v1/chat/completions",
-						strings.NewReader(chatBody()))
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					req.Header = http.Header{"Authorization": {"Bearer " + p.token},
-						"Content-Type": {"application/json"}}
-					res, err := client.Do(req)
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					_, _ = io.Copy(io.Discard, res.Body)
-					if res.Body.Close(); res.StatusCode != 200 {
-						t.Errorf("%s: got %d", what, res.StatusCode)
-					}
+					p.chatOver(client)
 				}
 			})
 		}
@@ -769,6 +776,29 @@ func (r *faultyPool) answer(c *providerConn, req recordedRequest) bool {
 	return c.reply(200, bodyOf(chatResponseBody))
 }
 
+// callFaultyPool makes call i, checks that the client gets its own answer only, and reports whether the answer is
+// complete.
+func (p *testProxy) callFaultyPool(i int) (complete bool) {
+	call, headers := fmt.Sprintf("call-%d", i), p.jsonHeaders()
+	if i%3 == 2 {
+		call += "-verified"
+		headers = append(headers, "X-LLM-Proxy-Stream", "verified")
+	}
+	res := p.do("POST", "/v1/chat/completions", chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0),
+		`"stream_options":{"include_usage":true}`, `"user":"`+call+`"`), headers...)
+	if res.status != 200 || strings.HasPrefix(res.body, `data: {"error"`) { // the last upstream's error is passed on
+		return false
+	}
+	own, roles := strings.Count(res.body, `"`+call+`"`), strings.Count(res.body, `"role":"assistant"`)
+	if own > 1 || roles > 1 || res.err == nil && own+roles != 2 { // a reset may discard bytes sent before it
+		p.t.Errorf("%s: not exactly its own answer: %q", call, res.body)
+	}
+	if i%3 == 2 && !(res.err == nil && strings.HasSuffix(res.body, "data: [DONE]\n\n")) {
+		p.t.Errorf("%s: a verified stream broke: %q, %v", call, res.body, res.err)
+	}
+	return res.err == nil
+}
+
 // TestRandomFaults: whatever faults four providers have, each call gets its own answer at most once, is not sent
 // again after a part of the answer has left, and has one row with all its attempts and the right bill.
 func TestRandomFaults(t *testing.T) {
@@ -789,31 +819,10 @@ func TestRandomFaults(t *testing.T) {
 	for worker := range 16 {
 		wait.Go(func() {
 			for i := worker; i < calls; i += 16 {
-				call, headers := fmt.Sprintf("call-%d", i), p.jsonHeaders()
-				if i%3 == 2 {
-					call += "-verified"
-					headers = append(headers, "X-LLM-Proxy-Stream", "verified")
-				}
 				for seq := range int64(4) { // keep all keys healthy: otherwise calls meet few faults
 					p.instance.health.reset(seq+1, time.Now().UnixMilli())
 				}
-				body := chatBody(fmt.Sprintf(`"stream":%v`, i%3 > 0), `"stream_options":{"include_usage":true}`,
-					`"user":"`+call+`"`)
-				res := p.do("POST", "/v1/chat/completions", body, headers...)
-				text := res.body
-				if strings.HasPrefix(text, `data: {"error"`) { // the last upstream's error, which is passed on
-					continue
-				}
-				own, roles := strings.Count(text, `"`+call+`"`), strings.Count(text, `"role":"assistant"`)
-				// A reset may discard bytes sent before it.
-				if res.status == 200 && (own > 1 || roles > 1 || res.err == nil && own+roles != 2) {
-					t.Errorf("%s: not exactly its own answer: %q", call, text)
-				}
-				whole := res.status == 200 && res.err == nil
-				if i%3 == 2 && res.status == 200 && !(whole && strings.HasSuffix(text, "data: [DONE]\n\n")) {
-					t.Errorf("%s: a verified stream broke: %q, %v", call, text, res.err)
-				}
-				if whole {
+				if p.callFaultyPool(i) {
 					mu.Lock()
 					billed[int64(1000+i)] = true
 					mu.Unlock()
@@ -827,6 +836,18 @@ func TestRandomFaults(t *testing.T) {
 	if len(rows) != calls {
 		t.Errorf("%d rows for %d calls", len(rows), calls)
 	}
+	r.checkLedger(t, rows, billed)
+	for seq := range int64(4) {
+		if n := p.instance.health.forUpstream(seq+1, "").running.Load(); n != 0 {
+			t.Errorf("upstream %d still has %d running calls", seq+1, n)
+		}
+	}
+}
+
+// checkLedger compares the ledger with the attempts that the providers saw and the answers that clients got, which
+// are named by their output tokens.
+func (r *faultyPool) checkLedger(t *testing.T, rows []requestEntry, billed map[int64]bool) {
+	t.Helper()
 	if len(r.resent) > 0 {
 		t.Errorf("calls were sent again after an answer: %v", r.resent)
 	}
@@ -853,11 +874,6 @@ func TestRandomFaults(t *testing.T) {
 	}
 	if sent != 0 {
 		t.Errorf("the providers saw %d attempts more than are on record", sent)
-	}
-	for seq := range int64(4) {
-		if n := p.instance.health.forUpstream(seq+1, "").running.Load(); n != 0 {
-			t.Errorf("upstream %d still has %d running calls", seq+1, n)
-		}
 	}
 }
 
@@ -1057,8 +1073,7 @@ func TestConnectTimeoutAfterADeadConnection(t *testing.T) {
 }
 
 // TestResponseTimeout: if an answer in one piece has not begun within the upstream's answer_ms, the call goes to
-// another upstream. answer_ms does not limit streams and uploads. Providers that answer later than that sleep,
-// because the elapsed time is what the test is about.
+// another upstream.
 func TestResponseTimeout(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -1095,8 +1110,14 @@ func TestResponseTimeout(t *testing.T) {
 	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
 		t.Errorf("with two that hang: got %d %s", res.status, res.body)
 	}
-	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
+}
 
+// TestResponseTimeoutIsNoMore: answer_ms does not limit streams, uploads, and answers that have begun. The provider
+// sleeps because the elapsed time is what the test is about.
+func TestResponseTimeoutIsNoMore(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.changeUpstream(p.upstream, `"answer_ms":300`)
 	p.changeProject(`"policy":{"stateful":true}`)
 	later := func(script func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
 		return func(c *providerConn, r recordedRequest) bool {

@@ -162,11 +162,24 @@ func TestMergedClaudeModels(t *testing.T) {
 	if got, page := p.claudeModels(p.token, "?before_id=claude-5"); got != "" || *page.HasMore {
 		t.Errorf("before the first: %q", got)
 	}
+	// OpenAI's SDKs get the other list, unchanged.
+	const list = `{"object": "list", "data": [{"id":"gpt-4o"}]}`
+	p.provider.setScript(replyScript(200, list))
+	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != list {
+		t.Errorf("the list of the other API: got %d %s", res.status, res.body)
+	}
 	if _, page := p.claudeModels(p.token, "?limit=1&after_id=glm-5"); page.Data[0].DisplayName != "GLM-4" {
 		t.Errorf("what is known of a model is lost: %+v", page)
 	}
+}
 
-	// Invalid requests are refused as the provider would.
+// TestInvalidModelPages: an invalid request for a page is refused as the provider would, and a cursor that is not in
+// the merged list is invalid.
+func TestInvalidModelPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	one, _ := p.addClaude(`"models":["claude*"]`, claudeListScript(2, "claude-2", "other", "claude-1"))
+	p.addClaude(`"priority":1`, claudeListScript(1000, "glm-5", "glm-4"))
 	for query, param := range map[string]string{"?limit=0": "limit", "?limit=1001": "limit", "?limit=x": "limit",
 		"?after_id=glm-5&before_id=glm-4": "before_id", "?after_id=nonesuch": "after_id",
 		"?before_id=nonesuch": "before_id", "?after_id=other": "after_id"} {
@@ -180,13 +193,6 @@ func TestMergedClaudeModels(t *testing.T) {
 			asked != strings.HasSuffix(query, "=other") {
 			t.Errorf("%s: the provider was asked: %v", query, asked)
 		}
-	}
-
-	// OpenAI's SDKs get the other list, unchanged.
-	const list = `{"object": "list", "data": [{"id":"gpt-4o"}]}`
-	p.provider.setScript(replyScript(200, list))
-	if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token); res.body != list {
-		t.Errorf("the list of the other API: got %d %s", res.status, res.body)
 	}
 }
 

@@ -4,7 +4,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -201,8 +200,8 @@ func TestFallbackModel(t *testing.T) {
 		p.manage("PATCH", "/manage/projects/"+p.project, `{"routing":`+c.routing+`,"policy":`+c.policy+`}`, 200, nil)
 		p.provider.setScript(c.script)
 		res := p.chat()
-		if res.status != c.status {
-			t.Errorf("%s: got %d %s", c.name, res.status, res.body)
+		if n := len(p.ledger()); res.status != c.status || n != 1 {
+			t.Errorf("%s: got %d %s, and the ledger has %d rows", c.name, res.status, res.body, n)
 		}
 		var models []string
 		for _, r := range p.provider.received() {
@@ -217,12 +216,13 @@ func TestFallbackModel(t *testing.T) {
 			!strings.Contains(res.body, "gpt-4.1-2025-04-14")) {
 			t.Errorf("%s: the ledger has %+v", c.name, row)
 		}
-		if n := len(p.ledger()); n != 1 {
-			t.Errorf("%s: %d rows", c.name, n)
-		}
 	}
+}
 
-	p := newTest(t, nil) // all upstreams of the model are down, another's is not
+// TestFallbackModelElsewhere: if all upstreams of a model are down, the call goes to another model's upstream.
+func TestFallbackModelElsewhere(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
 	p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}],"show_upstream":true}`)
 	p.changeUpstream(p.upstream, `"models":["gpt*"]`)
 	other, id := p.addUpstream(`"models":["llama"]`)
@@ -512,22 +512,7 @@ func deadKeyP99(b *testing.B, dead func(*providerConn, recordedRequest) bool) ti
 		due := begin.Add(time.Duration(i) * every)
 		time.Sleep(time.Until(due))
 		wait.Go(func() {
-			req, err := http.NewRequestWithContext(b.Context(), "POST", p.url+"/v1/chat/completions",
-				strings.NewReader(chatBody(`"stream":true`)))
-			if err != nil {
-				b.Error(err)
-				return
-			}
-			req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
-			res, err := client.Do(req)
-			if err != nil {
-				b.Error(err)
-				return
-			}
-			defer res.Body.Close()
-			if _, err := io.Copy(io.Discard, res.Body); err != nil || res.StatusCode != 200 {
-				b.Errorf("got %d, %v", res.StatusCode, err)
-			}
+			p.chatOver(client, `"stream":true`)
 			took[i] = time.Since(due)
 		})
 	}
@@ -565,9 +550,9 @@ func TestSharedUpstream(t *testing.T) {
 	if row := p.lastCall(); row.UpstreamID != p.upstream || row.Outcome != "ok" {
 		t.Errorf("the ledger has %+v", row)
 	}
-	share(`"`+p.project+`"`, 400) // its own
-	share(`"proj_nobody"`, 400)
-	share(`1`, 400)
+	for _, ids := range []string{`"` + p.project + `"`, `"proj_nobody"`, `1`} { // its own project is the first
+		share(ids, 400)
+	}
 	expect("still shared", 200)
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
