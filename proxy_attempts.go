@@ -418,7 +418,9 @@ func (t *attempts) endAttempt(reason string, res *http.Response) {
 	e := attemptEnd{reason: reason, recorded: true}
 	if res != nil {
 		e.status = res.StatusCode
-		if body, ok := res.Body.(*peekedBody); ok && body.complete && res.StatusCode != http.StatusPaymentRequired {
+		body, ok := res.Body.(*peekedBody)
+		if ok && body.complete && res.StatusCode != http.StatusPaymentRequired &&
+			(t.savedResponse == nil || !refusesKey(res.StatusCode)) {
 			t.savedResponse = &savedResponse{res, t.current.upstream}
 		}
 		res.Body.Close()
@@ -428,9 +430,7 @@ func (t *attempts) endAttempt(reason string, res *http.Response) {
 
 // bestResponse returns the answer for the client: the last one, unless an earlier one is more useful.
 func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, error) {
-	refused := res != nil && (res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden ||
-		res.StatusCode == http.StatusPaymentRequired)
-	if t.savedResponse == nil || err == nil && !refused || t.c.ctx.Err() != nil {
+	if t.savedResponse == nil || err == nil && !refusesKey(res.StatusCode) || t.c.ctx.Err() != nil {
 		return res, err
 	}
 	if res != nil {
@@ -438,6 +438,11 @@ func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, 
 	}
 	t.c.setUpstream(t.savedResponse.upstream)
 	return t.savedResponse.res, nil
+}
+
+// refusesKey reports whether a status is about the key or its account, which says nothing to the client.
+func refusesKey(status int) bool {
+	return status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusPaymentRequired
 }
 
 // finish ends the last attempt after the call, however the call ended, and adds the attempts to its row.

@@ -407,6 +407,24 @@ func TestNoneLeft(t *testing.T) {
 	}
 }
 
+// TestRefusedKeysHideNoAnswer: after a 429 of one provider, the client gets that answer, even if the keys of all
+// others are refused.
+func TestRefusedKeysHideNoAnswer(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(replyScript(429, `{"error":{"code":"rate_limit_exceeded"}}`, "Retry-After: 30"))
+	for i := range 2 {
+		refused, _ := p.addUpstream(fmt.Sprintf(`"priority":%d`, i+1))
+		refused.setScript(replyScript(401, `{}`))
+	}
+	if res := p.chat(); res.status != 429 || res.errorCode() != "rate_limit_exceeded" {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+	if row := p.lastCall(); row.Attempts != 3 || row.UpstreamID != p.upstream {
+		t.Errorf("the ledger has %+v", row)
+	}
+}
+
 // TestShortWait: if no other key is left, the call waits for a short Retry-After.
 func TestShortWait(t *testing.T) {
 	t.Parallel()
