@@ -1,5 +1,5 @@
-// Tests of the audit trail: each change leaves exactly one entry, in the same
-// transaction or not at all; what is done to the trail itself is found.
+// Tests of the audit trail: each change leaves exactly one entry, in the same transaction or not at all, and
+// tampering with the trail itself is detected.
 package main
 
 import (
@@ -36,7 +36,7 @@ func (p *testProxy) lastAuditSeq() int64 {
 	return newest
 }
 
-// verifyAudit returns what is wrong with the trail.
+// verifyAudit checks the whole trail.
 func (p *testProxy) verifyAudit() *auditCheck {
 	p.t.Helper()
 	k, err := p.instance.store.verifyAudit(p.t.Context(), p.instance.store.chain, nil)
@@ -49,37 +49,46 @@ func (p *testProxy) verifyAudit() *auditCheck {
 // A mutation is a call that changes something, and what its entry must say.
 type mutation struct {
 	body, action string
-	detail       string // part of the detail
+	detail       string // part of the entry's detail
 }
 
-// mutations has each route of manageTable that is not a GET. A new one belongs
-// in here, and its store function must go through store.change; what it does
-// outside the database, through store.note before it does it.
-func mutations(fresh map[string]string) map[string]mutation {
+// mutations has every route of manageTable that is not a GET. A new route must be added here, and its change
+// must go through store.withAuditedTx; what it does outside the database, through store.recordAuditEvent
+// before it does it.
+func mutations(ids map[string]string) map[string]mutation {
 	return map[string]mutation{
-		"POST /manage/projects": {`{"name":"new one","openai_api_key":"sk-canary-0123456789abcdefWXYZ"}`, "project.create", `"upstream.api_key":[null,{"hint":"WXYZ"`},
-		"PATCH /manage/projects/{id}": {`{"is_active":false,"policy":{"models":["` + strings.Repeat("x", 200) + `"]}}`, "project.change",
-			`{"is_active":[true,false],"policy":[{},{"models":["xxx`},
-		"DELETE /manage/projects/{id}":                      {``, "project.delete", `{"name":"audited","tokens":1,"upstreams":1}`},
-		"POST /manage/projects/{id}/tokens/revoke":          {``, "project.revoke_tokens", `{"tokens":1}`},
-		"POST /manage/projects/{id}/upstreams":              {`{"name":"u","api_key":"sk-0123456789abcdef0123"}`, "upstream.create", `{"project_id":"` + fresh["project"] + `","name":[null,"u"]`},
-		"PATCH /manage/projects/{id}/upstreams/{upstream}":  {`{"api_key":"sk-other-0123456789abcdefWXYZ","weight":7}`, "upstream.change", `"weight":[1,7]`},
+		"POST /manage/projects": {`{"name":"new one","openai_api_key":"sk-canary-0123456789abcdefWXYZ"}`,
+			"project.create", `"upstream.api_key":[null,{"hint":"WXYZ"`},
+		"PATCH /manage/projects/{id}": {
+			`{"is_active":false,"policy":{"models":["` + strings.Repeat("x", 200) + `"]}}`,
+			"project.change", `{"is_active":[true,false],"policy":[{},{"models":["xxx`},
+		"DELETE /manage/projects/{id}": {``, "project.delete",
+			`{"name":"audited","tokens":1,"upstreams":1}`},
+		"POST /manage/projects/{id}/tokens/revoke": {``, "project.revoke_tokens", `{"tokens":1}`},
+		"POST /manage/projects/{id}/upstreams": {`{"name":"u","api_key":"sk-0123456789abcdef0123"}`,
+			"upstream.create", `{"project_id":"` + ids["project"] + `","name":[null,"u"]`},
+		"PATCH /manage/projects/{id}/upstreams/{upstream}": {
+			`{"api_key":"sk-other-0123456789abcdefWXYZ","weight":7}`, "upstream.change", `"weight":[1,7]`},
 		"DELETE /manage/projects/{id}/upstreams/{upstream}": {``, "upstream.delete", `"is_active":[true,false]`},
-		"POST /manage/tokens":                               {`{"project_id":"` + fresh["project"] + `","name":"t2","max_requests":5}`, "token.create", `"name":[null,"t2"]`},
-		"PATCH /manage/tokens/{id}":                         {`{"max_requests":9,"expires_at":null}`, "token.change", `"max_requests":[null,9]`},
-		"DELETE /manage/tokens/{id}":                        {``, "token.revoke", `"revoked_at":[null,"`},
-		"POST /manage/tokens/{id}/rotate":                   {``, "token.rotate", `"overlap_until":[null,"`},
-		"DELETE /manage/projects/{id}/content":              {``, "content.erase", `{}`},
-		"DELETE /manage/streams/{id}":                       {``, "stream.cut", `"token_id":"tok_`},
-		"POST /manage/prices":                               {`{"match":"m1","input":"2.5","output":8}`, "price.set", `{"input":[1,2.5],"output":[null,8]}`},
-		"DELETE /manage/prices/{id}":                        {``, "price.delete", `{"match":["m1",null],"input":[1,null]}`},
-		"POST /manage/keys":                                 {`{"name":"k2","role":"viewer"}`, "key.create", `{"name":[null,"k2"],"role":[null,"viewer"]}`},
-		"PATCH /manage/keys/{id}":                           {`{"role":"admin"}`, "key.change", `{"role":["operator","admin"]}`},
-		"DELETE /manage/keys/{id}":                          {``, "key.revoke", `{"revoked_at":[null,"`},
+		"POST /manage/tokens": {`{"project_id":"` + ids["project"] + `","name":"t2","max_requests":5}`,
+			"token.create", `"name":[null,"t2"]`},
+		"PATCH /manage/tokens/{id}": {`{"max_requests":9,"expires_at":null}`,
+			"token.change", `"max_requests":[null,9]`},
+		"DELETE /manage/tokens/{id}":           {``, "token.revoke", `"revoked_at":[null,"`},
+		"POST /manage/tokens/{id}/rotate":      {``, "token.rotate", `"overlap_until":[null,"`},
+		"DELETE /manage/projects/{id}/content": {``, "content.erase", `{}`},
+		"DELETE /manage/streams/{id}":          {``, "stream.cut", `"token_id":"tok_`},
+		"POST /manage/prices": {`{"match":"m1","input":"2.5","output":8}`,
+			"price.set", `{"input":[1,2.5],"output":[null,8]}`},
+		"DELETE /manage/prices/{id}": {``, "price.delete", `{"match":["m1",null],"input":[1,null]}`},
+		"POST /manage/keys": {`{"name":"k2","role":"viewer"}`,
+			"key.create", `{"name":[null,"k2"],"role":[null,"viewer"]}`},
+		"PATCH /manage/keys/{id}":  {`{"role":"admin"}`, "key.change", `{"role":["operator","admin"]}`},
+		"DELETE /manage/keys/{id}": {``, "key.revoke", `{"revoked_at":[null,"`},
 	}
 }
 
-// createObjects makes one of each thing, and returns their ids.
+// createObjects creates one object of each kind, and returns their ids.
 func (p *testProxy) createObjects() map[string]string {
 	p.t.Helper()
 	var project struct {
@@ -97,19 +106,19 @@ func (p *testProxy) createObjects() map[string]string {
 	}
 	var streams struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/streams", "", 200, &streams)
-	return map[string]string{"project": project.ID, "upstream": project.Upstreams[0].ID, "token": token.ID, "key": key.ID, "price": price.ID,
-		"stream": streams.Data[len(streams.Data)-1].ID}
+	return map[string]string{"project": project.ID, "upstream": project.Upstreams[0].ID, "token": token.ID,
+		"key": key.ID, "price": price.ID, "stream": streams.Data[len(streams.Data)-1].ID}
 }
 
-// expandObjectPattern fills the ids of things into a pattern, and returns the id of what a
-// change of it is about.
-func expandObjectPattern(fresh map[string]string, pattern string) (path, object string) {
+// expandObjectPattern replaces the placeholders of a pattern by the ids of objects. It returns the path, and
+// the id of the object that a call to it changes.
+func expandObjectPattern(ids map[string]string, pattern string) (path, object string) {
 	_, path, _ = strings.Cut(pattern, " ")
 	kind, _, _ := strings.Cut(strings.TrimPrefix(path, "/manage/"), "s/")
-	object = fresh[kind]
-	path = strings.NewReplacer("{id}", object, "{upstream}", fresh["upstream"]).Replace(path)
+	object = ids[kind]
+	path = strings.NewReplacer("{id}", object, "{upstream}", ids["upstream"]).Replace(path)
 	if strings.HasSuffix(pattern, "{upstream}") {
-		object = fresh["upstream"]
+		object = ids["upstream"]
 	}
 	return path, object
 }
@@ -144,57 +153,17 @@ func (p *testProxy) managedRows() string {
 	return out.String()
 }
 
-// TestAuditEveryChange (AD17): each route that changes something leaves exactly
-// one entry, which says who, from where, what and in which request.
+// TestAuditEveryChange (AD17): each route that changes something leaves exactly one entry, which says who did
+// what, from where, and in which request.
 func TestAuditEveryChange(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.secrets = append(p.secrets, "sk-canary-0123456789abcdefWXYZ", "sk-other-0123456789abcdefWXYZ")
 	var keys struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/keys", "", 200, &keys)
-	for _, rt := range p.instance.manage.manageTable() {
-		method, _, _ := strings.Cut(rt.pattern, " ")
-		before := p.lastAuditSeq()
-		if method == "GET" {
-			continue
-		}
-		fresh := p.createObjects()
-		m, ok := mutations(fresh)[rt.pattern]
-		if !ok {
-			t.Errorf("%s is not in this test: what it does must be in the audit trail", rt.pattern)
-			continue
-		}
-		if got := len(p.auditEntries(before)); got != 4 {
-			t.Errorf("making four things left %d entries", got)
-		}
-		before = p.lastAuditSeq()
-		path, object := expandObjectPattern(fresh, rt.pattern)
-		res := p.manageAs(p.adminKey, method, path, m.body)
-		entries := p.auditEntries(before)
-		if res.status >= 300 || len(entries) != 1 {
-			t.Errorf("%s: got %d %s and %d entries", rt.pattern, res.status, res.body, len(entries))
-			continue
-		}
-		if object == "" || strings.HasSuffix(path, "/upstreams") {
-			object = between(res.body, `"id":"`, `"`)
-		}
-		e := entries[0]
-		if e.actorID != keys.Data[0].ID || e.role != roleAdmin || e.address != "127.0.0.1" || e.requestID != res.header.Get("X-Request-Id") ||
-			e.action != m.action || e.object != object || time.Since(time.UnixMilli(e.at)) > time.Minute {
-			t.Errorf("%s: the entry says %+v; want %s of %s", rt.pattern, e, m.action, object)
-		}
-		if !strings.Contains(e.detail, m.detail) || !json.Valid([]byte(e.detail)) {
-			t.Errorf("%s: the detail is %s; want %s in it", rt.pattern, e.detail, m.detail)
-		}
-		// What is refused leaves none.
-		if res := p.manageAs(p.adminKey, method, path, `{"no_such":1}`); method != "DELETE" && (res.status != 400 || len(p.auditEntries(before)) != 1) {
-			t.Errorf("%s refused: got %d and %d entries", rt.pattern, res.status, len(p.auditEntries(before)))
-		}
-		p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+fresh["project"], "") // its name is needed again
-		p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+fresh["price"], "")
-		p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+between(res.body, `"id":"`, `"`), "")
-		if rt.pattern == "POST /manage/projects" {
-			p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+object, "")
+	for _, route := range p.instance.manage.manageTable() {
+		if !strings.HasPrefix(route.pattern, "GET ") {
+			p.checkMutation(route.pattern, keys.Data[0].ID)
 		}
 	}
 	if k := p.verifyAudit(); len(k.problems) > 0 || k.lastHead.seq < 60 {
@@ -202,59 +171,105 @@ func TestAuditEveryChange(t *testing.T) {
 	}
 }
 
-// TestAuditReportsEveryColumn: what an administrator can change is told in the
-// details, also what a later version adds.
+// checkMutation makes the change of a route with the key of id actor, and checks the entry that it leaves.
+func (p *testProxy) checkMutation(pattern, actor string) {
+	t := p.t
+	t.Helper()
+	before := p.lastAuditSeq()
+	ids := p.createObjects()
+	if got := len(p.auditEntries(before)); got != 4 {
+		t.Errorf("creating four objects left %d entries", got)
+	}
+	m, ok := mutations(ids)[pattern]
+	if !ok {
+		t.Errorf("%s is not in this test: its change must be in the audit trail", pattern)
+		return
+	}
+	before = p.lastAuditSeq()
+	method, _, _ := strings.Cut(pattern, " ")
+	path, object := expandObjectPattern(ids, pattern)
+	res := p.manageAs(p.adminKey, method, path, m.body)
+	entries := p.auditEntries(before)
+	if res.status >= 300 || len(entries) != 1 {
+		t.Errorf("%s: got %d %s and %d entries", pattern, res.status, res.body, len(entries))
+		return
+	}
+	if object == "" || strings.HasSuffix(path, "/upstreams") {
+		object = between(res.body, `"id":"`, `"`)
+	}
+	e := entries[0]
+	if e.actorID != actor || e.role != roleAdmin || e.address != "127.0.0.1" ||
+		e.requestID != res.header.Get("X-Request-Id") || e.action != m.action || e.object != object ||
+		time.Since(time.UnixMilli(e.at)) > time.Minute {
+		t.Errorf("%s: the entry is %+v; want %s of %s", pattern, e, m.action, object)
+	}
+	if !strings.Contains(e.detail, m.detail) || !json.Valid([]byte(e.detail)) {
+		t.Errorf("%s: the detail is %s; want %s in it", pattern, e.detail, m.detail)
+	}
+	// A refused change leaves no entry.
+	if method != "DELETE" {
+		refused := p.manageAs(p.adminKey, method, path, `{"no_such":1}`)
+		if n := len(p.auditEntries(before)); refused.status != 400 || n != 1 {
+			t.Errorf("%s refused: got %d and %d entries", pattern, refused.status, n)
+		}
+	}
+	// The next route needs the same names.
+	p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+ids["project"], "")
+	p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+ids["price"], "")
+	p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+between(res.body, `"id":"`, `"`), "")
+	if pattern == "POST /manage/projects" {
+		p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+object, "")
+	}
+}
+
+// TestAuditReportsEveryColumn: entries have every column that an administrator can change, including columns
+// that a later version adds.
 func TestAuditReportsEveryColumn(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	for table, c := range map[string]struct {
-		facts []auditField
-		other string // what is told otherwise or not by an administrator's doing
+		fields []auditField
+		other  string // columns that an entry has in another form, or that no administrator changes
 	}{
-		"projects":        {(&projectRow{}).auditFields(), "deleted_at"},
-		"upstreams":       {(&upstreamRow{}).auditFields(), "project deleted_at sealed_key key_hint"},
-		"tokens":          {(&tokenRow{}).auditFields(), "project hash old_hash old_hash_until idle_expiry request_count last_used_at"},
+		"projects":  {(&projectRow{}).auditFields(), "deleted_at"},
+		"upstreams": {(&upstreamRow{}).auditFields(), "project deleted_at sealed_key key_hint"},
+		"tokens": {(&tokenRow{}).auditFields(),
+			"project hash old_hash old_hash_until idle_expiry request_count last_used_at"},
 		"management_keys": {(&managementKeyRow{}).auditFields(), "hash"},
 		"prices":          {(&priceRow{}).auditFields(), ""},
 	} {
-		told := strings.Fields(c.other + " seq id version created_at updated_at")
-		for _, f := range c.facts {
-			told = append(told, f.name)
+		expected := strings.Fields(c.other + " seq id version created_at updated_at")
+		for _, f := range c.fields {
+			expected = append(expected, f.name)
 		}
-		rows, err := p.instance.store.readDB.QueryContext(t.Context(), `SELECT name FROM pragma_table_info(?)`, table) // without generated ones
-		if err != nil {
-			t.Fatal(err)
+		columns, err := collect(t.Context(), p.instance.store.readDB, "listing columns",
+			func(name *string) []any { return []any{name} },
+			`SELECT name FROM pragma_table_info(?)`, table) // without generated columns
+		if err != nil || len(columns) < 5 {
+			t.Errorf("%s has %d columns: %v", table, len(columns), err)
 		}
-		columns := 0
-		for rows.Next() {
-			var column string
-			if err := rows.Scan(&column); err != nil {
-				t.Fatal(err)
+		for _, column := range columns {
+			if !slices.Contains(expected, column) {
+				t.Errorf("no entry has a change of %s.%s: add it to auditFields", table, column)
 			}
-			if columns++; !slices.Contains(told, column) {
-				t.Errorf("a change of %s.%s is not in the detail of its entry: add it to facts", table, column)
-			}
-		}
-		rows.Close()
-		if columns < 5 {
-			t.Errorf("%s has %d columns", table, columns)
 		}
 	}
 }
 
-// TestNoAuditNoChange (AD17): where the entry cannot be written, nothing is
-// changed, and the administrator is not told that it was.
+// TestNoAuditNoChange (AD17): where the entry cannot be written, nothing is changed, and the administrator
+// gets an error.
 func TestNoAuditNoChange(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.allowErrors = true // a trail that cannot be written is one
-	fresh := p.createObjects()
+	p.allowErrors = true // a trail that cannot be written is logged as one
+	ids := p.createObjects()
 	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
-	before, entries := p.managedRows(), p.lastAuditSeq()
-	for pattern, m := range mutations(fresh) {
+	before, lastSeq := p.managedRows(), p.lastAuditSeq()
+	for pattern, m := range mutations(ids) {
 		method, _, _ := strings.Cut(pattern, " ")
-		path, _ := expandObjectPattern(fresh, pattern)
-		if res := p.manageAs(p.adminKey, method, path, m.body); res.status != 500 || strings.Contains(res.body, "no room") {
+		path, _ := expandObjectPattern(ids, pattern)
+		res := p.manageAs(p.adminKey, method, path, m.body)
+		if res.status != 500 || strings.Contains(res.body, "no room") {
 			t.Errorf("%s: got %d %s", pattern, res.status, res.body)
 		}
 		if p.managedRows() != before {
@@ -262,12 +277,12 @@ func TestNoAuditNoChange(t *testing.T) {
 		}
 	}
 	p.execSQL(`DROP TRIGGER test_full`)
-	if p.lastAuditSeq() != entries || len(p.verifyAudit().problems) > 0 {
+	if p.lastAuditSeq() != lastSeq || len(p.verifyAudit().problems) > 0 {
 		t.Errorf("the trail: %v", p.verifyAudit().problems)
 	}
 }
 
-// execSQL changes the database behind the program's back.
+// execSQL changes the database without the program's knowledge.
 func (p *testProxy) execSQL(statements ...string) {
 	p.t.Helper()
 	for _, text := range statements {
@@ -281,13 +296,22 @@ func (p *testProxy) execSQL(statements ...string) {
 func TestAuditAppendOnly(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	const row = `SELECT 2, at, 'me', role, address, request_id, action, object, detail, prev, mac FROM audit WHERE seq = 1`
+	const row = `SELECT 2, at, 'me', role, address, request_id, action, object, detail, prev, mac
+		FROM audit WHERE seq = 1`
 	for _, text := range []string{
-		`UPDATE audit SET actor = 'me' WHERE seq = 1`, `UPDATE audit SET seq = 100 WHERE seq = 1`, `DELETE FROM audit`, `DELETE FROM audit WHERE seq = 1`,
-		`INSERT INTO audit ` + row, `INSERT OR REPLACE INTO audit ` + row, `REPLACE INTO audit ` + row, `INSERT OR IGNORE INTO audit ` + row,
-		`UPDATE OR REPLACE audit SET seq = 2 WHERE seq = 1`, `INSERT INTO audit ` + row + ` ON CONFLICT DO UPDATE SET actor = 'me'`,
+		`UPDATE audit SET actor = 'me' WHERE seq = 1`,
+		`UPDATE audit SET seq = 100 WHERE seq = 1`,
+		`DELETE FROM audit`,
+		`DELETE FROM audit WHERE seq = 1`,
+		`INSERT INTO audit ` + row,
+		`INSERT OR REPLACE INTO audit ` + row,
+		`REPLACE INTO audit ` + row,
+		`INSERT OR IGNORE INTO audit ` + row,
+		`UPDATE OR REPLACE audit SET seq = 2 WHERE seq = 1`,
+		`INSERT INTO audit ` + row + ` ON CONFLICT DO UPDATE SET actor = 'me'`,
 	} {
-		if _, err := p.instance.store.writeDB.ExecContext(t.Context(), text); err == nil || !strings.Contains(err.Error(), "audit trail") {
+		_, err := p.instance.store.writeDB.ExecContext(t.Context(), text)
+		if err == nil || !strings.Contains(err.Error(), "audit trail") {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
@@ -296,63 +320,82 @@ func TestAuditAppendOnly(t *testing.T) {
 	}
 }
 
-// TestAuditTampering (AD18): whoever writes to the database without the key is
-// found out, at the first entry that is not as it was; also after the program
-// has written on.
+// TestAuditTampering (AD18): a change that somebody without the key makes to the database is detected at the
+// first entry that is not as it was written, even after the program has appended further entries.
 func TestAuditTampering(t *testing.T) {
 	t.Parallel()
-	const loose = `DROP TRIGGER audit_never_changed; DROP TRIGGER audit_never_removed; DROP TRIGGER audit_at_the_end;`
+	const dropTriggers = `DROP TRIGGER audit_never_changed; DROP TRIGGER audit_never_removed;
+		DROP TRIGGER audit_at_the_end;`
 	const columns = `at, actor, role, address, request_id, action, object, detail, prev, mac`
+	const removeLast = `DELETE FROM audit WHERE seq = 8`
 	for name, c := range map[string]struct {
-		do    string
-		first int64
-		says  string
+		tamper  string
+		first   int64 // the lowest seq with a problem
+		problem string
 	}{
-		"actor":             {`UPDATE audit SET actor = 'key_other' WHERE seq = 5`, 5, "entry 5 was changed"},
-		"time":              {`UPDATE audit SET at = at + 1 WHERE seq = 5`, 5, "entry 5 was changed"},
-		"detail":            {`UPDATE audit SET detail = '{}' WHERE seq = 5`, 5, "entry 5 was changed"},
-		"between fields":    {`UPDATE audit SET action = action || substr(object, 1, 1), object = substr(object, 2) WHERE seq = 5`, 5, "entry 5 was changed"},
-		"its mac":           {`UPDATE audit SET mac = zeroblob(32) WHERE seq = 5`, 5, "entry 5 was changed"},
-		"every mac":         {`UPDATE audit SET mac = zeroblob(32), prev = zeroblob(32)`, 1, "entry 1 was changed"},
+		"actor":  {`UPDATE audit SET actor = 'key_other' WHERE seq = 5`, 5, "entry 5 was changed"},
+		"time":   {`UPDATE audit SET at = at + 1 WHERE seq = 5`, 5, "entry 5 was changed"},
+		"detail": {`UPDATE audit SET detail = '{}' WHERE seq = 5`, 5, "entry 5 was changed"},
+		"between fields": {`
+			UPDATE audit SET action = action || substr(object, 1, 1), object = substr(object, 2) WHERE seq = 5`,
+			5, "entry 5 was changed"},
+		"its mac": {`UPDATE audit SET mac = zeroblob(32) WHERE seq = 5`, 5, "entry 5 was changed"},
+		"every mac": {`UPDATE audit SET mac = zeroblob(32), prev = zeroblob(32)`,
+			1, "entry 1 was changed"},
 		"removed":           {`DELETE FROM audit WHERE seq = 5`, 5, "entry 5 is missing"},
 		"three removed":     {`DELETE FROM audit WHERE seq IN (4, 5, 6)`, 4, "entries 4 to 6 are missing"},
 		"the first removed": {`DELETE FROM audit WHERE seq = 1`, 1, "entry 1 is missing"},
-		"the last removed":  {`DELETE FROM audit WHERE seq = (SELECT max(seq) FROM audit)`, 8, "entry 8 is missing"},
-		"all removed":       {`DELETE FROM audit`, 1, "entries 1 to 8 are missing"},
-		"swapped": {`UPDATE audit SET seq = -1 WHERE seq = 5; UPDATE audit SET seq = 5 WHERE seq = 6; UPDATE audit SET seq = 6 WHERE seq = -1`, 5,
-			"entry 5 was changed"},
-		"closed up":          {`DELETE FROM audit WHERE seq = 7; UPDATE audit SET seq = 7 WHERE seq = 8`, 7, "entry 7 was changed"},
-		"added":              {`INSERT INTO audit SELECT 9, ` + columns + ` FROM audit WHERE seq = 8`, 9, "there are entries after 8"},
-		"added below":        {`INSERT INTO audit SELECT 0, ` + columns + ` FROM audit WHERE seq = 8`, 0, "entry 0 was not written"},
-		"head removed":       {`DELETE FROM settings WHERE name = 'audit_head'`, 9, "the record of the last entry"},
-		"head moved back":    {`UPDATE settings SET value = '7' || substr(value, 2) WHERE name = 'audit_head'; DELETE FROM audit WHERE seq = 8`, 8, "the record of the last entry"},
-		"head made up":       {`UPDATE settings SET value = '7:' || hex(zeroblob(32)) || ':' || hex(zeroblob(32)) WHERE name = 'audit_head'; DELETE FROM audit WHERE seq = 8`, 8, "the record of the last entry"},
-		"nothing":            {`SELECT 1`, 0, ""},
-		"removed, head gone": {`DELETE FROM audit WHERE seq > 3; DELETE FROM settings WHERE name = 'audit_head'`, 4, "the record of the last entry"},
+		"the last removed": {`DELETE FROM audit WHERE seq = (SELECT max(seq) FROM audit)`,
+			8, "entry 8 is missing"},
+		"all removed": {`DELETE FROM audit`, 1, "entries 1 to 8 are missing"},
+		"swapped": {`UPDATE audit SET seq = -1 WHERE seq = 5; UPDATE audit SET seq = 5 WHERE seq = 6;
+			UPDATE audit SET seq = 6 WHERE seq = -1`, 5, "entry 5 was changed"},
+		"gap closed": {`DELETE FROM audit WHERE seq = 7; UPDATE audit SET seq = 7 WHERE seq = 8`,
+			7, "entry 7 was changed"},
+		"added": {`INSERT INTO audit SELECT 9, ` + columns + ` FROM audit WHERE seq = 8`,
+			9, "there are entries after 8"},
+		"added below": {`INSERT INTO audit SELECT 0, ` + columns + ` FROM audit WHERE seq = 8`,
+			0, "entry 0 was not written"},
+		"head removed": {`DELETE FROM settings WHERE name = 'audit_head'`, 9, "the record of the last entry"},
+		"head moved back": {`
+			UPDATE settings SET value = '7' || substr(value, 2) WHERE name = 'audit_head'; ` + removeLast,
+			8, "the record of the last entry"},
+		"head made up": {`
+			UPDATE settings SET value = '7:' || hex(zeroblob(32)) || ':' || hex(zeroblob(32))
+			WHERE name = 'audit_head'; ` + removeLast, 8, "the record of the last entry"},
+		"nothing": {`SELECT 1`, 0, ""},
+		"removed with the head": {`
+			DELETE FROM audit WHERE seq > 3; DELETE FROM settings WHERE name = 'audit_head'`,
+			4, "the record of the last entry"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := newTest(t, nil)
-			for i := p.lastAuditSeq(); i < 8; i++ {
-				p.newToken(`"name":"x"`)
-			}
-			p.execSQL(loose, c.do)
-			k := p.verifyAudit()
-			if k.firstProblemSeq != c.first || !strings.Contains(strings.Join(k.problems, "\n"), c.says) {
-				t.Errorf("found at %d: %q; want %d, %q", k.firstProblemSeq, k.problems, c.first, c.says)
-			}
-			p.newToken(`"name":"after"`) // what is managed can be managed all the same
-			k = p.verifyAudit()
-			if (len(k.problems) > 0) != (c.says != "") {
-				t.Errorf("after another entry: found at %d: %q", k.firstProblemSeq, k.problems)
-			}
+			checkTampering(t, dropTriggers+c.tamper, c.first, c.problem)
 		})
 	}
 }
 
-// TestAuditHeadRollback: who removes the last entries and puts an earlier record of
-// the end in place is found by an end that was noted, and by the next entry of a
-// server that has written the removed ones.
+// checkTampering runs statements on a trail of eight entries. The check must then report a problem, "" for none,
+// whose lowest seq is first.
+func checkTampering(t *testing.T, statements string, first int64, problem string) {
+	p := newTest(t, nil)
+	for i := p.lastAuditSeq(); i < 8; i++ {
+		p.newToken(`"name":"x"`)
+	}
+	p.execSQL(statements)
+	k := p.verifyAudit()
+	if k.firstProblemSeq != first || !strings.Contains(strings.Join(k.problems, "\n"), problem) {
+		t.Errorf("the first problem is at %d: %q; want %d, %q", k.firstProblemSeq, k.problems, first, problem)
+	}
+	p.newToken(`"name":"after"`) // changes are possible all the same
+	k = p.verifyAudit()
+	if (len(k.problems) > 0) != (problem != "") {
+		t.Errorf("after another entry, the first problem is at %d: %q", k.firstProblemSeq, k.problems)
+	}
+}
+
+// TestAuditHeadRollback: somebody removes the last entries and puts an earlier head back. Both a head that was
+// noted elsewhere and the next entry of the server that wrote the removed entries show that.
 func TestAuditHeadRollback(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -367,19 +410,21 @@ func TestAuditHeadRollback(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.execSQL(`DROP TRIGGER audit_never_removed`, fmt.Sprintf(`DELETE FROM audit WHERE seq > %d`, before), `UPDATE settings SET value = '`+old+`' WHERE name = 'audit_head'`)
+	p.execSQL(`DROP TRIGGER audit_never_removed`, fmt.Sprintf(`DELETE FROM audit WHERE seq > %d`, before),
+		`UPDATE settings SET value = '`+old+`' WHERE name = 'audit_head'`)
 	k, err := p.instance.store.verifyAudit(t.Context(), p.instance.store.chain, &noted)
 	if err != nil || k.intact() || k.firstProblemSeq != noted.seq {
-		t.Errorf("beside a noted end: %v %v", k.problems, err)
+		t.Errorf("compared with a noted head: %v %v", k.problems, err)
 	}
 	p.newToken(`"name":"after"`)
-	if k := p.verifyAudit(); k.intact() || k.firstProblemSeq != before+1 || !strings.Contains(k.problems[0], "are missing") {
+	k = p.verifyAudit()
+	if k.intact() || k.firstProblemSeq != before+1 || !strings.Contains(k.problems[0], "are missing") {
 		t.Errorf("after another entry: %v", k.problems)
 	}
 }
 
-// TestAuditKey: the trail's key is not in the database in clear, comes back
-// after a restart, and cannot be taken away without a word.
+// TestAuditKey: the trail's key is sealed in the database, survives a restart, and cannot be removed without
+// an error.
 func TestAuditKey(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -396,7 +441,8 @@ func TestAuditKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.execSQL(`DELETE FROM settings WHERE name = 'audit_key'`)
-	if err := p.instance.store.openAudit(context.Background(), p.instance.sealer, systemOrigin(time.Now())); err == nil || !strings.Contains(err.Error(), "its key was removed") {
+	err = p.instance.store.openAudit(context.Background(), p.instance.sealer, systemOrigin(time.Now()))
+	if err == nil || !strings.Contains(err.Error(), "its key was removed") {
 		t.Errorf("opening a trail without its key: %v", err)
 	}
 	other, err := newSealer([]byte("0123456789abcdef0123456789abcdef"))
@@ -404,10 +450,10 @@ func TestAuditKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := openAuditChain(other, sealed); err == nil {
-		t.Error("another encryption key opens it")
+		t.Error("another encryption key opens the sealed key")
 	}
 	if _, err := p.instance.sealer.open([]byte(sealed), keyCheckContext); err == nil {
-		t.Error("it opens as something else")
+		t.Error("the sealed key opens as another kind of secret")
 	}
 }
 
@@ -420,12 +466,12 @@ type auditList struct {
 		RequestID            string `json:"request_id"`
 		Action, Object       string
 		Detail               map[string]any
-		Prev, MAC            any // which nobody needs to see
+		Prev, MAC            any // not part of the answer
 	}
 	Next string
 }
 
-// actions lists "seq action" of a query, all pages, newest first.
+// auditActions returns "seq action" of each entry on all pages of a query, newest first.
 func (p *testProxy) auditActions(query string) (out []string) {
 	p.t.Helper()
 	for after := ""; ; {
@@ -441,8 +487,7 @@ func (p *testProxy) auditActions(query string) (out []string) {
 	}
 }
 
-// TestAuditList: newest first, page by page, by who, what, to which thing and
-// when; for admins only.
+// TestAuditList: admins alone can list entries, newest first, page by page, by actor, action, object and time.
 func TestAuditList(t *testing.T) {
 	t.Parallel()
 	const environment = "environment-key-Jx81LmQp04TzVb67wYcN"
@@ -455,14 +500,16 @@ func TestAuditList(t *testing.T) {
 	p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
 	_, operator := p.newKey("o", "operator")
 	all := p.auditActions("")
-	if len(all) != 8 || all[0] != "8 key.create" || all[7] != "1 audit.begin" || !slices.IsSortedFunc(all, func(a, b string) int { return strings.Compare(b, a) }) {
+	descending := func(a, b string) int { return strings.Compare(b, a) }
+	if len(all) != 8 || all[0] != "8 key.create" || all[7] != "1 audit.begin" || !slices.IsSortedFunc(all, descending) {
 		t.Errorf("all: %q", all)
 	}
 	var l auditList
 	p.manage("GET", "/manage/audit?limit=1&action=token.change", "", 200, &l)
 	e := l.Data[0]
-	if e.Actor != "env" || e.ActorName != "" || e.Role != "admin" || e.Address != "127.0.0.1" || e.Object != id || parseRequestID(e.RequestID) == 0 ||
-		fmt.Sprint(e.Detail["name"]) != "[watched renamed]" || e.Detail["project_id"] != p.project || len(e.Detail) != 2 || e.Prev != nil || e.MAC != nil {
+	if e.Actor != "env" || e.ActorName != "" || e.Role != "admin" || e.Address != "127.0.0.1" || e.Object != id ||
+		parseRequestID(e.RequestID) == 0 || fmt.Sprint(e.Detail["name"]) != "[watched renamed]" ||
+		e.Detail["project_id"] != p.project || len(e.Detail) != 2 || e.Prev != nil || e.MAC != nil {
 		t.Errorf("the entry: %+v", e)
 	}
 	p.manage("GET", "/manage/audit?limit=1&action=token.revoke", "", 200, &l)
@@ -470,15 +517,38 @@ func TestAuditList(t *testing.T) {
 	if l.Data[0].ActorName != "first key" {
 		t.Errorf("the actor's name: %+v", l.Data[0])
 	}
-	// A second apart, however long it took.
-	p.execSQL(`DROP TRIGGER audit_never_changed`, fmt.Sprintf(`UPDATE audit SET at = %d + (seq - 7) * 1000`, at.UnixMilli()))
+	p.checkAuditFilters(t, id, me, at)
+	if res := p.manageAs(operator, "GET", "/manage/audit", ""); res.status != 403 {
+		t.Errorf("an operator: got %d", res.status)
+	}
+	// A damaged entry does not hide the others.
+	p.execSQL(`UPDATE audit SET detail = 'x"' WHERE seq = 8`)
+	p.manage("GET", "/manage/audit", "", 200, &l)
+	if l.Data[0].Detail["unreadable"] != `x"` {
+		t.Errorf("the damaged entry: %+v", l.Data[0])
+	}
+}
+
+// checkAuditFilters lists the trail of TestAuditList with filters. id is the token that it changes, me the key of
+// the administrator, and at the time of the entry 7. The triggers are dropped.
+func (p *testProxy) checkAuditFilters(t *testing.T, id, me string, at time.Time) {
+	t.Helper()
+	// The entries become a second apart, however quickly they were written.
+	p.execSQL(`DROP TRIGGER audit_never_changed`,
+		fmt.Sprintf(`UPDATE audit SET at = %d + (seq - 7) * 1000`, at.UnixMilli()))
 	stamp := func(d time.Duration) string { return at.Add(d).UTC().Format(time.RFC3339Nano) }
 	for query, want := range map[string][]string{
-		"&object=" + id: {"7 token.revoke", "6 token.change", "5 token.create"}, "&object=none": nil,
-		"&actor=env": {"6 token.change"}, "&actor=system": {"2 key.create", "1 audit.begin"}, "&actor=" + me + "&object=" + id: {"7 token.revoke", "5 token.create"},
-		"&actor=" + me + "&action=token.create": {"5 token.create", "4 token.create"}, "&action=key.create": {"8 key.create", "2 key.create"},
-		"&actor=env&object=" + id + "&action=token.change": {"6 token.change"}, "&actor=env&object=" + id + "&action=token.create": nil,
-		"&from=" + stamp(0): {"8 key.create", "7 token.revoke"}, "&to=" + stamp(0) + "&object=" + id: {"6 token.change", "5 token.create"},
+		"&object=" + id:                         {"7 token.revoke", "6 token.change", "5 token.create"},
+		"&object=none":                          nil,
+		"&actor=env":                            {"6 token.change"},
+		"&actor=system":                         {"2 key.create", "1 audit.begin"},
+		"&actor=" + me + "&object=" + id:        {"7 token.revoke", "5 token.create"},
+		"&actor=" + me + "&action=token.create": {"5 token.create", "4 token.create"},
+		"&action=key.create":                    {"8 key.create", "2 key.create"},
+		"&actor=env&object=" + id + "&action=token.change": {"6 token.change"},
+		"&actor=env&object=" + id + "&action=token.create": nil,
+		"&from=" + stamp(0):                                          {"8 key.create", "7 token.revoke"},
+		"&to=" + stamp(0) + "&object=" + id:                          {"6 token.change", "5 token.create"},
 		"&from=" + stamp(-2100*time.Millisecond) + "&to=" + stamp(0): {"6 token.change", "5 token.create"},
 		"&action=token.create&from=" + stamp(-2100*time.Millisecond): {"5 token.create"},
 	} {
@@ -486,35 +556,27 @@ func TestAuditList(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", query, got, want)
 		}
 	}
-	for _, c := range [][2]string{{"from=x", "from"}, {"to=2026-01-01", "to"}, {"after=5.x", "after"}, {"after=x", "after"}, {"actor=", "actor"}, {"seq=1", "seq"}} {
-		expectParamError(t, c[0], p.manageAs(p.adminKey, "GET", "/manage/audit?"+c[0], ""), 400, c[1])
-	}
-	if res := p.manageAs(operator, "GET", "/manage/audit", ""); res.status != 403 {
-		t.Errorf("an operator: got %d", res.status)
-	}
-	// An entry that somebody spoiled does not hide the others.
-	p.execSQL(`UPDATE audit SET detail = 'x"' WHERE seq = 8`)
-	p.manage("GET", "/manage/audit", "", 200, &l)
-	if l.Data[0].Detail["unreadable"] != `x"` {
-		t.Errorf("the spoiled entry: %+v", l.Data[0])
+	for query, param := range map[string]string{"from=x": "from", "to=2026-01-01": "to", "after=5.x": "after",
+		"after=x": "after", "actor=": "actor", "seq=1": "seq"} {
+		expectParamError(t, query, p.manageAs(p.adminKey, "GET", "/manage/audit?"+query, ""), 400, param)
 	}
 }
 
-// TestAuditLongValue: a value of any length leaves an entry of a bounded one.
+// TestAuditLongValue: a value of any length leaves an entry of bounded length.
 func TestAuditLongValue(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	models := `"` + strings.Repeat("m", 200) + `"` + strings.Repeat(`,"`+strings.Repeat("n", 200)+`"`, 300)
 	p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"models":[`+models+`]}}`, 200, nil)
 	e := p.auditEntries(p.lastAuditSeq() - 1)[0]
-	if len(e.detail) > 500 || !strings.Contains(e.detail, `"policy":[{},{"bytes":6`) || !strings.Contains(e.detail, `"sha256":"`) {
+	if len(e.detail) > 500 || !strings.Contains(e.detail, `"policy":[{},{"bytes":6`) ||
+		!strings.Contains(e.detail, `"sha256":"`) {
 		t.Errorf("the detail has %d bytes: %.500s", len(e.detail), e.detail)
 	}
 }
 
-// TestAuditFailedSignIns: a wrong key leaves an entry, one that was valid once
-// under its name; strangers cannot fill the disk with them, and how many were
-// left out is told.
+// TestAuditFailedSignIns: a wrong key leaves an entry, which names the key if it was valid once. Nobody can
+// fill the disk with such entries, and the trail says how many were left out.
 func TestAuditFailedSignIns(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"TRUSTED_PROXIES": "127.0.0.1"})
@@ -522,17 +584,18 @@ func TestAuditFailedSignIns(t *testing.T) {
 	p.manage("DELETE", "/manage/keys/"+revokedID, "", 200, nil)
 	before := p.lastAuditSeq()
 	minute := time.Now().Unix() / 60
-	res := p.manageAs("sk-guess-canary-8812", "PATCH", "/manage/projects/"+promptCanary, "{}", "X-Forwarded-For", "192.0.2.1")
+	res := p.manageAs("sk-guess-canary-8812", "PATCH", "/manage/projects/"+promptCanary, "{}",
+		"X-Forwarded-For", "192.0.2.1")
 	p.manageAs(revoked, "GET", "/manage/projects", "", "X-Forwarded-For", "192.0.2.2")
-	p.do("GET", "/manage/projects", "") // presents nothing
+	p.do("GET", "/manage/projects", "") // without a key
 	entries := p.auditEntries(before)
 	if len(entries) != 2 {
 		t.Fatalf("%d entries", len(entries))
 	}
 	e := entries[0]
-	if e.action != "sign_in_failed" || e.actorID != "" || e.role != "" || e.address != "192.0.2.1" || e.object != "PATCH /manage/projects/{id}" ||
-		e.requestID != res.header.Get("X-Request-Id") || e.detail != "{}" {
-		t.Errorf("a guess: %+v", e)
+	if e.action != "sign_in_failed" || e.actorID != "" || e.role != "" || e.address != "192.0.2.1" ||
+		e.object != "PATCH /manage/projects/{id}" || e.requestID != res.header.Get("X-Request-Id") || e.detail != "{}" {
+		t.Errorf("a guessed key: %+v", e)
 	}
 	if e = entries[1]; e.actorID != revokedID || e.address != "192.0.2.2" {
 		t.Errorf("a revoked key: %+v", e)
@@ -541,36 +604,36 @@ func TestAuditFailedSignIns(t *testing.T) {
 		p.manageAs("guess", "GET", "/manage/projects", "", "X-Forwarded-For", fmt.Sprintf("198.51.100.%d", i))
 	}
 	p.secrets = append(p.secrets, "sk-guess-canary-8812")
-	if err := p.stop(); err != nil { // which notes what was left out
+	if err := p.stop(); err != nil { // which records how many were left out
 		t.Fatal(err)
 	}
 	p.start()
-	var noted, left int
+	var recorded, omitted int
 	for _, e := range p.auditEntries(before) {
 		if e.action != "sign_in_failed" {
-			t.Errorf("an odd entry: %+v", e)
+			t.Errorf("an unexpected entry: %+v", e)
 		}
 		n := 0
 		_, _ = fmt.Sscanf(e.detail, `{"left_out":%d}`, &n)
-		left += n
+		omitted += n
 		if e.address != "" {
-			noted++
+			recorded++
 		}
 	}
 	limit := maxFailuresAuditedPerMinute
 	if time.Now().Unix()/60 != minute {
 		limit *= 2
 	}
-	if noted > limit || noted+left != 62 {
-		t.Errorf("%d have an entry, %d are said to be left out", noted, left)
+	if recorded > limit || recorded+omitted != 62 {
+		t.Errorf("%d have an entry, %d are reported as left out", recorded, omitted)
 	}
 	if k := p.verifyAudit(); len(k.problems) > 0 {
 		t.Errorf("the trail: %v", k.problems)
 	}
 }
 
-// TestAuditVerify: the command tells a whole trail from one that is not, beside
-// a server, without one, and where nothing can be written; and says what to do.
+// TestAuditVerify: `audit verify` distinguishes an intact trail from one that is not, beside a server, without
+// one, and where nothing can be written. It says what to do.
 func TestAuditVerify(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -588,16 +651,18 @@ func TestAuditVerify(t *testing.T) {
 	if strings.HasSuffix(noted, "00") {
 		other = noted[:len(noted)-2] + "11"
 	}
-	for args, want := range map[string]string{noted: "", other: "entry 4 is not the one that was noted", "6" + noted[1:]: "entry 6 is not the one that was noted",
-		"4": "looks like", "x:y": "looks like", "0" + noted[1:]: "looks like", noted + ":" + noted: "looks like"} {
-		out, err := verify(args)
+	for head, want := range map[string]string{
+		noted:               "",
+		other:               "entry 4 is not the one that was noted",
+		"6" + noted[1:]:     "entry 6 is not the one that was noted",
+		"4":                 "looks like",
+		"x:y":               "looks like",
+		"0" + noted[1:]:     "looks like",
+		noted + ":" + noted: "looks like",
+	} {
+		out, err := verify(head)
 		if (err == nil) != (want == "") || err != nil && !strings.Contains(out+err.Error(), want) {
-			t.Errorf("%s: %v: %s", args, err, out)
-		}
-	}
-	for _, args := range [][]string{{"audit"}, {"audit", "check"}, {"audit", "verify", noted, noted}} {
-		if _, err := runProgram(t, p.env, args...); err == nil || !strings.Contains(err.Error(), "usage: ") {
-			t.Errorf("%v: %v", args, err)
+			t.Errorf("%s: %v: %s", head, err, out)
 		}
 	}
 	if err := p.stop(); err != nil {
@@ -606,59 +671,80 @@ func TestAuditVerify(t *testing.T) {
 	if out, err = verify(noted); err != nil || !strings.Contains(out, "5 entries") {
 		t.Errorf("with the server stopped: %v: %s", err, out)
 	}
-	if os.Getuid() != 0 { // who may write everywhere
-		for _, dir := range []string{p.env["DATA_DIR"]} {
-			if err := os.Chmod(dir, 0o500); err != nil {
-				t.Fatal(err)
-			}
-			out, err = verify(noted)
-			if e := os.Chmod(dir, 0o700); e != nil || err != nil {
-				t.Errorf("where nothing can be written: %v: %s", err, out)
-			}
+	if os.Getuid() != 0 { // root may write everywhere
+		if err := os.Chmod(p.env["DATA_DIR"], 0o500); err != nil {
+			t.Fatal(err)
+		}
+		out, err = verify(noted)
+		if e := os.Chmod(p.env["DATA_DIR"], 0o700); e != nil || err != nil {
+			t.Errorf("where nothing can be written: %v: %s", err, out)
 		}
 	}
-	for what, c := range map[string]struct{ do, want string }{
-		"changed":     {`UPDATE audit SET actor = 'nobody' WHERE seq = 3`, "the first bad event is 3"},
-		"cut":         {`DELETE FROM audit WHERE seq > 2`, "the first bad event is 3"},
-		"key removed": {`DELETE FROM settings WHERE name = 'audit_key'`, "key of the audit trail was removed"},
-		"key changed": {`UPDATE settings SET value = 'AAAA' WHERE name = 'audit_key'`, "key of the audit trail: a stored secret cannot be decrypted"},
-		"many":        {`UPDATE audit SET at = 0`, "the first bad event is 1"},
-		"older":       {`PRAGMA user_version = 1`, "from a version without an audit trail"},
-		"newer":       {`PRAGMA user_version = 99`, "newer llm-proxy"},
-	} {
-		env := p.tamperedCopy(c.do)
-		out, err := runProgram(t, env, "audit", "verify")
-		if err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s: %v: %s", what, err, out)
-		}
-		out, err = runProgram(t, env, "doctor")
-		if err == nil || what != "newer" && !strings.Contains(out, "audit trail: ") {
-			t.Errorf("%s: doctor: %v: %s", what, err, out)
-		}
-	}
-	if out, err := runProgram(t, p.env, "doctor"); err != nil || !strings.Contains(out, "ok    audit trail: intact, 5 entries") {
+	p.checkTamperedCopies()
+	out, err = runProgram(t, p.env, "doctor")
+	if err != nil || !strings.Contains(out, "ok    audit trail: intact, 5 entries") {
 		t.Errorf("doctor: %v: %s", err, out)
-	}
-	empty := serveEnv(t)
-	if _, err := runProgram(t, empty, "audit", "verify"); err == nil || !strings.Contains(err.Error(), "there is no database") {
-		t.Errorf("no database: %v", err)
-	}
-	if _, err := os.Stat(empty["DATA_DIR"]); err == nil {
-		t.Error("the command made a data directory")
 	}
 }
 
-// tamperedCopy returns an environment with a copy of the stopped server's data, to
-// which something was done behind the program's back.
-func (p *testProxy) tamperedCopy(do string) map[string]string {
+// TestAuditVerifyMisused: `audit verify` with wrong arguments, or without a database, says so and creates nothing.
+func TestAuditVerifyMisused(t *testing.T) {
+	t.Parallel()
+	empty := serveEnv(t)
+	for _, args := range [][]string{{"audit"}, {"audit", "check"}, {"audit", "verify", "1:ab", "1:ab"}} {
+		if _, err := runProgram(t, empty, args...); err == nil || !strings.Contains(err.Error(), "usage: ") {
+			t.Errorf("%v: %v", args, err)
+		}
+	}
+	_, err := runProgram(t, empty, "audit", "verify")
+	if err == nil || !strings.Contains(err.Error(), "there is no database") {
+		t.Errorf("no database: %v", err)
+	}
+	if _, err := os.Stat(empty["DATA_DIR"]); err == nil {
+		t.Error("the command created a data directory")
+	}
+}
+
+// checkTamperedCopies runs `audit verify` and `doctor` on copies of the stopped server's data that were
+// tampered with.
+func (p *testProxy) checkTamperedCopies() {
+	t := p.t
+	t.Helper()
+	for name, c := range map[string]struct{ tamper, want string }{
+		"changed":     {`UPDATE audit SET actor = 'nobody' WHERE seq = 3`, "the first bad event is 3"},
+		"cut":         {`DELETE FROM audit WHERE seq > 2`, "the first bad event is 3"},
+		"key removed": {`DELETE FROM settings WHERE name = 'audit_key'`, "key of the audit trail was removed"},
+		"key changed": {`UPDATE settings SET value = 'AAAA' WHERE name = 'audit_key'`,
+			"key of the audit trail: a stored secret cannot be decrypted"},
+		"many":  {`UPDATE audit SET at = 0`, "the first bad event is 1"},
+		"older": {`PRAGMA user_version = 1`, "from a version without an audit trail"},
+		"newer": {`PRAGMA user_version = 99`, "newer llm-proxy"},
+	} {
+		env := p.tamperedCopy(c.tamper)
+		out, err := runProgram(t, env, "audit", "verify")
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v: %s", name, err, out)
+		}
+		out, err = runProgram(t, env, "doctor")
+		if err == nil || name != "newer" && !strings.Contains(out, "audit trail: ") {
+			t.Errorf("%s: doctor: %v: %s", name, err, out)
+		}
+	}
+}
+
+// tamperedCopy returns an environment with a copy of the stopped server's data, changed by a statement
+// without the program's knowledge.
+func (p *testProxy) tamperedCopy(statement string) map[string]string {
 	p.t.Helper()
 	env := maps.Clone(p.env)
 	env["DATA_DIR"] = filepath.Join(p.t.TempDir(), "data")
 	if err := os.CopyFS(env["DATA_DIR"], os.DirFS(p.env["DATA_DIR"])); err != nil {
 		p.t.Fatal(err)
 	}
-	for _, name := range []string{"", keyFileName, lockFileName, "llm-proxy.db"} { // which CopyFS makes for everybody to read
-		if err := os.Chmod(filepath.Join(env["DATA_DIR"], name), map[bool]os.FileMode{true: 0o700, false: 0o600}[name == ""]); err != nil {
+	// CopyFS makes files that everybody can read.
+	for name, mode := range map[string]os.FileMode{"": 0o700, keyFileName: 0o600, lockFileName: 0o600,
+		"llm-proxy.db": 0o600} {
+		if err := os.Chmod(filepath.Join(env["DATA_DIR"], name), mode); err != nil {
 			p.t.Fatal(err)
 		}
 	}
@@ -667,7 +753,8 @@ func (p *testProxy) tamperedCopy(do string) map[string]string {
 		p.t.Fatal(err)
 	}
 	defer db.Close()
-	for _, text := range []string{`DROP TRIGGER audit_never_changed`, `DROP TRIGGER audit_never_removed`, do} {
+	for _, text := range []string{
+		`DROP TRIGGER audit_never_changed`, `DROP TRIGGER audit_never_removed`, statement} {
 		if _, err := db.ExecContext(p.t.Context(), text); err != nil {
 			p.t.Fatalf("%v: %s", err, text)
 		}
@@ -675,8 +762,8 @@ func (p *testProxy) tamperedCopy(do string) map[string]string {
 	return env
 }
 
-// TestAuditUpgrade: a database from before the trail gets one, and the first
-// entry says that there was something before it.
+// TestAuditUpgrade: a database from a version without a trail gets one, whose first entry says what the database
+// already contained.
 func TestAuditUpgrade(t *testing.T) {
 	t.Parallel()
 	env := serveEnv(t)
@@ -715,8 +802,8 @@ func TestAuditUpgrade(t *testing.T) {
 	}
 }
 
-// TestAuditRestore: a backup has its trail, which goes on after a restore with
-// an entry that says what was replaced.
+// TestAuditRestore: a backup has its own trail, which a restore continues with an entry that says what was
+// replaced.
 func TestAuditRestore(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
@@ -725,7 +812,7 @@ func TestAuditRestore(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	p.newToken(`"name":"since"`)
-	h, ok, _, err := p.instance.store.loadAuditHead(t.Context(), p.instance.store.chain)
+	head, ok, _, err := p.instance.store.loadAuditHead(t.Context(), p.instance.store.chain)
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}
@@ -738,7 +825,8 @@ func TestAuditRestore(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
-		if out, err = runProgram(t, env, "audit", "verify"); err != nil || !strings.Contains(out, fmt.Sprintf("intact: %d entries", 5+i/2)) {
+		out, err = runProgram(t, env, "audit", "verify")
+		if err != nil || !strings.Contains(out, fmt.Sprintf("intact: %d entries", 5+i/2)) {
 			t.Errorf("%s: %v: %s", choice, err, out)
 		}
 		st, err := openReadOnly(filepath.Join(env["DATA_DIR"], "llm-proxy.db"), true)
@@ -746,8 +834,9 @@ func TestAuditRestore(t *testing.T) {
 			t.Fatal(err)
 		}
 		entries, err := st.auditPage(t.Context(), 4, 5)
-		if err != nil || len(entries) != 1 || entries[0].action != "database.restore" || entries[0].actorID != "system" ||
-			entries[0].detail != fmt.Sprintf(`{"revoke":%q,"audit_head_before":%q}`, choice, h) {
+		detail := fmt.Sprintf(`{"revoke":%q,"audit_head_before":%q}`, choice, head)
+		if err != nil || len(entries) != 1 || entries[0].action != "database.restore" ||
+			entries[0].actorID != "system" || entries[0].detail != detail {
 			t.Errorf("%s: %+v %v", choice, entries, err)
 		}
 		if err := st.close(); err != nil {
@@ -756,18 +845,17 @@ func TestAuditRestore(t *testing.T) {
 	}
 }
 
-// TestAuditVerifyBesideWriter: entries that come while the trail is read are no
-// problem of it.
+// TestAuditVerifyBesideWriter: entries that are appended while the trail is read are no problem.
 func TestAuditVerifyBesideWriter(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	end := make(chan struct{})
+	stop := make(chan struct{})
 	var writers sync.WaitGroup
 	for range 3 {
 		writers.Go(func() {
 			for {
 				select {
-				case <-end:
+				case <-stop:
 					return
 				default:
 					p.newToken(`"name":"x"`)
@@ -780,21 +868,22 @@ func TestAuditVerifyBesideWriter(t *testing.T) {
 			t.Errorf("%v: %s", err, out)
 		}
 	}
-	close(end)
+	close(stop)
 	writers.Wait()
 	if k := p.verifyAudit(); !k.intact() || k.lastHead.seq < 5 {
 		t.Errorf("%d entries: %v", k.lastHead.seq, k.problems)
 	}
 }
 
-// TestAuditPages (AD17): signing in to the pages and out is on the trail, and so
-// is what does not let in. What cannot be noted lets nobody in.
+// TestAuditPages (AD17): signing in to the pages, failing to, and signing out are in the trail. A sign-in that
+// cannot be recorded is refused.
 func TestAuditPages(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.allowErrors = true // of a trail that cannot be written
+	p.allowErrors = true // a trail that cannot be written is logged as one
 	post := func(path, form string, headers ...string) testResponse {
-		return p.do("POST", path, form, append([]string{"Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin"}, headers...)...)
+		return p.do("POST", path, form, append([]string{"Content-Type", "application/x-www-form-urlencoded",
+			"Sec-Fetch-Site", "same-origin"}, headers...)...)
 	}
 	before := p.lastAuditSeq()
 	want := func(action, object, detail string, res testResponse) {
@@ -803,7 +892,8 @@ func TestAuditPages(t *testing.T) {
 		if len(entries) != 1 {
 			t.Fatalf("%d entries for %s, which got %d %s", len(entries), action, res.status, res.body)
 		}
-		if e := entries[0]; e.action != action || e.object != object || e.address != "127.0.0.1" || e.detail != detail || e.requestID != res.header.Get("X-Request-Id") {
+		if e := entries[0]; e.action != action || e.object != object || e.address != "127.0.0.1" ||
+			e.detail != detail || e.requestID != res.header.Get("X-Request-Id") {
 			t.Errorf("%s: %+v", action, e)
 		}
 		before = p.lastAuditSeq()

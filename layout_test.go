@@ -186,8 +186,8 @@ func sizeExceptions() map[string]string {
 // stillWide are the files that still have lines above 120 columns. The list may only shrink.
 func stillWide() []string {
 	return []string{
-		"audit_test.go", "calls_test.go", "content_test.go", "endpoints_test.go",
-		"harness_test.go", "ledger_test.go",
+		"calls_test.go", "content_test.go", "endpoints_test.go",
+		"harness_test.go",
 		"manage_projects_test.go", "manage_test.go",
 		"manage_tokens_test.go", "manage_usage_test.go", "meter_test.go",
 		"openapi_test.go", "policy_test.go", "prices_test.go",
