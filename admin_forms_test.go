@@ -532,9 +532,9 @@ func TestAdminContent(t *testing.T) {
 // notices.
 func TestTextsExist(t *testing.T) {
 	t.Parallel()
-	templates := ""
+	var templates strings.Builder
 	for _, name := range []string{"confirm", "form", "parts/help", "parts/layout"} {
-		templates += mustReadFile(t, "templates/"+name+".html")
+		templates.WriteString(mustReadFile(t, "templates/"+name+".html"))
 	}
 	names := regexp.MustCompile(`(?:Ask|Help|help|Intro): "([a-z-]+)"|redirectTo\([^\n]*, "([a-z-]+)"\)|` +
 		`signedOut\("([a-z-]+)"|confirmProject\(r, [^,]+, "([a-z-]+)", "[^"]+", "([a-z-]+)"`)
@@ -547,7 +547,7 @@ func TestTextsExist(t *testing.T) {
 					continue
 				}
 				seen++
-				if !strings.Contains(templates, `eq . "`+name+`"`) {
+				if !strings.Contains(templates.String(), `eq . "`+name+`"`) {
 					t.Errorf("%s names the text %q, which no template has", file, name)
 				}
 			}

@@ -108,7 +108,7 @@ type callRunner struct {
 func newCallRunner(t *testing.T, c *callCase) *callRunner {
 	t.Helper()
 	env := map[string]string{}
-	for _, setting := range strings.Fields(c.settings["env"]) {
+	for setting := range strings.FieldsSeq(c.settings["env"]) {
 		name, value, _ := strings.Cut(setting, "=")
 		env[name] = value
 	}
@@ -291,14 +291,15 @@ func TestCalls(t *testing.T) {
 
 // transcript returns what happened as a file, in the words of the old file where these match.
 func (p *callRunner) transcript() string {
-	text := p.c.preamble
+	var text strings.Builder
+	text.WriteString(p.c.preamble)
 	for i, got := range p.got {
 		if i < len(p.c.sections) && p.c.sections[i].matches(got) {
 			got = p.c.sections[i]
 		}
-		text += "--- " + got.name + "\n" + got.text
+		text.WriteString("--- " + got.name + "\n" + got.text)
 	}
-	return text
+	return text.String()
 }
 
 // TestHTTP2: over TLS the proxy speaks HTTP/2. Calls, streams, cuts and revocation work as over HTTP/1.

@@ -339,7 +339,6 @@ func bumpSharedVersions(ctx context.Context, tx *sql.Tx, upstream, now int64) er
 
 // A priceRow is a price that an administrator set; nil: none for that kind.
 type priceRow struct {
-	seq                                                             int64
 	id, match                                                       string
 	input, cachedInput, cacheWrite, output, audioInput, audioOutput *int64
 	updatedAt                                                       int64
