@@ -116,7 +116,7 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v.Outcomes, v.Endpoints = options("", "All outcomes"), options("", "All endpoints")
 	for _, o := range allOutcomes() {
-		v.Outcomes = append(v.Outcomes, option{string(o), strings.ReplaceAll(string(o), "_", " ")})
+		v.Outcomes = append(v.Outcomes, option{string(o), outcomeLabel(o)})
 	}
 	for _, e := range ui.endpoints.all() {
 		v.Endpoints = append(v.Endpoints, option{e.name(), e.name()})
@@ -125,6 +125,14 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 		err = ui.fillRequests(r, v, f)
 	}
 	return showPage("requests", "Calls", v), err
+}
+
+// outcomeLabel returns an outcome in words.
+func outcomeLabel(o callOutcome) string {
+	if o == outcomeClientGone {
+		return "client disconnected"
+	}
+	return strings.ReplaceAll(string(o), "_", " ")
 }
 
 func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {

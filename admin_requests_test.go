@@ -143,7 +143,7 @@ func TestRequestsFiltered(t *testing.T) {
 			var ids []string
 			ids, path = parseCallList(res.body)
 			found = append(found, ids...)
-			if path != "" && !strings.Contains(res.body, "Look further back") {
+			if path != "" && !strings.Contains(res.body, "Continue searching") {
 				t.Errorf("%s: page %d does not say that it is partial", scope, pages)
 			}
 		}

@@ -125,6 +125,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 			return "/admin/static/" + ps.hashedNames[name], nil
 		},
 		"fieldID": fieldID,
+		"outcome": outcomeLabel,
 		"when":    newTimeView,  // for the templates "time", "ago" and "exact"
 		"number":  formatNumber, // 1,234,567
 		"usd":     formatUSD,    // $1,234.50
