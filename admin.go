@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 )
@@ -163,6 +164,16 @@ func (r *pageRequest) nextPageURL(after string) string {
 	q.Set("after", after)
 	q.Del("done")
 	return r.http.URL.Path + "?" + q.Encode()
+}
+
+// checkChoice returns an error unless the value of a parameter is one of those allowed.
+func checkChoice(name, value string, allowed ...string) error {
+	if slices.Contains(allowed, value) {
+		return nil
+	}
+	last := len(allowed) - 1
+	choices := strings.Join(allowed[:last], ", ") + " or " + allowed[last]
+	return badRequest("invalid_value", name, name+" must be "+choices+".")
 }
 
 // hasRole reports whether the actor's role is at least minRole.

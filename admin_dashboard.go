@@ -110,20 +110,20 @@ func (q *dashQuery) sortLargestFirst(shares []usageShare) {
 
 // parseDashQuery reads the query of a dashboard from an address or a form.
 func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery, error) {
-	q := &dashQuery{now: r.now.UnixMilli(), groupBy: values.Get("by"), metric: cmp.Or(values.Get("measure"), "calls"),
-		projectID: values.Get("project"), maxExactTokens: maxExactTokens, sampleSize: maxSampledCalls}
+	q := &dashQuery{now: r.now.UnixMilli(), groupBy: cmp.Or(values.Get("by"), "project"),
+		metric: cmp.Or(values.Get("measure"), "calls"), projectID: values.Get("project"),
+		maxExactTokens: maxExactTokens, sampleSize: maxSampledCalls}
+	period := cmp.Or(values.Get("period"), "7d")
 	for _, p := range dashPeriods(q.now) {
-		if p.name == cmp.Or(values.Get("period"), "7d") {
+		if p.name == period {
 			q.dashPeriod = p
 		}
 	}
-	switch {
-	case q.lengthMS == 0:
-		return nil, badRequest("invalid_value", "period", "period must be 24h, 7d, 30d or 90d.")
-	case q.metric != "calls" && q.metric != "tokens" && q.metric != "cost":
-		return nil, badRequest("invalid_value", "measure", "measure must be calls, tokens or cost.")
-	case q.groupBy != "" && q.groupBy != "project" && q.groupBy != "model":
-		return nil, badRequest("invalid_value", "by", "by must be project or model.")
+	err := cmp.Or(checkChoice("period", period, "24h", "7d", "30d", "90d"),
+		checkChoice("measure", q.metric, "calls", "tokens", "cost"),
+		checkChoice("by", q.groupBy, "project", "model"))
+	if err != nil {
+		return nil, err
 	}
 	if q.projectID != "" {
 		p, err := ui.store.projectByID(r.ctx, q.projectID)
@@ -132,7 +132,6 @@ func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery
 		}
 		q.projectSeq, q.groupBy = p.seq, "model"
 	}
-	q.groupBy = cmp.Or(q.groupBy, "project")
 	return q, nil
 }
 

@@ -79,16 +79,22 @@ func providerOptions() []option {
 // storedValues returns what the fields of a form start with, from an object as operations return it.
 // It is the reverse of decode.
 func storedValues(object any, fields []*formField) url.Values {
-	stored, values := map[string]json.RawMessage{}, url.Values{}
-	if err := json.Unmarshal(mustMarshal(object), &stored); err != nil {
-		return values // cannot happen: objects have names
-	}
+	stored, values := jsonFields(mustMarshal(object)), url.Values{}
 	for _, field := range fields {
 		if raw, ok := stored[field.Name]; ok && string(raw) != "null" {
 			values.Set(field.Name, field.encode(raw))
 		}
 	}
 	return values
+}
+
+// jsonFields returns the fields of an object, none of a new one.
+func jsonFields(object json.RawMessage) map[string]json.RawMessage {
+	fields := map[string]json.RawMessage{}
+	if err := json.Unmarshal(object, &fields); err != nil || fields == nil {
+		return map[string]json.RawMessage{}
+	}
+	return fields
 }
 
 // encode returns a stored value as the field shows it.
@@ -447,7 +453,7 @@ func (p *policyForm) fields() (fields []*formField) {
 func (p *policyForm) fill(sent url.Values) {
 	values := sent
 	if sent == nil {
-		values = policyValues(p.stored)
+		values = p.storedValues()
 	}
 	(&pageForm{Fields: p.fields()}).fill(values, nil)
 	for i := range maxLimits + blankLimitRows {
@@ -487,32 +493,23 @@ func newPolicyView(stored json.RawMessage) (p policyView) {
 	return p
 }
 
-// policyValues returns a stored policy as the values of the form.
-func policyValues(stored json.RawMessage) url.Values {
-	p, values := newPolicyView(stored), url.Values{}
-	lists := map[string]*[]string{"models": p.Models, "endpoints": p.Endpoints, "addresses": p.Addresses}
-	for name, list := range lists {
-		if list == nil {
-			continue
-		}
-		if values.Set("policy."+name, strings.Join(*list, "\n")); len(*list) == 0 {
-			values.Set("policy."+name+".none", "on")
+// storedValues returns the stored policy as the values of the form.
+func (p *policyForm) storedValues() url.Values {
+	policy := map[string]json.RawMessage{}
+	for name, raw := range jsonFields(p.stored) {
+		policy["policy."+name] = raw
+	}
+	values := storedValues(policy, p.fields())
+	for _, l := range p.Lists {
+		if string(policy[l.List.Name]) == "[]" {
+			values.Set(l.None.Name, "on")
 		}
 	}
-	if p.Stateful {
-		values.Set("policy.stateful", "on")
-	}
-	if p.KeepContentDays > 0 {
-		values.Set("policy.keep_content_days", formatInt(p.KeepContentDays))
-	}
-	for i, l := range p.Limits {
-		row := fmt.Sprintf("policy.limits[%d].", i)
-		for name, v := range map[string]string{"count": l.Count, "max": string(l.Max), "per": l.Per,
-			"endpoint": l.Endpoint, "model": l.Model} {
-			values.Set(row+name, v)
-		}
-		if l.Shadow {
-			values.Set(row+"shadow", "on")
+	var limits []map[string]json.RawMessage
+	_ = json.Unmarshal(policy["policy.limits"], &limits) // there may be none
+	for i, limit := range limits {
+		for name, raw := range limit {
+			values.Set(fmt.Sprintf("policy.limits[%d].%s", i, name), displayJSON(raw))
 		}
 	}
 	return values
@@ -520,10 +517,7 @@ func policyValues(stored json.RawMessage) url.Values {
 
 // encode returns the policy that was sent. What the form has no field for stays as it is stored.
 func (p *policyForm) encode(sent url.Values) json.RawMessage {
-	out := map[string]json.RawMessage{}
-	if err := json.Unmarshal(p.stored, &out); err != nil {
-		out = map[string]json.RawMessage{} // a new object
-	}
+	out := jsonFields(p.stored)
 	set := func(name string, value any, isSet bool) {
 		delete(out, name)
 		if isSet {

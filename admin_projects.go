@@ -164,17 +164,18 @@ func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit, done strin
 }
 
 func (ui *adminUI) activateProject(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Activate %s?", "activate", "Activate", "saved", func(id string) error {
-		_, err := ui.ops.updateProject(r.ctx, r.origin, id, r.ifMatchVersion, projectInput{active: given(true)})
-		return err
-	})
+	return ui.confirmProject(r, "Activate %s?", "activate", "Activate", "saved", ui.setProjectActive(r, true))
 }
 
 func (ui *adminUI) deactivateProject(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Deactivate %s?", "deactivate", "Deactivate", "saved", func(id string) error {
-		_, err := ui.ops.updateProject(r.ctx, r.origin, id, r.ifMatchVersion, projectInput{active: given(false)})
+	return ui.confirmProject(r, "Deactivate %s?", "deactivate", "Deactivate", "saved", ui.setProjectActive(r, false))
+}
+
+func (ui *adminUI) setProjectActive(r *pageRequest, active bool) func(id string) error {
+	return func(id string) error {
+		_, err := ui.ops.updateProject(r.ctx, r.origin, id, r.ifMatchVersion, projectInput{active: given(active)})
 		return err
-	})
+	}
 }
 
 func (ui *adminUI) deleteProjectPage(r *pageRequest) (*pageResponse, error) {

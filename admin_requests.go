@@ -274,8 +274,8 @@ const (
 // JSON lines.
 func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	format := r.form.Get("format")
-	if format != "csv" && format != "jsonl" {
-		return nil, badRequest("invalid_value", "format", "format must be csv or jsonl.")
+	if err := checkChoice("format", format, "csv", "jsonl"); err != nil {
+		return nil, err
 	}
 	f, problem := parseRequestFilter(r.form)
 	if problem != "" {

@@ -217,7 +217,7 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	if t.MaxRequests != nil {
-		b := newBarView(t.RequestCount, *t.MaxRequests)
+		b := newBarView(float64(t.RequestCount), float64(*t.MaxRequests))
 		b.Used, b.Max = groupDigits(t.RequestCount), groupDigits(*t.MaxRequests)
 		b.Label = b.Used + " of " + b.Max + " calls used"
 		v.Requests = &b
@@ -282,7 +282,7 @@ func newBarViews(limits []limitView) (bars []barView) {
 		case l.Per == perLifetime.String():
 			period = "in total"
 		}
-		b := newBarView(quantityMicros(l.Used), quantityMicros(l.Max))
+		b := newBarView(jsonFloat(l.Used), jsonFloat(l.Max))
 		b.Used, b.Max, b.Left = quantity(l.Used), quantity(l.Max), quantity(l.Left)
 		b.Shadow, b.ResetsAt, b.WouldRefuse = l.Shadow, l.ResetsAt, l.WouldRefuse
 		if b.Text = strings.TrimSpace(capitalize(what) + " " + period); l.Endpoint != "" {
@@ -297,7 +297,7 @@ func newBarViews(limits []limitView) (bars []barView) {
 	return bars
 }
 
-func newBarView(used, limit int64) (b barView) {
+func newBarView(used, limit float64) (b barView) {
 	switch {
 	case limit <= 0 || used >= limit:
 		b.Percent, b.Level = 100, "bad"
@@ -305,7 +305,7 @@ func newBarView(used, limit int64) (b barView) {
 			b.Percent = 0
 		}
 	case used > 0:
-		b.Percent = max(1, int(float64(used)/float64(limit)*100))
+		b.Percent = max(1, int(100*used/limit))
 		if b.Percent >= 80 {
 			b.Level = "warn"
 		}
@@ -313,13 +313,9 @@ func newBarView(used, limit int64) (b barView) {
 	return b
 }
 
-// quantityMicros returns a whole or decimal quantity of a limit in millionths.
-func quantityMicros(raw json.RawMessage) int64 {
-	f, err := strconv.ParseFloat(string(raw), 64)
-	if err != nil || f > 9e18/1e6 {
-		return 0
-	}
-	return int64(f * 1e6)
+func jsonFloat(raw json.RawMessage) (f float64) {
+	_ = json.Unmarshal(raw, &f) // cannot fail: the operations return numbers
+	return f
 }
 
 // A tokensView is the data of templates/tokens.html.

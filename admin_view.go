@@ -232,23 +232,11 @@ func formatNumber(v any) (string, error) {
 	return "", fmt.Errorf("%T is not a whole number", v)
 }
 
-// formatUSD formats dollars, *dollars or an int64 of nano-dollars.
-func formatUSD(v any) (string, error) {
-	var nanos int64
-	switch v := v.(type) {
-	case dollars:
-		nanos = int64(v)
-	case *dollars:
-		if v == nil {
-			return "–", nil
-		}
-		nanos = int64(*v)
-	case int64:
-		nanos = v
-	default:
-		return "", fmt.Errorf("%T is not an amount of money", v)
+func formatUSD(v *dollars) string {
+	if v == nil {
+		return "–"
 	}
-	return formatMoney(nanos), nil
+	return formatMoney(int64(*v))
 }
 
 // formatMoney formats nano-dollars with two decimals, small amounts with more.
