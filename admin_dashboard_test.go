@@ -208,7 +208,7 @@ func TestDashboardPage(t *testing.T) {
 	}
 }
 
-// TestChange: how the change of a number is shown.
+// TestChange: how times, percentages and the change of a number are shown.
 func TestChange(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -217,6 +217,13 @@ func TestChange(t *testing.T) {
 	}{{5, 0, ""}, {0, 5, "−100%"}, {5, 5, "±0%"}, {6, 5, "+20%"}, {5.01, 5, "±0%"}, {100, 1, "×100"}, {5, -1, ""}} {
 		if got := formatPercentChange(c.now, c.was); got != c.want {
 			t.Errorf("from %v to %v: %q", c.was, c.now, got)
+		}
+	}
+	for v, want := range map[float64]string{ // times have three digits, from milliseconds to hours
+		-1: "–", 0.31: "0.31 ms", 158.3: "158 ms", 999.6: "1 s", 2_696: "2.7 s", 63_000: "63 s", 7.2e6: "7200 s",
+	} {
+		if got := unitMillis.format(v); got != want {
+			t.Errorf("%v ms: %q", v, got)
 		}
 	}
 	for v, want := range map[float64]string{0: "0.0%", 0.01: "<0.1%", 3.14: "3.1%", 100: "100.0%"} {
@@ -370,16 +377,25 @@ func TestTicks(t *testing.T) {
 		highest float64
 		want    string // the labels
 	}{
-		{unitCount, 0, "0 1"}, {unitCount, 1, "0 1"}, {unitCount, 3, "0 1 2 3"}, {unitCount, 7,
-			"0 2 4 6 8"}, {unitCount, 100, "0 20 40 60 80 100"},
-		{unitCount, 101, "0 50 100 150"}, {unitCount, 12_345, "0 5k 10k 15k"}, {unitCount, 3_400_000,
-			"0 1M 2M 3M 4M"}, {unitCount, 9.2e18, "0 2000000T 4000000T 6000000T 8000000T 10000000T"},
-		{unitMoney, 0, "$0 $0.20 $0.40 $0.60 $0.80 $1"}, {unitMoney, 3e9, "$0 $1 $2 $3"}, {unitMoney, 2e8,
-			"$0 $0.05 $0.10 $0.15 $0.20"}, {unitMoney, 1.2e6, "$0 $0.0005 $0.001 $0.0015"},
+		{unitCount, 0, "0 1"},
+		{unitCount, 1, "0 1"},
+		{unitCount, 3, "0 1 2 3"},
+		{unitCount, 7, "0 2 4 6 8"},
+		{unitCount, 100, "0 20 40 60 80 100"},
+		{unitCount, 101, "0 50 100 150"},
+		{unitCount, 12_345, "0 5k 10k 15k"},
+		{unitCount, 3_400_000, "0 1M 2M 3M 4M"},
+		{unitCount, 9.2e18, "0 2000000T 4000000T 6000000T 8000000T 10000000T"},
+		{unitMoney, 0, "$0 $0.20 $0.40 $0.60 $0.80 $1"},
+		{unitMoney, 3e9, "$0 $1 $2 $3"},
+		{unitMoney, 2e8, "$0 $0.05 $0.10 $0.15 $0.20"},
+		{unitMoney, 1.2e6, "$0 $0.0005 $0.001 $0.0015"},
 		{unitMoney, 4.2e12, "$0 $1k $2k $3k $4k $5k"},
-		{unitMillis, 900, "0 ms 200 ms 400 ms 600 ms 800 ms 1 s"}, {unitMillis, 4_000,
-			"0 ms 1 s 2 s 3 s 4 s"}, {unitMillis, 63_000, "0 ms 20 s 40 s 60 s 80 s"},
-		{unitCount, math.Inf(1), "0 1"}, {unitCount, math.NaN(), "0 1"},
+		{unitMillis, 900, "0 ms 200 ms 400 ms 600 ms 800 ms 1 s"},
+		{unitMillis, 4_000, "0 ms 1 s 2 s 3 s 4 s"},
+		{unitMillis, 63_000, "0 ms 20 s 40 s 60 s 80 s"},
+		{unitCount, math.Inf(1), "0 1"},
+		{unitCount, math.NaN(), "0 1"},
 	} {
 		step, n := c.unit.ticks(c.highest)
 		var labels []string

@@ -56,13 +56,9 @@ func (p *testProxy) seedObjects(name string) []string {
 	p.t.Helper()
 	q := quoteJSON(name)
 	n := quoteJSON(strings.NewReplacer(" ", "_", "*", "_").Replace(name)) // valid as a model
-	var project struct {
-		ID        string
-		Upstreams []struct{ ID string }
-	}
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"name":`+q+`,"policy":{"models":[`+n+`,"gpt-4o*"],
 		"addresses":["10.0.0.0/8","127.0.0.1"],"limits":[{"count":"requests","max":60,"per":"minute","model":`+n+`},
-		{"count":"dollars","max":1.5,"per":"month","shadow":true},{"count":"concurrent","max":5}]}}`, 200, &project)
+		{"count":"dollars","max":1.5,"per":"month","shadow":true},{"count":"concurrent","max":5}]}}`, 200, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
 		`{"name":`+q+`,"note":`+q+`,"models":[`+n+`,"gpt*"],"rewrite":{`+n+`:"x"}}`, 200, nil)
 	id, _ := p.newToken(`"name":` + q + `,"max_requests":5,"idle_expiry_minutes":90,
@@ -78,22 +74,23 @@ func (p *testProxy) seedObjects(name string) []string {
 	p.do("POST", "/v1/chat/completions", `{"model":`+n+`,"messages":[]}`, "Authorization", "Bearer "+p.token,
 		"Content-Type", "application/json", "User-Agent", "x")
 	p.waitSettled()
-	up := "/admin/projects/" + p.project + "/upstreams/" + p.upstream
-	return []string{"/admin/", "/admin/account", "/admin/projects", "/admin/projects/" + p.project, "/admin/projects/" +
-		p.project + "/edit", up + "/edit", up + "/delete",
-		"/admin/projects/" + p.project + "/route", "/admin/projects/" + p.project + "/route?model=" +
-			url.QueryEscape(strings.ReplaceAll(match, "*", "x")), "/admin/projects/" + p.project +
-			"/route?api=anthropic&model=a+b",
-		"/admin/tokens", "/admin/tokens/" + id, "/admin/tokens/" + id + "/edit", "/admin/tokens/" +
-			gone, "/admin/tokens/new?project_id=" + p.project,
-		"/admin/keys", "/admin/keys/" + keyID + "/edit", "/admin/prices", "/admin/prices/" + price.ID +
-			"/delete", "/admin/audit", "/admin/audit/verify", "/admin/settings", "/admin/streams",
+	project, upstream := "/admin/projects/"+p.project, "/admin/projects/"+p.project+"/upstreams/"+p.upstream
+	return []string{
+		"/admin/", "/admin/account", "/admin/projects", project, project + "/edit",
+		upstream + "/edit", upstream + "/delete", project + "/route",
+		project + "/route?model=" + url.QueryEscape(strings.ReplaceAll(match, "*", "x")),
+		project + "/route?api=anthropic&model=a+b",
+		"/admin/tokens", "/admin/tokens/" + id, "/admin/tokens/" + id + "/edit", "/admin/tokens/" + gone,
+		"/admin/tokens/new?project_id=" + p.project,
+		"/admin/keys", "/admin/keys/" + keyID + "/edit", "/admin/prices", "/admin/prices/" + price.ID + "/delete",
+		"/admin/audit", "/admin/audit/verify", "/admin/settings", "/admin/streams",
 		"/admin/dashboard?by=model", "/admin/dashboard?period=24h&measure=tokens",
 		"/admin/dashboard?period=90d&project=" + p.project,
-		"/admin/requests", "/admin/requests/" + p.lastCall().ID, "/admin/requests?model=" + url.QueryEscape(name) +
-			"&from=x", "/admin/requests?id=" + url.QueryEscape(name),
-		"/admin/prices?model=" + url.QueryEscape(match), "/admin/tokens?name=" +
-			url.QueryEscape(name), "/admin/audit?object=" + url.QueryEscape(name)}
+		"/admin/requests", "/admin/requests/" + p.lastCall().ID,
+		"/admin/requests?from=x&model=" + url.QueryEscape(name), "/admin/requests?id=" + url.QueryEscape(name),
+		"/admin/prices?model=" + url.QueryEscape(match), "/admin/tokens?name=" + url.QueryEscape(name),
+		"/admin/audit?object=" + url.QueryEscape(name),
+	}
 }
 
 func quoteJSON(s string) string { return string(auditValueJSON(s)) }
@@ -241,8 +238,8 @@ func TestAdminGetsChangeNothing(t *testing.T) {
 		todo = append(todo, gets...)
 	}
 	for _, method := range []string{"PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"} { // AD3
-		if res := p.do(method, "/admin/projects", "", "Cookie", b.cookie, "Sec-Fetch-Site",
-			"same-origin"); res.status != 405 {
+		res := p.do(method, "/admin/projects", "", "Cookie", b.cookie, "Sec-Fetch-Site", "same-origin")
+		if res.status != 405 {
 			t.Errorf("%s: got %d", method, res.status)
 		}
 	}
@@ -263,15 +260,19 @@ func TestAdminCrossOrigin(t *testing.T) {
 	before := p.managedDigest()
 	host := strings.TrimPrefix(p.url, "http://")
 	for name, headers := range map[string][]string{
-		"cross-site": {"Sec-Fetch-Site", "cross-site"}, "same-site": {"Sec-Fetch-Site",
-			"same-site"}, "odd": {"Sec-Fetch-Site", "x"},
+		"cross-site":             {"Sec-Fetch-Site", "cross-site"},
+		"same-site":              {"Sec-Fetch-Site", "same-site"},
+		"odd":                    {"Sec-Fetch-Site", "x"},
 		"two":                    {"Sec-Fetch-Site", "same-origin", "Sec-Fetch-Site", "cross-site"},
 		"cross-site, our origin": {"Sec-Fetch-Site", "cross-site", "Origin", p.url},
-		"evil origin":            {"Origin", "http://evil.test"}, "null": {"Origin",
-			"null"}, "nothing": nil, "other port": {"Origin", "http://127.0.0.1:1"},
-		"other scheme": {"Origin", "https://" + host}, "two origins": {"Origin", p.url, "Origin",
-			p.url}, "prefix": {"Origin", p.url + ".evil.test"},
-		"public over http": {"Host", "llm.example.test", "Origin", "http://llm.example.test"},
+		"evil origin":            {"Origin", "http://evil.test"},
+		"null":                   {"Origin", "null"},
+		"nothing":                nil,
+		"other port":             {"Origin", "http://127.0.0.1:1"},
+		"other scheme":           {"Origin", "https://" + host},
+		"two origins":            {"Origin", p.url, "Origin", p.url},
+		"prefix":                 {"Origin", p.url + ".evil.test"},
+		"public over http":       {"Host", "llm.example.test", "Origin", "http://llm.example.test"},
 	} {
 		for _, rt := range p.instance.server.admin.adminTable() {
 			if !strings.Contains(rt.pattern, "POST ") {
@@ -319,15 +320,19 @@ func TestAdminHeaders(t *testing.T) {
 	b := p.signIn(p.adminKey)
 	static := "/admin/static/" + p.instance.server.admin.pages.hashedNames["admin.css"]
 	for what, res := range map[string]testResponse{
-		"sign-in": p.do("GET", "/admin/sign-in", ""), "page": b.get("/admin/projects"), "redirect": p.do("GET",
-			"/admin/projects", ""), "not found": b.get("/admin/nothing"),
-		"static": p.do("GET", static, ""), "no static": p.do("GET", "/admin/static/x.css",
-			""), "wrong method": p.do("DELETE", "/admin/projects", ""),
-		"forbidden": p.do("POST", "/admin/sign-in", ""), "wrong host": p.do("GET", "/admin/", "", "Host",
-			"evil.test"), "wrong key": b.post("/admin/sign-in", url.Values{"key": {"x"}}),
-		"wrong type": p.do("POST", "/admin/sign-in", "x", "Sec-Fetch-Site",
-			"same-origin"), "form": b.get("/admin/projects/new"),
-		"bad form": b.post("/admin/projects/new", url.Values{"name": {""}}),
+		"sign-in":      p.do("GET", "/admin/sign-in", ""),
+		"page":         b.get("/admin/projects"),
+		"redirect":     p.do("GET", "/admin/projects", ""),
+		"not found":    b.get("/admin/nothing"),
+		"static":       p.do("GET", static, ""),
+		"no static":    p.do("GET", "/admin/static/x.css", ""),
+		"wrong method": p.do("DELETE", "/admin/projects", ""),
+		"forbidden":    p.do("POST", "/admin/sign-in", ""),
+		"wrong host":   p.do("GET", "/admin/", "", "Host", "evil.test"),
+		"wrong key":    b.post("/admin/sign-in", url.Values{"key": {"x"}}),
+		"wrong type":   p.do("POST", "/admin/sign-in", "x", "Sec-Fetch-Site", "same-origin"),
+		"form":         b.get("/admin/projects/new"),
+		"bad form":     b.post("/admin/projects/new", url.Values{"name": {""}}),
 	} {
 		csp := res.header.Get("Content-Security-Policy")
 		for _, part := range []string{"default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'",
@@ -337,8 +342,7 @@ func TestAdminHeaders(t *testing.T) {
 			}
 		}
 		want := map[string]string{"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-			"Cross-Origin-Opener-Policy": "same-origin",
-			"X-Frame-Options":            "DENY", "Cache-Control": "no-store"}
+			"Cross-Origin-Opener-Policy": "same-origin", "X-Frame-Options": "DENY", "Cache-Control": "no-store"}
 		if what == "static" {
 			want["Cache-Control"] = "public, max-age=31536000, immutable" // the name contains a hash of the content
 		}
@@ -354,8 +358,8 @@ func TestAdminHeaders(t *testing.T) {
 			t.Errorf("%s: %d %s", what, res.status, csp)
 		}
 	}
-	if got := p.do("GET", "/admin/sign-in", "", "Host",
-		"10.1.2.3").header.Get("Referrer-Policy"); got != "same-origin" {
+	plain := p.do("GET", "/admin/sign-in", "", "Host", "10.1.2.3")
+	if got := plain.header.Get("Referrer-Policy"); got != "same-origin" {
 		t.Errorf("plain HTTP: %s", got)
 	}
 	// AD19
