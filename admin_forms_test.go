@@ -257,6 +257,7 @@ func TestAdminMistakes(t *testing.T) {
 		{path: upstream, name: "connect_ms", value: "10001", says: "must be 0 or from 100 to 10000"},
 		{path: upstream, name: "answer_ms", value: "1", says: "must be 0 or from 100"},
 		{path: newToken, name: "expires_at", value: "2001-01-01T00:00", says: "must be in the future"},
+		{path: newToken, name: "lifetime", value: "", field: "expires_at", says: "must be a time"},
 		{path: newToken, name: "max_requests", value: "ten", says: "must be a whole number"},
 		{path: newToken, name: "project_id", value: "proj_none", says: "does not exist"},
 		{path: newToken, name: "policy.models", value: "a*b", says: "only at the end"},

@@ -219,7 +219,6 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	if t.MaxRequests != nil {
 		b := newBarView(float64(t.RequestCount), float64(*t.MaxRequests))
 		b.Used, b.Max = groupDigits(t.RequestCount), groupDigits(*t.MaxRequests)
-		b.Label = b.Used + " of " + b.Max + " calls used"
 		v.Requests = &b
 	}
 	calls, err := ui.ops.listRequests(r.ctx, requestFilter{token: t.ID, before: math.MaxInt64, limit: 10})
@@ -262,36 +261,20 @@ func expiresSoon(at *timestamp, now time.Time) bool {
 
 // A barView is the usage of a limit. Level is "", warn or bad.
 type barView struct {
-	Text, Label, Level string
-	Percent            int
-	Used, Max, Left    string
-	Shadow             bool // monitor only
-	ResetsAt           *timestamp
-	WouldRefuse        int64
+	limitView
+	Level           string
+	Percent         int
+	Used, Max, Left string
 }
 
 // newBarViews returns the usage of limits.
 func newBarViews(limits []limitView) (bars []barView) {
 	for _, l := range limits {
-		isMoney := l.Count == metricDollars.String()
-		quantity := func(raw json.RawMessage) string { return formatQuantity(string(raw), isMoney) }
-		what, period := l.Count, "per "+l.Per
-		switch {
-		case l.Count == metricConcurrent.String():
-			what, period = "concurrent calls", ""
-		case l.Per == perLifetime.String():
-			period = "in total"
+		quantity := func(raw json.RawMessage) string {
+			return formatQuantity(string(raw), l.Count == metricDollars.String())
 		}
 		b := newBarView(jsonFloat(l.Used), jsonFloat(l.Max))
-		b.Used, b.Max, b.Left = quantity(l.Used), quantity(l.Max), quantity(l.Left)
-		b.Shadow, b.ResetsAt, b.WouldRefuse = l.Shadow, l.ResetsAt, l.WouldRefuse
-		if b.Text = strings.TrimSpace(capitalize(what) + " " + period); l.Endpoint != "" {
-			b.Text += " on " + l.Endpoint
-		}
-		if l.Model != "" {
-			b.Text += " for " + l.Model
-		}
-		b.Label = b.Text + ": " + b.Used + " of " + b.Max + " used"
+		b.limitView, b.Used, b.Max, b.Left = l, quantity(l.Used), quantity(l.Max), quantity(l.Left)
 		bars = append(bars, b)
 	}
 	return bars

@@ -124,16 +124,17 @@ func (ps *pageSet) funcs() template.FuncMap {
 			}
 			return "/admin/static/" + ps.hashedNames[name], nil
 		},
-		"fieldID": fieldID,
-		"outcome": outcomeLabel,
-		"when":    newTimeView,  // for the templates "time", "ago" and "exact"
-		"number":  formatNumber, // 1,234,567
-		"usd":     formatUSD,    // $1,234.50
-		"ms":      formatMillis,
-		"bytes":   formatBytes,
-		"plural":  pluralize, // plural 3 "token" "tokens": 3 tokens
-		"list":    func(items ...any) []any { return items },
-		"price":   func(v *json.RawMessage) string { return formatQuantity(string(*v), true) },
+		"fieldID":    fieldID,
+		"outcome":    outcomeLabel,
+		"when":       newTimeView,  // for the templates "time", "ago" and "exact"
+		"number":     formatNumber, // 1,234,567
+		"usd":        formatUSD,    // $1,234.50
+		"ms":         formatMillis,
+		"bytes":      formatBytes,
+		"capitalize": capitalize,
+		"plural":     pluralize, // plural 3 "token" "tokens": 3 tokens
+		"list":       func(items ...any) []any { return items },
+		"price":      func(v *json.RawMessage) string { return formatQuantity(string(*v), true) },
 	}
 }
 
