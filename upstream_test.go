@@ -367,41 +367,20 @@ func TestBrokenProviderSaysNothing(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	key := p.provider.key
-	for name, script := range map[string]func(c *providerConn, r recordedRequest) bool{
-		"no http": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "SSH-2.0 %s\r\n\r\n", key)
-			return false
-		},
-		"bad status": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 2x0 %s\r\n\r\n", key)
-			return false
-		},
-		"bad header": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n%s\r\n\r\n", key)
-			return false
-		},
-		"bad header name": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\n %s: x\r\n\r\n", key)
-			return false
-		},
-		"bad length": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", key)
-			return false
-		},
-		"two lengths": func(c *providerConn, _ recordedRequest) bool {
-			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab")
-			return false
-		},
-		"unknown transfer": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n", key)
-			return false
-		},
-		"endless headers": func(c *providerConn, _ recordedRequest) bool {
-			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nX: %s\r\n\r\n", strings.Repeat(key, 4000))
-			return false
-		},
-		"closes": func(*providerConn, recordedRequest) bool { return false },
-		"resets": resetScript,
+	writes := func(text string) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, _ recordedRequest) bool { _, _ = io.WriteString(c, text); return false }
+	}
+	for name, script := range map[string]func(*providerConn, recordedRequest) bool{
+		"no http":          writes("SSH-2.0 " + key + "\r\n\r\n"),
+		"bad status":       writes("HTTP/1.1 2x0 " + key + "\r\n\r\n"),
+		"bad header":       writes("HTTP/1.1 200 OK\r\n" + key + "\r\n\r\n"),
+		"bad header name":  writes("HTTP/1.1 200 OK\r\n " + key + ": x\r\n\r\n"),
+		"bad length":       writes("HTTP/1.1 200 OK\r\nContent-Length: " + key + "\r\n\r\n"),
+		"two lengths":      writes("HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"),
+		"unknown transfer": writes("HTTP/1.1 200 OK\r\nTransfer-Encoding: " + key + "\r\n\r\n"),
+		"endless headers":  writes("HTTP/1.1 200 OK\r\nX: " + strings.Repeat(key, 4000) + "\r\n\r\n"),
+		"closes":           writes(""),
+		"resets":           resetScript,
 	} {
 		p.provider.setScript(script)
 		a := p.chat()
