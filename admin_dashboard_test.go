@@ -452,7 +452,7 @@ func BenchmarkScaleAdmin(b *testing.B) {
 		return took, string(text)
 	}
 	do("POST", "/admin/sign-in", url.Values{"key": {s.key()}})
-	p, err := s.in.store.projectBySeq(b.Context(), 7)
+	p, err := s.instance.store.projectBySeq(b.Context(), 7)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -263,13 +263,13 @@ func TestNoAuditNoChange(t *testing.T) {
 	p := newTest(t, nil)
 	p.allowErrors = true // a trail that cannot be written is logged as one
 	ids := p.createObjects()
-	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'disk full'); END`)
 	before, lastSeq := p.managedRows(), p.lastAuditSeq()
 	for pattern, m := range mutations(ids) {
 		method, _, _ := strings.Cut(pattern, " ")
 		path, _ := expandObjectPattern(ids, pattern)
 		res := p.manageAs(p.adminKey, method, path, m.body)
-		if res.status != 500 || strings.Contains(res.body, "no room") {
+		if res.status != 500 || strings.Contains(res.body, "disk full") {
 			t.Errorf("%s: got %d %s", pattern, res.status, res.body)
 		}
 		if p.managedRows() != before {
@@ -898,7 +898,7 @@ func TestAuditPages(t *testing.T) {
 		}
 		before = p.lastAuditSeq()
 	}
-	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END`)
+	p.execSQL(`CREATE TRIGGER test_full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'disk full'); END`)
 	if res := post("/admin/sign-in", "key="+p.adminKey); res.status != 500 || res.header.Get("Set-Cookie") != "" {
 		t.Errorf("without a trail: got %d %v", res.status, res.header)
 	}

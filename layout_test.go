@@ -193,7 +193,7 @@ func stillWide() []string {
 		"openapi_test.go", "policy_test.go", "prices_test.go",
 		"proxy_request_test.go", "proxy_test.go",
 		"ratelimit_state_test.go", "ratelimit_test.go",
-		"request_test.go", "store_test.go", "tokens_test.go",
+		"request_test.go", "tokens_test.go",
 	}
 }
 

@@ -72,20 +72,16 @@ func (s *store) close() error { return errors.Join(s.readDB.Close(), s.writeDB.C
 // migrate runs the schema files that the database has not seen yet, in order and in one transaction: after a
 // crash it is at the old version or at the new one.
 func (s *store) migrate(ctx context.Context) error {
-	files, err := fs.Glob(schemaFiles, "schema/*.sql")
-	if err != nil {
-		return fmt.Errorf("listing the schema: %w", err)
-	}
 	return s.withTx(ctx, func(tx *sql.Tx) error {
-		version, err := queryValue[int](ctx, tx, "reading its version", `PRAGMA user_version`)
+		version, supported, err := schemaVersion(ctx, tx)
 		if err != nil {
 			return err
 		}
-		if version > len(files) {
+		if version > supported {
 			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); "+
-				"use that one, or restore a backup", version, len(files))
+				"use that one, or restore a backup", version, supported)
 		}
-		if version > 0 { // what the schema files make of a right schema is right again
+		if version > 0 { // the check before is enough: schema files make a correct schema of a correct one
 			problems, err := checkSchema(ctx, tx, version)
 			if err != nil {
 				return err
@@ -94,8 +90,22 @@ func (s *store) migrate(ctx context.Context) error {
 				return describeSchemaProblems(problems, version)
 			}
 		}
-		return runSchemaFiles(ctx, tx, version, len(files))
+		return runSchemaFiles(ctx, tx, version, supported)
 	})
+}
+
+// schemaVersion returns the version of a database, and the one that this program supports.
+func schemaVersion(ctx context.Context, db querier) (version, supported int, err error) {
+	files, err := fs.Glob(schemaFiles, "schema/*.sql")
+	if err != nil {
+		return 0, 0, fmt.Errorf("listing the schema: %w", err)
+	}
+	version, err = queryValue[int](ctx, db, "reading the schema version", `PRAGMA user_version`)
+	return version, len(files), err
+}
+
+func (s *store) schemaVersion(ctx context.Context) (version, supported int, err error) {
+	return schemaVersion(ctx, s.readDB)
 }
 
 // runSchemaFiles migrates from one version to another.
@@ -396,9 +406,7 @@ func saveHealth(ctx context.Context, tx *sql.Tx, r *healthRow) error {
 		return err
 	}
 	_, err := tx.ExecContext(ctx, `
-		INSERT INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)
-		ON CONFLICT (upstream) DO UPDATE SET state = excluded.state, until = excluded.until, strikes = excluded.strikes,
-			reason = excluded.reason, changed_at = excluded.changed_at`,
+		REPLACE INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)`,
 		r.upstream, r.state.String(), r.until, r.strikes, r.reason, r.changedAt)
 	return err
 }

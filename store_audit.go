@@ -152,7 +152,7 @@ func (s *store) loadAuditChain(ctx context.Context, sl *sealer) (*auditChain, er
 }
 
 // verifyAudit checks the whole trail up to its present end; entries may be appended meanwhile. expected is a
-// head that was noted earlier, or nil.
+// head that an operator kept, or nil.
 func (s *store) verifyAudit(ctx context.Context, chain *auditChain, expected *auditHead) (*auditCheck, error) {
 	check := &auditCheck{chain: chain, lastHead: emptyAuditHead(0), expectedHead: expected}
 	head, ok, newest, err := s.loadAuditHead(ctx, chain)
@@ -163,7 +163,7 @@ func (s *store) verifyAudit(ctx context.Context, chain *auditChain, expected *au
 	if !ok {
 		until = newest
 	}
-	// From below 1: a row may have been put there.
+	// Nothing writes a seq below 1, so a row there was inserted by somebody else.
 	for after, more := int64(math.MinInt64), true; more; {
 		page, err := s.auditPage(ctx, after, until)
 		if err != nil {

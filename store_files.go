@@ -9,7 +9,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/url"
 	"slices"
 	"strings"
@@ -35,16 +34,6 @@ func readOnlyURI(file string) string {
 	return "file:" + (&url.URL{Path: file}).EscapedPath() + "?mode=ro"
 }
 
-// schemaVersion returns the version of the database, and the one that this program supports.
-func (s *store) schemaVersion(ctx context.Context) (version, supported int, err error) {
-	files, err := fs.Glob(schemaFiles, "schema/*.sql")
-	if err != nil {
-		return 0, 0, fmt.Errorf("listing the schema: %w", err)
-	}
-	version, err = queryValue[int](ctx, s.readDB, "reading the schema version", `PRAGMA user_version`)
-	return version, len(files), err
-}
-
 // A schemaObject is a table, index, view or trigger, as SQLite describes it.
 type schemaObject struct{ kind, name, table, definition string }
 
@@ -55,8 +44,8 @@ func listSchema(ctx context.Context, db querier) ([]schemaObject, error) {
 }
 
 // checkSchema compares the schema of the database with the one that the schema files of its version make, and
-// returns the differences. In a database with another schema, statements fail that must not: the database
-// would reject the rows of calls, and limits would forget these.
+// returns the differences. With another schema, statements fail that must succeed: the database would reject
+// the rows of calls, and limits would not count those.
 func checkSchema(ctx context.Context, db querier, version int) (problems []string, err error) {
 	model, err := sql.Open("sqlite", "file::memory:")
 	if err != nil {
@@ -196,14 +185,14 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 // restoreImpact compares the backup s with the current database, after attachCurrent.
 func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) {
 	err = s.writeDB.QueryRowContext(ctx, `
-		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS gone, c.hash AS hash_now,
+		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS revoked_now, c.hash AS hash_now,
 				c.expires_at AS expires_now
 			FROM main.tokens b JOIN now.tokens c ON c.id = b.id WHERE b.revoked_at IS NULL)
-		SELECT (SELECT count(*) FROM alive WHERE gone IS NOT NULL),
-			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash <> hash_now),
-			(SELECT count(*) FROM alive WHERE gone IS NULL AND hash = hash_now AND expires_now IS NOT NULL
+		SELECT (SELECT count(*) FROM alive WHERE revoked_now IS NOT NULL),
+			(SELECT count(*) FROM alive WHERE revoked_now IS NULL AND hash <> hash_now),
+			(SELECT count(*) FROM alive WHERE revoked_now IS NULL AND hash = hash_now AND expires_now IS NOT NULL
 				AND (expires_at IS NULL OR expires_now < expires_at)),
-			(SELECT count(*) FROM alive WHERE gone IS NULL AND id IN (SELECT id FROM temp.made_since)),
+			(SELECT count(*) FROM alive WHERE revoked_now IS NULL AND id IN (SELECT id FROM temp.made_since)),
 			(SELECT count(*) FROM main.management_keys b JOIN now.management_keys c ON c.id = b.id
 				WHERE b.revoked_at IS NULL
 					AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),

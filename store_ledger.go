@@ -35,15 +35,16 @@ const (
 	ledgerStmtCount
 )
 
-// A plain successful call has a shorter statement, because most calls are such and each value costs. The
-// numbers of columns are those of one row.
+// The numbers of values in one row.
+const okColumnCount, sumColumnCount, latencyColumnCount = 13, 18, 5
+
+// A plain successful call has a shorter statement, because most calls are such and each value costs.
 const (
 	insertOK = `
 		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
 			usage_source, input_tokens, output_tokens, cost, first_byte_us, total_us)
 		VALUES `
-	okValues                                          = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
-	okColumnCount, sumColumnCount, latencyColumnCount = 13, 18, 5
+	okValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
 
 	insertSums = `
 		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, calls, input_tokens,
@@ -126,7 +127,7 @@ func (s *store) newLedgerWriter() *ledgerWriter {
 
 // A ledgerBatch is what one transaction writes.
 type ledgerBatch struct {
-	pendingBatchID     int64         // the name of the batch of calls that begin; 0: none do
+	pendingBatchID     int64         // of the calls that begin together; 0: none do
 	pendingRecordsJSON []byte        // those calls, in the form of the table begun
 	records            []*requestRow // calls that have ended
 	endedBatchIDs      []int64       // batches whose last calls are among them
@@ -247,7 +248,10 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 			return fmt.Errorf("counting calls of tokens: %w", err)
 		}
 	}
-	return w.writeTally(ctx, tally)
+	if err := w.writeTally(ctx, tally); err != nil {
+		return fmt.Errorf("adding to the sums and hours: %w", err)
+	}
+	return nil
 }
 
 // A rowGroup collects rows for a statement with one row and for one with eight. A writer has one at a time:
@@ -378,6 +382,19 @@ func (s *usageSum) add(r *requestRow) {
 	s.totalUS += r.totalUS
 }
 
+func (s *usageSum) merge(o usageSum) {
+	s.calls += o.calls
+	s.input += o.input
+	s.cached += o.cached
+	s.output += o.output
+	s.reasoning += o.reasoning
+	s.cost += o.cost
+	s.unpriced += o.unpriced
+	s.estimated += o.estimated
+	s.wouldRefuse += o.wouldRefuse
+	s.totalUS += o.totalUS
+}
+
 func nullUnless(ok bool, v int64) any {
 	if ok {
 		return v
@@ -463,7 +480,7 @@ func (t *usageTally) rollUp() {
 	}
 }
 
-// writeTally adds what was added up to the sums, and writes each row once.
+// writeTally adds what was added up to the stored sums, and writes each row once.
 func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 	t.rollUp()
 	sums := w.newRowGroup(stmtSum, stmtSum8, sumColumnCount)
@@ -472,18 +489,18 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 			k.requestedModel, v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated,
 			v.wouldRefuse, v.totalUS)
 		if err != nil {
-			return fmt.Errorf("adding to the sums: %w", err)
+			return err
 		}
 	}
 	if err := sums.flush(ctx); err != nil {
-		return fmt.Errorf("adding to the sums: %w", err)
+		return err
 	}
 	latency := w.newRowGroup(stmtLatency, stmtLatency8, latencyColumnCount)
 	bounds := latencyBounds()
 	for k, v := range t.hours {
 		if err := w.exec(ctx, stmtHour, k.project, k.at, v.calls, v.input, v.output, v.cost, v.unpriced,
 			v.errors[0], v.errors[1], v.errors[2], v.errors[3]); err != nil {
-			return fmt.Errorf("adding to the hours: %w", err)
+			return err
 		}
 		for i, firstBytes := range v.firstByteLatency {
 			answers, boundMS := v.totalLatency[i], int64(0)
@@ -494,14 +511,11 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 				continue
 			}
 			if err := latency.add(ctx, k.project, k.at, boundMS, firstBytes, answers); err != nil {
-				return fmt.Errorf("adding to the latency: %w", err)
+				return err
 			}
 		}
 	}
-	if err := latency.flush(ctx); err != nil {
-		return fmt.Errorf("adding to the latency: %w", err)
-	}
-	return nil
+	return latency.flush(ctx)
 }
 
 // pendingRecords returns up to limit calls whose pending record has no row yet: in a database that no
@@ -581,17 +595,4 @@ func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (de
 		deleted += n
 	}
 	return deleted, nil
-}
-
-func (s *usageSum) merge(o usageSum) {
-	s.calls += o.calls
-	s.input += o.input
-	s.cached += o.cached
-	s.output += o.output
-	s.reasoning += o.reasoning
-	s.cost += o.cost
-	s.unpriced += o.unpriced
-	s.estimated += o.estimated
-	s.wouldRefuse += o.wouldRefuse
-	s.totalUS += o.totalUS
 }

@@ -147,7 +147,7 @@ type tokenListQuery struct {
 	order    string // newest, oldest, name, ends, revoked, unused; the last two are of all projects
 	project  string // a project's id; "" for all
 	active   *bool  // nil for all
-	now      int64  // the time at which active holds
+	now      int64  // for active: a token can expire
 	prefix   string // of the name, in the order name
 	from, to int64  // of the end, in the order ends: from < ends_at <= to
 
