@@ -624,7 +624,7 @@ func (p *testProxy) newKey(name, role string) (id, key string) {
 
 // expectParamError fails the test unless an answer is a refusal in OpenAI's shape that
 // names param.
-func expectParamError(t *testing.T, what string, res testResponse, status int, param string) {
+func expectParamError(t testing.TB, what string, res testResponse, status int, param string) {
 	t.Helper()
 	var e struct {
 		Error struct {

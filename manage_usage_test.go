@@ -1,5 +1,5 @@
-// Tests of /manage/usage, /manage/requests and /manage/prices: sums that agree
-// with the ledger however they are cut, and prices that hold from the next call.
+// This file tests /manage/usage, /manage/requests and /manage/prices: sums agree with the ledger for every interval
+// and group, and a price is in force from the next call on.
 package main
 
 import (
@@ -34,7 +34,7 @@ type usageEntry struct {
 	EstimatedCalls int64       `json:"estimated_calls"`
 }
 
-// group names what the line is about: "" for what it is not grouped by.
+// group names what the row is about, by what it is grouped by.
 func (l *usageEntry) group() string {
 	var parts []string
 	if l.At != nil {
@@ -68,10 +68,11 @@ type usageTest struct {
 	tokens   map[int64]string
 }
 
-// newUsageTest puts calls of the last 70 days on record, through the ledger.
+// newUsageTest records calls of the last 70 days in the ledger.
 func newUsageTest(t *testing.T) *usageTest {
 	t.Helper()
-	u := &usageTest{testProxy: newTest(t, nil), now: time.Now(), projects: map[int64]string{}, tokens: map[int64]string{}}
+	u := &usageTest{testProxy: newTest(t, nil), now: time.Now(), projects: map[int64]string{},
+		tokens: map[int64]string{}}
 	var second struct{ ID string }
 	u.manage("POST", "/manage/projects", `{"name":"second"}`, 201, &second)
 	var seqs [][2]int64
@@ -93,10 +94,22 @@ func newUsageTest(t *testing.T) *usageTest {
 			at = u.now.Add(-time.Duration(random.Int64N(int64(30 * time.Hour))))
 		}
 		seq := seqs[random.IntN(len(seqs))]
-		r := &requestRow{id: minIDAt(at) + int64(i), started: at.UnixMilli(), project: seq[0], token: seq[1], endpoint: "POST /v1/" + pick("chat/completions", "embeddings"),
-			address: "192.0.2.1", model: pick("gpt-4o", "gpt-5", "invented"), status: 200, outcome: callOutcome(pick("ok", "refused", "client_gone", "upstream_error")),
-			source: usageSource(pick("exact", "estimated", "none")), counts: tokenCounts{input: random.Int64N(5000), cached: random.Int64N(500), output: random.Int64N(900), reasoning: random.Int64N(90)},
-			firstByteUS: -1, totalUS: 1000, attempts: 1}
+		r := &requestRow{
+			id:          minIDAt(at) + int64(i),
+			started:     at.UnixMilli(),
+			project:     seq[0],
+			token:       seq[1],
+			endpoint:    "POST /v1/" + pick("chat/completions", "embeddings"),
+			address:     "192.0.2.1",
+			model:       pick("gpt-4o", "gpt-5", "invented"),
+			status:      200,
+			outcome:     callOutcome(pick("ok", "refused", "client_gone", "upstream_error")),
+			source:      usageSource(pick("exact", "estimated", "none")),
+			counts:      randomCounts(random),
+			firstByteUS: -1,
+			totalUS:     1000,
+			attempts:    1,
+		}
 		r.modelTracked = r.model != "invented" || r.outcome == outcomeOK
 		if r.source == usageNone {
 			r.counts = tokenCounts{}
@@ -110,43 +123,65 @@ func newUsageTest(t *testing.T) *usageTest {
 	return u
 }
 
-// expect adds up the rows that keep lets through, by hand.
+func randomCounts(random *rand.Rand) tokenCounts {
+	return tokenCounts{
+		input:     random.Int64N(5000),
+		cached:    random.Int64N(500),
+		output:    random.Int64N(900),
+		reasoning: random.Int64N(90),
+	}
+}
+
+// entryOf returns the row of the response that a call is counted in, without its sums.
+func (u *usageTest) entryOf(r *requestRow, interval string, by map[string]bool) (l usageEntry) {
+	at := time.UnixMilli(r.started).UTC()
+	switch interval {
+	case "hour":
+		l.At = new(at.Truncate(time.Hour))
+	case "day":
+		l.At = new(time.Date(at.Year(), at.Month(), at.Day(), 0, 0, 0, 0, time.UTC))
+	case "month":
+		l.At = new(time.Date(at.Year(), at.Month(), 1, 0, 0, 0, 0, time.UTC))
+	}
+	model := r.model
+	if !r.modelTracked {
+		model = ""
+	}
+	for name, f := range map[string]struct {
+		to   **string
+		text string
+	}{
+		"project":  {&l.ProjectID, u.projects[r.project]},
+		"token":    {&l.TokenID, u.tokens[r.token]},
+		"model":    {&l.Model, model},
+		"endpoint": {&l.Endpoint, r.endpoint},
+		"outcome":  {&l.Outcome, string(r.outcome)},
+	} {
+		if by[name] {
+			*f.to = new(f.text)
+		}
+	}
+	return l
+}
+
+// expect adds up the rows that keep selects.
 func (u *usageTest) expect(interval string, by map[string]bool, keep func(*requestRow) bool) map[string]string {
 	sums := map[string]*usageSum{}
 	for _, r := range u.rows {
 		if !keep(r) {
 			continue
 		}
-		at := time.UnixMilli(r.started).UTC()
-		var l usageEntry
-		switch interval {
-		case "hour":
-			l.At = new(at.Truncate(time.Hour))
-		case "day":
-			l.At = new(time.Date(at.Year(), at.Month(), at.Day(), 0, 0, 0, 0, time.UTC))
-		case "month":
-			l.At = new(time.Date(at.Year(), at.Month(), 1, 0, 0, 0, 0, time.UTC))
-		}
-		model := r.model
-		if !r.modelTracked {
-			model = ""
-		}
-		for name, f := range map[string]struct {
-			to   **string
-			text string
-		}{"project": {&l.ProjectID, u.projects[r.project]}, "token": {&l.TokenID, u.tokens[r.token]}, "model": {&l.Model, model},
-			"endpoint": {&l.Endpoint, r.endpoint}, "outcome": {&l.Outcome, string(r.outcome)}} {
-			if by[name] {
-				*f.to = new(f.text)
-			}
-		}
+		l := u.entryOf(r, interval, by)
 		s := sums[l.group()]
 		if s == nil {
 			s = &usageSum{}
 			sums[l.group()] = s
 		}
 		s.calls++
-		s.input, s.cached, s.output, s.reasoning = s.input+r.counts.input, s.cached+r.counts.cached, s.output+r.counts.output, s.reasoning+r.counts.reasoning
+		s.input += r.counts.input
+		s.cached += r.counts.cached
+		s.output += r.counts.output
+		s.reasoning += r.counts.reasoning
 		switch {
 		case r.priced:
 			s.cost += r.cost
@@ -159,7 +194,8 @@ func (u *usageTest) expect(interval string, by map[string]bool, keep func(*reque
 	}
 	out := map[string]string{}
 	for k, s := range sums {
-		out[k] = fmt.Sprint(s.calls, s.input, s.cached, s.output, s.reasoning, formatNanos(s.cost), s.unpriced, s.estimated)
+		out[k] = fmt.Sprint(s.calls, s.input, s.cached, s.output, s.reasoning, formatNanos(s.cost), s.unpriced,
+			s.estimated)
 	}
 	return out
 }
@@ -169,7 +205,7 @@ func (u *usageTest) compare(query string, want map[string]string) {
 	got := map[string]string{}
 	for _, l := range u.usage(query) {
 		if _, twice := got[l.group()]; twice {
-			u.t.Errorf("%s: %s is there twice", query, l.group())
+			u.t.Errorf("%s: %s is listed twice", query, l.group())
 		}
 		got[l.group()] = l.numbers()
 	}
@@ -183,8 +219,7 @@ func (u *usageTest) compare(query string, want map[string]string) {
 	}
 }
 
-// TestUsageSums: by every interval and every set of groups, with each filter,
-// the sums are those of the rows.
+// TestUsageSums: for every interval and every set of groups, with each filter, the sums are those of the rows.
 func TestUsageSums(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -212,26 +247,31 @@ func TestUsageSums(t *testing.T) {
 		}
 		byToken := map[string]bool{"token": true, "model": true}
 		for project, id := range u.projects {
-			u.compare("interval="+interval+from+"&project_id="+id+"&group_by=token,model", u.expect(interval, byToken, func(r *requestRow) bool { return r.project == project }))
-			u.compare("interval="+interval+from+"&project_id="+id, u.expect(interval, nil, func(r *requestRow) bool { return r.project == project }))
+			u.compare("interval="+interval+from+"&project_id="+id+"&group_by=token,model",
+				u.expect(interval, byToken, func(r *requestRow) bool { return r.project == project }))
+			u.compare("interval="+interval+from+"&project_id="+id,
+				u.expect(interval, nil, func(r *requestRow) bool { return r.project == project }))
 		}
 		for token, id := range u.tokens {
 			mine := func(r *requestRow) bool { return r.token == token }
 			u.compare("interval="+interval+from+"&token_id="+id, u.expect(interval, nil, mine))
-			u.compare("interval="+interval+from+"&token_id="+id+"&group_by=model,token", u.expect(interval, byToken, mine))
+			u.compare("interval="+interval+from+"&token_id="+id+"&group_by=model,token",
+				u.expect(interval, byToken, mine))
 			for project, projectID := range u.projects { // both filters hold
 				u.compare("interval="+interval+from+"&token_id="+id+"&project_id="+projectID,
-					u.expect(interval, nil, func(r *requestRow) bool { return r.token == token && r.project == project }))
+					u.expect(interval, nil,
+						func(r *requestRow) bool { return r.token == token && r.project == project }))
 			}
 		}
-		for _, none := range []string{"&project_id=proj_none", "&token_id=tok_none", "&group_by=token&project_id=proj_none"} {
+		for _, none := range []string{
+			"&project_id=proj_none", "&token_id=tok_none", "&group_by=token&project_id=proj_none",
+		} {
 			u.compare("interval="+interval+from+none, nil)
 		}
 	}
 }
 
-// TestUsageRange: from and to, widened to whole hours and days; what holds
-// without them; and the order of rows.
+// TestUsageRange: from is rounded down to a whole hour or day, both have defaults, and the rows are in order.
 func TestUsageRange(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -239,7 +279,11 @@ func TestUsageRange(t *testing.T) {
 		interval string
 		unit     time.Duration
 		back     time.Duration // by default
-	}{{"hour", time.Hour, 24 * time.Hour}, {"day", 24 * time.Hour, 30 * 24 * time.Hour}, {"total", 24 * time.Hour, 30 * 24 * time.Hour}} {
+	}{
+		{"hour", time.Hour, 24 * time.Hour},
+		{"day", 24 * time.Hour, 30 * 24 * time.Hour},
+		{"total", 24 * time.Hour, 30 * 24 * time.Hour},
+	} {
 		within := func(from, to time.Time) func(*requestRow) bool {
 			return func(r *requestRow) bool {
 				at := time.UnixMilli(r.started).Truncate(c.unit)
@@ -248,28 +292,37 @@ func TestUsageRange(t *testing.T) {
 		}
 		u.compare("interval="+c.interval, u.expect(c.interval, nil, within(u.now.Add(-c.back), u.now.Add(time.Minute))))
 		from, to := u.now.Add(-9*24*time.Hour-1234*time.Second), u.now.Add(-5*time.Hour-99*time.Second)
-		zone := time.FixedZone("", -3*3600)
-		u.compare("interval="+c.interval+"&from="+url.QueryEscape(from.In(zone).Format(time.RFC3339Nano))+"&to="+url.QueryEscape(to.UTC().Format(time.RFC3339Nano)),
-			u.expect(c.interval, nil, within(from, to)))
+		query := url.Values{
+			"interval": {c.interval},
+			"from":     {from.In(time.FixedZone("", -3*3600)).Format(time.RFC3339Nano)},
+			"to":       {to.UTC().Format(time.RFC3339Nano)},
+		}
+		u.compare(query.Encode(), u.expect(c.interval, nil, within(from, to)))
 	}
 	if rows := u.usage("interval=month"); len(rows) < 3 {
 		t.Errorf("a year by month: %d rows", len(rows))
 	}
 	rows := u.usage("group_by=project,model")
 	if !slices.IsSortedFunc(rows, func(a, b usageEntry) int {
-		return strings.Compare(a.At.Format(time.RFC3339)+*a.ProjectName+*a.Model, b.At.Format(time.RFC3339)+*b.ProjectName+*b.Model)
+		return strings.Compare(a.At.Format(time.RFC3339)+*a.ProjectName+*a.Model,
+			b.At.Format(time.RFC3339)+*b.ProjectName+*b.Model)
 	}) {
-		t.Error("the rows are in no order")
+		t.Error("the rows are not in order")
 	}
-	for query, param := range map[string]string{"interval=week": "interval", "group_by=": "group_by", "group_by=project,project": "group_by", "group_by=project,": "group_by", "group_by=user": "group_by",
-		"group_by=project;token": "", "from=yesterday": "from", "to=1764000000": "to", "from=2026-02-30T00:00:00Z": "from", "from=0001-01-01T00:00:00Z": "from", "to=9999-01-01T00:00:00Z": "to",
-		"from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z": "from", "from=2026-01-01T00:00:00Z&to=2026-01-01T00:00:00Z": "from", "limit=5": "limit", "model=x": "model"} {
-		expectParamError(t, query, u.manageAs(u.adminKey, "GET", "/manage/usage?"+query, ""), 400, param)
+	for query, param := range map[string]string{
+		"interval=week": "interval", "group_by=": "group_by", "group_by=project,project": "group_by",
+		"group_by=project,": "group_by", "group_by=user": "group_by",
+		"group_by=project;token": "", "from=yesterday": "from", "to=1764000000": "to",
+		"from=2026-02-30T00:00:00Z": "from", "from=0001-01-01T00:00:00Z": "from", "to=9999-01-01T00:00:00Z": "to",
+		"from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z": "from",
+		"from=2026-01-01T00:00:00Z&to=2026-01-01T00:00:00Z": "from", "limit=5": "limit", "model=x": "model",
+	} {
+		u.manageRefused("GET", "/manage/usage?"+query, "", 400, param)
 	}
 }
 
-// TestUsageRetention: hourly sums of single tokens go after their time; those of
-// projects and those by day stay.
+// TestUsageRetention: the hourly sums of single tokens are deleted after their time. Those of projects, and those by
+// day, stay.
 func TestUsageRetention(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -286,13 +339,15 @@ func TestUsageRetention(t *testing.T) {
 	}
 	all := func(*requestRow) bool { return true }
 	token := map[string]bool{"token": true}
-	u.compare("interval=hour&group_by=token"+from, u.expect("hour", token, func(r *requestRow) bool { return r.started >= before.UnixMilli() }))
+	u.compare("interval=hour&group_by=token"+from,
+		u.expect("hour", token, func(r *requestRow) bool { return r.started >= before.UnixMilli() }))
 	u.compare("interval=hour&group_by=project"+from, u.expect("hour", map[string]bool{"project": true}, all))
 	u.compare("interval=day&group_by=token"+from, u.expect("day", token, all))
-	u.compare("interval=total&group_by=token,model"+from, u.expect("total", map[string]bool{"token": true, "model": true}, all))
+	u.compare("interval=total&group_by=token,model"+from,
+		u.expect("total", map[string]bool{"token": true, "model": true}, all))
 }
 
-// TestRequestList: filters hold together, pages meet without gap, newest first.
+// TestRequestList: filters are combined, and the pages have all rows, newest first.
 func TestRequestList(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -306,76 +361,73 @@ func TestRequestList(t *testing.T) {
 			other = seq
 		}
 	}
-	for query, keep := range map[string]func(*requestRow) bool{
-		"":            func(*requestRow) bool { return true },
-		span:          inSpan,
-		"&outcome=ok": func(r *requestRow) bool { return r.outcome == outcomeOK },
-		"&project_id=" + u.projects[project] + span:                           func(r *requestRow) bool { return r.project == project && inSpan(r) },
-		"&token_id=" + u.tokens[token] + "&outcome=refused" + span:            func(r *requestRow) bool { return r.token == token && r.outcome == outcomeRefused && inSpan(r) },
-		"&token_id=" + u.tokens[token] + "&project_id=" + u.projects[project]: func(r *requestRow) bool { return r.token == token },
-		"&token_id=" + u.tokens[token] + "&project_id=" + u.projects[other]:   func(*requestRow) bool { return false },
-		"&project_id=proj_none": func(*requestRow) bool { return false },
-		"&token_id=tok_none":    func(*requestRow) bool { return false },
+	none := func(*requestRow) bool { return false }
+	byToken, byProject := "&token_id="+u.tokens[token], "&project_id="+u.projects[project]
+	for _, c := range []struct {
+		query string
+		keep  func(*requestRow) bool
+	}{
+		{"", func(*requestRow) bool { return true }},
+		{span, inSpan},
+		{"&outcome=ok", func(r *requestRow) bool { return r.outcome == outcomeOK }},
+		{byProject + span, func(r *requestRow) bool { return r.project == project && inSpan(r) }},
+		{byToken + "&outcome=refused" + span,
+			func(r *requestRow) bool { return r.token == token && r.outcome == outcomeRefused && inSpan(r) }},
+		{byToken + byProject, func(r *requestRow) bool { return r.token == token }},
+		{byToken + "&project_id=" + u.projects[other], none},
+		{"&project_id=proj_none", none},
+		{"&token_id=tok_none", none},
 	} {
-		var want, got []string
+		var want []string
 		for _, r := range u.rows {
-			if keep(r) {
+			if c.keep(r) {
 				want = append(want, formatRequestID(r.id))
 			}
 		}
 		slices.Sort(want)
 		slices.Reverse(want)
-		for after := ""; ; {
-			var l struct {
-				Data []struct{ ID string }
-				Next string
-			}
-			u.manage("GET", "/manage/requests?limit=97"+query+after, "", 200, &l)
-			for _, r := range l.Data {
-				got = append(got, r.ID)
-			}
-			if l.Next == "" {
-				break
-			}
-			after = "&after=" + l.Next
-		}
+		got := u.listIDs("/manage/requests?limit=97"+c.query, func(int) {})
 		if !slices.Equal(got, want) {
-			t.Errorf("%s: got %d rows, want %d", query, len(got), len(want))
+			t.Errorf("%s: got %d rows, want %d", c.query, len(got), len(want))
 		}
 	}
-	for query, param := range map[string]string{"outcome=OK": "outcome", "outcome=": "outcome", "from=x": "from", "limit=501": "limit", "status=200": "status"} {
-		expectParamError(t, query, u.manageAs(u.adminKey, "GET", "/manage/requests?"+query, ""), 400, param)
+	for query, param := range map[string]string{
+		"outcome=OK": "outcome", "outcome=": "outcome", "from=x": "from", "limit=501": "limit", "status=200": "status",
+	} {
+		u.manageRefused("GET", "/manage/requests?"+query, "", 400, param)
 	}
 }
 
-// TestPriceOverride: a price of the operator's holds from the next call on, and
-// when it is gone the list's does; what nobody knows costs null, not 0.
+// chatCost returns what a chat completion costs, "null" if its price is unknown.
+func (p *testProxy) chatCost() string {
+	p.t.Helper()
+	p.chat()
+	if c := p.lastCall().Cost; c != nil {
+		return formatNanos(int64(math.Round(*c * 1e9)))
+	}
+	return "null"
+}
+
+// TestPriceOverride: an operator's price is in force from the next call on, and the list price again when it is
+// deleted. A call without a known price costs null, not 0.
 func TestPriceOverride(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	cost := func() string {
-		t.Helper()
-		p.chat()
-		if c := p.lastCall().Cost; c != nil {
-			return formatNanos(int64(math.Round(*c * 1e9)))
-		}
-		return "null"
-	}
-	listed := cost()
+	listed := p.chatCost()
 	if listed != "0.00000315" { // 9 tokens at 0.15 dollars a million, 3 at 0.60
 		t.Errorf("the list price gives %s", listed)
 	}
 	var price, same struct{ ID string }
 	p.manage("POST", "/manage/prices", `{"match":"gpt-4o-mini*","input":"1000000","output":0}`, 201, &price)
-	if got := cost(); got != "9" {
-		t.Errorf("the first price of one's own gives %s", got)
+	if got := p.chatCost(); got != "9" {
+		t.Errorf("the first own price gives %s", got)
 	}
 	p.manage("POST", "/manage/prices", `{"match":"gpt-4o-mini*","input":1.5,"output":2.000001}`, 201, &same)
-	if got := cost(); same.ID != price.ID || got != "0.0000195" { // 13500 + 6000.003 nano-dollars, rounded
-		t.Errorf("set again: %s gives %s", same.ID, got)
+	if got := p.chatCost(); same.ID != price.ID || got != "0.0000195" { // 13500 + 6000.003 nano-dollars, rounded
+		t.Errorf("the price %s, set again, gives %s", same.ID, got)
 	}
 	p.manage("POST", "/manage/prices", `{"match":"gpt-4o-mini-2024-07-18","input":1000}`, 201, nil)
-	if got := cost(); got != "null" { // it has no price for output, and what is more exact counts alone
+	if got := p.chatCost(); got != "null" { // the more exact match counts alone, and has no price for output
 		t.Errorf("without a price for output: %s", got)
 	}
 	var l struct {
@@ -385,26 +437,27 @@ func TestPriceOverride(t *testing.T) {
 		}
 	}
 	p.manage("GET", "/manage/prices", "", 200, &l)
-	if len(l.Data) != 2 || l.Data[0].Match != "gpt-4o-mini*" || l.Data[0].Output.String() != "2.000001" || l.Data[1].Output != nil {
+	if len(l.Data) != 2 || l.Data[0].Match != "gpt-4o-mini*" || l.Data[0].Output.String() != "2.000001" ||
+		l.Data[1].Output != nil {
 		t.Errorf("the list: %+v", l)
 	}
 	p.manage("GET", "/manage/prices?model=gpt-4o-mini-x", "", 200, &l)
 	if len(l.Data) != 1 || l.Data[0].Input.String() != "1.5" {
-		t.Errorf("the price in force: %+v", l)
+		t.Errorf("the effective price: %+v", l)
 	}
-	p.manage("DELETE", "/manage/prices/"+l.Data[0].ID, "", 404, nil) // it is shown, but has no id
+	p.manage("DELETE", "/manage/prices/"+l.Data[0].ID, "", 404, nil) // an effective price has no ID
 	var mine struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/prices", "", 200, &mine)
 	for _, m := range mine.Data {
 		p.manage("DELETE", "/manage/prices/"+m.ID, "", 200, nil)
 	}
-	if got := cost(); got != listed {
-		t.Errorf("without prices of one's own: %s, before %s", got, listed)
+	if got := p.chatCost(); got != listed {
+		t.Errorf("without own prices: %s, before %s", got, listed)
 	}
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list-1"))
 	})
-	if got := cost(); got != "null" {
+	if got := p.chatCost(); got != "null" {
 		t.Errorf("an unknown model costs %s", got)
 	}
 	for _, u := range p.usage("interval=total&group_by=model") {
@@ -416,11 +469,24 @@ func TestPriceOverride(t *testing.T) {
 	if p.manage("GET", "/manage/prices?model=in-no-list-1", "", 200, &l); len(l.Data) != 0 {
 		t.Errorf("the price of an unknown model: %+v", l)
 	}
-	for _, c := range [][2]string{{`{"input":1}`, "match"}, {`{"match":"","input":1}`, "match"}, {`{"match":"a b","input":1}`, "match"}, {`{"match":"` + strings.Repeat("x", 257) + `","input":1}`, "match"},
-		{`{"match":"m"}`, "input"}, {`{"match":"m","cached_input":1}`, "input"}, {`{"match":"m","input":null,"output":null}`, "input"}, {`{"match":"m","input":-1}`, "input"},
-		{`{"match":"m","input":1000000.1}`, "input"}, {`{"match":"m","output":0.0000001}`, "output"}, {`{"match":"m","output":1e3}`, "output"}, {`{"match":"m","output":"1,5"}`, "output"},
-		{`{"match":"m","output":""}`, "output"}, {`{"match":"m","output":true}`, "output"}, {`{"match":"m","output":[1]}`, "output"}, {`{"match":"m","input":1,"audio_input":"free"}`, "audio_input"},
-		{`{"match":"m","input":1,"cost":1}`, "cost"}, {`{"match":"m","input":1,"input":2}`, "input"}, {`{"match":"m","input":"\"\"1\"\""}`, "input"}} {
-		expectParamError(t, c[0], p.manageAs(p.adminKey, "POST", "/manage/prices", c[0]), 400, c[1])
+}
+
+// TestPriceInput: a refusal names its field.
+func TestPriceInput(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, c := range [][2]string{
+		{`{"input":1}`, "match"}, {`{"match":"","input":1}`, "match"}, {`{"match":"a b","input":1}`, "match"},
+		{`{"match":"` + strings.Repeat("x", 257) + `","input":1}`, "match"},
+		{`{"match":"m"}`, "input"}, {`{"match":"m","cached_input":1}`, "input"},
+		{`{"match":"m","input":null,"output":null}`, "input"}, {`{"match":"m","input":-1}`, "input"},
+		{`{"match":"m","input":1000000.1}`, "input"}, {`{"match":"m","output":0.0000001}`, "output"},
+		{`{"match":"m","output":1e3}`, "output"}, {`{"match":"m","output":"1,5"}`, "output"},
+		{`{"match":"m","output":""}`, "output"}, {`{"match":"m","output":true}`, "output"},
+		{`{"match":"m","output":[1]}`, "output"}, {`{"match":"m","input":1,"audio_input":"free"}`, "audio_input"},
+		{`{"match":"m","input":1,"cost":1}`, "cost"}, {`{"match":"m","input":1,"input":2}`, "input"},
+		{`{"match":"m","input":"\"\"1\"\""}`, "input"},
+	} {
+		p.manageRefused("POST", "/manage/prices", c[0], 400, c[1])
 	}
 }

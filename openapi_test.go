@@ -1,6 +1,5 @@
-// openapi.yaml and the server are held to each other, in both directions: each
-// route, parameter, field, header and status of either is one of the other. The
-// reader of the file is in openapi_test.go.
+// These tests compare openapi.yaml and the server in both directions: each route, parameter, field, header and status
+// of one is in the other. The reader of the file is at the end.
 package main
 
 import (
@@ -20,7 +19,7 @@ import (
 	"time"
 )
 
-// A spec is openapi.yaml, and what has been seen of it in answers.
+// A spec is openapi.yaml, and what responses had of it.
 type spec struct {
 	t    *testing.T
 	root map[string]any
@@ -61,8 +60,7 @@ func (s *spec) operation(name string) map[string]any {
 	return s.root["paths"].(map[string]any)[path].(map[string]any)[strings.ToLower(method)].(map[string]any)
 }
 
-// at follows names down a map and resolves references on the way; nil: there is
-// no such thing.
+// at follows names down a map and resolves references on the way. It returns nil if there is nothing.
 func (s *spec) at(v any, path ...string) map[string]any {
 	m, _ := v.(map[string]any)
 	for {
@@ -72,10 +70,10 @@ func (s *spec) at(v any, path ...string) map[string]any {
 		}
 		rest, ok := strings.CutPrefix(ref, "#/")
 		if !ok {
-			s.t.Fatalf("odd reference %s", ref)
+			s.t.Fatalf("unknown reference %s", ref)
 		}
 		if m = s.at(s.root, strings.Split(rest, "/")...); m == nil {
-			s.t.Fatalf("nothing at %s", ref)
+			s.t.Fatalf("there is nothing at %s", ref)
 		}
 	}
 	if len(path) == 0 || m == nil {
@@ -84,7 +82,7 @@ func (s *spec) at(v any, path ...string) map[string]any {
 	return s.at(m[path[0]], path[1:]...)
 }
 
-// properties are those of a schema, with the ones that allOf brings in.
+// properties returns the properties of a schema, with those of its allOf.
 func (s *spec) properties(schema map[string]any) map[string]any {
 	out := maps.Clone(s.at(schema, "properties"))
 	if out == nil {
@@ -97,6 +95,7 @@ func (s *spec) properties(schema map[string]any) map[string]any {
 	return out
 }
 
+// required returns the names of the required properties of a schema.
 func (s *spec) required(schema map[string]any) (out []string) {
 	list, _ := schema["required"].([]any)
 	for _, v := range list {
@@ -109,7 +108,7 @@ func (s *spec) required(schema map[string]any) (out []string) {
 	return out
 }
 
-// types are the JSON types that a schema allows.
+// types returns the JSON types that a schema allows.
 func (s *spec) types(schema map[string]any) (out []string) {
 	switch v := schema["type"].(type) {
 	case string:
@@ -129,7 +128,7 @@ func (s *spec) types(schema map[string]any) (out []string) {
 	return out
 }
 
-// parameters maps the names of an operation's parameters in some place to them.
+// parameters returns the parameters of an operation that are in the path or in the query, by name.
 func (s *spec) parameters(op map[string]any, in string) map[string]map[string]any {
 	out := map[string]map[string]any{}
 	list, _ := op["parameters"].([]any)
@@ -143,8 +142,7 @@ func (s *spec) parameters(op map[string]any, in string) map[string]map[string]an
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
-// TestOpenAPIRoutes: the same URLs and roles, and the path parameters that the
-// URLs have.
+// TestOpenAPIRoutes: the URLs, their roles and their path parameters are the same.
 func TestOpenAPIRoutes(t *testing.T) {
 	t.Parallel()
 	s := readSpec(t)
@@ -152,10 +150,10 @@ func TestOpenAPIRoutes(t *testing.T) {
 	for _, rt := range (&manageAPI{ops: &operations{}}).manageTable() {
 		want = append(want, rt.pattern)
 		if !slices.Contains(s.operations(), rt.pattern) {
-			continue // told below
+			continue // reported below
 		}
 		if got := s.operation(rt.pattern)["x-role"]; got != string(rt.minRole) {
-			t.Errorf("%s: x-role is %v, it needs %s", rt.pattern, got, rt.minRole)
+			t.Errorf("%s: x-role is %v, the server requires %s", rt.pattern, got, rt.minRole)
 		}
 	}
 	slices.Sort(want)
@@ -174,7 +172,7 @@ func TestOpenAPIRoutes(t *testing.T) {
 			t.Errorf("%s: path parameters %v", name, got)
 		}
 		if id := op["operationId"]; id == nil || ids[id] {
-			t.Errorf("%s: operationId %v is not its own", name, id)
+			t.Errorf("%s: operationId %v is missing or not unique", name, id)
 		}
 		ids[op["operationId"]] = true
 	}
@@ -212,7 +210,8 @@ func compareFields[I, R any](s *spec, fields []field[I, R], create, patch string
 			}
 			documented := slices.Contains(s.types(s.at(properties[f.name])), "null")
 			if declared := f.nullable || f.resettable && schema == patch; declared != documented {
-				s.t.Errorf("%s.%s: null is declared as allowed: %v; in openapi.yaml: %v", schema, f.name, declared, documented)
+				s.t.Errorf("%s.%s: null is declared as allowed: %v; in openapi.yaml: %v", schema, f.name, declared,
+					documented)
 			}
 			delete(properties, f.name)
 		}
@@ -222,8 +221,7 @@ func compareFields[I, R any](s *spec, fields []field[I, R], create, patch string
 	}
 }
 
-// operationPath puts ids of the test's own things into a pattern; there are none of
-// calls, prices and keys.
+// operationPath puts the IDs of the test's objects into a pattern. It has no calls, prices and keys.
 func (p *testProxy) operationPath(name string) (method, path string) {
 	method, path, _ = strings.Cut(name, " ")
 	id := "none"
@@ -236,7 +234,7 @@ func (p *testProxy) operationPath(name string) (method, path string) {
 	return method, strings.NewReplacer("{id}", id, "{upstream}", p.upstream).Replace(path)
 }
 
-// knownNames reads the names that a refusal lists.
+// knownNames returns the names that the refusal of an unknown one lists.
 func knownNames(t *testing.T, res testResponse) []string {
 	t.Helper()
 	_, list, ok := strings.Cut(res.message(), "known are: ")
@@ -251,7 +249,7 @@ func knownNames(t *testing.T, res testResponse) []string {
 	return names
 }
 
-// errorDetail returns what an OpenAI-shaped error says.
+// errorDetail returns the message and parameter of an error.
 func (a testResponse) errorDetail() (message, param string) {
 	var e struct {
 		Error struct{ Message, Param string }
@@ -264,8 +262,7 @@ func (a testResponse) message() string { m, _ := a.errorDetail(); return m }
 
 func (a testResponse) param() string { _, p := a.errorDetail(); return p }
 
-// TestOpenAPIRequests: the same fields and query parameters, of the same types,
-// null where it says so, and needed where it says so.
+// TestOpenAPIRequests: the fields and query parameters are the same, and have the same types.
 func TestOpenAPIRequests(t *testing.T) {
 	t.Parallel()
 	s, p := readSpec(t), newTest(t, nil)
@@ -276,16 +273,17 @@ func TestOpenAPIRequests(t *testing.T) {
 		}
 		op := s.operation(name)
 		query := s.parameters(op, "query")
-		if got, want := knownNames(t, p.manageAs(p.adminKey, method, path+"?no_such=1", "")), sortedKeys(query); !slices.Equal(got, want) {
-			t.Errorf("%s takes the parameters %v; openapi.yaml has %v", name, got, want)
+		got, want := knownNames(t, p.manageAs(p.adminKey, method, path+"?no_such=1", "")), sortedKeys(query)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s has the parameters %v; openapi.yaml has %v", name, got, want)
 		}
 		for q, param := range query {
 			schema := s.at(param, "schema")
 			if schema["enum"] == nil && schema["type"] == "string" && schema["format"] == nil && q != "after" {
-				continue // any text will do
+				continue // any text is allowed
 			}
 			if q == "provider" {
-				continue // a provider that is none has no price
+				continue // an unknown provider has no price
 			}
 			res := p.manageAs(p.adminKey, method, path+"?"+q+"=no%20such", "")
 			if res.status != 400 || res.param() != q {
@@ -299,8 +297,10 @@ func TestOpenAPIRequests(t *testing.T) {
 			continue
 		}
 		schema := s.at(op, "requestBody", "content", "application/json", "schema")
-		if got, want := knownNames(t, p.manageAs(p.adminKey, method, path, `{"no_such":1}`)), sortedKeys(s.properties(schema)); !slices.Equal(got, want) {
-			t.Errorf("%s takes the fields %v; openapi.yaml has %v", name, got, want)
+		got, want = knownNames(t, p.manageAs(p.adminKey, method, path, `{"no_such":1}`)),
+			sortedKeys(s.properties(schema))
+		if !slices.Equal(got, want) {
+			t.Errorf("%s has the fields %v; openapi.yaml has %v", name, got, want)
 		}
 		for field, v := range s.properties(schema) {
 			s.tryField(p, method, path, field, s.at(v), requiredFields(p)[name])
@@ -308,13 +308,15 @@ func TestOpenAPIRequests(t *testing.T) {
 	}
 }
 
-// tryField sends a field with values of all types, beside what else is needed,
-// and expects those that its schema does not have to be refused under its name.
+// tryField sends a field with values of all types, together with the required fields, and expects the types that
+// its schema does not allow to be refused with its name.
 func (s *spec) tryField(p *testProxy, method, path, field string, schema map[string]any, base map[string]string) {
 	s.t.Helper()
 	types := s.types(schema)
-	for kind, value := range map[string]string{"null": "null", "boolean": "true", "integer": "7", "string": `"x"`, "array": `[{}]`,
-		"object": `{"x":1}`, "number": "1.5"} {
+	for kind, value := range map[string]string{
+		"null": "null", "boolean": "true", "integer": "7", "string": `"x"`, "array": `[{}]`,
+		"object": `{"x":1}`, "number": "1.5",
+	} {
 		if slices.Contains(types, kind) || kind == "integer" && slices.Contains(types, "number") {
 			continue
 		}
@@ -329,7 +331,7 @@ func (s *spec) tryField(p *testProxy, method, path, field string, schema map[str
 	}
 }
 
-// requiredFields are the fields that each operation needs, with values.
+// requiredFields returns the required fields of each operation, with values.
 func requiredFields(p *testProxy) map[string]map[string]string {
 	return map[string]map[string]string{
 		"POST /manage/projects":                {"name": `"a"`},
@@ -340,8 +342,8 @@ func requiredFields(p *testProxy) map[string]map[string]string {
 	}
 }
 
-// TestOpenAPIRequired: each field that a schema requires is missed, and no other
-// is.
+// TestOpenAPIRequired: a request without a field that its schema requires is refused, and one with just these
+// fields is not.
 func TestOpenAPIRequired(t *testing.T) {
 	t.Parallel()
 	s, p := readSpec(t), newTest(t, nil)
@@ -352,15 +354,16 @@ func TestOpenAPIRequired(t *testing.T) {
 			t.Errorf("%s requires %v in openapi.yaml, the test says %v", name, required, sortedKeys(body))
 		}
 		method, path := p.operationPath(name)
-		for _, left := range required {
+		for _, omitted := range required {
 			part := maps.Clone(body)
-			delete(part, left)
-			if res := p.manageAs(p.adminKey, method, path, jsonObject(part)); res.status != 400 || res.param() != left {
-				t.Errorf("%s without %s: got %d %s", name, left, res.status, res.body)
+			delete(part, omitted)
+			res := p.manageAs(p.adminKey, method, path, jsonObject(part))
+			if res.status != 400 || res.param() != omitted {
+				t.Errorf("%s without %s: got %d %s", name, omitted, res.status, res.body)
 			}
 		}
 		if name == "POST /manage/prices" {
-			body["input"] = "1" // or output: JSON Schema could say so, but few would read it
+			body["input"] = "1" // or output; the schema does not express this
 		}
 		p.manage(method, path, jsonObject(body), 201, nil)
 	}
@@ -374,7 +377,7 @@ func jsonObject(members map[string]string) string {
 	return "{" + strings.Join(parts, ",") + "}"
 }
 
-// checkResponse checks an answer against its operation's responses.
+// checkResponse compares a response with those of its operation.
 func (s *spec) checkResponse(method, path string, res testResponse) {
 	s.t.Helper()
 	u, err := url.Parse(path)
@@ -413,7 +416,7 @@ func (s *spec) checkResponse(method, path string, res testResponse) {
 	s.validate(where, schema, v)
 }
 
-// validate holds a value to a schema, and notes each property that it sees.
+// validate compares a value with a schema, and records each property that it sees.
 func (s *spec) validate(where string, schema map[string]any, v any) {
 	s.t.Helper()
 	types := s.types(schema)
@@ -422,7 +425,8 @@ func (s *spec) validate(where string, schema map[string]any, v any) {
 		s.t.Errorf("%s: is %v, not of %v", where, v, types)
 		return
 	}
-	if enum, ok := schema["enum"].([]any); ok && !slices.Contains(enum, v) || schema["const"] != nil && schema["const"] != v {
+	if enum, ok := schema["enum"].([]any); ok && !slices.Contains(enum, v) || schema["const"] != nil &&
+		schema["const"] != v {
 		s.t.Errorf("%s: %v is not one of %v%v", where, v, enum, schema["const"])
 	}
 	if text, ok := v.(string); ok && schema["format"] == "date-time" {
@@ -475,7 +479,7 @@ func jsonType(v any) string {
 	return "object"
 }
 
-// reportUnseen reports the properties of a schema that no answer had.
+// reportUnseen reports the properties of a schema that no response had.
 func (s *spec) reportUnseen(where string, schema map[string]any) {
 	s.t.Helper()
 	if items := s.at(schema, "items"); items != nil {
@@ -483,90 +487,114 @@ func (s *spec) reportUnseen(where string, schema map[string]any) {
 	}
 	for name, v := range s.properties(schema) {
 		if !s.seen[where+"."+name] {
-			s.t.Errorf("%s: no answer has %s", where, name)
+			s.t.Errorf("%s: no response has %s", where, name)
 			continue
 		}
 		s.reportUnseen(where+"."+name, s.at(v))
 	}
 }
 
-// TestOpenAPIResponses: each field of each answer is in its schema, and each
-// property of a schema occurs.
+// A responseTest calls every operation and compares the responses with openapi.yaml.
+type responseTest struct {
+	*spec
+	*testProxy
+}
+
+// call makes a call with the admin's key, and returns the first ID of its response.
+func (c responseTest) call(method, path, body string, status int) string {
+	c.testProxy.t.Helper()
+	res := c.manageAs(c.adminKey, method, path, body)
+	if res.status != status {
+		c.testProxy.t.Fatalf("%s %s: got %d, want %d: %s", method, path, res.status, status, res.body)
+	}
+	c.checkResponse(method, path, res)
+	return between(res.body, `"id":"`, `"`)
+}
+
+// TestOpenAPIResponses: each field of each response is in its schema, and each property of a schema is in a response.
 func TestOpenAPIResponses(t *testing.T) {
 	t.Parallel()
-	s, p := readSpec(t), newTest(t, nil)
-	call := func(method, path, body string, status int) string {
-		t.Helper()
-		res := p.manageAs(p.adminKey, method, path, body)
-		if res.status != status {
-			t.Fatalf("%s %s: got %d, want %d: %s", method, path, res.status, status, res.body)
-		}
-		s.checkResponse(method, path, res)
-		return between(res.body, `"id":"`, `"`)
-	}
-	const limits = `"addresses":["0.0.0.0/0","::/0"],"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
-	const policies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `}`
-	const projectPolicies = `"policy":{"endpoints":["/v1/*"],"models":["gpt-4o*"],` + limits + `,"stateful":true,"keep_content_days":3},"routing":{"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}`
-	project := call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+p.provider.key+`",`+projectPolicies+`}`, 201)
-	call("GET", "/manage/projects?limit=1&name=second", "", 200)
+	c := responseTest{readSpec(t), newTest(t, nil)}
+	const policy = `"endpoints":["/v1/*"],"models":["gpt-4o*"],"addresses":["0.0.0.0/0","::/0"],` +
+		`"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
+	project := c.call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+c.provider.key+
+		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3},"routing":{`+
+		`"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}}`, 201)
+	c.call("GET", "/manage/projects?limit=1&name=second", "", 200)
+	c.call("GET", "/manage/projects?limit=1", "", 200)
 	path := "/manage/projects/" + project
-	call("GET", path, "", 200)
-	upstreams := path + "/upstreams"
-	up := call("POST", upstreams, `{"name":"u","api_key":"`+p.provider.key+`","models":["m*"]}`, 201)
-	call("GET", upstreams, "", 200)
-	call("GET", path+"/route?model=a&api=openai", "", 200)
-	call("GET", upstreams+"/"+up, "", 200)
-	call("PATCH", upstreams+"/"+up, `{"weight":2}`, 200)
-	call("PATCH", path, `{"is_active":true}`, 200)
-	token := call("POST", "/manage/tokens", `{"project_id":"`+project+`",`+policies+`}`, 201)
-	tokenPath := "/manage/tokens/" + token
-	call("GET", tokenPath, "", 200)
-	call("PATCH", tokenPath, `{"max_requests":5,"idle_expiry_minutes":5,"expires_at":null}`, 200)
-	call("POST", tokenPath+"/rotate", ``, 200)
-	call("GET", "/manage/tokens?limit=1&project_id="+project, "", 200)
-	call("GET", "/manage/tokens?limit=1", "", 200)
-	call("GET", "/manage/projects?limit=1", "", 200)
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
-	p.allowSecret(promptCanary)
-	p.chat()
-	p.chat()
-	p.chat(`"stream":true`)
-	second, _ := p.addUpstream(`"priority":1`)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(429, "{}") })
-	p.chat() // with two attempts
-	p.waitSettled()
-	id := call("GET", "/manage/requests?limit=1", "", 200)
+	c.call("GET", path, "", 200)
+	c.call("PATCH", path, `{"is_active":true}`, 200)
+	c.call("GET", path+"/route?model=a&api=openai", "", 200)
+	upstream := path + "/upstreams/" +
+		c.call("POST", path+"/upstreams", `{"name":"u","api_key":"`+c.provider.key+`","models":["m*"]}`, 201)
+	c.call("GET", path+"/upstreams", "", 200)
+	c.call("GET", upstream, "", 200)
+	c.call("PATCH", upstream, `{"weight":2}`, 200)
+	token := "/manage/tokens/" +
+		c.call("POST", "/manage/tokens", `{"project_id":"`+project+`","policy":{`+policy+`}}`, 201)
+	c.call("GET", token, "", 200)
+	c.call("PATCH", token, `{"max_requests":5,"idle_expiry_minutes":5,"expires_at":null}`, 200)
+	c.call("POST", token+"/rotate", ``, 200)
+	c.call("GET", "/manage/tokens?limit=1&project_id="+project, "", 200)
+	c.call("GET", "/manage/tokens?limit=1", "", 200)
+	c.checkCallResponses()
+	c.checkPriceAndKeyResponses()
+	c.call("DELETE", token, "", 200)
+	c.call("POST", path+"/tokens/revoke", "", 200)
+	c.call("DELETE", upstream, "", 200)
+	c.call("DELETE", path+"/content", "", 200)
+	c.call("DELETE", path, "", 200)
+	for _, path := range []string{"/healthz", "/readyz"} {
+		c.checkResponse("GET", path, c.do("GET", path, ""))
+	}
+	c.checkResponse("GET", "/metrics", c.manageAs(c.adminKey, "GET", "/metrics", ""))
+	c.reportUnseenResponses()
+}
+
+// checkCallResponses makes calls to the provider, and calls what shows them.
+func (c responseTest) checkCallResponses() {
+	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
+	c.allowSecret(promptCanary)
+	c.chat()
+	c.chat()
+	c.chat(`"stream":true`)
+	second, _ := c.addUpstream(`"priority":1`)
+	c.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(429, "{}") })
+	c.chat() // with two attempts
+	c.waitSettled()
+	request := "/manage/requests/" + c.call("GET", "/manage/requests?limit=1", "", 200)
 	second.setScript(endlessScript)
 	for range 2 {
-		if _, err := p.stream(p.token).read(1); err != nil {
-			t.Fatal(err)
+		if _, err := c.stream(c.token).read(1); err != nil {
+			c.testProxy.t.Fatal(err)
 		}
 	}
-	call("GET", "/manage/streams?limit=1", "", 200)
-	call("DELETE", "/manage/streams/"+call("GET", "/manage/streams", "", 200), "", 200)
-	call("GET", "/manage/requests/"+id, "", 200)
-	call("GET", "/manage/requests/"+id+"/content", "", 200)
-	call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome", "", 200)
-	call("GET", "/manage/usage?interval=total", "", 200)
-	price := call("POST", "/manage/prices", `{"match":"m","input":1,"cached_input":"0.5","cache_write":2,"output":3,"audio_input":4,"audio_output":5.25}`, 201)
-	call("GET", "/manage/prices", "", 200)
-	call("GET", "/manage/prices?model=gpt-4o&provider=openai", "", 200)
-	call("DELETE", "/manage/prices/"+price, "", 200)
-	key := call("POST", "/manage/keys", `{"name":"k","role":"viewer"}`, 201)
-	call("GET", "/manage/keys?limit=1", "", 200)
-	call("GET", "/manage/audit?limit=1&action=key.create", "", 200)
-	call("GET", "/manage/keys/"+key, "", 200)
-	call("PATCH", "/manage/keys/"+key, `{"role":"operator","expires_at":"2099-01-01T00:00:00Z"}`, 200)
-	call("DELETE", "/manage/keys/"+key, "", 200)
-	call("DELETE", tokenPath, "", 200)
-	call("POST", path+"/tokens/revoke", "", 200)
-	call("DELETE", upstreams+"/"+up, "", 200)
-	call("DELETE", path+"/content", "", 200)
-	call("DELETE", path, "", 200)
-	for _, path := range []string{"/healthz", "/readyz"} {
-		s.checkResponse("GET", path, p.do("GET", path, ""))
-	}
-	s.checkResponse("GET", "/metrics", p.manageAs(p.adminKey, "GET", "/metrics", ""))
+	c.call("GET", "/manage/streams?limit=1", "", 200)
+	c.call("DELETE", "/manage/streams/"+c.call("GET", "/manage/streams", "", 200), "", 200)
+	c.call("GET", request, "", 200)
+	c.call("GET", request+"/content", "", 200)
+	c.call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome", "", 200)
+	c.call("GET", "/manage/usage?interval=total", "", 200)
+}
+
+func (c responseTest) checkPriceAndKeyResponses() {
+	price := c.call("POST", "/manage/prices", `{"match":"m","input":1,"cached_input":"0.5","cache_write":2,`+
+		`"output":3,"audio_input":4,"audio_output":5.25}`, 201)
+	c.call("GET", "/manage/prices", "", 200)
+	c.call("GET", "/manage/prices?model=gpt-4o&provider=openai", "", 200)
+	c.call("DELETE", "/manage/prices/"+price, "", 200)
+	key := "/manage/keys/" + c.call("POST", "/manage/keys", `{"name":"k","role":"viewer"}`, 201)
+	c.call("GET", "/manage/keys?limit=1", "", 200)
+	c.call("GET", "/manage/audit?limit=1&action=key.create", "", 200)
+	c.call("GET", key, "", 200)
+	c.call("PATCH", key, `{"role":"operator","expires_at":"2099-01-01T00:00:00Z"}`, 200)
+	c.call("DELETE", key, "", 200)
+}
+
+// reportUnseenResponses reports the successful responses and the properties that no call had.
+func (s *spec) reportUnseenResponses() {
+	s.t.Helper()
 	for _, name := range s.operations() {
 		for status, r := range s.at(s.operation(name), "responses") {
 			where := fmt.Sprintf("%s %s ", name, status)
@@ -574,15 +602,15 @@ func TestOpenAPIResponses(t *testing.T) {
 				continue
 			}
 			if !s.seen[where] {
-				t.Errorf("%s: no such answer", where)
+				s.t.Errorf("%s: the test has no such response", where)
 			}
 			s.reportUnseen(where, s.at(r, "content", "application/json", "schema"))
 		}
 	}
 }
 
-// TestOpenAPIErrors: each operation answers with each error status that it
-// declares, in OpenAI's shape, and declares each that can be provoked.
+// TestOpenAPIErrors: each operation returns each error status that it declares, in OpenAI's form, and declares each
+// that the test can cause.
 func TestOpenAPIErrors(t *testing.T) {
 	t.Parallel()
 	s := readSpec(t)
@@ -604,24 +632,28 @@ func TestOpenAPIErrors(t *testing.T) {
 			400: p.do(method, path+"?a=1&a=2", "", "Authorization", admin),
 			401: p.do(method, path, ""),
 			403: p.do(method, path, "", "Authorization", "Bearer "+viewer.Key, "If-Match", `"1000"`),
-			412: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "application/json", "If-Match", `"1000"`),
-			413: p.do(method, path, strings.Repeat(" ", maxManageBodyBytes+1), "Authorization", admin, "If-Match", `"1000"`),
+			412: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "application/json", "If-Match",
+				`"1000"`),
+			413: p.do(method, path, strings.Repeat(" ", maxManageBodyBytes+1), "Authorization", admin, "If-Match",
+				`"1000"`),
 			415: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "text/plain", "If-Match", `"1000"`),
 			421: p.do(method, path, "", "Authorization", admin, "Host", "evil.example.com"),
 			429: p.do(method, path, "", "Authorization", "Bearer wrong", "X-Forwarded-For", "192.0.2.1"),
-			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID, "none").Replace(path), jsonObject(requiredFields(p)[name]),
+			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID,
+				"none").Replace(path), jsonObject(requiredFields(p)[name]),
 				"Authorization", admin, "Content-Type", "application/json"),
 		}
 		for status, res := range provoked {
 			declared := s.at(s.operation(name), "responses", fmt.Sprint(status)) != nil
 			if (res.status == status) != declared {
-				t.Errorf("%s: provoking %d got %d %s; openapi.yaml declares it: %v", name, status, res.status, res.body, declared)
+				t.Errorf("%s: provoking %d got %d %s; openapi.yaml declares it: %v", name, status, res.status, res.body,
+					declared)
 			}
 			if res.status >= 300 {
 				s.checkResponse(method, path, res)
 			}
 		}
-		// The rest of what is declared is the database's trouble.
+		// The only other declared status is that of a database failure.
 		for status := range s.at(s.operation(name), "responses") {
 			if _, ok := provoked[atoi(status)]; !ok && status != "503" && status[0] != '2' {
 				t.Errorf("%s declares %s, which this test does not provoke", name, status)
@@ -737,7 +769,9 @@ func (r *yamlReader) key(text string) (key, rest string, err error) {
 		key, rest = quoted[1:len(quoted)-1], text[len(quoted):]
 	} else {
 		i := strings.IndexByte(text, ':')
-		if i < 1 || strings.Trim(text[:i], "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-$/{}") != "" || text[0] == '{' || text[0] == '-' {
+		if i < 1 || strings.Trim(text[:i],
+			"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-$/{}") != "" || text[0] == '{' ||
+			text[0] == '-' {
 			return "", "", r.fail("no key in %q", text)
 		}
 		key, rest = text[:i], text[i:]
@@ -790,13 +824,14 @@ func (r *yamlReader) scalar(text string) (any, error) {
 	if n, err := strconv.ParseFloat(text, 64); err == nil {
 		return n, nil
 	}
-	if strings.ContainsAny(text[:1], "&*!|>%@`'{}],?:-#") || strings.Contains(text, ": ") || strings.Contains(text, " #") || strings.HasSuffix(text, ":") {
+	if strings.ContainsAny(text[:1], "&*!|>%@`'{}],?:-#") || strings.Contains(text, ": ") ||
+		strings.Contains(text, " #") || strings.HasSuffix(text, ":") {
 		return nil, r.fail("quote %q", text)
 	}
 	return text, nil
 }
 
-// TestReadYAML: what it reads, and that it refuses what it does not.
+// TestReadYAML: the reader returns what it supports, and refuses everything else.
 func TestReadYAML(t *testing.T) {
 	t.Parallel()
 	got, err := readYAML("# c\na:\n  \"200\": \"x: #\\n\"\n  b: [p, \"null\", 1]\nl:\n  - k: v\n    m: true\n  - s\n")
@@ -805,8 +840,12 @@ func TestReadYAML(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v %v", got, err)
 	}
-	for _, bad := range []string{"a: b: c", "a: |\n  x", "a: {b: c}", "a: *x", "a: &x y", "a:\n - b", "a:\n   b: c", "a: b\na: c", "a: 'b'", "a: yes",
-		"a: b # c", "a:\tb", "a: b ", "a", "- a\nb: c", "a: [b", "a: >-\n  b", "a: [[b]]", "a: \"b", "a:\nb: c", "--- a", "? a"} {
+	for _, bad := range []string{
+		"a: b: c", "a: |\n  x", "a: {b: c}", "a: *x", "a: &x y", "a:\n - b", "a:\n   b: c", "a: b\na: c", "a: 'b'",
+		"a: yes",
+		"a: b # c", "a:\tb", "a: b ", "a", "- a\nb: c", "a: [b", "a: >-\n  b", "a: [[b]]", "a: \"b", "a:\nb: c",
+		"--- a", "? a",
+	} {
 		if v, err := readYAML(bad); err == nil {
 			t.Error(errors.New("accepted"), bad, v)
 		}
