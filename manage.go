@@ -115,7 +115,7 @@ func (a *managementAuth) newOrigin(w http.ResponseWriter, r *http.Request, calle
 }
 
 // A manageRoute is one URL of /manage: the role that it requires, its handler, which returns the body of the
-// response, and the query parameters that it has. A URL with the parameter after is a list with pages.
+// response, and its query parameters.
 type manageRoute struct {
 	pattern string
 	minRole role
@@ -536,7 +536,7 @@ type routeUpstreamView struct {
 	IdleMS       int64 `json:"idle_ms"`
 }
 
-// explainRoute tells which upstream of a project would get a call for a model now, and why. It sends no
+// explainRoute returns which upstreams of a project would get a call for a model now, and why. It sends no
 // request. api is openai, anthropic, or "" for openai.
 func (ops *operations) explainRoute(ctx context.Context, projectID, model, api string) (routeView, error) {
 	v := routeView{Model: model, API: cmp.Or(api, "openai"), Upstreams: []routeUpstreamView{}}

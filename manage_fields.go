@@ -3,7 +3,7 @@
 // text and kind of its form input, whether null is allowed, its rule, and where its value goes.
 //
 // The tables drive the decoding of JSON bodies (decodeFields) and of forms (fieldTargets), the inputs of forms
-// (formFields in admin_forms.go) and validation (applyFields), and a test holds openapi.yaml to them. They are
+// (formFields in admin_forms.go) and validation (applyFields); a test compares openapi.yaml with them. They are
 // made once, in newFieldTables, and do not change.
 package main
 
@@ -65,24 +65,12 @@ func newFieldTables() fieldTables {
 // given is an optional with a value.
 func given[T any](value T) optional[T] { return optional[T]{set: true, value: value} }
 
-// stored completes a field whose value goes into a column as it is, if it follows the rule. at returns where the
-// value is in the input, and its column in the row.
+// stored completes a field whose value goes into a column as it is, if it follows the rule. at returns the value in
+// the input, and the column in the row.
 func stored[I, R, T any](
 	f field[I, R], rule func(name string, value T) error, at func(*I, *R) (*optional[T], *T),
 ) field[I, R] {
-	f.target = func(in *I) any { from, _ := at(in, new(R)); return from }
-	f.apply = func(in *I, row *R) error {
-		from, column := at(in, row)
-		if !from.hasValue() {
-			return nil
-		}
-		if err := rule(f.name, from.value); err != nil {
-			return err
-		}
-		*column = from.value
-		return nil
-	}
-	return f
+	return converted(f, rule, at, func(value T) T { return value })
 }
 
 // storedOrNull completes a field with a whole number of units. Null clears its column.
@@ -90,19 +78,27 @@ func storedOrNull[I, R any](
 	f field[I, R], unit int64, rule func(string, int64) error, at func(*I, *R) (*optional[int64], **int64),
 ) field[I, R] {
 	f.nullable = true
+	return converted(f, rule, at, func(value int64) *int64 { return new(value * unit) })
+}
+
+// converted is stored for a column of another type.
+func converted[I, R, T, C any](
+	f field[I, R], rule func(string, T) error, at func(*I, *R) (*optional[T], *C), convert func(T) C,
+) field[I, R] {
 	f.target = func(in *I) any { from, _ := at(in, new(R)); return from }
 	f.apply = func(in *I, row *R) error {
 		from, column := at(in, row)
-		if from.null {
-			*column = nil
-		}
-		if !from.hasValue() {
+		switch {
+		case from.null && f.nullable:
+			*column = *new(C)
+			return nil
+		case !from.hasValue():
 			return nil
 		}
 		if err := rule(f.name, from.value); err != nil {
 			return err
 		}
-		*column = new(from.value * unit)
+		*column = convert(from.value)
 		return nil
 	}
 	return f
@@ -135,11 +131,10 @@ func decodeFields[I, R any](body []byte, in *I, fields []field[I, R], isNew bool
 // applyFields checks the values that were sent and stores them in the row.
 func applyFields[I, R any](in *I, row *R, fields []field[I, R]) error {
 	for _, f := range fields {
-		if f.apply == nil {
-			continue
-		}
-		if err := f.apply(in, row); err != nil {
-			return err
+		if f.apply != nil {
+			if err := f.apply(in, row); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

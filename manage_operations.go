@@ -28,9 +28,9 @@ type operations struct {
 	running      *runningCalls
 	prices       *atomic.Pointer[priceTable]
 	contentKey   *contentKey
-	openaiURL    string // the base URL of an OpenAI upstream that names none
-	allowPrivate bool   // base URLs may be private addresses and plain http
-	fields       fieldTables
+	openaiURL    string      // the base URL of an OpenAI upstream that names none
+	allowPrivate bool        // base URLs may be private addresses and plain http
+	fields       fieldTables // of the inputs
 }
 
 // createFirstKey creates the management key that the first start shows.

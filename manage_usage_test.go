@@ -257,7 +257,7 @@ func TestUsageSums(t *testing.T) {
 			u.compare("interval="+interval+from+"&token_id="+id, u.expect(interval, nil, mine))
 			u.compare("interval="+interval+from+"&token_id="+id+"&group_by=model,token",
 				u.expect(interval, byToken, mine))
-			for project, projectID := range u.projects { // both filters hold
+			for project, projectID := range u.projects { // both filters together
 				u.compare("interval="+interval+from+"&token_id="+id+"&project_id="+projectID,
 					u.expect(interval, nil,
 						func(r *requestRow) bool { return r.token == token && r.project == project }))

@@ -351,7 +351,7 @@ func TestOpenAPIRequired(t *testing.T) {
 		required := s.required(s.at(s.operation(name), "requestBody", "content", "application/json", "schema"))
 		slices.Sort(required)
 		if !slices.Equal(required, sortedKeys(body)) {
-			t.Errorf("%s requires %v in openapi.yaml, the test says %v", name, required, sortedKeys(body))
+			t.Errorf("%s requires %v in openapi.yaml, and %v in the test", name, required, sortedKeys(body))
 		}
 		method, path := p.operationPath(name)
 		for _, omitted := range required {
@@ -698,7 +698,7 @@ func readYAML(text string) (any, error) {
 	}
 	v, err := r.block(0)
 	if err == nil && len(r.lines) > 0 {
-		err = r.fail("odd indent")
+		err = r.fail("wrong indent")
 	}
 	return v, err
 }
@@ -718,7 +718,7 @@ func (r *yamlReader) block(indent int) (any, error) {
 			return nil, err
 		}
 		if _, twice := out[key]; twice {
-			return nil, r.fail("%s is there twice", key)
+			return nil, r.fail("%s is given twice", key)
 		}
 		if rest != "" {
 			if out[key], err = r.scalar(rest); err != nil {
@@ -740,7 +740,7 @@ func (r *yamlReader) list(indent int) (any, error) {
 	for len(r.lines) > 0 && r.lines[0].indent == indent {
 		item, ok := strings.CutPrefix(r.lines[0].text, "- ")
 		if !ok {
-			return nil, r.fail("a list goes on with - ")
+			return nil, r.fail("an item of a list starts with - ")
 		}
 		var v any
 		var err error
@@ -764,7 +764,7 @@ func (r *yamlReader) key(text string) (key, rest string, err error) {
 	if text[0] == '"' {
 		quoted, err := strconv.QuotedPrefix(text)
 		if err != nil {
-			return "", "", r.fail("odd quotes")
+			return "", "", r.fail("invalid quotes")
 		}
 		key, rest = quoted[1:len(quoted)-1], text[len(quoted):]
 	} else {
@@ -800,12 +800,12 @@ func (r *yamlReader) scalar(text string) (any, error) {
 		}
 		inner, ok := strings.CutSuffix(text[1:], "]")
 		if !ok || inner == "" {
-			return nil, r.fail("odd list")
+			return nil, r.fail("invalid list")
 		}
 		var out []any
 		for part := range strings.SplitSeq(inner, ", ") {
 			if part == "" || strings.ContainsAny(part, "[],") {
-				return nil, r.fail("odd list")
+				return nil, r.fail("invalid list")
 			}
 			v, err := r.scalar(part)
 			if err != nil {
