@@ -22,25 +22,10 @@ import (
 
 // burst makes n calls at the same moment and returns the number of answers with each status.
 func (p *testProxy) burst(token string, n int) map[int]int {
-	var mu sync.Mutex
-	statuses := map[int]int{}
-	var all, ready sync.WaitGroup
-	barrier := make(chan struct{})
-	ready.Add(n)
-	for range n {
-		all.Go(func() {
-			ready.Done()
-			<-barrier
-			_, status := p.sendChat(context.Background(), token, `"n":1`)
-			mu.Lock()
-			defer mu.Unlock()
-			statuses[status]++
-		})
-	}
-	ready.Wait()
-	close(barrier)
-	all.Wait()
-	return statuses
+	return callAtOnce(n, func(int) int {
+		_, status := p.sendChat(context.Background(), token, `"n":1`)
+		return status
+	})
 }
 
 // requestCount returns a token's request_count.
@@ -806,13 +791,6 @@ func usageResponse(input, output int) string {
 		`"completion_tokens":3`, fmt.Sprintf(`"completion_tokens":%d`, output), 1)
 }
 
-// newLimitedToken creates a token with these limits and returns its path in /manage.
-func (p *testProxy) newLimitedToken(limits string) (path, token string) {
-	p.t.Helper()
-	id, token := p.newToken(`"name":"l","policy":{"limits":[` + limits + `]}`)
-	return "/manage/tokens/" + id, token
-}
-
 // TestBudgetHolds (LI5): calls of unknown cost together spend no more than the budget, however many run in
 // parallel.
 func TestBudgetHolds(t *testing.T) {
@@ -823,7 +801,7 @@ func TestBudgetHolds(t *testing.T) {
 	total := 0
 	for round := 0; ; round++ {
 		hits, statuses := p.runConcurrently(50, func(i int) int {
-			status, _ := p.send(nil, token, "/v1/chat/completions", chatBody(`"max_tokens":5000`))
+			status, _ := p.send(nil, token, chatBody(`"max_tokens":5000`))
 			return status
 		})
 		if hits > 3 || statuses[429] != 50-hits {
@@ -834,7 +812,7 @@ func TestBudgetHolds(t *testing.T) {
 		}
 		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, usageResponse(9, 500)) })
 		for range 5 { // and one after the other
-			if status, _ := p.send(nil, token, "/v1/chat/completions", chatBody(`"max_tokens":5000`)); status == 200 {
+			if status, _ := p.send(nil, token, chatBody(`"max_tokens":5000`)); status == 200 {
 				total++
 			}
 		}

@@ -16,96 +16,101 @@ import (
 	"time"
 )
 
-// windowLimits are limits of 20 calls, each of 12 tokens and $0.00000315, over every window. The last one
-// leaves space for the last call's reservation.
-func windowLimits(kind string) (out []string) {
+// windowLimits are limits of 20 calls, each of 12 tokens and $0.00000315, over every window. The max of tokens
+// and dollars also covers the reservation of the last call.
+func windowLimits(metric string) (out []string) {
+	most := map[string]string{
+		"requests": "20",
+		"tokens":   fmt.Sprint(19*12 + 30),
+		"dollars":  fmt.Sprintf("0.%09d", 19*3150+5_000),
+	}[metric]
 	for per := perHour; per <= perLifetime; per++ {
-		most := map[string]string{"requests": "20", "tokens": fmt.Sprint(19*12 + 30), "dollars": fmt.Sprintf("0.%09d", 19*3150+5_000)}[kind]
-		out = append(out, fmt.Sprintf(`{"count":%q,"max":%s,"per":%q}`, kind, most, per))
+		out = append(out, fmt.Sprintf(`{"count":%q,"max":%s,"per":%q}`, metric, most, per))
 	}
 	return out
 }
 
-// tinyBody needs at most 26 tokens, and 1 for its answer.
+// callUse is what an answered call counts in a limit: one request, 9 and 3 tokens, and their price.
+func callUse(metric string) float64 {
+	return map[string]float64{"requests": 1, "tokens": 12, "dollars": 3150e-9}[metric]
+}
+
+// sameAmount compares amounts to the nano-dollar.
+func sameAmount(a, b float64) bool { return fmt.Sprintf("%.9f", a) == fmt.Sprintf("%.9f", b) }
+
+// tinyBody reserves 26 tokens for the request and 1 for the answer.
 const tinyBody = `"max_tokens":1`
 
-// useUpLimit makes calls from n parallel clients until each was refused once, and returns the number of
-// answered calls.
-func (p *testProxy) useUpLimit(token string, n, most int) (answered int) {
-	var mu sync.Mutex
-	var all sync.WaitGroup
+// useUpLimit makes up to most calls from each of n parallel clients, which stop when one is refused. It returns
+// the number of answered calls.
+func (p *testProxy) useUpLimit(token string, n, most int) int {
+	var answered atomic.Int64
+	var clients sync.WaitGroup
 	for range n {
-		all.Go(func() {
+		clients.Go(func() {
 			for range most {
-				_, status := p.sendChat(context.Background(), token, tinyBody)
-				mu.Lock()
-				if status == 200 {
-					answered++
-				}
-				mu.Unlock()
-				if status != 200 {
+				if _, status := p.sendChat(context.Background(), token, tinyBody); status != 200 {
 					return
 				}
+				answered.Add(1)
 			}
 		})
 	}
-	all.Wait()
-	return answered
+	clients.Wait()
+	return int(answered.Load())
 }
 
 // TestWindowsSurvive: what was used before a restart, a kill -9 or an eviction stays used, for tokens and
 // projects, to the last call.
 func TestWindowsSurvive(t *testing.T) {
 	t.Parallel()
-	for _, kind := range []string{"requests", "tokens", "dollars"} {
-		for _, where := range []string{"token", "project"} {
-			for _, how := range []string{"restart", "kill", "eviction"} {
-				t.Run(strings.Join([]string{kind, where, how}, " "), func(t *testing.T) {
+	for _, metric := range []string{"requests", "tokens", "dollars"} {
+		for _, scope := range []string{"token", "project"} {
+			for _, event := range []string{"restart", "kill", "eviction"} {
+				t.Run(strings.Join([]string{metric, scope, event}, " "), func(t *testing.T) {
 					t.Parallel()
-					p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-					awaitClearOfHour(10 * time.Second)
-					paths, tokens := map[string]string{}, map[string]string{}
-					for i, limit := range windowLimits(kind) {
-						own, its := `{"limits":[`+limit+`]}`, `{}`
-						if where == "project" {
-							own, its = its, own
-						}
-						project, made, ids := p.newProject(fmt.Sprint("p", i), its, own, 1)
-						tokens[limit], paths[limit] = made[0], "/manage/tokens/"+ids[0]
-						if where == "project" {
-							paths[limit] = "/manage/projects/" + project
-						}
-						if n := p.useUpLimit(made[0], 1, 7); n != 7 {
-							t.Fatalf("%s: %d of 7 calls were answered", limit, n)
-						}
-					}
-					p.waitSettled()
-					q := p
-					switch how {
-					case "restart":
-						if err := p.stop(); err != nil {
-							t.Fatal(err)
-						}
-						p.start()
-					case "kill":
-						q = p.crashedCopy()
-					case "eviction":
-						p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
-					}
-					for limit, token := range tokens {
-						before := q.settledLimits(paths[limit])[0] // of a token that no call has used yet
-						n := q.useUpLimit(token, 4, 20)
-						if min := map[string]int{"requests": 13, "tokens": 10, "dollars": 10}[kind]; n > 13 || n < min {
-							t.Errorf("%s: after 7 calls, %d of 13 more were answered", limit, n)
-						}
-						unit := map[string]float64{"requests": 1, "tokens": 12, "dollars": 3150e-9}[kind]
-						after := q.settledLimits(paths[limit])[0]
-						if fmt.Sprintf("%.9f", before.Used) != fmt.Sprintf("%.9f", 7*unit) || fmt.Sprintf("%.9f", after.Used) != fmt.Sprintf("%.9f", float64(7+n)*unit) {
-							t.Errorf("%s: %+v, and after %d calls more %+v", limit, before, n, after)
-						}
-					}
+					checkWindowsSurvive(t, metric, scope, event)
 				})
 			}
+		}
+	}
+}
+
+func checkWindowsSurvive(t *testing.T, metric, scope, event string) {
+	t.Helper()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	awaitClearOfHour(10 * time.Second)
+	paths, tokens := map[string]string{}, map[string]string{}
+	for i, limit := range windowLimits(metric) {
+		made, path := p.newLimitedProject(fmt.Sprint("p", i), scope, limit, 1)
+		tokens[limit], paths[limit] = made[0], path
+		if n := p.useUpLimit(made[0], 1, 7); n != 7 {
+			t.Fatalf("%s: %d of 7 calls were answered", limit, n)
+		}
+	}
+	p.waitSettled()
+	q := p
+	switch event {
+	case "restart":
+		if err := p.stop(); err != nil {
+			t.Fatal(err)
+		}
+		p.start()
+	case "kill":
+		q = p.crashedCopy()
+	case "eviction":
+		p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
+	}
+	least := map[string]int{"requests": 13, "tokens": 10, "dollars": 10}[metric]
+	for limit, token := range tokens {
+		before := q.settledLimits(paths[limit])[0] // while the token is not in memory
+		n := q.useUpLimit(token, 4, 20)
+		if n > 13 || n < least {
+			t.Errorf("%s: after 7 calls, %d of 13 more were answered", limit, n)
+		}
+		after := q.settledLimits(paths[limit])[0]
+		if use := callUse(metric); !sameAmount(before.Used, 7*use) || !sameAmount(after.Used, float64(7+n)*use) {
+			t.Errorf("%s: %+v, and after %d more calls %+v", limit, before, n, after)
 		}
 	}
 }
@@ -116,7 +121,8 @@ func TestKilledAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	awaitClearOfHour(10 * time.Second)
-	path, token := p.newLimitedToken(`{"count":"requests","max":10,"per":"hour"},{"count":"requests","max":10,"per":"lifetime","endpoint":"/v1/chat/*"},` +
+	path, token := p.newLimitedToken(`{"count":"requests","max":10,"per":"hour"},` +
+		`{"count":"requests","max":10,"per":"lifetime","endpoint":"/v1/chat/*"},` +
 		`{"count":"tokens","max":100000,"per":"day","model":"gpt-4o-mini"},{"count":"concurrent","max":5}`)
 	if n := p.useUpLimit(token, 1, 3); n != 3 {
 		t.Fatalf("%d of 3 calls were answered", n)
@@ -135,7 +141,7 @@ func TestKilledAmidCalls(t *testing.T) {
 		t.Errorf("after the kill: %+v", l)
 	}
 	if n := q.useUpLimit(token, 1, 20); n != 2 {
-		t.Errorf("after the kill %d calls were answered, 2 were left", n)
+		t.Errorf("after the kill %d calls were answered; 2 remained", n)
 	}
 }
 
@@ -143,64 +149,44 @@ func TestKilledAmidCalls(t *testing.T) {
 // removes and restores a limit. Each change applies as soon as it is answered, and no count starts again.
 func TestLimitsChangeUnderLoad(t *testing.T) {
 	t.Parallel()
-	for _, where := range []string{"token", "project"} {
-		t.Run(where, func(t *testing.T) {
+	for _, scope := range []string{"token", "project"} {
+		t.Run(scope, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 			awaitClearOfHour(20 * time.Second)
-			project, tokens, ids := p.newProject("load", `{}`, `{}`, 2)
-			token, path := tokens[0], "/manage/tokens/"+ids[0]
-			if where == "project" {
-				path = "/manage/projects/" + project
-			}
+			tokens, path := p.newLimitedProject("load", scope, "", 2)
 			set := func(limits string) {
 				p.manage("PATCH", path, `{"policy":{"limits":[`+limits+`]}}`, 200, nil)
 			}
-			stop := make(chan struct{})
-			var clients sync.WaitGroup
-			for range 6 {
-				clients.Go(func() {
-					for {
-						select {
-						case <-stop:
-							return
-						default:
-							if _, status := p.sendChat(context.Background(), token, tinyBody); status != 200 && status != 429 {
-								t.Errorf("got %d", status)
-							}
-						}
-					}
-				})
-			}
-			used := func() int { return len(p.provider.received()) }
-			const day, lifetime = `{"count":"requests","max":%d,"per":"day"}`, `{"count":"requests","max":%d,"per":"lifetime"}`
+			forwarded := func() int { return len(p.provider.received()) }
+			refused, stop := p.callWithoutPause(tokens[0], 6)
+			defer stop()
+			const day = `{"count":"requests","max":%d,"per":"day"}`
+			const lifetime = `{"count":"requests","max":%d,"per":"lifetime"}`
 			for round := range 4 {
-				waitFor(t, "calls", func() bool { return used() >= (round+1)*30 })
-				set("") // calls are running that no limit knows of
-				waitFor(t, "calls without a limit", func() bool { return used() >= (round+1)*30+10 })
-				n := used() + 40
-				kind := day
-				if round%2 == 1 {
-					kind = lifetime
-				}
-				set(fmt.Sprintf(kind, n)) // counts all from before, to the call
-				waitFor(t, "the limit", func() bool { return used() >= n })
-				set(fmt.Sprintf(kind, n-20))                                                  // lowered: refuses, and keeps the count
-				set(fmt.Sprintf(kind, n+5))                                                   // raised by 5
-				set(fmt.Sprintf(kind, n+5) + `,{"count":"requests","max":1000,"per":"hour"}`) // and another one beside it
-				waitFor(t, "the raised limit", func() bool { return used() >= n+5 })
-				set(fmt.Sprintf(kind, n+5) + `,{"count":"concurrent","max":0,"model":"gpt-5*"}`)
-				time.Sleep(20 * time.Millisecond) // in which clients try
-				if got := used(); got != n+5 {
+				waitFor(t, "calls", func() bool { return forwarded() >= (round+1)*30 })
+				set("") // the calls that run now count in no limit
+				waitFor(t, "calls without a limit", func() bool { return forwarded() >= (round+1)*30+10 })
+				n, limit := forwarded()+40, []string{day, lifetime}[round%2]
+				set(fmt.Sprintf(limit, n)) // counts all earlier calls exactly
+				waitFor(t, "the limit", func() bool { return forwarded() >= n })
+				set(fmt.Sprintf(limit, n-20)) // lowered: refuses, and keeps the count
+				raised := fmt.Sprintf(limit, n+5)
+				set(raised)
+				set(raised + `,{"count":"requests","max":1000,"per":"hour"}`)
+				waitFor(t, "the raised limit", func() bool { return forwarded() >= n+5 })
+				set(raised + `,{"count":"concurrent","max":0,"model":"gpt-5*"}`)
+				before := refused.Load()
+				waitFor(t, "refused calls", func() bool { return refused.Load() >= before+20 })
+				if got := forwarded(); got != n+5 {
 					t.Fatalf("round %d: the provider got %d calls, the limit is %d", round, got, n+5)
 				}
-				set(fmt.Sprintf(kind, n+10_000))
+				set(fmt.Sprintf(limit, n+10_000))
 			}
-			close(stop)
-			clients.Wait()
+			stop()
 			set(fmt.Sprintf(day, 1) + `,{"count":"tokens","max":1,"per":"month"},` + fmt.Sprintf(lifetime, 1))
 			p.waitSettled()
-			l, n := p.settledLimits(path), float64(used())
+			l, n := p.settledLimits(path), float64(forwarded())
 			if l[0].Used != n || l[1].Used != 12*n || l[2].Used != n {
 				t.Errorf("after %v calls: %+v", n, l)
 			}
@@ -210,8 +196,33 @@ func TestLimitsChangeUnderLoad(t *testing.T) {
 	}
 }
 
-// TestLimitAddedAmidCalls (LI8): a limit that is added while calls run counts them: requests at once,
-// reservations, and slots.
+// callWithoutPause starts n clients, each of which makes one call after the other, and counts the calls that
+// are refused with 429. stop ends the clients and waits for them; it may be called twice.
+func (p *testProxy) callWithoutPause(token string, n int) (refused *atomic.Int64, stop func()) {
+	refused = new(atomic.Int64)
+	var stopped atomic.Bool
+	var clients sync.WaitGroup
+	for range n {
+		clients.Go(func() {
+			for !stopped.Load() {
+				switch _, status := p.sendChat(context.Background(), token, tinyBody); status {
+				case 200:
+				case 429:
+					refused.Add(1)
+				default:
+					p.t.Errorf("got %d", status)
+				}
+			}
+		})
+	}
+	return refused, func() {
+		stopped.Store(true)
+		clients.Wait()
+	}
+}
+
+// TestLimitAddedAmidCalls (LI8): a limit that is added while calls run counts them: as requests, by what they
+// reserve, and as running.
 func TestLimitAddedAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -223,8 +234,10 @@ func TestLimitAddedAmidCalls(t *testing.T) {
 		}
 	}
 	for _, path := range []string{"/manage/tokens/" + p.tokenID, "/manage/projects/" + p.project} {
-		p.manage("PATCH", path, `{"policy":{"limits":[{"count":"requests","max":5,"per":"day"},{"count":"concurrent","max":5},
-			{"count":"tokens","max":500,"per":"month"},{"count":"requests","max":9,"per":"day","model":"gpt-5*"}]}}`, 200, nil)
+		p.manage("PATCH", path, `{"policy":{"limits":[
+			{"count":"requests","max":5,"per":"day"},{"count":"concurrent","max":5},
+			{"count":"tokens","max":500,"per":"month"},
+			{"count":"requests","max":9,"per":"day","model":"gpt-5*"}]}}`, 200, nil)
 		l := p.currentLimits(path)
 		if l[0].Used != 4 || l[1].Used != 4 || l[2].Reserved+l[2].Used < 4*70 || l[3].Used != 0 {
 			t.Errorf("%s: %+v", path, l)
@@ -232,7 +245,7 @@ func TestLimitAddedAmidCalls(t *testing.T) {
 	}
 	p.provider.setScript(chatScript)
 	if n := p.useUpLimit(p.token, 4, 3); n != 1 {
-		t.Errorf("beside 4 running calls %d were answered, 1 was left", n)
+		t.Errorf("beside 4 running calls %d were answered; 1 remained", n)
 	}
 }
 
@@ -240,7 +253,7 @@ func TestLimitAddedAmidCalls(t *testing.T) {
 // do not count, whether the ledger writes them later or never.
 func TestCommitTimeout(t *testing.T) {
 	t.Parallel()
-	for _, busy := range []int{50, 3000} { // the write fails before the lock is gone; or waits for it
+	for _, busy := range []int{50, 3000} { // the write fails while the database is locked, or waits for the lock
 		t.Run(fmt.Sprint(busy), func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -249,7 +262,8 @@ func TestCommitTimeout(t *testing.T) {
 			p.instance.running.limits.commitTimeout = 200 * time.Millisecond
 			p.instance.running.mu.Unlock()
 			awaitClearOfHour(20 * time.Second)
-			id, token := p.newToken(`"name":"l","max_requests":12,"policy":{"limits":[{"count":"requests","max":12,"per":"day"}]}`)
+			id, token := p.newToken(`"name":"l","max_requests":12,
+				"policy":{"limits":[{"count":"requests","max":12,"per":"day"}]}`)
 			if n := p.useUpLimit(token, 1, 2); n != 2 {
 				t.Fatalf("%d of 2 calls were answered", n)
 			}
@@ -257,7 +271,7 @@ func TestCommitTimeout(t *testing.T) {
 			p.setPragma(fmt.Sprintf(`PRAGMA busy_timeout = %d`, busy))
 			release := p.lockDatabase()
 			if statuses := p.burst(token, 8); statuses[503] != 8 {
-				t.Errorf("while it was locked clients got %v", statuses)
+				t.Errorf("while the database was locked clients got %v", statuses)
 			}
 			release()
 			waitFor(t, "the ledger", p.instance.ledger.healthy)
@@ -267,7 +281,7 @@ func TestCommitTimeout(t *testing.T) {
 			}
 			p.checkCounts()
 			if n := p.useUpLimit(token, 3, 20); n != 10 {
-				t.Errorf("of 10 calls that were left %d were answered", n)
+				t.Errorf("of the remaining 10 calls %d were answered", n)
 			}
 			p.checkCounts()
 		})
@@ -279,9 +293,9 @@ func TestCommitTimeout(t *testing.T) {
 func TestLockedDatabase(t *testing.T) {
 	t.Parallel()
 	for name, limit := range map[string]string{
-		"a day's requests":   `{"count":"requests","max":10,"per":"day"}`,
-		"a second's":         `{"count":"requests","max":10,"per":"second"}`,
-		"a lifetime's money": `{"count":"dollars","max":0.000100,"per":"lifetime"}`,
+		"requests per day":    `{"count":"requests","max":10,"per":"day"}`,
+		"requests per second": `{"count":"requests","max":10,"per":"second"}`,
+		"dollars in total":    `{"count":"dollars","max":0.000100,"per":"lifetime"}`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -294,14 +308,14 @@ func TestLockedDatabase(t *testing.T) {
 			}
 			p.waitSettled()
 			p.setPragma(`PRAGMA busy_timeout = 20`)
-			hits := len(p.provider.received())
+			hits, durable := len(p.provider.received()), strings.Contains(name, "day")
 			release := p.lockDatabase()
 			statuses := p.burst(token, 50)
 			if statuses[200] != 0 || statuses[503] == 0 || statuses[503]+statuses[429] != 50 {
-				t.Errorf("while it was locked clients got %v", statuses)
+				t.Errorf("while the database was locked clients got %v", statuses)
 			}
-			if n := len(p.provider.received()) - hits; n > 10 || strings.Contains(name, "day") && n != 0 {
-				t.Errorf("while it was locked the provider got %d calls", n)
+			if n := len(p.provider.received()) - hits; n > 10 || durable && n != 0 {
+				t.Errorf("while the database was locked the provider got %d calls", n)
 			}
 			release()
 			waitFor(t, "the ledger", p.instance.ledger.healthy)
@@ -310,13 +324,14 @@ func TestLockedDatabase(t *testing.T) {
 				t.Errorf("the count is %d after 2 calls", n)
 			}
 			p.checkCounts()
-			if strings.Contains(name, "day") {
-				if l := p.settledLimits("/manage/tokens/" + id)[0]; l.Used != 2 {
-					t.Errorf("after 2 calls: %+v", l)
-				}
-				if n := p.useUpLimit(token, 3, 20); n != 8 {
-					t.Errorf("of 8 calls that were left %d were answered", n)
-				}
+			if !durable {
+				return
+			}
+			if l := p.settledLimits("/manage/tokens/" + id)[0]; l.Used != 2 {
+				t.Errorf("after 2 calls: %+v", l)
+			}
+			if n := p.useUpLimit(token, 3, 20); n != 8 {
+				t.Errorf("of the remaining 8 calls %d were answered", n)
 			}
 		})
 	}
@@ -356,19 +371,19 @@ func TestStreamsAreListed(t *testing.T) {
 		t.Errorf("without a call there are %+v", list)
 	}
 	project, tokens, ids := p.newProject("watched", `{}`, `{}`, 1)
-	enough := make(chan struct{})
+	event, enough := chatEvents(true)[1], make(chan struct{})
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if !strings.Contains(r.body, `"stream":true`) {
 			<-enough
 			return chatScript(c, r)
 		}
 		c.beginSSE()
-		_ = c.chunk(strings.Repeat(chatEvents(true)[1], 200))
+		_ = c.chunk(strings.Repeat(event, 200))
 		<-enough
 		for _, e := range chatEvents(true) {
 			_ = c.chunk(e)
 		}
-		return c.chunk("") == nil
+		return endStream(c)
 	})
 	var all sync.WaitGroup
 	for range 5 {
@@ -376,38 +391,12 @@ func TestStreamsAreListed(t *testing.T) {
 	}
 	waitFor(t, "the calls", func() bool { return len(p.provider.received()) == 5 })
 	s := p.stream(tokens[0])
-	if _, err := s.read(200 * len(chatEvents(true)[1])); err != nil {
+	if _, err := s.read(200 * len(event)); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the calls", func() bool { list, _ := p.streams(""); return len(list) == 6 })
-	list, _ := p.streams("?project_id=" + project)
-	if len(list) != 1 {
-		t.Fatalf("of the project there are %+v", list)
-	}
-	if v := list[0]; v.TokenID != ids[0] || v.TokenName != "t" || v.ProjectName != "watched" || v.Endpoint != "POST /v1/chat/completions" || v.Model != "gpt-4o-mini" ||
-		!v.Stream || v.Address != "127.0.0.1" || v.Bytes < 200*50 || v.OutputTokens < 150 || v.InputTokens < 20 || v.AgeMS < 0 || time.Since(v.StartedAt) > time.Minute || v.State != "relaying" {
-		t.Errorf("the stream is %+v", v)
-	}
-	if list, _ := p.streams("?token_id=" + p.tokenID); len(list) != 5 || list[0].Stream || list[0].State != "provider" || list[0].Bytes != 0 {
-		t.Errorf("of the token there are %+v", list)
-	}
-	seen, last := map[string]bool{}, time.Time{}
-	for query := "?limit=2"; ; {
-		list, next := p.streams(query)
-		for _, v := range list {
-			if seen[v.ID] || v.StartedAt.Before(last) {
-				t.Errorf("%s twice, or out of order", v.ID)
-			}
-			seen[v.ID], last = true, v.StartedAt
-		}
-		if next == "" {
-			break
-		}
-		query = "?limit=2&after=" + next
-	}
-	if len(seen) != 6 {
-		t.Errorf("page by page there are %d calls", len(seen))
-	}
+	p.checkListedStreams(project, ids[0])
+	p.checkStreamPages(6)
 	for _, query := range []string{"?limit=0", "?limit=x", "?after=x", "?token=x", "?project_id=a&project_id=b"} {
 		if res := p.manageAs(p.adminKey, "GET", "/manage/streams"+query, ""); res.status != 400 {
 			t.Errorf("%s: got %d %s", query, res.status, res.body)
@@ -420,7 +409,47 @@ func TestStreamsAreListed(t *testing.T) {
 	all.Wait()
 	p.waitSettled()
 	if list, _ := p.streams(""); len(list) != 0 {
-		t.Errorf("when all are over there are %+v", list)
+		t.Errorf("when all calls have ended there are %+v", list)
+	}
+}
+
+// checkListedStreams checks the lists of TestStreamsAreListed: one stream of the project and its token, and
+// five calls of the test's own token.
+func (p *testProxy) checkListedStreams(project, token string) {
+	p.t.Helper()
+	list, _ := p.streams("?project_id=" + project)
+	if len(list) != 1 {
+		p.t.Fatalf("of the project there are %+v", list)
+	}
+	v := list[0]
+	if v.TokenID != token || v.TokenName != "t" || v.ProjectName != "watched" || !v.Stream ||
+		v.Endpoint != "POST /v1/chat/completions" || v.Model != "gpt-4o-mini" || v.Address != "127.0.0.1" ||
+		v.State != "relaying" || v.Bytes < 200*50 || v.OutputTokens < 150 || v.InputTokens < 20 ||
+		v.AgeMS < 0 || time.Since(v.StartedAt) > time.Minute {
+		p.t.Errorf("the stream is %+v", v)
+	}
+	list, _ = p.streams("?token_id=" + p.tokenID)
+	if len(list) != 5 || list[0].Stream || list[0].State != "provider" || list[0].Bytes != 0 {
+		p.t.Errorf("of the token there are %+v", list)
+	}
+}
+
+// checkStreamPages reads the running calls in pages of two: n calls, each once, oldest first.
+func (p *testProxy) checkStreamPages(n int) {
+	p.t.Helper()
+	seen, last := map[string]bool{}, time.Time{}
+	for query, more := "?limit=2", true; more; {
+		list, next := p.streams(query)
+		for _, v := range list {
+			if seen[v.ID] || v.StartedAt.Before(last) {
+				p.t.Errorf("%s is listed twice or out of order", v.ID)
+			}
+			seen[v.ID], last = true, v.StartedAt
+		}
+		query, more = "?limit=2&after="+next, next != ""
+	}
+	if len(seen) != n {
+		p.t.Errorf("page by page there are %d calls, want %d", len(seen), n)
 	}
 }
 
@@ -445,22 +474,24 @@ func TestStreamsAreCut(t *testing.T) {
 	}
 	waiting := make(chan testResponse, 1)
 	go func() { waiting <- p.chatAs(token) }()
-	waitFor(t, "the second call", func() bool { list, _ := p.streams("?token_id=" + id); return len(list) == 2 })
+	count := func() int { list, _ := p.streams("?token_id=" + id); return len(list) }
+	waitFor(t, "the second call", func() bool { return count() == 2 })
 	list, _ := p.streams("?token_id=" + id)
+	cut := func(key, call string) testResponse { return p.manageAs(key, "DELETE", "/manage/streams/"+call, "") }
 	for key, want := range map[string]int{viewer: 403, p.token: 401, token: 401} {
-		if res := p.manageAs(key, "DELETE", "/manage/streams/"+list[0].ID, ""); res.status != want {
+		if res := cut(key, list[0].ID); res.status != want {
 			t.Errorf("got %d, want %d: %s", res.status, want, res.body)
 		}
 	}
 	if res := p.manageAs(viewer, "GET", "/manage/streams", ""); res.status != 200 {
 		t.Errorf("a viewer got %d", res.status)
 	}
-	if again, _ := p.streams("?token_id=" + id); len(again) != 2 {
-		t.Fatalf("of 2 calls %d are left", len(again))
+	if n := count(); n != 2 {
+		t.Fatalf("of 2 calls %d remain", n)
 	}
 	for _, v := range list {
 		asked := time.Now()
-		if res := p.manageAs(operator, "DELETE", "/manage/streams/"+v.ID, ""); res.status != 200 {
+		if res := cut(operator, v.ID); res.status != 200 {
 			t.Errorf("got %d %s", res.status, res.body)
 		}
 		if v.Stream {
@@ -471,48 +502,55 @@ func TestStreamsAreCut(t *testing.T) {
 			t.Errorf("the waiting call: got %d %s", res.status, res.body)
 		}
 		if d := time.Since(asked); d > time.Second {
-			t.Errorf("it took %v", d)
+			t.Errorf("the call ended after %v", d)
 		}
 	}
-	waitFor(t, "their ends", func() bool { list, _ := p.streams("?token_id=" + id); return len(list) == 0 })
-	for _, gone := range []string{list[0].ID, "req_0000000000000", "x", "%2e%2e", strings.Repeat("z", 5000)} {
-		if res := p.manageAs(operator, "DELETE", "/manage/streams/"+gone, ""); res.status != 404 {
-			t.Errorf("DELETE of %s: got %d %s", clip(gone, 20), res.status, res.body)
+	waitFor(t, "their ends", func() bool { return count() == 0 })
+	for _, call := range []string{list[0].ID, "req_0000000000000", "x", "%2e%2e", strings.Repeat("z", 5000)} {
+		if res := cut(operator, call); res.status != 404 {
+			t.Errorf("DELETE of %s: got %d %s", clip(call, 20), res.status, res.body)
 		}
 	}
+	p.checkCutStreams(id, other)
+}
+
+// checkCutStreams checks that the two calls of a token were cut, and that the other stream still runs.
+func (p *testProxy) checkCutStreams(tokenID string, other *clientStream) {
+	p.t.Helper()
 	if list, _ := p.streams(""); len(list) != 1 || list[0].TokenID != p.tokenID {
-		t.Errorf("beside those that were cut there are %+v", list)
+		p.t.Errorf("beside the calls that were cut there are %+v", list)
 	}
-	if l := p.currentLimits("/manage/tokens/" + id)[0]; l.Used != 0 {
-		t.Errorf("the places are %+v", l)
+	if l := p.currentLimits("/manage/tokens/" + tokenID)[0]; l.Used != 0 {
+		p.t.Errorf("the limit of running calls is %+v", l)
 	}
 	if err := other.body.Close(); err != nil {
-		t.Error(err)
+		p.t.Error(err)
 	}
 	cut := 0
 	for _, row := range p.ledger() {
-		if row.TokenID == id {
-			cut++
-			if row.Outcome != "truncated" || row.ErrorCode != "cut_by_administrator" || row.UsageSource != "estimated" {
-				t.Errorf("the ledger has %+v", row)
-			}
+		if row.TokenID != tokenID {
+			continue
+		}
+		cut++
+		if row.Outcome != "truncated" || row.ErrorCode != "cut_by_administrator" || row.UsageSource != "estimated" {
+			p.t.Errorf("the ledger has %+v", row)
 		}
 	}
 	if cut != 2 {
-		t.Errorf("%d calls are on record as cut", cut)
+		p.t.Errorf("the ledger has %d calls of the token, want 2", cut)
 	}
 }
 
 // TestMaxConcurrentCalls: the setting limits the running calls of all tokens, including those that have not
-// sent their body yet. Further calls are asked to retry and use nothing of their own limits.
+// sent their body yet. Further calls are asked to retry, and do not count in their limits.
 func TestMaxConcurrentCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"MAX_CONCURRENT_CALLS": "10", "LOG_LEVEL": "error"})
-	p.allowErrors = true // a proxy that is full is its operator's trouble
+	p.allowErrors = true // a full proxy logs an error
 	path, token := p.newLimitedToken(`{"count":"requests","max":1000,"per":"lifetime"}`)
 	for round := range 5 {
 		hits, statuses := p.runConcurrently(50, func(i int) int {
-			status, h := p.send(nil, []string{p.token, token}[i%2], "/v1/chat/completions", chatBody(tinyBody))
+			status, h := p.send(nil, []string{p.token, token}[i%2], chatBody(tinyBody))
 			if status == 503 && h.Get("Retry-After") == "" {
 				t.Error("503 without Retry-After")
 			}
@@ -543,14 +581,14 @@ func TestMaxConcurrentCalls(t *testing.T) {
 		t.Errorf("beside 10 calls that send their bodies: got %d %s", res.status, res.body)
 	}
 	if res := p.do("GET", ownTokenPath, "", "Authorization", "Bearer "+p.token); res.status != 200 {
-		t.Errorf("the token asks about itself: got %d %s", res.status, res.body)
+		t.Errorf("GET %s: got %d %s", ownTokenPath, res.status, res.body)
 	}
 	for _, conn := range open {
 		conn.Close()
 	}
 	waitFor(t, "their ends", func() bool { return p.countInPhase(phaseReading) == 0 })
 	if res := p.chat(); res.status != 200 {
-		t.Errorf("then: got %d %s", res.status, res.body)
+		t.Errorf("after they ended: got %d %s", res.status, res.body)
 	}
 }
 
@@ -563,45 +601,48 @@ func TestBodyMemoryOfAToken(t *testing.T) {
 	var open []net.Conn
 	for range 12 {
 		conn := p.dial()
-		_, _ = fmt.Fprintf(conn, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+		_, _ = fmt.Fprintf(conn, "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"+
+			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
 			greedy, 1<<20, strings.Repeat(" ", 900<<10))
 		open = append(open, conn)
 	}
-	var refused sync.WaitGroup
+	var readers sync.WaitGroup
 	got := make(chan string, len(open))
 	for _, conn := range open {
-		refused.Go(func() {
+		readers.Go(func() {
 			_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 			b := make([]byte, 4096)
 			n, _ := conn.Read(b)
 			got <- string(b[:n])
 		})
 	}
-	for range 8 { // at least so many have no room
-		if text := <-got; !strings.HasPrefix(text, "HTTP/1.1 429 ") || !strings.Contains(text, "body_memory_full") || !strings.Contains(text, "\r\nRetry-After: 1\r\n") {
+	for range 8 { // at least so many do not fit
+		if text := <-got; !strings.HasPrefix(text, "HTTP/1.1 429 ") || !strings.Contains(text, "body_memory_full") ||
+			!strings.Contains(text, "\r\nRetry-After: 1\r\n") {
 			t.Errorf("got %q", text)
 		}
 	}
 	if used := p.instance.proxy.bodies.used.Load(); used > 2<<20+64<<10 {
 		t.Errorf("one token holds %d bytes of 8 MiB", used)
 	}
-	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+p.token, "Content-Type", "application/json"); res.status != 200 {
+	large := `"user":"` + strings.Repeat("x", 1000<<10) + `"`
+	if res := p.chat(large); res.status != 200 {
 		t.Errorf("another token: got %d %s", res.status, res.body)
 	}
 	for _, conn := range open {
 		conn.Close()
 	}
-	refused.Wait()
+	readers.Wait()
 	p.waitSettled()
-	if res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+strings.Repeat("x", 1000<<10)+`"`), "Authorization", "Bearer "+greedy, "Content-Type", "application/json"); res.status != 200 {
-		t.Errorf("the token, when its calls are over: got %d %s", res.status, res.body)
+	if res := p.chatAs(greedy, large); res.status != 200 {
+		t.Errorf("the token, when its calls have ended: got %d %s", res.status, res.body)
 	}
 }
 
 // awaitClearOfHour waits until the next full hour, where every calendar window may start, is at least d away.
 func awaitClearOfHour(d time.Duration) {
-	if left := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)); left < d {
-		time.Sleep(left + 10*time.Millisecond)
+	if wait := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)); wait < d {
+		time.Sleep(wait + 10*time.Millisecond)
 	}
 }
 
@@ -609,16 +650,38 @@ func awaitClearOfHour(d time.Duration) {
 func (p *testProxy) newProject(name, policy, tokenPolicy string, n int) (id string, tokens, ids []string) {
 	p.t.Helper()
 	var v struct{ ID string }
-	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":%q,"openai_api_key":%q,"policy":%s}`, name, p.provider.key, policy), 201, &v)
+	p.manage("POST", "/manage/projects",
+		fmt.Sprintf(`{"name":%q,"openai_api_key":%q,"policy":%s}`, name, p.provider.key, policy), 201, &v)
 	for range n {
 		var tok struct{ ID, Token string }
-		p.manage("POST", "/manage/tokens", fmt.Sprintf(`{"project_id":%q,"name":"t","policy":%s}`, v.ID, tokenPolicy), 201, &tok)
+		p.manage("POST", "/manage/tokens",
+			fmt.Sprintf(`{"project_id":%q,"name":"t","policy":%s}`, v.ID, tokenPolicy), 201, &tok)
 		p.mu.Lock()
 		p.secrets = append(p.secrets, tok.Token)
 		p.mu.Unlock()
 		tokens, ids = append(tokens, tok.Token), append(ids, tok.ID)
 	}
 	return v.ID, tokens, ids
+}
+
+// newLimitedProject creates a project with n tokens. The limits are the project's or, if scope is "token", each
+// token's. path is the project's URL in /manage or, accordingly, the first token's.
+func (p *testProxy) newLimitedProject(name, scope, limits string, n int) (tokens []string, path string) {
+	p.t.Helper()
+	limits = `{"limits":[` + limits + `]}`
+	if scope == "token" {
+		_, tokens, ids := p.newProject(name, `{}`, limits, n)
+		return tokens, "/manage/tokens/" + ids[0]
+	}
+	id, tokens, _ := p.newProject(name, limits, `{}`, n)
+	return tokens, "/manage/projects/" + id
+}
+
+// newLimitedToken creates a token with these limits and returns its path in /manage.
+func (p *testProxy) newLimitedToken(limits string) (path, token string) {
+	p.t.Helper()
+	id, token := p.newToken(`"name":"l","policy":{"limits":[` + limits + `]}`)
+	return "/manage/tokens/" + id, token
 }
 
 // settledLimits returns the state of the limits of a token or project when no call runs.
@@ -644,10 +707,11 @@ func (p *testProxy) currentLimits(path string) []limitStatus {
 	return v.Limits
 }
 
-// send makes a call from any goroutine, over rt or, if that is nil, over a connection of its own. Status 0
-// means no answer.
-func (p *testProxy) send(rt http.RoundTripper, token, path, body string, headers ...string) (int, http.Header) {
-	req, err := http.NewRequestWithContext(context.Background(), "POST", p.url+path, strings.NewReader(body))
+// send makes a chat call from any goroutine, over rt or, if that is nil, over a connection of its own. Status 0
+// means no complete answer.
+func (p *testProxy) send(rt http.RoundTripper, token, body string, headers ...string) (int, http.Header) {
+	req, err := http.NewRequestWithContext(context.Background(), "POST", p.url+"/v1/chat/completions",
+		strings.NewReader(body))
 	if err != nil {
 		p.t.Error(err)
 		return 0, nil
@@ -670,10 +734,33 @@ func (p *testProxy) send(rt http.RoundTripper, token, path, body string, headers
 	return res.StatusCode, res.Header
 }
 
-// runConcurrently makes m calls at the same moment. The provider answers only when each call has reached it
+// callAtOnce makes n calls at the same moment and returns the number of answers with each status.
+func callAtOnce(n int, call func(i int) (status int)) map[int]int {
+	var mu sync.Mutex
+	statuses := map[int]int{}
+	var all, ready sync.WaitGroup
+	barrier := make(chan struct{})
+	ready.Add(n)
+	for i := range n {
+		all.Go(func() {
+			ready.Done()
+			<-barrier
+			status := call(i)
+			mu.Lock()
+			defer mu.Unlock()
+			statuses[status]++
+		})
+	}
+	ready.Wait()
+	close(barrier)
+	all.Wait()
+	return statuses
+}
+
+// runConcurrently makes n calls at the same moment. The provider answers only when each call has reached it
 // or was refused, so that all admitted calls run together. It returns how many reached the provider, and the
 // number of answers with each status.
-func (p *testProxy) runConcurrently(m int, call func(i int) (status int)) (hits int, statuses map[int]int) {
+func (p *testProxy) runConcurrently(n int, call func(i int) (status int)) (hits int, statuses map[int]int) {
 	p.t.Helper()
 	var in, out atomic.Int64
 	open := make(chan struct{})
@@ -682,33 +769,22 @@ func (p *testProxy) runConcurrently(m int, call func(i int) (status int)) (hits 
 		<-open
 		return chatScript(c, r)
 	})
-	var mu sync.Mutex
-	statuses = map[int]int{}
-	var all, ready sync.WaitGroup
-	barrier := make(chan struct{})
-	ready.Add(m)
-	for i := range m {
-		all.Go(func() {
-			ready.Done()
-			<-barrier
-			status := call(i)
-			out.Add(1)
-			mu.Lock()
-			defer mu.Unlock()
-			statuses[status]++
+	done := make(chan map[int]int, 1)
+	go func() {
+		done <- callAtOnce(n, func(i int) int {
+			defer out.Add(1)
+			return call(i)
 		})
-	}
-	ready.Wait()
-	close(barrier)
-	for deadline := time.Now().Add(20 * time.Second); in.Load()+out.Load() < int64(m); time.Sleep(time.Millisecond) {
+	}()
+	for deadline := time.Now().Add(20 * time.Second); in.Load()+out.Load() < int64(n); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			p.t.Errorf("of %d calls %d are with the provider and %d are over", m, in.Load(), out.Load())
+			p.t.Errorf("of %d calls %d are with the provider and %d have ended", n, in.Load(), out.Load())
 			break
 		}
 	}
 	hits = int(in.Load())
 	close(open)
-	all.Wait()
+	statuses = <-done
 	p.provider.setScript(chatScript)
 	return hits, statuses
 }
@@ -716,10 +792,10 @@ func (p *testProxy) runConcurrently(m int, call func(i int) (status int)) (hits 
 // A limitKind is a limit that admits exactly 5 calls: a new one, or one with 3 calls already made. Its max is
 // in JSON.
 type limitKind struct {
-	count, per string
-	newMax     string // max for 5 calls
-	usedMax    string // max for 3 that were answered, and 5
-	rate       float64
+	metric, per string
+	newMax      string  // max for 5 calls
+	usedMax     string  // max for 3 that were answered, and 5
+	rate        float64 // calls that refill per millisecond
 }
 
 // limitKinds has every kind of limit. A call may need 26 tokens for its body and 100 for its answer; it uses
@@ -727,23 +803,24 @@ type limitKind struct {
 func limitKinds() (out []limitKind) {
 	const need, used, needUSD, usedUSD = 126, 12, 26*150 + 100*600, 9*150 + 3*600
 	for per := perSecond; per <= perLifetime; per++ {
-		k := limitKind{count: "requests", per: per.String(), newMax: "5", usedMax: "8"}
-		if b := per.bucketMS(); b > 0 {
-			k.usedMax, k.rate = k.newMax, 5/float64(b) // what flows back is seen to below
+		requests := limitKind{metric: "requests", per: per.String(), newMax: "5", usedMax: "8"}
+		tokens := limitKind{metric: "tokens", per: per.String(), newMax: fmt.Sprint(5*need + need/2),
+			usedMax: fmt.Sprint(3*used + 5*need + need/2)}
+		if b := per.bucketMS(); b > 0 { // checkExactlyFive allows for what refills
+			requests.usedMax, requests.rate = requests.newMax, 5/float64(b)
+			tokens.usedMax, tokens.rate = tokens.newMax, 5.5/float64(b)
 		}
-		out = append(out, k)
-		k = limitKind{count: "tokens", per: per.String(), newMax: fmt.Sprint(5*need + need/2), usedMax: fmt.Sprint(3*used + 5*need + need/2)}
-		if b := per.bucketMS(); b > 0 {
-			k.usedMax, k.rate = k.newMax, 5.5/float64(b)
-		}
-		out = append(out, k)
+		out = append(out, requests, tokens)
 		if per >= perHour {
-			out = append(out, limitKind{count: "dollars", per: per.String(), newMax: fmt.Sprintf("0.%09d", 5*needUSD+needUSD/2), usedMax: fmt.Sprintf("0.%09d", 3*usedUSD+5*needUSD+needUSD/2)})
+			out = append(out, limitKind{metric: "dollars", per: per.String(),
+				newMax:  fmt.Sprintf("0.%09d", 5*needUSD+needUSD/2),
+				usedMax: fmt.Sprintf("0.%09d", 3*usedUSD+5*needUSD+needUSD/2)})
 		}
 	}
-	return append(out, limitKind{count: "concurrent", newMax: "5", usedMax: "5"})
+	return append(out, limitKind{metric: "concurrent", newMax: "5", usedMax: "5"})
 }
 
+// fiveBody reserves what limitKinds says.
 const fiveBody = `"max_tokens":100`
 
 // TestExactlyN (LI1): each kind of limit admits exactly its number of parallel calls.
@@ -752,13 +829,13 @@ func TestExactlyN(t *testing.T) {
 	if n := len(chatBody(fiveBody)); (n+3)/4 != 26 {
 		t.Fatalf("the body has %d bytes: limitKinds is made for another number", n)
 	}
-	for _, where := range []string{"token", "project"} {
+	for _, scope := range []string{"token", "project"} {
 		for _, warm := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, warm %v", where, warm), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, warm %v", scope, warm), func(t *testing.T) {
 				t.Parallel()
 				p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 				for i, k := range limitKinds() {
-					p.checkExactlyFive(k, where, warm, i%3)
+					p.checkExactlyFive(k, scope, warm, i%3)
 				}
 				p.checkSums()
 				p.checkCounts()
@@ -767,39 +844,35 @@ func TestExactlyN(t *testing.T) {
 	}
 }
 
-// checkExactlyFive checks one kind of limit. Patterns 1 and 2 restrict it to an endpoint or a model, beside
+// json returns the limit with a max as JSON. Patterns 1 and 2 restrict it to an endpoint or a model, beside
 // limits that do not apply to the calls.
-func (p *testProxy) checkExactlyFive(k limitKind, where string, warm bool, pattern int) {
+func (k limitKind) json(most string, pattern int) string {
+	limit := fmt.Sprintf(`{"count":%q,"max":%s`, k.metric, most)
+	if k.per != "" {
+		limit += fmt.Sprintf(`,"per":%q`, k.per)
+	}
+	return limit + []string{
+		`}`,
+		`,"endpoint":"/v1/chat/*"},{"count":"requests","max":0,"per":"day","endpoint":"POST /v1/embeddings"}`,
+		`,"model":"gpt-4o*"},{"count":"concurrent","max":0,"model":"gpt-5*"}`,
+	}[pattern]
+}
+
+// checkExactlyFive checks one kind of limit: new, or warm, with three calls already made.
+func (p *testProxy) checkExactlyFive(k limitKind, scope string, warm bool, pattern int) {
 	p.t.Helper()
-	const made, m = 3, 40
-	name := fmt.Sprintf("%s per %s of a %s, warm %v, pattern %d", k.count, k.per, where, warm, pattern)
+	const made, calls = 3, 40
+	name := fmt.Sprintf("%s per %s of a %s, warm %v, pattern %d", k.metric, k.per, scope, warm, pattern)
 	most := k.newMax
 	if warm {
 		most = k.usedMax
 	}
-	limit := fmt.Sprintf(`{"count":%q,"max":%s`, k.count, most)
-	if k.per != "" {
-		limit += fmt.Sprintf(`,"per":%q`, k.per)
-	}
-	others := ``
-	switch pattern {
-	case 1:
-		limit += `,"endpoint":"/v1/chat/*"`
-		others = `,{"count":"requests","max":0,"per":"day","endpoint":"POST /v1/embeddings"}`
-	case 2:
-		limit += `,"model":"gpt-4o*"`
-		others = `,{"count":"concurrent","max":0,"model":"gpt-5*"}`
-	}
-	policy, path := `{"limits":[`+limit+`}`+others+`]}`, ""
 	awaitClearOfHour(5 * time.Second)
-	var tokens []string
-	if where == "token" {
-		_, all, ids := p.newProject(name, `{}`, policy, 1)
-		tokens, path = all, "/manage/tokens/"+ids[0]
-	} else {
-		id, all, _ := p.newProject(name, policy, `{}`, 3)
-		tokens, path = all, "/manage/projects/"+id
+	clients := 1
+	if scope == "project" {
+		clients = 3
 	}
+	tokens, path := p.newLimitedProject(name, scope, k.json(most, pattern), clients)
 	before := time.Now()
 	if warm {
 		for i := range made {
@@ -810,33 +883,33 @@ func (p *testProxy) checkExactlyFive(k limitKind, where string, warm bool, patte
 		p.waitSettled()
 	}
 	want := 5
-	if k.rate > 0 && warm {
-		want -= made // at most: what has been taken flows back
-		if k.count == "tokens" {
-			want = 5
-		}
+	if k.rate > 0 && warm && k.metric != "tokens" { // settling returns unused tokens, but never a request
+		want -= made
 	}
-	hits, statuses := p.runConcurrently(m, func(i int) int {
-		status, _ := p.send(nil, tokens[i%len(tokens)], "/v1/chat/completions", chatBody(fiveBody))
+	hits, statuses := p.runConcurrently(calls, func(i int) int {
+		status, _ := p.send(nil, tokens[i%len(tokens)], chatBody(fiveBody))
 		return status
 	})
-	flowed := int(k.rate*float64(time.Since(before).Milliseconds()+1) + 0.5) // limits of tokens have half a call too much
-	if hits < want || hits > want+flowed || k.rate == 0 && hits != want || statuses[200] != hits || statuses[429] != m-hits {
-		p.t.Errorf("%s: of %d calls %d reached the provider, want %d (and %d for what flowed back); clients got %v", name, m, hits, want, flowed, statuses)
+	// Limits of tokens fit half a call more than five.
+	refilled := int(k.rate*float64(time.Since(before).Milliseconds()+1) + 0.5)
+	if hits < want || hits > want+refilled || k.rate == 0 && hits != want ||
+		statuses[200] != hits || statuses[429] != calls-hits {
+		p.t.Errorf("%s: of %d calls %d reached the provider, want %d and up to %d more that refilled; clients got %v",
+			name, calls, hits, want, refilled, statuses)
 	}
 	l := p.settledLimits(path)[0]
-	if l.Reserved != 0 || k.count == "concurrent" && l.Used != 0 {
-		p.t.Errorf("%s: when no call runs, it says %+v", name, l)
+	if l.Reserved != 0 || k.metric == "concurrent" && l.Used != 0 {
+		p.t.Errorf("%s: when no call runs, the limit is %+v", name, l)
 	}
-	if k.rate > 0 || k.count == "concurrent" {
+	if k.rate > 0 || k.metric == "concurrent" {
 		return
 	}
-	done := float64(hits)
+	done := hits
 	if warm {
 		done += made
 	}
-	if unit := map[string]float64{"requests": 1, "tokens": 12, "dollars": 3_150e-9}[k.count]; fmt.Sprintf("%.9f", l.Used) != fmt.Sprintf("%.9f", done*unit) {
-		p.t.Errorf("%s: after %v calls it says %+v", name, done, l)
+	if !sameAmount(l.Used, float64(done)*callUse(k.metric)) {
+		p.t.Errorf("%s: after %d calls the limit is %+v", name, done, l)
 	}
 }
 
@@ -845,29 +918,30 @@ func (p *testProxy) checkExactlyFive(k limitKind, where string, warm bool, patte
 func TestOneCounter(t *testing.T) {
 	t.Parallel()
 	cert, key := testCertificate(t, t.TempDir(), time.Hour)
-	p := newTest(t, map[string]string{"LOG_LEVEL": "error", "TRUSTED_PROXIES": "127.0.0.1", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
+	p := newTest(t, map[string]string{
+		"LOG_LEVEL": "error", "TRUSTED_PROXIES": "127.0.0.1", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
 	h2 := p.http2(cert)
 	defer h2.CloseIdleConnections()
-	for i, limit := range []string{`{"count":"requests","max":5,"per":"day"}`, `{"count":"concurrent","max":5}`, `{"count":"tokens","max":693,"per":"lifetime"}`} {
-		for _, where := range []string{"token", "project"} {
+	for i, limit := range []string{
+		`{"count":"requests","max":5,"per":"day"}`,
+		`{"count":"concurrent","max":5}`,
+		`{"count":"tokens","max":693,"per":"lifetime"}`,
+	} {
+		for _, scope := range []string{"token", "project"} {
 			awaitClearOfHour(5 * time.Second)
-			own, its := `{"limits":[`+limit+`]}`, `{}`
-			if where == "project" {
-				own, its = its, own
-			}
-			_, tokens, _ := p.newProject(fmt.Sprint(where, i), its, own, 1)
+			tokens, _ := p.newLimitedProject(fmt.Sprint(scope, i), scope, limit, 1)
 			hits, statuses := p.runConcurrently(60, func(i int) int {
-				var rt http.RoundTripper = h2
+				rt := h2
 				if i%2 == 0 {
-					h1 := p.http2(cert)
-					h1.ForceAttemptHTTP2, h1.DisableKeepAlives = false, true
-					rt = h1
+					rt = p.http2(cert)
+					rt.ForceAttemptHTTP2, rt.DisableKeepAlives = false, true
 				}
-				status, _ := p.send(rt, tokens[0], "/v1/chat/completions", chatBody(fiveBody), "X-Forwarded-For", fmt.Sprintf("198.51.100.%d, 203.0.113.%d", i, i%10))
+				status, _ := p.send(rt, tokens[0], chatBody(fiveBody),
+					"X-Forwarded-For", fmt.Sprintf("198.51.100.%d, 203.0.113.%d", i, i%10))
 				return status
 			})
 			if hits != 5 || statuses[200] != 5 || statuses[429] != 55 {
-				t.Errorf("%s of a %s: %d calls reached the provider, clients got %v", limit, where, hits, statuses)
+				t.Errorf("%s of a %s: %d calls reached the provider, clients got %v", limit, scope, hits, statuses)
 			}
 		}
 	}
@@ -876,6 +950,6 @@ func TestOneCounter(t *testing.T) {
 		addresses[v.address] = true
 	}
 	if len(addresses) < 5 {
-		t.Errorf("the calls came from %v: the test is not one of many addresses", addresses)
+		t.Errorf("the calls came from %v: too few addresses for this test", addresses)
 	}
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -10,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,106 +29,132 @@ func testLimits(t testing.TB, text string) *policy {
 	return &p
 }
 
-// newLimiter returns a limiter with limits on a project and on one of its tokens.
+// newTestLimiter returns a limiter with limits on its project, and a token of the project with limits.
 func newTestLimiter(t testing.TB, project, token string, now int64) (*limiter, *limitScope) {
 	t.Helper()
 	l, s := &limiter{}, &limitScope{}
-	none := func(*limit) int64 { return 0 }
-	l.setPolicy(&l.project, testLimits(t, project), now, none)
-	l.setPolicy(s, testLimits(t, token), now, none)
+	unused := func(*limit) int64 { return 0 }
+	l.setPolicy(&l.project, testLimits(t, project), now, unused)
+	l.setPolicy(s, testLimits(t, token), now, unused)
 	return l, s
 }
 
 func chatEstimate(input, output int64) estimate {
-	return estimate{endpoint: "POST /v1/chat/completions", pattern: "/v1/chat/completions", model: "gpt-4o-mini", input: input, output: output,
-		inputCost: input * 100, outputCost: output * 400}
+	return estimate{
+		endpoint: "POST /v1/chat/completions", pattern: "/v1/chat/completions", model: "gpt-4o-mini",
+		input: input, output: output, inputCost: input * 100, outputCost: output * 400,
+	}
 }
 
-func (l *limiter) tryReserve(s *limitScope, a estimate, now int64) (*reservation, *limitViolation) {
+// assumedEstimate is chatEstimate for a request that does not limit its output.
+func assumedEstimate(input, output int64) estimate {
+	e := chatEstimate(input, output)
+	e.outputAssumed = true
+	return e
+}
+
+func (l *limiter) tryReserve(s *limitScope, e estimate, now int64) (*reservation, *limitViolation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h := &reservation{estimate: a}
-	return h, l.reserve(h, s, now)
+	r := &reservation{estimate: e}
+	return r, l.reserve(r, s, now)
 }
 
+// settleForwarded settles a call that was forwarded and used tokens.
+func (r *reservation) settleForwarded(now, tokens int64) {
+	r.settle(now, finalUsage{forwarded: true, tokens: tokens}, func() {})
+}
+
+// TestWindows: each period's window starts and ends at the calendar's edges in UTC.
 func TestWindows(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct {
+	ms := func(s string) int64 {
+		at, err := time.Parse(time.RFC3339, s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return at.UnixMilli()
+	}
+	for _, c := range []struct {
 		per          limitPeriod
 		at, from, to string
 	}{
-		{perHour, "2026-02-11T12:59:59.999Z", "2026-02-11T12:00:00Z", "2026-02-11T13:00:00Z"},
-		{perHour, "2026-02-11T13:00:00Z", "2026-02-11T13:00:00Z", "2026-02-11T14:00:00Z"},
-		{perDay, "2026-02-28T23:59:59Z", "2026-02-28T00:00:00Z", "2026-03-01T00:00:00Z"},
-		{perWeek, "2026-02-15T23:59:59Z", "2026-02-09T00:00:00Z", "2026-02-16T00:00:00Z"}, // a Sunday
-		{perWeek, "2026-02-16T00:00:00Z", "2026-02-16T00:00:00Z", "2026-02-23T00:00:00Z"},
-		{perWeek, "2027-01-01T10:00:00Z", "2026-12-28T00:00:00Z", "2027-01-04T00:00:00Z"},
-		{perMonth, "2028-02-29T12:00:00Z", "2028-02-01T00:00:00Z", "2028-03-01T00:00:00Z"},
-		{perMonth, "2026-12-31T23:59:59Z", "2026-12-01T00:00:00Z", "2027-01-01T00:00:00Z"},
+		{per: perHour, at: "2026-02-11T12:59:59.999Z", from: "2026-02-11T12:00:00Z", to: "2026-02-11T13:00:00Z"},
+		{per: perHour, at: "2026-02-11T13:00:00Z", from: "2026-02-11T13:00:00Z", to: "2026-02-11T14:00:00Z"},
+		{per: perDay, at: "2026-02-28T23:59:59Z", from: "2026-02-28T00:00:00Z", to: "2026-03-01T00:00:00Z"},
+		// Weeks start on Monday: the 15th is a Sunday.
+		{per: perWeek, at: "2026-02-15T23:59:59Z", from: "2026-02-09T00:00:00Z", to: "2026-02-16T00:00:00Z"},
+		{per: perWeek, at: "2026-02-16T00:00:00Z", from: "2026-02-16T00:00:00Z", to: "2026-02-23T00:00:00Z"},
+		{per: perWeek, at: "2027-01-01T10:00:00Z", from: "2026-12-28T00:00:00Z", to: "2027-01-04T00:00:00Z"},
+		{per: perMonth, at: "2028-02-29T12:00:00Z", from: "2028-02-01T00:00:00Z", to: "2028-03-01T00:00:00Z"},
+		{per: perMonth, at: "2026-12-31T23:59:59Z", from: "2026-12-01T00:00:00Z", to: "2027-01-01T00:00:00Z"},
 	} {
-		ms := func(s string) int64 {
-			at, err := time.Parse(time.RFC3339, s)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return at.UnixMilli()
-		}
-		if from, to := test.per.window(ms(test.at)); from != ms(test.from) || to != ms(test.to) {
-			t.Errorf("%s at %s: from %s to %s", test.per, test.at, time.UnixMilli(from).UTC(), time.UnixMilli(to).UTC())
+		if from, to := c.per.window(ms(c.at)); from != ms(c.from) || to != ms(c.to) {
+			t.Errorf("%s at %s: from %s to %s", c.per, c.at, time.UnixMilli(from).UTC(), time.UnixMilli(to).UTC())
 		}
 	}
 }
 
-// TestLimitRules (LI6): which lists of limits are valid, and the errors for the others.
-func TestLimitRules(t *testing.T) {
+// TestValidLimits (LI6): each kind of limit is described in words, and stored so that it reads back the same.
+func TestValidLimits(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{
-		`{"count":"requests","max":60,"per":"minute"}`:                           "60 requests per minute",
-		`{"count":"requests","max":0,"per":"lifetime"}`:                          "0 requests in total",
-		`{"count":"tokens","max":1000000000000,"per":"month","model":"gpt-4o*"}`: "1000000000000 tokens per month for models gpt-4o*",
-		`{"count":"dollars","max":12.5,"per":"day","endpoint":"/v1/audio/*"}`:    "$12.5 per day on /v1/audio/*",
-		`{"count":"dollars","max":0.000000001,"per":"hour"}`:                     "$0.000000001 per hour",
-		`{"count":"concurrent","max":3,"shadow":true}`:                           "3 calls at one time",
-
-		`{"count":"requests","max":-1,"per":"minute"}`:                  "policy.limits[0].max: must be a whole number from 0",
-		`{"count":"requests","max":9223372036854775808,"per":"minute"}`: "policy.limits[0].max: must be a whole number from 0",
-		`{"count":"requests","max":"5","per":"minute"}`:                 "policy.limits[0].max: must be a whole number from 0",
-		`{"count":"requests","max":1.5,"per":"minute"}`:                 "policy.limits[0].max: must be a whole number from 0",
-		`{"count":"requests","max":1e3,"per":"minute"}`:                 "policy.limits[0].max: must be a whole number from 0",
-		`{"count":"requests","max":null,"per":"minute"}`:                "policy.limits[0].max: must be a value, not null",
-		`{"count":"requests","per":"minute"}`:                           "policy.limits[0].max: must be a whole number from 0",
-		`{"count":"requests","max":5}`:                                  "policy.limits[0].per: must be second, minute, hour",
-		`{"count":"requests","max":5,"per":"year"}`:                     "policy.limits[0].per: must be second, minute, hour",
-		`{"count":"dollars","max":5,"per":"minute"}`:                    "policy.limits[0].per: must be hour, day",
-		`{"count":"dollars","max":-5,"per":"day"}`:                      "policy.limits[0].max: must be dollars from 0",
-		`{"count":"dollars","max":0.0000000001,"per":"day"}`:            "policy.limits[0].max: must be dollars from 0",
-		`{"count":"dollars","max":100000001,"per":"day"}`:               "policy.limits[0].max: must be dollars from 0",
-		`{"count":"concurrent","max":3,"per":"day"}`:                    "policy.limits[0].per: is not allowed with concurrent",
-		`{"count":"calls","max":3,"per":"day"}`:                         "policy.limits[0].count: must be requests, tokens, dollars or concurrent",
-		`{"max":3,"per":"day"}`:                                         "policy.limits[0].count: must be requests, tokens, dollars or concurrent",
-		`{"count":"requests","max":3,"per":"day","model":"a*b"}`:        "policy.limits[0].model: may have * only at the end",
-		`{"count":"requests","max":3,"per":"day","model":""}`:           "policy.limits[0].model: must have 1 to 256 bytes",
-		`{"count":"requests","max":3,"per":"day","endpoint":"chat"}`:    "policy.limits[0].endpoint: must name endpoints",
-		`{"count":"requests","max":3,"per":"day","shadow":1}`:           "policy.limits[0].shadow: must be true or false",
-		`{"count":"requests","max":3,"per":"day","burst":1}`:            "policy.limits[0].burst: is not a known field",
-		`{"count":"requests","max":3,"per":"day","max":4}`:              "policy.limits[0].max: is given twice",
-		`3`: "policy.limits[0]: must be an object",
-		`{"count":"requests","max":3,"per":"day"},{"count":"requests","max":4,"per":"day"}`: "policy.limits[1]: counts the same as policy.limits[0]",
-		strings.Repeat(`{},`, 20) + `{}`: "policy.limits: must have 20 entries or fewer",
+		`{"count":"requests","max":60,"per":"minute"}`:                        "60 requests per minute",
+		`{"count":"requests","max":0,"per":"lifetime"}`:                       "0 requests in total",
+		`{"count":"dollars","max":12.5,"per":"day","endpoint":"/v1/audio/*"}`: "$12.5 per day on /v1/audio/*",
+		`{"count":"dollars","max":0.000000001,"per":"hour"}`:                  "$0.000000001 per hour",
+		`{"count":"concurrent","max":3,"shadow":true}`:                        "3 calls at one time",
+		`{"count":"tokens","max":1000000000000,"per":"month","model":"gpt-4o*"}`: "1000000000000 tokens per month " +
+			"for models gpt-4o*",
 	} {
-		p, err := parsePolicy([]byte(`{"limits":[`+text+`]}`), false)
-		if err != nil {
-			if !strings.HasPrefix(err.Error(), want) {
-				t.Errorf("%s: %v, want %s", text, err, want)
-			}
-			continue
-		}
+		p := testLimits(t, text)
 		if got := p.Limits[0].String(); got != want {
 			t.Errorf("%s is %q, want %q", text, got, want)
 		}
 		again, err := parsePolicy([]byte(p.String()), false)
 		if err != nil || !slices.Equal(again.Limits, p.Limits) {
-			t.Errorf("%s: stored as %s, which is read as %+v, %v", text, p.String(), again.Limits, err)
+			t.Errorf("%s: stored as %s, which is read as %+v, %v", text, p, again.Limits, err)
+		}
+	}
+}
+
+// TestInvalidLimits (LI6): the error names the entry and the field, and says what is allowed.
+func TestInvalidLimits(t *testing.T) {
+	t.Parallel()
+	const wholeNumber, dollars = "[0].max: must be a whole number from 0", "[0].max: must be dollars from 0"
+	const metrics = "[0].count: must be requests, tokens, dollars or concurrent"
+	const periods = "[0].per: must be second, minute, hour"
+	for text, want := range map[string]string{
+		`{"count":"requests","max":-1,"per":"minute"}`:                  wholeNumber,
+		`{"count":"requests","max":9223372036854775808,"per":"minute"}`: wholeNumber,
+		`{"count":"requests","max":"5","per":"minute"}`:                 wholeNumber,
+		`{"count":"requests","max":1.5,"per":"minute"}`:                 wholeNumber,
+		`{"count":"requests","max":1e3,"per":"minute"}`:                 wholeNumber,
+		`{"count":"requests","max":null,"per":"minute"}`:                "[0].max: must be a value, not null",
+		`{"count":"requests","per":"minute"}`:                           wholeNumber,
+		`{"count":"requests","max":5}`:                                  periods,
+		`{"count":"requests","max":5,"per":"year"}`:                     periods,
+		`{"count":"dollars","max":5,"per":"minute"}`:                    "[0].per: must be hour, day",
+		`{"count":"dollars","max":-5,"per":"day"}`:                      dollars,
+		`{"count":"dollars","max":0.0000000001,"per":"day"}`:            dollars,
+		`{"count":"dollars","max":100000001,"per":"day"}`:               dollars,
+		`{"count":"concurrent","max":3,"per":"day"}`:                    "[0].per: is not allowed with concurrent",
+		`{"count":"calls","max":3,"per":"day"}`:                         metrics,
+		`{"max":3,"per":"day"}`:                                         metrics,
+		`{"count":"requests","max":3,"per":"day","model":"a*b"}`:        "[0].model: may have * only at the end",
+		`{"count":"requests","max":3,"per":"day","model":""}`:           "[0].model: must have 1 to 256 bytes",
+		`{"count":"requests","max":3,"per":"day","endpoint":"chat"}`:    "[0].endpoint: must name endpoints",
+		`{"count":"requests","max":3,"per":"day","shadow":1}`:           "[0].shadow: must be true or false",
+		`{"count":"requests","max":3,"per":"day","burst":1}`:            "[0].burst: is not a known field",
+		`{"count":"requests","max":3,"per":"day","max":4}`:              "[0].max: is given twice",
+		`3`:                              "[0]: must be an object",
+		strings.Repeat(`{},`, 20) + `{}`: ": must have 20 entries or fewer",
+		`{"count":"requests","max":3,"per":"day"},
+			{"count":"requests","max":4,"per":"day"}`: "[1]: counts the same as policy.limits[0]",
+	} {
+		_, err := parsePolicy([]byte(`{"limits":[`+text+`]}`), false)
+		if err == nil || !strings.HasPrefix(err.Error(), "policy.limits"+want) {
+			t.Errorf("%s: %v, want %s", text, err, want)
 		}
 	}
 }
@@ -141,19 +167,16 @@ func TestBucket(t *testing.T) {
 		l, s := newTestLimiter(t, ``, `{"count":"requests","max":7,"per":"minute"}`, noon)
 		accepted := int64(0)
 		for now := int64(noon); now <= noon+3_600_000; now += step {
-			for {
-				h, refused := l.tryReserve(s, chatEstimate(1, 1), now)
-				if refused != nil {
-					if refused.wait < 1 || refused.wait > 60_000/7+1 {
-						t.Fatalf("told to wait %d ms", refused.wait)
-					}
-					if _, early := l.tryReserve(s, chatEstimate(1, 1), now+refused.wait-1); early == nil && refused.wait > 1 {
-						t.Fatalf("there was room before the %d ms were over", refused.wait)
-					}
-					break
-				}
+			r, v := l.tryReserve(s, chatEstimate(1, 1), now)
+			for ; v == nil; r, v = l.tryReserve(s, chatEstimate(1, 1), now) {
 				accepted++
-				h.settle(now, finalUsage{forwarded: true}, func() {})
+				r.settleForwarded(now, 0)
+			}
+			if v.wait < 1 || v.wait > 60_000/7+1 {
+				t.Fatalf("the wait is %d ms", v.wait)
+			}
+			if _, early := l.tryReserve(s, chatEstimate(1, 1), now+v.wait-1); early == nil && v.wait > 1 {
+				t.Fatalf("a call was admitted before the wait of %d ms was over", v.wait)
 			}
 			if most := 7 + 7*(now-noon)/60_000; accepted > most || step < 7000 && accepted < most {
 				t.Fatalf("steps of %d ms: %d accepted after %d ms, want %d", step, accepted, now-noon, most)
@@ -163,25 +186,26 @@ func TestBucket(t *testing.T) {
 }
 
 // TestRetryAfterIsHonest (LI12): a call that waits for the given time is admitted, and the time is not longer
-// than necessary.
+// than necessary. The test is about elapsed time, on synctest's clock.
 func TestRetryAfterIsHonest(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		l, s := newTestLimiter(t, `{"count":"requests","max":5,"per":"second"}`, `{"count":"requests","max":20,"per":"hour"}`, time.Now().UnixMilli())
-		began := time.Now()
+		start, now := time.Now(), func() int64 { return time.Now().UnixMilli() }
+		l, s := newTestLimiter(t, `{"count":"requests","max":5,"per":"second"}`,
+			`{"count":"requests","max":20,"per":"hour"}`, now())
 		for i := range 40 {
-			h, refused := l.tryReserve(s, chatEstimate(1, 1), time.Now().UnixMilli())
-			if refused != nil {
-				time.Sleep(time.Duration(refused.wait) * time.Millisecond)
-				if h, refused = l.tryReserve(s, chatEstimate(1, 1), time.Now().UnixMilli()); refused != nil {
-					t.Fatalf("call %d waited as it was told and was refused again: %+v", i, refused)
+			r, v := l.tryReserve(s, chatEstimate(1, 1), now())
+			if v != nil {
+				time.Sleep(time.Duration(v.wait) * time.Millisecond)
+				if r, v = l.tryReserve(s, chatEstimate(1, 1), now()); v != nil {
+					t.Fatalf("call %d was refused after the wait: %+v", i, v)
 				}
 			}
-			h.settle(time.Now().UnixMilli(), finalUsage{forwarded: true}, func() {})
+			r.settleForwarded(now(), 0)
 		}
-		// 20 in the first hour, the rest at the full hour, five of them at once.
-		if took := time.Since(began); took > time.Hour+4*time.Second || took < 4*time.Second {
-			t.Errorf("forty calls took %v", took)
+		// 20 in the first hour, the others from the full hour on, five of them at once.
+		if took := time.Since(start); took > time.Hour+4*time.Second || took < 4*time.Second {
+			t.Errorf("40 calls took %v", took)
 		}
 	})
 }
@@ -191,44 +215,44 @@ func TestRetryAfterIsHonest(t *testing.T) {
 func TestExactInParallel(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{
-		`{"count":"requests","max":100,"per":"second"}`, `{"count":"requests","max":100,"per":"day"}`, `{"count":"requests","max":100,"per":"lifetime"}`,
-		`{"count":"concurrent","max":100}`, `{"count":"tokens","max":1000,"per":"minute"}`, `{"count":"tokens","max":1000,"per":"month"}`,
-		`{"count":"dollars","max":0.0000025,"per":"week"}`, // 100 calls of 2500 nano-dollars are 0.00025
+		`{"count":"requests","max":100,"per":"second"}`,
+		`{"count":"requests","max":100,"per":"day"}`,
+		`{"count":"requests","max":100,"per":"lifetime"}`,
+		`{"count":"concurrent","max":100}`,
+		`{"count":"tokens","max":1000,"per":"minute"}`,
+		`{"count":"tokens","max":1000,"per":"month"}`,
+		`{"count":"dollars","max":0.00025,"per":"week"}`, // 100 calls of 2500 nano-dollars
 	} {
-		text = strings.Replace(text, "0.0000025", "0.00025", 1)
-		for _, project := range []bool{false, true} {
-			a, b := text, ``
-			if project {
-				a, b = b, a
+		for _, ofProject := range []bool{false, true} {
+			project, token := ``, text
+			if ofProject {
+				project, token = token, project
 			}
-			l, s := newTestLimiter(t, b, a, noon)
+			l, s := newTestLimiter(t, project, token, noon)
 			for round := range 2 {
-				var admitted atomic.Int64
-				start := make(chan struct{})
-				var wait sync.WaitGroup
-				holds := make(chan *reservation, 1000)
-				for range 1000 {
-					wait.Go(func() {
-						<-start
-						if h, refused := l.tryReserve(s, chatEstimate(5, 5), noon); refused == nil {
-							admitted.Add(1)
-							holds <- h
-						}
-					})
+				var mu sync.Mutex
+				var admitted []*reservation
+				statuses := callAtOnce(1000, func(int) int {
+					r, v := l.tryReserve(s, chatEstimate(5, 5), noon)
+					if v != nil {
+						return 429
+					}
+					mu.Lock()
+					defer mu.Unlock()
+					admitted = append(admitted, r)
+					return 200
+				})
+				if statuses[200] != 100 {
+					t.Errorf("%s, of the project %v, round %d: %d of 1000 were admitted, want 100",
+						text, ofProject, round, statuses[200])
 				}
-				close(start)
-				wait.Wait()
-				if admitted.Load() != 100 {
-					t.Errorf("%s, on the project %v, round %d: %d of 1000 got in, want 100", text, project, round, admitted.Load())
-				}
-				close(holds)
-				for h := range holds { // none was forwarded
-					wait.Go(func() { h.settle(noon, finalUsage{}, func() {}) })
-				}
-				wait.Wait()
+				callAtOnce(len(admitted), func(i int) int { // as if no call was forwarded
+					admitted[i].settle(noon, finalUsage{}, func() {})
+					return 0
+				})
 			}
 			if l.running != nil {
-				t.Errorf("%s: calls are still in the list", text)
+				t.Errorf("%s: reservations remain", text)
 			}
 		}
 	}
@@ -237,42 +261,45 @@ func TestExactInParallel(t *testing.T) {
 // TestEstimates: how many tokens and dollars a call reserves.
 func TestEstimates(t *testing.T) {
 	t.Parallel()
-	guess := chatEstimate(100, 4096)
-	guess.outputAssumed = true
-	for _, test := range []struct {
-		limit string
-		ask   estimate
-		need  int64
+	for _, c := range []struct {
+		limit    string
+		estimate estimate
+		quantity int64
 	}{
 		{`{"count":"tokens","max":10000,"per":"day"}`, chatEstimate(100, 500), 600},
-		{`{"count":"tokens","max":10000,"per":"day"}`, guess, 100 + 2500},
-		{`{"count":"tokens","max":1000000,"per":"day"}`, guess, 100 + 4096},
-		{`{"count":"tokens","max":50,"per":"day"}`, guess, 50},
-		{`{"count":"tokens","max":0,"per":"day"}`, guess, 1},
+		{`{"count":"tokens","max":10000,"per":"day"}`, assumedEstimate(100, 4096), 100 + 2500},
+		{`{"count":"tokens","max":1000000,"per":"day"}`, assumedEstimate(100, 4096), 100 + 4096},
+		{`{"count":"tokens","max":50,"per":"day"}`, assumedEstimate(100, 4096), 50},
+		{`{"count":"tokens","max":0,"per":"day"}`, assumedEstimate(100, 4096), 1},
 		{`{"count":"tokens","max":50,"per":"day"}`, estimate{}, 0},
 		{`{"count":"dollars","max":1,"per":"day"}`, chatEstimate(100, 500), 100*100 + 500*400},
-		{`{"count":"dollars","max":0.0001,"per":"day"}`, guess, 10000 + 25000},
+		{`{"count":"dollars","max":0.0001,"per":"day"}`, assumedEstimate(100, 4096), 10000 + 25000},
 		{`{"count":"requests","max":5,"per":"day"}`, estimate{}, 1},
 	} {
-		if got := test.ask.quantityFor(&testLimits(t, test.limit).Limits[0]); got != test.need {
-			t.Errorf("%s, %+v: needs %d, want %d", test.limit, test.ask, got, test.need)
+		if got := c.estimate.quantityFor(&testLimits(t, c.limit).Limits[0]); got != c.quantity {
+			t.Errorf("%s, %+v: reserves %d, want %d", c.limit, c.estimate, got, c.quantity)
 		}
 	}
 	chat, speech := &endpoint{meter: meterOpenAI}, &endpoint{meter: meterNone}
-	for _, test := range []struct {
-		c    *clientRequest
-		want int64
+	for _, c := range []struct {
+		endpoint *endpoint
+		form     bool
+		size     int
+		want     int64
 	}{
-		{&clientRequest{endpoint: chat, body: make([]byte, 1<<20)}, 1 << 18}, {&clientRequest{endpoint: speech, body: make([]byte, 1<<20)}, 0},
-		{&clientRequest{endpoint: chat, form: true, body: make([]byte, 20_000)}, 5000}, {&clientRequest{endpoint: chat, form: true, body: make([]byte, 1<<20)}, 8192 + (1<<20-32<<10)/64},
+		{endpoint: chat, size: 1 << 20, want: 1 << 18},
+		{endpoint: speech, size: 1 << 20, want: 0},
+		{endpoint: chat, form: true, size: 20_000, want: 5000},
+		{endpoint: chat, form: true, size: 1 << 20, want: 8192 + (1<<20-32<<10)/64},
 	} {
-		if got := test.c.inputEstimate(); got != test.want {
-			t.Errorf("%d bytes, a form %v: %d tokens, want %d", len(test.c.body), test.c.form, got, test.want)
+		request := &clientRequest{endpoint: c.endpoint, form: c.form, body: make([]byte, c.size)}
+		if got := request.inputEstimate(); got != c.want {
+			t.Errorf("%d bytes, a form %v: %d tokens, want %d", c.size, c.form, got, c.want)
 		}
 	}
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":100,"per":"day"}`, noon)
-	if _, r := l.tryReserve(s, chatEstimate(10, 101), noon); r == nil || !r.exceedsMax {
-		t.Errorf("more output than there ever is: %+v", r)
+	if _, v := l.tryReserve(s, chatEstimate(10, 101), noon); v == nil || !v.exceedsMax {
+		t.Errorf("more output than the limit ever allows: %+v", v)
 	}
 }
 
@@ -280,18 +307,19 @@ func TestEstimates(t *testing.T) {
 // window never carries it over.
 func TestDebt(t *testing.T) {
 	t.Parallel()
-	l, s := newTestLimiter(t, `{"count":"tokens","max":1000,"per":"hour"}`, `{"count":"tokens","max":1000,"per":"minute"}`, noon)
-	h, _ := l.tryReserve(s, chatEstimate(50, 50), noon)
-	h.settle(noon, finalUsage{forwarded: true, tokens: 1_000_000}, func() {})
-	if _, r := l.tryReserve(s, chatEstimate(5, 5), noon+60_000); r == nil || r.ofProject != true {
-		t.Errorf("after a debt: %+v", r)
+	l, s := newTestLimiter(t, `{"count":"tokens","max":1000,"per":"hour"}`,
+		`{"count":"tokens","max":1000,"per":"minute"}`, noon)
+	r, _ := l.tryReserve(s, chatEstimate(50, 50), noon)
+	r.settleForwarded(noon, 1_000_000)
+	if _, v := l.tryReserve(s, chatEstimate(5, 5), noon+60_000); v == nil || !v.ofProject {
+		t.Errorf("after a debt: %+v", v)
 	}
 	at := int64(noon + 3_600_000)
-	if h, r := l.tryReserve(s, chatEstimate(5, 5), at); r != nil {
-		t.Errorf("the next hour: %+v", r)
-	} else {
-		h.settle(at, finalUsage{tokens: 10}, func() {})
+	r, v := l.tryReserve(s, chatEstimate(5, 5), at)
+	if v != nil {
+		t.Fatalf("the next hour: %+v", v)
 	}
+	r.settle(at, finalUsage{tokens: 10}, func() {})
 	if used := s.counters[0].used; used != 10*60_000 {
 		t.Errorf("an hour later the bucket has %d", used)
 	}
@@ -301,24 +329,23 @@ func TestDebt(t *testing.T) {
 // limits its output, no estimate does.
 func TestSpentBudgetEndsStreams(t *testing.T) {
 	t.Parallel()
-	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"day"},{"count":"tokens","max":100,"per":"week","shadow":true}`, noon)
-	named, _ := l.tryReserve(s, chatEstimate(100, 400), noon)
-	guess := chatEstimate(50, 4096)
-	guess.outputAssumed = true
-	open, _ := l.tryReserve(s, guess, noon)
-	if spent := named.updateUsage(noon, 100_000); spent != nil {
-		t.Errorf("a call that named its most output was ended: %s", spent)
+	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"day"},
+		{"count":"tokens","max":100,"per":"week","shadow":true}`, noon)
+	limited, _ := l.tryReserve(s, chatEstimate(100, 400), noon)
+	unlimited, _ := l.tryReserve(s, assumedEstimate(50, 4096), noon)
+	if exceeded := limited.updateUsage(noon, 100_000); exceeded != nil {
+		t.Errorf("a call that limits its output exceeds %s", exceeded)
 	}
-	if spent := open.updateUsage(noon, 550); spent != nil { // 500 + 600 = 1100: at the edge
-		t.Errorf("ended at 1100 of 1000: %s", spent)
+	if exceeded := unlimited.updateUsage(noon, 550); exceeded != nil { // 500 + 600 = 1100: at the edge
+		t.Errorf("1100 of 1000 exceed %s", exceeded)
 	}
-	if spent := open.updateUsage(noon, 551); spent == nil || named.updateUsage(noon, 0) == nil {
-		t.Error("not ended beyond the overdraft")
+	if unlimited.updateUsage(noon, 551) == nil || limited.updateUsage(noon, 0) == nil {
+		t.Error("1101 of 1000 exceed no limit")
 	}
-	open.settle(noon, finalUsage{forwarded: true, tokens: 600}, func() {})
-	named.settle(noon, finalUsage{forwarded: true, tokens: 120}, func() {})
+	unlimited.settleForwarded(noon, 600)
+	limited.settleForwarded(noon, 120)
 	if c := s.counters[0]; c.used != 720 || c.reserved != 0 {
-		t.Errorf("settled to %d used, %d held", c.used, c.reserved)
+		t.Errorf("settled to %d used, %d reserved", c.used, c.reserved)
 	}
 }
 
@@ -327,14 +354,15 @@ func TestSpentBudgetEndsStreams(t *testing.T) {
 func TestPolicyChangeKeepsCounts(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"day"},{"count":"concurrent","max":9}`, noon)
-	var holds []*reservation
+	var running []*reservation
 	for range 3 {
-		h, _ := l.tryReserve(s, chatEstimate(10, 10), noon)
-		holds = append(holds, h)
+		r, _ := l.tryReserve(s, chatEstimate(10, 10), noon)
+		running = append(running, r)
 	}
-	p := testLimits(t, `{"count":"requests","max":4,"per":"day"},{"count":"tokens","max":1000,"per":"day"},{"count":"requests","max":50,"per":"week","model":"other"}`)
+	p := testLimits(t, `{"count":"requests","max":4,"per":"day"},{"count":"tokens","max":1000,"per":"day"},
+		{"count":"requests","max":50,"per":"week","model":"other"}`)
 	if !s.needsHistory(p) {
-		t.Error("the past of two new limits is not asked for")
+		t.Error("two new limits need no history")
 	}
 	l.setPolicy(s, p, noon, func(lim *limit) int64 { return int64(lim.period) * 7 })
 	got := fmt.Sprint(s.counters[0].used, s.counters[1].used, s.counters[1].reserved, s.counters[2].used)
@@ -342,149 +370,202 @@ func TestPolicyChangeKeepsCounts(t *testing.T) {
 		t.Errorf("after the change: %s, want %s", got, want)
 	}
 	if s.needsHistory(p) {
-		t.Error("the past is asked for again")
+		t.Error("limits that have their history need it again")
 	}
-	for _, h := range holds {
-		h.settle(noon, finalUsage{forwarded: true, tokens: 15}, func() {})
+	for _, r := range running {
+		r.settleForwarded(noon, 15)
 	}
 	if c := s.counters[1]; c.used != int64(perDay)*7+45 || c.reserved != 0 {
-		t.Errorf("the new limit settled to %d used, %d held", c.used, c.reserved)
+		t.Errorf("the new limit settled to %d used, %d reserved", c.used, c.reserved)
 	}
-	if _, r := l.tryReserve(s, chatEstimate(1, 1), noon); r != nil {
-		t.Errorf("the fourth of four: %+v", r)
+	if _, v := l.tryReserve(s, chatEstimate(1, 1), noon); v != nil {
+		t.Errorf("the fourth of four: %+v", v)
 	}
-	if _, r := l.tryReserve(s, chatEstimate(1, 1), noon); r == nil || !r.limit.isQuota() {
-		t.Errorf("the fifth of four: %+v", r)
+	if _, v := l.tryReserve(s, chatEstimate(1, 1), noon); v == nil || !v.limit.isQuota() {
+		t.Errorf("the fifth of four: %+v", v)
 	}
 }
 
-// modelCall is a call in the model of TestAgainstModel.
+// A limitModel is one token limit and a project's limit of 5 running calls. It keeps all calls and adds them up
+// again each time.
+type limitModel struct {
+	random   *rand.Rand
+	limit    *limit
+	now      int64
+	from, to int64 // the window around now
+	calls    []*modelCall
+
+	limiter *limiter
+	token   *limitScope
+}
+
+// A modelCall is a call in a limitModel.
 type modelCall struct {
 	reservation      *reservation
-	window, reserved int64 // the window it began in, what it reserved
+	window, reserved int64 // the window in which it started, what it reserved
 	used             int64 // at least so much, so far or in the end
 	ended            bool
 }
 
+func newLimitModel(t *testing.T, seed uint64) *limitModel {
+	t.Helper()
+	m := &limitModel{random: rand.New(rand.NewPCG(seed, 1)), now: noon}
+	m.limit = &limit{
+		period: []limitPeriod{perHour, perDay, perWeek, perMonth, perLifetime}[m.random.IntN(5)],
+		metric: []limitMetric{metricRequests, metricTokens, metricDollars}[m.random.IntN(3)],
+		max:    int64(20 + m.random.IntN(2000)),
+	}
+	text, _ := json.Marshal(m.limit)
+	m.limiter, m.token = newTestLimiter(t, `{"count":"concurrent","max":5}`, string(text), m.now)
+	m.from, m.to = m.limit.period.window(m.now)
+	return m
+}
+
+// total returns what is used and reserved in the current window, and the number of running calls.
+func (m *limitModel) total() (n, running int64) {
+	for _, c := range m.calls {
+		if !c.ended {
+			running++
+		}
+		if c.window != m.from {
+			continue
+		}
+		if n += c.used; !c.ended {
+			n += max(0, c.reserved-c.used)
+		}
+	}
+	return n, running
+}
+
+// passTime lets time pass, or sets the clock back a little.
+func (m *limitModel) passTime() {
+	m.now += m.random.Int64N(max(1, m.to-m.from)/3+1) - min(5000, max(1, m.to-m.from)/10)
+	if m.to > 0 && m.now >= m.to {
+		m.from, m.to = m.limit.period.window(m.now)
+	}
+}
+
+// reserve starts a call. It returns an error if the limiter admits it and the model does not, or the reverse.
+func (m *limitModel) reserve() error {
+	e := chatEstimate(m.random.Int64N(50), m.random.Int64N(50)+1)
+	e.outputAssumed = m.random.IntN(2) == 0
+	total, running := m.total()
+	need := e.quantityFor(m.limit)
+	r, v := m.limiter.tryReserve(m.token, e, m.now)
+	if fits := total+need <= m.limit.max && running < 5 && !e.exceedsMax(m.limit); (v == nil) != fits {
+		return fmt.Errorf("%s has %d used and reserved, %d running; %d more: %+v", m.limit, total, running, need, v)
+	}
+	if v == nil {
+		c := &modelCall{reservation: r, window: m.from, reserved: need}
+		if m.limit.metric == metricRequests {
+			c.used = 1
+		}
+		m.calls = append(m.calls, c)
+	}
+	return nil
+}
+
+// progress tells the limiter how many tokens a call has used so far.
+func (m *limitModel) progress(c *modelCall) {
+	output, e := m.random.Int64N(80), &c.reservation.estimate
+	if m.limit.metric == metricRequests {
+		return
+	}
+	c.reservation.updateUsage(m.now, output)
+	used := e.input + output
+	if m.limit.metric == metricDollars {
+		used = e.inputCost + output*400
+	}
+	if !e.outputAssumed {
+		used = min(used, c.reserved)
+	}
+	if c.window == m.from {
+		c.used = max(c.used, used)
+	}
+}
+
+// settle ends a call.
+func (m *limitModel) settle(c *modelCall) {
+	usage := finalUsage{
+		forwarded: m.random.IntN(4) > 0, tokens: m.random.Int64N(200), dollars: m.random.Int64N(100_000)}
+	c.reservation.settle(m.now, usage, func() {})
+	c.ended = true
+	if m.limit.metric != metricRequests {
+		c.used = usage.value(m.limit.metric)
+	} else if !usage.forwarded {
+		c.used = 0
+	}
+}
+
+// check compares the limiter's counters with the sums of the model.
+func (m *limitModel) check() error {
+	total, running := m.total()
+	c := m.token.counters[0]
+	c.advance(m.now)
+	if got := m.limiter.project.counters[0].reserved; c.used+c.reserved != total || running != got {
+		return fmt.Errorf("%s has %d used and %d reserved, the model %d; %d running, the model %d",
+			c.limit, c.used, c.reserved, total, got, running)
+	}
+	return nil
+}
+
 // TestAgainstModel: random orders of reserving, settling, abandoning, progress, passing time and clock jumps,
-// compared with a model that keeps all calls and adds them up again each time.
+// compared with a model.
 func TestAgainstModel(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(200) {
-		r := rand.New(rand.NewPCG(seed, 1))
-		per := []limitPeriod{perHour, perDay, perWeek, perMonth, perLifetime}[r.IntN(5)]
-		count := []limitMetric{metricRequests, metricTokens, metricDollars}[r.IntN(3)]
-		most := int64(20 + r.IntN(2000))
-		text, _ := json.Marshal(limit{metric: count, period: per, max: most})
-		now := int64(noon)
-		l, s := newTestLimiter(t, `{"count":"concurrent","max":5}`, string(text), now)
-		from, to := per.window(now)
-		var calls []*modelCall
-		total := func() (n int64, running int) {
-			for _, c := range calls {
-				if !c.ended {
-					running++
-				}
-				if c.window != from {
-					continue
-				}
-				if n += c.used; !c.ended {
-					n += max(0, c.reserved-c.used)
-				}
-			}
-			return n, running
-		}
+		m := newLimitModel(t, seed)
 		for step := range 400 {
-			switch r.IntN(8) {
-			case 0: // time passes, or the clock is set back a little
-				now += r.Int64N(max(1, to-from)/3+1) - min(5000, max(1, to-from)/10)
-				if to > 0 && now >= to {
-					from, to = per.window(now)
-				}
-				continue
-			case 1, 2, 3:
-				a := chatEstimate(r.Int64N(50), r.Int64N(50)+1)
-				a.outputAssumed = r.IntN(2) == 0
-				taken, running := total()
-				need := a.quantityFor(s.counters[0].limit)
-				h, refused := l.tryReserve(s, a, now)
-				fits := taken+need <= most && running < 5 && !a.exceedsMax(s.counters[0].limit)
-				if (refused == nil) != fits {
-					t.Fatalf("seed %d step %d: %s with %d taken, %d running, needs %d: %+v", seed, step, s.counters[0].limit, taken, running, need, refused)
-				}
-				if refused == nil {
-					c := &modelCall{reservation: h, window: from, reserved: need}
-					if count == metricRequests {
-						c.used = 1
-					}
-					calls = append(calls, c)
-				}
-			default:
-				if len(calls) == 0 {
-					continue
-				}
-				c := calls[r.IntN(len(calls))]
-				if c.ended {
-					continue
-				}
-				if r.IntN(3) > 0 {
-					if output := r.Int64N(80); count != metricRequests {
-						c.reservation.updateUsage(now, output)
-						sofar := c.reservation.estimate.input + output
-						if count == metricDollars {
-							sofar = c.reservation.estimate.inputCost + output*400
-						}
-						if !c.reservation.estimate.outputAssumed {
-							sofar = min(sofar, c.reserved)
-						}
-						if c.window == from {
-							c.used = max(c.used, sofar)
-						}
-					}
-					continue
-				}
-				spent := finalUsage{forwarded: r.IntN(4) > 0, tokens: r.Int64N(200), dollars: r.Int64N(100_000)}
-				c.reservation.settle(now, spent, func() {})
-				if c.ended = true; count == metricRequests {
-					if !spent.forwarded {
-						c.used = 0
-					}
-				} else {
-					c.used = spent.value(count)
+			var err error
+			switch event := m.random.IntN(8); {
+			case event == 0:
+				m.passTime()
+			case event <= 3:
+				err = m.reserve()
+			case len(m.calls) > 0:
+				c := m.calls[m.random.IntN(len(m.calls))]
+				switch progress := m.random.IntN(3) > 0; {
+				case c.ended:
+				case progress:
+					m.progress(c)
+				default:
+					m.settle(c)
 				}
 			}
-			taken, running := total()
-			got := s.counters[0]
-			got.advance(now)
-			if got.used+got.reserved != taken || int64(running) != l.project.counters[0].reserved {
-				t.Fatalf("seed %d step %d: %s has %d used and %d held, the model %d; %d running, the model %d",
-					seed, step, got.limit, got.used, got.reserved, taken, l.project.counters[0].reserved, running)
+			if err = cmp.Or(err, m.check()); err != nil {
+				t.Fatalf("seed %d step %d: %v", seed, step, err)
 			}
 		}
 	}
 }
 
 // tenLimits apply to every call and refuse none here.
-const tenLimits = `{"count":"requests","max":1000000000,"per":"second"},{"count":"requests","max":1000000000000,"per":"minute"},
-	{"count":"requests","max":1000000000000,"per":"hour","model":"gpt-4o*"},{"count":"requests","max":1000000000000,"per":"day","endpoint":"/v1/chat/completions"},
-	{"count":"tokens","max":1000000000000,"per":"minute"},{"count":"tokens","max":1000000000000,"per":"day"},{"count":"tokens","max":1000000000000,"per":"month"},
-	{"count":"concurrent","max":1000000},{"count":"dollars","max":100000000,"per":"day"},{"count":"dollars","max":100000000,"per":"month","shadow":true}`
+const tenLimits = `{"count":"requests","max":1000000000,"per":"second"},
+	{"count":"requests","max":1000000000000,"per":"minute"},
+	{"count":"requests","max":1000000000000,"per":"hour","model":"gpt-4o*"},
+	{"count":"requests","max":1000000000000,"per":"day","endpoint":"/v1/chat/completions"},
+	{"count":"tokens","max":1000000000000,"per":"minute"},
+	{"count":"tokens","max":1000000000000,"per":"day"},
+	{"count":"tokens","max":1000000000000,"per":"month"},
+	{"count":"concurrent","max":1000000},
+	{"count":"dollars","max":100000000,"per":"day"},
+	{"count":"dollars","max":100000000,"per":"month","shadow":true}`
 
 // BenchmarkAdmission measures reserve and settle with ten limits on the project and ten on the token.
 func BenchmarkAdmission(b *testing.B) {
 	l, s := newTestLimiter(b, tenLimits, tenLimits, noon)
 	now := int64(noon)
-	a := chatEstimate(100, 200)
-	h := &reservation{}
+	e := chatEstimate(100, 200)
+	r := &reservation{}
 	b.ReportAllocs()
 	for b.Loop() {
-		*h = reservation{estimate: a}
+		*r = reservation{estimate: e}
 		l.mu.Lock()
-		if l.reserve(h, s, now) != nil {
+		if l.reserve(r, s, now) != nil {
 			b.Fatal("refused")
 		}
 		l.mu.Unlock()
-		h.settle(now, finalUsage{forwarded: true, tokens: 250, dollars: 40_000}, func() {})
+		r.settle(now, finalUsage{forwarded: true, tokens: 250, dollars: 40_000}, func() {})
 		now++
 	}
 }
@@ -500,8 +581,9 @@ func BenchmarkLiveTokens(b *testing.B) {
 		project := &liveProject{}
 		project.state.Store(&projectState{id: "proj_x"})
 		for i := range tokens {
-			row := &tokenRow{seq: int64(i), id: fmt.Sprintf("tok_%08d", i), name: fmt.Sprintf("client %d", i), hash: make([]byte, 32),
-				policy: `{"limits":[{"count":"requests","max":60,"per":"minute"},{"count":"dollars","max":50,"per":"month"},{"count":"concurrent","max":5}]}`}
+			row := &tokenRow{seq: int64(i), id: fmt.Sprintf("tok_%08d", i), name: fmt.Sprintf("client %d", i),
+				hash: make([]byte, 32), policy: `{"limits":[{"count":"requests","max":60,"per":"minute"},
+					{"count":"dollars","max":50,"per":"month"},{"count":"concurrent","max":5}]}`}
 			copy(row.hash, fmt.Sprint(i))
 			st, err := newTokenState(row)
 			if err != nil {
@@ -524,31 +606,29 @@ func BenchmarkLiveTokens(b *testing.B) {
 // in each window.
 func TestWindowEdges(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct {
-		per   string
-		step  time.Duration
-		whole int // windows that are hammered from end to end
-	}{{"hour", 20 * time.Second, 5}, {"day", 7 * time.Minute, 5}, {"week", 53 * time.Minute, 5}, {"month", 4 * time.Hour, 5}} {
-		l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"`+test.per+`"}`, noon)
-		per := s.counters[0].limit.period
-		got := map[int64]int{}
-		last := int64(0) // the window that has just begun
-		for now := int64(noon); len(got) <= test.whole; now += test.step.Milliseconds() {
+	const windows = 5 // complete ones
+	for per, step := range map[limitPeriod]time.Duration{
+		perHour: 20 * time.Second, perDay: 7 * time.Minute, perWeek: 53 * time.Minute, perMonth: 4 * time.Hour,
+	} {
+		l, s := newTestLimiter(t, ``, `{"count":"requests","max":10,"per":"`+per.String()+`"}`, noon)
+		admitted := map[int64]int{}
+		last := int64(0) // the window that has just started
+		for now := int64(noon); len(admitted) <= windows; now += step.Milliseconds() {
 			from, to := per.window(now)
 			last = from
 			for range 3 {
-				h, refused := l.tryReserve(s, chatEstimate(1, 1), now)
-				if refused == nil {
-					got[from]++
-					h.settle(now, finalUsage{forwarded: true}, func() {})
-				} else if refused.wait != to-now {
-					t.Fatalf("%s: told to wait %d ms, %d before the edge", test.per, refused.wait, to-now)
+				r, v := l.tryReserve(s, chatEstimate(1, 1), now)
+				if v == nil {
+					admitted[from]++
+					r.settleForwarded(now, 0)
+				} else if v.wait != to-now {
+					t.Fatalf("%s: the wait is %d ms, %d before the edge", per, v.wait, to-now)
 				}
 			}
 		}
-		for from, n := range got {
+		for from, n := range admitted {
 			if from != last && n != 10 {
-				t.Errorf("%s from %s: %d calls", test.per, time.UnixMilli(from).UTC(), n)
+				t.Errorf("%s from %s: %d calls", per, time.UnixMilli(from).UTC(), n)
 			}
 		}
 	}
@@ -559,7 +639,8 @@ func TestWindowEdges(t *testing.T) {
 func TestCallsOutliveTheirToken(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"limits":[{"count":"tokens","max":1000000,"per":"day"},{"count":"concurrent","max":100}]}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"limits":[
+		{"count":"tokens","max":1000000,"per":"day"},{"count":"concurrent","max":100}]}}`, 200, nil)
 	p.provider.setScript(endlessScript)
 	const calls = 20
 	for range calls {
@@ -578,7 +659,8 @@ func TestCallsOutliveTheirToken(t *testing.T) {
 			t.Errorf("the ledger has %+v", row)
 		}
 	}
-	if l := &p.instance.registry.liveToken(p.tokenID).project.limiter; l.running != nil || l.project.counters[1].reserved != 0 || l.project.counters[0].reserved != 0 {
-		t.Error("reservations are left behind")
+	l := &p.instance.registry.liveToken(p.tokenID).project.limiter
+	if l.running != nil || l.project.counters[1].reserved != 0 || l.project.counters[0].reserved != 0 {
+		t.Error("reservations remain")
 	}
 }
