@@ -463,7 +463,7 @@ func TestStreamsAreCut(t *testing.T) {
 	id, token := p.newToken(`"name":"c","policy":{"limits":[{"count":"concurrent","max":2}]}`)
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if !strings.Contains(r.body, `"stream":true`) {
-			return silentScript(c, r)
+			return stallScript(c, r)
 		}
 		return endlessScript(c, r)
 	})

@@ -1,4 +1,4 @@
-// These tests are about throttle.go: what is allowed in a window, and that nothing omitted is uncounted.
+// These tests are about throttle.go: what is allowed in a window, and that every omitted event is counted.
 package main
 
 import (
@@ -53,17 +53,17 @@ func TestThrottle(t *testing.T) {
 	}
 }
 
-// TestFailureNotes: the audit trail gets a limited number of failed sign-ins per minute and per day, and the others
+// TestSignInThrottle: the audit trail gets a limited number of failed sign-ins per minute and per day, and the others
 // are counted.
-func TestFailureNotes(t *testing.T) {
+func TestSignInThrottle(t *testing.T) {
 	t.Parallel()
-	limiter := newSignInThrottle()
+	th := newSignInThrottle()
 	start := time.Unix(1_800_000_000, 0).Truncate(24 * time.Hour)
 	recorded, omitted := 0, int64(0)
 	for m := range 24 * 60 {
 		inMinute := 0
 		for i := range 30 {
-			wait, n := limiter.allow(start.Add(time.Duration(m)*time.Minute + time.Duration(i)*time.Second))
+			wait, n := th.allow(start.Add(time.Duration(m)*time.Minute + time.Duration(i)*time.Second))
 			if omitted += n; wait == 0 {
 				recorded++
 				inMinute++
@@ -74,19 +74,19 @@ func TestFailureNotes(t *testing.T) {
 		}
 	}
 	last := start.Add(24*time.Hour - time.Second)
-	if recorded != maxFailuresAuditedPerDay || limiter.takeOmitted(last, false) != 0 {
+	if recorded != maxFailuresAuditedPerDay || th.takeOmitted(last, false) != 0 {
 		t.Errorf("%d entries in a day", recorded)
 	}
-	omitted += limiter.takeOmitted(start.Add(24*time.Hour), false)
-	if omitted+int64(recorded) != 24*60*30 || limiter.takeOmitted(last, true) != 0 {
+	omitted += th.takeOmitted(start.Add(24*time.Hour), false)
+	if omitted+int64(recorded) != 24*60*30 || th.takeOmitted(last, true) != 0 {
 		t.Errorf("%d recorded, %d omitted", recorded, omitted)
 	}
-	if wait, n := limiter.allow(start.Add(25 * time.Hour)); wait != 0 || n != 0 {
+	if wait, n := th.allow(start.Add(25 * time.Hour)); wait != 0 || n != 0 {
 		t.Error("the next day allows no entry")
 	}
-	limiter.addOmitted(3)
-	if limiter.takeOmitted(last, true) != 3 {
-		t.Error("what was given back is lost")
+	th.addOmitted(3)
+	if th.takeOmitted(last, true) != 3 {
+		t.Error("added events are not counted")
 	}
 }
 

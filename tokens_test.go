@@ -1,6 +1,6 @@
-// Tests of authentication over HTTP: tokens and management keys that are missing, wrong, expired, revoked, sent
-// twice or in the wrong place. Whatever is wrong with a token, the client gets the same answer, and the provider
-// gets no request.
+// These tests are about authentication over HTTP: tokens and management keys that are missing, wrong, expired,
+// revoked, sent twice or in the wrong place. Whatever is wrong with a token, the client gets the same answer, and
+// the provider gets no request.
 package main
 
 import (
@@ -109,7 +109,7 @@ func TestTokenSpelling(t *testing.T) {
 			t.Errorf("%d headers, scheme %.8q: got %d", len(headers)/2, headers[1], a.status)
 		}
 	}
-	for _, line := range []string{"Authorization: Bearer \x00", "Authorization: Bearer " + "\x01",
+	for _, line := range []string{"Authorization: Bearer \x00", "Authorization: Bearer \x01",
 		"Authorization : Bearer x", "Authorization\r\n: x"} {
 		got := p.sendRaw("GET /v1/models HTTP/1.1\r\nHost: x\r\n" + line + "\r\n\r\n")
 		if !strings.HasPrefix(got, "HTTP/1.1 400 ") {
@@ -306,7 +306,8 @@ func TestCredentialsAreSeparate(t *testing.T) {
 		nil,
 	} {
 		a := p.do("GET", "/manage/projects", "", c...)
-		if a.status != 401 || a.errorCode() != "invalid_management_key" || a.header.Get("WWW-Authenticate") != "Bearer" {
+		if a.status != 401 || a.errorCode() != "invalid_management_key" ||
+			a.header.Get("WWW-Authenticate") != "Bearer" {
 			t.Errorf("%d headers on /manage: %d %s", len(c)/2, a.status, a.body)
 		}
 	}
