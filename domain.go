@@ -2,7 +2,7 @@
 //
 //	money, sizes, durations and text      how values are written, and some read back
 //	call ids                              numbers in order of time, and their text for clients
-//	tokens                                what an answer used, and how far the count can be trusted
+//	tokens                                what an answer used, and where the counts come from
 //	limits                                what a limit counts, and over which period
 //	calls                                 a row of the ledger and how a call ended
 //	actors                                management keys and their roles
@@ -63,7 +63,7 @@ func sizeUnits() []sizeUnit {
 	return []sizeUnit{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}, {"", 1}}
 }
 
-// parseSize reads a size in bytes: a whole number, with a unit or without.
+// parseSize reads a size in bytes, with a unit or without.
 func parseSize(s string, lowest, highest int64) (int64, error) {
 	for _, u := range sizeUnits() {
 		digits, ok := strings.CutSuffix(s, u.name)
@@ -104,7 +104,7 @@ func formatDuration(d time.Duration) string {
 	return d.String()
 }
 
-// clip shortens text from outside to maxLen bytes before it is shown.
+// clip shortens text from outside to at most maxLen bytes and an ellipsis, without cutting a character.
 func clip(s string, maxLen int) string {
 	if len(s) <= maxLen {
 		return s
@@ -152,7 +152,7 @@ func (s *idSource) next(now time.Time) int64 {
 		last, id := s.last.Load(), now.UnixMilli()<<idTimeShift|s.node
 		if id <= last {
 			id = last + 1
-			if id&0xfff == 0 { // 4096 ids in this millisecond: borrow from the next
+			if id&0xfff == 0 { // the counter overflowed: continue in the next millisecond
 				id = (last>>idTimeShift+1)<<idTimeShift | s.node
 			}
 		}
@@ -196,7 +196,7 @@ func parseRequestID(s string) int64 {
 
 // Tokens.
 
-// maxTokenCount bounds every token count: no answer has more, and sums of such counts cannot overflow.
+// maxTokenCount bounds every token count. No answer has more, and sums of millions of calls do not overflow.
 const maxTokenCount = 1_000_000_000_000
 
 // tokenCounts is normalized: input includes cached, cacheWrite and audioInput; output includes reasoning
@@ -205,7 +205,7 @@ type tokenCounts struct {
 	input, cached, cacheWrite, output, reasoning, audioInput, audioOutput int64
 }
 
-// A usageSource tells how far counts can be trusted. The ledger stores its text.
+// A usageSource is where counts come from. The ledger stores its text.
 type usageSource string
 
 const (
@@ -222,7 +222,7 @@ type limitMetric uint8
 const (
 	metricRequests   limitMetric = iota + 1 // forwarded calls, whatever came of them
 	metricTokens                            // input and output together
-	metricDollars                           // at the list prices or the operator's own
+	metricDollars                           // at list prices or the prices that an administrator set
 	metricConcurrent                        // calls running at one time
 )
 
@@ -233,8 +233,8 @@ func (m limitMetric) String() string {
 // A limitPeriod is the time over which a limit counts.
 //
 // Second and minute are token buckets: a bucket holds the limit's max, and what was taken refills
-// evenly. Longer periods are calendar windows in UTC, which start at the full hour, at midnight, on
-// Monday and on the first of the month. A lifetime never ends.
+// evenly. Longer periods are calendar windows in UTC: they start at the full hour, at midnight, on
+// Monday or on the first of the month. A lifetime never ends.
 type limitPeriod uint8
 
 const (
@@ -289,7 +289,8 @@ func (p limitPeriod) window(now int64) (from, to int64) {
 
 // Calls.
 
-// A requestRow is one call in the ledger. The first group of fields is set when the call starts.
+// A requestRow is one call in the ledger. The first group of fields is set when the call starts, the second
+// when it is settled.
 type requestRow struct {
 	id       int64
 	started  int64 // unix milliseconds
@@ -317,8 +318,8 @@ type requestRow struct {
 	wouldRefuse           bool        // limitHit is a shadow limit
 	requestedModel        string      // the model that the client asked for
 	content               *contentRow // nil: not kept
-	modelTracked          bool        // model may have sums of its own (see sumModel)
-	requestedModelTracked bool        // requestedModel may, too
+	modelTracked          bool        // model may have its own sums (see sumModel)
+	requestedModelTracked bool        // requestedModel may have its own sums
 }
 
 // A callOutcome says how a call ended. The ledger stores its text.
@@ -331,7 +332,7 @@ const (
 	outcomeClientGone    callOutcome = "client_gone"    // the client left before the end
 	outcomeTruncated     callOutcome = "truncated"      // the provider or the proxy cut off an answer
 	outcomeUpstreamError callOutcome = "upstream_error" // the provider failed or answered 4xx or 5xx
-	outcomeLost          callOutcome = "lost"           // the program died during the call
+	outcomeLost          callOutcome = "lost"           // the program ended during the call
 )
 
 // A contentRow is the stored content of a call, sealed.
@@ -402,8 +403,9 @@ func (h *latencyHistogram) total() (n int64) {
 	return n
 }
 
-// quantile returns the milliseconds that a share q of the times does not exceed, assuming that times
-// spread evenly over a bucket's logarithm. It returns +Inf in the last bucket, and -1 without any times.
+// quantile returns the milliseconds that a share q of the times does not exceed. It assumes that the times
+// of a bucket are spread evenly on a logarithmic scale. It returns +Inf if the quantile is in the last bucket,
+// and -1 if there are no times.
 func (h *latencyHistogram) quantile(q float64) float64 {
 	total := h.total()
 	if total == 0 {
@@ -432,7 +434,7 @@ type keyState uint8
 
 const (
 	keyReady       keyState = iota
-	keyCooling              // the provider reported too many calls
+	keyCooling              // the provider answered that there are too many calls
 	keyBreakerOpen          // calls fail, and the circuit breaker is open
 	keyExhausted            // the provider account has no money or quota left
 	keyQuarantined          // the provider refuses the key, or the key cannot be read

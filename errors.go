@@ -16,7 +16,7 @@ import (
 type apiError struct {
 	status     int
 	code       string
-	kind       string // OpenAI's "type"; "" for the type that goes with the status
+	kind       string // OpenAI's "type"; "" for the status's usual type
 	param      string
 	msg        string
 	retryAfter time.Duration // 0: no Retry-After
@@ -49,7 +49,7 @@ func (e *apiError) recordCode() string {
 	return e.code
 }
 
-// errorType returns OpenAI's "type" for a status (wire.md: what SDKs see).
+// errorType returns the error's "type" in OpenAI's shape.
 func (e *apiError) errorType() string {
 	switch {
 	case e.kind != "":
@@ -64,7 +64,7 @@ func (e *apiError) errorType() string {
 	return "invalid_request_error"
 }
 
-// anthropicType returns Anthropic's "type" for a status.
+// anthropicType returns the error's "type" in Anthropic's shape.
 func (e *apiError) anthropicType() string {
 	switch e.status {
 	case http.StatusUnauthorized:
@@ -151,11 +151,11 @@ func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 	h.Set("Content-Length", strconv.Itoa(len(b)))
 	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(e.status)
-	_, _ = w.Write(b) // fails only if the client has left
+	_, _ = w.Write(b) // fails only if the client has disconnected
 }
 
-// writeTimeout is the time a client has to take an answer of the proxy's own, and an HTTP/2 connection to
-// take a byte.
+// writeTimeout is how long a client may take to receive an answer of the proxy itself, and an HTTP/2 connection
+// to accept a byte.
 const writeTimeout = time.Minute
 
 func notFound(w http.ResponseWriter, _ *http.Request) { writeError(w, errUnknownURL, false) }
@@ -167,12 +167,12 @@ const (
 	errorClassNone     errorClass = ""         // the call succeeded
 	errorClassCaller   errorClass = "caller"   // the request was wrong, or the client left
 	errorClassPolicy   errorClass = "policy"   // a rule or limit of an administrator
-	errorClassProvider errorClass = "provider" // the provider failed, was silent or was cut off
+	errorClassProvider errorClass = "provider" // the provider failed, was silent or cut its answer off
 	errorClassProxy    errorClass = "proxy"    // the proxy, its database or its disk
 )
 
-// errorClass returns the class of a settled call. It uses ledger columns only, so that metrics, pages and
-// queries over old rows agree.
+// errorClass returns the class of a settled call. It uses only columns of the ledger, so that metrics, pages and
+// queries of old rows agree.
 func (r *requestRow) errorClass() errorClass {
 	switch r.outcome {
 	case outcomeClientGone:
@@ -266,7 +266,7 @@ func errUnknownCursor(param string) *apiError {
 	return badRequest("invalid_value", param, param+" must be the id of a model in this list.")
 }
 
-// errBadToken has one body for unknown, malformed, expired and revoked tokens: it must tell a thief nothing.
+// errBadToken has one body for unknown, malformed, expired and revoked tokens, so that a thief learns nothing.
 // Only the ledger and the log get the reason.
 func errBadToken(reason string) *apiError {
 	return newError(401, "invalid_api_key", "Incorrect API key provided. "+
@@ -296,7 +296,7 @@ var (
 		msg: "This project has no provider for this endpoint and model. Ask the proxy's administrator."}
 )
 
-// errAddressNotAllowed does not name the allowed networks: whoever stole a token would learn them.
+// errAddressNotAllowed does not name the allowed networks, because a thief of the token would learn them.
 func errAddressNotAllowed(address string) *apiError {
 	return newError(403, "address_not_allowed",
 		"This token may not be used from the address "+address+". Ask the proxy's administrator.")
@@ -330,11 +330,11 @@ func errPriceUnknown(limit string) *apiError {
 
 // A limit is reached: of the token, of its project or of the upstreams.
 
-// maxRetryWait is the longest wait that SDKs are asked to sit out: some sleep for as long as the header says,
-// others ignore it (wire.md).
+// maxRetryWait is the longest wait after which SDKs are asked to retry: some sleep for as long as the header says,
+// others ignore it.
 const maxRetryWait = 2 * time.Minute
 
-// errRateLimited is for a limit that has room again after wait. kind is what it counts, or "".
+// errRateLimited is for a limit that allows the call after wait. kind is what the limit counts, or "".
 func errRateLimited(limit, kind, msg string, wait time.Duration) *apiError {
 	return &apiError{status: 429, code: "rate_limit_exceeded", kind: kind, limit: limit,
 		msg: msg + " Try again in " + wait.String() + ".", retryAfter: wait, noRetry: wait > maxRetryWait}
@@ -345,7 +345,7 @@ func errNeverFits(limit, kind, msg string) *apiError {
 	return &apiError{status: 429, code: "rate_limit_exceeded", kind: kind, limit: limit, msg: msg, noRetry: true}
 }
 
-// errQuotaSpent is for a budget, which has room again in hours or days, or never.
+// errQuotaSpent is for a used-up limit of a day or longer, and for any limit that waiting does not help.
 func errQuotaSpent(limit, msg string) *apiError {
 	return &apiError{status: 429, code: "project_spend_limit_exceeded", kind: "insufficient_quota", limit: limit,
 		msg: msg, noRetry: true}
@@ -361,8 +361,8 @@ func errTokenBodyMemory() *apiError {
 		msg: "This token's calls use too much memory for request bodies. Send fewer large requests at the same time."}
 }
 
-// The provider failed, was silent, or did not answer like an API. An attempt's timeouts are values of
-// their own: after them another attempt may follow.
+// The provider failed, was silent, or did not answer like an API. Another attempt may follow the timeouts of an
+// attempt, so they are separate values.
 var (
 	errUpstreamUnreachable = newError(502, "upstream_unreachable",
 		"The provider could not be reached, or closed the connection before it answered.")
@@ -373,7 +373,7 @@ var (
 	errStreamIdle      = newError(504, "stream_idle", "The provider's answer paused for too long.")
 )
 
-// errUpstreamAuth replaces the provider's answer, whose text may quote the key.
+// errUpstreamAuth replaces the provider's answer, which may quote the key.
 func errUpstreamAuth(status int) *apiError {
 	return &apiError{status: 502, code: "upstream_auth_error", noRetry: true, cause: errProviderStatus(status),
 		msg: "The provider refused this project's key. Ask the proxy's administrator."}
@@ -391,7 +391,8 @@ func errStreamTooLarge(limit int64) *apiError {
 		formatSize(limit) + " that the proxy can hold back. Ask for it with X-LLM-Proxy-Stream: plain."}
 }
 
-// The proxy itself failed: always 503 with Retry-After, and never 401, for the token may be good.
+// The proxy itself failed: 503 with Retry-After (500 for an internal error), and never 401, because the token may
+// be valid.
 
 func errUnavailable(code, msg string, cause error) *apiError {
 	return &apiError{status: 503, code: code, kind: "service_unavailable_error",
@@ -433,7 +434,7 @@ func errInternal(cause error) *apiError {
 		"Internal error. The proxy's log has details under this request's id.").withCause(cause)
 }
 
-// Errors of /manage and /admin alone.
+// Errors that only /manage and /admin have.
 var (
 	errUnknownHost = newError(421, "unknown_host", "Unknown host name. Set PUBLIC_URL to the one in use.")
 	errCrossOrigin = newError(403, "cross_origin", "The request comes from a page of another site.")

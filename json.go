@@ -1,6 +1,6 @@
-// This file reads the JSON objects that administrators send, strictly: an unknown, repeated or
-// differently-cased name is an error that names the field. A name that is silently ignored would be a
-// limit that silently does not hold. Plain code: it uses neither HTTP nor the store.
+// This file reads the JSON objects that administrators send, strictly: an unknown, repeated or wrongly
+// capitalized name is an error that names the field. If it were ignored, a misspelled limit would limit
+// nothing. Plain code: it uses neither HTTP nor the store.
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 	"unicode/utf8"
 )
 
-// A fieldError is a mistake in a request, reported to its sender. param names the field, "" for the whole
-// body; msg completes the sentence.
+// A fieldError is a mistake in a request, reported to its sender. param is the field's name, and msg continues
+// the sentence; if param is "", the mistake is in the body as a whole, and msg is a sentence.
 type fieldError struct{ param, msg string }
 
 func (e *fieldError) Error() string {
@@ -65,7 +65,8 @@ func decodeObject(body []byte, fields map[string]any, nullable ...string) error 
 		target, ok := fields[name]
 		switch {
 		case !ok:
-			return &fieldError{clip(name, 64), "is not a known field; known are: " + fieldNames(fields)}
+			all := strings.Join(slices.Sorted(maps.Keys(fields)), ", ")
+			return &fieldError{clip(name, 64), "is not a known field; known are: " + cmp.Or(all, "none")}
 		case seen[name]:
 			return &fieldError{name, "is given twice"}
 		}
@@ -100,10 +101,6 @@ func syntaxError(dec *json.Decoder) error {
 	return &fieldError{"", fmt.Sprintf("The body is not valid JSON at byte %d.", dec.InputOffset())}
 }
 
-func fieldNames(fields map[string]any) string {
-	return cmp.Or(strings.Join(slices.Sorted(maps.Keys(fields)), ", "), "none")
-}
-
 // expectedType describes the values that a field's pointer accepts.
 func expectedType(target any) string {
 	switch target.(type) {
@@ -125,8 +122,8 @@ func expectedType(target any) string {
 	return "of another type"
 }
 
-// validateName checks the name of a project, upstream, token or key. It must not be able to change how the
-// text around it is displayed.
+// validateName checks the name of a project, upstream, token or key. A name must not change how the text
+// around it is displayed.
 func validateName(s string) error {
 	if s == "" || len(s) > 100 {
 		return &fieldError{"name", "must have 1 to 100 bytes"}

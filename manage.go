@@ -69,7 +69,7 @@ func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Dura
 			now, end = time.Now(), true
 		case now = <-tick.C:
 		}
-		if omitted := a.limiter.takeOmitted(now, end); omitted > 0 {
+		if omitted := a.limiter.drainOmitted(now, end); omitted > 0 {
 			a.writeFailedSignIns(ctx, systemOrigin(now), "", omitted, 0)
 		}
 		head, ok, _, err := a.store.loadAuditHead(context.WithoutCancel(ctx), a.store.chain)
@@ -366,7 +366,7 @@ func (a *managementAuth) verifyKey(
 	a.signIns.auditFailedSignIn(ctx, origin, surface, now)
 	// Only wrong keys are delayed. Callers with a valid key may share the guesser's address, as all callers do
 	// behind a proxy that is not in TRUSTED_PROXIES.
-	if wait, _ := a.throttle.of(origin.address).allow(now); wait > 0 {
+	if wait, _ := a.throttle.forAddress(origin.address).allow(now); wait > 0 {
 		return actor{}, errTooManyFailures(wait)
 	}
 	return actor{}, errManageKey

@@ -14,12 +14,11 @@ import (
 	"strings"
 )
 
-// A policy is what a project or token allows. A nil list allows everything. If a list is set, only its items
-// are allowed, so an empty list allows nothing.
+// A policy is what a project or token allows. A nil list allows everything; an empty list allows nothing.
 type policy struct {
 	Endpoints []string `json:"endpoints,omitzero"` // "POST /v1/audio/speech", "/v1/chat/completions" or "/v1/audio/*"
 	Models    []string `json:"models,omitzero"`    // "gpt-4o" or "gpt-4o*"
-	// Addresses are networks of clients. Behind trusted proxies, the client's own address counts.
+	// Addresses are networks of clients. Behind trusted proxies, the address that these report counts.
 	Addresses []netip.Prefix `json:"addresses,omitzero"`
 	Limits    []limit        `json:"limits,omitzero"`
 	// Stateful turns on the endpoints that read or change objects kept at the provider. All projects that
@@ -43,7 +42,7 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	if err := decodeObject(raw, fields); err != nil {
 		if fe, ok := err.(*fieldError); ok && fe.param != "" {
 			fe.param = "policy." + fe.param
-		} else if ok { // it is valid JSON: the body around it was read
+		} else if ok { // raw is part of a body that is valid JSON, so this is its only possible mistake
 			fe.param, fe.msg = "policy", "must be an object"
 		}
 		return policy{}, err
@@ -81,7 +80,7 @@ func parseAddresses(list []string) ([]netip.Prefix, error) {
 		if addr, e := netip.ParseAddr(s); e == nil && addr.Zone() == "" {
 			p, err = netip.PrefixFrom(addr, addr.BitLen()), nil
 		}
-		if err == nil && p.Addr().Is4In6() && p.Bits() >= 96 { // client addresses are unmapped, too
+		if err == nil && p.Addr().Is4In6() && p.Bits() >= 96 { // allowsAddress unmaps the client's, too
 			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
 		}
 		if err != nil || p != p.Masked() {
@@ -93,7 +92,7 @@ func parseAddresses(list []string) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// checkPatterns refuses patterns that do not mean what their author thinks.
+// checkPatterns refuses patterns that cannot match, or match something else than their author expects.
 func checkPatterns(param string, list []string) error {
 	if len(list) > 500 {
 		return &fieldError{param, "must have 500 entries or fewer"}
@@ -145,12 +144,7 @@ func (p policy) allowsAddress(address string) bool {
 }
 
 func matchesAnyPattern(patterns []string, s string) bool {
-	for _, p := range patterns {
-		if matchesPattern(p, s) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(patterns, func(p string) bool { return matchesPattern(p, s) })
 }
 
 // matchesPattern reports whether s equals the pattern, or starts with it if the pattern ends in *.
@@ -159,7 +153,7 @@ func matchesPattern(pattern, s string) bool {
 	return pattern == s || ok && strings.HasPrefix(s, prefix)
 }
 
-// A limit is one limit of a policy. A call counts in it if both patterns match. It is immutable.
+// A limit is one limit of a policy, and immutable. A call counts in it if both patterns match.
 type limit struct {
 	metric      limitMetric
 	period      limitPeriod // 0 for metricConcurrent
@@ -189,7 +183,7 @@ func (l *limit) applies(name, pattern, model string) bool {
 		(l.model == "" || matchesPattern(l.model, model))
 }
 
-// isQuota reports whether l, once used up, stays so for so long that a client should not retry by itself.
+// isQuota reports whether l, once it is used up, stays used up for too long to retry automatically.
 func (l *limit) isQuota() bool { return l.period >= perDay }
 
 // String describes the limit: "60 requests per minute for models gpt-4o*".
@@ -219,7 +213,7 @@ func (l *limit) String() string {
 	return b.String()
 }
 
-// valueJSON writes an amount of what l counts as a JSON number.
+// valueJSON writes an amount in l's metric as a JSON number.
 func (l *limit) valueJSON(n int64) json.RawMessage {
 	if l.metric == metricDollars {
 		return json.RawMessage(formatNanos(n))

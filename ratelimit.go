@@ -8,9 +8,9 @@
 //	updateUsage  moves a running call's tokens and dollars from reserved to used as the answer comes.
 //	settle       returns what was reserved and counts what the call used.
 //
-// A window (an hour or longer) has used and reserved; both start again at 0 in the next window, and entries of an
-// earlier generation no longer count. A bucket (a second or a minute) has only used: a reservation is used at
-// once and refills from then on, and settling returns only what has not refilled yet.
+// A window (an hour or longer) counts used and reserved. Both restart at 0 in the next window, where reservations
+// of earlier windows no longer count. A bucket (a second or a minute) counts only used: what a call reserves is
+// used at once and refills from then on, and settling returns only what has not refilled yet.
 package main
 
 import "sync"
@@ -18,17 +18,17 @@ import "sync"
 // A limitCounter is the current state of one limit.
 type limitCounter struct {
 	limit                  *limit // of the current policy
-	windowStart, windowEnd int64  // of a bucket: windowStart is the time of its last refill
-	// used of a bucket is multiplied by the bucket's milliseconds, so that the refill of each millisecond is a
-	// whole number.
+	windowStart, windowEnd int64  // in a bucket, windowStart is the time of the last refill
+	// In a bucket, used is multiplied by the bucket's milliseconds (see scale), so that each millisecond refills
+	// a whole number.
 	used        int64
 	reserved    int64 // reserved and not used yet; for metricConcurrent, the running calls
-	refilled    int64 // of a bucket: everything that was ever refilled; it may wrap around
-	generation  int32 // of the window: reservations of earlier generations are void
+	refilled    int64 // in a bucket, the sum of all refills; it may wrap around
+	generation  int32 // the number of the window: reservations of earlier generations are void
 	wouldRefuse int64 // calls that a shadow limit would have refused
 }
 
-// newLimitCounter returns the counter of a limit that was used in the window around now.
+// newLimitCounter returns the counter of a limit. used is what was used in the window around now.
 func newLimitCounter(l *limit, now, used int64) *limitCounter {
 	c := &limitCounter{limit: l}
 	if c.windowStart, c.windowEnd = l.period.window(now); l.period.bucketMS() > 0 {
@@ -41,8 +41,8 @@ func newLimitCounter(l *limit, now, used int64) *limitCounter {
 // scale is the value of one request or token in used.
 func (c *limitCounter) scale() int64 { return max(1, c.limit.period.bucketMS()) }
 
-// advance brings the counter to now. A clock that is set back never returns anything: for up to one period the
-// counter waits for the clock to catch up; beyond that it continues from the new time with the same use.
+// advance brings the counter to now. Setting the clock back never frees anything: if it is at most one period, the
+// counter waits until the clock catches up; if it is more, the counter continues from the new time with its use.
 func (c *limitCounter) advance(now int64) {
 	if b := c.limit.period.bucketMS(); b > 0 {
 		switch passed := now - c.windowStart; {
@@ -56,7 +56,7 @@ func (c *limitCounter) advance(now int64) {
 		c.windowStart = now
 		return
 	}
-	if c.windowEnd == 0 || now >= c.windowStart && now < c.windowEnd { // no window, or within it
+	if c.windowEnd == 0 || now >= c.windowStart && now < c.windowEnd { // never ends, or has not ended
 		return
 	}
 	if now < c.windowStart && c.windowStart-now <= c.windowEnd-c.windowStart {
@@ -93,7 +93,7 @@ func (c *limitCounter) retryAfter(now, need int64) (ms int64, never bool) {
 	return max(1, c.windowEnd-now), false
 }
 
-// An estimate is the most that a call may use, as far as that is known before it is forwarded.
+// An estimate is the most that a call may use, as far as this is known before the call is forwarded.
 type estimate struct {
 	endpoint, pattern, model string // the endpoint's name and pattern, the requested model
 	input, output            int64  // tokens
@@ -102,8 +102,8 @@ type estimate struct {
 }
 
 // quantityFor returns the amount that the call reserves in a limit, or 0 if it uses nothing that l counts. A
-// guessed output reserves at most a quarter of the limit, and a call at most all of it: a rough estimate must
-// not make a call impossible.
+// guessed output reserves at most a quarter of the limit, and the whole call at most all of it, so that a rough
+// estimate never makes a call impossible.
 func (e *estimate) quantityFor(l *limit) int64 {
 	in, out := e.input, e.output
 	switch l.metric {
@@ -138,7 +138,7 @@ type reservationEntry struct {
 	generation int32
 	quantity   int64 // reserved
 	refillMark int64 // of a bucket: when refilled reaches it, all of quantity has refilled
-	spent      int64 // what updateUsage has counted as used so far; may exceed quantity
+	spent      int64 // what updateUsage has counted as used so far; it may exceed quantity
 }
 
 // A reservation is everything that one running call has reserved. Its limiter owns it between reserve and
@@ -155,9 +155,9 @@ type reservation struct {
 
 // A limitScope is a project or a token with its own limits.
 type limitScope struct {
-	policy   *policy // the counters are for its limits; nil before the first call
+	policy   *policy // has the limits of the counters; nil before the first call
 	counters []*limitCounter
-	admitted bool // a call was admitted: the stored sums may not include its use yet
+	admitted bool // a call was admitted, whose use the stored sums may not include yet
 }
 
 // A limiter counts for one project and all its tokens.
@@ -196,7 +196,7 @@ func (l *limiter) reserve(r *reservation, token *limitScope, now int64) *limitVi
 			case v == nil:
 				r.entries = append(r.entries, reservationEntry{counter: c, generation: c.generation, quantity: need})
 			case c.limit.monitorOnly:
-				c.wouldRefuse++ // the call uses nothing here, as with an enforced limit
+				c.wouldRefuse++ // as with an enforced limit, the call uses nothing here
 				r.monitorOnlyLimit = c.limit.String()
 			case worst == nil || !worst.permanent && (v.permanent || v.wait > worst.wait):
 				worst, v.ofProject = v, i == 0
@@ -229,14 +229,14 @@ func (r *reservation) quantityIn(c *limitCounter) int64 {
 
 // checkCapacity returns the violation if need does not fit, or nil.
 func (c *limitCounter) checkCapacity(e *estimate, now, need int64) *limitViolation {
-	if e.exceedsMax(c.limit) {
-		return &limitViolation{limit: c.limit, need: need, remaining: c.remaining(), permanent: true, exceedsMax: true}
-	}
-	if c.shortfall(need) == 0 {
+	tooLarge := e.exceedsMax(c.limit)
+	if !tooLarge && c.shortfall(need) == 0 {
 		return nil
 	}
-	v := &limitViolation{limit: c.limit, need: need, remaining: c.remaining()}
-	v.wait, v.permanent = c.retryAfter(now, need)
+	v := &limitViolation{limit: c.limit, need: need, remaining: c.remaining(), exceedsMax: tooLarge, permanent: true}
+	if !tooLarge {
+		v.wait, v.permanent = c.retryAfter(now, need)
+	}
 	return v
 }
 
@@ -275,8 +275,8 @@ func (u *finalUsage) value(m limitMetric) int64 {
 	return 0
 }
 
-// settle returns what the call has reserved and counts what it used. record is called under the same lock: a
-// counter that is created at this time finds the call either here or in the ledger.
+// settle returns what the call has reserved and counts what it used. record hands the call to the ledger, under the
+// same lock: a counter that is created at this moment finds the call either in running or in the ledger.
 func (r *reservation) settle(now int64, usage finalUsage, record func()) {
 	r.limiter.mu.Lock()
 	defer r.limiter.mu.Unlock()
@@ -313,8 +313,8 @@ func (e *reservationEntry) settle(usage finalUsage) {
 	case c.limit.metric == metricConcurrent:
 		c.reserved -= e.quantity
 	case c.limit.period.bucketMS() > 0 && used < e.quantity:
-		// Only what has not refilled yet is returned. Otherwise long calls with large reservations could
-		// return it a second time, and a burst at their end would exceed the limit.
+		// Only what has not refilled yet is returned. Otherwise long calls with large reservations would return
+		// what has refilled already, and a burst at their end would exceed the limit.
 		c.used -= min(c.used, (e.quantity-used)*c.scale(), max(0, e.refillMark-c.refilled))
 	case c.limit.period.bucketMS() > 0:
 		// Use beyond the estimate is a debt that delays other calls, but at most by one more period.
@@ -331,10 +331,10 @@ func (e *reservationEntry) settle(usage finalUsage) {
 // count in it are ended.
 func overrunAllowance(l *limit) int64 { return l.max / 10 }
 
-// updateUsage counts what a running call has used so far, given its estimated output tokens. It returns a limit
-// that is exceeded by more than its allowance, or nil. A call that limits its own output never counts for more
-// than it has reserved, because the provider enforces that. updateUsage does not wait: if the limiter is busy
-// reading the store, the next tick is soon enough.
+// updateUsage counts what a running call has used so far, given an estimate of its output tokens. It returns a
+// limit that is exceeded by more than its allowance, or nil. A call that limits its output never counts for more
+// than it has reserved, because the provider enforces that limit. updateUsage does not wait: if the limiter is
+// locked to read the store, the next tick is soon enough.
 func (r *reservation) updateUsage(now, output int64) *limit {
 	if !r.limiter.mu.TryLock() {
 		return nil

@@ -1,5 +1,6 @@
-// This file connects live limits with their past use in the store, and shows the current state of limits: to
-// administrators, to a token's holder, and in the rate limit headers of each answer. It never writes a row.
+// This file gives the counters of limits their past use from the store, and shows the current state of limits: to
+// administrators, to a token's holder, and in the rate limit headers of each answer. It reads the store and never
+// writes to it.
 package main
 
 import (
@@ -14,11 +15,10 @@ import (
 	"time"
 )
 
-// limitLoadTimeout is how long the calls of a project may wait for the past use of a limit that is new to this
-// process.
+// limitLoadTimeout is how long the calls of a project may wait until the past use of a new limit is read.
 const limitLoadTimeout = 2 * time.Second
 
-// A limitState connects live limits with their past use.
+// A limitState is the access to the limits of tokens and projects, live or not.
 type limitState struct {
 	store    *store
 	ledger   *ledger
@@ -40,7 +40,7 @@ func (ls *limitState) syncProjectLimits(p *liveProject, now int64) error {
 	return ls.syncScope(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
 }
 
-// syncScope replaces the counters of s by those of p, if p is new.
+// syncScope replaces the counters of s by those of p, unless s has p already.
 func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, token, now int64) error {
 	if s.policy == p {
 		return nil
@@ -91,7 +91,7 @@ func (ls *limitState) loadPastUsage(ctx context.Context, p *policy, project, tok
 	return out, nil
 }
 
-// sumUsage adds up what counts in l. Models without sums of their own count in every limit: after a restart a
+// sumUsage adds up what counts in l. Models without their own sums count in every limit, so after a restart a
 // limit may refuse too early, but never too late.
 func sumUsage(past []periodUsage, l *limit) (n int64) {
 	for _, p := range past {
@@ -132,7 +132,7 @@ type limitView struct {
 	Reserved    json.RawMessage `json:"reserved"` // by running calls
 	Left        json.RawMessage `json:"left"`
 	ResetsAt    *timestamp      `json:"resets_at"`    // null: never, or when running calls end
-	WouldRefuse int64           `json:"would_refuse"` // calls, since the limit was loaded
+	WouldRefuse int64           `json:"would_refuse"` // calls since the limit was loaded
 }
 
 func newLimitViews(counters []*limitCounter, now int64) []limitView {
@@ -169,8 +169,7 @@ func (c *limitCounter) resetTime(now int64) int64 {
 	return 0
 }
 
-// withLiveUsage returns a copy of the row that includes running calls. A row counts a call only when it has
-// ended.
+// withLiveUsage returns the row with the calls that it does not include yet: a row counts a call after its end.
 func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 	t := ls.registry.liveToken(row.id)
 	if t == nil {
@@ -239,14 +238,14 @@ func (ls *limitState) storedCounters(ctx context.Context, policyText string, ofP
 	return counters, nil
 }
 
-// A rateHeader is the state of a limit in the x-ratelimit-* headers.
+// A rateHeader is the state of one limit in the x-ratelimit-* headers.
 type rateHeader struct {
 	set              bool
 	limit, remaining int64
 	reset            time.Duration // until the whole limit is available again; 0: unknown
 }
 
-// rateHeaders are for the token's request limit and token limit with the least remaining.
+// rateHeaders describe a token's limits of requests and of tokens, of each the one with the least remaining.
 type rateHeaders struct{ requests, tokens rateHeader }
 
 // rateHeaders returns the headers of a token; maxRequests is its lifetime limit, or negative. The caller holds
@@ -295,7 +294,7 @@ func (r *rateHeader) write(h http.Header, limit, remaining, reset string) {
 // A nearLimit is a limit of a day or longer that is mostly used up.
 type nearLimit struct {
 	token, name, project, projectID string // token and name are "" for a project's limit
-	limit                           string // in words
+	limit                           string // as limit.String describes it
 	fraction                        float64
 }
 
@@ -338,7 +337,7 @@ func sortNearLimits(limits []nearLimit) {
 	})
 }
 
-// nearLimits returns the limits of a scope that are used up to the fraction, as copies of owner.
+// nearLimits returns the limits of a scope that are used up to the fraction or more, each with owner's names.
 func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()

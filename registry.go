@@ -1,6 +1,6 @@
 // This file keeps the live tokens and their projects in memory: what the next call of a token may do. It
-// loads a token at its first call and evicts it when it is idle. No state outlives an administrator's
-// change: a change is applied before the administrator gets the answer. It never writes a row.
+// loads a token at its first call and evicts it when it is idle. A change by an administrator is applied
+// here before it is answered, so no call that starts afterwards sees the old state. It never writes a row.
 package main
 
 import (
@@ -22,9 +22,10 @@ type projectState struct {
 	routing    routing
 	upstreams  []*upstream // the active ones, most preferred first
 	version    int64
-	loadFailed bool // a change could not be read; the project is inactive until it can
+	loadFailed bool // a change could not be read; the project is inactive until it is
 }
 
+// A liveProject is the project of a live token. Its state is replaced when its row changes.
 type liveProject struct {
 	state   atomic.Pointer[projectState]
 	limiter limiter
@@ -48,8 +49,8 @@ type registry struct {
 	// after it: a revoked token would become valid again, and an evicted one would lose calls.
 	changes    int64
 	evictedSeq uint64 // the ledger's position at the last eviction
-	// unknownHashes has hashes that belong to no token, each until unknownTTL is over. It is emptied when it
-	// is full: an attacker can fill it, but not make it grow.
+	// unknownHashes has hashes that belong to no token, with the time until which this is not checked again.
+	// It is emptied when it is full: an attacker can fill it, but not make it grow.
 	unknownHashes map[[32]byte]int64
 }
 
@@ -57,7 +58,7 @@ const (
 	maxUnknownHashes = 4096
 	unknownTTL       = 5 * time.Second
 	evictAfter       = 10 * time.Minute
-	maxLoadRetries   = 100 // an attempt fails only if an administrator changes something during it
+	maxLoadRetries   = 100 // an attempt fails only if there is a change or an eviction during it
 )
 
 func newRegistry(st *store, l *ledger, sl *sealer, health *healthTracker, allowPrivate bool) *registry {
@@ -92,7 +93,7 @@ func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveT
 	if hash == st.hash || hash == st.oldHash && now < st.oldHashUntil {
 		return t, st, nil
 	}
-	return nil, nil, errUnknownToken // the hash before a rotation
+	return nil, nil, errUnknownToken // the token has another hash since its rotation
 }
 
 // loadToken reads a token and its project and adds them.
@@ -238,9 +239,9 @@ func (g *registry) tokenChanged(row *tokenRow) error {
 	return nil
 }
 
-// projectChanged reads a changed project again. With tokens it also reads the project's live tokens, all of
-// which were just revoked. A project that cannot be read is inactive until it can, and such a token is revoked:
-// an old state must never outlive a change.
+// projectChanged reads a changed project again. If tokens is set, it also reads the project's live tokens, all of
+// which were just revoked. A project that cannot be read is inactive until it can be, and a token that cannot be
+// read is revoked: an old state must never outlive a change.
 func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) error {
 	st, err := g.readProject(ctx, seq)
 	g.mu.Lock()
@@ -276,8 +277,8 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 	return err
 }
 
-// upstreamsChanged reads a project again after its upstreams changed, and the live projects that share them or
-// will from now on (sharers).
+// upstreamsChanged reads a project again after its upstreams changed, the live projects that used these so far, and
+// sharers, the projects that may use them from now on.
 func (g *registry) upstreamsChanged(ctx context.Context, owner int64, sharers []int64) error {
 	affected := map[int64]bool{owner: true}
 	for _, seq := range sharers {
@@ -309,7 +310,7 @@ func (g *registry) markRevoked(id string) {
 }
 
 // evict drops tokens that have been idle for evictAfter: memory depends on the tokens in use, not on those
-// that exist. settled means that the ledger has just written everything it was given. Otherwise rows may lack
+// that exist. settled says that the ledger has just written everything it was given. Otherwise rows may lack
 // calls, and nothing is evicted.
 func (g *registry) evict(now int64, settled bool) {
 	if !settled {

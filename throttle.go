@@ -10,45 +10,45 @@ import (
 	"time"
 )
 
-// A throttle allows so many events per window and counts those that it omits. It may have several
-// windows; an event must fit into each of them.
+// A throttle allows a number of events per window and counts those that it omits. If it has several
+// windows, an event must fit into each of them.
 type throttle struct {
 	mu      sync.Mutex
 	windows []throttleWindow
 	omitted int64
 }
 
-// A throttleWindow allows limit events in the given time. It starts with its first event.
+// A throttleWindow allows limit events. It starts with its first event.
 type throttleWindow struct {
-	limit int
-	time  time.Duration
-	count int
-	ends  time.Time
+	limit  int
+	length time.Duration
+	count  int
+	ends   time.Time
 }
 
 const (
-	logLinesPerSecond           = 50 // of lines that anyone can cause, with or without a token
+	logLinesPerSecond           = 50 // for lines that anyone can cause, with or without a token
 	maxAuthFailures             = 20 // wrong management keys per minute, from the addresses of one slot
-	maxFailuresAuditedPerMinute = 10 // failed sign-ins with an audit entry of their own: entries are kept forever
+	maxFailuresAuditedPerMinute = 10 // failed sign-ins with their own audit entry: entries are kept forever
 	maxFailuresAuditedPerDay    = 500
 	refusalLogInterval          = time.Second // a token's refused calls get at most one ledger row in this time
 )
 
 // newThrottle returns a throttle with one window.
 func newThrottle(limit int, window time.Duration) *throttle {
-	return &throttle{windows: []throttleWindow{{limit: limit, time: window}}}
+	return &throttle{windows: []throttleWindow{{limit: limit, length: window}}}
 }
 
-// newSignInThrottle limits the failed sign-ins that get an audit entry of their own.
+// newSignInThrottle limits the failed sign-ins that get their own audit entry.
 func newSignInThrottle() *throttle {
 	return &throttle{windows: []throttleWindow{
-		{limit: maxFailuresAuditedPerMinute, time: time.Minute},
-		{limit: maxFailuresAuditedPerDay, time: 24 * time.Hour},
+		{limit: maxFailuresAuditedPerMinute, length: time.Minute},
+		{limit: maxFailuresAuditedPerDay, length: 24 * time.Hour},
 	}}
 }
 
-// allow returns a wait of 0 if an event may pass now, and how many were omitted since the last one
-// that passed. Otherwise it counts the event as omitted and returns how long no event can pass.
+// allow returns a wait of 0 if an event is allowed now, and how many were omitted since the last allowed one.
+// Otherwise it counts the event as omitted and returns how long no event will be allowed.
 func (t *throttle) allow(now time.Time) (wait time.Duration, omitted int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -67,9 +67,9 @@ func (t *throttle) addOmitted(n int64) {
 	t.omitted += n
 }
 
-// takeOmitted returns the number of omitted events and resets it. If there are any, reporting them is
-// an event itself: unless force is set, takeOmitted returns 0 until that event may pass.
-func (t *throttle) takeOmitted(now time.Time, force bool) (omitted int64) {
+// drainOmitted returns the number of omitted events and resets it. Reporting them is an event itself: unless
+// force is set, drainOmitted returns 0 until that event is allowed.
+func (t *throttle) drainOmitted(now time.Time, force bool) (omitted int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.omitted > 0 && (force || t.count(now) == 0) {
@@ -84,7 +84,7 @@ func (t *throttle) count(now time.Time) (wait time.Duration) {
 	for i := range t.windows {
 		w := &t.windows[i]
 		if !now.Before(w.ends) {
-			w.count, w.ends = 0, now.Add(w.time)
+			w.count, w.ends = 0, now.Add(w.length)
 		}
 		if w.count >= w.limit {
 			wait = max(wait, w.ends.Sub(now))
@@ -101,8 +101,8 @@ func (t *throttle) count(now time.Time) (wait time.Duration) {
 // An addressThrottle is a fixed number of throttles that addresses share by hash, so it cannot grow.
 type addressThrottle [1024]*throttle
 
-// newAuthThrottle limits wrong management keys per address. It only slows guessing down: guessing 256
-// bits is hopeless in any case.
+// newAuthThrottle limits wrong management keys per address. It only slows down guessing: guessing 256 bits is
+// hopeless in any case.
 func newAuthThrottle() *addressThrottle {
 	var a addressThrottle
 	for i := range a {
@@ -111,8 +111,8 @@ func newAuthThrottle() *addressThrottle {
 	return &a
 }
 
-// of returns the throttle of an address.
-func (a *addressThrottle) of(address string) *throttle {
+// forAddress returns the throttle of an address.
+func (a *addressThrottle) forAddress(address string) *throttle {
 	if ip, err := netip.ParseAddr(address); err == nil && ip.Is6() && !ip.Is4In6() {
 		if p, err := ip.Prefix(64); err == nil { // one customer has a whole /64
 			address = p.String()

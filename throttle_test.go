@@ -21,25 +21,25 @@ func TestThrottle(t *testing.T) {
 		events  []event
 	}{
 		"one per second": {
-			windows: []throttleWindow{{limit: 1, time: second}},
+			windows: []throttleWindow{{limit: 1, length: second}},
 			events: []event{
 				{at: 0}, {at: 1, wait: second - 1}, {at: second - 1, wait: 1}, {at: second, omitted: 2},
 				{at: 2*second - 1, wait: 1}, {at: 5 * second, omitted: 1}, {at: 7 * second},
 			},
 		},
 		"an event from before the window counts in it": {
-			windows: []throttleWindow{{limit: 1, time: second}},
+			windows: []throttleWindow{{limit: 1, length: second}},
 			events:  []event{{at: second}, {at: 0, wait: 2 * second}, {at: 2 * second, omitted: 1}},
 		},
 		"two per second and three per minute": {
-			windows: []throttleWindow{{limit: 2, time: second}, {limit: 3, time: minute}},
+			windows: []throttleWindow{{limit: 2, length: second}, {limit: 3, length: minute}},
 			events: []event{
 				{at: 0}, {at: 0}, {at: 0, wait: second}, {at: second, omitted: 1}, {at: second, wait: 59 * second},
 				{at: 59 * second, wait: second}, {at: minute, omitted: 2}, {at: minute}, {at: minute, wait: second},
 			},
 		},
 		"no limit set allows nothing": {
-			windows: []throttleWindow{{time: second}},
+			windows: []throttleWindow{{length: second}},
 			events:  []event{{at: 0, wait: second}, {at: second, wait: second}},
 		},
 	} {
@@ -74,18 +74,18 @@ func TestSignInThrottle(t *testing.T) {
 		}
 	}
 	last := start.Add(24*time.Hour - time.Second)
-	if recorded != maxFailuresAuditedPerDay || th.takeOmitted(last, false) != 0 {
+	if recorded != maxFailuresAuditedPerDay || th.drainOmitted(last, false) != 0 {
 		t.Errorf("%d entries in a day", recorded)
 	}
-	omitted += th.takeOmitted(start.Add(24*time.Hour), false)
-	if omitted+int64(recorded) != 24*60*30 || th.takeOmitted(last, true) != 0 {
+	omitted += th.drainOmitted(start.Add(24*time.Hour), false)
+	if omitted+int64(recorded) != 24*60*30 || th.drainOmitted(last, true) != 0 {
 		t.Errorf("%d recorded, %d omitted", recorded, omitted)
 	}
 	if wait, n := th.allow(start.Add(25 * time.Hour)); wait != 0 || n != 0 {
 		t.Error("the next day allows no entry")
 	}
 	th.addOmitted(3)
-	if th.takeOmitted(last, true) != 3 {
+	if th.drainOmitted(last, true) != 3 {
 		t.Error("added events are not counted")
 	}
 }
@@ -104,7 +104,7 @@ func TestAddressThrottle(t *testing.T) {
 		{"2001:db8::1", "2001:db8:0:1::1", false},
 		{"no address", "no address", true},
 	} {
-		if shared := a.of(c.first) == a.of(c.second); shared != c.shared {
+		if shared := a.forAddress(c.first) == a.forAddress(c.second); shared != c.shared {
 			t.Errorf("%s and %s: shared %v, want %v", c.first, c.second, shared, c.shared)
 		}
 	}

@@ -1,6 +1,5 @@
-// This file makes and checks the credentials that clients present, and holds the live state of a token. A
-// credential in clear exists only during the call that creates or presents it. Plain code: it never writes a
-// row.
+// This file makes and checks the credentials that clients present, and has the live state of a token. A credential
+// in clear exists only during the call that creates or presents it. The file neither reads nor writes the store.
 package main
 
 import (
@@ -18,9 +17,9 @@ import (
 //
 //	sk-llmp_<8 public>_<43 secret><6 checksum>
 //
-// in base62. The public part names it in logs, and the secret has 256 bits. The checksum is the CRC-32 of all
-// characters before it: typing mistakes and random text are recognized without the store. A management key has
-// the same form with the prefix llmpm_.
+// in base62. The public part identifies it in logs, and the secret has 256 bits. The checksum is the CRC-32 of all
+// characters before it: it recognizes typing mistakes and random text without the store. A management key has the
+// same form with the prefix llmpm_.
 const (
 	tokenPrefix     = "sk-llmp_"
 	manageKeyPrefix = "llmpm_"
@@ -139,20 +138,20 @@ type liveToken struct {
 	state     atomic.Pointer[tokenState]
 	used      atomic.Int64 // admitted calls over its lifetime
 	lastUsed  atomic.Int64 // unix milliseconds
-	refusals  *throttle    // allows a refused call a ledger row of its own
-	running   atomic.Int64 // calls that hold it; far below 0 once evicted
-	bodyBytes atomic.Int64 // bytes of request bodies held for it
+	refusals  *throttle    // allows a refused call its own ledger row
+	running   atomic.Int64 // calls between acquire and release; far below 0 once it is evicted
+	bodyBytes atomic.Int64 // memory of its calls' request bodies
 	limits    limitScope   // guarded by its project's limiter
 
 	mu            sync.Mutex
-	trackedModels map[string]struct{} // names that have sums of their own
+	trackedModels map[string]struct{} // names that have their own sums
 }
 
-// maxTrackedModels bounds the model names under which a live token's calls are summed. Clients can make up
-// names, and each sum is a row that stays.
+// maxTrackedModels bounds the model names under which a live token's calls are summed: clients can invent names,
+// and each sum is a row that stays.
 const maxTrackedModels = 100
 
-// trackModel reports whether a model's name may have sums of its own.
+// trackModel reports whether a model's name may have its own sums.
 func (t *liveToken) trackModel(model string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -172,8 +171,8 @@ func (t *liveToken) trackModel(model string) bool {
 // evictedRunning is the value of running in an evicted token: too low for calls to count it up to 0.
 const evictedRunning = -1 << 62
 
-// acquire keeps the token from being evicted until release. It returns false if the token was evicted already:
-// then a second live token may exist for the same row, and two counters would let a limit be used twice.
+// acquire protects the token from eviction until release. It returns false if the token was evicted already: the
+// same row may have another live token then, and with two counters a limit could be used twice.
 func (t *liveToken) acquire() bool { return t.running.Add(1) > 0 }
 
 func (t *liveToken) release(at time.Time) {
@@ -199,8 +198,8 @@ func (t *liveToken) validity(st *tokenState, now int64) string {
 	return ""
 }
 
-// reserve counts one call against the token's lifetime limit; a negative limit means none. The count never
-// passes the limit under any parallelism: if it is reached, reserve returns false and counts nothing.
+// reserve counts one call against the token's lifetime limit; a negative limit means none. If the limit is reached,
+// reserve returns false and counts nothing. Parallel calls never exceed the limit.
 func (t *liveToken) reserve(limit int64) bool {
 	for {
 		n := t.used.Load()
