@@ -131,8 +131,8 @@ func appendJSONString(b []byte, s string) []byte {
 
 // Call ids.
 
-// An idSource makes the ids of calls. An id has 42 bits of unix milliseconds, 9 random bits that tell
-// replicas apart, and a 12-bit counter. Ids always grow, even when the clock is set back.
+// An idSource makes the ids of calls. An id has 42 bits of unix milliseconds, 9 random bits that
+// distinguish replicas, and a 12-bit counter. Ids always grow, even when the clock is set back.
 type idSource struct {
 	node int64
 	last atomic.Int64
@@ -232,7 +232,7 @@ func (m limitMetric) String() string {
 
 // A limitPeriod is the time over which a limit counts.
 //
-// Second and minute are token buckets: a bucket holds the limit's max, and what was taken refills
+// Second and minute are token buckets: a bucket holds the limit's max, and what was used refills
 // evenly. Longer periods are calendar windows in UTC: they start at the full hour, at midnight, on
 // Monday or on the first of the month. A lifetime never ends.
 type limitPeriod uint8

@@ -19,40 +19,6 @@ import (
 	"time"
 )
 
-func outcomeCases() []outcomeCase {
-	startStream := func(then func(*providerConn) bool) func(*providerConn, recordedRequest) bool {
-		return streamScript([]string{strings.Join(chatEvents(true)[:2], "")}, 1, then)
-	}
-	withModel := func(model string) string { return strings.Replace(chatBody(), "gpt-4o-mini", model, 1) }
-	stream, large := chatBody(`"stream":true`), chatBody(`"user":"`+strings.Repeat("x", 65<<10)+`"`)
-	return []outcomeCase{
-		{name: "answered", script: chatScript, requests: 1, tokens: 12},
-		{name: "streamed", script: chatScript, body: stream, requests: 1, tokens: 12},
-		{name: "answered without usage", script: replyScript(200, `{"choices":[]}`), requests: 1, tokens: -1},
-		{name: "provider 400", script: errorScript(400), requests: 1},
-		{name: "provider 429", script: errorScript(429), requests: 1},
-		{name: "provider 500", script: errorScript(500), requests: 1},
-		{name: "provider 401", script: errorScript(401), requests: 1},
-		{name: "provider hangs up", script: resetScript, requests: 1},
-		{name: "provider is silent", script: stallScript, requests: 1, tokens: -1},
-		{name: "stream is cut off", script: startStream(resetStream), body: stream, requests: 1, tokens: -1},
-		{name: "stream has no end", script: startStream(endStream), body: stream, requests: 1, tokens: -1},
-		{name: "client leaves the stream", script: startStream(stallStream), body: stream, leaves: true,
-			requests: 1, tokens: -1},
-		{name: "client leaves before the answer", script: stallScript, leaves: true, requests: 1, tokens: -1},
-		{name: "list of models", script: replyScript(200, `{"object":"list","data":[]}`), method: "GET",
-			path: "/v1/models", requests: 1},
-		{name: "count of tokens", script: replyScript(200, `{"input_tokens":9}`),
-			path: "/v1/messages/count_tokens", body: withModel("claude-sonnet-4")},
-		{name: "no such endpoint", script: chatScript, path: "/v1/nothing"},
-		{name: "invalid JSON", script: chatScript, body: `{`},
-		{name: "too large", script: chatScript, body: large},
-		{name: "model that is not allowed", script: chatScript, body: withModel("gpt-4o-maxi")},
-		{name: "refused by another limit", script: chatScript, body: chatBody(`"max_tokens":900000`)},
-		{name: "question about the token itself", script: chatScript, method: "GET", path: ownTokenPath},
-	}
-}
-
 // An outcomeCase is a call, and what it counts in the limits of its token.
 type outcomeCase struct {
 	name             string
@@ -747,6 +713,40 @@ func TestInvalidAddresses(t *testing.T) {
 	}
 }
 
+func outcomeCases() []outcomeCase {
+	startStream := func(then func(*providerConn) bool) func(*providerConn, recordedRequest) bool {
+		return streamScript([]string{strings.Join(chatEvents(true)[:2], "")}, 1, then)
+	}
+	withModel := func(model string) string { return strings.Replace(chatBody(), "gpt-4o-mini", model, 1) }
+	stream, large := chatBody(`"stream":true`), chatBody(`"user":"`+strings.Repeat("x", 65<<10)+`"`)
+	return []outcomeCase{
+		{name: "answered", script: chatScript, requests: 1, tokens: 12},
+		{name: "streamed", script: chatScript, body: stream, requests: 1, tokens: 12},
+		{name: "answered without usage", script: replyScript(200, `{"choices":[]}`), requests: 1, tokens: -1},
+		{name: "provider 400", script: errorScript(400), requests: 1},
+		{name: "provider 429", script: errorScript(429), requests: 1},
+		{name: "provider 500", script: errorScript(500), requests: 1},
+		{name: "provider 401", script: errorScript(401), requests: 1},
+		{name: "provider hangs up", script: resetScript, requests: 1},
+		{name: "provider is silent", script: stallScript, requests: 1, tokens: -1},
+		{name: "stream is cut off", script: startStream(resetStream), body: stream, requests: 1, tokens: -1},
+		{name: "stream has no end", script: startStream(endStream), body: stream, requests: 1, tokens: -1},
+		{name: "client leaves the stream", script: startStream(stallStream), body: stream, leaves: true,
+			requests: 1, tokens: -1},
+		{name: "client leaves before the answer", script: stallScript, leaves: true, requests: 1, tokens: -1},
+		{name: "list of models", script: replyScript(200, `{"object":"list","data":[]}`), method: "GET",
+			path: "/v1/models", requests: 1},
+		{name: "count of tokens", script: replyScript(200, `{"input_tokens":9}`),
+			path: "/v1/messages/count_tokens", body: withModel("claude-sonnet-4")},
+		{name: "no such endpoint", script: chatScript, path: "/v1/nothing"},
+		{name: "invalid JSON", script: chatScript, body: `{`},
+		{name: "too large", script: chatScript, body: large},
+		{name: "model that is not allowed", script: chatScript, body: withModel("gpt-4o-maxi")},
+		{name: "refused by another limit", script: chatScript, body: chatBody(`"max_tokens":900000`)},
+		{name: "question about the token itself", script: chatScript, method: "GET", path: ownTokenPath},
+	}
+}
+
 // TestUsageByOutcome (LI9): what each outcome of a call costs.
 func TestUsageByOutcome(t *testing.T) {
 	t.Parallel()
@@ -995,7 +995,7 @@ func TestReservationsComeBack(t *testing.T) {
 }
 
 // TestBucketSavesNothingUp: calls that reserve the whole bucket minute after minute, and all end unused at
-// one moment, return at most one bucket and what it still held.
+// one moment, return at most one bucket and what remained in it.
 func TestBucketSavesNothingUp(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"minute"}`, noon)

@@ -623,7 +623,7 @@ func TestBodyMemoryOfAToken(t *testing.T) {
 		}
 	}
 	if used := p.instance.proxy.bodies.used.Load(); used > 2<<20+64<<10 {
-		t.Errorf("one token holds %d bytes of 8 MiB", used)
+		t.Errorf("one token uses %d bytes of 8 MiB", used)
 	}
 	large := `"user":"` + strings.Repeat("x", 1000<<10) + `"`
 	if res := p.chat(large); res.status != 200 {
@@ -707,8 +707,8 @@ func (p *testProxy) currentLimits(path string) []limitStatus {
 	return v.Limits
 }
 
-// send makes a chat call from any goroutine, over rt or, if that is nil, over a connection of its own. Status 0
-// means no complete answer.
+// send makes a chat call from any goroutine, over rt or, if that is nil, over a new connection. Status 0 means
+// no complete answer.
 func (p *testProxy) send(rt http.RoundTripper, token, body string, headers ...string) (int, http.Header) {
 	req, err := http.NewRequestWithContext(context.Background(), "POST", p.url+"/v1/chat/completions",
 		strings.NewReader(body))

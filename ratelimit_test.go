@@ -465,7 +465,7 @@ func (m *limitModel) reserve() error {
 	return nil
 }
 
-// progress tells the limiter how many tokens a call has used so far.
+// progress reports to the limiter how many tokens a call has used so far.
 func (m *limitModel) progress(c *modelCall) {
 	output, e := m.random.Int64N(80), &c.reservation.estimate
 	if m.limit.metric == metricRequests {

@@ -125,7 +125,7 @@ func (a *addressThrottle) forAddress(address string) *throttle {
 	return a[h%uint32(len(a))]
 }
 
-// bodyMemory limits the memory of all request bodies that are held at one time.
+// bodyMemory limits the memory of all request bodies that are in memory at one time.
 type bodyMemory struct {
 	limit int64
 	used  atomic.Int64
