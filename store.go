@@ -221,28 +221,30 @@ func mapUniqueViolation(err error) error {
 	return err
 }
 
-// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged)
-// and not a mistake of the caller. Such a failure may pass.
-func isDatabaseFailure(err error) bool {
+// sqliteCode returns the primary result code of the SQLite error in err, 0 if there is none.
+func sqliteCode(err error) int {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		switch e.Code() & 0xff {
-		case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_ERROR,
-			sqlite3.SQLITE_MISUSE:
-			return false
-		}
-		return true
+		return e.Code() & 0xff
 	}
-	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
+	return 0
 }
 
 // isRejectedRow reports whether the database rejects a row, which a retry cannot change.
 func isRejectedRow(err error) bool {
-	e, ok := errors.AsType[*sqlite.Error](err)
-	if !ok {
+	code := sqliteCode(err)
+	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
+}
+
+// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged)
+// and not a mistake of the caller. Such a failure may pass.
+func isDatabaseFailure(err error) bool {
+	switch sqliteCode(err) {
+	case 0:
+		return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
+	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE:
 		return false
 	}
-	code := e.Code() & 0xff
-	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
+	return !isRejectedRow(err)
 }
 
 // size returns the bytes of the database's pages, and of those that are free.
