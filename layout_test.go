@@ -188,9 +188,8 @@ func stillWide() []string {
 	return []string{
 		"calls_test.go", "content_test.go", "endpoints_test.go",
 		"harness_test.go",
-		"manage_projects_test.go", "manage_test.go",
-		"manage_tokens_test.go", "manage_usage_test.go", "meter_test.go",
-		"openapi_test.go", "policy_test.go", "prices_test.go",
+		"meter_test.go",
+		"policy_test.go", "prices_test.go",
 		"proxy_request_test.go", "proxy_test.go",
 		"ratelimit_state_test.go", "ratelimit_test.go",
 		"request_test.go", "tokens_test.go",
