@@ -81,15 +81,15 @@ type endpointRow struct {
 
 // inferenceEndpoints are on by default.
 var inferenceEndpoints = []endpointRow{
-	{"POST", "/v1/audio/speech", bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/audio/transcriptions", bodyForm, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/audio/translations", bodyForm, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/audio/speech", bodyJSON, meterMedia, flagNeedsModel},
+	{"POST", "/v1/audio/transcriptions", bodyForm, meterTranscripts, flagNeedsModel},
+	{"POST", "/v1/audio/translations", bodyForm, meterTranscripts, flagNeedsModel},
 	{"POST", "/v1/chat/completions", bodyJSON, meterOpenAI, flagNeedsModel | flagAddUsage},
 	{"POST", "/v1/completions", bodyJSON, meterOpenAI, flagNeedsModel | flagAddUsage},
-	{"POST", "/v1/embeddings", bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/images/edits", bodyJSONOrForm, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/images/generations", bodyJSON, meterOpenAI, flagNeedsModel},
-	{"POST", "/v1/images/variations", bodyForm, meterOpenAI, flagNeedsModel},
+	{"POST", "/v1/embeddings", bodyJSON, meterEmbeddings, flagNeedsModel},
+	{"POST", "/v1/images/edits", bodyJSONOrForm, meterMedia, flagNeedsModel},
+	{"POST", "/v1/images/generations", bodyJSON, meterMedia, flagNeedsModel},
+	{"POST", "/v1/images/variations", bodyForm, meterMedia, flagNeedsModel},
 	{"GET", "/v1/models", bodyNone, meterNone, flagAnyAPI},
 	{"GET", "/v1/models/{model}", bodyNone, meterNone, flagAnyAPI | flagModelInPath},
 	{"POST", "/v1/moderations", bodyJSON, meterNone, flagNeedsModel},

@@ -207,7 +207,7 @@ func refusedErrorClass(status int, code string) errorClass {
 // truncatedErrorClass returns the class of an answer that was cut off.
 func truncatedErrorClass(code string) errorClass {
 	switch code {
-	case "upstream_cut", "stream_unfinished", "stream_idle", "upstream_timeout":
+	case "upstream_cut", "stream_unfinished", "answer_unfinished", "stream_idle", "upstream_timeout":
 		return errorClassProvider
 	case "client_stalled":
 		return errorClassCaller

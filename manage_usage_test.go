@@ -427,7 +427,7 @@ func TestPriceOverride(t *testing.T) {
 		t.Errorf("the price %s, set again, gives %s", same.ID, got)
 	}
 	p.manage("POST", "/manage/prices", `{"match":"gpt-4o-mini-2024-07-18","input":1000}`, 201, nil)
-	if got := p.chatCost(); got != "null" { // the more exact match counts alone, and has no price for output
+	if got := p.chatCost(); got != "0.0000195" { // it has no price for output: the price of the model that was sent
 		t.Errorf("without a price for output: %s", got)
 	}
 	var l struct {
@@ -457,12 +457,20 @@ func TestPriceOverride(t *testing.T) {
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list-1"))
 	})
-	if got := p.chatCost(); got != "null" {
-		t.Errorf("an unknown model costs %s", got)
+	if got := p.chatCost(); got != listed {
+		t.Errorf("an unknown name of a known model costs %s", got)
+	}
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list-2"))
+	})
+	body := strings.Replace(chatBody(), "gpt-4o-mini", "in-no-list-2", 1)
+	p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json")
+	if row := p.lastCall(); row.Cost != nil {
+		t.Errorf("an unknown model costs %v", *row.Cost)
 	}
 	for _, u := range p.usage("interval=total&group_by=model") {
-		want := map[string]string{"gpt-4o-mini-2024-07-18": "1", "in-no-list-1": "1"}[*u.Model]
-		if fmt.Sprint(u.UnpricedCalls) != want || *u.Model == "in-no-list-1" && u.Cost != "0" {
+		want := map[bool]string{false: "0", true: "1"}[*u.Model == "in-no-list-2"]
+		if fmt.Sprint(u.UnpricedCalls) != want || *u.Model == "in-no-list-2" && u.Cost != "0" {
 			t.Errorf("%s: %d calls without a price, cost %s", *u.Model, u.UnpricedCalls, u.Cost)
 		}
 	}

@@ -1,7 +1,8 @@
 // This file meters one answer: which model gave it, how many tokens it used, whether it is complete. It sees
 // the bytes as they pass and holds back one SSE event at most. It never changes a byte; it only leaves out the
 // one event that the proxy itself asked for. Plain code: no network, no store, no clock. meter_sse.go cuts a
-// stream into events, and meter_json.go finds the few members of a document that matter.
+// stream into events, meter_json.go finds the few members of a document that matter, and meter_usage.go says
+// what a usage object is worth.
 package main
 
 import (
@@ -19,9 +20,24 @@ const maxReportedModelLen = 256 // bytes; a longer model name is ignored
 type meterKind uint8
 
 const (
-	meterNone      meterKind = iota // the answer has no counts: audio, files, lists
-	meterOpenAI                     // input counts include cached tokens
-	meterAnthropic                  // input counts exclude cached tokens
+	meterNone        meterKind = iota // the answer has no counts: files, lists
+	meterOpenAI                       // input counts include cached tokens
+	meterAnthropic                    // input counts exclude cached tokens
+	meterEmbeddings                   // as meterOpenAI, but answers have no output tokens
+	meterTranscripts                  // as meterOpenAI; without JSON or SSE an answer is a bare transcript
+	meterMedia                        // as meterOpenAI; sound and pictures, whose size says nothing about tokens
+)
+
+// An answerFormat is the form of an answer's body. Its first bytes decide, since providers and gateways name
+// wrong types or none. A declared text/event-stream counts where the first bytes say nothing.
+type answerFormat uint8
+
+const (
+	formatUnknown answerFormat = iota // only white space has come, or a part of a field's name
+	formatJSON                        // one document, or several one after the other
+	formatSSE
+	formatOther   // text, HTML, sound
+	formatEncoded // compressed
 )
 
 // A meter reads one answer as its bytes pass. Its fields and source are current after each call of process,
@@ -29,103 +45,253 @@ const (
 // that the answer has no input count; the caller can estimate it from the request. A meter is not safe for
 // concurrent use.
 type meter struct {
-	counts tokenCounts
-	model  string // as the answer names it, at most 256 bytes of valid UTF-8; "" while unknown
-	done   bool   // the end was seen: [DONE], a final event, or the closing bracket of a JSON answer
-	failed bool   // the stream carried an error after its status 200
-	bytes  int64  // read, including those that were left out
-	events int64  // SSE events with data, including [DONE]
+	counts      tokenCounts
+	model       string // as the answer names it, at most 256 bytes of valid UTF-8; "" while unknown
+	done        bool   // the end was seen: [DONE], a final event, or the closing bracket of a JSON answer
+	failed      bool   // the answer is an error, or became one, after its status 200
+	unmeasured  bool   // nothing in the answer says how many tokens it used: what was reserved has to do
+	implausible bool   // usage has a count that no answer can have
+	bytes       int64  // read, including those that were left out
+	events      int64  // SSE events with data, including [DONE]
 
 	kind          meterKind
-	sse           bool
-	opaque        bool
+	format        answerFormat
+	declaredSSE   bool
 	strip         bool
+	ended         bool        // finish was called
 	currentSource usageSource // "" before the first byte
 	hasUsage      bool        // usage is from the answer
-	usage         usageFields // the last usable usage object
+	usage         usageFields // of all usable usage objects
 	scan          usageScanner
+	text          textCounter
+	textBytes     int64        // bytes of text in all deltas, or in all JSON documents
+	documents     int64        // JSON documents that followed the first
+	head          []byte       // the start of a field's name that may become an SSE field
 	reader        *eventReader // of a stream
 }
 
-// newMeter returns a meter for one answer. sse: the answer is a text/event-stream. opaque: its bytes cannot be
-// read (it is compressed, or neither JSON nor SSE) and are only counted. strip: the proxy itself asked for
-// stream_options.include_usage, so the event with empty choices and a usage object is left out.
-func newMeter(kind meterKind, sse, opaque, strip bool) *meter {
-	m := &meter{kind: kind, sse: sse, opaque: opaque, strip: strip && sse && !opaque && kind == meterOpenAI}
-	m.scan.reset(sse)
-	if sse {
-		m.reader = &eventReader{}
+// newMeter returns a meter for one answer. sse: the answer says that it is a text/event-stream. encoded: its
+// bytes are compressed, and only counted. strip: the proxy itself asked for stream_options.include_usage, so
+// the event with empty choices and a usage object is left out.
+func newMeter(kind meterKind, sse, encoded, strip bool) *meter {
+	m := &meter{kind: kind, declaredSSE: sse, strip: strip && !encoded && kind == meterOpenAI}
+	if encoded {
+		m.format = formatEncoded
 	}
+	m.scan.reset(false)
 	return m
 }
 
 // source tells where counts come from.
 func (m *meter) source() usageSource { return cmp.Or(m.currentSource, usageNone) }
 
+// isStream reports whether the answer comes in events.
+func (m *meter) isStream() bool { return m.format == formatSSE || m.documents > 0 }
+
+// isUnfinished reports whether the answer was delivered whole, but is a JSON document without its end.
+func (m *meter) isUnfinished() bool {
+	return m.ended && m.format == formatJSON && m.scan.state != scanClosed && m.scan.state != scanBroken
+}
+
+// lacksEndMarker reports whether the answer is a stream of events of which the last has not come.
+func (m *meter) lacksEndMarker() bool {
+	return !m.done && (m.format == formatSSE || m.format == formatUnknown && m.declaredSSE)
+}
+
 // process reads the next bytes of the answer and returns the bytes for the client: p itself unless strip is
 // set. The result is valid until the next call.
 func (m *meter) process(p []byte) []byte {
 	m.bytes += int64(len(p))
-	switch {
-	case m.kind == meterNone || m.opaque:
-	case m.sse:
-		p = m.processEvents(p)
-	default:
-		m.scan.feed(p)
-		m.model, m.done = m.scan.model, m.scan.state == scanClosed
-		m.hasUsage, m.usage = m.scan.usageSeen, m.scan.usage
+	if m.kind == meterNone {
+		return p
+	}
+	out := p
+	if m.format == formatUnknown {
+		start, ready := m.detectFormat(p)
+		if out = m.processFormat(ready); start > 0 {
+			out = append(p[:start:start], out...)
+		}
+	} else {
+		out = m.processFormat(p)
+	}
+	if !m.strip {
+		out = p
 	}
 	m.counts, m.currentSource = m.currentUsage()
+	return out
+}
+
+// detectFormat looks at the first bytes of the answer. It returns how many bytes of p come before the answer
+// itself, and the bytes that can be read now: what is left of p, after what was held back of earlier pieces.
+func (m *meter) detectFormat(p []byte) (start int, ready []byte) {
+	if len(m.head) == 0 {
+		for start < len(p) && isBlank(p[start]) {
+			start++
+		}
+	}
+	rest := p[start:]
+	if len(m.head) > 0 {
+		rest = append(m.head, p...)
+	}
+	if len(rest) == 0 {
+		return start, nil
+	}
+	if m.format = formatOf(rest, m.declaredSSE); m.format == formatUnknown {
+		m.head = bytes.Clone(rest)
+		return start, nil
+	}
+	m.head = nil
+	switch {
+	case m.format == formatSSE:
+		m.reader = &eventReader{}
+	case m.format == formatOther:
+		m.failed = rest[0] == '<' && m.kind != meterTranscripts && m.kind != meterMedia // a page, where JSON is due
+	}
+	return start, rest
+}
+
+// isBlank reports whether c may come before an answer: white space, or a byte of a byte order mark.
+func isBlank(c byte) bool {
+	switch c {
+	case ' ', '\t', '\r', '\n', 0xEF, 0xBB, 0xBF:
+		return true
+	}
+	return false
+}
+
+// formatOf returns the format of an answer that begins with p, formatUnknown if p is too short to tell.
+func formatOf(p []byte, declaredSSE bool) answerFormat {
+	if p[0] == '{' || p[0] == '[' {
+		return formatJSON
+	}
+	if declaredSSE || p[0] == ':' {
+		return formatSSE
+	}
+	for _, field := range [...]string{"data:", "event:", "id:", "retry:"} {
+		if n := min(len(p), len(field)); string(p[:n]) == field[:n] {
+			if n < len(field) {
+				return formatUnknown
+			}
+			return formatSSE
+		}
+	}
+	return formatOther
+}
+
+// processFormat reads the next bytes once the format is known, and returns those for the client.
+func (m *meter) processFormat(p []byte) []byte {
+	switch m.format {
+	case formatSSE:
+		return m.processEvents(p)
+	case formatJSON:
+		m.processDocuments(p)
+	}
 	return p
 }
 
-// finish reads the end of the answer, whether it is complete or cut off, and returns the bytes that were held
-// back. The result is empty unless strip is set.
+// processDocuments reads JSON. Some gateways send a stream as one document after the other.
+func (m *meter) processDocuments(p []byte) {
+	for len(p) > 0 {
+		if m.scan.state == scanClosed {
+			if p = bytes.TrimLeft(p, " \t\r\n"); len(p) > 0 && p[0] == '{' {
+				m.scan.reset(true)
+				m.documents++
+			}
+		}
+		n := m.scan.feed(p)
+		if m.countsText() {
+			m.text.feed(p[:n])
+		}
+		p = p[n:]
+		switch {
+		case m.documents == 0:
+			m.hasUsage, m.usage = m.scan.usageSeen, m.scan.usage
+		case m.scan.state == scanClosed && m.scan.usageSeen:
+			m.applyUsage(m.scan.eventType)
+		}
+		if m.scan.state == scanClosed {
+			text, _ := m.text.finish()
+			m.textBytes += text
+		}
+		m.failed = m.failed || m.scan.hasError || m.scan.statusFailed
+	}
+	m.model, m.done = m.scan.model, m.scan.state == scanClosed
+}
+
+// hasDeltas reports whether a part of an answer has come, before any error.
+func (m *meter) hasDeltas() bool {
+	return m.textBytes > 0 || m.format == formatSSE && m.reader.deltas > 0
+}
+
+// countsText reports whether the text in the answer is of interest.
+func (m *meter) countsText() bool { return m.kind != meterEmbeddings && m.kind != meterMedia }
+
+// finish reads the end of an answer that was delivered whole, and returns the bytes that were held back. The
+// result is empty unless strip is set.
 func (m *meter) finish() []byte {
-	if !m.sse || m.opaque || m.kind == meterNone {
+	if m.kind == meterNone {
 		return nil
 	}
-	rest := m.finishEvents()
+	m.ended = true
+	var rest []byte
+	switch {
+	case m.format == formatSSE:
+		rest = m.finishEvents()
+	case m.format == formatUnknown && len(m.head) > 0:
+		if m.format = formatOther; m.strip {
+			rest = m.head
+		}
+	case m.format == formatUnknown && !m.declaredSSE:
+		m.failed = true // an answer that is empty
+	}
 	m.counts, m.currentSource = m.currentUsage()
 	return rest
 }
 
 // currentUsage returns the counts so far and where they come from.
 func (m *meter) currentUsage() (tokenCounts, usageSource) {
+	m.unmeasured, m.implausible = false, false
 	switch {
-	case m.kind == meterNone || m.bytes == 0:
+	case m.bytes == 0:
 		return tokenCounts{}, usageNone
-	case !m.hasUsage && !m.sse && m.scan.topLevelInput:
+	case !m.hasUsage && m.format == formatJSON && m.scan.topLevelInput:
 		return tokenCounts{}, usageNone // a count_tokens answer: the tokens were counted, not used
+	case !m.hasUsage && (m.failed || m.isUnfinished()) && !m.hasDeltas():
+		return tokenCounts{}, usageNone // an error bills nothing but what it says
+	case m.format == formatUnknown: // so far nothing but white space
+		return tokenCounts{}, usageEstimated
 	case !m.hasUsage:
+		m.unmeasured = m.kind == meterMedia || m.kind == meterTranscripts && m.format == formatOther
 		return tokenCounts{output: m.estimateOutput()}, usageEstimated
 	}
-	f := m.usage
-	in, out := f.n[slotInput], f.n[slotOutput]
+	u := m.usage.evaluate(m.kind, m.textBytes > 0)
+	m.implausible = u.implausible
 	switch {
-	case in < 0 && out < 0 && f.byDuration:
-		return tokenCounts{}, usageNone // billed by duration
-	case out == countInvalid || in < 0 && out < 0:
-		// The stream was cut before its final count, or the count is invalid. The size of the answer is a
-		// better estimate than zero.
-		f.n[slotOutput] = m.estimateOutput()
-		return f.normalize(m.kind), usageEstimated
-	case in < 0:
-		return f.normalize(m.kind), usageEstimated
+	case u.byDuration:
+		return tokenCounts{}, usageNone
+	case u.inputKnown && u.outputKnown:
+		return u.counts, usageExact
 	}
-	return f.normalize(m.kind), usageExact // embeddings have no output
+	if !u.outputKnown {
+		// The stream was cut before its final count, or the count is no measurement.
+		m.unmeasured = m.kind == meterMedia
+		u.counts.output = max(u.counts.output, min(m.estimateOutput(), maxBilledTokens-u.counts.input))
+	}
+	return u.counts, usageEstimated
 }
 
-// estimateOutput estimates the output tokens from the size of the answer.
+// estimateOutput estimates the output tokens: a stream's from the text in its deltas, any other answer's from
+// its size.
 func (m *meter) estimateOutput() int64 {
-	if !m.sse || m.opaque {
-		return estimateTokens(m.bytes)
+	switch {
+	case m.kind == meterEmbeddings || m.kind == meterMedia || m.format == formatUnknown:
+		return 0
+	case m.format == formatSSE:
+		return max(m.reader.deltas, estimateTokens(m.textBytes))
+	case m.documents > 0:
+		return max(m.documents, estimateTokens(m.textBytes))
 	}
-	// Every event repeats the same envelope around a few letters of text. The size of the second smallest
-	// event approximates the envelope; the smallest is often the last one of a chat stream, which lacks even
-	// the member for the text.
-	e := m.reader
-	return max(e.deltas, (e.deltaBytes-e.deltas*e.secondSmallest)/4)
+	return estimateTokens(m.bytes)
 }
 
 // estimateTokens applies the usual rule of thumb: four bytes per token, rounded up.
@@ -134,70 +300,6 @@ func estimateTokens(bytes int64) int64 {
 		return 0
 	}
 	return (bytes-1)/4 + 1
-}
-
-const (
-	countMissing = -1 // the usage object lacks the count
-	countInvalid = -2 // the count is not an integer of 0 or more
-)
-
-// usageFields are the raw counts of one usage object, by slot.
-type usageFields struct {
-	n          [numCountSlots]int64
-	byDuration bool // the answer is billed by seconds of audio
-}
-
-// clear makes every count missing.
-func (f *usageFields) clear() {
-	for i := range f.n {
-		f.n[i] = countMissing
-	}
-	f.byDuration = false
-}
-
-// setMax keeps the largest value of a slot: some gateways send the same count under two names, one of them
-// zero.
-func (f *usageFields) setMax(s slot, v int64) {
-	if v != countInvalid {
-		f.n[s] = max(f.n[s], v)
-	} else if f.n[s] == countMissing {
-		f.n[s] = countInvalid
-	}
-}
-
-// hasCounts reports whether f has an input or an output count.
-func (f *usageFields) hasCounts() bool { return f.n[slotInput] >= 0 || f.n[slotOutput] >= 0 }
-
-// merge adds the counts of a later usage object. Anthropic's counts are running totals, so a zero after a
-// positive count is a gateway's filler and is ignored.
-func (f *usageFields) merge(later *usageFields) {
-	for i, v := range later.n {
-		if v > 0 || v == 0 && f.n[i] < 0 || v == countInvalid && f.n[i] == countMissing {
-			f.n[i] = v
-		}
-	}
-}
-
-// normalize returns the counts as the ledger keeps them; see tokenCounts.
-func (f *usageFields) normalize(kind meterKind) tokenCounts {
-	at := func(s slot) int64 { return min(max(f.n[s], 0), maxTokenCount) }
-	c := tokenCounts{
-		input: at(slotInput), cached: at(slotCached), cacheWrite: at(slotCacheWrite), output: at(slotOutput),
-		reasoning: at(slotReasoning), audioInput: at(slotAudioInput), audioOutput: at(slotAudioOutput),
-	}
-	if kind == meterAnthropic {
-		c.input = min(c.input+c.cached+c.cacheWrite, maxTokenCount)
-	}
-	// xAI counts reasoning beside the completion, not in it. Only the total shows it.
-	if c.reasoning > 0 && at(slotTotal) == c.input+c.output+c.reasoning {
-		c.output = min(c.output+c.reasoning, maxTokenCount)
-	}
-	c.cached = min(c.cached, c.input)
-	c.cacheWrite = min(c.cacheWrite, c.input-c.cached)
-	c.audioInput = min(c.audioInput, c.input)
-	c.reasoning = min(c.reasoning, c.output)
-	c.audioOutput = min(c.audioOutput, c.output)
-	return c
 }
 
 // sanitizeModelName decodes the inside of a JSON string. It returns "" if the name cannot be logged, stored and

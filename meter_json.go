@@ -13,6 +13,8 @@
 //	           scanKey for an object whose members matter (pushed on scopes), scanSkip for any other
 //	scanSkip   counts brackets up to the end of the value; scanSkipText is a string in it
 //	scanAfter  "," leads to scanKey, "}" ends the object
+//	scanNext   after an element of choices or iterations: "," leads to scanElement, "]" to scanAfter
+//	scanError  is scanSkip for an error, which may be empty; scanErrorText is a string in it
 //	scanClosed the document ended; scanBroken: it is not JSON, the rest is ignored
 package main
 
@@ -40,6 +42,10 @@ const (
 	slotOutputDetails
 	slotSeconds
 	slotTopLevelInput
+	slotStatus
+	slotVendor     // an object of one provider that may have usage
+	slotIterations // a list in usage
+	slotIterationType
 )
 
 // A jsonScope is an object whose members matter.
@@ -51,24 +57,31 @@ const (
 	scopeUsage
 	scopeInputDetails
 	scopeOutputDetails
+	scopeChoice    // an element of choices
+	scopeVendor    // x_groq
+	scopeIteration // an element of usage.iterations
 )
 
 type scanState uint8
 
 const (
-	scanStart    scanState = iota // before the document
-	scanKey                       // in a known object, before a name or the closing brace
-	scanName                      // in a name
-	scanColon                     // after a name
-	scanValue                     // before a value
-	scanString                    // in a string value
-	scanScalar                    // in a number or literal
-	scanFirst                     // after the [ of choices
-	scanSkip                      // in a value that is not needed
-	scanSkipText                  // in a string of such a value
-	scanAfter                     // after a value
-	scanClosed                    // after the document
-	scanBroken                    // not JSON
+	scanStart     scanState = iota // before the document
+	scanKey                        // in a known object, before a name or the closing brace
+	scanName                       // in a name
+	scanColon                      // after a name
+	scanValue                      // before a value
+	scanString                     // in a string value
+	scanScalar                     // in a number or literal
+	scanFirst                      // after the [ of a list of objects that matter
+	scanElement                    // after a comma in it
+	scanNext                       // after an element of it
+	scanError                      // in an error that is an object or a list
+	scanErrorText                  // in a string in it
+	scanSkip                       // in a value that is not needed
+	scanSkipText                   // in a string of such a value
+	scanAfter                      // after a value
+	scanClosed                     // after the document
+	scanBroken                     // not JSON
 )
 
 // A usageScanner reads one document after the other, each in pieces of any size.
@@ -78,46 +91,76 @@ type usageScanner struct {
 	usage         usageFields // of the last usage object; complete if usageSeen
 	usageSeen     bool
 	usageNested   bool // usage is response.usage or message.usage
+	usageInner    bool // usage is choices[].usage or x_groq.usage
 	choicesEmpty  bool // choices is []
-	hasError      bool // error is present and not null
+	hasError      bool // error says something: it is not null, "", false, {}, or made of these
+	statusFailed  bool // status is "failed", at the top level or nested
 	topLevelInput bool // input_tokens is at the top level
 	eventType     eventType
 
-	readNested  bool // look into response and message, too
-	state       scanState
-	slot        slot
-	escaped     bool // in a string, the last byte was a backslash
-	null        bool // the scalar starts with n
-	invalid     bool // the scalar is not an unsigned integer
-	level       uint8
-	scopes      [4]jsonScope // the known objects around the current position; level is their number
-	depth       int          // open brackets in a skipped value
-	scalarValue int64        // the scalar so far
-	text        []byte       // of a string that came in pieces, as far as it fits
-	length      int          // of that string; more than maxReportedModelLen if it did not fit
+	readNested bool // look into response and message, too
+	state      scanState
+	slot       slot
+	escaped    bool // in a string, the last byte was a backslash
+	level      uint8
+	scopes     [4]jsonScope          // the known objects around the current position; level is their number
+	depth      int                   // open brackets in a skipped value
+	number     [maxCountLen + 1]byte // the number or literal so far, as far as it fits
+	numberLen  int
+	iteration  usageFields // of the current element of usage.iterations
+	billed     bool        // it is billed beside the counts of usage
+	errorText  bool        // in an error, the last string was not empty, and may be a value
+	text       []byte      // of a string that came in pieces, as far as it fits
+	length     int         // of that string; more than maxReportedModelLen if it did not fit
+}
+
+// hasError reports whether a JSON document has a top-level error that says something.
+func hasError(document []byte) bool {
+	var s usageScanner
+	s.reset(false)
+	s.feedAll(document)
+	return s.hasError
 }
 
 // reset prepares s for the next document.
 func (s *usageScanner) reset(readNested bool) {
-	s.usageSeen, s.usageNested, s.choicesEmpty, s.hasError, s.topLevelInput = false, false, false, false, false
+	s.usageSeen, s.usageNested, s.usageInner, s.choicesEmpty = false, false, false, false
+	s.hasError, s.statusFailed, s.topLevelInput = false, false, false
 	s.eventType, s.readNested, s.state, s.level, s.depth, s.escaped = eventNone, readNested, scanStart, 0, 0, false
 }
 
-// feed reads the next bytes of the document.
-func (s *usageScanner) feed(p []byte) {
+// feedAll reads the next bytes of a document that nothing follows.
+func (s *usageScanner) feedAll(p []byte) {
+	for len(p) > 0 {
+		p = p[s.feed(p):]
+	}
+}
+
+// feed reads the next bytes of the document and returns how many of them it has read: all, or up to the
+// document's end.
+func (s *usageScanner) feed(p []byte) int {
 	for i := 0; i < len(p); {
 		switch s.state {
 		case scanSkip:
 			i = s.skip(p, i)
 		case scanSkipText:
 			var closed bool
-			if i, closed = s.stringEnd(p, i); closed {
+			if i, closed = stringEnd(p, i, &s.escaped); closed {
 				s.state = scanSkip
 			}
+		case scanError:
+			i = s.skipError(p, i)
+		case scanErrorText:
+			from := i
+			var closed bool
+			if i, closed = stringEnd(p, i, &s.escaped); closed {
+				s.state = scanError
+			}
+			s.errorText = s.errorText || i-from > 1 || !closed
 		case scanName, scanString:
 			from := i
 			var closed bool
-			if i, closed = s.stringEnd(p, i); !closed {
+			if i, closed = stringEnd(p, i, &s.escaped); !closed {
 				s.bufferText(p[from:i])
 				continue
 			}
@@ -136,12 +179,16 @@ func (s *usageScanner) feed(p []byte) {
 		case scanScalar:
 			i = s.readScalar(p, i)
 		case scanBroken:
-			return
+			return len(p)
 		default:
 			s.readByte(p[i])
 			i++
 		}
+		if s.state == scanClosed {
+			return i
+		}
 	}
+	return len(p)
 }
 
 // readByte reads one byte outside of strings, numbers and skipped values.
@@ -161,9 +208,15 @@ func (s *usageScanner) readByte(c byte) {
 	case (s.state == scanAfter || s.state == scanKey) && c == '}' && s.level > 0:
 		s.leaveObject()
 	case s.state == scanFirst && c == ']':
-		s.choicesEmpty = true
+		s.choicesEmpty = s.choicesEmpty || s.slot == slotChoices
 		s.state = scanAfter
-	case s.state == scanFirst:
+	case s.state == scanNext && c == ']':
+		s.state = scanAfter
+	case s.state == scanNext && c == ',':
+		s.state = scanElement
+	case (s.state == scanFirst || s.state == scanElement) && c == '{':
+		s.enterElement()
+	case s.state == scanFirst || s.state == scanElement:
 		s.depth, s.state = 1, scanSkip
 		s.skip([]byte{c}, 0)
 	case s.state == scanStart && c == '{':
@@ -178,9 +231,6 @@ func (s *usageScanner) readByte(c byte) {
 
 // startValue reads the first byte of a value in a known object.
 func (s *usageScanner) startValue(c byte) {
-	if s.slot == slotError && c != 'n' {
-		s.hasError = true
-	}
 	switch c {
 	case '"':
 		s.state, s.length = scanString, 0
@@ -189,7 +239,11 @@ func (s *usageScanner) startValue(c byte) {
 	case ',', ':', '}', ']':
 		s.state = scanBroken
 	default:
-		s.state, s.null, s.invalid, s.scalarValue = scanScalar, c == 'n', c < '0' || c > '9', int64(c)-'0'
+		if s.slot == slotError {
+			s.hasError = saysSomething(c)
+		}
+		s.state, s.numberLen = scanScalar, 1
+		s.number[0] = c
 	}
 }
 
@@ -197,17 +251,21 @@ func (s *usageScanner) startValue(c byte) {
 func (s *usageScanner) startContainer(open byte) {
 	object := open == '{'
 	switch {
-	case object && s.slot == slotUsage:
+	case object && s.slot == slotUsage && !(s.usageSeen && !s.usageInner && s.isInner()):
 		s.usage.clear()
-		s.usageNested = s.scopes[s.level-1] == scopeNested
+		s.usageNested, s.usageInner = s.scopes[s.level-1] == scopeNested, s.isInner()
 		s.enterObject(scopeUsage)
+	case object && s.slot == slotVendor:
+		s.enterObject(scopeVendor)
+	case s.slot == slotError:
+		s.depth, s.errorText, s.state = 1, false, scanError
 	case object && s.slot == slotNested:
 		s.enterObject(scopeNested)
 	case object && s.slot == slotInputDetails:
 		s.enterObject(scopeInputDetails)
 	case object && s.slot == slotOutputDetails:
 		s.enterObject(scopeOutputDetails)
-	case !object && s.slot == slotChoices:
+	case !object && (s.slot == slotChoices || s.slot == slotIterations):
 		s.state = scanFirst
 	default:
 		s.setCount(countInvalid)
@@ -222,15 +280,70 @@ func (s *usageScanner) enterObject(sc jsonScope) {
 	s.state = scanKey
 }
 
+// enterElement enters an element of choices or of usage.iterations.
+func (s *usageScanner) enterElement() {
+	if s.scopes[s.level-1] != scopeUsage {
+		s.enterObject(scopeChoice)
+		return
+	}
+	s.iteration.clear()
+	s.billed = false
+	s.enterObject(scopeIteration)
+}
+
 func (s *usageScanner) leaveObject() {
 	s.level--
-	if s.scopes[s.level] == scopeUsage {
-		s.usageSeen = true
-	}
 	s.state = scanAfter
+	switch s.scopes[s.level] {
+	case scopeUsage:
+		s.usageSeen = true
+	case scopeChoice:
+		s.state = scanNext
+	case scopeIteration:
+		if s.state = scanNext; s.billed {
+			s.usage.addBeside(&s.iteration)
+		}
+	}
 	if s.level == 0 {
 		s.state = scanClosed
 	}
+}
+
+// isInner reports whether the innermost known object is one whose usage counts only if there is no other.
+func (s *usageScanner) isInner() bool {
+	in := s.scopes[s.level-1]
+	return in == scopeChoice || in == scopeVendor
+}
+
+// saysSomething reports whether a number or literal that starts with c, in an error, says that there is one.
+func saysSomething(c byte) bool { return c == 't' || c >= '1' && c <= '9' }
+
+// skipError passes over an error from p[i], outside of its strings, and returns where it stopped. Members that
+// are all empty say nothing: some providers send them with every answer.
+func (s *usageScanner) skipError(p []byte, i int) int {
+	for ; i < len(p); i++ {
+		switch c := p[i]; c {
+		case '"':
+			s.state, s.errorText = scanErrorText, false
+			return i + 1
+		case ':':
+			s.errorText = false // it was a name
+		case '{', '[':
+			s.depth++
+		case ',', '}', ']':
+			s.hasError, s.errorText = s.hasError || s.errorText, false
+			if c == ',' {
+				continue
+			}
+			if s.depth--; s.depth == 0 {
+				s.state = scanAfter
+				return i + 1
+			}
+		default:
+			s.hasError = s.hasError || saysSomething(c)
+		}
+	}
+	return i
 }
 
 // skip passes over a value that is not needed, from p[i], and returns where it stopped. Embeddings are a
@@ -259,10 +372,11 @@ func (s *usageScanner) skip(p []byte, i int) int {
 
 // stringEnd returns the index after the closing quote of the string that p[i:] is in, or len(p), false. Names
 // are short and prose is full of escapes, so it looks at 32 bytes at first. After 32 plain bytes the string is
-// more likely base64, where searching for the next quote is faster.
-func (s *usageScanner) stringEnd(p []byte, i int) (int, bool) {
-	if s.escaped && i < len(p) {
-		s.escaped = false
+// more likely base64, where searching for the next quote is faster. escaped says whether the byte before was a
+// backslash that escapes the next one; it starts as false.
+func stringEnd(p []byte, i int, escaped *bool) (int, bool) {
+	if *escaped && i < len(p) {
+		*escaped = false
 		i++
 	}
 	quote := -1 // the next quote, or before i if it must be searched for
@@ -286,7 +400,7 @@ func (s *usageScanner) stringEnd(p []byte, i int) (int, bool) {
 		}
 		i += 2
 	}
-	s.escaped = i > len(p)
+	*escaped = i > len(p)
 	return len(p), false
 }
 
@@ -295,20 +409,15 @@ func (s *usageScanner) readScalar(p []byte, i int) int {
 	for ; i < len(p); i++ {
 		switch c := p[i]; c {
 		case ',', '}', ']', ' ', '\n', '\r', '\t':
-			if !s.null {
-				v := s.scalarValue
-				if s.invalid {
-					v = countInvalid
-				}
-				s.setCount(v)
+			if s.number[0] != 'n' { // null
+				s.setCount(parseTokenCount(s.number[:s.numberLen]))
 			}
 			s.state = scanAfter
 			return i
 		default:
-			if c < '0' || c > '9' {
-				s.invalid = true
-			} else if s.scalarValue = s.scalarValue*10 + int64(c-'0'); s.scalarValue > maxTokenCount {
-				s.scalarValue = maxTokenCount
+			if s.numberLen < len(s.number) {
+				s.number[s.numberLen] = c
+				s.numberLen++
 			}
 		}
 	}
@@ -318,6 +427,8 @@ func (s *usageScanner) readScalar(p []byte, i int) int {
 // setCount stores the value of a slot that holds a number.
 func (s *usageScanner) setCount(v int64) {
 	switch {
+	case s.slot > slotNone && s.slot < numCountSlots && s.scopes[s.level-1] == scopeIteration:
+		s.iteration.setMax(s.slot, v)
 	case s.slot > slotNone && s.slot < numCountSlots:
 		s.usage.setMax(s.slot, v)
 	case s.slot == slotSeconds:
@@ -339,8 +450,15 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		if !tooLong {
 			s.eventType = eventTypeOf(text)
 		}
+	case slotError:
+		s.hasError = len(text) > 0
+	case slotStatus:
+		s.statusFailed = string(text) == "failed"
+	case slotIterationType:
+		// Others are in the top-level counts, or are declined and not billed.
+		s.billed = string(text) == "compaction" || string(text) == "advisor_message"
 	default:
-		s.setCount(countInvalid)
+		s.setCount(parseTokenCount(text[:min(len(text), maxCountLen+1)]))
 	}
 }
 
@@ -356,7 +474,7 @@ func (s *usageScanner) bufferText(b []byte) {
 func (s *usageScanner) discardEarlier() {
 	switch s.slot {
 	case slotUsage:
-		s.usageSeen = false
+		s.usageSeen = s.usageSeen && (s.usageInner || s.isInner())
 	case slotChoices:
 		s.choicesEmpty = false
 	case slotError:
@@ -375,9 +493,22 @@ func (s *usageScanner) slotFor(name []byte) slot {
 			return slotUsage
 		case "model":
 			return slotModel
+		case "status":
+			return slotStatus
+		}
+	case scopeChoice, scopeVendor:
+		if string(name) == "usage" {
+			return slotUsage
 		}
 	case scopeUsage:
 		return usageSlot(name)
+	case scopeIteration:
+		if string(name) == "type" {
+			return slotIterationType
+		}
+		if sl := usageSlot(name); sl <= slotCacheWrite {
+			return sl
+		}
 	case scopeInputDetails:
 		switch string(name) {
 		case "cached_tokens":
@@ -410,6 +541,10 @@ func topLevelSlot(name []byte, readNested bool) slot {
 		return slotError
 	case "choices":
 		return slotChoices
+	case "x_groq":
+		return slotVendor
+	case "status":
+		return slotStatus
 	case "input_tokens":
 		return slotTopLevelInput
 	case "response", "message":
@@ -432,6 +567,8 @@ func usageSlot(name []byte) slot {
 		return slotCacheWrite
 	case "total_tokens":
 		return slotTotal
+	case "iterations":
+		return slotIterations
 	case "seconds":
 		return slotSeconds
 	case "prompt_tokens_details", "input_tokens_details", "input_token_details":

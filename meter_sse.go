@@ -238,7 +238,7 @@ func eventTypeOf(name []byte) eventType {
 	case "message_stop", "transcript.text.done", "speech.audio.done",
 		"image_generation.completed", "image_edit.completed":
 		return eventEnd
-	case "response.completed", "response.incomplete":
+	case "response.completed", "response.incomplete", "response.done", "response.cancelled":
 		return eventResponseEnd
 	case "response.failed":
 		return eventResponseFailed
@@ -257,11 +257,8 @@ type eventReader struct {
 	parsing   bool    // the current event's data goes to the JSON scanner
 	head      [6]byte // the first bytes of its data
 	headLen   int
-	dataSize  int64 // bytes of its data
 
-	// For the estimate: the complete events that carry a piece of the answer.
-	deltas, deltaBytes       int64
-	smallest, secondSmallest int64 // sizes of the two smallest
+	deltas int64 // complete events that may carry a piece of the answer
 }
 
 // processEvents is process for a stream.
@@ -362,7 +359,7 @@ func (m *meter) finishEvent(event []byte, complete bool) bool {
 		m.scanData(event)
 	}
 	usageChunk := e.cutter.hasData && m.applyEvent(complete) && !large
-	e.oversized, e.parsing, e.headLen, e.dataSize = false, false, 0, 0
+	e.oversized, e.parsing, e.headLen = false, false, 0
 	return usageChunk
 }
 
@@ -377,9 +374,9 @@ func (m *meter) scanData(parts ...[]byte) {
 		for token := again.next(); token != sseMore; token = again.next() {
 			switch token {
 			case sseData:
-				m.scan.feed(again.text)
+				m.scan.feedAll(again.text)
 			case sseJoin:
-				m.scan.feed([]byte{'\n'})
+				m.scan.feedAll([]byte{'\n'})
 			}
 		}
 	}
@@ -388,10 +385,12 @@ func (m *meter) scanData(parts ...[]byte) {
 // readData reads a piece of the current event's data.
 func (m *meter) readData(p []byte) {
 	e := m.reader
-	e.dataSize += int64(len(p))
 	e.headLen += copy(e.head[e.headLen:], p)
+	if m.countsText() {
+		m.text.feed(p)
+	}
 	if e.parsing {
-		m.scan.feed(p)
+		m.scan.feedAll(p)
 	}
 }
 
@@ -429,6 +428,8 @@ func (m *meter) isRelevant(event []byte) bool {
 			relevant = m.model == ""
 		case "type":
 			relevant = untyped
+		case "atus": // status
+			relevant = eventTypeOf(name) == eventResponseEnd
 		}
 		if relevant {
 			return true
@@ -453,21 +454,23 @@ func (m *meter) applyEvent(complete bool) bool {
 		m.model = s.model
 	}
 	m.failed = m.failed || isError
-	// Named events other than deltas repeat the answer or frame it.
+	text, isDelta := m.text.finish()
+	// Named events that are no deltas repeat the answer or start and end its parts.
 	if !doneMark && !isError && complete && (len(name) == 0 || bytes.Contains(name, []byte("delta"))) {
-		e.recordSize()
+		if e.deltas++; isDelta {
+			m.textBytes += text
+		}
 	}
 	switch kind {
-	case eventEnd, eventResponseEnd:
+	case eventEnd, eventResponseEnd, eventResponseFailed:
 		m.done = true
-	case eventResponseFailed:
-		m.done, m.failed = true, true
+		m.failed = m.failed || kind == eventResponseFailed || e.parsing && s.statusFailed
 	}
 	if !e.parsing || !s.usageSeen {
 		return false
 	}
 	m.applyUsage(kind)
-	return s.state == scanClosed && s.choicesEmpty && !s.usageNested
+	return s.state == scanClosed && s.choicesEmpty && !s.usageNested && !s.usageInner
 }
 
 // applyUsage updates the usage from an event of this type.
@@ -479,23 +482,9 @@ func (m *meter) applyUsage(kind eventType) {
 		m.hasUsage, m.usage = true, m.scan.usage
 	case nested && (m.kind != meterOpenAI || kind != eventResponseEnd && kind != eventResponseFailed):
 		// an event in the middle of the stream: its counts are not final
-	case !nested && m.kind == meterAnthropic && m.hasUsage:
+	case m.hasUsage:
 		m.usage.merge(&m.scan.usage)
-	case !m.hasUsage || m.scan.usage.hasCounts(): // the last one wins, but not over a better one
+	default:
 		m.hasUsage, m.usage = true, m.scan.usage
-	}
-}
-
-// recordSize counts the event for the estimate.
-func (e *eventReader) recordSize() {
-	e.deltas++
-	e.deltaBytes += e.dataSize
-	switch {
-	case e.deltas == 1:
-		e.smallest, e.secondSmallest = e.dataSize, e.dataSize
-	case e.dataSize < e.smallest:
-		e.smallest, e.secondSmallest = e.dataSize, e.smallest
-	case e.deltas == 2 || e.dataSize < e.secondSmallest:
-		e.secondSmallest = e.dataSize
 	}
 }

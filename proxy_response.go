@@ -123,7 +123,7 @@ func parseStreamEvent(data []byte) (e streamEvent) {
 	}
 	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // members of other types do not matter
 		e.problem = "sent an event that is not JSON"
-	} else if v.Type == "error" || len(v.Error) > 0 && string(v.Error) != "null" {
+	} else if v.Type == "error" || len(v.Error) > 0 && hasError(data) {
 		e.problem = errorInStream
 	}
 	code := v.Response.Error.Code // other codes are the call's own fault, and would come back
@@ -221,8 +221,8 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if w.sse = contentType == "text/event-stream"; w.sse {
 		w.p.metrics.activeStreams.Add(1) // until settle
 	}
-	if res.StatusCode >= 400 || !w.sse && contentType != "application/json" && !opaque {
-		kind = meterNone // an error is not billed; audio and the like report no usage
+	if res.StatusCode >= 400 || res.StatusCode == http.StatusNoContent {
+		kind = meterNone // an error is not billed
 	}
 	w.meter = newMeter(kind, w.sse, opaque, w.c.usageAdded)
 
@@ -241,13 +241,13 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if w.c.project.routing.ShowUpstream {
 		to["X-Llm-Proxy-Upstream"] = []string{w.c.upstream.id}
 	}
+	if w.c.usageAdded {
+		to.Del("Content-Length") // whatever the type says, an event may be left out
+	}
 	if !w.sse {
 		to["Cache-Control"] = []string{"no-store"}
 		res.Header = nil
 		return
-	}
-	if w.c.usageAdded {
-		to.Del("Content-Length")
 	}
 	to["Cache-Control"] = []string{"no-cache, no-store"}
 	to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
@@ -285,7 +285,7 @@ func (w *responseWriter) WriteHeader(status int) {
 func (w *responseWriter) Write(p []byte) (int, error) {
 	rest := w.meter.process(w.keyMask.redact(p))
 	w.c.progress.bytesRelayed.Add(int64(len(p)))
-	if w.sse {
+	if w.sse || w.meter.isStream() {
 		w.c.progress.outputTokens.Store(max(w.meter.counts.output, w.meter.estimateOutput()))
 	}
 	if err := w.send(rest); err != nil {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
@@ -48,6 +49,11 @@ func (p *proxy) settle(c *call, r *http.Request) {
 	c.fillUsage(row)
 	c.attempts.finish(row, now.UnixMilli())
 	c.fillCost(row)
+	if c.response != nil && c.response.meter != nil && c.response.meter.implausible {
+		row.errorCode = cmp.Or(row.errorCode, "usage_implausible")
+		p.log.Warn("the provider reported token counts that cannot be; the call was estimated",
+			"request_id", c.requestID, "upstream", c.upstream.id)
+	}
 	row.limitHit, row.wouldRefuse = c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
 	if reason := abortCause(c.ctx); reason != nil && reason.limit != "" {
 		row.limitHit, row.wouldRefuse = reason.limit, false
@@ -104,10 +110,14 @@ func (c *call) classifyOutcome(r *http.Request) (outcome callOutcome, code strin
 		return outcomeTruncated, "upstream_cut", answer.status
 	case answer.status >= 400:
 		return outcomeUpstreamError, "", answer.status
-	case answer.meter.failed:
+	case answer.meter.failed && answer.meter.isStream():
 		return outcomeUpstreamError, "error_in_stream", answer.status
-	case answer.sse && !answer.meter.done && c.endpoint.hasEndMarker():
+	case answer.meter.failed:
+		return outcomeUpstreamError, "error_in_answer", answer.status
+	case answer.meter.lacksEndMarker() && c.endpoint.hasEndMarker():
 		return outcomeTruncated, "stream_unfinished", answer.status
+	case answer.meter.isUnfinished():
+		return outcomeTruncated, "answer_unfinished", answer.status
 	}
 	return outcomeOK, "", answer.status
 }
@@ -144,19 +154,35 @@ func (c *call) fillUsage(row *requestRow) {
 	if row.source != usageEstimated {
 		return
 	}
-	if strings.HasPrefix(c.endpoint.pattern, "/v1/images/") || c.endpoint.pattern == "/v1/moderations" {
-		row.counts, row.source = tokenCounts{}, usageNone // image bytes say nothing about tokens; moderation is free
-	} else if row.counts.input == 0 {
-		row.counts.input = c.inputEstimate()
+	row.counts.input = cmp.Or(row.counts.input, c.inputEstimate())
+	if !m.unmeasured {
+		return
 	}
+	if _, priced := c.prices.lookup(c.upstream.provider, c.fields.model); m.done && !m.hasUsage && !priced {
+		row.counts, row.source = tokenCounts{}, usageNone // pictures of a model that is billed by the picture
+		return
+	}
+	row.counts.output = max(row.counts.output, c.reservation.estimate.output)
 }
 
-// fillCost fills in what the usage costs, if the model has a price, and which models the sums list by name.
+// fillCost fills in what the usage costs, if the model has a price, and which models the sums list by name. An
+// answer may name a model that has no price, such as a new snapshot. A budget that admitted the call by the
+// price of another name must not lose it, so the model that was sent counts next, and then the one asked for.
 func (c *call) fillCost(row *requestRow) {
 	row.requestedModel = c.fields.model
 	var listed bool
 	row.cost, row.priced, listed = c.prices.price(c.upstream.provider, row.model, row.counts)
-	if row.source == usageNone {
+	for _, model := range [...]string{c.attempts.current.model, c.attempts.fallbackModel, c.fields.model} {
+		if !row.priced && model != "" {
+			row.cost, row.priced, _ = c.prices.price(c.upstream.provider, model, row.counts)
+		}
+	}
+	if !row.priced { // the call may have been admitted at another provider
+		row.cost, row.priced, _ = c.prices.price("", c.fields.model, row.counts)
+	}
+	// Speech is billed by the character, or by tokens of sound that nobody counts.
+	speech := c.endpoint.pattern == "/v1/audio/speech" && row.source == usageEstimated
+	if row.source == usageNone || speech {
 		row.cost, row.priced = 0, false
 	}
 	listed = listed || row.outcome == outcomeOK

@@ -17,20 +17,22 @@ import (
 func TestBilledWithoutTokens(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
-		path, answer, contentType string
-		unpriced                  int64
+		path, model, answer, contentType string
+		unpriced                         int64
 	}{
-		{"/v1/audio/speech", "binary", "audio/mpeg", 1},
-		{"/v1/images/generations", `{"created":1,"data":[{"b64_json":"` + strings.Repeat("A", 100_000) + `"}]}`,
-			"application/json", 1},
-		{"/v1/moderations", `{"id":"modr-1","results":[]}`, "application/json", 0},
-		{"/v1/responses/input_tokens", `{"object":"response.input_tokens","input_tokens":9}`, "application/json", 0},
+		{"/v1/audio/speech", "gpt-4o-mini-tts", "binary", "audio/mpeg", 1},
+		{"/v1/images/generations", "dall-e-3",
+			`{"created":1,"data":[{"b64_json":"` + strings.Repeat("A", 100_000) + `"}]}`, "application/json", 1},
+		{"/v1/moderations", "m", `{"id":"modr-1","results":[]}`, "application/json", 0},
+		{"/v1/responses/input_tokens", "m", `{"object":"response.input_tokens","input_tokens":9}`,
+			"application/json", 0},
 	} {
 		p := newTest(t, nil)
 		p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool {
 			return pc.reply(200, c.answer, "Content-Type: "+c.contentType)
 		})
-		res := p.do("POST", c.path, chatBody(), "Authorization", "Bearer "+p.token, "Content-Type", "application/json")
+		body := strings.Replace(chatBody(), "gpt-4o-mini", c.model, 1)
+		res := p.do("POST", c.path, body, "Authorization", "Bearer "+p.token, "Content-Type", "application/json")
 		if res.status != 200 {
 			t.Fatalf("%s: got %d %s", c.path, res.status, res.body)
 		}
@@ -146,4 +148,101 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 	}
 	all.Wait()
 	return seen
+}
+
+// TestUnmeasuredCallsFillLimits: no form of an answer hides from a limit what a call uses. An answer that cannot be
+// measured counts as what was reserved for it.
+func TestUnmeasuredCallsFillLimits(t *testing.T) {
+	t.Parallel()
+	const form = "--xyz\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\ngpt-4o-transcribe\r\n" +
+		"--xyz\r\nContent-Disposition: form-data; name=\"response_format\"\r\n\r\ntext\r\n" +
+		"--xyz\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nRIFF\r\n--xyz--\r\n"
+	image := `{"model":"gpt-image-1.5","prompt":"A cat"}`
+	speech := `{"model":"gpt-4o-mini-tts","input":"` + strings.Repeat("word ", 2000) + `","voice":"alloy"}`
+	const tokens, dollars = `{"count":"tokens","max":10000,"per":"day"}`, `{"count":"dollars","max":0.1,"per":"day"}`
+	const multipart, transcriptions = "multipart/form-data; boundary=xyz", "/v1/audio/transcriptions"
+	const chat, images = "/v1/chat/completions", "/v1/images/generations"
+	const jsonType = "application/json"
+	words := strings.Repeat("word ", 2000)
+	for _, c := range []struct{ name, path, requestType, request, answerType, answer, limit string }{
+		{"transcript, tokens", transcriptions, multipart, form, "text/plain", "Hello", tokens},
+		{"transcript, dollars", transcriptions, multipart, form, "text/plain", "Hello", dollars},
+		{"speech", "/v1/audio/speech", jsonType, speech, "audio/mpeg", "ID3..", tokens},
+		{"picture", images, jsonType, image, "image/png", "PNG", dollars},
+		{"picture without usage", images, jsonType, image, jsonType, `{"data":[{"b64_json":"AAAA"}]}`, tokens},
+		{"chat as bytes", chat, jsonType, chatBody(), "application/octet-stream", words, tokens},
+		{"chat, compressed", chat, jsonType, chatBody(), jsonType + "\r\nContent-Encoding: br", words, tokens},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool {
+				return pc.reply(200, c.answer, "Content-Type: "+c.answerType)
+			})
+			_, token := p.newToken(`"name":"limited","policy":{"limits":[` + c.limit + `]}`)
+			for range 12 {
+				res := p.do("POST", c.path, c.request, "Authorization", "Bearer "+token, "Content-Type", c.requestType)
+				if res.status == 429 {
+					if row := p.ledger()[0]; row.UsageSource != "estimated" {
+						t.Errorf("the row has %+v", row)
+					}
+					return
+				}
+				if res.status != 200 {
+					t.Fatalf("got %d %s", res.status, res.body)
+				}
+				p.waitSettled()
+			}
+			t.Errorf("12 calls did not fill the limit %s", c.limit)
+		})
+	}
+}
+
+// TestLeftStreamIsCharged: a client that leaves before the usage event is charged the text that it got, although all
+// events have one size.
+func TestLeftStreamIsCharged(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	event := `data: {"choices":[{"index":0,"delta":{"content":"` + strings.Repeat("word ", 40) + `"}}]}` + "\n\n"
+	p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool {
+		pc.beginSSE()
+		for range 200 {
+			_ = pc.chunk(event)
+		}
+		pc.waitClosed(10 * time.Second)
+		return false
+	})
+	s := p.stream(p.token)
+	if _, err := s.read(200 * len(event)); err != nil {
+		t.Fatal(err)
+	}
+	s.body.Close()
+	if row := p.lastCall(); row.UsageSource != "estimated" || row.OutputTokens != 200*50 {
+		t.Errorf("the row has %+v", row)
+	}
+}
+
+// TestBudgetKeepsItsPrice: an answer that names a model without a price is charged at the price by which the call was
+// admitted, so its budget fills.
+func TestBudgetKeepsItsPrice(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool {
+		return pc.reply(200, `{"model":"snapshot-of-tomorrow","choices":[],`+
+			`"usage":{"prompt_tokens":9,"completion_tokens":100000}}`)
+	})
+	_, token := p.newToken(`"name":"limited","policy":{"limits":[{"count":"dollars","max":0.1,"per":"day"}]}`)
+	if res := p.chatAs(token); res.status != 200 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if row := p.lastCall(); row.Model != "snapshot-of-tomorrow" || row.Cost == nil || *row.Cost < 0.05 {
+		t.Errorf("the row has %+v", row)
+	}
+	if res := p.chatAs(token); res.status != 200 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	p.waitSettled()
+	if res := p.chatAs(token); res.status != 429 {
+		t.Errorf("a budget that is used up allowed a call: %d %s", res.status, res.body)
+	}
 }

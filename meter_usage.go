@@ -1,0 +1,314 @@
+// This file says what a usage object is worth: the one set of rules for counts that are missing, zero, written
+// in odd ways, beyond belief, or beside each other. meter_json.go fills the fields; the meter estimates what
+// evaluate does not know. An estimate is made of the text in an answer, which textCounter counts: what a model
+// wrote, thought, or passed to a tool, by the names that APIs give to it, without the envelope. It need not be
+// exact, but must not depend on how the bytes come in pieces. Plain code.
+package main
+
+import (
+	"bytes"
+	"math"
+	"strconv"
+)
+
+// maxBilledTokens is the most that one call is billed for. No model reads or writes as much in one call, so a
+// larger count is a fault of the provider, and the call is estimated.
+const maxBilledTokens = 100_000_000
+
+const (
+	countMissing     = -1 // the usage object lacks the count
+	countInvalid     = -2 // the count is not a number of 0 or more
+	countImplausible = -3 // the count is more than maxBilledTokens
+)
+
+const maxCountLen = 40 // bytes of a number; a longer one is no count
+
+// parseTokenCount reads a count as providers write it: 12, 12.0, 1.2e1, and the same in quotes. Fractions of a
+// token are rounded up. Numbers are at most maxCountLen bytes long.
+func parseTokenCount(text []byte) int64 {
+	text = bytes.TrimSpace(text)
+	var n int64
+	for i, c := range text {
+		if c < '0' || c > '9' || i == 15 {
+			return parseFraction(text)
+		}
+		n = n*10 + int64(c-'0')
+	}
+	switch {
+	case len(text) == 0:
+		return countInvalid
+	case n > maxBilledTokens:
+		return countImplausible
+	}
+	return n
+}
+
+// parseFraction is parseTokenCount for what is not a short row of digits.
+func parseFraction(text []byte) int64 {
+	for _, c := range text {
+		if (c < '0' || c > '9') && c != '.' && c != '-' && c != '+' && c != 'e' && c != 'E' {
+			return countInvalid // among them nan, inf and hexadecimal numbers
+		}
+	}
+	v, err := strconv.ParseFloat(string(text), 64)
+	switch {
+	case v < 0 || err != nil && v == 0 || math.IsNaN(v):
+		return countInvalid
+	case v > maxBilledTokens: // with an error, v is infinite
+		return countImplausible
+	}
+	return int64(math.Ceil(v))
+}
+
+// usageFields are the raw counts of one usage object, by slot.
+type usageFields struct {
+	n           [numCountSlots]int64
+	beside      [slotCacheWrite + 1]int64 // counts of iterations that the others leave out
+	byDuration  bool                      // the answer is billed by seconds of audio
+	implausible bool                      // a count was more than maxBilledTokens
+}
+
+// clear makes every count missing.
+func (f *usageFields) clear() {
+	*f = usageFields{}
+	for i := range f.n {
+		f.n[i] = countMissing
+	}
+}
+
+// setMax keeps the largest value of a slot: some gateways send the same count under two names, one of them
+// zero.
+func (f *usageFields) setMax(s slot, v int64) {
+	f.implausible = f.implausible || v == countImplausible
+	if v >= 0 {
+		f.n[s] = max(f.n[s], v)
+	} else if f.n[s] == countMissing {
+		f.n[s] = countInvalid
+	}
+}
+
+// addBeside adds the counts of an iteration that the object's own counts leave out.
+func (f *usageFields) addBeside(iteration *usageFields) {
+	for s := slotInput; s <= slotCacheWrite; s++ {
+		f.beside[s] = min(f.beside[s]+max(iteration.n[s], 0), maxBilledTokens+1)
+	}
+	f.implausible = f.implausible || iteration.implausible
+}
+
+// merge adds the counts of a later usage object. Later counts win, except that a zero after a positive count is
+// a gateway's filler, and an invalid one says nothing.
+func (f *usageFields) merge(later *usageFields) {
+	for i, v := range later.n {
+		if v > 0 || v == 0 && f.n[i] < 0 || v == countInvalid && f.n[i] == countMissing {
+			f.n[i] = v
+		}
+	}
+	for i, v := range later.beside {
+		if v > 0 {
+			f.beside[i] = v
+		}
+	}
+	f.byDuration = f.byDuration || later.byDuration
+	f.implausible = f.implausible || later.implausible
+}
+
+// A usageValue is what a usage object is worth.
+type usageValue struct {
+	counts      tokenCounts
+	inputKnown  bool
+	outputKnown bool
+	byDuration  bool // the answer is not billed in tokens
+	implausible bool // the object has a count that cannot be
+}
+
+// evaluate applies the rules. hasText: the answer has text, so an output of zero is no measurement.
+func (f *usageFields) evaluate(kind meterKind, hasText bool) (u usageValue) {
+	at := func(s slot) int64 { return max(f.n[s], 0) }
+	in, out := f.n[slotInput], f.n[slotOutput]
+	if in < 0 && out < 0 && f.byDuration {
+		return usageValue{byDuration: true}
+	}
+	cached, cacheWrite := at(slotCached)+f.beside[slotCached], at(slotCacheWrite)+f.beside[slotCacheWrite]
+	if kind == meterAnthropic {
+		in, out = max(in, 0)+cached+cacheWrite+f.beside[slotInput], withBeside(out, f.beside[slotOutput])
+	} else {
+		in, out = f.splitTotal(kind)
+	}
+	// A call always has input. It may lack output, but not if its answer has text.
+	u.inputKnown = in > 0
+	u.outputKnown = kind == meterEmbeddings || out > 0 || !hasText && out != countInvalid && u.inputKnown
+	c := tokenCounts{
+		input: max(in, 0), cached: cached, cacheWrite: cacheWrite, output: max(out, 0),
+		reasoning: at(slotReasoning), audioInput: at(slotAudioInput), audioOutput: at(slotAudioOutput),
+	}
+	if u.implausible = f.implausible; c.input+c.output > maxBilledTokens {
+		u.implausible, c = true, tokenCounts{}
+		u.outputKnown = false
+	}
+	u.inputKnown = u.inputKnown && !u.implausible // the row is an estimate, flagged
+	c.cached = min(c.cached, c.input)
+	c.cacheWrite = min(c.cacheWrite, c.input-c.cached)
+	c.audioInput = min(c.audioInput, c.input)
+	c.reasoning = min(c.reasoning, c.output)
+	c.audioOutput = min(c.audioOutput, c.output)
+	u.counts = c
+	return u
+}
+
+// withBeside adds the output of iterations to a count that may be missing or invalid.
+func withBeside(out, beside int64) int64 {
+	if out < 0 {
+		return out
+	}
+	return out + beside
+}
+
+// splitTotal returns input and output as far as they are known, with what the total has beyond them. xAI and
+// Gemini count thoughts only there. Gateways that translate Anthropic's usage count cached tokens only there.
+func (f *usageFields) splitTotal(kind meterKind) (in, out int64) {
+	in, out = f.n[slotInput], f.n[slotOutput]
+	total := f.n[slotTotal]
+	if kind == meterEmbeddings {
+		return max(in, total), 0
+	}
+	if in <= 0 && out > 0 && total > out { // only the input is missing
+		in = total - out
+	}
+	rest := total - max(in, 0) - max(out, 0)
+	if rest <= 0 || in <= 0 && out <= 0 {
+		return in, out
+	}
+	cached, cacheWrite := max(f.n[slotCached], 0), max(f.n[slotCacheWrite], 0)
+	if rest == cached || rest == cacheWrite || rest == cached+cacheWrite {
+		if reasoning := f.n[slotReasoning]; rest != reasoning {
+			return in + rest, out
+		}
+	}
+	return in, max(out, 0) + rest
+}
+
+// A textName is the name of a member whose string is text of the model.
+type textName uint8
+
+const (
+	textNone textName = iota
+	textType          // not text: the type of an event
+	textContent
+	textArguments
+	textDelta
+	textRefusal
+	textTranscript
+	textValue
+	textPlain // the ones from here on may repeat each other
+	textReasoning
+	textReasoningContent
+	textThinking
+	numTextNames
+)
+
+func textNameOf(name []byte) textName {
+	switch string(name) {
+	case "type":
+		return textType
+	case "content":
+		return textContent
+	case "arguments", "partial_json", "input":
+		return textArguments
+	case "delta":
+		return textDelta
+	case "refusal":
+		return textRefusal
+	case "transcript":
+		return textTranscript
+	case "value":
+		return textValue
+	case "text":
+		return textPlain
+	case "reasoning":
+		return textReasoning
+	case "reasoning_content":
+		return textReasoningContent
+	case "thinking":
+		return textThinking
+	}
+	return textNone
+}
+
+// A textCounter counts the bytes of text in one JSON document. The zero value is ready.
+type textCounter struct {
+	sums    [numTextNames]int64
+	isDelta bool     // the document has no type, or that of a delta
+	typed   bool     // isDelta says what the type says
+	member  textName // of the value that comes now
+	depth   int      // open brackets
+
+	inString  bool
+	escaped   bool // in a string, the last byte was a backslash
+	isValue   bool // the string is the value of member
+	start     [64]byte
+	startLen  int // of the last string, as far as it fits
+	stringLen int64
+}
+
+// feed reads the next bytes of the document.
+func (t *textCounter) feed(p []byte) {
+	for i := 0; i < len(p); i++ {
+		if t.inString {
+			from := i
+			var closed bool
+			if i, closed = stringEnd(p, i, &t.escaped); closed {
+				i--
+			}
+			t.stringLen += int64(i - from)
+			t.startLen += copy(t.start[t.startLen:], p[from:i])
+			if closed {
+				t.endString()
+			}
+			continue
+		}
+		switch p[i] {
+		case '"':
+			t.inString, t.isValue, t.startLen, t.stringLen = true, t.member != textNone, 0, 0
+		case ':':
+			t.member = textNameOf(t.start[:t.startLen])
+		case '{', '[':
+			t.depth++
+			t.member = textNone
+		case '}', ']':
+			t.depth--
+			t.member = textNone
+		case ',':
+			t.member = textNone
+		}
+	}
+}
+
+// endString reads a string that is complete.
+func (t *textCounter) endString() {
+	t.inString = false
+	switch {
+	case !t.isValue:
+	case t.member != textType:
+		t.sums[t.member] += t.stringLen
+	case t.depth == 1:
+		t.typed, t.isDelta = true, bytes.Contains(t.start[:t.startLen], []byte("delta"))
+	}
+	t.member = textNone
+}
+
+// finish ends the document. It returns the bytes of text in it, and whether its type allows that it is a
+// piece of an answer and not the whole of it once more.
+func (t *textCounter) finish() (n int64, isDelta bool) {
+	for name, sum := range t.sums[:textPlain] {
+		if textName(name) > textType {
+			n += sum
+		}
+	}
+	var thoughts int64 // gateways send the same thought under two names
+	for _, sum := range t.sums[textPlain:] {
+		thoughts = max(thoughts, sum)
+	}
+	isDelta = !t.typed || t.isDelta
+	*t = textCounter{}
+	return n + thoughts, isDelta
+}
