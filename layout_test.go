@@ -189,7 +189,7 @@ func stillWide() []string {
 		"calls_test.go", "content_test.go",
 		"harness_test.go",
 		"meter_test.go",
-		"policy_test.go", "prices_test.go",
+		"prices_test.go",
 		"proxy_request_test.go", "proxy_test.go",
 		"request_test.go",
 	}
