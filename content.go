@@ -20,10 +20,9 @@ type storedBody struct {
 
 // A storedContent is the content of a running call. It belongs to the call's goroutine. nil stores nothing.
 type storedContent struct {
-	memory            *bodyMemory // shared with request bodies
-	reserved          int64       // bytes of memory
-	maxBytes          int64       // of each body
-	expiresAt         int64       // unix milliseconds
+	memory            *bodyShare // of its call
+	maxBytes          int64      // of each body
+	expiresAt         int64      // unix milliseconds
 	request, response storedBody
 }
 
@@ -33,11 +32,10 @@ func (sc *storedContent) add(b *storedBody, p []byte) {
 	if b.full || n == 0 {
 		return
 	}
-	if !sc.memory.reserve(n) { // request bodies have precedence
+	if sc.memory.reserve(n) != nil { // request bodies have precedence
 		b.full = true
 		return
 	}
-	sc.reserved += n
 	b.bytes = append(b.bytes, p[:n]...)
 }
 
@@ -45,12 +43,6 @@ func (sc *storedContent) add(b *storedBody, p []byte) {
 func (sc *storedContent) addResponse(p []byte) {
 	if sc != nil {
 		sc.add(&sc.response, p)
-	}
-}
-
-func (sc *storedContent) release() {
-	if sc != nil {
-		sc.memory.release(sc.reserved)
 	}
 }
 

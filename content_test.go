@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -264,14 +265,15 @@ func TestContentMemory(t *testing.T) {
 	p := newTest(t, nil)
 	p.enableContent()
 	m := &bodyMemory{limit: 10}
-	sc := &storedContent{memory: m, maxBytes: 100}
+	share := &bodyShare{memory: m, token: new(atomic.Int64), max: 10}
+	sc := &storedContent{memory: share, maxBytes: 100}
 	sc.add(&sc.request, []byte("12345678"))
 	sc.addResponse([]byte("1234"))
 	sc.addResponse([]byte("1"))
 	if string(sc.request.bytes) != "12345678" || sc.response.bytes != nil || sc.response.size != 5 || m.used.Load() != 8 {
 		t.Errorf("%+v, %d bytes reserved", sc, m.used.Load())
 	}
-	if sc.release(); m.used.Load() != 0 {
+	if share.releaseAll(); m.used.Load() != 0 || share.token.Load() != 0 {
 		t.Error("the memory is not released")
 	}
 	p.chat()

@@ -120,6 +120,11 @@ func (p *testProxy) finish() {
 	if n := p.instance.proxy.bodies.used.Load(); n != 0 {
 		p.t.Errorf("%d bytes of request bodies are still reserved", n)
 	}
+	for id, token := range p.instance.registry.byID {
+		if n := token.bodyBytes.Load(); n != 0 {
+			p.t.Errorf("%d bytes of request bodies are still reserved for token %s", n, id)
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	places := map[string][]byte{"what clients saw": p.clientOutput.Bytes(), "the log": p.log.bytes()}

@@ -89,9 +89,9 @@ type clientRequest struct {
 	fields       callFields
 	form         bool   // the body is multipart/form-data
 	body         []byte // the whole body; nil for uploads
-	bodyReserved int64  // bytes reserved in the memory for bodies
-	bufferStream bool   // the answer's stream is held back until it is complete
-	usageAdded   bool   // stream_options.include_usage was added by the proxy
+	memory       bodyShare
+	bufferStream bool // the answer's stream is held back until it is complete
+	usageAdded   bool // stream_options.include_usage was added by the proxy
 }
 
 // callTimes are the moments of a call that its row and the metrics need.
@@ -137,6 +137,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer func() { c.token.release(c.endTime()) }()
+	c.memory = p.newBodyShare(c.token)
 	c.ctx, c.cancel = context.WithCancelCause(r.Context())
 	defer c.cancel(nil)
 	if err := p.running.add(&c.runningCall); err != nil {
@@ -190,8 +191,7 @@ func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 func (p *proxy) leave(c *call) {
 	// After the handler net/http sends what it has buffered, and the watchdog no longer sees the call.
 	_ = c.controller.SetWriteDeadline(c.endTime().Add(p.running.limits.clientStallTimeout))
-	p.releaseBody(c)
-	c.storedContent.release()
+	c.memory.releaseAll()
 	p.running.remove(&c.runningCall)
 }
 

@@ -243,10 +243,9 @@ func (a *attempt) buildBody() ([]byte, error) {
 		return c.body, nil
 	}
 	body := withModel(c.body, c.fields, c.usageAdded, a.model)
-	if !a.t.p.bodies.reserve(int64(len(body))) {
-		return nil, errBodyMemoryFull()
+	if err := c.memory.reserve(int64(len(body))); err != nil {
+		return nil, err
 	}
-	c.bodyReserved += int64(len(body))
 	return body, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"mime"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -126,8 +127,8 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	c.setPhase(phaseReading)
 	buf := make([]byte, 0, size+1) // one more byte, to find the end without growing
 	for {
-		if int64(cap(buf)) > c.bodyReserved {
-			if err := p.reserveBody(c, int64(cap(buf))); err != nil {
+		if more := int64(cap(buf)) - c.memory.reserved; more > 0 {
+			if err := c.memory.reserve(more); err != nil {
 				return nil, err
 			}
 		}
@@ -152,26 +153,43 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	}
 }
 
-// reserveBody raises the call's share of the memory for bodies to n bytes. One token gets at most a quarter of
-// that memory, so that it cannot keep out all others, but always enough for one body of the largest size.
-func (p *proxy) reserveBody(c *call, n int64) error {
-	more := n - c.bodyReserved
-	if used := c.token.bodyBytes.Add(more); used > max(p.bodies.limit/4, p.cfg.maxBodyBytes+1) && used > n {
-		c.token.bodyBytes.Add(-more)
+// A bodyShare is what one call has reserved of the memory for bodies, for its token and in the whole program:
+// the body, its copies with another model's name, a buffered stream, stored content. All that goes in comes out
+// again in releaseAll, so neither count can drift. It belongs to the call's goroutine.
+type bodyShare struct {
+	memory   *bodyMemory
+	token    *atomic.Int64 // what the token's calls have reserved together
+	max      int64         // of token, unless this call alone has all of it
+	reserved int64
+}
+
+// newBodyShare returns the share of a call. One token gets at most a quarter of the memory, so that it cannot keep
+// out all others, but always enough for one body of the largest size.
+func (p *proxy) newBodyShare(t *liveToken) bodyShare {
+	return bodyShare{memory: p.bodies, token: &t.bodyBytes, max: max(p.bodies.limit/4, p.cfg.maxBodyBytes+1)}
+}
+
+// reserve reserves n more bytes.
+func (s *bodyShare) reserve(n int64) error {
+	if used := s.token.Add(n); used > s.max && used > s.reserved+n {
+		s.token.Add(-n)
 		return errTokenBodyMemory()
 	}
-	if !p.bodies.reserve(more) {
-		c.token.bodyBytes.Add(-more)
+	if !s.memory.reserve(n) {
+		s.token.Add(-n)
 		return errBodyMemoryFull()
 	}
-	c.bodyReserved = n
+	s.reserved += n
 	return nil
 }
 
-func (p *proxy) releaseBody(c *call) {
-	c.token.bodyBytes.Add(-c.bodyReserved)
-	p.bodies.release(c.bodyReserved)
+func (s *bodyShare) release(n int64) {
+	s.reserved -= n
+	s.token.Add(-n)
+	s.memory.release(n)
 }
+
+func (s *bodyShare) releaseAll() { s.release(s.reserved) }
 
 // A progressReader reports the progress of an upload to the watchdog: the provider's time to answer starts again
 // with each read, and a client that sends too slowly is noticed.

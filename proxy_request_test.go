@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -927,5 +928,58 @@ func TestUnknownTokensBounded(t *testing.T) {
 	p.instance.store.readDB.Close() // a second look-up would fail
 	if _, _, err := g.lookup(t.Context(), hash, now); err != errUnknownToken {
 		t.Errorf("the second time: %v", err)
+	}
+}
+
+// TestMemoryOfTokenComesBack (BO1): after any mix of calls a token's share of BODY_MEMORY is 0 again, neither more
+// nor less: bodies with another model's name, buffered streams and stored content are in it, too. finish, which
+// every test calls, checks the same.
+func TestMemoryOfTokenComesBack(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "64KiB", "BODY_MEMORY": "1MiB"})
+	p.allowErrors = true
+	p.enableContent()
+	p.allowSecret(promptCanary) // stored content
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"rewrite":{"alias":"a"}}`, 200, nil)
+	second, _ := p.addUpstream(`"priority":1,"rewrite":{"alias":"b"}`)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		switch {
+		case strings.Contains(r.body, "fail"):
+			return c.reply(500, `{"error":{"message":"no"}}`)
+		case strings.Contains(r.body, "cut"):
+			c.beginSSE()
+			_ = c.chunk(chatEvents(false)[0])
+			return false
+		}
+		return chatScript(c, r)
+	})
+	second.setScript(chatScript)
+	pad := `"user":"` + strings.Repeat("x", 40<<10) + `"`
+	verified := []string{"Authorization", "Bearer " + p.token, "Content-Type", "application/json",
+		"X-LLM-Proxy-Stream", "verified"}
+	alias := func(members ...string) string {
+		return strings.Replace(chatBody(append(members, pad)...), "gpt-4o-mini", "alias", 1)
+	}
+	bodies := []string{alias(), alias(`"metadata":{"do":"fail"}`), chatBody(`"stream":true`, pad),
+		alias(`"stream":true`), alias(`"stream":true`, `"metadata":{"do":"cut"}`), chatBody(pad, pad), "{"}
+	live := func() *liveToken { return p.instance.registry.liveToken(p.tokenID) }
+	var clients sync.WaitGroup
+	for client := range 4 {
+		clients.Go(func() {
+			for i := range 5 * len(bodies) {
+				p.do("POST", "/v1/chat/completions", bodies[(i*(client+1)+client)%len(bodies)], verified...)
+				if n := live().bodyBytes.Load(); n < 0 {
+					t.Errorf("the share is %d bytes", n)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	if p.waitSettled(); live().bodyBytes.Load() != 0 || p.instance.proxy.bodies.used.Load() != 0 {
+		t.Errorf("%d bytes are still reserved for the token, %d in all",
+			live().bodyBytes.Load(), p.instance.proxy.bodies.used.Load())
+	}
+	if held := second.received(); len(held) == 0 {
+		t.Error("no call was sent again")
 	}
 }

@@ -420,13 +420,13 @@ func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 // stream breaks off, has no end mark, or has an event that is an error or is not JSON. The idle timeout starts
 // again with each read.
 func (a *attempt) bufferStream(res *http.Response) (err error) {
-	c, bodies, idleTimeout := a.t.c, a.t.p.bodies, a.bufferIdleTimeout()
+	c, idleTimeout := a.t.c, a.bufferIdleTimeout()
 	body := res.Body
 	defer body.Close()
 	reserved := int64(0)
 	defer func() {
 		if err != nil {
-			bodies.release(reserved)
+			c.memory.release(reserved)
 		}
 	}()
 	readable := res.Header.Get("Content-Encoding") == "" // otherwise the events cannot be checked
@@ -436,8 +436,8 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 	for {
 		if len(stream) == cap(stream) {
 			stream = slices.Grow(stream, max(len(stream), 32<<10))
-			if more := int64(cap(stream)) - reserved; !bodies.reserve(more) {
-				return errBodyMemoryFull()
+			if err := c.memory.reserve(int64(cap(stream)) - reserved); err != nil {
+				return err
 			}
 			reserved = int64(cap(stream))
 		}
@@ -468,7 +468,6 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 	if m.finish(); readable && c.endpoint.hasEndMarker() && !m.done && (!check.finished || a.t.hasAlternative()) {
 		return &streamError{"ended the stream without an end mark"}
 	}
-	c.bodyReserved += reserved
 	res.Body = &peekedBody{ReadCloser: http.NoBody, peeked: stream, unread: stream, complete: true}
 	return nil
 }

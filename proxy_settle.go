@@ -21,7 +21,7 @@ func (p *proxy) newStoredContent(c *call) *storedContent {
 		return nil
 	}
 	age := min(time.Duration(days)*24*time.Hour, p.cfg.retention) // never longer than the call's row
-	sc := &storedContent{memory: p.bodies, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
+	sc := &storedContent{memory: &c.memory, maxBytes: p.cfg.maxContentBytes, expiresAt: c.start.Add(age).UnixMilli()}
 	sc.add(&sc.request, c.body)
 	return sc
 }
