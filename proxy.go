@@ -91,6 +91,7 @@ type clientRequest struct {
 	body         []byte // the whole body; nil for uploads
 	memory       bodyShare
 	bufferStream bool // the answer's stream is held back until it is complete
+	fullDuplex   bool // HTTP/1: the answer may begin before the streamed body has ended
 	usageAdded   bool // stream_options.include_usage was added by the proxy
 }
 
@@ -304,10 +305,11 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
 		// An upload is streamed, and the answer may begin before the upload ends. HTTP/1 has to be told.
-		_ = c.controller.EnableFullDuplex()
+		c.fullDuplex = r.ProtoMajor == 1 && c.controller.EnableFullDuplex() == nil
 		c.progress.uploading.Store(true)
 		in.Body = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), &c.runningCall}
 		in.ContentLength = r.ContentLength
+		defer c.endUpload(in.Body)
 	}
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
@@ -366,6 +368,7 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 		c.failure = errLedgerUnavailable(err)
 	}
 	c.times.firstByte = time.Since(c.start)
+	c.closeIfUnread(w.Header())
 	writeError(w, c.failure, c.anthropic)
 }
 

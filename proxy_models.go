@@ -358,6 +358,7 @@ type ownToken struct {
 // handleOwnToken answers GET /v1/llm-proxy/token.
 func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 	c := p.newCall(w, r)
+	c.limitUnreadBody(r)
 	if err := p.authenticate(c, r); err != nil {
 		p.refuse(c, w, r, err)
 		return

@@ -8,7 +8,6 @@ import (
 	"mime"
 	"net/http"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -47,6 +46,8 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	switch {
 	case c.endpoint.body == bodyNone:
 		c.fields.model = m.model
+		c.limitUnreadBody(r)
+		defer c.unlimitReads(r)
 		return rejectBody(r.Body)
 	case c.endpoint.upload && c.form:
 		return nil // streamed
@@ -153,43 +154,11 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	}
 }
 
-// A bodyShare is what one call has reserved of the memory for bodies, for its token and in the whole program:
-// the body, its copies with another model's name, a buffered stream, stored content. All that goes in comes out
-// again in releaseAll, so neither count can drift. It belongs to the call's goroutine.
-type bodyShare struct {
-	memory   *bodyMemory
-	token    *atomic.Int64 // what the token's calls have reserved together
-	max      int64         // of token, unless this call alone has all of it
-	reserved int64
-}
-
 // newBodyShare returns the share of a call. One token gets at most a quarter of the memory, so that it cannot keep
 // out all others, but always enough for one body of the largest size.
 func (p *proxy) newBodyShare(t *liveToken) bodyShare {
 	return bodyShare{memory: p.bodies, token: &t.bodyBytes, max: max(p.bodies.limit/4, p.cfg.maxBodyBytes+1)}
 }
-
-// reserve reserves n more bytes.
-func (s *bodyShare) reserve(n int64) error {
-	if used := s.token.Add(n); used > s.max && used > s.reserved+n {
-		s.token.Add(-n)
-		return errTokenBodyMemory()
-	}
-	if !s.memory.reserve(n) {
-		s.token.Add(-n)
-		return errBodyMemoryFull()
-	}
-	s.reserved += n
-	return nil
-}
-
-func (s *bodyShare) release(n int64) {
-	s.reserved -= n
-	s.token.Add(-n)
-	s.memory.release(n)
-}
-
-func (s *bodyShare) releaseAll() { s.release(s.reserved) }
 
 // A progressReader reports the progress of an upload to the watchdog: the provider's time to answer starts again
 // with each read, and a client that sends too slowly is noticed.
@@ -202,10 +171,51 @@ func (r *progressReader) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
 	r.c.progress.bytesReceived.Add(int64(n))
 	if err != nil {
+		r.c.progress.uploaded.Store(err == io.EOF)
 		r.c.progress.uploading.Store(false)
 	}
 	if n > 0 && phase(r.c.progress.phase.Load()) == phaseProvider {
 		r.c.setPhase(phaseProvider)
 	}
 	return n, err
+}
+
+// endUpload closes an upload's body. ReverseProxy leaves it open, and its transport may still read it, which would
+// spoil the next request on the connection. endUpload waits for that read and for what is left of the body, so that
+// the connection can be used again, but not for a client that has stopped sending.
+func (c *call) endUpload(body io.Closer) {
+	if !c.progress.uploaded.Load() {
+		deadline := time.Now().Add(unreadBodyGrace)
+		if c.ctx.Err() != nil {
+			deadline = time.Unix(1, 0)
+		}
+		_ = c.controller.SetReadDeadline(deadline)
+	}
+	body.Close()
+}
+
+// unreadBodyGrace is how long a client may take to send the rest of a body that is not read.
+const unreadBodyGrace = time.Second
+
+// limitUnreadBody sets the deadline for a body that the proxy does not read. net/http reads what is left of it
+// before it answers, to keep the connection: a client must not hold the connection by sending nothing.
+func (c *call) limitUnreadBody(r *http.Request) {
+	if r.ContentLength != 0 {
+		_ = c.controller.SetReadDeadline(time.Now().Add(unreadBodyGrace))
+	}
+}
+
+// unlimitReads takes the deadline back: net/http keeps reading, to notice when the client leaves.
+func (c *call) unlimitReads(r *http.Request) {
+	if r.ContentLength != 0 && c.ctx.Err() == nil {
+		_ = c.controller.SetReadDeadline(time.Time{})
+	}
+}
+
+// closeIfUnread makes the answer the last one on its HTTP/1 connection if it begins before the upload has ended:
+// net/http could take the rest of the body for the next request.
+func (c *call) closeIfUnread(h http.Header) {
+	if c.fullDuplex && !c.progress.uploaded.Load() {
+		h.Set("Connection", "close")
+	}
 }

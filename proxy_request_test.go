@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -982,4 +983,68 @@ func TestMemoryOfTokenComesBack(t *testing.T) {
 	if held := second.received(); len(held) == 0 {
 		t.Error("no call was sent again")
 	}
+}
+
+// TestUnreadBodyHasDeadline (BO2): a client that stops sending its body cannot keep the connection once it has its
+// answer, whoever gave the answer: the proxy itself, or a provider that answers an upload before it has ended.
+func TestUnreadBodyHasDeadline(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	t.Cleanup(func() { l.Close(); serving.Wait() })
+	serving.Go(func() { // a provider that answers as soon as it has a request's head
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer conn.Close()
+				head, err := http.ReadRequest(bufio.NewReader(conn))
+				if err != nil {
+					return
+				}
+				_, _ = io.WriteString(conn, "HTTP/1.1 "+head.Header.Get("X-Stainless-Answer")+"\r\n"+
+					"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+				if head.Header.Get("X-Stainless-Close") == "" {
+					_, _ = io.Copy(io.Discard, conn)
+				}
+			})
+		}
+	})
+	p := newTest(t, map[string]string{"OPENAI_API_URL": "http://" + l.Addr().String()})
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	own, files := "GET "+ownTokenPath, "POST /v1/files"
+	sized, chunked := "Content-Length: 10\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n"
+	upload := "Content-Type: multipart/form-data; boundary=b\r\nX-Stainless-Answer: "
+	var clients sync.WaitGroup
+	for _, request := range []string{
+		own + "|" + sized, own + "|" + chunked, own + "|" + chunked + "3\r\nabc\r\n",
+		"POST " + ownTokenPath + "|" + sized, "GET /v1/models|" + sized + "{}", "GET /v1/nothing|" + chunked,
+		files + "|" + upload + "200 OK\r\n" + chunked + "5\r\n--b\r\n\r\n",
+		files + "|" + upload + "400 No\r\n" + chunked + "5\r\n--b\r\n\r\n",
+		files + "|" + upload + "400 No\r\nX-Stainless-Close: 1\r\n" + chunked + "5\r\n--b\r\n\r\n",
+		files + "|" + upload + "200 OK\r\nContent-Length: 100000\r\n\r\n--b\r\n",
+		files + "|" + upload + "413 No\r\nX-Stainless-Close: 1\r\nContent-Length: 100000\r\n\r\n--b\r\n",
+	} {
+		clients.Go(func() {
+			line, rest, _ := strings.Cut(request, "|")
+			conn := p.dial()
+			start := time.Now()
+			_, _ = io.WriteString(conn, line+" HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+p.token+"\r\n"+rest)
+			_ = conn.SetReadDeadline(start.Add(20 * time.Second))
+			b, err := io.ReadAll(conn)
+			if err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 ") {
+				t.Errorf("%q: got %q, %v", request, b, err)
+			}
+			if d := time.Since(start); d > 5*time.Second {
+				t.Errorf("%q: the connection was open for %v", request, d)
+			}
+		})
+	}
+	clients.Wait()
+	p.waitSettled()
 }

@@ -277,6 +277,7 @@ func (w *responseWriter) WriteHeader(status int) {
 	}
 	w.status = status
 	w.c.times.firstByte = time.Since(w.c.start)
+	w.c.closeIfUnread(w.client.Header())
 	w.client.WriteHeader(status)
 }
 

@@ -82,6 +82,7 @@ type callProgress struct {
 	phase         atomic.Int32
 	since         atomic.Int64 // tick at which the phase began or last made progress
 	uploading     atomic.Bool  // the request body is being streamed and has not ended
+	uploaded      atomic.Bool  // it was streamed and has ended as it should
 	bytesReceived atomic.Int64 // bytes of the request body so far
 	bytesRelayed  atomic.Int64 // bytes of the answer so far
 	outputTokens  atomic.Int64 // an estimate of the tokens of a streamed answer so far

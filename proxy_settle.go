@@ -11,9 +11,6 @@ import (
 	"time"
 )
 
-// refusedBodyGrace is how long a refused client may take to send the rest of its body.
-const refusedBodyGrace = time.Second
-
 // newStoredContent starts to keep the call's content, if its project asks for it.
 func (p *proxy) newStoredContent(c *call) *storedContent {
 	days := c.project.policy.KeepContentDays
@@ -223,10 +220,8 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, row.started)
 		l.mu.Unlock()
 	}
-	if r.ContentLength != 0 && (c.ctx == nil || c.ctx.Err() == nil) {
-		// net/http reads the rest of the body before it answers, to keep the connection. A refused client,
-		// above all one without a token, must not hold the connection by sending nothing.
-		_ = c.controller.SetReadDeadline(time.Now().Add(refusedBodyGrace))
+	if c.ctx == nil || c.ctx.Err() == nil {
+		c.limitUnreadBody(r)
 	}
 	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
 	c.rates.write(w.Header())

@@ -141,3 +141,35 @@ func (b *bodyMemory) reserve(n int64) bool {
 }
 
 func (b *bodyMemory) release(n int64) { b.used.Add(-n) }
+
+// A bodyShare is what one call has reserved of the memory for bodies, for its token and in the whole program:
+// the body, its copies with another model's name, a buffered stream, stored content. All that goes in comes out
+// again in releaseAll, so neither count can drift. It belongs to the call's goroutine.
+type bodyShare struct {
+	memory   *bodyMemory
+	token    *atomic.Int64 // what the token's calls have reserved together
+	max      int64         // of token, unless this call alone has all of it
+	reserved int64
+}
+
+// reserve reserves n more bytes.
+func (s *bodyShare) reserve(n int64) error {
+	if used := s.token.Add(n); used > s.max && used > s.reserved+n {
+		s.token.Add(-n)
+		return errTokenBodyMemory()
+	}
+	if !s.memory.reserve(n) {
+		s.token.Add(-n)
+		return errBodyMemoryFull()
+	}
+	s.reserved += n
+	return nil
+}
+
+func (s *bodyShare) release(n int64) {
+	s.reserved -= n
+	s.token.Add(-n)
+	s.memory.release(n)
+}
+
+func (s *bodyShare) releaseAll() { s.release(s.reserved) }
