@@ -932,7 +932,7 @@ func TestUnknownTokensBounded(t *testing.T) {
 	}
 }
 
-// TestMemoryOfTokenComesBack (BO1): after any mix of calls a token's share of BODY_MEMORY is 0 again, neither more
+// TestMemoryOfTokenComesBack: after any mix of calls a token's share of BODY_MEMORY is 0 again, neither more
 // nor less: bodies with another model's name, buffered streams and stored content are in it, too. finish, which
 // every test calls, checks the same.
 func TestMemoryOfTokenComesBack(t *testing.T) {
@@ -985,7 +985,7 @@ func TestMemoryOfTokenComesBack(t *testing.T) {
 	}
 }
 
-// TestUnreadBodyHasDeadline (BO2): a client that stops sending its body cannot keep the connection once it has its
+// TestUnreadBodyHasDeadline: a client that stops sending its body cannot keep the connection once it has its
 // answer, whoever gave the answer: the proxy itself, or a provider that answers an upload before it has ended.
 func TestUnreadBodyHasDeadline(t *testing.T) {
 	t.Parallel()
