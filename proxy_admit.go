@@ -92,37 +92,46 @@ func (q *clientRequest) inputEstimate() int64 {
 	return estimateTokens(n)
 }
 
+const chatPattern = "/v1/chat/completions"
+
 // maxOutputTokens returns the most output that the call asks for, 0 if it does not say. Only the endpoint's own
 // field names count: a provider ignores the others, and would not hold the call to them.
 func (q *clientRequest) maxOutputTokens() int64 {
 	limit := q.fields.maxTokens
 	switch pattern := q.endpoint.pattern; {
-	case pattern == "/v1/chat/completions":
+	case pattern == chatPattern:
 		limit = max(limit, q.fields.maxCompletionTokens)
 	case strings.HasPrefix(pattern, "/v1/responses"):
 		limit = q.fields.maxOutputTokens
 	}
-	n := max(1, q.fields.n) // 0: there is no body
-	if limit > maxTokenCount/n {
+	return q.timesAnswers(limit)
+}
+
+// timesAnswers multiplies tokens by the number of answers that the body asks for: each prompt gets n of them.
+func (q *clientRequest) timesAnswers(tokens int64) int64 {
+	answers := max(1, q.fields.n) * max(1, q.fields.prompts) // 32 and 25 bits
+	if tokens > maxTokenCount/answers {
 		return maxTokenCount
 	}
-	return limit * n
+	return tokens * answers
 }
 
 // assumedOutput is the estimate of output tokens for a call that sets no maximum.
 const assumedOutput = 4096
 
 // estimate returns what the call may use at most.
-func (q *clientRequest) estimate() estimate {
-	e := q.endpoint
-	est := estimate{endpoint: e.name(), pattern: e.pattern, model: q.fields.model}
+func (c *call) estimate() estimate {
+	e := c.endpoint
+	est := estimate{endpoint: e.name(), pattern: e.pattern, model: c.fields.model}
 	if e.meter == meterNone || strings.HasSuffix(e.pattern, "_tokens") { // counting tokens uses none
 		return est
 	}
-	est.input, est.output = q.inputEstimate(), q.maxOutputTokens()
-	if est.output == 0 && e.hasOutputTokens() {
+	est.input, est.output = c.inputEstimate(), c.maxOutputTokens()
+	// Many compatible servers ignore max_completion_tokens.
+	ignored := c.upstream.provider == providerCompatible && c.fields.maxTokens == 0 && e.pattern == chatPattern
+	if e.hasOutputTokens() && (est.output == 0 || ignored) {
 		est.outputAssumed = true
-		est.output = assumedOutput * min(max(1, q.fields.n), maxTokenCount/assumedOutput)
+		est.output = max(est.output, c.timesAnswers(assumedOutput))
 	}
 	return est
 }

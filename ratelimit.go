@@ -332,9 +332,9 @@ func (e *reservationEntry) settle(usage finalUsage) {
 func overrunAllowance(l *limit) int64 { return l.max / 10 }
 
 // updateUsage counts what a running call has used so far, given an estimate of its output tokens. It returns a
-// limit that is exceeded by more than its allowance, or nil. A call that limits its output never counts for more
-// than it has reserved, because the provider enforces that limit. updateUsage does not wait: if the limiter is
-// locked to read the store, the next tick is soon enough.
+// limit that is exceeded by more than its allowance, or nil. What is observed counts, whatever maximum the call
+// has named, because a provider may ignore it. updateUsage does not wait: if the limiter is locked to read the
+// store, the next tick is soon enough.
 func (r *reservation) updateUsage(now, output int64) *limit {
 	if !r.limiter.mu.TryLock() {
 		return nil
@@ -356,9 +356,6 @@ func (r *reservation) updateUsage(now, output int64) *limit {
 			if r.estimate.output > 0 {
 				used += r.estimate.outputCost / r.estimate.output * output
 			}
-		}
-		if !r.estimate.outputAssumed {
-			used = min(used, e.quantity)
 		}
 		if used > e.spent {
 			c.reserved -= max(0, e.quantity-e.spent) - max(0, e.quantity-used)

@@ -333,13 +333,13 @@ func TestSpentBudgetEndsStreams(t *testing.T) {
 		{"count":"tokens","max":100,"per":"week","shadow":true}`, noon)
 	limited, _ := l.tryReserve(s, chatEstimate(100, 400), noon)
 	unlimited, _ := l.tryReserve(s, assumedEstimate(50, 4096), noon)
-	if exceeded := limited.updateUsage(noon, 100_000); exceeded != nil {
-		t.Errorf("a call that limits its output exceeds %s", exceeded)
+	if exceeded := limited.updateUsage(noon, 400); exceeded != nil { // all that it named, and its input
+		t.Errorf("500 of 1000 exceed %s", exceeded)
 	}
 	if exceeded := unlimited.updateUsage(noon, 550); exceeded != nil { // 500 + 600 = 1100: at the edge
 		t.Errorf("1100 of 1000 exceed %s", exceeded)
 	}
-	if unlimited.updateUsage(noon, 551) == nil || limited.updateUsage(noon, 0) == nil {
+	if limited.updateUsage(noon, 401) == nil || unlimited.updateUsage(noon, 0) == nil {
 		t.Error("1101 of 1000 exceed no limit")
 	}
 	unlimited.settleForwarded(noon, 600)

@@ -44,10 +44,11 @@ var protectedNames = [...]string{
 type callFields struct {
 	model               string // "" if the body has none
 	stream              bool
-	maxTokens           int64 // max_tokens; like the next two, 0 unless it is a positive integer
+	maxTokens           int64 // max_tokens; like the next two, 0 unless it is positive
 	maxCompletionTokens int64 // max_completion_tokens
 	maxOutputTokens     int64 // max_output_tokens
-	n                   int64 // the larger of n and best_of; 1 unless one is a positive integer
+	n                   int64 // the larger of n and best_of, at least 1
+	prompts             int64 // in the list that prompt is; 0 if it is no list of prompts
 	includeUsage        bool  // stream_options.include_usage is true
 	// statefulParam is the first field that refers to objects kept at the provider and is neither null nor
 	// false; "" if there is none.
@@ -156,14 +157,12 @@ func (f *callFields) setField(name string, raw []byte) *bodyError {
 			return &bodyError{name, "Invalid type for 'stream': it must be a boolean."}
 		}
 		f.stream = string(raw) == "true"
-	case "max_tokens":
-		f.maxTokens = parsePositive(raw)
-	case "max_completion_tokens":
-		f.maxCompletionTokens = parsePositive(raw)
-	case "max_output_tokens":
-		f.maxOutputTokens = parsePositive(raw)
-	case "n", "best_of":
-		f.n = max(f.n, parsePositive(raw))
+	case "max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of":
+		count, ok := parseWholeNumber(raw)
+		if !ok && (name != "max_output_tokens" || string(raw) != `"inf"`) { // realtime calls may say "inf"
+			return &bodyError{name, fmt.Sprintf("Invalid type for '%s': it must be a whole number.", name)}
+		}
+		f.setCount(name, count)
 	case "previous_response_id", "conversation", "background":
 		if f.statefulParam == "" && string(raw) != "null" && string(raw) != "false" {
 			f.statefulParam = name
@@ -174,6 +173,19 @@ func (f *callFields) setField(name string, raw []byte) *bodyError {
 		}
 	}
 	return nil
+}
+
+func (f *callFields) setCount(name string, count int64) {
+	switch name {
+	case "max_tokens":
+		f.maxTokens = count
+	case "max_completion_tokens":
+		f.maxCompletionTokens = count
+	case "max_output_tokens":
+		f.maxOutputTokens = count
+	default: // n, best_of
+		f.n = max(f.n, count)
+	}
 }
 
 func (f *callFields) setModel(text []byte) *bodyError {
@@ -188,20 +200,23 @@ func (f *callFields) setModel(text []byte) *bodyError {
 	return nil
 }
 
-// parsePositive returns the value of a positive integer, at most maxFieldValue, or 0 for anything else. 4.0 and 4e0
-// are integers, too: providers read them as 4, so a budget must do so as well.
-func parsePositive(raw []byte) int64 {
-	if len(raw) == 0 || raw[0] < '0' || raw[0] > '9' {
-		return 0
+// parseWholeNumber returns the value of a whole number, from 0 to maxFieldValue. null and negative numbers, which
+// mean no count, are 0. 4.0 and 4e0 are whole numbers, too: providers read them as 4, so a budget must do so as
+// well. Anything else is refused, because some providers read "4" as 4 and others round 3.5.
+func parseWholeNumber(raw []byte) (count int64, ok bool) {
+	if string(raw) == "null" {
+		return 0, true
 	}
 	v, err := strconv.ParseFloat(string(raw), 64)
-	if math.IsInf(v, 1) {
-		return maxFieldValue
+	switch {
+	case raw[0] != '-' && (raw[0] < '0' || raw[0] > '9'): // a string, a boolean, a list or an object
+		return 0, false
+	case math.IsInf(v, 0):
+		return int64(min(max(v, 0), maxFieldValue)), true
+	case err != nil || v != math.Trunc(v):
+		return 0, false
 	}
-	if err != nil || v != math.Trunc(v) {
-		return 0
-	}
-	return int64(min(v, maxFieldValue))
+	return int64(min(max(v, 0), maxFieldValue)), true
 }
 
 // protectedName returns the index of the protected name that key equals under the case folding of encoding/json,
@@ -235,6 +250,10 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 		key := s.readDecodedKey()
 		i, exact := protectedName(key)
 		if i < 0 {
+			if len(key) <= maxProtectedNameLen && strings.EqualFold(string(key), "prompt") {
+				s.countPrompts(f)
+				continue
+			}
 			s.skipValue()
 			continue
 		}
@@ -265,6 +284,24 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 			f.usageSplice.text = strings.TrimSuffix(f.usageSplice.text, ",")
 		}
 	}
+}
+
+// countPrompts reads the value of prompt and counts its prompts: a list has one for each text and each list of
+// tokens, and is one prompt if it has only tokens. prompt is not a protected name, as it means other things in other
+// endpoints. Of several the largest counts: whichever the provider reads, it is not larger.
+func (s *bodyScanner) countPrompts(f *callFields) {
+	if s.i == len(s.b) || s.b[s.i] != '[' {
+		s.skipValue()
+		return
+	}
+	count := int64(0)
+	for more := s.enter(']'); more; more = s.next(']') {
+		if s.i < len(s.b) && (s.b[s.i] == '"' || s.b[s.i] == '[' || s.b[s.i] == '{') {
+			count++
+		}
+		s.skipValue()
+	}
+	f.prompts = max(f.prompts, count)
 }
 
 // readStreamOptions reads the value of stream_options: an object or null.
