@@ -202,7 +202,10 @@ var (
 	errWrongMethod = errors.New("the endpoint does not support this method") // 405
 )
 
-const modelPrefix = "/v1/models/"
+const (
+	chatPattern = "/v1/chat/completions"
+	modelPrefix = "/v1/models/"
+)
 
 // An endpointTable finds endpoints. It is immutable.
 type endpointTable struct {
@@ -360,8 +363,8 @@ func isValidID(s string, allowColon bool) bool {
 }
 
 // parseModelPath reads the escaped path after /v1/models/ and returns the outbound path and the model's name.
-// Raw slashes stay raw and escaped slashes stay escaped. Each segment is unescaped once; a '%' that remains is
-// refused, so that a later decoder cannot find another name in it.
+// The outbound path has the client's bytes. Each segment is unescaped once; a '%' that remains is refused, so that a
+// later decoder cannot find another name in it.
 func parseModelPath(rest string) (path, model string, ok bool) {
 	if len(rest) > 3*maxModelLen {
 		return "", "", false
@@ -369,14 +372,14 @@ func parseModelPath(rest string) (path, model string, ok bool) {
 	path = modelPrefix[:len(modelPrefix)-1]
 	for segment := range strings.SplitSeq(rest, "/") {
 		plain, err := url.PathUnescape(segment)
-		if err != nil {
+		if err != nil || strings.Contains(segment, ";") { // some servers cut a segment off there
 			return "", "", false
 		}
-		path += "/" + url.PathEscape(plain)
+		path += "/" + segment
 		model += "/" + plain
 	}
 	model = model[1:]
-	if len(model) > maxModelLen || !isAlphanumericOr(model, "._:@+/-") {
+	if len(model) > maxModelLen || !utf8.ValidString(model) || strings.ContainsFunc(model, isUnsafeInPath) {
 		return "", "", false
 	}
 	for segment := range strings.SplitSeq(model, "/") {
@@ -385,6 +388,12 @@ func parseModelPath(rest string) (path, model string, ok bool) {
 		}
 	}
 	return path, model, true
+}
+
+// isUnsafeInPath reports whether no model's name in a path may have r: a second decoder, or one that takes \ for /,
+// could read another path.
+func isUnsafeInPath(r rune) bool {
+	return r == '%' || r == '\\' || r == utf8.RuneError || unicode.IsControl(r)
 }
 
 // modelOutboundPath returns the outbound path of a model, or path if no path can hold the model's name.
@@ -396,7 +405,7 @@ func modelOutboundPath(name, path string) string {
 }
 
 // queryParams are the query parameters of the operations above; true means that one may be repeated. model is
-// not among them: no endpoint takes it there, and with a provider that did, it would bypass the model check.
+// not among them: with a provider that takes it there, it would bypass the model check. See checkQuery.
 var queryParams = map[string]bool{
 	"after": false, "before": false, "after_id": false, "before_id": false, "starting_after": false,
 	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
@@ -406,17 +415,21 @@ var queryParams = map[string]bool{
 
 const maxQueryLen = 2 << 10
 
-// cleanQuery returns the query for the provider: the same parameters in the same order, encoded again. It
-// accepts queryParams and metadata[key]. For an unknown or repeated parameter, a bad escape or a bad value it
+// checkQuery checks that a query has one reading and known parameters only: queryParams, metadata[key], and model
+// for the list of stored chat completions, whose model it returns. Such a query goes up as it is. For any other it
 // returns a *bodyError that names the parameter.
-func cleanQuery(raw string) (string, error) {
-	if len(raw) > maxQueryLen {
+func checkQuery(raw string, e *endpoint) (model string, err error) {
+	if raw == "" {
+		return "", nil
+	}
+	switch {
+	case len(raw) > maxQueryLen:
 		return "", &bodyError{"", fmt.Sprintf("The query string is longer than %d bytes.", maxQueryLen)}
-	}
-	if strings.Contains(raw, ";") {
+	case strings.Contains(raw, ";"):
 		return "", &bodyError{"", "The query string contains ';', which some servers treat as a separator."}
+	case strings.Contains(raw, "#"):
+		return "", &bodyError{"", "The query string contains '#', which ends it for some servers. Send %23."}
 	}
-	var out strings.Builder
 	seen := make(map[string]bool)
 	for pair := range strings.SplitSeq(raw, "&") {
 		if pair == "" {
@@ -429,8 +442,10 @@ func cleanQuery(raw string) (string, error) {
 			return "", &bodyError{"", fmt.Sprintf("The query parameter %+q contains a bad escape.", rawName)}
 		}
 		repeatable, known := queryParams[name]
+		known = known || isMetadataParam(name) || name == "metadata" && value == "null" // objects without metadata
+		isModel := name == "model" && e.name() == "GET "+chatPattern
 		switch {
-		case !known && !isMetadataParam(name):
+		case !known && !isModel:
 			return "", &bodyError{name, fmt.Sprintf("Unknown query parameter %+q.", name)}
 		case seen[name] && !repeatable:
 			return "", &bodyError{name, fmt.Sprintf("Repeated query parameter %+q.", name)}
@@ -438,12 +453,15 @@ func cleanQuery(raw string) (string, error) {
 			return "", &bodyError{name, fmt.Sprintf("The query parameter %+q contains an invalid character.", name)}
 		}
 		seen[name] = true
-		if out.Len() > 0 {
-			out.WriteByte('&')
+		if isModel {
+			var f callFields
+			if err := f.setModel([]byte(value)); err != nil {
+				return "", err
+			}
+			model = f.model
 		}
-		out.WriteString(url.QueryEscape(name) + "=" + url.QueryEscape(value))
 	}
-	return out.String(), nil
+	return model, nil
 }
 
 // isMetadataParam reports whether name is metadata[key], which filters a list.

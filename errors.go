@@ -223,7 +223,7 @@ func truncatedErrorClass(code string) errorClass {
 // The caller has to act: the request is wrong, or the client too slow.
 var (
 	errTwoCredentials = newError(400, "ambiguous_credentials", "The request has two different keys. Send one token.")
-	errUpgrade        = newError(400, "upgrade_not_supported", "This proxy does not switch protocols. Omit Upgrade.")
+	errUpgrade        = newError(426, "upgrade_not_supported", "This proxy has no WebSockets. Send HTTP requests.")
 	errUnexpectedBody = newError(400, "unexpected_body", "This endpoint takes no request body.")
 	errRequestTooSlow = newError(400, "request_too_slow", "The request body arrived too slowly.")
 	errRequestCut     = newError(400, "request_cut", "The request body ended early or was malformed.")

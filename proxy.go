@@ -234,7 +234,8 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 }
 
 // credential returns the token that the request presents: a bearer token, or x-api-key or api-key, which some
-// SDKs send. Two different ones are an error: another part of the system might read the other one.
+// SDKs send. Two different ones are an error: another part of the system might read the other one. An empty one,
+// which SDKs send for a key that is not set, is none.
 func credential(h http.Header) (string, error) {
 	var found string
 	for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key"} {
@@ -247,11 +248,14 @@ func credential(h http.Header) (string, error) {
 		}
 		value := values[0]
 		if name == "Authorization" {
-			scheme, rest, ok := strings.Cut(value, " ")
-			if !ok || !strings.EqualFold(scheme, "Bearer") {
+			scheme, rest, _ := strings.Cut(value, " ")
+			if value != "" && !strings.EqualFold(scheme, "Bearer") {
 				return "", errBadToken("not a bearer token")
 			}
 			value = strings.TrimLeft(rest, " ")
+		}
+		if value == "" {
+			continue
 		}
 		if found != "" && value != found {
 			return "", errTwoCredentials

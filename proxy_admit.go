@@ -92,8 +92,6 @@ func (q *clientRequest) inputEstimate() int64 {
 	return estimateTokens(n)
 }
 
-const chatPattern = "/v1/chat/completions"
-
 // maxOutputTokens returns the most output that the call asks for, 0 if it does not say. Only the endpoint's own
 // field names count: a provider ignores the others, and would not hold the call to them.
 func (q *clientRequest) maxOutputTokens() int64 {

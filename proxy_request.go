@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"mime"
@@ -14,7 +15,8 @@ import (
 // readCall fills in the call's clientRequest: the endpoint, the body, and the fields of the body that policies,
 // limits and metering need.
 func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error {
-	if r.Header["Upgrade"] != nil {
+	if offersWebSocket(r.Header["Upgrade"]) {
+		w.Header()["Upgrade"], w.Header()["Connection"] = []string{"HTTP/1.1"}, []string{"Upgrade"}
 		return errUpgrade
 	}
 	m, err := p.endpoints.match(r.Method, r.URL)
@@ -26,9 +28,11 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 		return errUnknownEndpoint
 	}
 	c.match, c.endpoint = m, m.endpoint
-	if c.query, err = cleanQuery(r.URL.RawQuery); err != nil {
+	queryModel, err := checkQuery(r.URL.RawQuery, c.endpoint)
+	if err != nil {
 		return asClientError(err)
 	}
+	c.query = r.URL.RawQuery
 	for _, name := range [...]string{"Content-Type", "Content-Encoding"} {
 		if len(r.Header[name]) > 1 { // the provider might use another one than the proxy
 			return errRepeatedHeader(name)
@@ -45,7 +49,7 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	}
 	switch {
 	case c.endpoint.body == bodyNone:
-		c.fields.model = m.model
+		c.fields.model = cmp.Or(m.model, queryModel)
 		c.limitUnreadBody(r)
 		defer c.unlimitReads(r)
 		return rejectBody(r.Body)
@@ -70,6 +74,20 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	return nil
 }
 
+// offersWebSocket reports whether an Upgrade header asks for a WebSocket. Any other offer, like h2c, may be ignored:
+// the request is complete without it (RFC 9110, 7.8).
+func offersWebSocket(upgrade []string) bool {
+	for _, line := range upgrade {
+		for protocol := range strings.SplitSeq(line, ",") {
+			name, _, _ := strings.Cut(strings.TrimSpace(protocol), "/")
+			if strings.EqualFold(name, "websocket") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // asClientError turns an error about the request itself into a 400.
 func asClientError(err error) error {
 	if e, ok := errors.AsType[*bodyError](err); ok {
@@ -90,7 +108,7 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 	switch {
 	case err == nil && t == "application/json" && e.body != bodyForm:
 		// In another charset the same bytes may be another text: in UTF-7 "+AG0-odel" is "model".
-		if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
+		if charset, ok := params["charset"]; ok && !isUTF8(charset) {
 			return false, errCharset
 		}
 		return false, nil

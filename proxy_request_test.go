@@ -147,14 +147,15 @@ func TestQueryOverTheWire(t *testing.T) {
 	}{
 		{"", "/v1/files", 200},
 		{"?", "/v1/files", 200},
-		{"?limit=5&after=a%20b", "/v1/files?limit=5&after=a+b", 200},
-		{"?purpose=%61ssist%61nts%26x%3d1", "/v1/files?purpose=assistants%26x%3D1", 200},
+		{"?limit=5&after=a%20b", "/v1/files?limit=5&after=a%20b", 200},
+		{"?after=a+b&&limit", "/v1/files?after=a+b&&limit", 200},
+		{"?purpose=%61ssist%61nts%26x%3d1", "/v1/files?purpose=%61ssist%61nts%26x%3d1", 200},
 		{"?limit=1;after=2", "", 400}, {"?limit=%zz", "", 400}, {"?limit=1&limit=2", "", 400},
 		{"?Limit=1", "", 400}, {"?limit%00=1", "", 400}, {"?model=gpt-4o", "", 400}, {"?api_key=x", "", 400},
 		{"?key=x", "", 400}, {"?api-version=1", "", 400}, {"?limit[]=1", "", 400}, {"?=1", "", 400},
 		{"?" + many + "model=bad", "", 400}, {"?after=" + strings.Repeat("a", 20_000), "", 400},
 		{"?limit=%0d%0a", "", 400}, {"?limit=%ff", "", 400},
-		{"?order=asc#x", "/v1/files?order=asc%23x", 200},
+		{"?order=asc#x", "", 400}, {"?order=asc%23x", "/v1/files?order=asc%23x", 200},
 	} {
 		before := len(p.provider.received())
 		got := p.sendRaw("GET /v1/files" + c.query + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" +
@@ -1047,4 +1048,85 @@ func TestUnreadBodyHasDeadline(t *testing.T) {
 	}
 	clients.Wait()
 	p.waitSettled()
+}
+
+// TestRequestsOfRealClients: what SDKs and browsers send, and a proxy need not understand, does not end a call.
+func TestRequestsOfRealClients(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	claude, _ := p.addClaude(`"priority":1`, chatScript)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	held := `"name":"held","policy":{"models":["gpt-4o","claude*"]}`
+	_, heldToken := p.newToken(held)
+	message := `{"model":"claude-sonnet-4-5","max_tokens":10,"messages":[{"role":"user","content":"Hi"}]}`
+	form := func(file string) string {
+		return multipartBody("model=gpt-4o-transcribe", `Content-Disposition: form-data; name="file"; filename="`+file+
+			"\"\r\nContent-Type: audio/mpeg|\xff\xf3")
+	}
+	const json = "application/json"
+	for name, test := range map[string]struct {
+		line, lines, contentType, body string
+		status                         int
+		target                         string // at the provider
+	}{
+		"an offer of HTTP/2": {line: "POST /v1/chat/completions", body: chatBody(), contentType: json, status: 200,
+			lines: "Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\nUpgrade: h2c\r\n" +
+				"Authorization: Bearer TOKEN\r\n",
+			target: "/v1/chat/completions"},
+		"an empty x-api-key": {line: "POST /v1/messages", body: message, contentType: json, status: 200,
+			lines: "X-Api-Key: \r\nAuthorization: Bearer TOKEN\r\n", target: "/v1/messages"},
+		"an empty bearer token": {line: "POST /v1/messages", body: message, contentType: json, status: 200,
+			lines: "X-Api-Key: TOKEN\r\nAuthorization: Bearer \r\n", target: "/v1/messages"},
+		"an empty api-key and Authorization": {line: "POST /v1/messages", body: message, contentType: json, status: 200,
+			lines: "X-Api-Key: TOKEN\r\nAuthorization:\r\nApi-Key:\t\r\n", target: "/v1/messages"},
+		"empty credentials only": {line: "POST /v1/messages", body: message, contentType: json, status: 401,
+			lines: "X-Api-Key: \r\nAuthorization: Bearer\r\n"},
+		"another scheme beside a token": {line: "POST /v1/messages", body: message, contentType: json, status: 401,
+			lines: "X-Api-Key: TOKEN\r\nAuthorization: Basic eDp5\r\n"},
+		"a semicolon in a file's name": {line: "POST /v1/audio/transcriptions", body: form("Meeting; part 1.mp3"),
+			contentType: formContentType, status: 200, target: "/v1/audio/transcriptions"},
+		"a backslash in a file's name": {line: "POST /v1/audio/transcriptions", body: form(`a\b.mp3`),
+			contentType: formContentType, status: 200, target: "/v1/audio/transcriptions"},
+		"a file's name with another name in it": {line: "POST /v1/audio/transcriptions", body: form("a; name=model"),
+			contentType: formContentType, status: 400},
+		"charset=utf8": {line: "POST /v1/chat/completions", body: chatBody(), contentType: json + "; charset=utf8",
+			status: 200, target: "/v1/chat/completions"},
+		"a model in a path": {line: "GET /v1/models/claude-opus-4-6%5B1m%5D", status: 200,
+			target: "/v1/models/claude-opus-4-6%5B1m%5D"},
+		"a model's raw characters": {line: "GET /v1/models/a(1)%20[x]+%C3%A9!", status: 200,
+			target: "/v1/models/a(1)%20[x]+%C3%A9!"},
+		"a model's parentheses": {line: "GET /v1/models/a(1)", status: 200, target: "/v1/models/a(1)"},
+		"a model that the policy allows": {line: "GET /v1/models/claude%5B1m%5D", status: 200,
+			lines: "X-Api-Key: HELD\r\n", target: "/v1/models/claude%5B1m%5D"},
+		"one that it does not allow": {line: "GET /v1/models/gpt-4o%5B1m%5D", lines: "X-Api-Key: HELD\r\n", status: 403},
+		"stored completions": {line: "GET /v1/chat/completions?limit=1&model=gpt-4o&metadata[key]=value", status: 200,
+			lines: "X-Api-Key: HELD\r\n", target: "/v1/chat/completions?limit=1&model=gpt-4o&metadata[key]=value"},
+		"stored completions of another model": {line: "GET /v1/chat/completions?model=o1", status: 403,
+			lines: "X-Api-Key: HELD\r\n"},
+	} {
+		before := len(p.provider.received()) + len(claude.received())
+		lines := strings.NewReplacer("TOKEN", p.token, "HELD", heldToken).Replace(test.lines)
+		if lines == "" {
+			lines = "Authorization: Bearer " + p.token + "\r\n"
+		}
+		if test.contentType != "" {
+			lines += fmt.Sprintf("Content-Type: %s\r\nContent-Length: %d\r\n", test.contentType, len(test.body))
+		}
+		got := p.sendRaw(test.line + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + lines + "\r\n" + test.body)
+		if !strings.HasPrefix(got, fmt.Sprintf("HTTP/1.1 %d ", test.status)) {
+			t.Errorf("%s: got %q", name, got)
+		}
+		all := append(p.provider.received(), claude.received()...)
+		if test.target == "" {
+			if len(all) != before {
+				t.Errorf("%s: a provider got it", name)
+			}
+			continue
+		}
+		if len(all) != before+1 || !slices.ContainsFunc(all, func(r recordedRequest) bool {
+			return r.target == test.target && r.body == test.body
+		}) {
+			t.Errorf("%s: the providers got %d requests more, none of them as sent", name, len(all)-before)
+		}
+	}
 }

@@ -125,25 +125,40 @@ func TestMalformedHeaders(t *testing.T) {
 	}
 }
 
-// TestNoUpgrade: requests to switch protocols are refused, and a provider that switches unasked gets no tunnel.
+// TestNoUpgrade: requests for a WebSocket are refused, other offers to switch protocols are ignored, and a provider
+// that switches unasked gets no tunnel.
 func TestNoUpgrade(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
+	key := "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
 	for _, lines := range []string{
-		"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" +
-			"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n",
-		"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
-		"Upgrade: anything\r\n", "Connection: upgrade\r\nupgrade: \t x\r\n",
-		"Upgrade: \r\nUpgrade: h2c\r\nConnection: Upgrade\r\n",
+		"Connection: Upgrade\r\nUpgrade: websocket\r\n" + key, "Upgrade: WebSocket/13\r\n",
+		"Upgrade: h2c\r\nUpgrade: x/1, \t websocket\r\nConnection: Upgrade\r\n",
 	} {
-		got := p.sendRaw(p.rawChatRequest(lines+"Connection: close\r\n", chatBody()) +
-			"GET /tunnel HTTP/1.1\r\nHost: x\r\n\r\n")
-		if !strings.HasPrefix(got, "HTTP/1.1 400 ") || !strings.Contains(got, "upgrade_not_supported") {
+		got := p.sendRaw(p.rawChatRequest(lines, chatBody()))
+		if !strings.HasPrefix(got, "HTTP/1.1 426 ") || !strings.Contains(got, "upgrade_not_supported") ||
+			!strings.Contains(got, "\r\nUpgrade: HTTP/1.1\r\n") {
 			t.Errorf("%q: got %q", lines, got)
 		}
 	}
 	if n := len(p.provider.received()); n > 0 {
 		t.Fatalf("the provider got %d requests", n)
+	}
+	for i, lines := range []string{
+		"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
+		"Upgrade: anything\r\n", "Connection: upgrade\r\nupgrade: \t x\r\n", "Upgrade: TLS/1.2, HTTP/2.0\r\n",
+		"Upgrade: \r\nUpgrade: h2c\r\nConnection: Upgrade\r\n", "Upgrade: notwebsocket\r\n",
+	} {
+		tunnel := "GET /tunnel HTTP/1.1\r\nHost: x\r\n\r\n"
+		got := p.sendRaw(p.rawChatRequest(lines+"Connection: close\r\n", chatBody()) + tunnel)
+		if !strings.HasPrefix(got, "HTTP/1.1 200 ") || strings.Count(got, "HTTP/1.1 ") != 1 ||
+			strings.Contains(got, "\r\nUpgrade:") {
+			t.Errorf("%q: got %q", lines, got)
+		}
+		if all := p.provider.received(); len(all) != i+1 || strings.Contains(strings.ToLower(all[i].head), "upgrade") ||
+			all[i].header["Http2-Settings"] != nil {
+			t.Errorf("%q: the provider got %d requests, the last: %q", lines, len(all), all[len(all)-1].head)
+		}
 	}
 	preface := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 	if got := p.sendRaw(preface); !strings.HasPrefix(got, "HTTP/1.1 ") {

@@ -75,7 +75,7 @@ func formBoundary(contentType string) (string, error) {
 	switch {
 	case !ok || !strings.EqualFold(kind, "multipart/form-data") || len(params) > 0:
 		return "", &bodyError{"", "The Content-Type must be multipart/form-data with a boundary and nothing else."}
-	case hasCharset && !strings.EqualFold(charset, "utf-8"):
+	case hasCharset && !isUTF8(charset):
 		return "", &bodyError{"", "The charset of a multipart form must be utf-8."}
 	case boundary == "" || len(boundary) > maxBoundaryLen || !isAlphanumericOr(boundary, "'()+_,-./:=?"):
 		return "", &bodyError{"", fmt.Sprintf("The multipart boundary must be 1 to %d letters, digits or "+
@@ -95,6 +95,10 @@ func (f *callFields) addPart(part []byte, seen *uint, offset int) error {
 		return err
 	}
 	kind, params, ok := headerParams(headers["content-disposition"])
+	if !ok && strings.Contains(strings.ToLower(headers["content-disposition"]), "filename") {
+		return formError("a Content-Disposition has several readings: a file's name may have no quote, no backslash " +
+			"at its end, and no semicolon before name= or filename=")
+	}
 	name, file := params["name"], false
 	for key := range params {
 		switch key {
@@ -146,7 +150,7 @@ func (f *callFields) addField(name string, value []byte, file bool, contentType 
 	case file:
 		return &bodyError{name, fmt.Sprintf("Invalid field %q: it must be text, not a file.", name)}
 	case contentType != "" && (!ok || !strings.EqualFold(kind, "text/plain") || len(params) > 0),
-		!slices.Contains([]string{"", "utf-8", "us-ascii", "iso-8859-1"}, charset):
+		!isUTF8(charset) && !slices.Contains([]string{"", "us-ascii", "iso-8859-1"}, charset):
 		return &bodyError{name, fmt.Sprintf("Invalid field %q: its Content-Type must be text/plain.", name)}
 	}
 	*seen |= 1 << i
@@ -198,7 +202,8 @@ func partHeaders(head []byte) (map[string]string, error) {
 }
 
 // headerParams splits `kind; name=token; name="text"` and returns the names in lower case. It refuses what parsers
-// split in different ways: repeated names, and quotes, backslashes and semicolons inside quoted text.
+// split in different ways: repeated names, and quotes, backslashes and semicolons inside quoted text. See hasOneReading
+// for a file's name.
 func headerParams(s string) (kind string, params map[string]string, ok bool) {
 	kind, rest, more := strings.Cut(s, ";")
 	kind, params = strings.Trim(kind, " \t"), make(map[string]string, 2)
@@ -211,7 +216,7 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 		}
 		if quoted, found := strings.CutPrefix(rest, `"`); found {
 			value, rest, ok = strings.Cut(quoted, `"`)
-			if !ok || strings.ContainsAny(value, `\;`) {
+			if !ok || !hasOneReading(key, value) {
 				return "", nil, false
 			}
 			var gap string
@@ -227,6 +232,27 @@ func headerParams(s string) (kind string, params map[string]string, ok bool) {
 		params[key] = value
 	}
 	return kind, params, true
+}
+
+// isUTF8 reports whether a charset is UTF-8, as clients spell it.
+func isUTF8(charset string) bool {
+	return strings.EqualFold(charset, "utf-8") || strings.EqualFold(charset, "utf8")
+}
+
+// hasOneReading reports whether all parsers find the same parameters in and after a quoted value. Browsers escape only
+// quotes and line ends of a file's name, as %22, %0D and %0A. So a backslash is itself, but \" would end the value for
+// some parsers only; and a parser that splits at each semicolon finds no other parameter unless a name follows one.
+func hasOneReading(key, value string) bool {
+	if key != "filename" {
+		return !strings.ContainsAny(value, `\;`)
+	}
+	for _, part := range strings.Split(value, ";")[1:] {
+		word := strings.ToLower(strings.TrimSpace(part))
+		if strings.HasPrefix(word, "name") || strings.HasPrefix(word, "filename") {
+			return false
+		}
+	}
+	return !strings.HasSuffix(value, `\`)
 }
 
 func isHeaderToken(s string) bool { return s != "" && isAlphanumericOr(s, "!#$%&'*+-.^_`|~") }

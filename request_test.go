@@ -183,7 +183,7 @@ func TestContentTypes(t *testing.T) {
 		}
 		p.expectRefused(kind, p.do("POST", "/v1/chat/completions", chatBody(), append(headers, "Authorization", "Bearer "+p.token)...), 415, "unsupported_content_type")
 	}
-	for _, kind := range []string{"application/json", "APPLICATION/JSON", "application/json; charset=utf-8", "application/json;charset=\"UTF-8\"", "application/json; profile=x"} {
+	for _, kind := range []string{"application/json", "APPLICATION/JSON", "application/json; charset=utf-8", "application/json; charset=utf8", "application/json;charset=\"UTF-8\"", "application/json; profile=x"} {
 		if a := p.post("/v1/chat/completions", kind, chatBody()); a.status != 200 || p.provider.lastRequest(t).header.Get("Content-Type") != kind {
 			t.Errorf("%s: got %d %s", kind, a.status, a.body)
 		}
@@ -672,6 +672,12 @@ func TestScanForm(t *testing.T) {
 		want              callFields
 	}{
 		{formContentType, multipartBody("model=whisper-1", "stream=true", "n=2"), callFields{model: "whisper-1", stream: true, n: 2}},
+		{formContentType + "; charset=utf8", multipartBody(disp + "name=model\r\nContent-Type: text/plain; charset=UTF8|a"),
+			callFields{model: "a", n: 1}},
+		{formContentType, multipartBody(disp+`name="file"; filename="Meeting; part 1.mp3"|x`, "model=a"),
+			callFields{model: "a", n: 1}},
+		{formContentType, multipartBody(disp+`name="file"; filename="a\b;c=d;\\e.mp3"|x`, "model=a"),
+			callFields{model: "a", n: 1}},
 		{`Multipart/Form-Data; Boundary="xyz"; charset=UTF-8`, multipartBody("model=a"), callFields{model: "a", n: 1}},
 		{formContentType, strings.TrimSuffix(multipartBody("model=a"), "\r\n"), callFields{model: "a", n: 1}},
 		{formContentType, multipartBody(disp+"name=\"file\"; filename=\"a.mp3\"\r\nContent-Type: audio/mpeg|ID3\r\n\r\n--xy\x00\xff", "model=a"), callFields{model: "a", n: 1}},
@@ -755,6 +761,11 @@ func TestScanFormRefuses(t *testing.T) {
 		{formContentType, multipartBody("n=4_0"), "n"},
 		{formContentType, multipartBody("n= 4"), "n"},
 		{formContentType, multipartBody("mod%65l=a"), ""},
+		{formContentType, multipartBody(disp + `name="file"; filename="a; name=model"|x`), ""},
+		{formContentType, multipartBody(disp + `name="file"; filename="a;FileName*=utf-8''b"|x`), ""},
+		{formContentType, multipartBody(disp + `name="file"; filename="a\"|x`), ""},
+		{formContentType, multipartBody(disp + `name="file"; filename="a\"; name="model"|x`), ""},
+		{formContentType, multipartBody(disp + `name="mo;del"|x`), ""},
 		{formContentType, multipartBody(" model=a"), ""},
 		{formContentType, multipartBody("_charset_=utf-7"), ""},
 		{formContentType, multipartBody("=a"), ""},
@@ -765,7 +776,6 @@ func TestScanFormRefuses(t *testing.T) {
 		{formContentType, multipartBody(disp + "name=\"file\"; NAME=\"model\"|x"), ""},
 		{formContentType, multipartBody(disp + "name=\"mo\\del\"|x"), ""},
 		{formContentType, multipartBody(disp + `name="file"; filename="a\"; name="model"|x`), ""},
-		{formContentType, multipartBody(disp + `name="file"; filename="a\b"|x`), ""},
 		{formContentType, multipartBody(disp + `name="file"; filename="a; name=model"|x`), ""},
 		{formContentType, multipartBody(disp + `name="file" filename="a"|x`), ""},
 		{formContentType, multipartBody(disp + `name="file"; size=3|x`), ""},

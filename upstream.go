@@ -151,7 +151,7 @@ func (u *upstream) family() apiFamily {
 func (u *upstream) url(path, query string) *url.URL {
 	raw := u.basePath + strings.TrimPrefix(path, "/v1")
 	out := &url.URL{Scheme: u.scheme, Host: u.host, Path: raw, RawQuery: query}
-	if strings.Contains(path, "%") {
+	if strings.HasPrefix(path, modelPrefix) { // the only path with escapes; it keeps the client's
 		if p, err := url.PathUnescape(raw); err == nil {
 			out.Path, out.RawPath = p, raw
 		}
