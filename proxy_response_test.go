@@ -157,7 +157,7 @@ func TestNoUpgrade(t *testing.T) {
 		}
 		if all := p.provider.received(); len(all) != i+1 || strings.Contains(strings.ToLower(all[i].head), "upgrade") ||
 			all[i].header["Http2-Settings"] != nil {
-			t.Errorf("%q: the provider got %d requests, the last: %q", lines, len(all), all[len(all)-1].head)
+			t.Errorf("%q: the provider got %+v", lines, all)
 		}
 	}
 	preface := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"

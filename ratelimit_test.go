@@ -325,8 +325,8 @@ func TestDebt(t *testing.T) {
 	}
 }
 
-// TestSpentBudgetEndsStreams: only real use beyond a budget and its allowance ends calls. For a call that
-// limits its output, no estimate does.
+// TestSpentBudgetEndsStreams: use beyond a budget and its allowance ends calls, whether or not they limit their
+// output.
 func TestSpentBudgetEndsStreams(t *testing.T) {
 	t.Parallel()
 	l, s := newTestLimiter(t, ``, `{"count":"tokens","max":1000,"per":"day"},
@@ -475,9 +475,6 @@ func (m *limitModel) progress(c *modelCall) {
 	used := e.input + output
 	if m.limit.metric == metricDollars {
 		used = e.inputCost + output*400
-	}
-	if !e.outputAssumed {
-		used = min(used, c.reserved)
 	}
 	if c.window == m.from {
 		c.used = max(c.used, used)
