@@ -230,8 +230,8 @@ var (
 	errStreamHeader   = badRequest("invalid_value", "X-LLM-Proxy-Stream",
 		"X-LLM-Proxy-Stream must be verified or plain.")
 	errTwoCursors      = badRequest("invalid_value", "before_id", "Send after_id or before_id, not both.")
-	errUnknownURL      = newError(404, "unknown_url", "There is nothing at this URL. Check the path.")
-	errUnknownEndpoint = newError(404, "unknown_endpoint", "This proxy does not support this endpoint. Check the path.")
+	errUnknownURL      = newError(404, "unknown_url", "There is nothing at this URL.")
+	errUnknownEndpoint = newError(404, "unknown_endpoint", "This proxy does not support this endpoint.")
 	errClientStalled   = newError(408, "client_stalled", "The client stopped reading the response.")
 	errUploadTooLarge  = newError(413, "request_too_large", "The upload is larger than this proxy's limit.")
 	errEncodedBody     = newError(415, "unsupported_encoding", "Send the request body without Content-Encoding.")
@@ -270,7 +270,8 @@ func errUnknownCursor(param string) *apiError {
 // Only the ledger and the log get the reason.
 func errBadToken(reason string) *apiError {
 	return newError(401, "invalid_api_key", "Incorrect API key provided. "+
-		"Use a token of this proxy that has not expired and is not revoked.").withCause(errors.New(reason))
+		"Use a token of this proxy (sk-llmp_...) that has not expired and is not revoked. "+
+		"Management keys are for /manage only.").withCause(errors.New(reason))
 }
 
 func errMethodNotAllowed(allowed string) *apiError {
@@ -439,7 +440,7 @@ var (
 	errUnknownHost = newError(421, "unknown_host", "Unknown host name. Set PUBLIC_URL to the one in use.")
 	errCrossOrigin = newError(403, "cross_origin", "The request comes from a page of another site.")
 	errManageKey   = newError(401, "invalid_management_key",
-		"A valid management key is needed: Authorization: Bearer <key>.")
+		"A valid management key is needed: Authorization: Bearer <key>. Tokens are for /v1 only.")
 	errObjectNotFound = newError(404, "not_found", "No such object exists, or it was deleted.")
 	errStaleVersion   = newError(412, "stale_version", "It has changed since it was read. Read it again, then retry.")
 	errNameTaken      = badRequest("name_taken", "name", "This name is already in use.")

@@ -217,7 +217,8 @@ type addressReader struct {
 }
 
 // clientAddress returns the client's address: that of the connection, or behind trusted
-// proxies the last one in X-Forwarded-For that is not a trusted proxy's.
+// proxies the last one in X-Forwarded-For that is not a trusted proxy's. It returns "" if the
+// address is unknown: a list of allowed addresses does not contain it.
 func (a *addressReader) clientAddress(r *http.Request) string {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	var addr netip.Addr
@@ -237,9 +238,9 @@ func (a *addressReader) clientAddress(r *http.Request) string {
 	for i := len(lines) - 1; i >= 0; i-- {
 		hops := strings.Split(lines[i], ",")
 		for j := len(hops) - 1; j >= 0; j-- {
-			hop, err := netip.ParseAddr(strings.TrimSpace(hops[j]))
-			if err != nil {
-				return addressText(addr) // the rest cannot be trusted
+			hop, ok := parseHop(strings.TrimSpace(hops[j]))
+			if !ok {
+				return "" // it is not the proxy's address either, and the rest cannot be trusted
 			}
 			addr = hop.Unmap().WithZone("")
 			if !a.trusts(addr) {
@@ -248,6 +249,21 @@ func (a *addressReader) clientAddress(r *http.Request) string {
 		}
 	}
 	return addressText(addr)
+}
+
+// parseHop reads an entry of X-Forwarded-For. Some proxies add the port, which needs brackets
+// around an IPv6 address.
+func parseHop(text string) (netip.Addr, bool) {
+	if withPort, err := netip.ParseAddrPort(text); err == nil {
+		return withPort.Addr(), true
+	}
+	if inner, ok := strings.CutPrefix(text, "["); ok {
+		inner, ok = strings.CutSuffix(inner, "]")
+		addr, err := netip.ParseAddr(inner)
+		return addr, ok && err == nil && addr.Is6()
+	}
+	addr, err := netip.ParseAddr(text)
+	return addr, err == nil
 }
 
 func (a *addressReader) trusts(addr netip.Addr) bool {

@@ -203,6 +203,9 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 		return err
 	}
 	hash, ok := hashCredential(tokenPrefix, presented)
+	if !ok && strings.HasPrefix(presented, manageKeyPrefix) {
+		return errBadToken("management key")
+	}
 	if !ok {
 		return errBadToken("malformed")
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 )
@@ -25,7 +26,7 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 		w.Header().Set("Allow", m.allow)
 		return errMethodNotAllowed(m.allow)
 	case err != nil:
-		return errUnknownEndpoint
+		return errUnknownPath(errUnknownEndpoint, r.URL)
 	}
 	c.match, c.endpoint = m, m.endpoint
 	queryModel, err := checkQuery(r.URL.RawQuery, c.endpoint)
@@ -236,4 +237,17 @@ func (c *call) closeIfUnread(h http.Header) {
 	if c.fullDuplex && !c.progress.uploaded.Load() {
 		h.Set("Connection", "close")
 	}
+}
+
+// errUnknownPath returns a 404 that names the path, so that a wrong base URL shows, and says which one is right. It
+// leaves out a path that has other characters than URLs of APIs, or may contain a credential.
+func errUnknownPath(e *apiError, u *url.URL) *apiError {
+	path := u.EscapedPath()
+	named := *e
+	if len(path) <= 200 && isAlphanumericOr(path, "/._-") &&
+		!strings.Contains(path, tokenPrefix) && !strings.Contains(path, manageKeyPrefix) {
+		named.msg += " The path is " + path + "."
+	}
+	named.msg += " The base URL is this proxy's address: with /v1 for OpenAI's SDKs, without /v1 for Anthropic's."
+	return &named
 }

@@ -1130,3 +1130,46 @@ func TestRequestsOfRealClients(t *testing.T) {
 		}
 	}
 }
+
+// TestWrongBaseURL: the answer to a call with a wrong base URL names the path and says which base URL is right; a key of
+// the wrong kind is told so, in words that are the same for every refused key.
+func TestWrongBaseURL(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, c := range []struct{ path, code, names string }{
+		{"/chat/completions", "unknown_url", "The path is /chat/completions."},
+		{"/messages", "unknown_url", "The path is /messages."},
+		{"/v1/v1/chat/completions", "unknown_endpoint", "The path is /v1/v1/chat/completions."},
+		{"/v1/v1/messages", "unknown_endpoint", "The path is /v1/v1/messages."},
+		{"/v1//chat/completions", "unknown_endpoint", "The path is /v1//chat/completions."},
+		{"//v1/chat/completions", "unknown_url", "The path is //v1/chat/completions."},
+		{"/v1/chat/completions/", "unknown_endpoint", "The path is /v1/chat/completions/."},
+		{"/openai/v1/responses", "unknown_url", "The path is /openai/v1/responses."},
+		{"/v1/" + p.token, "unknown_endpoint", ""},
+		{"/" + p.token + "/v1/messages", "unknown_url", ""},
+		{"/v1/%3Cscript%3E", "unknown_endpoint", ""},
+		{"/v1/" + strings.Repeat("x", 300), "unknown_endpoint", ""},
+	} {
+		res := p.post(c.path, "application/json", chatBody())
+		if res.status != 404 || res.errorCode() != c.code || !strings.Contains(res.body, "with /v1 for OpenAI's SDKs, without") ||
+			strings.Contains(res.body, "The path is") != (c.names != "") || !strings.Contains(res.body, c.names) {
+			t.Errorf("%.100s: got %d %s", c.path, res.status, res.body)
+		}
+	}
+	if res := p.do("GET", "/manage/nothing", "", "Authorization", "Bearer "+p.adminKey); res.status != 404 ||
+		strings.Contains(res.body, "SDK") {
+		t.Errorf("/manage: got %d %s", res.status, res.body)
+	}
+	wrong := p.chatAs("sk-x")
+	res := p.chatAs(p.adminKey)
+	if res.status != 401 || res.body != wrong.body || !strings.Contains(res.body, "Management keys are for /manage only") {
+		t.Errorf("a management key: got %d %s, any other %s", res.status, res.body, wrong.body)
+	}
+	if !strings.Contains(string(p.log.bytes()), `"code":"management key"`) {
+		t.Error("the log does not say that a management key was sent")
+	}
+	if res := p.manageAs(p.token, "GET", "/manage/projects", ""); res.status != 401 ||
+		!strings.Contains(res.body, "Tokens are for /v1 only") {
+		t.Errorf("a token on /manage: got %d %s", res.status, res.body)
+	}
+}

@@ -349,9 +349,21 @@ func TestClientAddress(t *testing.T) {
 		{"10.0.0.1:5", []string{"6.6.6.6", "1.2.3.4"}, "1.2.3.4"},
 		{"10.0.0.1:5", []string{"6.6.6.6, 1.2.3.4, 10.9.9.9", "10.0.0.2"}, "1.2.3.4"},
 		{"10.0.0.1:5", []string{"10.0.0.7, 10.0.0.8"}, "10.0.0.7"},
-		{"10.0.0.1:5", []string{"6.6.6.6, garbage, 10.0.0.8"}, "10.0.0.8"},
-		{"10.0.0.1:5", []string{"6.6.6.6, "}, "10.0.0.1"},
-		{"10.0.0.1:5", []string{"1.2.3.4:80"}, "10.0.0.1"},
+		{"10.0.0.1:5", []string{"6.6.6.6, garbage, 10.0.0.8"}, ""},
+		{"10.0.0.1:5", []string{"6.6.6.6, "}, ""},
+		{"10.0.0.1:5", []string{"unknown"}, ""},
+		{"10.0.0.1:5", []string{""}, ""},
+		{"10.0.0.1:5", []string{"1.2.3.4:80"}, "1.2.3.4"},
+		{"10.0.0.1:5", []string{"6.6.6.6, 198.51.100.7:55123, 10.0.0.8:1"}, "198.51.100.7"},
+		{"10.0.0.1:5", []string{"[2001:db8::1]:443"}, "2001:db8::1"},
+		{"10.0.0.1:5", []string{"[2001:db8::1]"}, "2001:db8::1"},
+		{"10.0.0.1:5", []string{"[fd00::2]:1, [fd00::3]"}, "fd00::2"},
+		{"10.0.0.1:5", []string{"[::ffff:1.2.3.4]:80"}, "1.2.3.4"},
+		{"10.0.0.1:5", []string{"[1.2.3.4]"}, ""},
+		{"10.0.0.1:5", []string{"[2001:db8::1"}, ""},
+		{"10.0.0.1:5", []string{"2001:db8::1]:80"}, ""},
+		{"10.0.0.1:5", []string{"1.2.3.4:99999"}, ""},
+		{"10.0.0.1:5", []string{"1.2.3.4:"}, ""},
 		{"10.0.0.1:5", []string{"\t2001:db8::1 "}, "2001:db8::1"},
 		{"10.0.0.1:5", []string{"fe80::1%evil"}, "fe80::1"},
 		{"10.0.0.1:5", []string{"::ffff:10.0.0.3"}, "10.0.0.3"},
@@ -372,6 +384,12 @@ func TestClientAddress(t *testing.T) {
 	if row := p.lastCall(); row.Address != "198.51.100.7" {
 		t.Errorf("the ledger has the address %s", row.Address)
 	}
+	_, held := p.newToken(`"name":"held","policy":{"addresses":["127.0.0.0/8","198.51.100.7"]}`)
+	for hop, status := range map[string]int{"198.51.100.7:55123": 200, "198.51.100.8:1": 403, "unreadable": 403} {
+		if res := p.chatWithHeaders("Authorization", "Bearer "+held, "X-Forwarded-For", hop); res.status != status {
+			t.Errorf("a list with the proxy's own address, %s: got %d", hop, res.status)
+		}
+	}
 	p = newTest(t, nil)
 	p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-Forwarded-For", "198.51.100.7")
 	if row := p.lastCall(); row.Address != "127.0.0.1" {
@@ -379,7 +397,7 @@ func TestClientAddress(t *testing.T) {
 	}
 }
 
-// FuzzClientAddress: whatever the header contains, the result is the peer's address or one in the header.
+// FuzzClientAddress: whatever the header contains, the result is the peer's address, one in the header, or unknown.
 func FuzzClientAddress(f *testing.F) {
 	f.Add("10.0.0.1:1", "1.2.3.4, 10.0.0.2", "6.6.6.6")
 	f.Add("[fd00::1%x]:1", "::1%2, ", "")
@@ -388,7 +406,7 @@ func FuzzClientAddress(f *testing.F) {
 	f.Fuzz(func(t *testing.T, peer, one, two string) {
 		got := s.clientAddress(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {one, two}}})
 		host, _, err := net.SplitHostPort(peer)
-		if err != nil && got != "" || got == host {
+		if err != nil && got != "" || got == host || got == "" {
 			return
 		}
 		addr, err := netip.ParseAddr(got)

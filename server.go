@@ -52,7 +52,7 @@ func (s *server) routes() http.Handler {
 		mux.Handle(open, methodNotAllowed("GET"))
 	}
 	mux.HandleFunc("/manage", notFound) // ServeMux would redirect, and a client would follow with its key
-	mux.HandleFunc("/", notFound)
+	mux.HandleFunc("/", unknownPath)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// ServeMux must not see /v1: it cleans paths that are not canonical and answers with a
 		// redirect, but such a path must not reach another endpoint than the one it names.
@@ -65,6 +65,15 @@ func (s *server) routes() http.Handler {
 			s.proxy.handleV1(w, r) // a client token: the call goes to a provider
 		}
 	})
+}
+
+// unknownPath answers a request that no route has: often a call with a wrong base URL.
+func unknownPath(w http.ResponseWriter, r *http.Request) {
+	if strings.HasPrefix(r.URL.Path, "/manage") || strings.HasPrefix(r.URL.Path, "/admin") {
+		notFound(w, r)
+		return
+	}
+	writeError(w, errUnknownPath(errUnknownURL, r.URL), r.Header["Anthropic-Version"] != nil)
 }
 
 // smallBodyTimeout limits reading the body of a request outside /v1. The watchdog limits
@@ -90,7 +99,7 @@ func (s *server) serveLogged(w http.ResponseWriter, r *http.Request, next http.H
 	}()
 	if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
 		path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
-		notFound(sw, r)
+		unknownPath(sw, r)
 		return
 	}
 	next.ServeHTTP(sw, r)
