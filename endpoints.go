@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -411,7 +412,11 @@ var queryParams = map[string]bool{
 	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
 	"name": false, "variant": false, "run_id": false, "group_id": false, "project_id": false, "user": false,
 	"stream": false, "include_obfuscation": false, "beta": false, "include": true, "include[]": true,
+	azureVersion: false,
 }
+
+// azureVersion is a query parameter of Azure's own: no other provider gets it.
+const azureVersion = "api-version"
 
 const maxQueryLen = 2 << 10
 
@@ -462,6 +467,24 @@ func checkQuery(raw string, e *endpoint) (model string, err error) {
 		}
 	}
 	return model, nil
+}
+
+// hasAzureVersion reports whether a query that checkQuery has passed has the parameter azureVersion.
+func hasAzureVersion(query string) bool {
+	if query == "" {
+		return false
+	}
+	values, err := url.ParseQuery(query)
+	return err == nil && values.Has(azureVersion)
+}
+
+// withoutAzureVersion returns a query without the parameter azureVersion, for an upstream that is not Azure's.
+func withoutAzureVersion(query string) string {
+	if !hasAzureVersion(query) {
+		return query
+	}
+	pairs := slices.DeleteFunc(strings.Split(query, "&"), func(pair string) bool { return hasAzureVersion(pair) })
+	return strings.Join(pairs, "&")
 }
 
 // isMetadataParam reports whether name is metadata[key], which filters a list.

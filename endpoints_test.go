@@ -230,7 +230,7 @@ func TestCheckQuery(t *testing.T) {
 		{"model=gpt-4", "model", "Unknown"},
 		{"Limit=1", "Limit", "Unknown"},
 		{"=1", "", "Unknown"},
-		{"api-version=1", "api-version", "Unknown"},
+		{"api-version=1&api-version=2", "api-version", "Repeated"},
 		{"metadata=1", "metadata", "Unknown"},
 		{"metadata[]=1", "metadata[]", "Unknown"},
 		{"metadata[a][b]=1", "metadata[a][b]", "Unknown"},

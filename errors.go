@@ -258,6 +258,12 @@ func errRepeatedHeader(header string) *apiError {
 	return badRequest("ambiguous_header", header, "The request has more than one "+header+" header.")
 }
 
+// errAzureOnly is for a parameter that only Azure's upstreams know.
+func errAzureOnly(param string) *apiError {
+	return badRequest("invalid_request", param,
+		"The query parameter "+param+" is for upstreams of the provider azure only. The call would go to another one.")
+}
+
 func errPageSize(most int) *apiError {
 	return badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(most)+".")
 }

@@ -27,6 +27,10 @@ func (p *proxy) admit(c *call) error {
 		}
 		return errNoUpstream
 	}
+	if c.upstream.provider != providerAzure && hasAzureVersion(c.query) {
+		c.upstream.health.endProbe()
+		return errAzureOnly(azureVersion)
+	}
 	if c.upstream.configErr != nil {
 		return errUpstreamKeyUnreadable(c.upstream.configErr)
 	}

@@ -223,6 +223,9 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 	if a.t.merged != nil {
 		query = a.t.merged.query
 	}
+	if a.upstream.provider != providerAzure {
+		query = withoutAzureVersion(query)
+	}
 	body, err := a.buildBody()
 	if err != nil {
 		return nil, err

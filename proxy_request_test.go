@@ -1173,3 +1173,34 @@ func TestWrongBaseURL(t *testing.T) {
 		t.Errorf("a token on /manage: got %d %s", res.status, res.body)
 	}
 }
+
+// TestAzureVersion: Azure's own query parameter goes to Azure's upstreams only, and a call that goes to another one first
+// is told so.
+func TestAzureVersion(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	const path = "/v1/chat/completions?api-version=preview"
+	res := p.post(path, "application/json", chatBody())
+	if res.status != 400 || !strings.Contains(res.body, `"param":"api-version"`) || !strings.Contains(res.body, "azure") {
+		t.Errorf("no upstream of azure: got %d %s", res.status, res.body)
+	}
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"priority":1}`, 200, nil)
+	azure := newFakeProvider(t)
+	p.secrets = append(p.secrets, azure.key)
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams",
+		fmt.Sprintf(`{"name":"a","provider":"azure","api_key":%q,"base_url":%q}`, azure.key, azure.url), 201, nil)
+	if res := p.post(path, "application/json", chatBody()); res.status != 200 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if got := azure.lastRequest(t).target; !strings.HasSuffix(got, "/chat/completions?api-version=preview") {
+		t.Errorf("azure got %s", got)
+	}
+	azure.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(500, `{}`) })
+	if res := p.post(path+"&beta=%74rue", "application/json", chatBody()); res.status != 200 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if got := p.provider.lastRequest(t).target; got != "/chat/completions?beta=%74rue" &&
+		got != "/v1/chat/completions?beta=%74rue" {
+		t.Errorf("the other upstream got %s", got)
+	}
+}
