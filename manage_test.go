@@ -81,7 +81,8 @@ func managementCallers(p *testProxy, environment string) map[string]managementCa
 func TestManageRoles(t *testing.T) {
 	t.Parallel()
 	const environment = "environment-key-Jx81LmQp04TzVb67wYcN" // MANAGEMENT_TOKEN
-	const refusal = `{"error":{"message":"A valid management key is needed: Authorization: Bearer \u003ckey\u003e. Tokens are for /v1 only.",` +
+	const refusal = `{"error":{"message":"A valid management key is needed: Authorization: Bearer \u003ckey\u003e. ` +
+		`Tokens are for /v1 only.",` +
 		`"type":"invalid_request_error","param":null,"code":"invalid_management_key"}}` + "\n"
 	p := newTest(t, map[string]string{"MANAGEMENT_TOKEN": environment, "TRUSTED_PROXIES": "127.0.0.1"})
 	p.secrets = append(p.secrets, environment)
