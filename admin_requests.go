@@ -17,6 +17,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // A requestsView is the data of templates/requests.html.
@@ -398,9 +400,15 @@ func (e *exportWriter) writeRow(cells ...string) {
 	}
 }
 
-// safeCell keeps spreadsheets from taking text for a formula.
+// safeCell keeps spreadsheets from taking text for a formula. Some read the wide and the small forms of a
+// sign like the sign itself, and ignore what is invisible before it.
 func safeCell(v string) string {
-	if v != "" && strings.ContainsRune("=+-@\t\r\n", rune(v[0])) {
+	visible := strings.TrimLeftFunc(v, func(r rune) bool {
+		return unicode.IsSpace(r) || unicode.IsControl(r) || unicode.Is(unicode.Cf, r)
+	})
+	first, _ := utf8.DecodeRuneInString(visible)
+	if strings.ContainsRune("=+-@＝＋－＠﹦﹢﹣﹫", first) && visible != "" ||
+		v != "" && strings.ContainsRune("\t\r\n", rune(v[0])) {
 		return "'" + v
 	}
 	return v

@@ -293,7 +293,9 @@ func TestExports(t *testing.T) {
 func TestSafeCells(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]string{"": "", "a=1": "a=1", "=1": "'=1", "+1": "'+1", "-1": "'-1", "@x": "'@x",
-		"\tx": "'\tx", "\rx": "'\rx", "\nx": "'\nx", "'x": "'x", "ä": "ä"} {
+		"\tx": "'\tx", "\rx": "'\rx", "\nx": "'\nx", "'x": "'x", "ä": "ä",
+		"＝1": "'＝1", "＋1": "'＋1", "－1": "'－1", "＠x": "'＠x", "﹦1": "'﹦1", "\u200b=1": "'\u200b=1", " =1": "' =1",
+		"\ufeff＝1": "'\ufeff＝1", "\x00=1": "'\x00=1", " ": " ", "\xff": "\xff", "a＝": "a＝", "ｘ": "ｘ"} {
 		if got := safeCell(in); got != want {
 			t.Errorf("%q: %q", in, got)
 		}

@@ -26,6 +26,7 @@ import (
 // A program is one run of the executable. Tests replace its connections to the outside.
 type program struct {
 	getenv         func(string) string
+	environment    []string // all of it, as NAME=value
 	stdout, stderr io.Writer
 	ready          func(addr net.Addr) // called when listening; may be nil
 	hangups        chan os.Signal      // SIGHUP; nil: not handled

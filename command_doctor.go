@@ -51,6 +51,9 @@ func (p *program) doctor(ctx context.Context, args []string) error {
 		}
 	} else {
 		d.ok("configuration", "valid")
+		for _, n := range d.cfg.settingNotices(p.environment) {
+			d.warn("configuration", n.finding, n.remedy)
+		}
 		d.runChecks(ctx, len(args) == 1)
 	}
 	if d.failed > 0 {
@@ -274,7 +277,7 @@ func (d *diagnosis) checkUpstreams(ctx context.Context, st *store, sl *sealer, p
 		return
 	}
 	before := d.failed
-	transport := newTransport(d.cfg.allowPrivate)
+	transport := newTransport(d.cfg.allowPrivate, d.cfg.upstreamProxy)
 	defer transport.CloseIdleConnections()
 	for i := range rows {
 		row := &rows[i]

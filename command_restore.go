@@ -243,6 +243,10 @@ func (r *restoration) replaceDatabase() (aside string, err error) {
 	if err := os.Rename(file+"-wal", newName+"-wal"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return aside, err
 	}
+	if err := os.Rename(unwrittenFileName(file), unwrittenFileName(newName)); err != nil &&
+		!errors.Is(err, fs.ErrNotExist) {
+		return aside, err
+	}
 	if err := os.Remove(file + "-shm"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return aside, err
 	}

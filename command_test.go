@@ -16,6 +16,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math/big"
 	mathrand "math/rand/v2"
@@ -91,7 +92,7 @@ func (s *servedProgram) status(t *testing.T, path, credential string) int {
 
 func serveEnv(t *testing.T) map[string]string {
 	return map[string]string{"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(t.TempDir(), "data"),
-		"ALLOW_PRIVATE_UPSTREAMS": "true"}
+		"DRAIN_DELAY": "0s", "ALLOW_PRIVATE_UPSTREAMS": "true"}
 }
 
 // findCredential finds the one token or key in an output.
@@ -295,8 +296,84 @@ func TestPortTaken(t *testing.T) {
 	env := serveEnv(t)
 	env["LISTEN_ADDR"], env["MANAGEMENT_TOKEN"] = taken.Addr().String(), ""
 	out, err := runProgram(t, env, "serve")
-	if err == nil || !strings.Contains(err.Error(), "listening on") || strings.Contains(out, manageKeyPrefix) {
+	if err == nil || !strings.Contains(err.Error(), "another program listens there") ||
+		strings.Contains(out, manageKeyPrefix) {
 		t.Errorf("got %v, printed %q", err, out)
+	}
+}
+
+// TestListenErrors: each reason why an address cannot be listened on has its remedy.
+func TestListenErrors(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		addr string
+		err  error
+		want string
+	}{
+		{"127.0.0.1:80", syscall.EADDRINUSE, "set another address"},
+		{"192.0.2.1:80", syscall.EADDRNOTAVAIL, "listen on :80"},
+		{"127.0.0.1:80", syscall.EACCES, "CAP_NET_BIND_SERVICE"},
+		{"unix:/run/x/http.sock", syscall.ENOENT, "create the directory"},
+		{"unix:/run/x/http.sock", syscall.EACCES, "chown"},
+	} {
+		cause := &net.OpError{Op: "listen", Err: os.NewSyscallError("bind", tt.err)}
+		err := describeListenError("LISTEN_ADDR", tt.addr, cause)
+		if text := err.Error(); !strings.Contains(text, tt.want) || !strings.Contains(text, "LISTEN_ADDR "+tt.addr) {
+			t.Errorf("%s: %s", tt.addr, text)
+		}
+	}
+}
+
+// TestFileErrors: an error of the file system names the path and what to do. (The tests may run as root, who may
+// read everything.)
+func TestFileErrors(t *testing.T) {
+	t.Parallel()
+	for err, want := range map[error]string{
+		syscall.EACCES: "chown", syscall.EPERM: "chown", syscall.EROFS: "mount it writable",
+		syscall.ENOSPC: "free some space", syscall.ENOENT: "check that the path",
+	} {
+		if got := fileRemedy(&fs.PathError{Op: "open", Path: "x", Err: err}); !strings.Contains(got, want) {
+			t.Errorf("%v: %s", err, got)
+		}
+	}
+	for name, spoil := range map[string]func(dir string) error{
+		lockFileName:   func(dir string) error { return os.Mkdir(filepath.Join(dir, lockFileName), 0o700) },
+		"llm-proxy.db": func(dir string) error { return os.Mkdir(filepath.Join(dir, "llm-proxy.db"), 0o700) },
+		keyFileName:    func(dir string) error { return os.Mkdir(filepath.Join(dir, keyFileName), 0o700) },
+	} {
+		env := serveEnv(t)
+		if err := errors.Join(os.MkdirAll(env["DATA_DIR"], 0o700), spoil(env["DATA_DIR"])); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := runProgram(t, env, "serve"); err == nil ||
+			!strings.Contains(err.Error(), filepath.Join(env["DATA_DIR"], name)) ||
+			!strings.Contains(err.Error(), "; ") {
+			t.Errorf("%s is a directory: %v", name, err)
+		}
+	}
+}
+
+// TestNoticesAtStart: doctor and the log of a start show notices about the environment.
+func TestNoticesAtStart(t *testing.T) {
+	t.Parallel()
+	env := serveEnv(t)
+	var log, out syncBuffer
+	p := &program{getenv: func(name string) string { return env[name] }, stdout: &out, stderr: &log,
+		environment: []string{"RETENTON=1d", "HTTPS_PROXY=http://user:pw-canary@proxy:1"}}
+	ctx, cancel := context.WithCancel(t.Context())
+	p.ready = func(net.Addr) { cancel() }
+	if err := p.run(ctx, []string{"serve"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.run(t.Context(), []string{"doctor"}); err != nil {
+		t.Fatal(err)
+	}
+	for where, text := range map[string]string{"the log": string(log.bytes()), "doctor": string(out.bytes())} {
+		if !strings.Contains(text, "did you mean RETENTION?") ||
+			!strings.Contains(text, "set UPSTREAM_PROXY") ||
+			strings.Contains(text, "canary") {
+			t.Errorf("%s: %s", where, text)
+		}
 	}
 }
 

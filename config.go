@@ -4,18 +4,15 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
-	"os"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -37,6 +34,7 @@ type config struct {
 	openaiKey         secret // nil: no default project
 	openaiURL         string
 	allowPrivate      bool
+	upstreamProxy     *url.URL // nil: providers are dialled directly
 	publicURL         *url.URL // nil: not set
 	trustedProxies    []netip.Prefix
 	trustUnix         bool
@@ -52,6 +50,7 @@ type config struct {
 	streamIdleTimeout time.Duration
 	firstEventTimeout time.Duration
 	drainTimeout      time.Duration
+	drainDelay        time.Duration
 	retention         time.Duration
 	maxDatabaseBytes  int64 // 0: no limit
 	maxContentBytes   int64
@@ -188,6 +187,12 @@ func dataSettings(c *config) []setting {
 		{"ALLOW_PRIVATE_UPSTREAMS", "false",
 			"true: base URLs may be http:// and may name loopback or private addresses",
 			setBool(&c.allowPrivate)},
+		{"UPSTREAM_PROXY", "",
+			"http://, https:// or socks5:// URL of a proxy through which all calls to providers go; default: none",
+			setter{secret: true, set: func(text string) (err error) { // it may have a password
+				c.upstreamProxy, err = parseUpstreamProxy(text)
+				return err
+			}}},
 	}
 }
 
@@ -224,6 +229,9 @@ func limitSettings(c *config) []setting {
 		{"DRAIN_TIMEOUT", "30s",
 			"how long running calls may continue after SIGTERM",
 			setDuration(&c.drainTimeout, 0, time.Hour)},
+		{"DRAIN_DELAY", "2s",
+			"how long after SIGTERM connections are still accepted, to answer 503, so that load balancers notice",
+			setDuration(&c.drainDelay, 0, 10*time.Minute)},
 		{"RETENTION", "90d",
 			"how long the ledger keeps single calls; totals are kept longer",
 			setDuration(&c.retention, time.Hour, 3660*day)},
@@ -234,6 +242,77 @@ func limitSettings(c *config) []setting {
 			"how much of each request and answer is stored, in projects whose policy has keep_content_days",
 			setSize(&c.maxContentBytes, 1<<10, 16<<20)},
 	}
+}
+
+// A settingNotice is something about the environment that is probably a mistake, but no reason not to start.
+type settingNotice struct{ name, finding, remedy string }
+
+// settingNotices examines an environment (NAME=value) for names that are almost those of settings, which are
+// ignored, and for proxies that are. It reads no value.
+func (c *config) settingNotices(environment []string) (notices []settingNotice) {
+	table := settings(&config{})
+	isSetting := map[string]bool{}
+	for _, s := range table {
+		isSetting[s.name] = true
+	}
+	for _, line := range environment {
+		name, value, _ := strings.Cut(line, "=")
+		if isSetting[name] {
+			continue
+		}
+		switch upper := strings.ToUpper(name); upper {
+		case "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY":
+			if value != "" && c.upstreamProxy == nil {
+				notices = append(notices, settingNotice{name, name + " is set but not used",
+					"calls to providers connect directly; if they should not, set UPSTREAM_PROXY"})
+			}
+		default:
+			if meant := similarSetting(upper, table); meant != "" {
+				notices = append(notices, settingNotice{name, clip(name, 64) + " is not a setting and is ignored",
+					"did you mean " + meant + "?"})
+			}
+		}
+	}
+	return notices
+}
+
+// similarSetting returns the setting that somebody who wrote name probably meant, or "".
+func similarSetting(name string, table []setting) (meant string) {
+	for _, prefix := range [...]string{"LLM_PROXY_", "LLMPROXY_"} {
+		name = strings.TrimPrefix(name, prefix)
+	}
+	best := 3 // a name with as many typing errors is another name
+	for _, s := range table {
+		if d := editDistance(name, s.name); d < best && (d < 2 || len(s.name) >= 8) {
+			best, meant = d, s.name
+		}
+	}
+	return meant
+}
+
+// editDistance returns how many characters must be added, removed or changed to make b of a. It stops at a
+// difference in length that is large anyway.
+func editDistance(a, b string) int {
+	if len(a)-len(b) > 2 || len(b)-len(a) > 2 {
+		return 3
+	}
+	row := make([]int, len(b)+1) // distances of the prefix of a so far to each prefix of b
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
 }
 
 // settingText returns the text of a setting in the environment, or its default.
@@ -356,43 +435,6 @@ func checkTLS(c *config) []error {
 	return nil
 }
 
-// checkDirectory returns an error if dir cannot be written to, or created. It leaves
-// nothing behind.
-func checkDirectory(dir string) error {
-	info, err := os.Stat(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		if parent := filepath.Dir(dir); parent != dir {
-			return checkDirectory(parent)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("%q: %s", dir, unwrapPathError(err))
-	}
-	if !info.IsDir() {
-		return fmt.Errorf("%q is not a directory", dir)
-	}
-	f, err := os.CreateTemp(dir, ".writable-*")
-	if err != nil {
-		return fmt.Errorf("%q cannot be written to: %s; grant this user write access, or choose another directory",
-			dir, unwrapPathError(err))
-	}
-	f.Close()
-	return os.Remove(f.Name())
-}
-
-// checkDatabaseFile checks a database file outside DATA_DIR. The operator creates its
-// directory, not the program.
-func checkDatabaseFile(file string, checkDirectory func(string) error) error {
-	dir := filepath.Dir(file)
-	if info, err := os.Stat(file); err == nil && info.IsDir() {
-		return fmt.Errorf("%q is a directory; name a file in it", file)
-	}
-	if _, err := os.Stat(dir); err != nil {
-		return fmt.Errorf("%q: %w; create the directory first", dir, unwrapPathError(err))
-	}
-	return checkDirectory(dir)
-}
-
 // checkListen checks an address to listen on.
 func checkListen(s string) error {
 	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
@@ -436,36 +478,6 @@ func parseDatabaseURL(s string) (string, error) {
 		return "", errors.New("must be sqlite:FILE")
 	}
 	return filepath.Abs(strings.TrimPrefix(rest, "//"))
-}
-
-// readSecretFile reads a secret from a file. A newline at the end is not part of the secret.
-func readSecretFile(name string, field *secret, check func(string) error) error {
-	f, err := os.Open(name)
-	if err != nil {
-		return fmt.Errorf("names a file that cannot be read: %w", unwrapPathError(err))
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, 4097))
-	if err != nil {
-		return fmt.Errorf("names a file that cannot be read: %w", unwrapPathError(err))
-	}
-	if len(b) > 4096 {
-		return errors.New("names a file that is larger than 4 KiB; it must contain only the secret")
-	}
-	v := string(bytes.TrimRight(b, "\r\n"))
-	if err := check(v); err != nil {
-		return fmt.Errorf("names a file whose content %w", err)
-	}
-	*field = newSecret(v)
-	return nil
-}
-
-// unwrapPathError removes the operation and the path from an error, which may be a secret.
-func unwrapPathError(err error) error {
-	if pe, ok := errors.AsType[*fs.PathError](err); ok {
-		return pe.Err
-	}
-	return err
 }
 
 func checkEncryptionKey(s string) error {
@@ -547,6 +559,17 @@ func parsePublicURL(s string) (*url.URL, error) {
 		return nil, errors.New("must be a scheme and a host, as in https://llm.example.com")
 	}
 	return u, nil
+}
+
+// parseUpstreamProxy reads the URL of a proxy.
+func parseUpstreamProxy(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	if err != nil || !slices.Contains([]string{"http", "https", "socks5"}, u.Scheme) || u.Port() == "" ||
+		u.Hostname() == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, errors.New("must be a scheme, a host and a port, as in http://10.0.0.5:3128, " +
+			"https://USER:PASSWORD@HOST:PORT or socks5://10.0.0.5:1080")
+	}
+	return u, checkHost(u.Hostname(), true) // proxies usually have private addresses
 }
 
 // parseFileMode reads the permissions of a socket.

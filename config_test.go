@@ -4,9 +4,11 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -89,6 +91,15 @@ func TestConfigValues(t *testing.T) {
 		{"LISTEN_ADDR", "example.com:80", "must name an IP address"},
 		{"LISTEN_ADDR", " :8080", "has white space around its value"},
 		{"LISTEN_ADDR", "\n", "has white space around its value"},
+		{"UPSTREAM_PROXY", "http://proxy.example.com:3128", ""},
+		{"UPSTREAM_PROXY", "https://user:pw-canary-2@10.0.0.5:8443", ""},
+		{"UPSTREAM_PROXY", "socks5://[fd12::1]:1080/", ""},
+		{"UPSTREAM_PROXY", "http://127.0.0.1:3128", ""},
+		{"UPSTREAM_PROXY", "proxy.example.com:3128", "must be a scheme, a host and a port"},
+		{"UPSTREAM_PROXY", "http://proxy.example.com", "must be a scheme, a host and a port"},
+		{"UPSTREAM_PROXY", "ftp://user:pw-canary-2@proxy.example.com:21", "must be a scheme, a host and a port"},
+		{"UPSTREAM_PROXY", "http://proxy.example.com:3128/path", "must be a scheme, a host and a port"},
+		{"UPSTREAM_PROXY", "http://169.254.169.254:80", "never allowed"},
 		{"DATA_DIR", file("a-file", "x", 0o600), "is not a directory"},
 		{"DATA_DIR", filepath.Join(dir, "new", "deep"), ""},
 		{"DATA_DIR", filepath.Join(dir, "a-file", "below"), "not a directory"},
@@ -183,6 +194,8 @@ func TestConfigValues(t *testing.T) {
 		{"STREAM_IDLE_TIMEOUT", "5 m", "must be a duration"},
 		{"DRAIN_TIMEOUT", "0s", ""},
 		{"DRAIN_TIMEOUT", "2h", "must be from"},
+		{"DRAIN_DELAY", "0s", ""},
+		{"DRAIN_DELAY", "11m", "must be from"},
 		{"RETENTION", "30d", ""},
 		{"RETENTION", "12h", ""},
 		{"RETENTION", "30days", "must be a duration"},
@@ -232,6 +245,34 @@ func TestConfigPairs(t *testing.T) {
 			(!strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "pw-canary")) {
 			t.Errorf("%v: %v, want %q", tt.env, err, tt.want)
 		}
+	}
+}
+
+// TestSettingNotices: names that are almost those of settings, and proxies that are ignored, are noticed; other
+// names are not.
+func TestSettingNotices(t *testing.T) {
+	t.Parallel()
+	c := &config{}
+	for line, want := range map[string]string{
+		"RETENTON=1d": "did you mean RETENTION?", "OPENAI_APIKEY=sk-canary": "did you mean OPENAI_API_KEY?",
+		"RETENTOIN=1d": "RETENTION?", "retention=1d": "RETENTION?", "LLM_PROXY_LOG_LEVEL=debug": "LOG_LEVEL?",
+		"LISTEN_ADDRESS=:1": "", "LISTENADDR=:1": "LISTEN_ADDR?", "MAX_BODY_BYTE=1": "MAX_BODY_BYTES?",
+		"DATABASE_URI=x": "DATABASE_URL?", "ENCRYPTION_KEYFILE=x": "ENCRYPTION_KEY_FILE?", "DATADIR=x": "DATA_DIR?",
+		"TRUSTED_PROXY=x": "", "OPENAI_BASE_URL=x": "", "LISTEN_FDS=1": "", "LISTEN_PID=7": "", "RETENTION=1d": "",
+		"PATH=/bin": "", "HOME=/": "", "LANG=C": "", "TMPDIR=/tmp": "", "GOMEMLIMIT=1GiB": "", "NO_PROXY=*": "", "": "",
+		"HTTPS_PROXY=http://u:pw-canary@p:1": "set UPSTREAM_PROXY", "http_proxy=x": "set UPSTREAM_PROXY",
+		"ALL_PROXY=x": "set UPSTREAM_PROXY", "HTTP_PROXY=": "", "HOSTNAME=x": "", "LOG_LEVELS=x": "LOG_LEVEL?",
+	} {
+		notices := c.settingNotices([]string{line})
+		text := fmt.Sprint(notices)
+		if len(notices) > 1 || (want == "") != (len(notices) == 0) || !strings.Contains(text, want) ||
+			strings.Contains(text, "canary") {
+			t.Errorf("%s: %s, want %q", line, text, want)
+		}
+	}
+	c.upstreamProxy = &url.URL{}
+	if notices := c.settingNotices([]string{"HTTPS_PROXY=x"}); len(notices) > 0 {
+		t.Errorf("with UPSTREAM_PROXY: %v", notices)
 	}
 }
 

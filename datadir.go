@@ -4,10 +4,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"math"
@@ -24,6 +26,73 @@ const (
 	lockFileName = "llm-proxy.lock"
 	keyFileName  = "encryption.key"
 )
+
+// checkDirectory returns an error if dir cannot be written to, or created. It leaves
+// nothing behind.
+func checkDirectory(dir string) error {
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if parent := filepath.Dir(dir); parent != dir {
+			return checkDirectory(parent)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%q: %w; %s", dir, unwrapPathError(err), fileRemedy(err))
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%q is not a directory; name a directory, or remove that file", dir)
+	}
+	f, err := os.CreateTemp(dir, ".writable-*")
+	if err != nil {
+		return fmt.Errorf("%q cannot be written to: %w; %s, or choose another directory",
+			dir, unwrapPathError(err), fileRemedy(err))
+	}
+	f.Close()
+	return os.Remove(f.Name())
+}
+
+// checkDatabaseFile checks a database file outside DATA_DIR. The operator creates its
+// directory, not the program.
+func checkDatabaseFile(file string, checkDirectory func(string) error) error {
+	dir := filepath.Dir(file)
+	if info, err := os.Stat(file); err == nil && info.IsDir() {
+		return fmt.Errorf("%q is a directory; name a file in it", file)
+	}
+	if _, err := os.Stat(dir); err != nil {
+		return fmt.Errorf("%q: %w; create the directory first", dir, unwrapPathError(err))
+	}
+	return checkDirectory(dir)
+}
+
+// readSecretFile reads a secret from a file. A newline at the end is not part of the secret.
+func readSecretFile(name string, field *secret, check func(string) error) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return fmt.Errorf("names a file that cannot be read: %w; %s", unwrapPathError(err), fileRemedy(err))
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, 4097))
+	if err != nil {
+		return fmt.Errorf("names a file that cannot be read: %w; %s", unwrapPathError(err), fileRemedy(err))
+	}
+	if len(b) > 4096 {
+		return errors.New("names a file that is larger than 4 KiB; it must contain only the secret")
+	}
+	v := string(bytes.TrimRight(b, "\r\n"))
+	if err := check(v); err != nil {
+		return fmt.Errorf("names a file whose content %w", err)
+	}
+	*field = newSecret(v)
+	return nil
+}
+
+// unwrapPathError removes the operation and the path from an error, which may be a secret.
+func unwrapPathError(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
+}
 
 // A dataDir is a data directory that this process has locked.
 type dataDir struct {
@@ -117,7 +186,7 @@ func fileRemedy(err error) string {
 	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
 		return "free some space"
 	}
-	return "check DATA_DIR and DATABASE_URL"
+	return "check that the path is right"
 }
 
 // resolveLinks returns path without symbolic links, so that one file has one name. What does not
@@ -241,6 +310,10 @@ func (d *dataDir) databaseProblem() string {
 	return ""
 }
 
+// unwrittenFileName has rows of calls that a stop could not write to the database, because another process had
+// it locked or the disk was full. The next start records and removes them.
+func unwrittenFileName(databaseFile string) string { return databaseFile + ".unwritten" }
+
 // openSealer reads the encryption key from the settings or the key file and checks it against
 // the database. It creates a new key only for a database that has none; createdFile is then
 // the key file.
@@ -256,7 +329,7 @@ func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, create
 	if errors.Is(err, fs.ErrNotExist) {
 		key, createdFile = newEncryptionKey(), filepath.Join(cfg.dataDir, keyFileName)
 		if err := writeNewFile(createdFile, key()+"\n"); err != nil {
-			return nil, "", fmt.Errorf("writing the key file: %w", err)
+			return nil, "", fmt.Errorf("writing the key file: %w; %s", err, fileRemedy(err))
 		}
 	} else if err != nil {
 		return nil, "", err
@@ -302,7 +375,7 @@ func encryptionKey(cfg *config) (secret, error) {
 	}
 	text, err := os.ReadFile(filepath.Join(cfg.dataDir, keyFileName))
 	if err != nil {
-		return nil, fmt.Errorf("reading the key file: %w", err)
+		return nil, fmt.Errorf("reading the key file: %w; %s", err, fileRemedy(err))
 	}
 	return newSecret(string(text)), nil
 }

@@ -73,6 +73,8 @@ func demoEnvironment(getenv func(string) string, dir, provider string) func(stri
 			return "true" // the provider is on loopback
 		case "DATABASE_URL", "OPENAI_API_KEY":
 			return ""
+		case "DRAIN_DELAY":
+			return "0s" // no load balancer has to notice
 		case "LOG_FORMAT":
 			if getenv(name) == "" {
 				return "text" // a person reads it in a terminal

@@ -322,6 +322,16 @@ type requestRow struct {
 	requestedModelTracked bool        // requestedModel may have its own sums
 }
 
+// durableFields returns pointers to the fields that describe the call, in a fixed order. Stored content is not
+// among them.
+func (r *requestRow) durableFields() []any {
+	return []any{&r.id, &r.started, &r.project, &r.token, &r.endpoint, &r.stream, &r.address, &r.upstream, &r.model,
+		&r.status, &r.outcome, &r.errorCode, &r.source, &r.counts.input, &r.counts.cached, &r.counts.cacheWrite,
+		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
+		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse,
+		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked}
+}
+
 // A callOutcome says how a call ended. The ledger stores its text.
 type callOutcome string
 

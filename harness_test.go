@@ -60,7 +60,7 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
 	p.secrets = []string{p.provider.key, promptCanary}
 	p.env = map[string]string{
-		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s",
+		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s", "DRAIN_DELAY": "0s",
 		"ALLOW_PRIVATE_UPSTREAMS": "true", "OPENAI_API_URL": p.provider.url, "LOG_LEVEL": "debug",
 	}
 	maps.Copy(p.env, env)

@@ -54,7 +54,7 @@ func TestLayoutImports(t *testing.T) {
 		"modernc.org/sqlite/lib": {"store.go"},
 		"net/http/httputil":      {"proxy.go"},
 		"html/template":          {"admin*.go"},
-		"os":                     {"main.go", "config.go", "datadir.go", "demo.go", "listen.go", "command*.go"},
+		"os":                     {"main.go", "datadir.go", "demo.go", "listen.go", "command*.go"},
 		"os/signal":              {"main.go"},
 		"syscall":                {"main.go", "datadir.go", "upstream.go", "listen.go"},
 		"crypto/rand":            {"secrets.go", "tokens.go"},

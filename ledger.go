@@ -5,7 +5,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -200,8 +202,7 @@ func (l *ledger) awaitIfHealthy(ctx context.Context, count uint64) error {
 	return l.awaitCommitted(ctx, count)
 }
 
-// close writes what is queued and ends the writer. It gives up when ctx is over; what is not written by then
-// becomes lost rows at the next start.
+// close writes what is queued and ends the writer. It gives up when ctx is over; unwritten then has what is left.
 func (l *ledger) close(ctx context.Context) error {
 	err := l.flush(ctx)
 	l.mu.Lock()
@@ -211,6 +212,70 @@ func (l *ledger) close(ctx context.Context) error {
 	<-l.done
 	l.writer.close()
 	return err
+}
+
+// An unwrittenRow is a row that a stop could not write.
+type unwrittenRow struct {
+	SumOnly bool
+	Fields  []json.RawMessage // of requestRow.durableFields
+}
+
+// unwritten returns the rows that are still queued after close, as lines of JSON, and how many.
+func (l *ledger) unwritten() (lines []byte, count int, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	appendRow := func(r *requestRow, sumOnly bool) {
+		u := unwrittenRow{SumOnly: sumOnly}
+		for _, field := range r.durableFields() {
+			text, fieldErr := json.Marshal(field)
+			err = errors.Join(err, fieldErr)
+			u.Fields = append(u.Fields, text)
+		}
+		line, lineErr := json.Marshal(u)
+		err = errors.Join(err, lineErr)
+		lines = append(append(lines, line...), '\n')
+		count++
+	}
+	for _, e := range l.settledEntries {
+		appendRow(&e.row, false)
+	}
+	for _, r := range l.sumOnlyRows {
+		appendRow(r, true)
+	}
+	return lines, count, err
+}
+
+// recordUnwritten writes the rows in lines, which unwritten made in an earlier run, and returns how many. Rows that
+// are already recorded are skipped: that run's successor may have died before it removed the lines.
+func recordUnwritten(ctx context.Context, st *store, lines []byte) (count int, err error) {
+	var batch ledgerBatch
+	for line := range bytes.Lines(lines) {
+		var u unwrittenRow
+		row := &requestRow{}
+		fields := row.durableFields()
+		if err := json.Unmarshal(line, &u); err != nil || len(u.Fields) != len(fields) {
+			return 0, errors.New("it was made by another version, or is damaged")
+		}
+		for i, field := range fields {
+			if err := json.Unmarshal(u.Fields[i], field); err != nil {
+				return 0, fmt.Errorf("a row has an unexpected value: %w", err)
+			}
+		}
+		if u.SumOnly {
+			batch.sumOnlyRows = append(batch.sumOnlyRows, row)
+			continue
+		}
+		recorded, err := st.isRecorded(ctx, row.id)
+		if err != nil {
+			return 0, err
+		}
+		if !recorded {
+			batch.records = append(batch.records, row)
+		}
+	}
+	writer := st.newLedgerWriter()
+	defer writer.close()
+	return len(batch.records) + len(batch.sumOnlyRows), writer.write(ctx, batch)
 }
 
 // run is the writer; close waits for its end.

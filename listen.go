@@ -66,6 +66,25 @@ func openListener(addr string, mode fs.FileMode) (net.Listener, error) {
 	return net.Listen("tcp", addr)
 }
 
+// describeListenError says why an address cannot be listened on, and what to do.
+func describeListenError(setting, addr string, err error) error {
+	var remedy string
+	switch _, port, _ := net.SplitHostPort(addr); {
+	case errors.Is(err, syscall.EADDRINUSE):
+		remedy = "; another program listens there: stop it (find it with ss -ltnp), or set another address"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		remedy = "; this machine has no such address: see ip address, or listen on :" + port
+	case errors.Is(err, fs.ErrPermission) && !strings.HasPrefix(addr, unixPrefix):
+		remedy = "; ports below 1024 need CAP_NET_BIND_SERVICE: use another port, and let a proxy or the container " +
+			"publish that one"
+	case errors.Is(err, fs.ErrNotExist):
+		remedy = "; create the directory first"
+	case errors.Is(err, fs.ErrPermission):
+		remedy = "; " + fileRemedy(err)
+	}
+	return fmt.Errorf("listening on %s %s: %w%s", setting, addr, err, remedy)
+}
+
 // listenUnix creates a socket file. It replaces a socket that a dead process has left; any
 // other file at that path is an error and is not touched.
 func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {

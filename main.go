@@ -11,16 +11,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/signal"
+	"path"
+	"path/filepath"
 	"runtime/debug"
 	runtimemetrics "runtime/metrics"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -41,7 +46,7 @@ func main() {
 	}()
 	signal.Ignore(syscall.SIGPIPE) // the program must outlive the process that reads its log
 	log.SetOutput(io.Discard)      // net/http's transport logs unsolicited data of providers here, with secrets
-	p := &program{getenv: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}
+	p := &program{getenv: os.Getenv, environment: os.Environ(), stdout: os.Stdout, stderr: os.Stderr}
 	if len(os.Args) < 2 || os.Args[1] == "serve" { // other commands end with their terminal
 		p.hangups = make(chan os.Signal, 1)
 		signal.Notify(p.hangups, syscall.SIGHUP)
@@ -101,6 +106,10 @@ func (p *program) serveWithSetup(ctx context.Context, setup func(context.Context
 	sink := newLogSink(p.stderr)
 	defer sink.close()
 	log := newLogger(sink, cfg.logLevel, cfg.logText)
+	for _, n := range cfg.settingNotices(p.environment) {
+		log.Warn(n.finding+"; "+n.remedy, "name", n.name)
+	}
+	limitMemory(log.Logger)
 	in, err := openInstance(ctx, cfg, log, sink.droppedLines)
 	if err != nil {
 		return err
@@ -175,7 +184,7 @@ func openInstance(
 	}
 	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
-	in.transport = newTransport(cfg.allowPrivate)
+	in.transport = newTransport(cfg.allowPrivate, cfg.upstreamProxy)
 	if err = in.buildSurfaces(newIDSource(last), droppedLogLines); err != nil {
 		return nil, err
 	}
@@ -214,6 +223,9 @@ func (in *instance) openLedger(ctx context.Context) error {
 	priceLostRow := func(r *requestRow) {
 		r.cost, r.priced, r.modelTracked = prices.price("", r.model, r.counts)
 		r.requestedModelTracked = r.modelTracked
+	}
+	if err = in.recordUnwritten(ctx); err != nil {
+		return err
 	}
 	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, priceLostRow)
 	return err
@@ -310,7 +322,9 @@ func (in *instance) close() error {
 	if in.ledger != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		errs = append(errs, in.ledger.close(ctx))
+		if err := in.ledger.close(ctx); err != nil {
+			errs = append(errs, in.keepUnwritten())
+		}
 	}
 	for _, l := range []net.Listener{in.listener, in.metricsListener} {
 		if l != nil {
@@ -329,10 +343,52 @@ func (in *instance) close() error {
 	return errors.Join(errs...)
 }
 
+// keepUnwritten writes the rows that the closed ledger could not write to a file, for the next start.
+func (in *instance) keepUnwritten() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	reason := in.store.checkWritable(ctx)
+	lines, rows, err := in.ledger.unwritten()
+	if rows == 0 {
+		return nil
+	}
+	name := unwrittenFileName(in.cfg.databaseFile)
+	if err == nil {
+		err = writeNewFile(name, string(lines))
+	}
+	if err != nil {
+		return fmt.Errorf("%d calls could not be recorded: the database cannot be written (%w), nor can %s: %w; "+
+			"the next start records those that it knows as lost", rows, reason, name, err)
+	}
+	in.log.Error("the database cannot be written; calls that ended are kept in a file, and the next start records "+
+		"them. If it is locked, find the program with: fuser "+in.cfg.databaseFile,
+		"rows", rows, "file", name, "error", reason)
+	return nil
+}
+
+// recordUnwritten records the rows that keepUnwritten kept.
+func (in *instance) recordUnwritten(ctx context.Context) error {
+	name := unwrittenFileName(in.cfg.databaseFile)
+	lines, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	rows := 0
+	if err == nil {
+		rows, err = recordUnwritten(ctx, in.store, lines)
+	}
+	if err != nil {
+		return fmt.Errorf("recording the calls in %s: %w; start the version that made it, or move it away: its calls "+
+			"are then recorded as lost", name, err)
+	}
+	in.log.Warn("calls that the last stop could not write are recorded", "rows", rows, "file", name)
+	return errors.Join(os.Remove(name), syncDir(filepath.Dir(name)))
+}
+
 // listen opens LISTEN_ADDR, and METRICS_ADDR if it is set.
 func (in *instance) listen() (err error) {
 	if in.listener, err = openListener(in.cfg.listenAddr, in.cfg.socketMode); err != nil {
-		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", in.cfg.listenAddr, err)
+		return describeListenError("LISTEN_ADDR", in.cfg.listenAddr, err)
 	}
 	if in.cfg.tlsCert != "" {
 		if in.certificate, err = newCertificate(in.cfg.tlsCert, in.cfg.tlsKey); err != nil {
@@ -343,7 +399,7 @@ func (in *instance) listen() (err error) {
 		return nil
 	}
 	if in.metricsListener, err = openListener(in.cfg.metricsAddr, in.cfg.socketMode); err != nil {
-		return fmt.Errorf("listening on METRICS_ADDR %s: %w", in.cfg.metricsAddr, err)
+		return describeListenError("METRICS_ADDR", in.cfg.metricsAddr, err)
 	}
 	return nil
 }
@@ -391,20 +447,67 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	return err
 }
 
-// drain stops accepting connections, waits for running calls to end, and closes hs.
+// drain refuses new calls, waits for running ones to end, and closes hs. Until then, and at least
+// for DRAIN_DELAY, it accepts connections and answers 503 and Connection: close on new and open
+// ones: a closed port or connection would drop requests that are under way.
 func (in *instance) drain(hs *http.Server) {
 	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
 	ctx, cancel := context.WithTimeout(context.Background(), in.cfg.drainTimeout)
 	defer cancel()
-	// Shutdown comes later: it would drop, without an answer, requests that are under way on
-	// open connections. Until then they get 503 and Connection: close.
-	_ = in.listener.Close()
-	hs.SetKeepAlivesEnabled(false)
+	delay := time.After(in.cfg.drainDelay)
+	if in.cfg.listenAddr == systemdListen {
+		_ = in.listener.Close() // clients wait in systemd's socket for the next process
+	}
 	in.running.drain(ctx)
+	<-delay
+	_ = in.listener.Close()
 	last, done := context.WithTimeout(context.Background(), time.Second) // for administrators' requests
 	defer done()
 	_ = hs.Shutdown(last)
 	_ = hs.Close()
+}
+
+// limitMemory keeps the heap below the memory limit of this process's cgroup (of its container or
+// unit), unless GOMEMLIMIT is set. Otherwise the collector's headroom alone could exceed that limit
+// under load, and the kernel would kill the program.
+func limitMemory(log *slog.Logger) {
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	groups, _ := os.ReadFile("/proc/self/cgroup") // without it, as on other systems, there is no limit
+	read := func(name string) string { text, _ := os.ReadFile(name); return string(text) }
+	if limit := cgroupMemoryLimit(string(groups), read); limit > 0 {
+		limit -= limit / 10 // for what is not Go's: the database's pages, stacks of the kernel
+		debug.SetMemoryLimit(limit)
+		log.Info("the heap is limited to nine tenths of the cgroup's memory", "bytes", limit)
+	}
+}
+
+// cgroupMemoryLimit returns the lowest memory limit of the cgroups in groups (the content of
+// /proc/self/cgroup) and of those above them; 0: there is none. read returns the content of a file, or "".
+func cgroupMemoryLimit(groups string, read func(name string) string) (lowest int64) {
+	for line := range strings.Lines(groups) {
+		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
+		controllers, group, _ := strings.Cut(rest, ":")
+		root, files := "/sys/fs/cgroup", []string{"memory.max", "memory.high"}
+		if slices.Contains(strings.Split(controllers, ","), "memory") { // version 1
+			root, files = "/sys/fs/cgroup/memory", []string{"memory.limit_in_bytes"}
+		} else if controllers != "" {
+			continue
+		}
+		for dir := path.Join("/", group); ; dir = path.Dir(dir) {
+			for _, file := range files {
+				n, err := strconv.ParseInt(strings.TrimSpace(read(path.Join(root, dir, file))), 10, 64)
+				if err == nil && n > 0 && n < 1<<60 && (lowest == 0 || n < lowest) { // larger values mean none
+					lowest = n
+				}
+			}
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return lowest
 }
 
 const (

@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -153,6 +154,162 @@ func TestDrain(t *testing.T) {
 	if row := p.ledger()[0]; row.Outcome != "ok" || row.UsageSource != "exact" {
 		t.Errorf("the ledger has %+v", row)
 	}
+}
+
+// TestDrainAnswers: for DRAIN_DELAY after SIGTERM, clients that keep sending on open and on new connections get
+// 503 and Connection: close, never a closed connection; a call that ends meanwhile tells its client to close too.
+func TestDrainAnswers(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"DRAIN_DELAY": "2s", "LOG_LEVEL": "error"})
+	proceed := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if strings.Contains(r.body, `"seed":1`) {
+			<-proceed
+		}
+		return chatScript(c, r)
+	})
+	running := p.dial()
+	_, _ = io.WriteString(running, p.rawChatRequest("", chatBody(`"seed":1`)))
+	waitFor(t, "the call to reach the provider", func() bool { return len(p.provider.received()) == 1 })
+	var clients sync.WaitGroup
+	var refused, ready atomic.Int64
+	stop, begin := make(chan struct{}), time.Now()
+	for range 8 {
+		clients.Go(func() {
+			transport := &http.Transport{}
+			defer transport.CloseIdleConnections()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				for _, path := range []string{"/v1/models", "/readyz"} {
+					req, _ := http.NewRequestWithContext(t.Context(), "GET", p.url+path, nil)
+					req.Header.Set("Authorization", "Bearer "+p.token)
+					res, err := transport.RoundTrip(req)
+					if err != nil {
+						t.Errorf("%s: no answer: %v", path, err)
+						return
+					}
+					_, _ = io.Copy(io.Discard, res.Body)
+					res.Body.Close()
+					switch {
+					case res.StatusCode == 503 && res.Close:
+						refused.Add(1)
+						if path == "/readyz" {
+							ready.Add(1)
+						}
+					case res.StatusCode != 200 || p.instance.running.isDraining() && res.Close:
+						t.Errorf("%s: %d, close %v", path, res.StatusCode, res.Close)
+					}
+				}
+			}
+		})
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- p.stop() }()
+	waitFor(t, "the drain", p.instance.running.isDraining)
+	close(proceed)
+	if b, _ := io.ReadAll(running); !strings.HasPrefix(string(b), "HTTP/1.1 200 ") ||
+		!strings.Contains(string(b), "Connection: close\r\n") {
+		t.Errorf("the running call: %q", b)
+	}
+	waitFor(t, "many refusals", func() bool { return refused.Load() > 500 && ready.Load() > 100 })
+	close(stop)
+	clients.Wait()
+	if err := <-stopped; err != nil || time.Since(begin) < 2*time.Second {
+		t.Errorf("stopped after %v: %v", time.Since(begin), err)
+	}
+}
+
+// TestMemoryLimit: the limit is the lowest of the process's cgroups and of those above.
+func TestMemoryLimit(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		groups string
+		files  map[string]string
+		want   int64
+	}{
+		"container, version 2": {"0::/\n", map[string]string{"memory.max": "2147483648\n", "memory.high": "max\n"},
+			2 << 30},
+		"unit": {"0::/system.slice/llm-proxy.service\n", map[string]string{"system.slice/memory.max": "max\n",
+			"system.slice/llm-proxy.service/memory.max": "1073741824\n"}, 1 << 30},
+		"slice": {"0::/a/b\n", map[string]string{"a/memory.high": "1000\n", "a/b/memory.max": "2000\n"}, 1000},
+		"version 1": {"5:cpu,cpuacct:/x\n4:memory:/docker/1\n0::/\n", map[string]string{
+			"memory/docker/1/memory.limit_in_bytes": "4096", "x/memory.max": "1"}, 4096},
+		"version 1, the container's own view": {"4:memory:/docker/1\n", map[string]string{
+			"memory/memory.limit_in_bytes": "8192"}, 8192},
+		"no limit": {"4:memory:/\n0::/\n", map[string]string{
+			"memory/memory.limit_in_bytes": "9223372036854771712"}, 0},
+		"no cgroup":    {"", nil, 0},
+		"odd contents": {"x\n::\n0::/../..\n0::\n", map[string]string{"memory.max": "-1"}, 0},
+	} {
+		got := cgroupMemoryLimit(tt.groups, func(name string) string {
+			return tt.files[strings.TrimPrefix(name, "/sys/fs/cgroup/")]
+		})
+		if got != tt.want {
+			t.Errorf("%s: %d, want %d", name, got, tt.want)
+		}
+	}
+}
+
+// TestStopWhileLocked: if another process has the database locked for longer than a stop waits, the calls that
+// ended are kept in a file, and the next start records them exactly, once.
+func TestStopWhileLocked(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"DRAIN_TIMEOUT": "1s"})
+	p.allowErrors = true
+	p.setPragma(`PRAGMA busy_timeout = 20`)
+	proceed := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { <-proceed; return chatScript(c, r) })
+	const calls = 3
+	var clients sync.WaitGroup
+	for range calls {
+		clients.Go(func() {
+			if _, status := p.sendChat(context.Background(), p.token, `"n":1`); status != 200 {
+				t.Errorf("a call got %d", status)
+			}
+		})
+	}
+	waitFor(t, "the calls to reach the provider", func() bool { return len(p.provider.received()) == calls })
+	waitFor(t, "their pending records", func() bool { n, _ := p.instance.ledger.backlog(); return n == 0 })
+	unlock := p.lockDatabase()
+	close(proceed)
+	clients.Wait()
+	if err := p.stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+	unlock()
+	name := unwrittenFileName(p.instance.cfg.databaseFile)
+	kept, err := os.ReadFile(name)
+	if err != nil || bytes.Count(kept, []byte("\n")) != calls || !strings.Contains(string(p.log.bytes()), name) ||
+		!strings.Contains(string(p.log.bytes()), "database is locked") {
+		t.Fatalf("%v: %q %s", err, kept, p.log.bytes())
+	}
+	for range 2 { // the second time as if the start had died before it removed the file
+		p.start()
+		if _, err := os.Stat(name); err == nil {
+			t.Error("the file is still there")
+		}
+		rows := p.allRequests()
+		if len(rows) != calls {
+			t.Errorf("%d rows", len(rows))
+		}
+		for _, v := range rows {
+			if v.outcome != outcomeOK || v.source != usageExact || v.counts.output != 3 {
+				t.Errorf("the ledger has %+v", v.requestRow)
+			}
+		}
+		p.checkSums()
+		if err := p.stop(); err != nil {
+			t.Fatal(err)
+		}
+		mustOverwrite(t, name, string(kept))
+	}
+	mustOverwrite(t, name, `{"SumOnly":false,"Fields":[1]}`)
+	p.checkRefusedStartError(name, "move it away")
+	mustRemove(t, name)
 }
 
 // TestDrainCuts: calls that have not finished within DRAIN_TIMEOUT are cut and recorded with
@@ -411,6 +568,21 @@ func (p *testProxy) checkRefusedStart(want string) {
 	}
 }
 
+// checkRefusedStartError checks that a start fails with an error that has all texts.
+func (p *testProxy) checkRefusedStartError(texts ...string) {
+	p.t.Helper()
+	in, err := openInstance(p.t.Context(), p.instance.cfg, p.instance.log, nil)
+	if err == nil {
+		in.close()
+		p.t.Fatal("it was opened")
+	}
+	for _, text := range texts {
+		if !strings.Contains(err.Error(), text) {
+			p.t.Errorf("the error is %q, without %q", err, text)
+		}
+	}
+}
+
 // TestFirstSchemas: databases of the first commits, which have the number of a schema that was changed
 // afterwards, are refused.
 func TestFirstSchemas(t *testing.T) {
@@ -635,13 +807,7 @@ func TestSecondSignal(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = c.cmd.Process.Signal(syscall.SIGTERM)
-	waitFor(t, "the program to stop listening", func() bool {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
-		if err == nil {
-			conn.Close()
-		}
-		return err != nil
-	})
+	waitFor(t, "the drain", func() bool { return q.do("GET", "/readyz", "").status == 503 })
 	select {
 	case err := <-c.exit:
 		t.Fatalf("it ended while a call was running: %v", err)

@@ -320,7 +320,7 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	}
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
-			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header), time.Now()
+			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header, c.project.id), time.Now()
 		},
 		Transport:      &c.attempts, // it builds each attempt's request: proxy_attempts.go
 		BufferPool:     p.buffers,

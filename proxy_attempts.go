@@ -320,7 +320,6 @@ func (t *attempts) classifyError(err error, now int64) retryDecision {
 	}
 	d := retryDecision{retrySameKey: true, fault: true, reason: "broke off before it answered"}
 	unsent := false // it is certain that the provider has not received the request
-	op, isOp := errors.AsType[*net.OpError](err)
 	netErr, isNet := errors.AsType[net.Error](err)
 	switch e, isStream := errors.AsType[*streamError](err); {
 	case isStream:
@@ -329,7 +328,7 @@ func (t *attempts) classifyError(err error, now int64) retryDecision {
 		d.retrySameKey, d.reason = false, "did not answer in time"
 	case err == error(errConnectTimeout):
 		d.retrySameKey, unsent, d.reason = false, true, "could not be reached in time"
-	case isOp && op.Op == "dial" || errors.Is(err, errForbiddenAddress):
+	case isDialError(err):
 		unsent, d.reason = true, "could not be reached"
 	case isNet && netErr.Timeout():
 		d.retrySameKey, d.reason = false, "did not answer in time"

@@ -670,13 +670,38 @@ func TestNotSentTwice(t *testing.T) {
 				t.Errorf("the provider got %d requests for 2 calls", n)
 			}
 			got := p.provider.lastRequest(t).header["Idempotency-Key"]
-			if len(got) != 1 || got[0] != "k-1" {
+			if want := scopeIdempotencyKeys([]string{"k-1"}, p.project); !slices.Equal(got, want) {
 				t.Errorf("the provider got the Idempotency-Key %v", got)
 			}
 			if row := p.lastCall(); row.Attempts != 1 || row.Outcome != "upstream_error" {
 				t.Errorf("the ledger has %+v", row)
 			}
 		})
+	}
+}
+
+// TestIdempotencyKeyPerProject: a provider that several projects share sees a different Idempotency-Key from each
+// for the same key of their clients, and the same for a client's repetition.
+func TestIdempotencyKeyPerProject(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	sent := func(token, key string) string {
+		res := p.do("POST", "/v1/chat/completions", chatBody(), "Authorization", "Bearer "+token,
+			"Content-Type", "application/json", "Idempotency-Key", key)
+		got := p.provider.lastRequest(t).header["Idempotency-Key"]
+		if res.status != 200 || len(got) != 1 || strings.Contains(got[0], key) {
+			t.Fatalf("%d, the provider got %q", res.status, got)
+		}
+		return got[0]
+	}
+	_, sibling := p.newToken(`"name":"sibling"`)
+	first, again, other := sent(p.token, "key-1"), sent(sibling, "key-1"), sent(p.token, "key-2")
+	var project struct{ ID string }
+	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"other","openai_api_key":%q}`, p.provider.key), 201, &project)
+	p.project = project.ID
+	_, foreign := p.newToken(`"name":"foreign"`)
+	if shared := sent(foreign, "key-1"); first != again || first == other || first == shared {
+		t.Errorf("the provider got %s, again %s, for another key %s, of another project %s", first, again, other, shared)
 	}
 }
 

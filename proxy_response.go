@@ -6,6 +6,9 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"io"
@@ -139,16 +142,34 @@ func allowRequestHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
 		return true
-	case "Openai-Organization", "Openai-Project":
-		return false // they name the account that pays: the upstream's settings choose it
 	}
-	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "X-Stainless-") ||
-		strings.HasPrefix(name, "Anthropic-")
+	return strings.HasPrefix(name, "X-Stainless-") || isProviderHeader(name) && !describesAccount(name)
+}
+
+func isProviderHeader(name string) bool {
+	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
+}
+
+// describesAccount reports whether a provider's header names or describes the account behind the key: its
+// organization, project, workspace or user, and how much of its limits is left. Clients that share the key may
+// neither choose the account nor see its state. The upstream's settings choose it.
+func describesAccount(name string) bool {
+	switch name {
+	case "Openai-Organization", "Openai-Project":
+		return true
+	}
+	for _, suffix := range [...]string{"-Id", "-Limit", "-Remaining", "-Reset"} {
+		if strings.HasSuffix(name, suffix) {
+			return true
+		}
+	}
+	return strings.Contains(name, "-Ratelimit-")
 }
 
 // upstreamHeader returns the headers that go to the provider, without the key. Headers that the client's
-// Connection header names are for this hop only, except that the client cannot remove Content-Type.
-func upstreamHeader(in http.Header) http.Header {
+// Connection header names are for this hop only, except that the client cannot remove Content-Type. project is
+// the id of the client's project.
+func upstreamHeader(in http.Header, project string) http.Header {
 	out := make(http.Header, 8)
 	for name, values := range in {
 		if allowRequestHeader(name) {
@@ -170,7 +191,19 @@ func upstreamHeader(in http.Header) http.Header {
 		// Under its canonical name, net/http takes the header as permission to resend what
 		// the provider may have received already, unseen by limits and ledger.
 		delete(out, "Idempotency-Key")
-		out["idempotency-key"] = v
+		out["idempotency-key"] = scopeIdempotencyKeys(v, project)
+	}
+	return out
+}
+
+// scopeIdempotencyKeys replaces a client's keys by others that only its project can cause. Projects may share a
+// provider key, and the provider would answer one project's request with what another got for an equal key.
+func scopeIdempotencyKeys(keys []string, project string) []string {
+	out := make([]string, len(keys))
+	for i, key := range keys {
+		mac := hmac.New(sha256.New, []byte(project))
+		mac.Write([]byte(key))
+		out[i] = hex.EncodeToString(mac.Sum(nil))
 	}
 	return out
 }
@@ -182,10 +215,8 @@ func allowResponseHeader(name string) bool {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
 		"X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry":
 		return true
-	case "Openai-Organization", "Openai-Project", "Anthropic-Organization-Id":
-		return false // they name the account
 	}
-	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
+	return isProviderHeader(name) && !describesAccount(name)
 }
 
 // A responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its header map leads nowhere: only
@@ -278,6 +309,9 @@ func (w *responseWriter) WriteHeader(status int) {
 	w.status = status
 	w.c.times.firstByte = time.Since(w.c.start)
 	w.c.closeIfUnread(w.client.Header())
+	if w.p.running.isDraining() {
+		w.client.Header()["Connection"] = []string{"close"}
+	}
 	w.client.WriteHeader(status)
 }
 

@@ -245,7 +245,9 @@ func TestResponseHeaders(t *testing.T) {
 			"X-Sendfile: /etc", "X-Content-Type-Options: off", "Cache-Control: public", "X-Llm-Proxy-Request-Id: mine",
 			"Connection: X-Ratelimit-Hidden", "X-Ratelimit-Hidden: 1", "X-Ratelimit-Remaining-Requests: 7",
 			"openai-processing-ms: 12", "OpenAI-Version: 1", "retry-after-ms: 5", "Retry-After: 1",
-			"X-Should-Retry: false", "X-Request-Id: theirs", "Request-Id: anth", "anthropic-ratelimit-tokens-limit: 3")
+			"X-Should-Retry: false", "X-Request-Id: theirs", "Request-Id: anth", "anthropic-ratelimit-tokens-limit: 3",
+			"anthropic-ratelimit-unified-status: x", "anthropic-priority-input-tokens-remaining: 3",
+			"anthropic-fast-output-tokens-reset: x", "Anthropic-Workspace-Id: w", "OpenAI-Limit: 1")
 	})
 	a := p.chat()
 	var names []string
@@ -253,7 +255,7 @@ func TestResponseHeaders(t *testing.T) {
 		names = append(names, name)
 	}
 	slices.Sort(names)
-	want := []string{"Anthropic-Ratelimit-Tokens-Limit", "Cache-Control", "Content-Length", "Content-Type", "Date",
+	want := []string{"Cache-Control", "Content-Length", "Content-Type", "Date",
 		"Openai-Processing-Ms", "Openai-Version", "Request-Id", "Retry-After", "Retry-After-Ms",
 		"X-Content-Type-Options", "X-Llm-Proxy-Request-Id", "X-Request-Id", "X-Should-Retry"}
 	if !slices.Equal(names, want) {
@@ -880,15 +882,22 @@ func FuzzUpHeader(f *testing.F) {
 	f.Add("content-type", "application/json", "Content-Type")
 	f.Add("X-Forwarded-For", "1.2.3.4", "")
 	f.Add("OpenAI-Organization", "org", "\t,,x")
+	f.Add("Anthropic-Workspace-Id", "w", "")
+	f.Add("Idempotency-Key", "k", "")
 	f.Fuzz(func(t *testing.T, name, value, connection string) {
 		in := http.Header{"User-Agent": {"sdk"}, "Content-Type": {"application/json"}, "Cookie": {"a=b"},
 			"X-Api-Key": {"k"}}
 		name = http.CanonicalHeaderKey(name)
 		in[name] = []string{value}
 		in["Connection"] = append(in["Connection"], connection)
-		out := upstreamHeader(in)
+		out := upstreamHeader(in, "proj_1")
 		for n, values := range out {
-			if !allowRequestHeader(n) || strings.Join(values, "\n") != strings.Join(in[n], "\n") {
+			want := in[n]
+			if n == "idempotency-key" {
+				n = "Idempotency-Key"
+				want = scopeIdempotencyKeys(in[n], "proj_1")
+			}
+			if !allowRequestHeader(n) || !slices.Equal(values, want) {
 				t.Fatalf("%q: %q reached the provider", n, values)
 			}
 			for listed := range strings.SplitSeq(connection, ",") {
@@ -902,7 +911,8 @@ func FuzzUpHeader(f *testing.F) {
 		}
 		for _, n := range []string{"Authorization", "X-Api-Key", "Api-Key", "Cookie", "Host", "Connection", "Upgrade",
 			"Content-Length", "Transfer-Encoding", "Te", "Trailer", "Expect", "Content-Encoding",
-			"Openai-Organization", "Openai-Project", "X-Request-Id"} {
+			"Openai-Organization", "Openai-Project", "X-Request-Id", "Anthropic-Workspace-Id",
+			"Anthropic-User-Profile-Id", "Anthropic-Organization-Id"} {
 			if out[n] != nil {
 				t.Fatalf("%s reached the provider", n)
 			}

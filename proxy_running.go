@@ -120,6 +120,7 @@ type runningCalls struct {
 	mu       sync.Mutex
 	calls    map[*runningCall]struct{}
 	drainErr *apiError // not nil: new calls are refused with it
+	draining atomic.Bool
 	wait     sync.WaitGroup
 }
 
@@ -257,6 +258,7 @@ func (rc *runningCalls) drain(ctx context.Context) {
 	rc.mu.Lock()
 	rc.drainErr = reason
 	rc.mu.Unlock()
+	rc.draining.Store(true)
 	done := make(chan struct{})
 	go func() { rc.wait.Wait(); close(done) }() // ends with the last call, or with the program
 	select {
@@ -283,8 +285,4 @@ func (rc *runningCalls) drain(ctx context.Context) {
 }
 
 // isDraining reports whether new calls are refused.
-func (rc *runningCalls) isDraining() bool {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	return rc.drainErr != nil
-}
+func (rc *runningCalls) isDraining() bool { return rc.draining.Load() }

@@ -234,10 +234,10 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 func (p *proxy) logCall(c *call, row *requestRow, now time.Time) {
 	level := slog.LevelInfo // the client's mistakes, too
 	switch {
-	case row.status >= 500 && row.outcome == outcomeRefused:
+	case row.status >= 500 && row.outcome == outcomeRefused && row.errorCode != "draining":
 		level = slog.LevelError // the proxy failed
 	case row.status >= 500:
-		level = slog.LevelWarn // the provider failed
+		level = slog.LevelWarn // the provider failed, or the program ends
 	}
 	if !p.log.Enabled(context.Background(), level) {
 		return

@@ -54,6 +54,9 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("/manage", notFound) // ServeMux would redirect, and a client would follow with its key
 	mux.HandleFunc("/", unknownPath)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.readiness.running.isDraining() {
+			w.Header().Set("Connection", "close") // the client's next request goes to another process
+		}
 		// ServeMux must not see /v1: it cleans paths that are not canonical and answers with a
 		// redirect, but such a path must not reach another endpoint than the one it names.
 		switch {

@@ -518,6 +518,12 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 	return latency.flush(ctx)
 }
 
+// isRecorded reports whether a call has a row.
+func (s *store) isRecorded(ctx context.Context, id int64) (bool, error) {
+	n, err := queryValue[int](ctx, s.readDB, "looking for a call", `SELECT count(*) FROM requests WHERE id = ?`, id)
+	return n > 0, err
+}
+
 // pendingRecords returns up to limit calls whose pending record has no row yet: in a database that no
 // program has open, those that were running when the last one died.
 func (s *store) pendingRecords(ctx context.Context, limit int) ([]requestRow, error) {

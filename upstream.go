@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -220,10 +221,12 @@ var blockedNetworks = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
 	netip.MustParsePrefix("240.0.0.0/4"),
 	netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"), // metadata services
-	netip.MustParsePrefix("fd00:ec2::/32"),
+	netip.MustParsePrefix("192.0.0.0/24"), netip.MustParsePrefix("fd00:ec2::/32"),
+	netip.MustParsePrefix("fd20:ce::/32"), netip.MustParsePrefix("fd00:42::42/128"),
 	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
-	// Tunnels to IPv4 addresses, which nothing here checks: local NAT64, 6to4, Teredo.
+	// Other forms of IPv4 addresses, which nothing here checks: local NAT64, 6to4, Teredo, translated addresses.
 	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("2001::/32"),
+	netip.MustParsePrefix("::ffff:0:0:0/96"),
 }
 
 var privateNetworks = []netip.Prefix{
@@ -232,7 +235,11 @@ var privateNetworks = []netip.Prefix{
 	netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fc00::/7"),
 }
 
-var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+// Prefixes of IPv4 addresses that are written as IPv6.
+var (
+	nat64          = netip.MustParsePrefix("64:ff9b::/96")
+	ipv4Compatible = netip.MustParsePrefix("::/96") // but ::1 is the loopback address
+)
 
 // checkAddress checks an address, as written in a base URL and as dialled after a name was resolved.
 func checkAddress(addr netip.Addr, allowPrivate bool) error {
@@ -240,7 +247,7 @@ func checkAddress(addr netip.Addr, allowPrivate bool) error {
 		return errors.New("has an address with a zone, which is never allowed")
 	}
 	addr = addr.Unmap()
-	if nat64.Contains(addr) { // an IPv4 address written as IPv6
+	if nat64.Contains(addr) || ipv4Compatible.Contains(addr) && !addr.IsLoopback() && !addr.IsUnspecified() {
 		b := addr.As16()
 		addr = netip.AddrFrom4([4]byte(b[12:]))
 	}
@@ -266,22 +273,24 @@ var errForbiddenAddress = errors.New("upstream resolves to an address that is no
 // connectTimeout limits dialling, and again the TLS handshake after it, whatever an upstream's settings say.
 const connectTimeout = 10 * time.Second
 
-// newTransport returns the transport that all calls to providers share. It uses no proxy, follows no redirect,
-// does not decompress, and does not limit the time of an answer: the watchdog does.
-func newTransport(allowPrivate bool) *http.Transport {
+// newTransport returns the transport that all calls to providers share. It follows no redirect, does not
+// decompress, and does not limit the time of an answer: the watchdog does. With proxy (nil: none) all calls go
+// through it; no variable of the environment redirects a key.
+func newTransport(allowPrivate bool, proxy *url.URL) *http.Transport {
+	dialPrivate := allowPrivate || proxy != nil // then only the proxy is dialled, which the operator chose
 	dialer := &net.Dialer{
 		Timeout: connectTimeout, KeepAlive: 30 * time.Second,
 		// The check is of the address itself, after the name is resolved: a name that
 		// resolves to another address than before gains nothing.
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
 			ap, err := netip.ParseAddrPort(address)
-			if err != nil || checkAddress(ap.Addr(), allowPrivate) != nil {
+			if err != nil || checkAddress(ap.Addr(), dialPrivate) != nil {
 				return errForbiddenAddress
 			}
 			return nil
 		},
 	}
-	return &http.Transport{
+	transport := &http.Transport{
 		DialContext:            dialer.DialContext,
 		TLSHandshakeTimeout:    connectTimeout,
 		MaxIdleConns:           4096,
@@ -295,6 +304,78 @@ func newTransport(allowPrivate bool) *http.Transport {
 		HTTP2:              &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 		DisableCompression: true, // the meter reads the bytes that the client gets
 	}
+	if proxy != nil {
+		targets := &proxyTargets{allowPrivate: allowPrivate, resolve: net.DefaultResolver.LookupNetIP}
+		transport.Proxy = func(req *http.Request) (*url.URL, error) {
+			return proxy, targets.check(req.Context(), req.URL.Hostname())
+		}
+		transport.OnProxyConnectResponse = func(
+			_ context.Context, _ *url.URL, _ *http.Request, res *http.Response,
+		) error {
+			if res.StatusCode != http.StatusOK {
+				return &net.OpError{Op: "proxyconnect", Net: "tcp",
+					Err: fmt.Errorf("UPSTREAM_PROXY answers %d to CONNECT", res.StatusCode)}
+			}
+			return nil
+		}
+	}
+	return transport
+}
+
+// isDialError reports whether an error of the transport is one of connecting, directly or through
+// UPSTREAM_PROXY: the provider has not received the request.
+func isDialError(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && (op.Op == "dial" || op.Op == "proxyconnect" || op.Op == "socks connect") ||
+		errors.Is(err, errForbiddenAddress)
+}
+
+// proxyTargets checks the hosts to which UPSTREAM_PROXY is asked to connect. The proxy resolves names itself,
+// so the address that it dials cannot be checked here. What can be: the host as written, and every address that
+// its name has on this machine. A name that only the proxy can resolve passes.
+type proxyTargets struct {
+	allowPrivate bool
+	resolve      func(ctx context.Context, network, host string) ([]netip.Addr, error)
+
+	mu      sync.Mutex
+	allowed map[string]time.Time // hosts, and until when
+}
+
+const (
+	maxProxyTargets      = 1024
+	proxyTargetLifetime  = time.Minute
+	proxyResolverTimeout = time.Second // where only the proxy reaches the DNS, lookups may hang
+)
+
+func (t *proxyTargets) check(ctx context.Context, host string) error {
+	now := time.Now()
+	t.mu.Lock()
+	until := t.allowed[host]
+	t.mu.Unlock()
+	if now.Before(until) {
+		return nil
+	}
+	if checkHost(host, t.allowPrivate) != nil {
+		return errForbiddenAddress
+	}
+	lookup, cancel := context.WithTimeout(ctx, proxyResolverTimeout)
+	defer cancel()
+	found, err := t.resolve(lookup, "ip", host)
+	for _, addr := range found {
+		if checkAddress(addr, t.allowPrivate) != nil {
+			return errForbiddenAddress
+		}
+	}
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.allowed) >= maxProxyTargets || t.allowed == nil {
+		t.allowed = map[string]time.Time{}
+	}
+	t.allowed[host] = now.Add(proxyTargetLifetime)
+	return nil
 }
 
 // send makes a request. If the upstream has a connect_ms and no connection is ready by then (name resolved,

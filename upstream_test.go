@@ -3,7 +3,9 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
@@ -16,7 +18,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -75,6 +79,14 @@ func TestBaseURLs(t *testing.T) {
 		"https://[2002:a9fe:a9fe::1]":             never,
 		"https://[2001::a9fe:a9fe]":               never,
 		"https://[fd00:ec2::254]":                 never,
+		"https://[fd20:ce::254]":                  never,
+		"https://[fd00:42::42]":                   never,
+		"https://192.0.0.192":                     never,
+		"https://192.0.0.1":                       never,
+		"https://[::ffff:192.0.0.192]":            never,
+		"https://[64:ff9b::c000:c0]":              never,
+		"https://[::169.254.169.254]":             never,
+		"https://[::ffff:0:169.254.169.254]":      never,
 		"https://[fe80::1]":                       never,
 		"https://[fe80::1%25eth0]":                never,
 		"https://[ff02::1]":                       never,
@@ -170,9 +182,9 @@ func TestDialChecksTheAddress(t *testing.T) {
 		"http://127.0.0.1:" + port: false, "http://[::1]:" + port: false, "http://[::ffff:127.0.0.1]:" + port: false,
 		"http://0.0.0.0:" + port: true, "http://[::]:" + port: true, "http://0:" + port: true,
 		"http://169.254.169.254": true, "http://[fe80::1%25lo]:" + port: true, "http://100.100.100.200": true,
-		"http://[::ffff:169.254.169.254]": true,
+		"http://[::ffff:169.254.169.254]": true, "http://192.0.0.192": true, "http://[fd20:ce::254]": true,
 	} {
-		tr := newTransport(allowPrivate)
+		tr := newTransport(allowPrivate, nil)
 		req, err := http.NewRequestWithContext(t.Context(), "GET", url, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -187,18 +199,212 @@ func TestDialChecksTheAddress(t *testing.T) {
 		}
 		tr.CloseIdleConnections()
 	}
-	if tr := newTransport(true); tr.Proxy != nil {
+	if tr := newTransport(true, nil); tr.Proxy != nil {
 		t.Error("the transport would send calls, and keys, through a proxy that the environment names")
 	}
 	// The same for a whole call: the base URL was allowed when it was stored.
 	p.replaceBaseURL("http://localhost:" + port)
 	p.instance.transport.CloseIdleConnections()
-	p.instance.transport.DialContext = newTransport(false).DialContext
+	p.instance.transport.DialContext = newTransport(false, nil).DialContext
 	a := p.chat()
 	p.expectRefused("forbidden when dialled", a, 502, "upstream_unreachable")
 	p.checkNoNetworkDetail("forbidden when dialled", a)
 	if row := p.lastCall(); row.Outcome != "upstream_error" {
 		t.Errorf("the ledger has %+v", row)
+	}
+}
+
+// A testForwardProxy is a proxy for CONNECT, for plain HTTP and for SOCKS5 that records the targets.
+type testForwardProxy struct {
+	addr    string
+	mu      sync.Mutex
+	targets []string
+}
+
+func newTestForwardProxy(t *testing.T) *testForwardProxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &testForwardProxy{addr: l.Addr().String()}
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			stop := context.AfterFunc(t.Context(), func() { conn.Close() })
+			serving.Go(func() { defer stop(); defer conn.Close(); f.serve(conn) })
+		}
+	})
+	t.Cleanup(func() { l.Close(); serving.Wait() })
+	return f
+}
+
+func (f *testForwardProxy) serve(conn net.Conn) {
+	r := bufio.NewReader(conn)
+	first, err := r.Peek(1)
+	if err != nil {
+		return
+	}
+	if first[0] == 5 { // SOCKS: a greeting, then a request with a name or an IPv4 address
+		head := make([]byte, 2)
+		_, _ = io.ReadFull(r, head)
+		_, _ = r.Discard(int(head[1]))
+		_, _ = conn.Write([]byte{5, 0})
+		head = make([]byte, 5)
+		_, _ = io.ReadFull(r, head)
+		rest := make([]byte, 5) // of an IPv4 address and the port
+		if head[3] == 3 {
+			rest = make([]byte, int(head[4])+2)
+		}
+		_, _ = io.ReadFull(r, rest)
+		host := string(rest[:len(rest)-2])
+		if head[3] == 1 {
+			host = net.IP(append([]byte{head[4]}, rest[:3]...)).String()
+		}
+		f.tunnel(conn, r, fmt.Sprintf("%s:%d", host, int(rest[len(rest)-2])<<8|int(rest[len(rest)-1])),
+			"\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00")
+		return
+	}
+	req, err := http.ReadRequest(r)
+	if err != nil {
+		return
+	}
+	if req.Method == http.MethodConnect && req.Header.Get("Proxy-Authorization") == "" {
+		_, _ = io.WriteString(conn, "HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+		return
+	}
+	if req.Method == http.MethodConnect {
+		f.tunnel(conn, r, req.Host, "HTTP/1.1 200 OK\r\n\r\n")
+		return
+	}
+	f.record(req.Host)
+	req.Header.Del("Proxy-Authorization")
+	req.RequestURI = ""
+	res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return
+	}
+	defer res.Body.Close()
+	res.Close = true
+	_ = res.Write(conn)
+}
+
+func (f *testForwardProxy) record(target string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.targets = append(f.targets, target)
+}
+
+func (f *testForwardProxy) tunnel(conn net.Conn, r io.Reader, target, answer string) {
+	f.record(target)
+	to, err := net.Dial("tcp", target)
+	if err != nil {
+		return
+	}
+	_, _ = io.WriteString(conn, answer)
+	go func() { _, _ = io.Copy(to, r); to.Close() }()
+	_, _ = io.Copy(conn, to)
+}
+
+// TestUpstreamProxy: with UPSTREAM_PROXY every call goes through it, by each of the protocols; TLS ends at the
+// provider.
+func TestUpstreamProxy(t *testing.T) {
+	t.Parallel()
+	provider := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.Header.Get("Authorization")+r.Header.Get("Proxy-Authorization"))
+	}))
+	defer provider.Close()
+	for proxyURL, wantErr := range map[string]bool{
+		"http://user:password@": false, "socks5://": false,
+		"http://": true, // the proxy asks for a password
+	} {
+		f := newTestForwardProxy(t)
+		proxy, err := parseUpstreamProxy(proxyURL + f.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tr := newTransport(true, proxy)
+		tr.TLSClientConfig = provider.Client().Transport.(*http.Transport).TLSClientConfig
+		req, err := http.NewRequestWithContext(t.Context(), "GET", provider.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer k")
+		res, err := tr.RoundTrip(req)
+		if (err != nil) != wantErr || err != nil && (!isDialError(err) || strings.Contains(err.Error(), "Bearer")) {
+			t.Errorf("%s: %v", proxyURL, err)
+		}
+		if err == nil {
+			body, _ := io.ReadAll(res.Body)
+			res.Body.Close()
+			if string(body) != "Bearer k" || !slices.Equal(f.targets, []string{provider.Listener.Addr().String()}) {
+				t.Errorf("%s: the provider got %q, the proxy %q", proxyURL, body, f.targets)
+			}
+		}
+		tr.CloseIdleConnections()
+	}
+	// A whole call, to a provider without TLS.
+	f := newTestForwardProxy(t)
+	p := newTest(t, map[string]string{"UPSTREAM_PROXY": "http://user:proxy-password@" + f.addr})
+	p.secrets = append(p.secrets, "proxy-password")
+	if res := p.chat(); res.status != 200 || len(f.targets) != 1 || "http://"+f.targets[0] != p.provider.url {
+		t.Errorf("got %d %s, the proxy got %v", res.status, res.body, f.targets)
+	}
+}
+
+// TestUpstreamProxyTargets: through a proxy, a host is refused by how it is written and by every address that it
+// has here. A name that only the proxy can resolve passes.
+func TestUpstreamProxyTargets(t *testing.T) {
+	t.Parallel()
+	names := map[string][]string{"public.example": {"93.184.216.34"}, "private.example": {"93.184.216.34", "10.0.0.1"},
+		"metadata.example": {"169.254.169.254"}}
+	lookups := 0
+	resolve := func(_ context.Context, _, host string) (found []netip.Addr, err error) {
+		lookups++
+		if addr, err := netip.ParseAddr(host); err == nil {
+			return []netip.Addr{addr}, nil
+		}
+		for _, text := range names[host] {
+			found = append(found, netip.MustParseAddr(text))
+		}
+		if found == nil {
+			err = &net.DNSError{IsNotFound: true}
+		}
+		return found, err
+	}
+	for host, allowed := range map[string][2]bool{ // without and with ALLOW_PRIVATE_UPSTREAMS
+		"public.example": {true, true}, "private.example": {false, true}, "metadata.example": {false, false},
+		"only-the-proxy-knows.example": {true, true}, "169.254.169.254": {false, false}, "10.0.0.1": {false, true},
+		"fd20:ce::254": {false, false}, "93.184.216.34": {true, true}, "metadata.google.internal": {false, false},
+		"localhost": {false, true}, "2130706433": {false, false},
+	} {
+		for i, allowPrivate := range []bool{false, true} {
+			targets := &proxyTargets{allowPrivate: allowPrivate, resolve: resolve}
+			err := targets.check(t.Context(), host)
+			if (err == nil) != allowed[i] || err != nil && !errors.Is(err, errForbiddenAddress) {
+				t.Errorf("%s, private allowed %v: %v", host, allowPrivate, err)
+			}
+		}
+	}
+	targets := &proxyTargets{resolve: resolve}
+	lookups = 0
+	for range 100 {
+		if err := targets.check(t.Context(), "public.example"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if lookups != 1 {
+		t.Errorf("%d lookups for 100 calls", lookups)
+	}
+	for i := range 3 * maxProxyTargets {
+		_ = targets.check(t.Context(), fmt.Sprintf("h%d.example", i))
+	}
+	if n := len(targets.allowed); n > maxProxyTargets {
+		t.Errorf("%d hosts are kept", n)
 	}
 }
 

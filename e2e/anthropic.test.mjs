@@ -36,7 +36,7 @@ describe('messages', () => {
     const { data, response } = await client.messages.create(ask, { headers: { 'anthropic-beta': 'beta-1' } }).withResponse();
     assert.deepEqual(data.content, [{ type: 'text', text }]);
     assert.equal(data._request_id, 'req_of_provider');
-    assert.equal(response.headers.get('anthropic-ratelimit-requests-remaining'), '49');
+    assert.equal(response.headers.get('anthropic-ratelimit-requests-remaining'), null); // of a key that tokens share
     assert.equal(response.headers.get('anthropic-organization-id'), null);
     const { headers, json, url } = provider.last;
     assert.equal(url, '/v1/messages');

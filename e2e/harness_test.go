@@ -85,7 +85,7 @@ func newProxy(t *testing.T) *testProxy {
 	}
 	p.data = filepath.Join(t.TempDir(), "data")
 	cmd.Env = []string{"LISTEN_ADDR=127.0.0.1:0", "DATA_DIR=" + p.data, "MANAGEMENT_TOKEN=" + managementToken,
-		"OPENAI_API_URL=" + p.provider.server.URL, "ALLOW_PRIVATE_UPSTREAMS=true", "LOG_LEVEL=debug", "DRAIN_TIMEOUT=5s",
+		"OPENAI_API_URL=" + p.provider.server.URL, "ALLOW_PRIVATE_UPSTREAMS=true", "LOG_LEVEL=debug", "DRAIN_TIMEOUT=5s", "DRAIN_DELAY=0s",
 		"METRICS_ADDR=" + os.Getenv("METRICS_ADDR")}
 	stderr, err := cmd.StderrPipe()
 	if err != nil {

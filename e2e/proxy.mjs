@@ -37,7 +37,7 @@ export class Proxy {
     this.process = spawn(binary(this.dir), [], {
       env: {
         LISTEN_ADDR: '127.0.0.1:0', DATA_DIR: join(this.dir, 'data'), MANAGEMENT_TOKEN: this.managementToken,
-        OPENAI_API_URL: this.provider.url, ALLOW_PRIVATE_UPSTREAMS: 'true', LOG_LEVEL: 'debug', DRAIN_TIMEOUT: '5s',
+        OPENAI_API_URL: this.provider.url, ALLOW_PRIVATE_UPSTREAMS: 'true', LOG_LEVEL: 'debug', DRAIN_TIMEOUT: '5s', DRAIN_DELAY: '0s',
       },
       stdio: ['ignore', 'pipe', 'pipe'],
     });
