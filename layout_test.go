@@ -200,14 +200,14 @@ func stillWide() []string {
 // is exported that an interface does not require.
 func TestLayoutFiles(t *testing.T) {
 	t.Parallel()
-	const maxFiles, minLines, maxLines, maxFunctionLines = 65, 150, 700, 60
+	const maxFiles, minLines, maxLines, maxFunctionLines = 68, 150, 700, 60
 	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Scan", "Flush", "FlushError",
 		"Read",
 		"ReadFrom", "Close", "Get", "Put", "RoundTrip", "Error", "String", "Is", "Format", "LogValue", "MarshalText",
 		"MarshalJSON", "UnmarshalJSON"}
 	fset := token.NewFileSet()
 	files := parseSources(t, fset, parser.ParseComments)
-	if len(files) > maxFiles+3 {
+	if len(files) > maxFiles {
 		t.Errorf("%d source files; merge some", len(files))
 	}
 	for name, file := range files {
