@@ -274,37 +274,28 @@ func (t *attempts) classify(res *http.Response, err error) retryDecision {
 	if err != nil {
 		return t.classifyError(err, ms)
 	}
-	switch code := res.StatusCode; {
-	case code == http.StatusUnauthorized || code == http.StatusForbidden:
-		h.recordRejected(ms, began, "the provider refuses the key: "+res.Status[:3])
-		return retryDecision{reason: "key refused"}
-	case code == http.StatusPaymentRequired:
-		h.recordExhausted(ms, began, "the provider answers 402: payment required")
-		return retryDecision{reason: "exhausted"}
-	case code == http.StatusTooManyRequests && hasErrorCode(peekBody(res), "insufficient_quota"):
-		h.recordExhausted(ms, began, "the provider answers insufficient_quota")
-		return retryDecision{reason: "exhausted"}
-	case code == http.StatusTooManyRequests:
-		wait := retryHint(res.Header.Get, now)
-		h.recordRateLimit(ms, began, wait, "the provider answers 429: too many requests")
-		return retryDecision{reason: "rate limited", retryAfterMS: wait}
-	case code >= 500 && code != http.StatusNotImplemented:
-		wait := retryHint(res.Header.Get, now)
-		h.recordFailure(ms, began, false, "the provider answers "+res.Status[:3])
-		return retryDecision{retrySameKey: wait == 0, fault: true, reason: "server error", retryAfterMS: wait}
-	case code < 200 || code >= 300 && code < 400:
-		h.recordFailure(ms, began, false, "the provider does not answer like an API")
-		return retryDecision{fault: true, reason: "not an API answer"}
-	case code == http.StatusBadRequest && t.availableFallback() != "" && isContextTooLong(peekBody(res)):
+	f := judgeStatus(res.StatusCode, res.Header.Get, func() []byte { return peekBody(res) }, now)
+	switch f.kind {
+	case faultKey:
+		h.recordRejected(ms, began, f.health)
+	case faultQuota:
+		h.recordExhausted(ms, began, f.health)
+	case faultRate:
+		h.recordRateLimit(ms, began, f.waitMS, f.health)
+	case faultProvider:
+		h.recordFailure(ms, began, false, f.health)
+	case faultTooLong:
 		h.recordSuccess(ms, began, true)
-		return retryDecision{tooLong: true, reason: "too long for the model"}
-	case code == http.StatusNotFound && t.c.endpoint.modelInPath:
-		h.recordSuccess(ms, began, true)
-		return retryDecision{reason: "does not know the model"} // another upstream may
+		return retryDecision{final: t.availableFallback() == "", tooLong: true, reason: f.reason}
 	default: // an error here is the call's fault, not the key's
-		h.recordSuccess(ms, began, code >= 400)
+		h.recordSuccess(ms, began, res.StatusCode >= 400)
+		if res.StatusCode == http.StatusNotFound && t.c.endpoint.modelInPath {
+			return retryDecision{reason: "does not know the model"} // another upstream may
+		}
 		return retryDecision{final: true}
 	}
+	return retryDecision{retrySameKey: f.momentary, fault: f.kind == faultProvider, reason: f.reason,
+		retryAfterMS: f.waitMS}
 }
 
 // classifyError is classify for an attempt without an answer that can be used.
@@ -335,25 +326,6 @@ func (t *attempts) classifyError(err error, now int64) retryDecision {
 	}
 	t.current.upstream.health.recordFailure(now, t.current.startedAt, unsent, "the provider "+d.reason)
 	return d
-}
-
-// hasErrorCode reports whether an error in OpenAI's or Anthropic's shape has a code or type.
-func hasErrorCode(body []byte, code string) bool {
-	var e struct{ Error struct{ Code, Type any } }
-	_ = json.Unmarshal(body, &e) // a body that cannot be read has no code
-	return e.Error.Code == code || e.Error.Type == code
-}
-
-// isContextTooLong reports whether an error means that the call is too long for the model. OpenAI has a code
-// for that; Anthropic and others only say so in the message.
-func isContextTooLong(body []byte) bool {
-	if hasErrorCode(body, "context_length_exceeded") {
-		return true
-	}
-	var e struct{ Error struct{ Message string } }
-	_ = json.Unmarshal(body, &e)
-	return strings.HasPrefix(e.Error.Message, "prompt is too long") ||
-		strings.Contains(e.Error.Message, "maximum context length")
 }
 
 // retry reports whether the call is sent again. If so, the current attempt has ended, and the call's upstream

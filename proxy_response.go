@@ -9,7 +9,6 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"io"
 	"mime"
@@ -64,11 +63,6 @@ func peekBody(res *http.Response) []byte {
 	return head
 }
 
-// A streamError says why a stream cannot be used. None of it has reached the client.
-type streamError struct{ problem string }
-
-func (e *streamError) Error() string { return "the provider " + e.problem }
-
 // awaitFirstEvent returns when the stream's first event with data is complete, and leaves everything it has
 // read in the body. It returns a *streamError if the stream ends before, or if that event is an error or is
 // not JSON. It does not check an event of maxEventBytes or more.
@@ -99,42 +93,6 @@ func awaitFirstEvent(res *http.Response) error {
 			head = slices.Grow(head, len(head))
 		}
 	}
-}
-
-// A streamEvent is what one event shows about its stream.
-type streamEvent struct {
-	problem  string // not "": the event is an error and nothing else, or is not JSON
-	retry    bool   // the answer failed for a reason that another attempt may not meet
-	finished bool   // the event has a finish reason
-}
-
-const errorInStream = "sent an error in the stream"
-
-// parseStreamEvent reads an event's data.
-func parseStreamEvent(data []byte) (e streamEvent) {
-	data = bytes.TrimSpace(data)
-	if len(data) == 0 || string(data) == "[DONE]" {
-		return e
-	}
-	var v struct {
-		Type     any
-		Error    json.RawMessage
-		Response struct{ Error struct{ Code any } }
-		Choices  []struct {
-			FinishReason any `json:"finish_reason"`
-		}
-	}
-	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // members of other types do not matter
-		e.problem = "sent an event that is not JSON"
-	} else if v.Type == "error" || len(v.Error) > 0 && hasError(data) {
-		e.problem = errorInStream
-	}
-	code := v.Response.Error.Code // other codes are the call's own fault, and would come back
-	e.retry = v.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded")
-	for _, c := range v.Choices {
-		e.finished = e.finished || c.FinishReason != nil
-	}
-	return e
 }
 
 // allowRequestHeader is the allow-list for request headers. Names are canonical.
@@ -511,26 +469,4 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 func (a *attempt) bufferIdleTimeout() time.Duration {
 	idle := time.Duration(a.upstream.settings.IdleMS) * time.Millisecond
 	return cmp.Or(idle, a.timeout, a.t.p.cfg.streamIdleTimeout)
-}
-
-// A streamCheck checks the events of a stream as they come.
-type streamCheck struct {
-	events   sseEvents
-	finished bool // an event had a finish reason
-}
-
-// problem reads the next bytes and returns what is wrong with the stream, "" if nothing is.
-func (s *streamCheck) problem(p []byte) string {
-	s.events.feed(p)
-	for data, ok := s.events.nextData(); ok; data, ok = s.events.nextData() {
-		e := parseStreamEvent(data)
-		if e.problem != "" {
-			return e.problem
-		}
-		if e.retry {
-			return errorInStream
-		}
-		s.finished = s.finished || e.finished
-	}
-	return ""
 }

@@ -7,10 +7,7 @@ import (
 	"context"
 	"log/slog"
 	"maps"
-	"math"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -406,64 +403,6 @@ func (r *retryBudget) spend(now int64) bool {
 		return false
 	}
 	return true
-}
-
-// retryHint returns how many milliseconds an answer asks to wait, at most cooldownMax. It returns 0 if the answer
-// does not say, or not in a form that is understood. get returns a header's value.
-func retryHint(get func(string) string, now time.Time) int64 {
-	if ms, err := strconv.ParseFloat(get("Retry-After-Ms"), 64); err == nil && ms > 0 {
-		return boundedMS(ms)
-	}
-	if v := get("Retry-After"); v != "" {
-		if ms := parseWait(v, now, false); ms > 0 {
-			return ms
-		}
-	}
-	var most int64
-	for _, kind := range [...]string{"Requests", "Tokens"} {
-		if get("X-Ratelimit-Remaining-"+kind) == "0" {
-			most = max(most, parseWait(get("X-Ratelimit-Reset-"+kind), now, true))
-		}
-		if get("Anthropic-Ratelimit-"+kind+"-Remaining") == "0" {
-			most = max(most, parseWait(get("Anthropic-Ratelimit-"+kind+"-Reset"), now, true))
-		}
-	}
-	if most == 0 {
-		most = parseWait(get("X-Ratelimit-Reset"), now, true)
-	}
-	return most
-}
-
-// parseWait reads one value, and returns milliseconds: seconds, a duration such as 6m0s or 12ms, or a date. With
-// epoch, a large number is a unix time in seconds or milliseconds.
-func parseWait(v string, now time.Time, epoch bool) int64 {
-	v = strings.TrimSpace(v)
-	if n, err := strconv.ParseFloat(v, 64); err == nil {
-		switch ms := float64(now.UnixMilli()); {
-		case epoch && n > 1e11:
-			return boundedMS(n - ms)
-		case epoch && n > 1e9:
-			return boundedMS(n*1000 - ms)
-		}
-		return boundedMS(n * 1000)
-	}
-	if d, err := time.ParseDuration(v); err == nil {
-		return boundedMS(float64(d.Milliseconds()))
-	}
-	for _, layout := range [...]string{time.RFC1123, time.RFC3339Nano} {
-		if t, err := time.Parse(layout, v); err == nil {
-			return boundedMS(float64(t.Sub(now).Milliseconds()))
-		}
-	}
-	return 0
-}
-
-// boundedMS rounds up to whole milliseconds, from 0 to cooldownMax.
-func boundedMS(ms float64) int64 {
-	if math.IsNaN(ms) || ms <= 0 {
-		return 0
-	}
-	return int64(math.Ceil(min(ms, cooldownMax)))
 }
 
 // loadHealth returns a tracker with the keys that were unhealthy when the last process ended.
