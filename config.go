@@ -38,6 +38,7 @@ type config struct {
 	publicURL         *url.URL // nil: not set
 	trustedProxies    []netip.Prefix
 	trustUnix         bool
+	corsOrigins       []string // web pages of these origins may call /v1
 	tlsCert, tlsKey   string
 	logLevel          slog.Level
 	logText           bool
@@ -140,6 +141,9 @@ func serverSettings(c *config) []setting {
 				c.trustUnix, c.trustedProxies, err = parseTrustedProxies(text)
 				return err
 			}}},
+		{"CORS_ORIGINS", "",
+			"comma-separated origins of web pages that may call /v1, e.g. https://chat.example.com; default: none",
+			setParsed(&c.corsOrigins, parseOrigins)},
 		{"TLS_CERT_FILE", "",
 			"PEM certificate chain; with TLS_KEY_FILE the proxy serves https. Reloaded when it changes, and on SIGHUP",
 			setUnchecked(&c.tlsCert)},
@@ -561,6 +565,45 @@ func parsePublicURL(s string) (*url.URL, error) {
 	return u, nil
 }
 
+// parseOrigins reads a list of origins, each exactly as browsers send it. The error names every entry that is none.
+func parseOrigins(s string) (origins []string, err error) {
+	var wrong []string
+	for item := range strings.SplitSeq(s, ",") {
+		item = strings.TrimSpace(item)
+		if problem := originProblem(item); problem != "" {
+			wrong = append(wrong, quoteValue(false, item)+problem)
+		}
+		origins = append(origins, item)
+	}
+	if len(wrong) > 0 {
+		return nil, errors.New("must list origins such as https://chat.example.com; " + strings.Join(wrong, "; "))
+	}
+	return origins, nil
+}
+
+// originProblem says why s is not the origin of a page that may be trusted, as browsers send it; "" if it is.
+func originProblem(s string) string {
+	u, err := url.Parse(s)
+	switch {
+	case strings.Contains(s, "*"):
+		return "has a wildcard; name each origin"
+	case s == "null":
+		return "is the origin of any file and any sandboxed page"
+	case err != nil || u.Scheme == "" || u.Hostname() == "":
+		return "is not a scheme and a host"
+	case u.User != nil || u.Path != "" || strings.ContainsAny(s, "?#"):
+		return "has more than a scheme, a host and a port; an origin does not end with a slash"
+	case strings.ToLower(s) != s || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }):
+		return "must be in lower case and ASCII (xn--), as browsers send it"
+	}
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), "1"), 10, 16)
+	if err != nil || strings.HasSuffix(s, ":") || u.Port() != "" && strconv.FormatUint(port, 10) != u.Port() ||
+		u.Scheme == "https" && port == 443 || u.Scheme == "http" && port == 80 {
+		return "has a port that browsers leave out or write in another way"
+	}
+	return ""
+}
+
 // parseUpstreamProxy reads the URL of a proxy.
 func parseUpstreamProxy(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
@@ -579,39 +622,6 @@ func parseFileMode(s string) (fs.FileMode, error) {
 		return 0, errors.New("must be octal permissions that let the owner read and write, as in 0660")
 	}
 	return fs.FileMode(n), nil
-}
-
-// parseTrustedProxies reads a list of networks, in which "unix" means the socket.
-func parseTrustedProxies(s string) (trustUnix bool, networks []netip.Prefix, err error) {
-	var rest []string
-	for item := range strings.SplitSeq(s, ",") {
-		if strings.TrimSpace(item) == "unix" {
-			trustUnix = true
-		} else {
-			rest = append(rest, item)
-		}
-	}
-	if len(rest) > 0 {
-		networks, err = parsePrefixes(strings.Join(rest, ","))
-	}
-	return trustUnix, networks, err
-}
-
-func parsePrefixes(s string) ([]netip.Prefix, error) {
-	var out []netip.Prefix
-	for item := range strings.SplitSeq(s, ",") {
-		item = strings.TrimSpace(item)
-		if addr, err := netip.ParseAddr(item); err == nil {
-			out = append(out, netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()))
-			continue
-		}
-		p, err := netip.ParsePrefix(item)
-		if err != nil || p != p.Masked() {
-			return nil, fmt.Errorf("must list addresses or networks such as 10.0.0.0/8; %q is neither", item)
-		}
-		out = append(out, p)
-	}
-	return out, nil
 }
 
 // parseCount reads a whole number.

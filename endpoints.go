@@ -304,11 +304,17 @@ func (s *methodSet) add(e *endpoint) {
 	if s.allow != "" {
 		s.allow += ", "
 	}
-	s.allow += e.method
+	if s.allow += e.method; e.method == "GET" {
+		s.allow += ", HEAD"
+	}
 }
 
-// forMethod returns the match for a method. path is the outbound path.
+// forMethod returns the match for a method. path is the outbound path. A HEAD is a GET whose body nobody wants, and
+// matches the same endpoint.
 func (s *methodSet) forMethod(method, path, model string) (endpointMatch, error) {
+	if method == "HEAD" {
+		method = "GET"
+	}
 	for _, e := range s.endpoints {
 		if e.method == method {
 			return endpointMatch{endpoint: e, path: path, model: model}, nil

@@ -107,15 +107,17 @@ func TestMatchRefuses(t *testing.T) {
 	}
 	for _, c := range []struct{ method, target, allow string }{
 		{"GET", "/v1/embeddings", "POST"},
-		{"PUT", "/v1/models", "GET"},
-		{"get", "/v1/models", "GET"},
-		{"", "/v1/models", "GET"},
+		{"HEAD", "/v1/embeddings", "POST"},
+		{"PUT", "/v1/models", "GET, HEAD"},
+		{"get", "/v1/models", "GET, HEAD"},
+		{"head", "/v1/models", "GET, HEAD"},
+		{"", "/v1/models", "GET, HEAD"},
 		{"CONNECT", "/v1/messages", "POST"},
-		{"HEAD", "/v1/models/a", "GET, DELETE"},
-		{"PATCH", "/v1/files/a", "DELETE, GET"},
+		{"PATCH", "/v1/models/a", "GET, HEAD, DELETE"},
+		{"PATCH", "/v1/files/a", "DELETE, GET, HEAD"},
 		{"GET", "/v1/responses/compact", "POST"},
 		{"GET", "/v1/videos/edits", "POST"},
-		{"TRACE", "/v1/chat/completions", "POST, GET"},
+		{"TRACE", "/v1/chat/completions", "POST, GET, HEAD"},
 	} {
 		m, err := table.match(c.method, parseTarget(t, c.target))
 		if err != errWrongMethod || m.allow != c.allow || m.endpoint != nil {
@@ -149,16 +151,21 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 		u := parseTarget(t, id.ReplaceAllString(path, "abc-123"))
 		for method := range strings.FieldsSeq("GET HEAD POST PUT PATCH DELETE OPTIONS CONNECT TRACE") {
 			m, err := table.match(method, u)
-			class := want[method+" "+path]
+			operation := method + " " + path
+			class := want[operation]
+			if method == "HEAD" { // a HEAD is the GET of the same path
+				operation = "GET " + path
+				class = want[operation]
+			}
 			switch {
 			case class == "" && err == nil:
 				t.Errorf("%s %s is forwarded as %s", method, path, m.endpoint.name())
 			case class == "":
-			case err != nil || m.endpoint.name() != method+" "+path || m.path != u.Path:
+			case err != nil || m.endpoint.name() != operation || m.path != u.Path:
 				t.Errorf("%s %s: got %+v, %v", method, path, m, err)
 			case (class == "stateful") != (m.endpoint.class == classStateful):
 				t.Errorf("%s %s is not %s", method, path, class)
-			default:
+			case method != "HEAD":
 				found++
 			}
 		}

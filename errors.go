@@ -298,6 +298,8 @@ var (
 	errInactiveProject  = newError(403, "project_inactive", "This token's project is inactive. Ask its administrator.")
 	errStatefulEndpoint = newError(403, "endpoint_not_allowed",
 		"This endpoint reads or changes objects stored at the provider. The project's policy does not allow that.")
+	errOriginNotAllowed = newError(403, "origin_not_allowed",
+		"Web pages of this origin may not call this proxy. The setting CORS_ORIGINS lists those that may.")
 	errCutByAdmin = newError(403, "cut_by_administrator", "An administrator ended this call.")
 	errNoUpstream = &apiError{status: 404, code: "no_upstream", noRetry: true,
 		msg: "This project has no provider for this endpoint and model. Ask the proxy's administrator."}

@@ -293,3 +293,36 @@ func (a *addressReader) trusts(addr netip.Addr) bool {
 	}
 	return false
 }
+
+// parseTrustedProxies reads a list of networks, in which "unix" means the socket.
+func parseTrustedProxies(s string) (trustUnix bool, networks []netip.Prefix, err error) {
+	var rest []string
+	for item := range strings.SplitSeq(s, ",") {
+		if strings.TrimSpace(item) == "unix" {
+			trustUnix = true
+		} else {
+			rest = append(rest, item)
+		}
+	}
+	if len(rest) > 0 {
+		networks, err = parsePrefixes(strings.Join(rest, ","))
+	}
+	return trustUnix, networks, err
+}
+
+func parsePrefixes(s string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for item := range strings.SplitSeq(s, ",") {
+		item = strings.TrimSpace(item)
+		if addr, err := netip.ParseAddr(item); err == nil {
+			out = append(out, netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()))
+			continue
+		}
+		p, err := netip.ParsePrefix(item)
+		if err != nil || p != p.Masked() {
+			return nil, fmt.Errorf("must list addresses or networks such as 10.0.0.0/8; %q is neither", item)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}

@@ -264,6 +264,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	in.server = &server{
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		ids: ids, addresses: addresses, proxy: in.proxy, manage: in.manage,
+		crossOrigin: newCrossOrigin(cfg.corsOrigins),
 		readiness: &readiness{running: in.running, databaseProblem: in.dir.databaseProblem, ledger: in.ledger,
 			store: in.store},
 		exporter: &exporter{

@@ -611,12 +611,12 @@ func (p *testProxy) readOwnToken(method, token string) testResponse {
 	return p.do(method, ownTokenPath, "", "Authorization", "Bearer "+token)
 }
 
-// TestOwnTokenRefused: only GET reads a token's state, and only a valid token may, from an allowed address.
+// TestOwnTokenRefused: only GET and HEAD read a token's state, and only a valid token may, from an allowed address.
 func TestOwnTokenRefused(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	_, tokens, ids := p.newProject("secret-project", `{}`, `{}`, 2)
-	for _, method := range []string{"POST", "DELETE", "HEAD", "PUT"} {
+	for _, method := range []string{"POST", "DELETE", "OPTIONS", "PUT"} {
 		if res := p.readOwnToken(method, tokens[0]); res.status != 405 {
 			t.Errorf("%s: got %d %s", method, res.status, res.body)
 		}

@@ -91,6 +91,7 @@ type clientRequest struct {
 	body         []byte // the whole body; nil for uploads
 	memory       bodyShare
 	bufferStream bool // the answer's stream is held back until it is complete
+	conditional  bool // a condition goes up, so that a 304 is an answer
 	fullDuplex   bool // HTTP/1: the answer may begin before the streamed body has ended
 	usageAdded   bool // stream_options.include_usage was added by the proxy
 }
@@ -306,8 +307,12 @@ func (c *call) checkCommit() error {
 func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.response = newResponseWriter(p, c, w)
 	c.bufferStream = c.bufferStream && c.fields.stream
+	method, unchanged := r.Method, c.endpoint
+	if c.rewritesModelList() { // a HEAD is answered by net/http, which leaves the list out
+		method, unchanged = http.MethodGet, nil
+	}
 	in := (&http.Request{
-		Method: r.Method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
+		Method: method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
@@ -320,7 +325,8 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	}
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
-			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header, c.project.id), time.Now()
+			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header, c.project.id, unchanged), time.Now()
+			c.conditional = pr.Out.Header["If-None-Match"] != nil || pr.Out.Header["If-Modified-Since"] != nil
 		},
 		Transport:      &c.attempts, // it builds each attempt's request: proxy_attempts.go
 		BufferPool:     p.buffers,
@@ -339,7 +345,7 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || code == http.StatusForbidden:
 		return errUpstreamAuth(code)
-	case code < 200 || code >= 300 && code < 400:
+	case code < 200 || code >= 300 && code < 400 && !c.isNotModified(code):
 		return errUpstreamProtocol(code)
 	}
 	if err := p.awaitCommit(c); err != nil {
@@ -354,6 +360,11 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	}
 	c.response.prepare(res)
 	return nil
+}
+
+// isNotModified reports whether an answer says that the client's copy is still valid, and the client has asked that.
+func (c *call) isNotModified(status int) bool {
+	return status == http.StatusNotModified && c.conditional
 }
 
 // fail answers a call that got no answer from the provider. w is the client's own.

@@ -274,6 +274,10 @@ func (t *attempts) classify(res *http.Response, err error) retryDecision {
 	if err != nil {
 		return t.classifyError(err, ms)
 	}
+	if t.c.isNotModified(res.StatusCode) {
+		h.recordSuccess(ms, began, false)
+		return retryDecision{final: true}
+	}
 	f := judgeStatus(res.StatusCode, res.Header.Get, func() []byte { return peekBody(res) }, now)
 	switch f.kind {
 	case faultKey:

@@ -71,6 +71,12 @@ func (t *attempts) modelSources() (list []*upstream) {
 	return list
 }
 
+// rewritesModelList reports whether the answer is a list of models that the proxy may put together or cut down.
+func (c *call) rewritesModelList() bool {
+	return c.endpoint.pattern == "/v1/models" && (len(c.project.upstreams) > 1 ||
+		c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
+}
+
 // baseURL identifies a list of models: upstreams with the same base URL have the same list.
 func (u *upstream) baseURL() string { return u.scheme + "://" + u.host + u.basePath }
 
@@ -331,7 +337,11 @@ func (n *mergedModels) fillResponse(
 	return res, nil
 }
 
+// replaceBody replaces an answer's body, and drops the headers that describe the provider's bytes.
 func replaceBody(res *http.Response, body []byte) {
+	for _, name := range [...]string{"Etag", "Last-Modified", "Accept-Ranges"} {
+		delete(res.Header, name)
+	}
 	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	res.Header.Set("Content-Length", strconv.Itoa(len(body)))
 }
@@ -364,9 +374,9 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer c.token.running.Add(-1) // not release: this is not a use of the token
-	if r.Method != http.MethodGet {
-		w.Header().Set("Allow", "GET")
-		p.refuse(c, w, r, errMethodNotAllowed("GET"))
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Allow", "GET, HEAD")
+		p.refuse(c, w, r, errMethodNotAllowed("GET or HEAD"))
 		return
 	}
 	v, err := p.ownToken(c)

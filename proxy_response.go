@@ -1,14 +1,11 @@
-// This file holds what the provider's answer passes through on its way to the client: the header allow-lists
-// (for both directions), the checks of a stream before any of it leaves, and the writer, which drops what must
-// not reach a client (1xx, trailers, upgrades, the provider's key) and shows every byte to the meter.
+// This file holds what the provider's answer passes through on its way to the client: the checks of a stream before
+// any of it leaves, and the writer, which drops what must not reach a client (1xx, trailers, upgrades, the
+// provider's key) and shows every byte to the meter. proxy_headers.go has the allow-lists of headers.
 package main
 
 import (
 	"bytes"
 	"cmp"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"io"
 	"mime"
@@ -95,88 +92,6 @@ func awaitFirstEvent(res *http.Response) error {
 	}
 }
 
-// allowRequestHeader is the allow-list for request headers. Names are canonical.
-func allowRequestHeader(name string) bool {
-	switch name {
-	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
-		return true
-	}
-	return strings.HasPrefix(name, "X-Stainless-") || isProviderHeader(name) && !describesAccount(name)
-}
-
-func isProviderHeader(name string) bool {
-	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
-}
-
-// describesAccount reports whether a provider's header names or describes the account behind the key: its
-// organization, project, workspace or user, and how much of its limits is left. Clients that share the key may
-// neither choose the account nor see its state. The upstream's settings choose it.
-func describesAccount(name string) bool {
-	switch name {
-	case "Openai-Organization", "Openai-Project":
-		return true
-	}
-	for _, suffix := range [...]string{"-Id", "-Limit", "-Remaining", "-Reset"} {
-		if strings.HasSuffix(name, suffix) {
-			return true
-		}
-	}
-	return strings.Contains(name, "-Ratelimit-")
-}
-
-// upstreamHeader returns the headers that go to the provider, without the key. Headers that the client's
-// Connection header names are for this hop only, except that the client cannot remove Content-Type. project is
-// the id of the client's project.
-func upstreamHeader(in http.Header, project string) http.Header {
-	out := make(http.Header, 8)
-	for name, values := range in {
-		if allowRequestHeader(name) {
-			out[name] = values
-		}
-	}
-	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // the client's own text, not a trace
-		delete(out, "Traceparent")
-		delete(out, "Tracestate")
-	}
-	for _, line := range in["Connection"] {
-		for name := range strings.SplitSeq(line, ",") {
-			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); name != "Content-Type" {
-				delete(out, name)
-			}
-		}
-	}
-	if v, ok := out["Idempotency-Key"]; ok {
-		// Under its canonical name, net/http takes the header as permission to resend what
-		// the provider may have received already, unseen by limits and ledger.
-		delete(out, "Idempotency-Key")
-		out["idempotency-key"] = scopeIdempotencyKeys(v, project)
-	}
-	return out
-}
-
-// scopeIdempotencyKeys replaces a client's keys by others that only its project can cause. Projects may share a
-// provider key, and the provider would answer one project's request with what another got for an equal key.
-func scopeIdempotencyKeys(keys []string, project string) []string {
-	out := make([]string, len(keys))
-	for i, key := range keys {
-		mac := hmac.New(sha256.New, []byte(project))
-		mac.Write([]byte(key))
-		out[i] = hex.EncodeToString(mac.Sum(nil))
-	}
-	return out
-}
-
-// allowResponseHeader is the allow-list for answer headers. Names are canonical. The provider's X-Ratelimit-*
-// are not on it: they describe the key, which many tokens share. The client gets its token's (proxy_admit.go).
-func allowResponseHeader(name string) bool {
-	switch name {
-	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
-		"X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry":
-		return true
-	}
-	return isProviderHeader(name) && !describesAccount(name)
-}
-
 // A responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its header map leads nowhere: only
 // headers that prepare has copied reach the client, so neither a 1xx nor a trailer does. It has no Hijack and no
 // Unwrap, so no upgrade passes.
@@ -219,7 +134,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 	for name, values := range res.Header {
 		if allowResponseHeader(name) && !w.keyMask.containsKey(values) {
 			to[name] = values
-			if name == "X-Request-Id" || name == "Request-Id" {
+			if isRequestID(name) && (w.providerRequestID == "" || name == "X-Request-Id" || name == "Request-Id") {
 				w.providerRequestID = clip(values[0], 128)
 			}
 		}

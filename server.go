@@ -27,9 +27,10 @@ type server struct {
 	exporter     *exporter
 	exporting    sync.Mutex // held while a page of metrics is written
 
-	proxy  *proxy
-	manage *manageAPI
-	admin  *adminUI // nil: ADMIN_PAGES=false
+	proxy       *proxy
+	crossOrigin *crossOrigin // nil: CORS_ORIGINS is not set
+	manage      *manageAPI
+	admin       *adminUI // nil: ADMIN_PAGES=false
 }
 
 // routes returns the handler of every URL. /v1 takes client tokens only, /manage management
@@ -53,6 +54,7 @@ func (s *server) routes() http.Handler {
 	}
 	mux.HandleFunc("/manage", notFound) // ServeMux would redirect, and a client would follow with its key
 	mux.HandleFunc("/", unknownPath)
+	outsideV1, preflight := canonicalOnly(mux), http.HandlerFunc(s.crossOrigin.answerPreflight)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if s.readiness.running.isDraining() {
 			w.Header().Set("Connection", "close") // the client's next request goes to another process
@@ -61,10 +63,14 @@ func (s *server) routes() http.Handler {
 		// redirect, but such a path must not reach another endpoint than the one it names.
 		switch {
 		case r.Method == http.MethodConnect || !strings.HasPrefix(r.URL.Path, "/v1/"):
-			s.serveLogged(w, r, mux)
+			s.serveLogged(w, r, outsideV1)
+		case s.crossOrigin.isPreflight(r): // open: what pages of the origins in CORS_ORIGINS may send
+			s.serveLogged(w, r, preflight)
 		case r.URL.Path == ownTokenPath: // /v1/llm-proxy/token
+			s.crossOrigin.addHeaders(w.Header(), r.Header)
 			s.proxy.handleOwnToken(w, r) // a client token: what it may know about itself
 		default: // /v1/*: endpointRows in endpoints.go has the endpoints
+			s.crossOrigin.addHeaders(w.Header(), r.Header)
 			s.proxy.handleV1(w, r) // a client token: the call goes to a provider
 		}
 	})
@@ -100,17 +106,24 @@ func (s *server) serveLogged(w http.ResponseWriter, r *http.Request, next http.H
 		s.metrics.countRequest(r.Pattern, sw.status)
 		s.logRequest(r, sw.status, id, start)
 	}()
-	if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
-		path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
-		unknownPath(sw, r)
-		return
-	}
 	next.ServeHTTP(sw, r)
+}
+
+// canonicalOnly refuses paths that ServeMux would clean, or read in another way than they are written.
+func canonicalOnly(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if p := r.URL.Path; r.Method == http.MethodConnect || p == "" || p[0] != '/' || r.URL.EscapedPath() != p ||
+			path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
+			unknownPath(w, r)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func (s *server) logRequest(r *http.Request, status int, id string, start time.Time) {
 	level := slog.LevelInfo
-	if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" {
+	if r.Pattern == "GET /healthz" || r.Pattern == "GET /readyz" || r.Pattern == preflightPattern {
 		level = slog.LevelDebug
 	}
 	line := []any{"request_id", id, "route", r.Pattern, "status", status,

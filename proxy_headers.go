@@ -1,0 +1,192 @@
+// This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
+// of other sites need (CORS_ORIGINS). It sends nothing and holds no secret.
+package main
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"net/http"
+	"strings"
+)
+
+// allowRequestHeader is the allow-list for request headers. Names are canonical.
+func allowRequestHeader(name string) bool {
+	switch name {
+	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
+		return true
+	}
+	return strings.HasPrefix(name, "X-Stainless-") || isProviderHeader(name) && !describesAccount(name)
+}
+
+func isProviderHeader(name string) bool {
+	return strings.HasPrefix(name, "Openai-") || strings.HasPrefix(name, "Anthropic-")
+}
+
+// describesAccount reports whether a provider's header names or describes the account behind the key: its
+// organization, project, workspace or user, and how much of its limits is left. Clients that share the key may
+// neither choose the account nor see its state. The upstream's settings choose it.
+func describesAccount(name string) bool {
+	switch name {
+	case "Openai-Organization", "Openai-Project":
+		return true
+	}
+	for _, suffix := range [...]string{"-Id", "-Limit", "-Remaining", "-Reset"} {
+		if strings.HasSuffix(name, suffix) {
+			return true
+		}
+	}
+	return strings.Contains(name, "-Ratelimit-")
+}
+
+// allowConditionHeader is the allow-list for headers that ask for a part of an object, or for an object only if it
+// has changed. Ranges are for contents and models only: the proxy must read other answers whole.
+func (e *endpoint) allowConditionHeader(name string) bool {
+	switch name {
+	case "If-None-Match", "If-Modified-Since":
+		return e.method == http.MethodGet
+	case "Range", "If-Range", "If-Match", "If-Unmodified-Since":
+		return e.method == http.MethodGet && (e.modelInPath || strings.HasSuffix(e.pattern, "/content"))
+	}
+	return false
+}
+
+// upstreamHeader returns the headers that go to the provider, without the key. Headers that the client's
+// Connection header names are for this hop only, except that the client cannot remove Content-Type. project is
+// the id of the client's project. e is the endpoint if its answers pass unchanged, and otherwise nil: a condition
+// about the provider's bytes says nothing about bytes of the proxy.
+func upstreamHeader(in http.Header, project string, e *endpoint) http.Header {
+	out := make(http.Header, 8)
+	for name, values := range in {
+		if allowRequestHeader(name) || e != nil && e.allowConditionHeader(name) {
+			out[name] = values
+		}
+	}
+	if _, ok := parseTraceparent(out["Traceparent"]); !ok { // the client's own text, not a trace
+		delete(out, "Traceparent")
+		delete(out, "Tracestate")
+	}
+	for _, line := range in["Connection"] {
+		for name := range strings.SplitSeq(line, ",") {
+			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); name != "Content-Type" {
+				delete(out, name)
+			}
+		}
+	}
+	if v, ok := out["Idempotency-Key"]; ok {
+		// Under its canonical name, net/http takes the header as permission to resend what
+		// the provider may have received already, unseen by limits and ledger.
+		delete(out, "Idempotency-Key")
+		out["idempotency-key"] = scopeIdempotencyKeys(v, project)
+	}
+	return out
+}
+
+// scopeIdempotencyKeys replaces a client's keys by others that only its project can cause. Projects may share a
+// provider key, and the provider would answer one project's request with what another got for an equal key.
+func scopeIdempotencyKeys(keys []string, project string) []string {
+	out := make([]string, len(keys))
+	for i, key := range keys {
+		mac := hmac.New(sha256.New, []byte(project))
+		mac.Write([]byte(key))
+		out[i] = hex.EncodeToString(mac.Sum(nil))
+	}
+	return out
+}
+
+// allowResponseHeader is the allow-list for answer headers. Names are canonical. The provider's X-Ratelimit-*
+// are not on it: they describe the key, which many tokens share. The client gets its token's (proxy_admit.go).
+func allowResponseHeader(name string) bool {
+	switch name {
+	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
+		"Content-Range", "Accept-Ranges", "Etag", "Last-Modified",
+		"Retry-After", "Retry-After-Ms", "X-Ms-Retry-After-Ms", "X-Should-Retry":
+		return true
+	}
+	return isRequestID(name) || isProviderHeader(name) && !describesAccount(name)
+}
+
+// isRequestID reports whether a header has a provider's own id of a request, for its support.
+func isRequestID(name string) bool {
+	switch name {
+	case "X-Request-Id", "Request-Id", "Apim-Request-Id", "X-Ms-Request-Id", "X-Amzn-Requestid", "Cf-Ray",
+		"Mistral-Correlation-Id":
+		return true
+	}
+	return false
+}
+
+// A crossOrigin lets web pages of the origins in CORS_ORIGINS call /v1. A page presents its token itself: browsers
+// add no cookie or other credential to such calls. It is immutable.
+type crossOrigin struct {
+	origins map[string][]string // by origin, the value of Access-Control-Allow-Origin
+	vary    []string
+	exposed []string
+}
+
+// exposedHeaders are the answer headers that pages may read, besides those that browsers show anyway.
+const exposedHeaders = "X-LLM-Proxy-Request-ID, X-LLM-Proxy-Upstream, X-Request-ID, Request-ID, Retry-After, " +
+	"Retry-After-Ms, X-Should-Retry, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, " +
+	"X-RateLimit-Reset-Requests, X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens, " +
+	"OpenAI-Processing-Ms, OpenAI-Version, OpenAI-Model, Content-Disposition, Content-Range, Accept-Ranges, ETag, " +
+	"Allow"
+
+// preflightSeconds is how long browsers may remember the answer to a preflight request; Chrome's maximum.
+const preflightSeconds = "7200"
+
+const preflightPattern = "OPTIONS /v1/" // in the log and the metrics
+
+// newCrossOrigin returns nil if there are no origins: nothing is added to any answer.
+func newCrossOrigin(origins []string) *crossOrigin {
+	if len(origins) == 0 {
+		return nil
+	}
+	x := &crossOrigin{origins: map[string][]string{}, vary: []string{"Origin"}, exposed: []string{exposedHeaders}}
+	for _, origin := range origins {
+		x.origins[origin] = []string{origin}
+	}
+	return x
+}
+
+// isPreflight reports whether a browser asks if a page may make a call: without a token, which only the call has.
+func (x *crossOrigin) isPreflight(r *http.Request) bool {
+	return x != nil && r.Method == http.MethodOptions && len(r.Header["Origin"]) == 1 &&
+		r.Header["Access-Control-Request-Method"] != nil
+}
+
+// addHeaders adds to every answer, errors too, what lets a page of a listed origin read it.
+func (x *crossOrigin) addHeaders(h, request http.Header) {
+	if x == nil {
+		return
+	}
+	h["Vary"] = x.vary // a cache must not give one origin's answer to another
+	if origin := request["Origin"]; len(origin) == 1 && x.origins[origin[0]] != nil {
+		h["Access-Control-Allow-Origin"] = x.origins[origin[0]]
+		h["Access-Control-Expose-Headers"] = x.exposed
+	}
+}
+
+// answerPreflight allows a page of a listed origin every method and every header: those that are not on
+// allowRequestHeader's list go nowhere. Any other origin gets an error without the headers, which the browser takes
+// as a no.
+func (x *crossOrigin) answerPreflight(w http.ResponseWriter, r *http.Request) {
+	r.Pattern = preflightPattern
+	h := w.Header()
+	x.addHeaders(h, r.Header)
+	if h["Access-Control-Allow-Origin"] == nil {
+		writeError(w, errOriginNotAllowed, false)
+		return
+	}
+	delete(h, "Access-Control-Expose-Headers")
+	h["Access-Control-Allow-Methods"] = []string{"GET, HEAD, POST, DELETE"}
+	if names := strings.Join(r.Header["Access-Control-Request-Headers"], ","); isHeaderNameList(names) {
+		h["Access-Control-Allow-Headers"] = []string{names}
+	}
+	h["Access-Control-Max-Age"] = []string{preflightSeconds}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// isHeaderNameList reports whether s has only characters of header names, with commas and spaces between them.
+func isHeaderNameList(s string) bool {
+	return s != "" && isAlphanumericOr(s, "!#$%&'*+-.^_`|~, ")
+}
