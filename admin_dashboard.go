@@ -358,7 +358,7 @@ func (ui *adminUI) projectCharts(r *pageRequest, project string) (charts []chart
 
 func totalErrors(h *hourSum) (n int64) {
 	for _, v := range h.errors {
-		n += v
+		n = addSat(n, v)
 	}
 	return n
 }
@@ -385,7 +385,7 @@ func (d *dashData) tiles() []tile {
 	inOut := groupDigits(now.input) + " in, " + groupDigits(now.output) + " out"
 	tiles := []tile{
 		count("Calls", now.calls, was.calls, unitCount, groupDigits(now.errors[1])+" refused by policy"),
-		count("Tokens", now.input+now.output, was.input+was.output, unitCount, inOut),
+		count("Tokens", now.totals().tokens, was.totals().tokens, unitCount, inOut),
 		count("Cost", now.cost, was.cost, unitMoney, priced),
 		errorTile(now, was),
 		latencyTile("Time to first byte", &now.firstByteLatency, &was.firstByteLatency),
@@ -432,7 +432,7 @@ func changeLevel(now, was, slack float64) string {
 
 // rankings returns the largest projects, tokens, models and endpoints.
 func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
-	whole := q.valueOf(usageTotals{d.total.calls, d.total.input + d.total.output, d.total.cost})
+	whole := q.valueOf(d.total.totals())
 	if q.projectSeq == 0 {
 		tables = append(tables, q.ranking("Projects", d.projects, whole))
 	}
@@ -608,7 +608,7 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 	for i := range d.steps {
 		h := &d.steps[i]
 		row := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.stepMS).UTC().Format(time.RFC3339),
-			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.input + h.output),
+			formatInt(h.calls), formatInt(h.input), formatInt(h.output), formatInt(h.totals().tokens),
 			formatNanos(h.cost)}
 		for _, n := range h.errors {
 			row = append(row, formatInt(n))

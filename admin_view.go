@@ -256,7 +256,7 @@ func formatMoney(nanos int64) string {
 	if magnitude > 0 && magnitude < 500 {
 		return sign + "<$0.000001"
 	}
-	rounded := (magnitude + unit/2) / unit
+	rounded := magnitude/unit + magnitude%unit/(unit/2) // half a unit is one more
 	scale := int64(1)
 	for range places {
 		scale *= 10

@@ -50,10 +50,15 @@ func (u chartUnit) format(v float64) string {
 		return threeDigits(v/1000) + " s"
 	case u == unitMillis:
 		return threeDigits(v) + " ms"
-	case u == unitMoney:
-		return formatMoney(int64(v))
 	}
-	return groupDigits(int64(v))
+	n := int64(math.MaxInt64)
+	if v < math.MaxInt64 { // otherwise the conversion has no defined result
+		n = int64(v)
+	}
+	if u == unitMoney {
+		return formatMoney(n)
+	}
+	return groupDigits(n)
 }
 
 // threeDigits returns a number with three significant digits, or all digits before the point.
@@ -469,7 +474,7 @@ func (d *dashData) topSeries(q *dashQuery) []usageSeries {
 	rest := usageSeries{name: "all others", isOther: true, values: make([]usageTotals, q.steps())}
 	for i := range d.steps {
 		h := &d.steps[i]
-		rest.add(i, usageTotals{h.calls, h.input + h.output, h.cost})
+		rest.add(i, h.totals())
 	}
 	for _, s := range named {
 		for i, a := range s.values {

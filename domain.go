@@ -29,6 +29,27 @@ import (
 
 // Money, sizes, durations and text.
 
+// addSat adds, and returns the nearest int64 where the sum has none. All sums of tokens, money and time use it:
+// a sum that wrapped around would open every limit, and SQLite refuses or falsifies what overflows.
+func addSat(a, b int64) int64 {
+	switch sum := a + b; {
+	case a > 0 && b > 0 && sum < 0:
+		return math.MaxInt64
+	case a < 0 && b < 0 && sum >= 0:
+		return math.MinInt64
+	default:
+		return sum
+	}
+}
+
+// mulSat multiplies numbers of 0 or more, and returns the largest int64 if the product is larger.
+func mulSat(a, b int64) int64 {
+	if a > 0 && b > math.MaxInt64/a {
+		return math.MaxInt64
+	}
+	return a * b
+}
+
 // formatDollars writes a price as parseDollars reads it: dollars per million tokens. noPrice gives "".
 func formatDollars(pico int64) string {
 	if pico < 0 {
@@ -408,7 +429,7 @@ func (h *latencyHistogram) observe(us int64) {
 
 func (h *latencyHistogram) total() (n int64) {
 	for _, v := range h {
-		n += v
+		n = addSat(n, v)
 	}
 	return n
 }

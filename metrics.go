@@ -228,13 +228,20 @@ func (m *metrics) countCall(e *endpoint, row *requestRow, f *forwardedCall) {
 	mc.calls[outcome].Add(1)
 	for i, n := range [...]int64{row.counts.input, row.counts.cached, row.counts.output, row.counts.reasoning} {
 		if n > 0 {
-			mc.tokens[i].Add(n)
+			addCounter(&mc.tokens[i], n)
 		}
 	}
 	if row.priced {
-		mc.nanos.Add(row.cost)
+		addCounter(&mc.nanos, row.cost)
 	} else if row.source != usageNone {
 		mc.unpriced.Add(1)
+	}
+}
+
+// addCounter adds to a counter, which stays at the largest int64 if it would overflow.
+func addCounter(counter *atomic.Int64, n int64) {
+	for old := counter.Load(); !counter.CompareAndSwap(old, addSat(old, n)); {
+		old = counter.Load()
 	}
 }
 

@@ -13,7 +13,10 @@
 // used at once and refills from then on, and settling returns only what has not refilled yet.
 package main
 
-import "sync"
+import (
+	"math"
+	"sync"
+)
 
 // A limitCounter is the current state of one limit.
 type limitCounter struct {
@@ -76,7 +79,7 @@ func (c *limitCounter) refill(n int64) {
 
 // shortfall returns how much of need, scaled, exceeds the limit now; 0 if it fits.
 func (c *limitCounter) shortfall(need int64) int64 {
-	return max(0, c.used+(c.reserved+need-c.limit.max)*c.scale())
+	return max(0, addSat(c.used, (addSat(c.reserved, need)-c.limit.max)*c.scale()))
 }
 
 // retryAfter returns the milliseconds until need fits, if nothing else is used until then. It returns never if
@@ -112,13 +115,13 @@ func (e *estimate) quantityFor(l *limit) int64 {
 	case metricDollars:
 		in, out = e.inputCost, e.outputCost
 	}
-	if in+out == 0 {
+	if in == 0 && out == 0 {
 		return 0
 	}
 	if e.outputAssumed {
 		out = min(out, l.max/4)
 	}
-	return max(1, min(in+out, l.max))
+	return max(1, min(addSat(in, out), l.max))
 }
 
 // exceedsMax reports whether the call asks for more output than l ever allows.
@@ -241,17 +244,19 @@ func (c *limitCounter) checkCapacity(e *estimate, now, need int64) *limitViolati
 }
 
 // remaining returns how many requests, tokens, nano-dollars or running calls still fit.
-func (c *limitCounter) remaining() int64 { return max(0, c.limit.max-c.reserved-c.unscaledUse()) }
+func (c *limitCounter) remaining() int64 {
+	return max(0, addSat(c.limit.max-c.reserved, -c.unscaledUse()))
+}
 
 // unscaledUse returns used in requests, tokens or nano-dollars, rounded up.
-func (c *limitCounter) unscaledUse() int64 { return (c.used + c.scale() - 1) / c.scale() }
+func (c *limitCounter) unscaledUse() int64 { return addSat(c.used, c.scale()-1) / c.scale() }
 
 // apply reserves the quantity. In a bucket it is used at once and refills from then on; a request is used at
 // once, too.
 func (e *reservationEntry) apply() {
 	c := e.counter
 	if c.limit.period.bucketMS() > 0 || c.limit.metric == metricRequests {
-		c.used += e.quantity * c.scale()
+		c.used = addSat(c.used, e.quantity*c.scale())
 		e.refillMark = c.refilled + c.used
 		return
 	}
@@ -323,7 +328,7 @@ func (e *reservationEntry) settle(usage finalUsage) {
 		c.used = max(0, c.used-(e.quantity-used))
 	default:
 		c.reserved -= max(0, e.quantity-e.spent)
-		c.used = max(0, c.used+used-e.spent)
+		c.used = max(0, addSat(c.used, used-e.spent))
 	}
 }
 
@@ -354,12 +359,12 @@ func (r *reservation) updateUsage(now, output int64) *limit {
 		if c.limit.metric == metricDollars {
 			used = r.estimate.inputCost
 			if r.estimate.output > 0 {
-				used += r.estimate.outputCost / r.estimate.output * output
+				used = addSat(used, mulSat(r.estimate.outputCost/r.estimate.output, output))
 			}
 		}
 		if used > e.spent {
 			c.reserved -= max(0, e.quantity-e.spent) - max(0, e.quantity-used)
-			c.used += used - e.spent
+			c.used = addSat(c.used, used-e.spent)
 			e.spent = used
 		}
 		if !c.limit.monitorOnly && c.used > c.limit.max+overrunAllowance(c.limit) {
@@ -412,6 +417,8 @@ func (l *limiter) countRunning(s *limitScope, c *limitCounter) {
 			continue
 		}
 		if need := r.quantityIn(c); need > 0 {
+			// Nothing has checked that all of them fit. The bound keeps their sum within an int64.
+			need = min(need, math.MaxInt64/2-c.reserved)
 			e := reservationEntry{counter: c, generation: c.generation, quantity: need}
 			e.apply()
 			r.entries = append(r.entries, e)

@@ -109,11 +109,11 @@ func sumUsage(past []periodUsage, l *limit) (n int64) {
 			}
 			switch l.metric {
 			case metricRequests:
-				n += u.calls
+				n = addSat(n, u.calls)
 			case metricTokens:
-				n += u.tokens
+				n = addSat(n, addSat(u.inputTokens, u.outputTokens))
 			case metricDollars:
-				n += u.nanosUSD
+				n = addSat(n, u.nanosUSD)
 			}
 		}
 	}

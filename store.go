@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -233,6 +234,12 @@ func sqliteCode(err error) int {
 func isRejectedRow(err error) bool {
 	code := sqliteCode(err)
 	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
+}
+
+// isSumOverflow reports whether SQLite could not add up a column, because the sum is no int64.
+func isSumOverflow(err error) bool {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	return ok && e.Code() == sqlite3.SQLITE_ERROR && strings.Contains(e.Error(), "integer overflow")
 }
 
 // isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged)

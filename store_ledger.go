@@ -10,9 +10,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"fmt"
-	"maps"
 	"strconv"
-	"strings"
 )
 
 // The statements of a ledgerWriter. One that ends in 8 is the one before it with eight rows.
@@ -52,19 +50,27 @@ const (
 			estimated_calls, would_refuse, total_us)
 		VALUES `
 	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
-	addToSums = ` ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,
-			input_tokens = input_tokens + excluded.input_tokens, cached_tokens = cached_tokens + excluded.cached_tokens,
-			output_tokens = output_tokens + excluded.output_tokens,
-			reasoning_tokens = reasoning_tokens + excluded.reasoning_tokens,
-			cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
-			estimated_calls = estimated_calls + excluded.estimated_calls,
-			would_refuse = would_refuse + excluded.would_refuse,
-			total_us = total_us + excluded.total_us`
+	// The additions stop at the largest int64: a larger sum would become a REAL, which the column refuses.
+	addToSums = ` ON CONFLICT DO UPDATE SET
+			calls = min(calls, 9223372036854775807 - excluded.calls) + excluded.calls,
+			input_tokens = min(input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
+			cached_tokens = min(cached_tokens, 9223372036854775807 - excluded.cached_tokens) + excluded.cached_tokens,
+			output_tokens = min(output_tokens, 9223372036854775807 - excluded.output_tokens) + excluded.output_tokens,
+			reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - excluded.reasoning_tokens)
+				+ excluded.reasoning_tokens,
+			cost = min(cost, 9223372036854775807 - excluded.cost) + excluded.cost,
+			unpriced_calls = min(unpriced_calls, 9223372036854775807 - excluded.unpriced_calls)
+				+ excluded.unpriced_calls,
+			estimated_calls = min(estimated_calls, 9223372036854775807 - excluded.estimated_calls)
+				+ excluded.estimated_calls,
+			would_refuse = min(would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
+			total_us = min(total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
 
 	insertLatency = `INSERT INTO project_latency (project, at, bucket, first_bytes, answers) VALUES `
 	latencyValues = `(?, ?, ?, ?, ?)`
-	addToLatency  = ` ON CONFLICT DO UPDATE SET first_bytes = first_bytes + excluded.first_bytes,
-			answers = answers + excluded.answers`
+	addToLatency  = ` ON CONFLICT DO UPDATE SET
+			first_bytes = min(first_bytes, 9223372036854775807 - excluded.first_bytes) + excluded.first_bytes,
+			answers = min(answers, 9223372036854775807 - excluded.answers) + excluded.answers`
 )
 
 func ledgerSQL() [ledgerStmtCount]string {
@@ -72,8 +78,9 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtInsertPending: `INSERT INTO begun (batch, calls) VALUES (?, ?)`,
 		stmtDeletePending: `DELETE FROM begun WHERE batch = ?`,
 		stmtCountTokenUse: `
-			UPDATE tokens SET request_count = request_count + ?, last_used_at = max(coalesce(last_used_at, 0), ?)
-			WHERE seq = ?`,
+			UPDATE tokens SET request_count = min(request_count, 9223372036854775807 - ?1) + ?1,
+				last_used_at = max(coalesce(last_used_at, 0), ?2)
+			WHERE seq = ?3`,
 		stmtRecordOK: insertOK + okValues,
 		stmtRecordOK8: insertOK + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` +
 			okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
@@ -90,14 +97,21 @@ func ledgerSQL() [ledgerStmtCount]string {
 			INSERT INTO project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
 				caller_errors, policy_errors, provider_errors, proxy_errors)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-			ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,
-				input_tokens = input_tokens + excluded.input_tokens,
-				output_tokens = output_tokens + excluded.output_tokens,
-				cost = cost + excluded.cost, unpriced_calls = unpriced_calls + excluded.unpriced_calls,
-				caller_errors = caller_errors + excluded.caller_errors,
-				policy_errors = policy_errors + excluded.policy_errors,
-				provider_errors = provider_errors + excluded.provider_errors,
-				proxy_errors = proxy_errors + excluded.proxy_errors`,
+			ON CONFLICT DO UPDATE SET
+				calls = min(calls, 9223372036854775807 - excluded.calls) + excluded.calls,
+				input_tokens = min(input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
+				output_tokens = min(output_tokens, 9223372036854775807 - excluded.output_tokens)
+					+ excluded.output_tokens,
+				cost = min(cost, 9223372036854775807 - excluded.cost) + excluded.cost,
+				unpriced_calls = min(unpriced_calls, 9223372036854775807 - excluded.unpriced_calls)
+					+ excluded.unpriced_calls,
+				caller_errors = min(caller_errors, 9223372036854775807 - excluded.caller_errors)
+					+ excluded.caller_errors,
+				policy_errors = min(policy_errors, 9223372036854775807 - excluded.policy_errors)
+					+ excluded.policy_errors,
+				provider_errors = min(provider_errors, 9223372036854775807 - excluded.provider_errors)
+					+ excluded.provider_errors,
+				proxy_errors = min(proxy_errors, 9223372036854775807 - excluded.proxy_errors) + excluded.proxy_errors`,
 		stmtLatency: insertLatency + latencyValues + addToLatency,
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
@@ -339,145 +353,11 @@ func (r *requestRow) isPlainOK() bool {
 		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
 }
 
-// A usageSumKey names one row of usage_sums.
-type usageSumKey struct {
-	grain           string
-	token, project  int64
-	start           int64 // of the hour or day
-	model, endpoint string
-	outcome         callOutcome
-	requestedModel  string
-}
-
-// billedWithoutUsage reports whether a provider charges for calls of an endpoint although their answers may
-// count no tokens: speech is billed by the character, images by the piece.
-func billedWithoutUsage(endpoint string) bool {
-	return strings.HasPrefix(endpoint, "POST /v1/audio/") || strings.HasPrefix(endpoint, "POST /v1/images/")
-}
-
-// A usageSum is what a row of usage_sums adds up.
-type usageSum struct {
-	calls, input, cached, output, reasoning int64
-	cost, unpriced, estimated, totalUS      int64
-	wouldRefuse                             int64
-}
-
-func (s *usageSum) add(r *requestRow) {
-	s.calls++
-	s.input += r.counts.input
-	s.cached += r.counts.cached
-	s.output += r.counts.output
-	s.reasoning += r.counts.reasoning
-	if r.priced {
-		s.cost += r.cost
-	} else if r.source != usageNone || r.outcome == outcomeOK && billedWithoutUsage(r.endpoint) {
-		s.unpriced++
-	}
-	if r.source == usageEstimated {
-		s.estimated++
-	}
-	if r.wouldRefuse {
-		s.wouldRefuse++
-	}
-	s.totalUS += r.totalUS
-}
-
-func (s *usageSum) merge(o usageSum) {
-	s.calls += o.calls
-	s.input += o.input
-	s.cached += o.cached
-	s.output += o.output
-	s.reasoning += o.reasoning
-	s.cost += o.cost
-	s.unpriced += o.unpriced
-	s.estimated += o.estimated
-	s.wouldRefuse += o.wouldRefuse
-	s.totalUS += o.totalUS
-}
-
 func nullUnless(ok bool, v int64) any {
 	if ok {
 		return v
 	}
 	return nil
-}
-
-// sumModel is the model under which a call is summed. A name that a client invented must not make a row of
-// its own, or one client could fill the disk.
-func (r *requestRow) sumModel() string {
-	if r.modelTracked {
-		return r.model
-	}
-	return ""
-}
-
-// otherModels stands in sums for all requested models that are not tracked.
-const otherModels = "*"
-
-// sumRequestedModel is the requested model, under the same rule.
-func (r *requestRow) sumRequestedModel() string {
-	if r.requestedModelTracked || r.requestedModel == "" {
-		return r.requestedModel
-	}
-	return otherModels
-}
-
-// A usageTally adds up calls for the sums, and for the hours of projects.
-type usageTally struct {
-	sums  map[usageSumKey]*usageSum // of single tokens by hour, until rollUp
-	hours map[hourKey]*hourSum
-
-	lastKey  usageSumKey // of the previous call, which is often of the same kind
-	lastSum  *usageSum
-	lastHour *hourSum
-}
-
-func newUsageTally() *usageTally {
-	return &usageTally{sums: map[usageSumKey]*usageSum{}, hours: map[hourKey]*hourSum{}}
-}
-
-func (t *usageTally) add(r *requestRow) {
-	hour := r.started - r.started%hourMS
-	k := usageSumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumRequestedModel()}
-	if t.lastSum == nil || k != t.lastKey {
-		t.lastKey, t.lastSum, t.lastHour = k, getOrInsert(t.sums, k), getOrInsert(t.hours, hourKey{r.project, hour})
-	}
-	t.lastSum.add(r)
-	t.lastHour.add(r)
-}
-
-func getOrInsert[K comparable, V any](m map[K]*V, k K) *V {
-	v := m[k]
-	if v == nil {
-		v = new(V)
-		m[k] = v
-	}
-	return v
-}
-
-func (k usageSumKey) withGrain(grain string, at int64) usageSumKey {
-	k.grain, k.start = grain, at
-	return k
-}
-
-// rollUp adds the coarser sums to those of single tokens and projects, so that a row which calls of many
-// tokens share is written once.
-func (t *usageTally) rollUp() {
-	for k, v := range maps.Clone(t.sums) {
-		day, project, all := k.withGrain("day", k.start-k.start%dayMS), k, k
-		project.token = 0
-		all.token, all.project, all.requestedModel = 0, 0, ""
-		for _, key := range [...]usageSumKey{
-			day, {grain: "token", token: k.token, project: k.project, start: day.start},
-			project, project.withGrain("day", day.start), {grain: "token", project: k.project, start: day.start},
-			all, all.withGrain("day", day.start),
-		} {
-			getOrInsert(t.sums, key).merge(*v)
-		}
-	}
-	for k, v := range maps.Clone(t.hours) {
-		getOrInsert(t.hours, hourKey{0, k.at}).merge(v)
-	}
 }
 
 // writeTally adds what was added up to the stored sums, and writes each row once.

@@ -58,7 +58,26 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	if err != nil {
 		return nil, err
 	}
-	statement, grain := q.statement()
+	groups, err := s.sumScopes(ctx, &q, scopes, true)
+	if isSumOverflow(err) {
+		groups, err = s.sumScopes(ctx, &q, scopes, false)
+	}
+	if err != nil {
+		return nil, err
+	}
+	out := make([]usageRow, 0, len(groups))
+	for k, v := range groups {
+		out = append(out, usageRow{k, *v})
+	}
+	slices.SortFunc(out, func(a, b usageRow) int { return a.compare(&b.usageKey) })
+	return out, nil
+}
+
+// sumScopes adds up the sums of scopes. With inSQL, SQLite does most of it, and fails if a sum overflows; otherwise
+// each row is read, and sums that would overflow stay at the largest int64.
+func (s *store) sumScopes(ctx context.Context, q *usageQuery, scopes []usageScope, inSQL bool,
+) (map[usageKey]*usageSum, error) {
+	statement, grain := q.statement(inSQL)
 	st, err := s.readDB.PrepareContext(ctx, statement)
 	if err != nil {
 		return nil, fmt.Errorf("adding up usage: %w", err)
@@ -78,12 +97,7 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 			return nil, errTooManyRows
 		}
 	}
-	out := make([]usageRow, 0, len(groups))
-	for k, v := range groups {
-		out = append(out, usageRow{k, *v})
-	}
-	slices.SortFunc(out, func(a, b usageRow) int { return a.compare(&b.usageKey) })
-	return out, nil
+	return groups, nil
 }
 
 // A timeRange is a span of time whose sums are added up into one. at is its start in the answer, 0 where the
@@ -107,18 +121,33 @@ func (q *usageQuery) ofAll() bool {
 	return q.project == "" && q.token == "" && !q.byProject && !q.byToken
 }
 
-// statement returns the statement that reads no finer than it must, and the grain to read.
-func (q *usageQuery) statement() (text, grain string) {
+// byTime reports whether each hour or day is a group of its own.
+func (q *usageQuery) byTime() bool { return q.interval == "hour" || q.interval == "day" }
+
+// statement returns the statement that reads no finer than it must, and the grain to read. Unless addUp is set, the
+// statement returns the stored rows as they are.
+func (q *usageQuery) statement(addUp bool) (text, grain string) {
+	const from = ` FROM usage_sums WHERE grain = ?1 AND project = ?2 AND token = ?3 AND at >= ?4 AND at < ?5 `
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
-			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us)
-		FROM usage_sums WHERE grain = ?1 AND project = ?2 AND token = ?3 AND at >= ?4 AND at < ?5 `
-	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0
-		FROM project_hours WHERE ?1 = 'hour' AND project = ?2 AND ?3 = 0 AND at >= ?4 AND at < ?5 `
+			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us)` + from
+	const fromHours = ` FROM project_hours WHERE ?1 = 'hour' AND project = ?2 AND ?3 = 0 AND at >= ?4 AND at < ?5 `
+	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0` +
+		fromHours
 	if grain = "day"; q.interval == "hour" || q.hourly {
 		grain = "hour"
 	}
-	byTime, singleTokens := q.interval == "hour" || q.interval == "day", q.byToken || q.token != ""
-	switch {
+	labeled := q.byEndpoint || q.byOutcome || q.byModel
+	inHours := grain == "hour" && q.totalsOnly && !labeled && !q.byToken && q.token == ""
+	if grain == "day" && !labeled && !q.ofAll() {
+		grain = "token" // days over all models; token 0 is all of the project's
+	}
+	switch byTime := q.byTime(); {
+	case inHours && !addUp:
+		return `SELECT at, '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0` +
+			fromHours, grain
+	case !addUp:
+		return `SELECT at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
+			reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us` + from, grain
 	case (q.byEndpoint || q.byOutcome) && byTime:
 		return `SELECT at, model, endpoint, outcome, ` + sums + `GROUP BY at, model, endpoint, outcome`, grain
 	case q.byEndpoint || q.byOutcome:
@@ -127,15 +156,11 @@ func (q *usageQuery) statement() (text, grain string) {
 		return `SELECT at, model, '', '', ` + sums + `GROUP BY at, model`, grain
 	case q.byModel:
 		return `SELECT 0, model, '', '', ` + sums + `GROUP BY model`, grain
-	case grain == "hour" && q.totalsOnly && !singleTokens && byTime:
+	case inHours && byTime:
 		return `SELECT at, '', '', '', ` + hours + `GROUP BY at`, grain
-	case grain == "hour" && q.totalsOnly && !singleTokens:
+	case inHours:
 		return `SELECT 0, '', '', '', ` + hours + `GROUP BY project`, grain
-	}
-	if grain == "day" && !q.ofAll() {
-		grain = "token" // days over all models; token 0 is all of the project's
-	}
-	if byTime {
+	case byTime:
 		return `SELECT at, '', '', '', ` + sums + `GROUP BY at`, grain
 	}
 	return `SELECT 0, '', '', '', ` + sums + `GROUP BY grain`, grain
@@ -167,7 +192,9 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 			return err
 		}
 		k := base
-		k.at = r.at + at // one of them is 0
+		if k.at = r.at; q.byTime() {
+			k.at = at
+		}
 		if q.byModel {
 			k.model = labels.model
 		}
@@ -226,17 +253,6 @@ func (s *store) usageScopes(ctx context.Context, q *usageQuery) ([]usageScope, e
 	return out, err
 }
 
-// usageTotals is what charts show.
-type usageTotals struct{ calls, tokens, cost int64 }
-
-func (t *usageTotals) add(o usageTotals) {
-	t.calls += o.calls
-	t.tokens += o.tokens
-	t.cost += o.cost
-}
-
-func (s *usageSum) totals() usageTotals { return usageTotals{s.calls, s.input + s.output, s.cost} }
-
 // A usageShare is the part of a total that a project, token, model or endpoint has.
 type usageShare struct {
 	seq             int64  // of a project
@@ -278,7 +294,8 @@ func (s *store) usageShares(ctx context.Context, q usageQuery) ([]usageShare, er
 func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64, limit int) ([]usageShare, error) {
 	const head = `
 		SELECT 0, t.id, t.name, p.name, c.calls, c.tokens, c.cost FROM (
-			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens, coalesce(sum(cost), 0) AS cost
+			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens,
+				coalesce(sum(min(cost, 9223372036854775807 / ?4)), 0) AS cost -- limited, so that their sum is one
 			FROM (
 				SELECT token, input_tokens, output_tokens, cost FROM requests `
 	const tail = ` ORDER BY id DESC LIMIT ?4) GROUP BY token) c
@@ -303,78 +320,28 @@ func (s *store) countRequestsSince(ctx context.Context, project, from int64, lim
 // A pastUsage is what ended calls of an endpoint and a requested model have used since some time.
 // requestedModel is "" where models were not tracked.
 type pastUsage struct {
-	endpoint, requestedModel string
-	calls, tokens, nanosUSD  int64
+	endpoint, requestedModel  string
+	calls, nanosUSD           int64
+	inputTokens, outputTokens int64
 }
 
 // usageSince adds up what calls that began at from or later have used, of a token or, with token 0, of a
 // whole project. from is the start of an hour (grain "hour") or of a day. Refused calls do not count: they
 // used nothing.
 func (s *store) usageSince(ctx context.Context, grain string, project, token, from int64) ([]pastUsage, error) {
-	return collect(ctx, s.readDB, "reading what a limit has used", func(u *pastUsage) []any {
-		return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.tokens, &u.nanosUSD}
-	}, `SELECT endpoint, asked, sum(calls), sum(input_tokens + output_tokens), sum(cost) FROM usage_sums
-		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND outcome <> 'refused' GROUP BY endpoint, asked`,
-		grain, project, token, from)
-}
-
-// An hourKey names a row of project_hours.
-type hourKey struct{ project, at int64 }
-
-// An hourSum is what a row of project_hours and its rows of project_latency add up.
-type hourSum struct {
-	calls, input, output, cost, unpriced int64
-	errors                               [errorClassCount]int64 // as errorColumnClasses names them
-	firstByteLatency, totalLatency       latencyHistogram
-}
-
-const errorClassCount = 4
-
-// errorColumnClasses are the columns of errors, in their order.
-func errorColumnClasses() [errorClassCount]errorClass {
-	return [...]errorClass{errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
-}
-
-// add counts a call. s is what the call alone adds to usage_sums.
-func (h *hourSum) add(r *requestRow) {
-	var s usageSum
-	s.add(r)
-	h.calls++
-	h.input += s.input
-	h.output += s.output
-	h.cost += s.cost
-	h.unpriced += s.unpriced
-	class := r.errorClass()
-	for i, c := range errorColumnClasses() {
-		if c == class {
-			h.errors[i]++
-		}
+	const rows = ` FROM usage_sums
+		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND outcome <> 'refused'`
+	read := func(query string) ([]pastUsage, error) {
+		return collect(ctx, s.readDB, "reading what a limit has used", func(u *pastUsage) []any {
+			return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
+		}, query, grain, project, token, from)
 	}
-	if r.outcome == outcomeOK && r.attempts > 0 && r.firstByteUS >= 0 {
-		h.firstByteLatency.observe(r.firstByteUS)
-		h.totalLatency.observe(r.totalUS)
+	out, err := read(`SELECT endpoint, asked, sum(calls), sum(input_tokens), sum(output_tokens), sum(cost)` + rows +
+		` GROUP BY endpoint, asked`)
+	if isSumOverflow(err) { // the caller adds up without overflow
+		out, err = read(`SELECT endpoint, asked, calls, input_tokens, output_tokens, cost` + rows)
 	}
-}
-
-func (h *hourSum) merge(o *hourSum) {
-	h.calls += o.calls
-	h.input += o.input
-	h.output += o.output
-	h.cost += o.cost
-	h.unpriced += o.unpriced
-	for i := range h.errors {
-		h.errors[i] += o.errors[i]
-	}
-	for i := range h.firstByteLatency {
-		h.firstByteLatency[i] += o.firstByteLatency[i]
-		h.totalLatency[i] += o.totalLatency[i]
-	}
-}
-
-// columns returns the counters that project_hours has, in the order of its columns.
-func (h *hourSum) columns() []any {
-	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced,
-		&h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
+	return out, err
 }
 
 // hourSumsByStep adds up the hours of a project, or of all together (0), that begin in from <= at < to, in
@@ -388,19 +355,19 @@ func (s *store) hourSumsByStep(ctx context.Context, project, from, to, length in
 	steps, err := collect(ctx, s.readDB, "adding up hours", func(r *step) []any {
 		return append([]any{&r.index}, r.columns()...)
 	}, `
-		SELECT (at - ?2) / ?4, sum(calls), sum(input_tokens), sum(output_tokens), sum(cost), sum(unpriced_calls),
-			sum(caller_errors), sum(policy_errors), sum(provider_errors), sum(proxy_errors)
-		FROM project_hours WHERE project = ?1 AND at >= ?2 AND at < ?3 GROUP BY 1`, project, from, to, length)
+		SELECT (at - ?2) / ?4, calls, input_tokens, output_tokens, cost, unpriced_calls,
+			caller_errors, policy_errors, provider_errors, proxy_errors
+		FROM project_hours WHERE project = ?1 AND at >= ?2 AND at < ?3`, project, from, to, length)
 	if err != nil {
 		return nil, err
 	}
 	for i := range steps {
-		out[steps[i].index] = steps[i].hourSum
+		out[steps[i].index].merge(&steps[i].hourSum)
 	}
 	type bucket struct{ index, boundMS, firstBytes, answers int64 }
 	buckets, err := collect(ctx, s.readDB, "adding up latency", func(b *bucket) []any {
 		return []any{&b.index, &b.boundMS, &b.firstBytes, &b.answers}
-	}, `SELECT (at - ?2) / ?4, bucket, sum(first_bytes), sum(answers)
+	}, `SELECT (at - ?2) / ?4, bucket, sum(min(first_bytes, 1000000000000)), sum(min(answers, 1000000000000))
 		FROM project_latency WHERE project = ?1 AND at >= ?2 AND at < ?3 GROUP BY 1, 2`, project, from, to, length)
 	bounds := latencyBounds()
 	for _, b := range buckets {

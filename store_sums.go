@@ -1,0 +1,219 @@
+// This file adds up calls in memory, as the ledger stores them and reports show them: by hour and day, token, project,
+// model, endpoint and outcome. Plain code without SQL. No sum overflows: one that would stays at the largest int64, so
+// that a provider with absurd counts can neither stop the ledger nor turn its own sum into a small one.
+package main
+
+import (
+	"maps"
+	"strings"
+)
+
+// A usageSumKey names one row of usage_sums.
+type usageSumKey struct {
+	grain           string
+	token, project  int64
+	start           int64 // of the hour or day
+	model, endpoint string
+	outcome         callOutcome
+	requestedModel  string
+}
+
+// billedWithoutUsage reports whether a provider charges for calls of an endpoint although their answers may
+// count no tokens: speech is billed by the character, images by the piece.
+func billedWithoutUsage(endpoint string) bool {
+	return strings.HasPrefix(endpoint, "POST /v1/audio/") || strings.HasPrefix(endpoint, "POST /v1/images/")
+}
+
+// A usageSum is what a row of usage_sums adds up.
+type usageSum struct {
+	calls, input, cached, output, reasoning int64
+	cost, unpriced, estimated, totalUS      int64
+	wouldRefuse                             int64
+}
+
+func (s *usageSum) add(r *requestRow) {
+	s.calls++
+	s.input = addSat(s.input, r.counts.input)
+	s.cached = addSat(s.cached, r.counts.cached)
+	s.output = addSat(s.output, r.counts.output)
+	s.reasoning = addSat(s.reasoning, r.counts.reasoning)
+	if r.priced {
+		s.cost = addSat(s.cost, r.cost)
+	} else if r.source != usageNone || r.outcome == outcomeOK && billedWithoutUsage(r.endpoint) {
+		s.unpriced++
+	}
+	if r.source == usageEstimated {
+		s.estimated++
+	}
+	if r.wouldRefuse {
+		s.wouldRefuse++
+	}
+	s.totalUS = addSat(s.totalUS, r.totalUS)
+}
+
+func (s *usageSum) merge(o usageSum) {
+	s.calls = addSat(s.calls, o.calls)
+	s.input = addSat(s.input, o.input)
+	s.cached = addSat(s.cached, o.cached)
+	s.output = addSat(s.output, o.output)
+	s.reasoning = addSat(s.reasoning, o.reasoning)
+	s.cost = addSat(s.cost, o.cost)
+	s.unpriced = addSat(s.unpriced, o.unpriced)
+	s.estimated = addSat(s.estimated, o.estimated)
+	s.wouldRefuse = addSat(s.wouldRefuse, o.wouldRefuse)
+	s.totalUS = addSat(s.totalUS, o.totalUS)
+}
+
+// sumModel is the model under which a call is summed. A name that a client invented must not make a row of
+// its own, or one client could fill the disk.
+func (r *requestRow) sumModel() string {
+	if r.modelTracked {
+		return r.model
+	}
+	return ""
+}
+
+// otherModels stands in sums for all requested models that are not tracked.
+const otherModels = "*"
+
+// sumRequestedModel is the requested model, under the same rule.
+func (r *requestRow) sumRequestedModel() string {
+	if r.requestedModelTracked || r.requestedModel == "" {
+		return r.requestedModel
+	}
+	return otherModels
+}
+
+// A usageTally adds up calls for the sums, and for the hours of projects.
+type usageTally struct {
+	sums  map[usageSumKey]*usageSum // of single tokens by hour, until rollUp
+	hours map[hourKey]*hourSum
+
+	lastKey  usageSumKey // of the previous call, which is often of the same kind
+	lastSum  *usageSum
+	lastHour *hourSum
+}
+
+func newUsageTally() *usageTally {
+	return &usageTally{sums: map[usageSumKey]*usageSum{}, hours: map[hourKey]*hourSum{}}
+}
+
+func (t *usageTally) add(r *requestRow) {
+	hour := r.started - r.started%hourMS
+	k := usageSumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumRequestedModel()}
+	if t.lastSum == nil || k != t.lastKey {
+		t.lastKey, t.lastSum, t.lastHour = k, getOrInsert(t.sums, k), getOrInsert(t.hours, hourKey{r.project, hour})
+	}
+	t.lastSum.add(r)
+	t.lastHour.add(r)
+}
+
+func getOrInsert[K comparable, V any](m map[K]*V, k K) *V {
+	v := m[k]
+	if v == nil {
+		v = new(V)
+		m[k] = v
+	}
+	return v
+}
+
+func (k usageSumKey) withGrain(grain string, at int64) usageSumKey {
+	k.grain, k.start = grain, at
+	return k
+}
+
+// rollUp adds the coarser sums to those of single tokens and projects, so that a row which calls of many
+// tokens share is written once.
+func (t *usageTally) rollUp() {
+	for k, v := range maps.Clone(t.sums) {
+		day, project, all := k.withGrain("day", k.start-k.start%dayMS), k, k
+		project.token = 0
+		all.token, all.project, all.requestedModel = 0, 0, ""
+		for _, key := range [...]usageSumKey{
+			day, {grain: "token", token: k.token, project: k.project, start: day.start},
+			project, project.withGrain("day", day.start), {grain: "token", project: k.project, start: day.start},
+			all, all.withGrain("day", day.start),
+		} {
+			getOrInsert(t.sums, key).merge(*v)
+		}
+	}
+	for k, v := range maps.Clone(t.hours) {
+		getOrInsert(t.hours, hourKey{0, k.at}).merge(v)
+	}
+}
+
+// An hourKey names a row of project_hours.
+type hourKey struct{ project, at int64 }
+
+// An hourSum is what a row of project_hours and its rows of project_latency add up.
+type hourSum struct {
+	calls, input, output, cost, unpriced int64
+	errors                               [errorClassCount]int64 // as errorColumnClasses names them
+	firstByteLatency, totalLatency       latencyHistogram
+}
+
+const errorClassCount = 4
+
+// errorColumnClasses are the columns of errors, in their order.
+func errorColumnClasses() [errorClassCount]errorClass {
+	return [...]errorClass{errorClassCaller, errorClassPolicy, errorClassProvider, errorClassProxy}
+}
+
+// add counts a call. s is what the call alone adds to usage_sums.
+func (h *hourSum) add(r *requestRow) {
+	var s usageSum
+	s.add(r)
+	h.calls++
+	h.input = addSat(h.input, s.input)
+	h.output = addSat(h.output, s.output)
+	h.cost = addSat(h.cost, s.cost)
+	h.unpriced = addSat(h.unpriced, s.unpriced)
+	class := r.errorClass()
+	for i, c := range errorColumnClasses() {
+		if c == class {
+			h.errors[i]++
+		}
+	}
+	if r.outcome == outcomeOK && r.attempts > 0 && r.firstByteUS >= 0 {
+		h.firstByteLatency.observe(r.firstByteUS)
+		h.totalLatency.observe(r.totalUS)
+	}
+}
+
+func (h *hourSum) merge(o *hourSum) {
+	h.calls = addSat(h.calls, o.calls)
+	h.input = addSat(h.input, o.input)
+	h.output = addSat(h.output, o.output)
+	h.cost = addSat(h.cost, o.cost)
+	h.unpriced = addSat(h.unpriced, o.unpriced)
+	for i := range h.errors {
+		h.errors[i] = addSat(h.errors[i], o.errors[i])
+	}
+	for i := range h.firstByteLatency {
+		h.firstByteLatency[i] = addSat(h.firstByteLatency[i], o.firstByteLatency[i])
+		h.totalLatency[i] = addSat(h.totalLatency[i], o.totalLatency[i])
+	}
+}
+
+// columns returns the counters that project_hours has, in the order of its columns.
+func (h *hourSum) columns() []any {
+	return []any{&h.calls, &h.input, &h.output, &h.cost, &h.unpriced,
+		&h.errors[0], &h.errors[1], &h.errors[2], &h.errors[3]}
+}
+
+// usageTotals is what charts show.
+type usageTotals struct{ calls, tokens, cost int64 }
+
+func (t *usageTotals) add(o usageTotals) {
+	t.calls = addSat(t.calls, o.calls)
+	t.tokens = addSat(t.tokens, o.tokens)
+	t.cost = addSat(t.cost, o.cost)
+}
+
+func (s *usageSum) totals() usageTotals {
+	return usageTotals{s.calls, addSat(s.input, s.output), s.cost}
+}
+
+func (h *hourSum) totals() usageTotals {
+	return usageTotals{h.calls, addSat(h.input, h.output), h.cost}
+}
