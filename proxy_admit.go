@@ -21,17 +21,18 @@ func (p *proxy) admit(c *call) error {
 		return err
 	}
 	if c.setUpstream(c.pickUpstream()); c.upstream == nil {
-		now := c.start.UnixMilli()
+		now := c.readAt()
 		if w := c.criteria(now); c.project.atCapacity(&w) {
 			return errUpstreamsAtCapacity(time.Duration(60_000-now%60_000) * time.Millisecond)
 		}
 		return errNoUpstream
 	}
 	if c.upstream.provider != providerAzure && hasAzureVersion(c.query) {
-		c.upstream.health.endProbe()
+		c.unreserveUpstream()
 		return errAzureOnly(azureVersion)
 	}
 	if c.upstream.configErr != nil {
+		c.unreserveUpstream()
 		return errUpstreamKeyUnreadable(c.upstream.configErr)
 	}
 	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
@@ -39,7 +40,7 @@ func (p *proxy) admit(c *call) error {
 	}
 	c.prices = p.prices.Load()
 	if err := p.reserve(c); err != nil {
-		c.upstream.health.endProbe() // this call may have been its probe
+		c.unreserveUpstream()
 		return err
 	}
 	c.publish()

@@ -19,10 +19,9 @@ import (
 )
 
 const (
-	maxAttempts        = 5
-	defaultRetryWindow = time.Minute     // after its start, a call is sent again within this time only
-	maxRetryAfterMS    = 2_000           // the longest Retry-After to wait for, if no other upstream is left
-	unaryTimeout       = 2 * time.Minute // for answers in one piece without answer_ms, if another upstream is left
+	maxAttempts     = 5
+	sameKeyWindow   = time.Minute // after its start, a call is sent to the same key again within this time only
+	maxRetryAfterMS = 2_000       // the longest Retry-After to wait for, if no other upstream is left
 )
 
 // attempts makes the attempts of one call and is its transport. It belongs to the goroutine of the call.
@@ -33,6 +32,7 @@ type attempts struct {
 	current        attempt       // its upstream is nil while no attempt is under way
 	fallbackModel  string        // replaces the client's model; "": the call has not fallen back
 	tried          []*upstream   // upstreams that failed; they get no further attempt
+	slow           slowUpstream  // may still have the call, if no other upstream answers
 	log            []attemptLine // the attempts that have ended, and why
 	retriedSameKey bool          // a key has had its second attempt; a call makes only one such
 	savedResponse  *savedResponse
@@ -46,6 +46,13 @@ type attemptLine struct {
 	Status   int    `json:"status,omitempty"` // of the provider's answer
 	Error    string `json:"error,omitempty"`  // what was wrong, in the proxy's words
 	MS       int64  `json:"ms"`
+}
+
+// A slowUpstream had to give the call to a spare, because its stream's first event took too long. It would have had
+// UPSTREAM_TIMEOUT if it were alone, and has that if all others fail.
+type slowUpstream struct {
+	upstream *upstream // nil: there is none
+	model    string    // the fallback model that it was asked for, "" for the client's
 }
 
 // A savedResponse is a provider's error, complete in memory. The client gets it if later attempts end worse.
@@ -62,7 +69,7 @@ func (t *attempts) RoundTrip(req *http.Request) (*http.Response, error) {
 	for {
 		res, err := t.attempt(req)
 		decision := t.classify(res, err)
-		if !t.retry(&decision, res) {
+		if !t.retry(&decision, res, err) {
 			return t.bestResponse(res, err)
 		}
 	}
@@ -88,6 +95,7 @@ type attempt struct {
 	model     string // the model's name as this upstream gets it
 	startedAt int64  // unix milliseconds
 	timeout   time.Duration
+	forSpare  bool        // timeout is the time after which a spare gets the call: the upstream alone would have more
 	timer     *time.Timer // ends an attempt that brings no answer in time; nil: only the watchdog does
 	cancel    context.CancelCauseFunc
 }
@@ -185,23 +193,25 @@ func (a *attempt) readStart(res *http.Response) error {
 	return nil
 }
 
-// chooseTimeout returns how long the answer may take to begin; 0 means no limit but the watchdog's. answer_ms
-// replaces UPSTREAM_TIMEOUT for answers in one piece, whether or not another upstream is left. It does not
-// apply to streamed uploads, which take as long as the client does, nor to a list of models while other
-// upstreams can make up the answer. The other limits say when to turn to another upstream, if one is left.
+// chooseTimeout returns how long the answer may take to begin; 0 means no limit but the watchdog's. While an
+// upstream is left that the call can go on to, the attempt ends in time for that: an answer in one piece has
+// UPSTREAM_TIMEOUT, as without a spare, and only a stream is given to a spare earlier. answer_ms replaces
+// UPSTREAM_TIMEOUT for answers in one piece, with or without a spare. It does not apply to streamed uploads, which
+// take as long as the client does, nor to a list of models while other upstreams can make up the answer.
 func (a *attempt) chooseTimeout() time.Duration {
-	settings, c := &a.upstream.settings, a.t.c
+	settings, c, most := &a.upstream.settings, a.t.c, a.t.p.cfg.upstreamTimeout
 	stream, alternative := c.fields.stream, a.t.hasAlternative()
-	if settings.AnswerMS > 0 && !stream && c.replayable() && (a.t.merged == nil || !alternative) {
-		return time.Duration(settings.AnswerMS) * time.Millisecond
+	switch {
+	case settings.AnswerMS > 0 && !stream && c.replayable() && (a.t.merged == nil || !alternative):
+		return min(most, time.Duration(settings.AnswerMS)*time.Millisecond)
+	case alternative && (stream || c.endpoint.pattern == "/v1/models"):
+		first := cmp.Or(time.Duration(settings.FirstEventMS)*time.Millisecond, a.t.p.cfg.firstEventTimeout)
+		a.forSpare = first < most
+		return min(most, first)
+	case alternative || a.t.slow.upstream != nil:
+		return most
 	}
-	if !alternative {
-		return 0
-	}
-	if !stream && c.endpoint.pattern != "/v1/models" {
-		return unaryTimeout
-	}
-	return cmp.Or(time.Duration(settings.FirstEventMS)*time.Millisecond, a.t.p.cfg.firstEventTimeout)
+	return 0
 }
 
 // buildRequest returns the attempt's request. The first attempt uses ReverseProxy's own. A later one shares no
@@ -333,45 +343,85 @@ func (t *attempts) classifyError(err error, now int64) retryDecision {
 }
 
 // retry reports whether the call is sent again. If so, the current attempt has ended, and the call's upstream
-// is the one that gets the next.
-func (t *attempts) retry(d *retryDecision, res *http.Response) bool {
-	c, u, start := t.c, t.current.upstream, time.Now()
-	if d.final || !t.retryable() || c.attemptCount >= maxAttempts || start.Sub(c.start) > t.retryWindow() ||
-		c.ctx.Err() != nil {
+// is the one that gets the next. As long as one is left that can answer, time does not matter: a client that has
+// waited for one upstream waits for the next, or leaves.
+func (t *attempts) retry(d *retryDecision, res *http.Response, err error) bool {
+	c, u, now := t.c, t.current.upstream, time.Now().UnixMilli()
+	if d.final || !t.retryable() || c.attemptCount >= maxAttempts || c.ctx.Err() != nil {
 		return false
 	}
-	now := start.UnixMilli()
-	if d.retrySameKey && !t.retriedSameKey && len(c.project.upstreams) > 1 && u.health.available(now) &&
-		t.reserveCapacity(now) && u.retryBudget.spend(now) {
+	if t.current.forSpare && err == error(errAttemptTimeout) && t.slow.upstream == nil {
+		t.slow = slowUpstream{u, t.fallbackModel}
+	}
+	if d.retrySameKey && u.health.available(now) && t.reserveSameKey(now, true) {
 		return t.retrySameKey(d, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
 	}
+	model, tried := t.fallbackModel, append(t.tried, u)
+	want := t.criteria()
 	var next *upstream
 	if !d.tooLong { // a call that is too long would be so at every upstream
-		want := t.criteria()
-		next = c.project.pickUpstream(&want)
+		next = t.pickNext(&want, d)
 	}
-	if next == nil && d.retryAfterMS > 0 && d.retryAfterMS <= maxRetryAfterMS && !t.retriedSameKey &&
-		(!d.fault || u.retryBudget.spend(now)) && t.reserveCapacity(now) {
+	if next == nil && d.retryAfterMS > 0 && d.retryAfterMS <= maxRetryAfterMS && t.reserveSameKey(now, d.fault) {
 		return t.retrySameKey(d, res, time.Duration(d.retryAfterMS)*time.Millisecond)
 	}
-	model, tried := t.fallbackModel, append(t.tried, u)
-	if next == nil {
-		if model = t.availableFallback(); model == "" {
-			return false
-		}
+	if fallback := t.availableFallback(); next == nil && fallback != "" {
 		want := t.criteria()
-		want.model, want.tried, tried = model, nil, nil
-		if next = c.project.pickUpstream(&want); next == nil {
-			return false
+		want.model, want.tried = fallback, nil
+		if next = t.pickNext(&want, d); next != nil {
+			model, tried = fallback, nil
 		}
 	}
-	if d.fault && next.host == u.host && !u.retryBudget.spend(now) {
-		next.health.endProbe()
+	if next == nil && !d.tooLong { // the call fails otherwise, so even a key that may be down is worth an attempt
+		want.earlyProbe = true
+		next = t.pickNext(&want, d)
+	}
+	if slow := t.slow; next == nil && slow.upstream != nil && slow.upstream.retryBudget.spend(now) &&
+		slow.upstream.admits(&want) {
+		next, model, t.slow.upstream = slow.upstream, slow.model, nil
+	}
+	if next == nil {
 		return false
 	}
 	t.endAttempt(d.reason, res)
 	t.fallbackModel, t.tried = model, tried
 	c.setUpstream(next)
+	return true
+}
+
+// pickNext chooses and reserves the upstream for the next attempt, nil if there is none. After a fault of the
+// provider, an attempt at the same host costs retry budget; without any, only other hosts are left.
+func (t *attempts) pickNext(want *criteria, d *retryDecision) *upstream {
+	for {
+		next := t.c.project.pickUpstream(want)
+		if next == nil || !d.fault || next.host != t.current.upstream.host || next.retryBudget.spend(want.now) {
+			return next
+		}
+		next.health.unreserve(want.now, want.tokens, &next.settings)
+		want.tried = append(want.tried, next)
+	}
+}
+
+// reserveSameKey reports whether the current key gets the call a second time, and reserves that. A call makes only
+// one such attempt, and only if another upstream might have the call: with one, the client's own library retries.
+// costs means that the attempt costs retry budget.
+func (t *attempts) reserveSameKey(now int64, costs bool) bool {
+	want, u := t.criteria(), t.current.upstream
+	if t.retriedSameKey || time.Since(t.c.start) > sameKeyWindow {
+		return false
+	}
+	if !t.c.project.hasCandidate(&want, u) {
+		if want.model = t.availableFallback(); want.model == "" || !t.c.project.hasCandidate(&want, u) {
+			return false
+		}
+	}
+	if !t.reserveCapacity(now) {
+		return false
+	}
+	if costs && !u.retryBudget.spend(now) {
+		u.health.unreserve(now, want.tokens, &u.settings)
+		return false
+	}
 	return true
 }
 
@@ -383,6 +433,7 @@ func (t *attempts) retrySameKey(d *retryDecision, res *http.Response, pause time
 	select {
 	case <-timer.C:
 	case <-t.c.ctx.Done():
+		t.current.upstream.health.unreserve(time.Now().UnixMilli(), t.c.inputEstimate(), &t.current.upstream.settings)
 		return false
 	}
 	t.retriedSameKey = true
@@ -426,7 +477,7 @@ func refusesKey(status int) bool {
 func (t *attempts) finish(row *requestRow, now int64) {
 	c, a := t.c, &t.current
 	if a.upstream == nil { // the call was never sent
-		c.upstream.health.endProbe()
+		c.unreserveUpstream()
 		return
 	}
 	m, answered := c.response.meter, c.upstream == a.upstream // otherwise the client got an earlier answer
@@ -459,13 +510,17 @@ func (t *attempts) finish(row *requestRow, now int64) {
 	}
 }
 
-// hasAlternative reports whether another upstream or model could take the call now.
+// hasAlternative reports whether the call could go on to another upstream or model now.
 func (t *attempts) hasAlternative() bool {
-	if !t.retryable() {
+	if !t.retryable() || t.c.attemptCount >= maxAttempts {
 		return false
 	}
 	want := t.criteria()
-	return t.c.project.hasAlternative(&want) || t.availableFallback() != ""
+	if t.c.project.hasAlternative(&want) {
+		return true
+	}
+	want.model, want.tried = t.availableFallback(), nil
+	return want.model != "" && t.c.project.hasAlternative(&want)
 }
 
 // retryable reports whether the call may be sent more than once: its body can be, it is not pinned to one
@@ -497,14 +552,6 @@ func (t *attempts) criteria() criteria {
 	return want
 }
 
-// retryWindow returns how long after its start the call may be sent again.
-func (t *attempts) retryWindow() time.Duration {
-	if t.c.bufferStream { // a fault may show late in the stream
-		return t.p.cfg.upstreamTimeout
-	}
-	return defaultRetryWindow
-}
-
 // reserveCapacity reserves one more attempt in the current key's own limits.
 func (t *attempts) reserveCapacity(now int64) bool {
 	u := t.current.upstream
@@ -522,7 +569,7 @@ func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.
 // pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that both API families
 // have (the list of models) goes to the family of the client's SDK, if the project has it.
 func (c *call) pickUpstream() *upstream {
-	want := c.criteria(c.start.UnixMilli())
+	want := c.criteria(c.readAt())
 	if want.api == apiAny {
 		want.api = apiOpenAI
 		if c.anthropic {
@@ -534,6 +581,14 @@ func (c *call) pickUpstream() *upstream {
 		want.api = apiAny
 	}
 	return c.project.pickUpstream(&want)
+}
+
+// readAt returns when the call's body had been read, in unix milliseconds: an upstream is chosen then.
+func (c *call) readAt() int64 { return c.start.Add(c.times.bodyRead).UnixMilli() }
+
+// unreserveUpstream takes back what pickUpstream has reserved, for a call that is not sent.
+func (c *call) unreserveUpstream() {
+	c.upstream.health.unreserve(c.readAt(), c.inputEstimate(), &c.upstream.settings)
 }
 
 // criteria returns what the call requires of an upstream.

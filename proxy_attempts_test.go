@@ -1164,3 +1164,203 @@ func TestResponseTimeoutIsNoMore(t *testing.T) {
 		t.Errorf("an answer that began in time: got %d %s", res.status, res.body)
 	}
 }
+
+// afterScript waits before it answers. The elapsed time is what these tests are about.
+func afterScript(
+	wait time.Duration, script func(*providerConn, recordedRequest) bool,
+) func(*providerConn, recordedRequest) bool {
+	return func(c *providerConn, r recordedRequest) bool {
+		if c.waitClosed(wait) {
+			return false
+		}
+		return script(c, r)
+	}
+}
+
+// TestSpareIsNoHarm: with a spare, a call never fails where one of the upstreams alone would have answered. It waits
+// as long for an answer in one piece as without a spare, and then goes on. If a stream's first event is late, the
+// spare gets the call; if that fails, the first upstream has it again, for as long as it would have had it alone.
+func TestSpareIsNoHarm(t *testing.T) {
+	t.Parallel()
+	refuse, late := replyScript(401, `{}`), 900*time.Millisecond
+	good := func(c *providerConn, r recordedRequest) bool { return chatScript(c, r) }
+	for _, c := range []struct {
+		name          string
+		stream        bool
+		mode          string // X-LLM-Proxy-Stream
+		first, second func(*providerConn, recordedRequest) bool
+		attempts      [2]int
+		upstream      string // fields of the first
+	}{
+		{name: "late in one piece", first: afterScript(late, good), second: good, attempts: [2]int{1, 0}},
+		{name: "hangs in one piece", first: stallScript, second: good, attempts: [2]int{1, 1}},
+		{name: "hangs, then late", first: stallScript, second: afterScript(late, good), attempts: [2]int{1, 1}},
+		{name: "hangs with a long answer_ms", upstream: `"answer_ms":60000`, first: stallScript, second: good,
+			attempts: [2]int{1, 1}},
+		{name: "late stream, and a good spare", stream: true, first: afterScript(late, good), second: good,
+			attempts: [2]int{1, 1}},
+		{name: "late stream, and a refused spare", stream: true, first: afterScript(late, good), second: refuse,
+			attempts: [2]int{2, 1}},
+		{name: "late stream, and a spare that hangs", stream: true, first: afterScript(late, good),
+			second: stallScript, attempts: [2]int{2, 1}},
+		{name: "late verified stream, and a refused spare", stream: true, mode: "verified",
+			first: afterScript(late, good), second: refuse, attempts: [2]int{2, 1}},
+		{name: "a stream with pauses, verified, and a refused spare", stream: true, mode: "verified",
+			first: streamScript(chatEvents(true), 2, func(c *providerConn) bool {
+				if c.waitClosed(late) {
+					return false
+				}
+				return streamRest(c, chatEvents(true)[2:])
+			}), second: refuse, attempts: [2]int{2, 1}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "3s", "FIRST_EVENT_TIMEOUT": "300ms"})
+			second, _ := p.addUpstream(`"priority":1`)
+			p.provider.setScript(c.first)
+			second.setScript(c.second)
+			if c.upstream != "" {
+				p.changeUpstream(p.upstream, c.upstream)
+			}
+			headers, want := p.jsonHeaders(), chatResponseBody
+			if c.mode != "" {
+				headers = append(headers, "X-LLM-Proxy-Stream", c.mode)
+			}
+			if c.stream {
+				want = strings.Join(chatEvents(false), "")
+			}
+			body := chatBody(fmt.Sprintf(`"stream":%v`, c.stream))
+			res := p.do("POST", "/v1/chat/completions", body, headers...)
+			if res.status != 200 || res.body != want || res.err != nil {
+				t.Errorf("got %d %s, %v", res.status, res.body, res.err)
+			}
+			if got := [2]int{len(p.provider.received()), len(second.received())}; got != c.attempts {
+				t.Errorf("the providers got %v attempts, want %v", got, c.attempts)
+			}
+			if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != c.attempts[0]+c.attempts[1] {
+				t.Errorf("the ledger has %+v", row)
+			}
+		})
+	}
+}
+
+// streamRest sends further events and the end of a stream.
+func streamRest(c *providerConn, events []string) bool {
+	for _, e := range events {
+		if c.chunk(e) != nil {
+			return false
+		}
+	}
+	return endStream(c)
+}
+
+// TestNoRealAlternative: a fallback model that no upstream serves now is no reason to give up a late stream.
+func TestNoRealAlternative(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "300ms"})
+	p.changeProject(`"routing":{"fallbacks":[{"model":"*","to":"llama"}]}`)
+	p.changeUpstream(p.upstream, `"models":["gpt*"]`)
+	p.provider.setScript(afterScript(900*time.Millisecond, chatScript))
+	if res := p.chat(`"stream":true`); res.status != 200 || len(p.provider.received()) != 1 {
+		t.Errorf("got %d %s after %d attempts", res.status, res.body, len(p.provider.received()))
+	}
+}
+
+// TestSameKeyNeedsCandidates: a key is asked again only if another upstream could have had the call. One of another
+// API, for other models, or without weight, and a fallback model, are none.
+func TestSameKeyNeedsCandidates(t *testing.T) {
+	t.Parallel()
+	for name, other := range map[string]func(*testProxy){
+		"another API": func(p *testProxy) {
+			p.addUpstreamAt(newFakeProvider(t), providerAnthropic, `"priority":1`)
+		},
+		"another model":    func(p *testProxy) { p.addUpstream(`"models":["llama*"]`) },
+		"weight 0":         func(p *testProxy) { p.addUpstream(`"weight":0`) },
+		"a fallback model": func(p *testProxy) { p.changeProject(`"routing":{"fallbacks":[{"model":"*","to":"x"}]}`) },
+	} {
+		for what, script := range map[string]func(*providerConn, recordedRequest) bool{
+			"500": replyScript(500, `{}`), "reset": resetScript,
+			"429 for a second": replyScript(429, `{}`, "Retry-After: 1"),
+			"503 for a second": replyScript(503, `{}`, "Retry-After: 1"),
+		} {
+			t.Run(name+", "+what, func(t *testing.T) {
+				t.Parallel()
+				p := newTest(t, nil)
+				other(p)
+				p.provider.setScript(script)
+				p.chat()
+				asked := 0
+				for _, r := range p.provider.received() {
+					if between(r.body, `"model":"`, `"`) == "gpt-4o-mini" {
+						asked++
+					}
+				}
+				if asked != 1 {
+					t.Errorf("the provider was asked %d times", asked)
+				}
+			})
+		}
+	}
+}
+
+// TestUnsentCallsCountNowhere: a call that was reserved in an upstream's own limits and not sent there leaves them as
+// they were.
+func TestUnsentCallsCountNowhere(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(replyScript(503, `{}`, "Retry-After: 20"))
+	p.addUpstreamAt(p.provider, providerCompatible, `"priority":1,"requests_per_minute":1`)
+	host := strings.TrimPrefix(p.provider.url, "http://")
+	budget := p.instance.health.budgetFor(host)
+	budget.credit.Store(-1 << 30) // an outage has used it up
+	waitForMinute(10)
+	if res := p.chat(); res.status != 503 || p.lastCall().Attempts != 1 {
+		t.Errorf("without retry budget: got %d after %d attempts", res.status, p.lastCall().Attempts)
+	}
+	if h := p.instance.health.forUpstream(2, ""); h.requests != 0 || h.tokens != 0 {
+		t.Errorf("a call that was not sent counts as %d requests, %d tokens", h.requests, h.tokens)
+	}
+	elsewhere, _ := p.addUpstream(`"priority":2`) // its host has retry budget
+	if res := p.chat(); res.status != 200 || len(elsewhere.received()) != 1 {
+		t.Errorf("with another host: got %d %s", res.status, res.body)
+	}
+
+	p = newTest(t, nil)
+	p.changeUpstream(p.upstream, `"requests_per_minute":3`)
+	p.manage("PATCH", "/manage/tokens/"+p.tokenID,
+		`{"policy":{"limits":[{"count":"requests","max":1,"per":"day"}]}}`, 200, nil)
+	waitForMinute(10)
+	for range 5 {
+		p.chat()
+	}
+	if h := p.instance.health.forUpstream(1, ""); h.requests != 1 {
+		t.Errorf("one call and four refused ones count as %d requests of the key", h.requests)
+	}
+}
+
+// TestProbeSooner: if a call fails otherwise, a key whose breaker is open gets it before its pause is over, but at
+// most once a second.
+func TestProbeSooner(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	second, _ := p.addUpstream(`"priority":1`)
+	second.setScript(replyScript(503, `{}`, "Retry-After: 20"))
+	h, now := p.instance.health.forUpstream(1, ""), time.Now().UnixMilli()
+	open := func(since int64) {
+		h.recordFailure(now-since, now-since, true, "down")
+		h.until.Store(now + hourMS)
+	}
+	open(0)
+	if res := p.chat(); res.status != 503 || len(p.provider.received()) != 0 {
+		t.Errorf("just after it failed: got %d, the key got %d attempts", res.status, len(p.provider.received()))
+	}
+	p.instance.health.reset(1, now-10_000)
+	p.instance.health.reset(2, now-10_000)
+	open(2 * breakerMinPause)
+	if res := p.chat(); res.status != 200 || len(p.provider.received()) != 1 {
+		t.Errorf("later: got %d %s", res.status, res.body)
+	}
+	if h := p.healthOf(p.upstream); h.State != "ready" {
+		t.Errorf("the key that has answered is %+v", h)
+	}
+}

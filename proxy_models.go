@@ -17,12 +17,13 @@ import (
 )
 
 const (
-	maxMergedUpstreams   = 8       // upstreams asked for one list
-	maxModelPages        = 20      // pages of each upstream's list
-	maxModelPageSize     = 1000    // models; Anthropic's limit
-	defaultModelPageSize = 20      // models; Anthropic's default
-	maxCursorBytes       = 512     // of a page's last id
-	maxModelList         = 8 << 20 // bytes of all lists of one call together
+	maxMergedUpstreams   = 8           // upstreams asked for one list
+	maxListTime          = time.Minute // after that, no further page is asked for
+	maxModelPages        = 20          // pages of each upstream's list
+	maxModelPageSize     = 1000        // models; Anthropic's limit
+	defaultModelPageSize = 20          // models; Anthropic's default
+	maxCursorBytes       = 512         // of a page's last id
+	maxModelList         = 8 << 20     // bytes of all lists of one call together
 )
 
 // mergedModels is a merged list of models while it is put together.
@@ -55,7 +56,7 @@ func (t *attempts) modelSources() (list []*upstream) {
 	if len(c.project.upstreams) == 1 && !cutDown {
 		return nil
 	}
-	want := c.criteria(c.start.UnixMilli())
+	want := c.criteria(c.readAt())
 	want.api = c.upstream.family()
 	for _, u := range c.project.upstreams {
 		if u == c.upstream || want.fits(u) && u.health.available(want.now) {
@@ -129,7 +130,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 
 // pastDeadline reports whether it is too late for another attempt.
 func (t *attempts) pastDeadline() bool {
-	return t.c.ctx.Err() != nil || time.Since(t.c.start) > defaultRetryWindow
+	return t.c.ctx.Err() != nil || time.Since(t.c.start) > maxListTime
 }
 
 // A modelListing is the result of requesting one upstream's list.

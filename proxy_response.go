@@ -382,6 +382,9 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 
 // bufferIdleTimeout returns how long a buffered stream may pause.
 func (a *attempt) bufferIdleTimeout() time.Duration {
-	idle := time.Duration(a.upstream.settings.IdleMS) * time.Millisecond
-	return cmp.Or(idle, a.timeout, a.t.p.cfg.streamIdleTimeout)
+	idle := a.t.p.cfg.streamIdleTimeout
+	if a.forSpare {
+		idle = a.timeout
+	}
+	return cmp.Or(time.Duration(a.upstream.settings.IdleMS)*time.Millisecond, idle)
 }

@@ -28,7 +28,8 @@ var phaseNames = [...]string{"reading", "ledger", "provider", "relaying", "writi
 
 const (
 	watchInterval    = 100 * time.Millisecond
-	drainGracePeriod = 5 * time.Second // for calls to end after a drain aborted them
+	attemptGrace     = 500 * time.Millisecond // an attempt with a timer of its own ends by that, and the call may go on
+	drainGracePeriod = 5 * time.Second        // for calls to end after a drain aborted them
 )
 
 // callLimits are the limits that the watchdog enforces.
@@ -225,7 +226,7 @@ func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *ap
 	switch {
 	case at == phaseLedger && idle > rc.limits.commitTimeout:
 		return errLedgerUnavailable(errors.New("the ledger did not commit in time"))
-	case at == phaseProvider && idle > rc.limits.upstreamTimeout:
+	case at == phaseProvider && idle > rc.limits.upstreamTimeout+attemptGrace:
 		return errUpstreamTimeout
 	case at == phaseRelaying &&
 		idle > cmp.Or(time.Duration(c.progress.idleTimeout.Load()), rc.limits.streamIdleTimeout):

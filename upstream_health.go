@@ -16,12 +16,13 @@ import (
 const (
 	failuresToOpen  = 3       // failures in a row, without a complete answer between them
 	breakerMinPause = 1_000   // ms; a breaker's first pause, doubled with each failed probe
-	breakerMaxPause = 30_000  // ms
+	breakerMaxPause = 15_000  // ms; calls that would fail otherwise probe sooner
 	cooldownMin     = 1_000   // ms; after a 429 that does not say how long
 	cooldownMax     = 300_000 // ms; whatever the 429 says
 	quarantineMin   = 300_000 // ms
 	quarantineMax   = hourMS
 	probeLease      = 60_000 // ms; after this long without a result, a probe is given up
+	clockSlack      = 30_000 // ms; a time that is earlier than the last by more means that the clock was set back
 )
 
 // A keyHealth is the health of one upstream's key. For a healthy key, a check costs one atomic load.
@@ -35,6 +36,7 @@ type keyHealth struct {
 	reportedState keyState     // as in the audit trail; only the goroutine that stores changes uses it
 
 	mu         sync.Mutex
+	latest     int64 // the latest time that was seen
 	minute     int64 // the minute that requests and tokens count
 	requests   int64
 	tokens     int64
@@ -55,12 +57,30 @@ func (h *keyHealth) available(now int64) bool {
 	if until == 0 {
 		return true
 	}
-	if now < until {
+	if now < until && until-now <= breakerMaxPause {
 		return false
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.state <= keyCooling || now >= h.probeUntil
+	h.observe(now)
+	return now >= h.until.Load() && (h.state <= keyCooling || now >= h.probeUntil)
+}
+
+// observe notes the time. If the clock was set back, it moves all times of the key back as well: they lie as far
+// ahead or behind as before. Otherwise a pause would last until the clock has caught up. The caller holds the lock.
+func (h *keyHealth) observe(now int64) {
+	back := h.latest - now
+	if back <= clockSlack {
+		h.latest = max(h.latest, now)
+		return
+	}
+	h.latest, h.minute = now, 0
+	h.changedAt -= back
+	h.probeUntil -= back
+	if until := h.until.Load(); until != 0 {
+		h.until.Store(until - back)
+		h.tracker.markChanged(h)
+	}
 }
 
 // tryAcquire reports whether a call that has chosen the key may use it. Of several calls that would probe the
@@ -72,6 +92,7 @@ func (h *keyHealth) tryAcquire(now int64) bool {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	switch {
 	case h.state == keyReady:
 		return true
@@ -85,6 +106,23 @@ func (h *keyHealth) tryAcquire(now int64) bool {
 	return true
 }
 
+// probeEarly reserves a probe of a key whose breaker is open, before its pause is over, for a call that would fail
+// otherwise. It reports false if the key was tried in the last breakerMinPause.
+func (h *keyHealth) probeEarly(now int64) bool {
+	if h.until.Load() == 0 {
+		return false
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.observe(now)
+	if h.state != keyBreakerOpen || now < h.changedAt+breakerMinPause || now < h.probeUntil {
+		return false
+	}
+	h.until.Store(min(h.until.Load(), now))
+	h.probeUntil = now + probeLease
+	return true
+}
+
 // admits reports whether the key's own limits per minute (0: none) admit one more call of this many tokens. With
 // reserve, it also counts the call.
 func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve bool) bool {
@@ -93,6 +131,7 @@ func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve 
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	if m := now / 60_000; m > h.minute {
 		h.minute, h.requests, h.tokens = m, 0, 0
 	}
@@ -105,6 +144,20 @@ func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve 
 		h.tokens += tokens
 	}
 	return true
+}
+
+// unreserve takes back what was reserved at a time for a call that is not sent after all: the probe of the key, and
+// its part of the key's own limits.
+func (h *keyHealth) unreserve(reservedAt, tokens int64, limits *upstreamSettings) {
+	h.endProbe()
+	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if reservedAt/60_000 == h.minute {
+		h.requests, h.tokens = max(0, h.requests-1), max(0, h.tokens-tokens)
+	}
 }
 
 // correctUsage replaces the tokens reserved for a call by those that it used, if the minute in which it began is
@@ -161,6 +214,7 @@ func (h *keyHealth) recordSuccess(now, began int64, complete bool) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	if h.isStale(began) {
 		return
 	}
@@ -179,6 +233,7 @@ func (h *keyHealth) recordSuccess(now, began int64, complete bool) {
 func (h *keyHealth) recordFailure(now, began int64, certain bool, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	if h.isRedundant(now, began, keyBreakerOpen) {
 		return
 	}
@@ -196,6 +251,7 @@ func (h *keyHealth) recordFailure(now, began int64, certain bool, reason string)
 func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	pause := wait
 	if pause <= 0 {
 		pause = h.backoff(cooldownMin)
@@ -216,6 +272,7 @@ func (h *keyHealth) recordRateLimit(now, began, wait int64, reason string) {
 func (h *keyHealth) recordExhausted(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	if h.isRedundant(now, began, keyExhausted) {
 		return
 	}
@@ -226,6 +283,7 @@ func (h *keyHealth) recordExhausted(now, began int64, reason string) {
 func (h *keyHealth) recordRejected(now, began int64, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	if h.isRedundant(now, began, keyQuarantined) {
 		return
 	}
@@ -262,6 +320,7 @@ func (h *keyHealth) endProbe() {
 func (h *keyHealth) snapshot(now int64) healthRow {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	r := healthRow{h.upstream, h.id, h.state, h.until.Load(), h.strikes, h.reason, h.changedAt, h.running.Load()}
 	if r.state == keyCooling && now >= r.until {
 		r.state, r.until, r.reason = keyReady, 0, ""
@@ -392,8 +451,8 @@ func (r *retryBudget) earn() {
 
 // spend takes the credit for one retry and reports whether there was enough.
 func (r *retryBudget) spend(now int64) bool {
-	if at := r.refilledAt.Load(); now > at && r.refilledAt.CompareAndSwap(at, now) && at != 0 {
-		r.credit.Add(min(now-at, retryCreditMax)) // one thousandth for each millisecond
+	if at := r.refilledAt.Load(); (now > at || at-now > clockSlack) && r.refilledAt.CompareAndSwap(at, now) && at != 0 {
+		r.credit.Add(min(max(0, now-at), retryCreditMax)) // one thousandth for each millisecond
 	}
 	if r.credit.Load() > retryCreditMax {
 		r.credit.Store(retryCreditMax)

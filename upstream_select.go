@@ -21,6 +21,7 @@ type criteria struct {
 	now         int64       // unix milliseconds
 	tried       []*upstream // these are out: the call has tried them
 	healthyOnly bool        // no unhealthy upstream, even if there is no other
+	earlyProbe  bool        // only keys with an open breaker, before their pause is over: the call fails otherwise
 }
 
 // fits reports whether an upstream may serve the call, whatever its health.
@@ -29,13 +30,18 @@ func (c *criteria) fits(u *upstream) bool {
 		u.health.admits(c.now, c.tokens, &u.settings, false)
 }
 
+// admits reserves the call in the upstream's own limits, and reports whether they have room for it.
+func (u *upstream) admits(c *criteria) bool {
+	return u.health.admits(c.now, c.tokens, &u.settings, true)
+}
+
 // reserve reserves the call in the upstream's own limits, and the probe of its key if one is due. Both can fail,
 // because other calls choose at the same time.
 func (c *criteria) reserve(u *upstream) bool {
 	if !u.health.tryAcquire(c.now) {
 		return false
 	}
-	if !u.health.admits(c.now, c.tokens, &u.settings, true) {
+	if !u.admits(c) {
 		u.health.endProbe()
 		return false
 	}
@@ -50,6 +56,9 @@ func (c *criteria) reserve(u *upstream) bool {
 func (p *projectState) pickUpstream(c *criteria) *upstream {
 	if c.pinned {
 		return p.pinnedUpstream(c)
+	}
+	if c.earlyProbe {
+		return p.probeEarly(c)
 	}
 	var space [64]*upstream                     // saves an allocation
 	for group := p.upstreams; len(group) > 0; { // in order of priority
@@ -66,8 +75,21 @@ func (p *projectState) pickUpstream(c *criteria) *upstream {
 	if c.healthyOnly {
 		return nil
 	}
-	if u := p.soonestReady(c); u != nil && u.health.admits(c.now, c.tokens, &u.settings, true) {
+	if u := p.soonestReady(c); u != nil && u.admits(c) {
 		return u
+	}
+	return nil
+}
+
+// probeEarly returns the first upstream whose breaker is open and was not tried in the last second.
+func (p *projectState) probeEarly(c *criteria) *upstream {
+	for _, u := range p.upstreams {
+		if c.fits(u) && u.health.probeEarly(c.now) {
+			if u.admits(c) {
+				return u
+			}
+			u.health.endProbe()
+		}
 	}
 	return nil
 }
@@ -127,7 +149,7 @@ func weightedPick(list []*upstream) int {
 func (p *projectState) pinnedUpstream(c *criteria) *upstream {
 	for _, u := range p.upstreams {
 		if u.weight > 0 && u.serves(c.api, c.model) {
-			if slices.Contains(c.tried, u) || !u.health.admits(c.now, c.tokens, &u.settings, true) {
+			if slices.Contains(c.tried, u) || !u.admits(c) {
 				return nil
 			}
 			return u
@@ -156,6 +178,13 @@ func (p *projectState) soonestReady(c *criteria) (best *upstream) {
 		}
 	}
 	return best
+}
+
+// hasCandidate reports whether an upstream other than u may have such calls, whatever its health.
+func (p *projectState) hasCandidate(c *criteria, u *upstream) bool {
+	return slices.ContainsFunc(p.upstreams, func(other *upstream) bool {
+		return other != u && other.weight > 0 && other.serves(c.api, c.model)
+	})
 }
 
 // hasAlternative reports whether pickUpstream would find another healthy upstream.

@@ -939,7 +939,7 @@ func TestRetryHint(t *testing.T) {
 }
 
 // TestHealthThroughOutage: while a provider is down for a minute, with a call each 100 ms, it gets a few attempts. It
-// gets its calls again at the first probe after that, at most half a minute later.
+// gets its calls again at the first probe after that, at most 15 s later.
 func TestHealthThroughOutage(t *testing.T) {
 	t.Parallel()
 	h := newHealthTracker().forUpstream(1, "up_1")
@@ -1054,6 +1054,67 @@ func TestHealthStates(t *testing.T) {
 	h.tracker.reset(1, now)
 	h.recordRejected(now+1, now-1, "x")
 	expect("an old attempt, from when the key was healthy", keyReady, 0)
+}
+
+// TestClockSetBack: after the clock was a day ahead, a key's limits count again, a pause ends when it would have
+// ended, and failures and good answers have their effects.
+func TestClockSetBack(t *testing.T) {
+	t.Parallel()
+	const start = 20_000 * dayMS
+	for _, jump := range []int64{dayMS, hourMS, 5 * 60_000} {
+		h, now := newHealthTracker().forUpstream(1, "up_1"), start+jump
+		limits := &upstreamSettings{RequestsPerMinute: 10}
+		admitted := func(calls int) (n int) {
+			for range calls {
+				if h.admits(now, 1, limits, true) {
+					n++
+				}
+			}
+			return n
+		}
+		if n := admitted(3); n != 3 {
+			t.Errorf("%d of 3 calls were admitted before the jump", n)
+		}
+		now = start
+		for minute := range 4 {
+			if n := admitted(12); n != 10 {
+				t.Errorf("jump %d, minute %d: %d of 12 calls were admitted", jump, minute, n)
+			}
+			now += 60_000
+		}
+		now = start + jump
+		h.recordRateLimit(now, now, 2_000, "x")
+		now = start
+		h.available(now) // notices the jump
+		if now += 2_001; !h.available(now) || !h.tryAcquire(now) {
+			t.Errorf("jump %d: the key is still paused: %+v", jump, h.snapshot(now))
+		}
+		h.recordSuccess(now+1, now, true)
+		for range failuresToOpen {
+			h.recordFailure(now+2, now+1, false, "x")
+		}
+		if r := h.snapshot(now + 2); r.state != keyBreakerOpen || r.until != now+2+breakerMinPause {
+			t.Errorf("jump %d: after three failures: %+v", jump, r)
+		}
+		h.recordRejected(start+jump, start+jump, "x")
+		now = start
+		h.available(now)
+		h.recordSuccess(now+2, now+1, true)
+		if r := h.snapshot(now + 2); r.state != keyReady {
+			t.Errorf("jump %d: after a good answer: %+v", jump, r)
+		}
+	}
+	h, now := newHealthTracker().forUpstream(1, "up_1"), int64(start)
+	h.recordRateLimit(now, now, 2_000, "x")
+	if now -= clockSlack / 2; h.available(now) { // a call that began before may come late
+		t.Error("a late call ended the pause")
+	}
+	b := newHealthTracker().budgetFor("host")
+	b.spend(start + dayMS)
+	b.credit.Store(0)
+	if b.spend(start); !b.spend(start + 1_000) {
+		t.Error("the retry budget gets no credit after the clock was set back")
+	}
 }
 
 // TestRetryBudget: after the initial credit, a fifth of the calls plus one a second may be sent again.
