@@ -213,7 +213,7 @@ func limitSettings(c *config) []setting {
 			"largest file upload on stateful endpoints; uploads are streamed, not kept in memory",
 			setSize(&c.maxUploadBytes, 1<<10, 1<<40)},
 		{"BODY_MEMORY", "512MiB",
-			"memory for all request bodies together; when it is full, calls get 503",
+			"memory for all request bodies together; when full, calls get 503, and a token that uses a quarter 429",
 			setSize(&c.bodyMemory, 1<<20, 1<<40)},
 		{"MAX_CONCURRENT_CALLS", "10000",
 			"concurrent calls to /v1; further ones get 503 with Retry-After",

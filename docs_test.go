@@ -71,6 +71,24 @@ func TestSecurityNamesTests(t *testing.T) {
 	}
 }
 
+// TestUseDocNamesErrors: docs/use.md has the code of every error that clients of /v1 can get.
+func TestUseDocNamesErrors(t *testing.T) {
+	t.Parallel()
+	doc := mustReadFile(t, "docs/use.md")
+	_, catalogue, _ := strings.Cut(mustReadFile(t, "errors.go"), "// The catalogue:")
+	catalogue, _, found := strings.Cut(catalogue, "// Errors that only /manage and /admin have.")
+	codes := regexp.MustCompile(`(?:newError\(\d+, |badRequest\(|errUnavailable\(|code: )"([a-z_]+)"`)
+	all := codes.FindAllStringSubmatch(catalogue, -1)
+	for _, m := range all {
+		if m[1] != "client_gone" && !strings.Contains(doc, "`"+m[1]+"`") { // which no client gets
+			t.Errorf("docs/use.md does not have the code %s", m[1])
+		}
+	}
+	if !found || len(all) < 45 {
+		t.Errorf("only %d errors were found", len(all))
+	}
+}
+
 // TestAuditDocNamesActions: docs/audit.md and openapi.yaml have every action of audit events.
 func TestAuditDocNamesActions(t *testing.T) {
 	t.Parallel()

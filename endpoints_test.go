@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -263,6 +264,106 @@ func TestCheckQuery(t *testing.T) {
 		e, ok := errors.AsType[*bodyError](err)
 		if !ok || got != "" || e.param != c.param || !strings.Contains(e.msg, c.msg) {
 			t.Errorf("%.80q: got %q, %v; want %s for %q", c.query, got, err, c.msg, c.param)
+		}
+	}
+}
+
+// publishedQueries are the query parameters of all operations that have any, by OpenAI's specification and SDKs, and
+// Anthropic's. include is a list, and metadata an object.
+const publishedQueries = `
+	GET /v1/assistants                                                      limit order after before
+	GET /v1/audio/voice_consents                                            after limit
+	GET /v1/batches                                                         after limit
+	GET /v1/chat/completions                                                model metadata after limit order
+	GET /v1/chat/completions/{completion_id}/messages                       after limit order
+	GET /v1/chatkit/threads                                                 limit order after before user
+	GET /v1/chatkit/threads/{thread_id}/items                               limit order after before
+	GET /v1/containers                                                      limit order after name
+	GET /v1/containers/{container_id}/files                                 limit order after
+	GET /v1/conversations/{conversation_id}/items                           limit order after include
+	POST /v1/conversations/{conversation_id}/items                          include
+	GET /v1/conversations/{conversation_id}/items/{item_id}                 include
+	GET /v1/evals                                                           after limit order order_by
+	GET /v1/evals/{eval_id}/runs                                            after limit order status
+	GET /v1/evals/{eval_id}/runs/{run_id}/output_items                      after limit order status
+	GET /v1/files                                                           purpose limit order after
+	GET /v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions project_id after limit order
+	GET /v1/fine_tuning/jobs                                                after limit metadata
+	GET /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints               after limit
+	GET /v1/fine_tuning/jobs/{fine_tuning_job_id}/events                    after limit
+	POST /v1/messages                                                       beta
+	POST /v1/messages/count_tokens                                          beta
+	GET /v1/models                                                          before_id after_id limit beta
+	GET /v1/models/{model}                                                  beta
+	GET /v1/responses/{response_id}                           include stream starting_after include_obfuscation beta
+	GET /v1/responses/{response_id}/input_items                             limit order after include beta
+	GET /v1/skills                                                          limit order after
+	GET /v1/skills/{skill_id}/versions                                      limit order after
+	GET /v1/threads/{thread_id}/messages                                    limit order after before run_id
+	GET /v1/threads/{thread_id}/runs                                        limit order after before
+	POST /v1/threads/{thread_id}/runs                                       include
+	GET /v1/threads/{thread_id}/runs/{run_id}/steps                         limit order after before include
+	GET /v1/threads/{thread_id}/runs/{run_id}/steps/{step_id}               include
+	GET /v1/vector_stores                                                   limit order after before
+	GET /v1/vector_stores/{vector_store_id}/file_batches/{batch_id}/files   limit order after before filter
+	GET /v1/vector_stores/{vector_store_id}/files                           limit order after before filter
+	GET /v1/videos                                                          limit order after
+	GET /v1/videos/{video_id}/content                                       variant`
+
+// TestPublishedQueries: every published query parameter of every operation goes up, one by one and together, as the
+// SDKs write them; HEAD takes what GET takes. The model of the list of stored completions is subject to the policy.
+func TestPublishedQueries(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	p.addUpstreamAt(p.provider, providerAnthropic, `"weight":1`)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if r.method == "HEAD" {
+			return c.reply(200, "")
+		}
+		return c.reply(200, `{"data":[]}`)
+	})
+	id := regexp.MustCompile(`\{[^}]*\}`)
+	sample := map[string]string{"include": "include[]=a.b&include%5B%5D=c",
+		"metadata": "metadata[key]=value&metadata%5Bk2%5D=a%20b",
+		"model":    "model=gpt-4o", "limit": "limit=1", "beta": "beta=true", "stream": "stream=true"}
+	operations := 0
+	for line := range strings.Lines(strings.TrimSpace(publishedQueries)) {
+		words := strings.Fields(line)
+		method, path := words[0], id.ReplaceAllString(words[1], "x-1")
+		var all []string
+		for _, name := range words[2:] {
+			all = append(all, cmp.Or(sample[name], name+"=x%2By"))
+		}
+		queries := append(slices.Clone(all), strings.Join(all, "&"))
+		merged := path == "/v1/models" // of several providers: the proxy pages itself
+		if merged {
+			queries = []string{"beta=true", "limit=5"}
+		}
+		for _, query := range queries {
+			methods, body := []string{method}, ""
+			if method == "POST" {
+				body = `{"model":"claude-sonnet-5","max_tokens":1}`
+			} else {
+				methods = []string{"GET", "HEAD"}
+			}
+			for _, method := range methods {
+				a := p.do(method, path+"?"+query, body, "Authorization", "Bearer "+p.token,
+					"Content-Type", "application/json")
+				if got := p.provider.lastRequest(t).target; a.status != 200 || got != path+"?"+query && !merged {
+					t.Errorf("%s %s?%s: got %d %s, the provider got %s", method, path, query, a.status, a.body, got)
+				}
+			}
+		}
+		operations++
+	}
+	if operations < 38 {
+		t.Errorf("%d operations", operations)
+	}
+	p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"models":["gpt-4o"]}}`, 200, nil)
+	for query, status := range map[string]int{"model=gpt-4o": 200, "model=o1": 403, "limit=1": 200} {
+		if a := p.do("GET", chatPattern+"?"+query, "", "Authorization", "Bearer "+p.token); a.status != status {
+			t.Errorf("%s: got %d %s, want %d", query, a.status, a.body, status)
 		}
 	}
 }

@@ -1235,3 +1235,56 @@ func TestAzureVersion(t *testing.T) {
 		t.Errorf("the other upstream got %s", got)
 	}
 }
+
+// TestBodyOfGetAndDelete: a GET, HEAD or DELETE with a body that would not be forwarded is refused, empty ones are
+// ignored, and either way the connection can be used again, however the body is framed and wherever the call ends.
+func TestBodyOfGetAndDelete(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if r.method == "HEAD" {
+			return c.reply(200, "")
+		}
+		return c.reply(200, "{}")
+	})
+	length := func(body string) string { return fmt.Sprintf("Content-Length: %d\r\n\r\n%s", len(body), body) }
+	chunked := func(body string) string {
+		return fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body)
+	}
+	long := strings.Repeat("x", 200_000) // less than the 256 KiB that net/http reads to keep a connection
+	for _, c := range []struct {
+		rest   string
+		status string
+	}{
+		{length(""), "200"}, {length("{}"), "200"}, {chunked("{}"), "200"}, {"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "200"},
+		{length(`{"a":1}`), "400"}, {chunked(`{"a":1}`), "400"}, {length(long), "400"}, {chunked(long), "400"},
+		{length("GET /v1/models/smuggled HTTP/1.1\r\nHost: x\r\n\r\n"), "400"},
+	} {
+		for _, target := range []string{"GET /v1/models/a", "GET /v1/files", "DELETE /v1/files/f", "DELETE /v1/models/a",
+			"HEAD /v1/models/a", "GET " + ownTokenPath, "GET /v1/nothing", "DELETE /v1/embeddings"} {
+			status := c.status
+			switch _, path, _ := strings.Cut(target, " "); path {
+			case ownTokenPath: // the body says nothing
+				status = "200"
+			case "/v1/nothing":
+				status = "404"
+			case "/v1/embeddings":
+				status = "405"
+			}
+			head := target + " HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + p.token +
+				"\r\nContent-Type: application/json\r\n"
+			got := p.sendRaw(head + c.rest + "GET " + ownTokenPath + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" +
+				"Authorization: Bearer " + p.token + "\r\n\r\n")
+			first, second := strings.Index(got, "HTTP/1.1 "+status+" "), strings.LastIndex(got, "HTTP/1.1 200 OK\r\n")
+			if first != 0 || second <= 0 || strings.Count(got, "HTTP/1.1 ") != 2 {
+				t.Errorf("%s with %.60q: want %s and then 200, got %.800q", target, c.rest, status, got)
+			}
+		}
+	}
+	for _, r := range p.provider.received() {
+		if r.body != "" || strings.Contains(r.target, "smuggled") {
+			t.Errorf("the provider got %q", r.head+r.body)
+		}
+	}
+}
