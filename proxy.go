@@ -334,6 +334,7 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		ModifyResponse: func(res *http.Response) error { return p.acceptResponse(c, res) },
 		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { p.fail(c, w, err) },
 	}
+	defer c.response.stopHeadTimer()
 	rp.ServeHTTP(c.response, in)
 	c.response.finish()
 	c.relayed = true

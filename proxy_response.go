@@ -40,7 +40,9 @@ type peekedBody struct {
 func (b *peekedBody) Read(p []byte) (int, error) {
 	if len(b.unread) > 0 {
 		n := copy(p, b.unread)
-		b.unread = b.unread[n:]
+		if b.unread = b.unread[n:]; b.complete && len(b.unread) == 0 {
+			return n, io.EOF
+		}
 		return n, nil
 	}
 	if b.complete {
@@ -94,12 +96,18 @@ func awaitFirstEvent(res *http.Response) error {
 
 // A responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its header map leads nowhere: only
 // headers that prepare has copied reach the client, so neither a 1xx nor a trailer does. It has no Hijack and no
-// Unwrap, so no upgrade passes.
+// Unwrap, so no upgrade passes. It has no Flush: it decides itself when bytes leave, which is at once. Only the head
+// may wait a moment for the first bytes of the body, and the last bytes for the end of the handler, to save a write.
 type responseWriter struct {
 	p      *proxy
 	c      *call
 	client http.ResponseWriter
 	header http.Header
+	body   answerBody
+	framed bool // net/http may choose how the answer's end is told: it has a length, or its head has left
+
+	headTimer   *time.Timer    // sends the head if no body follows; nil: the call's goroutine alone uses client
+	headSending sync.WaitGroup // for its goroutine
 
 	meter             *meter // nil until prepare
 	keyMask           keyMask
@@ -115,8 +123,25 @@ func newResponseWriter(p *proxy, c *call, client http.ResponseWriter) *responseW
 
 func (w *responseWriter) Header() http.Header { return w.header }
 
+// An answerBody is the body of the provider's answer as ReverseProxy reads it for w.
+type answerBody struct {
+	io.ReadCloser
+	w      *responseWriter
+	peeked bool // its first bytes, or its end, are in memory
+	ended  bool // it was read to its end
+}
+
+func (b *answerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if b.ended = err == io.EOF; err != nil && !b.ended {
+		// A client that gets no head takes the call for one that never arrived, and sends it again.
+		_ = b.w.flush()
+	}
+	return n, err
+}
+
 // prepare reads the head of the provider's answer: it chooses the meter and copies the allowed headers to the
-// client's.
+// client's. It leaves nothing in res by which ReverseProxy would flush.
 func (w *responseWriter) prepare(res *http.Response) {
 	w.keyMask = newKeyMask(w.c.upstream.key())
 	kind, contentType := w.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
@@ -148,15 +173,15 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if w.c.usageAdded {
 		to.Del("Content-Length") // whatever the type says, an event may be left out
 	}
-	if !w.sse {
-		to["Cache-Control"] = []string{"no-store"}
-		res.Header = nil
-		return
+	to["Cache-Control"] = []string{"no-store"}
+	if w.sse {
+		to["Cache-Control"] = []string{"no-cache, no-store"}
+		to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
 	}
-	to["Cache-Control"] = []string{"no-cache, no-store"}
-	to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
-	// ReverseProxy flushes after each write because of this type; it needs nothing else of the head.
-	res.Header = http.Header{"Content-Type": res.Header["Content-Type"]}
+	_, peeked := res.Body.(*peekedBody)
+	w.body = answerBody{ReadCloser: res.Body, w: w, peeked: peeked}
+	w.framed = res.ContentLength >= 0
+	res.Body, res.Header, res.ContentLength = &w.body, nil, 0
 }
 
 // mediaType returns the type in a Content-Type header, "" if there is none.
@@ -174,7 +199,10 @@ func mediaType(header string) string {
 	return t
 }
 
-// WriteHeader sends the head to the client.
+// headDelay is how long the head of an answer waits for the first bytes of the body.
+const headDelay = 2 * time.Millisecond
+
+// WriteHeader sends the head to the client, after headDelay at most.
 func (w *responseWriter) WriteHeader(status int) {
 	if status < 200 || w.status != 0 {
 		return
@@ -186,6 +214,19 @@ func (w *responseWriter) WriteHeader(status int) {
 		w.client.Header()["Connection"] = []string{"close"}
 	}
 	w.client.WriteHeader(status)
+	if !w.body.peeked {
+		w.headSending.Add(1)
+		w.headTimer = time.AfterFunc(headDelay, func() { _ = w.c.controller.Flush(); w.headSending.Done() })
+	}
+}
+
+// stopHeadTimer returns when no other goroutine uses the client's writer any more.
+func (w *responseWriter) stopHeadTimer() {
+	if w.headTimer != nil && !w.headTimer.Stop() {
+		w.headSending.Wait()
+		w.framed = true
+	}
+	w.headTimer = nil
 }
 
 // Write passes bytes of the answer on. It reports all of them as written even if it holds some back: otherwise
@@ -202,6 +243,8 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// send writes to the client and flushes, unless the handler is about to end. Before that, net/http would add a
+// length to an answer that had none.
 func (w *responseWriter) send(p []byte) error {
 	if len(p) == 0 {
 		w.c.setPhase(phaseRelaying)
@@ -209,26 +252,29 @@ func (w *responseWriter) send(p []byte) error {
 	}
 	w.c.storedContent.addResponse(p)
 	w.c.setPhase(phaseWriting)
-	if _, err := w.client.Write(p); err != nil {
+	w.stopHeadTimer()
+	_, err := w.client.Write(p)
+	if err == nil && !(w.body.ended && w.framed) {
+		err = w.c.controller.Flush()
+		w.framed = true
+	}
+	return w.endWrite(err)
+}
+
+// flush sends what net/http has buffered.
+func (w *responseWriter) flush() error {
+	w.c.setPhase(phaseWriting)
+	w.stopHeadTimer()
+	return w.endWrite(w.c.controller.Flush())
+}
+
+func (w *responseWriter) endWrite(err error) error {
+	if err != nil {
 		w.clientGone = true
 		return err
 	}
 	w.c.setPhase(phaseRelaying)
 	return nil
-}
-
-// FlushError lets ReverseProxy send each event at once.
-func (w *responseWriter) FlushError() error {
-	if w.status == 0 {
-		return nil
-	}
-	w.c.setPhase(phaseWriting)
-	err := w.c.controller.Flush()
-	if err != nil {
-		w.clientGone = true
-	}
-	w.c.setPhase(phaseRelaying)
-	return err
 }
 
 // finish sends what is still held back when the answer is complete.

@@ -484,6 +484,131 @@ func TestStreamEventsPassAtOnce(t *testing.T) {
 	}
 }
 
+// answerFramings are the ways in which a provider tells where an answer ends. Each body has 1,000 bytes.
+var answerFramings = []struct{ name, contentType, framing string }{
+	{"JSON with a length", "application/json", "Content-Length: 1000"},
+	{"sound with a length", "audio/mpeg", "Content-Length: 1000"},
+	{"an error with a length", "application/json", "Content-Length: 1000"},
+	{"a stream with a length", "text/event-stream", "Content-Length: 1000"},
+	{"without a type", "", "Content-Length: 1000"},
+	{"compressed", "application/json", "Content-Encoding: gzip\r\nContent-Length: 1000"},
+	{"in chunks", "application/json", "Transfer-Encoding: chunked"},
+	{"a stream in chunks", "text/event-stream", "Transfer-Encoding: chunked"},
+	{"up to the end of the connection", "application/json", "Connection: close"},
+}
+
+// writeFramed writes the head and then body[from:to] of each further step, with a framing. It returns false if the
+// connection must be closed.
+func (c *providerConn) writeFramed(name, contentType, framing, body string, steps []int, next func() bool) bool {
+	head := "HTTP/1.1 200 OK\r\n"
+	if strings.HasPrefix(name, "an error") {
+		head = "HTTP/1.1 422 Unprocessable\r\n"
+	}
+	if contentType != "" {
+		head += "Content-Type: " + contentType + "\r\n"
+	}
+	_, _ = io.WriteString(c, head+framing+"\r\n\r\n")
+	chunked, from := strings.Contains(framing, "chunked"), 0
+	for _, to := range steps {
+		if !next() {
+			return false
+		}
+		if piece := body[from:to]; chunked {
+			_ = c.chunk(piece)
+		} else {
+			_, _ = io.WriteString(c, piece)
+		}
+		from = to
+	}
+	if from < len(body) {
+		return false
+	}
+	return !chunked && !strings.Contains(framing, "close") || chunked && c.chunk("") == nil
+}
+
+// TestAnswersPassAtOnce: whatever its type and framing, the client gets the head of an answer, and each byte, before
+// the provider sends the next one.
+func TestAnswersPassAtOnce(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	got := make(chan struct{})
+	body := "data: {" + strings.Repeat(" ", 990) + "}\n\n"
+	steps := []int{1, 400, 1000}
+	for _, a := range answerFramings {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			return c.writeFramed(a.name, a.contentType, a.framing, body, steps, func() bool {
+				select {
+				case <-got:
+					return true
+				case <-time.After(5 * time.Second):
+					return false // the answer breaks off, and the client sees it
+				}
+			})
+		})
+		res, err := p.openChat(t)
+		if err != nil {
+			t.Fatalf("%s: %v", a.name, err)
+		}
+		from := 0
+		for _, to := range steps {
+			got <- struct{}{}
+			piece := make([]byte, to-from)
+			if n, err := io.ReadFull(res.Body, piece); err != nil || string(piece) != body[from:to] {
+				t.Fatalf("%s, bytes %d to %d: got %q, %v", a.name, from, to, piece[:n], err)
+			}
+			from = to
+		}
+		if rest, err := io.ReadAll(res.Body); len(rest) > 0 || err != nil {
+			t.Errorf("%s, after the last byte: %q, %v", a.name, rest, err)
+		}
+		res.Body.Close()
+	}
+}
+
+// TestCutAnswersHaveAHead: if the provider breaks off an answer, the client gets its head and all bytes that came.
+// Without a head, official SDKs would send a call again that the provider has already run.
+func TestCutAnswersHaveAHead(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	body := "data: {" + strings.Repeat(" ", 990) + "}\n\n"
+	for _, a := range answerFramings {
+		for _, cut := range [][]int{{}, {1}, {400}, {100, 400}} {
+			if a.framing == "Connection: close" { // the end of the connection is the end of the answer
+				continue
+			}
+			p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+				return c.writeFramed(a.name, a.contentType, a.framing, body, cut, func() bool { return true })
+			})
+			res, err := p.openChat(t)
+			if err != nil {
+				t.Errorf("%s, cut at %v: no head: %v", a.name, cut, err)
+				continue
+			}
+			want := body[:slices.Max(append([]int{0}, cut...))]
+			if rest, err := io.ReadAll(res.Body); string(rest) != want || err == nil {
+				t.Errorf("%s, cut at %v: got %d bytes, %v", a.name, cut, len(rest), err)
+			}
+			res.Body.Close()
+			if row := p.lastCall(); row.Outcome != "truncated" || row.ErrorCode != "upstream_cut" {
+				t.Errorf("%s, cut at %v: the ledger has %+v", a.name, cut, row)
+			}
+		}
+	}
+}
+
+// openChat makes a chat call and returns when the head of the answer has come.
+func (p *testProxy) openChat(t *testing.T) (*http.Response, error) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "POST", p.url+"/v1/chat/completions",
+		strings.NewReader(chatBody()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
+	return tr.RoundTrip(req)
+}
+
 // oddStreams are streams as providers may write them, and what the ledger must have.
 var oddStreams = []struct {
 	name, stream string
