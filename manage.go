@@ -567,7 +567,7 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 			Name:         u.name,
 			Priority:     u.priority,
 			Weight:       u.weight,
-			SentModel:    u.mapModel(model),
+			SentModel:    u.mapModel(l.model),
 			Share:        l.share,
 			Why:          l.reason,
 			ConnectMS:    u.settings.ConnectMS,

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -200,7 +201,10 @@ func (c *call) estimateCost(policies ...*policy) error {
 
 // fillEstimatedCost fills in the costs of est, and reports whether they are known.
 func (c *call) fillEstimatedCost(est *estimate) bool {
-	price, ok := c.prices.lookup(c.upstream.provider, c.fields.model)
+	price, ok := c.prices.lookup(c.upstream.provider, cmp.Or(c.attempts.fallbackModel, c.fields.model))
+	if !ok && c.attempts.fallbackModel != "" {
+		price, ok = c.prices.lookup("", c.fields.model)
+	}
 	if !ok || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character, and its answers report no usage
 		return false
 	}

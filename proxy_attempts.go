@@ -30,7 +30,9 @@ type attempts struct {
 	c *call
 
 	current        attempt       // its upstream is nil while no attempt is under way
-	fallbackModel  string        // replaces the client's model; "": the call has not fallen back
+	fallbackModel  string        // replaces the client's model; "": the client's own
+	fellBack       bool          // the call has fallen back, which it does once
+	skippedOwn     bool          // it began with the fallback model, as no upstream of its own was ready
 	tried          []*upstream   // upstreams that failed; they get no further attempt
 	slow           slowUpstream  // may still have the call, if no other upstream answers
 	log            []attemptLine // the attempts that have ended, and why
@@ -356,7 +358,6 @@ func (t *attempts) retry(d *retryDecision, res *http.Response, err error) bool {
 	if d.retrySameKey && u.health.available(now) && t.reserveSameKey(now, true) {
 		return t.retrySameKey(d, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
 	}
-	model, tried := t.fallbackModel, append(t.tried, u)
 	want := t.criteria()
 	var next *upstream
 	if !d.tooLong { // a call that is too long would be so at every upstream
@@ -365,28 +366,49 @@ func (t *attempts) retry(d *retryDecision, res *http.Response, err error) bool {
 	if next == nil && d.retryAfterMS > 0 && d.retryAfterMS <= maxRetryAfterMS && t.reserveSameKey(now, d.fault) {
 		return t.retrySameKey(d, res, time.Duration(d.retryAfterMS)*time.Millisecond)
 	}
-	if fallback := t.availableFallback(); next == nil && fallback != "" {
-		want := t.criteria()
-		want.model, want.tried = fallback, nil
-		if next = t.pickNext(&want, d); next != nil {
-			model, tried = fallback, nil
-		}
-	}
-	if next == nil && !d.tooLong { // the call fails otherwise, so even a key that may be down is worth an attempt
-		want.earlyProbe = true
-		next = t.pickNext(&want, d)
-	}
-	if slow := t.slow; next == nil && slow.upstream != nil && slow.upstream.retryBudget.spend(now) &&
-		slow.upstream.admits(&want) {
-		next, model, t.slow.upstream = slow.upstream, slow.model, nil
-	}
+	model, tried := t.fallbackModel, append(t.tried, u)
 	if next == nil {
-		return false
+		if next, model = t.pickLast(&want, d); next == nil {
+			return false
+		}
+		if model != t.fallbackModel {
+			tried = nil
+		}
 	}
 	t.endAttempt(d.reason, res)
 	t.fallbackModel, t.tried = model, tried
 	c.setUpstream(next)
 	return true
+}
+
+// pickLast chooses and reserves what is left if no healthy upstream is: the fallback model, then a key that may be
+// down, because the call fails otherwise. It returns nil if nothing is left, and the fallback model to ask for.
+func (t *attempts) pickLast(want *criteria, d *retryDecision) (next *upstream, model string) {
+	if model = t.availableFallback(); model != "" {
+		want := t.criteria()
+		want.model, want.tried = model, nil
+		if next = t.pickNext(&want, d); next != nil {
+			t.fellBack = true
+			return next, model
+		}
+	}
+	if !d.tooLong {
+		want.earlyProbe = true
+		if next = t.pickNext(want, d); next != nil {
+			return next, t.fallbackModel
+		}
+		if u := t.slow.upstream; u != nil && u.retryBudget.spend(want.now) && u.admits(want) {
+			t.slow.upstream = nil
+			return u, t.slow.model
+		}
+	}
+	if t.skippedOwn {
+		t.skippedOwn = false
+		want := t.criteria()
+		want.model, want.tried, want.healthyOnly = t.c.fields.model, nil, false
+		next = t.pickNext(&want, d)
+	}
+	return next, ""
 }
 
 // pickNext chooses and reserves the upstream for the next attempt, nil if there is none. After a fault of the
@@ -534,7 +556,7 @@ func (t *attempts) retryable() bool {
 // back once, and only to a model that the policies allow.
 func (t *attempts) availableFallback() string {
 	c := t.c
-	if t.fallbackModel != "" || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
+	if t.fellBack || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
 		return ""
 	}
 	if to := c.project.routing.fallbackFor(c.fields.model); to != "" && c.mayUseModel(to) {
@@ -566,10 +588,11 @@ func (c *call) mayUseModel(model string) bool {
 // replayable reports whether the body can be sent again.
 func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.upload }
 
-// pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that both API families
-// have (the list of models) goes to the family of the client's SDK, if the project has it.
+// pickUpstream chooses the call's first upstream, nil if there is none. If no upstream of its model is ready, one of
+// the fallback model goes before a key that is known to be in trouble. An endpoint that both API families have (the
+// list of models) goes to the family of the client's SDK, if the project has it.
 func (c *call) pickUpstream() *upstream {
-	want := c.criteria(c.readAt())
+	want, fallback := c.criteria(c.readAt()), ""
 	if want.api == apiAny {
 		want.api = apiOpenAI
 		if c.anthropic {
@@ -579,6 +602,21 @@ func (c *call) pickUpstream() *upstream {
 			return u
 		}
 		want.api = apiAny
+	}
+	if !want.pinned {
+		fallback = c.attempts.availableFallback()
+	}
+	if want.healthyOnly = fallback != ""; want.healthyOnly {
+		if u := c.project.pickUpstream(&want); u != nil {
+			return u
+		}
+		want.model = fallback
+		if u := c.project.pickUpstream(&want); u != nil {
+			t := &c.attempts
+			t.fallbackModel, t.fellBack, t.skippedOwn = fallback, true, true
+			return u
+		}
+		want.model, want.healthyOnly = c.fields.model, false
 	}
 	return c.project.pickUpstream(&want)
 }

@@ -198,6 +198,7 @@ func (p *projectState) hasAlternative(c *criteria) bool {
 // A routeExplanation says why an upstream gets calls or does not.
 type routeExplanation struct {
 	upstream *upstream
+	model    string  // as asked for there: the call's, or its fallback
 	share    float64 // of the calls that are like this one, now
 	reason   string
 }
@@ -207,7 +208,7 @@ func (p *projectState) explain(c *criteria) []routeExplanation {
 	lines := make([]routeExplanation, 0, len(p.upstreams))
 	var group []int // of lines
 	for _, u := range p.upstreams {
-		line := routeExplanation{upstream: u, reason: c.exclusionReason(u)}
+		line := routeExplanation{upstream: u, model: c.model, reason: c.exclusionReason(u)}
 		if line.reason == "" && len(group) > 0 && lines[group[0]].upstream.priority != u.priority {
 			line.reason = "is on standby: upstreams with a lower priority number go first"
 		}
@@ -216,6 +217,9 @@ func (p *projectState) explain(c *criteria) []routeExplanation {
 		}
 	}
 	if len(group) == 0 {
+		if p.explainFallback(c, lines) {
+			return lines
+		}
 		if u := p.soonestReady(c); u != nil {
 			for i := range lines {
 				if lines[i].upstream == u {
@@ -236,6 +240,22 @@ func (p *projectState) explain(c *criteria) []routeExplanation {
 		}
 	}
 	return lines
+}
+
+// explainFallback fills in the lines of the upstreams that get such calls with their fallback model, because no
+// upstream of their own is ready. It reports whether there are any.
+func (p *projectState) explainFallback(c *criteria, lines []routeExplanation) bool {
+	fallback := *c
+	if fallback.model = p.routing.fallbackFor(c.model); fallback.model == "" || !p.hasAlternative(&fallback) {
+		return false
+	}
+	for i, line := range p.explain(&fallback) {
+		if line.share > 0 {
+			line.reason += ", with the fallback model " + line.model + ": no upstream of " + c.model + " is ready"
+			lines[i] = line
+		}
+	}
+	return true
 }
 
 // exclusionReason returns why an upstream cannot get such a call now, "" if it can.

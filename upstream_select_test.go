@@ -587,3 +587,94 @@ func TestSharedUpstream(t *testing.T) {
 	p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
 	expect("gone with its project", 404)
 }
+
+// TestFallbackModelFirst: if no upstream of a model is ready, its calls go to the fallback model's upstream at once,
+// and to a paused key only if that fails. The explanation of the route says so.
+func TestFallbackModelFirst(t *testing.T) {
+	t.Parallel()
+	for name, pause := range map[string]func(h *keyHealth, now int64){
+		"open":        func(h *keyHealth, now int64) { h.recordFailure(now, now, true, "x") },
+		"cooling":     func(h *keyHealth, now int64) { h.recordRateLimit(now, now, 200_000, "x") },
+		"exhausted":   func(h *keyHealth, now int64) { h.recordExhausted(now, now, "x") },
+		"quarantined": func(h *keyHealth, now int64) { h.recordRejected(now, now, "x") },
+		"at capacity": func(h *keyHealth, now int64) {
+			h.admits(now, 1, &upstreamSettings{RequestsPerMinute: 1}, true)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}]},` +
+				`"policy":{"limits":[{"count":"dollars","max":5,"per":"day"}]}`)
+			p.changeUpstream(p.upstream, `"models":["gpt*"]`)
+			if name == "at capacity" {
+				p.changeUpstream(p.upstream, `"requests_per_minute":1`)
+				waitForMinute(10)
+			}
+			other, id := p.addUpstream(`"models":["llama"],"rewrite":{"llama":"llama-70b"}`)
+			h, now := p.instance.health.forUpstream(1, ""), time.Now().UnixMilli()
+			pause(h, now)
+			if name == "open" {
+				h.until.Store(now + hourMS)
+			}
+			for _, stream := range []bool{false, true} {
+				if res := p.chat(fmt.Sprintf(`"stream":%v`, stream)); res.status != 200 {
+					t.Errorf("got %d %s", res.status, res.body)
+				}
+			}
+			if n, m := len(p.provider.received()), len(other.received()); n != 0 || m != 2 ||
+				between(other.lastRequest(t).body, `"model":"`, `"`) != "llama-70b" {
+				t.Errorf("the providers got %d and %d requests", n, m)
+			}
+			if row := p.lastCall(); row.Attempts != 1 || row.UpstreamID != id || row.Cost == nil {
+				t.Errorf("the ledger has %+v", row)
+			}
+			var v routeView
+			p.manage("GET", "/manage/projects/"+p.project+"/route?model=gpt-4o", "", 200, &v)
+			if own, to := v.Upstreams[0], v.Upstreams[1]; own.Share != 0 || own.Why == "" || to.Share != 1 ||
+				to.SentModel != "llama-70b" || !strings.Contains(to.Why, "fallback model llama") {
+				t.Errorf("the explanation is %+v", v.Upstreams)
+			}
+			if name == "at capacity" {
+				return
+			}
+			other.setScript(replyScript(503, `{}`))
+			if res := p.chat(); res.status != 200 || len(p.provider.received()) != 1 {
+				t.Errorf("if the fallback fails: got %d %s", res.status, res.body)
+			}
+			if row := p.lastCall(); row.UpstreamID != p.upstream || row.OutputTokens != 3 {
+				t.Errorf("the ledger has %+v", row)
+			}
+			p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"models":["gpt*"]}}`, 200, nil)
+			other.setScript(chatScript)
+			before := len(other.received())
+			pause(h, time.Now().UnixMilli())
+			if res := p.chat(); res.status != 200 || len(other.received()) != before {
+				t.Errorf("a token that may not use the fallback model: got %d, and the other was asked", res.status)
+			}
+		})
+	}
+}
+
+// TestFallbackModelWhileOpen: a model whose upstream hangs or fails costs a few calls their time until its breaker
+// is open; all others go to the fallback model at once.
+func TestFallbackModelWhileOpen(t *testing.T) {
+	t.Parallel()
+	for name, script := range map[string]func(*providerConn, recordedRequest) bool{
+		"hangs": stallScript, "answers 503": replyScript(503, `{}`),
+	} {
+		p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "200ms"})
+		p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}]}`)
+		p.changeUpstream(p.upstream, `"models":["gpt*"]`)
+		p.addUpstream(`"models":["llama"]`)
+		p.provider.setScript(script)
+		for range 12 {
+			if res := p.chat(`"stream":true`); res.status != 200 {
+				t.Errorf("%s: got %d %s", name, res.status, res.body)
+			}
+		}
+		if n := len(p.provider.received()); n > 6 { // three open the breaker; a slow machine sees a probe or two
+			t.Errorf("%s: a provider that is down was asked %d times for 12 calls", name, n)
+		}
+	}
+}
