@@ -151,7 +151,7 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 		return nil, err
 	}
 	fmt.Fprintf(out, "The backup is intact: %s.\n", r.backupInfo)
-	impact, compared := r.compareWithCurrent(ctx, st, out)
+	plan, impact, compared := r.compareWithCurrent(ctx, st, out)
 	event := auditEvent{actionRestore, "", []auditField{
 		{"revoke", r.revokeMode}, {"audit_head_before", st.attachedAuditHead(ctx)},
 	}}
@@ -163,18 +163,20 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or " +
 				"--revoke=none")
 		}
-		return nil, st.reapplyRevocations(ctx, by, event)
+		event.detail = append(event.detail, plan.auditFields()...)
+		return nil, st.applyNarrowing(ctx, by, event, plan)
 	case "all":
 		if err := st.revokeAll(ctx, by, event); err != nil || r.cfg.managementToken != nil {
 			return nil, err
 		}
 		return (&operations{store: st, fields: newFieldTables()}).createFirstKey(ctx)
 	}
-	fmt.Fprint(out, "\nTokens and keys that were revoked, rotated or limited after the backup was made would "+
-		"become valid again.\n"+
-		"Choose what to do with them:\n\n")
-	if compared && impact != (restoreImpact{}) {
-		fmt.Fprint(out, "  --revoke=since  apply the current revocations and limits to the backup (the usual choice)\n")
+	fmt.Fprint(out, "\nWhat was revoked, rotated, deleted or narrowed after the backup was made would become valid "+
+		"again.\n"+
+		"Choose what to do with it:\n\n")
+	if compared && *impact != (restoreImpact{}) {
+		fmt.Fprint(out, "  --revoke=since  let nothing do more than it may do now: apply what was revoked, deleted or "+
+			"narrowed\n                  since to the backup, and what limits have counted (the usual choice)\n")
 	} else if compared {
 		fmt.Fprint(out, "  --revoke=since  the usual choice; there is nothing to revoke\n")
 	}
@@ -184,46 +186,100 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 		"the options above")
 }
 
-// compareWithCurrent prints what the backup would make valid again. It returns false if there
-// is no current database that can be read; otherwise the current database stays attached to st.
+// compareWithCurrent prints what the backup would make valid again, and returns the rows that prevent it. It
+// returns false if there is no current database that can be read; otherwise the current database stays
+// attached to st.
 func (r *restoration) compareWithCurrent(
 	ctx context.Context, st *store, out io.Writer,
-) (impact restoreImpact, ok bool) {
+) (plan *narrowing, impact *restoreImpact, ok bool) {
 	if _, err := os.Stat(r.cfg.databaseFile); err != nil {
 		fmt.Fprint(out, "There is no current database, so it is unknown what was revoked since the backup.\n")
-		return impact, false
+		return nil, nil, false
 	}
 	err := st.attachCurrent(ctx, r.cfg.databaseFile)
 	if err == nil {
-		impact, err = st.restoreImpact(ctx)
+		plan, impact, err = planNarrowing(ctx, st, r.now.UnixMilli())
 	}
 	if err != nil {
 		fmt.Fprintf(out, "The current database cannot be read (%v), so it is unknown what was revoked since the "+
 			"backup.\n", err)
-		return impact, false
+		return nil, nil, false
 	}
-	if impact == (restoreImpact{}) {
+	if *impact == (restoreImpact{}) {
 		fmt.Fprint(out, "Compared with the current database, the backup makes nothing valid or invalid.\n")
-		return impact, true
+		return plan, impact, true
 	}
 	fmt.Fprint(out, "Compared with the current database, the backup has\n")
-	for _, line := range []struct {
-		n                int64
-		noun, difference string
-	}{
-		{impact.revoked, "token", "valid, but revoked now"},
-		{impact.rotated, "token", "with the value from before a rotation"},
-		{impact.expiryShortened, "token", "with a later expiry"},
-		{impact.requestCountLowered, "token", "with fewer counted requests, so that more are left"},
-		{impact.managementKeys, "management key", "with rights that were reduced since"},
-		{impact.deactivated, "project", "active, but inactive or deleted now"},
-		{impact.createdSince, "valid token", "fewer, because they were created since"},
-	} {
+	for _, line := range impact.lines() {
 		if line.n > 0 {
 			fmt.Fprintf(out, "  %s %s\n", countNoun(line.n, line.noun), line.difference)
 		}
 	}
-	return impact, true
+	return plan, impact, true
+}
+
+// planNarrowing compares every row that grants something, after attachCurrent.
+func planNarrowing(ctx context.Context, st *store, at int64) (*narrowing, *restoreImpact, error) {
+	plan, impact := &narrowing{at: at}, &restoreImpact{}
+	tokens, err := st.differingTokens(ctx)
+	for i := 0; err == nil && i < len(tokens); i++ {
+		err = plan.addToken(impact, &tokens[i])
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	keys, err := st.differingManagementKeys(ctx)
+	for i := range keys {
+		plan.addManagementKey(impact, &keys[i])
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	projects, err := st.differingProjects(ctx)
+	for i := 0; err == nil && i < len(projects); i++ {
+		err = plan.addProject(impact, &projects[i])
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	upstreams, err := st.upstreamPairs(ctx)
+	for i := 0; err == nil && i < len(upstreams); i++ {
+		err = plan.addUpstream(impact, &upstreams[i])
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	impact.restoreCount, err = st.countRestored(ctx)
+	return plan, impact, err
+}
+
+// A restoreLine says how many objects differ in one way.
+type restoreLine struct {
+	n                int64
+	noun, difference string
+}
+
+// lines describes the impact, in the order in which it is printed.
+func (i *restoreImpact) lines() []restoreLine {
+	return []restoreLine{
+		{i.revoked, "token", "valid, but revoked now"},
+		{i.rotated, "token", "with the value from before a rotation"},
+		{i.expiryShortened, "token", "with a later expiry"},
+		{i.idleShortened, "token", "with a longer idle expiry"},
+		{i.requestsLowered, "token", "with more requests allowed in total"},
+		{i.tokenPolicies, "token", "with a policy that allows more"},
+		{i.requestCounts, "token", "with fewer counted requests, so that more are left"},
+		{i.limitUse, "token", "with less recorded use, so that more is left of limits by the hour or longer"},
+		{i.managementKeys, "management key", "with rights that were reduced since"},
+		{i.deactivated, "project", "active, but inactive or deleted now"},
+		{i.projectPolicies, "project", "with a policy that allows more"},
+		{i.upstreamsEnded, "upstream", "active, but inactive or deleted now"},
+		{i.upstreamKeys, "upstream", "with the provider key from before a change"},
+		{i.upstreamsNarrowed, "upstream", "for more projects, models or calls per minute"},
+		{i.createdSince, "valid token", "fewer, because they were created since"},
+		{i.widened, "object", "with fewer rights, because it was given more since"},
+		{i.prices, "price", "from before a change, which --revoke=since leaves as in the backup: check the prices"},
+	}
 }
 
 // replaceDatabase moves the current database aside and the copy into its place. A crash in

@@ -28,6 +28,9 @@ type policy struct {
 	KeepContentDays int64 `json:"keep_content_days,omitzero"`
 }
 
+// maxPolicyEntries bounds each list of a policy, because a call is compared with every entry.
+const maxPolicyEntries = 500
+
 // parsePolicy reads a policy from JSON, strictly. Only a project's policy may have the fields stateful and
 // keep_content_days.
 func parsePolicy(raw []byte, ofProject bool) (policy, error) {
@@ -71,8 +74,8 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 
 // parseAddresses reads networks and single addresses.
 func parseAddresses(list []string) ([]netip.Prefix, error) {
-	if len(list) > 500 {
-		return nil, &fieldError{"policy.addresses", "must have 500 entries or fewer"}
+	if len(list) > maxPolicyEntries {
+		return nil, &fieldError{"policy.addresses", fmt.Sprintf("must have %d entries or fewer", maxPolicyEntries)}
 	}
 	out := make([]netip.Prefix, 0, len(list))
 	for _, s := range list {
@@ -94,8 +97,8 @@ func parseAddresses(list []string) ([]netip.Prefix, error) {
 
 // checkPatterns refuses patterns that cannot match, or match something else than their author expects.
 func checkPatterns(param string, list []string) error {
-	if len(list) > 500 {
-		return &fieldError{param, "must have 500 entries or fewer"}
+	if len(list) > maxPolicyEntries {
+		return &fieldError{param, fmt.Sprintf("must have %d entries or fewer", maxPolicyEntries)}
 	}
 	for _, s := range list {
 		if s == "" || len(s) > 256 {

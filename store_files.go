@@ -141,96 +141,244 @@ func (s *store) countRunning(ctx context.Context, before int64) (int64, error) {
 		`SELECT count(*) FROM running WHERE batch < ?1 AND id < ?1`, before)
 }
 
-// A restoreImpact is what a backup would undo in the database that it is to replace.
-type restoreImpact struct {
-	revoked             int64 // tokens revoked since
-	rotated             int64 // tokens whose value was replaced since: the old one would be valid again
-	expiryShortened     int64 // tokens whose expiry was brought forward since
-	requestCountLowered int64 // tokens whose request count would become lower
-	managementKeys      int64 // management keys revoked, or limited in role or time, since
-	deactivated         int64 // projects deactivated or deleted since
-	createdSince        int64 // tokens created since, which the backup does not have
-}
-
 // attachCurrent attaches the current database, read-only, to the one writing connection of the backup s,
-// under the name now. It computes into made_since how many requests each token has made since the backup:
-// calls that ended, and those that run in either database, which is where a program may have died.
+// under the name now, and prepares the comparison: known_projects and known_tokens have the seqs in both
+// databases of what both have. made_since has how many requests each token has made since the backup: calls
+// that ended, and those that run in either database, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
 	_, err := execCount(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file))
 	if err != nil {
 		return err
 	}
-	// Versions before this view counted a call in its token when it began.
-	views, err := queryValue[int](ctx, s.writeDB, "reading the current database",
-		`SELECT count(*) FROM now.sqlite_schema WHERE name = 'running'`)
+	_, supported, err := s.schemaVersion(ctx)
 	if err != nil {
 		return err
 	}
-	const head = `
+	version, err := queryValue[int](ctx, s.writeDB, "reading its schema version", `PRAGMA now.user_version`)
+	if err != nil {
+		return err
+	}
+	if version < supported {
+		return fmt.Errorf("it has schema %d of an earlier version; start this version on it once, which migrates it "+
+			"to schema %d, then repeat", version, supported)
+	}
+	for _, statement := range []string{`
+		CREATE TEMP TABLE known_projects AS
+		SELECT 0 AS now_seq, 0 AS seq
+		UNION ALL SELECT c.seq, b.seq FROM main.projects b JOIN now.projects c ON c.id = b.id`, `
+		CREATE UNIQUE INDEX temp.known_projects_seq ON known_projects (now_seq)`, `
+		CREATE TEMP TABLE known_tokens AS
+		SELECT 0 AS now_seq, 0 AS seq
+		UNION ALL SELECT c.seq, b.seq FROM main.tokens b JOIN now.tokens c ON c.id = b.id`, `
+		CREATE UNIQUE INDEX temp.known_tokens_seq ON known_tokens (now_seq)`, `
 		CREATE TEMP TABLE made_since AS
 		SELECT b.id AS id, c.request_count + coalesce(theirs.n, 0) - b.request_count - coalesce(ours.n, 0) AS n
 		FROM main.tokens b JOIN now.tokens c ON c.id = b.id
 		LEFT JOIN (SELECT token, count(*) AS n FROM main.running GROUP BY token) ours ON ours.token = b.seq
-		LEFT JOIN (`
-	const tail = `) theirs ON theirs.token = c.seq
-		WHERE c.request_count + coalesce(theirs.n, 0) > b.request_count + coalesce(ours.n, 0)`
-	query := head + `SELECT NULL AS token, 0 AS n` + tail
-	if views > 0 {
-		query = head + `SELECT token, count(*) AS n FROM now.running GROUP BY token` + tail
+		LEFT JOIN (SELECT token, count(*) AS n FROM now.running GROUP BY token) theirs ON theirs.token = c.seq
+		WHERE c.request_count + coalesce(theirs.n, 0) > b.request_count + coalesce(ours.n, 0)`,
+	} {
+		if _, err := execCount(ctx, s.writeDB, "comparing with the current database", statement); err != nil {
+			return err
+		}
 	}
-	_, err = execCount(ctx, s.writeDB, "comparing with the current database", query)
-	return err
+	return nil
 }
 
-// restoreImpact compares the backup s with the current database, after attachCurrent.
-func (s *store) restoreImpact(ctx context.Context) (r restoreImpact, err error) {
+// A restorePair is a row of the backup, and the same row as it is in the current database, of which only those
+// columns are read that grant something. deletedAt is the current row's.
+type restorePair[T any] struct {
+	backup, current T
+	deletedAt       *int64
+}
+
+// differingTokens returns the tokens of the backup that are not revoked, and that grant something else in the
+// current database, after attachCurrent.
+func (s *store) differingTokens(ctx context.Context) ([]restorePair[tokenRow], error) {
+	return collect(ctx, s.writeDB, "comparing tokens", func(p *restorePair[tokenRow]) []any {
+		c := &p.current
+		return append(p.backup.columns(), &c.hash, &c.oldHash, &c.oldHashUntil, &c.expiresAt, &c.idleExpiry,
+			&c.revokedAt, &c.maxRequests, &c.policy)
+	}, `
+		SELECT b.*, c.hash, c.old_hash, c.old_hash_until, c.expires_at, c.idle_expiry, c.revoked_at, c.max_requests,
+			c.policy
+		FROM (`+selectTokens+`) b JOIN now.tokens c ON c.id = b.id
+		WHERE b.revoked_at IS NULL AND (c.revoked_at IS NOT NULL OR c.hash <> b.hash OR c.old_hash IS NOT b.old_hash
+			OR c.old_hash_until IS NOT b.old_hash_until OR c.expires_at IS NOT b.expires_at
+			OR c.idle_expiry IS NOT b.idle_expiry OR c.max_requests IS NOT b.max_requests OR c.policy <> b.policy)
+		ORDER BY b.seq`)
+}
+
+// differingManagementKeys is differingTokens for management keys.
+func (s *store) differingManagementKeys(ctx context.Context) ([]restorePair[managementKeyRow], error) {
+	return collect(ctx, s.writeDB, "comparing management keys", func(p *restorePair[managementKeyRow]) []any {
+		return append(p.backup.columns(), &p.current.role, &p.current.expiresAt, &p.current.revokedAt)
+	}, `
+		SELECT b.*, c.role, c.expires_at, c.revoked_at
+		FROM (`+selectManagementKeys+`) b JOIN now.management_keys c ON c.id = b.id
+		WHERE b.revoked_at IS NULL
+			AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)
+		ORDER BY b.seq`)
+}
+
+// differingProjects is differingTokens for projects that are not deleted in the backup.
+func (s *store) differingProjects(ctx context.Context) ([]restorePair[projectRow], error) {
+	return collect(ctx, s.writeDB, "comparing projects", func(p *restorePair[projectRow]) []any {
+		return append(p.backup.columns(), &p.current.active, &p.current.policy, &p.deletedAt)
+	}, `
+		SELECT b.*, c.is_active, c.policy, c.deleted_at
+		FROM (`+selectProjects+`WHERE deleted_at IS NULL) b JOIN now.projects c ON c.id = b.id
+		WHERE c.is_active <> b.is_active OR c.policy <> b.policy OR c.deleted_at IS NOT NULL ORDER BY b.seq`)
+}
+
+// upstreamPairs returns the upstreams of the backup that are not deleted there, and that the current database
+// has, after attachCurrent.
+func (s *store) upstreamPairs(ctx context.Context) ([]restorePair[upstreamRow], error) {
+	return collect(ctx, s.writeDB, "comparing upstreams", func(p *restorePair[upstreamRow]) []any {
+		c := &p.current
+		return append(p.backup.columns(), &c.baseURL, &c.sealedKey, &c.keyHint, &c.organization, &c.openaiProject,
+			&c.models, &c.settings, &c.active, &p.deletedAt, &c.sharedWith)
+	}, `
+		SELECT b.*, c.base_url, c.sealed_key, c.key_hint, c.organization, c.openai_project, c.models, c.settings,
+			c.is_active, c.deleted_at, (SELECT json_group_array(o.id) FROM now.upstream_shares s
+				JOIN now.projects o ON o.seq = s.project WHERE s.upstream = c.seq AND o.deleted_at IS NULL)
+		FROM (`+selectUpstreams+`WHERE deleted_at IS NULL) b JOIN now.upstreams c ON c.id = b.id ORDER BY b.seq`)
+}
+
+// A restoreCount is what else differs between the backup and the current database, after attachCurrent.
+type restoreCount struct {
+	requestCounts int64 // valid tokens that have made more requests than the backup has counted
+	limitUse      int64 // tokens with more recorded use of their limits than in the backup
+	createdSince  int64 // valid tokens that the backup does not have
+	prices        int64 // prices that were set, changed or deleted since
+}
+
+func (s *store) countRestored(ctx context.Context) (c restoreCount, err error) {
 	err = s.writeDB.QueryRowContext(ctx, `
-		WITH alive AS (SELECT b.id, b.hash, b.expires_at, c.revoked_at AS revoked_now, c.hash AS hash_now,
-				c.expires_at AS expires_now
-			FROM main.tokens b JOIN now.tokens c ON c.id = b.id WHERE b.revoked_at IS NULL)
-		SELECT (SELECT count(*) FROM alive WHERE revoked_now IS NOT NULL),
-			(SELECT count(*) FROM alive WHERE revoked_now IS NULL AND hash <> hash_now),
-			(SELECT count(*) FROM alive WHERE revoked_now IS NULL AND hash = hash_now AND expires_now IS NOT NULL
-				AND (expires_at IS NULL OR expires_now < expires_at)),
-			(SELECT count(*) FROM alive WHERE revoked_now IS NULL AND id IN (SELECT id FROM temp.made_since)),
-			(SELECT count(*) FROM main.management_keys b JOIN now.management_keys c ON c.id = b.id
-				WHERE b.revoked_at IS NULL
-					AND (c.revoked_at IS NOT NULL OR c.role <> b.role OR c.expires_at IS NOT b.expires_at)),
-			(SELECT count(*) FROM main.projects b JOIN now.projects c ON c.id = b.id
-				WHERE b.is_active AND NOT c.is_active),
+		SELECT (SELECT count(*) FROM temp.made_since m JOIN main.tokens b ON b.id = m.id
+				JOIN now.tokens c ON c.id = m.id WHERE b.revoked_at IS NULL AND c.revoked_at IS NULL),
+			(SELECT count(DISTINCT n.token) FROM now.usage_sums n JOIN temp.known_tokens k ON k.now_seq = n.token
+				LEFT JOIN main.usage_sums m ON m.grain = n.grain AND m.token = k.seq AND m.at = n.at
+					AND m.project = (SELECT p.seq FROM temp.known_projects p WHERE p.now_seq = n.project)
+					AND m.model = '' AND m.endpoint = '' AND m.outcome = '' AND m.asked = ''
+				WHERE n.grain = 'token' AND n.token <> 0 AND n.calls > coalesce(m.calls, 0)),
 			(SELECT count(*) FROM now.tokens c
-				WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens))`).
-		Scan(&r.revoked, &r.rotated, &r.expiryShortened, &r.requestCountLowered, &r.managementKeys, &r.deactivated,
-			&r.createdSince)
+				WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens)),
+			(SELECT count(*) FROM (SELECT * FROM (`+comparedPrices+`main.prices EXCEPT `+comparedPrices+`now.prices)
+				UNION SELECT * FROM (`+comparedPrices+`now.prices EXCEPT `+comparedPrices+`main.prices)))`).
+		Scan(&c.requestCounts, &c.limitUse, &c.createdSince, &c.prices)
 	if err != nil {
-		return r, fmt.Errorf("comparing with the current database: %w", err)
+		return c, fmt.Errorf("comparing with the current database: %w", err)
 	}
-	return r, nil
+	return c, nil
 }
 
-// reapplyRevocations makes the tokens, management keys and projects of the backup s no more valid than they
-// are in the current database, after attachCurrent.
-func (s *store) reapplyRevocations(ctx context.Context, origin auditOrigin, event auditEvent) error {
-	return s.execAudited(ctx, origin, event, []string{`
-		UPDATE main.tokens
-		SET revoked_at = coalesce(c.revoked_at, ?1), version = main.tokens.version + 1, updated_at = ?1
-		FROM now.tokens c
-		WHERE c.id = main.tokens.id AND main.tokens.revoked_at IS NULL
-			AND (c.revoked_at IS NOT NULL OR c.hash <> main.tokens.hash)`, `
-		UPDATE main.tokens SET expires_at = c.expires_at, version = main.tokens.version + 1, updated_at = ?1
-		FROM now.tokens c
-		WHERE c.id = main.tokens.id AND c.expires_at IS NOT NULL
-			AND (main.tokens.expires_at IS NULL OR c.expires_at < main.tokens.expires_at)`, `
-		UPDATE main.tokens SET request_count = main.tokens.request_count + m.n FROM temp.made_since m
-		WHERE m.id = main.tokens.id`, `
-		UPDATE main.management_keys SET revoked_at = c.revoked_at, role = c.role,
-			expires_at = c.expires_at, version = main.management_keys.version + 1, updated_at = ?1
-		FROM now.management_keys c
-		WHERE c.id = main.management_keys.id AND main.management_keys.revoked_at IS NULL AND (c.revoked_at IS NOT NULL
-			OR c.role <> main.management_keys.role OR c.expires_at IS NOT main.management_keys.expires_at)`, `
-		UPDATE main.projects SET is_active = 0, version = main.projects.version + 1, updated_at = ?1
-		FROM now.projects c WHERE c.id = main.projects.id AND main.projects.is_active AND NOT c.is_active`,
+const comparedPrices = `SELECT match, input, cached_input, cache_write, output, audio_input, audio_output FROM `
+
+// A narrowing is the rows of a backup to be written with fewer rights. A row with a deletedAt is deleted.
+type narrowing struct {
+	at        int64 // when it is restored
+	tokens    []tokenRow
+	keys      []managementKeyRow
+	projects  []restorePair[projectRow] // current is not read
+	upstreams []restorePair[upstreamRow]
+}
+
+// applyNarrowing writes the rows of n, and what tokens and projects have used since the backup, after
+// attachCurrent.
+func (s *store) applyNarrowing(ctx context.Context, origin auditOrigin, event auditEvent, n *narrowing) error {
+	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+		for i := range n.tokens {
+			if err := n.tokens[i].save(ctx, tx); err != nil {
+				return event, fmt.Errorf("writing token %s: %w", n.tokens[i].id, err)
+			}
+		}
+		for i := range n.keys {
+			if err := n.keys[i].save(ctx, tx); err != nil {
+				return event, fmt.Errorf("writing key %s: %w", n.keys[i].id, err)
+			}
+		}
+		for i := range n.projects {
+			p := &n.projects[i]
+			if err := p.backup.save(ctx, tx, p.deletedAt); err != nil {
+				return event, fmt.Errorf("writing project %s: %w", p.backup.id, err)
+			}
+		}
+		for i := range n.upstreams {
+			u := &n.upstreams[i]
+			if err := u.backup.save(ctx, tx, u.deletedAt, origin.at); err != nil {
+				return event, fmt.Errorf("writing upstream %s: %w", u.backup.id, err)
+			}
+		}
+		for _, statement := range usedSince() {
+			if _, err := execCount(ctx, tx, "writing what was used since", statement); err != nil {
+				return event, err
+			}
+		}
+		return event, nil
 	})
+}
+
+// usedSince returns the statements that give tokens and projects the use that the current database has on
+// record, so that no limit begins again. The calls themselves stay in the current database. Pending records
+// follow: a call that has ended since is in the sums, and one that was running when the current program died
+// is still to be recorded as lost. Sums only grow, so the larger one of each pair has the calls of the other.
+func usedSince() []string {
+	const notEnded = `NOT EXISTS (SELECT 1 FROM now.requests r WHERE r.id = c.value ->> 0)`
+	return []string{`
+		UPDATE main.begun SET calls = (SELECT json_group_array(json(c.value)) FROM json_each(calls) c WHERE ` +
+		notEnded + `)`,
+		`DELETE FROM main.begun WHERE calls = '[]'`, `
+		INSERT INTO main.begun (batch, calls)
+		SELECT b.batch, json_group_array(json(c.value)) FROM now.begun b, json_each(b.calls) c
+		WHERE ` + notEnded + ` AND b.batch NOT IN (SELECT batch FROM main.begun)
+			AND EXISTS (SELECT 1 FROM temp.known_tokens k WHERE k.now_seq = c.value ->> 2 AND k.seq = k.now_seq)
+		GROUP BY b.batch`, `
+		UPDATE main.tokens AS b SET request_count = u.n
+		FROM (SELECT k.seq AS seq, c.request_count + coalesce(theirs.n, 0) - coalesce(ours.n, 0) AS n
+			FROM temp.known_tokens k JOIN now.tokens c ON c.seq = k.now_seq
+			LEFT JOIN (SELECT token, count(*) AS n FROM now.running GROUP BY token) theirs ON theirs.token = c.seq
+			LEFT JOIN (SELECT token, count(*) AS n FROM main.running GROUP BY token) ours ON ours.token = k.seq) u
+		WHERE u.seq = b.seq AND u.n > b.request_count`, `
+		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, calls, input_tokens,
+			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse,
+			total_us)
+		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.calls, n.input_tokens,
+			n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls, n.estimated_calls,
+			n.would_refuse, n.total_us
+		FROM now.usage_sums n JOIN temp.known_projects p ON p.now_seq = n.project
+			JOIN temp.known_tokens t ON t.now_seq = n.token
+		WHERE NOT EXISTS (SELECT 1 FROM main.usage_sums m
+			WHERE m.grain = n.grain AND m.project = p.seq AND m.token = t.seq AND m.at = n.at AND m.model = n.model
+				AND m.endpoint = n.endpoint AND m.outcome = n.outcome AND m.asked = n.asked AND m.calls >= n.calls
+				AND m.input_tokens >= n.input_tokens AND m.output_tokens >= n.output_tokens AND m.cost >= n.cost)
+		ON CONFLICT DO UPDATE SET calls = max(calls, excluded.calls),
+			input_tokens = max(input_tokens, excluded.input_tokens),
+			cached_tokens = max(cached_tokens, excluded.cached_tokens),
+			output_tokens = max(output_tokens, excluded.output_tokens),
+			reasoning_tokens = max(reasoning_tokens, excluded.reasoning_tokens), cost = max(cost, excluded.cost),
+			unpriced_calls = max(unpriced_calls, excluded.unpriced_calls),
+			estimated_calls = max(estimated_calls, excluded.estimated_calls),
+			would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us)`, `
+		INSERT INTO main.project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
+			caller_errors, policy_errors, provider_errors, proxy_errors)
+		SELECT p.seq, n.at, n.calls, n.input_tokens, n.output_tokens, n.cost, n.unpriced_calls, n.caller_errors,
+			n.policy_errors, n.provider_errors, n.proxy_errors
+		FROM now.project_hours n JOIN temp.known_projects p ON p.now_seq = n.project WHERE true
+		ON CONFLICT DO UPDATE SET calls = max(calls, excluded.calls),
+			input_tokens = max(input_tokens, excluded.input_tokens),
+			output_tokens = max(output_tokens, excluded.output_tokens), cost = max(cost, excluded.cost),
+			unpriced_calls = max(unpriced_calls, excluded.unpriced_calls),
+			caller_errors = max(caller_errors, excluded.caller_errors),
+			policy_errors = max(policy_errors, excluded.policy_errors),
+			provider_errors = max(provider_errors, excluded.provider_errors),
+			proxy_errors = max(proxy_errors, excluded.proxy_errors)`, `
+		INSERT INTO main.project_latency (project, at, bucket, first_bytes, answers)
+		SELECT p.seq, n.at, n.bucket, n.first_bytes, n.answers
+		FROM now.project_latency n JOIN temp.known_projects p ON p.now_seq = n.project WHERE true
+		ON CONFLICT DO UPDATE SET first_bytes = max(first_bytes, excluded.first_bytes),
+			answers = max(answers, excluded.answers)`,
+	}
 }
 
 // revokeAll revokes every token and every management key.

@@ -163,11 +163,18 @@ func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string
 	edit func(*projectRow) error) (projectRow, error) {
 	load := func(tx *sql.Tx) (projectRow, error) { return projectByID(ctx, tx, id) }
 	save := func(tx *sql.Tx, old, p *projectRow) (auditEvent, error) {
-		_, err := tx.ExecContext(ctx, `UPDATE projects SET (`+projectEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
-			append(p.editable(), p.seq)...)
-		return auditEvent{"project.change", p.id, diffAuditFields(old.auditFields(), p.auditFields())}, err
+		return auditEvent{"project.change", p.id, diffAuditFields(old.auditFields(), p.auditFields())},
+			p.save(ctx, tx, nil)
 	}
 	return changeRow(ctx, s, origin, version, now, load, edit, save)
+}
+
+// save writes the columns that a change may write, and when the project was deleted.
+func (p *projectRow) save(ctx context.Context, tx *sql.Tx, deletedAt *int64) error {
+	_, err := tx.ExecContext(ctx, `
+		UPDATE projects SET (`+projectEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		append(p.editable(), deletedAt, p.seq)...)
+	return err
 }
 
 // deleteProject takes a project out of use for good: it becomes inactive, its tokens are revoked, its
@@ -282,18 +289,23 @@ func (s *store) changeUpstream(ctx context.Context, origin auditOrigin, projectI
 		return err
 	}
 	save := func(tx *sql.Tx, old, u *upstreamRow) (auditEvent, error) {
-		if _, err := tx.ExecContext(ctx, `
-			UPDATE upstreams SET (`+upstreamEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-			WHERE seq = ?`,
-			append(u.editable(), deletedAt, u.seq)...); err != nil {
-			return auditEvent{}, err
-		}
-		if err := u.saveSharing(ctx, tx, now); err != nil {
+		if err := u.save(ctx, tx, deletedAt, now); err != nil {
 			return auditEvent{}, err
 		}
 		return u.auditEvent(action, old.auditFields()), bumpProjectVersion(ctx, tx, u.project, now)
 	}
 	return changeRow(ctx, s, origin, version, now, load, editOrDelete, save)
+}
+
+// save writes the columns that a change may write, when the upstream was deleted, and its sharing.
+func (u *upstreamRow) save(ctx context.Context, tx *sql.Tx, deletedAt *int64, now int64) error {
+	if _, err := tx.ExecContext(ctx, `
+		UPDATE upstreams SET (`+upstreamEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		WHERE seq = ?`,
+		append(u.editable(), deletedAt, u.seq)...); err != nil {
+		return err
+	}
+	return u.saveSharing(ctx, tx, now)
 }
 
 // sharedProjects returns the seqs of the projects that an upstream is shared with.

@@ -124,11 +124,16 @@ func (s *store) changeToken(ctx context.Context, origin auditOrigin, id string, 
 	edit func(*tokenRow) error) (tokenRow, error) {
 	load := func(tx *sql.Tx) (tokenRow, error) { return tokenByID(ctx, tx, id) }
 	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, t *tokenRow) (auditEvent, error) {
-		_, err := tx.ExecContext(ctx, `
-			UPDATE tokens SET (`+tokenEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
-			append(t.editable(), t.seq)...)
-		return t.auditEvent(t.changeAction(old), old), err
+		return t.auditEvent(t.changeAction(old), old), t.save(ctx, tx)
 	})
+}
+
+// save writes the columns that a change may write.
+func (t *tokenRow) save(ctx context.Context, tx *sql.Tx) error {
+	_, err := tx.ExecContext(ctx, `
+		UPDATE tokens SET (`+tokenEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		append(t.editable(), t.seq)...)
+	return err
 }
 
 // revokeTokens revokes all tokens of a project that are not revoked yet and returns how many.
@@ -304,14 +309,19 @@ func (s *store) changeManagementKey(ctx context.Context, origin auditOrigin, id 
 	edit func(*managementKeyRow) error) (managementKeyRow, error) {
 	load := func(tx *sql.Tx) (managementKeyRow, error) { return managementKeyByID(ctx, tx, id) }
 	save := func(tx *sql.Tx, old, k *managementKeyRow) (auditEvent, error) {
-		_, err := tx.ExecContext(ctx, `
-			UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
-			append(k.editable(), k.seq)...)
 		action := "key.change"
 		if k.revokedAt != nil {
 			action = "key.revoke"
 		}
-		return auditEvent{action, k.id, diffAuditFields(old.auditFields(), k.auditFields())}, err
+		return auditEvent{action, k.id, diffAuditFields(old.auditFields(), k.auditFields())}, k.save(ctx, tx)
 	}
 	return changeRow(ctx, s, origin, version, now, load, edit, save)
+}
+
+// save writes the columns that a change may write.
+func (k *managementKeyRow) save(ctx context.Context, tx *sql.Tx) error {
+	_, err := tx.ExecContext(ctx, `
+		UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		append(k.editable(), k.seq)...)
+	return err
 }
