@@ -215,6 +215,9 @@ func copyDatabase(ctx context.Context, from, to string) (*databaseInfo, error) {
 	if err := src.copyTo(ctx, to); err != nil {
 		return nil, err
 	}
+	if err := dropCacheFrom(ctx, to); err != nil {
+		return nil, err
+	}
 	if err := syncFile(to); err != nil {
 		return nil, err
 	}

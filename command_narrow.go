@@ -234,6 +234,7 @@ func (p *policy) intersect(now *policy) policy {
 		Limits:          lowerLimits(p.Limits, now.Limits),
 		Stateful:        p.Stateful && now.Stateful,
 		KeepContentDays: min(p.KeepContentDays, now.KeepContentDays),
+		Cache:           p.Cache.narrowed(now.Cache),
 	}
 }
 

@@ -55,6 +55,7 @@ type config struct {
 	retention         time.Duration
 	maxDatabaseBytes  int64 // 0: no limit
 	maxContentBytes   int64
+	maxCacheBytes     int64
 	adminPages        bool
 	settings          []effectiveSetting // for display
 }
@@ -245,6 +246,9 @@ func limitSettings(c *config) []setting {
 		{"MAX_CONTENT_BYTES", "64KiB",
 			"how much of each request and answer is stored, in projects whose policy has keep_content_days",
 			setSize(&c.maxContentBytes, 1<<10, 16<<20)},
+		{"MAX_CACHE_BYTES", "256MiB",
+			"size of the cached answers on disk, of projects whose policy has cache; those used longest ago go first",
+			setSize(&c.maxCacheBytes, 1<<20, 1<<40)},
 	}
 }
 

@@ -73,13 +73,47 @@ func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, er
 	return &contentKey{root}, nil
 }
 
-// sealerFor returns the sealer of one call.
-func (k *contentKey) sealerFor(callID int64) (*sealer, error) {
-	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy content v1|"+formatRequestID(callID), 32)
+// derive returns 32 bytes for one purpose.
+func (k *contentKey) derive(purpose string) ([]byte, error) {
+	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy "+purpose, 32)
 	if err != nil {
 		return nil, fmt.Errorf("deriving a content key: %w", err)
 	}
+	return key, nil
+}
+
+// sealerFor returns the sealer for one purpose: the content of one call, or one cached answer.
+func (k *contentKey) sealerFor(purpose string) (*sealer, error) {
+	key, err := k.derive(purpose)
+	if err != nil {
+		return nil, err
+	}
 	return newSealer(key)
+}
+
+func contentPurpose(callID int64) string { return "content v1|" + formatRequestID(callID) }
+
+// sealCached encrypts a cached answer. Only openCached with the same context, which names the project and the cache
+// key, decrypts it.
+func (k *contentKey) sealCached(context string, plain []byte) ([]byte, error) {
+	sl, err := k.sealerFor("cache v1|" + context)
+	if err != nil {
+		return nil, err
+	}
+	return sl.seal(newSecret(string(plain)), context), nil
+}
+
+// openCached decrypts a value from sealCached.
+func (k *contentKey) openCached(context string, sealed []byte) ([]byte, error) {
+	sl, err := k.sealerFor("cache v1|" + context)
+	if err != nil {
+		return nil, err
+	}
+	plain, err := sl.open(sealed, context)
+	if err != nil {
+		return nil, err
+	}
+	return []byte(plain()), nil
 }
 
 const (
@@ -89,7 +123,7 @@ const (
 
 // seal returns the row that stores sc.
 func (k *contentKey) seal(callID, project int64, sc *storedContent) (*contentRow, error) {
-	sl, err := k.sealerFor(callID)
+	sl, err := k.sealerFor(contentPurpose(callID))
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +134,7 @@ func (k *contentKey) seal(callID, project int64, sc *storedContent) (*contentRow
 
 // open returns both bodies of a row in clear.
 func (k *contentKey) open(row *contentRow) (request, answer secret, err error) {
-	sl, err := k.sealerFor(row.id)
+	sl, err := k.sealerFor(contentPurpose(row.id))
 	if err != nil {
 		return nil, nil, err
 	}

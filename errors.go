@@ -196,6 +196,8 @@ func refusedErrorClass(status int, code string) errorClass {
 	switch {
 	case code == "no_upstream" || status == 403 || status == 429:
 		return errorClassPolicy
+	case code == errNotCached.code:
+		return errorClassCaller
 	case status == 502 || status == 504:
 		return errorClassProvider
 	case status >= 500:
@@ -236,7 +238,9 @@ var (
 	errUploadTooLarge  = newError(413, "request_too_large", "The upload is larger than this proxy's limit.")
 	errEncodedBody     = newError(415, "unsupported_encoding", "Send the request body without Content-Encoding.")
 	errCharset         = newError(415, "unsupported_content_type", "Send JSON in UTF-8, not in another charset.")
-	errClientGone      = newError(statusClientClosed, "client_gone", "") // for the ledger and the log only
+	errNotCached       = &apiError{status: 504, code: "not_cached", noRetry: true,
+		msg: "The cache has no answer to this request, and Cache-Control: only-if-cached allows no other."}
+	errClientGone = newError(statusClientClosed, "client_gone", "") // for the ledger and the log only
 )
 
 // statusClientClosed is the status of a call whose client left before any answer. No client sees it.

@@ -604,7 +604,7 @@ func (l *ledger) prune(ctx context.Context, step func() (int64, error)) bool {
 // minCallRetention is how long calls are kept, however large the database is.
 const minCallRetention = time.Hour
 
-// pruneToSize deletes stored content, then the oldest calls, those with an id below before, once the
+// pruneToSize deletes cached answers, stored content, then the oldest calls, those with an id below before, once the
 // database uses more than limit bytes, until it is a twentieth below that, so that the next tick need not
 // start again. Freed pages stay in the file, which does not shrink, and take later rows. It returns by how
 // much the limit is exceeded when no call is left to delete; limit 0 is no limit.
@@ -619,6 +619,9 @@ func (l *ledger) pruneToSize(ctx context.Context, limit, before int64) (over int
 	done := l.prune(ctx, func() (int64, error) {
 		if n, err := used(); err != nil || n <= limit-limit/20 {
 			return 0, err
+		}
+		if cached, _, err := l.store.deleteOldestCached(ctx, 20); len(cached) > 0 || err != nil {
+			return int64(len(cached)), err
 		}
 		if n, err := l.store.deleteOldestContents(ctx, 20); n > 0 || err != nil {
 			return n, err

@@ -137,6 +137,7 @@ type instance struct {
 	sealer         *sealer
 	createdKeyFile string // the key file, if this start created it
 	contentKey     *contentKey
+	cache          *responseCache
 	prices         atomic.Pointer[priceTable]
 	ledger         *ledger
 	health         *healthTracker
@@ -209,7 +210,10 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	if err = in.dir.recordDatabase(); err != nil {
 		return fmt.Errorf("recording the database: %w", err)
 	}
-	in.contentKey, err = openContentKey(ctx, in.store, in.sealer)
+	if in.contentKey, err = openContentKey(ctx, in.store, in.sealer); err != nil {
+		return err
+	}
+	in.cache, err = newResponseCache(in.store, in.contentKey, in.log.Logger, in.cfg.maxCacheBytes)
 	return err
 }
 
@@ -249,12 +253,12 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	in.proxy = newProxy(proxyDeps{
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		registry: in.registry, limits: limits, ledger: in.ledger, running: in.running, contentKey: in.contentKey,
-		endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
+		cache: in.cache, endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
 		prices: &in.prices, databaseProblem: in.dir.databaseProblem,
 	})
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
-		running: in.running, prices: &in.prices, contentKey: in.contentKey,
+		running: in.running, prices: &in.prices, contentKey: in.contentKey, cache: in.cache,
 		openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
@@ -290,6 +294,7 @@ func (in *instance) startWorkers() {
 		in.workers.Go(func() { tuneGC(ctx) })
 	}
 	in.workers.Go(func() { in.running.run(ctx) })
+	in.workers.Go(func() { in.cache.run(ctx) })
 	keeper := &healthKeeper{health: in.health, store: in.store, log: in.log}
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })

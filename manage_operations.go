@@ -28,6 +28,7 @@ type operations struct {
 	running      *runningCalls
 	prices       *atomic.Pointer[priceTable]
 	contentKey   *contentKey
+	cache        *responseCache
 	openaiURL    string      // the base URL of an OpenAI upstream that names none
 	allowPrivate bool        // base URLs may be private addresses and plain http
 	fields       fieldTables // of the inputs
@@ -126,12 +127,16 @@ func (ops *operations) rotateToken(
 func (ops *operations) revokeToken(
 	ctx context.Context, origin auditOrigin, id string, version int64,
 ) (tokenRow, error) {
-	return ops.changeToken(ctx, origin, id, version, func(t *tokenRow) error {
+	t, err := ops.changeToken(ctx, origin, id, version, func(t *tokenRow) error {
 		if t.revokedAt == nil {
 			t.revokedAt = &origin.at
 		}
 		return nil
 	})
+	if err == nil {
+		ops.cache.purgeUnreachable(ctx, cacheFilter{project: t.project, token: t.seq})
+	}
+	return t, err
 }
 
 func (ops *operations) changeToken(
@@ -154,6 +159,7 @@ func (ops *operations) revokeProjectTokens(ctx context.Context, origin auditOrig
 	if err != nil {
 		return 0, err
 	}
+	defer ops.cache.purgeUnreachable(ctx, cacheFilter{project: p.seq, token: anyToken})
 	return n, ops.registry.projectChanged(ctx, p.seq, true)
 }
 
@@ -262,6 +268,7 @@ func (ops *operations) deleteProject(ctx context.Context, origin auditOrigin, id
 	if err != nil {
 		return err
 	}
+	defer ops.cache.purgeUnreachable(ctx, cacheFilter{project: p.seq})
 	return errors.Join(ops.registry.projectChanged(ctx, p.seq, true), ops.registry.upstreamsChanged(ctx, p.seq, nil))
 }
 
@@ -383,8 +390,8 @@ func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id s
 
 const actionEraseContent = "content.erase"
 
-// eraseContent deletes all stored content of a project and returns of how many calls. It deletes in
-// small steps, so that calls can be recorded in between.
+// eraseContent deletes all stored content of a project, cached answers included, and returns of how many calls. It
+// deletes in small steps, so that calls can be recorded in between.
 func (ops *operations) eraseContent(
 	ctx context.Context, origin auditOrigin, projectID string,
 ) (erased int64, err error) {
@@ -395,6 +402,9 @@ func (ops *operations) eraseContent(
 	event := auditEvent{action: actionEraseContent, object: p.id}
 	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
 		return 0, fmt.Errorf("recording who erases content: %w", err)
+	}
+	if _, err := ops.cache.purge(ctx, cacheFilter{project: p.seq}); err != nil {
+		return 0, err
 	}
 	for {
 		n, err := ops.store.deleteProjectContents(ctx, p.seq, 100)

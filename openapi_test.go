@@ -518,7 +518,8 @@ func TestOpenAPIResponses(t *testing.T) {
 	const policy = `"endpoints":["/v1/*"],"models":["gpt-4o*"],"addresses":["0.0.0.0/0","::/0"],` +
 		`"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
 	project := c.call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+c.provider.key+
-		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3},"routing":{`+
+		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3,"cache":{"ttl_seconds":60,`+
+		`"scope":"token","endpoints":["/v1/*"],"when":"always","max_entry_bytes":4096}},"routing":{`+
 		`"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}}`, 201)
 	c.call("GET", "/manage/projects?limit=1&name=second", "", 200)
 	c.call("GET", "/manage/projects?limit=1", "", 200)

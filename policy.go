@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // A policy is what a project or token allows. A nil list allows everything; an empty list allows nothing.
@@ -26,21 +27,24 @@ type policy struct {
 	Stateful bool `json:"stateful,omitzero"`
 	// KeepContentDays is how long requests and responses are stored. 0: they are not stored.
 	KeepContentDays int64 `json:"keep_content_days,omitzero"`
+	// Cache turns on the response cache. nil: the project has none.
+	Cache *cachePolicy `json:"cache,omitzero"`
 }
 
 // maxPolicyEntries bounds each list of a policy, because a call is compared with every entry.
 const maxPolicyEntries = 500
 
-// parsePolicy reads a policy from JSON, strictly. Only a project's policy may have the fields stateful and
-// keep_content_days.
+// parsePolicy reads a policy from JSON, strictly. Only a project's policy may have the fields stateful,
+// keep_content_days and cache.
 func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	var endpoints, models, addresses optional[[]string]
 	var limits optional[[]json.RawMessage]
 	var stateful optional[bool]
 	var keepDays optional[int64]
+	var cache optional[json.RawMessage]
 	fields := map[string]any{"endpoints": &endpoints, "models": &models, "addresses": &addresses, "limits": &limits}
 	if ofProject {
-		fields["stateful"], fields["keep_content_days"] = &stateful, &keepDays
+		fields["stateful"], fields["keep_content_days"], fields["cache"] = &stateful, &keepDays, &cache
 	}
 	if err := decodeObject(raw, fields); err != nil {
 		if fe, ok := err.(*fieldError); ok && fe.param != "" {
@@ -66,6 +70,11 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	}
 	if limits.hasValue() {
 		if p.Limits, err = parseLimits(limits.value); err != nil {
+			return policy{}, err
+		}
+	}
+	if cache.hasValue() {
+		if p.Cache, err = parseCachePolicy(cache.value); err != nil {
 			return policy{}, err
 		}
 	}
@@ -338,4 +347,212 @@ func parseMax(m limitMetric, text string) (int64, error) {
 			"for no limit leave the entry out", highest)}
 	}
 	return n, nil
+}
+
+// A cachePolicy is a project's policy for its response cache. It is immutable.
+type cachePolicy struct {
+	TTLSeconds    int64    `json:"ttl_seconds"`
+	Scope         string   `json:"scope,omitzero"`     // who shares answers: "project" (the default) or "token"
+	Endpoints     []string `json:"endpoints,omitzero"` // patterns; nil: every endpoint that can be cached
+	When          string   `json:"when,omitzero"`      // "deterministic" (the default) or "always"
+	MaxEntryBytes int64    `json:"max_entry_bytes,omitzero"`
+}
+
+const (
+	maxCacheTTL          = 30 * 24 * 3600 // seconds
+	minEntryBytes        = 1 << 10
+	maxEntryBytes        = 16 << 20
+	defaultMaxEntryBytes = 1 << 20
+)
+
+// cacheableEndpoints are the endpoints whose answers can be cached: the answer depends on the request alone and is
+// JSON or a stream of events.
+var cacheableEndpoints = [...]string{
+	"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
+	"/v1/moderations", "/v1/responses", "/v1/responses/input_tokens",
+}
+
+// parseCachePolicy reads a cache policy from JSON, strictly.
+func parseCachePolicy(raw []byte) (*cachePolicy, error) {
+	var ttl, size optional[int64]
+	var scope, when optional[string]
+	var endpoints optional[[]string]
+	if err := decodeObject(raw, map[string]any{"ttl_seconds": &ttl, "scope": &scope, "endpoints": &endpoints,
+		"when": &when, "max_entry_bytes": &size}); err != nil {
+		return nil, qualifyFieldError("policy.cache", err)
+	}
+	p := &cachePolicy{TTLSeconds: ttl.value, Scope: scope.value, Endpoints: endpoints.value, When: when.value,
+		MaxEntryBytes: size.value}
+	switch {
+	case p.TTLSeconds < 1 || p.TTLSeconds > maxCacheTTL:
+		return nil, &fieldError{"policy.cache.ttl_seconds",
+			fmt.Sprintf("is required and must be from 1 to %d (30 days); to turn the cache off, leave cache out",
+				maxCacheTTL)}
+	case scope.set && p.Scope != "project" && p.Scope != "token":
+		return nil, &fieldError{"policy.cache.scope", "must be project or token"}
+	case when.set && p.When != "deterministic" && p.When != "always":
+		return nil, &fieldError{"policy.cache.when", "must be deterministic or always"}
+	case size.set && (p.MaxEntryBytes < minEntryBytes || p.MaxEntryBytes > maxEntryBytes):
+		return nil, &fieldError{"policy.cache.max_entry_bytes",
+			fmt.Sprintf("must be from %d to %d", minEntryBytes, maxEntryBytes)}
+	case len(p.Endpoints) > len(cacheableEndpoints):
+		return nil, &fieldError{"policy.cache.endpoints",
+			fmt.Sprintf("must have %d entries or fewer", len(cacheableEndpoints))}
+	}
+	for _, pattern := range p.Endpoints {
+		if !slices.ContainsFunc(cacheableEndpoints[:], func(e string) bool { return matchesEndpoint(pattern, e) }) {
+			return nil, &fieldError{"policy.cache.endpoints", "must name endpoints that can be cached: " +
+				strings.Join(cacheableEndpoints[:], ", ") + "; " + clip(pattern, 64) + " matches none of them"}
+		}
+	}
+	return p, nil
+}
+
+func matchesEndpoint(pattern, endpoint string) bool {
+	return matchesPattern(pattern, endpoint) || matchesPattern(pattern, "POST "+endpoint)
+}
+
+// covers reports whether the policy lists an endpoint, and its answers can be cached.
+func (p *cachePolicy) covers(e *endpoint) bool {
+	return e.method == "POST" && slices.Contains(cacheableEndpoints[:], e.pattern) && (p.Endpoints == nil ||
+		slices.ContainsFunc(p.Endpoints, func(s string) bool { return matchesEndpoint(s, e.pattern) }))
+}
+
+// narrowed returns what both policies allow; nil: nothing.
+func (p *cachePolicy) narrowed(o *cachePolicy) *cachePolicy {
+	if p == nil || o == nil {
+		return nil
+	}
+	if marshalSettings(p) == marshalSettings(o) {
+		return p
+	}
+	n := cachePolicy{TTLSeconds: min(p.TTLSeconds, o.TTLSeconds), MaxEntryBytes: min(p.maxEntry(), o.maxEntry())}
+	if p.Scope == "token" || o.Scope == "token" {
+		n.Scope = "token"
+	}
+	if p.When == "always" && o.When == "always" {
+		n.When = "always"
+	}
+	if p.Endpoints != nil || o.Endpoints != nil {
+		n.Endpoints = []string{}
+		for _, e := range cacheableEndpoints {
+			if e := (&endpoint{method: "POST", pattern: e}); p.covers(e) && o.covers(e) {
+				n.Endpoints = append(n.Endpoints, e.pattern)
+			}
+		}
+	}
+	return &n
+}
+
+func (p *cachePolicy) maxEntry() int64 {
+	if p.MaxEntryBytes > 0 {
+		return p.MaxEntryBytes
+	}
+	return defaultMaxEntryBytes
+}
+
+// bypassReason returns why the cache does not take part in a call, "" if it does. f comes from scanJSON of body.
+func (p *cachePolicy) bypassReason(e *endpoint, f *callFields, body []byte) string {
+	if !p.covers(e) {
+		return "endpoint"
+	}
+	if f.statefulParam != "" {
+		return "stateful"
+	}
+	scan := scanForCache(body)
+	computed := e.pattern == "/v1/embeddings" || e.pattern == "/v1/moderations" // the same answer each time
+	searches := strings.Contains(f.model, "-search") || strings.Contains(f.model, ":online")
+	switch {
+	case scan.stateful || e.pattern == "/v1/responses" && !scan.storeOff: // this endpoint stores unless told not to
+		return "stateful"
+	case scan.tools || searches && !computed:
+		return "tools"
+	case p.When != "always" && !computed && (!scan.deterministic || scan.ambiguous):
+		return "not-deterministic"
+	}
+	return ""
+}
+
+// A cacheScan is what a body says about whether its answer may be cached.
+type cacheScan struct {
+	stateful      bool // the provider stores something, or reads what it has stored
+	storeOff      bool // store is false
+	tools         bool // the provider may search, run code or call other servers: the answer depends on more
+	deterministic bool // temperature is 0, or a seed is set
+	ambiguous     bool // a field has another spelling, or occurs twice
+}
+
+// cacheFields are the top-level fields that scanForCache reads. In another spelling a field that forbids caching
+// counts as well, because some providers ignore case.
+var cacheFields = [...]string{
+	"temperature", "seed", "store", "prompt", "container", "tools", "web_search_options", "search_parameters",
+	"mcp_servers", "plugins", "data_sources", "enable_search", "code_interpreter",
+}
+
+// scanForCache reads a body that scanJSON has accepted.
+func scanForCache(body []byte) (scan cacheScan) {
+	s := bodyScanner{b: body}
+	s.skipSpace()
+	seen := [len(cacheFields)]bool{}
+	for more := s.enter('}'); more; more = s.next('}') {
+		key := s.readDecodedKey()
+		i := slices.IndexFunc(cacheFields[:], func(name string) bool {
+			return len(key) >= len(name) && (key[0]|0x20 == name[0] || key[0] >= utf8.RuneSelf) &&
+				strings.EqualFold(string(key), name)
+		})
+		if i < 0 {
+			s.skipValue()
+			continue
+		}
+		name := cacheFields[i]
+		exact := string(key) == name && !seen[i] // of two, a provider may read either
+		seen[i] = true
+		if name == "tools" && s.i < len(s.b) && s.b[s.i] == '[' {
+			scan.tools = s.hasProviderTool() || scan.tools
+			continue
+		}
+		scan.setField(name, exact, string(s.readValue()))
+	}
+	return scan
+}
+
+// setField reads one of cacheFields. exact means that the name is spelled so, and has not occurred before.
+func (scan *cacheScan) setField(name string, exact bool, raw string) {
+	scan.ambiguous = scan.ambiguous || !exact
+	unset := raw == "null" || raw == "false" || raw == "[]" || raw == ""
+	switch name {
+	case "temperature", "seed":
+		n, err := strconv.ParseFloat(raw, 64)
+		isSet := err == nil && (name == "seed" || n == 0)
+		scan.deterministic = scan.deterministic || isSet
+	case "store":
+		scan.storeOff = exact && raw == "false"
+		scan.stateful = scan.stateful || !unset
+	case "prompt": // as an object, it is a template that the provider has stored
+		scan.stateful = scan.stateful || strings.HasPrefix(raw, "{")
+	case "container":
+		scan.stateful = scan.stateful || !unset
+	default:
+		scan.tools = scan.tools || !unset
+	}
+}
+
+// hasProviderTool reads a list of tools and reports whether one of them may act at the provider. Tools of the types
+// function and custom, and Anthropic's without a type, are the client's own.
+func (s *bodyScanner) hasProviderTool() (found bool) {
+	for more := s.enter(']'); more; more = s.next(']') {
+		if s.i >= len(s.b) || s.b[s.i] != '{' {
+			found = true
+			s.skipValue()
+			continue
+		}
+		for member := s.enter('}'); member; member = s.next('}') {
+			key := s.readDecodedKey()
+			raw := string(s.readValue())
+			if strings.EqualFold(string(key), "type") && raw != `"function"` && raw != `"custom"` {
+				found = true
+			}
+		}
+	}
+	return found
 }

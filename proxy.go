@@ -34,6 +34,7 @@ type proxyDeps struct {
 	ledger          *ledger
 	running         *runningCalls
 	contentKey      *contentKey
+	cache           *responseCache
 	endpoints       *endpointTable
 	transport       *http.Transport
 	bodies          *bodyMemory
@@ -68,6 +69,7 @@ type call struct {
 	prices        *priceTable // as they were when the call was admitted
 	entry         *ledgerEntry
 	storedContent *storedContent // nil: the project does not store content
+	cached        *cachedCall    // nil: the project has no cache, or it was not asked yet
 	admittedInfo  callInfo       // the first that is published: here it costs no allocation
 	ctx           context.Context
 
@@ -140,7 +142,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	}
 	defer func() { c.token.release(c.endTime()) }()
 	c.memory = p.newBodyShare(c.token)
-	c.ctx, c.cancel = context.WithCancelCause(r.Context())
+	c.ctx, c.cancel = context.WithCancelCause(c.callParent(r))
 	defer c.cancel(nil)
 	if err := p.running.add(&c.runningCall); err != nil {
 		p.refuse(c, w, r, err)
@@ -165,6 +167,9 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 			p.fail(c, w, err)
 			return
 		}
+	}
+	if p.answerFromCache(c, w, r) {
+		return
 	}
 	p.forward(c, w, r) // meters the answer as it passes: proxy_response.go
 }

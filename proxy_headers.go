@@ -129,7 +129,7 @@ const exposedHeaders = "X-LLM-Proxy-Request-ID, X-LLM-Proxy-Upstream, X-Request-
 	"Retry-After-Ms, X-Should-Retry, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, " +
 	"X-RateLimit-Reset-Requests, X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens, " +
 	"OpenAI-Processing-Ms, OpenAI-Version, OpenAI-Model, Content-Disposition, Content-Range, Accept-Ranges, ETag, " +
-	"Allow"
+	"Allow, Age, Cache-Status"
 
 // preflightSeconds is how long browsers may remember the answer to a preflight request; Chrome's maximum.
 const preflightSeconds = "7200"

@@ -178,6 +178,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 		to["Cache-Control"] = []string{"no-cache, no-store"}
 		to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
 	}
+	w.c.cached.accept(w.p, w.c, res, to)
 	_, peeked := res.Body.(*peekedBody)
 	w.body = answerBody{ReadCloser: res.Body, w: w, peeked: peeked}
 	w.framed = res.ContentLength >= 0
@@ -251,6 +252,7 @@ func (w *responseWriter) send(p []byte) error {
 		return nil
 	}
 	w.c.storedContent.addResponse(p)
+	w.c.cached.add(w.p, w.c, p)
 	w.c.setPhase(phaseWriting)
 	w.stopHeadTimer()
 	_, err := w.client.Write(p)
@@ -270,8 +272,9 @@ func (w *responseWriter) flush() error {
 
 func (w *responseWriter) endWrite(err error) error {
 	if err != nil {
-		w.clientGone = true
-		return err
+		if w.clientGone = true; !w.c.cached.isAwaited(w.p) {
+			return err
+		}
 	}
 	w.c.setPhase(phaseRelaying)
 	return nil

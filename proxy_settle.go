@@ -46,6 +46,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 	c.fillUsage(row)
 	c.attempts.finish(row, now.UnixMilli())
 	c.fillCost(row)
+	p.settleCache(c, row)
 	if c.response != nil && c.response.meter != nil && c.response.meter.implausible {
 		row.errorCode = cmp.Or(row.errorCode, "usage_implausible")
 		p.log.Warn("the provider reported token counts that cannot be; the call was estimated",
@@ -107,6 +108,8 @@ func (c *call) classifyOutcome(r *http.Request) (outcome callOutcome, code strin
 		return outcomeTruncated, "upstream_cut", answer.status
 	case answer.status >= 400:
 		return outcomeUpstreamError, "", answer.status
+	case answer.meter == nil: // from the cache
+		return outcomeOK, "", answer.status
 	case answer.meter.failed && answer.meter.isStream():
 		return outcomeUpstreamError, "error_in_stream", answer.status
 	case answer.meter.failed:
@@ -230,15 +233,20 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	p.logCall(c, &row, now)
 }
 
+// logLevel returns the level of a call's log line.
+func (r *requestRow) logLevel() slog.Level {
+	switch {
+	case r.status < 500 || r.errorCode == errNotCached.code:
+		return slog.LevelInfo // the client's mistakes, too, and what it asked for
+	case r.outcome == outcomeRefused && r.errorCode != "draining":
+		return slog.LevelError // the proxy failed
+	}
+	return slog.LevelWarn // the provider failed, or the program ends
+}
+
 // logCall writes the call's one log line: never a header, body, query or key.
 func (p *proxy) logCall(c *call, row *requestRow, now time.Time) {
-	level := slog.LevelInfo // the client's mistakes, too
-	switch {
-	case row.status >= 500 && row.outcome == outcomeRefused && row.errorCode != "draining":
-		level = slog.LevelError // the proxy failed
-	case row.status >= 500:
-		level = slog.LevelWarn // the provider failed, or the program ends
-	}
+	level := row.logLevel()
 	if !p.log.Enabled(context.Background(), level) {
 		return
 	}
@@ -280,6 +288,7 @@ func (p *proxy) logCall(c *call, row *requestRow, now time.Time) {
 	optional("model", clip(row.model, 256))
 	if c.entry != nil {
 		line.flag("stream", row.stream)
+		optional("cache", row.cache)
 		line.str("usage", string(row.source))
 		line.num("input_tokens", row.counts.input)
 		line.num("output_tokens", row.counts.output)

@@ -516,8 +516,8 @@ func TestPromiseAuditable(t *testing.T) {
 	t.Parallel()
 	const maxLines = 9_000
 	outside := []string{
-		"demo.go",                                // the stand-in provider's key, which is none
-		"command_rekey.go", "command_restore.go", // a new key, for the operator at the terminal
+		"demo.go",            // the stand-in provider's key, which is none
+		"command_restore.go", // a new key, for the operator at the terminal
 		"manage_tokens.go",   // new credentials, shown once in the response that creates them
 		"manage_usage.go",    // stored content, shown to administrators
 		"manage_projects.go", // the form of a new provider key

@@ -24,6 +24,7 @@ const (
 	stmtContent
 	stmtSum
 	stmtSum8
+	stmtSumHits
 	stmtHour
 	stmtLatency
 	stmtLatency8
@@ -66,6 +67,14 @@ const (
 			would_refuse = min(would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
 			total_us = min(total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
 
+	// Most rows of the sums have no calls from the cache, so these columns are added to separately.
+	addHits = `UPDATE usage_sums SET
+			cache_hits = min(cache_hits, 9223372036854775807 - ?1) + ?1,
+			saved = min(saved, 9223372036854775807 - ?2) + ?2,
+			saved_us = min(saved_us, 9223372036854775807 - ?3) + ?3
+		WHERE grain = ?4 AND project = ?5 AND token = ?6 AND at = ?7 AND model = ?8 AND endpoint = ?9
+			AND outcome = ?10 AND asked = ?11`
+
 	insertLatency = `INSERT INTO project_latency (project, at, bucket, first_bytes, answers) VALUES `
 	latencyValues = `(?, ?, ?, ?, ?)`
 	addToLatency  = ` ON CONFLICT DO UPDATE SET
@@ -87,12 +96,14 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtRecord: `
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
 				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
-				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
+				saved, saved_us)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtContent: insertContent,
 		stmtSum:     insertSums + sumValues + addToSums,
 		stmtSum8: insertSums + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` +
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
+		stmtSumHits: addHits,
 		stmtHour: `
 			INSERT INTO project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
 				caller_errors, policy_errors, provider_errors, proxy_errors)
@@ -332,7 +343,8 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 				r.address, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
 				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
-				int64(r.attempts), r.cache, r.limitHit, r.attemptLog)
+				int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.saved,
+				r.savedUS)
 		}
 		if err == nil && r.content != nil {
 			c := r.content
@@ -374,6 +386,15 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 	}
 	if err := sums.flush(ctx); err != nil {
 		return err
+	}
+	for k, v := range t.sums {
+		if v.hits == 0 {
+			continue
+		}
+		if err := w.exec(ctx, stmtSumHits, v.hits, v.saved, v.savedUS, k.grain, k.project, k.token, k.start, k.model,
+			k.endpoint, string(k.outcome), k.requestedModel); err != nil {
+			return err
+		}
 	}
 	latency := w.newRowGroup(stmtLatency, stmtLatency8, latencyColumnCount)
 	bounds := latencyBounds()

@@ -129,10 +129,11 @@ func (q *usageQuery) byTime() bool { return q.interval == "hour" || q.interval =
 func (q *usageQuery) statement(addUp bool) (text, grain string) {
 	const from = ` FROM usage_sums WHERE grain = ?1 AND project = ?2 AND token = ?3 AND at >= ?4 AND at < ?5 `
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
-			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us)` + from
+			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us),
+			sum(cache_hits), sum(saved), sum(saved_us)` + from
 	const fromHours = ` FROM project_hours WHERE ?1 = 'hour' AND project = ?2 AND ?3 = 0 AND at >= ?4 AND at < ?5 `
-	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0` +
-		fromHours
+	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0,
+			0, 0, 0` + fromHours
 	if grain = "day"; q.interval == "hour" || q.hourly {
 		grain = "hour"
 	}
@@ -143,11 +144,13 @@ func (q *usageQuery) statement(addUp bool) (text, grain string) {
 	}
 	switch byTime := q.byTime(); {
 	case inHours && !addUp:
-		return `SELECT at, '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0` +
-			fromHours, grain
+		return `SELECT at, '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0,
+			0, 0, 0` + fromHours, grain
 	case !addUp:
 		return `SELECT at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
-			reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us` + from, grain
+			reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us,
+			cache_hits, saved, saved_us` + from,
+			grain
 	case (q.byEndpoint || q.byOutcome) && byTime:
 		return `SELECT at, model, endpoint, outcome, ` + sums + `GROUP BY at, model, endpoint, outcome`, grain
 	case q.byEndpoint || q.byOutcome:
@@ -188,7 +191,8 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		var labels usageLabels
 		var v usageSum
 		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &v.calls, &v.input, &v.cached,
-			&v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS); err != nil {
+			&v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS,
+			&v.hits, &v.saved, &v.savedUS); err != nil {
 			return err
 		}
 		k := base

@@ -24,7 +24,7 @@ const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, '
 	coalesce(p.name, ''), coalesce(t.name, ''), coalesce(u.name, ''), r.endpoint, r.model, r.stream, r.address,
 	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
 	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit,
-	r.attempt_log`
+	r.attempt_log, r.saved, r.saved_us`
 
 const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
@@ -39,7 +39,7 @@ func (v *requestView) columns() []any {
 		&v.projectName, &v.tokenName, &v.upstreamName, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
 		&v.counts.output, &v.counts.reasoning, &v.nullCost, &v.nullFirstByteUS, &v.nullTotalUS, &v.attempts, &v.cache,
-		&v.limitHit, &v.attemptLog}
+		&v.limitHit, &v.attemptLog, &v.saved, &v.savedUS}
 }
 
 // requestByID returns a call, running or ended, or errNotFound.

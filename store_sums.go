@@ -29,6 +29,7 @@ type usageSum struct {
 	calls, input, cached, output, reasoning int64
 	cost, unpriced, estimated, totalUS      int64
 	wouldRefuse                             int64
+	hits, saved, savedUS                    int64 // calls that were answered from the cache
 }
 
 func (s *usageSum) add(r *requestRow) {
@@ -49,6 +50,11 @@ func (s *usageSum) add(r *requestRow) {
 		s.wouldRefuse++
 	}
 	s.totalUS = addSat(s.totalUS, r.totalUS)
+	if r.cache != "" {
+		s.hits++
+		s.saved = addSat(s.saved, r.saved)
+		s.savedUS = addSat(s.savedUS, r.savedUS)
+	}
 }
 
 func (s *usageSum) merge(o usageSum) {
@@ -62,6 +68,9 @@ func (s *usageSum) merge(o usageSum) {
 	s.estimated = addSat(s.estimated, o.estimated)
 	s.wouldRefuse = addSat(s.wouldRefuse, o.wouldRefuse)
 	s.totalUS = addSat(s.totalUS, o.totalUS)
+	s.hits = addSat(s.hits, o.hits)
+	s.saved = addSat(s.saved, o.saved)
+	s.savedUS = addSat(s.savedUS, o.savedUS)
 }
 
 // sumModel is the model under which a call is summed. A name that a client invented must not make a row of

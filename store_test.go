@@ -607,7 +607,7 @@ func queryPlan(ctx context.Context, st *store, text string) ([]string, error) {
 // fullScans returns the lines of a plan that scan a growing table, or all sums of one grain.
 func fullScans(text string, lines []string) (bad []string) {
 	mention := regexp.MustCompile(
-		`\b(requests|tokens|usage_sums|project_hours|project_latency|audit|contents)\b(?: (?:AS )?([a-z]\w*))?`)
+		`\b(requests|tokens|usage_sums|project_hours|project_latency|audit|contents|cache)\b(?: (?:AS )?([a-z]\w*))?`)
 	growing := map[string]string{} // growing tables, by name and alias
 	for _, m := range mention.FindAllStringSubmatch(text, -1) {
 		growing[m[1]] = m[1]

@@ -1,4 +1,5 @@
-// These tests are about throttle.go: what is allowed in a window, and that every omitted event is counted.
+// These tests are about the throttles in ratelimit.go: what is allowed in a window, and that every omitted event
+// is counted.
 package main
 
 import (
