@@ -35,6 +35,7 @@ func (b *browser) ageSession(created, seen time.Duration) {
 	if n, _ := res.RowsAffected(); n != 1 {
 		b.p.t.Fatal("no such session")
 	}
+	b.p.execSQLBound()
 }
 
 // TestSessionsEnd (AD9): sessions end by signing out, here or everywhere, by time, and with the

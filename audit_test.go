@@ -238,7 +238,7 @@ func TestAuditReportsEveryColumn(t *testing.T) {
 		"management_keys": {(&managementKeyRow{}).auditFields(), "hash"},
 		"prices":          {(&priceRow{}).auditFields(), ""},
 	} {
-		expected := strings.Fields(c.other + " seq id version created_at updated_at")
+		expected := strings.Fields(c.other + " seq id version created_at updated_at bound_by mac")
 		for _, f := range c.fields {
 			expected = append(expected, f.name)
 		}
@@ -289,6 +289,23 @@ func (p *testProxy) execSQL(statements ...string) {
 		if _, err := p.instance.store.writeDB.ExecContext(p.t.Context(), text); err != nil {
 			p.t.Fatalf("%v: %s", err, text)
 		}
+	}
+}
+
+// execSQLBound is execSQL for rows that grant something: they are bound afterwards, as if the program had written
+// them.
+func (p *testProxy) execSQLBound(statements ...string) {
+	p.t.Helper()
+	p.execSQL(statements...)
+	ctx := p.t.Context()
+	err := p.instance.store.withAuditedTx(ctx, systemOrigin(time.Now()), func(tx *auditedTx) (auditEvent, error) {
+		return auditEvent{action: "test"}, eachGrantingRow(ctx, tx, func(row grantingRow) error {
+			tx.bind(row)
+			return saveBinding(ctx, tx, row)
+		})
+	})
+	if err != nil {
+		p.t.Fatal(err)
 	}
 }
 

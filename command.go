@@ -250,6 +250,10 @@ func (p *program) audit(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	foreign, n, err := verifyRows(ctx, cfg, st)
+	if err != nil {
+		return err
+	}
 	if k.intact() {
 		fmt.Fprintf(p.stdout, "The audit trail is intact: %s.\nIts end is %s\n"+
 			"Keep that value elsewhere: pass it to this command later to prove that nothing up to there was "+
@@ -258,8 +262,9 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		if notice := k.priorUseNotice(); notice != "" {
 			fmt.Fprintln(p.stdout, notice)
 		}
-		return nil
+		return p.reportRows(foreign, n, cfg.databaseFile)
 	}
+	_ = p.reportRows(foreign, n, cfg.databaseFile) // the damaged trail is the error
 	for _, line := range k.problems {
 		fmt.Fprintln(p.stdout, line)
 	}
@@ -271,6 +276,39 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		"Keep a copy of it, compare the events from %d on with a backup (llm-proxy restore, to another DATA_DIR), "+
 		"and find out who can write to that file",
 		k.firstProblemSeq, cfg.databaseFile, k.firstProblemSeq)
+}
+
+// reportRows prints the rows that verifyRows found, and returns an error if there are any.
+func (p *program) reportRows(foreign []string, n int, file string) error {
+	if n == 0 {
+		return nil
+	}
+	for _, line := range foreign {
+		fmt.Fprintln(p.stdout, line)
+	}
+	return fmt.Errorf("%s that grant rights are refused, because something other than this program wrote to %s. "+
+		"Revoke or delete them and create new ones, or restore a backup, and find out who can write to that file",
+		countNoun(int64(n), "row"), file)
+}
+
+// verifyRows checks every row that grants something, after verifyAudit. It returns descriptions of the first that
+// are refused, and how many there are. Before the first start with this version, rows are not bound yet.
+func verifyRows(ctx context.Context, cfg *config, st *store) (problems []string, n int, err error) {
+	version, supported, err := st.schemaVersion(ctx)
+	if err != nil || version < supported {
+		return nil, 0, err
+	}
+	sl, err := openExistingSealer(ctx, cfg, st)
+	if err != nil {
+		return nil, 0, err
+	}
+	if bound, err := st.rowsAreBound(ctx, sl); err != nil || !bound {
+		return nil, 0, err
+	}
+	if st.chain, err = st.loadAuditChain(ctx, sl); err != nil {
+		return nil, 0, err
+	}
+	return st.foreignRows(ctx, maxAuditProblems)
 }
 
 // verifyAudit checks the audit trail of a database, with the key from the settings.
@@ -389,7 +427,7 @@ func inspectDatabase(ctx context.Context, name string) (*databaseInfo, error) {
 		return nil, fmt.Errorf("it is damaged: %s", clip(strings.Join(problems, "; "), 500))
 	}
 	f := &databaseInfo{bytes: info.Size()}
-	if f.keyCheck, err = st.setting(ctx, "key_check"); version == 0 || err != nil {
+	if f.keyCheck, err = st.setting(ctx, keyCheckSetting); version == 0 || err != nil {
 		return nil, errors.Join(errors.New("it is not a database of llm-proxy"), err)
 	}
 	sealed, err := base64.StdEncoding.DecodeString(f.keyCheck)

@@ -95,6 +95,7 @@ func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 	}
 	d.ok("encryption key", "opens this database (id "+sl.id()+")")
 	d.checkAuditTrail(ctx, st)
+	d.checkRows(ctx, st)
 	d.checkUpstreams(ctx, st, sl, provider)
 }
 
@@ -265,6 +266,21 @@ func (d *diagnosis) checkAuditTrail(ctx context.Context, st *store) {
 		d.fail(what, fmt.Sprintf("changed or removed from event %d on", k.firstProblemSeq), remedy)
 	default:
 		d.ok(what, "intact, "+k.String())
+	}
+}
+
+// checkRows finds tokens, keys and the like that something other than this program wrote.
+func (d *diagnosis) checkRows(ctx context.Context, st *store) {
+	const what, remedy = "rows", "run llm-proxy audit verify for details"
+	problems, n, err := verifyRows(ctx, d.cfg, st)
+	switch {
+	case err != nil:
+		d.fail(what, err.Error(), remedy)
+	case n > 0:
+		d.fail(what, fmt.Sprintf("%s that grant rights are refused, such as: %s", countNoun(int64(n), "row"),
+			problems[0]), remedy)
+	default:
+		d.ok(what, "no row that grants rights was changed outside this program")
 	}
 }
 

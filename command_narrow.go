@@ -82,9 +82,9 @@ func (n *narrowing) addManagementKey(impact *restoreImpact, p *restorePair[manag
 // and its provider keys wiped in the current database, so addToken and addUpstream do the same.
 func (n *narrowing) addProject(impact *restoreImpact, p *restorePair[projectRow]) error {
 	row, c := p.backup, &p.current
-	ended := p.deletedAt != nil || row.active && !c.active
-	row.active = row.active && c.active && p.deletedAt == nil
-	if p.deletedAt != nil {
+	ended := c.deletedAt != nil || row.active && !c.active
+	row.active, row.deletedAt = row.active && c.active && c.deletedAt == nil, c.deletedAt
+	if row.deletedAt != nil {
 		row.name += " (deleted " + row.id + ")"
 	}
 	policy, widened, err := narrowPolicy(row.policy, c.policy, true)
@@ -97,7 +97,7 @@ func (n *narrowing) addProject(impact *restoreImpact, p *restorePair[projectRow]
 	impact.projectPolicies += oneIf(narrower && !ended)
 	impact.widened += oneIf(widened || c.active && !row.active)
 	if ended || narrower {
-		n.projects = append(n.projects, restorePair[projectRow]{backup: row, deletedAt: p.deletedAt})
+		n.projects = append(n.projects, row)
 	}
 	return nil
 }
@@ -106,9 +106,9 @@ func (n *narrowing) addProject(impact *restoreImpact, p *restorePair[projectRow]
 func (n *narrowing) addUpstream(impact *restoreImpact, p *restorePair[upstreamRow]) error {
 	u, c := p.backup, &p.current
 	rotated := u.takeNewKey(c)
-	ended := p.deletedAt != nil || u.active && !c.active
-	u.active = u.active && c.active
-	if p.deletedAt != nil {
+	ended := c.deletedAt != nil || u.active && !c.active
+	u.active, u.deletedAt = u.active && c.active, c.deletedAt
+	if u.deletedAt != nil {
 		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
 	}
 	narrower, err := u.narrowUse(c)
@@ -119,7 +119,7 @@ func (n *narrowing) addUpstream(impact *restoreImpact, p *restorePair[upstreamRo
 	impact.upstreamKeys += oneIf(rotated && !ended)
 	impact.upstreamsNarrowed += oneIf(narrower && !ended)
 	if ended || rotated || narrower {
-		n.upstreams = append(n.upstreams, restorePair[upstreamRow]{backup: u, deletedAt: p.deletedAt})
+		n.upstreams = append(n.upstreams, u)
 	}
 	return nil
 }

@@ -162,7 +162,7 @@ func (r *restoration) applyRevokeMode(ctx context.Context, st *store, out io.Wri
 	}}
 	switch r.revokeMode {
 	case "none":
-		return nil, st.recordAuditEvent(ctx, by, event)
+		return nil, st.execAudited(ctx, by, event, nil)
 	case "since":
 		if !compared {
 			return nil, errors.New("--revoke=since needs a current database to compare with; use --revoke=all or " +
@@ -394,7 +394,7 @@ func (p *program) rekey(ctx context.Context, args []string) error {
 func rekeyDatabase(
 	ctx context.Context, cfg *config, st *store, name string, create bool,
 ) (n int64, to *sealer, err error) {
-	check, err := st.setting(ctx, "key_check")
+	check, err := st.setting(ctx, keyCheckSetting)
 	if err != nil {
 		return 0, nil, fmt.Errorf("reading the key check: %w", err)
 	}

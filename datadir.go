@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -318,12 +317,20 @@ func unwrittenFileName(databaseFile string) string { return databaseFile + ".unw
 // the database. It creates a new key only for a database that has none; createdFile is then
 // the key file.
 func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, createdFile string, err error) {
-	if _, err = st.setting(ctx, "key_check"); err == nil {
+	if _, err = st.setting(ctx, keyCheckSetting); err == nil {
 		sl, err = openExistingSealer(ctx, cfg, st)
 		return sl, "", err
 	}
 	if !errors.Is(err, errNotFound) {
 		return nil, "", fmt.Errorf("reading the key check: %w", err)
+	}
+	used, hasCredentials, err := st.usedBefore(ctx)
+	if err == nil && hasCredentials {
+		err = errors.New("the record of the encryption key was removed from the database; restore a backup with " +
+			"llm-proxy restore FILE")
+	}
+	if err != nil {
+		return nil, "", err
 	}
 	key, err := encryptionKey(cfg)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -337,13 +344,12 @@ func openSealer(ctx context.Context, cfg *config, st *store) (sl *sealer, create
 	if sl, err = sealerFromKey(key); err != nil {
 		return nil, "", err
 	}
-	sealed := base64.StdEncoding.EncodeToString(sl.seal(newSecret("llm-proxy"), keyCheckContext))
-	return sl, createdFile, st.setSetting(ctx, "key_check", sealed)
+	return sl, createdFile, st.setSetting(ctx, keyCheckSetting, sealKeyCheck(sl, !used))
 }
 
 // openExistingSealer is openSealer for a database that has a key. It creates nothing.
 func openExistingSealer(ctx context.Context, cfg *config, st *store) (*sealer, error) {
-	check, err := st.setting(ctx, "key_check")
+	check, err := st.setting(ctx, keyCheckSetting)
 	if err != nil {
 		return nil, fmt.Errorf("reading the key check: %w", err)
 	}
@@ -389,11 +395,7 @@ func sealerFromKey(key secret) (*sealer, error) {
 }
 
 func checkSealer(sl *sealer, check string) error {
-	sealed, err := base64.StdEncoding.DecodeString(check)
-	if err == nil {
-		_, err = sl.open(sealed, keyCheckContext)
-	}
-	if err != nil {
+	if _, err := openKeyCheck(sl, check); err != nil {
 		return errors.New("the encryption key is not the one that this database's keys are encrypted with; " +
 			"set the right ENCRYPTION_KEY or ENCRYPTION_KEY_FILE")
 	}

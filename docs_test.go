@@ -99,7 +99,8 @@ func TestAuditDocNamesActions(t *testing.T) {
 	spec := readSpec(t)
 	described, _ := spec.at(spec.root, "components", "schemas", "AuditEntry", "properties",
 		"action")["description"].(string)
-	actions := []string{actionAuditBegin, actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut,
+	actions := []string{actionAuditBegin, actionBind,
+		actionRestore, actionRekey, actionSignIn, actionSignInFailed, actionSignOut,
 		actionExport, actionReveal}
 	for _, m := range mutations(nil) {
 		actions = append(actions, m.action)

@@ -201,6 +201,10 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	if in.store, err = openStore(ctx, in.cfg.databaseFile); err != nil {
 		return fmt.Errorf("%w; examine it with llm-proxy doctor, or restore a backup with llm-proxy restore FILE", err)
 	}
+	in.store.reportForeignRow = func(e *foreignRowError) {
+		in.log.Error("a row of the database is refused; see llm-proxy audit verify", "kind", e.kind, "id", e.id,
+			"reason", e.reason)
+	}
 	if in.sealer, in.createdKeyFile, err = openSealer(ctx, in.cfg, in.store); err != nil {
 		return err
 	}

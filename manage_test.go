@@ -53,7 +53,7 @@ func managementCallers(p *testProxy, environment string) map[string]managementCa
 	revokedID, revoked := p.newKey("r", "admin")
 	p.manage("DELETE", "/manage/keys/"+revokedID, "", 200, nil)
 	expiredID, expired := p.newKey("e", "admin")
-	p.execSQL(fmt.Sprintf(`UPDATE management_keys SET expires_at = %d WHERE id = '%s'`,
+	p.execSQLBound(fmt.Sprintf(`UPDATE management_keys SET expires_at = %d WHERE id = '%s'`,
 		time.Now().UnixMilli()-1, expiredID))
 	const name = "Authorization"
 	authorization := func(value string) []string { return []string{name, value} }

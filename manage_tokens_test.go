@@ -93,7 +93,7 @@ func TestTokenExpiry(t *testing.T) {
 	// Expired and idle tokens are refused, and shown as not active.
 	for column, at := range map[string]int64{"expires_at": now - 1, "idle_expiry": 1} {
 		id, token := p.newToken(`"name":"` + column + `"`)
-		p.execSQL(fmt.Sprintf(`UPDATE tokens SET created_at = 1, %s = %d WHERE id = '%s'`, column, at, id))
+		p.execSQLBound(fmt.Sprintf(`UPDATE tokens SET created_at = 1, %s = %d WHERE id = '%s'`, column, at, id))
 		if res := p.chatAs(token); res.status != 401 || res.errorCode() != "invalid_api_key" {
 			t.Errorf("%s: got %d %s", column, res.status, res.body)
 		}
@@ -252,7 +252,7 @@ func TestTokenRotation(t *testing.T) {
 	works("the fourth, in the overlap", fourth, true)
 	// The overlap ends early, by a change of the database; then the token is loaded again.
 	p.waitSettled()
-	p.execSQL(fmt.Sprintf(`UPDATE tokens SET old_hash_until = %d WHERE id = '%s'`, time.Now().UnixMilli(), id))
+	p.execSQLBound(fmt.Sprintf(`UPDATE tokens SET old_hash_until = %d WHERE id = '%s'`, time.Now().UnixMilli(), id))
 	p.manage("PATCH", "/manage/tokens/"+id, `{"name":"loaded again"}`, 200, nil)
 	works("the fourth, after the overlap", fourth, false)
 	works("the fifth", fifth, true)

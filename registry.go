@@ -119,6 +119,10 @@ func (g *registry) loadToken(ctx context.Context, hash [32]byte, now int64) (*li
 			return nil, err
 		}
 		project, err := g.loadProject(ctx, row.project)
+		if errors.Is(err, errNotFound) { // a foreign row
+			g.rememberUnknown(hash, now)
+			return nil, errUnknownToken
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -262,7 +266,7 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 	}
 	g.mu.Unlock()
 	for _, id := range ids {
-		row, e := g.store.tokenByID(ctx, id)
+		row, e := g.store.boundTokenByID(ctx, id)
 		if e == nil {
 			e = g.tokenChanged(&row)
 		}

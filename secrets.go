@@ -143,8 +143,6 @@ func sealContext(upstreamID, projectID, origin string) string {
 	return "llm-proxy upstream v1|" + upstreamID + "|" + projectID + "|" + origin
 }
 
-const keyCheckContext = "llm-proxy key check v1"
-
 // parseEncryptionKey reads a 32-byte key as 64 hexadecimal digits or base64.
 func parseEncryptionKey(text string) ([]byte, error) {
 	text = strings.TrimSpace(text)

@@ -31,6 +31,8 @@ type store struct {
 	readDB       *sql.DB
 	chain        *auditChain  // nil until openAudit; without it, nothing that administrators manage can be changed
 	lastAuditSeq atomic.Int64 // seq of the newest audit entry that this process has committed
+	// reportForeignRow is called with each row that is refused, because this program did not write it; may be nil
+	reportForeignRow func(*foreignRowError)
 }
 
 const readPoolSize = 4
@@ -300,9 +302,15 @@ type sessionRow struct {
 	hash, proof       []byte
 	key, address      string
 	createdAt, seenAt int64
+	binding
 
 	name, role string
 	keyValid   bool
+}
+
+func (r *sessionRow) bound() boundContent {
+	return boundContent{binding: &r.binding, kind: "session", id: r.key,
+		values: []any{r.hash, r.proof, r.address, r.createdAt}}
 }
 
 // maxSessions bounds the sessions of one key: a further one ends the oldest.
@@ -312,7 +320,7 @@ const maxSessions = 50
 // maxSessions, and the one with replacedHash (nil: none).
 func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow,
 	createdBefore int64, replacedHash []byte) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		if _, err := execCount(ctx, tx, "ending old sessions", `
 			DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
 			return auditEvent{}, err
@@ -324,25 +332,32 @@ func (s *store) addSession(ctx context.Context, origin auditOrigin, row *session
 		if err != nil {
 			return auditEvent{}, err
 		}
+		tx.bind(row)
 		_, err = tx.ExecContext(ctx, `
-			INSERT INTO sessions (hash, key, proof, address, created_at, seen_at) VALUES (?, ?, ?, ?, ?, ?)`,
-			row.hash, row.key, row.proof, row.address, row.createdAt, row.seenAt)
+			INSERT INTO sessions (hash, key, proof, address, created_at, seen_at, bound_by, mac)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?)`, row.columns()[:8]...)
 		return auditEvent{action: actionSignIn, object: row.key}, err
 	})
 }
 
 const selectSessions = `
-	SELECT s.hash, s.key, s.proof, s.address, s.created_at, s.seen_at, coalesce(k.name, ''), coalesce(k.role, ''),
+	SELECT s.hash, s.key, s.proof, s.address, s.created_at, s.seen_at, s.bound_by, s.mac,
+		coalesce(k.name, ''), coalesce(k.role, ''),
 		k.id IS NOT NULL AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > ?1)
 	FROM sessions s LEFT JOIN management_keys k ON k.id = s.key `
 
 func (r *sessionRow) columns() []any {
-	return []any{&r.hash, &r.key, &r.proof, &r.address, &r.createdAt, &r.seenAt, &r.name, &r.role, &r.keyValid}
+	return []any{&r.hash, &r.key, &r.proof, &r.address, &r.createdAt, &r.seenAt, &r.boundBy, &r.mac, &r.name, &r.role,
+		&r.keyValid}
 }
 
-// sessionByHash does not check whether the session has expired.
+// sessionByHash does not check whether the session has expired. Without a key that is bound, it is not valid.
 func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (sessionRow, error) {
-	return queryRow(ctx, s.readDB, (*sessionRow).columns, selectSessions+`WHERE s.hash = ?2`, now, hash[:])
+	row, err := queryBoundRow(ctx, s, (*sessionRow).columns, selectSessions+`WHERE s.hash = ?2`, now, hash[:])
+	if err == nil && row.keyValid {
+		_, err = queryBoundRow(ctx, s, (*managementKeyRow).columns, selectManagementKeys+`WHERE id = ?`, row.key)
+	}
+	return row, err
 }
 
 // sessionsByKey lists a key's sessions that were used at or after since, newest first.
@@ -359,7 +374,7 @@ func (s *store) touchSession(ctx context.Context, hash []byte, now int64) error 
 
 // endSession ends one session of origin's actor.
 func (s *store) endSession(ctx context.Context, origin auditOrigin, hash []byte) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		_, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE hash = ?`, hash)
 		return auditEvent{action: actionSignOut, object: origin.actorID}, err
 	})
@@ -367,7 +382,7 @@ func (s *store) endSession(ctx context.Context, origin auditOrigin, hash []byte)
 
 // endKeySessions ends all sessions of a key.
 func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key string) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		n, err := execCount(ctx, tx, "ending sessions", `DELETE FROM sessions WHERE key = ?`, key)
 		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
 	})
@@ -404,12 +419,12 @@ func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, reported
 		return s.withTx(ctx, func(tx *sql.Tx) error { return saveHealth(ctx, tx, r) })
 	}
 	detail := []auditField{{"state", [2]string{reported.String(), r.state.String()}}, {"reason", r.reason}}
-	return s.withAuditedTx(ctx, auditOrigin{actorID: actorSystem, at: now}, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, auditOrigin{actorID: actorSystem, at: now}, func(tx *auditedTx) (auditEvent, error) {
 		return auditEvent{"upstream.health", r.id, detail}, saveHealth(ctx, tx, r)
 	})
 }
 
-func saveHealth(ctx context.Context, tx *sql.Tx, r *healthRow) error {
+func saveHealth(ctx context.Context, tx querier, r *healthRow) error {
 	if r.state == keyReady {
 		_, err := tx.ExecContext(ctx, `DELETE FROM upstream_health WHERE upstream = ?`, r.upstream)
 		return err

@@ -1,29 +1,44 @@
 // This file has the SQL for the audit trail, and the only way to change what administrators manage:
-// withAuditedTx, which writes the audit entry in the same transaction. Without the entry there is no change.
+// withAuditedTx, which writes the audit entry in the same transaction. Without the entry there is no change. It
+// also binds each row that grants something by a MAC, and checks that when the row is loaded.
 package main
 
 import (
 	"context"
+	"crypto/hmac"
 	"database/sql"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"math"
+	"strconv"
 )
 
 // auditSchemaVersion is the first version of the schema with an audit trail.
 const auditSchemaVersion = 2
 
+// An auditedTx is a transaction that ends with an audit entry. seq is the entry's.
+type auditedTx struct {
+	*sql.Tx
+	chain *auditChain
+	seq   int64
+}
+
 // withAuditedTx runs fn in one write transaction, and appends the event that it returns to the audit trail
 // in the same one.
-func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*sql.Tx) (auditEvent, error)) error {
+func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*auditedTx) (auditEvent, error)) error {
 	var seq int64
 	err := s.withTx(ctx, func(tx *sql.Tx) error {
-		event, err := fn(tx)
+		head, err := s.nextAuditHead(ctx, tx)
 		if err != nil {
 			return err
 		}
-		seq, err = s.appendAuditEntry(ctx, tx, origin, event)
-		return err
+		seq = head.seq + 1
+		event, err := fn(&auditedTx{tx, s.chain, seq})
+		if err != nil {
+			return err
+		}
+		return s.appendAuditEntry(ctx, tx, head, origin, event)
 	})
 	for last := s.lastAuditSeq.Load(); err == nil && last < seq; last = s.lastAuditSeq.Load() {
 		s.lastAuditSeq.CompareAndSwap(last, seq) // a later commit may have stored its seq already
@@ -36,11 +51,12 @@ func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*
 // errStale otherwise.
 func changeRow[T any, P interface {
 	*T
+	grantingRow
 	versionFields() (version, updatedAt *int64)
 }](ctx context.Context, s *store, origin auditOrigin, version, now int64,
-	load func(*sql.Tx) (T, error), edit func(*T) error,
-	save func(tx *sql.Tx, old, row *T) (auditEvent, error)) (row T, err error) {
-	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
+	load func(*auditedTx) (T, error), edit func(*T) error,
+	save func(tx *auditedTx, old, row *T) (auditEvent, error)) (row T, err error) {
+	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (event auditEvent, err error) {
 		if row, err = load(tx); err != nil {
 			return event, err
 		}
@@ -52,6 +68,11 @@ func changeRow[T any, P interface {
 		if err = edit(&row); err != nil {
 			return event, err
 		}
+		// A foreign row may be ended, but a change must not make it valid.
+		if b := P(&row).bound(); b.values != nil && s.checkBinding(ctx, tx, P(&old)) != nil {
+			return event, &fieldError{"", "The " + b.kind + " was changed outside this program and is refused. " +
+				"Revoke or delete it and create a new one, or restore a backup."}
+		}
 		*rowVersion, *updatedAt = *rowVersion+1, now
 		event, err = save(tx, &old, &row)
 		return event, mapUniqueViolation(err)
@@ -62,31 +83,36 @@ func changeRow[T any, P interface {
 // recordAuditEvent appends an event that changes nothing in the database, such as a sign-in. If it fails,
 // the caller must not let the event happen.
 func (s *store) recordAuditEvent(ctx context.Context, origin auditOrigin, event auditEvent) error {
-	return s.withAuditedTx(ctx, origin, func(*sql.Tx) (auditEvent, error) { return event, nil })
+	return s.withAuditedTx(ctx, origin, func(*auditedTx) (auditEvent, error) { return event, nil })
 }
 
-// appendAuditEntry appends an entry to the trail and returns its seq. A head that was tampered with does not
-// stop it, because tokens must be revocable all the same: the entry then has no predecessor, which
+// nextAuditHead returns the head after which the next entry is appended. A head that was tampered with does not
+// stop that, because tokens must be revocable all the same: the entry then has no predecessor, which
 // verifyAudit reports from then on. A head before an entry that this process has committed is an old one
 // that was put back.
-func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, origin auditOrigin, event auditEvent) (int64, error) {
+func (s *store) nextAuditHead(ctx context.Context, tx *sql.Tx) (auditHead, error) {
 	if s.chain == nil {
-		return 0, errors.New("the audit trail is not open")
+		return auditHead{}, errAuditNotOpen
 	}
 	head, ok, newest, err := readAuditHead(ctx, tx, s.chain)
-	if err != nil {
-		return 0, err
-	}
 	if lastSeq := max(newest, s.lastAuditSeq.Load()); !ok || lastSeq > head.seq {
 		head = emptyAuditHead(lastSeq)
 	}
+	return head, err
+}
+
+var errAuditNotOpen = errors.New("the audit trail is not open")
+
+// appendAuditEntry appends an entry to the trail, after head.
+func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, head auditHead, origin auditOrigin,
+	event auditEvent) error {
 	e := &auditEntry{auditOrigin: origin, action: event.action, object: event.object, detail: event.detailJSON()}
 	head = s.chain.appendEntry(head, e)
 	if _, err := execCount(ctx, tx, "writing the audit trail", `
 		INSERT INTO audit (`+auditColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, e.columns()...); err != nil {
-		return 0, err
+		return err
 	}
-	return e.seq, saveSetting(ctx, tx, "audit_head", s.chain.signHead(head))
+	return saveSetting(ctx, tx, "audit_head", s.chain.signHead(head))
 }
 
 // readAuditHead returns the trail's head, and false if this program did not write it. newest is the seq of
@@ -110,18 +136,30 @@ func (s *store) loadAuditHead(ctx context.Context, chain *auditChain) (
 	return readAuditHead(ctx, s.readDB, chain)
 }
 
-// openAudit loads the database's audit chain, which makes changes possible. A database without one gets one,
-// with a first entry that says what the database already contains. A database with entries but no key for
-// them is refused.
-func (s *store) openAudit(ctx context.Context, sl *sealer, origin auditOrigin) (err error) {
-	if s.chain, err = s.loadAuditChain(ctx, sl); !errors.Is(err, errNotFound) {
+// openAudit loads the database's audit chain, which makes changes possible and rows checkable. A database
+// without one gets one, and one from before rows were bound is bound.
+func (s *store) openAudit(ctx context.Context, sl *sealer, origin auditOrigin) error {
+	bound, err := s.rowsAreBound(ctx, sl)
+	if err != nil {
 		return err
 	}
+	if s.chain, err = s.loadAuditChain(ctx, sl); errors.Is(err, errNotFound) {
+		err = s.beginAudit(ctx, sl, origin, bound)
+	}
+	if err != nil || bound {
+		return err
+	}
+	return s.bindAll(ctx, sl, origin)
+}
+
+// beginAudit starts a trail, with a first entry that says what the database already contains. A database with
+// entries or with bound rows, but no key for them, is refused.
+func (s *store) beginAudit(ctx context.Context, sl *sealer, origin auditOrigin, bound bool) (err error) {
 	var sealed string
 	if s.chain, sealed, err = newAuditChain(sl); err != nil {
 		return err
 	}
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		var entries, projects, tokens, keys int64
 		if err := tx.QueryRowContext(ctx, `
 			SELECT (SELECT coalesce(max(seq), 0) FROM audit), (SELECT coalesce(max(seq), 0) FROM projects),
@@ -131,6 +169,10 @@ func (s *store) openAudit(ctx context.Context, sl *sealer, origin auditOrigin) (
 		}
 		if entries > 0 {
 			return auditEvent{}, errors.New("the audit trail has entries, but its key was removed from the database; " +
+				"restore a backup with llm-proxy restore FILE")
+		}
+		if bound && projects+tokens+keys > 0 {
+			return auditEvent{}, errors.New("the audit trail and its key were removed from the database; " +
 				"restore a backup with llm-proxy restore FILE")
 		}
 		detail := []auditField{{"projects", projects}, {"tokens", tokens}, {"management_keys", keys}}
@@ -229,4 +271,292 @@ func (s *store) listAudit(ctx context.Context, f auditFilter) ([]auditRow, error
 	}
 	return collect(ctx, s.readDB, "listing the audit trail", (*auditRow).columns, query,
 		f.from, f.to, f.beforeAt, f.beforeSeq, f.limit, f.object, f.actor, f.action)
+}
+
+// A binding binds a row that grants something to the audit entry of the change that wrote it.
+type binding struct {
+	boundBy int64 // seq of that entry
+	mac     []byte
+}
+
+// A boundContent is what the MAC of a row covers. values is nil for a row that grants nothing.
+type boundContent struct {
+	*binding
+	kind, id  string // as in the actions and objects of audit entries
+	projectID string // the project with which the row ends; "" if none
+	values    []any
+}
+
+// A grantingRow is a row that grants something: a token, a management key, a project, an upstream, a share of one,
+// or a session.
+type grantingRow interface{ bound() boundContent }
+
+// bind gives a row its MAC. Every statement that writes a grantingRow is preceded by it.
+func (tx *auditedTx) bind(row grantingRow) {
+	b := row.bound()
+	*b.binding = binding{tx.seq, []byte{}}
+	if b.values != nil {
+		b.mac = tx.chain.bindingMAC(&b)
+	}
+}
+
+// bindingMAC returns the MAC of a row. Its label is longer than the two numbers before the label of an audit
+// entry, so no entry has the same bytes.
+func (c *auditChain) bindingMAC(b *boundContent) []byte {
+	texts := []string{strconv.FormatInt(b.boundBy, 10), b.id, b.projectID}
+	for _, v := range b.values {
+		text := ""
+		switch v := v.(type) {
+		case string:
+			text = v
+		case []byte:
+			text = string(v)
+		case *int64:
+			if v != nil {
+				text = strconv.FormatInt(*v, 10)
+			}
+		default: // a number or a bool
+			text = fmt.Sprint(v)
+		}
+		texts = append(texts, text)
+	}
+	return c.mac("row that grants: "+b.kind, nil, texts...)
+}
+
+// A foreignRowError says that a row grants something, but this program did not write it, or it was replaced since.
+// For those who look for the row, it does not exist.
+type foreignRowError struct{ kind, id, reason string }
+
+func (e *foreignRowError) Error() string { return e.kind + " " + e.id + " " + e.reason }
+
+func (e *foreignRowError) Unwrap() error { return errNotFound }
+
+// checkBinding returns a *foreignRowError for a row that must not grant what it says. The row was read through db,
+// in the same transaction. It costs some microseconds, so rows are checked when they are loaded, not at each call.
+func (s *store) checkBinding(ctx context.Context, db querier, row grantingRow) error {
+	b := row.bound()
+	if b.values == nil {
+		return nil
+	}
+	if s.chain == nil {
+		return errAuditNotOpen
+	}
+	reason := "was changed, or was not written by this program"
+	if hmac.Equal(s.chain.bindingMAC(&b), b.mac) {
+		later, err := laterChange(ctx, db, &b)
+		if err != nil || later == 0 {
+			return err
+		}
+		reason = fmt.Sprintf("was put back as it was before entry %d of the audit trail", later)
+	}
+	err := &foreignRowError{b.kind, b.id, reason}
+	if s.reportForeignRow != nil {
+		s.reportForeignRow(err)
+	}
+	return err
+}
+
+// queryBoundRow is queryRow for a row whose binding is checked.
+func queryBoundRow[T any, P interface {
+	*T
+	grantingRow
+}](ctx context.Context, s *store, columns func(*T) []any, query string, args ...any) (row T, err error) {
+	err = s.withReadTx(ctx, func(db querier) error {
+		if row, err = queryRow(ctx, db, columns, query, args...); err != nil {
+			return err
+		}
+		return s.checkBinding(ctx, db, P(&row))
+	})
+	return row, err
+}
+
+// withReadTx runs fn with one view of the database, which changes of others meanwhile do not alter.
+func (s *store) withReadTx(ctx context.Context, fn func(querier) error) error {
+	tx, err := s.readDB.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return fmt.Errorf("beginning to read: %w", err)
+	}
+	defer tx.Rollback() // there is nothing to commit
+	return fn(tx)
+}
+
+// laterChange returns the seq of an audit entry that says that a row was written, or ended, after it was bound;
+// 0 if there is none.
+func laterChange(ctx context.Context, db querier, b *boundContent) (int64, error) {
+	revokedWith := "" // the action on a project that ends the row too, besides its deletion
+	if b.kind == "token" {
+		revokedWith = "project.revoke_tokens"
+	}
+	return queryValue[int64](ctx, db, "comparing a row with the audit trail", `
+		SELECT coalesce(
+			(SELECT seq FROM audit WHERE object = ?1 AND +seq > ?2 AND action IN (?3 || '.create', ?3 || '.change',
+				?3 || '.rotate', ?3 || '.revoke', ?3 || '.delete') LIMIT 1),
+			(SELECT seq FROM audit WHERE object = ?4 AND +seq > ?2 AND action IN ('project.delete', ?5) LIMIT 1),
+			(SELECT seq FROM audit WHERE action = 'database.restore' AND +seq > ?2 LIMIT 1), 0)`,
+		b.id, b.boundBy, b.kind, b.projectID, revokedWith)
+}
+
+// The setting keyCheckSetting proves that an encryption key is the right one. Version 2 also says that the rows of
+// the database are bound (store_audit.go).
+const (
+	keyCheckSetting      = "key_check"
+	keyCheckContext      = "llm-proxy key check v1"
+	boundKeyCheckContext = "llm-proxy key check v2"
+)
+
+// sealKeyCheck returns the value of keyCheckSetting, in version 2 if the rows are bound.
+func sealKeyCheck(sl *sealer, bound bool) string {
+	context := keyCheckContext
+	if bound {
+		context = boundKeyCheckContext
+	}
+	return base64.StdEncoding.EncodeToString(sl.seal(newSecret("llm-proxy"), context))
+}
+
+// openKeyCheck checks a value of keyCheckSetting, and reports whether it is of version 2.
+func openKeyCheck(sl *sealer, check string) (bound bool, err error) {
+	sealed, err := base64.StdEncoding.DecodeString(check)
+	if err != nil {
+		return false, errUnseal
+	}
+	if _, err = sl.open(sealed, boundKeyCheckContext); err == nil {
+		return true, nil
+	}
+	_, err = sl.open(sealed, keyCheckContext)
+	return false, err
+}
+
+// rowsAreBound reports whether the rows of the database are bound. The record of the encryption key says so: that
+// cannot be made without the key, and without it there is no first start in a database that has rows.
+func (s *store) rowsAreBound(ctx context.Context, sl *sealer) (bool, error) {
+	check, err := s.setting(ctx, keyCheckSetting)
+	if err != nil {
+		return false, fmt.Errorf("reading the key check: %w", err)
+	}
+	return openKeyCheck(sl, check)
+}
+
+const actionBind = "database.bind"
+
+// bindAll binds all rows of a database from before rows were bound, and records that in the key check.
+func (s *store) bindAll(ctx context.Context, sl *sealer, origin auditOrigin) error {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		n, err := queryValue[int64](ctx, tx, "looking for an earlier binding",
+			`SELECT count(*) FROM audit WHERE action = 'database.bind'`)
+		if err == nil && n > 0 {
+			err = errors.New("an old record of the encryption key was put back into the database, as if its rows had " +
+				"never been bound; restore a backup with llm-proxy restore FILE")
+		}
+		if err != nil {
+			return auditEvent{}, err
+		}
+		counts := map[string]int64{}
+		err = eachGrantingRow(ctx, tx, func(row grantingRow) error {
+			tx.bind(row)
+			counts[row.bound().kind]++
+			return saveBinding(ctx, tx, row)
+		})
+		if err != nil {
+			return auditEvent{}, err
+		}
+		event := auditEvent{actionBind, "", []auditField{{"projects", counts["project"]}, {"tokens", counts["token"]},
+			{"management_keys", counts["key"]}}}
+		return event, saveSetting(ctx, tx, keyCheckSetting, sealKeyCheck(sl, true))
+	})
+}
+
+// rebind binds all rows that are bound rightly to the entry of tx, so that none from before can be put back. Foreign
+// rows stay as they are.
+func (s *store) rebind(ctx context.Context, tx *auditedTx) error {
+	return eachGrantingRow(ctx, tx, func(row grantingRow) error {
+		err := s.checkBinding(ctx, tx, row)
+		if _, foreign := errors.AsType[*foreignRowError](err); foreign {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		tx.bind(row)
+		return saveBinding(ctx, tx, row)
+	})
+}
+
+// foreignRows checks every row that grants something. It returns the first problems, up to limit, and how many
+// there are.
+func (s *store) foreignRows(ctx context.Context, limit int) (problems []string, n int, err error) {
+	err = s.withReadTx(ctx, func(db querier) error {
+		return eachGrantingRow(ctx, db, func(row grantingRow) error {
+			err := s.checkBinding(ctx, db, row)
+			if e, ok := errors.AsType[*foreignRowError](err); ok {
+				if n++; n <= limit {
+					problems = append(problems, e.Error())
+				}
+				return nil
+			}
+			return err
+		})
+	})
+	return problems, n, err
+}
+
+// eachGrantingRow calls visit for every row that grants something.
+func eachGrantingRow(ctx context.Context, db querier, visit func(grantingRow) error) error {
+	return errors.Join(
+		visitRows(ctx, db, (*tokenRow).columns, func(t *tokenRow) (int64, error) { return t.seq, visit(t) },
+			selectTokens+`WHERE seq > ? AND revoked_at IS NULL ORDER BY seq LIMIT 1000`),
+		visitRows(ctx, db, (*managementKeyRow).columns,
+			func(k *managementKeyRow) (int64, error) { return k.seq, visit(k) },
+			selectManagementKeys+`WHERE seq > ? AND revoked_at IS NULL ORDER BY seq LIMIT 1000`),
+		visitRows(ctx, db, (*projectRow).columns, func(p *projectRow) (int64, error) { return p.seq, visit(p) },
+			selectProjects+`WHERE seq > ? AND deleted_at IS NULL ORDER BY seq LIMIT 1000`),
+		visitRows(ctx, db, (*upstreamRow).columns, func(u *upstreamRow) (int64, error) { return u.seq, visit(u) },
+			selectUpstreams+`WHERE seq > ? AND deleted_at IS NULL ORDER BY seq LIMIT 1000`),
+		visitRows(ctx, db, (*shareRow).columns, func(r *shareRow) (int64, error) { return math.MaxInt64, visit(r) },
+			selectShares+`WHERE s.upstream > ?`),
+		visitRows(ctx, db, (*sessionRow).columns, func(r *sessionRow) (int64, error) { return math.MaxInt64, visit(r) },
+			selectSessions+`WHERE s.created_at > ?1`))
+}
+
+// visitRows calls visit, which returns the row's seq, for the rows of a query that returns them in pages after a
+// seq.
+func visitRows[T any](ctx context.Context, db querier, columns func(*T) []any, visit func(*T) (int64, error),
+	query string) error {
+	for after := int64(0); ; {
+		page, err := collect(ctx, db, "reading rows to check", columns, query, after)
+		if err != nil || len(page) == 0 {
+			return err
+		}
+		for i := range page {
+			if after, err = visit(&page[i]); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// saveBinding writes only the binding of a row.
+func saveBinding(ctx context.Context, tx *auditedTx, row grantingRow) (err error) {
+	const doing = "binding a row"
+	b := row.bound()
+	switch r := row.(type) {
+	case *tokenRow:
+		_, err = execCount(ctx, tx, doing, `UPDATE tokens SET bound_by = ?, mac = ? WHERE seq = ?`,
+			b.boundBy, b.mac, r.seq)
+	case *managementKeyRow:
+		_, err = execCount(ctx, tx, doing, `UPDATE management_keys SET bound_by = ?, mac = ? WHERE seq = ?`,
+			b.boundBy, b.mac, r.seq)
+	case *projectRow:
+		_, err = execCount(ctx, tx, doing, `UPDATE projects SET bound_by = ?, mac = ? WHERE seq = ?`,
+			b.boundBy, b.mac, r.seq)
+	case *upstreamRow:
+		_, err = execCount(ctx, tx, doing, `UPDATE upstreams SET bound_by = ?, mac = ? WHERE seq = ?`,
+			b.boundBy, b.mac, r.seq)
+	case *shareRow:
+		_, err = execCount(ctx, tx, doing, `UPDATE upstream_shares SET bound_by = ?, mac = ?
+			WHERE upstream = ? AND project = ?`, b.boundBy, b.mac, r.upstream, r.project)
+	case *sessionRow:
+		_, err = execCount(ctx, tx, doing, `UPDATE sessions SET bound_by = ?, mac = ? WHERE hash = ?`,
+			b.boundBy, b.mac, r.hash)
+	}
+	return err
 }

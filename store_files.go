@@ -186,16 +186,26 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 }
 
 // A restorePair is a row of the backup, and the same row as it is in the current database, of which only those
-// columns are read that grant something. deletedAt is the current row's.
-type restorePair[T any] struct {
-	backup, current T
-	deletedAt       *int64
+// columns are read that grant something.
+type restorePair[T any] struct{ backup, current T }
+
+// comparePairs runs a query that returns pairs of rows. It leaves out foreign rows of the backup: those are refused,
+// and writing them would bind them.
+func comparePairs[T any, P interface {
+	*T
+	grantingRow
+}](ctx context.Context, s *store, doing string, columns func(*restorePair[T]) []any, query string,
+) ([]restorePair[T], error) {
+	all, err := collect(ctx, s.writeDB, doing, columns, query)
+	return slices.DeleteFunc(all, func(p restorePair[T]) bool {
+		return s.checkBinding(ctx, s.writeDB, P(&p.backup)) != nil
+	}), err
 }
 
 // differingTokens returns the tokens of the backup that are not revoked, and that grant something else in the
 // current database, after attachCurrent.
 func (s *store) differingTokens(ctx context.Context) ([]restorePair[tokenRow], error) {
-	return collect(ctx, s.writeDB, "comparing tokens", func(p *restorePair[tokenRow]) []any {
+	return comparePairs(ctx, s, "comparing tokens", func(p *restorePair[tokenRow]) []any {
 		c := &p.current
 		return append(p.backup.columns(), &c.hash, &c.oldHash, &c.oldHashUntil, &c.expiresAt, &c.idleExpiry,
 			&c.revokedAt, &c.maxRequests, &c.policy)
@@ -211,7 +221,7 @@ func (s *store) differingTokens(ctx context.Context) ([]restorePair[tokenRow], e
 
 // differingManagementKeys is differingTokens for management keys.
 func (s *store) differingManagementKeys(ctx context.Context) ([]restorePair[managementKeyRow], error) {
-	return collect(ctx, s.writeDB, "comparing management keys", func(p *restorePair[managementKeyRow]) []any {
+	return comparePairs(ctx, s, "comparing management keys", func(p *restorePair[managementKeyRow]) []any {
 		return append(p.backup.columns(), &p.current.role, &p.current.expiresAt, &p.current.revokedAt)
 	}, `
 		SELECT b.*, c.role, c.expires_at, c.revoked_at
@@ -223,8 +233,8 @@ func (s *store) differingManagementKeys(ctx context.Context) ([]restorePair[mana
 
 // differingProjects is differingTokens for projects that are not deleted in the backup.
 func (s *store) differingProjects(ctx context.Context) ([]restorePair[projectRow], error) {
-	return collect(ctx, s.writeDB, "comparing projects", func(p *restorePair[projectRow]) []any {
-		return append(p.backup.columns(), &p.current.active, &p.current.policy, &p.deletedAt)
+	return comparePairs(ctx, s, "comparing projects", func(p *restorePair[projectRow]) []any {
+		return append(p.backup.columns(), &p.current.active, &p.current.policy, &p.current.deletedAt)
 	}, `
 		SELECT b.*, c.is_active, c.policy, c.deleted_at
 		FROM (`+selectProjects+`WHERE deleted_at IS NULL) b JOIN now.projects c ON c.id = b.id
@@ -234,10 +244,10 @@ func (s *store) differingProjects(ctx context.Context) ([]restorePair[projectRow
 // upstreamPairs returns the upstreams of the backup that are not deleted there, and that the current database
 // has, after attachCurrent.
 func (s *store) upstreamPairs(ctx context.Context) ([]restorePair[upstreamRow], error) {
-	return collect(ctx, s.writeDB, "comparing upstreams", func(p *restorePair[upstreamRow]) []any {
+	return comparePairs(ctx, s, "comparing upstreams", func(p *restorePair[upstreamRow]) []any {
 		c := &p.current
 		return append(p.backup.columns(), &c.baseURL, &c.sealedKey, &c.keyHint, &c.organization, &c.openaiProject,
-			&c.models, &c.settings, &c.active, &p.deletedAt, &c.sharedWith)
+			&c.models, &c.settings, &c.active, &c.deletedAt, &c.sharedWith)
 	}, `
 		SELECT b.*, c.base_url, c.sealed_key, c.key_hint, c.organization, c.openai_project, c.models, c.settings,
 			c.is_active, c.deleted_at, (SELECT json_group_array(o.id) FROM now.upstream_shares s
@@ -275,19 +285,22 @@ func (s *store) countRestored(ctx context.Context) (c restoreCount, err error) {
 
 const comparedPrices = `SELECT match, input, cached_input, cache_write, output, audio_input, audio_output FROM `
 
-// A narrowing is the rows of a backup to be written with fewer rights. A row with a deletedAt is deleted.
+// A narrowing is the rows of a backup to be written with fewer rights.
 type narrowing struct {
 	at        int64 // when it is restored
 	tokens    []tokenRow
 	keys      []managementKeyRow
-	projects  []restorePair[projectRow] // current is not read
-	upstreams []restorePair[upstreamRow]
+	projects  []projectRow
+	upstreams []upstreamRow
 }
 
 // applyNarrowing writes the rows of n, and what tokens and projects have used since the backup, after
 // attachCurrent.
 func (s *store) applyNarrowing(ctx context.Context, origin auditOrigin, event auditEvent, n *narrowing) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		if err := s.rebind(ctx, tx); err != nil {
+			return event, err
+		}
 		for i := range n.tokens {
 			if err := n.tokens[i].save(ctx, tx); err != nil {
 				return event, fmt.Errorf("writing token %s: %w", n.tokens[i].id, err)
@@ -299,15 +312,13 @@ func (s *store) applyNarrowing(ctx context.Context, origin auditOrigin, event au
 			}
 		}
 		for i := range n.projects {
-			p := &n.projects[i]
-			if err := p.backup.save(ctx, tx, p.deletedAt); err != nil {
-				return event, fmt.Errorf("writing project %s: %w", p.backup.id, err)
+			if err := n.projects[i].save(ctx, tx); err != nil {
+				return event, fmt.Errorf("writing project %s: %w", n.projects[i].id, err)
 			}
 		}
 		for i := range n.upstreams {
-			u := &n.upstreams[i]
-			if err := u.backup.save(ctx, tx, u.deletedAt, origin.at); err != nil {
-				return event, fmt.Errorf("writing upstream %s: %w", u.backup.id, err)
+			if err := n.upstreams[i].save(ctx, tx, origin.at); err != nil {
+				return event, fmt.Errorf("writing upstream %s: %w", n.upstreams[i].id, err)
 			}
 		}
 		for _, statement := range usedSince() {
@@ -342,10 +353,10 @@ func usedSince() []string {
 		WHERE u.seq = b.seq AND u.n > b.request_count`, `
 		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, calls, input_tokens,
 			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse,
-			total_us)
+			total_us, cache_hits, saved, saved_us)
 		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.calls, n.input_tokens,
 			n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls, n.estimated_calls,
-			n.would_refuse, n.total_us
+			n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us
 		FROM now.usage_sums n JOIN temp.known_projects p ON p.now_seq = n.project
 			JOIN temp.known_tokens t ON t.now_seq = n.token
 		WHERE NOT EXISTS (SELECT 1 FROM main.usage_sums m
@@ -359,7 +370,9 @@ func usedSince() []string {
 			reasoning_tokens = max(reasoning_tokens, excluded.reasoning_tokens), cost = max(cost, excluded.cost),
 			unpriced_calls = max(unpriced_calls, excluded.unpriced_calls),
 			estimated_calls = max(estimated_calls, excluded.estimated_calls),
-			would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us)`, `
+			would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us),
+			cache_hits = max(cache_hits, excluded.cache_hits), saved = max(saved, excluded.saved),
+			saved_us = max(saved_us, excluded.saved_us)`, `
 		INSERT INTO main.project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
 			caller_errors, policy_errors, provider_errors, proxy_errors)
 		SELECT p.seq, n.at, n.calls, n.input_tokens, n.output_tokens, n.cost, n.unpriced_calls, n.caller_errors,
@@ -384,14 +397,19 @@ func usedSince() []string {
 // revokeAll revokes every token and every management key.
 func (s *store) revokeAll(ctx context.Context, origin auditOrigin, event auditEvent) error {
 	return s.execAudited(ctx, origin, event, []string{
-		`UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
-		`UPDATE management_keys SET revoked_at = ?1, version = version + 1, updated_at = ?1 WHERE revoked_at IS NULL`,
+		`UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = x'' WHERE revoked_at IS NULL`,
+		`UPDATE management_keys SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = x''
+		WHERE revoked_at IS NULL`,
 	})
 }
 
-// execAudited runs statements that use the time as ?1, in one audited transaction.
+// execAudited binds the rows of a restored backup again, and runs statements that use the time as ?1, in one audited
+// transaction.
 func (s *store) execAudited(ctx context.Context, origin auditOrigin, event auditEvent, statements []string) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		if err := s.rebind(ctx, tx); err != nil {
+			return event, err
+		}
 		for _, statement := range statements {
 			if _, err := execCount(ctx, tx, "revoking", statement, origin.at); err != nil {
 				return auditEvent{}, err
@@ -417,7 +435,7 @@ const actionRekey = "database.rekey"
 // sealedSettings are the settings with a sealed value, and what each value is bound to.
 func sealedSettings() map[string]string {
 	return map[string]string{
-		"key_check": keyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
+		keyCheckSetting: boundKeyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
 }
 
 // countSealedKeys counts the provider keys.
@@ -434,13 +452,16 @@ func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer
 	if _, err := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`); err != nil {
 		return 0, err
 	}
-	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		for name, aad := range sealedSettings() {
 			if err := resealSetting(ctx, tx, name, aad, from, to); err != nil {
 				return auditEvent{}, fmt.Errorf("the setting %s: %w", name, err)
 			}
 		}
-		if n, err = resealUpstreams(ctx, tx, from, to, originOf); err != nil {
+		if n, err = s.resealUpstreams(ctx, tx, from, to, originOf); err != nil {
+			return auditEvent{}, err
+		}
+		if err := rewriteSealed(ctx, tx); err != nil {
 			return auditEvent{}, err
 		}
 		return auditEvent{actionRekey, "", []auditField{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
@@ -448,7 +469,27 @@ func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer
 	return n, err
 }
 
-func resealSetting(ctx context.Context, tx *sql.Tx, name, aad string, from, to *sealer) error {
+// rewriteSealed writes the tables with sealed values once more, into pages of their own. When rows moved within a
+// table earlier, copies of them stayed in unused parts of its pages; the pages are overwritten when they are freed.
+func rewriteSealed(ctx context.Context, tx querier) error {
+	for _, statement := range []string{
+		`CREATE TEMP TABLE resealed AS SELECT * FROM upstreams`,
+		`DELETE FROM upstreams`,
+		`INSERT INTO upstreams SELECT * FROM temp.resealed`,
+		`DROP TABLE temp.resealed`,
+		`CREATE TEMP TABLE resealed AS SELECT * FROM settings`,
+		`DELETE FROM settings`,
+		`INSERT INTO settings SELECT * FROM temp.resealed`,
+		`DROP TABLE temp.resealed`,
+	} {
+		if _, err := execCount(ctx, tx, "overwriting old values", statement); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func resealSetting(ctx context.Context, tx querier, name, aad string, from, to *sealer) error {
 	text, err := queryValue[string](ctx, tx, "reading it", `SELECT value FROM settings WHERE name = ?`, name)
 	if errors.Is(err, errNotFound) {
 		return nil // not set yet
@@ -467,7 +508,7 @@ func resealSetting(ctx context.Context, tx *sql.Tx, name, aad string, from, to *
 	return saveSetting(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, aad)))
 }
 
-func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer,
+func (s *store) resealUpstreams(ctx context.Context, tx *auditedTx, from, to *sealer,
 	originOf func(string) (string, error)) (int64, error) {
 	all, err := collect(ctx, tx, "reading provider keys", (*upstreamRow).columns,
 		selectUpstreams+`WHERE length(sealed_key) > 0 ORDER BY seq`)
@@ -486,10 +527,28 @@ func resealUpstreams(ctx context.Context, tx *sql.Tx, from, to *sealer,
 			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. "+
 				"Enter its provider key again, or delete it, then repeat", u.id, u.projectID, err)
 		}
+		isBound := s.checkBinding(ctx, tx, u) == nil
+		if u.sealedKey = to.seal(plain, aad); isBound { // to the same entry: a row of another size would move
+			b := u.bound()
+			u.mac = tx.chain.bindingMAC(&b)
+		}
 		if _, err := execCount(ctx, tx, "writing upstream "+u.id, `
-			UPDATE upstreams SET sealed_key = ? WHERE seq = ?`, to.seal(plain, aad), u.seq); err != nil {
+			UPDATE upstreams SET sealed_key = ?, mac = ? WHERE seq = ?`, u.sealedKey, u.mac, u.seq); err != nil {
 			return 0, err
 		}
 	}
 	return int64(len(all)), nil
+}
+
+// usedBefore reports whether a database without a key check has rows, and whether it has credentials. Credentials
+// cannot be made without an encryption key, so in that case the key check was removed.
+func (s *store) usedBefore(ctx context.Context) (rows, credentials bool, err error) {
+	err = s.readDB.QueryRowContext(ctx, `
+		SELECT EXISTS (SELECT 1 FROM projects), EXISTS (SELECT 1 FROM tokens)
+			OR EXISTS (SELECT 1 FROM management_keys) OR EXISTS (SELECT 1 FROM upstreams)
+			OR EXISTS (SELECT 1 FROM sessions) OR EXISTS (SELECT 1 FROM audit)`).Scan(&rows, &credentials)
+	if err != nil {
+		return false, false, fmt.Errorf("looking for rows: %w", err)
+	}
+	return rows || credentials, credentials, nil
 }

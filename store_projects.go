@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	"crypto/sha256"
-	"database/sql"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -19,19 +18,31 @@ type projectRow struct {
 	id, name             string
 	active               bool
 	policy, routing      string // JSON
+	deletedAt            *int64
 	version              int64
 	createdAt, updatedAt int64
+	binding
 }
 
 const (
-	projectEditable = `name, is_active, policy, routing, version, updated_at`
+	projectEditable = `name, is_active, policy, routing, deleted_at, version, updated_at, bound_by, mac`
 	projectColumns  = `seq, id, created_at, ` + projectEditable
 	selectProjects  = `SELECT ` + projectColumns + ` FROM projects `
 )
 
 // editable returns the columns that a change may write.
 func (p *projectRow) editable() []any {
-	return []any{&p.name, &p.active, &p.policy, &p.routing, &p.version, &p.updatedAt}
+	return []any{&p.name, &p.active, &p.policy, &p.routing, &p.deletedAt, &p.version, &p.updatedAt, &p.boundBy,
+		&p.mac}
+}
+
+// bound covers inactive projects too: a change of one must not come into force when it is activated.
+func (p *projectRow) bound() boundContent {
+	b := boundContent{binding: &p.binding, kind: "project", id: p.id}
+	if p.deletedAt == nil {
+		b.values = []any{p.name, p.active, p.policy, p.routing, p.createdAt}
+	}
+	return b
 }
 
 func (p *projectRow) columns() []any {
@@ -60,14 +71,16 @@ type upstreamRow struct {
 	models, rewrite, settings   string // JSON
 	sharedWith                  string // JSON, a list of ids of other projects
 	active                      bool
+	deletedAt                   *int64
 	version                     int64
 	createdAt, updatedAt        int64
+	binding
+	foreign error // not nil: this program did not write the row, or not that it is shared
 }
 
 const (
 	upstreamEditable = `name, base_url, sealed_key, key_hint, organization, openai_project, weight, priority,
-		models, rewrite, settings,
-		is_active, version, updated_at`
+		models, rewrite, settings, is_active, deleted_at, version, updated_at, bound_by, mac`
 	selectUpstreams = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = upstreams.project),
 		(SELECT json_group_array(id) FROM (
 			SELECT o.id FROM upstream_shares s JOIN projects o ON o.seq = s.project
@@ -78,7 +91,39 @@ const (
 // editable returns the columns that a change may write.
 func (u *upstreamRow) editable() []any {
 	return []any{&u.name, &u.baseURL, &u.sealedKey, &u.keyHint, &u.organization, &u.openaiProject, &u.weight,
-		&u.priority, &u.models, &u.rewrite, &u.settings, &u.active, &u.version, &u.updatedAt}
+		&u.priority, &u.models, &u.rewrite, &u.settings, &u.active, &u.deletedAt, &u.version, &u.updatedAt,
+		&u.boundBy, &u.mac}
+}
+
+// bound does not cover sharedWith, whose rows are bound for themselves.
+func (u *upstreamRow) bound() boundContent {
+	b := boundContent{binding: &u.binding, kind: "upstream", id: u.id, projectID: u.projectID}
+	if u.deletedAt == nil {
+		b.values = []any{u.name, u.provider, u.baseURL, u.sealedKey, u.organization, u.openaiProject, u.weight,
+			u.priority, u.models, u.rewrite, u.settings, u.active, u.createdAt}
+	}
+	return b
+}
+
+// A shareRow says that an upstream serves another project too.
+type shareRow struct {
+	upstream, project     int64
+	upstreamID, projectID string
+	ownerID               string // the project that has the upstream
+	binding
+}
+
+const selectShares = `SELECT s.upstream, s.project, u.id, p.id, (SELECT o.id FROM projects o WHERE o.seq = u.project),
+		s.bound_by, s.mac
+	FROM upstream_shares s JOIN upstreams u ON u.seq = s.upstream JOIN projects p ON p.seq = s.project `
+
+func (r *shareRow) columns() []any {
+	return []any{&r.upstream, &r.project, &r.upstreamID, &r.projectID, &r.ownerID, &r.boundBy, &r.mac}
+}
+
+func (r *shareRow) bound() boundContent {
+	return boundContent{binding: &r.binding, kind: "upstream", id: r.upstreamID, projectID: r.ownerID,
+		values: []any{"shared with", r.projectID}}
 }
 
 func (u *upstreamRow) columns() []any {
@@ -112,10 +157,12 @@ func (u *upstreamRow) auditEvent(action string, oldFields []auditField) auditEve
 // addProject stores a new project, and its first upstream unless up is nil. It fills in what the database
 // decides.
 func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRow, up *upstreamRow) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		p.version = 1
+		tx.bind(p)
 		err := tx.QueryRowContext(ctx, `
-			INSERT INTO projects (id, created_at, `+projectEditable+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+			INSERT INTO projects (id, created_at, `+projectEditable+`)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
 			p.columns()[1:]...).Scan(&p.seq)
 		event := auditEvent{"project.create", p.id, diffAuditFields(nil, p.auditFields())}
 		if err != nil || up == nil {
@@ -138,9 +185,9 @@ func projectByID(ctx context.Context, db querier, id string) (projectRow, error)
 	return queryRow(ctx, db, (*projectRow).columns, selectProjects+`WHERE id = ? AND deleted_at IS NULL`, id)
 }
 
-// projectBySeq returns a project, which may be deleted.
+// projectBySeq returns a project, which may be deleted. A foreign row does not count.
 func (s *store) projectBySeq(ctx context.Context, seq int64) (projectRow, error) {
-	return queryRow(ctx, s.readDB, (*projectRow).columns, selectProjects+`WHERE seq = ?`, seq)
+	return queryBoundRow(ctx, s, (*projectRow).columns, selectProjects+`WHERE seq = ?`, seq)
 }
 
 // countProjects counts deleted ones too: it answers whether the database was ever used.
@@ -161,19 +208,20 @@ func (s *store) listProjects(ctx context.Context, after int64, limit int, active
 // changeProject is changeRow for a project.
 func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string, version, now int64,
 	edit func(*projectRow) error) (projectRow, error) {
-	load := func(tx *sql.Tx) (projectRow, error) { return projectByID(ctx, tx, id) }
-	save := func(tx *sql.Tx, old, p *projectRow) (auditEvent, error) {
+	load := func(tx *auditedTx) (projectRow, error) { return projectByID(ctx, tx, id) }
+	save := func(tx *auditedTx, old, p *projectRow) (auditEvent, error) {
 		return auditEvent{"project.change", p.id, diffAuditFields(old.auditFields(), p.auditFields())},
-			p.save(ctx, tx, nil)
+			p.save(ctx, tx)
 	}
 	return changeRow(ctx, s, origin, version, now, load, edit, save)
 }
 
-// save writes the columns that a change may write, and when the project was deleted.
-func (p *projectRow) save(ctx context.Context, tx *sql.Tx, deletedAt *int64) error {
+// save writes the columns that a change may write.
+func (p *projectRow) save(ctx context.Context, tx *auditedTx) error {
+	tx.bind(p)
 	_, err := tx.ExecContext(ctx, `
-		UPDATE projects SET (`+projectEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
-		append(p.editable(), deletedAt, p.seq)...)
+		UPDATE projects SET (`+projectEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		append(p.editable(), p.seq)...)
 	return err
 }
 
@@ -182,7 +230,7 @@ func (p *projectRow) save(ctx context.Context, tx *sql.Tx, deletedAt *int64) err
 // Deleting it twice is errNotFound.
 func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string, version, now int64,
 ) (p projectRow, err error) {
-	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (event auditEvent, err error) {
+	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (event auditEvent, err error) {
 		if p, err = projectByID(ctx, tx, id); err != nil {
 			return event, err
 		}
@@ -191,20 +239,20 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 		}
 		event = auditEvent{"project.delete", id, []auditField{{"name", p.name}}}
 		if p, err = queryRow(ctx, tx, (*projectRow).columns, `
-			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1,
+			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1, mac = x'',
 				name = name || ' (deleted ' || id || ')'
 			WHERE seq = ?2 RETURNING `+projectColumns, now, p.seq); err != nil {
 			return event, err
 		}
 		for _, step := range []struct{ name, query string }{{"tokens", `
-			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
+			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = x''
 			WHERE project = ?2 AND revoked_at IS NULL`}, {"", `
 			UPDATE projects SET version = version + 1, updated_at = ?1
 			WHERE deleted_at IS NULL AND seq IN (
 				SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq
 				WHERE u.project = ?2)`}, {"upstreams", `
 			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1,
-				updated_at = ?1
+				updated_at = ?1, mac = x''
 			WHERE project = ?2 AND deleted_at IS NULL`},
 		} {
 			n, err := execCount(ctx, tx, "deleting a project", step.query, now, p.seq)
@@ -223,7 +271,7 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 // addUpstream stores a new upstream of the project with seq u.project. It bumps the project's version,
 // because what the project does has changed.
 func (s *store) addUpstream(ctx context.Context, origin auditOrigin, u *upstreamRow, now int64) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		if err := bumpProjectVersion(ctx, tx, u.project, now); err != nil {
 			return auditEvent{}, err
 		}
@@ -231,11 +279,12 @@ func (s *store) addUpstream(ctx context.Context, origin auditOrigin, u *upstream
 	})
 }
 
-func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
+func insertUpstream(ctx context.Context, tx *auditedTx, u *upstreamRow) error {
 	u.version = 1
+	tx.bind(u)
 	err := tx.QueryRowContext(ctx, `
 		INSERT INTO upstreams (id, project, provider, created_at, `+upstreamEditable+`)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
 		append([]any{u.id, u.project, u.provider, u.createdAt}, u.editable()...)...).Scan(&u.seq)
 	if err != nil {
 		return err
@@ -245,7 +294,7 @@ func insertUpstream(ctx context.Context, tx *sql.Tx, u *upstreamRow) error {
 
 // bumpProjectVersion bumps a project's version. It returns errNotFound if the project is deleted: such a
 // project must not get a key, because nobody would wipe it any more.
-func bumpProjectVersion(ctx context.Context, tx *sql.Tx, project, now int64) error {
+func bumpProjectVersion(ctx context.Context, tx querier, project, now int64) error {
 	return mapNoRows(tx.QueryRowContext(ctx, `
 		UPDATE projects SET version = version + 1, updated_at = ? WHERE seq = ? AND deleted_at IS NULL RETURNING seq`,
 		now, project).Scan(&project))
@@ -258,12 +307,32 @@ func (s *store) projectUpstreams(ctx context.Context, project int64) ([]upstream
 }
 
 // usableUpstreams returns the upstreams that a project's calls may use, its own and those shared with it, in
-// the order of preference.
-func (s *store) usableUpstreams(ctx context.Context, project int64) ([]upstreamRow, error) {
-	return collect(ctx, s.readDB, "listing a project's upstreams", (*upstreamRow).columns, selectUpstreams+`
-		WHERE seq IN (SELECT seq FROM upstreams WHERE project = ?1
-				UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
-			AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
+// the order of preference. It checks their bindings.
+func (s *store) usableUpstreams(ctx context.Context, project int64) (all []upstreamRow, err error) {
+	err = s.withReadTx(ctx, func(db querier) error {
+		all, err = collect(ctx, db, "listing a project's upstreams", (*upstreamRow).columns, selectUpstreams+`
+			WHERE seq IN (SELECT seq FROM upstreams WHERE project = ?1
+					UNION SELECT upstream FROM upstream_shares WHERE project = ?1)
+				AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
+		for i := range all {
+			all[i].foreign = s.checkUsable(ctx, db, &all[i], project)
+		}
+		return err
+	})
+	return all, err
+}
+
+// checkUsable checks the bindings of an upstream and, unless the project owns it, of its share.
+func (s *store) checkUsable(ctx context.Context, db querier, u *upstreamRow, project int64) error {
+	if err := s.checkBinding(ctx, db, u); err != nil || u.project == project {
+		return err
+	}
+	share, err := queryRow(ctx, db, (*shareRow).columns, selectShares+`WHERE s.upstream = ? AND s.project = ?`,
+		u.seq, project)
+	if err != nil {
+		return err
+	}
+	return s.checkBinding(ctx, db, &share)
 }
 
 func (s *store) upstreamByID(ctx context.Context, projectID, id string) (upstreamRow, error) {
@@ -279,17 +348,17 @@ func upstreamByID(ctx context.Context, db querier, projectID, id string) (upstre
 // changeUpstream is changeRow for an upstream. edit may also delete it, by returning true.
 func (s *store) changeUpstream(ctx context.Context, origin auditOrigin, projectID, id string, version, now int64,
 	edit func(*upstreamRow) (deleted bool, err error)) (upstreamRow, error) {
-	action, deletedAt := "upstream.change", (*int64)(nil)
-	load := func(tx *sql.Tx) (upstreamRow, error) { return upstreamByID(ctx, tx, projectID, id) }
+	action := "upstream.change"
+	load := func(tx *auditedTx) (upstreamRow, error) { return upstreamByID(ctx, tx, projectID, id) }
 	editOrDelete := func(u *upstreamRow) error {
 		deleted, err := edit(u)
 		if deleted {
-			action, deletedAt = "upstream.delete", &now
+			action, u.deletedAt = "upstream.delete", &now
 		}
 		return err
 	}
-	save := func(tx *sql.Tx, old, u *upstreamRow) (auditEvent, error) {
-		if err := u.save(ctx, tx, deletedAt, now); err != nil {
+	save := func(tx *auditedTx, old, u *upstreamRow) (auditEvent, error) {
+		if err := u.save(ctx, tx, now); err != nil {
 			return auditEvent{}, err
 		}
 		return u.auditEvent(action, old.auditFields()), bumpProjectVersion(ctx, tx, u.project, now)
@@ -297,12 +366,13 @@ func (s *store) changeUpstream(ctx context.Context, origin auditOrigin, projectI
 	return changeRow(ctx, s, origin, version, now, load, editOrDelete, save)
 }
 
-// save writes the columns that a change may write, when the upstream was deleted, and its sharing.
-func (u *upstreamRow) save(ctx context.Context, tx *sql.Tx, deletedAt *int64, now int64) error {
+// save writes the columns that a change may write, and with whom the upstream is shared.
+func (u *upstreamRow) save(ctx context.Context, tx *auditedTx, now int64) error {
+	tx.bind(u)
 	if _, err := tx.ExecContext(ctx, `
-		UPDATE upstreams SET (`+upstreamEditable+`, deleted_at) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		UPDATE upstreams SET (`+upstreamEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 		WHERE seq = ?`,
-		append(u.editable(), deletedAt, u.seq)...); err != nil {
+		append(u.editable(), u.seq)...); err != nil {
 		return err
 	}
 	return u.saveSharing(ctx, tx, now)
@@ -317,7 +387,7 @@ func (s *store) sharedProjects(ctx context.Context, upstream int64) ([]int64, er
 
 // saveSharing writes with which projects an upstream is shared, and bumps the versions of all projects that
 // had the upstream before or have it now.
-func (u *upstreamRow) saveSharing(ctx context.Context, tx *sql.Tx, now int64) error {
+func (u *upstreamRow) saveSharing(ctx context.Context, tx *auditedTx, now int64) error {
 	if err := bumpSharedVersions(ctx, tx, u.seq, now); err != nil {
 		return err
 	}
@@ -329,9 +399,12 @@ func (u *upstreamRow) saveSharing(ctx context.Context, tx *sql.Tx, now int64) er
 		return err
 	}
 	for _, id := range ids {
+		r := &shareRow{upstreamID: u.id, projectID: id, ownerID: u.projectID}
+		tx.bind(r)
 		n, err := execCount(ctx, tx, "sharing an upstream", `
-			INSERT INTO upstream_shares (upstream, project)
-			SELECT ?1, seq FROM projects WHERE id = ?2 AND deleted_at IS NULL AND seq <> ?3`, u.seq, id, u.project)
+			INSERT INTO upstream_shares (upstream, project, bound_by, mac)
+			SELECT ?1, seq, ?4, ?5 FROM projects WHERE id = ?2 AND deleted_at IS NULL AND seq <> ?3`,
+			u.seq, id, u.project, r.boundBy, r.mac)
 		if err != nil {
 			return err
 		}
@@ -342,7 +415,7 @@ func (u *upstreamRow) saveSharing(ctx context.Context, tx *sql.Tx, now int64) er
 	return bumpSharedVersions(ctx, tx, u.seq, now)
 }
 
-func bumpSharedVersions(ctx context.Context, tx *sql.Tx, upstream, now int64) error {
+func bumpSharedVersions(ctx context.Context, tx querier, upstream, now int64) error {
 	_, err := tx.ExecContext(ctx, `
 		UPDATE projects SET version = version + 1, updated_at = ?
 		WHERE deleted_at IS NULL AND seq IN (SELECT project FROM upstream_shares WHERE upstream = ?)`, now, upstream)
@@ -373,7 +446,7 @@ func (p *priceRow) auditFields() []auditField {
 
 // setPrice stores a price. It replaces one with the same match, whose id stays.
 func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		var oldFields []auditField
 		old, err := queryRow(ctx, tx, (*priceRow).columns, `
 			SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match)
@@ -393,7 +466,7 @@ func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) e
 }
 
 func (s *store) deletePrice(ctx context.Context, origin auditOrigin, id string) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		old, err := queryRow(ctx, tx, (*priceRow).columns, `
 			DELETE FROM prices WHERE id = ? RETURNING `+priceColumns, id)
 		return auditEvent{"price.delete", id, diffAuditFields(old.auditFields(), nil)}, err

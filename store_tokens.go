@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"database/sql"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -32,6 +31,7 @@ type tokenRow struct {
 	version              int64
 	lastUsedAt           *int64
 	createdAt, updatedAt int64
+	binding
 }
 
 // neverExpires is the end of a token that has none; see schema/009.
@@ -39,7 +39,7 @@ const neverExpires = 9_000_000_000_000_000
 
 const (
 	tokenEditable = `name, hash, old_hash, old_hash_until, expires_at, idle_expiry, revoked_at,
-		max_requests, policy, version, updated_at`
+		max_requests, policy, version, updated_at, bound_by, mac`
 	selectTokens = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = tokens.project),
 		created_at, request_count, last_used_at, ends_at, ` + tokenEditable + ` FROM tokens `
 )
@@ -47,7 +47,18 @@ const (
 // editable returns the columns that a change may write.
 func (t *tokenRow) editable() []any {
 	return []any{&t.name, &t.hash, &t.oldHash, &t.oldHashUntil, &t.expiresAt, &t.idleExpiry, &t.revokedAt,
-		&t.maxRequests, &t.policy, &t.version, &t.updatedAt}
+		&t.maxRequests, &t.policy, &t.version, &t.updatedAt, &t.boundBy, &t.mac}
+}
+
+// bound does not cover what the ledger counts, and what grants nothing. A revoked token needs no MAC, so that many
+// can be revoked with one statement.
+func (t *tokenRow) bound() boundContent {
+	b := boundContent{binding: &t.binding, kind: "token", id: t.id, projectID: t.projectID}
+	if t.revokedAt == nil {
+		b.values = []any{t.name, t.hash, t.oldHash, t.oldHashUntil, t.expiresAt, t.idleExpiry, t.maxRequests,
+			t.policy, t.createdAt}
+	}
+	return b
 }
 
 func (t *tokenRow) columns() []any {
@@ -60,11 +71,12 @@ func (t *tokenRow) versionFields() (version, updatedAt *int64) { return &t.versi
 // addToken stores a new token of the project with id t.projectID and fills in what the database decides. It
 // returns errNotFound if there is no such project, and errTaken if the id or the hash is taken.
 func (s *store) addToken(ctx context.Context, origin auditOrigin, t *tokenRow) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		t.version = 1
+		tx.bind(t)
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO tokens (project, id, created_at, `+tokenEditable+`)
-			SELECT seq, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? FROM projects WHERE id = ? AND deleted_at IS NULL
+			SELECT seq, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? FROM projects WHERE id = ? AND deleted_at IS NULL
 			RETURNING seq, project`,
 			append(append([]any{t.id, t.createdAt}, t.editable()...), t.projectID)...).Scan(&t.seq, &t.project)
 		return t.auditEvent("token.create", nil), mapNoRows(mapUniqueViolation(err))
@@ -105,14 +117,19 @@ func (t *tokenRow) changeAction(old *tokenRow) string {
 }
 
 // tokenByHash returns the token with a hash, which may be the one from before its last rotation. It does not
-// check whether the token is valid.
+// check whether the token is valid. A foreign row does not count.
 func (s *store) tokenByHash(ctx context.Context, hash [32]byte) (tokenRow, error) {
-	return queryRow(ctx, s.readDB, (*tokenRow).columns,
+	return queryBoundRow(ctx, s, (*tokenRow).columns,
 		selectTokens+`WHERE hash = ?1 UNION ALL `+selectTokens+`WHERE old_hash = ?1`, hash[:])
 }
 
 func (s *store) tokenByID(ctx context.Context, id string) (tokenRow, error) {
 	return tokenByID(ctx, s.readDB, id)
+}
+
+// boundTokenByID is tokenByID, but a foreign row does not count.
+func (s *store) boundTokenByID(ctx context.Context, id string) (tokenRow, error) {
+	return queryBoundRow(ctx, s, (*tokenRow).columns, selectTokens+`WHERE id = ?`, id)
 }
 
 func tokenByID(ctx context.Context, db querier, id string) (tokenRow, error) {
@@ -122,25 +139,27 @@ func tokenByID(ctx context.Context, db querier, id string) (tokenRow, error) {
 // changeToken is changeRow for a token.
 func (s *store) changeToken(ctx context.Context, origin auditOrigin, id string, version, now int64,
 	edit func(*tokenRow) error) (tokenRow, error) {
-	load := func(tx *sql.Tx) (tokenRow, error) { return tokenByID(ctx, tx, id) }
-	return changeRow(ctx, s, origin, version, now, load, edit, func(tx *sql.Tx, old, t *tokenRow) (auditEvent, error) {
+	load := func(tx *auditedTx) (tokenRow, error) { return tokenByID(ctx, tx, id) }
+	save := func(tx *auditedTx, old, t *tokenRow) (auditEvent, error) {
 		return t.auditEvent(t.changeAction(old), old), t.save(ctx, tx)
-	})
+	}
+	return changeRow(ctx, s, origin, version, now, load, edit, save)
 }
 
 // save writes the columns that a change may write.
-func (t *tokenRow) save(ctx context.Context, tx *sql.Tx) error {
+func (t *tokenRow) save(ctx context.Context, tx *auditedTx) error {
+	tx.bind(t)
 	_, err := tx.ExecContext(ctx, `
-		UPDATE tokens SET (`+tokenEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		UPDATE tokens SET (`+tokenEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 		append(t.editable(), t.seq)...)
 	return err
 }
 
 // revokeTokens revokes all tokens of a project that are not revoked yet and returns how many.
 func (s *store) revokeTokens(ctx context.Context, origin auditOrigin, project string, now int64) (n int64, err error) {
-	err = s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		n, err = execCount(ctx, tx, "revoking tokens", `
-			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1
+			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = x''
 			WHERE revoked_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ?2)`, now, project)
 		return auditEvent{"project.revoke_tokens", project, []auditField{{"tokens", n}}}, err
 	})
@@ -244,16 +263,25 @@ type managementKeyRow struct {
 	expiresAt, revokedAt *int64
 	version              int64
 	createdAt, updatedAt int64
+	binding
 }
 
 const (
-	managementKeyEditable = `name, role, expires_at, revoked_at, version, updated_at`
+	managementKeyEditable = `name, role, expires_at, revoked_at, version, updated_at, bound_by, mac`
 	selectManagementKeys  = `SELECT seq, id, hash, created_at, ` + managementKeyEditable + ` FROM management_keys `
 )
 
 // editable returns the columns that a change may write.
 func (k *managementKeyRow) editable() []any {
-	return []any{&k.name, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.updatedAt}
+	return []any{&k.name, &k.role, &k.expiresAt, &k.revokedAt, &k.version, &k.updatedAt, &k.boundBy, &k.mac}
+}
+
+func (k *managementKeyRow) bound() boundContent {
+	b := boundContent{binding: &k.binding, kind: "key", id: k.id}
+	if k.revokedAt == nil {
+		b.values = []any{k.name, k.hash, k.role, k.expiresAt, k.createdAt}
+	}
+	return b
 }
 
 func (k *managementKeyRow) columns() []any {
@@ -272,18 +300,19 @@ func (k *managementKeyRow) auditFields() []auditField {
 
 // addManagementKey stores a new key and fills in what the database decides.
 func (s *store) addManagementKey(ctx context.Context, origin auditOrigin, k *managementKeyRow) error {
-	return s.withAuditedTx(ctx, origin, func(tx *sql.Tx) (auditEvent, error) {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		k.version = 1
+		tx.bind(k)
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO management_keys (id, hash, created_at, `+managementKeyEditable+`)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
 			k.columns()[1:]...).Scan(&k.seq)
 		return auditEvent{"key.create", k.id, diffAuditFields(nil, k.auditFields())}, mapUniqueViolation(err)
 	})
 }
 
 func (s *store) managementKeyByHash(ctx context.Context, hash [32]byte) (managementKeyRow, error) {
-	return queryRow(ctx, s.readDB, (*managementKeyRow).columns, selectManagementKeys+`WHERE hash = ?`, hash[:])
+	return queryBoundRow(ctx, s, (*managementKeyRow).columns, selectManagementKeys+`WHERE hash = ?`, hash[:])
 }
 
 func (s *store) managementKeyByID(ctx context.Context, id string) (managementKeyRow, error) {
@@ -307,8 +336,8 @@ func (s *store) listManagementKeys(ctx context.Context, after int64, limit int) 
 // changeManagementKey is changeRow for a management key.
 func (s *store) changeManagementKey(ctx context.Context, origin auditOrigin, id string, version, now int64,
 	edit func(*managementKeyRow) error) (managementKeyRow, error) {
-	load := func(tx *sql.Tx) (managementKeyRow, error) { return managementKeyByID(ctx, tx, id) }
-	save := func(tx *sql.Tx, old, k *managementKeyRow) (auditEvent, error) {
+	load := func(tx *auditedTx) (managementKeyRow, error) { return managementKeyByID(ctx, tx, id) }
+	save := func(tx *auditedTx, old, k *managementKeyRow) (auditEvent, error) {
 		action := "key.change"
 		if k.revokedAt != nil {
 			action = "key.revoke"
@@ -319,9 +348,10 @@ func (s *store) changeManagementKey(ctx context.Context, origin auditOrigin, id 
 }
 
 // save writes the columns that a change may write.
-func (k *managementKeyRow) save(ctx context.Context, tx *sql.Tx) error {
+func (k *managementKeyRow) save(ctx context.Context, tx *auditedTx) error {
+	tx.bind(k)
 	_, err := tx.ExecContext(ctx, `
-		UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 		append(k.editable(), k.seq)...)
 	return err
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
+	"fmt"
 	"regexp"
 	"strings"
 	"sync"
@@ -21,11 +22,8 @@ func TestBadTokensAlike(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	expiredID, expired := p.newToken(`"name":"expired","duration_hours":1`)
-	_, err := p.instance.store.writeDB.Exec("UPDATE tokens SET expires_at = ? WHERE id = ?",
-		time.Now().UnixMilli()-1, expiredID)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p.execSQLBound(fmt.Sprintf(`UPDATE tokens SET expires_at = %d WHERE id = '%s'`,
+		time.Now().UnixMilli()-1, expiredID))
 	revokedID, revoked := p.newToken(`"name":"revoked"`)
 	p.manage("DELETE", "/manage/tokens/"+revokedID, "", 200, nil)
 	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte("user:"+p.token))

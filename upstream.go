@@ -110,6 +110,9 @@ func newUpstream(row *upstreamRow, sl *sealer, allowPrivate bool, tracker *healt
 
 // unseal decrypts the key, which works only for the row and origin it was sealed for, and parses the settings.
 func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error {
+	if row.foreign != nil {
+		return row.foreign
+	}
 	base, err := parseBaseURL(row.baseURL, allowPrivate)
 	if err != nil {
 		return fmt.Errorf("base URL %w", err)
