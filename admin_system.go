@@ -29,7 +29,7 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 		v.Prices = append(v.Prices, newPriceView(&rows[i]))
 	}
 	if v.Model != "" {
-		if p, ok := ui.ops.effectivePrice(v.Provider, v.Model); ok {
+		if p, ok := ui.ops.effectivePrice(v.Provider, v.Model, r.now); ok {
 			v.Found = new(newPriceView(&p))
 		}
 	}

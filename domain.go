@@ -225,12 +225,6 @@ func parseRequestID(s string) int64 {
 // maxTokenCount bounds every token count. No answer has more, and sums of millions of calls do not overflow.
 const maxTokenCount = 1_000_000_000_000
 
-// tokenCounts is normalized: input includes cached, cacheWrite and audioInput; output includes reasoning
-// and audioOutput. No part exceeds its whole, and every count is from 0 to maxTokenCount.
-type tokenCounts struct {
-	input, cached, cacheWrite, output, reasoning, audioInput, audioOutput int64
-}
-
 // A usageSource is where counts come from. The ledger stores its text.
 type usageSource string
 
@@ -333,7 +327,9 @@ type requestRow struct {
 	errorCode             string
 	source                usageSource
 	counts                tokenCounts
-	cost                  int64 // nano-dollars; only valid if priced
+	details               usageDetails
+	price                 *price // that the cost is made of; nil: none
+	cost                  int64  // nano-dollars; only valid if priced
 	priced                bool
 	firstByteUS           int64 // -1: no byte was sent
 	totalUS               int64

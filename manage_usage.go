@@ -427,15 +427,19 @@ func (p *priceRow) priceFields() []**int64 {
 }
 
 // effectivePrice returns the price of a model, the operator's own or the list price, and whether there is one.
-func (ops *operations) effectivePrice(provider, model string) (priceRow, bool) {
-	p, ok := ops.prices.Load().lookup(provider, model)
+func (ops *operations) effectivePrice(provider, model string, now time.Time) (priceRow, bool) {
 	row := priceRow{match: model}
-	for i, v := range []int64{p.input, p.cachedInput, p.cacheWrite, p.output, p.audioInput, p.audioOutput} {
-		if v >= 0 {
+	p := ops.prices.Load().lookup(provider, model, now.UnixMilli())
+	if p == nil {
+		return row, false
+	}
+	for i, kind := range [...]priceKind{kindInput, kindCachedInput, kindCacheWrite, kindOutput, kindAudioInput,
+		kindAudioOutput} {
+		if v := p.rates[kind]; v >= 0 {
 			*row.priceFields()[i] = new(v)
 		}
 	}
-	return row, ok
+	return row, true
 }
 
 // listPrices returns the operator's own prices or, with ?model=, the effective price of that model.
@@ -444,7 +448,7 @@ func (api *manageAPI) listPrices(r *manageRequest) (any, error) {
 	var err error
 	if model := r.query.Get("model"); model == "" {
 		rows, err = api.store.listPrices(r.ctx)
-	} else if p, ok := api.ops.effectivePrice(r.query.Get("provider"), model); ok {
+	} else if p, ok := api.ops.effectivePrice(r.query.Get("provider"), model, r.now); ok {
 		rows = append(rows, p)
 	}
 	return newListPage(rows, len(rows), newPriceView, nil), err

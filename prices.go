@@ -1,23 +1,23 @@
-// This file has the prices of tokens: the embedded list prices, the operator's overrides, and the arithmetic
-// from counts to money. All numbers are exact integers: pico-dollars per token and nano-dollars per call. There
-// is no float, and a sum is rounded only once. Plain code: it does no I/O but reading the overrides.
+// This file has the price list: the embedded list prices, the operator's own prices, and the search for the price of
+// a model. Names of the list match exactly, but for dates; only the operator's prices may be patterns. What a price
+// makes of a call is in prices_cost.go. Plain code: it does no I/O but reading the operator's prices.
 package main
 
 import (
 	"cmp"
 	"context"
 	_ "embed"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
-	"math/bits"
+	"hash/fnv"
 	"slices"
 	"strconv"
 	"strings"
 )
 
-// effectivePrices returns the list prices with the operator's overrides.
+// effectivePrices returns the list prices with the operator's own prices.
 func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
 	listed, err := loadPrices()
 	if err != nil {
@@ -27,110 +27,62 @@ func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
 	if err != nil {
 		return nil, err
 	}
-	value := func(p *int64) int64 {
-		if p == nil {
-			return noPrice
-		}
-		return *p
+	own := make([]ownPrice, 0, len(rows))
+	for i := range rows {
+		own = append(own, rows[i].ownPrice())
 	}
-	overrides := make([]priceOverride, 0, len(rows))
-	for _, r := range rows {
-		overrides = append(overrides, priceOverride{r.match, price{
-			input: value(r.input), cachedInput: value(r.cachedInput), cacheWrite: value(r.cacheWrite),
-			output: value(r.output), audioInput: value(r.audioInput), audioOutput: value(r.audioOutput),
-		}})
-	}
-	return listed.withOverrides(overrides), nil
+	return listed.withOwnPrices(own), nil
 }
 
-// pricesJSON is the price list; its member "about" describes it.
+// ownPrice returns the price that an administrator set.
+func (r *priceRow) ownPrice() ownPrice {
+	p := &price{allTiers: true, from: priceOrigin{name: r.match, ownID: r.id}}
+	p.rates = noRates()
+	for _, kind := range [...]struct {
+		kind priceKind
+		pico *int64
+	}{
+		{kindInput, r.input}, {kindCachedInput, r.cachedInput}, {kindCacheWrite, r.cacheWrite},
+		{kindOutput, r.output}, {kindAudioInput, r.audioInput}, {kindAudioOutput, r.audioOutput},
+	} {
+		if kind.pico != nil {
+			p.rates[kind.kind] = *kind.pico
+		}
+	}
+	p.id = p.hash()
+	return ownPrice{match: r.match, price: p}
+}
+
+// pricesJSON is the price list; its member "about" describes it. deploy/prices makes it.
 //
 //go:embed prices.json
 var pricesJSON string
 
-const noPrice = -1
-
-// A price is in pico-dollars per token, which is micro-dollars per million tokens and exact for every list
-// price. A kind of token without a price has noPrice.
-type price struct{ input, cachedInput, cacheWrite, output, audioInput, audioOutput int64 }
-
-// cost returns the cost of c in nano-dollars, rounded half up, or math.MaxInt64 if it is higher than that. A
-// kind of token without a price of its own costs what input or output costs. Tokens that are both cached and
-// audio count as cached. cost returns false if tokens were used that have no price: unknown is not free.
-func (p price) cost(c tokenCounts) (nanos int64, ok bool) {
-	var sum uint128
-	textInput := max(c.input, 0)
-	split := func(n int64) int64 { // the parts never exceed the whole, so sum cannot overflow
-		n = min(max(n, 0), textInput)
-		textInput -= n
-		return n
-	}
-	cached, cacheWrite, audioInput := split(c.cached), split(c.cacheWrite), split(c.audioInput)
-	textOutput := max(c.output, 0)
-	audioOutput := min(max(c.audioOutput, 0), textOutput)
-	textOutput -= audioOutput
-	ok = sum.addTokens(textInput, p.input, noPrice)
-	ok = sum.addTokens(cached, p.cachedInput, p.input) && ok
-	ok = sum.addTokens(cacheWrite, p.cacheWrite, p.input) && ok
-	ok = sum.addTokens(audioInput, p.audioInput, p.input) && ok
-	ok = sum.addTokens(textOutput, p.output, noPrice) && ok
-	ok = sum.addTokens(audioOutput, p.audioOutput, p.output) && ok
-	if !ok {
-		return 0, false
-	}
-	return sum.roundedThousandth(), true
-}
-
-type uint128 struct{ hi, lo uint64 }
-
-// addTokens adds the cost of n tokens at the given price, or at fallback if that is noPrice. It returns false
-// if there are tokens and no price.
-func (w *uint128) addTokens(n, price, fallback int64) bool {
-	if price < 0 {
-		price = fallback
-	}
-	if n == 0 || price < 0 {
-		return n == 0
-	}
-	hi, lo := bits.Mul64(uint64(n), uint64(price))
-	var carry uint64
-	w.lo, carry = bits.Add64(w.lo, lo, 0)
-	w.hi, _ = bits.Add64(w.hi, hi, carry)
-	return true
-}
-
-// roundedThousandth returns w/1000 rounded half up, at most math.MaxInt64.
-func (w uint128) roundedThousandth() int64 {
-	lo, carry := bits.Add64(w.lo, 500, 0)
-	hi := w.hi + carry
-	if hi >= 1000 {
-		return math.MaxInt64
-	}
-	q, _ := bits.Div64(hi, lo, 1000)
-	return int64(min(q, math.MaxInt64))
-}
-
 // A priceTable finds the price of a model. It is immutable and safe for concurrent use.
 type priceTable struct {
-	exact     map[priceKey]price
-	patterns  []pricePattern // longest first
-	providers []string       // in the order of the search if the provider is not known
+	date   string              // of the list
+	listed map[priceKey]*price // by provider and name
+	any    map[string]*price   // by name: that of the first provider in the order of priceProviders
+	free   *price
 
-	overrideExact    map[string]price
-	overridePatterns []pricePattern // longest first
+	ownExact    map[string][]ownPrice // of one name, the latest validFrom first
+	ownPatterns []ownPrice            // longest first, then the latest validFrom
 }
 
 type priceKey struct{ provider, model string }
 
-type pricePattern struct {
-	provider, match string
-	price           price
+// An ownPrice is the operator's price of the models that match, where `*` stands for any text.
+type ownPrice struct {
+	match     string
+	validFrom int64 // unix milliseconds; 0: always
+	price     *price
 }
 
-// A priceOverride is the operator's price of the models that match, where `*` stands for any text.
-type priceOverride struct {
-	match string
-	price price
+// priceProviders are the providers in the list, in the order of the search where the provider is not known. A price
+// of the company that made the model comes before one of a host.
+func priceProviders() []string {
+	return []string{"openai", "anthropic", "google", "mistral", "deepseek", "x-ai", "cohere", "moonshotai", "zhipuai",
+		"voyageai", "perplexity", "groq", "cerebras", "azure"}
 }
 
 // loadPrices reads the embedded list.
@@ -145,9 +97,11 @@ func loadPrices() (*priceTable, error) {
 // parsePrices reads a price list such as prices.json.
 func parsePrices(text string) (*priceTable, error) {
 	var list struct {
-		Currency string       `json:"currency"`
-		Per      int64        `json:"per_tokens"`
-		Models   []priceEntry `json:"models"`
+		Currency string                  `json:"currency"`
+		Per      int64                   `json:"per_tokens"`
+		Date     string                  `json:"as_of"`
+		Tools    map[string]priceMembers `json:"tools"`
+		Models   []priceMembers          `json:"models"`
 	}
 	if err := json.Unmarshal([]byte(text), &list); err != nil {
 		return nil, err
@@ -155,187 +109,447 @@ func parsePrices(text string) (*priceTable, error) {
 	if list.Currency != "USD" || list.Per != 1_000_000 {
 		return nil, errors.New("prices are not in US dollars per million tokens")
 	}
-	t := &priceTable{exact: make(map[priceKey]price), providers: []string{"openai", "anthropic"}}
+	t := &priceTable{date: list.Date, listed: make(map[priceKey]*price, 2*len(list.Models)),
+		any: make(map[string]*price, 2*len(list.Models)), free: &price{allTiers: true}}
+	t.free.from = priceOrigin{name: "*:free", date: t.date}
+	t.free.id = t.free.hash()
 	for _, m := range list.Models {
-		p, err := m.price()
-		if err != nil {
-			return nil, fmt.Errorf("%s %s: %w", m.Provider, m.Model, err)
-		}
-		if !slices.Contains(t.providers, m.Provider) {
-			t.providers = append(t.providers, m.Provider)
-		}
-		for _, match := range m.Match {
-			key := priceKey{m.Provider, match}
-			if _, exists := t.exact[key]; exists {
-				return nil, fmt.Errorf("%s %s: %q is listed twice", m.Provider, m.Model, match)
-			}
-			if strings.Contains(match, "*") {
-				t.patterns = append(t.patterns, pricePattern{m.Provider, match, p})
-			} else {
-				t.exact[key] = p
-			}
+		if err := t.addListed(m, list.Tools); err != nil {
+			return nil, err
 		}
 	}
-	sortLongestFirst(t.patterns)
+	rank := priceProviders()
+	best := make(map[string]int, len(t.listed))
+	for k, p := range t.listed {
+		r := slices.Index(rank, k.provider)
+		if r < 0 {
+			return nil, fmt.Errorf("%s is not a provider that prices are known of", k.provider)
+		}
+		if old, found := best[k.model]; !found || r < old {
+			best[k.model], t.any[k.model] = r, p
+		}
+	}
 	return t, nil
 }
 
-// A priceEntry is one entry of the price list. A price that is not listed is "".
-type priceEntry struct {
-	Provider    string      `json:"provider"`
-	Model       string      `json:"model"`
-	Match       []string    `json:"match"`
-	Input       json.Number `json:"input"`
-	CachedInput json.Number `json:"cached_input"`
-	CacheWrite  json.Number `json:"cache_write"`
-	Output      json.Number `json:"output"`
-	AudioInput  json.Number `json:"audio_input"`
-	AudioOutput json.Number `json:"audio_output"`
+// priceMembers are the members of a price in JSON, or of a part of it.
+type priceMembers map[string]json.RawMessage
+
+// addListed adds one entry of the list, under all names of the model. tools are the prices of tools that hold for all
+// models of a provider.
+func (t *priceTable) addListed(m priceMembers, tools map[string]priceMembers) error {
+	var provider, model string
+	var names []string
+	date := t.date
+	for _, f := range []struct {
+		name   string
+		target any
+	}{{"provider", &provider}, {"model", &model}, {"names", &names}, {"as_of", &date}} {
+		if text, ok := m[f.name]; ok {
+			if err := json.Unmarshal(text, f.target); err != nil {
+				return fmt.Errorf("%s %s: %s: %w", provider, model, f.name, err)
+			}
+			delete(m, f.name)
+		}
+	}
+	for name, text := range tools[provider] {
+		if _, ok := m[name]; !ok {
+			m[name] = text
+		}
+	}
+	p, err := parsePrice(m)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", provider, model, err)
+	}
+	p.from = priceOrigin{name: model, provider: provider, date: date}
+	p.id = p.hash()
+	for _, name := range append(names, model) {
+		key := priceKey{provider, name}
+		if _, exists := t.listed[key]; exists || name == "" || strings.Contains(name, "*") {
+			return fmt.Errorf("%s %s: the name %q is listed twice, empty, or a pattern", provider, model, name)
+		}
+		t.listed[key] = p
+	}
+	return nil
 }
 
-func (m *priceEntry) price() (p price, err error) {
-	for _, f := range []struct {
-		target  *int64
-		dollars json.Number
-	}{
-		{&p.input, m.Input}, {&p.cachedInput, m.CachedInput}, {&p.cacheWrite, m.CacheWrite},
-		{&p.output, m.Output}, {&p.audioInput, m.AudioInput}, {&p.audioOutput, m.AudioOutput},
-	} {
-		if *f.target = noPrice; f.dollars != "" {
-			if *f.target, err = parseDollars(f.dollars.String()); err != nil {
-				return price{}, err
+// parsePrice reads the price of one model: its rates by the names of priceKinds, and above_input_tokens,
+// service_tier, multiplier and unknown_above_input_tokens.
+func parsePrice(m priceMembers) (*price, error) {
+	p := &price{}
+	var err error
+	if p.tierPrice, err = parseTierPrice(m, "above_input_tokens", nil); err != nil {
+		return nil, err
+	}
+	if text, ok := m["service_tier"]; ok {
+		var tiers map[string]priceMembers
+		if err := json.Unmarshal(text, &tiers); err != nil {
+			return nil, fmt.Errorf("service_tier: %w", err)
+		}
+		for name, members := range tiers {
+			tier := serviceTierOf([]byte(name))
+			if tier == tierStandard || tier == tierOther {
+				return nil, fmt.Errorf("service_tier: %q is not a tier", name)
 			}
+			t, err := parseTierPrice(members, "above", &p.tierPrice)
+			if err != nil {
+				return nil, fmt.Errorf("service_tier %s: %w", name, err)
+			}
+			p.tiers[tier] = &t
+		}
+	}
+	if err := p.parseMultipliers(m["multiplier"]); err != nil {
+		return nil, err
+	}
+	if text, ok := m["unknown_above_input_tokens"]; ok {
+		if p.hiddenAbove, err = strconv.ParseInt(string(text), 10, 64); err != nil || p.hiddenAbove <= 0 {
+			return nil, errors.New("unknown_above_input_tokens is not a number of tokens")
 		}
 	}
 	return p, nil
 }
 
-// sortLongestFirst puts the most specific pattern first; equally long ones stay in order.
-func sortLongestFirst(patterns []pricePattern) {
-	slices.SortStableFunc(patterns, func(a, b pricePattern) int { return cmp.Compare(len(b.match), len(a.match)) })
+// parseTierPrice reads the price in one tier. standard is that of the standard tier, nil for itself.
+func parseTierPrice(m priceMembers, aboveName string, standard *tierPrice) (t tierPrice, err error) {
+	if t.rates, err = parseRates(m, aboveName); err != nil {
+		return t, err
+	}
+	if standard != nil {
+		t.hideUnlisted(&standard.rates, true)
+	}
+	text, ok := m[aboveName]
+	if !ok {
+		return t, nil
+	}
+	var above map[string]priceMembers
+	if err := json.Unmarshal(text, &above); err != nil {
+		return t, fmt.Errorf("%s: %w", aboveName, err)
+	}
+	for threshold, members := range above {
+		l := longContextPrice{}
+		if l.threshold, err = strconv.ParseInt(threshold, 10, 64); err != nil || l.threshold <= 0 {
+			return t, fmt.Errorf("%s: %q is not a number of tokens", aboveName, threshold)
+		}
+		if l.rates, err = parseRates(members, ""); err != nil {
+			return t, fmt.Errorf("%s: %w", aboveName, err)
+		}
+		l.hideUnlisted(&t.rates, false)
+		t.above = append(t.above, l)
+	}
+	slices.SortFunc(t.above, func(a, b longContextPrice) int { return cmp.Compare(b.threshold, a.threshold) })
+	return t, nil
 }
 
-// withOverrides returns a table with these overrides instead of any earlier ones. A model that matches an
-// override has only the override's prices, none from the list. Of two overrides with the same match the later
-// one counts.
-func (t *priceTable) withOverrides(overrides []priceOverride) *priceTable {
-	changed := *t
-	changed.overrideExact, changed.overridePatterns = make(map[string]price), nil
-	for _, o := range slices.Backward(overrides) {
-		if strings.Contains(o.match, "*") {
-			changed.overridePatterns = append(changed.overridePatterns, pricePattern{match: o.match, price: o.price})
-		} else if _, exists := changed.overrideExact[o.match]; !exists {
-			changed.overrideExact[o.match] = o.price
+// hideUnlisted marks the kinds that have prices of their own in the rates that r replaces, and none in r: what they
+// cost is not known. A kind that costs as much as another one there does so here. A tier that lists no price for
+// cached tokens gives no discount on them.
+func (r *rates) hideUnlisted(base *rates, tier bool) {
+	for k := range numPriceKinds {
+		next := base.fallbackKind(k)
+		follows := next != k && base[k] == base[next] || tier && k == kindCachedInput
+		if r[k] == noPrice && base[k] != noPrice && !k.isTool() && !follows {
+			r[k] = hiddenPrice
 		}
 	}
-	sortLongestFirst(changed.overridePatterns)
+}
+
+// parseRates reads the members that are named after priceKinds, and refuses all but these and those that parsePrice
+// reads.
+func parseRates(m priceMembers, aboveName string) (rates, error) {
+	r := noRates()
+	known := 0
+	for k, info := range priceKinds {
+		text, ok := m[info.name]
+		if !ok {
+			continue
+		}
+		known++
+		var err error
+		if r[k], err = info.unit.parse(string(text)); err != nil {
+			return r, fmt.Errorf("%s: %w", info.name, err)
+		}
+	}
+	if known == len(m) {
+		return r, nil
+	}
+	for name := range m {
+		isKind := slices.ContainsFunc(priceKinds[:], func(info priceKindInfo) bool { return info.name == name })
+		isPart := name == aboveName || aboveName == "above_input_tokens" &&
+			(name == "service_tier" || name == "multiplier" || name == "unknown_above_input_tokens")
+		if !isKind && !isPart {
+			return r, fmt.Errorf("%q is not a member of a price", name)
+		}
+	}
+	return r, nil
+}
+
+func (p *price) parseMultipliers(text json.RawMessage) error {
+	if text == nil {
+		return nil
+	}
+	var multipliers map[string]json.Number
+	if err := json.Unmarshal(text, &multipliers); err != nil {
+		return fmt.Errorf("multiplier: %w", err)
+	}
+	for name, value := range multipliers {
+		target := map[string]*int64{"us": &p.us, "eu": &p.eu, "fast": &p.fast}[name]
+		n, err := parseDecimal(value.String(), 2, 1_000)
+		if target == nil || err != nil || n == 0 {
+			return fmt.Errorf("multiplier: %q is not one of us, eu and fast with at most two decimals", name)
+		}
+		*target = n * (multiplierOne / 100)
+	}
+	return nil
+}
+
+// hash returns a number that names the price with all its parts.
+func (p *price) hash() int64 {
+	h := fnv.New64a()
+	write := func(values ...int64) {
+		for _, v := range values {
+			_ = binary.Write(h, binary.LittleEndian, v)
+		}
+	}
+	h.Write([]byte(p.from.name + "\n" + p.from.provider + "\n" + p.from.ownID + "\n" + p.from.date))
+	for i, t := range append([]*tierPrice{&p.tierPrice}, p.tiers[:]...) {
+		if t != nil {
+			write(int64(i))
+			write(t.rates[:]...)
+			for _, l := range t.above {
+				write(l.threshold)
+				write(l.rates[:]...)
+			}
+		}
+	}
+	write(p.hiddenAbove, p.us, p.eu, p.fast)
+	return int64(h.Sum64() >> 1) // 63 bits
+}
+
+// withOwnPrices returns a table with these prices of the operator instead of any earlier ones. A model that matches
+// one of them has only its prices, none from the list. Of two with the same match and time the later one counts.
+func (t *priceTable) withOwnPrices(own []ownPrice) *priceTable {
+	changed := *t
+	changed.ownExact, changed.ownPatterns = make(map[string][]ownPrice), nil
+	latestFirst := func(a, b ownPrice) int { return cmp.Compare(b.validFrom, a.validFrom) }
+	for _, o := range slices.Backward(own) {
+		if strings.Contains(o.match, "*") {
+			changed.ownPatterns = append(changed.ownPatterns, o)
+		} else {
+			changed.ownExact[o.match] = append(changed.ownExact[o.match], o)
+		}
+	}
+	for _, versions := range changed.ownExact {
+		slices.SortStableFunc(versions, latestFirst)
+	}
+	slices.SortStableFunc(changed.ownPatterns, func(a, b ownPrice) int {
+		return cmp.Or(cmp.Compare(len(b.match), len(a.match)), latestFirst(a, b))
+	})
 	return &changed
 }
 
-// lookup returns the price of a model, or false if there is none. Overrides come first. Then the provider's own
-// list entries count, and for azure also openai's. For "compatible" and "" every provider's entries count: a
-// name like "openai/gpt-4o" prefers openai, and is also looked up without that part.
-func (t *priceTable) lookup(provider, model string) (price, bool) {
-	anyProvider := provider == "compatible" || provider == ""
+// lookup returns the price of a model at a time in unix milliseconds, or nil if there is none. vendor is that of
+// priceVendor. The operator's prices come first. Then the vendor's own entries in the list count, and for azure also
+// openai's. Where the vendor is not known, every provider's entries count: a name like "openai/gpt-4o" prefers
+// openai, and is also looked up without that part.
+func (t *priceTable) lookup(vendor, model string, at int64) *price {
+	anyVendor := vendor == "compatible" || vendor == ""
 	preferred, short := "", model
-	if i := strings.LastIndexByte(model, '/'); anyProvider && i >= 0 {
+	if i := strings.LastIndexByte(model, '/'); i >= 0 {
 		preferred, short = model[:i], model[i+1:]
 	}
-	if p, ok := t.lookupOverride(model, short); ok {
-		return p, true
+	if p := t.lookupOwn(model, short, at); p != nil {
+		return p
 	}
 	switch {
-	case anyProvider:
-		if p, ok := t.lookupListed(preferred, short); ok {
-			return p, true
-		}
-		return t.lookupAnyProvider(model, short)
-	case provider == "azure":
-		if p, ok := t.lookupListed("azure", model); ok {
-			return p, true
-		}
-		provider = "openai"
+	case vendor == "openai" || vendor == "anthropic":
+		return t.lookupListed(vendor, model)
+	case vendor == "azure":
+		return cmp.Or(t.lookupListed("azure", model), t.lookupListed("openai", model))
+	case !anyVendor:
+		return cmp.Or(t.lookupListed(vendor, model), t.lookupListed(vendor, short))
+	case strings.HasSuffix(model, ":free"):
+		return t.free
 	}
-	return t.lookupListed(provider, model)
+	if preferred != "" {
+		if p := t.lookupListed(prefixProvider(preferred), short); p != nil {
+			return p
+		}
+	}
+	return cmp.Or(t.lookupAny(model), t.lookupAny(short))
 }
 
-// metricLabel returns a model's name for metrics: a name in the table, or the pattern in it that the name
-// matches, or "other". So clients cannot create labels by making up names.
-func (t *priceTable) metricLabel(model string) string {
-	short := model[strings.LastIndexByte(model, '/')+1:]
+// priceRow fills in what the usage in a row costs, by the first of models that has a price for it. The first model is
+// the one that answered; priceRow reports whether it has a price.
+func (t *priceTable) priceRow(r *requestRow, vendor string, discount int64, models ...string) (listed bool) {
+	r.cost, r.priced, r.price = 0, false, nil
+	try := func(vendor, model string) (found bool) {
+		if p := t.lookup(vendor, model, r.started); p != nil {
+			if r.cost, r.priced = p.cost(&r.counts, &r.details, discount, nil); r.priced {
+				r.price = p
+			}
+			return true
+		}
+		return false
+	}
+	for i, model := range models {
+		if model != "" && !r.priced && try(vendor, model) && i == 0 {
+			listed = true
+		}
+	}
+	if !r.priced && len(models) > 1 { // the call may have been admitted at another provider
+		try("", models[len(models)-1])
+	}
+	return listed
+}
+
+// priceVendor returns whose prices hold at an upstream: its provider or, for one that is compatible, the company
+// that the host belongs to, if the list has it.
+func priceVendor(provider, host string) string {
+	if provider != "compatible" {
+		return provider
+	}
+	switch host {
+	case "api.openai.com", "us.api.openai.com", "eu.api.openai.com":
+		return "openai"
+	case "api.anthropic.com":
+		return "anthropic"
+	case "generativelanguage.googleapis.com":
+		return "google"
+	case "api.mistral.ai":
+		return "mistral"
+	case "api.deepseek.com":
+		return "deepseek"
+	case "api.x.ai":
+		return "x-ai"
+	case "api.cohere.com", "api.cohere.ai":
+		return "cohere"
+	case "api.moonshot.ai", "api.moonshot.cn":
+		return "moonshotai"
+	case "api.z.ai", "open.bigmodel.cn":
+		return "zhipuai"
+	case "api.voyageai.com":
+		return "voyageai"
+	case "api.perplexity.ai":
+		return "perplexity"
+	case "api.groq.com":
+		return "groq"
+	case "api.cerebras.ai":
+		return "cerebras"
+	}
+	return provider
+}
+
+// prefixProvider returns the provider that the part of a name before the last slash means. Aggregators have other
+// names for some providers.
+func prefixProvider(prefix string) string {
+	prefix = prefix[strings.LastIndexByte(prefix, '/')+1:]
+	switch prefix {
+	case "xai":
+		return "x-ai"
+	case "mistralai":
+		return "mistral"
+	case "gemini", "models": // Google's own names are models/gemini-2.5-pro
+		return "google"
+	case "z-ai", "zai", "zai-org", "thudm":
+		return "zhipuai"
+	case "moonshot":
+		return "moonshotai"
+	case "voyage":
+		return "voyageai"
+	}
+	return prefix
+}
+
+// lookupOwn looks up the operator's prices, for the full name before the short one.
+func (t *priceTable) lookupOwn(model, short string, at int64) *price {
 	for _, name := range [...]string{model, short} {
-		if _, ok := t.overrideExact[name]; ok {
-			return name
-		}
-		if _, ok := t.exactAnyProvider(name); ok {
-			return name
-		}
-	}
-	for _, patterns := range [...][]pricePattern{t.overridePatterns, t.patterns} {
-		if p := findPattern(patterns, model, short); p != nil {
-			return p.match
+		for _, o := range t.ownExact[name] {
+			if o.validFrom <= at {
+				return o.price
+			}
 		}
 	}
-	return otherLabel
-}
-
-// lookupOverride looks up the operator's prices, for the full name before the short one.
-func (t *priceTable) lookupOverride(model, short string) (price, bool) {
-	for _, name := range [...]string{model, short} {
-		if p, ok := t.overrideExact[name]; ok {
-			return p, true
-		}
-	}
-	return findPattern(t.overridePatterns, model, short).found()
-}
-
-// lookupListed looks up the list prices of one provider.
-func (t *priceTable) lookupListed(provider, model string) (price, bool) {
-	if p, ok := t.exact[priceKey{provider, model}]; ok {
-		return p, true
-	}
-	for _, l := range t.patterns {
-		if l.provider == provider && matchName(l.match, model) {
-			return l.price, true
-		}
-	}
-	return price{}, false
-}
-
-// lookupAnyProvider looks up the list prices of all providers.
-func (t *priceTable) lookupAnyProvider(model, short string) (price, bool) {
-	for _, name := range [...]string{model, short} {
-		if p, ok := t.exactAnyProvider(name); ok {
-			return p, true
-		}
-	}
-	return findPattern(t.patterns, model, short).found()
-}
-
-func (t *priceTable) exactAnyProvider(name string) (price, bool) {
-	for _, provider := range t.providers {
-		if p, ok := t.exact[priceKey{provider, name}]; ok {
-			return p, true
-		}
-	}
-	return price{}, false
-}
-
-// findPattern returns the first pattern that matches one of the names, or nil.
-func findPattern(patterns []pricePattern, model, short string) *pricePattern {
-	for i, p := range patterns {
-		if matchName(p.match, model) || matchName(p.match, short) {
-			return &patterns[i]
+	for _, o := range t.ownPatterns {
+		if o.validFrom <= at && (matchName(o.match, model) || matchName(o.match, short)) {
+			return o.price
 		}
 	}
 	return nil
 }
 
-func (p *pricePattern) found() (price, bool) {
-	if p == nil {
-		return price{}, false
+// lookupListed looks up the list prices of one provider.
+func (t *priceTable) lookupListed(provider, model string) *price {
+	for _, name := range listedNames(model) {
+		if p := t.listed[priceKey{provider, name}]; p != nil && name != "" {
+			return p
+		}
 	}
-	return p.price, true
+	return nil
+}
+
+// lookupAny looks up the list prices of all providers.
+func (t *priceTable) lookupAny(model string) *price {
+	for _, name := range listedNames(model) {
+		if p := t.any[name]; p != nil {
+			return p
+		}
+	}
+	return nil
+}
+
+// listedNames returns the names under which the list may have a model: its own, without a date, and of a fine-tuned
+// model that of its base, with ft: before it. "" is none.
+func listedNames(model string) (names [4]string) {
+	names[0], names[1] = model, withoutDate(model)
+	if base, ok := strings.CutPrefix(model, "ft:"); ok {
+		base, _, _ = strings.Cut(base, ":")
+		names[2], names[3] = model[:len("ft:")+len(base)], withoutDate(model[:len("ft:")+len(base)])
+	}
+	return names
+}
+
+// withoutDate returns a model's name without the date or "-latest" at its end, "" if it has none.
+func withoutDate(name string) string {
+	if base, ok := strings.CutSuffix(name, "-latest"); ok {
+		return base
+	}
+	for _, form := range [...]string{"-0000-00-00", "-00000000", "@00000000"} {
+		i := len(name) - len(form)
+		if i <= 0 {
+			continue
+		}
+		matches := true
+		for j := range len(form) {
+			c := name[i+j]
+			matches = matches && (c == form[j] && c != '0' || form[j] == '0' && c >= '0' && c <= '9')
+		}
+		if matches {
+			return name[:i]
+		}
+	}
+	return ""
+}
+
+// metricLabel returns a model's name for metrics: a name in the table, or the operator's pattern that the name
+// matches, or "other". So clients cannot create labels by making up names.
+func (t *priceTable) metricLabel(model string) string {
+	short := model[strings.LastIndexByte(model, '/')+1:]
+	for _, name := range [...]string{model, short} {
+		if _, ok := t.ownExact[name]; ok {
+			return name
+		}
+		for _, n := range listedNames(name) {
+			if t.any[n] != nil {
+				return n
+			}
+		}
+	}
+	for _, o := range t.ownPatterns {
+		if matchName(o.match, model) || matchName(o.match, short) {
+			return o.match
+		}
+	}
+	return otherLabel
 }
 
 // matchName reports whether pattern, where each `*` stands for any text, matches the whole name. The leftmost
@@ -359,21 +573,45 @@ func matchName(pattern, name string) bool {
 	}
 }
 
+// parse reads a price of one unit in dollars: of a million tokens or characters, of a minute, or of a piece. It
+// returns pico-dollars for one token or character, for a minute, or for a piece.
+func (u priceUnit) parse(text string) (pico int64, err error) {
+	if u == perToken || u == perCharacter {
+		return parseDollars(text)
+	}
+	return parseDecimal(text, 12, 1_000)
+}
+
+// format writes pico-dollars as parse reads them; "" for what is no price.
+func (u priceUnit) format(pico int64) string {
+	if u == perToken || u == perCharacter || pico < 0 {
+		return formatDollars(pico)
+	}
+	return formatDecimal(pico, 12)
+}
+
 // parseDollars reads a price in dollars per million tokens, such as "2.5", and returns pico-dollars per token.
 // It accepts digits with at most one point between them, at most six decimals, and at most a million dollars.
-func parseDollars(s string) (pico int64, err error) {
+func parseDollars(s string) (pico int64, err error) { return parseDecimal(s, 6, 1_000_000) }
+
+// parseDecimal reads a decimal number such as "2.5" and returns it times 10^places. It accepts digits with at most
+// one point between them.
+func parseDecimal(s string, places int, highest int64) (int64, error) {
 	whole, decimals, point := strings.Cut(s, ".")
 	if !allDigits(whole) || point && !allDigits(decimals) {
-		return 0, fmt.Errorf("%q is not a decimal number of dollars", s)
+		return 0, fmt.Errorf("%q is not a decimal number", s)
 	}
-	if len(decimals) > 6 {
-		return 0, fmt.Errorf("%q has more than six decimals", s)
+	if len(decimals) > places {
+		return 0, fmt.Errorf("%q has more than %d decimals", s, places)
 	}
-	pico, err = strconv.ParseInt(whole+(decimals + "000000")[:6], 10, 64)
-	if err != nil || pico > 1_000_000_000_000 {
-		return 0, fmt.Errorf("%q is more than a million dollars", s)
+	n, err := strconv.ParseInt(whole+decimals+strings.Repeat("0", places-len(decimals)), 10, 64)
+	for range places {
+		highest *= 10
 	}
-	return pico, nil
+	if err != nil || n > highest {
+		return 0, fmt.Errorf("%q is too large", s)
+	}
+	return n, nil
 }
 
 // allDigits reports whether s is one or more ASCII digits.

@@ -201,18 +201,23 @@ func (c *call) estimateCost(policies ...*policy) error {
 
 // fillEstimatedCost fills in the costs of est, and reports whether they are known.
 func (c *call) fillEstimatedCost(est *estimate) bool {
-	price, ok := c.prices.lookup(c.upstream.provider, cmp.Or(c.attempts.fallbackModel, c.fields.model))
-	if !ok && c.attempts.fallbackModel != "" {
-		price, ok = c.prices.lookup("", c.fields.model)
+	at := c.start.UnixMilli()
+	price := c.prices.lookup(c.priceVendor(), cmp.Or(c.attempts.fallbackModel, c.fields.model), at)
+	if price == nil && c.attempts.fallbackModel != "" {
+		price = c.prices.lookup("", c.fields.model, at)
 	}
-	if !ok || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character, and its answers report no usage
+	if price == nil || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character; answers report no usage
 		return false
 	}
 	var inputKnown, outputKnown bool
-	est.inputCost, inputKnown = price.cost(tokenCounts{input: est.input})
-	est.outputCost, outputKnown = price.cost(tokenCounts{output: est.output})
+	var none usageDetails
+	est.inputCost, inputKnown = price.cost(&tokenCounts{input: est.input}, &none, multiplierOne, nil)
+	est.outputCost, outputKnown = price.cost(&tokenCounts{output: est.output}, &none, multiplierOne, nil)
 	return inputKnown && outputKnown
 }
+
+// priceVendor returns whose prices hold for the call.
+func (c *call) priceVendor() string { return priceVendor(c.upstream.provider, c.upstream.host) }
 
 // requestsExhausted refuses a call of a token that has made all of its requests.
 func requestsExhausted(maxRequests int64) *apiError {

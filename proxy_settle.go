@@ -158,7 +158,8 @@ func (c *call) fillUsage(row *requestRow) {
 	if !m.unmeasured {
 		return
 	}
-	if _, priced := c.prices.lookup(c.upstream.provider, c.fields.model); m.done && !m.hasUsage && !priced {
+	price := c.prices.lookup(c.priceVendor(), c.fields.model, row.started)
+	if m.done && !m.hasUsage && price == nil {
 		row.counts, row.source = tokenCounts{}, usageNone // pictures of a model that is billed by the picture
 		return
 	}
@@ -170,16 +171,8 @@ func (c *call) fillUsage(row *requestRow) {
 // price of another name must not lose it, so the model that was sent counts next, and then the one asked for.
 func (c *call) fillCost(row *requestRow) {
 	row.requestedModel = c.fields.model
-	var listed bool
-	row.cost, row.priced, listed = c.prices.price(c.upstream.provider, row.model, row.counts)
-	for _, model := range [...]string{c.attempts.current.model, c.attempts.fallbackModel, c.fields.model} {
-		if !row.priced && model != "" {
-			row.cost, row.priced, _ = c.prices.price(c.upstream.provider, model, row.counts)
-		}
-	}
-	if !row.priced { // the call may have been admitted at another provider
-		row.cost, row.priced, _ = c.prices.price("", c.fields.model, row.counts)
-	}
+	listed := c.prices.priceRow(row, c.priceVendor(), multiplierOne, row.model, c.attempts.current.model,
+		c.attempts.fallbackModel, c.fields.model)
 	// Speech is billed by the character, or by tokens of sound that nobody counts.
 	speech := c.endpoint.pattern == "/v1/audio/speech" && row.source == usageEstimated
 	if row.source == usageNone || speech {
@@ -188,16 +181,6 @@ func (c *call) fillCost(row *requestRow) {
 	listed = listed || row.outcome == outcomeOK
 	row.modelTracked = listed && c.token.trackModel(row.model)
 	row.requestedModelTracked = listed && c.token.trackModel(row.requestedModel)
-}
-
-// price returns the cost of counts, whether it is known, and whether the model is in the price list.
-func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos int64, priced, listed bool) {
-	p, ok := t.lookup(provider, model)
-	if !ok {
-		return 0, false, false
-	}
-	nanos, priced = p.cost(counts)
-	return nanos, priced, true
 }
 
 // refuse answers a call that was not admitted. The sums count every refusal of a known token, but at most one a

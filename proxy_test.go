@@ -518,9 +518,8 @@ func TestPromiseAuditable(t *testing.T) {
 	outside := []string{
 		"demo.go",            // the stand-in provider's key, which is none
 		"command_restore.go", // a new key, for the operator at the terminal
-		"manage_tokens.go",   // new credentials, shown once in the response that creates them
 		"manage_usage.go",    // stored content, shown to administrators
-		"manage_projects.go", // the form of a new provider key
+		"manage_projects.go", // the form of a new provider key; new credentials, shown once to who creates them
 	}
 	_, section, _ := strings.Cut(mustReadFile(t, "docs/security-review.md"), "\n## The trust core\n")
 	section, _, _ = strings.Cut(section, "\n## ")
