@@ -271,7 +271,10 @@ type barView struct {
 func newBarViews(limits []limitView) (bars []barView) {
 	for _, l := range limits {
 		quantity := func(raw json.RawMessage) string {
-			return formatQuantity(string(raw), l.Count == metricDollars.String())
+			if l.Count == metricDollars.String() {
+				return formatMoney(int64(math.Round(jsonFloat(raw) * 1e9)))
+			}
+			return groupDigits(int64(jsonFloat(raw)))
 		}
 		b := newBarView(jsonFloat(l.Used), jsonFloat(l.Max))
 		b.limitView, b.Used, b.Max, b.Left = l, quantity(l.Used), quantity(l.Max), quantity(l.Left)

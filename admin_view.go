@@ -134,7 +134,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"capitalize": capitalize,
 		"plural":     pluralize, // plural 3 "token" "tokens": 3 tokens
 		"list":       func(items ...any) []any { return items },
-		"price":      func(v *json.RawMessage) string { return formatQuantity(string(*v), true) },
+		"price":      func(v *json.RawMessage) string { return formatPrice(string(*v)) },
 	}
 }
 
@@ -192,29 +192,9 @@ func relativeTime(d time.Duration) string {
 	return "in " + text
 }
 
-func pluralize(n int64, one, many string) string {
-	if n == 1 {
-		return "1 " + one
-	}
-	return groupDigits(n) + " " + many
-}
-
 func capitalize(s string) string {
 	r, n := utf8.DecodeRuneInString(s)
 	return string(unicode.ToUpper(r)) + s[n:]
-}
-
-// groupDigits returns a number with a comma between groups of three digits.
-func groupDigits(n int64) string {
-	digits := strconv.FormatInt(n, 10)
-	sign := ""
-	if digits[0] == '-' {
-		sign, digits = "-", digits[1:]
-	}
-	for i := len(digits) - 3; i > 0; i -= 3 {
-		digits = digits[:i] + "," + digits[i:]
-	}
-	return sign + digits
 }
 
 // formatNumber formats an int, an int64 or a *int64.
@@ -240,30 +220,6 @@ func formatUSD(v *dollars) string {
 	return formatMoney(int64(*v))
 }
 
-// formatMoney formats nano-dollars with two decimals, small amounts with more.
-func formatMoney(nanos int64) string {
-	sign, magnitude := "", nanos
-	if nanos < 0 {
-		sign, magnitude = "-", -nanos
-	}
-	places, unit := 2, int64(10_000_000)
-	if magnitude > 0 && magnitude < 1_000_000_000 {
-		places, unit = 4, 100_000
-		if magnitude < 100_000 {
-			places, unit = 6, 1000
-		}
-	}
-	if magnitude > 0 && magnitude < 500 {
-		return sign + "<$0.000001"
-	}
-	rounded := magnitude/unit + magnitude%unit/(unit/2) // half a unit is one more
-	scale := int64(1)
-	for range places {
-		scale *= 10
-	}
-	return fmt.Sprintf("%s$%s.%0*d", sign, groupDigits(rounded/scale), places, rounded%scale)
-}
-
 // formatMillis formats a number of milliseconds.
 func formatMillis(v *float64) string {
 	if v == nil {
@@ -284,15 +240,12 @@ func formatBytes(n int64) string {
 	return strconv.FormatFloat(f, 'f', 1, 64) + " " + units[0]
 }
 
-// formatQuantity groups the digits of a decimal number, and formats it as dollars if money is set.
-func formatQuantity(raw string, money bool) string {
+// formatPrice formats an exact price, a decimal number of dollars, with all its decimals but at least two.
+func formatPrice(raw string) string {
 	whole, decimals, _ := strings.Cut(raw, ".")
 	n, err := strconv.ParseInt(whole, 10, 64)
 	if err != nil {
 		return raw
-	}
-	if !money {
-		return groupDigits(n)
 	}
 	return "$" + groupDigits(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
 }

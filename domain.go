@@ -80,6 +80,74 @@ func formatDecimal(n int64, places int) string {
 	return sign + whole + "." + decimals
 }
 
+// formatMoney writes nano-dollars for people: "$1,234.50", and below a dollar with two significant digits, but at
+// least two decimals: "$0.42", "$0.0042". With groupDigits and describeDuration it writes the amounts of limits,
+// the same in errors, pages, logs and records.
+func formatMoney(nanos int64) string {
+	sign, n := "", uint64(nanos)
+	if nanos < 0 {
+		sign, n = "-", -n
+	}
+	places, unit := 2, uint64(10_000_000) // nano-dollars of the last place
+	for small := uint64(100_000_000); n > 0 && n < small && places < 9; small /= 10 {
+		places, unit = places+1, unit/10
+	}
+	digits := fmt.Sprintf("%0*d", places+1, (n+unit/2)/unit)
+	point := len(digits) - places
+	decimals := digits[point:point+2] + strings.TrimRight(digits[point+2:], "0")
+	return sign + "$" + groupText(digits[:point]) + "." + decimals
+}
+
+// groupDigits returns a number with a comma between groups of three digits.
+func groupDigits(n int64) string {
+	digits := strconv.FormatInt(n, 10)
+	if digits[0] == '-' {
+		return "-" + groupText(digits[1:])
+	}
+	return groupText(digits)
+}
+
+func groupText(digits string) string {
+	for i := len(digits) - 3; i > 0; i -= 3 {
+		digits = digits[:i] + "," + digits[i:]
+	}
+	return digits
+}
+
+func pluralize(n int64, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return groupDigits(n) + " " + many
+}
+
+// describeDuration writes how long to wait, in one or two units and never too short: "2 minutes", "1 hour 5 minutes".
+func describeDuration(d time.Duration) string {
+	units := [...]struct {
+		length time.Duration
+		name   string
+	}{{24 * time.Hour, "day"}, {time.Hour, "hour"}, {time.Minute, "minute"}, {time.Second, "second"}}
+	if d <= 0 {
+		return "0 seconds"
+	}
+	roundUp := func(to time.Duration) { d = max(d, (d-1)/to*to+to) }
+	roundUp(time.Second)
+	if d >= time.Hour {
+		roundUp(time.Minute)
+	}
+	if d >= 24*time.Hour {
+		roundUp(time.Hour)
+	}
+	text := ""
+	for _, u := range units {
+		if n := int64(d / u.length); n > 0 {
+			text += " " + pluralize(n, u.name, u.name+"s")
+			d %= u.length
+		}
+	}
+	return strings.TrimPrefix(text, " ")
+}
+
 type sizeUnit struct {
 	name  string
 	bytes int64

@@ -350,7 +350,7 @@ const maxRetryWait = 2 * time.Minute
 // errRateLimited is for a limit that allows the call after wait. kind is what the limit counts, or "".
 func errRateLimited(limit, kind, msg string, wait time.Duration) *apiError {
 	return &apiError{status: 429, code: "rate_limit_exceeded", kind: kind, limit: limit,
-		msg: msg + " Try again in " + wait.String() + ".", retryAfter: wait, noRetry: wait > maxRetryWait}
+		msg: msg + " Try again in " + describeDuration(wait) + ".", retryAfter: wait, noRetry: wait > maxRetryWait}
 }
 
 // errNeverFits is for a call that asks for more than the limit ever allows.

@@ -201,16 +201,10 @@ func (l *limit) isQuota() bool { return l.period >= perDay }
 // String describes the limit: "60 requests per minute for models gpt-4o*".
 func (l *limit) String() string {
 	var b strings.Builder
-	switch l.metric {
-	case metricConcurrent:
-		b.WriteString(strconv.FormatInt(l.max, 10) + " calls at one time")
-	case metricDollars:
-		b.WriteString("$" + formatNanos(l.max))
-	default:
-		b.WriteString(strconv.FormatInt(l.max, 10) + " " + l.metric.String())
-	}
+	b.WriteString(l.describe(l.max))
 	switch l.period {
 	case 0:
+		b.WriteString(" at one time")
 	case perLifetime:
 		b.WriteString(" in total")
 	default:
@@ -223,6 +217,18 @@ func (l *limit) String() string {
 		b.WriteString(" for models " + l.model)
 	}
 	return b.String()
+}
+
+// describe writes an amount of what l counts, for people: "3,000,000 tokens", "$0.0042".
+func (l *limit) describe(n int64) string {
+	switch l.metric {
+	case metricConcurrent:
+		return pluralize(n, "call", "calls")
+	case metricDollars:
+		return formatMoney(n)
+	default:
+		return pluralize(n, strings.TrimSuffix(l.metric.String(), "s"), l.metric.String())
+	}
 }
 
 // valueJSON writes an amount in l's metric as a JSON number.

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -328,6 +329,53 @@ func checkRetryAfter(t *testing.T, limit, kind, header string) {
 	}
 }
 
+// TestAmountsAreAlike: the amounts of a limit have one form wherever somebody reads them: in the error, in the record
+// of the call, in the log and on the pages.
+func TestAmountsAreAlike(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.Replace(chatResponseBody,
+			`"prompt_tokens":9,"completion_tokens":3,"total_tokens":12`,
+			`"prompt_tokens":2000,"completion_tokens":4000,"total_tokens":6000`, 1))
+	})
+	admin := p.signIn(p.adminKey)
+	for _, c := range []struct{ limit, name, message, used string }{
+		{`{"count":"tokens","max":10000,"per":"day"}`, "10,000 tokens per day",
+			" tokens, and only 4,000 tokens are left. It resets in ", "6,000"},
+		{`{"count":"dollars","max":0.0042,"per":"month","model":"gpt-4o*"}`, "$0.0042 per month for models gpt-4o*",
+			"may need $0.003, and only $0.0015 is left. It resets in ", "$0.0027"},
+		{`{"count":"dollars","max":0.0031,"per":"lifetime"}`, "$0.0031 in total",
+			"may need $0.003, and only $0.0004 is left.", "$0.0027"},
+		{`{"count":"tokens","max":6001,"per":"hour"}`, "6,001 tokens per hour",
+			" tokens, and only 1 token is left. Try again in ", "6,000"},
+		{`{"count":"requests","max":1,"per":"week"}`, "1 request per week", "is used up. It resets in ", "1"},
+	} {
+		id, token := p.newToken(`"name":"amounts","policy":{"limits":[` + c.limit + `]}`)
+		if a := p.chatAs(token, `"max_tokens":1`); a.status != 200 {
+			t.Fatalf("%s: got %d %s", c.name, a.status, a.body)
+		}
+		p.waitSettled()
+		a := p.chatAs(token, `"max_tokens":5000`)
+		if a.status != 429 || !strings.Contains(a.body, c.name) || !strings.Contains(a.body, c.message) ||
+			regexp.MustCompile(`\d[hms]\d|\d{5,}|[^$]0\.0`).MatchString(a.body) {
+			t.Errorf("%s: got %d %s, want %s", c.name, a.status, a.body, c.message)
+		}
+		row := p.lastCall()
+		most, _, _ := strings.Cut(c.name, " ")
+		for what, text := range map[string]string{"record": row.LimitHit, "log": string(p.log.bytes()),
+			"page of the call": admin.get("/admin/requests/" + row.ID).body} {
+			if !strings.Contains(text, c.name) {
+				t.Errorf("%s is not in the %s", c.name, what)
+			}
+		}
+		page := admin.get("/admin/tokens/" + id).body
+		if !strings.Contains(page, c.used) || !strings.Contains(page, most) {
+			t.Errorf("%s: %s and %s are not on the token's page", c.name, c.used, most)
+		}
+	}
+}
+
 // A refusalCase is a limit that a call exceeds, and the error it gets.
 type refusalCase struct {
 	limit   string
@@ -341,24 +389,24 @@ type refusalCase struct {
 func refusalCases() []refusalCase {
 	return []refusalCase{
 		{limit: `{"count":"requests","max":1,"per":"minute"}`, code: "rate_limit_exceeded", kind: "requests",
-			retry: "yes", message: "of 1 requests per minute is used up. Try again in"},
+			retry: "yes", message: "of 1 request per minute is used up. Try again in"},
 		{limit: `{"count":"requests","max":1,"per":"hour"}`, code: "rate_limit_exceeded", kind: "requests",
-			retry: "hour", message: "of 1 requests per hour is used up"},
+			retry: "hour", message: "of 1 request per hour is used up"},
 		{limit: `{"count":"requests","max":1,"per":"day"}`,
-			message: "of 1 requests per day is used up. It resets in"},
+			message: "of 1 request per day is used up. It resets in"},
 		{limit: `{"count":"requests","max":1,"per":"week"}`, message: "It resets in"},
 		{limit: `{"count":"requests","max":1,"per":"month"}`, message: "It resets in"},
-		{limit: `{"count":"requests","max":1,"per":"lifetime"}`, message: "of 1 requests in total is used up."},
+		{limit: `{"count":"requests","max":1,"per":"lifetime"}`, message: "of 1 request in total is used up."},
 		{limit: `{"count":"requests","max":0,"per":"second"}`, message: "of 0 requests per second is used up."},
 		{limit: `{"count":"concurrent","max":0}`, message: "of 0 calls at one time is used up."},
 		{limit: `{"count":"tokens","max":40,"per":"day"}`,
-			message: "40 tokens per day has no room for this call: it may need 33, and 28 is left"},
+			message: "40 tokens per day has no room for this call: it may need 33 tokens, and only 28 tokens are left"},
 		{limit: `{"count":"tokens","max":40,"per":"day"}`, members: `"max_tokens":41`,
 			message: "never allows as much output as this call asks for"},
 		{limit: `{"count":"dollars","max":0.000005,"per":"day","endpoint":"/v1/chat/*"}`, members: `"max_tokens":1`,
-			message: "$0.000005 per day on /v1/chat/* has no room for this call: it may need 0.00000"},
+			message: "$0.000005 per day on /v1/chat/* has no room for this call: it may need $0.00000"},
 		{limit: `{"count":"requests","max":1,"per":"day","model":"gpt*"}`,
-			message: "1 requests per day for models gpt* is used up"},
+			message: "1 request per day for models gpt* is used up"},
 	}
 }
 

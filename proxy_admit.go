@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"errors"
-	"fmt"
 	"strings"
 	"time"
 )
@@ -225,6 +224,18 @@ func requestsExhausted(maxRequests int64) *apiError {
 	return errQuotaSpent(name, "This token's limit of "+name+" is used up.")
 }
 
+// describeShortfall says what the call may need, and what is left of the limit.
+func (v *limitViolation) describeShortfall() string {
+	need, left, verb := v.limit.describe(v.need), v.limit.describe(v.remaining), "are"
+	if v.limit.metric == metricDollars || v.remaining == 1 {
+		verb = "is"
+	}
+	if need == left { // the same after rounding
+		need, left = "$"+formatNanos(v.need), "$"+formatNanos(v.remaining)
+	}
+	return "it may need " + need + ", and only " + left + " " + verb + " left."
+}
+
 // violationError returns the error that names the limit without room, and when it has room again.
 func violationError(v *limitViolation) *apiError {
 	name, kind := v.limit.String(), ""
@@ -239,8 +250,7 @@ func violationError(v *limitViolation) *apiError {
 		return errNeverFits(name, kind, msg+" never allows as much output as this call asks for. Ask for less.")
 	}
 	if v.remaining > 0 && v.limit.metric != metricRequests {
-		msg += fmt.Sprintf(" has no room for this call: it may need %s, and %s is left.",
-			v.limit.valueJSON(v.need), v.limit.valueJSON(v.remaining))
+		msg += " has no room for this call: " + v.describeShortfall()
 	} else {
 		msg += " is used up."
 	}
@@ -249,7 +259,7 @@ func violationError(v *limitViolation) *apiError {
 	case v.permanent:
 		return errQuotaSpent(name, msg)
 	case v.limit.isQuota():
-		return errQuotaSpent(name, msg+" It resets in "+wait.Round(time.Minute).String()+".")
+		return errQuotaSpent(name, msg+" It resets in "+describeDuration(wait)+".")
 	}
 	return errRateLimited(name, kind, msg, wait)
 }

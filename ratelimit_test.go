@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -101,11 +102,14 @@ func TestValidLimits(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"count":"requests","max":60,"per":"minute"}`:                        "60 requests per minute",
 		`{"count":"requests","max":0,"per":"lifetime"}`:                       "0 requests in total",
-		`{"count":"dollars","max":12.5,"per":"day","endpoint":"/v1/audio/*"}`: "$12.5 per day on /v1/audio/*",
+		`{"count":"dollars","max":12.5,"per":"day","endpoint":"/v1/audio/*"}`: "$12.50 per day on /v1/audio/*",
 		`{"count":"dollars","max":0.000000001,"per":"hour"}`:                  "$0.000000001 per hour",
 		`{"count":"concurrent","max":3,"shadow":true}`:                        "3 calls at one time",
-		`{"count":"tokens","max":1000000000000,"per":"month","model":"gpt-4o*"}`: "1000000000000 tokens per month " +
-			"for models gpt-4o*",
+		`{"count":"requests","max":1,"per":"second"}`:                         "1 request per second",
+		`{"count":"concurrent","max":1}`:                                      "1 call at one time",
+		`{"count":"tokens","max":3000000,"per":"day"}`:                        "3,000,000 tokens per day",
+		`{"count":"tokens","max":1000000000000,"per":"month","model":"gpt*"}`: "1,000,000,000,000 tokens per month " +
+			"for models gpt*",
 	} {
 		p := testLimits(t, text)
 		if got := p.Limits[0].String(); got != want {
@@ -114,6 +118,41 @@ func TestValidLimits(t *testing.T) {
 		again, err := parsePolicy([]byte(p.String()), false)
 		if err != nil || !slices.Equal(again.Limits, p.Limits) {
 			t.Errorf("%s: stored as %s, which is read as %+v, %v", text, p, again.Limits, err)
+		}
+	}
+}
+
+// TestAmounts: money has two significant digits and at least two decimals, numbers are grouped, and durations are in
+// plain words and never too short.
+func TestAmounts(t *testing.T) {
+	t.Parallel()
+	for nanos, want := range map[int64]string{
+		0: "$0.00", 1: "$0.000000001", 4_200_000: "$0.0042", 4_249_999: "$0.0042", 4_250_000: "$0.0043",
+		5_000: "$0.000005", 12_500_000_000: "$12.50", 420_000_000: "$0.42", 425_000_000: "$0.43", 50_000_000: "$0.05",
+		99_500_000: "$0.10", 99_400_000: "$0.099", 995_000_000: "$1.00", 10: "$0.00000001", 12: "$0.000000012",
+		1_000_000_000: "$1.00", 1_234_567_890_000: "$1,234.57", 50_000_000_000: "$50.00", -4_200_000: "-$0.0042",
+		100_000_000_000_000_000: "$100,000,000.00", math.MaxInt64: "$9,223,372,036.85",
+		math.MinInt64: "-$9,223,372,036.85",
+	} {
+		if got := formatMoney(nanos); got != want {
+			t.Errorf("%d nano-dollars are %s, want %s", nanos, got, want)
+		}
+	}
+	for n, want := range map[int64]string{0: "0 tokens", 1: "1 token", 999: "999 tokens", 1000: "1,000 tokens",
+		3_000_000: "3,000,000 tokens", -1234: "-1,234 tokens"} {
+		if got := (&limit{metric: metricTokens}).describe(n); got != want {
+			t.Errorf("%d: got %s, want %s", n, got, want)
+		}
+	}
+	const s, m, h = time.Second, time.Minute, time.Hour
+	for d, want := range map[time.Duration]string{
+		0: "0 seconds", -s: "0 seconds", 1: "1 second", s: "1 second", s + 1: "2 seconds", 60*s - 1: "1 minute",
+		2 * m: "2 minutes", m + s: "1 minute 1 second", 65 * m: "1 hour 5 minutes", 65*m + 1: "1 hour 6 minutes",
+		h: "1 hour", 24*h - 1: "1 day", 23*h + 59*m: "23 hours 59 minutes", 24*h + s: "1 day 1 hour",
+		31 * 24 * h: "31 days", 30*24*h + 5*h: "30 days 5 hours",
+	} {
+		if got := describeDuration(d); got != want {
+			t.Errorf("%v: got %s, want %s", d, got, want)
 		}
 	}
 }
