@@ -1,6 +1,7 @@
 // This file writes the log without ever delaying a call: lines are collected in memory, and
 // one goroutine writes them. If the reader of the log is too slow, lines are dropped and
-// counted. It may not decide what is logged.
+// counted. It may not decide what is logged. It also has the ids by which clients, log lines and
+// the ledger name a call.
 package main
 
 import (
@@ -9,9 +10,11 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"math/rand/v2"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -229,3 +232,68 @@ func parseTraceparent(values []string) (traceContext, bool) {
 
 // isLowerHex reports whether s has only lower-case hexadecimal digits.
 func isLowerHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }
+
+// Call ids.
+
+// An idSource makes the ids of calls. An id has 42 bits of unix milliseconds, 9 random bits that
+// distinguish replicas, and a 12-bit counter. Ids always grow, even when the clock is set back.
+type idSource struct {
+	node int64
+	last atomic.Int64
+}
+
+const idTimeShift = 21
+
+// newIDSource returns a source of ids above last, the highest id on record.
+func newIDSource(last int64) *idSource {
+	s := &idSource{node: rand.Int64N(512) << 12}
+	s.last.Store(last)
+	return s
+}
+
+func (s *idSource) next(now time.Time) int64 {
+	for {
+		last, id := s.last.Load(), now.UnixMilli()<<idTimeShift|s.node
+		if id <= last {
+			id = last + 1
+			if id&0xfff == 0 { // the counter overflowed: continue in the next millisecond
+				id = (last>>idTimeShift+1)<<idTimeShift | s.node
+			}
+		}
+		if s.last.CompareAndSwap(last, id) {
+			return id
+		}
+	}
+}
+
+// minIDAt returns the lowest id of a call that starts at t.
+func minIDAt(t time.Time) int64 { return t.UnixMilli() << idTimeShift }
+
+const crockford = "0123456789abcdefghjkmnpqrstvwxyz"
+
+// formatRequestID writes a call's id as clients see it.
+func formatRequestID(id int64) string {
+	out := []byte("req_0000000000000")
+	for i := len(out) - 1; i >= 4; i-- {
+		out[i] = crockford[id&31]
+		id >>= 5
+	}
+	return string(out)
+}
+
+// parseRequestID reads an id from formatRequestID, and returns 0 for any other text.
+func parseRequestID(s string) int64 {
+	digits, ok := strings.CutPrefix(s, "req_")
+	if !ok || len(digits) != 13 || digits[0] > '7' {
+		return 0
+	}
+	var id int64
+	for _, r := range digits {
+		i := strings.IndexRune(crockford, r)
+		if i < 0 {
+			return 0
+		}
+		id = id<<5 | int64(i)
+	}
+	return id
+}
