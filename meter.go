@@ -210,8 +210,8 @@ func (m *meter) processDocuments(p []byte) {
 			m.applyUsage(m.scan.eventType)
 		}
 		if m.scan.state == scanClosed {
-			text, _ := m.text.finish()
-			m.textBytes += text
+			m.textBytes += m.text.sum()
+			m.text = textCounter{}
 		}
 		m.failed = m.failed || m.scan.hasError || m.scan.statusFailed
 	}

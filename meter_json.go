@@ -18,6 +18,8 @@
 //	scanClosed the document ended; scanBroken: it is not JSON, the rest is ignored
 package main
 
+import "bytes"
+
 // A slot says what the value being read is for. The first ones are indexes of usageFields.
 type slot uint8
 
@@ -97,6 +99,8 @@ type usageScanner struct {
 	statusFailed  bool // status is "failed", at the top level or nested
 	topLevelInput bool // input_tokens is at the top level
 	eventType     eventType
+	typeSeen      bool // type is a string
+	typeIsDelta   bool // that says delta
 
 	readNested bool // look into response and message, too
 	state      scanState
@@ -126,7 +130,8 @@ func hasError(document []byte) bool {
 func (s *usageScanner) reset(readNested bool) {
 	s.usageSeen, s.usageNested, s.usageInner, s.choicesEmpty = false, false, false, false
 	s.hasError, s.statusFailed, s.topLevelInput = false, false, false
-	s.eventType, s.readNested, s.state, s.level, s.depth, s.escaped = eventNone, readNested, scanStart, 0, 0, false
+	s.eventType, s.typeSeen, s.typeIsDelta = eventNone, false, false
+	s.readNested, s.state, s.level, s.depth, s.escaped = readNested, scanStart, 0, 0, false
 }
 
 // feedAll reads the next bytes of a document that nothing follows.
@@ -450,6 +455,7 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		if !tooLong {
 			s.eventType = eventTypeOf(text)
 		}
+		s.typeSeen, s.typeIsDelta = true, bytes.Contains(text, []byte("delta"))
 	case slotError:
 		s.hasError = len(text) > 0
 	case slotStatus:

@@ -255,6 +255,8 @@ type eventReader struct {
 	oversized bool    // the current event is larger than maxEventBytes
 	dropped   bool    // the last event was left out
 	parsing   bool    // the current event's data goes to the JSON scanner
+	walking   bool    // and to the text counter
+	data      []byte  // the last piece of its data, in the argument of process
 	head      [6]byte // the first bytes of its data
 	headLen   int
 
@@ -271,7 +273,8 @@ func (m *meter) processEvents(p []byte) []byte {
 	for token := e.cutter.next(); token != sseMore; token = e.cutter.next() {
 		switch token {
 		case sseData:
-			m.readData(e.cutter.text)
+			e.data = e.cutter.text
+			m.readData(e.data)
 		case sseJoin:
 			m.readData([]byte{'\n'})
 		case sseTail: // part of the event before: passed on or left out with it
@@ -284,7 +287,7 @@ func (m *meter) processEvents(p []byte) []byte {
 			event := p[start:end]
 			if len(e.buffer) > 0 {
 				e.buffer = append(e.buffer, event...)
-				event = e.buffer
+				event, e.data = e.buffer, nil
 			}
 			e.dropped = m.finishEvent(event, true) && m.strip
 			switch {
@@ -328,7 +331,7 @@ func (m *meter) bufferEvent(rest []byte) []byte {
 		e.buffer = append(e.buffer, rest...)
 		return nil
 	}
-	m.scanData(e.buffer, rest)
+	m.walkData(e.buffer, rest)
 	kept := e.buffer
 	e.buffer, e.oversized = nil, true
 	return kept
@@ -342,6 +345,7 @@ func (m *meter) finishEvents() []byte {
 		return nil
 	}
 	kept := e.buffer
+	e.data = nil
 	e.dropped = m.finishEvent(kept, false) && m.strip
 	e.buffer, e.cutter.open = nil, false
 	if e.dropped || !m.strip {
@@ -355,12 +359,42 @@ func (m *meter) finishEvents() []byte {
 func (m *meter) finishEvent(event []byte, complete bool) bool {
 	e := m.reader
 	large := e.oversized || len(event) > maxEventBytes
-	if !e.oversized && (large || m.isRelevant(event)) {
+	switch {
+	case e.oversized:
+	case large:
+		m.walkData(event)
+	case !e.cutter.hasData || e.isDoneMark():
+	case e.cutter.lines: // the document is cut into lines, anywhere
+		m.walkData(event)
+	case m.readMembers(e.singleLine(event)):
 		m.scanData(event)
 	}
 	usageChunk := e.cutter.hasData && m.applyEvent(complete) && !large
-	e.oversized, e.parsing, e.headLen = false, false, 0
+	e.oversized, e.parsing, e.walking, e.headLen = false, false, false, 0
 	return usageChunk
+}
+
+// isDoneMark reports whether the current event is the end mark of OpenAI's streams.
+func (e *eventReader) isDoneMark() bool { return string(e.head[:e.headLen]) == "[DONE]" }
+
+// singleLine returns the data of an event that has ended and has one line of it.
+func (e *eventReader) singleLine(event []byte) []byte {
+	if e.data == nil { // it came in pieces, or is empty
+		again := sseCutter{started: !e.cutter.first}
+		again.feed(event)
+		for token := again.next(); token != sseMore; token = again.next() {
+			if token == sseData {
+				return again.text
+			}
+		}
+	}
+	return e.data
+}
+
+// walkData is scanData, and passes the data to the text counter, too.
+func (m *meter) walkData(parts ...[]byte) {
+	m.reader.walking = m.countsText()
+	m.scanData(parts...)
 }
 
 // scanData passes the data of the current event to the JSON scanner from its first byte: parts are the event so
@@ -374,75 +408,82 @@ func (m *meter) scanData(parts ...[]byte) {
 		for token := again.next(); token != sseMore; token = again.next() {
 			switch token {
 			case sseData:
-				m.scan.feedAll(again.text)
+				m.parseData(again.text)
 			case sseJoin:
-				m.scan.feedAll([]byte{'\n'})
+				m.parseData([]byte{'\n'})
 			}
 		}
+	}
+}
+
+// parseData reads a piece of the data of an event that is parsed.
+func (m *meter) parseData(p []byte) {
+	m.scan.feedAll(p)
+	if m.reader.walking {
+		m.text.feed(p)
 	}
 }
 
 // readData reads a piece of the current event's data.
 func (m *meter) readData(p []byte) {
 	e := m.reader
-	e.headLen += copy(e.head[e.headLen:], p)
-	if m.countsText() {
-		m.text.feed(p)
+	if e.headLen < len(e.head) {
+		e.headLen += copy(e.head[e.headLen:], p)
 	}
 	if e.parsing {
-		m.scan.feedAll(p)
+		m.parseData(p)
 	}
 }
 
-// isRelevant reports whether applyEvent could find something in the data of an event that has ended: whether a
-// name before some colon is one that matters. It may return true for an event without anything of interest, but
-// never false for one with it. Most events only carry a word of the answer, so this check is what a stream costs.
-func (m *meter) isRelevant(event []byte) bool {
-	e := m.reader
-	if !e.cutter.hasData || string(e.head[:e.headLen]) == "[DONE]" {
-		return false
-	}
-	if e.cutter.lines { // the document is cut into lines, anywhere
-		return true
-	}
-	// An `event:` line gives the type, and marks errors.
-	name := e.cutter.eventName()
+// readMembers reads an event's data by the names before its colons. It counts the text, and reports whether
+// applyEvent could find something else in the data: true for some events without anything of interest, but never
+// false for one with it. Most events only carry a word of the answer, so this pass is what a stream costs.
+func (m *meter) readMembers(data []byte) (relevant bool) {
+	name := m.reader.cutter.eventName() // the event's `event:` line gives the type, and marks errors
 	untyped := len(name) == 0 || string(name) == "message"
+	counts := m.countsText() && isDeltaName(name)
 	for i := 0; ; i++ {
-		if i = indexFrom(event, i, ':'); i == len(event) {
-			return false
+		if i = indexFrom(data, i, ':'); i == len(data) {
+			return relevant
 		}
 		end := i
-		for end > 0 && event[end-1] <= ' ' {
+		for end > 0 && data[end-1] <= ' ' {
 			end--
 		}
-		if end < 7 || event[end-1] != '"' { // too short for `data:` and a name of four letters and its quote
+		if end < 6 || data[end-1] != '"' { // too short for a name of four letters in quotes
 			continue
 		}
-		var relevant bool
-		switch string(event[end-5 : end-1]) {
+		switch string(data[end-5 : end-1]) {
 		case "sage", "rror": // usage, error
-			rest := bytes.TrimLeft(event[i+1:], " ")
-			relevant = len(rest) == 0 || rest[0] != 'n' // not null
+			rest := bytes.TrimLeft(data[i+1:], " ")
+			relevant = relevant || len(rest) == 0 || rest[0] != 'n' // not null
 		case "odel":
-			relevant = m.model == ""
+			relevant = relevant || m.model == ""
 		case "type":
-			relevant = untyped
+			relevant = relevant || untyped
 		case "atus": // status
-			relevant = eventTypeOf(name) == eventResponseEnd
+			relevant = relevant || eventTypeOf(name) == eventResponseEnd
+		case "tent", "ents", "json", "nput", "elta", "usal", "ript", "alue", "text", "ning", "king":
+			if counts {
+				i = m.text.readMember(data, end-1, i)
+			}
 		}
-		if relevant {
+		if relevant && !counts {
 			return true
 		}
 	}
 }
+
+// isDeltaName reports whether an event with this name may carry a piece of the answer. Other named events repeat
+// the answer, or start and end its parts.
+func isDeltaName(name []byte) bool { return len(name) == 0 || bytes.Contains(name, []byte("delta")) }
 
 // applyEvent updates the meter after an event with data and reports whether the event is a usage chunk.
 func (m *meter) applyEvent(complete bool) bool {
 	e, s := m.reader, &m.scan
 	m.events++
 	name := e.cutter.eventName()
-	doneMark := string(e.head[:e.headLen]) == "[DONE]"
+	doneMark := e.isDoneMark()
 	m.done = m.done || doneMark
 	kind := eventTypeOf(name)
 	isError := kind == eventError
@@ -454,13 +495,12 @@ func (m *meter) applyEvent(complete bool) bool {
 		m.model = s.model
 	}
 	m.failed = m.failed || isError
-	text, isDelta := m.text.finish()
-	// Named events that are no deltas repeat the answer or start and end its parts.
-	if !doneMark && !isError && complete && (len(name) == 0 || bytes.Contains(name, []byte("delta"))) {
-		if e.deltas++; isDelta {
-			m.textBytes += text
+	if !doneMark && !isError && complete && isDeltaName(name) {
+		if e.deltas++; !e.parsing || len(name) > 0 || !s.typeSeen || s.typeIsDelta {
+			m.textBytes += m.text.sum()
 		}
 	}
+	m.text = textCounter{}
 	switch kind {
 	case eventEnd, eventResponseEnd, eventResponseFailed:
 		m.done = true

@@ -660,7 +660,8 @@ func (d *jsonDocument) space() { d.b.WriteString([]string{"", "", "", " ", "\n\t
 func (d *jsonDocument) name() string {
 	return []string{"usage", "model", "type", "error", "choices", "prompt_tokens", "input_tokens", "completion_tokens",
 		"output_tokens", "prompt_tokens_details", "cached_tokens", "response", "message", "Usage", "MODEL", "x", "",
-		`usage\\`, `\"usage\":{`, `mod\u0065l\n`, "seconds"}[d.IntN(21)]
+		`usage\\`, `\"usage\":{`, `mod\u0065l\n`, "seconds", "content", "text", "thinking", `\"content`, `content\\`,
+		"arguments"}[d.IntN(27)]
 }
 
 func (d *jsonDocument) value(depth int) {
@@ -684,7 +685,7 @@ func (d *jsonDocument) value(depth int) {
 		d.b.WriteByte('"')
 		for range d.IntN(4) {
 			d.b.WriteString([]string{"a", `\\`, `\"`, `{`, `}`, `[`, `]`, `\"usage\":{\"prompt_tokens\":1}`, "é", `\u0041`,
-				`\ud83c\udf89`, ",", ":", `\n\ndata: [DONE]\n\n`, `\/`}[d.IntN(15)])
+				`\ud83c\udf89`, ",", ":", `\n\ndata: [DONE]\n\n`, `\/`, `\"content\":\"ab\"`, `content\" : `}[d.IntN(17)])
 		}
 		d.b.WriteByte('"')
 	}
@@ -780,6 +781,64 @@ func TestScanAgreesWithEncodingJSON(t *testing.T) {
 	}
 	if seen < 5000 {
 		t.Errorf("only %d documents had usage", seen)
+	}
+}
+
+// textOf returns the bytes of text in a JSON value: the strings that are members with a name of textNameOf.
+func textOf(value json.RawMessage, sums *[numTextNames]int64) {
+	var members map[string]json.RawMessage
+	var list []json.RawMessage
+	switch value = bytes.TrimSpace(value); value[0] {
+	case '{':
+		if err := json.Unmarshal(value, &members); err != nil {
+			panic(err)
+		}
+	case '[':
+		if err := json.Unmarshal(value, &list); err != nil {
+			panic(err)
+		}
+	}
+	for name, v := range members {
+		if v = bytes.TrimSpace(v); v[0] == '"' {
+			sums[textNameOf([]byte(name))] += int64(len(v) - 2)
+		}
+		textOf(v, sums)
+	}
+	for _, v := range list {
+		textOf(v, sums)
+	}
+}
+
+// TestTextAgreesWithEncodingJSON: the text of a document is the same whether it is read in pieces of any size, or
+// member by member as in the events of a stream.
+func TestTextAgreesWithEncodingJSON(t *testing.T) {
+	t.Parallel()
+	d := &jsonDocument{Rand: rand.New(rand.NewPCG(7, 8))}
+	found := 0
+	for range 20_000 {
+		d.b.Reset()
+		d.object(4, nil)
+		text := d.b.String()
+		var want, pieces textCounter
+		textOf(json.RawMessage(text), &want.sums)
+		want.sums[textNone] = 0
+		for p := []byte(text); len(p) > 0; {
+			n := 1 + d.IntN(min(len(p), 20))
+			pieces.feed(p[:n])
+			p = p[n:]
+		}
+		m := newMeter(meterOpenAI, true, false, false)
+		m.reader = &eventReader{}
+		m.readMembers([]byte(text))
+		if pieces.sum() != want.sum() || m.text.sum() != want.sum() {
+			t.Fatalf("in pieces %d, by member %d, want %d bytes in %s", pieces.sum(), m.text.sum(), want.sum(), text)
+		}
+		if want.sum() > 0 {
+			found++
+		}
+	}
+	if found < 2000 {
+		t.Errorf("only %d documents had text", found)
 	}
 }
 

@@ -192,7 +192,6 @@ type textName uint8
 
 const (
 	textNone textName = iota
-	textType          // not text: the type of an event
 	textContent
 	textArguments
 	textDelta
@@ -208,8 +207,6 @@ const (
 
 func textNameOf(name []byte) textName {
 	switch string(name) {
-	case "type":
-		return textType
 	case "content":
 		return textContent
 	case "arguments", "partial_json", "input":
@@ -234,81 +231,96 @@ func textNameOf(name []byte) textName {
 	return textNone
 }
 
-// A textCounter counts the bytes of text in one JSON document. The zero value is ready.
+// maxTextName is the length of the longest name in textNameOf.
+const maxTextName = len("reasoning_content")
+
+// A textCounter counts the bytes of text in one JSON document: the strings that are values of members with a
+// textName. The zero value is ready. Give it a document by feed, in pieces of any size, or member by member by
+// readMember: for valid JSON, the result is the same.
 type textCounter struct {
-	sums    [numTextNames]int64
-	isDelta bool     // the document has no type, or that of a delta
-	typed   bool     // isDelta says what the type says
-	member  textName // of the value that comes now
-	depth   int      // open brackets
+	sums [numTextNames]int64
 
 	inString  bool
-	escaped   bool // in a string, the last byte was a backslash
-	isValue   bool // the string is the value of member
-	start     [64]byte
-	startLen  int // of the last string, as far as it fits
+	escaped   bool     // in a string, the last byte was a backslash
+	afterName bool     // the last string was the name of the value that comes now
+	member    textName // of the string that is being read, if it is a value
+	start     [maxTextName + 1]byte
+	startLen  int // of the last string, as far as it fits, unless it was a value with a member
 	stringLen int64
 }
 
 // feed reads the next bytes of the document.
 func (t *textCounter) feed(p []byte) {
-	for i := 0; i < len(p); i++ {
-		if t.inString {
-			from := i
-			var closed bool
-			if i, closed = stringEnd(p, i, &t.escaped); closed {
-				i--
+	for i := 0; i < len(p); {
+		if !t.inString {
+			quote := indexFrom(p, i, '"')
+			for last := quote - 1; last >= i; last-- { // nearly always one step: what comes before the string decides
+				if c := p[last]; c > ' ' {
+					t.afterName = c == ':'
+					break
+				}
 			}
-			t.stringLen += int64(i - from)
-			t.startLen += copy(t.start[t.startLen:], p[from:i])
-			if closed {
-				t.endString()
+			if i = quote + 1; quote == len(p) {
+				return
 			}
-			continue
+			if t.member = textNone; t.afterName {
+				t.member = textNameOf(t.start[:t.startLen])
+			}
+			t.inString, t.afterName, t.startLen, t.stringLen = true, false, 0, 0
 		}
-		switch p[i] {
-		case '"':
-			t.inString, t.isValue, t.startLen, t.stringLen = true, t.member != textNone, 0, 0
-		case ':':
-			t.member = textNameOf(t.start[:t.startLen])
-		case '{', '[':
-			t.depth++
-			t.member = textNone
-		case '}', ']':
-			t.depth--
-			t.member = textNone
-		case ',':
-			t.member = textNone
+		from := i
+		var closed bool
+		if i, closed = stringEnd(p, i, &t.escaped); !closed {
+			t.readString(p[from:])
+			return
 		}
-	}
-}
-
-// endString reads a string that is complete.
-func (t *textCounter) endString() {
-	t.inString = false
-	switch {
-	case !t.isValue:
-	case t.member != textType:
+		t.readString(p[from : i-1])
 		t.sums[t.member] += t.stringLen
-	case t.depth == 1:
-		t.typed, t.isDelta = true, bytes.Contains(t.start[:t.startLen], []byte("delta"))
+		t.inString = false
 	}
-	t.member = textNone
 }
 
-// finish ends the document. It returns the bytes of text in it, and whether its type allows that it is a
-// piece of an answer and not the whole of it once more.
-func (t *textCounter) finish() (n int64, isDelta bool) {
-	for name, sum := range t.sums[:textPlain] {
-		if textName(name) > textType {
-			n += sum
-		}
+// readString reads a piece of a string.
+func (t *textCounter) readString(p []byte) {
+	if t.member != textNone {
+		t.stringLen += int64(len(p))
+	} else if t.startLen < len(t.start) {
+		t.startLen += copy(t.start[t.startLen:], p)
+	}
+}
+
+// readMember reads the member of the document in data whose name ends before data[quote], and whose colon is at
+// data[colon]. It returns the index of the last byte that it has read.
+func (t *textCounter) readMember(data []byte, quote, colon int) int {
+	from := bytes.LastIndexByte(data[max(0, quote-maxTextName-1):quote], '"')
+	if from += max(0, quote-maxTextName-1) + 1; from < 2 || data[from-2] == '\\' { // in a string
+		return colon
+	}
+	name := textNameOf(data[from:quote])
+	at := colon + 1
+	for at < len(data) && data[at] <= ' ' {
+		at++
+	}
+	if name == textNone || at == len(data) || data[at] != '"' {
+		return colon
+	}
+	var escaped bool
+	end, closed := stringEnd(data, at+1, &escaped)
+	if !closed {
+		return len(data) - 1
+	}
+	t.sums[name] += int64(end - 1 - (at + 1))
+	return end - 1
+}
+
+// sum returns the bytes of text in the document.
+func (t *textCounter) sum() (n int64) {
+	for _, sum := range t.sums[textNone+1 : textPlain] {
+		n += sum
 	}
 	var thoughts int64 // gateways send the same thought under two names
 	for _, sum := range t.sums[textPlain:] {
 		thoughts = max(thoughts, sum)
 	}
-	isDelta = !t.typed || t.isDelta
-	*t = textCounter{}
-	return n + thoughts, isDelta
+	return n + thoughts
 }
