@@ -384,7 +384,7 @@ func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id s
 	if err != nil {
 		return err // nothing is done that is not on the trail
 	}
-	ops.running.abort(c, errCutByAdmin)
+	c.abort(errCutByAdmin)
 	return nil
 }
 

@@ -5,9 +5,11 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -177,6 +179,54 @@ func TestTokenRevocation(t *testing.T) {
 		} {
 			p.manageRefused(c[0], "/manage/tokens/"+id+c[1], c[2], 400, "")
 		}
+	}
+}
+
+// A cutWriter is the client of a call that waits for it. When the call is aborted, it calls cut.
+type cutWriter struct {
+	http.ResponseWriter
+	cut func()
+}
+
+func (w cutWriter) SetWriteDeadline(time.Time) error { w.cut(); return nil }
+
+// TestAbortedCallsEndAtOnce: while many calls are aborted, each one can end, and others can begin; a call that has
+// ended leaves its connection alone.
+func TestAbortedCallsEndAtOnce(t *testing.T) {
+	t.Parallel()
+	rc := newRunningCalls(newCallLimits(10, time.Minute, time.Minute))
+	newCall := func(id int64, cut func()) *runningCall {
+		c := &runningCall{ticks: &rc.ticks, id: id, token: &liveToken{}, cancel: func(error) {},
+			controller: http.NewResponseController(cutWriter{cut: cut})}
+		c.setPhase(phaseWriting)
+		if err := rc.add(c); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	var cuts atomic.Int64
+	ended := newCall(1, func() { t.Error("the call had ended") })
+	for id := range int64(3) {
+		newCall(2+id, func() {
+			cuts.Add(1)
+			last := newCall(10+cuts.Load(), func() {})
+			rc.remove(last)
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		all := rc.endingCalls(func(*runningCall) *apiError { return errInactiveProject })
+		rc.remove(ended)
+		abortAll(all)
+	}()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the calls wait for each other")
+	}
+	if cuts.Load() != 3 {
+		t.Errorf("%d calls were cut", cuts.Load())
 	}
 }
 

@@ -83,15 +83,6 @@ func (rc *runningCalls) find(id int64) *runningCall {
 	return nil
 }
 
-// abort ends a call that is still running.
-func (rc *runningCalls) abort(c *runningCall, reason *apiError) {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	if _, ok := rc.calls[c]; ok {
-		c.abort(reason)
-	}
-}
-
 // A streamFilter narrows the list of running calls.
 type streamFilter struct {
 	project, token string // ids; "" for all

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -62,6 +63,9 @@ type runningCall struct {
 
 	progress callProgress
 	info     atomic.Pointer[callInfo] // nil until the call is admitted
+
+	ending sync.Mutex // held while a deadline is set for an abort
+	ended  bool       // the handler is about to return: the connection may serve another call
 }
 
 // A callInfo describes an admitted call. A published one never changes.
@@ -99,18 +103,40 @@ func (c *runningCall) setPhase(p phase) {
 	c.progress.since.Store(c.ticks.Load())
 }
 
-// abort ends the call with reason, from another goroutine.
+// abort ends the call with reason, from another goroutine. It does nothing if the call has ended.
 func (c *runningCall) abort(reason *apiError) {
 	c.cancel(reason)
+	c.ending.Lock()
+	defer c.ending.Unlock()
 	at := phase(c.progress.phase.Load())
 	// Reads and writes on the client's connection ignore the context. The transport reads an upload, and
 	// waits for that read when it closes the body.
-	if at == phaseReading || c.progress.uploading.Load() {
+	if !c.ended && (at == phaseReading || c.progress.uploading.Load()) {
 		_ = c.controller.SetReadDeadline(time.Unix(1, 0))
 	}
-	if at == phaseWriting {
+	if !c.ended && at == phaseWriting {
 		_ = c.controller.SetWriteDeadline(time.Unix(1, 0))
 	}
+}
+
+// An endingCall is a call that has to end, and why.
+type endingCall struct {
+	call   *runningCall
+	reason *apiError
+}
+
+// abortAll aborts calls, many at a time: when a token with thousands of streams is revoked, each of them ends as soon
+// as it can. The lock of runningCalls must be free, because a call needs it to end.
+func abortAll(calls []endingCall) {
+	var parts sync.WaitGroup
+	for part := range slices.Chunk(calls, 256) {
+		parts.Go(func() {
+			for _, e := range part {
+				e.call.abort(e.reason)
+			}
+		})
+	}
+	parts.Wait()
 }
 
 // runningCalls is the set of running calls; newRunningCalls makes one.
@@ -145,6 +171,9 @@ func (rc *runningCalls) add(c *runningCall) error {
 }
 
 func (rc *runningCalls) remove(c *runningCall) {
+	c.ending.Lock()
+	c.ended = true
+	c.ending.Unlock()
 	rc.mu.Lock()
 	delete(rc.calls, c)
 	rc.mu.Unlock()
@@ -195,14 +224,20 @@ func (rc *runningCalls) run(ctx context.Context) {
 
 // enforce aborts the calls that have to end.
 func (rc *runningCalls) enforce(now time.Time) {
+	ms := now.UnixMilli()
+	abortAll(rc.endingCalls(func(c *runningCall) *apiError { return rc.abortReason(c, now, ms) }))
+}
+
+// endingCalls returns the running calls for which reason is not nil.
+func (rc *runningCalls) endingCalls(reason func(*runningCall) *apiError) (ending []endingCall) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	ms := now.UnixMilli()
 	for c := range rc.calls {
-		if reason := rc.abortReason(c, now, ms); reason != nil {
-			c.abort(reason)
+		if e := reason(c); e != nil {
+			ending = append(ending, endingCall{c, e})
 		}
 	}
+	return ending
 }
 
 // abortReason returns why a call has to end now, or nil.
@@ -270,11 +305,7 @@ func (rc *runningCalls) drain(ctx context.Context) {
 	again := time.NewTicker(watchInterval) // a call may start to wait for its client just after it was aborted
 	defer again.Stop()
 	for giveUp := time.After(drainGracePeriod); ; {
-		rc.mu.Lock()
-		for c := range rc.calls {
-			c.abort(reason)
-		}
-		rc.mu.Unlock()
+		abortAll(rc.endingCalls(func(*runningCall) *apiError { return reason }))
 		select {
 		case <-done:
 			return
