@@ -32,9 +32,13 @@ func (sc *storedContent) add(b *storedBody, p []byte) {
 	if b.full || n == 0 {
 		return
 	}
-	if sc.memory.reserve(n) != nil { // request bodies have precedence
-		b.full = true
-		return
+	if have, need := int64(cap(b.bytes)), int64(len(b.bytes))+n; need > have {
+		size := min(max(need, 2*have), sc.maxBytes)
+		if sc.memory.reserve(size-have) != nil { // request bodies have precedence
+			b.full = true
+			return
+		}
+		b.bytes = append(make([]byte, 0, size), b.bytes...)
 	}
 	b.bytes = append(b.bytes, p[:n]...)
 }

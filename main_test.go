@@ -254,6 +254,56 @@ func TestMemoryLimit(t *testing.T) {
 	}
 }
 
+// TestGCPercent: garbage may be as much as there is live, but of request bodies only a quarter; a small heap is
+// collected rarely.
+func TestGCPercent(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	for _, tt := range []struct{ live, bodies, garbage int64 }{
+		{live: 0, garbage: 32 * mib},
+		{live: 16 * mib, garbage: 32 * mib},
+		{live: 300 * mib, garbage: 300 * mib},
+		{live: 540 * mib, bodies: 512 * mib, garbage: 128 * mib},
+		{live: 20 * mib, bodies: 512 * mib, garbage: 128 * mib}, // they have come since the last collection
+		{live: 1000 * mib, bodies: 400 * mib, garbage: 600 * mib},
+		{live: 0, bodies: 1 * mib, garbage: 32 * mib},
+	} {
+		heap := max(tt.live, tt.bodies, 4*mib)
+		got := heap * int64(gcPercentFor(tt.live, tt.bodies)) / 100
+		if got > tt.garbage || got < tt.garbage-heap/100 {
+			t.Errorf("%+v: %d bytes", tt, got)
+		}
+	}
+}
+
+// TestIdleMemory: memory is given back once after each large peak, when the need has been low for a while.
+func TestIdleMemory(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	var m idleMemory
+	run := func(need int64, ticks int) (freed int) {
+		for range ticks {
+			if m.afterPeak(need) {
+				freed++
+			}
+		}
+		return freed
+	}
+	for i, step := range []struct {
+		need         int64
+		ticks, freed int
+	}{
+		{0, 1000, 0}, {20 * mib, 100, 0}, {0, 1000, 0}, // a small peak
+		{400 * mib, 5, 0}, {120 * mib, 1000, 0}, // less, but not a quarter
+		{0, idleTicks - 1, 0}, {400 * mib, 1, 0}, // a short pause
+		{90 * mib, idleTicks - 1, 0}, {90 * mib, 1, 1}, {90 * mib, 1000, 0}, {0, 1000, 1}, {0, 1000, 0},
+	} {
+		if freed := run(step.need, step.ticks); freed != step.freed {
+			t.Errorf("step %d: given back %d times", i, freed)
+		}
+	}
+}
+
 // TestStopWhileLocked: if another process has the database locked for longer than a stop waits, the calls that
 // ended are kept in a file, and the next start records them exactly, once.
 func TestStopWhileLocked(t *testing.T) {

@@ -280,6 +280,10 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	return u.counts, usageEstimated
 }
 
+// compression is how many times an answer in one piece is larger than its compressed bytes. A stream repeats its
+// envelopes so often that its compressed bytes are about its text.
+const compression = 3
+
 // estimateOutput estimates the output tokens: a stream's from the text in its deltas, any other answer's from
 // its size.
 func (m *meter) estimateOutput() int64 {
@@ -290,6 +294,8 @@ func (m *meter) estimateOutput() int64 {
 		return max(m.reader.deltas, estimateTokens(m.textBytes))
 	case m.documents > 0:
 		return max(m.documents, estimateTokens(m.textBytes))
+	case m.format == formatEncoded && !m.declaredSSE:
+		return estimateTokens(m.bytes * compression)
 	}
 	return estimateTokens(m.bytes)
 }

@@ -528,7 +528,7 @@ func TestMeterOpaque(t *testing.T) {
 		{meterNone, false, false, "none"},
 		{meterNone, true, false, "none"},
 		{meterNone, false, true, "none"},
-		{meterOpenAI, false, true, "estimated output=16"},
+		{meterOpenAI, false, true, "estimated output=48"},
 		{meterOpenAI, true, true, "estimated output=16"},
 	} {
 		m := newMeter(c.kind, c.sse, c.opaque, true)

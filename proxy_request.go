@@ -139,18 +139,15 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	if r.ContentLength > p.cfg.maxBodyBytes {
 		return nil, errBodyTooLarge(p.cfg.maxBodyBytes)
 	}
-	const step = 64 << 10
-	size := int64(step)
-	if r.ContentLength >= 0 {
-		size = min(r.ContentLength, step) // memory follows the bytes that arrive, not the declared length
-	}
 	c.setPhase(phaseReading)
-	buf := make([]byte, 0, size+1) // one more byte, to find the end without growing
+	var buf []byte
 	for {
-		if more := int64(cap(buf)) - c.memory.reserved; more > 0 {
-			if err := c.memory.reserve(more); err != nil {
+		if have := int64(len(buf)); len(buf) == cap(buf) {
+			size := min(bodyBufferSize(r.ContentLength, have), p.cfg.maxBodyBytes+1)
+			if err := c.memory.reserve(size - have); err != nil {
 				return nil, err
 			}
+			buf = append(make([]byte, 0, size), buf...)
 		}
 		n, err := r.Body.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
@@ -167,10 +164,22 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 			}
 			return nil, errRequestCut.withCause(err)
 		}
-		if len(buf) == cap(buf) {
-			buf = append(buf[:cap(buf)], 0)[:len(buf)] // grow as append does
-		}
 	}
+}
+
+// bodyBufferSize returns the size of the buffer for a body that declares a length (negative: it does not), when have
+// bytes of it have come. The last buffer fits exactly, with one more byte to find the end, so that growing leaves
+// little garbage. But memory follows the bytes that arrive: a buffer is at most eight times as large as what has.
+func bodyBufferSize(declared, have int64) int64 {
+	const first, growth = 64 << 10, 8
+	if declared < 0 {
+		return max(first, have+have/2)
+	}
+	size := declared + 1
+	for size > max(first, growth*have) {
+		size = size/growth + 1
+	}
+	return size
 }
 
 // newBodyShare returns the share of a call. One token gets at most a quarter of the memory, so that it cannot keep

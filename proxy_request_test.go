@@ -964,6 +964,60 @@ func TestUnknownTokensBounded(t *testing.T) {
 	}
 }
 
+// TestBodyBuffers: the buffers for a body grow to its exact size with little garbage, but never far ahead of what
+// has come.
+func TestBodyBuffers(t *testing.T) {
+	t.Parallel()
+	for _, declared := range []int64{0, 1, 1000, 64<<10 - 1, 64 << 10, 100_000, 512 << 10, 1 << 20, 4_100_000, 32 << 20, 1 << 30} {
+		var garbage, have, size int64
+		for have < declared+1 {
+			garbage += have
+			if size = bodyBufferSize(declared, have); size <= have || size > max(64<<10, 8*have) {
+				t.Fatalf("%d declared, %d have come: a buffer of %d", declared, have, size)
+			}
+			have = size
+		}
+		if size != declared+1 || garbage > declared/6 {
+			t.Errorf("%d declared: the last buffer has %d bytes, the others %d", declared, size, garbage)
+		}
+	}
+	for have := int64(0); have < 1<<30; {
+		size := bodyBufferSize(-1, have)
+		if size <= have || size > max(64<<10, 2*have) {
+			t.Fatalf("no length declared, %d have come: a buffer of %d", have, size)
+		}
+		have = size
+	}
+}
+
+// TestDeclaredLengthReservesLittle: a client that declares a long body and sends little of it has little memory; a
+// whole body has as much as it needs.
+func TestDeclaredLengthReservesLittle(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "4MiB"})
+	answer := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { <-answer; return chatScript(c, r) })
+	body := chatBody(`"user":"` + strings.Repeat("x", 3<<20) + `"`)
+	used := func() int64 { return p.instance.proxy.bodies.used.Load() }
+	conn := p.dial()
+	_, _ = io.WriteString(conn, p.rawChatRequest("", body)[:2000])
+	waitFor(t, "the first bytes", func() bool { return used() > 0 })
+	if n := used(); n > 64<<10 {
+		t.Errorf("%d bytes are reserved for less than 2,000", n)
+	}
+	_, _ = io.WriteString(conn, p.rawChatRequest("", body)[2000:])
+	waitFor(t, "the call at the provider", func() bool { return len(p.provider.received()) == 1 })
+	if n := used(); n != int64(len(body))+1 {
+		t.Errorf("%d bytes are reserved for a body of %d", n, len(body))
+	}
+	close(answer)
+	if b := make([]byte, 12); true {
+		if _, err := io.ReadFull(conn, b); err != nil || string(b) != "HTTP/1.1 200" {
+			t.Errorf("got %q, %v", b, err)
+		}
+	}
+}
+
 // TestMemoryOfTokenComesBack: after any mix of calls a token's share of BODY_MEMORY is 0 again, neither more
 // nor less: bodies with another model's name, buffered streams and stored content are in it, too. finish, which
 // every test calls, checks the same.

@@ -392,11 +392,12 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 	m := newMeter(c.endpoint.meter, true, !readable, false)
 	for {
 		if len(stream) == cap(stream) {
-			stream = slices.Grow(stream, max(len(stream), 32<<10))
-			if err := c.memory.reserve(int64(cap(stream)) - reserved); err != nil {
+			size := min(max(2*len(stream), 32<<10), maxBufferedStream+1)
+			if err := c.memory.reserve(int64(size) - reserved); err != nil {
 				return err
 			}
-			reserved = int64(cap(stream))
+			reserved = int64(size)
+			stream = append(make([]byte, 0, size), stream...)
 		}
 		n, err := body.Read(stream[len(stream):cap(stream)])
 		piece := stream[len(stream) : len(stream)+n]

@@ -180,6 +180,13 @@ func (rc *runningCalls) remove(c *runningCall) {
 	rc.wait.Done()
 }
 
+// count returns how many calls are running.
+func (rc *runningCalls) count() int64 {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	return int64(len(rc.calls))
+}
+
 // oldestID returns the id of the oldest running call, 0 if there is none.
 func (rc *runningCalls) oldestID() int64 {
 	rc.mu.Lock()
