@@ -520,15 +520,6 @@ func cgroupMemoryLimit(groups string, read func(name string) string) (lowest int
 	return lowest
 }
 
-const (
-	gcHeadroom     = 32 << 20 // bytes of garbage that may accumulate before a collection
-	minLiveHeap    = 4 << 20  // bytes; a smaller live heap counts as this much
-	gcTuneInterval = 100 * time.Millisecond
-	bytesPerCall   = 60 << 10 // about what a running stream needs
-	minIdlePeak    = 64 << 20 // bytes of calls and bodies; less is not worth giving back
-	idleTicks      = 20       // how many gcTuneIntervals the need must be low before memory is given back
-)
-
 // tuneGC adjusts the garbage collector's target to the size of the live heap, until ctx is
 // done. Go's default would collect very often while the heap is small. After a peak it gives memory back to the
 // system, which Go would do only after minutes without load.
@@ -557,34 +548,6 @@ func tuneGC(ctx context.Context, p *proxy) {
 			set = want
 		}
 	}
-}
-
-// An idleMemory notices that a peak of calls is over.
-type idleMemory struct {
-	peak int64 // bytes
-	low  int   // for how many ticks the need has been low
-}
-
-// afterPeak is called once per tick with the bytes that running calls need. It reports whether that has been less than
-// a quarter of the last peak for idleTicks: once for each peak.
-func (m *idleMemory) afterPeak(need int64) bool {
-	m.peak = max(m.peak, need)
-	if m.low++; m.peak < minIdlePeak || need > m.peak/4 {
-		m.low = 0
-	}
-	if m.low < idleTicks {
-		return false
-	}
-	m.peak, m.low = need, 0
-	return true
-}
-
-// gcPercentFor returns how much garbage may accumulate, in percent of the live heap: as much as there is live, which
-// is Go's default, and gcHeadroom at least. Request bodies count a quarter. They are the largest part of the heap
-// when there are many, and have no pointers, so that a collection is cheap.
-func gcPercentFor(liveHeap, bodies int64) int {
-	liveHeap = max(liveHeap, bodies, minLiveHeap)
-	return int(max(gcHeadroom, liveHeap-bodies, bodies/4) * 100 / liveHeap)
 }
 
 // bootstrap creates the first management key, unless the environment has one, and with

@@ -9,6 +9,8 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
+	"mime"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -176,6 +178,21 @@ func formatOf(p []byte, declaredSSE bool) answerFormat {
 		}
 	}
 	return formatOther
+}
+
+// mediaType returns the type in a Content-Type header, "" if there is none.
+func mediaType(header string) string {
+	switch header { // nearly all are one of these
+	case "application/json", "text/event-stream":
+		return header
+	case "text/event-stream; charset=utf-8":
+		return "text/event-stream"
+	}
+	t, _, err := mime.ParseMediaType(header)
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // despite a bad parameter, the type is clear
+		return ""
+	}
+	return t
 }
 
 // processFormat reads the next bytes once the format is known, and returns those for the client.

@@ -167,21 +167,6 @@ func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
 	}
 }
 
-// bodyBufferSize returns the size of the buffer for a body that declares a length (negative: it does not), when have
-// bytes of it have come. The last buffer fits exactly, with one more byte to find the end, so that growing leaves
-// little garbage. But memory follows the bytes that arrive: a buffer is at most eight times as large as what has.
-func bodyBufferSize(declared, have int64) int64 {
-	const first, growth = 64 << 10, 8
-	if declared < 0 {
-		return max(first, have+have/2)
-	}
-	size := declared + 1
-	for size > max(first, growth*have) {
-		size = size/growth + 1
-	}
-	return size
-}
-
 // newBodyShare returns the share of a call. One token gets at most a quarter of the memory, so that it cannot keep
 // out all others, but always enough for one body of the largest size.
 func (p *proxy) newBodyShare(t *liveToken) bodyShare {

@@ -6,9 +6,7 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"errors"
 	"io"
-	"mime"
 	"net/http"
 	"slices"
 	"strings"
@@ -183,21 +181,6 @@ func (w *responseWriter) prepare(res *http.Response) {
 	w.body = answerBody{ReadCloser: res.Body, w: w, peeked: peeked}
 	w.framed = res.ContentLength >= 0
 	res.Body, res.Header, res.ContentLength = &w.body, nil, 0
-}
-
-// mediaType returns the type in a Content-Type header, "" if there is none.
-func mediaType(header string) string {
-	switch header { // nearly all are one of these
-	case "application/json", "text/event-stream":
-		return header
-	case "text/event-stream; charset=utf-8":
-		return "text/event-stream"
-	}
-	t, _, err := mime.ParseMediaType(header)
-	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // despite a bad parameter, the type is clear
-		return ""
-	}
-	return t
 }
 
 // headDelay is how long the head of an answer waits for the first bytes of the body.

@@ -13,7 +13,7 @@
 // used at once and refills from then on, and settling returns only what has not refilled yet.
 //
 // Below that are the bounds of what clients can cause otherwise: lines in the log, entries in the audit trail,
-// attempts to guess a key, and the memory of request bodies. Nothing there grows with the number of clients.
+// attempts to guess a key, and the memory of request bodies and calls. Nothing there grows with the number of clients.
 package main
 
 import (
@@ -615,3 +615,55 @@ func (s *bodyShare) release(n int64) {
 }
 
 func (s *bodyShare) releaseAll() { s.release(s.reserved) }
+
+// bodyBufferSize returns the size of the buffer for a body that declares a length (negative: it does not), when have
+// bytes of it have come. The last buffer fits exactly, with one more byte to find the end, so that growing leaves
+// little garbage. But memory follows the bytes that arrive: a buffer is at most eight times as large as what has.
+func bodyBufferSize(declared, have int64) int64 {
+	const first, growth = 64 << 10, 8
+	if declared < 0 {
+		return max(first, have+have/2)
+	}
+	size := declared + 1
+	for size > max(first, growth*have) {
+		size = size/growth + 1
+	}
+	return size
+}
+
+const (
+	gcHeadroom     = 32 << 20 // bytes of garbage that may accumulate before a collection
+	minLiveHeap    = 4 << 20  // bytes; a smaller live heap counts as this much
+	gcTuneInterval = 100 * time.Millisecond
+	bytesPerCall   = 60 << 10 // about what a running stream needs
+	minIdlePeak    = 64 << 20 // bytes of calls and bodies; less is not worth giving back
+	idleTicks      = 20       // how many gcTuneIntervals the need must be low before memory is given back
+)
+
+// An idleMemory notices that a peak of calls is over.
+type idleMemory struct {
+	peak int64 // bytes
+	low  int   // for how many ticks the need has been low
+}
+
+// afterPeak is called once per tick with the bytes that running calls need. It reports whether that has been less than
+// a quarter of the last peak for idleTicks: once for each peak.
+func (m *idleMemory) afterPeak(need int64) bool {
+	m.peak = max(m.peak, need)
+	if m.low++; m.peak < minIdlePeak || need > m.peak/4 {
+		m.low = 0
+	}
+	if m.low < idleTicks {
+		return false
+	}
+	m.peak, m.low = need, 0
+	return true
+}
+
+// gcPercentFor returns how much garbage may accumulate, in percent of the live heap: as much as there is live, which
+// is Go's default, and gcHeadroom at least. Request bodies count a quarter. They are the largest part of the heap
+// when there are many, and have no pointers, so that a collection is cheap.
+func gcPercentFor(liveHeap, bodies int64) int {
+	liveHeap = max(liveHeap, bodies, minLiveHeap)
+	return int(max(gcHeadroom, liveHeap-bodies, bodies/4) * 100 / liveHeap)
+}
