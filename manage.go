@@ -582,20 +582,3 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 func (api *manageAPI) explainRoute(r *manageRequest) (any, error) {
 	return api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
 }
-
-type healthView struct {
-	State   string     `json:"state"`
-	Reason  string     `json:"reason"`
-	Since   *timestamp `json:"since"`
-	Until   *timestamp `json:"until"`
-	Running int64      `json:"running"`
-}
-
-func (ops *operations) newHealthView(u *upstreamRow) healthView {
-	h := ops.health.forUpstream(u.seq, u.id).snapshot(time.Now().UnixMilli())
-	v := healthView{State: h.state.String(), Reason: h.reason, Running: h.running}
-	if h.state != keyReady {
-		v.Since, v.Until = new(timestamp(h.changedAt)), new(timestamp(h.until))
-	}
-	return v
-}

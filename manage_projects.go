@@ -273,6 +273,31 @@ func (api *manageAPI) deleteUpstream(r *manageRequest) (any, error) {
 	return r.deleted("upstream", api.ops.deleteUpstream(r.ctx, r.origin, projectID, id, r.ifMatchVersion))
 }
 
+// A healthView is the health of an upstream's key as /manage shows it.
+type healthView struct {
+	State   string     `json:"state"`
+	Reason  string     `json:"reason"`
+	Since   *timestamp `json:"since"`
+	Until   *timestamp `json:"until"`
+	Running int64      `json:"running"`
+	Models  []string   `json:"models"` // that the provider does not give to the key, and where, until when and why
+}
+
+func (ops *operations) newHealthView(u *upstreamRow) healthView {
+	now := time.Now().UnixMilli()
+	health := ops.health.forUpstream(u.seq, u.id)
+	h := health.snapshot(now)
+	v := healthView{State: h.state.String(), Reason: h.reason, Running: h.running, Models: []string{}}
+	if h.state != keyReady {
+		v.Since, v.Until = new(timestamp(h.changedAt)), new(timestamp(h.until))
+	}
+	for _, p := range health.modelPauses(now) {
+		until := time.UnixMilli(p.until).UTC().Format(time.RFC3339)
+		v.Models = append(v.Models, p.model+" at "+p.endpoint+" until "+until+": "+p.reason)
+	}
+	return v
+}
+
 type tokenView struct {
 	ID                string          `json:"id"`
 	ProjectID         string          `json:"project_id"`

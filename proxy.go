@@ -349,8 +349,10 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	c.times.headersAt = time.Now()
 	switch code := res.StatusCode; {
-	case code == http.StatusUnauthorized || code == http.StatusForbidden:
+	case code == http.StatusUnauthorized || c.attempts.lastFault == faultKey:
 		return errUpstreamAuth(code)
+	case code == http.StatusForbidden || code == http.StatusNotFound:
+		maskKeyLike(peekBody(res)) // in place
 	case code < 200 || code >= 300 && code < 400 && !c.isNotModified(code):
 		return errUpstreamProtocol(code)
 	}

@@ -38,6 +38,7 @@ type attempts struct {
 	log            []attemptLine // the attempts that have ended, and why
 	retriedSameKey bool          // a key has had its second attempt; a call makes only one such
 	savedResponse  *savedResponse
+	lastFault      faultKind     // of the last answer
 	merged         *mergedModels // not nil: the call merges lists of models
 }
 
@@ -61,6 +62,7 @@ type slowUpstream struct {
 type savedResponse struct {
 	res      *http.Response
 	upstream *upstream
+	fault    faultKind
 }
 
 // RoundTrip makes attempts until one is good enough for the client or none is left.
@@ -138,6 +140,7 @@ func (a *attempt) end(now int64, e attemptEnd) attemptLine {
 	case e.recorded: // that ended the probe, too
 	case e.complete:
 		h.recordSuccess(now, a.startedAt, true)
+		h.resumeModel(a.t.c.endpoint.pattern, cmp.Or(a.t.fallbackModel, a.t.c.fields.model))
 	case e.cut:
 		h.recordFailure(now, a.startedAt, false, "the provider's answer broke off or stalled")
 	default:
@@ -277,8 +280,8 @@ type retryDecision struct {
 
 // classify decides what an attempt means and records it in the key's health.
 func (t *attempts) classify(res *http.Response, err error) retryDecision {
-	h, began := t.current.upstream.health, t.current.startedAt
-	if err == nil && res.StatusCode == http.StatusOK && h.ready() { // nearly always
+	t.lastFault = faultNone
+	if err == nil && res.StatusCode == http.StatusOK && t.current.upstream.health.ready() { // nearly always
 		return retryDecision{final: true}
 	}
 	now := time.Now()
@@ -287,31 +290,46 @@ func (t *attempts) classify(res *http.Response, err error) retryDecision {
 		return t.classifyError(err, ms)
 	}
 	if t.c.isNotModified(res.StatusCode) {
-		h.recordSuccess(ms, began, false)
-		return retryDecision{final: true}
+		return t.applyFault(&fault{}, ms)
 	}
-	f := judgeStatus(res.StatusCode, res.Header.Get, func() []byte { return peekBody(res) }, now)
+	var text []byte
+	if _, peeked := res.Body.(*peekedBody); peeked || needsText(res.StatusCode) {
+		text = peekBody(res)
+	}
+	f := judgeStatus(res.StatusCode, res.Header.Get, text, now)
+	return t.applyFault(&f, ms)
+}
+
+// applyFault records a judgment in the health of the key and returns what it means for the call.
+func (t *attempts) applyFault(f *fault, now int64) retryDecision {
+	h, began := t.current.upstream.health, t.current.startedAt
+	t.lastFault = f.kind
+	d := retryDecision{retrySameKey: f.momentary, reason: f.reason, retryAfterMS: f.waitMS}
 	switch f.kind {
 	case faultKey:
-		h.recordRejected(ms, began, f.health)
+		h.recordRejected(now, began, f.health)
 	case faultQuota:
-		h.recordExhausted(ms, began, f.health)
+		h.recordExhausted(now, began, f.health)
 	case faultRate:
-		h.recordRateLimit(ms, began, f.waitMS, f.health)
+		h.recordRateLimit(now, began, f.waitMS, f.health)
 	case faultProvider:
-		h.recordFailure(ms, began, false, f.health)
-	case faultTooLong:
-		h.recordSuccess(ms, began, true)
-		return retryDecision{final: t.availableFallback() == "", tooLong: true, reason: f.reason}
-	default: // an error here is the call's fault, not the key's
-		h.recordSuccess(ms, began, res.StatusCode >= 400)
-		if res.StatusCode == http.StatusNotFound && t.c.endpoint.modelInPath {
-			return retryDecision{reason: "does not know the model"} // another upstream may
+		h.recordFailure(now, began, false, f.health)
+		d.fault = true
+	case faultCall: // says nothing about the key
+		h.endProbe()
+	case faultModel:
+		h.recordSuccess(now, began, true)
+		if want := t.criteria(); want.model != "" && !t.c.endpoint.modelInPath {
+			h.pauseModel(now, want.endpoint, want.model, f.health)
 		}
-		return retryDecision{final: true}
+	case faultTooLong:
+		h.recordSuccess(now, began, true)
+		d.tooLong, d.final = true, t.availableFallback() == ""
+	default: // an error here is the client's fault; without one, the key works
+		h.recordSuccess(now, began, f.kind == faultRequest)
+		d.final = f.status != http.StatusNotFound || !t.c.endpoint.modelInPath // another upstream may know the model
 	}
-	return retryDecision{retrySameKey: f.momentary, fault: f.kind == faultProvider, reason: f.reason,
-		retryAfterMS: f.waitMS}
+	return d
 }
 
 // classifyError is classify for an attempt without an answer that can be used.
@@ -469,9 +487,8 @@ func (t *attempts) endAttempt(reason string, res *http.Response) {
 	if res != nil {
 		e.status = res.StatusCode
 		body, ok := res.Body.(*peekedBody)
-		if ok && body.complete && res.StatusCode != http.StatusPaymentRequired &&
-			(t.savedResponse == nil || !refusesKey(res.StatusCode)) {
-			t.savedResponse = &savedResponse{res, t.current.upstream}
+		if ok && body.complete && (t.savedResponse == nil || !t.lastFault.isPrivate()) {
+			t.savedResponse = &savedResponse{res, t.current.upstream, t.lastFault}
 		}
 		res.Body.Close()
 	}
@@ -480,19 +497,15 @@ func (t *attempts) endAttempt(reason string, res *http.Response) {
 
 // bestResponse returns the answer for the client: the last one, unless an earlier one is more useful.
 func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, error) {
-	if t.savedResponse == nil || err == nil && !refusesKey(res.StatusCode) || t.c.ctx.Err() != nil {
+	if t.savedResponse == nil || err == nil && !t.lastFault.isPrivate() || t.c.ctx.Err() != nil {
 		return res, err
 	}
 	if res != nil {
 		res.Body.Close()
 	}
 	t.c.setUpstream(t.savedResponse.upstream)
+	t.lastFault = t.savedResponse.fault
 	return t.savedResponse.res, nil
-}
-
-// refusesKey reports whether a status is about the key or its account, which says nothing to the client.
-func refusesKey(status int) bool {
-	return status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusPaymentRequired
 }
 
 // finish ends the last attempt after the call, however the call ended, and adds the attempts to its row.
@@ -631,7 +644,8 @@ func (c *call) unreserveUpstream() {
 
 // criteria returns what the call requires of an upstream.
 func (c *call) criteria(now int64) criteria {
-	return criteria{api: c.endpoint.api, model: c.fields.model, pinned: c.pinned(), tokens: c.inputEstimate(), now: now}
+	return criteria{api: c.endpoint.api, endpoint: c.endpoint.pattern, model: c.fields.model, pinned: c.pinned(),
+		tokens: c.inputEstimate(), now: now}
 }
 
 // pinned reports whether the call may name or create objects that a provider stores. They belong to one account,

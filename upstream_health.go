@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +24,8 @@ const (
 	quarantineMax   = hourMS
 	probeLease      = 60_000 // ms; after this long without a result, a probe is given up
 	clockSlack      = 30_000 // ms; a time that is earlier than the last by more means that the clock was set back
+	modelPauseMS    = 300_000
+	maxModelPauses  = 32 // for each key; clients choose the names
 )
 
 // A keyHealth is the health of one upstream's key. For a healthy key, a check costs one atomic load.
@@ -33,6 +36,7 @@ type keyHealth struct {
 	running       atomic.Int64 // attempts under way
 	until         atomic.Int64 // 0: ready; otherwise the key gets no call before, and one probe after
 	hasFailures   atomic.Bool  // failures or strikes are not 0
+	hasPauses     atomic.Bool  // pauses is not empty
 	reportedState keyState     // as in the audit trail; only the goroutine that stores changes uses it
 
 	mu         sync.Mutex
@@ -46,6 +50,16 @@ type keyHealth struct {
 	probeUntil int64 // a probe is under way, and given up then
 	changedAt  int64
 	reason     string
+	pauses     []modelPause // at most maxModelPauses
+}
+
+// A modelPause keeps the calls for one model from a key to which the provider does not give it. Other calls go to
+// the key as before: what a client asks for must not take the key from others.
+type modelPause struct {
+	endpoint string // a pattern: a model may serve one endpoint and not another
+	model    string // as clients name it
+	reason   string
+	until    int64
 }
 
 // ready reports whether the key is healthy.
@@ -302,6 +316,61 @@ func (h *keyHealth) recordRejected(now, began int64, reason string) {
 	h.pause(now, keyQuarantined, min(h.backoff(quarantineMin), quarantineMax), reason)
 }
 
+// pauseModel records that the provider does not give a model to the key. The oldest of too many pauses ends.
+func (h *keyHealth) pauseModel(now int64, endpoint, model, reason string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.pauses = slices.DeleteFunc(h.pauses, func(p modelPause) bool {
+		return p.until <= now || p.endpoint == endpoint && p.model == model
+	})
+	if len(h.pauses) == maxModelPauses {
+		h.pauses = slices.Delete(h.pauses, 0, 1)
+	}
+	h.pauses = append(h.pauses, modelPause{
+		endpoint: endpoint, model: strings.Clone(model), reason: reason, until: now + modelPauseMS})
+	h.hasPauses.Store(true)
+}
+
+// resumeModel ends the pause of a model, because the key has just served it.
+func (h *keyHealth) resumeModel(endpoint, model string) {
+	if !h.hasPauses.Load() {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.pauses = slices.DeleteFunc(h.pauses, func(p modelPause) bool {
+		return p.endpoint == endpoint && p.model == model
+	})
+	h.hasPauses.Store(len(h.pauses) > 0)
+}
+
+// modelPause returns the pause of a model, nil if there is none. An empty endpoint means any.
+func (h *keyHealth) modelPause(now int64, endpoint, model string) *modelPause {
+	if !h.hasPauses.Load() {
+		return nil
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, p := range h.pauses {
+		if p.until > now && p.model == model && (p.endpoint == endpoint || endpoint == "") {
+			return &p
+		}
+	}
+	return nil
+}
+
+// modelPauses returns the pauses of models that are not over.
+func (h *keyHealth) modelPauses(now int64) []modelPause {
+	if !h.hasPauses.Load() {
+		return nil
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.pauses = slices.DeleteFunc(h.pauses, func(p modelPause) bool { return p.until <= now })
+	h.hasPauses.Store(len(h.pauses) > 0)
+	return slices.Clone(h.pauses)
+}
+
 // unusableReason is stored, and setUsable compares it: another text would leave upstreams quarantined for ever.
 const unusableReason = "its key does not open, or its URL is not allowed any more"
 
@@ -390,6 +459,8 @@ func (t *healthTracker) reset(upstream, now int64) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.pauses = nil
+	h.hasPauses.Store(false)
 	if h.strikes = 0; h.state != keyReady {
 		h.setState(now, keyReady, 0, "")
 		return

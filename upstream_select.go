@@ -15,6 +15,7 @@ import (
 // A criteria says what a call requires of its upstream.
 type criteria struct {
 	api         apiFamily
+	endpoint    string // its pattern; "": any
 	model       string
 	pinned      bool        // only the first that serves the call: it has the objects that the call may name
 	tokens      int64       // an estimate, for the upstream's own limits
@@ -33,6 +34,11 @@ func (c *criteria) fits(u *upstream) bool {
 // admits reserves the call in the upstream's own limits, and reports whether they have room for it.
 func (u *upstream) admits(c *criteria) bool {
 	return u.health.admits(c.now, c.tokens, &u.settings, true)
+}
+
+// isHealthy reports whether the upstream's key may have the call now.
+func (c *criteria) isHealthy(u *upstream) bool {
+	return u.health.available(c.now) && u.health.modelPause(c.now, c.endpoint, c.model) == nil
 }
 
 // reserve reserves the call in the upstream's own limits, and the probe of its key if one is due. Both can fail,
@@ -101,7 +107,7 @@ func (c *criteria) appendReady(list, found []*upstream) (ready, rest []*upstream
 		if u.priority != list[0].priority {
 			return found, list[i:]
 		}
-		if c.fits(u) && u.health.available(c.now) {
+		if c.fits(u) && c.isHealthy(u) {
 			found = append(found, u)
 		}
 	}
@@ -173,6 +179,9 @@ func (p *projectState) soonestReady(c *criteria) (best *upstream) {
 			continue
 		}
 		r := u.health.snapshot(c.now)
+		if pause := u.health.modelPause(c.now, c.endpoint, c.model); pause != nil {
+			r.state, r.until = max(r.state, keyQuarantined), max(r.until, pause.until)
+		}
 		if best == nil || r.state < least.state || r.state == least.state && r.until < least.until {
 			best, least = u, r
 		}
@@ -192,7 +201,7 @@ func (p *projectState) hasAlternative(c *criteria) bool {
 	if c.pinned {
 		return false
 	}
-	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool { return c.fits(u) && u.health.available(c.now) })
+	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool { return c.fits(u) && c.isHealthy(u) })
 }
 
 // A routeExplanation says why an upstream gets calls or does not.
@@ -272,6 +281,9 @@ func (c *criteria) exclusionReason(u *upstream) string {
 	case !u.health.available(c.now):
 		h := u.health.snapshot(c.now)
 		return "is " + h.state.String() + ": " + h.reason
+	}
+	if pause := u.health.modelPause(c.now, c.endpoint, c.model); pause != nil {
+		return "does not get calls to " + pause.endpoint + " for this model: " + pause.reason
 	}
 	return ""
 }

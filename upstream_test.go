@@ -921,8 +921,30 @@ func TestRetryHint(t *testing.T) {
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: -1":                               0,
 		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: 45":                               45_000,
 		"Anthropic-Ratelimit-Tokens-Remaining: 0|Anthropic-Ratelimit-Tokens-Reset: 2026-11-24T12:00:30Z": 30_000,
-		fmt.Sprintf("X-Ratelimit-Reset: %d", now.Unix()+40):                                              40_000,
-		fmt.Sprintf("X-Ratelimit-Reset: %d", now.UnixMilli()+40):                                         40,
+		"Anthropic-Ratelimit-Input-Tokens-Remaining: 0|Anthropic-Ratelimit-Input-Tokens-Reset: " +
+			"2026-11-24T12:00:50Z": 50_000,
+		"Anthropic-Ratelimit-Output-Tokens-Remaining: 0|Anthropic-Ratelimit-Output-Tokens-Reset: " +
+			"2026-11-24T12:00:50Z": 50_000,
+		"Retry-After: Tuesday, 24-Nov-26 12:00:40 GMT":                      40_000,
+		"Retry-After: Tue Nov 24 12:00:40 2026":                             40_000,
+		fmt.Sprintf("Retry-After: %d", now.Unix()+40):                       40_000,
+		"Retry-After: 20, 30":                                               30_000,
+		"Retry-After: soon, 30":                                             30_000,
+		"Retry-After: 20 seconds":                                           20_000,
+		"Retry-After: PT1M5S":                                               65_000,
+		"Retry-After: 1 minute 5 sec":                                       65_000,
+		"Retry-After: 2026-11-24T12:00:40.5Z":                               40_500,
+		"Retry-After-Ms: -1|Retry-After: 20":                                20_000,
+		"X-Ms-Retry-After-Ms: 20000":                                        20_000,
+		"X-Ratelimit-Remaining-Tokens: 0|X-Ratelimit-Reset-Tokens: 1m30.5s": 90_500,
+		"X-Ratelimit-Remaining-Tokens: 0.0|X-Ratelimit-Reset-Tokens: 0.25":  250,
+		"X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: " +
+			"2026-11-24T12:00:20Z": 20_000,
+		fmt.Sprintf("X-Ratelimit-Remaining-Requests: 0|X-Ratelimit-Reset-Requests: %d", now.UnixMilli()+90): 90,
+		"X-Ratelimit-Remaining: 7|X-Ratelimit-Reset: 50":                                                    0,
+		"Ratelimit-Remaining: 0|Ratelimit-Reset: 50":                                                        50_000,
+		fmt.Sprintf("X-Ratelimit-Reset: %d", now.Unix()+40):                                                 40_000,
+		fmt.Sprintf("X-Ratelimit-Reset: %d", now.UnixMilli()+40):                                            40,
 	} {
 		get := func(name string) string {
 			for line := range strings.SplitSeq(headers, "|") {

@@ -1,0 +1,351 @@
+// These tests hold how a provider's failed answers are judged: whose fault each is, what that does to the key, and what
+// the client gets.
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestJudgeStatus: whose fault an answer is, by its status and by what providers write into errors.
+func TestJudgeStatus(t *testing.T) {
+	t.Parallel()
+	openAI := func(code, message string) string {
+		return fmt.Sprintf(`{"error":{"message":%q,"type":"invalid_request_error","param":null,"code":%q}}`,
+			message, code)
+	}
+	anthropic := func(kind, message string) string {
+		return fmt.Sprintf(`{"type":"error","error":{"type":%q,"message":%q}}`, kind, message)
+	}
+	for _, c := range []struct {
+		status int
+		body   string
+		retry  string // Retry-After
+		want   faultKind
+		waitMS int64
+	}{
+		{status: 200, body: openAI("insufficient_quota", ""), want: faultNone},
+		{status: 302, want: faultProvider},
+		// The account's trouble, whatever the status.
+		{status: 400, body: anthropic("invalid_request_error", "Your credit balance is too low to access the "+
+			"Anthropic API. Please go to Plans & Billing to upgrade or purchase credits."), want: faultQuota},
+		{status: 400, body: anthropic("invalid_request_error", "You have reached your specified API usage limits. You "+
+			"will regain access on 2026-12-01 at 00:00 UTC."), want: faultQuota},
+		{status: 400, body: openAI("billing_hard_limit_reached", "Billing hard limit has been reached"),
+			want: faultQuota},
+		{status: 400, body: `{"code":"Arrearage","message":"Access denied, please make sure your account is in good ` +
+			`standing."}`, want: faultQuota},
+		{status: 402, body: `{}`, want: faultQuota},
+		{status: 403, body: `{"code":"The caller does not have permission","error":"Your newly created team doesn't ` +
+			`have any credits yet."}`, want: faultQuota},
+		{status: 429, body: openAI("insufficient_quota", "You exceeded your current quota"), want: faultQuota},
+		{status: 429, body: openAI("insufficient_quota", "You exceeded your current quota (TPM)"), retry: "1",
+			want: faultRate, waitMS: 1000},
+		{status: 429, body: openAI("insufficient_quota", "You exceeded your current quota"), retry: "86400",
+			want: faultQuota},
+		{status: 429, body: openAI("billing_not_active", "Your account is not active, please check billing."),
+			want: faultQuota},
+		{status: 429, body: openAI("billing_not_active", "Your account is not active."), retry: "1", want: faultQuota},
+		// The key.
+		{status: 401, body: `{}`, want: faultKey},
+		{status: 401, body: `<html>`, want: faultKey},
+		{status: 403, body: `{}`, want: faultKey},
+		{status: 400, body: `{"error":{"code":400,"message":"API key not valid. Please pass a valid API key.",` +
+			`"status":"INVALID_ARGUMENT","details":[{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":` +
+			`"API_KEY_INVALID"}]}}`, want: faultKey},
+		{status: 400, body: `[{"error":{"code":400,"message":"x","details":[{"reason":"API_KEY_INVALID"}]}}]`,
+			want: faultKey},
+		{status: 400, body: `{"code":"Client specified an invalid argument",` +
+			`"error":"Incorrect API key provided: xa***ab."}`,
+			want: faultKey},
+		{status: 403, body: anthropic("invalid_request_error", "This organization has been disabled."), want: faultKey},
+		// The key and the model.
+		{status: 404, body: openAI("model_not_found", "The model `gpt-0` does not exist or you do not have access."),
+			want: faultModel},
+		{status: 403, body: openAI("", "Project `proj_x` does not have access to model `gpt-4o`"), want: faultModel},
+		{status: 403, body: anthropic("permission_error", "Your API key does not have permission to use the specified "+
+			"resource."), want: faultModel},
+		{status: 404, body: anthropic("not_found_error", "model: claude-0"), want: faultModel},
+		{status: 404, body: `{"error":"model 'llama9' not found"}`, want: faultModel},
+		{status: 404, body: `{"error":{"code":404,"message":"models/gemini-0 is not found for API version v1beta"}}`,
+			want: faultModel},
+		{status: 404, body: `{"error":{"code":"DeploymentNotFound","message":"The API deployment for this resource ` +
+			`does not exist."}}`, want: faultModel},
+		{status: 400, body: `{"object":"error","message":"Invalid model: x","type":"invalid_model","code":"1500"}`,
+			want: faultModel},
+		// This key and this call.
+		{status: 403, body: `<!doctype html><title>Attention Required!</title>`, want: faultCall},
+		{status: 403, body: openAI("", "Blocked by a guardrail"), want: faultCall},
+		{status: 401, body: openAI("", "You have insufficient permissions for this operation. Missing scopes: "+
+			"api.model.images.request."), want: faultCall},
+		{status: 429, body: openAI("rate_limit_exceeded", "Request too large for gpt-4o on tokens per min (TPM): "+
+			"Limit 30000, Requested 40000."), want: faultCall},
+		{status: 413, body: openAI("rate_limit_exceeded", "Request too large for model `x` on tokens per minute (TPM)"),
+			want: faultCall},
+		// The client.
+		{status: 400, body: openAI("invalid_value", "Invalid value"), want: faultRequest},
+		{status: 400, body: openAI("content_filter", "The response was filtered"), want: faultRequest},
+		{status: 403, body: openAI("content_policy_violation", "Your model input was flagged"), want: faultRequest},
+		{status: 404, body: anthropic("not_found_error", "Not Found"), want: faultRequest},
+		{status: 404, body: openAI("", "This is a chat model and not supported in the v1/completions endpoint."),
+			want: faultRequest},
+		{status: 400, body: openAI("", "The model `gpt-4o` does not support image input."), want: faultRequest},
+		{status: 409, body: `{"error":{}}`, want: faultRequest},
+		// What a client sends and the provider quotes is no one else's trouble.
+		{status: 404, body: openAI("", "No such file: credit balance is too low, model x not found"),
+			want: faultRequest},
+		{status: 400, body: openAI("", "Invalid value: 'Your credit balance is too low'. API key not valid"),
+			want: faultRequest},
+		{status: 422, body: `{"detail":[{"type":"string_type","loc":["body"],"msg":"Input should be a string",` +
+			`"input":{"code":"insufficient_quota","error":{"code":"invalid_api_key"}}}]}`, want: faultRequest},
+		{status: 500, body: openAI("", "Your credit balance is too low"), want: faultProvider},
+		// Rate limits and trouble of the provider.
+		{status: 429, body: `{}`, want: faultRate},
+		{status: 429, body: `{}`, retry: "7", want: faultRate, waitMS: 7000},
+		{status: 429, body: openAI("", "Rate limit reached. Please try again in 6.5s."), want: faultRate, waitMS: 6500},
+		{status: 429, body: `{"error":{"code":429,"message":"You exceeded your current quota","status":` +
+			`"RESOURCE_EXHAUSTED","details":[{"@type":"google.rpc.RetryInfo","retryDelay":"39s"}]}}`,
+			want: faultRate, waitMS: 39_000},
+		{status: 400, body: `{"__type":"ThrottlingException","message":"Too many requests"}`, want: faultRate},
+		{status: 503, body: `x`, retry: "3", want: faultProvider, waitMS: 3000},
+		{status: 500, body: ``, want: faultProvider},
+		{status: 501, body: ``, want: faultRequest},
+	} {
+		get := func(name string) string {
+			if name == "Retry-After" {
+				return c.retry
+			}
+			return ""
+		}
+		f := judgeStatus(c.status, get, []byte(c.body), time.Now())
+		if f.kind != c.want || f.waitMS != c.waitMS {
+			t.Errorf("%d %s: got %d, wait %d, want %d, %d", c.status, c.body, f.kind, f.waitMS, c.want, c.waitMS)
+		}
+	}
+}
+
+// TestTooLongWordings: every provider's way to say that a call is too long for its model is understood; the limits of
+// other things are no such.
+func TestTooLongWordings(t *testing.T) {
+	t.Parallel()
+	tooLong := []string{
+		"This model's maximum prompt length is 131072 but the request contains 537812 tokens.",
+		"Input is too long for requested model.",
+		"The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+		"prompt is too long: 203789 tokens > 200000 maximum",
+		"This model's maximum context length is 8192 tokens. However, you requested 9000 tokens.",
+		"Your input exceeds the context window of this model. Please adjust your input and try again.",
+		"Prompt contains 40000 tokens, too large for model with 32768 maximum context length",
+		"the request exceeds the available context size. try increasing the context size",
+		"too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 5000",
+		"Please reduce the length of the messages or completion.",
+		"Range of input length should be [1, 30720]",
+		"Invalid request: Your request exceeded model token limit: 131072",
+		"Request body too large for gpt-4o model. Max size: 8000 tokens.",
+		"Unable to submit request because the input token count is 1049000 but model only supports up to 1048576",
+		"`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000 `inputs` tokens",
+		"The decoder prompt (length 5000) is longer than the maximum model length of 4096.",
+		"Input validation error: `inputs` must have less than 512 tokens. Given: 1000",
+		"input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000, decrease input length " +
+			"or `max_tokens`",
+		"Prompt exceeds max length",
+	}
+	other := []string{
+		"Invalid 'user': string too long. Expected a string with maximum length 64, but got one of 99 instead.",
+		"max_tokens is too large: 100000. This model supports at most 16384 completion tokens.",
+		"max_tokens: 100000 > 64000, which is the maximum allowed number of output tokens",
+		"Invalid value: 'x'.",
+		"Too many stop sequences. Maximum is 4.",
+		"image is too large: the maximum is 5 MB",
+		"Too many requests. Please wait and try again.",
+		"tools: too many tools, the maximum number is 128.",
+	}
+	for i, text := range slices.Concat(tooLong, other) {
+		want := i < len(tooLong)
+		body := []byte(fmt.Sprintf(`{"error":{"message":%q}}`, text))
+		if e := parseProviderError(body); e.isTooLong(400) != want {
+			t.Errorf("%q: too long: %v", text, !want)
+		}
+		if e := parseProviderError(body); e.isTooLong(429) {
+			t.Errorf("%q: a rate limit is read as too long", text)
+		}
+	}
+	for _, body := range []string{
+		`{"error":{"code":"context_length_exceeded","message":"x"}}`,
+		`{"error":{"message":"Provider returned error","code":400,"metadata":{"raw":"{\"type\":\"error\",\"error\":` +
+			`{\"type\":\"invalid_request_error\",\"message\":\"prompt is too long: 9 tokens > 8 maximum\"}}"}}}`,
+		`{"error":"prompt too long; exceeded max context length by 10 tokens"}`,
+		`{"message":"Input is too long for requested model."}`,
+		`{"detail":"This model's maximum context length is 4096 tokens"}`,
+		`Input is too long for requested model.`,
+	} {
+		if e := parseProviderError([]byte(body)); !e.isTooLong(400) {
+			t.Errorf("%s is not too long", body)
+		}
+	}
+}
+
+// A faultCase is an answer of the first of two upstreams, and what it leads to.
+type faultCase struct {
+	name     string
+	status   int
+	body     string
+	lines    []string
+	attempts [2]int
+	health   string // of the first upstream's key
+	paused   bool   // the first upstream does not get the model
+	alone    int    // the client's status without the second upstream
+	shows    string // of the body that the client gets then
+	hides    string
+}
+
+// TestFaultOf4xx: account trouble takes the key out of use and the next key is asked, whatever the status. An error
+// about one model takes out the key and model only. One bad request takes out nothing.
+func TestFaultOf4xx(t *testing.T) {
+	t.Parallel()
+	for _, c := range []faultCase{
+		{name: "no credit", status: 400, body: `{"type":"error","error":{"type":"invalid_request_error","message":` +
+			`"Your credit balance is too low to access the Anthropic API."}}`,
+			attempts: [2]int{1, 1}, health: "exhausted", alone: 400, shows: "credit balance"},
+		{name: "invalid key", status: 400, body: `{"error":{"code":400,"message":"API key not valid: sk-abcdefghij",` +
+			`"details":[{"reason":"API_KEY_INVALID"}]}}`,
+			attempts: [2]int{1, 1}, health: "quarantined", alone: 502, shows: "upstream_auth_error", hides: "sk-abc"},
+		{name: "short wait for quota", status: 429, body: `{"error":{"code":"insufficient_quota","type":` +
+			`"insufficient_quota","message":"You exceeded your current quota (TPM), please slow down."}}`,
+			lines: []string{"Retry-After: 3"}, attempts: [2]int{1, 1}, health: "cooling", alone: 429,
+			shows: "slow down"},
+		{name: "billing", status: 429, body: `{"error":{"code":"billing_not_active","message":"Your account is not ` +
+			`active"}}`, attempts: [2]int{1, 1}, health: "exhausted", alone: 429, shows: "billing_not_active"},
+		{name: "model unknown", status: 404, body: `{"error":{"code":"model_not_found","message":"The model ` +
+			`gpt-4o-mini does not exist or you do not have access to it."}}`,
+			attempts: [2]int{1, 1}, health: "ready", paused: true, alone: 404, shows: "gpt-4o-mini does not exist"},
+		{name: "model forbidden", status: 403, body: `{"error":{"message":"Project proj_ABCDEFGH12345678 with key ` +
+			`sk-svcacct-*****wxyz does not have access to model gpt-4o-mini","code":"model_not_found"}}`,
+			attempts: [2]int{1, 1}, health: "ready", paused: true, alone: 403,
+			shows: "does not have access to model gpt-4o-mini", hides: "wxyz"},
+		{name: "forbidden page", status: 403, body: `<html>Sorry, you have been blocked</html>`,
+			lines: []string{"Content-Type: text/html"}, attempts: [2]int{1, 1}, health: "ready", alone: 403,
+			shows: "you have been blocked"},
+		{name: "bad request", status: 400, body: `{"error":{"message":"Invalid value: 'API key not valid. Your ` +
+			`credit balance is too low'"}}`, attempts: [2]int{1, 0}, health: "ready", alone: 400,
+			shows: "Invalid value"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.check(t)
+		})
+	}
+}
+
+func (c *faultCase) check(t *testing.T) {
+	p := newTest(t, nil)
+	second, id := p.addUpstream(`"priority":1`)
+	p.provider.setScript(replyScript(c.status, c.body, c.lines...))
+	for i := range 2 { // the second call must not change anything about the first key
+		res := p.chat()
+		if c.attempts[1] > 0 && (res.status != 200 || res.body != chatResponseBody) {
+			t.Errorf("call %d got %d %s", i, res.status, res.body)
+		}
+		if i > 0 {
+			break
+		}
+		if got := [2]int{len(p.provider.received()), len(second.received())}; got != c.attempts {
+			t.Errorf("the providers got %v attempts, want %v", got, c.attempts)
+		}
+	}
+	if h := p.healthOf(p.upstream); h.State != c.health {
+		t.Errorf("the key is %+v, want %s", h, c.health)
+	}
+	isOut := c.paused || c.health != "ready"
+	if n := len(p.provider.received()); isOut && n != 1 {
+		t.Errorf("a key that is out got %d calls of 2", n)
+	}
+	if models := p.modelPauses(p.upstream); (len(models) == 1) != c.paused ||
+		c.paused && !strings.HasPrefix(models[0], "gpt-4o-mini at /v1/chat/completions until 20") {
+		t.Errorf("the key's models are %q", models)
+	}
+	if c.paused { // other models and endpoints still go there
+		asked := len(p.provider.received())
+		p.do("POST", "/v1/chat/completions", `{"model":"gpt-5","messages":[]}`, p.jsonHeaders()...)
+		p.do("POST", "/v1/embeddings", `{"model":"gpt-4o-mini","input":"x"}`, p.jsonHeaders()...)
+		if n := len(p.provider.received()); n != asked+2 {
+			t.Errorf("%d of 2 calls for other models and endpoints went there", n-asked)
+		}
+		var route struct{ Upstreams []struct{ Why string } }
+		p.manage("GET", "/manage/projects/"+p.project+"/route?model=gpt-4o-mini", "", 200, &route)
+		if !slices.ContainsFunc(route.Upstreams, func(line struct{ Why string }) bool {
+			return strings.Contains(line.Why, "for this model")
+		}) {
+			t.Errorf("the route is explained as %+v", route)
+		}
+	}
+	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
+	p.changeUpstream(p.upstream, ``)
+	res := p.chat()
+	if res.status != c.alone || !strings.Contains(res.body, c.shows) ||
+		c.hides != "" && strings.Contains(res.body, c.hides) {
+		t.Errorf("alone: got %d %s", res.status, res.body)
+	}
+	if row := p.lastCall(); row.Outcome != "upstream_error" || row.UsageSource != "none" || row.Status != c.alone {
+		t.Errorf("alone: the ledger has %+v", row)
+	}
+}
+
+// modelPauses returns the models that an upstream's key does not get, as /manage shows them.
+func (p *testProxy) modelPauses(upstream string) []string {
+	p.t.Helper()
+	var up struct{ Health struct{ Models []string } }
+	p.manage("GET", "/manage/projects/"+p.project+"/upstreams/"+upstream, "", 200, &up)
+	return up.Health.Models
+}
+
+// TestModelPauses: however many models clients name, a key remembers a few for some minutes. A good answer ends a
+// pause, and so does an administrator.
+func TestModelPauses(t *testing.T) {
+	t.Parallel()
+	tracker := newHealthTracker()
+	h, now := tracker.forUpstream(1, "up_1"), int64(1_000)
+	const chat = "/v1/chat/completions"
+	for i := range 10 * maxModelPauses {
+		h.pauseModel(now, chat, fmt.Sprint("m", i), "x")
+	}
+	last := fmt.Sprint("m", 10*maxModelPauses-1)
+	if n := len(h.modelPauses(now)); n != maxModelPauses || h.modelPause(now, chat, last) == nil {
+		t.Errorf("%d models are remembered", n)
+	}
+	if h.modelPause(now, "/v1/embeddings", last) != nil || h.modelPause(now, "", last) == nil || !h.available(now) {
+		t.Error("the pause is not of one endpoint")
+	}
+	h.resumeModel(chat, last)
+	if h.modelPause(now, chat, last) != nil || len(h.modelPauses(now)) != maxModelPauses-1 {
+		t.Error("a good answer does not end the pause")
+	}
+	if n := len(h.modelPauses(now + modelPauseMS)); n != 0 || h.hasPauses.Load() {
+		t.Errorf("%d pauses last too long", n)
+	}
+	h.pauseModel(now, chat, "m", "x")
+	if tracker.reset(1, now); h.modelPause(now, chat, "m") != nil {
+		t.Error("an administrator's change does not end the pause")
+	}
+}
+
+// TestMaskKeyLike: keys and accounts disappear from a text; what a client needs to know stays.
+func TestMaskKeyLike(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"Incorrect API key provided: sk-proj-ab12****wxyz.":    "Incorrect API key provided: ********************.",
+		"key AIzaSyA-1234567890 of org-abcdefgh12":             "key ****************** of **************",
+		"0123456789abcdef0123456789abcdef":                     "********************************",
+		"The model claude-sonnet-4-5-20250929 does not exist":  "The model claude-sonnet-4-5-20250929 does not exist",
+		"No such file: file-AbCdEfGhIjKlMnOpQrStUv, batch_123": "No such file: file-AbCdEfGhIjKlMnOpQrStUv, batch_123",
+		"sk-3 and key-1": "sk-3 and key-1",
+	} {
+		b := []byte(text)
+		if maskKeyLike(b); string(b) != want {
+			t.Errorf("%q became %q", text, b)
+		}
+	}
+}
