@@ -34,6 +34,13 @@ func (e *apiError) Error() string {
 
 func (e *apiError) Unwrap() error { return e.cause }
 
+// withoutRetry returns a copy of e that tells SDKs not to retry.
+func (e *apiError) withoutRetry() *apiError {
+	c := *e
+	c.noRetry = true
+	return &c
+}
+
 // withCause returns a copy of e with a cause.
 func (e *apiError) withCause(cause error) *apiError {
 	c := *e

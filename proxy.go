@@ -383,6 +383,9 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 		// send an empty 200: break the connection instead.
 		panic(http.ErrAbortHandler)
 	}
+	if c.attempts.mayBeBilled { // SDKs repeat a call by themselves otherwise
+		c.failure = c.failure.withoutRetry()
+	}
 	if !c.committed && !c.commitFailed { // an error is an answer too: it waits for the record
 		select {
 		case <-c.entry.committed():

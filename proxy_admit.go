@@ -1,5 +1,6 @@
-// This file decides whether a call may be made: policies first, then limits. An admitted call has a reservation
-// in every limit that applies, and its pending record is on the way to the ledger. Nothing is forwarded here.
+// This file decides whether a call may be made: policies first, then an upstream, then limits. An admitted call has
+// a reservation in every limit that applies, and its pending record is on the way to the ledger. Nothing is
+// forwarded here.
 package main
 
 import (
@@ -51,6 +52,34 @@ func (p *proxy) admit(c *call) error {
 		counts: tokenCounts{input: c.inputEstimate(), output: c.maxOutputTokens()},
 	})
 	return nil
+}
+
+// pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that both API families have (the
+// list of models) goes to the family of the client's SDK, if the project has it.
+func (c *call) pickUpstream() *upstream {
+	want := c.criteria(c.readAt())
+	if want.api == apiAny {
+		want.api = apiOpenAI
+		if c.anthropic {
+			want.api = apiAnthropic
+		}
+		if u := c.project.pickUpstream(&want); u != nil {
+			return u
+		}
+		want.api = apiAny
+	}
+	if want.pinned {
+		return c.project.pickUpstream(&want)
+	}
+	return c.attempts.pickFirst(c.project, want, c.attempts.availableFallback())
+}
+
+// readAt returns when the call's body had been read, in unix milliseconds: an upstream is chosen then.
+func (c *call) readAt() int64 { return c.start.Add(c.times.bodyRead).UnixMilli() }
+
+// unreserveUpstream takes back what pickUpstream has reserved, for a call that is not sent.
+func (c *call) unreserveUpstream() {
+	c.upstream.health.unreserve(c.readAt(), c.inputEstimate(), &c.upstream.settings)
 }
 
 // checkPolicies checks the call against the policies of its project and its token.

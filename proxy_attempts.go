@@ -1,6 +1,6 @@
 // This file makes a call's attempts. It stands where ReverseProxy expects its transport and tries upstreams in
 // turn until one has answered. Nothing reaches the client before RoundTrip has returned, and nothing is sent
-// again after that. Of the client's body it may replace the model's name; it reads nothing else there.
+// again after that. Of the client's body it may replace the model's name, and take back what the proxy has added.
 package main
 
 import (
@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -29,17 +30,15 @@ type attempts struct {
 	p *proxy
 	c *call
 
-	current        attempt       // its upstream is nil while no attempt is under way
-	fallbackModel  string        // replaces the client's model; "": the client's own
-	fellBack       bool          // the call has fallen back, which it does once
-	skippedOwn     bool          // it began with the fallback model, as no upstream of its own was ready
-	tried          []*upstream   // upstreams that failed; they get no further attempt
-	slow           slowUpstream  // may still have the call, if no other upstream answers
-	log            []attemptLine // the attempts that have ended, and why
-	retriedSameKey bool          // a key has had its second attempt; a call makes only one such
-	savedResponse  *savedResponse
-	lastFault      faultKind     // of the last answer
-	merged         *mergedModels // not nil: the call merges lists of models
+	current       attempt       // its upstream is nil while no attempt is under way
+	route                       // where the call was, and where it may still go
+	log           []attemptLine // the attempts that have ended, and why
+	connected     atomic.Bool   // the attempt has a connection; recorded only if outcomeUnknown needs it
+	plainFor      *upstream     // gets the call without the stream_options that the proxy has added
+	mayBeBilled   bool          // the call failed, but its provider may have run it
+	savedResponse *savedResponse
+	lastFault     faultKind     // of the last answer
+	merged        *mergedModels // not nil: the call merges lists of models
 }
 
 // An attemptLine is one line of a call's attempt log, as stored and shown.
@@ -49,13 +48,6 @@ type attemptLine struct {
 	Status   int    `json:"status,omitempty"` // of the provider's answer
 	Error    string `json:"error,omitempty"`  // what was wrong, in the proxy's words
 	MS       int64  `json:"ms"`
-}
-
-// A slowUpstream had to give the call to a spare, because its stream's first event took too long. It would have had
-// UPSTREAM_TIMEOUT if it were alone, and has that if all others fail.
-type slowUpstream struct {
-	upstream *upstream // nil: there is none
-	model    string    // the fallback model that it was asked for, "" for the client's
 }
 
 // A savedResponse is a provider's error, complete in memory. The client gets it if later attempts end worse.
@@ -72,11 +64,32 @@ func (t *attempts) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	for {
 		res, err := t.attempt(req)
+		if t.askWithoutUsage(res, err) {
+			continue
+		}
 		decision := t.classify(res, err)
+		if t.mayBeBilled = t.outcomeUnknown(res, err); t.mayBeBilled {
+			return res, err
+		}
 		if !t.retry(&decision, res, err) {
 			return t.bestResponse(res, err)
 		}
 	}
+}
+
+// outcomeUnknown reports whether an attempt failed in a way that does not tell whether the provider has run the call:
+// it had a connection and broke off or took too long, or a gateway before the provider says so. A call that is billed
+// by the picture or by the sound is not sent again then, because it might be paid for twice.
+func (t *attempts) outcomeUnknown(res *http.Response, err error) bool {
+	switch {
+	case !billedWithoutUsage(t.c.endpoint.name()):
+		return false
+	case err != nil:
+		e, said := errors.AsType[*streamError](err) // said: the provider itself says that the call failed
+		return t.connected.Load() && !(said && e.problem == errorInStream)
+	}
+	return res.StatusCode == http.StatusBadGateway || res.StatusCode == http.StatusGatewayTimeout ||
+		res.StatusCode == 520 || res.StatusCode == 524 // of Cloudflare
 }
 
 // attempt makes one attempt at the call's upstream and counts it. The attempt stays current until it ends.
@@ -97,6 +110,7 @@ type attempt struct {
 	t         *attempts
 	upstream  *upstream
 	model     string // the model's name as this upstream gets it
+	plain     bool   // it gets the body without the stream_options that the proxy has added
 	startedAt int64  // unix milliseconds
 	timeout   time.Duration
 	forSpare  bool        // timeout is the time after which a spare gets the call: the upstream alone would have more
@@ -107,6 +121,7 @@ type attempt struct {
 // newAttempt begins an attempt at the call's upstream and makes it current. The one before has ended.
 func (t *attempts) newAttempt() *attempt {
 	c, u, startedAt := t.c, t.c.upstream, t.c.times.sentAt
+	t.connected.Store(false)
 	if c.attemptCount > 0 {
 		startedAt = time.Now()
 	}
@@ -116,6 +131,7 @@ func (t *attempts) newAttempt() *attempt {
 	c.setPhase(phaseProvider)
 	model := u.mapModel(cmp.Or(t.fallbackModel, c.fields.model))
 	t.current = attempt{t: t, upstream: u, model: model, startedAt: startedAt.UnixMilli()}
+	t.current.plain = c.usageAdded && (t.plainFor == u || !u.health.takesUsage(t.current.startedAt))
 	return &t.current
 }
 
@@ -156,6 +172,9 @@ func (a *attempt) end(now int64, e attemptEnd) attemptLine {
 // stream must bring its first event. Buffered streams and lists to be merged are read to their end.
 func (a *attempt) roundTrip(req *http.Request) (*http.Response, error) {
 	t := a.t
+	if billedWithoutUsage(t.c.endpoint.name()) {
+		req = traceConnection(req, &t.connected)
+	}
 	out, err := a.buildRequest(req)
 	if err != nil {
 		return nil, err
@@ -254,17 +273,50 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 	return out, nil
 }
 
-// buildBody returns the call's body with the model's name that this upstream uses.
+// buildBody returns the call's body with the model's name that this upstream uses, and without stream_options if it
+// refuses those that the proxy has added.
 func (a *attempt) buildBody() ([]byte, error) {
 	c := a.t.c
-	if a.model == c.fields.model || c.body == nil || c.fields.modelSplice.to == 0 {
+	rename := a.model != c.fields.model && c.body != nil && c.fields.modelSplice.to != 0
+	if !rename && !a.plain {
 		return c.body, nil
 	}
-	body := withModel(c.body, c.fields, c.usageAdded, a.model)
-	if err := c.memory.reserve(int64(len(body))); err != nil {
+	if err := c.memory.reserve(int64(len(c.body) + len(a.model))); err != nil {
 		return nil, err
 	}
+	body := c.body
+	if a.plain {
+		body = withoutIncludeUsage(body, c.fields)
+	}
+	if rename {
+		body = withModel(body, c.fields, c.usageAdded && !a.plain, a.model)
+	}
 	return body, nil
+}
+
+// askWithoutUsage reports whether the call's upstream gets the call again without the stream_options that the proxy
+// has added, because it refuses them; the attempt has ended then. The client must not see an error about a field that
+// it did not send. An answer to the second attempt is remembered for the upstream.
+func (t *attempts) askWithoutUsage(res *http.Response, err error) bool {
+	c, a, u := t.c, &t.current, t.current.upstream
+	if err != nil || !c.usageAdded {
+		return false
+	}
+	now := time.Now().UnixMilli()
+	if a.plain || res.StatusCode < 400 {
+		if t.plainFor == u && res.StatusCode == http.StatusOK {
+			u.health.usageRefused.Store(now + usageRefusedMS)
+		}
+		return false
+	}
+	if c.ctx.Err() != nil || !refusesUsage(res.StatusCode, peekBody(res)) || !t.reserveCapacity(now) {
+		return false
+	}
+	u.health.recordSuccess(now, a.startedAt, true)
+	saved := t.savedResponse // stays: this one is not for the client
+	t.endAttempt("refuses stream_options", res)
+	t.savedResponse, t.plainFor = saved, u
+	return true
 }
 
 // A retryDecision says what an attempt means for the call. Unless it is final, the call may be sent again; the
@@ -373,95 +425,26 @@ func (t *attempts) retry(d *retryDecision, res *http.Response, err error) bool {
 	if t.current.forSpare && err == error(errAttemptTimeout) && t.slow.upstream == nil {
 		t.slow = slowUpstream{u, t.fallbackModel}
 	}
-	if d.retrySameKey && u.health.available(now) && t.reserveSameKey(now, true) {
+	want := t.criteria()
+	f := failedAttempt{upstream: u, fault: d.fault, tooLong: d.tooLong, fallback: t.availableFallback()}
+	early := time.Since(c.start) <= sameKeyWindow
+	if d.retrySameKey && early && u.health.available(now) && t.reserveSameKey(c.project, &want, &f, true) {
 		return t.retrySameKey(d, res, time.Duration(50+rand.IntN(150))*time.Millisecond)
 	}
-	want := t.criteria()
-	var next *upstream
-	if !d.tooLong { // a call that is too long would be so at every upstream
-		next = t.pickNext(&want, d)
-	}
-	if next == nil && d.retryAfterMS > 0 && d.retryAfterMS <= maxRetryAfterMS && t.reserveSameKey(now, d.fault) {
+	next, model := t.pickNext(c.project, &want, &f), t.fallbackModel
+	if next == nil && d.retryAfterMS > 0 && d.retryAfterMS <= maxRetryAfterMS && early &&
+		t.reserveSameKey(c.project, &want, &f, d.fault) {
 		return t.retrySameKey(d, res, time.Duration(d.retryAfterMS)*time.Millisecond)
 	}
-	model, tried := t.fallbackModel, append(t.tried, u)
 	if next == nil {
-		if next, model = t.pickLast(&want, d); next == nil {
-			return false
-		}
-		if model != t.fallbackModel {
-			tried = nil
-		}
+		next, model = t.pickLast(c.project, want, &f)
+	}
+	if next == nil {
+		return false
 	}
 	t.endAttempt(d.reason, res)
-	t.fallbackModel, t.tried = model, tried
+	t.moveOn(u, model)
 	c.setUpstream(next)
-	return true
-}
-
-// pickLast chooses and reserves what is left if no healthy upstream is: the fallback model, then a key that may be
-// down, because the call fails otherwise. It returns nil if nothing is left, and the fallback model to ask for.
-func (t *attempts) pickLast(want *criteria, d *retryDecision) (next *upstream, model string) {
-	if model = t.availableFallback(); model != "" {
-		want := t.criteria()
-		want.model, want.tried = model, nil
-		if next = t.pickNext(&want, d); next != nil {
-			t.fellBack = true
-			return next, model
-		}
-	}
-	if !d.tooLong {
-		want.earlyProbe = true
-		if next = t.pickNext(want, d); next != nil {
-			return next, t.fallbackModel
-		}
-		if u := t.slow.upstream; u != nil && u.retryBudget.spend(want.now) && u.admits(want) {
-			t.slow.upstream = nil
-			return u, t.slow.model
-		}
-	}
-	if t.skippedOwn {
-		t.skippedOwn = false
-		want := t.criteria()
-		want.model, want.tried, want.healthyOnly = t.c.fields.model, nil, false
-		next = t.pickNext(&want, d)
-	}
-	return next, ""
-}
-
-// pickNext chooses and reserves the upstream for the next attempt, nil if there is none. After a fault of the
-// provider, an attempt at the same host costs retry budget; without any, only other hosts are left.
-func (t *attempts) pickNext(want *criteria, d *retryDecision) *upstream {
-	for {
-		next := t.c.project.pickUpstream(want)
-		if next == nil || !d.fault || next.host != t.current.upstream.host || next.retryBudget.spend(want.now) {
-			return next
-		}
-		next.health.unreserve(want.now, want.tokens, &next.settings)
-		want.tried = append(want.tried, next)
-	}
-}
-
-// reserveSameKey reports whether the current key gets the call a second time, and reserves that. A call makes only
-// one such attempt, and only if another upstream might have the call: with one, the client's own library retries.
-// costs means that the attempt costs retry budget.
-func (t *attempts) reserveSameKey(now int64, costs bool) bool {
-	want, u := t.criteria(), t.current.upstream
-	if t.retriedSameKey || time.Since(t.c.start) > sameKeyWindow {
-		return false
-	}
-	if !t.c.project.hasCandidate(&want, u) {
-		if want.model = t.availableFallback(); want.model == "" || !t.c.project.hasCandidate(&want, u) {
-			return false
-		}
-	}
-	if !t.reserveCapacity(now) {
-		return false
-	}
-	if costs && !u.retryBudget.spend(now) {
-		u.health.unreserve(now, want.tokens, &u.settings)
-		return false
-	}
 	return true
 }
 
@@ -545,9 +528,10 @@ func (t *attempts) finish(row *requestRow, now int64) {
 	}
 }
 
-// hasAlternative reports whether the call could go on to another upstream or model now.
+// hasAlternative reports whether the call could go on to another upstream or model now, if its provider had it and
+// did not answer.
 func (t *attempts) hasAlternative() bool {
-	if !t.retryable() || t.c.attemptCount >= maxAttempts {
+	if !t.retryable() || t.c.attemptCount >= maxAttempts || billedWithoutUsage(t.c.endpoint.name()) {
 		return false
 	}
 	want := t.criteria()
@@ -600,47 +584,6 @@ func (c *call) mayUseModel(model string) bool {
 
 // replayable reports whether the body can be sent again.
 func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.upload }
-
-// pickUpstream chooses the call's first upstream, nil if there is none. If no upstream of its model is ready, one of
-// the fallback model goes before a key that is known to be in trouble. An endpoint that both API families have (the
-// list of models) goes to the family of the client's SDK, if the project has it.
-func (c *call) pickUpstream() *upstream {
-	want, fallback := c.criteria(c.readAt()), ""
-	if want.api == apiAny {
-		want.api = apiOpenAI
-		if c.anthropic {
-			want.api = apiAnthropic
-		}
-		if u := c.project.pickUpstream(&want); u != nil {
-			return u
-		}
-		want.api = apiAny
-	}
-	if !want.pinned {
-		fallback = c.attempts.availableFallback()
-	}
-	if want.healthyOnly = fallback != ""; want.healthyOnly {
-		if u := c.project.pickUpstream(&want); u != nil {
-			return u
-		}
-		want.model = fallback
-		if u := c.project.pickUpstream(&want); u != nil {
-			t := &c.attempts
-			t.fallbackModel, t.fellBack, t.skippedOwn = fallback, true, true
-			return u
-		}
-		want.model, want.healthyOnly = c.fields.model, false
-	}
-	return c.project.pickUpstream(&want)
-}
-
-// readAt returns when the call's body had been read, in unix milliseconds: an upstream is chosen then.
-func (c *call) readAt() int64 { return c.start.Add(c.times.bodyRead).UnixMilli() }
-
-// unreserveUpstream takes back what pickUpstream has reserved, for a call that is not sent.
-func (c *call) unreserveUpstream() {
-	c.upstream.health.unreserve(c.readAt(), c.inputEstimate(), &c.upstream.settings)
-}
 
 // criteria returns what the call requires of an upstream.
 func (c *call) criteria(now int64) criteria {

@@ -1366,3 +1366,252 @@ func TestProbeSooner(t *testing.T) {
 		t.Errorf("the key that has answered is %+v", h)
 	}
 }
+
+// TestBilledCallsOnce: a call that is billed by the picture or by the sound is not sent again if its provider may have
+// run it, and is on record as what was reserved. It is sent again if the provider cannot have begun, or says that the
+// call failed.
+func TestBilledCallsOnce(t *testing.T) {
+	t.Parallel()
+	const boundary = "multipart/form-data; boundary=b"
+	form := strings.Replace(uploadForm, "--b--", "--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n"+
+		"whisper-1\r\n--b--", 1)
+	calls := []struct {
+		path, contentType, body string
+		output                  int64 // what is reserved
+	}{
+		{"/v1/images/generations", "application/json", `{"model":"gpt-image-1","prompt":"x","n":2}`, 2 * assumedOutput},
+		{"/v1/images/edits", "application/json", `{"model":"gpt-image-1","prompt":"a cat"}`, assumedOutput},
+		{"/v1/audio/speech", "application/json", `{"model":"tts-1","input":"Hello","voice":"x"}`, 0},
+		{"/v1/audio/transcriptions", boundary, form, assumedOutput},
+	}
+	good := replyScript(200, `{"created":1,"usage":{"input_tokens":9,"output_tokens":3,"total_tokens":12}}`)
+	stall := func(p *testProxy) {
+		p.changeUpstream(p.upstream, `"answer_ms":300`)
+		p.provider.setScript(stallScript)
+	}
+	script := func(s func(*providerConn, recordedRequest) bool) func(*testProxy) {
+		return func(p *testProxy) { p.provider.setScript(s) }
+	}
+	for _, c := range []struct {
+		name     string
+		set      func(*testProxy)
+		attempts [2]int
+		status   int
+	}{
+		{"cut", script(resetScript), [2]int{1, 0}, 502},
+		{"no answer in time", stall, [2]int{1, 0}, 504},
+		{"a gateway that waited", script(replyScript(504, `{}`)), [2]int{1, 0}, 504},
+		{"a gateway that lost it", script(replyScript(502, `{}`)), [2]int{1, 0}, 502},
+		{"too many", script(replyScript(429, `{}`)), [2]int{1, 1}, 200},
+		{"refused", script(replyScript(401, `{}`)), [2]int{1, 1}, 200},
+		{"failed", script(replyScript(500, `{}`)), [2]int{2, 1}, 200},
+		{"no connection", func(p *testProxy) {
+			closed, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			closed.Close()
+			p.replaceBaseURL("http://" + closed.Addr().String())
+		}, [2]int{0, 1}, 200},
+		{"no handshake", func(p *testProxy) {
+			p.replaceBaseURL("https" + strings.TrimPrefix(p.provider.url, "http"))
+		}, [2]int{0, 1}, 200},
+	} {
+		for _, call := range calls {
+			t.Run(c.name+", "+call.path, func(t *testing.T) {
+				t.Parallel()
+				p := newTest(t, nil)
+				second, _ := p.addUpstream(`"priority":1`)
+				second.setScript(good)
+				c.set(p)
+				res := p.do("POST", call.path, call.body,
+					"Authorization", "Bearer "+p.token, "Content-Type", call.contentType)
+				if res.status != c.status {
+					t.Errorf("got %d %s", res.status, res.body)
+				}
+				if got := [2]int{len(p.provider.received()), len(second.received())}; got != c.attempts {
+					t.Errorf("the providers got %v attempts, want %v", got, c.attempts)
+				}
+				row := p.lastCall()
+				if c.status != 200 && (row.UsageSource != "estimated" || row.InputTokens == 0 ||
+					row.OutputTokens != call.output || row.Outcome != "upstream_error") {
+					t.Errorf("the ledger has %+v", row)
+				}
+				if noRetry := res.header.Get("X-Should-Retry") == "false"; strings.HasPrefix(c.name, "a gateway") ==
+					noRetry && c.status != 200 {
+					t.Errorf("SDKs are told not to retry: %v", noRetry)
+				}
+			})
+		}
+	}
+}
+
+// TestBilledCallLeft: a picture whose client leaves, or that takes too long, is on record as what was reserved. One
+// that is streamed is not given to a spare because it is late.
+func TestBilledCallLeft(t *testing.T) {
+	t.Parallel()
+	const path, body = "/v1/images/generations", `{"model":"gpt-image-1","prompt":"a cat","stream":true}`
+	p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "2s", "FIRST_EVENT_TIMEOUT": "300ms"})
+	second, _ := p.addUpstream(`"priority":1`)
+	events := []string{
+		`data: {"type":"image_generation.completed","usage":{"input_tokens":9,"output_tokens":3}}` + "\n\n"}
+	p.provider.setScript(afterScript(900*time.Millisecond, streamScript(events, 1, endStream)))
+	if res := p.do("POST", path, body, p.jsonHeaders()...); res.status != 200 || res.body != events[0] {
+		t.Errorf("a late stream: got %d %s", res.status, res.body)
+	}
+	p.provider.setScript(stallScript)
+	if res := p.do("POST", path, body, p.jsonHeaders()...); res.status != 504 || len(second.received()) != 0 {
+		t.Errorf("one that hangs: got %d %s, and the spare was asked %d times",
+			res.status, res.body, len(second.received()))
+	}
+	if row := p.lastCall(); row.UsageSource != "estimated" || row.OutputTokens != assumedOutput {
+		t.Errorf("one that hangs: the ledger has %+v", row)
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { leave(); return stallStream(c) })
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+	if res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req); err == nil {
+		res.Body.Close()
+	}
+	if row := p.lastCall(); row.Outcome != "client_gone" || row.UsageSource != "estimated" ||
+		row.OutputTokens != assumedOutput {
+		t.Errorf("one whose client has left: the ledger has %+v", row)
+	}
+}
+
+// strictScript refuses a body with stream_options by an answer, and answers others well.
+func strictScript(status int, refusal string) func(*providerConn, recordedRequest) bool {
+	return func(c *providerConn, r recordedRequest) bool {
+		if strings.Contains(r.body, "stream_options") {
+			return c.reply(status, refusal)
+		}
+		return chatScript(c, r)
+	}
+}
+
+// TestStreamOptionsRefused: if a provider refuses the stream_options that the proxy adds, in whatever words, the call
+// is sent again without them, and later ones are from the start. The client gets its stream, and usage is estimated.
+func TestStreamOptionsRefused(t *testing.T) {
+	t.Parallel()
+	for name, refusal := range map[string]struct {
+		status int
+		body   string
+	}{
+		"OpenAI": {400,
+			`{"error":{"message":"Unrecognized request argument supplied: stream_options","param":null}}`},
+		"param":         {400, `{"error":{"message":"Unsupported.","param":"stream_options.include_usage"}}`},
+		"pydantic":      {422, `{"detail":[{"type":"extra_forbidden","loc":["body","stream_options"]}]}`},
+		"without names": {422, `{"detail":"Extra inputs are not permitted"}`},
+		"unknown field": {400, `{"error":{"message":"Request has an unknown field"}}`},
+		"in words":      {400, `{"message":"Stream options are not supported by this model"}`},
+		"camel case":    {400, `{"message":"streamOptions: not allowed"}`},
+		"plain text":    {400, `json: unknown field "stream_options"`},
+		"a 500":         {500, `create() got an unexpected keyword argument 'stream_options'`},
+		"a 501":         {501, `include_usage is not implemented`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			p.provider.setScript(strictScript(refusal.status, refusal.body))
+			want := strings.Join(chatEvents(false), "")
+			for i, attempts := range []int{2, 1, 1} {
+				res := p.chat(`"stream":true`)
+				row := p.lastCall()
+				if res.status != 200 || res.body != want || row.Attempts != attempts ||
+					row.UsageSource != "estimated" || row.Outcome != "ok" || row.OutputTokens == 0 {
+					t.Errorf("call %d: got %d %s, and the ledger has %+v", i, res.status, res.body, row)
+				}
+				if h := p.healthOf(p.upstream); h.State != "ready" {
+					t.Errorf("the key is %+v", h)
+				}
+			}
+			p.changeUpstream(p.upstream, `"note":"updated"`)
+			p.provider.setScript(chatScript)
+			if res := p.chat(`"stream":true`); res.body != want || p.lastCall().UsageSource != "exact" {
+				t.Errorf("after the upstream was changed: got %d %s", res.status, res.body)
+			}
+		})
+	}
+}
+
+// TestStreamOptionsNotRefused: other errors are not about the added field: the call is sent once, or once more if the
+// error may be about that field, and nothing is remembered.
+func TestStreamOptionsNotRefused(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		status   int
+		body     string
+		attempts int
+	}{
+		"another field":        {400, `{"error":{"message":"Unknown parameter: 'x'.","param":"x"}}`, 1},
+		"a bad value":          {400, `{"error":{"message":"Invalid value","param":"messages"}}`, 1},
+		"too many":             {429, `{"error":{"message":"stream_options"}}`, 1},
+		"refused":              {401, `{"error":{"message":"stream_options"}}`, 1},
+		"the client's mistake": {400, `{"detail":"Extra inputs are not permitted"}`, 2},
+		"an echo":              {400, `{"error":{"message":"Invalid text: stream_options"}}`, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			p.provider.setScript(replyScript(c.status, c.body))
+			res := p.chat(`"stream":true`)
+			if n := len(p.provider.received()); n != c.attempts || c.status == 400 && res.body != c.body {
+				t.Errorf("got %d %s after %d attempts", res.status, res.body, n)
+			}
+			p.changeUpstream(p.upstream, `"note":"x"`)
+			if c.attempts == 2 { // not after the change, which makes the proxy forget
+				p.provider.setScript(replyScript(c.status, c.body))
+				p.chat(`"stream":true`)
+			}
+			p.provider.setScript(chatScript)
+			if p.chat(`"stream":true`); p.lastCall().UsageSource != "exact" {
+				t.Errorf("the next call: the ledger has %+v", p.lastCall())
+			}
+			before := len(p.provider.received())
+			p.provider.setScript(replyScript(c.status, c.body))
+			if p.chat(); len(p.provider.received()) != before+1 && c.status == 400 {
+				t.Errorf("a call without a stream was sent %d times", len(p.provider.received())-before)
+			}
+		})
+	}
+}
+
+// TestStreamOptionsElsewhere: what one upstream refuses, another gets; a rewritten model and a verified stream change
+// nothing; and the refusal is never the answer that a client gets, whatever comes after it.
+func TestStreamOptionsElsewhere(t *testing.T) {
+	t.Parallel()
+	const refusal = `{"error":{"message":"Unrecognized request argument supplied: stream_options"}}`
+	p := newTest(t, nil)
+	p.changeUpstream(p.upstream, `"rewrite":{"gpt-4o-mini":"mine"}`)
+	second, _ := p.addUpstream(`"priority":1`)
+	p.provider.setScript(strictScript(400, refusal))
+	for _, headers := range [][]string{p.jsonHeaders(), p.jsonHeaders("X-LLM-Proxy-Stream", "verified")} {
+		p.instance.health.reset(1, time.Now().UnixMilli())
+		body := `{"stream":true,"model":"gpt-4o-mini","messages":[]}`
+		res := p.do("POST", "/v1/chat/completions", body, headers...)
+		want := strings.Replace(body, "gpt-4o-mini", "mine", 1)
+		if got := p.provider.lastRequest(t).body; res.status != 200 || got != want || len(second.received()) != 0 {
+			t.Errorf("got %d %s; the provider got %s", res.status, res.body, got)
+		}
+	}
+	p.provider.setScript(replyScript(429, `{}`))
+	if res := p.chat(`"stream":true`); res.status != 200 || p.lastCall().UsageSource != "exact" ||
+		!strings.Contains(second.lastRequest(t).body, "include_usage") {
+		t.Errorf("another upstream: got %d; it got %s", res.status, second.lastRequest(t).body)
+	}
+
+	p = newTest(t, nil)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if strings.Contains(r.body, "stream_options") {
+			return c.reply(400, refusal)
+		}
+		return c.reset()
+	})
+	if res := p.chat(`"stream":true`); res.status != 502 || strings.Contains(res.body, "stream_options") {
+		t.Errorf("a connection that breaks after the refusal: got %d %s", res.status, res.body)
+	}
+}

@@ -151,7 +151,8 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if res.StatusCode >= 400 || res.StatusCode == http.StatusNoContent {
 		kind = meterNone // an error is not billed
 	}
-	w.meter = newMeter(kind, w.sse, opaque, w.c.usageAdded)
+	usageAdded := w.c.usageAdded && !w.c.attempts.current.plain
+	w.meter = newMeter(kind, w.sse, opaque, usageAdded)
 
 	to := w.client.Header()
 	for name, values := range res.Header {
@@ -168,7 +169,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if w.c.project.routing.ShowUpstream {
 		to["X-Llm-Proxy-Upstream"] = []string{w.c.upstream.id}
 	}
-	if w.c.usageAdded {
+	if usageAdded {
 		to.Del("Content-Length") // whatever the type says, an event may be left out
 	}
 	to["Cache-Control"] = []string{"no-store"}

@@ -137,6 +137,11 @@ func (c *call) fillUsage(row *requestRow) {
 	if c.endpoint.meter == meterNone || c.attemptCount == 0 {
 		return
 	}
+	est := &c.reservation.estimate
+	if c.attempts.mayBeBilled {
+		row.counts, row.source = tokenCounts{input: est.input, output: est.output}, usageEstimated
+		return
+	}
 	if c.response == nil || c.response.meter == nil {
 		buffered := c.progress.outputTokens.Load() // of a buffered stream that was never complete
 		// The proxy or the client gave up on a provider that had the request and may bill it.
@@ -163,7 +168,7 @@ func (c *call) fillUsage(row *requestRow) {
 		row.counts, row.source = tokenCounts{}, usageNone // pictures of a model that is billed by the picture
 		return
 	}
-	row.counts.output = max(row.counts.output, c.reservation.estimate.output)
+	row.counts.output = max(row.counts.output, est.output)
 }
 
 // fillCost fills in what the usage costs, if the model has a price, and which models the sums list by name. An

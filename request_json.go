@@ -57,6 +57,7 @@ type callFields struct {
 	// that route to others accept it.
 	modelListParam string
 	usageSplice    splice // adds include_usage
+	usageBefore    string // what usageSplice replaces
 	// modelSplice is where the model is: a JSON string, or with text "form" a form field's value. If to is 0,
 	// the body has no model that can be replaced.
 	modelSplice splice
@@ -117,6 +118,12 @@ func withIncludeUsage(body []byte, f callFields) []byte {
 		return body
 	}
 	return f.usageSplice.apply(body, f.usageSplice.text)
+}
+
+// withoutIncludeUsage undoes withIncludeUsage: it returns the body as the client sent it. f is the same.
+func withoutIncludeUsage(body []byte, f callFields) []byte {
+	added := f.usageSplice
+	return splice{from: added.from, to: added.from + len(added.text)}.apply(body, f.usageBefore)
 }
 
 // withModel returns body with another model and every other byte unchanged. f must come from the same body;
@@ -312,7 +319,7 @@ func (s *bodyScanner) readStreamOptions(f *callFields) {
 		if raw := s.readValue(); s.err == nil && string(raw) != "null" {
 			s.fail("stream_options", "Invalid type for 'stream_options': it must be an object.")
 		}
-		f.usageSplice = splice{from, s.i, `{"include_usage":true}`}
+		f.usageSplice, f.usageBefore = splice{from, s.i, `{"include_usage":true}`}, "null"
 		return
 	}
 	members, found := 0, false
@@ -331,7 +338,7 @@ func (s *bodyScanner) readStreamOptions(f *callFields) {
 		case string(raw) == "true":
 			found, f.includeUsage = true, true
 		case string(raw) == "false" || string(raw) == "null":
-			found, f.usageSplice = true, splice{start, s.i, "true"}
+			found, f.usageSplice, f.usageBefore = true, splice{start, s.i, "true"}, string(raw)
 		default:
 			s.fail(name, "Invalid type for 'stream_options.include_usage': it must be a boolean.")
 		}

@@ -556,6 +556,9 @@ func FuzzScanJSON(f *testing.F) {
 		if err != nil || again.model != got.model || again.stream != got.stream || again.n != got.n || !again.includeUsage || again.usageSplice.text != "" {
 			t.Fatalf("after the splice: %+v, %v", again, err)
 		}
+		if !got.includeUsage && !bytes.Equal(withoutIncludeUsage(changed, got), body) {
+			t.Fatalf("the splice cannot be undone: %q became %q", changed, withoutIncludeUsage(changed, got))
+		}
 		for added, body := range map[bool][]byte{false: body, true: changed} { // the model is where it was said to be
 			renamed, err := scanJSON(withModel(body, got, added, `m"<é>`))
 			if err != nil || got.model != "" && renamed.model != `m"<é>` || renamed.stream != got.stream || renamed.n != got.n {

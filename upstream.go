@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -379,6 +380,13 @@ func (t *proxyTargets) check(ctx context.Context, host string) error {
 	}
 	t.allowed[host] = now.Add(proxyTargetLifetime)
 	return nil
+}
+
+// traceConnection returns req with a trace that sets connected when there is a connection for it: from then on, the
+// provider may have received the request.
+func traceConnection(req *http.Request, connected *atomic.Bool) *http.Request {
+	return req.WithContext(httptrace.WithClientTrace(req.Context(),
+		&httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}))
 }
 
 // send makes a request. If the upstream has a connect_ms and no connection is ready by then (name resolved,

@@ -627,3 +627,37 @@ func looksLikeKey(word string) bool {
 	}
 	return len(word) >= 32 && !strings.ContainsAny(word, "-_*") && strings.ContainsAny(word, "0123456789")
 }
+
+// refusesUsage reports whether an error is about stream_options, which the proxy adds to the body of a stream, or
+// about a field that it does not name. Whatever the wording, the client did not send that field.
+func refusesUsage(status int, body []byte) bool {
+	switch status {
+	case 401, 402, 403, 429:
+		return false
+	}
+	letters := string(bytes.Map(func(c rune) rune { // "Stream options", "streamOptions" and "stream_options" are one
+		switch {
+		case c >= 'A' && c <= 'Z':
+			return c | 0x20
+		case c >= 'a' && c <= 'z':
+			return c
+		}
+		return -1
+	}, body))
+	if strings.Contains(letters, "streamoptions") || strings.Contains(letters, "includeusage") {
+		return true
+	}
+	var e struct{ Error struct{ Param any } }
+	_ = json.Unmarshal(body, &e)
+	if status != 400 && status != 422 || e.Error.Param != nil && e.Error.Param != "" {
+		return false
+	}
+	for _, words := range [...]string{"extrainput", "extrafield", "extraforbidden", "unknownfield", "unknownparameter",
+		"unknownargument", "unrecognizedrequestargument", "unrecognizedfield", "unrecognizedparameter",
+		"unexpectedfield", "unexpectedparameter", "unsupportedfield", "unsupportedparameter", "additionalproperties"} {
+		if strings.Contains(letters, words) {
+			return true
+		}
+	}
+	return false
+}

@@ -23,6 +23,7 @@ const (
 	quarantineMin   = 300_000 // ms
 	quarantineMax   = hourMS
 	probeLease      = 60_000 // ms; after this long without a result, a probe is given up
+	usageRefusedMS  = hourMS // after this long, a provider that refused stream_options is asked for usage again
 	clockSlack      = 30_000 // ms; a time that is earlier than the last by more means that the clock was set back
 	modelPauseMS    = 300_000
 	maxModelPauses  = 32 // for each key; clients choose the names
@@ -37,6 +38,7 @@ type keyHealth struct {
 	until         atomic.Int64 // 0: ready; otherwise the key gets no call before, and one probe after
 	hasFailures   atomic.Bool  // failures or strikes are not 0
 	hasPauses     atomic.Bool  // pauses is not empty
+	usageRefused  atomic.Int64 // until then, streams are sent there without stream_options
 	reportedState keyState     // as in the audit trail; only the goroutine that stores changes uses it
 
 	mu         sync.Mutex
@@ -91,6 +93,9 @@ func (h *keyHealth) observe(now int64) {
 	h.latest, h.minute = now, 0
 	h.changedAt -= back
 	h.probeUntil -= back
+	for i := range h.pauses {
+		h.pauses[i].until -= back
+	}
 	if until := h.until.Load(); until != 0 {
 		h.until.Store(until - back)
 		h.tracker.markChanged(h)
@@ -320,6 +325,7 @@ func (h *keyHealth) recordRejected(now, began int64, reason string) {
 func (h *keyHealth) pauseModel(now int64, endpoint, model, reason string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	h.pauses = slices.DeleteFunc(h.pauses, func(p modelPause) bool {
 		return p.until <= now || p.endpoint == endpoint && p.model == model
 	})
@@ -351,6 +357,7 @@ func (h *keyHealth) modelPause(now int64, endpoint, model string) *modelPause {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	for _, p := range h.pauses {
 		if p.until > now && p.model == model && (p.endpoint == endpoint || endpoint == "") {
 			return &p
@@ -366,9 +373,16 @@ func (h *keyHealth) modelPauses(now int64) []modelPause {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.observe(now)
 	h.pauses = slices.DeleteFunc(h.pauses, func(p modelPause) bool { return p.until <= now })
 	h.hasPauses.Store(len(h.pauses) > 0)
 	return slices.Clone(h.pauses)
+}
+
+// takesUsage reports whether streams may ask the provider for their usage.
+func (h *keyHealth) takesUsage(now int64) bool {
+	until := h.usageRefused.Load()
+	return now >= until || until-now > usageRefusedMS // the clock was set back
 }
 
 // unusableReason is stored, and setUsable compares it: another text would leave upstreams quarantined for ever.
@@ -457,6 +471,7 @@ func (t *healthTracker) reset(upstream, now int64) {
 	if h == nil {
 		return
 	}
+	h.usageRefused.Store(0)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.pauses = nil

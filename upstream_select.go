@@ -1,4 +1,4 @@
-// This file chooses the upstream for a call by priority, health and weight, and holds a project's routing and an
+// This file chooses the upstreams of a call, the first and the next, and holds a project's routing and an
 // upstream's settings. It does no I/O and takes the time as an argument. It changes nothing but the reservations
 // and probes of keys.
 package main
@@ -202,6 +202,133 @@ func (p *projectState) hasAlternative(c *criteria) bool {
 		return false
 	}
 	return slices.ContainsFunc(p.upstreams, func(u *upstream) bool { return c.fits(u) && c.isHealthy(u) })
+}
+
+// A route is the way of one call through a project's upstreams: where it was, and where it may still go.
+type route struct {
+	fallbackModel  string       // replaces the client's model; "": the client's own
+	fellBack       bool         // the call has fallen back, which it does once
+	skippedModel   string       // the client's model, if the call began with its fallback model; "" once it is asked
+	tried          []*upstream  // upstreams that failed; they get no further attempt
+	slow           slowUpstream // may still have the call, if no other upstream answers
+	retriedSameKey bool         // a key has had its second attempt; a call makes only one such
+}
+
+// A slowUpstream had to give the call to a spare, because its stream's first event took too long. It would have had
+// UPSTREAM_TIMEOUT if it were alone, and has that if all others fail.
+type slowUpstream struct {
+	upstream *upstream // nil: there is none
+	model    string    // the fallback model that it was asked for, "" for the client's
+}
+
+// A failedAttempt is why a call needs another upstream.
+type failedAttempt struct {
+	upstream *upstream
+	fault    bool   // the provider is in trouble, not this key alone: a retry at its host costs retry budget
+	tooLong  bool   // the call is too long for the model: only a fallback model can help
+	fallback string // the model that the call can fall back to, "" if there is none
+}
+
+// pickFirst chooses and reserves a call's first upstream, nil if there is none. If no upstream of its model is ready,
+// one of the fallback model ("": none) goes before a key that is known to be in trouble.
+func (r *route) pickFirst(p *projectState, c criteria, fallback string) *upstream {
+	if fallback == "" {
+		return p.pickUpstream(&c)
+	}
+	own := c.model
+	c.healthyOnly = true
+	if u := p.pickUpstream(&c); u != nil {
+		return u
+	}
+	c.model = fallback
+	if u := p.pickUpstream(&c); u != nil {
+		r.fallbackModel, r.fellBack, r.skippedModel = fallback, true, own
+		return u
+	}
+	c.model, c.healthyOnly = own, false
+	return p.pickUpstream(&c)
+}
+
+// pickNext chooses and reserves a healthy upstream for the next attempt, nil if there is none.
+func (r *route) pickNext(p *projectState, c *criteria, f *failedAttempt) *upstream {
+	if f.tooLong { // it would be so at every upstream
+		return nil
+	}
+	return p.pickAfter(c, f)
+}
+
+// pickAfter is pickUpstream after a failed attempt. After a fault of the provider, an attempt at the same host costs
+// retry budget; without any, only other hosts are left.
+func (p *projectState) pickAfter(c *criteria, f *failedAttempt) *upstream {
+	for {
+		next := p.pickUpstream(c)
+		if next == nil || !f.fault || next.host != f.upstream.host || next.retryBudget.spend(c.now) {
+			return next
+		}
+		next.health.unreserve(c.now, c.tokens, &next.settings)
+		c.tried = append(c.tried, next)
+	}
+}
+
+// pickLast chooses and reserves what is left if no healthy upstream is: the fallback model, then a key that may be
+// down, because the call fails otherwise. It returns nil if nothing is left, and the fallback model to ask for.
+func (r *route) pickLast(p *projectState, c criteria, f *failedAttempt) (next *upstream, model string) {
+	if f.fallback != "" {
+		other := c
+		other.model, other.tried = f.fallback, nil
+		if next = p.pickAfter(&other, f); next != nil {
+			r.fellBack = true
+			return next, f.fallback
+		}
+	}
+	if !f.tooLong {
+		early := c
+		early.earlyProbe = true
+		if next = p.pickAfter(&early, f); next != nil {
+			return next, r.fallbackModel
+		}
+		if u := r.slow.upstream; u != nil && u.retryBudget.spend(c.now) && u.admits(&c) {
+			r.slow.upstream = nil
+			return u, r.slow.model
+		}
+	}
+	if r.skippedModel != "" {
+		c.model, c.tried, c.healthyOnly = r.skippedModel, nil, false
+		r.skippedModel = ""
+		next = p.pickAfter(&c, f)
+	}
+	return next, ""
+}
+
+// moveOn notes that the call goes on after an attempt at failed, with a fallback model or "" for the client's.
+func (r *route) moveOn(failed *upstream, model string) {
+	r.tried = append(r.tried, failed)
+	if model != r.fallbackModel { // an upstream may serve one model and not another
+		r.fallbackModel, r.tried = model, nil
+	}
+}
+
+// reserveSameKey reports whether the failed key gets the call a second time, and reserves that. A call makes only one
+// such attempt, and only if another upstream might have the call: with one, the client's own library retries. costs
+// means that the attempt costs retry budget.
+func (r *route) reserveSameKey(p *projectState, c *criteria, f *failedAttempt, costs bool) bool {
+	if r.retriedSameKey {
+		return false
+	}
+	if !p.hasCandidate(c, f.upstream) {
+		other := *c
+		if other.model = f.fallback; other.model == "" || !p.hasCandidate(&other, f.upstream) {
+			return false
+		}
+	}
+	if !f.upstream.admits(c) {
+		return false
+	}
+	if costs && !f.upstream.retryBudget.spend(c.now) {
+		f.upstream.health.unreserve(c.now, c.tokens, &f.upstream.settings)
+		return false
+	}
+	return true
 }
 
 // A routeExplanation says why an upstream gets calls or does not.
