@@ -163,7 +163,7 @@ func (a *cachedAnswer) age(now int64) int64 { return max(0, now-a.StoredAt) / 10
 
 // satisfies reports whether the answer is fresh, and fresh enough for the client.
 func (a *cachedAnswer) satisfies(d *cacheDirectives, now int64) bool {
-	return now+d.minFresh*1000 < a.ExpiresAt && (d.maxAge < 0 || now-a.StoredAt <= d.maxAge*1000)
+	return now+d.minFresh*1000 < a.ExpiresAt && (d.maxAge < 0 || now-a.StoredAt < d.maxAge*1000)
 }
 
 // encode returns the answer in the form that is sealed: the length of the metadata, the metadata, the body.
@@ -574,10 +574,17 @@ func (c *responseCache) writeBatch(ctx context.Context) (taken int, err error) {
 func (c *responseCache) evict(ctx context.Context) {
 	c.writeUses(ctx)
 	entries, bytes, err := c.store.cacheSize(ctx, 0)
-	for err == nil && (bytes > c.maxBytes-c.maxBytes/20 || entries > maxCacheEntries-maxCacheEntries/20) {
+	for err == nil && entries > 0 {
+		tooMany := entries - (maxCacheEntries - maxCacheEntries/20)
+		if over := bytes - (c.maxBytes - c.maxBytes/20); over > 0 {
+			tooMany = max(tooMany, over/(bytes/entries), 1) // if they are of a middle size
+		}
+		if tooMany <= 0 {
+			break
+		}
 		var ids []int64
 		var freed int64
-		if ids, freed, err = c.store.deleteOldestCached(ctx, cacheBatchEntries); len(ids) == 0 {
+		if ids, freed, err = c.store.deleteOldestCached(ctx, int(min(tooMany, cacheBatchEntries))); len(ids) == 0 {
 			break
 		}
 		entries, bytes = entries-int64(len(ids)), bytes-freed

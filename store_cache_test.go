@@ -1,0 +1,442 @@
+// Tests of what the response cache stores: sealed and bound to its place, bounded, deleted when it must be, and never
+// in the way of a call, whatever happens to the disk.
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// forgetMemory empties the cache's memory, so that the next call reads the disk.
+func (p *testProxy) forgetMemory() {
+	p.t.Helper()
+	p.cacheSettled()
+	c := p.instance.cache
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.memory {
+		c.removeFromMemory(e)
+	}
+	if c.memoryBytes != 0 || c.recent.Len() != 0 {
+		p.t.Errorf("the empty memory has %d bytes and %d answers", c.memoryBytes, c.recent.Len())
+	}
+}
+
+// TestCacheSealed: what is on disk cannot be read, changed or moved: such an entry is a miss.
+func TestCacheSealed(t *testing.T) {
+	t.Parallel()
+	const canary = "answer-canary-1"
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		return c.reply(200, strings.Replace(chatResponseBody, "Hi", canary, 1), "OpenAI-Model: header-canary")
+	})
+	send := func() testResponse { return p.cachedChat(p.token, "") }
+	other := func() testResponse { return p.cachedChat(p.token, `"user":"other"`) }
+	first := p.expectFrom("the first", "provider", send)
+	p.expectFrom("another", "provider", other)
+	p.forgetMemory()
+	if res := p.expectFrom("from the disk", "cache", send); res.body != first.body ||
+		res.header.Get("OpenAI-Model") != "header-canary" {
+		t.Errorf("got %v %s", res.header, res.body)
+	}
+	files, err := filepath.Glob(filepath.Join(p.env["DATA_DIR"], "*"))
+	if err != nil || len(files) < 2 {
+		t.Fatal(files, err)
+	}
+	for _, name := range files {
+		if b := mustReadFile(t, name); strings.Contains(b, canary) || strings.Contains(b, "header-canary") {
+			t.Errorf("%s has the answer in clear", name)
+		}
+	}
+	for _, c := range []struct{ what, sql string }{
+		{"a changed byte", `UPDATE cache SET answer = CAST(substr(answer, 1, length(answer) - 1) || x'00' AS BLOB)`},
+		{"cut", `UPDATE cache SET answer = substr(answer, 1, 40)`},
+		{"empty", `UPDATE cache SET answer = x''`},
+		{"in each other's place", `UPDATE cache SET answer = o.answer
+			FROM (SELECT id, answer FROM cache) o WHERE o.id <> cache.id`},
+		{"in another project", `UPDATE cache SET project = project + 1`},
+		{"longer valid than sealed", ""},
+	} {
+		p.purgeCache(cacheFilter{})
+		p.expectFrom("the first", "provider", send)
+		p.expectFrom("another", "provider", other)
+		if c.sql == "" {
+			p.ageEntriesOnDisk()
+		} else {
+			p.forgetMemory()
+			p.execSQL(c.sql)
+		}
+		p.expectFrom(c.what, "provider", send)
+	}
+}
+
+// ageEntriesOnDisk replaces what is on disk by answers that have expired, in rows that say they have not.
+func (p *testProxy) ageEntriesOnDisk() {
+	p.t.Helper()
+	p.cacheSettled()
+	c := p.instance.cache
+	c.mu.Lock()
+	for _, e := range c.memory {
+		m := e.Value.(*memoryEntry)
+		older := *m.cachedAnswer
+		older.ExpiresAt = time.Now().UnixMilli()
+		c.queue = append(c.queue, &older)
+		c.queueBytes += older.size()
+	}
+	c.mu.Unlock()
+	c.writeQueue(context.Background())
+	p.forgetMemory()
+	p.execSQL(`UPDATE cache SET expires_at = expires_at + 3600000`)
+}
+
+// TestCacheRekey: entries survive a change of the encryption key, and are of no use without it.
+func TestCacheRekey(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	send := func() testResponse { return p.cachedChat(p.token, "") }
+	first := p.expectFrom("the first", "provider", send)
+	p.cacheSettled()
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := runProgram(t, p.env, "rekey"); err != nil {
+		t.Fatal(out, err)
+	}
+	p.start()
+	if res := p.expectFrom("after rekey", "cache", send); res.body != first.body {
+		t.Errorf("got %s", res.body)
+	}
+	p.forgetMemory()
+	p.instance.cache.sealing = &contentKey{newEncryptionKey()}
+	p.expectFrom("with another key", "provider", send)
+}
+
+// TestCacheBackup: a backup has no cached answers, not even in its free pages, and its size does not depend on them.
+// A restored database starts with an empty cache.
+func TestCacheBackup(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		return c.reply(200, strings.Replace(chatResponseBody, "Hi", strings.Repeat("x", 500_000), 1))
+	})
+	for i := range 4 {
+		p.cachedChat(p.token, fmt.Sprintf(`"user":"%d"`, i))
+	}
+	p.cacheSettled()
+	if n := p.cachedRows(); n != 4 {
+		t.Fatalf("%d rows", n)
+	}
+	backup := filepath.Join(p.dir, "backup.db")
+	if out, err := runProgram(t, p.env, "backup", backup); err != nil {
+		t.Fatal(out, err)
+	}
+	info, err := os.Stat(backup)
+	if err != nil || info.Size() > 1_000_000 {
+		t.Fatal(info.Size(), err)
+	}
+	if extra, _ := filepath.Glob(backup + "-*"); len(extra) > 0 {
+		t.Errorf("the backup left %v", extra)
+	}
+	if n := p.cachedRows(); n != 4 {
+		t.Errorf("the backup changed the database: %d rows", n)
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := runProgram(t, p.env, "restore", "--revoke=none", backup); err != nil {
+		t.Fatal(out, err)
+	}
+	p.start()
+	p.expectFrom("after the restore", "provider", func() testResponse { return p.cachedChat(p.token, `"user":"0"`) })
+}
+
+// TestCachePurge: a purge deletes what it names in memory, on disk and on the way there, and nothing else.
+func TestCachePurge(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache(`"scope":"token"`)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if strings.Contains(r.body, `"gpt-4o"`) {
+			return c.reply(200, strings.Replace(chatResponseBody, "gpt-4o-mini-2024-07-18", "gpt-4o-2024-08-06", 1))
+		}
+		return chatScript(c, r)
+	})
+	secondID, second := p.newToken(`"name":"second"`)
+	firstID := p.tokenID
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other","openai_api_key":"`+p.provider.key+
+		`","policy":{"cache":{"ttl_seconds":3600}}}`, 201, &other)
+	project := p.project
+	p.project = other.ID
+	_, foreign := p.newToken(`"name":"foreign"`)
+	p.project = project
+	large := strings.Replace(chatBody(`"temperature":0`), "gpt-4o-mini", "gpt-4o", 1)
+	calls := map[string]func() testResponse{
+		"first":   func() testResponse { return p.cachedChat(p.token, "") },
+		"second":  func() testResponse { return p.cachedChat(second, "") },
+		"foreign": func() testResponse { return p.cachedChat(foreign, "") },
+		"model": func() testResponse {
+			return p.do("POST", "/v1/chat/completions", large, "Authorization", "Bearer "+p.token,
+				"Content-Type", "application/json")
+		},
+	}
+	row, err := p.instance.store.tokenByID(context.Background(), secondID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		what   string
+		purge  func() int64
+		purged string
+	}{
+		{"nothing", func() int64 { return 0 }, ""},
+		{"a token's", func() int64 { return p.purgeCache(cacheFilter{token: row.seq}) }, "second"},
+		{"every token's", func() int64 { return p.purgeCache(cacheFilter{token: anyToken}) }, "first second model"},
+		{"a model's", func() int64 { return p.purgeCache(cacheFilter{model: "gpt-4o-2024-08-06"}) }, "model"},
+		{"old ones", func() int64 { return p.purgeCache(cacheFilter{storedBefore: 1}) }, ""},
+		{"all up to now", func() int64 {
+			return p.purgeCache(cacheFilter{storedBefore: time.Now().UnixMilli() + 1})
+		}, "first second model"},
+		{"all", func() int64 { return p.purgeCache(cacheFilter{}) }, "first second model"},
+		{"with content", func() int64 {
+			p.manage("DELETE", "/manage/projects/"+p.project+"/content", "", 200, nil)
+			return 3
+		}, "first second model"},
+	} {
+		for _, where := range []string{"in memory", "on disk", "in both"} {
+			for _, call := range calls {
+				if res := call(); res.status != 200 {
+					t.Fatal(res.status, res.body)
+				}
+			}
+			switch where {
+			case "on disk":
+				p.forgetMemory()
+			case "in both":
+				p.cacheSettled()
+			}
+			if n, want := c.purge(), int64(len(strings.Fields(c.purged))); n != want {
+				t.Errorf("%s, %s: %d were purged, want %d", c.what, where, n, want)
+			}
+			for name, call := range calls {
+				from := "cache"
+				if strings.Contains(c.purged, name) {
+					from = "provider"
+				}
+				p.expectFrom(fmt.Sprintf("%s, %s: %s", c.what, where, name), from, call)
+			}
+		}
+	}
+	p.manage("DELETE", "/manage/tokens/"+secondID, "", 200, nil)
+	p.cacheSettled()
+	if n := p.cachedRows(); n != 3 {
+		t.Errorf("%d rows are left after the second token was revoked", n)
+	}
+	p.manage("DELETE", "/manage/tokens/"+firstID, "", 200, nil)
+	if n := p.cachedRows(); n != 1 {
+		t.Errorf("%d rows are left after the first token was revoked", n)
+	}
+	p.manage("DELETE", "/manage/projects/"+other.ID, "", 200, nil)
+	if n := p.cachedRows(); n != 0 {
+		t.Errorf("%d rows are left after the other project was deleted", n)
+	}
+	if n := len(p.instance.cache.memory); n != 0 {
+		t.Errorf("%d answers are left in memory", n)
+	}
+}
+
+// TestCachePurgeRunning: the answer to a call that is running during a purge is not stored. Those who wait get it.
+func TestCachePurgeRunning(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { <-release; return chatScript(c, r) })
+	statuses, wait := p.manyChats(context.Background(), 3, p.token, `"temperature":0`)
+	waitFor(t, "the others to wait", func() bool { return p.waiting() == 2 })
+	p.purgeCache(cacheFilter{})
+	close(release)
+	wait()
+	for _, status := range statuses {
+		if status != 200 {
+			t.Errorf("got %d", status)
+		}
+	}
+	if n := p.calls(); n != 1 {
+		t.Errorf("the provider got %d calls", n)
+	}
+	p.cacheSettled()
+	if n := p.cachedRows(); n != 0 {
+		t.Errorf("%d rows", n)
+	}
+	p.expectFrom("afterwards", "provider", func() testResponse { return p.cachedChat(p.token, "") })
+}
+
+// TestCacheBounded: memory and disk have bounds, and what was used longest ago goes first.
+func TestCacheBounded(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_CACHE_BYTES": "1MiB"})
+	p.enableCache()
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		return c.reply(200, strings.Replace(chatResponseBody, "Hi", strings.Repeat("x", 150_000), 1))
+	})
+	send := func(i int) func() testResponse {
+		return func() testResponse { return p.cachedChat(p.token, fmt.Sprintf(`"user":"%d"`, i)) }
+	}
+	c := p.instance.cache
+	for i := range 6 { // 0.9 MB
+		p.expectFrom("new", "provider", send(i))
+		p.cacheSettled()
+		p.execSQL(fmt.Sprintf(`UPDATE cache SET used_at = %d WHERE used_at > 1000`, i+1))
+	}
+	p.forgetMemory()
+	p.expectFrom("the first", "cache", send(0)) // and so it is used last
+	p.forgetMemory()
+	p.expectFrom("a further one", "provider", send(6))
+	p.cacheSettled()
+	waitFor(t, "entries to be deleted", func() bool { return c.evicted.Load() > 0 })
+	if _, bytes, err := p.instance.store.cacheSize(context.Background(), 0); err != nil || bytes > 1<<20 {
+		t.Errorf("%d bytes are on disk: %v", bytes, err)
+	}
+	p.forgetMemory()
+	p.expectFrom("the first, used last", "cache", send(0))
+	p.expectFrom("the second, used longest ago", "provider", send(1))
+
+	for i := range 300 {
+		c.mu.Lock()
+		c.addToMemory(&cachedAnswer{key: cacheKey{1, byte(i), byte(i >> 8)}, body: make([]byte, 1<<20),
+			cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 1000}}, 0)
+		if c.memoryBytes > memoryCacheBytes || c.recent.Len() != len(c.memory) {
+			t.Fatalf("%d bytes and %d answers are in memory", c.memoryBytes, c.recent.Len())
+		}
+		c.mu.Unlock()
+	}
+}
+
+// TestCacheBroken: a database that cannot be read or written makes misses, never errors, and no call waits for it.
+func TestCacheBroken(t *testing.T) {
+	t.Parallel()
+	for what, sql := range map[string]string{
+		"writes fail":       `CREATE TRIGGER full BEFORE INSERT ON cache BEGIN SELECT RAISE(ABORT, 'disk full'); END`,
+		"the table is gone": `DROP TABLE cache`,
+	} {
+		p := newTest(t, nil)
+		p.enableCache()
+		p.execSQL(sql)
+		send := func() testResponse { return p.cachedChat(p.token, "") }
+		p.expectFrom(what, "provider", send)
+		p.expectFrom(what+", from memory", "cache", send)
+		c := p.instance.cache
+		waitFor(t, "the write to fail", func() bool { return c.dropped.Load() == 1 })
+		p.forgetMemory()
+		p.expectFrom(what+", without memory", "provider", send)
+		if !c.failing.Load() || !bytes.Contains(p.log.bytes(), []byte("answers could not be cached on disk")) {
+			t.Errorf("%s: the log does not say so", what)
+		}
+		_, err := c.purge(context.Background(), cacheFilter{project: 1})
+		if (err != nil) != strings.Contains(sql, "DROP") {
+			t.Errorf("%s: purging: %v", what, err)
+		}
+	}
+}
+
+// TestCacheQueueFull: what does not fit into the queue stays in memory only, and no answer waits.
+func TestCacheQueueFull(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	c := p.instance.cache
+	c.writing.Lock() // the disk hangs
+	c.mu.Lock()
+	c.queueBytes += maxQueuedBytes
+	c.mu.Unlock()
+	send := func() testResponse { return p.cachedChat(p.token, "") }
+	p.expectFrom("the first", "provider", send)
+	p.expectFrom("the second", "cache", send)
+	if c.dropped.Load() != 1 {
+		t.Errorf("%d were dropped", c.dropped.Load())
+	}
+	c.mu.Lock()
+	c.queueBytes -= maxQueuedBytes
+	c.mu.Unlock()
+	c.writing.Unlock()
+}
+
+// TestCacheCrash: whenever the program dies while it writes entries, the database it leaves is intact, and every
+// entry in it is whole.
+func TestCacheCrash(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		return c.reply(200, strings.Replace(chatResponseBody, "Hi", strings.Repeat("y", 60_000), 1))
+	})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 60 {
+			p.cachedChat(p.token, fmt.Sprintf(`"user":"%d"`, i))
+		}
+	}()
+	copies := 0
+	for running := true; running; copies++ {
+		select {
+		case <-done:
+			running = false
+		case <-time.After(5 * time.Millisecond):
+		}
+		// A copy of the write-ahead log, then of the file, is what a crash between two writes could leave: frames that
+		// were not complete are not used.
+		file := filepath.Join(p.dir, fmt.Sprintf("crash-%d.db", copies))
+		wal, err := os.ReadFile(p.instance.cfg.databaseFile + "-wal")
+		if err != nil {
+			continue
+		}
+		if info, err := os.Stat(p.instance.cfg.databaseFile); err != nil || copies > 0 && info.Size() > 1<<20 {
+			continue // it was checkpointed: the two files are not of one moment any more
+		}
+		for name, b := range map[string][]byte{file: []byte(mustReadFile(t, p.instance.cfg.databaseFile)),
+			file + "-wal": wal[:len(wal)-copies*777%max(1, len(wal)/2)]} {
+			if err := os.WriteFile(name, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.checkCrashedCopy(file)
+	}
+	if copies < 3 {
+		t.Errorf("only %d copies were examined", copies)
+	}
+}
+
+func (p *testProxy) checkCrashedCopy(file string) {
+	p.t.Helper()
+	ctx := context.Background()
+	st, err := openStore(ctx, file)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer st.close()
+	if problems, err := st.checkIntegrity(ctx); err != nil || len(problems) > 0 {
+		p.t.Fatal(problems, err)
+	}
+	rows, err := collect(ctx, st.readDB, "reading", func(r *cacheRow) []any {
+		return []any{&r.id, &r.project, &r.size, &r.answer}
+	}, `SELECT id, project, size, answer FROM cache`)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, r := range rows {
+		if int64(len(r.answer)) < r.size-entryOverhead {
+			p.t.Errorf("an entry of %d bytes has %d", r.size, len(r.answer))
+		}
+	}
+}
