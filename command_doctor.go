@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -88,6 +89,7 @@ func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 		return
 	}
 	d.checkOpenCalls(ctx, st)
+	d.checkUnrecorded(ctx, st)
 	sl, err := openExistingSealer(ctx, d.cfg, st)
 	if err != nil {
 		d.fail("encryption key", err.Error(), "without it no provider key can be used")
@@ -250,6 +252,31 @@ func (d *diagnosis) checkOpenCalls(ctx context.Context, st *store) {
 			"if no server is running, the next start records them as lost, with estimated usage")
 	default:
 		d.ok(what, fmt.Sprintf("%d not finished yet", n))
+	}
+}
+
+// checkUnrecorded finds calls that the database did not take.
+func (d *diagnosis) checkUnrecorded(ctx context.Context, st *store) {
+	const what = "ledger"
+	refusal, err := st.setting(ctx, ledgerRefusal)
+	if err != nil && !errors.Is(err, errNotFound) {
+		d.fail(what, err.Error(), "see the database check")
+		return
+	}
+	if refusal != "" {
+		d.fail(what, "the database refuses the rows of calls since "+refusal,
+			"calls get 503 until it takes them: undo what was changed in the database, such as a trigger")
+	}
+	name := unwrittenFileName(d.cfg.databaseFile)
+	lines, err := os.ReadFile(name)
+	switch rows := bytes.Count(lines, []byte{'\n'}); {
+	case err == nil:
+		d.warn(what, fmt.Sprintf("%s has %s that the last stop could not record", name,
+			countNoun(int64(rows), "call")), "the next start records them")
+	case !errors.Is(err, fs.ErrNotExist):
+		d.fail(what, "cannot be read: "+unwrapPathError(err).Error(), "check the owner and the mode of "+name)
+	case refusal == "":
+		d.ok(what, "every call that has ended is in the database")
 	}
 }
 

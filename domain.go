@@ -356,6 +356,16 @@ func (r *requestRow) durableFields() []any {
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS}
 }
 
+// reduced returns the row without the texts that a database may refuse. Its call counts in every limit that has a
+// pattern for the model.
+func (r *requestRow) reduced() *requestRow {
+	reduced := *r
+	reduced.model, reduced.address, reduced.errorCode, reduced.cache, reduced.attemptLog = "", "", "", "", ""
+	reduced.limitHit, reduced.content = "", nil
+	reduced.modelTracked, reduced.requestedModelTracked = false, false
+	return &reduced
+}
+
 // A callOutcome says how a call ended. The ledger stores its text.
 type callOutcome string
 

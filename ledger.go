@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,8 +38,10 @@ type ledgerEntry struct {
 
 type ledger struct {
 	store  *store
-	writer *ledgerWriter // used by the goroutine of run only
 	log    *slog.Logger
+	writer *ledgerWriter // used by the goroutine of run only, as is refusalStored
+	// refusalStored says that the setting ledgerRefusal has a text, which the next success is to delete.
+	refusalStored bool
 
 	mu              sync.Mutex
 	pending         *pendingBatch // nil: none
@@ -56,7 +59,11 @@ type ledger struct {
 	failing         atomic.Bool
 	commitDurations histogram
 	committedRows   atomic.Int64
+	refusedRows     atomic.Int64 // each attempt counts
 }
+
+// ledgerRefusal is the setting with the time and the error of a database that refuses rows, "" if it does not.
+const ledgerRefusal = "ledger_refusal"
 
 // openLedger recovers the calls that were running when the last process died, then starts the writer. price
 // fills in the cost of a lost row.
@@ -71,6 +78,10 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*re
 			"rows", lost)
 	}
 	l := &ledger{store: st, writer: writer, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	stored, err := st.setting(ctx, ledgerRefusal)
+	if l.refusalStored = stored != ""; err != nil && !errors.Is(err, errNotFound) {
+		return nil, err
+	}
 	go l.run()
 	return l, nil
 }
@@ -275,7 +286,7 @@ func recordUnwritten(ctx context.Context, st *store, lines []byte) (count int, e
 	}
 	writer := st.newLedgerWriter()
 	defer writer.close()
-	return len(batch.records) + len(batch.sumOnlyRows), writer.write(ctx, batch)
+	return len(batch.records) + len(batch.sumOnlyRows), writer.writeOrReduce(ctx, batch)
 }
 
 // run is the writer; close waits for its end.
@@ -306,7 +317,7 @@ func (l *ledger) run() {
 			return
 		}
 		if l.failing.Load() { // nothing is queued that a retry could write
-			if err := l.store.checkWritable(context.Background()); err == nil {
+			if err := l.writer.probe(context.Background()); err == nil {
 				l.markRecovered()
 			} else if !l.pause(ledgerRetryDelay) {
 				return
@@ -372,70 +383,102 @@ func (l *ledger) markCommitted(work ledgerWork) {
 	l.committedCount, l.flushing = work.queuedCount, false
 }
 
-// write commits one batch. If it cannot, the calls that begin fail, because they wait for it, and the rest
-// is queued again.
+// write commits what was queued. A batch that the database refuses is written row by row: a row that it refuses by
+// itself must not block the others. If a row cannot be written in any form, the database is at fault: that row and
+// those after it are queued again. The calls that begin fail instead, because they wait for it.
 func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) {
+	err := l.commit(pending, settled, sums)
+	if isRejectedRow(err) && len(settled)+len(sums) > 0 {
+		if err = nil; pending != nil {
+			err = l.commit(pending, nil, nil)
+		}
+		for err == nil && len(settled) > 0 {
+			if err = l.commit(nil, settled[:1], nil); err == nil {
+				settled = settled[1:]
+			}
+		}
+		for err == nil && len(sums) > 0 {
+			if err = l.commit(nil, nil, sums[:1]); err == nil {
+				sums = sums[1:]
+			}
+		}
+	}
+	if err == nil {
+		l.markRecovered()
+		return
+	}
+	l.markFailing(err)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.settledEntries = append(slices.Clip(settled), l.settledEntries...)
+	l.sumOnlyRows = append(slices.Clip(sums), l.sumOnlyRows...)
+}
+
+// commit commits one batch: all of it, or nothing. A single row may be reduced.
+func (l *ledger) commit(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) error {
 	start := time.Now()
 	batch, undo := buildLedgerBatch(pending, settled, sums)
 	err := l.writer.write(context.Background(), batch)
 	l.commitDurations.observe(time.Since(start).Microseconds(), &fastBounds)
 	rows := len(settled) + len(sums)
+	if isRejectedRow(err) {
+		l.refusedRows.Add(1)
+		if rows == 1 && pending == nil {
+			err = l.writeReduced(batch, err)
+		}
+	}
 	if pending != nil {
 		pending.err = err
 		rows += pending.size
 	}
-	if err == nil {
-		if pending != nil {
-			pending.recordsJSON = nil // otherwise kept for as long as the longest of the calls runs
-		}
-		l.committedRows.Add(int64(rows))
-		l.markRecovered()
-		return
+	if err != nil {
+		undo()
+		return err
 	}
-	undo()
-	if !isRejectedRow(err) {
-		if !l.failing.Swap(true) {
-			l.log.Error("the ledger cannot be written; calls are refused until it can", "error", err)
-		}
-		l.mu.Lock()
-		l.settledEntries = append(settled, l.settledEntries...)
-		l.sumOnlyRows = append(sums, l.sumOnlyRows...)
-		l.mu.Unlock()
-		return
+	if pending != nil {
+		pending.recordsJSON = nil // otherwise kept for as long as the longest of the calls runs
 	}
-	l.writeEach(pending, settled, sums, rows, err)
+	l.committedRows.Add(int64(rows))
+	return nil
 }
 
-// writeEach writes the rows of a batch that the database rejected with err one by one. A row that it rejects
-// by itself must not block all others for ever: it is logged in full instead, so that nothing is lost
-// silently.
-func (l *ledger) writeEach(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow, rows int, err error) {
-	if rows > 1 && len(settled)+len(sums) > 0 {
-		if pending != nil {
-			l.write(pending, nil, nil)
+// writeReduced writes the only row of a batch that the database refused with cause: without its texts, so that every
+// limit still counts the call. A row that is there already needs nothing more.
+func (l *ledger) writeReduced(batch ledgerBatch, cause error) error {
+	ctx := context.Background()
+	reduced, row := batch.reduced()
+	err := l.writer.write(ctx, reduced)
+	if isRejectedRow(err) && len(batch.records) > 0 {
+		if recorded, _ := l.store.isRecorded(ctx, row.id); recorded {
+			err = l.writer.write(ctx, ledgerBatch{endedBatchIDs: batch.endedBatchIDs})
 		}
-		for _, e := range settled {
-			l.write(nil, []*ledgerEntry{e}, nil)
-		}
-		for _, r := range sums {
-			l.write(nil, nil, []*requestRow{r})
-		}
+	}
+	if err == nil {
+		l.log.Error("the database refuses a row of the ledger; it is recorded without texts", "error", cause,
+			"id", formatRequestID(row.id), "token", row.token, "model", clip(row.model, 256))
+	}
+	return err
+}
+
+// markFailing marks the ledger as failing. A database that refuses rows stays that way until someone repairs it, so
+// this is stored, for the doctor.
+func (l *ledger) markFailing(err error) {
+	if l.failing.Swap(true) {
 		return
 	}
-	for _, e := range settled {
-		sums = append(sums, &e.row)
-		l.abandon(e.batch)
-	}
-	for _, r := range sums {
-		l.log.Error("the database rejects a ledger row; this line has it instead", "error", err,
-			"id", formatRequestID(r.id), "token", r.token, "outcome", string(r.outcome),
-			"input_tokens", r.counts.input, "output_tokens", r.counts.output)
+	l.log.Error("the ledger cannot be written; calls are refused until it can", "error", err)
+	if isRejectedRow(err) {
+		text := time.Now().UTC().Format(time.RFC3339) + ": " + clip(fmt.Sprint(err), 300)
+		l.refusalStored = l.store.setSetting(context.Background(), ledgerRefusal, text) == nil
 	}
 }
 
 func (l *ledger) markRecovered() {
 	if l.failing.Swap(false) {
 		l.log.Info("the ledger can be written again")
+	}
+	if l.refusalStored {
+		l.refusalStored = l.store.setSetting(context.Background(), ledgerRefusal, "") != nil
 	}
 }
 
@@ -490,17 +533,6 @@ func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*req
 	}
 }
 
-// abandon counts a call as ended that will have no row. If its batch cannot be deleted now, the next start
-// records the call as lost.
-func (l *ledger) abandon(b *pendingBatch) {
-	if b == nil || !b.written {
-		return
-	}
-	if b.unsettled--; b.unsettled == 0 {
-		_ = l.writer.write(context.Background(), ledgerBatch{endedBatchIDs: []int64{b.id}})
-	}
-}
-
 // recoverLost records the calls that were running when the last process died, with the estimates in their
 // pending records, and returns how many.
 func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
@@ -521,7 +553,7 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 			r.requestedModel = r.model // the model that would have answered is unknown
 			price(r)
 		}
-		if err := w.write(ctx, ledgerBatch{records: records}); err != nil {
+		if err := w.writeOrReduce(ctx, ledgerBatch{records: records}); err != nil {
 			return 0, fmt.Errorf("recording lost calls: %w", err)
 		}
 		total += len(rows)

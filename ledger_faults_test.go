@@ -3,11 +3,16 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
+	"time"
 )
 
 // addProject adds a project with the test's provider and returns a token of it. fields are JSON members of the token.
@@ -165,5 +170,234 @@ func TestSumsAtTheEdge(t *testing.T) {
 		if res := b.get(path); res.status != 200 {
 			t.Errorf("%s: got %d %s", path, res.status, between(res.body, "-$", "\n"))
 		}
+	}
+}
+
+// TestRowsRefused: a database that refuses rows while the program runs is a failure of the ledger. Calls are refused,
+// readyz and a metric say so, and so does the doctor. No limit forgets a call, and once the database takes rows
+// again, every call that was answered has one.
+func TestRowsRefused(t *testing.T) {
+	t.Parallel()
+	for name, trigger := range map[string]string{
+		"rows":                "BEFORE INSERT ON requests BEGIN SELECT RAISE(ABORT, 'no')",
+		"rows, silently":      "BEFORE INSERT ON requests BEGIN SELECT RAISE(IGNORE)",
+		"rows of one token":   "BEFORE INSERT ON requests WHEN NEW.token > 1 BEGIN SELECT RAISE(FAIL, 'no')",
+		"rows, with rollback": "BEFORE INSERT ON requests BEGIN SELECT RAISE(ROLLBACK, 'no')",
+		"pending records":     "BEFORE INSERT ON begun BEGIN SELECT RAISE(ABORT, 'no')",
+		"sums":                "BEFORE INSERT ON usage_sums BEGIN SELECT RAISE(ABORT, 'no')",
+		"changes of sums":     "BEFORE UPDATE ON usage_sums BEGIN SELECT RAISE(ABORT, 'no')",
+		"hours":               "BEFORE INSERT ON project_hours BEGIN SELECT RAISE(ABORT, 'no')",
+		"counts of tokens":    "BEFORE UPDATE ON tokens BEGIN SELECT RAISE(ABORT, 'no')",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"LOG_LEVEL": "info"})
+			p.allowErrors = true
+			_, token := p.newToken(`"name":"limited","max_requests":6`)
+			if res := p.chatAs(token); res.status != 200 {
+				t.Fatalf("got %d", res.status)
+			}
+			p.waitSettled()
+			p.execSQL(`CREATE TRIGGER refusal ` + trigger + `; END`)
+			answered := 1
+			waitFor(t, "the ledger to fail", func() bool {
+				if p.chatAs(token).status == 200 {
+					answered++
+				}
+				return !p.instance.ledger.healthy()
+			})
+			p.checkRefusals()
+			if n := p.metrics()["llm_proxy_ledger_rows_refused_total"]; n == 0 {
+				t.Error("no refused row is counted")
+			}
+			if lines, err := p.runDoctor(nil); err == nil || !hasFinding(lines, "FAIL", "ledger", "refuses the rows") {
+				t.Errorf("the doctor says %v %q", err, lines)
+			}
+			p.execSQL(`DROP TRIGGER refusal`)
+			waitFor(t, "recovery", p.instance.ledger.healthy)
+			for answered < 6 {
+				if res := p.chatAs(token); res.status != 200 {
+					t.Fatalf("after recovery: got %d %s", res.status, res.body)
+				}
+				answered++
+			}
+			if res := p.chatAs(token); res.status != 429 {
+				t.Errorf("call 7 of 6: got %d", res.status)
+			}
+			p.checkRecorded(6)
+			if lines, err := p.runDoctor(nil); err != nil || !hasFinding(lines, "ok", "ledger", "") {
+				t.Errorf("after recovery the doctor says %v %q", err, lines)
+			}
+		})
+	}
+}
+
+// checkRecorded checks that a number of calls have a row with outcome ok, and that the sums equal the rows.
+func (p *testProxy) checkRecorded(want int) {
+	p.t.Helper()
+	p.waitSettled()
+	n := 0
+	for _, v := range p.allRequests() {
+		if v.outcome == outcomeOK {
+			n++
+		}
+	}
+	if n != want {
+		p.t.Errorf("%d rows are ok, want %d", n, want)
+	}
+	p.checkSums()
+	p.checkCounts()
+}
+
+// TestRefusedRowReduced: a row that the database refuses because of its texts is recorded without them. It blocks no
+// other, and limits count it.
+func TestRefusedRowReduced(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "info"})
+	p.allowErrors = true
+	p.execSQL(`CREATE TRIGGER refusal BEFORE INSERT ON requests WHEN NEW.model LIKE 'bad%'
+		BEGIN SELECT RAISE(ABORT, 'no'); END`)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		body := chatResponseBody
+		if strings.Contains(r.body, `"seed":7`) {
+			body = strings.ReplaceAll(body, "gpt-4o-mini-2024-07-18", "bad model")
+		}
+		return c.reply(200, body)
+	})
+	_, token := p.newToken(`"name":"limited","max_requests":8,"policy":{"limits":[{"count":"requests","max":4,` +
+		`"per":"day","model":"gpt-4o*"}]}`)
+	for i := range 4 {
+		if res := p.chatAs(token, fmt.Sprintf(`"seed":%d`, 5+i)); res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	if p.checkRecorded(4); !p.instance.ledger.healthy() {
+		t.Error("one row makes the ledger fail")
+	}
+	reduced := 0
+	for _, v := range p.allRequests() {
+		if v.model == "" && v.address == "" && v.counts.input > 0 {
+			reduced++
+		}
+	}
+	if reduced != 1 || !strings.Contains(string(p.log.bytes()), "refuses a row") {
+		t.Errorf("%d rows are reduced", reduced)
+	}
+	p.execSQL(`DROP TRIGGER refusal`) // a start does not accept it
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	if res := p.chatAs(token); res.status != 429 {
+		t.Errorf("call 5 of 4, after a restart: got %d", res.status)
+	}
+}
+
+// TestRefusedRowsAcrossRestart: rows that the database refuses until the program stops are kept in a file, beside
+// those that are in it already. The next start records them, and limits count them.
+func TestRefusedRowsAcrossRestart(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"DRAIN_TIMEOUT": "1s"})
+	p.allowErrors = true
+	_, token := p.newToken(`"name":"limited","max_requests":4`)
+	p.chatAs(token)
+	p.waitSettled()
+	p.execSQL(`CREATE TRIGGER refusal BEFORE INSERT ON requests BEGIN SELECT RAISE(ABORT, 'no'); END`)
+	p.chatAs(token)
+	waitFor(t, "the ledger to fail", func() bool { return !p.instance.ledger.healthy() })
+	kept := unwrittenFileName(p.instance.cfg.databaseFile)
+	id := p.instance.proxy.ids.next(time.Now())
+	earlier := strings.TrimSuffix(unwrittenLine(t, &requestRow{id: id, started: id >> idTimeShift, project: 1, token: 2,
+		endpoint: "POST /v1/chat/completions", outcome: outcomeOK, status: 200, source: usageNone, firstByteUS: -1,
+		attempts: 1}), "\n")
+	mustOverwrite(t, kept, earlier) // as if a file had stayed, without its last line break
+	if err := p.stop(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+	if text := mustReadFile(t, kept); strings.Count(text, "\n") != 2 || !strings.HasPrefix(text, earlier) {
+		t.Errorf("kept are %q", text)
+	}
+	if lines, _ := p.runDoctor(nil); !hasFinding(lines, "warn", "ledger", kept+" has 2 calls") {
+		t.Errorf("the doctor says %q", lines)
+	}
+	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
+	if err == nil {
+		_, err = db.Exec(`DROP TRIGGER refusal`)
+	}
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	if a, b := p.chatAs(token), p.chatAs(token); a.status != 200 || b.status != 429 {
+		t.Errorf("calls 4 and 5 of 4, after the restart: got %d and %d", a.status, b.status)
+	}
+	p.checkRecorded(4)
+	if _, err := os.Stat(kept); err == nil {
+		t.Error("the file is still there")
+	}
+}
+
+// unwrittenLine returns a line of the file of unwritten rows.
+func unwrittenLine(t *testing.T, r *requestRow) string {
+	t.Helper()
+	l := &ledger{settledEntries: []*ledgerEntry{{row: *r}}}
+	lines, n, err := l.unwritten()
+	if n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	return string(lines)
+}
+
+// TestDurableFields: what is kept of a row that could not be written is everything but stored content.
+func TestDurableFields(t *testing.T) {
+	t.Parallel()
+	row := &requestRow{}
+	durable := map[uintptr]bool{}
+	for _, field := range row.durableFields() {
+		durable[reflect.ValueOf(field).Pointer()] = true
+	}
+	var check func(name string, v reflect.Value)
+	check = func(name string, v reflect.Value) {
+		if v.Kind() == reflect.Struct {
+			for i := range v.NumField() {
+				check(name+"."+v.Type().Field(i).Name, v.Field(i))
+			}
+			return
+		}
+		if durable[v.Addr().Pointer()] == (name == "row.content") {
+			t.Errorf("durableFields and %s: listed %v", name, durable[v.Addr().Pointer()])
+		}
+	}
+	check("row", reflect.ValueOf(row).Elem())
+}
+
+// TestRestoreMovesUnwritten: a restore moves the calls that the replaced database did not take aside with it. They
+// are not recorded in the restored one.
+func TestRestoreMovesUnwritten(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.chat()
+	p.waitSettled()
+	backup := filepath.Join(p.dir, "backup.db")
+	if out, err := runProgram(t, p.env, "backup", backup); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	file := p.instance.cfg.databaseFile
+	line := unwrittenLine(t, &requestRow{id: minIDAt(time.Now()), started: time.Now().UnixMilli(), project: 1, token: 1,
+		outcome: outcomeOK, source: usageNone})
+	mustOverwrite(t, unwrittenFileName(file), line)
+	if out, err := runProgram(t, p.env, "restore", "--revoke=none", backup); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	aside, err := filepath.Glob(file + ".before-restore-*Z")
+	if err != nil || len(aside) != 1 || mustReadFile(t, unwrittenFileName(aside[0])) != line {
+		t.Errorf("aside are %v, %v", aside, err)
+	}
+	p.start()
+	if rows := p.allRequests(); len(rows) != 1 {
+		t.Errorf("%d rows after the restore", len(rows))
 	}
 }

@@ -364,7 +364,7 @@ func (in *instance) keepUnwritten() error {
 	}
 	name := unwrittenFileName(in.cfg.databaseFile)
 	if err == nil {
-		err = writeNewFile(name, string(lines))
+		err = appendToFile(name, lines)
 	}
 	if err != nil {
 		return fmt.Errorf("%d calls could not be recorded: the database cannot be written (%w), nor can %s: %w; "+

@@ -563,6 +563,9 @@ func (e *exporter) writeLedger(w *metricsWriter) {
 	w.beginFamily("ledger_rows_total", "counter",
 		"Committed rows: a pending record and a row for an admitted call, a row for a refused one.")
 	w.writeInt(e.ledger.committedRows.Load())
+	w.beginFamily("ledger_rows_refused_total", "counter",
+		"Writes of rows that the database refused, such as by a trigger; each retry counts.")
+	w.writeInt(e.ledger.refusedRows.Load())
 }
 
 // writeDisk writes sizes. It leaves them out if they cannot be read.

@@ -206,6 +206,8 @@ var (
 	errNotFound = errors.New("no such row")
 	errStale    = errors.New("row has changed since it was read")
 	errTaken    = errors.New("name is taken")
+	// errRowIgnored means that a statement succeeded without writing its rows, as a trigger can bring about.
+	errRowIgnored = errors.New("the database ignored a row")
 )
 
 // mapNoRows turns sql.ErrNoRows into errNotFound.
@@ -235,7 +237,8 @@ func sqliteCode(err error) int {
 // isRejectedRow reports whether the database rejects a row, which a retry cannot change.
 func isRejectedRow(err error) bool {
 	code := sqliteCode(err)
-	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG
+	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG ||
+		errors.Is(err, errRowIgnored)
 }
 
 // isSumOverflow reports whether SQLite could not add up a column, because the sum is no int64.

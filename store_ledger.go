@@ -9,7 +9,9 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
+	"errors"
 	"fmt"
+	"iter"
 	"strconv"
 )
 
@@ -133,6 +135,17 @@ func ledgerSQL() [ledgerStmtCount]string {
 	}
 }
 
+// rowsOfStatement returns how many rows a statement writes, 0 if that depends.
+func rowsOfStatement(stmt int) int64 {
+	switch stmt {
+	case stmtRecordOK8, stmtSum8, stmtLatency8:
+		return 8
+	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtHour, stmtLatency:
+		return 1
+	}
+	return 0
+}
+
 // A ledgerWriter holds the prepared statements of the writing connection. It belongs to one goroutine.
 type ledgerWriter struct {
 	store *store
@@ -157,6 +170,36 @@ type ledgerBatch struct {
 	records            []*requestRow // calls that have ended
 	endedBatchIDs      []int64       // batches whose last calls are among them
 	sumOnlyRows        []*requestRow // calls that only count in the sums
+	probe              bool          // write nothing, only find out whether it could be written
+}
+
+// single yields each row of a batch as a batch of its own.
+func (b *ledgerBatch) single() iter.Seq[ledgerBatch] {
+	return func(yield func(ledgerBatch) bool) {
+		for i := range b.records {
+			if !yield(ledgerBatch{records: b.records[i : i+1]}) {
+				return
+			}
+		}
+		for i := range b.sumOnlyRows {
+			if !yield(ledgerBatch{sumOnlyRows: b.sumOnlyRows[i : i+1]}) {
+				return
+			}
+		}
+	}
+}
+
+// reduced returns a batch of one row with that row reduced, and the row.
+func (b *ledgerBatch) reduced() (_ ledgerBatch, row *requestRow) {
+	reduced := *b
+	if len(b.records) > 0 {
+		row = b.records[0]
+		reduced.records = []*requestRow{row.reduced()}
+	} else {
+		row = b.sumOnlyRows[0]
+		reduced.sumOnlyRows = []*requestRow{row.reduced()}
+	}
+	return reduced, row
 }
 
 // write writes a batch: all of it, or nothing.
@@ -174,6 +217,9 @@ func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
 			return fmt.Errorf("beginning a transaction: %w", err)
 		}
 		err := w.writeBatch(ctx, b)
+		if err == nil && b.probe {
+			err = errProbed
+		}
 		if err == nil {
 			if err = w.exec(ctx, stmtCommit); err == nil {
 				return nil
@@ -183,6 +229,43 @@ func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
 		_ = w.exec(ctx, stmtRollback) // fails if SQLite has already rolled back
 		return err
 	})
+}
+
+// writeOrReduce writes a batch of rows. If the database refuses it, it writes the rows one by one, those that it
+// refuses without their texts.
+func (w *ledgerWriter) writeOrReduce(ctx context.Context, b ledgerBatch) error {
+	err := w.write(ctx, b)
+	if !isRejectedRow(err) {
+		return err
+	}
+	for one := range b.single() {
+		if err = w.write(ctx, one); isRejectedRow(err) {
+			reduced, _ := one.reduced()
+			err = w.write(ctx, reduced)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// errProbed ends the transaction of a probe.
+var errProbed = errors.New("the probe succeeded")
+
+// probe returns an error if the database would not take the record and the row of a call now. It leaves nothing.
+func (w *ledgerWriter) probe(ctx context.Context) error {
+	if err := w.store.checkWritable(ctx); err != nil {
+		return err
+	}
+	row := requestRow{id: 1, outcome: outcomeOK, status: 200, source: usageExact, priced: true, attempts: 1}
+	pending := append(row.appendPendingRecord([]byte{'['}), ']')
+	err := w.write(ctx, ledgerBatch{
+		pendingBatchID: 1, pendingRecordsJSON: pending, records: []*requestRow{&row}, probe: true})
+	if errors.Is(err, errProbed) {
+		return nil
+	}
+	return err
 }
 
 // prepare prepares the statements, unless this connection has them.
@@ -234,7 +317,12 @@ func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...any) error 
 	for i, v := range values {
 		w.args[i].Value = v
 	}
-	_, err := w.stmts[stmt].ExecContext(ctx, w.args[:len(values)])
+	res, err := w.stmts[stmt].ExecContext(ctx, w.args[:len(values)])
+	if want := rowsOfStatement(stmt); err == nil && want > 0 {
+		if n, _ := res.RowsAffected(); n != want { // a trigger may ignore rows
+			return errRowIgnored
+		}
+	}
 	return err
 }
 
