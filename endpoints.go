@@ -499,3 +499,12 @@ func isMetadataParam(name string) bool {
 	key, closed := strings.CutSuffix(key, "]")
 	return ok && closed && key != "" && len(key) <= 64 && isAlphanumericOr(key, "_-. ")
 }
+
+// hasEndMarker reports whether a complete stream of this endpoint ends with a marker.
+func (e *endpoint) hasEndMarker() bool {
+	switch e.pattern {
+	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
+		return true
+	}
+	return false
+}

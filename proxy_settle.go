@@ -122,15 +122,6 @@ func (c *call) classifyOutcome(r *http.Request) (outcome callOutcome, code strin
 	return outcomeOK, "", answer.status
 }
 
-// hasEndMarker reports whether a complete stream of this endpoint ends with a marker.
-func (e *endpoint) hasEndMarker() bool {
-	switch e.pattern {
-	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
-		return true
-	}
-	return false
-}
-
 // fillUsage fills in the usage that the answer reports, or an estimate: no usage is silently zero.
 func (c *call) fillUsage(row *requestRow) {
 	row.counts, row.source = tokenCounts{}, usageNone

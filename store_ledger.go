@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"strconv"
 )
 
 // The statements of a ledgerWriter. One that ends in 8 is the one before it with eight rows.
@@ -401,23 +400,6 @@ func (g *rowGroup) flush(ctx context.Context) error {
 	return nil
 }
 
-// appendPendingRecord appends the call in the form of the table begun.
-func (r *requestRow) appendPendingRecord(b []byte) []byte {
-	for i, n := range [...]int64{r.id, r.project, r.token, r.upstream} {
-		b = strconv.AppendInt(append(b, "[,"[min(i, 1)]), n, 10)
-	}
-	b = appendJSONString(append(b, ','), r.endpoint)
-	b = appendJSONString(append(b, ','), r.model)
-	b = append(b, ",0,"...)
-	if r.stream {
-		b[len(b)-2] = '1'
-	}
-	b = appendJSONString(b, r.address)
-	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
-	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
-	return append(b, ']')
-}
-
 // insertRequests writes the rows of calls, and their content where it is stored.
 func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) error {
 	plain := w.newRowGroup(stmtRecordOK, stmtRecordOK8, okColumnCount)
@@ -444,13 +426,6 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 		}
 	}
 	return plain.flush(ctx)
-}
-
-// isPlainOK reports whether the row has no value beyond those of a plain successful call.
-func (r *requestRow) isPlainOK() bool {
-	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 &&
-		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
 }
 
 func nullUnless(ok bool, v int64) any {
