@@ -401,3 +401,65 @@ func TestRestoreMovesUnwritten(t *testing.T) {
 		t.Errorf("%d rows after the restore", len(rows))
 	}
 }
+
+// TestUnrecordedAnswer: a call that reaches the provider while the database is locked gets 503. The provider bills it,
+// so it counts in sums and limits with what was reserved. A call whose limit is exact does not reach the provider.
+func TestUnrecordedAnswer(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		status       int
+		fields, body string
+		reaches      bool
+		output       int64
+	}{
+		"success":        {200, `"name":"l"`, chatBody(`"max_tokens":700`), true, 700},
+		"stream":         {200, `"name":"l"`, chatBody(`"max_tokens":700`, `"stream":true`), true, 700},
+		"without a max":  {200, `"name":"l"`, chatBody(), true, assumedOutput},
+		"error":          {400, `"name":"l"`, chatBody(`"max_tokens":700`), true, 0},
+		"an exact limit": {200, `"name":"l","max_requests":5`, chatBody(), false, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, map[string]string{"LOG_LEVEL": "info"})
+			p.allowErrors = true
+			p.setPragma(`PRAGMA busy_timeout = 20`)
+			id, token := p.newToken(tt.fields)
+			if res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+token); res.status != 200 {
+				t.Fatalf("got %d", res.status) // the token is in memory now
+			}
+			p.waitSettled()
+			p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+				if tt.status == 400 {
+					return c.reply(400, `{"error":{"message":"no","code":"x"}}`)
+				}
+				return chatScript(c, r)
+			})
+			sent := len(p.provider.received())
+			unlock := p.lockDatabase()
+			if res := p.postAs(token, "/v1/chat/completions", tt.body); res.status != 503 ||
+				res.header.Get("Retry-After") == "" {
+				t.Errorf("got %d %s", res.status, res.body)
+			}
+			unlock()
+			waitFor(t, "recovery", p.instance.ledger.healthy)
+			if reached := len(p.provider.received()) > sent; reached != tt.reaches {
+				t.Errorf("the call reached the provider: %v", reached)
+			}
+			rows := p.ledger()
+			row := rows[len(rows)-1]
+			if tt.reaches != (row.Outcome == "truncated") || row.ErrorCode != "ledger_unavailable" ||
+				row.Status != 503 || row.OutputTokens != tt.output {
+				t.Errorf("the ledger has %+v", row)
+			}
+			want := int64(1)
+			if tt.reaches {
+				want++
+			}
+			if n := p.requestCount(id); n != want {
+				t.Errorf("the token has %d calls, want %d", n, want)
+			}
+			p.checkSums()
+			p.checkCounts()
+		})
+	}
+}

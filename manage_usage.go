@@ -303,15 +303,7 @@ func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	if from.IsZero() {
 		from = to.Add(-lookBack)
 	}
-	unit := int64(dayMS)
-	switch q.interval {
-	case "hour":
-		unit = hourMS
-	case "month":
-		from = time.Date(from.Year(), from.Month(), 1, 0, 0, 0, 0, time.UTC)
-	}
-	q.from = from.UnixMilli() - from.UnixMilli()%unit // usage is stored by whole units
-	q.to = to.UnixMilli()
+	q.setRange(from, to, r.now.UTC(), r.query.Get("from") != "")
 	rows, err := api.store.usage(r.ctx, q)
 	if errors.Is(err, errTooManyRows) {
 		return nil, badRequest("too_many_rows", "", "The response would have more than 10,000 rows. "+
@@ -320,11 +312,45 @@ func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := listPage[usageReply]{Data: []usageReply{}}
+	out := usageListReply{From: timestamp(q.from), To: timestamp(q.to), Data: []usageReply{}}
 	for i := range rows {
 		out.Data = append(out.Data, q.newReply(&rows[i]))
 	}
 	return out, nil
+}
+
+// A usageListReply has the sums, and the range of time that they cover.
+type usageListReply struct {
+	From timestamp    `json:"from"`
+	To   timestamp    `json:"to"`
+	Data []usageReply `json:"data"`
+}
+
+// setRange sets the range that the sums cover: usage is stored by whole hours and days in UTC. Both ends are rounded
+// down, so that ranges that adjoin never count a call twice. An end that has not come yet is rounded up instead: the
+// current hour or day is part of what was until now. A total of whole projects adds up hours if one of its ends is not
+// midnight in UTC; those of single tokens are not kept long enough. fromGiven: the client chose from.
+func (q *usageQuery) setRange(from, to, now time.Time, fromGiven bool) {
+	atMidnight := func(t time.Time) bool { return t.Equal(t.Truncate(24 * time.Hour)) }
+	unit := 24 * time.Hour
+	if q.interval == "total" && (fromGiven && !atMidnight(from) || to.Before(now) && !atMidnight(to)) {
+		q.hourly = !q.byToken && q.token == ""
+	}
+	if q.interval == "hour" || q.hourly {
+		unit = time.Hour
+	}
+	round := func(t time.Time) int64 {
+		start, end := t.Truncate(unit), t.Truncate(unit).Add(unit)
+		if q.interval == "month" {
+			start = time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC)
+			end = start.AddDate(0, 1, 0)
+		}
+		if t.Before(now) || t.Equal(start) {
+			return start.UnixMilli()
+		}
+		return end.UnixMilli()
+	}
+	q.from, q.to = round(from), round(to)
 }
 
 func (q *usageQuery) parseGroupBy(text string) error {

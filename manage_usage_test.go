@@ -271,7 +271,8 @@ func TestUsageSums(t *testing.T) {
 	}
 }
 
-// TestUsageRange: from is rounded down to a whole hour or day, both have defaults, and the rows are in order.
+// TestUsageRange: from and to are rounded down to a whole hour or day, an end that is not in the past is rounded up,
+// both have defaults, and the rows are in order.
 func TestUsageRange(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
@@ -284,20 +285,28 @@ func TestUsageRange(t *testing.T) {
 		{"day", 24 * time.Hour, 30 * 24 * time.Hour},
 		{"total", 24 * time.Hour, 30 * 24 * time.Hour},
 	} {
-		within := func(from, to time.Time) func(*requestRow) bool {
+		within := func(from, to time.Time, unit time.Duration) func(*requestRow) bool {
+			if to.Before(u.now) {
+				to = to.Truncate(unit)
+			}
 			return func(r *requestRow) bool {
-				at := time.UnixMilli(r.started).Truncate(c.unit)
-				return !at.Before(from.Truncate(c.unit)) && at.Before(to)
+				at := time.UnixMilli(r.started).Truncate(unit)
+				return !at.Before(from.Truncate(unit)) && at.Before(to)
 			}
 		}
-		u.compare("interval="+c.interval, u.expect(c.interval, nil, within(u.now.Add(-c.back), u.now.Add(time.Minute))))
+		u.compare("interval="+c.interval,
+			u.expect(c.interval, nil, within(u.now.Add(-c.back), u.now.Add(time.Minute), c.unit)))
 		from, to := u.now.Add(-9*24*time.Hour-1234*time.Second), u.now.Add(-5*time.Hour-99*time.Second)
 		query := url.Values{
 			"interval": {c.interval},
 			"from":     {from.In(time.FixedZone("", -3*3600)).Format(time.RFC3339Nano)},
 			"to":       {to.UTC().Format(time.RFC3339Nano)},
 		}
-		u.compare(query.Encode(), u.expect(c.interval, nil, within(from, to)))
+		unit := c.unit
+		if c.interval == "total" { // the sums of all tokens together are read by the hour
+			unit = time.Hour
+		}
+		u.compare(query.Encode(), u.expect(c.interval, nil, within(from, to, unit)))
 	}
 	if rows := u.usage("interval=month"); len(rows) < 3 {
 		t.Errorf("a year by month: %d rows", len(rows))
@@ -318,6 +327,52 @@ func TestUsageRange(t *testing.T) {
 		"from=2026-01-01T00:00:00Z&to=2026-01-01T00:00:00Z": "from", "limit=5": "limit", "model=x": "model",
 	} {
 		u.manageRefused("GET", "/manage/usage?"+query, "", 400, param)
+	}
+}
+
+// TestUsageAdjoins: ranges that adjoin count each call once, wherever they meet, and each answer names its range.
+func TestUsageAdjoins(t *testing.T) {
+	t.Parallel()
+	u := newUsageTest(t)
+	for _, query := range []string{"interval=total", "interval=day", "interval=hour", "interval=month",
+		"interval=total&group_by=token", "interval=total&group_by=model", "interval=day&group_by=project,outcome"} {
+		for _, offset := range []time.Duration{0, 30 * time.Minute, 5*time.Hour + 30*time.Minute, -8 * time.Hour,
+			1234567 * time.Millisecond} {
+			u.checkAdjoining(query, offset)
+		}
+	}
+}
+
+// checkAdjoining asks for the usage of 40 days in ranges of some days that meet at an offset from midnight.
+func (u *usageTest) checkAdjoining(query string, offset time.Duration) {
+	const day = 24 * time.Hour
+	var calls, want int64
+	var first, end time.Time
+	for from := u.now.Add(-40 * day).Truncate(day); from.Before(u.now); {
+		to := from.Add(4 * day).Truncate(day).Add(day + offset)
+		var list struct {
+			From, To time.Time
+			Data     []usageEntry
+		}
+		u.manage("GET", "/manage/usage?"+query+"&from="+from.Format(time.RFC3339Nano)+
+			"&to="+to.Format(time.RFC3339Nano), "", 200, &list)
+		for _, l := range list.Data {
+			calls += l.Calls
+		}
+		if first.IsZero() {
+			first = list.From
+		} else if !list.From.Equal(end) {
+			u.t.Errorf("%s, %v: a range begins at %v, the one before ends at %v", query, offset, list.From, end)
+		}
+		from, end = to, list.To
+	}
+	for _, r := range u.rows {
+		if r.started >= first.UnixMilli() {
+			want++
+		}
+	}
+	if calls != want || want == 0 || end.Before(u.now) || first.After(u.now.Add(-40*day)) {
+		u.t.Errorf("%s, %v: the ranges count %d calls from %v to %v, want %d", query, offset, calls, first, end, want)
 	}
 }
 

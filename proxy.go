@@ -77,6 +77,7 @@ type call struct {
 	attemptCount int  // made so far, over all upstreams
 	committed    bool // the pending record is committed
 	commitFailed bool // it could not be: the call is refused, whatever the provider answered
+	withheld     bool // the provider had answered with success by then
 	response     *responseWriter
 	failure      *apiError // the error that the client got instead of an answer
 	relayed      bool      // ReverseProxy returned: the answer is complete
@@ -357,6 +358,7 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 		return errUpstreamProtocol(code)
 	}
 	if err := p.awaitCommit(c); err != nil {
+		c.withheld = res.StatusCode < 300
 		return err
 	}
 	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))

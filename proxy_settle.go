@@ -85,7 +85,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 func (c *call) classifyOutcome(r *http.Request) (outcome callOutcome, code string, status int) {
 	answer := c.response
 	switch {
-	case c.commitFailed:
+	case c.commitFailed && c.attemptCount == 0:
 		return outcomeRefused, "ledger_unavailable", http.StatusServiceUnavailable
 	case c.failure != nil:
 		outcome = outcomeRefused
@@ -135,8 +135,11 @@ func (c *call) fillUsage(row *requestRow) {
 	}
 	if c.response == nil || c.response.meter == nil {
 		buffered := c.progress.outputTokens.Load() // of a buffered stream that was never complete
+		if c.withheld {
+			buffered = max(buffered, c.reservation.estimate.output)
+		}
 		// The proxy or the client gave up on a provider that had the request and may bill it.
-		if buffered > 0 || c.failure == nil || c.commitFailed || abortCause(c.ctx) != nil ||
+		if buffered > 0 || c.withheld || c.failure == nil || c.commitFailed || abortCause(c.ctx) != nil ||
 			c.failure.status == http.StatusGatewayTimeout && c.failure != errConnectTimeout {
 			row.counts, row.source = tokenCounts{input: c.inputEstimate(), output: buffered}, usageEstimated
 		}
@@ -217,7 +220,7 @@ func (r *requestRow) logLevel() slog.Level {
 	switch {
 	case r.status < 500 || r.errorCode == errNotCached.code:
 		return slog.LevelInfo // the client's mistakes, too, and what it asked for
-	case r.outcome == outcomeRefused && r.errorCode != "draining":
+	case r.outcome == outcomeRefused && r.errorCode != "draining" || r.errorCode == "ledger_unavailable":
 		return slog.LevelError // the proxy failed
 	}
 	return slog.LevelWarn // the provider failed, or the program ends
