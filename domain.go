@@ -356,40 +356,6 @@ func (r *requestRow) durableFields() []any {
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS}
 }
 
-// reduced returns the row without the texts that a database may refuse. Its call counts in every limit that has a
-// pattern for the model.
-func (r *requestRow) reduced() *requestRow {
-	reduced := *r
-	reduced.model, reduced.address, reduced.errorCode, reduced.cache, reduced.attemptLog = "", "", "", "", ""
-	reduced.limitHit, reduced.content = "", nil
-	reduced.modelTracked, reduced.requestedModelTracked = false, false
-	return &reduced
-}
-
-// appendPendingRecord appends the call in the form of the table begun.
-func (r *requestRow) appendPendingRecord(b []byte) []byte {
-	for i, n := range [...]int64{r.id, r.project, r.token, r.upstream} {
-		b = strconv.AppendInt(append(b, "[,"[min(i, 1)]), n, 10)
-	}
-	b = appendJSONString(append(b, ','), r.endpoint)
-	b = appendJSONString(append(b, ','), r.model)
-	b = append(b, ",0,"...)
-	if r.stream {
-		b[len(b)-2] = '1'
-	}
-	b = appendJSONString(b, r.address)
-	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
-	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
-	return append(b, ']')
-}
-
-// isPlainOK reports whether the row has no value beyond those of a plain successful call.
-func (r *requestRow) isPlainOK() bool {
-	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 &&
-		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
-}
-
 // A callOutcome says how a call ended. The ledger stores its text.
 type callOutcome string
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"strconv"
 	"strings"
@@ -197,6 +198,17 @@ func (r *requestRow) errorClass() errorClass {
 		return errorClassProvider
 	}
 	return errorClassNone
+}
+
+// logLevel returns the level of a call's log line.
+func (r *requestRow) logLevel() slog.Level {
+	switch {
+	case r.status < 500 || r.errorCode == errNotCached.code:
+		return slog.LevelInfo // the client's mistakes, too, and what it asked for
+	case r.outcome == outcomeRefused && r.errorCode != "draining" || r.errorCode == "ledger_unavailable":
+		return slog.LevelError // the proxy failed
+	}
+	return slog.LevelWarn // the provider failed, or the program ends
 }
 
 func refusedErrorClass(status int, code string) errorClass {

@@ -7,7 +7,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,12 +28,6 @@ const (
 	largeBatchSize  = 8
 	largeBatchDelay = 200 * time.Microsecond
 )
-
-// A ledgerEntry is one call on its way into the ledger.
-type ledgerEntry struct {
-	row   requestRow // the caller's until settle; read-only from then on
-	batch *pendingBatch
-}
 
 type ledger struct {
 	store  *store
@@ -225,35 +218,21 @@ func (l *ledger) close(ctx context.Context) error {
 	return err
 }
 
-// An unwrittenRow is a row that a stop could not write.
-type unwrittenRow struct {
-	SumOnly bool
-	Fields  []json.RawMessage // of requestRow.durableFields
-}
-
 // unwritten returns the rows that are still queued after close, as lines of JSON, and how many.
 func (l *ledger) unwritten() (lines []byte, count int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	appendRow := func(r *requestRow, sumOnly bool) {
-		u := unwrittenRow{SumOnly: sumOnly}
-		for _, field := range r.durableFields() {
-			text, fieldErr := json.Marshal(field)
-			err = errors.Join(err, fieldErr)
-			u.Fields = append(u.Fields, text)
-		}
-		line, lineErr := json.Marshal(u)
-		err = errors.Join(err, lineErr)
-		lines = append(append(lines, line...), '\n')
-		count++
-	}
 	for _, e := range l.settledEntries {
-		appendRow(&e.row, false)
+		var rowErr error
+		lines, rowErr = e.row.appendUnwritten(lines, false)
+		err = errors.Join(err, rowErr)
 	}
 	for _, r := range l.sumOnlyRows {
-		appendRow(r, true)
+		var rowErr error
+		lines, rowErr = r.appendUnwritten(lines, true)
+		err = errors.Join(err, rowErr)
 	}
-	return lines, count, err
+	return lines, len(l.settledEntries) + len(l.sumOnlyRows), err
 }
 
 // recordUnwritten writes the rows in lines, which unwritten made in an earlier run, and returns how many. Rows that
@@ -261,18 +240,11 @@ func (l *ledger) unwritten() (lines []byte, count int, err error) {
 func recordUnwritten(ctx context.Context, st *store, lines []byte) (count int, err error) {
 	var batch ledgerBatch
 	for line := range bytes.Lines(lines) {
-		var u unwrittenRow
-		row := &requestRow{}
-		fields := row.durableFields()
-		if err := json.Unmarshal(line, &u); err != nil || len(u.Fields) != len(fields) {
-			return 0, errors.New("it was made by another version, or is damaged")
+		row, sumOnly, err := parseUnwritten(line)
+		if err != nil {
+			return 0, err
 		}
-		for i, field := range fields {
-			if err := json.Unmarshal(u.Fields[i], field); err != nil {
-				return 0, fmt.Errorf("a row has an unexpected value: %w", err)
-			}
-		}
-		if u.SumOnly {
+		if sumOnly {
 			batch.sumOnlyRows = append(batch.sumOnlyRows, row)
 			continue
 		}
@@ -479,57 +451,6 @@ func (l *ledger) markRecovered() {
 	}
 	if l.refusalStored {
 		l.refusalStored = l.store.setSetting(context.Background(), ledgerRefusal, "") != nil
-	}
-}
-
-// A pendingBatch is the pending records of calls that begin together, a row of the table begun. The ledger's
-// mu guards it until the writer takes it; then it is the writer's.
-type pendingBatch struct {
-	id          int64  // the lowest of its calls
-	recordsJSON []byte // as in begun, without the last bracket
-	size        int
-	unsettled   int           // how many of its calls have not ended
-	written     bool          // it is in the database
-	err         error         // why it is not; may be read once done is closed
-	done        chan struct{} // closed when written and err are final
-}
-
-func (b *pendingBatch) add(id int64, record []byte) {
-	if b.size == 0 {
-		b.id, b.recordsJSON = id, append(b.recordsJSON, '[')
-	} else {
-		b.id, b.recordsJSON = min(b.id, id), append(b.recordsJSON, ',')
-	}
-	b.recordsJSON = append(b.recordsJSON, record...)
-	b.size++
-	b.unsettled++
-}
-
-// buildLedgerBatch makes a batch of what was queued, and updates the pending batches as if it were written;
-// undo reverts that.
-func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
-	b.sumOnlyRows = sums
-	if pending != nil {
-		pending.written = true
-		b.pendingBatchID, b.pendingRecordsJSON = pending.id, append(pending.recordsJSON, ']')
-	}
-	for _, e := range settled {
-		b.records = append(b.records, &e.row)
-		if p := e.batch; p != nil && p.written { // otherwise the call was refused, or its pending record failed
-			if p.unsettled--; p.unsettled == 0 {
-				b.endedBatchIDs = append(b.endedBatchIDs, p.id)
-			}
-		}
-	}
-	return b, func() {
-		for _, e := range settled {
-			if e.batch != nil && e.batch.written {
-				e.batch.unsettled++
-			}
-		}
-		if pending != nil {
-			pending.written = false
-		}
 	}
 }
 

@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"log/slog"
 	"net/http"
 	"strings"
 	"time"
@@ -213,17 +212,6 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	writeError(w, e, c.anthropic)
 	p.metrics.countCall(c.endpoint, &row, nil)
 	p.logCall(c, &row, now)
-}
-
-// logLevel returns the level of a call's log line.
-func (r *requestRow) logLevel() slog.Level {
-	switch {
-	case r.status < 500 || r.errorCode == errNotCached.code:
-		return slog.LevelInfo // the client's mistakes, too, and what it asked for
-	case r.outcome == outcomeRefused && r.errorCode != "draining" || r.errorCode == "ledger_unavailable":
-		return slog.LevelError // the proxy failed
-	}
-	return slog.LevelWarn // the provider failed, or the program ends
 }
 
 // logCall writes the call's one log line: never a header, body, query or key.

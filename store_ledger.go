@@ -11,7 +11,6 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
-	"iter"
 )
 
 // The statements of a ledgerWriter. One that ends in 8 is the one before it with eight rows.
@@ -162,45 +161,6 @@ func (s *store) newLedgerWriter() *ledgerWriter {
 	return w
 }
 
-// A ledgerBatch is what one transaction writes.
-type ledgerBatch struct {
-	pendingBatchID     int64         // of the calls that begin together; 0: none do
-	pendingRecordsJSON []byte        // those calls, in the form of the table begun
-	records            []*requestRow // calls that have ended
-	endedBatchIDs      []int64       // batches whose last calls are among them
-	sumOnlyRows        []*requestRow // calls that only count in the sums
-	probe              bool          // write nothing, only find out whether it could be written
-}
-
-// single yields each row of a batch as a batch of its own.
-func (b *ledgerBatch) single() iter.Seq[ledgerBatch] {
-	return func(yield func(ledgerBatch) bool) {
-		for i := range b.records {
-			if !yield(ledgerBatch{records: b.records[i : i+1]}) {
-				return
-			}
-		}
-		for i := range b.sumOnlyRows {
-			if !yield(ledgerBatch{sumOnlyRows: b.sumOnlyRows[i : i+1]}) {
-				return
-			}
-		}
-	}
-}
-
-// reduced returns a batch of one row with that row reduced, and the row.
-func (b *ledgerBatch) reduced() (_ ledgerBatch, row *requestRow) {
-	reduced := *b
-	if len(b.records) > 0 {
-		row = b.records[0]
-		reduced.records = []*requestRow{row.reduced()}
-	} else {
-		row = b.sumOnlyRows[0]
-		reduced.sumOnlyRows = []*requestRow{row.reduced()}
-	}
-	return reduced, row
-}
-
 // write writes a batch: all of it, or nothing.
 func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
 	conn, err := w.store.writeDB.Conn(ctx)
@@ -237,16 +197,20 @@ func (w *ledgerWriter) writeOrReduce(ctx context.Context, b ledgerBatch) error {
 	if !isRejectedRow(err) {
 		return err
 	}
-	for one := range b.single() {
+	writeOne := func(one ledgerBatch) {
 		if err = w.write(ctx, one); isRejectedRow(err) {
 			reduced, _ := one.reduced()
 			err = w.write(ctx, reduced)
 		}
-		if err != nil {
-			return err
-		}
 	}
-	return nil
+	err = nil
+	for i := 0; i < len(b.records) && err == nil; i++ {
+		writeOne(ledgerBatch{records: b.records[i : i+1]})
+	}
+	for i := 0; i < len(b.sumOnlyRows) && err == nil; i++ {
+		writeOne(ledgerBatch{sumOnlyRows: b.sumOnlyRows[i : i+1]})
+	}
+	return err
 }
 
 // errProbed ends the transaction of a probe.

@@ -1,12 +1,175 @@
-// This file adds up calls in memory, as the ledger stores them and reports show them: by hour and day, token, project,
-// model, endpoint and outcome. Plain code without SQL. No sum overflows: one that would stays at the largest int64, so
-// that a provider with absurd counts can neither stop the ledger nor turn its own sum into a small one.
+// This file has what the ledger does with the rows of calls in plain code, without SQL:
+//
+//	the forms of a row   reduced to what a database must take, as a pending record, as a line of a file
+//	batches of rows      what one transaction writes, and which pending records end with it
+//	sums                 by hour and day, token, project, model, endpoint and outcome, as they are stored and reported
+//
+// No sum overflows: one that would stays at the largest int64, so that a provider with absurd counts can neither stop
+// the ledger nor turn its own sum into a small one.
 package main
 
 import (
+	"encoding/json"
+	"errors"
+	"fmt"
 	"maps"
+	"strconv"
 	"strings"
 )
+
+// The forms of a row.
+
+// reduced returns the row without the texts that a database may refuse. Its call counts in every limit that has a
+// pattern for the model.
+func (r *requestRow) reduced() *requestRow {
+	reduced := *r
+	reduced.model, reduced.address, reduced.errorCode, reduced.cache, reduced.attemptLog = "", "", "", "", ""
+	reduced.limitHit, reduced.content = "", nil
+	reduced.modelTracked, reduced.requestedModelTracked = false, false
+	return &reduced
+}
+
+// appendPendingRecord appends the call in the form of the table begun.
+func (r *requestRow) appendPendingRecord(b []byte) []byte {
+	for i, n := range [...]int64{r.id, r.project, r.token, r.upstream} {
+		b = strconv.AppendInt(append(b, "[,"[min(i, 1)]), n, 10)
+	}
+	b = appendJSONString(append(b, ','), r.endpoint)
+	b = appendJSONString(append(b, ','), r.model)
+	b = append(b, ",0,"...)
+	if r.stream {
+		b[len(b)-2] = '1'
+	}
+	b = appendJSONString(b, r.address)
+	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
+	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
+	return append(b, ']')
+}
+
+// isPlainOK reports whether the row has no value beyond those of a plain successful call.
+func (r *requestRow) isPlainOK() bool {
+	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
+		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 &&
+		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
+}
+
+// An unwrittenRow is a row that a stop could not write.
+type unwrittenRow struct {
+	SumOnly bool
+	Fields  []json.RawMessage // of requestRow.durableFields
+}
+
+// appendUnwritten appends the row as a line of JSON. sumOnly: it only counts in the sums.
+func (r *requestRow) appendUnwritten(lines []byte, sumOnly bool) (_ []byte, err error) {
+	u := unwrittenRow{SumOnly: sumOnly}
+	for _, field := range r.durableFields() {
+		text, fieldErr := json.Marshal(field)
+		err = errors.Join(err, fieldErr)
+		u.Fields = append(u.Fields, text)
+	}
+	line, lineErr := json.Marshal(u)
+	return append(append(lines, line...), '\n'), errors.Join(err, lineErr)
+}
+
+// parseUnwritten reads a line of appendUnwritten.
+func parseUnwritten(line []byte) (row *requestRow, sumOnly bool, err error) {
+	var u unwrittenRow
+	row = &requestRow{}
+	fields := row.durableFields()
+	if err := json.Unmarshal(line, &u); err != nil || len(u.Fields) != len(fields) {
+		return nil, false, errors.New("it was made by another version, or is damaged")
+	}
+	for i, field := range fields {
+		if err := json.Unmarshal(u.Fields[i], field); err != nil {
+			return nil, false, fmt.Errorf("a row has an unexpected value: %w", err)
+		}
+	}
+	return row, u.SumOnly, nil
+}
+
+// Batches of rows.
+
+// A ledgerEntry is one call on its way into the ledger.
+type ledgerEntry struct {
+	row   requestRow // the caller's until settle; read-only from then on
+	batch *pendingBatch
+}
+
+// A ledgerBatch is what one transaction writes.
+type ledgerBatch struct {
+	pendingBatchID     int64         // of the calls that begin together; 0: none do
+	pendingRecordsJSON []byte        // those calls, in the form of the table begun
+	records            []*requestRow // calls that have ended
+	endedBatchIDs      []int64       // batches whose last calls are among them
+	sumOnlyRows        []*requestRow // calls that only count in the sums
+	probe              bool          // write nothing, only find out whether it could be written
+}
+
+// reduced returns a batch of one row with that row reduced, and the row.
+func (b *ledgerBatch) reduced() (_ ledgerBatch, row *requestRow) {
+	reduced := *b
+	if len(b.records) > 0 {
+		row = b.records[0]
+		reduced.records = []*requestRow{row.reduced()}
+	} else {
+		row = b.sumOnlyRows[0]
+		reduced.sumOnlyRows = []*requestRow{row.reduced()}
+	}
+	return reduced, row
+}
+
+// A pendingBatch is the pending records of calls that begin together, a row of the table begun. The ledger's
+// mu guards it until the writer takes it; then it is the writer's.
+type pendingBatch struct {
+	id          int64  // the lowest of its calls
+	recordsJSON []byte // as in begun, without the last bracket
+	size        int
+	unsettled   int           // how many of its calls have not ended
+	written     bool          // it is in the database
+	err         error         // why it is not; may be read once done is closed
+	done        chan struct{} // closed when written and err are final
+}
+
+func (b *pendingBatch) add(id int64, record []byte) {
+	if b.size == 0 {
+		b.id, b.recordsJSON = id, append(b.recordsJSON, '[')
+	} else {
+		b.id, b.recordsJSON = min(b.id, id), append(b.recordsJSON, ',')
+	}
+	b.recordsJSON = append(b.recordsJSON, record...)
+	b.size++
+	b.unsettled++
+}
+
+// buildLedgerBatch makes a batch of what was queued, and updates the pending batches as if it were written;
+// undo reverts that.
+func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+	b.sumOnlyRows = sums
+	if pending != nil {
+		pending.written = true
+		b.pendingBatchID, b.pendingRecordsJSON = pending.id, append(pending.recordsJSON, ']')
+	}
+	for _, e := range settled {
+		b.records = append(b.records, &e.row)
+		if p := e.batch; p != nil && p.written { // otherwise the call was refused, or its pending record failed
+			if p.unsettled--; p.unsettled == 0 {
+				b.endedBatchIDs = append(b.endedBatchIDs, p.id)
+			}
+		}
+	}
+	return b, func() {
+		for _, e := range settled {
+			if e.batch != nil && e.batch.written {
+				e.batch.unsettled++
+			}
+		}
+		if pending != nil {
+			pending.written = false
+		}
+	}
+}
+
+// Sums.
 
 // A usageSumKey names one row of usage_sums.
 type usageSumKey struct {
