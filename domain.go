@@ -347,13 +347,18 @@ type requestRow struct {
 }
 
 // durableFields returns pointers to the fields that describe the call, in a fixed order. Stored content is not
-// among them.
+// among them, nor is the price, of which the cost was made.
 func (r *requestRow) durableFields() []any {
-	return []any{&r.id, &r.started, &r.project, &r.token, &r.endpoint, &r.stream, &r.address, &r.upstream, &r.model,
+	fields := []any{&r.id, &r.started, &r.project, &r.token, &r.endpoint, &r.stream, &r.address, &r.upstream, &r.model,
 		&r.status, &r.outcome, &r.errorCode, &r.source, &r.counts.input, &r.counts.cached, &r.counts.cacheWrite,
 		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS}
+	for _, c := range r.details.counts() {
+		fields = append(fields, c.count)
+	}
+	d := &r.details
+	return append(fields, &d.searchContext, &d.tier, &d.speed, &d.region)
 }
 
 // A callOutcome says how a call ended. The ledger stores its text.

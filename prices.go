@@ -552,16 +552,6 @@ func (t *priceTable) metricLabel(model string) string {
 	return otherLabel
 }
 
-// price returns the cost of counts, whether it is known, and whether the model is in the price list.
-func (t *priceTable) price(provider, model string, counts tokenCounts) (nanos int64, priced, listed bool) {
-	p, ok := t.lookup(provider, model)
-	if !ok {
-		return 0, false, false
-	}
-	nanos, priced = p.cost(counts)
-	return nanos, priced, true
-}
-
 // matchName reports whether pattern, where each `*` stands for any text, matches the whole name. The leftmost
 // place of each part always suffices, so there is no backtracking that a client could exploit.
 func matchName(pattern, name string) bool {
