@@ -237,6 +237,9 @@ func policyCases(models string) []policyCase {
 			param: "previous_response_id"},
 		{project: `{"stateful":true}`, path: "/v1/responses",
 			body: `{"model":"m","input":"x","previous_response_id":"resp_1"}`},
+		{path: "/v1/responses", body: `{"model":"m","prompt":{"id":"pmpt_1"}}`, status: 403, param: "prompt"},
+		{path: "/v1/responses", body: `{"model":"m","input":"x","container":"c"}`, status: 403, param: "container"},
+		{project: `{"stateful":true}`, path: "/v1/responses", body: `{"model":"m","prompt":{"id":"pmpt_1"}}`},
 	}
 }
 

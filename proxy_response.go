@@ -111,6 +111,7 @@ type responseWriter struct {
 	keyMask           keyMask
 	sse               bool
 	providerRequestID string // the provider's id of this request
+	interim           int    // 1xx answers so far; only net/http's callback for them uses it
 	status            int
 	clientGone        bool // a write to the client failed
 }
@@ -187,9 +188,19 @@ func (w *responseWriter) prepare(res *http.Response) {
 // headDelay is how long the head of an answer waits for the first bytes of the body.
 const headDelay = 2 * time.Millisecond
 
+// maxInterimAnswers is how many 1xx answers a provider may send before its own: enough for one a second, as a sign of
+// life, for UPSTREAM_TIMEOUT.
+const maxInterimAnswers = 1000
+
 // WriteHeader sends the head to the client, after headDelay at most.
 func (w *responseWriter) WriteHeader(status int) {
-	if status < 200 || w.status != 0 {
+	if status < 200 {
+		if w.interim++; w.interim > maxInterimAnswers {
+			w.c.cancel(errUpstreamProtocol(status)) // net/http leaves their limit to whoever gets them
+		}
+		return
+	}
+	if w.status != 0 {
 		return
 	}
 	w.status = status

@@ -171,8 +171,8 @@ func (f *callFields) setField(name string, raw []byte) *bodyError {
 		}
 		f.setCount(name, count)
 	case "previous_response_id", "conversation", "background":
-		if f.statefulParam == "" && string(raw) != "null" && string(raw) != "false" {
-			f.statefulParam = name
+		if string(raw) != "null" && string(raw) != "false" {
+			f.setStateful(name)
 		}
 	case "models", "fallbacks":
 		if string(raw) != "null" {
@@ -200,7 +200,7 @@ func (f *callFields) setModel(text []byte) *bodyError {
 		return &bodyError{"model", fmt.Sprintf("Invalid 'model': it must have 1 to %d bytes.", maxModelLen)}
 	}
 	// Half a surrogate pair decodes to U+FFFD here, and to other text in other parsers.
-	if bytes.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) || r == utf8.RuneError }) {
+	if bytes.ContainsFunc(text, isOddCharacter) {
 		return &bodyError{"model", "Invalid 'model': it has a character that no model name has."}
 	}
 	f.model = string(text)
@@ -257,11 +257,7 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 		key := s.readDecodedKey()
 		i, exact := protectedName(key)
 		if i < 0 {
-			if len(key) <= maxProtectedNameLen && strings.EqualFold(string(key), "prompt") {
-				s.countPrompts(f)
-				continue
-			}
-			s.skipValue()
+			s.readUnprotected(f, key)
 			continue
 		}
 		name := protectedNames[i]
@@ -290,6 +286,33 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 		if members == 0 {
 			f.usageSplice.text = strings.TrimSuffix(f.usageSplice.text, ",")
 		}
+	}
+}
+
+// readUnprotected reads the value of a name that is not protected, because it means other things in other endpoints:
+// it may occur in any number and spelling, and each counts. A prompt that is an object, and any container, are kept
+// at the provider.
+func (s *bodyScanner) readUnprotected(f *callFields, key []byte) {
+	is := func(name string) bool { return len(key) == len(name) && strings.EqualFold(string(key), name) }
+	switch {
+	case is("prompt") && s.i < len(s.b) && s.b[s.i] == '{':
+		f.setStateful("prompt")
+		s.skipValue()
+	case is("prompt"):
+		s.countPrompts(f)
+	case is("container"):
+		if raw := s.readValue(); string(raw) != "null" {
+			f.setStateful("container")
+		}
+	default:
+		s.skipValue()
+	}
+}
+
+// setStateful records that a field refers to objects kept at the provider.
+func (f *callFields) setStateful(name string) {
+	if f.statefulParam == "" {
+		f.statefulParam = name
 	}
 }
 
@@ -424,11 +447,18 @@ func (s *bodyScanner) readKey() (raw []byte, escaped bool) {
 // readDecodedKey is readKey with the name decoded: "mo\u0064el" is model to every parser.
 func (s *bodyScanner) readDecodedKey() []byte {
 	raw, escaped := s.readKey()
-	if escaped {
-		return unescape(raw)
+	if !escaped {
+		return raw
 	}
-	return raw
+	name := unescape(raw)
+	if bytes.ContainsFunc(name, isOddCharacter) { // a parser that ends or drops there reads another name
+		s.fail("", fmt.Sprintf("The field name %+q has a character that no field name has.", clip(string(name), 64)))
+	}
+	return name
 }
+
+// isOddCharacter reports whether r is a control character such as NUL, or what half a surrogate pair decodes to.
+func isOddCharacter(r rune) bool { return unicode.IsControl(r) || r == utf8.RuneError }
 
 func (s *bodyScanner) readValue() []byte {
 	from := s.i
