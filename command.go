@@ -251,7 +251,9 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		return err
 	}
 	foreign, n, err := verifyRows(ctx, cfg, st)
-	if err != nil {
+	if errors.Is(err, errRowsNotBound) {
+		fmt.Fprintf(p.stdout, "Note: %v.\n", err)
+	} else if err != nil {
 		return err
 	}
 	if k.intact() {
@@ -292,17 +294,24 @@ func (p *program) reportRows(foreign []string, n int, file string) error {
 }
 
 // verifyRows checks every row that grants something, after verifyAudit. It returns descriptions of the first that
-// are refused, and how many there are. Before the first start with this version, rows are not bound yet.
+// are refused, and how many there are; errRowsNotBound before the first start with this version.
 func verifyRows(ctx context.Context, cfg *config, st *store) (problems []string, n int, err error) {
 	version, supported, err := st.schemaVersion(ctx)
-	if err != nil || version < supported {
+	if err != nil {
 		return nil, 0, err
+	}
+	if version < supported {
+		return nil, 0, errRowsNotBound
 	}
 	sl, err := openExistingSealer(ctx, cfg, st)
 	if err != nil {
 		return nil, 0, err
 	}
-	if bound, err := st.rowsAreBound(ctx, sl); err != nil || !bound {
+	bound, err := st.rowsAreBound(ctx, sl)
+	if err == nil && !bound {
+		err = errRowsNotBound
+	}
+	if err != nil {
 		return nil, 0, err
 	}
 	if st.chain, err = st.loadAuditChain(ctx, sl); err != nil {
@@ -339,6 +348,9 @@ func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead)
 	}
 	return st.verifyAudit(ctx, chain, expect)
 }
+
+var errRowsNotBound = errors.New("rows that grant rights are not checked before the next start of the server, which " +
+	"migrates the database and binds them")
 
 var errNoAuditTrail = errors.New("the database is from a version without an audit trail; the next start of the " +
 	"server creates it")

@@ -296,6 +296,10 @@ func TestFirstStartKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		out, err := runProgram(t, env, "doctor")
+		if err != nil && steps != 1 || !strings.Contains(out, "before the database is migrated") && steps < 3 {
+			t.Errorf("doctor after %d steps: %v %s", steps, err, out)
+		}
 		for range 2 {
 			s := serveProgram(t, env)
 			if err := s.stop(); err != nil {
