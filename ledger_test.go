@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"database/sql/driver"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -394,6 +395,29 @@ func TestOpenRowsOfOlderVersions(t *testing.T) {
 				t.Errorf("the ledger has %+v, %v", v, err)
 			}
 		})
+	}
+}
+
+// TestLedgerConnectionReplaced: database/sql has dropped the connection that the statements belong to, as it does
+// after a failure. A write prepares them for the new connection, and closing them touches no closed one.
+func TestLedgerConnectionReplaced(t *testing.T) {
+	t.Parallel()
+	st := mustOpenStore(t, filepath.Join(t.TempDir(), "llm-proxy.db"))
+	w := st.newLedgerWriter()
+	for id := range int64(2) {
+		batch := ledgerBatch{pendingBatchID: id + 1, pendingRecordsJSON: []byte(`[]`)}
+		if err := w.write(t.Context(), batch); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := st.writeDB.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.Raw(func(any) error { return driver.ErrBadConn }) // closes it
+	}
+	w.close()
+	if err := st.close(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1268,7 +1268,7 @@ func TestDebtIsCarried(t *testing.T) {
 	if res.status != 429 || err != nil || wait < time.Minute || wait > 2*time.Minute {
 		t.Errorf("got %d, Retry-After-Ms %v, %s", res.status, wait, res.body)
 	}
-	if l := p.settledLimits(path)[0]; l.Used != 2000 || l.Left != 0 {
+	if l := p.settledLimits(path)[0]; l.Used > 2000 || l.Used < 1500 || l.Left != 0 { // it refills by 17 a second
 		t.Errorf("the limit is %+v", l)
 	}
 }

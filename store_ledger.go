@@ -263,7 +263,10 @@ func (w *ledgerWriter) close() {
 		return // the connection is closed, and its statements with it
 	}
 	defer conn.Close()
-	_ = conn.Raw(func(any) error {
+	_ = conn.Raw(func(c any) error {
+		if c != any(w.conn) { // database/sql has opened another; the statements' one is closed, as in prepare
+			return nil
+		}
 		for _, st := range w.stmts {
 			if st, ok := st.(driver.Stmt); ok {
 				_ = st.Close()
