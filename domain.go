@@ -649,3 +649,52 @@ func validateName(s string) error {
 	}
 	return nil
 }
+
+// durationMS reads a duration from the beginning of v, such as 1m30.5s, 20 seconds or PT30S. It returns
+// milliseconds, and the rest of v, which is v if it does not begin with a duration.
+func durationMS(v string) (ms float64, rest string) {
+	rest = strings.ToLower(v)
+	rest = strings.TrimPrefix(strings.TrimPrefix(rest, "p"), "t")
+	sum, found := 0.0, false
+	for {
+		next := strings.TrimLeft(rest, " t")
+		digits := len(next) - len(strings.TrimLeft(next, "0123456789."))
+		n, err := strconv.ParseFloat(strings.TrimRight(next[:digits], "."), 64)
+		if err != nil {
+			break
+		}
+		word := strings.TrimLeft(next[digits:], " ")
+		letters := len(word) - len(strings.TrimLeft(word, "abcdefghijklmnopqrstuvwxyz\u00b5\u03bc"))
+		if strings.HasPrefix(word, "dt") { // P1DT2H
+			letters = 1
+		}
+		unit := unitMS(word[:letters])
+		if unit == 0 {
+			break
+		}
+		sum, found, rest = sum+n*unit, true, word[letters:]
+	}
+	if !found {
+		return 0, v
+	}
+	return sum, rest
+}
+
+// unitMS returns how many milliseconds a unit of time has, 0 if the word is none.
+func unitMS(word string) float64 {
+	switch word {
+	case "ns", "us", "\u00b5s", "\u03bcs":
+		return 0.001
+	case "ms", "msec", "millisecond", "milliseconds":
+		return 1
+	case "s", "sec", "secs", "second", "seconds":
+		return 1000
+	case "m", "min", "mins", "minute", "minutes":
+		return 60_000
+	case "h", "hr", "hrs", "hour", "hours":
+		return 3_600_000
+	case "d", "day", "days":
+		return 86_400_000
+	}
+	return 0
+}

@@ -297,3 +297,34 @@ func parseRequestID(s string) int64 {
 	}
 	return id
 }
+
+// maskKeyLike replaces what looks like a provider's key, or names the account behind it, by as many asterisks: the
+// text of a 403 or 404 reaches the client, and may quote a part of the key. It writes to text.
+func maskKeyLike(text []byte) {
+	for from := 0; from < len(text); from++ {
+		to := from
+		for to < len(text) && isKeyByte(text[to]) {
+			to++
+		}
+		if word := text[from:to]; looksLikeKey(string(word)) {
+			copy(word, strings.Repeat("*", len(word)))
+		}
+		from = to
+	}
+}
+
+func isKeyByte(c byte) bool {
+	return c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_' || c == '*'
+}
+
+// looksLikeKey reports whether a word begins like a key or an account's id, or is one of 32 letters and digits.
+func looksLikeKey(word string) bool {
+	const minLen = 8 // shorter words are no keys, such as sk-3
+	for _, start := range [...]string{"sk-", "sk_", "pk-", "rk-", "gsk_", "xai-", "AIza", "hf_", "r8_", "nvapi-",
+		"pplx-", "fw_", "tgp_", "csk-", "key-", "key_", "org-", "proj_"} {
+		if strings.HasPrefix(word, start) && len(word) >= minLen {
+			return true
+		}
+	}
+	return len(word) >= 32 && !strings.ContainsAny(word, "-_*") && strings.ContainsAny(word, "0123456789")
+}

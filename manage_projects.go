@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -512,4 +513,73 @@ func (api *manageAPI) patchKey(r *manageRequest, in keyInput) (any, error) {
 func (api *manageAPI) revokeKey(r *manageRequest) (any, error) {
 	k, err := api.ops.revokeManagementKey(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion)
 	return newKeyView(&k, r.now), err
+}
+
+type routeView struct {
+	Model         string              `json:"model"`
+	API           string              `json:"api"`
+	FallbackModel string              `json:"fallback_model"` // "": none
+	Upstreams     []routeUpstreamView `json:"upstreams"`
+}
+
+type routeUpstreamView struct {
+	UpstreamID string  `json:"upstream_id"`
+	Name       string  `json:"name"`
+	Priority   int64   `json:"priority"`
+	Weight     int64   `json:"weight"`
+	SentModel  string  `json:"sent_model"` // the upstream's name for the model
+	Share      float64 `json:"share"`      // of the calls at this moment
+	Why        string  `json:"why"`
+	// The timeouts that the upstream sets; 0: the default.
+	ConnectMS    int64 `json:"connect_ms"`
+	AnswerMS     int64 `json:"answer_ms"`
+	FirstEventMS int64 `json:"first_event_ms"`
+	IdleMS       int64 `json:"idle_ms"`
+}
+
+// explainRoute returns which upstreams of a project would get a call for a model now, and why. It sends no
+// request. api is openai, anthropic, or "" for openai.
+func (ops *operations) explainRoute(ctx context.Context, projectID, model, api string) (routeView, error) {
+	v := routeView{Model: model, API: cmp.Or(api, "openai"), Upstreams: []routeUpstreamView{}}
+	need := criteria{api: apiOpenAI, model: model, now: time.Now().UnixMilli()}
+	p, err := ops.store.projectByID(ctx, projectID)
+	if err != nil {
+		return v, err
+	}
+	switch v.API {
+	case "openai":
+	case "anthropic":
+		need.api = apiAnthropic
+	default:
+		return v, &fieldError{"api", "must be openai or anthropic"}
+	}
+	if err := checkModelName("model", model); err != nil {
+		return v, err
+	}
+	state, err := ops.registry.readProject(ctx, p.seq)
+	if err != nil {
+		return v, err
+	}
+	v.FallbackModel = state.routing.fallbackFor(model)
+	for _, l := range state.explain(&need) {
+		u := l.upstream
+		v.Upstreams = append(v.Upstreams, routeUpstreamView{
+			UpstreamID:   u.id,
+			Name:         u.name,
+			Priority:     u.priority,
+			Weight:       u.weight,
+			SentModel:    u.mapModel(l.model),
+			Share:        l.share,
+			Why:          l.reason,
+			ConnectMS:    u.settings.ConnectMS,
+			AnswerMS:     u.settings.AnswerMS,
+			FirstEventMS: u.settings.FirstEventMS,
+			IdleMS:       u.settings.IdleMS,
+		})
+	}
+	return v, nil
+}
+
+func (api *manageAPI) explainRoute(r *manageRequest) (any, error) {
+	return api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
 }

@@ -51,6 +51,7 @@ type meter struct {
 	model       string // as the answer names it, at most 256 bytes of valid UTF-8; "" while unknown
 	done        bool   // the end was seen: [DONE], a final event, or the closing bracket of a JSON answer
 	failed      bool   // the answer is an error, or became one, after its status 200
+	errorEvent  []byte // the event of a stream that says so, clipped
 	unmeasured  bool   // nothing in the answer says how many tokens it used: what was reserved has to do
 	implausible bool   // usage has a count that no answer can have
 	bytes       int64  // read, including those that were left out

@@ -3,7 +3,12 @@
 // of an event are kept; a larger event passes at once and is read as it passes.
 package main
 
-import "bytes"
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"strings"
+)
 
 const maxEventBytes = 64 << 10 // bytes of an event that are kept; a usage chunk has a few hundred
 
@@ -369,7 +374,11 @@ func (m *meter) finishEvent(event []byte, complete bool) bool {
 	case m.readMembers(e.singleLine(event)):
 		m.scanData(event)
 	}
+	failed := m.failed
 	usageChunk := e.cutter.hasData && m.applyEvent(complete) && !large
+	if m.failed && !failed {
+		m.errorEvent = eventData(event)
+	}
 	e.oversized, e.parsing, e.walking, e.headLen = false, false, false, 0
 	return usageChunk
 }
@@ -528,3 +537,95 @@ func (m *meter) applyUsage(kind eventType) {
 		m.hasUsage, m.usage = true, m.scan.usage
 	}
 }
+
+// eventData returns a copy of the data of an event.
+func eventData(event []byte) []byte {
+	var events sseEvents
+	events.feed(append(bytes.Clone(event), "\n\n"...)) // its end may be missing
+	data, _ := events.nextData()
+	return data
+}
+
+// A streamEvent is what one event shows about its stream.
+type streamEvent struct {
+	isIdle   bool // the event is no part of an answer: a ping or a heartbeat
+	isBroken bool // the event is a part of JSON
+	isError  bool // the answer failed
+	finished bool // the event has a finish reason
+}
+
+// parseStreamEvent reads an event's name and data. What is not even the beginning of a JSON object is a heartbeat,
+// which some gateways send as data.
+func parseStreamEvent(name, data []byte) (e streamEvent) {
+	data = bytes.TrimSpace(data)
+	if string(name) == "error" {
+		return streamEvent{isError: true}
+	}
+	if len(data) == 0 || data[0] != '{' && data[0] != '[' || string(data) == "{}" || isHeartbeat(string(name)) {
+		return streamEvent{isIdle: true}
+	}
+	var v struct {
+		Type, Object any
+		Error        json.RawMessage
+		Choices      []struct {
+			FinishReason any `json:"finish_reason"`
+		}
+	}
+	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // other types do not matter
+		return streamEvent{isBroken: data[0] == '{', isIdle: data[0] != '{'}
+	}
+	if kind, ok := v.Type.(string); ok && isHeartbeat(kind) {
+		return streamEvent{isIdle: true}
+	}
+	e.isError = v.Type == "error" || v.Object == "error" || v.Type == "response.failed" ||
+		len(v.Error) > 0 && hasError(data)
+	for _, c := range v.Choices {
+		e.finished = e.finished || c.FinishReason != nil
+	}
+	return e
+}
+
+// isHeartbeat reports whether events of this name or type only keep the connection open.
+func isHeartbeat(kind string) bool {
+	switch strings.ToLower(kind) {
+	case "ping", "heartbeat", "keepalive", "keep-alive", "keep_alive":
+		return true
+	}
+	return false
+}
+
+// A streamCheck checks the events of a buffered stream as they come.
+type streamCheck struct {
+	events   sseEvents
+	started  bool  // an event of the answer has come
+	finished bool  // an event had a finish reason
+	fault    fault // the first event is an error
+}
+
+// problem reads the next bytes and returns what is wrong with the stream, "" if nothing is. An error as the first
+// event is no problem of the stream but an answer: see fault. Later, an error that another upstream would not
+// give either is a part of the answer.
+func (s *streamCheck) problem(p []byte) string {
+	s.events.feed(p)
+	for data, ok := s.events.nextData(); ok; data, ok = s.events.nextData() {
+		e := parseStreamEvent(s.events.eventName(), data)
+		switch {
+		case e.isIdle:
+			continue
+		case e.isBroken:
+			return notJSON
+		case e.isError:
+			f := judgeEmbedded(data, 0)
+			if !s.started {
+				s.fault = f
+			} else if f.kind != faultRequest && f.kind != faultTooLong {
+				return errorInStream
+			}
+		}
+		s.started = true
+		s.finished = s.finished || e.finished
+	}
+	return ""
+}
+
+const errorInStream = "sent an error in the stream"

@@ -447,7 +447,7 @@ func TestMeterEmptyError(t *testing.T) {
 				}
 			}
 		}
-		if got := parseStreamEvent([]byte(`{"error":`+value+`}`)).problem != ""; got != says {
+		if got := parseStreamEvent(nil, []byte(`{"error":`+value+`}`)).isError; got != says {
 			t.Errorf("%s as the first event: %v", value, got)
 		}
 	}

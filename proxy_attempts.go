@@ -100,7 +100,7 @@ func (t *attempts) attempt(req *http.Request) (*http.Response, error) {
 		t.p.metrics.countAttempt(a.upstream, resultOfError(upstreamFailure(t.c, err)))
 		return nil, err
 	}
-	t.p.metrics.countAttempt(a.upstream, resultOfStatus(res.StatusCode))
+	t.p.metrics.countAttempt(a.upstream, resultOfStatus(cmp.Or(a.fault.status, res.StatusCode)))
 	return res, nil
 }
 
@@ -114,6 +114,8 @@ type attempt struct {
 	startedAt int64  // unix milliseconds
 	timeout   time.Duration
 	forSpare  bool        // timeout is the time after which a spare gets the call: the upstream alone would have more
+	hasSpare  bool        // another upstream can answer instead
+	fault     fault       // the answer is an error despite its status 200
 	timer     *time.Timer // ends an attempt that brings no answer in time; nil: only the watchdog does
 	cancel    context.CancelCauseFunc
 }
@@ -208,11 +210,11 @@ func (a *attempt) readStart(res *http.Response) error {
 		peekBody(res)
 	case res.StatusCode == http.StatusOK && a.t.merged != nil:
 		return a.readModelPage(res)
-	case res.StatusCode != http.StatusOK || mediaType(res.Header.Get("Content-Type")) != "text/event-stream":
-	case a.t.c.bufferStream:
+	case res.StatusCode != http.StatusOK || res.Request.Method == http.MethodHead:
+	case a.t.c.bufferStream && mediaType(res.Header.Get("Content-Type")) == "text/event-stream":
 		return a.bufferStream(res)
-	default:
-		return awaitFirstEvent(res)
+	case a.hasSpare:
+		return a.checkStart(res)
 	}
 	return nil
 }
@@ -225,6 +227,7 @@ func (a *attempt) readStart(res *http.Response) error {
 func (a *attempt) chooseTimeout() time.Duration {
 	settings, c, most := &a.upstream.settings, a.t.c, a.t.p.cfg.upstreamTimeout
 	stream, alternative := c.fields.stream, a.t.hasAlternative()
+	a.hasSpare = alternative || a.t.slow.upstream != nil
 	switch {
 	case settings.AnswerMS > 0 && !stream && c.replayable() && (a.t.merged == nil || !alternative):
 		return min(most, time.Duration(settings.AnswerMS)*time.Millisecond)
@@ -232,7 +235,7 @@ func (a *attempt) chooseTimeout() time.Duration {
 		first := cmp.Or(time.Duration(settings.FirstEventMS)*time.Millisecond, a.t.p.cfg.firstEventTimeout)
 		a.forSpare = first < most
 		return min(most, first)
-	case alternative || a.t.slow.upstream != nil:
+	case a.hasSpare:
 		return most
 	}
 	return 0
@@ -333,7 +336,8 @@ type retryDecision struct {
 // classify decides what an attempt means and records it in the key's health.
 func (t *attempts) classify(res *http.Response, err error) retryDecision {
 	t.lastFault = faultNone
-	if err == nil && res.StatusCode == http.StatusOK && t.current.upstream.health.ready() { // nearly always
+	isFault := t.current.fault.kind != faultNone
+	if err == nil && res.StatusCode == http.StatusOK && !isFault && t.current.upstream.health.ready() { // nearly always
 		return retryDecision{final: true}
 	}
 	now := time.Now()
@@ -341,8 +345,8 @@ func (t *attempts) classify(res *http.Response, err error) retryDecision {
 	if err != nil {
 		return t.classifyError(err, ms)
 	}
-	if t.c.isNotModified(res.StatusCode) {
-		return t.applyFault(&fault{}, ms)
+	if isFault || t.c.isNotModified(res.StatusCode) {
+		return t.applyFault(&t.current.fault, ms)
 	}
 	var text []byte
 	if _, peeked := res.Body.(*peekedBody); peeked || needsText(res.StatusCode) {
@@ -506,10 +510,17 @@ func (t *attempts) finish(row *requestRow, now int64) {
 		used := row.counts.input + row.counts.output
 		a.upstream.health.correctUsage(a.startedAt, c.inputEstimate(), used, &a.upstream.settings)
 	}
-	e := attemptEnd{reason: row.errorCode, complete: row.outcome == outcomeOK && answered}
+	e := attemptEnd{reason: row.errorCode, complete: row.outcome == outcomeOK && answered,
+		recorded: a.fault.kind != faultNone}
 	switch row.errorCode {
-	case "upstream_cut", "stream_idle", "error_in_stream":
+	case "upstream_cut", "stream_idle":
 		e.cut = true
+	case "error_in_stream": // in a stream that was not checked, or had begun
+		if !e.recorded && answered && m != nil {
+			f := judgeEmbedded(m.errorEvent, 0)
+			t.applyFault(&f, now)
+			e.recorded = true
+		}
 	case "upstream_timeout": // if the attempt itself timed out, classify has recorded that
 		e.cut = abortCause(c.ctx) != nil
 	}

@@ -25,8 +25,6 @@ func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
 
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
-const maxPeekBytes = 16 << 10 // bytes of a provider's error that are read to classify it
-
 // A peekedBody is the body of an answer whose first bytes have been read already. Read returns them again.
 type peekedBody struct {
 	io.ReadCloser
@@ -60,31 +58,47 @@ func peekBody(res *http.Response) []byte {
 	return head
 }
 
-// awaitFirstEvent returns when the stream's first event with data is complete, and leaves everything it has
-// read in the body. It returns a *streamError if the stream ends before, or if that event is an error or is
-// not JSON. It does not check an event of maxEventBytes or more.
-func awaitFirstEvent(res *http.Response) error {
-	head := make([]byte, 0, 4<<10)
-	body := res.Body
-	var events sseEvents
+// checkStart reads as much of an answer with status 200 as shows whether another upstream should answer instead, and
+// leaves what it has read in the body. It returns a *streamError if the answer cannot be used; if it is an error,
+// the attempt's fault says which. Once the answer has begun, it may pause for the idle timeout.
+func (a *attempt) checkStart(res *http.Response) error {
+	if encoding := res.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
+		return nil
+	}
+	declaredSSE := mediaType(res.Header.Get("Content-Type")) == "text/event-stream"
+	check := answerCheck{kind: a.t.c.endpoint.meter, declaredSSE: declaredSSE}
+	check.scan.reset(false)
+	size := 4 << 10
+	if n := res.ContentLength; n >= 0 && n < maxPeekBytes {
+		size = int(n) + 1
+	}
+	body, head := res.Body, make([]byte, 0, size)
 	for {
 		n, err := body.Read(head[len(head):cap(head)])
-		events.feed(head[len(head) : len(head)+n])
 		head = head[:len(head)+n]
-		if data, ok := events.nextData(); ok || len(head) >= maxEventBytes {
-			if problem := parseStreamEvent(data).problem; ok && problem != "" {
-				body.Close()
-				return &streamError{problem}
-			}
-			res.Body = &peekedBody{ReadCloser: body, peeked: head, unread: head}
-			return nil
+		done := n > 0 && check.feed(head[len(head)-n:], head)
+		if err == io.EOF && !done {
+			check.end(head)
 		}
-		if err != nil {
-			body.Close()
-			if err == io.EOF {
-				return &streamError{"ended the stream before its first event"}
+		switch {
+		case done || err == io.EOF:
+			res.Body = &peekedBody{ReadCloser: body, peeked: head, unread: head, complete: err == io.EOF}
+			if check.errorText != nil {
+				a.fault = judgeEmbedded(check.errorText, retryHint(res.Header.Get, time.Now()))
 			}
+			if check.problem != "" {
+				body.Close()
+				return &streamError{check.problem}
+			}
+			return nil
+		case err != nil:
+			body.Close()
 			return err
+		}
+		if check.format == formatJSON {
+			idle := time.Duration(a.upstream.settings.IdleMS) * time.Millisecond
+			a.timer.Reset(cmp.Or(idle, a.t.p.cfg.streamIdleTimeout))
+			a.t.c.setPhase(phaseProvider)
 		}
 		if len(head) == cap(head) {
 			head = slices.Grow(head, len(head))
@@ -415,6 +429,9 @@ func (a *attempt) bufferStream(res *http.Response) (err error) {
 		if err != nil {
 			return err
 		}
+	}
+	if a.fault = check.fault; a.fault.kind != faultNone {
+		m.done = true // the error is the whole answer
 	}
 	// Some compatible providers never send an end mark. If no other upstream is left,
 	// a finish reason is enough.

@@ -1,19 +1,20 @@
 // This file judges a provider's failed answer: whose fault it is, how long to wait, and whether another attempt may
-// help. It decides by the status, the headers and the first bytes of the body, or by the events of a stream, and
-// does nothing about it: proxy_attempts.go acts on the result. Plain code: no network, no state; the time is an
-// argument.
+// help. It decides by the status, the headers and the first bytes of the body, which may be an error despite status
+// 200, and does nothing about it: proxy_attempts.go acts on the result. Plain code: no network, no state; the time is
+// an argument.
 package main
 
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"math"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
+
+const maxPeekBytes = 16 << 10 // bytes of an answer that are read to judge it
 
 // A faultKind says whose fault a failed answer is, and so what has to change before a call can succeed.
 type faultKind uint8
@@ -59,6 +60,58 @@ func judgeStatus(status int, get func(string) string, text []byte, now time.Time
 	}
 	e := parseProviderError(text)
 	return e.judge(status, retryHint(get, now))
+}
+
+// judgeEmbedded judges an error that came with status 200, as the same error with a status would be. waitMS is how
+// long the headers ask to wait.
+func judgeEmbedded(body []byte, waitMS int64) fault {
+	e := parseProviderError(body)
+	f := e.judge(e.impliedStatus(), waitMS)
+	if f.kind == faultProvider {
+		f.reason, f.health = errorInAnswer, "the provider answers 200 with an error"
+	}
+	return f
+}
+
+const errorInAnswer = "sent an error with status 200"
+
+// impliedStatus returns the status that an error should have had: the one that it names, or the one that its codes
+// and words stand for; 500 if they do not say.
+func (e *providerError) impliedStatus() int {
+	trouble := e.accountTrouble()
+	switch {
+	case e.status != 0:
+		return e.status
+	case trouble == quotaTrouble || e.isRateLimit() || e.begins("rate limit", "too many requests"):
+		return 429
+	case trouble != noTrouble || e.isTooLong(400) || e.isRefusedContent():
+		return 400
+	case e.hasCode("server_error", "api_error", "internal_error", "internal_server_error", "internal", "unavailable",
+		"service_unavailable", "overloaded", "overloaded_error", "engine_overloaded", "timeout", "timeout_error",
+		"deadline_exceeded", "vector_store_timeout", "unknown", "unknown_error"):
+		return 500
+	case e.hasCode("permission_error", "permission_denied"):
+		return 403
+	case e.hasCode("not_found_error", "not_found") || e.lacksModel(404):
+		return 404
+	case slices.ContainsFunc(e.codes, isRequestCode):
+		return 400
+	}
+	return 500
+}
+
+// isRequestCode reports whether a code, in lower case, says that the request is wrong.
+func isRequestCode(code string) bool {
+	switch code {
+	case "bad_request", "bad_request_error", "badrequesterror", "validation_error", "failed_precondition",
+		"out_of_range", "request_too_large", "string_above_max_length", "unprocessable_entity", "empty_image_file",
+		"failed_to_download_image":
+		return true
+	case "invalid_response", "invalid_response_error":
+		return false
+	}
+	return strings.HasPrefix(code, "invalid_") || strings.HasPrefix(code, "unsupported_") ||
+		strings.HasPrefix(code, "image_")
 }
 
 // needsText reports whether the text of an error with this status can say something about the key. Such errors are
@@ -172,8 +225,12 @@ func (e *providerError) read(v any, depth int) {
 				e.read(v[name], depth+1)
 			}
 		}
+		if response, ok := v["response"].(map[string]any); ok && depth == 0 { // of the event response.failed
+			e.read(response["error"], depth+1)
+		}
 		if delay, ok := v["retryDelay"].(string); ok { // google.rpc.RetryInfo
-			e.waitMS, _ = durationMS(delay)
+			ms, _ := durationMS(delay)
+			e.waitMS = boundedMS(ms)
 		}
 		if meta, ok := v["metadata"].(map[string]any); ok && depth > 0 { // OpenRouter: the error that it was given
 			e.read(meta["raw"], depth+1)
@@ -216,7 +273,8 @@ func (e *providerError) addMessage(text string, depth int) {
 	text = strings.ToLower(text)
 	for _, before := range [...]string{"try again in ", "retry after ", "retry in ", "try again after "} {
 		if _, hint, ok := strings.Cut(text, before); ok && e.waitMS == 0 {
-			e.waitMS, _ = durationMS(hint)
+			ms, _ := durationMS(hint)
+			e.waitMS = boundedMS(ms)
 		}
 	}
 	for _, label := range [...]string{"error: ", "error code: ", "bad request: "} {
@@ -412,67 +470,119 @@ func saysNoModel(text string) bool {
 	return absent(strings.TrimLeft(rest, " "))
 }
 
-// A streamError says why a stream cannot be used. None of it has reached the client.
+// A streamError says why an answer cannot be used. None of it has reached the client.
 type streamError struct{ problem string }
 
 func (e *streamError) Error() string { return "the provider " + e.problem }
 
-// A streamEvent is what one event shows about its stream.
-type streamEvent struct {
-	problem  string // not "": the event is an error and nothing else, or is not JSON
-	retry    bool   // the answer failed for a reason that another attempt may not meet
-	finished bool   // the event has a finish reason
+const (
+	noAnswer     = "sent an empty answer"
+	noFirstEvent = "ended the stream before its first event"
+	notJSON      = "sent an event that is not JSON"
+	unfinished   = "ended its answer in the middle"
+	htmlPage     = "sent a page instead of an answer"
+)
+
+// An answerCheck looks at the beginning of an answer with status 200 that could still be replaced by another
+// upstream's. Its result is problem and errorText; without both, the answer has begun well.
+//
+// A stream is checked up to its first event that belongs to an answer. A JSON document is checked as a whole up to
+// maxPeekBytes: nobody can use a part of it. White space before it passes at once: providers send it to keep
+// connections open. Anything else is checked by its first bytes. scan has to be reset before the first use.
+type answerCheck struct {
+	problem   string // not "": the answer cannot be used
+	errorText []byte // not nil: the answer is this error
+
+	kind        meterKind
+	declaredSSE bool
+	format      answerFormat
+	events      sseEvents
+	scan        usageScanner
 }
 
-const errorInStream = "sent an error in the stream"
-
-// parseStreamEvent reads an event's data.
-func parseStreamEvent(data []byte) (e streamEvent) {
-	data = bytes.TrimSpace(data)
-	if len(data) == 0 || string(data) == "[DONE]" {
-		return e
-	}
-	var v struct {
-		Type     any
-		Error    json.RawMessage
-		Response struct{ Error struct{ Code any } }
-		Choices  []struct {
-			FinishReason any `json:"finish_reason"`
+// feed reads the next bytes of the answer; all are those so far, including them. It reports whether the check is
+// over. Otherwise the answer needs more bytes, or end.
+func (c *answerCheck) feed(next, all []byte) (done bool) {
+	if c.format == formatUnknown {
+		if next = bytes.TrimLeft(all, " \t\r\n\xef\xbb\xbf"); len(next) == 0 {
+			return !c.declaredSSE && len(all) > 0 // white space passes
+		}
+		if c.format = formatOf(next, c.declaredSSE); c.format == formatUnknown {
+			return false
 		}
 	}
-	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // members of other types do not matter
-		e.problem = "sent an event that is not JSON"
-	} else if v.Type == "error" || len(v.Error) > 0 && hasError(data) {
-		e.problem = errorInStream
+	switch c.format {
+	case formatSSE:
+		return c.feedEvents(next) || len(all) >= maxEventBytes
+	case formatJSON:
+		return c.feedDocument(next, all)
 	}
-	code := v.Response.Error.Code // other codes are the call's own fault, and would come back
-	e.retry = v.Type == "response.failed" && (code == "server_error" || code == "rate_limit_exceeded")
-	for _, c := range v.Choices {
-		e.finished = e.finished || c.FinishReason != nil
+	if isPage(next, c.kind) {
+		c.problem = htmlPage
 	}
-	return e
+	return true
 }
 
-// A streamCheck checks the events of a stream as they come.
-type streamCheck struct {
-	events   sseEvents
-	finished bool // an event had a finish reason
+// end reads the end of an answer whose check was not over.
+func (c *answerCheck) end(all []byte) {
+	switch {
+	case c.format == formatSSE || c.format == formatUnknown && c.declaredSSE:
+		c.problem = noFirstEvent
+	case c.format == formatJSON && c.saysError():
+		c.errorText = all
+	case c.format == formatJSON && c.scan.state != scanClosed && c.scan.state != scanBroken:
+		c.problem = unfinished
+	case c.format == formatUnknown && c.kind != meterTranscripts: // silence has an empty transcript
+		c.problem = noAnswer
+	}
 }
 
-// problem reads the next bytes and returns what is wrong with the stream, "" if nothing is.
-func (s *streamCheck) problem(p []byte) string {
-	s.events.feed(p)
-	for data, ok := s.events.nextData(); ok; data, ok = s.events.nextData() {
-		e := parseStreamEvent(data)
-		if e.problem != "" {
-			return e.problem
+// feedEvents reads events until one belongs to an answer, and reports whether it found it.
+func (c *answerCheck) feedEvents(next []byte) (done bool) {
+	c.events.feed(next)
+	for data, ok := c.events.nextData(); ok; data, ok = c.events.nextData() {
+		if string(bytes.TrimSpace(data)) == "[DONE]" {
+			c.problem = noFirstEvent
+			return true
 		}
-		if e.retry {
-			return errorInStream
+		switch e := parseStreamEvent(c.events.eventName(), data); {
+		case e.isIdle:
+			continue
+		case e.isError:
+			c.errorText = data
+		case e.isBroken:
+			c.problem = notJSON
 		}
-		s.finished = s.finished || e.finished
+		return true
 	}
-	return ""
+	return false
+}
+
+// feedDocument reads a JSON document, and reports whether it is complete or too large to be read to its end.
+func (c *answerCheck) feedDocument(next, all []byte) (done bool) {
+	for len(next) > 0 && c.scan.state != scanClosed && c.scan.state != scanBroken {
+		next = next[c.scan.feed(next):]
+	}
+	switch {
+	case c.saysError() && len(all) >= maxEventBytes:
+		c.errorText = all
+		return true
+	case c.saysError(): // its text matters, and whether it is complete
+		return false
+	}
+	return c.scan.state == scanClosed || c.scan.state == scanBroken || len(all) >= maxPeekBytes
+}
+
+func (c *answerCheck) saysError() bool { return c.scan.hasError || c.scan.statusFailed }
+
+// isPage reports whether an answer that begins with p is an HTML page instead of what is due. Only a transcript
+// or a medium may begin with an angle bracket.
+func isPage(p []byte, kind meterKind) bool {
+	if kind != meterTranscripts && kind != meterMedia && kind != meterNone {
+		return p[0] == '<'
+	}
+	text := strings.ToLower(string(p[:min(len(p), 16)]))
+	return strings.HasPrefix(text, "<!doctype html") || strings.HasPrefix(text, "<html")
 }
 
 // retryHint returns how many milliseconds the headers of an answer ask to wait, at most cooldownMax. It returns 0
@@ -524,7 +634,7 @@ func parseWait(v string, now time.Time) int64 {
 		return boundedMS(n * 1000)
 	}
 	if ms, rest := durationMS(v); rest == "" {
-		return ms
+		return boundedMS(ms)
 	}
 	for _, layout := range [...]string{
 		time.RFC1123, time.RFC1123Z, time.RFC850, time.ANSIC, time.RFC3339Nano, "2006-01-02 15:04:05Z07:00",
@@ -540,92 +650,12 @@ func parseWait(v string, now time.Time) int64 {
 	return most
 }
 
-// durationMS reads a duration from the beginning of v, such as 1m30.5s, 20 seconds or PT30S. It returns
-// milliseconds, and the rest of v, which is v if it does not begin with a duration.
-func durationMS(v string) (ms int64, rest string) {
-	rest = strings.ToLower(v)
-	rest = strings.TrimPrefix(strings.TrimPrefix(rest, "p"), "t")
-	sum, found := 0.0, false
-	for {
-		next := strings.TrimLeft(rest, " t")
-		digits := len(next) - len(strings.TrimLeft(next, "0123456789."))
-		n, err := strconv.ParseFloat(strings.TrimRight(next[:digits], "."), 64)
-		if err != nil {
-			break
-		}
-		word := strings.TrimLeft(next[digits:], " ")
-		letters := len(word) - len(strings.TrimLeft(word, "abcdefghijklmnopqrstuvwxyz\u00b5\u03bc"))
-		if strings.HasPrefix(word, "dt") { // P1DT2H
-			letters = 1
-		}
-		unit := unitMS(word[:letters])
-		if unit == 0 {
-			break
-		}
-		sum, found, rest = sum+n*unit, true, word[letters:]
-	}
-	if !found {
-		return 0, v
-	}
-	return boundedMS(sum), rest
-}
-
-// unitMS returns how many milliseconds a unit of time has, 0 if the word is none.
-func unitMS(word string) float64 {
-	switch word {
-	case "ns", "us", "\u00b5s", "\u03bcs":
-		return 0.001
-	case "ms", "msec", "millisecond", "milliseconds":
-		return 1
-	case "s", "sec", "secs", "second", "seconds":
-		return 1000
-	case "m", "min", "mins", "minute", "minutes":
-		return 60_000
-	case "h", "hr", "hrs", "hour", "hours":
-		return 3_600_000
-	case "d", "day", "days":
-		return 86_400_000
-	}
-	return 0
-}
-
 // boundedMS rounds up to whole milliseconds, from 0 to cooldownMax.
 func boundedMS(ms float64) int64 {
 	if math.IsNaN(ms) || ms <= 0 {
 		return 0
 	}
 	return int64(math.Ceil(min(ms, cooldownMax)))
-}
-
-// maskKeyLike replaces what looks like a provider's key, or names the account behind it, by as many asterisks: the
-// text of a 403 or 404 reaches the client, and may quote a part of the key. It writes to text.
-func maskKeyLike(text []byte) {
-	for from := 0; from < len(text); from++ {
-		to := from
-		for to < len(text) && isKeyByte(text[to]) {
-			to++
-		}
-		if word := text[from:to]; looksLikeKey(string(word)) {
-			copy(word, strings.Repeat("*", len(word)))
-		}
-		from = to
-	}
-}
-
-func isKeyByte(c byte) bool {
-	return c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_' || c == '*'
-}
-
-// looksLikeKey reports whether a word begins like a key or an account's id, or is one of 32 letters and digits.
-func looksLikeKey(word string) bool {
-	const minLen = 8 // shorter words are no keys, such as sk-3
-	for _, start := range [...]string{"sk-", "sk_", "pk-", "rk-", "gsk_", "xai-", "AIza", "hf_", "r8_", "nvapi-",
-		"pplx-", "fw_", "tgp_", "csk-", "key-", "key_", "org-", "proj_"} {
-		if strings.HasPrefix(word, start) && len(word) >= minLen {
-			return true
-		}
-	}
-	return len(word) >= 32 && !strings.ContainsAny(word, "-_*") && strings.ContainsAny(word, "0123456789")
 }
 
 // refusesUsage reports whether an error is about stream_options, which the proxy adds to the body of a stream, or

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -346,6 +348,212 @@ func TestMaskKeyLike(t *testing.T) {
 		b := []byte(text)
 		if maskKeyLike(b); string(b) != want {
 			t.Errorf("%q became %q", text, b)
+		}
+	}
+}
+
+// rawScript answers with bytes as they are, and closes the connection.
+func rawScript(text string) func(*providerConn, recordedRequest) bool {
+	return func(c *providerConn, _ recordedRequest) bool {
+		_, _ = io.WriteString(c, text)
+		return false
+	}
+}
+
+// chunked is an answer of one chunk with a type, "": none.
+func chunked(contentType, body string) string {
+	head := "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+	if contentType != "" {
+		head += "Content-Type: " + contentType + "\r\n"
+	}
+	if body == "" {
+		return head + "\r\n0\r\n\r\n"
+	}
+	return fmt.Sprintf("%s\r\n%x\r\n%s\r\n0\r\n\r\n", head, len(body), body)
+}
+
+// A status200Case is an answer with status 200 that may be an error. attempts are those at the first and the second
+// upstream.
+type status200Case struct {
+	name     string
+	path     string // "": /v1/chat/completions
+	stream   bool
+	answer   string
+	attempts [2]int
+	health   string // of the first upstream's key
+	outcome  string // if the client gets the answer; "": it gets the second upstream's
+	exact    bool   // the answer is good and has its usage
+	aloneOK  bool   // without the second upstream, nothing is wrong with it
+}
+
+const (
+	sseType       = "text/event-stream"
+	contextLength = "data: {\"error\": {\"code\": \"context_length_exceeded\", \"type\": \"invalid_request_error\", " +
+		"\"param\": \"messages\", \"message\": \"Your input exceeds the context window of this model.\"}}\n\n"
+	contextLength400 = "data: {\"error\": {\"code\": 400, \"message\": \"This endpoint's maximum context length is " +
+		"8192 tokens. However, you requested about 90000 tokens.\"}}\n\ndata: [DONE]\n\n"
+)
+
+func status200Cases() []status200Case {
+	events := strings.Join(chatEvents(true), "")
+	good := func(name, before string) status200Case {
+		return status200Case{name: name, stream: true, answer: chunked(sseType, before+events),
+			attempts: [2]int{1, 0}, health: "ready", outcome: "ok", exact: true}
+	}
+	failsOver := func(name string, stream bool, answer, health string, attempts int) status200Case {
+		return status200Case{name: name, stream: stream, answer: answer, attempts: [2]int{attempts, 1}, health: health}
+	}
+	ofClient := func(name string, stream bool, answer string) status200Case {
+		return status200Case{name: name, stream: stream, answer: answer, attempts: [2]int{1, 0}, health: "ready",
+			outcome: "upstream_error"}
+	}
+	html := "<!doctype html><html><body>Just a moment...</body></html>"
+	empty := "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"
+	half := chatResponseBody[:len(chatResponseBody)/2]
+	overloaded := "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"
+	cases := []status200Case{
+		good("text heartbeat", "data: keep-alive\n\n"),
+		good("pings", "event: ping\ndata: {\"type\": \"ping\"}\n\n: comment\n\ndata:\n\ndata: \"ping\"\n\n"),
+		good("nothing to say", `data: {"choices":[],"error":null}`+"\n\n"),
+		{name: "empty errors", answer: chunked("application/json", strings.Replace(chatResponseBody, "{",
+			`{"error":{"message":"","code":null},`, 1)), attempts: [2]int{1, 0}, health: "ready", outcome: "ok",
+			exact: true},
+		{name: "blank lines", answer: chunked("application/json", "\n\n\n"+chatResponseBody), attempts: [2]int{1, 0},
+			health: "ready", outcome: "ok", exact: true},
+		failsOver("pings, then an error", true, chunked(sseType, strings.Repeat("event: ping\ndata: {}\n\n", 2)+
+			overloaded), "ready", 2),
+		failsOver("named event with text", true, chunked(sseType, "event: error\ndata: failed\n\n"), "ready", 2),
+		{name: "only [DONE]", stream: true, answer: chunked(sseType, "data: [DONE]\n\n"), attempts: [2]int{2, 1},
+			health: "ready", aloneOK: true},
+		failsOver("undeclared stream", true, chunked("", overloaded), "ready", 2),
+		failsOver("quota", true, chunked(sseType, `data: {"error":{"code":"insufficient_quota"}}`+"\n\n"), "exhausted",
+			1),
+		failsOver("key", true, chunked(sseType, `data: {"error":{"code":401}}`+"\n\n"), "quarantined", 1),
+		failsOver("rate", true, chunked(sseType, `data: {"error":{"type":"rate_limit_error"}}`+"\n\n"), "cooling", 1),
+		failsOver("JSON error for a stream", true, chunked("application/json", `{"error":{"code":"server_error"}}`),
+			"ready", 2),
+		failsOver("JSON error", false, chunked("application/json", `{"error":{"code":502,"message":"lost"}}`),
+			"ready", 2),
+		failsOver("JSON error as text", false, chunked("text/plain", ` {"id":null,"error":"x"}`), "ready", 2),
+		failsOver("JSON quota", false, chunked("", `{"error":{"code":"insufficient_quota"}}`), "exhausted", 1),
+		failsOver("page", false, chunked("text/html", html), "ready", 2),
+		failsOver("page as JSON", true, chunked("application/json", html), "ready", 2),
+		failsOver("empty", false, empty, "ready", 2),
+		failsOver("empty chunks", false, chunked("", ""), "ready", 2),
+		failsOver("half", false, chunked("application/json", half), "ready", 2),
+		failsOver("half of its length", false, fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"+
+			"Content-Length: %d\r\n\r\n%s", len(chatResponseBody), half), "ready", 2),
+		ofClient("too long", true, chunked(sseType, contextLength)),
+		ofClient("too long, by its words", true, chunked(sseType, contextLength400)),
+		ofClient("content filter", true, chunked(sseType, `data: {"error":{"code":"content_filter"}}`+"\n\n")),
+		ofClient("JSON: too long", false, chunked("application/json", strings.TrimPrefix(contextLength, "data: "))),
+		ofClient("JSON: wrong", false, chunked("application/json", `{"error":{"type":"invalid_request_error"}}`)),
+	}
+	failed := `{"id":"resp_1","object":"response","status":"failed","model":"gpt-5","error":` +
+		`{"code":"server_error","message":"stream closed"},"output":[],"usage":null}`
+	response := failsOver("failed response", false, chunked("application/json", failed), "ready", 2)
+	response.path = "/v1/responses"
+	event := failsOver("failed response as first event", true, chunked(sseType, "event: response.failed\ndata: "+
+		`{"type":"response.failed","response":`+failed+"}\n\n"), "ready", 2)
+	event.path = "/v1/responses"
+	return append(cases, response, event)
+}
+
+// TestErrorsWithStatus200: an error that comes with status 200 is judged as the same error with a status would be, in
+// a stream and in one piece, while no byte has left. Heartbeats and empty errors say nothing.
+func TestErrorsWithStatus200(t *testing.T) {
+	t.Parallel()
+	for _, c := range status200Cases() {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.check(t)
+		})
+	}
+}
+
+func (c *status200Case) check(t *testing.T) {
+	p := newTest(t, nil)
+	second, id := p.addUpstream(`"priority":1`)
+	p.provider.setScript(rawScript(c.answer))
+	events := strings.Join(chatEvents(true), "")
+	second.setScript(func(conn *providerConn, _ recordedRequest) bool {
+		if c.stream {
+			return streamScript(chatEvents(true), len(chatEvents(true)), endStream)(conn, recordedRequest{})
+		}
+		return conn.reply(200, chatResponseBody)
+	})
+	call := func() testResponse {
+		return p.do("POST", cmp.Or(c.path, "/v1/chat/completions"), chatBody(fmt.Sprintf(`"stream":%v`, c.stream),
+			`"stream_options":{"include_usage":true}`, `"input":"x"`), p.jsonHeaders()...)
+	}
+	res, row := call(), p.lastCall()
+	if got := [2]int{len(p.provider.received()), len(second.received())}; got != c.attempts {
+		t.Errorf("the providers got %v attempts, want %v", got, c.attempts)
+	}
+	switch {
+	case res.status != 200:
+		t.Errorf("got %d %s", res.status, res.body)
+	case c.outcome == "" && (row.UpstreamID != id || !c.stream && res.body != chatResponseBody ||
+		c.stream && res.body != events || row.AttemptLog[0].Error == ""):
+		t.Errorf("the second upstream did not answer: %q, %+v", res.body, row)
+	case c.outcome != "" && (row.Outcome != c.outcome || row.Attempts != 1 || c.exact != (row.UsageSource == "exact") ||
+		!c.exact && row.InputTokens+row.OutputTokens != 0):
+		t.Errorf("got %q; the ledger has %+v", res.body, row)
+	}
+	if c.outcome == "upstream_error" { // three of them would open the breaker of a failing key
+		call()
+		call()
+	}
+	if h := p.healthOf(p.upstream); h.State != c.health {
+		t.Errorf("the key is %+v, want %s", h, c.health)
+	}
+	// Alone, the answer passes as it is, and bills nothing.
+	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
+	p.changeUpstream(p.upstream, ``)
+	for range 3 {
+		call()
+	}
+	row = p.lastCall()
+	if (row.Outcome == "ok") != (c.exact || c.aloneOK) ||
+		row.Outcome == "upstream_error" && row.InputTokens+row.OutputTokens != 0 {
+		t.Errorf("alone: the ledger has %+v", row)
+	}
+	if h := p.healthOf(p.upstream); c.outcome != "" && h.State != "ready" {
+		t.Errorf("alone: the key is %+v", h)
+	}
+}
+
+// TestTooLongGoesToTheFallback: a call that is too long goes straight to the fallback model, whichever way the provider
+// says so.
+func TestTooLongGoesToTheFallback(t *testing.T) {
+	t.Parallel()
+	for _, stream := range []bool{true, false} {
+		for _, answer := range []string{contextLength, contextLength400} {
+			p := newTest(t, nil)
+			second, _ := p.addUpstream(`"priority":1`)
+			p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o-mini","to":"gpt-long"}]}`)
+			text, contentType := answer, sseType
+			if !stream {
+				text, contentType = strings.TrimPrefix(strings.SplitN(answer, "\n", 2)[0], "data: "), "application/json"
+			}
+			p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+				if strings.Contains(r.body, "gpt-long") {
+					return chatScript(c, r)
+				}
+				return rawScript(chunked(contentType, text))(c, r)
+			})
+			res := p.chat(fmt.Sprintf(`"stream":%v`, stream))
+			if res.status != 200 || strings.Contains(res.body, "error") || len(p.provider.received()) != 2 ||
+				len(second.received()) != 0 {
+				t.Errorf("stream %v: got %d %s after %d and %d attempts", stream, res.status, res.body,
+					len(p.provider.received()), len(second.received()))
+			}
+			if row := p.lastCall(); row.Outcome != "ok" || row.Attempts != 2 {
+				t.Errorf("the ledger has %+v", row)
+			}
+			if h := p.healthOf(p.upstream); h.State != "ready" {
+				t.Errorf("the key is %+v", h)
+			}
 		}
 	}
 }
