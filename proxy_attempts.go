@@ -111,7 +111,8 @@ type attempt struct {
 	upstream  *upstream
 	model     string // the model's name as this upstream gets it
 	plain     bool   // it gets the body without the stream_options that the proxy has added
-	startedAt int64  // unix milliseconds
+	start     time.Time
+	startedAt int64 // start in unix milliseconds
 	timeout   time.Duration
 	forSpare  bool        // timeout is the time after which a spare gets the call: the upstream alone would have more
 	hasSpare  bool        // another upstream can answer instead
@@ -132,7 +133,7 @@ func (t *attempts) newAttempt() *attempt {
 	u.retryBudget.earn()
 	c.setPhase(phaseProvider)
 	model := u.mapModel(cmp.Or(t.fallbackModel, c.fields.model))
-	t.current = attempt{t: t, upstream: u, model: model, startedAt: startedAt.UnixMilli()}
+	t.current = attempt{t: t, upstream: u, model: model, start: startedAt, startedAt: startedAt.UnixMilli()}
 	t.current.plain = c.usageAdded && (t.plainFor == u || !u.health.takesUsage(t.current.startedAt))
 	return &t.current
 }
@@ -164,8 +165,8 @@ func (a *attempt) end(now int64, e attemptEnd) attemptLine {
 	default:
 		h.endProbe()
 	}
-	line := attemptLine{
-		Upstream: a.upstream.id, Model: a.model, Status: e.status, Error: e.reason, MS: now - a.startedAt}
+	line := attemptLine{Upstream: a.upstream.id, Model: a.model, Status: e.status, Error: e.reason,
+		MS: time.Since(a.start).Milliseconds()}
 	*a = attempt{}
 	return line
 }
@@ -482,9 +483,11 @@ func (t *attempts) endAttempt(reason string, res *http.Response) {
 	t.log = append(t.log, t.current.end(time.Now().UnixMilli(), e))
 }
 
-// bestResponse returns the answer for the client: the last one, unless an earlier one is more useful.
+// bestResponse returns the answer for the client: the last one, unless an earlier one is more useful. An error about
+// a fallback model says less to the client than one about the model that it has asked for.
 func (t *attempts) bestResponse(res *http.Response, err error) (*http.Response, error) {
-	if t.savedResponse == nil || err == nil && !t.lastFault.isPrivate() || t.c.ctx.Err() != nil {
+	useful := err == nil && !t.lastFault.isPrivate() && (t.fallbackModel == "" || res.StatusCode < 400)
+	if t.savedResponse == nil || useful || t.c.ctx.Err() != nil {
 		return res, err
 	}
 	if res != nil {

@@ -678,3 +678,43 @@ func TestFallbackModelWhileOpen(t *testing.T) {
 		}
 	}
 }
+
+// TestFallbackModelFails: an error about a fallback model that the client has not named says less than the error about
+// its own model, which the client gets.
+func TestFallbackModelFails(t *testing.T) {
+	t.Parallel()
+	const tooLong = `{"error":{"message":"too long","code":"context_length_exceeded"}}`
+	for name, c := range map[string]struct {
+		own, other                 func(*providerConn, recordedRequest) bool
+		status                     int
+		body                       string
+		ownAttempts, otherAttempts int
+	}{
+		"no such model": {own: replyScript(400, tooLong), other: replyScript(404,
+			`{"error":{"message":"The model llama does not exist","code":"model_not_found"}}`),
+			status: 400, body: tooLong, ownAttempts: 1, otherAttempts: 1},
+		"a bad request there": {own: replyScript(503, `{"error":{"message":"overloaded"}}`, "Retry-After: 9"),
+			other:  replyScript(400, `{"error":{"message":"llama takes no tools"}}`),
+			status: 503, body: `{"error":{"message":"overloaded"}}`, ownAttempts: 1, otherAttempts: 1},
+		"nothing of its own": {own: resetScript, other: replyScript(400, `{"error":{"message":"no tools"}}`),
+			status: 400, body: `{"error":{"message":"no tools"}}`, ownAttempts: 2, otherAttempts: 1},
+		"it answers": {own: replyScript(400, tooLong), other: chatScript,
+			status: 200, body: chatResponseBody, ownAttempts: 1, otherAttempts: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o*","to":"llama"}]}`)
+			p.changeUpstream(p.upstream, `"models":["gpt*"]`)
+			other, _ := p.addUpstream(`"models":["llama"]`)
+			p.provider.setScript(c.own)
+			other.setScript(c.other)
+			if res := p.chat(); res.status != c.status || res.body != c.body {
+				t.Errorf("got %d %s", res.status, res.body)
+			}
+			if n, m := len(p.provider.received()), len(other.received()); n != c.ownAttempts || m != c.otherAttempts {
+				t.Errorf("the providers got %d and %d attempts", n, m)
+			}
+		})
+	}
+}
