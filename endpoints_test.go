@@ -317,12 +317,7 @@ func TestPublishedQueries(t *testing.T) {
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 	p.addUpstreamAt(p.provider, providerAnthropic, `"weight":1`)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
-	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
-		if r.method == "HEAD" {
-			return c.reply(200, "")
-		}
-		return c.reply(200, `{"data":[]}`)
-	})
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, `{"data":[]}`) })
 	id := regexp.MustCompile(`\{[^}]*\}`)
 	sample := map[string]string{"include": "include[]=a.b&include%5B%5D=c",
 		"metadata": "metadata[key]=value&metadata%5Bk2%5D=a%20b",

@@ -94,6 +94,7 @@ type clientRequest struct {
 	body         []byte // the whole body; nil for uploads
 	memory       bodyShare
 	bufferStream bool // the answer's stream is held back until it is complete
+	headOnly     bool // HEAD: the client gets the head of the answer to a GET
 	conditional  bool // a condition goes up, so that a 304 is an answer
 	fullDuplex   bool // HTTP/1: the answer may begin before the streamed body has ended
 	usageAdded   bool // stream_options.include_usage was added by the proxy
@@ -313,12 +314,13 @@ func (c *call) checkCommit() error {
 func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.response = newResponseWriter(p, c, w)
 	c.bufferStream = c.bufferStream && c.fields.stream
-	method, unchanged := r.Method, c.endpoint
-	if c.rewritesModelList() { // a HEAD is answered by net/http, which leaves the list out
-		method, unchanged = http.MethodGet, nil
+	c.headOnly = r.Method == http.MethodHead
+	unchanged := c.endpoint
+	if c.rewritesModelList() {
+		unchanged = nil
 	}
 	in := (&http.Request{
-		Method: method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
+		Method: c.endpoint.method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
@@ -332,6 +334,9 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header, c.project.id, unchanged), time.Now()
+			if c.headOnly {
+				delete(pr.Out.Header, "Range") // only a GET has ranges
+			}
 			c.conditional = pr.Out.Header["If-None-Match"] != nil || pr.Out.Header["If-Modified-Since"] != nil
 		},
 		Transport:      &c.attempts, // it builds each attempt's request: proxy_attempts.go
@@ -369,6 +374,10 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 		}
 	}
 	c.response.prepare(res)
+	if c.headOnly { // the head of the answer to a GET: not every provider answers HEAD
+		res.Body.Close()
+		res.Body = http.NoBody
+	}
 	return nil
 }
 

@@ -2,14 +2,16 @@
 package main
 
 import (
+	"io"
 	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
-// objectScript answers like a server of one object: whole, in part, not at all if the client has it, and without the
-// body for HEAD.
+// objectScript answers like a server of one object: whole, in part, or not at all if the client has it. It does not
+// know HEAD.
 func objectScript(body string) func(*providerConn, recordedRequest) bool {
 	return func(c *providerConn, r recordedRequest) bool {
 		status, part, lines := 200, body, []string{`ETag: "v1"`, "Last-Modified: Sat, 29 Nov 2026 00:00:00 GMT",
@@ -23,9 +25,7 @@ func objectScript(body string) func(*providerConn, recordedRequest) bool {
 			status, part, lines = 416, "", append(lines, "Content-Range: bytes */10")
 		}
 		if r.method == "HEAD" {
-			head := "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n"
-			_, err := c.Write([]byte(head + strings.Join(lines, "\r\n") + "\r\n\r\n"))
-			return err == nil
+			return c.reply(405, "")
 		}
 		return c.reply(status, part, lines...)
 	}
@@ -167,6 +167,29 @@ func TestHead(t *testing.T) {
 	if a := p.do("HEAD", "/v1/models", "", "Authorization", "Bearer x"); a.status != 401 || a.body != "" {
 		t.Errorf("with a wrong token: %d %q", a.status, a.body)
 	}
+	auth := []string{"Authorization", "Bearer " + p.token}
+	if a := p.do("HEAD", "/v1/files/f/content", "", append(auth, "Range", "bytes=4-")...); a.status != 200 {
+		t.Errorf("a range of a HEAD: %d %v", a.status, a.header)
+	}
+	if a := p.do("HEAD", "/v1/models/m", "", append(auth, "If-None-Match", `"v1"`)...); a.status != 304 {
+		t.Errorf("a condition of a HEAD: %d %v", a.status, a.header)
+	}
+	ended := make(chan bool, 1)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\nfirst bytes")
+		ended <- c.waitClosed(10 * time.Second)
+		return false
+	})
+	a := p.do("HEAD", "/v1/files/f/content", "", "Authorization", "Bearer "+p.token)
+	if a.status != 200 || a.header.Get("Content-Length") != "1000000000" || !<-ended {
+		t.Errorf("a large file: %d %v; its body is read", a.status, a.header)
+	}
+	for _, row := range p.ledger() {
+		if row.Status == 200 && row.Outcome != "ok" {
+			t.Errorf("recorded as %+v", row)
+		}
+	}
+	p.provider.setScript(objectScript(`{"data":[]}`[:10]))
 	p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"policy":{"endpoints":["GET /v1/files"]}}`, 200, nil)
 	for path, status := range map[string]int{"/v1/files": 200, "/v1/models": 403} {
 		if a := p.do("HEAD", path, "", "Authorization", "Bearer "+p.token); a.status != status {
