@@ -200,7 +200,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 }
 
 // headDelay is how long the head of an answer waits for the first bytes of the body.
-const headDelay = 2 * time.Millisecond
+const headDelay = 10 * time.Millisecond
 
 // maxInterimAnswers is how many 1xx answers a provider may send before its own: enough for one a second, as a sign of
 // life, for UPSTREAM_TIMEOUT.
