@@ -307,13 +307,15 @@ func (t *attempts) askWithoutUsage(res *http.Response, err error) bool {
 		return false
 	}
 	now := time.Now().UnixMilli()
-	if a.plain || res.StatusCode < 400 {
-		if t.plainFor == u && res.StatusCode == http.StatusOK {
+	failed := res.StatusCode >= 400 || a.fault.kind != faultNone // which may come with status 200
+	if a.plain || !failed {
+		if t.plainFor == u && !failed {
 			u.health.usageRefused.Store(now + usageRefusedMS)
 		}
 		return false
 	}
-	if c.ctx.Err() != nil || !refusesUsage(res.StatusCode, peekBody(res)) || !t.reserveCapacity(now) {
+	status := cmp.Or(a.fault.status, res.StatusCode)
+	if c.ctx.Err() != nil || !refusesUsage(status, peekBody(res)) || !t.reserveCapacity(now) {
 		return false
 	}
 	u.health.recordSuccess(now, a.startedAt, true)

@@ -1175,6 +1175,7 @@ func afterScript(
 		if c.waitClosed(wait) {
 			return false
 		}
+		_ = c.SetReadDeadline(time.Time{}) // the connection may serve another call
 		return script(c, r)
 	}
 }
@@ -1613,5 +1614,25 @@ func TestStreamOptionsElsewhere(t *testing.T) {
 	})
 	if res := p.chat(`"stream":true`); res.status != 502 || strings.Contains(res.body, "stream_options") {
 		t.Errorf("a connection that breaks after the refusal: got %d %s", res.status, res.body)
+	}
+}
+
+// TestStreamOptionsRefusedInStream: with a spare, the refusal may come as a stream's first event, too.
+func TestStreamOptionsRefusedInStream(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	second, _ := p.addUpstream(`"priority":1`)
+	refusal := `data: {"error":{"message":"Unrecognized argument: stream_options","code":400}}` + "\n\n"
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if strings.Contains(r.body, "stream_options") {
+			return streamScript([]string{refusal}, 1, endStream)(c, r)
+		}
+		return chatScript(c, r)
+	})
+	for i, attempts := range []int{2, 1} {
+		if res := p.chat(`"stream":true`); res.status != 200 || res.body != strings.Join(chatEvents(false), "") ||
+			len(second.received()) != 0 || p.lastCall().Attempts != attempts {
+			t.Errorf("call %d: got %d %s; the ledger has %+v", i, res.status, res.body, p.lastCall())
+		}
 	}
 }
