@@ -1,7 +1,7 @@
-// This file is the response cache: the key of an answer, what clients and providers say about caching, the answers in
-// memory, the flights on which identical calls wait, and the writer that brings answers to the disk. policy.go decides
-// which calls it covers, proxy_cache.go asks it. It knows no HTTP and has no SQL, and content.go seals what it stores.
-// A cache that fails is a miss, never an error.
+// This file is the response cache: the key of an answer, the answers in memory, the flights on which identical calls
+// wait, and the writer that brings answers to the disk. policy.go decides which calls it covers, proxy_cache.go asks
+// it. It knows no HTTP and has no SQL, and content.go seals what it stores. A cache that fails is a miss, never an
+// error.
 package main
 
 import (
@@ -13,10 +13,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"math"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -56,83 +54,6 @@ func (k *cacheKey) context(project int64) string {
 	return strconv.FormatInt(project, 10) + "|" + hex.EncodeToString(k[:])
 }
 
-// What clients and providers say.
-
-// cacheDirectives are the directives of a request's Cache-Control (RFC 9111, 5.2.1) that a cache which never answers
-// with a stale answer must follow.
-type cacheDirectives struct {
-	noStore, noCache, onlyIfCached bool
-	maxAge, minFresh               int64 // seconds; maxAge is -1 if there is none
-}
-
-// parseCacheControl reads the Cache-Control lines of a request, or without any its Pragma lines. A number that cannot
-// be read makes every stored answer too old.
-func parseCacheControl(lines, pragma []string) cacheDirectives {
-	d := cacheDirectives{maxAge: -1}
-	if len(lines) == 0 {
-		lines = pragma
-	}
-	eachDirective(lines, func(name, value string) {
-		switch name {
-		case "no-store":
-			d.noStore = true
-		case "no-cache":
-			d.noCache = true
-		case "only-if-cached":
-			d.onlyIfCached = true
-		case "max-age":
-			n := parseSeconds(value, 0)
-			if d.maxAge < 0 || n < d.maxAge {
-				d.maxAge = n
-			}
-		case "min-fresh":
-			d.minFresh = max(d.minFresh, parseSeconds(value, math.MaxInt32))
-		}
-	})
-	return d
-}
-
-// parseSeconds reads a number of seconds; it is at most MaxInt32, and otherwise if it is not a number.
-func parseSeconds(text string, otherwise int64) int64 {
-	if !allDigits(text) {
-		return otherwise
-	}
-	if n, err := strconv.ParseInt(text, 10, 64); err == nil {
-		return min(n, math.MaxInt32)
-	}
-	return math.MaxInt32
-}
-
-// eachDirective calls do for every directive, with its name in lower case and its value without quotes.
-func eachDirective(lines []string, do func(name, value string)) {
-	for _, line := range lines {
-		for line != "" {
-			end, quoted := 0, false
-			for ; end < len(line) && (quoted || line[end] != ','); end++ {
-				switch {
-				case line[end] == '"':
-					quoted = !quoted
-				case line[end] == '\\' && quoted:
-					end++
-				}
-			}
-			end = min(end, len(line))
-			name, value, _ := strings.Cut(line[:end], "=")
-			if name = strings.ToLower(strings.TrimSpace(name)); name != "" {
-				do(name, strings.Trim(strings.TrimSpace(value), `"`))
-			}
-			line = line[min(end+1, len(line)):]
-		}
-	}
-}
-
-// forbidsStoring reports whether a provider's Cache-Control forbids a shared cache to store the answer. Its other
-// directives are about browsers: event streams have no-cache by custom.
-func forbidsStoring(lines []string) (forbidden bool) {
-	eachDirective(lines, func(name, _ string) { forbidden = forbidden || name == "no-store" || name == "private" })
-	return forbidden
-}
-
 // Answers.
 
 // A cachedAnswer is a complete answer. It never changes.
@@ -160,11 +81,6 @@ func (a *cachedAnswer) size() int64 { return int64(len(a.body)) + entryOverhead 
 
 // age returns the seconds since the answer came.
 func (a *cachedAnswer) age(now int64) int64 { return max(0, now-a.StoredAt) / 1000 }
-
-// satisfies reports whether the answer is fresh, and fresh enough for the client.
-func (a *cachedAnswer) satisfies(d *cacheDirectives, now int64) bool {
-	return now+d.minFresh*1000 < a.ExpiresAt && (d.maxAge < 0 || now-a.StoredAt < d.maxAge*1000)
-}
 
 // encode returns the answer in the form that is sealed: the length of the metadata, the metadata, the body.
 func (a *cachedAnswer) encode() ([]byte, error) {
@@ -196,6 +112,7 @@ const (
 	cacheBatchBytes   = 256 << 10 // of one transaction: the ledger waits for it
 	cacheBatchEntries = 64
 	cacheWriteDelay   = 100 * time.Millisecond
+	cacheRestFactor   = 30 // the writer rests that many times as long as it has worked
 	cacheSweepEvery   = 10 * time.Second
 	cacheReadTimeout  = 250 * time.Millisecond
 	cacheTouchEvery   = 60_000 // milliseconds after which another use of an answer is recorded
@@ -235,6 +152,7 @@ type responseCache struct {
 	writing sync.Mutex    // of the table; taken before mu
 	wake    chan struct{} // something is queued
 	failing atomic.Bool   // the last write failed
+	closing bool          // the writer's own: it does not rest any more
 }
 
 func newResponseCache(st *store, sealing *contentKey, log *slog.Logger, maxBytes int64) (*responseCache, error) {
@@ -356,7 +274,7 @@ func (c *responseCache) put(a *cachedAnswer, purges int64) {
 // A flight is one call to a provider on which identical calls wait. The cache's mu guards it.
 type flight struct {
 	key     cacheKey
-	done    chan struct{}
+	done    chan struct{} // nil: nobody waits, or has waited
 	answer  *cachedAnswer // once done is closed; nil: there is none to share
 	ended   bool
 	waiting int
@@ -382,10 +300,12 @@ func (c *responseCache) join(key *cacheKey, lead *flightLead, now int64) (a *cac
 		if f.waiting >= maxFlightWaiting {
 			return nil, nil, true
 		}
-		f.waiting++
+		if f.waiting++; f.done == nil {
+			f.done = make(chan struct{})
+		}
 		return nil, f, false
 	}
-	lead.flight = &flight{key: *key, done: make(chan struct{})}
+	lead.flight = &flight{key: *key}
 	c.flights[*key] = lead.flight
 	return nil, nil, false
 }
@@ -418,7 +338,9 @@ func (c *responseCache) end(lead *flightLead, answer *cachedAnswer) {
 	f.ended, f.answer = true, answer
 	c.removeFlight(f)
 	abandon := f.abandon
-	close(f.done)
+	if f.done != nil {
+		close(f.done)
+	}
 	c.mu.Unlock()
 	if abandon != nil {
 		abandon()
@@ -469,13 +391,11 @@ func (c *responseCache) run(ctx context.Context) {
 		case <-ctx.Done():
 			last, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 			defer cancel()
+			c.closing = true
 			c.writeQueue(last)
 			return
 		case <-c.wake:
-			select { // for others
-			case <-ctx.Done():
-			case <-time.After(cacheWriteDelay):
-			}
+			rest(ctx, cacheWriteDelay) // for others
 			c.writeQueue(ctx)
 		case now := <-tick.C:
 			c.sweep(ctx, now.UnixMilli())
@@ -497,24 +417,40 @@ func (c *responseCache) loadIDs(ctx context.Context) {
 	}
 }
 
-// writeQueue writes what is queued, in transactions that are short enough for the ledger to wait for.
+// rest waits for d, or until ctx is done.
+func rest(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+// writeQueue writes what is queued, in transactions that are short enough for the ledger to wait for. It rests in
+// between: however many answers come, writing them takes little of the processor. What the queue cannot take stays in
+// memory only.
 func (c *responseCache) writeQueue(ctx context.Context) {
-	for {
+	for ctx.Err() == nil {
+		start := time.Now()
 		n, err := c.writeBatch(ctx)
 		if err != nil && !c.failing.Swap(true) {
 			c.log.Warn("answers could not be cached on disk", "error", err)
 		} else if err == nil && n > 0 {
 			c.failing.Store(false)
 		}
-		if n == 0 {
-			break
+		c.mu.Lock()
+		tooMuch, left := c.diskBytes > c.maxBytes || len(c.onDisk) > maxCacheEntries, len(c.queue)
+		c.mu.Unlock()
+		if tooMuch {
+			c.evict(ctx)
 		}
-	}
-	c.mu.Lock()
-	tooMuch := c.diskBytes > c.maxBytes || len(c.onDisk) > maxCacheEntries
-	c.mu.Unlock()
-	if tooMuch {
-		c.evict(ctx)
+		if left == 0 {
+			return
+		}
+		if !c.closing {
+			rest(ctx, cacheRestFactor*time.Since(start))
+		}
 	}
 }
 

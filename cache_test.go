@@ -867,7 +867,8 @@ func TestCachePolicy(t *testing.T) {
 func TestCacheAnthropic(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.enableCache()
+	p.manage("PATCH", "/manage/projects/"+p.project,
+		`{"policy":{"stateful":true,"cache":{"ttl_seconds":60}}}`, 200, nil)
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if !strings.Contains(r.body, `"stream":true`) {
 			return answerAny(c, r)

@@ -1,15 +1,17 @@
 // This file connects a call to the response cache: whether the cache takes part, the key of its answer, waiting for an
-// identical call, replaying a cached answer, and keeping a complete one. It reads no secret, sends nothing to a
-// provider and writes no row; settle records what happened.
+// identical call, replaying a cached answer, keeping a complete one, and what clients and providers say about caching.
+// It reads no secret, sends nothing to a provider and writes no row; settle records what happened.
 package main
 
 import (
 	"context"
 	"encoding/json"
+	"math"
 	"net/http"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -21,7 +23,7 @@ type cachedCall struct {
 	upstream   *upstream // the key is for its answers only
 	purges     int64     // of the cache, when the call asked it
 	directives cacheDirectives
-	status     string // the value of Cache-Status so far
+	status     string // Cache-Status without "; stored"
 
 	hit *cachedAnswer // the answer that the client gets; nil: the provider is called
 
@@ -33,8 +35,8 @@ type cachedCall struct {
 	response *http.Response
 
 	lead      flightLead
-	stopWatch func() bool   // of the client
-	watchDone chan struct{} // closed when the watch has acted
+	stopWatch func() bool    // of the client
+	watching  sync.WaitGroup // done when the watch has acted
 }
 
 // callParent returns the parent of the call's context. In a project with a cache the call does not end with its
@@ -49,9 +51,9 @@ func (c *call) callParent(r *http.Request) context.Context {
 // watchClient ends the call when its client leaves, but not while other calls wait for its answer.
 func (p *proxy) watchClient(c *call, r *http.Request) {
 	u := c.cached
-	u.watchDone = make(chan struct{})
+	u.watching.Add(1)
 	u.stopWatch = context.AfterFunc(r.Context(), func() {
-		defer close(u.watchDone)
+		defer u.watching.Done()
 		p.cache.clientLeft(&u.lead, func() { c.cancel(context.Cause(r.Context())) })
 	})
 }
@@ -73,7 +75,7 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 	}
 	if reason != "" {
 		p.cache.bypasses.Add(1)
-		u.setStatus(w.Header(), "fwd=bypass; detail="+reason)
+		u.setStatus(w.Header(), cacheBypass+reason)
 		return u.directives.onlyIfCached && p.failUncached(c, w)
 	}
 	u.key = newCacheKey(p.cache.salt, c.cacheKeyParts(r), c.body)
@@ -84,15 +86,15 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 	case a != nil && !u.directives.noCache && a.satisfies(&u.directives, now):
 		return p.replay(c, w, a, now, "")
 	case u.directives.onlyIfCached:
-		u.setStatus(w.Header(), "fwd=miss")
+		u.setStatus(w.Header(), cacheMiss)
 		return p.failUncached(c, w)
 	case a != nil: // the client asks for a newer one
 		p.cache.misses.Add(1)
-		u.setStatus(w.Header(), "fwd=request")
+		u.setStatus(w.Header(), cacheRequest)
 		return false
 	case u.directives.noCache:
 		p.cache.misses.Add(1)
-		u.setStatus(w.Header(), "fwd=miss")
+		u.setStatus(w.Header(), cacheMiss)
 		return false
 	}
 	return p.joinFlight(c, w, now)
@@ -118,8 +120,8 @@ func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now int64) bool {
 		}
 	}
 	p.cache.misses.Add(1)
-	if u.setStatus(w.Header(), "fwd=miss"); f != nil || alone {
-		u.setStatus(w.Header(), "fwd=miss; collapsed=?0")
+	if u.setStatus(w.Header(), cacheMiss); f != nil || alone {
+		u.setStatus(w.Header(), cacheAlone)
 	}
 	return false
 }
@@ -147,32 +149,53 @@ func (p *proxy) failUncached(c *call, w http.ResponseWriter) bool {
 	return true
 }
 
-// setStatus sets Cache-Status (RFC 9211).
+// The values of Cache-Status (RFC 9211) of calls that go to the provider.
+const (
+	cacheMiss      = "llm-proxy; fwd=miss"
+	cacheRequest   = "llm-proxy; fwd=request"
+	cacheAlone     = "llm-proxy; fwd=miss; collapsed=?0"
+	cacheBypass    = "llm-proxy; fwd=bypass; detail="
+	cacheStored    = "; stored"
+	cacheMissStore = cacheMiss + cacheStored
+)
+
 func (u *cachedCall) setStatus(h http.Header, status string) {
-	u.status = "llm-proxy; " + status
-	h["Cache-Status"] = []string{u.status}
+	u.status = status
+	h["Cache-Status"] = []string{status}
 }
 
 // cacheKeyParts returns what the answer depends on beside the body. The project's version stands for its policy: no
 // answer outlives a change of it.
 func (c *call) cacheKeyParts(r *http.Request) []string {
 	u := c.upstream
-	scope := "project " + c.project.id
+	scope, id := "project", c.project.id
 	if c.project.policy.Cache.Scope == "token" {
-		scope = "token " + c.tokenState.id
+		scope, id = "token", c.tokenState.id
 	}
 	parts := make([]string, 0, 32)
-	parts = append(parts, scope, strconv.FormatInt(c.project.version, 10), c.endpoint.name(), u.provider, u.scheme,
+	parts = append(parts, scope, id, strconv.FormatInt(c.project.version, 10), c.endpoint.name(), u.provider, u.scheme,
 		u.host, u.basePath, u.organization, u.openaiProject, u.mapModel(c.fields.model), c.query,
 		strconv.FormatBool(c.usageAdded), strconv.FormatBool(c.bufferStream))
-	fixed := len(parts)
-	for name, values := range r.Header {
-		if name == "Accept" || name == "Content-Type" || isProviderHeader(name) && !describesAccount(name) ||
-			name == "Connection" && (len(values) > 1 || !isPlainConnection(values[0])) { // it may name headers to drop
-			parts = append(parts, name+": "+strings.Join(values, "\n"))
+	header := func(name string) {
+		values := r.Header[name]
+		parts = append(append(parts, name, strconv.Itoa(len(values))), values...)
+	}
+	header("Accept")
+	header("Content-Type")
+	if v := r.Header["Connection"]; len(v) > 1 || len(v) == 1 && !isPlainConnection(v[0]) {
+		header("Connection") // it may name headers that do not go up
+	}
+	var space [8]string
+	names := space[:0]
+	for name := range r.Header {
+		if isProviderHeader(name) && !describesAccount(name) {
+			names = append(names, name)
 		}
 	}
-	slices.Sort(parts[fixed:])
+	slices.Sort(names)
+	for _, name := range names {
+		header(name)
+	}
 	return parts
 }
 
@@ -193,7 +216,8 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 	for i := 0; i+1 < len(a.Header); i += 2 {
 		h[a.Header[i]] = append(h[a.Header[i]], a.Header[i+1])
 	}
-	u.setStatus(h, "hit; ttl="+strconv.FormatInt(max(0, a.ExpiresAt-now)/1000, 10)+`; key="`+u.key.String()+`"`+detail)
+	ttl := strconv.FormatInt(max(0, a.ExpiresAt-now)/1000, 10)
+	u.setStatus(h, "llm-proxy; hit; ttl="+ttl+`; key="`+u.key.String()+`"`+detail)
 	h["Age"] = []string{strconv.FormatInt(a.age(now), 10)}
 	h["Cache-Control"] = []string{"no-store"}
 	if a.Stream {
@@ -225,7 +249,12 @@ func (u *cachedCall) accept(p *proxy, c *call, res *http.Response, to http.Heade
 		return
 	}
 	u.storing, u.response = true, res
-	u.setStatus(to, strings.TrimPrefix(u.status, "llm-proxy; ")+"; stored")
+	if u.status == cacheMiss {
+		to["Cache-Status"] = []string{cacheMissStore}
+	} else {
+		to["Cache-Status"] = []string{u.status + cacheStored}
+	}
+	u.header = make([]string, 0, 8)
 	for name, values := range to {
 		if replaysHeader(name) {
 			for _, v := range values {
@@ -289,7 +318,7 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 		return
 	}
 	if !u.stopWatch() {
-		<-u.watchDone
+		u.watching.Wait()
 	}
 	if a := u.hit; a != nil {
 		row.cache, row.upstream, row.model, row.cost, row.priced = "hit", 0, a.Model, 0, true
@@ -330,4 +359,84 @@ func (c *call) isWhole() bool {
 		return w.sse && m.done
 	}
 	return !w.sse && m.format == formatJSON && m.done
+}
+
+// satisfies reports whether the answer is fresh, and fresh enough for the client.
+func (a *cachedAnswer) satisfies(d *cacheDirectives, now int64) bool {
+	return now+d.minFresh*1000 < a.ExpiresAt && (d.maxAge < 0 || now-a.StoredAt < d.maxAge*1000)
+}
+
+// cacheDirectives are the directives of a request's Cache-Control (RFC 9111, 5.2.1) that a cache which never answers
+// with a stale answer must follow.
+type cacheDirectives struct {
+	noStore, noCache, onlyIfCached bool
+	maxAge, minFresh               int64 // seconds; maxAge is -1 if there is none
+}
+
+// parseCacheControl reads the Cache-Control lines of a request, or without any its Pragma lines. A number that cannot
+// be read makes every stored answer too old.
+func parseCacheControl(lines, pragma []string) cacheDirectives {
+	d := cacheDirectives{maxAge: -1}
+	if len(lines) == 0 {
+		lines = pragma
+	}
+	eachDirective(lines, func(name, value string) {
+		switch name {
+		case "no-store":
+			d.noStore = true
+		case "no-cache":
+			d.noCache = true
+		case "only-if-cached":
+			d.onlyIfCached = true
+		case "max-age":
+			n := parseSeconds(value, 0)
+			if d.maxAge < 0 || n < d.maxAge {
+				d.maxAge = n
+			}
+		case "min-fresh":
+			d.minFresh = max(d.minFresh, parseSeconds(value, math.MaxInt32))
+		}
+	})
+	return d
+}
+
+// parseSeconds reads a number of seconds; it is at most MaxInt32, and otherwise if it is not a number.
+func parseSeconds(text string, otherwise int64) int64 {
+	if !allDigits(text) {
+		return otherwise
+	}
+	if n, err := strconv.ParseInt(text, 10, 64); err == nil {
+		return min(n, math.MaxInt32)
+	}
+	return math.MaxInt32
+}
+
+// eachDirective calls do for every directive, with its name in lower case and its value without quotes.
+func eachDirective(lines []string, do func(name, value string)) {
+	for _, line := range lines {
+		for line != "" {
+			end, quoted := 0, false
+			for ; end < len(line) && (quoted || line[end] != ','); end++ {
+				switch {
+				case line[end] == '"':
+					quoted = !quoted
+				case line[end] == '\\' && quoted:
+					end++
+				}
+			}
+			end = min(end, len(line))
+			name, value, _ := strings.Cut(line[:end], "=")
+			if name = strings.ToLower(strings.TrimSpace(name)); name != "" {
+				do(name, strings.Trim(strings.TrimSpace(value), `"`))
+			}
+			line = line[min(end+1, len(line)):]
+		}
+	}
+}
+
+// forbidsStoring reports whether a provider's Cache-Control forbids a shared cache to store the answer. Its other
+// directives are about browsers: event streams have no-cache by custom.
+func forbidsStoring(lines []string) (forbidden bool) {
+	eachDirective(lines, func(name, _ string) { forbidden = forbidden || name == "no-store" || name == "private" })
+	return forbidden
 }

@@ -15,6 +15,9 @@ import (
 	"time"
 )
 
+// uniquePlace in a body is replaced by another number for each call.
+const uniquePlace = "@@@@@@@@@@@@@@@@@@"
+
 type measured struct {
 	cpuPerCall float64 // microseconds
 	p50        float64 // microseconds
@@ -71,7 +74,11 @@ func worker(ctx context.Context, t target, body string, begin time.Time, i, conn
 		gap = time.Second * time.Duration(conns) / time.Duration(rate)
 		due = due.Add(gap * time.Duration(i) / time.Duration(conns))
 	}
-	for ctx.Err() == nil {
+	at := bytes.Index(request, []byte(uniquePlace))
+	for calls := 0; ctx.Err() == nil; calls++ {
+		if at >= 0 {
+			copy(request[at:], fmt.Sprintf("%0*x", len(uniquePlace), begin.UnixNano()/1e6<<28|int64(i)<<20|int64(calls)))
+		}
 		if rate > 0 {
 			time.Sleep(time.Until(due))
 		} else {

@@ -5,7 +5,8 @@
 //
 // It starts a provider with fixed answers, the bare proxy and the real program (newly built, or -bin), each as a separate
 // process, and puts the same load on both proxies in turn: unary calls and 64-event streams as fast as answers arrive,
-// unary calls at a fixed rate, and idle streams. It prints the CPU time per call (of the proxy's process, from /proc, so
+// unary calls at a fixed rate, and idle streams. Then it compares, in the real program, forwarded unary calls with calls of
+// a project that has a cache: hits, and misses that are stored. It prints the CPU time per call (of the proxy's process, from /proc, so
 // on Linux only), the ratio, and for the fixed rate the median latency. Only figures of one run are comparable: machines
 // differ, and one machine differs from hour to hour. Many short rounds are more reliable than few long ones, because a
 // machine's speed changes by the second.
@@ -39,6 +40,7 @@ func main() {
 	flag.IntVar(&o.conns, "c", 64, "connections")
 	flag.IntVar(&o.rate, "rate", 500, "calls per second of the fixed-rate workload")
 	flag.IntVar(&o.idle, "idle", 2000, "idle streams; 0 skips them")
+	flag.BoolVar(&o.cacheOnly, "cache", false, "measure the cache only")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -52,6 +54,7 @@ type options struct {
 	bin                       string
 	rounds, conns, rate, idle int
 	duration                  time.Duration
+	cacheOnly                 bool
 }
 
 // A target is a proxy that is measured.
@@ -72,11 +75,59 @@ func run(ctx context.Context, o options) error {
 			return err
 		}
 	}
-	targets, stop, err := start(ctx, o.bin, dir)
+	targets, cached, stop, err := start(ctx, o.bin, dir)
 	defer stop()
 	if err != nil {
 		return err
 	}
+	if !o.cacheOnly {
+		if err := compareProxies(ctx, o, targets); err != nil {
+			return err
+		}
+	}
+	return compareCache(ctx, o, targets[1], cached)
+}
+
+// compareCache measures, in turn, forwarded calls of a project without a cache, and hits, misses and calls that the cache
+// does not cover, of one with a cache.
+func compareCache(ctx context.Context, o options, forwarded, cached target) error {
+	workloads := []struct {
+		name, body string
+		target
+	}{
+		{"forwarded", chatBody(`"stream":false`), forwarded},
+		{"hit", chatBody(`"stream":false`), cached},
+		{"miss, stored", chatBody(`"stream":false,"user":"` + uniquePlace + `"`), cached},
+		{"miss, not stored", chatBody(`"stream":false,"user":"` + uniquePlace + `","metadata":{"answer":"no-store"}`), cached},
+		{"not covered", chatBody(`"stream":false,"store":true`), cached},
+	}
+	cpu := make([][]float64, len(workloads))
+	var p50 []float64
+	for range o.rounds {
+		for i, w := range workloads {
+			m, err := load(ctx, w.target, w.body, o.conns, 0, o.duration)
+			if err != nil {
+				return err
+			}
+			cpu[i] = append(cpu[i], m.cpuPerCall)
+			time.Sleep(300 * time.Millisecond) // what is written after the answers belongs to no other workload
+		}
+		m, err := load(ctx, cached, workloads[1].body, 16, 1000, o.duration)
+		if err != nil {
+			return err
+		}
+		p50 = append(p50, m.p50)
+	}
+	for i, w := range workloads {
+		fmt.Printf("cache: %-18s at saturation   CPU per call: %6.1f us, ratio %.2f\n", w.name, median(cpu[i]),
+			medianRatio(cpu[i], cpu[0]))
+	}
+	fmt.Printf("cache: hits at 1000 calls/s           median latency: %.0f us\n", median(p50))
+	return nil
+}
+
+// compareProxies measures the bare proxy and the real program.
+func compareProxies(ctx context.Context, o options, targets []target) error {
 	for _, w := range []struct{ name, body string }{
 		{"unary", chatBody(`"stream":false`)}, {"64-event stream", chatBody(`"stream":true`)},
 	} {

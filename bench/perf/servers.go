@@ -30,7 +30,7 @@ const (
 
 // The provider's answers, each a list of writes, so that the provider uses little of the CPU time of the processes that
 // are measured.
-type answers struct{ unary, stream, streamWithUsage, idle, refusal [][]byte }
+type answers struct{ unary, unaryNoStore, stream, streamWithUsage, idle, refusal [][]byte }
 
 func newAnswers() answers {
 	const event = `data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini",`
@@ -51,7 +51,9 @@ func newAnswers() answers {
 	usage := chunk(event + `"choices":[],"usage":{"prompt_tokens":200,"completion_tokens":64,"total_tokens":264}}` + "\n\n")
 	end := append(chunk("data: [DONE]\n\n"), "0\r\n\r\n"...)
 	return answers{
-		unary:           [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head, len(body), body)},
+		unary: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head, len(body), body)},
+		unaryNoStore: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nCache-Control: no-store\r\n"+
+			"Content-Length: %d\r\n\r\n%s", head, len(body), body)},
 		stream:          append(slices.Clip(events), end),
 		streamWithUsage: append(slices.Clip(events), slices.Concat(usage, end)),
 		idle:            events[:2],
@@ -100,6 +102,8 @@ func (a *answers) to(m message) [][]byte {
 		return a.streamWithUsage
 	case has(`"stream":true`):
 		return a.stream
+	case has(`"answer":"no-store"`):
+		return a.unaryNoStore
 	}
 	return a.unary
 }
@@ -218,8 +222,9 @@ func build(ctx context.Context, to string) error {
 	return cmd.Run()
 }
 
-// start starts all processes and returns the targets, the bare proxy first.
-func start(ctx context.Context, bin, dir string) (_ []target, stop func(), err error) {
+// start starts all processes and returns the targets, the bare proxy first, and the real program as a project with a cache
+// uses it.
+func start(ctx context.Context, bin, dir string) (_ []target, cached target, stop func(), err error) {
 	var running []*exec.Cmd
 	stop = func() {
 		for _, c := range running {
@@ -229,7 +234,7 @@ func start(ctx context.Context, bin, dir string) (_ []target, stop func(), err e
 	}
 	self, err := os.Executable()
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
 	spawn := func(path string, env ...string) (*exec.Cmd, *bufio.Reader, error) {
 		c := exec.CommandContext(ctx, path)
@@ -246,42 +251,42 @@ func start(ctx context.Context, bin, dir string) (_ []target, stop func(), err e
 	}
 	_, out, err := spawn(self, "PERF_ROLE=provider")
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
 	provider, err := out.ReadString('\n')
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
 	provider = strings.TrimSpace(provider)
 	bare, out, err := spawn(self, "PERF_ROLE=bare", "PERF_UPSTREAM="+provider)
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
 	bareURL, err := out.ReadString('\n')
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
 	addr := free.Addr().String()
 	free.Close()
 	proxy, _, err := spawn(bin, "LISTEN_ADDR="+addr, "DATA_DIR="+filepath.Join(dir, "data"), "MANAGEMENT_TOKEN="+managementKey,
 		"ALLOW_PRIVATE_UPSTREAMS=true", "OPENAI_API_URL="+provider)
 	if err != nil {
-		return nil, stop, err
+		return nil, cached, stop, err
 	}
-	token, err := setUp(ctx, "http://"+addr)
+	token, cachedToken, err := setUp(ctx, "http://"+addr)
+	cached = target{"llm-proxy, cached", addr, cachedToken, proxy.Process.Pid}
 	return []target{
 		{"bare", strings.TrimPrefix(strings.TrimSpace(bareURL), "http://"), "any", bare.Process.Pid},
 		{"llm-proxy", addr, token, proxy.Process.Pid},
-	}, stop, err
+	}, cached, stop, err
 }
 
-// setUp creates a project and a token as soon as the program answers.
-func setUp(ctx context.Context, base string) (string, error) {
-	var err error
+// setUp creates a project and a token as soon as the program answers, and the same again with a cache.
+func setUp(ctx context.Context, base string) (token, cachedToken string, err error) {
 	for range 100 {
 		var res *http.Response
 		if res, err = http.Get(base + "/readyz"); err == nil {
@@ -291,14 +296,22 @@ func setUp(ctx context.Context, base string) (string, error) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	if err != nil {
-		return "", fmt.Errorf("llm-proxy did not start: %w", err)
+		return "", "", fmt.Errorf("llm-proxy did not start: %w", err)
 	}
-	var made struct{ ID, Token string }
-	if err := post(ctx, base+"/manage/projects", `{"name":"bench","openai_api_key":"`+providerKey+`"}`, &made); err != nil {
-		return "", err
+	create := func(name, policy string) (string, error) {
+		var made struct{ ID, Token string }
+		err := post(ctx, base+"/manage/projects",
+			`{"name":"`+name+`","openai_api_key":"`+providerKey+`","policy":`+policy+`}`, &made)
+		if err == nil {
+			err = post(ctx, base+"/manage/tokens", `{"name":"bench","project_id":"`+made.ID+`"}`, &made)
+		}
+		return made.Token, err
 	}
-	err = post(ctx, base+"/manage/tokens", `{"name":"bench","project_id":"`+made.ID+`"}`, &made)
-	return made.Token, err
+	if token, err = create("bench", `{}`); err != nil {
+		return "", "", err
+	}
+	cachedToken, err = create("cached", `{"cache":{"ttl_seconds":3600,"when":"always"}}`)
+	return token, cachedToken, err
 }
 
 func post(ctx context.Context, to, body string, answer any) error {
