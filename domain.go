@@ -344,6 +344,13 @@ type requestRow struct {
 	content               *contentRow // nil: not kept
 	modelTracked          bool        // model may have its own sums (see sumModel)
 	requestedModelTracked bool        // requestedModel may have its own sums
+
+	// backgroundID is the provider's id of a response of which the call's usage is known later; the tokens that were
+	// reserved count if it never becomes known.
+	backgroundID                  string
+	reservedInput, reservedOutput int64
+	usageOf                       int64 // not 0: no call, but the usage of this one, which has become known
+	counted                       bool  // the ledger has added usageOf's usage to the sums: it was the first
 }
 
 // durableFields returns pointers to the fields that describe the call, in a fixed order. Stored content is not
@@ -353,7 +360,8 @@ func (r *requestRow) durableFields() []any {
 		&r.status, &r.outcome, &r.errorCode, &r.source, &r.counts.input, &r.counts.cached, &r.counts.cacheWrite,
 		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse,
-		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS}
+		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
+		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.usageOf, &r.counted}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)
 	}

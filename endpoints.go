@@ -508,3 +508,11 @@ func (e *endpoint) hasEndMarker() bool {
 	}
 	return false
 }
+
+// responsePattern is the path of a stored response.
+const responsePattern = "/v1/responses/{response_id}"
+
+// showsResponse reports whether an answer of the endpoint shows a stored response, or says that it was deleted.
+func (e *endpoint) showsResponse() bool {
+	return e.pattern == responsePattern || e.pattern == responsePattern+"/cancel"
+}

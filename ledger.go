@@ -133,6 +133,16 @@ func (l *ledger) recordRefused(r *requestRow, withRow bool) {
 	l.kick()
 }
 
+// recordUsage queues the usage of a call that has become known after its end. Once that is committed, counted says
+// whether it was the first.
+func (l *ledger) recordUsage(r *requestRow) {
+	l.mu.Lock()
+	l.enqueueSettled()
+	l.sumOnlyRows = append(l.sumOnlyRows, r)
+	l.mu.Unlock()
+	l.kick()
+}
+
 // enqueueSettled counts a row that the caller is about to queue. The caller holds mu.
 func (l *ledger) enqueueSettled() {
 	l.queuedCount++
@@ -501,9 +511,9 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		}
 		now := time.Now()
 		l.prune(ctx, func() (int64, error) { return l.store.deleteExpiredContents(ctx, now.UnixMilli(), 20) })
-		l.prune(ctx, func() (int64, error) {
-			return l.store.deleteOldRequests(ctx, minIDAt(now.Add(-keep.maxAge)), 200)
-		})
+		before := minIDAt(now.Add(-keep.maxAge))
+		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, before, 200) })
+		l.prune(ctx, func() (int64, error) { return l.store.deleteOldBackground(ctx, before, 20) })
 		over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention)))
 		if over > 0 && now.Sub(warnedAt) >= time.Hour {
 			warnedAt = now

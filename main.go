@@ -310,7 +310,8 @@ func (in *instance) startWorkers() {
 	in.workers.Go(func() { in.evictIdle(ctx) })
 }
 
-// evictIdle removes idle entries from the registry every minute, until ctx is done.
+// evictIdle removes idle entries from the registry, and waits no longer for background responses, every minute until
+// ctx is done.
 func (in *instance) evictIdle(ctx context.Context) {
 	tick := time.NewTicker(time.Minute)
 	defer tick.Stop()
@@ -319,6 +320,10 @@ func (in *instance) evictIdle(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
+			err := in.proxy.limits.expireResponses(ctx, now, min(maxResponseAge, in.cfg.retention), in.prices.Load())
+			if err != nil && ctx.Err() == nil {
+				in.log.Error("the usage of background responses could not be recorded", "error", err)
+			}
 			in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
 		}
 	}

@@ -244,6 +244,29 @@ func (m *meter) hasDeltas() bool {
 // countsText reports whether the text in the answer is of interest.
 func (m *meter) countsText() bool { return m.kind != meterEmbeddings && m.kind != meterMedia }
 
+// pendingResponse returns the id of a stored response whose usage is not known when its answer ends, because the
+// provider goes on with it; "" otherwise. With a stream that was cut it only does if background was requested.
+func (m *meter) pendingResponse(background bool) string {
+	if m.hasUsage || m.failed || m.scan.status != responseRunning || m.isStream() && !background {
+		return ""
+	}
+	return string(m.scan.id[:m.scan.idLen])
+}
+
+// responseUsage returns what a stored response has used, according to an answer that shows it, and whether the answer
+// says so. reservedInput counts where a response has ended without usage.
+func (m *meter) responseUsage(reservedInput int64) (counts tokenCounts, source usageSource, known bool) {
+	switch {
+	case m.scan.status == responseRunning || m.scan.status == responseUnknown && !m.hasUsage:
+		return tokenCounts{}, usageNone, false
+	case m.hasUsage && m.source() == usageExact:
+		return m.counts, usageExact, true
+	case m.scan.status == responseFailed && !m.hasUsage: // an error bills nothing but what it says
+		return tokenCounts{}, usageNone, true
+	}
+	return tokenCounts{input: reservedInput, output: max(m.counts.output, m.estimateOutput())}, usageEstimated, true
+}
+
 // finish reads the end of an answer that was delivered whole, and returns the bytes that were held back. The
 // result is empty unless strip is set.
 func (m *meter) finish() []byte {

@@ -52,7 +52,30 @@ const (
 	slotVendor     // an object of one provider that may have usage
 	slotIterations // a list in usage
 	slotIterationType
+	slotID
 )
+
+// A responseStatus is how far a stored response has come.
+type responseStatus uint8
+
+const (
+	responseUnknown responseStatus = iota
+	responseRunning                // queued or in_progress
+	responseFailed
+	responseEnded // completed, cancelled, incomplete
+)
+
+func responseStatusOf(text []byte) responseStatus {
+	switch string(text) {
+	case "queued", "in_progress":
+		return responseRunning
+	case "failed":
+		return responseFailed
+	case "completed", "cancelled", "incomplete":
+		return responseEnded
+	}
+	return responseUnknown
+}
 
 // A jsonScope is an object whose members matter.
 type jsonScope uint8
@@ -106,6 +129,10 @@ type usageScanner struct {
 	typeSeen      bool // type is a string
 	typeIsDelta   bool // that says delta
 
+	readID     bool           // read id and status, which reset keeps
+	status     responseStatus // of the response that the documents are about
+	id         [128]byte      // of that response
+	idLen      int
 	readNested bool // look into response and message, too
 	state      scanState
 	slot       slot
@@ -480,7 +507,15 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 	case slotError:
 		s.hasError = len(text) > 0
 	case slotStatus:
-		s.statusFailed = string(text) == "failed"
+		status := responseStatusOf(text)
+		s.statusFailed = status == responseFailed
+		if status != responseUnknown {
+			s.status = status
+		}
+	case slotID:
+		if s.idLen = 0; !tooLong && len(text) <= len(s.id) {
+			s.idLen = copy(s.id[:], text)
+		}
 	case slotIterationType:
 		// Others are in the top-level counts, or are declined and not billed.
 		s.billed = string(text) == "compaction" || string(text) == "advisor_message"
@@ -513,8 +548,14 @@ func (s *usageScanner) discardEarlier() {
 func (s *usageScanner) slotFor(name []byte) slot {
 	switch s.scopes[s.level-1] {
 	case scopeTop:
+		if s.readID && string(name) == "id" && !s.readNested {
+			return slotID
+		}
 		return topLevelSlot(name, s.readNested)
 	case scopeNested:
+		if s.readID && string(name) == "id" {
+			return slotID
+		}
 		switch string(name) {
 		case "usage":
 			return slotUsage

@@ -223,9 +223,14 @@ func (m *metrics) countCall(e *endpoint, row *requestRow, f *forwardedCall) {
 	if f.overhead > 0 {
 		m.overhead.observe(f.overhead.Microseconds(), &fastBounds)
 	}
+	mc := m.countUsage(f, row)
+	mc.calls[outcome].Add(1)
+}
+
+// countUsage counts what a call has used, and returns the counters of its model.
+func (m *metrics) countUsage(f *forwardedCall, row *requestRow) *modelCounters {
 	model := [3]string{f.project, f.provider, f.prices.metricLabel(row.model)}
 	mc := m.models.get(model, [3]string{otherLabel, otherLabel, otherLabel})
-	mc.calls[outcome].Add(1)
 	for i, n := range [...]int64{row.counts.input, row.counts.cached, row.counts.output, row.counts.reasoning} {
 		if n > 0 {
 			addCounter(&mc.tokens[i], n)
@@ -236,6 +241,7 @@ func (m *metrics) countCall(e *endpoint, row *requestRow, f *forwardedCall) {
 	} else if row.source != usageNone {
 		mc.unpriced.Add(1)
 	}
+	return mc
 }
 
 // addCounter adds to a counter, which stays at the largest int64 if it would overflow.

@@ -122,6 +122,7 @@ type responseWriter struct {
 	headSending sync.WaitGroup // for its goroutine
 
 	meter             *meter // nil until prepare
+	watch             *meter // of an answer that may show a background response; nil: it cannot
 	keyMask           keyMask
 	sse               bool
 	providerRequestID string // the provider's id of this request
@@ -168,6 +169,11 @@ func (w *responseWriter) prepare(res *http.Response) {
 	}
 	usageAdded := w.c.usageAdded && !w.c.attempts.current.plain
 	w.meter = newMeter(kind, w.sse, opaque, usageAdded)
+	w.meter.scan.readID = w.c.endpoint.pattern == "/v1/responses"
+	if w.c.endpoint.showsResponse() && res.StatusCode < 300 {
+		w.watch = newMeter(meterOpenAI, w.sse, opaque, false)
+		w.watch.scan.readID = true
+	}
 
 	to := w.client.Header()
 	for name, values := range res.Header {
@@ -242,6 +248,9 @@ func (w *responseWriter) stopHeadTimer() {
 // Write passes bytes of the answer on. It reports all of them as written even if it holds some back: otherwise
 // ReverseProxy would stop.
 func (w *responseWriter) Write(p []byte) (int, error) {
+	if w.watch != nil {
+		w.watch.process(p)
+	}
 	rest := w.meter.process(w.keyMask.redact(p))
 	w.c.progress.bytesRelayed.Add(int64(len(p)))
 	if w.sse || w.meter.isStream() {

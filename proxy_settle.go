@@ -68,6 +68,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 		}
 	}
 	c.reservation.settle(now.UnixMilli(), used, func() { p.ledger.settle(c.entry) })
+	p.settleResponse(c)
 	p.metrics.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	if c.response != nil && c.response.sse {
 		p.metrics.activeStreams.Add(-1)
@@ -77,6 +78,26 @@ func (p *proxy) settle(c *call, r *http.Request) {
 			"request_id", c.requestID, "upstream", c.upstream.id)
 	}
 	p.logCall(c, row, now)
+}
+
+// settleResponse records what a background response has used, if the call's answer says so.
+func (p *proxy) settleResponse(c *call) {
+	if c.response == nil || c.response.watch == nil {
+		return
+	}
+	if c.relayed {
+		c.response.watch.finish()
+	}
+	id, _, _ := strings.Cut(strings.TrimPrefix(c.match.path, "/v1/responses/"), "/")
+	row, err := p.limits.settleResponse(&shownResponse{id: id, project: c.project.seq, upstream: c.upstream.seq,
+		meter: c.response.watch, deleted: c.endpoint.method == http.MethodDelete, vendor: c.priceVendor(),
+		prices: p.prices.Load()})
+	if row.counted {
+		p.metrics.countUsage(&forwardedCall{c.project.id, c.upstream.provider, c.prices, 0}, &row)
+	}
+	if err != nil {
+		p.log.Error("the usage of a background response could not be recorded", "request_id", c.requestID, "error", err)
+	}
 }
 
 // classifyOutcome returns how the call ended, and what its client saw: the error code, or the reason why the
@@ -147,6 +168,11 @@ func (c *call) fillUsage(row *requestRow) {
 	m := c.response.meter
 	if m.model != "" {
 		row.model = m.model
+	}
+	if row.backgroundID = m.pendingResponse(c.fields.background); row.backgroundID != "" {
+		est := &c.reservation.estimate
+		row.reservedInput, row.reservedOutput = est.input, est.output
+		return // its usage is known later: see settleResponse
 	}
 	row.counts, row.source = m.counts, m.source()
 	if row.source != usageEstimated {

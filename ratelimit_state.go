@@ -1,12 +1,13 @@
-// This file gives the counters of limits their past use from the store, and shows the current state of limits: to
-// administrators, to a token's holder, and in the rate limit headers of each answer. It reads the store and never
-// writes to it.
+// This file gives the counters of limits their past use from the store, counts usage that becomes known after its call
+// has ended, and shows the current state of limits: to administrators, to a token's holder, and in the rate limit
+// headers of each answer. It reads the store; what it records goes through the ledger.
 package main
 
 import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -61,6 +62,110 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, t
 	}
 	l.setPolicy(s, p, now, func(l *limit) int64 { return sumUsage(past, l) })
 	return nil
+}
+
+// A shownResponse is a stored response as an answer shows it.
+type shownResponse struct {
+	id                string
+	project, upstream int64  // of the call that got the answer
+	meter             *meter // has read the answer
+	deleted           bool   // the answer says that it is deleted
+	vendor            string
+	prices            *priceTable
+}
+
+// settleResponse records what a background response has used, if the answer says so and it was not known. The usage
+// belongs to the call that made the response, whoever asks. It returns the usage.
+func (ls *limitState) settleResponse(shown *shownResponse) (row requestRow, err error) {
+	if _, _, known := shown.meter.responseUsage(0); !known && !shown.deleted {
+		return row, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	defer cancel()
+	// The call that made it may have ended a moment ago.
+	if err = ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil {
+		return row, err
+	}
+	row, err = ls.store.pendingUsage(ctx, shown.project, shown.upstream, shown.id)
+	if err != nil {
+		if errors.Is(err, errNotFound) {
+			err = nil
+		}
+		return row, err
+	}
+	var known bool
+	if row.counts, row.source, known = shown.meter.responseUsage(row.reservedInput); !known { // nobody can ask any more
+		row.countReserved()
+	}
+	return row, ls.recordResponse(&row, shown.prices, shown.vendor, shown.meter.model)
+}
+
+// maxResponseAge is how long the usage of a background response may stay unknown. Then it counts what was reserved.
+const maxResponseAge = 24 * time.Hour
+
+// expireResponses records the usage of background responses of which nothing was heard for maxAge.
+func (ls *limitState) expireResponses(ctx context.Context, now time.Time, maxAge time.Duration, prices *priceTable,
+) error {
+	rows, err := ls.store.expiredUsage(ctx, minIDAt(now.Add(-maxAge)), 1000)
+	for i := range rows {
+		rows[i].countReserved()
+		err = errors.Join(err, ls.recordResponse(&rows[i], prices, "", rows[i].model))
+	}
+	return err
+}
+
+// recordResponse records the usage of a background response, by the price of the model that answered, or of another
+// name that the call had for it.
+func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor, model string) error {
+	if row.source != usageNone {
+		prices.priceRow(row, vendor, multiplierOne, model, row.model, row.requestedModel)
+	}
+	return ls.recordUsage(row)
+}
+
+// recordUsage records the usage of a call that has become known after its end, and counts it in the limits of the
+// token that made the call and of its project. The limiter is locked meanwhile, so that no new counter finds it twice.
+func (ls *limitState) recordUsage(r *requestRow) error {
+	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	defer cancel()
+	p := ls.registry.liveProject(r.project)
+	if p == nil {
+		ls.ledger.recordUsage(r)
+		return nil
+	}
+	p.limiter.mu.Lock()
+	defer p.limiter.mu.Unlock()
+	ls.ledger.recordUsage(r)
+	if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil || !r.counted {
+		return err
+	}
+	now := time.Now().UnixMilli()
+	countLate(p.limiter.project.counters, r, now)
+	if t := ls.registry.liveTokenOf(r.token); t != nil {
+		countLate(t.limits.counters, r, now)
+	}
+	return nil
+}
+
+// countLate counts the usage of a call in counters, where the window in which it started is the current one.
+func countLate(counters []*limitCounter, r *requestRow, now int64) {
+	_, pattern, _ := strings.Cut(r.endpoint, " ")
+	used := finalUsage{tokens: addSat(r.counts.input, r.counts.output)}
+	if r.priced {
+		used.dollars = r.cost
+	}
+	for _, c := range counters {
+		c.advance(now)
+		if !c.limit.applies(r.endpoint, pattern, r.requestedModel) || c.windowEnd > 0 && r.started < c.windowStart {
+			continue
+		}
+		n := used.value(c.limit.metric)
+		if c.limit.period.bucketMS() == 0 {
+			c.used = addSat(c.used, n)
+		} else if n > 0 { // at most one period of debt, as for any call
+			c.used = max(c.used, min(c.used+n*c.scale(), 2*c.limit.max*c.scale()))
+		}
+	}
 }
 
 // A periodUsage is what was used in the current window of a period.

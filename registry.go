@@ -343,6 +343,18 @@ func (g *registry) liveToken(id string) *liveToken {
 	return g.byID[id]
 }
 
+// liveTokenOf returns the token with this seq if it is in memory, or nil. It looks at all of them.
+func (g *registry) liveTokenOf(seq int64) *liveToken {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	for _, t := range g.byID {
+		if t.state.Load().seq == seq {
+			return t
+		}
+	}
+	return nil
+}
+
 // liveProject returns a project that is in memory, or nil.
 func (g *registry) liveProject(seq int64) *liveProject {
 	g.mu.RLock()

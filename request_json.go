@@ -53,6 +53,7 @@ type callFields struct {
 	// statefulParam is the first field that refers to objects kept at the provider and is neither null nor
 	// false; "" if there is none.
 	statefulParam string
+	background    bool // background is true: the provider goes on without the client
 	// modelListParam is "models" or "fallbacks" if the body has that list of further models; some providers
 	// that route to others accept it.
 	modelListParam string
@@ -171,6 +172,7 @@ func (f *callFields) setField(name string, raw []byte) *bodyError {
 		}
 		f.setCount(name, count)
 	case "previous_response_id", "conversation", "background":
+		f.background = f.background || name == "background" && string(raw) == "true"
 		if string(raw) != "null" && string(raw) != "false" {
 			f.setStateful(name)
 		}

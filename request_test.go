@@ -346,7 +346,7 @@ func TestScanJSON(t *testing.T) {
 		{`{"stream_options":{"include_usage":true}}`, callFields{n: 1, includeUsage: true}},
 		{`{"stream_options":{"a":[],"include_us\u0061ge":true,"b":{}}}`, callFields{n: 1, includeUsage: true}},
 		{`{"previous_response_id":null,"background":false,"store":false}`, callFields{n: 1}},
-		{`{"background":true,"previous_response_id":"resp_1"}`, callFields{n: 1, statefulParam: "background"}},
+		{`{"background":true,"previous_response_id":"resp_1"}`, callFields{n: 1, statefulParam: "background", background: true}},
 		{`{"conversation":{"id":"conv_1"}}`, callFields{n: 1, statefulParam: "conversation"}},
 		{`{"prompt":{"id":"pmpt_1"}}`, callFields{n: 1, statefulParam: "prompt"}},
 		{`{"prompt":"a","Pr\u006fmpt": {"id":"pmpt_1"} }`, callFields{n: 1, statefulParam: "prompt"}},

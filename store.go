@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -298,24 +297,6 @@ func (s *store) checkWritable(ctx context.Context) error {
 // index: no UTF-8 has the byte 0xff, and SQLite compares bytes.
 func prefixEnd(s string) string { return s + "\xff" }
 
-// A sessionRow is a session as stored. name and role are those that its management key has now; keyValid
-// means that the key is neither revoked nor expired. For MANAGEMENT_TOKEN the three are zero:
-// admin_session.go checks that one.
-type sessionRow struct {
-	hash, proof       []byte
-	key, address      string
-	createdAt, seenAt int64
-	binding
-
-	name, role string
-	keyValid   bool
-}
-
-func (r *sessionRow) bound() boundContent {
-	return boundContent{binding: &r.binding, kind: "session", id: r.key,
-		values: []any{r.hash, r.proof, r.address, r.createdAt}}
-}
-
 // maxSessions bounds the sessions of one key: a further one ends the oldest.
 const maxSessions = 50
 
@@ -341,32 +322,6 @@ func (s *store) addSession(ctx context.Context, origin auditOrigin, row *session
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?)`, row.columns()[:8]...)
 		return auditEvent{action: actionSignIn, object: row.key}, err
 	})
-}
-
-const selectSessions = `
-	SELECT s.hash, s.key, s.proof, s.address, s.created_at, s.seen_at, s.bound_by, s.mac,
-		coalesce(k.name, ''), coalesce(k.role, ''),
-		k.id IS NOT NULL AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > ?1)
-	FROM sessions s LEFT JOIN management_keys k ON k.id = s.key `
-
-func (r *sessionRow) columns() []any {
-	return []any{&r.hash, &r.key, &r.proof, &r.address, &r.createdAt, &r.seenAt, &r.boundBy, &r.mac, &r.name, &r.role,
-		&r.keyValid}
-}
-
-// sessionByHash does not check whether the session has expired. Without a key that is bound, it is not valid.
-func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (sessionRow, error) {
-	row, err := queryBoundRow(ctx, s, (*sessionRow).columns, selectSessions+`WHERE s.hash = ?2`, now, hash[:])
-	if err == nil && row.keyValid {
-		_, err = queryBoundRow(ctx, s, (*managementKeyRow).columns, selectManagementKeys+`WHERE id = ?`, row.key)
-	}
-	return row, err
-}
-
-// sessionsByKey lists a key's sessions that were used at or after since, newest first.
-func (s *store) sessionsByKey(ctx context.Context, key string, now, since int64) ([]sessionRow, error) {
-	return collect(ctx, s.readDB, "listing sessions", (*sessionRow).columns, selectSessions+`
-		WHERE s.key = ?2 AND s.seen_at >= ?3 ORDER BY s.created_at DESC LIMIT ?4`, now, key, since, maxSessions)
 }
 
 // touchSession records that a session was used.
@@ -395,24 +350,6 @@ func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key stri
 func (s *store) endAllSessions(ctx context.Context) error {
 	_, err := execCount(ctx, s.writeDB, "ending all sessions", `DELETE FROM sessions`)
 	return err
-}
-
-// listUnhealthy returns the health of every upstream in use that is not ready.
-func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
-	type stored struct {
-		healthRow
-		stateName string
-	}
-	rows, err := collect(ctx, s.readDB, "reading the health of upstreams", func(r *stored) []any {
-		return []any{&r.upstream, &r.id, &r.stateName, &r.until, &r.strikes, &r.reason, &r.changedAt}
-	}, `SELECT h.upstream, u.id, h.state, h.until, h.strikes, h.reason, h.changed_at
-		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream WHERE u.deleted_at IS NULL LIMIT 100000`)
-	var out []healthRow
-	for _, r := range rows {
-		r.state = keyState(max(0, slices.Index(keyStateNames(), r.stateName)))
-		out = append(out, r.healthRow)
-	}
-	return out, err
 }
 
 // setHealth stores an upstream's health; a row that is ready is deleted. A state that needs attention, or no

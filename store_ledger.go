@@ -22,6 +22,8 @@ const (
 	stmtRecordOK8
 	stmtRecord
 	stmtContent
+	stmtBackground
+	stmtBackgroundUsage
 	stmtSum
 	stmtSum8
 	stmtSumHits
@@ -100,7 +102,16 @@ func ledgerSQL() [ledgerStmtCount]string {
 				saved, saved_us)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtContent: insertContent,
-		stmtSum:     insertSums + sumValues + addToSums,
+		// A provider that names one response twice, such as for a repeated call, has it counted once.
+		stmtBackground: `
+			INSERT OR IGNORE INTO background (call, project, token, upstream, response, endpoint, outcome, model,
+				model_tracked, asked, asked_tracked, reserved_input, reserved_output)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		stmtBackgroundUsage: `
+			UPDATE background SET usage_source = ?2, input_tokens = ?3, cached_tokens = ?4, cache_write_tokens = ?5,
+				output_tokens = ?6, reasoning_tokens = ?7, cost = ?8
+			WHERE call = ?1 AND usage_source = ''`,
+		stmtSum: insertSums + sumValues + addToSums,
 		stmtSum8: insertSums + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` +
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
 		stmtSumHits: addHits,
@@ -146,11 +157,12 @@ func rowsOfStatement(stmt int) int64 {
 
 // A ledgerWriter holds the prepared statements of the writing connection. It belongs to one goroutine.
 type ledgerWriter struct {
-	store *store
-	conn  driver.Conn // the one the statements belong to; database/sql may open another
-	stmts [ledgerStmtCount]driver.StmtExecContext
-	args  [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
-	rows  [8 * sumColumnCount]any               // of the present rowGroup
+	store   *store
+	changed int64       // rows, by the last statement
+	conn    driver.Conn // the one the statements belong to; database/sql may open another
+	stmts   [ledgerStmtCount]driver.StmtExecContext
+	args    [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
+	rows    [8 * sumColumnCount]any               // of the present rowGroup
 }
 
 func (s *store) newLedgerWriter() *ledgerWriter {
@@ -284,8 +296,9 @@ func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...any) error 
 		w.args[i].Value = v
 	}
 	res, err := w.stmts[stmt].ExecContext(ctx, w.args[:len(values)])
-	if want := rowsOfStatement(stmt); err == nil && want > 0 {
-		if n, _ := res.RowsAffected(); n != want { // a trigger may ignore rows
+	if err == nil {
+		w.changed, _ = res.RowsAffected()
+		if want := rowsOfStatement(stmt); want > 0 && w.changed != want { // a trigger may ignore rows
 			return errRowIgnored
 		}
 	}
@@ -320,6 +333,15 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 		}
 	}
 	for _, r := range b.sumOnlyRows {
+		if r.usageOf != 0 {
+			if err := w.exec(ctx, stmtBackgroundUsage, r.usageOf, string(r.source), r.counts.input, r.counts.cached,
+				r.counts.cacheWrite, r.counts.output, r.counts.reasoning, nullUnless(r.priced, r.cost)); err != nil {
+				return fmt.Errorf("recording the usage of a response: %w", err)
+			}
+			if r.counted = w.changed > 0; !r.counted {
+				continue // it was known already
+			}
+		}
 		tally.add(r)
 	}
 	for token, u := range uses {
@@ -382,6 +404,11 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
 				int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.saved,
 				r.savedUS)
+		}
+		if err == nil && r.backgroundID != "" {
+			err = w.exec(ctx, stmtBackground, r.id, r.project, r.token, r.upstream, r.backgroundID, r.endpoint,
+				string(r.outcome), r.model, r.modelTracked, r.requestedModel, r.requestedModelTracked,
+				r.reservedInput, r.reservedOutput)
 		}
 		if err == nil && r.content != nil {
 			c := r.content
@@ -484,6 +511,13 @@ func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) 
 		DELETE FROM requests WHERE id IN (SELECT id FROM requests
 			WHERE id < ?1 AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c WHERE b.batch < ?1)
 			ORDER BY id LIMIT ?2)`, before, limit)
+}
+
+// deleteOldBackground deletes up to limit background responses whose usage is known, of calls with an id below before.
+func (s *store) deleteOldBackground(ctx context.Context, before int64, limit int) (int64, error) {
+	return execCount(ctx, s.writeDB, "deleting background responses", `
+		DELETE FROM background WHERE call IN (
+			SELECT call FROM background WHERE call < ? AND usage_source <> '' ORDER BY call LIMIT ?)`, before, limit)
 }
 
 // deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many

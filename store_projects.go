@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // A projectRow is a project as stored.
@@ -476,4 +477,22 @@ func (s *store) deletePrice(ctx context.Context, origin auditOrigin, id string) 
 func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
 	return collect(ctx, s.readDB, "listing prices", (*priceRow).columns,
 		`SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
+}
+
+// listUnhealthy returns the health of every upstream in use that is not ready.
+func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
+	type stored struct {
+		healthRow
+		stateName string
+	}
+	rows, err := collect(ctx, s.readDB, "reading the health of upstreams", func(r *stored) []any {
+		return []any{&r.upstream, &r.id, &r.stateName, &r.until, &r.strikes, &r.reason, &r.changedAt}
+	}, `SELECT h.upstream, u.id, h.state, h.until, h.strikes, h.reason, h.changed_at
+		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream WHERE u.deleted_at IS NULL LIMIT 100000`)
+	var out []healthRow
+	for _, r := range rows {
+		r.state = keyState(max(0, slices.Index(keyStateNames(), r.stateName)))
+		out = append(out, r.healthRow)
+	}
+	return out, err
 }

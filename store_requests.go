@@ -22,12 +22,16 @@ type requestView struct {
 
 const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''),
 	coalesce(p.name, ''), coalesce(t.name, ''), coalesce(u.name, ''), r.endpoint, r.model, r.stream, r.address,
-	r.status, r.outcome, r.error_code, r.usage_source, r.input_tokens, r.cached_tokens, r.cache_write_tokens,
-	r.output_tokens, r.reasoning_tokens, r.cost, r.first_byte_us, r.total_us, r.attempts, r.cache, r.limit_hit,
+	r.status, r.outcome, r.error_code, coalesce(g.usage_source, r.usage_source),
+	coalesce(g.input_tokens, r.input_tokens), coalesce(g.cached_tokens, r.cached_tokens),
+	coalesce(g.cache_write_tokens, r.cache_write_tokens), coalesce(g.output_tokens, r.output_tokens),
+	coalesce(g.reasoning_tokens, r.reasoning_tokens), coalesce(g.cost, r.cost), r.first_byte_us, r.total_us,
+	r.attempts, r.cache, r.limit_hit,
 	r.attempt_log, r.saved, r.saved_us`
 
 const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
-	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream `
+	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream
+	LEFT JOIN background g ON g.call = r.id AND g.usage_source <> '' `
 
 const (
 	selectRunning = `SELECT ` + requestColumns + ` FROM running r` + requestJoins
@@ -199,4 +203,26 @@ func (s *store) deleteProjectContents(ctx context.Context, project int64, limit 
 	return execCount(ctx, s.writeDB, "deleting a project's content", `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE project = ? ORDER BY id LIMIT ?)`,
 		project, limit)
+}
+
+// pendingUsage returns, as the usage of a call, what a response has used whose usage is not known yet: who made it, and
+// what was reserved. The response was made in the project, or at the upstream. It returns errNotFound if there is none.
+func (s *store) pendingUsage(ctx context.Context, project, upstream int64, response string) (requestRow, error) {
+	return queryRow(ctx, s.readDB, (*requestRow).pendingColumns, selectPending+`
+		WHERE response = ?1 AND (project = ?2 OR upstream = ?3) AND usage_source = '' ORDER BY project <> ?2 LIMIT 1`,
+		response, project, upstream)
+}
+
+// expiredUsage returns up to limit such responses of calls with an id below before.
+func (s *store) expiredUsage(ctx context.Context, before int64, limit int) ([]requestRow, error) {
+	return collect(ctx, s.readDB, "listing background responses", (*requestRow).pendingColumns, selectPending+`
+		WHERE usage_source = '' AND call < ? ORDER BY call LIMIT ?`, before, limit)
+}
+
+const selectPending = `SELECT call, call >> 21, project, token, upstream, endpoint, outcome, model, model_tracked,
+	asked, asked_tracked, reserved_input, reserved_output FROM background`
+
+func (r *requestRow) pendingColumns() []any {
+	return []any{&r.usageOf, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.outcome, &r.model,
+		&r.modelTracked, &r.requestedModel, &r.requestedModelTracked, &r.reservedInput, &r.reservedOutput}
 }

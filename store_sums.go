@@ -87,6 +87,11 @@ func parseUnwritten(line []byte) (row *requestRow, sumOnly bool, err error) {
 	return row, u.SumOnly, nil
 }
 
+// countReserved fills in what was reserved as the usage.
+func (r *requestRow) countReserved() {
+	r.counts, r.source = tokenCounts{input: r.reservedInput, output: r.reservedOutput}, usageEstimated
+}
+
 // Batches of rows.
 
 // A ledgerEntry is one call on its way into the ledger.
@@ -196,7 +201,9 @@ type usageSum struct {
 }
 
 func (s *usageSum) add(r *requestRow) {
-	s.calls++
+	if r.usageOf == 0 {
+		s.calls++
+	}
 	s.input = addSat(s.input, r.counts.input)
 	s.cached = addSat(s.cached, r.counts.cached)
 	s.output = addSat(s.output, r.counts.output)
@@ -335,11 +342,14 @@ func errorColumnClasses() [errorClassCount]errorClass {
 func (h *hourSum) add(r *requestRow) {
 	var s usageSum
 	s.add(r)
-	h.calls++
+	h.calls += s.calls
 	h.input = addSat(h.input, s.input)
 	h.output = addSat(h.output, s.output)
 	h.cost = addSat(h.cost, s.cost)
 	h.unpriced = addSat(h.unpriced, s.unpriced)
+	if r.usageOf != 0 {
+		return
+	}
 	class := r.errorClass()
 	for i, c := range errorColumnClasses() {
 		if c == class {

@@ -1,6 +1,7 @@
-// This file has the SQL for the credentials of this program: the tokens that clients present, and management
-// keys. Every change goes through withAuditedTx. The columns request_count and last_used_at of a token belong
-// to the ledger, which changes them by x = x + ? only: nothing here writes them.
+// This file has the SQL for the credentials of this program: the tokens that clients present, and management keys;
+// and it reads sessions, which store.go writes. Every change goes through withAuditedTx. The columns request_count
+// and last_used_at of a token belong to the ledger, which changes them by x = x + ? only: nothing here writes
+// them.
 package main
 
 import (
@@ -354,4 +355,48 @@ func (k *managementKeyRow) save(ctx context.Context, tx *auditedTx) error {
 		UPDATE management_keys SET (`+managementKeyEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 		append(k.editable(), k.seq)...)
 	return err
+}
+
+// A sessionRow is a session as stored. name and role are those that its management key has now; keyValid
+// means that the key is neither revoked nor expired. For MANAGEMENT_TOKEN the three are zero:
+// admin_session.go checks that one.
+type sessionRow struct {
+	hash, proof       []byte
+	key, address      string
+	createdAt, seenAt int64
+	binding
+
+	name, role string
+	keyValid   bool
+}
+
+func (r *sessionRow) bound() boundContent {
+	return boundContent{binding: &r.binding, kind: "session", id: r.key,
+		values: []any{r.hash, r.proof, r.address, r.createdAt}}
+}
+
+const selectSessions = `
+	SELECT s.hash, s.key, s.proof, s.address, s.created_at, s.seen_at, s.bound_by, s.mac,
+		coalesce(k.name, ''), coalesce(k.role, ''),
+		k.id IS NOT NULL AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > ?1)
+	FROM sessions s LEFT JOIN management_keys k ON k.id = s.key `
+
+func (r *sessionRow) columns() []any {
+	return []any{&r.hash, &r.key, &r.proof, &r.address, &r.createdAt, &r.seenAt, &r.boundBy, &r.mac, &r.name, &r.role,
+		&r.keyValid}
+}
+
+// sessionByHash does not check whether the session has expired. Without a key that is bound, it is not valid.
+func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (sessionRow, error) {
+	row, err := queryBoundRow(ctx, s, (*sessionRow).columns, selectSessions+`WHERE s.hash = ?2`, now, hash[:])
+	if err == nil && row.keyValid {
+		_, err = queryBoundRow(ctx, s, (*managementKeyRow).columns, selectManagementKeys+`WHERE id = ?`, row.key)
+	}
+	return row, err
+}
+
+// sessionsByKey lists a key's sessions that were used at or after since, newest first.
+func (s *store) sessionsByKey(ctx context.Context, key string, now, since int64) ([]sessionRow, error) {
+	return collect(ctx, s.readDB, "listing sessions", (*sessionRow).columns, selectSessions+`
+		WHERE s.key = ?2 AND s.seen_at >= ?3 ORDER BY s.created_at DESC LIMIT ?4`, now, key, since, maxSessions)
 }

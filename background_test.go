@@ -1,0 +1,230 @@
+// Tests of background responses: their usage counts once, for the token that made them, when an answer shows it.
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+const responseUsageJSON = `{"input_tokens":1200,"output_tokens":20000,"total_tokens":21200,` +
+	`"output_tokens_details":{"reasoning_tokens":18000}}`
+
+func responseJSON(id, status, usage string) string {
+	return fmt.Sprintf(`{"id":%q,"object":"response","status":%q,"background":true,"model":"gpt-5","output":[],`+
+		`"usage":%s}`, id, status, usage)
+}
+
+// A backgroundProvider is a provider with stored responses.
+type backgroundProvider struct {
+	mu     sync.Mutex
+	answer string // of further GETs, and of a cancellation
+	sse    bool   // it is a stream
+	made   int
+}
+
+func (b *backgroundProvider) set(answer string, sse bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.answer, b.sse = answer, sse
+}
+
+func (b *backgroundProvider) script(c *providerConn, r recordedRequest) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case r.method == "DELETE":
+		return c.reply(200, `{"id":"resp_1","object":"response","deleted":true}`)
+	case r.method == "POST" && strings.Contains(r.body, `"stream":true`):
+		b.made++
+		c.beginSSE()
+		_ = c.chunk("event: response.created\ndata: {\"type\":\"response.created\",\"response\":" +
+			responseJSON("resp_1", "queued", "null") + "}\n\n")
+		return false // the connection breaks
+	case r.method == "POST" && !strings.HasSuffix(r.target, "/cancel"):
+		b.made++
+		return c.reply(200, responseJSON(fmt.Sprintf("resp_%d", b.made), "queued", "null"))
+	case b.sse:
+		c.beginSSE()
+		_ = c.chunk(b.answer)
+		return c.chunk("") == nil
+	}
+	return c.reply(200, b.answer)
+}
+
+func newBackgroundTest(t *testing.T) (*testProxy, *backgroundProvider) {
+	t.Helper()
+	p, b := newTest(t, map[string]string{"LOG_LEVEL": "error"}), &backgroundProvider{}
+	p.changeProject(`"policy":{"stateful":true}`)
+	p.provider.setScript(b.script)
+	return p, b
+}
+
+// makeResponse makes a background response and checks that its usage is still unknown.
+func (p *testProxy) makeResponse(token string, members ...string) {
+	p.t.Helper()
+	body := `{"model":"gpt-5","input":"hello","background":true` +
+		strings.Join(append([]string{""}, members...), ",") + `}`
+	if res := p.postAs(token, "/v1/responses", body); res.status != 200 {
+		p.t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if row := p.lastCall(); row.UsageSource != "none" || row.InputTokens+row.OutputTokens != 0 || row.Cost != nil {
+		p.t.Errorf("before the usage is known, the ledger has %+v", row)
+	}
+}
+
+func (p *testProxy) getResponse(token, path string) testResponse {
+	p.t.Helper()
+	return p.do("GET", "/v1/responses/"+path, "", "Authorization", "Bearer "+token)
+}
+
+// checkBackground checks the row of the only response, and that sums equal rows.
+func (p *testProxy) checkBackground(source string, input, output int64) {
+	p.t.Helper()
+	p.waitSettled()
+	var in, out int64
+	for _, row := range p.ledger() {
+		in, out = in+row.InputTokens, out+row.OutputTokens
+		if row.Endpoint == "POST /v1/responses" && (row.UsageSource != source || row.InputTokens != input ||
+			row.OutputTokens != output || (row.Cost == nil) != (source == "none")) {
+			p.t.Errorf("the ledger has %+v, want %s %d/%d", row, source, input, output)
+		}
+	}
+	if in != input || out != output {
+		p.t.Errorf("all rows have %d/%d tokens, want %d/%d", in, out, input, output)
+	}
+	p.checkSums()
+	p.checkCounts()
+}
+
+// TestBackgroundResponse: the usage counts once, for the token that made the response, whoever asks and how often, also
+// at one time and after a restart; limits count it from then on.
+func TestBackgroundResponse(t *testing.T) {
+	t.Parallel()
+	p, b := newBackgroundTest(t)
+	id, maker := p.newToken(`"name":"maker","policy":{"limits":[{"count":"tokens","max":30000,"per":"day"}]}`)
+	p.makeResponse(maker)
+	b.set(responseJSON("resp_1", "in_progress", "null"), false)
+	p.getResponse(p.token, "resp_1")
+	p.checkBackground("none", 0, 0)
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	b.set(responseJSON("resp_1", "completed", responseUsageJSON), false)
+	var clients sync.WaitGroup
+	for i := range 8 {
+		clients.Go(func() {
+			if res := p.getResponse([]string{p.token, maker}[i%2], "resp_1"); res.status != 200 {
+				t.Errorf("got %d %s", res.status, res.body)
+			}
+		})
+	}
+	clients.Wait()
+	p.checkBackground("exact", 1200, 20000)
+	var token struct {
+		Limits []struct{ Used float64 }
+	}
+	for range 2 {
+		if p.manage("GET", "/manage/tokens/"+id, "", 200, &token); token.Limits[0].Used != 21200 {
+			t.Errorf("the maker's limit has used %v", token.Limits)
+		}
+		if err := p.stop(); err != nil {
+			t.Fatal(err)
+		}
+		p.start()
+		p.getResponse(maker, "resp_1")
+		p.checkBackground("exact", 1200, 20000)
+	}
+	for _, u := range p.usage("interval=total&group_by=token") {
+		if (u.Output == 20000) != (*u.TokenID == id) {
+			t.Errorf("usage: %+v", u)
+		}
+	}
+}
+
+// TestBackgroundEnds: every way in which the usage of a background response becomes known, or never does.
+func TestBackgroundEnds(t *testing.T) {
+	t.Parallel()
+	stream := func(kind, status, usage string) string {
+		return "event: " + kind + "\ndata: {\"type\":\"" + kind + "\",\"response\":" +
+			responseJSON("resp_1", status, usage) + "}\n\n"
+	}
+	for name, tt := range map[string]struct {
+		answer         string
+		sse            bool
+		method, path   string
+		members        string // of the call that makes it
+		source         string
+		input, outputs int64
+	}{
+		"streamed": {answer: stream("response.completed", "completed", responseUsageJSON), sse: true,
+			path: "resp_1?stream=true&starting_after=4", source: "exact", input: 1200, outputs: 20000},
+		"still streaming": {answer: stream("response.in_progress", "in_progress", "null"), sse: true,
+			path: "resp_1?stream=true", source: "none"},
+		"failed": {answer: responseJSON("resp_1", "failed", "null"), path: "resp_1", source: "none"},
+		"incomplete": {answer: responseJSON("resp_1", "incomplete", responseUsageJSON), path: "resp_1",
+			source: "exact", input: 1200, outputs: 20000},
+		"cancelled with usage": {answer: responseJSON("resp_1", "cancelled", responseUsageJSON), method: "POST",
+			path: "resp_1/cancel", source: "exact", input: 1200, outputs: 20000},
+		"deleted": {method: "DELETE", path: "resp_1", members: `"max_output_tokens":700`, source: "estimated",
+			input: 19, outputs: 700},
+		"made by a stream that broke": {answer: responseJSON("resp_1", "completed", responseUsageJSON),
+			path: "resp_1", members: `"stream":true`, source: "exact", input: 1200, outputs: 20000},
+		"another response": {answer: responseJSON("resp_2", "completed", responseUsageJSON), path: "resp_2",
+			source: "none"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p, b := newBackgroundTest(t)
+			p.makeResponse(p.token, strings.Fields(tt.members)...)
+			b.set(tt.answer, tt.sse)
+			for range 2 {
+				method := tt.method
+				if method == "" {
+					method = http.MethodGet
+				}
+				res := p.do(method, "/v1/responses/"+tt.path, "", "Authorization", "Bearer "+p.token)
+				if res.status != 200 {
+					t.Fatalf("got %d %s", res.status, res.body)
+				}
+				p.waitSettled()
+				if row := p.lastCall(); row.Outcome != "ok" || row.UsageSource != "none" {
+					t.Errorf("the call that asks: %+v", row)
+				}
+			}
+			p.checkBackground(tt.source, tt.input, tt.outputs)
+		})
+	}
+}
+
+// TestBackgroundExpires: a background response of which nothing is heard counts what was reserved.
+func TestBackgroundExpires(t *testing.T) {
+	t.Parallel()
+	p, b := newBackgroundTest(t)
+	p.makeResponse(p.token, `"max_output_tokens":500`)
+	expire := func(later time.Duration) {
+		t.Helper()
+		err := p.instance.proxy.limits.expireResponses(t.Context(), time.Now().Add(later), maxResponseAge,
+			p.instance.prices.Load())
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	expire(maxResponseAge - time.Minute)
+	p.checkBackground("none", 0, 0)
+	expire(maxResponseAge + time.Minute)
+	p.checkBackground("estimated", 19, 500)
+	b.set(responseJSON("resp_1", "completed", responseUsageJSON), false)
+	p.getResponse(p.token, "resp_1")
+	p.checkBackground("estimated", 19, 500)
+	for want := int64(1); want >= 0; want-- {
+		n, err := p.instance.store.deleteOldBackground(t.Context(), minIDAt(time.Now().Add(time.Hour)), 10)
+		if n != want || err != nil {
+			t.Errorf("%d were deleted, %v", n, err)
+		}
+	}
+}
