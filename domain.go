@@ -44,14 +44,6 @@ func addSat(a, b int64) int64 {
 	}
 }
 
-// mulSat multiplies numbers of 0 or more, and returns the largest int64 if the product is larger.
-func mulSat(a, b int64) int64 {
-	if a > 0 && b > math.MaxInt64/a {
-		return math.MaxInt64
-	}
-	return a * b
-}
-
 // formatDollars writes a price as parseDollars reads it: dollars per million tokens. noPrice gives "".
 func formatDollars(pico int64) string {
 	if pico < 0 {

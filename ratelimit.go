@@ -342,6 +342,14 @@ func (e *reservationEntry) settle(usage finalUsage) {
 // count in it are ended.
 func overrunAllowance(l *limit) int64 { return l.max / 10 }
 
+// mulSat multiplies numbers of 0 or more, and returns the largest int64 if the product is larger.
+func mulSat(a, b int64) int64 {
+	if a > 0 && b > math.MaxInt64/a {
+		return math.MaxInt64
+	}
+	return a * b
+}
+
 // updateUsage counts what a running call has used so far, given an estimate of its output tokens. It returns a
 // limit that is exceeded by more than its allowance, or nil. What is observed counts, whatever maximum the call
 // has named, because a provider may ignore it. updateUsage does not wait: if the limiter is locked to read the
