@@ -77,6 +77,7 @@ func mutations(ids map[string]string) map[string]mutation {
 		"DELETE /manage/tokens/{id}":           {``, "token.revoke", `"revoked_at":[null,"`},
 		"POST /manage/tokens/{id}/rotate":      {``, "token.rotate", `"overlap_until":[null,"`},
 		"DELETE /manage/projects/{id}/content": {``, "content.erase", `{}`},
+		"DELETE /manage/projects/{id}/cache":   {``, "cache.empty", `{}`},
 		"DELETE /manage/streams/{id}":          {``, "stream.cut", `"token_id":"tok_`},
 		"POST /manage/prices": {`{"match":"m1","input":"2.5","output":8}`,
 			"price.set", `{"input":[1,2.5],"output":[null,8]}`},

@@ -123,7 +123,8 @@ const (
 
 // cacheCounters count since the start of the program.
 type cacheCounters struct {
-	hits, misses, bypasses, collapsed atomic.Int64
+	hits, misses, collapsed           atomic.Int64
+	bypasses                          [len(bypassReasons)]atomic.Int64
 	stored, written, evicted, dropped atomic.Int64 // dropped: not written, because the queue was full or a write failed
 	savedNanos, savedUS               atomic.Int64
 }

@@ -277,7 +277,8 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 			store: in.store},
 		exporter: &exporter{
 			cfg: cfg, metrics: in.metrics, registry: in.registry, health: in.health, ledger: in.ledger, bodies: bodies,
-			running: in.running.snapshot, diskUse: diskUse, droppedLogLines: droppedLogLines, started: started,
+			cache: in.cache, running: in.running.snapshot, diskUse: diskUse, droppedLogLines: droppedLogLines,
+			started: started,
 		},
 	}
 	if cfg.adminPages {

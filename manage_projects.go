@@ -8,6 +8,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"strconv"
 	"time"
 )
 
@@ -582,4 +584,101 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 
 func (api *manageAPI) explainRoute(r *manageRequest) (any, error) {
 	return api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
+}
+
+// A cacheView is what the response cache has of a project, and what it has saved since a time.
+type cacheView struct {
+	Entries   int64            `json:"entries"`
+	Bytes     int64            `json:"bytes"`
+	Models    []cacheModelView `json:"models"` // largest first, at most 1,000
+	Since     timestamp        `json:"since"`
+	Calls     int64            `json:"calls"` // all of the project's, whether they can be cached or not
+	CacheHits int64            `json:"cache_hits"`
+	HitShare  float64          `json:"hit_share"` // of the calls, 0 to 1
+	Saved     dollars          `json:"saved"`
+	SavedMS   float64          `json:"saved_ms"`
+}
+
+type cacheModelView struct {
+	Model          string    `json:"model"`
+	Entries        int64     `json:"entries"`
+	Bytes          int64     `json:"bytes"`
+	OldestStoredAt timestamp `json:"oldest_stored_at"`
+}
+
+const cacheReportDays = 30
+
+// getCache returns what is cached of a project, and what the cache has saved in 30 days, today included.
+func (ops *operations) getCache(ctx context.Context, projectID string, now time.Time) (cacheView, error) {
+	p, err := ops.store.projectByID(ctx, projectID)
+	if err != nil {
+		return cacheView{}, err
+	}
+	today := now.UnixMilli() - now.UnixMilli()%dayMS
+	q := usageQuery{interval: "total", project: p.id, limit: 1,
+		from: today - (cacheReportDays-1)*dayMS, to: today + dayMS}
+	v := cacheView{Models: []cacheModelView{}, Since: timestamp(q.from)}
+	models, err := ops.store.cacheUsage(ctx, p.seq, now.UnixMilli())
+	if err != nil {
+		return v, err
+	}
+	for _, m := range models {
+		v.Entries, v.Bytes = v.Entries+m.entries, v.Bytes+m.bytes
+		v.Models = append(v.Models, cacheModelView{m.model, m.entries, m.bytes, timestamp(m.oldestStoredAt)})
+	}
+	if len(models) == maxCacheModels { // there may be more
+		if v.Entries, v.Bytes, err = ops.store.cacheSize(ctx, p.seq); err != nil {
+			return v, err
+		}
+	}
+	sums, err := ops.store.usage(ctx, q)
+	for _, s := range sums {
+		v.Calls, v.CacheHits, v.Saved, v.SavedMS = s.calls, s.hits, dollars(s.saved), float64(s.savedUS)/1000
+	}
+	if v.Calls > 0 {
+		v.HitShare = float64(v.CacheHits) / float64(v.Calls)
+	}
+	return v, err
+}
+
+func (api *manageAPI) getCache(r *manageRequest) (any, error) {
+	return api.ops.getCache(r.ctx, r.pathValue("id"), r.now)
+}
+
+const actionEmptyCache = "cache.empty"
+
+// emptyCache deletes a project's cached answers: those that a model gave ("": any), and that are older than a number
+// of seconds (0: of any age). It returns how many.
+func (ops *operations) emptyCache(
+	ctx context.Context, origin auditOrigin, projectID, model string, olderThan int64,
+) (int64, error) {
+	p, err := ops.store.projectByID(ctx, projectID)
+	if err != nil {
+		return 0, err
+	}
+	event, f := auditEvent{action: actionEmptyCache, object: p.id}, cacheFilter{project: p.seq, model: model}
+	if model != "" {
+		event.detail = append(event.detail, auditField{"model", model})
+	}
+	if olderThan != 0 {
+		event.detail = append(event.detail, auditField{"older_than_seconds", olderThan})
+		f.storedBefore = origin.at - olderThan*1000
+	}
+	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
+		return 0, fmt.Errorf("recording who empties a cache: %w", err)
+	}
+	return ops.cache.purge(ctx, f)
+}
+
+func (api *manageAPI) emptyCache(r *manageRequest) (any, error) {
+	var olderThan int64
+	if v := r.query.Get("older_than_seconds"); v != "" {
+		var err error
+		if olderThan, err = strconv.ParseInt(v, 10, 64); err != nil || olderThan < 1 || olderThan > maxCacheTTL {
+			return nil, badRequest("invalid_value", "older_than_seconds",
+				fmt.Sprintf("older_than_seconds must be a whole number from 1 to %d (30 days).", maxCacheTTL))
+		}
+	}
+	n, err := api.ops.emptyCache(r.ctx, r.origin, r.pathValue("id"), r.query.Get("model"), olderThan)
+	return map[string]any{"deleted": n}, err
 }

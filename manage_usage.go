@@ -143,6 +143,9 @@ type requestReply struct {
 	Attempts         int           `json:"attempts"`
 	AttemptLog       []attemptLine `json:"attempt_log"` // empty if there was one attempt
 	LimitHit         string        `json:"limit_hit"`   // the limit that refused the call, or would have (monitor only)
+	Cache            string        `json:"cache"`       // cacheHit or cacheNone
+	Saved            dollars       `json:"saved"`       // what the answer from the cache would have cost
+	SavedMS          float64       `json:"saved_ms"`    // how much longer the provider would have taken
 }
 
 func newRequestReply(v *requestView) requestReply {
@@ -170,6 +173,9 @@ func newRequestReply(v *requestView) requestReply {
 		Attempts:         v.attempts,
 		AttemptLog:       []attemptLine{},
 		LimitHit:         v.limitHit,
+		Cache:            cmp.Or(v.cache, cacheNone),
+		Saved:            dollars(v.saved),
+		SavedMS:          float64(v.savedUS) / 1000,
 	}
 	if v.attemptLog != "" {
 		_ = json.Unmarshal([]byte(v.attemptLog), &out.AttemptLog) // the program wrote it
@@ -203,10 +209,13 @@ func (api *manageAPI) listRequests(r *manageRequest) (any, error) {
 	}
 	f := requestFilter{
 		project: r.query.Get("project_id"), token: r.query.Get("token_id"), outcome: r.query.Get("outcome"),
-		before: math.MaxInt64, limit: page.limit}
+		cache: r.query.Get("cache"), before: math.MaxInt64, limit: page.limit}
 	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
 		return nil, badRequest("invalid_value", "outcome",
 			"outcome must be open, ok, refused, client_gone, truncated, upstream_error or lost.")
+	}
+	if f.cache != "" && f.cache != cacheHit && f.cache != cacheNone {
+		return nil, badRequest("invalid_value", "cache", "cache must be hit or none.")
 	}
 	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {
@@ -270,6 +279,7 @@ type usageReply struct {
 	Model           *string    `json:"model,omitempty"` // "": names without sums of their own, see requestRow.sumModel
 	Endpoint        *string    `json:"endpoint,omitempty"`
 	Outcome         *string    `json:"outcome,omitempty"`
+	Cache           *string    `json:"cache,omitempty"` // cacheHit or cacheNone
 	Calls           int64      `json:"calls"`
 	InputTokens     int64      `json:"input_tokens"`
 	CachedTokens    int64      `json:"cached_tokens"`
@@ -278,7 +288,10 @@ type usageReply struct {
 	Cost            dollars    `json:"cost"` // of the calls with a known price
 	UnpricedCalls   int64      `json:"unpriced_calls"`
 	EstimatedCalls  int64      `json:"estimated_calls"`
-	WouldRefuse     int64      `json:"would_refuse"` // calls that a monitor-only limit would have refused
+	WouldRefuse     *int64     `json:"would_refuse,omitempty"` // calls that a monitor-only limit would have refused
+	CacheHits       int64      `json:"cache_hits"`
+	Saved           dollars    `json:"saved"` // by these
+	SavedMS         float64    `json:"saved_ms"`
 }
 
 const maxUsageRows = 10_000
@@ -358,12 +371,12 @@ func (q *usageQuery) parseGroupBy(text string) error {
 		return nil
 	}
 	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
-		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome}
+		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache}
 	for by := range strings.SplitSeq(text, ",") {
 		group, ok := groups[by]
 		if !ok || *group {
 			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint and outcome, each once.")
+				"group_by must list some of project, token, model, endpoint, outcome and cache, each once.")
 		}
 		*group = true
 	}
@@ -381,7 +394,9 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 		Cost:            dollars(u.cost),
 		UnpricedCalls:   u.unpriced,
 		EstimatedCalls:  u.estimated,
-		WouldRefuse:     u.wouldRefuse,
+		CacheHits:       u.hits,
+		Saved:           dollars(u.saved),
+		SavedMS:         float64(u.savedUS) / 1000,
 	}
 	if q.interval != "total" {
 		v.At = new(timestamp(u.at))
@@ -400,6 +415,11 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 	}
 	if q.byOutcome {
 		v.Outcome = &u.outcome
+	}
+	if q.byCache {
+		v.Cache = &u.cache
+	} else { // the sums do not say which of these calls the cache answered
+		v.WouldRefuse = &u.wouldRefuse
 	}
 	return v
 }

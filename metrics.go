@@ -487,6 +487,7 @@ type exporter struct {
 	health          *healthTracker
 	ledger          *ledger
 	bodies          *bodyMemory
+	cache           *responseCache
 	running         func() runningSnapshot
 	diskUse         func(context.Context) (diskUsage, error)
 	droppedLogLines func() int64
@@ -501,6 +502,7 @@ func (e *exporter) page(ctx context.Context) []byte {
 	e.metrics.writeRequests(w)
 	e.writeRunning(w)
 	e.writeLedger(w)
+	e.cache.writeMetrics(w)
 	e.writeDisk(ctx, w)
 	writeRuntime(w, e.started)
 	return w.b
@@ -572,6 +574,51 @@ func (e *exporter) writeLedger(w *metricsWriter) {
 	w.beginFamily("ledger_rows_refused_total", "counter",
 		"Writes of rows that the database refused, such as by a trigger; each retry counts.")
 	w.writeInt(e.ledger.refusedRows.Load())
+}
+
+// writeMetrics writes what the response cache has, and what it has done since the start.
+func (c *responseCache) writeMetrics(w *metricsWriter) {
+	var waiting int
+	c.mu.Lock()
+	for _, f := range c.flights {
+		waiting += f.waiting
+	}
+	inMemory, memoryBytes, onDisk, diskBytes := len(c.memory), c.memoryBytes, len(c.onDisk), c.diskBytes
+	c.mu.Unlock()
+	for _, f := range []struct {
+		name, help string
+		value      int64
+	}{
+		{"hits_total", "Calls that the response cache answered.", c.hits.Load()},
+		{"collapsed_total", "Hits that waited for the answer to an identical call.", c.collapsed.Load()},
+		{"misses_total", "Calls that the cache could have answered and did not.", c.misses.Load()},
+		{"stored_total", "Answers that were cached.", c.stored.Load()},
+		{"evictions_total", "Answers that were deleted from the disk to make room.", c.evicted.Load()},
+		{"dropped_writes_total", "Answers that were not written to the disk: the queue was full, or the write failed.",
+			c.dropped.Load()},
+	} {
+		w.beginFamily("cache_"+f.name, "counter", f.help)
+		w.writeInt(f.value)
+	}
+	w.beginFamily("cache_bypasses_total", "counter",
+		"Calls of projects with a cache that took no part in it, by reason.")
+	for i, reason := range bypassReasons {
+		w.writeInt(c.bypasses[i].Load(), "reason", reason)
+	}
+	w.beginFamily("cache_saved_dollars_total", "counter", "What the answers from the cache would have cost.")
+	w.writeDecimal(c.savedNanos.Load(), 9)
+	w.beginFamily("cache_saved_seconds_total", "counter", "How much longer the providers would have taken.")
+	w.writeDecimal(c.savedUS.Load(), 6)
+	w.beginFamily("cache_entries", "gauge", "Cached answers, in memory and on disk. Most are in both.")
+	w.writeInt(int64(inMemory), "tier", "memory")
+	w.writeInt(int64(onDisk), "tier", "disk")
+	w.beginFamily("cache_bytes", "gauge", "Size of these answers.")
+	w.writeInt(memoryBytes, "tier", "memory")
+	w.writeInt(max(0, diskBytes), "tier", "disk")
+	w.writeGauges([]gauge{
+		{"cache_max_bytes", "MAX_CACHE_BYTES.", c.maxBytes},
+		{"cache_waiting_calls", "Calls that wait for the answer to an identical one.", int64(waiting)},
+	})
 }
 
 // writeDisk writes sizes. It leaves them out if they cannot be read.

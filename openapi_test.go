@@ -545,6 +545,7 @@ func TestOpenAPIResponses(t *testing.T) {
 	c.call("POST", path+"/tokens/revoke", "", 200)
 	c.call("DELETE", upstream, "", 200)
 	c.call("DELETE", path+"/content", "", 200)
+	c.call("DELETE", path+"/cache", "", 200)
 	c.call("DELETE", path, "", 200)
 	for _, path := range []string{"/healthz", "/readyz"} {
 		c.checkResponse("GET", path, c.do("GET", path, ""))
@@ -557,7 +558,11 @@ func TestOpenAPIResponses(t *testing.T) {
 func (c responseTest) checkCallResponses() {
 	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
 	c.allowSecret(promptCanary)
+	c.enableCache(`"when":"always"`)
 	c.chat()
+	c.cacheSettled()
+	c.call("GET", "/manage/projects/"+c.project+"/cache", "", 200)
+	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
 	c.chat()
 	c.chat(`"stream":true`)
 	second, _ := c.addUpstream(`"priority":1`)
@@ -576,6 +581,7 @@ func (c responseTest) checkCallResponses() {
 	c.call("GET", request, "", 200)
 	c.call("GET", request+"/content", "", 200)
 	c.call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome", "", 200)
+	c.call("GET", "/manage/usage?group_by=cache", "", 200)
 	c.call("GET", "/manage/usage?interval=total", "", 200)
 }
 

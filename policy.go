@@ -457,6 +457,9 @@ func (p *cachePolicy) maxEntry() int64 {
 	return defaultMaxEntryBytes
 }
 
+// bypassReasons are the reasons for which the cache takes no part in a call. Clients and metrics get these names.
+var bypassReasons = [...]string{"endpoint", "stateful", "tools", "not-deterministic", "no-store"}
+
 // bypassReason returns why the cache does not take part in a call, "" if it does. f comes from scanJSON of body.
 func (p *cachePolicy) bypassReason(e *endpoint, f *callFields, body []byte) string {
 	if !p.covers(e) {

@@ -74,7 +74,7 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 		reason = "no-store"
 	}
 	if reason != "" {
-		p.cache.bypasses.Add(1)
+		p.cache.bypasses[indexOf(bypassReasons[:], reason)].Add(1)
 		u.setStatus(w.Header(), cacheBypass+reason)
 		return u.directives.onlyIfCached && p.failUncached(c, w)
 	}

@@ -103,12 +103,14 @@ type cacheUsage struct {
 	oldestStoredAt int64
 }
 
-// cacheUsage returns what is cached of a project, by model, the largest share first.
+const maxCacheModels = 1000
+
+// cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
 func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
 	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
 		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
 	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
-		GROUP BY model ORDER BY 3 DESC LIMIT 1000`, project, now)
+		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
 }
 
 // deleteCached deletes up to limit of the answers that f describes, and returns their ids and bytes.

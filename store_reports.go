@@ -20,6 +20,7 @@ type usageQuery struct {
 	from, to                                           int64  // from <= start of the hour or day < to
 	project, token                                     string // ids, "" for all
 	byProject, byToken, byModel, byEndpoint, byOutcome bool
+	byCache                                            bool
 	limit                                              int // of groups, and of projects and tokens that are read
 }
 
@@ -33,8 +34,8 @@ type usageKey struct {
 	usageLabels
 }
 
-// usageLabels are the columns of usage_sums by which a query may group.
-type usageLabels struct{ model, endpoint, outcome string }
+// usageLabels are the columns of usage_sums by which a query may group, and cacheHit or cacheNone.
+type usageLabels struct{ model, endpoint, outcome, cache string }
 
 type usageRow struct {
 	usageKey
@@ -45,7 +46,7 @@ func (k *usageKey) compare(o *usageKey) int {
 	return cmp.Or(cmp.Compare(k.at, o.at),
 		cmp.Compare(k.projectName, o.projectName), cmp.Compare(k.projectID, o.projectID),
 		cmp.Compare(k.tokenName, o.tokenName), cmp.Compare(k.tokenID, o.tokenID), cmp.Compare(k.model, o.model),
-		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome))
+		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome), cmp.Compare(k.cache, o.cache))
 }
 
 var errTooManyRows = errors.New("too many rows")
@@ -207,6 +208,15 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		}
 		if q.byOutcome {
 			k.outcome = labels.outcome
+		}
+		if q.byCache {
+			if k.cache = cacheHit; v.hits > 0 {
+				getOrInsert(groups, k).merge(v.fromCache())
+			}
+			if k.cache = cacheNone; v.hits == v.calls {
+				continue
+			}
+			v = v.fromProviders()
 		}
 		getOrInsert(groups, k).merge(v)
 	}

@@ -58,19 +58,27 @@ func (s *store) requestByID(ctx context.Context, id int64) (v requestView, err e
 	return v, err
 }
 
+// cacheHit and cacheNone say whether the response cache answered a call.
+const (
+	cacheHit  = "hit"
+	cacheNone = "none" // "" in the table
+)
+
 // A requestFilter says which calls a list has. Empty strings and zeros let all calls through.
 type requestFilter struct {
 	project, token           string // ids
 	outcome, model, endpoint string
-	statusFrom, statusTo     int   // statusFrom <= status < statusTo
-	from, before             int64 // ids, and so a range of time: from <= id < before
+	cache                    string // cacheHit or cacheNone
+	statusFrom, statusTo     int    // statusFrom <= status < statusTo
+	from, before             int64  // ids, and so a range of time: from <= id < before
 	limit                    int
 }
 
 // needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are
 // read too, and they may be many.
 func (f *requestFilter) needsScan() bool {
-	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.token != "" && f.project != ""
+	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" ||
+		f.token != "" && f.project != ""
 }
 
 // maxScannedRequests is how many calls are read for one page of a list.
@@ -125,7 +133,8 @@ func (s *store) scanStart(ctx context.Context, f *requestFilter, limit int) (fro
 func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestView, error) {
 	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
-		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) ORDER BY r.id DESC LIMIT ?5`
+		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10)
+		AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit')) ORDER BY r.id DESC LIMIT ?5`
 	const ofToken = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`
 	const ofProject = `r.project = (SELECT seq FROM projects WHERE id = ?1)`
 	const fromRunning = selectRunning + `WHERE r.batch < ?3 AND ` // no later batch has an earlier call
@@ -139,7 +148,8 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	}
 	list := func(query string) ([]requestView, error) {
 		return collect(ctx, s.readDB, "listing calls", (*requestView).columns, query,
-			scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo)
+			scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo,
+			f.cache)
 	}
 	var out []requestView
 	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // running calls can match

@@ -243,6 +243,18 @@ func (s *usageSum) merge(o usageSum) {
 	s.savedUS = addSat(s.savedUS, o.savedUS)
 }
 
+// fromCache returns the part of the sum that the cache answered. Such calls use no tokens and cost nothing.
+func (s *usageSum) fromCache() usageSum {
+	return usageSum{calls: s.hits, hits: s.hits, saved: s.saved, savedUS: s.savedUS}
+}
+
+// fromProviders returns the rest of the sum.
+func (s *usageSum) fromProviders() usageSum {
+	rest := *s
+	rest.calls, rest.hits, rest.saved, rest.savedUS = s.calls-s.hits, 0, 0, 0
+	return rest
+}
+
 // sumModel is the model under which a call is summed. A name that a client invented must not make a row of
 // its own, or one client could fill the disk.
 func (r *requestRow) sumModel() string {

@@ -1,0 +1,315 @@
+// Tests of what administrators see and do about the response cache: /manage, its sums and filters, /metrics, and the
+// pages.
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A cacheReport is the answer of /manage/projects/{id}/cache.
+type cacheReport struct {
+	Entries, Bytes int64
+	Models         []struct {
+		Model, OldestStoredAt string
+		Entries, Bytes        int64
+	}
+	Since    time.Time
+	Calls    int64
+	Hits     int64   `json:"cache_hits"`
+	HitShare float64 `json:"hit_share"`
+	Saved    float64
+	SavedMS  float64 `json:"saved_ms"`
+}
+
+func (p *testProxy) cacheReport(project string) (r cacheReport) {
+	p.t.Helper()
+	p.cacheSettled()
+	p.manage("GET", "/manage/projects/"+project+"/cache", "", 200, &r)
+	return r
+}
+
+// replyAs answers each call as the model that it names.
+func replyAs(c *providerConn, r recordedRequest) bool {
+	return c.reply(200, `{"id":"c1","object":"chat.completion","model":"`+between(r.body, `"model":"`, `"`)+
+		`","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],`+
+		`"usage":{"prompt_tokens":1000,"completion_tokens":100,"total_tokens":1100}}`)
+}
+
+// cachedModel makes a call to a model that may be cached.
+func (p *testProxy) cachedModel(token, model, text string) testResponse {
+	p.t.Helper()
+	return p.do("POST", "/v1/chat/completions", `{"model":"`+model+`","temperature":0,"messages":[{"role":"user",`+
+		`"content":"`+text+`"}]}`, "Authorization", "Bearer "+token, "Content-Type", "application/json")
+}
+
+// TestManageCache: an administrator sees what is cached of a project and what that saves, and deletes all of it, what
+// a model gave, or what is old. Nothing of another project is seen or deleted.
+func TestManageCache(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(replyAs)
+	if r := p.cacheReport(p.project); r.Entries+r.Bytes+r.Calls+r.Hits != 0 || len(r.Models) != 0 || r.HitShare != 0 {
+		t.Errorf("an empty cache: %+v", r)
+	}
+	other, otherToken := p.secondCachedProject()
+	p.expectFrom("the other project", "provider", func() testResponse {
+		return p.cachedModel(otherToken, "gpt-4o", "a")
+	})
+	call := func(from, model, text string) {
+		t.Helper()
+		p.expectFrom(model+" "+text, from, func() testResponse { return p.cachedModel(p.token, model, text) })
+	}
+	fill := func() {
+		t.Helper()
+		p.manage("DELETE", "/manage/projects/"+p.project+"/cache", "", 200, nil)
+		call("provider", "gpt-4o", "a")
+		call("provider", "gpt-4o", "b")
+		call("provider", "gpt-4o-mini", "a")
+		p.cacheSettled()
+	}
+	fill()
+	call("cache", "gpt-4o", "a")
+	r := p.cacheReport(p.project)
+	const cost = 1000*2.5e-6 + 100*10e-6 // of gpt-4o
+	if r.Entries != 3 || r.Bytes < 3*entryOverhead || len(r.Models) != 2 || r.Models[0].Model != "gpt-4o" ||
+		r.Models[0].Entries != 2 || r.Models[0].Bytes+r.Models[1].Bytes != r.Bytes || r.Calls != 4 || r.Hits != 1 ||
+		r.HitShare != 0.25 || r.Saved < cost-1e-9 || r.Saved > cost+1e-9 || r.SavedMS < 0 ||
+		time.Since(r.Since) < 29*24*time.Hour || time.Since(r.Since) > 30*24*time.Hour {
+		t.Errorf("got %+v", r)
+	}
+	for _, c := range []struct {
+		query string
+		sql   string // before
+		want  int
+		left  []string
+	}{
+		{"?model=gpt-4o", "", 2, []string{"gpt-4o-mini a"}},
+		{"?model=none-such", "", 0, []string{"gpt-4o a", "gpt-4o b", "gpt-4o-mini a"}},
+		{"?older_than_seconds=3600", "", 0, []string{"gpt-4o a", "gpt-4o b", "gpt-4o-mini a"}},
+		{"?older_than_seconds=60", `UPDATE cache SET stored_at = stored_at - 61000 WHERE model = 'gpt-4o-mini'`, 1,
+			[]string{"gpt-4o a", "gpt-4o b"}},
+		{"?older_than_seconds=60&model=gpt-4o", `UPDATE cache SET stored_at = stored_at - 61000`, 2,
+			[]string{"gpt-4o-mini a"}},
+		{"", "", 3, nil},
+	} {
+		fill()
+		if c.sql != "" {
+			p.execSQL(c.sql)
+			p.forgetMemory()
+		}
+		var got struct{ Deleted int }
+		p.manage("DELETE", "/manage/projects/"+p.project+"/cache"+c.query, "", 200, &got)
+		if got.Deleted != c.want {
+			t.Errorf("%q deleted %d, want %d", c.query, got.Deleted, c.want)
+		}
+		if r := p.cacheReport(p.project); r.Entries != int64(3-c.want) {
+			t.Errorf("%q left %d entries", c.query, r.Entries)
+		}
+		for _, name := range []string{"gpt-4o a", "gpt-4o b", "gpt-4o-mini a"} {
+			from := "provider"
+			if strings.Contains(strings.Join(c.left, ","), name) {
+				from = "cache"
+			}
+			model, text, _ := strings.Cut(name, " ")
+			call(from, model, text)
+		}
+	}
+	if r := p.cacheReport(other); r.Entries != 1 || r.Calls != 1 {
+		t.Errorf("of the other project: %+v", r)
+	}
+}
+
+// secondCachedProject creates another project with a cache, and returns its ID and a token of it.
+func (p *testProxy) secondCachedProject() (id, token string) {
+	p.t.Helper()
+	var project, created struct{ ID, Token string }
+	p.manage("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+p.provider.key+
+		`","policy":{"cache":{"ttl_seconds":3600}}}`, 201, &project)
+	p.manage("POST", "/manage/tokens", `{"project_id":"`+project.ID+`","name":"other"}`, 201, &created)
+	return project.ID, created.Token
+}
+
+// TestManageCacheRefused: a viewer sees the cache and deletes nothing; parameters that cannot be meant are refused, and
+// nothing is deleted without an entry on the audit trail.
+func TestManageCacheRefused(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.cachedChat(p.token, "")
+	p.cacheSettled()
+	var viewer, operator struct{ Key string }
+	p.manage("POST", "/manage/keys", `{"name":"v","role":"viewer"}`, 201, &viewer)
+	p.manage("POST", "/manage/keys", `{"name":"o","role":"operator"}`, 201, &operator)
+	path := "/manage/projects/" + p.project + "/cache"
+	for _, c := range []struct {
+		key, method, path string
+		want              int
+		param             string
+	}{
+		{viewer.Key, "GET", path, 200, ""},
+		{viewer.Key, "DELETE", path, 403, ""},
+		{operator.Key, "GET", "/manage/projects/proj_none/cache", 404, ""},
+		{operator.Key, "DELETE", "/manage/projects/proj_none/cache", 404, ""},
+		{operator.Key, "DELETE", path + "?older_than_seconds=0", 400, "older_than_seconds"},
+		{operator.Key, "DELETE", path + "?older_than_seconds=-1", 400, "older_than_seconds"},
+		{operator.Key, "DELETE", path + "?older_than_seconds=2592001", 400, "older_than_seconds"},
+		{operator.Key, "DELETE", path + "?older_than_seconds=1h", 400, "older_than_seconds"},
+		{operator.Key, "DELETE", path + "?older_than_seconds=99999999999999999999", 400, "older_than_seconds"},
+		{operator.Key, "DELETE", path + "?model=", 400, "model"},
+		{operator.Key, "DELETE", path + "?endpoint=x", 400, "endpoint"},
+		{operator.Key, "GET", "/manage/requests?cache=miss", 400, "cache"},
+		{operator.Key, "GET", "/manage/usage?group_by=cache,cache", 400, "group_by"},
+	} {
+		res := p.manageAs(c.key, c.method, c.path, "")
+		if res.status != c.want || c.param != "" && !strings.Contains(res.body, `"param":"`+c.param+`"`) {
+			t.Errorf("%s %s: got %d %s, want %d about %q", c.method, c.path, res.status, res.body, c.want, c.param)
+		}
+	}
+	p.allowErrors = true
+	p.execSQL(`CREATE TRIGGER no_audit BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`)
+	if res := p.manageAs(operator.Key, "DELETE", path, ""); res.status < 500 {
+		t.Errorf("emptied without an entry on the trail: %d", res.status)
+	}
+	p.execSQL(`DROP TRIGGER no_audit`)
+	if r := p.cacheReport(p.project); r.Entries != 1 {
+		t.Errorf("%d entries are left", r.Entries)
+	}
+	p.expectFrom("afterwards", "cache", func() testResponse { return p.cachedChat(p.token, "") })
+	if res := p.manageAs(operator.Key, "DELETE", path, ""); res.status != 200 || res.body != "{\"deleted\":1}\n" {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+}
+
+// TestUsageByCache: usage can be grouped by whether the cache answered, alone and with every other group, for every
+// interval, and the parts add up to the whole. Calls can be filtered by it.
+func TestUsageByCache(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(replyAs)
+	for range 3 {
+		p.cachedModel(p.token, "gpt-4o", "a")
+	}
+	p.cachedModel(p.token, "gpt-4o-mini", "a")
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(400, "{}") })
+	p.cachedModel(p.token, "gpt-4o", "refused")
+	p.waitSettled()
+	type row struct {
+		Cache, Model, Outcome string
+		Calls                 int64
+		CacheHits             int64 `json:"cache_hits"`
+		InputTokens           int64 `json:"input_tokens"`
+		Cost, Saved           float64
+		WouldRefuse           *int64 `json:"would_refuse"`
+	}
+	usage := func(query string) (rows []row) {
+		var list struct{ Data []row }
+		p.manage("GET", "/manage/usage?"+query, "", 200, &list)
+		return list.Data
+	}
+	const cost, mini = 0.0035, 1000*0.15e-6 + 100*0.6e-6
+	for _, interval := range []string{"hour", "day", "month", "total"} {
+		for _, scope := range []string{"", "&project_id=" + p.project, "&token_id=" + p.lastCall().TokenID} {
+			rows := usage("interval=" + interval + "&group_by=cache" + scope)
+			if len(rows) != 2 || rows[0].Cache != "hit" || rows[1].Cache != "none" || rows[0].Calls != 2 ||
+				rows[0].CacheHits != 2 || rows[0].InputTokens != 0 || rows[0].Cost != 0 ||
+				!isAbout(rows[0].Saved, 2*cost) || rows[1].Calls != 3 || rows[1].InputTokens != 2000 ||
+				!isAbout(rows[1].Cost, cost+mini) || rows[1].Saved != 0 || rows[1].CacheHits != 0 ||
+				rows[0].WouldRefuse != nil || rows[1].WouldRefuse != nil {
+				t.Errorf("%s %s: got %+v", interval, scope, rows)
+			}
+			rows = usage("interval=" + interval + scope)
+			if len(rows) != 1 || rows[0].Calls != 5 || rows[0].CacheHits != 2 || !isAbout(rows[0].Saved, 2*cost) ||
+				rows[0].WouldRefuse == nil {
+				t.Errorf("%s %s, all together: got %+v", interval, scope, rows)
+			}
+		}
+		var got []string
+		for _, r := range usage("interval=" + interval + "&group_by=project,token,endpoint,outcome,model,cache") {
+			got = append(got, fmt.Sprint(r.Model, " ", r.Outcome, " ", r.Cache, " ", r.Calls))
+		}
+		want := "gpt-4o ok hit 2, gpt-4o ok none 1, gpt-4o upstream_error none 1, gpt-4o-mini ok none 1"
+		if strings.Join(got, ", ") != want {
+			t.Errorf("%s by everything: got %s, want %s", interval, strings.Join(got, ", "), want)
+		}
+	}
+	type call struct {
+		Cache   string
+		Saved   float64
+		SavedMS *float64 `json:"saved_ms"`
+	}
+	for query, want := range map[string]int{"": 5, "?cache=hit": 2, "?cache=none": 3, "?cache=hit&outcome=ok": 2,
+		"?cache=hit&outcome=refused": 0, "?cache=hit&limit=1": 1} {
+		var list struct{ Data []call }
+		p.manage("GET", "/manage/requests"+query, "", 200, &list)
+		if len(list.Data) != want {
+			t.Errorf("%q: got %d calls, want %d", query, len(list.Data), want)
+		}
+		for _, c := range list.Data {
+			if c.SavedMS == nil || (c.Cache == "hit") != (c.Saved > 0) || strings.Contains(query, "cache=") &&
+				!strings.Contains(query, "cache="+c.Cache) {
+				t.Errorf("%q: got %+v", query, c)
+			}
+		}
+	}
+}
+
+func isAbout(got, want float64) bool { return got >= want-1e-9 && got <= want+1e-9 }
+
+// TestMetricsCache: /metrics counts what the cache does, and its numbers agree with the ledger.
+func TestMetricsCache(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.cachedChat(p.token, "") // without a cache
+	p.enableCache()
+	for range 3 {
+		p.cachedChat(p.token, "")
+	}
+	p.chat()                          // not deterministic
+	p.cachedChat(p.token, `"seed":1`) // a miss
+	p.cachedChat(p.token, `"store":true`)
+	p.cachedChat(p.token, "", "Cache-Control", "no-store")
+	p.cachedChat(p.token, "", "Cache-Control", "no-cache")
+	p.cacheSettled()
+	var usage struct {
+		Data []struct{ Saved float64 }
+	}
+	p.manage("GET", "/manage/usage?interval=total", "", 200, &usage)
+	m := p.metrics()
+	for name, want := range map[string]float64{
+		`hits_total`: 2, `collapsed_total`: 0, `misses_total`: 3, `stored_total`: 3,
+		`bypasses_total{reason="not-deterministic"}`: 1, `bypasses_total{reason="stateful"}`: 1,
+		`bypasses_total{reason="no-store"}`: 1, `bypasses_total{reason="tools"}`: 0,
+		`bypasses_total{reason="endpoint"}`: 0, `entries{tier="memory"}`: 2, `entries{tier="disk"}`: 2,
+		`waiting_calls`: 0, `evictions_total`: 0, `dropped_writes_total`: 0, `max_bytes`: 256 << 20,
+		`saved_dollars_total`: usage.Data[0].Saved,
+	} {
+		if got, ok := m["llm_proxy_cache_"+name]; !ok || !isAbout(got, want) {
+			t.Errorf("%s is %v, want %v", name, got, want)
+		}
+	}
+	if m[`llm_proxy_cache_bytes{tier="disk"}`] < 2*entryOverhead || m[`llm_proxy_cache_saved_seconds_total`] < 0 {
+		t.Errorf("got %v bytes", m[`llm_proxy_cache_bytes{tier="disk"}`])
+	}
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		<-release
+		return chatScript(c, r)
+	})
+	_, wait := p.manyChats(context.Background(), 3, p.token, `"temperature":0,"seed":2`)
+	waitFor(t, "two calls to wait for the first", func() bool {
+		return p.metrics()["llm_proxy_cache_waiting_calls"] == 2
+	})
+	close(release)
+	wait()
+	p.waitSettled()
+	if m := p.metrics(); m["llm_proxy_cache_waiting_calls"] != 0 || m["llm_proxy_cache_collapsed_total"] != 2 ||
+		m["llm_proxy_cache_hits_total"] != 4 {
+		t.Errorf("after waiting: %v hits", m["llm_proxy_cache_hits_total"])
+	}
+}
