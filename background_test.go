@@ -146,6 +146,42 @@ func TestBackgroundResponse(t *testing.T) {
 	}
 }
 
+// TestBackgroundReserves: until the usage of a background response is known, limits count what was reserved, through a
+// restart, too. So many responses at one time do not exceed a budget.
+func TestBackgroundReserves(t *testing.T) {
+	t.Parallel()
+	for _, limit := range []string{
+		`{"count":"tokens","max":30000,"per":"day"}`,
+		`{"count":"dollars","max":0.3,"per":"lifetime"}`, // gpt-5 costs $10 per million output tokens
+	} {
+		t.Run(limit, func(t *testing.T) {
+			t.Parallel()
+			p, b := newBackgroundTest(t)
+			_, maker := p.newToken(`"name":"maker","policy":{"limits":[` + limit + `]}`)
+			for range 3 {
+				p.makeResponse(maker, `"max_output_tokens":9000`)
+			}
+			again := func(want int) {
+				t.Helper()
+				const body = `{"model":"gpt-5","input":"hello","background":true,"max_output_tokens":9000}`
+				if res := p.postAs(maker, "/v1/responses", body); res.status != want {
+					t.Errorf("got %d %s, want %d", res.status, res.body, want)
+				}
+			}
+			again(429)
+			if err := p.stop(); err != nil {
+				t.Fatal(err)
+			}
+			p.start()
+			again(429)
+			b.set(responseJSON("resp_1", "completed", `{"input_tokens":9,"output_tokens":90,"total_tokens":99}`), false)
+			p.getResponse(p.token, "resp_1") // this response gives back nearly all that it had reserved
+			again(200)
+			again(429)
+		})
+	}
+}
+
 // TestBackgroundEnds: every way in which the usage of a background response becomes known, or never does.
 func TestBackgroundEnds(t *testing.T) {
 	t.Parallel()

@@ -337,12 +337,12 @@ type requestRow struct {
 	modelTracked          bool        // model may have its own sums (see sumModel)
 	requestedModelTracked bool        // requestedModel may have its own sums
 
-	// backgroundID is the provider's id of a response of which the call's usage is known later; the tokens that were
-	// reserved count if it never becomes known.
-	backgroundID                  string
-	reservedInput, reservedOutput int64
-	usageOf                       int64 // not 0: no call, but the usage of this one, which has become known
-	counted                       bool  // the ledger has added usageOf's usage to the sums: it was the first
+	// backgroundID is the provider's id of a response of which the call's usage is known later. Until then limits count
+	// what was reserved, and the sums count it if the usage never becomes known.
+	backgroundID                                string
+	reservedInput, reservedOutput, reservedCost int64
+	usageOf                                     int64 // not 0: no call, but the usage of this one, now known
+	counted                                     bool  // the ledger has added usageOf's usage to the sums
 }
 
 // durableFields returns pointers to the fields that describe the call, in a fixed order. Stored content is not
@@ -353,7 +353,7 @@ func (r *requestRow) durableFields() []any {
 		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
-		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.usageOf, &r.counted}
+		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)
 	}

@@ -55,10 +55,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 	if reason := abortCause(c.ctx); reason != nil && reason.limit != "" {
 		row.limitHit, row.wouldRefuse = reason.limit, false
 	}
-	used := finalUsage{forwarded: row.outcome != outcomeRefused, tokens: row.counts.input + row.counts.output}
-	if row.priced {
-		used.dollars = row.cost
-	}
+	used := row.limitUsage()
 	if !used.forwarded {
 		c.token.refund() // the ledger does not count it either
 	} else if c.storedContent != nil {
@@ -172,6 +169,7 @@ func (c *call) fillUsage(row *requestRow) {
 	if row.backgroundID = m.pendingResponse(c.fields.background); row.backgroundID != "" {
 		est := &c.reservation.estimate
 		row.reservedInput, row.reservedOutput = est.input, est.output
+		row.reservedCost = addSat(est.inputCost, est.outputCost)
 		return // its usage is known later: see settleResponse
 	}
 	row.counts, row.source = m.counts, m.source()

@@ -276,6 +276,19 @@ type finalUsage struct {
 	dollars   int64 // nano-dollars
 }
 
+// limitUsage returns what limits count of a call that has ended: what was reserved, while the usage of its background
+// response is not known.
+func (r *requestRow) limitUsage() finalUsage {
+	u := finalUsage{forwarded: r.outcome != outcomeRefused, tokens: addSat(r.counts.input, r.counts.output)}
+	switch {
+	case r.backgroundID != "":
+		u.tokens, u.dollars = addSat(r.reservedInput, r.reservedOutput), r.reservedCost
+	case r.priced:
+		u.dollars = r.cost
+	}
+	return u
+}
+
 func (u *finalUsage) value(m limitMetric) int64 {
 	switch m {
 	case metricTokens:

@@ -147,21 +147,20 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	return nil
 }
 
-// countLate counts the usage of a call in counters, where the window in which it started is the current one.
+// countLate replaces what was reserved for a call by its usage in counters, where the window in which it started is the
+// current one.
 func countLate(counters []*limitCounter, r *requestRow, now int64) {
 	_, pattern, _ := strings.Cut(r.endpoint, " ")
-	used := finalUsage{tokens: addSat(r.counts.input, r.counts.output)}
-	if r.priced {
-		used.dollars = r.cost
-	}
+	used := r.limitUsage()
+	counted := finalUsage{tokens: addSat(r.reservedInput, r.reservedOutput), dollars: r.reservedCost}
 	for _, c := range counters {
 		c.advance(now)
 		if !c.limit.applies(r.endpoint, pattern, r.requestedModel) || c.windowEnd > 0 && r.started < c.windowStart {
 			continue
 		}
-		n := used.value(c.limit.metric)
+		n := used.value(c.limit.metric) - counted.value(c.limit.metric)
 		if c.limit.period.bucketMS() == 0 {
-			c.used = addSat(c.used, n)
+			c.used = max(0, addSat(c.used, n))
 		} else if n > 0 { // at most one period of debt, as for any call
 			c.used = max(c.used, min(c.used+n*c.scale(), 2*c.limit.max*c.scale()))
 		}
@@ -191,7 +190,11 @@ func (ls *limitState) loadPastUsage(ctx context.Context, p *policy, project, tok
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, periodUsage{period, rows})
+		reserved, err := ls.store.reservedSince(ctx, project, token, minIDAt(time.UnixMilli(from)))
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, periodUsage{period, append(rows, reserved...)})
 	}
 	return out, nil
 }

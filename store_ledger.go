@@ -105,8 +105,8 @@ func ledgerSQL() [ledgerStmtCount]string {
 		// A provider that names one response twice, such as for a repeated call, has it counted once.
 		stmtBackground: `
 			INSERT OR IGNORE INTO background (call, project, token, upstream, response, endpoint, outcome, model,
-				model_tracked, asked, asked_tracked, reserved_input, reserved_output)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				model_tracked, asked, asked_tracked, reserved_input, reserved_output, reserved_cost)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtBackgroundUsage: `
 			UPDATE background SET usage_source = ?2, input_tokens = ?3, cached_tokens = ?4, cache_write_tokens = ?5,
 				output_tokens = ?6, reasoning_tokens = ?7, cost = ?8
@@ -408,7 +408,7 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 		if err == nil && r.backgroundID != "" {
 			err = w.exec(ctx, stmtBackground, r.id, r.project, r.token, r.upstream, r.backgroundID, r.endpoint,
 				string(r.outcome), r.model, r.modelTracked, r.requestedModel, r.requestedModelTracked,
-				r.reservedInput, r.reservedOutput)
+				r.reservedInput, r.reservedOutput, r.reservedCost)
 		}
 		if err == nil && r.content != nil {
 			c := r.content

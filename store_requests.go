@@ -229,10 +229,22 @@ func (s *store) expiredUsage(ctx context.Context, before int64, limit int) ([]re
 		WHERE usage_source = '' AND call < ? ORDER BY call LIMIT ?`, before, limit)
 }
 
+// reservedSince returns what was reserved for background responses whose usage is not known, of calls with an id of
+// from or above, of a token or, with token 0, of a whole project. Their calls are in the sums, without usage.
+func (s *store) reservedSince(ctx context.Context, project, token, from int64) ([]pastUsage, error) {
+	return collect(ctx, s.readDB, "reading what background responses have reserved", func(u *pastUsage) []any {
+		return []any{&u.endpoint, &u.requestedModel, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
+	}, `
+		SELECT endpoint, CASE asked_tracked WHEN 1 THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
+		FROM background WHERE usage_source = '' AND project = ? AND ? IN (0, token) AND call >= ?`,
+		otherModels, project, token, from)
+}
+
 const selectPending = `SELECT call, call >> 21, project, token, upstream, endpoint, outcome, model, model_tracked,
-	asked, asked_tracked, reserved_input, reserved_output FROM background`
+	asked, asked_tracked, reserved_input, reserved_output, reserved_cost FROM background`
 
 func (r *requestRow) pendingColumns() []any {
 	return []any{&r.usageOf, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.outcome, &r.model,
-		&r.modelTracked, &r.requestedModel, &r.requestedModelTracked, &r.reservedInput, &r.reservedOutput}
+		&r.modelTracked, &r.requestedModel, &r.requestedModelTracked, &r.reservedInput, &r.reservedOutput,
+		&r.reservedCost}
 }

@@ -15,6 +15,7 @@ CREATE TABLE background (
 	asked_tracked   INTEGER NOT NULL,
 	reserved_input  INTEGER NOT NULL, -- tokens; they count if the usage never becomes known
 	reserved_output INTEGER NOT NULL,
+	reserved_cost   INTEGER NOT NULL, -- nano-dollars; limits count the reserved amounts until the usage is known
 	usage_source    TEXT    NOT NULL DEFAULT '', -- '' until the usage is known
 	input_tokens    INTEGER NOT NULL DEFAULT 0,
 	cached_tokens   INTEGER NOT NULL DEFAULT 0,
