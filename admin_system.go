@@ -29,8 +29,8 @@ func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 		v.Prices = append(v.Prices, newPriceView(&rows[i]))
 	}
 	if v.Model != "" {
-		if p, ok := ui.ops.effectivePrice(v.Provider, v.Model, r.now); ok {
-			v.Found = new(newPriceView(&p))
+		if p := ui.ops.effectivePrice(v.Provider, v.Model, r.now); p != nil {
+			v.Found = new(newEffectivePriceView(v.Model, p))
 		}
 	}
 	return showPage("prices", "Prices", v), err

@@ -118,7 +118,7 @@ func (p *testProxy) managedDigest() string {
 		`SELECT group_concat(id || name || hex(sealed_key) || version) FROM upstreams`,
 		`SELECT group_concat(id || name || hex(hash) || coalesce(revoked_at, '') || version || policy) FROM tokens`,
 		`SELECT group_concat(id || name || role || coalesce(revoked_at, '') || version) FROM management_keys`,
-		`SELECT group_concat(id || match || coalesce(input, '')) FROM prices`,
+		`SELECT group_concat(id || match || price) FROM prices`,
 		`SELECT group_concat(hex(hash)) FROM sessions`,
 		`SELECT group_concat(action || object) FROM audit WHERE action <> 'sign_in_failed'`} {
 		var text *string

@@ -102,19 +102,12 @@ func auditValueJSON(v any) []byte {
 	return b
 }
 
-// auditTime and auditDollars return values in the form that /manage uses.
+// auditTime returns a time in the form that /manage uses.
 func auditTime(ms *int64) any {
 	if ms == nil {
 		return nil
 	}
 	return time.UnixMilli(*ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
-}
-
-func auditDollars(pico *int64) any {
-	if pico == nil {
-		return nil
-	}
-	return json.Number(formatDollars(*pico))
 }
 
 func digestLongValue(value []byte) []byte {

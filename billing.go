@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"math"
@@ -223,6 +224,8 @@ type usageDetails struct {
 	queries                                   int64
 	webSearches, fileSearches                 int64 // calls of tools
 	codeSessions, imageCalls                  int64
+	audioInput, audioOutput                   int64 // in JSON only; otherwise in tokenCounts
+	multiplier                                int64 // the operator's, in ten-thousandths; 0: 1
 	searchContext                             searchContext
 	tier                                      serviceTier
 	speed                                     inferenceSpeed
@@ -236,7 +239,7 @@ type usageCount struct {
 }
 
 // counts returns the counts of d in a fixed order.
-func (d *usageDetails) counts() [15]usageCount {
+func (d *usageDetails) counts() [18]usageCount {
 	return [...]usageCount{
 		{"cache_write_1h_tokens", &d.cacheWrite1h}, {"cached_audio_tokens", &d.cachedAudio},
 		{"cached_image_tokens", &d.cachedImage}, {"image_input_tokens", &d.imageInput},
@@ -244,7 +247,8 @@ func (d *usageDetails) counts() [15]usageCount {
 		{"input_characters", &d.characters}, {"input_pictures", &d.inputPictures},
 		{"output_pictures", &d.outputPictures}, {"queries", &d.queries}, {"web_search_calls", &d.webSearches},
 		{"file_search_calls", &d.fileSearches}, {"code_interpreter_sessions", &d.codeSessions},
-		{"image_generation_calls", &d.imageCalls},
+		{"image_generation_calls", &d.imageCalls}, {"audio_input_tokens", &d.audioInput},
+		{"audio_output_tokens", &d.audioOutput}, {"cost_multiplier_ten_thousandths", &d.multiplier},
 	}
 }
 
@@ -376,16 +380,17 @@ type price struct {
 	us, eu      int64                       // multipliers of regions; 0: none
 	fast        int64                       // multiplier of fast answers; 0: not known
 
-	id   int64       // names the price in the ledger; 0: none
-	from priceOrigin // where it is from
+	from priceOrigin
+	text string // the price in JSON, with its origin
+	id   int64  // a hash of text, which names the price in the ledger
 }
 
 // A priceOrigin says where a price is from: the list, or the operator.
 type priceOrigin struct {
-	name     string // the listed model, or what the operator's price matches
-	provider string // of the listed model
-	ownID    string // of the operator's price; "" for a list price
-	date     string // of the list
+	Name     string `json:"name"`               // the listed model, or what the operator's price matches
+	Provider string `json:"provider,omitempty"` // of the listed model
+	Date     string `json:"as_of,omitempty"`    // of the list
+	OwnID    string `json:"own_id,omitempty"`   // of the operator's price; "" for a list price
 }
 
 // ratesFor returns the rates for a call, nil if they are not known.
@@ -496,9 +501,9 @@ type costLine struct {
 }
 
 // cost returns the cost of a call in nano-dollars, rounded half up, or math.MaxInt64 if it is higher than that.
-// discount multiplies the whole. cost returns false if something was used whose price is not known. If lines is not
+// cost returns false if something was used whose price is not known. If lines is not
 // nil, the parts of the cost are appended to it; their sum is the cost.
-func (p *price) cost(c *tokenCounts, d *usageDetails, discount int64, lines *[]costLine) (nanos int64, ok bool) {
+func (p *price) cost(c *tokenCounts, d *usageDetails, lines *[]costLine) (nanos int64, ok bool) {
 	r := p.ratesFor(c.input, d.tier)
 	if r == nil {
 		return 0, false
@@ -524,7 +529,9 @@ func (p *price) cost(c *tokenCounts, d *usageDetails, discount int64, lines *[]c
 		sum.add(k, q[k], rate)
 	}
 	sum.multiply(&multiplier, "region_and_speed")
-	sum.multiply(&discount, "cost_multiplier")
+	if discount := d.multiplier; discount != 0 {
+		sum.multiply(&discount, "cost_multiplier")
+	}
 	return sum.nanos(), true
 }
 
@@ -550,6 +557,16 @@ func (p *price) multiplier(d *usageDetails) (ten4 int64, ok bool) {
 }
 
 const msPerMinute = 60_000
+
+// combinedMultiplier returns the product of two multipliers in ten-thousandths, of which 0 is 1; 0 if it is 1.
+func combinedMultiplier(a, b int64) int64 {
+	one := func(n int64) int64 { return cmp.Or(n, multiplierOne) }
+	product := (one(a)*one(b) + multiplierOne/2) / multiplierOne
+	if product == multiplierOne {
+		return 0
+	}
+	return max(product, 1)
+}
 
 // A costSum adds up the parts of a cost. A minute is 60,000 of the milliseconds that it is billed by, so the sum is in
 // sixty-thousandths of a pico-dollar, and each multiplier adds four decimals to it.

@@ -308,7 +308,7 @@ func (in *instance) completeSampleRow(r *requestRow, p sampleProject) {
 	if r.endpoint == "POST /v1/messages" {
 		provider, r.upstream = providerAnthropic, p.anthropic
 	}
-	r.modelTracked = in.prices.Load().priceRow(r, provider, multiplierOne, r.model)
+	r.modelTracked = in.prices.Load().priceRow(r, provider, r.model)
 	if r.source == usageNone {
 		r.cost, r.priced = 0, false
 	}

@@ -229,7 +229,7 @@ func (in *instance) openLedger(ctx context.Context) error {
 	}
 	in.prices.Store(prices)
 	priceLostRow := func(r *requestRow) {
-		r.modelTracked = prices.priceRow(r, "", multiplierOne, r.model)
+		r.modelTracked = prices.priceRow(r, "", r.model)
 		r.requestedModelTracked = r.modelTracked
 	}
 	if err = in.recordUnwritten(ctx); err != nil {

@@ -159,6 +159,8 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"DELETE /manage/streams/{id}", roleOperator, api.abortStream, nil},
 		{"GET /manage/prices", roleViewer, api.listPrices, []string{"model", "provider"}},
 		{"POST /manage/prices", roleAdmin, withInput(fields.price, api.setPrice), nil},
+		{"GET /manage/prices/list", roleViewer, api.listListPrices, pageParams("search", "provider")},
+		{"POST /manage/prices/simulate", roleViewer, api.simulate, nil},
 		{"DELETE /manage/prices/{id}", roleAdmin, api.deletePrice, nil},
 		{"GET /manage/audit", roleAdmin, api.listAudit, pageParams("actor", "action", "object", "from", "to")},
 		{"GET /manage/keys", roleAdmin, api.listKeys, pageParams()},
@@ -194,7 +196,17 @@ func (api *manageAPI) manageRoutes() http.Handler {
 		methods[path] = append(methods[path], method)
 	}
 	for path, allowed := range methods {
-		mux.Handle(path, methodNotAllowed(strings.Join(allowed, ", ")))
+		refuse := methodNotAllowed(strings.Join(allowed, ", "))
+		if _, twin := methods[path[:strings.LastIndexByte(path, '/')]+"/{id}"]; !twin || strings.HasSuffix(path, "}") {
+			mux.Handle(path, refuse)
+			continue
+		}
+		// The path also has the form of an id.
+		for _, method := range []string{"GET", "POST", "PUT", "PATCH", "DELETE"} {
+			if !slices.Contains(allowed, method) {
+				mux.Handle(method+" "+path, refuse)
+			}
+		}
 	}
 	mux.HandleFunc("/manage/", notFound)
 	return mux

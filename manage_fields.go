@@ -333,6 +333,7 @@ type projectInput struct {
 	key, openaiKey          optional[secret]
 	active                  optional[bool]
 	policy, routing         optional[json.RawMessage]
+	costMultiplier          optional[json.RawMessage]
 }
 
 func projectFields() []field[projectInput, projectRow] {
@@ -353,7 +354,25 @@ func projectFields() []field[projectInput, projectRow] {
 			apply: func(in *projectInput, p *projectRow) error { return applyPolicy(in.policy, true, &p.policy) }},
 		{name: "routing", resettable: true, target: func(in *projectInput) any { return &in.routing },
 			apply: (*projectInput).applyRouting},
+		{name: "cost_multiplier", nullable: true, target: func(in *projectInput) any { return &in.costMultiplier },
+			apply: func(in *projectInput, p *projectRow) error {
+				return applyMultiplier(in.costMultiplier, &p.costMultiplier)
+			}},
 	}
+}
+
+// applyMultiplier stores by what costs are multiplied, in ten-thousandths; null is 1.
+func applyMultiplier(in optional[json.RawMessage], ten4 *int64) error {
+	switch n, err := parseDecimal(amountText(in), 4, 100); {
+	case !in.set:
+	case in.null:
+		*ten4 = multiplierOne
+	case err != nil || n == 0:
+		return &fieldError{"cost_multiplier", "must be a number from 0.0001 to 100 with at most 4 decimals"}
+	default:
+		*ten4 = n
+	}
+	return nil
 }
 
 func (in *projectInput) applyRouting(p *projectRow) error {
@@ -374,7 +393,7 @@ type upstreamInput struct {
 	weight, priority, requestsPerMinute, tokensPerMinute       optional[int64]
 	connectMS, answerMS, firstEventMS, idleMS                  optional[int64]
 	models, sharedWith                                         optional[[]string]
-	rewrite                                                    optional[json.RawMessage]
+	rewrite, costMultiplier                                    optional[json.RawMessage]
 	active                                                     optional[bool]
 }
 
@@ -412,6 +431,11 @@ func upstreamFields() []field[upstreamInput, upstreamEdit] {
 		{name: "rewrite", label: "Model name mapping", kind: "pairs", placeholder: "gpt-4o = my-deployment",
 			help: "rewrite", target: func(in *input) any { return &in.rewrite }, apply: (*input).applyRewrite},
 	}, upstreamNumberFields(), []f{
+		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyOmitted,
+			target: func(in *input) any { return &in.costMultiplier },
+			apply: func(in *input, u *edit) error {
+				return applyMultiplier(in.costMultiplier, &u.CostMultiplier)
+			}},
 		{name: "shared_with", label: "Shared with projects", kind: "lines", placeholder: "proj_…", help: "shared-with",
 			target: func(in *input) any { return &in.sharedWith }, apply: (*input).applySharing},
 		stored(f{name: "note", label: "Note", help: "note"}, validateShortText,
@@ -546,68 +570,6 @@ func validateProviderID(name, value string) error {
 func validateShortText(name, value string) error {
 	if len(value) > 500 || strings.ContainsFunc(value, func(c rune) bool { return c < ' ' || c == 0x7f }) {
 		return &fieldError{name, "must have at most 500 bytes, without control characters"}
-	}
-	return nil
-}
-
-// A priceInput is what can be sent about a price, in dollars per million tokens.
-type priceInput struct {
-	match   optional[string]
-	amounts [6]optional[json.RawMessage] // in the order of priceRow.priceFields
-}
-
-func priceFields() []field[priceInput, priceRow] {
-	type f = field[priceInput, priceRow]
-	fields := []f{{name: "match", label: "Model", required: true, placeholder: "gpt-4o-mini or my-model-*",
-		help: "match", target: func(in *priceInput) any { return &in.match }, apply: (*priceInput).applyMatch}}
-	for i, amount := range [...]struct{ name, label, help string }{
-		{"input", "Input", ""},
-		{"cached_input", "Cached input", "as-input"},
-		{"cache_write", "Cache write", "as-input"},
-		{"output", "Output", ""},
-		{"audio_input", "Audio input", "as-input"},
-		{"audio_output", "Audio output", "as-output"},
-	} {
-		fields = append(fields, f{
-			name: amount.name, nullable: true, label: amount.label, kind: "number", empty: emptyOmitted,
-			help: amount.help, target: func(in *priceInput) any { return &in.amounts[i] },
-			apply: func(in *priceInput, p *priceRow) (err error) {
-				*p.priceFields()[i], err = parseAmount(amount.name, in.amounts[i])
-				return err
-			},
-		})
-	}
-	return fields
-}
-
-// parseAmount parses dollars per million tokens, a JSON number or a string. It returns nil for none.
-func parseAmount(name string, in optional[json.RawMessage]) (*int64, error) {
-	if !in.hasValue() {
-		return nil, nil
-	}
-	pico, err := parseDollars(strings.Trim(string(in.value), `"`))
-	if err != nil {
-		return nil, &fieldError{name, "must be dollars per million tokens: 0 to 1000000, with at most 6 decimals"}
-	}
-	return &pico, nil
-}
-
-func (in *priceInput) applyMatch(p *priceRow) error {
-	p.match = in.match.value
-	isControl := func(c rune) bool { return c <= ' ' || c == 0x7f }
-	if p.match == "" || len(p.match) > 256 || strings.ContainsFunc(p.match, isControl) {
-		return &fieldError{"match", "must be a model's name, or a pattern with *, of 1 to 256 bytes"}
-	}
-	return nil
-}
-
-// apply checks the input and stores it in the row.
-func (in *priceInput) apply(tables *fieldTables, p *priceRow) error {
-	if err := applyFields(in, p, tables.price); err != nil {
-		return err
-	}
-	if p.input == nil && p.output == nil {
-		return &fieldError{"input", "or output is required"}
 	}
 	return nil
 }

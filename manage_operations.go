@@ -231,7 +231,8 @@ func (ops *operations) createProject(ctx context.Context, origin auditOrigin, in
 // newProject makes the rows of a project that is not stored yet; the upstream is nil without a key.
 func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upstreamRow, error) {
 	in.name.set = true // it is required
-	p := &projectRow{id: newID("proj"), active: true, policy: "{}", routing: "{}", createdAt: at, updatedAt: at}
+	p := &projectRow{id: newID("proj"), active: true, policy: "{}", routing: "{}",
+		costMultiplier: multiplierOne, createdAt: at, updatedAt: at}
 	if err := applyFields(&in, p, ops.fields.project); err != nil {
 		return nil, nil, err
 	}

@@ -14,16 +14,18 @@ import (
 )
 
 type projectView struct {
-	ID        string          `json:"id"`
-	Name      string          `json:"name"`
-	IsActive  bool            `json:"is_active"`
-	Policy    json.RawMessage `json:"policy"`
-	Routing   json.RawMessage `json:"routing"`
-	Upstreams []upstreamView  `json:"upstreams"`
-	Version   int64           `json:"version"`
-	CreatedAt timestamp       `json:"created_at"`
-	UpdatedAt timestamp       `json:"updated_at"`
-	Limits    []limitView     `json:"limits,omitzero"` // the state of the limits; only in a single project
+	ID       string          `json:"id"`
+	Name     string          `json:"name"`
+	IsActive bool            `json:"is_active"`
+	Policy   json.RawMessage `json:"policy"`
+	Routing  json.RawMessage `json:"routing"`
+	// CostMultiplier is what the project pays of the prices: 0.8 for a discount of 20 percent.
+	CostMultiplier json.Number    `json:"cost_multiplier"`
+	Upstreams      []upstreamView `json:"upstreams"`
+	Version        int64          `json:"version"`
+	CreatedAt      timestamp      `json:"created_at"`
+	UpdatedAt      timestamp      `json:"updated_at"`
+	Limits         []limitView    `json:"limits,omitzero"` // the state of the limits; only in a single project
 }
 
 func (v projectView) etag() int64 { return v.Version }
@@ -32,15 +34,16 @@ func (v projectView) etag() int64 { return v.Version }
 func (ops *operations) newProjectView(ctx context.Context, p *projectRow) (projectView, error) {
 	upstreams, err := ops.store.projectUpstreams(ctx, p.seq)
 	v := projectView{
-		ID:        p.id,
-		Name:      p.name,
-		IsActive:  p.active,
-		Policy:    json.RawMessage(p.policy),
-		Routing:   json.RawMessage(p.routing),
-		Upstreams: []upstreamView{},
-		Version:   p.version,
-		CreatedAt: timestamp(p.createdAt),
-		UpdatedAt: timestamp(p.updatedAt),
+		ID:             p.id,
+		Name:           p.name,
+		IsActive:       p.active,
+		Policy:         json.RawMessage(p.policy),
+		Routing:        json.RawMessage(p.routing),
+		CostMultiplier: json.Number(formatDecimal(p.costMultiplier, 4)),
+		Upstreams:      []upstreamView{},
+		Version:        p.version,
+		CreatedAt:      timestamp(p.createdAt),
+		UpdatedAt:      timestamp(p.updatedAt),
 	}
 	for i := range upstreams {
 		v.Upstreams = append(v.Upstreams, ops.newUpstreamView(&upstreams[i]))
@@ -132,31 +135,32 @@ func (api *manageAPI) revokeProjectTokens(r *manageRequest) (any, error) {
 }
 
 type upstreamView struct {
-	ID            string          `json:"id"`
-	ProjectID     string          `json:"project_id"`
-	Name          string          `json:"name"`
-	Provider      string          `json:"provider"`
-	BaseURL       string          `json:"base_url"`
-	KeyHint       string          `json:"key_hint"`
-	Organization  string          `json:"organization"`
-	OpenAIProject string          `json:"openai_project"`
-	Weight        int64           `json:"weight"`
-	Priority      int64           `json:"priority"`
-	Models        json.RawMessage `json:"models"`
-	Rewrite       json.RawMessage `json:"rewrite"`
-	ConnectMS     int64           `json:"connect_ms"`
-	AnswerMS      int64           `json:"answer_ms"`
-	FirstEventMS  int64           `json:"first_event_ms"`
-	IdleMS        int64           `json:"idle_ms"`
-	Requests      int64           `json:"requests_per_minute"`
-	Tokens        int64           `json:"tokens_per_minute"`
-	Note          string          `json:"note"`
-	SharedWith    json.RawMessage `json:"shared_with"`
-	IsActive      bool            `json:"is_active"`
-	Version       int64           `json:"version"`
-	CreatedAt     timestamp       `json:"created_at"`
-	UpdatedAt     timestamp       `json:"updated_at"`
-	Health        healthView      `json:"health"`
+	ID             string          `json:"id"`
+	ProjectID      string          `json:"project_id"`
+	Name           string          `json:"name"`
+	Provider       string          `json:"provider"`
+	BaseURL        string          `json:"base_url"`
+	KeyHint        string          `json:"key_hint"`
+	Organization   string          `json:"organization"`
+	OpenAIProject  string          `json:"openai_project"`
+	Weight         int64           `json:"weight"`
+	Priority       int64           `json:"priority"`
+	Models         json.RawMessage `json:"models"`
+	Rewrite        json.RawMessage `json:"rewrite"`
+	ConnectMS      int64           `json:"connect_ms"`
+	AnswerMS       int64           `json:"answer_ms"`
+	FirstEventMS   int64           `json:"first_event_ms"`
+	IdleMS         int64           `json:"idle_ms"`
+	Requests       int64           `json:"requests_per_minute"`
+	CostMultiplier json.Number     `json:"cost_multiplier"`
+	Tokens         int64           `json:"tokens_per_minute"`
+	Note           string          `json:"note"`
+	SharedWith     json.RawMessage `json:"shared_with"`
+	IsActive       bool            `json:"is_active"`
+	Version        int64           `json:"version"`
+	CreatedAt      timestamp       `json:"created_at"`
+	UpdatedAt      timestamp       `json:"updated_at"`
+	Health         healthView      `json:"health"`
 }
 
 func (v upstreamView) etag() int64 { return v.Version }
@@ -165,31 +169,32 @@ func (ops *operations) newUpstreamView(u *upstreamRow) upstreamView {
 	var set upstreamSettings
 	_ = json.Unmarshal([]byte(u.settings), &set) // the program wrote it
 	return upstreamView{
-		ID:            u.id,
-		ProjectID:     u.projectID,
-		Name:          u.name,
-		Provider:      u.provider,
-		BaseURL:       u.baseURL,
-		KeyHint:       u.keyHint,
-		Organization:  u.organization,
-		OpenAIProject: u.openaiProject,
-		Weight:        u.weight,
-		Priority:      u.priority,
-		Models:        json.RawMessage(u.models),
-		Rewrite:       json.RawMessage(u.rewrite),
-		ConnectMS:     set.ConnectMS,
-		AnswerMS:      set.AnswerMS,
-		FirstEventMS:  set.FirstEventMS,
-		IdleMS:        set.IdleMS,
-		Requests:      set.RequestsPerMinute,
-		Tokens:        set.TokensPerMinute,
-		Note:          set.Note,
-		SharedWith:    json.RawMessage(u.sharedWith),
-		IsActive:      u.active,
-		Version:       u.version,
-		CreatedAt:     timestamp(u.createdAt),
-		UpdatedAt:     timestamp(u.updatedAt),
-		Health:        ops.newHealthView(u),
+		ID:             u.id,
+		ProjectID:      u.projectID,
+		Name:           u.name,
+		Provider:       u.provider,
+		BaseURL:        u.baseURL,
+		KeyHint:        u.keyHint,
+		Organization:   u.organization,
+		OpenAIProject:  u.openaiProject,
+		Weight:         u.weight,
+		Priority:       u.priority,
+		Models:         json.RawMessage(u.models),
+		Rewrite:        json.RawMessage(u.rewrite),
+		ConnectMS:      set.ConnectMS,
+		AnswerMS:       set.AnswerMS,
+		FirstEventMS:   set.FirstEventMS,
+		IdleMS:         set.IdleMS,
+		Requests:       set.RequestsPerMinute,
+		CostMultiplier: json.Number(formatDecimal(cmp.Or(set.CostMultiplier, multiplierOne), 4)),
+		Tokens:         set.TokensPerMinute,
+		Note:           set.Note,
+		SharedWith:     json.RawMessage(u.sharedWith),
+		IsActive:       u.active,
+		Version:        u.version,
+		CreatedAt:      timestamp(u.createdAt),
+		UpdatedAt:      timestamp(u.updatedAt),
+		Health:         ops.newHealthView(u),
 	}
 }
 

@@ -1,5 +1,5 @@
 // This file has the handlers of /manage that read: running calls, the ledger, usage, the audit trail and stored
-// content; and those of prices.
+// content.
 package main
 
 import (
@@ -142,10 +142,18 @@ type requestReply struct {
 	TotalMS          *float64      `json:"total_ms"`
 	Attempts         int           `json:"attempts"`
 	AttemptLog       []attemptLine `json:"attempt_log"` // empty if there was one attempt
-	LimitHit         string        `json:"limit_hit"`   // the limit that refused the call, or would have (monitor only)
+	LimitHit         string        `json:"limit_hit"`   // that refused the call, or would have (monitor only)
 	Cache            string        `json:"cache"`       // cacheHit or cacheNone
 	Saved            dollars       `json:"saved"`       // what the answer from the cache would have cost
 	SavedMS          float64       `json:"saved_ms"`    // how much longer the provider would have taken
+	ServiceTier      string        `json:"service_tier"` // "" for the standard one
+	UsageDetails     usageDetails  `json:"usage_details"`
+}
+
+// A requestDetail is a call with what its cost is made of.
+type requestDetail struct {
+	requestReply
+	CostBreakdown *costBreakdown `json:"cost_breakdown"` // null: there is no cost, or its price is not known
 }
 
 func newRequestReply(v *requestView) requestReply {
@@ -176,7 +184,10 @@ func newRequestReply(v *requestView) requestReply {
 		Cache:            cmp.Or(v.cache, cacheNone),
 		Saved:            dollars(v.saved),
 		SavedMS:          float64(v.savedUS) / 1000,
+		ServiceTier:      v.details.tier.String(),
+		UsageDetails:     v.details,
 	}
+	out.UsageDetails.audioInput, out.UsageDetails.audioOutput = v.counts.audioInput, v.counts.audioOutput
 	if v.attemptLog != "" {
 		_ = json.Unmarshal([]byte(v.attemptLog), &out.AttemptLog) // the program wrote it
 	}
@@ -199,7 +210,11 @@ func (api *manageAPI) getRequest(r *manageRequest) (any, error) {
 		return nil, errNotFound
 	}
 	v, err := api.store.requestByID(r.ctx, id)
-	return newRequestReply(&v), err
+	if err != nil {
+		return nil, err
+	}
+	breakdown, err := api.ops.breakdownOf(r.ctx, &v)
+	return requestDetail{newRequestReply(&v), breakdown}, err
 }
 
 func (api *manageAPI) listRequests(r *manageRequest) (any, error) {
@@ -280,6 +295,7 @@ type usageReply struct {
 	Endpoint        *string    `json:"endpoint,omitempty"`
 	Outcome         *string    `json:"outcome,omitempty"`
 	Cache           *string    `json:"cache,omitempty"` // cacheHit or cacheNone
+	ServiceTier     *string    `json:"service_tier,omitempty"` // "": the standard one
 	Calls           int64      `json:"calls"`
 	InputTokens     int64      `json:"input_tokens"`
 	CachedTokens    int64      `json:"cached_tokens"`
@@ -292,6 +308,7 @@ type usageReply struct {
 	CacheHits       int64      `json:"cache_hits"`
 	Saved           dollars    `json:"saved"` // by these
 	SavedMS         float64    `json:"saved_ms"`
+	PromptSaved     dollars    `json:"prompt_cache_saved"` // what cached input would have cost more
 }
 
 const maxUsageRows = 10_000
@@ -371,12 +388,12 @@ func (q *usageQuery) parseGroupBy(text string) error {
 		return nil
 	}
 	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
-		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache}
+		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
 	for by := range strings.SplitSeq(text, ",") {
 		group, ok := groups[by]
 		if !ok || *group {
 			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint, outcome and cache, each once.")
+				"group_by must list some of project, token, model, endpoint, outcome, cache and service_tier, each once.")
 		}
 		*group = true
 	}
@@ -397,6 +414,7 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 		CacheHits:       u.hits,
 		Saved:           dollars(u.saved),
 		SavedMS:         float64(u.savedUS) / 1000,
+		PromptSaved:     dollars(u.promptSaved),
 	}
 	if q.interval != "total" {
 		v.At = new(timestamp(u.at))
@@ -416,88 +434,15 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 	if q.byOutcome {
 		v.Outcome = &u.outcome
 	}
+	if q.byServiceTier {
+		v.ServiceTier = &u.serviceTier
+	}
 	if q.byCache {
 		v.Cache = &u.cache
 	} else { // the sums do not say which of these calls the cache answered
 		v.WouldRefuse = &u.wouldRefuse
 	}
 	return v
-}
-
-type priceView struct {
-	ID          string           `json:"id"`
-	Match       string           `json:"match"`
-	Input       *json.RawMessage `json:"input"` // dollars per million tokens; null: not set
-	CachedInput *json.RawMessage `json:"cached_input"`
-	CacheWrite  *json.RawMessage `json:"cache_write"`
-	Output      *json.RawMessage `json:"output"`
-	AudioInput  *json.RawMessage `json:"audio_input"`
-	AudioOutput *json.RawMessage `json:"audio_output"`
-	UpdatedAt   *timestamp       `json:"updated_at"` // null: a list price
-}
-
-func newPriceView(p *priceRow) priceView {
-	perMillion := func(pico *int64) *json.RawMessage {
-		if pico == nil {
-			return nil
-		}
-		return new(json.RawMessage(formatDollars(*pico)))
-	}
-	v := priceView{
-		ID:          p.id,
-		Match:       p.match,
-		Input:       perMillion(p.input),
-		CachedInput: perMillion(p.cachedInput),
-		CacheWrite:  perMillion(p.cacheWrite),
-		Output:      perMillion(p.output),
-		AudioInput:  perMillion(p.audioInput),
-		AudioOutput: perMillion(p.audioOutput),
-	}
-	if p.updatedAt != 0 {
-		v.UpdatedAt = new(timestamp(p.updatedAt))
-	}
-	return v
-}
-
-func (p *priceRow) priceFields() []**int64 {
-	return []**int64{&p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput}
-}
-
-// effectivePrice returns the price of a model, the operator's own or the list price, and whether there is one.
-func (ops *operations) effectivePrice(provider, model string, now time.Time) (priceRow, bool) {
-	row := priceRow{match: model}
-	p := ops.prices.Load().lookup(provider, model, now.UnixMilli())
-	if p == nil {
-		return row, false
-	}
-	for i, kind := range [...]priceKind{kindInput, kindCachedInput, kindCacheWrite, kindOutput, kindAudioInput,
-		kindAudioOutput} {
-		if v := p.rates[kind]; v >= 0 {
-			*row.priceFields()[i] = new(v)
-		}
-	}
-	return row, true
-}
-
-// listPrices returns the operator's own prices or, with ?model=, the effective price of that model.
-func (api *manageAPI) listPrices(r *manageRequest) (any, error) {
-	var rows []priceRow
-	var err error
-	if model := r.query.Get("model"); model == "" {
-		rows, err = api.store.listPrices(r.ctx)
-	} else if p, ok := api.ops.effectivePrice(r.query.Get("provider"), model, r.now); ok {
-		rows = append(rows, p)
-	}
-	return newListPage(rows, len(rows), newPriceView, nil), err
-}
-
-func (api *manageAPI) setPrice(r *manageRequest, in priceInput) (any, error) {
-	p, err := api.ops.setPrice(r.ctx, r.origin, in)
-	return created{newPriceView(&p)}, err
-}
-
-func (api *manageAPI) deletePrice(r *manageRequest) (any, error) {
-	return r.deleted("id", api.ops.deletePrice(r.ctx, r.origin, r.pathValue("id")))
 }
 
 type auditView struct {

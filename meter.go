@@ -48,6 +48,7 @@ const (
 // concurrent use.
 type meter struct {
 	counts      tokenCounts
+	details     usageDetails
 	model       string // as the answer names it, at most 256 bytes of valid UTF-8; "" while unknown
 	done        bool   // the end was seen: [DONE], a final event, or the closing bracket of a JSON answer
 	failed      bool   // the answer is an error, or became one, after its status 200

@@ -556,7 +556,8 @@ func TestOpenAPIResponses(t *testing.T) {
 
 // checkCallResponses makes calls to the provider, and calls what shows them.
 func (c responseTest) checkCallResponses() {
-	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
+	c.manage("PATCH", "/manage/projects/"+c.project,
+		`{"policy":{"keep_content_days":3},"cost_multiplier":0.8}`, 200, nil)
 	c.allowSecret(promptCanary)
 	c.enableCache(`"when":"always"`)
 	c.chat()
@@ -580,7 +581,7 @@ func (c responseTest) checkCallResponses() {
 	c.call("DELETE", "/manage/streams/"+c.call("GET", "/manage/streams", "", 200), "", 200)
 	c.call("GET", request, "", 200)
 	c.call("GET", request+"/content", "", 200)
-	c.call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome", "", 200)
+	c.call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome,service_tier", "", 200)
 	c.call("GET", "/manage/usage?group_by=cache", "", 200)
 	c.call("GET", "/manage/usage?interval=total", "", 200)
 }
@@ -590,6 +591,12 @@ func (c responseTest) checkPriceAndKeyResponses() {
 		`"output":3,"audio_input":4,"audio_output":5.25}`, 201)
 	c.call("GET", "/manage/prices", "", 200)
 	c.call("GET", "/manage/prices?model=gpt-4o&provider=openai", "", 200)
+	c.call("GET", "/manage/prices/list?search=gpt-4o&provider=openai&limit=2", "", 200)
+	c.call("POST", "/manage/prices/simulate", `{"model":"gpt-4o","counts":{"input_tokens":9,`+
+		`"cost_multiplier_ten_thousandths":8000}}`, 200)
+	from := time.Now().UTC().Truncate(24 * time.Hour).Format(time.RFC3339)
+	to := time.Now().UTC().Add(48 * time.Hour).Format(time.RFC3339)
+	c.call("POST", "/manage/prices/simulate", `{"model":"gpt-4o","from":"`+from+`","to":"`+to+`"}`, 200)
 	c.call("DELETE", "/manage/prices/"+price, "", 200)
 	key := "/manage/keys/" + c.call("POST", "/manage/keys", `{"name":"k","role":"viewer"}`, 201)
 	c.call("GET", "/manage/keys?limit=1", "", 200)

@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"context"
 	_ "embed"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // effectivePrices returns the list prices with the operator's own prices.
@@ -29,28 +29,26 @@ func effectivePrices(ctx context.Context, st *store) (*priceTable, error) {
 	}
 	own := make([]ownPrice, 0, len(rows))
 	for i := range rows {
-		own = append(own, rows[i].ownPrice())
+		o, err := rows[i].ownPrice()
+		if err != nil {
+			return nil, err
+		}
+		own = append(own, o)
 	}
 	return listed.withOwnPrices(own), nil
 }
 
 // ownPrice returns the price that an administrator set.
-func (r *priceRow) ownPrice() ownPrice {
-	p := &price{allTiers: true, from: priceOrigin{name: r.match, ownID: r.id}}
-	p.rates = noRates()
-	for _, kind := range [...]struct {
-		kind priceKind
-		pico *int64
-	}{
-		{kindInput, r.input}, {kindCachedInput, r.cachedInput}, {kindCacheWrite, r.cacheWrite},
-		{kindOutput, r.output}, {kindAudioInput, r.audioInput}, {kindAudioOutput, r.audioOutput},
-	} {
-		if kind.pico != nil {
-			p.rates[kind.kind] = *kind.pico
-		}
+func (r *priceRow) ownPrice() (ownPrice, error) {
+	var m priceMembers
+	if err := json.Unmarshal([]byte(r.price), &m); err != nil {
+		return ownPrice{}, fmt.Errorf("reading the price of %s: %w", r.match, err)
 	}
-	p.id = p.hash()
-	return ownPrice{match: r.match, price: p}
+	p, err := newPrice(m, priceOrigin{Name: r.match, OwnID: r.id})
+	if err != nil {
+		return ownPrice{}, fmt.Errorf("reading the price of %s: %w", r.match, err)
+	}
+	return ownPrice{match: r.match, validFrom: r.validFrom, price: p}, nil
 }
 
 // pricesJSON is the price list; its member "about" describes it. deploy/prices makes it.
@@ -85,14 +83,14 @@ func priceProviders() []string {
 		"voyageai", "perplexity", "groq", "cerebras", "azure"}
 }
 
-// loadPrices reads the embedded list.
-func loadPrices() (*priceTable, error) {
+// loadPrices returns the embedded list, which is read once.
+var loadPrices = sync.OnceValues(func() (*priceTable, error) {
 	t, err := parsePrices(pricesJSON)
 	if err != nil {
 		return nil, fmt.Errorf("reading the embedded prices: %w", err)
 	}
 	return t, nil
-}
+})
 
 // parsePrices reads a price list such as prices.json.
 func parsePrices(text string) (*priceTable, error) {
@@ -110,9 +108,7 @@ func parsePrices(text string) (*priceTable, error) {
 		return nil, errors.New("prices are not in US dollars per million tokens")
 	}
 	t := &priceTable{date: list.Date, listed: make(map[priceKey]*price, 2*len(list.Models)),
-		any: make(map[string]*price, 2*len(list.Models)), free: &price{allTiers: true}}
-	t.free.from = priceOrigin{name: "*:free", date: t.date}
-	t.free.id = t.free.hash()
+		any: make(map[string]*price, 2*len(list.Models)), free: freePrice()}
 	for _, m := range list.Models {
 		if err := t.addListed(m, list.Tools); err != nil {
 			return nil, err
@@ -130,6 +126,20 @@ func parsePrices(text string) (*priceTable, error) {
 		}
 	}
 	return t, nil
+}
+
+// freePrice returns the price of models that are free by their names.
+func freePrice() *price {
+	free := make(priceMembers, numPriceKinds)
+	for _, info := range priceKinds {
+		free[info.name] = json.RawMessage("0")
+	}
+	p, err := newPrice(free, priceOrigin{Name: "*:free"})
+	if err != nil { // cannot happen: each kind may cost 0
+		return nil
+	}
+	p.allTiers = true
+	return p
 }
 
 // priceMembers are the members of a price in JSON, or of a part of it.
@@ -157,12 +167,10 @@ func (t *priceTable) addListed(m priceMembers, tools map[string]priceMembers) er
 			m[name] = text
 		}
 	}
-	p, err := parsePrice(m)
+	p, err := newPrice(m, priceOrigin{Name: model, Provider: provider, Date: date})
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", provider, model, err)
 	}
-	p.from = priceOrigin{name: model, provider: provider, date: date}
-	p.id = p.hash()
 	for _, name := range append(names, model) {
 		key := priceKey{provider, name}
 		if _, exists := t.listed[key]; exists || name == "" || strings.Contains(name, "*") {
@@ -302,27 +310,40 @@ func (p *price) parseMultipliers(text json.RawMessage) error {
 	return nil
 }
 
-// hash returns a number that names the price with all its parts.
-func (p *price) hash() int64 {
+// A billedPrice is the form in which the ledger keeps a price.
+type billedPrice struct {
+	priceOrigin
+	Price priceMembers `json:"price"`
+}
+
+// newPrice reads the price of one model, and completes it with where it is from, its text and its id.
+func newPrice(m priceMembers, from priceOrigin) (*price, error) {
+	p, err := parsePrice(m)
+	if err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(billedPrice{from, m})
+	if err != nil {
+		return nil, err
+	}
 	h := fnv.New64a()
-	write := func(values ...int64) {
-		for _, v := range values {
-			_ = binary.Write(h, binary.LittleEndian, v)
-		}
+	h.Write(text)
+	p.from, p.text, p.id, p.allTiers = from, string(text), int64(h.Sum64()>>1), from.OwnID != "" && p.isFlat()
+	return p, nil
+}
+
+// isFlat reports whether nothing but the kind of usage makes a difference.
+func (p *price) isFlat() bool {
+	return p.tiers == [numServiceTiers]*tierPrice{} && p.us == 0 && p.eu == 0 && p.fast == 0
+}
+
+// parseBilledPrice reads a price that the ledger keeps.
+func parseBilledPrice(text string) (*price, error) {
+	var b billedPrice
+	if err := json.Unmarshal([]byte(text), &b); err != nil {
+		return nil, err
 	}
-	h.Write([]byte(p.from.name + "\n" + p.from.provider + "\n" + p.from.ownID + "\n" + p.from.date))
-	for i, t := range append([]*tierPrice{&p.tierPrice}, p.tiers[:]...) {
-		if t != nil {
-			write(int64(i))
-			write(t.rates[:]...)
-			for _, l := range t.above {
-				write(l.threshold)
-				write(l.rates[:]...)
-			}
-		}
-	}
-	write(p.hiddenAbove, p.us, p.eu, p.fast)
-	return int64(h.Sum64() >> 1) // 63 bits
+	return newPrice(b.Price, b.priceOrigin)
 }
 
 // withOwnPrices returns a table with these prices of the operator instead of any earlier ones. A model that matches
@@ -380,12 +401,12 @@ func (t *priceTable) lookup(vendor, model string, at int64) *price {
 
 // priceRow fills in what the usage in a row costs, by the first of models that has a price for it. The first model is
 // the one that answered; priceRow reports whether it has a price.
-func (t *priceTable) priceRow(r *requestRow, vendor string, discount int64, models ...string) (listed bool) {
-	r.cost, r.priced, r.price = 0, false, nil
+func (t *priceTable) priceRow(r *requestRow, vendor string, models ...string) (listed bool) {
+	r.cost, r.priced, r.price, r.promptSaved = 0, false, nil, 0
 	try := func(vendor, model string) (found bool) {
 		if p := t.lookup(vendor, model, r.started); p != nil {
-			if r.cost, r.priced = p.cost(&r.counts, &r.details, discount, nil); r.priced {
-				r.price = p
+			if r.cost, r.priced = p.cost(&r.counts, &r.details, nil); r.priced {
+				r.price, r.promptSaved = p, p.promptSaved(r)
 			}
 			return true
 		}
@@ -400,6 +421,17 @@ func (t *priceTable) priceRow(r *requestRow, vendor string, discount int64, mode
 		try("", models[len(models)-1])
 	}
 	return listed
+}
+
+// promptSaved returns by how much more the row would have cost if its cached input had been read anew.
+func (p *price) promptSaved(r *requestRow) int64 {
+	if r.counts.cached == 0 {
+		return 0
+	}
+	counts, details := r.counts, r.details
+	counts.cached, details.cachedAudio, details.cachedImage = 0, 0, 0
+	cost, _ := p.cost(&counts, &details, nil)
+	return max(cost-r.cost, 0)
 }
 
 // priceVendor returns whose prices hold at an upstream: its provider or, for one that is compatible, the company

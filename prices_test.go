@@ -183,7 +183,7 @@ func TestCost(t *testing.T) {
 		{"free", free, tokenCounts{input: 1, output: 1}, 0},
 		{"beyond measure", priceOf(math.MaxInt64, 1, 1, math.MaxInt64, 1, 1), tokenCounts{input: math.MaxInt64, output: math.MaxInt64}, math.MaxInt64},
 	} {
-		got, ok := c.price.cost(&c.counts, &usageDetails{}, multiplierOne, nil)
+		got, ok := c.price.cost(&c.counts, &usageDetails{}, nil)
 		if ok != (c.want >= 0) || ok && got != c.want {
 			t.Errorf("%s: %d %v, want %d", c.name, got, ok, c.want)
 		}
@@ -214,7 +214,7 @@ func TestCostAgainstBig(t *testing.T) {
 		if sum.Div(sum, big.NewInt(1000)); sum.IsInt64() {
 			want = sum.Int64()
 		}
-		if got, ok := p.cost(&c, &usageDetails{}, multiplierOne, nil); !ok || got != want {
+		if got, ok := p.cost(&c, &usageDetails{}, nil); !ok || got != want {
 			t.Fatalf("%+v at %+v: %d, want %d", c, p, got, want)
 		}
 	}
@@ -229,7 +229,7 @@ func TestCostSumHasNoDrift(t *testing.T) {
 	var sum, tokens int64
 	for i := range int64(1_000_000) {
 		n := 20 * (1 + i%7) // 0.15 $ per million is 150 nano-dollars a token: no rounding at all
-		nanos, _ := p.cost(&tokenCounts{input: n}, &usageDetails{}, multiplierOne, nil)
+		nanos, _ := p.cost(&tokenCounts{input: n}, &usageDetails{}, nil)
 		sum += nanos
 		tokens += n
 	}
@@ -314,7 +314,7 @@ func BenchmarkPrice(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				if p := table.lookup("openai", model, 0); p != nil {
-					p.cost(&tokenCounts{input: 1117, cached: 1024, output: 46}, &usageDetails{}, multiplierOne, nil)
+					p.cost(&tokenCounts{input: 1117, cached: 1024, output: 46}, &usageDetails{}, nil)
 				}
 			}
 		})

@@ -238,9 +238,9 @@ func (c *call) fillEstimatedCost(est *estimate) bool {
 		return false
 	}
 	var inputKnown, outputKnown bool
-	var none usageDetails
-	est.inputCost, inputKnown = price.cost(&tokenCounts{input: est.input}, &none, multiplierOne, nil)
-	est.outputCost, outputKnown = price.cost(&tokenCounts{output: est.output}, &none, multiplierOne, nil)
+	none := usageDetails{multiplier: combinedMultiplier(c.project.multiplier, c.upstream.settings.CostMultiplier)}
+	est.inputCost, inputKnown = price.cost(&tokenCounts{input: est.input}, &none, nil)
+	est.outputCost, outputKnown = price.cost(&tokenCounts{output: est.output}, &none, nil)
 	return inputKnown && outputKnown
 }
 

@@ -193,12 +193,13 @@ func (c *call) fillUsage(row *requestRow) {
 // price of another name must not lose it, so the model that was sent counts next, and then the one asked for.
 func (c *call) fillCost(row *requestRow) {
 	row.requestedModel = c.fields.model
-	listed := c.prices.priceRow(row, c.priceVendor(), multiplierOne, row.model, c.attempts.current.model,
+	row.details.multiplier = combinedMultiplier(c.project.multiplier, c.upstream.settings.CostMultiplier)
+	listed := c.prices.priceRow(row, c.priceVendor(), row.model, c.attempts.current.model,
 		c.attempts.fallbackModel, c.fields.model)
 	// Speech is billed by the character, or by tokens of sound that nobody counts.
 	speech := c.endpoint.pattern == "/v1/audio/speech" && row.source == usageEstimated
 	if row.source == usageNone || speech {
-		row.cost, row.priced = 0, false
+		row.cost, row.priced, row.price, row.details.multiplier = 0, false, nil, 0
 	}
 	listed = listed || row.outcome == outcomeOK
 	row.modelTracked = listed && c.token.trackModel(row.model)

@@ -20,6 +20,7 @@ type projectState struct {
 	active     bool
 	policy     policy
 	routing    routing
+	multiplier int64       // of costs, in ten-thousandths
 	upstreams  []*upstream // the active ones, most preferred first
 	version    int64
 	loadFailed bool // a change could not be read; the project is inactive until it is
@@ -213,7 +214,8 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	if err != nil {
 		return nil, err
 	}
-	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version}
+	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version,
+		multiplier: row.costMultiplier}
 	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
 		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
 	}

@@ -283,7 +283,7 @@ func (s *store) countRestored(ctx context.Context) (c restoreCount, err error) {
 	return c, nil
 }
 
-const comparedPrices = `SELECT match, input, cached_input, cache_write, output, audio_input, audio_output FROM `
+const comparedPrices = `SELECT match, valid_from, price FROM `
 
 // A narrowing is the rows of a backup to be written with fewer rights.
 type narrowing struct {
@@ -351,17 +351,18 @@ func usedSince() []string {
 			LEFT JOIN (SELECT token, count(*) AS n FROM now.running GROUP BY token) theirs ON theirs.token = c.seq
 			LEFT JOIN (SELECT token, count(*) AS n FROM main.running GROUP BY token) ours ON ours.token = k.seq) u
 		WHERE u.seq = b.seq AND u.n > b.request_count`, `
-		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, calls, input_tokens,
-			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse,
-			total_us, cache_hits, saved, saved_us)
-		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.calls, n.input_tokens,
-			n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls, n.estimated_calls,
-			n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us
+		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls,
+			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
+		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.service_tier, n.calls,
+			n.input_tokens, n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls,
+			n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved
 		FROM now.usage_sums n JOIN temp.known_projects p ON p.now_seq = n.project
 			JOIN temp.known_tokens t ON t.now_seq = n.token
 		WHERE NOT EXISTS (SELECT 1 FROM main.usage_sums m
 			WHERE m.grain = n.grain AND m.project = p.seq AND m.token = t.seq AND m.at = n.at AND m.model = n.model
-				AND m.endpoint = n.endpoint AND m.outcome = n.outcome AND m.asked = n.asked AND m.calls >= n.calls
+				AND m.endpoint = n.endpoint AND m.outcome = n.outcome AND m.asked = n.asked
+				AND m.service_tier = n.service_tier AND m.calls >= n.calls
 				AND m.input_tokens >= n.input_tokens AND m.output_tokens >= n.output_tokens AND m.cost >= n.cost)
 		ON CONFLICT DO UPDATE SET calls = max(calls, excluded.calls),
 			input_tokens = max(input_tokens, excluded.input_tokens),
@@ -372,7 +373,7 @@ func usedSince() []string {
 			estimated_calls = max(estimated_calls, excluded.estimated_calls),
 			would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us),
 			cache_hits = max(cache_hits, excluded.cache_hits), saved = max(saved, excluded.saved),
-			saved_us = max(saved_us, excluded.saved_us)`, `
+			saved_us = max(saved_us, excluded.saved_us), prompt_saved = max(prompt_saved, excluded.prompt_saved)`, `
 		INSERT INTO main.project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
 			caller_errors, policy_errors, provider_errors, proxy_errors)
 		SELECT p.seq, n.at, n.calls, n.input_tokens, n.output_tokens, n.cost, n.unpriced_calls, n.caller_errors,

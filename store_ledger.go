@@ -21,6 +21,7 @@ const (
 	stmtRecordOK
 	stmtRecordOK8
 	stmtRecord
+	stmtPrice
 	stmtContent
 	stmtBackground
 	stmtBackgroundUsage
@@ -37,22 +38,22 @@ const (
 )
 
 // The numbers of values in one row.
-const okColumnCount, sumColumnCount, latencyColumnCount = 13, 18, 5
+const okColumnCount, sumColumnCount, latencyColumnCount = 14, 19, 5
 
 // A plain successful call has a shorter statement, because most calls are such and each value costs.
 const (
 	insertOK = `
 		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
-			usage_source, input_tokens, output_tokens, cost, first_byte_us, total_us)
+			usage_source, input_tokens, output_tokens, cost, price, first_byte_us, total_us)
 		VALUES `
-	okValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?)`
+	okValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?, ?)`
 
 	insertSums = `
-		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, calls, input_tokens,
-			cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
-			estimated_calls, would_refuse, total_us)
+		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, service_tier, calls,
+			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
+			would_refuse, total_us)
 		VALUES `
-	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	// The additions stop at the largest int64: a larger sum would become a REAL, which the column refuses.
 	addToSums = ` ON CONFLICT DO UPDATE SET
 			calls = min(calls, 9223372036854775807 - excluded.calls) + excluded.calls,
@@ -69,13 +70,14 @@ const (
 			would_refuse = min(would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
 			total_us = min(total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
 
-	// Most rows of the sums have no calls from the cache, so these columns are added to separately.
+	// Most rows of the sums save nothing by a cache, so these columns are added to separately.
 	addHits = `UPDATE usage_sums SET
 			cache_hits = min(cache_hits, 9223372036854775807 - ?1) + ?1,
 			saved = min(saved, 9223372036854775807 - ?2) + ?2,
-			saved_us = min(saved_us, 9223372036854775807 - ?3) + ?3
+			saved_us = min(saved_us, 9223372036854775807 - ?3) + ?3,
+			prompt_saved = min(prompt_saved, 9223372036854775807 - ?13) + ?13
 		WHERE grain = ?4 AND project = ?5 AND token = ?6 AND at = ?7 AND model = ?8 AND endpoint = ?9
-			AND outcome = ?10 AND asked = ?11`
+			AND outcome = ?10 AND asked = ?11 AND service_tier = ?12`
 
 	insertLatency = `INSERT INTO project_latency (project, at, bucket, first_bytes, answers) VALUES `
 	latencyValues = `(?, ?, ?, ?, ?)`
@@ -99,8 +101,9 @@ func ledgerSQL() [ledgerStmtCount]string {
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
 				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
 				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
-				saved, saved_us)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				saved, saved_us, details, price)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		stmtPrice:   `INSERT INTO billed_prices (id, price) VALUES (?, ?) ON CONFLICT DO NOTHING`,
 		stmtContent: insertContent,
 		// A provider that names one response twice, such as for a repeated call, has it counted once.
 		stmtBackground: `
@@ -163,10 +166,15 @@ type ledgerWriter struct {
 	stmts   [ledgerStmtCount]driver.StmtExecContext
 	args    [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
 	rows    [8 * sumColumnCount]any               // of the present rowGroup
+
+	prices    map[int64]bool // that are stored, as far as it is known
+	lastPrice *price         // one of them
 }
 
+const maxKnownPrices = 10_000
+
 func (s *store) newLedgerWriter() *ledgerWriter {
-	w := &ledgerWriter{store: s}
+	w := &ledgerWriter{store: s, prices: map[int64]bool{}}
 	for i := range w.args {
 		w.args[i].Ordinal = i + 1
 	}
@@ -198,6 +206,8 @@ func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
 			err = fmt.Errorf("committing: %w", err)
 		}
 		_ = w.exec(ctx, stmtRollback) // fails if SQLite has already rolled back
+		clear(w.prices)
+		w.lastPrice = nil
 		return err
 	})
 }
@@ -396,14 +406,17 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 		var err error
 		if r.isPlainOK() {
 			err = plain.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
-				r.counts.input, r.counts.output, r.cost, r.firstByteUS, r.totalUS)
+				r.counts.input, r.counts.output, r.cost, r.priceID(), r.firstByteUS, r.totalUS)
 		} else {
 			err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream,
 				r.address, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
 				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
 				int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.saved,
-				r.savedUS)
+				r.savedUS, r.detailsJSON(), r.priceID())
+		}
+		if err == nil {
+			err = w.storePrice(ctx, r.price)
 		}
 		if err == nil && r.backgroundID != "" {
 			err = w.exec(ctx, stmtBackground, r.id, r.project, r.token, r.upstream, r.backgroundID, r.endpoint,
@@ -422,6 +435,18 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 	return plain.flush(ctx)
 }
 
+// storePrice stores a price that the cost of a call is made of.
+func (w *ledgerWriter) storePrice(ctx context.Context, p *price) error {
+	if p == nil || p == w.lastPrice || w.prices[p.id] {
+		return nil
+	}
+	if len(w.prices) > maxKnownPrices {
+		clear(w.prices)
+	}
+	w.lastPrice, w.prices[p.id] = p, true
+	return w.exec(ctx, stmtPrice, p.id, p.text)
+}
+
 func nullUnless(ok bool, v int64) any {
 	if ok {
 		return v
@@ -435,8 +460,8 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 	sums := w.newRowGroup(stmtSum, stmtSum8, sumColumnCount)
 	for k, v := range t.sums {
 		err := sums.add(ctx, k.grain, k.token, k.start, k.project, k.model, k.endpoint, string(k.outcome),
-			k.requestedModel, v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced, v.estimated,
-			v.wouldRefuse, v.totalUS)
+			k.requestedModel, k.tier.String(), v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced,
+			v.estimated, v.wouldRefuse, v.totalUS)
 		if err != nil {
 			return err
 		}
@@ -445,11 +470,11 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 		return err
 	}
 	for k, v := range t.sums {
-		if v.hits == 0 {
+		if v.hits == 0 && v.promptSaved == 0 {
 			continue
 		}
 		if err := w.exec(ctx, stmtSumHits, v.hits, v.saved, v.savedUS, k.grain, k.project, k.token, k.start, k.model,
-			k.endpoint, string(k.outcome), k.requestedModel); err != nil {
+			k.endpoint, string(k.outcome), k.requestedModel, k.tier.String(), v.promptSaved); err != nil {
 			return err
 		}
 	}

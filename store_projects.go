@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 )
 
@@ -19,6 +20,7 @@ type projectRow struct {
 	id, name             string
 	active               bool
 	policy, routing      string // JSON
+	costMultiplier       int64  // in ten-thousandths
 	deletedAt            *int64
 	version              int64
 	createdAt, updatedAt int64
@@ -26,15 +28,16 @@ type projectRow struct {
 }
 
 const (
-	projectEditable = `name, is_active, policy, routing, deleted_at, version, updated_at, bound_by, mac`
+	projectEditable = `name, is_active, policy, routing, cost_multiplier, deleted_at, version, updated_at, bound_by,
+		mac`
 	projectColumns  = `seq, id, created_at, ` + projectEditable
 	selectProjects  = `SELECT ` + projectColumns + ` FROM projects `
 )
 
 // editable returns the columns that a change may write.
 func (p *projectRow) editable() []any {
-	return []any{&p.name, &p.active, &p.policy, &p.routing, &p.deletedAt, &p.version, &p.updatedAt, &p.boundBy,
-		&p.mac}
+	return []any{&p.name, &p.active, &p.policy, &p.routing, &p.costMultiplier, &p.deletedAt, &p.version,
+		&p.updatedAt, &p.boundBy, &p.mac}
 }
 
 // bound covers inactive projects too: a change of one must not come into force when it is activated.
@@ -42,6 +45,9 @@ func (p *projectRow) bound() boundContent {
 	b := boundContent{binding: &p.binding, kind: "project", id: p.id}
 	if p.deletedAt == nil {
 		b.values = []any{p.name, p.active, p.policy, p.routing, p.createdAt}
+		if p.costMultiplier != multiplierOne {
+			b.values = append(b.values, p.costMultiplier)
+		}
 	}
 	return b
 }
@@ -55,7 +61,8 @@ func (p *projectRow) versionFields() (version, updatedAt *int64) { return &p.ver
 // auditFields are what the audit trail records of a project.
 func (p *projectRow) auditFields() []auditField {
 	return []auditField{{"name", p.name}, {"is_active", p.active}, {"policy", json.RawMessage(p.policy)},
-		{"routing", json.RawMessage(p.routing)}}
+		{"routing", json.RawMessage(p.routing)},
+		{"cost_multiplier", json.Number(formatDecimal(p.costMultiplier, 4))}}
 }
 
 // An upstreamRow is an upstream as stored; its key stays sealed.
@@ -163,7 +170,7 @@ func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRo
 		tx.bind(p)
 		err := tx.QueryRowContext(ctx, `
 			INSERT INTO projects (id, created_at, `+projectEditable+`)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
 			p.columns()[1:]...).Scan(&p.seq)
 		event := auditEvent{"project.create", p.id, diffAuditFields(nil, p.auditFields())}
 		if err != nil || up == nil {
@@ -221,7 +228,7 @@ func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string
 func (p *projectRow) save(ctx context.Context, tx *auditedTx) error {
 	tx.bind(p)
 	_, err := tx.ExecContext(ctx, `
-		UPDATE projects SET (`+projectEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
+		UPDATE projects SET (`+projectEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 		append(p.editable(), p.seq)...)
 	return err
 }
@@ -423,46 +430,58 @@ func bumpSharedVersions(ctx context.Context, tx querier, upstream, now int64) er
 	return err
 }
 
-// A priceRow is a price that an administrator set; nil: none for that kind.
+// A priceRow is a price that an administrator set.
 type priceRow struct {
-	id, match                                                       string
-	input, cachedInput, cacheWrite, output, audioInput, audioOutput *int64
-	updatedAt                                                       int64
+	id, match string
+	validFrom int64  // 0: always
+	price     string // JSON, in the form of prices.json
+	updatedAt int64
 }
 
-const priceColumns = `id, match, input, cached_input, cache_write, output, audio_input, audio_output, updated_at`
+const priceColumns = `id, match, valid_from, price, updated_at`
 
 func (p *priceRow) columns() []any {
-	return []any{&p.id, &p.match, &p.input, &p.cachedInput, &p.cacheWrite, &p.output, &p.audioInput, &p.audioOutput,
-		&p.updatedAt}
+	return []any{&p.id, &p.match, &p.validFrom, &p.price, &p.updatedAt}
 }
 
 // auditFields are what the audit trail records of a price.
 func (p *priceRow) auditFields() []auditField {
-	return []auditField{{"match", p.match}, {"input", auditDollars(p.input)},
-		{"cached_input", auditDollars(p.cachedInput)},
-		{"cache_write", auditDollars(p.cacheWrite)}, {"output", auditDollars(p.output)},
-		{"audio_input", auditDollars(p.audioInput)}, {"audio_output", auditDollars(p.audioOutput)}}
+	fields := []auditField{{"match", p.match}, {"valid_from", nil}}
+	if p.validFrom != 0 {
+		fields[1].value = auditTime(&p.validFrom)
+	}
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(p.price), &members); err != nil {
+		return append(fields, auditField{"price", p.price})
+	}
+	for _, name := range slices.Sorted(maps.Keys(members)) {
+		fields = append(fields, auditField{name, members[name]})
+	}
+	return fields
 }
 
-// setPrice stores a price. It replaces one with the same match, whose id stays.
+// setPrice stores a price. It replaces one with the same match and time, whose id stays.
 func (s *store) setPrice(ctx context.Context, origin auditOrigin, p *priceRow) error {
 	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		var oldFields []auditField
 		old, err := queryRow(ctx, tx, (*priceRow).columns, `
-			SELECT `+priceColumns+` FROM prices WHERE match = ?`, p.match)
+			SELECT `+priceColumns+` FROM prices WHERE match = ? AND valid_from = ?`, p.match, p.validFrom)
 		if err == nil {
 			oldFields = old.auditFields()
 		} else if !errors.Is(err, errNotFound) {
 			return auditEvent{}, err
 		}
 		err = tx.QueryRowContext(ctx, `
-			INSERT INTO prices (`+priceColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-			ON CONFLICT (match) DO UPDATE SET input = excluded.input, cached_input = excluded.cached_input,
-				cache_write = excluded.cache_write, output = excluded.output, audio_input = excluded.audio_input,
-				audio_output = excluded.audio_output, updated_at = excluded.updated_at
+			INSERT INTO prices (`+priceColumns+`) VALUES (?, ?, ?, ?, ?)
+			ON CONFLICT (match, valid_from) DO UPDATE SET price = excluded.price, updated_at = excluded.updated_at
 			RETURNING id`, p.columns()...).Scan(&p.id)
-		return auditEvent{"price.set", p.id, diffAuditFields(oldFields, p.auditFields())}, err
+		fields := p.auditFields()
+		for _, f := range oldFields {
+			if !slices.ContainsFunc(fields, func(g auditField) bool { return g.name == f.name }) {
+				fields = append(fields, auditField{f.name, nil}) // it is no longer priced
+			}
+		}
+		return auditEvent{"price.set", p.id, diffAuditFields(oldFields, fields)}, err
 	})
 }
 
@@ -476,7 +495,7 @@ func (s *store) deletePrice(ctx context.Context, origin auditOrigin, id string) 
 
 func (s *store) listPrices(ctx context.Context) ([]priceRow, error) {
 	return collect(ctx, s.readDB, "listing prices", (*priceRow).columns,
-		`SELECT `+priceColumns+` FROM prices ORDER BY match LIMIT 10000`)
+		`SELECT `+priceColumns+` FROM prices ORDER BY match, valid_from LIMIT 10000`)
 }
 
 // listUnhealthy returns the health of every upstream in use that is not ready.

@@ -21,6 +21,7 @@ type usageQuery struct {
 	project, token                                     string // ids, "" for all
 	byProject, byToken, byModel, byEndpoint, byOutcome bool
 	byCache                                            bool
+	byServiceTier                                      bool
 	limit                                              int // of groups, and of projects and tokens that are read
 }
 
@@ -35,7 +36,7 @@ type usageKey struct {
 }
 
 // usageLabels are the columns of usage_sums by which a query may group, and cacheHit or cacheNone.
-type usageLabels struct{ model, endpoint, outcome, cache string }
+type usageLabels struct{ model, endpoint, outcome, serviceTier, cache string }
 
 type usageRow struct {
 	usageKey
@@ -46,7 +47,8 @@ func (k *usageKey) compare(o *usageKey) int {
 	return cmp.Or(cmp.Compare(k.at, o.at),
 		cmp.Compare(k.projectName, o.projectName), cmp.Compare(k.projectID, o.projectID),
 		cmp.Compare(k.tokenName, o.tokenName), cmp.Compare(k.tokenID, o.tokenID), cmp.Compare(k.model, o.model),
-		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome), cmp.Compare(k.cache, o.cache))
+		cmp.Compare(k.endpoint, o.endpoint), cmp.Compare(k.outcome, o.outcome),
+		cmp.Compare(k.serviceTier, o.serviceTier), cmp.Compare(k.cache, o.cache))
 }
 
 var errTooManyRows = errors.New("too many rows")
@@ -131,43 +133,45 @@ func (q *usageQuery) statement(addUp bool) (text, grain string) {
 	const from = ` FROM usage_sums WHERE grain = ?1 AND project = ?2 AND token = ?3 AND at >= ?4 AND at < ?5 `
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
 			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us),
-			sum(cache_hits), sum(saved), sum(saved_us)` + from
+			sum(cache_hits), sum(saved), sum(saved_us), sum(prompt_saved)` + from
 	const fromHours = ` FROM project_hours WHERE ?1 = 'hour' AND project = ?2 AND ?3 = 0 AND at >= ?4 AND at < ?5 `
 	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0,
-			0, 0, 0` + fromHours
+			0, 0, 0, 0` + fromHours
 	if grain = "day"; q.interval == "hour" || q.hourly {
 		grain = "hour"
 	}
-	labeled := q.byEndpoint || q.byOutcome || q.byModel
+	byLabels := q.byEndpoint || q.byOutcome || q.byServiceTier
+	labeled := byLabels || q.byModel
 	inHours := grain == "hour" && q.totalsOnly && !labeled && !q.byToken && q.token == ""
 	if grain == "day" && !labeled && !q.ofAll() {
 		grain = "token" // days over all models; token 0 is all of the project's
 	}
 	switch byTime := q.byTime(); {
 	case inHours && !addUp:
-		return `SELECT at, '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0,
-			0, 0, 0` + fromHours, grain
+		return `SELECT at, '', '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0,
+			0, 0, 0, 0` + fromHours, grain
 	case !addUp:
-		return `SELECT at, model, endpoint, outcome, calls, input_tokens, cached_tokens, output_tokens,
+		return `SELECT at, model, endpoint, outcome, service_tier, calls, input_tokens, cached_tokens, output_tokens,
 			reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us,
-			cache_hits, saved, saved_us` + from,
-			grain
-	case (q.byEndpoint || q.byOutcome) && byTime:
-		return `SELECT at, model, endpoint, outcome, ` + sums + `GROUP BY at, model, endpoint, outcome`, grain
-	case q.byEndpoint || q.byOutcome:
-		return `SELECT 0, model, endpoint, outcome, ` + sums + `GROUP BY model, endpoint, outcome`, grain
+			cache_hits, saved, saved_us, prompt_saved` + from, grain
+	case byLabels && byTime:
+		return `SELECT at, model, endpoint, outcome, service_tier, ` + sums +
+			`GROUP BY at, model, endpoint, outcome, service_tier`, grain
+	case byLabels:
+		return `SELECT 0, model, endpoint, outcome, service_tier, ` + sums +
+			`GROUP BY model, endpoint, outcome, service_tier`, grain
 	case q.byModel && byTime:
-		return `SELECT at, model, '', '', ` + sums + `GROUP BY at, model`, grain
+		return `SELECT at, model, '', '', '', ` + sums + `GROUP BY at, model`, grain
 	case q.byModel:
-		return `SELECT 0, model, '', '', ` + sums + `GROUP BY model`, grain
+		return `SELECT 0, model, '', '', '', ` + sums + `GROUP BY model`, grain
 	case inHours && byTime:
-		return `SELECT at, '', '', '', ` + hours + `GROUP BY at`, grain
+		return `SELECT at, '', '', '', '', ` + hours + `GROUP BY at`, grain
 	case inHours:
-		return `SELECT 0, '', '', '', ` + hours + `GROUP BY project`, grain
+		return `SELECT 0, '', '', '', '', ` + hours + `GROUP BY project`, grain
 	case byTime:
-		return `SELECT at, '', '', '', ` + sums + `GROUP BY at`, grain
+		return `SELECT at, '', '', '', '', ` + sums + `GROUP BY at`, grain
 	}
-	return `SELECT 0, '', '', '', ` + sums + `GROUP BY grain`, grain
+	return `SELECT 0, '', '', '', '', ` + sums + `GROUP BY grain`, grain
 }
 
 // sumRange adds a scope's sums in a range of time to the groups. It reads one short range and cannot be
@@ -191,9 +195,9 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		var at int64
 		var labels usageLabels
 		var v usageSum
-		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &v.calls, &v.input, &v.cached,
-			&v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse, &v.totalUS,
-			&v.hits, &v.saved, &v.savedUS); err != nil {
+		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &labels.serviceTier, &v.calls,
+			&v.input, &v.cached, &v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse,
+			&v.totalUS, &v.hits, &v.saved, &v.savedUS, &v.promptSaved); err != nil {
 			return err
 		}
 		k := base
@@ -208,6 +212,9 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		}
 		if q.byOutcome {
 			k.outcome = labels.outcome
+		}
+		if q.byServiceTier {
+			k.serviceTier = labels.serviceTier
 		}
 		if q.byCache {
 			if k.cache = cacheHit; v.hits > 0 {

@@ -49,7 +49,8 @@ func (r *requestRow) appendPendingRecord(b []byte) []byte {
 // isPlainOK reports whether the row has no value beyond those of a plain successful call.
 func (r *requestRow) isPlainOK() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.attempts == 1 &&
+		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.counts.audioInput == 0 &&
+		r.counts.audioOutput == 0 && r.details == usageDetails{} && r.attempts == 1 &&
 		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
 }
 
@@ -184,6 +185,7 @@ type usageSumKey struct {
 	model, endpoint string
 	outcome         callOutcome
 	requestedModel  string
+	tier            serviceTier
 }
 
 // billedWithoutUsage reports whether a provider charges for calls of an endpoint although their answers may
@@ -198,6 +200,7 @@ type usageSum struct {
 	cost, unpriced, estimated, totalUS      int64
 	wouldRefuse                             int64
 	hits, saved, savedUS                    int64 // calls that were answered from the cache
+	promptSaved                             int64 // nano-dollars that the providers' caches saved
 }
 
 func (s *usageSum) add(r *requestRow) {
@@ -210,6 +213,7 @@ func (s *usageSum) add(r *requestRow) {
 	s.reasoning = addSat(s.reasoning, r.counts.reasoning)
 	if r.priced {
 		s.cost = addSat(s.cost, r.cost)
+		s.promptSaved = addSat(s.promptSaved, r.promptSaved)
 	} else if r.source != usageNone || r.outcome == outcomeOK && billedWithoutUsage(r.endpoint) {
 		s.unpriced++
 	}
@@ -241,6 +245,7 @@ func (s *usageSum) merge(o usageSum) {
 	s.hits = addSat(s.hits, o.hits)
 	s.saved = addSat(s.saved, o.saved)
 	s.savedUS = addSat(s.savedUS, o.savedUS)
+	s.promptSaved = addSat(s.promptSaved, o.promptSaved)
 }
 
 // fromCache returns the part of the sum that the cache answered. Such calls use no tokens and cost nothing.
@@ -291,7 +296,8 @@ func newUsageTally() *usageTally {
 
 func (t *usageTally) add(r *requestRow) {
 	hour := r.started - r.started%hourMS
-	k := usageSumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumRequestedModel()}
+	k := usageSumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumRequestedModel(),
+		r.details.tier}
 	if t.lastSum == nil || k != t.lastKey {
 		t.lastKey, t.lastSum, t.lastHour = k, getOrInsert(t.sums, k), getOrInsert(t.hours, hourKey{r.project, hour})
 	}

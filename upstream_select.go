@@ -544,6 +544,7 @@ type upstreamSettings struct {
 	IdleMS            int64  `json:"idle_ms,omitzero"`
 	RequestsPerMinute int64  `json:"requests_per_minute,omitzero"`
 	TokensPerMinute   int64  `json:"tokens_per_minute,omitzero"`
+	CostMultiplier    int64  `json:"cost_multiplier,omitzero"` // in ten-thousandths; 0: 1
 	Note              string `json:"note,omitzero"`
 }
 

@@ -1,0 +1,624 @@
+// This file has what administrators see and change of prices: the fields of a price, the list, the breakdown of a
+// call's cost, and simulations of what usage would cost. It prices nothing itself: billing.go and prices.go do.
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A priceInput is what can be sent about a price.
+type priceInput struct {
+	match     optional[string]
+	validFrom optional[timestampText]
+	amounts   [numPriceKinds]optional[json.RawMessage]
+	parts     [len(pricePartNames)]optional[json.RawMessage]
+}
+
+// A timestampText is a time as administrators write it.
+type timestampText string
+
+// pricePartNames are the members of a price beside amounts. They are objects, or a number.
+var pricePartNames = [...]string{"above_input_tokens", "service_tier", "multiplier", "unknown_above_input_tokens"}
+
+// pricePartRules say what these members must be.
+var pricePartRules = [...]string{
+	`must have numbers of input tokens, each with prices: {"200000":{"input":4,"output":18}}`,
+	`must have batch, flex, priority or ultrafast, each with prices: {"flex":{"input":1,"output":4}}`,
+	`must have us, eu or fast, each with a number of at most two decimals: {"us":1.1}`,
+	`must be a number of tokens`,
+}
+
+func priceFields() []field[priceInput, priceRow] {
+	type f = field[priceInput, priceRow]
+	fields := []f{
+		{name: "match", label: "Model", required: true, placeholder: "gpt-4o-mini or my-model-*",
+			help: "match", target: func(in *priceInput) any { return &in.match }, apply: (*priceInput).applyMatch},
+		{name: "valid_from", label: "Valid from", nullable: true, placeholder: "2027-01-01T00:00:00Z",
+			empty: emptyOmitted, target: func(in *priceInput) any { return &in.validFrom },
+			apply: (*priceInput).applyValidFrom},
+	}
+	for k, info := range priceKinds {
+		fields = append(fields, f{
+			name: info.name, nullable: true, label: capitalizeKind(info.label), kind: "number", empty: emptyOmitted,
+			help: priceKindHelp(priceKind(k)), target: func(in *priceInput) any { return &in.amounts[k] },
+			apply: func(in *priceInput, p *priceRow) error {
+				return checkAmount(in.amounts[k], info)
+			},
+		})
+	}
+	for i, name := range pricePartNames {
+		fields = append(fields, f{
+			name: name, nullable: true, empty: emptyOmitted,
+			target: func(in *priceInput) any { return &in.parts[i] },
+			apply: func(in *priceInput, p *priceRow) error {
+				if !in.parts[i].hasValue() {
+					return nil
+				}
+				if _, err := parsePrice(priceMembers{name: in.parts[i].value}); err != nil {
+					return &fieldError{name, pricePartRules[i]}
+				}
+				return nil
+			},
+		})
+	}
+	return fields
+}
+
+func capitalizeKind(label string) string { return strings.ToUpper(label[:1]) + label[1:] }
+
+// priceKindHelp names the text that tells what a kind without a price costs.
+func priceKindHelp(k priceKind) string {
+	none := noRates()
+	switch none.fallbackKind(k) {
+	case kindInput:
+		return "as-input"
+	case kindOutput:
+		return "as-output"
+	}
+	return ""
+}
+
+func (in *priceInput) applyMatch(p *priceRow) error {
+	p.match = in.match.value
+	isControl := func(c rune) bool { return c <= ' ' || c == 0x7f }
+	if p.match == "" || len(p.match) > 256 || strings.ContainsFunc(p.match, isControl) {
+		return &fieldError{"match", "must be a model's name, or a pattern with *, of 1 to 256 bytes"}
+	}
+	return nil
+}
+
+func (in *priceInput) applyValidFrom(p *priceRow) error {
+	if !in.validFrom.hasValue() {
+		return nil
+	}
+	t, err := time.Parse(time.RFC3339, string(in.validFrom.value))
+	if err != nil || t.UnixMilli() <= 0 || t.Year() > 9999 {
+		return &fieldError{"valid_from", "must be a time such as 2027-01-01T00:00:00Z, or null for always"}
+	}
+	p.validFrom = t.UnixMilli()
+	return nil
+}
+
+// amountText returns a price as it was sent, a JSON number or a string.
+func amountText(in optional[json.RawMessage]) string { return strings.Trim(string(in.value), `"`) }
+
+// checkAmount checks a price that was sent.
+func checkAmount(in optional[json.RawMessage], info priceKindInfo) error {
+	if !in.hasValue() {
+		return nil
+	}
+	if _, err := info.unit.parse(amountText(in)); err != nil {
+		return &fieldError{info.name, info.unit.rule()}
+	}
+	return nil
+}
+
+// rule says what a price of the unit must be.
+func (u priceUnit) rule() string {
+	switch u {
+	case perToken:
+		return "must be dollars per million tokens: 0 to 1000000, with at most 6 decimals"
+	case perCharacter:
+		return "must be dollars per million characters: 0 to 1000000, with at most 6 decimals"
+	case perMinuteOfMedia:
+		return "must be dollars per minute: 0 to 1000, with at most 12 decimals"
+	}
+	return "must be dollars for one: 0 to 1000, with at most 12 decimals"
+}
+
+// apply checks the input and stores it in the row.
+func (in *priceInput) apply(tables *fieldTables, p *priceRow) error {
+	if err := applyFields(in, p, tables.price); err != nil {
+		return err
+	}
+	members := priceMembers{}
+	for k, amount := range in.amounts {
+		if amount.hasValue() {
+			unit := priceKinds[k].unit
+			pico, _ := unit.parse(amountText(amount)) // it was checked
+			members[priceKinds[k].name] = json.RawMessage(unit.format(pico))
+		}
+	}
+	if !hasBasePrice(members) {
+		return &fieldError{"input", "or output is required, or the price of something that is not a token"}
+	}
+	for i, part := range in.parts {
+		if part.hasValue() {
+			if _, err := parsePrice(priceMembers{pricePartNames[i]: slices.Clone(part.value)}); err != nil {
+				return &fieldError{pricePartNames[i], pricePartRules[i]}
+			}
+			members[pricePartNames[i]] = part.value
+		}
+	}
+	text, err := json.Marshal(members)
+	if err != nil {
+		return fmt.Errorf("writing a price: %w", err)
+	}
+	if len(text) > maxPriceBytes {
+		return &fieldError{"", fmt.Sprintf("A price must have at most %d bytes.", maxPriceBytes)}
+	}
+	p.price = string(text)
+	return nil
+}
+
+const maxPriceBytes = 8 << 10
+
+// hasBasePrice reports whether a price is more than a discount or a surcharge.
+func hasBasePrice(m priceMembers) bool {
+	for k, info := range priceKinds {
+		_, ok := m[info.name]
+		if ok && (priceKind(k) == kindInput || priceKind(k) == kindOutput || priceKind(k) >= numTokenKinds) {
+			return true
+		}
+	}
+	return false
+}
+
+// A priceView is a price as the management API shows it. A kind that is null has no price of its own.
+type priceView struct {
+	ID                      string           `json:"id"` // "": a list price
+	Match                   string           `json:"match"`
+	ValidFrom               *timestamp       `json:"valid_from"` // null: always
+	Input                   *json.RawMessage `json:"input"`
+	CachedInput             *json.RawMessage `json:"cached_input"`
+	CacheWrite              *json.RawMessage `json:"cache_write"`
+	CacheWrite1h            *json.RawMessage `json:"cache_write_1h"`
+	AudioInput              *json.RawMessage `json:"audio_input"`
+	CachedAudioInput        *json.RawMessage `json:"cached_audio_input"`
+	ImageInput              *json.RawMessage `json:"image_input"`
+	CachedImageInput        *json.RawMessage `json:"cached_image_input"`
+	Output                  *json.RawMessage `json:"output"`
+	ReasoningOutput         *json.RawMessage `json:"reasoning_output"`
+	AudioOutput             *json.RawMessage `json:"audio_output"`
+	ImageOutput             *json.RawMessage `json:"image_output"`
+	InputMinute             *json.RawMessage `json:"input_minute"`
+	OutputMinute            *json.RawMessage `json:"output_minute"`
+	InputCharacter          *json.RawMessage `json:"input_character"`
+	InputPicture            *json.RawMessage `json:"input_picture"`
+	OutputPicture           *json.RawMessage `json:"output_picture"`
+	Query                   *json.RawMessage `json:"query"`
+	WebSearchCall           *json.RawMessage `json:"web_search_call"`
+	WebSearchCallLow        *json.RawMessage `json:"web_search_call_low"`
+	WebSearchCallMedium     *json.RawMessage `json:"web_search_call_medium"`
+	WebSearchCallHigh       *json.RawMessage `json:"web_search_call_high"`
+	FileSearchCall          *json.RawMessage `json:"file_search_call"`
+	CodeInterpreterSession  *json.RawMessage `json:"code_interpreter_session"`
+	ImageGenerationCall     *json.RawMessage `json:"image_generation_call"`
+	AboveInputTokens        *json.RawMessage `json:"above_input_tokens"`
+	ServiceTier             *json.RawMessage `json:"service_tier"`
+	Multiplier              *json.RawMessage `json:"multiplier"`
+	UnknownAboveInputTokens *json.RawMessage `json:"unknown_above_input_tokens"`
+	Provider                string           `json:"provider"`   // of a list price
+	AsOf                    string           `json:"as_of"`      // the date of the list that a list price is from
+	UpdatedAt               *timestamp       `json:"updated_at"` // null: a list price
+}
+
+// setMembers fills in the members of a price in JSON.
+func (v *priceView) setMembers(m priceMembers) {
+	targets := [...]**json.RawMessage{&v.Input, &v.CachedInput, &v.CacheWrite, &v.CacheWrite1h, &v.AudioInput,
+		&v.CachedAudioInput, &v.ImageInput, &v.CachedImageInput, &v.Output, &v.ReasoningOutput, &v.AudioOutput,
+		&v.ImageOutput, &v.InputMinute, &v.OutputMinute, &v.InputCharacter, &v.InputPicture, &v.OutputPicture,
+		&v.Query, &v.WebSearchCall, &v.WebSearchCallLow, &v.WebSearchCallMedium, &v.WebSearchCallHigh,
+		&v.FileSearchCall, &v.CodeInterpreterSession, &v.ImageGenerationCall,
+		&v.AboveInputTokens, &v.ServiceTier, &v.Multiplier, &v.UnknownAboveInputTokens}
+	for i, target := range targets {
+		name := ""
+		if i < int(numPriceKinds) {
+			name = priceKinds[i].name
+		} else {
+			name = pricePartNames[i-int(numPriceKinds)]
+		}
+		if text, ok := m[name]; ok {
+			*target = &text
+		}
+	}
+}
+
+// newPriceView shows a price of the operator.
+func newPriceView(p *priceRow) priceView {
+	v := priceView{ID: p.id, Match: p.match, UpdatedAt: new(timestamp(p.updatedAt))}
+	if p.validFrom != 0 {
+		v.ValidFrom = new(timestamp(p.validFrom))
+	}
+	var m priceMembers
+	_ = json.Unmarshal([]byte(p.price), &m) // the program wrote it
+	v.setMembers(m)
+	return v
+}
+
+// newEffectivePriceView shows the price that holds for a model.
+func newEffectivePriceView(model string, p *price) priceView {
+	v := priceView{Match: model, Provider: p.from.Provider, AsOf: p.from.Date}
+	var b billedPrice
+	_ = json.Unmarshal([]byte(p.text), &b) // the program wrote it
+	v.setMembers(b.Price)
+	return v
+}
+
+// effectivePrice returns the price that holds for a model now, nil if there is none.
+func (ops *operations) effectivePrice(provider, model string, now time.Time) *price {
+	return ops.prices.Load().lookup(provider, model, now.UnixMilli())
+}
+
+// listPrices returns the operator's own prices or, with ?model=, the effective price of that model.
+func (api *manageAPI) listPrices(r *manageRequest) (any, error) {
+	out := listPage[priceView]{Data: []priceView{}}
+	if model := r.query.Get("model"); model != "" {
+		if p := api.ops.effectivePrice(r.query.Get("provider"), model, r.now); p != nil {
+			out.Data = append(out.Data, newEffectivePriceView(model, p))
+		}
+		return out, nil
+	}
+	rows, err := api.store.listPrices(r.ctx)
+	return newListPage(rows, len(rows), newPriceView, nil), err
+}
+
+// listListPrices returns a page of the built-in list: models with search in their names, in the order of the list.
+func (api *manageAPI) listListPrices(r *manageRequest) (any, error) {
+	page, err := r.parseListQuery()
+	if err != nil {
+		return nil, err
+	}
+	rows := api.ops.prices.Load().search(r.query.Get("search"), r.query.Get("provider"))
+	rows = rows[min(int64(len(rows)), page.seq):]
+	position := page.seq
+	return newListPage(rows, page.limit, func(p **price) priceView {
+		position++
+		return newEffectivePriceView((*p).from.Name, *p)
+	}, func(**price) string { return formatCursor(position, "") }), nil
+}
+
+func (api *manageAPI) setPrice(r *manageRequest, in priceInput) (any, error) {
+	p, err := api.ops.setPrice(r.ctx, r.origin, in)
+	return created{newPriceView(&p)}, err
+}
+
+func (api *manageAPI) deletePrice(r *manageRequest) (any, error) {
+	return r.deleted("id", api.ops.deletePrice(r.ctx, r.origin, r.pathValue("id")))
+}
+
+// A costBreakdown says what a cost is made of. The costs of its lines add up to its cost.
+type costBreakdown struct {
+	Cost  dollars         `json:"cost"`
+	Lines []costLineReply `json:"lines"`
+	Price priceSource     `json:"price"`
+}
+
+// A costLineReply is a quantity of one kind at a price, or what a multiplier adds to the lines before it.
+type costLineReply struct {
+	Kind       string           `json:"kind"`                 // of usage, or the name of the multiplier
+	Quantity   *int64           `json:"quantity,omitempty"`   // of a multiplier: absent
+	Unit       string           `json:"unit,omitempty"`       // of the quantity
+	Price      *json.RawMessage `json:"price,omitempty"`      // dollars
+	Per        string           `json:"per,omitempty"`        // what the price is for
+	Multiplier *json.RawMessage `json:"multiplier,omitempty"` // absent in a quantity
+	Cost       dollars          `json:"cost"`
+}
+
+// A priceSource names a price.
+type priceSource struct {
+	Source   string `json:"source"` // list or own
+	Name     string `json:"name"`   // the listed model, or what the own price matches
+	Provider string `json:"provider"`
+	AsOf     string `json:"as_of"` // the date of the list
+	ID       string `json:"id"`    // of the own price
+}
+
+func newPriceSource(p *price) priceSource {
+	s := priceSource{Source: "list", Name: p.from.Name, Provider: p.from.Provider, AsOf: p.from.Date, ID: p.from.OwnID}
+	if s.ID != "" {
+		s.Source = "own"
+	}
+	return s
+}
+
+// unitNames returns the name of a quantity of the unit, and what its price is for.
+func (u priceUnit) names() (quantity, per string) {
+	switch u {
+	case perToken:
+		return "token", "million tokens"
+	case perCharacter:
+		return "character", "million characters"
+	case perMinuteOfMedia:
+		return "millisecond", "minute"
+	}
+	return "piece", "piece"
+}
+
+// newCostBreakdown returns the parts of a cost, nil if the cost is not known.
+func newCostBreakdown(p *price, c *tokenCounts, d *usageDetails) *costBreakdown {
+	lines := []costLine{}
+	nanos, ok := p.cost(c, d, &lines)
+	if !ok {
+		return nil
+	}
+	b := &costBreakdown{Cost: dollars(nanos), Lines: []costLineReply{}, Price: newPriceSource(p)}
+	for _, l := range lines {
+		reply := costLineReply{Kind: l.name, Cost: dollars(l.nanos)}
+		if l.multiplier != 0 {
+			reply.Multiplier = new(json.RawMessage(formatDecimal(l.multiplier, 4)))
+		} else {
+			info := priceKinds[l.kind]
+			reply.Kind, reply.Quantity = info.name, &l.quantity
+			reply.Unit, reply.Per = info.unit.names()
+			reply.Price = new(json.RawMessage(info.unit.format(l.rate)))
+		}
+		b.Lines = append(b.Lines, reply)
+	}
+	return b
+}
+
+// breakdownOf returns what the cost of a call is made of, at the price that held when it began; nil if it has no
+// cost, or is from a time when prices were not kept.
+func (ops *operations) breakdownOf(ctx context.Context, v *requestView) (*costBreakdown, error) {
+	if v.nullCost == nil || v.billedPriceID == 0 {
+		return nil, nil
+	}
+	text, err := ops.store.billedPrice(ctx, v.billedPriceID)
+	if errors.Is(err, errNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := parseBilledPrice(text)
+	if err != nil {
+		return nil, fmt.Errorf("reading the price of a call: %w", err)
+	}
+	return newCostBreakdown(p, &v.counts, &v.details), nil
+}
+
+// search returns the listed prices of a provider, "" for all, whose models have text in one of their names, ordered
+// by provider and model.
+func (t *priceTable) search(text, provider string) []*price {
+	found := map[*price]bool{}
+	for k, p := range t.listed {
+		matches := strings.Contains(strings.ToLower(k.model), strings.ToLower(text))
+		if matches && (provider == "" || k.provider == provider) {
+			found[p] = true
+		}
+	}
+	out := make([]*price, 0, len(found))
+	for p := range found {
+		out = append(out, p)
+	}
+	slices.SortFunc(out, func(a, b *price) int {
+		return cmp.Or(cmp.Compare(a.from.Provider, b.from.Provider), cmp.Compare(a.from.Name, b.from.Name))
+	})
+	return out
+}
+
+// A simulateInput asks what usage would cost with a model: usage of one call, or that of a time.
+type simulateInput struct {
+	model, provider, api, serviceTier, projectID, from, to optional[string]
+	usage, counts                                          optional[json.RawMessage]
+}
+
+// A simulation is what usage of one call would cost.
+type simulation struct {
+	Model            string         `json:"model"`
+	UsageSource      usageSource    `json:"usage_source"` // estimated: the usage object lacks counts
+	InputTokens      int64          `json:"input_tokens"`
+	CachedTokens     int64          `json:"cached_tokens"`
+	CacheWriteTokens int64          `json:"cache_write_tokens"`
+	OutputTokens     int64          `json:"output_tokens"`
+	ReasoningTokens  int64          `json:"reasoning_tokens"`
+	UsageDetails     usageDetails   `json:"usage_details"`
+	Cost             *dollars       `json:"cost"` // null: there is no price for this usage
+	CostBreakdown    *costBreakdown `json:"cost_breakdown"`
+}
+
+// simulate returns what usage would cost. It changes nothing.
+func (api *manageAPI) simulate(r *manageRequest) (any, error) {
+	var in simulateInput
+	err := decodeObject(r.body, map[string]any{"model": &in.model, "provider": &in.provider, "api": &in.api,
+		"service_tier": &in.serviceTier, "usage": &in.usage, "counts": &in.counts, "project_id": &in.projectID,
+		"from": &in.from, "to": &in.to})
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range [...]struct {
+		name string
+		in   optional[json.RawMessage]
+	}{{"usage", in.usage}, {"counts", in.counts}} {
+		if f.in.hasValue() && f.in.value[0] != '{' {
+			return nil, &fieldError{f.name, "must be an object"}
+		}
+	}
+	if in.model.value == "" {
+		return nil, &fieldError{"model", "is required"}
+	}
+	switch {
+	case in.usage.hasValue() && in.counts.hasValue():
+		return nil, &fieldError{"counts", "must not be given together with usage"}
+	case in.usage.hasValue() || in.counts.hasValue():
+		return api.ops.simulateCall(&in, r.now)
+	}
+	return api.ops.simulatePeriod(r, &in)
+}
+
+func (ops *operations) simulateCall(in *simulateInput, now time.Time) (*simulation, error) {
+	out := &simulation{Model: in.model.value, UsageSource: usageExact}
+	var counts tokenCounts
+	var err error
+	if in.usage.hasValue() {
+		counts, out.UsageDetails, out.UsageSource, err = in.readUsage()
+	} else {
+		counts, err = in.readCounts(&out.UsageDetails)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if text := in.serviceTier.value; text != "" {
+		out.UsageDetails.tier = serviceTierOf([]byte(text))
+	}
+	if p := ops.effectivePrice(in.provider.value, out.Model, now); p != nil {
+		out.CostBreakdown = newCostBreakdown(p, &counts, &out.UsageDetails)
+	}
+	if out.CostBreakdown != nil {
+		out.Cost = &out.CostBreakdown.Cost
+	}
+	out.InputTokens, out.CachedTokens, out.CacheWriteTokens = counts.input, counts.cached, counts.cacheWrite
+	out.OutputTokens, out.ReasoningTokens = counts.output, counts.reasoning
+	out.UsageDetails.audioInput, out.UsageDetails.audioOutput = counts.audioInput, counts.audioOutput
+	return out, nil
+}
+
+// readUsage reads a provider's usage object, as a meter reads it in an answer.
+func (in *simulateInput) readUsage() (tokenCounts, usageDetails, usageSource, error) {
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal(in.usage.value, &members); err != nil {
+		return tokenCounts{}, usageDetails{}, usageNone, &fieldError{"usage", "must be a usage object of a provider"}
+	}
+	kind := meterOpenAI
+	switch api := in.api.value; {
+	case api == "anthropic", api == "" && (members["cache_read_input_tokens"] != nil ||
+		members["cache_creation_input_tokens"] != nil || members["server_tool_use"] != nil):
+		kind = meterAnthropic
+	case api == "embeddings":
+		kind = meterEmbeddings
+	case api != "" && api != "openai":
+		return tokenCounts{}, usageDetails{}, usageNone,
+			&fieldError{"api", "must be openai, anthropic or embeddings"}
+	}
+	m := newMeter(kind, false, false, false)
+	m.process([]byte(`{"usage":` + string(in.usage.value) + `}`))
+	m.finish()
+	return m.counts, m.details, m.source(), nil
+}
+
+// readCounts reads counts by the names that the ledger has for them.
+func (in *simulateInput) readCounts(d *usageDetails) (c tokenCounts, err error) {
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal(in.counts.value, &members); err != nil {
+		return c, &fieldError{"counts", "must be an object of counts"}
+	}
+	for _, f := range [...]usageCount{{"input_tokens", &c.input}, {"cached_tokens", &c.cached},
+		{"cache_write_tokens", &c.cacheWrite}, {"output_tokens", &c.output}, {"reasoning_tokens", &c.reasoning}} {
+		text, ok := members[f.name]
+		if !ok {
+			continue
+		}
+		n := parseTokenCount(text)
+		if n < 0 || text[0] == '"' {
+			return c, &fieldError{"counts", f.name + " must be a whole number of 0 or more"}
+		}
+		*f.count = n
+		delete(members, f.name)
+	}
+	rest, err := json.Marshal(members)
+	if err != nil {
+		return c, fmt.Errorf("reading counts: %w", err)
+	}
+	if err := d.UnmarshalJSON(rest); err != nil {
+		return c, &fieldError{"counts", "must have counts and conditions by the names of a call, nothing else"}
+	}
+	c.audioInput, c.audioOutput = d.audioInput, d.audioOutput
+	d.audioInput, d.audioOutput = 0, 0
+	return c, nil
+}
+
+// A periodSimulation is what the usage of a time would have cost with one model.
+type periodSimulation struct {
+	Model      string              `json:"model"`
+	From       timestamp           `json:"from"`
+	To         timestamp           `json:"to"`
+	ActualCost dollars             `json:"actual_cost"` // of the calls whose cost is known
+	Cost       *dollars            `json:"cost"`        // null: the model has no price for this usage
+	Data       []simulatedModelSum `json:"data"`
+}
+
+// A simulatedModelSum is the part of one model in a periodSimulation.
+type simulatedModelSum struct {
+	Model           string   `json:"model"`
+	Calls           int64    `json:"calls"`
+	InputTokens     int64    `json:"input_tokens"`
+	CachedTokens    int64    `json:"cached_tokens"`
+	OutputTokens    int64    `json:"output_tokens"`
+	ReasoningTokens int64    `json:"reasoning_tokens"`
+	ActualCost      dollars  `json:"actual_cost"`
+	Cost            *dollars `json:"cost"`
+}
+
+// simulatePeriod prices the sums of a time, by default of the previous month. Sums have neither the length of single
+// inputs nor tools, so the prices for short inputs hold, and tools are left out.
+func (ops *operations) simulatePeriod(r *manageRequest, in *simulateInput) (*periodSimulation, error) {
+	now := r.now.UTC()
+	thisMonth := time.Date(now.Year(), now.Month(), 1, 0, 0, 0, 0, time.UTC)
+	from, to := thisMonth.AddDate(0, -1, 0), thisMonth
+	for _, f := range []struct {
+		name   string
+		text   optional[string]
+		target *time.Time
+	}{{"from", in.from, &from}, {"to", in.to, &to}} {
+		if f.text.hasValue() {
+			t, err := time.Parse(time.RFC3339, f.text.value)
+			if err != nil {
+				return nil, &fieldError{f.name, "must be a time such as 2026-11-01T00:00:00Z"}
+			}
+			*f.target = t.UTC().Truncate(24 * time.Hour)
+		}
+	}
+	rows, err := ops.store.usage(r.ctx, usageQuery{interval: "total", project: in.projectID.value, byModel: true,
+		from: from.UnixMilli(), to: to.UnixMilli(), limit: maxUsageRows})
+	if err != nil {
+		return nil, err
+	}
+	p := ops.effectivePrice(in.provider.value, in.model.value, r.now)
+	out := &periodSimulation{Model: in.model.value, From: timestamp(from.UnixMilli()), To: timestamp(to.UnixMilli()),
+		Data: []simulatedModelSum{}}
+	var total int64
+	known := p != nil
+	for i := range rows {
+		u := &rows[i]
+		v := simulatedModelSum{Model: u.model, Calls: u.calls, InputTokens: u.input, CachedTokens: u.cached,
+			OutputTokens: u.output, ReasoningTokens: u.reasoning, ActualCost: dollars(u.cost)}
+		out.ActualCost = dollars(addSat(int64(out.ActualCost), u.cost))
+		if p != nil {
+			counts := tokenCounts{input: u.input, cached: u.cached, output: u.output, reasoning: u.reasoning}
+			if nanos, ok := p.sumCost(&counts); ok {
+				v.Cost, total = new(dollars(nanos)), addSat(total, nanos)
+			} else {
+				known = false
+			}
+		}
+		out.Data = append(out.Data, v)
+	}
+	if known {
+		out.Cost = new(dollars(total))
+	}
+	return out, nil
+}
+
+// sumCost returns the cost of the usage of many calls, none of which had a long input.
+func (p *price) sumCost(c *tokenCounts) (nanos int64, ok bool) {
+	short := &price{tierPrice: tierPrice{rates: p.rates}}
+	return short.cost(c, &usageDetails{}, nil)
+}
