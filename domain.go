@@ -346,44 +346,13 @@ type requestRow struct {
 	counted                                     bool  // the ledger has added usageOf's usage to the sums
 }
 
-// priceID returns what names the price in the ledger, 0 if there is none.
-func (r *requestRow) priceID() int64 {
-	if r.price == nil {
-		return 0
-	}
-	return r.price.id
-}
-
-// detailsJSON returns the usage beside the columns that the ledger has, "" for none.
-func (r *requestRow) detailsJSON() string {
-	d := r.details
-	if d.audioInput, d.audioOutput = r.counts.audioInput, r.counts.audioOutput; d == (usageDetails{}) {
-		return ""
-	}
-	return string(d.appendJSON(nil))
-}
-
-// setDetails sets the usage from what detailsJSON returned.
-func (r *requestRow) setDetails(text string) error {
-	if text == "" {
-		return nil
-	}
-	if err := r.details.UnmarshalJSON([]byte(text)); err != nil {
-		return err
-	}
-	r.counts.audioInput, r.counts.audioOutput = r.details.audioInput, r.details.audioOutput
-	r.details.audioInput, r.details.audioOutput = 0, 0
-	return nil
-}
-
 // durableFields returns pointers to the fields that describe the call, in a fixed order. Stored content is not
 // among them, nor is the price, of which the cost was made.
 func (r *requestRow) durableFields() []any {
 	fields := []any{&r.id, &r.started, &r.project, &r.token, &r.endpoint, &r.stream, &r.address, &r.upstream, &r.model,
 		&r.status, &r.outcome, &r.errorCode, &r.source, &r.counts.input, &r.counts.cached, &r.counts.cacheWrite,
-		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.details,
-		&r.cost, &r.priced,
-		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse,
+		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
+		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse, &r.promptSaved,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
 		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted}
 	for _, c := range r.details.counts() {

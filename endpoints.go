@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/url"
@@ -515,4 +516,133 @@ const responsePattern = "/v1/responses/{response_id}"
 // showsResponse reports whether an answer of the endpoint shows a stored response, or says that it was deleted.
 func (e *endpoint) showsResponse() bool {
 	return e.pattern == responsePattern || e.pattern == responsePattern+"/cancel"
+}
+
+// hasOutputTokens reports whether answers of the endpoint have output tokens.
+func (e *endpoint) hasOutputTokens() bool {
+	return e.meter != meterNone && e.pattern != "/v1/embeddings" && e.pattern != "/v1/audio/speech"
+}
+
+// billedFields are fields on which prices depend. Each may occur in any number and spelling: the dearest counts.
+type billedFields struct {
+	characters    int64                 // of input, if it is a string
+	tiers         [numServiceTiers]bool // that service_tier asks for
+	fast          bool                  // speed asks for fast answers
+	size, quality string                // of pictures
+	tools         [numBilledTools]bool  // that tools names
+}
+
+// A billedTool is a tool that providers bill by the call.
+type billedTool uint8
+
+const (
+	toolWebSearch billedTool = iota
+	toolFileSearch
+	toolCodeInterpreter
+	toolImageGeneration
+	numBilledTools
+)
+
+var billedToolNames = [numBilledTools]string{"web_search", "file_search", "code_interpreter", "image_generation"}
+
+// isBilledField reports whether billedFields have a field of this name.
+func isBilledField(name []byte) bool {
+	switch len(name) {
+	case 4, 5, 7, 12, 18:
+		for _, n := range [...]string{"size", "input", "speed", "tools", "quality", "service_tier",
+			"web_search_options"} {
+			if len(n) == len(name) && strings.EqualFold(string(name), n) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// set stores the value of a field, as sent.
+func (f *billedFields) set(name, raw []byte) {
+	is := func(n string) bool { return strings.EqualFold(string(name), n) }
+	text := bytes.Trim(raw, `"`)
+	switch {
+	case is("input"):
+		if raw[0] == '"' {
+			f.characters = max(f.characters, countCharacters(raw[1:len(raw)-1]))
+		}
+	case is("service_tier"):
+		tier := serviceTierOf(text)
+		if string(text) == "auto" {
+			tier = tierPriority // if the project's default at the provider is that
+		}
+		f.tiers[tier] = true
+	case is("speed"):
+		f.fast = f.fast || inferenceSpeedOf(text) != speedStandard
+	case is("size") && len(text) <= maxPictureField:
+		f.size = string(text)
+	case is("quality") && len(text) <= maxPictureField:
+		f.quality = string(text)
+	case is("tools"):
+		for tool, n := range billedToolNames {
+			f.tools[tool] = f.tools[tool] || bytes.Contains(raw, []byte(n))
+		}
+	case is("web_search_options"):
+		f.tools[toolWebSearch] = f.tools[toolWebSearch] || string(raw) != "null"
+	}
+}
+
+// countCharacters counts the characters of the inside of a JSON string. An escape is one, and so is a pair of
+// surrogates.
+func countCharacters(text []byte) (n int64) {
+	for i := 0; i < len(text); n++ {
+		switch {
+		case text[i] != '\\':
+			_, size := utf8.DecodeRune(text[i:])
+			i += size
+		case i+5 < len(text) && text[i+1] == 'u':
+			if high := text[i+2]|0x20 == 'd' && text[i+3] >= '8' && text[i+3]|0x20 <= 'b'; high {
+				i += 6 // the other half follows, or the body is refused
+			}
+			i += 6
+		default:
+			i += 2
+		}
+	}
+	return n
+}
+
+const maxPictureField = 32 // bytes of a size or quality
+
+// completeUsage completes what a meter read with what the endpoint and the request say of it: speech is sound and
+// images are pictures, also where the answer does not say so; and models that are billed by the character or by the
+// picture have answers without usage. p is the price of the model, nil if it has none; host is the upstream's, which
+// says in which region it is.
+func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *price, host string) {
+	speech, images := e.pattern == "/v1/audio/speech", strings.HasPrefix(e.pattern, "/v1/images/")
+	d := &row.details
+	switch {
+	case m.hasUsage && speech && !m.usage.hasOutputDetails():
+		row.counts.audioOutput = row.counts.output
+	case m.hasUsage && images && !m.usage.hasOutputDetails():
+		d.imageOutput = row.counts.output
+	case m.hasUsage || m.failed || p == nil:
+	case speech && p.rates[kindInputCharacter] >= 0:
+		row.counts, row.source, d.characters = tokenCounts{}, usageExact, f.characters
+	case images && m.done && p.rates[kindOutputPicture] >= 0:
+		row.counts, row.source, d.outputPictures = tokenCounts{}, usageExact, max(1, f.n)
+	}
+	if d.region == regionAny {
+		d.region = hostRegion(host)
+	}
+	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
+		d.webSearches = 1
+		if d.searchContext == searchContextUnknown && p != nil && p.rates[kindWebSearch] < 0 {
+			d.searchContext = searchContextLow
+		}
+	}
+}
+
+// alwaysSearches reports whether a model searches the web once in each call of /v1/chat/completions, and bills that.
+func alwaysSearches(model string) bool {
+	model = model[strings.LastIndexByte(model, '/')+1:]
+	return strings.Contains(model, "-search-preview") || strings.Contains(model, "-search-api") ||
+		strings.HasPrefix(model, "sonar") && !strings.HasPrefix(model, "sonar-deep")
 }

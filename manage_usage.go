@@ -141,11 +141,11 @@ type requestReply struct {
 	FirstByteMS      *float64      `json:"first_byte_ms"`
 	TotalMS          *float64      `json:"total_ms"`
 	Attempts         int           `json:"attempts"`
-	AttemptLog       []attemptLine `json:"attempt_log"` // empty if there was one attempt
-	LimitHit         string        `json:"limit_hit"`   // that refused the call, or would have (monitor only)
-	Cache            string        `json:"cache"`       // cacheHit or cacheNone
-	Saved            dollars       `json:"saved"`       // what the answer from the cache would have cost
-	SavedMS          float64       `json:"saved_ms"`    // how much longer the provider would have taken
+	AttemptLog       []attemptLine `json:"attempt_log"`  // empty if there was one attempt
+	LimitHit         string        `json:"limit_hit"`    // that refused the call, or would have (monitor only)
+	Cache            string        `json:"cache"`        // cacheHit or cacheNone
+	Saved            dollars       `json:"saved"`        // what the answer from the cache would have cost
+	SavedMS          float64       `json:"saved_ms"`     // how much longer the provider would have taken
 	ServiceTier      string        `json:"service_tier"` // "" for the standard one
 	UsageDetails     usageDetails  `json:"usage_details"`
 }
@@ -294,7 +294,7 @@ type usageReply struct {
 	Model           *string    `json:"model,omitempty"` // "": names without sums of their own, see requestRow.sumModel
 	Endpoint        *string    `json:"endpoint,omitempty"`
 	Outcome         *string    `json:"outcome,omitempty"`
-	Cache           *string    `json:"cache,omitempty"` // cacheHit or cacheNone
+	Cache           *string    `json:"cache,omitempty"`        // cacheHit or cacheNone
 	ServiceTier     *string    `json:"service_tier,omitempty"` // "": the standard one
 	Calls           int64      `json:"calls"`
 	InputTokens     int64      `json:"input_tokens"`
@@ -393,7 +393,8 @@ func (q *usageQuery) parseGroupBy(text string) error {
 		group, ok := groups[by]
 		if !ok || *group {
 			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint, outcome, cache and service_tier, each once.")
+				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
+					"service_tier, each once.")
 		}
 		*group = true
 	}

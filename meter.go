@@ -66,6 +66,7 @@ type meter struct {
 	currentSource usageSource // "" before the first byte
 	hasUsage      bool        // usage is from the answer
 	usage         usageFields // of all usable usage objects
+	tools         toolCounts  // of the response
 	scan          usageScanner
 	text          textCounter
 	textBytes     int64        // bytes of text in all deltas, or in all JSON documents
@@ -224,7 +225,7 @@ func (m *meter) processDocuments(p []byte) {
 		p = p[n:]
 		switch {
 		case m.documents == 0:
-			m.hasUsage, m.usage = m.scan.usageSeen, m.scan.usage
+			m.hasUsage, m.usage, m.tools = m.scan.usageSeen, m.scan.usage, m.scan.tools
 		case m.scan.state == scanClosed && m.scan.usageSeen:
 			m.applyUsage(m.scan.eventType)
 		}
@@ -292,7 +293,7 @@ func (m *meter) finish() []byte {
 
 // currentUsage returns the counts so far and where they come from.
 func (m *meter) currentUsage() (tokenCounts, usageSource) {
-	m.unmeasured, m.implausible = false, false
+	m.unmeasured, m.implausible, m.details = false, false, usageDetails{}
 	switch {
 	case m.bytes == 0:
 		return tokenCounts{}, usageNone
@@ -308,7 +309,10 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	}
 	u := m.usage.evaluate(m.kind, m.textBytes > 0)
 	m.implausible = u.implausible
+	m.setDetails(u.details)
 	switch {
+	case u.byDuration && u.details.inputMS > 0:
+		return tokenCounts{}, usageExact
 	case u.byDuration:
 		return tokenCounts{}, usageNone
 	case u.inputKnown && u.outputKnown:
@@ -325,6 +329,15 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 // compression is how many times an answer in one piece is larger than its compressed bytes. A stream repeats its
 // envelopes so often that its compressed bytes are about its text.
 const compression = 3
+
+// setDetails sets the details of the usage, with the conditions and tools that the answer names.
+func (m *meter) setDetails(d usageDetails) {
+	named := &m.scan.conditions
+	d.tier, d.speed, d.region, d.searchContext = named.tier, named.speed, named.region, named.searchContext
+	d.webSearches += m.tools.webSearches
+	d.fileSearches, d.codeSessions, d.imageCalls = m.tools.fileSearches, m.tools.codeSessions, m.tools.imageCalls
+	m.details = d
+}
 
 // estimateOutput estimates the output tokens: a stream's from the text in its deltas, any other answer's from
 // its size.

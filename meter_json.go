@@ -1,7 +1,7 @@
 // This file finds the few members of a JSON document that a meter needs, whatever the document's size and
-// however it is cut into pieces: top-level usage, model, type, error and choices, and in a stream those of
-// `response` or `message`. It keeps no more than one short string. It does not validate: a broken document
-// yields less, never a panic. Names are compared as written; an escaped name is a different name.
+// however it is cut into pieces: top-level usage, model, type, error, choices, output and service_tier, and in a
+// stream those of `response` or `message`. It keeps no more than one short string. It does not validate: a broken
+// document yields less, never a panic. Names are compared as written; an escaped name is a different name.
 //
 // usageScanner is a state machine with one state per position in a document:
 //
@@ -22,6 +22,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math/bits"
+	"slices"
 )
 
 // A slot says what the value being read is for. The first ones are indexes of usageFields.
@@ -33,9 +34,18 @@ const (
 	slotOutput
 	slotCached
 	slotCacheWrite
+	slotCacheWrite5m
+	slotCacheWrite1h // the last one that iterations have
 	slotReasoning
+	slotReasoningBeside // what only counts beside citation tokens
 	slotAudioInput
 	slotAudioOutput
+	slotImageInput
+	slotImageOutput
+	slotCachedAudio
+	slotCachedImage
+	slotCitations
+	slotWebSearches
 	slotTotal
 	numCountSlots // the slots above are counts
 	slotUsage
@@ -53,6 +63,18 @@ const (
 	slotIterations // a list in usage
 	slotIterationType
 	slotID
+	slotCacheCreation
+	slotCachedDetails
+	slotServerTools
+	slotServiceTier
+	slotSpeed
+	slotRegion
+	slotSearchContext
+	slotOutputList // the list of items in a response
+	slotItemType
+	slotItemAction
+	slotActionType
+	slotContainer
 )
 
 // A responseStatus is how far a stored response has come.
@@ -89,6 +111,11 @@ const (
 	scopeChoice    // an element of choices
 	scopeVendor    // x_groq
 	scopeIteration // an element of usage.iterations
+	scopeCacheCreation
+	scopeCachedDetails
+	scopeServerTools
+	scopeItem   // an element of output
+	scopeAction // of an item: what a tool did
 )
 
 type scanState uint8
@@ -129,16 +156,22 @@ type usageScanner struct {
 	typeSeen      bool // type is a string
 	typeIsDelta   bool // that says delta
 
-	readID     bool           // read id and status, which reset keeps
-	status     responseStatus // of the response that the documents are about
-	id         [128]byte      // of that response
-	idLen      int
+	readID bool           // read id and status, which reset keeps
+	status responseStatus // of the response that the documents are about
+	id     [128]byte      // of that response
+	idLen  int
+
+	tools      toolCounts   // of the document
+	item       outputItem   // the current element of output
+	conditions usageDetails // the last tier, speed, region and search context; reset keeps them
+
 	readNested bool // look into response and message, too
 	state      scanState
 	slot       slot
 	escaped    bool // in a string, the last byte was a backslash
 	level      uint8
-	scopes     [4]jsonScope          // the known objects around the current position; level is their number
+	scopes     [6]jsonScope          // the known objects around the current position; level is their number
+	list       slot                  // the last list of objects that was entered
 	depth      int                   // open brackets in a skipped value
 	number     [maxCountLen + 1]byte // the number or literal so far, as far as it fits
 	numberLen  int
@@ -163,6 +196,7 @@ func (s *usageScanner) reset(readNested bool) {
 	s.hasError, s.statusFailed, s.topLevelInput = false, false, false
 	s.eventType, s.typeSeen, s.typeIsDelta = eventNone, false, false
 	s.readNested, s.state, s.level, s.depth, s.escaped = readNested, scanStart, 0, 0, false
+	s.tools = toolCounts{}
 }
 
 // feedAll reads the next bytes of a document that nothing follows.
@@ -301,30 +335,42 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeInputDetails)
 	case object && s.slot == slotOutputDetails:
 		s.enterObject(scopeOutputDetails)
-	case !object && (s.slot == slotChoices || s.slot == slotIterations):
-		s.state = scanFirst
+	case object && s.slot == slotCacheCreation:
+		s.enterObject(scopeCacheCreation)
+	case object && s.slot == slotCachedDetails:
+		s.enterObject(scopeCachedDetails)
+	case object && s.slot == slotServerTools:
+		s.enterObject(scopeServerTools)
+	case object && s.slot == slotItemAction:
+		s.enterObject(scopeAction)
+	case !object && (s.slot == slotChoices || s.slot == slotIterations || s.slot == slotOutputList):
+		s.state, s.list = scanFirst, s.slot
 	default:
 		s.setCount(countInvalid)
 		s.depth, s.state = 1, scanSkip
 	}
 }
 
-// enterObject enters an object whose members matter. slotFor nests scopes at most four deep.
+// enterObject enters an object whose members matter. slotFor nests scopes at most five deep.
 func (s *usageScanner) enterObject(sc jsonScope) {
 	s.scopes[s.level] = sc
 	s.level++
 	s.state = scanKey
 }
 
-// enterElement enters an element of choices or of usage.iterations.
+// enterElement enters an element of choices, of usage.iterations or of output.
 func (s *usageScanner) enterElement() {
-	if s.scopes[s.level-1] != scopeUsage {
+	switch s.list {
+	case slotIterations:
+		s.iteration.clear()
+		s.billed = false
+		s.enterObject(scopeIteration)
+	case slotOutputList:
+		s.item = outputItem{}
+		s.enterObject(scopeItem)
+	default:
 		s.enterObject(scopeChoice)
-		return
 	}
-	s.iteration.clear()
-	s.billed = false
-	s.enterObject(scopeIteration)
 }
 
 func (s *usageScanner) leaveObject() {
@@ -335,6 +381,9 @@ func (s *usageScanner) leaveObject() {
 		s.usageSeen = true
 	case scopeChoice:
 		s.state = scanNext
+	case scopeItem:
+		s.state = scanNext
+		s.tools.add(&s.item)
 	case scopeIteration:
 		if s.state = scanNext; s.billed {
 			s.usage.addBeside(&s.iteration)
@@ -463,7 +512,7 @@ func (s *usageScanner) readScalar(p []byte, i int) int {
 		switch c := p[i]; c {
 		case ',', '}', ']', ' ', '\n', '\r', '\t':
 			if s.number[0] != 'n' { // null
-				s.setCount(parseTokenCount(s.number[:s.numberLen]))
+				s.setNumber(s.number[:s.numberLen])
 			}
 			s.state = scanAfter
 			return i
@@ -477,15 +526,22 @@ func (s *usageScanner) readScalar(p []byte, i int) int {
 	return i
 }
 
-// setCount stores the value of a slot that holds a number.
+// setNumber stores a number that may be in quotes.
+func (s *usageScanner) setNumber(text []byte) {
+	if s.slot == slotSeconds {
+		s.usage.byDuration, s.usage.inputMS = true, parseMilliseconds(text)
+		return
+	}
+	s.setCount(parseTokenCount(text))
+}
+
+// setCount stores the value of a slot that holds a count.
 func (s *usageScanner) setCount(v int64) {
 	switch {
-	case s.slot > slotNone && s.slot < numCountSlots && s.scopes[s.level-1] == scopeIteration:
+	case s.slot > slotNone && s.slot <= slotCacheWrite1h && slices.Contains(s.scopes[:s.level], scopeIteration):
 		s.iteration.setMax(s.slot, v)
 	case s.slot > slotNone && s.slot < numCountSlots:
 		s.usage.setMax(s.slot, v)
-	case s.slot == slotSeconds:
-		s.usage.byDuration = true
 	case s.slot == slotTopLevelInput:
 		s.topLevelInput = v >= 0
 	}
@@ -519,8 +575,18 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 	case slotIterationType:
 		// Others are in the top-level counts, or are declined and not billed.
 		s.billed = string(text) == "compaction" || string(text) == "advisor_message"
+	case slotServiceTier:
+		s.conditions.tier = serviceTierOf(text)
+	case slotSpeed:
+		s.conditions.speed = inferenceSpeedOf(text)
+	case slotRegion:
+		s.conditions.region = inferenceRegionOf(text)
+	case slotSearchContext:
+		s.conditions.searchContext = searchContextOf(text)
+	case slotItemType, slotActionType, slotContainer:
+		s.item.set(s.slot, text)
 	default:
-		s.setCount(parseTokenCount(text[:min(len(text), maxCountLen+1)]))
+		s.setNumber(text[:min(len(text), maxCountLen+1)])
 	}
 }
 
@@ -563,6 +629,10 @@ func (s *usageScanner) slotFor(name []byte) slot {
 			return slotModel
 		case "status":
 			return slotStatus
+		case "output":
+			return slotOutputList
+		case "service_tier":
+			return slotServiceTier
 		}
 	case scopeChoice, scopeVendor:
 		if string(name) == "usage" {
@@ -574,25 +644,13 @@ func (s *usageScanner) slotFor(name []byte) slot {
 		if string(name) == "type" {
 			return slotIterationType
 		}
-		if sl := usageSlot(name); sl <= slotCacheWrite {
+		if sl := usageSlot(name); sl <= slotCacheWrite1h || sl == slotCacheCreation {
 			return sl
 		}
-	case scopeInputDetails:
-		switch string(name) {
-		case "cached_tokens":
-			return slotCached
-		case "cache_write_tokens":
-			return slotCacheWrite
-		case "audio_tokens":
-			return slotAudioInput
-		}
-	case scopeOutputDetails:
-		switch string(name) {
-		case "reasoning_tokens":
-			return slotReasoning
-		case "audio_tokens":
-			return slotAudioOutput
-		}
+	case scopeItem, scopeAction:
+		return itemSlot(s.scopes[s.level-1], name)
+	default:
+		return detailSlot(s.scopes[s.level-1], name)
 	}
 	return slotNone
 }
@@ -615,34 +673,14 @@ func topLevelSlot(name []byte, readNested bool) slot {
 		return slotStatus
 	case "input_tokens":
 		return slotTopLevelInput
+	case "output":
+		return slotOutputList
+	case "service_tier":
+		return slotServiceTier
 	case "response", "message":
 		if readNested {
 			return slotNested
 		}
-	}
-	return slotNone
-}
-
-func usageSlot(name []byte) slot {
-	switch string(name) {
-	case "prompt_tokens", "input_tokens":
-		return slotInput
-	case "completion_tokens", "output_tokens":
-		return slotOutput
-	case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens": // Anthropic, DeepSeek, Moonshot
-		return slotCached
-	case "cache_creation_input_tokens":
-		return slotCacheWrite
-	case "total_tokens":
-		return slotTotal
-	case "iterations":
-		return slotIterations
-	case "seconds":
-		return slotSeconds
-	case "prompt_tokens_details", "input_tokens_details", "input_token_details":
-		return slotInputDetails
-	case "completion_tokens_details", "output_tokens_details", "output_token_details":
-		return slotOutputDetails
 	}
 	return slotNone
 }

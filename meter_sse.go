@@ -525,6 +525,9 @@ func (m *meter) applyEvent(complete bool) bool {
 // applyUsage updates the usage from an event of this type.
 func (m *meter) applyUsage(kind eventType) {
 	nested := m.scan.usageNested
+	if m.scan.tools != (toolCounts{}) {
+		m.tools = m.scan.tools
+	}
 	switch {
 	case nested && m.kind == meterAnthropic && kind == eventMessageStart:
 		m.scan.usage.n[slotOutput] = countInvalid // it is 1; the true count comes with message_delta

@@ -20,8 +20,8 @@ import (
 // A usageCase is one file of testdata/usage: the arguments of newMeter and the expected result, a line with
 // --, the answer.
 type usageCase struct {
-	name, kind, usage, model, end, events string
-	body                                  []byte
+	name, kind, usage, model, end, events, cost string
+	body                                        []byte
 }
 
 func usageCases(t testing.TB) []usageCase {
@@ -41,7 +41,8 @@ func usageCases(t testing.TB) []usageCase {
 			t.Fatalf("%s has no line --", file)
 		}
 		g := usageCase{name: strings.TrimSuffix(filepath.Base(file), ".txt"), body: body}
-		to := map[string]*string{"answer": &g.kind, "usage": &g.usage, "model": &g.model, "end": &g.end, "events": &g.events}
+		to := map[string]*string{"answer": &g.kind, "usage": &g.usage, "model": &g.model, "end": &g.end, "events": &g.events,
+			"cost": &g.cost}
 		for line := range strings.Lines(string(head)) {
 			name, value, _ := strings.Cut(line, ":")
 			if to[name] == nil {
@@ -81,7 +82,7 @@ func allAtOnce() int { return 1 << 30 }
 
 // meterState is the whole visible state of a meter in one line.
 func meterState(m *meter) string {
-	return fmt.Sprintf("%s %+v model=%q done=%v failed=%v bytes=%d events=%d", m.source(), m.counts, m.model, m.done, m.failed, m.bytes, m.events)
+	return fmt.Sprintf("%s %+v %+v model=%q done=%v failed=%v bytes=%d events=%d", m.source(), m.counts, m.details, m.model, m.done, m.failed, m.bytes, m.events)
 }
 
 // meterCounts writes counts as the usage lines in testdata do.
@@ -98,7 +99,27 @@ func meterCounts(m *meter) string {
 			parts = append(parts, fmt.Sprintf("%s=%d", part.name, part.n))
 		}
 	}
+	if m.details != (usageDetails{}) {
+		parts = append(parts, string(m.details.appendJSON(nil)))
+	}
 	return strings.Join(parts, " ")
+}
+
+// checkCost compares what the usage costs with the line "cost: VENDOR MODEL DOLLARS: how that was worked out".
+func (g usageCase) checkCost(t *testing.T, m *meter) {
+	t.Helper()
+	head, _, _ := strings.Cut(g.cost, ":")
+	f := strings.Fields(head)
+	if len(f) != 3 {
+		t.Fatalf("the line cost is %q", g.cost)
+	}
+	p := listPrices(t).lookup(f[0], f[1], 0)
+	if p == nil {
+		t.Fatalf("%s has no price", f[1])
+	}
+	if nanos, ok := p.cost(&m.counts, &m.details, nil); !ok || formatNanos(nanos) != f[2] {
+		t.Errorf("the usage costs %s, known %v; want %s", formatNanos(nanos), ok, f[2])
+	}
 }
 
 func TestMeterGolden(t *testing.T) {
@@ -125,6 +146,9 @@ func TestMeterGolden(t *testing.T) {
 			}
 			if g.events != "" && fmt.Sprint(m.events) != g.events {
 				t.Errorf("events = %d, want %s", m.events, g.events)
+			}
+			if g.cost != "" {
+				g.checkCost(t, m)
 			}
 			want := meterState(m)
 			rnd := rand.New(rand.NewPCG(1, 2))
@@ -206,7 +230,7 @@ func TestMeterStrip(t *testing.T) {
 			}
 		}
 	}
-	if usageChunks != 13 {
+	if usageChunks != 14 {
 		t.Errorf("only %d of the streams have a usage chunk", usageChunks)
 	}
 }
@@ -274,7 +298,7 @@ func TestMeterBadUsage(t *testing.T) {
 		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"input_tokens":0,"output_tokens":0,"input_tokens_details":null}`, "exact input=10 output=5"},
 		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"total_tokens":35,"completion_tokens_details":{"reasoning_tokens":20}}`, "exact input=10 output=25 reasoning=20"},
 		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"prompt_cache_hit_tokens":4,"prompt_cache_miss_tokens":6}`, "exact input=10 cached=4 output=5"},
-		{meterOpenAI, `{"type":"duration","seconds":1.5}`, "none"},
+		{meterOpenAI, `{"type":"duration","seconds":1.5}`, `exact {"input_ms":1500}`},
 		{meterOpenAI, `{"seconds":3,"input_tokens":1,"output_tokens":2}`, "exact input=1 output=2"},
 		{meterOpenAI, `{"prompt_tokens":1,"completion_tokens":2},"usage":{"prompt_tokens":3,"completion_tokens":4}`, "exact input=3 output=4"},
 		{meterOpenAI, `{"prompt_tokens":1,"completion_tokens":2},"usage":null`, "estimated output=24"},

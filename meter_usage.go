@@ -7,7 +7,9 @@ package main
 
 import (
 	"bytes"
+	"hash/fnv"
 	"math"
+	"slices"
 	"strconv"
 )
 
@@ -63,9 +65,10 @@ func parseFraction(text []byte) int64 {
 // usageFields are the raw counts of one usage object, by slot.
 type usageFields struct {
 	n           [numCountSlots]int64
-	beside      [slotCacheWrite + 1]int64 // counts of iterations that the others leave out
-	byDuration  bool                      // the answer is billed by seconds of audio
-	implausible bool                      // a count was more than maxBilledTokens
+	beside      [slotCacheWrite1h + 1]int64 // counts of iterations that the others leave out
+	byDuration  bool                        // the answer is billed by seconds of audio
+	inputMS     int64                       // these, in milliseconds
+	implausible bool                        // a count was more than maxBilledTokens
 }
 
 // clear makes every count missing.
@@ -89,7 +92,7 @@ func (f *usageFields) setMax(s slot, v int64) {
 
 // addBeside adds the counts of an iteration that the object's own counts leave out.
 func (f *usageFields) addBeside(iteration *usageFields) {
-	for s := slotInput; s <= slotCacheWrite; s++ {
+	for s := slotInput; s <= slotCacheWrite1h; s++ {
 		f.beside[s] = min(f.beside[s]+max(iteration.n[s], 0), maxBilledTokens+1)
 	}
 	f.implausible = f.implausible || iteration.implausible
@@ -109,12 +112,14 @@ func (f *usageFields) merge(later *usageFields) {
 		}
 	}
 	f.byDuration = f.byDuration || later.byDuration
+	f.inputMS = max(f.inputMS, later.inputMS)
 	f.implausible = f.implausible || later.implausible
 }
 
 // A usageValue is what a usage object is worth.
 type usageValue struct {
 	counts      tokenCounts
+	details     usageDetails // without conditions and the tools of a response
 	inputKnown  bool
 	outputKnown bool
 	byDuration  bool // the answer is not billed in tokens
@@ -126,9 +131,9 @@ func (f *usageFields) evaluate(kind meterKind, hasText bool) (u usageValue) {
 	at := func(s slot) int64 { return max(f.n[s], 0) }
 	in, out := f.n[slotInput], f.n[slotOutput]
 	if in < 0 && out < 0 && f.byDuration {
-		return usageValue{byDuration: true}
+		return usageValue{byDuration: true, details: usageDetails{inputMS: f.inputMS}}
 	}
-	cached, cacheWrite := at(slotCached)+f.beside[slotCached], at(slotCacheWrite)+f.beside[slotCacheWrite]
+	cached, cacheWrite := at(slotCached)+f.beside[slotCached], f.cacheWrites()
 	if kind == meterAnthropic {
 		in, out = max(in, 0)+cached+cacheWrite+f.beside[slotInput], withBeside(out, f.beside[slotOutput])
 	} else {
@@ -151,8 +156,105 @@ func (f *usageFields) evaluate(kind meterKind, hasText bool) (u usageValue) {
 	c.audioInput = min(c.audioInput, c.input)
 	c.reasoning = min(c.reasoning, c.output)
 	c.audioOutput = min(c.audioOutput, c.output)
-	u.counts = c
+	u.counts, u.details = c, f.details(&c)
 	return u
+}
+
+// cacheWrites returns the tokens that were written to the cache. Some gateways send only the parts.
+func (f *usageFields) cacheWrites() int64 {
+	whole := func(n func(slot) int64) int64 {
+		return max(n(slotCacheWrite), max(n(slotCacheWrite5m), 0)+max(n(slotCacheWrite1h), 0), 0)
+	}
+	return whole(func(s slot) int64 { return f.n[s] }) + whole(func(s slot) int64 { return f.beside[s] })
+}
+
+// details returns the parts of c that have prices of their own, none larger than its whole.
+func (f *usageFields) details(c *tokenCounts) usageDetails {
+	at := func(s slot, whole int64) int64 { return min(max(f.n[s], 0), whole) }
+	d := usageDetails{
+		cacheWrite1h: min(max(f.n[slotCacheWrite1h], 0)+f.beside[slotCacheWrite1h], c.cacheWrite),
+		cachedAudio:  at(slotCachedAudio, c.cached), cachedImage: at(slotCachedImage, c.cached),
+		imageInput: at(slotImageInput, c.input), imageOutput: at(slotImageOutput, c.output),
+		webSearches: max(f.n[slotWebSearches], 0),
+	}
+	if f.n[slotCitations] >= 0 { // Perplexity counts what was read and thought beside the others
+		c.input += f.n[slotCitations]
+		thoughts := max(f.n[slotReasoningBeside], 0)
+		c.output, c.reasoning = c.output+thoughts, c.reasoning+thoughts
+	}
+	return d
+}
+
+// hasOutputDetails reports whether the object says which kinds of tokens the output is.
+func (f *usageFields) hasOutputDetails() bool {
+	return f.n[slotImageOutput] >= 0 || f.n[slotAudioOutput] >= 0 || f.n[slotReasoning] >= 0
+}
+
+// parseMilliseconds reads a number of seconds, and returns milliseconds; 0 for what is no time of one call.
+func parseMilliseconds(text []byte) int64 {
+	v, err := strconv.ParseFloat(string(bytes.TrimSpace(text)), 64)
+	if err != nil || !(v > 0 && v <= 1_000_000) {
+		return 0
+	}
+	return int64(math.Round(v * 1000))
+}
+
+// toolCounts are how often an answer used the tools that a provider bills by the call.
+type toolCounts struct {
+	webSearches, fileSearches, codeSessions, imageCalls int64
+	containers                                          [8]uint32 // that the sessions ran in
+}
+
+// An outputItem is what matters of an item in a response's output.
+type outputItem struct {
+	tool      string // the item's type, if it is a tool's
+	action    string // "other" if a web search only opened a page or looked for text in it
+	container uint32 // a hash of the id of the container, 0 if there is none
+}
+
+// set stores a member of the item.
+func (i *outputItem) set(s slot, text []byte) {
+	switch s {
+	case slotItemType:
+		for _, tool := range [...]string{"web_search_call", "file_search_call", "code_interpreter_call",
+			"image_generation_call"} {
+			if string(text) == tool {
+				i.tool = tool
+			}
+		}
+	case slotActionType:
+		i.action = "other"
+		if string(text) == "search" {
+			i.action = ""
+		}
+	case slotContainer:
+		h := fnv.New32a()
+		h.Write(text)
+		i.container = max(h.Sum32(), 1)
+	}
+}
+
+// add counts an item. Calls that run in one container are one session.
+func (t *toolCounts) add(i *outputItem) {
+	switch i.tool {
+	case "web_search_call":
+		if i.action == "" {
+			t.webSearches++
+		}
+	case "file_search_call":
+		t.fileSearches++
+	case "image_generation_call":
+		t.imageCalls++
+	case "code_interpreter_call":
+		n := min(int(t.codeSessions), len(t.containers))
+		if i.container != 0 && slices.Contains(t.containers[:n], i.container) {
+			return
+		}
+		if n < len(t.containers) {
+			t.containers[n] = i.container
+		}
+		t.codeSessions++
+	}
 }
 
 // withBeside adds the output of iterations to a count that may be missing or invalid.
@@ -323,4 +425,102 @@ func (t *textCounter) sum() (n int64) {
 		thoughts = max(thoughts, sum)
 	}
 	return n + thoughts
+}
+
+// usageSlot is slotFor in a usage object or an iteration.
+func usageSlot(name []byte) slot {
+	switch string(name) {
+	case "prompt_tokens", "input_tokens":
+		return slotInput
+	case "completion_tokens", "output_tokens":
+		return slotOutput
+	case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens": // Anthropic, DeepSeek, Moonshot
+		return slotCached
+	case "cache_creation_input_tokens":
+		return slotCacheWrite
+	case "total_tokens":
+		return slotTotal
+	case "iterations":
+		return slotIterations
+	case "seconds":
+		return slotSeconds
+	case "cache_creation":
+		return slotCacheCreation
+	case "server_tool_use":
+		return slotServerTools
+	case "service_tier":
+		return slotServiceTier
+	case "speed":
+		return slotSpeed
+	case "inference_geo":
+		return slotRegion
+	case "search_context_size": // Perplexity, like the next ones
+		return slotSearchContext
+	case "num_search_queries":
+		return slotWebSearches
+	case "citation_tokens":
+		return slotCitations
+	case "reasoning_tokens":
+		return slotReasoningBeside
+	case "prompt_tokens_details", "input_tokens_details", "input_token_details":
+		return slotInputDetails
+	case "completion_tokens_details", "output_tokens_details", "output_token_details":
+		return slotOutputDetails
+	}
+	return slotNone
+}
+
+// itemSlot is slotFor in an item of output, or in its action.
+func itemSlot(in jsonScope, name []byte) slot {
+	switch string(name) {
+	case "type":
+		if in == scopeAction {
+			return slotActionType
+		}
+		return slotItemType
+	case "action":
+		if in == scopeItem {
+			return slotItemAction
+		}
+	case "container_id":
+		return slotContainer
+	}
+	return slotNone
+}
+
+// detailSlot is slotFor in the objects within usage.
+func detailSlot(in jsonScope, name []byte) slot {
+	type member struct {
+		in   jsonScope
+		name string
+	}
+	switch (member{in, string(name)}) {
+	case member{scopeInputDetails, "cached_tokens"}:
+		return slotCached
+	case member{scopeInputDetails, "cache_write_tokens"}:
+		return slotCacheWrite
+	case member{scopeInputDetails, "audio_tokens"}:
+		return slotAudioInput
+	case member{scopeInputDetails, "image_tokens"}:
+		return slotImageInput
+	case member{scopeInputDetails, "cached_tokens_details"}:
+		return slotCachedDetails
+	case member{scopeCachedDetails, "audio_tokens"}:
+		return slotCachedAudio
+	case member{scopeCachedDetails, "image_tokens"}:
+		return slotCachedImage
+	case member{scopeOutputDetails, "reasoning_tokens"}:
+		return slotReasoning
+	case member{scopeOutputDetails, "audio_tokens"}:
+		return slotAudioOutput
+	case member{scopeOutputDetails, "image_tokens"}:
+		return slotImageOutput
+	case member{scopeCacheCreation, "ephemeral_5m_input_tokens"}:
+		return slotCacheWrite5m
+	case member{scopeCacheCreation, "ephemeral_1h_input_tokens"}:
+		return slotCacheWrite1h
+	case member{scopeServerTools, "web_search_requests"}:
+		return slotWebSearches
+	}
+	return slotNone
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 )
 
@@ -564,4 +565,50 @@ func (s *bodyScanner) hasProviderTool() (found bool) {
 		}
 	}
 	return found
+}
+
+// requestsExhausted refuses a call of a token that has made all of its requests.
+func requestsExhausted(maxRequests int64) *apiError {
+	name := (&limit{metric: metricRequests, period: perLifetime, max: maxRequests}).String()
+	return errQuotaSpent(name, "This token's limit of "+name+" is used up.")
+}
+
+// describeShortfall says what the call may need, and what is left of the limit.
+func (v *limitViolation) describeShortfall() string {
+	need, left, verb := v.limit.describe(v.need), v.limit.describe(v.remaining), "are"
+	if v.limit.metric == metricDollars || v.remaining == 1 {
+		verb = "is"
+	}
+	if need == left { // the same after rounding
+		need, left = "$"+formatNanos(v.need), "$"+formatNanos(v.remaining)
+	}
+	return "it may need " + need + ", and only " + left + " " + verb + " left."
+}
+
+// violationError returns the error that names the limit without room, and when it has room again.
+func violationError(v *limitViolation) *apiError {
+	name, kind := v.limit.String(), ""
+	msg := "This token's limit of " + name
+	if v.ofProject {
+		msg = "The project's limit of " + name
+	}
+	if v.limit.metric == metricRequests || v.limit.metric == metricTokens {
+		kind = v.limit.metric.String()
+	}
+	if v.exceedsMax {
+		return errNeverFits(name, kind, msg+" never allows as much output as this call asks for. Ask for less.")
+	}
+	if v.remaining > 0 && v.limit.metric != metricRequests {
+		msg += " has no room for this call: " + v.describeShortfall()
+	} else {
+		msg += " is used up."
+	}
+	wait := time.Duration(v.wait) * time.Millisecond
+	switch {
+	case v.permanent:
+		return errQuotaSpent(name, msg)
+	case v.limit.isQuota():
+		return errQuotaSpent(name, msg+" It resets in "+describeDuration(wait)+".")
+	}
+	return errRateLimited(name, kind, msg, wait)
 }

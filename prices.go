@@ -471,6 +471,15 @@ func priceVendor(provider, host string) string {
 	return provider
 }
 
+// hostRegion returns the region in which an upstream's host processes calls.
+func hostRegion(host string) inferenceRegion {
+	region, rest, _ := strings.Cut(host, ".")
+	if rest != "api.openai.com" {
+		return regionAny
+	}
+	return inferenceRegionOf([]byte(region))
+}
+
 // prefixProvider returns the provider that the part of a name before the last slash means. Aggregators have other
 // names for some providers.
 func prefixProvider(prefix string) string {

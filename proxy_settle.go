@@ -56,6 +56,9 @@ func (p *proxy) settle(c *call, r *http.Request) {
 		row.limitHit, row.wouldRefuse = reason.limit, false
 	}
 	used := row.limitUsage()
+	if used.forwarded && !row.priced && row.source != usageNone { // what it costs is not known, but it is not free
+		used.dollars = addSat(c.reservation.estimate.inputCost, c.reservation.estimate.outputCost)
+	}
 	if !used.forwarded {
 		c.token.refund() // the ledger does not count it either
 	} else if c.storedContent != nil {
@@ -172,7 +175,9 @@ func (c *call) fillUsage(row *requestRow) {
 		row.reservedCost = addSat(est.inputCost, est.outputCost)
 		return // its usage is known later: see settleResponse
 	}
-	row.counts, row.source = m.counts, m.source()
+	row.counts, row.source, row.details = m.counts, m.source(), m.details
+	price := c.prices.lookup(c.priceVendor(), c.fields.model, row.started)
+	c.endpoint.completeUsage(row, m, &c.fields, price, c.upstream.host)
 	if row.source != usageEstimated {
 		return
 	}
@@ -180,7 +185,6 @@ func (c *call) fillUsage(row *requestRow) {
 	if !m.unmeasured {
 		return
 	}
-	price := c.prices.lookup(c.priceVendor(), c.fields.model, row.started)
 	if m.done && !m.hasUsage && price == nil {
 		row.counts, row.source = tokenCounts{}, usageNone // pictures of a model that is billed by the picture
 		return

@@ -97,6 +97,7 @@ func (ls *limitState) settleResponse(shown *shownResponse) (row requestRow, err 
 	if row.counts, row.source, known = shown.meter.responseUsage(row.reservedInput); !known { // nobody can ask any more
 		row.countReserved()
 	}
+	row.details = shown.meter.details
 	return row, ls.recordResponse(&row, shown.prices, shown.vendor, shown.meter.model)
 }
 
@@ -118,7 +119,10 @@ func (ls *limitState) expireResponses(ctx context.Context, now time.Time, maxAge
 // name that the call had for it.
 func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor, model string) error {
 	if row.source != usageNone {
-		prices.priceRow(row, vendor, multiplierOne, model, row.model, row.requestedModel)
+		if p := ls.registry.liveProject(row.project); p != nil {
+			row.details.multiplier = combinedMultiplier(p.state.Load().multiplier, 0)
+		}
+		prices.priceRow(row, vendor, model, row.model, row.requestedModel)
 	}
 	return ls.recordUsage(row)
 }

@@ -50,6 +50,7 @@ type callFields struct {
 	n                   int64 // the larger of n and best_of, at least 1
 	prompts             int64 // in the list that prompt is; 0 if it is no list of prompts
 	includeUsage        bool  // stream_options.include_usage is true
+	billedFields
 	// statefulParam is the first field that refers to objects kept at the provider and is neither null nor
 	// false; "" if there is none.
 	statefulParam string
@@ -305,6 +306,10 @@ func (s *bodyScanner) readUnprotected(f *callFields, key []byte) {
 	case is("container"):
 		if raw := s.readValue(); string(raw) != "null" {
 			f.setStateful("container")
+		}
+	case isBilledField(key):
+		if raw := s.readValue(); s.err == nil {
+			f.billedFields.set(key, raw)
 		}
 	default:
 		s.skipValue()

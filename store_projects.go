@@ -30,8 +30,8 @@ type projectRow struct {
 const (
 	projectEditable = `name, is_active, policy, routing, cost_multiplier, deleted_at, version, updated_at, bound_by,
 		mac`
-	projectColumns  = `seq, id, created_at, ` + projectEditable
-	selectProjects  = `SELECT ` + projectColumns + ` FROM projects `
+	projectColumns = `seq, id, created_at, ` + projectEditable
+	selectProjects = `SELECT ` + projectColumns + ` FROM projects `
 )
 
 // editable returns the columns that a change may write.

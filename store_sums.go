@@ -54,6 +54,36 @@ func (r *requestRow) isPlainOK() bool {
 		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
 }
 
+// priceID returns what names the price in the ledger, 0 if there is none.
+func (r *requestRow) priceID() int64 {
+	if r.price == nil {
+		return 0
+	}
+	return r.price.id
+}
+
+// detailsJSON returns the usage beside the columns that the ledger has, "" for none.
+func (r *requestRow) detailsJSON() string {
+	d := r.details
+	if d.audioInput, d.audioOutput = r.counts.audioInput, r.counts.audioOutput; d == (usageDetails{}) {
+		return ""
+	}
+	return string(d.appendJSON(nil))
+}
+
+// setDetails sets the usage from what detailsJSON returned.
+func (r *requestRow) setDetails(text string) error {
+	if text == "" {
+		return nil
+	}
+	if err := r.details.UnmarshalJSON([]byte(text)); err != nil {
+		return err
+	}
+	r.counts.audioInput, r.counts.audioOutput = r.details.audioInput, r.details.audioOutput
+	r.details.audioInput, r.details.audioOutput = 0, 0
+	return nil
+}
+
 // An unwrittenRow is a row that a stop could not write.
 type unwrittenRow struct {
 	SumOnly bool
