@@ -79,6 +79,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/projects/{id}/deactivate", roleAdmin, ui.deactivateProject},
 		{"GET|POST /admin/projects/{id}/delete", roleAdmin, ui.deleteProjectPage},
 		{"GET|POST /admin/projects/{id}/erase", roleAdmin, ui.eraseContentPage},
+		{"GET|POST /admin/projects/{id}/empty-cache", roleOperator, ui.emptyCachePage},
 		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, ui.revokeProjectTokensPage},
 		{"GET /admin/projects/{id}/route", roleViewer, ui.testRoutePage},
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, ui.newUpstreamPage},

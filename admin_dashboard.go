@@ -149,6 +149,7 @@ type dashData struct {
 	lastMinuteCalls    int64
 	expiring           []expiringToken
 	unhealthyUpstreams []unhealthyUpstream
+	cacheByProject     []usageRow // empty if the cache answered no call
 }
 
 // readDashboard reads everything that a dashboard shows, in parallel.
@@ -187,6 +188,11 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			return err
 		},
 	)
+	if err != nil || q.projectSeq != 0 || d.cacheSum().hits == 0 {
+		return d, err
+	}
+	byProject := usageQuery{interval: "total", hourly: q.lengthMS == dayMS, byProject: true}
+	d.cacheByProject, err = s.usage(ctx, q.usageQuery(byProject))
 	return d, err
 }
 
@@ -264,7 +270,8 @@ type dashView struct {
 	Since, PreviousFrom, PreviousTo    timestamp
 	Charts                             []chartView // usage, errors, first byte, total time
 	Rankings                           []rankingTable
-	NoCalls                            bool // there was never a call
+	Cache                              *cacheFigure // nil: the cache answered no call
+	NoCalls                            bool         // there was never a call
 }
 
 // A dashAlert is something that needs attention. Level is bad or warn. Kind selects a sentence of
@@ -312,7 +319,7 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
 		Groups:  options("project", "Project", "model", "Model"),
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
-		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q)}
+		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q), Cache: d.cacheFigure(q)}
 	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
@@ -604,7 +611,13 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 	for _, class := range errorColumnClasses() {
 		head = append(head, string(class)+"_errors")
 	}
-	e.writeRow(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms")...)
+	e.writeRow(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms",
+		"cache_hits", "saved", "saved_ms")...)
+	hitsByStep, hitsByModel := d.cacheHits(q)
+	hitsByProject := map[string]usageSum{}
+	for _, r := range d.cacheByProject {
+		hitsByProject[r.projectID] = r.usageSum
+	}
 	for i := range d.steps {
 		h := &d.steps[i]
 		row := []string{"time", "", "", time.UnixMilli(q.from + int64(i)*q.stepMS).UTC().Format(time.RFC3339),
@@ -616,21 +629,29 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 		for _, l := range []*latencyHistogram{&h.firstByteLatency, &h.totalLatency} {
 			row = append(row, quantileCell(l, 0.5), quantileCell(l, 0.95))
 		}
-		e.writeRow(row...)
+		e.writeRow(append(row, cacheCells(&hitsByStep[i])...)...)
 	}
 	for _, list := range []struct {
 		kind   string
 		shares []usageShare
-	}{{"project", d.projects}, {"token", d.tokens}, {"model", d.usageByModel(q)}, {"endpoint", d.endpoints}} {
+		hits   map[string]usageSum // nil: not known
+	}{{"project", d.projects, hitsByProject}, {"token", d.tokens, nil}, {"model", d.usageByModel(q), hitsByModel},
+		{"endpoint", d.endpoints, nil}} {
 		for _, v := range list.shares {
 			row := []string{list.kind, v.id, v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens),
 				formatNanos(v.cost)}
-			e.writeRow(append(row, make([]string, 4+4)...)...)
+			row = append(row, make([]string, 4+4)...)
+			if sum := list.hits[v.id]; list.hits != nil {
+				row = append(row, cacheCells(&sum)...)
+			} else {
+				row = append(row, "", "", "")
+			}
+			e.writeRow(row...)
 		}
 	}
 	if d.sampledCalls > 0 {
 		note := "rows of kind token count only the latest " + strconv.Itoa(d.sampledCalls) + " calls"
-		e.writeRow(append([]string{"note", "", note}, make([]string, 14)...)...)
+		e.writeRow(append([]string{"note", "", note}, make([]string, 17)...)...)
 	}
 }
 

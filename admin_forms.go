@@ -383,7 +383,7 @@ func (s *submittedForms) claim(id string) bool {
 // A policyForm is the data of the template "policy".
 type policyForm struct {
 	Lists            []policyListField
-	Settings         []*formField // of a project's policy only
+	Settings, Cache  []*formField // of a project's policy only
 	Limits           []*limitFormRow
 	Metrics, Periods []option
 	MaxLimits        int
@@ -437,6 +437,20 @@ func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
 			{Name: "policy.keep_content_days", Label: "Keep request and response content (days)", Kind: "number",
 				Placeholder: "0", Help: "keep-content"},
 		}
+		p.Cache = []*formField{
+			{Name: "policy.cache.ttl_seconds", Label: "Use an answer for (seconds)", Kind: "number",
+				Placeholder: "3600", Help: "cache-ttl"},
+			{Name: "policy.cache.when", Label: "Calls", Kind: "select", Required: true, Help: "cache-when",
+				Options: options("deterministic", "Deterministic calls only",
+					"always", "All calls that can be cached")},
+			{Name: "policy.cache.scope", Label: "Answers are shared by", Kind: "select", Required: true,
+				Help: "cache-scope", Options: options("project", "All tokens of the project",
+					"token", "No one: each token has its own")},
+			{Name: "policy.cache.endpoints", Label: "Cached endpoints", Kind: "lines", Help: "cache-endpoints",
+				Placeholder: "/v1/embeddings\n/v1/chat/*"},
+			{Name: "policy.cache.max_entry_bytes", Label: "Largest answer (bytes)", Kind: "number",
+				Placeholder: strconv.Itoa(defaultMaxEntryBytes), Help: "cache-max-entry"},
+		}
 	}
 	return p
 }
@@ -446,7 +460,7 @@ func (p *policyForm) fields() (fields []*formField) {
 	for _, l := range p.Lists {
 		fields = append(fields, l.List, l.None)
 	}
-	return append(fields, p.Settings...)
+	return append(append(fields, p.Settings...), p.Cache...)
 }
 
 // fill puts in what was sent, otherwise the stored policy.
@@ -483,6 +497,7 @@ type policyView struct {
 	Models, Endpoints, Addresses *[]string
 	Stateful                     bool
 	KeepContentDays              int64 `json:"keep_content_days"`
+	Cache                        *cachePolicy
 	Limits                       []limitJSON
 }
 
@@ -498,6 +513,9 @@ func (p *policyForm) storedValues() url.Values {
 	policy := map[string]json.RawMessage{}
 	for name, raw := range jsonFields(p.stored) {
 		policy["policy."+name] = raw
+	}
+	for name, raw := range jsonFields(policy["policy.cache"]) {
+		policy["policy.cache."+name] = raw
 	}
 	values := storedValues(policy, p.fields())
 	for _, l := range p.Lists {
@@ -531,6 +549,10 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 	days := strings.TrimSpace(sent.Get("policy.keep_content_days"))
 	set("keep_content_days", jsonNumber(days), p.Settings != nil && days != "" && days != "0")
 	set("stateful", true, p.Settings != nil && sent.Get("policy.stateful") != "")
+	if p.Cache != nil {
+		cache := p.encodeCache(sent)
+		set("cache", cache, cache != nil)
+	}
 	limits := []limitJSON{}
 	for _, row := range p.Limits {
 		if row.isBlank() {
@@ -545,6 +567,33 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 	}
 	set("limits", limits, len(limits) > 0)
 	return mustMarshal(out)
+}
+
+// encodeCache returns the cache policy that was sent, without what has its default; nil: no cache. A stored one is
+// turned off by leaving its time empty. For a new one that is a mistake, if anything else is given.
+func (p *policyForm) encodeCache(sent url.Values) map[string]any {
+	cache, isStored := map[string]any{}, jsonFields(p.stored)["cache"] != nil
+	isMeant := false
+	for _, field := range p.Cache {
+		text, name := strings.TrimSpace(sent.Get(field.Name)), strings.TrimPrefix(field.Name, "policy.cache.")
+		if text == "" && name == "ttl_seconds" && isStored {
+			return nil
+		}
+		isMeant = isMeant || text != "" && field.Kind != "select"
+		switch {
+		case text == "" || field.Kind == "select" && text == field.Options[0].Value:
+		case field.Kind == "number":
+			cache[name] = jsonNumber(text)
+		case field.Kind == "lines":
+			cache[name] = splitLines(text)
+		default:
+			cache[name] = text
+		}
+	}
+	if !isMeant {
+		return nil
+	}
+	return cache
 }
 
 // showError reports whether a mistake is about the policy, and puts it beside its field.

@@ -180,6 +180,9 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
 	for _, body := range []string{`{}`, `{"models":[]}`,
 		`{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true,"keep_content_days":3}`,
+		`{"cache":{"ttl_seconds":60}}`,
+		`{"cache":{"ttl_seconds":2592000,"scope":"token","endpoints":["/v1/embeddings","/v1/chat/*"],"when":"always",` +
+			`"max_entry_bytes":4096}}`,
 		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},` +
 			`{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
 		p.manage("PATCH", "/manage/projects/"+p.project,
@@ -204,7 +207,7 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 		if after := read(); fmt.Sprintf("%+v", after) != fmt.Sprintf("%+v", before) {
 			t.Errorf("%s\nbefore %+v\nafter  %+v", body, before, after)
 		}
-		if body == `{}` {
+		if body == `{}` || strings.Contains(body, "cache") { // tokens have no cache of their own
 			continue
 		}
 		policy := strings.Replace(body, `,"stateful":true,"keep_content_days":3`, "", 1)
@@ -246,6 +249,12 @@ func TestAdminMistakes(t *testing.T) {
 		{path: newProject, name: "policy.addresses", value: "10.0.0.1/8", says: "10.0.0.1/8 is neither"},
 		{path: newProject, name: "policy.limits[1].max", value: "many", field: "policy.limits[0].max",
 			says: "must be a whole number"},
+		{path: newProject, name: "policy.cache.ttl_seconds", value: "1h", says: "must be a whole number"},
+		{path: project, name: "policy.cache.ttl_seconds", value: "0", says: "must be from 1 to 2592000"},
+		{path: project, name: "policy.cache.endpoints", value: "/v1/files", field: "policy.cache.ttl_seconds",
+			says: "is required"},
+		{path: project, name: "policy.cache.max_entry_bytes", value: "5", field: "policy.cache.ttl_seconds",
+			says: "is required"},
 		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be a whole number"},
 		{path: project, name: "routing.fallbacks", value: "gpt", says: "must have lines"},
 		{path: project, name: "routing.fallbacks", value: "gpt = a b", says: "must be a model"},

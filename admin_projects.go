@@ -39,6 +39,7 @@ type projectPageView struct {
 	projectView
 	Limits  []barView
 	Allowed policyView
+	Cache   *cacheView // nil: there is no cache, and was none
 	Tokens  []tokenView
 	More    bool // there are more active tokens
 	Charts  []chartView
@@ -61,6 +62,13 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	cache, err := ui.ops.getCache(r.ctx, p.ID, r.now)
+	if err != nil {
+		return nil, err
+	}
+	if v.Allowed.Cache != nil || cache.Entries+cache.CacheHits > 0 {
+		v.Cache = &cache
 	}
 	v.Charts, err = ui.projectCharts(r, p.ID)
 	return showPage("project", p.Name, v), err
@@ -188,6 +196,14 @@ func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
 	title := "Delete the stored content of %s?"
 	return ui.confirmProject(r, title, "erase", "Delete content", "deleted", func(id string) error {
 		_, err := ui.ops.eraseContent(r.ctx, r.origin, id)
+		return err
+	})
+}
+
+func (ui *adminUI) emptyCachePage(r *pageRequest) (*pageResponse, error) {
+	title := "Empty the response cache of %s?"
+	return ui.confirmProject(r, title, "empty-cache", "Empty cache", "deleted", func(id string) error {
+		_, err := ui.ops.emptyCache(r.ctx, r.origin, id, "", 0)
 		return err
 	})
 }

@@ -26,6 +26,7 @@ type requestsView struct {
 	Problem                       string   // with the filters
 	FilterNames                   []string // those that a download takes
 	Projects, Outcomes, Endpoints []option
+	CacheStates                   []option
 	Rows                          []requestListItem
 	Next                          string
 	Partial                       bool // more calls may match than were scanned
@@ -43,13 +44,14 @@ type requestListItem struct {
 
 // filterNames returns the filters, which the form, the pages and the download of the list share.
 func filterNames() []string {
-	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome"}
+	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache"}
 }
 
 // parseRequestFilter reads the filters. It returns what is wrong with them as text.
 func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 	f = requestFilter{project: query.Get("project"), token: query.Get("token"), model: query.Get("model"),
-		endpoint: query.Get("endpoint"), outcome: query.Get("outcome"), before: math.MaxInt64}
+		endpoint: query.Get("endpoint"), outcome: query.Get("outcome"), cache: query.Get("cache"),
+		before: math.MaxInt64}
 	for _, bound := range []struct {
 		name string
 		id   *int64
@@ -67,6 +69,9 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 	}
 	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
 		return f, "There is no such outcome."
+	}
+	if f.cache != "" && f.cache != cacheHit && f.cache != cacheNone {
+		return f, "“cache” must be hit or none."
 	}
 	if v := query.Get("status"); v != "" {
 		if n, err := strconv.Atoi(v); err == nil && n >= 100 && n <= 599 {
@@ -117,6 +122,7 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v.Outcomes, v.Endpoints = options("", "All outcomes"), options("", "All endpoints")
+	v.CacheStates = options("", "All", cacheHit, "Hit", cacheNone, "None")
 	for _, o := range allOutcomes() {
 		v.Outcomes = append(v.Outcomes, option{string(o), outcomeLabel(o)})
 	}
@@ -444,7 +450,8 @@ func (e *exportWriter) writeRequest(v *requestView) {
 		q.Endpoint, q.Model, strconv.FormatBool(q.Stream), q.Address, strconv.Itoa(q.Status), string(q.Outcome),
 		q.ErrorCode, string(q.UsageSource), formatInt(q.InputTokens), formatInt(q.CachedTokens),
 		formatInt(q.CacheWriteTokens), formatInt(q.OutputTokens), formatInt(q.ReasoningTokens), cost,
-		millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit)
+		millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit, q.Cache,
+		formatNanos(int64(q.Saved)), millisCell(&q.SavedMS))
 }
 
 func (e *exportWriter) writeRequestHeader() {
@@ -452,7 +459,7 @@ func (e *exportWriter) writeRequestHeader() {
 		"upstream_id", "upstream_name", "endpoint", "model", "stream", "address", "status", "outcome",
 		"error_code", "usage_source", "input_tokens", "cached_tokens",
 		"cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
-		"first_byte_ms", "total_ms", "attempts", "limit_hit")
+		"first_byte_ms", "total_ms", "attempts", "limit_hit", "cache", "saved", "saved_ms")
 }
 
 func formatInt(n int64) string { return strconv.FormatInt(n, 10) }

@@ -128,8 +128,11 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"outcome":    outcomeLabel,
 		"when":       newTimeView,  // for the templates "time", "ago" and "exact"
 		"number":     formatNumber, // 1,234,567
-		"usd":        formatUSD,    // $1,234.50
+		"usd":        formatUSD,    // $1,234.50; takes dollars or *dollars
 		"ms":         formatMillis,
+		"millis":     formatLongTime,
+		"seconds":    func(n int64) string { return describeDuration(time.Duration(n) * time.Second) },
+		"share":      func(v float64) string { return percent(100 * v) },
 		"bytes":      formatBytes,
 		"capitalize": capitalize,
 		"plural":     pluralize, // plural 3 "token" "tokens": 3 tokens
@@ -213,11 +216,27 @@ func formatNumber(v any) (string, error) {
 	return "", fmt.Errorf("%T is not a whole number", v)
 }
 
-func formatUSD(v *dollars) string {
-	if v == nil {
-		return "–"
+// formatUSD formats dollars or *dollars.
+func formatUSD(v any) (string, error) {
+	switch v := v.(type) {
+	case dollars:
+		return formatMoney(int64(v)), nil
+	case *dollars:
+		if v == nil {
+			return "–", nil
+		}
+		return formatMoney(int64(*v)), nil
 	}
-	return formatMoney(int64(*v))
+	return "", fmt.Errorf("%T is no amount of money", v)
+}
+
+// formatLongTime formats a number of milliseconds that may be hours.
+func formatLongTime(ms float64) string {
+	if ms < 120_000 {
+		return unitMillis.format(ms)
+	}
+	const longest = 100 * 365 * 24 * time.Hour // far below the largest Duration
+	return describeDuration(time.Duration(min(ms, float64(longest.Milliseconds()))) * time.Millisecond)
 }
 
 // formatMillis formats a number of milliseconds.

@@ -6,6 +6,7 @@ package main
 import (
 	"cmp"
 	"math"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -520,4 +521,100 @@ func (d *dashData) usageByModel(q *dashQuery) (shares []usageShare) {
 		shares = append(shares, usageShare{id: s.id, name: s.name, usageTotals: s.total})
 	}
 	return shares
+}
+
+// A cacheFigure is what the response cache saved in a period.
+type cacheFigure struct {
+	Hits   int64
+	Total  cacheFigureRow
+	Tables []cacheTable
+}
+
+// A cacheTable lists projects or models with hits, those that saved most first.
+type cacheTable struct {
+	Title string
+	Rows  []cacheFigureRow
+	More  int64 // rows left out
+}
+
+type cacheFigureRow struct{ Name, Label, Link, Hits, Share, Saved, Time string }
+
+func newCacheFigureRow(s *usageSum) cacheFigureRow {
+	row := cacheFigureRow{Hits: groupDigits(s.hits), Saved: formatMoney(s.saved),
+		Time: formatLongTime(float64(s.savedUS) / 1000)}
+	if s.calls > 0 {
+		row.Share = percent(100 * float64(s.hits) / float64(s.calls))
+	}
+	return row
+}
+
+// cacheSum adds up all calls, and what the cache did.
+func (d *dashData) cacheSum() (sum usageSum) {
+	for i := range d.modelPoints {
+		sum.merge(d.modelPoints[i].usageSum)
+	}
+	return sum
+}
+
+// cacheHits adds up what the cache did by step and by model.
+func (d *dashData) cacheHits(q *dashQuery) (bySteps []usageSum, byModel map[string]usageSum) {
+	bySteps, byModel = make([]usageSum, q.steps()), map[string]usageSum{}
+	for i := range d.modelPoints {
+		v := &d.modelPoints[i]
+		if step := q.index(v.at); step >= 0 && step < len(bySteps) {
+			bySteps[step].merge(v.usageSum)
+		}
+		sum := byModel[v.model]
+		sum.merge(v.usageSum)
+		byModel[v.model] = sum
+	}
+	return bySteps, byModel
+}
+
+// cacheFigure returns what the cache saved; nil if it answered no call.
+func (d *dashData) cacheFigure(q *dashQuery) *cacheFigure {
+	total := d.cacheSum()
+	if total.hits == 0 {
+		return nil
+	}
+	f := &cacheFigure{Hits: total.hits, Total: newCacheFigureRow(&total)}
+	if q.projectSeq == 0 {
+		f.Tables = append(f.Tables, newCacheTable("Projects", d.cacheByProject, func(r *usageRow, v *cacheFigureRow) {
+			v.Name, v.Link = r.projectName, "/admin/projects/"+r.projectID
+			if r.projectDeleted {
+				v.Label, v.Link = "deleted", ""
+			}
+		}))
+	}
+	_, byModel := d.cacheHits(q)
+	models := make([]usageRow, 0, len(byModel))
+	for name, sum := range byModel {
+		models = append(models, usageRow{usageKey{usageLabels: usageLabels{model: name}}, sum})
+	}
+	f.Tables = append(f.Tables, newCacheTable("Models", models, func(r *usageRow, v *cacheFigureRow) {
+		if v.Name = modelLabel(r.model); r.model != "" {
+			v.Link = "/admin/requests?" +
+				url.Values{"model": {r.model}, "project": {q.projectID}, "cache": {cacheHit}}.Encode()
+		}
+	}))
+	return f
+}
+
+func newCacheTable(title string, rows []usageRow, name func(*usageRow, *cacheFigureRow)) cacheTable {
+	rows = slices.DeleteFunc(slices.Clone(rows), func(r usageRow) bool { return r.hits == 0 })
+	slices.SortFunc(rows, func(a, b usageRow) int {
+		return cmp.Or(cmp.Compare(b.saved, a.saved), cmp.Compare(b.hits, a.hits), a.compare(&b.usageKey))
+	})
+	t := cacheTable{Title: title, More: int64(max(0, len(rows)-rankingSize))}
+	for i := range rows[:min(len(rows), rankingSize)] {
+		row := newCacheFigureRow(&rows[i].usageSum)
+		name(&rows[i], &row)
+		t.Rows = append(t.Rows, row)
+	}
+	return t
+}
+
+// cacheCells returns the columns of the cache in a download.
+func cacheCells(s *usageSum) []string {
+	return []string{formatInt(s.hits), formatNanos(s.saved), strconv.FormatFloat(float64(s.savedUS)/1000, 'f', 3, 64)}
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -311,5 +312,144 @@ func TestMetricsCache(t *testing.T) {
 	if m := p.metrics(); m["llm_proxy_cache_waiting_calls"] != 0 || m["llm_proxy_cache_collapsed_total"] != 2 ||
 		m["llm_proxy_cache_hits_total"] != 4 {
 		t.Errorf("after waiting: %v hits", m["llm_proxy_cache_hits_total"])
+	}
+}
+
+// TestAdminCache: the pages show what the cache has and has saved, and empty it after a question. They show nothing of
+// a cache that was never used.
+func TestAdminCache(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(replyAs)
+	b := p.signIn(p.adminKey)
+	project := "/admin/projects/" + p.project
+	p.cachedModel(p.token, "gpt-4o", "a")
+	p.waitSettled()
+	for _, path := range []string{project, "/admin/dashboard", "/admin/requests/" + p.lastCall().ID} {
+		if body := b.get(path).body; strings.Contains(body, "esponse cache") || strings.Contains(body, "cache: hit") {
+			t.Errorf("%s shows a cache that there is not", path)
+		}
+	}
+	form := parseForm(t, b.get(project+"/edit").body)
+	form.Set("policy.cache.ttl_seconds", "7,200")
+	form.Set("policy.cache.endpoints", "/v1/chat/*\r\n/v1/embeddings")
+	if res := b.post(project+"/edit", form); res.status != 303 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	var saved struct {
+		Policy struct{ Cache map[string]any }
+	}
+	p.manage("GET", "/manage/projects/"+p.project, "", 200, &saved)
+	if got := fmt.Sprint(saved.Policy.Cache); got != "map[endpoints:[/v1/chat/* /v1/embeddings] ttl_seconds:7200]" {
+		t.Errorf("the form saved %s", got)
+	}
+	contains := func(path string, want ...string) string {
+		t.Helper()
+		body := b.get(path).body
+		for _, w := range want {
+			if !strings.Contains(body, w) {
+				t.Errorf("%s does not show %q", path, w)
+			}
+		}
+		return body
+	}
+	if body := contains(project, "<h2>Response cache</h2>", "<dd>2 hours</dd>", "<dd>/v1/chat/*, /v1/embeddings</dd>",
+		"deterministic only", "all tokens", "<dt>Entries</dt><dd>0</dd>"); strings.Contains(body, "/empty-cache") {
+		t.Error("there is a button to empty an empty cache")
+	}
+	p.cachedModel(p.token, "gpt-4o", "a")
+	for range 2 {
+		p.expectFrom("again", "cache", func() testResponse { return p.cachedModel(p.token, "gpt-4o", "a") })
+	}
+	p.cacheSettled()
+	hit := p.lastCall().ID
+	contains(project, "<dt>Entries</dt><dd>1</dd>", project+"/empty-cache", "<dd>2, 50.0% of all calls</dd>", "$0.007")
+	contains("/admin/requests/"+hit, "hit: saved $0.0035 and ", "The response came from the cache")
+	contains("/admin/tokens/"+p.tokenID, "cache: hit")
+	body := contains("/admin/requests?cache=hit", "cache: hit", "saved $0.0035")
+	if strings.Count(body, hitLink) != 2 {
+		t.Errorf("the list has %d calls", strings.Count(body, hitLink))
+	}
+	if body = contains("/admin/requests?cache=none"); strings.Count(body, hitLink) != 2 {
+		t.Errorf("the list of other calls has %d", strings.Count(body, hitLink))
+	}
+	contains("/admin/requests?cache=miss", "must be hit or none")
+	for _, query := range []string{"?period=24h", "?period=7d&measure=cost", "?period=30d&by=model", "?period=90d"} {
+		contains("/admin/dashboard"+query, "2 calls were answered from the cache, 50.0% of all calls",
+			`aria-label="Response cache: Projects"`, `<a href="`+project+`">`, `aria-label="Response cache: Models"`)
+	}
+	body = contains("/admin/dashboard?project="+p.project, `aria-label="Response cache: Models"`)
+	if strings.Contains(body, "Response cache: Projects") {
+		t.Error("the dashboard of one project lists projects")
+	}
+	p.checkCacheExports(b, hit)
+	p.checkCacheButton(b)
+	form = parseForm(t, b.get(project+"/edit").body)
+	form.Set("policy.cache.ttl_seconds", "")
+	if res := b.post(project+"/edit", form); res.status != 303 {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	saved.Policy.Cache = nil
+	p.manage("GET", "/manage/projects/"+p.project, "", 200, &saved)
+	if saved.Policy.Cache != nil {
+		t.Errorf("turned off, the policy has %v", saved.Policy.Cache)
+	}
+	contains(project, "<dt>State</dt><dd>turned off</dd>", "<dd>2, 50.0% of all calls</dd>")
+}
+
+const hitLink = `<a class="name" href="/admin/requests/req_`
+
+// checkCacheExports downloads calls and the dashboard: both say what the cache answered and saved.
+func (p *testProxy) checkCacheExports(b *browser, hit string) {
+	p.t.Helper()
+	for format, want := range map[string]string{"csv": ",hit,0.0035,", "jsonl": `"cache":"hit","saved":0.0035,`} {
+		res := b.post("/admin/requests/export", url.Values{"format": {format}, "cache": {"hit"}})
+		if strings.Count(res.body, want) != 2 || strings.Count(res.body, "req_") != 2 ||
+			!strings.Contains(res.body, hit) {
+			p.t.Errorf("the download as %s has %s", format, res.body)
+		}
+	}
+	res := b.post("/admin/dashboard/export", url.Values{"period": {"7d"}})
+	for _, kind := range []string{"project", "model", "time"} {
+		found := false
+		for line := range strings.Lines(res.body) {
+			found = found || strings.HasPrefix(line, kind+",") && strings.Contains(line, ",2,0.007,")
+		}
+		if !found {
+			p.t.Errorf("the download of the dashboard has no line of %s with the hits: %s", kind, res.body)
+		}
+	}
+	columns := strings.Count(res.body[:strings.Index(res.body, "\n")], ",")
+	for line := range strings.Lines(res.body) {
+		if strings.Count(line, ",") != columns {
+			p.t.Errorf("%q has other columns than the head", line)
+		}
+	}
+}
+
+// checkCacheButton empties the cache as an operator. A viewer cannot.
+func (p *testProxy) checkCacheButton(b *browser) {
+	p.t.Helper()
+	page := "/admin/projects/" + p.project
+	_, viewerKey := p.newKey("viewer", "viewer")
+	_, operatorKey := p.newKey("operator", "operator")
+	viewer, operator := p.signIn(viewerKey), p.signIn(operatorKey)
+	if strings.Contains(viewer.get(page).body, "/empty-cache") || viewer.post(page+"/empty-cache", nil).status != 403 {
+		p.t.Error("a viewer can empty the cache")
+	}
+	if body := operator.get(page + "/empty-cache").body; !strings.Contains(body, "All cached answers of the project") {
+		p.t.Errorf("it is not asked: %s", body)
+	}
+	if r := p.cacheReport(p.project); r.Entries != 1 {
+		p.t.Errorf("the question has left %d entries", r.Entries)
+	}
+	if res := operator.post(page+"/empty-cache", nil); res.status != 303 {
+		p.t.Errorf("got %d", res.status)
+	}
+	if r := p.cacheReport(p.project); r.Entries != 0 || r.Hits != 2 {
+		p.t.Errorf("emptied: %+v", r)
+	}
+	if !strings.Contains(b.get("/admin/audit").body, actionEmptyCache) {
+		p.t.Error("the audit trail does not show it")
 	}
 }
