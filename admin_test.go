@@ -414,13 +414,27 @@ func TestAdminHostileText(t *testing.T) {
 				plain[j] = shape(res.body)
 			} else if got := shape(res.body); got != plain[j] && !strings.HasPrefix(path, "/admin/tokens/new") &&
 				!strings.HasPrefix(path, "/admin/requests/req_") {
-				t.Errorf("%q changes the structure of %s", payload, path)
+				was, is := firstDifference(plain[j], got)
+				t.Errorf("%q changes the structure of %s: %q instead of %q", payload, path, is, was)
 			}
 			if strings.ContainsAny(payload, "<") && strings.Contains(res.body, payload) {
 				t.Errorf("%q is not escaped on %s", payload, path)
 			}
 		}
 	}
+}
+
+// firstDifference returns the first lines that differ, each with the three before it.
+func firstDifference(a, b string) (ofA, ofB string) {
+	x, y := strings.SplitAfter(a, "\n"), strings.SplitAfter(b, "\n")
+	i := 0
+	for i < min(len(x), len(y)) && x[i] == y[i] {
+		i++
+	}
+	around := func(lines []string) string {
+		return strings.Join(lines[min(max(i-3, 0), len(lines)):min(i+1, len(lines))], "")
+	}
+	return around(x), around(y)
 }
 
 // TestAdminOff (AD21): the pages can be turned off.
