@@ -195,7 +195,7 @@ func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
 		d.fail("database", fmt.Sprintf("schema %d is newer than this program, which supports %d", version, supported),
 			"use the newer llm-proxy")
 		return false
-	case version < supported:
+	case version > 0 && version < supported:
 		d.warn("database", fmt.Sprintf("schema %d is older than this program's %d", version, supported),
 			"the next start migrates it; make a backup first")
 	}
@@ -214,6 +214,9 @@ func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
 	}
 	if len(differences) > 0 {
 		d.fail("database", describeSchemaProblems(differences, version).Error(), "the server does not start with it")
+		if version == 0 {
+			return false
+		}
 	}
 	rows, err := st.countRows(ctx)
 	if err != nil {

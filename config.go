@@ -484,6 +484,8 @@ func parseDatabaseURL(s string) (string, error) {
 		return "", errors.New("names PostgreSQL, but this binary is built without PostgreSQL support")
 	case !ok || scheme != "sqlite" || strings.TrimPrefix(rest, "//") == "":
 		return "", errors.New("must be sqlite:FILE")
+	case strings.Contains(rest, ":memory:") || strings.Contains(rest, "?"):
+		return "", errors.New("must name a file only: a database in memory and parameters after ? are not supported")
 	}
 	return filepath.Abs(strings.TrimPrefix(rest, "//"))
 }

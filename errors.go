@@ -328,10 +328,15 @@ var (
 		msg: "This project has no provider for this endpoint and model. Ask the proxy's administrator."}
 )
 
-// errAddressNotAllowed does not name the allowed networks, because a thief of the token would learn them.
+// errAddressNotAllowed does not name the allowed networks, because a thief of the token would learn them. The address
+// is "" if it is unknown.
 func errAddressNotAllowed(address string) *apiError {
+	from := "the address " + address
+	if address == "" {
+		from = "an unknown address: the reverse proxy in front of this one sent none that can be read"
+	}
 	return newError(403, "address_not_allowed",
-		"This token may not be used from the address "+address+". Ask the proxy's administrator.")
+		"This token may not be used from "+from+". Ask the proxy's administrator.")
 }
 
 func errStatefulField(param string) *apiError {

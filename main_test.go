@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -672,6 +673,38 @@ func TestFirstSchemas(t *testing.T) {
 			!strings.Contains(out+err.Error(), "move the file away to start with an empty database") {
 			t.Errorf("%s: %v %s", command, err, out)
 		}
+	}
+}
+
+// TestOtherDatabase: a database of another program, whose version is 0, is refused, and nothing is added to it.
+func TestOtherDatabase(t *testing.T) {
+	t.Parallel()
+	env := serveEnv(t)
+	file := filepath.Join(t.TempDir(), "other.db")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	db, err := openSQLite(file, 1, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Exec(`CREATE TABLE customers (name TEXT)`); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	env["DATABASE_URL"] = "sqlite:" + file
+	before := dumpDatabase(t, file)
+	for _, command := range []string{"serve", "doctor"} {
+		out, err := runProgram(t, env, command)
+		if err == nil || !strings.Contains(out+err.Error(), "of this program: it has the table customers") ||
+			strings.Contains(out, "migrates") || strings.Contains(out, "no such table") {
+			t.Errorf("%s: %v %s", command, err, out)
+		}
+	}
+	if after := dumpDatabase(t, file); !slices.Equal(before, after) {
+		t.Errorf("the database was %q, and is %q now", before, after)
 	}
 }
 

@@ -727,6 +727,9 @@ func TestAddresses(t *testing.T) {
 			if res.status != c.want || c.want == 403 && res.errorCode() != "address_not_allowed" {
 				t.Errorf("%s of a %s, from %q: got %d %s", c.networks, scope, c.from, res.status, res.body)
 			}
+			if c.want == 403 && strings.Contains(res.body, "unknown address") != (c.from == "garbage") {
+				t.Errorf("from %q: the refusal says %s", c.from, res.body)
+			}
 			first := strings.Trim(strings.Split(c.networks, ",")[0], `"`)
 			if c.want == 403 && first != "" && strings.Contains(res.body, first) {
 				t.Errorf("%s: the refusal names the network: %s", c.networks, res.body)

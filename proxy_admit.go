@@ -49,7 +49,7 @@ func (p *proxy) admit(c *call) error {
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq,
 		endpoint: c.endpoint.name(), stream: c.fields.stream, address: c.address,
 		upstream: c.upstream.seq, model: c.fields.model,
-		counts: tokenCounts{input: c.inputEstimate(), output: c.maxOutputTokens()},
+		counts: tokenCounts{input: c.inputEstimate(), output: c.reservation.lostOutput(c.maxOutputTokens())},
 	})
 	return nil
 }

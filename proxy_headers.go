@@ -77,19 +77,25 @@ func upstreamHeader(in http.Header, project string, e *endpoint) http.Header {
 		// Under its canonical name, net/http takes the header as permission to resend what
 		// the provider may have received already, unseen by limits and ledger.
 		delete(out, "Idempotency-Key")
-		out["idempotency-key"] = scopeIdempotencyKeys(v, project)
+		if v = scopeIdempotencyKeys(v, project); len(v) > 0 {
+			out["idempotency-key"] = v
+		}
 	}
 	return out
 }
 
 // scopeIdempotencyKeys replaces a client's keys by others that only its project can cause. Projects may share a
-// provider key, and the provider would answer one project's request with what another got for an equal key.
+// provider key, and the provider would answer one project's request with what another got for an equal key. An empty
+// key is left out: as an HMAC it would be the same key for all calls that have none.
 func scopeIdempotencyKeys(keys []string, project string) []string {
-	out := make([]string, len(keys))
-	for i, key := range keys {
+	out := make([]string, 0, len(keys))
+	for _, key := range keys {
+		if key == "" {
+			continue
+		}
 		mac := hmac.New(sha256.New, []byte(project))
 		mac.Write([]byte(key))
-		out[i] = hex.EncodeToString(mac.Sum(nil))
+		out = append(out, hex.EncodeToString(mac.Sum(nil)))
 	}
 	return out
 }

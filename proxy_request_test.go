@@ -695,6 +695,14 @@ func TestIdempotencyKeyPerProject(t *testing.T) {
 		return got[0]
 	}
 	_, sibling := p.newToken(`"name":"sibling"`)
+	for _, key := range []string{"", " \t "} { // no key: every call would have the same one
+		if res := p.postAs(p.token, "/v1/chat/completions", chatBody(), "Idempotency-Key", key); res.status != 200 {
+			t.Fatal(res.status, res.body)
+		}
+		if got := p.provider.lastRequest(t).header["Idempotency-Key"]; len(got) > 0 {
+			t.Errorf("for the key %q, the provider got %q", key, got)
+		}
+	}
 	first, again, other := sent(p.token, "key-1"), sent(sibling, "key-1"), sent(p.token, "key-2")
 	var project struct{ ID string }
 	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"other","openai_api_key":%q}`, p.provider.key), 201, &project)
@@ -1227,7 +1235,11 @@ func TestWrongBaseURL(t *testing.T) {
 		{"/openai/v1/responses", "unknown_url", "The path is /openai/v1/responses."},
 		{"/v1/" + p.token, "unknown_endpoint", ""},
 		{"/" + p.token + "/v1/messages", "unknown_url", ""},
-		{"/v1/%3Cscript%3E", "unknown_endpoint", ""},
+		{"/v1/%3Cscript%3E", "unknown_endpoint", "The path is /v1/%3Cscript%3E."},
+		{"/v1beta/models/gemini-pro:generateContent", "unknown_url", "The path is /v1beta/models/gemini-pro:generateContent."},
+		{"/v1/models/a;b@c/x", "unknown_endpoint", "The path is /v1/models/a;b@c/x."},
+		{"/v1/models/%C3%A9%20%2F..%2F", "unknown_endpoint", "The path is /v1/models/%C3%A9%20%2F..%2F."},
+		{"/v1/" + strings.Replace(p.token, "-", "%2D", 1), "unknown_endpoint", ""},
 		{"/v1/" + strings.Repeat("x", 300), "unknown_endpoint", ""},
 	} {
 		res := p.post(c.path, "application/json", chatBody())

@@ -116,7 +116,7 @@ func checkWindowsSurvive(t *testing.T, metric, scope, event string) {
 }
 
 // TestKilledAmidCalls: calls that ran when the program was killed count, because the provider may have served
-// them. Their tokens count by the estimate.
+// them. Their tokens count by the estimate: what the limit had reserved, also for a call that names no maximum.
 func TestKilledAmidCalls(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
@@ -134,8 +134,23 @@ func TestKilledAmidCalls(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	paths, tokens := [2]string{}, [2]string{}
+	for i, limit := range []string{`"tokens","max":100000`, `"dollars","max":1`} {
+		paths[i], tokens[i] = p.newLimitedToken(`{"count":` + limit + `,"per":"day"}`)
+		for _, maximum := range []string{"", `,"max_tokens":50`} {
+			if _, err := p.stream(tokens[i], `"n":2`+maximum).read(1); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	q := p.crashedCopy()
 	p.provider.setScript(chatScript)
+	if l := q.settledLimits(paths[0]); l[0].Used < 2*4096+2*50 {
+		t.Errorf("after the kill, the limit of tokens is %+v", l)
+	}
+	if l := q.settledLimits(paths[1]); l[0].Used < (2*4096+2*50)*0.6e-6 { // the price of output
+		t.Errorf("after the kill, the limit of dollars is %+v", l)
+	}
 	l := q.settledLimits(path)
 	if l[0].Used != 8 || l[1].Used != 8 || l[2].Used < 3*12+5*50 || l[2].Used > 3*12+5*100 || l[3].Used != 0 {
 		t.Errorf("after the kill: %+v", l)

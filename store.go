@@ -83,14 +83,13 @@ func (s *store) migrate(ctx context.Context) error {
 			return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); "+
 				"use that one, or restore a backup", version, supported)
 		}
-		if version > 0 { // the check before is enough: schema files make a correct schema of a correct one
-			problems, err := checkSchema(ctx, tx, version)
-			if err != nil {
-				return err
-			}
-			if len(problems) > 0 {
-				return describeSchemaProblems(problems, version)
-			}
+		// The check before is enough: schema files make a correct schema of a correct one.
+		problems, err := checkSchema(ctx, tx, version)
+		if err != nil {
+			return err
+		}
+		if len(problems) > 0 {
+			return describeSchemaProblems(problems, version)
 		}
 		return runSchemaFiles(ctx, tx, version, supported)
 	})

@@ -77,7 +77,10 @@ func checkSchema(ctx context.Context, db querier, version int) (problems []strin
 			problems = append(problems, fmt.Sprintf("the %s %s is different", o.kind, o.name))
 		}
 	}
-	for _, o := range found { // other tables, views and plain indexes change nothing
+	for _, o := range found { // other tables, views and plain indexes change nothing in a database of this program
+		if version == 0 && o.kind == "table" {
+			problems = append(problems, fmt.Sprintf("it has the table %s", o.name))
+		}
 		_, added := actual[o.name]
 		unique := strings.HasPrefix(normalizeDefinition(o.definition), "CREATEUNIQUE")
 		if added && tables[o.table] && (o.kind == "trigger" || unique) {
@@ -99,6 +102,10 @@ func normalizeDefinition(text string) string {
 
 // describeSchemaProblems says what differs, and what to do about it.
 func describeSchemaProblems(problems []string, version int) error {
+	if version == 0 {
+		return fmt.Errorf("is not a database of this program: %s; name another file, or move this one away",
+			clip(strings.Join(problems, ", "), 300))
+	}
 	return fmt.Errorf("its schema is not the schema %d of this program (%s): it was changed by hand, or made by a "+
 		"development version. Undo a change by hand; otherwise restore a backup, or move the file away to start "+
 		"with an empty database", version, clip(strings.Join(problems, ", "), 300))
