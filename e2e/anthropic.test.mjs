@@ -219,3 +219,60 @@ describe('errors', () => {
     assert.ok(!JSON.stringify([error.message, error.error]).includes(provider.anthropicKey));
   });
 });
+
+describe('the response cache', () => {
+  let cached;
+  before(async () => {
+    const project = await proxy.manage('POST', '/manage/projects', { name: 'cached', policy: { cache: { ttl_seconds: 3600 } } });
+    await proxy.manage('POST', `/manage/projects/${project.id}/upstreams`, { name: 'claude', provider: 'anthropic', base_url: provider.url, api_key: provider.anthropicKey });
+    cached = make({ apiKey: await proxy.newToken({ project_id: project.id }), maxRetries: 0 }).client;
+  });
+
+  // twice makes a call twice: the provider gets it once, and the program sees the same both times. It returns what it saw.
+  const twice = async (create, read = (data) => data) => {
+    const answers = [];
+    for (const status of [/^llm-proxy; fwd=miss; stored$/, /^llm-proxy; hit; ttl=3\d+; key="[0-9a-f]{16}"$/]) {
+      const { data, response } = await create().withResponse();
+      assert.match(response.headers.get('cache-status'), status);
+      answers.push(JSON.parse(JSON.stringify(await read(data), (key, v) => (key === '_request_id' ? undefined : v))));
+      await proxy.settled();
+    }
+    assert.deepEqual(answers[1], answers[0]);
+    assert.equal(provider.calls.length, 1);
+    const row = await proxy.settled();
+    assert.deepEqual([row.outcome, row.cache, row.output_tokens, row.cost], ['ok', 'hit', 0, 0]);
+    assert.ok(row.saved > 0);
+    return answers[1];
+  };
+  const exact = { ...ask, temperature: 0 };
+
+  test('a message', async () => {
+    assert.deepEqual((await twice(() => cached.messages.create(exact))).content, [{ type: 'text', text }]);
+  });
+
+  test('a stream', async () => {
+    const events = await twice(() => cached.messages.create({ ...exact, stream: true }), async (stream) => {
+      const all = [];
+      for await (const event of stream) all.push(event);
+      return all;
+    });
+    assert.equal(events[0].type, 'message_start');
+    assert.equal(events.at(-1).type, 'message_stop');
+  });
+
+  test('the stream helper', async () => {
+    for (let i = 0; i < 2; i++) {
+      const message = await cached.messages.stream({ ...exact, metadata: { user_id: 'helper' } }).finalMessage();
+      assert.equal(message.content[0].text, text);
+      await proxy.settled();
+    }
+    assert.equal(provider.calls.length, 1);
+  });
+
+  test('another beta or version is another answer', async () => {
+    for (const beta of ['a-2025-01-01', 'b-2025-01-01']) {
+      const { response } = await cached.messages.create(exact, { headers: { 'anthropic-beta': beta } }).withResponse();
+      assert.match(response.headers.get('cache-status'), /fwd=miss/);
+    }
+  });
+});

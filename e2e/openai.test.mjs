@@ -236,3 +236,67 @@ describe('other endpoints', () => {
     });
   }
 });
+
+describe('the response cache', () => {
+  let cached;
+  before(async () => {
+    const project = await proxy.manage('POST', '/manage/projects', { name: 'cached', openai_api_key: provider.openaiKey, policy: { cache: { ttl_seconds: 3600 } } });
+    cached = new OpenAI({ apiKey: await proxy.newToken({ project_id: project.id }), baseURL: `${proxy.url}/v1`, maxRetries: 0 });
+  });
+
+  // twice makes a call twice: the provider gets it once, and the program sees the same both times. It returns what it saw.
+  const twice = async (create, read = (data) => data) => {
+    const first = await create().withResponse();
+    assert.match(first.response.headers.get('cache-status'), /^llm-proxy; fwd=miss; stored$/);
+    const want = await read(first.data);
+    await proxy.settled();
+    const second = await create().withResponse();
+    assert.match(second.response.headers.get('cache-status'), /^llm-proxy; hit; ttl=3\d+; key="[0-9a-f]{16}"$/);
+    assert.match(second.response.headers.get('age'), /^\d+$/);
+    const got = await read(second.data);
+    assert.deepEqual(clean(got), clean(want));
+    assert.equal(provider.calls.length, 1);
+    const row = await proxy.settled();
+    assert.deepEqual([row.outcome, row.cache, row.input_tokens, row.output_tokens, row.cost], ['ok', 'hit', 0, 0, 0]);
+    assert.ok(row.saved >= 0 && row.saved_ms >= 0);
+    return got;
+  };
+  // The SDK adds the request ID, which is each call's own.
+  const clean = (value) => JSON.parse(JSON.stringify(value, (key, v) => (key === '_request_id' ? undefined : v)));
+
+  test('unary chat', async () => {
+    const answer = await twice(() => cached.chat.completions.create({ ...ask, temperature: 0 }));
+    assert.equal(answer.choices[0].message.content, text);
+  });
+
+  test('a chat stream, with and without usage', async () => {
+    for (const more of [{}, { stream_options: { include_usage: true } }]) {
+      const events = await twice(() => cached.chat.completions.create({ ...ask, seed: 7, stream: true, ...more }), collect);
+      assert.equal(events.map((e) => e.choices[0]?.delta.content ?? '').join(''), text);
+      assert.equal(events.some((e) => e.usage), 'stream_options' in more);
+      provider.reset();
+    }
+  });
+
+  test('the stream helper', async () => {
+    for (let i = 0; i < 2; i++) {
+      const answer = await cached.chat.completions.stream({ ...ask, temperature: 0, user: 'helper' }).finalChatCompletion();
+      assert.equal(answer.choices[0].message.content, text);
+      await proxy.settled();
+    }
+    assert.equal(provider.calls.length, 1);
+  });
+
+  test('embeddings', async () => {
+    const answer = await twice(() => cached.embeddings.create({ model: 'text-embedding-3-small', input: promptCanary }));
+    assert.deepEqual(answer.data[0].embedding.map(Math.fround), embedding.map(Math.fround));
+  });
+
+  test('responses, unary and as a stream', async () => {
+    const body = { model: 'gpt-4o-mini', input: promptCanary, store: false, temperature: 0 };
+    assert.equal((await twice(() => cached.responses.create(body))).output_text, text);
+    provider.reset();
+    const events = await twice(() => cached.responses.create({ ...body, stream: true }), collect);
+    assert.equal(events.at(-1).type, 'response.completed');
+  });
+});

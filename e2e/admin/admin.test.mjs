@@ -159,6 +159,51 @@ describe('the pages', { skip }, () => {
     await visitor.context.close();
   });
 
+  test('the response cache is turned on, seen and emptied', async () => {
+    const visitor = await Visitor.start(browser, proxy.url);
+    const { page } = visitor;
+    await page.goto(`${proxy.url}/admin/sign-in`);
+    await visitor.signIn(proxy.managementToken);
+    const project = await proxy.manage('POST', '/manage/projects', { name: 'cached', openai_api_key: proxy.provider.openaiKey });
+    const { token } = await proxy.manage('POST', '/manage/tokens', { project_id: project.id, name: 'repeats' });
+    const ask = async () => {
+      const answer = await call(token, { temperature: 0 });
+      const body = await answer.text();
+      await proxy.settled();
+      return [answer.headers.get('cache-status'), body];
+    };
+    const pageOfProject = `${proxy.url}/admin/projects/${project.id}`;
+    await page.goto(`${pageOfProject}/edit`);
+    await page.getByLabel('Cached endpoints').fill('/v1/files');
+    await page.getByRole('button', { name: 'Save' }).click();
+    await page.getByText('is required and must be from 1').waitFor();
+    await page.getByLabel('Use an answer for (seconds)').fill('3600');
+    await page.getByLabel('Cached endpoints').fill('/v1/chat/*');
+    await page.getByRole('button', { name: 'Save' }).click();
+    await page.getByRole('heading', { name: 'Response cache' }).waitFor();
+    const [miss, first] = await ask();
+    const [hit, second] = await ask();
+    assert.match(miss, /fwd=miss; stored/);
+    assert.match(hit, /^llm-proxy; hit; ttl=3/);
+    assert.equal(first, second);
+    await page.goto(`${proxy.url}/admin/requests?project=${project.id}`);
+    await page.getByLabel('Cache', { exact: true }).selectOption('Hit');
+    await page.getByRole('button', { name: 'Apply', exact: true }).click();
+    await page.getByText('cache: hit').waitFor();
+    await page.locator('table.calls tbody a').click();
+    await page.getByText(/^hit: saved \$/).waitFor();
+    await page.goto(`${proxy.url}/admin/dashboard?project=${project.id}`);
+    await page.getByText(/1 call was answered from the cache, 50.0% of all calls/).waitFor();
+    await page.goto(pageOfProject);
+    await page.getByRole('link', { name: 'Empty cache' }).click();
+    await page.getByRole('button', { name: 'Empty cache' }).click();
+    await page.getByRole('heading', { name: 'Response cache' }).waitFor();
+    assert.equal(await page.getByRole('link', { name: 'Empty cache' }).count(), 0);
+    assert.match((await ask())[0], /fwd=miss/);
+    assert.deepEqual(visitor.problems, []);
+    await visitor.context.close();
+  });
+
   test('every page is sound at any width, in light and dark mode', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
@@ -181,14 +226,23 @@ describe('the pages', { skip }, () => {
     await check('/admin/sign-in');
     await visitor.signIn(proxy.managementToken);
     const key = await proxy.manage('POST', '/manage/keys', { name: 'spare', role: 'viewer' });
-    await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { limits: [{ count: 'tokens', max: 20, per: 'day' }, { count: 'dollars', max: 5, per: 'month', shadow: true }] } });
+    const cache = { ttl_seconds: 3600, when: 'always', endpoints: ['/v1/chat/*'] };
+    await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { cache } });
+    for (const status of ['fwd=miss', 'hit']) {
+      const answer = await call(proxy.token);
+      assert.ok(answer.headers.get('cache-status').startsWith(`llm-proxy; ${status}`));
+      await answer.text();
+      await proxy.settled();
+    }
+    const hit = await proxy.settled();
+    await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { cache, limits: [{ count: 'tokens', max: 20, per: 'day' }, { count: 'dollars', max: 5, per: 'month', shadow: true }] } });
     const token = await proxy.manage('POST', '/manage/tokens', { project_id: proxy.project, name: 'a rather long name for a token of somebody', max_requests: 10 });
     await (await call(token.token)).text();
     const project = `/admin/projects/${proxy.project}`, one = `/admin/tokens/${token.id}`;
     const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
-    paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
+    paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, `${project}/empty-cache`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
       '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini',
-      '/admin/dashboard?period=24h&measure=tokens&by=model', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x',
+      '/admin/dashboard?period=24h&measure=tokens&by=model', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
       '/admin/audit/verify', '/admin/account');
     for (const path of paths.slice(1)) await check(path);
     assert.deepEqual(visitor.problems, []);
