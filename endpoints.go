@@ -77,9 +77,10 @@ type endpointRow struct {
 	flags            endpointFlags
 }
 
-// The tables follow OpenAI's specification of 2026-08-21. They never change. Operations that hand out
-// credentials of the provider account (realtime and chatkit sessions) or administer it (organization,
-// projects) must never be in them.
+// The tables follow OpenAI's specification of 2026-08-21 and Anthropic's API. They never change. Operations that hand
+// out credentials of the provider account (realtime and chatkit sessions) or administer it (organization, projects,
+// webhook endpoints) must never be in them. Sessions of agents and of live audio need a WebSocket, which the proxy does
+// not carry. Assistants, threads and evals are deprecated by OpenAI; their rows remain for providers that have them.
 
 // inferenceEndpoints are on by default.
 var inferenceEndpoints = []endpointRow{
@@ -134,9 +135,9 @@ var statefulEndpoints = []endpointRow{
 	{"DELETE GET POST", "/v1/evals/{eval_id}/runs/{run_id}", bodyNone, meterNone, 0},
 	{"GET", "/v1/evals/{eval_id}/runs/{run_id}/output_items", bodyNone, meterNone, 0},
 	{"GET", "/v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}", bodyNone, meterNone, 0},
-	{"GET POST", "/v1/files", bodyForm, meterNone, flagUpload},
-	{"DELETE GET", "/v1/files/{file_id}", bodyNone, meterNone, 0},
-	{"GET", "/v1/files/{file_id}/content", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/files", bodyForm, meterNone, flagAnyAPI | flagUpload},
+	{"DELETE GET", "/v1/files/{file_id}", bodyNone, meterNone, flagAnyAPI},
+	{"GET", "/v1/files/{file_id}/content", bodyNone, meterNone, flagAnyAPI},
 	{"POST", "/v1/fine_tuning/alpha/graders/run", bodyJSON, meterNone, flagNeedsModel},
 	{"POST", "/v1/fine_tuning/alpha/graders/validate", bodyJSON, meterNone, 0},
 	{"GET POST", "/v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions", bodyJSON, meterNone, 0},
@@ -149,6 +150,10 @@ var statefulEndpoints = []endpointRow{
 	{"GET", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", bodyNone, meterNone, 0},
 	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause", bodyNone, meterNone, 0},
 	{"POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume", bodyNone, meterNone, flagNeedsModel},
+	{"GET POST", "/v1/messages/batches", bodyJSON, meterNone, flagAnthropic | flagNeedsModel},
+	{"DELETE GET", "/v1/messages/batches/{message_batch_id}", bodyNone, meterNone, flagAnthropic},
+	{"POST", "/v1/messages/batches/{message_batch_id}/cancel", bodyNone, meterNone, flagAnthropic},
+	{"GET", "/v1/messages/batches/{message_batch_id}/results", bodyNone, meterNone, flagAnthropic},
 	{"DELETE", "/v1/models/{model}", bodyNone, meterNone, flagModelInPath},
 	{"POST", "/v1/realtime/calls", bodyRaw, meterNone, flagNeedsModel},
 	{"POST", "/v1/realtime/calls/{call_id}/accept", bodyJSON, meterNone, flagNeedsModel},
@@ -158,12 +163,12 @@ var statefulEndpoints = []endpointRow{
 	{"DELETE GET", "/v1/responses/{response_id}", bodyNone, meterNone, 0},
 	{"POST", "/v1/responses/{response_id}/cancel", bodyNone, meterNone, 0},
 	{"GET", "/v1/responses/{response_id}/input_items", bodyNone, meterNone, 0},
-	{"GET POST", "/v1/skills", bodyJSONOrForm, meterNone, flagUpload},
-	{"DELETE GET POST", "/v1/skills/{skill_id}", bodyJSON, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}/content", bodyNone, meterNone, 0},
-	{"GET POST", "/v1/skills/{skill_id}/versions", bodyJSONOrForm, meterNone, flagUpload},
-	{"DELETE GET", "/v1/skills/{skill_id}/versions/{version}", bodyNone, meterNone, 0},
-	{"GET", "/v1/skills/{skill_id}/versions/{version}/content", bodyNone, meterNone, 0},
+	{"GET POST", "/v1/skills", bodyJSONOrForm, meterNone, flagAnyAPI | flagUpload},
+	{"DELETE GET POST", "/v1/skills/{skill_id}", bodyJSON, meterNone, flagAnyAPI},
+	{"GET", "/v1/skills/{skill_id}/content", bodyNone, meterNone, flagAnyAPI},
+	{"GET POST", "/v1/skills/{skill_id}/versions", bodyJSONOrForm, meterNone, flagAnyAPI | flagUpload},
+	{"DELETE GET", "/v1/skills/{skill_id}/versions/{version}", bodyNone, meterNone, flagAnyAPI},
+	{"GET", "/v1/skills/{skill_id}/versions/{version}/content", bodyNone, meterNone, flagAnyAPI},
 	{"POST", "/v1/threads", bodyJSON, meterNone, 0},
 	{"POST", "/v1/threads/runs", bodyJSON, meterOpenAI, flagNeedsModel},
 	{"DELETE GET POST", "/v1/threads/{thread_id}", bodyJSON, meterNone, 0},
@@ -419,8 +424,12 @@ var queryParams = map[string]bool{
 	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
 	"name": false, "variant": false, "run_id": false, "group_id": false, "project_id": false, "user": false,
 	"stream": false, "include_obfuscation": false, "beta": false, "include": true, "include[]": true,
-	azureVersion: false,
+	"page": false, "source": false, clientVersion: false, azureVersion: false,
 }
+
+// clientVersion is a query parameter of Codex. It asks GET /v1/models for the provider's own description of the models
+// that this version of Codex can use: {"models":[{"slug":…}]}. Such lists are not merged.
+const clientVersion = "client_version"
 
 // azureVersion is a query parameter of Azure's own: no other provider gets it.
 const azureVersion = "api-version"
@@ -476,21 +485,22 @@ func checkQuery(raw string, e *endpoint) (model string, err error) {
 	return model, nil
 }
 
-// hasAzureVersion reports whether a query that checkQuery has passed has the parameter azureVersion.
-func hasAzureVersion(query string) bool {
+// hasParam reports whether a query that checkQuery has passed has a parameter.
+func hasParam(query, name string) bool {
 	if query == "" {
 		return false
 	}
 	values, err := url.ParseQuery(query)
-	return err == nil && values.Has(azureVersion)
+	return err == nil && values.Has(name)
 }
 
 // withoutAzureVersion returns a query without the parameter azureVersion, for an upstream that is not Azure's.
 func withoutAzureVersion(query string) string {
-	if !hasAzureVersion(query) {
+	if !hasParam(query, azureVersion) {
 		return query
 	}
-	pairs := slices.DeleteFunc(strings.Split(query, "&"), func(pair string) bool { return hasAzureVersion(pair) })
+	isVersion := func(pair string) bool { return hasParam(pair, azureVersion) }
+	pairs := slices.DeleteFunc(strings.Split(query, "&"), isVersion)
 	return strings.Join(pairs, "&")
 }
 

@@ -84,7 +84,11 @@ func unknownTargets() []string {
 		/v1/models/a%2f..%2fb /v1/models/a%2f%2fb /v1/models/%2fa /v1/models/a%2f /v1/models/%2e%2e /v1/models/%252e
 		/v1/models/a%25 /v1/models/..%3b /v1/models/a;b /v1/models/a\b /v1/models/a%5Cb /v1/models/a%00
 		/v1/models/%C3 /v1/models/a%0d%0a /v1/models/%C2%85
-		/v1/engines/davinci/completions /openai/deployments/gpt-4/chat/completions /v1/realtime /v1/messages/batches
+		/v1/engines/davinci/completions /openai/deployments/gpt-4/chat/completions /v1/realtime
+		/v1/prompts /v1/messages/batches/
+		/v1/messages/batches/a/b /v1/agents/sessions /v1/agents/sessions/s /v1/agents/sessions/s/events
+		/v1/live/sessions /v1/live/sessions/s /v1/webhooks /v1/webhook_endpoints /v1/webhook_endpoints/w
+		/v1/projects/p/webhook_endpoints
 		/manage/tokens /admin/ /metrics`),
 		"/v1/files/"+strings.Repeat("x", 129), "/v1/files/"+strings.Repeat("x", 1024),
 		"/v1/models/"+strings.Repeat("x", 257), "/v1/models/"+strings.Repeat("%41", 257),
@@ -136,8 +140,12 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 	if err := json.Unmarshal([]byte(data), &operations); err != nil || len(operations) < 250 {
 		t.Fatal(len(operations), err)
 	}
+	const batch = "/v1/messages/batches/{message_batch_id}"
 	operations = append(operations, [3]string{"POST", "/v1/messages", "inference"},
-		[3]string{"POST", "/v1/messages/count_tokens", "inference"})
+		[3]string{"POST", "/v1/messages/count_tokens", "inference"},
+		[3]string{"GET", "/v1/messages/batches", "stateful"}, [3]string{"POST", "/v1/messages/batches", "stateful"},
+		[3]string{"GET", batch, "stateful"}, [3]string{"DELETE", batch, "stateful"},
+		[3]string{"POST", batch + "/cancel", "stateful"}, [3]string{"GET", batch + "/results", "stateful"})
 	want, paths := map[string]string{}, map[string]bool{}
 	for _, o := range operations {
 		paths[o[1]] = true
@@ -180,6 +188,7 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 func TestEndpointTable(t *testing.T) {
 	t.Parallel()
 	wellFormed := regexp.MustCompile(`^/v1(/[a-z_]+|/\{[a-z_]+\})+$`)
+	isOfBoth := regexp.MustCompile(`^/v1/(files|skills)(/|$)`) // objects that both OpenAI and Anthropic have
 	seen := map[string]bool{}
 	for _, e := range newEndpointTable().all() {
 		name := e.name()
@@ -196,7 +205,8 @@ func TestEndpointTable(t *testing.T) {
 			"wrong addUsage": e.addUsage !=
 				(name == "POST /v1/chat/completions" || name == "POST /v1/completions"),
 			"wrong API family": (e.api == apiAnthropic) != strings.HasPrefix(e.pattern, "/v1/messages") ||
-				(e.api == apiAny) != (e.method == "GET" && e.class == classInference),
+				(e.api == apiAny) != (e.method == "GET" && e.class == classInference ||
+					isOfBoth.MatchString(e.pattern)),
 		} {
 			if found {
 				t.Errorf("%s: %s", name, problem)
@@ -286,19 +296,20 @@ const publishedQueries = `
 	GET /v1/evals                                                           after limit order order_by
 	GET /v1/evals/{eval_id}/runs                                            after limit order status
 	GET /v1/evals/{eval_id}/runs/{run_id}/output_items                      after limit order status
-	GET /v1/files                                                           purpose limit order after
+	GET /v1/files                                                  purpose limit order after beta before_id after_id
 	GET /v1/fine_tuning/checkpoints/{fine_tuned_model_checkpoint}/permissions project_id after limit order
 	GET /v1/fine_tuning/jobs                                                after limit metadata
 	GET /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints               after limit
 	GET /v1/fine_tuning/jobs/{fine_tuning_job_id}/events                    after limit
 	POST /v1/messages                                                       beta
 	POST /v1/messages/count_tokens                                          beta
+	GET /v1/messages/batches                                                before_id after_id limit
 	GET /v1/models                                                          before_id after_id limit beta
 	GET /v1/models/{model}                                                  beta
 	GET /v1/responses/{response_id}                           include stream starting_after include_obfuscation beta
 	GET /v1/responses/{response_id}/input_items                             limit order after include beta
-	GET /v1/skills                                                          limit order after
-	GET /v1/skills/{skill_id}/versions                                      limit order after
+	GET /v1/skills                                                          limit order after page source beta
+	GET /v1/skills/{skill_id}/versions                                      limit order after page beta
 	GET /v1/threads/{thread_id}/messages                                    limit order after before run_id
 	GET /v1/threads/{thread_id}/runs                                        limit order after before
 	POST /v1/threads/{thread_id}/runs                                       include

@@ -28,7 +28,7 @@ func (p *proxy) admit(c *call) error {
 		}
 		return errNoUpstream
 	}
-	if c.upstream.provider != providerAzure && hasAzureVersion(c.query) {
+	if c.upstream.provider != providerAzure && hasParam(c.query, azureVersion) {
 		c.unreserveUpstream()
 		return errAzureOnly(azureVersion)
 	}

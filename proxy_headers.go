@@ -1,5 +1,6 @@
 // This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
-// of other sites need (CORS_ORIGINS). It sends nothing and holds no secret.
+// of other sites need (CORS_ORIGINS). It also reads the headers that ask for a WebSocket or a buffered stream. It
+// sends nothing and holds no secret.
 package main
 
 import (
@@ -16,7 +17,19 @@ func allowRequestHeader(name string) bool {
 	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
 		return true
 	}
-	return strings.HasPrefix(name, "X-Stainless-") || isProviderHeader(name) && !describesAccount(name)
+	return strings.HasPrefix(name, "X-Stainless-") || isCodexRequestHeader(name) ||
+		isProviderHeader(name) && !describesAccount(name)
+}
+
+// isCodexRequestHeader reports whether a header is one by which Codex names itself, its session and its turn: the
+// provider keeps the calls of a session where its prompt is cached. None of them chooses an account.
+func isCodexRequestHeader(name string) bool {
+	switch name {
+	case "Originator", "Session-Id", "Session_id", "Conversation-Id", "Conversation_id", "Thread-Id",
+		"X-Openai-Subagent":
+		return true
+	}
+	return strings.HasPrefix(name, "X-Codex-")
 }
 
 func isProviderHeader(name string) bool {
@@ -106,7 +119,8 @@ func allowResponseHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Content-Disposition",
 		"Content-Range", "Accept-Ranges", "Etag", "Last-Modified",
-		"Retry-After", "Retry-After-Ms", "X-Ms-Retry-After-Ms", "X-Should-Retry":
+		"Retry-After", "Retry-After-Ms", "X-Ms-Retry-After-Ms", "X-Should-Retry",
+		"X-Codex-Turn-State", "X-Models-Etag", "X-Reasoning-Included": // the other X-Codex-* describe the account
 		return true
 	}
 	return isRequestID(name) || isProviderHeader(name) && !describesAccount(name)
@@ -120,6 +134,32 @@ func isRequestID(name string) bool {
 		return true
 	}
 	return false
+}
+
+// offersWebSocket reports whether an Upgrade header asks for a WebSocket. Any other offer, like h2c, may be ignored:
+// the request is complete without it (RFC 9110, 7.8).
+func offersWebSocket(upgrade []string) bool {
+	for _, line := range upgrade {
+		for protocol := range strings.SplitSeq(line, ",") {
+			name, _, _ := strings.Cut(strings.TrimSpace(protocol), "/")
+			if strings.EqualFold(name, "websocket") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// wantsBufferedStream reports whether the call's stream is to be buffered: as the client's header says or,
+// without one, as the project's setting says.
+func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
+	switch v := h["X-Llm-Proxy-Stream"]; {
+	case len(v) == 0:
+		return p.routing.VerifiedStreams, nil
+	case len(v) == 1 && (v[0] == "verified" || v[0] == "plain"):
+		return v[0] == "verified", nil
+	}
+	return false, errStreamHeader
 }
 
 // A crossOrigin lets web pages of the origins in CORS_ORIGINS call /v1. A page presents its token itself: browsers

@@ -48,7 +48,7 @@ type listedModel struct {
 // policy cuts down is always merged: a page without some of its models could not say where the next begins.
 func (t *attempts) modelSources() (list []*upstream) {
 	c := t.c
-	if c.endpoint.pattern != "/v1/models" {
+	if c.endpoint.pattern != "/v1/models" || hasParam(c.query, clientVersion) {
 		return nil
 	}
 	paged := c.upstream.provider == providerAnthropic
@@ -74,7 +74,7 @@ func (t *attempts) modelSources() (list []*upstream) {
 
 // rewritesModelList reports whether the answer is a list of models that the proxy may put together or cut down.
 func (c *call) rewritesModelList() bool {
-	return c.endpoint.pattern == "/v1/models" && (len(c.project.upstreams) > 1 ||
+	return c.endpoint.pattern == "/v1/models" && (len(c.project.upstreams) > 1 && !hasParam(c.query, clientVersion) ||
 		c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
 }
 
@@ -440,29 +440,46 @@ func filterModels(c *call, res *http.Response) error {
 	if err != nil || len(body) > maxModelList {
 		return errModelList.withCause(errors.Join(err, errors.New("reading the list of models")))
 	}
-	var list map[string]json.RawMessage
-	var data []json.RawMessage
-	if json.Unmarshal(body, &list) != nil || json.Unmarshal(list["data"], &data) != nil {
-		return errModelList
-	}
-	kept := []json.RawMessage{}
-	for _, raw := range data {
-		var m struct {
-			ID string `json:"id"`
-		}
-		if json.Unmarshal(raw, &m) == nil && c.mayUseModel(m.ID) {
-			kept = append(kept, raw)
-		}
-	}
-	delete(list, "first_id") // Anthropic's cursors name models
-	delete(list, "last_id")
-	if list["data"], err = json.Marshal(kept); err == nil {
-		body, err = json.Marshal(list)
-	}
-	if err != nil {
+	if body, err = filterModelList(body, c.mayUseModel); err != nil {
 		return errModelList.withCause(err)
 	}
 	res.Body.Close()
 	replaceBody(res, body)
+	delete(res.Header, "X-Models-Etag")
 	return nil
+}
+
+// filterModelList returns a provider's list of models with those that the client may use: {"data":[{"id":…}]}, or
+// {"models":[{"slug":…}]} as Codex gets it.
+func filterModelList(body []byte, mayUse func(string) bool) ([]byte, error) {
+	var list map[string]json.RawMessage
+	if err := json.Unmarshal(body, &list); err != nil {
+		return nil, err
+	}
+	if list["data"] == nil && list["models"] == nil {
+		return nil, errors.New("the answer is not a list of models")
+	}
+	for _, member := range [...]string{"data", "models"} {
+		var models []json.RawMessage
+		if list[member] == nil {
+			continue
+		}
+		if err := json.Unmarshal(list[member], &models); err != nil {
+			return nil, err
+		}
+		kept := []json.RawMessage{}
+		for _, raw := range models {
+			var m struct {
+				ID   string `json:"id"`
+				Slug string `json:"slug"`
+			}
+			if json.Unmarshal(raw, &m) == nil && mayUse(cmp.Or(m.ID, m.Slug)) {
+				kept = append(kept, raw)
+			}
+		}
+		list[member], _ = json.Marshal(kept) // it was valid JSON
+	}
+	delete(list, "first_id") // Anthropic's cursors name models
+	delete(list, "last_id")
+	return json.Marshal(list)
 }

@@ -494,3 +494,116 @@ func TestModelsGoToTheSDKsFamily(t *testing.T) {
 		}
 	}
 }
+
+// TestCodexModels: the list that Codex asks for is one provider's own, in any project; a policy cuts it down.
+func TestCodexModels(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	other, _ := p.addUpstream(`"priority":1`)
+	const list = `{"models":[{"slug":"gpt-5.4","x":1},{"slug":"o9"}]}`
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if r.header.Get("If-None-Match") == `"m1"` {
+			return c.reply(304, "", `ETag: "m1"`)
+		}
+		return c.reply(200, list, `ETag: "m1"`)
+	})
+	get := func(headers ...string) testResponse {
+		return p.do("GET", "/v1/models?client_version=0.171.0", "",
+			append(headers, "Authorization", "Bearer "+p.token)...)
+	}
+	if a := get(); a.status != 200 || a.body != list || a.header.Get("ETag") != `"m1"` {
+		t.Errorf("got %d %v %s", a.status, a.header, a.body)
+	}
+	if a := get("If-None-Match", `"m1"`); a.status != 304 || a.header.Get("ETag") != `"m1"` {
+		t.Errorf("with the list's ETag: got %d %v %s", a.status, a.header, a.body)
+	}
+	p.changeProject(`"policy":{"models":["gpt*"]}`)
+	if a := get("If-None-Match", `"m1"`); a.body != `{"models":[{"slug":"gpt-5.4","x":1}]}` ||
+		a.header["Etag"] != nil {
+		t.Errorf("with a policy: got %d %v %s", a.status, a.header, a.body)
+	}
+	if n := len(other.received()); n != 0 {
+		t.Errorf("the other provider got %d requests", n)
+	}
+}
+
+// TestObjectsOfBothFamilies: files and skills are at OpenAI or at Anthropic: the client's SDK says where.
+func TestObjectsOfBothFamilies(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.addUpstreamAt(&fakeProvider{url: p.provider.url + "/claude/v1", key: p.provider.key}, providerAnthropic,
+		`"weight":1`)
+	p.provider.setScript(replyScript(200, `{"id":"x"}`))
+	paths := []string{"/v1/files", "/v1/files/f", "/v1/files/f/content", "/v1/skills", "/v1/skills/s",
+		"/v1/skills/s/versions", "/v1/skills/s/versions/1"}
+	for _, path := range paths {
+		auth := []string{"Authorization", "Bearer " + p.token}
+		if a := p.do("GET", path, "", auth...); a.status != 403 {
+			t.Errorf("%s in a project without stored objects: got %d", path, a.status)
+		}
+	}
+	p.changeProject(`"policy":{"stateful":true}`)
+	for _, path := range paths {
+		for header, want := range map[string]string{"Anthropic-Version": "/claude" + path, "X-Stainless-Lang": path} {
+			p.do("GET", path, "", "Authorization", "Bearer "+p.token, header, "1")
+			if got := p.provider.lastRequest(t).target; got != want {
+				t.Errorf("%s with %s went to %s", path, header, got)
+			}
+		}
+	}
+}
+
+// TestMessageBatches: Anthropic's batches go to Anthropic, where a project allows stored objects. Where models are
+// restricted no batch is created: its models are not checked.
+func TestMessageBatches(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.addUpstreamAt(&fakeProvider{url: p.provider.url + "/claude/v1", key: p.provider.key}, providerAnthropic,
+		`"weight":1`)
+	p.provider.setScript(replyScript(200, `{"id":"msgbatch_1"}`))
+	const body = `{"requests":[{"custom_id":"a","params":{"model":"claude-sonnet-5","max_tokens":9,"messages":[]}}]}`
+	send := func(method, path, body string) testResponse {
+		return p.do(method, path, body, "X-Api-Key", p.token, "Content-Type", "application/json",
+			"Anthropic-Version", "2023-06-01")
+	}
+	if a := send("POST", "/v1/messages/batches", body); a.status != 403 {
+		t.Errorf("in a project without stored objects: got %d %s", a.status, a.body)
+	}
+	p.changeProject(`"policy":{"stateful":true}`)
+	for _, c := range []struct{ method, path, body string }{
+		{"POST", "/v1/messages/batches", body},
+		{"GET", "/v1/messages/batches?limit=20&after_id=msgbatch_0", ""},
+		{"GET", "/v1/messages/batches/msgbatch_1", ""},
+		{"POST", "/v1/messages/batches/msgbatch_1/cancel", ""},
+		{"GET", "/v1/messages/batches/msgbatch_1/results", ""},
+		{"DELETE", "/v1/messages/batches/msgbatch_1", ""},
+	} {
+		a := send(c.method, c.path, c.body)
+		r := p.provider.lastRequest(t)
+		if a.status != 200 || r.method != c.method || r.target != "/claude"+c.path || r.body != c.body ||
+			r.header.Get("X-Api-Key") != p.provider.key {
+			t.Errorf("%s %s: got %d %s; the provider got %s %s %s", c.method, c.path, a.status, a.body, r.method,
+				r.target, r.body)
+		}
+	}
+	p.changeProject(`"policy":{"stateful":true,"models":["claude*"]}`)
+	if a := send("POST", "/v1/messages/batches", body); a.status != 403 {
+		t.Errorf("with restricted models: got %d %s", a.status, a.body)
+	}
+}
+
+// TestProbes: agents ask for the base URL before their first call, without a token.
+func TestProbes(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for _, method := range []string{"HEAD", "GET"} {
+		if a := p.do(method, "/", ""); a.status != 200 {
+			t.Errorf("%s /: got %d %s", method, a.status, a.body)
+		}
+		for _, path := range []string{"/v1", "/v1/", "/api/hello"} {
+			if a := p.do(method, path, ""); a.status != 404 && a.status != 401 {
+				t.Errorf("%s %s: got %d %s", method, path, a.status, a.body)
+			}
+		}
+	}
+}

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"errors"
 	"io"
-	"mime"
 	"net/http"
 	"net/url"
 	"strings"
@@ -75,52 +74,12 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	return nil
 }
 
-// offersWebSocket reports whether an Upgrade header asks for a WebSocket. Any other offer, like h2c, may be ignored:
-// the request is complete without it (RFC 9110, 7.8).
-func offersWebSocket(upgrade []string) bool {
-	for _, line := range upgrade {
-		for protocol := range strings.SplitSeq(line, ",") {
-			name, _, _ := strings.Cut(strings.TrimSpace(protocol), "/")
-			if strings.EqualFold(name, "websocket") {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // asClientError turns an error about the request itself into a 400.
 func asClientError(err error) error {
 	if e, ok := errors.AsType[*bodyError](err); ok {
 		return badRequest("invalid_request", e.param, e.msg)
 	}
 	return asAPIError(err)
-}
-
-// isForm reports whether the body is a form, not JSON; any other type is an error.
-func isForm(e *endpoint, contentType string) (bool, error) {
-	if e.body == bodyNone || e.body == bodyRaw {
-		return false, nil
-	}
-	if contentType == "application/json" && e.body != bodyForm { // the usual case
-		return false, nil
-	}
-	t, params, err := mime.ParseMediaType(contentType)
-	switch {
-	case err == nil && t == "application/json" && e.body != bodyForm:
-		// In another charset the same bytes may be another text: in UTF-7 "+AG0-odel" is "model".
-		if charset, ok := params["charset"]; ok && !isUTF8(charset) {
-			return false, errCharset
-		}
-		return false, nil
-	case err == nil && t == "multipart/form-data" && e.body != bodyJSON:
-		return true, nil
-	}
-	want := "application/json"
-	if e.body == bodyForm {
-		want = "multipart/form-data"
-	}
-	return false, errContentType(want)
 }
 
 // rejectBody refuses a body that the endpoint would silently ignore. Some clients send an empty object.

@@ -379,18 +379,6 @@ func (m *keyMask) flush() []byte { return m.carry }
 
 const maxBufferedStream = 16 << 20 // bytes; they count as BODY_MEMORY
 
-// wantsBufferedStream reports whether the call's stream is to be buffered: as the client's header says or,
-// without one, as the project's setting says.
-func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
-	switch v := h["X-Llm-Proxy-Stream"]; {
-	case len(v) == 0:
-		return p.routing.VerifiedStreams, nil
-	case len(v) == 1 && (v[0] == "verified" || v[0] == "plain"):
-		return v[0] == "verified", nil
-	}
-	return false, errStreamHeader
-}
-
 // bufferStream reads a stream to its end and leaves it in the answer's body. It fails, and keeps nothing, if the
 // stream breaks off, has no end mark, or has an event that is an error or is not JSON. The idle timeout starts
 // again with each read.

@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"mime"
 	"slices"
 	"strconv"
 	"strings"
@@ -266,4 +267,30 @@ func isAlphanumericOr(s, extra string) bool {
 		}
 	}
 	return true
+}
+
+// isForm reports whether the body is a form, not JSON; any other type is an error.
+func isForm(e *endpoint, contentType string) (bool, error) {
+	if e.body == bodyNone || e.body == bodyRaw {
+		return false, nil
+	}
+	if contentType == "application/json" && e.body != bodyForm { // the usual case
+		return false, nil
+	}
+	t, params, err := mime.ParseMediaType(contentType)
+	switch {
+	case err == nil && t == "application/json" && e.body != bodyForm:
+		// In another charset the same bytes may be another text: in UTF-7 "+AG0-odel" is "model".
+		if charset, ok := params["charset"]; ok && !isUTF8(charset) {
+			return false, errCharset
+		}
+		return false, nil
+	case err == nil && t == "multipart/form-data" && e.body != bodyJSON:
+		return true, nil
+	}
+	want := "application/json"
+	if e.body == bodyForm {
+		want = "multipart/form-data"
+	}
+	return false, errContentType(want)
 }
