@@ -320,3 +320,101 @@ func BenchmarkPrice(b *testing.B) {
 		})
 	}
 }
+
+// A costRow is a line of testdata/costs.txt.
+type costRow struct{ provider, model, api, usage, nanos, arithmetic string }
+
+func costRows(t *testing.T) (rows []costRow) {
+	t.Helper()
+	for line := range strings.Lines(mustReadFile(t, "testdata/costs.txt")) {
+		if line[0] == '#' {
+			continue
+		}
+		f := strings.Split(strings.TrimSuffix(line, "\n"), "\t")
+		if len(f) != 6 {
+			t.Fatalf("the line %q has %d fields", line, len(f))
+		}
+		rows = append(rows, costRow{f[0], f[1], f[2], f[3], f[4], f[5]})
+	}
+	if len(rows) < 400 {
+		t.Fatalf("testdata/costs.txt has %d rows", len(rows))
+	}
+	return rows
+}
+
+// TestCostsOfProviders: what a provider's usage object costs is what its list price gives, to the nano-dollar. The
+// amounts were computed from the public list, not from prices.json.
+func TestCostsOfProviders(t *testing.T) {
+	t.Parallel()
+	table := listPrices(t)
+	kinds := map[string]meterKind{"openai": meterOpenAI, "anthropic": meterAnthropic, "embeddings": meterEmbeddings,
+		"transcripts": meterTranscripts, "media": meterMedia}
+	for _, row := range costRows(t) {
+		api, tier, _ := strings.Cut(row.api, " ")
+		m := newMeter(kinds[api], false, false, false)
+		runMeter(m, []byte(`{"model":"m","service_tier":"`+tier+`","usage":`+row.usage+`}`), allAtOnce)
+		p := table.lookup(row.provider, row.model, 0)
+		if p == nil {
+			t.Errorf("%s %s has no price", row.provider, row.model)
+			continue
+		}
+		var lines []costLine
+		nanos, ok := p.cost(&m.counts, &m.details, &lines)
+		if !ok || formatInt(nanos) != row.nanos || m.source() != usageExact {
+			t.Errorf("%s %s %s %s: %d, known %v, usage %s; want %s = %s", row.provider, row.model, row.api, row.usage,
+				nanos, ok, m.source(), row.nanos, row.arithmetic)
+		}
+		for _, l := range lines {
+			nanos -= l.nanos
+		}
+		if nanos != 0 {
+			t.Errorf("%s %s: the breakdown leaves out %d", row.provider, row.model, nanos)
+		}
+	}
+}
+
+// TestCostProperties: more of anything never costs less, a breakdown adds up, and both agree with math/big, for every
+// list price and any usage.
+func TestCostProperties(t *testing.T) {
+	t.Parallel()
+	rnd := rand.New(rand.NewPCG(9, 10))
+	upTo := func(n int64) int64 { return rnd.Int64N(1 + n>>rnd.IntN(30)) }
+	known := 0
+	for _, p := range listPrices(t).search("", "") {
+		for range 20 {
+			c := tokenCounts{input: upTo(400_000), output: upTo(100_000)}
+			c.cached = upTo(c.input)
+			c.cacheWrite = upTo(c.input - c.cached)
+			c.audioInput, c.audioOutput, c.reasoning = upTo(c.input), upTo(c.output), upTo(c.output)
+			d := usageDetails{tier: serviceTier(rnd.IntN(int(tierOther))), region: inferenceRegion(rnd.IntN(3)),
+				multiplier: upTo(20_000), cacheWrite1h: upTo(c.cacheWrite), inputMS: upTo(1e6), characters: upTo(1e5)}
+			if rnd.IntN(2) == 0 {
+				d = usageDetails{}
+			}
+			var lines []costLine
+			nanos, ok := p.cost(&c, &d, &lines)
+			if !ok {
+				continue
+			}
+			known++
+			sum := int64(0)
+			for _, l := range lines {
+				sum += l.nanos
+			}
+			if sum != nanos || nanos < 0 {
+				t.Fatalf("%s: %d, its lines %d: %+v %+v", p.from.Name, nanos, sum, c, d)
+			}
+			more, moreOutput := c, c
+			more.input++
+			moreOutput.output++
+			for _, larger := range []tokenCounts{more, moreOutput} {
+				if n, ok := p.cost(&larger, &d, nil); ok && n < nanos {
+					t.Fatalf("%s: %+v costs %d, %+v costs %d", p.from.Name, c, nanos, larger, n)
+				}
+			}
+		}
+	}
+	if known < 5000 {
+		t.Errorf("only %d costs were known", known)
+	}
+}
