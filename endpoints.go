@@ -533,126 +533,139 @@ func (e *endpoint) hasOutputTokens() bool {
 	return e.meter != meterNone && e.pattern != "/v1/embeddings" && e.pattern != "/v1/audio/speech"
 }
 
-// billedFields are fields on which prices depend. Each may occur in any number and spelling: the dearest counts.
-type billedFields struct {
-	characters    int64                 // of input, if it is a string
-	tiers         [numServiceTiers]bool // that service_tier asks for
-	fast          bool                  // speed asks for fast answers
-	size, quality string                // of pictures
-	tools         [numBilledTools]bool  // that tools names
-}
+// A costBound is what a call may cost at most, in nano-dollars.
+type costBound struct{ input, output int64 }
 
-// A billedTool is a tool that providers bill by the call.
-type billedTool uint8
-
+// Bounds of what the request itself does not bound.
 const (
-	toolWebSearch billedTool = iota
-	toolFileSearch
-	toolCodeInterpreter
-	toolImageGeneration
-	numBilledTools
+	maxWebSearches  = 10  // in one call
+	maxFileSearches = 10  // likewise
+	minBytesASecond = 500 // of sound, however compressed
+	// A picture of 1024x1536 has at most so many tokens, and one of low or medium quality fewer.
+	maxPictureTokens, mediumPictureTokens, lowPictureTokens = 6_240, 1_584, 408
 )
 
-var billedToolNames = [numBilledTools]string{"web_search", "file_search", "code_interpreter", "image_generation"}
-
-// isBilledField reports whether billedFields have a field of this name.
-func isBilledField(name []byte) bool {
-	switch len(name) {
-	case 4, 5, 7, 12, 18:
-		for _, n := range [...]string{"size", "input", "speed", "tools", "quality", "service_tier",
-			"web_search_options"} {
-			if len(n) == len(name) && strings.EqualFold(string(name), n) {
-				return true
-			}
+// costBound returns what a call may cost at most. d has the multipliers of the project and the region of the upstream.
+// If something that the request asks for has no bound, or its price is not known, unbounded is the name of the field.
+func (e *endpoint) costBound(
+	p *price, f *callFields, body []byte, est *estimate, d usageDetails,
+) (b costBound, unbounded string) {
+	if d.tier = f.dearestTier(); d.tier != tierStandard && !p.allTiers && p.tiers[d.tier] == nil {
+		return b, "service_tier"
+	}
+	if f.fast {
+		if d.speed = speedFast; p.fast == 0 && !p.allTiers {
+			return b, "speed"
 		}
+	}
+	mentions := func(text string) bool { return bytes.Contains(body, []byte(text)) }
+	if d.region == regionAny && mentions("inference_geo") {
+		d.region = regionUS
+	}
+	input := tokenCounts{input: est.input}
+	output := tokenCounts{input: est.input, output: est.output} // a long input makes the output dearer
+	pictures := strings.HasPrefix(e.pattern, "/v1/images/")
+	if pictures {
+		output.output = mulSat(f.pictureTokens(), max(1, f.n))
+	}
+	atMost := func(bound *int64, c tokenCounts, d usageDetails) (known bool) {
+		nanos, ok := p.cost(&c, &d, nil)
+		*bound = max(*bound, nanos)
+		return ok
+	}
+	if !e.billsOtherwise(p) {
+		pictureOutput := d
+		if pictures {
+			pictureOutput.imageOutput = output.output
+		}
+		if !atMost(&b.input, input, d) || output.output > 0 && !atMost(&b.output, output, pictureOutput) {
+			return b, "model"
+		}
+		plain := b.input
+		e.boundKinds(&b, input, output, d, mentions, atMost)
+		b.output = max(b.output-plain, 0)
+	}
+	tools, unbounded := e.toolBound(p, f, est, body, d)
+	b.input = addSat(b.input, tools)
+	return b, unbounded
+}
+
+// boundKinds raises the bound to the dearest kinds of input and output that the body may ask for. A kind without a
+// price does not raise it: then nothing bills it, or the cost turns out to be unknown.
+func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails, mentions func(string) bool,
+	atMost func(*int64, tokenCounts, usageDetails) bool,
+) {
+	written, hour, sound, picture := input, d, input, d
+	written.cacheWrite, sound.audioInput = input.input, input.input
+	hour.cacheWrite1h, picture.imageInput = input.input, input.input
+	if e.api != apiAnthropic || mentions("cache_control") {
+		atMost(&b.input, written, d)
+	}
+	if mentions(`"1h"`) {
+		atMost(&b.input, written, hour)
+	}
+	if e.body == bodyForm || mentions("input_audio") {
+		atMost(&b.input, sound, d)
+	}
+	if strings.HasPrefix(e.pattern, "/v1/images/") || mentions("image") {
+		atMost(&b.input, input, picture)
+	}
+	if output.output == 0 {
+		return
+	}
+	thoughts, spoken := output, output
+	thoughts.reasoning, spoken.audioOutput = output.output, output.output
+	atMost(&b.output, thoughts, d)
+	if mentions(`"audio"`) {
+		atMost(&b.output, spoken, d)
+	}
+}
+
+// billsOtherwise reports whether the endpoint bills this model by something else than tokens.
+func (e *endpoint) billsOtherwise(p *price) bool {
+	switch {
+	case e.pattern == "/v1/audio/speech":
+		return p.rates[kindInputCharacter] >= 0
+	case strings.HasPrefix(e.pattern, "/v1/images/"):
+		return p.rates[kindOutputPicture] >= 0 && p.rates[kindImageOutput] < 0 && p.rates[kindOutput] < 0
+	case strings.HasPrefix(e.pattern, "/v1/audio/"):
+		return p.rates[kindInputMinute] >= 0 && p.rates[kindInput] < 0
 	}
 	return false
 }
 
-// set stores the value of a field, as sent.
-func (f *billedFields) set(name, raw []byte) {
-	is := func(n string) bool { return strings.EqualFold(string(name), n) }
-	text := bytes.Trim(raw, `"`)
+// toolBound returns what tools, characters, pictures and minutes may cost at most.
+func (e *endpoint) toolBound(p *price, f *callFields, est *estimate, body []byte, d usageDetails,
+) (nanos int64, unbounded string) {
+	field := "tools"
 	switch {
-	case is("input"):
-		if raw[0] == '"' {
-			f.characters = max(f.characters, countCharacters(raw[1:len(raw)-1]))
-		}
-	case is("service_tier"):
-		tier := serviceTierOf(text)
-		if string(text) == "auto" {
-			tier = tierPriority // if the project's default at the provider is that
-		}
-		f.tiers[tier] = true
-	case is("speed"):
-		f.fast = f.fast || inferenceSpeedOf(text) != speedStandard
-	case is("size") && len(text) <= maxPictureField:
-		f.size = string(text)
-	case is("quality") && len(text) <= maxPictureField:
-		f.quality = string(text)
-	case is("tools"):
-		for tool, n := range billedToolNames {
-			f.tools[tool] = f.tools[tool] || bytes.Contains(raw, []byte(n))
-		}
-	case is("web_search_options"):
-		f.tools[toolWebSearch] = f.tools[toolWebSearch] || string(raw) != "null"
+	case e.pattern == "/v1/audio/speech" && !e.billsOtherwise(p):
+		return 0, "input" // sound of a length that nobody knows
+	case !e.billsOtherwise(p):
+	case e.pattern == "/v1/audio/speech":
+		d.characters, field = f.characters, "input"
+	case strings.HasPrefix(e.pattern, "/v1/images/"):
+		d.outputPictures, field = max(1, f.n), "n"
+	default:
+		d.inputMS, field = int64(len(body))*1000/minBytesASecond, "file"
 	}
-}
-
-// countCharacters counts the characters of the inside of a JSON string. An escape is one, and so is a pair of
-// surrogates.
-func countCharacters(text []byte) (n int64) {
-	for i := 0; i < len(text); n++ {
-		switch {
-		case text[i] != '\\':
-			_, size := utf8.DecodeRune(text[i:])
-			i += size
-		case i+5 < len(text) && text[i+1] == 'u':
-			if high := text[i+2]|0x20 == 'd' && text[i+3] >= '8' && text[i+3]|0x20 <= 'b'; high {
-				i += 6 // the other half follows, or the body is refused
-			}
-			i += 6
-		default:
-			i += 2
-		}
+	if f.tools[toolWebSearch] {
+		d.webSearches, d.searchContext = maxWebSearches, searchContextHigh
+	} else if e.pattern == chatPattern && alwaysSearches(est.model) {
+		d.webSearches, d.searchContext, field = 1, searchContextHigh, "model"
 	}
-	return n
-}
-
-const maxPictureField = 32 // bytes of a size or quality
-
-// completeUsage completes what a meter read with what the endpoint and the request say of it: speech is sound and
-// images are pictures, also where the answer does not say so; and models that are billed by the character or by the
-// picture have answers without usage. p is the price of the model, nil if it has none; host is the upstream's, which
-// says in which region it is.
-func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *price, host string) {
-	speech, images := e.pattern == "/v1/audio/speech", strings.HasPrefix(e.pattern, "/v1/images/")
-	d := &row.details
-	switch {
-	case m.hasUsage && speech && !m.usage.hasOutputDetails():
-		row.counts.audioOutput = row.counts.output
-	case m.hasUsage && images && !m.usage.hasOutputDetails():
-		d.imageOutput = row.counts.output
-	case m.hasUsage || m.failed || p == nil:
-	case speech && p.rates[kindInputCharacter] >= 0:
-		row.counts, row.source, d.characters = tokenCounts{}, usageExact, f.characters
-	case images && m.done && p.rates[kindOutputPicture] >= 0:
-		row.counts, row.source, d.outputPictures = tokenCounts{}, usageExact, max(1, f.n)
+	if f.tools[toolFileSearch] {
+		d.fileSearches = maxFileSearches
 	}
-	if d.region == regionAny {
-		d.region = hostRegion(host)
+	if f.tools[toolCodeInterpreter] {
+		d.codeSessions = 1
 	}
-	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
-		d.webSearches = 1
-		if d.searchContext == searchContextUnknown && p != nil && p.rates[kindWebSearch] < 0 {
-			d.searchContext = searchContextLow
-		}
+	if f.tools[toolImageGeneration] {
+		d.imageCalls = 1
 	}
-}
-
-// alwaysSearches reports whether a model searches the web once in each call of /v1/chat/completions, and bills that.
-func alwaysSearches(model string) bool {
-	model = model[strings.LastIndexByte(model, '/')+1:]
-	return strings.Contains(model, "-search-preview") || strings.Contains(model, "-search-api") ||
-		strings.HasPrefix(model, "sonar") && !strings.HasPrefix(model, "sonar-deep")
+	nanos, ok := p.cost(&tokenCounts{}, &d, nil)
+	if !ok {
+		return 0, field
+	}
+	return nanos, ""
 }

@@ -359,7 +359,13 @@ func errModelListNotAllowed(param string) *apiError {
 		msg: "This token may use certain models only. Name one of them in model, and leave out " + param + "."}
 }
 
-func errPriceUnknown(limit string) *apiError {
+// errCostUnbounded refuses a call to which a budget applies, because nobody knows what a field of it may cost.
+func errCostUnbounded(limit, field string) *apiError {
+	if field != "model" {
+		return &apiError{status: 403, code: "price_unknown", param: field, limit: limit,
+			msg: "A budget of " + limit + " applies to this call, but it is not known what '" + field + "' may cost. " +
+				"Leave it out, or ask the proxy's administrator to set the model's price for it."}
+	}
 	return &apiError{status: 403, code: "price_unknown", param: "model", limit: limit,
 		msg: "A budget of " + limit + " applies to this call, but the model's price is not known. " +
 			"Use another model, or ask the proxy's administrator to set the price."}

@@ -11,6 +11,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // maxBilledTokens is the most that one call is billed for. No model reads or writes as much in one call, so a
@@ -523,4 +524,40 @@ func detailSlot(in jsonScope, name []byte) slot {
 		return slotWebSearches
 	}
 	return slotNone
+}
+
+// completeUsage completes what a meter read with what the endpoint and the request say of it: speech is sound and
+// images are pictures, also where the answer does not say so; and models that are billed by the character or by the
+// picture have answers without usage. p is the price of the model, nil if it has none; host is the upstream's, which
+// says in which region it is.
+func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *price, host string) {
+	speech, images := e.pattern == "/v1/audio/speech", strings.HasPrefix(e.pattern, "/v1/images/")
+	d := &row.details
+	switch {
+	case m.hasUsage && speech && !m.usage.hasOutputDetails():
+		row.counts.audioOutput = row.counts.output
+	case m.hasUsage && images && !m.usage.hasOutputDetails():
+		d.imageOutput = row.counts.output
+	case m.hasUsage || m.failed || p == nil:
+	case speech && p.rates[kindInputCharacter] >= 0:
+		row.counts, row.source, d.characters = tokenCounts{}, usageExact, f.characters
+	case images && m.done && p.rates[kindOutputPicture] >= 0:
+		row.counts, row.source, d.outputPictures = tokenCounts{}, usageExact, max(1, f.n)
+	}
+	if d.region == regionAny {
+		d.region = hostRegion(host)
+	}
+	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
+		d.webSearches = 1
+		if d.searchContext == searchContextUnknown && p != nil && p.rates[kindWebSearch] < 0 {
+			d.searchContext = searchContextLow
+		}
+	}
+}
+
+// alwaysSearches reports whether a model searches the web once in each call of /v1/chat/completions, and bills that.
+func alwaysSearches(model string) bool {
+	model = model[strings.LastIndexByte(model, '/')+1:]
+	return strings.Contains(model, "-search-preview") || strings.Contains(model, "-search-api") ||
+		strings.HasPrefix(model, "sonar") && !strings.HasPrefix(model, "sonar-deep")
 }

@@ -5,6 +5,7 @@ import (
 	"math"
 	"math/big"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -416,5 +417,62 @@ func TestCostProperties(t *testing.T) {
 	}
 	if known < 5000 {
 		t.Errorf("only %d costs were known", known)
+	}
+}
+
+// TestCostBound: what a call reserves in a budget is the most expensive thing that the request allows. What has no
+// bound is named.
+func TestCostBound(t *testing.T) {
+	t.Parallel()
+	table, endpoints := listPrices(t), newEndpointTable().all()
+	for _, c := range []struct {
+		pattern, model, body string
+		input, output        int64  // tokens
+		want                 string // dollars of input and output, or the field without a bound
+	}{
+		{chatPattern, "gpt-4o-mini", `{}`, 1000, 100, "0.00015 0.00006"},
+		{chatPattern, "gpt-4.1", `{}`, 1000, 100, "0.002 0.0008"},
+		{chatPattern, "gpt-4.1", `{"service_tier":"flex"}`, 1000, 100, "0.002 0.0008"}, // the provider may not have it
+		{chatPattern, "gpt-4.1", `{"service_tier":"priority"}`, 1000, 100, "0.0035 0.0014"},
+		{chatPattern, "gpt-4.1", `{"service_tier":"auto"}`, 1000, 100, "0.0035 0.0014"},
+		{chatPattern, "gpt-4.1", `{"Service_Tier":"priority","service_tier":"default"}`, 1000, 100, "0.0035 0.0014"},
+		{chatPattern, "gpt-4o-mini-search-preview", `{}`, 1000, 100, "0.02515 0.00006"},
+		{chatPattern, "gpt-4o-audio-preview", `{"modalities":["text","audio"]}`, 1000, 100, "0.0025 0.008"},
+		{chatPattern, "gpt-4o-audio-preview", `{"messages":[{"content":[{"type":"input_audio"}]}]}`, 1000, 100, "0.04 0.001"},
+		{chatPattern, "gpt-5.6", `{}`, 1000, 100, "0.005 0.002"}, // it may be written to the cache
+		{chatPattern, "gpt-5.6", `{}`, 300_000, 100, "3 0.003"},
+		{"/v1/responses", "gpt-5.5", `{"tools":[{"type":"web_search"}]}`, 1000, 100, "0.105 0.003"},
+		{"/v1/responses", "gpt-5.5", `{"tools":[{"type":"file_search"},{"type":"code_interpreter"}]}`, 0, 100, "0.055 0.003"},
+		{"/v1/responses", "gpt-5.5", `{"tools":[{"type":"image_generation"}]}`, 1000, 100, "tools"},
+		{"/v1/responses", "gpt-5.4", `{"tools":[{"type":"web_search"}]}`, 1000, 100, "tools"},
+		{"/v1/responses", "gpt-4.1-nano", `{"service_tier":"ultrafast"}`, 1000, 100, "service_tier"},
+		{"/v1/messages", "claude-sonnet-4-5", `{}`, 1000, 100, "0.003 0.0015"},
+		{"/v1/messages", "claude-sonnet-4-5", `{"system":[{"cache_control":{"type":"ephemeral"}}]}`, 1000, 100, "0.00375 0.0015"},
+		{"/v1/messages", "claude-sonnet-4-5", `{"system":[{"cache_control":{"ttl":"1h"}}]}`, 1000, 100, "0.006 0.0015"},
+		{"/v1/messages", "claude-opus-5-5", `{"speed":"fast","inference_geo":"us"}`, 1000, 100, "0.0088 0.0044"},
+		{"/v1/messages", "claude-sonnet-4-5", `{"speed":"fast"}`, 1000, 100, "speed"},
+		{"/v1/messages", "claude-opus-5", `{"tools":[{"type":"web_search_20250305"}]}`, 1000, 100, "0.105 0.0025"},
+		{"/v1/embeddings", "text-embedding-3-small", `{"input":["a","b"]}`, 1000, 0, "0.00002 0"},
+		{"/v1/audio/speech", "tts-1", `{"input":"h\u00e9llo \ud83d\ude00"}`, 10, 0, "0.000105 0"}, // 7 characters
+		{"/v1/audio/speech", "gpt-4o-mini-tts", `{"input":"hello"}`, 10, 0, "input"},
+		{"/v1/images/generations", "gpt-image-1", `{"n":2,"quality":"low"}`, 10, 4096, "0.0001 0.03264"},
+		{"/v1/images/generations", "gpt-image-1", `{"size":"1024x1024"}`, 10, 4096, "0.0001 0.2496"},
+		{"/v1/images/generations", "gpt-image-2", `{"size":"3072x2048","quality":"medium"}`, 10, 4096, "0.00008 0.2376"},
+		{"/v1/images/generations", "grok-imagine-image", `{"n":3}`, 10, 4096, "0.06 0"},
+	} {
+		i := slices.IndexFunc(endpoints, func(e *endpoint) bool { return e.pattern == c.pattern && e.method == "POST" })
+		f, err := scanJSON([]byte(c.body))
+		p := table.lookup("", c.model, 0)
+		if i < 0 || err != nil || p == nil {
+			t.Fatalf("%s %s: endpoint %d, %v, price %v", c.pattern, c.model, i, err, p)
+		}
+		est := &estimate{model: c.model, input: c.input, output: c.output}
+		b, got := endpoints[i].costBound(p, &f, []byte(c.body), est, usageDetails{})
+		if got == "" {
+			got = formatNanos(b.input) + " " + formatNanos(b.output)
+		}
+		if got != c.want {
+			t.Errorf("%s %s %s: %s, want %s", c.pattern, c.model, c.body, got, c.want)
+		}
 	}
 }

@@ -204,7 +204,7 @@ func (c *call) estimateCost(policies ...*policy) error {
 	if c.endpoint.meter == meterNone && !billedWithoutUsage(c.endpoint.name()) {
 		return nil
 	}
-	looked, known := false, false
+	looked, unbounded := false, ""
 	for _, p := range policies {
 		for i := range p.Limits {
 			l := &p.Limits[i]
@@ -212,31 +212,31 @@ func (c *call) estimateCost(policies ...*policy) error {
 				continue
 			}
 			if !looked {
-				looked, known = true, c.fillEstimatedCost(est)
+				looked, unbounded = true, c.fillEstimatedCost(est)
 			}
-			if !known && !l.monitorOnly {
-				return errPriceUnknown(l.String())
+			if unbounded != "" && !l.monitorOnly {
+				return errCostUnbounded(l.String(), unbounded)
 			}
 		}
 	}
 	return nil
 }
 
-// fillEstimatedCost fills in the costs of est, and reports whether they are known.
-func (c *call) fillEstimatedCost(est *estimate) bool {
+// fillEstimatedCost fills in the costs of est. If they have no bound, it returns the name of the field that is why.
+func (c *call) fillEstimatedCost(est *estimate) (unbounded string) {
 	at := c.start.UnixMilli()
 	price := c.prices.lookup(c.priceVendor(), cmp.Or(c.attempts.fallbackModel, c.fields.model), at)
 	if price == nil && c.attempts.fallbackModel != "" {
 		price = c.prices.lookup("", c.fields.model, at)
 	}
-	if price == nil || c.endpoint.pattern == "/v1/audio/speech" { // billed by the character; answers report no usage
-		return false
+	if price == nil {
+		return "model"
 	}
-	var inputKnown, outputKnown bool
-	none := usageDetails{multiplier: combinedMultiplier(c.project.multiplier, c.upstream.settings.CostMultiplier)}
-	est.inputCost, inputKnown = price.cost(&tokenCounts{input: est.input}, &none, nil)
-	est.outputCost, outputKnown = price.cost(&tokenCounts{output: est.output}, &none, nil)
-	return inputKnown && outputKnown
+	d := usageDetails{region: hostRegion(c.upstream.host),
+		multiplier: combinedMultiplier(c.project.multiplier, c.upstream.settings.CostMultiplier)}
+	b, unbounded := c.endpoint.costBound(price, &c.fields, c.body, est, d)
+	est.inputCost, est.outputCost = b.input, b.output
+	return unbounded
 }
 
 // priceVendor returns whose prices hold for the call.

@@ -1,7 +1,8 @@
 // This file reads the fields of a multipart/form-data request body, the same ones that request_json.go reads from
-// JSON. mime/multipart and other parsers are lenient (preamble, bare LF, folded headers, padded boundaries), each in
-// a different way. This reader accepts only what common clients send, so that every parser sees the same parts.
-// Plain code: it gets bytes and returns values, and never copies a file's bytes.
+// JSON, and has the fields of a request on which prices depend. mime/multipart and other parsers are lenient
+// (preamble, bare LF, folded headers, padded boundaries), each in a different way. This reader accepts only what
+// common clients send, so that every parser sees the same parts. Plain code: it gets bytes and returns values, and
+// never copies a file's bytes.
 package main
 
 import (
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 const (
@@ -293,4 +295,120 @@ func isForm(e *endpoint, contentType string) (bool, error) {
 		want = "multipart/form-data"
 	}
 	return false, errContentType(want)
+}
+
+// billedFields are fields on which prices depend. Each may occur in any number and spelling: the dearest counts.
+type billedFields struct {
+	characters    int64                 // of input, if it is a string
+	tiers         [numServiceTiers]bool // that service_tier asks for
+	fast          bool                  // speed asks for fast answers
+	size, quality string                // of pictures
+	tools         [numBilledTools]bool  // that tools names
+}
+
+// A billedTool is a tool that providers bill by the call.
+type billedTool uint8
+
+const (
+	toolWebSearch billedTool = iota
+	toolFileSearch
+	toolCodeInterpreter
+	toolImageGeneration
+	numBilledTools
+)
+
+var billedToolNames = [numBilledTools]string{"web_search", "file_search", "code_interpreter", "image_generation"}
+
+// isBilledField reports whether billedFields have a field of this name.
+func isBilledField(name []byte) bool {
+	switch len(name) {
+	case 4, 5, 7, 12, 18:
+		for _, n := range [...]string{"size", "input", "speed", "tools", "quality", "service_tier",
+			"web_search_options"} {
+			if len(n) == len(name) && strings.EqualFold(string(name), n) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// set stores the value of a field, as sent.
+func (f *billedFields) set(name, raw []byte) {
+	is := func(n string) bool { return strings.EqualFold(string(name), n) }
+	text := bytes.Trim(raw, `"`)
+	switch {
+	case is("input"):
+		if raw[0] == '"' {
+			f.characters = max(f.characters, countCharacters(raw[1:len(raw)-1]))
+		}
+	case is("service_tier"):
+		tier := serviceTierOf(text)
+		if string(text) == "auto" {
+			tier = tierPriority // if the project's default at the provider is that
+		}
+		f.tiers[tier] = true
+	case is("speed"):
+		f.fast = f.fast || inferenceSpeedOf(text) != speedStandard
+	case is("size") && len(text) <= maxPictureField:
+		f.size = string(text)
+	case is("quality") && len(text) <= maxPictureField:
+		f.quality = string(text)
+	case is("tools"):
+		for tool, n := range billedToolNames {
+			f.tools[tool] = f.tools[tool] || bytes.Contains(raw, []byte(n))
+		}
+	case is("web_search_options"):
+		f.tools[toolWebSearch] = f.tools[toolWebSearch] || string(raw) != "null"
+	}
+}
+
+// countCharacters counts the characters of the inside of a JSON string. An escape is one, and so is a pair of
+// surrogates.
+func countCharacters(text []byte) (n int64) {
+	for i := 0; i < len(text); n++ {
+		switch {
+		case text[i] != '\\':
+			_, size := utf8.DecodeRune(text[i:])
+			i += size
+		case i+5 < len(text) && text[i+1] == 'u':
+			if high := text[i+2]|0x20 == 'd' && text[i+3] >= '8' && text[i+3]|0x20 <= 'b'; high {
+				i += 6 // the other half follows, or the body is refused
+			}
+			i += 6
+		default:
+			i += 2
+		}
+	}
+	return n
+}
+
+const maxPictureField = 32 // bytes of a size or quality
+
+// dearestTier returns the dearest service tier that the request asks for.
+func (f *billedFields) dearestTier() serviceTier {
+	for _, tier := range [...]serviceTier{tierOther, tierUltrafast, tierPriority} {
+		if f.tiers[tier] {
+			return tier
+		}
+	}
+	return tierStandard
+}
+
+// pictureTokens returns how many tokens one picture has at most, by its quality and size.
+func (f *billedFields) pictureTokens() int64 {
+	tokens := int64(maxPictureTokens)
+	switch f.quality {
+	case "low":
+		tokens = lowPictureTokens
+	case "medium":
+		tokens = mediumPictureTokens
+	}
+	width, height, _ := strings.Cut(f.size, "x")
+	w, errW := strconv.ParseInt(width, 10, 32)
+	h, errH := strconv.ParseInt(height, 10, 32)
+	if area := w * h; errW == nil && errH == nil && area > 1024*1536 {
+		tokens = tokens * (area/(1024*1536) + 1)
+	}
+	return tokens
 }
