@@ -166,10 +166,12 @@ func isBlank(c byte) bool {
 
 // formatOf returns the format of an answer that begins with p, formatUnknown if p is too short to tell.
 func formatOf(p []byte, declaredSSE bool) answerFormat {
-	if p[0] == '{' || p[0] == '[' {
+	switch {
+	case p[0] == '{' || p[0] == '[':
 		return formatJSON
-	}
-	if declaredSSE || p[0] == ':' {
+	case p[0] == '<': // a page, whatever its type says
+		return formatOther
+	case declaredSSE || p[0] == ':':
 		return formatSSE
 	}
 	for _, field := range [...]string{"data:", "event:", "id:", "retry:"} {
@@ -233,7 +235,7 @@ func (m *meter) processDocuments(p []byte) {
 			m.textBytes += m.text.sum()
 			m.text = textCounter{}
 		}
-		m.failed = m.failed || m.scan.hasError || m.scan.statusFailed
+		m.failed = m.failed || m.scan.saysError() || m.scan.statusFailed
 	}
 	m.model, m.done = m.scan.model, m.scan.state == scanClosed
 }
@@ -323,6 +325,9 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 		m.unmeasured = m.kind == meterMedia
 		u.counts.output = max(u.counts.output, min(m.estimateOutput(), maxBilledTokens-u.counts.input))
 	}
+	if !u.inputKnown && !u.implausible { // the sum may be known
+		u.counts.input = max(u.counts.input, u.total-u.counts.output)
+	}
 	return u.counts, usageEstimated
 }
 
@@ -381,4 +386,94 @@ func sanitizeModelName(raw []byte) string {
 		return ""
 	}
 	return name
+}
+
+// topLevelSlot is slotFor in a document, or in an event of a stream.
+func topLevelSlot(name []byte, readNested bool) slot {
+	switch string(name) {
+	case "usage":
+		return slotUsage
+	case "model":
+		return slotModel
+	case "type":
+		return slotType
+	case "error":
+		return slotError
+	case "choices":
+		return slotChoices
+	case "x_groq", "result":
+		return slotVendor
+	case "status":
+		return slotStatus
+	case "input_tokens":
+		return slotTopLevelInput
+	case "output":
+		return slotOutputList
+	case "service_tier":
+		return slotServiceTier
+	case "response", "message":
+		if readNested {
+			return slotNested
+		}
+		return slotVendor
+	case "errors", "error_code":
+		return slotFailure
+	case "success":
+		return slotSuccess
+	case "object":
+		return slotKind
+	case "base_resp":
+		return slotBaseResp
+	case "msg", "detail", "error_msg", "error_message", "errorMessage":
+		return slotWords
+	case "content", "data", "text", "delta", "results", "completion", "candidates":
+		return slotAnswer
+	}
+	return slotNone
+}
+
+// isAnswer reports whether a value of this kind, at the top level, is a part of an answer.
+func (s slot) isAnswer() bool {
+	switch s {
+	case slotAnswer, slotUsage, slotChoices, slotNested, slotVendor, slotOutputList:
+		return true
+	}
+	return false
+}
+
+// choiceSlot is slotFor in an element of choices.
+func choiceSlot(name []byte) slot {
+	switch string(name) {
+	case "usage":
+		return slotUsage
+	case "error":
+		return slotFailure
+	case "finish_reason":
+		return slotKind
+	}
+	return slotNone
+}
+
+// saysError reports whether an event is an error, by any of its members.
+func saysError(event []byte) bool {
+	var s usageScanner
+	s.reset(true)
+	s.feedAll(event)
+	return s.saysError()
+}
+
+// saysError reports whether the document is an error, as far as it has been read. Some providers and gateways have
+// other members for that than error, or send a message in place of an answer.
+func (s *usageScanner) saysError() bool {
+	return s.hasError || s.hasFailure || s.eventType == eventError ||
+		s.state == scanClosed && s.hasWords && !s.hasAnswer && !(s.readNested && s.typeSeen)
+}
+
+// setError records that an error, or another value that says that there is one, is not empty.
+func (s *usageScanner) setError() {
+	if s.slot == slotError {
+		s.hasError = true
+	} else {
+		s.hasFailure = true
+	}
 }

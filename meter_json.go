@@ -60,6 +60,12 @@ const (
 	slotTopLevelInput
 	slotStatus
 	slotVendor     // an object of one provider that may have usage
+	slotWords      // a string that says what went wrong, if the document is no answer
+	slotAnswer     // a member of an answer
+	slotFailure    // beside error, another value that says that there is one
+	slotSuccess    // false says that there is an error
+	slotKind       // "error" says so
+	slotBaseResp   // an object with the status of the answer
 	slotIterations // a list in usage
 	slotIterationType
 	slotID
@@ -109,7 +115,8 @@ const (
 	scopeInputDetails
 	scopeOutputDetails
 	scopeChoice    // an element of choices
-	scopeVendor    // x_groq
+	scopeVendor    // an object that may have usage: x_groq, or result
+	scopeBaseResp  // base_resp of MiniMax
 	scopeIteration // an element of usage.iterations
 	scopeCacheCreation
 	scopeCachedDetails
@@ -150,6 +157,9 @@ type usageScanner struct {
 	usageInner    bool // usage is choices[].usage or x_groq.usage
 	choicesEmpty  bool // choices is []
 	hasError      bool // error says something: it is not null, "", false, {}, or made of these
+	hasFailure    bool // another member says that there is an error
+	hasWords      bool // a message is at the top level
+	hasAnswer     bool // so is a part of an answer
 	statusFailed  bool // status is "failed", at the top level or nested
 	topLevelInput bool // input_tokens is at the top level
 	eventType     eventType
@@ -182,18 +192,11 @@ type usageScanner struct {
 	length     int         // of that string; more than maxReportedModelLen if it did not fit
 }
 
-// hasError reports whether a JSON document has a top-level error that says something.
-func hasError(document []byte) bool {
-	var s usageScanner
-	s.reset(false)
-	s.feedAll(document)
-	return s.hasError
-}
-
 // reset prepares s for the next document.
 func (s *usageScanner) reset(readNested bool) {
 	s.usageSeen, s.usageNested, s.usageInner, s.choicesEmpty = false, false, false, false
 	s.hasError, s.statusFailed, s.topLevelInput = false, false, false
+	s.hasFailure, s.hasWords, s.hasAnswer = false, false, false
 	s.eventType, s.typeSeen, s.typeIsDelta = eventNone, false, false
 	s.readNested, s.state, s.level, s.depth, s.escaped = readNested, scanStart, 0, 0, false
 	s.tools = toolCounts{}
@@ -309,17 +312,28 @@ func (s *usageScanner) startValue(c byte) {
 	case ',', ':', '}', ']':
 		s.state = scanBroken
 	default:
-		if s.slot == slotError {
-			s.hasError = saysSomething(c)
-		}
+		s.startScalar(c)
 		s.state, s.numberLen = scanScalar, 1
 		s.number[0] = c
+	}
+}
+
+// startScalar reads the first byte of a number or literal.
+func (s *usageScanner) startScalar(c byte) {
+	switch s.slot {
+	case slotError:
+		s.hasError = saysSomething(c)
+	case slotFailure:
+		s.hasFailure = s.hasFailure || saysSomething(c)
+	case slotSuccess:
+		s.hasFailure = s.hasFailure || c == 'f'
 	}
 }
 
 // startContainer enters an object or a list, or starts to skip it.
 func (s *usageScanner) startContainer(open byte) {
 	object := open == '{'
+	s.hasAnswer = s.hasAnswer || s.level == 1 && s.slot.isAnswer()
 	switch {
 	case object && s.slot == slotUsage && !(s.usageSeen && !s.usageInner && s.isInner()):
 		s.usage.clear()
@@ -327,8 +341,10 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeUsage)
 	case object && s.slot == slotVendor:
 		s.enterObject(scopeVendor)
-	case s.slot == slotError:
+	case s.slot == slotError || s.slot == slotFailure:
 		s.depth, s.errorText, s.state = 1, false, scanError
+	case object && s.slot == slotBaseResp:
+		s.enterObject(scopeBaseResp)
 	case object && s.slot == slotNested:
 		s.enterObject(scopeNested)
 	case object && s.slot == slotInputDetails:
@@ -416,8 +432,10 @@ func (s *usageScanner) skipError(p []byte, i int) int {
 		case '{', '[':
 			s.depth++
 		case ',', '}', ']':
-			s.hasError, s.errorText = s.hasError || s.errorText, false
-			if c == ',' {
+			if s.errorText {
+				s.setError()
+			}
+			if s.errorText = false; c == ',' {
 				continue
 			}
 			if s.depth--; s.depth == 0 {
@@ -425,7 +443,9 @@ func (s *usageScanner) skipError(p []byte, i int) int {
 				return i + 1
 			}
 		default:
-			s.hasError = s.hasError || saysSomething(c)
+			if saysSomething(c) {
+				s.setError()
+			}
 		}
 	}
 	return i
@@ -562,6 +582,14 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		s.typeSeen, s.typeIsDelta = true, bytes.Contains(text, []byte("delta"))
 	case slotError:
 		s.hasError = len(text) > 0
+	case slotFailure:
+		s.hasFailure = s.hasFailure || len(text) > 0
+	case slotKind:
+		s.hasFailure = s.hasFailure || string(text) == "error"
+	case slotWords, slotNested, slotVendor:
+		s.hasWords = s.hasWords || len(text) > 0 && s.level == 1
+	case slotAnswer:
+		s.hasAnswer = true
 	case slotStatus:
 		status := responseStatusOf(text)
 		s.statusFailed = status == responseFailed
@@ -634,9 +662,15 @@ func (s *usageScanner) slotFor(name []byte) slot {
 		case "service_tier":
 			return slotServiceTier
 		}
-	case scopeChoice, scopeVendor:
+	case scopeChoice:
+		return choiceSlot(name)
+	case scopeVendor:
 		if string(name) == "usage" {
 			return slotUsage
+		}
+	case scopeBaseResp:
+		if string(name) == "status_code" {
+			return slotFailure
 		}
 	case scopeUsage:
 		return usageSlot(name)
@@ -651,36 +685,6 @@ func (s *usageScanner) slotFor(name []byte) slot {
 		return itemSlot(s.scopes[s.level-1], name)
 	default:
 		return detailSlot(s.scopes[s.level-1], name)
-	}
-	return slotNone
-}
-
-func topLevelSlot(name []byte, readNested bool) slot {
-	switch string(name) {
-	case "usage":
-		return slotUsage
-	case "model":
-		return slotModel
-	case "type":
-		return slotType
-	case "error":
-		return slotError
-	case "choices":
-		return slotChoices
-	case "x_groq":
-		return slotVendor
-	case "status":
-		return slotStatus
-	case "input_tokens":
-		return slotTopLevelInput
-	case "output":
-		return slotOutputList
-	case "service_tier":
-		return slotServiceTier
-	case "response", "message":
-		if readNested {
-			return slotNested
-		}
 	}
 	return slotNone
 }

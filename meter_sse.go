@@ -463,9 +463,14 @@ func (m *meter) readMembers(data []byte) (relevant bool) {
 			continue
 		}
 		switch string(data[end-5 : end-1]) {
-		case "sage", "rror": // usage, error
+		case "sage", "rror", "rors", "resp", "tail", "\"msg", "_msg": // usage, message, error and such
 			rest := bytes.TrimLeft(data[i+1:], " ")
 			relevant = relevant || len(rest) == 0 || rest[0] != 'n' // not null
+		case "ject", "ason", "cess": // object, finish_reason, success
+			rest := bytes.TrimLeft(data[i+1:], " ")
+			relevant = relevant || len(rest) == 0 || rest[0] == 'f' || bytes.HasPrefix(rest, []byte(`"error"`))
+		case "ices": // choices
+			relevant = relevant || bytes.HasPrefix(bytes.TrimLeft(data[i+1:], " "), []byte("[]"))
 		case "odel":
 			relevant = relevant || m.model == ""
 		case "type":
@@ -500,11 +505,11 @@ func (m *meter) applyEvent(complete bool) bool {
 		if s.eventType != eventNone {
 			kind = s.eventType
 		}
-		isError = isError || s.hasError || kind == eventError
+		isError = isError || s.saysError()
 		m.model = s.model
 	}
 	m.failed = m.failed || isError
-	if !doneMark && !isError && complete && isDeltaName(name) {
+	if !doneMark && !isError && complete && isDeltaName(name) && !(e.parsing && s.choicesEmpty) {
 		if e.deltas++; !e.parsing || len(name) > 0 || !s.typeSeen || s.typeIsDelta {
 			m.textBytes += m.text.sum()
 		}
@@ -568,9 +573,9 @@ func parseStreamEvent(name, data []byte) (e streamEvent) {
 		return streamEvent{isIdle: true}
 	}
 	var v struct {
-		Type, Object any
-		Error        json.RawMessage
-		Choices      []struct {
+		Type    any
+		Usage   json.RawMessage
+		Choices []struct {
 			FinishReason any `json:"finish_reason"`
 		}
 	}
@@ -580,8 +585,10 @@ func parseStreamEvent(name, data []byte) (e streamEvent) {
 	if kind, ok := v.Type.(string); ok && isHeartbeat(kind) {
 		return streamEvent{isIdle: true}
 	}
-	e.isError = v.Type == "error" || v.Object == "error" || v.Type == "response.failed" ||
-		len(v.Error) > 0 && hasError(data)
+	e.isIdle = v.Choices != nil && len(v.Choices) == 0 && len(v.Usage) == 0
+	if e.isError = v.Type == "response.failed" || saysError(data); e.isError {
+		e.isIdle = false
+	}
 	for _, c := range v.Choices {
 		e.finished = e.finished || c.FinishReason != nil
 	}

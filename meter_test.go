@@ -328,7 +328,15 @@ func TestMeterBadUsage(t *testing.T) {
 		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5},"x_groq":{"usage":{"prompt_tokens":1}}`,
 			"exact input=10 output=5"},
 		{meterEmbeddings, `{"prompt_tokens":10,"completion_tokens":0,"total_tokens":10}`, "exact input=10"},
+		{meterOpenAI, `{"total_tokens":540}`, "estimated input=525 output=15"},
+		{meterOpenAI, `{"prompt_tokens":0,"completion_tokens":0,"total_tokens":540}`, "estimated input=515 output=25"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":0,"completion_tokens_details":{"reasoning_tokens":448}}`,
+			"exact input=10 output=448 reasoning=448"},
+		{meterOpenAI, `{"prompt_tokens":10,"completion_tokens":5,"prompt_tokens_details":{"cache_creation_tokens":7}}`,
+			"exact input=10 cacheWrite=7 output=5"},
+		{meterOpenAI, `null,"result":{"usage":{"prompt_tokens":10,"completion_tokens":5}}`, "exact input=10 output=5"},
 		{meterEmbeddings, `{"total_tokens":8}`, "exact input=8"},
+		{meterEmbeddings, `{"prompt_tokens":8,"completion_tokens":8,"total_tokens":16}`, "exact input=8"},
 		{meterEmbeddings, `{"prompt_tokens":0,"total_tokens":0}`, "estimated"},
 		{meterEmbeddings, `null,"content":"some text"`, "estimated"},
 		{meterAnthropic, `{"input_tokens":10,"output_tokens":5,"iterations":[]}`, "exact input=10 output=5"},
@@ -392,6 +400,7 @@ func TestMeterFormat(t *testing.T) {
 		kind             meterKind
 		stripped         string // "": nothing
 		unmeasured       bool
+		declaredSSE      bool
 	}{
 		{name: "json", body: usage, want: "exact input=7 output=3"},
 		{name: "json after blank lines", body: "\n\n \r\n\uFEFF" + usage, want: "exact input=7 output=3"},
@@ -410,6 +419,7 @@ func TestMeterFormat(t *testing.T) {
 		{name: "the start of a field", body: "even", want: "estimated output=1"},
 		{name: "white space", body: " \n\n", want: "none"},
 		{name: "a page", body: "<html>sorry</html>", want: "none"},
+		{name: "a page, declared as events", body: "<html>sorry</html>", declaredSSE: true, want: "none"},
 		{name: "a transcript", body: "data and so on", kind: meterTranscripts, want: "estimated output=4", unmeasured: true},
 		{name: "subtitles", body: "1\n00:00:00 --> 00:00:01\nHello\n", kind: meterTranscripts, want: "estimated output=8",
 			unmeasured: true},
@@ -424,7 +434,7 @@ func TestMeterFormat(t *testing.T) {
 		}
 		for _, strip := range []bool{false, true} {
 			for _, size := range []int{1 << 30, 1, 2, 3, 5} {
-				m := newMeter(c.kind, false, false, strip)
+				m := newMeter(c.kind, c.declaredSSE, false, strip)
 				out := runMeter(m, []byte(c.body), func() int { return size })
 				want := c.body
 				if strip {
@@ -473,6 +483,49 @@ func TestMeterEmptyError(t *testing.T) {
 		}
 		if got := parseStreamEvent(nil, []byte(`{"error":`+value+`}`)).isError; got != says {
 			t.Errorf("%s as the first event: %v", value, got)
+		}
+	}
+}
+
+// TestMeterOtherErrors: providers and gateways say in many ways that an answer with status 200 is an error.
+func TestMeterOtherErrors(t *testing.T) {
+	t.Parallel()
+	const choices = `"choices":[{"delta":{"content":"Hi"}}]`
+	for body, says := range map[string]bool{
+		`{"object":"error","message":"Internal","type":"InternalServerError","code":500}`:          true, // vLLM
+		`{"type":"error","message":"no"}`:                                                          true,
+		`{"choices":[{"finish_reason":"error","error":{"code":502,"message":"no"}}],"object":"x"}`: true, // OpenRouter
+		`{"choices":[{"delta":{},"finish_reason":"error"}]}`:                                       true,
+		`{"choices":[{"error":null,"finish_reason":"stop"}]}`:                                      false,
+		`{"choices":null,"base_resp":{"status_code":1008,"status_msg":"insufficient balance"}}`:    true, // MiniMax
+		`{` + choices + `,"base_resp":{"status_code":0,"status_msg":"success"}}`:                   false,
+		`{"code":500,"msg":"404 NOT_FOUND","success":false}`:                                       true, // Zhipu
+		`{"result":null,"success":false,"errors":[{"code":7003}],"messages":[]}`:                   true, // Cloudflare
+		`{"result":{"response":"Hi"},"success":true,"errors":[],"messages":[]}`:                    false,
+		`{"error_code":336100,"error_msg":"try again later"}`:                                      true, // Baidu
+		`{"error":null,"errors":["x"]}`:                                                            true,
+		`{"errors":["x"],"error":null}`:                                                            true,
+		`{"detail":"Internal Server Error"}`:                                                       true,
+		`{"message":"no Route matched with those values","request_id":"x"}`:                        true,
+		`{"message":"ok","code":0,` + choices + `}`:                                                false,
+		`{"message":"ok","data":{` + choices + `}}`:                                                false,
+		`{"message":{"content":"Hi"},"msg":""}`:                                                    false, // Ollama
+		`{"message":"","object":"chat.completion"}`:                                                false,
+	} {
+		for _, size := range []int{1 << 30, 1, 2, 7} {
+			for _, sse := range []bool{false, true} {
+				text := body
+				if sse {
+					text = "data: " + body + "\n\n"
+				}
+				m := newMeter(meterOpenAI, sse, false, false)
+				if runMeter(m, []byte(text), func() int { return size }); m.failed != says {
+					t.Errorf("%s, stream %v, in pieces of %d: failed %v", body, sse, size, m.failed)
+				}
+			}
+		}
+		if got := parseStreamEvent(nil, []byte(body)).isError; got != says {
+			t.Errorf("%s as the first event: %v", body, got)
 		}
 	}
 }

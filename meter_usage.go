@@ -1,8 +1,9 @@
 // This file says what a usage object is worth: the one set of rules for counts that are missing, zero, written
 // in odd ways, beyond belief, or beside each other. meter_json.go fills the fields; the meter estimates what
-// evaluate does not know. An estimate is made of the text in an answer, which textCounter counts: what a model
-// wrote, thought, or passed to a tool, by the names that APIs give to it, without the envelope. It need not be
-// exact, but must not depend on how the bytes come in pieces. Plain code.
+// evaluate does not know. It also holds the names of members, which differ between APIs and gateways. An
+// estimate is made of the text in an answer, which textCounter counts: what a model wrote, thought, or passed to
+// a tool, by the names that APIs give to it, without the envelope. It need not be exact, but must not depend on
+// how the bytes come in pieces. Plain code.
 package main
 
 import (
@@ -125,6 +126,7 @@ type usageValue struct {
 	outputKnown bool
 	byDuration  bool // the answer is not billed in tokens
 	implausible bool // the object has a count that cannot be
+	total       int64
 }
 
 // evaluate applies the rules. hasText: the answer has text, so an output of zero is no measurement.
@@ -140,6 +142,9 @@ func (f *usageFields) evaluate(kind meterKind, hasText bool) (u usageValue) {
 	} else {
 		in, out = f.splitTotal(kind)
 	}
+	if out <= 0 && kind != meterEmbeddings && at(slotReasoning) > 0 { // the model has got no further than its thoughts
+		out = at(slotReasoning)
+	}
 	// A call always has input. It may lack output, but not if its answer has text.
 	u.inputKnown = in > 0
 	u.outputKnown = kind == meterEmbeddings || out > 0 || !hasText && out != countInvalid && u.inputKnown
@@ -152,6 +157,7 @@ func (f *usageFields) evaluate(kind meterKind, hasText bool) (u usageValue) {
 		u.outputKnown = false
 	}
 	u.inputKnown = u.inputKnown && !u.implausible // the row is an estimate, flagged
+	u.total = min(at(slotTotal), maxBilledTokens)
 	c.cached = min(c.cached, c.input)
 	c.cacheWrite = min(c.cacheWrite, c.input-c.cached)
 	c.audioInput = min(c.audioInput, c.input)
@@ -272,7 +278,10 @@ func (f *usageFields) splitTotal(kind meterKind) (in, out int64) {
 	in, out = f.n[slotInput], f.n[slotOutput]
 	total := f.n[slotTotal]
 	if kind == meterEmbeddings {
-		return max(in, total), 0
+		if in <= 0 {
+			in = total
+		}
+		return in, 0
 	}
 	if in <= 0 && out > 0 && total > out { // only the input is missing
 		in = total - out
@@ -498,7 +507,8 @@ func detailSlot(in jsonScope, name []byte) slot {
 	switch (member{in, string(name)}) {
 	case member{scopeInputDetails, "cached_tokens"}:
 		return slotCached
-	case member{scopeInputDetails, "cache_write_tokens"}:
+	case member{scopeInputDetails, "cache_write_tokens"}, member{scopeInputDetails, "cache_creation_tokens"},
+		member{scopeInputDetails, "cache_creation_input_tokens"}:
 		return slotCacheWrite
 	case member{scopeInputDetails, "audio_tokens"}:
 		return slotAudioInput

@@ -217,16 +217,22 @@ func (e *providerError) read(v any, depth int) {
 			"code", "type", "status", "reason", "error_code", "error_type", "statusCode", "status_code", "__type"} {
 			e.addCode(v[name])
 		}
-		for _, name := range [...]string{"message", "Message", "msg", "detail", "error", "error_description"} {
+		for _, name := range [...]string{"message", "Message", "msg", "detail", "error", "error_description",
+			"error_msg", "error_message", "errorMessage", "status_msg"} {
 			e.read(v[name], depth+1)
 		}
-		for _, name := range [...]string{"innererror", "details", "errors"} {
+		for _, name := range [...]string{"innererror", "details", "errors", "base_resp"} {
 			if _, isText := v[name].(string); !isText {
 				e.read(v[name], depth+1)
 			}
 		}
 		if response, ok := v["response"].(map[string]any); ok && depth == 0 { // of the event response.failed
 			e.read(response["error"], depth+1)
+		}
+		if choices, ok := v["choices"].([]any); ok && depth == 0 && len(choices) > 0 { // OpenRouter
+			if choice, ok := choices[0].(map[string]any); ok {
+				e.read(choice["error"], depth+1)
+			}
 		}
 		if delay, ok := v["retryDelay"].(string); ok { // google.rpc.RetryInfo
 			ms, _ := durationMS(delay)
@@ -573,7 +579,7 @@ func (c *answerCheck) feedDocument(next, all []byte) (done bool) {
 	return c.scan.state == scanClosed || c.scan.state == scanBroken || len(all) >= maxPeekBytes
 }
 
-func (c *answerCheck) saysError() bool { return c.scan.hasError || c.scan.statusFailed }
+func (c *answerCheck) saysError() bool { return c.scan.saysError() || c.scan.statusFailed }
 
 // isPage reports whether an answer that begins with p is an HTML page instead of what is due. Only a transcript
 // or a medium may begin with an angle bracket.

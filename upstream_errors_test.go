@@ -415,6 +415,18 @@ func status200Cases() []status200Case {
 		good("text heartbeat", "data: keep-alive\n\n"),
 		good("pings", "event: ping\ndata: {\"type\": \"ping\"}\n\n: comment\n\ndata:\n\ndata: \"ping\"\n\n"),
 		good("nothing to say", `data: {"choices":[],"error":null}`+"\n\n"),
+		failsOver("chunks without choices, then an error", true, chunked(sseType, `data: {"choices":[]}`+"\n\n"+
+			overloaded), "ready", 2),
+		failsOver("page as stream", true, chunked(sseType, html), "ready", 2),
+		failsOver("error of vLLM", false, chunked("application/json", `{"object":"error","message":"x","code":500}`),
+			"ready", 2),
+		ofClient("error of vLLM: too long", true, chunked(sseType, `data: {"object":"error","code":400,`+
+			`"message":"This model's maximum context length is 4096 tokens."}`+"\n\ndata: [DONE]\n\n")),
+		failsOver("error in a choice", true, chunked(sseType, `data: {"choices":[{"delta":{"content":""},`+
+			`"finish_reason":"error","error":{"code":429,"message":"x"}}]}`+"\n\n"), "cooling", 1),
+		failsOver("balance of MiniMax", false, chunked("application/json", `{"choices":null,"base_resp":`+
+			`{"status_code":1008,"status_msg":"insufficient balance"}}`), "exhausted", 1),
+		failsOver("only a message", false, chunked("application/json", `{"message":"no Route matched"}`), "ready", 2),
 		{name: "empty errors", answer: chunked("application/json", strings.Replace(chatResponseBody, "{",
 			`{"error":{"message":"","code":null},`, 1)), attempts: [2]int{1, 0}, health: "ready", outcome: "ok",
 			exact: true},
