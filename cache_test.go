@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -213,10 +214,10 @@ func TestCacheIsolation(t *testing.T) {
 	p.expectFrom(v.what, "cache", send(v))
 
 	var other struct{ ID string }
-	p.manage("POST", "/manage/projects", `{"name":"other","openai_api_key":"`+p.provider.key+
-		`","policy":{"cache":{"ttl_seconds":3600,"when":"always"}}}`, 201, &other)
+	p.manage("POST", "/manage/projects", `{"name":"other","openai_api_key":"`+p.provider.key+`"}`, 201, &other)
 	first := p.project
 	p.project = other.ID
+	p.enableCache(`"when":"always"`) // the version of its settings is the same now
 	_, foreign := p.newToken(`"name":"foreign"`)
 	p.project = first
 	v = with("another project with the same key and settings", func(v *variant) { v.token = foreign })
@@ -271,6 +272,60 @@ func TestCacheKeyUnambiguous(t *testing.T) {
 	salt[0] = 1
 	if other, exists := seen[newCacheKey(salt, nil, nil)]; exists {
 		t.Errorf("another salt gives the key of %s", other)
+	}
+}
+
+// TestCacheKeyParts: each property of a call that its answer depends on changes the key, by itself.
+func TestCacheKeyParts(t *testing.T) {
+	t.Parallel()
+	header := http.Header{"Accept": {"a"}, "Content-Type": {"application/json"}, "Connection": {"keep-alive"}}
+	key := func(change func(*call, *upstream, http.Header)) cacheKey {
+		u := &upstream{provider: "openai", scheme: "https", host: "h", basePath: "/v1", organization: "o",
+			openaiProject: "p", rewrite: map[string]string{"m": "n"}}
+		c := &call{project: &projectState{id: "proj_1", version: 3, policy: policy{Cache: &cachePolicy{}}},
+			tokenState: &tokenState{id: "tok_1"}, upstream: u}
+		c.endpoint, c.fields.model, c.query, c.body = &endpoint{label: "POST /v1/x"}, "m", "q=1", []byte("{}")
+		h := header.Clone()
+		change(c, u, h)
+		return newCacheKey([]byte("salt"), c.cacheKeyParts(&http.Request{Header: h}), c.body)
+	}
+	base := key(func(*call, *upstream, http.Header) {})
+	seen := map[cacheKey]string{base: "the base"}
+	for what, change := range map[string]func(*call, *upstream, http.Header){
+		"project":        func(c *call, _ *upstream, _ http.Header) { c.project.id = "proj_2" },
+		"version":        func(c *call, _ *upstream, _ http.Header) { c.project.version++ },
+		"scope":          func(c *call, _ *upstream, _ http.Header) { c.project.policy.Cache.Scope = "token" },
+		"endpoint":       func(c *call, _ *upstream, _ http.Header) { c.endpoint = &endpoint{label: "POST /v1/y"} },
+		"query":          func(c *call, _ *upstream, _ http.Header) { c.query = "q=2" },
+		"body":           func(c *call, _ *upstream, _ http.Header) { c.body = []byte("{ }") },
+		"usage added":    func(c *call, _ *upstream, _ http.Header) { c.usageAdded = true },
+		"verified":       func(c *call, _ *upstream, _ http.Header) { c.bufferStream = true },
+		"provider":       func(_ *call, u *upstream, _ http.Header) { u.provider = "compatible" },
+		"scheme":         func(_ *call, u *upstream, _ http.Header) { u.scheme = "http" },
+		"host":           func(_ *call, u *upstream, _ http.Header) { u.host = "i" },
+		"path":           func(_ *call, u *upstream, _ http.Header) { u.basePath = "/v2" },
+		"organization":   func(_ *call, u *upstream, _ http.Header) { u.organization = "" },
+		"openai project": func(_ *call, u *upstream, _ http.Header) { u.openaiProject = "" },
+		"alias":          func(_ *call, u *upstream, _ http.Header) { u.rewrite = nil },
+		"accept":         func(_ *call, _ *upstream, h http.Header) { h["Accept"] = []string{"b"} },
+		"two accepts":    func(_ *call, _ *upstream, h http.Header) { h["Accept"] = []string{"a", "a"} },
+		"no accept":      func(_ *call, _ *upstream, h http.Header) { delete(h, "Accept") },
+		"type":           func(_ *call, _ *upstream, h http.Header) { h["Content-Type"] = []string{"a"} },
+		"connection":     func(_ *call, _ *upstream, h http.Header) { h["Connection"] = []string{"openai-beta"} },
+		"beta":           func(_ *call, _ *upstream, h http.Header) { h["Openai-Beta"] = []string{"a"} },
+		"anthropic":      func(_ *call, _ *upstream, h http.Header) { h["Anthropic-Beta"] = []string{"a"} },
+		"anthropic's version": func(_ *call, _ *upstream, h http.Header) {
+			h["Anthropic-Version"] = []string{"a"}
+		},
+	} {
+		k := key(change)
+		if other, exists := seen[k]; exists {
+			t.Errorf("another %s has the key of %s", what, other)
+		}
+		seen[k] = what
+	}
+	if again := key(func(*call, *upstream, http.Header) {}); again != base {
+		t.Error("the same call has another key")
 	}
 }
 
@@ -390,7 +445,10 @@ func TestCacheNever(t *testing.T) {
 	large := strings.Replace(chatResponseBody, `"Hi"`, `"`+strings.Repeat("x", 2000)+`"`, 1)
 	raw := func(head, body string) func(*providerConn) bool {
 		return func(c *providerConn) bool {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"+head+"\r\n"+body)
+			if !strings.Contains(head, "X-No-Type") {
+				head += "Content-Type: application/json\r\n"
+			}
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n"+head+"\r\n"+body)
 			return false
 		}
 	}
@@ -402,6 +460,8 @@ func TestCacheNever(t *testing.T) {
 	}{
 		{"a complete answer", "fwd=miss; stored", "", answer(200, chatResponseBody), true},
 		{"a complete stream", "fwd=miss; stored", `"stream":true`, stream(events...), true},
+		{"without a type", "fwd=miss; stored", "", raw(
+			fmt.Sprintf("X-No-Type: 1\r\nContent-Length: %d\r\n", len(chatResponseBody)), chatResponseBody), true},
 		{"no-cache, as streams have", "fwd=miss; stored", "",
 			answer(200, chatResponseBody, "Cache-Control: no-cache"), true},
 		{"an error", "fwd=miss", "", answer(400, `{"error":{"message":"no"}}`), false},
@@ -442,6 +502,10 @@ func TestCacheNever(t *testing.T) {
 			t.Errorf("%s: Cache-Status is %q", c.what, got)
 		}
 		second := p.cachedChat(p.token, members)
+		if c.stored && (second.body != first.body || !slices.Equal(second.header["Content-Type"],
+			first.header["Content-Type"])) {
+			t.Errorf("%s: got %v %q, then %v %q", c.what, first.header, first.body, second.header, second.body)
+		}
 		if stored := p.calls()-before == 1; stored != c.stored {
 			t.Errorf("%s: stored is %v, %d %q, then %d %q",
 				c.what, stored, first.status, first.body, second.status, second.body)
@@ -638,6 +702,9 @@ func TestCacheOneFlight(t *testing.T) {
 					_ = c.chunk(chatEvents(true)[0])
 					close(begun)
 					<-release
+					for range 200 { // a client that has left takes none of them
+						_ = c.chunk(": " + strings.Repeat("x", 1000) + "\n\n")
+					}
 					for _, e := range chatEvents(true)[1:] {
 						_ = c.chunk(e)
 					}

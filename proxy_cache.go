@@ -213,6 +213,7 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 	u.hit = a
 	c.upstream.health.releaseCapacity(c.start.UnixMilli(), c.inputEstimate(), &c.upstream.settings)
 	h := w.Header()
+	h["Content-Type"] = nil // net/http would guess one from the body
 	for i := 0; i+1 < len(a.Header); i += 2 {
 		h[a.Header[i]] = append(h[a.Header[i]], a.Header[i+1])
 	}

@@ -387,33 +387,23 @@ func TestCacheCrash(t *testing.T) {
 			p.cachedChat(p.token, fmt.Sprintf(`"user":"%d"`, i))
 		}
 	}()
-	copies := 0
-	for running := true; running; copies++ {
-		select {
-		case <-done:
-			running = false
-		case <-time.After(5 * time.Millisecond):
+	for copies := range 8 { // the first ones while entries are written
+		if copies < 6 {
+			waitFor(t, "more entries", func() bool { return p.instance.cache.stored.Load() >= int64(copies*9) })
+		} else {
+			<-done
 		}
 		// A copy of the write-ahead log, then of the file, is what a crash between two writes could leave: frames that
-		// were not complete are not used.
+		// were not complete are not used. So few entries are not moved from the log to the file meanwhile.
 		file := filepath.Join(p.dir, fmt.Sprintf("crash-%d.db", copies))
-		wal, err := os.ReadFile(p.instance.cfg.databaseFile + "-wal")
-		if err != nil {
-			continue
-		}
-		if info, err := os.Stat(p.instance.cfg.databaseFile); err != nil || copies > 0 && info.Size() > 1<<20 {
-			continue // it was checkpointed: the two files are not of one moment any more
-		}
-		for name, b := range map[string][]byte{file: []byte(mustReadFile(t, p.instance.cfg.databaseFile)),
-			file + "-wal": wal[:len(wal)-copies*777%max(1, len(wal)/2)]} {
-			if err := os.WriteFile(name, b, 0o600); err != nil {
+		wal := mustReadFile(t, p.instance.cfg.databaseFile+"-wal")
+		for name, text := range map[string]string{file: mustReadFile(t, p.instance.cfg.databaseFile),
+			file + "-wal": wal[:len(wal)-copies*7777%max(1, len(wal)/2)]} {
+			if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
 		p.checkCrashedCopy(file)
-	}
-	if copies < 3 {
-		t.Errorf("only %d copies were examined", copies)
 	}
 }
 
@@ -438,5 +428,38 @@ func (p *testProxy) checkCrashedCopy(file string) {
 		if int64(len(r.answer)) < r.size-entryOverhead {
 			p.t.Errorf("an entry of %d bytes has %d", r.size, len(r.answer))
 		}
+	}
+}
+
+// TestCacheUsage: what is cached of a project, by model.
+func TestCacheUsage(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		model := between(r.body, `"user":"`, `"`)
+		return c.reply(200, strings.Replace(chatResponseBody, "gpt-4o-mini-2024-07-18", model, 1))
+	})
+	for _, members := range []string{`"user":"a"`, `"user":"a","n":1`, `"user":"b"`} {
+		p.cachedChat(p.token, members)
+	}
+	p.cacheSettled()
+	row, err := p.instance.store.projectByID(context.Background(), p.project)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now().UnixMilli()
+	usage, err := p.instance.store.cacheUsage(context.Background(), row.seq, now)
+	if err != nil || len(usage) != 2 || usage[0].model != "a" || usage[0].entries != 2 || usage[1].entries != 1 ||
+		usage[0].bytes < 2*entryOverhead || usage[0].oldestStoredAt > now {
+		t.Errorf("got %+v %v", usage, err)
+	}
+	entries, bytes, err := p.instance.store.cacheSize(context.Background(), row.seq)
+	if err != nil || entries != 3 || bytes != usage[0].bytes+usage[1].bytes {
+		t.Errorf("got %d entries, %d bytes %v", entries, bytes, err)
+	}
+	usage, err = p.instance.store.cacheUsage(context.Background(), row.seq, now+3_700_000)
+	if err != nil || len(usage) > 0 {
+		t.Errorf("after their time: %+v %v", usage, err)
 	}
 }
