@@ -1,6 +1,6 @@
 // This file has the commands that work beside a running server: healthcheck asks it over
-// HTTP, backup copies its database, audit verify checks its audit trail. They may not change
-// anything of the server's.
+// HTTP, backup copies its database, audit verify checks its audit trail, prices prints one price.
+// They may not change anything of the server's.
 package main
 
 import (
@@ -45,6 +45,8 @@ const usageText = `llm-proxy: a transparent, secure proxy between client program
                                check the audit trail for changed or removed events
   llm-proxy rekey [FILE]       change the encryption key, with the server stopped: to the one in FILE,
                                or to a new one that replaces the key file
+  llm-proxy prices MODEL [PROVIDER]
+                               print the price that holds for a model, your own or the list price
   llm-proxy version
 
 Settings (environment variables), their defaults and what they do:
@@ -449,4 +451,36 @@ func inspectDatabase(ctx context.Context, name string) (*databaseInfo, error) {
 	f.keyID = keyID(sealed)
 	f.rowCounts, err = st.countRows(ctx)
 	return f, err
+}
+
+// showPrice prints the price of a model: the operator's own, if there is a database that has one, or the list price.
+func (p *program) showPrice(ctx context.Context, args []string) error {
+	if len(args) == 0 || len(args) > 2 {
+		return errors.New("usage: llm-proxy prices MODEL [PROVIDER]")
+	}
+	model, vendor := args[0], strings.Join(args[1:], "")
+	cfg, err := loadConfigWith(p.getenv, func(string) error { return nil }) // the command writes nothing
+	if err != nil {
+		return fmt.Errorf("the configuration has problems:\n%w", err)
+	}
+	table, err := loadPrices()
+	if err != nil {
+		return err
+	}
+	if _, statErr := os.Stat(cfg.databaseFile); statErr == nil {
+		st, err := openExistingReadOnly(ctx, cfg.databaseFile)
+		if err != nil {
+			return err
+		}
+		defer st.close()
+		if table, err = effectivePrices(ctx, st); err != nil {
+			return err
+		}
+	}
+	price := table.lookup(vendor, model, time.Now().UnixMilli())
+	if price == nil {
+		return fmt.Errorf("%s has no price; set one with POST /manage/prices", clip(model, 256))
+	}
+	fmt.Fprint(p.stdout, price.describe())
+	return nil
 }

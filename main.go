@@ -84,6 +84,8 @@ func (p *program) run(ctx context.Context, args []string) error {
 		return p.audit(ctx, args)
 	case "rekey":
 		return p.rekey(ctx, args)
+	case "prices":
+		return p.showPrice(ctx, args)
 	case "version", "--version":
 		fmt.Fprintln(p.stdout, versionText())
 		return nil

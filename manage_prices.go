@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -393,6 +394,48 @@ func (ops *operations) breakdownOf(ctx context.Context, v *requestView) (*costBr
 		return nil, fmt.Errorf("reading the price of a call: %w", err)
 	}
 	return newCostBreakdown(p, &v.counts, &v.details), nil
+}
+
+// describe writes the price for people: where it is from, and a line for each part.
+func (p *price) describe() string {
+	var out strings.Builder
+	source := newPriceSource(p)
+	if source.Source == "own" {
+		fmt.Fprintf(&out, "%s: your own price %s\n", source.Name, source.ID)
+	} else {
+		fmt.Fprintf(&out, "%s of %s, list price of %s\n", source.Name, cmp.Or(source.Provider, "any provider"),
+			cmp.Or(source.AsOf, "no date"))
+	}
+	p.rates.describe(&out, "")
+	for _, l := range p.above {
+		l.describe(&out, fmt.Sprintf("above %s input tokens: ", strconv.FormatInt(l.threshold, 10)))
+	}
+	for tier, t := range p.tiers {
+		if t != nil {
+			t.describe(&out, serviceTierNames[tier]+": ")
+			for _, l := range t.above {
+				l.describe(&out, serviceTierNames[tier]+" above "+strconv.FormatInt(l.threshold, 10)+" input tokens: ")
+			}
+		}
+	}
+	for _, m := range []struct {
+		name string
+		ten4 int64
+	}{{"us", p.us}, {"eu", p.eu}, {"fast", p.fast}} {
+		if m.ten4 != 0 {
+			fmt.Fprintf(&out, "  tokens, %s: x %s\n", m.name, formatDecimal(m.ten4, 4))
+		}
+	}
+	return out.String()
+}
+
+func (r *rates) describe(out *strings.Builder, prefix string) {
+	for k, info := range priceKinds {
+		if r[k] >= 0 {
+			_, per := info.unit.names()
+			fmt.Fprintf(out, "  %s%s: $%s per %s\n", prefix, info.label, info.unit.format(r[k]), per)
+		}
+	}
 }
 
 // search returns the listed prices of a provider, "" for all, whose models have text in one of their names, ordered

@@ -280,3 +280,145 @@ func TestBrowseListPrices(t *testing.T) {
 		t.Errorf("a search finds %+v", l.Data)
 	}
 }
+
+// TestCostsOverTheWire: calls of every kind, through the proxy, have the usage and the cost that their answers give.
+func TestCostsOverTheWire(t *testing.T) {
+	t.Parallel()
+	chat := func(model, usage, more string) string {
+		return `{"id":"c","object":"chat.completion","model":"` + model + `","choices":[{"index":0,"message":{"role":` +
+			`"assistant","content":"hi"},"finish_reason":"stop"}]` + more + `,"usage":` + usage + `}`
+	}
+	message := func(model, usage string) string {
+		return `{"id":"msg_1","type":"message","role":"assistant","model":"` + model + `","content":[],"usage":` +
+			usage + `}`
+	}
+	for _, c := range []struct {
+		name, provider, path, model, members, answer, source, cost, details string
+	}{
+		{"o3", "openai", chatPattern, "o3", "",
+			chat("o3-2025-04-16", `{"prompt_tokens":1000,"completion_tokens":1000}`, ""),
+			"exact", "0.01", `{}`},
+		{"an older snapshot", "openai", chatPattern, "gpt-4o-2024-05-13", "",
+			chat("gpt-4o-2024-05-13", `{"prompt_tokens":2000,"completion_tokens":100}`, ""), "exact", "0.0115", `{}`},
+		{"fine-tuned and cached", "openai", chatPattern, "ft:gpt-4o-2024-08-06:org::abc", "",
+			chat("ft:gpt-4o-2024-08-06:org::abc", `{"prompt_tokens":2000,"completion_tokens":100,`+
+				`"prompt_tokens_details":{"cached_tokens":1920}}`, ""), "exact", "0.0054", `{}`},
+		{"free", "compatible", chatPattern, "deepseek/deepseek-r1:free", "",
+			chat("deepseek/deepseek-r1:free", `{"prompt_tokens":1000,"completion_tokens":1000}`, ""),
+			"exact", "0", `{}`},
+		{"sound", "openai", chatPattern, "gpt-4o-mini-audio-preview", "",
+			chat("gpt-4o-mini-audio-preview", `{"prompt_tokens":1100,"completion_tokens":1200,"prompt_tokens_details":`+
+				`{"audio_tokens":1000},"completion_tokens_details":{"audio_tokens":1000}}`, ""),
+			"exact", "0.030135", `{"audio_input_tokens":1000,"audio_output_tokens":1000}`},
+		{"tier", "openai", chatPattern, "gpt-4.1", `"service_tier":"priority"`,
+			chat("gpt-4.1", `{"prompt_tokens":1000,"completion_tokens":100}`, `,"service_tier":"priority"`),
+			"exact", "0.0049", `{"service_tier":"priority"}`},
+		{"another tier than asked for", "openai", chatPattern, "gpt-4.1", `"service_tier":"priority"`,
+			chat("gpt-4.1", `{"prompt_tokens":1000,"completion_tokens":100}`, `,"service_tier":"default"`),
+			"exact", "0.0028", `{}`},
+		{"a tier without a price", "openai", chatPattern, "gpt-4.1", "",
+			chat("gpt-4.1", `{"prompt_tokens":1000,"completion_tokens":100}`, `,"service_tier":"scale"`),
+			"exact", "null", `{"service_tier":"other"}`},
+		{"a model that searches", "openai", chatPattern, "gpt-4o-mini-search-preview", "",
+			chat("gpt-4o-mini-search-preview-2025-03-11", `{"prompt_tokens":1000,"completion_tokens":100}`, ""),
+			"exact", "0.02521", `{"web_search_calls":1}`},
+		{"pictures", "openai", "/v1/images/generations", "gpt-image-1.5", "",
+			`{"created":1,"data":[{"b64_json":"aGk="}],"usage":{"total_tokens":1079,"input_tokens":23,` +
+				`"output_tokens":1056,"input_tokens_details":{"text_tokens":23,"image_tokens":0}}}`,
+			"exact", "0.033907", `{"image_output_tokens":1056}`},
+		{"pictures by the piece", "compatible", "/v1/images/generations", "grok-imagine-image", `"n":2`,
+			`{"created":1,"data":[{"b64_json":"aGk="},{"b64_json":"aGk="}]}`, "exact", "0.04", `{"output_pictures":2}`},
+		{"speech by the character", "openai", "/v1/audio/speech", "tts-1", `"input":"h\u00e9llo"`, "ID3", "exact",
+			"0.000075", `{"input_characters":5}`},
+		{"cache writes for an hour", "anthropic", "/v1/messages", "claude-sonnet-4-5", `"max_tokens":5`,
+			message("claude-sonnet-4-5", `{"input_tokens":0,"output_tokens":0,"cache_read_input_tokens":0,`+
+				`"cache_creation_input_tokens":1000000,"cache_creation":{"ephemeral_5m_input_tokens":600000,`+
+				`"ephemeral_1h_input_tokens":400000}}`), "exact", "4.65", `{"cache_write_1h_tokens":400000}`},
+		{"fast, in the US, with a search", "anthropic", "/v1/messages", "claude-opus-5-5", `"max_tokens":5`,
+			message("claude-opus-5-5", `{"input_tokens":1000,"output_tokens":100,"speed":"fast","inference_geo":"us",`+
+				`"server_tool_use":{"web_search_requests":2}}`), "exact", "0.0332",
+			`{"web_search_calls":2,"speed":"fast","region":"us"}`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := newTest(t, nil)
+			provider := newFakeProvider(t)
+			if c.provider != providerOpenAI {
+				var project struct {
+					Upstreams []struct{ ID string }
+				}
+				p.manage("GET", "/manage/projects/"+p.project, "", 200, &project)
+				p.addUpstreamAt(provider, c.provider, `"weight":1`)
+				p.changeUpstream(project.Upstreams[0].ID, `"is_active":false`)
+			}
+			p.provider.setScript(func(pc *providerConn, _ recordedRequest) bool { return pc.reply(200, c.answer) })
+			provider.setScript(func(pc *providerConn, _ recordedRequest) bool { return pc.reply(200, c.answer) })
+			members := `"model":"` + c.model + `"`
+			if c.members != "" {
+				members += "," + c.members
+			}
+			p.do("POST", c.path, "{"+members+"}", p.jsonHeaders()...)
+			var row struct {
+				UsageSource string          `json:"usage_source"`
+				Cost        json.RawMessage `json:"cost"`
+				Details     json.RawMessage `json:"usage_details"`
+			}
+			p.manage("GET", "/manage/requests/"+p.lastCall().ID, "", 200, &row)
+			if row.UsageSource != c.source || string(row.Cost) != c.cost || string(row.Details) != c.details {
+				t.Errorf("usage %s, cost %s, details %s; want %s, %s, %s", row.UsageSource, row.Cost, row.Details,
+					c.source, c.cost, c.details)
+			}
+		})
+	}
+}
+
+// TestUsageByServiceTier: sums are kept apart by the tier that the answers name, and add up to the rows.
+func TestUsageByServiceTier(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for i, tier := range []string{"default", "priority", "priority", "flex"} {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			return c.reply(200, `{"id":"c","object":"chat.completion","model":"gpt-5","service_tier":"`+tier+
+				`","choices":[],"usage":{"prompt_tokens":`+formatInt(int64(1000+i))+
+				`,"completion_tokens":10,"prompt_tokens_details":`+
+				`{"cached_tokens":600}}}`)
+		})
+		p.chat()
+	}
+	p.waitSettled()
+	var l struct {
+		Data []struct {
+			ServiceTier string `json:"service_tier"`
+			Calls       int64
+			Cost        json.Number
+			Saved       json.Number `json:"prompt_cache_saved"`
+		}
+	}
+	p.manage("GET", "/manage/usage?interval=total&group_by=service_tier", "", 200, &l)
+	got := ""
+	for _, u := range l.Data {
+		got += u.ServiceTier + " " + formatInt(u.Calls) + " " + u.Cost.String() + " " + u.Saved.String() + "\n"
+	}
+	// gpt-5: 1.25, cached 0.125, output 10 a million; flex is half of that, priority twice.
+	const want = " 1 0.000675 0.000675\nflex 1 0.000339375 0.0003375\npriority 2 0.0027075 0.0027\n"
+	if got != want {
+		t.Errorf("by tier:\n%swant:\n%s", got, want)
+	}
+}
+
+// TestPricesCommand: the command prints the list price of a model, or the operator's own.
+func TestPricesCommand(t *testing.T) {
+	t.Parallel()
+	dir := map[string]string{"DATA_DIR": t.TempDir()}
+	out, err := runProgram(t, dir, "prices", "gpt-5.5-2026-04-23", "openai")
+	if err != nil || !strings.Contains(out, "gpt-5.5-2026-04-23 of openai, list price of 2026-11-29\n") ||
+		!strings.Contains(out, "  input: $5 per million tokens\n") ||
+		!strings.Contains(out, "  flex above 272000 input tokens: output: $22.5 per million tokens\n") {
+		t.Errorf("%v:\n%s", err, out)
+	}
+	for _, args := range [][]string{{"prices"}, {"prices", "a", "b", "c"}, {"prices", "in-no-list"}} {
+		if out, err := runProgram(t, dir, args...); err == nil || out != "" {
+			t.Errorf("%v printed %q", args, out)
+		}
+	}
+}
