@@ -187,7 +187,8 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 			`{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
 		p.manage("PATCH", "/manage/projects/"+p.project,
 			`{"policy":`+body+`,
-			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true}}`, 200, nil)
+			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true,
+			"aliases":{"smart":["a","b=c","d"],"fast":"gpt-5-mini"}}}`, 200, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
 			`{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours",
 			"requests_per_minute":7,"connect_ms":700,"answer_ms":90000,"priority":3,
@@ -258,6 +259,9 @@ func TestAdminMistakes(t *testing.T) {
 		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be a whole number"},
 		{path: project, name: "routing.fallbacks", value: "gpt", says: "must have lines"},
 		{path: project, name: "routing.fallbacks", value: "gpt = a b", says: "must be a model"},
+		{path: project, name: "routing.aliases", value: "fast", says: "must have lines"},
+		{path: project, name: "routing.aliases", value: "a = b\na = c", says: "no name twice"},
+		{path: project, name: "routing.aliases", value: "fast = a,,b", says: "must be a model"},
 		{path: upstream, name: "api_key", value: "sk-****", says: "masked"},
 		{path: upstream, name: "base_url", value: "https://elsewhere.test", field: "api_key",
 			says: "is required again"},

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 )
@@ -101,6 +103,8 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 			{Name: "name", Label: "Name", Required: true},
 			{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Help: "fallbacks",
 				Placeholder: "gpt-4o* = gpt-4o-mini"},
+			{Name: "routing.aliases", Label: "Aliases", Kind: "pairs", Help: "aliases",
+				Placeholder: "smart = claude-opus-5-5, gpt-6-sol"},
 			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox",
 				Help: "verified-streams"},
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
@@ -128,6 +132,10 @@ func routingValues(p *projectView) url.Values {
 	for _, f := range routing.Fallbacks {
 		values.Set("routing.fallbacks", values.Get("routing.fallbacks")+f.Model+" = "+f.To+"\n")
 	}
+	for _, name := range slices.Sorted(maps.Keys(routing.Aliases)) {
+		models := strings.Join(routing.Aliases[name], ", ")
+		values.Set("routing.aliases", values.Get("routing.aliases")+name+" = "+models+"\n")
+	}
 	if routing.VerifiedStreams {
 		values.Set("routing.verified_streams", "on")
 	}
@@ -147,8 +155,19 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 		}
 		fallbacks = append(fallbacks, map[string]string{"model": strings.TrimSpace(model), "to": strings.TrimSpace(to)})
 	}
+	aliases := map[string][]string{}
+	for _, line := range splitLines(form.Get("routing.aliases")) {
+		name, list, ok := strings.Cut(line, "=")
+		if name = strings.TrimSpace(name); !ok || aliases[name] != nil {
+			return nil, &fieldError{"routing.aliases", "must have lines such as fast = gpt-5-mini, and no name twice"}
+		}
+		for model := range strings.SplitSeq(list, ",") {
+			aliases[name] = append(aliases[name], strings.TrimSpace(model))
+		}
+	}
 	return mustMarshal(map[string]any{
 		"fallbacks":        fallbacks,
+		"aliases":          aliases,
 		"verified_streams": form.Get("routing.verified_streams") != "",
 		"show_upstream":    form.Get("routing.show_upstream") != "",
 	}), nil
@@ -282,6 +301,7 @@ type routePageView struct {
 	Project   projectView
 	APIs      []option
 	Problem   string // with the model or API
+	Resolved  string // what the model stands for, if it is an alias
 	Fallback  string
 	Upstreams []routePageUpstream
 }
@@ -307,7 +327,7 @@ func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
 		v.Problem = fieldErrorMessage(fe)
 		return page, nil
 	}
-	v.Fallback = route.FallbackModel
+	v.Resolved, v.Fallback = route.ResolvedModel, route.FallbackModel
 	for _, u := range route.Upstreams {
 		v.Upstreams = append(v.Upstreams, routePageUpstream{u, percent(100 * u.Share), u.timeoutsText()})
 	}

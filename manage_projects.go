@@ -525,6 +525,7 @@ func (api *manageAPI) revokeKey(r *manageRequest) (any, error) {
 type routeView struct {
 	Model         string              `json:"model"`
 	API           string              `json:"api"`
+	ResolvedModel string              `json:"resolved_model"` // what the model stands for, if it is an alias, or ""
 	FallbackModel string              `json:"fallback_model"` // "": none
 	Upstreams     []routeUpstreamView `json:"upstreams"`
 }
@@ -567,7 +568,14 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 	if err != nil {
 		return v, err
 	}
-	v.FallbackModel = state.routing.fallbackFor(model)
+	models := state.resolveAlias(need, func(string) bool { return true })
+	if len(models) > 0 {
+		v.ResolvedModel, need.model = models[0], models[0]
+	}
+	v.FallbackModel = state.routing.fallbackFor(need.model)
+	if len(models) > 1 {
+		v.FallbackModel = models[1]
+	}
 	for _, l := range state.explain(&need) {
 		u := l.upstream
 		v.Upstreams = append(v.Upstreams, routeUpstreamView{

@@ -447,6 +447,10 @@ func (s *spec) validate(where string, schema map[string]any, v any) {
 			}
 		}
 		for name, value := range v {
+			if extra, ok := schema["additionalProperties"].(map[string]any); ok && properties[name] == nil {
+				s.validate(where+"{}", extra, value)
+				continue
+			}
 			if properties[name] == nil && fmt.Sprint(schema["additionalProperties"]) == "true" {
 				continue
 			}
@@ -520,7 +524,8 @@ func TestOpenAPIResponses(t *testing.T) {
 	project := c.call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+c.provider.key+
 		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3,"cache":{"ttl_seconds":60,`+
 		`"scope":"token","endpoints":["/v1/*"],"when":"always","max_entry_bytes":4096}},"routing":{`+
-		`"fallbacks":[{"model":"a","to":"b"}],"verified_streams":true,"show_upstream":true}}`, 201)
+		`"fallbacks":[{"model":"a","to":"b"}],"aliases":{"fast":"a","smart":["b","c"]},"verified_streams":true,`+
+		`"show_upstream":true}}`, 201)
 	c.call("GET", "/manage/projects?limit=1&name=second", "", 200)
 	c.call("GET", "/manage/projects?limit=1", "", 200)
 	path := "/manage/projects/" + project
@@ -563,7 +568,8 @@ func (c responseTest) checkCallResponses() {
 	c.chat()
 	c.cacheSettled()
 	c.call("GET", "/manage/projects/"+c.project+"/cache", "", 200)
-	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3}}`, 200, nil)
+	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3},`+
+		`"routing":{"aliases":{"gpt-4o-mini":["gpt-4o-mini"]}}}`, 200, nil)
 	c.chat()
 	c.chat(`"stream":true`)
 	second, _ := c.addUpstream(`"priority":1`)

@@ -61,6 +61,8 @@ type call struct {
 	credentialHash [32]byte // of the credential that the client presents
 	tokenState     *tokenState
 	project        *projectState
+	alias          string   // the client's name for the model, if that is an alias; fields.model is never one
+	models         []string // what the alias stands for, in the order in which they are asked
 
 	reservation   reservation // of its limits
 	commitFirst   bool        // a limit must hold through a crash: commit before forwarding

@@ -18,6 +18,7 @@ func (p *proxy) admit(c *call) error {
 	if problem := p.databaseProblem(); problem != "" { // rows would go into a file that was deleted or replaced
 		return errLedgerUnavailable(errors.New(problem))
 	}
+	c.resolveAlias()
 	if err := c.checkPolicies(); err != nil {
 		return err
 	}
@@ -81,6 +82,22 @@ func (c *call) readAt() int64 { return c.start.Add(c.times.bodyRead).UnixMilli()
 func (c *call) unreserveUpstream() {
 	c.upstream.health.unreserve(c.readAt(), c.inputEstimate(), &c.upstream.settings)
 }
+
+// resolveAlias replaces an alias of the project by the first of the models that it stands for; the others are the
+// call's fallback models. Everything after it sees models only. Uploads and multipart forms that name no model which
+// could be replaced keep what they say, and nothing is deleted by an alias.
+func (c *call) resolveAlias() {
+	inPath := c.endpoint.modelInPath && c.endpoint.method == "GET"
+	if c.project.routing.Aliases == nil || c.fields.modelSplice.to == 0 && !inPath {
+		return
+	}
+	if models := c.project.resolveAlias(c.criteria(c.readAt()), c.mayUseModel); len(models) > 0 {
+		c.alias, c.models, c.fields.model = c.fields.model, models, models[0]
+	}
+}
+
+// askedModel returns the model's name in the client's request.
+func (c *call) askedModel() string { return cmp.Or(c.alias, c.fields.model) }
 
 // checkPolicies checks the call against the policies of its project and its token.
 func (c *call) checkPolicies() error {

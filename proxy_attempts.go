@@ -44,6 +44,7 @@ type attempts struct {
 // An attemptLine is one line of a call's attempt log, as stored and shown.
 type attemptLine struct {
 	Upstream string `json:"upstream_id"`
+	Alias    string `json:"alias,omitempty"`  // what the client calls the model, if that is an alias
 	Model    string `json:"model"`            // as sent to this upstream
 	Status   int    `json:"status,omitempty"` // of the provider's answer
 	Error    string `json:"error,omitempty"`  // what was wrong, in the proxy's words
@@ -165,7 +166,7 @@ func (a *attempt) end(now int64, e attemptEnd) attemptLine {
 	default:
 		h.endProbe()
 	}
-	line := attemptLine{Upstream: a.upstream.id, Model: a.model, Status: e.status, Error: e.reason,
+	line := attemptLine{Upstream: a.upstream.id, Alias: a.t.c.alias, Model: a.model, Status: e.status, Error: e.reason,
 		MS: time.Since(a.start).Milliseconds()}
 	*a = attempt{}
 	return line
@@ -255,7 +256,7 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 		}
 	}
 	path, query := c.match.path, c.query
-	if c.endpoint.modelInPath && a.model != c.fields.model {
+	if c.endpoint.modelInPath && a.model != c.askedModel() {
 		path = modelOutboundPath(a.model, path)
 	}
 	if a.t.merged != nil {
@@ -281,7 +282,7 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 // refuses those that the proxy has added.
 func (a *attempt) buildBody() ([]byte, error) {
 	c := a.t.c
-	rename := a.model != c.fields.model && c.body != nil && c.fields.modelSplice.to != 0
+	rename := a.model != c.askedModel() && c.body != nil && c.fields.modelSplice.to != 0
 	if !rename && !a.plain {
 		return c.body, nil
 	}
@@ -536,7 +537,7 @@ func (t *attempts) finish(row *requestRow, now int64) {
 		e.status = row.status
 	}
 	line := a.end(now, e)
-	if len(t.log) == 0 {
+	if len(t.log) == 0 && c.alias == "" {
 		return // the row already describes a single attempt
 	}
 	if text, err := json.Marshal(append(t.log, line)); err == nil { // strings and numbers: it cannot fail
@@ -562,14 +563,18 @@ func (t *attempts) hasAlternative() bool {
 // upstream, and the project has another upstream or a fallback model.
 func (t *attempts) retryable() bool {
 	p := t.c.project
-	return (len(p.upstreams) > 1 || len(p.routing.Fallbacks) > 0) && !t.c.pinned() && t.c.replayable()
+	more := len(p.upstreams) > 1 || len(p.routing.Fallbacks) > 0 || len(t.c.models) > 1
+	return more && !t.c.pinned() && t.c.replayable()
 }
 
 // availableFallback returns the model that the call can still fall back to, "" if there is none. A call falls
 // back once, and only to a model that the policies allow.
 func (t *attempts) availableFallback() string {
 	c := t.c
-	if t.fellBack || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
+	if next := t.fallbacks + 1; next < len(c.models) {
+		return c.models[next]
+	}
+	if t.fallbacks > 0 || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
 		return ""
 	}
 	if to := c.project.routing.fallbackFor(c.fields.model); to != "" && c.mayUseModel(to) {

@@ -53,6 +53,7 @@ func (t *attempts) modelSources() (list []*upstream) {
 	}
 	paged := c.upstream.provider == providerAnthropic
 	cutDown := paged && (c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
+	cutDown = cutDown || c.project.routing.Aliases != nil // or adds to it
 	if len(c.project.upstreams) == 1 && !cutDown {
 		return nil
 	}
@@ -74,7 +75,8 @@ func (t *attempts) modelSources() (list []*upstream) {
 
 // rewritesModelList reports whether the answer is a list of models that the proxy may put together or cut down.
 func (c *call) rewritesModelList() bool {
-	return c.endpoint.pattern == "/v1/models" && (len(c.project.upstreams) > 1 && !hasParam(c.query, clientVersion) ||
+	merged := len(c.project.upstreams) > 1 || c.project.routing.Aliases != nil
+	return c.endpoint.pattern == "/v1/models" && (merged && !hasParam(c.query, clientVersion) ||
 		c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
 }
 
@@ -119,6 +121,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 	if good == nil {
 		return t.bestResponse(last.res, last.err)
 	}
+	n.addAliases(c)
 	n.lastReason = last.decision.reason
 	if last.res != nil {
 		n.lastStatus = last.res.StatusCode
@@ -252,10 +255,37 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 		}
 		add(id, raw)
 		for _, name := range slices.Sorted(slices.Values(names[id])) {
-			m["id"], _ = json.Marshal(name) // a string: it cannot fail
-			if entry, err := json.Marshal(m); err == nil {
-				add(name, entry)
-			}
+			add(name, renameModel(raw, name))
+		}
+	}
+}
+
+// renameModel returns an entry of a list of models, an object, with another id, which also stands in for an empty
+// display_name.
+func renameModel(entry json.RawMessage, id string) json.RawMessage {
+	m := map[string]json.RawMessage{}
+	_ = json.Unmarshal(entry, &m) // it was parsed before
+	if string(m["display_name"]) == `""` {
+		m["display_name"], _ = json.Marshal(id)
+	}
+	m["id"], _ = json.Marshal(id) // a string: it cannot fail
+	out, _ := json.Marshal(m)     // raw JSON that was parsed: the same
+	return out
+}
+
+// addAliases adds the project's aliases of models that the client may use.
+func (n *mergedModels) addAliases(c *call) {
+	listed := func(model string) json.RawMessage {
+		if i := slices.IndexFunc(n.models, func(m listedModel) bool { return m.id == model }); i >= 0 {
+			return n.models[i].entry
+		}
+		return nil
+	}
+	names, entries := c.project.listAliases(criteria{api: c.upstream.family()}, listed, c.mayUseModel)
+	for i, name := range names {
+		if !n.seen[name] {
+			n.seen[name] = true
+			n.models = append(n.models, listedModel{name, renameModel(entries[i], name)})
 		}
 	}
 }

@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -207,7 +208,7 @@ func (p *projectState) hasAlternative(c *criteria) bool {
 // A route is the way of one call through a project's upstreams: where it was, and where it may still go.
 type route struct {
 	fallbackModel  string       // replaces the client's model; "": the client's own
-	fellBack       bool         // the call has fallen back, which it does once
+	fallbacks      int          // how often the call has fallen back: once, or through the models of its alias
 	skippedModel   string       // the client's model, if the call began with its fallback model; "" once it is asked
 	tried          []*upstream  // upstreams that failed; they get no further attempt
 	slow           slowUpstream // may still have the call, if no other upstream answers
@@ -242,7 +243,7 @@ func (r *route) pickFirst(p *projectState, c criteria, fallback string) *upstrea
 	}
 	c.model = fallback
 	if u := p.pickUpstream(&c); u != nil {
-		r.fallbackModel, r.fellBack, r.skippedModel = fallback, true, own
+		r.fallbackModel, r.fallbacks, r.skippedModel = fallback, r.fallbacks+1, own
 		return u
 	}
 	c.model, c.healthyOnly = own, false
@@ -277,7 +278,7 @@ func (r *route) pickLast(p *projectState, c criteria, f *failedAttempt) (next *u
 		other := c
 		other.model, other.tried = f.fallback, nil
 		if next = p.pickAfter(&other, f); next != nil {
-			r.fellBack = true
+			r.fallbacks++
 			return next, f.fallback
 		}
 	}
@@ -418,6 +419,8 @@ func (c *criteria) exclusionReason(u *upstream) string {
 // A routing is a project's settings for routing its calls. The zero value is the default.
 type routing struct {
 	Fallbacks []fallback `json:"fallbacks,omitzero"`
+	// Aliases are names that clients may use instead of models' own.
+	Aliases map[string]aliasModels `json:"aliases,omitzero"`
 	// VerifiedStreams buffers every stream until it is complete.
 	VerifiedStreams bool `json:"verified_streams,omitzero"`
 	// ShowUpstream names the upstream in a header of each answer.
@@ -430,15 +433,32 @@ type fallback struct {
 	To    string `json:"to"`
 }
 
+// aliasModels are the models that an alias stands for, the preferred one first. In JSON, one model is a string.
+type aliasModels []string
+
+func (m aliasModels) MarshalJSON() ([]byte, error) {
+	if len(m) == 1 {
+		return json.Marshal(m[0])
+	}
+	return json.Marshal([]string(m))
+}
+
 // parseRouting reads a project's routing from JSON, strictly.
 func parseRouting(raw []byte) (r routing, err error) {
 	var fallbacks optional[[]json.RawMessage]
+	var aliases optional[json.RawMessage]
 	var verified, show optional[bool]
-	fields := map[string]any{"fallbacks": &fallbacks, "verified_streams": &verified, "show_upstream": &show}
+	fields := map[string]any{"fallbacks": &fallbacks, "aliases": &aliases, "verified_streams": &verified,
+		"show_upstream": &show}
 	if err := decodeObject(raw, fields); err != nil {
 		return routing{}, qualifyFieldError("routing", err)
 	}
 	r.VerifiedStreams, r.ShowUpstream = verified.value, show.value
+	if aliases.set {
+		if r.Aliases, err = parseAliases(aliases.value); err != nil {
+			return routing{}, err
+		}
+	}
 	if len(fallbacks.value) > 100 {
 		return routing{}, &fieldError{"routing.fallbacks", "must have 100 entries or fewer"}
 	}
@@ -457,6 +477,126 @@ func parseRouting(raw []byte) (r routing, err error) {
 		r.Fallbacks = append(r.Fallbacks, fallback{model.value, to.value})
 	}
 	return r, nil
+}
+
+const (
+	maxAliases     = 100
+	maxAliasModels = 8
+)
+
+// parseAliases reads a project's aliases: an object whose values are models or lists of models.
+func parseAliases(raw []byte) (map[string]aliasModels, error) {
+	const param = "routing.aliases"
+	wrong := &fieldError{param, `must be an object of models or lists of models, as in {"fast":"gpt-5-mini"}`}
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return nil, wrong
+	}
+	var out map[string]aliasModels // nil for an empty object: it is then left out
+	for dec.More() {
+		t, _ := dec.Token()
+		name, ok := t.(string)
+		var value json.RawMessage
+		if !ok || dec.Decode(&value) != nil {
+			return nil, wrong
+		}
+		if err := checkModelName(param, name); err != nil {
+			return nil, err
+		}
+		models, err := parseAliasModels(param+"."+clip(name, 64), value)
+		if err != nil {
+			return nil, err
+		}
+		if out[name] != nil {
+			return nil, &fieldError{param, "names " + clip(name, 64) + " twice"}
+		}
+		if out == nil {
+			out = map[string]aliasModels{}
+		}
+		if out[name] = models; len(out) > maxAliases {
+			return nil, &fieldError{param, "must have " + strconv.Itoa(maxAliases) + " aliases or fewer"}
+		}
+	}
+	return out, nil
+}
+
+func parseAliasModels(param string, raw []byte) (aliasModels, error) {
+	var models []string
+	if json.Unmarshal(raw, &models) != nil || models == nil {
+		models = []string{""}
+		if json.Unmarshal(raw, &models[0]) != nil {
+			return nil, &fieldError{param, "must be a model or a list of models"}
+		}
+	}
+	if len(models) == 0 || len(models) > maxAliasModels {
+		return nil, &fieldError{param, "must have 1 to " + strconv.Itoa(maxAliasModels) + " models"}
+	}
+	for i, model := range models {
+		if err := checkModelName(param, model); err != nil {
+			return nil, err
+		}
+		if slices.Contains(models[:i], model) {
+			return nil, &fieldError{param, "names " + clip(model, 64) + " twice"}
+		}
+	}
+	return models, nil
+}
+
+// resolveAlias returns the models that a call with the criteria's model as an alias asks for, in this order; nil if
+// the project has no such alias. Models come first that an upstream serves and is ready for. Those that allowed
+// refuses, or that no upstream serves, are left out, unless all are: then the first remains, so that the call fails
+// for the right reason.
+func (p *projectState) resolveAlias(c criteria, allowed func(model string) bool) []string {
+	var ready, others, unserved, refused []string
+	for _, model := range p.routing.Aliases[c.model] {
+		c.model = model
+		switch {
+		case !allowed(model):
+			refused = append(refused, model)
+		case !p.hasCandidate(&c, nil):
+			unserved = append(unserved, model)
+		case p.hasAlternative(&c):
+			ready = append(ready, model)
+		default:
+			others = append(others, model)
+		}
+	}
+	if models := append(ready, others...); models != nil {
+		return models
+	}
+	models := append(unserved, refused...)
+	return models[:min(1, len(models))]
+}
+
+// listAliases returns the project's aliases as entries of a list of models, in the order of their names. An alias
+// has the entry of the first of its models that is in the list, as listed returns it (nil: it is not). An alias of
+// models that no list has, but that the criteria's upstreams serve, has a short entry of its own.
+func (p *projectState) listAliases(
+	c criteria, listed func(model string) json.RawMessage, mayUse func(model string) bool,
+) (names []string, entries []json.RawMessage) {
+	for _, name := range slices.Sorted(maps.Keys(p.routing.Aliases)) {
+		var entry json.RawMessage
+		served := false
+		for _, model := range p.routing.Aliases[name] {
+			c.model = model
+			if !mayUse(model) || !p.hasCandidate(&c, nil) {
+				continue
+			}
+			if served = true; entry == nil {
+				entry = listed(model)
+			}
+		}
+		switch {
+		case !served:
+			continue
+		case entry == nil && c.api == apiAnthropic:
+			entry = json.RawMessage(`{"type":"model","display_name":"","created_at":"1970-01-01T00:00:00Z"}`)
+		case entry == nil:
+			entry = json.RawMessage(`{"object":"model","created":0,"owned_by":"llm-proxy"}`)
+		}
+		names, entries = append(names, name), append(entries, entry)
+	}
+	return names, entries
 }
 
 // qualifyFieldError adds the object that a wrong field is in to its name.

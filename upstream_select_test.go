@@ -278,6 +278,15 @@ func TestOwnLimits(t *testing.T) {
 	}
 }
 
+// manyAliases returns n members of an object of aliases.
+func manyAliases(n int) string {
+	var list []string
+	for i := range n {
+		list = append(list, fmt.Sprintf(`"a%d":"b"`, i))
+	}
+	return strings.Join(list, ",")
+}
+
 // TestRoutingRefused: invalid routing is refused with the field's name.
 func TestRoutingRefused(t *testing.T) {
 	t.Parallel()
@@ -288,14 +297,26 @@ func TestRoutingRefused(t *testing.T) {
 		expectParamError(t, body, res, 400, param)
 	}
 	for body, param := range map[string]string{
-		`{"routing":{"fallbacks":[{"model":"a*b","to":"c"}]}}`: "routing.fallbacks[0].model",
-		`{"routing":{"fallbacks":[{"model":"a"}]}}`:            "routing.fallbacks[0].to",
-		`{"routing":{"fallbacks":[{"model":"a","to":"b*"}]}}`:  "routing.fallbacks[0].to",
-		`{"routing":{"fallbacks":[{"model":"a","tp":"b"}]}}`:   "routing.fallbacks[0].tp",
-		`{"routing":{"fallbacks":[1]}}`:                        "routing.fallbacks[0]",
-		`{"routing":{"fallback":[]}}`:                          "routing.fallback",
-		`{"routing":{"verified_streams":1}}`:                   "routing.verified_streams",
-		`{"routing":[]}`:                                       "routing",
+		`{"routing":{"fallbacks":[{"model":"a*b","to":"c"}]}}`:                "routing.fallbacks[0].model",
+		`{"routing":{"fallbacks":[{"model":"a"}]}}`:                           "routing.fallbacks[0].to",
+		`{"routing":{"fallbacks":[{"model":"a","to":"b*"}]}}`:                 "routing.fallbacks[0].to",
+		`{"routing":{"fallbacks":[{"model":"a","tp":"b"}]}}`:                  "routing.fallbacks[0].tp",
+		`{"routing":{"fallbacks":[1]}}`:                                       "routing.fallbacks[0]",
+		`{"routing":{"aliases":[]}}`:                                          "routing.aliases",
+		`{"routing":{"aliases":null}}`:                                        "routing.aliases",
+		`{"routing":{"aliases":{"a b":"c"}}}`:                                 "routing.aliases",
+		`{"routing":{"aliases":{"a":"b","a":"c"}}}`:                           "routing.aliases",
+		`{"routing":{"aliases":{"a":null}}}`:                                  "routing.aliases.a",
+		`{"routing":{"aliases":{"a":""}}}`:                                    "routing.aliases.a",
+		`{"routing":{"aliases":{"a":"b*"}}}`:                                  "routing.aliases.a",
+		`{"routing":{"aliases":{"a":[]}}}`:                                    "routing.aliases.a",
+		`{"routing":{"aliases":{"a":["b",1]}}}`:                               "routing.aliases.a",
+		`{"routing":{"aliases":{"a":["b","b"]}}}`:                             "routing.aliases.a",
+		`{"routing":{"aliases":{"a":["1","2","3","4","5","6","7","8","9"]}}}`: "routing.aliases.a",
+		`{"routing":{"aliases":{` + manyAliases(101) + `}}}`:                  "routing.aliases",
+		`{"routing":{"fallback":[]}}`:                                         "routing.fallback",
+		`{"routing":{"verified_streams":1}}`:                                  "routing.verified_streams",
+		`{"routing":[]}`:                                                      "routing",
 	} {
 		refused("", body, param)
 	}
@@ -716,5 +737,148 @@ func TestFallbackModelFails(t *testing.T) {
 				t.Errorf("the providers got %d and %d attempts", n, m)
 			}
 		})
+	}
+}
+
+// sentModels returns the models that a provider was asked for, in order.
+func sentModels(f *fakeProvider) (models []string) {
+	for _, r := range f.received() {
+		models = append(models, between(r.body, `"model":"`, `"`))
+	}
+	return models
+}
+
+const aliases = `"aliases":{"fast":"gpt-4o-mini","smart":["gpt-9","gpt-4.1","gpt-4o"]}`
+
+// TestAliases: a project's alias is replaced before policies, limits and prices; the record has both names.
+func TestAliases(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.changeProject(`"routing":{` + aliases + `},"policy":{"models":["gpt-4o*"],"limits":[` +
+		`{"count":"dollars","max":5,"per":"day","model":"gpt-4o-mini"}]}`)
+	p.changeUpstream(p.upstream, `"rewrite":{"gpt-4o-mini":"mine"}`)
+	body := strings.Replace(chatBody(), `"gpt-4o-mini"`, `"fast"`, 1)
+	send := func(body string) testResponse {
+		return p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token,
+			"Content-Type", "application/json")
+	}
+	if a := send(body); a.status != 200 {
+		t.Fatalf("got %d %s", a.status, a.body)
+	}
+	want := strings.Replace(body, `"fast"`, `"mine"`, 1)
+	if got := p.provider.lastRequest(t).body; got != want {
+		t.Errorf("the provider got %s, want %s", got, want)
+	}
+	row := p.lastCall()
+	if row.Model != "gpt-4o-mini-2024-07-18" || row.Cost == nil || len(row.AttemptLog) != 1 ||
+		row.AttemptLog[0].Alias != "fast" || row.AttemptLog[0].Model != "mine" {
+		t.Errorf("the ledger has %+v", row)
+	}
+	if a := send(strings.Replace(chatBody(), `"gpt-4o-mini"`, `"Fast"`, 1)); a.errorCode() != "model_not_allowed" {
+		t.Errorf("an alias in another case: got %d %s", a.status, a.body)
+	}
+	if a := p.do("GET", "/v1/models/fast", "", "Authorization", "Bearer "+p.token); a.status != 200 ||
+		p.provider.lastRequest(t).target != "/v1/models/mine" {
+		t.Errorf("one model: got %d, the provider got %s", a.status, p.provider.lastRequest(t).target)
+	}
+	p.changeProject(`"routing":{"aliases":{"fast":"gpt-4.1"}}`)
+	if a := send(body); a.errorCode() != "model_not_allowed" {
+		t.Errorf("an alias of a model that is not allowed: got %d %s", a.status, a.body)
+	}
+}
+
+// TestAliasOfSeveral: of the models of an alias, the first is asked that the token may use and that an upstream serves
+// and is ready for; the others are its fallback models, in order, whatever the project's fallbacks say.
+func TestAliasOfSeveral(t *testing.T) {
+	t.Parallel()
+	body := strings.Replace(chatBody(), `"gpt-4o-mini"`, `"smart"`, 1)
+	for _, c := range []struct {
+		name, policy, models string
+		failing              []string
+		status               int
+		sent                 []string
+	}{
+		{name: "the first", status: 200, sent: []string{"gpt-9"}},
+		{name: "served", models: `["gpt-4*"]`, status: 200, sent: []string{"gpt-4.1"}},
+		{name: "allowed", policy: `"models":["gpt-4o"]`, status: 200, sent: []string{"gpt-4o"}},
+		{name: "fails", failing: []string{"gpt-9"}, status: 200, sent: []string{"gpt-9", "gpt-4.1"}},
+		{name: "two fail", failing: []string{"gpt-9", "gpt-4.1"}, status: 200,
+			sent: []string{"gpt-9", "gpt-4.1", "gpt-4o"}},
+		{name: "all fail", failing: []string{"gpt-9", "gpt-4.1", "gpt-4o"}, status: 404,
+			sent: []string{"gpt-9", "gpt-4.1", "gpt-4o"}},
+		{name: "none is served", models: `["llama"]`, status: 404},
+		{name: "none is allowed", policy: `"models":["llama"]`, status: 403},
+	} {
+		p := newTest(t, nil)
+		p.changeProject(`"routing":{` + aliases + `,"fallbacks":[{"model":"*","to":"x"}]},"policy":{` + c.policy + `}`)
+		if c.models != "" {
+			p.changeUpstream(p.upstream, `"models":`+c.models)
+		}
+		p.provider.setScript(func(conn *providerConn, r recordedRequest) bool {
+			if slices.Contains(c.failing, between(r.body, `"model":"`, `"`)) {
+				return conn.reply(404, `{"error":{"message":"The model does not exist","code":"model_not_found"}}`)
+			}
+			return conn.reply(200, chatResponseBody)
+		})
+		a := p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token,
+			"Content-Type", "application/json")
+		if got := sentModels(p.provider); a.status != c.status || !slices.Equal(got, c.sent) {
+			t.Errorf("%s: got %d %s; the provider got %v, want %v", c.name, a.status, a.body, got, c.sent)
+		}
+		if len(c.failing) != 1 {
+			continue
+		}
+		// The model that failed is paused: the next call begins with another one.
+		p.do("POST", "/v1/chat/completions", body, "Authorization", "Bearer "+p.token,
+			"Content-Type", "application/json")
+		if got := sentModels(p.provider)[len(c.sent):]; !slices.Equal(got, []string{"gpt-4.1"}) {
+			t.Errorf("%s: the next call asked for %v", c.name, got)
+		}
+		var v routeView
+		p.manage("GET", "/manage/projects/"+p.project+"/route?model=smart", "", 200, &v)
+		if v.Model != "smart" || v.ResolvedModel == "" || v.FallbackModel == "" || v.Upstreams[0].Share != 1 {
+			t.Errorf("the route is %+v", v)
+		}
+	}
+}
+
+// TestAliasesAreListed: GET /v1/models has the aliases of models that the token may use, in the shape of the list.
+func TestAliasesAreListed(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.addUpstreamAt(&fakeProvider{url: p.provider.url + "/claude/v1", key: p.provider.key}, providerAnthropic,
+		`"models":["claude*"]`)
+	p.changeUpstream(p.upstream, `"models":["gpt*"]`)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if strings.HasPrefix(r.target, "/claude") {
+			return c.reply(200, `{"data":[{"type":"model","id":"claude-a","display_name":"A"}],"has_more":false}`)
+		}
+		return c.reply(200, `{"object":"list","data":[{"id":"gpt-a","object":"model","x":1},{"id":"gpt-b"}]}`,
+			`ETag: "e"`)
+	})
+	list := func(headers ...string) string {
+		a := p.do("GET", "/v1/models", "", append(headers, "Authorization", "Bearer "+p.token)...)
+		if a.status != 200 || a.header["Etag"] != nil {
+			t.Errorf("got %d %v %s", a.status, a.header, a.body)
+		}
+		return a.body
+	}
+	p.changeProject(`"routing":{"aliases":{"z":["claude-a","gpt-a"],"b":"gpt-b","gpt-a":"gpt-b","new":"gpt-new",` +
+		`"none":"o1","cnew":"claude-new"}}`)
+	want := `{"data":[{"id":"gpt-a","object":"model","x":1},{"id":"gpt-b"},{"id":"b"},` +
+		`{"created":0,"id":"new","object":"model","owned_by":"llm-proxy"},` +
+		`{"id":"z","object":"model","x":1}],"object":"list"}`
+	if got := list(); got != want {
+		t.Errorf("got %s\nwant %s", got, want)
+	}
+	want = `{"data":[{"type":"model","id":"claude-a","display_name":"A"},` +
+		`{"created_at":"1970-01-01T00:00:00Z","display_name":"cnew","id":"cnew","type":"model"},` +
+		`{"display_name":"A","id":"z","type":"model"}],"first_id":"claude-a","has_more":false,"last_id":"z"}`
+	if got := list("Anthropic-Version", "2023-06-01"); got != want {
+		t.Errorf("got %s\nwant %s", got, want)
+	}
+	p.changeProject(`"policy":{"models":["gpt-b"]}`)
+	if got, want := list(), `{"data":[{"id":"gpt-b"},{"id":"b"},{"id":"gpt-a"}],"object":"list"}`; got != want {
+		t.Errorf("got %s\nwant %s", got, want)
 	}
 }
