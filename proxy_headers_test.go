@@ -144,10 +144,17 @@ func TestHead(t *testing.T) {
 			paths = append(paths, strings.NewReplacer("{", "", "}", "").Replace(e.pattern))
 		}
 	}
+	claude, claudeToken := p.addProject("claude", `"name":"claude"`)
+	p.manage("PATCH", "/manage/projects/"+claude, `{"policy":{"stateful":true}}`, 200, nil)
+	p.manage("POST", "/manage/projects/"+claude+"/upstreams", `{"name":"a","provider":"anthropic","base_url":"`+
+		p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
 	for _, path := range paths {
 		credential := p.token
-		if !strings.HasPrefix(path, "/v1/") {
+		switch {
+		case !strings.HasPrefix(path, "/v1/"):
 			credential = p.adminKey
+		case strings.HasPrefix(path, "/v1/messages"):
+			credential = claudeToken
 		}
 		get := p.do("GET", path, "", "Authorization", "Bearer "+credential)
 		head := p.do("HEAD", path, "", "Authorization", "Bearer "+credential)
