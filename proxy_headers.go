@@ -171,8 +171,10 @@ type crossOrigin struct {
 }
 
 // exposedHeaders are the answer headers that pages may read, besides those that browsers show anyway.
-const exposedHeaders = "X-LLM-Proxy-Request-ID, X-LLM-Proxy-Upstream, X-Request-ID, Request-ID, Retry-After, " +
-	"Retry-After-Ms, X-Should-Retry, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, " +
+const exposedHeaders = "X-LLM-Proxy-Request-ID, X-LLM-Proxy-Upstream, X-Request-ID, Request-ID, Apim-Request-ID, " +
+	"X-Ms-Request-ID, X-Amzn-RequestID, CF-Ray, Mistral-Correlation-ID, Retry-After, Retry-After-Ms, " +
+	"X-Ms-Retry-After-Ms, X-Codex-Turn-State, X-Models-ETag, X-Reasoning-Included, X-Should-Retry, " +
+	"X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, " +
 	"X-RateLimit-Reset-Requests, X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens, " +
 	"OpenAI-Processing-Ms, OpenAI-Version, OpenAI-Model, Content-Disposition, Content-Range, Accept-Ranges, ETag, " +
 	"Allow, Age, Cache-Status"

@@ -4,6 +4,7 @@ package main
 import (
 	"io"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -286,6 +287,27 @@ func TestCrossOriginPages(t *testing.T) {
 	}
 	if n := len(p.provider.received()); n > 0 {
 		t.Errorf("the provider got %d preflights", n)
+	}
+}
+
+// TestExposedHeaders: a page may read every header that the allow-list for answers names.
+func TestExposedHeaders(t *testing.T) {
+	t.Parallel()
+	readable := strings.Split(strings.ToLower(exposedHeaders), ", ")
+	readable = append(readable, "content-type", "content-length", "last-modified", // browsers show these
+		"content-encoding") // browsers decode it
+	n := 0
+	names := regexp.MustCompile(`"([A-Z][A-Za-z-]*[a-z])"`)
+	for _, m := range names.FindAllStringSubmatch(mustReadFile(t, "proxy_headers.go"), -1) {
+		if !allowResponseHeader(m[1]) {
+			continue
+		}
+		if n++; !slices.Contains(readable, strings.ToLower(m[1])) {
+			t.Errorf("a page may not read %s", m[1])
+		}
+	}
+	if n < 15 {
+		t.Errorf("only %d names were found", n)
 	}
 }
 
