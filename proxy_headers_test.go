@@ -136,6 +136,7 @@ func TestRewrittenListHasNoConditions(t *testing.T) {
 func TestHead(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
+	p.addUpstreamAt(p.provider, providerAnthropic, `"weight":1`)
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	p.provider.setScript(objectScript(`{"data":[]}`[:10]))
 	paths := []string{"/", "/healthz", "/readyz", "/metrics", "/manage/projects", "/manage/tokens/" + p.tokenID,
