@@ -112,7 +112,8 @@ const (
 	cacheBatchBytes   = 256 << 10 // of one transaction: the ledger waits for it
 	cacheBatchEntries = 64
 	cacheWriteDelay   = 100 * time.Millisecond
-	cacheRestFactor   = 30 // the writer rests that many times as long as it has worked
+	cacheRestFactor   = 30   // the writer rests that many times as long as it has worked
+	cachePurgePage    = 1000 // entries that a purge reads at a time
 	cacheSweepEvery   = 10 * time.Second
 	cacheReadTimeout  = 250 * time.Millisecond
 	cacheTouchEvery   = 60_000 // milliseconds after which another use of an answer is recorded
@@ -578,14 +579,14 @@ func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error)
 	c.mu.Lock()
 	c.purges.Add(1)
 	for _, e := range c.memory {
-		if a := e.Value.(*memoryEntry).cachedAnswer; f.matches(a) {
+		if a := e.Value.(*memoryEntry).cachedAnswer; f.matches(a.project, a.token, a.Model, a.StoredAt) {
 			deleted[a.key.id()] = struct{}{}
 			c.removeFromMemory(e)
 		}
 	}
 	c.queueBytes = 0
 	c.queue = slices.DeleteFunc(c.queue, func(a *cachedAnswer) bool {
-		if f.matches(a) {
+		if f.matches(a.project, a.token, a.Model, a.StoredAt) {
 			deleted[a.key.id()] = struct{}{}
 			return true
 		}
@@ -593,19 +594,46 @@ func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error)
 		return false
 	})
 	c.mu.Unlock()
+	err := c.purgeDisk(ctx, f, deleted)
+	return int64(len(deleted)), err
+}
+
+// purgeDisk deletes the answers that f describes on disk, and adds their ids to deleted. It looks for them where
+// nobody waits, and deletes few at a time: calls can be recorded in between. The caller has writing locked.
+func (c *responseCache) purgeDisk(ctx context.Context, f cacheFilter, deleted map[int64]struct{}) error {
+	after := cachePosition{token: f.token, size: -1}
+	if f.token == anyToken {
+		after.token = 1
+	}
 	for {
-		ids, bytes, err := c.store.deleteCached(ctx, f, cacheBatchEntries)
-		for _, id := range ids {
-			deleted[id] = struct{}{}
+		rows, err := c.store.cachedAfter(ctx, f.project, after, cachePurgePage)
+		if err != nil {
+			return err
 		}
-		if err != nil || len(ids) == 0 {
-			return int64(len(deleted)), err
+		var ids []int64
+		for i := range rows {
+			r := &rows[i]
+			if after = (cachePosition{r.token, r.size, r.id}); f.matches(r.project, r.token, r.model, r.storedAt) {
+				ids = append(ids, r.id)
+			}
 		}
-		c.forget(ids)
-		c.mu.Lock()
-		c.diskBytes -= bytes
-		c.mu.Unlock()
-		time.Sleep(time.Millisecond) // calls can be recorded in between
+		for batch := range slices.Chunk(ids, cacheBatchEntries) {
+			gone, bytes, err := c.store.deleteCached(ctx, batch)
+			if err != nil {
+				return err
+			}
+			for _, id := range gone {
+				deleted[id] = struct{}{}
+			}
+			c.forget(gone)
+			c.mu.Lock()
+			c.diskBytes -= bytes
+			c.mu.Unlock()
+			time.Sleep(time.Millisecond)
+		}
+		if len(rows) < cachePurgePage || f.token > 0 && after.token > f.token {
+			return nil
+		}
 	}
 }
 
@@ -617,7 +645,7 @@ func (c *responseCache) purgeUnreachable(ctx context.Context, f cacheFilter) {
 }
 
 // matches reports whether the filter describes an answer.
-func (f *cacheFilter) matches(a *cachedAnswer) bool {
-	return a.project == f.project && (f.token == 0 || f.token == a.token || f.token == anyToken && a.token != 0) &&
-		(f.model == "" || f.model == a.Model) && (f.storedBefore == 0 || a.StoredAt < f.storedBefore)
+func (f *cacheFilter) matches(project, token int64, model string, storedAt int64) bool {
+	return project == f.project && (f.token == 0 || f.token == token || f.token == anyToken && token != 0) &&
+		(f.model == "" || f.model == model) && (f.storedBefore == 0 || storedAt < f.storedBefore)
 }

@@ -453,3 +453,42 @@ func (p *testProxy) checkCacheButton(b *browser) {
 		p.t.Error("the audit trail does not show it")
 	}
 }
+
+// TestCachePurgeMany: a purge finds what it names among many answers, of equal and of different size, before and behind
+// what it leaves.
+func TestCachePurgeMany(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	st := p.instance.store
+	for _, c := range []struct {
+		f     cacheFilter
+		where string
+	}{
+		{cacheFilter{project: 1}, `project = 1`},
+		{cacheFilter{project: 1, token: 1}, `project = 1 AND token = 1`},
+		{cacheFilter{project: 1, token: 3}, `project = 1 AND token = 3`},
+		{cacheFilter{project: 1, token: 9}, `project = 1 AND token = 9`},
+		{cacheFilter{project: 1, token: anyToken}, `project = 1 AND token > 0`},
+		{cacheFilter{project: 1, model: "m1"}, `project = 1 AND model = 'm1'`},
+		{cacheFilter{project: 1, storedBefore: 40}, `project = 1 AND stored_at < 40`},
+		{cacheFilter{project: 1, token: 2, model: "m2", storedBefore: 2000},
+			`project = 1 AND token = 2 AND model = 'm2' AND stored_at < 2000`},
+	} {
+		p.execSQL(`DELETE FROM cache`)
+		p.execSQL(`WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)
+			INSERT INTO cache (id, project, token, model, stored_at, expires_at, used_at, size, answer)
+			SELECT random(), 1 + (i % 10 = 0), i % 4, 'm' || (i % 3), i, 9999999999999, 1,
+				CASE WHEN i % 2 = 0 THEN 1024 ELSE 1000 + i % 50 END, x'00' FROM n`)
+		count := func(where string) (n int64) {
+			if err := st.readDB.QueryRow(`SELECT count(*) FROM cache WHERE ` + where).Scan(&n); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		want := count(c.where)
+		n, err := p.instance.cache.purge(t.Context(), c.f)
+		if err != nil || n != want || count(c.where) != 0 || count(`true`) != 5000-want {
+			t.Errorf("%+v deleted %d of %d, and left %d of %d: %v", c.f, n, want, count(`true`), 5000-want, err)
+		}
+	}
+}

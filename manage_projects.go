@@ -621,7 +621,8 @@ type cacheModelView struct {
 
 const cacheReportDays = 30
 
-// getCache returns what is cached of a project, and what the cache has saved in 30 days, today included.
+// getCache returns what is cached of a project, and what the cache has saved in 30 days, today included. It leaves
+// out Models, which needs to read every entry.
 func (ops *operations) getCache(ctx context.Context, projectID string, now time.Time) (cacheView, error) {
 	p, err := ops.store.projectByID(ctx, projectID)
 	if err != nil {
@@ -631,18 +632,8 @@ func (ops *operations) getCache(ctx context.Context, projectID string, now time.
 	q := usageQuery{interval: "total", project: p.id, limit: 1,
 		from: today - (cacheReportDays-1)*dayMS, to: today + dayMS}
 	v := cacheView{Models: []cacheModelView{}, Since: timestamp(q.from)}
-	models, err := ops.store.cacheUsage(ctx, p.seq, now.UnixMilli())
-	if err != nil {
+	if v.Entries, v.Bytes, err = ops.store.cacheSize(ctx, p.seq); err != nil {
 		return v, err
-	}
-	for _, m := range models {
-		v.Entries, v.Bytes = v.Entries+m.entries, v.Bytes+m.bytes
-		v.Models = append(v.Models, cacheModelView{m.model, m.entries, m.bytes, timestamp(m.oldestStoredAt)})
-	}
-	if len(models) == maxCacheModels { // there may be more
-		if v.Entries, v.Bytes, err = ops.store.cacheSize(ctx, p.seq); err != nil {
-			return v, err
-		}
 	}
 	sums, err := ops.store.usage(ctx, q)
 	for _, s := range sums {
@@ -655,7 +646,19 @@ func (ops *operations) getCache(ctx context.Context, projectID string, now time.
 }
 
 func (api *manageAPI) getCache(r *manageRequest) (any, error) {
-	return api.ops.getCache(r.ctx, r.pathValue("id"), r.now)
+	v, err := api.ops.getCache(r.ctx, r.pathValue("id"), r.now)
+	if err != nil || v.Entries == 0 {
+		return v, err
+	}
+	p, err := api.store.projectByID(r.ctx, r.pathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	models, err := api.store.cacheUsage(r.ctx, p.seq)
+	for _, m := range models {
+		v.Models = append(v.Models, cacheModelView{m.model, m.entries, m.bytes, timestamp(m.oldestStoredAt)})
+	}
+	return v, err
 }
 
 const actionEmptyCache = "cache.empty"

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
@@ -363,20 +364,38 @@ type cacheUsage struct {
 const maxCacheModels = 1000
 
 // cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
-func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
+func (s *store) cacheUsage(ctx context.Context, project int64) ([]cacheUsage, error) {
 	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
 		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
-	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
-		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
+	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ?
+		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, maxCacheModels)
 }
 
-// deleteCached deletes up to limit of the answers that f describes, and returns their ids and bytes.
-func (s *store) deleteCached(ctx context.Context, f cacheFilter, limit int) (ids []int64, bytes int64, err error) {
+// A cachePosition is a position in the list of a project's cached answers, which the index cache_project orders.
+type cachePosition struct{ token, size, id int64 }
+
+// cachedAfter returns up to limit of a project's cached answers behind a position, without the answers themselves.
+func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosition, limit int) ([]cacheRow, error) {
+	return collect(ctx, s.readDB, "listing cached answers", func(r *cacheRow) []any {
+		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.storedAt}
+	}, `
+		SELECT * FROM (SELECT id, project, token, size, model, stored_at FROM cache
+			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5)
+		UNION ALL
+		SELECT * FROM (SELECT id, project, token, size, model, stored_at FROM cache
+			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5)
+		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
+		project, after.token, after.size, after.id, limit)
+}
+
+// deleteCached deletes answers, and returns the ids of those that were there, and their bytes.
+func (s *store) deleteCached(ctx context.Context, ids []int64) (deleted []int64, bytes int64, err error) {
+	list, err := json.Marshal(ids)
+	if err != nil {
+		return nil, 0, fmt.Errorf("deleting cached answers: %w", err)
+	}
 	return s.deleteCacheRows(ctx, `
-		DELETE FROM cache WHERE id IN (SELECT id FROM cache WHERE project = ?1
-			AND (?2 = 0 OR token = ?2 OR ?2 = -1 AND token > 0) AND (?3 = '' OR model = ?3)
-			AND (?4 = 0 OR stored_at < ?4) LIMIT ?5)
-		RETURNING id, size`, f.project, f.token, f.model, f.storedBefore, limit)
+		DELETE FROM cache WHERE id IN (SELECT value FROM json_each(?)) RETURNING id, size`, string(list))
 }
 
 // deleteExpiredCached deletes up to limit answers that expire at now or earlier.
