@@ -654,7 +654,7 @@ func (api *manageAPI) getCache(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	models, err := api.store.cacheUsage(r.ctx, p.seq)
+	models, err := api.store.cacheUsage(r.ctx, p.seq, r.now.UnixMilli())
 	for _, m := range models {
 		v.Models = append(v.Models, cacheModelView{m.model, m.entries, m.bytes, timestamp(m.oldestStoredAt)})
 	}

@@ -364,11 +364,11 @@ type cacheUsage struct {
 const maxCacheModels = 1000
 
 // cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
-func (s *store) cacheUsage(ctx context.Context, project int64) ([]cacheUsage, error) {
+func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
 	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
 		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
-	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ?
-		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, maxCacheModels)
+	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
+		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
 }
 
 // A cachePosition is a position in the list of a project's cached answers, which the index cache_project orders.
