@@ -638,4 +638,16 @@ func (s *streamCheck) problem(p []byte) string {
 	return ""
 }
 
-const errorInStream = "sent an error in the stream"
+// A streamError says why an answer cannot be used. None of it has reached the client.
+type streamError struct{ problem string }
+
+func (e *streamError) Error() string { return "the provider " + e.problem }
+
+const (
+	errorInStream = "sent an error in the stream"
+	noAnswer      = "sent an empty answer"
+	noFirstEvent  = "ended the stream before its first event"
+	notJSON       = "sent an event that is not JSON"
+	unfinished    = "ended its answer in the middle"
+	htmlPage      = "sent a page instead of an answer"
+)

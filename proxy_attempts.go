@@ -89,8 +89,8 @@ func (t *attempts) outcomeUnknown(res *http.Response, err error) bool {
 		e, said := errors.AsType[*streamError](err) // said: the provider itself says that the call failed
 		return t.connected.Load() && !(said && e.problem == errorInStream)
 	}
-	return res.StatusCode == http.StatusBadGateway || res.StatusCode == http.StatusGatewayTimeout ||
-		res.StatusCode == 520 || res.StatusCode == 524 // of Cloudflare
+	status := cmp.Or(t.current.fault.status, res.StatusCode)
+	return slices.Contains([]int{http.StatusBadGateway, http.StatusGatewayTimeout, 520, 524}, status) // Cloudflare
 }
 
 // attempt makes one attempt at the call's upstream and counts it. The attempt stays current until it ends.
@@ -212,7 +212,7 @@ func (a *attempt) readStart(res *http.Response) error {
 		peekBody(res)
 	case res.StatusCode == http.StatusOK && a.t.merged != nil:
 		return a.readModelPage(res)
-	case res.StatusCode != http.StatusOK || res.Request.Method == http.MethodHead:
+	case res.StatusCode >= 300 || res.StatusCode == http.StatusNoContent || res.Request.Method == http.MethodHead:
 	case a.t.c.bufferStream && mediaType(res.Header.Get("Content-Type")) == "text/event-stream":
 		return a.bufferStream(res)
 	case a.hasSpare:
@@ -229,7 +229,7 @@ func (a *attempt) readStart(res *http.Response) error {
 func (a *attempt) chooseTimeout() time.Duration {
 	settings, c, most := &a.upstream.settings, a.t.c, a.t.p.cfg.upstreamTimeout
 	stream, alternative := c.fields.stream, a.t.hasAlternative()
-	a.hasSpare = alternative || a.t.slow.upstream != nil
+	a.hasSpare = a.t.hasNext() || a.t.slow.upstream != nil
 	switch {
 	case settings.AnswerMS > 0 && !stream && c.replayable() && (a.t.merged == nil || !alternative):
 		return min(most, time.Duration(settings.AnswerMS)*time.Millisecond)
@@ -548,7 +548,12 @@ func (t *attempts) finish(row *requestRow, now int64) {
 // hasAlternative reports whether the call could go on to another upstream or model now, if its provider had it and
 // did not answer.
 func (t *attempts) hasAlternative() bool {
-	if !t.retryable() || t.c.attemptCount >= maxAttempts || billedWithoutUsage(t.c.endpoint.name()) {
+	return !billedWithoutUsage(t.c.endpoint.name()) && t.hasNext()
+}
+
+// hasNext reports whether the call could go on to another upstream or model now, if its provider said that it failed.
+func (t *attempts) hasNext() bool {
+	if !t.retryable() || t.c.attemptCount >= maxAttempts {
 		return false
 	}
 	want := t.criteria()

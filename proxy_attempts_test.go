@@ -1406,6 +1406,9 @@ func TestBilledCallsOnce(t *testing.T) {
 		{"too many", script(replyScript(429, `{}`)), [2]int{1, 1}, 200},
 		{"refused", script(replyScript(401, `{}`)), [2]int{1, 1}, 200},
 		{"failed", script(replyScript(500, `{}`)), [2]int{2, 1}, 200},
+		{"failed with status 200", script(replyScript(200, `{"error":{"code":500}}`)), [2]int{2, 1}, 200},
+		{"no credit, with status 200", script(replyScript(200, `{"error":{"code":"insufficient_quota"}}`)),
+			[2]int{1, 1}, 200},
 		{"no connection", func(p *testProxy) {
 			closed, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {

@@ -381,7 +381,8 @@ func saysTooLong(text string) bool {
 		return slices.ContainsFunc(words, func(word string) bool { return strings.Contains(text, word) })
 	}
 	beyond := has("exceed", "too long", "too large", "longer than", "greater than", "larger than", "overflow",
-		"at most", "too many", "over the", "beyond", "maximum", "supports up to", "must be", "must have", "should be")
+		"at most", "too many", "more than", "over the", "beyond", "maximum", "supports up to", "must be",
+		"must have", "should be")
 	tokens := has("token", "context")
 	switch {
 	case has("string too long") || strings.HasPrefix(strings.TrimLeft(text, "`'\""), "max_"):
@@ -393,11 +394,14 @@ func saysTooLong(text string) bool {
 	case has("prompt is too long", "prompt too long", "input is too long", "input too long", "inputs are too long",
 		"request is too long", "messages are too long", "conversation is too long", "prompt exceeds max",
 		"prompt tokens too long", "reduce the length of the messages", "reduce the length of the prompt",
-		"reduce the length of your", "reduce your prompt", "shorten your prompt", "shorten your input"):
+		"reduce the length of your", "reduce your prompt", "shorten your prompt", "shorten your input",
+		"message you submitted was too long"):
 		return true
 	case tokens && beyond && has("input token count", "token count", "input tokens", "prompt tokens",
 		"number of tokens in the prompt", "model token limit", "total number of tokens", "too many tokens",
-		"input length", "prompt length", "`inputs` must have", "`inputs` tokens", "max size"):
+		"`inputs` must have", "`inputs` tokens", "max size", "tokens in request", "total tokens"),
+		tokens && has("supports a maximum of") && has("provided", "prompt", "input"),
+		beyond && has("input length", "prompt length", "total length of messages"):
 		return true
 	}
 	return false
@@ -475,19 +479,6 @@ func saysNoModel(text string) bool {
 	_, rest, _ = strings.Cut(rest, end)
 	return absent(strings.TrimLeft(rest, " "))
 }
-
-// A streamError says why an answer cannot be used. None of it has reached the client.
-type streamError struct{ problem string }
-
-func (e *streamError) Error() string { return "the provider " + e.problem }
-
-const (
-	noAnswer     = "sent an empty answer"
-	noFirstEvent = "ended the stream before its first event"
-	notJSON      = "sent an event that is not JSON"
-	unfinished   = "ended its answer in the middle"
-	htmlPage     = "sent a page instead of an answer"
-)
 
 // An answerCheck looks at the beginning of an answer with status 200 that could still be replaced by another
 // upstream's. Its result is problem and errorText; without both, the answer has begun well.

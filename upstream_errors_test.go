@@ -154,6 +154,12 @@ func TestTooLongWordings(t *testing.T) {
 		"input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000, decrease input length " +
 			"or `max_tokens`",
 		"Prompt exceeds max length",
+		"Input length 10000 exceeds maximum length 8192",
+		"This model supports a maximum of 32768 tokens, but 40000 were provided",
+		"tokens in request more than max tokens allowed",
+		"Total tokens of image and text exceed max message tokens",
+		"Total length of messages exceeds limit",
+		"The message you submitted was too long, please submit something shorter.",
 	}
 	other := []string{
 		"Invalid 'user': string too long. Expected a string with maximum length 64, but got one of 99 instead.",
@@ -164,6 +170,8 @@ func TestTooLongWordings(t *testing.T) {
 		"image is too large: the maximum is 5 MB",
 		"Too many requests. Please wait and try again.",
 		"tools: too many tools, the maximum number is 128.",
+		"This model supports a maximum of 16384 output tokens, but 100000 were requested",
+		"Total length of stop sequences exceeds limit",
 	}
 	for i, text := range slices.Concat(tooLong, other) {
 		want := i < len(tooLong)
@@ -447,6 +455,8 @@ func status200Cases() []status200Case {
 		failsOver("JSON error", false, chunked("application/json", `{"error":{"code":502,"message":"lost"}}`),
 			"ready", 2),
 		failsOver("JSON error as text", false, chunked("text/plain", ` {"id":null,"error":"x"}`), "ready", 2),
+		failsOver("JSON error with status 202", false, strings.Replace(chunked("application/json",
+			`{"error":{"code":"server_error"}}`), "200 OK", "202 Accepted", 1), "ready", 2),
 		failsOver("JSON quota", false, chunked("", `{"error":{"code":"insufficient_quota"}}`), "exhausted", 1),
 		failsOver("page", false, chunked("text/html", html), "ready", 2),
 		failsOver("page as JSON", true, chunked("application/json", html), "ready", 2),
