@@ -160,6 +160,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/prices", roleViewer, api.listPrices, []string{"model", "provider"}},
 		{"POST /manage/prices", roleAdmin, withInput(fields.price, api.setPrice), nil},
 		{"GET /manage/prices/list", roleViewer, api.listListPrices, pageParams("search", "provider")},
+		{"GET /manage/prices/unpriced", roleViewer, api.listUnpriced, nil},
 		{"POST /manage/prices/simulate", roleViewer, api.simulate, nil},
 		{"DELETE /manage/prices/{id}", roleAdmin, api.deletePrice, nil},
 		{"GET /manage/audit", roleAdmin, api.listAudit, pageParams("actor", "action", "object", "from", "to")},

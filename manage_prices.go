@@ -296,6 +296,34 @@ func (api *manageAPI) listListPrices(r *manageRequest) (any, error) {
 	}, func(**price) string { return formatCursor(position, "") }), nil
 }
 
+// An unpricedModel is a model that had calls without a known cost.
+type unpricedModel struct {
+	Model         string `json:"model"` // "": names without sums of their own
+	Calls         int64  `json:"calls"`
+	UnpricedCalls int64  `json:"unpriced_calls"`
+	InputTokens   int64  `json:"input_tokens"` // of all its calls
+	OutputTokens  int64  `json:"output_tokens"`
+}
+
+// listUnpriced returns the models of the last 30 days that had calls without a known cost, most calls first.
+func (api *manageAPI) listUnpriced(r *manageRequest) (any, error) {
+	to := r.now.UnixMilli()
+	from := to - 30*dayMS
+	rows, err := api.store.usage(r.ctx, usageQuery{interval: "total", byModel: true, from: from - from%dayMS, to: to,
+		limit: maxUsageRows})
+	out := listPage[unpricedModel]{Data: []unpricedModel{}}
+	for i := range rows {
+		if u := &rows[i]; u.unpriced > 0 {
+			out.Data = append(out.Data, unpricedModel{Model: u.model, Calls: u.calls, UnpricedCalls: u.unpriced,
+				InputTokens: u.input, OutputTokens: u.output})
+		}
+	}
+	slices.SortStableFunc(out.Data, func(a, b unpricedModel) int {
+		return cmp.Compare(b.UnpricedCalls, a.UnpricedCalls)
+	})
+	return out, err
+}
+
 func (api *manageAPI) setPrice(r *manageRequest, in priceInput) (any, error) {
 	p, err := api.ops.setPrice(r.ctx, r.origin, in)
 	return created{newPriceView(&p)}, err

@@ -422,3 +422,26 @@ func TestPricesCommand(t *testing.T) {
 		}
 	}
 }
+
+// TestUnpricedModels: what lacks a price can be listed.
+func TestUnpricedModels(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.chat()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list"))
+	})
+	body := strings.Replace(chatBody(), "gpt-4o-mini", "in-no-list", 1)
+	p.do("POST", chatPattern, body, p.jsonHeaders()...)
+	p.waitSettled()
+	var l struct {
+		Data []struct {
+			Model    string
+			Unpriced int64 `json:"unpriced_calls"`
+		}
+	}
+	p.manage("GET", "/manage/prices/unpriced", "", 200, &l)
+	if len(l.Data) != 1 || l.Data[0].Model != "in-no-list" || l.Data[0].Unpriced != 1 {
+		t.Errorf("the models without a price: %+v", l.Data)
+	}
+}

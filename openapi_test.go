@@ -572,6 +572,12 @@ func (c responseTest) checkCallResponses() {
 		`"routing":{"aliases":{"gpt-4o-mini":["gpt-4o-mini"]}}}`, 200, nil)
 	c.chat()
 	c.chat(`"stream":true`)
+	c.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list"))
+	})
+	c.do("POST", chatPattern, strings.Replace(chatBody(), "gpt-4o-mini", "in-no-list", 1), c.jsonHeaders()...)
+	c.waitSettled()
+	c.call("GET", "/manage/prices/unpriced", "", 200)
 	second, _ := c.addUpstream(`"priority":1`)
 	c.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(429, "{}") })
 	c.chat() // with two attempts
