@@ -387,8 +387,8 @@ func TestAdminHostileText(t *testing.T) {
 		}
 		var b strings.Builder
 		for _, tag := range tags {
-			if slices.Contains([]string{"text", "line", "path", "circle", "rect", "g", "title"}, tag.name) {
-				continue // a chart's axis depends on how long calls took
+			if slices.Contains([]string{"svg", "text", "line", "path", "circle", "rect", "g", "title"}, tag.name) {
+				continue // a chart depends on how long calls took; no payload passes unescaped, see below
 			}
 			b.WriteString(tag.name + " " + strings.Join(slices.Sorted(maps.Keys(tag.attrs)), " ") + "\n")
 		}
