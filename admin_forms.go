@@ -73,7 +73,7 @@ func fieldOptions(name string) []option {
 
 func providerOptions() []option {
 	return options(providerOpenAI, "OpenAI", providerAnthropic, "Anthropic", providerAzure, "Azure OpenAI",
-		providerCompatible, "Other, OpenAI-compatible")
+		providerGoogle, "Google (Gemini)", providerCompatible, "Other, OpenAI-compatible")
 }
 
 // storedValues returns what the fields of a form start with, from an object as operations return it.

@@ -317,7 +317,8 @@ func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := routePageView{Project: project, APIs: options("openai", "OpenAI", "anthropic", "Anthropic")}
+	v := routePageView{Project: project,
+		APIs: options("openai", "OpenAI", "anthropic", "Anthropic", "gemini", "Gemini")}
 	page := showPage("route", "Test routing in "+project.Name, &v)
 	if r.query.Get("model") == "" {
 		return page, nil

@@ -122,8 +122,15 @@ func newCallRunner(t *testing.T, c *callCase) *callRunner {
 	if fields, ok := c.settings["add upstream"]; ok {
 		p.manage("POST", upstreams, provider+strings.TrimPrefix(fields, "{"), 201, nil)
 	}
-	if c.settings["provider"] == "anthropic" {
+	switch c.settings["provider"] {
+	case "anthropic":
 		p.manage("POST", upstreams, provider+`"name":"claude","provider":"anthropic"}`, 201, nil)
+	case "google":
+		google := fmt.Sprintf(`{"base_url":"%s","api_key":%q,"name":"gemini","provider":"google",`+
+			`"rewrite":{"team-model":"gemini-2.5-flash"}}`, p.provider.url, p.provider.key)
+		p.manage("POST", upstreams, google, 201, nil)
+	}
+	if c.settings["provider"] != "" {
 		p.manage("DELETE", upstreams+"/"+p.upstream, "", 200, nil)
 	}
 	if fields, ok := c.settings["project"]; ok {

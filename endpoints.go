@@ -6,9 +6,7 @@ package main
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"net/url"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -29,7 +27,8 @@ const (
 const (
 	apiOpenAI apiFamily = iota
 	apiAnthropic
-	apiAny // providers of both families have it
+	apiGemini // Google's own
+	apiAny    // providers of the first two have it
 )
 
 const (
@@ -77,10 +76,11 @@ type endpointRow struct {
 	flags            endpointFlags
 }
 
-// The tables follow OpenAI's specification of 2026-08-21 and Anthropic's API. They never change. Operations that hand
-// out credentials of the provider account (realtime and chatkit sessions) or administer it (organization, projects,
-// webhook endpoints) must never be in them. Sessions of agents and of live audio need a WebSocket, which the proxy does
-// not carry. Assistants, threads and evals are deprecated by OpenAI; their rows remain for providers that have them.
+// The tables follow OpenAI's specification of 2026-08-21, Anthropic's API and Gemini's. They never change. Operations
+// that hand out credentials of the provider account (realtime and chatkit sessions) or administer it (organization,
+// projects, webhook endpoints) must never be in them. Sessions of agents and of live audio need a WebSocket, which the
+// proxy does not carry. Assistants, threads and evals are deprecated by OpenAI; their rows remain for providers that
+// have them.
 
 // inferenceEndpoints are on by default.
 var inferenceEndpoints = []endpointRow{
@@ -101,6 +101,11 @@ var inferenceEndpoints = []endpointRow{
 	{"POST", "/v1/responses/input_tokens", bodyJSON, meterNone, flagNeedsModel},
 	{"POST", "/v1/messages", bodyJSON, meterAnthropic, flagAnthropic | flagNeedsModel},
 	{"POST", "/v1/messages/count_tokens", bodyJSON, meterNone, flagAnthropic | flagNeedsModel},
+	{"POST", "/v1beta/models/{model}:batchEmbedContents", bodyJSON, meterEmbeddings, flagModelInPath | flagNeedsModel},
+	{"POST", "/v1beta/models/{model}:countTokens", bodyJSON, meterNone, flagModelInPath | flagNeedsModel},
+	{"POST", "/v1beta/models/{model}:embedContent", bodyJSON, meterEmbeddings, flagModelInPath | flagNeedsModel},
+	{"POST", "/v1beta/models/{model}:generateContent", bodyJSON, meterGemini, flagModelInPath | flagNeedsModel},
+	{"POST", "/v1beta/models/{model}:streamGenerateContent", bodyJSON, meterGemini, flagModelInPath | flagNeedsModel},
 }
 
 // statefulEndpoints are off unless a project turns them on: all tokens of one provider key share their objects.
@@ -212,14 +217,28 @@ var (
 const (
 	chatPattern = "/v1/chat/completions"
 	modelPrefix = "/v1/models/"
+
+	geminiPrefix      = "/v1beta/" // of every path of Gemini's API
+	geminiModelPrefix = geminiPrefix + "models/"
 )
+
+// isAPIPath reports whether a path is one of the APIs that the proxy forwards.
+func isAPIPath(path string) bool {
+	return strings.HasPrefix(path, "/v1/") || strings.HasPrefix(path, geminiPrefix)
+}
+
+// hasModelPrefix reports whether a path contains the name of a model.
+func hasModelPrefix(path string) bool {
+	return strings.HasPrefix(path, modelPrefix) || strings.HasPrefix(path, geminiModelPrefix)
+}
 
 // An endpointTable finds endpoints. It is immutable.
 type endpointTable struct {
 	static       map[string]*methodSet // by pattern, for those without an id
 	root         pathNode              // all patterns but those with a model, by segment
 	list         []*endpoint
-	modelMethods methodSet // /v1/models/{model}, where the model may contain slashes
+	modelMethods methodSet             // /v1/models/{model}, where the model may contain slashes
+	gemini       map[string]*methodSet // /v1beta/models/{model}, by what follows the model, such as ":countTokens"
 }
 
 // A methodSet has all methods of one pattern.
@@ -245,7 +264,7 @@ type endpointMatch struct {
 }
 
 func newEndpointTable() *endpointTable {
-	t := &endpointTable{static: make(map[string]*methodSet)}
+	t := &endpointTable{static: make(map[string]*methodSet), gemini: make(map[string]*methodSet)}
 	t.add(classInference, inferenceEndpoints)
 	t.add(classStateful, statefulEndpoints)
 	return t
@@ -266,10 +285,12 @@ func (t *endpointTable) add(class endpointClass, rows []endpointRow) {
 				e.api = apiAnthropic
 			case r.flags&flagAnyAPI != 0:
 				e.api = apiAny
+			case strings.HasPrefix(r.pattern, geminiPrefix):
+				e.api = apiGemini
 			}
 			t.list = append(t.list, e)
 			if e.modelInPath {
-				t.modelMethods.add(e)
+				t.methodsOfModel(e.pattern).add(e)
 				continue
 			}
 			n := t.root.findOrAdd(e.pattern)
@@ -279,6 +300,18 @@ func (t *endpointTable) add(class endpointClass, rows []endpointRow) {
 			}
 		}
 	}
+}
+
+// methodsOfModel returns the methods of a pattern with a model.
+func (t *endpointTable) methodsOfModel(pattern string) *methodSet {
+	verb, ok := strings.CutPrefix(pattern, geminiModelPrefix+"{model}")
+	if !ok {
+		return &t.modelMethods
+	}
+	if t.gemini[verb] == nil {
+		t.gemini[verb] = &methodSet{}
+	}
+	return t.gemini[verb]
 }
 
 // all returns every endpoint, in the order of the tables.
@@ -348,6 +381,9 @@ func (t *endpointTable) match(method string, u *url.URL) (endpointMatch, error) 
 		}
 		return t.modelMethods.forMethod(method, path, model)
 	}
+	if rest, ok := strings.CutPrefix(escaped, geminiModelPrefix); ok {
+		return t.matchGemini(method, rest)
+	}
 	rest, ok := strings.CutPrefix(escaped, "/")
 	if !ok {
 		return endpointMatch{}, errNoEndpoint
@@ -364,6 +400,21 @@ func (t *endpointTable) match(method string, u *url.URL) (endpointMatch, error) 
 		}
 	}
 	return n.methods.forMethod(method, string(path), "")
+}
+
+// matchGemini is match for what follows /v1beta/models/: the model, and after a colon what to do with it. The model's
+// name has no colon and no slash, escaped or not: a server that unescapes the path first would find another method.
+func (t *endpointTable) matchGemini(method, rest string) (endpointMatch, error) {
+	name, verb := rest, ""
+	if i := strings.IndexByte(rest, ':'); i >= 0 {
+		name, verb = rest[:i], rest[i:]
+	}
+	s := t.gemini[verb]
+	_, model, ok := parseModelPath(name)
+	if s == nil || !ok || strings.ContainsAny(model, ":/") {
+		return endpointMatch{}, errNoEndpoint
+	}
+	return s.forMethod(method, geminiModelPrefix+rest, model)
 }
 
 // isValidID reports whether s is 1 to 128 letters, digits and "_-.", and cannot be read as a dot segment.
@@ -409,6 +460,14 @@ func isUnsafeInPath(r rune) bool {
 	return r == '%' || r == '\\' || r == utf8.RuneError || unicode.IsControl(r)
 }
 
+// pathForModel returns the outbound path for another model than the client's, which path has.
+func (e *endpoint) pathForModel(model, path string) string {
+	if e.api == apiGemini {
+		return strings.Replace(e.pattern, "{model}", strings.ReplaceAll(url.PathEscape(model), ":", "%3A"), 1)
+	}
+	return modelOutboundPath(model, path)
+}
+
 // modelOutboundPath returns the outbound path of a model, or path if no path can hold the model's name.
 func modelOutboundPath(name, path string) string {
 	if p, _, ok := parseModelPath(strings.ReplaceAll(url.PathEscape(name), "%2F", "/")); ok {
@@ -417,108 +476,20 @@ func modelOutboundPath(name, path string) string {
 	return path
 }
 
-// queryParams are the query parameters of the operations above; true means that one may be repeated. model is
-// not among them: with a provider that takes it there, it would bypass the model check. See checkQuery.
-var queryParams = map[string]bool{
-	"after": false, "before": false, "after_id": false, "before_id": false, "starting_after": false,
-	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
-	"name": false, "variant": false, "run_id": false, "group_id": false, "project_id": false, "user": false,
-	"stream": false, "include_obfuscation": false, "beta": false, "include": true, "include[]": true,
-	"page": false, "source": false, clientVersion: false, azureVersion: false,
-}
-
-// clientVersion is a query parameter of Codex. It asks GET /v1/models for the provider's own description of the models
-// that this version of Codex can use: {"models":[{"slug":…}]}. Such lists are not merged.
-const clientVersion = "client_version"
-
-// azureVersion is a query parameter of Azure's own: no other provider gets it.
-const azureVersion = "api-version"
-
-const maxQueryLen = 2 << 10
-
-// checkQuery checks that a query has one reading and known parameters only: queryParams, metadata[key], and model
-// for the list of stored chat completions, whose model it returns. Such a query goes up as it is. For any other it
-// returns a *bodyError that names the parameter.
-func checkQuery(raw string, e *endpoint) (model string, err error) {
-	if raw == "" {
-		return "", nil
-	}
-	switch {
-	case len(raw) > maxQueryLen:
-		return "", &bodyError{"", fmt.Sprintf("The query string is longer than %d bytes.", maxQueryLen)}
-	case strings.Contains(raw, ";"):
-		return "", &bodyError{"", "The query string contains ';', which some servers treat as a separator."}
-	case strings.Contains(raw, "#"):
-		return "", &bodyError{"", "The query string contains '#', which ends it for some servers. Send %23."}
-	}
-	seen := make(map[string]bool)
-	for pair := range strings.SplitSeq(raw, "&") {
-		if pair == "" {
-			continue
-		}
-		rawName, rawValue, _ := strings.Cut(pair, "=")
-		name, err1 := url.QueryUnescape(rawName)
-		value, err2 := url.QueryUnescape(rawValue)
-		if err1 != nil || err2 != nil {
-			return "", &bodyError{"", fmt.Sprintf("The query parameter %+q contains a bad escape.", rawName)}
-		}
-		repeatable, known := queryParams[name]
-		known = known || isMetadataParam(name) || name == "metadata" && value == "null" // objects without metadata
-		isModel := name == "model" && e.name() == "GET "+chatPattern
-		switch {
-		case !known && !isModel:
-			return "", &bodyError{name, fmt.Sprintf("Unknown query parameter %+q.", name)}
-		case seen[name] && !repeatable:
-			return "", &bodyError{name, fmt.Sprintf("Repeated query parameter %+q.", name)}
-		case !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl):
-			return "", &bodyError{name, fmt.Sprintf("The query parameter %+q contains an invalid character.", name)}
-		}
-		seen[name] = true
-		if isModel {
-			var f callFields
-			if err := f.setModel([]byte(value)); err != nil {
-				return "", err
-			}
-			model = f.model
-		}
-	}
-	return model, nil
-}
-
-// hasParam reports whether a query that checkQuery has passed has a parameter.
-func hasParam(query, name string) bool {
-	if query == "" {
-		return false
-	}
-	values, err := url.ParseQuery(query)
-	return err == nil && values.Has(name)
-}
-
-// withoutAzureVersion returns a query without the parameter azureVersion, for an upstream that is not Azure's.
-func withoutAzureVersion(query string) string {
-	if !hasParam(query, azureVersion) {
-		return query
-	}
-	isVersion := func(pair string) bool { return hasParam(pair, azureVersion) }
-	pairs := slices.DeleteFunc(strings.Split(query, "&"), isVersion)
-	return strings.Join(pairs, "&")
-}
-
-// isMetadataParam reports whether name is metadata[key], which filters a list.
-func isMetadataParam(name string) bool {
-	key, ok := strings.CutPrefix(name, "metadata[")
-	key, closed := strings.CutSuffix(key, "]")
-	return ok && closed && key != "" && len(key) <= 64 && isAlphanumericOr(key, "_-. ")
-}
-
 // hasEndMarker reports whether a complete stream of this endpoint ends with a marker.
 func (e *endpoint) hasEndMarker() bool {
 	switch e.pattern {
 	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
 		return true
 	}
-	return false
+	return e.streams()
 }
+
+// streams reports whether the endpoint's answers are always streams.
+func (e *endpoint) streams() bool { return strings.HasSuffix(e.pattern, ":streamGenerateContent") }
+
+// isAboutModel reports whether the endpoint shows or deletes a model, and does not run it.
+func (e *endpoint) isAboutModel() bool { return e.modelInPath && !e.needsModel }
 
 // responsePattern is the path of a stored response.
 const responsePattern = "/v1/responses/{response_id}"
@@ -530,7 +501,7 @@ func (e *endpoint) showsResponse() bool {
 
 // hasOutputTokens reports whether answers of the endpoint have output tokens.
 func (e *endpoint) hasOutputTokens() bool {
-	return e.meter != meterNone && e.pattern != "/v1/embeddings" && e.pattern != "/v1/audio/speech"
+	return e.meter != meterNone && e.meter != meterEmbeddings && e.pattern != "/v1/audio/speech"
 }
 
 // A costBound is what a call may cost at most, in nano-dollars.

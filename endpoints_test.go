@@ -146,6 +146,10 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 		[3]string{"GET", "/v1/messages/batches", "stateful"}, [3]string{"POST", "/v1/messages/batches", "stateful"},
 		[3]string{"GET", batch, "stateful"}, [3]string{"DELETE", batch, "stateful"},
 		[3]string{"POST", batch + "/cancel", "stateful"}, [3]string{"GET", batch + "/results", "stateful"})
+	for _, verb := range []string{"batchEmbedContents", "countTokens", "embedContent", "generateContent",
+		"streamGenerateContent"} {
+		operations = append(operations, [3]string{"POST", "/v1beta/models/{model}:" + verb, "inference"})
+	}
 	want, paths := map[string]string{}, map[string]bool{}
 	for _, o := range operations {
 		paths[o[1]] = true
@@ -187,7 +191,7 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 // TestEndpointTable: the rows are consistent in themselves.
 func TestEndpointTable(t *testing.T) {
 	t.Parallel()
-	wellFormed := regexp.MustCompile(`^/v1(/[a-z_]+|/\{[a-z_]+\})+$`)
+	wellFormed := regexp.MustCompile(`^(/v1(/[a-z_]+|/\{[a-z_]+\})+|/v1beta/models/\{model\}:[a-zA-Z]+)$`)
 	isOfBoth := regexp.MustCompile(`^/v1/(files|skills)(/|$)`) // objects that both OpenAI and Anthropic have
 	seen := map[string]bool{}
 	for _, e := range newEndpointTable().all() {
@@ -205,6 +209,7 @@ func TestEndpointTable(t *testing.T) {
 			"wrong addUsage": e.addUsage !=
 				(name == "POST /v1/chat/completions" || name == "POST /v1/completions"),
 			"wrong API family": (e.api == apiAnthropic) != strings.HasPrefix(e.pattern, "/v1/messages") ||
+				(e.api == apiGemini) != strings.HasPrefix(e.pattern, "/v1beta/") ||
 				(e.api == apiAny) != (e.method == "GET" && e.class == classInference ||
 					isOfBoth.MatchString(e.pattern)),
 		} {
@@ -213,6 +218,51 @@ func TestEndpointTable(t *testing.T) {
 			}
 		}
 		seen[name] = true
+	}
+}
+
+// TestMatchGemini: the model and the method are read in one way only, and another model is put into the same path.
+func TestMatchGemini(t *testing.T) {
+	t.Parallel()
+	table := newEndpointTable()
+	for target, model := range map[string]string{
+		"/v1beta/models/gemini-2.5-flash:generateContent":        "gemini-2.5-flash",
+		"/v1beta/models/gemini-2.5-flash:streamGenerateContent":  "gemini-2.5-flash",
+		"/v1beta/models/gemini%20x:countTokens":                  "gemini x",
+		"/v1beta/models/text-embedding-004:embedContent":         "text-embedding-004",
+		"/v1beta/models/gemini-embedding-001:batchEmbedContents": "gemini-embedding-001",
+	} {
+		m, err := table.match("POST", parseTarget(t, target))
+		if err != nil || m.model != model || m.path != target || m.endpoint.api != apiGemini || !m.endpoint.needsModel {
+			t.Errorf("%s: got %+v, %v", target, m, err)
+			continue
+		}
+		verb := target[strings.IndexByte(target, ':'):]
+		for name, want := range map[string]string{"gemini-3": "gemini-3", "a/b:c d": "a%2Fb%3Ac%20d", "..": ".."} {
+			if got := m.endpoint.pathForModel(name, m.path); got != "/v1beta/models/"+want+verb {
+				t.Errorf("%s as %s: got %s", target, name, got)
+			}
+		}
+		if _, err := table.match("GET", parseTarget(t, target)); err != errWrongMethod {
+			t.Errorf("GET %s: got %v", target, err)
+		}
+	}
+	for _, target := range []string{
+		"/v1beta/models/:generateContent", "/v1beta/models/a", "/v1beta/models", "/v1beta/", "/v1beta/models/a:",
+		"/v1beta/models/a:generatecontent", "/v1beta/models/a:generateContent:countTokens",
+		"/v1beta/models/a:generateContent/", "/v1beta/models/a%3AgenerateContent",
+		"/v1beta/models/b%3Ax:generateContent", "/v1beta/models/a:generate%43ontent",
+		"/v1beta/models/a/b:generateContent", "/v1beta/models/a%2Fb:generateContent",
+		"/v1beta/models/../models/a:generateContent", "/v1beta/models/..:generateContent",
+		"/v1beta//models/a:countTokens", "/v1beta/models/a;b:generateContent", "/v1beta/models/a%00:generateContent",
+		"/v1beta/models/%25:generateContent", "/v1/models/a:generateContent/x/..",
+		"/v1beta/tunedModels/a:generateContent", "/v1beta/files", "/v1alpha/models/a:countTokens",
+		"/v1beta/cachedContents", "/v1beta/models/a:batchGenerateContent", "/v1beta/chat/completions",
+		"/v1betas/models/a:countTokens",
+	} {
+		if m, err := table.match("POST", parseTarget(t, target)); err != errNoEndpoint {
+			t.Errorf("%s: got %+v, %v", target, m, err)
+		}
 	}
 }
 
@@ -415,7 +465,8 @@ func FuzzMatch(f *testing.F) {
 func checkMatch(t *testing.T, m endpointMatch) {
 	t.Helper()
 	if m.endpoint.modelInPath {
-		got, err := url.PathUnescape(strings.TrimPrefix(m.path, modelPrefix))
+		before, after, _ := strings.Cut(m.endpoint.pattern, "{model}")
+		got, err := url.PathUnescape(strings.TrimSuffix(strings.TrimPrefix(m.path, before), after))
 		if err != nil || got != m.model || m.model == "" {
 			t.Fatalf("%q has model %q, %v; got %q", m.path, got, err, m.model)
 		}

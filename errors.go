@@ -1,5 +1,5 @@
-// This file holds every error that clients can get: one catalogue, the two JSON shapes and the one function
-// that writes them. A cause is for the log alone: err.Error() never reaches a client.
+// This file holds every error that clients can get: one catalogue, the JSON shapes and the one function that
+// writes them. A cause is for the log alone: err.Error() never reaches a client.
 package main
 
 import (
@@ -112,6 +112,26 @@ func fieldErrorMessage(e *fieldError) string {
 	return fmt.Sprintf("%s %s.", e.param, strings.TrimSuffix(e.msg, "."))
 }
 
+// An errorShape is the JSON in which the SDKs of an API read errors.
+type errorShape uint8
+
+const (
+	shapeOpenAI    errorShape = iota
+	shapeAnthropic            // has OpenAI's members too
+	shapeGoogle
+)
+
+// shapeFor returns the shape for a request.
+func shapeFor(r *http.Request) errorShape {
+	switch {
+	case strings.HasPrefix(r.URL.Path, "/v1beta/"):
+		return shapeGoogle
+	case strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil:
+		return shapeAnthropic
+	}
+	return shapeOpenAI
+}
+
 type errorBody struct {
 	Type  string     `json:"type,omitempty"` // "error" in Anthropic's shape, absent in OpenAI's
 	Error errorInner `json:"error"`
@@ -124,9 +144,11 @@ type errorInner struct {
 	Code    *string `json:"code"`
 }
 
-// responseBody returns the JSON for the client. anthropic selects the shape that Anthropic's SDKs read,
-// which has OpenAI's members too.
-func (e *apiError) responseBody(anthropic bool) []byte {
+// responseBody returns the JSON for the client.
+func (e *apiError) responseBody(shape errorShape) []byte {
+	if shape == shapeGoogle {
+		return e.googleBody()
+	}
 	body := errorBody{Error: errorInner{Message: e.msg, Type: e.errorType()}}
 	if e.param != "" {
 		body.Error.Param = &e.param
@@ -134,19 +156,78 @@ func (e *apiError) responseBody(anthropic bool) []byte {
 	if e.code != "" {
 		body.Error.Code = &e.code
 	}
-	if anthropic {
+	if shape == shapeAnthropic {
 		body.Type, body.Error.Type = "error", e.anthropicType()
 	}
 	b, _ := json.Marshal(body) // strings only: it cannot fail
 	return append(b, '\n')
 }
 
+// A googleError is a google.rpc.Status.
+type googleError struct {
+	Code    int            `json:"code"`
+	Message string         `json:"message"`
+	Status  string         `json:"status"`
+	Details []googleDetail `json:"details"`
+}
+
+// A googleDetail is a google.rpc.ErrorInfo or a google.rpc.RetryInfo.
+type googleDetail struct {
+	Type       string            `json:"@type"`
+	Reason     string            `json:"reason,omitempty"`
+	Domain     string            `json:"domain,omitempty"`
+	Metadata   map[string]string `json:"metadata,omitempty"`
+	RetryDelay string            `json:"retryDelay,omitempty"`
+}
+
+// googleBody returns the JSON that Google's SDKs read. Its details have the proxy's own code, and how long to wait.
+func (e *apiError) googleBody() []byte {
+	info := googleDetail{Type: "type.googleapis.com/google.rpc.ErrorInfo", Reason: strings.ToUpper(e.code),
+		Domain: "llm-proxy"}
+	if e.param != "" {
+		info.Metadata = map[string]string{"param": e.param}
+	}
+	details := []googleDetail{info}
+	if e.retryAfter > 0 && !e.noRetry {
+		details = append(details, googleDetail{Type: "type.googleapis.com/google.rpc.RetryInfo",
+			RetryDelay: strconv.FormatInt(wholeSeconds(e.retryAfter), 10) + "s"})
+	}
+	b, _ := json.Marshal(map[string]googleError{ // strings and numbers only: it cannot fail
+		"error": {Code: e.status, Message: e.msg, Status: e.googleStatus(), Details: details}})
+	return append(b, '\n')
+}
+
+// googleStatus returns the error's "status" in Google's shape: the name of a google.rpc.Code.
+func (e *apiError) googleStatus() string {
+	switch e.status {
+	case http.StatusUnauthorized:
+		return "UNAUTHENTICATED"
+	case http.StatusForbidden:
+		return "PERMISSION_DENIED"
+	case http.StatusNotFound:
+		return "NOT_FOUND"
+	case http.StatusTooManyRequests:
+		return "RESOURCE_EXHAUSTED"
+	case http.StatusInternalServerError:
+		return "INTERNAL"
+	case http.StatusGatewayTimeout:
+		return "DEADLINE_EXCEEDED"
+	}
+	if e.status >= 500 {
+		return "UNAVAILABLE"
+	}
+	return "INVALID_ARGUMENT"
+}
+
+// wholeSeconds rounds up.
+func wholeSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
 // writeError is the only function that writes errors.
-func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
-	b := e.responseBody(anthropic)
+func writeError(w http.ResponseWriter, e *apiError, shape errorShape) {
+	b := e.responseBody(shape)
 	h := w.Header()
 	if e.retryAfter > 0 {
-		h.Set("Retry-After", strconv.FormatInt(int64((e.retryAfter+time.Second-1)/time.Second), 10))
+		h.Set("Retry-After", strconv.FormatInt(wholeSeconds(e.retryAfter), 10))
 		h.Set("Retry-After-Ms", strconv.FormatInt(e.retryAfter.Milliseconds(), 10))
 	}
 	if e.noRetry {
@@ -166,7 +247,7 @@ func writeError(w http.ResponseWriter, e *apiError, anthropic bool) {
 // to accept a byte.
 const writeTimeout = time.Minute
 
-func notFound(w http.ResponseWriter, _ *http.Request) { writeError(w, errUnknownURL, false) }
+func notFound(w http.ResponseWriter, _ *http.Request) { writeError(w, errUnknownURL, shapeOpenAI) }
 
 // An errorClass says who has to act on a failed call.
 type errorClass string
@@ -273,8 +354,9 @@ func badRequest(code, param, msg string) *apiError {
 	return &apiError{status: 400, code: code, param: param, msg: msg}
 }
 
-func errRepeatedCredential(header string) *apiError {
-	return newError(400, "ambiguous_credentials", "The request has more than one "+header+" header.")
+// errRepeatedCredential is for a header or query parameter that occurs twice.
+func errRepeatedCredential(what string) *apiError {
+	return newError(400, "ambiguous_credentials", "The request has more than one "+what+".")
 }
 
 func errRepeatedHeader(header string) *apiError {

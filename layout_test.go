@@ -355,7 +355,7 @@ func TestLayoutSecrets(t *testing.T) {
 		"manage_usage.go":    2, // showing stored content
 		"tokens.go":          1, // hashing new credentials
 		"secrets.go":         3, // sealing, the hint
-		"upstream.go":        3, // the header of a call to the provider
+		"upstream.go":        4, // the header of a call to the provider
 	}
 	got := openedSecrets(t)
 	if !maps.Equal(got, want) {

@@ -216,7 +216,7 @@ func (api *manageAPI) manageRoutes() http.Handler {
 func methodNotAllowed(allowed string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Allow", allowed)
-		writeError(w, errMethodNotAllowed(allowed), false)
+		writeError(w, errMethodNotAllowed(allowed), shapeOpenAI)
 	})
 }
 
@@ -440,7 +440,7 @@ func (api *manageAPI) writeManageError(w http.ResponseWriter, r *http.Request, e
 		requestID := w.Header().Get("X-Request-Id")
 		api.log.Error("a management call failed", "request_id", requestID, "route", r.Pattern, "error", err)
 	}
-	writeError(w, e, false)
+	writeError(w, e, shapeOpenAI)
 }
 
 // A listQuery is the size of a page and the row after which it starts.

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -513,10 +514,11 @@ func (in *upstreamInput) applyProvider(row *upstreamRow, isNew bool) error {
 	if in.provider.hasValue() {
 		row.provider = in.provider.value
 	}
-	if !slices.Contains([]string{providerOpenAI, providerAnthropic, providerAzure, providerCompatible}, row.provider) {
-		return &fieldError{"provider", "must be openai, anthropic, azure or compatible"}
+	switch row.provider {
+	case providerOpenAI, providerAnthropic, providerAzure, providerCompatible, providerGoogle:
+		return nil
 	}
-	return nil
+	return &fieldError{"provider", "must be openai, anthropic, azure, compatible or google"}
 }
 
 func (in *upstreamInput) applyModels(u *upstreamEdit) error {
@@ -572,4 +574,26 @@ func validateShortText(name, value string) error {
 		return &fieldError{name, "must have at most 500 bytes, without control characters"}
 	}
 	return nil
+}
+
+// withGeminiPath returns a base URL with the path of Gemini's API, if it has none.
+func withGeminiPath(s string) string {
+	base, err := url.Parse(s)
+	if err != nil || base.Host == "" || strings.Trim(base.Path, "/") != "" {
+		return s
+	}
+	return strings.TrimRight(s, "/") + strings.TrimSuffix(geminiPrefix, "/")
+}
+
+// parseAPIFamily reads the name of an API family.
+func parseAPIFamily(name string) (apiFamily, error) {
+	switch name {
+	case "openai":
+		return apiOpenAI, nil
+	case "anthropic":
+		return apiAnthropic, nil
+	case "gemini":
+		return apiGemini, nil
+	}
+	return 0, &fieldError{"api", "must be openai, anthropic or gemini"}
 }

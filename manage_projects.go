@@ -209,6 +209,8 @@ func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isN
 			row.baseURL = ops.openaiURL
 		case row.provider == providerAnthropic:
 			row.baseURL = "https://api.anthropic.com"
+		case row.provider == providerGoogle:
+			row.baseURL = "https://generativelanguage.googleapis.com"
 		default:
 			return &fieldError{"base_url", "is required for this provider"}
 		}
@@ -220,6 +222,9 @@ func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isN
 			return &fieldError{"api_key", "is required again when base_url changes"}
 		}
 		row.baseURL = in.baseURL.value
+	}
+	if row.provider == providerGoogle {
+		row.baseURL = withGeminiPath(row.baseURL)
 	}
 	u, err := parseBaseURL(row.baseURL, ops.allowPrivate)
 	if err != nil {
@@ -546,7 +551,7 @@ type routeUpstreamView struct {
 }
 
 // explainRoute returns which upstreams of a project would get a call for a model now, and why. It sends no
-// request. api is openai, anthropic, or "" for openai.
+// request. api is openai, anthropic, gemini, or "" for openai.
 func (ops *operations) explainRoute(ctx context.Context, projectID, model, api string) (routeView, error) {
 	v := routeView{Model: model, API: cmp.Or(api, "openai"), Upstreams: []routeUpstreamView{}}
 	need := criteria{api: apiOpenAI, model: model, now: time.Now().UnixMilli()}
@@ -554,12 +559,8 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 	if err != nil {
 		return v, err
 	}
-	switch v.API {
-	case "openai":
-	case "anthropic":
-		need.api = apiAnthropic
-	default:
-		return v, &fieldError{"api", "must be openai or anthropic"}
+	if need.api, err = parseAPIFamily(v.API); err != nil {
+		return v, err
 	}
 	if err := checkModelName("model", model); err != nil {
 		return v, err

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -319,6 +320,32 @@ func TestListProjects(t *testing.T) {
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: got %v, want %v", query, got, want)
+		}
+	}
+}
+
+// TestGoogleBaseURL: an upstream of Google's has Gemini's API as its base URL, and /v1beta as its path.
+func TestGoogleBaseURL(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	for given, want := range map[string]string{
+		"":                       "https://generativelanguage.googleapis.com/v1beta",
+		"https://example.com":    "https://example.com/v1beta",
+		"https://example.com/":   "https://example.com/v1beta",
+		"https://example.com/g/": "https://example.com/g",
+	} {
+		var got struct {
+			BaseURL  string `json:"base_url"`
+			Provider string
+		}
+		base := ""
+		if given != "" {
+			base = `"base_url":"` + given + `",`
+		}
+		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"g`+strconv.Itoa(len(given))+
+			`","provider":"google",`+base+`"api_key":"AIzaSy0123456789"}`, 201, &got)
+		if got.BaseURL != want || got.Provider != "google" {
+			t.Errorf("%q: got %+v", given, got)
 		}
 	}
 }

@@ -28,6 +28,7 @@ const (
 	meterEmbeddings                   // as meterOpenAI, but answers have no output tokens
 	meterTranscripts                  // as meterOpenAI; without JSON or SSE an answer is a bare transcript
 	meterMedia                        // as meterOpenAI; sound and pictures, whose size says nothing about tokens
+	meterGemini                       // output counts exclude thoughts, input counts what tools have read
 )
 
 // An answerFormat is the form of an answer's body. Its first bytes decide, since providers and gateways name
@@ -71,6 +72,7 @@ type meter struct {
 	text          textCounter
 	textBytes     int64        // bytes of text in all deltas, or in all JSON documents
 	documents     int64        // JSON documents that followed the first
+	inList        bool         // they are elements of a list that has not ended: a stream of Gemini's API
 	head          []byte       // the start of a field's name that may become an SSE field
 	reader        *eventReader // of a stream
 }
@@ -95,7 +97,7 @@ func (m *meter) isStream() bool { return m.format == formatSSE || m.documents > 
 
 // isUnfinished reports whether the answer was delivered whole, but is a JSON document without its end.
 func (m *meter) isUnfinished() bool {
-	return m.ended && m.format == formatJSON && m.scan.state != scanClosed && m.scan.state != scanBroken
+	return m.ended && m.format == formatJSON && (m.inList || m.scan.state != scanClosed && m.scan.state != scanBroken)
 }
 
 // lacksEndMarker reports whether the answer is a stream of events of which the last has not come.
@@ -211,11 +213,20 @@ func (m *meter) processFormat(p []byte) []byte {
 	return p
 }
 
-// processDocuments reads JSON. Some gateways send a stream as one document after the other.
+// processDocuments reads JSON. Some gateways send a stream as one document after the other, and Gemini's API sends one
+// as a list.
 func (m *meter) processDocuments(p []byte) {
+	if m.kind == meterGemini && m.documents == 0 && m.scan.state == scanStart && p[0] == '[' {
+		m.inList, p = true, p[1:]
+	}
 	for len(p) > 0 {
 		if m.scan.state == scanClosed {
-			if p = bytes.TrimLeft(p, " \t\r\n"); len(p) > 0 && p[0] == '{' {
+			p = bytes.TrimLeft(p, " \t\r\n")
+			if m.inList && len(p) > 0 && (p[0] == ',' || p[0] == ']') {
+				m.inList = p[0] == ','
+				p = bytes.TrimLeft(p[1:], " \t\r\n")
+			}
+			if len(p) > 0 && p[0] == '{' {
 				m.scan.reset(true)
 				m.documents++
 			}
@@ -237,7 +248,7 @@ func (m *meter) processDocuments(p []byte) {
 		}
 		m.failed = m.failed || m.scan.saysError() || m.scan.statusFailed
 	}
-	m.model, m.done = m.scan.model, m.scan.state == scanClosed
+	m.model, m.done = m.scan.model, m.scan.state == scanClosed && !m.inList
 }
 
 // hasDeltas reports whether a part of an answer has come, before any error.
@@ -388,13 +399,72 @@ func sanitizeModelName(raw []byte) string {
 	return name
 }
 
+// slotFor returns the slot of the member with this name in the innermost known object.
+func (s *usageScanner) slotFor(name []byte) slot {
+	switch s.scopes[s.level-1] {
+	case scopeTop:
+		if s.readID && string(name) == "id" && !s.readNested {
+			return slotID
+		}
+		return topLevelSlot(name, s.readNested)
+	case scopeNested:
+		if s.readID && string(name) == "id" {
+			return slotID
+		}
+		switch string(name) {
+		case "usage":
+			return slotUsage
+		case "model":
+			return slotModel
+		case "status":
+			return slotStatus
+		case "output":
+			return slotOutputList
+		case "service_tier":
+			return slotServiceTier
+		}
+	case scopeChoice:
+		return choiceSlot(name)
+	case scopeVendor:
+		if string(name) == "usage" {
+			return slotUsage
+		}
+	case scopeBaseResp:
+		if string(name) == "status_code" {
+			return slotFailure
+		}
+	case scopeUsage:
+		return usageSlot(name)
+	case scopeIteration:
+		if string(name) == "type" {
+			return slotIterationType
+		}
+		if sl := usageSlot(name); sl <= slotCacheWrite1h || sl == slotCacheCreation {
+			return sl
+		}
+	case scopeItem, scopeAction:
+		return itemSlot(s.scopes[s.level-1], name)
+	case scopeCandidate, scopeFeedback:
+		if string(name) == "finishReason" || string(name) == "blockReason" {
+			return slotFinish
+		}
+	default:
+		return detailSlot(s.scopes[s.level-1], name)
+	}
+	return slotNone
+}
+
 // topLevelSlot is slotFor in a document, or in an event of a stream.
 func topLevelSlot(name []byte, readNested bool) slot {
 	switch string(name) {
-	case "usage":
+	case "usage", "usageMetadata":
 		return slotUsage
-	case "model":
+	case "model", "modelVersion":
 		return slotModel
+	case "candidates":
+		return slotCandidates
+	case "promptFeedback":
+		return slotFeedback
 	case "type":
 		return slotType
 	case "error":
@@ -426,7 +496,7 @@ func topLevelSlot(name []byte, readNested bool) slot {
 		return slotBaseResp
 	case "msg", "detail", "error_msg", "error_message", "errorMessage":
 		return slotWords
-	case "content", "data", "text", "delta", "results", "completion", "candidates":
+	case "content", "data", "text", "delta", "results", "completion":
 		return slotAnswer
 	}
 	return slotNone
@@ -435,7 +505,7 @@ func topLevelSlot(name []byte, readNested bool) slot {
 // isAnswer reports whether a value of this kind, at the top level, is a part of an answer.
 func (s slot) isAnswer() bool {
 	switch s {
-	case slotAnswer, slotUsage, slotChoices, slotNested, slotVendor, slotOutputList:
+	case slotAnswer, slotUsage, slotChoices, slotCandidates, slotFeedback, slotNested, slotVendor, slotOutputList:
 		return true
 	}
 	return false

@@ -46,6 +46,7 @@ const (
 	slotCachedImage
 	slotCitations
 	slotWebSearches
+	slotToolInput // what tools have read, beside slotInput
 	slotTotal
 	numCountSlots // the slots above are counts
 	slotUsage
@@ -81,6 +82,11 @@ const (
 	slotItemAction
 	slotActionType
 	slotContainer
+	slotCandidates
+	slotFeedback // an object that says why there are no candidates
+	slotFinish
+	slotModality
+	slotModalityCount
 )
 
 // A responseStatus is how far a stored response has come.
@@ -121,8 +127,11 @@ const (
 	scopeCacheCreation
 	scopeCachedDetails
 	scopeServerTools
-	scopeItem   // an element of output
-	scopeAction // of an item: what a tool did
+	scopeItem      // an element of output
+	scopeAction    // of an item: what a tool did
+	scopeModality  // an element of the details of Gemini's counts
+	scopeCandidate // an element of candidates
+	scopeFeedback  // promptFeedback
 )
 
 type scanState uint8
@@ -165,6 +174,7 @@ type usageScanner struct {
 	eventType     eventType
 	typeSeen      bool // type is a string
 	typeIsDelta   bool // that says delta
+	finished      bool // a candidate of Gemini's API is complete, or the prompt was refused
 
 	readID bool           // read id and status, which reset keeps
 	status responseStatus // of the response that the documents are about
@@ -173,6 +183,7 @@ type usageScanner struct {
 
 	tools      toolCounts   // of the document
 	item       outputItem   // the current element of output
+	part       modalityPart // the current element of the details of Gemini's counts
 	conditions usageDetails // the last tier, speed, region and search context; reset keeps them
 
 	readNested bool // look into response and message, too
@@ -195,8 +206,8 @@ type usageScanner struct {
 // reset prepares s for the next document.
 func (s *usageScanner) reset(readNested bool) {
 	s.usageSeen, s.usageNested, s.usageInner, s.choicesEmpty = false, false, false, false
-	s.hasError, s.statusFailed, s.topLevelInput = false, false, false
 	s.hasFailure, s.hasWords, s.hasAnswer = false, false, false
+	s.hasError, s.statusFailed, s.topLevelInput, s.finished = false, false, false, false
 	s.eventType, s.typeSeen, s.typeIsDelta = eventNone, false, false
 	s.readNested, s.state, s.level, s.depth, s.escaped = readNested, scanStart, 0, 0, false
 	s.tools = toolCounts{}
@@ -341,6 +352,8 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeUsage)
 	case object && s.slot == slotVendor:
 		s.enterObject(scopeVendor)
+	case object && s.slot == slotFeedback:
+		s.enterObject(scopeFeedback)
 	case s.slot == slotError || s.slot == slotFailure:
 		s.depth, s.errorText, s.state = 1, false, scanError
 	case object && s.slot == slotBaseResp:
@@ -359,7 +372,7 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeServerTools)
 	case object && s.slot == slotItemAction:
 		s.enterObject(scopeAction)
-	case !object && (s.slot == slotChoices || s.slot == slotIterations || s.slot == slotOutputList):
+	case !object && s.slot.isList():
 		s.state, s.list = scanFirst, s.slot
 	default:
 		s.setCount(countInvalid)
@@ -374,7 +387,7 @@ func (s *usageScanner) enterObject(sc jsonScope) {
 	s.state = scanKey
 }
 
-// enterElement enters an element of choices, of usage.iterations or of output.
+// enterElement enters an element of a list that matters.
 func (s *usageScanner) enterElement() {
 	switch s.list {
 	case slotIterations:
@@ -384,6 +397,11 @@ func (s *usageScanner) enterElement() {
 	case slotOutputList:
 		s.item = outputItem{}
 		s.enterObject(scopeItem)
+	case slotCandidates:
+		s.enterObject(scopeCandidate)
+	case slotInputDetails, slotOutputDetails, slotCachedDetails:
+		s.part = modalityPart{}
+		s.enterObject(scopeModality)
 	default:
 		s.enterObject(scopeChoice)
 	}
@@ -395,8 +413,11 @@ func (s *usageScanner) leaveObject() {
 	switch s.scopes[s.level] {
 	case scopeUsage:
 		s.usageSeen = true
-	case scopeChoice:
+	case scopeChoice, scopeCandidate:
 		s.state = scanNext
+	case scopeModality:
+		s.state = scanNext
+		s.usage.addPart(s.list, s.part)
 	case scopeItem:
 		s.state = scanNext
 		s.tools.add(&s.item)
@@ -562,6 +583,8 @@ func (s *usageScanner) setCount(v int64) {
 		s.iteration.setMax(s.slot, v)
 	case s.slot > slotNone && s.slot < numCountSlots:
 		s.usage.setMax(s.slot, v)
+	case s.slot == slotModalityCount:
+		s.part.tokens = v
 	case s.slot == slotTopLevelInput:
 		s.topLevelInput = v >= 0
 	}
@@ -611,6 +634,10 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		s.conditions.region = inferenceRegionOf(text)
 	case slotSearchContext:
 		s.conditions.searchContext = searchContextOf(text)
+	case slotModality:
+		s.part.kind = modalityOf(text)
+	case slotFinish:
+		s.finished = s.finished || len(text) > 0
 	case slotItemType, slotActionType, slotContainer:
 		s.item.set(s.slot, text)
 	default:
@@ -636,55 +663,4 @@ func (s *usageScanner) discardEarlier() {
 	case slotError:
 		s.hasError = false
 	}
-}
-
-// slotFor returns the slot of the member with this name in the innermost known object.
-func (s *usageScanner) slotFor(name []byte) slot {
-	switch s.scopes[s.level-1] {
-	case scopeTop:
-		if s.readID && string(name) == "id" && !s.readNested {
-			return slotID
-		}
-		return topLevelSlot(name, s.readNested)
-	case scopeNested:
-		if s.readID && string(name) == "id" {
-			return slotID
-		}
-		switch string(name) {
-		case "usage":
-			return slotUsage
-		case "model":
-			return slotModel
-		case "status":
-			return slotStatus
-		case "output":
-			return slotOutputList
-		case "service_tier":
-			return slotServiceTier
-		}
-	case scopeChoice:
-		return choiceSlot(name)
-	case scopeVendor:
-		if string(name) == "usage" {
-			return slotUsage
-		}
-	case scopeBaseResp:
-		if string(name) == "status_code" {
-			return slotFailure
-		}
-	case scopeUsage:
-		return usageSlot(name)
-	case scopeIteration:
-		if string(name) == "type" {
-			return slotIterationType
-		}
-		if sl := usageSlot(name); sl <= slotCacheWrite1h || sl == slotCacheCreation {
-			return sl
-		}
-	case scopeItem, scopeAction:
-		return itemSlot(s.scopes[s.level-1], name)
-	default:
-		return detailSlot(s.scopes[s.level-1], name)
-	}
-	return slotNone
 }

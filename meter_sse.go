@@ -451,6 +451,7 @@ func (m *meter) readMembers(data []byte) (relevant bool) {
 	name := m.reader.cutter.eventName() // the event's `event:` line gives the type, and marks errors
 	untyped := len(name) == 0 || string(name) == "message"
 	counts := m.countsText() && isDeltaName(name)
+	relevant = m.kind == meterGemini // each of its events has usage
 	for i := 0; ; i++ {
 		if i = indexFrom(data, i, ':'); i == len(data) {
 			return relevant
@@ -507,6 +508,7 @@ func (m *meter) applyEvent(complete bool) bool {
 		}
 		isError = isError || s.saysError()
 		m.model = s.model
+		m.done = m.done || s.finished
 	}
 	m.failed = m.failed || isError
 	if !doneMark && !isError && complete && isDeltaName(name) && !(e.parsing && s.choicesEmpty) {
@@ -578,6 +580,9 @@ func parseStreamEvent(name, data []byte) (e streamEvent) {
 		Choices []struct {
 			FinishReason any `json:"finish_reason"`
 		}
+		Candidates []struct {
+			FinishReason any `json:"finishReason"`
+		}
 	}
 	if _, ok := errors.AsType[*json.SyntaxError](json.Unmarshal(data, &v)); ok { // other types do not matter
 		return streamEvent{isBroken: data[0] == '{', isIdle: data[0] != '{'}
@@ -590,6 +595,9 @@ func parseStreamEvent(name, data []byte) (e streamEvent) {
 		e.isIdle = false
 	}
 	for _, c := range v.Choices {
+		e.finished = e.finished || c.FinishReason != nil
+	}
+	for _, c := range v.Candidates {
 		e.finished = e.finished || c.FinishReason != nil
 	}
 	return e

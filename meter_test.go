@@ -58,7 +58,7 @@ func usageCases(t testing.TB) []usageCase {
 func (g usageCase) meter(strip bool) *meter {
 	api, format, _ := strings.Cut(g.kind, " ")
 	kind := map[string]meterKind{"openai": meterOpenAI, "anthropic": meterAnthropic, "embeddings": meterEmbeddings,
-		"transcripts": meterTranscripts, "media": meterMedia}[api]
+		"gemini": meterGemini, "transcripts": meterTranscripts, "media": meterMedia}[api]
 	return newMeter(kind, format == "sse", false, strip)
 }
 

@@ -137,9 +137,12 @@ func (f *usageFields) evaluate(kind meterKind, hasText bool) (u usageValue) {
 		return usageValue{byDuration: true, details: usageDetails{inputMS: f.inputMS}}
 	}
 	cached, cacheWrite := at(slotCached)+f.beside[slotCached], f.cacheWrites()
-	if kind == meterAnthropic {
+	switch kind {
+	case meterAnthropic:
 		in, out = max(in, 0)+cached+cacheWrite+f.beside[slotInput], withBeside(out, f.beside[slotOutput])
-	} else {
+	case meterGemini:
+		in, out = f.splitGemini()
+	default:
 		in, out = f.splitTotal(kind)
 	}
 	if out <= 0 && kind != meterEmbeddings && at(slotReasoning) > 0 { // the model has got no further than its thoughts
@@ -299,6 +302,82 @@ func (f *usageFields) splitTotal(kind meterKind) (in, out int64) {
 	return in, max(out, 0) + rest
 }
 
+// splitGemini returns input and output as Gemini's own API counts them: thoughts are output beside that of the
+// candidates, and what tools have read is input beside that of the prompt. The total tells a count that is missing.
+func (f *usageFields) splitGemini() (in, out int64) {
+	in, out = f.n[slotInput], f.n[slotOutput]
+	total := f.n[slotTotal]
+	if thoughts := f.n[slotReasoning]; thoughts > 0 {
+		out = max(out, 0) + thoughts
+	}
+	if tools := f.n[slotToolInput]; tools > 0 {
+		in = max(in, 0) + tools
+	}
+	switch {
+	case in <= 0 && out > 0 && total > out:
+		in = total - out
+	case in > 0 && total > in+max(out, 0):
+		out = total - in
+	}
+	return in, out
+}
+
+// A modalityPart is an element of the lists in which Gemini's API counts the tokens of each kind.
+type modalityPart struct {
+	kind   modality
+	tokens int64
+}
+
+type modality uint8
+
+const (
+	modalityOther modality = iota
+	modalityAudio
+	modalityImage
+)
+
+func modalityOf(text []byte) modality {
+	switch string(text) {
+	case "AUDIO":
+		return modalityAudio
+	case "IMAGE":
+		return modalityImage
+	}
+	return modalityOther
+}
+
+// addPart adds an element of a list to the count of its kind.
+func (f *usageFields) addPart(list slot, part modalityPart) {
+	type key struct {
+		list slot
+		kind modality
+	}
+	switch (key{list, part.kind}) {
+	case key{slotInputDetails, modalityAudio}:
+		f.setMax(slotAudioInput, part.tokens)
+	case key{slotInputDetails, modalityImage}:
+		f.setMax(slotImageInput, part.tokens)
+	case key{slotOutputDetails, modalityAudio}:
+		f.setMax(slotAudioOutput, part.tokens)
+	case key{slotOutputDetails, modalityImage}:
+		f.setMax(slotImageOutput, part.tokens)
+	case key{slotCachedDetails, modalityAudio}:
+		f.setMax(slotCachedAudio, part.tokens)
+	case key{slotCachedDetails, modalityImage}:
+		f.setMax(slotCachedImage, part.tokens)
+	}
+}
+
+// isList reports whether the slot is for a list whose elements matter. The details of counts may also be objects.
+func (s slot) isList() bool {
+	switch s {
+	case slotChoices, slotIterations, slotOutputList, slotCandidates, slotInputDetails, slotOutputDetails,
+		slotCachedDetails:
+		return true
+	}
+	return false
+}
+
 // A textName is the name of a member whose string is text of the model.
 type textName uint8
 
@@ -440,15 +519,20 @@ func (t *textCounter) sum() (n int64) {
 // usageSlot is slotFor in a usage object or an iteration.
 func usageSlot(name []byte) slot {
 	switch string(name) {
-	case "prompt_tokens", "input_tokens":
+	case "prompt_tokens", "input_tokens", "promptTokenCount":
 		return slotInput
-	case "completion_tokens", "output_tokens":
+	case "completion_tokens", "output_tokens", "candidatesTokenCount":
 		return slotOutput
-	case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens": // Anthropic, DeepSeek, Moonshot
+	case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens", // Anthropic, DeepSeek, Moonshot
+		"cachedContentTokenCount": // Gemini, like the next two
 		return slotCached
+	case "thoughtsTokenCount":
+		return slotReasoning
+	case "toolUsePromptTokenCount":
+		return slotToolInput
 	case "cache_creation_input_tokens":
 		return slotCacheWrite
-	case "total_tokens":
+	case "total_tokens", "totalTokenCount":
 		return slotTotal
 	case "iterations":
 		return slotIterations
@@ -472,9 +556,11 @@ func usageSlot(name []byte) slot {
 		return slotCitations
 	case "reasoning_tokens":
 		return slotReasoningBeside
-	case "prompt_tokens_details", "input_tokens_details", "input_token_details":
+	case "cacheTokensDetails":
+		return slotCachedDetails
+	case "prompt_tokens_details", "input_tokens_details", "input_token_details", "promptTokensDetails":
 		return slotInputDetails
-	case "completion_tokens_details", "output_tokens_details", "output_token_details":
+	case "completion_tokens_details", "output_tokens_details", "output_token_details", "candidatesTokensDetails":
 		return slotOutputDetails
 	}
 	return slotNone
@@ -530,6 +616,10 @@ func detailSlot(in jsonScope, name []byte) slot {
 		return slotCacheWrite5m
 	case member{scopeCacheCreation, "ephemeral_1h_input_tokens"}:
 		return slotCacheWrite1h
+	case member{scopeModality, "modality"}:
+		return slotModality
+	case member{scopeModality, "tokenCount"}:
+		return slotModalityCount
 	case member{scopeServerTools, "web_search_requests"}:
 		return slotWebSearches
 	}

@@ -117,13 +117,16 @@ func checkPatterns(param string, list []string) error {
 		if i := strings.IndexByte(s, '*'); i >= 0 && i != len(s)-1 {
 			return &fieldError{param, "may have * only at the end of an entry"}
 		}
-		if (param == "policy.endpoints" || param == "endpoint") && !strings.Contains(s, "/v1/") && s != "*" {
+		if (param == "policy.endpoints" || param == "endpoint") && !namesAPI(s) && s != "*" {
 			return &fieldError{param,
 				"must name endpoints such as /v1/chat/completions, POST /v1/responses or /v1/audio/*"}
 		}
 	}
 	return nil
 }
+
+// namesAPI reports whether a pattern of endpoints names one of the APIs.
+func namesAPI(s string) bool { return strings.Contains(s, "/v1/") || strings.Contains(s, geminiPrefix) }
 
 func (p policy) String() string {
 	b, err := json.Marshal(p)

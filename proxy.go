@@ -57,8 +57,8 @@ type call struct {
 	requestID      string // id as clients see it
 	address        string
 	trace          traceContext
-	anthropic      bool     // errors in Anthropic's shape
-	credentialHash [32]byte // of the credential that the client presents
+	shape          errorShape // of errors
+	credentialHash [32]byte   // of the credential that the client presents
 	tokenState     *tokenState
 	project        *projectState
 	alias          string   // the client's name for the model, if that is an alias; fields.model is never one
@@ -186,12 +186,12 @@ func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c.id = p.ids.next(c.start)
 	c.address = p.addresses.clientAddress(r)
 	c.trace, _ = parseTraceparent(r.Header["Traceparent"])
-	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || r.Header["Anthropic-Version"] != nil
+	c.shape = shapeFor(r)
 	c.requestID = formatRequestID(c.id)
 	id := []string{c.requestID}
 	w.Header()["X-Llm-Proxy-Request-Id"] = id
 	w.Header()["X-Request-Id"] = id // replaced by the provider's, if it sends one
-	if c.anthropic {
+	if c.shape == shapeAnthropic {
 		w.Header()["Request-Id"] = id // where Anthropic's SDKs look for it
 	}
 	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
@@ -208,7 +208,7 @@ func (p *proxy) leave(c *call) {
 
 // authenticate finds the token that the request presents, and acquires it. It reads no byte of the body.
 func (p *proxy) authenticate(c *call, r *http.Request) error {
-	presented, err := credential(r.Header)
+	presented, err := credential(r)
 	if err != nil {
 		return err
 	}
@@ -244,38 +244,6 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 		return p.authenticate(c, r) // it was evicted a moment ago: load it again, with its counts
 	}
 	return nil
-}
-
-// credential returns the token that the request presents: a bearer token, or x-api-key or api-key, which some
-// SDKs send. Two different ones are an error: another part of the system might read the other one. An empty one,
-// which SDKs send for a key that is not set, is none.
-func credential(h http.Header) (string, error) {
-	var found string
-	for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key"} {
-		values := h[name]
-		if len(values) > 1 {
-			return "", errRepeatedCredential(name)
-		}
-		if len(values) == 0 {
-			continue
-		}
-		value := values[0]
-		if name == "Authorization" {
-			scheme, rest, _ := strings.Cut(value, " ")
-			if value != "" && !strings.EqualFold(scheme, "Bearer") {
-				return "", errBadToken("not a bearer token")
-			}
-			value = strings.TrimLeft(rest, " ")
-		}
-		if value == "" {
-			continue
-		}
-		if found != "" && value != found {
-			return "", errTwoCredentials
-		}
-		found = value
-	}
-	return found, nil
 }
 
 // abortCause returns why the watchdog ended a call, or nil if it did not.
@@ -411,7 +379,7 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 	}
 	c.times.firstByte = time.Since(c.start)
 	c.closeIfUnread(w.Header())
-	writeError(w, c.failure, c.anthropic)
+	writeError(w, c.failure, c.shape)
 }
 
 // upstreamFailure returns the error for the client, or nil if the client has left. err may name hosts and

@@ -61,7 +61,7 @@ func (c *call) pickUpstream() *upstream {
 	want := c.criteria(c.readAt())
 	if want.api == apiAny {
 		want.api = apiOpenAI
-		if c.anthropic {
+		if c.shape == shapeAnthropic {
 			want.api = apiAnthropic
 		}
 		if u := c.project.pickUpstream(&want); u != nil {
@@ -88,7 +88,7 @@ func (c *call) unreserveUpstream() {
 // could be replaced keep what they say, and nothing is deleted by an alias.
 func (c *call) resolveAlias() {
 	inPath := c.endpoint.modelInPath && c.endpoint.method == "GET"
-	if c.project.routing.Aliases == nil || c.fields.modelSplice.to == 0 && !inPath {
+	if c.project.routing.Aliases == nil || !c.canChangeModel() && !inPath {
 		return
 	}
 	if models := c.project.resolveAlias(c.criteria(c.readAt()), c.mayUseModel); len(models) > 0 {
@@ -150,7 +150,7 @@ func (q *clientRequest) maxOutputTokens() int64 {
 	switch pattern := q.endpoint.pattern; {
 	case pattern == chatPattern:
 		limit = max(limit, q.fields.maxCompletionTokens)
-	case strings.HasPrefix(pattern, "/v1/responses"):
+	case strings.HasPrefix(pattern, "/v1/responses"), q.endpoint.api == apiGemini:
 		limit = q.fields.maxOutputTokens
 	}
 	return q.timesAnswers(limit)

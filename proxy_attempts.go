@@ -251,13 +251,13 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 		out = req.WithContext(req.Context())
 		out.Header = req.Header.Clone()
 		for _, name := range [...]string{
-			"Authorization", "X-Api-Key", "Api-Key", "Openai-Organization", "Openai-Project"} {
+			"Authorization", "X-Api-Key", "Api-Key", "X-Goog-Api-Key", "Openai-Organization", "Openai-Project"} {
 			delete(out.Header, name)
 		}
 	}
 	path, query := c.match.path, c.query
 	if c.endpoint.modelInPath && a.model != c.askedModel() {
-		path = modelOutboundPath(a.model, path)
+		path = c.endpoint.pathForModel(a.model, path)
 	}
 	if a.t.merged != nil {
 		query = a.t.merged.query
@@ -282,7 +282,7 @@ func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 // refuses those that the proxy has added.
 func (a *attempt) buildBody() ([]byte, error) {
 	c := a.t.c
-	rename := a.model != c.askedModel() && c.body != nil && c.fields.modelSplice.to != 0
+	rename := a.model != c.askedModel() && c.body != nil && c.canChangeModel()
 	if !rename && !a.plain {
 		return c.body, nil
 	}
@@ -293,7 +293,10 @@ func (a *attempt) buildBody() ([]byte, error) {
 	if a.plain {
 		body = withoutIncludeUsage(body, c.fields)
 	}
-	if rename {
+	switch {
+	case rename && c.endpoint.api == apiGemini:
+		body = withGeminiModel(body, a.model)
+	case rename:
 		body = withModel(body, c.fields, c.usageAdded && !a.plain, a.model)
 	}
 	return body, nil
@@ -379,7 +382,7 @@ func (t *attempts) applyFault(f *fault, now int64) retryDecision {
 		h.endProbe()
 	case faultModel:
 		h.recordSuccess(now, began, true)
-		if want := t.criteria(); want.model != "" && !t.c.endpoint.modelInPath {
+		if want := t.criteria(); want.model != "" && !t.c.endpoint.isAboutModel() {
 			h.pauseModel(now, want.endpoint, want.model, f.health)
 		}
 	case faultTooLong:
@@ -387,7 +390,7 @@ func (t *attempts) applyFault(f *fault, now int64) retryDecision {
 		d.tooLong, d.final = true, t.availableFallback() == ""
 	default: // an error here is the client's fault; without one, the key works
 		h.recordSuccess(now, began, f.kind == faultRequest)
-		d.final = f.status != http.StatusNotFound || !t.c.endpoint.modelInPath // another upstream may know the model
+		d.final = f.status != http.StatusNotFound || !t.c.endpoint.isAboutModel() // another upstream may know the model
 	}
 	return d
 }
@@ -579,7 +582,7 @@ func (t *attempts) availableFallback() string {
 	if next := t.fallbacks + 1; next < len(c.models) {
 		return c.models[next]
 	}
-	if t.fallbacks > 0 || len(c.project.routing.Fallbacks) == 0 || c.fields.modelSplice.to == 0 {
+	if t.fallbacks > 0 || len(c.project.routing.Fallbacks) == 0 || !c.canChangeModel() {
 		return ""
 	}
 	if to := c.project.routing.fallbackFor(c.fields.model); to != "" && c.mayUseModel(to) {
@@ -606,6 +609,11 @@ func (t *attempts) reserveCapacity(now int64) bool {
 // mayUseModel reports whether the policies of both project and token allow a model.
 func (c *call) mayUseModel(model string) bool {
 	return c.project.policy.allowsModel(model) && c.tokenState.policy.allowsModel(model)
+}
+
+// canChangeModel reports whether the call can be sent with another model.
+func (c *clientRequest) canChangeModel() bool {
+	return c.fields.modelSplice.to != 0 || c.endpoint.api == apiGemini && c.endpoint.needsModel
 }
 
 // replayable reports whether the body can be sent again.

@@ -1,20 +1,87 @@
 // This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
-// of other sites need (CORS_ORIGINS). It also reads the headers that ask for a WebSocket or a buffered stream. It
-// sends nothing and holds no secret.
+// of other sites need (CORS_ORIGINS). It also decides which query parameters pass, reads the headers that ask for a
+// WebSocket or a buffered stream, and finds the credential that a request presents. It sends nothing and checks no
+// token.
 package main
 
 import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"net/http"
+	"net/url"
+	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
+
+// credential returns the token that the request presents: a bearer token, or one of the headers that some SDKs send
+// instead. Two different ones are an error: another part of the system might read the other one. An empty one,
+// which SDKs send for a key that is not set, is none. The query parameter key, which Gemini's API also takes, is
+// removed from the request: it must be neither forwarded nor shown.
+func credential(r *http.Request) (found string, err error) {
+	for _, name := range [...]string{"Authorization", "X-Api-Key", "Api-Key", "X-Goog-Api-Key", queryKey} {
+		values, what := r.Header[name], name+" header"
+		if name == queryKey {
+			values, what = takeQueryKey(r.URL), "key in its query"
+		}
+		if len(values) > 1 {
+			return "", errRepeatedCredential(what)
+		}
+		if len(values) == 0 {
+			continue
+		}
+		value := values[0]
+		if name == "Authorization" {
+			scheme, rest, _ := strings.Cut(value, " ")
+			if value != "" && !strings.EqualFold(scheme, "Bearer") {
+				return "", errBadToken("not a bearer token")
+			}
+			value = strings.TrimLeft(rest, " ")
+		}
+		if value == "" {
+			continue
+		}
+		if found != "" && value != found {
+			return "", errTwoCredentials
+		}
+		found = value
+	}
+	return found, nil
+}
+
+// queryKey is a credential in the query of Gemini's API.
+const queryKey = "key"
+
+// takeQueryKey removes every queryKey from the query of a request to Gemini's API, and returns the values.
+func takeQueryKey(u *url.URL) (keys []string) {
+	if u.RawQuery == "" || !strings.HasPrefix(u.Path, geminiPrefix) {
+		return nil
+	}
+	rest := slices.DeleteFunc(strings.Split(u.RawQuery, "&"), func(pair string) bool {
+		rawName, rawValue, _ := strings.Cut(pair, "=")
+		name, err := url.QueryUnescape(rawName)
+		if err != nil || name != queryKey {
+			return false
+		}
+		value, err := url.QueryUnescape(rawValue)
+		if err != nil {
+			value = rawValue // no token has a '%'
+		}
+		keys = append(keys, value)
+		return true
+	})
+	u.RawQuery = strings.Join(rest, "&")
+	return keys
+}
 
 // allowRequestHeader is the allow-list for request headers. Names are canonical.
 func allowRequestHeader(name string) bool {
 	switch name {
-	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate":
+	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate",
+		"X-Goog-Api-Client", "X-Server-Timeout": // of Google's SDKs
 		return true
 	}
 	return strings.HasPrefix(name, "X-Stainless-") || isCodexRequestHeader(name) ||
@@ -162,6 +229,108 @@ func wantsBufferedStream(h http.Header, p *projectState) (bool, error) {
 	return false, errStreamHeader
 }
 
+// queryParams are the query parameters of the endpoints; true means that one may be repeated. model is
+// not among them: with a provider that takes it there, it would bypass the model check. See checkQuery.
+var queryParams = map[string]bool{
+	"after": false, "before": false, "after_id": false, "before_id": false, "starting_after": false,
+	"limit": false, "order": false, "order_by": false, "filter": false, "purpose": false, "status": false,
+	"name": false, "variant": false, "run_id": false, "group_id": false, "project_id": false, "user": false,
+	"stream": false, "include_obfuscation": false, "beta": false, "include": true, "include[]": true,
+	"page": false, "source": false, clientVersion: false, azureVersion: false,
+}
+
+// geminiParams is queryParams for Gemini's API. fields is not among them: it could leave the usage out of answers.
+var geminiParams = map[string]bool{"alt": false}
+
+// clientVersion is a query parameter of Codex. It asks GET /v1/models for the provider's own description of the models
+// that this version of Codex can use: {"models":[{"slug":…}]}. Such lists are not merged.
+const clientVersion = "client_version"
+
+// azureVersion is a query parameter of Azure's own: no other provider gets it.
+const azureVersion = "api-version"
+
+const maxQueryLen = 2 << 10
+
+// checkQuery checks that a query has one reading and known parameters only: queryParams, metadata[key], and model
+// for the list of stored chat completions, whose model it returns. Such a query goes up as it is. For any other it
+// returns a *bodyError that names the parameter.
+func checkQuery(raw string, e *endpoint) (model string, err error) {
+	if raw == "" {
+		return "", nil
+	}
+	switch {
+	case len(raw) > maxQueryLen:
+		return "", &bodyError{"", fmt.Sprintf("The query string is longer than %d bytes.", maxQueryLen)}
+	case strings.Contains(raw, ";"):
+		return "", &bodyError{"", "The query string contains ';', which some servers treat as a separator."}
+	case strings.Contains(raw, "#"):
+		return "", &bodyError{"", "The query string contains '#', which ends it for some servers. Send %23."}
+	}
+	seen := make(map[string]bool)
+	for pair := range strings.SplitSeq(raw, "&") {
+		if pair == "" {
+			continue
+		}
+		rawName, rawValue, _ := strings.Cut(pair, "=")
+		name, err1 := url.QueryUnescape(rawName)
+		value, err2 := url.QueryUnescape(rawValue)
+		if err1 != nil || err2 != nil {
+			return "", &bodyError{"", fmt.Sprintf("The query parameter %+q contains a bad escape.", rawName)}
+		}
+		repeatable, known := queryParams[name]
+		known = known || isMetadataParam(name) || name == "metadata" && value == "null" // objects without metadata
+		if e.api == apiGemini {
+			repeatable, known = geminiParams[name]
+		}
+		isModel := name == "model" && e.name() == "GET "+chatPattern
+		switch {
+		case !known && !isModel:
+			return "", &bodyError{name, fmt.Sprintf("Unknown query parameter %+q.", name)}
+		case seen[name] && !repeatable:
+			return "", &bodyError{name, fmt.Sprintf("Repeated query parameter %+q.", name)}
+		case name == "alt" && value != "sse" && value != "json":
+			return "", &bodyError{name, "The query parameter \"alt\" must be sse or json."}
+		case !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl):
+			return "", &bodyError{name, fmt.Sprintf("The query parameter %+q contains an invalid character.", name)}
+		}
+		seen[name] = true
+		if isModel {
+			var f callFields
+			if err := f.setModel([]byte(value)); err != nil {
+				return "", err
+			}
+			model = f.model
+		}
+	}
+	return model, nil
+}
+
+// hasParam reports whether a query that checkQuery has passed has a parameter.
+func hasParam(query, name string) bool {
+	if query == "" {
+		return false
+	}
+	values, err := url.ParseQuery(query)
+	return err == nil && values.Has(name)
+}
+
+// withoutAzureVersion returns a query without the parameter azureVersion, for an upstream that is not Azure's.
+func withoutAzureVersion(query string) string {
+	if !hasParam(query, azureVersion) {
+		return query
+	}
+	isVersion := func(pair string) bool { return hasParam(pair, azureVersion) }
+	pairs := slices.DeleteFunc(strings.Split(query, "&"), isVersion)
+	return strings.Join(pairs, "&")
+}
+
+// isMetadataParam reports whether name is metadata[key], which filters a list.
+func isMetadataParam(name string) bool {
+	key, ok := strings.CutPrefix(name, "metadata[")
+	key, closed := strings.CutSuffix(key, "]")
+	return ok && closed && key != "" && len(key) <= 64 && isAlphanumericOr(key, "_-. ")
+}
+
 // A crossOrigin lets web pages of the origins in CORS_ORIGINS call /v1. A page presents its token itself: browsers
 // add no cookie or other credential to such calls. It is immutable.
 type crossOrigin struct {
@@ -222,7 +391,7 @@ func (x *crossOrigin) answerPreflight(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	x.addHeaders(h, r.Header)
 	if h["Access-Control-Allow-Origin"] == nil {
-		writeError(w, errOriginNotAllowed, false)
+		writeError(w, errOriginNotAllowed, shapeFor(r))
 		return
 	}
 	delete(h, "Access-Control-Expose-Headers")

@@ -128,7 +128,7 @@ func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Respo
 		last.res.Body.Close()
 	}
 	c.setUpstream(source)
-	return n.fillResponse(good, &want, c.anthropic)
+	return n.fillResponse(good, &want, c.shape)
 }
 
 // pastDeadline reports whether it is too late for another attempt.
@@ -340,7 +340,7 @@ func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel,
 
 // fillResponse makes the list the body of res, or the requested page of a paged list.
 func (n *mergedModels) fillResponse(
-	res *http.Response, want *modelPageRequest, anthropic bool,
+	res *http.Response, want *modelPageRequest, shape errorShape,
 ) (*http.Response, error) {
 	page, more, failed := n.models, false, (*apiError)(nil)
 	if n.paged {
@@ -362,7 +362,7 @@ func (n *mergedModels) fillResponse(
 		return nil, err
 	}
 	if failed != nil { // answered as by a provider: the call has been to at least one
-		res.StatusCode, body = failed.status, failed.responseBody(anthropic)
+		res.StatusCode, body = failed.status, failed.responseBody(shape)
 	}
 	replaceBody(res, body)
 	return res, nil

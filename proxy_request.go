@@ -61,14 +61,7 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 		return err
 	}
 	c.times.bodyRead = time.Since(readAt)
-	switch {
-	case c.endpoint.body == bodyRaw:
-	case c.form:
-		c.fields, err = scanForm(r.Header.Get("Content-Type"), c.body)
-	default:
-		c.fields, err = scanJSON(c.body)
-	}
-	if err != nil {
+	if c.fields, err = c.match.scanBody(c.form, r.Header.Get("Content-Type"), c.body); err != nil {
 		return asClientError(err)
 	}
 	return nil
@@ -201,6 +194,7 @@ func errUnknownPath(e *apiError, u *url.URL) *apiError {
 		!strings.Contains(u.Path, tokenPrefix) && !strings.Contains(u.Path, manageKeyPrefix) {
 		named.msg += " The path is " + path + "."
 	}
-	named.msg += " The base URL is this proxy's address: with /v1 for OpenAI's SDKs, without /v1 for Anthropic's."
+	named.msg += " The base URL is this proxy's address: with /v1 for OpenAI's SDKs, without /v1 for Anthropic's" +
+		" and Google's."
 	return &named
 }

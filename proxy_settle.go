@@ -238,7 +238,7 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	}
 	_ = c.controller.SetWriteDeadline(time.Now().Add(writeTimeout))
 	c.rates.write(w.Header())
-	writeError(w, e, c.anthropic)
+	writeError(w, e, c.shape)
 	p.metrics.countCall(c.endpoint, &row, nil)
 	p.logCall(c, &row, now)
 }

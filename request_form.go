@@ -1,12 +1,13 @@
-// This file reads the fields of a multipart/form-data request body, the same ones that request_json.go reads from
-// JSON, and has the fields of a request on which prices depend. mime/multipart and other parsers are lenient
-// (preamble, bare LF, folded headers, padded boundaries), each in a different way. This reader accepts only what
-// common clients send, so that every parser sees the same parts. Plain code: it gets bytes and returns values, and
-// never copies a file's bytes.
+// This file reads the fields of request bodies in the other forms: multipart/form-data, and the JSON of Gemini's API.
+// They are the same ones that request_json.go reads from the JSON of OpenAI's and Anthropic's. It also has the fields
+// of a request on which prices depend. mime/multipart and other parsers of forms are lenient (preamble, bare LF, folded
+// headers, padded boundaries), each in a different way. This reader accepts only what common clients send, so that
+// every parser sees the same parts. Plain code: it gets bytes and returns values, and never copies a file's bytes.
 package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"mime"
 	"slices"
@@ -20,6 +21,21 @@ const (
 	maxPartHeader  = 4 << 10
 	maxBoundaryLen = 70 // RFC 2046
 )
+
+// scanBody reads the fields of a body for the matched endpoint.
+func (m *endpointMatch) scanBody(form bool, contentType string, body []byte) (callFields, error) {
+	switch {
+	case m.endpoint.body == bodyRaw:
+		return callFields{}, nil
+	case form:
+		return scanForm(contentType, body)
+	case m.endpoint.api == apiGemini:
+		f, err := scanGemini(body, m.model)
+		f.stream = m.endpoint.streams()
+		return f, err
+	}
+	return scanJSON(body)
+}
 
 // scanForm reads a multipart/form-data body and returns its fields. Every error is a *bodyError. A body that it
 // accepts can be read in one way only: each "--boundary" in it is a delimiter, each part has one plain name, and no
@@ -412,3 +428,199 @@ func (f *billedFields) pictureTokens() int64 {
 	}
 	return tokens
 }
+
+// A geminiField is a field of Gemini's API that the proxy reads. The API takes each in camelCase and in snake_case.
+type geminiField uint8
+
+const (
+	geminiOther geminiField = iota
+	geminiModel
+	geminiConfig   // generationConfig
+	geminiMaximum  // maxOutputTokens
+	geminiCount    // candidateCount
+	geminiCached   // cachedContent, a stored context
+	geminiFile     // fileData, which may be a stored file
+	geminiSearch   // fileSearch, a tool that reads a store of files
+	geminiRequest  // generateContentRequest, in countTokens
+	geminiRequests // in batchEmbedContents
+	geminiData     // JSON of the client's tools and schemas, in which no name has a meaning
+)
+
+// geminiNames are the fields in camelCase.
+var geminiNames = [...]struct {
+	name  string
+	field geminiField
+}{
+	{"model", geminiModel}, {"generationConfig", geminiConfig}, {"maxOutputTokens", geminiMaximum},
+	{"candidateCount", geminiCount}, {"cachedContent", geminiCached}, {"fileData", geminiFile},
+	{"fileSearch", geminiSearch}, {"generateContentRequest", geminiRequest}, {"requests", geminiRequests},
+	{"args", geminiData}, {"response", geminiData}, {"parameters", geminiData}, {"parametersJsonSchema", geminiData},
+	{"responseSchema", geminiData}, {"responseJsonSchema", geminiData},
+}
+
+// geminiFieldOf returns the field that a name means to any parser, and its name in camelCase. exact: the name is in one
+// of the two spellings that the API takes.
+func geminiFieldOf(key []byte) (field geminiField, name string, exact bool) {
+	if len(key) > maxProtectedNameLen {
+		return geminiOther, "", false
+	}
+	folded := string(bytes.ReplaceAll(key, []byte{'_'}, nil))
+	for _, known := range geminiNames {
+		if strings.EqualFold(folded, known.name) {
+			return known.field, known.name, string(key) == known.name || string(key) == snakeCase(known.name)
+		}
+	}
+	return geminiOther, "", false
+}
+
+// snakeCase returns a camelCase name in snake_case.
+func snakeCase(name string) string {
+	out := make([]byte, 0, len(name)+4)
+	for _, c := range []byte(name) {
+		if c >= 'A' && c <= 'Z' {
+			out = append(out, '_')
+			c |= 0x20
+		}
+		out = append(out, c)
+	}
+	return string(out)
+}
+
+// scanGemini is scanJSON for a body of Gemini's API, whose path names model. Every place where the body may name a
+// model must name this one.
+func scanGemini(body []byte, model string) (callFields, error) {
+	f, err := scanObject(body, func(s *bodyScanner, f *callFields) {
+		s.readGemini(f, func(raw []byte, _ int) {
+			if name, ok := geminiModelName(raw); !ok || name != model {
+				s.fail("model", "The field 'model' must name the model in the path, or be left out.")
+			}
+		})
+	})
+	f.model = model
+	return f, err
+}
+
+// withGeminiModel returns a body that scanGemini has accepted with another model in each place that names one.
+func withGeminiModel(body []byte, model string) []byte {
+	name, err := json.Marshal("models/" + model)
+	if err != nil { // cannot happen: a string
+		return body
+	}
+	var out []byte
+	from := 0
+	_, _ = scanObject(body, func(s *bodyScanner, f *callFields) {
+		s.readGemini(f, func(raw []byte, end int) {
+			out = append(append(out, body[from:end-len(raw)]...), name...)
+			from = end
+		})
+	})
+	return append(out, body[from:]...)
+}
+
+// geminiModelName returns the model that a JSON value names: "models/gemini-2.5-pro", or only the last part.
+func geminiModelName(raw []byte) (name string, ok bool) {
+	if len(raw) < 2 || raw[0] != '"' || bytes.IndexByte(raw, '\\') >= 0 {
+		return "", false
+	}
+	return strings.TrimPrefix(string(raw[1:len(raw)-1]), "models/"), true
+}
+
+// readGemini reads a request of Gemini's API, or one that is in another. onModel gets each value that names a model,
+// and where it ends. A field that the proxy reads may occur once in an object, in one of its two spellings.
+func (s *bodyScanner) readGemini(f *callFields, onModel func(raw []byte, end int)) {
+	var seen uint
+	for more := s.enter('}'); more; more = s.next('}') {
+		field := s.readGeminiKey(&seen)
+		switch {
+		case field == geminiModel:
+			if raw := s.readValue(); s.err == nil {
+				onModel(raw, s.i)
+			}
+		case field == geminiConfig && s.startsWith('{'):
+			s.readGeminiConfig(f)
+		case field == geminiRequest && s.startsWith('{'):
+			s.readGemini(f, onModel)
+		case field == geminiRequests && s.startsWith('['):
+			for more := s.enter(']'); more; more = s.next(']') {
+				if s.startsWith('{') {
+					s.readGemini(f, onModel)
+				} else {
+					s.skipValue()
+				}
+			}
+		case field == geminiConfig || field == geminiRequest || field == geminiRequests:
+			if raw := s.readValue(); s.err == nil && string(raw) != "null" {
+				s.fail("", "A field of the request has the wrong type: generationConfig and generateContentRequest "+
+					"are objects, requests is a list.")
+			}
+		default:
+			s.walkGemini(f, field)
+		}
+	}
+}
+
+// readGeminiKey reads a name, and refuses one that another parser could read as a field it is not.
+func (s *bodyScanner) readGeminiKey(seen *uint) geminiField {
+	key := s.readDecodedKey()
+	field, name, exact := geminiFieldOf(key)
+	if field == geminiOther || field == geminiData {
+		return field
+	}
+	switch {
+	case !exact:
+		s.fail(name, fmt.Sprintf("Ambiguous field name %q: it must be spelled %q.", key, name))
+	case *seen>>field&1 == 1:
+		s.fail(name, fmt.Sprintf("Duplicate field %q: it may occur once only, in one spelling.", name))
+	}
+	*seen |= 1 << field
+	return field
+}
+
+// readGeminiConfig reads a generationConfig.
+func (s *bodyScanner) readGeminiConfig(f *callFields) {
+	var seen uint
+	for more := s.enter('}'); more; more = s.next('}') {
+		field := s.readGeminiKey(&seen)
+		if field != geminiMaximum && field != geminiCount {
+			s.walkGemini(f, field)
+			continue
+		}
+		raw := s.readValue()
+		if s.err != nil {
+			return
+		}
+		count, ok := parseWholeNumber(raw)
+		switch {
+		case !ok:
+			s.fail("generationConfig", "maxOutputTokens and candidateCount must be whole numbers.")
+		case field == geminiMaximum:
+			f.maxOutputTokens = count
+		default:
+			f.n = max(f.n, count)
+		}
+	}
+}
+
+// walkGemini reads a value of which only references to objects at the provider matter. field is its name's.
+func (s *bodyScanner) walkGemini(f *callFields, field geminiField) {
+	switch {
+	case field == geminiCached || field == geminiFile || field == geminiSearch:
+		if raw := s.readValue(); string(raw) != "null" {
+			f.setStateful([...]string{"cachedContent", "fileData", "fileSearch"}[field-geminiCached])
+		}
+	case field != geminiData && s.startsWith('{'):
+		for more := s.enter('}'); more; more = s.next('}') {
+			inner, _, _ := geminiFieldOf(s.readDecodedKey())
+			s.walkGemini(f, inner)
+		}
+	case field != geminiData && s.startsWith('['):
+		for more := s.enter(']'); more; more = s.next(']') {
+			s.walkGemini(f, geminiOther)
+		}
+	default:
+		s.skipValue()
+	}
+}
+
+// startsWith reports whether the next value begins with c.
+func (s *bodyScanner) startsWith(c byte) bool { return s.i < len(s.b) && s.b[s.i] == c }

@@ -79,7 +79,10 @@ func (e *bodyError) Error() string { return e.msg }
 // scanJSON reads a body and returns its fields. Every error is a *bodyError. It accepts what json.Valid accepts,
 // with stricter rules: one object at the top, valid UTF-8 without a byte order mark, at most maxJSONDepth levels,
 // and the rules for protectedNames.
-func scanJSON(body []byte) (callFields, error) {
+func scanJSON(body []byte) (callFields, error) { return scanObject(body, (*bodyScanner).readTopLevel) }
+
+// scanObject checks a body, and reads the object that it is with read.
+func scanObject(body []byte, read func(*bodyScanner, *callFields)) (callFields, error) {
 	f := callFields{n: 1}
 	s := bodyScanner{b: body}
 	s.skipSpace()
@@ -93,7 +96,7 @@ func scanJSON(body []byte) (callFields, error) {
 	case s.b[s.i] != '{':
 		s.fail("", fmt.Sprintf("The request body must be a JSON object (byte %d).", s.i))
 	default:
-		s.readTopLevel(&f)
+		read(&s, &f)
 		s.skipSpace()
 		if s.err == nil && s.i < len(body) {
 			s.failSyntax("the end of the body")

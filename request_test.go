@@ -368,6 +368,73 @@ func TestScanJSON(t *testing.T) {
 	}
 }
 
+// TestScanGemini: both spellings of a field count, references to stored objects are found wherever they may be, and
+// what would mean different things to different parsers is refused.
+func TestScanGemini(t *testing.T) {
+	t.Parallel()
+	for body, want := range map[string]callFields{
+		`{}`: {n: 1},
+		`{"generationConfig":{"maxOutputTokens":7,"candidateCount":2}}`:                        {n: 2, maxOutputTokens: 7},
+		`{"generation_config":{"max_output_tokens":7.0,"candidate_count":3}}`:                  {n: 3, maxOutputTokens: 7},
+		`{"generationConfig":{"responseSchema":{"properties":{"fileData":{}}}}}`:               {n: 1},
+		`{"model":"models/m","generateContentRequest":{"model":"m"}}`:                          {n: 1},
+		`{"cachedContent":"cachedContents/a"}`:                                                 {n: 1, statefulParam: "cachedContent"},
+		`{"cached_content":null,"generationConfig":null}`:                                      {n: 1},
+		`{"generateContentRequest":{"model":"m","cached_content":"a"}}`:                        {n: 1, statefulParam: "cachedContent"},
+		`{"contents":[{"parts":[{"text":"fileData"},{"inlineData":{"data":"x"}}]}]}`:           {n: 1},
+		`{"contents":[{"parts":[{"fileData":{"fileUri":"files/a"}}]}]}`:                        {n: 1, statefulParam: "fileData"},
+		`{"contents":{"parts":{"FILE_data":{}}}}`:                                              {n: 1, statefulParam: "fileData"},
+		`{"requests":[{"content":{"parts":[{"fileD\u0061ta":{}}]}}]}`:                          {n: 1, statefulParam: "fileData"},
+		`{"system_instruction":{"parts":[{"file_data":{}}]}}`:                                  {n: 1, statefulParam: "fileData"},
+		`{"contents":[{"parts":[{"functionCall":{"args":{"fileData":1}}}]}]}`:                  {n: 1},
+		`{"contents":[{"parts":[{"functionResponse":{"parts":[{"fileData":{}}]}}]}]}`:          {n: 1, statefulParam: "fileData"},
+		`{"tools":[{"fileSearch":{"fileSearchStoreNames":["fileSearchStores/a"]}}]}`:           {n: 1, statefulParam: "fileSearch"},
+		`{"tools":[{"functionDeclarations":[{"parameters":{"fileSearch":{}}}]}]}`:              {n: 1},
+		`{"requests":[{"model":"models/m","content":{}},{"model":"m"}],"generationConfig":{}}`: {n: 1},
+	} {
+		got, err := scanGemini([]byte(body), "m")
+		if want.model = "m"; err != nil || got != want {
+			t.Errorf("%s: got %+v, %v; want %+v", body, got, err, want)
+		}
+	}
+	for body, param := range map[string]string{
+		`{"generationConfig":{},"generationConfig":{}}`:                    "generationConfig",
+		`{"generationConfig":{},"generation_config":{}}`:                   "generationConfig",
+		`{"GenerationConfig":{}}`:                                          "generationConfig",
+		`{"generationconfig":{}}`:                                          "generationConfig",
+		`{"generation\u005fConfig":{}}`:                                    "generationConfig",
+		`{"generationConfig":[]}`:                                          "",
+		`{"generationConfig":{"maxOutputTokens":"7"}}`:                     "generationConfig",
+		`{"generationConfig":{"maxOutputTokens":7.5}}`:                     "generationConfig",
+		`{"generationConfig":{"maxOutputTokens":1,"max_output_tokens":9}}`: "maxOutputTokens",
+		`{"generationConfig":{"candidateCount":1,"candidateCount":9}}`:     "candidateCount",
+		`{"generationConfig":{"MAX_OUTPUT_TOKENS":9}}`:                     "maxOutputTokens",
+		`{"model":"models/other"}`:                                         "model",
+		`{"model":7}`:                                                      "model",
+		`{"model":"m","model":"m"}`:                                        "model",
+		`{"generateContentRequest":{"model":"models/other"}}`:              "model",
+		`{"generateContentRequest":{},"generate_content_request":{}}`:      "generateContentRequest",
+		`{"requests":[{"model":"m"},{"model":"models/other"}]}`:            "model",
+		`{"requests":[{"model":"\u006d"}]}`:                                "model",
+		`{"requests":{}}`:                                                  "",
+		`[]`:                                                               "",
+		`{"contents":[{]}`:                                                 "",
+	} {
+		e, ok := errors.AsType[*bodyError](second(scanGemini([]byte(body), "m")))
+		if !ok || e.param != param {
+			t.Errorf("%s: got %v", body, e)
+		}
+	}
+	body := `{"model": "m","generateContentRequest":{"model" :"models/m","a":1},"requests":[{"model":"m"},{}],"x":{"model":"m"}}`
+	want := `{"model": "models/n\"","generateContentRequest":{"model" :"models/n\"","a":1},` +
+		`"requests":[{"model":"models/n\""},{}],"x":{"model":"m"}}`
+	if got := string(withGeminiModel([]byte(body), `n"`)); got != want {
+		t.Errorf("got %s", got)
+	}
+}
+
+func second[A, B any](_ A, b B) B { return b }
+
 func TestScanJSONRefuses(t *testing.T) {
 	t.Parallel()
 	deep := strings.Repeat("[", 100_000)

@@ -33,7 +33,7 @@ type server struct {
 	admin       *adminUI // nil: ADMIN_PAGES=false
 }
 
-// routes returns the handler of every URL. /v1 takes client tokens only, /manage management
+// routes returns the handler of every URL. /v1 and /v1beta take client tokens only, /manage management
 // keys only, /admin session cookies only.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
@@ -59,17 +59,17 @@ func (s *server) routes() http.Handler {
 		if s.readiness.running.isDraining() {
 			w.Header().Set("Connection", "close") // the client's next request goes to another process
 		}
-		// ServeMux must not see /v1: it cleans paths that are not canonical and answers with a
+		// ServeMux must not see the APIs: it cleans paths that are not canonical and answers with a
 		// redirect, but such a path must not reach another endpoint than the one it names.
 		switch {
-		case r.Method == http.MethodConnect || !strings.HasPrefix(r.URL.Path, "/v1/"):
+		case r.Method == http.MethodConnect || !isAPIPath(r.URL.Path):
 			s.serveLogged(w, r, outsideV1)
 		case s.crossOrigin.isPreflight(r): // open: what pages of the origins in CORS_ORIGINS may send
 			s.serveLogged(w, r, preflight)
 		case r.URL.Path == ownTokenPath: // /v1/llm-proxy/token
 			s.crossOrigin.addHeaders(w.Header(), r.Header)
 			s.proxy.handleOwnToken(w, r) // a client token: what it may know about itself
-		default: // /v1/*: endpointRows in endpoints.go has the endpoints
+		default: // /v1/*, /v1beta/*: endpoints.go has the endpoints
 			s.crossOrigin.addHeaders(w.Header(), r.Header)
 			s.proxy.handleV1(w, r) // a client token: the call goes to a provider
 		}
@@ -82,7 +82,7 @@ func unknownPath(w http.ResponseWriter, r *http.Request) {
 		notFound(w, r)
 		return
 	}
-	writeError(w, errUnknownPath(errUnknownURL, r.URL), r.Header["Anthropic-Version"] != nil)
+	writeError(w, errUnknownPath(errUnknownURL, r.URL), shapeFor(r))
 }
 
 // smallBodyTimeout limits reading the body of a request outside /v1. The watchdog limits
@@ -235,12 +235,12 @@ func (rd *readiness) checkWritable(ctx context.Context) error {
 func (s *server) protect(next http.Handler) http.Handler {
 	origins := http.NewCrossOriginProtection()
 	origins.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		writeError(w, errCrossOrigin, false)
+		writeError(w, errCrossOrigin, shapeOpenAI)
 	}))
 	sameOrigin := origins.Handler(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !ourHost(s.cfg.publicURL, r.Host) {
-			writeError(w, errUnknownHost, false)
+			writeError(w, errUnknownHost, shapeOpenAI)
 			return
 		}
 		sameOrigin.ServeHTTP(w, r)

@@ -131,6 +131,8 @@ func TestNoMixedIdentity(t *testing.T) {
 		{"one of them empty", []string{"Authorization", a, "Authorization", ""}},
 		{"x-api-key", []string{"Authorization", a, "X-Api-Key", other}},
 		{"api-key", []string{"Authorization", a, "Api-Key", other}},
+		{"x-goog-api-key", []string{"Authorization", a, "X-Goog-Api-Key", other}},
+		{"two x-goog-api-key", []string{"X-Goog-Api-Key", p.token, "X-Goog-Api-Key", other}},
 		{"both others", []string{"X-Api-Key", p.token, "Api-Key", other}},
 		{"two x-api-key", []string{"X-Api-Key", p.token, "X-Api-Key", other}},
 		{"a wrong second one", []string{"Authorization", a, "X-Api-Key", "sk-other"}},
@@ -141,10 +143,58 @@ func TestNoMixedIdentity(t *testing.T) {
 	res := p.do("POST", "/v1/chat/completions?api_key="+other, chatBody(),
 		"Authorization", a, "Content-Type", "application/json")
 	p.expectRefused("in the query", res, 400, "invalid_request")
+	const gemini = "/v1beta/models/gemini-2.5-flash:generateContent?"
+	for query, headers := range map[string][]string{
+		"key=" + other:                         {"Authorization", a},
+		"alt=json&k%65y=" + other:              {"X-Goog-Api-Key", p.token},
+		"key=" + p.token + "&key=" + other:     nil,
+		"key=" + other + "&key=" + p.token:     {"X-Goog-Api-Key", p.token},
+		"key=" + p.token + "&k%65y=" + p.token: nil,
+	} {
+		res := p.do("POST", gemini+query, "{}", append(headers, "Content-Type", "application/json")...)
+		if res.status != 400 || !strings.Contains(res.body, "AMBIGUOUS_CREDENTIALS") {
+			t.Errorf("%s: got %d %s", query, res.status, res.body)
+		}
+	}
 	for _, row := range p.ledger() {
 		if row.TokenID != p.tokenID {
 			t.Errorf("recorded for the other token: %+v", row)
 		}
+	}
+}
+
+// TestGeminiKeyInQuery: Gemini's API takes the token in its query. It is not forwarded, no log shows it, and the rest
+// of the query goes up as it is.
+func TestGeminiKeyInQuery(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "debug"})
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"gemini","provider":"google","base_url":"`+
+		p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
+	send := func(query string) testResponse {
+		return p.do("POST", "/v1beta/models/gemini-2.5-flash:countTokens"+query, `{"contents":[]}`,
+			"Content-Type", "application/json")
+	}
+	for query, want := range map[string]string{
+		"?key=" + p.token:                                 "",
+		"?k%65y=" + p.token + "&alt=json":                 "?alt=json",
+		"?%61lt=json&key=" + p.token:                      "?%61lt=json",
+		"?alt=json&&key=" + p.token + "&":                 "?alt=json&&",
+		"?key=" + strings.Replace(p.token, "s", "%73", 1): "",
+	} {
+		if res := send(query); res.status != 200 {
+			t.Errorf("%s: got %d %s", query, res.status, res.body)
+		} else if got := p.provider.lastRequest(t).target; got != "/v1beta/models/gemini-2.5-flash:countTokens"+want {
+			t.Errorf("%s: the provider got %s", query, got)
+		}
+	}
+	for _, query := range []string{"?key=", "?key", "?key=%zz", "?Key=" + p.token, "?key=" + p.token + "x",
+		"?alt=json;key=" + p.token} {
+		if res := send(query); res.status != 401 || !strings.Contains(res.body, "UNAUTHENTICATED") {
+			t.Errorf("%s: got %d %s", query, res.status, res.body)
+		}
+	}
+	if logs := fmt.Sprint(p.logLines()); strings.Contains(logs, p.token) || strings.Contains(logs, "key=") {
+		t.Errorf("the log has a query: %s", logs)
 	}
 }
 

@@ -74,7 +74,7 @@ type upstream struct {
 	id, name      string
 	provider      string
 	scheme, host  string
-	basePath      string // replaces the client's /v1
+	basePath      string // replaces the client's /v1 or /v1beta
 	key           secret
 	organization  string
 	openaiProject string // OpenAI's project, not this program's
@@ -93,6 +93,7 @@ const (
 	providerAnthropic  = "anthropic"
 	providerAzure      = "azure"
 	providerCompatible = "compatible"
+	providerGoogle     = "google"
 )
 
 // newUpstream returns a stored upstream, ready for use. If something is wrong with it, configErr says what, and
@@ -137,7 +138,7 @@ func (u *upstream) unseal(row *upstreamRow, sl *sealer, allowPrivate bool) error
 
 // serves reports whether the upstream speaks the API family and has the model.
 func (u *upstream) serves(api apiFamily, model string) bool {
-	if api != apiAny && api != u.family() {
+	if family := u.family(); api != family && (api != apiAny || family == apiGemini) {
 		return false
 	}
 	return len(u.models) == 0 || model == "" || matchesAnyPattern(u.models, model)
@@ -145,18 +146,21 @@ func (u *upstream) serves(api apiFamily, model string) bool {
 
 // family returns the API family that the upstream speaks.
 func (u *upstream) family() apiFamily {
-	if u.provider == providerAnthropic {
+	switch u.provider {
+	case providerAnthropic:
 		return apiAnthropic
+	case providerGoogle:
+		return apiGemini
 	}
 	return apiOpenAI
 }
 
-// url returns the URL of a call. path begins with /v1 and is built from an endpoint's pattern and checked ids,
-// never from a client's path as it came.
+// url returns the URL of a call. path begins with /v1 or /v1beta and is built from an endpoint's pattern and checked
+// ids, never from a client's path as it came.
 func (u *upstream) url(path, query string) *url.URL {
-	raw := u.basePath + strings.TrimPrefix(path, "/v1")
+	raw := u.basePath + path[1+strings.IndexByte(path[1:], '/'):]
 	out := &url.URL{Scheme: u.scheme, Host: u.host, Path: raw, RawQuery: query}
-	if strings.HasPrefix(path, modelPrefix) { // the only path with escapes; it keeps the client's
+	if hasModelPrefix(path) { // the only paths with escapes; they keep the client's
 		if p, err := url.PathUnescape(raw); err == nil {
 			out.Path, out.RawPath = p, raw
 		}
@@ -177,6 +181,8 @@ func (u *upstream) authorize(h http.Header) {
 	switch u.provider {
 	case providerAnthropic:
 		h["X-Api-Key"] = []string{u.key()}
+	case providerGoogle:
+		h["X-Goog-Api-Key"] = []string{u.key()}
 	case providerAzure:
 		h["Api-Key"] = []string{u.key()}
 	default:
