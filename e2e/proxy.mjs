@@ -90,7 +90,7 @@ export class Proxy {
 }
 
 // binary returns the program: LLM_PROXY_BINARY, or one built for this run.
-function binary(dir) {
+export function binary(dir) {
   if (process.env.LLM_PROXY_BINARY) return process.env.LLM_PROXY_BINARY;
   const file = join(dir, 'llm-proxy');
   execFileSync('go', ['build', '-trimpath', '-o', file, '.'], {
