@@ -468,10 +468,11 @@ func (m *meter) readMembers(data []byte) (relevant bool) {
 			rest := bytes.TrimLeft(data[i+1:], " ")
 			relevant = relevant || len(rest) == 0 || rest[0] != 'n' // not null
 		case "ject", "ason", "cess": // object, finish_reason, success
-			rest := bytes.TrimLeft(data[i+1:], " ")
-			relevant = relevant || len(rest) == 0 || rest[0] == 'f' || bytes.HasPrefix(rest, []byte(`"error"`))
+			c, rest := valueStart(data, i)
+			relevant = relevant || c == 'f' || c == '"' && bytes.HasPrefix(rest, []byte(`"error"`))
 		case "ices": // choices
-			relevant = relevant || bytes.HasPrefix(bytes.TrimLeft(data[i+1:], " "), []byte("[]"))
+			c, rest := valueStart(data, i)
+			relevant = relevant || c == '[' && len(rest) > 1 && rest[1] == ']'
 		case "odel":
 			relevant = relevant || m.model == ""
 		case "type":
@@ -487,6 +488,17 @@ func (m *meter) readMembers(data []byte) (relevant bool) {
 			return true
 		}
 	}
+}
+
+// valueStart returns the first byte of the value after the colon at data[colon], 0 if there is none, and the data
+// from it on.
+func valueStart(data []byte, colon int) (byte, []byte) {
+	for i := colon + 1; i < len(data); i++ {
+		if data[i] != ' ' {
+			return data[i], data[i:]
+		}
+	}
+	return 0, nil
 }
 
 // isDeltaName reports whether an event with this name may carry a piece of the answer. Other named events repeat
