@@ -503,7 +503,7 @@ func parseAliases(raw []byte) (map[string]aliasModels, error) {
 		if err := checkModelName(param, name); err != nil {
 			return nil, err
 		}
-		models, err := parseAliasModels(param+"."+clip(name, 64), value)
+		models, err := parseAliasModels(param+"["+clip(name, 64)+"]", value)
 		if err != nil {
 			return nil, err
 		}
