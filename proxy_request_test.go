@@ -118,7 +118,8 @@ func TestOnlyTheTableForwards(t *testing.T) {
 				ok = a.status == 405 && n == 0
 			case class == classStateful:
 				ok = a.status == 403 && (method == "HEAD" || a.errorCode() == "endpoint_not_allowed") && n == 0
-			case class == classInference && strings.HasPrefix(pattern, "/v1/messages"):
+			case class == classInference &&
+				(strings.HasPrefix(pattern, "/v1/messages") || strings.HasPrefix(pattern, "/v1beta/")):
 				ok = a.status == 404 && n == 0 // not an endpoint of this project's provider
 			case class == classInference:
 				ok = a.status == 200 && n == 1 && p.provider.lastRequest(t).target == path &&
@@ -1236,7 +1237,7 @@ func TestWrongBaseURL(t *testing.T) {
 		{"/v1/" + p.token, "unknown_endpoint", ""},
 		{"/" + p.token + "/v1/messages", "unknown_url", ""},
 		{"/v1/%3Cscript%3E", "unknown_endpoint", "The path is /v1/%3Cscript%3E."},
-		{"/v1beta/models/gemini-pro:generateContent", "unknown_url", "The path is /v1beta/models/gemini-pro:generateContent."},
+		{"/v1alpha/models/gemini-pro:predict", "unknown_url", "The path is /v1alpha/models/gemini-pro:predict."},
 		{"/v1/models/a;b@c/x", "unknown_endpoint", "The path is /v1/models/a;b@c/x."},
 		{"/v1/models/%C3%A9%20%2F..%2F", "unknown_endpoint", "The path is /v1/models/%C3%A9%20%2F..%2F."},
 		{"/v1/" + strings.Replace(p.token, "-", "%2D", 1), "unknown_endpoint", ""},

@@ -65,7 +65,7 @@ func TestDeniedHeaders(t *testing.T) {
 		"X-Method-Override", "Proxy-Authorization", "Proxy-Authenticate", "Via", "Trailer",
 		"TE", "Range", "If-Range", "If-Match", "If-None-Match", "If-Modified-Since", "Accept-Encoding",
 		"Accept-Language", "Origin", "Referer", "Cache-Control", "Pragma", "Max-Forwards", "Content-Language",
-		"Content-Location", "Content-MD5", "Content-Range", "X-Request-Id", "Request-Id", "X-Goog-Api-Key",
+		"Content-Location", "Content-MD5", "Content-Range", "X-Request-Id", "Request-Id", "X-Goog-User-Project",
 		"Authorization_", "X_Api_Key", "OpenAI_Beta", "X-Amz-Security-Token", "X-Openai-Organization", "Http2-Settings",
 		"Keep-Alive", "Sec-Websocket-Key", "X-Llm-Proxy-Request-Id", "Api_Key", "Host_"} {
 		lines.WriteString(name + ": denied-value\r\n")
