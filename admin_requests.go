@@ -184,7 +184,58 @@ func newRequestListItem(v *requestView) requestListItem {
 type requestPageView struct {
 	requestListItem
 	Bar          []durationPart
+	CostParts    *costTable // nil: there is no cost, or its price is not known
+	Multiplier   string     // "": 1
 	ContentUntil *timestamp // nil: there is no content, or none for this role
+}
+
+// A costTable is the data of the template "cost-table".
+type costTable struct {
+	Rows  []costTableRow
+	Cost  dollars
+	Price priceSource
+}
+
+// A costTableRow is a part of a cost in words: what was used, at what price, and what that costs.
+type costTableRow struct {
+	What, Price string
+	Cost        dollars
+}
+
+// newCostTable returns a breakdown in words, nil for none.
+func newCostTable(b *costBreakdown) *costTable {
+	if b == nil {
+		return nil
+	}
+	table := &costTable{Cost: b.Cost, Price: b.Price}
+	for _, l := range b.Lines {
+		row := costTableRow{What: capitalize(strings.ReplaceAll(l.Kind, "_", " ")), Cost: l.Cost}
+		if l.Multiplier != nil {
+			row.Price = string(*l.Multiplier)
+			table.Rows = append(table.Rows, row)
+			continue
+		}
+		k := slices.IndexFunc(priceKinds[:], func(info priceKindInfo) bool { return info.name == l.Kind })
+		info := priceKinds[k] // newCostBreakdown took the name from there
+		row.What = groupDigits(*l.Quantity) + " " + info.label
+		row.Price = formatPrice(string(*l.Price)) + info.unit.suffix()
+		if info.unit == perMinuteOfMedia {
+			row.What = formatDecimal(*l.Quantity, 3) + " " + strings.Replace(info.label, "minutes", "seconds", 1)
+		}
+		table.Rows = append(table.Rows, row)
+	}
+	return table
+}
+
+// suffix says what a price of the unit is for.
+func (u priceUnit) suffix() string {
+	switch u {
+	case perToken, perCharacter:
+		return "/M"
+	case perMinuteOfMedia:
+		return "/minute"
+	}
+	return " each"
 }
 
 func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
@@ -197,6 +248,14 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := &requestPageView{requestListItem: newRequestListItem(&row), Bar: durationBar(&row)}
+	breakdown, err := ui.ops.breakdownOf(r.ctx, &row)
+	if err != nil {
+		return nil, err
+	}
+	v.CostParts = newCostTable(breakdown)
+	if m := row.details.multiplier; m != 0 {
+		v.Multiplier = formatDecimal(m, 4)
+	}
 	v.ContentUntil, err = ui.contentUntil(r, id)
 	return showPage("request", cmp.Or(v.Model, "Call")+" · "+v.ID, v), err
 }

@@ -199,6 +199,58 @@ func TestRequestPage(t *testing.T) {
 	}
 }
 
+// pageText returns the text of a page with single spaces between its parts.
+func pageText(t *testing.T, page string) string {
+	t.Helper()
+	text := regexp.MustCompile(`<[^>]*>`).ReplaceAllString(page, " ")
+	return strings.Join(strings.Fields(html.UnescapeString(text)), " ")
+}
+
+// TestRequestPageCost: the page of a call says what its cost is made of, at which price, in which tier and with which
+// multiplier.
+func TestRequestPageCost(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	check := func(wants ...string) {
+		t.Helper()
+		res := b.get("/admin/requests/" + p.lastCall().ID)
+		text := pageText(t, res.body)
+		for _, want := range wants {
+			if !strings.Contains(text, want) {
+				t.Errorf("%q is not on the page: %s", want, text)
+			}
+		}
+		if problems := checkHTML(res.body); res.status != 200 || len(problems) > 0 {
+			t.Errorf("%d %v", res.status, problems)
+		}
+	}
+	usage := func(usage string) {
+		p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+			return c.reply(200, `{"id":"c","object":"chat.completion","model":"gpt-4o-mini-2024-07-18",`+usage+`}`)
+		})
+	}
+	usage(`"choices":[],"usage":{"prompt_tokens":2000,"completion_tokens":10,
+		"prompt_tokens_details":{"cached_tokens":1200}}`)
+	p.chat()
+	check("1,200 cached input × $0.075/M = $0.00009", "800 input × $0.15/M = $0.00012",
+		"10 output × $0.60/M = $0.000006", "Total $0.000216",
+		"List price of gpt-4o-mini-2024-07-18 (openai), as of 20")
+	var price struct{ ID string }
+	p.manage("POST", "/manage/prices", `{"match":"gpt-4o-mini*","input":1000,"output":"0.5",
+		"service_tier":{"priority":{"input":2000,"output":1}}}`, 201, &price)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"cost_multiplier":0.8}`, 200, nil)
+	usage(`"service_tier":"priority","choices":[],"usage":{"prompt_tokens":1000,"completion_tokens":0}`)
+	p.chat()
+	check("1,000 input × $2,000.00/M = $2.00", "Cost multiplier × 0.8 = −$0.40", "Total $1.60",
+		"Your own price for gpt-4o-mini*", "Service tier priority")
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(500, "{}") })
+	p.chat()
+	if res := b.get("/admin/requests/" + p.lastCall().ID); strings.Contains(res.body, "What the cost is made of") {
+		t.Error("a call without a cost has a table of its parts")
+	}
+}
+
 // TestExports: a download has every call that matches the filters and no formulas, and none starts
 // without an audit entry.
 func TestExports(t *testing.T) {

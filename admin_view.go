@@ -129,6 +129,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"when":       newTimeView,  // for the templates "time", "ago" and "exact"
 		"number":     formatNumber, // 1,234,567
 		"usd":        formatUSD,    // $1,234.50; takes dollars or *dollars
+		"exactUSD":   func(v dollars) string { return formatPrice(formatNanos(int64(v))) },
 		"ms":         formatMillis,
 		"millis":     formatLongTime,
 		"seconds":    func(n int64) string { return describeDuration(time.Duration(n) * time.Second) },
@@ -261,12 +262,17 @@ func formatBytes(n int64) string {
 
 // formatPrice formats an exact price, a decimal number of dollars, with all its decimals but at least two.
 func formatPrice(raw string) string {
-	whole, decimals, _ := strings.Cut(raw, ".")
+	text, isNegative := strings.CutPrefix(raw, "-")
+	whole, decimals, _ := strings.Cut(text, ".")
 	n, err := strconv.ParseInt(whole, 10, 64)
 	if err != nil {
 		return raw
 	}
-	return "$" + groupDigits(n) + "." + (decimals + "00")[:max(2, min(len(decimals), 6))]
+	sign := ""
+	if isNegative {
+		sign = "−"
+	}
+	return sign + "$" + groupDigits(n) + "." + (decimals + "00")[:max(2, len(decimals))]
 }
 
 func percent(v float64) string {
