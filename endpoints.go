@@ -529,7 +529,8 @@ func (e *endpoint) costBound(
 			return b, "speed"
 		}
 	}
-	mentions := func(text string) bool { return bytes.Contains(body, []byte(text)) }
+	plain := unescapeASCII(body)
+	mentions := func(text string) bool { return bytes.Contains(plain, []byte(text)) }
 	if d.region == regionAny && mentions("inference_geo") {
 		d.region = regionUS
 	}
@@ -552,9 +553,9 @@ func (e *endpoint) costBound(
 		if !atMost(&b.input, input, d) || output.output > 0 && !atMost(&b.output, output, pictureOutput) {
 			return b, "model"
 		}
-		plain := b.input
+		least := b.input
 		e.boundKinds(&b, input, output, d, mentions, atMost)
-		b.output = max(b.output-plain, 0)
+		b.output = max(b.output-least, 0)
 	}
 	tools, unbounded := e.toolBound(p, f, est, body, d)
 	b.input = addSat(b.input, tools)

@@ -647,6 +647,9 @@ func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *pr
 	if d.region == regionAny {
 		d.region = hostRegion(host)
 	}
+	if e.api == apiGemini && m.hasUsage && f.tools[toolWebSearch] { // answers do not count the searches that are billed
+		d.webSearches, row.source = max(1, d.webSearches), usageEstimated
+	}
 	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
 		d.webSearches = 1
 		if d.searchContext == searchContextUnknown && p != nil && p.rates[kindWebSearch] < 0 {

@@ -445,6 +445,8 @@ func TestCostBound(t *testing.T) {
 		{"/v1/responses", "gpt-5.5", `{"tools":[{"type":"file_search"},{"type":"code_interpreter"}]}`, 0, 100, "0.055 0.003"},
 		{"/v1/responses", "gpt-5.5", `{"tools":[{"type":"image_generation"}]}`, 1000, 100, "tools"},
 		{"/v1/responses", "gpt-5.4", `{"tools":[{"type":"web_search"}]}`, 1000, 100, "tools"},
+		{"/v1/responses", "gpt-5.5", `{"tools":[{"type":"web\u005fsearch","d":"\u00e9"}]}`, 1000, 100, "0.105 0.003"},
+		{"/v1/messages", "claude-sonnet-4-5", `{"system":[{"cache\u005fcontrol":{"ttl":"\u0031h"}}]}`, 1000, 100, "0.006 0.0015"},
 		{"/v1/responses", "gpt-4.1-nano", `{"service_tier":"ultrafast"}`, 1000, 100, "service_tier"},
 		{"/v1/messages", "claude-sonnet-4-5", `{}`, 1000, 100, "0.003 0.0015"},
 		{"/v1/messages", "claude-sonnet-4-5", `{"system":[{"cache_control":{"type":"ephemeral"}}]}`, 1000, 100, "0.00375 0.0015"},

@@ -371,12 +371,33 @@ func (f *billedFields) set(name, raw []byte) {
 	case is("quality") && len(text) <= maxPictureField:
 		f.quality = string(text)
 	case is("tools"):
+		raw = unescapeASCII(raw)
 		for tool, n := range billedToolNames {
 			f.tools[tool] = f.tools[tool] || bytes.Contains(raw, []byte(n))
 		}
 	case is("web_search_options"):
 		f.tools[toolWebSearch] = f.tools[toolWebSearch] || string(raw) != "null"
 	}
+}
+
+// unescapeASCII returns JSON text without the escapes of ASCII characters, so that no name can hide:
+// "web\u005fsearch" is web_search. The result is for searching only. It is text itself, unless there are such escapes.
+func unescapeASCII(text []byte) []byte {
+	if !bytes.Contains(text, []byte(`\u00`)) {
+		return text
+	}
+	out := make([]byte, 0, len(text))
+	for i := 0; i < len(text); i++ {
+		if c := text[i:]; len(c) >= 6 && string(c[:4]) == `\u00` && c[4] >= '2' && c[4] <= '7' {
+			if b, err := strconv.ParseUint(string(c[4:6]), 16, 8); err == nil {
+				out = append(out, byte(b))
+				i += 5
+				continue
+			}
+		}
+		out = append(out, text[i])
+	}
+	return out
 }
 
 // countCharacters counts the characters of the inside of a JSON string. An escape is one, and so is a pair of
@@ -497,7 +518,17 @@ func scanGemini(body []byte, model string) (callFields, error) {
 		})
 	})
 	f.model = model
+	f.setGeminiBilled(unescapeASCII(body))
 	return f, err
+}
+
+// setGeminiBilled sets what a body of Gemini's API may ask for that has a price of its own.
+func (f *billedFields) setGeminiBilled(body []byte) {
+	for _, tool := range [...]string{"googleSearch", "google_search", "googleMaps", "google_maps",
+		"enterpriseWebSearch", "enterprise_web_search"} {
+		f.tools[toolWebSearch] = f.tools[toolWebSearch] || bytes.Contains(body, []byte(tool))
+	}
+	f.tiers[tierOther] = bytes.Contains(body, []byte("serviceTier")) || bytes.Contains(body, []byte("service_tier"))
 }
 
 // withGeminiModel returns a body that scanGemini has accepted with another model in each place that names one.
