@@ -96,6 +96,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.endCallPage},
 		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPage},
 		{"GET /admin/prices", roleViewer, ui.pricesPage},
+		{"GET /admin/prices/list", roleViewer, ui.priceListPage},
 		{"GET|POST /admin/prices/new", roleAdmin, ui.newPricePage},
 		{"GET|POST /admin/prices/{id}/delete", roleAdmin, ui.deletePricePage},
 		{"GET /admin/keys", roleAdmin, ui.keysPage},

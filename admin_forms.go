@@ -31,13 +31,14 @@ type pageForm struct {
 }
 
 // A formField is one input with its label. Kind is text, password, number, lines (a list, one entry per
-// line), pairs (a map, one "key = value" per line), select, checkbox or datetime-local.
+// line), pairs (a map, one "key = value" per line), json, select, checkbox or datetime-local.
 type formField struct {
 	Name, Label, Kind, Value, Placeholder, Error string
 
 	Help                     string // names a text of templates/parts/help.html
 	Options                  []option
 	Required, Checked, Short bool
+	Advanced                 bool // it is hidden until someone opens the advanced fields
 	Empty                    emptyField
 	stored                   string
 }
@@ -185,6 +186,8 @@ func (field *formField) decode(text string, to any) error {
 			text = strings.TrimSpace(text)
 		}
 		*to = optional[string]{set: true, null: null, value: text}
+	case *optional[timestampText]:
+		*to = given(timestampText(formTimeToRFC3339(text)))
 	case *optional[secret]:
 		*to = given(newSecret(text))
 	case *optional[bool]:
@@ -198,6 +201,13 @@ func (field *formField) decode(text string, to any) error {
 	case *optional[[]string]:
 		*to = given(splitLines(text))
 	case *optional[json.RawMessage]:
+		if field.Kind == "json" {
+			if !json.Valid([]byte(text)) {
+				return &fieldError{field.Name, "must be JSON such as " + field.Placeholder}
+			}
+			*to = given(json.RawMessage(strings.TrimSpace(text)))
+			return nil
+		}
 		if field.Kind != "pairs" {
 			*to = given(jsonNumber(text))
 			return nil

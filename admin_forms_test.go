@@ -280,6 +280,11 @@ func TestAdminMistakes(t *testing.T) {
 		{path: "/admin/keys/" + keyID + "/edit", name: "expires_at", value: "soon", says: "must be a time"},
 		{path: "/admin/prices/new", name: "match", value: "", says: "must be a model"},
 		{path: "/admin/prices/new", name: "input", value: "-5", says: "must be dollars"},
+		{path: "/admin/prices/new", name: "web_search_call", value: "1001", says: "must be dollars for one"},
+		{path: "/admin/prices/new", name: "valid_from", value: "soon", says: "must be a time"},
+		{path: "/admin/prices/new", name: "service_tier", value: "flex", says: "must be JSON"},
+		{path: "/admin/prices/new", name: "service_tier", value: `{"slow":{}}`, says: "must have batch"},
+		{path: "/admin/prices/new", name: "unknown_above_input_tokens", value: "-1", says: "must be a number"},
 	} {
 		c.field = cmp.Or(c.field, c.name)
 		form := parseForm(t, b.get(c.path).body)
@@ -539,6 +544,78 @@ func TestAdminContent(t *testing.T) {
 	}
 	if page := b.get("/admin/audit?object=" + rows[1].ID).body; !strings.Contains(page, "reveal") {
 		t.Errorf("the audit trail does not record the view: %s", page)
+	}
+}
+
+// TestPricesPages: the pages lead from a model without a price to the form that sets one, of every kind and from a
+// time on, and the list can be searched page by page.
+func TestPricesPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "no/price+1"))
+	})
+	p.do("POST", chatPattern, strings.Replace(chatBody(), "gpt-4o-mini", "no/price+1", 1), p.jsonHeaders()...)
+	p.waitSettled()
+	expect := func(path string, wants ...string) string {
+		t.Helper()
+		res := b.get(path)
+		for _, want := range wants {
+			if !strings.Contains(pageText(t, res.body), want) {
+				t.Errorf("%q is not on %s: %s", want, path, pageText(t, res.body))
+			}
+		}
+		if problems := checkHTML(res.body); res.status != 200 || len(problems) > 0 {
+			t.Errorf("%s: %d %v", path, res.status, problems)
+		}
+		return res.body
+	}
+	page := expect("/admin/prices", "Models without a price", "no/price+1 1 1 9 3 Set a price")
+	link := html.UnescapeString(between(page, `/admin/prices/new?match=`, `"`))
+	form := parseForm(t, expect("/admin/prices/new?match="+link, "Advanced"))
+	if form.Get("match") != "no/price+1" {
+		t.Errorf("the form is for the model %q", form.Get("match"))
+	}
+	for _, info := range priceKinds {
+		if !form.Has(info.name) {
+			t.Errorf("the form has no field for %s", info.name)
+		}
+		form.Set(info.name, "2")
+	}
+	form.Set("valid_from", "2027-05-01T10:00")
+	form.Set("service_tier", `{"flex":{"input":1,"output":1}}`)
+	form.Set("unknown_above_input_tokens", "100000")
+	if res := b.post("/admin/prices/new", form); res.status != 303 {
+		t.Fatalf("%d %s", res.status, pageText(t, res.body))
+	}
+	expect("/admin/prices", "from 2027-05-01 10:00 $2.00", "web searches $2.00 each", "minutes of input $2.00/minute",
+		"image output $2.00/M", "service tiers")
+	var own struct {
+		Data []map[string]any
+	}
+	p.manage("GET", "/manage/prices", "", 200, &own)
+	for _, info := range priceKinds {
+		if own.Data[0][info.name] == nil {
+			t.Errorf("the price has no %s: %v", info.name, own.Data[0])
+		}
+	}
+	if own.Data[0]["valid_from"] != "2027-05-01T10:00:00.000Z" && own.Data[0]["valid_from"] != "2027-05-01T10:00:00Z" {
+		t.Errorf("valid from %v", own.Data[0]["valid_from"])
+	}
+	expect("/admin/prices/list?search=GPT-4o-mini&provider=openai", "gpt-4o-mini openai, as of 20", "$0.15 $0.60")
+	expect("/admin/prices/list?search=nothing-like-this", "No matching models")
+	names, pages := 0, 0
+	for path := "/admin/prices/list"; path != "" && pages < 50; pages++ {
+		page := expect(path)
+		names += strings.Count(page, `<td class="name">`)
+		next := regexp.MustCompile(`href="([^"]*)" rel="next"`).FindStringSubmatch(page)
+		if path = ""; next != nil {
+			path = html.UnescapeString(next[1])
+		}
+	}
+	if want := len(p.instance.server.admin.ops.prices.Load().search("", "")); names != want || pages < 2 {
+		t.Errorf("%d pages have %d models, want %d", pages, names, want)
 	}
 }
 

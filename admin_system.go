@@ -12,35 +12,102 @@ import (
 	"time"
 )
 
-// A pricesView is the data of templates/prices.html: the operator's own prices, and the price of a
-// model that was looked up.
+// A pricesView is the data of templates/prices.html: the price of a model that was looked up, the models that lack
+// a price, and the operator's own prices.
 type pricesView struct {
-	Prices          []priceView
+	Prices          []priceTableRow
 	Model, Provider string
 	Providers       []option
-	Found           *priceView
+	Found           *priceTableRow
+	Unpriced        []unpricedModel
+}
+
+// A priceTableRow is a price. Other has what has no column of its own, in words.
+type priceTableRow struct {
+	priceView
+	Other []string
+}
+
+// commonPriceKinds are the kinds that have a column in tables of prices. The form has the others under "Advanced".
+func commonPriceKinds() []string {
+	return []string{"input", "output", "cached_input", "cache_write", "audio_input", "audio_output"}
+}
+
+func newPriceTableRow(v priceView) priceTableRow {
+	row, members := priceTableRow{priceView: v}, jsonFields(mustMarshal(v))
+	has := func(name string) bool { return len(members[name]) > 0 && string(members[name]) != "null" }
+	for _, info := range priceKinds {
+		if has(info.name) && !slices.Contains(commonPriceKinds(), info.name) {
+			text := formatPrice(displayJSON(members[info.name])) + info.unit.suffix()
+			row.Other = append(row.Other, info.label+" "+text)
+		}
+	}
+	for i, text := range [...]string{"other prices for long inputs", "service tiers", "region or speed", ""} {
+		if has(pricePartNames[i]) && text != "" {
+			row.Other = append(row.Other, text)
+		}
+	}
+	return row
 }
 
 func (ui *adminUI) pricesPage(r *pageRequest) (*pageResponse, error) {
 	v := pricesView{Model: strings.TrimSpace(r.query.Get("model")), Provider: r.query.Get("provider"),
 		Providers: append(options("", "Any"), providerOptions()...)}
 	rows, err := ui.store.listPrices(r.ctx)
+	if err != nil {
+		return nil, err
+	}
 	for i := range rows {
-		v.Prices = append(v.Prices, newPriceView(&rows[i]))
+		v.Prices = append(v.Prices, newPriceTableRow(newPriceView(&rows[i])))
 	}
 	if v.Model != "" {
 		if p := ui.ops.effectivePrice(v.Provider, v.Model, r.now); p != nil {
-			v.Found = new(newEffectivePriceView(v.Model, p))
+			v.Found = new(newPriceTableRow(newEffectivePriceView(v.Model, p)))
 		}
 	}
+	unpriced, err := ui.ops.listUnpriced(r.ctx, r.now)
+	v.Unpriced = unpriced.Data[:min(len(unpriced.Data), maxUnpricedRows)]
 	return showPage("prices", "Prices", v), err
 }
 
+const maxUnpricedRows = 50 // on the page; the rest follows when these have a price
+
+// A priceListView is the data of templates/price-list.html.
+type priceListView struct {
+	Providers []option
+	Rows      []priceTableRow
+	Next      string
+}
+
+// priceListPage shows the built-in list, page by page.
+func (ui *adminUI) priceListPage(r *pageRequest) (*pageResponse, error) {
+	page, err := ui.ops.listListPrices(r.listRequest(100, "search", "provider"))
+	if err != nil {
+		return nil, err
+	}
+	v := priceListView{Next: r.nextPageURL(page.Next), Providers: options("", "All")}
+	for _, name := range ui.ops.prices.Load().listedProviders() {
+		v.Providers = append(v.Providers, option{name, name})
+	}
+	for _, p := range page.Data {
+		v.Rows = append(v.Rows, newPriceTableRow(p))
+	}
+	return showPage("price-list", "List prices", v), nil
+}
+
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
+	names := append([]string{"match"}, append(commonPriceKinds(), "valid_from")...)
+	shown := len(names)
+	for _, f := range ui.ops.fields.price {
+		if !slices.Contains(names, f.name) {
+			names = append(names, f.name)
+		}
+	}
 	v := &formView{Crumb: option{"/admin/prices", "Prices"}, Intro: "price", Form: &pageForm{
-		Submit: "Set price", Cancel: "/admin/prices",
-		Fields: formFields(ui.ops.fields.price, "match", "input", "output", "cached_input", "cache_write",
-			"audio_input", "audio_output")}}
+		Submit: "Set price", Cancel: "/admin/prices", Fields: formFields(ui.ops.fields.price, names...)}}
+	for _, field := range v.Form.Fields[shown:] {
+		field.Advanced = true
+	}
 	var in priceInput
 	targets := fieldTargets(&in, ui.ops.fields.price)
 	defaults := url.Values{"match": {r.query.Get("match")}}

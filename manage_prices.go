@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,6 +29,10 @@ type timestampText string
 // pricePartNames are the members of a price beside amounts. They are objects, or a number.
 var pricePartNames = [...]string{"above_input_tokens", "service_tier", "multiplier", "unknown_above_input_tokens"}
 
+// pricePartLabels are what pages call these members.
+var pricePartLabels = [...]string{"Prices of long inputs (JSON)", "Prices of service tiers (JSON)",
+	"Multipliers of region and speed (JSON)", "No price above (input tokens)"}
+
 // pricePartRules say what these members must be.
 var pricePartRules = [...]string{
 	`must have numbers of input tokens, each with prices: {"200000":{"input":4,"output":18}}`,
@@ -41,7 +46,7 @@ func priceFields() []field[priceInput, priceRow] {
 	fields := []f{
 		{name: "match", label: "Model", required: true, placeholder: "gpt-4o-mini or my-model-*",
 			help: "match", target: func(in *priceInput) any { return &in.match }, apply: (*priceInput).applyMatch},
-		{name: "valid_from", label: "Valid from", nullable: true, placeholder: "2027-01-01T00:00:00Z",
+		{name: "valid_from", label: "Valid from (UTC)", nullable: true, kind: "datetime-local", help: "valid-from",
 			empty: emptyOmitted, target: func(in *priceInput) any { return &in.validFrom },
 			apply: (*priceInput).applyValidFrom},
 	}
@@ -55,9 +60,15 @@ func priceFields() []field[priceInput, priceRow] {
 		})
 	}
 	for i, name := range pricePartNames {
+		kind := "json"
+		if name == "unknown_above_input_tokens" {
+			kind = "number"
+		}
+		_, example, _ := strings.Cut(pricePartRules[i], ": ")
 		fields = append(fields, f{
-			name: name, nullable: true, empty: emptyOmitted,
-			target: func(in *priceInput) any { return &in.parts[i] },
+			name: name, nullable: true, empty: emptyOmitted, kind: kind, label: pricePartLabels[i],
+			placeholder: example,
+			target:      func(in *priceInput) any { return &in.parts[i] },
 			apply: func(in *priceInput, p *priceRow) error {
 				if !in.parts[i].hasValue() {
 					return nil
@@ -281,47 +292,21 @@ func (api *manageAPI) listPrices(r *manageRequest) (any, error) {
 	return newListPage(rows, len(rows), newPriceView, nil), err
 }
 
+func (api *manageAPI) listListPrices(r *manageRequest) (any, error) { return api.ops.listListPrices(r) }
+
 // listListPrices returns a page of the built-in list: models with search in their names, in the order of the list.
-func (api *manageAPI) listListPrices(r *manageRequest) (any, error) {
+func (ops *operations) listListPrices(r *manageRequest) (listPage[priceView], error) {
 	page, err := r.parseListQuery()
 	if err != nil {
-		return nil, err
+		return listPage[priceView]{}, err
 	}
-	rows := api.ops.prices.Load().search(r.query.Get("search"), r.query.Get("provider"))
+	rows := ops.prices.Load().search(r.query.Get("search"), r.query.Get("provider"))
 	rows = rows[min(int64(len(rows)), page.seq):]
 	position := page.seq
 	return newListPage(rows, page.limit, func(p **price) priceView {
 		position++
 		return newEffectivePriceView((*p).from.Name, *p)
 	}, func(**price) string { return formatCursor(position, "") }), nil
-}
-
-// An unpricedModel is a model that had calls without a known cost.
-type unpricedModel struct {
-	Model         string `json:"model"` // "": names without sums of their own
-	Calls         int64  `json:"calls"`
-	UnpricedCalls int64  `json:"unpriced_calls"`
-	InputTokens   int64  `json:"input_tokens"` // of all its calls
-	OutputTokens  int64  `json:"output_tokens"`
-}
-
-// listUnpriced returns the models of the last 30 days that had calls without a known cost, most calls first.
-func (api *manageAPI) listUnpriced(r *manageRequest) (any, error) {
-	to := r.now.UnixMilli()
-	from := to - 30*dayMS
-	rows, err := api.store.usage(r.ctx, usageQuery{interval: "total", byModel: true, from: from - from%dayMS, to: to,
-		limit: maxUsageRows})
-	out := listPage[unpricedModel]{Data: []unpricedModel{}}
-	for i := range rows {
-		if u := &rows[i]; u.unpriced > 0 {
-			out.Data = append(out.Data, unpricedModel{Model: u.model, Calls: u.calls, UnpricedCalls: u.unpriced,
-				InputTokens: u.input, OutputTokens: u.output})
-		}
-	}
-	slices.SortStableFunc(out.Data, func(a, b unpricedModel) int {
-		return cmp.Compare(b.UnpricedCalls, a.UnpricedCalls)
-	})
-	return out, err
 }
 
 func (api *manageAPI) setPrice(r *manageRequest, in priceInput) (any, error) {
@@ -484,6 +469,15 @@ func (t *priceTable) search(text, provider string) []*price {
 		return cmp.Or(cmp.Compare(a.from.Provider, b.from.Provider), cmp.Compare(a.from.Name, b.from.Name))
 	})
 	return out
+}
+
+// listedProviders returns the providers of the built-in list, in order.
+func (t *priceTable) listedProviders() []string {
+	names := map[string]bool{}
+	for k := range t.listed {
+		names[k.provider] = true
+	}
+	return slices.Sorted(maps.Keys(names))
 }
 
 // A simulateInput asks what usage would cost with a model: usage of one call, or that of a time.

@@ -594,3 +594,35 @@ func (ops *operations) revealContent(ctx context.Context, origin auditOrigin, re
 		Answer:  newBodyView(response(), row.responseBytes),
 	}, nil
 }
+
+// An unpricedModel is a model that had calls without a known cost.
+type unpricedModel struct {
+	Model         string `json:"model"` // "": names without sums of their own
+	Calls         int64  `json:"calls"`
+	UnpricedCalls int64  `json:"unpriced_calls"`
+	InputTokens   int64  `json:"input_tokens"` // of all its calls
+	OutputTokens  int64  `json:"output_tokens"`
+}
+
+func (api *manageAPI) listUnpriced(r *manageRequest) (any, error) {
+	return api.ops.listUnpriced(r.ctx, r.now)
+}
+
+// listUnpriced returns the models of the last 30 days that had calls without a known cost, most calls first.
+func (ops *operations) listUnpriced(ctx context.Context, now time.Time) (listPage[unpricedModel], error) {
+	to := now.UnixMilli()
+	from := to - 30*dayMS
+	rows, err := ops.store.usage(ctx, usageQuery{interval: "total", byModel: true, from: from - from%dayMS, to: to,
+		limit: maxUsageRows})
+	out := listPage[unpricedModel]{Data: []unpricedModel{}}
+	for i := range rows {
+		if u := &rows[i]; u.unpriced > 0 {
+			out.Data = append(out.Data, unpricedModel{Model: u.model, Calls: u.calls, UnpricedCalls: u.unpriced,
+				InputTokens: u.input, OutputTokens: u.output})
+		}
+	}
+	slices.SortStableFunc(out.Data, func(a, b unpricedModel) int {
+		return cmp.Compare(b.UnpricedCalls, a.UnpricedCalls)
+	})
+	return out, err
+}
