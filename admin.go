@@ -97,6 +97,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPage},
 		{"GET /admin/prices", roleViewer, ui.pricesPage},
 		{"GET /admin/prices/list", roleViewer, ui.priceListPage},
+		{"GET /admin/prices/simulate", roleViewer, ui.simulatePage},
 		{"GET|POST /admin/prices/new", roleAdmin, ui.newPricePage},
 		{"GET|POST /admin/prices/{id}/delete", roleAdmin, ui.deletePricePage},
 		{"GET /admin/keys", roleAdmin, ui.keysPage},

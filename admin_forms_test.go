@@ -152,12 +152,14 @@ func TestAdminJourney(t *testing.T) {
 
 // A projectReply is a project as /manage returns it.
 type projectReply struct {
-	ID, Name  string
-	IsActive  bool `json:"is_active"`
-	Policy    json.RawMessage
-	Routing   json.RawMessage
-	Version   int64
-	Upstreams []struct {
+	ID, Name   string
+	IsActive   bool `json:"is_active"`
+	Policy     json.RawMessage
+	Routing    json.RawMessage
+	Version    int64
+	Multiplier json.Number `json:"cost_multiplier"`
+	Upstreams  []struct {
+		Multiplier     json.Number `json:"cost_multiplier"`
 		ID, Name, Note string
 		BaseURL        string `json:"base_url"`
 		KeyHint        string `json:"key_hint"`
@@ -186,11 +188,11 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},` +
 			`{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
 		p.manage("PATCH", "/manage/projects/"+p.project,
-			`{"policy":`+body+`,
+			`{"policy":`+body+`,"cost_multiplier":0.1234,
 			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true,
 			"aliases":{"smart":["a","b=c","d"],"fast":"gpt-5-mini"}}}`, 200, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
-			`{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours",
+			`{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","cost_multiplier":0.85,
 			"requests_per_minute":7,"connect_ms":700,"answer_ms":90000,"priority":3,
 			"shared_with":["`+other.ID+`"]}`, 200, nil)
 		read := func() (v projectReply) {
@@ -280,6 +282,8 @@ func TestAdminMistakes(t *testing.T) {
 		{path: "/admin/keys/" + keyID + "/edit", name: "expires_at", value: "soon", says: "must be a time"},
 		{path: "/admin/prices/new", name: "match", value: "", says: "must be a model"},
 		{path: "/admin/prices/new", name: "input", value: "-5", says: "must be dollars"},
+		{path: project, name: "cost_multiplier", value: "0", says: "must be a number"},
+		{path: upstream, name: "cost_multiplier", value: "101", says: "must be a number"},
 		{path: "/admin/prices/new", name: "web_search_call", value: "1001", says: "must be dollars for one"},
 		{path: "/admin/prices/new", name: "valid_from", value: "soon", says: "must be a time"},
 		{path: "/admin/prices/new", name: "service_tier", value: "flex", says: "must be JSON"},
@@ -605,6 +609,23 @@ func TestPricesPages(t *testing.T) {
 	}
 	expect("/admin/prices/list?search=GPT-4o-mini&provider=openai", "gpt-4o-mini openai, as of 20", "$0.15 $0.60")
 	expect("/admin/prices/list?search=nothing-like-this", "No matching models")
+	expect("/admin/prices/simulate?model=gpt-4o-mini&input_tokens=2,000&cached_tokens=1200&output_tokens=10",
+		"1,200 cached input × $0.075/M = $0.00009", "Total $0.000216", "List price of gpt-4o-mini")
+	usage := url.QueryEscape(`{"input_tokens":1000,"cache_read_input_tokens":2000,"output_tokens":100}`)
+	expect("/admin/prices/simulate?model=claude-sonnet-4-5&usage="+usage,
+		"2,000 cached input × $0.30/M = $0.0006", "Total $0.0051")
+	expect("/admin/prices/simulate?model=gpt-4o-mini", "The previous month with gpt-4o-mini", "Actual cost $0.00")
+	expect("/admin/prices/simulate?model=none&input_tokens=1", "There is no price for this usage of none.")
+	for query, says := range map[string]string{
+		"model=": "Model is required.", "model=m&input_tokens=x": "input_tokens must be a whole number",
+		"model=m&usage=x":                  "must be a JSON object",
+		"model=m&usage={}&output_tokens=1": "must not be given together with usage",
+	} {
+		res := b.get("/admin/prices/simulate?" + query)
+		if text := pageText(t, res.body); res.status != 400 || !strings.Contains(text, says) {
+			t.Errorf("%s: %d, no %q in %s", query, res.status, says, text)
+		}
+	}
 	names, pages := 0, 0
 	for path := "/admin/prices/list"; path != "" && pages < 50; pages++ {
 		page := expect(path)

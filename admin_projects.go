@@ -109,6 +109,7 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 				Help: "verified-streams"},
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
 		}}}
+	v.Form.Fields = append(v.Form.Fields, formFields(ui.ops.fields.project, "cost_multiplier")...)
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
 	return ui.submit(r, "Edit project", v, routingValues(&project), targets, func() (*pageResponse, error) {
@@ -122,9 +123,9 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 	})
 }
 
-// routingValues returns a project's name and routing as the values of the form.
+// routingValues returns a project's name, multiplier and routing as the values of the form.
 func routingValues(p *projectView) url.Values {
-	values := url.Values{"name": {p.Name}}
+	values := url.Values{"name": {p.Name}, "cost_multiplier": {p.CostMultiplier.String()}}
 	routing, err := parseRouting(p.Routing)
 	if err != nil {
 		return values // cannot happen: it was checked when it was stored
@@ -239,7 +240,7 @@ func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error
 func (ui *adminUI) upstreamFormFields(first ...string) []*formField {
 	return formFields(ui.ops.fields.upstream, append(first, "models", "priority", "weight", "rewrite",
 		"requests_per_minute", "tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms",
-		"shared_with", "note", "organization", "openai_project")...)
+		"cost_multiplier", "shared_with", "note", "organization", "openai_project")...)
 }
 
 func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {

@@ -95,6 +95,69 @@ func (ui *adminUI) priceListPage(r *pageRequest) (*pageResponse, error) {
 	return showPage("price-list", "List prices", v), nil
 }
 
+// A simulateView is the data of templates/simulate.html. At most one of Call and Period is not nil.
+type simulateView struct {
+	Form   *pageForm
+	Call   *simulation
+	Parts  *costTable // nil: there is no price for the call
+	Period *periodSimulation
+}
+
+// simulatePage shows what a call would cost with a model or, without any usage, what the last month would have.
+func (ui *adminUI) simulatePage(r *pageRequest) (*pageResponse, error) {
+	v := &simulateView{Form: &pageForm{Action: r.http.URL.Path, Submit: "Calculate", Fields: []*formField{
+		{Name: "model", Label: "Model", Required: true, Placeholder: "gpt-4o-mini"},
+		{Name: "service_tier", Label: "Service tier", Kind: "select", Short: true, Options: options("", "Standard")}}}}
+	for _, tier := range []serviceTier{tierBatch, tierFlex, tierPriority, tierUltrafast} {
+		field := v.Form.Fields[1]
+		field.Options = append(field.Options, option{tier.String(), capitalize(tier.String())})
+	}
+	counts := options("input_tokens", "Input tokens", "cached_tokens", "Cached input tokens, of these",
+		"cache_write_tokens", "Cache write tokens, of these", "output_tokens", "Output tokens",
+		"reasoning_tokens", "Reasoning tokens, of these")
+	for _, o := range counts {
+		v.Form.Fields = append(v.Form.Fields, &formField{Name: o.Value, Label: o.Label, Kind: "number"})
+	}
+	v.Form.Fields = append(v.Form.Fields, &formField{Name: "usage", Label: "Or the usage object of a response",
+		Kind: "json", Placeholder: `{"prompt_tokens":1000,"completion_tokens":100}`})
+	v.Form.fill(r.query, nil)
+	page := showPage("simulate", "Calculate a cost", v)
+	if len(r.query) == 0 {
+		return page, nil
+	}
+	in := simulateInput{model: given(strings.TrimSpace(r.query.Get("model"))),
+		serviceTier: given(r.query.Get("service_tier"))}
+	sent := map[string]json.RawMessage{}
+	for _, o := range counts {
+		if text := strings.TrimSpace(r.query.Get(o.Value)); text != "" {
+			sent[o.Value] = jsonNumber(text)
+		}
+	}
+	if len(sent) > 0 {
+		in.counts = given(mustMarshal(sent))
+	}
+	err := error(nil)
+	if text := strings.TrimSpace(r.query.Get("usage")); text != "" {
+		in.usage = given(json.RawMessage(text))
+		if !json.Valid(in.usage.value) {
+			err = &fieldError{"usage", "must be a JSON object"}
+		}
+	}
+	var result any
+	if err == nil {
+		result, err = ui.ops.simulate(r.manageRequest, &in)
+	}
+	if err != nil {
+		page.status, err = v.Form.showError(err)
+		return page, err
+	}
+	if v.Call, _ = result.(*simulation); v.Call != nil {
+		v.Parts = newCostTable(v.Call.CostBreakdown)
+	}
+	v.Period, _ = result.(*periodSimulation)
+	return page, nil
+}
+
 func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 	names := append([]string{"match"}, append(commonPriceKinds(), "valid_from")...)
 	shown := len(names)

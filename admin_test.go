@@ -88,7 +88,8 @@ func (p *testProxy) seedObjects(name string) []string {
 		"/admin/dashboard?period=90d&project=" + p.project,
 		"/admin/requests", "/admin/requests/" + p.lastCall().ID,
 		"/admin/requests?from=x&model=" + url.QueryEscape(name), "/admin/requests?id=" + url.QueryEscape(name),
-		"/admin/prices?model=" + url.QueryEscape(match), "/admin/prices/list?search=" + url.QueryEscape(match),
+		"/admin/prices?model=" + url.QueryEscape(match), "/admin/prices/list?search=zz-" + url.QueryEscape(match),
+		"/admin/prices/simulate?input_tokens=1&model=" + url.QueryEscape(match),
 		"/admin/tokens?name=" + url.QueryEscape(name),
 		"/admin/audit?object=" + url.QueryEscape(name),
 	}

@@ -355,7 +355,8 @@ func projectFields() []field[projectInput, projectRow] {
 			apply: func(in *projectInput, p *projectRow) error { return applyPolicy(in.policy, true, &p.policy) }},
 		{name: "routing", resettable: true, target: func(in *projectInput) any { return &in.routing },
 			apply: (*projectInput).applyRouting},
-		{name: "cost_multiplier", nullable: true, target: func(in *projectInput) any { return &in.costMultiplier },
+		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyNull,
+			help: "cost-multiplier", target: func(in *projectInput) any { return &in.costMultiplier },
 			apply: func(in *projectInput, p *projectRow) error {
 				return applyMultiplier(in.costMultiplier, &p.costMultiplier)
 			}},
@@ -432,8 +433,8 @@ func upstreamFields() []field[upstreamInput, upstreamEdit] {
 		{name: "rewrite", label: "Model name mapping", kind: "pairs", placeholder: "gpt-4o = my-deployment",
 			help: "rewrite", target: func(in *input) any { return &in.rewrite }, apply: (*input).applyRewrite},
 	}, upstreamNumberFields(), []f{
-		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyOmitted,
-			target: func(in *input) any { return &in.costMultiplier },
+		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyNull,
+			help: "cost-multiplier", target: func(in *input) any { return &in.costMultiplier },
 			apply: func(in *input, u *edit) error {
 				return applyMultiplier(in.costMultiplier, &u.CostMultiplier)
 			}},

@@ -509,6 +509,11 @@ func (api *manageAPI) simulate(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	return api.ops.simulate(r, &in)
+}
+
+// simulate returns a *simulation of the usage that is given, or a *periodSimulation if none is.
+func (ops *operations) simulate(r *manageRequest, in *simulateInput) (any, error) {
 	for _, f := range [...]struct {
 		name string
 		in   optional[json.RawMessage]
@@ -524,9 +529,9 @@ func (api *manageAPI) simulate(r *manageRequest) (any, error) {
 	case in.usage.hasValue() && in.counts.hasValue():
 		return nil, &fieldError{"counts", "must not be given together with usage"}
 	case in.usage.hasValue() || in.counts.hasValue():
-		return api.ops.simulateCall(&in, r.now)
+		return ops.simulateCall(in, r.now)
 	}
-	return api.ops.simulatePeriod(r, &in)
+	return ops.simulatePeriod(r, in)
 }
 
 func (ops *operations) simulateCall(in *simulateInput, now time.Time) (*simulation, error) {
