@@ -289,7 +289,7 @@ type dashAlert struct {
 }
 
 // A tile is one number beside that of the period before. Level is good, bad or "".
-type tile struct{ Label, Value, More, Change, Previous, Level string }
+type tile struct{ Label, Value, More, Link, Change, Previous, Level string }
 
 // A rankingTable lists the largest, each with a bar.
 type rankingTable struct {
@@ -397,6 +397,9 @@ func (d *dashData) tiles() []tile {
 		errorTile(now, was),
 		latencyTile("Time to first byte", &now.firstByteLatency, &was.firstByteLatency),
 		latencyTile("Total time", &now.totalLatency, &was.totalLatency),
+	}
+	if now.unpriced > 0 {
+		tiles[2].Link = "/admin/prices" // lists the models without a price
 	}
 	for i := range tiles {
 		if was.calls == 0 {

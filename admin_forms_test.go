@@ -576,6 +576,9 @@ func TestPricesPages(t *testing.T) {
 		return res.body
 	}
 	page := expect("/admin/prices", "Models without a price", "no/price+1 1 1 9 3 Set a price")
+	if !strings.Contains(b.get("/admin/dashboard").body, `<a href="/admin/prices">1 call without a price</a>`) {
+		t.Error("the dashboard does not lead to the models without a price")
+	}
 	link := html.UnescapeString(between(page, `/admin/prices/new?match=`, `"`))
 	form := parseForm(t, expect("/admin/prices/new?match="+link, "Advanced"))
 	if form.Get("match") != "no/price+1" {

@@ -30,7 +30,7 @@ type priceTableRow struct {
 
 // commonPriceKinds are the kinds that have a column in tables of prices. The form has the others under "Advanced".
 func commonPriceKinds() []string {
-	return []string{"input", "output", "cached_input", "cache_write", "audio_input", "audio_output"}
+	return []string{"input", "output", "cached_input", "cache_write"}
 }
 
 func newPriceTableRow(v priceView) priceTableRow {
@@ -112,9 +112,9 @@ func (ui *adminUI) simulatePage(r *pageRequest) (*pageResponse, error) {
 		field := v.Form.Fields[1]
 		field.Options = append(field.Options, option{tier.String(), capitalize(tier.String())})
 	}
-	counts := options("input_tokens", "Input tokens", "cached_tokens", "Cached input tokens, of these",
-		"cache_write_tokens", "Cache write tokens, of these", "output_tokens", "Output tokens",
-		"reasoning_tokens", "Reasoning tokens, of these")
+	counts := options("input_tokens", "Input tokens", "cached_tokens", "Cached input tokens",
+		"cache_write_tokens", "Cache write tokens", "output_tokens", "Output tokens",
+		"reasoning_tokens", "Reasoning tokens")
 	for _, o := range counts {
 		v.Form.Fields = append(v.Form.Fields, &formField{Name: o.Value, Label: o.Label, Kind: "number"})
 	}

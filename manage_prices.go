@@ -87,6 +87,9 @@ func capitalizeKind(label string) string { return strings.ToUpper(label[:1]) + l
 
 // priceKindHelp names the text that tells what a kind without a price costs.
 func priceKindHelp(k priceKind) string {
+	if k == kindInput || k == kindOutput {
+		return ""
+	}
 	none := noRates()
 	switch none.fallbackKind(k) {
 	case kindInput:
