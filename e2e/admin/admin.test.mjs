@@ -241,7 +241,7 @@ describe('the pages', { skip }, () => {
     const project = `/admin/projects/${proxy.project}`, one = `/admin/tokens/${token.id}`;
     const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
     paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, `${project}/empty-cache`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
-      '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini',
+      '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini', '/admin/prices/list?search=gpt-5', '/admin/prices/simulate?model=gpt-4o-mini&input_tokens=1000',
       '/admin/dashboard?period=24h&measure=tokens&by=model', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
       '/admin/audit/verify', '/admin/account');
     for (const path of paths.slice(1)) await check(path);
