@@ -127,14 +127,14 @@ func describeDuration(d time.Duration) string {
 	if d >= 24*time.Hour {
 		roundUp(time.Hour)
 	}
-	text := ""
+	var text strings.Builder
 	for _, u := range units {
 		if n := int64(d / u.length); n > 0 {
-			text += " " + pluralize(n, u.name, u.name+"s")
+			text.WriteString(" " + pluralize(n, u.name, u.name+"s"))
 			d %= u.length
 		}
 	}
-	return strings.TrimPrefix(text, " ")
+	return strings.TrimPrefix(text.String(), " ")
 }
 
 type sizeUnit struct {

@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"math/big"
 	"strings"
 	"testing"
@@ -395,14 +396,14 @@ func TestUsageByServiceTier(t *testing.T) {
 		}
 	}
 	p.manage("GET", "/manage/usage?interval=total&group_by=service_tier", "", 200, &l)
-	got := ""
+	var got strings.Builder
 	for _, u := range l.Data {
-		got += u.ServiceTier + " " + formatInt(u.Calls) + " " + u.Cost.String() + " " + u.Saved.String() + "\n"
+		fmt.Fprintf(&got, "%s %d %s %s\n", u.ServiceTier, u.Calls, u.Cost, u.Saved)
 	}
 	// gpt-5: 1.25, cached 0.125, output 10 a million; flex is half of that, priority twice.
 	const want = " 1 0.000675 0.000675\nflex 1 0.000339375 0.0003375\npriority 2 0.0027075 0.0027\n"
-	if got != want {
-		t.Errorf("by tier:\n%swant:\n%s", got, want)
+	if got.String() != want {
+		t.Errorf("by tier:\n%swant:\n%s", got.String(), want)
 	}
 }
 

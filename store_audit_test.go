@@ -383,12 +383,13 @@ func TestBoundAtFirstStart(t *testing.T) {
 // unbind stops the program and makes its database one from before rows were bound, after the migration.
 func (p *forgeryTest) unbind() error {
 	check := sealKeyCheck(p.instance.sealer, false)
-	statements := `CREATE TABLE unbound AS SELECT '` + check + `' AS value;
-		UPDATE settings SET value = '` + check + `' WHERE name = 'key_check'; DELETE FROM sessions;`
-	for _, table := range strings.Fields("tokens management_keys projects upstreams upstream_shares") {
-		statements += `UPDATE ` + table + ` SET bound_by = 0, mac = x'';`
+	var statements strings.Builder
+	statements.WriteString(`CREATE TABLE unbound AS SELECT '` + check + `' AS value;
+		UPDATE settings SET value = '` + check + `' WHERE name = 'key_check'; DELETE FROM sessions;`)
+	for table := range strings.FieldsSeq("tokens management_keys projects upstreams upstream_shares") {
+		statements.WriteString(`UPDATE ` + table + ` SET bound_by = 0, mac = x'';`)
 	}
-	return p.forge(statements)
+	return p.forge(statements.String())
 }
 
 // storedActions returns the actions of the audit trail of a stopped program.
@@ -428,10 +429,14 @@ func BenchmarkBindings(b *testing.B) {
 		b.ReportMetric(0, "ns/op")
 	}
 	b.Run("bind", func(b *testing.B) {
-		b.N = 1 // a database is bound once
-		perRow(b, "µs/row", func() error {
-			return st.bindAll(b.Context(), s.instance.sealer, systemOrigin(time.Now()))
-		})
+		for i := 0; b.Loop(); i++ {
+			if i > 0 { // a database is bound once
+				continue
+			}
+			perRow(b, "µs/row", func() error {
+				return st.bindAll(b.Context(), s.instance.sealer, systemOrigin(time.Now()))
+			})
+		}
 	})
 	b.Run("verify", func(b *testing.B) {
 		for b.Loop() {

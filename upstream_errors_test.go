@@ -175,7 +175,7 @@ func TestTooLongWordings(t *testing.T) {
 	}
 	for i, text := range slices.Concat(tooLong, other) {
 		want := i < len(tooLong)
-		body := []byte(fmt.Sprintf(`{"error":{"message":%q}}`, text))
+		body := fmt.Appendf(nil, `{"error":{"message":%q}}`, text)
 		if e := parseProviderError(body); e.isTooLong(400) != want {
 			t.Errorf("%q: too long: %v", text, !want)
 		}
