@@ -209,7 +209,7 @@ func (field *formField) decode(text string, to any) error {
 			return nil
 		}
 		if field.Kind != "pairs" {
-			*to = given(jsonNumber(text))
+			*to = optional[json.RawMessage]{set: true, null: null, value: jsonNumber(text)}
 			return nil
 		}
 		pairs := map[string]string{}

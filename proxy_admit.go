@@ -50,7 +50,7 @@ func (p *proxy) admit(c *call) error {
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq,
 		endpoint: c.endpoint.name(), stream: c.fields.stream, address: c.address,
 		upstream: c.upstream.seq, model: c.fields.model,
-		counts: tokenCounts{input: c.inputEstimate(), output: c.reservation.lostOutput(c.maxOutputTokens())},
+		counts: tokenCounts{input: c.inputEstimate(), output: c.reservation.outputIfLost},
 	})
 	return nil
 }
@@ -209,6 +209,7 @@ func (p *proxy) reserve(c *call) error {
 		l.release(&c.reservation, now, finalUsage{})
 		return requestsExhausted(maxRequests)
 	}
+	c.reservation.outputIfLost = c.reservation.lostOutput(c.maxOutputTokens())
 	c.rates = c.token.rateHeaders(maxRequests, now)
 	c.commitFirst = maxRequests >= 0 || c.reservation.durable()
 	return nil

@@ -158,6 +158,7 @@ type reservation struct {
 	estimate         estimate
 	start            int64
 	entries          []reservationEntry
+	outputIfLost     int64  // tokens, see lostOutput
 	monitorOnlyLimit string // the shadow limit that would have refused the call, "" if none
 	prev, next       *reservation
 }
@@ -234,17 +235,6 @@ func (r *reservation) quantityIn(c *limitCounter) int64 {
 		return 0
 	}
 	return r.estimate.quantityFor(c.limit)
-}
-
-// lostOutput returns the output tokens that the call counts with if the program is killed before it ends: what a
-// limit of tokens or dollars has reserved for it, which the crash must not give back; otherwise what the call asks for.
-func (r *reservation) lostOutput(asked int64) int64 {
-	for _, e := range r.entries {
-		if m := e.counter.limit.metric; m == metricTokens || m == metricDollars {
-			return max(asked, r.estimate.output)
-		}
-	}
-	return asked
 }
 
 // checkCapacity returns the violation if need does not fit, or nil.
