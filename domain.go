@@ -338,8 +338,7 @@ type requestRow struct {
 	modelTracked          bool        // model may have its own sums (see sumModel)
 	requestedModelTracked bool        // requestedModel may have its own sums
 
-	// backgroundID is the provider's id of a response of which the call's usage is known later. Until then limits count
-	// what was reserved, and the sums count it if the usage never becomes known.
+	// Until the usage of the background response with this id at the provider is known, limits count what was reserved.
 	backgroundID                                string
 	reservedInput, reservedOutput, reservedCost int64
 	usageOf                                     int64 // not 0: no call, but the usage of this one, now known

@@ -1,6 +1,5 @@
 // This file has the handlers of /manage for projects, upstreams, tokens and management keys, and how these are shown.
-// A provider key comes in here and never goes out: no response contains it, whatever the role. The value of a token or
-// management key is only in the response to the request that created it.
+// No response contains a provider key. The value of a token or management key is only in the one that created it.
 package main
 
 import (

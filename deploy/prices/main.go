@@ -47,8 +47,8 @@ func run(newer, current string) error {
 	return os.WriteFile(current, text, 0o644)
 }
 
-const about = "List prices in US dollars: per million tokens or characters, per minute, per picture, per query and per call " +
-	"of a tool. Names are exact; a dated snapshot that is not listed costs what the undated model does. " +
+const about = "List prices in US dollars: per million tokens or characters, per minute, per picture, per query and " +
+	"per call of a tool. Names are exact; a dated snapshot that is not listed costs what the undated model does. " +
 	"above_input_tokens: the whole call costs this once its input is larger. service_tier: the tier that an answer " +
 	"names. multiplier: of tokens, for us and eu data residency and for fast answers. unknown_above_input_tokens: " +
 	"larger inputs cost more, but it is not known how much. tools: what tools cost with every model of a provider. " +
@@ -291,8 +291,8 @@ const tools = `{"anthropic": {"web_search_call": 0.01}, ` +
 
 func format(date string, models []*model) []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "{\n\"about\": %s,\n\"as_of\": %s,\n\"currency\": \"USD\",\n\"per_tokens\": 1000000,\n\"tools\": %s,\n",
-		quote(about), quote(date), tools)
+	fmt.Fprintf(&b, "{\n\"about\": %s,\n\"as_of\": %s,\n", quote(about), quote(date))
+	fmt.Fprintf(&b, "\"currency\": \"USD\",\n\"per_tokens\": 1000000,\n\"tools\": %s,\n", tools)
 	b.WriteString("\"models\": [\n")
 	for i, m := range models {
 		writeValue(&b, m.members)
