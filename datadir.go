@@ -459,34 +459,6 @@ func (d *dataDir) diskUsage(ctx context.Context, st *store) (u diskUsage, err er
 	return u, err
 }
 
-// fileSize returns the size of a file; 0: it cannot be read.
-func fileSize(name string) int64 {
-	info, err := os.Stat(name)
-	if err != nil {
-		return 0
-	}
-	return info.Size()
-}
-
-// cpuTime returns the processor time of this process in microseconds, or false if the system
-// does not report it.
-func cpuTime() (us int64, ok bool) {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0, false
-	}
-	return int64(u.Utime.Sec+u.Stime.Sec)*1_000_000 + int64(u.Utime.Usec+u.Stime.Usec), true
-}
-
-// freeSpace returns the number of bytes that this user can still write under path.
-func freeSpace(path string) (uint64, error) {
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(path, &st); err != nil {
-		return 0, err
-	}
-	return uint64(st.Bavail) * uint64(st.Bsize), nil
-}
-
 // newKeyFileName has the new key during a rekey, until the database is encrypted with it, if
 // the key is in the data directory.
 const newKeyFileName = keyFileName + ".new"

@@ -13,19 +13,16 @@ import (
 	"io"
 	"io/fs"
 	"log"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/signal"
-	"path"
 	"path/filepath"
 	"runtime/debug"
 	runtimemetrics "runtime/metrics"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -483,49 +480,6 @@ func (in *instance) drain(hs *http.Server) {
 	defer done()
 	_ = hs.Shutdown(last)
 	_ = hs.Close()
-}
-
-// limitMemory keeps the heap below the memory limit of this process's cgroup (of its container or
-// unit), unless GOMEMLIMIT is set. Otherwise the collector's headroom alone could exceed that limit
-// under load, and the kernel would kill the program.
-func limitMemory(log *slog.Logger) {
-	if os.Getenv("GOMEMLIMIT") != "" {
-		return
-	}
-	groups, _ := os.ReadFile("/proc/self/cgroup") // without it, as on other systems, there is no limit
-	read := func(name string) string { text, _ := os.ReadFile(name); return string(text) }
-	if limit := cgroupMemoryLimit(string(groups), read); limit > 0 {
-		limit -= limit / 10 // for what is not Go's: the database's pages, stacks of the kernel
-		debug.SetMemoryLimit(limit)
-		log.Info("the heap is limited to nine tenths of the cgroup's memory", "bytes", limit)
-	}
-}
-
-// cgroupMemoryLimit returns the lowest memory limit of the cgroups in groups (the content of
-// /proc/self/cgroup) and of those above them; 0: there is none. read returns the content of a file, or "".
-func cgroupMemoryLimit(groups string, read func(name string) string) (lowest int64) {
-	for line := range strings.Lines(groups) {
-		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
-		controllers, group, _ := strings.Cut(rest, ":")
-		root, files := "/sys/fs/cgroup", []string{"memory.max", "memory.high"}
-		if slices.Contains(strings.Split(controllers, ","), "memory") { // version 1
-			root, files = "/sys/fs/cgroup/memory", []string{"memory.limit_in_bytes"}
-		} else if controllers != "" {
-			continue
-		}
-		for dir := path.Join("/", group); ; dir = path.Dir(dir) {
-			for _, file := range files {
-				n, err := strconv.ParseInt(strings.TrimSpace(read(path.Join(root, dir, file))), 10, 64)
-				if err == nil && n > 0 && n < 1<<60 && (lowest == 0 || n < lowest) { // larger values mean none
-					lowest = n
-				}
-			}
-			if dir == "/" {
-				break
-			}
-		}
-	}
-	return lowest
 }
 
 // tuneGC adjusts the garbage collector's target to the size of the live heap, until ctx is

@@ -184,7 +184,7 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 // whichever page the client wants.
 func (n *mergedModels) pageQuery(query, after string) string {
 	q, err := url.ParseQuery(query)
-	if !n.paged || err != nil { // an error is impossible: proxy_request.go has encoded the query
+	if !n.paged || err != nil { // an error is impossible: proxy_admit.go has encoded the query
 		return query
 	}
 	q.Del("before_id")

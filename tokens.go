@@ -1,12 +1,18 @@
-// This file makes and checks the credentials that clients present, and has the live state of a token. A credential
-// in clear exists only during the call that creates or presents it. The file neither reads nor writes the store.
+// This file makes and checks the credentials that clients present, and keeps the live tokens and their projects in
+// memory: what the next call of a token may do. A credential in clear exists only during the call that creates or
+// presents it. The registry loads a token at its first call and evicts it when it is idle. A change by an
+// administrator is applied here before it is answered, so no call that starts afterwards sees the old state. The file
+// never writes a row.
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"hash/crc32"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -214,3 +220,361 @@ func (t *liveToken) reserve(limit int64) bool {
 
 // refund returns a reserved call that was never forwarded.
 func (t *liveToken) refund() { t.used.Add(-1) }
+
+// A projectState is a project's row at one version. It is immutable.
+type projectState struct {
+	seq        int64
+	id, name   string
+	active     bool
+	policy     policy
+	routing    routing
+	multiplier int64       // of costs, in ten-thousandths
+	upstreams  []*upstream // the active ones, most preferred first
+	version    int64
+	loadFailed bool // a change could not be read; the project is inactive until it is
+}
+
+// A liveProject is the project of a live token. Its state is replaced when its row changes.
+type liveProject struct {
+	state   atomic.Pointer[projectState]
+	limiter limiter
+}
+
+var errUnknownToken = errors.New("unknown token")
+
+// A registry finds the token of a hash, its project and their state.
+type registry struct {
+	store        *store
+	ledger       *ledger
+	sealer       *sealer
+	health       *healthTracker
+	allowPrivate bool // stored base URLs may point into private networks
+
+	mu       sync.RWMutex
+	byHash   map[[32]byte]*liveToken
+	byID     map[string]*liveToken
+	projects map[int64]*liveProject
+	// changes counts administrators' changes and evictions. A row that was read before one must not be added
+	// after it: a revoked token would become valid again, and an evicted one would lose calls.
+	changes    int64
+	evictedSeq uint64 // the ledger's position at the last eviction
+	// unknownHashes has hashes that belong to no token, with the time until which this is not checked again.
+	// It is emptied when it is full: an attacker can fill it, but not make it grow.
+	unknownHashes map[[32]byte]int64
+}
+
+const (
+	maxUnknownHashes = 4096
+	unknownTTL       = 5 * time.Second
+	evictAfter       = 10 * time.Minute
+	maxLoadRetries   = 100 // an attempt fails only if there is a change or an eviction during it
+)
+
+func newRegistry(st *store, l *ledger, sl *sealer, health *healthTracker, allowPrivate bool) *registry {
+	return &registry{store: st, ledger: l, sealer: sl, health: health, allowPrivate: allowPrivate,
+		byHash: map[[32]byte]*liveToken{}, byID: map[string]*liveToken{},
+		projects: map[int64]*liveProject{}, unknownHashes: map[[32]byte]int64{}}
+}
+
+// lookup returns the token with this hash and its state. The token need not be valid: see validity. For a
+// hash that no token has, or that was replaced and whose overlap ended, it returns errUnknownToken. Any other
+// error comes from the store.
+func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveToken, *tokenState, error) {
+	g.mu.RLock()
+	t := g.byHash[hash]
+	until := g.unknownHashes[hash]
+	g.mu.RUnlock()
+	if t == nil && now < until {
+		return nil, nil, errUnknownToken
+	}
+	if t == nil {
+		var err error
+		if t, err = g.loadToken(ctx, hash, now); err != nil {
+			return nil, nil, err
+		}
+	}
+	if t.project.state.Load().loadFailed {
+		if err := g.reloadProject(ctx, t.project); err != nil {
+			return nil, nil, err
+		}
+	}
+	st := t.state.Load()
+	if hash == st.hash || hash == st.oldHash && now < st.oldHashUntil {
+		return t, st, nil
+	}
+	return nil, nil, errUnknownToken // the token has another hash since its rotation
+}
+
+// loadToken reads a token and its project and adds them.
+func (g *registry) loadToken(ctx context.Context, hash [32]byte, now int64) (*liveToken, error) {
+	for range maxLoadRetries {
+		g.mu.RLock()
+		before, evicted := g.changes, g.evictedSeq
+		g.mu.RUnlock()
+		// The row must include all calls of the token when it is read.
+		if err := g.ledger.awaitIfHealthy(ctx, evicted); err != nil {
+			return nil, fmt.Errorf("reading a token: %w", err)
+		}
+		row, err := g.store.tokenByHash(ctx, hash)
+		if errors.Is(err, errNotFound) {
+			g.rememberUnknown(hash, now)
+			return nil, errUnknownToken
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading a token: %w", err)
+		}
+		st, err := newTokenState(&row)
+		if err != nil {
+			return nil, err
+		}
+		project, err := g.loadProject(ctx, row.project)
+		if errors.Is(err, errNotFound) { // a foreign row
+			g.rememberUnknown(hash, now)
+			return nil, errUnknownToken
+		}
+		if err != nil {
+			return nil, err
+		}
+		if t := g.addToken(&row, hash, st, project, before); t != nil {
+			return t, nil
+		}
+	}
+	return nil, errors.New("reading a token: it kept changing")
+}
+
+// addToken adds a token that was read when changes had the value before, or returns nil if something changed
+// since.
+func (g *registry) addToken(row *tokenRow, hash [32]byte, st *tokenState, project *liveProject, before int64,
+) *liveToken {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.changes != before {
+		return nil
+	}
+	if p := g.projects[row.project]; p != nil {
+		project = p
+	}
+	g.projects[row.project] = project
+	t := g.byID[st.id]
+	if t == nil {
+		t = &liveToken{project: project, refusals: newThrottle(1, refusalLogInterval)}
+		t.used.Store(row.requestCount)
+		t.lastUsed.Store(max(row.createdAt, deref(row.lastUsedAt)))
+		t.state.Store(st)
+		g.byID[st.id] = t
+	}
+	g.byHash[hash] = t
+	return t
+}
+
+func (g *registry) rememberUnknown(hash [32]byte, now int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.unknownHashes) >= maxUnknownHashes {
+		clear(g.unknownHashes)
+	}
+	g.unknownHashes[hash] = now + unknownTTL.Milliseconds()
+}
+
+// loadProject returns a live project, or a new one for addToken to add.
+func (g *registry) loadProject(ctx context.Context, seq int64) (*liveProject, error) {
+	if p := g.liveProject(seq); p != nil {
+		return p, nil
+	}
+	st, err := g.readProject(ctx, seq)
+	if err != nil {
+		return nil, err
+	}
+	p := &liveProject{}
+	p.state.Store(st)
+	return p, nil
+}
+
+// reloadProject reads a project whose last change could not be read.
+func (g *registry) reloadProject(ctx context.Context, p *liveProject) error {
+	for range maxLoadRetries {
+		g.mu.RLock()
+		before := g.changes
+		g.mu.RUnlock()
+		st, err := g.readProject(ctx, p.state.Load().seq)
+		if err != nil {
+			return err
+		}
+		g.mu.Lock()
+		unchanged := g.changes == before
+		if unchanged && p.state.Load().loadFailed {
+			p.state.Store(st)
+		}
+		g.mu.Unlock()
+		if unchanged {
+			return nil
+		}
+	}
+	return errors.New("reading a project: it kept changing")
+}
+
+func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, error) {
+	row, err := g.store.projectBySeq(ctx, seq)
+	if err != nil {
+		return nil, fmt.Errorf("reading project %d: %w", seq, err)
+	}
+	ups, err := g.store.usableUpstreams(ctx, seq)
+	if err != nil {
+		return nil, err
+	}
+	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version,
+		multiplier: row.costMultiplier}
+	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
+		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
+	}
+	if st.routing, err = parseRouting([]byte(row.routing)); err != nil {
+		return nil, fmt.Errorf("routing of project %s: %w", row.id, err)
+	}
+	for i := range ups {
+		if ups[i].active {
+			st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate, g.health))
+		}
+	}
+	return st, nil
+}
+
+// tokenChanged applies a token's row after an administrator's change.
+func (g *registry) tokenChanged(row *tokenRow) error {
+	st, err := newTokenState(row)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.changes++
+	if t := g.byID[row.id]; t != nil && t.state.Load().version < st.version {
+		t.state.Store(st)
+	}
+	return nil
+}
+
+// projectChanged reads a changed project again. If tokens is set, it also reads the project's live tokens, all of
+// which were just revoked. A project that cannot be read is inactive until it can be, and a token that cannot be
+// read is revoked: an old state must never outlive a change.
+func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) error {
+	st, err := g.readProject(ctx, seq)
+	g.mu.Lock()
+	g.changes++
+	var ids []string
+	for id, t := range g.byID {
+		if tokens && t.project.state.Load().seq == seq {
+			ids = append(ids, id)
+		}
+	}
+	if p := g.projects[seq]; p != nil {
+		switch old := p.state.Load(); {
+		case err != nil:
+			p.state.Store(&projectState{seq: seq, id: old.id, name: old.name, version: old.version, loadFailed: true})
+		case old.version < st.version:
+			p.state.Store(st)
+		}
+	}
+	g.mu.Unlock()
+	for _, id := range ids {
+		row, e := g.store.boundTokenByID(ctx, id)
+		if e == nil {
+			e = g.tokenChanged(&row)
+		}
+		if e != nil {
+			g.markRevoked(id)
+			err = errors.Join(err, fmt.Errorf("reading token %s again: %w", id, e))
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("the change is stored, but could not be read back: %w", err)
+	}
+	return err
+}
+
+// upstreamsChanged reads a project again after its upstreams changed, the live projects that used these so far, and
+// sharers, the projects that may use them from now on.
+func (g *registry) upstreamsChanged(ctx context.Context, owner int64, sharers []int64) error {
+	affected := map[int64]bool{owner: true}
+	for _, seq := range sharers {
+		affected[seq] = true
+	}
+	g.mu.RLock()
+	for seq, p := range g.projects {
+		if slices.ContainsFunc(p.state.Load().upstreams, func(u *upstream) bool { return u.owner == owner }) {
+			affected[seq] = true
+		}
+	}
+	g.mu.RUnlock()
+	var errs []error
+	for seq := range affected {
+		errs = append(errs, g.projectChanged(ctx, seq, false))
+	}
+	return errors.Join(errs...)
+}
+
+// markRevoked revokes a live token whose revoked row could not be read.
+func (g *registry) markRevoked(id string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if t := g.byID[id]; t != nil {
+		st := *t.state.Load()
+		st.revoked = true
+		t.state.Store(&st)
+	}
+}
+
+// evict drops tokens that have been idle for evictAfter: memory depends on the tokens in use, not on those
+// that exist. settled says that the ledger has just written everything it was given. Otherwise rows may lack
+// calls, and nothing is evicted.
+func (g *registry) evict(now int64, settled bool) {
+	if !settled {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	evicted := false
+	for hash, t := range g.byHash {
+		if t.lastUsed.Load() < now-evictAfter.Milliseconds() && t.tryEvict() {
+			delete(g.byHash, hash)
+			delete(g.byID, t.state.Load().id)
+			evicted = true
+		}
+	}
+	if evicted { // calls may have ended since the ledger was settled
+		g.changes++
+		g.evictedSeq = g.ledger.queuedSoFar()
+	}
+}
+
+// liveToken returns a token that is in memory, or nil.
+func (g *registry) liveToken(id string) *liveToken {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.byID[id]
+}
+
+// liveTokenOf returns the token with this seq if it is in memory, or nil. It looks at all of them.
+func (g *registry) liveTokenOf(seq int64) *liveToken {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	for _, t := range g.byID {
+		if t.state.Load().seq == seq {
+			return t
+		}
+	}
+	return nil
+}
+
+// liveProject returns a project that is in memory, or nil.
+func (g *registry) liveProject(seq int64) *liveProject {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.projects[seq]
+}
+
+// size returns the number of tokens and projects in memory.
+func (g *registry) size() (tokens, projects int64) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return int64(len(g.byID)), int64(len(g.projects))
+}

@@ -1,6 +1,6 @@
-// This file opens what clients connect to: a TCP address, a unix socket or a socket that
-// systemd opened. It also reloads the TLS certificate when its files change, and finds out
-// which address a request comes from. It answers no request itself.
+// This file has what the process shares with its host: the TCP address, unix socket or socket of systemd that clients
+// connect to, the TLS certificate (reloaded when its files change), the address that a request comes from, the memory
+// limit of the cgroup, and what the system reports about disk and processor. It answers no request itself.
 package main
 
 import (
@@ -15,6 +15,9 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -325,4 +328,75 @@ func parsePrefixes(s string) ([]netip.Prefix, error) {
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+// limitMemory keeps the heap below the memory limit of this process's cgroup (of its container or
+// unit), unless GOMEMLIMIT is set. Otherwise the collector's headroom alone could exceed that limit
+// under load, and the kernel would kill the program.
+func limitMemory(log *slog.Logger) {
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	groups, _ := os.ReadFile("/proc/self/cgroup") // without it, as on other systems, there is no limit
+	read := func(name string) string { text, _ := os.ReadFile(name); return string(text) }
+	if limit := cgroupMemoryLimit(string(groups), read); limit > 0 {
+		limit -= limit / 10 // for what is not Go's: the database's pages, stacks of the kernel
+		debug.SetMemoryLimit(limit)
+		log.Info("the heap is limited to nine tenths of the cgroup's memory", "bytes", limit)
+	}
+}
+
+// cgroupMemoryLimit returns the lowest memory limit of the cgroups in groups (the content of
+// /proc/self/cgroup) and of those above them; 0: there is none. read returns the content of a file, or "".
+func cgroupMemoryLimit(groups string, read func(name string) string) (lowest int64) {
+	for line := range strings.Lines(groups) {
+		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
+		controllers, group, _ := strings.Cut(rest, ":")
+		root, files := "/sys/fs/cgroup", []string{"memory.max", "memory.high"}
+		if slices.Contains(strings.Split(controllers, ","), "memory") { // version 1
+			root, files = "/sys/fs/cgroup/memory", []string{"memory.limit_in_bytes"}
+		} else if controllers != "" {
+			continue
+		}
+		for dir := path.Join("/", group); ; dir = path.Dir(dir) {
+			for _, file := range files {
+				n, err := strconv.ParseInt(strings.TrimSpace(read(path.Join(root, dir, file))), 10, 64)
+				if err == nil && n > 0 && n < 1<<60 && (lowest == 0 || n < lowest) { // larger values mean none
+					lowest = n
+				}
+			}
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return lowest
+}
+
+// fileSize returns the size of a file; 0: it cannot be read.
+func fileSize(name string) int64 {
+	info, err := os.Stat(name)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// cpuTime returns the processor time of this process in microseconds, or false if the system
+// does not report it.
+func cpuTime() (us int64, ok bool) {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0, false
+	}
+	return int64(u.Utime.Sec+u.Stime.Sec)*1_000_000 + int64(u.Utime.Usec+u.Stime.Usec), true
+}
+
+// freeSpace returns the number of bytes that this user can still write under path.
+func freeSpace(path string) (uint64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(path, &st); err != nil {
+		return 0, err
+	}
+	return uint64(st.Bavail) * uint64(st.Bsize), nil
 }
