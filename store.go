@@ -293,8 +293,8 @@ func (s *store) checkWritable(ctx context.Context) error {
 }
 
 // prefixEnd returns a string above all names that begin with s, so that a search by prefix is a range of an
-// index: no UTF-8 has the byte 0xff, and SQLite compares bytes.
-func prefixEnd(s string) string { return s + "\xff" }
+// index: databases compare bytes, and no character has larger ones.
+func prefixEnd(s string) string { return s + "\U0010ffff" }
 
 // maxSessions bounds the sessions of one key: a further one ends the oldest.
 const maxSessions = 50
@@ -310,7 +310,8 @@ func (s *store) addSession(ctx context.Context, origin auditOrigin, row *session
 		}
 		_, err := execCount(ctx, tx, "ending the key's oldest sessions", `
 			DELETE FROM sessions WHERE hash IN (
-				SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC LIMIT -1 OFFSET ?)`,
+				SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC
+				LIMIT 9223372036854775807 OFFSET ?)`,
 			row.key, maxSessions-1)
 		if err != nil {
 			return auditEvent{}, err
@@ -369,7 +370,9 @@ func saveHealth(ctx context.Context, tx querier, r *healthRow) error {
 		return err
 	}
 	_, err := tx.ExecContext(ctx, `
-		REPLACE INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)`,
+		INSERT INTO upstream_health (upstream, state, until, strikes, reason, changed_at) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT (upstream) DO UPDATE SET state = excluded.state, until = excluded.until,
+			strikes = excluded.strikes, reason = excluded.reason, changed_at = excluded.changed_at`,
 		r.upstream, r.state.String(), r.until, r.strikes, r.reason, r.changedAt)
 	return err
 }

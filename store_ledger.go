@@ -49,26 +49,26 @@ const (
 	okValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?, ?)`
 
 	insertSums = `
-		INSERT INTO usage_sums (grain, token, at, project, model, endpoint, outcome, asked, service_tier, calls,
+		INSERT INTO usage_sums AS s (grain, token, at, project, model, endpoint, outcome, asked, service_tier, calls,
 			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
 			would_refuse, total_us)
 		VALUES `
 	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	// The additions stop at the largest int64: a larger sum would become a REAL, which the column refuses.
-	addToSums = ` ON CONFLICT DO UPDATE SET
-			calls = min(calls, 9223372036854775807 - excluded.calls) + excluded.calls,
-			input_tokens = min(input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
-			cached_tokens = min(cached_tokens, 9223372036854775807 - excluded.cached_tokens) + excluded.cached_tokens,
-			output_tokens = min(output_tokens, 9223372036854775807 - excluded.output_tokens) + excluded.output_tokens,
-			reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - excluded.reasoning_tokens)
+	addToSums = ` ON CONFLICT (grain, project, token, at, model, endpoint, outcome, asked, service_tier) DO UPDATE SET
+			calls = min(s.calls, 9223372036854775807 - excluded.calls) + excluded.calls,
+			input_tokens = min(s.input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
+			cached_tokens = min(s.cached_tokens, 9223372036854775807 - excluded.cached_tokens) + excluded.cached_tokens,
+			output_tokens = min(s.output_tokens, 9223372036854775807 - excluded.output_tokens) + excluded.output_tokens,
+			reasoning_tokens = min(s.reasoning_tokens, 9223372036854775807 - excluded.reasoning_tokens)
 				+ excluded.reasoning_tokens,
-			cost = min(cost, 9223372036854775807 - excluded.cost) + excluded.cost,
-			unpriced_calls = min(unpriced_calls, 9223372036854775807 - excluded.unpriced_calls)
+			cost = min(s.cost, 9223372036854775807 - excluded.cost) + excluded.cost,
+			unpriced_calls = min(s.unpriced_calls, 9223372036854775807 - excluded.unpriced_calls)
 				+ excluded.unpriced_calls,
-			estimated_calls = min(estimated_calls, 9223372036854775807 - excluded.estimated_calls)
+			estimated_calls = min(s.estimated_calls, 9223372036854775807 - excluded.estimated_calls)
 				+ excluded.estimated_calls,
-			would_refuse = min(would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
-			total_us = min(total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
+			would_refuse = min(s.would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
+			total_us = min(s.total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
 
 	// Most rows of the sums save nothing by a cache, so these columns are added to separately.
 	addHits = `UPDATE usage_sums SET
@@ -79,11 +79,32 @@ const (
 		WHERE grain = ?4 AND project = ?5 AND token = ?6 AND at = ?7 AND model = ?8 AND endpoint = ?9
 			AND outcome = ?10 AND asked = ?11 AND service_tier = ?12`
 
-	insertLatency = `INSERT INTO project_latency (project, at, bucket, first_bytes, answers) VALUES `
+	insertHours = `
+		INSERT INTO project_hours AS h (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
+			caller_errors, policy_errors, provider_errors, proxy_errors)
+		VALUES `
+	hourValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	addToHours = ` ON CONFLICT (project, at) DO UPDATE SET
+			calls = min(h.calls, 9223372036854775807 - excluded.calls) + excluded.calls,
+			input_tokens = min(h.input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
+			output_tokens = min(h.output_tokens, 9223372036854775807 - excluded.output_tokens)
+				+ excluded.output_tokens,
+			cost = min(h.cost, 9223372036854775807 - excluded.cost) + excluded.cost,
+			unpriced_calls = min(h.unpriced_calls, 9223372036854775807 - excluded.unpriced_calls)
+				+ excluded.unpriced_calls,
+			caller_errors = min(h.caller_errors, 9223372036854775807 - excluded.caller_errors)
+				+ excluded.caller_errors,
+			policy_errors = min(h.policy_errors, 9223372036854775807 - excluded.policy_errors)
+				+ excluded.policy_errors,
+			provider_errors = min(h.provider_errors, 9223372036854775807 - excluded.provider_errors)
+				+ excluded.provider_errors,
+			proxy_errors = min(h.proxy_errors, 9223372036854775807 - excluded.proxy_errors) + excluded.proxy_errors`
+
+	insertLatency = `INSERT INTO project_latency AS l (project, at, bucket, first_bytes, answers) VALUES `
 	latencyValues = `(?, ?, ?, ?, ?)`
-	addToLatency  = ` ON CONFLICT DO UPDATE SET
-			first_bytes = min(first_bytes, 9223372036854775807 - excluded.first_bytes) + excluded.first_bytes,
-			answers = min(answers, 9223372036854775807 - excluded.answers) + excluded.answers`
+	addToLatency  = ` ON CONFLICT (project, at, bucket) DO UPDATE SET
+			first_bytes = min(l.first_bytes, 9223372036854775807 - excluded.first_bytes) + excluded.first_bytes,
+			answers = min(l.answers, 9223372036854775807 - excluded.answers) + excluded.answers`
 )
 
 func ledgerSQL() [ledgerStmtCount]string {
@@ -107,9 +128,9 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtContent: insertContent,
 		// A provider that names one response twice, such as for a repeated call, has it counted once.
 		stmtBackground: `
-			INSERT OR IGNORE INTO background (call, project, token, upstream, response, endpoint, outcome, model,
+			INSERT INTO background (call, project, token, upstream, response, endpoint, outcome, model,
 				model_tracked, asked, asked_tracked, reserved_input, reserved_output, reserved_cost)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
 		stmtBackgroundUsage: `
 			UPDATE background SET usage_source = ?2, input_tokens = ?3, cached_tokens = ?4, cache_write_tokens = ?5,
 				output_tokens = ?6, reasoning_tokens = ?7, cost = ?8
@@ -118,25 +139,7 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtSum8: insertSums + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` +
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
 		stmtSumHits: addHits,
-		stmtHour: `
-			INSERT INTO project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
-				caller_errors, policy_errors, provider_errors, proxy_errors)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-			ON CONFLICT DO UPDATE SET
-				calls = min(calls, 9223372036854775807 - excluded.calls) + excluded.calls,
-				input_tokens = min(input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
-				output_tokens = min(output_tokens, 9223372036854775807 - excluded.output_tokens)
-					+ excluded.output_tokens,
-				cost = min(cost, 9223372036854775807 - excluded.cost) + excluded.cost,
-				unpriced_calls = min(unpriced_calls, 9223372036854775807 - excluded.unpriced_calls)
-					+ excluded.unpriced_calls,
-				caller_errors = min(caller_errors, 9223372036854775807 - excluded.caller_errors)
-					+ excluded.caller_errors,
-				policy_errors = min(policy_errors, 9223372036854775807 - excluded.policy_errors)
-					+ excluded.policy_errors,
-				provider_errors = min(provider_errors, 9223372036854775807 - excluded.provider_errors)
-					+ excluded.provider_errors,
-				proxy_errors = min(proxy_errors, 9223372036854775807 - excluded.proxy_errors) + excluded.proxy_errors`,
+		stmtHour:    insertHours + hourValues + addToHours,
 		stmtLatency: insertLatency + latencyValues + addToLatency,
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
@@ -534,7 +537,8 @@ func (s *store) lastRequestID(ctx context.Context) (int64, error) {
 func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) (int64, error) {
 	return execCount(ctx, s.writeDB, "deleting old calls", `
 		DELETE FROM requests WHERE id IN (SELECT id FROM requests
-			WHERE id < ?1 AND id NOT IN (SELECT c.value ->> 0 FROM begun b, json_each(b.calls) c WHERE b.batch < ?1)
+			WHERE id < ?1 AND id NOT IN (
+				SELECT CAST(c.value ->> 0 AS BIGINT) FROM begun b, json_each(b.calls) c WHERE b.batch < ?1)
 			ORDER BY id LIMIT ?2)`, before, limit)
 }
 

@@ -92,7 +92,7 @@ const (
 	selectUpstreams = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = upstreams.project),
 		(SELECT json_group_array(id) FROM (
 			SELECT o.id FROM upstream_shares s JOIN projects o ON o.seq = s.project
-			WHERE s.upstream = upstreams.seq AND o.deleted_at IS NULL ORDER BY o.id)),
+			WHERE s.upstream = upstreams.seq AND o.deleted_at IS NULL ORDER BY o.id) others),
 		provider, created_at, ` + upstreamEditable + ` FROM upstreams `
 )
 
@@ -208,7 +208,7 @@ func (s *store) countProjects(ctx context.Context) (int64, error) {
 func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string,
 ) ([]projectRow, error) {
 	return collect(ctx, s.readDB, "listing projects", (*projectRow).columns, selectProjects+`
-		WHERE seq > ?1 AND deleted_at IS NULL AND (?2 IS NULL OR is_active = ?2)
+		WHERE seq > ?1 AND deleted_at IS NULL AND (CAST(?2 AS BOOLEAN) IS NULL OR is_active = ?2)
 			AND (?3 = '' OR (name >= ?3 AND name < ?4))
 		ORDER BY seq LIMIT ?5`, after, active, prefix, prefixEnd(prefix), limit)
 }
@@ -247,20 +247,20 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 		}
 		event = auditEvent{"project.delete", id, []auditField{{"name", p.name}}}
 		if p, err = queryRow(ctx, tx, (*projectRow).columns, `
-			UPDATE projects SET deleted_at = ?1, is_active = 0, version = version + 1, updated_at = ?1, mac = x'',
-				name = name || ' (deleted ' || id || ')'
+			UPDATE projects SET deleted_at = ?1, is_active = FALSE, version = version + 1, updated_at = ?1,
+				mac = zeroblob(0), name = name || ' (deleted ' || id || ')'
 			WHERE seq = ?2 RETURNING `+projectColumns, now, p.seq); err != nil {
 			return event, err
 		}
 		for _, step := range []struct{ name, query string }{{"tokens", `
-			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = x''
+			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = zeroblob(0)
 			WHERE project = ?2 AND revoked_at IS NULL`}, {"", `
 			UPDATE projects SET version = version + 1, updated_at = ?1
 			WHERE deleted_at IS NULL AND seq IN (
 				SELECT s.project FROM upstreams u JOIN upstream_shares s ON s.upstream = u.seq
 				WHERE u.project = ?2)`}, {"upstreams", `
-			UPDATE upstreams SET deleted_at = ?1, sealed_key = x'', is_active = 0, version = version + 1,
-				updated_at = ?1, mac = x''
+			UPDATE upstreams SET deleted_at = ?1, sealed_key = zeroblob(0), is_active = FALSE, version = version + 1,
+				updated_at = ?1, mac = zeroblob(0)
 			WHERE project = ?2 AND deleted_at IS NULL`},
 		} {
 			n, err := execCount(ctx, tx, "deleting a project", step.query, now, p.seq)

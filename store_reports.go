@@ -319,9 +319,9 @@ func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64
 				coalesce(sum(min(cost, 9223372036854775807 / ?4)), 0) AS cost -- limited, so that their sum is one
 			FROM (
 				SELECT token, input_tokens, output_tokens, cost FROM requests `
-	const tail = ` ORDER BY id DESC LIMIT ?4) GROUP BY token) c
+	const tail = ` ORDER BY id DESC LIMIT ?4) latest GROUP BY token) c
 		JOIN tokens t ON t.seq = c.token JOIN projects p ON p.seq = t.project`
-	query := head + `WHERE ?1 = 0 AND id >= ?2 AND id < ?3` + tail
+	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 AND id < ?3` + tail
 	if project != 0 {
 		query = head + `WHERE project = ?1 AND id >= ?2 AND id < ?3` + tail
 	}
@@ -331,9 +331,9 @@ func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64
 // countRequestsSince counts the calls of a project (0: of all) with from <= id, up to limit.
 func (s *store) countRequestsSince(ctx context.Context, project, from int64, limit int) (int64, error) {
 	const head = `SELECT count(*) FROM (SELECT 1 FROM requests `
-	query := head + `WHERE ?1 = 0 AND id >= ?2 LIMIT ?3)`
+	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 LIMIT ?3) some`
 	if project != 0 {
-		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3)`
+		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3) some`
 	}
 	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, limit)
 }
@@ -446,7 +446,7 @@ func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([
 		return []any{&u.project, &u.projectID, &u.upstream, &u.state, &u.reason, &u.until, &u.since}
 	}, `SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
 		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream JOIN projects p ON p.seq = u.project
-		WHERE u.deleted_at IS NULL AND u.is_active = 1 AND p.deleted_at IS NULL
+		WHERE u.deleted_at IS NULL AND u.is_active AND p.deleted_at IS NULL
 			AND (h.state <> 'cooling' OR h.until > ?)
 		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END,
 			h.changed_at

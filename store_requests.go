@@ -130,7 +130,7 @@ func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []reque
 // there are fewer.
 func (s *store) scanStart(ctx context.Context, f *requestFilter, limit int) (from int64, err error) {
 	const head = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `
-	const tail = ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4)`
+	const tail = ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4) latest`
 	query, scope := head+`?1 = ''`+tail, ""
 	switch {
 	case f.token != "":
@@ -254,8 +254,8 @@ func (s *store) reservedSince(ctx context.Context, project, token, from int64) (
 	return collect(ctx, s.readDB, "reading what background responses have reserved", func(u *pastUsage) []any {
 		return []any{&u.endpoint, &u.requestedModel, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
 	}, `
-		SELECT endpoint, CASE asked_tracked WHEN 1 THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
-		FROM background WHERE usage_source = '' AND project = ? AND ? IN (0, token) AND call >= ?`,
+		SELECT endpoint, CASE WHEN asked_tracked THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
+		FROM background WHERE usage_source = '' AND project = ? AND CAST(? AS BIGINT) IN (0, token) AND call >= ?`,
 		otherModels, project, token, from)
 }
 
@@ -302,8 +302,11 @@ func (s *store) cachedAnswer(ctx context.Context, id, project, now int64) (token
 func (s *store) addCached(ctx context.Context, rows []cacheRow) error {
 	return s.withTx(ctx, func(tx *sql.Tx) error {
 		insert, err := tx.PrepareContext(ctx, `
-			REPLACE INTO cache (id, project, token, model, stored_at, expires_at, used_at, size, answer)
-			VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?5, ?7, ?8)`)
+			INSERT INTO cache (id, project, token, model, stored_at, expires_at, used_at, size, answer)
+			VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?5, ?7, ?8)
+			ON CONFLICT (id) DO UPDATE SET project = excluded.project, token = excluded.token,
+				model = excluded.model, stored_at = excluded.stored_at, expires_at = excluded.expires_at,
+				used_at = excluded.used_at, size = excluded.size, answer = excluded.answer`)
 		if err != nil {
 			return fmt.Errorf("caching answers: %w", err)
 		}
@@ -380,10 +383,10 @@ func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosit
 		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.storedAt}
 	}, `
 		SELECT * FROM (SELECT id, project, token, size, model, stored_at FROM cache
-			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5)
+			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5) same
 		UNION ALL
 		SELECT * FROM (SELECT id, project, token, size, model, stored_at FROM cache
-			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5)
+			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
 		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
 		project, after.token, after.size, after.id, limit)
 }
@@ -395,7 +398,8 @@ func (s *store) deleteCached(ctx context.Context, ids []int64) (deleted []int64,
 		return nil, 0, fmt.Errorf("deleting cached answers: %w", err)
 	}
 	return s.deleteCacheRows(ctx, `
-		DELETE FROM cache WHERE id IN (SELECT value FROM json_each(?)) RETURNING id, size`, string(list))
+		DELETE FROM cache WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(CAST(? AS TEXT)))
+		RETURNING id, size`, string(list))
 }
 
 // deleteExpiredCached deletes up to limit answers that expire at now or earlier.

@@ -160,7 +160,7 @@ func (t *tokenRow) save(ctx context.Context, tx *auditedTx) error {
 func (s *store) revokeTokens(ctx context.Context, origin auditOrigin, project string, now int64) (n int64, err error) {
 	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		n, err = execCount(ctx, tx, "revoking tokens", `
-			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = x''
+			UPDATE tokens SET revoked_at = ?1, version = version + 1, updated_at = ?1, mac = zeroblob(0)
 			WHERE revoked_at IS NULL AND project = (SELECT seq FROM projects WHERE id = ?2)`, now, project)
 		return auditEvent{"project.revoke_tokens", project, []auditField{{"tokens", n}}}, err
 	})
@@ -211,8 +211,8 @@ func (q *tokenListQuery) statement() (string, []any) {
 	const (
 		inAll     = selectTokens + `WHERE `
 		inProject = selectTokens + `WHERE project = (SELECT seq FROM projects WHERE id = ?1) AND `
-		isActive  = ` AND (?5 IS NULL OR ?5 = ((SELECT p.is_active FROM projects p WHERE p.seq = tokens.project)
-			AND revoked_at IS NULL AND ends_at > ?6
+		isActive  = ` AND (CAST(?5 AS BOOLEAN) IS NULL OR ?5 = (
+			(SELECT p.is_active FROM projects p WHERE p.seq = tokens.project) AND revoked_at IS NULL AND ends_at > ?6
 			AND (idle_expiry IS NULL OR coalesce(last_used_at, created_at) + idle_expiry > ?6))) `
 		newest     = `seq < ?2` + isActive + `ORDER BY seq DESC LIMIT ?7`
 		oldest     = `seq > ?2` + isActive + `ORDER BY seq LIMIT ?7`
