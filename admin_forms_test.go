@@ -189,7 +189,7 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 			`{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
 		p.manage("PATCH", "/manage/projects/"+p.project,
 			`{"policy":`+body+`,"cost_multiplier":0.1234,
-			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true,
+			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true,"affinity":"none",
 			"aliases":{"smart":["a","b=c","d"],"fast":"gpt-5-mini"}}}`, 200, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
 			`{"models":["x*"],"rewrite":{"a":"b=c"},"note":"ours","cost_multiplier":0.85,

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -108,6 +109,8 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox",
 				Help: "verified-streams"},
 			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
+			{Name: "routing.affinity", Label: "Keep sessions at one upstream", Kind: "select", Required: true,
+				Help: "affinity", Options: options(affinityBySession, "Yes", affinityOff, "No: share single calls")},
 		}}}
 	v.Form.Fields = append(v.Form.Fields, formFields(ui.ops.fields.project, "cost_multiplier")...)
 	var in projectInput
@@ -130,6 +133,7 @@ func routingValues(p *projectView) url.Values {
 	if err != nil {
 		return values // cannot happen: it was checked when it was stored
 	}
+	values.Set("routing.affinity", cmp.Or(routing.Affinity, affinityBySession))
 	for _, f := range routing.Fallbacks {
 		values.Set("routing.fallbacks", values.Get("routing.fallbacks")+f.Model+" = "+f.To+"\n")
 	}
@@ -166,12 +170,16 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 			aliases[name] = append(aliases[name], strings.TrimSpace(model))
 		}
 	}
-	return mustMarshal(map[string]any{
+	routing := map[string]any{
 		"fallbacks":        fallbacks,
 		"aliases":          aliases,
 		"verified_streams": form.Get("routing.verified_streams") != "",
 		"show_upstream":    form.Get("routing.show_upstream") != "",
-	}), nil
+	}
+	if affinity := form.Get("routing.affinity"); affinity != affinityBySession { // the default
+		routing["affinity"] = affinity
+	}
+	return mustMarshal(routing), nil
 }
 
 // confirmProject confirms an operation on a whole project. done names the notice on the page that
@@ -324,7 +332,8 @@ func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
 	if r.query.Get("model") == "" {
 		return page, nil
 	}
-	route, err := ui.ops.explainRoute(r.ctx, project.ID, r.query.Get("model"), r.query.Get("api"))
+	q := routeQuery{r.query.Get("model"), r.query.Get("api"), r.query.Get("session")}
+	route, err := ui.ops.explainRoute(r.ctx, project.ID, q)
 	if fe, ok := errors.AsType[*fieldError](err); ok {
 		v.Problem = fieldErrorMessage(fe)
 		return page, nil

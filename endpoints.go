@@ -499,6 +499,19 @@ func (e *endpoint) showsResponse() bool {
 	return e.pattern == responsePattern || e.pattern == responsePattern+"/cancel"
 }
 
+// parseAPIFamily reads the name of an API family.
+func parseAPIFamily(name string) (apiFamily, error) {
+	switch name {
+	case "openai":
+		return apiOpenAI, nil
+	case "anthropic":
+		return apiAnthropic, nil
+	case "gemini":
+		return apiGemini, nil
+	}
+	return 0, &fieldError{"api", "must be openai, anthropic or gemini"}
+}
+
 // hasOutputTokens reports whether answers of the endpoint have output tokens.
 func (e *endpoint) hasOutputTokens() bool {
 	return e.meter != meterNone && e.meter != meterEmbeddings && e.pattern != "/v1/audio/speech"

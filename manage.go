@@ -136,7 +136,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"DELETE /manage/projects/{id}/content", roleAdmin, api.eraseContent, nil},
 		{"GET /manage/projects/{id}/cache", roleViewer, api.getCache, nil},
 		{"DELETE /manage/projects/{id}/cache", roleOperator, api.emptyCache, []string{"model", "older_than_seconds"}},
-		{"GET /manage/projects/{id}/route", roleViewer, api.explainRoute, []string{"model", "api"}},
+		{"GET /manage/projects/{id}/route", roleViewer, api.explainRoute, []string{"model", "api", "session"}},
 		{"GET /manage/projects/{id}/upstreams", roleViewer, api.listUpstreams, nil},
 		{"POST /manage/projects/{id}/upstreams", roleAdmin, withInput(fields.upstream, api.createUpstream), nil},
 		{"GET /manage/projects/{id}/upstreams/{upstream}", roleViewer, api.getUpstream, nil},

@@ -585,16 +585,3 @@ func withGeminiPath(s string) string {
 	}
 	return strings.TrimRight(s, "/") + strings.TrimSuffix(geminiPrefix, "/")
 }
-
-// parseAPIFamily reads the name of an API family.
-func parseAPIFamily(name string) (apiFamily, error) {
-	switch name {
-	case "openai":
-		return apiOpenAI, nil
-	case "anthropic":
-		return apiAnthropic, nil
-	case "gemini":
-		return apiGemini, nil
-	}
-	return 0, &fieldError{"api", "must be openai, anthropic or gemini"}
-}

@@ -549,19 +549,15 @@ type routeUpstreamView struct {
 	IdleMS       int64 `json:"idle_ms"`
 }
 
-// explainRoute returns which upstreams of a project would get a call for a model now, and why. It sends no
-// request. api is openai, anthropic, gemini, or "" for openai.
-func (ops *operations) explainRoute(ctx context.Context, projectID, model, api string) (routeView, error) {
-	v := routeView{Model: model, API: cmp.Or(api, "openai"), Upstreams: []routeUpstreamView{}}
-	need := criteria{api: apiOpenAI, model: model, now: time.Now().UnixMilli()}
+// explainRoute returns which upstreams of a project would get such a call now, and why. It sends no request.
+func (ops *operations) explainRoute(ctx context.Context, projectID string, q routeQuery) (routeView, error) {
+	v := routeView{Model: q.model, API: cmp.Or(q.api, "openai"), Upstreams: []routeUpstreamView{}}
 	p, err := ops.store.projectByID(ctx, projectID)
 	if err != nil {
 		return v, err
 	}
-	if need.api, err = parseAPIFamily(v.API); err != nil {
-		return v, err
-	}
-	if err := checkModelName("model", model); err != nil {
+	need, err := q.criteria(time.Now().UnixMilli())
+	if err != nil {
 		return v, err
 	}
 	state, err := ops.registry.readProject(ctx, p.seq)
@@ -576,6 +572,7 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 	if len(models) > 1 {
 		v.FallbackModel = models[1]
 	}
+	need.affinity = state.affinityOf(q.session, nil, nil)
 	for _, l := range state.explain(&need) {
 		u := l.upstream
 		v.Upstreams = append(v.Upstreams, routeUpstreamView{
@@ -596,7 +593,8 @@ func (ops *operations) explainRoute(ctx context.Context, projectID, model, api s
 }
 
 func (api *manageAPI) explainRoute(r *manageRequest) (any, error) {
-	return api.ops.explainRoute(r.ctx, r.pathValue("id"), r.query.Get("model"), r.query.Get("api"))
+	q := routeQuery{r.query.Get("model"), r.query.Get("api"), r.query.Get("session")}
+	return api.ops.explainRoute(r.ctx, r.pathValue("id"), q)
 }
 
 // A cacheView is what the response cache has of a project, and what it has saved since a time.

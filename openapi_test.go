@@ -525,7 +525,7 @@ func TestOpenAPIResponses(t *testing.T) {
 		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3,"cache":{"ttl_seconds":60,`+
 		`"scope":"token","endpoints":["/v1/*"],"when":"always","max_entry_bytes":4096}},"routing":{`+
 		`"fallbacks":[{"model":"a","to":"b"}],"aliases":{"fast":"a","smart":["b","c"]},"verified_streams":true,`+
-		`"show_upstream":true}}`, 201)
+		`"show_upstream":true,"affinity":"session"}}`, 201)
 	c.call("GET", "/manage/projects?limit=1&name=second", "", 200)
 	c.call("GET", "/manage/projects?limit=1", "", 200)
 	path := "/manage/projects/" + project

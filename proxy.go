@@ -64,6 +64,7 @@ type call struct {
 	alias          string   // the client's name for the model, if that is an alias; fields.model is never one
 	models         []string // what the alias stands for, in the order in which they are asked
 
+	affinity      affinity    // to other calls whose upstream it should get
 	reservation   reservation // of its limits
 	commitFirst   bool        // a limit must hold through a crash: commit before forwarding
 	rates         rateHeaders // what is left of its token's limits

@@ -248,6 +248,7 @@ func (p *proxy) admit(c *call) error {
 // pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that both API families have (the
 // list of models) goes to the family of the client's SDK, if the project has it.
 func (c *call) pickUpstream() *upstream {
+	c.affinity = c.findAffinity()
 	want := c.criteria(c.readAt())
 	if want.api == apiAny {
 		want.api = apiOpenAI
@@ -263,6 +264,16 @@ func (c *call) pickUpstream() *upstream {
 		return c.project.pickUpstream(&want)
 	}
 	return c.attempts.pickFirst(c.project, want, c.attempts.availableFallback())
+}
+
+// findAffinity returns what keeps the call together with others, so that they get the upstream that has their prompt
+// cached.
+func (c *call) findAffinity() affinity {
+	body := c.body
+	if !c.endpoint.hasOutputTokens() {
+		body = nil
+	}
+	return c.project.affinityOf("", body, &c.fields)
 }
 
 // readAt returns when the call's body had been read, in unix milliseconds: an upstream is chosen then.

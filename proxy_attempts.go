@@ -622,7 +622,7 @@ func (c *clientRequest) replayable() bool { return c.body != nil || !c.endpoint.
 // criteria returns what the call requires of an upstream.
 func (c *call) criteria(now int64) criteria {
 	return criteria{api: c.endpoint.api, endpoint: c.endpoint.pattern, model: c.fields.model, pinned: c.pinned(),
-		tokens: c.inputEstimate(), now: now}
+		affinity: c.affinity, tokens: c.inputEstimate(), now: now}
 }
 
 // pinned reports whether the call may name or create objects that a provider stores. They belong to one account,

@@ -561,7 +561,9 @@ func geminiModelName(raw []byte) (name string, ok bool) {
 func (s *bodyScanner) readGemini(f *callFields, onModel func(raw []byte, end int)) {
 	var seen uint
 	for more := s.enter('}'); more; more = s.next('}') {
+		name, _, _ := bytes.Cut(s.b[min(s.i+1, len(s.b)):], []byte{'"'}) // as sent
 		field := s.readGeminiKey(&seen)
+		from := s.i
 		switch {
 		case field == geminiModel:
 			if raw := s.readValue(); s.err == nil {
@@ -586,6 +588,9 @@ func (s *bodyScanner) readGemini(f *callFields, onModel func(raw []byte, end int
 			}
 		default:
 			s.walkGemini(f, field)
+		}
+		if s.depth == 1 {
+			f.prompt.add(name, from, s.i)
 		}
 	}
 }

@@ -58,6 +58,7 @@ type callFields struct {
 	// modelListParam is "models" or "fallbacks" if the body has that list of further models; some providers
 	// that route to others accept it.
 	modelListParam string
+	prompt         promptParts
 	usageSplice    splice // adds include_usage
 	usageBefore    string // what usageSplice replaces
 	// modelSplice is where the model is: a JSON string, or with text "form" a form field's value. If to is 0,
@@ -263,7 +264,9 @@ func (s *bodyScanner) readTopLevel(f *callFields) {
 		key := s.readDecodedKey()
 		i, exact := protectedName(key)
 		if i < 0 {
+			from := s.i
 			s.readUnprotected(f, key)
+			f.prompt.add(key, from, s.i)
 			continue
 		}
 		name := protectedNames[i]

@@ -67,8 +67,9 @@ var errUnseal = errors.New(
 // The nonce is random: one key is safe for far more values than any installation has. The key
 // id tells values with the old key from values with the new one during a rekey.
 type sealer struct {
-	aead cipher.AEAD
-	kid  [8]byte
+	aead        cipher.AEAD
+	kid         [8]byte
+	affinityKey [sha256.Size]byte // of the hashes in upstream_affinity.go; it encrypts nothing
 }
 
 const sealVersion = 1
@@ -94,6 +95,9 @@ func newSealer(master []byte) (*sealer, error) {
 	mac := hmac.New(sha256.New, key)
 	mac.Write([]byte("llm-proxy key id v1"))
 	copy(s.kid[:], mac.Sum(nil))
+	mac.Reset()
+	mac.Write([]byte("llm-proxy affinity v1"))
+	copy(s.affinityKey[:], mac.Sum(nil))
 	return s, nil
 }
 

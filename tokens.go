@@ -230,8 +230,10 @@ type projectState struct {
 	routing    routing
 	multiplier int64       // of costs, in ten-thousandths
 	upstreams  []*upstream // the active ones, most preferred first
-	version    int64
-	loadFailed bool // a change could not be read; the project is inactive until it is
+	// affinityKey keys the hashes that keep sessions together. It is the same for all projects.
+	affinityKey *affinityKey
+	version     int64
+	loadFailed  bool // a change could not be read; the project is inactive until it is
 }
 
 // A liveProject is the project of a live token. Its state is replaced when its row changes.
@@ -423,7 +425,7 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 		return nil, err
 	}
 	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version,
-		multiplier: row.costMultiplier}
+		multiplier: row.costMultiplier, affinityKey: (*affinityKey)(&g.sealer.affinityKey)}
 	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
 		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
 	}

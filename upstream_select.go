@@ -5,9 +5,9 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +19,7 @@ type criteria struct {
 	endpoint    string // its pattern; "": any
 	model       string
 	pinned      bool        // only the first that serves the call: it has the objects that the call may name
+	affinity    affinity    // which calls this one belongs to
 	tokens      int64       // an estimate, for the upstream's own limits
 	now         int64       // unix milliseconds
 	tried       []*upstream // these are out: the call has tried them
@@ -55,7 +56,7 @@ func (c *criteria) reserve(u *upstream) bool {
 	return true
 }
 
-// pickUpstream chooses the upstream for a call and reserves the call there. It makes a weighted pick in the first
+// pickUpstream chooses the upstream for a call and reserves the call there. It picks by affinity or weight in the first
 // priority that has a healthy upstream which serves the call; it never picks one of weight 0. If none is healthy,
 // it returns the one in the least severe state, because a provider's answer helps the client more than the
 // proxy's guess. It returns nil if no upstream serves the call, if those that do have no capacity left in their
@@ -71,7 +72,7 @@ func (p *projectState) pickUpstream(c *criteria) *upstream {
 	for group := p.upstreams; len(group) > 0; { // in order of priority
 		ready, rest := c.appendReady(group, space[:0])
 		for len(ready) > 0 {
-			i := weightedPick(ready)
+			i := c.affinity.pick(ready)
 			if c.reserve(ready[i]) {
 				return ready[i]
 			}
@@ -113,43 +114,6 @@ func (c *criteria) appendReady(list, found []*upstream) (ready, rest []*upstream
 		}
 	}
 	return found, nil
-}
-
-// weightedPick returns the index of an upstream drawn at random by weight. If that one has more running calls
-// than weight and chance explain (by two standard deviations), it returns the least busy for its weight instead:
-// a key that hangs must not collect calls until a timeout shows that it hangs.
-func weightedPick(list []*upstream) int {
-	if len(list) == 1 {
-		return 0
-	}
-	var weights int64
-	for _, u := range list {
-		weights += u.weight
-	}
-	drawn := 0
-	for at := rand.Int64N(weights); at >= list[drawn].weight; drawn++ {
-		at -= list[drawn].weight
-	}
-	const isBusy = 4
-	busy := list[drawn].health.running.Load()
-	if busy < isBusy {
-		return drawn
-	}
-	var all int64
-	for _, u := range list {
-		all += u.health.running.Load()
-	}
-	expected := float64(all) * float64(list[drawn].weight) / float64(weights)
-	if more := float64(busy) - expected; more <= 0 || more*more <= 4*expected {
-		return drawn
-	}
-	best, least := drawn, busy
-	for i, u := range list {
-		if n := u.health.running.Load(); n*list[best].weight < least*u.weight {
-			best, least = i, n
-		}
-	}
-	return best
 }
 
 // pinnedUpstream returns the first upstream that serves the call, healthy or not.
@@ -332,6 +296,25 @@ func (r *route) reserveSameKey(p *projectState, c *criteria, f *failedAttempt, c
 	return true
 }
 
+// A routeQuery describes a call whose route is to be explained.
+type routeQuery struct {
+	model   string
+	api     string // openai, which "" stands for, anthropic or gemini
+	session string // "": none
+}
+
+// criteria returns what such a call requires of an upstream, without its affinity.
+func (q *routeQuery) criteria(now int64) (criteria, error) {
+	api, err := parseAPIFamily(cmp.Or(q.api, "openai"))
+	if err == nil {
+		err = checkModelName("model", q.model)
+	}
+	if err == nil && len(q.session) > maxSessionLen {
+		err = &fieldError{"session", "must have " + strconv.Itoa(maxSessionLen) + " bytes or fewer"}
+	}
+	return criteria{api: api, model: q.model, now: now}, err
+}
+
 // A routeExplanation says why an upstream gets calls or does not.
 type routeExplanation struct {
 	upstream *upstream
@@ -372,10 +355,14 @@ func (p *projectState) explain(c *criteria) []routeExplanation {
 	}
 	for _, i := range group {
 		lines[i].share, lines[i].reason = float64(lines[i].upstream.weight)/float64(total), "shares the calls by weight"
-		if len(group) == 1 {
+		switch {
+		case len(group) == 1:
 			lines[i].reason = "is the first that serves the model and is healthy"
+		case p.routing.Affinity != affinityOff:
+			lines[i].reason += "; those of a session stay together"
 		}
 	}
+	c.affinity.explain(lines, group)
 	return lines
 }
 
@@ -425,6 +412,9 @@ type routing struct {
 	VerifiedStreams bool `json:"verified_streams,omitzero"`
 	// ShowUpstream names the upstream in a header of each answer.
 	ShowUpstream bool `json:"show_upstream,omitzero"`
+	// Affinity says whether the calls of a session go to one upstream: affinityBySession, also meant by "", or
+	// affinityOff.
+	Affinity string `json:"affinity,omitzero"`
 }
 
 // A fallback names the model that replaces the models of a pattern.
@@ -448,12 +438,16 @@ func parseRouting(raw []byte) (r routing, err error) {
 	var fallbacks optional[[]json.RawMessage]
 	var aliases optional[json.RawMessage]
 	var verified, show optional[bool]
+	var affinity optional[string]
 	fields := map[string]any{"fallbacks": &fallbacks, "aliases": &aliases, "verified_streams": &verified,
-		"show_upstream": &show}
+		"show_upstream": &show, "affinity": &affinity}
 	if err := decodeObject(raw, fields); err != nil {
 		return routing{}, qualifyFieldError("routing", err)
 	}
-	r.VerifiedStreams, r.ShowUpstream = verified.value, show.value
+	r.VerifiedStreams, r.ShowUpstream, r.Affinity = verified.value, show.value, affinity.value
+	if affinity.set && r.Affinity != affinityBySession && r.Affinity != affinityOff {
+		return routing{}, &fieldError{"routing.affinity", "must be session or none"}
+	}
 	if aliases.set {
 		if r.Aliases, err = parseAliases(aliases.value); err != nil {
 			return routing{}, err

@@ -316,6 +316,8 @@ func TestRoutingRefused(t *testing.T) {
 		`{"routing":{"aliases":{` + manyAliases(101) + `}}}`:                  "routing.aliases",
 		`{"routing":{"fallback":[]}}`:                                         "routing.fallback",
 		`{"routing":{"verified_streams":1}}`:                                  "routing.verified_streams",
+		`{"routing":{"affinity":"token"}}`:                                    "routing.affinity",
+		`{"routing":{"affinity":""}}`:                                         "routing.affinity",
 		`{"routing":[]}`:                                                      "routing",
 	} {
 		refused("", body, param)
@@ -382,6 +384,17 @@ func TestTryRoute(t *testing.T) {
 		t.Errorf("the page does not say how long a call waits: %s", page)
 	}
 	check("all healthy", v, map[string]float64{ids[0]: 0.75, ids[1]: 0.25})
+	chosen := map[string]int{}
+	for i := range 40 {
+		for _, u := range route(fmt.Sprint("model=gpt-4o&session=", i)).Upstreams {
+			if u.Share == 1 && strings.Contains(u.Why, "this session") {
+				chosen[u.UpstreamID]++
+			}
+		}
+	}
+	if chosen[ids[0]]+chosen[ids[1]] != 40 || len(chosen) != 2 {
+		t.Errorf("40 sessions went to %v", chosen)
+	}
 	now := time.Now().UnixMilli()
 	p.instance.health.forUpstream(1, "").recordRejected(now, now, "the provider refuses the key")
 	check("one refused", route("model=gpt-4o&api=openai"), map[string]float64{ids[1]: 1})
@@ -390,7 +403,8 @@ func TestTryRoute(t *testing.T) {
 	if n := len(p.provider.received()); n != 0 {
 		t.Errorf("the provider got %d requests", n)
 	}
-	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model"} {
+	for query, param := range map[string]string{"": "model", "model=a&api=x": "api", "model=a%20b": "model",
+		"model=a&session=" + strings.Repeat("s", 257): "session"} {
 		res := p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"/route?"+query, "")
 		if res.status != 400 || between(res.body, `"param":"`, `"`) != param {
 			t.Errorf("%q: got %d %s", query, res.status, res.body)

@@ -1,0 +1,243 @@
+// This file keeps calls together that share a cached prompt. Providers cache prompts by key, so the calls of a session
+// go to one upstream, and move to another one only while that cannot take them. All other calls are drawn at random.
+//
+// How it works: each pair of a session and an upstream has a rank, which only a secret of the database and the
+// upstream's weight decide (rendezvous hashing). A call goes to the upstream with the best rank of those that may have
+// it now. So nothing is stored for a session, all replicas agree, the upstreams get shares of the sessions by their
+// weights, and one that is added or removed moves its own share only.
+//
+// Plain code: no I/O, no state. It decides among upstreams that may have the call, never which those are.
+package main
+
+import (
+	"crypto/sha256"
+	"math"
+	"math/rand/v2"
+)
+
+// The values of a project's setting routing.affinity.
+const (
+	affinityBySession = "session"
+	affinityOff       = "none"
+)
+
+// An affinitySource says what keeps a call together with others. The ledger stores its text.
+type affinitySource string
+
+const (
+	affinityNone    affinitySource = ""        // nothing: the call is drawn by weight
+	affinitySession affinitySource = "session" // the session that the client names
+	affinityPrompt  affinitySource = "prompt"  // the beginning of the prompt
+)
+
+// An affinity names the calls that belong together. The zero value is that of a call that belongs to no others.
+type affinity struct {
+	source affinitySource
+	key    uint64 // a keyed hash: clients can neither compute nor choose it
+}
+
+// An affinityKey keys the hashes of sessions and prompts. All replicas have the same.
+type affinityKey [sha256.Size]byte
+
+// minCachedPrompt is the number of bytes of the prompt that decide, about 1,024 tokens. Providers cache no shorter
+// ones, so calls with less have no affinity.
+const minCachedPrompt = 4 << 10
+
+// promptParts are the places in a JSON body of what a provider caches first: tools, then the system's prompt, then
+// the messages. That is the order in which it reads them, whatever their order in the body.
+type promptParts [3]struct{ from, to int }
+
+// add records body[from:to] as the value of a field, if the field belongs to the prompt.
+func (p *promptParts) add(field []byte, from, to int) {
+	part := 0
+	switch string(field) {
+	case "tools", "functions":
+	case "system", "instructions", "systemInstruction", "system_instruction":
+		part = 1
+	case "messages", "input", "contents", "prompt":
+		part = 2
+	default:
+		return
+	}
+	p[part].from, p[part].to = from, to
+}
+
+// ofSession returns the affinity of the calls of a session.
+func (k *affinityKey) ofSession(session string) affinity {
+	var space [sha256.Size + 1 + maxSessionLen]byte // saves an allocation
+	text := append(append(append(space[:0], k[:]...), 's'), session...)
+	return affinity{affinitySession, firstBytes(sha256.Sum256(text))}
+}
+
+// ofPrompt returns the affinity of the calls for a model whose prompts begin alike. f was read from body.
+func (k *affinityKey) ofPrompt(body []byte, f *callFields) affinity {
+	var space [sha256.Size + 1 + maxModelLen + 1 + minCachedPrompt]byte
+	text := append(append(append(append(space[:0], k[:]...), 'p'), f.model...), 0)
+	missing := minCachedPrompt
+	for _, part := range f.prompt {
+		n := min(part.to-part.from, missing)
+		text = append(text, body[part.from:part.from+n]...)
+		missing -= n
+	}
+	if missing > 0 {
+		return affinity{}
+	}
+	return affinity{affinityPrompt, firstBytes(sha256.Sum256(text))}
+}
+
+func firstBytes(sum [sha256.Size]byte) (n uint64) {
+	for _, b := range sum[:8] {
+		n = n<<8 | uint64(b)
+	}
+	return n
+}
+
+// rank returns the rank of an upstream for calls with this affinity; the lowest is the best. Of a key, the ranks are
+// exponentially distributed with the weights as rates, so that each upstream is best for a share of the keys that is
+// its share of the weights.
+func (a affinity) rank(u *upstream) float64 {
+	const golden = 0x9e3779b97f4a7c15 // the steps of SplitMix64, which spreads neighboring numbers over all 64 bits
+	x := a.key + uint64(u.seq)*golden
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	x ^= x >> 31
+	uniform := (float64(x>>11) + 0.5) / (1 << 53) // above 0 and below 1
+	return -math.Log(uniform) / float64(u.weight)
+}
+
+// maxSessionLen is the longest name of a session, in bytes.
+const maxSessionLen = 256
+
+// affinityOf returns the affinity of a call: that of its session ("": it names none), otherwise that of its prompt. f
+// was read from body, which is nil if the call has no prompt that providers cache.
+func (p *projectState) affinityOf(session string, body []byte, f *callFields) affinity {
+	switch {
+	case p.routing.Affinity == affinityOff || !p.sharesCalls():
+		return affinity{}
+	case session != "":
+		return p.affinityKey.ofSession(session)
+	case body != nil:
+		return p.affinityKey.ofPrompt(body, f)
+	}
+	return affinity{}
+}
+
+// sharesCalls reports whether upstreams of the same priority share calls.
+func (p *projectState) sharesCalls() bool {
+	for i, u := range p.upstreams {
+		if i > 0 && u.priority == p.upstreams[i-1].priority {
+			return true
+		}
+	}
+	return false
+}
+
+// pick returns the index of the upstream that gets a call. All in list may have it.
+func (a affinity) pick(list []*upstream) int {
+	switch {
+	case len(list) == 1:
+		return 0
+	case a.source == affinityNone:
+		return weightedPick(list)
+	}
+	best := a.best(list, func(*upstream) bool { return true })
+	if list[best].health.running.Load() < minBusy {
+		return best
+	}
+	l := loadOf(list)
+	if !l.isFull(list[best]) {
+		return best
+	}
+	// Not all are full, because not all have more than their share.
+	if other := a.best(list, func(u *upstream) bool { return !l.isFull(u) }); other >= 0 {
+		return other
+	}
+	return best
+}
+
+// best returns the index of the upstream with the best rank of those that pass, -1 if none does.
+func (a affinity) best(list []*upstream, passes func(*upstream) bool) int {
+	best, least := -1, math.Inf(1)
+	for i, u := range list {
+		if rank := a.rank(u); rank < least && passes(u) {
+			best, least = i, rank
+		}
+	}
+	return best
+}
+
+// explain completes the explanation of a route: which upstream of the group gets the calls with this affinity. group
+// has the indexes in lines of the upstreams that share such calls.
+func (a affinity) explain(lines []routeExplanation, group []int) {
+	if a.source == affinityNone || len(group) < 2 {
+		return
+	}
+	list := make([]*upstream, 0, len(group))
+	for _, i := range group {
+		list = append(list, lines[i].upstream)
+	}
+	picked := a.pick(list)
+	for n, i := range group {
+		lines[i].share, lines[i].reason = 0, "shares the sessions by weight, but this one goes elsewhere"
+		if n == picked {
+			lines[i].share, lines[i].reason = 1, "keeps the calls of this session together"
+		}
+	}
+}
+
+// A poolLoad is what the upstreams of a group have to do together.
+type poolLoad struct{ running, weight int64 }
+
+func loadOf(list []*upstream) (l poolLoad) {
+	for _, u := range list {
+		l.running += u.health.running.Load()
+		l.weight += u.weight
+	}
+	return l
+}
+
+// minBusy is the number of running calls below which no upstream has too many.
+const minBusy = 4
+
+// excess returns how many running calls an upstream has, how many of them are more than its share, and its share.
+func (l poolLoad) excess(u *upstream) (running int64, more, expected float64) {
+	running = u.health.running.Load()
+	expected = float64(l.running) * float64(u.weight) / float64(l.weight)
+	return running, float64(running) - expected, expected
+}
+
+// isFull reports whether an upstream has so many running calls that sessions go elsewhere: more than one and a half
+// times its share, and more than chance explains (by three standard deviations). An upstream that hangs must not
+// collect calls until a timeout shows that it hangs, nor may one prompt that all clients share use one key alone.
+func (l poolLoad) isFull(u *upstream) bool {
+	running, more, expected := l.excess(u)
+	return running >= minBusy && more > expected/2 && more*more > 9*expected
+}
+
+// weightedPick returns the index of an upstream drawn at random by weight. If that one has more running calls
+// than weight and chance explain (by two standard deviations), it returns the least busy for its weight instead:
+// a key that hangs must not collect calls until a timeout shows that it hangs.
+func weightedPick(list []*upstream) int {
+	var weights int64
+	for _, u := range list {
+		weights += u.weight
+	}
+	drawn := 0
+	for at := rand.Int64N(weights); at >= list[drawn].weight; drawn++ {
+		at -= list[drawn].weight
+	}
+	if list[drawn].health.running.Load() < minBusy {
+		return drawn
+	}
+	busy, more, expected := loadOf(list).excess(list[drawn])
+	if more <= 0 || more*more <= 4*expected {
+		return drawn
+	}
+	best, least := drawn, busy
+	for i, u := range list {
+		if n := u.health.running.Load(); n*list[best].weight < least*u.weight {
+			best, least = i, n
+		}
+	}
+	return best
+}
