@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -165,7 +166,6 @@ func (r *pageRequest) nextPageURL(after string) string {
 	}
 	q := maps.Clone(r.query)
 	q.Set("after", after)
-	q.Del("done")
 	return r.http.URL.Path + "?" + q.Encode()
 }
 
@@ -191,6 +191,7 @@ type pageResponse struct {
 	status   int // 0: 200
 	data     any
 	redirect string // a path under /admin (303)
+	notice   notice // for the page that the redirect leads to
 	cookie   *http.Cookie
 	write    func(http.ResponseWriter) error // writes a download
 }
@@ -203,10 +204,48 @@ func showPage(template, title string, data any) *pageResponse {
 // redirectTo is the response to a form that succeeded: the browser loads another page, so that a
 // reload repeats nothing. done names a notice of templates/parts/layout.html.
 func redirectTo(path, done string) *pageResponse {
-	if done != "" {
-		path += "?done=" + done
+	return &pageResponse{redirect: path, notice: notice{Name: done, Count: 1}}
+}
+
+// redirectWithCount is redirectTo for a form that changed count objects.
+func redirectWithCount(path, done string, count int64) *pageResponse {
+	return &pageResponse{redirect: path, notice: notice{Name: done, Count: count}}
+}
+
+// A notice says what a form did, on the page that follows. It travels in a cookie, so that a reload or a
+// saved address does not repeat it. Its text is in templates/parts/layout.html: the cookie only names it.
+type notice struct {
+	Name  string
+	Count int64 // of the objects that the form changed
+}
+
+const noticeCookieSeconds = 60 // for the browser to load the page
+
+func noticeCookieName(secure bool) string { return sessionCookieName(secure) + "-notice" }
+
+// cookie returns the cookie with the notice. An empty notice removes it from the browser.
+func (n notice) cookie(secure bool) *http.Cookie {
+	c := sessionCookie(secure, n.Name)
+	c.Name = noticeCookieName(secure)
+	if n.Name != "" {
+		c.Value, c.MaxAge = n.Name+"."+formatInt(n.Count), noticeCookieSeconds
 	}
-	return &pageResponse{redirect: path}
+	return c
+}
+
+// notice returns the notice of the request, an empty one if there is none. A page that refreshes a part of
+// itself leaves it to the page that the browser loads.
+func (r *pageRequest) notice() notice {
+	cookies := r.http.CookiesNamed(noticeCookieName(r.secure))
+	if len(cookies) == 0 || r.http.Header.Get("X-Auto-Refresh") != "" {
+		return notice{}
+	}
+	name, count, _ := strings.Cut(cookies[0].Value, ".")
+	n, err := strconv.ParseInt(count, 10, 64)
+	if err != nil || n < 0 {
+		return notice{}
+	}
+	return notice{Name: name, Count: n}
 }
 
 // adminRoutes returns the handler of everything under /admin.
@@ -321,7 +360,7 @@ func (ui *adminUI) errorPage(w http.ResponseWriter, r *pageRequest, err error) *
 		if r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/" {
 			to += "?next=" + url.QueryEscape(r.http.URL.RequestURI())
 		} else if r.isPost() {
-			to += "?done=ended"
+			return redirectTo(to, "ended")
 		}
 		return &pageResponse{redirect: to}
 	}
@@ -354,6 +393,7 @@ type pageView struct {
 	Role     role
 	Can      map[string]bool // whether the role includes a role
 	Nav      []navItem
+	Notice   notice            // about the form that led to this page
 	Given    map[string]string // the parameters of the address
 	Data     any
 }
@@ -366,6 +406,9 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 	}
 	switch {
 	case p.redirect != "":
+		if p.notice.Name != "" {
+			http.SetCookie(w, p.notice.cookie(r.secure))
+		}
 		h.Set("Location", p.redirect)
 		w.WriteHeader(http.StatusSeeOther)
 		return
@@ -378,7 +421,11 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 		return
 	}
 	var b bytes.Buffer
-	if err := ui.pages.render(&b, p.template, ui.newPageView(r, p)); err != nil {
+	v := ui.newPageView(r, p)
+	if v.Notice.Name != "" {
+		http.SetCookie(w, notice{}.cookie(r.secure)) // it is shown once
+	}
+	if err := ui.pages.render(&b, p.template, v); err != nil {
 		ui.logFailure(w, r, err)
 		h.Set("Content-Type", "text/plain; charset=utf-8")
 		w.WriteHeader(http.StatusInternalServerError)
@@ -395,7 +442,7 @@ func (ui *adminUI) logFailure(w http.ResponseWriter, r *pageRequest, err error) 
 }
 
 func (ui *adminUI) newPageView(r *pageRequest, p *pageResponse) *pageView {
-	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}, Given: map[string]string{}}
+	v := &pageView{Title: p.title, Data: p.data, Can: map[string]bool{}, Given: map[string]string{}, Notice: r.notice()}
 	for name := range r.query {
 		v.Given[name] = r.query.Get(name)
 	}

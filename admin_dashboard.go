@@ -300,10 +300,10 @@ type rankingTable struct {
 }
 
 type rankingRow struct {
-	Name, Label, Link   string
-	Bar                 coordinate
-	Value, Share        string
-	Calls, Tokens, Cost string
+	Name, Label, Link string
+	Bar               coordinate
+	Value, Share      string
+	Amounts           string // calls, tokens and cost
 }
 
 func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
@@ -467,7 +467,8 @@ func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) ra
 			break // the rest is zero too
 		}
 		row := rankingRow{Name: v.name, Label: v.label, Link: q.rankingLink(title, &v), Value: q.unit().format(value),
-			Calls: groupDigits(v.calls), Tokens: groupDigits(v.tokens), Cost: formatMoney(v.cost),
+			Amounts: pluralize(v.calls, "call", "calls") + ", " + pluralize(v.tokens, "token", "tokens") + ", " +
+				formatMoney(v.cost),
 			Bar: barWidth(value, q.valueOf(shares[0].usageTotals))}
 		if whole > 0 {
 			row.Share = percent(100 * value / whole)

@@ -186,7 +186,7 @@ func TestDashboardPage(t *testing.T) {
 	for _, query := range []string{"", "?period=24h&measure=cost", "?period=7d&by=model",
 		"?period=30d&measure=tokens&by=project", "?period=90d", "?project=" + p.project + "&period=24h"} {
 		has("/admin/dashboard"+query, 200, "Needs attention", "/admin/tokens/"+soon,
-			">Token ends soon of project test</a> expires <time", ">in 29 hours</time>",
+			">Token ends soon of project test</a> expires <time", ">in 30 hours</time>",
 			"!revoked one", "!ends late", "100.0% of 4 requests per day", "!100 requests", "!1 tokens",
 			"the provider rejects its key",
 			`<svg class="axis"`, "gpt-4o-mini", "POST /v1/chat/completions", "!No calls yet")
@@ -224,6 +224,17 @@ func TestChange(t *testing.T) {
 	} {
 		if got := unitMillis.format(v); got != want {
 			t.Errorf("%v ms: %q", v, got)
+		}
+	}
+	const day = 24 * time.Hour
+	for d, want := range map[time.Duration]string{0: "now", -400 * time.Millisecond: "now", time.Second: "in 1 second",
+		30*day - time.Second: "in 30 days", -30*day - time.Hour: "30 days ago", day - time.Minute: "in 24 hours",
+		time.Hour - time.Second: "in 1 hour", -59600 * time.Millisecond: "1 minute ago",
+		7*day - time.Second:   "in 7 days",
+		365*day - time.Second: "in 365 days", 90*day - time.Minute: "in 90 days", 1e5 * time.Hour: "in 11 years",
+		-2*day + time.Minute: "2 days ago"} {
+		if got := relativeTime(d); got != want {
+			t.Errorf("%v: %q, want %q", d, got, want)
 		}
 	}
 	for v, want := range map[float64]string{0: "0.0%", 0.01: "<0.1%", 3.14: "3.1%", 100: "100.0%"} {

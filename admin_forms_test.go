@@ -329,6 +329,47 @@ func TestAdminMistakes(t *testing.T) {
 	}
 }
 
+// TestAdminTokenExpiry: a date that was chosen is never ignored, whatever the list of times says.
+func TestAdminTokenExpiry(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	date := time.Now().UTC().AddDate(0, 2, 0).Format("2006-01-02T15:04")
+	in := func(d time.Duration) string { return time.Now().UTC().Add(d).Format("2006-01-02") }
+	for _, c := range []struct{ lifetime, date, want string }{
+		{"720", "", in(720 * time.Hour)}, {"1", "", in(time.Hour)}, {"never", "", ""},
+		{"720", date, date}, {"never", date, date}, {"", date, date}, {"1", date, date},
+	} {
+		form := parseForm(t, b.get("/admin/tokens/new?project_id="+p.project).body)
+		form.Set("name", "token")
+		form.Set("lifetime", c.lifetime)
+		form.Set("expires_at", c.date)
+		res := b.post("/admin/tokens/new", form)
+		id := regexp.MustCompile(`/admin/tokens/(tok_\w+)`).FindStringSubmatch(res.body)
+		if res.status != 200 || id == nil {
+			t.Fatalf("%v: %d %s", c, res.status, res.body)
+		}
+		p.secrets = append(p.secrets, regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body))
+		var token struct {
+			ExpiresAt *string `json:"expires_at"`
+		}
+		p.manage("GET", "/manage/tokens/"+id[1], "", 200, &token)
+		got := ""
+		if token.ExpiresAt != nil {
+			got = *token.ExpiresAt
+		}
+		if !strings.HasPrefix(got, c.want) || c.want == "" && got != "" {
+			t.Errorf("%v: the token expires at %q", c, got)
+		}
+	}
+	form := parseForm(t, b.get("/admin/tokens/new?project_id="+p.project).body)
+	form.Set("name", "token")
+	form.Set("expires_at", "2001-01-01T00:00") // with the list as it is
+	if res := b.post("/admin/tokens/new", form); res.status != 400 || strings.Contains(res.body, "sk-llmp_") {
+		t.Errorf("a date in the past: %d", res.status)
+	}
+}
+
 // TestAdminLostUpdate (AD14): a form that was opened before someone else's change is refused.
 func TestAdminLostUpdate(t *testing.T) {
 	t.Parallel()
@@ -398,8 +439,8 @@ func TestAdminKeysAndBulk(t *testing.T) {
 			t.Errorf("%s is still active", id)
 		}
 	}
-	if res := grace.post("/admin/tokens/revoke",
-		nil); res.header.Get("Location") != "/admin/tokens?done=none-selected" {
+	if res := grace.post("/admin/tokens/revoke", nil); res.header.Get("Location") != "/admin/tokens" ||
+		!strings.Contains(grace.follow(res), "No token was selected.") {
 		t.Errorf("none selected: %d %v", res.status, res.header)
 	}
 	if res := b.post("/admin/keys/key_"+key[len(manageKeyPrefix):][:publicLen]+"/revoke", nil); res.status != 303 ||

@@ -88,6 +88,9 @@ func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 			in.provider.set = false // the form's default: a project without an upstream
 		}
 		p, err := ui.ops.createProject(r.ctx, r.origin, in)
+		if !in.provider.set {
+			return redirectTo("/admin/projects/"+p.id, "project-without-upstream"), err
+		}
 		return redirectTo("/admin/projects/"+p.id, "project-created"), err
 	})
 }
@@ -182,10 +185,10 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 	return mustMarshal(routing), nil
 }
 
-// confirmProject confirms an operation on a whole project. done names the notice on the page that
-// follows.
+// confirmProject confirms an operation on a whole project. done names the notice on the page that follows; run
+// returns how many objects it changed.
 func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit, done string,
-	run func(id string) error) (*pageResponse, error) {
+	run func(id string) (count int64, err error)) (*pageResponse, error) {
 	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
 	if err != nil {
 		return nil, err
@@ -196,52 +199,53 @@ func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit, done strin
 		then = redirectTo("/admin/projects", done)
 	}
 	v := &confirmView{Ask: ask, Form: &pageForm{Submit: submit, Cancel: projectURL}}
-	return r.confirm(fmt.Sprintf(title, p.Name), v, then, func() error { return run(p.ID) })
+	return r.confirm(fmt.Sprintf(title, p.Name), v, then, func() (err error) {
+		then.notice.Count, err = run(p.ID)
+		return err
+	})
 }
 
 func (ui *adminUI) activateProject(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Activate %s?", "activate", "Activate", "saved", ui.setProjectActive(r, true))
+	return ui.confirmProject(r, "Activate %s?", "activate", "Activate", "project-activated",
+		ui.setProjectActive(r, true))
 }
 
 func (ui *adminUI) deactivateProject(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Deactivate %s?", "deactivate", "Deactivate", "saved", ui.setProjectActive(r, false))
+	return ui.confirmProject(r, "Deactivate %s?", "deactivate", "Deactivate", "project-deactivated",
+		ui.setProjectActive(r, false))
 }
 
-func (ui *adminUI) setProjectActive(r *pageRequest, active bool) func(id string) error {
-	return func(id string) error {
+func (ui *adminUI) setProjectActive(r *pageRequest, active bool) func(id string) (int64, error) {
+	return func(id string) (int64, error) {
 		_, err := ui.ops.updateProject(r.ctx, r.origin, id, r.ifMatchVersion, projectInput{active: given(active)})
-		return err
+		return 1, err
 	}
 }
 
 func (ui *adminUI) deleteProjectPage(r *pageRequest) (*pageResponse, error) {
-	return ui.confirmProject(r, "Delete %s?", "delete-project", "Delete project", "deleted", func(id string) error {
-		return ui.ops.deleteProject(r.ctx, r.origin, id, r.ifMatchVersion)
-	})
+	remove := func(id string) (int64, error) {
+		return 1, ui.ops.deleteProject(r.ctx, r.origin, id, r.ifMatchVersion)
+	}
+	return ui.confirmProject(r, "Delete %s?", "delete-project", "Delete project", "project-deleted", remove)
 }
 
 func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
 	title := "Delete the stored content of %s?"
-	return ui.confirmProject(r, title, "erase", "Delete content", "deleted", func(id string) error {
-		_, err := ui.ops.eraseContent(r.ctx, r.origin, id)
-		return err
-	})
+	erase := func(id string) (int64, error) { return ui.ops.eraseContent(r.ctx, r.origin, id) }
+	return ui.confirmProject(r, title, "erase", "Delete content", "content-erased", erase)
 }
 
 func (ui *adminUI) emptyCachePage(r *pageRequest) (*pageResponse, error) {
 	title := "Empty the response cache of %s?"
-	return ui.confirmProject(r, title, "empty-cache", "Empty cache", "deleted", func(id string) error {
-		_, err := ui.ops.emptyCache(r.ctx, r.origin, id, "", 0)
-		return err
+	return ui.confirmProject(r, title, "empty-cache", "Empty cache", "cache-emptied", func(id string) (int64, error) {
+		return ui.ops.emptyCache(r.ctx, r.origin, id, "", 0)
 	})
 }
 
 func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error) {
 	title := "Revoke all tokens of %s?"
-	return ui.confirmProject(r, title, "revoke-all", "Revoke all tokens", "revoked", func(id string) error {
-		_, err := ui.ops.revokeProjectTokens(r.ctx, r.origin, id)
-		return err
-	})
+	revoke := func(id string) (int64, error) { return ui.ops.revokeProjectTokens(r.ctx, r.origin, id) }
+	return ui.confirmProject(r, title, "revoke-all", "Revoke all tokens", "tokens-revoked", revoke)
 }
 
 // upstreamFormFields returns the named fields and those that a new upstream and a changed one share.
@@ -266,7 +270,7 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	targets := fieldTargets(&in, ui.ops.fields.upstream)
 	return ui.submit(r, "Add an upstream", v, defaults, targets, func() (*pageResponse, error) {
 		_, err := ui.ops.createUpstream(r.ctx, r.origin, project.ID, in)
-		return redirectTo(projectURL, "saved"), err
+		return redirectTo(projectURL, "upstream-added"), err
 	})
 }
 
@@ -300,7 +304,7 @@ func (ui *adminUI) deleteUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	}
 	projectURL := "/admin/projects/" + u.ProjectID
 	v := &confirmView{Ask: "delete-upstream", Form: &pageForm{Submit: "Delete upstream", Cancel: projectURL}}
-	return r.confirm("Delete upstream "+u.Name+"?", v, redirectTo(projectURL, "deleted"), func() error {
+	return r.confirm("Delete upstream "+u.Name+"?", v, redirectTo(projectURL, "upstream-deleted"), func() error {
 		return ui.ops.deleteUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion)
 	})
 }

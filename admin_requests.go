@@ -135,15 +135,25 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	return showPage("requests", "Calls", v), err
 }
 
-// outcomeLabel returns an outcome in words.
+// outcomeLabel returns an outcome in words, the same on every page.
 func outcomeLabel(o callOutcome) string {
-	if o == outcomeClientGone {
+	switch o {
+	case outcomeOpen:
+		return "running"
+	case outcomeClientGone:
 		return "client disconnected"
 	}
 	return strings.ReplaceAll(string(o), "_", " ")
 }
 
+// awaitRecorded returns when the calls that have ended are in the ledger, so that no page lists one as running.
+// It does not wait for a ledger that cannot be written.
+func (ui *adminUI) awaitRecorded(r *pageRequest) {
+	_ = ui.ledger.awaitIfHealthy(r.ctx, ui.ledger.queuedSoFar()) // without it, the page is a moment old
+}
+
 func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
+	ui.awaitRecorded(r)
 	f.limit = requestsPageSize
 	if after := r.query.Get("after"); after != "" {
 		seq, _, err := parseCursor(after)
@@ -243,6 +253,7 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 	if id == 0 {
 		return nil, errNotFound
 	}
+	ui.awaitRecorded(r)
 	row, err := ui.store.requestByID(r.ctx, id)
 	if err != nil {
 		return nil, err

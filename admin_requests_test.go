@@ -199,6 +199,40 @@ func TestRequestPage(t *testing.T) {
 	}
 }
 
+// TestEndedCallsAreListed: a call that has ended is nowhere listed as running, even right after its end. Its outcome
+// has the same words on every page.
+func TestEndedCallsAreListed(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.chat()
+	for _, path := range []string{"/admin/requests", "/admin/tokens/" + p.tokenID} {
+		for range 3 {
+			p.chat()
+			waitFor(t, "the call's end", func() bool { return p.instance.running.count() == 0 })
+			if page := b.get(path).body; strings.Contains(page, ">running</span>") ||
+				!strings.Contains(page, ">ok</span> 200") {
+				t.Errorf("%s: %s", path, pageText(t, page))
+			}
+		}
+	}
+	token, err := p.instance.store.tokenByID(t.Context(), p.tokenID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	row := &requestRow{id: minIDAt(time.Now()) + 1, project: token.project, token: token.seq,
+		endpoint: "POST /v1/chat/completions", outcome: outcomeClientGone, source: usageNone, firstByteUS: -1}
+	p.instance.ledger.recordRefused(row, true)
+	p.waitSettled()
+	for _, path := range []string{"/admin/requests", "/admin/tokens/" + p.tokenID,
+		"/admin/requests/" + formatRequestID(row.id)} {
+		if page := pageText(t, b.get(path).body); !strings.Contains(page, "client disconnected") ||
+			strings.Contains(page, "client_gone") || strings.Contains(page, "disconnected 0") {
+			t.Errorf("%s: %s", path, page)
+		}
+	}
+}
+
 // pageText returns the text of a page with single spaces between its parts.
 func pageText(t *testing.T, page string) string {
 	t.Helper()

@@ -176,13 +176,13 @@ func (ui *adminUI) newPricePage(r *pageRequest) (*pageResponse, error) {
 	defaults := url.Values{"match": {r.query.Get("match")}}
 	return ui.submit(r, "Set a price", v, defaults, targets, func() (*pageResponse, error) {
 		_, err := ui.ops.setPrice(r.ctx, r.origin, in)
-		return redirectTo("/admin/prices", "saved"), err
+		return redirectTo("/admin/prices", "price-set"), err
 	})
 }
 
 func (ui *adminUI) deletePricePage(r *pageRequest) (*pageResponse, error) {
 	v := &confirmView{Ask: "delete-price", Form: &pageForm{Submit: "Delete price", Cancel: "/admin/prices"}}
-	return r.confirm("Delete this price?", v, redirectTo("/admin/prices", "deleted"), func() error {
+	return r.confirm("Delete this price?", v, redirectTo("/admin/prices", "price-deleted"), func() error {
 		return ui.ops.deletePrice(r.ctx, r.origin, r.pathValue("id"))
 	})
 }
@@ -423,7 +423,7 @@ func (ui *adminUI) revokeKeyPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := &confirmView{Ask: "revoke-key", Form: &pageForm{Submit: "Revoke key", Cancel: "/admin/keys"}}
-	return r.confirm("Revoke the key "+k.Name+"?", v, redirectTo("/admin/keys", "revoked"), func() error {
+	return r.confirm("Revoke the key "+k.Name+"?", v, redirectTo("/admin/keys", "key-revoked"), func() error {
 		_, err := ui.ops.revokeManagementKey(r.ctx, r.origin, k.ID, r.ifMatchVersion)
 		return err
 	})

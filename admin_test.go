@@ -50,6 +50,16 @@ func (b *browser) post(path string, form url.Values, headers ...string) testResp
 	return b.p.do("POST", path, form.Encode(), append(h, headers...)...)
 }
 
+// follow returns the page that a form's response leads to, as the browser shows it with the notice.
+func (b *browser) follow(res testResponse) string {
+	b.p.t.Helper()
+	cookie := b.cookie
+	for _, c := range (&http.Response{Header: res.header}).Cookies() {
+		cookie += "; " + c.Name + "=" + c.Value
+	}
+	return b.p.do("GET", res.header.Get("Location"), "", "Cookie", cookie).body
+}
+
 // seedObjects creates one of each kind of object, all with the same name, and returns the paths of
 // the pages that show them.
 func (p *testProxy) seedObjects(name string) []string {
@@ -625,4 +635,58 @@ func pageLinks(page string) (gets, posts []string) {
 		}
 	}
 	return gets, posts
+}
+
+// TestAdminNotices: the page after a form says what was done and to how many, once. A reload, a saved address and a
+// page that refreshes itself do not repeat it.
+func TestAdminNotices(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	one, _ := p.newToken(`"name":"one"`)
+	two, _ := p.newToken(`"name":"two"`)
+	three, _ := p.newToken(`"name":"three"`)
+	project := "/admin/projects/" + p.project
+	for _, c := range []struct {
+		path, form, says string
+	}{
+		{"/admin/tokens/" + one + "/revoke", "", "1 token revoked, effective immediately."},
+		{"/admin/tokens/revoke", "sure=yes&id=" + two + "&id=" + three, "2 tokens revoked, effective immediately."},
+		{project + "/revoke-tokens", "", "1 token revoked, effective immediately."},
+		{project + "/revoke-tokens", "", "There was no token to revoke."},
+		{project + "/erase", "", "There was no stored content to delete."},
+		{project + "/empty-cache", "", "The cache was empty already."},
+		{project + "/deactivate", "", "Project deactivated. Its tokens no longer work."},
+		{project + "/activate", "", "Project activated."},
+		{"/admin/prices/new", "match=m&input=1", "Price set."},
+		{"/admin/projects/new", "name=none&provider=openai", "Next, add an upstream"},
+		{project + "/delete", "", "Project deleted."},
+	} {
+		form, err := url.ParseQuery(c.form)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res := b.post(c.path, form)
+		if page := b.follow(res); res.status != 303 || !strings.Contains(page, c.says) {
+			t.Errorf("%s: %d %v, and the page does not say %q", c.path, res.status, res.header, c.says)
+		}
+		if page := b.get(res.header.Get("Location")).body; strings.Contains(page, `class="notice"`) {
+			t.Errorf("%s: without its cookie the page has a notice", c.path)
+		}
+	}
+	shown := p.do("GET", "/admin/tokens?done=saved", "", "Cookie", b.cookie+"; llm-proxy-notice=saved.1")
+	if set := shown.header.Values("Set-Cookie"); strings.Count(shown.body, `class="notice"`) != 1 || len(set) != 1 ||
+		!strings.HasPrefix(set[0], "llm-proxy-notice=;") || !strings.Contains(set[0], "Max-Age=0") {
+		t.Errorf("a shown notice is not removed: %q", set)
+	}
+	for _, cookie := range []string{"saved", "saved.x", "saved.-1", "<b>.1", "saved.1.2", ".", "nothing.1"} {
+		res := p.do("GET", "/admin/tokens", "", "Cookie", b.cookie+"; llm-proxy-notice="+cookie)
+		if res.status != 200 || strings.Contains(res.body, `class="notice"`) {
+			t.Errorf("the notice %q: %d %s", cookie, res.status, res.body)
+		}
+	}
+	res := p.do("GET", "/admin/tokens", "", "Cookie", b.cookie+"; llm-proxy-notice=saved.1", "X-Auto-Refresh", "1")
+	if strings.Contains(res.body, `class="notice"`) || len(res.header.Values("Set-Cookie")) != 0 {
+		t.Errorf("a page that refreshes itself took the notice: %v", res.header)
+	}
 }

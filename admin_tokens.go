@@ -34,7 +34,7 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	fields := formFields(ui.ops.fields.token, "project_id", "name", "expires_at", "max_requests", "idle_expiry_minutes")
 	fields[0].Options = projects
 	date := fields[2]
-	date.Label, date.Help = "Expiry date (UTC)", "expiry-date"
+	date.Label, date.Help, date.Short = "Expiry date (UTC)", "expiry-date", true
 	date.Empty = emptyValue // “On a date” without a date is a mistake, not a token that never expires
 	fields = slices.Insert(fields, 2, &formField{Name: "lifetime", Label: "Expires", Kind: "select", Required: true,
 		Short: true, Options: options("1", "In 1 hour", "8", "In 8 hours", "24", "In 1 day", "168", "In 7 days",
@@ -46,9 +46,9 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	var in tokenInput
 	targets := fieldTargets(&in, ui.ops.fields.token)
 	return ui.submit(r, "New token", v, defaults, targets, func() (*pageResponse, error) {
-		switch lifetime := r.form.Get("lifetime"); lifetime {
-		case "": // expires_at
-		case "never":
+		switch lifetime := r.form.Get("lifetime"); {
+		case lifetime == "", in.expiresAt.value != "": // on the date: it overrides the list, which always has a choice
+		case lifetime == "never":
 			in.expiresAt = optional[string]{set: true, null: true}
 		default:
 			in.expiresAt = optional[string]{}
@@ -110,7 +110,7 @@ func (ui *adminUI) revokeTokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	tokenURL := "/admin/tokens/" + t.ID
 	v := &confirmView{Ask: "revoke-token", Form: &pageForm{Submit: "Revoke token", Cancel: tokenURL}}
-	return r.confirm("Revoke "+t.Name+"?", v, redirectTo(tokenURL, "revoked"), func() error {
+	return r.confirm("Revoke "+t.Name+"?", v, redirectTo(tokenURL, "tokens-revoked"), func() error {
 		_, err := ui.ops.revokeToken(r.ctx, r.origin, t.ID, r.ifMatchVersion)
 		return err
 	})
@@ -145,7 +145,7 @@ func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 			return nil, fmt.Errorf("revoking %s: %w", id, err)
 		}
 	}
-	return redirectTo("/admin/tokens", "revoked"), nil
+	return redirectWithCount("/admin/tokens", "tokens-revoked", int64(len(ids))), nil
 }
 
 // A tokenValueView is the data of templates/token-once.html.
@@ -203,7 +203,7 @@ type tokenPageView struct {
 	Limits      []barView
 	Allowed     policyView
 	Requests    *barView // usage of max_requests; nil: there is no such limit
-	Calls       []requestReply
+	Calls       []requestListItem
 }
 
 func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
@@ -221,8 +221,11 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 		b.Used, b.Max = groupDigits(t.RequestCount), groupDigits(*t.MaxRequests)
 		v.Requests = &b
 	}
-	calls, err := ui.ops.listRequests(r.ctx, requestFilter{token: t.ID, before: math.MaxInt64, limit: 10})
-	v.Calls = calls.Data
+	ui.awaitRecorded(r)
+	calls, _, err := ui.store.requestsPage(r.ctx, requestFilter{token: t.ID, before: math.MaxInt64, limit: 10})
+	for i := range calls {
+		v.Calls = append(v.Calls, newRequestListItem(&calls[i]))
+	}
 	return showPage("token", t.Name, v), err
 }
 

@@ -174,7 +174,8 @@ func newTimeView(v any) (*timeView, error) {
 		Exact: at.Format(time.DateTime), Clock: at.Format(time.TimeOnly), Relative: relativeTime(time.Until(at))}, nil
 }
 
-// relativeTime returns a duration from now as text, such as "in 3 days" or "3 days ago".
+// relativeTime returns a duration from now as text, rounded to the nearest unit, such as "in 3 days" or "3 days
+// ago".
 func relativeTime(d time.Duration) string {
 	const day = 24 * time.Hour
 	text := ""
@@ -185,10 +186,13 @@ func relativeTime(d time.Duration) string {
 		{time.Minute, time.Second, "second"}, {time.Hour, time.Minute, "minute"}, {2 * day, time.Hour, "hour"},
 		{2 * 365 * day, day, "day"}, {math.MaxInt64, 365 * day, "year"},
 	} {
-		if d.Abs() < u.below {
-			text = pluralize(int64(d.Abs()/u.unit), u.name, u.name+"s")
+		if rounded := d.Abs().Round(u.unit); rounded < u.below {
+			text = pluralize(int64(rounded/u.unit), u.name, u.name+"s")
 			break
 		}
+	}
+	if text == "0 seconds" {
+		return "now"
 	}
 	if d < 0 {
 		return text + " ago"

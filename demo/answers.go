@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"hash/fnv"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // The sentences that answers are made of, by subject.
@@ -352,15 +354,18 @@ func sampleJSON(schema any, question string, rng *rand.Rand) string {
 	if root == nil {
 		return "{}"
 	}
-	s := sampler{root: root, question: question, rng: rng, valuesLeft: 500}
+	s := sampler{root: root, question: question, words: wordsOf(question), rng: rng, valuesLeft: 500}
 	b, _ := json.Marshal(s.value("", root)) // cannot fail: the values came from JSON
 	return string(b)
 }
 
-// A sampler fills in one schema. valuesLeft bounds its work, even if the schema refers to itself.
+// A sampler fills in one schema, with what the question names where it can tell. valuesLeft bounds its work, even
+// if the schema refers to itself.
 type sampler struct {
 	root       map[string]any
 	question   string
+	words      []string // of the question
+	numbers    int      // how many numbers of the question were used
 	rng        *rand.Rand
 	valuesLeft int
 }
@@ -386,6 +391,13 @@ func (s *sampler) value(name string, schema any) any {
 		return v
 	}
 	if list, ok := m["enum"].([]any); ok && len(list) > 0 {
+		for _, v := range list {
+			if text, ok := v.(string); ok && slices.ContainsFunc(s.words, func(word string) bool {
+				return strings.EqualFold(word, text)
+			}) {
+				return v
+			}
+		}
 		return list[s.rng.IntN(len(list))]
 	}
 	props, _ := m["properties"].(map[string]any)
@@ -403,6 +415,9 @@ func (s *sampler) value(name string, schema any) any {
 	case kind == "array":
 		return []any{s.value(name, m["items"])}
 	case kind == "integer" || kind == "number":
+		if n, ok := s.numberAsked(kind, m); ok {
+			return n
+		}
 		if minimum, ok := m["minimum"].(float64); ok {
 			return minimum
 		}
@@ -417,10 +432,12 @@ func (s *sampler) value(name string, schema any) any {
 
 // stringFor returns a plausible string for a property of that name.
 func (s *sampler) stringFor(name string) string {
+	place := s.placeAsked()
 	for _, example := range [][2]string{
-		{"city", "Lisbon"}, {"location", "Lisbon"}, {"place", "Lisbon"}, {"country", "Portugal"}, {"date",
-			"2025-06-01"},
-		{"time", "09:30"}, {"unit", "celsius"}, {"mail", "ada@example.com"}, {"url", "https://example.com/"},
+		{"city", place}, {"location", place}, {"place", place}, {"country", "Portugal"},
+		{"date", s.wordAsked(isDate, "2025-06-01")}, {"time", "09:30"}, {"unit", "celsius"},
+		{"mail", s.wordAsked(func(w string) bool { return strings.Contains(w, "@") }, "ada@example.com")},
+		{"url", s.wordAsked(func(w string) bool { return strings.Contains(w, "://") }, "https://example.com/")},
 		{"name", "Ada"}, {"lang", "en"}, {"query", excerpt(s.question)}, {"question", excerpt(s.question)},
 	} {
 		if strings.Contains(name, example[0]) {
@@ -428,4 +445,88 @@ func (s *sampler) stringFor(name string) string {
 		}
 	}
 	return "example"
+}
+
+// wordsOf returns the beginning of a text as words. Punctuation after a word is a word of its own.
+func wordsOf(text string) (words []string) {
+	for _, field := range strings.Fields(text[:min(len(text), 4000)]) {
+		field = strings.TrimLeft(strings.ToValidUTF8(field, ""), `"'“‘([`)
+		word := strings.TrimRight(field, `.,;:!?"'”’)]`)
+		if word != "" {
+			words = append(words, word)
+		}
+		if word != field {
+			words = append(words, ".")
+		}
+	}
+	return words
+}
+
+// wordAsked returns the first word of the question that is what is wanted, otherwise the example.
+func (s *sampler) wordAsked(is func(string) bool, example string) string {
+	if i := slices.IndexFunc(s.words, is); i >= 0 {
+		return s.words[i]
+	}
+	return example
+}
+
+func isDate(word string) bool {
+	_, err := time.Parse(time.DateOnly, word)
+	return err == nil
+}
+
+// numberAsked returns the next number of the question, if the schema m allows it.
+func (s *sampler) numberAsked(kind string, m map[string]any) (any, bool) {
+	seen := 0
+	for _, word := range s.words {
+		n, err := strconv.ParseFloat(word, 64)
+		if err != nil || math.IsNaN(n) || math.IsInf(n, 0) {
+			continue
+		}
+		if seen++; seen <= s.numbers {
+			continue
+		}
+		lowest, hasLowest := m["minimum"].(float64)
+		highest, hasHighest := m["maximum"].(float64)
+		if hasLowest && n < lowest || hasHighest && n > highest || kind == "integer" && n != math.Trunc(n) {
+			return nil, false
+		}
+		s.numbers = seen
+		return json.Number(word), strings.Trim(word, "-0123456789.") == "" && json.Valid([]byte(word))
+	}
+	return nil, false
+}
+
+// placeAsked returns the place that the question names: the capitalized words after a preposition, otherwise the word
+// after “in”, otherwise a capitalized word inside a sentence.
+func (s *sampler) placeAsked() string {
+	isCapital := func(word string) bool {
+		first := string([]rune(word)[:1])
+		return strings.ToLower(first) != first && word != "I"
+	}
+	run := func(i int) string { // of capitalized words
+		end := i
+		for end < len(s.words) && isCapital(s.words[end]) {
+			end++
+		}
+		return strings.Join(s.words[i:end], " ")
+	}
+	prepositions := []string{"in", "at", "for", "near", "around", "of", "to", "from"}
+	for i := 1; i < len(s.words); i++ {
+		if slices.Contains(prepositions, strings.ToLower(s.words[i-1])) && isCapital(s.words[i]) {
+			return run(i)
+		}
+	}
+	for i := 1; i < len(s.words); i++ {
+		article := slices.Contains([]string{".", "a", "an", "the", "my", "our", "your", "this"}, s.words[i])
+		if strings.EqualFold(s.words[i-1], "in") && !article {
+			return s.words[i]
+		}
+	}
+	for i := 1; i < len(s.words); i++ {
+		if isCapital(s.words[i]) && s.words[i-1] != "." {
+			return run(i)
+		}
+	}
+	return "Lisbon"
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"image/png"
 	"io"
+	"math/rand/v2"
 	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
@@ -117,6 +118,31 @@ func decodeObject(t *testing.T, data string) map[string]any {
 		t.Fatalf("%q: %v", data, err)
 	}
 	return v
+}
+
+// TestDemoToolArguments: the arguments of a tool call are what the question names.
+func TestDemoToolArguments(t *testing.T) {
+	for _, c := range []struct{ question, properties, want string }{
+		{"What is the weather in Berlin?", `"city":{"type":"string"}`, `{"city":"Berlin"}`},
+		{"Weather for New York, please", `"location":{"type":"string"}`, `{"location":"New York"}`},
+		{"weather in paris tomorrow", `"city":{"type":"string"}`, `{"city":"paris"}`},
+		{"Is the weather good? I ask for São Paulo.", `"city":{"type":"string"}`, `{"city":"São Paulo"}`},
+		{"Will Oslo have nice weather in the evening", `"place":{"type":"string"}`, `{"place":"Oslo"}`},
+		{"What is the weather?", `"city":{"type":"string"}`, `{"city":"Lisbon"}`},
+		{"tool: Weather in Rome in fahrenheit, for 3 days", `"city":{"type":"string"},"days":{"type":"integer"},
+			"unit":{"type":"string","enum":["celsius","fahrenheit"]}`, `{"city":"Rome","days":3,"unit":"fahrenheit"}`},
+		{"Use the tool to add 2.5 and -7", `"a":{"type":"number"},"b":{"type":"number"}`, `{"a":2.5,"b":-7}`},
+		{"tool: book 2026-12-24 for bob@example.org", `"date":{"type":"string"},"mail":{"type":"string"}`,
+			`{"date":"2026-12-24","mail":"bob@example.org"}`},
+	} {
+		schema := map[string]any{}
+		if err := json.Unmarshal([]byte(`{"type":"object","properties":{`+c.properties+`}}`), &schema); err != nil {
+			t.Fatal(err)
+		}
+		if got := sampleJSON(schema, c.question, rand.New(rand.NewPCG(1, 1))); got != c.want {
+			t.Errorf("%q: %s, want %s", c.question, got, c.want)
+		}
+	}
 }
 
 func TestDemoProviderShapes(t *testing.T) {

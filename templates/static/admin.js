@@ -21,7 +21,8 @@ function copyButtons(root) {
   }
 }
 
-// A form is sent once, even if its button is pressed repeatedly.
+// A form is sent once, even if its button is pressed repeatedly. The page of a download stays, so its form can be sent
+// again after a moment.
 document.addEventListener("submit", (event) => {
   const form = event.target;
   if (form.method !== "post") return;
@@ -30,10 +31,18 @@ document.addEventListener("submit", (event) => {
     return;
   }
   form.dataset.sent = "yes";
+  if ("download" in form.dataset) setTimeout(() => { delete form.dataset.sent; }, 1000);
 });
 addEventListener("pageshow", () => {
   for (const form of document.querySelectorAll("form[data-sent]")) delete form.dataset.sent;
 });
+
+// A token expires after a time or on a date: whichever was chosen last.
+const lifetime = document.getElementById("f-lifetime"), date = document.getElementById("f-expires_at");
+if (lifetime && date) {
+  date.addEventListener("input", () => { if (date.value) lifetime.value = ""; });
+  lifetime.addEventListener("input", () => { if (lifetime.value) date.value = ""; });
+}
 
 // A part of a page with data-refresh="seconds" and an id is fetched again at that interval, while the page is
 // visible and the focus is not inside the part.
