@@ -210,6 +210,48 @@ describe('the pages', { skip }, () => {
     await visitor.context.close();
   });
 
+  test('tables fit, show that they scroll, and keep their actions in view', async () => {
+    const visitor = await Visitor.start(browser, proxy.url);
+    const { page } = visitor;
+    await page.goto(`${proxy.url}/admin/sign-in`);
+    await visitor.signIn(proxy.managementToken);
+    await proxy.manage('POST', '/manage/keys', { name: 'somebody else', role: 'viewer' });
+    await proxy.manage('POST', '/manage/prices', { match: 'a-model-with-a-long-name', input: 1, output: 2 });
+    const { token } = await proxy.manage('POST', '/manage/tokens', { project_id: proxy.project, name: 'an integration with a long name' });
+    proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
+    const stream = (await call(token, { stream: true })).body.getReader();
+    await stream.read();
+    const seen = { scroll: 0, actions: 0 };
+    for (const width of [1920, 1440, 1280, 1024, 375]) {
+      await page.setViewportSize({ width, height: 850 });
+      for (const path of ['/admin/streams', '/admin/requests', '/admin/tokens', '/admin/keys', '/admin/prices', '/admin/audit', `/admin/projects/${proxy.project}`]) {
+        await page.goto(proxy.url + path);
+        await page.waitForTimeout(50); // for the animation that draws the shadow
+        const tables = await page.locator('.table').evaluateAll((all) => all.filter((t) => t.clientWidth > 0).map((t) => {
+          const box = t.getBoundingClientRect();
+          const actions = [...t.querySelectorAll('.act a')].map((a) => a.getBoundingClientRect());
+          const cues = [t, ...t.querySelectorAll('.act')].map((e) => getComputedStyle(e).boxShadow);
+          return { width: box.width, over: t.scrollWidth - t.clientWidth, actions: actions.length, heads: [...t.querySelectorAll('th')].filter((h) => /^Actions$/.test(h.textContent)).length,
+            visible: actions.every((a) => a.left >= box.left && a.right <= box.right && a.right <= innerWidth), cue: cues.some((c) => c !== 'none') };
+        }));
+        assert.ok(tables.length > 0, path);
+        for (const t of tables) {
+          const what = `${path} at ${width}: ${JSON.stringify(t)}`;
+          assert.ok(t.visible && (t.heads === 0 || t.actions > 0), what);
+          assert.equal(t.cue, t.over > 0, what);
+          if (width >= 1280 && /streams|requests/.test(path)) assert.equal(t.over, 0, what);
+          if (width === 1920) assert.ok(t.width > 1600 || path.includes('proj_'), what);
+          seen.actions += t.actions;
+          seen.scroll += t.over > 0;
+        }
+      }
+    }
+    assert.ok(seen.actions > 15 && seen.scroll > 3, JSON.stringify(seen));
+    await stream.cancel();
+    assert.deepEqual(visitor.problems, []);
+    await visitor.context.close();
+  });
+
   test('every page is sound at any width, in light and dark mode', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
