@@ -248,6 +248,7 @@ func (p *callRunner) row(r requestEntry) string {
 		{"usage_source", r.UsageSource},
 		{"input_tokens", r.InputTokens}, {"cached_tokens", r.CachedTokens}, {"output_tokens", r.OutputTokens},
 		{"reasoning_tokens", r.ReasoningTokens},
+		{"session", r.Session}, {"end_user", r.EndUser}, {"tags", r.Tags.text()},
 	} {
 		if text := fmt.Sprint(f.value); text != "" && text != "0" && text != "false" {
 			fmt.Fprintf(&b, "%s: %s\n", f.name, text)

@@ -235,6 +235,7 @@ func (p *policy) intersect(now *policy) policy {
 		Stateful:        p.Stateful && now.Stateful,
 		KeepContentDays: min(p.KeepContentDays, now.KeepContentDays),
 		Cache:           p.Cache.narrowed(now.Cache),
+		Attribution:     p.Attribution.narrowed(now.Attribution),
 	}
 }
 

@@ -304,13 +304,13 @@ func (p limitPeriod) window(now int64) (from, to int64) {
 // A requestRow is one call in the ledger. The first group of fields is set when the call starts, the second
 // when it is settled.
 type requestRow struct {
-	id       int64
-	started  int64 // unix milliseconds
-	project  int64
-	token    int64
-	endpoint string
-	stream   bool
-	address  string
+	id             int64
+	started        int64 // unix milliseconds
+	project, token int64
+	endpoint       string
+	stream         bool
+	address        string
+	attribution    *attribution
 
 	upstream              int64
 	model                 string
@@ -353,7 +353,7 @@ func (r *requestRow) durableFields() []any {
 		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse, &r.promptSaved,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
-		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted}
+		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted, &r.attribution}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)
 	}

@@ -313,6 +313,9 @@ type requestEntry struct {
 	Cost                                  *float64 `json:"cost"`
 	FirstByteMS                           *float64 `json:"first_byte_ms"`
 	TotalMS                               *float64 `json:"total_ms"`
+	Session                               string   `json:"session"`
+	EndUser                               string   `json:"end_user"`
+	Tags                                  tagList  `json:"tags"`
 }
 
 // ledger returns the rows of all calls, oldest first, after all calls are settled.

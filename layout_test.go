@@ -72,8 +72,9 @@ func TestLayoutImports(t *testing.T) {
 		"net/http/pprof":         {},
 		"expvar":                 {},
 	}
-	plain := []string{"domain.go", "billing.go", "meter*.go", "prices.go", "request_*.go", "endpoints.go",
-		"policy.go", "metrics.go", "audit.go", "ratelimit.go", "upstream_select.go", "upstream_errors.go"}
+	plain := []string{"domain.go", "attribution.go", "billing.go", "meter*.go", "prices.go", "request_*.go",
+		"endpoints.go", "policy.go", "metrics.go", "audit.go", "ratelimit.go", "upstream_select.go",
+		"upstream_errors.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
 	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly) {
@@ -408,7 +409,8 @@ func typeCheck(t *testing.T) (*token.FileSet, map[string]*ast.File, *types.Info)
 // lower layers declare.
 func layers() [][]string {
 	return [][]string{
-		{"domain.go", "billing.go", "errors.go", "secrets.go", "logging.go", "audit.go"},
+		{"domain.go", "billing.go", "errors.go", "secrets.go", "logging.go", "audit.go",
+			"attribution.go"},
 		{"store*.go"},
 		{"config.go", "datadir.go", "host.go", "request_*.go", "endpoints.go", "meter*.go", "prices.go", "metrics.go",
 			"policy.go", "ratelimit*.go",

@@ -34,7 +34,8 @@ type streamView struct {
 	Bytes        int64     `json:"bytes"`         // of the response so far
 	InputTokens  int64     `json:"input_tokens"`  // an estimate
 	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed response only
-	seq          int64
+	attributionReply
+	seq int64
 }
 
 // admittedCalls returns the running calls that were admitted, oldest first.
@@ -64,7 +65,9 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 			Bytes:        c.progress.bytesRelayed.Load(),
 			InputTokens:  info.inputTokens,
 			OutputTokens: c.progress.outputTokens.Load(),
-			seq:          c.id,
+
+			attributionReply: newAttributionReply(info.attribution),
+			seq:              c.id,
 		})
 	}
 	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
@@ -148,6 +151,21 @@ type requestReply struct {
 	SavedMS          float64       `json:"saved_ms"`     // how much longer the provider would have taken
 	ServiceTier      string        `json:"service_tier"` // "" for the standard one
 	UsageDetails     usageDetails  `json:"usage_details"`
+	attributionReply
+}
+
+// An attributionReply says for whom and for what a call was made.
+type attributionReply struct {
+	Session string  `json:"session"`
+	EndUser string  `json:"end_user"`
+	Tags    tagList `json:"tags"`
+}
+
+func newAttributionReply(a *attribution) (v attributionReply) {
+	if a != nil {
+		v = attributionReply{a.session, a.endUser, a.tags}
+	}
+	return v
 }
 
 // A requestDetail is a call with what its cost is made of.
@@ -186,6 +204,7 @@ func newRequestReply(v *requestView) requestReply {
 		SavedMS:          float64(v.savedUS) / 1000,
 		ServiceTier:      v.details.tier.String(),
 		UsageDetails:     v.details,
+		attributionReply: newAttributionReply(v.attribution),
 	}
 	out.UsageDetails.audioInput, out.UsageDetails.audioOutput = v.counts.audioInput, v.counts.audioOutput
 	if v.attemptLog != "" {

@@ -523,7 +523,8 @@ func TestOpenAPIResponses(t *testing.T) {
 		`"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
 	project := c.call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+c.provider.key+
 		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3,"cache":{"ttl_seconds":60,`+
-		`"scope":"token","endpoints":["/v1/*"],"when":"always","max_entry_bytes":4096}},"routing":{`+
+		`"scope":"token","endpoints":["/v1/*"],"when":"always","max_entry_bytes":4096},"attribution":{`+
+		`"tags":["team"],"required":["tag:team"],"end_users":"hashed"}},"routing":{`+
 		`"fallbacks":[{"model":"a","to":"b"}],"aliases":{"fast":"a","smart":["b","c"]},"verified_streams":true,`+
 		`"show_upstream":true,"affinity":"session"}}`, 201)
 	c.call("GET", "/manage/projects?limit=1&name=second", "", 200)
@@ -538,7 +539,8 @@ func TestOpenAPIResponses(t *testing.T) {
 	c.call("GET", upstream, "", 200)
 	c.call("PATCH", upstream, `{"weight":2}`, 200)
 	token := "/manage/tokens/" +
-		c.call("POST", "/manage/tokens", `{"project_id":"`+project+`","policy":{`+policy+`}}`, 201)
+		c.call("POST", "/manage/tokens", `{"project_id":"`+project+`","policy":{`+policy+
+			`,"attribution":{"required":["session"],"fixed_tags":{"team":"search"}}}}`, 201)
 	c.call("GET", token, "", 200)
 	c.call("PATCH", token, `{"max_requests":5,"idle_expiry_minutes":5,"expires_at":null}`, 200)
 	c.call("POST", token+"/rotate", ``, 200)

@@ -30,6 +30,8 @@ type policy struct {
 	KeepContentDays int64 `json:"keep_content_days,omitzero"`
 	// Cache turns on the response cache. nil: the project has none.
 	Cache *cachePolicy `json:"cache,omitzero"`
+	// Attribution says what clients may and must say of their calls. nil: nothing.
+	Attribution *attributionPolicy `json:"attribution,omitzero"`
 }
 
 // maxPolicyEntries bounds each list of a policy, because a call is compared with every entry.
@@ -42,8 +44,9 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	var limits optional[[]json.RawMessage]
 	var stateful optional[bool]
 	var keepDays optional[int64]
-	var cache optional[json.RawMessage]
-	fields := map[string]any{"endpoints": &endpoints, "models": &models, "addresses": &addresses, "limits": &limits}
+	var cache, attribution optional[json.RawMessage]
+	fields := map[string]any{"endpoints": &endpoints, "models": &models, "addresses": &addresses, "limits": &limits,
+		"attribution": &attribution}
 	if ofProject {
 		fields["stateful"], fields["keep_content_days"], fields["cache"] = &stateful, &keepDays, &cache
 	}
@@ -76,6 +79,11 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	}
 	if cache.hasValue() {
 		if p.Cache, err = parseCachePolicy(cache.value); err != nil {
+			return policy{}, err
+		}
+	}
+	if attribution.hasValue() {
+		if p.Attribution, err = parseAttributionPolicy(attribution.value, ofProject); err != nil {
 			return policy{}, err
 		}
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log"
@@ -61,6 +62,7 @@ type call struct {
 	credentialHash [32]byte   // of the credential that the client presents
 	tokenState     *tokenState
 	project        *projectState
+	attribution    *attribution
 	alias          string   // the client's name for the model, if that is an alias; fields.model is never one
 	models         []string // what the alias stands for, in the order in which they are asked
 
@@ -115,7 +117,7 @@ type callTimes struct {
 // publish lets other goroutines see the call. It is called once, at admission.
 func (c *call) publish() {
 	c.admittedInfo = callInfo{requestID: c.requestID, address: c.address, project: c.project, token: c.tokenState,
-		endpoint: c.endpoint, model: c.fields.model, stream: c.fields.stream,
+		endpoint: c.endpoint, model: c.fields.model, stream: c.fields.stream, attribution: c.attribution,
 		upstream: c.upstream, inputTokens: c.reservation.estimate.input, reservation: &c.reservation}
 	c.info.Store(&c.admittedInfo)
 }
@@ -155,6 +157,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	}
 	defer p.leave(c)
 	err := p.readCall(c, w, r)
+	err = cmp.Or(err, p.readAttribution(c, r.Header)) // of calls that are refused, too
 	if err == nil {
 		err = p.admit(c) // reserves, and hands the pending record to the ledger
 	}

@@ -68,6 +68,32 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 	return nil
 }
 
+// readAttribution fills in for whom and for what the call is made. Calls that use no tokens need not say that.
+func (p *proxy) readAttribution(c *call, header http.Header) error {
+	if c.endpoint == nil {
+		return nil
+	}
+	if c.endpoint.api != apiAnthropic {
+		c.fields.identity.metadataUserID = "" // another API's metadata is the client's own
+	}
+	project, token := c.project.policy.Attribution, c.tokenState.policy.Attribution
+	a, err := readAttribution(header, &c.fields.identity, project, token)
+	if kept := project.recordsEndUsers(); a != nil && kept != endUsersPlain {
+		name := ""
+		if kept == endUsersHashed && a.endUser != "" {
+			var hashErr error
+			if name, hashErr = p.contentKey.hashEndUser(c.project.id, a.endUser); hashErr != nil {
+				return hashErr
+			}
+		}
+		a = a.withEndUser(name)
+	}
+	if c.attribution = a; err == nil && c.endpoint.meter != meterNone {
+		err = checkRequired(a, project, token)
+	}
+	return err
+}
+
 // asClientError turns an error about the request itself into a 400.
 func asClientError(err error) error {
 	if e, ok := errors.AsType[*bodyError](err); ok {
@@ -239,7 +265,7 @@ func (p *proxy) admit(c *call) error {
 	c.entry = p.ledger.begin(requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq,
 		endpoint: c.endpoint.name(), stream: c.fields.stream, address: c.address,
-		upstream: c.upstream.seq, model: c.fields.model,
+		upstream: c.upstream.seq, model: c.fields.model, attribution: c.attribution,
 		counts: tokenCounts{input: c.inputEstimate(), output: c.reservation.outputIfLost},
 	})
 	return nil
@@ -273,7 +299,7 @@ func (c *call) findAffinity() affinity {
 	if !c.endpoint.hasOutputTokens() {
 		body = nil
 	}
-	return c.project.affinityOf("", body, &c.fields)
+	return c.project.affinityOf(c.attribution.value(sessionAttribute), body, &c.fields)
 }
 
 // readAt returns when the call's body had been read, in unix milliseconds: an upstream is chosen then.

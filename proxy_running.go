@@ -76,6 +76,7 @@ type callInfo struct {
 	token       *tokenState
 	endpoint    *endpoint
 	model       string // as asked for
+	attribution *attribution
 	stream      bool
 	upstream    *upstream    // of the current attempt
 	inputTokens int64        // an estimate

@@ -155,6 +155,9 @@ func (f *callFields) addField(name string, value []byte, file bool, contentType 
 	base, _, list := strings.Cut(name, "[") // some parsers read model[] as model
 	i, exact := protectedName([]byte(base))
 	if i < 0 {
+		if field := f.identity.field([]byte(name)); field != nil && !file && len(value) <= maxIdentityLen {
+			*field = string(value)
+		}
 		return nil
 	}
 	kind, params, ok := headerParams(contentType)

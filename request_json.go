@@ -64,6 +64,7 @@ type callFields struct {
 	// modelSplice is where the model is: a JSON string, or with text "form" a form field's value. If to is 0,
 	// the body has no model that can be replaced.
 	modelSplice splice
+	identity    bodyIdentity
 }
 
 // A splice replaces body[from:to] by text. If text is "", nothing is replaced.
@@ -317,8 +318,20 @@ func (s *bodyScanner) readUnprotected(f *callFields, key []byte) {
 		if raw := s.readValue(); s.err == nil {
 			f.billedFields.set(key, raw)
 		}
+	case string(key) == "metadata" && s.startsWith('{'):
+		for more := s.enter('}'); more; more = s.next('}') {
+			if field := s.readDecodedKey(); string(field) == "user_id" {
+				f.identity.metadataUserID = identityText(s.readValue())
+			} else {
+				s.skipValue()
+			}
+		}
 	default:
-		s.skipValue()
+		if field := f.identity.field(key); field != nil {
+			*field = identityText(s.readValue())
+		} else {
+			s.skipValue()
+		}
 	}
 }
 

@@ -28,6 +28,7 @@ const (
 	stmtSum
 	stmtSum8
 	stmtSumHits
+	stmtAttributedSum
 	stmtHour
 	stmtLatency
 	stmtLatency8
@@ -55,8 +56,10 @@ const (
 		VALUES `
 	sumValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	// The additions stop at the largest int64: a larger sum would become a REAL, which the column refuses.
-	addToSums = ` ON CONFLICT (grain, project, token, at, model, endpoint, outcome, asked, service_tier) DO UPDATE SET
-			calls = min(s.calls, 9223372036854775807 - excluded.calls) + excluded.calls,
+	addToSums = ` ON CONFLICT (grain, project, token, at, model, endpoint, outcome, asked, service_tier) DO UPDATE` +
+		setSums
+	setSums = `
+			SET calls = min(s.calls, 9223372036854775807 - excluded.calls) + excluded.calls,
 			input_tokens = min(s.input_tokens, 9223372036854775807 - excluded.input_tokens) + excluded.input_tokens,
 			cached_tokens = min(s.cached_tokens, 9223372036854775807 - excluded.cached_tokens) + excluded.cached_tokens,
 			output_tokens = min(s.output_tokens, 9223372036854775807 - excluded.output_tokens) + excluded.output_tokens,
@@ -69,6 +72,17 @@ const (
 				+ excluded.estimated_calls,
 			would_refuse = min(s.would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
 			total_us = min(s.total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
+
+	insertAttributedSum = `
+		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
+			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		ON CONFLICT (project, attribute, at, value, token, model, endpoint, outcome, asked) DO UPDATE` + setSums + `,
+			cache_hits = min(s.cache_hits, 9223372036854775807 - excluded.cache_hits) + excluded.cache_hits,
+			saved = min(s.saved, 9223372036854775807 - excluded.saved) + excluded.saved,
+			saved_us = min(s.saved_us, 9223372036854775807 - excluded.saved_us) + excluded.saved_us,
+			prompt_saved = min(s.prompt_saved, 9223372036854775807 - excluded.prompt_saved) + excluded.prompt_saved`
 
 	// Most rows of the sums save nothing by a cache, so these columns are added to separately.
 	addHits = `UPDATE usage_sums SET
@@ -122,8 +136,8 @@ func ledgerSQL() [ledgerStmtCount]string {
 			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
 				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
 				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
-				saved, saved_us, details, price)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				saved, saved_us, details, price, session, end_user, tags)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		stmtPrice:   `INSERT INTO billed_prices (id, price) VALUES (?, ?) ON CONFLICT DO NOTHING`,
 		stmtContent: insertContent,
 		// A provider that names one response twice, such as for a repeated call, has it counted once.
@@ -138,7 +152,7 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtSum: insertSums + sumValues + addToSums,
 		stmtSum8: insertSums + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` +
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
-		stmtSumHits: addHits,
+		stmtSumHits: addHits, stmtAttributedSum: insertAttributedSum,
 		stmtHour:    insertHours + hourValues + addToHours,
 		stmtLatency: insertLatency + latencyValues + addToLatency,
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
@@ -155,7 +169,7 @@ func rowsOfStatement(stmt int) int64 {
 	switch stmt {
 	case stmtRecordOK8, stmtSum8, stmtLatency8:
 		return 8
-	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtHour, stmtLatency:
+	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtAttributedSum, stmtHour, stmtLatency:
 		return 1
 	}
 	return 0
@@ -411,12 +425,13 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 			err = plain.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 				r.counts.input, r.counts.output, r.cost, r.priceID(), r.firstByteUS, r.totalUS)
 		} else {
+			session, endUser, tags := r.attribution.columns()
 			err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream,
 				r.address, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
 				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
 				int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.saved,
-				r.savedUS, r.detailsJSON(), r.priceID())
+				r.savedUS, r.detailsJSON(), r.priceID(), session, endUser, tags)
 		}
 		if err == nil {
 			err = w.storePrice(ctx, r.price)
@@ -481,6 +496,13 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 			return err
 		}
 	}
+	for k, v := range t.attributed {
+		if err := w.exec(ctx, stmtAttributedSum, k.project, k.attribute, k.start, k.value, k.token, k.model, k.endpoint,
+			string(k.outcome), k.requestedModel, v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced,
+			v.estimated, v.wouldRefuse, v.totalUS, v.hits, v.saved, v.savedUS, v.promptSaved); err != nil {
+			return err
+		}
+	}
 	latency := w.newRowGroup(stmtLatency, stmtLatency8, latencyColumnCount)
 	bounds := latencyBounds()
 	for k, v := range t.hours {
@@ -514,9 +536,10 @@ func (s *store) isRecorded(ctx context.Context, id int64) (bool, error) {
 // program has open, those that were running when the last one died.
 func (s *store) pendingRecords(ctx context.Context, limit int) ([]requestRow, error) {
 	return collect(ctx, s.readDB, "reading pending records", func(r *requestRow) []any {
-		return []any{&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream, &r.address,
-			&r.counts.input, &r.counts.output}
-	}, `SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens
+		return append([]any{&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream,
+			&r.address, &r.counts.input, &r.counts.output}, r.attributionColumns()...)
+	}, `SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens,
+			session, end_user, tags
 		FROM running ORDER BY id LIMIT ?`, limit)
 }
 

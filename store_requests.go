@@ -41,7 +41,7 @@ const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, '
 	coalesce(g.cache_write_tokens, r.cache_write_tokens), coalesce(g.output_tokens, r.output_tokens),
 	coalesce(g.reasoning_tokens, r.reasoning_tokens), coalesce(g.cost, r.cost), r.first_byte_us, r.total_us,
 	r.attempts, r.cache, r.limit_hit,
-	r.attempt_log, r.saved, r.saved_us, r.details, r.price`
+	r.attempt_log, r.saved, r.saved_us, r.details, r.price, r.session, r.end_user, r.tags`
 
 const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream
@@ -53,11 +53,12 @@ const (
 )
 
 func (v *requestView) columns() []any {
-	return []any{&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
+	return append([]any{&v.id, &v.started, &v.projectID, &v.tokenID, &v.upstreamID,
 		&v.projectName, &v.tokenName, &v.upstreamName, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
 		&v.counts.output, &v.counts.reasoning, &v.nullCost, &v.nullFirstByteUS, &v.nullTotalUS, &v.attempts, &v.cache,
-		&v.limitHit, &v.attemptLog, &v.saved, &v.savedUS, &v.detailsText, &v.billedPriceID}
+		&v.limitHit, &v.attemptLog, &v.saved, &v.savedUS, &v.detailsText, &v.billedPriceID},
+		v.attributionColumns()...)
 }
 
 // requestByID returns a call, running or ended, or errNotFound.
@@ -238,14 +239,15 @@ func (s *store) deleteProjectContents(ctx context.Context, project int64, limit 
 // what was reserved. The response was made in the project, or at the upstream. It returns errNotFound if there is none.
 func (s *store) pendingUsage(ctx context.Context, project, upstream int64, response string) (requestRow, error) {
 	return queryRow(ctx, s.readDB, (*requestRow).pendingColumns, selectPending+`
-		WHERE response = ?1 AND (project = ?2 OR upstream = ?3) AND usage_source = '' ORDER BY project <> ?2 LIMIT 1`,
+		WHERE b.response = ?1 AND (b.project = ?2 OR b.upstream = ?3) AND b.usage_source = ''
+		ORDER BY b.project <> ?2 LIMIT 1`,
 		response, project, upstream)
 }
 
 // expiredUsage returns up to limit such responses of calls with an id below before.
 func (s *store) expiredUsage(ctx context.Context, before int64, limit int) ([]requestRow, error) {
 	return collect(ctx, s.readDB, "listing background responses", (*requestRow).pendingColumns, selectPending+`
-		WHERE usage_source = '' AND call < ? ORDER BY call LIMIT ?`, before, limit)
+		WHERE b.usage_source = '' AND b.call < ? ORDER BY b.call LIMIT ?`, before, limit)
 }
 
 // reservedSince returns what was reserved for background responses whose usage is not known, of calls with an id of
@@ -259,13 +261,15 @@ func (s *store) reservedSince(ctx context.Context, project, token, from int64) (
 		otherModels, project, token, from)
 }
 
-const selectPending = `SELECT call, call >> 21, project, token, upstream, endpoint, outcome, model, model_tracked,
-	asked, asked_tracked, reserved_input, reserved_output, reserved_cost FROM background`
+const selectPending = `SELECT b.call, b.call >> 21, b.project, b.token, b.upstream, b.endpoint, b.outcome, b.model,
+	b.model_tracked, b.asked, b.asked_tracked, b.reserved_input, b.reserved_output, b.reserved_cost,
+	coalesce(r.session, ''), coalesce(r.end_user, ''), coalesce(r.tags, '')
+	FROM background b LEFT JOIN requests r ON r.id = b.call`
 
 func (r *requestRow) pendingColumns() []any {
-	return []any{&r.usageOf, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.outcome, &r.model,
+	return append([]any{&r.usageOf, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.outcome, &r.model,
 		&r.modelTracked, &r.requestedModel, &r.requestedModelTracked, &r.reservedInput, &r.reservedOutput,
-		&r.reservedCost}
+		&r.reservedCost}, r.attributionColumns()...)
 }
 
 // A cacheRow is a cached answer as stored.

@@ -24,7 +24,7 @@ import (
 func (r *requestRow) reduced() *requestRow {
 	reduced := *r
 	reduced.model, reduced.address, reduced.errorCode, reduced.cache, reduced.attemptLog = "", "", "", "", ""
-	reduced.limitHit, reduced.content = "", nil
+	reduced.limitHit, reduced.content, reduced.attribution = "", nil, nil
 	reduced.modelTracked, reduced.requestedModelTracked = false, false
 	return &reduced
 }
@@ -43,6 +43,11 @@ func (r *requestRow) appendPendingRecord(b []byte) []byte {
 	b = appendJSONString(b, r.address)
 	b = strconv.AppendInt(append(b, ','), r.counts.input, 10)
 	b = strconv.AppendInt(append(b, ','), r.counts.output, 10)
+	if session, endUser, tags := r.attribution.columns(); r.attribution != nil {
+		for _, text := range [...]string{session, endUser, tags} {
+			b = appendJSONString(append(b, ','), text)
+		}
+	}
 	return append(b, ']')
 }
 
@@ -51,7 +56,7 @@ func (r *requestRow) isPlainOK() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
 		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.counts.audioInput == 0 &&
 		r.counts.audioOutput == 0 && r.details == usageDetails{} && r.attempts == 1 &&
-		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == ""
+		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == "" && r.attribution == nil
 }
 
 // priceID returns what names the price in the ledger, 0 if there is none.
@@ -314,6 +319,8 @@ func (r *requestRow) sumRequestedModel() string {
 type usageTally struct {
 	sums  map[usageSumKey]*usageSum // of single tokens by hour, until rollUp
 	hours map[hourKey]*hourSum
+	// attributed are the sums of the values of attributes, by hour. nil: none of the calls has one.
+	attributed map[attributedSumKey]*usageSum
 
 	lastKey  usageSumKey // of the previous call, which is often of the same kind
 	lastSum  *usageSum
@@ -333,6 +340,19 @@ func (t *usageTally) add(r *requestRow) {
 	}
 	t.lastSum.add(r)
 	t.lastHour.add(r)
+	r.attribution.each(func(attribute, value string) {
+		if t.attributed == nil {
+			t.attributed = map[attributedSumKey]*usageSum{}
+		}
+		k.tier = 0 // which they do not keep apart
+		getOrInsert(t.attributed, attributedSumKey{k, attribute, value}).add(r)
+	})
+}
+
+// An attributedSumKey names one row of attribution_sums.
+type attributedSumKey struct {
+	usageSumKey
+	attribute, value string
 }
 
 func getOrInsert[K comparable, V any](m map[K]*V, k K) *V {

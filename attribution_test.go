@@ -1,0 +1,288 @@
+// Tests of attribution: what is read of headers and bodies, what policies ask for, how end users are recorded, and that
+// a call that dies keeps what it has said. testdata/calls/attribution_*.txt has one call of each kind.
+package main
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// describe shows an attribution for comparisons.
+func (a *attribution) describe() string {
+	session, endUser, tags := a.columns()
+	return session + "|" + endUser + "|" + tags
+}
+
+func (e *requestEntry) attributed() string {
+	return (&attribution{e.Session, e.EndUser, e.Tags}).describe()
+}
+
+// TestAttributionValues: what clients send is recorded if it is text that can be shown. The proxy's own headers
+// must be right, and none of them is forwarded.
+func TestAttributionValues(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["team","task","x"]}}}`, 200,
+		nil)
+	_, fixed := p.newToken(`"policy":{"attribution":{"fixed_tags":{"team":"search","unit":"7"}}}`)
+	long := strings.Repeat("a", maxAttributionLen)
+	claude := `"user":` + quote(`{"device_id":"dev","account_uuid":"acc","session_id":"s"}`)
+	for _, c := range []struct {
+		name    string
+		headers string // "Name: value" lines
+		members string // of the body
+		want    string // what is recorded, or the code of the error and a part of its text
+	}{
+		{"nothing", "", `"a":1`, "||"},
+		{"the order of headers", "Conversation_id: 6|Session_id: 5|Session-Id: 4|X-Claude-Code-Session-Id: 3",
+			`"prompt_cache_key":"7"`, "3||"},
+		{"the proxy's own first", "X-LLM-Proxy-Session: 1|X-LLM-Proxy-End-User: me|Session-Id: 4", `"user":"you"`,
+			"1|me|"},
+		{"the order of fields", "", `"safety_identifier":"s","user":"u"`, "|u|"},
+		{"the second field", "", `"safety_identifier":"s","user":7`, "|s|"},
+		{"the last of two", "", `"user":"a","user":"b"`, "|b|"},
+		{"another case", "", `"User":"a"`, "||"},
+		{"null", "", `"user":null,"prompt_cache_key":null`, "||"},
+		{"no string", "", `"user":{"id":"a"},"prompt_cache_key":["a"]`, "||"},
+		{"escapes", "", `"us\u0065r":"\u00e4\"\\"`, `|ä"\|`},
+		{"half a surrogate", "", `"user":"a\ud800"`, "||"},
+		{"a control character", "", `"user":"a\u0000b","prompt_cache_key":"a\nb"`, "||"},
+		{"text from right to left", "", `"user":"a\u202eb"`, "||"},
+		{"empty", "Session-Id: ", `"user":""`, "||"},
+		{"the longest", "", `"user":"` + long + `"`, "|" + long + "|"},
+		{"too long", "Session-Id: a" + long, `"user":"a` + long + `","prompt_cache_key":"p"`, "p||"},
+		{"a megabyte", "", `"user":"` + strings.Repeat("a", 1<<20) + `"`, "||"},
+		{"metadata is Anthropic's", "", `"metadata":{"user_id":"a"}`, "||"},
+		{"Claude Code through a translator", "", claude, "s|acc|"},
+		{"JSON without the names", "", `"user":` + quote(`{"a":"b"}`), `|{"a":"b"}|`},
+		{"an old form that is none", "", `"user":"user_1_session_2"`, "|user_1_session_2|"},
+		{"tags", "X-LLM-Proxy-Tags: team=search,task=a/b:c@d+e_f.g-h", "",
+			`||{"task":"a/b:c@d+e_f.g-h","team":"search"}`},
+		{"tags in two lines", "X-LLM-Proxy-Tags: team=a|X-LLM-Proxy-Tags: task=b", "", `||{"task":"b","team":"a"}`},
+		{"no tag", "X-LLM-Proxy-Tags: ", "", "invalid_tags: without '='"},
+		{"a tag without a value", "X-LLM-Proxy-Tags: team=", "", "invalid_tags: as the value of \"team\""},
+		{"a tag that is malformed", "X-LLM-Proxy-Tags: team", "", "invalid_tags: must be a list such as"},
+		{"an end without a tag", "X-LLM-Proxy-Tags: team=a,", "", "invalid_tags: must be a list such as"},
+		{"a key that is not allowed", "X-LLM-Proxy-Tags: Team=a", "",
+			"invalid_tags: \"Team\", which the project's policy does not allow. It allows: team, task, x."},
+		{"a key of bytes", "X-LLM-Proxy-Tags: \xff\xe2\x80\xae=a", "", "invalid_tags: which the project's policy"},
+		{"a key twice", "X-LLM-Proxy-Tags: team=a,team=a", "", "invalid_tags: the key \"team\" twice"},
+		{"a blank in a value", "X-LLM-Proxy-Tags: team=a b", "", "invalid_tags: 1 to 64 letters"},
+		{"a second =", "X-LLM-Proxy-Tags: team=a=b", "", "invalid_tags: 1 to 64 letters"},
+		{"a long value", "X-LLM-Proxy-Tags: team=" + strings.Repeat("a", 65), "", "invalid_tags: 1 to 64 letters"},
+		{"an own header twice", "X-LLM-Proxy-Session: a|X-LLM-Proxy-Session: b", "", "invalid_attribution: once"},
+		{"an own header too long", "X-LLM-Proxy-End-User: a" + long, "", "invalid_attribution: once"},
+		{"an own header of bytes", "X-LLM-Proxy-End-User: \xff", "", "invalid_attribution: once"},
+		{"own tags", "fixed|X-LLM-Proxy-Tags: task=b", "", `||{"task":"b","team":"search","unit":"7"}`},
+		{"own tags, sent as well", "fixed|X-LLM-Proxy-Tags: unit=7,team=search", "", `||{"team":"search","unit":"7"}`},
+		{"own tags, changed", "fixed|X-LLM-Proxy-Tags: team=b", "", "invalid_tags: must not change \"team\""},
+	} {
+		token, headers := p.token, []string{"Content-Type", "application/json"}
+		for line := range strings.SplitSeq(c.headers, "|") {
+			if name, value, ok := strings.Cut(line, ": "); ok {
+				headers = append(headers, name, value)
+			} else if line == "fixed" {
+				token = fixed
+			}
+		}
+		members := `"b":2`
+		if c.members != "" {
+			members = c.members
+		}
+		headers = append(headers, "Authorization", "Bearer "+token)
+		res := p.do("POST", "/v1/chat/completions", chatBody(members), headers...)
+		if code, text, isError := strings.Cut(c.want, ": "); isError && res.status != 200 {
+			message := strings.ReplaceAll(res.body, `\"`, `"`)
+			if res.status != 400 || res.errorCode() != code || !strings.Contains(message, text) {
+				t.Errorf("%s: got %d %s", c.name, res.status, res.body)
+			}
+			continue
+		}
+		if row := p.lastCall(); res.status != 200 || row.attributed() != c.want {
+			t.Errorf("%s: got %d and %s, want %s", c.name, res.status, row.attributed(), c.want)
+		}
+	}
+	for _, r := range p.provider.received() {
+		for name := range r.header {
+			if strings.HasPrefix(name, "X-Llm-Proxy") {
+				t.Errorf("the provider got the header %s", name)
+			}
+		}
+	}
+}
+
+// TestAttributionTooManyTags: a call has 8 tags at most, those of its token included.
+func TestAttributionTooManyTags(t *testing.T) {
+	t.Parallel()
+	project := &attributionPolicy{}
+	var sent []string
+	for i := range maxTags {
+		project.Tags = append(project.Tags, fmt.Sprint("k", i))
+		sent = append(sent, fmt.Sprintf("k%d=%d", i, i))
+	}
+	token := &attributionPolicy{FixedTags: tagList{{"z", "1"}}}
+	if tags, err := readTags([]string{strings.Join(sent, ",")}, project, nil); len(tags) != maxTags || err != nil {
+		t.Errorf("got %v, %v", tags, err)
+	}
+	tags, err := readTags([]string{strings.Join(sent, ",")}, project, token)
+	if err == nil || !strings.Contains(asAPIError(err).msg, "too many keys") || len(tags) != 1 {
+		t.Errorf("got %v, %v", tags, err)
+	}
+}
+
+// TestAttributionPolicy: what a policy may say.
+func TestAttributionPolicy(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ policy, want string }{ // want: the field at fault, "" for none
+		{`{}`, ""},
+		{`{"tags":["a","a-b_9"],"required":["end_user","session","tag:a"],"end_users":"hashed"}`, ""},
+		{`{"tags":["A"]}`, "tags"}, {`{"tags":["a","a"]}`, "tags"}, {`{"tags":[""]}`, "tags"},
+		{`{"tags":["9a"]}`, "tags"}, {`{"tags":"a"}`, "tags"}, {`{"tags":["` + strings.Repeat("a", 33) + `"]}`, "tags"},
+		{`{"tags":[` + strings.Repeat(`"a",`, 50) + `"a"]}`, "tags"},
+		{`{"required":["user"]}`, "required"}, {`{"required":["session","session"]}`, "required"},
+		{`{"required":["tag:a"]}`, "required"}, {`{"required":["tag:"]}`, "required"},
+		{`{"required":["end_user"],"end_users":"off"}`, "required"},
+		{`{"end_users":"secret"}`, "end_users"}, {`{"fixed_tags":{"a":"b"}}`, "fixed_tags"}, {`{"tag":["a"]}`, "tag"},
+		{`token{"required":["tag:a"],"fixed_tags":{"b":"c"}}`, ""}, {`token{"tags":["a"]}`, "tags"},
+		{`token{"fixed_tags":{"B":"c"}}`, "fixed_tags"}, {`token{"fixed_tags":{"b":"c d"}}`, "fixed_tags"},
+		{`token{"fixed_tags":{"b":""}}`, "fixed_tags"}, {`token{"fixed_tags":["b"]}`, "fixed_tags"},
+		{`token{"end_users":"off"}`, "end_users"}, {`[]`, ""},
+	} {
+		text, ofToken := strings.CutPrefix(c.policy, "token")
+		p, err := parsePolicy([]byte(`{"attribution":`+text+`}`), !ofToken)
+		got := ""
+		if fe, ok := err.(*fieldError); ok {
+			got = strings.TrimPrefix(strings.TrimPrefix(fe.param, "policy.attribution"), ".")
+		}
+		if text == "[]" {
+			if err == nil {
+				t.Errorf("%s is accepted", c.policy)
+			}
+			continue
+		}
+		if got != c.want || (err != nil) != (c.want != "") {
+			t.Errorf("%s: got %v", c.policy, err)
+		}
+		if again, againErr := parsePolicy([]byte(p.String()), !ofToken); err == nil &&
+			(againErr != nil || again.String() != p.String()) {
+			t.Errorf("%s is written as %s, which is read as %s, %v", c.policy, p, again, againErr)
+		}
+	}
+}
+
+// TestAttributionNarrowed: a restored policy asks for all that both policies ask for, and can be read.
+func TestAttributionNarrowed(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ backup, current, want string }{
+		{`{"tags":["a","b"],"required":["tag:a","session"]}`, `{"tags":["b","c"],"required":["end_user"]}`,
+			`{"tags":["b"],"required":["end_user","session"]}`},
+		{`{"tags":["a"],"required":["end_user"]}`, `{"end_users":"off"}`, `{"end_users":"off"}`},
+		{`{"end_users":"hashed"}`, `{"end_users":"plain"}`, `{"end_users":"hashed"}`},
+		{`{"end_users":"off"}`, `{"end_users":"hashed"}`, `{"end_users":"off"}`},
+		{`{"end_users":"hashed"}`, `{"end_users":"off"}`, `{"end_users":"off"}`},
+		{`token{"required":["tag:a"]}`, `{"fixed_tags":{"b":"c"}}`, `{"required":["tag:a"],"fixed_tags":{"b":"c"}}`},
+	} {
+		backup, ofToken := strings.CutPrefix(c.backup, "token")
+		policyOf := func(s string) string { return `{"attribution":` + s + `}` }
+		got, _, err := narrowPolicy(policyOf(backup), policyOf(c.current), !ofToken)
+		if err != nil || got != policyOf(c.want) {
+			t.Errorf("%s and %s: got %s, %v", c.backup, c.current, got, err)
+		}
+		if _, err := parsePolicy([]byte(got), !ofToken); err != nil {
+			t.Errorf("%s and %s: %v", c.backup, c.current, err)
+		}
+	}
+}
+
+// TestAttributionHashed: a project that asks for hashes has one name for an end user, also after a restart, which no
+// other project has for it, and the plain name is in no file. A project that keeps no end users has none.
+func TestAttributionHashed(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	setPolicy := func(project, endUsers string) {
+		p.manage("PATCH", "/manage/projects/"+project,
+			`{"policy":{"attribution":{"tags":["who"],"end_users":"`+endUsers+`"}}}`, 200, nil)
+	}
+	const name = "alice.plainname@example.com"
+	p.secrets = append(p.secrets, name)
+	setPolicy(p.project, endUsersHashed)
+	chat := func(token string) *requestEntry {
+		t.Helper()
+		res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+name+`","prompt_cache_key":"`+name+`"`),
+			"Content-Type", "application/json", "Authorization", "Bearer "+token, "X-LLM-Proxy-Tags", "who="+name)
+		if res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+		return new(p.lastCall())
+	}
+	first := chat(p.token)
+	hash := first.EndUser
+	if len(hash) != 34 || !strings.HasPrefix(hash, "h-") || first.Session != hash || first.Tags.value("who") != hash {
+		t.Errorf("got %s", first.attributed())
+	}
+	if r := p.provider.received(); !strings.Contains(r[0].body, name) {
+		t.Error("the provider got another end user")
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	if got := chat(p.token).EndUser; got != hash {
+		t.Errorf("after a restart: %s, before %s", got, hash)
+	}
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other","openai_api_key":"`+p.provider.key+`"}`, 201, &other)
+	setPolicy(other.ID, endUsersHashed)
+	own := p.project
+	p.project = other.ID
+	_, token := p.newToken(`"name":"o"`)
+	if got := chat(token).EndUser; got == hash || len(got) != 34 {
+		t.Errorf("another project has %s", got)
+	}
+	setPolicy(own, endUsersOff)
+	if got := chat(p.token); got.attributed() != "||" {
+		t.Errorf("with end_users off: %s", got.attributed())
+	}
+}
+
+// TestAttributionLost: a call that was running when the program died is on record with what it said.
+func TestAttributionLost(t *testing.T) {
+	t.Parallel()
+	st := mustOpenStore(t, filepath.Join(t.TempDir(), "llm-proxy.db"))
+	w := st.newLedgerWriter()
+	defer w.close()
+	a := &attribution{session: `s"1`, endUser: "Zoë", tags: tagList{{"task", "1"}, {"team", "x"}}}
+	rows := []requestRow{{id: 1 << 41, endpoint: "POST /v1/responses", model: "m", attribution: a},
+		{id: 1<<41 + 1, endpoint: "POST /v1/responses", model: "m"}}
+	pending := &pendingBatch{}
+	for i := range rows {
+		pending.add(rows[i].id, rows[i].appendPendingRecord(nil))
+	}
+	batch, _ := buildLedgerBatch(pending, nil, nil)
+	if err := w.write(t.Context(), batch); err != nil {
+		t.Fatal(err)
+	}
+	expect := func(outcome callOutcome) {
+		t.Helper()
+		for i, want := range []string{a.describe(), "||"} {
+			v, err := st.requestByID(t.Context(), rows[i].id)
+			if err != nil || v.outcome != outcome || v.attribution.describe() != want {
+				t.Errorf("got %s %s, %v", v.outcome, v.attribution.describe(), err)
+			}
+		}
+	}
+	expect(outcomeOpen)
+	if n, err := recoverLost(t.Context(), st, w, func(*requestRow) {}); n != 2 || err != nil {
+		t.Fatal(n, err)
+	}
+	expect(outcomeLost)
+	sums, err := collect(t.Context(), st.readDB, "reading sums", func(s *string) []any { return []any{s} },
+		`SELECT attribute || ' ' || value || ' ' || calls || ' ' || outcome FROM attribution_sums ORDER BY 1`)
+	want := []string{"end_user Zoë 1 lost", `session s"1 1 lost`, "tag:task 1 1 lost", "tag:team x 1 lost"}
+	if err != nil || !slices.Equal(sums, want) {
+		t.Errorf("the sums are %q, %v", sums, err)
+	}
+}
