@@ -149,7 +149,7 @@ type dashData struct {
 	lastMinuteCalls    int64
 	expiring           []expiringToken
 	unhealthyUpstreams []unhealthyUpstream
-	cacheByProject     []usageRow // empty if the cache answered no call
+	cacheByProject     []usageRow // empty if no cache served a call
 }
 
 // readDashboard reads everything that a dashboard shows, in parallel.
@@ -188,7 +188,7 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			return err
 		},
 	)
-	if err != nil || q.projectSeq != 0 || d.cacheSum().hits == 0 {
+	if sum := d.cacheSum(); err != nil || q.projectSeq != 0 || sum.hits == 0 && sum.cached == 0 {
 		return d, err
 	}
 	byProject := usageQuery{interval: "total", hourly: q.lengthMS == dayMS, byProject: true}
@@ -271,6 +271,7 @@ type dashView struct {
 	Charts                             []chartView // usage, errors, first byte, total time
 	Rankings                           []rankingTable
 	Cache                              *cacheFigure // nil: the cache answered no call
+	PromptCache                        *cacheFigure // nil: no provider had cached any input
 	NoCalls                            bool         // there was never a call
 }
 
@@ -319,7 +320,8 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
 		Groups:  options("project", "Project", "model", "Model"),
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
-		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q), Cache: d.cacheFigure(q)}
+		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q),
+		Cache: d.cacheFigure(q, responseCacheKind()), PromptCache: d.cacheFigure(q, promptCacheKind())}
 	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
@@ -616,7 +618,7 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 		head = append(head, string(class)+"_errors")
 	}
 	e.writeRow(append(head, "first_byte_p50_ms", "first_byte_p95_ms", "total_p50_ms", "total_p95_ms",
-		"cache_hits", "saved", "saved_ms")...)
+		"cache_hits", "saved", "saved_ms", "cached_tokens", "prompt_cache_saved")...)
 	hitsByStep, hitsByModel := d.cacheHits(q)
 	hitsByProject := map[string]usageSum{}
 	for _, r := range d.cacheByProject {
@@ -648,14 +650,14 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 			if sum := list.hits[v.id]; list.hits != nil {
 				row = append(row, cacheCells(&sum)...)
 			} else {
-				row = append(row, "", "", "")
+				row = append(row, make([]string, 5)...)
 			}
 			e.writeRow(row...)
 		}
 	}
 	if d.sampledCalls > 0 {
 		note := "rows of kind token count only the latest " + strconv.Itoa(d.sampledCalls) + " calls"
-		e.writeRow(append([]string{"note", "", note}, make([]string, 17)...)...)
+		e.writeRow(append([]string{"note", "", note}, make([]string, 19)...)...)
 	}
 }
 

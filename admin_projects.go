@@ -179,7 +179,7 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 		"verified_streams": form.Get("routing.verified_streams") != "",
 		"show_upstream":    form.Get("routing.show_upstream") != "",
 	}
-	if affinity := form.Get("routing.affinity"); affinity != affinityBySession { // the default
+	if affinity := form.Get("routing.affinity"); affinity != "" && affinity != affinityBySession { // the default
 		routing["affinity"] = affinity
 	}
 	return mustMarshal(routing), nil

@@ -523,32 +523,59 @@ func (d *dashData) usageByModel(q *dashQuery) (shares []usageShare) {
 	return shares
 }
 
-// A cacheFigure is what the response cache saved in a period.
+// A cacheFigure is what a cache saved in a period: the proxy's own, or those of the providers.
 type cacheFigure struct {
-	Hits   int64
+	Amount int64 // answers from the proxy's cache, or input tokens from the providers'
 	Total  cacheFigureRow
 	Tables []cacheTable
 }
 
-// A cacheTable lists projects or models with hits, those that saved most first.
+// A cacheTable lists projects or models that a cache served, those that saved most first.
 type cacheTable struct {
-	Title string
-	Rows  []cacheFigureRow
-	More  int64 // rows left out
+	Title, Cache string
+	Heads        []string // of the cells
+	Rows         []cacheFigureRow
+	More         int64 // rows left out
 }
 
-type cacheFigureRow struct{ Name, Label, Link, Hits, Share, Saved, Time string }
+// A cacheFigureRow is a line of a cacheTable, or the total. Time is "" for the providers' caches.
+type cacheFigureRow struct{ Name, Label, Link, Amount, Share, Saved, Time string }
 
-func newCacheFigureRow(s *usageSum) cacheFigureRow {
-	row := cacheFigureRow{Hits: groupDigits(s.hits), Saved: formatMoney(s.saved),
-		Time: formatLongTime(float64(s.savedUS) / 1000)}
-	if s.calls > 0 {
-		row.Share = percent(100 * float64(s.hits) / float64(s.calls))
+// A cacheKind says what a cacheFigure shows.
+type cacheKind struct {
+	title  string
+	timed  bool // how much longer the calls would have taken is known
+	heads  []string
+	amount func(s *usageSum) (part, whole int64)
+	saved  func(s *usageSum) int64
+}
+
+func responseCacheKind() cacheKind {
+	return cacheKind{title: "Response cache", timed: true,
+		heads:  []string{"Hits", "Share of calls", "Saved", "Time saved"},
+		amount: func(s *usageSum) (part, whole int64) { return s.hits, s.calls },
+		saved:  func(s *usageSum) int64 { return s.saved }}
+}
+
+func promptCacheKind() cacheKind {
+	return cacheKind{title: "Prompt caches", heads: []string{"Cached input", "Share of input", "Saved"},
+		amount: func(s *usageSum) (part, whole int64) { return s.cached, s.input },
+		saved:  func(s *usageSum) int64 { return s.promptSaved }}
+}
+
+func (k *cacheKind) row(s *usageSum) cacheFigureRow {
+	part, whole := k.amount(s)
+	row := cacheFigureRow{Amount: groupDigits(part), Saved: formatMoney(k.saved(s))}
+	if k.timed {
+		row.Time = formatLongTime(float64(s.savedUS) / 1000)
+	}
+	if whole > 0 {
+		row.Share = percent(100 * float64(part) / float64(whole))
 	}
 	return row
 }
 
-// cacheSum adds up all calls, and what the cache did.
+// cacheSum adds up all calls, and what the caches did.
 func (d *dashData) cacheSum() (sum usageSum) {
 	for i := range d.modelPoints {
 		sum.merge(d.modelPoints[i].usageSum)
@@ -556,7 +583,7 @@ func (d *dashData) cacheSum() (sum usageSum) {
 	return sum
 }
 
-// cacheHits adds up what the cache did by step and by model.
+// cacheHits adds up what the caches did by step and by model.
 func (d *dashData) cacheHits(q *dashQuery) (bySteps []usageSum, byModel map[string]usageSum) {
 	bySteps, byModel = make([]usageSum, q.steps()), map[string]usageSum{}
 	for i := range d.modelPoints {
@@ -571,15 +598,16 @@ func (d *dashData) cacheHits(q *dashQuery) (bySteps []usageSum, byModel map[stri
 	return bySteps, byModel
 }
 
-// cacheFigure returns what the cache saved; nil if it answered no call.
-func (d *dashData) cacheFigure(q *dashQuery) *cacheFigure {
+// cacheFigure returns what a cache saved; nil if it served no call.
+func (d *dashData) cacheFigure(q *dashQuery, k cacheKind) *cacheFigure {
 	total := d.cacheSum()
-	if total.hits == 0 {
+	part, _ := k.amount(&total)
+	if part == 0 {
 		return nil
 	}
-	f := &cacheFigure{Hits: total.hits, Total: newCacheFigureRow(&total)}
+	f := &cacheFigure{Amount: part, Total: k.row(&total)}
 	if q.projectSeq == 0 {
-		f.Tables = append(f.Tables, newCacheTable("Projects", d.cacheByProject, func(r *usageRow, v *cacheFigureRow) {
+		f.Tables = append(f.Tables, k.table("Projects", d.cacheByProject, func(r *usageRow, v *cacheFigureRow) {
 			v.Name, v.Link = r.projectName, "/admin/projects/"+r.projectID
 			if r.projectDeleted {
 				v.Label, v.Link = "deleted", ""
@@ -591,30 +619,41 @@ func (d *dashData) cacheFigure(q *dashQuery) *cacheFigure {
 	for name, sum := range byModel {
 		models = append(models, usageRow{usageKey{usageLabels: usageLabels{model: name}}, sum})
 	}
-	f.Tables = append(f.Tables, newCacheTable("Models", models, func(r *usageRow, v *cacheFigureRow) {
-		if v.Name = modelLabel(r.model); r.model != "" {
-			v.Link = "/admin/requests?" +
-				url.Values{"model": {r.model}, "project": {q.projectID}, "cache": {cacheHit}}.Encode()
+	f.Tables = append(f.Tables, k.table("Models", models, func(r *usageRow, v *cacheFigureRow) {
+		if v.Name = modelLabel(r.model); r.model == "" {
+			return
 		}
+		link := url.Values{"model": {r.model}, "project": {q.projectID}}
+		if k.timed { // the filter knows the proxy's own cache only
+			link.Set("cache", cacheHit)
+		}
+		v.Link = "/admin/requests?" + link.Encode()
 	}))
 	return f
 }
 
-func newCacheTable(title string, rows []usageRow, name func(*usageRow, *cacheFigureRow)) cacheTable {
-	rows = slices.DeleteFunc(slices.Clone(rows), func(r usageRow) bool { return r.hits == 0 })
+// table lists the rows that the cache served. name fills in what a line is about.
+func (k *cacheKind) table(title string, rows []usageRow, name func(*usageRow, *cacheFigureRow)) cacheTable {
+	part := func(r *usageRow) int64 {
+		n, _ := k.amount(&r.usageSum)
+		return n
+	}
+	rows = slices.DeleteFunc(slices.Clone(rows), func(r usageRow) bool { return part(&r) == 0 })
 	slices.SortFunc(rows, func(a, b usageRow) int {
-		return cmp.Or(cmp.Compare(b.saved, a.saved), cmp.Compare(b.hits, a.hits), a.compare(&b.usageKey))
+		return cmp.Or(cmp.Compare(k.saved(&b.usageSum), k.saved(&a.usageSum)), cmp.Compare(part(&b), part(&a)),
+			a.compare(&b.usageKey))
 	})
-	t := cacheTable{Title: title, More: int64(max(0, len(rows)-rankingSize))}
+	t := cacheTable{Title: title, Cache: k.title, Heads: k.heads, More: int64(max(0, len(rows)-rankingSize))}
 	for i := range rows[:min(len(rows), rankingSize)] {
-		row := newCacheFigureRow(&rows[i].usageSum)
+		row := k.row(&rows[i].usageSum)
 		name(&rows[i], &row)
 		t.Rows = append(t.Rows, row)
 	}
 	return t
 }
 
-// cacheCells returns the columns of the cache in a download.
+// cacheCells returns the columns of the caches in a download.
 func cacheCells(s *usageSum) []string {
-	return []string{formatInt(s.hits), formatNanos(s.saved), strconv.FormatFloat(float64(s.savedUS)/1000, 'f', 3, 64)}
+	return []string{formatInt(s.hits), formatNanos(s.saved), strconv.FormatFloat(float64(s.savedUS)/1000, 'f', 3, 64),
+		formatInt(s.cached), formatNanos(s.promptSaved)}
 }

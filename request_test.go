@@ -362,6 +362,7 @@ func TestScanJSON(t *testing.T) {
 	} {
 		got, err := scanJSON([]byte(c.body))
 		got.usageSplice, got.modelSplice = splice{}, splice{}
+		got.prompt = promptParts{} // see TestAffinityOfPrompts
 		if err != nil || got != c.want {
 			t.Errorf("%s: got %+v, %v; want %+v", c.body, got, err, c.want)
 		}
@@ -393,6 +394,7 @@ func TestScanGemini(t *testing.T) {
 		`{"requests":[{"model":"models/m","content":{}},{"model":"m"}],"generationConfig":{}}`: {n: 1},
 	} {
 		got, err := scanGemini([]byte(body), "m")
+		got.prompt = promptParts{} // see TestAffinityOfPrompts
 		if want.model = "m"; err != nil || got != want {
 			t.Errorf("%s: got %+v, %v; want %+v", body, got, err, want)
 		}

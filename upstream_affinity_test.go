@@ -4,9 +4,12 @@ package main
 
 import (
 	"crypto/sha256"
+	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"math"
+	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -245,8 +248,8 @@ func (p *promptCache) script(key string) func(*providerConn, recordedRequest) bo
 		}
 		p.seen[prompt] = true
 		p.mu.Unlock()
-		return c.reply(200, strings.Replace(chatResponseBody, `"usage":{`,
-			fmt.Sprintf(`"usage":{"prompt_tokens_details":{"cached_tokens":%d},`, cached), 1))
+		return c.reply(200, strings.Replace(chatResponseBody, `"usage":{"prompt_tokens":9,`,
+			fmt.Sprintf(`"usage":{"prompt_tokens":1280,"prompt_tokens_details":{"cached_tokens":%d},`, cached), 1))
 	}
 }
 
@@ -264,7 +267,7 @@ func TestAffinityKeepsCachesWarm(t *testing.T) {
 		u.setScript(provider.script(fmt.Sprint(i + 1)))
 		second = u
 	}
-	const sessions, turns = 20, 8
+	const sessions, turns = 16, 5
 	// hits returns the share of the calls after the first of each session that are cached. Each setting has its own
 	// prompts.
 	hits := func(setting string, member func(session, turn int) string, headers func(session int) []string) float64 {
@@ -319,5 +322,56 @@ func TestAffinityKeepsCachesWarm(t *testing.T) {
 	second.setScript(provider.script("3"))
 	if back := hits("session", prompt("p"), none); back < 1 {
 		t.Errorf("after the key has come back, %.2f are cached", back)
+	}
+	p.checkPromptCacheShare()
+}
+
+// checkPromptCacheShare holds the dashboard's share of cached input, and its download, against the calls.
+func (p *testProxy) checkPromptCacheShare() {
+	p.t.Helper()
+	p.waitSettled()
+	var sum usageSum
+	for _, r := range p.allRequests() {
+		sum.add(&r.requestRow)
+	}
+	share := percent(100 * float64(sum.cached) / float64(sum.input))
+	b := p.signIn(p.adminKey)
+	texts := []string{`aria-label="Prompt caches: Models"`, `<td class="num">` + share + `</td>`,
+		"had cached " + groupDigits(sum.cached) + " input tokens, " + share + " of all input. That saved $"}
+	for _, query := range []string{"?period=24h", "?period=30d&by=model", "?project=" + p.project} {
+		page := b.get("/admin/dashboard" + query).body
+		for _, text := range texts {
+			if !strings.Contains(page, text) {
+				p.t.Errorf("%s: the dashboard lacks %q", query, text)
+			}
+		}
+		if strings.Contains(page, "Prompt caches: Projects") == strings.Contains(query, "project=") {
+			p.t.Errorf("%s: projects are listed for one project, or not for all", query)
+		}
+	}
+	var usage struct {
+		Data []struct {
+			Cached int64   `json:"cached_tokens"`
+			Saved  float64 `json:"prompt_cache_saved"`
+		}
+	}
+	p.manage("GET", "/manage/usage?interval=total&group_by=project", "", 200, &usage)
+	if n := usage.Data[0]; n.Cached != sum.cached || n.Saved <= 0 {
+		p.t.Errorf("the usage is %+v", n)
+	}
+	form := url.Values{"period": {"7d"}, "by": {"project"}, "measure": {"calls"}}
+	lines, err := csv.NewReader(strings.NewReader(b.post("/admin/dashboard/export", form).body)).ReadAll()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	column := slices.Index(lines[0], "cached_tokens")
+	found := map[string]string{}
+	for _, line := range lines[1:] {
+		if line[column] != "0" && line[0] != "time" {
+			found[line[0]] = line[column]
+		}
+	}
+	if n := formatInt(sum.cached); found["project"] != n || found["model"] != n {
+		p.t.Errorf("the download has %v cached tokens, want %s", found, n)
 	}
 }
