@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ type pageForm struct {
 	Action, Submit, Cancel string
 	Danger                 bool
 	Problem                string // with the form as a whole
+	Mistakes               []formMistake
 	Version                int64  // of the object that it changes; 0: none
 	Creates                string // "token", "key" or "value": a secret that is shown once; "" otherwise
 	Once                   string // names this copy of a form that creates a secret: it is carried out once
@@ -39,6 +41,7 @@ type formField struct {
 	Options                  []option
 	Required, Checked, Short bool
 	Advanced                 bool // it is hidden until someone opens the advanced fields
+	Focus                    bool // it is the first with an error
 	Empty                    emptyField
 	stored                   string
 }
@@ -155,18 +158,17 @@ func (f *pageForm) fill(sent, stored url.Values) {
 }
 
 // decode puts the form into the fields of an operation's input, by name. Fields that the input does not
-// have are left to the page.
+// have are left to the page. The error has the mistakes of all fields.
 func (f *pageForm) decode(form url.Values, input map[string]any) error {
+	var mistakes []error
 	for _, field := range f.Fields {
 		to := input[field.Name]
 		if to == nil {
 			continue
 		}
-		if err := field.decode(strings.ToValidUTF8(form.Get(field.Name), "\ufffd"), to); err != nil {
-			return err
-		}
+		mistakes = append(mistakes, field.decode(strings.ToValidUTF8(form.Get(field.Name), "\ufffd"), to))
 	}
-	return nil
+	return errors.Join(mistakes...)
 }
 
 func (field *formField) decode(text string, to any) error {
@@ -234,34 +236,6 @@ func mustMarshal(v any) json.RawMessage {
 	return b
 }
 
-// showError puts a mistake beside its field and returns the status of the page. Other errors come back.
-func (f *pageForm) showError(err error) (int, error) {
-	if errors.Is(err, errTaken) {
-		err = &fieldError{"name", "is already taken"}
-	}
-	if errors.Is(err, errStale) {
-		f.Problem = "Someone else changed this while you had the form open. Open it again to see the change. " +
-			"Your input is still here."
-		return http.StatusConflict, nil
-	}
-	fe, ok := errors.AsType[*fieldError](err)
-	if !ok {
-		if e, ok := errors.AsType[*apiError](err); ok && e.status == http.StatusBadRequest {
-			f.Problem = e.msg
-			return http.StatusBadRequest, nil
-		}
-		return 0, err
-	}
-	for _, field := range f.Fields {
-		if field.Name == fe.param || strings.HasPrefix(fe.param, field.Name+"[") { // an entry of a list
-			field.Error = field.Label + " " + strings.TrimSuffix(fe.msg, ".") + "."
-			return http.StatusBadRequest, nil
-		}
-	}
-	f.Problem = capitalize(fieldErrorMessage(fe))
-	return http.StatusBadRequest, nil
-}
-
 // A formView is the data of templates/form.html.
 type formView struct {
 	Crumb  option // the page above this one: its address and title
@@ -298,23 +272,17 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 			return next, nil
 		}
 	}
-	if v.Policy != nil && v.Policy.showError(err) {
-		page.status = http.StatusBadRequest
-		return page, nil
-	}
-	page.status, err = v.Form.showError(err)
+	page.status, err = v.Form.showErrors(err, v.Policy)
 	return page, err
 }
 
 // decode puts the form into an operation's input, by name.
 func (v *formView) decode(r *pageRequest, input map[string]any) error {
-	if err := v.Form.decode(r.form, input); err != nil {
-		return err
-	}
+	err := v.Form.decode(r.form, input)
 	if to, ok := input["policy"].(*optional[json.RawMessage]); ok && v.Policy != nil {
 		*to = given(v.Policy.encode(r.form))
 	}
-	return nil
+	return err
 }
 
 // A confirmView is the data of templates/confirm.html: a page that asks before it does something.
@@ -410,6 +378,7 @@ type limitFormRow struct {
 	Count, Max, Per, Endpoint, Model string
 	Shadow                           bool
 	Error, ErrorField                string
+	Focus                            bool // it is the first input with an error
 }
 
 func (row *limitFormRow) isBlank() bool {
@@ -606,25 +575,30 @@ func (p *policyForm) encodeCache(sent url.Values) map[string]any {
 	return cache
 }
 
-// showError reports whether a mistake is about the policy, and puts it beside its field.
-func (p *policyForm) showError(err error) bool {
+// showError reports whether a mistake is about the policy, and shows it if so. f is the form that the policy is in.
+func (p *policyForm) showError(f *pageForm, err error) bool {
 	fe, ok := errors.AsType[*fieldError](err)
 	if !ok {
 		return false
 	}
 	rest, ok := strings.CutPrefix(fe.param, "policy.limits")
 	if !ok {
-		form := pageForm{Fields: p.fields()}
-		status, _ := form.showError(err)
-		return status != 0 && form.Problem == ""
+		return f.showFieldError(p.fields(), fe)
 	}
-	msg := strings.TrimSuffix(fe.msg, ".") + "."
+	msg := limitWords().Replace(strings.TrimSuffix(fe.msg, ".") + ".")
 	n, name, _ := strings.Cut(strings.TrimPrefix(rest, "["), "]")
-	name = strings.TrimPrefix(name, ".")
 	if i, err := strconv.Atoi(n); err == nil && i < len(p.Limits) {
-		p.Limits[i].ErrorField, p.Limits[i].Error = name, capitalize(strings.TrimSpace(name+" "+msg))
+		row := p.Limits[i]
+		row.ErrorField = cmp.Or(strings.TrimPrefix(name, "."), "max")
+		row.Error = limitFieldLabel(row.ErrorField) + " " + msg
+		if name == "" {
+			row.Error = "This limit " + msg
+		}
+		f.Mistakes = append(f.Mistakes, formMistake{fmt.Sprintf("limit-%d-%s", i, row.ErrorField),
+			fmt.Sprintf("Limit %d: %s", row.Number, row.Error)})
 		return true
 	}
 	p.Problem = "The limits " + msg
+	f.Mistakes = append(f.Mistakes, formMistake{"limits", p.Problem})
 	return true
 }

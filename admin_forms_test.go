@@ -329,6 +329,62 @@ func TestAdminMistakes(t *testing.T) {
 	}
 }
 
+// TestAdminMistakesSummary: above a refused form, links lead to every field with a mistake, in the words of the form;
+// the first of them has the focus.
+func TestAdminMistakesSummary(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	upstream := "/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit"
+	for _, c := range []struct {
+		path  string
+		set   map[string]string
+		focus string
+		links map[string]string // id of the input to the text
+	}{
+		{"/admin/tokens/new", map[string]string{"name": "x", "max_requests": "many", "idle_expiry_minutes": "soon"},
+			"max_requests", map[string]string{"f-max_requests": "Maximum calls must be a whole number.",
+				"f-idle_expiry_minutes": "Expires when idle (minutes) must be a whole number."}},
+		{"/admin/tokens/new", map[string]string{"name": " ", "max_requests": "-1", "idle_expiry_minutes": "0"},
+			"name", map[string]string{"f-name": "Name must", "f-max_requests": "or more, or empty (unlimited).",
+				"f-idle_expiry_minutes": "at most 100 years, or empty."}},
+		{"/admin/projects/new", map[string]string{"name": "x", "policy.limits[0].max": "9", "policy.limits[0].per": ""},
+			"policy.limits[0].per", map[string]string{
+				"limit-0-per": "Limit 1: Period must be second, minute, hour, day, week, month or in total."}},
+		{"/admin/projects/new", map[string]string{"name": "", "policy.limits[0].max": "9",
+			"policy.limits[0].count": "dollars", "policy.limits[0].per": "minute"}, "name", map[string]string{
+			"f-name": "Name must have", "limit-0-per": "Limit 1: Period must be hour, day, week, month or in total."}},
+		{"/admin/projects/new", map[string]string{"name": "x", "policy.models": "a*b"}, "policy.models",
+			map[string]string{"f-policy-models": "Models may have * only at the end"}},
+		{upstream, map[string]string{"base_url": "https://elsewhere.test"}, "api_key",
+			map[string]string{"f-api_key": "New API key is required again when “Base URL” changes."}},
+		{upstream, map[string]string{"priority": "x", "weight": "y", "connect_ms": "z"}, "priority", map[string]string{
+			"f-priority": "must be a whole number", "f-weight": "must be a whole number", "f-connect_ms": "whole"}},
+	} {
+		form := parseForm(t, b.get(c.path).body)
+		for name, value := range c.set {
+			form.Set(name, value)
+		}
+		res := b.post(c.path, form)
+		page := html.UnescapeString(res.body)
+		_, summary, _ := strings.Cut(page, `role="alert"`)
+		summary, _, _ = strings.Cut(summary, "</ul>")
+		if res.status != 400 || strings.Count(summary, "<li>") != len(c.links) || len(checkHTML(res.body)) > 0 {
+			t.Errorf("%s with %v: %d %v, summary %s", c.path, c.set, res.status, checkHTML(res.body), summary)
+		}
+		for id, text := range c.links {
+			line := regexp.MustCompile(`<a href="#` + id + `">([^<]*)</a>`).FindStringSubmatch(summary)
+			if line == nil || !strings.Contains(line[1], text) || !strings.Contains(page, `id="`+id+`"`) {
+				t.Errorf("%s with %v: no link to %s with %q in %s", c.path, c.set, id, text, summary)
+			}
+		}
+		focus := regexp.MustCompile(`<[^>]* name="([^"]*)"[^>]* autofocus`).FindAllStringSubmatch(page, -1)
+		if len(focus) != 1 || focus[0][1] != c.focus {
+			t.Errorf("%s with %v: the focus is at %q", c.path, c.set, focus)
+		}
+	}
+}
+
 // TestAdminTokenExpiry: a date that was chosen is never ignored, whatever the list of times says.
 func TestAdminTokenExpiry(t *testing.T) {
 	t.Parallel()
@@ -661,7 +717,7 @@ func TestPricesPages(t *testing.T) {
 	expect("/admin/prices/simulate?model=gpt-4o-mini", "The previous month with gpt-4o-mini", "Actual cost $0.00")
 	expect("/admin/prices/simulate?model=none&input_tokens=1", "There is no price for this usage of none.")
 	for query, says := range map[string]string{
-		"model=": "Model is required.", "model=m&input_tokens=x": "input_tokens must be a whole number",
+		"model=": "Model is required.", "model=m&input_tokens=x": "Input tokens must be a whole number",
 		"model=m&usage=x":                  "must be a JSON object",
 		"model=m&usage={}&output_tokens=1": "must not be given together with usage",
 	} {

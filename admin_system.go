@@ -148,7 +148,7 @@ func (ui *adminUI) simulatePage(r *pageRequest) (*pageResponse, error) {
 		result, err = ui.ops.simulate(r.manageRequest, &in)
 	}
 	if err != nil {
-		page.status, err = v.Form.showError(err)
+		page.status, err = v.Form.showErrors(err, nil)
 		return page, err
 	}
 	if v.Call, _ = result.(*simulation); v.Call != nil {

@@ -9,6 +9,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"net/url"
@@ -129,16 +130,16 @@ func decodeFields[I, R any](body []byte, in *I, fields []field[I, R], isNew bool
 	return decodeObject(body, targets, nullable...)
 }
 
-// applyFields checks the values that were sent and stores them in the row.
+// applyFields checks the values that were sent and stores them in the row. The error has the mistakes of all fields:
+// a form shows all of them, a JSON response the first.
 func applyFields[I, R any](in *I, row *R, fields []field[I, R]) error {
+	var mistakes []error
 	for _, f := range fields {
 		if f.apply != nil {
-			if err := f.apply(in, row); err != nil {
-				return err
-			}
+			mistakes = append(mistakes, f.apply(in, row))
 		}
 	}
-	return nil
+	return errors.Join(mistakes...)
 }
 
 func anyName(_, value string) error { return validateName(value) }

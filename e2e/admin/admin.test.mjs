@@ -46,7 +46,8 @@ describe('the pages', { skip }, () => {
       await page.getByLabel('Name', { exact: true }).fill(name);
       await page.getByLabel('API key').fill('sk-****');
       await page.getByRole('button', { name: 'Create project' }).click();
-      await page.getByText('masked').waitFor();
+      await page.getByRole('alert').getByRole('link', { name: /^API key .*masked/ }).click(); // in the summary
+      assert.equal(await page.evaluate(() => document.activeElement.name), 'api_key');
       assert.equal(await page.getByLabel('Name', { exact: true }).inputValue(), name, 'the input is kept');
       assert.equal(await page.getByLabel('API key').inputValue(), '', 'but not the key');
       await page.getByLabel('API key').fill(proxy.provider.openaiKey);
@@ -182,7 +183,8 @@ describe('the pages', { skip }, () => {
     await page.goto(`${pageOfProject}/edit`);
     await page.getByLabel('Cached endpoints').fill('/v1/files');
     await page.getByRole('button', { name: 'Save' }).click();
-    await page.getByText('is required and must be from 1').waitFor();
+    await page.getByText('is required and must be from 1').first().waitFor();
+    assert.equal(await page.evaluate(() => document.activeElement.name), 'policy.cache.ttl_seconds', 'the first field with an error has the focus');
     await page.getByLabel('Use an answer for (seconds)').fill('3600');
     await page.getByLabel('Cached endpoints').fill('/v1/chat/*');
     await page.getByRole('button', { name: 'Save' }).click();
