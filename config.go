@@ -49,6 +49,7 @@ type config struct {
 	maxCalls          int64
 	upstreamTimeout   time.Duration
 	streamIdleTimeout time.Duration
+	streamPing        time.Duration
 	firstEventTimeout time.Duration
 	drainTimeout      time.Duration
 	drainDelay        time.Duration
@@ -231,6 +232,9 @@ func limitSettings(c *config) []setting {
 		{"STREAM_IDLE_TIMEOUT", "5m",
 			"how long an answer may pause before it is cut; its total time is not limited",
 			setDuration(&c.streamIdleTimeout, minTimeout, maxTimeout)},
+		{"STREAM_PING_INTERVAL", "15s",
+			"how long the client of a verified stream waits for a ping while the stream is held back, at most 4m",
+			setDuration(&c.streamPing, 10*time.Millisecond, 4*time.Minute)},
 		{"DRAIN_TIMEOUT", "30s",
 			"how long running calls may continue after SIGTERM",
 			setDuration(&c.drainTimeout, 0, time.Hour)},

@@ -5,8 +5,10 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"net/url"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -487,6 +489,45 @@ func (e *endpoint) hasEndMarker() bool {
 
 // streams reports whether the endpoint's answers are always streams.
 func (e *endpoint) streams() bool { return strings.HasSuffix(e.pattern, ":streamGenerateContent") }
+
+// pingEvent returns what keeps a stream of the endpoint alive and is skipped by its clients. Google's SDKs take a
+// comment for data, but skip empty lines.
+func (e *endpoint) pingEvent() []byte {
+	switch e.api {
+	case apiAnthropic:
+		return []byte("event: ping\ndata: {\"type\": \"ping\"}\n\n")
+	case apiGemini:
+		return []byte("\n\n")
+	}
+	return []byte(": ping\n\n")
+}
+
+// errorEvent returns a JSON document with an error as an event of the endpoint's streams, nil if it is none.
+func (e *endpoint) errorEvent(document []byte) []byte {
+	var members map[string]json.RawMessage
+	var text bytes.Buffer
+	if json.Unmarshal(document, &members) != nil || len(members["error"]) == 0 || json.Compact(&text, document) != nil {
+		return nil
+	}
+	name := "event: error\n"
+	switch {
+	case e.pattern == chatPattern || e.pattern == "/v1/completions" || e.api == apiGemini:
+		name = "" // these streams have no names
+	case strings.HasPrefix(e.pattern, "/v1/responses"):
+		var inner map[string]json.RawMessage
+		_ = json.Unmarshal(members["error"], &inner) // where it is no object, it stays as it is
+		for _, member := range [...]string{"code", "message", "param"} {
+			if members[member] = inner[member]; inner[member] == nil {
+				members[member] = json.RawMessage("null")
+			}
+		}
+		members["type"], members["sequence_number"] = json.RawMessage(`"error"`), json.RawMessage("0")
+		text.Reset()
+		b, _ := json.Marshal(members) // raw JSON that was parsed: it cannot fail
+		text.Write(b)
+	}
+	return slices.Concat([]byte(name+"data: "), text.Bytes(), []byte("\n\n"))
+}
 
 // isAboutModel reports whether the endpoint shows or deletes a model, and does not run it.
 func (e *endpoint) isAboutModel() bool { return e.modelInPath && !e.needsModel }

@@ -509,6 +509,12 @@ func errUpstreamProtocol(status int) *apiError {
 		msg: "The provider did not answer like an API. Ask the proxy's administrator to check the base URL."}
 }
 
+// errUpstreamStatus stands for a provider's error that is not JSON, where only an event can be sent.
+func errUpstreamStatus(status int) *apiError {
+	return &apiError{status: status, code: "upstream_error", cause: errProviderStatus(status),
+		msg: "The provider answered with status " + strconv.Itoa(status) + "."}
+}
+
 func errProviderStatus(status int) error { return fmt.Errorf("the provider answered %d", status) }
 
 func errStreamTooLarge(limit int64) *apiError {

@@ -708,7 +708,12 @@ func (p *testProxy) openStream(ctx context.Context, token, members string) (*cli
 	if members != "" {
 		all = append(all, members)
 	}
-	req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(chatBody(all...)))
+	return p.openCall(ctx, token, "/v1/chat/completions", chatBody(all...))
+}
+
+// openCall is openStream for any endpoint. The answer need not be a stream.
+func (p *testProxy) openCall(ctx context.Context, token, path, body string) (*clientStream, error) {
+	req, err := http.NewRequestWithContext(ctx, "POST", p.url+path, strings.NewReader(body))
 	if err != nil {
 		return nil, err
 	}

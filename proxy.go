@@ -320,14 +320,22 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { p.fail(c, w, err) },
 	}
 	defer c.response.stopHeadTimer()
+	if c.bufferStream {
+		c.response.startPings(p.cfg.streamPing)
+		defer c.response.stopPings()
+	}
 	rp.ServeHTTP(c.response, in)
 	c.response.finish()
-	c.relayed = true
+	if c.relayed = true; c.response.broken {
+		_ = c.response.flush()
+		panic(http.ErrAbortHandler)
+	}
 }
 
 // acceptResponse checks the status and header of the provider's answer before any of it leaves.
 func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	c.times.headersAt = time.Now()
+	c.response.stopPings()
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || c.attempts.lastFault == faultKey:
 		return errUpstreamAuth(code)
@@ -339,6 +347,12 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	if err := p.awaitCommit(c); err != nil {
 		c.withheld = res.StatusCode < 300
 		return err
+	}
+	if c.response.headSent && !isEventStream(res) {
+		if c.withheld = res.StatusCode < 300; c.withheld {
+			return errUpstreamProtocol(res.StatusCode)
+		}
+		c.response.relayErrorEvent(res)
 	}
 	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
 	c.setPhase(phaseRelaying)
@@ -362,6 +376,9 @@ func (c *call) isNotModified(status int) bool {
 
 // fail answers a call that got no answer from the provider. w is the client's own.
 func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
+	if c.response != nil {
+		c.response.stopPings()
+	}
 	c.failure = upstreamFailure(c, err)
 	if c.failure == nil {
 		// The client has left, or has only closed its sending side, which looks the same. Returning would
@@ -382,6 +399,10 @@ func (p *proxy) fail(c *call, w http.ResponseWriter, err error) {
 		c.failure = errLedgerUnavailable(err)
 	}
 	c.times.firstByte = time.Since(c.start)
+	if c.response != nil && c.response.headSent {
+		c.response.sendErrorEvent(c.failure)
+		panic(http.ErrAbortHandler)
+	}
 	c.closeIfUnread(w.Header())
 	writeError(w, c.failure, c.shape)
 }

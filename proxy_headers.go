@@ -1,17 +1,21 @@
 // This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
 // of other sites need (CORS_ORIGINS). It also decides which query parameters pass, reads the headers that ask for a
-// WebSocket or a buffered stream, and finds the credential that a request presents. It sends nothing and checks no
-// token.
+// WebSocket or a buffered stream, and finds the credential that a request presents. Of lists of models it reads which
+// page a client asks for, and takes out or renames entries. It sends nothing and checks no token.
 package main
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -191,6 +195,18 @@ func allowResponseHeader(name string) bool {
 		return true
 	}
 	return isRequestID(name) || isProviderHeader(name) && !describesAccount(name)
+}
+
+// setStreamHeaders sets the headers of a stream of events.
+func setStreamHeaders(h http.Header) {
+	h["Cache-Control"] = []string{"no-cache, no-store"}
+	h["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
+}
+
+// isEventStream reports whether an answer is a stream of events that can be read.
+func isEventStream(res *http.Response) bool {
+	return res.StatusCode == http.StatusOK && res.Header.Get("Content-Encoding") == "" &&
+		mediaType(res.Header.Get("Content-Type")) == "text/event-stream"
 }
 
 // isRequestID reports whether a header has a provider's own id of a request, for its support.
@@ -406,4 +422,100 @@ func (x *crossOrigin) answerPreflight(w http.ResponseWriter, r *http.Request) {
 // isHeaderNameList reports whether s has only characters of header names, with commas and spaces between them.
 func isHeaderNameList(s string) bool {
 	return s != "" && isAlphanumericOr(s, "!#$%&'*+-.^_`|~, ")
+}
+
+// renameModel returns an entry of a list of models, an object, with another id, which also stands in for an empty
+// display_name.
+func renameModel(entry json.RawMessage, id string) json.RawMessage {
+	m := map[string]json.RawMessage{}
+	_ = json.Unmarshal(entry, &m) // it was parsed before
+	if string(m["display_name"]) == `""` {
+		m["display_name"], _ = json.Marshal(id)
+	}
+	m["id"], _ = json.Marshal(id) // a string: it cannot fail
+	out, _ := json.Marshal(m)     // raw JSON that was parsed: the same
+	return out
+}
+
+// A modelPageRequest is the page that a client asks for, as Anthropic defines it: at most limit models, after
+// or before a model.
+type modelPageRequest struct {
+	limit         int
+	after, before string
+}
+
+// parsePageRequest reads which page the client asks for.
+func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err error) {
+	q, err := url.ParseQuery(query)
+	if !n.paged || err != nil {
+		return w, nil
+	}
+	w = modelPageRequest{defaultModelPageSize, q.Get("after_id"), q.Get("before_id")}
+	if s := q.Get("limit"); s != "" {
+		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > maxModelPageSize {
+			return w, errPageSize(maxModelPageSize)
+		}
+	}
+	if w.after != "" && w.before != "" {
+		return w, errTwoCursors
+	}
+	return w, nil
+}
+
+// selectPage returns the page and whether more models follow in the same direction. A cursor that is not in the
+// list is an error: an empty page would look like the end of the list.
+func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel, more bool, err *apiError) {
+	at := func(param, id string) int {
+		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
+		if i < 0 {
+			err = errUnknownCursor(param)
+		}
+		return i
+	}
+	from, to := 0, len(models)
+	switch {
+	case w.before != "":
+		to = max(0, at("before_id", w.before))
+		from = max(0, to-w.limit)
+		return models[from:to], from > 0, err
+	case w.after != "":
+		from = at("after_id", w.after) + 1
+	}
+	to = min(to, from+w.limit)
+	return models[from:to], to < len(models), err
+}
+
+// filterModelList returns a provider's list of models with those that the client may use: {"data":[{"id":…}]}, or
+// {"models":[{"slug":…}]} as Codex gets it.
+func filterModelList(body []byte, mayUse func(string) bool) ([]byte, error) {
+	var list map[string]json.RawMessage
+	if err := json.Unmarshal(body, &list); err != nil {
+		return nil, err
+	}
+	if list["data"] == nil && list["models"] == nil {
+		return nil, errors.New("the answer is not a list of models")
+	}
+	for _, member := range [...]string{"data", "models"} {
+		var models []json.RawMessage
+		if list[member] == nil {
+			continue
+		}
+		if err := json.Unmarshal(list[member], &models); err != nil {
+			return nil, err
+		}
+		kept := []json.RawMessage{}
+		for _, raw := range models {
+			var m struct {
+				ID   string `json:"id"`
+				Slug string `json:"slug"`
+			}
+			if json.Unmarshal(raw, &m) == nil && mayUse(cmp.Or(m.ID, m.Slug)) {
+				kept = append(kept, raw)
+			}
+		}
+		list[member], _ = json.Marshal(kept) // it was valid JSON
+	}
+	delete(list, "first_id") // Anthropic's cursors name models
+	delete(list, "last_id")
+	return json.Marshal(list)
 }

@@ -260,19 +260,6 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 	}
 }
 
-// renameModel returns an entry of a list of models, an object, with another id, which also stands in for an empty
-// display_name.
-func renameModel(entry json.RawMessage, id string) json.RawMessage {
-	m := map[string]json.RawMessage{}
-	_ = json.Unmarshal(entry, &m) // it was parsed before
-	if string(m["display_name"]) == `""` {
-		m["display_name"], _ = json.Marshal(id)
-	}
-	m["id"], _ = json.Marshal(id) // a string: it cannot fail
-	out, _ := json.Marshal(m)     // raw JSON that was parsed: the same
-	return out
-}
-
 // addAliases adds the project's aliases of models that the client may use.
 func (n *mergedModels) addAliases(c *call) {
 	listed := func(model string) json.RawMessage {
@@ -288,54 +275,6 @@ func (n *mergedModels) addAliases(c *call) {
 			n.models = append(n.models, listedModel{name, renameModel(entries[i], name)})
 		}
 	}
-}
-
-// A modelPageRequest is the page that a client asks for, as Anthropic defines it: at most limit models, after
-// or before a model.
-type modelPageRequest struct {
-	limit         int
-	after, before string
-}
-
-// parsePageRequest reads which page the client asks for.
-func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err error) {
-	q, err := url.ParseQuery(query)
-	if !n.paged || err != nil {
-		return w, nil
-	}
-	w = modelPageRequest{defaultModelPageSize, q.Get("after_id"), q.Get("before_id")}
-	if s := q.Get("limit"); s != "" {
-		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > maxModelPageSize {
-			return w, errPageSize(maxModelPageSize)
-		}
-	}
-	if w.after != "" && w.before != "" {
-		return w, errTwoCursors
-	}
-	return w, nil
-}
-
-// selectPage returns the page and whether more models follow in the same direction. A cursor that is not in the
-// list is an error: an empty page would look like the end of the list.
-func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel, more bool, err *apiError) {
-	at := func(param, id string) int {
-		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
-		if i < 0 {
-			err = errUnknownCursor(param)
-		}
-		return i
-	}
-	from, to := 0, len(models)
-	switch {
-	case w.before != "":
-		to = max(0, at("before_id", w.before))
-		from = max(0, to-w.limit)
-		return models[from:to], from > 0, err
-	case w.after != "":
-		from = at("after_id", w.after) + 1
-	}
-	to = min(to, from+w.limit)
-	return models[from:to], to < len(models), err
 }
 
 // fillResponse makes the list the body of res, or the requested page of a paged list.
@@ -477,39 +416,4 @@ func filterModels(c *call, res *http.Response) error {
 	replaceBody(res, body)
 	delete(res.Header, "X-Models-Etag")
 	return nil
-}
-
-// filterModelList returns a provider's list of models with those that the client may use: {"data":[{"id":…}]}, or
-// {"models":[{"slug":…}]} as Codex gets it.
-func filterModelList(body []byte, mayUse func(string) bool) ([]byte, error) {
-	var list map[string]json.RawMessage
-	if err := json.Unmarshal(body, &list); err != nil {
-		return nil, err
-	}
-	if list["data"] == nil && list["models"] == nil {
-		return nil, errors.New("the answer is not a list of models")
-	}
-	for _, member := range [...]string{"data", "models"} {
-		var models []json.RawMessage
-		if list[member] == nil {
-			continue
-		}
-		if err := json.Unmarshal(list[member], &models); err != nil {
-			return nil, err
-		}
-		kept := []json.RawMessage{}
-		for _, raw := range models {
-			var m struct {
-				ID   string `json:"id"`
-				Slug string `json:"slug"`
-			}
-			if json.Unmarshal(raw, &m) == nil && mayUse(cmp.Or(m.ID, m.Slug)) {
-				kept = append(kept, raw)
-			}
-		}
-		list[member], _ = json.Marshal(kept) // it was valid JSON
-	}
-	delete(list, "first_id") // Anthropic's cursors name models
-	delete(list, "last_id")
-	return json.Marshal(list)
 }

@@ -121,6 +121,10 @@ type responseWriter struct {
 	headTimer   *time.Timer    // sends the head if no body follows; nil: the call's goroutine alone uses client
 	headSending sync.WaitGroup // for its goroutine
 
+	pings    pinger // of a buffered stream
+	headSent bool   // pings have sent the head already, with status 200
+	broken   bool   // the answer ends with an error event, and visibly broken
+
 	meter             *meter // nil until prepare
 	watch             *meter // of an answer that may show a background response; nil: it cannot
 	keyMask           keyMask
@@ -195,8 +199,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 	}
 	to["Cache-Control"] = []string{"no-store"}
 	if w.sse {
-		to["Cache-Control"] = []string{"no-cache, no-store"}
-		to["X-Accel-Buffering"] = []string{"no"} // an nginx in front must not collect events
+		setStreamHeaders(to)
 	}
 	w.c.cached.accept(w.p, w.c, res, to)
 	_, peeked := res.Body.(*peekedBody)
@@ -225,6 +228,10 @@ func (w *responseWriter) WriteHeader(status int) {
 	}
 	w.status = status
 	w.c.times.firstByte = time.Since(w.c.start)
+	if w.headSent {
+		w.framed = true
+		return
+	}
 	w.c.closeIfUnread(w.client.Header())
 	if w.p.running.isDraining() {
 		w.client.Header()["Connection"] = []string{"close"}
@@ -296,6 +303,88 @@ func (w *responseWriter) endWrite(err error) error {
 	}
 	w.c.setPhase(phaseRelaying)
 	return nil
+}
+
+// A pinger tells the client of a buffered stream that its call is alive. Pings are no part of an answer: they bind the
+// call to status 200, but to no upstream. Between startPings and stopPings the timer's goroutine alone uses the
+// client's writer.
+type pinger struct {
+	mu      sync.Mutex // held while a ping is written
+	timer   *time.Timer
+	sent    bool // the head has left
+	stopped bool
+}
+
+// pingTimeout is how long a client may take to accept a ping.
+const pingTimeout = 5 * time.Second
+
+// startPings sends a ping whenever the client has got nothing for an interval. forward stops them.
+func (w *responseWriter) startPings(interval time.Duration) {
+	g := &w.pings
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.timer = time.AfterFunc(interval-time.Since(w.c.start), func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if next := interval; !g.stopped {
+			if !w.ping() {
+				next = min(interval, watchInterval)
+			}
+			g.timer.Reset(next)
+		}
+	})
+}
+
+// ping sends a ping, and before the first one the head. It returns false if it may not yet: no byte leaves before the
+// call is on record.
+func (w *responseWriter) ping() bool {
+	select {
+	case <-w.c.entry.committed():
+	default:
+		return false
+	}
+	if w.c.entry.commitErr() != nil || w.c.ctx.Err() != nil {
+		return false
+	}
+	_ = w.c.controller.SetWriteDeadline(time.Now().Add(pingTimeout))
+	if !w.pings.sent {
+		w.pings.sent = true
+		h := w.client.Header()
+		h["Content-Type"] = []string{"text/event-stream; charset=utf-8"}
+		setStreamHeaders(h)
+		w.client.WriteHeader(http.StatusOK)
+	}
+	_, _ = w.client.Write(w.c.endpoint.pingEvent()) // if it fails, net/http ends the request's context
+	_ = w.c.controller.Flush()
+	_ = w.c.controller.SetWriteDeadline(time.Time{})
+	return true
+}
+
+// stopPings returns when no ping is being written and none will be.
+func (w *responseWriter) stopPings() {
+	w.pings.mu.Lock()
+	defer w.pings.mu.Unlock()
+	if w.pings.stopped = true; w.pings.timer != nil {
+		w.pings.timer.Stop()
+	}
+	w.headSent = w.pings.sent
+}
+
+// relayErrorEvent turns a provider's error into the last event of a stream whose head has left.
+func (w *responseWriter) relayErrorEvent(res *http.Response) {
+	event := w.c.endpoint.errorEvent(peekBody(res))
+	if event == nil {
+		event = w.c.endpoint.errorEvent(errUpstreamStatus(res.StatusCode).responseBody(w.c.shape))
+	}
+	res.Body.Close()
+	res.Body, w.broken = io.NopCloser(bytes.NewReader(event)), true
+}
+
+// sendErrorEvent sends an error as the last event of a stream whose head has left.
+func (w *responseWriter) sendErrorEvent(e *apiError) {
+	_ = w.c.controller.SetWriteDeadline(time.Now().Add(pingTimeout))
+	_, _ = w.client.Write(w.c.endpoint.errorEvent(e.responseBody(w.c.shape)))
+	_ = w.c.controller.Flush()
 }
 
 // finish sends what is still held back when the answer is complete.

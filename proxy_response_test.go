@@ -1052,3 +1052,240 @@ func FuzzUpHeader(f *testing.F) {
 		}
 	})
 }
+
+// TestStreamPings: a client of a verified stream gets pings in its API's form while the provider works. They bind the
+// call to no upstream. A failure after a ping is an event in the stream's own form, and the stream ends broken.
+func TestStreamPings(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"STREAM_PING_INTERVAL": "20ms"})
+	p.allowErrors = true // the log tells of a masked key
+	p.changeProject(`"routing":{"verified_streams":true}`)
+	spare, anthropic, google := newFakeProvider(t), newFakeProvider(t), newFakeProvider(t)
+	spareID := p.addUpstreamAt(spare, "openai", `"weight":0,"priority":1`)
+	ids := []string{p.upstream, spareID, p.addUpstreamAt(anthropic, "anthropic", `"weight":1`),
+		p.addUpstreamAt(google, "google", `"weight":1`)}
+	const (
+		chat, responses, messages = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+		gemini                    = "/v1beta/models/gemini-2.5-flash:streamGenerateContent?alt=sse"
+
+		comment, event = ": ping\n\n", "event: ping\ndata: {\"type\": \"ping\"}\n\n"
+	)
+	message := []string{"event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":" +
+		"{\"input_tokens\":9,\"output_tokens\":1}}}\n\n", "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n"}
+	candidate := []string{`data: {"candidates":[{"content":{"parts":[{"text":"Hi"}]},"finishReason":"STOP"}],` +
+		"\"usageMetadata\":{\"promptTokenCount\":9,\"candidatesTokenCount\":3}}\n\n"}
+	whole := strings.Join(chatEvents(false), "")
+	for _, c := range []struct {
+		name, path, ping string
+		provider         *fakeProvider
+		script           func(*providerConn, recordedRequest) bool
+		want             string // what follows the pings; <any> is any text
+		outcome          string // "ok": the stream ends cleanly
+		status           int
+		code             string
+		failover         bool
+	}{
+		{name: "whole", path: chat, provider: p.provider, script: chatScript, want: whole, outcome: "ok", status: 200},
+		{name: "Anthropic", path: messages, provider: anthropic, script: streamScript(message, 2, endStream),
+			want: strings.Join(message, ""), outcome: "ok", status: 200},
+		{name: "Gemini", path: gemini, provider: google, script: streamScript(candidate, 1, endStream),
+			want: candidate[0], outcome: "ok", status: 200},
+		{name: "another upstream answers", path: chat, provider: p.provider, failover: true, want: whole,
+			script: streamScript(longStream(), 9, resetStream), outcome: "ok", status: 200},
+		{name: "cut", path: chat, provider: p.provider, script: streamScript(longStream(), 9, resetStream),
+			want: `data: {"error":{"message":"<any>","type":"server_error","param":null,` +
+				`"code":"upstream_unreachable"}}` + "\n\n",
+			outcome: "upstream_error", status: 502, code: "upstream_unreachable"},
+		{name: "an error event that came first", path: chat, provider: p.provider, outcome: "upstream_error",
+			status: 200, script: streamScript([]string{"data: {\"error\":{\"message\":\"x\"}}\n\n"}, 1, endStream),
+			want: "data: {\"error\":{\"message\":\"x\"}}\n\n", code: "error_in_stream"},
+		{name: "overloaded", path: messages, provider: anthropic,
+			script: replyScript(529, "{\"type\":\"error\",\n "+`"error":{"type":"overloaded_error","message":"Busy"}}`),
+			want: "event: error\n" +
+				`data: {"type":"error","error":{"type":"overloaded_error","message":"Busy"}}` + "\n\n",
+			outcome: "upstream_error", status: 529},
+		{name: "the request's fault", path: responses, provider: p.provider,
+			script: replyScript(400, `{"error":{"message":"no","type":"invalid_request_error","code":"bad"}}`),
+			want: "event: error\n" + `data: {"code":"bad","error":{"message":"no","type":"invalid_request_error",` +
+				`"code":"bad"},"message":"no","param":null,"sequence_number":0,"type":"error"}` + "\n\n",
+			outcome: "upstream_error", status: 400},
+		{name: "Gemini's quota", path: gemini, provider: google,
+			script:  replyScript(429, `{"error":{"code":429,"message":"Quota","status":"RESOURCE_EXHAUSTED"}}`),
+			want:    `data: {"error":{"code":429,"message":"Quota","status":"RESOURCE_EXHAUSTED"}}` + "\n\n",
+			outcome: "upstream_error", status: 429},
+		{name: "a page", path: messages, provider: anthropic,
+			script: replyScript(503, "<html>", "Content-Type: text/html"),
+			want: "event: error\n" + `data: {"type":"error","error":{"message":"<any>503.","type":"overloaded_error",` +
+				`"param":null,"code":"upstream_error"}}` + "\n\n",
+			outcome: "upstream_error", status: 503},
+		{name: "the key is refused", path: messages, provider: anthropic, script: replyScript(401, `{"error":{}}`),
+			want:    "event: error\ndata: {\"type\":\"error\",\"error\":{<any>\"code\":\"upstream_auth_error\"}}\n\n",
+			outcome: "upstream_error", status: 502, code: "upstream_auth_error"},
+		{name: "the key in an error", path: chat, provider: p.provider,
+			script:  replyScript(400, `{"error":{"message":"your key `+p.provider.key+`"}}`),
+			want:    `data: {"error":{"message":"your key ****<any>"}}` + "\n\n",
+			outcome: "upstream_error", status: 400},
+		{name: "no stream", path: chat, provider: p.provider, script: replyScript(200, chatResponseBody),
+			want:    `data: {"error":{<any>"code":"upstream_protocol_error"}}` + "\n\n",
+			outcome: "upstream_error", status: 502, code: "upstream_protocol_error"},
+	} {
+		for _, id := range ids { // any change makes an upstream ready again
+			p.changeUpstream(id, `"note":"`+c.name+`"`)
+		}
+		if p.changeUpstream(spareID, `"weight":0`); c.failover {
+			p.changeUpstream(spareID, `"weight":1`)
+		}
+		bodies := map[string]string{gemini: `{"contents":[]}`}
+		for _, path := range []string{chat, responses, messages} {
+			bodies[path] = `{"model":"gpt-4o-mini","stream":true,"max_tokens":9,"messages":[],"input":"x"}`
+		}
+		ping := map[string]string{chat: comment, responses: comment, messages: event, gemini: "\n\n"}[c.path]
+		gate := make(chan struct{})
+		c.provider.setScript(func(conn *providerConn, r recordedRequest) bool {
+			select {
+			case <-gate:
+			case <-t.Context().Done(): // the test has failed
+			}
+			return c.script(conn, r)
+		})
+		s, err := p.openCall(t.Context(), p.token, c.path, bodies[c.path])
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		got, err := s.read(2 * len(ping))
+		close(gate)
+		if got != ping+ping || err != nil {
+			t.Fatalf("%s: got %q, %v before the answer", c.name, got, err)
+		}
+		got, err = s.readAll()
+		for strings.HasPrefix(got, ping) {
+			got = strings.TrimPrefix(got, ping)
+		}
+		clean := c.outcome == "ok" || c.code == "error_in_stream"
+		if !(callSection{text: c.want}).matches(callSection{text: got}) || (err == nil) != clean {
+			t.Errorf("%s: got %q, %v; want %q", c.name, got, err, c.want)
+		}
+		row := p.lastCall()
+		if row.Outcome != c.outcome || row.Status != c.status || row.ErrorCode != c.code ||
+			c.failover != (row.UpstreamID == spareID) {
+			t.Errorf("%s: the ledger has %+v", c.name, row)
+		}
+		used := c.outcome == "ok" || c.name == "no stream" || c.name == "cut"
+		if used != (row.UsageSource != "none") {
+			t.Errorf("%s: the usage is %s", c.name, row.UsageSource)
+		}
+	}
+}
+
+// TestStreamPingsEnd: no ping leaves before the call is on record, and none in a plain stream. A call that ends while
+// its client gets pings ends as it would without them.
+func TestStreamPingsEnd(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"STREAM_PING_INTERVAL": "20ms"})
+	p.changeProject(`"routing":{"verified_streams":true}`)
+	hold := func() (release func()) {
+		gate := make(chan struct{})
+		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+			select {
+			case <-gate:
+			case <-t.Context().Done(): // the test has failed
+			}
+			return chatScript(c, r)
+		})
+		return func() { close(gate) }
+	}
+	const ping = ": ping\n\n"
+	someTicks := func() {
+		now := p.instance.running.ticks.Load()
+		waitFor(t, "the watchdog's clock", func() bool { return p.instance.running.ticks.Load() > now+1 })
+	}
+
+	unlock, calls, answer := p.lockDatabase(), len(p.provider.received()), hold()
+	type opened struct {
+		s   *clientStream
+		err error
+		at  time.Time
+	}
+	result := make(chan opened, 1)
+	go func() {
+		s, err := p.openStream(t.Context(), p.token, "")
+		result <- opened{s, err, time.Now()}
+	}()
+	waitFor(t, "the provider", func() bool { return len(p.provider.received()) > calls })
+	someTicks()
+	released := time.Now()
+	unlock()
+	r := <-result
+	if r.err != nil || r.at.Before(released) {
+		t.Fatalf("the head came before the call was on record, or %v", r.err)
+	}
+	if got, err := r.s.read(len(ping)); got != ping || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+	r.s.body.Close()
+	if row := p.lastCall(); row.Outcome != "client_gone" {
+		t.Errorf("a client that left: the ledger has %+v", row)
+	}
+	answer()
+
+	answer = hold()
+	id, token := p.newToken(`"name":"revoked"`)
+	s := p.stream(token)
+	if got, err := s.read(len(ping)); got != ping || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+	p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
+	got, err := s.readAll()
+	event := strings.ReplaceAll(got, ping, "")
+	if !strings.HasPrefix(event, `data: {"error":{"message":"Incorrect API key`) || err == nil {
+		t.Errorf("a revoked token: got %q, %v", got, err)
+	}
+	if row := p.lastCall(); row.Outcome != "truncated" || row.ErrorCode != "revoked" {
+		t.Errorf("a revoked token: the ledger has %+v", row)
+	}
+	answer()
+
+	p.changeProject(`"routing":{"verified_streams":false}`)
+	answer = hold()
+	plain := make(chan testResponse, 1)
+	go func() { plain <- p.chat(`"stream":true`) }()
+	calls = len(p.provider.received())
+	waitFor(t, "the provider", func() bool { return len(p.provider.received()) > calls })
+	someTicks()
+	answer()
+	if res := <-plain; res.status != 200 || res.body != strings.Join(chatEvents(false), "") {
+		t.Errorf("a plain stream: got %d %q, %v", res.status, res.body, res.err)
+	}
+}
+
+// TestStreamPingsHTTP2: pings, the answer and an error event in HTTP/2, and over HTTP/1 with a cache.
+func TestStreamPingsHTTP2(t *testing.T) {
+	t.Parallel()
+	cert, key := testCertificate(t, t.TempDir(), time.Hour)
+	p := newTest(t, map[string]string{"STREAM_PING_INTERVAL": "10ms", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
+	p.changeProject(`"routing":{"verified_streams":true},"policy":{"cache":{"ttl_seconds":60}}`)
+	slowly := func(script func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
+		return func(c *providerConn, r recordedRequest) bool {
+			now := p.instance.running.ticks.Load()
+			waitFor(t, "the watchdog's clock", func() bool { return p.instance.running.ticks.Load() > now+1 })
+			return script(c, r)
+		}
+	}
+	want, body := strings.Join(chatEvents(false), ""), chatBody(`"stream":true`, `"temperature":0`)
+	call := func() testResponse { return p.do("POST", "/v1/chat/completions", body, p.jsonHeaders()...) }
+	p.provider.setScript(slowly(resetScript))
+	if res := call(); res.status != 200 || res.err == nil || !strings.HasPrefix(res.body, ": ping\n\n") ||
+		!strings.Contains(res.body, `"code":"upstream_unreachable"`) {
+		t.Errorf("no answer: got %d %q, %v", res.status, res.body, res.err)
+	}
+	p.provider.setScript(slowly(chatScript))
+	res := call()
+	if got := strings.ReplaceAll(res.body, ": ping\n\n", ""); res.status != 200 || res.err != nil || got != want ||
+		got == res.body {
+		t.Errorf("an answer: got %d %q, %v", res.status, res.body, res.err)
+	}
+	p.cacheSettled()
+	if res = call(); res.body != want || !strings.Contains(res.header.Get("Cache-Status"), "hit") {
+		t.Errorf("from the cache: got %q, %v", res.body, res.header)
+	}
+}
