@@ -120,7 +120,7 @@ func TestContentStored(t *testing.T) {
 			c.script = chatScript
 		}
 		p.provider.setScript(c.script)
-		body := append(c.members, `"user":"`+canary+`"`)
+		body := append(c.members, `"metadata":{"note":"`+canary+`"}`) // "user" is on record
 		p.chat(body...)
 		v := p.getContent(p.lastCall().ID)
 		sent := chatBody(body...)
