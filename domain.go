@@ -44,14 +44,6 @@ func addSat(a, b int64) int64 {
 	}
 }
 
-// formatDollars writes a price as parseDollars reads it: dollars per million tokens. noPrice gives "".
-func formatDollars(pico int64) string {
-	if pico < 0 {
-		return ""
-	}
-	return formatDecimal(pico, 6)
-}
-
 // formatNanos writes nano-dollars as dollars, with at most nine decimals.
 func formatNanos(nanos int64) string { return formatDecimal(nanos, 9) }
 
@@ -341,8 +333,10 @@ type requestRow struct {
 	// Until the usage of the background response with this id at the provider is known, limits count what was reserved.
 	backgroundID                                string
 	reservedInput, reservedOutput, reservedCost int64
-	usageOf                                     int64 // not 0: no call, but the usage of this one, now known
-	counted                                     bool  // the ledger has added usageOf's usage to the sums
+	usageOf                                     int64  // not 0: no call, but the usage of this one, now known
+	counted                                     bool   // the ledger has added usageOf's usage to the sums
+	batch                                       string // the object with the results that usageOf's usage is of
+	batchLines, linesCounted                    int64  // of them: in this usage, and counted before
 }
 
 // durableFields returns pointers to the fields that describe the call, in a fixed order. Stored content is not
@@ -353,7 +347,8 @@ func (r *requestRow) durableFields() []any {
 		&r.counts.output, &r.counts.reasoning, &r.counts.audioInput, &r.counts.audioOutput, &r.cost, &r.priced,
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse, &r.promptSaved,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
-		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted, &r.attribution}
+		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted, &r.attribution,
+		&r.batch, &r.batchLines, &r.linesCounted}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)
 	}

@@ -768,6 +768,7 @@ func (p *testProxy) checkSums() {
 	p.t.Helper()
 	type key struct{ at, token, model, endpoint, outcome any }
 	want := map[string]map[key]usageSum{"hour": {}, "day": {}, "total": {}}
+	severalPrices := map[key]bool{} // of sums with rows that tell no single price for their cached input
 	for _, v := range p.allRequests() {
 		if v.outcome == outcomeRefused {
 			continue
@@ -780,6 +781,7 @@ func (p *testProxy) checkSums() {
 			r.cost = *v.nullCost
 		}
 		r.totalUS = deref(v.nullTotalUS)
+		r.promptSaved = p.promptSaved(&v)
 		for grain, k := range map[string]key{
 			"hour":  {r.started - r.started%hourMS, v.tokenID, nil, r.endpoint, string(r.outcome)},
 			"day":   {r.started - r.started%dayMS, nil, nil, r.endpoint, string(r.outcome)},
@@ -788,6 +790,7 @@ func (p *testProxy) checkSums() {
 			s := want[grain][k]
 			s.add(&r)
 			want[grain][k] = s
+			severalPrices[k] = severalPrices[k] || r.priced && r.counts.cached > 0 && v.billedPriceID == 0
 		}
 	}
 	for grain, want := range want {
@@ -811,6 +814,9 @@ func (p *testProxy) checkSums() {
 			}
 		}
 		for k, s := range want {
+			if severalPrices[k] {
+				s.promptSaved = got[k].promptSaved
+			}
 			if got[k] != s {
 				p.t.Errorf("by %s, %v: the rows add up to %+v, the sums are %+v", grain, k, s, got[k])
 			}
@@ -819,6 +825,24 @@ func (p *testProxy) checkSums() {
 			p.t.Errorf("by %s: %d sums, want %d", grain, len(got), len(want))
 		}
 	}
+}
+
+// promptSaved returns what the cached input of a call has saved, by the price that its cost was made of.
+func (p *testProxy) promptSaved(v *requestView) int64 {
+	if v.billedPriceID == 0 || v.counts.cached == 0 || v.nullCost == nil {
+		return 0
+	}
+	text, err := p.instance.store.billedPrice(context.Background(), v.billedPriceID)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	price, err := parseBilledPrice(text)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	r := v.requestRow
+	r.cost = *v.nullCost
+	return price.promptSaved(&r)
 }
 
 // checkCounts compares each token's count, stored and in memory, with its rows. A call that could not be recorded was

@@ -514,6 +514,7 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		before := minIDAt(now.Add(-keep.maxAge))
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, before, 200) })
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldBackground(ctx, before, 20) })
+		l.prune(ctx, func() (int64, error) { return l.store.deleteOldBatches(ctx, maxKnownBatches, 200) })
 		over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention)))
 		if over > 0 && now.Sub(warnedAt) >= time.Hour {
 			warnedAt = now

@@ -393,7 +393,7 @@ func newCostBreakdown(p *price, c *tokenCounts, d *usageDetails) *costBreakdown 
 }
 
 // breakdownOf returns what the cost of a call is made of, at the price that held when it began; nil if it has no
-// cost, or is from a time when prices were not kept.
+// cost, if that is a sum of several costs, as with a batch, or if the call is from a time when prices were not kept.
 func (ops *operations) breakdownOf(ctx context.Context, v *requestView) (*costBreakdown, error) {
 	if v.nullCost == nil || v.billedPriceID == 0 {
 		return nil, nil
@@ -409,7 +409,11 @@ func (ops *operations) breakdownOf(ctx context.Context, v *requestView) (*costBr
 	if err != nil {
 		return nil, fmt.Errorf("reading the price of a call: %w", err)
 	}
-	return newCostBreakdown(p, &v.counts, &v.details), nil
+	b := newCostBreakdown(p, &v.counts, &v.details)
+	if b != nil && b.Cost != dollars(*v.nullCost) {
+		return nil, nil
+	}
+	return b, nil
 }
 
 // describe writes the price for people: where it is from, and a line for each part.

@@ -403,26 +403,15 @@ func sanitizeModelName(raw []byte) string {
 func (s *usageScanner) slotFor(name []byte) slot {
 	switch s.scopes[s.level-1] {
 	case scopeTop:
+		if s.batch {
+			return batchSlot(name)
+		}
 		if s.readID && string(name) == "id" && !s.readNested {
 			return slotID
 		}
 		return topLevelSlot(name, s.readNested)
 	case scopeNested:
-		if s.readID && string(name) == "id" {
-			return slotID
-		}
-		switch string(name) {
-		case "usage":
-			return slotUsage
-		case "model":
-			return slotModel
-		case "status":
-			return slotStatus
-		case "output":
-			return slotOutputList
-		case "service_tier":
-			return slotServiceTier
-		}
+		return s.nestedSlot(name)
 	case scopeChoice:
 		return choiceSlot(name)
 	case scopeVendor:
@@ -450,6 +439,35 @@ func (s *usageScanner) slotFor(name []byte) slot {
 		}
 	default:
 		return detailSlot(s.scopes[s.level-1], name)
+	}
+	return slotNone
+}
+
+// nestedSlot is slotFor in a response or message.
+func (s *usageScanner) nestedSlot(name []byte) slot {
+	switch string(name) {
+	case "usage":
+		return slotUsage
+	case "model":
+		return slotModel
+	case "status":
+		return slotStatus
+	case "output":
+		return slotOutputList
+	case "service_tier":
+		return slotServiceTier
+	case "id":
+		if s.readID {
+			return slotID
+		}
+	case "body", "message": // the answer itself, in OpenAI's and Anthropic's form
+		if s.batch && s.level == 2 {
+			return slotNested
+		}
+	case "data":
+		if s.batch {
+			return slotData
+		}
 	}
 	return slotNone
 }
@@ -502,6 +520,17 @@ func topLevelSlot(name []byte, readNested bool) slot {
 	return slotNone
 }
 
+// batchSlot is slotFor in a line of the results of a batch.
+func batchSlot(name []byte) slot {
+	switch string(name) {
+	case "custom_id":
+		return slotCustomID
+	case "response", "result":
+		return slotNested
+	}
+	return slotNone
+}
+
 // isAnswer reports whether a value of this kind, at the top level, is a part of an answer.
 func (s slot) isAnswer() bool {
 	switch s {
@@ -546,4 +575,108 @@ func (s *usageScanner) setError() {
 	} else {
 		s.hasFailure = true
 	}
+}
+
+// maxBatchModels is how many models of one batch are counted by name.
+const maxBatchModels = 16
+
+// A batchMeter adds up what the answers in the results of a batch have used. Results are lines of JSON, of any size and
+// in any order, each with one answer. A line that has another form, as in any other file, counts nothing.
+type batchMeter struct {
+	line     meter
+	answer   usageDetails      // what all answers have in common: conditions of the price
+	price    func(*requestRow) // fills in the cost of an answer
+	models   []batchUsage      // at most two for each model
+	isResult bool              // a line was a result
+}
+
+// newBatchMeter returns a meter of results in the form of an API.
+func newBatchMeter(kind meterKind, answer usageDetails, price func(*requestRow)) *batchMeter {
+	b := &batchMeter{line: meter{kind: kind, format: formatJSON}, answer: answer, price: price}
+	b.answer.tier = tierBatch
+	b.nextLine()
+	return b
+}
+
+// process reads the next bytes of the results.
+func (b *batchMeter) process(p []byte) {
+	for len(p) > 0 {
+		end := bytes.IndexByte(p, '\n')
+		text := p[:max(end, 0)]
+		if end < 0 {
+			text, end = p, len(p)-1
+		}
+		b.line.bytes += int64(len(text))
+		b.line.scan.feedAll(text)
+		b.line.text.feed(text)
+		if p[end] == '\n' {
+			b.endLine(true)
+		}
+		p = p[end+1:]
+	}
+}
+
+// finish ends the last line, which may be cut.
+func (b *batchMeter) finish() { b.endLine(b.line.scan.state == scanClosed) }
+
+// endLine ends a line. An answer without usage is estimated if it is complete; a line that was cut before its usage
+// counts when it is read again.
+func (b *batchMeter) endLine(complete bool) {
+	m := &b.line
+	if m.scan.isResult {
+		b.isResult = true
+		m.hasUsage, m.usage, m.tools, m.textBytes = m.scan.usageSeen, m.scan.usage, m.scan.tools, m.text.sum()
+		if m.hasUsage || complete && m.textBytes > 0 { // otherwise it is an error, or free
+			b.add()
+		}
+	}
+	b.nextLine()
+}
+
+func (b *batchMeter) nextLine() {
+	m := &b.line
+	m.scan = usageScanner{batch: true, text: m.scan.text[:0]}
+	m.scan.reset(true)
+	m.text, m.bytes = textCounter{}, 0
+}
+
+// add adds the answer in the current line.
+func (b *batchMeter) add() {
+	var row requestRow
+	m := &b.line
+	row.counts, row.source = m.currentUsage()
+	if row.source == usageNone {
+		return
+	}
+	row.model, row.details = m.scan.model, m.details
+	row.details.tier, row.details.multiplier = tierBatch, b.answer.multiplier
+	row.details.region = cmp.Or(row.details.region, b.answer.region)
+	if m.scan.hasData && !m.usage.hasOutputDetails() { // embeddings have no output
+		row.details.imageOutput = row.counts.output
+	}
+	b.price(&row)
+	sum := b.sumFor(&row)
+	sum.lines++
+	sum.addUsage(&row)
+}
+
+// sumFor returns the sum that an answer counts in.
+func (b *batchMeter) sumFor(row *requestRow) *batchUsage {
+	for range 2 {
+		for i := range b.models {
+			if u := &b.models[i]; u.model == row.model && u.priced == row.priced {
+				return u
+			}
+		}
+		if len(b.models) < 2*maxBatchModels {
+			break
+		}
+		row.model = ""
+	}
+	u := batchUsage{requestRow: requestRow{details: b.answer}}
+	u.model, u.priced, u.price, u.source = row.model, row.priced, row.price, usageExact
+	u.details.region, u.details.speed = row.details.region, row.details.speed
+	u.details.searchContext = row.details.searchContext
+	b.models = append(b.models, u)
+	return &b.models[len(b.models)-1]
 }

@@ -87,6 +87,8 @@ const (
 	slotFinish
 	slotModality
 	slotModalityCount
+	slotCustomID // of a line in the results of a batch
+	slotData
 )
 
 // A responseStatus is how far a stored response has come.
@@ -187,6 +189,9 @@ type usageScanner struct {
 	conditions usageDetails // the last tier, speed, region and search context; reset keeps them
 
 	readNested bool // look into response and message, too
+	batch      bool // the document is a line in the results of a batch
+	isResult   bool // it has a custom_id
+	hasData    bool // its answer has a list named data: pictures or embeddings
 	state      scanState
 	slot       slot
 	escaped    bool // in a string, the last byte was a backslash
@@ -210,7 +215,7 @@ func (s *usageScanner) reset(readNested bool) {
 	s.hasError, s.statusFailed, s.topLevelInput, s.finished = false, false, false, false
 	s.eventType, s.typeSeen, s.typeIsDelta = eventNone, false, false
 	s.readNested, s.state, s.level, s.depth, s.escaped = readNested, scanStart, 0, 0, false
-	s.tools = toolCounts{}
+	s.tools, s.isResult, s.hasData = toolCounts{}, false, false
 }
 
 // feedAll reads the next bytes of a document that nothing follows.
@@ -372,6 +377,8 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeServerTools)
 	case object && s.slot == slotItemAction:
 		s.enterObject(scopeAction)
+	case !object && s.slot == slotData:
+		s.hasData, s.depth, s.state = true, 1, scanSkip
 	case !object && s.slot.isList():
 		s.state, s.list = scanFirst, s.slot
 	default:
@@ -380,7 +387,7 @@ func (s *usageScanner) startContainer(open byte) {
 	}
 }
 
-// enterObject enters an object whose members matter. slotFor nests scopes at most five deep.
+// enterObject enters an object whose members matter. slotFor nests scopes at most six deep.
 func (s *usageScanner) enterObject(sc jsonScope) {
 	s.scopes[s.level] = sc
 	s.level++
@@ -640,6 +647,8 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		s.finished = s.finished || len(text) > 0
 	case slotItemType, slotActionType, slotContainer:
 		s.item.set(s.slot, text)
+	case slotCustomID:
+		s.isResult = true
 	default:
 		s.setNumber(text[:min(len(text), maxCountLen+1)])
 	}

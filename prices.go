@@ -631,6 +631,14 @@ func (u priceUnit) format(pico int64) string {
 	return formatDecimal(pico, 12)
 }
 
+// formatDollars writes a price as parseDollars reads it: dollars per million tokens. noPrice gives "".
+func formatDollars(pico int64) string {
+	if pico < 0 {
+		return ""
+	}
+	return formatDecimal(pico, 6)
+}
+
 // parseDollars reads a price in dollars per million tokens, such as "2.5", and returns pico-dollars per token.
 // It accepts digits with at most one point between them, at most six decimals, and at most a million dollars.
 func parseDollars(s string) (pico int64, err error) { return parseDecimal(s, 6, 1_000_000) }

@@ -308,8 +308,9 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	rp := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header, c.project.id, unchanged), time.Now()
-			if c.headOnly {
-				delete(pr.Out.Header, "Range") // only a GET has ranges
+			if c.headOnly || c.endpoint.hasResults() && pr.Out.Header["Range"] != nil &&
+				p.limits.hasKnownResults(c.ctx, c.upstream.host, c.match.path) {
+				delete(pr.Out.Header, "Range") // only a GET has ranges, and usage is counted in whole results
 			}
 			c.conditional = pr.Out.Header["If-None-Match"] != nil || pr.Out.Header["If-Modified-Since"] != nil
 		},

@@ -125,8 +125,9 @@ type responseWriter struct {
 	headSent bool   // pings have sent the head already, with status 200
 	broken   bool   // the answer ends with an error event, and visibly broken
 
-	meter             *meter // nil until prepare
-	watch             *meter // of an answer that may show a background response; nil: it cannot
+	meter             *meter       // nil until prepare
+	watch             *meter       // of an answer that may show a background response; nil: it cannot
+	batch             *batchAnswer // of an answer that may show batches or their results; nil: it cannot
 	keyMask           keyMask
 	sse               bool
 	providerRequestID string // the provider's id of this request
@@ -177,6 +178,10 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if w.c.endpoint.showsResponse() && res.StatusCode < 300 {
 		w.watch = newMeter(meterOpenAI, w.sse, opaque, false)
 		w.watch.scan.readID = true
+	}
+	if res.StatusCode < 300 && !opaque && !w.c.headOnly {
+		w.batch = newBatchAnswer(w.c.endpoint, w.c.upstream, w.c.match.path, w.c.prices, w.c.project.multiplier)
+		w.batch.setBody(&w.c.memory, res.StatusCode == http.StatusPartialContent)
 	}
 
 	to := w.client.Header()
@@ -258,6 +263,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	if w.watch != nil {
 		w.watch.process(p)
 	}
+	w.batch.process(p)
 	rest := w.meter.process(w.keyMask.redact(p))
 	w.c.progress.bytesRelayed.Add(int64(len(p)))
 	if w.sse || w.meter.isStream() {

@@ -68,7 +68,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 		}
 	}
 	c.reservation.settle(now.UnixMilli(), used, func() { p.ledger.settle(c.entry) })
-	p.settleResponse(c)
+	p.settleLate(c)
 	p.metrics.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	if c.response != nil && c.response.sse {
 		p.metrics.activeStreams.Add(-1)
@@ -80,23 +80,30 @@ func (p *proxy) settle(c *call, r *http.Request) {
 	p.logCall(c, row, now)
 }
 
-// settleResponse records what a background response has used, if the call's answer says so.
-func (p *proxy) settleResponse(c *call) {
-	if c.response == nil || c.response.watch == nil {
+// settleLate records the usage of earlier calls that the call's answer tells: of a background response, or of a batch.
+func (p *proxy) settleLate(c *call) {
+	if c.response == nil || c.response.watch == nil && c.response.batch == nil {
 		return
 	}
-	if c.relayed {
-		c.response.watch.finish()
+	counted, err := p.limits.recordBatch(c.response.batch, &c.entry.row)
+	if c.response.watch != nil {
+		if c.relayed {
+			c.response.watch.finish()
+		}
+		id, _, _ := strings.Cut(strings.TrimPrefix(c.match.path, "/v1/responses/"), "/")
+		shown := shownResponse{id: id, project: c.project.seq, upstream: c.upstream.seq, meter: c.response.watch,
+			deleted: c.endpoint.method == http.MethodDelete, vendor: c.priceVendor(), prices: p.prices.Load()}
+		row, responseErr := p.limits.settleResponse(&shown)
+		counted, err = append(counted, row), responseErr
 	}
-	id, _, _ := strings.Cut(strings.TrimPrefix(c.match.path, "/v1/responses/"), "/")
-	row, err := p.limits.settleResponse(&shownResponse{id: id, project: c.project.seq, upstream: c.upstream.seq,
-		meter: c.response.watch, deleted: c.endpoint.method == http.MethodDelete, vendor: c.priceVendor(),
-		prices: p.prices.Load()})
-	if row.counted {
-		p.metrics.countUsage(&forwardedCall{c.project.id, c.upstream.provider, c.prices, 0}, &row)
+	for i := range counted {
+		if counted[i].counted {
+			p.metrics.countUsage(&forwardedCall{c.project.id, c.upstream.provider, c.prices, 0}, &counted[i])
+		}
 	}
 	if err != nil {
-		p.log.Error("the usage of a background response could not be recorded", "request_id", c.requestID, "error", err)
+		p.log.Error("the usage of a background response or batch could not be recorded", "request_id", c.requestID,
+			"error", err)
 	}
 }
 

@@ -15,6 +15,7 @@ package main
 
 import (
 	"math"
+	"strings"
 	"sync"
 )
 
@@ -343,6 +344,26 @@ func (e *reservationEntry) settle(usage finalUsage) {
 	default:
 		c.reserved -= max(0, e.quantity-e.spent)
 		c.used = max(0, addSat(c.used, used-e.spent))
+	}
+}
+
+// countLate replaces what was reserved for a call by its usage in counters, where the window in which it started is the
+// current one.
+func countLate(counters []*limitCounter, r *requestRow, now int64) {
+	_, pattern, _ := strings.Cut(r.endpoint, " ")
+	used := r.limitUsage()
+	counted := finalUsage{tokens: addSat(r.reservedInput, r.reservedOutput), dollars: r.reservedCost}
+	for _, c := range counters {
+		c.advance(now)
+		if !c.limit.applies(r.endpoint, pattern, r.requestedModel) || c.windowEnd > 0 && r.started < c.windowStart {
+			continue
+		}
+		n := used.value(c.limit.metric) - counted.value(c.limit.metric)
+		if c.limit.period.bucketMS() == 0 {
+			c.used = max(0, addSat(c.used, n))
+		} else if n > 0 { // at most one period of debt, as for any call
+			c.used = max(c.used, min(c.used+n*c.scale(), 2*c.limit.max*c.scale()))
+		}
 	}
 }
 

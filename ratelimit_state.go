@@ -120,11 +120,234 @@ func (ls *limitState) expireResponses(ctx context.Context, now time.Time, maxAge
 func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor, model string) error {
 	if row.source != usageNone {
 		if p := ls.registry.liveProject(row.project); p != nil {
-			row.details.multiplier = combinedMultiplier(p.state.Load().multiplier, 0)
+			state := p.state.Load()
+			row.details.multiplier = combinedMultiplier(state.multiplier, 0)
+			for _, u := range state.upstreams {
+				if u.seq == row.upstream {
+					row.details.multiplier = combinedMultiplier(state.multiplier, u.settings.CostMultiplier)
+					row.details.region = cmp.Or(row.details.region, hostRegion(u.host))
+					vendor = cmp.Or(vendor, priceVendor(u.provider, u.host))
+				}
+			}
 		}
 		prices.priceRow(row, vendor, model, row.model, row.requestedModel)
 	}
 	return ls.recordUsage(row)
+}
+
+// A batchAnswer is an answer that shows batches, or has the results of one.
+type batchAnswer struct {
+	call     requestRow  // that gets the answer: usageOf is its id
+	host     string      // of the provider
+	object   string      // the batchName of what has the results
+	isNew    bool        // the answer shows a batch that the call has made
+	isPart   bool        // of a file
+	results  *batchMeter // nil: the answer shows batches
+	shown    []byte      // what has been read of an answer that does
+	memory   *bodyShare  // for that
+	tooLarge bool
+}
+
+// newBatchAnswer returns what reads the answers of an endpoint that show batches or may have results, nil for those of
+// any other. path is the call's; multiplier is of its project's costs.
+func newBatchAnswer(e *endpoint, u *upstream, path string, prices *priceTable, multiplier int64) *batchAnswer {
+	if !e.showsBatch() && !e.hasResults() {
+		return nil
+	}
+	b := &batchAnswer{host: u.host, object: resultsName(u.host, path),
+		isNew: e.method == http.MethodPost && !strings.Contains(e.pattern, "{")}
+	if e.showsBatch() {
+		return b
+	}
+	kind := meterOpenAI
+	if e.api == apiAnthropic {
+		kind = meterAnthropic
+	}
+	answer := usageDetails{region: hostRegion(u.host),
+		multiplier: combinedMultiplier(multiplier, u.settings.CostMultiplier)}
+	vendor, now := priceVendor(u.provider, u.host), time.Now().UnixMilli()
+	b.results = newBatchMeter(kind, answer, func(row *requestRow) {
+		row.started = now
+		prices.priceRow(row, vendor, row.model)
+	})
+	return b
+}
+
+// setBody says what memory an answer may take, and whether it is a part of a file. b may be nil.
+func (b *batchAnswer) setBody(memory *bodyShare, isPart bool) {
+	if b != nil {
+		b.memory, b.isPart = memory, isPart
+	}
+}
+
+// batchName returns what names a batch, or a file with results: ids are unique at one host.
+func batchName(host, id string) string { return host + " " + id }
+
+// resultsName returns the batchName of the results at a path: /v1/files/{file_id}/content and such.
+func resultsName(host, path string) string {
+	parts := strings.Split(path, "/")
+	return batchName(host, parts[max(len(parts)-2, 0)])
+}
+
+// maxShownBatches is the most that is read of an answer that shows batches. A list has up to 100 of them.
+const maxShownBatches = 1 << 20 // bytes
+
+// process reads the next bytes of the answer. b may be nil.
+func (b *batchAnswer) process(p []byte) {
+	switch {
+	case b == nil:
+	case b.results != nil:
+		b.results.process(p)
+	case b.tooLarge || len(b.shown)+len(p) > maxShownBatches || b.memory.reserve(int64(len(p))) != nil:
+		b.tooLarge = true
+	default:
+		b.shown = append(b.shown, p...)
+	}
+}
+
+// recordBatch remembers the batches that an answer has shown, or records the usage of the results that it had, and
+// returns what was counted. row is that of the call that got it; answer
+// may be nil.
+func (ls *limitState) recordBatch(answer *batchAnswer, row *requestRow) (counted []requestRow, err error) {
+	if answer == nil {
+		return nil, nil
+	}
+	answer.call = requestRow{usageOf: row.id, started: row.started, project: row.project, token: row.token,
+		endpoint: row.endpoint, outcome: row.outcome, attribution: row.attribution}
+	if answer.results == nil {
+		return nil, ls.recordBatches(answer)
+	}
+	answer.results.finish()
+	return ls.recordResults(answer)
+}
+
+// A batchObject is a batch as OpenAI's and Anthropic's API show it.
+type batchObject struct {
+	ID     string `json:"id"`
+	Output string `json:"output_file_id"`
+	Errors string `json:"error_file_id"`
+}
+
+// maxObjectID is the length of the longest id of a batch or file that is remembered.
+const maxObjectID = 128 // bytes
+
+// recordBatches remembers which call has made a batch, and which files have the results of one.
+func (ls *limitState) recordBatches(answer *batchAnswer) error {
+	var list struct {
+		batchObject
+		Data []batchObject `json:"data"`
+	}
+	if answer.tooLarge || json.Unmarshal(answer.shown, &list) != nil {
+		return nil // it shows none, or the provider's answer was cut
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	defer cancel()
+	if answer.isNew && list.ID != "" && len(list.ID) <= maxObjectID {
+		return ls.store.addBatch(ctx, batchName(answer.host, list.ID), &answer.call)
+	}
+	for _, b := range append(list.Data, list.batchObject) {
+		for _, file := range [...]string{b.Output, b.Errors} {
+			if b.ID == "" || file == "" || len(b.ID)+len(file) > 2*maxObjectID {
+				continue
+			}
+			if _, err := ls.store.batchMaker(ctx, batchName(answer.host, file)); !errors.Is(err, errNotFound) {
+				continue // it is known
+			}
+			maker, err := ls.store.batchMaker(ctx, batchName(answer.host, b.ID))
+			if err != nil && !errors.Is(err, errNotFound) {
+				return err
+			}
+			if err := ls.store.addBatch(ctx, batchName(answer.host, file), &maker); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// hasKnownResults reports whether a path is known to have the results of a batch, which the proxy must read whole.
+func (ls *limitState) hasKnownResults(ctx context.Context, host, path string) bool {
+	_, err := ls.store.batchMaker(ctx, resultsName(host, path))
+	return !errors.Is(err, errNotFound)
+}
+
+// recordResults records the usage of the results that an answer had, as far as it was not counted before. It belongs to
+// the call that made the batch, if that is known, and otherwise to the call that read them; it counts at the time at
+// which they were read. recordResults returns what was counted.
+func (ls *limitState) recordResults(answer *batchAnswer) (counted []requestRow, err error) {
+	if !answer.results.isResult {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	defer cancel()
+	owner, err := ls.store.batchMaker(ctx, answer.object)
+	if errors.Is(err, errNotFound) {
+		err = ls.store.addBatch(ctx, answer.object, &owner)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if owner.usageOf == 0 {
+		owner = answer.call
+	}
+	owner.started, owner.batch = answer.call.started, answer.object
+	for i := range answer.results.models {
+		row, err := ls.recordModelResults(ctx, answer, owner, &answer.results.models[i])
+		if err != nil {
+			return counted, err
+		}
+		if row.counted {
+			counted = append(counted, row)
+		}
+	}
+	return counted, nil
+}
+
+// maxResultAttempts is how often the usage of results is computed anew because another call has read them meanwhile.
+const maxResultAttempts = 100
+
+// recordModelResults is recordResults for the answers of one model.
+func (ls *limitState) recordModelResults(ctx context.Context, answer *batchAnswer, owner requestRow, read *batchUsage,
+) (requestRow, error) {
+	var allRead int64 // lines of the model, whether they have a price or not
+	for _, u := range answer.results.models {
+		if u.model == read.model {
+			allRead = addSat(allRead, u.lines)
+		}
+	}
+	for range maxResultAttempts {
+		before, err := ls.store.countedUsage(ctx, owner.batch, read.model)
+		if err != nil {
+			return owner, err
+		}
+		var allCounted int64
+		var counted batchUsage
+		for _, u := range before {
+			if allCounted = addSat(allCounted, u.lines); u.priced == read.priced {
+				counted = u
+			}
+		}
+		fresh := *read
+		if !answer.isPart { // a part has other lines than those that were counted
+			fresh = read.withoutCounted(&counted)
+		}
+		if fresh.lines == 0 || allRead <= allCounted && !answer.isPart {
+			return owner, nil
+		}
+		row := owner
+		row.model, row.requestedModel, row.source = read.model, read.model, read.source
+		row.counts, row.details, row.price = fresh.counts, fresh.details, fresh.price
+		row.cost, row.promptSaved, row.priced = fresh.cost, fresh.promptSaved, read.priced
+		row.batchLines, row.linesCounted = fresh.lines, counted.lines
+		if t := ls.registry.liveTokenOf(owner.token); t != nil && read.model != "" {
+			row.modelTracked = t.trackModel(read.model)
+			row.requestedModelTracked = row.modelTracked
+		}
+		if err := ls.recordUsage(&row); err != nil || row.counted {
+			return row, err
+		}
+	}
+	return owner, errors.New("other calls read the results at the same time")
 }
 
 // recordUsage records the usage of a call that has become known after its end, and counts it in the limits of the
@@ -135,7 +358,7 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	p := ls.registry.liveProject(r.project)
 	if p == nil {
 		ls.ledger.recordUsage(r)
-		return nil
+		return ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar())
 	}
 	p.limiter.mu.Lock()
 	defer p.limiter.mu.Unlock()
@@ -149,26 +372,6 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 		countLate(t.limits.counters, r, now)
 	}
 	return nil
-}
-
-// countLate replaces what was reserved for a call by its usage in counters, where the window in which it started is the
-// current one.
-func countLate(counters []*limitCounter, r *requestRow, now int64) {
-	_, pattern, _ := strings.Cut(r.endpoint, " ")
-	used := r.limitUsage()
-	counted := finalUsage{tokens: addSat(r.reservedInput, r.reservedOutput), dollars: r.reservedCost}
-	for _, c := range counters {
-		c.advance(now)
-		if !c.limit.applies(r.endpoint, pattern, r.requestedModel) || c.windowEnd > 0 && r.started < c.windowStart {
-			continue
-		}
-		n := used.value(c.limit.metric) - counted.value(c.limit.metric)
-		if c.limit.period.bucketMS() == 0 {
-			c.used = max(0, addSat(c.used, n))
-		} else if n > 0 { // at most one period of debt, as for any call
-			c.used = max(c.used, min(c.used+n*c.scale(), 2*c.limit.max*c.scale()))
-		}
-	}
 }
 
 // lostOutput returns the output tokens that the call counts with if the program is killed: what a limit of tokens or

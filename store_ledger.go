@@ -25,6 +25,8 @@ const (
 	stmtContent
 	stmtBackground
 	stmtBackgroundUsage
+	stmtBatchUsage
+	stmtBatchShown
 	stmtSum
 	stmtSum8
 	stmtSumHits
@@ -138,17 +140,10 @@ func ledgerSQL() [ledgerStmtCount]string {
 				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
 				saved, saved_us, details, price, session, end_user, tags)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-		stmtPrice:   `INSERT INTO billed_prices (id, price) VALUES (?, ?) ON CONFLICT DO NOTHING`,
-		stmtContent: insertContent,
-		// A provider that names one response twice, such as for a repeated call, has it counted once.
-		stmtBackground: `
-			INSERT INTO background (call, project, token, upstream, response, endpoint, outcome, model,
-				model_tracked, asked, asked_tracked, reserved_input, reserved_output, reserved_cost)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
-		stmtBackgroundUsage: `
-			UPDATE background SET usage_source = ?2, input_tokens = ?3, cached_tokens = ?4, cache_write_tokens = ?5,
-				output_tokens = ?6, reasoning_tokens = ?7, cost = ?8
-			WHERE call = ?1 AND usage_source = ''`,
+		stmtPrice:      `INSERT INTO billed_prices (id, price) VALUES (?, ?) ON CONFLICT DO NOTHING`,
+		stmtContent:    insertContent,
+		stmtBackground: insertBackground, stmtBackgroundUsage: updateBackground,
+		stmtBatchUsage: insertBatchUsage, stmtBatchShown: insertBatchShown,
 		stmtSum: insertSums + sumValues + addToSums,
 		stmtSum8: insertSums + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` +
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
@@ -361,11 +356,10 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	}
 	for _, r := range b.sumOnlyRows {
 		if r.usageOf != 0 {
-			if err := w.exec(ctx, stmtBackgroundUsage, r.usageOf, string(r.source), r.counts.input, r.counts.cached,
-				r.counts.cacheWrite, r.counts.output, r.counts.reasoning, nullUnless(r.priced, r.cost)); err != nil {
-				return fmt.Errorf("recording the usage of a response: %w", err)
+			if err := w.recordLateUsage(ctx, r); err != nil {
+				return fmt.Errorf("recording the usage of a response or batch: %w", err)
 			}
-			if r.counted = w.changed > 0; !r.counted {
+			if !r.counted {
 				continue // it was known already
 			}
 		}
@@ -380,6 +374,27 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 		return fmt.Errorf("adding to the sums and hours: %w", err)
 	}
 	return nil
+}
+
+// recordLateUsage writes the usage of a call that has become known after its end, and sets whether it was not known.
+func (w *ledgerWriter) recordLateUsage(ctx context.Context, r *requestRow) (err error) {
+	cost := nullUnless(r.priced, r.cost)
+	if r.batch == "" {
+		err = w.exec(ctx, stmtBackgroundUsage, r.usageOf, string(r.source), r.counts.input, r.counts.cached,
+			r.counts.cacheWrite, r.counts.output, r.counts.reasoning, cost, r.detailsJSON(), r.priceID())
+	} else {
+		err = w.exec(ctx, stmtBatchUsage, r.batch, r.model, r.priced, r.batchLines, r.counts.input, r.counts.cached,
+			r.counts.cacheWrite, r.counts.output, r.counts.reasoning, r.cost, r.promptSaved, r.linesCounted)
+	}
+	if r.counted = err == nil && w.changed > 0; !r.counted {
+		return err
+	}
+	if r.batch != "" {
+		err = w.exec(ctx, stmtBatchShown, r.usageOf, r.project, r.token, r.endpoint, string(r.outcome), r.model,
+			string(r.source), r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output,
+			r.counts.reasoning, cost, r.detailsJSON(), r.priceID())
+	}
+	return errors.Join(err, w.storePrice(ctx, r.price))
 }
 
 // A rowGroup collects rows for a statement with one row and for one with eight. A writer has one at a time:
@@ -563,13 +578,6 @@ func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) 
 			WHERE id < ?1 AND id NOT IN (
 				SELECT CAST(c.value ->> 0 AS BIGINT) FROM begun b, json_each(b.calls) c WHERE b.batch < ?1)
 			ORDER BY id LIMIT ?2)`, before, limit)
-}
-
-// deleteOldBackground deletes up to limit background responses whose usage is known, of calls with an id below before.
-func (s *store) deleteOldBackground(ctx context.Context, before int64, limit int) (int64, error) {
-	return execCount(ctx, s.writeDB, "deleting background responses", `
-		DELETE FROM background WHERE call IN (
-			SELECT call FROM background WHERE call < ? AND usage_source <> '' ORDER BY call LIMIT ?)`, before, limit)
 }
 
 // deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many

@@ -35,13 +35,15 @@ func withDetails(rows []requestView, err error) ([]requestView, error) {
 }
 
 const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, ''), coalesce(u.id, ''),
-	coalesce(p.name, ''), coalesce(t.name, ''), coalesce(u.name, ''), r.endpoint, r.model, r.stream, r.address,
+	coalesce(p.name, ''), coalesce(t.name, ''), coalesce(u.name, ''), r.endpoint,
+	coalesce(nullif(r.model, ''), g.model, ''), r.stream, r.address,
 	r.status, r.outcome, r.error_code, coalesce(g.usage_source, r.usage_source),
 	coalesce(g.input_tokens, r.input_tokens), coalesce(g.cached_tokens, r.cached_tokens),
 	coalesce(g.cache_write_tokens, r.cache_write_tokens), coalesce(g.output_tokens, r.output_tokens),
 	coalesce(g.reasoning_tokens, r.reasoning_tokens), coalesce(g.cost, r.cost), r.first_byte_us, r.total_us,
 	r.attempts, r.cache, r.limit_hit,
-	r.attempt_log, r.saved, r.saved_us, r.details, r.price, r.session, r.end_user, r.tags`
+	r.attempt_log, r.saved, r.saved_us, coalesce(nullif(g.details, ''), r.details),
+	coalesce(nullif(g.price, 0), r.price), r.session, r.end_user, r.tags`
 
 const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream
@@ -270,6 +272,105 @@ func (r *requestRow) pendingColumns() []any {
 	return append([]any{&r.usageOf, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.outcome, &r.model,
 		&r.modelTracked, &r.requestedModel, &r.requestedModelTracked, &r.reservedInput, &r.reservedOutput,
 		&r.reservedCost}, r.attributionColumns()...)
+}
+
+// What the ledger writes of usage that becomes known after its call has ended.
+const (
+	// A provider that names one response twice, such as for a repeated call, has it counted once.
+	insertBackground = `
+		INSERT INTO background (call, project, token, upstream, response, endpoint, outcome, model,
+			model_tracked, asked, asked_tracked, reserved_input, reserved_output, reserved_cost)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`
+	updateBackground = `
+		UPDATE background SET usage_source = ?2, input_tokens = ?3, cached_tokens = ?4, cache_write_tokens = ?5,
+			output_tokens = ?6, reasoning_tokens = ?7, cost = ?8, details = ?9, price = ?10
+		WHERE call = ?1 AND usage_source = ''`
+	// Two calls may read the same results at one time: only one finds the lines that were counted before.
+	insertBatchUsage = `
+		INSERT INTO batch_usage (object, model, priced, lines, input_tokens, cached_tokens, cache_write_tokens,
+			output_tokens, reasoning_tokens, cost, prompt_saved)
+		VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+		ON CONFLICT DO UPDATE SET
+			lines = min(lines, 9223372036854775807 - ?4) + ?4,
+			input_tokens = min(input_tokens, 9223372036854775807 - ?5) + ?5,
+			cached_tokens = min(cached_tokens, 9223372036854775807 - ?6) + ?6,
+			cache_write_tokens = min(cache_write_tokens, 9223372036854775807 - ?7) + ?7,
+			output_tokens = min(output_tokens, 9223372036854775807 - ?8) + ?8,
+			reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - ?9) + ?9,
+			cost = min(cost, 9223372036854775807 - ?10) + ?10,
+			prompt_saved = min(prompt_saved, 9223372036854775807 - ?11) + ?11
+		WHERE lines = ?12`
+
+	// The call's row shows all that was read. A part without a price leaves the whole without one.
+	insertBatchShown = `
+		INSERT INTO background (call, project, token, upstream, response, endpoint, outcome, model, model_tracked,
+			asked, asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
+			cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price)
+		VALUES (?1, ?2, ?3, 0, 'batch of call ' || ?1, ?4, ?5, ?6, 0, '', 0, 0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
+			?13, ?14, ?15)
+		ON CONFLICT (call) DO UPDATE SET
+			usage_source = min(usage_source, ?7), -- 'estimated' comes before 'exact'
+			input_tokens = min(input_tokens, 9223372036854775807 - ?8) + ?8,
+			cached_tokens = min(cached_tokens, 9223372036854775807 - ?9) + ?9,
+			cache_write_tokens = min(cache_write_tokens, 9223372036854775807 - ?10) + ?10,
+			output_tokens = min(output_tokens, 9223372036854775807 - ?11) + ?11,
+			reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - ?12) + ?12,
+			cost = min(cost, 9223372036854775807 - ?13) + ?13, price = 0`
+)
+
+// addBatch remembers a batch, or a file with results, and the call that made it: 0 if that is not known. The first one
+// counts.
+func (s *store) addBatch(ctx context.Context, object string, maker *requestRow) error {
+	_, err := execCount(ctx, s.writeDB, "remembering a batch", `
+		INSERT INTO batches (object, call, project, token, endpoint, outcome) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT DO NOTHING`,
+		object, maker.usageOf, maker.project, maker.token, maker.endpoint, string(maker.outcome))
+	return err
+}
+
+// batchMaker returns, as the usage of a call, the call that made a batch or a file with results. usageOf is 0 if that
+// is not known; the error is errNotFound if the object is not known.
+func (s *store) batchMaker(ctx context.Context, object string) (requestRow, error) {
+	return queryRow(ctx, s.readDB, func(r *requestRow) []any {
+		return append([]any{&r.usageOf, &r.project, &r.token, &r.endpoint, &r.outcome}, r.attributionColumns()...)
+	}, `SELECT b.call, b.project, b.token, b.endpoint, b.outcome, coalesce(r.session, ''), coalesce(r.end_user, ''),
+		coalesce(r.tags, '')
+		FROM batches b LEFT JOIN requests r ON r.id = b.call WHERE b.object = ?`, object)
+}
+
+// countedUsage returns what was counted of the results in an object of one model, with and without a known price.
+func (s *store) countedUsage(ctx context.Context, object, model string) ([]batchUsage, error) {
+	return collect(ctx, s.readDB, "reading what was counted of a batch", func(u *batchUsage) []any {
+		return append([]any{&u.priced}, u.columns()...)
+	}, `SELECT priced, lines, input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost,
+		prompt_saved FROM batch_usage WHERE object = ? AND model = ?`, object, model)
+}
+
+// deleteOldBackground deletes up to limit background responses whose usage is known, of calls with an id below before.
+func (s *store) deleteOldBackground(ctx context.Context, before int64, limit int) (int64, error) {
+	return execCount(ctx, s.writeDB, "deleting background responses", `
+		DELETE FROM background WHERE call IN (
+			SELECT call FROM background WHERE call < ? AND usage_source <> '' ORDER BY call LIMIT ?)`, before, limit)
+}
+
+// maxKnownBatches is how many batches, and how many sums of their results, are remembered.
+const maxKnownBatches = 100_000
+
+// deleteOldBatches forgets the oldest batches and what was counted of them, up to limit of each, where there are more
+// than keep.
+func (s *store) deleteOldBatches(ctx context.Context, keep int64, limit int) (deleted int64, err error) {
+	for _, query := range [...]string{`
+		DELETE FROM batches WHERE seq IN (
+			SELECT seq FROM batches WHERE seq <= (SELECT max(seq) FROM batches) - ?1 ORDER BY seq LIMIT ?2)`, `
+		DELETE FROM batch_usage WHERE seq IN (
+			SELECT seq FROM batch_usage WHERE seq <= (SELECT max(seq) FROM batch_usage) - ?1 ORDER BY seq LIMIT ?2)`} {
+		n, err := execCount(ctx, s.writeDB, "forgetting old batches", query, keep, limit)
+		if err != nil {
+			return deleted, err
+		}
+		deleted += n
+	}
+	return deleted, nil
 }
 
 // A cacheRow is a cached answer as stored.
