@@ -553,17 +553,6 @@ func parseAPIFamily(name string) (apiFamily, error) {
 	return 0, &fieldError{"api", "must be openai, anthropic or gemini"}
 }
 
-// showsBatch reports whether an answer of the endpoint shows batches of whose ids the proxy remembers who made them, or
-// which files have their results.
-func (e *endpoint) showsBatch() bool {
-	return strings.HasPrefix(e.pattern, "/v1/batches") || e.name() == "POST /v1/messages/batches"
-}
-
-// hasResults reports whether an answer of the endpoint may be the results of a batch. Other files have another form.
-func (e *endpoint) hasResults() bool {
-	return e.pattern == "/v1/files/{file_id}/content" || e.pattern == "/v1/messages/batches/{message_batch_id}/results"
-}
-
 // hasOutputTokens reports whether answers of the endpoint have output tokens.
 func (e *endpoint) hasOutputTokens() bool {
 	return e.meter != meterNone && e.meter != meterEmbeddings && e.pattern != "/v1/audio/speech"

@@ -620,3 +620,14 @@ func gcPercentFor(liveHeap, bodies int64) int {
 	liveHeap = max(liveHeap, bodies, minLiveHeap)
 	return int(max(gcHeadroom, liveHeap-bodies, bodies/4) * 100 / liveHeap)
 }
+
+// A bufferPool lends ReverseProxy the buffers it copies with.
+type bufferPool struct{ pool sync.Pool }
+
+func newBufferPool(size int) *bufferPool {
+	return &bufferPool{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
+}
+
+func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
+
+func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }

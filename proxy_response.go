@@ -14,17 +14,6 @@ import (
 	"time"
 )
 
-// A bufferPool lends ReverseProxy the buffers it copies with.
-type bufferPool struct{ pool sync.Pool }
-
-func newBufferPool(size int) *bufferPool {
-	return &bufferPool{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
-}
-
-func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
-
-func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
-
 // A peekedBody is the body of an answer whose first bytes have been read already. Read returns them again.
 type peekedBody struct {
 	io.ReadCloser

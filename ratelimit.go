@@ -367,6 +367,17 @@ func countLate(counters []*limitCounter, r *requestRow, now int64) {
 	}
 }
 
+// lostOutput returns the output tokens that the call counts with if the program is killed: what a limit of tokens or
+// dollars has reserved for it, otherwise what it asks for. The caller holds mu.
+func (r *reservation) lostOutput(asked int64) int64 {
+	for i := range r.entries {
+		if m := r.entries[i].counter.limit.metric; m == metricTokens || m == metricDollars {
+			return max(asked, r.estimate.output)
+		}
+	}
+	return asked
+}
+
 // overrunAllowance is how far the use of tokens or dollars may exceed a limit before the running calls that
 // count in it are ended.
 func overrunAllowance(l *limit) int64 { return l.max / 10 }

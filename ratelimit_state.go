@@ -135,6 +135,17 @@ func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor
 	return ls.recordUsage(row)
 }
 
+// showsBatch reports whether an answer of the endpoint shows batches of whose ids the proxy remembers who made them, or
+// which files have their results.
+func (e *endpoint) showsBatch() bool {
+	return strings.HasPrefix(e.pattern, "/v1/batches") || e.name() == "POST /v1/messages/batches"
+}
+
+// hasResults reports whether an answer of the endpoint may be the results of a batch. Other files have another form.
+func (e *endpoint) hasResults() bool {
+	return e.pattern == "/v1/files/{file_id}/content" || e.pattern == "/v1/messages/batches/{message_batch_id}/results"
+}
+
 // A batchAnswer is an answer that shows batches, or has the results of one.
 type batchAnswer struct {
 	call     requestRow  // that gets the answer: usageOf is its id
@@ -372,17 +383,6 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 		countLate(t.limits.counters, r, now)
 	}
 	return nil
-}
-
-// lostOutput returns the output tokens that the call counts with if the program is killed: what a limit of tokens or
-// dollars has reserved for it, otherwise what it asks for. The caller holds mu.
-func (r *reservation) lostOutput(asked int64) int64 {
-	for i := range r.entries {
-		if m := r.entries[i].counter.limit.metric; m == metricTokens || m == metricDollars {
-			return max(asked, r.estimate.output)
-		}
-	}
-	return asked
 }
 
 // A periodUsage is what was used in the current window of a period.

@@ -480,13 +480,6 @@ func (w *ledgerWriter) storePrice(ctx context.Context, p *price) error {
 	return w.exec(ctx, stmtPrice, p.id, p.text)
 }
 
-func nullUnless(ok bool, v int64) any {
-	if ok {
-		return v
-	}
-	return nil
-}
-
 // writeTally adds what was added up to the stored sums, and writes each row once.
 func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 	t.rollUp()

@@ -174,6 +174,14 @@ func (u *batchUsage) columns() []any {
 		&u.counts.reasoning, &u.cost, &u.promptSaved}
 }
 
+// nullUnless returns v, or nil, which is NULL in SQL.
+func nullUnless(ok bool, v int64) any {
+	if ok {
+		return v
+	}
+	return nil
+}
+
 // Batches of rows.
 
 // A ledgerEntry is one call on its way into the ledger.
