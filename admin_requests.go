@@ -44,7 +44,8 @@ type requestListItem struct {
 
 // filterNames returns the filters, which the form, the pages and the download of the list share.
 func filterNames() []string {
-	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache"}
+	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache",
+		"session", "end_user", "tag"}
 }
 
 // parseRequestFilter reads the filters. It returns what is wrong with them as text.
@@ -83,12 +84,27 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 			return f, "“status” must be a status such as 429, or a class such as 5xx."
 		}
 	}
-	for _, v := range []string{f.project, f.token, f.model, f.endpoint} {
+	for _, v := range []string{f.project, f.token, f.model, f.endpoint, query.Get("session"), query.Get("end_user")} {
 		if len(v) > 512 {
 			return f, "A filter is longer than 512 bytes."
 		}
 	}
+	var err error
+	if f.attributionFilter, err = newAttributionFilter(query.Get("session"), query.Get("end_user"),
+		query.Get("tag")); err != nil {
+		return f, "“tag” must be a key and a value such as team=search."
+	}
 	return f, ""
+}
+
+// parseRequestFilter is the function of the same name, for a project that records end users by their hashes too.
+func (ui *adminUI) parseRequestFilter(r *pageRequest, query url.Values) (f requestFilter, problem string, err error) {
+	if f, problem = parseRequestFilter(query); problem != "" || f.endUser == "" {
+		return f, problem, nil
+	}
+	found, err := ui.ops.parseAttributionFilter(r.ctx, f.project, url.Values{endUserAttribute: {f.endUser}})
+	f.endUser = found.endUser
+	return f, "", err
 }
 
 // parseFilterTime parses a time as browsers send it, or as /manage writes it.
@@ -109,15 +125,17 @@ const requestsPageSize = 50
 func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	v := &requestsView{FilterNames: filterNames()}
 	v.Filtered = slices.ContainsFunc(append(filterNames(), "id"), func(n string) bool { return r.query.Get(n) != "" })
-	var f requestFilter
-	f, v.Problem = parseRequestFilter(r.query)
+	f, problem, err := ui.parseRequestFilter(r, r.query)
+	if err != nil {
+		return nil, err
+	}
+	v.Problem = problem
 	if id := strings.TrimSpace(r.query.Get("id")); id != "" {
 		if parseRequestID(id) != 0 {
 			return &pageResponse{redirect: "/admin/requests/" + id}, nil
 		}
 		v.Problem = "A request ID looks like req_0000000000000. See the response header X-LLM-Proxy-Request-ID."
 	}
-	var err error
 	if v.Projects, err = ui.projectOptions(r, f.project); err != nil {
 		return nil, err
 	}
@@ -193,10 +211,19 @@ func newRequestListItem(v *requestView) requestListItem {
 // A requestPageView is the data of templates/request.html.
 type requestPageView struct {
 	requestListItem
+	TagLinks     []string // key=value, as in the filter
 	Bar          []durationPart
 	CostParts    *costTable // nil: there is no cost, or its price is not known
 	Multiplier   string     // "": 1
 	ContentUntil *timestamp // nil: there is no content, or none for this role
+}
+
+// tagTexts returns the tags in the form of the filter.
+func (v *requestListItem) tagTexts() (out []string) {
+	for _, t := range v.Tags {
+		out = append(out, t.key+"="+t.value)
+	}
+	return out
 }
 
 // A costTable is the data of the template "cost-table".
@@ -263,7 +290,7 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.CostParts = newCostTable(breakdown)
+	v.CostParts, v.TagLinks = newCostTable(breakdown), v.tagTexts()
 	if m := row.details.multiplier; m != 0 {
 		v.Multiplier = formatDecimal(m, 4)
 	}
@@ -355,7 +382,10 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	if err := checkChoice("format", format, "csv", "jsonl"); err != nil {
 		return nil, err
 	}
-	f, problem := parseRequestFilter(r.form)
+	f, problem, err := ui.parseRequestFilter(r, r.form)
+	if err != nil {
+		return nil, err
+	}
 	if problem != "" {
 		return nil, badRequest("invalid_value", "", problem)
 	}
@@ -368,6 +398,9 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	details := []auditField{{"format", format}}
 	for _, name := range filterNames() {
 		if v := r.form.Get(name); v != "" {
+			if name == endUserAttribute {
+				v = f.endUser // as it is recorded: the audit trail is never changed
+			}
 			details = append(details, auditField{name, v})
 		}
 	}
@@ -521,7 +554,7 @@ func (e *exportWriter) writeRequest(v *requestView) {
 		q.ErrorCode, string(q.UsageSource), formatInt(q.InputTokens), formatInt(q.CachedTokens),
 		formatInt(q.CacheWriteTokens), formatInt(q.OutputTokens), formatInt(q.ReasoningTokens), cost,
 		millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit, q.Cache,
-		formatNanos(int64(q.Saved)), millisCell(&q.SavedMS))
+		formatNanos(int64(q.Saved)), millisCell(&q.SavedMS), q.Session, q.EndUser, q.Tags.text())
 }
 
 func (e *exportWriter) writeRequestHeader() {
@@ -529,7 +562,8 @@ func (e *exportWriter) writeRequestHeader() {
 		"upstream_id", "upstream_name", "endpoint", "model", "stream", "address", "status", "outcome",
 		"error_code", "usage_source", "input_tokens", "cached_tokens",
 		"cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
-		"first_byte_ms", "total_ms", "attempts", "limit_hit", "cache", "saved", "saved_ms")
+		"first_byte_ms", "total_ms", "attempts", "limit_hit", "cache", "saved", "saved_ms",
+		"session", "end_user", "tags")
 }
 
 func formatInt(n int64) string { return strconv.FormatInt(n, 10) }

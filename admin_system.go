@@ -195,7 +195,7 @@ type streamsView struct {
 }
 
 func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
-	f, err := r.listRequest(200, "project_id", "token_id").parseStreamFilter()
+	f, err := ui.ops.parseStreamFilter(r.listRequest(200, "project_id", "token_id", "session", "end_user", "tag"))
 	if err != nil {
 		return nil, err
 	}

@@ -53,11 +53,12 @@ func (b *browser) post(path string, form url.Values, headers ...string) testResp
 // follow returns the page that a form's response leads to, as the browser shows it with the notice.
 func (b *browser) follow(res testResponse) string {
 	b.p.t.Helper()
-	cookie := b.cookie
+	var cookie strings.Builder
+	cookie.WriteString(b.cookie)
 	for _, c := range (&http.Response{Header: res.header}).Cookies() {
-		cookie += "; " + c.Name + "=" + c.Value
+		cookie.WriteString("; " + c.Name + "=" + c.Value)
 	}
-	return b.p.do("GET", res.header.Get("Location"), "", "Cookie", cookie).body
+	return b.p.do("GET", res.header.Get("Location"), "", "Cookie", cookie.String()).body
 }
 
 // seedObjects creates one of each kind of object, all with the same name, and returns the paths of

@@ -207,6 +207,14 @@ func isTagValue(s string) bool {
 	return s != "" && len(s) <= maxTagValueLen
 }
 
+// isEndUserHash reports whether s has the form of a hash of an end user.
+func isEndUserHash(s string) bool {
+	digits, ok := strings.CutPrefix(s, endUserHashPrefix)
+	return ok && len(digits) == 32 && strings.Trim(digits, "0123456789abcdef") == ""
+}
+
+const endUserHashPrefix = "h-"
+
 const tagValueRule = "1 to 64 letters, digits or ._:/@+-"
 
 // isAttribute reports whether s is the name of an attribute: session, end_user or tag:KEY.
@@ -364,6 +372,26 @@ func readTags(lines []string, project, token *attributionPolicy) (tagList, error
 	}
 	slices.SortFunc(all, func(x, y tag) int { return cmp.Compare(x.key, y.key) })
 	return all, nil
+}
+
+// An attributionFilter lets the calls through that have these values. Empty strings let all calls through.
+type attributionFilter struct{ session, endUser, tagKey, tagValue string }
+
+// newAttributionFilter makes a filter of three texts; that of a tag is KEY=VALUE.
+func newAttributionFilter(session, endUser, tagText string) (attributionFilter, error) {
+	key, value, ok := strings.Cut(tagText, "=")
+	if tagText != "" && (!ok || !isTagKey(key) || !isTagValue(value)) {
+		return attributionFilter{}, badRequest("invalid_value", "tag",
+			"tag must be a key and a value such as team=search.")
+	}
+	return attributionFilter{session, endUser, key, value}, nil
+}
+
+// matches reports whether the filter lets a call through.
+func (f *attributionFilter) matches(a *attribution) bool {
+	return (f.session == "" || f.session == a.value(sessionAttribute)) &&
+		(f.endUser == "" || f.endUser == a.value(endUserAttribute)) &&
+		(f.tagKey == "" || f.tagValue == a.value(tagAttribute+f.tagKey))
 }
 
 // An attributionPolicy is what a policy says about attribution. It is immutable. Tags and EndUsers are the project's;

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // describe shows an attribution for comparisons.
@@ -284,5 +285,110 @@ func TestAttributionLost(t *testing.T) {
 	want := []string{"end_user Zoë 1 lost", `session s"1 1 lost`, "tag:task 1 1 lost", "tag:team x 1 lost"}
 	if err != nil || !slices.Equal(sums, want) {
 		t.Errorf("the sums are %q, %v", sums, err)
+	}
+}
+
+// TestAttributionFilters: lists of calls, running or ended, and downloads have the filters, alone and together.
+func TestAttributionFilters(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project,
+		`{"policy":{"attribution":{"tags":["team","cost-center"],"end_users":"hashed"}}}`, 200, nil)
+	call := func(session, user, tags string) {
+		t.Helper()
+		headers := []string{"Content-Type", "application/json", "Authorization", "Bearer " + p.token}
+		for name, value := range map[string]string{sessionHeader: session, endUserHeader: user, tagsHeader: tags} {
+			if value != "" {
+				headers = append(headers, name, value)
+			}
+		}
+		if res := p.do("POST", "/v1/chat/completions", chatBody(), headers...); res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	call("s1", "alice", "team=a")
+	call("s1", "bob", "team=b,cost-center=7")
+	call("s2", "alice", "cost-center=7")
+	call("", "", "")
+	hash := p.ledger()[0].EndUser
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(": wait\n\n")
+		return c.waitClosed(time.Minute) && false
+	})
+	stream := p.stream(p.token, `"user":"alice","prompt_cache_key":"s1"`)
+	defer stream.body.Close()
+	inProject := "&project_id=" + p.project
+	for _, c := range []struct {
+		query string
+		want  int // ended and running calls
+	}{
+		{"session=s1", 3}, {"session=s3", 0}, {"end_user=" + hash, 3}, {"end_user=alice" + inProject, 3},
+		{"end_user=alice", 0}, {"end_user=" + hash + inProject, 3}, {"tag=team=a", 1}, {"tag=cost-center%3D7", 2},
+		{"tag=team=7", 0}, {"session=s1&end_user=" + hash, 2}, {"session=s1&tag=team=b&token_id=" + p.tokenID, 1},
+		{"session=s1&token_id=tok_other", 0}, {"end_user=bob&tag=cost-center=7" + inProject, 1},
+		{"session=s1&project_id=proj_other", 0}, {"end_user=alice&project_id=proj_other", 0},
+	} {
+		var list struct{ Data []requestEntry }
+		p.manage("GET", "/manage/requests?"+c.query, "", 200, &list)
+		if len(list.Data) != c.want {
+			t.Errorf("%s: got %d calls, want %d", c.query, len(list.Data), c.want)
+		}
+	}
+	for query, want := range map[string]int{"session=s1": 1, "session=s2": 0, "end_user=alice" + inProject: 1,
+		"end_user=" + hash: 1, "end_user=bob" + inProject: 0, "tag=team=a": 0} {
+		var list struct{ Data []struct{ Session string } }
+		p.manage("GET", "/manage/streams?"+query, "", 200, &list)
+		if len(list.Data) != want {
+			t.Errorf("running calls with %s: got %d, want %d", query, len(list.Data), want)
+		}
+	}
+	for _, query := range []string{"tag=team", "tag=Team=a", "tag=team=", "tag=team=a+b", "tag:team=a"} {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/requests?"+query, ""); res.status != 400 {
+			t.Errorf("%s: got %d", query, res.status)
+		}
+	}
+}
+
+// TestAttributionRetention: sums of sessions are kept as long as calls, those of end users and tags for longer, and each
+// deletion is a small step.
+func TestAttributionRetention(t *testing.T) {
+	t.Parallel()
+	st := mustOpenStore(t, oldDatabase(t, "schema/002_audit.sql", oneTokenSQL(0)...))
+	w := st.newLedgerWriter()
+	defer w.close()
+	var batch ledgerBatch
+	for i := range int64(600) {
+		at := (i % 3) * hourMS
+		batch.records = append(batch.records, &requestRow{
+			id: at<<21 | i + 1, started: at, project: 1, token: 7,
+			outcome: outcomeOK, source: usageNone,
+			attribution: &attribution{session: fmt.Sprint("s", i), endUser: "u"}})
+	}
+	if err := w.write(t.Context(), batch); err != nil {
+		t.Fatal(err)
+	}
+	left := func() string {
+		t.Helper()
+		out, err := collect(t.Context(), st.readDB, "reading sums", func(s *string) []any { return []any{s} },
+			`SELECT attribute || ' ' || (at / 3600000) || ' ' || count(*) FROM attribution_sums
+			GROUP BY attribute, at`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Join(out, ", ")
+	}
+	steps := 0
+	for ; steps < 20; steps++ {
+		n, err := st.deleteOldAttributionSums(t.Context(), 2*hourMS, hourMS, 20)
+		if err != nil || n > 202 {
+			t.Fatal(n, err)
+		}
+		if n == 0 {
+			break
+		}
+	}
+	if got := left(); steps == 20 || got != "end_user 1 1, end_user 2 1, session 2 200" {
+		t.Errorf("after %d steps: %s", steps, got)
 	}
 }

@@ -131,7 +131,7 @@ func (k *contentKey) hashEndUser(project, name string) (string, error) {
 	}
 	mac := hmac.New(sha256.New, key)
 	mac.Write([]byte(name))
-	return "h-" + hex.EncodeToString(mac.Sum(nil)[:16]), nil
+	return endUserHashPrefix + hex.EncodeToString(mac.Sum(nil)[:16]), nil
 }
 
 const (

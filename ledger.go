@@ -515,6 +515,11 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, before, 200) })
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldBackground(ctx, before, 20) })
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldBatches(ctx, maxKnownBatches, 200) })
+		sessions := now.Add(-keep.maxAge)
+		others := now.Add(-max(keep.maxAge, attributionRetention))
+		l.prune(ctx, func() (int64, error) {
+			return l.store.deleteOldAttributionSums(ctx, sessions.UnixMilli()-hourMS, others.UnixMilli()-hourMS, 20)
+		})
 		over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention)))
 		if over > 0 && now.Sub(warnedAt) >= time.Hour {
 			warnedAt = now
@@ -542,6 +547,9 @@ const hourlySumsRetention = 100 * 24 * time.Hour
 // one before it.
 const projectHoursRetention = 190 * 24 * time.Hour
 
+// attributionRetention is how long the sums of end users and tags are kept at least: limits by the month need them.
+const attributionRetention = 62 * 24 * time.Hour
+
 // prune calls step, which deletes some rows and returns how many, until none are left or the next tick
 // should continue. It reports whether none are left.
 func (l *ledger) prune(ctx context.Context, step func() (int64, error)) bool {
@@ -568,10 +576,10 @@ func (l *ledger) prune(ctx context.Context, step func() (int64, error)) bool {
 // minCallRetention is how long calls are kept, however large the database is.
 const minCallRetention = time.Hour
 
-// pruneToSize deletes cached answers, stored content, then the oldest calls, those with an id below before, once the
-// database uses more than limit bytes, until it is a twentieth below that, so that the next tick need not
-// start again. Freed pages stay in the file, which does not shrink, and take later rows. It returns by how
-// much the limit is exceeded when no call is left to delete; limit 0 is no limit.
+// pruneToSize deletes cached answers, stored content, then the oldest calls, those with an id below before, and sums of
+// attributes that are older than any call, once the database uses more than limit bytes, until it is a twentieth below
+// that, so that the next tick need not start again. Freed pages stay in the file, which does not shrink, and take later
+// rows. It returns by how much the limit is exceeded when no call is left to delete; limit 0 is no limit.
 func (l *ledger) pruneToSize(ctx context.Context, limit, before int64) (over int64) {
 	used := func() (int64, error) {
 		all, free, err := l.store.size(ctx)
@@ -589,6 +597,11 @@ func (l *ledger) pruneToSize(ctx context.Context, limit, before int64) (over int
 		}
 		if n, err := l.store.deleteOldestContents(ctx, 20); n > 0 || err != nil {
 			return n, err
+		}
+		if oldest, err := l.store.oldestRequestHour(ctx); oldest > 0 && err == nil {
+			if n, err := l.store.deleteOldAttributionSums(ctx, oldest, oldest, 20); n > 0 || err != nil {
+				return n, err
+			}
 		}
 		return l.store.deleteOldRequests(ctx, before, 200)
 	})

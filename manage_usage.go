@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -89,20 +90,63 @@ func (rc *runningCalls) find(id int64) *runningCall {
 // A streamFilter narrows the list of running calls.
 type streamFilter struct {
 	project, token string // ids; "" for all
-	afterSeq       int64
-	limit          int
+	attributionFilter
+	afterSeq int64
+	limit    int
 }
 
-func (r *manageRequest) parseStreamFilter() (streamFilter, error) {
+// parseStreamFilter reads the filters and the page of a list of running calls.
+func (ops *operations) parseStreamFilter(r *manageRequest) (streamFilter, error) {
 	page, err := r.parseListQuery()
-	return streamFilter{r.query.Get("project_id"), r.query.Get("token_id"), page.seq, page.limit}, err
+	if err != nil {
+		return streamFilter{}, err
+	}
+	f := streamFilter{project: r.query.Get("project_id"), token: r.query.Get("token_id"), afterSeq: page.seq,
+		limit: page.limit}
+	f.attributionFilter, err = ops.parseAttributionFilter(r.ctx, f.project, r.query)
+	return f, err
+}
+
+// parseAttributionFilter reads the filters by attributes. A project that records end users by their hashes can be
+// searched by their plain names.
+func (ops *operations) parseAttributionFilter(ctx context.Context, project string, query url.Values,
+) (attributionFilter, error) {
+	f, err := newAttributionFilter(query.Get("session"), query.Get("end_user"), query.Get("tag"))
+	if err != nil || f.endUser == "" || project == "" {
+		return f, err
+	}
+	p, err := ops.store.projectByID(ctx, project)
+	if errors.Is(err, errNotFound) {
+		return f, nil // no call matches
+	}
+	if err != nil {
+		return f, err
+	}
+	names, err := ops.endUserNames(p, f.endUser)
+	f.endUser = names[len(names)-1]
+	return f, err
+}
+
+// endUserNames returns the names that an end user may have in the ledger of a project: the plain one, and last, if the
+// project's policy asks for that now, the hash. A name that has the form of a hash is one.
+func (ops *operations) endUserNames(p projectRow, name string) ([]string, error) {
+	names := []string{name}
+	if isEndUserHash(name) {
+		return names, nil
+	}
+	policy, err := parsePolicy([]byte(p.policy), true)
+	if err != nil || policy.Attribution.recordsEndUsers() != endUsersHashed {
+		return names, err
+	}
+	hash, err := ops.contentKey.hashEndUser(p.id, name)
+	return append(names, hash), err
 }
 
 // listStreams returns a page of the running calls, oldest first.
 func (ops *operations) listStreams(f streamFilter, now time.Time) listPage[streamView] {
 	calls := slices.DeleteFunc(ops.running.admittedCalls(now), func(v streamView) bool {
 		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project ||
-			f.token != "" && v.TokenID != f.token
+			f.token != "" && v.TokenID != f.token || !f.matches(&attribution{v.Session, v.EndUser, v.Tags})
 	})
 	return newListPage(calls, f.limit,
 		func(v *streamView) streamView { return *v },
@@ -110,7 +154,7 @@ func (ops *operations) listStreams(f streamFilter, now time.Time) listPage[strea
 }
 
 func (api *manageAPI) listStreams(r *manageRequest) (any, error) {
-	f, err := r.parseStreamFilter()
+	f, err := api.ops.parseStreamFilter(r)
 	if err != nil {
 		return nil, err
 	}
@@ -250,6 +294,9 @@ func (api *manageAPI) listRequests(r *manageRequest) (any, error) {
 	}
 	if f.cache != "" && f.cache != cacheHit && f.cache != cacheNone {
 		return nil, badRequest("invalid_value", "cache", "cache must be hit or none.")
+	}
+	if f.attributionFilter, err = api.ops.parseAttributionFilter(r.ctx, f.project, r.query); err != nil {
+		return nil, err
 	}
 	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {

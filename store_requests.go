@@ -1,6 +1,7 @@
-// This file has the SQL that reads single calls of the ledger, and their stored content, and the SQL of the response
-// cache. store_ledger.go writes calls. Cached answers come sealed and go sealed: nothing here can read one. cache.go
-// decides which are stored, and keeps transactions short, because the ledger shares the writing connection.
+// This file has the SQL that reads single calls of the ledger, and their stored content, that deletes sums of
+// attributes, and that of the response cache. store_ledger.go writes calls. Cached answers come sealed and go sealed:
+// nothing here can read one. cache.go decides which are stored, and keeps transactions short, because the ledger shares
+// the writing connection.
 package main
 
 import (
@@ -91,16 +92,23 @@ type requestFilter struct {
 	project, token           string // ids
 	outcome, model, endpoint string
 	cache                    string // cacheHit or cacheNone
-	statusFrom, statusTo     int    // statusFrom <= status < statusTo
-	from, before             int64  // ids, and so a range of time: from <= id < before
-	limit                    int
+	attributionFilter
+	statusFrom, statusTo int   // statusFrom <= status < statusTo
+	from, before         int64 // ids, and so a range of time: from <= id < before
+	limit                int
 }
 
 // needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are
 // read too, and they may be many.
 func (f *requestFilter) needsScan() bool {
-	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" ||
-		f.token != "" && f.project != ""
+	indexed := 0
+	for _, v := range [...]string{f.session, f.endUser, f.token, f.project} {
+		if v != "" {
+			indexed++
+		}
+	}
+	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" || f.tagKey != "" ||
+		indexed > 1
 }
 
 // maxScannedRequests is how many calls are read for one page of a list.
@@ -136,6 +144,10 @@ func (s *store) scanStart(ctx context.Context, f *requestFilter, limit int) (fro
 	const tail = ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4) latest`
 	query, scope := head+`?1 = ''`+tail, ""
 	switch {
+	case f.session != "":
+		query, scope = head+`session = ?1 AND session <> ''`+tail, f.session
+	case f.endUser != "":
+		query, scope = head+`end_user = ?1 AND end_user <> ''`+tail, f.endUser
 	case f.token != "":
 		query, scope = head+`token = (SELECT seq FROM tokens WHERE id = ?1)`+tail, f.token
 	case f.project != "":
@@ -156,13 +168,22 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10)
-		AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit')) ORDER BY r.id DESC LIMIT ?5`
+		AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit'))
+		AND (?12 = '' OR r.token = (SELECT seq FROM tokens WHERE id = ?12))
+		AND (?13 = '' OR r.session = ?13) AND (?14 = '' OR r.end_user = ?14)
+		AND (?15 = '' OR CASE r.tags WHEN '' THEN '' ELSE r.tags ->> ?15 END = ?16) ORDER BY r.id DESC LIMIT ?5`
 	const ofToken = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`
 	const ofProject = `r.project = (SELECT seq FROM projects WHERE id = ?1)`
 	const fromRunning = selectRunning + `WHERE r.batch < ?3 AND ` // no later batch has an earlier call
 	const fromEnded = selectEnded + `WHERE `
+	const ofSession = `r.session = ?1 AND r.session <> ''`
+	const ofEndUser = `r.end_user = ?1 AND r.end_user <> ''`
 	running, ended, scope := fromRunning+`?1 = ''`+tail, fromEnded+`?1 = ''`+tail, ""
 	switch {
+	case f.session != "":
+		running, ended, scope = fromRunning+ofSession+tail, fromEnded+ofSession+tail, f.session
+	case f.endUser != "":
+		running, ended, scope = fromRunning+ofEndUser+tail, fromEnded+ofEndUser+tail, f.endUser
 	case f.token != "":
 		running, ended, scope = fromRunning+ofToken+tail, fromEnded+ofToken+tail, f.token
 	case f.project != "":
@@ -171,7 +192,7 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	list := func(query string) ([]requestView, error) {
 		return withDetails(collect(ctx, s.readDB, "listing calls", (*requestView).columns, query,
 			scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo,
-			f.cache))
+			f.cache, f.token, f.session, f.endUser, f.tagKey, f.tagValue))
 	}
 	var out []requestView
 	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // running calls can match
@@ -228,6 +249,49 @@ func (s *store) deleteExpiredContents(ctx context.Context, now int64, limit int)
 func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, error) {
 	return execCount(ctx, s.writeDB, "deleting the oldest content", `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > 0 ORDER BY id LIMIT ?)`, limit)
+}
+
+// deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for
+// the rest, and returns how many: of up to limit attributes of projects, those of about 200 values in the oldest hour.
+func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others int64, limit int) (int64, error) {
+	type oldest struct {
+		project, at int64
+		attribute   string
+	}
+	found, err := collect(ctx, s.readDB, "finding old sums of attributes", func(o *oldest) []any {
+		return []any{&o.project, &o.attribute, &o.at}
+	}, `
+		WITH RECURSIVE used (project, attribute) AS (
+			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq) FROM projects p
+			UNION ALL
+			SELECT u.project,
+				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
+			FROM used u WHERE u.attribute IS NOT NULL)
+		SELECT o.project, o.attribute, o.at FROM (SELECT project, attribute, (SELECT min(at) FROM attribution_sums
+				WHERE project = u.project AND attribute = u.attribute) AS at
+			FROM used u WHERE attribute IS NOT NULL) o
+		WHERE o.at < CASE o.attribute WHEN 'session' THEN ?1 ELSE ?2 END LIMIT ?3`, sessions, others, limit)
+	var deleted int64
+	for _, o := range found {
+		n, deleteErr := execCount(ctx, s.writeDB, "deleting old sums of attributes", `
+			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3 AND value <= coalesce(
+				(SELECT value FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3
+					ORDER BY value LIMIT 1 OFFSET 200),
+				(SELECT max(value) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3))`,
+			o.project, o.attribute, o.at)
+		if err = cmp.Or(err, deleteErr); err != nil {
+			break
+		}
+		deleted += n
+	}
+	return deleted, err
+}
+
+// oldestRequestHour returns the start of the hour of the oldest call, 0 if there is none.
+func (s *store) oldestRequestHour(ctx context.Context) (int64, error) {
+	started, err := queryValue[int64](ctx, s.readDB, "reading the oldest call",
+		`SELECT coalesce(min(id) >> 21, 0) FROM requests`)
+	return started - started%hourMS, err
 }
 
 // deleteProjectContents deletes up to limit contents of a project.

@@ -449,7 +449,7 @@ func (s *sampler) stringFor(name string) string {
 
 // wordsOf returns the beginning of a text as words. Punctuation after a word is a word of its own.
 func wordsOf(text string) (words []string) {
-	for _, field := range strings.Fields(text[:min(len(text), 4000)]) {
+	for field := range strings.FieldsSeq(text[:min(len(text), 4000)]) {
 		field = strings.TrimLeft(strings.ToValidUTF8(field, ""), `"'“‘([`)
 		word := strings.TrimRight(field, `.,;:!?"'”’)]`)
 		if word != "" {
