@@ -350,7 +350,7 @@ func TestAttributionFilters(t *testing.T) {
 	}
 }
 
-// TestAttributionRetention: sums of sessions are kept as long as calls, those of end users and tags for longer, and each
+// TestAttributionRetention: sums of sessions are kept as long as calls, those of end users and tags for longer. Each
 // deletion is a small step.
 func TestAttributionRetention(t *testing.T) {
 	t.Parallel()

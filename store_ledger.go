@@ -7,7 +7,6 @@ package main
 
 import (
 	"context"
-	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
@@ -571,52 +570,4 @@ func (s *store) deleteOldRequests(ctx context.Context, before int64, limit int) 
 			WHERE id < ?1 AND id NOT IN (
 				SELECT CAST(c.value ->> 0 AS BIGINT) FROM begun b, json_each(b.calls) c WHERE b.batch < ?1)
 			ORDER BY id LIMIT ?2)`, before, limit)
-}
-
-// deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many
-// tokens had any. It finds those by stepping from one to the next in the key's order, outside the
-// transaction that deletes.
-func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
-	type tokenKey struct{ project, token int64 }
-	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any {
-		return []any{&k.project, &k.token}
-	}, usedTokensCTE+`
-		SELECT u.project, u.token FROM used u
-		WHERE u.token IS NOT NULL
-			AND EXISTS (SELECT 1 FROM usage_sums
-				WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
-		LIMIT ?4`, "", "hour", before, limit)
-	if err != nil || len(tokens) == 0 {
-		return 0, err
-	}
-	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
-		for _, k := range tokens {
-			_, err := execCount(ctx, tx, "deleting old sums", `
-				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`,
-				k.project, k.token, before)
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// deleteOldHours deletes the hours and latencies of up to limit projects from before a time, and returns how
-// many rows it deleted.
-func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (deleted int64, err error) {
-	for _, query := range [...]string{`
-		DELETE FROM project_latency WHERE at < ?1 AND project IN (
-			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
-			WHERE EXISTS (SELECT 1 FROM project_latency l WHERE l.project = p.seq AND l.at < ?1) LIMIT ?2)`, `
-		DELETE FROM project_hours WHERE at < ?1 AND project IN (
-			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
-			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`} {
-		n, err := execCount(ctx, s.writeDB, "deleting old hours", query, before, limit)
-		if err != nil {
-			return deleted, err
-		}
-		deleted += n
-	}
-	return deleted, nil
 }

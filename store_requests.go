@@ -1,7 +1,7 @@
-// This file has the SQL that reads single calls of the ledger, and their stored content, that deletes sums of
-// attributes, and that of the response cache. store_ledger.go writes calls. Cached answers come sealed and go sealed:
-// nothing here can read one. cache.go decides which are stored, and keeps transactions short, because the ledger shares
-// the writing connection.
+// This file has the SQL that reads single calls of the ledger, and their stored content, that deletes old sums, and that
+// of the response cache. store_ledger.go writes calls. Cached answers come sealed and go sealed: nothing here can read
+// one. cache.go decides which are stored, and keeps transactions short, because the ledger shares the writing
+// connection.
 package main
 
 import (
@@ -249,6 +249,54 @@ func (s *store) deleteExpiredContents(ctx context.Context, now int64, limit int)
 func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, error) {
 	return execCount(ctx, s.writeDB, "deleting the oldest content", `
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > 0 ORDER BY id LIMIT ?)`, limit)
+}
+
+// deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many
+// tokens had any. It finds those by stepping from one to the next in the key's order, outside the
+// transaction that deletes.
+func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
+	type tokenKey struct{ project, token int64 }
+	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any {
+		return []any{&k.project, &k.token}
+	}, usedTokensCTE+`
+		SELECT u.project, u.token FROM used u
+		WHERE u.token IS NOT NULL
+			AND EXISTS (SELECT 1 FROM usage_sums
+				WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
+		LIMIT ?4`, "", "hour", before, limit)
+	if err != nil || len(tokens) == 0 {
+		return 0, err
+	}
+	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
+		for _, k := range tokens {
+			_, err := execCount(ctx, tx, "deleting old sums", `
+				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`,
+				k.project, k.token, before)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// deleteOldHours deletes the hours and latencies of up to limit projects from before a time, and returns how
+// many rows it deleted.
+func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (deleted int64, err error) {
+	for _, query := range [...]string{`
+		DELETE FROM project_latency WHERE at < ?1 AND project IN (
+			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
+			WHERE EXISTS (SELECT 1 FROM project_latency l WHERE l.project = p.seq AND l.at < ?1) LIMIT ?2)`, `
+		DELETE FROM project_hours WHERE at < ?1 AND project IN (
+			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
+			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`} {
+		n, err := execCount(ctx, s.writeDB, "deleting old hours", query, before, limit)
+		if err != nil {
+			return deleted, err
+		}
+		deleted += n
+	}
+	return deleted, nil
 }
 
 // deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for
