@@ -1,4 +1,4 @@
-// This file has the SQL that reads single calls of the ledger, and their stored content, that deletes old sums, and that
+// This file has the SQL that reads single calls of the ledger, and their stored content, deletes old sums, and has that
 // of the response cache. store_ledger.go writes calls. Cached answers come sealed and go sealed: nothing here can read
 // one. cache.go decides which are stored, and keeps transactions short, because the ledger shares the writing
 // connection.
@@ -11,7 +11,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/url"
 	"slices"
 )
 
@@ -643,35 +642,4 @@ func (s *store) deleteCacheRows(ctx context.Context, query string, args ...any) 
 		bytes += r.size
 	}
 	return ids, bytes, err
-}
-
-// dropCacheFrom deletes the cached answers from a new backup, which no program has open: they are large, and nobody
-// misses them.
-func dropCacheFrom(ctx context.Context, file string) error {
-	db, err := sql.Open("sqlite", "file:"+(&url.URL{Path: file}).EscapedPath()+"?_pragma=journal_mode(delete)")
-	if err != nil {
-		return fmt.Errorf("opening the backup: %w", err)
-	}
-	db.SetMaxOpenConns(1)
-	st := &store{writeDB: db, readDB: db}
-	tables, err := queryValue[int](ctx, db, "looking for the cache",
-		`SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'cache'`)
-	if err == nil && tables > 0 { // otherwise the server is of an earlier version
-		err = st.clearCache(ctx)
-	}
-	return errors.Join(err, db.Close())
-}
-
-// clearCache deletes every cached answer of a database that no server has open, and leaves nothing of them in its
-// file: a backup has no cache, and a restored database starts with an empty one.
-func (s *store) clearCache(ctx context.Context) error {
-	if _, err := queryValue[int64](ctx, s.writeDB, "looking for cached answers",
-		`SELECT id FROM cache WHERE project > 0 LIMIT 1`); errors.Is(err, errNotFound) {
-		return nil
-	}
-	if _, err := execCount(ctx, s.writeDB, "deleting the cache", `DELETE FROM cache`); err != nil {
-		return err
-	}
-	_, err := execCount(ctx, s.writeDB, "compacting the database", `VACUUM`)
-	return err
 }
