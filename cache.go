@@ -1,11 +1,10 @@
-// This file is the response cache: the key of an answer, the answers in memory, the flights on which identical calls
-// wait, and the writer that brings answers to the disk. policy.go decides which calls it covers, proxy_cache.go asks
-// it. It knows no HTTP and has no SQL, and content.go seals what it stores. A cache that fails is a miss, never an
-// error.
+// This file is the response cache: the key of an answer, the answers in memory, and the writer that brings answers to
+// the disk, those first that were asked for again. policy.go decides which calls it covers, proxy_cache.go asks it. It
+// knows no HTTP and has no SQL, and content.go seals what it stores. A cache that fails is a miss, never an error.
 package main
 
 import (
-	"container/list"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -13,8 +12,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -61,12 +62,12 @@ type cachedAnswer struct {
 	key            cacheKey
 	project, token int64 // token is 0 if the tokens of the project share the answer
 	cachedMeta
-	body []byte
+	data   []byte // a line for each name and each value of the header, in turn, and then the body
+	bodyAt int    // where it begins
 }
 
-// cachedMeta is what is stored of an answer beside its body.
+// cachedMeta is what is stored of an answer beside its header and its body.
 type cachedMeta struct {
-	Header    []string // names and values in turn
 	Stream    bool
 	Model     string // that answered
 	Cost      int64  // of the call to the provider, in nano-dollars; 0 if it is not known
@@ -75,22 +76,41 @@ type cachedMeta struct {
 	ExpiresAt int64
 }
 
+// storedMeta is cachedMeta with the header.
+type storedMeta struct {
+	Header []string // names and values in turn
+	*cachedMeta
+}
+
 const entryOverhead = 1 << 10 // bytes that an answer takes beside its body, on disk and in memory
 
-func (a *cachedAnswer) size() int64 { return int64(len(a.body)) + entryOverhead }
+func (a *cachedAnswer) body() []byte { return a.data[a.bodyAt:] }
+
+func (a *cachedAnswer) size() int64 { return int64(len(a.data)-a.bodyAt) + entryOverhead }
 
 // age returns the seconds since the answer came.
 func (a *cachedAnswer) age(now int64) int64 { return max(0, now-a.StoredAt) / 1000 }
 
+// appendHeaderLine appends the name or the value of a header, which contains no line break.
+func appendHeaderLine(b []byte, text string) []byte { return append(append(b, text...), '\n') }
+
+// header returns the names and values of the header in turn.
+func (a *cachedAnswer) header() []string {
+	if a.bodyAt == 0 {
+		return nil
+	}
+	return strings.Split(string(a.data[:a.bodyAt-1]), "\n")
+}
+
 // encode returns the answer in the form that is sealed: the length of the metadata, the metadata, the body.
 func (a *cachedAnswer) encode() ([]byte, error) {
-	meta, err := json.Marshal(&a.cachedMeta)
+	meta, err := json.Marshal(storedMeta{a.header(), &a.cachedMeta})
 	if err != nil {
 		return nil, fmt.Errorf("encoding a cached answer: %w", err)
 	}
-	out := make([]byte, 0, 4+len(meta)+len(a.body))
+	out := make([]byte, 0, 4+len(meta)+len(a.body()))
 	out = binary.BigEndian.AppendUint32(out, uint32(len(meta)))
-	return append(append(out, meta...), a.body...), nil
+	return append(append(out, meta...), a.body()...), nil
 }
 
 // decode reads what encode has made.
@@ -99,35 +119,89 @@ func (a *cachedAnswer) decode(b []byte) bool {
 		return false
 	}
 	n := 4 + int(binary.BigEndian.Uint32(b))
-	a.body = b[n:]
-	return json.Unmarshal(b[4:n], &a.cachedMeta) == nil && len(a.Header)%2 == 0
+	meta := storedMeta{cachedMeta: &a.cachedMeta}
+	if json.Unmarshal(b[4:n], &meta) != nil || len(meta.Header)%2 != 0 {
+		return false
+	}
+	for _, text := range meta.Header {
+		a.data = appendHeaderLine(a.data, text)
+	}
+	a.bodyAt = len(a.data)
+	a.data = append(a.data, b[n:]...)
+	return true
+}
+
+// A memoryEntry is an answer in memory. The cache's mu guards all but the answer.
+type memoryEntry struct {
+	cachedAnswer
+	links       [2]entryLinks
+	waits       *entryList // of answers to be written, in which it is; nil: it is written, or never will be
+	usedAt      int64
+	recordedUse int64 // time of the last use that is on disk, or on its way there
+}
+
+type entryLinks struct{ before, after *memoryEntry }
+
+// An entryList is a list of answers in memory. An answer is in two at most: one of each kind.
+type entryList struct {
+	kind        int // which links it uses
+	first, last *memoryEntry
+}
+
+const (
+	listOfUses   = iota
+	listOfWrites // that are to be made
+)
+
+func (l *entryList) addFirst(e *memoryEntry) {
+	if e.links[l.kind] = (entryLinks{nil, l.first}); l.first != nil {
+		l.first.links[l.kind].before = e
+	} else {
+		l.last = e
+	}
+	l.first = e
+}
+
+func (l *entryList) remove(e *memoryEntry) {
+	n := e.links[l.kind]
+	if n.before != nil {
+		n.before.links[l.kind].after = n.after
+	} else {
+		l.first = n.after
+	}
+	if n.after != nil {
+		n.after.links[l.kind].before = n.before
+	} else {
+		l.last = n.before
+	}
+	e.links[l.kind] = entryLinks{}
 }
 
 // The cache.
 
 const (
 	memoryCacheBytes  = 32 << 20  // of answers in memory
-	maxQueuedBytes    = 16 << 20  // of answers that wait to be written; what does not fit stays in memory only
 	maxCacheEntries   = 1_000_000 // on disk; memory has the id of each
 	cacheBatchBytes   = 256 << 10 // of one transaction: the ledger waits for it
 	cacheBatchEntries = 64
 	cacheWriteDelay   = 100 * time.Millisecond
-	cacheRestFactor   = 30   // the writer rests that many times as long as it has worked
-	cachePurgePage    = 1000 // entries that a purge reads at a time
+	cacheRestFactor   = 30 // the writer rests that many times as long as it has worked
+	cacheMaxRest      = 10 * time.Second
+	cacheIdleWrites   = time.Second // between batches of answers that were asked for once
+	cachePurgePage    = 1000        // entries that a purge reads at a time
 	cacheSweepEvery   = 10 * time.Second
 	cacheReadTimeout  = 250 * time.Millisecond
 	cacheTouchEvery   = 60_000 // milliseconds after which another use of an answer is recorded
 	maxCacheTouches   = 4096
-	maxFlightWait     = 2 * time.Minute
-	maxFlightWaiting  = 1000 // calls that wait for one flight
 )
 
 // cacheCounters count since the start of the program.
 type cacheCounters struct {
 	hits, misses, collapsed           atomic.Int64
 	bypasses                          [len(bypassReasons)]atomic.Int64
-	stored, written, evicted, dropped atomic.Int64 // dropped: not written, because the queue was full or a write failed
+	stored, written, evicted, dropped atomic.Int64 // dropped: the disk should have got them
 	savedNanos, savedUS               atomic.Int64
+	waiting                           atomic.Int64 // now, for identical calls
 }
 
 // A responseCache has the cached answers of all projects; newResponseCache makes one.
@@ -140,21 +214,19 @@ type responseCache struct {
 	cacheCounters
 
 	mu          sync.Mutex
-	memory      map[cacheKey]*list.Element // of *memoryEntry
-	recent      list.List                  // the same, most recently used first
+	memory      map[int64]*memoryEntry // by the id of the key
+	recent      entryList              // the same, most recently used first
+	again       entryList              // those to be written because they were asked for again, the newest first
+	once        entryList              // those to be written when there is time
 	memoryBytes int64
 	onDisk      map[int64]struct{} // ids that the table may have; nil while they are not known
 	diskBytes   int64              // about
-	flights     map[cacheKey]*flight
-	queue       []*cachedAnswer // to be written
-	queueBytes  int64
-	uses        map[int64]int64 // id -> time of use, to be written
+	uses        map[int64]int64    // id -> time of use, to be written
 
 	purges  atomic.Int64  // an answer to a call that began before the last purge is not stored
 	writing sync.Mutex    // of the table; taken before mu
-	wake    chan struct{} // something is queued
+	wake    chan struct{} // again has one
 	failing atomic.Bool   // the last write failed
-	closing bool          // the writer's own: it does not rest any more
 }
 
 func newResponseCache(st *store, sealing *contentKey, log *slog.Logger, maxBytes int64) (*responseCache, error) {
@@ -163,14 +235,8 @@ func newResponseCache(st *store, sealing *contentKey, log *slog.Logger, maxBytes
 		return nil, err
 	}
 	return &responseCache{store: st, sealing: sealing, salt: salt, log: log, maxBytes: maxBytes,
-		memory: map[cacheKey]*list.Element{}, flights: map[cacheKey]*flight{}, uses: map[int64]int64{},
-		wake: make(chan struct{}, 1)}, nil
-}
-
-// A memoryEntry is an answer in memory.
-type memoryEntry struct {
-	*cachedAnswer
-	recordedUse int64 // time of the last use that is on disk, or on its way there
+		memory: map[int64]*memoryEntry{}, uses: map[int64]int64{},
+		again: entryList{kind: listOfWrites}, once: entryList{kind: listOfWrites}, wake: make(chan struct{}, 1)}, nil
 }
 
 // lookup returns the answer of a key, nil if there is none.
@@ -184,7 +250,8 @@ func (c *responseCache) lookup(ctx context.Context, key *cacheKey, project, now 
 	if a != nil || !maybe {
 		return a
 	}
-	if a = c.read(ctx, key, project, now); a == nil {
+	e := c.read(ctx, key, project, now)
+	if e == nil {
 		return nil
 	}
 	c.mu.Lock()
@@ -192,215 +259,148 @@ func (c *responseCache) lookup(ctx context.Context, key *cacheKey, project, now 
 	if c.purges.Load() != purges {
 		return nil
 	}
-	c.addToMemory(a, 0)
+	c.addToMemory(e)
 	return c.fromMemory(key, now)
 }
 
-// fromMemory returns an answer that is in memory, nil if there is none. The caller has mu locked.
+// fromMemory returns an answer that is in memory, nil if there is none. An answer that was not written so far is
+// written soon: it was asked for again. The caller has mu locked.
 func (c *responseCache) fromMemory(key *cacheKey, now int64) *cachedAnswer {
-	e := c.memory[*key]
-	if e == nil {
+	e := c.memory[key.id()]
+	if e == nil || e.key != *key {
 		return nil
 	}
-	m := e.Value.(*memoryEntry)
-	if now >= m.ExpiresAt {
+	if now >= e.ExpiresAt {
 		c.removeFromMemory(e)
 		return nil
 	}
-	c.recent.MoveToFront(e)
-	if now-m.recordedUse >= cacheTouchEvery && len(c.uses) < maxCacheTouches {
-		m.recordedUse = now
+	c.recent.remove(e)
+	c.recent.addFirst(e)
+	switch e.usedAt = now; {
+	case e.waits == &c.once:
+		c.toBeWritten(e, &c.again)
+	case e.waits == nil && now-e.recordedUse >= cacheTouchEvery && len(c.uses) < maxCacheTouches:
+		e.recordedUse = now
 		c.uses[key.id()] = now
 	}
-	return m.cachedAnswer
+	return &e.cachedAnswer
 }
 
 // addToMemory puts an answer in the place of an earlier one, and removes those used longest ago. The caller has mu
 // locked.
-func (c *responseCache) addToMemory(a *cachedAnswer, recordedUse int64) {
-	if e := c.memory[a.key]; e != nil {
-		c.removeFromMemory(e)
+func (c *responseCache) addToMemory(e *memoryEntry) {
+	id := e.key.id()
+	if old := c.memory[id]; old != nil {
+		c.removeFromMemory(old)
 	}
-	c.memory[a.key] = c.recent.PushFront(&memoryEntry{a, recordedUse})
-	c.memoryBytes += a.size()
+	c.memory[id] = e
+	c.recent.addFirst(e)
+	c.memoryBytes += e.size()
 	for c.memoryBytes > memoryCacheBytes {
-		c.removeFromMemory(c.recent.Back())
+		last := c.recent.last
+		if last.waits == &c.again {
+			c.dropped.Add(1)
+		}
+		c.removeFromMemory(last)
 	}
 }
 
-func (c *responseCache) removeFromMemory(e *list.Element) {
-	a := c.recent.Remove(e).(*memoryEntry)
-	delete(c.memory, a.key)
-	c.memoryBytes -= a.size()
+// removeFromMemory removes an answer, also from those to be written. The caller has mu locked.
+func (c *responseCache) removeFromMemory(e *memoryEntry) {
+	c.recent.remove(e)
+	c.toBeWritten(e, nil)
+	delete(c.memory, e.key.id())
+	c.memoryBytes -= e.size()
+}
+
+// toBeWritten moves an answer to a list of those to be written, or with nil to none. The caller has mu locked.
+func (c *responseCache) toBeWritten(e *memoryEntry, list *entryList) {
+	if e.waits != nil {
+		e.waits.remove(e)
+	}
+	if e.waits = list; list == nil {
+		return
+	}
+	if list.addFirst(e); list == &c.again {
+		select {
+		case c.wake <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // read returns an answer from the disk, nil if there is none that can be used.
-func (c *responseCache) read(ctx context.Context, key *cacheKey, project, now int64) *cachedAnswer {
+func (c *responseCache) read(ctx context.Context, key *cacheKey, project, now int64) *memoryEntry {
 	ctx, cancel := context.WithTimeout(ctx, cacheReadTimeout)
 	defer cancel()
 	token, sealed, err := c.store.cachedAnswer(ctx, key.id(), project, now)
 	if err != nil {
 		return nil
 	}
-	a := &cachedAnswer{key: *key, project: project, token: token}
+	e := &memoryEntry{cachedAnswer: cachedAnswer{key: *key, project: project, token: token}}
 	plain, err := c.sealing.openCached(key.context(project), sealed)
-	if err != nil || !a.decode(plain) || now >= a.ExpiresAt {
+	if err != nil || !e.decode(plain) || now >= e.ExpiresAt {
 		return nil
 	}
-	return a
+	return e
 }
 
-// put stores an answer, unless something was purged since purges was read. The writer brings it to the disk.
-func (c *responseCache) put(a *cachedAnswer, purges int64) {
+// put stores an answer in memory, unless something was purged since purges was read. It is written at once if it takes
+// the place of another, and otherwise when it is asked for again, or there is time.
+func (c *responseCache) put(e *memoryEntry, purges int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.purges.Load() != purges {
 		return
 	}
 	c.stored.Add(1)
-	c.addToMemory(a, a.StoredAt)
-	if c.queueBytes+a.size() > maxQueuedBytes || a.size() > c.maxBytes {
+	_, replaces := c.onDisk[e.key.id()]
+	replaces = replaces || c.memory[e.key.id()] != nil
+	e.usedAt, e.recordedUse = e.StoredAt, e.StoredAt
+	switch c.addToMemory(e); {
+	case e.size() > c.maxBytes:
 		c.dropped.Add(1)
-		return
-	}
-	c.queue = append(c.queue, a)
-	c.queueBytes += a.size()
-	select {
-	case c.wake <- struct{}{}:
+	case replaces:
+		c.toBeWritten(e, &c.again)
 	default:
+		c.toBeWritten(e, &c.once)
 	}
-}
-
-// Flights.
-
-// A flight is one call to a provider on which identical calls wait. The cache's mu guards it.
-type flight struct {
-	key     cacheKey
-	done    chan struct{} // nil: nobody waits, or has waited
-	answer  *cachedAnswer // once done is closed; nil: there is none to share
-	ended   bool
-	waiting int
-	abandon func() // ends the leader's call when nobody waits any more; nil while its client is there
-}
-
-// A flightLead is a call's part in the flight that it leads. The cache's mu guards it.
-type flightLead struct {
-	flight     *flight // nil: the call leads none
-	clientLeft bool
-}
-
-// join returns the answer of key, if it has come meanwhile; or else the flight to wait for, which the caller must
-// leave; or neither, and then the caller leads a new flight and must end it. alone means that the flight has as many
-// calls as it may have, and that the caller goes without one.
-func (c *responseCache) join(key *cacheKey, lead *flightLead, now int64) (a *cachedAnswer, f *flight, alone bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if a := c.fromMemory(key, now); a != nil {
-		return a, nil, false
-	}
-	if f := c.flights[*key]; f != nil {
-		if f.waiting >= maxFlightWaiting {
-			return nil, nil, true
-		}
-		if f.waiting++; f.done == nil {
-			f.done = make(chan struct{})
-		}
-		return nil, f, false
-	}
-	lead.flight = &flight{key: *key}
-	c.flights[*key] = lead.flight
-	return nil, nil, false
-}
-
-// leave is called by a call that waits no longer.
-func (c *responseCache) leave(f *flight) {
-	c.mu.Lock()
-	f.waiting--
-	var abandon func()
-	if f.waiting == 0 && !f.ended {
-		if abandon = f.abandon; abandon != nil {
-			c.removeFlight(f)
-		}
-	}
-	c.mu.Unlock()
-	if abandon != nil {
-		abandon()
-	}
-}
-
-// end ends the flight that lead leads, if any, and gives answer to those who wait; nil: they go on by themselves.
-func (c *responseCache) end(lead *flightLead, answer *cachedAnswer) {
-	c.mu.Lock()
-	f := lead.flight
-	lead.flight = nil
-	if f == nil {
-		c.mu.Unlock()
-		return
-	}
-	f.ended, f.answer = true, answer
-	c.removeFlight(f)
-	abandon := f.abandon
-	if f.done != nil {
-		close(f.done)
-	}
-	c.mu.Unlock()
-	if abandon != nil {
-		abandon()
-	}
-}
-
-// removeFlight lets the next call with the flight's key lead another. The caller has mu locked.
-func (c *responseCache) removeFlight(f *flight) {
-	if c.flights[f.key] == f {
-		delete(c.flights, f.key)
-	}
-}
-
-// clientLeft calls abandon, which ends a call whose client has left: at once, or when nobody waits for it any more.
-func (c *responseCache) clientLeft(lead *flightLead, abandon func()) {
-	c.mu.Lock()
-	lead.clientLeft = true
-	f := lead.flight
-	if f != nil && f.waiting > 0 {
-		f.abandon = abandon
-		c.mu.Unlock()
-		return
-	}
-	if f != nil {
-		c.removeFlight(f)
-	}
-	c.mu.Unlock()
-	abandon()
-}
-
-// isAwaited reports whether calls wait for the call that leads.
-func (c *responseCache) isAwaited(lead *flightLead) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return lead.flight != nil && lead.flight.waiting > 0
 }
 
 // The disk.
 
 // run brings answers to the disk, and deletes there what has expired or is too much, until ctx is done. Then it
-// writes what is queued.
+// writes what is only in memory, the newest first, as far as it gets.
 func (c *responseCache) run(ctx context.Context) {
 	c.loadIDs(ctx)
-	tick := time.NewTicker(cacheSweepEvery)
-	defer tick.Stop()
+	idle, sweep := time.NewTicker(cacheIdleWrites), time.NewTicker(cacheSweepEvery)
+	defer idle.Stop()
+	defer sweep.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			last, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 			defer cancel()
-			c.closing = true
-			c.writeQueue(last)
+			c.writeAll(last)
 			return
 		case <-c.wake:
 			rest(ctx, cacheWriteDelay) // for others
-			c.writeQueue(ctx)
-		case now := <-tick.C:
+			for took := time.Nanosecond; took > 0 && ctx.Err() == nil; {
+				took = c.writeOne(ctx, &c.again, false)
+				rest(ctx, min(cacheRestFactor*took, cacheMaxRest))
+			}
+		case <-idle.C:
+			c.writeOne(ctx, &c.once, false)
+		case now := <-sweep.C:
 			c.sweep(ctx, now.UnixMilli())
+		}
+	}
+}
+
+// writeAll writes what is only in memory, until ctx is done.
+func (c *responseCache) writeAll(ctx context.Context) {
+	for _, list := range [...]*entryList{&c.again, &c.once} {
+		for ctx.Err() == nil && c.writeOne(ctx, list, true) > 0 {
 		}
 	}
 }
@@ -429,81 +429,85 @@ func rest(ctx context.Context, d time.Duration) {
 	}
 }
 
-// writeQueue writes what is queued, in transactions that are short enough for the ledger to wait for. It rests in
-// between: however many answers come, writing them takes little of the processor. What the queue cannot take stays in
-// memory only.
-func (c *responseCache) writeQueue(ctx context.Context) {
-	for ctx.Err() == nil {
-		start := time.Now()
-		n, err := c.writeBatch(ctx)
-		if err != nil && !c.failing.Swap(true) {
-			c.log.Warn("answers could not be cached on disk", "error", err)
-		} else if err == nil && n > 0 {
-			c.failing.Store(false)
-		}
-		c.mu.Lock()
-		tooMuch, left := c.diskBytes > c.maxBytes || len(c.onDisk) > maxCacheEntries, len(c.queue)
-		c.mu.Unlock()
-		if tooMuch {
-			c.evict(ctx)
-		}
-		if left == 0 {
-			return
-		}
-		if !c.closing {
-			rest(ctx, cacheRestFactor*time.Since(start))
-		}
+// writeOne writes a batch of the answers in list, the oldest or the newest first, and returns how long that took; 0:
+// there were none.
+func (c *responseCache) writeOne(ctx context.Context, list *entryList, newestFirst bool) (took time.Duration) {
+	c.writing.Lock()
+	start := time.Now()
+	n, err := c.writeBatch(ctx, list, newestFirst)
+	if n > 0 {
+		took = max(time.Since(start), 1)
 	}
+	c.writing.Unlock()
+	if err != nil && !c.failing.Swap(true) {
+		c.log.Warn("answers could not be cached on disk", "error", err)
+	} else if err == nil && n > 0 {
+		c.failing.Store(false)
+	}
+	c.mu.Lock()
+	tooMuch := c.diskBytes > c.maxBytes || len(c.onDisk) > maxCacheEntries
+	c.mu.Unlock()
+	if tooMuch {
+		c.evict(ctx)
+	}
+	return took
 }
 
-// writeBatch writes the first answers of the queue and returns how many it took from it.
-func (c *responseCache) writeBatch(ctx context.Context) (taken int, err error) {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	var bytes int64
+// takeBatch takes answers from list, which the caller writes in one transaction: it is short enough for the ledger to
+// wait for it. Answers that have expired are not written.
+func (c *responseCache) takeBatch(list *entryList, newestFirst bool) (batch []*memoryEntry, bytes int64) {
+	now := time.Now().UnixMilli()
 	c.mu.Lock()
-	batch := c.queue
-	for i, a := range batch {
-		if i == cacheBatchEntries || i > 0 && bytes+a.size() > cacheBatchBytes {
-			batch = batch[:i]
+	defer c.mu.Unlock()
+	for len(batch) < cacheBatchEntries {
+		e := list.last
+		if newestFirst {
+			e = list.first
+		}
+		if e == nil || bytes > 0 && bytes+e.size() > cacheBatchBytes {
 			break
 		}
-		bytes += a.size()
+		if c.toBeWritten(e, nil); now < e.ExpiresAt {
+			batch, bytes = append(batch, e), bytes+e.size()
+			e.recordedUse = e.usedAt
+		}
 	}
-	c.queue = c.queue[len(batch):]
-	if len(c.queue) == 0 {
-		c.queue = nil
-	}
-	c.queueBytes -= bytes
-	c.mu.Unlock()
+	return batch, bytes
+}
+
+// writeBatch writes answers of list in one transaction, and returns how many it took. The caller has writing locked.
+func (c *responseCache) writeBatch(ctx context.Context, list *entryList, newestFirst bool) (taken int, err error) {
+	batch, bytes := c.takeBatch(list, newestFirst)
 	if len(batch) == 0 {
 		return 0, nil
 	}
 	rows := make([]cacheRow, 0, len(batch))
-	for _, a := range batch {
-		plain, err := a.encode()
+	defer func() {
+		if err != nil {
+			c.dropped.Add(int64(len(batch)))
+		}
+	}()
+	for _, e := range batch {
+		plain, err := e.encode()
 		if err != nil {
 			return len(batch), err
 		}
-		sealed, err := c.sealing.sealCached(a.key.context(a.project), plain)
+		sealed, err := c.sealing.sealCached(e.key.context(e.project), plain)
 		if err != nil {
 			return len(batch), err
 		}
-		rows = append(rows, cacheRow{id: a.key.id(), project: a.project, token: a.token, model: a.Model,
-			storedAt: a.StoredAt, expiresAt: a.ExpiresAt, size: a.size(), answer: sealed})
+		rows = append(rows, cacheRow{id: e.key.id(), project: e.project, token: e.token, model: e.Model,
+			storedAt: e.StoredAt, expiresAt: e.ExpiresAt, usedAt: e.recordedUse, size: e.size(), answer: sealed})
 	}
 	if err := c.store.addCached(ctx, rows); err != nil {
-		c.dropped.Add(int64(len(rows)))
 		return len(batch), err
 	}
 	c.written.Add(int64(len(rows)))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.diskBytes += bytes
-	for i := range rows {
-		if c.onDisk != nil {
-			c.onDisk[rows[i].id] = struct{}{}
-		}
+	for i := 0; i < len(rows) && c.onDisk != nil; i++ {
+		c.onDisk[rows[i].id] = struct{}{}
 	}
 	return len(batch), nil
 }
@@ -578,21 +582,12 @@ func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error)
 	deleted := map[int64]struct{}{}
 	c.mu.Lock()
 	c.purges.Add(1)
-	for _, e := range c.memory {
-		if a := e.Value.(*memoryEntry).cachedAnswer; f.matches(a.project, a.token, a.Model, a.StoredAt) {
-			deleted[a.key.id()] = struct{}{}
+	for id, e := range c.memory {
+		if f.matches(e.project, e.token, e.Model, e.StoredAt) {
+			deleted[id] = struct{}{}
 			c.removeFromMemory(e)
 		}
 	}
-	c.queueBytes = 0
-	c.queue = slices.DeleteFunc(c.queue, func(a *cachedAnswer) bool {
-		if f.matches(a.project, a.token, a.Model, a.StoredAt) {
-			deleted[a.key.id()] = struct{}{}
-			return true
-		}
-		c.queueBytes += a.size()
-		return false
-	})
 	c.mu.Unlock()
 	err := c.purgeDisk(ctx, f, deleted)
 	return int64(len(deleted)), err
@@ -648,4 +643,58 @@ func (c *responseCache) purgeUnreachable(ctx context.Context, f cacheFilter) {
 func (f *cacheFilter) matches(project, token int64, model string, storedAt int64) bool {
 	return project == f.project && (f.token == 0 || f.token == token || f.token == anyToken && token != 0) &&
 		(f.model == "" || f.model == model) && (f.storedBefore == 0 || storedAt < f.storedBefore)
+}
+
+// usage returns what is cached of a project, by model, the largest share first.
+func (c *responseCache) usage(ctx context.Context, project, now int64) ([]*cacheUsage, error) {
+	c.writing.Lock() // an answer that is being written is either in memory only or on disk
+	defer c.writing.Unlock()
+	onDisk, err := c.store.cacheUsage(ctx, project, now)
+	if err != nil {
+		return nil, err
+	}
+	models := c.memoryUsage(project, now)
+	for _, u := range onDisk {
+		if m := models[u.model]; m != nil {
+			u.entries, u.bytes = u.entries+m.entries, u.bytes+m.bytes
+			u.oldestStoredAt = min(u.oldestStoredAt, m.oldestStoredAt)
+		}
+		models[u.model] = &u
+	}
+	all := slices.SortedFunc(maps.Values(models), func(a, b *cacheUsage) int {
+		return cmp.Or(cmp.Compare(b.bytes, a.bytes), cmp.Compare(a.model, b.model))
+	})
+	return all[:min(len(all), maxCacheModels)], nil
+}
+
+// usageSum is usage without the models. It is faster.
+func (c *responseCache) usageSum(ctx context.Context, project, now int64) (entries, bytes int64, err error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if entries, bytes, err = c.store.cacheSize(ctx, project); err != nil {
+		return 0, 0, err
+	}
+	for _, u := range c.memoryUsage(project, now) {
+		entries, bytes = entries+u.entries, bytes+u.bytes
+	}
+	return entries, bytes, nil
+}
+
+// memoryUsage returns what is only in memory of a project, by model.
+func (c *responseCache) memoryUsage(project, now int64) map[string]*cacheUsage {
+	models := map[string]*cacheUsage{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id, e := range c.memory {
+		_, onDisk := c.onDisk[id]
+		if e.project != project || now >= e.ExpiresAt || onDisk || e.waits == nil && c.onDisk == nil {
+			continue
+		}
+		u := getOrInsert(models, e.Model)
+		if u.model = e.Model; u.entries == 0 || e.StoredAt < u.oldestStoredAt {
+			u.oldestStoredAt = e.StoredAt
+		}
+		u.entries, u.bytes = u.entries+1, u.bytes+e.size()
+	}
+	return models
 }

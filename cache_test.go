@@ -55,11 +55,7 @@ func (p *testProxy) cacheSettled() {
 	p.t.Helper()
 	p.waitSettled()
 	c := p.instance.cache
-	waitFor(p.t, "the cache to be written", func() bool {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return len(c.queue) == 0
-	})
+	c.writeAll(context.Background())
 	c.writing.Lock() // until the last batch is committed
 	defer c.writing.Unlock()
 }
@@ -287,7 +283,7 @@ func TestCacheKeyParts(t *testing.T) {
 		c.endpoint, c.fields.model, c.query, c.body = &endpoint{label: "POST /v1/x"}, "m", "q=1", []byte("{}")
 		h := header.Clone()
 		change(c, u, h)
-		return newCacheKey([]byte("salt"), c.cacheKeyParts(&http.Request{Header: h}), c.body)
+		return newCacheKey([]byte("salt"), c.appendCacheKeyParts(nil, h), c.body)
 	}
 	base := key(func(*call, *upstream, http.Header) {})
 	seen := map[cacheKey]string{base: "the base"}
@@ -600,11 +596,8 @@ func (p *testProxy) ageEntries(by time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.memory {
-		m := e.Value.(*memoryEntry)
-		older := *m.cachedAnswer
-		older.StoredAt -= by.Milliseconds()
-		older.ExpiresAt -= by.Milliseconds()
-		m.cachedAnswer = &older
+		e.StoredAt -= by.Milliseconds()
+		e.ExpiresAt -= by.Milliseconds()
 	}
 }
 
@@ -677,15 +670,7 @@ func (p *testProxy) manyChats(ctx context.Context, n int, token, members string)
 }
 
 // waiting returns how many calls wait for a flight.
-func (p *testProxy) waiting() (n int) {
-	c := p.instance.cache
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, f := range c.flights {
-		n += f.waiting
-	}
-	return n
-}
+func (p *testProxy) waiting() int { return int(p.instance.cache.waiting.Load()) }
 
 // TestCacheOneFlight: a hundred identical calls at one time make one call to the provider, unary or streamed, also
 // if the first client leaves. Then the first call goes on for the others, and is paid for.
@@ -725,10 +710,10 @@ func TestCacheOneFlight(t *testing.T) {
 			if leaves != "" {
 				leave()
 				waitFor(t, "the first client to leave", func() bool {
-					c := p.instance.cache
-					c.mu.Lock()
-					defer c.mu.Unlock()
-					for _, f := range c.flights {
+					fs := &p.instance.proxy.flights
+					fs.mu.Lock()
+					defer fs.mu.Unlock()
+					for _, f := range fs.byKey {
 						return f.abandon != nil
 					}
 					return false
@@ -759,6 +744,12 @@ func TestCacheOneFlight(t *testing.T) {
 			if hits != 99 || p.instance.cache.collapsed.Load() != 99 {
 				t.Errorf("%s: %d hits, %d collapsed", what, hits, p.instance.cache.collapsed.Load())
 			}
+			c := p.instance.cache
+			c.mu.Lock()
+			if c.once.first != nil {
+				t.Errorf("%s: the answer counts as one that was asked for once", what)
+			}
+			c.mu.Unlock()
 			p.expectFrom(what+", afterwards", "cache", func() testResponse {
 				return p.do("POST", "/v1/chat/completions", chatBody(members), "Authorization", "Bearer "+p.token,
 					"Content-Type", "application/json")

@@ -630,7 +630,7 @@ func (ops *operations) getCache(ctx context.Context, projectID string, now time.
 	q := usageQuery{interval: "total", project: p.id, limit: 1,
 		from: today - (cacheReportDays-1)*dayMS, to: today + dayMS}
 	v := cacheView{Models: []cacheModelView{}, Since: timestamp(q.from)}
-	if v.Entries, v.Bytes, err = ops.store.cacheSize(ctx, p.seq); err != nil {
+	if v.Entries, v.Bytes, err = ops.cache.usageSum(ctx, p.seq, now.UnixMilli()); err != nil {
 		return v, err
 	}
 	sums, err := ops.store.usage(ctx, q)
@@ -652,7 +652,7 @@ func (api *manageAPI) getCache(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	models, err := api.store.cacheUsage(r.ctx, p.seq, r.now.UnixMilli())
+	models, err := api.ops.cache.usage(r.ctx, p.seq, r.now.UnixMilli())
 	for _, m := range models {
 		v.Models = append(v.Models, cacheModelView{m.model, m.entries, m.bytes, timestamp(m.oldestStoredAt)})
 	}

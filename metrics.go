@@ -578,11 +578,7 @@ func (e *exporter) writeLedger(w *metricsWriter) {
 
 // writeMetrics writes what the response cache has, and what it has done since the start.
 func (c *responseCache) writeMetrics(w *metricsWriter) {
-	var waiting int
 	c.mu.Lock()
-	for _, f := range c.flights {
-		waiting += f.waiting
-	}
 	inMemory, memoryBytes, onDisk, diskBytes := len(c.memory), c.memoryBytes, len(c.onDisk), c.diskBytes
 	c.mu.Unlock()
 	for _, f := range []struct {
@@ -594,7 +590,7 @@ func (c *responseCache) writeMetrics(w *metricsWriter) {
 		{"misses_total", "Calls that the cache could have answered and did not.", c.misses.Load()},
 		{"stored_total", "Answers that were cached.", c.stored.Load()},
 		{"evictions_total", "Answers that were deleted from the disk to make room.", c.evicted.Load()},
-		{"dropped_writes_total", "Answers that were not written to the disk: the queue was full, or the write failed.",
+		{"dropped_writes_total", "Answers that should be on disk and are not: the disk was too slow, or failed.",
 			c.dropped.Load()},
 	} {
 		w.beginFamily("cache_"+f.name, "counter", f.help)
@@ -617,7 +613,7 @@ func (c *responseCache) writeMetrics(w *metricsWriter) {
 	w.writeInt(max(0, diskBytes), "tier", "disk")
 	w.writeGauges([]gauge{
 		{"cache_max_bytes", "MAX_CACHE_BYTES.", c.maxBytes},
-		{"cache_waiting_calls", "Calls that wait for the answer to an identical one.", int64(waiting)},
+		{"cache_waiting_calls", "Calls that wait for the answer to an identical one.", c.waiting.Load()},
 	})
 }
 

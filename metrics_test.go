@@ -357,11 +357,12 @@ func TestMetricsPage(t *testing.T) {
 	m.writeModels(w)
 	m.writeRequests(w)
 	cache := &responseCache{maxBytes: 1 << 28, memoryBytes: 2048, diskBytes: 1 << 20,
-		onDisk: map[int64]struct{}{1: {}, 2: {}}, flights: map[cacheKey]*flight{{1}: {waiting: 2}, {2}: {waiting: 3}}}
+		onDisk: map[int64]struct{}{1: {}, 2: {}}}
 	for i, n := range []*atomic.Int64{&cache.hits, &cache.collapsed, &cache.misses, &cache.stored, &cache.evicted,
 		&cache.dropped, &cache.bypasses[1], &cache.savedNanos, &cache.savedUS} {
 		n.Store(int64(i + 1))
 	}
+	cache.waiting.Store(5)
 	cache.writeMetrics(w)
 	parseMetrics(t, string(w.b))
 	if want := mustReadFile(t, "testdata/metrics_page.txt"); string(w.b) != want {

@@ -19,6 +19,7 @@ import (
 // A proxy carries /v1 calls to providers. It is the only type that holds the transport.
 type proxy struct {
 	proxyDeps
+	flights  flights
 	buffers  *bufferPool
 	emptyURL *url.URL
 }
@@ -46,7 +47,8 @@ type proxyDeps struct {
 }
 
 func newProxy(d proxyDeps) *proxy {
-	return &proxy{proxyDeps: d, buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
+	return &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
+		buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
 }
 
 // A call is one /v1 call. It belongs to the goroutine that serves it; other goroutines see its runningCall only. The

@@ -4,19 +4,20 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
-	"math"
 	"net/http"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // A cachedCall is what the cache does for one call. It belongs to the call's goroutine, except for lead, which the
-// cache guards. nil: the call's project has no cache.
+// flights guards. nil: the call's project has no cache.
 type cachedCall struct {
 	policy     *cachePolicy
 	key        cacheKey
@@ -27,10 +28,10 @@ type cachedCall struct {
 
 	hit *cachedAnswer // the answer that the client gets; nil: the provider is called
 
-	mayStore bool // the answer is stored if it turns out to be complete
-	storing  bool // the head of the answer allows that, and so does its body so far
-	header   []string
-	body     []byte
+	mayStore bool   // the answer is stored if it turns out to be complete
+	storing  bool   // the head of the answer allows that, and so does its body so far
+	data     []byte // of the answer: header and body, see cachedAnswer
+	bodyAt   int
 	reserved int64 // of the call's body memory
 	response *http.Response
 
@@ -54,7 +55,7 @@ func (p *proxy) watchClient(c *call, r *http.Request) {
 	u.watching.Add(1)
 	u.stopWatch = context.AfterFunc(r.Context(), func() {
 		defer u.watching.Done()
-		p.cache.clientLeft(&u.lead, func() { c.cancel(context.Cause(r.Context())) })
+		p.flights.clientLeft(&u.lead, func() { c.cancel(context.Cause(r.Context())) })
 	})
 }
 
@@ -78,9 +79,11 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 		u.setStatus(w.Header(), cacheBypass+reason)
 		return u.directives.onlyIfCached && p.failUncached(c, w)
 	}
-	u.key = newCacheKey(p.cache.salt, c.cacheKeyParts(r), c.body)
+	var space [32]string
+	u.key = newCacheKey(p.cache.salt, c.appendCacheKeyParts(space[:0], r.Header), c.body)
 	u.mayStore = true
 	now := time.Now().UnixMilli()
+	stored := p.cache.stored.Load()
 	a := p.cache.lookup(c.ctx, &u.key, c.project.seq, now)
 	switch {
 	case a != nil && !u.directives.noCache && a.satisfies(&u.directives, now):
@@ -97,18 +100,16 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 		u.setStatus(w.Header(), cacheMiss)
 		return false
 	}
-	return p.joinFlight(c, w, now)
+	return p.joinFlight(c, w, now, stored)
 }
 
 // joinFlight waits for an identical call that is running, and answers the call from its answer. Otherwise it returns
-// false, and the call goes to the provider: others may wait for it then.
-func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now int64) bool {
+// false, and the call goes to the provider: others may wait for it then. The cache had no answer when stored was read.
+func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now, stored int64) bool {
 	u := c.cached
-	a, f, alone := p.cache.join(&u.key, &u.lead, now)
-	if a != nil {
-		return p.replay(c, w, a, now, "")
-	}
-	if f != nil {
+	f, alone := p.flights.join(&u.key, &u.lead)
+	switch {
+	case f != nil:
 		a, err := p.awaitFlight(c, f)
 		if err != nil {
 			p.fail(c, w, err)
@@ -116,7 +117,14 @@ func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now int64) bool {
 		}
 		if a != nil {
 			p.cache.collapsed.Add(1)
-			return p.replay(c, w, a, time.Now().UnixMilli(), "; detail=collapsed")
+			now = time.Now().UnixMilli()
+			p.cache.lookup(c.ctx, &u.key, c.project.seq, now) // notes the use
+			return p.replay(c, w, a, now, "; detail=collapsed")
+		}
+	case !alone && p.cache.stored.Load() != stored: // perhaps by a call that ended meanwhile
+		if a := p.cache.lookup(c.ctx, &u.key, c.project.seq, now); a != nil {
+			p.flights.end(&u.lead, a)
+			return p.replay(c, w, a, now, "")
 		}
 	}
 	p.cache.misses.Add(1)
@@ -129,7 +137,7 @@ func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now int64) bool {
 // awaitFlight waits for the answer of an identical call. It returns nil if that call has none to share, or takes too
 // long, and an error if this call ends first.
 func (p *proxy) awaitFlight(c *call, f *flight) (*cachedAnswer, error) {
-	defer p.cache.leave(f)
+	defer p.flights.leave(f)
 	c.setPhase(phaseProvider)
 	timer := time.NewTimer(min(maxFlightWait, p.running.limits.upstreamTimeout))
 	defer timer.Stop()
@@ -164,39 +172,39 @@ func (u *cachedCall) setStatus(h http.Header, status string) {
 	h["Cache-Status"] = []string{status}
 }
 
-// cacheKeyParts returns what the answer depends on beside the body. The project's version stands for its policy: no
-// answer outlives a change of it.
-func (c *call) cacheKeyParts(r *http.Request) []string {
+// appendCacheKeyParts appends what the answer depends on beside the body. The project's version stands for its policy:
+// no answer outlives a change of it.
+func (c *call) appendCacheKeyParts(parts []string, h http.Header) []string {
 	u := c.upstream
 	scope, id := "project", c.project.id
 	if c.project.policy.Cache.Scope == "token" {
 		scope, id = "token", c.tokenState.id
 	}
-	parts := make([]string, 0, 32)
 	parts = append(parts, scope, id, strconv.FormatInt(c.project.version, 10), c.endpoint.name(), u.provider, u.scheme,
 		u.host, u.basePath, u.organization, u.openaiProject, u.mapModel(c.fields.model), c.query,
 		strconv.FormatBool(c.usageAdded), strconv.FormatBool(c.bufferStream))
-	header := func(name string) {
-		values := r.Header[name]
-		parts = append(append(parts, name, strconv.Itoa(len(values))), values...)
-	}
-	header("Accept")
-	header("Content-Type")
-	if v := r.Header["Connection"]; len(v) > 1 || len(v) == 1 && !isPlainConnection(v[0]) {
-		header("Connection") // it may name headers that do not go up
+	parts = appendHeaderParts(parts, h, "Accept")
+	parts = appendHeaderParts(parts, h, "Content-Type")
+	if v := h["Connection"]; len(v) > 1 || len(v) == 1 && !isPlainConnection(v[0]) {
+		parts = appendHeaderParts(parts, h, "Connection") // it may name headers that do not go up
 	}
 	var space [8]string
 	names := space[:0]
-	for name := range r.Header {
+	for name := range h {
 		if isProviderHeader(name) && !describesAccount(name) {
 			names = append(names, name)
 		}
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		header(name)
+		parts = appendHeaderParts(parts, h, name)
 	}
 	return parts
+}
+
+func appendHeaderParts(parts []string, h http.Header, name string) []string {
+	values := h[name]
+	return append(append(parts, name, strconv.Itoa(len(values))), values...)
 }
 
 func isPlainConnection(value string) bool {
@@ -214,8 +222,8 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 	c.upstream.health.releaseCapacity(c.start.UnixMilli(), c.inputEstimate(), &c.upstream.settings)
 	h := w.Header()
 	h["Content-Type"] = nil // net/http would guess one from the body
-	for i := 0; i+1 < len(a.Header); i += 2 {
-		h[a.Header[i]] = append(h[a.Header[i]], a.Header[i+1])
+	for pair := range slices.Chunk(a.header(), 2) {
+		h[pair[0]] = append(h[pair[0]], pair[1])
 	}
 	ttl := strconv.FormatInt(max(0, a.ExpiresAt-now)/1000, 10)
 	u.setStatus(h, "llm-proxy; hit; ttl="+ttl+`; key="`+u.key.String()+`"`+detail)
@@ -225,14 +233,14 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 		h["Cache-Control"] = []string{"no-cache, no-store"}
 		h["X-Accel-Buffering"] = []string{"no"}
 	} else {
-		h["Content-Length"] = []string{strconv.Itoa(len(a.body))}
+		h["Content-Length"] = []string{strconv.Itoa(len(a.body()))}
 	}
 	c.response = newResponseWriter(p, c, w)
 	c.response.body = answerBody{peeked: true, ended: true}
 	c.response.framed = !a.Stream // otherwise in chunks, like the provider's
 	c.response.WriteHeader(http.StatusOK)
-	c.progress.bytesRelayed.Store(int64(len(a.body)))
-	_ = c.response.send(a.body) // the response knows whether it failed
+	c.progress.bytesRelayed.Store(int64(len(a.body())))
+	_ = c.response.send(a.body()) // the response knows whether it failed
 	c.relayed = true
 	return true
 }
@@ -255,16 +263,17 @@ func (u *cachedCall) accept(p *proxy, c *call, res *http.Response, to http.Heade
 	} else {
 		to["Cache-Status"] = []string{u.status + cacheStored}
 	}
-	u.header = make([]string, 0, 8)
+	var space [1 << 10]byte
+	head := space[:0]
 	for name, values := range to {
 		if replaysHeader(name) {
 			for _, v := range values {
-				u.header = append(u.header, name, v)
+				head = appendHeaderLine(appendHeaderLine(head, name), v)
 			}
 		}
 	}
-	if res.ContentLength > 0 {
-		u.grow(p, c, res.ContentLength)
+	if u.bodyAt = len(head); u.grow(p, c, int64(len(head))+max(0, res.ContentLength)) {
+		u.data = append(u.data, head...)
 	}
 }
 
@@ -284,12 +293,12 @@ func (u *cachedCall) add(p *proxy, c *call, b []byte) {
 	if u == nil || !u.storing {
 		return
 	}
-	if need := int64(len(u.body) + len(b)); need > u.policy.maxEntry() ||
-		need > int64(cap(u.body)) && !u.grow(p, c, max(need, 2*int64(cap(u.body)))) {
+	if need := int64(len(u.data) + len(b)); need-int64(u.bodyAt) > u.policy.maxEntry() ||
+		need > int64(cap(u.data)) && !u.grow(p, c, max(need, 2*int64(cap(u.data)))) {
 		u.discard(p)
 		return
 	}
-	u.body = append(u.body, b...)
+	u.data = append(u.data, b...)
 }
 
 // grow makes space for n bytes of the answer. It returns false, and the answer is not stored, if BODY_MEMORY has none.
@@ -299,18 +308,18 @@ func (u *cachedCall) grow(p *proxy, c *call, n int64) bool {
 		return false
 	}
 	u.reserved = n
-	u.body = append(make([]byte, 0, n), u.body...)
+	u.data = append(make([]byte, 0, n), u.data...)
 	return true
 }
 
 // discard gives up storing the answer. Who waits for it goes on.
 func (u *cachedCall) discard(p *proxy) {
-	u.mayStore, u.storing, u.body, u.response = false, false, nil, nil
-	p.cache.end(&u.lead, nil)
+	u.mayStore, u.storing, u.data, u.response = false, false, nil, nil
+	p.flights.end(&u.lead, nil)
 }
 
 // isAwaited reports whether other calls wait for the answer, so that it is read to its end even if the client leaves.
-func (u *cachedCall) isAwaited(p *proxy) bool { return u != nil && p.cache.isAwaited(&u.lead) }
+func (u *cachedCall) isAwaited(p *proxy) bool { return u != nil && p.flights.isAwaited(&u.lead) }
 
 // settleCache fills in what the cache changes in the row of a call that has ended, and stores its answer.
 func (p *proxy) settleCache(c *call, row *requestRow) {
@@ -329,18 +338,22 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 		p.cache.savedUS.Add(row.savedUS)
 		return
 	}
-	var answer *cachedAnswer
-	if u.storing && c.isWhole() {
-		answer = &cachedAnswer{key: u.key, project: c.project.seq, body: slices.Clip(u.body),
-			cachedMeta: cachedMeta{Header: u.header, Stream: c.response.sse, Model: row.model, Cost: row.cost,
-				TotalUS: row.totalUS, StoredAt: c.times.settledAt.UnixMilli()}}
-		answer.ExpiresAt = answer.StoredAt + u.policy.TTLSeconds*1000
-		if u.policy.Scope == "token" {
-			answer.token = c.tokenState.seq
-		}
-		p.cache.put(answer, u.purges)
+	if !u.storing || !c.isWhole() {
+		p.flights.end(&u.lead, nil)
+		return
 	}
-	p.cache.end(&u.lead, answer)
+	e := &memoryEntry{cachedAnswer: cachedAnswer{key: u.key, project: c.project.seq, data: u.data, bodyAt: u.bodyAt,
+		cachedMeta: cachedMeta{Stream: c.response.sse, Model: row.model, Cost: row.cost, TotalUS: row.totalUS,
+			StoredAt: c.times.settledAt.UnixMilli()}}}
+	if cap(u.data)-len(u.data) > len(u.data)/8 { // it came without a length
+		e.data = bytes.Clone(u.data)
+	}
+	e.ExpiresAt = e.StoredAt + u.policy.TTLSeconds*1000
+	if u.policy.Scope == "token" {
+		e.token = c.tokenState.seq
+	}
+	p.cache.put(e, u.purges)
+	p.flights.end(&u.lead, &e.cachedAnswer)
 }
 
 // isWhole reports whether the call has a complete answer without an error that others may get.
@@ -350,7 +363,7 @@ func (c *call) isWhole() bool {
 		abortCause(c.ctx) != nil || len(c.cached.response.Trailer) > 0 {
 		return false
 	}
-	m, body := w.meter, c.cached.body
+	m, body := w.meter, c.cached.data[c.cached.bodyAt:]
 	switch {
 	case m.kind == meterNone: // the meter does not look
 		return len(body) > 0 && body[0] == '{' && json.Valid(body)
@@ -367,77 +380,121 @@ func (a *cachedAnswer) satisfies(d *cacheDirectives, now int64) bool {
 	return now+d.minFresh*1000 < a.ExpiresAt && (d.maxAge < 0 || now-a.StoredAt < d.maxAge*1000)
 }
 
-// cacheDirectives are the directives of a request's Cache-Control (RFC 9111, 5.2.1) that a cache which never answers
-// with a stale answer must follow.
-type cacheDirectives struct {
-	noStore, noCache, onlyIfCached bool
-	maxAge, minFresh               int64 // seconds; maxAge is -1 if there is none
+// A flights has the calls on which identical ones wait.
+type flights struct {
+	waiting *atomic.Int64 // counts them
+
+	mu    sync.Mutex
+	byKey map[cacheKey]*flight
 }
 
-// parseCacheControl reads the Cache-Control lines of a request, or without any its Pragma lines. A number that cannot
-// be read makes every stored answer too old.
-func parseCacheControl(lines, pragma []string) cacheDirectives {
-	d := cacheDirectives{maxAge: -1}
-	if len(lines) == 0 {
-		lines = pragma
-	}
-	eachDirective(lines, func(name, value string) {
-		switch name {
-		case "no-store":
-			d.noStore = true
-		case "no-cache":
-			d.noCache = true
-		case "only-if-cached":
-			d.onlyIfCached = true
-		case "max-age":
-			n := parseSeconds(value, 0)
-			if d.maxAge < 0 || n < d.maxAge {
-				d.maxAge = n
-			}
-		case "min-fresh":
-			d.minFresh = max(d.minFresh, parseSeconds(value, math.MaxInt32))
+// A flight is one call to a provider on which identical calls wait. The mutex of flights guards it.
+type flight struct {
+	key     cacheKey
+	done    chan struct{} // nil: nobody waits, or has waited
+	answer  *cachedAnswer // once done is closed; nil: there is none to share
+	ended   bool
+	waiting int
+	abandon func() // ends the leader's call when nobody waits any more; nil while its client is there
+}
+
+// A flightLead is a call's part in the flight that it leads. The mutex of flights guards it.
+type flightLead struct {
+	flight     *flight // nil: the call leads none
+	own        flight  // saves an allocation
+	clientLeft bool
+}
+
+const (
+	maxFlightWait    = 2 * time.Minute
+	maxFlightWaiting = 1000 // calls that wait for one flight
+)
+
+// join returns the flight to wait for, which the caller must leave. If it returns none, the caller leads a new flight
+// and must end it, or with alone goes without one, because the flight has as many calls as it may have.
+func (fs *flights) join(key *cacheKey, lead *flightLead) (f *flight, alone bool) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if f := fs.byKey[*key]; f != nil {
+		if f.waiting >= maxFlightWaiting {
+			return nil, true
 		}
-	})
-	return d
+		fs.waiting.Add(1)
+		if f.waiting++; f.done == nil {
+			f.done = make(chan struct{})
+		}
+		return f, false
+	}
+	lead.own.key, lead.flight = *key, &lead.own
+	fs.byKey[*key] = lead.flight
+	return nil, false
 }
 
-// parseSeconds reads a number of seconds; it is at most MaxInt32, and otherwise if it is not a number.
-func parseSeconds(text string, otherwise int64) int64 {
-	if !allDigits(text) {
-		return otherwise
-	}
-	if n, err := strconv.ParseInt(text, 10, 64); err == nil {
-		return min(n, math.MaxInt32)
-	}
-	return math.MaxInt32
-}
-
-// eachDirective calls do for every directive, with its name in lower case and its value without quotes.
-func eachDirective(lines []string, do func(name, value string)) {
-	for _, line := range lines {
-		for line != "" {
-			end, quoted := 0, false
-			for ; end < len(line) && (quoted || line[end] != ','); end++ {
-				switch {
-				case line[end] == '"':
-					quoted = !quoted
-				case line[end] == '\\' && quoted:
-					end++
-				}
-			}
-			end = min(end, len(line))
-			name, value, _ := strings.Cut(line[:end], "=")
-			if name = strings.ToLower(strings.TrimSpace(name)); name != "" {
-				do(name, strings.Trim(strings.TrimSpace(value), `"`))
-			}
-			line = line[min(end+1, len(line)):]
+// leave is called by a call that waits no longer.
+func (fs *flights) leave(f *flight) {
+	fs.mu.Lock()
+	fs.waiting.Add(-1)
+	f.waiting--
+	var abandon func()
+	if f.waiting == 0 && !f.ended {
+		if abandon = f.abandon; abandon != nil {
+			fs.remove(f)
 		}
 	}
+	fs.mu.Unlock()
+	if abandon != nil {
+		abandon()
+	}
 }
 
-// forbidsStoring reports whether a provider's Cache-Control forbids a shared cache to store the answer. Its other
-// directives are about browsers: event streams have no-cache by custom.
-func forbidsStoring(lines []string) (forbidden bool) {
-	eachDirective(lines, func(name, _ string) { forbidden = forbidden || name == "no-store" || name == "private" })
-	return forbidden
+// end ends the flight that lead leads, if any, and gives answer to those who wait; nil: they go on by themselves.
+func (fs *flights) end(lead *flightLead, answer *cachedAnswer) {
+	fs.mu.Lock()
+	f := lead.flight
+	lead.flight = nil
+	if f == nil {
+		fs.mu.Unlock()
+		return
+	}
+	f.ended, f.answer = true, answer
+	fs.remove(f)
+	abandon := f.abandon
+	if f.done != nil {
+		close(f.done)
+	}
+	fs.mu.Unlock()
+	if abandon != nil {
+		abandon()
+	}
+}
+
+// remove lets the next call with the flight's key lead another. The caller has mu locked.
+func (fs *flights) remove(f *flight) {
+	if fs.byKey[f.key] == f {
+		delete(fs.byKey, f.key)
+	}
+}
+
+// clientLeft calls abandon, which ends a call whose client has left: at once, or when nobody waits for it any more.
+func (fs *flights) clientLeft(lead *flightLead, abandon func()) {
+	fs.mu.Lock()
+	lead.clientLeft = true
+	f := lead.flight
+	if f != nil && f.waiting > 0 {
+		f.abandon = abandon
+		fs.mu.Unlock()
+		return
+	}
+	if f != nil {
+		fs.remove(f)
+	}
+	fs.mu.Unlock()
+	abandon()
+}
+
+// isAwaited reports whether calls wait for the call that leads.
+func (fs *flights) isAwaited(lead *flightLead) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	return lead.flight != nil && lead.flight.waiting > 0
 }

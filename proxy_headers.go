@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -518,4 +519,79 @@ func filterModelList(body []byte, mayUse func(string) bool) ([]byte, error) {
 	delete(list, "first_id") // Anthropic's cursors name models
 	delete(list, "last_id")
 	return json.Marshal(list)
+}
+
+// cacheDirectives are the directives of a request's Cache-Control (RFC 9111, 5.2.1) that a cache which never answers
+// with a stale answer must follow.
+type cacheDirectives struct {
+	noStore, noCache, onlyIfCached bool
+	maxAge, minFresh               int64 // seconds; maxAge is -1 if there is none
+}
+
+// parseCacheControl reads the Cache-Control lines of a request, or without any its Pragma lines. A number that cannot
+// be read makes every stored answer too old.
+func parseCacheControl(lines, pragma []string) cacheDirectives {
+	d := cacheDirectives{maxAge: -1}
+	if len(lines) == 0 {
+		lines = pragma
+	}
+	eachDirective(lines, func(name, value string) {
+		switch name {
+		case "no-store":
+			d.noStore = true
+		case "no-cache":
+			d.noCache = true
+		case "only-if-cached":
+			d.onlyIfCached = true
+		case "max-age":
+			n := parseSeconds(value, 0)
+			if d.maxAge < 0 || n < d.maxAge {
+				d.maxAge = n
+			}
+		case "min-fresh":
+			d.minFresh = max(d.minFresh, parseSeconds(value, math.MaxInt32))
+		}
+	})
+	return d
+}
+
+// parseSeconds reads a number of seconds; it is at most MaxInt32, and otherwise if it is not a number.
+func parseSeconds(text string, otherwise int64) int64 {
+	if !allDigits(text) {
+		return otherwise
+	}
+	if n, err := strconv.ParseInt(text, 10, 64); err == nil {
+		return min(n, math.MaxInt32)
+	}
+	return math.MaxInt32
+}
+
+// eachDirective calls do for every directive, with its name in lower case and its value without quotes.
+func eachDirective(lines []string, do func(name, value string)) {
+	for _, line := range lines {
+		for line != "" {
+			end, quoted := 0, false
+			for ; end < len(line) && (quoted || line[end] != ','); end++ {
+				switch {
+				case line[end] == '"':
+					quoted = !quoted
+				case line[end] == '\\' && quoted:
+					end++
+				}
+			}
+			end = min(end, len(line))
+			name, value, _ := strings.Cut(line[:end], "=")
+			if name = strings.ToLower(strings.TrimSpace(name)); name != "" {
+				do(name, strings.Trim(strings.TrimSpace(value), `"`))
+			}
+			line = line[min(end+1, len(line)):]
+		}
+	}
+}
+
+// forbidsStoring reports whether a provider's Cache-Control forbids a shared cache to store the answer. Its other
+// directives are about browsers: event streams have no-cache by custom.
+func forbidsStoring(lines []string) (forbidden bool) {
+	eachDirective(lines, func(name, _ string) { forbidden = forbidden || name == "no-store" || name == "private" })
+	return forbidden
 }

@@ -23,8 +23,8 @@ func (p *testProxy) forgetMemory() {
 	for _, e := range c.memory {
 		c.removeFromMemory(e)
 	}
-	if c.memoryBytes != 0 || c.recent.Len() != 0 {
-		p.t.Errorf("the empty memory has %d bytes and %d answers", c.memoryBytes, c.recent.Len())
+	if c.memoryBytes != 0 || c.recent != (entryList{}) || c.once.first != nil || c.again.last != nil {
+		p.t.Errorf("the empty memory has %d bytes and the lists %v %v %v", c.memoryBytes, c.recent, c.once, c.again)
 	}
 }
 
@@ -84,16 +84,22 @@ func (p *testProxy) ageEntriesOnDisk() {
 	c := p.instance.cache
 	c.mu.Lock()
 	for _, e := range c.memory {
-		m := e.Value.(*memoryEntry)
-		older := *m.cachedAnswer
-		older.ExpiresAt = time.Now().UnixMilli()
-		c.queue = append(c.queue, &older)
-		c.queueBytes += older.size()
+		expired := e.cachedAnswer
+		expired.ExpiresAt = time.Now().UnixMilli()
+		plain, err := expired.encode()
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		sealed, err := c.sealing.sealCached(e.key.context(e.project), plain)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if _, err := c.store.writeDB.Exec(`UPDATE cache SET answer = ? WHERE id = ?`, sealed, e.key.id()); err != nil {
+			p.t.Fatal(err)
+		}
 	}
 	c.mu.Unlock()
-	c.writeQueue(context.Background())
 	p.forgetMemory()
-	p.execSQL(`UPDATE cache SET expires_at = expires_at + 3600000`)
 }
 
 // TestCacheRekey: entries survive a change of the encryption key, and are of no use without it.
@@ -311,12 +317,20 @@ func TestCacheBounded(t *testing.T) {
 	p.expectFrom("the first, used last", "cache", send(0))
 	p.expectFrom("the second, used longest ago", "provider", send(1))
 
-	for i := range 300 {
+	for i := range 400 {
+		c.put(&memoryEntry{cachedAnswer: cachedAnswer{key: cacheKey{1, byte(i), byte(i >> 8)},
+			data: make([]byte, 100_000), cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 60_000}}}, 0)
 		c.mu.Lock()
-		c.addToMemory(&cachedAnswer{key: cacheKey{1, byte(i), byte(i >> 8)}, body: make([]byte, 1<<20),
-			cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 1000}}, 0)
-		if c.memoryBytes > memoryCacheBytes || c.recent.Len() != len(c.memory) {
-			t.Fatalf("%d bytes and %d answers are in memory", c.memoryBytes, c.recent.Len())
+		listed, waiting := 0, 0
+		for e := c.recent.first; e != nil; e = e.links[listOfUses].after {
+			listed++
+		}
+		for e := c.once.first; e != nil; e = e.links[listOfWrites].after {
+			waiting++
+		}
+		if c.memoryBytes > memoryCacheBytes || listed != len(c.memory) || waiting > listed {
+			t.Fatalf("%d bytes and %d answers are in memory, %d are listed, %d wait to be written",
+				c.memoryBytes, len(c.memory), listed, waiting)
 		}
 		c.mu.Unlock()
 	}
@@ -349,25 +363,28 @@ func TestCacheBroken(t *testing.T) {
 	}
 }
 
-// TestCacheQueueFull: what does not fit into the queue stays in memory only, and no answer waits.
-func TestCacheQueueFull(t *testing.T) {
+// TestCacheDiskHangs: while the disk hangs, answers come from memory, no call waits, and memory stays within its bound.
+// An answer that was asked for again, and had to leave before it was written, is counted.
+func TestCacheDiskHangs(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	p.enableCache()
 	c := p.instance.cache
-	c.writing.Lock() // the disk hangs
-	c.mu.Lock()
-	c.queueBytes += maxQueuedBytes
-	c.mu.Unlock()
+	c.writing.Lock()
 	send := func() testResponse { return p.cachedChat(p.token, "") }
 	p.expectFrom("the first", "provider", send)
 	p.expectFrom("the second", "cache", send)
-	if c.dropped.Load() != 1 {
-		t.Errorf("%d were dropped", c.dropped.Load())
+	for i := range 3 {
+		c.put(&memoryEntry{cachedAnswer: cachedAnswer{key: cacheKey{1, byte(i)}, data: make([]byte, 15<<20),
+			cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 60_000}}}, 0)
 	}
 	c.mu.Lock()
-	c.queueBytes -= maxQueuedBytes
+	n, bytes := len(c.memory), c.memoryBytes
 	c.mu.Unlock()
+	if n != 2 || bytes > memoryCacheBytes || c.dropped.Load() != 1 {
+		t.Errorf("%d answers of %d bytes are in memory, %d were dropped", n, bytes, c.dropped.Load())
+	}
+	p.expectFrom("the third", "provider", send)
 	c.writing.Unlock()
 }
 
@@ -462,4 +479,85 @@ func TestCacheUsage(t *testing.T) {
 	if err != nil || len(usage) > 0 {
 		t.Errorf("after their time: %+v %v", usage, err)
 	}
+}
+
+// TestCacheAskedOnce: an answer that was asked for once is written when there is time, one that is asked for again, or
+// takes the place of another, at once. Both are counted, listed and deleted while they are in memory only, and a
+// program that is stopped writes them first.
+func TestCacheAskedOnce(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.provider.setScript(replyAs)
+	c := p.instance.cache
+	call := func(text string, headers ...string) {
+		t.Helper()
+		if res := p.do("POST", "/v1/chat/completions", `{"model":"gpt-4o","temperature":0,"messages":[{"role":"user",`+
+			`"content":"`+text+`"}]}`, append([]string{"Authorization", "Bearer " + p.token,
+			"Content-Type", "application/json"}, headers...)...); res.status != 200 {
+			t.Fatalf("%s: got %d %s", text, res.status, res.body)
+		}
+		p.waitSettled()
+	}
+	expect := func(what string, once, again int, rows int64) {
+		t.Helper()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for _, list := range []struct {
+			entryList
+			want int
+		}{{c.once, once}, {c.again, again}} {
+			n := 0
+			for e := list.first; e != nil; e = e.links[listOfWrites].after {
+				n++
+			}
+			if n != list.want {
+				t.Errorf("%s: a list of answers to be written has %d, want %d", what, n, list.want)
+			}
+		}
+		if n := p.cachedRows(); n != rows {
+			t.Errorf("%s: %d answers are on disk, want %d", what, n, rows)
+		}
+	}
+	c.writing.Lock() // the writer waits
+	call("a")
+	call("b")
+	expect("asked for once", 2, 0, 0)
+	call("b")
+	expect("one was asked for again", 1, 1, 0)
+	call("b")
+	expect("and again", 1, 1, 0)
+	call("a", "Cache-Control", "no-cache")
+	expect("the other was renewed", 0, 2, 0)
+	call("c")
+	expect("a third", 1, 2, 0)
+	c.writing.Unlock()
+	if r := p.memoryReport(); r.Entries != 3 || len(r.Models) != 1 || r.Models[0].Entries != 3 ||
+		r.Models[0].Bytes != r.Bytes || r.Bytes < 3*entryOverhead {
+		t.Errorf("got %+v", r)
+	}
+	waitFor(t, "all to be written", func() bool { return p.cachedRows() == 3 })
+	expect("after a while", 0, 0, 3)
+	if r := p.memoryReport(); r.Entries != 3 || r.Models[0].Entries != 3 {
+		t.Errorf("written: got %+v", r)
+	}
+	call("d")
+	var got struct{ Deleted int }
+	p.manage("DELETE", "/manage/projects/"+p.project+"/cache", "", 200, &got)
+	if r := p.memoryReport(); got.Deleted != 4 || r.Entries != 0 {
+		t.Errorf("deleted %d, and left %+v", got.Deleted, r)
+	}
+	call("e")
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	p.expectFrom("after a restart", "cache", func() testResponse { return p.cachedModel(p.token, "gpt-4o", "e") })
+}
+
+// memoryReport is cacheReport without writing first.
+func (p *testProxy) memoryReport() (r cacheReport) {
+	p.t.Helper()
+	p.manage("GET", "/manage/projects/"+p.project+"/cache", "", 200, &r)
+	return r
 }

@@ -491,6 +491,7 @@ type cacheRow struct {
 	model          string
 	storedAt       int64 // unix milliseconds, like the next
 	expiresAt      int64
+	usedAt         int64
 	size           int64 // bytes that count in MAX_CACHE_BYTES
 	answer         []byte
 }
@@ -519,7 +520,7 @@ func (s *store) addCached(ctx context.Context, rows []cacheRow) error {
 	return s.withTx(ctx, func(tx *sql.Tx) error {
 		insert, err := tx.PrepareContext(ctx, `
 			INSERT INTO cache (id, project, token, model, stored_at, expires_at, used_at, size, answer)
-			VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?5, ?7, ?8)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 			ON CONFLICT (id) DO UPDATE SET project = excluded.project, token = excluded.token,
 				model = excluded.model, stored_at = excluded.stored_at, expires_at = excluded.expires_at,
 				used_at = excluded.used_at, size = excluded.size, answer = excluded.answer`)
@@ -529,8 +530,8 @@ func (s *store) addCached(ctx context.Context, rows []cacheRow) error {
 		defer insert.Close()
 		for i := range rows {
 			r := &rows[i]
-			if _, err := insert.ExecContext(ctx, r.id, r.project, r.token, r.model, r.storedAt, r.expiresAt, r.size,
-				r.answer); err != nil {
+			if _, err := insert.ExecContext(ctx, r.id, r.project, r.token, r.model, r.storedAt, r.expiresAt,
+				r.usedAt, r.size, r.answer); err != nil {
 				return fmt.Errorf("caching answers: %w", err)
 			}
 		}

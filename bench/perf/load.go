@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -120,17 +121,20 @@ func idleStreams(ctx context.Context, t target, n int) (float64, error) {
 	return (rss(t.pid) - before) / float64(n), nil
 }
 
-// cpuTime returns the seconds of CPU that a process has used.
+// cpuTime returns the seconds of CPU that the threads of a process have used.
 func cpuTime(pid int) float64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid)) // in nanoseconds; stat counts in hundredths
+	var sum float64
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // the thread has ended
+		}
+		used, _, _ := strings.Cut(string(b), " ")
+		nanos, _ := strconv.ParseFloat(used, 64)
+		sum += nanos
 	}
-	const ticks = 100 // a second, on every Linux that Go runs on
-	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+2:]))
-	user, _ := strconv.ParseFloat(f[11], 64)
-	system, _ := strconv.ParseFloat(f[12], 64)
-	return (user + system) / ticks
+	return sum / 1e9
 }
 
 // rss returns the KiB of memory that a process holds.

@@ -75,7 +75,7 @@ func run(ctx context.Context, o options) error {
 			return err
 		}
 	}
-	targets, cached, stop, err := start(ctx, o.bin, dir)
+	targets, pair, stop, err := start(ctx, o.bin, dir)
 	defer stop()
 	if err != nil {
 		return err
@@ -85,11 +85,11 @@ func run(ctx context.Context, o options) error {
 			return err
 		}
 	}
-	return compareCache(ctx, o, targets[1], cached)
+	return compareCache(ctx, o, pair.forwarded, pair.cached)
 }
 
 // compareCache measures, in turn, forwarded calls of a project without a cache, and hits, misses and calls that the cache
-// does not cover, of one with a cache.
+// does not cover, of one with a cache. The projects have a limit, and so their answers rate limit headers.
 func compareCache(ctx context.Context, o options, forwarded, cached target) error {
 	workloads := []struct {
 		name, body string

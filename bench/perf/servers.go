@@ -222,9 +222,11 @@ func build(ctx context.Context, to string) error {
 	return cmd.Run()
 }
 
-// start starts all processes and returns the targets, the bare proxy first, and the real program as a project with a cache
-// uses it.
-func start(ctx context.Context, bin, dir string) (_ []target, cached target, stop func(), err error) {
+// A cachePair is the real program as two projects with the same limit use it, one of them with a cache.
+type cachePair struct{ forwarded, cached target }
+
+// start starts all processes and returns the targets, the bare proxy first.
+func start(ctx context.Context, bin, dir string) (_ []target, pair cachePair, stop func(), err error) {
 	var running []*exec.Cmd
 	stop = func() {
 		for _, c := range running {
@@ -234,7 +236,7 @@ func start(ctx context.Context, bin, dir string) (_ []target, cached target, sto
 	}
 	self, err := os.Executable()
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
 	spawn := func(path string, env ...string) (*exec.Cmd, *bufio.Reader, error) {
 		c := exec.CommandContext(ctx, path)
@@ -251,42 +253,43 @@ func start(ctx context.Context, bin, dir string) (_ []target, cached target, sto
 	}
 	_, out, err := spawn(self, "PERF_ROLE=provider")
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
 	provider, err := out.ReadString('\n')
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
 	provider = strings.TrimSpace(provider)
 	bare, out, err := spawn(self, "PERF_ROLE=bare", "PERF_UPSTREAM="+provider)
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
 	bareURL, err := out.ReadString('\n')
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
 	addr := free.Addr().String()
 	free.Close()
 	proxy, _, err := spawn(bin, "LISTEN_ADDR="+addr, "DATA_DIR="+filepath.Join(dir, "data"), "MANAGEMENT_TOKEN="+managementKey,
 		"ALLOW_PRIVATE_UPSTREAMS=true", "OPENAI_API_URL="+provider)
 	if err != nil {
-		return nil, cached, stop, err
+		return nil, pair, stop, err
 	}
-	token, cachedToken, err := setUp(ctx, "http://"+addr)
-	cached = target{"llm-proxy, cached", addr, cachedToken, proxy.Process.Pid}
+	token, forwarded, cached, err := setUp(ctx, "http://"+addr)
+	pair.forwarded = target{"llm-proxy", addr, forwarded, proxy.Process.Pid}
+	pair.cached = target{"llm-proxy, cached", addr, cached, proxy.Process.Pid}
 	return []target{
 		{"bare", strings.TrimPrefix(strings.TrimSpace(bareURL), "http://"), "any", bare.Process.Pid},
 		{"llm-proxy", addr, token, proxy.Process.Pid},
-	}, cached, stop, err
+	}, pair, stop, err
 }
 
-// setUp creates a project and a token as soon as the program answers, and the same again with a cache.
-func setUp(ctx context.Context, base string) (token, cachedToken string, err error) {
+// setUp creates a project and a token as soon as the program answers, and the same again for each of a cachePair.
+func setUp(ctx context.Context, base string) (token, forwarded, cached string, err error) {
 	for range 100 {
 		var res *http.Response
 		if res, err = http.Get(base + "/readyz"); err == nil {
@@ -296,7 +299,7 @@ func setUp(ctx context.Context, base string) (token, cachedToken string, err err
 		time.Sleep(50 * time.Millisecond)
 	}
 	if err != nil {
-		return "", "", fmt.Errorf("llm-proxy did not start: %w", err)
+		return "", "", "", fmt.Errorf("llm-proxy did not start: %w", err)
 	}
 	create := func(name, policy string) (string, error) {
 		var made struct{ ID, Token string }
@@ -307,11 +310,20 @@ func setUp(ctx context.Context, base string) (token, cachedToken string, err err
 		}
 		return made.Token, err
 	}
-	if token, err = create("bench", `{}`); err != nil {
-		return "", "", err
+	const limits = `"limits":[{"count":"requests","max":1000000000,"per":"day"}]`
+	for _, p := range []struct {
+		token        *string
+		name, policy string
+	}{
+		{&token, "bench", `{}`},
+		{&forwarded, "limited", `{` + limits + `}`},
+		{&cached, "cached", `{` + limits + `,"cache":{"ttl_seconds":3600,"when":"always"}}`},
+	} {
+		if *p.token, err = create(p.name, p.policy); err != nil {
+			return "", "", "", err
+		}
 	}
-	cachedToken, err = create("cached", `{"cache":{"ttl_seconds":3600,"when":"always"}}`)
-	return token, cachedToken, err
+	return token, forwarded, cached, nil
 }
 
 func post(ctx context.Context, to, body string, answer any) error {
