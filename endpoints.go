@@ -5,10 +5,8 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"net/url"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -103,6 +101,8 @@ var inferenceEndpoints = []endpointRow{
 	{"POST", "/v1/responses/input_tokens", bodyJSON, meterNone, flagNeedsModel},
 	{"POST", "/v1/messages", bodyJSON, meterAnthropic, flagAnthropic | flagNeedsModel},
 	{"POST", "/v1/messages/count_tokens", bodyJSON, meterNone, flagAnthropic | flagNeedsModel},
+	{"GET", "/v1beta/models", bodyNone, meterNone, 0},
+	{"GET", "/v1beta/models/{model}", bodyNone, meterNone, flagModelInPath},
 	{"POST", "/v1beta/models/{model}:batchEmbedContents", bodyJSON, meterEmbeddings, flagModelInPath | flagNeedsModel},
 	{"POST", "/v1beta/models/{model}:countTokens", bodyJSON, meterNone, flagModelInPath | flagNeedsModel},
 	{"POST", "/v1beta/models/{model}:embedContent", bodyJSON, meterEmbeddings, flagModelInPath | flagNeedsModel},
@@ -218,6 +218,7 @@ var (
 
 const (
 	chatPattern = "/v1/chat/completions"
+	listPattern = "/v1/models"
 	modelPrefix = "/v1/models/"
 
 	geminiPrefix      = "/v1beta/" // of every path of Gemini's API
@@ -490,43 +491,24 @@ func (e *endpoint) hasEndMarker() bool {
 // streams reports whether the endpoint's answers are always streams.
 func (e *endpoint) streams() bool { return strings.HasSuffix(e.pattern, ":streamGenerateContent") }
 
-// pingEvent returns what keeps a stream of the endpoint alive and is skipped by its clients. Google's SDKs take a
-// comment for data, but skip empty lines.
-func (e *endpoint) pingEvent() []byte {
-	switch e.api {
-	case apiAnthropic:
-		return []byte("event: ping\ndata: {\"type\": \"ping\"}\n\n")
-	case apiGemini:
-		return []byte("\n\n")
+// eventForm returns how streams of the endpoint write errors.
+func (e *endpoint) eventForm() eventForm {
+	switch {
+	case e.api == apiAnthropic:
+		return eventsAnthropic
+	case e.api == apiGemini:
+		return eventsGemini
+	case e.pattern == chatPattern || e.pattern == "/v1/completions":
+		return eventsUnnamed
+	case strings.HasPrefix(e.pattern, "/v1/responses"):
+		return eventsResponses
 	}
-	return []byte(": ping\n\n")
+	return eventsNamed
 }
 
-// errorEvent returns a JSON document with an error as an event of the endpoint's streams, nil if it is none.
-func (e *endpoint) errorEvent(document []byte) []byte {
-	var members map[string]json.RawMessage
-	var text bytes.Buffer
-	if json.Unmarshal(document, &members) != nil || len(members["error"]) == 0 || json.Compact(&text, document) != nil {
-		return nil
-	}
-	name := "event: error\n"
-	switch {
-	case e.pattern == chatPattern || e.pattern == "/v1/completions" || e.api == apiGemini:
-		name = "" // these streams have no names
-	case strings.HasPrefix(e.pattern, "/v1/responses"):
-		var inner map[string]json.RawMessage
-		_ = json.Unmarshal(members["error"], &inner) // where it is no object, it stays as it is
-		for _, member := range [...]string{"code", "message", "param"} {
-			if members[member] = inner[member]; inner[member] == nil {
-				members[member] = json.RawMessage("null")
-			}
-		}
-		members["type"], members["sequence_number"] = json.RawMessage(`"error"`), json.RawMessage("0")
-		text.Reset()
-		b, _ := json.Marshal(members) // raw JSON that was parsed: it cannot fail
-		text.Write(b)
-	}
-	return slices.Concat([]byte(name+"data: "), text.Bytes(), []byte("\n\n"))
+// listsModels reports whether the endpoint's answer is a list of models.
+func (e *endpoint) listsModels() bool {
+	return e.pattern == listPattern || e.pattern == geminiPrefix+"models"
 }
 
 // isAboutModel reports whether the endpoint shows or deletes a model, and does not run it.

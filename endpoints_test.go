@@ -146,6 +146,8 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 		[3]string{"GET", "/v1/messages/batches", "stateful"}, [3]string{"POST", "/v1/messages/batches", "stateful"},
 		[3]string{"GET", batch, "stateful"}, [3]string{"DELETE", batch, "stateful"},
 		[3]string{"POST", batch + "/cancel", "stateful"}, [3]string{"GET", batch + "/results", "stateful"})
+	operations = append(operations, [3]string{"GET", "/v1beta/models", "inference"},
+		[3]string{"GET", "/v1beta/models/{model}", "inference"})
 	for _, verb := range []string{"batchEmbedContents", "countTokens", "embedContent", "generateContent",
 		"streamGenerateContent"} {
 		operations = append(operations, [3]string{"POST", "/v1beta/models/{model}:" + verb, "inference"})
@@ -191,7 +193,7 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 // TestEndpointTable: the rows are consistent in themselves.
 func TestEndpointTable(t *testing.T) {
 	t.Parallel()
-	wellFormed := regexp.MustCompile(`^(/v1(/[a-z_]+|/\{[a-z_]+\})+|/v1beta/models/\{model\}:[a-zA-Z]+)$`)
+	wellFormed := regexp.MustCompile(`^(/v1(/[a-z_]+|/\{[a-z_]+\})+|/v1beta/models(/\{model\}(:[a-zA-Z]+)?)?)$`)
 	isOfBoth := regexp.MustCompile(`^/v1/(files|skills)(/|$)`) // objects that both OpenAI and Anthropic have
 	seen := map[string]bool{}
 	for _, e := range newEndpointTable().all() {
@@ -210,7 +212,7 @@ func TestEndpointTable(t *testing.T) {
 				(name == "POST /v1/chat/completions" || name == "POST /v1/completions"),
 			"wrong API family": (e.api == apiAnthropic) != strings.HasPrefix(e.pattern, "/v1/messages") ||
 				(e.api == apiGemini) != strings.HasPrefix(e.pattern, "/v1beta/") ||
-				(e.api == apiAny) != (e.method == "GET" && e.class == classInference ||
+				(e.api == apiAny) != (e.method == "GET" && strings.HasPrefix(e.pattern, "/v1/models") ||
 					isOfBoth.MatchString(e.pattern)),
 		} {
 			if found {
@@ -248,7 +250,7 @@ func TestMatchGemini(t *testing.T) {
 		}
 	}
 	for _, target := range []string{
-		"/v1beta/models/:generateContent", "/v1beta/models/a", "/v1beta/models", "/v1beta/", "/v1beta/models/a:",
+		"/v1beta/models/:generateContent", "/v1beta/", "/v1beta/models/a:", "/v1beta/models/", "/v1beta/models/a/b",
 		"/v1beta/models/a:generatecontent", "/v1beta/models/a:generateContent:countTokens",
 		"/v1beta/models/a:generateContent/", "/v1beta/models/a%3AgenerateContent",
 		"/v1beta/models/b%3Ax:generateContent", "/v1beta/models/a:generate%43ontent",

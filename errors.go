@@ -3,11 +3,13 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -243,6 +245,55 @@ func writeError(w http.ResponseWriter, e *apiError, shape errorShape) {
 	_, _ = w.Write(b) // fails only if the client has disconnected
 }
 
+// An eventForm is how a stream of events writes errors, and what keeps it alive.
+type eventForm uint8
+
+const (
+	eventsNamed     eventForm = iota // an error is an event of that name
+	eventsUnnamed                    // OpenAI's completions: events have no names
+	eventsResponses                  // of OpenAI's responses: an error has the members of their events too
+	eventsAnthropic
+	eventsGemini
+)
+
+// ping returns what keeps a stream alive and is skipped by its clients. Google's SDKs take a comment for data, but skip
+// empty lines.
+func (f eventForm) ping() []byte {
+	switch f {
+	case eventsAnthropic:
+		return []byte("event: ping\ndata: {\"type\": \"ping\"}\n\n")
+	case eventsGemini:
+		return []byte("\n\n")
+	}
+	return []byte(": ping\n\n")
+}
+
+// errorEvent returns a JSON document with an error as an event, nil if the document has none.
+func (f eventForm) errorEvent(document []byte) []byte {
+	var members map[string]json.RawMessage
+	var text bytes.Buffer
+	if json.Unmarshal(document, &members) != nil || len(members["error"]) == 0 || json.Compact(&text, document) != nil {
+		return nil
+	}
+	line := text.Bytes()
+	if f == eventsResponses {
+		var inner map[string]json.RawMessage
+		_ = json.Unmarshal(members["error"], &inner) // where it is no object, it stays as it is
+		for _, member := range [...]string{"code", "message", "param"} {
+			if members[member] = inner[member]; inner[member] == nil {
+				members[member] = json.RawMessage("null")
+			}
+		}
+		members["type"], members["sequence_number"] = json.RawMessage(`"error"`), json.RawMessage("0")
+		line, _ = json.Marshal(members) // raw JSON that was parsed: it cannot fail
+	}
+	name := "event: error\n"
+	if f == eventsUnnamed || f == eventsGemini {
+		name = ""
+	}
+	return slices.Concat([]byte(name+"data: "), line, []byte("\n\n"))
+}
+
 // writeTimeout is how long a client may take to receive an answer of the proxy itself, and an HTTP/2 connection
 // to accept a byte.
 const writeTimeout = time.Minute
@@ -369,8 +420,8 @@ func errAzureOnly(param string) *apiError {
 		"The query parameter "+param+" is for upstreams of the provider azure only. The call would go to another one.")
 }
 
-func errPageSize(most int) *apiError {
-	return badRequest("invalid_value", "limit", "limit must be from 1 to "+strconv.Itoa(most)+".")
+func errPageSize(param string, most int) *apiError {
+	return badRequest("invalid_value", param, param+" must be from 1 to "+strconv.Itoa(most)+".")
 }
 
 func errUnknownCursor(param string) *apiError {

@@ -359,7 +359,7 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	}
 	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
 	c.setPhase(phaseRelaying)
-	if c.endpoint.pattern == "/v1/models" && res.StatusCode == http.StatusOK {
+	if c.endpoint.pattern == listPattern && res.StatusCode == http.StatusOK {
 		if err := filterModels(c, res); err != nil {
 			return err
 		}

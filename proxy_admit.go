@@ -271,8 +271,8 @@ func (p *proxy) admit(c *call) error {
 	return nil
 }
 
-// pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that both API families have (the
-// list of models) goes to the family of the client's SDK, if the project has it.
+// pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that OpenAI's and Anthropic's API
+// have goes to the family of the client's SDK, if the project has it. The list of models may also be Google's.
 func (c *call) pickUpstream() *upstream {
 	c.affinity = c.findAffinity()
 	want := c.criteria(c.readAt())
@@ -289,7 +289,12 @@ func (c *call) pickUpstream() *upstream {
 	if want.pinned {
 		return c.project.pickUpstream(&want)
 	}
-	return c.attempts.pickFirst(c.project, want, c.attempts.availableFallback())
+	u := c.attempts.pickFirst(c.project, want, c.attempts.availableFallback())
+	if u == nil && c.endpoint.pattern == listPattern && !hasParam(c.query, clientVersion) {
+		want.api = apiGemini
+		u = c.project.pickUpstream(&want)
+	}
+	return u
 }
 
 // findAffinity returns what keeps the call together with others, so that they get the upstream that has their prompt

@@ -233,7 +233,7 @@ func (a *attempt) chooseTimeout() time.Duration {
 	switch {
 	case settings.AnswerMS > 0 && !stream && c.replayable() && (a.t.merged == nil || !alternative):
 		return min(most, time.Duration(settings.AnswerMS)*time.Millisecond)
-	case alternative && (stream || c.endpoint.pattern == "/v1/models"):
+	case alternative && (stream || c.endpoint.listsModels()):
 		first := cmp.Or(time.Duration(settings.FirstEventMS)*time.Millisecond, a.t.p.cfg.firstEventTimeout)
 		a.forSpare = first < most
 		return min(most, first)

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -257,7 +258,7 @@ var queryParams = map[string]bool{
 }
 
 // geminiParams is queryParams for Gemini's API. fields is not among them: it could leave the usage out of answers.
-var geminiParams = map[string]bool{"alt": false}
+var geminiParams = map[string]bool{"alt": false, "pageSize": false, "pageToken": false}
 
 // clientVersion is a query parameter of Codex. It asks GET /v1/models for the provider's own description of the models
 // that this version of Codex can use: {"models":[{"slug":…}]}. Such lists are not merged.
@@ -425,37 +426,197 @@ func isHeaderNameList(s string) bool {
 	return s != "" && isAlphanumericOr(s, "!#$%&'*+-.^_`|~, ")
 }
 
+// A modelListForm is how an API writes its list of models.
+type modelListForm uint8
+
+const (
+	listOpenAI    modelListForm = iota // {"data":[{"id":…}]}, never in pages
+	listAnthropic                      // {"data":[{"id":…}],"has_more":…,"last_id":…}
+	listGoogle                         // {"models":[{"name":"models/…"}],"nextPageToken":…}
+)
+
+// listFormOf returns the form of an API's lists.
+func listFormOf(api apiFamily) modelListForm {
+	switch api {
+	case apiAnthropic:
+		return listAnthropic
+	case apiGemini:
+		return listGoogle
+	}
+	return listOpenAI
+}
+
+const (
+	maxModelPageSize = 1000 // models: Anthropic's limit, and Google's
+	maxCursorBytes   = 512  // of what names the next page
+	googleModelName  = "models/"
+)
+
+// pageParams returns the names of the query parameters for the size of a page, and for the page after a model. Only
+// Anthropic's API has one for the page before a model.
+func (f modelListForm) pageParams() (size, after, before string) {
+	if f == listGoogle {
+		return "pageSize", "pageToken", ""
+	}
+	return "limit", "after_id", "before_id"
+}
+
+// pageQuery returns the query for a page of an upstream's list; after is "" for the first. All pages are requested,
+// whichever page the client wants.
+func (f modelListForm) pageQuery(query, after string) string {
+	q, err := url.ParseQuery(query)
+	if f == listOpenAI || err != nil { // an error is impossible: checkQuery has parsed the query
+		return query
+	}
+	if f == listGoogle { // whose upstreams may be asked for another API's list
+		q = url.Values{}
+	}
+	size, cursor, before := f.pageParams()
+	q.Del(before)
+	q.Del(cursor)
+	q.Set(size, strconv.Itoa(maxModelPageSize))
+	if after != "" {
+		q.Set(cursor, after)
+	}
+	return q.Encode()
+}
+
+// A modelPage is a page of an upstream's list.
+type modelPage struct {
+	entries []json.RawMessage
+	next    string // what names the next page; "" if there is none
+}
+
+// parsePage parses a page of an upstream's list.
+func (f modelListForm) parsePage(text []byte) (p modelPage, err error) {
+	var v struct {
+		Data    []json.RawMessage `json:"data"`
+		HasMore bool              `json:"has_more"`
+		LastID  string            `json:"last_id"`
+		Models  []json.RawMessage `json:"models"`
+		Next    string            `json:"nextPageToken"`
+	}
+	if err := json.Unmarshal(text, &v); err != nil {
+		return p, err
+	}
+	p.entries = v.Data
+	switch {
+	case f == listGoogle:
+		p.entries, p.next = v.Models, v.Next
+		if string(bytes.TrimSpace(text)) == "{}" { // Google leaves out what is empty
+			return p, nil
+		}
+	case f == listAnthropic && v.HasMore:
+		p.next = v.LastID
+	}
+	if p.entries == nil {
+		return p, errors.New("the answer is not a list of models")
+	}
+	return p, nil
+}
+
+// modelID returns the id of a model by its entry in a list.
+func (f modelListForm) modelID(entry json.RawMessage) (id string, ok bool) {
+	var m map[string]json.RawMessage
+	member := "id"
+	if f == listGoogle {
+		member = "name"
+	}
+	if json.Unmarshal(entry, &m) != nil || json.Unmarshal(m[member], &id) != nil {
+		return "", false
+	}
+	if f == listGoogle {
+		return strings.CutPrefix(id, googleModelName)
+	}
+	return id, true
+}
+
 // renameModel returns an entry of a list of models, an object, with another id, which also stands in for an empty
-// display_name.
-func renameModel(entry json.RawMessage, id string) json.RawMessage {
+// display name.
+func (f modelListForm) renameModel(entry json.RawMessage, id string) json.RawMessage {
 	m := map[string]json.RawMessage{}
 	_ = json.Unmarshal(entry, &m) // it was parsed before
-	if string(m["display_name"]) == `""` {
-		m["display_name"], _ = json.Marshal(id)
+	for _, name := range [...]string{"display_name", "displayName"} {
+		if string(m[name]) == `""` {
+			m[name], _ = json.Marshal(id)
+		}
 	}
-	m["id"], _ = json.Marshal(id) // a string: it cannot fail
-	out, _ := json.Marshal(m)     // raw JSON that was parsed: the same
+	if f == listGoogle {
+		m["name"], _ = json.Marshal(googleModelName + id)
+	} else {
+		m["id"], _ = json.Marshal(id) // a string: it cannot fail
+	}
+	out, _ := json.Marshal(m) // raw JSON that was parsed: the same
 	return out
 }
 
-// A modelPageRequest is the page that a client asks for, as Anthropic defines it: at most limit models, after
-// or before a model.
+// convertModel returns the entry, in a list of this form, of a model that has another entry in Google's.
+func (f modelListForm) convertModel(id string, entry json.RawMessage) json.RawMessage {
+	var m struct {
+		DisplayName string `json:"displayName"`
+	}
+	_ = json.Unmarshal(entry, &m) // it may be nil; without a name, the id stands in
+	converted := map[string]any{"id": id, "object": "model", "created": 0, "owned_by": "google"}
+	if f == listAnthropic {
+		converted = map[string]any{"id": id, "type": "model", "display_name": cmp.Or(m.DisplayName, id),
+			"created_at": "1970-01-01T00:00:00Z"} // Anthropic's value for an unknown date
+	}
+	out, _ := json.Marshal(converted) // strings and numbers: it cannot fail
+	return out
+}
+
+// A listedModel is a model in the list for the client.
+type listedModel struct {
+	id    string
+	entry json.RawMessage
+}
+
+// document returns the list of models for the client, or a page of it. more: others follow in the same direction.
+func (f modelListForm) document(page []listedModel, more bool) map[string]any {
+	entries := make([]json.RawMessage, 0, len(page))
+	for _, m := range page {
+		entries = append(entries, m.entry)
+	}
+	switch f {
+	case listGoogle:
+		list := map[string]any{"models": entries}
+		if more {
+			list["nextPageToken"] = page[len(page)-1].id
+		}
+		return list
+	case listAnthropic:
+		list := map[string]any{"data": entries, "has_more": more, "first_id": nil, "last_id": nil}
+		if len(page) > 0 {
+			list["first_id"], list["last_id"] = page[0].id, page[len(page)-1].id
+		}
+		return list
+	}
+	return map[string]any{"object": "list", "data": entries}
+}
+
+// A modelPageRequest is the page that a client asks for: at most limit models, after or before a model.
 type modelPageRequest struct {
+	form          modelListForm
 	limit         int
 	after, before string
 }
 
 // parsePageRequest reads which page the client asks for.
-func (n *mergedModels) parsePageRequest(query string) (w modelPageRequest, err error) {
+func (f modelListForm) parsePageRequest(query string) (w modelPageRequest, err error) {
 	q, err := url.ParseQuery(query)
-	if !n.paged || err != nil {
+	if f == listOpenAI || err != nil {
 		return w, nil
 	}
-	w = modelPageRequest{defaultModelPageSize, q.Get("after_id"), q.Get("before_id")}
-	if s := q.Get("limit"); s != "" {
-		if w.limit, err = strconv.Atoi(s); err != nil || w.limit < 1 || w.limit > maxModelPageSize {
-			return w, errPageSize(maxModelPageSize)
-		}
+	size, after, before := f.pageParams()
+	w = modelPageRequest{form: f, limit: 20, after: q.Get(after), before: q.Get(before)} // Anthropic's default
+	if s := q.Get(size); s != "" {
+		w.limit, err = strconv.Atoi(s)
+	}
+	if f == listGoogle && err == nil && w.limit >= 0 { // where 0 is the default, and too much is the most
+		w.limit = min(cmp.Or(w.limit, 50), maxModelPageSize)
+	}
+	if err != nil || w.limit < 1 || w.limit > maxModelPageSize {
+		return w, errPageSize(size, maxModelPageSize)
 	}
 	if w.after != "" && w.before != "" {
 		return w, errTwoCursors
@@ -474,13 +635,14 @@ func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel,
 		return i
 	}
 	from, to := 0, len(models)
+	_, after, before := w.form.pageParams()
 	switch {
 	case w.before != "":
-		to = max(0, at("before_id", w.before))
+		to = max(0, at(before, w.before))
 		from = max(0, to-w.limit)
 		return models[from:to], from > 0, err
 	case w.after != "":
-		from = at("after_id", w.after) + 1
+		from = at(after, w.after) + 1
 	}
 	to = min(to, from+w.limit)
 	return models[from:to], to < len(models), err

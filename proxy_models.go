@@ -1,45 +1,37 @@
-// This file answers GET /v1/models from the lists of all of a project's providers, cut down to the models that
-// the token may use: the only call that goes to several providers on purpose. Anthropic's lists come in pages;
-// all are read, and the client gets pages of the merged list. It also answers GET /v1/llm-proxy/token.
+// This file answers GET /v1/models and GET /v1beta/models from the lists of all of a project's providers, cut down to
+// the models that the token may use: the only calls that go to several providers on purpose. Anthropic's and Google's
+// lists come in pages; all are read, and the client gets pages of the merged list. It also answers GET
+// /v1/llm-proxy/token.
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
-	"net/url"
 	"slices"
 	"strconv"
 	"time"
 )
 
 const (
-	maxMergedUpstreams   = 8           // upstreams asked for one list
-	maxListTime          = time.Minute // after that, no further page is asked for
-	maxModelPages        = 20          // pages of each upstream's list
-	maxModelPageSize     = 1000        // models; Anthropic's limit
-	defaultModelPageSize = 20          // models; Anthropic's default
-	maxCursorBytes       = 512         // of a page's last id
-	maxModelList         = 8 << 20     // bytes of all lists of one call together
+	maxMergedUpstreams = 8           // upstreams asked for one list
+	maxListTime        = time.Minute // after that, no further page is asked for
+	maxModelPages      = 20          // pages of each upstream's list
+	maxModelList       = 8 << 20     // bytes of all lists of one call together
 )
 
 // mergedModels is a merged list of models while it is put together.
 type mergedModels struct {
-	paged      bool   // in pages, as Anthropic's
-	query      string // of the page that is requested now
-	bytesLeft  int    // bytes that further pages may have, over all upstreams
+	source     modelListForm // of the upstreams' lists
+	form       modelListForm // of the client's
+	query      string        // of the page that is requested now
+	bytesLeft  int           // bytes that further pages may have, over all upstreams
 	seen       map[string]bool
 	models     []listedModel
 	lastStatus int    // of the last attempt
 	lastReason string // what was wrong with the last attempt, if other lists make up the answer
-}
-
-type listedModel struct {
-	id    string
-	entry json.RawMessage
 }
 
 // modelSources returns the upstreams whose lists make up the answer, in order of preference. Upstreams with the
@@ -48,12 +40,12 @@ type listedModel struct {
 // policy cuts down is always merged: a page without some of its models could not say where the next begins.
 func (t *attempts) modelSources() (list []*upstream) {
 	c := t.c
-	if c.endpoint.pattern != "/v1/models" || hasParam(c.query, clientVersion) {
+	if !c.endpoint.listsModels() || hasParam(c.query, clientVersion) {
 		return nil
 	}
-	paged := c.upstream.provider == providerAnthropic
+	paged := listFormOf(c.upstream.family()) != listOpenAI
 	cutDown := paged && (c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
-	cutDown = cutDown || c.project.routing.Aliases != nil // or adds to it
+	cutDown = cutDown || c.project.routing.Aliases != nil || c.convertsList() // or adds to it, or changes it
 	if len(c.project.upstreams) == 1 && !cutDown {
 		return nil
 	}
@@ -75,9 +67,14 @@ func (t *attempts) modelSources() (list []*upstream) {
 
 // rewritesModelList reports whether the answer is a list of models that the proxy may put together or cut down.
 func (c *call) rewritesModelList() bool {
-	merged := len(c.project.upstreams) > 1 || c.project.routing.Aliases != nil
-	return c.endpoint.pattern == "/v1/models" && (merged && !hasParam(c.query, clientVersion) ||
+	merged := len(c.project.upstreams) > 1 || c.project.routing.Aliases != nil || c.convertsList()
+	return c.endpoint.listsModels() && (merged && !hasParam(c.query, clientVersion) ||
 		c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
+}
+
+// convertsList reports whether Google's list of models is asked for at the URL of the other APIs.
+func (c *call) convertsList() bool {
+	return c.endpoint.pattern == listPattern && c.upstream.family() == apiGemini
 }
 
 // baseURL identifies a list of models: upstreams with the same base URL have the same list.
@@ -88,8 +85,13 @@ func (u *upstream) baseURL() string { return u.scheme + "://" + u.host + u.baseP
 // the other answers.
 func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Response, error) {
 	c, chosen := t.c, t.c.upstream
-	n := &mergedModels{paged: chosen.provider == providerAnthropic, bytesLeft: maxModelList, seen: map[string]bool{}}
-	want, err := n.parsePageRequest(c.query)
+	n := &mergedModels{source: listFormOf(chosen.family()), bytesLeft: maxModelList, seen: map[string]bool{}}
+	if n.form = n.source; c.convertsList() {
+		if n.form = listOpenAI; c.shape == shapeAnthropic {
+			n.form = listAnthropic
+		}
+	}
+	want, err := n.form.parsePageRequest(c.query)
 	if err != nil {
 		return nil, err
 	}
@@ -150,23 +152,22 @@ type modelListing struct {
 func (t *attempts) listModels(req *http.Request) (l modelListing) {
 	n, after := t.merged, ""
 	for pages := 1; ; pages++ {
-		n.query = n.pageQuery(t.c.query, after)
+		n.query = n.source.pageQuery(t.c.query, after)
 		l.res, l.err = t.attempt(req)
 		if l.decision = t.classify(l.res, l.err); l.err != nil || l.res.StatusCode != http.StatusOK {
 			return l
 		}
-		page, err := parseModelPage(l.res)
+		page, err := parseModelPage(n.source, l.res)
 		if err != nil {
 			l.err, l.decision.reason = err, "its list of models cannot be read"
 			return l
 		}
-		l.models = append(l.models, page.Data...)
-		if !n.paged || !page.HasMore || page.LastID == "" || page.LastID == after ||
-			len(page.LastID) > maxCursorBytes || pages == maxModelPages {
+		l.models = append(l.models, page.entries...)
+		if page.next == "" || page.next == after || len(page.next) > maxCursorBytes || pages == maxModelPages {
 			l.complete = true
 			return l
 		}
-		after = page.LastID
+		after = page.next
 		switch now := time.Now().UnixMilli(); {
 		case t.pastDeadline():
 			l.err, l.decision.reason = errAttemptTimeout, "did not send its whole list in time"
@@ -178,22 +179,6 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 		}
 		t.endAttempt(l.decision.reason, l.res)
 	}
-}
-
-// pageQuery returns the query for the page after a model; "" means the first. All pages are requested,
-// whichever page the client wants.
-func (n *mergedModels) pageQuery(query, after string) string {
-	q, err := url.ParseQuery(query)
-	if !n.paged || err != nil { // an error is impossible: proxy_admit.go has encoded the query
-		return query
-	}
-	q.Del("before_id")
-	q.Del("after_id")
-	q.Set("limit", strconv.Itoa(maxModelPageSize))
-	if after != "" {
-		q.Set("after_id", after)
-	}
-	return q.Encode()
 }
 
 // readModelPage reads a page to its end while its time is limited and leaves it in the answer's body. It masks
@@ -218,18 +203,13 @@ func (a *attempt) readModelPage(res *http.Response) error {
 	return nil
 }
 
-type modelPage struct {
-	Data    []json.RawMessage `json:"data"`
-	HasMore bool              `json:"has_more"`
-	LastID  string            `json:"last_id"`
-}
-
 // parseModelPage parses the page that readModelPage has left in an answer, and empties the answer's body.
-func parseModelPage(res *http.Response) (p modelPage, err error) {
+func parseModelPage(form modelListForm, res *http.Response) (modelPage, error) {
 	text := peekBody(res)
 	res.Body = http.NoBody // a page is not an answer for the client
-	if err = json.Unmarshal(text, &p); err != nil || p.Data == nil {
-		return p, errModelList.withCause(cmp.Or(err, errors.New("the answer is not a list of models")))
+	p, err := form.parsePage(text)
+	if err != nil {
+		return p, errModelList.withCause(err)
 	}
 	return p, nil
 }
@@ -242,20 +222,22 @@ func (n *mergedModels) addFrom(u *upstream, list []json.RawMessage, mayUse func(
 		names[sent] = append(names[sent], name)
 	}
 	add := func(id string, entry json.RawMessage) {
+		if n.form != n.source {
+			entry = n.form.convertModel(id, entry)
+		}
 		if !n.seen[id] && (len(u.models) == 0 || matchesAnyPattern(u.models, id)) && mayUse(id) {
 			n.seen[id] = true
 			n.models = append(n.models, listedModel{id, entry})
 		}
 	}
 	for _, raw := range list {
-		var m map[string]json.RawMessage
-		var id string
-		if json.Unmarshal(raw, &m) != nil || json.Unmarshal(m["id"], &id) != nil {
+		id, ok := n.source.modelID(raw)
+		if !ok {
 			continue
 		}
 		add(id, raw)
 		for _, name := range slices.Sorted(slices.Values(names[id])) {
-			add(name, renameModel(raw, name))
+			add(name, n.source.renameModel(raw, name))
 		}
 	}
 }
@@ -272,7 +254,10 @@ func (n *mergedModels) addAliases(c *call) {
 	for i, name := range names {
 		if !n.seen[name] {
 			n.seen[name] = true
-			n.models = append(n.models, listedModel{name, renameModel(entries[i], name)})
+			if n.form != n.source {
+				entries[i] = n.form.convertModel(name, nil)
+			}
+			n.models = append(n.models, listedModel{name, n.form.renameModel(entries[i], name)})
 		}
 	}
 }
@@ -282,21 +267,10 @@ func (n *mergedModels) fillResponse(
 	res *http.Response, want *modelPageRequest, shape errorShape,
 ) (*http.Response, error) {
 	page, more, failed := n.models, false, (*apiError)(nil)
-	if n.paged {
+	if n.form != listOpenAI {
 		page, more, failed = want.selectPage(n.models)
 	}
-	entries := make([]json.RawMessage, 0, len(page))
-	for _, m := range page {
-		entries = append(entries, m.entry)
-	}
-	list := map[string]any{"object": "list", "data": entries}
-	if n.paged {
-		list = map[string]any{"data": entries, "has_more": more, "first_id": nil, "last_id": nil}
-		if len(page) > 0 {
-			list["first_id"], list["last_id"] = page[0].id, page[len(page)-1].id
-		}
-	}
-	body, err := json.Marshal(list)
+	body, err := json.Marshal(n.form.document(page, more))
 	if err != nil {
 		return nil, err
 	}

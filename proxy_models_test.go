@@ -378,7 +378,7 @@ func TestModelListErrorsAreCopies(t *testing.T) {
 	t.Parallel()
 	response := func() *http.Response { return &http.Response{Body: io.NopCloser(strings.NewReader(`{"data":{}}`))} }
 	a := attempt{t: &attempts{merged: &mergedModels{bytesLeft: 1}}}
-	_, unreadable := parseModelPage(response())
+	_, unreadable := parseModelPage(listOpenAI, response())
 	for _, err := range []error{a.readModelPage(response()), unreadable} {
 		if e, ok := errors.AsType[*apiError](err); !ok || e == errModelList || e.cause == nil {
 			t.Errorf("got %v", err)
@@ -605,5 +605,168 @@ func TestProbes(t *testing.T) {
 				t.Errorf("%s %s: got %d %s", method, path, a.status, a.body)
 			}
 		}
+	}
+}
+
+// geminiListScript answers like Gemini's API: the list of models in pages of limited size, and single models.
+func geminiListScript(most int, ids ...string) func(*providerConn, recordedRequest) bool {
+	entry := func(id string) string {
+		return fmt.Sprintf(`{"name":"models/%s","displayName":%q,"supportedGenerationMethods":["generateContent"]}`,
+			id, strings.ToUpper(id))
+	}
+	return func(c *providerConn, r recordedRequest) bool {
+		u, err := url.Parse(r.target)
+		if id, one := strings.CutPrefix(u.Path, "/v1beta/models/"); one && slices.Contains(ids, id) {
+			return c.reply(200, entry(id))
+		}
+		size, errSize := strconv.Atoi(u.Query().Get("pageSize"))
+		if err != nil || u.Path != "/v1beta/models" || errSize != nil || len(r.header.Get("X-Goog-Api-Key")) < 9 ||
+			len(u.Query()) > 2 {
+			return c.reply(404, `{"error":{"code":404,"message":"models/x is not found","status":"NOT_FOUND"}}`)
+		}
+		from := slices.Index(ids, u.Query().Get("pageToken")) + 1
+		page := ids[from:min(len(ids), from+size, from+most)]
+		var entries []string
+		for _, id := range page {
+			entries = append(entries, entry(id))
+		}
+		next := ""
+		if from+len(page) < len(ids) {
+			next = `,"nextPageToken":` + strconv.Quote(page[len(page)-1])
+		}
+		if len(ids) == 0 {
+			return c.reply(200, "{}\n")
+		}
+		return c.reply(200, `{"models":[`+strings.Join(entries, ",")+`]`+next+`}`)
+	}
+}
+
+// listGemini returns the ids in a list of Gemini's API, and what names the next page.
+func (p *testProxy) listGemini(token, query string) (ids, next string) {
+	p.t.Helper()
+	res := p.do("GET", "/v1beta/models"+query, "", "X-Goog-Api-Key", token)
+	var page struct {
+		Models        []struct{ Name string }
+		NextPageToken string
+	}
+	if err := json.Unmarshal([]byte(res.body), &page); err != nil || res.status != 200 || page.Models == nil {
+		p.t.Fatalf("%s: got %d %s", query, res.status, res.body)
+	}
+	for _, m := range page.Models {
+		ids += " " + m.Name
+	}
+	return strings.ReplaceAll(ids, " models/", " "), page.NextPageToken
+}
+
+// TestGeminiModels: Gemini's list of models and its single models. One provider's list passes as it is; it is merged
+// with others, cut down by policies, extended by aliases, and cut into the pages that the client asks for.
+func TestGeminiModels(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	first := newFakeProvider(t)
+	first.setScript(geminiListScript(2, "gemini-a", "gemini-b", "gemini-c", "embed-a"))
+	firstID := p.addUpstreamAt(first, "google", `"weight":1`)
+	page := func(token, query, want, wantNext string) {
+		t.Helper()
+		if ids, next := p.listGemini(token, query); ids != want || next != wantNext {
+			t.Errorf("%s: got%s, next %q; want%s, %q", query, ids, next, want, wantNext)
+		}
+	}
+	page(p.token, "?pageSize=9", " gemini-a gemini-b", "gemini-b") // the provider's own page
+	if got := first.lastRequest(t).target; got != "/v1beta/models?pageSize=9" {
+		t.Errorf("the provider got %s", got)
+	}
+	page(p.token, "?pageToken=gemini-b&pageSize=9&key="+p.token, " gemini-c embed-a", "")
+	if row := p.lastCall(); row.Endpoint != "GET /v1beta/models" || row.Outcome != "ok" || row.Attempts != 1 {
+		t.Errorf("the ledger has %+v", row)
+	}
+
+	_, limited := p.newToken(`"name":"limited","policy":{"models":["gemini-*","fast"]}`)
+	page(limited, "", " gemini-a gemini-b gemini-c", "")
+	page(limited, "?pageSize=2", " gemini-a gemini-b", "gemini-b")
+	page(limited, "?pageSize=2&pageToken=gemini-b&alt=json", " gemini-c", "")
+	page(limited, "?pageSize=0", " gemini-a gemini-b gemini-c", "")
+	page(limited, "?pageSize=5000", " gemini-a gemini-b gemini-c", "")
+
+	second := newFakeProvider(t)
+	second.setScript(geminiListScript(9, "gemini-c", "gemini-d"))
+	p.addUpstreamAt(second, "google", `"priority":1,"rewrite":{"team":"gemini-d"}`)
+	p.changeProject(`"routing":{"aliases":{"fast":"gemini-b","smart":["gone","embed-z"]}}`)
+	page(p.token, "", " gemini-a gemini-b gemini-c embed-a gemini-d team fast smart", "")
+	page(limited, "", " gemini-a gemini-b gemini-c gemini-d fast", "")
+	second.setScript(geminiListScript(9)) // an empty list is {}
+	page(p.token, "", " gemini-a gemini-b gemini-c embed-a fast smart", "")
+	second.setScript(replyScript(200, `{"models":{}}`))
+	page(p.token, "", " gemini-a gemini-b gemini-c embed-a fast smart", "")
+
+	second.setScript(geminiListScript(9, "gemini-c"))
+	if res := p.do("GET", "/v1beta/models/fast", "", "X-Goog-Api-Key", p.token); res.status != 200 ||
+		!strings.Contains(res.body, `"models/gemini-b"`) {
+		t.Errorf("one model by its alias: got %d %s", res.status, res.body)
+	}
+	if row := p.lastCall(); row.Endpoint != "GET /v1beta/models/{model}" || row.Outcome != "ok" {
+		t.Errorf("the ledger has %+v", row)
+	}
+	for _, c := range []struct{ name, path, token, status string }{
+		{"a size that is none", "/v1beta/models?pageSize=x", limited, "400 INVALID_ARGUMENT"},
+		{"a negative size", "/v1beta/models?pageSize=-1", limited, "400 INVALID_ARGUMENT"},
+		{"an unknown page", "/v1beta/models?pageToken=zz", limited, "400 INVALID_ARGUMENT"},
+		{"a repeated parameter", "/v1beta/models?pageSize=1&pageSize=2", limited, "400 INVALID_ARGUMENT"},
+		{"another API's parameter", "/v1beta/models?limit=1", limited, "400 INVALID_ARGUMENT"},
+		{"an unknown parameter", "/v1beta/models?filter=x", limited, "400 INVALID_ARGUMENT"},
+		{"a model that the token may not use", "/v1beta/models/embed-a", limited, "403 PERMISSION_DENIED"},
+		{"an unknown model", "/v1beta/models/gemini-x", p.token, "404 NOT_FOUND"},
+		{"no model", "/v1beta/models/", p.token, "404 NOT_FOUND"},
+		{"a part of a model", "/v1beta/models/gemini-a/x", p.token, "404 NOT_FOUND"},
+	} {
+		res := p.do("GET", c.path, "", "X-Goog-Api-Key", c.token)
+		var e struct{ Error struct{ Status string } }
+		_ = json.Unmarshal([]byte(res.body), &e)
+		if got := strconv.Itoa(res.status) + " " + e.Error.Status; got != c.status {
+			t.Errorf("%s: got %s", c.name, res.body)
+		}
+	}
+	if res := p.do("DELETE", "/v1beta/models/gemini-a", "", "X-Goog-Api-Key", p.token); res.status != 405 ||
+		res.header.Get("Allow") != "GET, HEAD" {
+		t.Errorf("DELETE: got %d %v", res.status, res.header)
+	}
+	first.setScript(resetScript)
+	second.setScript(geminiListScript(9, "gemini-d"))
+	p.changeUpstream(firstID, `"note":"ready again"`)
+	page(limited, "", " gemini-d fast", "")
+}
+
+// TestGeminiModelsElsewhere: a project that has only Google's API lists its models at /v1/models too, in the form that
+// the client reads. With another API, that one's list is the answer.
+func TestGeminiModelsElsewhere(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	google := newFakeProvider(t)
+	google.setScript(geminiListScript(1, "gemini-a", "embed-a", "gemini-b"))
+	p.addUpstreamAt(google, "google", `"weight":1`)
+	p.provider.setScript(replyScript(200, `{"object":"list","data":[{"id":"gpt-a"}]}`))
+	list := func(headers ...string) string {
+		return p.do("GET", "/v1/models", "", p.jsonHeaders(headers...)...).body
+	}
+	if got := list(); !strings.Contains(got, "gpt-a") || strings.Contains(got, "gemini") {
+		t.Errorf("with both APIs: %s", got)
+	}
+	p.changeUpstream(p.upstream, `"weight":0`)
+	p.changeProject(`"policy":{"models":["gemini-*"]},"routing":{"aliases":{"fast":"gemini-b"}}`)
+	entry := func(id string) string { return `{"created":0,"id":"` + id + `","object":"model","owned_by":"google"}` }
+	want := `{"data":[` + entry("gemini-a") + `,` + entry("gemini-b") + `,` + entry("fast") + `],"object":"list"}`
+	if got := list(); got != want {
+		t.Errorf("in OpenAI's form: got %s", got)
+	}
+	claude, got := p.claudeModels(p.token, "?limit=2")
+	if claude != "gemini-a gemini-b" || got.Data[0].DisplayName != "GEMINI-A" || !*got.HasMore ||
+		*got.LastID != "gemini-b" {
+		t.Errorf("in Anthropic's form: got %+v", got)
+	}
+	if claude, _ = p.claudeModels(p.token, "?after_id=gemini-b"); claude != "fast" {
+		t.Errorf("the next page: got %s", claude)
+	}
+	if res := p.do("GET", "/v1/models?client_version=1", "", p.jsonHeaders()...); res.errorCode() != "no_upstream" {
+		t.Errorf("Codex's list: got %d %s", res.status, res.body)
 	}
 }

@@ -349,7 +349,7 @@ func (w *responseWriter) ping() bool {
 		setStreamHeaders(h)
 		w.client.WriteHeader(http.StatusOK)
 	}
-	_, _ = w.client.Write(w.c.endpoint.pingEvent()) // if it fails, net/http ends the request's context
+	_, _ = w.client.Write(w.c.endpoint.eventForm().ping()) // if it fails, net/http ends the request's context
 	_ = w.c.controller.Flush()
 	_ = w.c.controller.SetWriteDeadline(time.Time{})
 	return true
@@ -367,9 +367,9 @@ func (w *responseWriter) stopPings() {
 
 // relayErrorEvent turns a provider's error into the last event of a stream whose head has left.
 func (w *responseWriter) relayErrorEvent(res *http.Response) {
-	event := w.c.endpoint.errorEvent(peekBody(res))
+	event := w.c.endpoint.eventForm().errorEvent(peekBody(res))
 	if event == nil {
-		event = w.c.endpoint.errorEvent(errUpstreamStatus(res.StatusCode).responseBody(w.c.shape))
+		event = w.c.endpoint.eventForm().errorEvent(errUpstreamStatus(res.StatusCode).responseBody(w.c.shape))
 	}
 	res.Body.Close()
 	res.Body, w.broken = io.NopCloser(bytes.NewReader(event)), true
@@ -378,7 +378,7 @@ func (w *responseWriter) relayErrorEvent(res *http.Response) {
 // sendErrorEvent sends an error as the last event of a stream whose head has left.
 func (w *responseWriter) sendErrorEvent(e *apiError) {
 	_ = w.c.controller.SetWriteDeadline(time.Now().Add(pingTimeout))
-	_, _ = w.client.Write(w.c.endpoint.errorEvent(e.responseBody(w.c.shape)))
+	_, _ = w.client.Write(w.c.endpoint.eventForm().errorEvent(e.responseBody(w.c.shape)))
 	_ = w.c.controller.Flush()
 }
 

@@ -585,6 +585,8 @@ func (p *projectState) listAliases(
 			continue
 		case entry == nil && c.api == apiAnthropic:
 			entry = json.RawMessage(`{"type":"model","display_name":"","created_at":"1970-01-01T00:00:00Z"}`)
+		case entry == nil && c.api == apiGemini:
+			entry = json.RawMessage(`{"displayName":""}`)
 		case entry == nil:
 			entry = json.RawMessage(`{"object":"model","created":0,"owned_by":"llm-proxy"}`)
 		}
