@@ -344,7 +344,7 @@ func TestLayoutSecrets(t *testing.T) {
 	want := map[string]int{
 		"admin_session.go": 1, // binding a session to MANAGEMENT_TOKEN
 		// masking a provider's key in what the provider says
-		"proxy_models.go": 1, "proxy_response.go": 1, "proxy_settle.go": 1,
+		"proxy_attempts.go": 1, "proxy_response.go": 1, "proxy_settle.go": 1,
 		"audit.go":           2, // the key of the audit trail: deriving it, using it
 		"command_restore.go": 2, // the new management key after --revoke=all; a new encryption key, into its file
 		"content.go":         2, // the key of stored content, to derive others; a cached answer

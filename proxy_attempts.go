@@ -221,6 +221,28 @@ func (a *attempt) readStart(res *http.Response) error {
 	return nil
 }
 
+// readModelPage reads a page to its end while its time is limited and leaves it in the answer's body. It masks
+// the provider's key, because responseWriter searches the client's answer for one upstream's key only.
+func (a *attempt) readModelPage(res *http.Response) error {
+	n := a.t.merged
+	defer res.Body.Close()
+	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.bytesLeft)+1))
+	if err != nil {
+		return err
+	}
+	if len(page) > n.bytesLeft {
+		return errModelList.withCause(errors.New("the lists of models are too large"))
+	}
+	n.bytesLeft -= len(page)
+	mask := newKeyMask(a.upstream.key())
+	if page = append(mask.redact(page), mask.flush()...); mask.found {
+		a.t.p.log.Error("a provider's list of models contained its key; the key was masked",
+			"request_id", a.t.c.requestID, "upstream", a.upstream.id)
+	}
+	res.Body = &peekedBody{ReadCloser: http.NoBody, peeked: page, unread: page, complete: true}
+	return nil
+}
+
 // chooseTimeout returns how long the answer may take to begin; 0 means no limit but the watchdog's. While an
 // upstream is left that the call can go on to, the attempt ends in time for that: an answer in one piece has
 // UPSTREAM_TIMEOUT, as without a spare, and only a stream is given to a spare earlier. answer_ms replaces

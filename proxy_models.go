@@ -1,17 +1,20 @@
 // This file answers GET /v1/models and GET /v1beta/models from the lists of all of a project's providers, cut down to
 // the models that the token may use: the only calls that go to several providers on purpose. Anthropic's and Google's
 // lists come in pages; all are read, and the client gets pages of the merged list. It also answers GET
-// /v1/llm-proxy/token.
+// /v1/llm-proxy/token. It opens no secret: proxy_attempts.go makes the calls, and masks the key in each page.
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -179,28 +182,6 @@ func (t *attempts) listModels(req *http.Request) (l modelListing) {
 		}
 		t.endAttempt(l.decision.reason, l.res)
 	}
-}
-
-// readModelPage reads a page to its end while its time is limited and leaves it in the answer's body. It masks
-// the provider's key, because responseWriter searches the client's answer for one upstream's key only.
-func (a *attempt) readModelPage(res *http.Response) error {
-	n := a.t.merged
-	defer res.Body.Close()
-	page, err := io.ReadAll(io.LimitReader(res.Body, int64(n.bytesLeft)+1))
-	if err != nil {
-		return err
-	}
-	if len(page) > n.bytesLeft {
-		return errModelList.withCause(errors.New("the lists of models are too large"))
-	}
-	n.bytesLeft -= len(page)
-	mask := newKeyMask(a.upstream.key())
-	if page = append(mask.redact(page), mask.flush()...); mask.found {
-		a.t.p.log.Error("a provider's list of models contained its key; the key was masked",
-			"request_id", a.t.c.requestID, "upstream", a.upstream.id)
-	}
-	res.Body = &peekedBody{ReadCloser: http.NoBody, peeked: page, unread: page, complete: true}
-	return nil
 }
 
 // parseModelPage parses the page that readModelPage has left in an answer, and empties the answer's body.
@@ -390,4 +371,261 @@ func filterModels(c *call, res *http.Response) error {
 	replaceBody(res, body)
 	delete(res.Header, "X-Models-Etag")
 	return nil
+}
+
+// A modelListForm is how an API writes its list of models.
+type modelListForm uint8
+
+const (
+	listOpenAI    modelListForm = iota // {"data":[{"id":…}]}, never in pages
+	listAnthropic                      // {"data":[{"id":…}],"has_more":…,"last_id":…}
+	listGoogle                         // {"models":[{"name":"models/…"}],"nextPageToken":…}
+)
+
+// listFormOf returns the form of an API's lists.
+func listFormOf(api apiFamily) modelListForm {
+	switch api {
+	case apiAnthropic:
+		return listAnthropic
+	case apiGemini:
+		return listGoogle
+	}
+	return listOpenAI
+}
+
+const (
+	maxModelPageSize = 1000 // models: Anthropic's limit, and Google's
+	maxCursorBytes   = 512  // of what names the next page
+	googleModelName  = "models/"
+)
+
+// pageParams returns the names of the query parameters for the size of a page, and for the page after a model. Only
+// Anthropic's API has one for the page before a model.
+func (f modelListForm) pageParams() (size, after, before string) {
+	if f == listGoogle {
+		return "pageSize", "pageToken", ""
+	}
+	return "limit", "after_id", "before_id"
+}
+
+// pageQuery returns the query for a page of an upstream's list; after is "" for the first. All pages are requested,
+// whichever page the client wants.
+func (f modelListForm) pageQuery(query, after string) string {
+	q, err := url.ParseQuery(query)
+	if f == listOpenAI || err != nil { // an error is impossible: checkQuery has parsed the query
+		return query
+	}
+	if f == listGoogle { // whose upstreams may be asked for another API's list
+		q = url.Values{}
+	}
+	size, cursor, before := f.pageParams()
+	q.Del(before)
+	q.Del(cursor)
+	q.Set(size, strconv.Itoa(maxModelPageSize))
+	if after != "" {
+		q.Set(cursor, after)
+	}
+	return q.Encode()
+}
+
+// A modelPage is a page of an upstream's list.
+type modelPage struct {
+	entries []json.RawMessage
+	next    string // what names the next page; "" if there is none
+}
+
+// parsePage parses a page of an upstream's list.
+func (f modelListForm) parsePage(text []byte) (p modelPage, err error) {
+	var v struct {
+		Data    []json.RawMessage `json:"data"`
+		HasMore bool              `json:"has_more"`
+		LastID  string            `json:"last_id"`
+		Models  []json.RawMessage `json:"models"`
+		Next    string            `json:"nextPageToken"`
+	}
+	if err := json.Unmarshal(text, &v); err != nil {
+		return p, err
+	}
+	p.entries = v.Data
+	switch {
+	case f == listGoogle:
+		p.entries, p.next = v.Models, v.Next
+		if string(bytes.TrimSpace(text)) == "{}" { // Google leaves out what is empty
+			return p, nil
+		}
+	case f == listAnthropic && v.HasMore:
+		p.next = v.LastID
+	}
+	if p.entries == nil {
+		return p, errors.New("the answer is not a list of models")
+	}
+	return p, nil
+}
+
+// modelID returns the id of a model by its entry in a list.
+func (f modelListForm) modelID(entry json.RawMessage) (id string, ok bool) {
+	var m map[string]json.RawMessage
+	member := "id"
+	if f == listGoogle {
+		member = "name"
+	}
+	if json.Unmarshal(entry, &m) != nil || json.Unmarshal(m[member], &id) != nil {
+		return "", false
+	}
+	if f == listGoogle {
+		return strings.CutPrefix(id, googleModelName)
+	}
+	return id, true
+}
+
+// renameModel returns an entry of a list of models, an object, with another id, which also stands in for an empty
+// display name.
+func (f modelListForm) renameModel(entry json.RawMessage, id string) json.RawMessage {
+	m := map[string]json.RawMessage{}
+	_ = json.Unmarshal(entry, &m) // it was parsed before
+	for _, name := range [...]string{"display_name", "displayName"} {
+		if string(m[name]) == `""` {
+			m[name], _ = json.Marshal(id)
+		}
+	}
+	if f == listGoogle {
+		m["name"], _ = json.Marshal(googleModelName + id)
+	} else {
+		m["id"], _ = json.Marshal(id) // a string: it cannot fail
+	}
+	out, _ := json.Marshal(m) // raw JSON that was parsed: the same
+	return out
+}
+
+// convertModel returns the entry, in a list of this form, of a model that has another entry in Google's.
+func (f modelListForm) convertModel(id string, entry json.RawMessage) json.RawMessage {
+	var m struct {
+		DisplayName string `json:"displayName"`
+	}
+	_ = json.Unmarshal(entry, &m) // it may be nil; without a name, the id stands in
+	converted := map[string]any{"id": id, "object": "model", "created": 0, "owned_by": "google"}
+	if f == listAnthropic {
+		converted = map[string]any{"id": id, "type": "model", "display_name": cmp.Or(m.DisplayName, id),
+			"created_at": "1970-01-01T00:00:00Z"} // Anthropic's value for an unknown date
+	}
+	out, _ := json.Marshal(converted) // strings and numbers: it cannot fail
+	return out
+}
+
+// A listedModel is a model in the list for the client.
+type listedModel struct {
+	id    string
+	entry json.RawMessage
+}
+
+// document returns the list of models for the client, or a page of it. more: others follow in the same direction.
+func (f modelListForm) document(page []listedModel, more bool) map[string]any {
+	entries := make([]json.RawMessage, 0, len(page))
+	for _, m := range page {
+		entries = append(entries, m.entry)
+	}
+	switch f {
+	case listGoogle:
+		list := map[string]any{"models": entries}
+		if more {
+			list["nextPageToken"] = page[len(page)-1].id
+		}
+		return list
+	case listAnthropic:
+		list := map[string]any{"data": entries, "has_more": more, "first_id": nil, "last_id": nil}
+		if len(page) > 0 {
+			list["first_id"], list["last_id"] = page[0].id, page[len(page)-1].id
+		}
+		return list
+	}
+	return map[string]any{"object": "list", "data": entries}
+}
+
+// A modelPageRequest is the page that a client asks for: at most limit models, after or before a model.
+type modelPageRequest struct {
+	form          modelListForm
+	limit         int
+	after, before string
+}
+
+// parsePageRequest reads which page the client asks for.
+func (f modelListForm) parsePageRequest(query string) (w modelPageRequest, err error) {
+	q, err := url.ParseQuery(query)
+	if f == listOpenAI || err != nil {
+		return w, nil
+	}
+	size, after, before := f.pageParams()
+	w = modelPageRequest{form: f, limit: 20, after: q.Get(after), before: q.Get(before)} // Anthropic's default
+	if s := q.Get(size); s != "" {
+		w.limit, err = strconv.Atoi(s)
+	}
+	if f == listGoogle && err == nil && w.limit >= 0 { // where 0 is the default, and too much is the most
+		w.limit = min(cmp.Or(w.limit, 50), maxModelPageSize)
+	}
+	if err != nil || w.limit < 1 || w.limit > maxModelPageSize {
+		return w, errPageSize(size, maxModelPageSize)
+	}
+	if w.after != "" && w.before != "" {
+		return w, errTwoCursors
+	}
+	return w, nil
+}
+
+// selectPage returns the page and whether more models follow in the same direction. A cursor that is not in the
+// list is an error: an empty page would look like the end of the list.
+func (w *modelPageRequest) selectPage(models []listedModel) (page []listedModel, more bool, err *apiError) {
+	at := func(param, id string) int {
+		i := slices.IndexFunc(models, func(m listedModel) bool { return m.id == id })
+		if i < 0 {
+			err = errUnknownCursor(param)
+		}
+		return i
+	}
+	from, to := 0, len(models)
+	_, after, before := w.form.pageParams()
+	switch {
+	case w.before != "":
+		to = max(0, at(before, w.before))
+		from = max(0, to-w.limit)
+		return models[from:to], from > 0, err
+	case w.after != "":
+		from = at(after, w.after) + 1
+	}
+	to = min(to, from+w.limit)
+	return models[from:to], to < len(models), err
+}
+
+// filterModelList returns a provider's list of models with those that the client may use: {"data":[{"id":…}]}, or
+// {"models":[{"slug":…}]} as Codex gets it.
+func filterModelList(body []byte, mayUse func(string) bool) ([]byte, error) {
+	var list map[string]json.RawMessage
+	if err := json.Unmarshal(body, &list); err != nil {
+		return nil, err
+	}
+	if list["data"] == nil && list["models"] == nil {
+		return nil, errors.New("the answer is not a list of models")
+	}
+	for _, member := range [...]string{"data", "models"} {
+		var models []json.RawMessage
+		if list[member] == nil {
+			continue
+		}
+		if err := json.Unmarshal(list[member], &models); err != nil {
+			return nil, err
+		}
+		kept := []json.RawMessage{}
+		for _, raw := range models {
+			var m struct {
+				ID   string `json:"id"`
+				Slug string `json:"slug"`
+			}
+			if json.Unmarshal(raw, &m) == nil && mayUse(cmp.Or(m.ID, m.Slug)) {
+				kept = append(kept, raw)
+			}
+		}
+		list[member], _ = json.Marshal(kept) // it was valid JSON
+	}
+	delete(list, "first_id") // Anthropic's cursors name models
+	delete(list, "last_id")
+	return json.Marshal(list)
 }
