@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -390,5 +391,105 @@ func TestAttributionRetention(t *testing.T) {
 	}
 	if got := left(); steps == 20 || got != "end_user 1 1, end_user 2 1, session 2 200" {
 		t.Errorf("after %d steps: %s", steps, got)
+	}
+}
+
+// TestAttributionUsage: sums by session, end user and tag add up to all calls, in every combination with other groups,
+// however many values have rows of their own. A value has what its calls have.
+func TestAttributionUsage(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["team"]},`+
+		`"cache":{"ttl_seconds":60,"when":"always"}}}`, 200, nil)
+	_, other := p.newToken(`"policy":{"models":["gpt-4o-mini"],"attribution":{"fixed_tags":{"team":"x"}}}`)
+	call := func(token, session, user, tags string, members ...string) {
+		headers := []string{"Content-Type", "application/json", "Authorization", "Bearer " + token}
+		for name, value := range map[string]string{sessionHeader: session, endUserHeader: user, tagsHeader: tags} {
+			if value != "" {
+				headers = append(headers, name, value)
+			}
+		}
+		p.do("POST", "/v1/chat/completions", chatBody(members...), headers...)
+	}
+	for i := range 3 {
+		call(p.token, "s1", "alice", "team=a", `"seed":`+fmt.Sprint(i))
+		call(p.token, "s2", "bob", "", `"seed":1`+fmt.Sprint(i))
+		call(other, "", "alice", "")
+	}
+	call(p.token, "s3", "", "team=b", `"seed":77`)
+	call(p.token, "s3", "", "team=nothing=", `"seed":78`) // refused
+	p.cacheSettled()
+	p.waitSettled()
+	type usage struct {
+		Calls, Tokens               int64
+		Session, EndUser, Tag, Rest string
+		Cost, Saved                 float64
+	}
+	read := func(query string) (rows []usage) {
+		t.Helper()
+		var list struct {
+			Data []struct {
+				Calls              int64
+				Input              int64 `json:"input_tokens"`
+				Output             int64 `json:"output_tokens"`
+				Hits               int64 `json:"cache_hits"`
+				Cost, Saved        float64
+				Session, Tag, Rest string
+				EndUser            string `json:"end_user"`
+			}
+		}
+		p.manage("GET", "/manage/usage?"+query, "", 200, &list)
+		for _, r := range list.Data {
+			rows = append(rows, usage{Calls: r.Calls, Tokens: r.Input + r.Output + r.Hits, Session: r.Session,
+				EndUser: r.EndUser, Tag: r.Tag, Rest: r.Rest, Cost: r.Cost, Saved: r.Saved})
+		}
+		return rows
+	}
+	sum := func(rows []usage) (all usage) {
+		for _, r := range rows {
+			all.Calls, all.Tokens = all.Calls+r.Calls, all.Tokens+r.Tokens
+			all.Cost, all.Saved = all.Cost+r.Cost, all.Saved+r.Saved
+		}
+		return all
+	}
+	want := sum(read("interval=total"))
+	if want.Calls != 11 || want.Cost == 0 || want.Saved == 0 {
+		t.Fatalf("the calls are %+v", want)
+	}
+	for _, attribute := range []string{"session", "end_user", "tag:team", "tag:none"} {
+		for _, groups := range []string{"", ",project", ",token,model", ",model,endpoint,outcome", ",cache,token"} {
+			for _, interval := range []string{"hour", "day", "month", "total"} {
+				for _, top := range []string{"1", "2", "1000"} {
+					query := "group_by=" + attribute + groups + "&interval=" + interval + "&top=" + top
+					rows := read(query)
+					got := sum(rows)
+					if got.Calls != want.Calls || got.Tokens != want.Tokens || math.Abs(got.Cost-want.Cost) > 1e-9 ||
+						math.Abs(got.Saved-want.Saved) > 1e-9 {
+						t.Errorf("%s: the rows add up to %+v, want %+v: %+v", query, got, want, rows)
+					}
+				}
+			}
+		}
+	}
+	for query, want := range map[string]string{
+		"group_by=session&interval=total":                       "s1:3 s2:3 s3:2 none:3",
+		"group_by=end_user&interval=total":                      "alice:6 bob:3 none:2",
+		"group_by=tag:team&interval=total":                      "a:3 b:1 x:3 none:4",
+		"group_by=session&interval=total&top=1":                 "s1:3 none:3 other:5",
+		"group_by=session&interval=total&token_id=" + p.tokenID: "s1:3 s2:3 s3:2",
+	} {
+		got := ""
+		for _, r := range read(query) {
+			got += " " + r.Session + r.EndUser + r.Tag + r.Rest + ":" + fmt.Sprint(r.Calls)
+		}
+		if strings.TrimSpace(got) != want {
+			t.Errorf("%s: got%s, want %s", query, got, want)
+		}
+	}
+	for _, query := range []string{"group_by=session,end_user", "group_by=tag:", "group_by=tag:Team",
+		"group_by=session,service_tier", "top=5", "group_by=session&top=0", "group_by=session&top=1001"} {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/usage?"+query, ""); res.status != 400 {
+			t.Errorf("%s: got %d", query, res.status)
+		}
 	}
 }

@@ -150,7 +150,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"DELETE /manage/tokens/{id}", roleOperator, api.revokeToken, nil},
 		{"POST /manage/tokens/{id}/rotate", roleOperator, withInput(fields.rotate, api.rotateToken), nil},
 		{"GET /manage/usage", roleViewer, api.getUsage,
-			[]string{"interval", "group_by", "project_id", "token_id", "from", "to"}},
+			[]string{"interval", "group_by", "top", "project_id", "token_id", "from", "to"}},
 		{"GET /manage/requests", roleViewer, api.listRequests,
 			pageParams("project_id", "token_id", "outcome", "cache", "from", "to", "session", "end_user", "tag")},
 		{"GET /manage/requests/{id}", roleViewer, api.getRequest, nil},

@@ -4,16 +4,18 @@
 //
 // The tables drive the decoding of JSON bodies (decodeFields) and of forms (fieldTargets), the inputs of forms
 // (formFields in admin_forms.go) and validation (applyFields); a test compares openapi.yaml with them. They are
-// made once, in newFieldTables, and do not change.
+// made once, in newFieldTables, and do not change. The filters of lists are at the end.
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -585,4 +587,96 @@ func withGeminiPath(s string) string {
 		return s
 	}
 	return strings.TrimRight(s, "/") + strings.TrimSuffix(geminiPrefix, "/")
+}
+
+// timeRange reads the RFC 3339 times from and to; the arguments are the defaults.
+func (r *manageRequest) timeRange(from, to time.Time) (time.Time, time.Time, error) {
+	for _, p := range []struct {
+		name string
+		at   *time.Time
+	}{{"from", &from}, {"to", &to}} {
+		v := r.query.Get(p.name)
+		if v == "" {
+			continue
+		}
+		t, err := time.Parse(time.RFC3339, v)
+		if err != nil || t.Year() < 2000 || t.Year() > 2200 {
+			return from, to, badRequest("invalid_value", p.name, p.name+" must be a time such as 2026-01-31T00:00:00Z.")
+		}
+		*p.at = t.UTC()
+	}
+	if !from.IsZero() && !to.IsZero() && !from.Before(to) {
+		return from, to, badRequest("invalid_value", "from", "from must be before to.")
+	}
+	return from, to, nil
+}
+
+// parseAttributionFilter reads the filters by attributes. A project that records end users by their hashes can be
+// searched by their plain names.
+func (ops *operations) parseAttributionFilter(ctx context.Context, project string, query url.Values,
+) (attributionFilter, error) {
+	f, err := newAttributionFilter(query.Get("session"), query.Get("end_user"), query.Get("tag"))
+	if err != nil || f.endUser == "" || project == "" {
+		return f, err
+	}
+	p, err := ops.store.projectByID(ctx, project)
+	if errors.Is(err, errNotFound) {
+		return f, nil // no call matches
+	}
+	if err != nil {
+		return f, err
+	}
+	names, err := ops.endUserNames(p, f.endUser)
+	f.endUser = names[len(names)-1]
+	return f, err
+}
+
+// endUserNames returns the names that an end user may have in the ledger of a project: the plain one, and last, if the
+// project's policy asks for that now, the hash. A name that has the form of a hash is one.
+func (ops *operations) endUserNames(p projectRow, name string) ([]string, error) {
+	names := []string{name}
+	if isEndUserHash(name) {
+		return names, nil
+	}
+	policy, err := parsePolicy([]byte(p.policy), true)
+	if err != nil || policy.Attribution.recordsEndUsers() != endUsersHashed {
+		return names, err
+	}
+	hash, err := ops.contentKey.hashEndUser(p.id, name)
+	return append(names, hash), err
+}
+
+// parseAuditFilter reads the filters and the page of a list of audit events.
+func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
+	page, err := r.parseListQuery()
+	if err != nil {
+		return auditFilter{}, err
+	}
+	f := auditFilter{
+		actor:     r.query.Get("actor"),
+		action:    r.query.Get("action"),
+		object:    r.query.Get("object"),
+		from:      math.MinInt64,
+		to:        math.MaxInt64,
+		beforeAt:  math.MaxInt64,
+		beforeSeq: math.MaxInt64,
+		limit:     page.limit + 1,
+	}
+	from, to, err := r.timeRange(time.Time{}, time.Time{})
+	if err != nil {
+		return f, err
+	}
+	if !from.IsZero() {
+		f.from = from.UnixMilli()
+	}
+	if !to.IsZero() {
+		f.to = to.UnixMilli()
+	}
+	if page.seq > 0 {
+		f.beforeSeq = page.seq
+		if f.beforeAt, err = strconv.ParseInt(page.name, 10, 64); err != nil {
+			return f, badRequest("invalid_value", "after", "after must be the value of next in an earlier response.")
+		}
+	}
+	return f, nil
 }

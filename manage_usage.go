@@ -10,10 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net/url"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -105,41 +103,6 @@ func (ops *operations) parseStreamFilter(r *manageRequest) (streamFilter, error)
 		limit: page.limit}
 	f.attributionFilter, err = ops.parseAttributionFilter(r.ctx, f.project, r.query)
 	return f, err
-}
-
-// parseAttributionFilter reads the filters by attributes. A project that records end users by their hashes can be
-// searched by their plain names.
-func (ops *operations) parseAttributionFilter(ctx context.Context, project string, query url.Values,
-) (attributionFilter, error) {
-	f, err := newAttributionFilter(query.Get("session"), query.Get("end_user"), query.Get("tag"))
-	if err != nil || f.endUser == "" || project == "" {
-		return f, err
-	}
-	p, err := ops.store.projectByID(ctx, project)
-	if errors.Is(err, errNotFound) {
-		return f, nil // no call matches
-	}
-	if err != nil {
-		return f, err
-	}
-	names, err := ops.endUserNames(p, f.endUser)
-	f.endUser = names[len(names)-1]
-	return f, err
-}
-
-// endUserNames returns the names that an end user may have in the ledger of a project: the plain one, and last, if the
-// project's policy asks for that now, the hash. A name that has the form of a hash is one.
-func (ops *operations) endUserNames(p projectRow, name string) ([]string, error) {
-	names := []string{name}
-	if isEndUserHash(name) {
-		return names, nil
-	}
-	policy, err := parsePolicy([]byte(p.policy), true)
-	if err != nil || policy.Attribution.recordsEndUsers() != endUsersHashed {
-		return names, err
-	}
-	hash, err := ops.contentKey.hashEndUser(p.id, name)
-	return append(names, hash), err
 }
 
 // listStreams returns a page of the running calls, oldest first.
@@ -329,28 +292,6 @@ func allOutcomes() []callOutcome {
 		outcomeUpstreamError, outcomeLost}
 }
 
-// timeRange reads the RFC 3339 times from and to; the arguments are the defaults.
-func (r *manageRequest) timeRange(from, to time.Time) (time.Time, time.Time, error) {
-	for _, p := range []struct {
-		name string
-		at   *time.Time
-	}{{"from", &from}, {"to", &to}} {
-		v := r.query.Get(p.name)
-		if v == "" {
-			continue
-		}
-		t, err := time.Parse(time.RFC3339, v)
-		if err != nil || t.Year() < 2000 || t.Year() > 2200 {
-			return from, to, badRequest("invalid_value", p.name, p.name+" must be a time such as 2026-01-31T00:00:00Z.")
-		}
-		*p.at = t.UTC()
-	}
-	if !from.IsZero() && !to.IsZero() && !from.Before(to) {
-		return from, to, badRequest("invalid_value", "from", "from must be before to.")
-	}
-	return from, to, nil
-}
-
 type usageReply struct {
 	At              *timestamp `json:"at,omitempty"` // start of the hour, day or month
 	ProjectID       *string    `json:"project_id,omitempty"`
@@ -362,6 +303,10 @@ type usageReply struct {
 	Outcome         *string    `json:"outcome,omitempty"`
 	Cache           *string    `json:"cache,omitempty"`        // cacheHit or cacheNone
 	ServiceTier     *string    `json:"service_tier,omitempty"` // "": the standard one
+	Session         *string    `json:"session,omitempty"`      // the value of the attribute that is grouped by;
+	EndUser         *string    `json:"end_user,omitempty"`     // absent: Rest says what the row stands for
+	Tag             *string    `json:"tag,omitempty"`
+	Rest            string     `json:"rest,omitempty"` // restOther or restNone
 	Calls           int64      `json:"calls"`
 	InputTokens     int64      `json:"input_tokens"`
 	CachedTokens    int64      `json:"cached_tokens"`
@@ -392,6 +337,9 @@ func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	if err := q.parseGroupBy(r.query.Get("group_by")); err != nil {
 		return nil, err
 	}
+	if err := q.parseTop(r.query.Get("top")); err != nil {
+		return nil, err
+	}
 	from, to, err := r.timeRange(time.Time{}, r.now.UTC())
 	if err != nil {
 		return nil, err
@@ -420,51 +368,6 @@ type usageListReply struct {
 	From timestamp    `json:"from"`
 	To   timestamp    `json:"to"`
 	Data []usageReply `json:"data"`
-}
-
-// setRange sets the range that the sums cover: usage is stored by whole hours and days in UTC. Both ends are rounded
-// down, so that ranges that adjoin never count a call twice. An end that has not come yet is rounded up instead: the
-// current hour or day is part of what was until now. A total of whole projects adds up hours if one of its ends is not
-// midnight in UTC; those of single tokens are not kept long enough. fromGiven: the client chose from.
-func (q *usageQuery) setRange(from, to, now time.Time, fromGiven bool) {
-	atMidnight := func(t time.Time) bool { return t.Equal(t.Truncate(24 * time.Hour)) }
-	unit := 24 * time.Hour
-	if q.interval == "total" && (fromGiven && !atMidnight(from) || to.Before(now) && !atMidnight(to)) {
-		q.hourly = !q.byToken && q.token == ""
-	}
-	if q.interval == "hour" || q.hourly {
-		unit = time.Hour
-	}
-	round := func(t time.Time) int64 {
-		start, end := t.Truncate(unit), t.Truncate(unit).Add(unit)
-		if q.interval == "month" {
-			start = time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC)
-			end = start.AddDate(0, 1, 0)
-		}
-		if t.Before(now) || t.Equal(start) {
-			return start.UnixMilli()
-		}
-		return end.UnixMilli()
-	}
-	q.from, q.to = round(from), round(to)
-}
-
-func (q *usageQuery) parseGroupBy(text string) error {
-	if text == "" {
-		return nil
-	}
-	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
-		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
-	for by := range strings.SplitSeq(text, ",") {
-		group, ok := groups[by]
-		if !ok || *group {
-			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
-					"service_tier, each once.")
-		}
-		*group = true
-	}
-	return nil
 }
 
 // newReply shows a row, without the columns that are not grouped by.
@@ -504,6 +407,17 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 	if q.byServiceTier {
 		v.ServiceTier = &u.serviceTier
 	}
+	if v.Rest = u.rest; u.rest == "" {
+		switch q.attribute {
+		case "":
+		case sessionAttribute:
+			v.Session = &u.value
+		case endUserAttribute:
+			v.EndUser = &u.value
+		default:
+			v.Tag = &u.value
+		}
+	}
 	if q.byCache {
 		v.Cache = &u.cache
 	} else { // the sums do not say which of these calls the cache answered
@@ -542,41 +456,6 @@ func newAuditView(r *auditRow) auditView {
 		v.Detail = auditValueJSON(map[string]string{"unreadable": r.detail})
 	}
 	return v
-}
-
-// parseAuditFilter reads the filters and the page of a list of audit events.
-func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
-	page, err := r.parseListQuery()
-	if err != nil {
-		return auditFilter{}, err
-	}
-	f := auditFilter{
-		actor:     r.query.Get("actor"),
-		action:    r.query.Get("action"),
-		object:    r.query.Get("object"),
-		from:      math.MinInt64,
-		to:        math.MaxInt64,
-		beforeAt:  math.MaxInt64,
-		beforeSeq: math.MaxInt64,
-		limit:     page.limit + 1,
-	}
-	from, to, err := r.timeRange(time.Time{}, time.Time{})
-	if err != nil {
-		return f, err
-	}
-	if !from.IsZero() {
-		f.from = from.UnixMilli()
-	}
-	if !to.IsZero() {
-		f.to = to.UnixMilli()
-	}
-	if page.seq > 0 {
-		f.beforeSeq = page.seq
-		if f.beforeAt, err = strconv.ParseInt(page.name, 10, 64); err != nil {
-			return f, badRequest("invalid_value", "after", "after must be the value of next in an earlier response.")
-		}
-	}
-	return f, nil
 }
 
 // listAudit returns a page of the audit trail, newest first.

@@ -570,10 +570,12 @@ func (c responseTest) checkCallResponses() {
 	c.chat()
 	c.cacheSettled()
 	c.call("GET", "/manage/projects/"+c.project+"/cache", "", 200)
-	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3},`+
-		`"routing":{"aliases":{"gpt-4o-mini":["gpt-4o-mini"]}}}`, 200, nil)
+	c.manage("PATCH", "/manage/projects/"+c.project, `{"policy":{"keep_content_days":3,`+
+		`"attribution":{"tags":["team"]}},"routing":{"aliases":{"gpt-4o-mini":["gpt-4o-mini"]}}}`, 200, nil)
 	c.chat()
 	c.chat(`"stream":true`)
+	headers := append(c.jsonHeaders(), tagsHeader, "team=c")
+	c.do("POST", chatPattern, chatBody(`"user":"a","prompt_cache_key":"b"`), headers...)
 	c.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		return c.reply(200, strings.ReplaceAll(chatResponseBody, "gpt-4o-mini-2024-07-18", "in-no-list"))
 	})
@@ -597,6 +599,9 @@ func (c responseTest) checkCallResponses() {
 	c.call("GET", request+"/content", "", 200)
 	c.call("GET", "/manage/usage?group_by=project,token,model,endpoint,outcome,service_tier", "", 200)
 	c.call("GET", "/manage/usage?group_by=cache", "", 200)
+	for _, attribute := range []string{"session", "end_user", "tag:team"} {
+		c.call("GET", "/manage/usage?group_by="+attribute, "", 200)
+	}
 	c.call("GET", "/manage/usage?interval=total", "", 200)
 }
 

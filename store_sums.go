@@ -337,6 +337,17 @@ func (s *usageSum) merge(o usageSum) {
 	s.promptSaved = addSat(s.promptSaved, o.promptSaved)
 }
 
+// subtract takes away a part of the sum. No count becomes negative.
+func (s *usageSum) subtract(o usageSum) {
+	for _, c := range [...]struct{ whole, part *int64 }{{&s.calls, &o.calls}, {&s.input, &o.input},
+		{&s.cached, &o.cached}, {&s.output, &o.output}, {&s.reasoning, &o.reasoning}, {&s.cost, &o.cost},
+		{&s.unpriced, &o.unpriced}, {&s.estimated, &o.estimated}, {&s.totalUS, &o.totalUS},
+		{&s.wouldRefuse, &o.wouldRefuse}, {&s.hits, &o.hits}, {&s.saved, &o.saved}, {&s.savedUS, &o.savedUS},
+		{&s.promptSaved, &o.promptSaved}} {
+		*c.whole = max(*c.whole-*c.part, 0)
+	}
+}
+
 // fromCache returns the part of the sum that the cache answered. Such calls use no tokens and cost nothing.
 func (s *usageSum) fromCache() usageSum {
 	return usageSum{calls: s.hits, hits: s.hits, saved: s.saved, savedUS: s.savedUS}
