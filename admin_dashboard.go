@@ -146,6 +146,7 @@ type dashData struct {
 	tokens             []usageShare // largest first
 	sampledCalls       int          // tokens has only this many of the latest calls; 0: all calls
 	endpoints          []usageShare
+	attributes         []attributeShares
 	lastMinuteCalls    int64
 	expiring           []expiringToken
 	unhealthyUpstreams []unhealthyUpstream
@@ -172,6 +173,7 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			return err
 		},
 		func() error { return d.readProjects(ctx, s, q) },
+		func() error { return d.readAttributes(ctx, s, q) },
 		func() (err error) {
 			if err = d.readTokens(ctx, s, q); err != nil {
 				return err
@@ -298,6 +300,7 @@ type rankingTable struct {
 	Rows    []rankingRow
 	More    int64 // rows left out
 	Sampled int64 // the rows count only this many of the latest calls; 0: all
+	TooMany bool  // sums to add up
 }
 
 type rankingRow struct {
@@ -457,8 +460,9 @@ func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 	}
 	tokens := q.ranking("Tokens", d.tokens, ofTokens)
 	tokens.Sampled = int64(d.sampledCalls)
-	return append(tables, tokens, q.ranking("Models", d.usageByModel(q), whole),
+	tables = append(tables, tokens, q.ranking("Models", d.usageByModel(q), whole),
 		q.ranking("Endpoints", d.endpoints, whole))
+	return append(tables, d.attributeRankings(q, whole)...)
 }
 
 func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) rankingTable {
@@ -655,6 +659,7 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 			e.writeRow(row...)
 		}
 	}
+	d.writeAttributesCSV(e)
 	if d.sampledCalls > 0 {
 		note := "rows of kind token count only the latest " + strconv.Itoa(d.sampledCalls) + " calls"
 		e.writeRow(append([]string{"note", "", note}, make([]string, 19)...)...)

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/csv"
 	"encoding/json"
 	"errors"
@@ -317,6 +318,80 @@ func durationBar(v *requestView) []durationPart {
 	wait := max(0, min(*v.nullFirstByteUS-failed, rest))
 	return newDurationBar(failures, durationPart{Name: "to the first byte", Class: "k1", us: wait},
 		durationPart{Name: "the response", Class: "k4", us: rest - wait})
+}
+
+// attributeShares is what the largest values of an attribute have.
+type attributeShares struct {
+	attribute string
+	shares    []usageShare
+	tooMany   bool // sums to add up: there are no shares
+}
+
+const (
+	maxAttributeRankings = 6       // of a dashboard
+	maxDashboardSums     = 200_000 // of an attribute that are read for a dashboard
+)
+
+// readAttributes reads the largest values of each attribute.
+func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) error {
+	names, err := s.usedAttributes(ctx, q.projectID, maxAttributeRankings)
+	for _, name := range names {
+		u := q.usageQuery(usageQuery{attribute: name, top: rankingSize + 1, largestBy: q.metric})
+		shares, err := s.topValues(ctx, &u, maxDashboardSums)
+		tooMany := errors.Is(err, errTooManyRows)
+		if err != nil && !tooMany {
+			return err
+		}
+		if len(shares) > 0 || tooMany {
+			d.attributes = append(d.attributes, attributeShares{name, shares, tooMany})
+		}
+	}
+	return err
+}
+
+// attributeRankings returns a table for each attribute.
+func (d *dashData) attributeRankings(q *dashQuery, whole float64) (tables []rankingTable) {
+	for _, a := range d.attributes {
+		title := "Sessions"
+		key, isTag := strings.CutPrefix(a.attribute, tagAttribute)
+		if isTag {
+			title = "Tag " + key
+		} else if a.attribute == endUserAttribute {
+			title = "End users"
+		}
+		table := q.ranking(title, a.shares, whole)
+		table.TooMany, table.More = a.tooMany, 0 // it is not known how many there are
+		for i := range table.Rows {
+			table.Rows[i].Link = attributeLink(a.attribute, table.Rows[i].Name, q.projectID)
+		}
+		tables = append(tables, table)
+	}
+	return tables
+}
+
+// attributeLink returns the page of a session, or the list of calls with another value.
+func attributeLink(attribute, value, project string) string {
+	query := url.Values{"project": {project}}
+	switch key, isTag := strings.CutPrefix(attribute, tagAttribute); {
+	case isTag:
+		query.Set("tag", key+"="+value)
+	case attribute == sessionAttribute:
+		return "/admin/sessions/" + url.PathEscape(value)
+	default:
+		query.Set("end_user", value)
+	}
+	return "/admin/requests?" + query.Encode()
+}
+
+// writeAttributesCSV writes a line for each of the largest values.
+func (d *dashData) writeAttributesCSV(e *exportWriter) {
+	for _, a := range d.attributes {
+		for _, v := range a.shares[:min(len(a.shares), rankingSize)] {
+			row := []string{a.attribute, "", v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens),
+				formatNanos(v.cost)}
+			e.writeRow(append(row, make([]string, 13)...)...)
+		}
+	}
 }
 
 // A contentPageView is the data of templates/content.html.

@@ -287,6 +287,21 @@ func (s *store) topValues(ctx context.Context, q *usageQuery, limit int) ([]usag
 		q.attributedArgs(int64(math.MaxInt64/maxAttributedSums/2), q.largestBy, q.top)...)
 }
 
+// usedAttributes returns up to limit attributes that calls of a project ("": of all) had: session, end_user and tags by
+// their keys.
+func (s *store) usedAttributes(ctx context.Context, project string, limit int) ([]string, error) {
+	return collect(ctx, s.readDB, "listing attributes", func(a *string) []any { return []any{a} }, `
+		WITH RECURSIVE used (project, attribute) AS (
+			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq)
+			FROM projects p WHERE ?1 = '' OR p.id = ?1
+			UNION ALL
+			SELECT u.project,
+				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
+			FROM used u WHERE u.attribute IS NOT NULL)
+		SELECT DISTINCT attribute FROM used WHERE attribute IS NOT NULL
+		ORDER BY attribute LIKE 'tag:%', attribute DESC LIMIT ?2`, project, limit)
+}
+
 // splitByValue returns groups by the values of an attribute instead of the groups of all calls: the largest values, all
 // others together, and what is left of each group of all calls. So they add up to all calls.
 func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKey]*usageSum,
