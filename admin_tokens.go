@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"net/url"
 	"slices"
@@ -151,37 +152,156 @@ func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 // A tokenValueView is the data of templates/token-once.html.
 type tokenValueView struct {
 	tokenView
-	Base, Model string // for the snippets
-	Anthropic   bool   // they are for Anthropic's SDKs
+	exampleCall
+	Base        string // the proxy's base URL for clients
+	ProjectName string
+	NoUpstream  bool // its project has no active upstream: its calls are refused
 }
 
 // tokenValuePage shows a token's value, and how to use it.
 func (ui *adminUI) tokenValuePage(r *pageRequest, title string, t *tokenRow, value secret) (*pageResponse, error) {
 	v := tokenValueView{tokenView: ui.ops.newTokenValueView(t, value, r.now), Base: ui.publicBase(r)}
-	p, err := ui.store.projectByID(r.ctx, t.projectID)
+	state, err := ui.registry.readProject(r.ctx, t.project)
 	if err != nil {
 		return nil, err
 	}
-	upstreams, err := ui.store.projectUpstreams(r.ctx, p.seq)
+	policy, err := parsePolicy([]byte(t.policy), false)
 	if err != nil {
 		return nil, err
 	}
-	isOther := func(u upstreamRow) bool { return u.provider != providerAnthropic }
-	v.Anthropic = len(upstreams) > 0 && !slices.ContainsFunc(upstreams, isOther)
-	v.Model = map[bool]string{false: "gpt-4o-mini", true: "claude-haiku-4-5"}[v.Anthropic]
-	for _, stored := range []string{p.policy, t.policy} {
-		if parsed, err := parsePolicy([]byte(stored), true); err == nil {
-			if i := slices.IndexFunc(parsed.Models, isShellSafe); i >= 0 {
-				v.Model = parsed.Models[i]
-			}
-		}
-	}
+	v.ProjectName, v.NoUpstream = state.name, len(state.upstreams) == 0
+	v.exampleCall = ui.chooseExample(state, policy)
 	return showPage("token-once", title, v), nil
 }
 
-// isShellSafe reports whether a model's name can be pasted into a shell and into source code unquoted.
+// An exampleCall is what the snippets call: an endpoint and a model that the token may use, with the headers that
+// its policies require.
+type exampleCall struct {
+	Kind    string // of the call, as templates/parts/snippets.html names it; "": the token may use none of them
+	Model   string // "": the program knows no model that the token may use
+	Guessed bool   // nothing says that the provider has the model
+	Headers []labeledValue
+}
+
+// An exampleKind is a way to call upstreams of a provider: an endpoint, and models that most of them have.
+type exampleKind struct {
+	name, endpoint string
+	api            apiFamily
+	models         []string
+}
+
+func exampleKinds(provider string) []exampleKind {
+	switch provider {
+	case providerAnthropic:
+		return []exampleKind{{"messages", "POST /v1/messages", apiAnthropic,
+			[]string{"claude-haiku-4-5", "claude-sonnet-5", "claude-opus-5-5"}}}
+	case providerGoogle:
+		return []exampleKind{{"gemini", "POST " + geminiModelPrefix + "{model}:generateContent", apiGemini,
+			[]string{"gemini-2.5-flash", "gemini-2.5-pro"}}}
+	}
+	models := []string{"gpt-4o-mini", "gpt-4.1-mini", "gpt-5-mini", "gpt-4o", "gpt-4.1", "gpt-5"}
+	return []exampleKind{{"chat", "POST " + chatPattern, apiOpenAI, models},
+		{"responses", "POST /v1/responses", apiOpenAI, models},
+		{"embeddings", "POST /v1/embeddings", apiOpenAI, []string{"text-embedding-3-small"}}}
+}
+
+// chooseExample returns a call that the policies of the token and its project allow and that one of the project's
+// upstreams serves.
+func (ui *adminUI) chooseExample(project *projectState, token policy) (best exampleCall) {
+	headers := requiredHeaders(project.policy.Attribution, token.Attribution)
+	for _, u := range project.upstreams {
+		for _, kind := range exampleKinds(u.provider) {
+			_, pattern, _ := strings.Cut(kind.endpoint, " ")
+			if u.weight == 0 || !token.allowsEndpoint(kind.endpoint, pattern) ||
+				!project.policy.allowsEndpoint(kind.endpoint, pattern) {
+				continue
+			}
+			named := slices.Concat(token.Models, project.policy.Models, u.models,
+				slices.Sorted(maps.Keys(u.rewrite)), slices.Sorted(maps.Keys(project.routing.Aliases)))
+			known := slices.Concat(named, kind.models, ui.listedModels(u.provider))
+			i := slices.IndexFunc(known, func(model string) bool {
+				return !ui.isOfOtherProvider(u, model) && kind.suits(project, token, model)
+			})
+			if i >= 0 {
+				isGuess := i >= len(named) && (u.provider == providerCompatible || u.provider == providerAzure)
+				return exampleCall{Kind: kind.name, Model: known[i], Guessed: isGuess, Headers: headers}
+			}
+			if best.Kind == "" {
+				best = exampleCall{Kind: kind.name, Headers: headers}
+			}
+		}
+	}
+	return best
+}
+
+// listedModels returns the models of the built-in price list that upstreams of the provider may have.
+func (ui *adminUI) listedModels(provider string) (models []string) {
+	if provider == providerCompatible || provider == providerAzure {
+		provider = ""
+	}
+	for _, p := range ui.ops.prices.Load().search("", provider) {
+		models = append(models, p.from.Name)
+	}
+	return models
+}
+
+// isOfOtherProvider reports whether the price list has the model, but not of the provider of an upstream that is to
+// serve whatever it has.
+func (ui *adminUI) isOfOtherProvider(u *upstream, model string) bool {
+	prices := ui.ops.prices.Load()
+	anyHost := u.provider == providerCompatible || u.provider == providerAzure
+	return !anyHost && len(u.models) == 0 && prices.lookupListed(u.provider, model) == nil &&
+		prices.lookupAny(model) != nil
+}
+
+// suits reports whether the model is one for calls of this kind, the token may use it, and an upstream serves it.
+func (kind *exampleKind) suits(project *projectState, token policy, model string) bool {
+	isOf := func(word string) bool { return strings.Contains(model, word) }
+	others := []string{"audio", "dall-e", "image", "imagen", "moderation", "realtime", "rerank", "search", "sora",
+		"speech", "transcribe", "tts", "veo", "video", "whisper"}
+	if !isShellSafe(model) || isOf("embed") != (kind.name == "embeddings") || slices.ContainsFunc(others, isOf) {
+		return false
+	}
+	allowed := func(model string) bool { return project.policy.allowsModel(model) && token.allowsModel(model) }
+	c := criteria{api: kind.api, model: model}
+	if models := project.resolveAlias(c, allowed); len(models) > 0 {
+		c.model = models[0]
+	}
+	return allowed(c.model) && project.hasCandidate(&c, nil)
+}
+
+// requiredHeaders returns headers with the attributes that the policies require.
+func requiredHeaders(policies ...*attributionPolicy) (headers []labeledValue) {
+	var tags []string
+	for _, p := range policies {
+		if p == nil {
+			continue
+		}
+		for _, attribute := range p.Required {
+			key, isTag := strings.CutPrefix(attribute, tagAttribute)
+			header := labeledValue{"X-LLM-Proxy-Session", "example-session"}
+			if attribute == endUserAttribute {
+				header = labeledValue{"X-LLM-Proxy-End-User", "example-user"}
+			}
+			switch {
+			case isTag && !slices.Contains(tags, key+"=example"):
+				tags = append(tags, key+"=example")
+			case !isTag && !slices.Contains(headers, header):
+				headers = append(headers, header)
+			}
+		}
+	}
+	if len(tags) > 0 {
+		headers = append(headers, labeledValue{"X-LLM-Proxy-Tags", strings.Join(tags, ",")})
+	}
+	return headers
+}
+
+// isShellSafe reports whether a model's name can be pasted into a shell, a URL and source code unquoted.
 func isShellSafe(model string) bool {
-	return !strings.ContainsFunc(model, func(c rune) bool { return !strings.ContainsRune(base62+"-_.:/", c) })
+	return model != "" && !strings.ContainsFunc(model, func(c rune) bool {
+		return !strings.ContainsRune(base62+"-_.:/", c)
+	})
 }
 
 // publicBase returns the base URL for clients, as far as the proxy knows it.

@@ -1,5 +1,5 @@
 // Package demo is the stand-in provider of `llm-proxy demo`, with the sample data. It answers over
-// real HTTP as OpenAI and Anthropic would, so that every feature can be tried without a key. It
+// real HTTP as OpenAI, Anthropic and Gemini would, so that every feature can be tried without a key. It
 // invents its answers, opens no connection, stores nothing, and may only be served on loopback.
 //
 // Operators can see how the proxy handles faults: a prompt with [[error 429]] or [[error 500]] (any
@@ -32,8 +32,8 @@ const (
 	cacheStepTokens = 1024 // the prompt cache counts in steps of this many tokens
 )
 
-// A provider answers like OpenAI (Authorization: Bearer) and Anthropic (x-api-key). It requires its
-// key. The text depends only on the model, the prompt and the request's seed; ids are new for each
+// A provider answers like OpenAI (Authorization: Bearer), Anthropic (x-api-key) and Gemini (x-goog-api-key). It
+// requires its key. The text depends only on the model, the prompt and the request's seed; ids are new for each
 // call, and cached tokens depend on earlier long prompts. It is safe for concurrent use.
 type provider struct {
 	key        string
@@ -62,6 +62,7 @@ func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, version := r.Header["Anthropic-Version"]
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || version &&
 		strings.HasPrefix(r.URL.Path, "/v1/models")
+	c.gemini = strings.HasPrefix(r.URL.Path, geminiModels)
 	if !c.authorized() {
 		return
 	}
@@ -84,6 +85,7 @@ type call struct {
 	start      time.Time
 	requestID  string
 	anthropic  bool // answer in Anthropic's shapes, not OpenAI's
+	gemini     bool // answer in Gemini's
 	body       request
 	rawBody    []byte // the JSON body; nil for multipart
 	audioBytes int64  // bytes of an uploaded file
@@ -120,6 +122,14 @@ func (c *call) handler() func() {
 	case "POST /v1/messages/count_tokens":
 		return c.messagesCountTokens
 	}
+	if _, method, ok := geminiCall(c.r.URL.Path); ok && c.r.Method == http.MethodPost {
+		switch method {
+		case "generateContent":
+			return func() { c.generateContent(false) }
+		case "streamGenerateContent":
+			return func() { c.generateContent(true) }
+		}
+	}
 	if id, ok := strings.CutPrefix(c.r.URL.Path, "/v1/models/"); ok && id != "" && c.r.Method == http.MethodGet {
 		return func() { c.model(id) }
 	}
@@ -132,6 +142,9 @@ func (c *call) authorized() bool {
 	given, msg := c.r.Header.Get("X-Api-Key"), "invalid x-api-key"
 	if !c.anthropic || given == "" {
 		given, _ = strings.CutPrefix(c.r.Header.Get("Authorization"), "Bearer ")
+	}
+	if c.gemini {
+		given = c.r.Header.Get("X-Goog-Api-Key")
 	}
 	if !c.anthropic {
 		msg = "Incorrect API key provided. This is the demo provider of llm-proxy."
@@ -155,7 +168,10 @@ func (c *call) readBody() bool {
 	var err error
 	if kind == "multipart/form-data" {
 		err = c.readForm(multipart.NewReader(body, params["boundary"]))
-	} else if c.rawBody, err = io.ReadAll(body); err == nil {
+	} else if c.rawBody, err = io.ReadAll(body); err == nil && c.gemini {
+		model, _, _ := geminiCall(c.r.URL.Path)
+		err = c.body.readGemini(c.rawBody, model)
+	} else if err == nil {
 		err = json.Unmarshal(c.rawBody, &c.body)
 	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -259,6 +275,9 @@ func (c *call) fail(status int, code, msg string) {
 	v := obj{"error", obj{"message", msg, "type", kind, "param", nil, "code", nullIfEmpty(code)}}
 	if c.anthropic {
 		v = obj{"type", "error", "error", obj{"type", kind, "message", msg}, "request_id", c.requestID}
+	}
+	if c.gemini {
+		v = obj{"error", obj{"code", status, "message", msg, "status", geminiStatus(status)}}
 	}
 	b, _ := json.Marshal(v) // strings only
 	c.writeHeader(status, "application/json")
