@@ -325,6 +325,7 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
 		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q),
 		Cache: d.cacheFigure(q, responseCacheKind()), PromptCache: d.cacheFigure(q, promptCacheKind())}
+	v.Tiles[0].Link = q.callsURL("outcome", string(outcomeRefused))
 	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
@@ -487,6 +488,16 @@ func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) ra
 	return t
 }
 
+// callsURL returns the list of the calls that the dashboard covers and that match a filter.
+func (q *dashQuery) callsURL(filter, value string) string {
+	from := time.UnixMilli(q.from).UTC().Format("2006-01-02T15:04")
+	values := url.Values{"from": {from}, filter: {value}}
+	if q.projectID != "" {
+		values.Set("project", q.projectID)
+	}
+	return "/admin/requests?" + values.Encode()
+}
+
 // rankingLink returns the page that a row links to, "" if there is none.
 func (q *dashQuery) rankingLink(title string, v *usageShare) string {
 	switch {
@@ -495,9 +506,9 @@ func (q *dashQuery) rankingLink(title string, v *usageShare) string {
 	case title == "Tokens":
 		return "/admin/tokens/" + url.PathEscape(v.id)
 	case title == "Models" && v.id != "":
-		return "/admin/requests?" + url.Values{"model": {v.id}, "project": {q.projectID}}.Encode()
+		return q.callsURL("model", v.id)
 	case title == "Endpoints":
-		return "/admin/requests?" + url.Values{"endpoint": {v.name}, "project": {q.projectID}}.Encode()
+		return q.callsURL("endpoint", v.name)
 	}
 	return ""
 }
@@ -511,7 +522,7 @@ func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dash
 				ProjectID: u.projectID, Upstream: u.upstream, Reason: u.reason, At: timestamp(u.since)})
 		}
 	}
-	near, err := ui.idleNearLimits(r, q, d)
+	near, err := ui.idleNearLimits(r, q)
 	if err != nil {
 		return nil, err
 	}
@@ -535,8 +546,18 @@ func (q *dashQuery) includes(projectID string) bool {
 }
 
 // idleNearLimits returns the nearly spent limits of projects and tokens that are not live. Each takes a
-// few reads, so only the largest of the period are checked.
-func (ui *adminUI) idleNearLimits(r *pageRequest, q *dashQuery, d *dashData) (near []nearLimit, err error) {
+// few reads, so only those with the most calls are checked: of the last 30 days, whatever the dashboard shows.
+func (ui *adminUI) idleNearLimits(r *pageRequest, shown *dashQuery) (near []nearLimit, err error) {
+	q, d := *shown, &dashData{}
+	q.metric, q.groupBy = "calls", "model"
+	for _, p := range dashPeriods(q.now) {
+		if p.name == "30d" {
+			q.dashPeriod = p
+		}
+	}
+	if err := errors.Join(d.readProjects(r.ctx, ui.store, &q), d.readTokens(r.ctx, ui.store, &q)); err != nil {
+		return nil, err
+	}
 	projects := d.projects[:min(len(d.projects), maxIdleScanned)]
 	if q.projectSeq != 0 {
 		projects = []usageShare{{seq: q.projectSeq, id: q.projectID}}

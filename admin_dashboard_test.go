@@ -492,3 +492,83 @@ func BenchmarkScaleAdmin(b *testing.B) {
 		})
 	}
 }
+
+// TestDashboardAttentionIsOfNow: “Needs attention” is the same whatever period and metric the dashboard shows, also for
+// projects and tokens without a recent call. What the numbers link to is of the same period.
+func TestDashboardAttentionIsOfNow(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	limits := `{"policy":{"limits":[{"count":"requests","max":2,"per":"lifetime"}]}}`
+	p.manage("PATCH", "/manage/projects/"+p.project, limits, 200, nil)
+	p.manage("PATCH", "/manage/tokens/"+p.tokenID, limits, 200, nil)
+	token, err := p.instance.store.tokenByID(t.Context(), p.tokenID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := time.Now().AddDate(0, 0, -20) // in the last 30 days, but not in the last 7
+	for i := range 2 {
+		row := &requestRow{id: minIDAt(at) + int64(i), project: token.project, token: token.seq, model: "m",
+			endpoint: "POST /v1/chat/completions", outcome: outcomeOK, source: usageNone, status: 200, firstByteUS: -1}
+		row.started = at.UnixMilli()
+		p.instance.ledger.recordRefused(row, true)
+	}
+	p.waitSettled()
+	attention := func(query string) string {
+		_, rest, _ := strings.Cut(b.get("/admin/dashboard"+query).body, "Needs attention</h2>")
+		section, _, _ := strings.Cut(rest, "</section>")
+		return pageText(t, section)
+	}
+	want := attention("?period=30d")
+	if !strings.Contains(want, "Project test has used 100.0% of 2 requests in total") ||
+		!strings.Contains(want, "of project test has used 100.0% of 2 requests in total") {
+		t.Fatalf("30 days: %s", want)
+	}
+	for _, query := range []string{"", "?period=24h", "?period=90d", "?period=7d&measure=cost", "?period=24h&by=model",
+		"?period=24h&project=" + p.project} {
+		if got := attention(query); got != want {
+			t.Errorf("%s: %s\nwant %s", query, got, want)
+		}
+	}
+	from := regexp.MustCompile(`/admin/requests\?[^"]*from=(\d{4}-\d\d-\d\dT\d\d)`)
+	for _, period := range []string{"30d", "90d"} {
+		page := html.UnescapeString(b.get("/admin/dashboard?period=" + period).body)
+		links := from.FindAllStringSubmatch(strings.ReplaceAll(page, "%3A", ":"), -1)
+		if len(links) < 2 || links[0][1] != links[1][1] {
+			t.Errorf("%s: the links are %q", period, links)
+		}
+		lists := regexp.MustCompile(`href="(/admin/requests\?[^"]*(?:model|endpoint)=[^"]*)"`)
+		for _, m := range lists.FindAllStringSubmatch(page, -1) {
+			if ids, _ := parseCallList(b.get(m[1]).body); len(ids) != 2 {
+				t.Errorf("%s lists %q", m[1], ids)
+			}
+		}
+	}
+}
+
+// TestProjectWithoutUpstream: a project whose calls would be refused does not invite to make tokens; one that uses a
+// shared upstream does.
+func TestProjectWithoutUpstream(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var bare projectReply
+	p.manage("POST", "/manage/projects", `{"name":"bare"}`, 201, &bare)
+	invites := func(project string) bool {
+		return strings.Contains(b.get("/admin/projects/"+project).body, "/admin/tokens/new?project_id="+project)
+	}
+	if invites(bare.ID) || !invites(p.project) {
+		t.Errorf("a project without an upstream invites to make tokens: %v; one with: %v", invites(bare.ID),
+			invites(p.project))
+	}
+	upstream := "/manage/projects/" + p.project + "/upstreams/" + p.upstream
+	p.manage("PATCH", upstream, `{"shared_with":["`+bare.ID+`"]}`, 200, nil)
+	page := b.get("/admin/projects/" + bare.ID).body
+	if !invites(bare.ID) || strings.Contains(page, "No upstreams yet") {
+		t.Error("a project with a shared upstream does not invite to make tokens")
+	}
+	p.manage("PATCH", upstream, `{"is_active":false}`, 200, nil)
+	if invites(bare.ID) || invites(p.project) {
+		t.Error("projects with an inactive upstream invite to make tokens")
+	}
+}

@@ -40,6 +40,7 @@ func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
 // A projectPageView is the data of templates/project.html.
 type projectPageView struct {
 	projectView
+	Ready   bool // it has an active upstream, its own or one shared with it: without, its calls are refused
 	Limits  []barView
 	Allowed policyView
 	Cache   *cacheView // nil: there is no cache, and was none
@@ -55,7 +56,16 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := projectPageView{projectView: p, Limits: newBarViews(p.Limits), Allowed: newPolicyView(p.Policy)}
+	row, err := ui.store.projectByID(r.ctx, p.ID)
+	if err != nil {
+		return nil, err
+	}
+	state, err := ui.registry.readProject(r.ctx, row.seq)
+	if err != nil {
+		return nil, err
+	}
+	v := projectPageView{projectView: p, Ready: len(state.upstreams) > 0,
+		Limits: newBarViews(p.Limits), Allowed: newPolicyView(p.Policy)}
 	q := tokenListQuery{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverExpires, limit: 100}
 	v.More, err = ui.store.walkTokens(r.ctx, q, func(row *tokenRow) bool {
 		if t := ui.ops.newTokenView(row, r.now); t.IsActive {

@@ -6,7 +6,6 @@ package main
 import (
 	"cmp"
 	"math"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -623,11 +622,10 @@ func (d *dashData) cacheFigure(q *dashQuery, k cacheKind) *cacheFigure {
 		if v.Name = modelLabel(r.model); r.model == "" {
 			return
 		}
-		link := url.Values{"model": {r.model}, "project": {q.projectID}}
+		v.Link = q.callsURL("model", r.model)
 		if k.timed { // the filter knows the proxy's own cache only
-			link.Set("cache", cacheHit)
+			v.Link += "&cache=" + cacheHit
 		}
-		v.Link = "/admin/requests?" + link.Encode()
 	}))
 	return f
 }
