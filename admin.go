@@ -25,6 +25,7 @@ type adminUI struct {
 	adminDeps
 	pages     *pageSet
 	sentForms submittedForms
+	keptForms keptForms
 }
 
 // adminDeps has what an adminUI uses of the rest of the program. All fields are required.
@@ -139,6 +140,7 @@ type pageRequest struct {
 	form    url.Values // of a POST, otherwise nil
 	session *sessionRow
 	secure  bool // the browser connected over TLS
+	hasForm bool // a GET of the address shows the form that a POST sends
 }
 
 // listRequest returns the request of /manage for a page of a list. Its query has the limit, the
@@ -287,6 +289,7 @@ func (ui *adminUI) newPageRequest(r *http.Request) *pageRequest {
 func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		pr := ui.newPageRequest(r)
+		pr.hasForm = strings.HasPrefix(rt.pattern, "GET|POST ")
 		err := ui.authorizePage(rt.minRole, w, pr)
 		var p *pageResponse
 		if err == nil {
@@ -353,16 +356,33 @@ func (r *pageRequest) readForm(w http.ResponseWriter) error {
 	return err
 }
 
-// errorPage returns the page about an error or, without a session, a redirect to the sign-in page.
+// signInFirst is the response to a request that needs a session and has none: a redirect to the sign-in page. A form
+// with input gets the sign-in page at once, which keeps the input.
+func (ui *adminUI) signInFirst(w http.ResponseWriter, r *pageRequest) *pageResponse {
+	to := "/admin/sign-in"
+	switch {
+	case r.isPost() && r.hasForm:
+		kept := ""
+		if r.readForm(w) == nil {
+			kept = encodeKeptForm(r.form)
+		}
+		if kept != "" {
+			v := signInView{Next: r.http.URL.Path, Kept: kept, Unencrypted: r.isUnencrypted()}
+			return &pageResponse{template: "sign-in", title: "Sign in", status: http.StatusUnauthorized, data: v}
+		}
+		return redirectTo(to+"?next="+url.QueryEscape(r.http.URL.Path), "ended")
+	case r.isPost():
+		return redirectTo(to, "ended")
+	case r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/":
+		to += "?next=" + url.QueryEscape(r.http.URL.RequestURI())
+	}
+	return &pageResponse{redirect: to}
+}
+
+// errorPage returns the page about an error or, without a session, what leads to one.
 func (ui *adminUI) errorPage(w http.ResponseWriter, r *pageRequest, err error) *pageResponse {
 	if errors.Is(err, errNotSignedIn) {
-		to := "/admin/sign-in"
-		if r.http.Method == http.MethodGet && r.http.URL.Path != "/admin/" {
-			to += "?next=" + url.QueryEscape(r.http.URL.RequestURI())
-		} else if r.isPost() {
-			return redirectTo(to, "ended")
-		}
-		return &pageResponse{redirect: to}
+		return ui.signInFirst(w, r)
 	}
 	e := manageError(err)
 	if e.status >= 500 {

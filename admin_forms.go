@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -25,6 +26,7 @@ type pageForm struct {
 	Danger                 bool
 	Problem                string // with the form as a whole
 	Mistakes               []formMistake
+	Restored               bool   // it has the input of a session that had ended
 	Version                int64  // of the object that it changes; 0: none
 	Creates                string // "token", "key" or "value": a secret that is shown once; "" otherwise
 	Once                   string // names this copy of a form that creates a secret: it is carried out once
@@ -252,9 +254,18 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 	if v.Form.Creates != "" {
 		v.Form.Once = randomBase62(16)
 	}
-	v.Form.fill(r.form, stored)
+	sent := r.form
+	if !r.isPost() {
+		if sent = ui.keptForms.take(r.session.hash, r.http.URL.Path, r.now); sent != nil {
+			v.Form.Restored = true
+			if n, err := strconv.ParseInt(sent.Get("version"), 10, 64); err == nil && v.Form.Version != 0 {
+				v.Form.Version = n // a change in between is noticed
+			}
+		}
+	}
+	v.Form.fill(sent, stored)
 	if v.Policy != nil {
-		v.Policy.fill(r.form)
+		v.Policy.fill(sent)
 	}
 	page := showPage("form", title, v)
 	if !r.isPost() {
@@ -601,4 +612,79 @@ func (p *policyForm) showError(f *pageForm, err error) bool {
 	p.Problem = "The limits " + msg
 	f.Mistakes = append(f.Mistakes, formMistake{"limits", p.Problem})
 	return true
+}
+
+const (
+	maxKeptFormBytes = 64 << 10
+	keptFormTime     = 10 * time.Minute
+)
+
+// encodeKeptForm returns the input of a form for the sign-in page, which sends it along with the key. Secrets are left
+// out. It returns "" if there is nothing worth keeping, or too much.
+func encodeKeptForm(form url.Values) string {
+	kept, isTyped := url.Values{}, false
+	for name, values := range form {
+		if isSecretField(name) || name == "once" {
+			continue
+		}
+		kept[name] = values
+		isTyped = isTyped || name != "version"
+	}
+	if text := kept.Encode(); isTyped && len(text) <= maxKeptFormBytes {
+		return text
+	}
+	return ""
+}
+
+// isSecretField reports whether a form's field holds a secret: an API key or a management key.
+func isSecretField(name string) bool { return strings.HasSuffix(name, "key") }
+
+// keptForms holds the input of forms from the sign-in to the page with the form: for one page of a session, for a short
+// time, and of the latest sessions only. Only people who have signed in put something there.
+type keptForms struct {
+	mu   sync.Mutex
+	ring [64]keptForm
+	next int
+}
+
+type keptForm struct {
+	session []byte // the hash of its id
+	path    string
+	input   string // as encodeKeptForm returned it
+	until   time.Time
+}
+
+// put keeps the input of the form at path for a session.
+func (k *keptForms) put(session []byte, path, input string, now time.Time) {
+	if input == "" || len(input) > maxKeptFormBytes {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.ring[k.next] = keptForm{session: session, path: path, input: input, until: now.Add(keptFormTime)}
+	k.next = (k.next + 1) % len(k.ring)
+}
+
+// take returns the input that is kept for a page and forgets it. It returns nil if there is none.
+func (k *keptForms) take(session []byte, path string, now time.Time) url.Values {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for i := range k.ring {
+		f := k.ring[i]
+		if f.path != path || !bytes.Equal(f.session, session) {
+			continue
+		}
+		k.ring[i] = keptForm{}
+		input, err := url.ParseQuery(f.input)
+		if err != nil || now.After(f.until) {
+			return nil
+		}
+		for name := range input {
+			if isSecretField(name) {
+				delete(input, name)
+			}
+		}
+		return input
+	}
+	return nil
 }

@@ -105,7 +105,8 @@ func (ui *adminUI) managementTokenProof(id string) []byte {
 // A signInView is the data of templates/sign-in.html.
 type signInView struct {
 	Next        string
-	Unencrypted bool // the connection leaves this machine without TLS
+	Kept        string // the input of a form that was sent when the session had ended; see encodeKeptForm
+	Unencrypted bool   // the connection leaves this machine without TLS
 	WrongKey    bool
 	WaitSeconds int64 // after too many wrong keys
 }
@@ -126,7 +127,8 @@ func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 	next := localPath(r.form.Get("next"))
 	who, err := ui.auth.verifyKey(r.ctx, r.origin, r.http.Pattern, strings.TrimSpace(r.form.Get("key")), r.now)
 	if e, ok := errors.AsType[*apiError](err); ok && e.status < 500 {
-		v := signInView{Next: next, Unencrypted: r.isUnencrypted(), WrongKey: e.retryAfter == 0}
+		v := signInView{Next: next, Kept: r.form.Get("kept"), Unencrypted: r.isUnencrypted(),
+			WrongKey: e.retryAfter == 0}
 		if e.retryAfter > 0 {
 			v.WaitSeconds = int64(e.retryAfter/time.Second) + 1
 		}
@@ -151,6 +153,7 @@ func (ui *adminUI) signIn(r *pageRequest) (*pageResponse, error) {
 	if err := ui.store.addSession(r.ctx, r.origin, row, r.now.Add(-maxSessionAge).UnixMilli(), previous); err != nil {
 		return nil, err
 	}
+	ui.keptForms.put(row.hash, next, r.form.Get("kept"), r.now)
 	return &pageResponse{redirect: next, cookie: sessionCookie(r.secure, id)}, nil
 }
 

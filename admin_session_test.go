@@ -3,6 +3,7 @@ package main
 
 import (
 	"crypto/sha256"
+	"maps"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -272,5 +273,144 @@ func TestSessionOverTLS(t *testing.T) {
 	}
 	if res := b.get("/admin/projects"); res.header.Get("Referrer-Policy") != "no-referrer" {
 		t.Errorf("got %v", res.header)
+	}
+}
+
+// TestSessionEndKeepsForm: what was typed into a form is still there after its session has ended and another began, but
+// no key. It is kept for the person who signs in, for that form, once, and within bounds.
+func TestSessionEndKeepsForm(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	const newProject, secretKey = "/admin/projects/new", "sk-typed-into-a-form-0123456789"
+	form := parseForm(t, b.get(newProject).body)
+	form.Set("name", `Typed <b>"name"`)
+	form.Set("api_key", secretKey)
+	form.Set("policy.models", "gpt-4o\r\nclaude-*")
+	form.Set("policy.limits[0].max", "500")
+	b.ageSession(maxSessionAge, 0)
+	page := b.post(newProject, form)
+	if page.status != 401 || strings.Contains(page.body, secretKey) || len(checkHTML(page.body)) > 0 ||
+		!strings.Contains(page.body, "your input is kept") {
+		t.Fatalf("the form without a session: %d %v %s", page.status, checkHTML(page.body), page.body)
+	}
+	signIn := parseForm(t, page.body)
+	wrong := maps.Clone(signIn)
+	wrong.Set("key", "llmpm_wrong")
+	if res := b.post("/admin/sign-in", wrong); res.status != 401 {
+		t.Errorf("a wrong key: %d", res.status)
+	} else {
+		signIn = parseForm(t, res.body) // still has the input
+	}
+	signIn.Set("key", p.adminKey)
+	signIn.Set("kept", signIn.Get("kept")+"&api_key="+secretKey+"&once=x") // is not filled in either
+	again := func() *browser {
+		res := b.post("/admin/sign-in", signIn)
+		if to := res.header.Get("Location"); res.status != 303 || to != newProject {
+			t.Fatalf("signing in: %d to %q", res.status, to)
+		}
+		c := &browser{p: p}
+		c.cookie, _, _ = strings.Cut(res.header.Get("Set-Cookie"), ";")
+		return c
+	}
+	c := again()
+	if other := c.get("/admin/tokens/new?project_id=" + p.project).body; strings.Contains(other, "Typed") {
+		t.Error("another form has the input")
+	}
+	if other := p.signIn(p.adminKey).get(newProject).body; strings.Contains(other, "Typed") {
+		t.Error("another session has the input")
+	}
+	page = c.get(newProject)
+	restored := parseForm(t, page.body)
+	for _, name := range []string{"name", "policy.limits[0].max"} {
+		if restored.Get(name) != form.Get(name) {
+			t.Errorf("%s is %q", name, restored.Get(name))
+		}
+	}
+	if restored.Get("policy.models") != "gpt-4o\nclaude-*" || strings.Contains(page.body, secretKey) ||
+		restored.Get("once") == "x" || !strings.Contains(page.body, "Your input is still here") {
+		t.Errorf("the form is %v", restored)
+	}
+	if page := c.get(newProject).body; strings.Contains(page, "Typed") {
+		t.Error("the input is there a second time")
+	}
+	if res := c.post(newProject, restored); res.status != 303 {
+		t.Errorf("the restored form: %d %s", res.status, res.body)
+	}
+
+	edit := "/admin/tokens/" + p.tokenID + "/edit" // a change in between is noticed
+	form = parseForm(t, c.get(edit).body)
+	form.Set("name", "typed before")
+	p.manage("PATCH", "/manage/tokens/"+p.tokenID, `{"name":"changed meanwhile"}`, 200, nil)
+	signIn = parseForm(t, p.doForm(edit, form))
+	signIn.Set("key", p.adminKey)
+	res := b.post("/admin/sign-in", signIn)
+	c.cookie, _, _ = strings.Cut(res.header.Get("Set-Cookie"), ";")
+	if form = parseForm(t, c.get(edit).body); form.Get("name") != "typed before" || c.post(edit, form).status != 409 {
+		t.Errorf("the restored change: %v", form)
+	}
+
+	for _, next := range []string{"https://evil.test/", "//evil.test", "/admin/../v1", "/manage/tokens"} {
+		signIn.Set("next", next)
+		if to := b.post("/admin/sign-in", signIn).header.Get("Location"); to != "/admin/" {
+			t.Errorf("next=%s leads to %q", next, to)
+		}
+	}
+	if res := p.do("POST", newProject, form.Encode(), "Content-Type", "application/x-www-form-urlencoded",
+		"Sec-Fetch-Site", "cross-site"); res.status != 403 || strings.Contains(res.body, "kept") {
+		t.Errorf("from another site: %d", res.status)
+	}
+	form.Set("name", strings.Repeat("x", maxKeptFormBytes))
+	for _, body := range []string{form.Encode(), "", "version=3", "%zz"} {
+		res := p.do("POST", newProject, body, "Content-Type", "application/x-www-form-urlencoded",
+			"Sec-Fetch-Site", "same-origin")
+		to := res.header.Get("Location")
+		if res.status != 303 || to != "/admin/sign-in?next=%2Fadmin%2Fprojects%2Fnew" {
+			t.Errorf("%.20s: %d to %q", body, res.status, to)
+		}
+	}
+	var kept keptForms
+	for i := range 1000 {
+		kept.put([]byte{byte(i)}, newProject, "name=x", time.Now())
+	}
+	if kept.take([]byte{231}, newProject, time.Now()) == nil || kept.take([]byte{100}, newProject, time.Now()) != nil ||
+		kept.take([]byte{230}, newProject, time.Now().Add(time.Hour)) != nil {
+		t.Error("not the latest forms are kept, or for too long")
+	}
+}
+
+// doForm sends a form without a session and returns the page.
+func (p *testProxy) doForm(path string, form url.Values) string {
+	p.t.Helper()
+	return p.do("POST", path, form.Encode(), "Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site",
+		"same-origin").body
+}
+
+// TestSecretFields: the fields of forms that hold secrets are those that isSecretField knows.
+func TestSecretFields(t *testing.T) {
+	t.Parallel()
+	tables, seen := newFieldTables(), 0
+	check := func(name, kind string) {
+		if isSecretField(name) != (kind == "password") && kind != "" {
+			t.Errorf("%s of the kind %q: a secret is %v", name, kind, isSecretField(name))
+		}
+		if kind == "password" {
+			seen++
+		}
+	}
+	for _, f := range tables.project {
+		check(f.name, f.kind)
+	}
+	for _, f := range tables.upstream {
+		check(f.name, f.kind)
+	}
+	for _, f := range tables.token {
+		check(f.name, f.kind)
+	}
+	for _, f := range tables.key {
+		check(f.name, f.kind)
+	}
+	if seen < 2 {
+		t.Errorf("%d fields hold secrets", seen)
 	}
 }
