@@ -1032,6 +1032,85 @@ func TestCacheLimits(t *testing.T) {
 	p.checkCounts()
 }
 
+// TestCacheNeedsNoUpstream: a hit is answered while every upstream is at its own limit, and neither it nor a call that
+// waits for an identical one counts there. A call that the cache does not answer is refused.
+func TestCacheNeedsNoUpstream(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"requests_per_minute":3}`, 200, nil)
+	for p.fillUpstream() {
+	}
+	p.checkSums()
+	p.checkCounts()
+}
+
+// fillUpstream uses up what the upstream may get in a minute, and reports whether another minute began meanwhile.
+func (p *testProxy) fillUpstream() (again bool) {
+	p.t.Helper()
+	minute := time.Now().UnixMilli() / 60_000
+	again = true
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool { <-release; return chatScript(c, r) })
+	body := fmt.Sprintf(`"temperature":0,"user":"%d"`, minute)
+	statuses, wait := p.manyChats(context.Background(), 6, p.token, body)
+	waitFor(p.t, "the others to wait", func() bool { return p.waiting() == 5 })
+	close(release)
+	wait()
+	call := func(i int) testResponse {
+		return p.cachedChat(p.token, fmt.Sprintf(`"user":"%d","seed":%d`, minute, i))
+	}
+	results := []testResponse{call(1), call(1), call(1), call(1), call(2), call(2), call(1), call(3)}
+	if time.Now().UnixMilli()/60_000 != minute {
+		return again
+	}
+	for i, status := range statuses {
+		if status != 200 {
+			p.t.Errorf("the identical call %d got %d", i, status)
+		}
+	}
+	for i, res := range results[:7] {
+		hit := strings.HasPrefix(res.header.Get("Cache-Status"), "llm-proxy; hit")
+		if res.status != 200 || hit != (i != 0 && i != 4) {
+			p.t.Errorf("call %d got %d %q %s", i, res.status, res.header.Get("Cache-Status"), res.body)
+		}
+	}
+	res := results[7]
+	if res.status != 429 || res.errorCode() != "rate_limit_exceeded" || res.header.Get("Retry-After") == "" {
+		p.t.Errorf("a call too many got %d %s", res.status, res.body)
+	}
+	if row := p.lastCall(); row.Outcome != "refused" || row.ErrorCode != "rate_limit_exceeded" || row.Attempts != 0 {
+		p.t.Errorf("its row is %+v", row)
+	}
+	return !again
+}
+
+// TestCacheAlias: the row of a hit says what the client calls the model, and what the model is, like that of a miss.
+func TestCacheAlias(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(replyAs)
+	p.manage("PATCH", "/manage/projects/"+p.project,
+		`{"policy":{"cache":{"ttl_seconds":60}},"routing":{"aliases":{"fast":"gpt-4o-mini"}}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
+		`{"rewrite":{"gpt-4o-mini":"deployed"}}`, 200, nil)
+	b := p.signIn(p.adminKey)
+	for _, c := range []struct{ from, upstream string }{{"provider", p.upstream}, {"cache", ""}} {
+		p.expectFrom("an alias", c.from, func() testResponse { return p.cachedModel(p.token, "fast", "a") })
+		row := p.lastCall()
+		if len(row.AttemptLog) != 1 || row.Model != "deployed" {
+			t.Fatalf("from the %s: the row is %+v", c.from, row)
+		}
+		if l := row.AttemptLog[0]; l.Alias != "fast" || l.Model != "deployed" || l.Upstream != c.upstream ||
+			l.Status != 200 || l.Error != "" {
+			t.Errorf("from the %s: the log has %+v", c.from, l)
+		}
+		if body := b.get("/admin/requests/" + row.ID).body; !strings.Contains(body, "fast → deployed") {
+			t.Errorf("from the %s: the page does not show the alias", c.from)
+		}
+	}
+}
+
 // TestCacheContent: the content of a hit is stored like that of any call.
 func TestCacheContent(t *testing.T) {
 	t.Parallel()

@@ -73,6 +73,7 @@ type call struct {
 	commitFirst   bool        // a limit must hold through a crash: commit before forwarding
 	rates         rateHeaders // what is left of its token's limits
 	upstream      *upstream   // of the current attempt, in the end the one that answered; see setUpstream
+	reservedAt    int64       // when the call was reserved at its first upstream; 0: it is not
 	prices        *priceTable // as they were when the call was admitted
 	entry         *ledgerEntry
 	storedContent *storedContent // nil: the project does not store content
@@ -179,6 +180,10 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if p.answerFromCache(c, w, r) {
+		return
+	}
+	if err := c.reserveUpstream(); err != nil {
+		p.fail(c, w, err)
 		return
 	}
 	p.forward(c, w, r) // meters the answer as it passes: proxy_response.go

@@ -238,20 +238,8 @@ func (p *proxy) admit(c *call) error {
 	if err := c.checkPolicies(); err != nil {
 		return err
 	}
-	if c.setUpstream(c.pickUpstream()); c.upstream == nil {
-		now := c.readAt()
-		if w := c.criteria(now); c.project.atCapacity(&w) {
-			return errUpstreamsAtCapacity(time.Duration(60_000-now%60_000) * time.Millisecond)
-		}
-		return errNoUpstream
-	}
-	if c.upstream.provider != providerAzure && hasParam(c.query, azureVersion) {
-		c.unreserveUpstream()
-		return errAzureOnly(azureVersion)
-	}
-	if c.upstream.configErr != nil {
-		c.unreserveUpstream()
-		return errUpstreamKeyUnreadable(c.upstream.configErr)
+	if err := c.chooseUpstream(c.readAt(), c.project.policy.Cache == nil); err != nil {
+		return err
 	}
 	if c.endpoint.addUsage && c.fields.stream && !c.fields.includeUsage && c.upstream.provider != providerAnthropic {
 		c.body, c.usageAdded = withIncludeUsage(c.body, c.fields), true
@@ -271,11 +259,41 @@ func (p *proxy) admit(c *call) error {
 	return nil
 }
 
-// pickUpstream chooses the call's first upstream, nil if there is none. An endpoint that OpenAI's and Anthropic's API
-// have goes to the family of the client's SDK, if the project has it. The list of models may also be Google's.
-func (c *call) pickUpstream() *upstream {
+// chooseUpstream sets the call's first upstream, and with reserve reserves the call there. In a project with a cache
+// that happens when the cache has no answer: reserveUpstream.
+func (c *call) chooseUpstream(now int64, reserve bool) error {
 	c.affinity = c.findAffinity()
-	want := c.criteria(c.readAt())
+	want := c.criteria(now)
+	want.unreserved = !reserve
+	u := c.pickUpstream(want)
+	if want.overLimits = !reserve; u == nil && !reserve {
+		u = c.pickUpstream(want)
+	}
+	switch {
+	case u == nil && c.project.atCapacity(&want):
+		return errUpstreamsAtCapacity(time.Duration(60_000-now%60_000) * time.Millisecond)
+	case u == nil:
+		return errNoUpstream
+	}
+	if c.setUpstream(u); reserve {
+		c.reservedAt = now
+	}
+	var err error
+	switch {
+	case u.provider != providerAzure && hasParam(c.query, azureVersion):
+		err = errAzureOnly(azureVersion)
+	case u.configErr != nil:
+		err = errUpstreamKeyUnreadable(u.configErr)
+	default:
+		return nil
+	}
+	c.unreserveUpstream()
+	return err
+}
+
+// pickUpstream picks the call's first upstream, nil if there is none. An endpoint that OpenAI's and Anthropic's API
+// have goes to the family of the client's SDK, if the project has it. The list of models may also be Google's.
+func (c *call) pickUpstream(want criteria) *upstream {
 	if want.api == apiAny {
 		want.api = apiOpenAI
 		if c.shape == shapeAnthropic {
@@ -307,12 +325,15 @@ func (c *call) findAffinity() affinity {
 	return c.project.affinityOf(c.attribution.value(sessionAttribute), body, &c.fields)
 }
 
-// readAt returns when the call's body had been read, in unix milliseconds: an upstream is chosen then.
+// readAt returns when the call's body had been read, in unix milliseconds: its first upstream is chosen then.
 func (c *call) readAt() int64 { return c.start.Add(c.times.bodyRead).UnixMilli() }
 
-// unreserveUpstream takes back what pickUpstream has reserved, for a call that is not sent.
+// unreserveUpstream takes back what chooseUpstream has reserved, if anything, for a call that is not sent.
 func (c *call) unreserveUpstream() {
-	c.upstream.health.unreserve(c.readAt(), c.inputEstimate(), &c.upstream.settings)
+	if c.reservedAt != 0 {
+		c.upstream.health.unreserve(c.reservedAt, c.inputEstimate(), &c.upstream.settings)
+		c.reservedAt = 0
+	}
 }
 
 // resolveAlias replaces an alias of the project by the first of the models that it stands for; the others are the

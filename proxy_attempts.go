@@ -43,7 +43,7 @@ type attempts struct {
 
 // An attemptLine is one line of a call's attempt log, as stored and shown.
 type attemptLine struct {
-	Upstream string `json:"upstream_id"`
+	Upstream string `json:"upstream_id"`      // "": the answer came from the cache
 	Alias    string `json:"alias,omitempty"`  // what the client calls the model, if that is an alias
 	Model    string `json:"model"`            // as sent to this upstream
 	Status   int    `json:"status,omitempty"` // of the provider's answer
@@ -565,9 +565,12 @@ func (t *attempts) finish(row *requestRow, now int64) {
 	if len(t.log) == 0 && c.alias == "" {
 		return // the row already describes a single attempt
 	}
-	if text, err := json.Marshal(append(t.log, line)); err == nil { // strings and numbers: it cannot fail
-		row.attemptLog = string(text)
-	}
+	row.attemptLog = formatAttemptLog(append(t.log, line)...)
+}
+
+func formatAttemptLog(lines ...attemptLine) string {
+	text, _ := json.Marshal(lines) // strings and numbers: it cannot fail
+	return string(text)
 }
 
 // hasAlternative reports whether the call could go on to another upstream or model now, if its provider had it and

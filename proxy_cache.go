@@ -151,6 +151,22 @@ func (p *proxy) awaitFlight(c *call, f *flight) (*cachedAnswer, error) {
 	}
 }
 
+// reserveUpstream reserves a call that the cache has not answered at the upstream whose answers it looked for, or if
+// that has no capacity left, at another. Before, the call reserves nothing there: a hit needs no upstream, and one that
+// waits for an identical call must not keep others away.
+func (c *call) reserveUpstream() error {
+	if c.reservedAt != 0 { // the project has no cache
+		return nil
+	}
+	want := c.criteria(time.Now().UnixMilli())
+	if !want.pinned && want.reserve(c.upstream) {
+		c.reservedAt = want.now
+		return nil
+	}
+	c.attempts.route = route{}
+	return c.chooseUpstream(want.now, true)
+}
+
 // failUncached answers a call with only-if-cached for which there is no answer.
 func (p *proxy) failUncached(c *call, w http.ResponseWriter) bool {
 	p.fail(c, w, errNotCached)
@@ -219,7 +235,6 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 	}
 	u := c.cached
 	u.hit = a
-	c.upstream.health.releaseCapacity(c.start.UnixMilli(), c.inputEstimate(), &c.upstream.settings)
 	h := w.Header()
 	h["Content-Type"] = nil // net/http would guess one from the body
 	for pair := range slices.Chunk(a.header(), 2) {
@@ -333,6 +348,10 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 	if a := u.hit; a != nil {
 		row.cache, row.upstream, row.model, row.cost, row.priced = "hit", 0, a.Model, 0, true
 		row.saved, row.savedUS = a.Cost, max(0, a.TotalUS-row.totalUS)
+		if c.alias != "" {
+			row.attemptLog = formatAttemptLog(attemptLine{Alias: c.alias, Model: c.upstream.mapModel(c.fields.model),
+				Status: row.status})
+		}
 		p.cache.hits.Add(1)
 		p.cache.savedNanos.Add(row.saved)
 		p.cache.savedUS.Add(row.savedUS)

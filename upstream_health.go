@@ -192,18 +192,6 @@ func (h *keyHealth) correctUsage(began, reserved, used int64, limits *upstreamSe
 	}
 }
 
-// releaseCapacity gives back what a call reserved that was not sent, if the minute in which it began is not over.
-func (h *keyHealth) releaseCapacity(began, reserved int64, limits *upstreamSettings) {
-	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
-		return
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if began/60_000 == h.minute {
-		h.requests, h.tokens = max(0, h.requests-1), max(0, h.tokens-reserved)
-	}
-}
-
 // setState changes the state. The caller holds the lock.
 func (h *keyHealth) setState(now int64, s keyState, pause int64, reason string) {
 	h.state, h.reason, h.changedAt, h.probeUntil, h.failures = s, reason, now, 0, 0

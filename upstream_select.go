@@ -23,6 +23,8 @@ type criteria struct {
 	tokens      int64       // an estimate, for the upstream's own limits
 	now         int64       // unix milliseconds
 	tried       []*upstream // these are out: the call has tried them
+	unreserved  bool        // nothing is reserved: the call may turn out to need no upstream
+	overLimits  bool        // an upstream that has reached its own limits will do
 	healthyOnly bool        // no unhealthy upstream, even if there is no other
 	earlyProbe  bool        // only keys with an open breaker, before their pause is over: the call fails otherwise
 }
@@ -30,12 +32,12 @@ type criteria struct {
 // fits reports whether an upstream may serve the call, whatever its health.
 func (c *criteria) fits(u *upstream) bool {
 	return u.weight > 0 && u.serves(c.api, c.model) && !slices.Contains(c.tried, u) &&
-		u.health.admits(c.now, c.tokens, &u.settings, false)
+		(c.overLimits || u.health.admits(c.now, c.tokens, &u.settings, false))
 }
 
 // admits reserves the call in the upstream's own limits, and reports whether they have room for it.
 func (u *upstream) admits(c *criteria) bool {
-	return u.health.admits(c.now, c.tokens, &u.settings, true)
+	return c.unreserved || u.health.admits(c.now, c.tokens, &u.settings, true)
 }
 
 // isHealthy reports whether the upstream's key may have the call now.
@@ -46,6 +48,9 @@ func (c *criteria) isHealthy(u *upstream) bool {
 // reserve reserves the call in the upstream's own limits, and the probe of its key if one is due. Both can fail,
 // because other calls choose at the same time.
 func (c *criteria) reserve(u *upstream) bool {
+	if c.unreserved {
+		return true
+	}
 	if !u.health.tryAcquire(c.now) {
 		return false
 	}
