@@ -336,7 +336,7 @@ type settingsView struct {
 
 func (ui *adminUI) settingsPage(r *pageRequest) (*pageResponse, error) {
 	v := settingsView{Settings: ui.cfg.settings, Version: versionText(), Started: timestamp(ui.started.UnixMilli()),
-		DatabaseFile: ui.cfg.databaseFile, KeyID: ui.keyID, LedgerOK: ui.ledger.healthy(),
+		DatabaseFile: ui.cfg.databaseName, KeyID: ui.keyID, LedgerOK: ui.ledger.healthy(),
 		Calls: len(ui.running.admittedCalls(r.now))}
 	if use, err := ui.diskUse(r.ctx); err == nil {
 		v.DiskKnown, v.Free = true, use.available

@@ -189,6 +189,9 @@ func (p *program) backup(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if cfg.postgres != nil {
+		return errors.New("backup copies a SQLite file; make a backup of PostgreSQL with pg_dump (docs/operate.md)")
+	}
 	if _, err := os.Stat(cfg.databaseFile); err != nil {
 		return fmt.Errorf("there is no database at %s: %w", cfg.databaseFile, unwrapPathError(err))
 	}
@@ -243,7 +246,7 @@ func (p *program) audit(ctx context.Context, args []string) error {
 	if err != nil {
 		return fmt.Errorf("the configuration has problems:\n%w", err)
 	}
-	st, err := openExistingReadOnly(ctx, cfg.databaseFile)
+	st, err := openToRead(ctx, cfg)
 	if err != nil {
 		return err
 	}
@@ -266,9 +269,9 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		if notice := k.priorUseNotice(); notice != "" {
 			fmt.Fprintln(p.stdout, notice)
 		}
-		return p.reportRows(foreign, n, cfg.databaseFile)
+		return p.reportRows(foreign, n, cfg.databaseName)
 	}
-	_ = p.reportRows(foreign, n, cfg.databaseFile) // the damaged trail is the error
+	_ = p.reportRows(foreign, n, cfg.databaseName) // the damaged trail is the error
 	for _, line := range k.problems {
 		fmt.Fprintln(p.stdout, line)
 	}
@@ -279,7 +282,7 @@ func (p *program) audit(ctx context.Context, args []string) error {
 		"wrote to %s. "+
 		"Keep a copy of it, compare the events from %d on with a backup (llm-proxy restore, to another DATA_DIR), "+
 		"and find out who can write to that file",
-		k.firstProblemSeq, cfg.databaseFile, k.firstProblemSeq)
+		k.firstProblemSeq, cfg.databaseName, k.firstProblemSeq)
 }
 
 // reportRows prints the rows that verifyRows found, and returns an error if there are any.
@@ -332,7 +335,7 @@ func verifyAudit(ctx context.Context, cfg *config, st *store, expect *auditHead)
 		return nil, fmt.Errorf("the database is from a newer llm-proxy (schema %d; this one supports %d); use that one",
 			version, supported)
 	}
-	if version < auditSchemaVersion {
+	if version < auditSchemaVersion && st.backend == nil {
 		return nil, errNoAuditTrail
 	}
 	sl, err := openExistingSealer(ctx, cfg, st)
@@ -357,7 +360,23 @@ var errRowsNotBound = errors.New("rows that grant rights are not checked before 
 var errNoAuditTrail = errors.New("the database is from a version without an audit trail; the next start of the " +
 	"server creates it")
 
-// openExistingReadOnly opens a database for reading. A server may have it open. On a read-only
+// openToRead opens the database for reading. A server may have it open.
+func openToRead(ctx context.Context, cfg *config) (*store, error) {
+	if cfg.postgres == nil {
+		return openExistingReadOnly(ctx, cfg.databaseFile)
+	}
+	st, err := openPostgres(ctx, cfg.postgres, false)
+	if err != nil {
+		return nil, err
+	}
+	if version, _, err := st.schemaVersion(ctx); version == 0 || err != nil {
+		return nil, errors.Join(fmt.Errorf("there is no database of this program at %s", cfg.databaseName), err,
+			st.close())
+	}
+	return st, nil
+}
+
+// openExistingReadOnly opens a SQLite database for reading. A server may have it open. On a read-only
 // medium, SQLite opens it only if told that nobody writes to it.
 func openExistingReadOnly(ctx context.Context, file string) (*store, error) {
 	if info, err := os.Stat(file); err != nil || info.Size() == 0 {
@@ -467,8 +486,8 @@ func (p *program) showPrice(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if _, statErr := os.Stat(cfg.databaseFile); statErr == nil {
-		st, err := openExistingReadOnly(ctx, cfg.databaseFile)
+	if _, statErr := os.Stat(cfg.databaseFile); statErr == nil || cfg.postgres != nil {
+		st, err := openToRead(ctx, cfg)
 		if err != nil {
 			return err
 		}

@@ -74,14 +74,8 @@ func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 	}
 	d.checkFileModes()
 	d.checkDisk()
-	if info, err := os.Stat(d.cfg.databaseFile); err != nil || info.Size() == 0 {
-		d.warn("database", d.cfg.databaseFile+" is missing or empty",
-			"the first start creates it; if there was one, restore it with llm-proxy restore FILE")
-		return
-	}
-	st, err := openReadOnly(d.cfg.databaseFile, false)
-	if err != nil {
-		d.fail("database", err.Error(), "restore a backup with llm-proxy restore FILE")
+	st := d.openDatabase(ctx)
+	if st == nil {
 		return
 	}
 	defer st.close()
@@ -99,6 +93,37 @@ func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 	d.checkAuditTrail(ctx, st)
 	d.checkRows(ctx, st)
 	d.checkUpstreams(ctx, st, sl, provider)
+}
+
+// openDatabase opens the database for reading, or reports why not and returns nil.
+func (d *diagnosis) openDatabase(ctx context.Context) *store {
+	if d.cfg.postgres != nil {
+		for _, w := range d.cfg.databaseWarnings {
+			d.warn("database", w, "set sslmode=verify-full in DATABASE_URL")
+		}
+		st, err := openPostgres(ctx, d.cfg.postgres, false)
+		if err != nil {
+			d.fail("database", err.Error(), "check DATABASE_URL, the password, and the server")
+			return nil
+		}
+		if version, _, err := st.schemaVersion(ctx); err == nil && version == 0 {
+			d.warn("database", d.cfg.databaseName+" is empty", "the first start creates its tables")
+			_ = st.close()
+			return nil
+		}
+		return st
+	}
+	if info, err := os.Stat(d.cfg.databaseFile); err != nil || info.Size() == 0 {
+		d.warn("database", d.cfg.databaseFile+" is missing or empty",
+			"the first start creates it; if there was one, restore it with llm-proxy restore FILE")
+		return nil
+	}
+	st, err := openReadOnly(d.cfg.databaseFile, false)
+	if err != nil {
+		d.fail("database", err.Error(), "restore a backup with llm-proxy restore FILE")
+		return nil
+	}
+	return st
 }
 
 // checkClock finds clocks that were never set, because tokens expire by the clock.
@@ -145,7 +170,8 @@ func (d *diagnosis) checkFileModes() {
 				"chmod 600 "+name)
 		}
 	}
-	for _, setting := range []string{"ENCRYPTION_KEY_FILE", "MANAGEMENT_TOKEN_FILE", "TLS_KEY_FILE"} {
+	for _, setting := range []string{"ENCRYPTION_KEY_FILE", "MANAGEMENT_TOKEN_FILE", "TLS_KEY_FILE",
+		"DATABASE_PASSWORD_FILE"} {
 		name := d.getenv(setting)
 		if info, err := os.Stat(name); name != "" && err == nil && info.Mode().Perm()&0o007 != 0 {
 			d.warn("file modes", fmt.Sprintf("%s names a file with mode %04o: every user can read it", setting,
@@ -162,7 +188,7 @@ func (d *diagnosis) checkFileModes() {
 }
 
 func (d *diagnosis) checkDisk() {
-	for _, dir := range slices.Compact([]string{d.cfg.dataDir, filepath.Dir(d.cfg.databaseFile)}) {
+	for _, dir := range slices.Compact([]string{d.cfg.dataDir, filepath.Dir(d.cfg.unwrittenFile())}) {
 		d.checkFreeSpace(dir, freeSpace)
 	}
 }
@@ -207,7 +233,7 @@ func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
 		d.fail("database", "damaged: "+clip(strings.Join(problems, ", "), 500), remedy)
 		return false
 	}
-	differences, err := checkSchema(ctx, st.readDB, version)
+	differences, err := st.schemaDifferences(ctx, version)
 	if err != nil {
 		d.fail("database", err.Error(), remedy)
 		return false
@@ -270,7 +296,7 @@ func (d *diagnosis) checkUnrecorded(ctx context.Context, st *store) {
 		d.fail(what, "the database refuses the rows of calls since "+refusal,
 			"calls get 503 until it takes them: undo what was changed in the database, such as a trigger")
 	}
-	name := unwrittenFileName(d.cfg.databaseFile)
+	name := d.cfg.unwrittenFile()
 	lines, err := os.ReadFile(name)
 	switch rows := bytes.Count(lines, []byte{'\n'}); {
 	case err == nil:

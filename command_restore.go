@@ -54,6 +54,9 @@ func (p *program) restore(ctx context.Context, args []string) error {
 	if r.cfg, err = p.config(); err != nil {
 		return err
 	}
+	if r.cfg.postgres != nil {
+		return errors.New("restore replaces a SQLite file; restore PostgreSQL with pg_restore (docs/operate.md)")
+	}
 	dir, err := lockDataDir(r.cfg)
 	if err != nil {
 		return err
@@ -352,10 +355,14 @@ func (p *program) rekey(ctx context.Context, args []string) error {
 		return err
 	}
 	defer dir.close()
-	if info, err := os.Stat(cfg.databaseFile); err != nil || info.Size() == 0 {
-		return fmt.Errorf("there is no database at %s", cfg.databaseFile)
+	existing, err := openToRead(ctx, cfg)
+	if err != nil {
+		return err
 	}
-	st, err := openStore(ctx, cfg.databaseFile)
+	if err := existing.close(); err != nil {
+		return err
+	}
+	st, err := openDatabase(ctx, cfg.databaseFile, cfg.postgres)
 	if err != nil {
 		return err
 	}

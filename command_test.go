@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -37,6 +38,9 @@ import (
 // runProgram runs a command until it ends.
 func runProgram(t testing.TB, env map[string]string, args ...string) (stdout string, err error) {
 	t.Helper()
+	if strings.HasPrefix(env["DATABASE_URL"], "postgres:") && (args[0] == "backup" || args[0] == "restore") {
+		requireSQLite(t, "it copies the database's file")
+	}
 	var out, log bytes.Buffer
 	p := &program{getenv: func(name string) string { return env[name] }, stdout: &out, stderr: &log}
 	err = p.run(t.Context(), args)
@@ -747,6 +751,7 @@ func mustOverwrite(t *testing.T, name, text string) {
 
 func execSQL(t *testing.T, p *testProxy, text string) {
 	t.Helper()
+	requireSQLite(t, "it changes the database's file")
 	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
 	if err != nil {
 		t.Fatal(err)
@@ -883,6 +888,7 @@ func modelsScript(c *providerConn, _ recordedRequest) bool {
 // TestBackupRefused: backup overwrites no file, and a failed backup leaves none behind.
 func TestBackupRefused(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "it copies the file")
 	p := newTest(t, nil)
 	there := filepath.Join(p.dir, "there")
 	if err := os.WriteFile(there, []byte("precious"), 0o644); err != nil {
@@ -1203,11 +1209,16 @@ func (p *testProxy) keyFile() string { return filepath.Join(p.env["DATA_DIR"], k
 // countSealedWith counts the values encrypted with a key in the database file and its log.
 func (p *testProxy) countSealedWith(kid [8]byte) (n int) {
 	p.t.Helper()
+	head := append([]byte{sealVersion}, kid[:]...)
+	if p.instance.cfg.postgres != nil {
+		text := string(dumpTestDatabase(p.t, p.env["DATABASE_URL"]))
+		return strings.Count(text, hex.EncodeToString(head)) +
+			strings.Count(text, base64.StdEncoding.EncodeToString(head))
+	}
 	files, err := filepath.Glob(p.instance.cfg.databaseFile + "*")
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	head := append([]byte{sealVersion}, kid[:]...)
 	for _, name := range files {
 		text, err := os.ReadFile(name)
 		if err != nil {
@@ -1317,7 +1328,7 @@ func TestRekeyFile(t *testing.T) {
 	}
 	wrong := file("wrong", strings.Repeat("7654a210fedcba98", 2)+strings.Repeat("13579bdf02468ace", 2))
 	env := map[string]string{"ENCRYPTION_KEY": strings.Repeat("a1b2c3d4e5f60718", 2) +
-		strings.Repeat("293a4b5c6d7e8f90", 2), "DATA_DIR": p.env["DATA_DIR"]}
+		strings.Repeat("293a4b5c6d7e8f90", 2), "DATA_DIR": p.env["DATA_DIR"], "DATABASE_URL": p.env["DATABASE_URL"]}
 	if _, err := runProgram(t, env, "rekey", wrong); err == nil || !strings.Contains(err.Error(), "not the one") {
 		t.Errorf("with a key that opens nothing: %v", err)
 	}
@@ -1376,7 +1387,8 @@ func TestRekeyKilled(t *testing.T) {
 	}
 	command := func() *exec.Cmd {
 		cmd := exec.Command(os.Args[0], "rekey")
-		cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=with arguments", "DATA_DIR=" + p.env["DATA_DIR"]}
+		cmd.Env = []string{"LLM_PROXY_TEST_PROGRAM=with arguments", "DATA_DIR=" + p.env["DATA_DIR"],
+			"DATABASE_URL=" + p.env["DATABASE_URL"]}
 		return cmd
 	}
 	begin := time.Now()

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
 	"net/netip"
 	"net/url"
 	"path/filepath"
@@ -28,7 +27,13 @@ type config struct {
 	metricsAddr       string // "": /metrics is on listenAddr only
 	socketMode        fs.FileMode
 	dataDir           string
-	databaseFile      string
+	databaseFile      string          // of SQLite; "" with PostgreSQL
+	postgres          *postgresConfig // nil: SQLite
+	databaseName      string          // for messages: the file, or the URL without a password
+	databaseWarnings  []string        // about the connection to PostgreSQL
+	databasePassword  secret          // nil: not set
+	databaseConns     int64
+	databaseTimeout   time.Duration
 	encryptionKey     secret // nil: use the key file in dataDir
 	managementToken   secret // nil: stored management keys only
 	openaiKey         secret // nil: no default project
@@ -170,8 +175,17 @@ func dataSettings(c *config) []setting {
 			"directory for the database and the key file; created with mode 0700 if missing",
 			setParsed(&c.dataDir, filepath.Abs)},
 		{"DATABASE_URL", "",
-			"sqlite:FILE for a database outside DATA_DIR; default: DATA_DIR/llm-proxy.db",
-			setParsed(&c.databaseFile, parseDatabaseURL)},
+			"sqlite:FILE for a database outside DATA_DIR, or postgres://USER@HOST/NAME; default: in DATA_DIR",
+			setter{set: c.setDatabaseURL}},
+		{"DATABASE_PASSWORD_FILE", "",
+			"file with the password for PostgreSQL, if DATABASE_URL has none",
+			setSecretFile(&c.databasePassword, checkDatabasePassword)},
+		{"DATABASE_CONNECTIONS", "10",
+			"connections to PostgreSQL, three of which are for writing",
+			setCount(&c.databaseConns, 5, 1000)},
+		{"DATABASE_TIMEOUT", "10s",
+			"how long PostgreSQL may take for a statement",
+			setDuration(&c.databaseTimeout, time.Second, 10*time.Minute)},
 		{"ENCRYPTION_KEY", "",
 			"32 random bytes in hex or base64; encrypts the provider keys in the database",
 			setSecret(&c.encryptionKey, checkEncryptionKey)},
@@ -374,8 +388,14 @@ func loadConfigWith(getenv func(string) string, checkDirectory func(string) erro
 		}
 	}
 	problems = append(problems, c.checkTogether(getenv, invalid)...)
+	problems = append(problems, c.checkPostgres()...)
 	problems = append(problems, checkTLS(c)...)
 	problems = append(problems, c.checkFiles(checkDirectory)...)
+	for i := range c.settings {
+		if v := &c.settings[i]; v.Name == "DATABASE_URL" && !v.IsDefault {
+			v.Value = c.databaseName
+		}
+	}
 	return c, errors.Join(problems...)
 }
 
@@ -398,6 +418,35 @@ func (c *config) checkTogether(getenv func(string) string, invalid map[string]bo
 	return problems
 }
 
+// checkPostgres checks the settings of PostgreSQL together, and completes them.
+func (c *config) checkPostgres() (problems []error) {
+	if c.postgres == nil {
+		if c.databasePassword != nil {
+			problems = append(problems, errors.New("DATABASE_PASSWORD_FILE: is for PostgreSQL; set DATABASE_URL to "+
+				"postgres://USER@HOST/NAME, or unset it"))
+		}
+		return problems
+	}
+	c.postgres.password, c.postgres.version = c.databasePassword, versionText()
+	c.postgres.connections, c.postgres.timeout = c.databaseConns, c.databaseTimeout
+	if c.maxDatabaseBytes != 0 {
+		problems = append(problems, errors.New("MAX_DATABASE_BYTES: is for SQLite; with PostgreSQL, set RETENTION and "+
+			"watch the disk of its server"))
+	}
+	return problems
+}
+
+// setDatabaseURL stores what DATABASE_URL names.
+func (c *config) setDatabaseURL(text string) (err error) {
+	if !isPostgresURL(text) {
+		c.databaseFile, err = parseDatabaseURL(text)
+		return err
+	}
+	c.databaseName, c.databaseWarnings, err = checkPostgresURL(text)
+	c.postgres = &postgresConfig{url: newSecret(text)}
+	return err
+}
+
 // checkFiles checks where the database is, and chooses its file if DATABASE_URL is not set.
 func (c *config) checkFiles(checkDirectory func(string) error) (problems []error) {
 	if c.dataDir == "" {
@@ -406,12 +455,17 @@ func (c *config) checkFiles(checkDirectory func(string) error) (problems []error
 	if err := checkDirectory(c.dataDir); err != nil {
 		problems = append(problems, fmt.Errorf("DATA_DIR: %w", err))
 	}
+	if c.postgres != nil {
+		c.dataDir = resolveLinks(c.dataDir)
+		return problems
+	}
 	if c.databaseFile == "" {
 		c.databaseFile = filepath.Join(c.dataDir, "llm-proxy.db")
 	} else if err := checkDatabaseFile(c.databaseFile, checkDirectory); err != nil {
 		problems = append(problems, fmt.Errorf("DATABASE_URL: %w", err))
 	}
 	c.dataDir, c.databaseFile = resolveLinks(c.dataDir), resolveLinks(c.databaseFile)
+	c.databaseName = c.databaseFile
 	return problems
 }
 
@@ -445,53 +499,6 @@ func checkTLS(c *config) []error {
 		return []error{fmt.Errorf("TLS_CERT_FILE, TLS_KEY_FILE: not a usable pair: %w", unwrapPathError(err))}
 	}
 	return nil
-}
-
-// checkListen checks an address to listen on.
-func checkListen(s string) error {
-	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
-		if !filepath.IsAbs(path) || len(path) > 100 || strings.ContainsRune(path, 0) {
-			return errors.New("must be unix: followed by an absolute path of at most 100 bytes")
-		}
-		return nil
-	}
-	if s == systemdListen {
-		return nil
-	}
-	host, port, err := net.SplitHostPort(s)
-	if err != nil {
-		return errors.New("must be HOST:PORT, as in 127.0.0.1:8080 or :8080, or unix:/path")
-	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return errors.New("has a port that is not a number from 0 to 65535")
-	}
-	if host != "" && host != "localhost" {
-		if _, err := netip.ParseAddr(host); err != nil {
-			return errors.New("must name an IP address of this machine, localhost, or nothing for all of them")
-		}
-	}
-	return nil
-}
-
-func checkMetricsListen(s string) error {
-	if s == systemdListen {
-		return errors.New("must be another address; the inherited socket is for LISTEN_ADDR")
-	}
-	return checkListen(s)
-}
-
-// parseDatabaseURL returns the database file that DATABASE_URL names.
-func parseDatabaseURL(s string) (string, error) {
-	scheme, rest, ok := strings.Cut(s, ":")
-	switch {
-	case ok && (scheme == "postgres" || scheme == "postgresql"):
-		return "", errors.New("names PostgreSQL, but this binary is built without PostgreSQL support")
-	case !ok || scheme != "sqlite" || strings.TrimPrefix(rest, "//") == "":
-		return "", errors.New("must be sqlite:FILE")
-	case strings.Contains(rest, ":memory:") || strings.Contains(rest, "?"):
-		return "", errors.New("must name a file only: a database in memory and parameters after ? are not supported")
-	}
-	return filepath.Abs(strings.TrimPrefix(rest, "//"))
 }
 
 func checkEncryptionKey(s string) error {

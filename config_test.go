@@ -132,7 +132,7 @@ func TestConfigValues(t *testing.T) {
 		{"DATABASE_URL", "sqlite::memory:", "in memory"},
 		{"DATABASE_URL", "sqlite://:memory:", "in memory"},
 		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "x.db?mode=ro"), "parameters after ? are not supported"},
-		{"DATABASE_URL", "postgres://u:pw-canary-1@host/db", "names PostgreSQL"},
+		{"DATABASE_URL", "postgres://u:pw-canary-1@host", "names"},
 		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "none", "x.db"), "create the directory first"},
 		{"DATABASE_URL", "sqlite:" + dir, "is a directory"},
 		{"ENCRYPTION_KEY", goodKey, ""},

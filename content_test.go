@@ -180,11 +180,7 @@ func TestContentRights(t *testing.T) {
 	if n := views(); n != 2 {
 		t.Errorf("the trail has %d views, want 2", n)
 	}
-	_, err := p.instance.store.writeDB.Exec(
-		`CREATE TRIGGER broken BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p.execSQL(`CREATE TRIGGER broken BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`)
 	p.allowErrors = true
 	if res := p.manageAs(p.adminKey, "GET", "/manage/requests/"+id+"/content", ""); res.status < 500 {
 		t.Errorf("shown without an entry on the trail: %d", res.status)

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -109,7 +110,10 @@ func openDataDir(cfg *config) (*dataDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := d.ensureDatabaseFile(); err != nil {
+	if cfg.postgres == nil {
+		err = d.ensureDatabaseFile()
+	}
+	if err != nil {
 		d.close()
 		return nil, err
 	}
@@ -126,6 +130,9 @@ func lockDataDir(cfg *config) (*dataDir, error) {
 		return nil, err
 	}
 	d := &dataDir{lock: lock, path: cfg.dataDir, databaseFile: cfg.databaseFile}
+	if cfg.postgres != nil {
+		return d, nil
+	}
 	if filepath.Dir(d.databaseFile) != d.path { // while a restore replaces the file, only its name is locked
 		err = d.lockDatabase(d.databaseFile+".lock", os.O_CREATE)
 	}
@@ -281,6 +288,9 @@ func (d *dataDir) close() error {
 // watch checks every few seconds whether the database file is still there, until ctx is done:
 // SQLite would keep writing to a deleted file.
 func (d *dataDir) watch(ctx context.Context, log *slog.Logger) {
+	if d.databaseFile == "" {
+		return
+	}
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
 	for {
@@ -312,6 +322,11 @@ func (d *dataDir) databaseProblem() string {
 // unwrittenFileName has rows of calls that a stop could not write to the database, because another process had
 // it locked or the disk was full. The next start records and removes them.
 func unwrittenFileName(databaseFile string) string { return databaseFile + ".unwritten" }
+
+// unwrittenFile is the unwrittenFileName of the database; with PostgreSQL it is in the data directory.
+func (c *config) unwrittenFile() string {
+	return unwrittenFileName(cmp.Or(c.databaseFile, filepath.Join(c.dataDir, "postgres")))
+}
 
 // openSealer reads the encryption key from the settings or the key file and checks it against
 // the database. It creates a new key only for a database that has none; createdFile is then
@@ -450,11 +465,15 @@ func syncDir(dir string) error {
 
 // diskUsage returns the space that the database takes on disk, and the free space.
 func (d *dataDir) diskUsage(ctx context.Context, st *store) (u diskUsage, err error) {
-	if _, u.reusable, err = st.size(ctx); err != nil {
+	if u.databaseSize, u.reusable, err = st.size(ctx); err != nil {
 		return u, err
 	}
-	u.databaseSize, u.walSize = fileSize(d.databaseFile), fileSize(d.databaseFile+"-wal")
-	free, err := freeSpace(filepath.Dir(d.databaseFile))
+	dir := d.path
+	if d.databaseFile != "" {
+		dir, u.databaseSize = filepath.Dir(d.databaseFile), fileSize(d.databaseFile)
+		u.walSize = fileSize(d.databaseFile + "-wal")
+	}
+	free, err := freeSpace(dir)
 	u.available = int64(min(free, math.MaxInt64))
 	return u, err
 }

@@ -294,7 +294,7 @@ func TestSettingsInDeploy(t *testing.T) {
 func TestDockerignore(t *testing.T) {
 	t.Parallel()
 	kept := strings.Split(mustReadFile(t, ".dockerignore"), "\n")
-	for name := range parseSources(t, token.NewFileSet(), 0) {
+	for name := range parseSources(t, token.NewFileSet(), 0, allBuilds) {
 		for _, m := range regexp.MustCompile(`(?m)^//go:embed (.*)$`).FindAllStringSubmatch(mustReadFile(t, name), -1) {
 			for pattern := range strings.FieldsSeq(m[1]) {
 				top, _, _ := strings.Cut(pattern, "/")

@@ -2,7 +2,10 @@ module llm-proxy
 
 go 1.26.0
 
-require modernc.org/sqlite v1.62.0
+require (
+	github.com/lib/pq v1.12.3
+	modernc.org/sqlite v1.62.0
+)
 
 require (
 	github.com/dustin/go-humanize v1.1.0 // indirect

@@ -63,6 +63,9 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s", "DRAIN_DELAY": "0s",
 		"ALLOW_PRIVATE_UPSTREAMS": "true", "OPENAI_API_URL": p.provider.url, "LOG_LEVEL": "debug",
 	}
+	if url := newTestDatabase(t); url != "" && env["DATABASE_URL"] == "" {
+		p.env["DATABASE_URL"] = url
+	}
 	maps.Copy(p.env, env)
 	p.start()
 	key, err := p.instance.operations.createFirstKey(t.Context())
@@ -136,6 +139,9 @@ func (p *testProxy) finish() {
 		if b, err := os.ReadFile(f); err == nil {
 			places[filepath.Base(f)] = b
 		}
+	}
+	if p.instance.cfg.postgres != nil {
+		places["the database"] = dumpTestDatabase(p.t, p.env["DATABASE_URL"])
 	}
 	for where, b := range places {
 		for _, s := range p.secrets {
@@ -895,6 +901,7 @@ func (p *testProxy) sendChat(ctx context.Context, token, members string) (id str
 // release is called.
 func (p *testProxy) lockDatabase() (release func()) {
 	p.t.Helper()
+	requireSQLite(p.t, "it locks the file of the database")
 	db, err := openSQLite(p.instance.cfg.databaseFile, 1, "")
 	if err != nil {
 		p.t.Fatal(err)
@@ -914,6 +921,7 @@ func (p *testProxy) lockDatabase() (release func()) {
 // setPragma sets something on the writing connection, of which there is one.
 func (p *testProxy) setPragma(text string) {
 	p.t.Helper()
+	requireSQLite(p.t, "it sets a pragma")
 	if _, err := p.instance.store.writeDB.Exec(text); err != nil {
 		p.t.Fatal(err)
 	}
@@ -924,4 +932,12 @@ func between(text, from, to string) string {
 	_, rest, _ := strings.Cut(text, from)
 	found, _, _ := strings.Cut(rest, to)
 	return found
+}
+
+// requireSQLite skips a test on PostgreSQL.
+func requireSQLite(t testing.TB, reason string) {
+	t.Helper()
+	if usesTestDatabase() {
+		t.Skip("on SQLite only: " + reason)
+	}
 }

@@ -20,6 +20,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -631,3 +632,36 @@ func newBufferPool(size int) *bufferPool {
 func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
 
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
+
+// checkListen checks an address to listen on.
+func checkListen(s string) error {
+	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
+		if !filepath.IsAbs(path) || len(path) > 100 || strings.ContainsRune(path, 0) {
+			return errors.New("must be unix: followed by an absolute path of at most 100 bytes")
+		}
+		return nil
+	}
+	if s == systemdListen {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return errors.New("must be HOST:PORT, as in 127.0.0.1:8080 or :8080, or unix:/path")
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return errors.New("has a port that is not a number from 0 to 65535")
+	}
+	if host != "" && host != "localhost" {
+		if _, err := netip.ParseAddr(host); err != nil {
+			return errors.New("must name an IP address of this machine, localhost, or nothing for all of them")
+		}
+	}
+	return nil
+}
+
+func checkMetricsListen(s string) error {
+	if s == systemdListen {
+		return errors.New("must be another address; the inherited socket is for LISTEN_ADDR")
+	}
+	return checkListen(s)
+}

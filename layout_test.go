@@ -17,8 +17,40 @@ import (
 	"unicode/utf8"
 )
 
+// A buildVariant says which files of the program a test examines: those of the default build, of the build with the tag
+// postgres, or all.
+type buildVariant int
+
+const (
+	allBuilds buildVariant = iota
+	defaultBuild
+	postgresBuild
+)
+
+// eachBuild runs a test that type-checks the source for both builds.
+func eachBuild(t *testing.T, test func(*testing.T, buildVariant)) {
+	t.Parallel()
+	for name, b := range map[string]buildVariant{"default": defaultBuild, "postgres": postgresBuild} {
+		t.Run(name, func(t *testing.T) { test(t, b) })
+	}
+}
+
+// buildTag returns the build constraint of a file, "" if it has none.
+func buildTag(t *testing.T, name string) string {
+	t.Helper()
+	first, _, _ := strings.Cut(mustReadFile(t, name), "\n")
+	tag, _ := strings.CutPrefix(first, "//go:build ")
+	if tag == first {
+		return ""
+	}
+	if tag != "postgres" && tag != "!postgres" {
+		t.Errorf("%s has the build constraint %s", name, tag)
+	}
+	return tag
+}
+
 // parseSources parses the program's own files, without tests.
-func parseSources(t *testing.T, fset *token.FileSet, mode parser.Mode) map[string]*ast.File {
+func parseSources(t *testing.T, fset *token.FileSet, mode parser.Mode, b buildVariant) map[string]*ast.File {
 	t.Helper()
 	names, err := filepath.Glob("*.go")
 	if err != nil {
@@ -26,7 +58,9 @@ func parseSources(t *testing.T, fset *token.FileSet, mode parser.Mode) map[strin
 	}
 	files := map[string]*ast.File{}
 	for _, name := range names {
-		if strings.HasSuffix(name, "_test.go") {
+		tag := buildTag(t, name)
+		if strings.HasSuffix(name, "_test.go") || tag == "postgres" && b == defaultBuild ||
+			tag == "!postgres" && b == postgresBuild {
 			continue
 		}
 		if files[name], err = parser.ParseFile(fset, name, nil, mode); err != nil {
@@ -48,36 +82,36 @@ func matchesFile(patterns []string, name string) bool {
 func TestLayoutImports(t *testing.T) {
 	t.Parallel()
 	only := map[string][]string{
-		"database/sql":           {"store*.go"},
-		"database/sql/driver":    {"store_ledger.go"},
-		"modernc.org/sqlite":     {"store.go"},
-		"modernc.org/sqlite/lib": {"store.go"},
-		"net/http/httputil":      {"proxy.go"},
-		"html/template":          {"admin*.go"},
-		"os":                     {"main.go", "datadir.go", "demo.go", "host.go", "command*.go"},
-		"os/signal":              {"main.go"},
-		"syscall":                {"main.go", "datadir.go", "upstream.go", "host.go"},
-		"crypto/rand":            {"secrets.go", "tokens.go"},
-		"crypto/tls":             {"config.go", "host.go", "command.go", "command_doctor.go"},
-		"runtime/debug":          {"main.go", "config.go", "host.go"},
-		"runtime/metrics":        {"main.go", "metrics.go"},
-		"llm-proxy/demo":         {"demo.go"},
-		"os/exec":                {},
-		"unsafe":                 {},
-		"reflect":                {},
-		"plugin":                 {},
-		"text/template":          {},
-		"net/rpc":                {},
-		"encoding/gob":           {},
-		"net/http/pprof":         {},
-		"expvar":                 {},
+		"database/sql":        {"store*.go"},
+		"database/sql/driver": {"store_ledger.go", "store_sums.go", "store_postgres.go"},
+		"modernc.org/sqlite":  {"store.go"},
+		"github.com/lib/pq":   {"store_postgres.go"}, // with the tag postgres only
+		"net/http/httputil":   {"proxy.go"},
+		"html/template":       {"admin*.go"},
+		"os":                  {"main.go", "datadir.go", "demo.go", "host.go", "command*.go"},
+		"os/signal":           {"main.go"},
+		"syscall":             {"main.go", "datadir.go", "upstream.go", "host.go"},
+		"crypto/rand":         {"secrets.go", "tokens.go"},
+		"crypto/tls":          {"config.go", "host.go", "command.go", "command_doctor.go"},
+		"runtime/debug":       {"main.go", "config.go", "host.go"},
+		"runtime/metrics":     {"main.go", "metrics.go"},
+		"llm-proxy/demo":      {"demo.go"},
+		"os/exec":             {},
+		"unsafe":              {},
+		"reflect":             {},
+		"plugin":              {},
+		"text/template":       {},
+		"net/rpc":             {},
+		"encoding/gob":        {},
+		"net/http/pprof":      {},
+		"expvar":              {},
 	}
 	plain := []string{"domain.go", "attribution.go", "billing.go", "meter*.go", "prices.go", "request_*.go",
 		"endpoints.go", "policy.go", "metrics.go", "audit.go", "ratelimit.go", "upstream_select.go",
 		"upstream_errors.go"}
 	notInPlain := []string{"net", "net/http", "database/sql", "os", "syscall", "log/slog"}
 	used := map[string]bool{}
-	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly) {
+	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly, allBuilds) {
 		for _, spec := range file.Imports {
 			path := strings.Trim(spec.Path.Value, `"`)
 			if files, ok := only[path]; ok && !matchesFile(files, name) {
@@ -86,7 +120,7 @@ func TestLayoutImports(t *testing.T) {
 			if matchesFile(plain, name) && slices.Contains(notInPlain, path) {
 				t.Errorf("%s may not do I/O, but imports %s", name, path)
 			}
-			if strings.Contains(path, ".") && !strings.HasPrefix(path, "modernc.org/sqlite") {
+			if strings.Contains(path, ".") && only[path] == nil {
 				t.Errorf("%s imports %s: not the standard library", name, path)
 			}
 			if strings.HasPrefix(path, "llm-proxy/") && only[path] == nil {
@@ -147,7 +181,8 @@ func TestLayoutDemo(t *testing.T) {
 	}
 }
 
-// TestLayoutModule: there is one direct dependency.
+// TestLayoutModule: there is one direct dependency, and one more with the build tag postgres, which no file without the
+// tag imports.
 func TestLayoutModule(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("go.mod")
@@ -169,15 +204,23 @@ func TestLayoutModule(t *testing.T) {
 			t.Errorf("go.mod has %s", line)
 		}
 	}
-	if !slices.Equal(direct, []string{"modernc.org/sqlite"}) {
+	if !slices.Equal(direct, []string{"github.com/lib/pq", "modernc.org/sqlite"}) {
 		t.Errorf("direct dependencies: %v", direct)
+	}
+	for name, file := range parseSources(t, token.NewFileSet(), parser.ImportsOnly, defaultBuild) {
+		for _, spec := range file.Imports {
+			if strings.Contains(spec.Path.Value, "lib/pq") {
+				t.Errorf("%s imports %s without the build tag postgres", name, spec.Path.Value)
+			}
+		}
 	}
 }
 
 // sizeExceptions are the source files outside 150-700 lines, with the reason.
 func sizeExceptions() map[string]string {
 	return map[string]string{
-		"content.go": "one type, on a reviewer's list of its own",
+		"content.go":          "one type, on a reviewer's list of its own",
+		"store_nopostgres.go": "it stands in for four functions",
 	}
 }
 
@@ -198,15 +241,24 @@ func stillWide() []string {
 // is exported that an interface does not require.
 func TestLayoutFiles(t *testing.T) {
 	t.Parallel()
-	const maxFiles, minLines, maxLines, maxFunctionLines = 72, 150, 700, 60
+	const maxFiles, maxTaggedFiles, minLines, maxLines, maxFunctionLines = 72, 6, 150, 700, 60
 	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Scan", "Flush", "FlushError",
 		"Read",
 		"ReadFrom", "Close", "Get", "Put", "RoundTrip", "Error", "String", "Is", "Format", "LogValue", "MarshalText",
-		"MarshalJSON", "UnmarshalJSON"}
+		"MarshalJSON", "UnmarshalJSON",
+		// of database/sql/driver and net
+		"Connect", "ExecContext", "QueryContext", "PrepareContext", "Prepare", "NumInput", "Dial", "DialTimeout",
+		"DialContext"}
 	fset := token.NewFileSet()
-	files := parseSources(t, fset, parser.ParseComments)
-	if len(files) > maxFiles {
-		t.Errorf("%d source files; merge some", len(files))
+	files := parseSources(t, fset, parser.ParseComments, allBuilds)
+	tagged := 0
+	for name := range files {
+		if buildTag(t, name) != "" {
+			tagged++
+		}
+	}
+	if len(files)-tagged > maxFiles || tagged > maxTaggedFiles {
+		t.Errorf("%d source files, and %d with a build tag; merge some", len(files)-tagged, tagged)
 	}
 	for name, file := range files {
 		n := fset.File(file.Pos()).LineCount() - 1
@@ -280,7 +332,7 @@ func TestLayoutWords(t *testing.T) {
 	still := map[string][]string{} // identifiers that are still to be renamed; the list may only shrink
 	words := regexp.MustCompile(`[A-Z]+[a-z]*|[a-z]+`)
 	fset := token.NewFileSet()
-	files := parseSources(t, fset, parser.SkipObjectResolution)
+	files := parseSources(t, fset, parser.SkipObjectResolution, allBuilds)
 	demo, err := filepath.Glob("demo/*.go")
 	if err != nil {
 		t.Fatal(err)
@@ -323,7 +375,7 @@ func declaredIdents(s ast.Spec) []*ast.Ident {
 func TestLayoutAudit(t *testing.T) {
 	t.Parallel()
 	fset := token.NewFileSet()
-	for name, file := range parseSources(t, fset, parser.SkipObjectResolution) {
+	for name, file := range parseSources(t, fset, parser.SkipObjectResolution, allBuilds) {
 		if !matchesFile([]string{"store_projects.go", "store_tokens.go"}, name) {
 			continue
 		}
@@ -339,8 +391,9 @@ func TestLayoutAudit(t *testing.T) {
 // TestLayoutSecrets: calling a value of type secret reveals it. These are all the calls, by
 // file; reviewers check a new one before it is added here. A secret may not be converted to a
 // plain func either.
-func TestLayoutSecrets(t *testing.T) {
-	t.Parallel()
+func TestLayoutSecrets(t *testing.T) { eachBuild(t, testLayoutSecrets) }
+
+func testLayoutSecrets(t *testing.T, b buildVariant) {
 	want := map[string]int{
 		"admin_session.go": 1, // binding a session to MANAGEMENT_TOKEN
 		// masking a provider's key in what the provider says
@@ -358,7 +411,10 @@ func TestLayoutSecrets(t *testing.T) {
 		"secrets.go":         3, // sealing, the hint
 		"upstream.go":        4, // the header of a call to the provider
 	}
-	got := openedSecrets(t)
+	if b == postgresBuild {
+		want["store_postgres.go"] = 2 // DATABASE_URL and the database's password, to connect
+	}
+	got := openedSecrets(t, b)
 	if !maps.Equal(got, want) {
 		t.Errorf("secrets are opened in %v, but the list is %v", got, want)
 	}
@@ -366,9 +422,9 @@ func TestLayoutSecrets(t *testing.T) {
 
 // openedSecrets returns how many calls open a value of type secret, by file. It fails the test if
 // one is converted.
-func openedSecrets(t *testing.T) map[string]int {
+func openedSecrets(t *testing.T, b buildVariant) map[string]int {
 	t.Helper()
-	fset, files, info := typeCheck(t)
+	fset, files, info := typeCheck(t, b)
 	got := map[string]int{}
 	for name := range files {
 		ast.Inspect(files[name], func(n ast.Node) bool {
@@ -391,10 +447,10 @@ func openedSecrets(t *testing.T) map[string]int {
 
 // typeCheck parses and type-checks the program. Imported packages stay empty; the errors that
 // follow from that do not matter here.
-func typeCheck(t *testing.T) (*token.FileSet, map[string]*ast.File, *types.Info) {
+func typeCheck(t *testing.T, b buildVariant) (*token.FileSet, map[string]*ast.File, *types.Info) {
 	t.Helper()
 	fset := token.NewFileSet()
-	files := parseSources(t, fset, parser.SkipObjectResolution)
+	files := parseSources(t, fset, parser.SkipObjectResolution, b)
 	info := &types.Info{Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{}}
 	conf := types.Config{Importer: emptyImporter{}, Error: func(error) {}}
 	var parsed []*ast.File
@@ -428,9 +484,10 @@ func layerOf(name string) int {
 }
 
 // TestLayoutLayers: no file uses a function, type, method or field of a higher layer.
-func TestLayoutLayers(t *testing.T) {
-	t.Parallel()
-	fset, files, info := typeCheck(t)
+func TestLayoutLayers(t *testing.T) { eachBuild(t, testLayoutLayers) }
+
+func testLayoutLayers(t *testing.T, b buildVariant) {
+	fset, files, info := typeCheck(t, b)
 	for name := range files {
 		if layerOf(name) < 0 {
 			t.Errorf("%s is in no layer", name)
@@ -470,9 +527,10 @@ func (emptyImporter) Import(path string) (*types.Package, error) {
 }
 
 // TestLayoutConstructors: main.go gives every part of the program all that it requires.
-func TestLayoutConstructors(t *testing.T) {
-	t.Parallel()
-	_, files, info := typeCheck(t)
+func TestLayoutConstructors(t *testing.T) { eachBuild(t, testLayoutConstructors) }
+
+func testLayoutConstructors(t *testing.T, b buildVariant) {
+	_, files, info := typeCheck(t, b)
 	seen := 0
 	ast.Inspect(files["main.go"], func(n ast.Node) bool {
 		lit, ok := n.(*ast.CompositeLit)
@@ -510,7 +568,7 @@ func TestLayoutForbidden(t *testing.T) {
 		"apiError{":      {"errors.go"}, // the catalogue of errors
 		"http.ListenAnd": nil,
 	}
-	for name := range parseSources(t, token.NewFileSet(), 0) {
+	for name := range parseSources(t, token.NewFileSet(), 0, allBuilds) {
 		for n, line := range strings.Split(mustReadFile(t, name), "\n") {
 			code, _, _ := strings.Cut(line, "//")
 			for text, files := range allowed {

@@ -637,6 +637,7 @@ func TestTokenInUse(t *testing.T) {
 // TestBrokenLedgerBlocksNobody: while the ledger cannot write rows that were queued when a token was evicted, a
 // call with a token that is not in memory gets 503 with Retry-After at once.
 func TestBrokenLedgerBlocksNobody(t *testing.T) {
+	requireSQLite(t, "it sets a pragma")
 	t.Parallel()
 	p := newTest(t, nil)
 	p.allowErrors = true
@@ -686,6 +687,7 @@ func (p *testProxy) record1000(at time.Time, batches int) {
 // databaseSizes returns the bytes of the database file, those in use, and how many calls are stored.
 func (p *testProxy) databaseSizes() (file, used, calls int64) {
 	p.t.Helper()
+	requireSQLite(p.t, "it reads the size of the file")
 	all, free, err := p.instance.store.size(context.Background())
 	if err != nil {
 		p.t.Fatal(err)

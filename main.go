@@ -197,7 +197,9 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	if in.dir, err = openDataDir(in.cfg); err != nil {
 		return err
 	}
-	if in.store, err = openStore(ctx, in.cfg.databaseFile); err != nil {
+	if in.store, err = openDatabase(ctx, in.cfg.databaseFile, in.cfg.postgres); err != nil && in.cfg.postgres != nil {
+		return err
+	} else if err != nil {
 		return fmt.Errorf("%w; examine it with llm-proxy doctor, or restore a backup with llm-proxy restore FILE", err)
 	}
 	in.store.reportForeignRow = func(e *foreignRowError) {
@@ -210,14 +212,33 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	if err = in.store.openAudit(ctx, in.sealer, systemOrigin(time.Now())); err != nil {
 		return err
 	}
-	if err = in.dir.recordDatabase(); err != nil {
-		return fmt.Errorf("recording the database: %w", err)
+	if in.cfg.postgres == nil {
+		if err = in.dir.recordDatabase(); err != nil {
+			return fmt.Errorf("recording the database: %w", err)
+		}
 	}
 	if in.contentKey, err = openContentKey(ctx, in.store, in.sealer); err != nil {
 		return err
 	}
 	in.cache, err = newResponseCache(in.store, in.contentKey, in.log.Logger, in.cfg.maxCacheBytes)
 	return err
+}
+
+// databaseProblem describes why no call may be admitted, or returns "".
+func (in *instance) databaseProblem() string {
+	if in.store.backend != nil {
+		return in.store.backend.problem()
+	}
+	return in.dir.databaseProblem()
+}
+
+// reportDatabase logs a change of databaseProblem.
+func (in *instance) reportDatabase(problem string) {
+	if problem != "" {
+		in.log.Error("calls are refused until the database can be used", "problem", problem)
+		return
+	}
+	in.log.Info("the database can be used again")
 }
 
 // openLedger opens the ledger, which turns the pending records of a crash into lost rows.
@@ -257,7 +278,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		registry: in.registry, limits: limits, ledger: in.ledger, running: in.running, contentKey: in.contentKey,
 		cache: in.cache, endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
-		prices: &in.prices, databaseProblem: in.dir.databaseProblem,
+		prices: &in.prices, databaseProblem: in.databaseProblem,
 	})
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
@@ -266,13 +287,13 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
 	in.manage = &manageAPI{
-		log: in.log, store: in.store, ops: in.operations, auth: auth, databaseProblem: in.dir.databaseProblem,
+		log: in.log, store: in.store, ops: in.operations, auth: auth, databaseProblem: in.databaseProblem,
 	}
 	in.server = &server{
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		ids: ids, addresses: addresses, proxy: in.proxy, manage: in.manage,
 		crossOrigin: newCrossOrigin(cfg.corsOrigins),
-		readiness: &readiness{running: in.running, databaseProblem: in.dir.databaseProblem, ledger: in.ledger,
+		readiness: &readiness{running: in.running, databaseProblem: in.databaseProblem, ledger: in.ledger,
 			store: in.store},
 		exporter: &exporter{
 			cfg: cfg, metrics: in.metrics, registry: in.registry, health: in.health, ledger: in.ledger, bodies: bodies,
@@ -284,7 +305,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		in.server.admin, err = newAdminUI(adminDeps{
 			cfg: cfg, log: in.log, store: in.store, ops: in.operations, auth: auth, registry: in.registry,
 			limits: limits, ledger: in.ledger, running: in.running, endpoints: endpoints,
-			databaseProblem: in.dir.databaseProblem, diskUse: diskUse, keyID: in.sealer.id(), started: started,
+			databaseProblem: in.databaseProblem, diskUse: diskUse, keyID: in.sealer.id(), started: started,
 		})
 	}
 	return err
@@ -302,6 +323,9 @@ func (in *instance) startWorkers() {
 	keeper := &healthKeeper{health: in.health, store: in.store, log: in.log}
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
+	if in.store.backend != nil {
+		in.workers.Go(func() { in.store.backend.watch(ctx, in.reportDatabase) })
+	}
 	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // an error shows with the first event
 	in.workers.Go(func() { in.manage.auth.signIns.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
 	in.workers.Go(func() {
@@ -367,7 +391,7 @@ func (in *instance) keepUnwritten() error {
 	if rows == 0 {
 		return nil
 	}
-	name := unwrittenFileName(in.cfg.databaseFile)
+	name := in.cfg.unwrittenFile()
 	if err == nil {
 		err = appendToFile(name, lines)
 	}
@@ -376,14 +400,14 @@ func (in *instance) keepUnwritten() error {
 			"the next start records those that it knows as lost", rows, reason, name, err)
 	}
 	in.log.Error("the database cannot be written; calls that ended are kept in a file, and the next start records "+
-		"them. If it is locked, find the program with: fuser "+in.cfg.databaseFile,
+		"them. If it is a locked file, find the program with: fuser "+in.cfg.databaseName,
 		"rows", rows, "file", name, "error", reason)
 	return nil
 }
 
 // recordUnwritten records the rows that keepUnwritten kept.
 func (in *instance) recordUnwritten(ctx context.Context) error {
-	name := unwrittenFileName(in.cfg.databaseFile)
+	name := in.cfg.unwrittenFile()
 	lines, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

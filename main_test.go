@@ -413,6 +413,7 @@ func TestDrainCuts(t *testing.T) {
 // crash would have left it.
 func (p *testProxy) crashedCopy() *testProxy {
 	p.t.Helper()
+	requireSQLite(p.t, "it copies the database's file")
 	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, provider: p.provider, secrets: p.secrets,
 		env:      maps.Clone(p.env),
 		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token}
@@ -491,6 +492,7 @@ func TestRequestIDsIncrease(t *testing.T) {
 // while in use, and refuses calls until it is back.
 func TestDatabaseFileGone(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "it moves the file")
 	p := newTest(t, nil)
 	p.allowErrors = true
 	if res := p.do("GET", "/readyz", ""); res.status != http.StatusOK {

@@ -477,8 +477,8 @@ func TestCachePurgeMany(t *testing.T) {
 		p.execSQL(`DELETE FROM cache`)
 		p.execSQL(`WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)
 			INSERT INTO cache (id, project, token, model, stored_at, expires_at, used_at, size, answer)
-			SELECT random(), 1 + (i % 10 = 0), i % 4, 'm' || (i % 3), i, 9999999999999, 1,
-				CASE WHEN i % 2 = 0 THEN 1024 ELSE 1000 + i % 50 END, x'00' FROM n`)
+			SELECT i * 400003, CASE WHEN i % 10 = 0 THEN 2 ELSE 1 END, i % 4, 'm' || (i % 3), i, 9999999999999, 1,
+				CASE WHEN i % 2 = 0 THEN 1024 ELSE 1000 + i % 50 END, zeroblob(1) FROM n`)
 		count := func(where string) (n int64) {
 			if err := st.readDB.QueryRow(`SELECT count(*) FROM cache WHERE ` + where).Scan(&n); err != nil {
 				t.Fatal(err)

@@ -1,5 +1,6 @@
 // This file opens the database, brings its schema up to date, runs transactions, and holds the helpers with
-// which store_*.go reads rows. It also has the tables of the program itself: settings, sessions and the
+// which store_*.go reads rows. The statements are for SQLite and PostgreSQL alike; store_postgres.go has the rest
+// of what PostgreSQL needs. It also has the tables of the program itself: settings, sessions and the
 // health of upstreams. Only store*.go has SQL: every statement is constant text, and values are passed by ?.
 package main
 
@@ -12,12 +13,10 @@ import (
 	"io/fs"
 	"net/url"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
 	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
 )
 
 //go:embed schema/*.sql
@@ -32,6 +31,7 @@ type store struct {
 	lastAuditSeq atomic.Int64 // seq of the newest audit entry that this process has committed
 	// reportForeignRow is called with each row that is refused, because this program did not write it; may be nil
 	reportForeignRow func(*foreignRowError)
+	backend          *backend // nil: SQLite
 }
 
 const readPoolSize = 4
@@ -69,7 +69,13 @@ func openSQLite(file string, n int, extra string) (*sql.DB, error) {
 	return db, nil
 }
 
-func (s *store) close() error { return errors.Join(s.readDB.Close(), s.writeDB.Close()) }
+func (s *store) close() error {
+	err := errors.Join(s.readDB.Close(), s.writeDB.Close())
+	if s.backend != nil {
+		err = errors.Join(err, s.backend.close())
+	}
+	return err
+}
 
 // migrate runs the schema files that the database has not seen yet, in order and in one transaction: after a
 // crash it is at the old version or at the new one.
@@ -106,6 +112,9 @@ func schemaVersion(ctx context.Context, db querier) (version, supported int, err
 }
 
 func (s *store) schemaVersion(ctx context.Context) (version, supported int, err error) {
+	if s.backend != nil {
+		return s.backend.version(ctx)
+	}
 	return schemaVersion(ctx, s.readDB)
 }
 
@@ -133,11 +142,21 @@ func runSchemaFiles(ctx context.Context, db querier, from, to int) error {
 
 // withTx runs fn in one write transaction: all of it takes effect, or nothing.
 func (s *store) withTx(ctx context.Context, fn func(*sql.Tx) error) error {
+	return s.withWriteTx(ctx, false, fn)
+}
+
+// withWriteTx is withTx; one that is audited runs alone.
+func (s *store) withWriteTx(ctx context.Context, audited bool, fn func(*sql.Tx) error) error {
 	tx, err := s.writeDB.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning a transaction: %w", err)
 	}
 	defer tx.Rollback() // without effect after Commit
+	if s.backend != nil {
+		if err := s.backend.startTx(ctx, tx, audited); err != nil {
+			return err
+		}
+	}
 	if err := fn(tx); err != nil {
 		return err
 	}
@@ -204,6 +223,8 @@ var (
 	errNotFound = errors.New("no such row")
 	errStale    = errors.New("row has changed since it was read")
 	errTaken    = errors.New("name is taken")
+	// errFenced means that another process has taken the database over.
+	errFenced = errors.New("another llm-proxy has taken this database over; restart this one to take it back")
 	// errRowIgnored means that a statement succeeded without writing its rows, as a trigger can bring about.
 	errRowIgnored = errors.New("the database ignored a row")
 )
@@ -216,49 +237,20 @@ func mapNoRows(err error) error {
 	return err
 }
 
-// mapUniqueViolation turns a violated UNIQUE constraint into errTaken.
-func mapUniqueViolation(err error) error {
-	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
-		return errTaken
-	}
-	return err
-}
-
-// sqliteCode returns the primary result code of the SQLite error in err, 0 if there is none.
+// sqliteCode returns the extended result code of the SQLite error in err, 0 if there is none.
 func sqliteCode(err error) int {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		return e.Code() & 0xff
+		return e.Code()
 	}
 	return 0
 }
 
-// isRejectedRow reports whether the database rejects a row, which a retry cannot change.
-func isRejectedRow(err error) bool {
-	code := sqliteCode(err)
-	return code == sqlite3.SQLITE_CONSTRAINT || code == sqlite3.SQLITE_MISMATCH || code == sqlite3.SQLITE_TOOBIG ||
-		errors.Is(err, errRowIgnored)
-}
-
-// isSumOverflow reports whether SQLite could not add up a column, because the sum is no int64.
-func isSumOverflow(err error) bool {
-	e, ok := errors.AsType[*sqlite.Error](err)
-	return ok && e.Code() == sqlite3.SQLITE_ERROR && strings.Contains(e.Error(), "integer overflow")
-}
-
-// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged)
-// and not a mistake of the caller. Such a failure may pass.
-func isDatabaseFailure(err error) bool {
-	switch sqliteCode(err) {
-	case 0:
-		return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone)
-	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE:
-		return false
-	}
-	return !isRejectedRow(err)
-}
-
 // size returns the bytes of the database's pages, and of those that are free.
 func (s *store) size(ctx context.Context) (all, free int64, err error) {
+	if s.backend != nil {
+		all, err = s.backend.size(ctx)
+		return all, 0, err
+	}
 	err = s.readDB.QueryRowContext(ctx, `
 		SELECT c.page_count * s.page_size, f.freelist_count * s.page_size
 		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`).Scan(&all, &free)
@@ -296,54 +288,10 @@ func (s *store) checkWritable(ctx context.Context) error {
 // index: databases compare bytes, and no character has larger ones.
 func prefixEnd(s string) string { return s + "\U0010ffff" }
 
-// maxSessions bounds the sessions of one key: a further one ends the oldest.
-const maxSessions = 50
-
-// addSession stores a new session and ends those created before createdBefore, the key's oldest beyond
-// maxSessions, and the one with replacedHash (nil: none).
-func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow,
-	createdBefore int64, replacedHash []byte) error {
-	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
-		if _, err := execCount(ctx, tx, "ending old sessions", `
-			DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
-			return auditEvent{}, err
-		}
-		_, err := execCount(ctx, tx, "ending the key's oldest sessions", `
-			DELETE FROM sessions WHERE hash IN (
-				SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC
-				LIMIT 9223372036854775807 OFFSET ?)`,
-			row.key, maxSessions-1)
-		if err != nil {
-			return auditEvent{}, err
-		}
-		tx.bind(row)
-		_, err = tx.ExecContext(ctx, `
-			INSERT INTO sessions (hash, key, proof, address, created_at, seen_at, bound_by, mac)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?)`, row.columns()[:8]...)
-		return auditEvent{action: actionSignIn, object: row.key}, err
-	})
-}
-
 // touchSession records that a session was used.
 func (s *store) touchSession(ctx context.Context, hash []byte, now int64) error {
 	_, err := s.writeDB.ExecContext(ctx, `UPDATE sessions SET seen_at = ? WHERE hash = ?`, now, hash)
 	return err
-}
-
-// endSession ends one session of origin's actor.
-func (s *store) endSession(ctx context.Context, origin auditOrigin, hash []byte) error {
-	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
-		_, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE hash = ?`, hash)
-		return auditEvent{action: actionSignOut, object: origin.actorID}, err
-	})
-}
-
-// endKeySessions ends all sessions of a key.
-func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key string) error {
-	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
-		n, err := execCount(ctx, tx, "ending sessions", `DELETE FROM sessions WHERE key = ?`, key)
-		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
-	})
 }
 
 // endAllSessions is for a restored database: a session that was ended after the backup must not come back.

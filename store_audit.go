@@ -28,7 +28,7 @@ type auditedTx struct {
 // in the same one.
 func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*auditedTx) (auditEvent, error)) error {
 	var seq int64
-	err := s.withTx(ctx, func(tx *sql.Tx) error {
+	err := s.withWriteTx(ctx, true, func(tx *sql.Tx) error {
 		head, err := s.nextAuditHead(ctx, tx)
 		if err != nil {
 			return err
@@ -372,7 +372,11 @@ func queryBoundRow[T any, P interface {
 
 // withReadTx runs fn with one view of the database, which changes of others meanwhile do not alter.
 func (s *store) withReadTx(ctx context.Context, fn func(querier) error) error {
-	tx, err := s.readDB.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	options := sql.TxOptions{ReadOnly: true}
+	if s.backend != nil {
+		options.Isolation = sql.LevelRepeatableRead
+	}
+	tx, err := s.readDB.BeginTx(ctx, &options)
 	if err != nil {
 		return fmt.Errorf("beginning to read: %w", err)
 	}

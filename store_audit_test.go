@@ -75,6 +75,7 @@ func (p *forgeryTest) forge(sql string) error {
 	if err := p.stop(); err != nil {
 		p.t.Fatal(err)
 	}
+	requireSQLite(p.t, "it changes the file")
 	for name, id := range p.ids {
 		sql = strings.ReplaceAll(sql, "{"+name+"}", id)
 	}

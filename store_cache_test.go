@@ -392,6 +392,7 @@ func TestCacheDiskHangs(t *testing.T) {
 // entry in it is whole.
 func TestCacheCrash(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "it copies the file and its log")
 	p := newTest(t, nil)
 	p.enableCache()
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {

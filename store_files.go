@@ -1,6 +1,6 @@
 // This file has the SQL about a database as a whole, for the commands that read one beside a running server,
-// copy it, restore a backup, or seal its secrets with another key. It never changes the database that a
-// server has open.
+// copy it, restore a backup, or seal its secrets with another key; and the types with which a store uses PostgreSQL.
+// It never changes the database that a server has open.
 package main
 
 import (
@@ -10,9 +10,69 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
+
+// A postgresConfig says how to reach PostgreSQL.
+type postgresConfig struct {
+	url         secret // with all parameters; it may have a password
+	password    secret // nil: the one in the URL, or PGPASSFILE's
+	connections int64
+	timeout     time.Duration // of one statement
+	version     string        // of this program
+}
+
+// A backend is what PostgreSQL needs beside statements. It belongs to one store.
+type backend struct {
+	// version is as schemaVersion, differences as checkSchema.
+	version     func(context.Context) (version, supported int, err error)
+	differences func(context.Context) ([]string, error)
+	// startTx makes a write transaction fail if this process may not write any more. One that is audited runs
+	// alone.
+	startTx     func(ctx context.Context, tx *sql.Tx, audited bool) error
+	writeLedger func(context.Context, *ledgerWriter, ledgerBatch) error
+	size        func(context.Context) (int64, error)
+	vacuum      func(context.Context) error // removes what was overwritten from the tables with sealed values
+	problem     func() string               // why no call may be admitted, "" if one may
+	// watch keeps problem up to date until ctx is done, and reports its changes.
+	watch func(ctx context.Context, report func(problem string))
+	close func() error
+}
+
+// openDatabase opens the database of a server: PostgreSQL if pg is not nil, or a file for openStore.
+func openDatabase(ctx context.Context, file string, pg *postgresConfig) (*store, error) {
+	if pg != nil {
+		return openPostgres(ctx, pg, true)
+	}
+	return openStore(ctx, file)
+}
+
+func isPostgresURL(text string) bool {
+	return strings.HasPrefix(text, "postgres:") || strings.HasPrefix(text, "postgresql:")
+}
+
+// checkDatabasePassword checks a password for PostgreSQL.
+func checkDatabasePassword(text string) error {
+	if text == "" || strings.ContainsRune(text, 0) {
+		return errors.New("is empty, or has a zero byte")
+	}
+	return nil
+}
+
+// parseDatabaseURL returns the database file that DATABASE_URL names.
+func parseDatabaseURL(s string) (string, error) {
+	scheme, rest, ok := strings.Cut(s, ":")
+	switch {
+	case !ok || scheme != "sqlite" || strings.TrimPrefix(rest, "//") == "":
+		return "", errors.New("must be sqlite:FILE or postgres://USER@HOST/NAME")
+	case strings.Contains(rest, ":memory:") || strings.Contains(rest, "?"):
+		return "", errors.New("must name a file only: a database in memory and parameters after ? are not supported")
+	}
+	return filepath.Abs(strings.TrimPrefix(rest, "//"))
+}
 
 // openReadOnly opens a database that another process may be writing to. Every write through the returned
 // store fails. immutable promises that nobody writes to the file: then it is not locked, and no file is
@@ -90,6 +150,14 @@ func checkSchema(ctx context.Context, db querier, version int) (problems []strin
 	return problems, nil
 }
 
+// schemaDifferences is checkSchema for the whole database.
+func (s *store) schemaDifferences(ctx context.Context, version int) ([]string, error) {
+	if s.backend != nil {
+		return s.backend.differences(ctx)
+	}
+	return checkSchema(ctx, s.readDB, version)
+}
+
 // normalizeDefinition returns a definition without what has no meaning: comments, white space, quotes.
 func normalizeDefinition(text string) string {
 	var out strings.Builder
@@ -113,6 +181,9 @@ func describeSchemaProblems(problems []string, version int) error {
 
 // checkIntegrity runs SQLite's own integrity check and returns the problems that it reports.
 func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
+	if s.backend != nil { // PostgreSQL finds damage when it reads a page
+		return nil, nil
+	}
 	lines, err := collect(ctx, s.readDB, "checking integrity", func(line *string) []any { return []any{line} },
 		`PRAGMA integrity_check(20)`)
 	return slices.DeleteFunc(lines, func(line string) bool { return line == "ok" }), err
@@ -476,9 +547,11 @@ func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
 // What the old key sealed is overwritten in the file, because that key may leak later.
 func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer,
 	originOf func(baseURL string) (string, error)) (n int64, err error) {
-	const doing = "asking for deleted data to be overwritten"
-	if _, err := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`); err != nil {
-		return 0, err
+	if s.backend == nil {
+		if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten",
+			`PRAGMA secure_delete = 1`); err != nil {
+			return 0, err
+		}
 	}
 	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		for name, aad := range sealedSettings() {
@@ -489,11 +562,16 @@ func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer
 		if n, err = s.resealUpstreams(ctx, tx, from, to, originOf); err != nil {
 			return auditEvent{}, err
 		}
-		if err := rewriteSealed(ctx, tx); err != nil {
-			return auditEvent{}, err
+		if s.backend == nil {
+			if err := rewriteSealed(ctx, tx); err != nil {
+				return auditEvent{}, err
+			}
 		}
 		return auditEvent{actionRekey, "", []auditField{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
 	})
+	if err == nil && s.backend != nil {
+		err = s.backend.vacuum(ctx)
+	}
 	return n, err
 }
 

@@ -50,6 +50,14 @@ const (
 		VALUES `
 	okValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?, ?)`
 
+	insertRecord = `
+		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
+			error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
+			reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
+			saved, saved_us, details, price, session, end_user, tags)
+		VALUES `
+	recordValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+
 	insertSums = `
 		INSERT INTO usage_sums AS s (grain, token, at, project, model, endpoint, outcome, asked, service_tier, calls,
 			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
@@ -78,7 +86,9 @@ const (
 		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
 			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
 			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		VALUES `
+	attributedValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	addToAttributed  = `
 		ON CONFLICT (project, attribute, at, value, token, model, endpoint, outcome, asked) DO UPDATE` + setSums + `,
 			cache_hits = min(s.cache_hits, 9223372036854775807 - excluded.cache_hits) + excluded.cache_hits,
 			saved = min(s.saved, 9223372036854775807 - excluded.saved) + excluded.saved,
@@ -133,12 +143,7 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtRecordOK: insertOK + okValues,
 		stmtRecordOK8: insertOK + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` +
 			okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
-		stmtRecord: `
-			INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
-				error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
-				reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
-				saved, saved_us, details, price, session, end_user, tags)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		stmtRecord:     insertRecord + recordValues,
 		stmtPrice:      `INSERT INTO billed_prices (id, price) VALUES (?, ?) ON CONFLICT DO NOTHING`,
 		stmtContent:    insertContent,
 		stmtBackground: insertBackground, stmtBackgroundUsage: updateBackground,
@@ -146,9 +151,10 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtSum: insertSums + sumValues + addToSums,
 		stmtSum8: insertSums + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + `, ` +
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
-		stmtSumHits: addHits, stmtAttributedSum: insertAttributedSum,
-		stmtHour:    insertHours + hourValues + addToHours,
-		stmtLatency: insertLatency + latencyValues + addToLatency,
+		stmtSumHits:       addHits,
+		stmtAttributedSum: insertAttributedSum + attributedValues + addToAttributed,
+		stmtHour:          insertHours + hourValues + addToHours,
+		stmtLatency:       insertLatency + latencyValues + addToLatency,
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + addToLatency,
@@ -174,9 +180,11 @@ type ledgerWriter struct {
 	store   *store
 	changed int64       // rows, by the last statement
 	conn    driver.Conn // the one the statements belong to; database/sql may open another
-	stmts   [ledgerStmtCount]driver.StmtExecContext
-	args    [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
-	rows    [8 * sumColumnCount]any               // of the present rowGroup
+	// send runs statements instead of conn, if it is not nil.
+	send  func(ctx context.Context, stmt int, values []any) (changed int64, err error)
+	stmts [ledgerStmtCount]driver.StmtExecContext
+	args  [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
+	rows  [8 * sumColumnCount]any               // of the present rowGroup
 
 	prices    map[int64]bool // that are stored, as far as it is known
 	lastPrice *price         // one of them
@@ -194,6 +202,9 @@ func (s *store) newLedgerWriter() *ledgerWriter {
 
 // write writes a batch: all of it, or nothing.
 func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
+	if w.store.backend != nil {
+		return w.store.backend.writeLedger(ctx, w, b)
+	}
 	conn, err := w.store.writeDB.Conn(ctx)
 	if err != nil {
 		return fmt.Errorf("taking the writing connection: %w", err)
@@ -291,6 +302,9 @@ func (w *ledgerWriter) prepare(c any) error {
 
 // close closes the statements. Call it before the store is closed.
 func (w *ledgerWriter) close() {
+	if w.conn == nil {
+		return
+	}
 	conn, err := w.store.writeDB.Conn(context.Background())
 	if err != nil {
 		return // the connection is closed, and its statements with it
@@ -313,6 +327,11 @@ func (w *ledgerWriter) close() {
 
 // exec runs a statement. Values are int64, string, []byte, bool or nil.
 func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...any) error {
+	if w.send != nil {
+		changed, err := w.send(ctx, stmt, values)
+		w.changed = changed
+		return err
+	}
 	for i, v := range values {
 		w.args[i].Value = v
 	}

@@ -562,9 +562,9 @@ func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64
 // countRequestsSince counts the calls of a project (0: of all) with from <= id, up to limit.
 func (s *store) countRequestsSince(ctx context.Context, project, from int64, limit int) (int64, error) {
 	const head = `SELECT count(*) FROM (SELECT 1 FROM requests `
-	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 LIMIT ?3) some`
+	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 LIMIT ?3) counted`
 	if project != 0 {
-		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3) some`
+		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3) counted`
 	}
 	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, limit)
 }

@@ -398,35 +398,35 @@ const (
 		WHERE call = ?1 AND usage_source = ''`
 	// Two calls may read the same results at one time: only one finds the lines that were counted before.
 	insertBatchUsage = `
-		INSERT INTO batch_usage (object, model, priced, lines, input_tokens, cached_tokens, cache_write_tokens,
+		INSERT INTO batch_usage AS u (object, model, priced, lines, input_tokens, cached_tokens, cache_write_tokens,
 			output_tokens, reasoning_tokens, cost, prompt_saved)
 		VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
-		ON CONFLICT DO UPDATE SET
-			lines = min(lines, 9223372036854775807 - ?4) + ?4,
-			input_tokens = min(input_tokens, 9223372036854775807 - ?5) + ?5,
-			cached_tokens = min(cached_tokens, 9223372036854775807 - ?6) + ?6,
-			cache_write_tokens = min(cache_write_tokens, 9223372036854775807 - ?7) + ?7,
-			output_tokens = min(output_tokens, 9223372036854775807 - ?8) + ?8,
-			reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - ?9) + ?9,
-			cost = min(cost, 9223372036854775807 - ?10) + ?10,
-			prompt_saved = min(prompt_saved, 9223372036854775807 - ?11) + ?11
-		WHERE lines = ?12`
+		ON CONFLICT (object, model, priced) DO UPDATE SET
+			lines = min(u.lines, 9223372036854775807 - ?4) + ?4,
+			input_tokens = min(u.input_tokens, 9223372036854775807 - ?5) + ?5,
+			cached_tokens = min(u.cached_tokens, 9223372036854775807 - ?6) + ?6,
+			cache_write_tokens = min(u.cache_write_tokens, 9223372036854775807 - ?7) + ?7,
+			output_tokens = min(u.output_tokens, 9223372036854775807 - ?8) + ?8,
+			reasoning_tokens = min(u.reasoning_tokens, 9223372036854775807 - ?9) + ?9,
+			cost = min(u.cost, 9223372036854775807 - ?10) + ?10,
+			prompt_saved = min(u.prompt_saved, 9223372036854775807 - ?11) + ?11
+		WHERE u.lines = ?12`
 
 	// The call's row shows all that was read. A part without a price leaves the whole without one.
 	insertBatchShown = `
-		INSERT INTO background (call, project, token, upstream, response, endpoint, outcome, model, model_tracked,
+		INSERT INTO background AS b (call, project, token, upstream, response, endpoint, outcome, model, model_tracked,
 			asked, asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
 			cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price)
-		VALUES (?1, ?2, ?3, 0, 'batch of call ' || ?1, ?4, ?5, ?6, 0, '', 0, 0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
+		VALUES (?1, ?2, ?3, 0, 'batch of call ' || ?1, ?4, ?5, ?6, FALSE, '', FALSE, 0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
 			?13, ?14, ?15)
 		ON CONFLICT (call) DO UPDATE SET
-			usage_source = min(usage_source, ?7), -- 'estimated' comes before 'exact'
-			input_tokens = min(input_tokens, 9223372036854775807 - ?8) + ?8,
-			cached_tokens = min(cached_tokens, 9223372036854775807 - ?9) + ?9,
-			cache_write_tokens = min(cache_write_tokens, 9223372036854775807 - ?10) + ?10,
-			output_tokens = min(output_tokens, 9223372036854775807 - ?11) + ?11,
-			reasoning_tokens = min(reasoning_tokens, 9223372036854775807 - ?12) + ?12,
-			cost = min(cost, 9223372036854775807 - ?13) + ?13, price = 0`
+			usage_source = min(b.usage_source, ?7), -- 'estimated' comes before 'exact'
+			input_tokens = min(b.input_tokens, 9223372036854775807 - ?8) + ?8,
+			cached_tokens = min(b.cached_tokens, 9223372036854775807 - ?9) + ?9,
+			cache_write_tokens = min(b.cache_write_tokens, 9223372036854775807 - ?10) + ?10,
+			output_tokens = min(b.output_tokens, 9223372036854775807 - ?11) + ?11,
+			reasoning_tokens = min(b.reasoning_tokens, 9223372036854775807 - ?12) + ?12,
+			cost = min(b.cost, 9223372036854775807 - ?13) + ?13, price = 0`
 )
 
 // addBatch remembers a batch, or a file with results, and the call that made it: 0 if that is not known. The first one

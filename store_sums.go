@@ -2,6 +2,7 @@
 //
 //	the forms of a row   reduced to what a database must take, as a pending record, as a line of a file
 //	batches of rows      what one transaction writes, and which pending records end with it
+//	errors               what an error of the database means
 //	sums                 by hour and day, token, project, model, endpoint and outcome, as they are stored and reported
 //
 // No sum overflows: one that would stays at the largest int64, so that a provider with absurd counts can neither stop
@@ -9,10 +10,15 @@
 package main
 
 import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"net"
 	"strconv"
 	"strings"
 )
@@ -262,6 +268,74 @@ func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*req
 			pending.written = false
 		}
 	}
+}
+
+// Errors.
+
+// Result codes of SQLite.
+const (
+	sqliteError      = 1
+	sqliteTooBig     = 18
+	sqliteConstraint = 19
+	sqliteMismatch   = 20
+	sqliteMisuse     = 21
+	sqliteUnique     = sqliteConstraint | 8<<8 // an extended code
+)
+
+// mapUniqueViolation turns a violated UNIQUE constraint into errTaken.
+func mapUniqueViolation(err error) error {
+	if sqliteCode(err) == sqliteUnique || sqlState(err) == "23505" {
+		return errTaken
+	}
+	return err
+}
+
+// sqlState returns the SQLSTATE of the PostgreSQL error in err, "" if there is none.
+func sqlState(err error) string {
+	if e, ok := errors.AsType[interface {
+		error
+		SQLState() string
+	}](err); ok {
+		return e.SQLState()
+	}
+	return ""
+}
+
+// isRejectedRow reports whether the database rejects a row, which a retry cannot change.
+func isRejectedRow(err error) bool {
+	switch state := sqlState(err); state[:min(2, len(state))] {
+	case "21", "22", "23", "54", "P0": // its data, a constraint, its size, a trigger
+		return true
+	}
+	switch sqliteCode(err) & 0xff {
+	case sqliteConstraint, sqliteMismatch, sqliteTooBig:
+		return true
+	}
+	return errors.Is(err, errRowIgnored)
+}
+
+// isSumOverflow reports whether a sum of a column is no int64: SQLite cannot add it up, PostgreSQL returns more digits.
+func isSumOverflow(err error) bool {
+	if code := sqliteCode(err); code != 0 {
+		return code == sqliteError && strings.Contains(fmt.Sprint(err), "integer overflow")
+	}
+	return err != nil && strings.Contains(fmt.Sprint(err), "value out of range")
+}
+
+// isDatabaseFailure reports whether err is a failure of the database (locked, full, not writable, damaged)
+// and not a mistake of the caller. Such a failure may pass.
+func isDatabaseFailure(err error) bool {
+	if state := sqlState(err); state != "" { // a statement can be wrong in itself: class 42
+		return !isRejectedRow(err) && state[:2] != "42"
+	}
+	switch _, isNetwork := errors.AsType[net.Error](err); sqliteCode(err) & 0xff {
+	case 0:
+		return isNetwork || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrConnDone) ||
+			errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, errFenced)
+	case sqliteError, sqliteMisuse:
+		return false
+	}
+	return !isRejectedRow(err)
 }
 
 // Sums.

@@ -632,6 +632,7 @@ func fullScans(text string, lines []string) (bad []string) {
 // stay few and may be scanned.
 func TestNoFullScans(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "it reads the plans of its queries")
 	p := newTest(t, nil)
 	statements := readStatements(t)
 	if len(statements) < 40 {

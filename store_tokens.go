@@ -1,5 +1,5 @@
 // This file has the SQL for the credentials of this program: the tokens that clients present, and management keys;
-// and it reads sessions, which store.go writes. Every change goes through withAuditedTx. The columns request_count
+// and for sessions. Every change goes through withAuditedTx. The columns request_count
 // and last_used_at of a token belong to the ledger, which changes them by x = x + ? only: nothing here writes
 // them.
 package main
@@ -399,4 +399,48 @@ func (s *store) sessionByHash(ctx context.Context, hash [32]byte, now int64) (se
 func (s *store) sessionsByKey(ctx context.Context, key string, now, since int64) ([]sessionRow, error) {
 	return collect(ctx, s.readDB, "listing sessions", (*sessionRow).columns, selectSessions+`
 		WHERE s.key = ?2 AND s.seen_at >= ?3 ORDER BY s.created_at DESC LIMIT ?4`, now, key, since, maxSessions)
+}
+
+// maxSessions bounds the sessions of one key: a further one ends the oldest.
+const maxSessions = 50
+
+// addSession stores a new session and ends those created before createdBefore, the key's oldest beyond
+// maxSessions, and the one with replacedHash (nil: none).
+func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow,
+	createdBefore int64, replacedHash []byte) error {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		if _, err := execCount(ctx, tx, "ending old sessions", `
+			DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
+			return auditEvent{}, err
+		}
+		_, err := execCount(ctx, tx, "ending the key's oldest sessions", `
+			DELETE FROM sessions WHERE hash IN (
+				SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC
+				LIMIT 9223372036854775807 OFFSET ?)`,
+			row.key, maxSessions-1)
+		if err != nil {
+			return auditEvent{}, err
+		}
+		tx.bind(row)
+		_, err = tx.ExecContext(ctx, `
+			INSERT INTO sessions (hash, key, proof, address, created_at, seen_at, bound_by, mac)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?)`, row.columns()[:8]...)
+		return auditEvent{action: actionSignIn, object: row.key}, err
+	})
+}
+
+// endSession ends one session of origin's actor.
+func (s *store) endSession(ctx context.Context, origin auditOrigin, hash []byte) error {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		_, err := tx.ExecContext(ctx, `DELETE FROM sessions WHERE hash = ?`, hash)
+		return auditEvent{action: actionSignOut, object: origin.actorID}, err
+	})
+}
+
+// endKeySessions ends all sessions of a key.
+func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key string) error {
+	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		n, err := execCount(ctx, tx, "ending sessions", `DELETE FROM sessions WHERE key = ?`, key)
+		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
+	})
 }
