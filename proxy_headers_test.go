@@ -150,9 +150,15 @@ func TestHead(t *testing.T) {
 	p.manage("PATCH", "/manage/projects/"+claude, `{"policy":{"stateful":true}}`, 200, nil)
 	p.manage("POST", "/manage/projects/"+claude+"/upstreams", `{"name":"a","provider":"anthropic","base_url":"`+
 		p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
+	gemini, geminiToken := p.addProject("gemini", `"name":"gemini"`)
+	p.manage("PATCH", "/manage/projects/"+gemini, `{"policy":{"stateful":true}}`, 200, nil)
+	p.manage("POST", "/manage/projects/"+gemini+"/upstreams", `{"name":"a","provider":"google","base_url":"`+
+		p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
 	for _, path := range paths {
 		credential := p.token
 		switch {
+		case strings.HasPrefix(path, "/v1beta/"):
+			credential = geminiToken
 		case !strings.HasPrefix(path, "/v1/"):
 			credential = p.adminKey
 		case strings.HasPrefix(path, "/v1/messages"):

@@ -36,7 +36,7 @@ func TestOddPaths(t *testing.T) {
 		/manage/tokens/../keys /manage/tokens%2f..%2fkeys /%6danage/tokens //manage/tokens /manage;/tokens
 		/MANAGE/tokens /manage/tokens%00 /manage/tokens%20 /manage%2ftokens /healthz/ /healthz/x /HEALTHZ /readyz%00
 		//healthz /x /%2f /%00 /.. /v1/engines/gpt-4o/chat/completions /openai/deployments/gpt-4o/chat/completions
-		/v1beta/models /chat/completions /openai/v1/chat/completions /v1/realtime /v1/realtime?model=gpt-4o
+		/v1beta/corpora /chat/completions /openai/v1/chat/completions /v1/realtime /v1/realtime?model=gpt-4o
 		/v1/realtime/sessions /v1/realtime/client_secrets /v1/realtime/translations/client_secrets
 		/v1/realtime/transcription_sessions /v1/chatkit/sessions /v1/chatkit/sessions/a/cancel
 		/v1/organization/admin_api_keys /v1/organization/users /v1/organization/projects/p/api_keys
