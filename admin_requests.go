@@ -212,11 +212,12 @@ func newRequestListItem(v *requestView) requestListItem {
 // A requestPageView is the data of templates/request.html.
 type requestPageView struct {
 	requestListItem
-	TagLinks     []string // key=value, as in the filter
-	Bar          []durationPart
-	CostParts    *costTable // nil: there is no cost, or its price is not known
-	Multiplier   string     // "": 1
-	ContentUntil *timestamp // nil: there is no content, or none for this role
+	TagLinks      []string // key=value, as in the filter
+	Bar           []durationPart
+	CostParts     *costTable // nil: there is no cost, or its price is not known
+	UnpricedKinds string     // for want of whose price the cost is not known, in words
+	Multiplier    string     // "": 1
+	ContentUntil  *timestamp // nil: there is no content, or none for this role
 }
 
 // tagTexts returns the tags in the form of the filter.
@@ -287,11 +288,12 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := &requestPageView{requestListItem: newRequestListItem(&row), Bar: durationBar(&row)}
-	breakdown, err := ui.ops.breakdownOf(r.ctx, &row)
+	breakdown, missing, err := ui.ops.breakdownOf(r.ctx, &row)
 	if err != nil {
 		return nil, err
 	}
 	v.CostParts, v.TagLinks = newCostTable(breakdown), v.tagTexts()
+	v.UnpricedKinds = strings.ReplaceAll(strings.Join(missing, ", "), "_", " ")
 	if m := row.details.multiplier; m != 0 {
 		v.Multiplier = formatDecimal(m, 4)
 	}

@@ -2,6 +2,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"strings"
@@ -262,5 +263,30 @@ func TestBackgroundExpires(t *testing.T) {
 		if n != want || err != nil {
 			t.Errorf("%d were deleted, %v", n, err)
 		}
+	}
+}
+
+// TestBackgroundCost: the cost of a background response has a breakdown, with the multipliers of project and upstream.
+func TestBackgroundCost(t *testing.T) {
+	t.Parallel()
+	p, b := newBackgroundTest(t)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"cost_multiplier":0.5}`, 200, nil)
+	p.changeUpstream(p.upstream, `"cost_multiplier":0.5`)
+	p.makeResponse(p.token)
+	b.set(responseJSON("resp_1", "completed", responseUsageJSON), false)
+	p.getResponse(p.token, "resp_1")
+	var row struct {
+		Cost      json.Number
+		Breakdown struct {
+			Cost  json.Number
+			Lines []struct{ Kind string }
+		} `json:"cost_breakdown"`
+	}
+	p.manage("GET", "/manage/requests/"+p.ledger()[0].ID, "", 200, &row)
+	lines := fmt.Sprint(row.Breakdown.Lines)
+	// 1200 x 1.25 + 20000 x 10 = 201500 micro-dollars, and a quarter of that.
+	if row.Cost != "0.050375" || row.Breakdown.Cost != row.Cost || lines != "[{input} {output} {reasoning_output} "+
+		"{cost_multiplier}]" {
+		t.Errorf("%+v", row)
 	}
 }

@@ -49,6 +49,7 @@ const (
 	kindFileSearch
 	kindCodeSession
 	kindImageCall
+	kindSearchSource // that a search of xAI used
 	numPriceKinds
 )
 
@@ -95,6 +96,7 @@ var priceKinds = [numPriceKinds]priceKindInfo{
 	kindFileSearch:       {"file_search_call", "file searches", perPiece},
 	kindCodeSession:      {"code_interpreter_session", "code interpreter sessions", perPiece},
 	kindImageCall:        {"image_generation_call", "image generation calls", perPiece},
+	kindSearchSource:     {"search_source", "search sources", perPiece},
 }
 
 func (k priceKind) String() string { return priceKinds[k].name }
@@ -223,7 +225,7 @@ type usageDetails struct {
 	characters, inputPictures, outputPictures int64 // likewise
 	queries                                   int64
 	webSearches, fileSearches                 int64 // calls of tools
-	codeSessions, imageCalls                  int64
+	codeSessions, imageCalls, searchSources   int64
 	audioInput, audioOutput                   int64 // in JSON only; otherwise in tokenCounts
 	multiplier                                int64 // the operator's, in ten-thousandths; 0: 1
 	searchContext                             searchContext
@@ -239,7 +241,7 @@ type usageCount struct {
 }
 
 // counts returns the counts of d in a fixed order.
-func (d *usageDetails) counts() [18]usageCount {
+func (d *usageDetails) counts() [19]usageCount {
 	return [...]usageCount{
 		{"cache_write_1h_tokens", &d.cacheWrite1h}, {"cached_audio_tokens", &d.cachedAudio},
 		{"cached_image_tokens", &d.cachedImage}, {"image_input_tokens", &d.imageInput},
@@ -247,8 +249,9 @@ func (d *usageDetails) counts() [18]usageCount {
 		{"input_characters", &d.characters}, {"input_pictures", &d.inputPictures},
 		{"output_pictures", &d.outputPictures}, {"queries", &d.queries}, {"web_search_calls", &d.webSearches},
 		{"file_search_calls", &d.fileSearches}, {"code_interpreter_sessions", &d.codeSessions},
-		{"image_generation_calls", &d.imageCalls}, {"audio_input_tokens", &d.audioInput},
-		{"audio_output_tokens", &d.audioOutput}, {"cost_multiplier_ten_thousandths", &d.multiplier},
+		{"image_generation_calls", &d.imageCalls}, {"search_sources", &d.searchSources},
+		{"audio_input_tokens", &d.audioInput}, {"audio_output_tokens", &d.audioOutput},
+		{"cost_multiplier_ten_thousandths", &d.multiplier},
 	}
 }
 
@@ -484,6 +487,7 @@ func billedQuantities(c *tokenCounts, d *usageDetails) (q quantities) {
 	q[kindInputPicture], q[kindOutputPicture] = d.inputPictures, d.outputPictures
 	q[kindWebSearch+priceKind(d.searchContext)] = d.webSearches
 	q[kindFileSearch], q[kindCodeSession], q[kindImageCall] = d.fileSearches, d.codeSessions, d.imageCalls
+	q[kindSearchSource] = d.searchSources
 	for k := numTokenKinds; k < numPriceKinds; k++ {
 		q[k] = min(max(q[k], 0), maxTokenCount)
 	}
@@ -533,6 +537,22 @@ func (p *price) cost(c *tokenCounts, d *usageDetails, lines *[]costLine) (nanos 
 		sum.multiply(&discount, "cost_multiplier")
 	}
 	return sum.nanos(), true
+}
+
+// unpricedKinds returns the names of the kinds that a call used and that have no price, which is why its cost is not
+// known; none if the reason is its tier, its speed, its region or its long context.
+func (p *price) unpricedKinds(c *tokenCounts, d *usageDetails) []string {
+	r, kinds := p.ratesFor(c.input, d.tier), []string{}
+	if r == nil {
+		return kinds
+	}
+	for k, n := range billedQuantities(c, d) {
+		kind := priceKind(k)
+		if n > 0 && (kind.isTool() && p.rates.rate(kind) < 0 || !kind.isTool() && r.rate(kind) < 0) {
+			kinds = append(kinds, kind.String())
+		}
+	}
+	return kinds
 }
 
 // multiplier returns by how much tokens cost more because of the call's region and speed, and false if that is not

@@ -314,7 +314,9 @@ type requestRow struct {
 	details               usageDetails
 	price                 *price // that the cost is made of; nil: none
 	promptSaved           int64  // nano-dollars that cached input would have cost more
-	cost                  int64  // nano-dollars; only valid if priced
+	pictureSize           string // for the price, like the next; "": not known
+	pictureQuality        string
+	cost                  int64 // nano-dollars; only valid if priced
 	priced                bool
 	firstByteUS           int64 // -1: no byte was sent
 	totalUS               int64

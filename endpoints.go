@@ -4,7 +4,7 @@
 package main
 
 import (
-	"bytes"
+	"cmp"
 	"errors"
 	"net/url"
 	"strings"
@@ -540,140 +540,52 @@ func (e *endpoint) hasOutputTokens() bool {
 	return e.meter != meterNone && e.meter != meterEmbeddings && e.pattern != "/v1/audio/speech"
 }
 
-// A costBound is what a call may cost at most, in nano-dollars.
-type costBound struct{ input, output int64 }
-
-// Bounds of what the request itself does not bound.
-const (
-	maxWebSearches  = 10  // in one call
-	maxFileSearches = 10  // likewise
-	minBytesASecond = 500 // of sound, however compressed
-	// A picture of 1024x1536 has at most so many tokens, and one of low or medium quality fewer.
-	maxPictureTokens, mediumPictureTokens, lowPictureTokens = 6_240, 1_584, 408
-)
-
-// costBound returns what a call may cost at most. d has the multipliers of the project and the region of the upstream.
-// If something that the request asks for has no bound, or its price is not known, unbounded is the name of the field.
-func (e *endpoint) costBound(
-	p *price, f *callFields, body []byte, est *estimate, d usageDetails,
-) (b costBound, unbounded string) {
-	if d.tier = f.dearestTier(); d.tier != tierStandard && !p.allTiers && p.tiers[d.tier] == nil {
-		return b, "service_tier"
-	}
-	if f.fast {
-		if d.speed = speedFast; p.fast == 0 && !p.allTiers {
-			return b, "speed"
-		}
-	}
-	plain := unescapeASCII(body)
-	mentions := func(text string) bool { return bytes.Contains(plain, []byte(text)) }
-	if d.region == regionAny && mentions("inference_geo") {
-		d.region = regionUS
-	}
-	input := tokenCounts{input: est.input}
-	output := tokenCounts{input: est.input, output: est.output} // a long input makes the output dearer
-	pictures := strings.HasPrefix(e.pattern, "/v1/images/")
-	if pictures {
-		output.output = mulSat(f.pictureTokens(), max(1, f.n))
-	}
-	atMost := func(bound *int64, c tokenCounts, d usageDetails) (known bool) {
-		nanos, ok := p.cost(&c, &d, nil)
-		*bound = max(*bound, nanos)
-		return ok
-	}
-	if !e.billsOtherwise(p) {
-		pictureOutput := d
-		if pictures {
-			pictureOutput.imageOutput = output.output
-		}
-		if !atMost(&b.input, input, d) || output.output > 0 && !atMost(&b.output, output, pictureOutput) {
-			return b, "model"
-		}
-		least := b.input
-		e.boundKinds(&b, input, output, d, mentions, atMost)
-		b.output = max(b.output-least, 0)
-	}
-	tools, unbounded := e.toolBound(p, f, est, body, d)
-	b.input = addSat(b.input, tools)
-	return b, unbounded
-}
-
-// boundKinds raises the bound to the dearest kinds of input and output that the body may ask for. A kind without a
-// price does not raise it: then nothing bills it, or the cost turns out to be unknown.
-func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails, mentions func(string) bool,
-	atMost func(*int64, tokenCounts, usageDetails) bool,
-) {
-	written, hour, sound, picture := input, d, input, d
-	written.cacheWrite, sound.audioInput = input.input, input.input
-	hour.cacheWrite1h, picture.imageInput = input.input, input.input
-	if e.api != apiAnthropic || mentions("cache_control") {
-		atMost(&b.input, written, d)
-	}
-	if mentions(`"1h"`) {
-		atMost(&b.input, written, hour)
-	}
-	if e.body == bodyForm || mentions("input_audio") {
-		atMost(&b.input, sound, d)
-	}
-	if strings.HasPrefix(e.pattern, "/v1/images/") || mentions("image") {
-		atMost(&b.input, input, picture)
-	}
-	if output.output == 0 {
-		return
-	}
-	thoughts, spoken := output, output
-	thoughts.reasoning, spoken.audioOutput = output.output, output.output
-	atMost(&b.output, thoughts, d)
-	if mentions(`"audio"`) {
-		atMost(&b.output, spoken, d)
-	}
-}
-
-// billsOtherwise reports whether the endpoint bills this model by something else than tokens.
-func (e *endpoint) billsOtherwise(p *price) bool {
+// completeUsage completes what a meter read with what the endpoint and the request say of it: speech is sound and
+// images are pictures, also where the answer does not say so; and models that are billed by the character or by the
+// picture have answers without usage. p is the price of the model, nil if it has none; host is the upstream's, which
+// says in which region it is.
+func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *price, host string) {
+	speech, images := e.pattern == "/v1/audio/speech", strings.HasPrefix(e.pattern, "/v1/images/")
+	d := &row.details
 	switch {
-	case e.pattern == "/v1/audio/speech":
-		return p.rates[kindInputCharacter] >= 0
-	case strings.HasPrefix(e.pattern, "/v1/images/"):
-		return p.rates[kindOutputPicture] >= 0 && p.rates[kindImageOutput] < 0 && p.rates[kindOutput] < 0
-	case strings.HasPrefix(e.pattern, "/v1/audio/"):
-		return p.rates[kindInputMinute] >= 0 && p.rates[kindInput] < 0
+	case m.hasUsage && speech && !m.usage.hasOutputDetails():
+		row.counts.audioOutput = row.counts.output
+	case m.hasUsage && images && !m.usage.hasOutputDetails():
+		d.imageOutput = row.counts.output
+	case m.hasUsage || m.failed || p == nil:
+	case speech && p.rates[kindInputCharacter] >= 0:
+		row.counts, row.source, d.characters = tokenCounts{}, usageExact, f.characters
+	case images && m.done && p.rates[kindOutputPicture] >= 0:
+		list := &m.scan.pictures
+		row.counts, row.source, d.outputPictures = tokenCounts{}, usageExact, cmp.Or(list.count, max(1, f.n))
+		row.pictureSize, row.pictureQuality = cmp.Or(list.size, f.size), cmp.Or(list.quality, f.quality)
 	}
-	return false
+	d.region = cmp.Or(d.region, hostRegion(host))
+	unknownSession := d.codeSessions > 0 && (f.sizedContainer || f.statefulParam != "") // it may have begun earlier
+	if unknownSession || p != nil && d.webSearches > 0 && f.plainSearch && p.isPreviewSearch() {
+		row.source = usageEstimated
+	}
+	if e.api == apiGemini && m.hasUsage && f.tools[toolWebSearch] { // answers do not count the searches that are billed
+		d.webSearches, row.source = max(1, d.webSearches), usageEstimated
+	}
+	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
+		d.webSearches = 1
+		if d.searchContext == searchContextUnknown && p != nil && p.rates[kindWebSearch] < 0 {
+			d.searchContext = searchContextLow
+		}
+	}
 }
 
-// toolBound returns what tools, characters, pictures and minutes may cost at most.
-func (e *endpoint) toolBound(p *price, f *callFields, est *estimate, body []byte, d usageDetails,
-) (nanos int64, unbounded string) {
-	field := "tools"
-	switch {
-	case e.pattern == "/v1/audio/speech" && !e.billsOtherwise(p):
-		return 0, "input" // sound of a length that nobody knows
-	case !e.billsOtherwise(p):
-	case e.pattern == "/v1/audio/speech":
-		d.characters, field = f.characters, "input"
-	case strings.HasPrefix(e.pattern, "/v1/images/"):
-		d.outputPictures, field = max(1, f.n), "n"
-	default:
-		d.inputMS, field = int64(len(body))*1000/minBytesASecond, "file"
-	}
-	if f.tools[toolWebSearch] {
-		d.webSearches, d.searchContext = maxWebSearches, searchContextHigh
-	} else if e.pattern == chatPattern && alwaysSearches(est.model) {
-		d.webSearches, d.searchContext, field = 1, searchContextHigh, "model"
-	}
-	if f.tools[toolFileSearch] {
-		d.fileSearches = maxFileSearches
-	}
-	if f.tools[toolCodeInterpreter] {
-		d.codeSessions = 1
-	}
-	if f.tools[toolImageGeneration] {
-		d.imageCalls = 1
-	}
-	nanos, ok := p.cost(&tokenCounts{}, &d, nil)
-	if !ok {
-		return 0, field
-	}
-	return nanos, ""
+// isPreviewSearch reports whether the price of a web search is that of the tool web_search_preview with a model that
+// does not reason. The tool web_search costs less, but its results count as input.
+func (p *price) isPreviewSearch() bool {
+	const plain = 10_000_000_000 // pico-dollars
+	return (p.from.Provider == "openai" || p.from.Provider == "azure") && p.rates[kindWebSearch] > plain
+}
+
+// alwaysSearches reports whether a model searches the web once in each call of /v1/chat/completions, and bills that.
+func alwaysSearches(model string) bool {
+	model = model[strings.LastIndexByte(model, '/')+1:]
+	return strings.Contains(model, "-search-preview") || strings.Contains(model, "-search-api") ||
+		strings.HasPrefix(model, "sonar") && !strings.HasPrefix(model, "sonar-deep")
 }

@@ -226,6 +226,7 @@ type priceView struct {
 	FileSearchCall          *json.RawMessage `json:"file_search_call"`
 	CodeInterpreterSession  *json.RawMessage `json:"code_interpreter_session"`
 	ImageGenerationCall     *json.RawMessage `json:"image_generation_call"`
+	SearchSource            *json.RawMessage `json:"search_source"`
 	AboveInputTokens        *json.RawMessage `json:"above_input_tokens"`
 	ServiceTier             *json.RawMessage `json:"service_tier"`
 	Multiplier              *json.RawMessage `json:"multiplier"`
@@ -241,14 +242,12 @@ func (v *priceView) setMembers(m priceMembers) {
 		&v.CachedAudioInput, &v.ImageInput, &v.CachedImageInput, &v.Output, &v.ReasoningOutput, &v.AudioOutput,
 		&v.ImageOutput, &v.InputMinute, &v.OutputMinute, &v.InputCharacter, &v.InputPicture, &v.OutputPicture,
 		&v.Query, &v.WebSearchCall, &v.WebSearchCallLow, &v.WebSearchCallMedium, &v.WebSearchCallHigh,
-		&v.FileSearchCall, &v.CodeInterpreterSession, &v.ImageGenerationCall,
+		&v.FileSearchCall, &v.CodeInterpreterSession, &v.ImageGenerationCall, &v.SearchSource,
 		&v.AboveInputTokens, &v.ServiceTier, &v.Multiplier, &v.UnknownAboveInputTokens}
 	for i, target := range targets {
-		name := ""
+		name := pricePartNames[max(i-int(numPriceKinds), 0)]
 		if i < int(numPriceKinds) {
 			name = priceKinds[i].name
-		} else {
-			name = pricePartNames[i-int(numPriceKinds)]
 		}
 		if text, ok := m[name]; ok {
 			*target = &text
@@ -394,26 +393,26 @@ func newCostBreakdown(p *price, c *tokenCounts, d *usageDetails) *costBreakdown 
 
 // breakdownOf returns what the cost of a call is made of, at the price that held when it began; nil if it has no
 // cost, if that is a sum of several costs, as with a batch, or if the call is from a time when prices were not kept.
-func (ops *operations) breakdownOf(ctx context.Context, v *requestView) (*costBreakdown, error) {
-	if v.nullCost == nil || v.billedPriceID == 0 {
-		return nil, nil
-	}
+// The list has the kinds of usage of which the price has none, if that is why there is no cost.
+func (ops *operations) breakdownOf(ctx context.Context, v *requestView) (*costBreakdown, []string, error) {
 	text, err := ops.store.billedPrice(ctx, v.billedPriceID)
 	if errors.Is(err, errNotFound) {
-		return nil, nil
+		return nil, []string{}, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	p, err := parseBilledPrice(text)
-	if err != nil {
-		return nil, fmt.Errorf("reading the price of a call: %w", err)
+	switch {
+	case err != nil:
+		return nil, nil, fmt.Errorf("reading the price of a call: %w", err)
+	case v.nullCost == nil:
+		return nil, p.unpricedKinds(&v.counts, &v.details), nil
 	}
-	b := newCostBreakdown(p, &v.counts, &v.details)
-	if b != nil && b.Cost != dollars(*v.nullCost) {
-		return nil, nil
+	if b := newCostBreakdown(p, &v.counts, &v.details); b != nil && b.Cost == dollars(*v.nullCost) {
+		return b, []string{}, nil
 	}
-	return b, nil
+	return nil, []string{}, nil
 }
 
 // describe writes the price for people: where it is from, and a line for each part.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -293,6 +294,10 @@ func TestCostsOverTheWire(t *testing.T) {
 		return `{"id":"msg_1","type":"message","role":"assistant","model":"` + model + `","content":[],"usage":` +
 			usage + `}`
 	}
+	response := func(model, item string) string { // 1000 x 2 + 100 x 8 a million with gpt-4.1
+		return `{"id":"resp_1","object":"response","status":"completed","model":"` + model + `","output":[` + item +
+			`],"usage":{"input_tokens":1000,"output_tokens":100,"total_tokens":1100}}`
+	}
 	for _, c := range []struct {
 		name, provider, path, model, members, answer, source, cost, details string
 	}{
@@ -329,6 +334,32 @@ func TestCostsOverTheWire(t *testing.T) {
 			"exact", "0.033907", `{"image_output_tokens":1056}`},
 		{"pictures by the piece", "compatible", "/v1/images/generations", "grok-imagine-image", `"n":2`,
 			`{"created":1,"data":[{"b64_json":"aGk="},{"b64_json":"aGk="}]}`, "exact", "0.04", `{"output_pictures":2}`},
+		{"fewer pictures than asked for", "compatible", "/v1/images/generations", "grok-imagine-image", `"n":4`,
+			`{"created":1,"data":[{"url":"https://example.com/[1]"}],"size":"1024x1024"}`, "exact", "0.02",
+			`{"output_pictures":1}`},
+		{"pictures by quality and size", "compatible", "/v1/images/generations", "grok-imagine-image-2.0",
+			`"quality":"high","size":"1024x1024"`, `{"data":[{"b64_json":"aGk="}],"quality":"low"}`, "exact", "0.04",
+			`{"output_pictures":1}`},
+		{"pictures of an unknown quality", "compatible", "/v1/images/generations", "grok-imagine-image-2.0", "",
+			`{"data":[{"b64_json":"aGk="}]}`, "estimated", "0.06", `{"output_pictures":1}`},
+		{"a tool without a price", "openai", "/v1/responses", "gpt-4o", `"tools":[{"type":"web_search"}]`,
+			response("gpt-4o", `{"type":"web_search_call","action":{"type":"search"}}`), "exact", "null",
+			`{"web_search_calls":1}`},
+		{"another search than listed", "openai", "/v1/responses", "gpt-4.1", `"tools":[{"type":"web_search"}]`,
+			response("gpt-4.1", `{"type":"web_search_call","action":{"type":"search"}}`), "estimated", "0.0278",
+			`{"web_search_calls":1}`},
+		{"a search as the list has it", "openai", "/v1/responses", "gpt-4.1",
+			`"tools":[{"type":"web_search_preview"}]`,
+			response("gpt-4.1", `{"type":"web_search_call","action":{"type":"search"}}`), "exact", "0.0278",
+			`{"web_search_calls":1}`},
+		{"a session", "openai", "/v1/responses", "gpt-4.1",
+			`"tools":[{"type":"code_interpreter","container":{"type":"auto"}}]`,
+			response("gpt-4.1", `{"type":"code_interpreter_call","container_id":"cntr_1"}`), "exact", "0.0328",
+			`{"code_interpreter_sessions":1}`},
+		{"a session of another size", "openai", "/v1/responses", "gpt-4.1",
+			`"tools":[{"type":"code_interpreter","container":{"type":"auto","memory_limit":"4g"}}]`,
+			response("gpt-4.1", `{"type":"code_interpreter_call","container_id":"cntr_1"}`), "estimated", "0.0328",
+			`{"code_interpreter_sessions":1}`},
 		{"speech by the character", "openai", "/v1/audio/speech", "tts-1", `"input":"h\u00e9llo"`, "ID3", "exact",
 			"0.000075", `{"input_characters":5}`},
 		{"cache writes for an hour", "anthropic", "/v1/messages", "claude-sonnet-4-5", `"max_tokens":5`,
@@ -363,11 +394,16 @@ func TestCostsOverTheWire(t *testing.T) {
 				UsageSource string          `json:"usage_source"`
 				Cost        json.RawMessage `json:"cost"`
 				Details     json.RawMessage `json:"usage_details"`
+				Missing     []string        `json:"unpriced_kinds"`
 			}
 			p.manage("GET", "/manage/requests/"+p.lastCall().ID, "", 200, &row)
 			if row.UsageSource != c.source || string(row.Cost) != c.cost || string(row.Details) != c.details {
 				t.Errorf("usage %s, cost %s, details %s; want %s, %s, %s", row.UsageSource, row.Cost, row.Details,
 					c.source, c.cost, c.details)
+			}
+			missing := c.cost == "null" && strings.Contains(c.details, "web_search_calls")
+			if missing != slices.Equal(row.Missing, []string{"web_search_call"}) || !missing && len(row.Missing) > 0 {
+				t.Errorf("kinds without a price: %v", row.Missing)
 			}
 		})
 	}

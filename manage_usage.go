@@ -179,6 +179,7 @@ func newAttributionReply(a *attribution) (v attributionReply) {
 type requestDetail struct {
 	requestReply
 	CostBreakdown *costBreakdown `json:"cost_breakdown"` // null: there is no cost, or its price is not known
+	UnpricedKinds []string       `json:"unpriced_kinds"` // of usage, for want of whose price the call has no cost
 }
 
 func newRequestReply(v *requestView) requestReply {
@@ -239,8 +240,8 @@ func (api *manageAPI) getRequest(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	breakdown, err := api.ops.breakdownOf(r.ctx, &v)
-	return requestDetail{newRequestReply(&v), breakdown}, err
+	breakdown, missing, err := api.ops.breakdownOf(r.ctx, &v)
+	return requestDetail{newRequestReply(&v), breakdown, missing}, err
 }
 
 func (api *manageAPI) listRequests(r *manageRequest) (any, error) {

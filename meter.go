@@ -68,6 +68,7 @@ type meter struct {
 	hasUsage      bool        // usage is from the answer
 	usage         usageFields // of all usable usage objects
 	tools         toolCounts  // of the response
+	doneTools     toolCounts  // of the items of a stream that are done; they count if the response does not come
 	scan          usageScanner
 	text          textCounter
 	textBytes     int64        // bytes of text in all deltas, or in all JSON documents
@@ -86,6 +87,7 @@ func newMeter(kind meterKind, sse, encoded, strip bool) *meter {
 		m.format = formatEncoded
 	}
 	m.scan.reset(false)
+	m.scan.media = kind == meterMedia || kind == meterTranscripts
 	return m
 }
 
@@ -317,6 +319,10 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	case m.format == formatUnknown: // so far nothing but white space
 		return tokenCounts{}, usageEstimated
 	case !m.hasUsage:
+		m.setDetails(usageDetails{inputMS: m.scan.durationMS}) // of which it is not known how it is rounded
+		if m.scan.durationMS > 0 {
+			return tokenCounts{}, usageEstimated
+		}
 		m.unmeasured = m.kind == meterMedia || m.kind == meterTranscripts && m.format == formatOther
 		return tokenCounts{output: m.estimateOutput()}, usageEstimated
 	}
@@ -350,8 +356,12 @@ const compression = 3
 func (m *meter) setDetails(d usageDetails) {
 	named := &m.scan.conditions
 	d.tier, d.speed, d.region, d.searchContext = named.tier, named.speed, named.region, named.searchContext
-	d.webSearches += m.tools.webSearches
-	d.fileSearches, d.codeSessions, d.imageCalls = m.tools.fileSearches, m.tools.codeSessions, m.tools.imageCalls
+	tools := &m.tools
+	if *tools == (toolCounts{}) {
+		tools = &m.doneTools
+	}
+	d.webSearches += tools.webSearches
+	d.fileSearches, d.codeSessions, d.imageCalls = tools.fileSearches, tools.codeSessions, tools.imageCalls
 	m.details = d
 }
 
@@ -405,6 +415,9 @@ func (s *usageScanner) slotFor(name []byte) slot {
 	case scopeTop:
 		if s.batch {
 			return batchSlot(name)
+		}
+		if sl := mediaSlot(name); s.media && sl != slotNone {
+			return sl
 		}
 		if s.readID && string(name) == "id" && !s.readNested {
 			return slotID
@@ -499,6 +512,10 @@ func topLevelSlot(name []byte, readNested bool) slot {
 		return slotOutputList
 	case "service_tier":
 		return slotServiceTier
+	case "item":
+		if readNested {
+			return slotItem
+		}
 	case "response", "message":
 		if readNested {
 			return slotNested
@@ -534,7 +551,8 @@ func batchSlot(name []byte) slot {
 // isAnswer reports whether a value of this kind, at the top level, is a part of an answer.
 func (s slot) isAnswer() bool {
 	switch s {
-	case slotAnswer, slotUsage, slotChoices, slotCandidates, slotFeedback, slotNested, slotVendor, slotOutputList:
+	case slotAnswer, slotPictures, slotUsage, slotChoices, slotCandidates, slotFeedback, slotNested, slotVendor,
+		slotOutputList:
 		return true
 	}
 	return false

@@ -46,6 +46,7 @@ const (
 	slotCachedImage
 	slotCitations
 	slotWebSearches
+	slotSearchSources
 	slotToolInput // what tools have read, beside slotInput
 	slotTotal
 	numCountSlots // the slots above are counts
@@ -89,6 +90,11 @@ const (
 	slotModalityCount
 	slotCustomID // of a line in the results of a batch
 	slotData
+	slotItem     // of an event that shows one item of a response
+	slotPictures // the list of pictures in an answer
+	slotSize     // of these, like the next
+	slotQuality
+	slotDuration // of sound, where the answer is a transcript
 )
 
 // A responseStatus is how far a stored response has come.
@@ -122,7 +128,7 @@ const (
 	scopeUsage
 	scopeInputDetails
 	scopeOutputDetails
-	scopeChoice    // an element of choices
+	scopeChoice    // an element of choices, or of pictures
 	scopeVendor    // an object that may have usage: x_groq, or result
 	scopeBaseResp  // base_resp of MiniMax
 	scopeIteration // an element of usage.iterations
@@ -184,7 +190,11 @@ type usageScanner struct {
 	idLen  int
 
 	tools      toolCounts   // of the document
-	item       outputItem   // the current element of output
+	item       outputItem   // the current element of output, or the item of an event
+	inEvent    bool         // it is the latter
+	media      bool         // the answer is sound, pictures or a transcript
+	pictures   pictureList  // in the answer
+	durationMS int64        // of its sound
 	part       modalityPart // the current element of the details of Gemini's counts
 	conditions usageDetails // the last tier, speed, region and search context; reset keeps them
 
@@ -216,6 +226,7 @@ func (s *usageScanner) reset(readNested bool) {
 	s.eventType, s.typeSeen, s.typeIsDelta = eventNone, false, false
 	s.readNested, s.state, s.level, s.depth, s.escaped = readNested, scanStart, 0, 0, false
 	s.tools, s.isResult, s.hasData = toolCounts{}, false, false
+	s.item, s.inEvent = outputItem{}, false
 }
 
 // feedAll reads the next bytes of a document that nothing follows.
@@ -377,6 +388,9 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeServerTools)
 	case object && s.slot == slotItemAction:
 		s.enterObject(scopeAction)
+	case object && s.slot == slotItem:
+		s.inEvent = true
+		s.enterObject(scopeItem)
 	case !object && s.slot == slotData:
 		s.hasData, s.depth, s.state = true, 1, scanSkip
 	case !object && s.slot.isList():
@@ -421,13 +435,16 @@ func (s *usageScanner) leaveObject() {
 	case scopeUsage:
 		s.usageSeen = true
 	case scopeChoice, scopeCandidate:
-		s.state = scanNext
+		if s.state = scanNext; s.list == slotPictures {
+			s.pictures.count++
+		}
 	case scopeModality:
 		s.state = scanNext
 		s.usage.addPart(s.list, s.part)
 	case scopeItem:
-		s.state = scanNext
-		s.tools.add(&s.item)
+		if s.tools.add(&s.item); !s.inEvent {
+			s.state = scanNext
+		}
 	case scopeIteration:
 		if s.state = scanNext; s.billed {
 			s.usage.addBeside(&s.iteration)
@@ -576,8 +593,12 @@ func (s *usageScanner) readScalar(p []byte, i int) int {
 
 // setNumber stores a number that may be in quotes.
 func (s *usageScanner) setNumber(text []byte) {
-	if s.slot == slotSeconds {
+	switch s.slot {
+	case slotSeconds:
 		s.usage.byDuration, s.usage.inputMS = true, parseMilliseconds(text)
+		return
+	case slotDuration:
+		s.durationMS = parseMilliseconds(text)
 		return
 	}
 	s.setCount(parseTokenCount(text))
@@ -649,6 +670,8 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		s.item.set(s.slot, text)
 	case slotCustomID:
 		s.isResult = true
+	case slotSize, slotQuality:
+		s.pictures.set(s.slot, text)
 	default:
 		s.setNumber(text[:min(len(text), maxCountLen+1)])
 	}

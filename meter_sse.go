@@ -230,7 +230,11 @@ const (
 	eventEnd                             // the last event
 	eventResponseEnd                     // the last event, with the usage in `response`
 	eventResponseFailed                  // the same, and the answer is an error
+	eventItemDone                        // an item of a response is complete
 )
+
+// itemDone is the name of the event with a complete item of a response.
+const itemDone = "response.output_item.done"
 
 func eventTypeOf(name []byte) eventType {
 	switch string(name) {
@@ -247,6 +251,8 @@ func eventTypeOf(name []byte) eventType {
 		return eventResponseEnd
 	case "response.failed":
 		return eventResponseFailed
+	case itemDone:
+		return eventItemDone
 	}
 	return eventOther
 }
@@ -451,7 +457,7 @@ func (m *meter) readMembers(data []byte) (relevant bool) {
 	name := m.reader.cutter.eventName() // the event's `event:` line gives the type, and marks errors
 	untyped := len(name) == 0 || string(name) == "message"
 	counts := m.countsText() && isDeltaName(name)
-	relevant = m.kind == meterGemini // each of its events has usage
+	relevant = m.kind == meterGemini || string(name) == itemDone // each event of Gemini's has usage
 	for i := 0; ; i++ {
 		if i = indexFrom(data, i, ':'); i == len(data) {
 			return relevant
@@ -530,6 +536,10 @@ func (m *meter) applyEvent(complete bool) bool {
 	}
 	m.text = textCounter{}
 	switch kind {
+	case eventItemDone:
+		if s.tools != (toolCounts{}) { // the item has come whole
+			m.doneTools.add(&s.item)
+		}
 	case eventEnd, eventResponseEnd, eventResponseFailed:
 		m.done = true
 		m.failed = m.failed || kind == eventResponseFailed || e.parsing && s.statusFailed

@@ -12,7 +12,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"strings"
 )
 
 // maxBilledTokens is the most that one call is billed for. No model reads or writes as much in one call, so a
@@ -185,7 +184,7 @@ func (f *usageFields) details(c *tokenCounts) usageDetails {
 		cacheWrite1h: min(max(f.n[slotCacheWrite1h], 0)+f.beside[slotCacheWrite1h], c.cacheWrite),
 		cachedAudio:  at(slotCachedAudio, c.cached), cachedImage: at(slotCachedImage, c.cached),
 		imageInput: at(slotImageInput, c.input), imageOutput: at(slotImageOutput, c.output),
-		webSearches: max(f.n[slotWebSearches], 0),
+		webSearches: max(f.n[slotWebSearches], 0), searchSources: max(f.n[slotSearchSources], 0),
 	}
 	if f.n[slotCitations] >= 0 { // Perplexity counts what was read and thought beside the others
 		c.input += f.n[slotCitations]
@@ -207,6 +206,35 @@ func parseMilliseconds(text []byte) int64 {
 		return 0
 	}
 	return int64(math.Round(v * 1000))
+}
+
+// A pictureList is what an answer says of its pictures.
+type pictureList struct {
+	count         int64
+	size, quality string // "": it does not say
+}
+
+func (l *pictureList) set(s slot, text []byte) {
+	target := &l.size
+	if s == slotQuality {
+		target = &l.quality
+	}
+	*target = string(text[:min(len(text), maxPictureField)])
+}
+
+// mediaSlot is slotFor in an answer with pictures, or in a transcript.
+func mediaSlot(name []byte) slot {
+	switch string(name) {
+	case "data":
+		return slotPictures
+	case "size":
+		return slotSize
+	case "quality":
+		return slotQuality
+	case "duration":
+		return slotDuration
+	}
+	return slotNone
 }
 
 // toolCounts are how often an answer used the tools that a provider bills by the call.
@@ -372,7 +400,7 @@ func (f *usageFields) addPart(list slot, part modalityPart) {
 func (s slot) isList() bool {
 	switch s {
 	case slotChoices, slotIterations, slotOutputList, slotCandidates, slotInputDetails, slotOutputDetails,
-		slotCachedDetails:
+		slotCachedDetails, slotPictures:
 		return true
 	}
 	return false
@@ -552,6 +580,8 @@ func usageSlot(name []byte) slot {
 		return slotSearchContext
 	case "num_search_queries":
 		return slotWebSearches
+	case "num_sources_used": // xAI
+		return slotSearchSources
 	case "citation_tokens":
 		return slotCitations
 	case "reasoning_tokens":
@@ -624,43 +654,4 @@ func detailSlot(in jsonScope, name []byte) slot {
 		return slotWebSearches
 	}
 	return slotNone
-}
-
-// completeUsage completes what a meter read with what the endpoint and the request say of it: speech is sound and
-// images are pictures, also where the answer does not say so; and models that are billed by the character or by the
-// picture have answers without usage. p is the price of the model, nil if it has none; host is the upstream's, which
-// says in which region it is.
-func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *price, host string) {
-	speech, images := e.pattern == "/v1/audio/speech", strings.HasPrefix(e.pattern, "/v1/images/")
-	d := &row.details
-	switch {
-	case m.hasUsage && speech && !m.usage.hasOutputDetails():
-		row.counts.audioOutput = row.counts.output
-	case m.hasUsage && images && !m.usage.hasOutputDetails():
-		d.imageOutput = row.counts.output
-	case m.hasUsage || m.failed || p == nil:
-	case speech && p.rates[kindInputCharacter] >= 0:
-		row.counts, row.source, d.characters = tokenCounts{}, usageExact, f.characters
-	case images && m.done && p.rates[kindOutputPicture] >= 0:
-		row.counts, row.source, d.outputPictures = tokenCounts{}, usageExact, max(1, f.n)
-	}
-	if d.region == regionAny {
-		d.region = hostRegion(host)
-	}
-	if e.api == apiGemini && m.hasUsage && f.tools[toolWebSearch] { // answers do not count the searches that are billed
-		d.webSearches, row.source = max(1, d.webSearches), usageEstimated
-	}
-	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
-		d.webSearches = 1
-		if d.searchContext == searchContextUnknown && p != nil && p.rates[kindWebSearch] < 0 {
-			d.searchContext = searchContextLow
-		}
-	}
-}
-
-// alwaysSearches reports whether a model searches the web once in each call of /v1/chat/completions, and bills that.
-func alwaysSearches(model string) bool {
-	model = model[strings.LastIndexByte(model, '/')+1:]
-	return strings.Contains(model, "-search-preview") || strings.Contains(model, "-search-api") ||
-		strings.HasPrefix(model, "sonar") && !strings.HasPrefix(model, "sonar-deep")
 }

@@ -60,6 +60,7 @@ var pricesJSON string
 type priceTable struct {
 	date   string              // of the list
 	listed map[priceKey]*price // by provider and name
+	sized  map[string]bool     // models whose pictures have prices by quality and size
 	any    map[string]*price   // by name: that of the first provider in the order of priceProviders
 	free   *price
 
@@ -108,7 +109,7 @@ func parsePrices(text string) (*priceTable, error) {
 		return nil, errors.New("prices are not in US dollars per million tokens")
 	}
 	t := &priceTable{date: list.Date, listed: make(map[priceKey]*price, 2*len(list.Models)),
-		any: make(map[string]*price, 2*len(list.Models)), free: freePrice()}
+		any: make(map[string]*price, 2*len(list.Models)), sized: map[string]bool{}, free: freePrice()}
 	for _, m := range list.Models {
 		if err := t.addListed(m, list.Tools); err != nil {
 			return nil, err
@@ -177,6 +178,9 @@ func (t *priceTable) addListed(m priceMembers, tools map[string]priceMembers) er
 			return fmt.Errorf("%s %s: the name %q is listed twice, empty, or a pattern", provider, model, name)
 		}
 		t.listed[key] = p
+		if parts := strings.Split(name, "/"); len(parts) == 3 && strings.Contains(parts[1], "-x-") {
+			t.sized[parts[2]] = true
+		}
 	}
 	return nil
 }
@@ -404,9 +408,11 @@ func (t *priceTable) lookup(vendor, model string, at int64) *price {
 func (t *priceTable) priceRow(r *requestRow, vendor string, models ...string) (listed bool) {
 	r.cost, r.priced, r.price, r.promptSaved = 0, false, nil, 0
 	try := func(vendor, model string) (found bool) {
-		if p := t.lookup(vendor, model, r.started); p != nil {
+		if p := t.lookupPicture(vendor, model, r); p != nil {
 			if r.cost, r.priced = p.cost(&r.counts, &r.details, nil); r.priced {
 				r.price, r.promptSaved = p, p.promptSaved(r)
+			} else if r.price == nil {
+				r.price = p // it says which prices are missing
 			}
 			return true
 		}
@@ -421,6 +427,21 @@ func (t *priceTable) priceRow(r *requestRow, vendor string, models ...string) (l
 		try("", models[len(models)-1])
 	}
 	return listed
+}
+
+// lookupPicture is lookup for a row. Pictures may have prices of their own by quality and size, under names such as
+// low/1024-x-1024/MODEL. If there are some and the row lacks these, its cost is an estimate.
+func (t *priceTable) lookupPicture(vendor, model string, r *requestRow) *price {
+	size := strings.Replace(r.pictureSize, "x", "-x-", 1)
+	if r.details.outputPictures > 0 && t.sized[model[strings.LastIndexByte(model, '/')+1:]] {
+		if size == "" || size == "auto" || r.pictureQuality == "" || r.pictureQuality == "auto" {
+			r.source = usageEstimated
+		}
+		if p := t.lookup(vendor, r.pictureQuality+"/"+size+"/"+model, r.started); p != nil {
+			return p
+		}
+	}
+	return t.lookup(vendor, model, r.started)
 }
 
 // promptSaved returns by how much more the row would have cost if its cached input had been read anew.

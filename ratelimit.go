@@ -14,6 +14,7 @@
 package main
 
 import (
+	"bytes"
 	"math"
 	"strings"
 	"sync"
@@ -498,4 +499,148 @@ func (r *reservation) durable() bool {
 		}
 	}
 	return false
+}
+
+// A costBound is what a call may cost at most, in nano-dollars.
+type costBound struct{ input, output int64 }
+
+// Bounds of what the request itself does not bound.
+const (
+	maxWebSearches   = 10 // in one call
+	maxFileSearches  = 10 // likewise, as is the next
+	maxSearchSources = 50
+	minBytesASecond  = 500 // of sound, however compressed
+	// A picture of 1024x1536 has at most so many tokens, and one of low or medium quality fewer.
+	maxPictureTokens, mediumPictureTokens, lowPictureTokens = 6_240, 1_584, 408
+)
+
+// costBound returns what a call may cost at most. d has the multipliers of the project and the region of the upstream.
+// If something that the request asks for has no bound, or its price is not known, unbounded is the name of the field.
+func (e *endpoint) costBound(
+	p *price, f *callFields, body []byte, est *estimate, d usageDetails,
+) (b costBound, unbounded string) {
+	if d.tier = f.dearestTier(); d.tier != tierStandard && !p.allTiers && p.tiers[d.tier] == nil {
+		return b, "service_tier"
+	}
+	if f.fast {
+		if d.speed = speedFast; p.fast == 0 && !p.allTiers {
+			return b, "speed"
+		}
+	}
+	plain := unescapeASCII(body)
+	mentions := func(text string) bool { return bytes.Contains(plain, []byte(text)) }
+	if d.region == regionAny && mentions("inference_geo") {
+		d.region = regionUS
+	}
+	input := tokenCounts{input: est.input}
+	output := tokenCounts{input: est.input, output: est.output} // a long input makes the output dearer
+	pictures := strings.HasPrefix(e.pattern, "/v1/images/")
+	if pictures {
+		output.output = mulSat(f.pictureTokens(), max(1, f.n))
+	}
+	atMost := func(bound *int64, c tokenCounts, d usageDetails) (known bool) {
+		nanos, ok := p.cost(&c, &d, nil)
+		*bound = max(*bound, nanos)
+		return ok
+	}
+	if !e.billsOtherwise(p) {
+		pictureOutput := d
+		if pictures {
+			pictureOutput.imageOutput = output.output
+		}
+		if !atMost(&b.input, input, d) || output.output > 0 && !atMost(&b.output, output, pictureOutput) {
+			return b, "model"
+		}
+		least := b.input
+		e.boundKinds(&b, input, output, d, mentions, atMost)
+		b.output = max(b.output-least, 0)
+	}
+	tools, unbounded := e.toolBound(p, f, est, body, d)
+	b.input = addSat(b.input, tools)
+	return b, unbounded
+}
+
+// boundKinds raises the bound to the dearest kinds of input and output that the body may ask for. A kind without a
+// price does not raise it: then nothing bills it, or the cost turns out to be unknown.
+func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails, mentions func(string) bool,
+	atMost func(*int64, tokenCounts, usageDetails) bool,
+) {
+	written, hour, sound, picture := input, d, input, d
+	written.cacheWrite, sound.audioInput = input.input, input.input
+	hour.cacheWrite1h, picture.imageInput = input.input, input.input
+	if e.api != apiAnthropic || mentions("cache_control") {
+		atMost(&b.input, written, d)
+	}
+	if mentions(`"1h"`) {
+		atMost(&b.input, written, hour)
+	}
+	if e.body == bodyForm || mentions("input_audio") {
+		atMost(&b.input, sound, d)
+	}
+	if strings.HasPrefix(e.pattern, "/v1/images/") || mentions("image") {
+		atMost(&b.input, input, picture)
+	}
+	if output.output == 0 {
+		return
+	}
+	thoughts, spoken := output, output
+	thoughts.reasoning, spoken.audioOutput = output.output, output.output
+	atMost(&b.output, thoughts, d)
+	if mentions(`"audio"`) {
+		atMost(&b.output, spoken, d)
+	}
+}
+
+// billsOtherwise reports whether the endpoint bills this model by something else than tokens.
+func (e *endpoint) billsOtherwise(p *price) bool {
+	switch {
+	case e.pattern == "/v1/audio/speech":
+		return p.rates[kindInputCharacter] >= 0
+	case strings.HasPrefix(e.pattern, "/v1/images/"):
+		return p.rates[kindOutputPicture] >= 0 && p.rates[kindImageOutput] < 0 && p.rates[kindOutput] < 0
+	case strings.HasPrefix(e.pattern, "/v1/audio/"):
+		return p.rates[kindInputMinute] >= 0 && p.rates[kindInput] < 0
+	}
+	return false
+}
+
+// toolBound returns what tools, characters, pictures and minutes may cost at most.
+func (e *endpoint) toolBound(p *price, f *callFields, est *estimate, body []byte, d usageDetails,
+) (nanos int64, unbounded string) {
+	field := "tools"
+	switch {
+	case e.pattern == "/v1/audio/speech" && !e.billsOtherwise(p):
+		return 0, "input" // sound of a length that nobody knows
+	case !e.billsOtherwise(p):
+	case e.pattern == "/v1/audio/speech":
+		d.characters, field = f.characters, "input"
+	case strings.HasPrefix(e.pattern, "/v1/images/"):
+		d.outputPictures, field = max(1, f.n), "n"
+	default:
+		d.inputMS, field = int64(len(body))*1000/minBytesASecond, "file"
+	}
+	if f.tools[toolWebSearch] {
+		d.webSearches, d.searchContext = maxWebSearches, searchContextHigh
+	} else if e.pattern == chatPattern && alwaysSearches(est.model) {
+		d.webSearches, d.searchContext, field = 1, searchContextHigh, "model"
+	}
+	if f.tools[toolFileSearch] {
+		d.fileSearches = maxFileSearches
+	}
+	if f.tools[toolCodeInterpreter] {
+		if d.codeSessions = 1; f.sizedContainer {
+			return 0, "tools" // the price of another size is not known
+		}
+	}
+	if f.tools[toolLiveSearch] && p.rates[kindSearchSource] >= 0 {
+		d.searchSources, field = maxSearchSources, "search_parameters"
+	}
+	if f.tools[toolImageGeneration] {
+		d.imageCalls = 1
+	}
+	nanos, ok := p.cost(&tokenCounts{}, &d, nil)
+	if !ok {
+		return 0, field
+	}
+	return nanos, ""
 }

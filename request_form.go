@@ -323,6 +323,8 @@ type billedFields struct {
 	fast          bool                  // speed asks for fast answers
 	size, quality string                // of pictures
 	tools         [numBilledTools]bool  // that tools names
+	// Of tools: a web search that is no preview, and a container that may have another size than the usual one.
+	plainSearch, sizedContainer bool
 }
 
 // A billedTool is a tool that providers bill by the call.
@@ -333,17 +335,18 @@ const (
 	toolFileSearch
 	toolCodeInterpreter
 	toolImageGeneration
+	toolLiveSearch // of xAI, which is no element of tools
 	numBilledTools
 )
 
-var billedToolNames = [numBilledTools]string{"web_search", "file_search", "code_interpreter", "image_generation"}
+var billedToolNames = [toolLiveSearch]string{"web_search", "file_search", "code_interpreter", "image_generation"}
 
 // isBilledField reports whether billedFields have a field of this name.
 func isBilledField(name []byte) bool {
 	switch len(name) {
-	case 4, 5, 7, 12, 18:
+	case 4, 5, 7, 12, 17, 18:
 		for _, n := range [...]string{"size", "input", "speed", "tools", "quality", "service_tier",
-			"web_search_options"} {
+			"web_search_options", "search_parameters"} {
 			if len(n) == len(name) && strings.EqualFold(string(name), n) {
 				return true
 			}
@@ -378,6 +381,10 @@ func (f *billedFields) set(name, raw []byte) {
 		for tool, n := range billedToolNames {
 			f.tools[tool] = f.tools[tool] || bytes.Contains(raw, []byte(n))
 		}
+		f.plainSearch = bytes.Count(raw, []byte("web_search")) > bytes.Count(raw, []byte("web_search_preview"))
+		f.sizedContainer = bytes.Contains(raw, []byte("memory_limit")) || bytes.Contains(raw, []byte("cntr_"))
+	case is("search_parameters"):
+		f.tools[toolLiveSearch] = string(raw) != "null"
 	case is("web_search_options"):
 		f.tools[toolWebSearch] = f.tools[toolWebSearch] || string(raw) != "null"
 	}

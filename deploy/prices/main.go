@@ -286,7 +286,7 @@ func decimal(n json.Number, factor int64, places int) json.Number {
 }
 
 // tools are the prices of tools that providers charge with every model, by their price pages.
-const tools = `{"anthropic": {"web_search_call": 0.01}, ` +
+const tools = `{"anthropic": {"web_search_call": 0.01}, "x-ai": {"search_source": 0.025}, ` +
 	`"openai": {"file_search_call": 0.0025, "code_interpreter_session": 0.03}}`
 
 func format(date string, models []*model) []byte {
