@@ -29,41 +29,6 @@ const (
 	lowDiskBytes       = 1 << 30
 )
 
-// A dashPeriod is the time that a dashboard covers: whole steps up to the one that has begun, and
-// the period before.
-type dashPeriod struct {
-	name, title      string
-	lengthMS, stepMS int64 // milliseconds
-	from, to         int64 // to is the end of the step that has begun
-	prevFrom, prevTo int64 // as much of the period before as has passed of this one
-	grain            string
-}
-
-// dashPeriods returns the periods to choose from.
-func dashPeriods(now int64) []dashPeriod {
-	out := []dashPeriod{
-		{name: "24h", title: "24 hours", lengthMS: dayMS, stepMS: hourMS, grain: "hour"},
-		{name: "7d", title: "7 days", lengthMS: 7 * dayMS, stepMS: 6 * hourMS, grain: "hour"},
-		{name: "30d", title: "30 days", lengthMS: 30 * dayMS, stepMS: dayMS, grain: "day"},
-		{name: "90d", title: "90 days", lengthMS: 90 * dayMS, stepMS: dayMS, grain: "day"},
-	}
-	for i := range out {
-		p := &out[i]
-		p.to = now - now%p.stepMS + p.stepMS
-		unit := int64(dayMS) // longer periods start at midnight
-		if p.lengthMS == dayMS {
-			unit = hourMS
-		}
-		p.from = now - now%unit + unit - p.lengthMS
-		hour := now - now%hourMS + hourMS
-		p.prevFrom, p.prevTo = p.from-p.lengthMS, hour-p.lengthMS
-	}
-	return out
-}
-
-func (p *dashPeriod) steps() int         { return int((p.to - p.from) / p.stepMS) }
-func (p *dashPeriod) index(at int64) int { return int((at - p.from) / p.stepMS) }
-
 // A dashQuery is what a dashboard shows.
 type dashQuery struct {
 	dashPeriod
@@ -113,13 +78,12 @@ func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery
 	q := &dashQuery{now: r.now.UnixMilli(), groupBy: cmp.Or(values.Get("by"), "project"),
 		metric: cmp.Or(values.Get("measure"), "calls"), projectID: values.Get("project"),
 		maxExactTokens: maxExactTokens, sampleSize: maxSampledCalls}
-	period := cmp.Or(values.Get("period"), "7d")
-	for _, p := range dashPeriods(q.now) {
-		if p.name == period {
-			q.dashPeriod = p
-		}
+	var err error
+	if q.dashPeriod, err = parsePeriod(q.now, cmp.Or(values.Get("period"), "7d"), values.Get("from"),
+		values.Get("to")); err != nil {
+		return nil, err
 	}
-	err := cmp.Or(checkChoice("period", period, "24h", "7d", "30d", "90d"),
+	err = cmp.Or(
 		checkChoice("measure", q.metric, "calls", "tokens", "cost"),
 		checkChoice("by", q.groupBy, "project", "model"))
 	if err != nil {
@@ -193,7 +157,7 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 	if sum := d.cacheSum(); err != nil || q.projectSeq != 0 || sum.hits == 0 && sum.cached == 0 {
 		return d, err
 	}
-	byProject := usageQuery{interval: "total", hourly: q.lengthMS == dayMS, byProject: true}
+	byProject := usageQuery{interval: "total", hourly: !q.hasWholeDays(), byProject: true}
 	d.cacheByProject, err = s.usage(ctx, q.usageQuery(byProject))
 	return d, err
 }
@@ -229,7 +193,7 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 	if q.projectSeq != 0 {
 		return nil
 	}
-	d.projects, err = s.usageShares(ctx, q.usageQuery(usageQuery{hourly: q.lengthMS == dayMS, byProject: true}))
+	d.projects, err = s.usageShares(ctx, q.usageQuery(usageQuery{hourly: !q.hasWholeDays(), byProject: true}))
 	q.sortLargestFirst(d.projects)
 	if err != nil || q.groupBy != "project" {
 		return err
@@ -251,7 +215,7 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 // readTokens reads the usage of each token: of all calls of the period or, with too many tokens
 // to add up, of the latest calls.
 func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
-	byToken := usageQuery{hourly: q.lengthMS == dayMS, byToken: true, limit: q.maxExactTokens}
+	byToken := usageQuery{hourly: !q.hasWholeDays(), byToken: true, limit: q.maxExactTokens}
 	d.tokens, err = s.usageShares(ctx, q.usageQuery(byToken))
 	if errors.Is(err, errTooManyRows) {
 		d.sampledCalls = q.sampleSize
@@ -270,6 +234,9 @@ type dashView struct {
 	Alerts                             []dashAlert
 	Tiles                              []tile
 	Since, PreviousFrom, PreviousTo    timestamp
+	Until                              *timestamp  // nil: now
+	From, To                           string      // of a range of days, as the form sends them
+	IsCommon                           bool        // the period is one of the first
 	Charts                             []chartView // usage, errors, first byte, total time
 	Rankings                           []rankingTable
 	Cache                              *cacheFigure // nil: the cache answered no call
@@ -336,8 +303,10 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		}
 		v.NoCalls = last == 0
 	}
-	for _, p := range dashPeriods(q.now) {
-		v.Periods = append(v.Periods, option{p.name, p.title})
+	v.Periods, v.From, v.To = periodOptions(q.now), q.fromDay, q.toDay
+	v.IsCommon = slices.ContainsFunc(v.Periods[:commonPeriods], func(o option) bool { return o.Value == q.name })
+	if q.to <= q.now {
+		v.Until = new(timestamp(q.to))
 	}
 	running := int64(0)
 	for _, c := range ui.running.admittedCalls(ui.started) {
@@ -490,8 +459,11 @@ func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) ra
 
 // callsURL returns the list of the calls that the dashboard covers and that match a filter.
 func (q *dashQuery) callsURL(filter, value string) string {
-	from := time.UnixMilli(q.from).UTC().Format("2006-01-02T15:04")
-	values := url.Values{"from": {from}, filter: {value}}
+	values := url.Values{filter: {value}, "period": {q.name}}
+	if q.fromDay != "" {
+		values = url.Values{filter: {value}, "from": {timestamp(q.from).datetimeLocal()},
+			"to": {timestamp(q.to).datetimeLocal()}}
+	}
 	if q.projectID != "" {
 		values.Set("project", q.projectID)
 	}
@@ -502,7 +474,7 @@ func (q *dashQuery) callsURL(filter, value string) string {
 func (q *dashQuery) rankingLink(title string, v *usageShare) string {
 	switch {
 	case title == "Projects" && v.label == "": // otherwise it was deleted
-		return "/admin/dashboard?" + url.Values{"period": {q.name}, "project": {v.id}, "measure": {q.metric}}.Encode()
+		return "/admin/dashboard?" + q.addTo(url.Values{"project": {v.id}, "measure": {q.metric}}).Encode()
 	case title == "Tokens":
 		return "/admin/tokens/" + url.PathEscape(v.id)
 	case title == "Models" && v.id != "":

@@ -530,12 +530,11 @@ func TestDashboardAttentionIsOfNow(t *testing.T) {
 			t.Errorf("%s: %s\nwant %s", query, got, want)
 		}
 	}
-	from := regexp.MustCompile(`/admin/requests\?[^"]*from=(\d{4}-\d\d-\d\dT\d\d)`)
-	for _, period := range []string{"30d", "90d"} {
-		page := html.UnescapeString(b.get("/admin/dashboard?period=" + period).body)
-		links := from.FindAllStringSubmatch(strings.ReplaceAll(page, "%3A", ":"), -1)
-		if len(links) < 2 || links[0][1] != links[1][1] {
-			t.Errorf("%s: the links are %q", period, links)
+	days := time.Now().UTC().AddDate(0, 0, -40).Format("from=2006-01-02") + time.Now().UTC().Format("&to=2006-01-02")
+	for _, period := range []string{"period=30d", "period=90d", days} {
+		page := html.UnescapeString(b.get("/admin/dashboard?" + period).body)
+		if n := strings.Count(page, "/admin/requests?"); n < 2 || strings.Contains(page, "/admin/requests?model=m\"") {
+			t.Errorf("%s: %d links", period, n)
 		}
 		lists := regexp.MustCompile(`href="(/admin/requests\?[^"]*(?:model|endpoint)=[^"]*)"`)
 		for _, m := range lists.FindAllStringSubmatch(page, -1) {
@@ -570,5 +569,63 @@ func TestProjectWithoutUpstream(t *testing.T) {
 	p.manage("PATCH", upstream, `{"is_active":false}`, 200, nil)
 	if invites(bare.ID) || invites(p.project) {
 		t.Error("projects with an inactive upstream invite to make tokens")
+	}
+}
+
+// TestPeriods: the periods of the dashboard and of the list of calls, and the period before that each is compared with.
+func TestPeriods(t *testing.T) {
+	t.Parallel()
+	at := func(text string) int64 {
+		for _, layout := range []string{"2006-01-02T15", time.DateOnly} {
+			if v, err := time.Parse(layout, text); err == nil {
+				return v.UnixMilli()
+			}
+		}
+		t.Fatal(text)
+		return 0
+	}
+	now := at("2026-03-11T14") + 25*60_000 // a Wednesday
+	for _, c := range []struct {
+		name, from, to                     string // as they are asked for
+		wantFrom, wantTo, before, beforeTo string
+		steps                              int
+	}{
+		{"24h", "", "", "2026-03-10T15", "2026-03-11T15", "2026-03-09T15", "2026-03-10T15", 24},
+		{"7d", "", "", "2026-03-05", "2026-03-11T18", "2026-02-26", "2026-03-04T15", 27},
+		{"30d", "", "", "2026-02-10", "2026-03-12", "2026-01-11", "2026-02-09T15", 30},
+		{"today", "", "", "2026-03-11", "2026-03-11T15", "2026-03-10", "2026-03-10T15", 15},
+		{"yesterday", "", "", "2026-03-10", "2026-03-11", "2026-03-09", "2026-03-10", 24},
+		{"this-week", "", "", "2026-03-09", "2026-03-11T18", "2026-03-02", "2026-03-04T15", 11},
+		{"last-week", "", "", "2026-03-02", "2026-03-09", "2026-02-23", "2026-03-02", 28},
+		{"this-month", "", "", "2026-03-01", "2026-03-12", "2026-02-01", "2026-02-11T15", 11},
+		{"last-month", "", "", "2026-02-01", "2026-03-01", "2026-01-01", "2026-01-29", 28},
+		{"7d", "2026-03-01", "2026-03-02", "2026-03-01", "2026-03-03", "2026-02-27", "2026-03-01", 48},
+		{"7d", "2026-01-01", "2026-03-31", "2026-01-01", "2026-03-12", "2025-10-03", "2025-12-11T15", 70},
+		{"7d", "2026-03-11", "", "2026-03-11", "2026-03-11T15", "2026-03-10", "2026-03-10T15", 15},
+		{"7d", "", "2026-03-02", "2026-02-24", "2026-03-03", "2026-02-17", "2026-02-24", 28},
+	} {
+		p, err := parsePeriod(now, c.name, c.from, c.to)
+		if err != nil || p.from != at(c.wantFrom) || p.to != at(c.wantTo) || p.prevFrom != at(c.before) ||
+			p.prevTo != at(c.beforeTo) || p.steps() != c.steps || p.index(now) >= p.steps() && p.to > now {
+			show := func(v int64) string { return time.UnixMilli(v).UTC().Format("2006-01-02T15") }
+			t.Errorf("%+v: %v, from %s to %s, before %s to %s, %d steps", c, err, show(p.from), show(p.to),
+				show(p.prevFrom), show(p.prevTo), p.steps())
+		}
+	}
+	for _, c := range [][3]string{{"1y"}, {"range"}, {"", "x"}, {"", "2026-03-02", "2026-03-01"}, {"", "2026-03-12"},
+		{"", "2020-01-01", "2026-01-01"}, {"", "1970-01-01", "1970-01-02"}, {"", "", "9999-99-99"},
+		{"", "2026-02-30"}, {"", "2026-03-01T10:00"}} {
+		if p, err := parsePeriod(now, c[0], c[1], c[2]); err == nil {
+			t.Errorf("%v: %+v", c, p)
+		}
+	}
+	for k := range int64(800) { // on no day of the year and at no hour is a period empty, or compared with itself
+		now := at("2026-01-01") + k*11*hourMS + k*7
+		for _, p := range dashPeriods(now) {
+			if p.from >= p.to || p.prevFrom >= p.prevTo || p.prevTo > p.from || p.to > now+dayMS || p.from > now ||
+				(p.to-p.from)%p.stepMS != 0 || p.steps() > 100 {
+				t.Errorf("at %d: %+v", now, p)
+			}
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"errors"
+	"maps"
 	"math"
 	"net/http"
 	"net/url"
@@ -27,7 +28,7 @@ type requestsView struct {
 	Problem                       string   // with the filters
 	FilterNames                   []string // those that a download takes
 	Projects, Outcomes, Endpoints []option
-	CacheStates                   []option
+	CacheStates, Periods          []option
 	Rows                          []requestListItem
 	Next                          string
 	Partial                       bool // more calls may match than were scanned
@@ -45,7 +46,7 @@ type requestListItem struct {
 
 // filterNames returns the filters, which the form, the pages and the download of the list share.
 func filterNames() []string {
-	return []string{"from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache",
+	return []string{"period", "from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache",
 		"session", "end_user", "tag"}
 }
 
@@ -98,8 +99,28 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 	return f, ""
 }
 
-// parseRequestFilter is the function of the same name, for a project that records end users by their hashes too.
+// withPeriod returns the filters with the times of the period instead of its name. Times that are given count more.
+func withPeriod(query url.Values, now time.Time) (url.Values, error) {
+	name := query.Get("period")
+	if name == "" || query.Get("from") != "" || query.Get("to") != "" {
+		return query, nil
+	}
+	p, err := parsePeriod(now.UnixMilli(), name, "", "")
+	if err != nil {
+		return nil, err
+	}
+	query = maps.Clone(query)
+	query.Set("from", time.UnixMilli(p.from).UTC().Format(time.RFC3339))
+	query.Set("to", time.UnixMilli(p.to).UTC().Format(time.RFC3339))
+	return query, nil
+}
+
+// parseRequestFilter is the function of the same name, with the periods of the pages, and for a project that records
+// end users by their hashes too.
 func (ui *adminUI) parseRequestFilter(r *pageRequest, query url.Values) (f requestFilter, problem string, err error) {
+	if query, err = withPeriod(query, r.now); err != nil {
+		return f, "There is no such period.", nil
+	}
 	if f, problem = parseRequestFilter(query); problem != "" || f.endUser == "" {
 		return f, problem, nil
 	}
@@ -141,6 +162,7 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v.Outcomes, v.Endpoints = options("", "All outcomes"), options("", "All endpoints")
+	v.Periods = append(options("", "Any time"), periodOptions(r.now.UnixMilli())...)
 	v.CacheStates = options("", "All", cacheHit, "Hit", cacheNone, "None")
 	for _, o := range allOutcomes() {
 		v.Outcomes = append(v.Outcomes, option{string(o), outcomeLabel(o)})
@@ -525,6 +547,9 @@ func (ui *adminUI) exportDashboard(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	details := []auditField{{"period", q.name}, {"project", q.projectID}}
+	if q.fromDay != "" {
+		details = append(details, auditField{"from", q.fromDay}, auditField{"to", q.toDay})
+	}
 	return ui.download(r, "dashboard", details, func(w http.ResponseWriter) error {
 		e := newExportWriter(w, "csv", "dashboard", r.now)
 		d.writeCSV(q, e)

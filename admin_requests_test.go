@@ -199,6 +199,40 @@ func TestRequestPage(t *testing.T) {
 	}
 }
 
+// TestRequestsPeriod: the list of calls takes the periods of the dashboard, and so does its download.
+func TestRequestsPeriod(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	token, err := p.instance.store.tokenByID(t.Context(), p.tokenID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ago := range []time.Duration{time.Minute, 5 * 24 * time.Hour, 80 * 24 * time.Hour} {
+		p.instance.ledger.recordRefused(&requestRow{id: minIDAt(time.Now().Add(-ago)), project: token.project,
+			token: token.seq, endpoint: "POST /v1/chat/completions", outcome: outcomeOK, source: usageNone,
+			firstByteUS: -1, started: time.Now().Add(-ago).UnixMilli()}, true)
+	}
+	p.waitSettled()
+	day := time.Now().UTC().AddDate(0, 0, -6).Format("2006-01-02T15:04")
+	for query, want := range map[string]int{"": 3, "period=": 3, "period=24h": 1, "period=7d": 2, "period=30d": 2,
+		"period=90d": 3, "period=24h&from=" + day: 2, "period=90d&outcome=refused": 0} {
+		if ids, _ := parseCallList(b.get("/admin/requests?" + query).body); len(ids) != want {
+			t.Errorf("%s lists %q, want %d", query, ids, want)
+		}
+		form, err := url.ParseQuery(query + "&format=jsonl")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res := b.post("/admin/requests/export", form); strings.Count(res.body, "\n") != want {
+			t.Errorf("the download of %s has %q, want %d", query, res.body, want)
+		}
+	}
+	if page := b.get("/admin/requests?period=1y").body; !strings.Contains(page, "There is no such period.") {
+		t.Error("an unknown period is not an error")
+	}
+}
+
 // TestEndedCallsAreListed: a call that has ended is nowhere listed as running, even right after its end. Its outcome
 // has the same words on every page.
 func TestEndedCallsAreListed(t *testing.T) {

@@ -478,12 +478,12 @@ func TestAttributionUsage(t *testing.T) {
 		"group_by=session&interval=total&top=1":                 "s1:3 none:3 other:5",
 		"group_by=session&interval=total&token_id=" + p.tokenID: "s1:3 s2:3 s3:2",
 	} {
-		got := ""
+		var got strings.Builder
 		for _, r := range read(query) {
-			got += " " + r.Session + r.EndUser + r.Tag + r.Rest + ":" + fmt.Sprint(r.Calls)
+			got.WriteString(" " + r.Session + r.EndUser + r.Tag + r.Rest + ":" + fmt.Sprint(r.Calls))
 		}
-		if strings.TrimSpace(got) != want {
-			t.Errorf("%s: got%s, want %s", query, got, want)
+		if strings.TrimSpace(got.String()) != want {
+			t.Errorf("%s: got%s, want %s", query, got.String(), want)
 		}
 	}
 	for _, query := range []string{"group_by=session,end_user", "group_by=tag:", "group_by=tag:Team",

@@ -254,6 +254,68 @@ describe('the pages', { skip }, () => {
     await visitor.context.close();
   });
 
+  test('times are in the time zone of the browser, and pages refresh themselves as chosen', async () => {
+    const visitor = await Visitor.start(browser, proxy.url, { timezoneId: 'Asia/Tokyo' });
+    const plain = await Visitor.start(browser, proxy.url, { javaScriptEnabled: false });
+    await (await call(proxy.token)).text();
+    const { id, started_at: started } = await proxy.settled();
+    for (const v of [visitor, plain]) {
+      await v.page.goto(`${proxy.url}/admin/sign-in`);
+      await v.signIn(proxy.managementToken);
+      await v.page.goto(`${proxy.url}/admin/requests/${id}`);
+    }
+    const utc = started.slice(0, 19).replace('T', ' ');
+    const tokyo = new Date(Date.parse(started) + 9 * 3600_000).toISOString().slice(0, 19).replace('T', ' ');
+    const time = visitor.page.locator('time[data-show=second]').first();
+    assert.equal(await time.textContent(), tokyo);
+    assert.ok((await time.getAttribute('title')).startsWith(`${utc} UTC`));
+    await visitor.page.getByText(/^Started \((GMT\+9|JST)\)$/).waitFor();
+    assert.equal(await plain.page.locator('time[data-show=second]').first().textContent(), utc);
+    await plain.page.getByText('Started (UTC)', { exact: true }).waitFor();
+
+    await plain.page.goto(`${proxy.url}/admin/requests`);
+    assert.equal(await plain.page.getByLabel('Refresh').isVisible(), false);
+    const { page } = visitor;
+    await page.clock.install();
+    for (const [path, first] of [['/admin/requests', '0'], ['/admin/dashboard', '60'], ['/admin/streams', '10']]) {
+      await page.goto(proxy.url + path);
+      assert.equal(await page.getByLabel('Refresh').inputValue(), first, path);
+      await page.getByLabel('Refresh').selectOption('every 10 s');
+      await page.reload();
+      assert.equal(await page.getByLabel('Refresh').inputValue(), '10', `${path} remembers the choice`);
+      const fetched = page.waitForRequest((r) => r.url() === proxy.url + path && r.headers()['x-auto-refresh'] === '1');
+      await page.clock.runFor(10_000);
+      await fetched;
+    }
+    await page.goto(`${proxy.url}/admin/requests`);
+    await page.locator('table.calls').waitFor();
+    const before = await page.locator('table.calls tbody tr').count();
+    await (await call(proxy.token)).text();
+    await proxy.settled();
+    await page.clock.runFor(10_000);
+    await page.waitForFunction((n) => document.querySelectorAll('table.calls tbody tr').length > n, before);
+    assert.match(await page.locator('time[data-show=clock]').first().getAttribute('title'), / UTC/, 'a refreshed part has local times');
+
+    await page.goto(`${proxy.url}/admin/dashboard`);
+    await page.getByText('More periods').first().click();
+    await page.getByText('Yesterday', { exact: true }).click();
+    await page.getByRole('button', { name: 'Apply', exact: true }).click();
+    await page.waitForURL(/period=yesterday/);
+    await page.getByLabel('From').fill('2026-01-01');
+    await page.getByLabel('To, inclusive').fill('2026-01-31');
+    await page.getByRole('button', { name: 'Apply', exact: true }).click();
+    await page.waitForURL(/from=2026-01-01&to=2026-01-31/);
+    assert.ok(!page.url().includes('period='), 'dates replace the period');
+    await page.goto(`${proxy.url}/admin/requests`);
+    await page.getByLabel('Period (UTC)').selectOption('24 hours');
+    await page.getByRole('button', { name: 'Apply', exact: true }).click();
+    await page.waitForURL(/period=24h/);
+    for (const v of [visitor, plain]) {
+      assert.deepEqual(v.problems, []);
+      await v.context.close();
+    }
+  });
+
   test('every page is sound at any width, in light and dark mode', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
@@ -292,7 +354,7 @@ describe('the pages', { skip }, () => {
     const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
     paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, `${project}/empty-cache`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
       '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini', '/admin/prices/list?search=gpt-5', '/admin/prices/simulate?model=gpt-4o-mini&input_tokens=1000',
-      '/admin/dashboard?period=24h&measure=tokens&by=model', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
+      '/admin/dashboard?period=24h&measure=tokens&by=model', '/admin/dashboard?period=last-week', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
       '/admin/audit/verify', '/admin/account');
     for (const path of paths.slice(1)) await check(path);
     assert.deepEqual(visitor.problems, []);

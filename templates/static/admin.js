@@ -44,31 +44,86 @@ if (lifetime && date) {
   lifetime.addEventListener("input", () => { if (lifetime.value) date.value = ""; });
 }
 
-// A part of a page with data-refresh="seconds" and an id is fetched again at that interval, while the page is
-// visible and the focus is not inside the part.
-function refresh(part) {
-  const every = Number(part.dataset.refresh) * 1000;
-  if (!(every >= 1000) || !part.id) return;
-  const later = () => setTimeout(async () => {
-    const now = document.getElementById(part.id);
-    if (!now) return;
-    if (document.hidden || now.contains(document.activeElement)) return later();
+// Periods: a range of days or times and a choice of the list exclude each other.
+const bounds = document.querySelectorAll("form.filters [name=from], form.filters [name=to]");
+const periods = document.querySelectorAll("form.filters [name=period]");
+for (const bound of periods.length ? bounds : []) {
+  bound.addEventListener("input", () => {
+    if (bound.value) for (const p of periods) { if (p.type === "radio") p.checked = false; else p.value = ""; }
+  });
+}
+for (const p of periods) {
+  p.addEventListener("input", () => {
+    if (p.value) for (const bound of bounds) bound.value = "";
+  });
+}
+
+// Times are shown in the browser's time zone; hovering shows them in UTC.
+function localTimes(root) {
+  const two = (n) => String(n).padStart(2, "0");
+  for (const e of root.querySelectorAll("time[data-show]")) {
+    const at = new Date(e.dateTime);
+    if (isNaN(at)) continue;
+    const date = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+    const minute = `${two(at.getHours())}:${two(at.getMinutes())}`, second = two(at.getSeconds());
+    const utc = e.dateTime.replace("T", " ").replace("Z", " UTC");
+    e.title = e.title ? `${utc}, ${e.title}` : utc;
+    e.textContent = { minute: `${date} ${minute}`, second: `${date} ${minute}:${second}`, clock: `${minute}:${second}`, date }[e.dataset.show];
+  }
+  const zone = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" }).formatToParts().find((p) => p.type === "timeZoneName");
+  for (const e of root.querySelectorAll("[data-zone]")) e.textContent = zone ? zone.value : "local time";
+}
+
+// Parts of a page with data-refresh and an id are fetched again at the interval that was chosen for the page, while the
+// page is visible and the focus is not inside the part.
+function startRefresh(choice) {
+  const remembered = "refresh " + location.pathname;
+  let timer = 0;
+  const schedule = () => {
+    clearTimeout(timer);
+    const seconds = Number(choice.value);
+    if (seconds > 0) timer = setTimeout(update, seconds * 1000);
+  };
+  const update = async () => {
     try {
-      const answer = await fetch(location.href, { headers: { "X-Auto-Refresh": "1" } });
-      if (!answer.ok || answer.redirected) return;
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      const fresh = page.getElementById(part.id);
-      if (!fresh) return;
-      now.replaceWith(document.adoptNode(fresh));
-      copyButtons(fresh);
+      if (!document.hidden) {
+        const answer = await fetch(location.href, { headers: { "X-Auto-Refresh": "1" } });
+        if (!answer.ok || answer.redirected) return;
+        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+        for (const old of document.querySelectorAll("[data-refresh]")) {
+          const fresh = page.getElementById(old.id);
+          if (!fresh || old.contains(document.activeElement)) continue;
+          old.replaceWith(document.adoptNode(fresh));
+          copyButtons(fresh);
+          localTimes(fresh);
+        }
+      }
     } catch {
       // The next attempt may reach the server again.
     }
-    later();
-  }, every);
-  later();
+    schedule();
+  };
+  let value = choice.dataset.default;
+  try {
+    value = localStorage.getItem(remembered) ?? value;
+  } catch {
+    // Without storage, each page starts with its own interval.
+  }
+  choice.value = [...choice.options].some((o) => o.value === value) ? value : choice.dataset.default;
+  choice.addEventListener("input", () => {
+    try {
+      localStorage.setItem(remembered, choice.value);
+    } catch {
+      // The choice counts for this page only.
+    }
+    schedule();
+  });
+  choice.closest("[hidden]").hidden = false;
+  schedule();
 }
 
 copyButtons(document);
+localTimes(document);
 document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
-for (const part of document.querySelectorAll("[data-refresh]")) refresh(part);
+const choice = document.getElementById("refresh");
+if (choice) startRefresh(choice);
