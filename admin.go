@@ -42,6 +42,7 @@ type adminDeps struct {
 	endpoints       *endpointTable
 	databaseProblem func() string // returns what is wrong with the database file, "" if nothing
 	diskUse         func(context.Context) (diskUsage, error)
+	storms          func(now int64) []failingRequest
 	keyID           string // of the encryption key
 	started         time.Time
 }

@@ -253,6 +253,8 @@ type dashAlert struct {
 	Upstream, Reason, Limit  string
 	UsedPercent              string // of the limit
 	At                       timestamp
+	Calls, Endpoint, Link    string // of a storm; Link leads to its calls
+	Last                     timestamp
 	Others                   int64 // tokens
 	AtLeast                  bool  // there are more than Others
 	FreeBytes, DatabaseBytes int64
@@ -366,7 +368,8 @@ func (d *dashData) tiles() []tile {
 	}
 	inOut := groupDigits(now.input) + " in, " + groupDigits(now.output) + " out"
 	tiles := []tile{
-		count("Calls", now.calls, was.calls, unitCount, groupDigits(now.errors[1])+" refused by policy"),
+		count("Calls", now.calls, was.calls, unitCount, groupDigits(now.errors[1])+" refused by policy, "+
+			pluralize(d.cacheSum().clientRetries, "retry", "retries")+" of clients"),
 		count("Tokens", now.totals().tokens, was.totals().tokens, unitCount, inOut),
 		count("Cost", now.cost, was.cost, unitMoney, priced),
 		errorTile(now, was),
@@ -509,7 +512,23 @@ func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dash
 		}
 		alerts = append(alerts, alert)
 	}
+	alerts = append(alerts, ui.stormAlerts(q)...)
 	return append(alerts, d.expiryAlerts(q)...), nil
+}
+
+// stormAlerts lists the requests that fail again and again.
+func (ui *adminUI) stormAlerts(q *dashQuery) (alerts []dashAlert) {
+	for _, s := range ui.storms(q.now) {
+		if !q.includes(s.projectID) || len(alerts) == maxAlertsPerKind {
+			continue
+		}
+		link := url.Values{"token": {s.tokenID}, "from": {timestamp(s.firstAt).datetimeLocal()}}
+		alerts = append(alerts, dashAlert{Level: "warn", Kind: "storm", Project: s.project, ProjectID: s.projectID,
+			Token: s.tokenName, TokenID: s.tokenID, Reason: s.code, Calls: groupDigits(s.failures),
+			Endpoint: s.endpoint.name(), Link: "/admin/requests?" + link.Encode(), At: timestamp(s.firstAt),
+			Last: timestamp(s.lastAt)})
+	}
+	return alerts
 }
 
 // includes reports whether the dashboard covers a project.

@@ -656,7 +656,8 @@ func (e *exportWriter) writeRequest(v *requestView) {
 		q.ErrorCode, string(q.UsageSource), formatInt(q.InputTokens), formatInt(q.CachedTokens),
 		formatInt(q.CacheWriteTokens), formatInt(q.OutputTokens), formatInt(q.ReasoningTokens), cost,
 		millisCell(q.FirstByteMS), millisCell(q.TotalMS), strconv.Itoa(q.Attempts), q.LimitHit, q.Cache,
-		formatNanos(int64(q.Saved)), millisCell(&q.SavedMS), q.Session, q.EndUser, q.Tags.text())
+		formatNanos(int64(q.Saved)), millisCell(&q.SavedMS), q.Session, q.EndUser, q.Tags.text(),
+		q.RoutedBy, formatInt(q.ClientRetry), q.IdempotencyHash)
 }
 
 func (e *exportWriter) writeRequestHeader() {
@@ -665,7 +666,7 @@ func (e *exportWriter) writeRequestHeader() {
 		"error_code", "usage_source", "input_tokens", "cached_tokens",
 		"cache_write_tokens", "output_tokens", "reasoning_tokens", "cost",
 		"first_byte_ms", "total_ms", "attempts", "limit_hit", "cache", "saved", "saved_ms",
-		"session", "end_user", "tags")
+		"session", "end_user", "tags", "routed_by", "client_retry", "idempotency_hash")
 }
 
 func formatInt(n int64) string { return strconv.FormatInt(n, 10) }

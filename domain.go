@@ -325,6 +325,10 @@ type requestRow struct {
 	saved                 int64       // nano-dollars that a hit would have cost
 	savedUS               int64       // how much longer a hit would have taken
 	attemptLog            string      // JSON; "" if one attempt was enough
+	routedBy              string      // affinitySession or affinityPrompt; "": by priority and weight
+	clientRetry           int64       // how often the client has sent the call before, as it says; 0: never, or unsaid
+	idempotencyHash       int64       // keyed, of the token and the Idempotency-Key; 0: there is none
+	isClientRetry         bool        // clientRetry is not 0, or the token has sent the Idempotency-Key before
 	limitHit              string      // the limit that refused the call, or the shadow limit that would have
 	wouldRefuse           bool        // limitHit is a shadow limit
 	requestedModel        string      // the model that the client asked for
@@ -350,7 +354,8 @@ func (r *requestRow) durableFields() []any {
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse, &r.promptSaved,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
 		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted, &r.attribution,
-		&r.batch, &r.batchLines, &r.linesCounted}
+		&r.batch, &r.batchLines, &r.linesCounted,
+		&r.routedBy, &r.clientRetry, &r.idempotencyHash, &r.isClientRetry}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)
 	}
@@ -626,25 +631,6 @@ func expectedType(target any) string {
 		return "a list of objects"
 	}
 	return "of another type"
-}
-
-// validateName checks the name of a project, upstream, token or key. A name must not change how the text
-// around it is displayed.
-func validateName(s string) error {
-	if s == "" || len(s) > 100 {
-		return &fieldError{"name", "must have 1 to 100 bytes"}
-	}
-	invisible := func(r rune) bool { // control characters, line separators and changes of text direction
-		return r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' ||
-			r >= '\u202a' && r <= '\u202e' || r >= '\u2066' && r <= '\u2069'
-	}
-	if strings.ContainsFunc(s, invisible) {
-		return &fieldError{"name", "must not contain control characters"}
-	}
-	if strings.TrimSpace(s) != s {
-		return &fieldError{"name", "must not begin or end with white space"}
-	}
-	return nil
 }
 
 // durationMS reads a duration from the beginning of v, such as 1m30.5s, 20 seconds or PT30S. It returns

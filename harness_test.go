@@ -322,6 +322,9 @@ type requestEntry struct {
 	Session                               string   `json:"session"`
 	EndUser                               string   `json:"end_user"`
 	Tags                                  tagList  `json:"tags"`
+	RoutedBy                              string   `json:"routed_by"`
+	ClientRetry                           int64    `json:"client_retry"`
+	IdempotencyHash                       string   `json:"idempotency_hash"`
 }
 
 // ledger returns the rows of all calls, oldest first, after all calls are settled.

@@ -278,7 +278,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
 		registry: in.registry, limits: limits, ledger: in.ledger, running: in.running, contentKey: in.contentKey,
 		cache: in.cache, endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
-		prices: &in.prices, databaseProblem: in.databaseProblem,
+		prices: &in.prices, retries: newRetryTracker(in.metrics), databaseProblem: in.databaseProblem,
 	})
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
@@ -306,6 +306,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 			cfg: cfg, log: in.log, store: in.store, ops: in.operations, auth: auth, registry: in.registry,
 			limits: limits, ledger: in.ledger, running: in.running, endpoints: endpoints,
 			databaseProblem: in.databaseProblem, diskUse: diskUse, keyID: in.sealer.id(), started: started,
+			storms: in.proxy.retries.storms,
 		})
 	}
 	return err

@@ -680,3 +680,22 @@ func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
 	}
 	return f, nil
 }
+
+// validateName checks the name of a project, upstream, token or key. A name must not change how the text
+// around it is displayed.
+func validateName(s string) error {
+	if s == "" || len(s) > 100 {
+		return &fieldError{"name", "must have 1 to 100 bytes"}
+	}
+	invisible := func(r rune) bool { // control characters, line separators and changes of text direction
+		return r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' ||
+			r >= '\u202a' && r <= '\u202e' || r >= '\u2066' && r <= '\u2069'
+	}
+	if strings.ContainsFunc(s, invisible) {
+		return &fieldError{"name", "must not contain control characters"}
+	}
+	if strings.TrimSpace(s) != s {
+		return &fieldError{"name", "must not begin or end with white space"}
+	}
+	return nil
+}

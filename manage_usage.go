@@ -158,6 +158,9 @@ type requestReply struct {
 	SavedMS          float64       `json:"saved_ms"`     // how much longer the provider would have taken
 	ServiceTier      string        `json:"service_tier"` // "" for the standard one
 	UsageDetails     usageDetails  `json:"usage_details"`
+	RoutedBy         string        `json:"routed_by"`        // session, prompt, failover or ""
+	ClientRetry      int64         `json:"client_retry"`     // as the client counts; 0: its first attempt, or unsaid
+	IdempotencyHash  string        `json:"idempotency_hash"` // "" if there is no Idempotency-Key
 	attributionReply
 }
 
@@ -212,6 +215,9 @@ func newRequestReply(v *requestView) requestReply {
 		SavedMS:          float64(v.savedUS) / 1000,
 		ServiceTier:      v.details.tier.String(),
 		UsageDetails:     v.details,
+		RoutedBy:         v.routedByText(),
+		ClientRetry:      v.clientRetry,
+		IdempotencyHash:  v.idempotencyText(),
 		attributionReply: newAttributionReply(v.attribution),
 	}
 	out.UsageDetails.audioInput, out.UsageDetails.audioOutput = v.counts.audioInput, v.counts.audioOutput
@@ -321,6 +327,7 @@ type usageReply struct {
 	Saved           dollars    `json:"saved"` // by these
 	SavedMS         float64    `json:"saved_ms"`
 	PromptSaved     dollars    `json:"prompt_cache_saved"` // what cached input would have cost more
+	ClientRetries   *int64     `json:"client_retries,omitempty"`
 }
 
 const maxUsageRows = 10_000
@@ -422,7 +429,7 @@ func (q *usageQuery) newReply(u *usageRow) usageReply {
 	if q.byCache {
 		v.Cache = &u.cache
 	} else { // the sums do not say which of these calls the cache answered
-		v.WouldRefuse = &u.wouldRefuse
+		v.WouldRefuse, v.ClientRetries = &u.wouldRefuse, &u.clientRetries
 	}
 	return v
 }

@@ -176,8 +176,10 @@ type metrics struct {
 	attempts  vector[[2]string, [attemptResultCount]atomic.Int64] // upstream, provider
 	refusals  vector[[2]string, atomic.Int64]                     // error code, class
 	requests  vector[[2]string, atomic.Int64]                     // route ("GET /manage/tokens"), status ("2xx")
+	retries   vector[[1]string, atomic.Int64]                     // project
 
 	overhead           histogram
+	retryStorms        atomic.Int64 // requests that have failed again and again
 	activeStreams      atomic.Int64 // streams that are being relayed
 	openConnections    atomic.Int64 // of clients
 	suppressedLogLines atomic.Int64 // about unauthenticated callers
@@ -186,7 +188,7 @@ type metrics struct {
 func newMetrics() *metrics {
 	m := &metrics{}
 	m.endpoints.max, m.models.max, m.attempts.max = maxEndpointSeries, maxModelSeries, maxUpstreamSeries
-	m.refusals.max, m.requests.max = maxCodeSeries, maxCodeSeries
+	m.refusals.max, m.requests.max, m.retries.max = maxCodeSeries, maxCodeSeries, maxUpstreamSeries
 	return m
 }
 
@@ -254,6 +256,11 @@ func addCounter(counter *atomic.Int64, n int64) {
 // countAttempt counts a request to a provider that has ended.
 func (m *metrics) countAttempt(u *upstream, result attemptResult) {
 	m.attempts.get([2]string{u.id, u.provider}, [2]string{otherLabel, otherLabel})[result].Add(1)
+}
+
+// countClientRetry counts a call of a project that its client had sent before.
+func (m *metrics) countClientRetry(project string) {
+	m.retries.get([1]string{project}, [1]string{otherLabel}).Add(1)
 }
 
 // resultOfStatus returns the result of an attempt that a provider answered.
@@ -461,6 +468,10 @@ func (m *metrics) writeRequests(w *metricsWriter) {
 			w.writeInt(results[i].Load(), "upstream", l[0], "provider", l[1], "result", name)
 		}
 	})
+	w.beginFamily("client_retries_total", "counter", "Calls that clients had sent before, as far as that is known.")
+	m.retries.each(func(l [1]string, n *atomic.Int64) { w.writeInt(n.Load(), "project", l[0]) })
+	w.beginFamily("retry_storms_total", "counter", "Requests of a token that failed ten times in a row.")
+	w.writeInt(m.retryStorms.Load())
 	w.beginFamily("http_requests_total", "counter", "Requests to URLs outside /v1, by route and class of status.")
 	m.requests.each(func(l [2]string, n *atomic.Int64) { w.writeInt(n.Load(), "route", l[0], "status", l[1]) })
 }

@@ -349,6 +349,7 @@ func TestMetricsPage(t *testing.T) {
 	m.countAttempt(openai, attemptOK)
 	m.countAttempt(openai, attemptOK)
 	m.countAttempt(anthropic, attemptTimeout)
+	m.countClientRetry("proj_1")
 	m.countRequest("GET /healthz", 200)
 	m.countRequest("", 404)
 	m.countRequest("GET /manage/tokens", 0)

@@ -43,6 +43,7 @@ type proxyDeps struct {
 	ids             *idSource
 	addresses       *addressReader
 	prices          *atomic.Pointer[priceTable]
+	retries         *retryTracker
 	databaseProblem func() string // describes what is wrong with the database file; "" if nothing
 }
 

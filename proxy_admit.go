@@ -315,16 +315,6 @@ func (c *call) pickUpstream(want criteria) *upstream {
 	return u
 }
 
-// findAffinity returns what keeps the call together with others, so that they get the upstream that has their prompt
-// cached.
-func (c *call) findAffinity() affinity {
-	body := c.body
-	if !c.endpoint.hasOutputTokens() {
-		body = nil
-	}
-	return c.project.affinityOf(c.attribution.value(sessionAttribute), body, &c.fields)
-}
-
 // readAt returns when the call's body had been read, in unix milliseconds: its first upstream is chosen then.
 func (c *call) readAt() int64 { return c.start.Add(c.times.bodyRead).UnixMilli() }
 

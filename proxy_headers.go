@@ -1,7 +1,7 @@
 // This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
 // of other sites need (CORS_ORIGINS). It also decides which query parameters pass, reads the headers that ask for a
-// WebSocket or a buffered stream, and finds the credential that a request presents. It sends nothing and checks no
-// token.
+// WebSocket or a buffered stream, and finds the credential that a request presents. At its end, it finds out which
+// calls belong together. It sends nothing and checks no token.
 package main
 
 import (
@@ -495,4 +495,24 @@ func eachDirective(lines []string, do func(name, value string)) {
 func forbidsStoring(lines []string) (forbidden bool) {
 	eachDirective(lines, func(name, _ string) { forbidden = forbidden || name == "no-store" || name == "private" })
 	return forbidden
+}
+
+// findAffinity returns what keeps the call together with others, so that they get the upstream that has their prompt
+// cached.
+func (c *call) findAffinity() affinity {
+	body := c.body
+	if !c.endpoint.hasOutputTokens() {
+		body = nil
+	}
+	return c.project.affinityOf(c.attribution.value(sessionAttribute), body, &c.fields)
+}
+
+// recordRetry fills in the row of a call that has ended: how its upstream was chosen, and whether its client had sent
+// it before. The call has a token.
+func (p *proxy) recordRetry(c *call, r *http.Request, row *requestRow) {
+	if c.attemptCount > 0 && !c.pinned() {
+		row.routedBy = string(c.affinity.source)
+	}
+	p.retries.record(&sentCall{token: c.tokenState, project: c.project, endpoint: c.endpoint, body: c.body,
+		header: r.Header}, row)
 }

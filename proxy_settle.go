@@ -45,6 +45,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 	c.fillUsage(row)
 	c.attempts.finish(row, now.UnixMilli())
 	c.fillCost(row)
+	p.recordRetry(c, r, row)
 	p.settleCache(c, row)
 	if c.response != nil && c.response.meter != nil && c.response.meter.implausible {
 		row.errorCode = cmp.Or(row.errorCode, "usage_implausible")
@@ -231,6 +232,7 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 		row.endpoint = c.endpoint.name()
 	}
 	if c.token != nil {
+		p.recordRetry(c, r, &row)
 		if p.ledger.healthy() {
 			row.project, row.token = c.project.seq, c.tokenState.seq
 			wait, _ := c.token.refusals.allow(c.start)

@@ -67,9 +67,9 @@ var errUnseal = errors.New(
 // The nonce is random: one key is safe for far more values than any installation has. The key
 // id tells values with the old key from values with the new one during a rekey.
 type sealer struct {
-	aead        cipher.AEAD
-	kid         [8]byte
-	affinityKey [sha256.Size]byte // of the hashes in upstream_affinity.go; it encrypts nothing
+	aead    cipher.AEAD
+	kid     [8]byte
+	hashKey [sha256.Size]byte // of the hashes of what clients send; it encrypts nothing
 }
 
 const sealVersion = 1
@@ -97,7 +97,7 @@ func newSealer(master []byte) (*sealer, error) {
 	copy(s.kid[:], mac.Sum(nil))
 	mac.Reset()
 	mac.Write([]byte("llm-proxy affinity v1"))
-	copy(s.affinityKey[:], mac.Sum(nil))
+	copy(s.hashKey[:], mac.Sum(nil))
 	return s, nil
 }
 

@@ -408,6 +408,18 @@ func (s *store) applyNarrowing(ctx context.Context, origin auditOrigin, event au
 	})
 }
 
+// largerSums sets each sum of a row of usage_sums to the larger one of two.
+const largerSums = `calls = max(calls, excluded.calls), input_tokens = max(input_tokens, excluded.input_tokens),
+			cached_tokens = max(cached_tokens, excluded.cached_tokens),
+			output_tokens = max(output_tokens, excluded.output_tokens),
+			reasoning_tokens = max(reasoning_tokens, excluded.reasoning_tokens), cost = max(cost, excluded.cost),
+			unpriced_calls = max(unpriced_calls, excluded.unpriced_calls),
+			estimated_calls = max(estimated_calls, excluded.estimated_calls),
+			would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us),
+			cache_hits = max(cache_hits, excluded.cache_hits), saved = max(saved, excluded.saved),
+			saved_us = max(saved_us, excluded.saved_us), prompt_saved = max(prompt_saved, excluded.prompt_saved),
+			client_retries = max(client_retries, excluded.client_retries)`
+
 // usedSince returns the statements that give tokens and projects the use that the current database has on
 // record, so that no limit begins again. The calls themselves stay in the current database. Pending records
 // follow: a call that has ended since is in the sums, and one that was running when the current program died
@@ -431,10 +443,11 @@ func usedSince() []string {
 		WHERE u.seq = b.seq AND u.n > b.request_count`, `
 		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls,
 			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
 		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.service_tier, n.calls,
 			n.input_tokens, n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls,
-			n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved
+			n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved,
+			n.client_retries
 		FROM now.usage_sums n JOIN temp.known_projects p ON p.now_seq = n.project
 			JOIN temp.known_tokens t ON t.now_seq = n.token
 		WHERE NOT EXISTS (SELECT 1 FROM main.usage_sums m
@@ -442,16 +455,7 @@ func usedSince() []string {
 				AND m.endpoint = n.endpoint AND m.outcome = n.outcome AND m.asked = n.asked
 				AND m.service_tier = n.service_tier AND m.calls >= n.calls
 				AND m.input_tokens >= n.input_tokens AND m.output_tokens >= n.output_tokens AND m.cost >= n.cost)
-		ON CONFLICT DO UPDATE SET calls = max(calls, excluded.calls),
-			input_tokens = max(input_tokens, excluded.input_tokens),
-			cached_tokens = max(cached_tokens, excluded.cached_tokens),
-			output_tokens = max(output_tokens, excluded.output_tokens),
-			reasoning_tokens = max(reasoning_tokens, excluded.reasoning_tokens), cost = max(cost, excluded.cost),
-			unpriced_calls = max(unpriced_calls, excluded.unpriced_calls),
-			estimated_calls = max(estimated_calls, excluded.estimated_calls),
-			would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us),
-			cache_hits = max(cache_hits, excluded.cache_hits), saved = max(saved, excluded.saved),
-			saved_us = max(saved_us, excluded.saved_us), prompt_saved = max(prompt_saved, excluded.prompt_saved)`, `
+		ON CONFLICT DO UPDATE SET ` + largerSums, `
 		INSERT INTO main.project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
 			caller_errors, policy_errors, provider_errors, proxy_errors)
 		SELECT p.seq, n.at, n.calls, n.input_tokens, n.output_tokens, n.cost, n.unpriced_calls, n.caller_errors,

@@ -54,9 +54,10 @@ const (
 		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
 			error_code, usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens,
 			reasoning_tokens, cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log,
-			saved, saved_us, details, price, session, end_user, tags)
+			saved, saved_us, details, price, session, end_user, tags, routed_by, client_retry, idempotency_hash)
 		VALUES `
-	recordValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	recordValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
+			?, ?, ?)`
 
 	insertSums = `
 		INSERT INTO usage_sums AS s (grain, token, at, project, model, endpoint, outcome, asked, service_tier, calls,
@@ -85,22 +86,25 @@ const (
 	insertAttributedSum = `
 		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
 			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
 		VALUES `
-	attributedValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	attributedValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	addToAttributed  = `
 		ON CONFLICT (project, attribute, at, value, token, model, endpoint, outcome, asked) DO UPDATE` + setSums + `,
 			cache_hits = min(s.cache_hits, 9223372036854775807 - excluded.cache_hits) + excluded.cache_hits,
 			saved = min(s.saved, 9223372036854775807 - excluded.saved) + excluded.saved,
 			saved_us = min(s.saved_us, 9223372036854775807 - excluded.saved_us) + excluded.saved_us,
-			prompt_saved = min(s.prompt_saved, 9223372036854775807 - excluded.prompt_saved) + excluded.prompt_saved`
+			prompt_saved = min(s.prompt_saved, 9223372036854775807 - excluded.prompt_saved) + excluded.prompt_saved,
+			client_retries = min(s.client_retries, 9223372036854775807 - excluded.client_retries)
+				+ excluded.client_retries`
 
-	// Most rows of the sums save nothing by a cache, so these columns are added to separately.
+	// Most rows of the sums have no hit of a cache and no retry, so these columns are added to separately.
 	addHits = `UPDATE usage_sums SET
 			cache_hits = min(cache_hits, 9223372036854775807 - ?1) + ?1,
 			saved = min(saved, 9223372036854775807 - ?2) + ?2,
 			saved_us = min(saved_us, 9223372036854775807 - ?3) + ?3,
-			prompt_saved = min(prompt_saved, 9223372036854775807 - ?13) + ?13
+			prompt_saved = min(prompt_saved, 9223372036854775807 - ?13) + ?13,
+			client_retries = min(client_retries, 9223372036854775807 - ?14) + ?14
 		WHERE grain = ?4 AND project = ?5 AND token = ?6 AND at = ?7 AND model = ?8 AND endpoint = ?9
 			AND outcome = ?10 AND asked = ?11 AND service_tier = ?12`
 
@@ -464,7 +468,8 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
 				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
 				int64(r.attempts), r.cache, r.limitHit, r.attemptLog, r.saved,
-				r.savedUS, r.detailsJSON(), r.priceID(), session, endUser, tags)
+				r.savedUS, r.detailsJSON(), r.priceID(), session, endUser, tags, r.routedBy, r.clientRetry,
+				r.idempotencyHash)
 		}
 		if err == nil {
 			err = w.storePrice(ctx, r.price)
@@ -514,18 +519,20 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 		return err
 	}
 	for k, v := range t.sums {
-		if v.hits == 0 && v.promptSaved == 0 {
+		if v.hits == 0 && v.promptSaved == 0 && v.clientRetries == 0 {
 			continue
 		}
 		if err := w.exec(ctx, stmtSumHits, v.hits, v.saved, v.savedUS, k.grain, k.project, k.token, k.start, k.model,
-			k.endpoint, string(k.outcome), k.requestedModel, k.tier.String(), v.promptSaved); err != nil {
+			k.endpoint, string(k.outcome), k.requestedModel, k.tier.String(), v.promptSaved,
+			v.clientRetries); err != nil {
 			return err
 		}
 	}
 	for k, v := range t.attributed {
 		if err := w.exec(ctx, stmtAttributedSum, k.project, k.attribute, k.start, k.value, k.token, k.model, k.endpoint,
 			string(k.outcome), k.requestedModel, v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced,
-			v.estimated, v.wouldRefuse, v.totalUS, v.hits, v.saved, v.savedUS, v.promptSaved); err != nil {
+			v.estimated, v.wouldRefuse, v.totalUS, v.hits, v.saved, v.savedUS, v.promptSaved,
+			v.clientRetries); err != nil {
 			return err
 		}
 	}

@@ -59,11 +59,13 @@ const (
 		SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::text[], ?::boolean[],
 			?::text[], ?::bigint[], ?::text[], ?::text[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[],
 			?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::text[],
-			?::text[], ?::bigint[], ?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::text[], ?::text[])`
+			?::text[], ?::bigint[], ?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::text[], ?::text[],
+			?::text[], ?::bigint[], ?::bigint[])`
 	arraysOfAttributedSums = `
 		SELECT * FROM unnest(?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::text[],
 			?::text[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
-			?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[])`
+			?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
+			?::bigint[])`
 	arraysOfSums = `
 		SELECT * FROM unnest(?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::text[], ?::text[],
 			?::text[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
@@ -87,7 +89,7 @@ func postgresLedgerStmts() [ledgerStmtCount]postgresLedgerStmt {
 				last_used_at = max(coalesce(tokens.last_used_at, 0), used.last_used)
 			FROM used JOIN locked ON locked.seq = used.seq WHERE tokens.seq = locked.seq`, 3, false},
 		stmtRecordOK: {strings.TrimSuffix(insertOK, "VALUES ") + arraysOfOK, okColumnCount, true},
-		stmtRecord:   {strings.TrimSuffix(insertRecord, "VALUES ") + arraysOfRequests, 31, true},
+		stmtRecord:   {strings.TrimSuffix(insertRecord, "VALUES ") + arraysOfRequests, 34, true},
 		stmtPrice: {`INSERT INTO billed_prices (id, price) SELECT * FROM unnest(?::bigint[], ?::text[])
 			ON CONFLICT DO NOTHING`, 2, false},
 		stmtSum: {strings.TrimSuffix(insertSums, "VALUES ") + arraysOfSums + addToSums, sumColumnCount, true},
@@ -96,15 +98,17 @@ func postgresLedgerStmts() [ledgerStmtCount]postgresLedgerStmt {
 				cache_hits = min(s.cache_hits, 9223372036854775807 - h.hits) + h.hits,
 				saved = min(s.saved, 9223372036854775807 - h.saved) + h.saved,
 				saved_us = min(s.saved_us, 9223372036854775807 - h.saved_us) + h.saved_us,
-				prompt_saved = min(s.prompt_saved, 9223372036854775807 - h.prompt) + h.prompt
+				prompt_saved = min(s.prompt_saved, 9223372036854775807 - h.prompt) + h.prompt,
+				client_retries = min(s.client_retries, 9223372036854775807 - h.retries) + h.retries
 			FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[],
-				?::text[], ?::text[], ?::text[], ?::text[], ?::text[], ?::bigint[])
-				AS h (hits, saved, saved_us, grain, project, token, at, model, endpoint, outcome, asked, tier, prompt)
+				?::text[], ?::text[], ?::text[], ?::text[], ?::text[], ?::bigint[], ?::bigint[])
+				AS h (hits, saved, saved_us, grain, project, token, at, model, endpoint, outcome, asked, tier, prompt,
+					retries)
 			WHERE s.grain = h.grain AND s.project = h.project AND s.token = h.token AND s.at = h.at
 				AND s.model = h.model AND s.endpoint = h.endpoint AND s.outcome = h.outcome AND s.asked = h.asked
-				AND s.service_tier = h.tier`, 13, false},
+				AND s.service_tier = h.tier`, 14, false},
 		stmtAttributedSum: {strings.TrimSuffix(insertAttributedSum, "VALUES ") + arraysOfAttributedSums +
-			addToAttributed, 23, true},
+			addToAttributed, 24, true},
 		stmtHour: {strings.TrimSuffix(insertHours, "VALUES ") + arraysOfHours + addToHours, 11, true},
 		stmtLatency: {strings.TrimSuffix(insertLatency, "VALUES ") + arraysOfLatency + addToLatency,
 			latencyColumnCount, true},

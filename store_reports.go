@@ -152,10 +152,10 @@ func (q *usageQuery) statement(addUp bool) (text, grain string) {
 	const from = ` FROM usage_sums WHERE grain = ?1 AND project = ?2 AND token = ?3 AND at >= ?4 AND at < ?5 `
 	const sums = `sum(calls), sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(reasoning_tokens),
 			sum(cost), sum(unpriced_calls), sum(estimated_calls), sum(would_refuse), sum(total_us),
-			sum(cache_hits), sum(saved), sum(saved_us), sum(prompt_saved)` + from
+			sum(cache_hits), sum(saved), sum(saved_us), sum(prompt_saved), sum(client_retries)` + from
 	const fromHours = ` FROM project_hours WHERE ?1 = 'hour' AND project = ?2 AND ?3 = 0 AND at >= ?4 AND at < ?5 `
 	const hours = `sum(calls), sum(input_tokens), 0, sum(output_tokens), 0, sum(cost), sum(unpriced_calls), 0, 0, 0,
-			0, 0, 0, 0` + fromHours
+			0, 0, 0, 0, 0` + fromHours
 	if grain = "day"; q.interval == "hour" || q.hourly {
 		grain = "hour"
 	}
@@ -168,11 +168,11 @@ func (q *usageQuery) statement(addUp bool) (text, grain string) {
 	switch byTime := q.byTime(); {
 	case inHours && !addUp:
 		return `SELECT at, '', '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0,
-			0, 0, 0, 0` + fromHours, grain
+			0, 0, 0, 0, 0` + fromHours, grain
 	case !addUp:
 		return `SELECT at, model, endpoint, outcome, service_tier, calls, input_tokens, cached_tokens, output_tokens,
 			reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us,
-			cache_hits, saved, saved_us, prompt_saved` + from, grain
+			cache_hits, saved, saved_us, prompt_saved, client_retries` + from, grain
 	case byLabels && byTime:
 		return `SELECT at, model, endpoint, outcome, service_tier, ` + sums +
 			`GROUP BY at, model, endpoint, outcome, service_tier`, grain
@@ -216,7 +216,7 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		var v usageSum
 		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &labels.serviceTier, &v.calls,
 			&v.input, &v.cached, &v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse,
-			&v.totalUS, &v.hits, &v.saved, &v.savedUS, &v.promptSaved); err != nil {
+			&v.totalUS, &v.hits, &v.saved, &v.savedUS, &v.promptSaved, &v.clientRetries); err != nil {
 			return err
 		}
 		k := base

@@ -43,7 +43,8 @@ const requestColumns = `r.id, r.started_at, coalesce(p.id, ''), coalesce(t.id, '
 	coalesce(g.reasoning_tokens, r.reasoning_tokens), coalesce(g.cost, r.cost), r.first_byte_us, r.total_us,
 	r.attempts, r.cache, r.limit_hit,
 	r.attempt_log, r.saved, r.saved_us, coalesce(nullif(g.details, ''), r.details),
-	coalesce(nullif(g.price, 0), r.price), r.session, r.end_user, r.tags`
+	coalesce(nullif(g.price, 0), r.price), r.routed_by, r.client_retry, r.idempotency_hash,
+	r.session, r.end_user, r.tags`
 
 const requestJoins = ` LEFT JOIN projects p ON p.seq = r.project
 	LEFT JOIN tokens t ON t.seq = r.token LEFT JOIN upstreams u ON u.seq = r.upstream
@@ -59,7 +60,8 @@ func (v *requestView) columns() []any {
 		&v.projectName, &v.tokenName, &v.upstreamName, &v.endpoint, &v.model, &v.stream, &v.address,
 		&v.status, &v.outcome, &v.errorCode, &v.source, &v.counts.input, &v.counts.cached, &v.counts.cacheWrite,
 		&v.counts.output, &v.counts.reasoning, &v.nullCost, &v.nullFirstByteUS, &v.nullTotalUS, &v.attempts, &v.cache,
-		&v.limitHit, &v.attemptLog, &v.saved, &v.savedUS, &v.detailsText, &v.billedPriceID},
+		&v.limitHit, &v.attemptLog, &v.saved, &v.savedUS, &v.detailsText, &v.billedPriceID,
+		&v.routedBy, &v.clientRetry, &v.idempotencyHash},
 		v.attributionColumns()...)
 }
 

@@ -62,7 +62,25 @@ func (r *requestRow) isPlainOK() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
 		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.counts.audioInput == 0 &&
 		r.counts.audioOutput == 0 && r.details == usageDetails{} && r.attempts == 1 &&
+		r.routedBy == "" && !r.isClientRetry && r.idempotencyHash == 0 &&
 		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == "" && r.attribution == nil
+}
+
+// routedByText says how the call came to its upstream: by what it has in common with others, or after another attempt
+// had failed.
+func (r *requestRow) routedByText() string {
+	if r.attempts > 1 {
+		return "failover"
+	}
+	return r.routedBy
+}
+
+// idempotencyText returns the hash of the Idempotency-Key as text, "" for none.
+func (r *requestRow) idempotencyText() string {
+	if r.idempotencyHash == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%016x", uint64(r.idempotencyHash))
 }
 
 // priceID returns what names the price in the ledger, 0 if there is none.
@@ -364,6 +382,7 @@ type usageSum struct {
 	wouldRefuse                             int64
 	hits, saved, savedUS                    int64 // calls that were answered from the cache
 	promptSaved                             int64 // nano-dollars that the providers' caches saved
+	clientRetries                           int64 // calls that clients have sent before
 }
 
 func (s *usageSum) add(r *requestRow) {
@@ -385,6 +404,9 @@ func (s *usageSum) add(r *requestRow) {
 	}
 	if r.wouldRefuse {
 		s.wouldRefuse++
+	}
+	if r.isClientRetry {
+		s.clientRetries++
 	}
 	s.totalUS = addSat(s.totalUS, r.totalUS)
 	if r.cache != "" {
@@ -409,6 +431,7 @@ func (s *usageSum) merge(o usageSum) {
 	s.saved = addSat(s.saved, o.saved)
 	s.savedUS = addSat(s.savedUS, o.savedUS)
 	s.promptSaved = addSat(s.promptSaved, o.promptSaved)
+	s.clientRetries = addSat(s.clientRetries, o.clientRetries)
 }
 
 // subtract takes away a part of the sum. No count becomes negative.

@@ -230,10 +230,10 @@ type projectState struct {
 	routing    routing
 	multiplier int64       // of costs, in ten-thousandths
 	upstreams  []*upstream // the active ones, most preferred first
-	// affinityKey keys the hashes that keep sessions together. It is the same for all projects.
-	affinityKey *affinityKey
-	version     int64
-	loadFailed  bool // a change could not be read; the project is inactive until it is
+	// hashKey keys the hashes of sessions and of Idempotency-Keys. It is the same for all projects.
+	hashKey    *hashKey
+	version    int64
+	loadFailed bool // a change could not be read; the project is inactive until it is
 }
 
 // A liveProject is the project of a live token. Its state is replaced when its row changes.
@@ -425,7 +425,7 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 		return nil, err
 	}
 	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version,
-		multiplier: row.costMultiplier, affinityKey: (*affinityKey)(&g.sealer.affinityKey)}
+		multiplier: row.costMultiplier, hashKey: (*hashKey)(&g.sealer.hashKey)}
 	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
 		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
 	}
@@ -471,7 +471,8 @@ func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) e
 	if p := g.projects[seq]; p != nil {
 		switch old := p.state.Load(); {
 		case err != nil:
-			p.state.Store(&projectState{seq: seq, id: old.id, name: old.name, version: old.version, loadFailed: true})
+			p.state.Store(&projectState{seq: seq, id: old.id, name: old.name, version: old.version, loadFailed: true,
+				hashKey: old.hashKey})
 		case old.version < st.version:
 			p.state.Store(st)
 		}

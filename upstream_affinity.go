@@ -1,18 +1,27 @@
-// This file keeps calls together that share a cached prompt. Providers cache prompts by key, so the calls of a session
-// go to one upstream, and move to another one only while that cannot take them. All other calls are drawn at random.
+// This file finds out, by keyed hashes, which calls belong together. Calls that share a cached prompt go to one
+// upstream: providers cache prompts by key. Calls that their clients send again are counted, and those that fail each
+// time are found.
 //
-// How it works: each pair of a session and an upstream has a rank, which only a secret of the database and the
+// How affinity works: each pair of a session and an upstream has a rank, which only a secret of the database and the
 // upstream's weight decide (rendezvous hashing). A call goes to the upstream with the best rank of those that may have
 // it now. So nothing is stored for a session, all replicas agree, the upstreams get shares of the sessions by their
 // weights, and one that is added or removed moves its own share only.
 //
-// Plain code: no I/O, no state. It decides among upstreams that may have the call, never which those are.
+// No I/O, and no state but the bounded tables of retryTracker. It decides among upstreams that may have the call, never
+// which those are.
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
+	"hash/maphash"
 	"math"
 	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
 )
 
 // The values of a project's setting routing.affinity.
@@ -36,8 +45,8 @@ type affinity struct {
 	key    uint64 // a keyed hash: clients can neither compute nor choose it
 }
 
-// An affinityKey keys the hashes of sessions and prompts. All replicas have the same.
-type affinityKey [sha256.Size]byte
+// A hashKey keys the hashes of what clients send. All replicas have the same.
+type hashKey [sha256.Size]byte
 
 // minCachedPrompt is the number of bytes of the prompt that decide, about 1,024 tokens. Providers cache no shorter
 // ones, so calls with less have no affinity.
@@ -63,14 +72,19 @@ func (p *promptParts) add(field []byte, from, to int) {
 }
 
 // ofSession returns the affinity of the calls of a session.
-func (k *affinityKey) ofSession(session string) affinity {
-	var space [sha256.Size + 1 + maxSessionLen]byte // saves an allocation
-	text := append(append(append(space[:0], k[:]...), 's'), session...)
-	return affinity{affinitySession, firstBytes(sha256.Sum256(text))}
+func (k *hashKey) ofSession(session string) affinity {
+	return affinity{affinitySession, k.sum('s', session, "")}
+}
+
+// sum returns the keyed hash of two texts for a purpose.
+func (k *hashKey) sum(purpose byte, a, b string) uint64 {
+	var space [sha256.Size + 1 + maxSessionLen + 1]byte // saves an allocation
+	text := append(append(append(space[:0], k[:]...), purpose), a...)
+	return firstBytes(sha256.Sum256(append(append(text, 0), b...)))
 }
 
 // ofPrompt returns the affinity of the calls for a model whose prompts begin alike. f was read from body.
-func (k *affinityKey) ofPrompt(body []byte, f *callFields) affinity {
+func (k *hashKey) ofPrompt(body []byte, f *callFields) affinity {
 	var space [sha256.Size + 1 + maxModelLen + 1 + minCachedPrompt]byte
 	text := append(append(append(append(space[:0], k[:]...), 'p'), f.model...), 0)
 	missing := minCachedPrompt
@@ -115,9 +129,9 @@ func (p *projectState) affinityOf(session string, body []byte, f *callFields) af
 	case p.routing.Affinity == affinityOff || !p.sharesCalls():
 		return affinity{}
 	case session != "":
-		return p.affinityKey.ofSession(session)
+		return p.hashKey.ofSession(session)
 	case body != nil:
-		return p.affinityKey.ofPrompt(body, f)
+		return p.hashKey.ofPrompt(body, f)
 	}
 	return affinity{}
 }
@@ -240,4 +254,215 @@ func weightedPick(list []*upstream) int {
 		}
 	}
 	return best
+}
+
+// Retries of clients.
+
+const (
+	maxClientRetry  = 1000
+	stormFailures   = 10             // failures of one request that make a storm
+	failureMemoryMS = 10 * 60 * 1000 // after this long without another failure, a request is forgotten
+	stormMemoryMS   = hourMS         // the same for a storm, so that someone sees it
+	maxFailures     = 2              // failing requests of one token that are counted
+)
+
+// A retryTracker finds out which calls clients have sent before, and which requests fail again and again. Its size is
+// fixed, and it is in memory only. Of a body it has a hash, keyed for this process, and nothing else.
+type retryTracker struct {
+	metrics *metrics
+	seed    maphash.Seed
+	mu      sync.Mutex
+	keys    [4096]int64 // hashes of the latest Idempotency-Keys, each where its lowest bits say
+	failing [256]failureSet
+}
+
+// A failureSet has the failing requests of the tokens whose seq has the same lowest bits.
+type failureSet struct {
+	used    atomic.Int32 // entries in use: without any, a successful call takes no lock and hashes no body
+	mu      sync.Mutex
+	entries [4]failingRequest
+}
+
+// A failingRequest is a request that has failed and not succeeded since. The zero value is a free entry.
+type failingRequest struct {
+	requestIdentity
+	failures           int64
+	firstAt, lastAt    int64  // unix milliseconds
+	model, code        string // of the last failure
+	tokenID, tokenName string
+	projectID, project string
+}
+
+// A requestIdentity tells the requests of clients apart.
+type requestIdentity struct {
+	token    int64 // its seq
+	endpoint *endpoint
+	size     int
+	hash     uint64 // of the body, keyed
+}
+
+func newRetryTracker(m *metrics) *retryTracker {
+	return &retryTracker{metrics: m, seed: maphash.MakeSeed()}
+}
+
+// A sentCall is what a retryTracker needs of a call.
+type sentCall struct {
+	token    *tokenState
+	project  *projectState
+	endpoint *endpoint // nil: it matched none
+	body     []byte    // nil: it was not read, or is streamed
+	header   http.Header
+}
+
+// record fills in the row of a call that has ended: whether its client had sent it before. It counts a failure.
+func (t *retryTracker) record(c *sentCall, row *requestRow) {
+	row.clientRetry = clientRetryOf(c.header)
+	row.isClientRetry = row.clientRetry > 0
+	if keys := c.header["Idempotency-Key"]; len(keys) == 1 && keys[0] != "" {
+		row.idempotencyHash = int64(c.project.hashKey.sum('i', c.token.id, keys[0]))
+		row.isClientRetry = t.isRepeated(row.idempotencyHash) || row.isClientRetry
+	}
+	if row.isClientRetry {
+		t.metrics.countClientRetry(c.project.id)
+	}
+	if c.body != nil && c.endpoint != nil {
+		t.recordResult(c, row)
+	}
+}
+
+// clientRetryOf returns how often the client has sent the call before, as the SDKs of OpenAI and Anthropic count.
+func clientRetryOf(h http.Header) int64 {
+	n, err := strconv.ParseUint(h.Get("X-Stainless-Retry-Count"), 10, 32)
+	if err != nil {
+		return 0
+	}
+	return int64(min(n, maxClientRetry))
+}
+
+// isRepeated reports whether an Idempotency-Key is one of the latest, and remembers it.
+func (t *retryTracker) isRepeated(hash int64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	latest := &t.keys[uint64(hash)%uint64(len(t.keys))]
+	repeated := *latest == hash
+	*latest = hash
+	return repeated
+}
+
+// recordResult counts a call that failed, and forgets the failures of one that did not.
+func (t *retryTracker) recordResult(c *sentCall, row *requestRow) {
+	set := &t.failing[uint64(c.token.seq)%uint64(len(t.failing))]
+	failed := row.outcome != outcomeOK
+	if !failed && set.used.Load() == 0 {
+		return
+	}
+	id := requestIdentity{token: c.token.seq, endpoint: c.endpoint, size: len(c.body)}
+	if !failed && !set.mayHave(id) {
+		return
+	}
+	id.hash = maphash.Bytes(t.seed, c.body)
+	now := row.started + row.totalUS/1000
+	set.mu.Lock()
+	defer set.mu.Unlock()
+	e := set.find(id, now, failed)
+	switch {
+	case e == nil:
+	case !failed:
+		*e = failingRequest{}
+	case e.failures == 0:
+		*e = failingRequest{requestIdentity: id, firstAt: now, tokenID: c.token.id, tokenName: c.token.name,
+			projectID: c.project.id, project: c.project.name}
+		fallthrough
+	default:
+		e.failures++
+		e.lastAt, e.model = now, row.model
+		e.code = cmp.Or(row.errorCode, "status "+strconv.Itoa(row.status))
+		if e.failures == stormFailures {
+			t.metrics.retryStorms.Add(1)
+		}
+	}
+	set.countUsed()
+}
+
+// mayHave reports whether a request of this size has failed.
+func (s *failureSet) mayHave(id requestIdentity) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.entries[:], func(e failingRequest) bool {
+		return e.token == id.token && e.endpoint == id.endpoint && e.size == id.size
+	})
+}
+
+// find returns the entry of a request, nil if there is none. With add, it then returns a new one, unless all that it
+// may replace are storms: a token has at most maxFailures entries. The caller holds the lock.
+func (s *failureSet) find(id requestIdentity, now int64, add bool) *failingRequest {
+	var free, own, other *failingRequest // own and other have the fewest failures
+	owned := 0
+	for i := range s.entries {
+		e := &s.entries[i]
+		if e.isOver(now) {
+			*e = failingRequest{}
+		}
+		switch {
+		case e.failures > 0 && e.requestIdentity == id:
+			return e
+		case e.failures == 0:
+			free = e
+		case e.token == id.token:
+			if owned++; !e.isStorm() && (own == nil || e.failures < own.failures) {
+				own = e
+			}
+		case !e.isStorm() && (other == nil || e.failures < other.failures):
+			other = e
+		}
+	}
+	entry := cmp.Or(free, other)
+	if owned == maxFailures {
+		entry = own
+	}
+	if !add || entry == nil {
+		return nil
+	}
+	*entry = failingRequest{}
+	return entry
+}
+
+// countUsed counts the entries in use. The caller holds the lock.
+func (s *failureSet) countUsed() {
+	used := int32(0)
+	for i := range s.entries {
+		if s.entries[i].failures > 0 {
+			used++
+		}
+	}
+	s.used.Store(used)
+}
+
+func (e *failingRequest) isStorm() bool { return e.failures >= stormFailures }
+
+// isOver reports whether the request has not failed for so long that it is forgotten.
+func (e *failingRequest) isOver(now int64) bool {
+	age := max(now-e.lastAt, e.lastAt-now) // the clock may have been set back
+	return age > stormMemoryMS || age > failureMemoryMS && !e.isStorm()
+}
+
+// storms returns the storms at now, those with the most failures first.
+func (t *retryTracker) storms(now int64) (list []failingRequest) {
+	for i := range t.failing {
+		set := &t.failing[i]
+		if set.used.Load() == 0 {
+			continue
+		}
+		set.mu.Lock()
+		for _, e := range set.entries {
+			if e.isStorm() && !e.isOver(now) {
+				list = append(list, e)
+			}
+		}
+		set.mu.Unlock()
+	}
+	slices.SortFunc(list, func(a, b failingRequest) int {
+		return cmp.Or(cmp.Compare(b.failures, a.failures), cmp.Compare(b.lastAt, a.lastAt))
+	})
+	return list
 }

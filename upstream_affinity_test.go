@@ -1,5 +1,5 @@
 // These tests hold the affinity of calls to upstreams: which calls stay together, when they move, and what that is
-// good for.
+// good for; and what is recorded of calls that clients send again.
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-func testAffinityKey(n byte) *affinityKey {
-	k := affinityKey(sha256.Sum256([]byte{n}))
+func testHashKey(n byte) *hashKey {
+	k := hashKey(sha256.Sum256([]byte{n}))
 	return &k
 }
 
@@ -28,7 +28,7 @@ func affinityPool(weights ...int64) *projectState {
 		list = append(list, &upstream{seq: int64(i + 1), id: fmt.Sprint(i), provider: providerOpenAI, weight: w})
 	}
 	p := testPool(list...)
-	p.affinityKey = testAffinityKey(1)
+	p.hashKey = testHashKey(1)
 	return p
 }
 
@@ -45,7 +45,7 @@ func TestAffinityShares(t *testing.T) {
 	const sessions = 20_000
 	before, after, replica := affinityPool(1, 2, 3, 2), affinityPool(1, 2, 3, 2), affinityPool(1, 2, 3, 2)
 	other := affinityPool(1, 2, 3, 2)
-	other.affinityKey = testAffinityKey(2)
+	other.hashKey = testHashKey(2)
 	after.upstreams = append(after.upstreams[:1], after.upstreams[2:]...) // without "1"
 	heavier := affinityPool(1, 2, 6, 2)
 	counts, moved, same := map[string]int{}, 0, 0
@@ -310,6 +310,19 @@ func TestAffinityKeepsCachesWarm(t *testing.T) {
 	}
 	none := func(int) []string { return nil }
 	random, byPrompt := hits("none", prompt("r"), none), hits("session", prompt("p"), none)
+	short := func(session, turn int) string {
+		return fmt.Sprintf(`{"model":"gpt-4o","messages":[{"role":"user","content":"s-%d of %d"}]}`, session, turn)
+	}
+	bySession := hits("session", short, func(session int) []string {
+		return []string{"X-Claude-Code-Session-Id", fmt.Sprint("session-", session)}
+	})
+	if row := p.lastCall(); bySession < 0.95 || row.RoutedBy != string(affinitySession) {
+		t.Errorf("by session, %.2f of the calls are cached; they were routed by %q", bySession, row.RoutedBy)
+	}
+	p.do("POST", "/v1/chat/completions", prompt("p")(0, 1), p.jsonHeaders()...)
+	if row := p.lastCall(); row.RoutedBy != string(affinityPrompt) {
+		t.Errorf("a long prompt was routed by %q", row.RoutedBy)
+	}
 	t.Logf("cached after a session's first call: %.0f %% at random, %.0f %% by prompt", 100*random, 100*byPrompt)
 	if random > 0.8 || byPrompt < 0.95 {
 		t.Errorf("%.2f of the calls are cached at random, %.2f by prompt", random, byPrompt)
@@ -373,5 +386,184 @@ func (p *testProxy) checkPromptCacheShare() {
 	}
 	if n := formatInt(sum.cached); found["project"] != n || found["model"] != n {
 		p.t.Errorf("the download has %v cached tokens, want %s", found, n)
+	}
+}
+
+// TestClientRetries: what clients say about calls that they send again is on record, is counted, and is bounded. Of an
+// Idempotency-Key, only a keyed hash is stored, which differs from token to token.
+func TestClientRetries(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	const key = "idempotent-canary-8Hs2"
+	p.secrets = append(p.secrets, key)
+	_, other := p.newToken(`"name":"other"`)
+	_, narrow := p.newToken(`"name":"narrow","policy":{"models":["o3"]}`)
+	hashes := map[string]bool{}
+	retries := 0
+	for i, c := range []struct {
+		token, header, value string
+		retry                int64
+		counts               bool
+	}{
+		{p.token, "", "", 0, false},
+		{p.token, "X-Stainless-Retry-Count", "0", 0, false},
+		{p.token, "X-Stainless-Retry-Count", "2", 2, true},
+		{p.token, "X-Stainless-Retry-Count", "4000000000", maxClientRetry, true},
+		{p.token, "X-Stainless-Retry-Count", "99999999999999999999", 0, false},
+		{p.token, "X-Stainless-Retry-Count", "-1", 0, false},
+		{p.token, "X-Stainless-Retry-Count", "one", 0, false},
+		{p.token, "Idempotency-Key", key, 0, false},
+		{p.token, "Idempotency-Key", key, 0, true},
+		{other, "Idempotency-Key", key, 0, false},
+		{p.token, "Idempotency-Key", key + "2", 0, false},
+		{p.token, "Idempotency-Key", "", 0, false},
+		{narrow, "X-Stainless-Retry-Count", "1", 1, true}, // refused
+	} {
+		headers := []string{"Authorization", "Bearer " + c.token, "Content-Type", "application/json"}
+		if c.header != "" {
+			headers = append(headers, c.header, c.value)
+		}
+		p.do("POST", "/v1/chat/completions", chatBody(), headers...)
+		row := p.lastCall()
+		hasKey := c.header == "Idempotency-Key" && c.value != ""
+		if row.ClientRetry != c.retry || (row.IdempotencyHash != "") != hasKey {
+			t.Errorf("case %d: got %d and %q", i, row.ClientRetry, row.IdempotencyHash)
+		}
+		if hash := row.IdempotencyHash; hash != "" {
+			if hashes[hash] != c.counts {
+				t.Errorf("case %d: the hash %s", i, hash)
+			}
+			hashes[hash] = true
+		}
+		if c.counts {
+			retries++
+		}
+	}
+	var usage struct {
+		Data []struct {
+			Retries int `json:"client_retries"`
+		}
+	}
+	for _, group := range []string{"", "&group_by=project,token,outcome", "&group_by=model"} {
+		p.manage("GET", "/manage/usage?interval=total"+group, "", 200, &usage)
+		sum := 0
+		for _, u := range usage.Data {
+			sum += u.Retries
+		}
+		if sum != retries {
+			t.Errorf("%s: the usage has %d retries, want %d", group, sum, retries)
+		}
+	}
+	if n := p.metrics()[`llm_proxy_client_retries_total{project="`+p.project+`"}`]; n != float64(retries) {
+		t.Errorf("the metrics have %v retries", n)
+	}
+	b := p.signIn(p.adminKey)
+	if page := b.get("/admin/dashboard").body; !strings.Contains(page, fmt.Sprint(retries, " retries of clients")) {
+		t.Error("the dashboard does not count the retries")
+	}
+	page := b.get("/admin/requests/" + p.lastCall().ID).body
+	if !strings.Contains(page, "<dt>Retry of the client</dt><dd>1</dd>") {
+		t.Errorf("the call's page does not show the retry: %s", page)
+	}
+}
+
+// TestRetryStorms: a request that fails again and again is named under "Needs attention", with its token, its project,
+// how and how often it failed, and a link to its calls, until it succeeds. Different requests are no storm.
+func TestRetryStorms(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if strings.Contains(r.body, "fails") {
+			return c.reply(400, `{"error":{"message":"no","type":"invalid_request_error"}}`)
+		}
+		return chatScript(c, r)
+	})
+	b := p.signIn(p.adminKey)
+	alert := func() string {
+		page := b.get("/admin/dashboard?project=" + p.project).body
+		return between(page, `<span class="state warn">Retries</span>`, "</li>")
+	}
+	var calls sync.WaitGroup
+	for i := range 2 * stormFailures {
+		calls.Go(func() { p.chat(fmt.Sprintf(`"user":"fails %d"`, 10+i)) })
+	}
+	for range stormFailures - 1 {
+		calls.Go(func() { p.chat(`"user":"fails"`) })
+	}
+	calls.Wait()
+	if text := alert(); text != "" {
+		t.Errorf("nine failures, and different ones, are a storm: %s", text)
+	}
+	for range stormFailures + 2 {
+		calls.Go(func() { p.chat(`"metadata":"fails"`) })
+	}
+	calls.Wait()
+	text := alert()
+	for _, want := range []string{"/admin/tokens/" + p.tokenID, "of project test", "POST /v1/chat/completions",
+		`/admin/requests?from=`, "token=" + p.tokenID, ">12 times</a>", "(status 400)"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the alert lacks %q: %s", want, text)
+		}
+	}
+	link := strings.ReplaceAll(between(text, `<a href="/admin/requests`, `"`), "&amp;", "&")
+	if page := b.get("/admin/requests" + link); page.status != 200 || strings.Count(page.body, hitLink) < 12 {
+		t.Errorf("the link leads to %d %s", page.status, page.body)
+	}
+	if n := p.metrics()["llm_proxy_retry_storms_total"]; n != 1 {
+		t.Errorf("the metrics have %v storms", n)
+	}
+	p.provider.setScript(chatScript)
+	p.chat(`"metadata":"fails"`)
+	if text := alert(); text != "" {
+		t.Errorf("the request has succeeded, but is still a storm: %s", text)
+	}
+	_, narrow := p.newToken(`"name":"narrow","policy":{"models":["o3"]}`)
+	for range stormFailures { // refused by a policy
+		p.chatAs(narrow)
+	}
+	if text := alert(); !strings.Contains(text, "(model_not_allowed)") {
+		t.Errorf("a refused request is no storm: %q", text)
+	}
+}
+
+// TestRetryTrackerBounded: no client can make the tracker grow, or push another token's storm out of it. Failures that
+// are long past do not add up.
+func TestRetryTrackerBounded(t *testing.T) {
+	t.Parallel()
+	tracker, e := newRetryTracker(newMetrics()), &endpoint{method: "POST", pattern: "/v1/x"}
+	call := func(token int64, body string, at int64, outcome callOutcome) {
+		c := &sentCall{token: &tokenState{seq: token, id: fmt.Sprint("tok_", token)}, project: &projectState{},
+			endpoint: e, body: []byte(body)}
+		tracker.record(c, &requestRow{started: at, outcome: outcome, status: 500})
+	}
+	const set, now = 256, 10 * hourMS
+	for range stormFailures {
+		call(1, "storm", now, outcomeUpstreamError)
+	}
+	for i := range 20_000 { // of tokens in the same set
+		call(1+set*int64(1+i%50), fmt.Sprint("body ", i), now, outcomeUpstreamError)
+	}
+	if list := tracker.storms(now); len(list) != 1 || list[0].tokenID != "tok_1" || list[0].failures != stormFailures {
+		t.Fatalf("the storms are %+v", list)
+	}
+	for i := range int64(3) { // a token has two entries at most
+		for range stormFailures {
+			call(2, fmt.Sprint("storm ", i), now, outcomeUpstreamError)
+		}
+	}
+	if list := tracker.storms(now); len(list) != 3 {
+		t.Errorf("the storms are %+v", list)
+	}
+	if list := tracker.storms(now + stormMemoryMS + 1); len(list) != 0 {
+		t.Errorf("an hour later, the storms are %+v", list)
+	}
+	for i := range int64(3 * stormFailures) {
+		call(3, "now and then", now+i*(failureMemoryMS+1), outcomeUpstreamError)
+	}
+	for i := range 3 * stormFailures {
+		call(4, "mostly fails", now, []callOutcome{outcomeUpstreamError, outcomeUpstreamError, outcomeOK}[i%3])
+	}
+	if list := tracker.storms(now); slices.ContainsFunc(list, func(e failingRequest) bool { return e.token > 2 }) {
+		t.Errorf("the storms are %+v", list)
 	}
 }
