@@ -516,21 +516,6 @@ func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dash
 	return append(alerts, d.expiryAlerts(q)...), nil
 }
 
-// stormAlerts lists the requests that fail again and again.
-func (ui *adminUI) stormAlerts(q *dashQuery) (alerts []dashAlert) {
-	for _, s := range ui.storms(q.now) {
-		if !q.includes(s.projectID) || len(alerts) == maxAlertsPerKind {
-			continue
-		}
-		link := url.Values{"token": {s.tokenID}, "from": {timestamp(s.firstAt).datetimeLocal()}}
-		alerts = append(alerts, dashAlert{Level: "warn", Kind: "storm", Project: s.project, ProjectID: s.projectID,
-			Token: s.tokenName, TokenID: s.tokenID, Reason: s.code, Calls: groupDigits(s.failures),
-			Endpoint: s.endpoint.name(), Link: "/admin/requests?" + link.Encode(), At: timestamp(s.firstAt),
-			Last: timestamp(s.lastAt)})
-	}
-	return alerts
-}
-
 // includes reports whether the dashboard covers a project.
 func (q *dashQuery) includes(projectID string) bool {
 	return q.projectID == "" || q.projectID == projectID

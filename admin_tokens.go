@@ -637,3 +637,18 @@ func (ui *adminUI) nameProjects(r *pageRequest, lines []tokenLine) error {
 	}
 	return nil
 }
+
+// stormAlerts lists the requests that fail again and again.
+func (ui *adminUI) stormAlerts(q *dashQuery) (alerts []dashAlert) {
+	for _, s := range ui.storms(q.now) {
+		if !q.includes(s.projectID) || len(alerts) == maxAlertsPerKind {
+			continue
+		}
+		link := url.Values{"token": {s.tokenID}, "from": {timestamp(s.firstAt).datetimeLocal()}}
+		alerts = append(alerts, dashAlert{Level: "warn", Kind: "storm", Project: s.project, ProjectID: s.projectID,
+			Token: s.tokenName, TokenID: s.tokenID, Reason: s.code, Calls: groupDigits(s.failures),
+			Endpoint: s.endpoint.name(), Link: "/admin/requests?" + link.Encode(), At: timestamp(s.firstAt),
+			Last: timestamp(s.lastAt)})
+	}
+	return alerts
+}
