@@ -129,6 +129,11 @@ Anthropic's API, with the same token:
   curl $BASE/v1/messages -H "x-api-key: $TOKEN" -H "anthropic-version: 2023-06-01" -H "$JSON" \
     -d '{"model":"claude-sonnet-5","max_tokens":100,"messages":[{"role":"user","content":"Hello"}]}'
 
+Gemini's API:
+
+  curl $BASE/v1beta/models/gemini-2.5-flash:generateContent -H "x-goog-api-key: $TOKEN" -H "$JSON" \
+    -d '{"contents":[{"parts":[{"text":"Hello"}]}]}'
+
 Usage and cost, and the latest calls on record:
 
   curl "$BASE/manage/usage?interval=total&group_by=project,model" -H "Authorization: Bearer $KEY"
@@ -219,21 +224,27 @@ func (in *instance) addSampleProject(
 		return stored, err
 	}
 	stored.openai = up.seq
-	if !p.Anthropic {
+	if !p.AllAPIs {
 		return stored, nil
 	}
-	anthropic := upstreamInput{
-		name:     given("anthropic"),
-		key:      given(providerKey),
-		provider: given(providerAnthropic),
-		baseURL:  given(in.cfg.openaiURL),
+	for _, provider := range []string{providerAnthropic, providerGoogle} {
+		other := upstreamInput{
+			name:     given(provider),
+			key:      given(providerKey),
+			provider: given(provider),
+			baseURL:  given(in.cfg.openaiURL),
+		}
+		if up, err = in.operations.newUpstream(stored.row, other, at.UnixMilli()); err != nil {
+			return stored, err
+		}
+		if err = in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {
+			return stored, err
+		}
+		if provider == providerAnthropic {
+			stored.anthropic = up.seq
+		}
 	}
-	if up, err = in.operations.newUpstream(stored.row, anthropic, at.UnixMilli()); err != nil {
-		return stored, err
-	}
-	err = in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli())
-	stored.anthropic = up.seq
-	return stored, err
+	return stored, nil
 }
 
 // addSampleToken stores a token. admitted is the number of its calls that were not

@@ -42,11 +42,11 @@ func TestDemo(t *testing.T) {
 	t.Parallel()
 	out := string(s.out.bytes())
 	calls := parseDemoCommands(t, out)
-	if len(calls) != 7 {
+	if len(calls) != 8 {
 		t.Fatalf("%d curl lines in %s", len(calls), out)
 	}
-	want := []string{`"object":"chat.completion"`, "data: [DONE]", `"tool_calls"`, `"type":"message"`, `"calls":`,
-		`"outcome":`, `"request_count":`}
+	want := []string{`"object":"chat.completion"`, "data: [DONE]", `"tool_calls"`, `"type":"message"`,
+		`"candidates":`, `"calls":`, `"outcome":`, `"request_count":`}
 	var clients sync.WaitGroup
 	for i, c := range calls {
 		clients.Go(func() {

@@ -192,6 +192,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 
 // newCall returns a call with an id, and puts the id into the header of every answer.
 func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
+	useGeminiPath(r)
 	c := &call{runningCall: runningCall{
 		ticks: &p.running.ticks, start: time.Now(), controller: http.NewResponseController(w)}}
 	c.attempts.p, c.attempts.c = p, c

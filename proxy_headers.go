@@ -54,6 +54,23 @@ func credential(r *http.Request) (found string, err error) {
 	return found, nil
 }
 
+// useGeminiPath gives a request of Google's SDKs for version v1 of Gemini's API the path of v1beta, which has all that
+// v1 has. OpenAI's lists of models have the same URL, but their clients send neither of these headers.
+func useGeminiPath(r *http.Request) {
+	if r.Header["X-Goog-Api-Key"] == nil && r.Header["X-Goog-Api-Client"] == nil {
+		return
+	}
+	rest, isV1 := strings.CutPrefix(r.URL.Path, "/v1/")
+	raw, rawIsV1 := strings.CutPrefix(r.URL.RawPath, "/v1/") // RawPath is empty if the path has no escapes
+	resource, _, _ := strings.Cut(rest, "/")
+	if !isV1 || resource != "models" && resource != "interactions" || !rawIsV1 && raw != "" {
+		return
+	}
+	if r.URL.Path = geminiPrefix + rest; rawIsV1 {
+		r.URL.RawPath = geminiPrefix + raw
+	}
+}
+
 // queryKey is a credential in the query of Gemini's API.
 const queryKey = "key"
 

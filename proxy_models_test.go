@@ -726,6 +726,13 @@ func TestGeminiModels(t *testing.T) {
 			t.Errorf("%s: got %s", c.name, res.body)
 		}
 	}
+	for path, want := range map[string]string{"/v1/models?pageSize=1": `{"models":[{"name":"models/gemini-a"`,
+		"/v1/models/gemini-a": `{"name":"models/gemini-a"`, "/v1/models?limit=1": `{"error":{"code":400`,
+		"/v1/models/": `{"error":{"code":404`, "/v1/modelsx": `{"error":{"message":`} { // as Google's SDK for Python
+		if res := p.do("GET", path, "", "X-Goog-Api-Key", p.token); !strings.HasPrefix(res.body, want) {
+			t.Errorf("%s: got %d %s", path, res.status, res.body)
+		}
+	}
 	if res := p.do("DELETE", "/v1beta/models/gemini-a", "", "X-Goog-Api-Key", p.token); res.status != 405 ||
 		res.header.Get("Allow") != "GET, HEAD" {
 		t.Errorf("DELETE: got %d %v", res.status, res.header)

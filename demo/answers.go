@@ -243,9 +243,8 @@ func (b *request) completion(i int) (a completion) {
 
 // isReasoningModel reports whether the model counts reasoning tokens.
 func (b *request) isReasoningModel() bool {
-	return slices.ContainsFunc([]string{"o1", "o3", "o4", "gpt-5"}, func(family string) bool {
-		return strings.HasPrefix(b.Model, family)
-	})
+	families := []string{"o1", "o3", "o4", "gpt-5", "gemini-3", "gemini-2.5-pro"}
+	return slices.ContainsFunc(families, func(family string) bool { return strings.HasPrefix(b.Model, family) })
 }
 
 // composeText writes the answer: JSON if the request asks for it, otherwise sentences on a subject

@@ -1,141 +1,356 @@
-// This file answers Gemini's own API: generateContent and streamGenerateContent. It may do what dialogs.go does.
+// This file answers Gemini's own API: content, as one body, as a stream of events or as a list, counts
+// of tokens, embeddings, and the list of models. A request is translated into the fields that the
+// other APIs have; the content comes from answers.go.
 package demo
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
+	"slices"
+	"strconv"
 	"strings"
 )
 
-const geminiModels = "/v1beta/models/"
+const geminiPrefix = "/v1beta/models"
 
-// geminiCall returns the model and the method of a path of Gemini's API, such as generateContent.
-func geminiCall(path string) (model, method string, ok bool) {
-	rest, ok := strings.CutPrefix(path, geminiModels)
-	model, method, found := strings.Cut(rest, ":")
-	return model, method, ok && found && model != ""
-}
+// geminiModels are the models that the provider lists. Others are answered, too.
+var geminiModels = []string{"gemini-3.5-flash", "gemini-3-pro-preview", "gemini-2.5-pro", "gemini-2.5-flash",
+	"gemini-2.5-flash-lite", "gemini-embedding-001"}
 
-// A geminiRequest has the fields of Gemini's requests that the provider reads.
+// A geminiRequest has the fields that the provider reads, for every method of Gemini's API.
 type geminiRequest struct {
 	Contents          []geminiContent `json:"contents"`
 	SystemInstruction geminiContent   `json:"systemInstruction"`
-	GenerationConfig  struct {
-		MaxOutputTokens int   `json:"maxOutputTokens"`
-		Seed            int64 `json:"seed"`
-	} `json:"generationConfig"`
-	Tools []struct {
-		FunctionDeclarations []map[string]any `json:"functionDeclarations"`
+	Tools             []struct {
+		FunctionDeclarations []geminiFunction `json:"functionDeclarations"`
 	} `json:"tools"`
+	ToolConfig struct {
+		FunctionCallingConfig struct {
+			Mode                 string   `json:"mode"`
+			AllowedFunctionNames []string `json:"allowedFunctionNames"`
+		} `json:"functionCallingConfig"`
+	} `json:"toolConfig"`
+	GenerationConfig struct {
+		MaxOutputTokens    int    `json:"maxOutputTokens"`
+		CandidateCount     int    `json:"candidateCount"`
+		Seed               int64  `json:"seed"`
+		ResponseMimeType   string `json:"responseMimeType"`
+		ResponseSchema     any    `json:"responseSchema"`
+		ResponseJSONSchema any    `json:"responseJsonSchema"`
+	} `json:"generationConfig"`
+	GenerateContentRequest *geminiRequest  `json:"generateContentRequest"` // what countTokens counts
+	Content                geminiContent   `json:"content"`                // what embedContent embeds
+	OutputDimensionality   int             `json:"outputDimensionality"`
+	Requests               []geminiRequest `json:"requests"` // of batchEmbedContents
 }
 
 type geminiContent struct {
 	Role  string `json:"role"`
 	Parts []struct {
 		Text             string `json:"text"`
-		FunctionResponse *struct {
-			Response map[string]any `json:"response"`
-		} `json:"functionResponse"`
+		FunctionCall     any    `json:"functionCall"`
+		FunctionResponse any    `json:"functionResponse"`
 	} `json:"parts"`
 }
 
-// message returns the content as a message of OpenAI's API.
+type geminiFunction struct {
+	Name                 string `json:"name"`
+	Parameters           any    `json:"parameters"`
+	ParametersJSONSchema any    `json:"parametersJsonSchema"`
+}
+
+// message returns the content as a message of the other APIs.
 func (g *geminiContent) message() map[string]any {
-	var text []string
-	role := map[string]string{"model": "assistant"}[g.Role]
-	for _, part := range g.Parts {
-		text = append(text, part.Text)
-		if part.FunctionResponse != nil {
-			result, _ := json.Marshal(part.FunctionResponse.Response) // it came from JSON
-			role, text = "tool", append(text, string(result))
+	m, text := map[string]any{"role": g.Role}, ""
+	for _, p := range g.Parts {
+		text += p.Text
+		for _, v := range []any{p.FunctionCall, p.FunctionResponse} {
+			if v != nil {
+				b, _ := json.Marshal(v) // it comes from JSON
+				text += string(b)
+			}
+		}
+		if p.FunctionResponse != nil {
+			m["role"] = "tool"
 		}
 	}
-	if role == "" {
-		role = "user"
-	}
-	return map[string]any{"role": role, "content": strings.Join(text, "")}
+	m["content"] = text
+	return m
 }
 
-// readGemini reads the body of a call of Gemini's API into the fields that it has in common with OpenAI's.
-func (b *request) readGemini(body []byte, model string) error {
-	var g geminiRequest
-	if err := json.Unmarshal(body, &g); err != nil {
-		return err
+// translate returns the request in the fields of the other APIs.
+func (g *geminiRequest) translate(model string) request {
+	if g.GenerateContentRequest != nil {
+		return g.GenerateContentRequest.translate(model)
 	}
-	b.Model, b.MaxTokens, b.Seed = model, g.GenerationConfig.MaxOutputTokens, g.GenerationConfig.Seed
-	if system := g.SystemInstruction.message()["content"]; system != "" {
-		b.System = system
-	}
-	for i := range g.Contents {
-		b.Messages = append(b.Messages, g.Contents[i].message())
-	}
-	for _, tool := range g.Tools {
-		for _, f := range tool.FunctionDeclarations {
-			b.Tools = append(b.Tools, map[string]any{"type": "function", "function": f})
+	config, calling := &g.GenerationConfig, &g.ToolConfig.FunctionCallingConfig
+	r := request{Model: model, MaxOutputTokens: config.MaxOutputTokens, N: config.CandidateCount, Seed: config.Seed}
+	r.System = g.SystemInstruction.message()
+	for _, c := range append(slices.Clone(g.Contents), g.Content) {
+		if len(c.Parts) > 0 {
+			r.Messages = append(r.Messages, c.message())
 		}
 	}
-	return nil
+	for _, q := range g.Requests {
+		r.Messages = append(r.Messages, q.Content.message())
+	}
+	for _, t := range g.Tools {
+		for _, f := range t.FunctionDeclarations {
+			schema := f.ParametersJSONSchema
+			if schema == nil {
+				schema = lowerTypes(f.Parameters)
+			}
+			r.Tools = append(r.Tools, map[string]any{"type": "function", "name": f.Name, "parameters": schema})
+		}
+	}
+	switch names := calling.AllowedFunctionNames; {
+	case calling.Mode == "NONE":
+		r.ToolChoice = "none"
+	case calling.Mode == "ANY" && len(names) > 0:
+		r.ToolChoice = map[string]any{"type": "function", "name": names[0]}
+	case calling.Mode == "ANY":
+		r.ToolChoice = "required"
+	}
+	if config.ResponseMimeType == "application/json" {
+		format, schema := map[string]any{"type": "json_object"}, config.ResponseJSONSchema
+		if schema == nil {
+			schema = lowerTypes(config.ResponseSchema)
+		}
+		if schema != nil {
+			format = map[string]any{"type": "json_schema", "schema": schema}
+		}
+		r.ResponseFormat = format
+	}
+	return r
 }
 
-// generateContent answers a call of Gemini's API.
-func (c *call) generateContent(stream bool) {
-	if len(c.body.Messages) == 0 {
-		c.fail(http.StatusBadRequest, "", "GenerateContentRequest.contents: contents is not specified")
+// lowerTypes returns one of Gemini's own schemas, in which types are in capitals, as a JSON schema.
+func lowerTypes(schema any) any {
+	switch v := schema.(type) {
+	case map[string]any:
+		out := map[string]any{}
+		for name, member := range v {
+			out[name] = lowerTypes(member)
+			if kind, ok := member.(string); ok && name == "type" {
+				out[name] = strings.ToLower(kind)
+			}
+		}
+		return out
+	case []any:
+		out := make([]any, len(v))
+		for i := range v {
+			out[i] = lowerTypes(v[i])
+		}
+		return out
+	}
+	return schema
+}
+
+// geminiHandler is handler for Gemini's URLs. It reads the model from the path.
+func (c *call) geminiHandler() func() {
+	rest := strings.TrimPrefix(c.r.URL.Path, geminiPrefix)
+	name, verb, _ := strings.Cut(strings.TrimPrefix(rest, "/"), ":")
+	c.body.Model = name
+	switch {
+	case c.r.Method == http.MethodGet && rest == "":
+		return c.geminiList
+	case name == "" || rest == "":
+		return nil
+	case c.r.Method == http.MethodGet && verb == "":
+		return c.geminiModel
+	case c.r.Method != http.MethodPost:
+		return nil
+	}
+	return map[string]func(){"generateContent": c.geminiContent, "streamGenerateContent": c.geminiStream,
+		"countTokens": c.geminiCount, "embedContent": c.geminiEmbed, "batchEmbedContents": c.geminiEmbed}[verb]
+}
+
+// geminiList answers GET /v1beta/models, page by page.
+func (c *call) geminiList() {
+	size, err := strconv.Atoi(c.r.URL.Query().Get("pageSize"))
+	if err != nil || size < 1 {
+		size = 50
+	}
+	from := slices.Index(geminiModels, c.r.URL.Query().Get("pageToken")) + 1
+	to := min(len(geminiModels), from+size)
+	list := []any{}
+	for _, name := range geminiModels[from:to] {
+		list = append(list, geminiModelObject(name))
+	}
+	page := obj{"models", list}
+	if to < len(geminiModels) {
+		page = append(page, "nextPageToken", geminiModels[to-1])
+	}
+	c.replyJSON(0, page)
+}
+
+// geminiModel answers GET /v1beta/models/{model}. Every model exists except no-such-model.
+func (c *call) geminiModel() {
+	if c.body.Model == unknownModel {
+		c.failUnknownModel()
 		return
 	}
-	a := c.body.completion(0)
-	u := c.usage(a)
-	counts := obj{"promptTokenCount", u.prompt, "candidatesTokenCount", u.output - u.reasoning,
-		"totalTokenCount", u.prompt + u.output}
+	c.replyJSON(0, geminiModelObject(c.body.Model))
+}
+
+func geminiModelObject(name string) obj {
+	methods, output := []string{"generateContent", "countTokens"}, 65536
+	if strings.Contains(name, "embedding") {
+		methods, output = []string{"embedContent"}, 1
+	}
+	return obj{"name", "models/" + name, "version", "001", "displayName", name, "description", "A model of the demo",
+		"inputTokenLimit", 1048576, "outputTokenLimit", output, "supportedGenerationMethods", methods}
+}
+
+// geminiUsage returns the usageMetadata of an answer that has come so far.
+func (c *call) geminiUsage(u usage, output int) obj {
+	v := obj{"promptTokenCount", u.prompt, "candidatesTokenCount", output,
+		"totalTokenCount", u.prompt + output + u.reasoning,
+		"promptTokensDetails", []any{obj{"modality", "TEXT", "tokenCount", u.prompt}}}
 	if u.cached > 0 {
-		counts = append(counts, "cachedContentTokenCount", u.cached)
+		v = append(v, "cachedContentTokenCount", u.cached)
 	}
 	if u.reasoning > 0 {
-		counts = append(counts, "thoughtsTokenCount", u.reasoning)
+		v = append(v, "thoughtsTokenCount", u.reasoning)
 	}
-	id := c.p.newID("")
-	answer := func(part obj, finish any) obj {
-		candidate := obj{"content", obj{"parts", []any{part}, "role", "model"}, "index", 0}
-		if finish != nil {
-			candidate = append(candidate, "finishReason", finish)
-		}
-		return obj{"candidates", []any{candidate}, "usageMetadata", counts, "modelVersion", c.body.Model,
-			"responseId", id}
-	}
-	finish, part := "STOP", obj{"text", a.text}
-	switch {
-	case a.toolName != "":
-		part = obj{"functionCall", obj{"name", a.toolName, "args", json.RawMessage(a.toolArgs)}}
-	case a.truncated:
-		finish = "MAX_TOKENS"
-	}
-	if !stream {
-		c.replyJSON(a.outputTokens, answer(part, finish))
-		return
-	}
-	c.beginStream()
-	if a.toolName == "" {
-		c.sendPaced(splitWords(a.text), func(word string) { c.sendEvent("", answer(obj{"text", word}, nil)) })
-		part = obj{"text", ""}
-	}
-	c.sendEvent("", answer(part, finish))
+	return v
 }
 
-// geminiStatus returns the name that Gemini's API has for a status.
-func geminiStatus(status int) string {
+// geminiPart returns the part of a candidate that an answer is, and why the answer ends.
+func (c *call) geminiPart(a completion) (part obj, finish string) {
 	switch {
-	case status == http.StatusUnauthorized:
-		return "UNAUTHENTICATED"
-	case status == http.StatusForbidden:
-		return "PERMISSION_DENIED"
-	case status == http.StatusNotFound:
-		return "NOT_FOUND"
-	case status == http.StatusTooManyRequests:
-		return "RESOURCE_EXHAUSTED"
-	case status == http.StatusServiceUnavailable:
-		return "UNAVAILABLE"
-	case status >= 500:
-		return "INTERNAL"
+	case a.toolName != "":
+		call := obj{"id", c.p.newID(""), "name", a.toolName, "args", json.RawMessage(a.toolArgs)}
+		return obj{"functionCall", call}, "STOP"
+	case a.truncated:
+		return obj{"text", a.text}, "MAX_TOKENS"
 	}
-	return "INVALID_ARGUMENT"
+	return obj{"text", a.text}, "STOP"
+}
+
+// geminiContent answers POST /v1beta/models/{model}:generateContent.
+func (c *call) geminiContent() {
+	answers := c.body.completions(max(1, c.body.N))
+	u := c.usage(answers...)
+	candidates := []any{}
+	for i, a := range answers {
+		part, finish := c.geminiPart(a)
+		candidates = append(candidates, geminiCandidate(part, finish, i))
+	}
+	c.replyJSON(u.output, obj{"candidates", candidates, "usageMetadata", c.geminiUsage(u, u.output-u.reasoning),
+		"modelVersion", c.body.Model, "responseId", c.p.newID("")})
+}
+
+func geminiCandidate(part obj, finish string, index int) obj {
+	v := obj{"content", obj{"parts", []any{part}, "role", "model"}, "index", index}
+	if finish != "" {
+		v = append(v, "finishReason", finish)
+	}
+	return v
+}
+
+// geminiStream answers POST /v1beta/models/{model}:streamGenerateContent: a stream of events with
+// alt=sse, otherwise a list.
+func (c *call) geminiStream() {
+	a := c.body.completion(0)
+	u := c.usage(a)
+	events := c.r.URL.Query().Get("alt") == "sse"
+	id, sent := c.p.newID(""), 0
+	send := func(part obj, finish string) {
+		output := min(countTokens(sent), u.output-u.reasoning)
+		if finish != "" {
+			output = u.output - u.reasoning
+		}
+		chunk := obj{"candidates", []any{geminiCandidate(part, finish, 0)}, "usageMetadata", c.geminiUsage(u, output),
+			"modelVersion", c.body.Model, "responseId", id}
+		if events {
+			c.sendEvent("", chunk)
+			return
+		}
+		b, err := json.Marshal(chunk)
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		fmt.Fprintf(c.w, "%s%s", map[bool]string{true: "[", false: ",\r\n"}[sent == 0], b)
+		_ = http.NewResponseController(c.w).Flush()
+	}
+	if events {
+		c.beginStream()
+	} else {
+		c.sleep(c.firstTokenDelay())
+		c.writeHeader(http.StatusOK, "application/json; charset=UTF-8")
+	}
+	part, finish := c.geminiPart(a)
+	chunks := splitWords(a.text)
+	if a.toolName != "" {
+		chunks = []string{a.toolArgs}
+	}
+	c.sendPaced(chunks, func(chunk string) {
+		last := sent+len(chunk) >= max(len(a.text), len(a.toolArgs))
+		switch {
+		case a.toolName != "":
+			send(part, finish)
+		case last:
+			send(obj{"text", chunk}, finish)
+		default:
+			send(obj{"text", chunk}, "")
+		}
+		sent += len(chunk)
+	})
+	if !events {
+		fmt.Fprint(c.w, "]\r\n")
+	}
+}
+
+// geminiCount answers POST /v1beta/models/{model}:countTokens.
+func (c *call) geminiCount() {
+	n := countTokens(len(c.body.prompt))
+	c.replyJSON(0, obj{"totalTokens", n, "promptTokensDetails", []any{obj{"modality", "TEXT", "tokenCount", n}}})
+}
+
+// geminiEmbed answers POST /v1beta/models/{model}:embedContent and :batchEmbedContents.
+func (c *call) geminiEmbed() {
+	var g geminiRequest
+	_ = json.Unmarshal(c.rawBody, &g) // readBody has parsed it
+	batch := strings.HasSuffix(c.r.URL.Path, ":batchEmbedContents")
+	requests := g.Requests
+	if !batch {
+		requests = []geminiRequest{g}
+	}
+	if len(requests) == 0 || len(requests) > 100 {
+		c.fail(http.StatusBadRequest, "", "requests: must have from 1 to 100 elements")
+		return
+	}
+	list := []any{}
+	for _, q := range requests {
+		dims := q.OutputDimensionality
+		if dims == 0 {
+			dims = 3072
+		}
+		if dims < 1 || dims > 3072 {
+			c.fail(http.StatusBadRequest, "", "outputDimensionality: must be from 1 to 3072")
+			return
+		}
+		list = append(list, obj{"values", embeddingVector(c.body.Model, textOf(q.Content.message()), dims)})
+	}
+	if batch {
+		c.replyJSON(0, obj{"embeddings", list})
+		return
+	}
+	c.replyJSON(0, obj{"embedding", list[0]})
+}
+
+// geminiError returns an error in Google's shape.
+func geminiError(status int, msg string) obj {
+	name, ok := map[int]string{400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED",
+		404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}[status]
+	if !ok {
+		name = "INTERNAL"
+	}
+	e := obj{"code", status, "message", msg, "status", name}
+	if status == http.StatusTooManyRequests {
+		e = append(e, "details", []any{obj{"@type", "type.googleapis.com/google.rpc.RetryInfo", "retryDelay", "1s"}})
+	}
+	return obj{"error", e}
 }

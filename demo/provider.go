@@ -1,5 +1,5 @@
 // Package demo is the stand-in provider of `llm-proxy demo`, with the sample data. It answers over
-// real HTTP as OpenAI, Anthropic and Gemini would, so that every feature can be tried without a key. It
+// real HTTP as OpenAI, Anthropic and Google would, so that every feature can be tried without a key. It
 // invents its answers, opens no connection, stores nothing, and may only be served on loopback.
 //
 // Operators can see how the proxy handles faults: a prompt with [[error 429]] or [[error 500]] (any
@@ -32,9 +32,10 @@ const (
 	cacheStepTokens = 1024 // the prompt cache counts in steps of this many tokens
 )
 
-// A provider answers like OpenAI (Authorization: Bearer), Anthropic (x-api-key) and Gemini (x-goog-api-key). It
-// requires its key. The text depends only on the model, the prompt and the request's seed; ids are new for each
-// call, and cached tokens depend on earlier long prompts. It is safe for concurrent use.
+// A provider answers like OpenAI (Authorization: Bearer), Anthropic (x-api-key) and Google
+// (x-goog-api-key). It requires its key. The text depends only on the model, the prompt and the
+// request's seed; ids are new for each call, and cached tokens depend on earlier long prompts. It is
+// safe for concurrent use.
 type provider struct {
 	key        string
 	chunkDelay time.Duration // between the chunks of a stream; 0: no delays at all
@@ -62,7 +63,7 @@ func (p *provider) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, version := r.Header["Anthropic-Version"]
 	c.anthropic = strings.HasPrefix(r.URL.Path, "/v1/messages") || version &&
 		strings.HasPrefix(r.URL.Path, "/v1/models")
-	c.gemini = strings.HasPrefix(r.URL.Path, geminiModels)
+	c.google = strings.HasPrefix(r.URL.Path, "/v1beta/")
 	if !c.authorized() {
 		return
 	}
@@ -85,7 +86,7 @@ type call struct {
 	start      time.Time
 	requestID  string
 	anthropic  bool // answer in Anthropic's shapes, not OpenAI's
-	gemini     bool // answer in Gemini's
+	google     bool // answer in Google's
 	body       request
 	rawBody    []byte // the JSON body; nil for multipart
 	audioBytes int64  // bytes of an uploaded file
@@ -122,13 +123,8 @@ func (c *call) handler() func() {
 	case "POST /v1/messages/count_tokens":
 		return c.messagesCountTokens
 	}
-	if _, method, ok := geminiCall(c.r.URL.Path); ok && c.r.Method == http.MethodPost {
-		switch method {
-		case "generateContent":
-			return func() { c.generateContent(false) }
-		case "streamGenerateContent":
-			return func() { c.generateContent(true) }
-		}
+	if strings.HasPrefix(c.r.URL.Path, geminiPrefix) {
+		return c.geminiHandler()
 	}
 	if id, ok := strings.CutPrefix(c.r.URL.Path, "/v1/models/"); ok && id != "" && c.r.Method == http.MethodGet {
 		return func() { c.model(id) }
@@ -143,7 +139,7 @@ func (c *call) authorized() bool {
 	if !c.anthropic || given == "" {
 		given, _ = strings.CutPrefix(c.r.Header.Get("Authorization"), "Bearer ")
 	}
-	if c.gemini {
+	if c.google {
 		given = c.r.Header.Get("X-Goog-Api-Key")
 	}
 	if !c.anthropic {
@@ -168,9 +164,10 @@ func (c *call) readBody() bool {
 	var err error
 	if kind == "multipart/form-data" {
 		err = c.readForm(multipart.NewReader(body, params["boundary"]))
-	} else if c.rawBody, err = io.ReadAll(body); err == nil && c.gemini {
-		model, _, _ := geminiCall(c.r.URL.Path)
-		err = c.body.readGemini(c.rawBody, model)
+	} else if c.rawBody, err = io.ReadAll(body); err == nil && c.google {
+		var g geminiRequest
+		err = json.Unmarshal(c.rawBody, &g)
+		c.body = g.translate(c.body.Model)
 	} else if err == nil {
 		err = json.Unmarshal(c.rawBody, &c.body)
 	}
@@ -262,8 +259,11 @@ func (c *call) injectFault() bool {
 // failUnknownModel answers 404 for a model that does not exist.
 func (c *call) failUnknownModel() {
 	msg := "The model `" + unknownModel + "` does not exist or you do not have access to it."
-	if c.anthropic {
+	switch {
+	case c.anthropic:
 		msg = "model: " + unknownModel
+	case c.google:
+		msg = "models/" + unknownModel + " is not found for API version v1beta."
 	}
 	c.fail(http.StatusNotFound, "model_not_found", msg)
 }
@@ -276,8 +276,8 @@ func (c *call) fail(status int, code, msg string) {
 	if c.anthropic {
 		v = obj{"type", "error", "error", obj{"type", kind, "message", msg}, "request_id", c.requestID}
 	}
-	if c.gemini {
-		v = obj{"error", obj{"code", status, "message", msg, "status", geminiStatus(status)}}
+	if c.google {
+		v = geminiError(status, msg)
 	}
 	b, _ := json.Marshal(v) // strings only
 	c.writeHeader(status, "application/json")
@@ -335,6 +335,9 @@ func (c *call) writeHeader(status int, contentType string) {
 			"Anthropic-Ratelimit-Tokens-Remaining":   strconv.Itoa(max(0, 2000000-used)),
 			"Anthropic-Ratelimit-Tokens-Reset":       reset,
 		}
+	}
+	if c.google {
+		set = nil
 	}
 	for name, value := range set {
 		h.Set(name, value)

@@ -558,3 +558,97 @@ func TestDemoProviderMedia(t *testing.T) {
 		}
 	}
 }
+
+// TestGemini: Gemini's own API, as one body, as a stream, as a list, with a tool, and its errors.
+func TestGemini(t *testing.T) {
+	t.Parallel()
+	srv := newServer(t)
+	call := func(method, path, body string) *http.Response {
+		t.Helper()
+		url := srv.URL + "/v1beta/models" + path
+		req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("X-Goog-Api-Key", testKey)
+		res, err := srv.Client().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { res.Body.Close() })
+		return res
+	}
+	const flash = "/gemini-2.5-flash"
+	const hello = `{"contents":[{"role":"user","parts":[{"text":"Tell me about rivers"}]}],` +
+		`"systemInstruction":{"parts":[{"text":"Be kind"}]}}`
+	const weather = `{"contents":[{"parts":[{"text":"the weather in Berlin"}]}],"tools":[{"functionDeclarations":[` +
+		`{"name":"get_weather","parameters":{"type":"OBJECT","properties":{"city":{"type":"STRING"}}}}]}]}`
+	type fields map[string]any
+	for _, c := range []struct {
+		name, method, path, body string
+		status                   int
+		want                     fields // by path; "" is any text
+	}{
+		{"an answer", "POST", flash + ":generateContent", hello, 200, fields{"candidates.0.content.role": "model",
+			"candidates.0.content.parts.0.text": "", "candidates.0.finishReason": "STOP",
+			"usageMetadata.promptTokenCount": 7.0, "modelVersion": "gemini-2.5-flash"}},
+		{"a short answer", "POST", flash + ":generateContent", strings.Replace(hello, "{", `{"generationConfig":`+
+			`{"maxOutputTokens":5,"candidateCount":2},`, 1), 200, fields{"candidates.1.finishReason": "MAX_TOKENS",
+			"usageMetadata.candidatesTokenCount": 10.0, "usageMetadata.totalTokenCount": 17.0}},
+		{"thoughts", "POST", "/gemini-2.5-pro:generateContent", hello, 200,
+			fields{"candidates.0.content.parts.0.text": "", "usageMetadata.thoughtsTokenCount": nil}},
+		{"a tool", "POST", flash + ":generateContent", weather, 200, fields{
+			"candidates.0.content.parts.0.functionCall.name":      "get_weather",
+			"candidates.0.content.parts.0.functionCall.args.city": "Berlin", "candidates.0.finishReason": "STOP"}},
+		{"JSON", "POST", flash + ":generateContent", strings.Replace(hello, "{", `{"generationConfig":{`+
+			`"responseMimeType":"application/json","responseSchema":{"type":"OBJECT","properties":`+
+			`{"n":{"type":"INTEGER","minimum":3}}}},`, 1), 200, fields{"candidates.0.content.parts.0.text": `{"n":3}`}},
+		{"a count", "POST", flash + ":countTokens", `{"generateContentRequest":` + hello + `}`, 200,
+			fields{"totalTokens": 7.0}},
+		{"an embedding", "POST", "/gemini-embedding-001:embedContent",
+			`{"content":{"parts":[{"text":"a"}]},"outputDimensionality":2}`, 200,
+			fields{"embedding.values.1": nil, "embedding.values.2": "absent"}},
+		{"embeddings", "POST", "/gemini-embedding-001:batchEmbedContents",
+			`{"requests":[{"content":{"parts":[{"text":"a"}]}},{"content":{"parts":[{"text":"b"}]}}]}`, 200,
+			fields{"embeddings.1.values.3071": nil, "embeddings.2": "absent"}},
+		{"the list", "GET", "", "", 200, fields{"models.0.name": "", "nextPageToken": "absent"}},
+		{"a page", "GET", "?pageSize=1", "", 200, fields{"models.1": "absent", "nextPageToken": geminiModels[0]}},
+		{"the last page", "GET", "?pageToken=" + geminiModels[len(geminiModels)-2], "", 200,
+			fields{"models.0.supportedGenerationMethods.0": "embedContent", "nextPageToken": "absent"}},
+		{"a model", "GET", flash, "", 200, fields{"name": "models/gemini-2.5-flash"}},
+		{"an unknown model", "POST", "/no-such-model:generateContent", hello, 404, fields{"error.status": "NOT_FOUND"}},
+		{"an unknown method", "POST", flash + ":run", hello, 404, fields{"error.status": "NOT_FOUND"}},
+		{"no JSON", "POST", flash + ":generateContent", "{", 400, fields{"error.status": "INVALID_ARGUMENT"}},
+		{"an error", "POST", flash + ":generateContent", `{"contents":[{"parts":[{"text":"[[error 429]]"}]}]}`, 429,
+			fields{"error.status": "RESOURCE_EXHAUSTED", "error.details.0.retryDelay": "1s"}},
+	} {
+		v := decode(t, call(c.method, c.path, c.body), c.status)
+		for path, want := range c.want {
+			got := lookup(v, path)
+			if text, ok := got.(string); want == nil && got == "absent" || want == "" && (!ok || text == "") ||
+				want != nil && want != "" && got != want {
+				t.Errorf("%s: %s is %v, want %v", c.name, path, got, want)
+			}
+		}
+	}
+	_, events := readEvents(t, call("POST", flash+":streamGenerateContent?alt=sse", hello))
+	last := decodeObject(t, events[len(events)-1])
+	if len(events) < 9 || lookup(decodeObject(t, events[0]), "candidates.0.finishReason") != "absent" ||
+		lookup(last, "candidates.0.finishReason") != "STOP" {
+		t.Errorf("a stream of %d events ends with %v", len(events), last)
+	}
+	b, err := io.ReadAll(call("POST", flash+":streamGenerateContent", weather).Body)
+	var list []map[string]any
+	if json.Unmarshal(b, &list) != nil || err != nil || len(list) != 1 ||
+		lookup(list[0], "candidates.0.content.parts.0.functionCall.args.city") != "Berlin" {
+		t.Errorf("a list: %s, %v", b, err)
+	}
+	if b, err := io.ReadAll(call("POST", flash+":streamGenerateContent",
+		`{"contents":[{"parts":[{"text":"[[cut]]"}]}]}`).Body); err == nil {
+		t.Errorf("a list that is cut ends cleanly: %s", b)
+	}
+	if res := send(t, srv, "POST", "/v1beta/models"+flash+":generateContent", "application/json", hello); lookup(
+		decode(t, res, 401), "error.status") != "UNAUTHENTICATED" {
+		t.Error("a call without the key is answered")
+	}
+}

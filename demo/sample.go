@@ -17,7 +17,7 @@ const historyLength = 28 * 24 * time.Hour
 // A Project is a sample project.
 type Project struct {
 	Name, Policy string
-	Anthropic    bool // it has an upstream for Anthropic's API too
+	AllAPIs      bool // it has upstreams for Anthropic's and Google's API too
 }
 
 // Projects returns the sample projects.
@@ -25,7 +25,7 @@ func Projects() []Project {
 	return []Project{
 		{Name: "Search team", Policy: `{"limits":[{"count":"requests","max":300,"per":"minute"},` +
 			`{"count":"tokens","max":3000000,"per":"month"}]}`},
-		{Name: "Support bot", Anthropic: true, Policy: `{"limits":[{"count":"concurrent","max":20},` +
+		{Name: "Support bot", AllAPIs: true, Policy: `{"limits":[{"count":"concurrent","max":20},` +
 			`{"count":"tokens","max":300000,"per":"day"}]}`},
 		{Name: "Research", Policy: `{"models":["gpt-4.1*","gpt-5*","o4-mini*","text-embedding-3-large"],` +
 			`"limits":[{"count":"dollars","max":6,"per":"month"}]}`},

@@ -1,37 +1,25 @@
 // This file runs real coding agents against `llm-proxy demo`, headless and with the settings of docs/agents.md: a prompt in,
 // an answer out, and each call on record. An agent that is not installed is skipped. To run all of them:
-//   npm install --prefix DIR @anthropic-ai/claude-code @openai/codex opencode-ai, then LLM_PROXY_AGENTS=DIR node --test agents.test.mjs
+//   npm install --prefix DIR @anthropic-ai/claude-code @openai/codex @google/gemini-cli opencode-ai, then
+//   LLM_PROXY_AGENTS=DIR node --test agents.test.mjs
 import assert from 'node:assert/strict';
-import { execFile, spawn } from 'node:child_process';
-import { once } from 'node:events';
+import { execFile } from 'node:child_process';
 import { existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { after, before, beforeEach, describe, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
-import { binary } from './proxy.mjs';
+import { Demo } from './proxy.mjs';
 
 const folder = join(process.env.LLM_PROXY_AGENTS ?? fileURLToPath(new URL('.', import.meta.url)), 'node_modules', '.bin');
 const prompt = 'Say hello';
 
-let demo, demoDir, url, key, token, dir;
+let demo, url, token, dir;
 before(async () => {
-  demoDir = mkdtempSync(join(tmpdir(), 'llm-proxy-demo-'));
-  demo = spawn(binary(demoDir), ['demo'], { env: { LISTEN_ADDR: '127.0.0.1:0', TMPDIR: demoDir, PATH: process.env.PATH } });
-  let guide = '';
-  for (const stream of [demo.stdout, demo.stderr]) stream.on('data', (data) => { guide += data; });
-  const find = (pattern) => guide.match(pattern)?.[1];
-  while (!guide.includes('Ctrl-C ends the demo')) {
-    if (demo.exitCode !== null) throw new Error(`the demo ended: ${guide}`);
-    await new Promise((resolve) => setTimeout(resolve, 20));
-  }
-  [url, token, key] = [find(/base URL +(\S+)\/v1/), find(/token +(sk-llmp_\w+)/), find(/management key +(llmpm_\w+)/)];
+  demo = await Demo.start();
+  ({ url, token } = demo);
 });
-after(async () => {
-  demo.kill('SIGTERM');
-  if (demo.exitCode === null) await once(demo, 'close');
-  rmSync(demoDir, { recursive: true, force: true });
-});
+after(() => demo.stop());
 beforeEach(() => { dir = mkdtempSync(join(tmpdir(), 'llm-proxy-agent-')); });
 
 // write writes a settings file of an agent, in its home.
@@ -61,8 +49,7 @@ function agent(name, program, endpoint, start) {
     const since = new Date().toISOString();
     const output = await start();
     assert.match(output, /demo provider knows/);
-    const res = await fetch(`${url}/manage/requests?limit=50&from=${since}`, { headers: { authorization: `Bearer ${key}` } });
-    const { data } = await res.json();
+    const data = await demo.calls(since);
     const calls = data.filter((row) => row.endpoint === endpoint);
     assert.ok(calls.length > 0, JSON.stringify(data));
     for (const row of calls) {
@@ -86,6 +73,11 @@ describe('coding agents', () => {
   agent('Codex, the built-in provider', 'codex', 'POST /v1/responses', () => {
     write('.codex/config.toml', `model = "gpt-5-mini"\nopenai_base_url = "${url}/v1"\n`);
     return run('codex', ['exec', '--skip-git-repo-check', prompt], { OPENAI_API_KEY: token, CODEX_API_KEY: token });
+  });
+
+  agent('Gemini CLI', 'gemini', 'POST /v1beta/models/{model}:streamGenerateContent', () => {
+    write('.gemini/settings.json', JSON.stringify({ security: { auth: { selectedType: 'gemini-api-key' } } }));
+    return run('gemini', ['-p', prompt, '--skip-trust'], { GOOGLE_GEMINI_BASE_URL: url, GEMINI_API_KEY: token });
   });
 
   agent('opencode', 'opencode', 'POST /v1/chat/completions', () => {

@@ -119,3 +119,37 @@ export function countingFetch() {
   counting.count = 0;
   return counting;
 }
+
+// A Demo is a running `llm-proxy demo`.
+export class Demo {
+  static async start(env = {}) {
+    const d = new Demo();
+    d.dir = mkdtempSync(join(tmpdir(), 'llm-proxy-demo-'));
+    d.process = spawn(binary(d.dir), ['demo'], { env: { LISTEN_ADDR: '127.0.0.1:0', TMPDIR: d.dir, PATH: process.env.PATH, ...env } });
+    let guide = '';
+    for (const stream of [d.process.stdout, d.process.stderr]) stream.on('data', (data) => { guide += data; });
+    const find = (pattern) => guide.match(pattern)?.[1];
+    while (!guide.includes('Ctrl-C ends the demo')) {
+      if (d.process.exitCode !== null) throw new Error(`the demo ended: ${guide}`);
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+    [d.url, d.token, d.key] = [find(/base URL +(\S+)\/v1/), find(/token +(sk-llmp_\w+)/), find(/management key +(llmpm_\w+)/)];
+    return d;
+  }
+
+  // calls waits until all calls since a time are settled, and returns them, newest first.
+  async calls(since) {
+    for (;;) {
+      const res = await fetch(`${this.url}/manage/requests?limit=50&from=${since}`, { headers: { authorization: `Bearer ${this.key}` } });
+      const { data } = await res.json();
+      if (data.every((row) => row.outcome !== 'open')) return data;
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+  }
+
+  async stop() {
+    this.process.kill('SIGTERM');
+    if (this.process.exitCode === null) await once(this.process, 'close');
+    rmSync(this.dir, { recursive: true, force: true });
+  }
+}
