@@ -34,7 +34,7 @@ type dashQuery struct {
 	dashPeriod
 	projectSeq     int64  // 0: all projects
 	projectID      string // "": all projects
-	groupBy        string // "project" or "model": what the bars consist of
+	groupBy        string // "project", "model" or "service_tier": what the bars consist of
 	metric         string // "calls", "tokens" or "cost"
 	now            int64
 	maxExactTokens int // with more tokens, only the latest calls are added up by token
@@ -85,7 +85,7 @@ func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery
 	}
 	err = cmp.Or(
 		checkChoice("measure", q.metric, "calls", "tokens", "cost"),
-		checkChoice("by", q.groupBy, "project", "model"))
+		checkChoice("by", q.groupBy, "project", "model", "service_tier"))
 	if err != nil {
 		return nil, err
 	}
@@ -94,7 +94,9 @@ func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery
 		if err != nil {
 			return nil, err
 		}
-		q.projectSeq, q.groupBy = p.seq, "model"
+		if q.projectSeq = p.seq; q.groupBy == "project" {
+			q.groupBy = "model"
+		}
 	}
 	return q, nil
 }
@@ -105,6 +107,7 @@ type dashData struct {
 	total              hourSum
 	previous           *hourSum
 	modelPoints        []usageRow // by step and model
+	tierPoints         []usageRow // by step and service tier
 	byProject          []usageSeries
 	projects           []usageShare // all that made calls, largest first
 	tokens             []usageShare // largest first
@@ -290,7 +293,7 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v := &dashView{Period: q.name, Project: q.projectID, GroupBy: q.groupBy, Metric: q.metric,
 		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
-		Groups:  options("project", "Project", "model", "Model"),
+		Groups:  options("project", "Project", "model", "Model", "service_tier", "Service tier"),
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
 		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q),
 		Cache: d.cacheFigure(q, responseCacheKind()), PromptCache: d.cacheFigure(q, promptCacheKind())}
@@ -656,7 +659,7 @@ func (d *dashData) writeCSV(q *dashQuery, e *exportWriter) {
 			e.writeRow(row...)
 		}
 	}
-	d.writeAttributesCSV(e)
+	d.writeAttributesCSV(q, e)
 	if d.sampledCalls > 0 {
 		note := "rows of kind token count only the latest " + strconv.Itoa(d.sampledCalls) + " calls"
 		e.writeRow(append([]string{"note", "", note}, make([]string, 19)...)...)

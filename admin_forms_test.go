@@ -72,6 +72,7 @@ func TestAdminJourney(t *testing.T) {
 	form.Set("name", "From a page")
 	form.Set("api_key", p.provider.key)
 	form.Set("base_url", p.provider.url)
+	form.Set("cost_multiplier", "0.85")
 	form.Set("policy.models", "gpt-4o-mini\r\nclaude-*\r\n\r\n")
 	form.Set("policy.addresses", "127.0.0.1")
 	form.Set("policy.limits[1].max", "1,000")
@@ -86,8 +87,8 @@ func TestAdminJourney(t *testing.T) {
 	p.manage("GET", "/manage"+strings.TrimPrefix(here, "/admin"), "", 200, &project)
 	want := `{"models":["gpt-4o-mini","claude-*"],"addresses":["127.0.0.1/32"],` +
 		`"limits":[{"count":"tokens","max":1000,"per":"day"}]}`
-	if string(project.Policy) != want || !project.IsActive {
-		t.Errorf("the policy is %s", project.Policy)
+	if string(project.Policy) != want || !project.IsActive || project.Multiplier != "0.85" {
+		t.Errorf("the policy is %s, the multiplier %s", project.Policy, project.Multiplier)
 	}
 	page := b.get(here).body
 	for _, want := range []string{"From a page", "0 of 1,000", "•••• " + p.provider.key[len(p.provider.key)-4:],

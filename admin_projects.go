@@ -90,7 +90,7 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
 		Submit: "Create project", Cancel: "/admin/projects",
-		Fields: formFields(ui.ops.fields.project, "name", "provider", "api_key", "base_url")}}
+		Fields: formFields(ui.ops.fields.project, "name", "provider", "api_key", "base_url", "cost_multiplier")}}
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
 	return ui.submit(r, "New project", v, nil, targets, func() (*pageResponse, error) {

@@ -356,8 +356,12 @@ const (
 	maxDashboardSums     = 200_000 // of an attribute that are read for a dashboard
 )
 
-// readAttributes reads the largest values of each attribute.
-func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) error {
+// readAttributes reads the usage of each service tier, and the largest values of each attribute.
+func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (err error) {
+	d.tierPoints, err = s.usage(ctx, q.usageQuery(usageQuery{interval: q.grain, byServiceTier: true}))
+	if err != nil {
+		return err
+	}
 	names, err := s.usedAttributes(ctx, q.projectID, maxAttributeRankings)
 	for _, name := range names {
 		u := q.usageQuery(usageQuery{attribute: name, top: rankingSize + 1, largestBy: q.metric})
@@ -373,8 +377,13 @@ func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) e
 	return err
 }
 
-// attributeRankings returns a table for each attribute.
+// attributeRankings returns a table of the service tiers, if there is another than the standard one, and one for each
+// attribute.
 func (d *dashData) attributeRankings(q *dashQuery, whole float64) (tables []rankingTable) {
+	tiers := sharesOf(d.tierSeries(q))
+	if slices.ContainsFunc(tiers, func(v usageShare) bool { return v.id != "" }) {
+		tables = append(tables, q.ranking("Service tiers", tiers, whole))
+	}
 	for _, a := range d.attributes {
 		title := "Sessions"
 		key, isTag := strings.CutPrefix(a.attribute, tagAttribute)
@@ -407,9 +416,10 @@ func attributeLink(attribute, value, project string) string {
 	return "/admin/requests?" + query.Encode()
 }
 
-// writeAttributesCSV writes a line for each of the largest values.
-func (d *dashData) writeAttributesCSV(e *exportWriter) {
-	for _, a := range d.attributes {
+// writeAttributesCSV writes a line for each service tier, and for each of the largest values.
+func (d *dashData) writeAttributesCSV(q *dashQuery, e *exportWriter) {
+	tiers := attributeShares{attribute: "service_tier", shares: sharesOf(d.tierSeries(q))}
+	for _, a := range append([]attributeShares{tiers}, d.attributes...) {
 		for _, v := range a.shares[:min(len(a.shares), rankingSize)] {
 			row := []string{a.attribute, "", v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens),
 				formatNanos(v.cost)}

@@ -412,7 +412,8 @@ func seriesClass(i int) string { return "k" + strconv.Itoa(i+1) }
 
 // usageChart returns the chart of the query's metric.
 func (d *dashData) usageChart(q *dashQuery, id string) chartView {
-	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric] + " by " + q.groupBy
+	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric] + " by " +
+		strings.ReplaceAll(q.groupBy, "_", " ")
 	c := q.newTimeChart(title, q.unit())
 	for i, s := range d.topSeries(q) {
 		class := seriesClass(i)
@@ -467,8 +468,11 @@ func (s *usageSeries) add(i int, a usageTotals) {
 // topSeries returns the largest series, and the rest as one.
 func (d *dashData) topSeries(q *dashQuery) []usageSeries {
 	named := d.byProject
-	if q.groupBy == "model" {
+	switch q.groupBy {
+	case "model":
 		named = d.modelSeries(q)
+	case "service_tier":
+		named = d.tierSeries(q)
 	}
 	named = named[:min(len(named), maxNamedSeries)]
 	rest := usageSeries{name: "all others", isOther: true, values: make([]usageTotals, q.steps())}
@@ -492,15 +496,28 @@ func (d *dashData) topSeries(q *dashQuery) []usageSeries {
 }
 
 // modelSeries returns the series of each model, the largest first.
-func (d *dashData) modelSeries(q *dashQuery) (all []usageSeries) {
+func (d *dashData) modelSeries(q *dashQuery) []usageSeries {
+	return q.series(d.modelPoints, func(v *usageRow) (id, name string) { return v.model, modelLabel(v.model) })
+}
+
+// tierSeries returns the series of each service tier, the largest first.
+func (d *dashData) tierSeries(q *dashQuery) []usageSeries {
+	return q.series(d.tierPoints, func(v *usageRow) (id, name string) {
+		return v.serviceTier, cmp.Or(v.serviceTier, "standard")
+	})
+}
+
+// series returns the series of each id that usage has, the largest first.
+func (q *dashQuery) series(points []usageRow, nameOf func(*usageRow) (id, name string)) (all []usageSeries) {
 	index := map[string]int{}
-	for _, v := range d.modelPoints {
-		i, ok := index[v.model]
+	for j := range points {
+		v := &points[j]
+		id, name := nameOf(v)
+		i, ok := index[id]
 		if !ok {
 			i = len(all)
-			index[v.model] = i
-			series := usageSeries{id: v.model, name: modelLabel(v.model), values: make([]usageTotals, q.steps())}
-			all = append(all, series)
+			index[id] = i
+			all = append(all, usageSeries{id: id, name: name, values: make([]usageTotals, q.steps())})
 		}
 		all[i].add(q.index(v.at), v.totals())
 	}
@@ -515,8 +532,11 @@ func (d *dashData) modelSeries(q *dashQuery) (all []usageSeries) {
 func modelLabel(model string) string { return cmp.Or(model, "no model, or unknown") }
 
 // usageByModel returns the usage of each model, the largest first.
-func (d *dashData) usageByModel(q *dashQuery) (shares []usageShare) {
-	for _, s := range d.modelSeries(q) {
+func (d *dashData) usageByModel(q *dashQuery) []usageShare { return sharesOf(d.modelSeries(q)) }
+
+// sharesOf returns what each of some series has in the whole period.
+func sharesOf(all []usageSeries) (shares []usageShare) {
+	for _, s := range all {
 		shares = append(shares, usageShare{id: s.id, name: s.name, usageTotals: s.total})
 	}
 	return shares

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/big"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -440,6 +441,23 @@ func TestUsageByServiceTier(t *testing.T) {
 	const want = " 1 0.000675 0.000675\nflex 1 0.000339375 0.0003375\npriority 2 0.0027075 0.0027\n"
 	if got.String() != want {
 		t.Errorf("by tier:\n%swant:\n%s", got.String(), want)
+	}
+	b := p.signIn(p.adminKey)
+	for _, project := range []string{"", p.project} {
+		path := "/admin/dashboard?by=service_tier&project=" + project
+		page := b.get(path)
+		text := pageText(t, page.body)
+		if problems := checkHTML(page.body); page.status != 200 || len(problems) > 0 ||
+			!strings.Contains(text, "Calls by service tier") || !strings.Contains(text, "Service tiers") {
+			t.Errorf("%s: %d %v %s", path, page.status, problems, text)
+		}
+	}
+	export := b.post("/admin/dashboard/export", url.Values{"period": {"7d"}, "by": {"service_tier"}}).body
+	for _, line := range []string{"service_tier,,standard,,1,,,1010,0.000675,",
+		"service_tier,,flex,,1,,,1013,0.000339375,", "service_tier,,priority,,2,,,2023,0.0027075,"} {
+		if !strings.Contains(export, line) {
+			t.Errorf("the export lacks %s:\n%s", line, export)
+		}
 	}
 }
 
