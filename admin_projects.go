@@ -372,3 +372,108 @@ func (u *routeUpstreamView) timeoutsText() string {
 	}
 	return strings.Join(set, ", ")
 }
+
+// A refusalView says why a call was refused: what the client was told, and which rule it was that did so.
+type refusalView struct {
+	Message      string       // "": it is not on record
+	Rules        []policyRule // of the project and the token, as they are now
+	ChangeURL    string       // the form with the rule, "" if none is known or the role may not change it
+	AllowedToday bool         // the rules have changed since
+}
+
+// A policyRule is a list of what a policy allows. A nil list allows everything.
+type policyRule struct {
+	Owner, Name string
+	Allowed     *[]string
+}
+
+// explainRefusal returns why a call was refused. Rules are those of now: a ledger keeps no policies.
+func (ui *adminUI) explainRefusal(r *pageRequest, row *requestView) (*refusalView, error) {
+	v := &refusalView{Message: row.refusal}
+	owners, err := ui.refusalOwners(r, row)
+	if err != nil {
+		return nil, err
+	}
+	list := map[string]string{"model_not_allowed": "models", "endpoint_not_allowed": "endpoints",
+		"address_not_allowed": "addresses"}[row.errorCode]
+	v.AllowedToday = list != ""
+	for _, o := range owners {
+		change, refuses := "", false
+		switch {
+		case list != "":
+			rule := policyRule{Owner: o.name, Name: list, Allowed: o.view.list(list)}
+			v.Rules = append(v.Rules, rule)
+			change, refuses = "#"+fieldID("policy."+list), !o.allows(list, row)
+		case row.limitHit != "":
+			isOwn := func(l limit) bool { return l.String() == row.limitHit }
+			change, refuses = "#limits", slices.ContainsFunc(o.policy.Limits, isOwn)
+			if o.maxRequests != nil && !refuses && requestsExhausted(*o.maxRequests).limit == row.limitHit {
+				change, refuses = "#"+fieldID("max_requests"), true
+			}
+		}
+		v.AllowedToday = v.AllowedToday && !refuses
+		if refuses && v.ChangeURL == "" && r.hasRole(o.minRole) {
+			v.ChangeURL = o.url + "/edit" + change
+		}
+	}
+	return v, nil
+}
+
+// A refusalOwner is a project or a token whose policy may have refused a call.
+type refusalOwner struct {
+	name, url   string
+	minRole     role // to change it
+	policy      policy
+	view        policyView
+	maxRequests *int64
+}
+
+// refusalOwners returns the project and the token of a call, as far as they exist.
+func (ui *adminUI) refusalOwners(r *pageRequest, row *requestView) (owners []refusalOwner, err error) {
+	p, err := ui.store.projectByID(r.ctx, row.projectID)
+	if err == nil {
+		o := refusalOwner{name: "Project " + p.name, url: "/admin/projects/" + p.id, minRole: roleAdmin,
+			view: newPolicyView(json.RawMessage(p.policy))}
+		if o.policy, err = parsePolicy([]byte(p.policy), true); err == nil {
+			owners = append(owners, o)
+		}
+	}
+	if err != nil && !errors.Is(err, errNotFound) {
+		return nil, err
+	}
+	t, err := ui.store.tokenByID(r.ctx, row.tokenID)
+	if err == nil && t.revokedAt == nil {
+		o := refusalOwner{name: "Token " + t.name, url: "/admin/tokens/" + t.id, minRole: roleOperator,
+			view: newPolicyView(json.RawMessage(t.policy)), maxRequests: t.maxRequests}
+		if o.policy, err = parsePolicy([]byte(t.policy), false); err == nil {
+			owners = append(owners, o)
+		}
+	}
+	if err != nil && !errors.Is(err, errNotFound) {
+		return nil, err
+	}
+	return owners, nil
+}
+
+// allows reports whether a list of the policy allows a call.
+func (o *refusalOwner) allows(list string, row *requestView) bool {
+	switch list {
+	case "models":
+		return o.policy.Models == nil || row.model != "" && o.policy.allowsModel(row.model)
+	case "endpoints":
+		_, pattern, _ := strings.Cut(row.endpoint, " ")
+		return o.policy.allowsEndpoint(row.endpoint, pattern)
+	}
+	return o.policy.allowsAddress(row.address)
+}
+
+// list returns a list of the policy by its name.
+func (p *policyView) list(name string) *[]string {
+	switch name {
+	case "models":
+		return p.Models
+	case "endpoints":
+		return p.Endpoints
+	}
+	return p.Addresses
+}

@@ -240,6 +240,7 @@ type requestPageView struct {
 	UnpricedKinds string     // for want of whose price the cost is not known, in words
 	Multiplier    string     // "": 1
 	ContentUntil  *timestamp // nil: there is no content, or none for this role
+	Refusal       *refusalView
 }
 
 // tagTexts returns the tags in the form of the filter.
@@ -318,6 +319,11 @@ func (ui *adminUI) requestPage(r *pageRequest) (*pageResponse, error) {
 	v.UnpricedKinds = strings.ReplaceAll(strings.Join(missing, ", "), "_", " ")
 	if m := row.details.multiplier; m != 0 {
 		v.Multiplier = formatDecimal(m, 4)
+	}
+	if row.outcome == outcomeRefused {
+		if v.Refusal, err = ui.explainRefusal(r, &row); err != nil {
+			return nil, err
+		}
 	}
 	v.ContentUntil, err = ui.contentUntil(r, id)
 	return showPage("request", cmp.Or(v.Model, "Call")+" · "+v.ID, v), err

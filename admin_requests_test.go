@@ -421,3 +421,83 @@ func TestSafeCells(t *testing.T) {
 		}
 	}
 }
+
+// TestRefusalPage: the page of a refused call has the text that the client got, what is allowed, and a link to the
+// rule.
+func TestRefusalPage(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	_, viewerKey := p.newKey("v", "viewer")
+	viewer := p.signIn(viewerKey)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"endpoints":["/v1/chat/*"]}}`, 200, nil)
+	project := "/admin/projects/" + p.project
+	var first, told, token string
+	for _, c := range []struct {
+		limits, model, path string
+		answered            int    // calls before the one that is refused
+		change, allowed     string // the link to the rule, from the token's page on unless it is the project's
+	}{
+		{`"policy":{"models":["gpt-4o*"]}`, "o3", "/v1/chat/completions", 0, "/edit#f-policy-models",
+			"Token limited: models allowed now gpt-4o*"},
+		{`"max_requests":9`, "m", "/v1/embeddings", 0, project + "/edit#f-policy-endpoints",
+			"Project test: endpoints allowed now /v1/chat/*"},
+		{`"policy":{"limits":[{"count":"requests","max":1,"per":"day","model":"gpt-4o"}]}`, "gpt-4o",
+			"/v1/chat/completions", 1, "/edit#limits", "1 request per day for models gpt-4o"},
+		{`"max_requests":2`, "gpt-4o", "/v1/chat/completions", 2, "/edit#f-max_requests", "2 requests in total"},
+	} {
+		id, value := p.newToken(`"name":"limited",` + c.limits)
+		if !strings.HasPrefix(c.change, project) {
+			c.change = "/admin/tokens/" + id + c.change
+		}
+		send := func() testResponse {
+			body := `{"model":"` + c.model + `","input":"x","messages":[{"role":"user","content":"Hello"}]}`
+			return p.do("POST", c.path, body, "Authorization", "Bearer "+value, "Content-Type", "application/json")
+		}
+		for range c.answered {
+			if res := send(); res.status != 200 {
+				t.Fatalf("%+v: %d %s", c, res.status, res.body)
+			}
+		}
+		res := send()
+		p.waitSettled()
+		var e struct{ Error struct{ Message string } }
+		if err := json.Unmarshal([]byte(res.body), &e); err != nil || res.status < 400 {
+			t.Fatalf("%+v: %d %s", c, res.status, res.body)
+		}
+		page := b.get("/admin/requests/" + p.lastCall().ID)
+		text := pageText(t, page.body)
+		if !strings.Contains(text, "The client was told: "+e.Error.Message) || !strings.Contains(text, c.allowed) ||
+			!strings.Contains(page.body, `href="`+c.change+`"`) || len(checkHTML(page.body)) > 0 {
+			t.Errorf("%+v: %v\n%s\n%s", c, checkHTML(page.body), e.Error.Message, text)
+		}
+		link, field, _ := strings.Cut(c.change, "#")
+		if form := b.get(link).body; !strings.Contains(form, `id="`+field+`"`) {
+			t.Errorf("%s has no %s", link, field)
+		}
+		if page := viewer.get("/admin/requests/" + p.lastCall().ID).body; strings.Contains(page, "Change the rule") ||
+			!strings.Contains(pageText(t, page), e.Error.Message) {
+			t.Error("a viewer sees a link that a viewer may not use, or no text")
+		}
+		if first == "" {
+			first, told, token = p.lastCall().ID, e.Error.Message, id
+		}
+	}
+	p.manage("PATCH", "/manage/tokens/"+token, `{"policy":{}}`, 200, nil)
+	if page := b.get("/admin/requests/" + first).body; !strings.Contains(page, "such a call is allowed now") ||
+		strings.Contains(page, "Change the rule") || !strings.Contains(pageText(t, page), told) {
+		t.Errorf("after a change: %s", pageText(t, page))
+	}
+	if page := b.get("/admin/requests/" + p.sendOK(t)).body; strings.Contains(page, "Why it was refused") {
+		t.Error("a call that was answered was refused")
+	}
+}
+
+// sendOK makes a call that is answered, and returns its id.
+func (p *testProxy) sendOK(t *testing.T) string {
+	t.Helper()
+	if res := p.chat(); res.status != 200 {
+		t.Fatal(res.status, res.body)
+	}
+	return p.lastCall().ID
+}

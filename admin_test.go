@@ -68,7 +68,7 @@ func (p *testProxy) seedObjects(name string) []string {
 	q := quoteJSON(name)
 	n := quoteJSON(strings.NewReplacer(" ", "_", "*", "_").Replace(name)) // valid as a model
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"name":`+q+`,"policy":{"models":[`+n+`,"gpt-4o*"],
-		"addresses":["10.0.0.0/8","127.0.0.1"],"limits":[{"count":"requests","max":60,"per":"minute","model":`+n+`},
+		"addresses":["10.0.0.0/8","127.0.0.1"],"limits":[{"count":"requests","max":60,"per":"day","model":`+n+`},
 		{"count":"dollars","max":1.5,"per":"month","shadow":true},{"count":"concurrent","max":5}]}}`, 200, nil)
 	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
 		`{"name":`+q+`,"note":`+q+`,"models":[`+n+`,"gpt*"],"rewrite":{`+n+`:"x"}}`, 200, nil)

@@ -331,6 +331,7 @@ type requestRow struct {
 	isClientRetry         bool        // clientRetry is not 0, or the token has sent the Idempotency-Key before
 	limitHit              string      // the limit that refused the call, or the shadow limit that would have
 	wouldRefuse           bool        // limitHit is a shadow limit
+	refusal               string      // what the client of a refused call was told
 	requestedModel        string      // the model that the client asked for
 	content               *contentRow // nil: not kept
 	modelTracked          bool        // model may have its own sums (see sumModel)

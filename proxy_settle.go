@@ -227,7 +227,7 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 	row := requestRow{id: c.id, started: c.start.UnixMilli(), totalUS: now.Sub(c.start).Microseconds(),
 		address: c.address, stream: c.fields.stream, model: c.fields.model, outcome: outcomeRefused,
 		errorCode: e.recordCode(), status: e.status, source: usageNone, firstByteUS: -1, limitHit: e.limit,
-		attribution: c.attribution}
+		attribution: c.attribution, refusal: e.msg}
 	if c.endpoint != nil {
 		row.endpoint = c.endpoint.name()
 	}

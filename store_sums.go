@@ -30,7 +30,7 @@ import (
 func (r *requestRow) reduced() *requestRow {
 	reduced := *r
 	reduced.model, reduced.address, reduced.errorCode, reduced.cache, reduced.attemptLog = "", "", "", "", ""
-	reduced.limitHit, reduced.content, reduced.attribution = "", nil, nil
+	reduced.limitHit, reduced.refusal, reduced.content, reduced.attribution = "", "", nil, nil
 	reduced.modelTracked, reduced.requestedModelTracked = false, false
 	return &reduced
 }
@@ -91,8 +91,16 @@ func (r *requestRow) priceID() int64 {
 	return r.price.id
 }
 
+const (
+	refusalPrefix   = `{"refusal":` // of the details of a refused call, before a JSON string
+	maxRefusalBytes = 500
+)
+
 // detailsJSON returns the usage beside the columns that the ledger has, "" for none.
 func (r *requestRow) detailsJSON() string {
+	if r.refusal != "" { // it used nothing
+		return refusalPrefix + string(appendJSONString(nil, clip(r.refusal, maxRefusalBytes))) + "}"
+	}
 	d := r.details
 	if d.audioInput, d.audioOutput = r.counts.audioInput, r.counts.audioOutput; d == (usageDetails{}) {
 		return ""
@@ -100,10 +108,13 @@ func (r *requestRow) detailsJSON() string {
 	return string(d.appendJSON(nil))
 }
 
-// setDetails sets the usage from what detailsJSON returned.
+// setDetails sets the usage or the refusal from what detailsJSON returned.
 func (r *requestRow) setDetails(text string) error {
 	if text == "" {
 		return nil
+	}
+	if refusal, ok := strings.CutPrefix(text, refusalPrefix); ok {
+		return json.Unmarshal([]byte(strings.TrimSuffix(refusal, "}")), &r.refusal)
 	}
 	if err := r.details.UnmarshalJSON([]byte(text)); err != nil {
 		return err

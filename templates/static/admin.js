@@ -1,9 +1,9 @@
 // Every page works without this script. It adds copy buttons and parts that refresh themselves.
 "use strict";
 
-// Copy buttons are hidden in the page, and shown where the clipboard is available.
+// Copy buttons are hidden in the page, and shown by this script. Where the clipboard is not available, as over plain
+// HTTP, they select the text.
 function copyButtons(root) {
-  if (!navigator.clipboard) return;
   for (const button of root.querySelectorAll("button[data-copy]")) {
     button.hidden = false;
     button.addEventListener("click", async () => {
