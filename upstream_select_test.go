@@ -896,3 +896,49 @@ func TestAliasesAreListed(t *testing.T) {
 		t.Errorf("got %s\nwant %s", got, want)
 	}
 }
+
+// TestShortRetryAfterAlone: a project with one upstream does not send the same request again after a short Retry-After,
+// whether or not the model has a fallback model: the client's own library does. The fallback model is another request.
+func TestShortRetryAfterAlone(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.changeProject(`"routing":{"fallbacks":[{"model":"gpt-4o-mini","to":"gpt-4.1"}]}`)
+	for _, c := range []struct {
+		status int
+		models []string // in the order in which the provider gets them
+	}{{429, []string{"gpt-4o-mini"}}, {503, []string{"gpt-4o-mini", "gpt-4.1"}}} {
+		before := len(p.provider.received())
+		p.provider.setScript(replyScript(c.status, `{"error":{"message":"later"}}`, "Retry-After: 1"))
+		if res := p.chat(); res.status != c.status {
+			t.Errorf("%d: got %d %s", c.status, res.status, res.body)
+		}
+		var models []string
+		for _, r := range p.provider.received()[before:] {
+			models = append(models, between(r.body, `"model":"`, `"`))
+		}
+		if !slices.Equal(models, c.models) {
+			t.Errorf("%d: the provider got requests for %v, want %v", c.status, models, c.models)
+		}
+		p.instance.health.reset(1, time.Now().UnixMilli())
+	}
+}
+
+// TestRetryBudgetGivesBack: an upstream that gets no attempt, because its host's retry budget is spent, has its own
+// limits per minute as before.
+func TestRetryBudgetGivesBack(t *testing.T) {
+	t.Parallel()
+	p := testPool(&upstream{id: "a", host: "h", provider: providerOpenAI, weight: 1},
+		&upstream{id: "b", host: "h", provider: providerOpenAI, weight: 1,
+			settings: upstreamSettings{RequestsPerMinute: 5, TokensPerMinute: 100}})
+	failed, other := p.upstreams[0], p.upstreams[1]
+	const now = 1_000_000
+	failed.retryBudget.refilledAt.Store(now)
+	failed.retryBudget.credit.Store(0)
+	c := criteria{api: apiOpenAI, tokens: 40, now: now, tried: []*upstream{failed}, healthyOnly: true}
+	if next := p.pickAfter(&c, &failedAttempt{upstream: failed, fault: true}); next != nil {
+		t.Fatalf("%s gets the call without a retry budget", next.id)
+	}
+	if h := other.health; h.requests != 0 || h.tokens != 0 {
+		t.Errorf("%d requests and %d tokens are still reserved", h.requests, h.tokens)
+	}
+}
