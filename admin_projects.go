@@ -52,7 +52,7 @@ type projectPageView struct {
 const maxProjectPageTokens = 10
 
 func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
-	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 }
 
 func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
-	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -199,7 +199,7 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 // returns how many objects it changed.
 func (ui *adminUI) confirmProject(r *pageRequest, title, ask, submit, done string,
 	run func(id string) (count int64, err error)) (*pageResponse, error) {
-	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -266,7 +266,7 @@ func (ui *adminUI) upstreamFormFields(first ...string) []*formField {
 }
 
 func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
-	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -336,7 +336,7 @@ type routePageUpstream struct {
 
 // testRoutePage shows which upstreams would get a call for a model now, and why the others would not.
 func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
-	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}

@@ -67,7 +67,7 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 }
 
 func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +84,7 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 }
 
 func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +105,7 @@ func (ui *adminUI) rotateTokenPage(r *pageRequest) (*pageResponse, error) {
 }
 
 func (ui *adminUI) revokeTokenPage(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -327,7 +327,7 @@ type tokenPageView struct {
 }
 
 func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}

@@ -1,9 +1,10 @@
 // This file turns data into HTML: it parses the embedded templates once, serves the static files, has
-// the functions that templates call, and says in the words of a form what is wrong with it. Templates only
-// format; html/template escapes whatever they print.
+// the functions that templates call, says in the words of a form what is wrong with it, and finds the limits that are
+// nearly used up. Templates only format; html/template escapes whatever they print.
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"embed"
 	"encoding/hex"
@@ -568,4 +569,72 @@ func (p *dashPeriod) addTo(values url.Values) url.Values {
 		}
 	}
 	return values
+}
+
+// A nearLimit is a limit of a day or longer that is mostly used up.
+type nearLimit struct {
+	token, name, project, projectID string // token and name are "" for a project's limit
+	limit                           string // as limit.String describes it
+	fraction                        float64
+}
+
+// nearLimits returns the limits that are used up to the given fraction or more. It checks at most maxEach
+// projects and maxEach tokens, to bound the cost of a page.
+func (g *registry) nearLimits(now int64, fraction float64, maxEach int) []nearLimit {
+	g.mu.RLock()
+	var projects []*liveProject
+	for _, p := range g.projects {
+		if projects = append(projects, p); len(projects) == maxEach {
+			break
+		}
+	}
+	var tokens []*liveToken
+	for _, t := range g.byID {
+		if tokens = append(tokens, t); len(tokens) == maxEach {
+			break
+		}
+	}
+	g.mu.RUnlock()
+	var out []nearLimit
+	for _, p := range projects {
+		st := p.state.Load()
+		owner := nearLimit{project: st.name, projectID: st.id}
+		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, fraction, owner)...)
+	}
+	for _, t := range tokens {
+		st, p := t.state.Load(), t.project.state.Load()
+		owner := nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id}
+		out = append(out, t.project.limiter.nearLimits(&t.limits, now, fraction, owner)...)
+	}
+	return out
+}
+
+// sortNearLimits sorts limits by fraction, the highest first.
+func sortNearLimits(limits []nearLimit) {
+	slices.SortFunc(limits, func(a, b nearLimit) int {
+		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project),
+			cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
+	})
+}
+
+// nearLimits returns the limits of a scope that are used up to the fraction or more, each with owner's names.
+func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return filterNearLimits(s.counters, now, fraction, owner)
+}
+
+func filterNearLimits(counters []*limitCounter, now int64, fraction float64, owner nearLimit) (out []nearLimit) {
+	for _, c := range counters {
+		if !c.limit.isQuota() || c.limit.monitorOnly || c.limit.max == 0 || c.group != nil {
+			continue
+		}
+		c.advance(now)
+		near := owner
+		if near.fraction = float64(c.used) / float64(c.limit.max); near.fraction >= fraction {
+			near.limit = c.limit.String()
+			out = append(out, near)
+		}
+	}
+	return out
 }

@@ -553,3 +553,21 @@ func (p *attributionPolicy) narrowed(o *attributionPolicy) *attributionPolicy {
 	}
 	return n
 }
+
+// A limitUse is what a call adds to what a value has used in one window of a limit with for_each.
+type limitUse struct {
+	ofToken                bool   // the limit is the token's, not the project's
+	rule                   string // what the limit counts, see limit.rule
+	value                  string
+	windowStart, windowEnd int64
+	amount                 int64 // in the limit's unit; below 0 where less was used than had been counted
+}
+
+func (u limitUse) MarshalJSON() ([]byte, error) {
+	return json.Marshal([]any{u.ofToken, u.rule, u.value, u.windowStart, u.windowEnd, u.amount})
+}
+
+func (u *limitUse) UnmarshalJSON(text []byte) error {
+	fields := []any{&u.ofToken, &u.rule, &u.value, &u.windowStart, &u.windowEnd, &u.amount}
+	return json.Unmarshal(text, &fields)
+}

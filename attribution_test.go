@@ -277,7 +277,7 @@ func TestAttributionLost(t *testing.T) {
 		}
 	}
 	expect(outcomeOpen)
-	if n, err := recoverLost(t.Context(), st, w, func(*requestRow) {}); n != 2 || err != nil {
+	if n, err := recoverLost(t.Context(), st, w, func(*requestRow) error { return nil }); n != 2 || err != nil {
 		t.Fatal(n, err)
 	}
 	expect(outcomeLost)

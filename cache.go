@@ -1,6 +1,6 @@
 // This file is the response cache: the key of an answer, the answers in memory, and the writer that brings answers to
 // the disk, those first that were asked for again. policy.go decides which calls it covers, proxy_cache.go asks it. It
-// knows no HTTP and has no SQL, and content.go seals what it stores. A cache that fails is a miss, never an error.
+// knows no HTTP and has no SQL, and secrets.go seals what it stores. A cache that fails is a miss, never an error.
 package main
 
 import (

@@ -306,7 +306,7 @@ func lowerLimits(backup, now []limit) []limit {
 		if i < 0 {
 			out = append(out, l)
 		} else {
-			out[i].max = min(out[i].max, l.max)
+			out[i].max, out[i].maxValues = min(out[i].max, l.max), min(out[i].maxValues, l.maxValues)
 		}
 	}
 	if len(out) > maxLimits {

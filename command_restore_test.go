@@ -237,7 +237,8 @@ func TestRestoreKeepsUse(t *testing.T) {
 	limits := func(per string) string {
 		return `"policy":{"limits":[{"count":"requests","max":6,"per":"` + per + `"}]}`
 	}
-	for _, per := range []string{"hour", "day", "month", "lifetime"} {
+	for _, per := range []string{"hour", "day", "month", "lifetime",
+		`month","for_each":"end_user`, `lifetime","for_each":"tag:team`} {
 		t.Run(per, func(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, nil)

@@ -1,12 +1,13 @@
 // This file manages the data directory: its permissions, the lock that keeps a second process
-// out, the encryption key in it, and the check that its database is the one that was there
-// before. It never overwrites a key or a database.
+// out, the encryption key in it and the key of stored content in its database, and the check that
+// its database is the one that was there before. It never overwrites a key or a database.
 package main
 
 import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -481,3 +482,25 @@ func (d *dataDir) diskUsage(ctx context.Context, st *store) (u diskUsage, err er
 // newKeyFileName has the new key during a rekey, until the database is encrypted with it, if
 // the key is in the data directory.
 const newKeyFileName = keyFileName + ".new"
+
+// openContentKey returns the database's content key, and makes one the first time.
+func openContentKey(ctx context.Context, st *store, sl *sealer) (*contentKey, error) {
+	text, err := st.setting(ctx, contentKeySetting)
+	if errors.Is(err, errNotFound) {
+		root := newEncryptionKey()
+		sealed := base64.StdEncoding.EncodeToString(sl.seal(root, contentKeyContext))
+		return &contentKey{root}, st.setSetting(ctx, contentKeySetting, sealed)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the content key: %w", err)
+	}
+	sealed, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		return nil, fmt.Errorf("opening the content key: %w", errUnseal)
+	}
+	root, err := sl.open(sealed, contentKeyContext)
+	if err != nil {
+		return nil, fmt.Errorf("opening the content key: %w", err)
+	}
+	return &contentKey{root}, nil
+}

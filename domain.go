@@ -296,13 +296,12 @@ func (p limitPeriod) window(now int64) (from, to int64) {
 // A requestRow is one call in the ledger. The first group of fields is set when the call starts, the second
 // when it is settled.
 type requestRow struct {
-	id             int64
-	started        int64 // unix milliseconds
-	project, token int64
-	endpoint       string
-	stream         bool
-	address        string
-	attribution    *attribution
+	id, started       int64 // started in unix milliseconds
+	project, token    int64
+	endpoint, address string
+	stream            bool
+	attribution       *attribution
+	limitUses         []limitUse // what the call counts in limits with for_each, once it has ended
 
 	upstream              int64
 	model                 string
@@ -355,7 +354,7 @@ func (r *requestRow) durableFields() []any {
 		&r.firstByteUS, &r.totalUS, &r.attempts, &r.cache, &r.attemptLog, &r.limitHit, &r.wouldRefuse, &r.promptSaved,
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
 		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted, &r.attribution,
-		&r.batch, &r.batchLines, &r.linesCounted,
+		&r.batch, &r.batchLines, &r.linesCounted, &r.limitUses,
 		&r.routedBy, &r.clientRetry, &r.idempotencyHash, &r.isClientRetry}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)

@@ -58,11 +58,11 @@ type ledger struct {
 // ledgerRefusal is the setting with the time and the error of a database that refuses rows, "" if it does not.
 const ledgerRefusal = "ledger_refusal"
 
-// openLedger recovers the calls that were running when the last process died, then starts the writer. price
-// fills in the cost of a lost row.
-func openLedger(ctx context.Context, st *store, log *slog.Logger, price func(*requestRow)) (*ledger, error) {
+// openLedger recovers the calls that were running when the last process died, then starts the writer. complete
+// fills in what a lost row costs, and what it counts in limits with for_each.
+func openLedger(ctx context.Context, st *store, log *slog.Logger, complete func(*requestRow) error) (*ledger, error) {
 	writer := st.newLedgerWriter()
-	lost, err := recoverLost(ctx, st, writer, price)
+	lost, err := recoverLost(ctx, st, writer, complete)
 	if err != nil {
 		return nil, err
 	}
@@ -107,16 +107,19 @@ func (e *ledgerEntry) committed() <-chan struct{} { return e.batch.done }
 // commitErr is nil if the pending record is committed. Call it once committed is closed.
 func (e *ledgerEntry) commitErr() error { return e.batch.err }
 
-// settle queues the row of a call that has ended. From now on the row is read, and must not be written.
-func (l *ledger) settle(e *ledgerEntry) {
+// settle queues the row of a call that has ended, and returns its position, which committedSoFar reaches. From now on
+// the row is read, and must not be written.
+func (l *ledger) settle(e *ledgerEntry) (position uint64) {
 	l.mu.Lock()
 	l.enqueueSettled()
 	l.settledEntries = append(l.settledEntries, e)
 	n := len(l.settledEntries)
+	position = l.queuedCount
 	l.mu.Unlock()
 	if n == 1 || n >= settleBatchSize {
 		l.kick() // the first sets the writer's timer
 	}
+	return position
 }
 
 // recordRefused queues a call that was refused, and so has no pending record. With withRow false it only
@@ -181,6 +184,13 @@ func (l *ledger) queuedSoFar() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.queuedCount
+}
+
+// committedSoFar returns how many of these are certainly committed.
+func (l *ledger) committedSoFar() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.committedCount
 }
 
 // awaitCommitted returns when the first count rows that were queued are committed, or when ctx is over.
@@ -466,7 +476,8 @@ func (l *ledger) markRecovered() {
 
 // recoverLost records the calls that were running when the last process died, with the estimates in their
 // pending records, and returns how many.
-func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*requestRow)) (total int, err error) {
+func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(*requestRow) error,
+) (total int, err error) {
 	for {
 		rows, err := st.pendingRecords(ctx, 1000)
 		if err != nil {
@@ -482,7 +493,9 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, price func(*re
 			r.outcome, r.errorCode, r.source = outcomeLost, "process_died", usageEstimated
 			r.firstByteUS, r.attempts = -1, 1
 			r.requestedModel = r.model // the model that would have answered is unknown
-			price(r)
+			if err := complete(r); err != nil {
+				return 0, err
+			}
 		}
 		if err := w.writeOrReduce(ctx, ledgerBatch{records: records}); err != nil {
 			return 0, fmt.Errorf("recording lost calls: %w", err)
@@ -520,6 +533,7 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		l.prune(ctx, func() (int64, error) {
 			return l.store.deleteOldAttributionSums(ctx, sessions.UnixMilli()-hourMS, others.UnixMilli()-hourMS, 20)
 		})
+		l.prune(ctx, func() (int64, error) { return l.store.deleteEndedValues(ctx, now.UnixMilli()-hourMS, 200) })
 		over := l.pruneToSize(ctx, keep.maxBytes, minIDAt(now.Add(-minCallRetention)))
 		if over > 0 && now.Sub(warnedAt) >= time.Hour {
 			warnedAt = now
@@ -610,4 +624,54 @@ func (l *ledger) pruneToSize(ctx context.Context, limit, before int64) (over int
 		return 0
 	}
 	return max(n-limit, 0)
+}
+
+// A storedBody is the start of a request body or of an answer, for projects whose policy asks to store them.
+type storedBody struct {
+	bytes []byte
+	size  int64 // of the whole body
+	full  bool  // nothing more is stored
+}
+
+// A storedContent is the content of a running call. It belongs to the call's goroutine. nil stores nothing.
+type storedContent struct {
+	memory            *bodyShare // of its call
+	maxBytes          int64      // of each body
+	expiresAt         int64      // unix milliseconds
+	request, response storedBody
+}
+
+func (sc *storedContent) add(b *storedBody, p []byte) {
+	b.size += int64(len(p))
+	n := min(sc.maxBytes-int64(len(b.bytes)), int64(len(p)))
+	if b.full || n == 0 {
+		return
+	}
+	if have, need := int64(cap(b.bytes)), int64(len(b.bytes))+n; need > have {
+		size := min(max(need, 2*have), sc.maxBytes)
+		if sc.memory.reserve(size-have) != nil { // request bodies have precedence
+			b.full = true
+			return
+		}
+		b.bytes = append(make([]byte, 0, size), b.bytes...)
+	}
+	b.bytes = append(b.bytes, p[:n]...)
+}
+
+// addResponse stores bytes of the answer as they go to the client.
+func (sc *storedContent) addResponse(p []byte) {
+	if sc != nil {
+		sc.add(&sc.response, p)
+	}
+}
+
+// seal returns the row that stores sc.
+func (k *contentKey) seal(callID, project int64, sc *storedContent) (*contentRow, error) {
+	sl, err := k.sealerFor(contentPurpose(callID))
+	if err != nil {
+		return nil, err
+	}
+	return &contentRow{id: callID, project: project, expiresAt: sc.expiresAt,
+		request: sl.seal(newSecret(string(sc.request.bytes)), requestPart), requestBytes: sc.request.size,
+		response: sl.seal(newSecret(string(sc.response.bytes)), responsePart), responseBytes: sc.response.size}, nil
 }

@@ -380,7 +380,10 @@ func TestOpenRowsOfOlderVersions(t *testing.T) {
 			t.Parallel()
 			st := mustOpenStore(t, oldDatabase(t, "schema/011_begun.sql", append(oneTokenSQL(3), setting,
 				fmt.Sprintf(open, 600, "ok"), fmt.Sprintf(open, 601, "open"), fmt.Sprintf(open, 700, "open"))...))
-			price := func(r *requestRow) { r.cost, r.priced = 5, true }
+			price := func(r *requestRow) error {
+				r.cost, r.priced = 5, true
+				return nil
+			}
 			l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), price)
 			if err != nil {
 				t.Fatal(err)
@@ -492,7 +495,7 @@ func checkPendingLists(t *testing.T, st *store, model string) {
 // checkRestart opens the ledger after the program died while one of three calls ran, and makes one more call.
 func checkRestart(t *testing.T, st *store) {
 	t.Helper()
-	l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), func(*requestRow) {})
+	l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), func(*requestRow) error { return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

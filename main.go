@@ -248,14 +248,16 @@ func (in *instance) openLedger(ctx context.Context) error {
 		return err
 	}
 	in.prices.Store(prices)
-	priceLostRow := func(r *requestRow) {
+	policies := &storedPolicies{store: in.store}
+	completeLostRow := func(r *requestRow) error {
 		r.modelTracked = prices.priceRow(r, "", r.model)
 		r.requestedModelTracked = r.modelTracked
+		return policies.countUses(ctx, r)
 	}
 	if err = in.recordUnwritten(ctx); err != nil {
 		return err
 	}
-	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, priceLostRow)
+	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, completeLostRow)
 	return err
 }
 
@@ -350,6 +352,7 @@ func (in *instance) evictIdle(ctx context.Context) {
 				in.log.Error("the usage of background responses could not be recorded", "error", err)
 			}
 			in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
+			in.proxy.limits.dropIdleValues(now.UnixMilli())
 		}
 	}
 }

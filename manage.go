@@ -129,7 +129,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 	return []manageRoute{
 		{"GET /manage/projects", roleViewer, api.listProjects, pageParams("active", "name")},
 		{"POST /manage/projects", roleAdmin, withInput(fields.project, api.createProject), nil},
-		{"GET /manage/projects/{id}", roleViewer, api.getProject, nil},
+		{"GET /manage/projects/{id}", roleViewer, withValueQuery(api.getProject), valueParams()},
 		{"PATCH /manage/projects/{id}", roleAdmin, withInput(fields.project, api.patchProject), nil},
 		{"DELETE /manage/projects/{id}", roleAdmin, api.deleteProject, nil},
 		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, api.revokeProjectTokens, nil},
@@ -145,7 +145,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream, nil},
 		{"GET /manage/tokens", roleViewer, api.listTokens, pageParams("project_id", "active", "name")},
 		{"POST /manage/tokens", roleOperator, withInput(fields.token, api.createToken), nil},
-		{"GET /manage/tokens/{id}", roleViewer, api.getToken, nil},
+		{"GET /manage/tokens/{id}", roleViewer, withValueQuery(api.getToken), valueParams()},
 		{"PATCH /manage/tokens/{id}", roleOperator, withInput(fields.token, api.patchToken), nil},
 		{"DELETE /manage/tokens/{id}", roleOperator, api.revokeToken, nil},
 		{"POST /manage/tokens/{id}/rotate", roleOperator, withInput(fields.rotate, api.rotateToken), nil},

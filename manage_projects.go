@@ -51,20 +51,20 @@ func (ops *operations) newProjectView(ctx context.Context, p *projectRow) (proje
 }
 
 // getProject returns a project, its upstreams and the state of its limits.
-func (ops *operations) getProject(ctx context.Context, id string, now time.Time) (projectView, error) {
+func (ops *operations) getProject(ctx context.Context, id string, q valueQuery, now time.Time) (projectView, error) {
 	p, err := ops.store.projectByID(ctx, id)
 	if err != nil {
 		return projectView{}, err
 	}
 	v, err := ops.newProjectView(ctx, &p)
 	if err == nil {
-		v.Limits, err = ops.limits.projectLimits(ctx, &p, now.UnixMilli())
+		v.Limits, err = ops.limits.projectLimits(ctx, &p, q, now.UnixMilli())
 	}
 	return v, err
 }
 
-func (api *manageAPI) getProject(r *manageRequest) (any, error) {
-	return api.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+func (api *manageAPI) getProject(r *manageRequest, q valueQuery) (any, error) {
+	return api.ops.getProject(r.ctx, r.pathValue("id"), q, r.now)
 }
 
 // A projectFilter narrows and pages the list of projects.
@@ -412,18 +412,18 @@ func (ops *operations) newTokenValueView(t *tokenRow, value secret, now time.Tim
 	return v
 }
 
-func (api *manageAPI) getToken(r *manageRequest) (any, error) {
-	return api.ops.getToken(r.ctx, r.pathValue("id"), r.now)
+func (api *manageAPI) getToken(r *manageRequest, q valueQuery) (any, error) {
+	return api.ops.getToken(r.ctx, r.pathValue("id"), q, r.now)
 }
 
 // getToken returns a token and the state of its limits.
-func (ops *operations) getToken(ctx context.Context, id string, now time.Time) (tokenView, error) {
+func (ops *operations) getToken(ctx context.Context, id string, q valueQuery, now time.Time) (tokenView, error) {
 	t, err := ops.store.tokenByID(ctx, id)
 	if err != nil {
 		return tokenView{}, err
 	}
 	v := ops.newTokenView(&t, now)
-	v.Limits, err = ops.limits.tokenLimits(ctx, &t, now.UnixMilli())
+	v.Limits, err = ops.limits.tokenLimits(ctx, &t, q, now.UnixMilli())
 	return v, err
 }
 

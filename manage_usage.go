@@ -579,3 +579,29 @@ func (ops *operations) listUnpriced(ctx context.Context, now time.Time) (listPag
 	})
 	return out, err
 }
+
+// maxReportedValues is how many values of a limit with for_each a report may have.
+const maxReportedValues = 500
+
+// valueParams are the query parameters that withValueQuery reads.
+func valueParams() []string { return []string{"limit_values", "limit_value"} }
+
+// withValueQuery returns a handler that reads which values of limits with for_each are to be shown: limit_values of
+// those that have used most, or limit_value alone. Without either, none is.
+func withValueQuery(handle func(*manageRequest, valueQuery) (any, error)) func(*manageRequest) (any, error) {
+	return func(r *manageRequest) (any, error) {
+		q := valueQuery{value: r.query.Get("limit_value")}
+		q.single = q.value != ""
+		if v := r.query.Get("limit_values"); v != "" {
+			n, err := strconv.Atoi(v)
+			if err != nil || n < 1 || n > maxReportedValues {
+				return nil, badRequest("invalid_value", "limit_values", fmt.Sprintf(
+					"limit_values must be a whole number from 1 to %d.", maxReportedValues))
+			}
+			if q.top = n; q.single {
+				return nil, badRequest("invalid_value", "limit_value", "Use limit_values or limit_value, not both.")
+			}
+		}
+		return handle(r, q)
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // maxBilledTokens is the most that one call is billed for. No model reads or writes as much in one call, so a
@@ -654,4 +655,15 @@ func detailSlot(in jsonScope, name []byte) slot {
 		return slotWebSearches
 	}
 	return slotNone
+}
+
+// showsBatch reports whether an answer of the endpoint shows batches of whose ids the proxy remembers who made them, or
+// which files have their results.
+func (e *endpoint) showsBatch() bool {
+	return strings.HasPrefix(e.pattern, "/v1/batches") || e.name() == "POST /v1/messages/batches"
+}
+
+// hasResults reports whether an answer of the endpoint may be the results of a batch. Other files have another form.
+func (e *endpoint) hasResults() bool {
+	return e.pattern == "/v1/files/{file_id}/content" || e.pattern == "/v1/messages/batches/{message_batch_id}/results"
 }

@@ -520,7 +520,8 @@ func TestOpenAPIResponses(t *testing.T) {
 	t.Parallel()
 	c := responseTest{readSpec(t), newTest(t, nil)}
 	const policy = `"endpoints":["/v1/*"],"models":["gpt-4o*"],"addresses":["0.0.0.0/0","::/0"],` +
-		`"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true}]`
+		`"limits":[{"count":"requests","max":1000,"per":"day","endpoint":"/v1/*","model":"gpt*","shadow":true},` +
+		`{"count":"requests","max":1000,"per":"day","for_each":"end_user","max_values":9}]`
 	project := c.call("POST", "/manage/projects", `{"name":"second","openai_api_key":"`+c.provider.key+
 		`","policy":{`+policy+`,"stateful":true,"keep_content_days":3,"cache":{"ttl_seconds":60,`+
 		`"scope":"token","endpoints":["/v1/*"],"when":"always","max_entry_bytes":4096},"attribution":{`+
@@ -546,6 +547,13 @@ func TestOpenAPIResponses(t *testing.T) {
 	c.call("POST", token+"/rotate", ``, 200)
 	c.call("GET", "/manage/tokens?limit=1&project_id="+project, "", 200)
 	c.call("GET", "/manage/tokens?limit=1", "", 200)
+	for _, path := range []string{"/manage/projects/" + c.project, "/manage/tokens/" + c.tokenID} {
+		c.manage("PATCH", path,
+			`{"policy":{"limits":[{"count":"tokens","max":1000,"per":"day","for_each":"session"}]}}`, 200, nil)
+		c.chat(tinyBody)
+		c.call("GET", path+"?limit_values=5", "", 200)
+		c.manage("PATCH", path, `{"policy":{}}`, 200, nil)
+	}
 	c.checkCallResponses()
 	c.checkPriceAndKeyResponses()
 	c.call("DELETE", token, "", 200)

@@ -185,6 +185,9 @@ type limit struct {
 	max         int64       // requests, tokens, running calls or nano-dollars
 	endpoint    string      // a pattern; "" for every endpoint
 	model       string      // a pattern for the requested model; "" for every model
+	forEach     string      // an attribute, each value of which is counted by itself; "" for all calls together
+	maxValues   int64       // how many values may count at one time
+	rule        string      // with forEach: what is counted, as the store names it
 }
 
 // A limitKey is what a limit counts. Limits with equal keys count the same calls: if only max changes, the
@@ -194,10 +197,11 @@ type limitKey struct {
 	period          limitPeriod
 	monitorOnly     bool
 	endpoint, model string
+	forEach         string
 }
 
 func (l *limit) key() limitKey {
-	return limitKey{l.metric, l.period, l.monitorOnly, l.endpoint, l.model}
+	return limitKey{l.metric, l.period, l.monitorOnly, l.endpoint, l.model, l.forEach}
 }
 
 // applies reports whether a call counts in l, by the endpoint's name ("METHOD pattern") and pattern and the
@@ -206,6 +210,10 @@ func (l *limit) applies(name, pattern, model string) bool {
 	return (l.endpoint == "" || matchesPattern(l.endpoint, name) || matchesPattern(l.endpoint, pattern)) &&
 		(l.model == "" || matchesPattern(l.model, model))
 }
+
+// isWindow reports whether l counts in a calendar window or for ever, so that its use outlives the process. Buckets and
+// concurrent calls begin with nothing.
+func (l *limit) isWindow() bool { return l.period >= perHour }
 
 // isQuota reports whether l, once it is used up, stays used up for too long to retry automatically.
 func (l *limit) isQuota() bool { return l.period >= perDay }
@@ -227,6 +235,9 @@ func (l *limit) String() string {
 	}
 	if l.model != "" {
 		b.WriteString(" for models " + l.model)
+	}
+	if l.forEach != "" {
+		b.WriteString(" " + describeForEach(l.forEach))
 	}
 	return b.String()
 }
@@ -258,11 +269,18 @@ type limitJSON struct {
 	Endpoint string          `json:"endpoint,omitzero"`
 	Model    string          `json:"model,omitzero"`
 	Shadow   bool            `json:"shadow,omitzero"`
+	ForEach  string          `json:"for_each,omitzero"`
+	// MaxValues is written where it is not the default.
+	MaxValues json.RawMessage `json:"max_values,omitzero"`
 }
 
 func (l limit) MarshalJSON() ([]byte, error) {
-	return json.Marshal(limitJSON{Count: l.metric.String(), Max: l.valueJSON(l.max), Per: l.period.String(),
-		Endpoint: l.endpoint, Model: l.model, Shadow: l.monitorOnly})
+	v := limitJSON{Count: l.metric.String(), Max: l.valueJSON(l.max), Per: l.period.String(), Endpoint: l.endpoint,
+		Model: l.model, Shadow: l.monitorOnly, ForEach: l.forEach}
+	if l.maxValues != 0 && l.maxValues != defaultMaxValues {
+		v.MaxValues = strconv.AppendInt(nil, l.maxValues, 10)
+	}
+	return json.Marshal(v)
 }
 
 const (
@@ -303,14 +321,14 @@ func parseLimits(raw []json.RawMessage) ([]limit, error) {
 }
 
 func parseLimit(raw []byte) (limit, error) {
-	var count, per, endpoint, model optional[string]
-	var maximum optional[json.RawMessage]
+	var count, per, endpoint, model, forEach optional[string]
+	var maximum, maxValues optional[json.RawMessage]
 	var shadow optional[bool]
-	if err := decodeObject(raw, map[string]any{"count": &count, "max": &maximum, "per": &per,
-		"endpoint": &endpoint, "model": &model, "shadow": &shadow}); err != nil {
+	if err := decodeObject(raw, map[string]any{"count": &count, "max": &maximum, "per": &per, "endpoint": &endpoint,
+		"model": &model, "shadow": &shadow, "for_each": &forEach, "max_values": &maxValues}); err != nil {
 		return limit{}, err
 	}
-	l := limit{monitorOnly: shadow.value, endpoint: endpoint.value, model: model.value}
+	l := limit{monitorOnly: shadow.value, endpoint: endpoint.value, model: model.value, forEach: forEach.value}
 	for m := metricRequests; m <= metricConcurrent; m++ {
 		if count.value == m.String() {
 			l.metric = m
@@ -341,6 +359,9 @@ func parseLimit(raw []byte) (limit, error) {
 	}
 	if err == nil {
 		l.max, err = parseMax(l.metric, string(maximum.value))
+	}
+	if err == nil && (forEach.set || maxValues.set) {
+		err = l.parseForEach(forEach.set, string(maxValues.value))
 	}
 	return l, err
 }
@@ -606,15 +627,17 @@ func violationError(v *limitViolation) *apiError {
 	if v.limit.metric == metricRequests || v.limit.metric == metricTokens {
 		kind = v.limit.metric.String()
 	}
-	if v.exceedsMax {
-		return errNeverFits(name, kind, msg+" never allows as much output as this call asks for. Ask for less.")
-	}
-	if v.remaining > 0 && v.limit.metric != metricRequests {
-		msg += " has no room for this call: " + v.describeShortfall()
-	} else {
-		msg += " is used up."
-	}
 	wait := time.Duration(v.wait) * time.Millisecond
+	switch {
+	case v.noCounter:
+		msg += v.describeNoCounter()
+	case v.exceedsMax:
+		return errNeverFits(name, kind, msg+" never allows as much output as this call asks for. Ask for less.")
+	case v.remaining > 0 && v.limit.metric != metricRequests:
+		msg += v.forValue() + " has no room for this call: " + v.describeShortfall()
+	default:
+		msg += " is used up" + v.forValue() + "."
+	}
 	switch {
 	case v.permanent:
 		return errQuotaSpent(name, msg)

@@ -870,7 +870,8 @@ func (p *testProxy) storedUsage(id string) (out []float64) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	views, err := limits.storedLimits(ctx, row.policy, false, row.project, row.seq, time.Now().UnixMilli())
+	now := time.Now().UnixMilli()
+	views, err := limits.storedLimits(ctx, row.policy, false, row.project, row.seq, valueQuery{}, now)
 	if err != nil {
 		p.t.Fatal(err)
 	}

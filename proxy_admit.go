@@ -414,7 +414,7 @@ const assumedOutput = 4096
 // estimate returns what the call may use at most.
 func (c *call) estimate() estimate {
 	e := c.endpoint
-	est := estimate{endpoint: e.name(), pattern: e.pattern, model: c.fields.model}
+	est := estimate{endpoint: e.name(), pattern: e.pattern, model: c.fields.model, attribution: c.attribution}
 	if e.meter == meterNone || strings.HasSuffix(e.pattern, "_tokens") { // counting tokens uses none
 		return est
 	}
@@ -439,7 +439,7 @@ func (p *proxy) reserve(c *call) error {
 	l := &c.token.project.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := p.limits.syncLimits(c.token, now); err != nil {
+	if err := p.limits.prepare(c.token, &c.reservation.estimate, now); err != nil {
 		return errLimitsUnavailable(err)
 	}
 	if err := c.estimateCost(l.project.policy, c.token.limits.policy); err != nil {
@@ -453,7 +453,7 @@ func (p *proxy) reserve(c *call) error {
 		return requestsExhausted(maxRequests)
 	}
 	c.reservation.outputIfLost = c.reservation.lostOutput(c.maxOutputTokens())
-	c.rates = c.token.rateHeaders(maxRequests, now)
+	c.rates = c.token.rateHeaders(maxRequests, c.attribution, now)
 	c.commitFirst = maxRequests >= 0 || c.reservation.durable()
 	return nil
 }

@@ -1,7 +1,7 @@
 // This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
 // of other sites need (CORS_ORIGINS). It also decides which query parameters pass, reads the headers that ask for a
 // WebSocket or a buffered stream, and finds the credential that a request presents. At its end, it finds out which
-// calls belong together. It sends nothing and checks no token.
+// calls belong together, and has the headers of a token's limits. It sends nothing and checks no token.
 package main
 
 import (
@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -532,4 +533,61 @@ func (p *proxy) recordRetry(c *call, r *http.Request, row *requestRow) {
 	}
 	p.retries.record(&sentCall{token: c.tokenState, project: c.project, endpoint: c.endpoint, body: c.body,
 		header: r.Header}, row)
+}
+
+// A rateHeader is the state of one limit in the x-ratelimit-* headers.
+type rateHeader struct {
+	set              bool
+	limit, remaining int64
+	reset            time.Duration // until the whole limit is available again; 0: unknown
+}
+
+// rateHeaders describe a token's limits of requests and of tokens, of each the one with the least remaining.
+type rateHeaders struct{ requests, tokens rateHeader }
+
+// rateHeaders returns the headers of a token's call; maxRequests is its lifetime limit, or negative. A limit with
+// for_each shows what the call's own value has left. The caller holds the limiter's mu. The project's limits are not
+// included: they would reveal what other tokens use.
+func (t *liveToken) rateHeaders(maxRequests int64, a *attribution, now int64) (r rateHeaders) {
+	if maxRequests >= 0 {
+		r.requests = rateHeader{set: true, limit: maxRequests, remaining: max(0, maxRequests-t.used.Load())}
+	}
+	for _, c := range t.limits.counters {
+		if c = c.forValueOf(a); c == nil {
+			continue
+		}
+		header := &r.requests
+		switch l := c.limit; {
+		case l.metric == metricTokens:
+			header = &r.tokens
+		case l.metric != metricRequests:
+			continue
+		}
+		if c.limit.monitorOnly {
+			continue
+		}
+		c.advance(now)
+		if n := c.remaining(); !header.set || n < header.remaining {
+			reset := time.Duration(max(0, c.resetTime(now)-now)) * time.Millisecond
+			*header = rateHeader{set: true, limit: c.limit.max, remaining: n, reset: reset}
+		}
+	}
+	return r
+}
+
+// write sets the headers, in OpenAI's form.
+func (r *rateHeaders) write(h http.Header) {
+	r.requests.write(h, "X-Ratelimit-Limit-Requests", "X-Ratelimit-Remaining-Requests", "X-Ratelimit-Reset-Requests")
+	r.tokens.write(h, "X-Ratelimit-Limit-Tokens", "X-Ratelimit-Remaining-Tokens", "X-Ratelimit-Reset-Tokens")
+}
+
+func (r *rateHeader) write(h http.Header, limit, remaining, reset string) {
+	if !r.set {
+		return
+	}
+	h[limit] = []string{strconv.FormatInt(r.limit, 10)}
+	h[remaining] = []string{strconv.FormatInt(r.remaining, 10)}
+	if r.reset > 0 {
+		h[reset] = []string{r.reset.String()}
+	}
 }

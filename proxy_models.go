@@ -349,8 +349,8 @@ func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	if err := p.limits.syncLimits(t, now); err != nil {
 		return nil, err
 	}
-	v.Limits = newLimitViews(t.limits.counters, now)
-	c.rates = t.rateHeaders(st.maxRequests, now)
+	v.Limits = newLimitViews(t.limits.counters, valueQuery{}, now)
+	c.rates = t.rateHeaders(st.maxRequests, nil, now)
 	return v, nil
 }
 

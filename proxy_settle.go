@@ -68,7 +68,10 @@ func (p *proxy) settle(c *call, r *http.Request) {
 			p.log.Error("content could not be stored", "request_id", c.requestID, "error", err)
 		}
 	}
-	c.reservation.settle(now.UnixMilli(), used, func() { p.ledger.settle(c.entry) })
+	c.reservation.settle(now.UnixMilli(), used, func(uses []limitUse) uint64 {
+		row.limitUses = uses
+		return p.ledger.settle(c.entry)
+	})
 	p.settleLate(c)
 	p.metrics.countCall(c.endpoint, row, &forwardedCall{c.project.id, c.upstream.provider, c.prices, c.overhead()})
 	if c.response != nil && c.response.sse {
@@ -240,7 +243,7 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 		}
 		l := &c.token.project.limiter
 		l.mu.Lock()
-		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, row.started)
+		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, c.attribution, row.started)
 		l.mu.Unlock()
 	}
 	if c.ctx == nil || c.ctx.Err() == nil {

@@ -11,6 +11,8 @@
 // A window (an hour or longer) counts used and reserved. Both restart at 0 in the next window, where reservations
 // of earlier windows no longer count. A bucket (a second or a minute) counts only used: what a call reserves is
 // used at once and refills from then on, and settling returns only what has not refilled yet.
+//
+// A limit with for_each has a group of counters, one for each value of an attribute; see ratelimit_values.go.
 package main
 
 import (
@@ -20,7 +22,7 @@ import (
 	"sync"
 )
 
-// A limitCounter is the current state of one limit.
+// A limitCounter is the current state of one limit, or of one value of a limit with for_each.
 type limitCounter struct {
 	limit                  *limit // of the current policy
 	windowStart, windowEnd int64  // in a bucket, windowStart is the time of the last refill
@@ -31,6 +33,9 @@ type limitCounter struct {
 	refilled    int64 // in a bucket, the sum of all refills; it may wrap around
 	generation  int32 // the number of the window: reservations of earlier generations are void
 	wouldRefuse int64 // calls that a shadow limit would have refused
+
+	group *valueGroup // of a limit with for_each: the counters of its values. Its own has their window, and no use
+	value *valueState // of a counter in a group
 }
 
 // newLimitCounter returns the counter of a limit. used is what was used in the window around now.
@@ -61,17 +66,24 @@ func (c *limitCounter) advance(now int64) {
 		c.windowStart = now
 		return
 	}
+	if c.value != nil {
+		c.value.group.own.advance(now) // the windows of a group begin together
+	}
 	if c.windowEnd == 0 || now >= c.windowStart && now < c.windowEnd { // never ends, or has not ended
 		return
 	}
 	if now < c.windowStart && c.windowStart-now <= c.windowEnd-c.windowStart {
 		return
 	}
-	if now >= c.windowEnd {
-		c.used, c.reserved = 0, 0
-		c.generation++
-	}
+	ended := now >= c.windowEnd
 	c.windowStart, c.windowEnd = c.limit.period.window(now)
+	if !ended {
+		return
+	}
+	c.used, c.reserved = 0, 0
+	if c.generation++; c.group != nil {
+		c.group.beginWindow(now)
+	}
 }
 
 func (c *limitCounter) refill(n int64) {
@@ -104,6 +116,7 @@ type estimate struct {
 	input, output            int64  // tokens
 	inputCost, outputCost    int64  // nano-dollars
 	outputAssumed            bool   // the request does not limit its output: output is a guess
+	attribution              *attribution
 }
 
 // quantityFor returns the amount that the call reserves in a limit, or 0 if it uses nothing that l counts. A
@@ -163,6 +176,7 @@ type reservation struct {
 type limitScope struct {
 	policy   *policy // has the limits of the counters; nil before the first call
 	counters []*limitCounter
+	forEach  bool // a limit has for_each
 	admitted bool // a call was admitted, whose use the stored sums may not include yet
 }
 
@@ -171,11 +185,15 @@ type limiter struct {
 	mu      sync.Mutex
 	project limitScope
 	running *reservation // the list of calls between reserve and settle
+	values  valueMemory
 }
 
 // A limitViolation is a limit that a call would exceed.
 type limitViolation struct {
 	limit           *limit
+	value           string // of the call, in a limit with for_each
+	noCounter       bool   // for this value: the limit has max_values others, or memory is full
+	memoryFull      bool
 	ofProject       bool
 	remaining, need int64
 	wait            int64 // milliseconds; 0 if permanent
@@ -191,19 +209,28 @@ func (l *limiter) reserve(r *reservation, token *limitScope, now int64) *limitVi
 	}
 	var worst *limitViolation
 	for i, s := range [...]*limitScope{&l.project, token} {
-		for _, c := range s.counters {
-			need := r.quantityIn(c)
+		for _, own := range s.counters {
+			need := r.quantityIn(own.limit)
 			if need == 0 {
 				continue
 			}
-			c.advance(now)
-			v := c.checkCapacity(&r.estimate, now, need)
+			own.advance(now)
+			c, v := own.forCall(&r.estimate), (*limitViolation)(nil)
+			if c == nil {
+				v = own.group.noCounterViolation(&r.estimate, now)
+			} else {
+				c.advance(now)
+				v = c.checkCapacity(&r.estimate, now, need)
+			}
 			switch {
 			case v == nil:
 				r.entries = append(r.entries, reservationEntry{counter: c, generation: c.generation, quantity: need})
-			case c.limit.monitorOnly:
-				c.wouldRefuse++ // as with an enforced limit, the call uses nothing here
-				r.monitorOnlyLimit = c.limit.String()
+			case own.limit.monitorOnly: // as with an enforced limit, the call uses nothing here
+				own.wouldRefuse++
+				r.monitorOnlyLimit = own.limit.String()
+				if c != nil && c != own {
+					c.wouldRefuse++
+				}
 			case worst == nil || !worst.permanent && (v.permanent || v.wait > worst.wait):
 				worst, v.ofProject = v, i == 0
 			}
@@ -225,12 +252,12 @@ func (l *limiter) reserve(r *reservation, token *limitScope, now int64) *limitVi
 	return nil
 }
 
-// quantityIn returns the amount that the call reserves in a counter, or 0 if the limit does not apply.
-func (r *reservation) quantityIn(c *limitCounter) int64 {
-	if !c.limit.applies(r.estimate.endpoint, r.estimate.pattern, r.estimate.model) {
+// quantityIn returns the amount that the call reserves in a limit, or 0 if the limit does not apply.
+func (r *reservation) quantityIn(l *limit) int64 {
+	if !l.applies(r.estimate.endpoint, r.estimate.pattern, r.estimate.model) {
 		return 0
 	}
-	return r.estimate.quantityFor(c.limit)
+	return r.estimate.quantityFor(l)
 }
 
 // checkCapacity returns the violation if need does not fit, or nil.
@@ -239,7 +266,8 @@ func (c *limitCounter) checkCapacity(e *estimate, now, need int64) *limitViolati
 	if !tooLarge && c.shortfall(need) == 0 {
 		return nil
 	}
-	v := &limitViolation{limit: c.limit, need: need, remaining: c.remaining(), exceedsMax: tooLarge, permanent: true}
+	v := &limitViolation{limit: c.limit, need: need, remaining: c.remaining(), exceedsMax: tooLarge, permanent: true,
+		value: e.attribution.value(c.limit.forEach)}
 	if !tooLarge {
 		v.wait, v.permanent = c.retryAfter(now, need)
 	}
@@ -258,6 +286,9 @@ func (c *limitCounter) unscaledUse() int64 { return addSat(c.used, c.scale()-1) 
 // once, too.
 func (e *reservationEntry) apply() {
 	c := e.counter
+	if c.value != nil {
+		c.value.group.acquire(c)
+	}
 	if c.limit.period.bucketMS() > 0 || c.limit.metric == metricRequests {
 		c.used = addSat(c.used, e.quantity*c.scale())
 		e.refillMark = c.refilled + c.used
@@ -297,20 +328,31 @@ func (u *finalUsage) value(m limitMetric) int64 {
 }
 
 // settle returns what the call has reserved and counts what it used. record hands the call to the ledger, under the
-// same lock: a counter that is created at this moment finds the call either in running or in the ledger.
-func (r *reservation) settle(now int64, usage finalUsage, record func()) {
-	r.limiter.mu.Lock()
-	defer r.limiter.mu.Unlock()
-	r.limiter.release(r, now, usage)
-	record()
+// same lock: a counter that is created at this moment finds the call either in running or in the ledger. It gets what
+// the call counts in limits with for_each, and returns the ledger's position.
+func (r *reservation) settle(now int64, usage finalUsage, record func([]limitUse) uint64) {
+	l := r.limiter
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	entries := r.entries
+	position := record(l.release(r, now, usage))
+	for i := range entries {
+		if v := entries[i].counter.value; v != nil {
+			v.recorded = position
+		}
+	}
 }
 
-// release ends a reservation. The caller holds mu.
-func (l *limiter) release(r *reservation, now int64, usage finalUsage) {
+// release ends a reservation, and returns what the call counts in windows of limits with for_each. The caller holds mu.
+func (l *limiter) release(r *reservation, now int64, usage finalUsage) (uses []limitUse) {
 	for i := range r.entries {
 		e := &r.entries[i]
 		if e.counter.advance(now); e.generation == e.counter.generation {
 			e.settle(usage)
+			uses = e.appendUse(uses, usage)
+		}
+		if e.counter.value != nil {
+			e.counter.value.group.release(e.counter, now)
 		}
 	}
 	if r.prev != nil {
@@ -322,14 +364,19 @@ func (l *limiter) release(r *reservation, now int64, usage finalUsage) {
 		r.next.prev = r.prev
 	}
 	r.prev, r.next, r.entries = nil, nil, nil
+	return uses
+}
+
+// used returns what the call used of the entry's limit.
+func (e *reservationEntry) used(usage finalUsage) int64 {
+	if e.counter.limit.metric == metricRequests && usage.forwarded {
+		return e.quantity
+	}
+	return usage.value(e.counter.limit.metric)
 }
 
 func (e *reservationEntry) settle(usage finalUsage) {
-	c := e.counter
-	used := usage.value(c.limit.metric)
-	if c.limit.metric == metricRequests && usage.forwarded {
-		used = e.quantity
-	}
+	c, used := e.counter, e.used(usage)
 	switch {
 	case c.limit.metric == metricConcurrent:
 		c.reserved -= e.quantity
@@ -352,20 +399,34 @@ func (e *reservationEntry) settle(usage finalUsage) {
 // current one.
 func countLate(counters []*limitCounter, r *requestRow, now int64) {
 	_, pattern, _ := strings.Cut(r.endpoint, " ")
-	used := r.limitUsage()
-	counted := finalUsage{tokens: addSat(r.reservedInput, r.reservedOutput), dollars: r.reservedCost}
-	for _, c := range counters {
-		c.advance(now)
-		if !c.limit.applies(r.endpoint, pattern, r.requestedModel) || c.windowEnd > 0 && r.started < c.windowStart {
+	for _, own := range counters {
+		own.advance(now)
+		earlier := own.windowEnd > 0 && r.started < own.windowStart
+		if earlier || !own.limit.applies(r.endpoint, pattern, r.requestedModel) {
 			continue
 		}
-		n := used.value(c.limit.metric) - counted.value(c.limit.metric)
+		n := r.lateUse(own.limit.metric)
+		c := own.forValueOf(r.attribution)
+		if own.group != nil {
+			own.group.markStale(r.attribution.value(own.limit.forEach))
+		}
+		if c == nil {
+			continue
+		}
+		c.advance(now)
 		if c.limit.period.bucketMS() == 0 {
 			c.used = max(0, addSat(c.used, n))
 		} else if n > 0 { // at most one period of debt, as for any call
 			c.used = max(c.used, min(c.used+n*c.scale(), 2*c.limit.max*c.scale()))
 		}
 	}
+}
+
+// lateUse returns how much more a call has used than was reserved for it, of which limits have counted the latter.
+func (r *requestRow) lateUse(m limitMetric) int64 {
+	used := r.limitUsage()
+	counted := finalUsage{tokens: addSat(r.reservedInput, r.reservedOutput), dollars: r.reservedCost}
+	return used.value(m) - counted.value(m)
 }
 
 // lostOutput returns the output tokens that the call counts with if the program is killed: what a limit of tokens or
@@ -429,29 +490,6 @@ func (r *reservation) updateUsage(now, output int64) *limit {
 	return exceeded
 }
 
-// setPolicy replaces the counters of s by those of p's limits. A limit that counts the same as before keeps its
-// counter. For any other, past returns what was used in the window around now, and the running calls count, too.
-// The caller holds mu.
-func (l *limiter) setPolicy(s *limitScope, p *policy, now int64, past func(*limit) int64) {
-	old := s.counters
-	s.policy, s.counters = p, make([]*limitCounter, 0, len(p.Limits))
-	for i := range p.Limits {
-		lim := &p.Limits[i]
-		c := counterFor(old, lim)
-		if c == nil {
-			c = newLimitCounter(lim, now, past(lim))
-			if lim.monitorOnly { // past includes the calls that it would have refused
-				c.used = min(c.used, lim.max*c.scale())
-			}
-			l.countRunning(s, c)
-		} else {
-			c.advance(now)
-			c.limit = lim
-		}
-		s.counters = append(s.counters, c)
-	}
-}
-
 // counterFor returns the counter that counts the same as l, or nil.
 func counterFor(counters []*limitCounter, l *limit) *limitCounter {
 	for _, c := range counters {
@@ -462,21 +500,35 @@ func counterFor(counters []*limitCounter, l *limit) *limitCounter {
 	return nil
 }
 
-// countRunning counts the running calls in c, a new counter of s.
-func (l *limiter) countRunning(s *limitScope, c *limitCounter) {
+// countRunning counts the running calls in own, a new counter of s. values has what the values of these calls have
+// used, in a limit with for_each.
+func (l *limiter) countRunning(s *limitScope, own *limitCounter, values map[string]int64) {
+	l.eachRunning(s, own.limit, own.windowStart, func(r *reservation, need int64) {
+		c := own
+		if own.group != nil {
+			name := r.estimate.attribution.value(own.limit.forEach)
+			if c = own.group.counters[name]; c == nil {
+				used, stored := values[name]
+				c = own.group.insert(name, used, stored)
+			}
+		}
+		// Nothing has checked that all of them fit. The bound keeps their sum within an int64.
+		need = min(need, math.MaxInt64/2-c.reserved)
+		e := reservationEntry{counter: c, generation: c.generation, quantity: need}
+		e.apply()
+		r.entries = append(r.entries, e)
+	})
+}
+
+// eachRunning calls do with each running call of s that counts in a limit whose window begins at from, and with the
+// amount that it reserves there. A call counts in the window in which it starts.
+func (l *limiter) eachRunning(s *limitScope, lim *limit, from int64, do func(r *reservation, need int64)) {
 	for r := l.running; r != nil; r = r.next {
-		if s != &l.project && s != r.token {
+		if s != &l.project && s != r.token || lim.isWindow() && r.start < from {
 			continue
 		}
-		if c.windowEnd > 0 && r.start < c.windowStart { // a call counts in the window in which it starts
-			continue
-		}
-		if need := r.quantityIn(c); need > 0 {
-			// Nothing has checked that all of them fit. The bound keeps their sum within an int64.
-			need = min(need, math.MaxInt64/2-c.reserved)
-			e := reservationEntry{counter: c, generation: c.generation, quantity: need}
-			e.apply()
-			r.entries = append(r.entries, e)
+		if need := r.quantityIn(lim); need > 0 {
+			do(r, need)
 		}
 	}
 }
@@ -484,7 +536,7 @@ func (l *limiter) countRunning(s *limitScope, c *limitCounter) {
 // needsHistory reports whether p has a new limit whose past use is in the store. The caller holds mu.
 func (s *limitScope) needsHistory(p *policy) bool {
 	for i := range p.Limits {
-		if l := &p.Limits[i]; l.period >= perHour && counterFor(s.counters, l) == nil {
+		if l := &p.Limits[i]; l.isWindow() && counterFor(s.counters, l) == nil {
 			return true
 		}
 	}
@@ -494,7 +546,7 @@ func (s *limitScope) needsHistory(p *policy) bool {
 // durable reports whether the call counts in a request limit that must hold through a crash.
 func (r *reservation) durable() bool {
 	for i := range r.entries {
-		if l := r.entries[i].counter.limit; l.metric == metricRequests && l.period >= perHour && !l.monitorOnly {
+		if l := r.entries[i].counter.limit; l.metric == metricRequests && l.isWindow() && !l.monitorOnly {
 			return true
 		}
 	}

@@ -1,6 +1,5 @@
 // This file gives the counters of limits their past use from the store, counts usage that becomes known after its call
-// has ended, and shows the current state of limits: to administrators, to a token's holder, and in the rate limit
-// headers of each answer. It reads the store; what it records goes through the ledger.
+// has ended, and shows the current state of limits. It reads the store; what it records goes through the ledger.
 package main
 
 import (
@@ -11,7 +10,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -46,7 +44,7 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, t
 	if s.policy == p {
 		return nil
 	}
-	var past []periodUsage
+	past := &pastUse{}
 	if s.needsHistory(p) {
 		ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
 		defer cancel()
@@ -56,12 +54,105 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, t
 			}
 		}
 		var err error
-		if past, err = ls.loadPastUsage(ctx, p, project, token, now); err != nil {
+		if past, err = ls.loadPast(ctx, l, s, p, project, token, now); err != nil {
 			return err
 		}
 	}
-	l.setPolicy(s, p, now, func(l *limit) int64 { return sumUsage(past, l) })
+	l.setPolicy(s, p, token != 0, now, past)
 	return nil
+}
+
+// loadPast reads what the limits of p that s does not have yet have used.
+func (ls *limitState) loadPast(ctx context.Context, l *limiter, s *limitScope, p *policy, project, token, now int64,
+) (*pastUse, error) {
+	past := &pastUse{used: map[limitKey]int64{}, counts: map[limitKey]int64{}, values: map[limitKey]map[string]int64{}}
+	rows, err := ls.loadPastUsage(ctx, p, project, token, now)
+	for i := 0; i < len(p.Limits) && err == nil; i++ {
+		lim := &p.Limits[i]
+		switch from, _ := lim.period.window(now); {
+		case !lim.isWindow() || counterFor(s.counters, lim) != nil:
+		case lim.forEach == "":
+			past.used[lim.key()] = sumUsage(rows, lim)
+		default:
+			n, e := ls.store.countLimitValues(ctx, project, token, lim.rule, from)
+			past.counts[lim.key()], err = n, e
+			values := map[string]int64{} // of running calls, whose counters are made at once
+			past.values[lim.key()] = values
+			l.eachRunning(s, lim, from, func(r *reservation, _ int64) {
+				name := r.estimate.attribution.value(lim.forEach)
+				if _, known := values[name]; known || err != nil {
+					return
+				}
+				used, stored, e := ls.store.limitValueUse(ctx, project, token, lim.rule, name, from)
+				if err = e; stored {
+					values[name] = used
+				}
+			})
+		}
+	}
+	return past, err
+}
+
+// maxValueReads is how often the use of a call's values is read, if it changes meanwhile.
+const maxValueReads = 20
+
+// prepare applies the limits of t and of its project, and brings the counters of the call's values into memory, unless
+// there is no room for one. The caller holds the limiter's mu. prepare releases it while it reads the store.
+func (ls *limitState) prepare(t *liveToken, e *estimate, now int64) error {
+	l := &t.project.limiter
+	for range maxValueReads {
+		if err := ls.syncLimits(t, now); err != nil {
+			return err
+		}
+		missing := l.missingValues(&t.limits, e, now)
+		if len(missing) == 0 {
+			return nil
+		}
+		project, token := l.project.policy, t.limits.policy
+		fresh, err := ls.readValues(t, missing)
+		if err == nil {
+			err = ls.syncLimits(t, now)
+		}
+		if err != nil {
+			return err
+		}
+		if !fresh || project != l.project.policy || token != t.limits.policy {
+			continue
+		}
+		committed := ls.ledger.committedSoFar()
+		for _, m := range missing {
+			m.group.add(m.name, m.used, m.stored, now, committed)
+		}
+		return nil
+	}
+	return errors.New("reading what a value has used: it kept changing")
+}
+
+// readValues reads what values have used. It returns false if that may have changed meanwhile. The caller holds the
+// limiter's mu, which is released for the time of reading. Only windows have use in the store.
+func (ls *limitState) readValues(t *liveToken, missing []missingValue) (fresh bool, err error) {
+	for i := range missing {
+		missing[i].group.beginRead(missing[i].name)
+	}
+	project, token := t.project.state.Load().seq, t.state.Load().seq
+	t.project.limiter.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	defer cancel()
+	for i := 0; i < len(missing) && err == nil; i++ {
+		if m := &missing[i]; m.rule != "" {
+			owner := int64(0)
+			if m.group.ofToken {
+				owner = token
+			}
+			m.used, m.stored, err = ls.store.limitValueUse(ctx, project, owner, m.rule, m.name, m.windowStart)
+		}
+	}
+	t.project.limiter.mu.Lock()
+	fresh = true
+	for i := range missing {
+		fresh = missing[i].group.endRead(missing[i].name) && fresh
+	}
+	return fresh, err
 }
 
 // A shownResponse is a stored response as an answer shows it.
@@ -133,17 +224,6 @@ func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor
 		prices.priceRow(row, vendor, model, row.model, row.requestedModel)
 	}
 	return ls.recordUsage(row)
-}
-
-// showsBatch reports whether an answer of the endpoint shows batches of whose ids the proxy remembers who made them, or
-// which files have their results.
-func (e *endpoint) showsBatch() bool {
-	return strings.HasPrefix(e.pattern, "/v1/batches") || e.name() == "POST /v1/messages/batches"
-}
-
-// hasResults reports whether an answer of the endpoint may be the results of a batch. Other files have another form.
-func (e *endpoint) hasResults() bool {
-	return e.pattern == "/v1/files/{file_id}/content" || e.pattern == "/v1/messages/batches/{message_batch_id}/results"
 }
 
 // A batchAnswer is an answer that shows batches, or has the results of one.
@@ -366,6 +446,10 @@ func (ls *limitState) recordModelResults(ctx context.Context, answer *batchAnswe
 func (ls *limitState) recordUsage(r *requestRow) error {
 	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
 	defer cancel()
+	policies := storedPolicies{store: ls.store}
+	if err := policies.countUses(ctx, r); err != nil {
+		return err
+	}
 	p := ls.registry.liveProject(r.project)
 	if p == nil {
 		ls.ledger.recordUsage(r)
@@ -385,6 +469,37 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	return nil
 }
 
+// storedPolicies finds out what calls count in limits with for_each, where no reservation says it: calls that were lost
+// with the process, and usage that becomes known late. It reads each policy once.
+type storedPolicies struct {
+	store *store
+	known map[[2]int64][2][]limit // by project and token: the limits of both
+}
+
+const maxKnownPolicies = 1000
+
+// countUses fills in r.limitUses.
+func (s *storedPolicies) countUses(ctx context.Context, r *requestRow) error {
+	key := [2]int64{r.project, r.token}
+	limits, known := s.known[key]
+	if !known {
+		texts, err := s.store.policyTexts(ctx, r.project, r.token)
+		if err != nil {
+			return err
+		}
+		// The limits of a policy that cannot be read count nothing: until it can be, calls are refused.
+		project, _ := parsePolicy([]byte(texts[0]), true)
+		token, _ := parsePolicy([]byte(texts[1]), false)
+		limits = [2][]limit{project.Limits, token.Limits}
+		if s.known == nil || len(s.known) >= maxKnownPolicies {
+			s.known = map[[2]int64][2][]limit{}
+		}
+		s.known[key] = limits
+	}
+	r.limitUses = r.appendLimitUses(r.appendLimitUses(nil, limits[0], false), limits[1], true)
+	return nil
+}
+
 // A periodUsage is what was used in the current window of a period.
 type periodUsage struct {
 	period limitPeriod
@@ -396,7 +511,8 @@ func (ls *limitState) loadPastUsage(ctx context.Context, p *policy, project, tok
 	var out []periodUsage
 	for i := range p.Limits {
 		period := p.Limits[i].period
-		if period < perHour || slices.ContainsFunc(out, func(o periodUsage) bool { return o.period == period }) {
+		known := slices.ContainsFunc(out, func(o periodUsage) bool { return o.period == period })
+		if known || !p.Limits[i].isWindow() || p.Limits[i].forEach != "" {
 			continue
 		}
 		grain := "day"
@@ -446,55 +562,6 @@ func sumUsage(past []periodUsage, l *limit) (n int64) {
 	return n
 }
 
-// A limitView is the current state of a limit in JSON.
-type limitView struct {
-	Count       string          `json:"count"`
-	Max         json.RawMessage `json:"max"`
-	Per         string          `json:"per,omitempty"`
-	Endpoint    string          `json:"endpoint,omitempty"`
-	Model       string          `json:"model,omitempty"`
-	Shadow      bool            `json:"shadow"`
-	Used        json.RawMessage `json:"used"`
-	Reserved    json.RawMessage `json:"reserved"` // by running calls
-	Left        json.RawMessage `json:"left"`
-	ResetsAt    *timestamp      `json:"resets_at"`    // null: never, or when running calls end
-	WouldRefuse int64           `json:"would_refuse"` // calls since the limit was loaded
-}
-
-func newLimitViews(counters []*limitCounter, now int64) []limitView {
-	out := make([]limitView, 0, len(counters))
-	for _, c := range counters {
-		c.advance(now)
-		l := c.limit
-		v := limitView{
-			Count: l.metric.String(), Max: l.valueJSON(l.max), Per: l.period.String(),
-			Endpoint: l.endpoint, Model: l.model, Shadow: l.monitorOnly,
-			Used: l.valueJSON(c.unscaledUse()), Reserved: l.valueJSON(c.reserved), Left: l.valueJSON(c.remaining()),
-			WouldRefuse: c.wouldRefuse,
-		}
-		if l.metric == metricConcurrent { // running calls are in use, not reserved
-			v.Used, v.Reserved = v.Reserved, v.Used
-		}
-		if at := c.resetTime(now); at > now {
-			v.ResetsAt = new(timestamp(at))
-		}
-		out = append(out, v)
-	}
-	return out
-}
-
-// resetTime returns when the whole limit is available again without further calls, or 0 if that is unknown or
-// never.
-func (c *limitCounter) resetTime(now int64) int64 {
-	switch {
-	case c.limit.period.bucketMS() > 0 && c.limit.max > 0:
-		return now + (c.used+c.limit.max-1)/c.limit.max
-	case c.windowEnd > 0:
-		return c.windowEnd
-	}
-	return 0
-}
-
 // withLiveUsage returns the row with the calls that it does not include yet: a row counts a call after its end.
 func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 	t := ls.registry.liveToken(row.id)
@@ -510,40 +577,88 @@ func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 	return &current
 }
 
-// tokenLimits returns the state of a token's limits.
-func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, now int64) ([]limitView, error) {
-	if t := ls.registry.liveToken(row.id); t != nil {
-		t.project.limiter.mu.Lock()
-		defer t.project.limiter.mu.Unlock()
-		if err := ls.syncLimits(t, now); err != nil {
-			return nil, errLimitsUnavailable(err)
-		}
-		return newLimitViews(t.limits.counters, now), nil
+// tokenLimits returns the state of a token's limits, with the values that q asks for.
+func (ls *limitState) tokenLimits(ctx context.Context, row *tokenRow, q valueQuery, now int64) ([]limitView, error) {
+	views, err := ls.liveTokenLimits(row, q, now)
+	if err != nil || views != nil {
+		return ls.withValues(ctx, views, row.project, row.seq, q, err)
 	}
-	return ls.storedLimits(ctx, row.policy, false, row.project, row.seq, now)
+	return ls.storedLimits(ctx, row.policy, false, row.project, row.seq, q, now)
 }
 
-// projectLimits returns the state of a project's limits.
-func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, now int64) ([]limitView, error) {
-	if p := ls.registry.liveProject(row.seq); p != nil {
-		p.limiter.mu.Lock()
-		defer p.limiter.mu.Unlock()
-		if err := ls.syncProjectLimits(p, now); err != nil {
-			return nil, errLimitsUnavailable(err)
-		}
-		return newLimitViews(p.limiter.project.counters, now), nil
+// liveTokenLimits returns the state of the limits of a token in memory, nil if it is not.
+func (ls *limitState) liveTokenLimits(row *tokenRow, q valueQuery, now int64) ([]limitView, error) {
+	t := ls.registry.liveToken(row.id)
+	if t == nil {
+		return nil, nil
 	}
-	return ls.storedLimits(ctx, row.policy, true, row.seq, 0, now)
+	t.project.limiter.mu.Lock()
+	defer t.project.limiter.mu.Unlock()
+	if err := ls.syncLimits(t, now); err != nil {
+		return nil, errLimitsUnavailable(err)
+	}
+	return newLimitViews(t.limits.counters, q, now), nil
+}
+
+// projectLimits returns the state of a project's limits, with the values that q asks for.
+func (ls *limitState) projectLimits(ctx context.Context, row *projectRow, q valueQuery, now int64,
+) ([]limitView, error) {
+	views, err := ls.liveProjectLimits(row, q, now)
+	if err != nil || views != nil {
+		return ls.withValues(ctx, views, row.seq, 0, q, err)
+	}
+	return ls.storedLimits(ctx, row.policy, true, row.seq, 0, q, now)
+}
+
+// liveProjectLimits returns the state of the limits of a project in memory, nil if it is not.
+func (ls *limitState) liveProjectLimits(row *projectRow, q valueQuery, now int64) ([]limitView, error) {
+	p := ls.registry.liveProject(row.seq)
+	if p == nil {
+		return nil, nil
+	}
+	p.limiter.mu.Lock()
+	defer p.limiter.mu.Unlock()
+	if err := ls.syncProjectLimits(p, now); err != nil {
+		return nil, errLimitsUnavailable(err)
+	}
+	return newLimitViews(p.limiter.project.counters, q, now), nil
+}
+
+// withValues fills in the values that q asks for: those in memory, and of the others what the store has.
+func (ls *limitState) withValues(ctx context.Context, views []limitView, project, token int64, q valueQuery, err error,
+) ([]limitView, error) {
+	for i := 0; i < len(views) && err == nil; i++ {
+		v := &views[i]
+		if v.ForEach == "" || !q.single && q.top == 0 {
+			continue
+		}
+		var stored []valueUse
+		switch {
+		case !v.limit.isWindow():
+		case !q.single:
+			stored, err = ls.store.topLimitValues(ctx, project, token, v.limit.rule, v.windowStart, q.top)
+		case len(v.inMemory) == 0:
+			use := valueUse{value: q.value}
+			var found bool
+			use.used, found, err = ls.store.limitValueUse(ctx, project, token, v.limit.rule, q.value, v.windowStart)
+			if found {
+				stored = []valueUse{use}
+			}
+		}
+		v.Values = []valueView{}
+		for _, c := range topValues(v.inMemory, stored, max(1, q.top)) {
+			v.Values = append(v.Values, v.limit.viewValue(c))
+		}
+		v.inMemory = nil
+	}
+	return views, err
 }
 
 // storedLimits returns the state of the limits of a token or project that is not live.
-func (ls *limitState) storedLimits(ctx context.Context, policyText string, ofProject bool, project, token, now int64,
-) ([]limitView, error) {
+func (ls *limitState) storedLimits(ctx context.Context, policyText string, ofProject bool, project, token int64,
+	q valueQuery, now int64) ([]limitView, error) {
 	counters, err := ls.storedCounters(ctx, policyText, ofProject, project, token, now)
-	if err != nil {
-		return nil, err
-	}
-	return newLimitViews(counters, now), nil
+	return ls.withValues(ctx, newLimitViews(counters, q, now), project, token, q, err)
 }
 
 // storedCounters returns the counters of a token or project that is not live: all its use is in the store.
@@ -553,134 +668,32 @@ func (ls *limitState) storedCounters(ctx context.Context, policyText string, ofP
 	if err != nil {
 		return nil, err
 	}
-	past, err := ls.loadPastUsage(ctx, &p, project, token, now)
+	var l limiter
+	past, err := ls.loadPast(ctx, &l, &l.project, &p, project, token, now)
 	if err != nil {
 		return nil, err
 	}
-	counters := make([]*limitCounter, 0, len(p.Limits))
-	for i := range p.Limits {
-		counters = append(counters, newLimitCounter(&p.Limits[i], now, sumUsage(past, &p.Limits[i])))
-	}
-	return counters, nil
+	l.setPolicy(&l.project, &p, token != 0, now, past)
+	return l.project.counters, nil
 }
 
-// A rateHeader is the state of one limit in the x-ratelimit-* headers.
-type rateHeader struct {
-	set              bool
-	limit, remaining int64
-	reset            time.Duration // until the whole limit is available again; 0: unknown
-}
-
-// rateHeaders describe a token's limits of requests and of tokens, of each the one with the least remaining.
-type rateHeaders struct{ requests, tokens rateHeader }
-
-// rateHeaders returns the headers of a token; maxRequests is its lifetime limit, or negative. The caller holds
-// the limiter's mu. The project's limits are not included: they would reveal what other tokens use.
-func (t *liveToken) rateHeaders(maxRequests, now int64) (r rateHeaders) {
-	if maxRequests >= 0 {
-		r.requests = rateHeader{set: true, limit: maxRequests, remaining: max(0, maxRequests-t.used.Load())}
+// eraseValue forgets what a value of an attribute has used of the limits of a project and its tokens. What calls use
+// that run meanwhile is counted anew.
+func (ls *limitState) eraseValue(ctx context.Context, project int64, attribute, value string) error {
+	if err := ls.ledger.flush(ctx); err != nil {
+		return fmt.Errorf("waiting for the ledger: %w", err)
 	}
-	for _, c := range t.limits.counters {
-		header := &r.requests
-		switch l := c.limit; {
-		case l.metric == metricTokens:
-			header = &r.tokens
-		case l.metric != metricRequests:
-			continue
-		}
-		if c.limit.monitorOnly {
-			continue
-		}
-		c.advance(now)
-		if n := c.remaining(); !header.set || n < header.remaining {
-			reset := time.Duration(max(0, c.resetTime(now)-now)) * time.Millisecond
-			*header = rateHeader{set: true, limit: c.limit.max, remaining: n, reset: reset}
+	rows, err := ls.store.limitValueRows(ctx, project, attribute, value)
+	if err != nil {
+		return err
+	}
+	if p := ls.registry.liveProject(project); p != nil {
+		p.limiter.mu.Lock()
+		defer p.limiter.mu.Unlock()
+		p.limiter.forget(attribute, value)
+		if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil { // calls have ended meanwhile
+			return fmt.Errorf("waiting for the ledger: %w", err)
 		}
 	}
-	return r
-}
-
-// write sets the headers, in OpenAI's form.
-func (r *rateHeaders) write(h http.Header) {
-	r.requests.write(h, "X-Ratelimit-Limit-Requests", "X-Ratelimit-Remaining-Requests", "X-Ratelimit-Reset-Requests")
-	r.tokens.write(h, "X-Ratelimit-Limit-Tokens", "X-Ratelimit-Remaining-Tokens", "X-Ratelimit-Reset-Tokens")
-}
-
-func (r *rateHeader) write(h http.Header, limit, remaining, reset string) {
-	if !r.set {
-		return
-	}
-	h[limit] = []string{strconv.FormatInt(r.limit, 10)}
-	h[remaining] = []string{strconv.FormatInt(r.remaining, 10)}
-	if r.reset > 0 {
-		h[reset] = []string{r.reset.String()}
-	}
-}
-
-// A nearLimit is a limit of a day or longer that is mostly used up.
-type nearLimit struct {
-	token, name, project, projectID string // token and name are "" for a project's limit
-	limit                           string // as limit.String describes it
-	fraction                        float64
-}
-
-// nearLimits returns the limits that are used up to the given fraction or more. It checks at most maxEach
-// projects and maxEach tokens, to bound the cost of a page.
-func (g *registry) nearLimits(now int64, fraction float64, maxEach int) []nearLimit {
-	g.mu.RLock()
-	var projects []*liveProject
-	for _, p := range g.projects {
-		if projects = append(projects, p); len(projects) == maxEach {
-			break
-		}
-	}
-	var tokens []*liveToken
-	for _, t := range g.byID {
-		if tokens = append(tokens, t); len(tokens) == maxEach {
-			break
-		}
-	}
-	g.mu.RUnlock()
-	var out []nearLimit
-	for _, p := range projects {
-		st := p.state.Load()
-		owner := nearLimit{project: st.name, projectID: st.id}
-		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, fraction, owner)...)
-	}
-	for _, t := range tokens {
-		st, p := t.state.Load(), t.project.state.Load()
-		owner := nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id}
-		out = append(out, t.project.limiter.nearLimits(&t.limits, now, fraction, owner)...)
-	}
-	return out
-}
-
-// sortNearLimits sorts limits by fraction, the highest first.
-func sortNearLimits(limits []nearLimit) {
-	slices.SortFunc(limits, func(a, b nearLimit) int {
-		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project),
-			cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
-	})
-}
-
-// nearLimits returns the limits of a scope that are used up to the fraction or more, each with owner's names.
-func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return filterNearLimits(s.counters, now, fraction, owner)
-}
-
-func filterNearLimits(counters []*limitCounter, now int64, fraction float64, owner nearLimit) (out []nearLimit) {
-	for _, c := range counters {
-		if !c.limit.isQuota() || c.limit.monitorOnly || c.limit.max == 0 {
-			continue
-		}
-		c.advance(now)
-		near := owner
-		if near.fraction = float64(c.used) / float64(c.limit.max); near.fraction >= fraction {
-			near.limit = c.limit.String()
-			out = append(out, near)
-		}
-	}
-	return out
+	return ls.store.deleteLimitValues(ctx, project, value, rows)
 }

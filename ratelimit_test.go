@@ -34,9 +34,8 @@ func testLimits(t testing.TB, text string) *policy {
 func newTestLimiter(t testing.TB, project, token string, now int64) (*limiter, *limitScope) {
 	t.Helper()
 	l, s := &limiter{}, &limitScope{}
-	unused := func(*limit) int64 { return 0 }
-	l.setPolicy(&l.project, testLimits(t, project), now, unused)
-	l.setPolicy(s, testLimits(t, token), now, unused)
+	l.setPolicy(&l.project, testLimits(t, project), false, now, &pastUse{})
+	l.setPolicy(s, testLimits(t, token), true, now, &pastUse{})
 	return l, s
 }
 
@@ -63,7 +62,7 @@ func (l *limiter) tryReserve(s *limitScope, e estimate, now int64) (*reservation
 
 // settleForwarded settles a call that was forwarded and used tokens.
 func (r *reservation) settleForwarded(now, tokens int64) {
-	r.settle(now, finalUsage{forwarded: true, tokens: tokens}, func() {})
+	r.settle(now, finalUsage{forwarded: true, tokens: tokens}, func([]limitUse) uint64 { return 0 })
 }
 
 // TestWindows: each period's window starts and ends at the calendar's edges in UTC.
@@ -286,7 +285,7 @@ func TestExactInParallel(t *testing.T) {
 						text, ofProject, round, statuses[200])
 				}
 				callAtOnce(len(admitted), func(i int) int { // as if no call was forwarded
-					admitted[i].settle(noon, finalUsage{}, func() {})
+					admitted[i].settle(noon, finalUsage{}, func([]limitUse) uint64 { return 0 })
 					return 0
 				})
 			}
@@ -358,7 +357,7 @@ func TestDebt(t *testing.T) {
 	if v != nil {
 		t.Fatalf("the next hour: %+v", v)
 	}
-	r.settle(at, finalUsage{tokens: 10}, func() {})
+	r.settle(at, finalUsage{tokens: 10}, func([]limitUse) uint64 { return 0 })
 	if used := s.counters[0].used; used != 10*60_000 {
 		t.Errorf("an hour later the bucket has %d", used)
 	}
@@ -403,7 +402,11 @@ func TestPolicyChangeKeepsCounts(t *testing.T) {
 	if !s.needsHistory(p) {
 		t.Error("two new limits need no history")
 	}
-	l.setPolicy(s, p, noon, func(lim *limit) int64 { return int64(lim.period) * 7 })
+	past := &pastUse{used: map[limitKey]int64{}}
+	for i := range p.Limits {
+		past.used[p.Limits[i].key()] = int64(p.Limits[i].period) * 7
+	}
+	l.setPolicy(s, p, true, noon, past)
 	got := fmt.Sprint(s.counters[0].used, s.counters[1].used, s.counters[1].reserved, s.counters[2].used)
 	if want := fmt.Sprint(3, int64(perDay)*7, 60, int64(perWeek)*7); got != want {
 		t.Errorf("after the change: %s, want %s", got, want)
@@ -524,7 +527,7 @@ func (m *limitModel) progress(c *modelCall) {
 func (m *limitModel) settle(c *modelCall) {
 	usage := finalUsage{
 		forwarded: m.random.IntN(4) > 0, tokens: m.random.Int64N(200), dollars: m.random.Int64N(100_000)}
-	c.reservation.settle(m.now, usage, func() {})
+	c.reservation.settle(m.now, usage, func([]limitUse) uint64 { return 0 })
 	c.ended = true
 	if m.limit.metric != metricRequests {
 		c.used = usage.value(m.limit.metric)
@@ -601,7 +604,7 @@ func BenchmarkAdmission(b *testing.B) {
 			b.Fatal("refused")
 		}
 		l.mu.Unlock()
-		r.settle(now, finalUsage{forwarded: true, tokens: 250, dollars: 40_000}, func() {})
+		r.settle(now, finalUsage{forwarded: true, tokens: 250, dollars: 40_000}, func([]limitUse) uint64 { return 0 })
 		now++
 	}
 }
@@ -627,7 +630,7 @@ func BenchmarkLiveTokens(b *testing.B) {
 			}
 			t := &liveToken{project: project}
 			t.state.Store(st)
-			project.limiter.setPolicy(&t.limits, &st.policy, noon, func(*limit) int64 { return 0 })
+			project.limiter.setPolicy(&t.limits, &st.policy, true, noon, &pastUse{})
 			g.byHash[st.hash], g.byID[strings.Clone(st.id)] = t, t
 		}
 		runtime.GC()

@@ -1,5 +1,5 @@
-// This file has the type of values that must never be printed, and the encryption of provider
-// keys at rest. It may not log, and it uses no table and no URL.
+// This file has the type of values that must never be printed, and the encryption of provider keys and of the content
+// of calls at rest. It may not log, and it uses no table and no URL.
 package main
 
 import (
@@ -196,3 +196,81 @@ const (
 	contentKeySetting = "content_key"
 	contentKeyContext = "llm-proxy content key v1"
 )
+
+// A contentKey seals stored content. Each call gets a key of its own, derived from the root key: the number of
+// calls is not bounded, and one AES-GCM key is safe for a bounded number of messages only. The root key is random
+// and is sealed with the encryption key, so that changing the latter leaves stored content as it is.
+type contentKey struct{ root secret }
+
+// derive returns 32 bytes for one purpose.
+func (k *contentKey) derive(purpose string) ([]byte, error) {
+	key, err := hkdf.Key(sha256.New, []byte(k.root()), nil, "llm-proxy "+purpose, 32)
+	if err != nil {
+		return nil, fmt.Errorf("deriving a content key: %w", err)
+	}
+	return key, nil
+}
+
+// sealerFor returns the sealer for one purpose: the content of one call, or one cached answer.
+func (k *contentKey) sealerFor(purpose string) (*sealer, error) {
+	key, err := k.derive(purpose)
+	if err != nil {
+		return nil, err
+	}
+	return newSealer(key)
+}
+
+func contentPurpose(callID int64) string { return "content v1|" + formatRequestID(callID) }
+
+// sealCached encrypts a cached answer. Only openCached with the same context, which names the project and the cache
+// key, decrypts it.
+func (k *contentKey) sealCached(context string, plain []byte) ([]byte, error) {
+	sl, err := k.sealerFor("cache v1|" + context)
+	if err != nil {
+		return nil, err
+	}
+	return sl.seal(newSecret(string(plain)), context), nil
+}
+
+// openCached decrypts a value from sealCached.
+func (k *contentKey) openCached(context string, sealed []byte) ([]byte, error) {
+	sl, err := k.sealerFor("cache v1|" + context)
+	if err != nil {
+		return nil, err
+	}
+	plain, err := sl.open(sealed, context)
+	if err != nil {
+		return nil, err
+	}
+	return []byte(plain()), nil
+}
+
+// hashEndUser returns the name under which an end user is recorded in a project whose policy asks for hashes: nobody
+// can try names without the root key, and changing the encryption key leaves it as it is.
+func (k *contentKey) hashEndUser(project, name string) (string, error) {
+	key, err := k.derive("end users v1|" + project)
+	if err != nil {
+		return "", err
+	}
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte(name))
+	return endUserHashPrefix + hex.EncodeToString(mac.Sum(nil)[:16]), nil
+}
+
+const (
+	requestPart  = "request"
+	responsePart = "answer"
+)
+
+// open returns both bodies of a row in clear.
+func (k *contentKey) open(row *contentRow) (request, answer secret, err error) {
+	sl, err := k.sealerFor(contentPurpose(row.id))
+	if err != nil {
+		return nil, nil, err
+	}
+	if request, err = sl.open(row.request, requestPart); err != nil {
+		return nil, nil, err
+	}
+	answer, err = sl.open(row.response, responsePart)
+	return request, answer, err
+}

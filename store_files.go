@@ -473,7 +473,7 @@ func usedSince() []string {
 		SELECT p.seq, n.at, n.bucket, n.first_bytes, n.answers
 		FROM now.project_latency n JOIN temp.known_projects p ON p.now_seq = n.project WHERE true
 		ON CONFLICT DO UPDATE SET first_bytes = max(first_bytes, excluded.first_bytes),
-			answers = max(answers, excluded.answers)`, attributedSince}
+			answers = max(answers, excluded.answers)`, attributedSince, valuesUsedSince}
 }
 
 // attributedSince is the statement of usedSince for the sums of attributes.

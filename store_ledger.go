@@ -30,6 +30,7 @@ const (
 	stmtSum8
 	stmtSumHits
 	stmtAttributedSum
+	stmtLimitUse
 	stmtHour
 	stmtLatency
 	stmtLatency8
@@ -157,8 +158,13 @@ func ledgerSQL() [ledgerStmtCount]string {
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
 		stmtSumHits:       addHits,
 		stmtAttributedSum: insertAttributedSum + attributedValues + addToAttributed,
-		stmtHour:          insertHours + hourValues + addToHours,
-		stmtLatency:       insertLatency + latencyValues + addToLatency,
+		stmtLimitUse: `
+			INSERT INTO limit_values AS v (project, token, rule, value, window_start, window_end, used)
+			VALUES (?1, ?2, ?3, ?4, ?5, ?6, max(0, ?7))
+			ON CONFLICT (project, token, rule, value, window_start) DO UPDATE SET
+				used = max(0, min(v.used, 9223372036854775807 - max(0, ?7)) + ?7)`,
+		stmtHour:    insertHours + hourValues + addToHours,
+		stmtLatency: insertLatency + latencyValues + addToLatency,
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + addToLatency,
@@ -173,7 +179,7 @@ func rowsOfStatement(stmt int) int64 {
 	switch stmt {
 	case stmtRecordOK8, stmtSum8, stmtLatency8:
 		return 8
-	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtAttributedSum, stmtHour, stmtLatency:
+	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtAttributedSum, stmtLimitUse, stmtHour, stmtLatency:
 		return 1
 	}
 	return 0
@@ -386,6 +392,12 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 			}
 		}
 		tally.add(r)
+	}
+	for k, amount := range tally.limitUses {
+		if err := w.exec(ctx, stmtLimitUse, k.project, k.token, k.rule, k.value, k.windowStart, k.windowEnd,
+			amount); err != nil {
+			return fmt.Errorf("counting the use of values: %w", err)
+		}
 	}
 	for token, u := range uses {
 		if err := w.exec(ctx, stmtCountTokenUse, u.calls, u.lastUsedAt, token); err != nil {

@@ -646,3 +646,27 @@ func (s *store) deleteCacheRows(ctx context.Context, query string, args ...any) 
 	}
 	return ids, bytes, err
 }
+
+// deleteEndedValues deletes up to limit rows of windows that ended at before or earlier, and returns how many.
+func (s *store) deleteEndedValues(ctx context.Context, before int64, limit int) (int64, error) {
+	return execCount(ctx, s.writeDB, "deleting the use of values", `
+		DELETE FROM limit_values WHERE (project, token, rule, value, window_start) IN (
+			SELECT project, token, rule, value, window_start FROM limit_values
+			WHERE window_end <= ? ORDER BY window_end LIMIT ?)`, before, limit)
+}
+
+// deleteLimitValues deletes such rows.
+func (s *store) deleteLimitValues(ctx context.Context, project int64, value string, rows []limitValueRow) error {
+	return s.withTx(ctx, func(tx *sql.Tx) error {
+		for _, r := range rows {
+			_, err := execCount(ctx, tx, "deleting what a value has used", `
+				DELETE FROM limit_values
+				WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start = ?`,
+				project, r.token, r.rule, value, r.windowStart)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

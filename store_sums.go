@@ -494,6 +494,8 @@ type usageTally struct {
 	hours map[hourKey]*hourSum
 	// attributed are the sums of the values of attributes, by hour. nil: none of the calls has one.
 	attributed map[attributedSumKey]*usageSum
+	// limitUses has what values have used of limits with for_each.
+	limitUses map[limitUseKey]int64
 
 	lastKey  usageSumKey // of the previous call, which is often of the same kind
 	lastSum  *usageSum
@@ -501,10 +503,25 @@ type usageTally struct {
 }
 
 func newUsageTally() *usageTally {
-	return &usageTally{sums: map[usageSumKey]*usageSum{}, hours: map[hourKey]*hourSum{}}
+	return &usageTally{sums: map[usageSumKey]*usageSum{}, hours: map[hourKey]*hourSum{},
+		limitUses: map[limitUseKey]int64{}}
+}
+
+// A limitUseKey names a row of limit_values.
+type limitUseKey struct {
+	project, token         int64 // token is 0 for a limit of the project
+	rule, value            string
+	windowStart, windowEnd int64
 }
 
 func (t *usageTally) add(r *requestRow) {
+	for _, u := range r.limitUses {
+		k := limitUseKey{r.project, 0, u.rule, u.value, u.windowStart, u.windowEnd}
+		if u.ofToken {
+			k.token = r.token
+		}
+		t.limitUses[k] = addSat(t.limitUses[k], u.amount)
+	}
 	hour := r.started - r.started%hourMS
 	k := usageSumKey{"hour", r.token, r.project, hour, r.sumModel(), r.endpoint, r.outcome, r.sumRequestedModel(),
 		r.details.tier}

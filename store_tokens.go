@@ -1,7 +1,7 @@
-// This file has the SQL for the credentials of this program: the tokens that clients present, and management keys;
-// and for sessions. Every change goes through withAuditedTx. The columns request_count
-// and last_used_at of a token belong to the ledger, which changes them by x = x + ? only: nothing here writes
-// them.
+// This file has the SQL for the credentials of this program: the tokens that clients present, and management keys; for
+// sessions; and it reads what values have used of limits with for_each, which the ledger writes.
+// Every change goes through withAuditedTx. The columns request_count and last_used_at of a token belong to the ledger,
+// which changes them by x = x + ? only: nothing here writes them.
 package main
 
 import (
@@ -11,6 +11,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"slices"
+	"strings"
 )
 
 // A tokenRow is a token as stored. Pointers are nil where the column is NULL.
@@ -444,3 +446,77 @@ func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key stri
 		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
 	})
 }
+
+// limitValueUse returns what a value has used in windows that began at from or later, of a project's limit with
+// for_each or, unless token is 0, of a token's. rule says what the limit counts. stored is false if nothing is stored.
+func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, value string, from int64,
+) (used int64, stored bool, err error) {
+	err = s.readDB.QueryRowContext(ctx, `
+		SELECT coalesce(sum(min(used, 1000000000000000000)), 0), count(*) > 0 FROM limit_values
+		WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start >= ?`,
+		project, token, rule, value, from).Scan(&used, &stored)
+	if err != nil {
+		return 0, false, fmt.Errorf("reading what a value has used: %w", err)
+	}
+	return used, stored, nil
+}
+
+// countLimitValues returns how many values limitValueUse has use of.
+func (s *store) countLimitValues(ctx context.Context, project, token int64, rule string, from int64) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting the values of a limit", `
+		SELECT count(*) FROM limit_values WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?`,
+		project, token, rule, from)
+}
+
+// A valueUse is what a value has used.
+type valueUse struct {
+	value string
+	used  int64
+}
+
+// topLimitValues returns up to limit of these values, those that have used most first.
+func (s *store) topLimitValues(ctx context.Context, project, token int64, rule string, from int64, limit int,
+) ([]valueUse, error) {
+	return collect(ctx, s.readDB, "listing the values of a limit", func(u *valueUse) []any {
+		return []any{&u.value, &u.used}
+	}, `
+		SELECT value, sum(min(used, 1000000000000000000)) AS total FROM limit_values
+		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?
+		GROUP BY value ORDER BY total DESC, value LIMIT ?`, project, token, rule, from, limit)
+}
+
+// A limitValueRow names a row of limit_values, of one project and value.
+type limitValueRow struct {
+	token       int64
+	rule        string
+	windowStart int64
+}
+
+// limitValueRows returns the rows of a value of an attribute, in the limits of a project and its tokens.
+func (s *store) limitValueRows(ctx context.Context, project int64, attribute, value string) ([]limitValueRow, error) {
+	rows, err := collect(ctx, s.readDB, "looking for what a value has used", func(r *limitValueRow) []any {
+		return []any{&r.token, &r.rule, &r.windowStart}
+	}, `SELECT token, rule, window_start FROM limit_values WHERE project = ? AND value = ?`, project, value)
+	return slices.DeleteFunc(rows, func(r limitValueRow) bool { // a rule begins with its attribute
+		return !strings.HasPrefix(r.rule, `{"for_each":"`+attribute+`"`)
+	}), err
+}
+
+// policyTexts returns the policies of a project and a token, {} for one that does not exist.
+func (s *store) policyTexts(ctx context.Context, project, token int64) (texts [2]string, err error) {
+	err = s.readDB.QueryRowContext(ctx, `
+		SELECT coalesce((SELECT policy FROM projects WHERE seq = ?), '{}'),
+			coalesce((SELECT policy FROM tokens WHERE seq = ?), '{}')`, project, token).Scan(&texts[0], &texts[1])
+	if err != nil {
+		return texts, fmt.Errorf("reading policies: %w", err)
+	}
+	return texts, nil
+}
+
+// valuesUsedSince is the statement of usedSince for the values of limits with for_each.
+const valuesUsedSince = `
+	INSERT INTO main.limit_values (project, token, rule, value, window_start, window_end, used)
+	SELECT p.seq, t.seq, n.rule, n.value, n.window_start, n.window_end, n.used
+	FROM now.limit_values n JOIN temp.known_projects p ON p.now_seq = n.project
+		JOIN temp.known_tokens t ON t.now_seq = n.token WHERE true
+	ON CONFLICT DO UPDATE SET used = max(used, excluded.used)`

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -573,6 +574,13 @@ func (g *registry) liveProject(seq int64) *liveProject {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	return g.projects[seq]
+}
+
+// liveProjects returns the projects that are in memory.
+func (g *registry) liveProjects() []*liveProject {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return slices.Collect(maps.Values(g.projects))
 }
 
 // size returns the number of tokens and projects in memory.
