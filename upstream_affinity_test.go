@@ -480,6 +480,7 @@ func TestRetryStorms(t *testing.T) {
 	})
 	b := p.signIn(p.adminKey)
 	alert := func() string {
+		p.waitSettled()
 		page := b.get("/admin/dashboard?project=" + p.project).body
 		return between(page, `<span class="state warn">Retries</span>`, "</li>")
 	}
