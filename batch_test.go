@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strings"
 	"sync"
@@ -338,5 +339,46 @@ func TestBatchResultsInPassing(t *testing.T) {
 	}
 	if row := p.lastCall(); row.InputTokens != 1000 || row.OutputTokens != 200 || row.Model != "gpt-4o-mini" {
 		t.Errorf("%+v", row)
+	}
+}
+
+// TestBatchMeterEveryCut: what results have used does not depend on how they come in pieces, and no bytes do harm.
+func TestBatchMeterEveryCut(t *testing.T) {
+	t.Parallel()
+	table := listPrices(t)
+	read := func(vendor string, kind meterKind, pieces ...string) (sum requestRow) {
+		m := newBatchMeter(kind, usageDetails{}, func(r *requestRow) { table.priceRow(r, vendor, r.model) })
+		for _, piece := range pieces {
+			m.process([]byte(piece))
+		}
+		m.finish()
+		for i := range m.models {
+			if m.models[i].addUsage(&requestRow{}); m.models[i].priced {
+				sum.addUsage(&m.models[i].requestRow)
+			}
+		}
+		return sum
+	}
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for _, tt := range []struct {
+		vendor, results string
+		kind            meterKind
+		nanos           int64
+	}{{"openai", openAIResults, meterOpenAI, openAICost * 1e9},
+		{"anthropic", anthropicResults, meterAnthropic, anthropicCost * 1e9}} {
+		for i := range len(tt.results) {
+			first, rest := tt.results[:i], tt.results[i:]
+			if got := read(tt.vendor, tt.kind, first, rest); got.cost != tt.nanos {
+				t.Fatalf("%s cut at %d: %d nano-dollars, want %d", tt.vendor, i, got.cost, tt.nanos)
+			}
+			if got := read(tt.vendor, tt.kind, first); got.cost > tt.nanos { // a download that broke off
+				t.Fatalf("%s broken off at %d: %d nano-dollars", tt.vendor, i, got.cost)
+			}
+			broken := []byte(tt.results)
+			for range 1 + i%3 {
+				broken[rnd.IntN(len(broken))] = `{}[]":,\0 x`[rnd.IntN(11)] // anything but a panic will do
+			}
+			read(tt.vendor, tt.kind, string(broken[:i]), string(broken[i:]))
+		}
 	}
 }
