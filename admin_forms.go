@@ -387,13 +387,14 @@ type policyListField struct{ List, None *formField }
 type limitFormRow struct {
 	Index, Number                    int
 	Count, Max, Per, Endpoint, Model string
+	ForEach, MaxValues               string
 	Shadow                           bool
 	Error, ErrorField                string
 	Focus                            bool // it is the first input with an error
 }
 
 func (row *limitFormRow) isBlank() bool {
-	return row.Max == "" && row.Endpoint == "" && row.Model == ""
+	return row.Max == "" && row.Endpoint == "" && row.Model == "" && row.ForEach == "" && row.MaxValues == ""
 }
 
 const blankLimitRows = 2 // for new limits
@@ -465,7 +466,8 @@ func (p *policyForm) fill(sent url.Values) {
 			return strings.TrimSpace(values.Get(fmt.Sprintf("policy.limits[%d].%s", i, name)))
 		}
 		row := limitFormRow{Count: value("count"), Max: value("max"), Per: value("per"), Endpoint: value("endpoint"),
-			Model: value("model"), Shadow: value("shadow") != ""}
+			Model: value("model"), Shadow: value("shadow") != "", ForEach: value("for_each"),
+			MaxValues: value("max_values")}
 		if !row.isBlank() {
 			p.addRow(row)
 		}
@@ -549,7 +551,10 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 			continue
 		}
 		l := limitJSON{Count: row.Count, Max: jsonNumber(row.Max), Per: row.Per, Endpoint: row.Endpoint,
-			Model: row.Model, Shadow: row.Shadow}
+			Model: row.Model, Shadow: row.Shadow, ForEach: row.ForEach}
+		if row.MaxValues != "" {
+			l.MaxValues = jsonNumber(row.MaxValues)
+		}
 		if row.Count == metricConcurrent.String() {
 			l.Per = "" // a blank row has a period, concurrent calls have none
 		}

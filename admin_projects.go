@@ -52,7 +52,7 @@ type projectPageView struct {
 const maxProjectPageTokens = 10
 
 func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
-	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{top: shownValues}, r.now)
 	if err != nil {
 		return nil, err
 	}

@@ -327,7 +327,7 @@ type tokenPageView struct {
 }
 
 func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
-	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{top: shownValues}, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -388,7 +388,12 @@ type barView struct {
 	Level           string
 	Percent         int
 	Used, Max, Left string
+	Top             []barView // of a limit with for_each: the values that have used most
+	Value           string    // of these
 }
+
+// shownValues is how many values of a limit pages show.
+const shownValues = 10
 
 // newBarViews returns the usage of limits.
 func newBarViews(limits []limitView) (bars []barView) {
@@ -399,8 +404,16 @@ func newBarViews(limits []limitView) (bars []barView) {
 			}
 			return groupDigits(int64(jsonFloat(raw)))
 		}
-		b := newBarView(jsonFloat(l.Used), jsonFloat(l.Max))
+		var b barView
+		if l.ForEach == "" {
+			b = newBarView(jsonFloat(l.Used), jsonFloat(l.Max))
+		}
 		b.limitView, b.Used, b.Max, b.Left = l, quantity(l.Used), quantity(l.Max), quantity(l.Left)
+		for _, v := range l.Values {
+			top := newBarView(jsonFloat(v.Used), jsonFloat(l.Max))
+			top.Value, top.Used, top.Max, top.Left = v.Value, quantity(v.Used), b.Max, quantity(v.Left)
+			b.Top = append(b.Top, top)
+		}
 		bars = append(bars, b)
 	}
 	return bars

@@ -440,6 +440,10 @@ func limitFieldLabel(name string) string {
 		return "Period"
 	case "shadow":
 		return "Monitor only"
+	case "for_each":
+		return "For each"
+	case "max_values":
+		return "Values"
 	}
 	return capitalize(name)
 }
@@ -447,7 +451,7 @@ func limitFieldLabel(name string) string {
 // limitWords replaces the words of the API in a message about a limit by those of the form.
 func limitWords() *strings.Replacer {
 	return strings.NewReplacer("lifetime", "in total", "or concurrent", "or concurrent calls",
-		"with concurrent,", "with concurrent calls:")
+		"with concurrent,", "with concurrent calls:", "limits with for_each", "limits for each value")
 }
 
 // A dashPeriod is the time that a dashboard covers: whole steps up to the one that has begun, and the period before.

@@ -683,6 +683,14 @@ func TestValuesOfCalls(t *testing.T) {
 			t.Errorf("%s: %+v", c.attribute, values)
 		}
 	}
+	path, shown := p.newLimitedToken(limit("session"))
+	p.do("POST", "/v1/chat/completions", chatBody(), "Authorization", "Bearer "+shown, "Content-Type",
+		"application/json", "X-LLM-Proxy-Session", "<b>s1")
+	page := p.signIn(p.adminKey).get(strings.Replace(path, "/manage/", "/admin/", 1)).body
+	if !strings.Contains(page, "for each session") || !strings.Contains(page, "&lt;b&gt;s1") ||
+		!strings.Contains(page, "1 each; 1 of 4 values counted") {
+		t.Errorf("the token's page is %s", page)
+	}
 	// A token's client sees the limit, but nobody's name.
 	_, token := p.newLimitedToken(limit("end_user"))
 	if status := p.sendAs(token, "ann"); status != 200 {
