@@ -290,3 +290,106 @@ func TestBackgroundCost(t *testing.T) {
 		t.Errorf("%+v", row)
 	}
 }
+
+// TestInteractions: Gemini's Interactions API, for projects with stored objects: exact usage of answers and of streams,
+// usage in the background when an answer shows it, rights by the body's model, and Google's errors.
+func TestInteractions(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	google := newFakeProvider(t)
+	p.addUpstreamAt(google, "google", `"weight":1`)
+	const usage = `{"total_input_tokens":20,"input_tokens_by_modality":[{"modality":"text","tokens":20}],` +
+		`"total_cached_tokens":5,"total_output_tokens":7,"total_thought_tokens":30,"total_tool_use_tokens":4,` +
+		`"total_tokens":61}`
+	interaction := func(id, status, usage string) string {
+		return `{"id":"` + id + `","object":"interaction","model":"gemini-2.5-flash","status":"` + status + `",` +
+			`"steps":[{"type":"model_output","content":[{"type":"text","text":"Hi"}]}],"usage":` + usage + `}`
+	}
+	event := func(name, members string) string {
+		return "event: " + name + "\ndata: {" + members + `"event_type":"` + name + "\"}\n\n"
+	}
+	events := []string{
+		event("interaction.created", `"interaction":{"id":"v1_s","status":"in_progress","model":"gemini-2.5-flash"},`),
+		event("step.delta", `"index":0,"delta":{"type":"text","text":"Hi"},`),
+		event("interaction.completed", `"interaction":{"id":"v1_s","status":"completed","usage":`+usage+`},`),
+		"event: done\ndata: [DONE]\n\n",
+	}
+	call := func(method, path, body string) testResponse {
+		return p.do(method, "/v1beta/interactions"+path, body, "X-Goog-Api-Key", p.token,
+			"Content-Type", "application/json", "Api-Revision", "2026-05-20")
+	}
+	const ask = `{"model":"gemini-2.5-flash","input":"Hello","generation_config":{"max_output_tokens":100}`
+	if res := call("POST", "", ask+"}"); res.status != 403 || !strings.Contains(res.body, `"ENDPOINT_NOT_ALLOWED"`) {
+		t.Errorf("without stored objects: got %d %s", res.status, res.body)
+	}
+	p.changeProject(`"policy":{"stateful":true,"models":["gemini-*"]}`)
+
+	check := func(what string, res testResponse, body, source string, input, output int64) {
+		t.Helper()
+		row := p.lastCall()
+		if res.status != 200 || res.err != nil || res.body != body || row.Outcome != "ok" ||
+			row.UsageSource != source || row.InputTokens != input || row.OutputTokens != output {
+			t.Errorf("%s: got %d %q, %v; the ledger has %+v", what, res.status, res.body, res.err, row)
+		}
+	}
+	whole := interaction("v1_u", "completed", usage)
+	google.setScript(replyScript(200, whole))
+	check("an answer", call("POST", "", ask+"}"), whole, "exact", 24, 37)
+	if row := p.lastCall(); row.CachedTokens != 5 || row.ReasoningTokens != 30 || row.Model != "gemini-2.5-flash" {
+		t.Errorf("an answer: the ledger has %+v", row)
+	}
+	got := google.lastRequest(t)
+	if got.target != "/v1beta/interactions" || got.header.Get("X-Goog-Api-Key") != google.key || got.body != ask+"}" ||
+		got.header.Get("Api-Revision") != "2026-05-20" {
+		t.Errorf("the provider got %s %s", got.head, got.body)
+	}
+	google.setScript(streamScript(events, 4, endStream))
+	check("a stream", call("POST", "", ask+`,"stream":true}`), strings.Join(events, ""), "exact", 24, 37)
+	google.setScript(streamScript(events, 2, endStream))
+	if call("POST", "", ask+`,"stream":true}`); p.lastCall().Outcome != "truncated" {
+		t.Errorf("a stream without an end: the ledger has %+v", p.lastCall())
+	}
+
+	queued := interaction("v1_b", "in_progress", "null")
+	google.setScript(replyScript(200, queued))
+	before := p.totalTokens()
+	check("in the background", call("POST", "", ask+`,"background":true}`), queued, "none", 0, 0)
+	google.setScript(replyScript(200, interaction("v1_b", "completed", usage)))
+	for range 2 {
+		if res := call("GET", "/v1_b?stream=false", ""); res.status != 200 {
+			t.Errorf("GET: got %d %s", res.status, res.body)
+		}
+	}
+	if used := p.totalTokens() - before; used != 61 {
+		t.Errorf("in the background, %d tokens count", used)
+	}
+	google.setScript(replyScript(200, "{}"))
+	for _, c := range [][2]string{{"POST", "/v1_b/cancel"}, {"DELETE", "/v1_b"}} {
+		res := call(c[0], c[1], "")
+		if target := google.lastRequest(t).target; res.status != 200 || target != "/v1beta/interactions"+c[1] {
+			t.Errorf("%v: got %d %s", c, res.status, res.body)
+		}
+	}
+	for name, c := range map[string]struct{ method, path, body, want string }{
+		"another model": {"POST", "", `{"model":"veo-3","input":"x"}`, "MODEL_NOT_ALLOWED"},
+		"an agent":      {"POST", "", `{"agent":"deep-research","input":"x"}`, "MODEL_NOT_ALLOWED"},
+		"two models":    {"POST", "", `{"model":"gemini-a","Model":"veo-3"}`, "INVALID_REQUEST"},
+		"a list":        {"GET", "", "", "METHOD_NOT_ALLOWED"},
+		"webhooks":      {"POST", "/../webhooks", "{}", "UNKNOWN_ENDPOINT"},
+	} {
+		if res := call(c.method, c.path, c.body); !strings.Contains(res.body, `"`+c.want+`"`) {
+			t.Errorf("%s: got %d %s", name, res.status, res.body)
+		}
+	}
+	p.checkSums()
+	p.checkCounts()
+}
+
+// totalTokens returns the tokens of all rows of the ledger.
+func (p *testProxy) totalTokens() (n int64) {
+	p.t.Helper()
+	for _, row := range p.ledger() {
+		n += row.InputTokens + row.OutputTokens
+	}
+	return n
+}

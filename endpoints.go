@@ -209,6 +209,9 @@ var statefulEndpoints = []endpointRow{
 	{"DELETE GET", "/v1/videos/{video_id}", bodyNone, meterNone, 0},
 	{"GET", "/v1/videos/{video_id}/content", bodyNone, meterNone, 0},
 	{"POST", "/v1/videos/{video_id}/remix", bodyJSONOrForm, meterNone, flagNeedsModel | flagUpload},
+	{"POST", "/v1beta/interactions", bodyJSON, meterGemini, flagNeedsModel},
+	{"DELETE GET", "/v1beta/interactions/{interaction_id}", bodyNone, meterNone, 0},
+	{"POST", "/v1beta/interactions/{interaction_id}/cancel", bodyNone, meterNone, 0},
 }
 
 var (
@@ -482,7 +485,7 @@ func modelOutboundPath(name, path string) string {
 // hasEndMarker reports whether a complete stream of this endpoint ends with a marker.
 func (e *endpoint) hasEndMarker() bool {
 	switch e.pattern {
-	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages":
+	case "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", interactionsPattern:
 		return true
 	}
 	return e.streams()
@@ -496,7 +499,7 @@ func (e *endpoint) eventForm() eventForm {
 	switch {
 	case e.api == apiAnthropic:
 		return eventsAnthropic
-	case e.api == apiGemini:
+	case e.api == apiGemini && e.modelInPath:
 		return eventsGemini
 	case e.pattern == chatPattern || e.pattern == "/v1/completions":
 		return eventsUnnamed
@@ -514,12 +517,32 @@ func (e *endpoint) listsModels() bool {
 // isAboutModel reports whether the endpoint shows or deletes a model, and does not run it.
 func (e *endpoint) isAboutModel() bool { return e.modelInPath && !e.needsModel }
 
-// responsePattern is the path of a stored response.
-const responsePattern = "/v1/responses/{response_id}"
+// The endpoints of objects that are made by running a model, and stored: OpenAI's responses, Gemini's interactions.
+const (
+	responsesPattern    = "/v1/responses"
+	interactionsPattern = geminiPrefix + "interactions"
+)
+
+// makesResponse reports whether an answer of the endpoint is a new response that may be stored.
+func (e *endpoint) makesResponse() bool {
+	return e.pattern == responsesPattern || e.pattern == interactionsPattern
+}
 
 // showsResponse reports whether an answer of the endpoint shows a stored response, or says that it was deleted.
 func (e *endpoint) showsResponse() bool {
-	return e.pattern == responsePattern || e.pattern == responsePattern+"/cancel"
+	switch e.pattern {
+	case responsesPattern + "/{response_id}", responsesPattern + "/{response_id}/cancel",
+		interactionsPattern + "/{interaction_id}", interactionsPattern + "/{interaction_id}/cancel":
+		return true
+	}
+	return false
+}
+
+// responseID returns the id in the path of an endpoint that shows a stored response.
+func responseID(path string) string {
+	path = strings.TrimPrefix(strings.TrimPrefix(path, responsesPattern+"/"), interactionsPattern+"/")
+	id, _, _ := strings.Cut(path, "/")
+	return id
 }
 
 // parseAPIFamily reads the name of an API family.

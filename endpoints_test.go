@@ -148,6 +148,10 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 		[3]string{"POST", batch + "/cancel", "stateful"}, [3]string{"GET", batch + "/results", "stateful"})
 	operations = append(operations, [3]string{"GET", "/v1beta/models", "inference"},
 		[3]string{"GET", "/v1beta/models/{model}", "inference"})
+	const interaction = "/v1beta/interactions/{interaction_id}"
+	operations = append(operations, [3]string{"POST", "/v1beta/interactions", "stateful"},
+		[3]string{"GET", interaction, "stateful"}, [3]string{"DELETE", interaction, "stateful"},
+		[3]string{"POST", interaction + "/cancel", "stateful"})
 	for _, verb := range []string{"batchEmbedContents", "countTokens", "embedContent", "generateContent",
 		"streamGenerateContent"} {
 		operations = append(operations, [3]string{"POST", "/v1beta/models/{model}:" + verb, "inference"})
@@ -193,7 +197,8 @@ func TestEndpointsAreTheDocumentedOnes(t *testing.T) {
 // TestEndpointTable: the rows are consistent in themselves.
 func TestEndpointTable(t *testing.T) {
 	t.Parallel()
-	wellFormed := regexp.MustCompile(`^(/v1(/[a-z_]+|/\{[a-z_]+\})+|/v1beta/models(/\{model\}(:[a-zA-Z]+)?)?)$`)
+	wellFormed := regexp.MustCompile(`^(/v1(/[a-z_]+|/\{[a-z_]+\})+|/v1beta/models(/\{model\}(:[a-zA-Z]+)?)?|` +
+		`/v1beta/interactions(/\{interaction_id\}(/cancel)?)?)$`)
 	isOfBoth := regexp.MustCompile(`^/v1/(files|skills)(/|$)`) // objects that both OpenAI and Anthropic have
 	seen := map[string]bool{}
 	for _, e := range newEndpointTable().all() {
@@ -292,6 +297,9 @@ func TestCheckQuery(t *testing.T) {
 	model, err := checkQuery("limit=1&model=gpt%2D4o&metadata[key]=value", list.endpoint)
 	if err != nil || model != "gpt-4o" {
 		t.Errorf("stored completions: got model %q, %v", model, err)
+	}
+	if _, err := checkQuery("page=MjAyNQ&limit=20&beta=true", list.endpoint); err != nil { // of Anthropic's API
+		t.Errorf("a page: %v", err)
 	}
 	if _, err := checkQuery("model=a&mod%65l=b", list.endpoint); err == nil {
 		t.Error("two models pass")

@@ -496,7 +496,7 @@ func topLevelSlot(name []byte, readNested bool) slot {
 		return slotCandidates
 	case "promptFeedback":
 		return slotFeedback
-	case "type":
+	case "type", "event_type":
 		return slotType
 	case "error":
 		return slotError
@@ -516,7 +516,7 @@ func topLevelSlot(name []byte, readNested bool) slot {
 		if readNested {
 			return slotItem
 		}
-	case "response", "message":
+	case "response", "message", "interaction":
 		if readNested {
 			return slotNested
 		}

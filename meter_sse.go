@@ -247,7 +247,8 @@ func eventTypeOf(name []byte) eventType {
 	case "message_stop", "transcript.text.done", "speech.audio.done",
 		"image_generation.completed", "image_edit.completed":
 		return eventEnd
-	case "response.completed", "response.incomplete", "response.done", "response.cancelled":
+	case "response.completed", "response.incomplete", "response.done", "response.cancelled",
+		"interaction.completed", "interaction.complete":
 		return eventResponseEnd
 	case "response.failed":
 		return eventResponseFailed
@@ -561,7 +562,7 @@ func (m *meter) applyUsage(kind eventType) {
 	case nested && m.kind == meterAnthropic && kind == eventMessageStart:
 		m.scan.usage.n[slotOutput] = countInvalid // it is 1; the true count comes with message_delta
 		m.hasUsage, m.usage = true, m.scan.usage
-	case nested && (m.kind != meterOpenAI || kind != eventResponseEnd && kind != eventResponseFailed):
+	case nested && (m.kind == meterAnthropic || kind != eventResponseEnd && kind != eventResponseFailed):
 		// an event in the middle of the stream: its counts are not final
 	case m.hasUsage:
 		m.usage.merge(&m.scan.usage)

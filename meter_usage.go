@@ -336,7 +336,7 @@ func (f *usageFields) splitTotal(kind meterKind) (in, out int64) {
 func (f *usageFields) splitGemini() (in, out int64) {
 	in, out = f.n[slotInput], f.n[slotOutput]
 	total := f.n[slotTotal]
-	if thoughts := f.n[slotReasoning]; thoughts > 0 {
+	if thoughts := f.n[slotReasoning]; thoughts > 0 && (in <= 0 || out <= 0 || total != in+out) {
 		out = max(out, 0) + thoughts
 	}
 	if tools := f.n[slotToolInput]; tools > 0 {
@@ -367,9 +367,9 @@ const (
 
 func modalityOf(text []byte) modality {
 	switch string(text) {
-	case "AUDIO":
+	case "AUDIO", "audio":
 		return modalityAudio
-	case "IMAGE":
+	case "IMAGE", "image":
 		return modalityImage
 	}
 	return modalityOther
@@ -548,16 +548,16 @@ func (t *textCounter) sum() (n int64) {
 // usageSlot is slotFor in a usage object or an iteration.
 func usageSlot(name []byte) slot {
 	switch string(name) {
-	case "prompt_tokens", "input_tokens", "promptTokenCount":
+	case "prompt_tokens", "input_tokens", "promptTokenCount", "total_input_tokens":
 		return slotInput
-	case "completion_tokens", "output_tokens", "candidatesTokenCount":
+	case "completion_tokens", "output_tokens", "candidatesTokenCount", "total_output_tokens":
 		return slotOutput
 	case "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens", // Anthropic, DeepSeek, Moonshot
-		"cachedContentTokenCount": // Gemini, like the next two
+		"cachedContentTokenCount", "total_cached_tokens": // Gemini, like the next two
 		return slotCached
-	case "thoughtsTokenCount":
+	case "thoughtsTokenCount", "total_thought_tokens":
 		return slotReasoning
-	case "toolUsePromptTokenCount":
+	case "toolUsePromptTokenCount", "total_tool_use_tokens":
 		return slotToolInput
 	case "cache_creation_input_tokens":
 		return slotCacheWrite
@@ -587,11 +587,13 @@ func usageSlot(name []byte) slot {
 		return slotCitations
 	case "reasoning_tokens":
 		return slotReasoningBeside
-	case "cacheTokensDetails":
+	case "cacheTokensDetails", "cached_tokens_by_modality":
 		return slotCachedDetails
-	case "prompt_tokens_details", "input_tokens_details", "input_token_details", "promptTokensDetails":
+	case "prompt_tokens_details", "input_tokens_details", "input_token_details", "promptTokensDetails",
+		"input_tokens_by_modality":
 		return slotInputDetails
-	case "completion_tokens_details", "output_tokens_details", "output_token_details", "candidatesTokensDetails":
+	case "completion_tokens_details", "output_tokens_details", "output_token_details", "candidatesTokensDetails",
+		"output_tokens_by_modality":
 		return slotOutputDetails
 	}
 	return slotNone
@@ -649,7 +651,7 @@ func detailSlot(in jsonScope, name []byte) slot {
 		return slotCacheWrite1h
 	case member{scopeModality, "modality"}:
 		return slotModality
-	case member{scopeModality, "tokenCount"}:
+	case member{scopeModality, "tokenCount"}, member{scopeModality, "tokens"}:
 		return slotModalityCount
 	case member{scopeServerTools, "web_search_requests"}:
 		return slotWebSearches

@@ -393,6 +393,8 @@ func (q *clientRequest) maxOutputTokens() int64 {
 	switch pattern := q.endpoint.pattern; {
 	case pattern == chatPattern:
 		limit = max(limit, q.fields.maxCompletionTokens)
+	case pattern == interactionsPattern:
+		limit = 0 // it is in generation_config
 	case strings.HasPrefix(pattern, "/v1/responses"), q.endpoint.api == apiGemini:
 		limit = q.fields.maxOutputTokens
 	}

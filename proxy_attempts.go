@@ -316,7 +316,7 @@ func (a *attempt) buildBody() ([]byte, error) {
 		body = withoutIncludeUsage(body, c.fields)
 	}
 	switch {
-	case rename && c.endpoint.api == apiGemini:
+	case rename && c.endpoint.api == apiGemini && c.endpoint.modelInPath:
 		body = withGeminiModel(body, a.model)
 	case rename:
 		body = withModel(body, c.fields, c.usageAdded && !a.plain, a.model)
@@ -638,7 +638,8 @@ func (c *call) mayUseModel(model string) bool {
 
 // canChangeModel reports whether the call can be sent with another model.
 func (c *clientRequest) canChangeModel() bool {
-	return c.fields.modelSplice.to != 0 || c.endpoint.api == apiGemini && c.endpoint.needsModel
+	e := c.endpoint
+	return c.fields.modelSplice.to != 0 || e.api == apiGemini && e.modelInPath && e.needsModel
 }
 
 // replayable reports whether the body can be sent again.

@@ -558,6 +558,11 @@ func TestFailoverOtherAPIs(t *testing.T) {
 	responses := []string{event("response.created", `,"response":{"model":"gpt-4o"}`),
 		event("response.output_text.delta", `,"delta":"Hi"`),
 		event("response.completed", `,"response":{"model":"gpt-4o","usage":{"input_tokens":9,"output_tokens":3}}`)}
+	gemini := []string{`data: {"candidates":[{"content":{"parts":[{"text":"Hi"}]}}],"usageMetadata":` +
+		`{"promptTokenCount":9,"candidatesTokenCount":1}}` + "\r\n\r\n",
+		`data: {"candidates":[{"finishReason":"STOP"}],"usageMetadata":{"promptTokenCount":9,` +
+			`"candidatesTokenCount":3}}` + "\r\n\r\n"}
+	const geminiStream = "/v1beta/models/m:streamGenerateContent?alt=sse"
 	overloaded := event("error", `,"error":{"type":"overloaded_error","message":"Overloaded"}`)
 	for _, c := range []struct {
 		path, provider, header string
@@ -581,6 +586,18 @@ func TestFailoverOtherAPIs(t *testing.T) {
 			script: streamScript(messages, 4, endStream), verified: true, attempts: [2]int{2, 1}},
 		{path: "/v1/messages", provider: "anthropic", header: "X-Api-Key", good: messages,
 			script: streamScript(messages, 3, resetStream), verified: true, attempts: [2]int{2, 1}},
+		{path: geminiStream, provider: "google", header: "X-Goog-Api-Key", good: gemini,
+			script: replyScript(503, `{"error":{"code":503,"status":"UNAVAILABLE"}}`), attempts: [2]int{2, 1}},
+		{path: geminiStream, provider: "google", header: "X-Goog-Api-Key", good: gemini,
+			script:   replyScript(429, `{"error":{"code":429,"status":"RESOURCE_EXHAUSTED"}}`),
+			attempts: [2]int{1, 1}},
+		{path: geminiStream, provider: "google", header: "X-Goog-Api-Key", good: gemini,
+			script: streamScript([]string{"data: {\"error\":{\"code\":503,\"status\":\"UNAVAILABLE\"}}\n\n"}, 1,
+				endStream), attempts: [2]int{2, 1}},
+		{path: geminiStream, provider: "google", header: "X-Goog-Api-Key", good: gemini,
+			script: streamScript(gemini, 1, resetStream), verified: true, attempts: [2]int{2, 1}},
+		{path: geminiStream, provider: "google", header: "X-Goog-Api-Key", good: gemini,
+			script: streamScript(gemini, 1, endStream), verified: true, attempts: [2]int{2, 1}},
 		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,
 			script: replyScript(500, `{"error":{}}`), attempts: [2]int{2, 1}},
 		{path: "/v1/responses", provider: "azure", header: "Api-Key", good: responses,

@@ -101,7 +101,7 @@ func takeQueryKey(u *url.URL) (keys []string) {
 func allowRequestHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Accept", "User-Agent", "Idempotency-Key", "X-Client-Request-Id", "Traceparent", "Tracestate",
-		"X-Goog-Api-Client", "X-Server-Timeout": // of Google's SDKs
+		"X-Goog-Api-Client", "X-Server-Timeout", "Api-Revision": // of Google's SDKs
 		return true
 	}
 	return strings.HasPrefix(name, "X-Stainless-") || isCodexRequestHeader(name) ||
@@ -272,7 +272,8 @@ var queryParams = map[string]bool{
 }
 
 // geminiParams is queryParams for Gemini's API. fields is not among them: it could leave the usage out of answers.
-var geminiParams = map[string]bool{"alt": false, "pageSize": false, "pageToken": false}
+var geminiParams = map[string]bool{"alt": false, "pageSize": false, "pageToken": false, "stream": false,
+	"last_event_id": false}
 
 // clientVersion is a query parameter of Codex. It asks GET /v1/models for the provider's own description of the models
 // that this version of Codex can use: {"models":[{"slug":…}]}. Such lists are not merged.

@@ -163,9 +163,12 @@ func (w *responseWriter) prepare(res *http.Response) {
 	}
 	usageAdded := w.c.usageAdded && !w.c.attempts.current.plain
 	w.meter = newMeter(kind, w.sse, opaque, usageAdded)
-	w.meter.scan.readID = w.c.endpoint.pattern == "/v1/responses"
+	w.meter.scan.readID = w.c.endpoint.makesResponse()
 	if w.c.endpoint.showsResponse() && res.StatusCode < 300 {
 		w.watch = newMeter(meterOpenAI, w.sse, opaque, false)
+		if w.c.endpoint.api == apiGemini {
+			w.watch.kind = meterGemini
+		}
 		w.watch.scan.readID = true
 	}
 	if res.StatusCode < 300 && !opaque && !w.c.headOnly {

@@ -94,8 +94,8 @@ func (p *proxy) settleLate(c *call) {
 		if c.relayed {
 			c.response.watch.finish()
 		}
-		id, _, _ := strings.Cut(strings.TrimPrefix(c.match.path, "/v1/responses/"), "/")
-		shown := shownResponse{id: id, project: c.project.seq, upstream: c.upstream.seq, meter: c.response.watch,
+		shown := shownResponse{id: responseID(c.match.path), project: c.project.seq, upstream: c.upstream.seq,
+			meter:   c.response.watch,
 			deleted: c.endpoint.method == http.MethodDelete, vendor: c.priceVendor(), prices: p.prices.Load()}
 		row, responseErr := p.limits.settleResponse(&shown)
 		counted, err = append(counted, row), responseErr

@@ -29,7 +29,7 @@ func (m *endpointMatch) scanBody(form bool, contentType string, body []byte) (ca
 		return callFields{}, nil
 	case form:
 		return scanForm(contentType, body)
-	case m.endpoint.api == apiGemini:
+	case m.endpoint.api == apiGemini && m.endpoint.modelInPath:
 		f, err := scanGemini(body, m.model)
 		f.stream = m.endpoint.streams()
 		return f, err
