@@ -116,7 +116,7 @@ func TestSumsAtTheEdge(t *testing.T) {
 	p.waitSettled()
 	for table, columns := range map[string]string{
 		"usage_sums": "calls input_tokens cached_tokens output_tokens reasoning_tokens cost unpriced_calls " +
-			"estimated_calls would_refuse total_us cache_hits saved saved_us prompt_saved",
+			"estimated_calls would_refuse total_us cache_hits saved saved_us prompt_saved client_retries",
 		"project_hours": "calls input_tokens output_tokens cost unpriced_calls caller_errors policy_errors " +
 			"provider_errors proxy_errors",
 		"project_latency": "first_bytes answers",
@@ -131,7 +131,7 @@ func TestSumsAtTheEdge(t *testing.T) {
 		p.execSQL(fmt.Sprintf(`INSERT INTO usage_sums
 			SELECT grain, project, token, %s, model || %d, endpoint, outcome, asked, service_tier, calls,
 			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries
 			FROM usage_sums WHERE at %% 3600000 = 0 AND model NOT LIKE '%%_0'`, at, i))
 	}
 	p.execSQL(`INSERT INTO project_hours SELECT project, at - 3600000, calls, input_tokens, output_tokens, cost,
