@@ -245,6 +245,23 @@ func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
 	return ui.confirmProject(r, title, "erase", "Delete content", "content-erased", erase)
 }
 
+// eraseEndUserPage asks for the name of an end user, or shows the one that a link names.
+func (ui *adminUI) eraseEndUserPage(r *pageRequest) (*pageResponse, error) {
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	if err != nil {
+		return nil, err
+	}
+	projectURL := "/admin/projects/" + p.ID
+	then := redirectTo(projectURL, "end-user-erased")
+	v := &confirmView{Ask: "erase-end-user", Form: &pageForm{Submit: "Erase end user", Cancel: projectURL,
+		Fields: []*formField{{Name: "end_user", Label: "End user", Kind: "text", Required: true,
+			Value: r.query.Get("end_user"), Help: "end-user"}}}}
+	return r.confirm(fmt.Sprintf("Erase an end user of %s?", p.Name), v, then, func() (err error) {
+		then.notice.Count, err = ui.ops.eraseEndUser(r.ctx, r.origin, p.ID, r.form.Get("end_user"))
+		return err
+	})
+}
+
 func (ui *adminUI) emptyCachePage(r *pageRequest) (*pageResponse, error) {
 	title := "Empty the response cache of %s?"
 	return ui.confirmProject(r, title, "empty-cache", "Empty cache", "cache-emptied", func(id string) (int64, error) {

@@ -415,7 +415,7 @@ func attributeLink(attribute, value, project string) string {
 	case isTag:
 		query.Set("tag", key+"="+value)
 	case attribute == sessionAttribute:
-		return "/admin/sessions/" + url.PathEscape(value)
+		return "/admin/sessions?" + url.Values{"session": {value}}.Encode()
 	default:
 		query.Set("end_user", value)
 	}

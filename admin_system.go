@@ -1,4 +1,4 @@
-// This file has the pages of /admin about the proxy as a whole: prices, running calls, management
+// This file has the pages of /admin about the proxy as a whole: prices, running calls, sessions of clients, management
 // keys, the audit trail and the settings. They are thin over the operations of /manage.
 package main
 
@@ -214,6 +214,44 @@ func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
 	return r.confirm("End this call?", v, redirectTo("/admin/streams", "ended-call"), func() error {
 		return ui.ops.abortStream(r.ctx, r.origin, id)
 	})
+}
+
+// A sessionPageView is the data of templates/session.html.
+type sessionPageView struct {
+	*callSession
+	Rows  []requestListItem
+	Next  string
+	Tiles []tile
+}
+
+func (ui *adminUI) sessionPage(r *pageRequest) (*pageResponse, error) {
+	ui.awaitRecorded(r)
+	var after int64
+	if text := r.query.Get("after"); text != "" {
+		var err error
+		if after, _, err = parseCursor(text); err != nil {
+			return nil, badRequest("invalid_value", "after", "This address is not a page of the list.")
+		}
+	}
+	s, err := ui.ops.getSession(r.ctx, r.query.Get("session"), r.query.Get("project"), after, requestsPageSize)
+	if err != nil {
+		return nil, err
+	}
+	v := &sessionPageView{callSession: s, Next: r.nextPageURL(s.Next)}
+	for i := range s.rows {
+		v.Rows = append(v.Rows, newRequestListItem(&s.rows[i]))
+	}
+	took := time.Duration(int64(s.LastAt)-int64(s.FirstAt)) * time.Millisecond
+	v.Tiles = []tile{
+		{Label: "Calls", Value: groupDigits(s.Calls), More: pluralize(s.FailedCalls, "failed", "failed")},
+		{Label: "Tokens", Value: unitCount.format(float64(s.InputTokens + s.OutputTokens)),
+			More: groupDigits(s.InputTokens) + " in, " + groupDigits(s.OutputTokens) + " out"},
+		{Label: "Cost", Value: unitMoney.format(float64(s.Cost)),
+			More: pluralize(s.UnpricedCalls, "call", "calls") + " without a price"},
+		{Label: "Cached input", Value: percent(100 * s.CachedShare), More: groupDigits(s.CachedTokens) + " tokens"},
+		{Label: "Duration", Value: describeDuration(took), More: "from the first call to the last"},
+	}
+	return showPage("session", "Session "+s.Session, v), nil
 }
 
 // An auditPageView is the data of templates/audit.html.

@@ -3,8 +3,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"html"
 	"math"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -491,5 +494,185 @@ func TestAttributionUsage(t *testing.T) {
 		if res := p.manageAs(p.adminKey, "GET", "/manage/usage?"+query, ""); res.status != 400 {
 			t.Errorf("%s: got %d", query, res.status)
 		}
+	}
+}
+
+// TestAttributionErased: after an end user is erased, no table has the name, nor its hash. The calls, what they cost
+// and all sums stay. A call that is running then ends without the name.
+func TestAttributionErased(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowSecret(promptCanary) // in stored content, which the test reads
+	const name, other = "erased.name+1/x@example.com", "kept.name@example.com"
+	setPolicy := func(endUsers string) {
+		p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"keep_content_days":3,"attribution":{`+
+			`"tags":["who","team"],"end_users":"`+endUsers+`"}}}`, 200, nil)
+	}
+	call := func(user string) {
+		t.Helper()
+		res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+user+`","prompt_cache_key":"`+user+`"`),
+			"Content-Type", "application/json", "Authorization", "Bearer "+p.token, "X-LLM-Proxy-Tags", "team=a")
+		if res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	setPolicy(endUsersHashed)
+	call(name)
+	hash := p.lastCall().EndUser
+	setPolicy(endUsersPlain)
+	for range 3 {
+		call(name)
+	}
+	call(other)
+	p.waitSettled()
+	total := func() (rows []usageRow) {
+		rows, err := p.instance.store.usage(t.Context(), usageQuery{interval: "total", to: math.MaxInt64, limit: 9})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rows
+	}
+	before := total()
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(": wait\n\n")
+		<-release
+		return chatEventsEnd(c)
+	})
+	stream := p.stream(p.token, `"user":"`+name+`"`)
+	if _, err := stream.read(1); err != nil {
+		t.Fatal(err)
+	}
+	var erased struct{ Erased int64 }
+	query := "?" + url.Values{"end_user": {name}}.Encode()
+	p.manage("DELETE", "/manage/projects/"+p.project+"/end-users"+query, "", 200, &erased)
+	if after := total(); erased.Erased != 4 || !slices.Equal(after, before) {
+		t.Errorf("%d calls were erased; the sums are %+v, were %+v", erased.Erased, after, before)
+	}
+	close(release)
+	if _, err := stream.readAll(); err != nil {
+		t.Fatal(err)
+	}
+	rows := p.ledger()
+	for i, want := range []string{`||{"team":"a"}`, `||{"team":"a"}`, `||{"team":"a"}`, `||{"team":"a"}`,
+		other + "|" + other + `|{"team":"a"}`, "||"} {
+		if rows[i].attributed() != want {
+			t.Errorf("call %d: %s, want %s", i, rows[i].attributed(), want)
+		}
+		content := p.manageAs(p.adminKey, "GET", "/manage/requests/"+rows[i].ID+"/content", "").status
+		if wantContent := map[bool]int{true: 404, false: 200}[i < 4]; content != wantContent {
+			t.Errorf("call %d: its content answers %d, want %d", i, content, wantContent)
+		}
+	}
+	var usage struct {
+		Data []struct {
+			EndUser, Rest string
+			Calls         int64
+		}
+	}
+	p.manage("GET", "/manage/usage?interval=total&group_by=end_user", "", 200, &usage)
+	if got := fmt.Sprint(usage.Data); got != "[{ other 1} { none 5}]" && len(usage.Data) != 2 {
+		t.Errorf("by end user: %v", usage.Data)
+	}
+	// A copy has what the database has, without the free space in its file.
+	file := filepath.Join(t.TempDir(), "copy.db")
+	st, err := openReadOnly(filepath.Join(p.env["DATA_DIR"], "llm-proxy.db"), false)
+	if err == nil {
+		err = errors.Join(st.copyTo(t.Context(), file), st.close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{name, hash} {
+		if strings.Contains(mustReadFile(t, file), text) {
+			t.Errorf("%s is left in the database", text)
+		}
+	}
+	if !strings.Contains(mustReadFile(t, file), other) {
+		t.Error("the copy lacks another end user")
+	}
+	p.manage("DELETE", "/manage/projects/"+p.project+"/end-users"+query, "", 200, &erased)
+	if erased.Erased != 0 {
+		t.Errorf("%d calls are left", erased.Erased)
+	}
+	if res := p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+p.project+"/end-users?end_user="+
+		strings.Repeat("a", 257), ""); res.status != 400 {
+		t.Errorf("a long name: got %d", res.status)
+	}
+}
+
+// chatEventsEnd sends the events of a stream and ends it.
+func chatEventsEnd(c *providerConn) bool {
+	for _, e := range chatEvents(true) {
+		if c.chunk(e) != nil {
+			return false
+		}
+	}
+	return c.chunk("") == nil
+}
+
+// TestAttributionPages: a session has its page and its JSON, with its calls in order and what they used. The pages of
+// calls and the dashboard link to it.
+func TestAttributionPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["team"]}}}`, 200, nil)
+	const session = `s/1 "?&<b>`
+	for range 3 {
+		p.do("POST", "/v1/chat/completions", chatBody(`"user":"Zoë <i>","prompt_cache_key":`+quote(session)),
+			"Content-Type", "application/json", "Authorization", "Bearer "+p.token, "X-LLM-Proxy-Tags", "team=search")
+	}
+	rows := p.ledger()
+	path := "?" + url.Values{"session": {session}}.Encode()
+	var s struct {
+		Session, Next string
+		Calls         int64
+		Input         int64   `json:"input_tokens"`
+		Cost          float64 `json:"cost"`
+		Data          []requestEntry
+	}
+	p.manage("GET", "/manage/sessions"+path+"&limit=2&project_id="+p.project, "", 200, &s)
+	if s.Session != session || s.Calls != 3 || s.Input != 27 || s.Cost == 0 || len(s.Data) != 2 ||
+		s.Data[0].ID != rows[0].ID || s.Data[1].ID != rows[1].ID || s.Next == "" {
+		t.Errorf("got %+v", s)
+	}
+	p.manage("GET", "/manage/sessions"+path+"&limit=2&after="+s.Next, "", 200, &s)
+	if len(s.Data) != 1 || s.Data[0].ID != rows[2].ID {
+		t.Errorf("the second page is %+v", s.Data)
+	}
+	for query, status := range map[string]int{"": 400, "?session=none": 404, path + "&project_id=none": 404} {
+		if res := p.manageAs(p.adminKey, "GET", "/manage/sessions"+query, ""); res.status != status {
+			t.Errorf("%q: got %d %s", query, res.status, res.body)
+		}
+	}
+	b := p.signIn(p.adminKey)
+	for page, want := range map[string][]string{
+		"/admin/sessions" + path:            {"/admin/requests/" + rows[2].ID, html.EscapeString(session), "27"},
+		"/admin/requests/" + rows[0].ID:     {"/admin/sessions?session=s%2f1%20%22%3f%26%3cb%3e", "Zoë &lt;i&gt;"},
+		"/admin/dashboard":                  {"/admin/sessions?session=s%2F1", "End users", "Tag team", "&lt;i&gt;"},
+		"/admin/requests?tag=team%3Dsearch": {rows[0].ID, "Zoë &lt;i&gt;"},
+		"/admin/projects/" + p.project:      {"/erase-end-user"},
+		"/admin/projects/" + p.project + "/erase-end-user?end_user=Zo%C3%AB+%3Ci%3E": {`value="Zoë &lt;i&gt;"`},
+	} {
+		body := b.get(page).body
+		for _, text := range want {
+			if !strings.Contains(body, text) {
+				t.Errorf("%s lacks %s", page, text)
+			}
+		}
+		if strings.Contains(body, "?&<b>") || strings.Contains(body, "Zoë <i>") {
+			t.Errorf("%s has text of a client as HTML", page)
+		}
+	}
+	csv := b.post("/admin/dashboard/export", url.Values{"period": {"7d"}}).body
+	for _, line := range []string{"end_user,,Zoë <i>,,3,,,36,", "tag:team,,search,,3,,,36,"} {
+		if !strings.Contains(csv, line) {
+			t.Errorf("the download lacks %s: %s", line, csv)
+		}
+	}
+	res := b.post("/admin/projects/"+p.project+"/erase-end-user", url.Values{"end_user": {"Zoë <i>"}})
+	if res.status != 303 || p.ledger()[0].EndUser != "" {
+		t.Errorf("the form: got %d", res.status)
 	}
 }

@@ -74,11 +74,12 @@ func mutations(ids map[string]string) map[string]mutation {
 			"token.create", `"name":[null,"t2"]`},
 		"PATCH /manage/tokens/{id}": {`{"max_requests":9,"expires_at":null}`,
 			"token.change", `"max_requests":[null,9]`},
-		"DELETE /manage/tokens/{id}":           {``, "token.revoke", `"revoked_at":[null,"`},
-		"POST /manage/tokens/{id}/rotate":      {``, "token.rotate", `"overlap_until":[null,"`},
-		"DELETE /manage/projects/{id}/content": {``, "content.erase", `{}`},
-		"DELETE /manage/projects/{id}/cache":   {``, "cache.empty", `{}`},
-		"DELETE /manage/streams/{id}":          {``, "stream.cut", `"token_id":"tok_`},
+		"DELETE /manage/tokens/{id}":             {``, "token.revoke", `"revoked_at":[null,"`},
+		"POST /manage/tokens/{id}/rotate":        {``, "token.rotate", `"overlap_until":[null,"`},
+		"DELETE /manage/projects/{id}/content":   {``, "content.erase", `{}`},
+		"DELETE /manage/projects/{id}/cache":     {``, "cache.empty", `{}`},
+		"DELETE /manage/projects/{id}/end-users": {``, "end_user.erase", `{}`},
+		"DELETE /manage/streams/{id}":            {``, "stream.cut", `"token_id":"tok_`},
 		"POST /manage/prices": {`{"match":"m1","input":"2.5","output":8}`,
 			"price.set", `{"input":[1,2.5],"output":[null,8]}`},
 		"DELETE /manage/prices/{id}": {``, "price.delete", `{"match":["m1",null],"input":[1,null]}`},
@@ -120,6 +121,9 @@ func expandObjectPattern(ids map[string]string, pattern string) (path, object st
 	path = strings.NewReplacer("{id}", object, "{upstream}", ids["upstream"]).Replace(path)
 	if strings.HasSuffix(pattern, "{upstream}") {
 		object = ids["upstream"]
+	}
+	if strings.HasSuffix(pattern, "/end-users") {
+		path += "?end_user=a"
 	}
 	return path, object
 }

@@ -416,3 +416,43 @@ func (ops *operations) eraseContent(
 		time.Sleep(time.Millisecond)
 	}
 }
+
+const actionEraseEndUser = "end_user.erase"
+
+// eraseEndUser removes an end user from all that is stored of a project's calls: the name from the calls, their pending
+// records and their sums, their stored content, and the project's cached answers. It returns how many calls there were.
+// The audit trail, from which nothing can be removed, does not get the name.
+func (ops *operations) eraseEndUser(ctx context.Context, origin auditOrigin, projectID, name string,
+) (erased int64, err error) {
+	p, err := ops.store.projectByID(ctx, projectID)
+	if err != nil {
+		return 0, err
+	}
+	if name == "" || len(name) > maxAttributionLen {
+		return 0, &fieldError{"end_user", fmt.Sprintf("must have 1 to %d bytes", maxAttributionLen)}
+	}
+	hash, err := ops.contentKey.hashEndUser(p.id, name)
+	if err != nil {
+		return 0, err
+	}
+	event := auditEvent{action: actionEraseEndUser, object: p.id}
+	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
+		return 0, fmt.Errorf("recording who erases an end user: %w", err)
+	}
+	names := []string{name, hash} // the policy may have changed
+	ops.running.forgetEndUser(p.seq, names)
+	written := ops.limits.ledger // of calls that have ended
+	if err := written.awaitIfHealthy(ctx, written.queuedSoFar()); err != nil {
+		return 0, errLedgerUnavailable(err)
+	}
+	if _, err := ops.cache.purge(ctx, cacheFilter{project: p.seq}); err != nil {
+		return 0, err
+	}
+	for _, name := range names {
+		n, err := ops.store.eraseEndUser(ctx, p.seq, name)
+		if erased += n; err != nil {
+			return erased, err
+		}
+	}
+	return erased, nil
+}

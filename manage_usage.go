@@ -605,3 +605,70 @@ func withValueQuery(handle func(*manageRequest, valueQuery) (any, error)) func(*
 		return handle(r, q)
 	}
 }
+
+func (api *manageAPI) eraseEndUser(r *manageRequest) (any, error) {
+	n, err := api.ops.eraseEndUser(r.ctx, r.origin, r.pathValue("id"), r.query.Get("end_user"))
+	return map[string]any{"erased": n}, err
+}
+
+// A callSession is a session of a client: what its calls used, and a list page of them, the first one first.
+type callSession struct {
+	Session         string    `json:"session"`
+	Calls           int64     `json:"calls"` // that have ended, like the sums
+	Partial         bool      `json:"partial"`
+	FirstAt         timestamp `json:"first_at"`
+	LastAt          timestamp `json:"last_at"`
+	InputTokens     int64     `json:"input_tokens"`
+	CachedTokens    int64     `json:"cached_tokens"`
+	CachedShare     float64   `json:"cached_share"` // of the input tokens
+	OutputTokens    int64     `json:"output_tokens"`
+	ReasoningTokens int64     `json:"reasoning_tokens"`
+	Cost            dollars   `json:"cost"` // of the calls with a known price
+	UnpricedCalls   int64     `json:"unpriced_calls"`
+	FailedCalls     int64     `json:"failed_calls"`
+	listPage[requestReply]
+	rows []requestView
+}
+
+// getSession returns a session of a project ("" for all), or errNotFound if it has no calls. after is the id of the
+// last call before the page.
+func (ops *operations) getSession(ctx context.Context, session, project string, after int64, limit int,
+) (*callSession, error) {
+	t, err := ops.store.sessionTotals(ctx, session, project)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := ops.store.sessionCalls(ctx, session, project, after, limit+1)
+	if err != nil {
+		return nil, err
+	}
+	if t.calls == 0 && len(rows) == 0 {
+		return nil, errNotFound
+	}
+	v := &callSession{Session: session, Calls: t.calls, Partial: t.calls == maxSessionCalls,
+		FirstAt: timestamp(t.first), LastAt: timestamp(t.last), InputTokens: t.input, CachedTokens: t.cached,
+		OutputTokens: t.output, ReasoningTokens: t.reasoning, Cost: dollars(t.cost), UnpricedCalls: t.unpriced,
+		FailedCalls: t.failed}
+	if t.calls == 0 { // the first ones are running
+		v.FirstAt, v.LastAt = timestamp(rows[0].started), timestamp(rows[len(rows)-1].started)
+	}
+	if t.input > 0 {
+		v.CachedShare = float64(t.cached) / float64(t.input)
+	}
+	v.rows = rows[:min(len(rows), limit)]
+	v.listPage = newListPage(rows, limit, newRequestReply,
+		func(r *requestView) string { return formatCursor(r.id, "") })
+	return v, nil
+}
+
+func (api *manageAPI) getSession(r *manageRequest) (any, error) {
+	page, err := r.parseListQuery()
+	if err != nil {
+		return nil, err
+	}
+	session := r.query.Get("session")
+	if session == "" {
+		return nil, badRequest("invalid_value", "session", "session must be the name of a session.")
+	}
+	return api.ops.getSession(r.ctx, session, r.query.Get("project_id"), page.seq, page.limit)
+}

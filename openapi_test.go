@@ -560,6 +560,7 @@ func TestOpenAPIResponses(t *testing.T) {
 	c.call("POST", path+"/tokens/revoke", "", 200)
 	c.call("DELETE", upstream, "", 200)
 	c.call("DELETE", path+"/content", "", 200)
+	c.call("DELETE", path+"/end-users?end_user=a%2Fb", "", 200)
 	c.call("DELETE", path+"/cache", "", 200)
 	c.call("DELETE", path, "", 200)
 	for _, path := range []string{"/healthz", "/readyz"} {
@@ -592,7 +593,7 @@ func (c responseTest) checkCallResponses() {
 	c.call("GET", "/manage/prices/unpriced", "", 200)
 	second, _ := c.addUpstream(`"priority":1`)
 	c.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(429, "{}") })
-	c.chat() // with two attempts
+	c.chat(`"prompt_cache_key":"b"`) // with two attempts
 	c.waitSettled()
 	request := "/manage/requests/" + c.call("GET", "/manage/requests?limit=1", "", 200)
 	second.setScript(endlessScript)
@@ -610,6 +611,8 @@ func (c responseTest) checkCallResponses() {
 	for _, attribute := range []string{"session", "end_user", "tag:team"} {
 		c.call("GET", "/manage/usage?group_by="+attribute, "", 200)
 	}
+	c.call("GET", "/manage/sessions?session=b&limit=1", "", 200)
+	c.call("GET", "/manage/sessions?session=b", "", 200)
 	c.call("GET", "/manage/usage?interval=total", "", 200)
 }
 
@@ -681,7 +684,7 @@ func TestOpenAPIErrors(t *testing.T) {
 			421: p.do(method, path, "", "Authorization", admin, "Host", "evil.example.com"),
 			429: p.do(method, path, "", "Authorization", "Bearer wrong", "X-Forwarded-For", "192.0.2.1"),
 			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID,
-				"none").Replace(path), jsonObject(requiredFields(p)[name]),
+				"none", "/sessions", "/sessions?session=none").Replace(path), jsonObject(requiredFields(p)[name]),
 				"Authorization", admin, "Content-Type", "application/json"),
 		}
 		for status, res := range provoked {

@@ -63,6 +63,7 @@ type runningCall struct {
 
 	progress callProgress
 	info     atomic.Pointer[callInfo] // nil until the call is admitted
+	unnamed  atomic.Bool              // its end user was erased
 
 	ending sync.Mutex // held while a deadline is set for an abort
 	ended  bool       // the handler is about to return: the connection may serve another call
@@ -179,6 +180,21 @@ func (rc *runningCalls) remove(c *runningCall) {
 	delete(rc.calls, c)
 	rc.mu.Unlock()
 	rc.wait.Done()
+}
+
+// forgetEndUser lets the running calls of a project end without an end user of one of these names.
+func (rc *runningCalls) forgetEndUser(project int64, names []string) {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	for c := range rc.calls {
+		if info := c.info.Load(); info != nil && info.project.seq == project &&
+			slices.Contains(names, info.attribution.value(endUserAttribute)) {
+			c.unnamed.Store(true)
+			shown := *info
+			shown.attribution = info.attribution.withEndUser("")
+			c.info.CompareAndSwap(info, &shown)
+		}
+	}
 }
 
 // count returns how many calls are running.

@@ -52,6 +52,9 @@ func (p *proxy) settle(c *call, r *http.Request) {
 		p.log.Warn("the provider reported token counts that cannot be; the call was estimated",
 			"request_id", c.requestID, "upstream", c.upstream.id)
 	}
+	if c.unnamed.Load() {
+		row.attribution = row.attribution.withEndUser("")
+	}
 	row.limitHit, row.wouldRefuse = c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
 	if reason := abortCause(c.ctx); reason != nil && reason.limit != "" {
 		row.limitHit, row.wouldRefuse = reason.limit, false

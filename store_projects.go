@@ -515,3 +515,24 @@ func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
 	}
 	return out, err
 }
+
+// An unhealthyUpstream is an upstream that is not ready, with the names that an administrator knows.
+type unhealthyUpstream struct {
+	project, projectID, upstream string
+	state, reason                string
+	until, since                 int64
+}
+
+// unhealthyUpstreams returns up to limit upstreams in use that calls skip at now, those that need attention
+// first.
+func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([]unhealthyUpstream, error) {
+	return collect(ctx, s.readDB, "listing unhealthy upstreams", func(u *unhealthyUpstream) []any {
+		return []any{&u.project, &u.projectID, &u.upstream, &u.state, &u.reason, &u.until, &u.since}
+	}, `SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
+		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream JOIN projects p ON p.seq = u.project
+		WHERE u.deleted_at IS NULL AND u.is_active AND p.deleted_at IS NULL
+			AND (h.state <> 'cooling' OR h.until > ?)
+		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END,
+			h.changed_at
+		LIMIT ?`, now, limit)
+}

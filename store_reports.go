@@ -1,5 +1,5 @@
 // This file has the SQL for reports: it adds up the sums that the ledger keeps. It reads single calls only
-// where there is no sum for what is asked, and then a bounded number of them. It writes nothing.
+// where there is no sum for what is asked, and then a bounded number of them. It writes nothing, but deletes old sums.
 package main
 
 import (
@@ -11,8 +11,6 @@ import (
 	"fmt"
 	"math"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 )
 
@@ -438,73 +436,6 @@ func (s *store) usageScopes(ctx context.Context, q *usageQuery) ([]usageScope, e
 	return out, err
 }
 
-// setRange sets the range that the sums cover: usage is stored by whole hours and days in UTC. Both ends are rounded
-// down, so that ranges that adjoin never count a call twice. An end that has not come yet is rounded up instead: the
-// current hour or day is part of what was until now. A total of whole projects adds up hours if one of its ends is not
-// midnight in UTC; those of single tokens are not kept long enough. fromGiven: the client chose from.
-func (q *usageQuery) setRange(from, to, now time.Time, fromGiven bool) {
-	atMidnight := func(t time.Time) bool { return t.Equal(t.Truncate(24 * time.Hour)) }
-	unit := 24 * time.Hour
-	if q.interval == "total" && (fromGiven && !atMidnight(from) || to.Before(now) && !atMidnight(to)) {
-		q.hourly = !q.byToken && q.token == ""
-	}
-	if q.interval == "hour" || q.hourly {
-		unit = time.Hour
-	}
-	round := func(t time.Time) int64 {
-		start, end := t.Truncate(unit), t.Truncate(unit).Add(unit)
-		if q.interval == "month" {
-			start = time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC)
-			end = start.AddDate(0, 1, 0)
-		}
-		if t.Before(now) || t.Equal(start) {
-			return start.UnixMilli()
-		}
-		return end.UnixMilli()
-	}
-	q.from, q.to = round(from), round(to)
-}
-
-// parseGroupBy reads by what the sums are grouped.
-func (q *usageQuery) parseGroupBy(text string) error {
-	if text == "" {
-		return nil
-	}
-	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
-		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
-	for by := range strings.SplitSeq(text, ",") {
-		if isAttribute(by) && q.attribute == "" {
-			q.attribute = by
-			continue
-		}
-		group, ok := groups[by]
-		if !ok || *group {
-			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
-					"service_tier, each once, and one of session, end_user and tag:KEY.")
-		}
-		*group = true
-	}
-	if q.attribute != "" && q.byServiceTier {
-		return badRequest("invalid_value", "group_by", "group_by cannot have service_tier with "+q.attribute+
-			": the sums by session, end user and tag do not keep tiers apart.")
-	}
-	return nil
-}
-
-// parseTop reads how many values of an attribute are listed.
-func (q *usageQuery) parseTop(text string) (err error) {
-	const most = 1000
-	if q.top = 100; text == "" {
-		return nil
-	}
-	if q.top, err = strconv.Atoi(text); err != nil || q.top < 1 || q.top > most || q.attribute == "" {
-		return badRequest("invalid_value", "top",
-			"top must be from 1 to 1000, and needs session, end_user or tag:KEY in group_by.")
-	}
-	return nil
-}
-
 // A usageShare is the part of a total that a project, token, model or endpoint has.
 type usageShare struct {
 	seq             int64  // of a project
@@ -567,6 +498,58 @@ func (s *store) countRequestsSince(ctx context.Context, project, from int64, lim
 		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3) counted`
 	}
 	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, limit)
+}
+
+// maxSessionCalls is how many calls of a session, the latest, its totals add up.
+const maxSessionCalls = 100_000
+
+// sessionTotals is what the calls of a session have used that have ended.
+type sessionTotals struct {
+	calls, first, last, input, cached, output, reasoning, cost, unpriced, failed int64
+}
+
+const fromSession = `r.session = ?1 AND r.session <> ''
+	AND (?2 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?2))`
+
+// sessionTotals adds up the calls of a session in a project, "" for all.
+func (s *store) sessionTotals(ctx context.Context, session, project string) (sessionTotals, error) {
+	return queryRow(ctx, s.readDB, func(t *sessionTotals) []any {
+		return []any{&t.calls, &t.first, &t.last, &t.input, &t.cached, &t.output, &t.reasoning, &t.cost, &t.unpriced,
+			&t.failed}
+	}, `
+		SELECT count(*), coalesce(min(id) >> 21, 0), coalesce(max(id) >> 21, 0), coalesce(sum(input), 0),
+			coalesce(sum(cached), 0), coalesce(sum(output), 0), coalesce(sum(reasoning), 0),
+			coalesce(sum(min(cost, ?4)), 0), count(*) FILTER (WHERE cost IS NULL AND usage_source <> 'none'),
+			count(*) FILTER (WHERE outcome <> 'ok')
+		FROM (SELECT r.id AS id, r.outcome AS outcome, coalesce(g.usage_source, r.usage_source) AS usage_source,
+				min(coalesce(g.input_tokens, r.input_tokens), ?4) AS input,
+				min(coalesce(g.cached_tokens, r.cached_tokens), ?4) AS cached,
+				min(coalesce(g.output_tokens, r.output_tokens), ?4) AS output,
+				min(coalesce(g.reasoning_tokens, r.reasoning_tokens), ?4) AS reasoning,
+				coalesce(g.cost, r.cost) AS cost
+			FROM requests r LEFT JOIN background g ON g.call = r.id AND g.usage_source <> ''
+			WHERE `+fromSession+` ORDER BY r.id DESC LIMIT ?3) c`,
+		session, project, maxSessionCalls, int64(math.MaxInt64/maxSessionCalls))
+}
+
+// sessionCalls returns up to limit calls of a session, ended and running, with an id above after, oldest first.
+func (s *store) sessionCalls(ctx context.Context, session, project string, after int64, limit int,
+) ([]requestView, error) {
+	const tail = fromSession + ` AND r.id > ?3 ORDER BY r.id LIMIT ?4`
+	var all []requestView
+	for _, query := range [...]string{selectRunning + `WHERE ` + tail, selectEnded + `WHERE ` + tail} {
+		rows, err := withDetails(collect(ctx, s.readDB, "listing calls", (*requestView).columns, query, session,
+			project, after, limit))
+		if err != nil {
+			return nil, err
+		}
+		for i := range rows { // a call that ends in between is in both lists; its row is read last
+			all = slices.DeleteFunc(all, func(v requestView) bool { return v.id == rows[i].id })
+		}
+		all = append(all, rows...)
+	}
+	slices.SortFunc(all, func(a, b requestView) int { return cmp.Compare(a.id, b.id) })
+	return all[:min(len(all), limit)], nil
 }
 
 // A pastUsage is what ended calls of an endpoint and a requested model have used since some time.
@@ -648,38 +631,50 @@ func (s *store) projectNames(ctx context.Context, limit int) ([]usageShare, erro
 		`SELECT seq, id, name, '', 0, 0, 0 FROM projects WHERE deleted_at IS NULL ORDER BY name LIMIT ?`, limit)
 }
 
-// An expiringToken is a token that expires soon.
-type expiringToken struct {
-	id, name, project, projectID string
-	expiresAt                    int64
+// deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many
+// tokens had any. It finds those by stepping from one to the next in the key's order, outside the
+// transaction that deletes.
+func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
+	type tokenKey struct{ project, token int64 }
+	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any {
+		return []any{&k.project, &k.token}
+	}, usedTokensCTE+`
+		SELECT u.project, u.token FROM used u
+		WHERE u.token IS NOT NULL
+			AND EXISTS (SELECT 1 FROM usage_sums
+				WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
+		LIMIT ?4`, "", "hour", before, limit)
+	if err != nil || len(tokens) == 0 {
+		return 0, err
+	}
+	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
+		for _, k := range tokens {
+			_, err := execCount(ctx, tx, "deleting old sums", `
+				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`,
+				k.project, k.token, before)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
-// expiringTokens returns up to limit tokens that expire in from <= t < to, the first to expire first.
-func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) ([]expiringToken, error) {
-	return collect(ctx, s.readDB, "listing tokens that expire", func(t *expiringToken) []any {
-		return []any{&t.id, &t.name, &t.project, &t.projectID, &t.expiresAt}
-	}, `SELECT t.id, t.name, p.name, p.id, t.expires_at FROM tokens t JOIN projects p ON p.seq = t.project
-		WHERE t.revoked_at IS NULL AND t.expires_at >= ? AND t.expires_at < ? AND p.deleted_at IS NULL
-		ORDER BY t.expires_at LIMIT ?`, from, to, limit)
-}
-
-// An unhealthyUpstream is an upstream that is not ready, with the names that an administrator knows.
-type unhealthyUpstream struct {
-	project, projectID, upstream string
-	state, reason                string
-	until, since                 int64
-}
-
-// unhealthyUpstreams returns up to limit upstreams in use that calls skip at now, those that need attention
-// first.
-func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([]unhealthyUpstream, error) {
-	return collect(ctx, s.readDB, "listing unhealthy upstreams", func(u *unhealthyUpstream) []any {
-		return []any{&u.project, &u.projectID, &u.upstream, &u.state, &u.reason, &u.until, &u.since}
-	}, `SELECT p.name, p.id, u.name, h.state, h.reason, h.until, h.changed_at
-		FROM upstream_health h JOIN upstreams u ON u.seq = h.upstream JOIN projects p ON p.seq = u.project
-		WHERE u.deleted_at IS NULL AND u.is_active AND p.deleted_at IS NULL
-			AND (h.state <> 'cooling' OR h.until > ?)
-		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END,
-			h.changed_at
-		LIMIT ?`, now, limit)
+// deleteOldHours deletes the hours and latencies of up to limit projects from before a time, and returns how
+// many rows it deleted.
+func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (deleted int64, err error) {
+	for _, query := range [...]string{`
+		DELETE FROM project_latency WHERE at < ?1 AND project IN (
+			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
+			WHERE EXISTS (SELECT 1 FROM project_latency l WHERE l.project = p.seq AND l.at < ?1) LIMIT ?2)`, `
+		DELETE FROM project_hours WHERE at < ?1 AND project IN (
+			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
+			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`} {
+		n, err := execCount(ctx, s.writeDB, "deleting old hours", query, before, limit)
+		if err != nil {
+			return deleted, err
+		}
+		deleted += n
+	}
+	return deleted, nil
 }

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 )
 
 // A requestView is a row of the ledger with the ids and names of the project, token and upstream that it
@@ -252,54 +253,6 @@ func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, err
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > 0 ORDER BY id LIMIT ?)`, limit)
 }
 
-// deleteOldSums deletes the hourly sums of up to limit tokens from before a time, and returns how many
-// tokens had any. It finds those by stepping from one to the next in the key's order, outside the
-// transaction that deletes.
-func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int64, error) {
-	type tokenKey struct{ project, token int64 }
-	tokens, err := collect(ctx, s.readDB, "finding old sums", func(k *tokenKey) []any {
-		return []any{&k.project, &k.token}
-	}, usedTokensCTE+`
-		SELECT u.project, u.token FROM used u
-		WHERE u.token IS NOT NULL
-			AND EXISTS (SELECT 1 FROM usage_sums
-				WHERE grain = ?2 AND project = u.project AND token = u.token AND at < ?3)
-		LIMIT ?4`, "", "hour", before, limit)
-	if err != nil || len(tokens) == 0 {
-		return 0, err
-	}
-	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
-		for _, k := range tokens {
-			_, err := execCount(ctx, tx, "deleting old sums", `
-				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`,
-				k.project, k.token, before)
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// deleteOldHours deletes the hours and latencies of up to limit projects from before a time, and returns how
-// many rows it deleted.
-func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (deleted int64, err error) {
-	for _, query := range [...]string{`
-		DELETE FROM project_latency WHERE at < ?1 AND project IN (
-			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
-			WHERE EXISTS (SELECT 1 FROM project_latency l WHERE l.project = p.seq AND l.at < ?1) LIMIT ?2)`, `
-		DELETE FROM project_hours WHERE at < ?1 AND project IN (
-			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
-			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`} {
-		n, err := execCount(ctx, s.writeDB, "deleting old hours", query, before, limit)
-		if err != nil {
-			return deleted, err
-		}
-		deleted += n
-	}
-	return deleted, nil
-}
-
 // deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for
 // the rest, and returns how many: of up to limit attributes of projects, those of about 200 values in the oldest hour.
 func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others int64, limit int) (int64, error) {
@@ -341,6 +294,94 @@ func (s *store) oldestRequestHour(ctx context.Context) (int64, error) {
 	started, err := queryValue[int64](ctx, s.readDB, "reading the oldest call",
 		`SELECT coalesce(min(id) >> 21, 0) FROM requests`)
 	return started - started%hourMS, err
+}
+
+// eraseEndUser removes a name from the calls of a project, where it is an end user, or a session or a tag beside that,
+// from their pending records and from the sums, and deletes the content of these calls. It takes small steps, between
+// which calls are written, and returns how many calls there were. What it removes is overwritten; what was deleted
+// earlier, such as pending records, stays in free space of the file until later rows take that.
+func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (erased int64, err error) {
+	const doing = "erasing an end user"
+	if _, err := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`); err != nil {
+		return 0, err
+	}
+	defer func() {
+		_, offErr := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`)
+		err = errors.Join(err, offErr)
+	}()
+	if _, err := execCount(ctx, s.writeDB, doing, erasePending, project, name); err != nil {
+		return 0, err
+	}
+	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
+		`SELECT DISTINCT attribute FROM attribution_sums WHERE project = ?`, project)
+	if err != nil {
+		return 0, err
+	}
+	for _, attribute := range attributes {
+		if _, err := execCount(ctx, s.writeDB, doing, `
+			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND value = ?3 AND at IN (
+				WITH RECURSIVE hours (at) AS (
+					SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2
+					UNION ALL
+					SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
+					FROM hours h WHERE h.at IS NOT NULL)
+				SELECT at FROM hours)`, project, attribute, name); err != nil {
+			return 0, err
+		}
+	}
+	for _, of := range eraseCalls() {
+		for {
+			n := int64(0)
+			err := s.withTx(ctx, func(tx *sql.Tx) error {
+				ids, err := queryValue[string](ctx, tx, doing, of.ids, project, name)
+				if err != nil || ids == "[]" {
+					return err
+				}
+				if _, err := execCount(ctx, tx, doing,
+					`DELETE FROM contents WHERE id IN (SELECT value FROM json_each(?))`, ids); err != nil {
+					return err
+				}
+				n, err = execCount(ctx, tx, doing, of.update, ids, name)
+				return err
+			})
+			if erased += n; err != nil || n == 0 {
+				if err != nil {
+					return erased, err
+				}
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
+	return erased, nil
+}
+
+// erasePending takes the name ?2 out of the pending records of project ?1.
+const erasePending = `
+	UPDATE begun SET calls = (SELECT json_group_array(json(CASE
+			WHEN c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11) THEN json_set(c.value,
+				'$[10]', CASE c.value ->> 10 WHEN ?2 THEN '' ELSE c.value ->> 10 END, '$[11]', '', '$[12]', '')
+			ELSE c.value END)) FROM json_each(calls) c)
+	WHERE EXISTS (SELECT 1 FROM json_each(calls) c
+		WHERE c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11))`
+
+// eraseCalls returns, for each column that may have the name ?2, how to find some calls of project ?1 that have it, as
+// a JSON list of their ids, and how to take it out of these (?1).
+func eraseCalls() [2]struct{ ids, update string } {
+	const update = `
+		UPDATE requests SET end_user = CASE end_user WHEN ?2 THEN '' ELSE end_user END,
+			session = CASE session WHEN ?2 THEN '' ELSE session END,
+			tags = CASE tags WHEN '' THEN '' ELSE (
+				SELECT CASE count(*) WHEN 0 THEN '' ELSE json_group_object(t.key, t.value) END
+				FROM json_each(tags) t WHERE t.value <> ?2) END
+		WHERE id IN (SELECT value FROM json_each(?1))`
+	return [...]struct{ ids, update string }{
+		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
+			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200) c`, update},
+		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
+			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200) c`, update},
+	}
 }
 
 // deleteProjectContents deletes up to limit contents of a project.

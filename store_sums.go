@@ -21,6 +21,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // The forms of a row.
@@ -656,4 +657,73 @@ func (s *usageSum) totals() usageTotals {
 
 func (h *hourSum) totals() usageTotals {
 	return usageTotals{h.calls, addSat(h.input, h.output), h.cost}
+}
+
+// Queries of sums.
+
+// setRange sets the range that the sums cover: usage is stored by whole hours and days in UTC. Both ends are rounded
+// down, so that ranges that adjoin never count a call twice. An end that has not come yet is rounded up instead: the
+// current hour or day is part of what was until now. A total of whole projects adds up hours if one of its ends is not
+// midnight in UTC; those of single tokens are not kept long enough. fromGiven: the client chose from.
+func (q *usageQuery) setRange(from, to, now time.Time, fromGiven bool) {
+	atMidnight := func(t time.Time) bool { return t.Equal(t.Truncate(24 * time.Hour)) }
+	unit := 24 * time.Hour
+	if q.interval == "total" && (fromGiven && !atMidnight(from) || to.Before(now) && !atMidnight(to)) {
+		q.hourly = !q.byToken && q.token == ""
+	}
+	if q.interval == "hour" || q.hourly {
+		unit = time.Hour
+	}
+	round := func(t time.Time) int64 {
+		start, end := t.Truncate(unit), t.Truncate(unit).Add(unit)
+		if q.interval == "month" {
+			start = time.Date(t.Year(), t.Month(), 1, 0, 0, 0, 0, time.UTC)
+			end = start.AddDate(0, 1, 0)
+		}
+		if t.Before(now) || t.Equal(start) {
+			return start.UnixMilli()
+		}
+		return end.UnixMilli()
+	}
+	q.from, q.to = round(from), round(to)
+}
+
+// parseGroupBy reads by what the sums are grouped.
+func (q *usageQuery) parseGroupBy(text string) error {
+	if text == "" {
+		return nil
+	}
+	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
+		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
+	for by := range strings.SplitSeq(text, ",") {
+		if isAttribute(by) && q.attribute == "" {
+			q.attribute = by
+			continue
+		}
+		group, ok := groups[by]
+		if !ok || *group {
+			return badRequest("invalid_value", "group_by",
+				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
+					"service_tier, each once, and one of session, end_user and tag:KEY.")
+		}
+		*group = true
+	}
+	if q.attribute != "" && q.byServiceTier {
+		return badRequest("invalid_value", "group_by", "group_by cannot have service_tier with "+q.attribute+
+			": the sums by session, end user and tag do not keep tiers apart.")
+	}
+	return nil
+}
+
+// parseTop reads how many values of an attribute are listed.
+func (q *usageQuery) parseTop(text string) (err error) {
+	const most = 1000
+	if q.top = 100; text == "" {
+		return nil
+	}
+	if q.top, err = strconv.Atoi(text); err != nil || q.top < 1 || q.top > most || q.attribute == "" {
+		return badRequest("invalid_value", "top",
+			"top must be from 1 to 1000, and needs session, end_user or tag:KEY in group_by.")
+	}
+	return nil
 }
