@@ -247,7 +247,7 @@ func (ui *adminUI) eraseContentPage(r *pageRequest) (*pageResponse, error) {
 
 // eraseEndUserPage asks for the name of an end user, or shows the one that a link names.
 func (ui *adminUI) eraseEndUserPage(r *pageRequest) (*pageResponse, error) {
-	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.now)
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
 	if err != nil {
 		return nil, err
 	}

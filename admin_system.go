@@ -243,7 +243,8 @@ func (ui *adminUI) sessionPage(r *pageRequest) (*pageResponse, error) {
 	}
 	took := time.Duration(int64(s.LastAt)-int64(s.FirstAt)) * time.Millisecond
 	v.Tiles = []tile{
-		{Label: "Calls", Value: groupDigits(s.Calls), More: pluralize(s.FailedCalls, "failed", "failed")},
+		{Label: "Calls", Value: groupDigits(s.Calls), More: "that have ended"},
+		{Label: "Failed", Value: groupDigits(s.FailedCalls), More: "calls with another outcome than ok"},
 		{Label: "Tokens", Value: unitCount.format(float64(s.InputTokens + s.OutputTokens)),
 			More: groupDigits(s.InputTokens) + " in, " + groupDigits(s.OutputTokens) + " out"},
 		{Label: "Cost", Value: unitMoney.format(float64(s.Cost)),

@@ -450,6 +450,9 @@ func (ops *operations) eraseEndUser(ctx context.Context, origin auditOrigin, pro
 	}
 	for _, name := range names {
 		n, err := ops.store.eraseEndUser(ctx, p.seq, name)
+		if err == nil {
+			err = ops.limits.eraseValue(ctx, p.seq, endUserAttribute, name)
+		}
 		if erased += n; err != nil {
 			return erased, err
 		}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // A projectRow is a project as stored.
@@ -535,4 +536,58 @@ func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([
 		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END,
 			h.changed_at
 		LIMIT ?`, now, limit)
+}
+
+// erasePending takes the name ?2 out of the pending records of project ?1.
+const erasePending = `
+	UPDATE begun SET calls = (SELECT json_group_array(json(CASE
+			WHEN c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11) THEN json_set(c.value,
+				'$[10]', CASE c.value ->> 10 WHEN ?2 THEN '' ELSE c.value ->> 10 END, '$[11]', '', '$[12]', '')
+			ELSE c.value END)) FROM json_each(calls) c)
+	WHERE EXISTS (SELECT 1 FROM json_each(calls) c
+		WHERE c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11))`
+
+// eraseCalls returns, for each column that may have the name ?2, how to find some calls of project ?1 that have it, as
+// a JSON list of their ids, and how to take it out of these (?1).
+func eraseCalls() [2]struct{ ids, update string } {
+	const update = `
+		UPDATE requests SET end_user = CASE end_user WHEN ?2 THEN '' ELSE end_user END,
+			session = CASE session WHEN ?2 THEN '' ELSE session END,
+			tags = CASE tags WHEN '' THEN '' ELSE (
+				SELECT CASE count(*) WHEN 0 THEN '' ELSE json_group_object(t.key, t.value) END
+				FROM json_each(tags) t WHERE t.value <> ?2) END
+		WHERE id IN (SELECT value FROM json_each(?1))`
+	return [...]struct{ ids, update string }{
+		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
+			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200) c`, update},
+		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
+			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200) c`, update},
+	}
+}
+
+// parseGroupBy reads by what the sums are grouped.
+func (q *usageQuery) parseGroupBy(text string) error {
+	if text == "" {
+		return nil
+	}
+	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
+		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
+	for by := range strings.SplitSeq(text, ",") {
+		if isAttribute(by) && q.attribute == "" {
+			q.attribute = by
+			continue
+		}
+		group, ok := groups[by]
+		if !ok || *group {
+			return badRequest("invalid_value", "group_by",
+				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
+					"service_tier, each once, and one of session, end_user and tag:KEY.")
+		}
+		*group = true
+	}
+	if q.attribute != "" && q.byServiceTier {
+		return badRequest("invalid_value", "group_by", "group_by cannot have service_tier with "+q.attribute+
+			": the sums by session, end user and tag do not keep tiers apart.")
+	}
+	return nil
 }

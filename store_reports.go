@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -252,6 +253,19 @@ func (q *usageQuery) addTo(groups map[usageKey]*usageSum, k usageKey, v usageSum
 	getOrInsert(groups, k).merge(v)
 }
 
+// parseTop reads how many values of an attribute are listed.
+func (q *usageQuery) parseTop(text string) (err error) {
+	const most = 1000
+	if q.top = 100; text == "" {
+		return nil
+	}
+	if q.top, err = strconv.Atoi(text); err != nil || q.top < 1 || q.top > most || q.attribute == "" {
+		return badRequest("invalid_value", "top",
+			"top must be from 1 to 1000, and needs session, end_user or tag:KEY in group_by.")
+	}
+	return nil
+}
+
 // The calls of an attribute, in a project (?1, "" for all), with a token (?2, "" for all) and in a range of time.
 const fromAttributed = ` FROM attribution_sums s WHERE project IN (SELECT seq FROM projects WHERE ?1 = '' OR id = ?1)
 	AND (?2 = '' OR token = (SELECT seq FROM tokens WHERE id = ?2)) AND attribute = ?3 AND at >= ?4 AND at < ?5 `
@@ -350,14 +364,16 @@ func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inS
 			sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
 			sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls,
 			sum(would_refuse) AS would_refuse, sum(total_us) AS total_us, sum(cache_hits) AS cache_hits,
-			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved` + fromAttributed +
-		`GROUP BY 1, 2, 3, 4, 5, 6, 7, 8`
+			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved,
+			sum(client_retries) AS client_retries` + fromAttributed + `GROUP BY 1, 2, 3, 4, 5, 6, 7, 8`
 	const rows = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
-			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved` + fromAttributed
+			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries` +
+		fromAttributed
 	const head = `SELECT g.at, g.is_other, g.value, g.project, coalesce(p.id, ''), coalesce(p.name, ''),
 			p.deleted_at IS NOT NULL, coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, g.calls,
 			g.input_tokens, g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls,
-			g.estimated_calls, g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved FROM (`
+			g.estimated_calls, g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved,
+			g.client_retries FROM (`
 	const tail = `) g LEFT JOIN projects p ON p.seq = g.project LEFT JOIN tokens t ON t.seq = g.token LIMIT ?13`
 	query, limit := head+group+sums+tail, q.limit+1
 	if !inSQL {
@@ -371,7 +387,7 @@ func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inS
 		return []any{&r.at, &r.isOther, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted,
 			&r.tokenID, &r.tokenName, &r.model, &r.endpoint, &r.outcome, &r.calls, &r.input, &r.cached, &r.output,
 			&r.reasoning, &r.cost, &r.unpriced, &r.estimated, &r.wouldRefuse, &r.totalUS, &r.hits, &r.saved, &r.savedUS,
-			&r.promptSaved}
+			&r.promptSaved, &r.clientRetries}
 	}, query, q.attributedArgs(q.interval, values, q.byProject, q.byToken, q.byModel, q.byEndpoint, q.byOutcome,
 		limit)...)
 	if err == nil && inSQL && len(found) == limit {

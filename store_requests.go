@@ -302,13 +302,8 @@ func (s *store) oldestRequestHour(ctx context.Context) (int64, error) {
 // earlier, such as pending records, stays in free space of the file until later rows take that.
 func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (erased int64, err error) {
 	const doing = "erasing an end user"
-	if _, err := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`); err != nil {
-		return 0, err
-	}
-	defer func() {
-		_, offErr := execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`)
-		err = errors.Join(err, offErr)
-	}()
+	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
+	defer func() { _, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
 	if _, err := execCount(ctx, s.writeDB, doing, erasePending, project, name); err != nil {
 		return 0, err
 	}
@@ -355,33 +350,6 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 	}
 	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
 	return erased, nil
-}
-
-// erasePending takes the name ?2 out of the pending records of project ?1.
-const erasePending = `
-	UPDATE begun SET calls = (SELECT json_group_array(json(CASE
-			WHEN c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11) THEN json_set(c.value,
-				'$[10]', CASE c.value ->> 10 WHEN ?2 THEN '' ELSE c.value ->> 10 END, '$[11]', '', '$[12]', '')
-			ELSE c.value END)) FROM json_each(calls) c)
-	WHERE EXISTS (SELECT 1 FROM json_each(calls) c
-		WHERE c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11))`
-
-// eraseCalls returns, for each column that may have the name ?2, how to find some calls of project ?1 that have it, as
-// a JSON list of their ids, and how to take it out of these (?1).
-func eraseCalls() [2]struct{ ids, update string } {
-	const update = `
-		UPDATE requests SET end_user = CASE end_user WHEN ?2 THEN '' ELSE end_user END,
-			session = CASE session WHEN ?2 THEN '' ELSE session END,
-			tags = CASE tags WHEN '' THEN '' ELSE (
-				SELECT CASE count(*) WHEN 0 THEN '' ELSE json_group_object(t.key, t.value) END
-				FROM json_each(tags) t WHERE t.value <> ?2) END
-		WHERE id IN (SELECT value FROM json_each(?1))`
-	return [...]struct{ ids, update string }{
-		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
-			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200) c`, update},
-		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
-			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200) c`, update},
-	}
 }
 
 // deleteProjectContents deletes up to limit contents of a project.

@@ -452,7 +452,7 @@ func (s *usageSum) subtract(o usageSum) {
 		{&s.cached, &o.cached}, {&s.output, &o.output}, {&s.reasoning, &o.reasoning}, {&s.cost, &o.cost},
 		{&s.unpriced, &o.unpriced}, {&s.estimated, &o.estimated}, {&s.totalUS, &o.totalUS},
 		{&s.wouldRefuse, &o.wouldRefuse}, {&s.hits, &o.hits}, {&s.saved, &o.saved}, {&s.savedUS, &o.savedUS},
-		{&s.promptSaved, &o.promptSaved}} {
+		{&s.promptSaved, &o.promptSaved}, {&s.clientRetries, &o.clientRetries}} {
 		*c.whole = max(*c.whole-*c.part, 0)
 	}
 }
@@ -686,44 +686,4 @@ func (q *usageQuery) setRange(from, to, now time.Time, fromGiven bool) {
 		return end.UnixMilli()
 	}
 	q.from, q.to = round(from), round(to)
-}
-
-// parseGroupBy reads by what the sums are grouped.
-func (q *usageQuery) parseGroupBy(text string) error {
-	if text == "" {
-		return nil
-	}
-	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
-		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
-	for by := range strings.SplitSeq(text, ",") {
-		if isAttribute(by) && q.attribute == "" {
-			q.attribute = by
-			continue
-		}
-		group, ok := groups[by]
-		if !ok || *group {
-			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
-					"service_tier, each once, and one of session, end_user and tag:KEY.")
-		}
-		*group = true
-	}
-	if q.attribute != "" && q.byServiceTier {
-		return badRequest("invalid_value", "group_by", "group_by cannot have service_tier with "+q.attribute+
-			": the sums by session, end user and tag do not keep tiers apart.")
-	}
-	return nil
-}
-
-// parseTop reads how many values of an attribute are listed.
-func (q *usageQuery) parseTop(text string) (err error) {
-	const most = 1000
-	if q.top = 100; text == "" {
-		return nil
-	}
-	if q.top, err = strconv.Atoi(text); err != nil || q.top < 1 || q.top > most || q.attribute == "" {
-		return badRequest("invalid_value", "top",
-			"top must be from 1 to 1000, and needs session, end_user or tag:KEY in group_by.")
-	}
-	return nil
 }
