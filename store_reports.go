@@ -281,7 +281,7 @@ const maxAttributedSums = 2_000_000
 // more than limit sums would be read.
 func (s *store) topValues(ctx context.Context, q *usageQuery, limit int) ([]usageShare, error) {
 	n, err := queryValue[int](ctx, s.readDB, "counting sums of an attribute",
-		`SELECT count(*) FROM (SELECT 1`+fromAttributed+`LIMIT ?6)`, q.attributedArgs(limit+1)...)
+		`SELECT count(*) FROM (SELECT 1`+fromAttributed+`LIMIT ?6) counted`, q.attributedArgs(limit+1)...)
 	if err == nil && n > limit {
 		err = errTooManyRows
 	}
@@ -310,7 +310,7 @@ func (s *store) usedAttributes(ctx context.Context, project string, limit int) (
 			SELECT u.project,
 				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
 			FROM used u WHERE u.attribute IS NOT NULL)
-		SELECT DISTINCT attribute FROM used WHERE attribute IS NOT NULL
+		SELECT attribute FROM used WHERE attribute IS NOT NULL GROUP BY attribute
 		ORDER BY attribute LIKE 'tag:%', attribute DESC LIMIT ?2`, project, limit)
 }
 
@@ -355,8 +355,8 @@ func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKe
 func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inSQL bool,
 ) (map[usageKey]*usageSum, error) {
 	const group = ` SELECT CASE ?6 WHEN 'hour' THEN at WHEN 'total' THEN 0 ELSE at - at % 86400000 END AS at,
-			CASE WHEN value IN (SELECT value FROM json_each(?7)) THEN 0 ELSE 1 END AS is_other,
-			CASE WHEN value IN (SELECT value FROM json_each(?7)) THEN value ELSE '' END AS value,
+			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN 0 ELSE 1 END AS is_other,
+			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN value ELSE '' END AS value,
 			CASE WHEN ?8 THEN project ELSE 0 END AS project, CASE WHEN ?9 THEN token ELSE 0 END AS token,
 			CASE WHEN ?10 THEN model ELSE '' END AS model, CASE WHEN ?11 THEN endpoint ELSE '' END AS endpoint,
 			CASE WHEN ?12 THEN outcome ELSE '' END AS outcome, `

@@ -272,7 +272,8 @@ func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others i
 		SELECT o.project, o.attribute, o.at FROM (SELECT project, attribute, (SELECT min(at) FROM attribution_sums
 				WHERE project = u.project AND attribute = u.attribute) AS at
 			FROM used u WHERE attribute IS NOT NULL) o
-		WHERE o.at < CASE o.attribute WHEN 'session' THEN ?1 ELSE ?2 END LIMIT ?3`, sessions, others, limit)
+		WHERE o.at < CASE o.attribute WHEN 'session' THEN CAST(?1 AS BIGINT)
+			ELSE CAST(?2 AS BIGINT) END LIMIT ?3`, sessions, others, limit)
 	var deleted int64
 	for _, o := range found {
 		n, deleteErr := execCount(ctx, s.writeDB, "deleting old sums of attributes", `
@@ -428,7 +429,7 @@ const (
 		INSERT INTO background AS b (call, project, token, upstream, response, endpoint, outcome, model, model_tracked,
 			asked, asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
 			cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price)
-		VALUES (?1, ?2, ?3, 0, 'batch of call ' || ?1, ?4, ?5, ?6, FALSE, '', FALSE, 0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
+		VALUES (CAST(?1 AS BIGINT), ?2, ?3, 0, 'batch of call ' || CAST(?1 AS BIGINT), ?4, ?5, ?6, FALSE, '', FALSE, 0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
 			?13, ?14, ?15)
 		ON CONFLICT (call) DO UPDATE SET
 			usage_source = min(b.usage_source, ?7), -- 'estimated' comes before 'exact'

@@ -9,8 +9,11 @@ CREATE FUNCTION min(a text, b text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL
 	AS 'SELECT least(a COLLATE "C", b COLLATE "C")';
 CREATE FUNCTION zeroblob(n bigint) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE
 	AS 'SELECT decode(repeat(''00'', n::integer), ''hex'')';
-CREATE FUNCTION json_each(list text) RETURNS TABLE (value jsonb) LANGUAGE sql IMMUTABLE PARALLEL SAFE ROWS 8
-	AS 'SELECT * FROM jsonb_array_elements(list::jsonb)';
+CREATE FUNCTION json_each(list text) RETURNS TABLE (value jsonb, atom text) LANGUAGE sql IMMUTABLE PARALLEL SAFE ROWS 8
+	AS 'SELECT e, e #>> ''{}'' FROM jsonb_array_elements(list::jsonb) e';
+CREATE FUNCTION json_member(object text, name text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
+	AS 'SELECT object::jsonb ->> name';
+CREATE OPERATOR ->> (LEFTARG = text, RIGHTARG = text, FUNCTION = json_member);
 CREATE FUNCTION json_list(list text[]) RETURNS text LANGUAGE sql STABLE PARALLEL SAFE
 	AS 'SELECT array_to_json(list)::text';
 CREATE AGGREGATE json_group_array(text) (sfunc = array_append, stype = text[], initcond = '{}', finalfunc = json_list);
