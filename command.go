@@ -41,6 +41,8 @@ const usageText = `llm-proxy: a transparent, secure proxy between client program
   llm-proxy backup FILE        write a consistent copy of the database, with the server running or not
   llm-proxy restore FILE [--revoke=since|all|none]
                                replace the database with a backup, with the server stopped
+  llm-proxy migrate-database --from sqlite:FILE --to postgres://USER@HOST/NAME
+                               copy a SQLite database to PostgreSQL, with the server stopped
   llm-proxy audit verify [SEQ:MAC]
                                check the audit trail for changed or removed events
   llm-proxy rekey [FILE]       change the encryption key, with the server stopped: to the one in FILE,

@@ -334,6 +334,95 @@ func unusedFileName(name string) string {
 	}
 }
 
+const migrateUsage = "usage: llm-proxy migrate-database --from sqlite:FILE --to postgres://USER@HOST/NAME"
+
+// migrateDatabase copies a SQLite database, whose server is stopped, into an empty PostgreSQL database, and verifies
+// the copy. The source does not change. Repeating the command continues a copy that was interrupted.
+func (p *program) migrateDatabase(ctx context.Context, args []string) error {
+	if len(args) != 4 || args[0] != "--from" || args[2] != "--to" || isPostgresURL(args[1]) || !isPostgresURL(args[3]) {
+		return errors.New(migrateUsage)
+	}
+	configFor := func(url string) (*config, error) {
+		cfg, err := loadConfig(func(name string) string {
+			switch {
+			case name == "DATABASE_URL":
+				return url
+			case name == "DATABASE_PASSWORD_FILE" && !isPostgresURL(url):
+				return ""
+			}
+			return p.getenv(name)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("the configuration has problems:\n%w", err)
+		}
+		return cfg, nil
+	}
+	from, err := configFor(args[1])
+	if err != nil {
+		return err
+	}
+	to, err := configFor(args[3])
+	if err != nil {
+		return err
+	}
+	dir, err := lockDataDir(from)
+	if err != nil {
+		return err
+	}
+	defer dir.close()
+	if _, err := os.Stat(from.unwrittenFile()); err == nil {
+		return fmt.Errorf("%s has calls that the database does not have; start the server once, which records them, "+
+			"then repeat", from.unwrittenFile())
+	}
+	source, err := openToRead(ctx, from)
+	if err != nil {
+		return err
+	}
+	defer source.close()
+	if version, supported, err := source.schemaVersion(ctx); err != nil || version != supported {
+		return errors.Join(fmt.Errorf("%s has schema %d, and this program supports %d; start this version on it once, "+
+			"which migrates it, then repeat", from.databaseName, version, supported), err)
+	}
+	target, err := openPostgres(ctx, to.postgres, true)
+	if err != nil {
+		return err
+	}
+	defer target.close()
+	return p.copyDatabase(ctx, to, source, target)
+}
+
+// copyDatabase copies source to target, verifies the copy, and makes it one that a server may open.
+func (p *program) copyDatabase(ctx context.Context, to *config, source, target *store) error {
+	err := copyToPostgres(ctx, source, target, func(table string, rows int64) {
+		fmt.Fprintf(p.stdout, "%s: %s\n", table, countNoun(rows, "row"))
+	})
+	if err != nil {
+		return err
+	}
+	trail, err := verifyAudit(ctx, to, target, nil)
+	if err != nil {
+		return fmt.Errorf("verifying the copy: %w", err)
+	}
+	if !trail.intact() {
+		return fmt.Errorf("the audit trail of the copy is damaged from event %d on; check the source with "+
+			"llm-proxy audit verify", trail.firstProblemSeq)
+	}
+	foreign, n, err := verifyRows(ctx, to, target)
+	if err != nil {
+		return fmt.Errorf("verifying the copy: %w", err)
+	}
+	if err := p.reportRows(foreign, n, to.databaseName); err != nil {
+		return err
+	}
+	if err := endCopy(ctx, target); err != nil {
+		return err
+	}
+	fmt.Fprintf(p.stdout, "The copy is complete and verified: the audit trail is intact, %s.\n"+
+		"Start the server with DATABASE_URL=%s, and the same encryption key. The source did not change.\n",
+		trail, to.databaseName)
+	return nil
+}
+
 const rekeyUsage = "usage: llm-proxy rekey [FILE]"
 
 // rekey encrypts everything with the key in FILE, or with a new key that replaces the key

@@ -163,7 +163,7 @@ func TestDemoData(t *testing.T) {
 	}
 	one := func(query string) (n int64) {
 		t.Helper()
-		query = strings.ReplaceAll(query, "{now}", strconv.FormatInt(time.Now().Unix(), 10))
+		query = strings.ReplaceAll(query, "{now}", strconv.FormatInt(time.Now().UnixMilli(), 10))
 		if err := p.instance.store.readDB.QueryRow(query).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
@@ -180,7 +180,7 @@ func TestDemoData(t *testing.T) {
 			(SELECT sum(input_tokens + output_tokens) FROM requests)`,
 		"cost": `SELECT (SELECT sum(cost) FROM usage_sums WHERE grain = 'day' AND token = 0 AND project <> 0) -
 			(SELECT sum(cost) FROM requests)`,
-		"rows in the future": `SELECT count(*) FROM requests WHERE started_at > {now} * 1000`,
+		"rows in the future": `SELECT count(*) FROM requests WHERE started_at > {now}`,
 		"calls before their token, or after its end": `SELECT count(*) FROM requests r JOIN tokens t ON t.seq = r.token
 			WHERE r.started_at < t.created_at OR
 				r.outcome <> 'refused' AND (r.started_at > t.expires_at OR r.started_at > t.revoked_at)`,
@@ -197,9 +197,9 @@ func TestDemoData(t *testing.T) {
 	}
 	for name, query := range map[string]string{
 		"revoked tokens": `SELECT count(*) FROM tokens WHERE revoked_at IS NOT NULL`,
-		"expired tokens": `SELECT count(*) FROM tokens WHERE expires_at < {now} * 1000`,
+		"expired tokens": `SELECT count(*) FROM tokens WHERE expires_at < {now}`,
 		"tokens expiring soon": `SELECT count(*) FROM tokens
-			WHERE expires_at BETWEEN {now} * 1000 AND ({now} + 3 * 86400) * 1000`,
+			WHERE expires_at BETWEEN {now} AND {now} + 3 * 86400000`,
 		"tokens nearly used up": `SELECT count(*) FROM tokens
 			WHERE max_requests - request_count BETWEEN 1 AND 10`,
 		"unpriced calls": `SELECT count(*) FROM requests WHERE cost IS NULL AND usage_source = 'exact'`,

@@ -77,6 +77,8 @@ func (p *program) run(ctx context.Context, args []string) error {
 		return p.backup(ctx, args)
 	case "restore":
 		return p.restore(ctx, args)
+	case "migrate-database":
+		return p.migrateDatabase(ctx, args)
 	case "audit":
 		return p.audit(ctx, args)
 	case "rekey":
@@ -109,7 +111,10 @@ func (p *program) serveWithSetup(ctx context.Context, setup func(context.Context
 		log.Warn(n.finding+"; "+n.remedy, "name", n.name)
 	}
 	limitMemory(log.Logger)
-	in, err := openInstance(ctx, cfg, log, sink.droppedLines)
+	for _, w := range cfg.databaseWarnings {
+		log.Warn(w+"; set sslmode=verify-full in DATABASE_URL", "name", "DATABASE_URL")
+	}
+	in, err := openWhenAvailable(ctx, cfg, log, sink.droppedLines)
 	if err != nil {
 		return err
 	}
@@ -190,6 +195,50 @@ func openInstance(
 	}
 	in.startWorkers()
 	return in, nil
+}
+
+// openWhenAvailable is openInstance, but waits for a PostgreSQL server that cannot be reached. Meanwhile calls get 503.
+func openWhenAvailable(ctx context.Context, cfg *config, log *logger, dropped func() int64) (*instance, error) {
+	in, err := openInstance(ctx, cfg, log, dropped)
+	if cfg.postgres == nil || !isDatabaseAway(err) {
+		return in, err
+	}
+	log.Warn("the database cannot be reached; calls get 503 until it can", "error", err)
+	hs := &http.Server{Handler: unavailable(err), ReadHeaderTimeout: 10 * time.Second, ErrorLog: newHTTPErrorLog(log)}
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer hs.Close()
+	if cfg.listenAddr != systemdListen { // there, clients wait in systemd's socket
+		l, err := openListener(cfg.listenAddr, cfg.socketMode)
+		if err != nil {
+			return nil, describeListenError("LISTEN_ADDR", cfg.listenAddr, err)
+		}
+		serving.Go(func() {
+			if cfg.tlsCert != "" {
+				_ = hs.ServeTLS(l, cfg.tlsCert, cfg.tlsKey)
+			} else {
+				_ = hs.Serve(l)
+			}
+		})
+	}
+	for isDatabaseAway(err) {
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(time.Second):
+		}
+		in, err = openInstance(ctx, cfg, log, dropped)
+	}
+	return in, err
+}
+
+// unavailable answers while there is no database: the process is alive, and nothing else works.
+func unavailable(cause error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/healthz" {
+			writeError(w, errStoreUnavailable(cause), shapeFor(r))
+		}
+	})
 }
 
 // openDatabase opens the data directory, the database and the keys that unseal it.

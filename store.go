@@ -36,6 +36,27 @@ type store struct {
 
 const readPoolSize = 4
 
+// openDatabase opens the database of a server: PostgreSQL if pg is not nil, or a file for openStore.
+func openDatabase(ctx context.Context, file string, pg *postgresConfig) (*store, error) {
+	if pg == nil {
+		return openStore(ctx, file)
+	}
+	s, err := openPostgres(ctx, pg, true)
+	if err != nil {
+		return nil, err
+	}
+	if _, err = s.setting(ctx, copySourceSetting); errors.Is(err, errNotFound) {
+		return s, nil
+	}
+	if err == nil {
+		err = errors.New("the database is an unfinished copy; finish it with llm-proxy migrate-database")
+	}
+	return nil, errors.Join(err, s.close())
+}
+
+// copySourceSetting is in a database that llm-proxy migrate-database is copying another into. It identifies that one.
+const copySourceSetting = "copy_source"
+
 // openStore opens or creates the database in file and migrates it. The file must exist (it may be empty): the
 // caller decides on its permissions.
 func openStore(ctx context.Context, file string) (*store, error) {

@@ -42,14 +42,6 @@ type backend struct {
 	close func() error
 }
 
-// openDatabase opens the database of a server: PostgreSQL if pg is not nil, or a file for openStore.
-func openDatabase(ctx context.Context, file string, pg *postgresConfig) (*store, error) {
-	if pg != nil {
-		return openPostgres(ctx, pg, true)
-	}
-	return openStore(ctx, file)
-}
-
 func isPostgresURL(text string) bool {
 	return strings.HasPrefix(text, "postgres:") || strings.HasPrefix(text, "postgresql:")
 }

@@ -14,10 +14,10 @@ var errNoPostgres = errors.New("names PostgreSQL, but this binary has no support
 
 func openPostgres(context.Context, *postgresConfig, bool) (*store, error) { return nil, errNoPostgres }
 
+func copyToPostgres(context.Context, *store, *store, func(string, int64)) error { return errNoPostgres }
+
+func endCopy(context.Context, *store) error { return errNoPostgres }
+
 func checkPostgresURL(string) (name string, warnings []string, err error) {
 	return "", nil, errNoPostgres
-}
-
-func copyToPostgres(context.Context, *store, *postgresConfig, func(string)) error {
-	return errNoPostgres
 }

@@ -429,7 +429,8 @@ const (
 		INSERT INTO background AS b (call, project, token, upstream, response, endpoint, outcome, model, model_tracked,
 			asked, asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
 			cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price)
-		VALUES (CAST(?1 AS BIGINT), ?2, ?3, 0, 'batch of call ' || CAST(?1 AS BIGINT), ?4, ?5, ?6, FALSE, '', FALSE, 0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
+		VALUES (CAST(?1 AS BIGINT), ?2, ?3, 0, 'batch of call ' || CAST(?1 AS BIGINT), ?4, ?5, ?6, FALSE, '', FALSE,
+			0, 0, 0, ?7, ?8, ?9, ?10, ?11, ?12,
 			?13, ?14, ?15)
 		ON CONFLICT (call) DO UPDATE SET
 			usage_source = min(b.usage_source, ?7), -- 'estimated' comes before 'exact'

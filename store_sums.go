@@ -344,6 +344,16 @@ func isRejectedRow(err error) bool {
 	return errors.Is(err, errRowIgnored)
 }
 
+// isDatabaseAway reports whether err means that a PostgreSQL server cannot be reached, or takes no connection yet.
+func isDatabaseAway(err error) bool {
+	switch state := sqlState(err); state[:min(2, len(state))] {
+	case "08", "53", "57": // the connection, resources, the server's state
+		return true
+	}
+	_, isNetwork := errors.AsType[net.Error](err)
+	return isNetwork || errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF)
+}
+
 // isSumOverflow reports whether a sum of a column is no int64: SQLite cannot add it up, PostgreSQL returns more digits.
 func isSumOverflow(err error) bool {
 	if code := sqliteCode(err); code != 0 {

@@ -639,6 +639,9 @@ func TestNoFullScans(t *testing.T) {
 		t.Errorf("only %d statements were found", len(statements))
 	}
 	for _, st := range statements {
+		if strings.HasPrefix(fmt.Sprint(st.position), "store_postgres") {
+			continue // PostgreSQL's plans depend on its statistics
+		}
 		lines, err := queryPlan(t.Context(), p.instance.store, st.text)
 		if err != nil {
 			t.Errorf("%s: %v in %s", st.position, err, st.text)
