@@ -7,9 +7,13 @@ package main
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -117,4 +121,277 @@ func dumpTestDatabase(t testing.TB, text string) []byte {
 		dump.WriteString(strings.Join(rows, "\n"))
 	}
 	return []byte(dump.String())
+}
+
+// requirePostgres skips a test when there is no server.
+func requirePostgres(t *testing.T) {
+	t.Helper()
+	t.Parallel()
+	if !usesTestDatabase() {
+		t.Skip(testDatabaseURL + " names no server")
+	}
+}
+
+// TestPostgresConnectionsLost: when the server ends all connections, calls get 503 or 200 but nothing else, the program
+// comes back by itself, and each answered call has one row, counted once.
+func TestPostgresConnectionsLost(t *testing.T) {
+	requirePostgres(t)
+	p := newTest(t, nil)
+	p.allowErrors = true
+	database := p.env["DATABASE_URL"][strings.LastIndexByte(p.env["DATABASE_URL"], '/')+1:]
+	answered := 0
+	for range 5 {
+		if err := execTestServer(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '` + database +
+			`'`); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "an answer", func() bool {
+			res := p.chat()
+			if res.status != 200 && (res.status != 503 || res.header.Get("Retry-After") == "") {
+				t.Errorf("got %d %s", res.status, res.body)
+			}
+			if res.status == 200 {
+				answered++
+			}
+			return res.status == 200
+		})
+	}
+	ok := 0
+	for _, row := range p.ledger() {
+		if row.Outcome == "ok" {
+			ok++
+		}
+	}
+	var summed int
+	if err := p.instance.store.readDB.QueryRow(`SELECT coalesce(sum(calls), 0) FROM usage_sums
+		WHERE grain = 'token' AND token > 0 AND outcome = ''`).Scan(&summed); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(p.ledger()); ok != answered || summed != n {
+		t.Errorf("%d calls were answered, %d have a row, %d of %d are in the sums", answered, ok, summed, n)
+	}
+}
+
+// TestPostgresTakenOver: a second process is refused; one that lost the database to another can commit nothing.
+func TestPostgresTakenOver(t *testing.T) {
+	requirePostgres(t)
+	p := newTest(t, nil)
+	p.allowErrors = true
+	env := map[string]string{"DATABASE_URL": p.env["DATABASE_URL"], "DATA_DIR": t.TempDir(),
+		"LISTEN_ADDR": "127.0.0.1:0"}
+	if _, err := runProgram(t, env, "serve"); err == nil || !strings.Contains(err.Error(), "another llm-proxy") {
+		t.Errorf("a second process: %v", err)
+	}
+	if res := p.chat(); res.status != 200 {
+		t.Fatalf("got %d", res.status)
+	}
+	p.waitSettled()
+	p.execSQL(`UPDATE replicas SET epoch = epoch + 1, closed_at = 1`) // as the other's start does
+	if res := p.chat(); res.status != 503 || res.header.Get("Retry-After") == "" {
+		t.Errorf("a call after the database was taken over: %d %s", res.status, res.body)
+	}
+	res := p.manageAs(p.adminKey, "POST", "/manage/tokens", `{"project_id":"`+p.project+`","name":"x"}`)
+	if res.status != 503 {
+		t.Errorf("a change after the database was taken over: %d %s", res.status, res.body)
+	}
+	if n := len(p.provider.received()); n > 2 {
+		t.Errorf("the provider got %d calls", n)
+	}
+}
+
+// TestPostgresEditedSchema: a start refuses a schema that was changed by hand, and names what.
+func TestPostgresEditedSchema(t *testing.T) {
+	requirePostgres(t)
+	for statement, want := range map[string]string{
+		`CREATE RULE lost AS ON INSERT TO requests DO INSTEAD NOTHING`: "rule lost",
+		`ALTER TABLE tokens DROP COLUMN idle_expiry`:                   "column tokens.idle_expiry is missing",
+		`DROP INDEX requests_token`:                                    "index requests_token is missing",
+		`DROP TRIGGER audit_never_changed ON audit`:                    "trigger audit_never_changed is missing",
+		`UPDATE schema_version SET version = 99`:                       "newer llm-proxy",
+	} {
+		text := newTestDatabase(t)
+		st, err := openPostgres(t.Context(), testPostgresConfig(text), true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = st.writeDB.Exec(statement)
+		if err = errors.Join(err, st.close()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err = openPostgres(t.Context(), testPostgresConfig(text), true); err == nil ||
+			!strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", statement, err)
+		}
+	}
+}
+
+// TestPostgresColumns: both schemas have the same tables and columns, but for what only one of them needs.
+func TestPostgresColumns(t *testing.T) {
+	requirePostgres(t)
+	file := filepath.Join(t.TempDir(), "x.db")
+	mustOverwrite(t, file, "")
+	lite, err := openStore(t.Context(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lite.close()
+	st, err := openPostgres(t.Context(), testPostgresConfig(newTestDatabase(t)), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.close()
+	list := func(st *store, query string) []string {
+		names, err := collect(t.Context(), st.readDB, "listing columns", func(s *string) []any { return []any{s} }, query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		slices.Sort(names)
+		return names
+	}
+	want := list(lite, `SELECT m.name || '.' || c.name FROM sqlite_schema m JOIN pragma_table_xinfo(m.name) c
+		WHERE m.type IN ('table', 'view') AND m.name NOT LIKE 'sqlite_%'`)
+	got := list(st, `SELECT table_name || '.' || column_name FROM information_schema.columns
+		WHERE table_schema = current_schema() AND table_name NOT IN ('replicas', 'ledger_commits', 'schema_version')
+			AND table_name || '.' || column_name <> 'begun.replica'`)
+	if !slices.Equal(got, want) {
+		for _, name := range want {
+			if !slices.Contains(got, name) {
+				t.Errorf("schema/postgres lacks %s", name)
+			}
+		}
+		for _, name := range got {
+			if !slices.Contains(want, name) {
+				t.Errorf("schema/ lacks %s", name)
+			}
+		}
+	}
+}
+
+// TestMigrateDatabase: everything is copied and verified, a copy that was interrupted continues, and no server opens
+// it before it is complete.
+func TestMigrateDatabase(t *testing.T) {
+	requirePostgres(t)
+	target := newTestDatabase(t)
+	file := filepath.Join(t.TempDir(), "source.db")
+	p := newTest(t, map[string]string{"DATABASE_URL": "sqlite:" + file})
+	for range 3 {
+		if res := p.chat(`"user":"\u0000"`); res.status != 200 {
+			t.Fatalf("got %d", res.status)
+		}
+	}
+	args := []string{"migrate-database", "--from", "sqlite:" + file, "--to", target}
+	if _, err := runProgram(t, p.env, args...); err == nil || !strings.Contains(err.Error(), "another llm-proxy") {
+		t.Errorf("with the server running: %v", err)
+	}
+	rows := len(p.ledger())
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	was := mustReadFile(t, file)
+	source, err := openReadOnly(file, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	half, err := openPostgres(t.Context(), testPostgresConfig(target), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	err = copyToPostgres(ctx, source, half, func(table string, _ int64) {
+		if table == "audit" {
+			cancel()
+		}
+	})
+	if err == nil {
+		t.Error("the copy was not interrupted")
+	}
+	if err := errors.Join(source.close(), half.close()); err != nil {
+		t.Fatal(err)
+	}
+	env := maps.Clone(p.env)
+	env["DATABASE_URL"] = target
+	if _, err := runProgram(t, env, "serve"); err == nil || !strings.Contains(err.Error(), "unfinished copy") {
+		t.Errorf("a start on half a copy: %v", err)
+	}
+	out, err := runProgram(t, p.env, args...)
+	if err != nil || !strings.Contains(out, fmt.Sprintf("requests: %d rows", rows)) {
+		t.Fatalf("%v %s", err, out)
+	}
+	if mustReadFile(t, file) != was {
+		t.Error("the source has changed")
+	}
+	if _, err := runProgram(t, p.env, args...); err == nil || !strings.Contains(err.Error(), "has data already") {
+		t.Errorf("a second copy: %v", err)
+	}
+	p.env["DATABASE_URL"] = target
+	p.start()
+	if res := p.chat(); res.status != 200 || len(p.ledger()) != rows+1 {
+		t.Errorf("after the move: %d, %d rows", res.status, len(p.ledger()))
+	}
+	if p.newToken(`"name":"new"`); len(p.verifyAudit().problems) > 0 {
+		t.Errorf("the trail: %v", p.verifyAudit().problems)
+	}
+}
+
+// TestPostgresStatements: parameters are numbered as SQLite numbers them, and arguments that a statement does not use are
+// not sent.
+func TestPostgresStatements(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]struct {
+		query string
+		args  []int
+	}{
+		`SELECT a FROM b WHERE c = ? AND d = ?`: {`SELECT a FROM b WHERE c = $1 AND d = $2`, []int{0, 1}},
+		`SELECT ?2, ?5, ?2`:                     {`SELECT $1, $2, $1`, []int{1, 4}},
+		`SELECT '?', "a" -- what?` + "\n, ?":    {`SELECT '?', "a" -- what?` + "\n, $1", []int{0}},
+		`SELECT 'it''s ?' || ?3, ?`:             {`SELECT 'it''s ?' || $1, $2`, []int{2, 3}},
+		`SELECT 1 -- is that all?`:              {`SELECT 1 -- is that all?`, nil},
+	} {
+		if q := translateToPostgres(text); q.query != want.query || !slices.Equal(q.args, want.args) {
+			t.Errorf("%s: %s %v", text, q.query, q.args)
+		}
+	}
+	for text, want := range map[string]string{
+		`["a\u0000b"]`: "[\"a\ufffdb\"]", `["a\\u0000b"]`: `["a\\u0000b"]`, `["\ud800x"]`: "[\"\ufffdx\"]",
+		"[\"\xff\"]": "[\"\ufffd\"]", `["\u2028\n"]`: `["\u2028\n"]`, `\u`: "\ufffd",
+	} {
+		if got := postgresJSON([]byte(text)); got != want {
+			t.Errorf("%s: %s", text, got)
+		}
+	}
+}
+
+// TestPostgresURL: a certificate is verified unless the server is this machine's or the URL says otherwise, and no
+// message has the password.
+func TestPostgresURL(t *testing.T) {
+	t.Parallel()
+	const password = "pw-canary-9"
+	for text, want := range map[string]string{
+		"postgres://u:" + password + "@db.example.com/x":                           "verify-full",
+		"postgres://u:" + password + "@127.0.0.1/x":                                "disable",
+		"postgres://u@localhost/x?host=/run/postgresql":                            "disable",
+		"postgres://u:" + password + "@db.example.com/x?sslmode=require":           "warning",
+		"postgres://u:" + password + "@db.example.com/x?sslmode=disable":           "warning",
+		"postgres://u:" + password + "@db.example.com/x?sslmode=prefer":            "error",
+		"postgres://u:" + password + "@db.example.com/x?options=-cfsync=off":       "error",
+		"postgres://u:" + password + "@db.example.com":                             "error",
+		"postgres://u:" + password + "@db.example.com:x/y":                         "error",
+		"postgres://u:" + password + "@db.example.com/x?sslmode=verify-ca&port=no": "error",
+	} {
+		name, warnings, err := checkPostgresURL(text)
+		got := "error"
+		if err == nil {
+			u, _ := url.Parse(text)
+			changed, _ := url.Parse(postgresDSN(u))
+			if got = changed.Query().Get("sslmode"); len(warnings) > 0 {
+				got = "warning"
+			}
+		}
+		if got != want {
+			t.Errorf("%s: %s %v", text, got, err)
+		}
+		if strings.Contains(fmt.Sprint(name, warnings, err), password) {
+			t.Errorf("%s: the password is shown: %s %v %v", text, name, warnings, err)
+		}
+	}
 }
