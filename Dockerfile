@@ -3,6 +3,8 @@
 #   docker build --build-arg VERSION="$(git describe --always --dirty)" -t llm-proxy .
 #   docker run --read-only --cap-drop=ALL --security-opt=no-new-privileges -p 127.0.0.1:8080:8080 -v llm-proxy-data:/data llm-proxy
 #
+# With PostgreSQL: docker build --build-arg TAGS=postgres -t llm-proxy:postgres .
+#
 # Two builds of one commit with one GO_IMAGE give the same binary, byte for byte.
 # To pin the compiler by digest: --build-arg GO_IMAGE=golang@sha256:...
 ARG GO_IMAGE=golang:1.26.8
@@ -11,9 +13,9 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-ARG VERSION=devel TARGETOS TARGETARCH
+ARG VERSION=devel TARGETOS TARGETARCH TAGS
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH GOFLAGS=-mod=readonly \
-    go build -trimpath -buildvcs=false -ldflags="-s -w -buildid= -X main.linkedVersion=$VERSION" -o /out/llm-proxy . \
+    go build -tags "$TAGS" -trimpath -buildvcs=false -ldflags="-s -w -buildid= -X main.linkedVersion=$VERSION" -o /out/llm-proxy . \
     && mkdir -p /out/root && mkdir -m 0700 /out/root/data && cp /etc/ssl/certs/ca-certificates.crt /out/
 
 FROM scratch

@@ -398,9 +398,7 @@ func TestExports(t *testing.T) {
 	}
 	u.allowErrors = true // from the trigger below
 	trigger := `CREATE TRIGGER no_audit BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END`
-	if _, err := u.instance.store.writeDB.Exec(trigger); err != nil {
-		t.Fatal(err)
-	}
+	u.execSQL(trigger)
 	for _, path := range []string{"/admin/requests/export", "/admin/dashboard/export"} {
 		if res := b.post(path, url.Values{"format": {"csv"}}); res.status < 500 || strings.Contains(res.body, "req_") &&
 			strings.Contains(res.body, "gpt-") {

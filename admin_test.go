@@ -125,6 +125,7 @@ func (p *testProxy) expandPattern(pattern string) string {
 // managedDigest returns everything that administrators manage, to detect changes.
 func (p *testProxy) managedDigest() string {
 	p.t.Helper()
+	requireSQLite(p.t, "its queries are written for SQLite")
 	var b strings.Builder
 	for _, query := range []string{
 		`SELECT group_concat(id || name || is_active || policy || version || coalesce(deleted_at, '')) FROM projects`,

@@ -296,6 +296,9 @@ func (p *testProxy) execSQL(statements ...string) {
 			requireSQLite(p.t, "its trigger is written for SQLite")
 		}
 		if usesTestDatabase() {
+			if strings.HasPrefix(text, "DROP TRIGGER") {
+				text += " ON audit"
+			}
 			text = strings.NewReplacer("AS BLOB", "AS BYTEA", "x'00'", `'\x00'::bytea`, "x''", "''::bytea").
 				Replace(text)
 		}
@@ -325,6 +328,7 @@ func (p *testProxy) execSQLBound(statements ...string) {
 // TestAuditAppendOnly: the database itself refuses to change the trail.
 func TestAuditAppendOnly(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "TestPostgresAuditAppendOnly has PostgreSQL's statements")
 	p := newTest(t, nil)
 	const row = `SELECT 2, at, 'me', role, address, request_id, action, object, detail, prev, mac
 		FROM audit WHERE seq = 1`
@@ -710,6 +714,7 @@ func TestAuditVerify(t *testing.T) {
 			t.Errorf("where nothing can be written: %v: %s", err, out)
 		}
 	}
+	requireSQLite(t, "it changes copies of the file") // from here on
 	p.checkTamperedCopies()
 	out, err = runProgram(t, p.env, "doctor")
 	if err != nil || !strings.Contains(out, "ok    audit trail: intact, 5 entries") {

@@ -225,6 +225,22 @@ func TestPostgresEditedSchema(t *testing.T) {
 	}
 }
 
+// TestPostgresAuditAppendOnly: the database itself refuses to change the trail.
+func TestPostgresAuditAppendOnly(t *testing.T) {
+	requirePostgres(t)
+	p := newTest(t, nil)
+	for _, text := range []string{
+		`UPDATE audit SET actor = 'me' WHERE seq = 1`, `DELETE FROM audit`, `TRUNCATE audit`,
+		`INSERT INTO audit SELECT * FROM audit WHERE seq = 1`,
+		`INSERT INTO audit SELECT * FROM audit WHERE seq = 1 ON CONFLICT (seq) DO UPDATE SET actor = 'me'`,
+	} {
+		_, err := p.instance.store.writeDB.ExecContext(t.Context(), text)
+		if err == nil || !strings.Contains(err.Error(), "audit trail") {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
 // TestPostgresColumns: both schemas have the same tables and columns, but for what only one of them needs.
 func TestPostgresColumns(t *testing.T) {
 	requirePostgres(t)
@@ -241,7 +257,8 @@ func TestPostgresColumns(t *testing.T) {
 	}
 	defer st.close()
 	list := func(st *store, query string) []string {
-		names, err := collect(t.Context(), st.readDB, "listing columns", func(s *string) []any { return []any{s} }, query)
+		names, err := collect(t.Context(), st.readDB, "listing columns",
+			func(s *string) []any { return []any{s} }, query)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -333,8 +350,8 @@ func TestMigrateDatabase(t *testing.T) {
 	}
 }
 
-// TestPostgresStatements: parameters are numbered as SQLite numbers them, and arguments that a statement does not use are
-// not sent.
+// TestPostgresStatements: parameters are numbered as SQLite numbers them, and arguments that a statement does not use
+// are not sent.
 func TestPostgresStatements(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]struct {
