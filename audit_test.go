@@ -296,8 +296,8 @@ func (p *testProxy) execSQL(statements ...string) {
 			requireSQLite(p.t, "its trigger is written for SQLite")
 		}
 		if usesTestDatabase() {
-			if strings.HasPrefix(text, "DROP TRIGGER") {
-				text += " ON audit"
+			if strings.HasPrefix(text, "DROP TRIGGER") { // one trigger there refuses what two refuse here
+				text = strings.Replace(text, "never_removed", "never_changed", 1) + " ON audit"
 			}
 			text = strings.NewReplacer("AS BLOB", "AS BYTEA", "x'00'", `'\x00'::bytea`, "x''", "''::bytea").
 				Replace(text)

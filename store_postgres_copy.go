@@ -47,17 +47,17 @@ const (
 	copiedRequests     = `id, project, token, upstream, endpoint, model, stream, address, status, outcome, error_code,
 		usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
 		cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log, saved, saved_us,
-		details, price, session, end_user, tags`
+		details, price, session, end_user, tags, routed_by, client_retry, idempotency_hash`
 	copiedPending   = `batch, calls`
 	copiedUsageSums = `grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls, input_tokens,
 		cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved`
+		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
 	copiedProjectHours = `project, at, calls, input_tokens, output_tokens, cost, unpriced_calls, caller_errors,
 		policy_errors, provider_errors, proxy_errors`
 	copiedProjectLatency  = `project, at, bucket, first_bytes, answers`
 	copiedAttributionSums = `project, attribute, at, value, token, model, endpoint, outcome, asked, calls, input_tokens,
 		cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved`
+		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
 	copiedBackground = `call, project, token, upstream, response, endpoint, outcome, model, model_tracked, asked,
 		asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
 		cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price`
