@@ -265,7 +265,7 @@ func (ui *adminUI) eraseEndUserPage(r *pageRequest) (*pageResponse, error) {
 func (ui *adminUI) emptyCachePage(r *pageRequest) (*pageResponse, error) {
 	title := "Empty the response cache of %s?"
 	return ui.confirmProject(r, title, "empty-cache", "Empty cache", "cache-emptied", func(id string) (int64, error) {
-		return ui.ops.emptyCache(r.ctx, r.origin, id, "", 0)
+		return ui.ops.emptyCache(r.ctx, r.origin, id, cacheFilter{}, 0)
 	})
 }
 

@@ -60,7 +60,8 @@ func (k *cacheKey) context(project int64) string {
 // A cachedAnswer is a complete answer. It never changes.
 type cachedAnswer struct {
 	key            cacheKey
-	project, token int64 // token is 0 if the tokens of the project share the answer
+	project, token int64  // token is 0 if the tokens of the project share the answer
+	endpoint       string // its pattern
 	cachedMeta
 	data   []byte // a line for each name and each value of the header, in turn, and then the body
 	bodyAt int    // where it begins
@@ -85,8 +86,7 @@ type storedMeta struct {
 const entryOverhead = 1 << 10 // bytes that an answer takes beside its body, on disk and in memory
 
 func (a *cachedAnswer) body() []byte { return a.data[a.bodyAt:] }
-
-func (a *cachedAnswer) size() int64 { return int64(len(a.data)-a.bodyAt) + entryOverhead }
+func (a *cachedAnswer) size() int64  { return int64(len(a.data)-a.bodyAt) + entryOverhead }
 
 // age returns the seconds since the answer came.
 func (a *cachedAnswer) age(now int64) int64 { return max(0, now-a.StoredAt) / 1000 }
@@ -100,6 +100,12 @@ func (a *cachedAnswer) header() []string {
 		return nil
 	}
 	return strings.Split(string(a.data[:a.bodyAt-1]), "\n")
+}
+
+// row returns the answer's row, but for the answer itself.
+func (a *cachedAnswer) row() cacheRow {
+	return cacheRow{id: a.key.id(), project: a.project, token: a.token, model: a.Model, endpoint: a.endpoint,
+		storedAt: a.StoredAt, expiresAt: a.ExpiresAt, size: a.size()}
 }
 
 // encode returns the answer in the form that is sealed: the length of the metadata, the metadata, the body.
@@ -136,8 +142,7 @@ type memoryEntry struct {
 	cachedAnswer
 	links       [2]entryLinks
 	waits       *entryList // of answers to be written, in which it is; nil: it is written, or never will be
-	usedAt      int64
-	recordedUse int64 // time of the last use that is on disk, or on its way there
+	recordedUse int64      // time of the last use that is on disk, or on its way there
 }
 
 type entryLinks struct{ before, after *memoryEntry }
@@ -276,7 +281,7 @@ func (c *responseCache) fromMemory(key *cacheKey, now int64) *cachedAnswer {
 	}
 	c.recent.remove(e)
 	c.recent.addFirst(e)
-	switch e.usedAt = now; {
+	switch {
 	case e.waits == &c.once:
 		c.toBeWritten(e, &c.again)
 	case e.waits == nil && now-e.recordedUse >= cacheTouchEvery && len(c.uses) < maxCacheTouches:
@@ -318,10 +323,10 @@ func (c *responseCache) toBeWritten(e *memoryEntry, list *entryList) {
 	if e.waits != nil {
 		e.waits.remove(e)
 	}
-	if e.waits = list; list == nil {
-		return
+	if e.waits = list; list != nil {
+		list.addFirst(e)
 	}
-	if list.addFirst(e); list == &c.again {
+	if list == &c.again {
 		select {
 		case c.wake <- struct{}{}:
 		default:
@@ -356,7 +361,7 @@ func (c *responseCache) put(e *memoryEntry, purges int64) {
 	c.stored.Add(1)
 	_, replaces := c.onDisk[e.key.id()]
 	replaces = replaces || c.memory[e.key.id()] != nil
-	e.usedAt, e.recordedUse = e.StoredAt, e.StoredAt
+	e.recordedUse = e.StoredAt
 	switch c.addToMemory(e); {
 	case e.size() > c.maxBytes:
 		c.dropped.Add(1)
@@ -421,11 +426,9 @@ func (c *responseCache) loadIDs(ctx context.Context) {
 
 // rest waits for d, or until ctx is done.
 func rest(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
 	case <-ctx.Done():
-	case <-timer.C:
+	case <-time.After(d):
 	}
 }
 
@@ -469,7 +472,7 @@ func (c *responseCache) takeBatch(list *entryList, newestFirst bool) (batch []*m
 		}
 		if c.toBeWritten(e, nil); now < e.ExpiresAt {
 			batch, bytes = append(batch, e), bytes+e.size()
-			e.recordedUse = e.usedAt
+			e.recordedUse = now
 		}
 	}
 	return batch, bytes
@@ -481,25 +484,12 @@ func (c *responseCache) writeBatch(ctx context.Context, list *entryList, newestF
 	if len(batch) == 0 {
 		return 0, nil
 	}
-	rows := make([]cacheRow, 0, len(batch))
-	defer func() {
-		if err != nil {
-			c.dropped.Add(int64(len(batch)))
-		}
-	}()
-	for _, e := range batch {
-		plain, err := e.encode()
-		if err != nil {
-			return len(batch), err
-		}
-		sealed, err := c.sealing.sealCached(e.key.context(e.project), plain)
-		if err != nil {
-			return len(batch), err
-		}
-		rows = append(rows, cacheRow{id: e.key.id(), project: e.project, token: e.token, model: e.Model,
-			storedAt: e.StoredAt, expiresAt: e.ExpiresAt, usedAt: e.recordedUse, size: e.size(), answer: sealed})
+	rows, err := c.seal(batch)
+	if err == nil {
+		err = c.store.addCached(ctx, rows)
 	}
-	if err := c.store.addCached(ctx, rows); err != nil {
+	if err != nil {
+		c.dropped.Add(int64(len(batch)))
 		return len(batch), err
 	}
 	c.written.Add(int64(len(rows)))
@@ -510,6 +500,21 @@ func (c *responseCache) writeBatch(ctx context.Context, list *entryList, newestF
 		c.onDisk[rows[i].id] = struct{}{}
 	}
 	return len(batch), nil
+}
+
+// seal returns the rows of answers.
+func (c *responseCache) seal(batch []*memoryEntry) (rows []cacheRow, err error) {
+	for _, e := range batch {
+		row, plain := e.row(), []byte(nil)
+		if plain, err = e.encode(); err == nil {
+			row.answer, err = c.sealing.sealCached(e.key.context(e.project), plain)
+		}
+		if row.usedAt = time.Now().UnixMilli(); err != nil {
+			return nil, err
+		}
+		rows = append(rows, row)
+	}
+	return rows, nil
 }
 
 // evict deletes the answers that were used longest ago until the table is a twentieth below its limits.
@@ -533,10 +538,10 @@ func (c *responseCache) evict(ctx context.Context) {
 		c.evicted.Add(int64(len(ids)))
 		c.forget(ids)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if err == nil {
-		c.mu.Lock()
 		c.diskBytes = bytes
-		c.mu.Unlock()
 	}
 }
 
@@ -583,7 +588,7 @@ func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error)
 	c.mu.Lock()
 	c.purges.Add(1)
 	for id, e := range c.memory {
-		if f.matches(e.project, e.token, e.Model, e.StoredAt) {
+		if row := e.row(); f.matches(&row) {
 			deleted[id] = struct{}{}
 			c.removeFromMemory(e)
 		}
@@ -608,7 +613,7 @@ func (c *responseCache) purgeDisk(ctx context.Context, f cacheFilter, deleted ma
 		var ids []int64
 		for i := range rows {
 			r := &rows[i]
-			if after = (cachePosition{r.token, r.size, r.id}); f.matches(r.project, r.token, r.model, r.storedAt) {
+			if after = (cachePosition{r.token, r.size, r.id}); f.matches(r) {
 				ids = append(ids, r.id)
 			}
 		}
@@ -639,20 +644,11 @@ func (c *responseCache) purgeUnreachable(ctx context.Context, f cacheFilter) {
 	}
 }
 
-// matches reports whether the filter describes an answer.
-func (f *cacheFilter) matches(project, token int64, model string, storedAt int64) bool {
-	return project == f.project && (f.token == 0 || f.token == token || f.token == anyToken && token != 0) &&
-		(f.model == "" || f.model == model) && (f.storedBefore == 0 || storedAt < f.storedBefore)
-}
-
 // usage returns what is cached of a project, by model, the largest share first.
 func (c *responseCache) usage(ctx context.Context, project, now int64) ([]*cacheUsage, error) {
 	c.writing.Lock() // an answer that is being written is either in memory only or on disk
 	defer c.writing.Unlock()
 	onDisk, err := c.store.cacheUsage(ctx, project, now)
-	if err != nil {
-		return nil, err
-	}
 	models := c.memoryUsage(project, now)
 	for _, u := range onDisk {
 		if m := models[u.model]; m != nil {
@@ -664,7 +660,7 @@ func (c *responseCache) usage(ctx context.Context, project, now int64) ([]*cache
 	all := slices.SortedFunc(maps.Values(models), func(a, b *cacheUsage) int {
 		return cmp.Or(cmp.Compare(b.bytes, a.bytes), cmp.Compare(a.model, b.model))
 	})
-	return all[:min(len(all), maxCacheModels)], nil
+	return all[:min(len(all), maxCacheModels)], err
 }
 
 // usageSum is usage without the models. It is faster.

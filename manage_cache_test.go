@@ -96,6 +96,12 @@ func TestManageCache(t *testing.T) {
 			[]string{"gpt-4o a", "gpt-4o b"}},
 		{"?older_than_seconds=60&model=gpt-4o", `UPDATE cache SET stored_at = stored_at - 61000`, 2,
 			[]string{"gpt-4o-mini a"}},
+		{"?endpoint=/v1/embeddings", "", 0, []string{"gpt-4o a", "gpt-4o b", "gpt-4o-mini a"}},
+		{"?endpoint=POST+/v1/chat/*&model=gpt-4o-mini", "", 1, []string{"gpt-4o a", "gpt-4o b"}},
+		{"?endpoint=/v1/embeddings", `UPDATE cache SET endpoint = '/v1/embeddings' WHERE model = 'gpt-4o-mini'`, 1,
+			[]string{"gpt-4o a", "gpt-4o b"}},
+		{"?endpoint=/v1/embeddings&model=gpt-4o", `UPDATE cache SET endpoint = ''`, 2, []string{"gpt-4o-mini a"}},
+		{"?endpoint=/v1/chat/completions", "", 3, nil},
 		{"", "", 3, nil},
 	} {
 		fill()
@@ -163,6 +169,11 @@ func TestManageCacheRefused(t *testing.T) {
 		{operator.Key, "DELETE", path + "?older_than_seconds=99999999999999999999", 400, "older_than_seconds"},
 		{operator.Key, "DELETE", path + "?model=", 400, "model"},
 		{operator.Key, "DELETE", path + "?endpoint=x", 400, "endpoint"},
+		{operator.Key, "DELETE", path + "?endpoint=", 400, "endpoint"},
+		{operator.Key, "DELETE", path + "?endpoint=/v1/files", 400, "endpoint"},
+		{operator.Key, "DELETE", path + "?endpoint=GET+/v1/embeddings", 400, "endpoint"},
+		{operator.Key, "DELETE", path + "?endpoint=/v1/chat/completions&endpoint=/v1/embeddings", 400, "endpoint"},
+		{operator.Key, "DELETE", path + "?endpoints=/v1/embeddings", 400, "endpoints"},
 		{operator.Key, "GET", "/manage/requests?cache=miss", 400, "cache"},
 		{operator.Key, "GET", "/manage/usage?group_by=cache,cache", 400, "group_by"},
 	} {

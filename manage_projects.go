@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strconv"
 	"time"
 )
 
@@ -661,18 +660,21 @@ func (api *manageAPI) getCache(r *manageRequest) (any, error) {
 
 const actionEmptyCache = "cache.empty"
 
-// emptyCache deletes a project's cached answers: those that a model gave ("": any), and that are older than a number
-// of seconds (0: of any age). It returns how many.
+// emptyCache deletes the cached answers of a project that f describes, but for their age, and that are older than a
+// number of seconds (0: of any age). It returns how many.
 func (ops *operations) emptyCache(
-	ctx context.Context, origin auditOrigin, projectID, model string, olderThan int64,
+	ctx context.Context, origin auditOrigin, projectID string, f cacheFilter, olderThan int64,
 ) (int64, error) {
 	p, err := ops.store.projectByID(ctx, projectID)
 	if err != nil {
 		return 0, err
 	}
-	event, f := auditEvent{action: actionEmptyCache, object: p.id}, cacheFilter{project: p.seq, model: model}
-	if model != "" {
-		event.detail = append(event.detail, auditField{"model", model})
+	f.project = p.seq
+	event := auditEvent{action: actionEmptyCache, object: p.id}
+	for _, field := range [...]auditField{{"model", f.model}, {"endpoint", f.endpoint}} {
+		if field.value != "" {
+			event.detail = append(event.detail, field)
+		}
 	}
 	if olderThan != 0 {
 		event.detail = append(event.detail, auditField{"older_than_seconds", olderThan})
@@ -685,14 +687,10 @@ func (ops *operations) emptyCache(
 }
 
 func (api *manageAPI) emptyCache(r *manageRequest) (any, error) {
-	var olderThan int64
-	if v := r.query.Get("older_than_seconds"); v != "" {
-		var err error
-		if olderThan, err = strconv.ParseInt(v, 10, 64); err != nil || olderThan < 1 || olderThan > maxCacheTTL {
-			return nil, badRequest("invalid_value", "older_than_seconds",
-				fmt.Sprintf("older_than_seconds must be a whole number from 1 to %d (30 days).", maxCacheTTL))
-		}
+	f, olderThan, err := r.cacheFilter()
+	if err != nil {
+		return nil, err
 	}
-	n, err := api.ops.emptyCache(r.ctx, r.origin, r.pathValue("id"), r.query.Get("model"), olderThan)
+	n, err := api.ops.emptyCache(r.ctx, r.origin, r.pathValue("id"), f, olderThan)
 	return map[string]any{"deleted": n}, err
 }

@@ -672,3 +672,19 @@ func (api *manageAPI) getSession(r *manageRequest) (any, error) {
 	}
 	return api.ops.getSession(r.ctx, session, r.query.Get("project_id"), page.seq, page.limit)
 }
+
+// cacheFilter reads which cached answers are meant, and how old they are at least, in seconds; 0: of any age.
+func (r *manageRequest) cacheFilter() (f cacheFilter, olderThan int64, err error) {
+	f = cacheFilter{model: r.query.Get("model"), endpoint: r.query.Get("endpoint")}
+	if f.endpoint != "" && !namesCacheable(f.endpoint) {
+		return f, 0, badRequest("invalid_value", "endpoint",
+			"endpoint must name endpoints that can be cached, such as /v1/embeddings or POST /v1/chat/*.")
+	}
+	if v := r.query.Get("older_than_seconds"); v != "" {
+		if olderThan, err = strconv.ParseInt(v, 10, 64); err != nil || olderThan < 1 || olderThan > maxCacheTTL {
+			return f, 0, badRequest("invalid_value", "older_than_seconds",
+				fmt.Sprintf("older_than_seconds must be a whole number from 1 to %d (30 days).", maxCacheTTL))
+		}
+	}
+	return f, olderThan, nil
+}

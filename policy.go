@@ -392,7 +392,7 @@ func parseMax(m limitMetric, text string) (int64, error) {
 type cachePolicy struct {
 	TTLSeconds    int64    `json:"ttl_seconds"`
 	Scope         string   `json:"scope,omitzero"`     // who shares answers: "project" (the default) or "token"
-	Endpoints     []string `json:"endpoints,omitzero"` // patterns; nil: every endpoint that can be cached
+	Endpoints     []string `json:"endpoints,omitzero"` // patterns; nil: every one that can be cached, but not Gemini's
 	When          string   `json:"when,omitzero"`      // "deterministic" (the default) or "always"
 	MaxEntryBytes int64    `json:"max_entry_bytes,omitzero"`
 }
@@ -409,6 +409,8 @@ const (
 var cacheableEndpoints = [...]string{
 	"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
 	"/v1/moderations", "/v1/responses", "/v1/responses/input_tokens",
+	"/v1beta/models/{model}:batchEmbedContents", "/v1beta/models/{model}:embedContent",
+	"/v1beta/models/{model}:generateContent", "/v1beta/models/{model}:streamGenerateContent",
 }
 
 // parseCachePolicy reads a cache policy from JSON, strictly.
@@ -439,7 +441,7 @@ func parseCachePolicy(raw []byte) (*cachePolicy, error) {
 			fmt.Sprintf("must have %d entries or fewer", len(cacheableEndpoints))}
 	}
 	for _, pattern := range p.Endpoints {
-		if !slices.ContainsFunc(cacheableEndpoints[:], func(e string) bool { return matchesEndpoint(pattern, e) }) {
+		if !namesCacheable(pattern) {
 			return nil, &fieldError{"policy.cache.endpoints", "must name endpoints that can be cached: " +
 				strings.Join(cacheableEndpoints[:], ", ") + "; " + clip(pattern, 64) + " matches none of them"}
 		}
@@ -447,14 +449,25 @@ func parseCachePolicy(raw []byte) (*cachePolicy, error) {
 	return p, nil
 }
 
+// namesCacheable reports whether a pattern matches an endpoint whose answers can be cached.
+func namesCacheable(pattern string) bool {
+	return slices.ContainsFunc(cacheableEndpoints[:], func(e string) bool { return matchesEndpoint(pattern, e) })
+}
+
 func matchesEndpoint(pattern, endpoint string) bool {
 	return matchesPattern(pattern, endpoint) || matchesPattern(pattern, "POST "+endpoint)
 }
 
-// covers reports whether the policy lists an endpoint, and its answers can be cached.
+// covers reports whether the policy lists an endpoint, and its answers can be cached. Those of Gemini's API have to be
+// listed.
 func (p *cachePolicy) covers(e *endpoint) bool {
-	return e.method == "POST" && slices.Contains(cacheableEndpoints[:], e.pattern) && (p.Endpoints == nil ||
-		slices.ContainsFunc(p.Endpoints, func(s string) bool { return matchesEndpoint(s, e.pattern) }))
+	if e.method != "POST" || !slices.Contains(cacheableEndpoints[:], e.pattern) {
+		return false
+	}
+	if p.Endpoints == nil {
+		return !strings.HasPrefix(e.pattern, geminiPrefix)
+	}
+	return slices.ContainsFunc(p.Endpoints, func(s string) bool { return matchesEndpoint(s, e.pattern) })
 }
 
 // narrowed returns what both policies allow; nil: nothing.
@@ -501,8 +514,8 @@ func (p *cachePolicy) bypassReason(e *endpoint, f *callFields, body []byte) stri
 	if f.statefulParam != "" {
 		return "stateful"
 	}
-	scan := scanForCache(body)
-	computed := e.pattern == "/v1/embeddings" || e.pattern == "/v1/moderations" // the same answer each time
+	scan := scanForCache(body, e.api == apiGemini)
+	computed := e.meter == meterEmbeddings || e.pattern == "/v1/moderations" // the same answer each time
 	searches := strings.Contains(f.model, "-search") || strings.Contains(f.model, ":online")
 	switch {
 	case scan.stateful || e.pattern == "/v1/responses" && !scan.storeOff: // this endpoint stores unless told not to
@@ -528,11 +541,12 @@ type cacheScan struct {
 // counts as well, because some providers ignore case.
 var cacheFields = [...]string{
 	"temperature", "seed", "store", "prompt", "container", "tools", "web_search_options", "search_parameters",
-	"mcp_servers", "plugins", "data_sources", "enable_search", "code_interpreter",
+	"mcp_servers", "plugins", "data_sources", "enable_search", "code_interpreter", "generationConfig",
+	"generation_config",
 }
 
-// scanForCache reads a body that scanJSON has accepted.
-func scanForCache(body []byte) (scan cacheScan) {
+// scanForCache reads a body that scanJSON, or with gemini scanGemini, has accepted.
+func scanForCache(body []byte, gemini bool) (scan cacheScan) {
 	s := bodyScanner{b: body}
 	s.skipSpace()
 	seen := [len(cacheFields)]bool{}
@@ -549,13 +563,35 @@ func scanForCache(body []byte) (scan cacheScan) {
 		name := cacheFields[i]
 		exact := string(key) == name && !seen[i] // of two, a provider may read either
 		seen[i] = true
-		if name == "tools" && s.i < len(s.b) && s.b[s.i] == '[' {
-			scan.tools = s.hasProviderTool() || scan.tools
-			continue
+		switch {
+		case name == "tools" && s.startsWith('['):
+			scan.tools = s.hasProviderTool(gemini) || scan.tools
+		case !strings.HasPrefix(name, "generation"):
+			if raw := string(s.readValue()); !gemini || name != "temperature" && name != "seed" {
+				scan.setField(name, exact, raw)
+			}
+		case gemini && s.startsWith('{'):
+			s.readCacheConfig(&scan)
+		default:
+			s.skipValue()
 		}
-		scan.setField(name, exact, string(s.readValue()))
 	}
 	return scan
+}
+
+// readCacheConfig reads the generationConfig of Gemini's API, where temperature and seed are.
+func (s *bodyScanner) readCacheConfig(scan *cacheScan) {
+	seen := map[string]bool{}
+	for more := s.enter('}'); more; more = s.next('}') {
+		key := string(s.readDecodedKey())
+		name := strings.ToLower(key)
+		if name != "temperature" && name != "seed" {
+			s.skipValue()
+			continue
+		}
+		scan.setField(name, key == name && !seen[name], string(s.readValue()))
+		seen[name] = true
+	}
 }
 
 // setField reads one of cacheFields. exact means that the name is spelled so, and has not occurred before.
@@ -580,8 +616,8 @@ func (scan *cacheScan) setField(name string, exact bool, raw string) {
 }
 
 // hasProviderTool reads a list of tools and reports whether one of them may act at the provider. Tools of the types
-// function and custom, and Anthropic's without a type, are the client's own.
-func (s *bodyScanner) hasProviderTool() (found bool) {
+// function and custom, Anthropic's without a type, and Gemini's function declarations are the client's own.
+func (s *bodyScanner) hasProviderTool(gemini bool) (found bool) {
 	for more := s.enter(']'); more; more = s.next(']') {
 		if s.i >= len(s.b) || s.b[s.i] != '{' {
 			found = true
@@ -589,9 +625,11 @@ func (s *bodyScanner) hasProviderTool() (found bool) {
 			continue
 		}
 		for member := s.enter('}'); member; member = s.next('}') {
-			key := s.readDecodedKey()
+			key := string(s.readDecodedKey())
 			raw := string(s.readValue())
-			if strings.EqualFold(string(key), "type") && raw != `"function"` && raw != `"custom"` {
+			if gemini {
+				found = found || key != "functionDeclarations" && key != "function_declarations"
+			} else if strings.EqualFold(key, "type") && raw != `"function"` && raw != `"custom"` {
 				found = true
 			}
 		}
@@ -645,4 +683,11 @@ func violationError(v *limitViolation) *apiError {
 		return errQuotaSpent(name, msg+" It resets in "+describeDuration(wait)+".")
 	}
 	return errRateLimited(name, kind, msg, wait)
+}
+
+// matches reports whether the filter describes a cached answer.
+func (f *cacheFilter) matches(r *cacheRow) bool {
+	return r.project == f.project && (f.token == 0 || f.token == r.token || f.token == anyToken && r.token != 0) &&
+		(f.model == "" || f.model == r.model) && (f.storedBefore == 0 || r.storedAt < f.storedBefore) &&
+		(f.endpoint == "" || r.endpoint == "" || matchesEndpoint(f.endpoint, r.endpoint))
 }

@@ -361,9 +361,9 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 		p.flights.end(&u.lead, nil)
 		return
 	}
-	e := &memoryEntry{cachedAnswer: cachedAnswer{key: u.key, project: c.project.seq, data: u.data, bodyAt: u.bodyAt,
-		cachedMeta: cachedMeta{Stream: c.response.sse, Model: row.model, Cost: row.cost, TotalUS: row.totalUS,
-			StoredAt: c.times.settledAt.UnixMilli()}}}
+	e := &memoryEntry{cachedAnswer: cachedAnswer{key: u.key, project: c.project.seq, endpoint: c.endpoint.pattern,
+		data: u.data, bodyAt: u.bodyAt, cachedMeta: cachedMeta{Stream: c.response.sse, Model: row.model,
+			Cost: row.cost, TotalUS: row.totalUS, StoredAt: c.times.settledAt.UnixMilli()}}}
 	if cap(u.data)-len(u.data) > len(u.data)/8 { // it came without a length
 		e.data = bytes.Clone(u.data)
 	}
@@ -389,7 +389,7 @@ func (c *call) isWhole() bool {
 	case m.failed || m.implausible || m.isUnfinished():
 		return false
 	case m.isStream():
-		return w.sse && m.done
+		return m.done && (w.sse || m.format == formatJSON && c.endpoint.streams()) // Gemini's can be a list
 	}
 	return !w.sse && m.format == formatJSON && m.done
 }

@@ -502,7 +502,8 @@ type cacheRow struct {
 	id             int64 // the first bytes of the cache key
 	project, token int64 // token is 0 if the tokens of the project share the answer
 	model          string
-	storedAt       int64 // unix milliseconds, like the next
+	endpoint       string // its pattern; "": an earlier version stored the answer
+	storedAt       int64  // unix milliseconds, like the next
 	expiresAt      int64
 	usedAt         int64
 	size           int64 // bytes that count in MAX_CACHE_BYTES
@@ -517,6 +518,7 @@ type cacheFilter struct {
 	project      int64
 	token        int64 // anyToken: every answer that belongs to a single token
 	model        string
+	endpoint     string // a pattern of policies; an answer whose endpoint is not known matches any
 	storedBefore int64
 }
 
@@ -532,19 +534,20 @@ func (s *store) cachedAnswer(ctx context.Context, id, project, now int64) (token
 func (s *store) addCached(ctx context.Context, rows []cacheRow) error {
 	return s.withTx(ctx, func(tx *sql.Tx) error {
 		insert, err := tx.PrepareContext(ctx, `
-			INSERT INTO cache (id, project, token, model, stored_at, expires_at, used_at, size, answer)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+			INSERT INTO cache (id, project, token, model, endpoint, stored_at, expires_at, used_at, size, answer)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 			ON CONFLICT (id) DO UPDATE SET project = excluded.project, token = excluded.token,
-				model = excluded.model, stored_at = excluded.stored_at, expires_at = excluded.expires_at,
-				used_at = excluded.used_at, size = excluded.size, answer = excluded.answer`)
+				model = excluded.model, endpoint = excluded.endpoint, stored_at = excluded.stored_at,
+				expires_at = excluded.expires_at, used_at = excluded.used_at, size = excluded.size,
+				answer = excluded.answer`)
 		if err != nil {
 			return fmt.Errorf("caching answers: %w", err)
 		}
 		defer insert.Close()
 		for i := range rows {
 			r := &rows[i]
-			if _, err := insert.ExecContext(ctx, r.id, r.project, r.token, r.model, r.storedAt, r.expiresAt,
-				r.usedAt, r.size, r.answer); err != nil {
+			if _, err := insert.ExecContext(ctx, r.id, r.project, r.token, r.model, r.endpoint, r.storedAt,
+				r.expiresAt, r.usedAt, r.size, r.answer); err != nil {
 				return fmt.Errorf("caching answers: %w", err)
 			}
 		}
@@ -610,12 +613,12 @@ type cachePosition struct{ token, size, id int64 }
 // cachedAfter returns up to limit of a project's cached answers behind a position, without the answers themselves.
 func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosition, limit int) ([]cacheRow, error) {
 	return collect(ctx, s.readDB, "listing cached answers", func(r *cacheRow) []any {
-		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.storedAt}
+		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.endpoint, &r.storedAt}
 	}, `
-		SELECT * FROM (SELECT id, project, token, size, model, stored_at FROM cache
+		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
 			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5) same
 		UNION ALL
-		SELECT * FROM (SELECT id, project, token, size, model, stored_at FROM cache
+		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
 			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
 		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
 		project, after.token, after.size, after.id, limit)
