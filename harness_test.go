@@ -67,6 +67,7 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 		p.env["DATABASE_URL"] = url
 	}
 	maps.Copy(p.env, env)
+	p.copyDatabase()
 	p.start()
 	key, err := p.instance.operations.createFirstKey(t.Context())
 	if err != nil {
@@ -84,6 +85,44 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 	p.tokenID, p.token = p.newToken(`"name":"t"`)
 	t.Cleanup(p.finish)
 	return p
+}
+
+// emptyDatabase is a database as a first start makes it. Most tests start with a copy, because to run the schema files
+// takes longer than they do.
+var emptyDatabase = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "llm-proxy-test-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	file := filepath.Join(dir, "empty.db")
+	st, err := openStore(context.Background(), file)
+	if err != nil {
+		return nil, err
+	}
+	if err := st.close(); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(file)
+})
+
+// copyDatabase puts an empty database into p's data directory, unless the test chose another directory or made it.
+func (p *testProxy) copyDatabase() {
+	p.t.Helper()
+	dir := filepath.Join(p.dir, "data")
+	if p.env["DATA_DIR"] != dir {
+		return
+	}
+	b, err := emptyDatabase()
+	if err == nil {
+		err = os.Mkdir(dir, 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "llm-proxy.db"), b, 0o600)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
 }
 
 // start runs the server on p's data directory. It may be called again after stop.

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"net/url"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -159,6 +160,30 @@ func runSchemaFiles(ctx context.Context, db querier, from, to int) error {
 		}
 	}
 	return nil
+}
+
+// currentSchema is what schemaOf returns for the version of this program. It is made once: the schema files take longer
+// than all else at a start.
+var currentSchema = sync.OnceValues(func() ([]schemaObject, error) {
+	files, err := fs.Glob(schemaFiles, "schema/*.sql")
+	if err != nil {
+		return nil, fmt.Errorf("listing the schema: %w", err)
+	}
+	return schemaOf(context.Background(), len(files))
+})
+
+// schemaOf returns what the schema files of a version make.
+func schemaOf(ctx context.Context, version int) ([]schemaObject, error) {
+	model, err := sql.Open("sqlite", "file::memory:")
+	if err != nil {
+		return nil, fmt.Errorf("making a database to compare with: %w", err)
+	}
+	defer model.Close()
+	model.SetMaxOpenConns(1) // each connection has its own memory
+	if err := runSchemaFiles(ctx, model, 0, version); err != nil {
+		return nil, err
+	}
+	return listSchema(ctx, model)
 }
 
 // withTx runs fn in one write transaction: all of it takes effect, or nothing.

@@ -95,10 +95,10 @@ func compareCache(ctx context.Context, o options, forwarded, cached target) erro
 		name, body string
 		target
 	}{
-		{"forwarded", chatBody(`"stream":false`), forwarded},
+		{"forwarded", chatBody(`"stream":false,"stop":"` + uniquePlace + `"`), forwarded},
 		{"hit", chatBody(`"stream":false`), cached},
-		{"miss, stored", chatBody(`"stream":false,"user":"` + uniquePlace + `"`), cached},
-		{"miss, not stored", chatBody(`"stream":false,"user":"` + uniquePlace + `","metadata":{"answer":"no-store"}`), cached},
+		{"miss, stored", chatBody(`"stream":false,"stop":"` + uniquePlace + `"`), cached},
+		{"miss, not stored", chatBody(`"stream":false,"stop":"` + uniquePlace + `","metadata":{"answer":"no-store"}`), cached},
 		{"not covered", chatBody(`"stream":false,"store":true`), cached},
 	}
 	cpu := make([][]float64, len(workloads))
