@@ -300,7 +300,7 @@ func readAttribution(header map[string][]string, body *bodyIdentity, project, to
 	}
 	tags, tagErr := readTags(header[tagsHeader], project, token)
 	if found.tags = tags; found.session != "" || found.endUser != "" || len(tags) > 0 {
-		a = &found
+		a = new(found) // nothing is allocated for a client that says nothing
 	}
 	return a, cmp.Or(err, tagErr)
 }
@@ -308,30 +308,38 @@ func readAttribution(header map[string][]string, body *bodyIdentity, project, to
 // splitUserID returns the end user of a field, and the session that Claude Code puts there: as JSON, or in earlier
 // versions as user_DEVICE_account_ACCOUNT_session_SESSION. Its end user is the account, or the device if there is none.
 func splitUserID(field string) (user, session string) {
-	var parts struct {
-		Device  string `json:"device_id"`
-		Account string `json:"account_uuid"`
-		Session string `json:"session_id"`
-	}
-	if field == "" {
-		return "", ""
-	}
 	rest, isClaude := strings.CutPrefix(field, "user_")
 	device, rest, hasAccount := strings.Cut(rest, "_account_")
 	account, id, hasSession := strings.Cut(rest, "_session_")
 	switch {
 	case isClaude && hasAccount && hasSession:
-		parts.Device, parts.Account, parts.Session = device, account, id
-	case field[0] != '{' || json.Unmarshal([]byte(field), &parts) != nil || parts.Device == "" && parts.Account == "":
-		parts.Account = field
+		user, session = cmp.Or(account, device), id
+	case strings.HasPrefix(field, "{"):
+		user, session = splitUserJSON(field)
 	}
-	if user = cmp.Or(parts.Account, parts.Device); !isAttributionValue(user) {
+	if user == "" {
+		user, session = field, ""
+	}
+	if !isAttributionValue(user) {
 		user = ""
 	}
-	if !isAttributionValue(parts.Session) {
-		parts.Session = ""
+	if !isAttributionValue(session) {
+		session = ""
 	}
-	return user, parts.Session
+	return user, session
+}
+
+// splitUserJSON is splitUserID for JSON. It returns nothing for other text, and for JSON that names nobody.
+func splitUserJSON(field string) (user, session string) {
+	var parts struct {
+		Device  string `json:"device_id"`
+		Account string `json:"account_uuid"`
+		Session string `json:"session_id"`
+	}
+	if json.Unmarshal([]byte(field), &parts) != nil {
+		return "", ""
+	}
+	return cmp.Or(parts.Account, parts.Device), parts.Session
 }
 
 // readTags returns the token's own tags and those of the header lines, sorted by key. If it returns an error, the list

@@ -676,3 +676,15 @@ func TestAttributionPages(t *testing.T) {
 		t.Errorf("the form: got %d", res.status)
 	}
 }
+
+// TestAttributionOfNothing: a client that says nothing of its calls costs no allocation.
+func TestAttributionOfNothing(t *testing.T) {
+	header := map[string][]string{"Content-Type": {"application/json"}, "User-Agent": {"curl"}}
+	if n := testing.AllocsPerRun(100, func() {
+		if a, err := readAttribution(header, &bodyIdentity{}, nil, nil); a != nil || err != nil {
+			t.Error(a, err)
+		}
+	}); n > 0 {
+		t.Errorf("%v allocations", n)
+	}
+}

@@ -668,14 +668,17 @@ func TestNoFullScans(t *testing.T) {
 	}
 }
 
-// TestRowsStay: no statement changes the row of a call, and only the one for old calls deletes rows.
+// TestRowsStay: no statement changes the row of a call, but for the one that erases an end user: it changes names alone.
+// Only the one for old calls deletes rows.
 func TestRowsStay(t *testing.T) {
 	t.Parallel()
 	update := regexp.MustCompile(`(UPDATE|REPLACE INTO) requests\b|INTO requests\b[^;]*ON CONFLICT`)
 	remove := regexp.MustCompile(`DELETE FROM requests\b`)
+	erase := regexp.MustCompile(`^\s*UPDATE requests SET end_user = CASE end_user WHEN \?2 THEN '' ELSE end_user END,` +
+		`\s*session = CASE session WHEN \?2 THEN '' ELSE session END,\s*tags = CASE tags .* END\s*WHERE id IN `)
 	deletes, inserts := 0, 0
 	for _, st := range readStatements(t) {
-		if update.MatchString(st.text) {
+		if update.MatchString(st.text) && !erase.MatchString(strings.Join(strings.Fields(st.text), " ")) {
 			t.Errorf("%s changes rows: %s", st.position, st.text)
 		}
 		if remove.MatchString(st.text) {
