@@ -355,7 +355,8 @@ func (r *requestRow) durableFields() []any {
 		&r.requestedModel, &r.modelTracked, &r.requestedModelTracked, &r.saved, &r.savedUS,
 		&r.backgroundID, &r.reservedInput, &r.reservedOutput, &r.reservedCost, &r.usageOf, &r.counted, &r.attribution,
 		&r.batch, &r.batchLines, &r.linesCounted, &r.limitUses,
-		&r.routedBy, &r.clientRetry, &r.idempotencyHash, &r.isClientRetry}
+		&r.routedBy, &r.clientRetry, &r.idempotencyHash, &r.isClientRetry,
+		&r.pictureSize, &r.pictureQuality, &r.refusal}
 	for _, c := range r.details.counts() {
 		fields = append(fields, c.count)
 	}

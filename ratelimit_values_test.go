@@ -618,12 +618,15 @@ func TestValuesUnderLoad(t *testing.T) {
 	p.waitSettled()
 	total := int64(0)
 	for n := range answered {
-		name := fmt.Sprint("u", n)
-		for p.sendAs(tokens[0], name) == 200 {
-			answered[n].Add(1)
+		for again := true; again; {
+			status, header := p.send(nil, tokens[0], chatBody(fmt.Sprintf(`"user":"u%d",`, n)+tinyBody))
+			if status == 200 {
+				answered[n].Add(1)
+			}
+			again = status == 200 || header.Get("Retry-After") != "" // until the ledger has stored other counters
 		}
 		if got := answered[n].Load(); got != most {
-			t.Errorf("%s got %d calls", name, got)
+			t.Errorf("u%d got %d calls", n, got)
 		}
 		total += answered[n].Load()
 	}

@@ -668,11 +668,11 @@ func TestNoFullScans(t *testing.T) {
 	}
 }
 
-// TestRowsStay: no statement changes the row of a call, but for the one that erases an end user: it changes names alone.
-// Only the one for old calls deletes rows.
+// TestRowsStay: no statement changes the row of a call, but for the one that erases an end user, which changes names
+// alone. Only the one for old calls deletes rows.
 func TestRowsStay(t *testing.T) {
 	t.Parallel()
-	update := regexp.MustCompile(`(UPDATE|REPLACE INTO) requests\b|INTO requests\b[^;]*ON CONFLICT`)
+	update := regexp.MustCompile(`(UPDATE|REPLACE INTO) requests\b|INTO requests\b[^;]*ON CONFLICT[^;]*DO UPDATE`)
 	remove := regexp.MustCompile(`DELETE FROM requests\b`)
 	erase := regexp.MustCompile(`^\s*UPDATE requests SET end_user = CASE end_user WHEN \?2 THEN '' ELSE end_user END,` +
 		`\s*session = CASE session WHEN \?2 THEN '' ELSE session END,\s*tags = CASE tags .* END\s*WHERE id IN `)

@@ -513,14 +513,6 @@ func (s *store) policyTexts(ctx context.Context, project, token int64) (texts [2
 	return texts, nil
 }
 
-// valuesUsedSince is the statement of usedSince for the values of limits with for_each.
-const valuesUsedSince = `
-	INSERT INTO main.limit_values (project, token, rule, value, window_start, window_end, used)
-	SELECT p.seq, t.seq, n.rule, n.value, n.window_start, n.window_end, n.used
-	FROM now.limit_values n JOIN temp.known_projects p ON p.now_seq = n.project
-		JOIN temp.known_tokens t ON t.now_seq = n.token WHERE true
-	ON CONFLICT DO UPDATE SET used = max(used, excluded.used)`
-
 // An expiringToken is a token that expires soon.
 type expiringToken struct {
 	id, name, project, projectID string
