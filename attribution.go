@@ -106,6 +106,18 @@ func (a *attribution) withEndUser(name string) *attribution {
 	return &named
 }
 
+// without returns a copy in which name is neither the end user nor the session, nor the value of a tag.
+func (a *attribution) without(name string) *attribution {
+	kept := attribution{tags: slices.DeleteFunc(slices.Clone(a.tags), func(t tag) bool { return t.value == name })}
+	if a.session != name {
+		kept.session = a.session
+	}
+	if a.endUser != name {
+		kept.endUser = a.endUser
+	}
+	return &kept
+}
+
 // columns returns the values of the ledger's columns.
 func (a *attribution) columns() (session, endUser, tags string) {
 	if a == nil {

@@ -652,6 +652,7 @@ func TestDoctorProvider(t *testing.T) {
 // TestDoctorFindings: doctor finds each problem, on a separate stopped server.
 func TestDoctorFindings(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "it damages the database file")
 	for _, tt := range []struct {
 		name              string
 		ill               func(t *testing.T, p *testProxy)

@@ -135,6 +135,7 @@ func TestConfigValues(t *testing.T) {
 		{"DATABASE_URL", "postgres://u:pw-canary-1@host", "names"},
 		{"DATABASE_URL", "sqlite:" + filepath.Join(dir, "none", "x.db"), "create the directory first"},
 		{"DATABASE_URL", "sqlite:" + dir, "is a directory"},
+		{"DATABASE_URL", "sqlite:/dev/null", "is not a regular file"},
 		{"ENCRYPTION_KEY", goodKey, ""},
 		{"ENCRYPTION_KEY", strings.ToUpper(goodKey), ""},
 		{"ENCRYPTION_KEY", "Hwyaf9K+dIhqAf80eeLF0LOaT24Xgs1VA76R96htJAw=", ""},

@@ -56,8 +56,11 @@ func checkDirectory(dir string) error {
 // directory, not the program.
 func checkDatabaseFile(file string, checkDirectory func(string) error) error {
 	dir := filepath.Dir(file)
-	if info, err := os.Stat(file); err == nil && info.IsDir() {
+	switch info, err := os.Stat(file); {
+	case err == nil && info.IsDir():
 		return fmt.Errorf("%q is a directory; name a file in it", file)
+	case err == nil && !info.Mode().IsRegular(): // a start would restrict the access to a device such as /dev/null
+		return fmt.Errorf("%q is not a regular file; name another file", file)
 	}
 	if _, err := os.Stat(dir); err != nil {
 		return fmt.Errorf("%q: %w; create the directory first", dir, unwrapPathError(err))

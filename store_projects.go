@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -538,31 +539,72 @@ func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([
 		LIMIT ?`, now, limit)
 }
 
-// erasePending takes the name ?2 out of the pending records of project ?1.
-const erasePending = `
-	UPDATE begun SET calls = (SELECT json_group_array(json(CASE
-			WHEN c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11) THEN json_set(c.value,
-				'$[10]', CASE c.value ->> 10 WHEN ?2 THEN '' ELSE c.value ->> 10 END, '$[11]', '', '$[12]', '')
-			ELSE c.value END)) FROM json_each(calls) c)
-	WHERE EXISTS (SELECT 1 FROM json_each(calls) c
-		WHERE c.value ->> 1 = ?1 AND ?2 IN (c.value ->> 10, c.value ->> 11))`
-
-// eraseCalls returns, for each column that may have the name ?2, how to find some calls of project ?1 that have it, as
-// a JSON list of their ids, and how to take it out of these (?1).
-func eraseCalls() [2]struct{ ids, update string } {
-	const update = `
-		UPDATE requests SET end_user = CASE end_user WHEN ?2 THEN '' ELSE end_user END,
-			session = CASE session WHEN ?2 THEN '' ELSE session END,
-			tags = CASE tags WHEN '' THEN '' ELSE (
-				SELECT CASE count(*) WHEN 0 THEN '' ELSE json_group_object(t.key, t.value) END
-				FROM json_each(tags) t WHERE t.value <> ?2) END
-		WHERE id IN (SELECT value FROM json_each(?1))`
-	return [...]struct{ ids, update string }{
-		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
-			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200) c`, update},
-		{`SELECT json_group_array(id) FROM (SELECT id FROM requests
-			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200) c`, update},
+// eraseFromBatch takes a name out of the calls of a project in a row of begun (see appendPendingRecord), and reports
+// whether any had it. Such a call loses its tags too.
+func eraseFromBatch(text string, project int64, name string) (erased string, found bool, err error) {
+	var calls [][]json.RawMessage
+	if err := json.Unmarshal([]byte(text), &calls); err != nil {
+		return "", false, err
 	}
+	for _, c := range calls {
+		var session, endUser string
+		if len(c) <= pendingTags || string(c[pendingProject]) != strconv.FormatInt(project, 10) {
+			continue
+		}
+		if json.Unmarshal(c[pendingSession], &session) != nil || json.Unmarshal(c[pendingEndUser], &endUser) != nil ||
+			session != name && endUser != name {
+			continue
+		}
+		found = true
+		c[pendingEndUser], c[pendingTags] = json.RawMessage(`""`), json.RawMessage(`""`)
+		if session == name {
+			c[pendingSession] = json.RawMessage(`""`)
+		}
+	}
+	out, err := json.Marshal(calls)
+	return string(out), found, err
+}
+
+// Where appendPendingRecord puts what erasing an end user reads.
+const (
+	pendingProject = 1
+	pendingSession = 10
+	pendingEndUser = 11
+	pendingTags    = 12
+)
+
+// A cacheUsage is how much is cached of one project and model.
+type cacheUsage struct {
+	model          string
+	entries, bytes int64
+	oldestStoredAt int64
+}
+
+const maxCacheModels = 1000
+
+// cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
+func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
+	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
+		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
+	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
+		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
+}
+
+// A cachePosition is a position in the list of a project's cached answers, which the index cache_project orders.
+type cachePosition struct{ token, size, id int64 }
+
+// cachedAfter returns up to limit of a project's cached answers behind a position, without the answers themselves.
+func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosition, limit int) ([]cacheRow, error) {
+	return collect(ctx, s.readDB, "listing cached answers", func(r *cacheRow) []any {
+		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.endpoint, &r.storedAt}
+	}, `
+		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
+			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5) same
+		UNION ALL
+		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
+			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
+		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
+		project, after.token, after.size, after.id, limit)
 }
 
 // parseGroupBy reads by what the sums are grouped.

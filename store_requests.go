@@ -305,7 +305,7 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 	const doing = "erasing an end user"
 	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
 	defer func() { _, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
-	if _, err := execCount(ctx, s.writeDB, doing, erasePending, project, name); err != nil {
+	if err := s.eraseFromPending(ctx, project, name); err != nil {
 		return 0, err
 	}
 	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
@@ -325,25 +325,18 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 			return 0, err
 		}
 	}
-	for _, of := range eraseCalls() {
+	for _, query := range [...]string{
+		`SELECT id, session, end_user, tags FROM requests
+			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200`,
+		`SELECT id, session, end_user, tags FROM requests
+			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200`,
+	} {
 		for {
-			n := int64(0)
-			err := s.withTx(ctx, func(tx *sql.Tx) error {
-				ids, err := queryValue[string](ctx, tx, doing, of.ids, project, name)
-				if err != nil || ids == "[]" {
-					return err
-				}
-				if _, err := execCount(ctx, tx, doing,
-					`DELETE FROM contents WHERE id IN (SELECT value FROM json_each(?))`, ids); err != nil {
-					return err
-				}
-				n, err = execCount(ctx, tx, doing, of.update, ids, name)
-				return err
-			})
-			if erased += n; err != nil || n == 0 {
-				if err != nil {
-					return erased, err
-				}
+			n, err := s.eraseCalls(ctx, query, project, name)
+			if erased += n; err != nil {
+				return erased, err
+			}
+			if n == 0 {
 				break
 			}
 			time.Sleep(time.Millisecond)
@@ -351,6 +344,70 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 	}
 	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
 	return erased, nil
+}
+
+// eraseFromPending takes a name out of the pending records of a project.
+func (s *store) eraseFromPending(ctx context.Context, project int64, name string) error {
+	const doing = "erasing an end user from pending records"
+	type batch struct {
+		id    int64
+		calls string
+	}
+	return s.withTx(ctx, func(tx *sql.Tx) error {
+		batches, err := collect(ctx, tx, doing, func(b *batch) []any { return []any{&b.id, &b.calls} },
+			`SELECT batch, calls FROM begun`)
+		if err != nil {
+			return err
+		}
+		for _, b := range batches {
+			calls, found, err := eraseFromBatch(b.calls, project, name)
+			if err != nil {
+				return fmt.Errorf("%s: %w", doing, err)
+			}
+			if !found {
+				continue
+			}
+			_, err = execCount(ctx, tx, doing, `UPDATE begun SET calls = ? WHERE batch = ?`, calls, b.id)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// A namedCall is a call that may have the name of an end user.
+type namedCall struct {
+	id          int64
+	attribution attribution
+}
+
+// eraseCalls takes a name out of up to 200 calls of a project and deletes their content. query finds calls by one of
+// the columns that may have the name.
+func (s *store) eraseCalls(ctx context.Context, query string, project int64, name string) (n int64, err error) {
+	const doing = "erasing an end user from calls"
+	err = s.withTx(ctx, func(tx *sql.Tx) error {
+		calls, err := collect(ctx, tx, doing, func(c *namedCall) []any {
+			return []any{&c.id, &c.attribution.session, &c.attribution.endUser, &c.attribution.tags}
+		}, query, project, name)
+		if err != nil {
+			return err
+		}
+		for _, c := range calls {
+			session, endUser, tags := c.attribution.without(name).columns()
+			if _, err := execCount(ctx, tx, doing, `DELETE FROM contents WHERE id = ?`, c.id); err != nil {
+				return err
+			}
+			_, err = execCount(ctx, tx, doing, `UPDATE requests SET session = ?, end_user = ?, tags = ? WHERE id = ?`,
+				session, endUser, tags, c.id)
+			if err != nil {
+				return err
+			}
+		}
+		n = int64(len(calls))
+		return nil
+	})
+	return n, err
 }
 
 // deleteProjectContents deletes up to limit contents of a project.
@@ -373,17 +430,6 @@ func (s *store) pendingUsage(ctx context.Context, project, upstream int64, respo
 func (s *store) expiredUsage(ctx context.Context, before int64, limit int) ([]requestRow, error) {
 	return collect(ctx, s.readDB, "listing background responses", (*requestRow).pendingColumns, selectPending+`
 		WHERE b.usage_source = '' AND b.call < ? ORDER BY b.call LIMIT ?`, before, limit)
-}
-
-// reservedSince returns what was reserved for background responses whose usage is not known, of calls with an id of
-// from or above, of a token or, with token 0, of a whole project. Their calls are in the sums, without usage.
-func (s *store) reservedSince(ctx context.Context, project, token, from int64) ([]pastUsage, error) {
-	return collect(ctx, s.readDB, "reading what background responses have reserved", func(u *pastUsage) []any {
-		return []any{&u.endpoint, &u.requestedModel, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
-	}, `
-		SELECT endpoint, CASE WHEN asked_tracked THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
-		FROM background WHERE usage_source = '' AND project = ? AND CAST(? AS BIGINT) IN (0, token) AND call >= ?`,
-		otherModels, project, token, from)
 }
 
 const selectPending = `SELECT b.call, b.call >> 21, b.project, b.token, b.upstream, b.endpoint, b.outcome, b.model,
@@ -588,40 +634,6 @@ func (s *store) cacheSize(ctx context.Context, project int64) (entries, bytes in
 		return 0, 0, fmt.Errorf("reading the size of the cache: %w", err)
 	}
 	return entries, bytes, nil
-}
-
-// A cacheUsage is how much is cached of one project and model.
-type cacheUsage struct {
-	model          string
-	entries, bytes int64
-	oldestStoredAt int64
-}
-
-const maxCacheModels = 1000
-
-// cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
-func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
-	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
-		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
-	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
-		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
-}
-
-// A cachePosition is a position in the list of a project's cached answers, which the index cache_project orders.
-type cachePosition struct{ token, size, id int64 }
-
-// cachedAfter returns up to limit of a project's cached answers behind a position, without the answers themselves.
-func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosition, limit int) ([]cacheRow, error) {
-	return collect(ctx, s.readDB, "listing cached answers", func(r *cacheRow) []any {
-		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.endpoint, &r.storedAt}
-	}, `
-		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
-			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5) same
-		UNION ALL
-		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
-			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
-		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
-		project, after.token, after.size, after.id, limit)
 }
 
 // deleteCached deletes answers, and returns the ids of those that were there, and their bytes.

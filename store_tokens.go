@@ -513,6 +513,17 @@ func (s *store) policyTexts(ctx context.Context, project, token int64) (texts [2
 	return texts, nil
 }
 
+// reservedSince returns what was reserved for background responses whose usage is not known, of calls with an id of
+// from or above, of a token or, with token 0, of a whole project. Their calls are in the sums, without usage.
+func (s *store) reservedSince(ctx context.Context, project, token, from int64) ([]pastUsage, error) {
+	return collect(ctx, s.readDB, "reading what background responses have reserved", func(u *pastUsage) []any {
+		return []any{&u.endpoint, &u.requestedModel, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
+	}, `
+		SELECT endpoint, CASE WHEN asked_tracked THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
+		FROM background WHERE usage_source = '' AND project = ? AND CAST(? AS BIGINT) IN (0, token) AND call >= ?`,
+		otherModels, project, token, from)
+}
+
 // An expiringToken is a token that expires soon.
 type expiringToken struct {
 	id, name, project, projectID string
