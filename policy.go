@@ -679,7 +679,7 @@ func violationError(v *limitViolation) *apiError {
 	switch {
 	case v.permanent:
 		return errQuotaSpent(name, msg)
-	case v.limit.isQuota():
+	case v.limit.isQuota() && !v.memoryFull:
 		return errQuotaSpent(name, msg+" It resets in "+describeDuration(wait)+".")
 	}
 	return errRateLimited(name, kind, msg, wait)

@@ -254,6 +254,12 @@ func TestValueViolations(t *testing.T) {
 		"An administrator can raise its max_values. It resets in 12 hours."; got != want {
 		t.Errorf("got %s", got)
 	}
+	// Memory that is full is free again soon, whatever the period of the limit.
+	full := violationError(&limitViolation{limit: &limit{metric: metricRequests, period: perDay, max: 1,
+		forEach: endUserAttribute}, noCounter: true, memoryFull: true, wait: 1000})
+	if full.retryAfter != time.Second || full.noRetry || full.code != "rate_limit_exceeded" {
+		t.Errorf("full memory: got %+v", full)
+	}
 }
 
 // TestValuesInParallel: 200 callers over 50 values get exactly what the limit allows for each value, and never more at

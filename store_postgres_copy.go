@@ -65,7 +65,7 @@ const (
 	copiedBatchUsage = `seq, object, model, priced, lines, input_tokens, cached_tokens, cache_write_tokens,
 		output_tokens, reasoning_tokens, cost, prompt_saved`
 	copiedContents = `id, project, until, request, request_bytes, answer, answer_bytes`
-	copiedCache    = `id, project, token, model, stored_at, expires_at, used_at, size, answer`
+	copiedCache    = `id, project, token, model, stored_at, expires_at, used_at, size, answer, endpoint`
 )
 
 // managedTables are the tables of what administrators manage.

@@ -139,7 +139,11 @@ func TestPostgresConnectionsLost(t *testing.T) {
 	requirePostgres(t)
 	p := newTest(t, nil)
 	p.allowErrors = true
-	database := p.env["DATABASE_URL"][strings.LastIndexByte(p.env["DATABASE_URL"], '/')+1:]
+	address, err := url.Parse(p.env["DATABASE_URL"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	database := strings.TrimPrefix(address.Path, "/")
 	answered := 0
 	for range 5 {
 		if err := execTestServer(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '` + database +
