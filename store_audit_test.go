@@ -283,13 +283,13 @@ func TestRowPutBack(t *testing.T) {
 		"delete project": func(p *forgeryTest) { p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil) },
 		"restore all": func(p *forgeryTest) {
 			backup := filepath.Join(p.dir, "backup.db")
-			if out, err := runProgram(t, p.env, "backup", backup); err != nil {
+			if out, err := runProgram(p.t, p.env, "backup", backup); err != nil {
 				t.Errorf("%v: %s", err, out)
 			}
 			if err := p.stop(); err != nil {
 				t.Error(err)
 			}
-			if out, err := runProgram(t, p.env, "restore", "--revoke=all", backup); err != nil {
+			if out, err := runProgram(p.t, p.env, "restore", "--revoke=all", backup); err != nil {
 				t.Errorf("%v: %s", err, out)
 			}
 			p.start()
