@@ -269,3 +269,53 @@ func TestRestoreKeepsUse(t *testing.T) {
 		})
 	}
 }
+
+// TestRestoreKeepsAttribution: restore --revoke=since brings every sum of a session, an end user and a tag up to what the
+// current database has, whatever columns the table has.
+func TestRestoreKeepsAttribution(t *testing.T) {
+	t.Parallel()
+	requireSQLite(t, "it restores a backup")
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["team"]}}}`, 200, nil)
+	call := func() {
+		res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"ann","prompt_cache_key":"s1"`), "Content-Type",
+			"application/json", "Authorization", "Bearer "+p.token, "X-Stainless-Retry-Count", "2",
+			"X-LLM-Proxy-Tags", "team=search")
+		if res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	call()
+	p.waitSettled()
+	backup := filepath.Join(p.dir, "backup.db")
+	if out, err := runProgram(t, p.env, "backup", backup); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	call()
+	p.waitSettled()
+	sums := func() (out []string) {
+		db := p.instance.store.readDB
+		names, err := collect(t.Context(), db, "listing columns", func(s *string) []any { return []any{s} },
+			`SELECT name FROM pragma_table_info('attribution_sums') WHERE name NOT IN ('project', 'token', 'at')`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err = collect(t.Context(), db, "reading sums", func(s *string) []any { return []any{s} },
+			`SELECT json_array(`+strings.Join(names, ", ")+`) FROM attribution_sums ORDER BY 1`)
+		if err != nil || len(out) < 3 {
+			t.Fatal(out, err)
+		}
+		return out
+	}
+	before := sums()
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := runProgram(t, p.env, "restore", "--revoke=since", backup); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p.start()
+	if after := sums(); !slices.Equal(after, before) {
+		t.Errorf("got  %q\nwant %q", after, before)
+	}
+}

@@ -438,11 +438,9 @@ func upstreamFields() []field[upstreamInput, upstreamEdit] {
 	}, upstreamNumberFields(), []f{
 		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyNull,
 			help: "cost-multiplier", target: func(in *input) any { return &in.costMultiplier },
-			apply: func(in *input, u *edit) error {
-				return applyMultiplier(in.costMultiplier, &u.CostMultiplier)
-			}},
-		{name: "shared_with", label: "Shared with projects", kind: "lines", placeholder: "proj_…", help: "shared-with",
-			target: func(in *input) any { return &in.sharedWith }, apply: (*input).applySharing},
+			apply: func(in *input, u *edit) error { return applyMultiplier(in.costMultiplier, &u.CostMultiplier) }},
+		{name: "shared_with", label: "Shared with projects", kind: "lines", placeholder: "proj_…",
+			help: "shared-with", target: func(in *input) any { return &in.sharedWith }, apply: (*input).applySharing},
 		stored(f{name: "note", label: "Note", help: "note"}, validateShortText,
 			func(in *input, u *edit) (*optional[string], *string) { return &in.note, &u.Note }),
 		stored(f{name: "organization", label: "OpenAI organization", placeholder: "org-…", help: "organization"},

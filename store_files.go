@@ -401,7 +401,7 @@ func (s *store) applyNarrowing(ctx context.Context, origin auditOrigin, event au
 	})
 }
 
-// largerSums sets each sum of a row of usage_sums to the larger one of two.
+// largerSums sets each sum of a row of usage_sums or attribution_sums to the larger one of two.
 const largerSums = `calls = max(calls, excluded.calls), input_tokens = max(input_tokens, excluded.input_tokens),
 			cached_tokens = max(cached_tokens, excluded.cached_tokens),
 			output_tokens = max(output_tokens, excluded.output_tokens),
@@ -481,22 +481,14 @@ const valuesUsedSince = `
 const attributedSince = `
 	INSERT INTO main.attribution_sums (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
 		input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
+		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
 	SELECT p.seq, n.attribute, n.at, n.value, t.seq, n.model, n.endpoint, n.outcome, n.asked, n.calls,
 		n.input_tokens, n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls,
-		n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved
+		n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved,
+		n.client_retries
 	FROM now.attribution_sums n JOIN temp.known_projects p ON p.now_seq = n.project
 		JOIN temp.known_tokens t ON t.now_seq = n.token WHERE true
-	ON CONFLICT DO UPDATE SET calls = max(calls, excluded.calls),
-		input_tokens = max(input_tokens, excluded.input_tokens),
-		cached_tokens = max(cached_tokens, excluded.cached_tokens),
-		output_tokens = max(output_tokens, excluded.output_tokens),
-		reasoning_tokens = max(reasoning_tokens, excluded.reasoning_tokens), cost = max(cost, excluded.cost),
-		unpriced_calls = max(unpriced_calls, excluded.unpriced_calls),
-		estimated_calls = max(estimated_calls, excluded.estimated_calls),
-		would_refuse = max(would_refuse, excluded.would_refuse), total_us = max(total_us, excluded.total_us),
-		cache_hits = max(cache_hits, excluded.cache_hits), saved = max(saved, excluded.saved),
-		saved_us = max(saved_us, excluded.saved_us), prompt_saved = max(prompt_saved, excluded.prompt_saved)`
+	ON CONFLICT DO UPDATE SET ` + largerSums
 
 // revokeAll revokes every token and every management key.
 func (s *store) revokeAll(ctx context.Context, origin auditOrigin, event auditEvent) error {
