@@ -270,8 +270,8 @@ func TestRestoreKeepsUse(t *testing.T) {
 	}
 }
 
-// TestRestoreKeepsAttribution: restore --revoke=since brings every sum of a session, an end user and a tag up to what the
-// current database has, whatever columns the table has.
+// TestRestoreKeepsAttribution: restore --revoke=since brings every sum of a session, an end user and a tag up to what
+// the current database has, whatever columns the table has.
 func TestRestoreKeepsAttribution(t *testing.T) {
 	t.Parallel()
 	requireSQLite(t, "it restores a backup")
