@@ -97,7 +97,8 @@ type request struct {
 		IncludeUsage bool `json:"include_usage"`
 	} `json:"stream_options"`
 
-	prompt string // promptText, computed once
+	prompt   string // promptText, computed once
+	grounded bool   // Gemini's API may search the web
 }
 
 // A completion is one answer: text or a tool call.

@@ -4,6 +4,7 @@
 package demo
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -24,6 +25,7 @@ type geminiRequest struct {
 	SystemInstruction geminiContent   `json:"systemInstruction"`
 	Tools             []struct {
 		FunctionDeclarations []geminiFunction `json:"functionDeclarations"`
+		GoogleSearch         any              `json:"googleSearch"`
 	} `json:"tools"`
 	ToolConfig struct {
 		FunctionCallingConfig struct {
@@ -58,6 +60,52 @@ type geminiFunction struct {
 	Name                 string `json:"name"`
 	Parameters           any    `json:"parameters"`
 	ParametersJSONSchema any    `json:"parametersJsonSchema"`
+}
+
+// UnmarshalJSON reads a request whose fields are in camelCase or snake_case, as each of them may be: Google's SDK for
+// Python mixes both.
+func (g *geminiRequest) UnmarshalJSON(text []byte) error {
+	type fields geminiRequest
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.UseNumber()
+	var v any
+	if err := d.Decode(&v); err != nil {
+		return err
+	}
+	b, err := json.Marshal(camelCase(v))
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, (*fields)(g))
+}
+
+// camelCase returns a JSON value whose names of fields are in camelCase. Schemas and the arguments and results of tools
+// have names of their own, and keep them.
+func camelCase(value any) any {
+	switch v := value.(type) {
+	case map[string]any:
+		out := make(map[string]any, len(v))
+		for name, member := range v {
+			words := strings.Split(name, "_")
+			for i, word := range words[1:] {
+				if word != "" {
+					words[i+1] = strings.ToUpper(word[:1]) + word[1:]
+				}
+			}
+			switch name = strings.Join(words, ""); name {
+			case "parameters", "parametersJsonSchema", "responseSchema", "responseJsonSchema", "args", "response":
+				out[name] = member
+			default:
+				out[name] = camelCase(member)
+			}
+		}
+		return out
+	case []any:
+		for i := range v {
+			v[i] = camelCase(v[i])
+		}
+	}
+	return value
 }
 
 // message returns the content as a message of the other APIs.
@@ -96,6 +144,7 @@ func (g *geminiRequest) translate(model string) request {
 		r.Messages = append(r.Messages, q.Content.message())
 	}
 	for _, t := range g.Tools {
+		r.grounded = r.grounded || t.GoogleSearch != nil
 		for _, f := range t.FunctionDeclarations {
 			schema := f.ParametersJSONSchema
 			if schema == nil {
@@ -236,16 +285,22 @@ func (c *call) geminiContent() {
 	candidates := []any{}
 	for i, a := range answers {
 		part, finish := c.geminiPart(a)
-		candidates = append(candidates, geminiCandidate(part, finish, i))
+		candidates = append(candidates, c.geminiCandidate(part, finish, i))
 	}
 	c.replyJSON(u.output, obj{"candidates", candidates, "usageMetadata", c.geminiUsage(u, u.output-u.reasoning),
 		"modelVersion", c.body.Model, "responseId", c.p.newID("")})
 }
 
-func geminiCandidate(part obj, finish string, index int) obj {
+// geminiCandidate returns a candidate, or a piece of one. The last piece has the finish, and the searches of the web
+// that the answer rests on, if the request allows them.
+func (c *call) geminiCandidate(part obj, finish string, index int) obj {
 	v := obj{"content", obj{"parts", []any{part}, "role", "model"}, "index", index}
-	if finish != "" {
-		v = append(v, "finishReason", finish)
+	if finish == "" {
+		return v
+	}
+	if v = append(v, "finishReason", finish); c.body.grounded {
+		question, _ := c.body.lastTurn()
+		v = append(v, "groundingMetadata", obj{"webSearchQueries", []any{excerpt(question)}})
 	}
 	return v
 }
@@ -262,7 +317,7 @@ func (c *call) geminiStream() {
 		if finish != "" {
 			output = u.output - u.reasoning
 		}
-		chunk := obj{"candidates", []any{geminiCandidate(part, finish, 0)}, "usageMetadata", c.geminiUsage(u, output),
+		chunk := obj{"candidates", []any{c.geminiCandidate(part, finish, 0)}, "usageMetadata", c.geminiUsage(u, output),
 			"modelVersion", c.body.Model, "responseId", id}
 		if events {
 			c.sendEvent("", chunk)

@@ -600,6 +600,12 @@ func TestGemini(t *testing.T) {
 		{"a tool", "POST", flash + ":generateContent", weather, 200, fields{
 			"candidates.0.content.parts.0.functionCall.name":      "get_weather",
 			"candidates.0.content.parts.0.functionCall.args.city": "Berlin", "candidates.0.finishReason": "STOP"}},
+		{"names in both spellings", "POST", flash + ":generateContent", strings.ReplaceAll(weather,
+			`"parameters":{"type":"OBJECT","properties":{"city"`, `"parameters_json_schema":{"type":"object",`+
+				`"properties":{"big_city"`), 200,
+			fields{"candidates.0.content.parts.0.functionCall.args.big_city": "Berlin"}},
+		{"a search", "POST", flash + ":generateContent", strings.Replace(hello, "{", `{"tools":[{"google_search":{}}],`,
+			1), 200, fields{"candidates.0.groundingMetadata.webSearchQueries.0": "Tell me about rivers"}},
 		{"JSON", "POST", flash + ":generateContent", strings.Replace(hello, "{", `{"generationConfig":{`+
 			`"responseMimeType":"application/json","responseSchema":{"type":"OBJECT","properties":`+
 			`{"n":{"type":"INTEGER","minimum":3}}}},`, 1), 200, fields{"candidates.0.content.parts.0.text": `{"n":3}`}},
@@ -634,6 +640,7 @@ func TestGemini(t *testing.T) {
 	_, events := readEvents(t, call("POST", flash+":streamGenerateContent?alt=sse", hello))
 	last := decodeObject(t, events[len(events)-1])
 	if len(events) < 9 || lookup(decodeObject(t, events[0]), "candidates.0.finishReason") != "absent" ||
+		lookup(last, "candidates.0.groundingMetadata") != "absent" ||
 		lookup(last, "candidates.0.finishReason") != "STOP" {
 		t.Errorf("a stream of %d events ends with %v", len(events), last)
 	}

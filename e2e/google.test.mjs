@@ -1,7 +1,11 @@
 // This file tests the official @google/genai through the proxy, against `llm-proxy demo`: answers, streams, tools,
-// embeddings, lists of models, and failures as the errors that its users expect.
+// embeddings, lists of models, and failures as the errors that its users expect. google_genai.py does the same with the
+// official google-genai for Python, if LLM_PROXY_PYTHON names a Python that has it.
 import assert from 'node:assert/strict';
+import { execFile } from 'node:child_process';
 import { after, before, describe, test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { ApiError, GoogleGenAI, Type } from '@google/genai';
 import { Demo } from './proxy.mjs';
 
@@ -116,4 +120,13 @@ describe('failures', () => {
   test('a stream that is cut', async () => {
     await assert.rejects(stream({ ...ask, contents: '[[cut]]' }));
   });
+});
+
+const python = process.env.LLM_PROXY_PYTHON;
+test('google-genai for Python', { skip: python ? false : 'LLM_PROXY_PYTHON is not set', timeout: 58_000 }, async () => {
+  const since = new Date().toISOString(), program = fileURLToPath(new URL('google_genai.py', import.meta.url));
+  const { stdout } = await promisify(execFile)(python, [program, demo.url, demo.token], { timeout: 50_000 });
+  assert.match(stdout, /ok\n$/);
+  const streams = (await demo.calls(since)).filter((row) => row.endpoint.endsWith(':streamGenerateContent') && row.status === 200);
+  assert.ok(streams.length >= 3 && streams.every((row) => row.usage_source === 'exact'), JSON.stringify(streams));
 });
