@@ -494,6 +494,12 @@ func billedQuantities(c *tokenCounts, d *usageDetails) (q quantities) {
 	return q
 }
 
+// sumCost returns the cost of the usage of many calls, none of which had a long input.
+func (p *price) sumCost(c *tokenCounts) (nanos int64, ok bool) {
+	short := &price{tierPrice: tierPrice{rates: p.rates}}
+	return short.cost(c, &usageDetails{}, nil)
+}
+
 // A costLine is a part of a cost: a quantity of one kind at a price, or what a multiplier adds to the lines before.
 type costLine struct {
 	kind       priceKind

@@ -6,7 +6,9 @@ package main
 import (
 	"cmp"
 	"errors"
+	"hash/fnv"
 	"net/url"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -222,6 +224,7 @@ var (
 const (
 	chatPattern = "/v1/chat/completions"
 	listPattern = "/v1/models"
+	onePattern  = "/v1/models/{model}"
 	modelPrefix = "/v1/models/"
 
 	geminiPrefix      = "/v1beta/" // of every path of Gemini's API
@@ -509,6 +512,11 @@ func (e *endpoint) eventForm() eventForm {
 	return eventsNamed
 }
 
+// mayBeGoogles reports whether the endpoint, of the other APIs, shows Google's models where a project has no others.
+func (e *endpoint) mayBeGoogles() bool {
+	return e.method == "GET" && (e.pattern == listPattern || e.pattern == onePattern)
+}
+
 // listsModels reports whether the endpoint's answer is a list of models.
 func (e *endpoint) listsModels() bool {
 	return e.pattern == listPattern || e.pattern == geminiPrefix+"models"
@@ -588,7 +596,7 @@ func (e *endpoint) completeUsage(row *requestRow, m *meter, f *callFields, p *pr
 	if unknownSession || p != nil && d.webSearches > 0 && f.plainSearch && p.isPreviewSearch() {
 		row.source = usageEstimated
 	}
-	if e.api == apiGemini && m.hasUsage && f.tools[toolWebSearch] { // answers do not count the searches that are billed
+	if e.api == apiGemini && m.hasUsage && f.tools[toolWebSearch] && (f.tools[toolUncounted] || !m.countsSearches()) {
 		d.webSearches, row.source = max(1, d.webSearches), usageEstimated
 	}
 	if e.pattern == chatPattern && m.hasUsage && d.webSearches == 0 && alwaysSearches(row.model) {
@@ -611,4 +619,62 @@ func alwaysSearches(model string) bool {
 	model = model[strings.LastIndexByte(model, '/')+1:]
 	return strings.Contains(model, "-search-preview") || strings.Contains(model, "-search-api") ||
 		strings.HasPrefix(model, "sonar") && !strings.HasPrefix(model, "sonar-deep")
+}
+
+// toolCounts are how often an answer used the tools that a provider bills by the call.
+type toolCounts struct {
+	webSearches, fileSearches, codeSessions, imageCalls int64
+	containers                                          [8]uint32 // that the sessions ran in
+}
+
+// An outputItem is what matters of an item in a response's output.
+type outputItem struct {
+	tool      string // the item's type, if it is a tool's
+	action    string // "other" if a web search only opened a page or looked for text in it
+	container uint32 // a hash of the id of the container, 0 if there is none
+}
+
+// set stores a member of the item.
+func (i *outputItem) set(s slot, text []byte) {
+	switch s {
+	case slotItemType:
+		for _, tool := range [...]string{"web_search_call", "file_search_call", "code_interpreter_call",
+			"image_generation_call"} {
+			if string(text) == tool {
+				i.tool = tool
+			}
+		}
+	case slotActionType:
+		i.action = "other"
+		if string(text) == "search" {
+			i.action = ""
+		}
+	case slotContainer:
+		h := fnv.New32a()
+		h.Write(text)
+		i.container = max(h.Sum32(), 1)
+	}
+}
+
+// add counts an item. Calls that run in one container are one session.
+func (t *toolCounts) add(i *outputItem) {
+	switch i.tool {
+	case "web_search_call":
+		if i.action == "" {
+			t.webSearches++
+		}
+	case "file_search_call":
+		t.fileSearches++
+	case "image_generation_call":
+		t.imageCalls++
+	case "code_interpreter_call":
+		n := min(int(t.codeSessions), len(t.containers))
+		if i.container != 0 && slices.Contains(t.containers[:n], i.container) {
+			return
+		}
+		if n < len(t.containers) {
+			t.containers[n] = i.container
+		}
+		t.codeSessions++
+	}
 }

@@ -573,19 +573,25 @@ func (in *simulateInput) readUsage() (tokenCounts, usageDetails, usageSource, er
 	if err := json.Unmarshal(in.usage.value, &members); err != nil {
 		return tokenCounts{}, usageDetails{}, usageNone, &fieldError{"usage", "must be a usage object of a provider"}
 	}
-	kind := meterOpenAI
-	switch api := in.api.value; {
-	case api == "anthropic", api == "" && (members["cache_read_input_tokens"] != nil ||
-		members["cache_creation_input_tokens"] != nil || members["server_tool_use"] != nil):
-		kind = meterAnthropic
-	case api == "embeddings":
-		kind = meterEmbeddings
-	case api != "" && api != "openai":
+	kind, known := map[string]meterKind{"": meterOpenAI, "openai": meterOpenAI, "anthropic": meterAnthropic,
+		"embeddings": meterEmbeddings, "gemini": meterGemini}[in.api.value]
+	has := func(name string) bool { return members[name] != nil }
+	switch {
+	case !known:
 		return tokenCounts{}, usageDetails{}, usageNone,
-			&fieldError{"api", "must be openai, anthropic or embeddings"}
+			&fieldError{"api", "must be openai, anthropic, gemini or embeddings"}
+	case in.api.value != "":
+	case has("cache_read_input_tokens") || has("cache_creation_input_tokens") || has("server_tool_use"):
+		kind = meterAnthropic
+	case has("promptTokenCount") || has("totalTokenCount") || has("total_input_tokens"):
+		kind = meterGemini
 	}
 	m := newMeter(kind, false, false, false)
-	m.process([]byte(`{"usage":` + string(in.usage.value) + `}`))
+	model, err := json.Marshal(in.model.value)
+	if err != nil {
+		return tokenCounts{}, usageDetails{}, usageNone, fmt.Errorf("writing a model's name: %w", err)
+	}
+	m.process([]byte(`{"model":` + string(model) + `,"usage":` + string(in.usage.value) + `}`))
 	m.finish()
 	return m.counts, m.details, m.source(), nil
 }
@@ -691,10 +697,4 @@ func (ops *operations) simulatePeriod(r *manageRequest, in *simulateInput) (*per
 		out.Cost = new(dollars(total))
 	}
 	return out, nil
-}
-
-// sumCost returns the cost of the usage of many calls, none of which had a long input.
-func (p *price) sumCost(c *tokenCounts) (nanos int64, ok bool) {
-	short := &price{tierPrice: tierPrice{rates: p.rates}}
-	return short.cost(c, &usageDetails{}, nil)
 }

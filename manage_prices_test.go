@@ -216,6 +216,24 @@ func TestSimulate(t *testing.T) {
 		"cache_read_input_tokens":2000,"cache_creation_input_tokens":0,"output_tokens":100}}`, 200, &s)
 	s.Breakdown.check(t, "0.0051", "input 1000 x 3 = 0.003", "cached_input 2000 x 0.3 = 0.0006",
 		"output 100 x 15 = 0.0015")
+	const gemini = `{"promptTokenCount":1000,"candidatesTokenCount":100,"thoughtsTokenCount":50,` +
+		`"toolUsePromptTokenCount":10,"cachedContentTokenCount":200,"totalTokenCount":1160}`
+	for _, members := range []string{`"model":"gemini-2.5-flash"`, `"model":"gemini-2.5-flash","api":"gemini"`,
+		`"model":"models/gemini-2.5-flash"`, `"model":"gemini-2.5-flash","provider":"google"`} {
+		p.manage("POST", "/manage/prices/simulate", `{`+members+`,"usage":`+gemini+`}`, 200, &s)
+		s.Breakdown.check(t, "0.000624", "input 810 x 0.3 = 0.000243", "cached_input 200 x 0.03 = 0.000006",
+			"output 100 x 2.5 = 0.00025", "reasoning_output 50 x 2.5 = 0.000125")
+	}
+	for _, c := range [][]string{
+		{"gemini-2.5-flash", "0.03555", "input 1000 x 0.3 = 0.0003", "output 100 x 2.5 = 0.00025",
+			"web_search_call 1 x 0.035 = 0.035"},
+		{"gemini-3-flash-preview", "0.0288", "input 1000 x 0.5 = 0.0005", "output 100 x 3 = 0.0003",
+			"web_search_call 2 x 0.014 = 0.028"},
+	} {
+		p.manage("POST", "/manage/prices/simulate", `{"model":"`+c[0]+`","usage":{"total_input_tokens":1000,`+
+			`"total_output_tokens":100,"grounding_tool_count":[{"type":"google_search","count":2}]}}`, 200, &s)
+		s.Breakdown.check(t, c[1], c[2:]...)
+	}
 	p.chat()
 	p.chat()
 	p.waitSettled()

@@ -360,7 +360,9 @@ func (m *meter) setDetails(d usageDetails) {
 	if *tools == (toolCounts{}) {
 		tools = &m.doneTools
 	}
-	d.webSearches += tools.webSearches
+	if d.webSearches += tools.webSearches + m.scan.queries.count; m.kind == meterGemini {
+		d.webSearches = billedByGoogle(d.webSearches, m.scan.model)
+	}
 	d.fileSearches, d.codeSessions, d.imageCalls = tools.fileSearches, tools.codeSessions, tools.imageCalls
 	m.details = d
 }
@@ -446,10 +448,6 @@ func (s *usageScanner) slotFor(name []byte) slot {
 		}
 	case scopeItem, scopeAction:
 		return itemSlot(s.scopes[s.level-1], name)
-	case scopeCandidate, scopeFeedback:
-		if string(name) == "finishReason" || string(name) == "blockReason" {
-			return slotFinish
-		}
 	default:
 		return detailSlot(s.scopes[s.level-1], name)
 	}

@@ -84,6 +84,10 @@ const (
 	slotActionType
 	slotContainer
 	slotCandidates
+	slotGrounding // an object of a candidate that says what it rests on
+	slotQueries   // a list of searches in it
+	slotQuery     // an element of that
+	slotGroundingCounts
 	slotFeedback // an object that says why there are no candidates
 	slotFinish
 	slotModality
@@ -96,28 +100,6 @@ const (
 	slotQuality
 	slotDuration // of sound, where the answer is a transcript
 )
-
-// A responseStatus is how far a stored response has come.
-type responseStatus uint8
-
-const (
-	responseUnknown responseStatus = iota
-	responseRunning                // queued or in_progress
-	responseFailed
-	responseEnded // completed, cancelled, incomplete
-)
-
-func responseStatusOf(text []byte) responseStatus {
-	switch string(text) {
-	case "queued", "in_progress":
-		return responseRunning
-	case "failed":
-		return responseFailed
-	case "completed", "cancelled", "incomplete":
-		return responseEnded
-	}
-	return responseUnknown
-}
 
 // A jsonScope is an object whose members matter.
 type jsonScope uint8
@@ -139,6 +121,7 @@ const (
 	scopeAction    // of an item: what a tool did
 	scopeModality  // an element of the details of Gemini's counts
 	scopeCandidate // an element of candidates
+	scopeGrounding // of a candidate
 	scopeFeedback  // promptFeedback
 )
 
@@ -189,14 +172,16 @@ type usageScanner struct {
 	id     [128]byte      // of that response
 	idLen  int
 
-	tools      toolCounts   // of the document
-	item       outputItem   // the current element of output, or the item of an event
-	inEvent    bool         // it is the latter
-	media      bool         // the answer is sound, pictures or a transcript
-	pictures   pictureList  // in the answer
-	durationMS int64        // of its sound
-	part       modalityPart // the current element of the details of Gemini's counts
-	conditions usageDetails // the last tier, speed, region and search context; reset keeps them
+	tools      toolCounts    // of the document
+	item       outputItem    // the current element of output, or the item of an event
+	inEvent    bool          // it is the latter
+	media      bool          // the answer is sound, pictures or a transcript
+	pictures   pictureList   // in the answer
+	durationMS int64         // of its sound
+	part       modalityPart  // the current element of the details of Gemini's counts
+	queries    searchQueries // in all documents, like the next
+	candidates bool          // a list of candidates was seen
+	conditions usageDetails  // the last tier, speed, region and search context; reset keeps them
 
 	readNested bool // look into response and message, too
 	batch      bool // the document is a line in the results of a batch
@@ -273,8 +258,8 @@ func (s *usageScanner) feed(p []byte) int {
 				s.slot, s.state = s.slotFor(text), scanColon
 				s.discardEarlier()
 			} else {
-				s.setString(text, max(s.length, len(text)) > maxReportedModelLen)
 				s.state = scanAfter
+				s.setString(text, max(s.length, len(text)) > maxReportedModelLen)
 			}
 		case scanScalar:
 			i = s.readScalar(p, i)
@@ -316,6 +301,8 @@ func (s *usageScanner) readByte(c byte) {
 		s.state = scanElement
 	case (s.state == scanFirst || s.state == scanElement) && c == '{':
 		s.enterElement()
+	case (s.state == scanFirst || s.state == scanElement) && c == '"' && s.list == slotQueries:
+		s.slot, s.state, s.length = slotQuery, scanString, 0
 	case s.state == scanFirst || s.state == scanElement:
 		s.depth, s.state = 1, scanSkip
 		s.skip([]byte{c}, 0)
@@ -370,6 +357,8 @@ func (s *usageScanner) startContainer(open byte) {
 		s.enterObject(scopeVendor)
 	case object && s.slot == slotFeedback:
 		s.enterObject(scopeFeedback)
+	case object && s.slot == slotGrounding:
+		s.enterObject(scopeGrounding)
 	case s.slot == slotError || s.slot == slotFailure:
 		s.depth, s.errorText, s.state = 1, false, scanError
 	case object && s.slot == slotBaseResp:
@@ -419,8 +408,11 @@ func (s *usageScanner) enterElement() {
 		s.item = outputItem{}
 		s.enterObject(scopeItem)
 	case slotCandidates:
+		s.candidates = true
 		s.enterObject(scopeCandidate)
-	case slotInputDetails, slotOutputDetails, slotCachedDetails:
+	case slotQueries: // not a list of texts
+		s.depth, s.state = 2, scanSkip
+	case slotInputDetails, slotOutputDetails, slotCachedDetails, slotGroundingCounts:
 		s.part = modalityPart{}
 		s.enterObject(scopeModality)
 	default:
@@ -434,7 +426,9 @@ func (s *usageScanner) leaveObject() {
 	switch s.scopes[s.level] {
 	case scopeUsage:
 		s.usageSeen = true
-	case scopeChoice, scopeCandidate:
+	case scopeCandidate:
+		s.state, s.list = scanNext, slotCandidates
+	case scopeChoice:
 		if s.state = scanNext; s.list == slotPictures {
 			s.pictures.count++
 		}
@@ -666,6 +660,9 @@ func (s *usageScanner) setString(text []byte, tooLong bool) {
 		s.part.kind = modalityOf(text)
 	case slotFinish:
 		s.finished = s.finished || len(text) > 0
+	case slotQuery:
+		s.queries.add(text)
+		s.state = scanNext
 	case slotItemType, slotActionType, slotContainer:
 		s.item.set(s.slot, text)
 	case slotCustomID:

@@ -238,64 +238,6 @@ func mediaSlot(name []byte) slot {
 	return slotNone
 }
 
-// toolCounts are how often an answer used the tools that a provider bills by the call.
-type toolCounts struct {
-	webSearches, fileSearches, codeSessions, imageCalls int64
-	containers                                          [8]uint32 // that the sessions ran in
-}
-
-// An outputItem is what matters of an item in a response's output.
-type outputItem struct {
-	tool      string // the item's type, if it is a tool's
-	action    string // "other" if a web search only opened a page or looked for text in it
-	container uint32 // a hash of the id of the container, 0 if there is none
-}
-
-// set stores a member of the item.
-func (i *outputItem) set(s slot, text []byte) {
-	switch s {
-	case slotItemType:
-		for _, tool := range [...]string{"web_search_call", "file_search_call", "code_interpreter_call",
-			"image_generation_call"} {
-			if string(text) == tool {
-				i.tool = tool
-			}
-		}
-	case slotActionType:
-		i.action = "other"
-		if string(text) == "search" {
-			i.action = ""
-		}
-	case slotContainer:
-		h := fnv.New32a()
-		h.Write(text)
-		i.container = max(h.Sum32(), 1)
-	}
-}
-
-// add counts an item. Calls that run in one container are one session.
-func (t *toolCounts) add(i *outputItem) {
-	switch i.tool {
-	case "web_search_call":
-		if i.action == "" {
-			t.webSearches++
-		}
-	case "file_search_call":
-		t.fileSearches++
-	case "image_generation_call":
-		t.imageCalls++
-	case "code_interpreter_call":
-		n := min(int(t.codeSessions), len(t.containers))
-		if i.container != 0 && slices.Contains(t.containers[:n], i.container) {
-			return
-		}
-		if n < len(t.containers) {
-			t.containers[n] = i.container
-		}
-		t.codeSessions++
-	}
-}
-
 // withBeside adds the output of iterations to a count that may be missing or invalid.
 func withBeside(out, beside int64) int64 {
 	if out < 0 {
@@ -351,7 +293,45 @@ func (f *usageFields) splitGemini() (in, out int64) {
 	return in, out
 }
 
-// A modalityPart is an element of the lists in which Gemini's API counts the tokens of each kind.
+// countsSearches reports whether an answer of Gemini's API says how often it has searched the web.
+func (m *meter) countsSearches() bool {
+	return m.usage.n[slotWebSearches] >= 0 || m.scan.candidates && m.done
+}
+
+// searchQueries are the searches of the web that an answer of Gemini's API names. It names them in each event of a
+// stream, so each counts once.
+type searchQueries struct {
+	count int64
+	seen  [32]uint32 // hashes; more than these are not compared
+}
+
+// add counts a query, as it is in JSON. Empty ones are not billed.
+func (q *searchQueries) add(text []byte) {
+	if len(bytes.TrimSpace(text)) == 0 {
+		return
+	}
+	h := fnv.New32a()
+	h.Write(text[:min(len(text), maxReportedModelLen)]) // of a text that comes in pieces, no more is kept
+	n := min(int(q.count), len(q.seen))
+	if slices.Contains(q.seen[:n], h.Sum32()) {
+		return
+	}
+	if n < len(q.seen) {
+		q.seen[n] = h.Sum32()
+	}
+	q.count++
+}
+
+// billedByGoogle returns how many of an answer's searches are billed: each, or with Gemini 2.5 and earlier one for all.
+func billedByGoogle(searches int64, model string) int64 {
+	if model = model[strings.LastIndexByte(model, '/')+1:]; strings.HasPrefix(model, "gemini-1") ||
+		strings.HasPrefix(model, "gemini-2") {
+		return min(searches, 1)
+	}
+	return searches
+}
+
+// A modalityPart is an element of the lists in which Gemini's API counts the tokens or calls of each kind.
 type modalityPart struct {
 	kind   modality
 	tokens int64
@@ -363,6 +343,7 @@ const (
 	modalityOther modality = iota
 	modalityAudio
 	modalityImage
+	modalitySearch // of the web, counted in calls
 )
 
 func modalityOf(text []byte) modality {
@@ -371,6 +352,8 @@ func modalityOf(text []byte) modality {
 		return modalityAudio
 	case "IMAGE", "image":
 		return modalityImage
+	case "google_search":
+		return modalitySearch
 	}
 	return modalityOther
 }
@@ -392,16 +375,40 @@ func (f *usageFields) addPart(list slot, part modalityPart) {
 		f.setMax(slotImageOutput, part.tokens)
 	case key{slotCachedDetails, modalityAudio}:
 		f.setMax(slotCachedAudio, part.tokens)
+	case key{slotGroundingCounts, modalitySearch}:
+		f.setMax(slotWebSearches, part.tokens)
 	case key{slotCachedDetails, modalityImage}:
 		f.setMax(slotCachedImage, part.tokens)
 	}
+}
+
+// A responseStatus is how far a stored response has come.
+type responseStatus uint8
+
+const (
+	responseUnknown responseStatus = iota
+	responseRunning                // queued or in_progress
+	responseFailed
+	responseEnded // completed, cancelled, incomplete
+)
+
+func responseStatusOf(text []byte) responseStatus {
+	switch string(text) {
+	case "queued", "in_progress":
+		return responseRunning
+	case "failed":
+		return responseFailed
+	case "completed", "cancelled", "incomplete":
+		return responseEnded
+	}
+	return responseUnknown
 }
 
 // isList reports whether the slot is for a list whose elements matter. The details of counts may also be objects.
 func (s slot) isList() bool {
 	switch s {
 	case slotChoices, slotIterations, slotOutputList, slotCandidates, slotInputDetails, slotOutputDetails,
-		slotCachedDetails, slotPictures:
+		slotCachedDetails, slotPictures, slotQueries, slotGroundingCounts:
 		return true
 	}
 	return false
@@ -579,6 +586,8 @@ func usageSlot(name []byte) slot {
 		return slotRegion
 	case "search_context_size": // Perplexity, like the next ones
 		return slotSearchContext
+	case "grounding_tool_count": // Gemini's interactions
+		return slotGroundingCounts
 	case "num_search_queries":
 		return slotWebSearches
 	case "num_sources_used": // xAI
@@ -649,10 +658,16 @@ func detailSlot(in jsonScope, name []byte) slot {
 		return slotCacheWrite5m
 	case member{scopeCacheCreation, "ephemeral_1h_input_tokens"}:
 		return slotCacheWrite1h
-	case member{scopeModality, "modality"}:
+	case member{scopeModality, "modality"}, member{scopeModality, "type"}:
 		return slotModality
-	case member{scopeModality, "tokenCount"}, member{scopeModality, "tokens"}:
+	case member{scopeModality, "tokenCount"}, member{scopeModality, "tokens"}, member{scopeModality, "count"}:
 		return slotModalityCount
+	case member{scopeCandidate, "finishReason"}, member{scopeFeedback, "blockReason"}:
+		return slotFinish
+	case member{scopeCandidate, "groundingMetadata"}:
+		return slotGrounding
+	case member{scopeGrounding, "webSearchQueries"}, member{scopeGrounding, "imageSearchQueries"}:
+		return slotQueries
 	case member{scopeServerTools, "web_search_requests"}:
 		return slotWebSearches
 	}

@@ -366,8 +366,8 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	}
 	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
 	c.setPhase(phaseRelaying)
-	if c.endpoint.pattern == listPattern && res.StatusCode == http.StatusOK {
-		if err := filterModels(c, res); err != nil {
+	if res.StatusCode == http.StatusOK {
+		if err := rewriteModels(c, res); err != nil {
 			return err
 		}
 	}

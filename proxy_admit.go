@@ -292,7 +292,7 @@ func (c *call) chooseUpstream(now int64, reserve bool) error {
 }
 
 // pickUpstream picks the call's first upstream, nil if there is none. An endpoint that OpenAI's and Anthropic's API
-// have goes to the family of the client's SDK, if the project has it. The list of models may also be Google's.
+// have goes to the family of the client's SDK, if the project has it. Models may also be Google's.
 func (c *call) pickUpstream(want criteria) *upstream {
 	if want.api == apiAny {
 		want.api = apiOpenAI
@@ -308,7 +308,7 @@ func (c *call) pickUpstream(want criteria) *upstream {
 		return c.project.pickUpstream(&want)
 	}
 	u := c.attempts.pickFirst(c.project, want, c.attempts.availableFallback())
-	if u == nil && c.endpoint.pattern == listPattern && !hasParam(c.query, clientVersion) {
+	if u == nil && c.endpoint.mayBeGoogles() && !hasParam(c.query, clientVersion) {
 		want.api = apiGemini
 		u = c.project.pickUpstream(&want)
 	}

@@ -2,6 +2,7 @@
 package main
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 )
@@ -66,5 +67,59 @@ func TestReservationCoversBody(t *testing.T) {
 				t.Errorf("%d output tokens are reserved, want %d", got, test.reserved)
 			}
 		})
+	}
+}
+
+// TestGeminiErrors: what the proxy itself answers to Gemini's API is a google.rpc.Status with the proxy's own code as
+// its reason, and with the time to wait where the client may try again.
+func TestGeminiErrors(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, map[string]string{"MAX_BODY_BYTES": "1KiB", "BODY_MEMORY": "1MiB"})
+	p.allowErrors = true
+	p.addUpstreamAt(newFakeProvider(t), "google", `"weight":1`)
+	const small = `{"contents":[{"parts":[{"text":"Hello"}]}]}`
+	large := strings.Replace(small, "Hello", strings.Repeat("x", 2000), 1)
+	ok := func() func() { return func() {} }
+	for _, c := range []struct {
+		name   string
+		begin  func() (end func())
+		method string
+		body   string
+		status int
+		google string
+		reason string
+		delay  string
+	}{
+		{"a body that is too large", ok, "POST", large, 413, "INVALID_ARGUMENT", "REQUEST_TOO_LARGE", ""},
+		{"no memory for bodies", func() func() {
+			p.instance.proxy.bodies.reserve(1 << 20)
+			return func() { p.instance.proxy.bodies.release(1 << 20) }
+		}, "POST", small, 503, "UNAVAILABLE", "BODY_MEMORY_FULL", "1s"},
+		{"a locked ledger", func() func() {
+			p.setPragma(`PRAGMA busy_timeout = 20`)
+			return p.lockDatabase()
+		}, "POST", small, 503, "UNAVAILABLE", "LEDGER_UNAVAILABLE", "1s"},
+		{"a wrong method", ok, "PUT", small, 405, "INVALID_ARGUMENT", "METHOD_NOT_ALLOWED", ""},
+	} {
+		end := c.begin()
+		res := p.do(c.method, "/v1beta/models/gemini-2.5-flash:generateContent", c.body,
+			"Content-Type", "application/json", "X-Goog-Api-Key", p.token)
+		end()
+		var e struct {
+			Error struct {
+				Code            int
+				Message, Status string
+				Details         []struct{ Reason, RetryDelay string }
+			}
+		}
+		if err := json.Unmarshal([]byte(res.body), &e); err != nil || len(e.Error.Details) == 0 {
+			t.Errorf("%s: %v in %s", c.name, err, res.body)
+			continue
+		}
+		got := e.Error
+		if res.status != c.status || got.Code != c.status || got.Status != c.google || got.Message == "" ||
+			got.Details[0].Reason != c.reason || got.Details[len(got.Details)-1].RetryDelay != c.delay {
+			t.Errorf("%s: got %d %s", c.name, res.status, res.body)
+		}
 	}
 }

@@ -48,7 +48,7 @@ func (t *attempts) modelSources() (list []*upstream) {
 	}
 	paged := listFormOf(c.upstream.family()) != listOpenAI
 	cutDown := paged && (c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
-	cutDown = cutDown || c.project.routing.Aliases != nil || c.convertsList() // or adds to it, or changes it
+	cutDown = cutDown || c.project.routing.Aliases != nil || c.convertsModels() // or adds to it, or changes it
 	if len(c.project.upstreams) == 1 && !cutDown {
 		return nil
 	}
@@ -70,14 +70,22 @@ func (t *attempts) modelSources() (list []*upstream) {
 
 // rewritesModelList reports whether the answer is a list of models that the proxy may put together or cut down.
 func (c *call) rewritesModelList() bool {
-	merged := len(c.project.upstreams) > 1 || c.project.routing.Aliases != nil || c.convertsList()
-	return c.endpoint.listsModels() && (merged && !hasParam(c.query, clientVersion) ||
+	merged := len(c.project.upstreams) > 1 || c.project.routing.Aliases != nil || c.convertsModels()
+	return c.convertsModels() || c.endpoint.listsModels() && (merged && !hasParam(c.query, clientVersion) ||
 		c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
 }
 
-// convertsList reports whether Google's list of models is asked for at the URL of the other APIs.
-func (c *call) convertsList() bool {
-	return c.endpoint.pattern == listPattern && c.upstream.family() == apiGemini
+// convertsModels reports whether Google's models are asked for at a URL of the other APIs.
+func (c *call) convertsModels() bool {
+	return c.endpoint.mayBeGoogles() && c.upstream.family() == apiGemini
+}
+
+// clientForm returns the form in which the client gets models that are converted.
+func (c *call) clientForm() modelListForm {
+	if c.shape == shapeAnthropic {
+		return listAnthropic
+	}
+	return listOpenAI
 }
 
 // baseURL identifies a list of models: upstreams with the same base URL have the same list.
@@ -89,10 +97,8 @@ func (u *upstream) baseURL() string { return u.scheme + "://" + u.host + u.baseP
 func (t *attempts) mergeModels(req *http.Request, list []*upstream) (*http.Response, error) {
 	c, chosen := t.c, t.c.upstream
 	n := &mergedModels{source: listFormOf(chosen.family()), bytesLeft: maxModelList, seen: map[string]bool{}}
-	if n.form = n.source; c.convertsList() {
-		if n.form = listOpenAI; c.shape == shapeAnthropic {
-			n.form = listAnthropic
-		}
+	if n.form = n.source; c.convertsModels() {
+		n.form = c.clientForm()
 	}
 	want, err := n.form.parsePageRequest(c.query)
 	if err != nil {
@@ -354,17 +360,25 @@ func (p *proxy) ownToken(c *call) (*ownToken, error) {
 	return v, nil
 }
 
-// filterModels removes the models that the token may not use from a single provider's list. It changes nothing
-// unless a policy lists models.
-func filterModels(c *call, res *http.Response) error {
-	if c.project.policy.Models == nil && c.tokenState.policy.Models == nil || c.attempts.merged != nil {
+// rewriteModels removes the models that the token may not use from a single provider's list, unless no policy lists
+// models, and converts a single model of Google's that is asked for at the URL of the other APIs.
+func rewriteModels(c *call, res *http.Response) error {
+	filters := c.endpoint.pattern == listPattern && c.attempts.merged == nil &&
+		(c.project.policy.Models != nil || c.tokenState.policy.Models != nil)
+	converts := c.endpoint.pattern == onePattern && c.convertsModels()
+	if !filters && !converts {
 		return nil
 	}
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxModelList+1))
 	if err != nil || len(body) > maxModelList {
 		return errModelList.withCause(errors.Join(err, errors.New("reading the list of models")))
 	}
-	if body, err = filterModelList(body, c.mayUseModel); err != nil {
+	if converts {
+		if _, ok := listGoogle.modelID(body); !ok {
+			return errModelList.withCause(errors.New("the answer is not a model"))
+		}
+		body = c.clientForm().convertModel(c.askedModel(), body)
+	} else if body, err = filterModelList(body, c.mayUseModel); err != nil {
 		return errModelList.withCause(err)
 	}
 	res.Body.Close()

@@ -773,6 +773,22 @@ func TestGeminiModelsElsewhere(t *testing.T) {
 	if claude, _ = p.claudeModels(p.token, "?after_id=gemini-b"); claude != "fast" {
 		t.Errorf("the next page: got %s", claude)
 	}
+	for _, c := range []struct{ path, headers, want string }{
+		{"/v1/models/gemini-a", "", entry("gemini-a")},
+		{"/v1/models/fast", "", entry("fast")},
+		{"/v1/models/gemini-a", "Anthropic-Version", `{"created_at":"1970-01-01T00:00:00Z","display_name":"GEMINI-A",` +
+			`"id":"gemini-a","type":"model"}`},
+		{"/v1/models/gemini-z", "", `{"error":{"code":404`},
+		{"/v1/models/embed-a", "", `{"error":{"message":"`}, // the policy does not allow it
+	} {
+		var headers []string
+		if c.headers != "" {
+			headers = append(headers, c.headers, "2023-06-01")
+		}
+		if res := p.do("GET", c.path, "", p.jsonHeaders(headers...)...); !strings.HasPrefix(res.body, c.want) {
+			t.Errorf("%s: got %d %s, want %s", c.path, res.status, res.body, c.want)
+		}
+	}
 	if res := p.do("GET", "/v1/models?client_version=1", "", p.jsonHeaders()...); res.errorCode() != "no_upstream" {
 		t.Errorf("Codex's list: got %d %s", res.status, res.body)
 	}

@@ -336,6 +336,7 @@ const (
 	toolCodeInterpreter
 	toolImageGeneration
 	toolLiveSearch // of xAI, which is no element of tools
+	toolUncounted  // of Google: searches that answers do not count
 	numBilledTools
 )
 
@@ -534,10 +535,11 @@ func scanGemini(body []byte, model string) (callFields, error) {
 
 // setGeminiBilled sets what a body of Gemini's API may ask for that has a price of its own.
 func (f *billedFields) setGeminiBilled(body []byte) {
-	for _, tool := range [...]string{"googleSearch", "google_search", "googleMaps", "google_maps",
-		"enterpriseWebSearch", "enterprise_web_search"} {
-		f.tools[toolWebSearch] = f.tools[toolWebSearch] || bytes.Contains(body, []byte(tool))
+	for _, tool := range [...]string{"googleMaps", "google_maps", "enterpriseWebSearch", "enterprise_web_search"} {
+		f.tools[toolUncounted] = f.tools[toolUncounted] || bytes.Contains(body, []byte(tool))
 	}
+	f.tools[toolWebSearch] = f.tools[toolUncounted] || bytes.Contains(body, []byte("googleSearch")) ||
+		bytes.Contains(body, []byte("google_search"))
 	f.tiers[tierOther] = bytes.Contains(body, []byte("serviceTier")) || bytes.Contains(body, []byte("service_tier"))
 }
 
