@@ -280,7 +280,8 @@ func TestAttributionLost(t *testing.T) {
 		}
 	}
 	expect(outcomeOpen)
-	if n, err := recoverLost(t.Context(), st, w, func(*requestRow) error { return nil }); n != 2 || err != nil {
+	complete := func(*requestRow) error { return nil }
+	if n, err := recoverLost(t.Context(), st, w, complete, pendingReplica(t, st)); n != 2 || err != nil {
 		t.Fatal(n, err)
 	}
 	expect(outcomeLost)

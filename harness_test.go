@@ -983,3 +983,17 @@ func requireSQLite(t testing.TB, reason string) {
 		t.Skip("on SQLite only: " + reason)
 	}
 }
+
+// pendingReplica returns the replica of the pending records in a database, 0 in one of SQLite.
+func pendingReplica(t *testing.T, st *store) int64 {
+	t.Helper()
+	if st.backend == nil {
+		return 0
+	}
+	replica, err := queryValue[int64](t.Context(), st.readDB, "reading the replica",
+		`SELECT coalesce(max(replica), 0) FROM begun`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return replica
+}

@@ -62,9 +62,20 @@ const ledgerRefusal = "ledger_refusal"
 // fills in what a lost row costs, and what it counts in limits with for_each.
 func openLedger(ctx context.Context, st *store, log *slog.Logger, complete func(*requestRow) error) (*ledger, error) {
 	writer := st.newLedgerWriter()
-	lost, err := recoverLost(ctx, st, writer, complete)
-	if err != nil {
-		return nil, err
+	closed := []int64{0}
+	if st.backend != nil {
+		var err error
+		if closed, err = st.backend.closedReplicas(ctx); err != nil {
+			return nil, err
+		}
+	}
+	lost := 0
+	for _, replica := range closed {
+		n, err := recoverLost(ctx, st, writer, complete, replica)
+		if err != nil {
+			return nil, err
+		}
+		lost += n
 	}
 	if lost > 0 {
 		log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage",
@@ -474,17 +485,17 @@ func (l *ledger) markRecovered() {
 	}
 }
 
-// recoverLost records the calls that were running when the last process died, with the estimates in their
-// pending records, and returns how many.
-func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(*requestRow) error,
+// recoverLost records the calls that were running when a replica died, with the estimates in their pending records, and
+// returns how many. The replica must be closed: see pendingRecords. It may be repeated after an error.
+func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(*requestRow) error, replica int64,
 ) (total int, err error) {
 	for {
-		rows, err := st.pendingRecords(ctx, 1000)
+		rows, err := st.pendingRecords(ctx, replica, 1000)
 		if err != nil {
 			return 0, err
 		}
 		if len(rows) == 0 {
-			return total, st.deletePending(ctx)
+			return total, st.deletePending(ctx, replica)
 		}
 		records := make([]*requestRow, len(rows))
 		for i := range rows {

@@ -10,7 +10,6 @@ import (
 	"io"
 	"log"
 	"log/slog"
-	"math/rand/v2"
 	"strconv"
 	"strings"
 	"sync"
@@ -235,29 +234,40 @@ func isLowerHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "
 
 // Call ids.
 
-// An idSource makes the ids of calls. An id has 42 bits of unix milliseconds, 9 random bits that
-// distinguish replicas, and a 12-bit counter. Ids always grow, even when the clock is set back.
+// An idSource makes the ids of calls. An id has 42 bits of unix milliseconds, 10 bits with the slot of the replica, and
+// an 11-bit counter. Ids always grow, even when the clock is set back. Replicas with different slots never make the
+// same one.
 type idSource struct {
-	node int64
+	slot func() int64 // nil: 0, the slot of a process that has its database alone
 	last atomic.Int64
 }
 
-const idTimeShift = 21
+const (
+	idTimeShift  = 21
+	idSlotShift  = 11
+	replicaSlots = 1 << (idTimeShift - idSlotShift) // the number of slots
+)
 
-// newIDSource returns a source of ids above last, the highest id on record.
-func newIDSource(last int64) *idSource {
-	s := &idSource{node: rand.Int64N(512) << 12}
+// newIDSource returns a source of ids above last, the highest id on record with this slot.
+func newIDSource(last int64, slot func() int64) *idSource {
+	s := &idSource{slot: slot}
 	s.last.Store(last)
 	return s
 }
 
 func (s *idSource) next(now time.Time) int64 {
+	slot := int64(0)
+	if s.slot != nil {
+		slot = s.slot()
+	}
 	for {
-		last, id := s.last.Load(), now.UnixMilli()<<idTimeShift|s.node
+		last, id := s.last.Load(), now.UnixMilli()<<idTimeShift|slot<<idSlotShift
 		if id <= last {
-			id = last + 1
-			if id&0xfff == 0 { // the counter overflowed: continue in the next millisecond
-				id = (last>>idTimeShift+1)<<idTimeShift | s.node
+			if id = last + 1; idSlot(id) != slot { // the counter overflowed, or last has another slot
+				id = last>>idTimeShift<<idTimeShift | slot<<idSlotShift
+			}
+			if id <= last { // continue in the next millisecond
+				id += 1 << idTimeShift
 			}
 		}
 		if s.last.CompareAndSwap(last, id) {
@@ -265,6 +275,9 @@ func (s *idSource) next(now time.Time) int64 {
 		}
 	}
 }
+
+// idSlot returns the slot of the replica that made the id.
+func idSlot(id int64) int64 { return id >> idSlotShift & (replicaSlots - 1) }
 
 // minIDAt returns the lowest id of a call that starts at t.
 func minIDAt(t time.Time) int64 { return t.UnixMilli() << idTimeShift }

@@ -183,14 +183,14 @@ func openInstance(
 	if in.health, err = loadHealth(ctx, in.store); err != nil {
 		return nil, err
 	}
-	last, err := in.store.lastRequestID(ctx)
+	ids, err := in.store.newIDSource(ctx, time.Now())
 	if err != nil {
 		return nil, err
 	}
 	in.registry = newRegistry(in.store, in.ledger, in.sealer, in.health, cfg.allowPrivate)
 	in.running = newRunningCalls(newCallLimits(cfg.maxCalls, cfg.upstreamTimeout, cfg.streamIdleTimeout))
 	in.transport = newTransport(cfg.allowPrivate, cfg.upstreamProxy)
-	if err = in.buildSurfaces(newIDSource(last), droppedLogLines); err != nil {
+	if err = in.buildSurfaces(ids, droppedLogLines); err != nil {
 		return nil, err
 	}
 	in.startWorkers()

@@ -470,21 +470,41 @@ func TestLostCalls(t *testing.T) {
 	q.checkCounts()
 }
 
-// TestRequestIDsIncrease: ids of calls increase, even if the clock is set back.
+// TestRequestIDsIncrease: ids of calls increase, even if the clock is set back or the slot changes. Those of replicas
+// with different slots differ.
 func TestRequestIDsIncrease(t *testing.T) {
 	t.Parallel()
-	ids := newIDSource(0)
+	slot := int64(replicaSlots - 1)
+	ids := newIDSource(0, func() int64 { return slot })
 	now := time.Now()
 	before := ids.next(now)
-	for range 10_000 {
+	for i := range 20_000 {
 		id := ids.next(now.Add(-time.Hour))
-		if id <= before {
-			t.Fatalf("id %d after %d", id, before)
+		if id <= before || idSlot(id) != slot {
+			t.Fatalf("id %d with slot %d after %d, want slot %d", id, idSlot(id), before, slot)
 		}
 		before = id
+		if i%5000 == 4999 {
+			slot = int64(i/5000*1000) % replicaSlots
+		}
 	}
-	if id := newIDSource(before).next(now.Add(-time.Hour)); id <= before {
+	if ahead := time.UnixMilli(before >> idTimeShift).Sub(now); ahead > 20*time.Millisecond {
+		t.Errorf("20,000 ids of one moment are %v ahead of the clock", ahead)
+	}
+	after := newIDSource(before, nil)
+	if id := after.next(now.Add(-time.Hour)); id <= before || idSlot(id) != 0 {
 		t.Errorf("after a restart with the clock set back: id %d after %d", id, before)
+	}
+	seen := map[int64]bool{}
+	for slot := range int64(3) {
+		ids := newIDSource(0, func() int64 { return slot })
+		for range 5000 {
+			id := ids.next(now)
+			if seen[id] {
+				t.Fatalf("slot %d made %d, which another one made", slot, id)
+			}
+			seen[id] = true
+		}
 	}
 }
 

@@ -38,6 +38,14 @@ type backend struct {
 	size        func(context.Context) (int64, error)
 	vacuum      func(context.Context) error // removes what was overwritten from the tables with sealed values
 	problem     func() string               // why no call may be admitted, "" if one may
+	slot        func() int64                // of this process, in the ids of its calls; nil: 0
+	// lastRequestID returns the highest id, at or above from, of a call with a slot; 0 if there is none.
+	lastRequestID func(ctx context.Context, slot, from int64) (int64, error)
+	// closedReplicas returns those that can write nothing any more, but have pending records. 0 is a database that
+	// was copied into this one. The next two concern the pending records of one.
+	closedReplicas func(context.Context) ([]int64, error)
+	pendingRecords func(ctx context.Context, replica int64, limit int) ([]requestRow, error)
+	deletePending  func(ctx context.Context, replica int64) error
 	// watch keeps problem up to date until ctx is done, and reports its changes.
 	watch func(ctx context.Context, report func(problem string))
 	close func() error

@@ -10,6 +10,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // The statements of a ledgerWriter. One that ends in 8 is the one before it with eight rows.
@@ -577,19 +578,32 @@ func (s *store) isRecorded(ctx context.Context, id int64) (bool, error) {
 	return n > 0, err
 }
 
-// pendingRecords returns up to limit calls whose pending record has no row yet: in a database that no
-// program has open, those that were running when the last one died.
-func (s *store) pendingRecords(ctx context.Context, limit int) ([]requestRow, error) {
-	return collect(ctx, s.readDB, "reading pending records", func(r *requestRow) []any {
-		return append([]any{&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream,
-			&r.address, &r.counts.input, &r.counts.output}, r.attributionColumns()...)
-	}, `SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens,
-			session, end_user, tags
-		FROM running ORDER BY id LIMIT ?`, limit)
+// selectRecoverable selects what a pending record has, for recoverableColumns.
+const selectRecoverable = `
+	SELECT id, started_at, project, token, upstream, endpoint, model, stream, address, input_tokens, output_tokens,
+		session, end_user, tags
+	FROM running`
+
+func (r *requestRow) recoverableColumns() []any {
+	return append([]any{&r.id, &r.started, &r.project, &r.token, &r.upstream, &r.endpoint, &r.model, &r.stream,
+		&r.address, &r.counts.input, &r.counts.output}, r.attributionColumns()...)
 }
 
-// deletePending deletes all pending records.
-func (s *store) deletePending(ctx context.Context) error {
+// pendingRecords returns up to limit calls of a closed replica whose pending record has no row yet. A SQLite database
+// that no program has open has only one, 0: the last program that had it open.
+func (s *store) pendingRecords(ctx context.Context, replica int64, limit int) ([]requestRow, error) {
+	if s.backend != nil {
+		return s.backend.pendingRecords(ctx, replica, limit)
+	}
+	return collect(ctx, s.readDB, "reading pending records", (*requestRow).recoverableColumns,
+		selectRecoverable+` ORDER BY id LIMIT ?`, limit)
+}
+
+// deletePending deletes the pending records of a closed replica.
+func (s *store) deletePending(ctx context.Context, replica int64) error {
+	if s.backend != nil {
+		return s.backend.deletePending(ctx, replica)
+	}
 	_, err := execCount(ctx, s.writeDB, "deleting pending records", `DELETE FROM begun`)
 	return err
 }
@@ -597,6 +611,17 @@ func (s *store) deletePending(ctx context.Context) error {
 // lastRequestID returns the highest id of a call, 0 if there is none.
 func (s *store) lastRequestID(ctx context.Context) (int64, error) {
 	return queryValue[int64](ctx, s.readDB, "reading the last call", `SELECT coalesce(max(id), 0) FROM requests`)
+}
+
+// newIDSource returns a source of ids that are above all with the slot of this process.
+func (s *store) newIDSource(ctx context.Context, now time.Time) (*idSource, error) {
+	if s.backend == nil {
+		last, err := s.lastRequestID(ctx)
+		return newIDSource(last, nil), err
+	}
+	// Lower ids do not matter. Higher ones are of a clock that was ahead.
+	last, err := s.backend.lastRequestID(ctx, s.backend.slot(), minIDAt(now))
+	return newIDSource(last, s.backend.slot), err
 }
 
 // deleteOldRequests deletes up to limit rows with an id below before, and returns how many. The row of a

@@ -117,6 +117,7 @@ type postgres struct {
 	lockKey  int32   // names the schema in advisory locks
 	replica  int64   // 0: opened for reading
 	epoch    int64
+	slot     atomic.Int64 // in the ids of calls
 	writer   postgresLedger
 
 	lockConn *sql.Conn // of lockDB; nil: the lock is not held
@@ -185,7 +186,9 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 func (p *postgres) backend() *backend {
 	return &backend{
 		version: p.version, differences: p.differences, startTx: p.startTx, writeLedger: p.writer.write,
-		size: p.size, vacuum: p.vacuum, problem: p.problem, watch: p.watch, close: p.close,
+		size: p.size, vacuum: p.vacuum, problem: p.problem, watch: p.watch, close: p.close, slot: p.slot.Load,
+		lastRequestID: p.lastRequestID, closedReplicas: p.closedReplicas, pendingRecords: p.pendingRecords,
+		deletePending: p.deletePending,
 	}
 }
 

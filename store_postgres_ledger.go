@@ -346,3 +346,32 @@ func postgresJSON(text []byte) string {
 	}
 	return out.String()
 }
+
+// What a replica has left behind.
+
+// closedReplicas is backend.closedReplicas.
+func (p *postgres) closedReplicas(ctx context.Context) ([]int64, error) {
+	return collect(ctx, p.store.readDB, "looking for closed replicas", func(id *int64) []any { return []any{id} }, `
+		SELECT DISTINCT replica FROM begun
+		WHERE replica NOT IN (SELECT id FROM replicas WHERE closed_at IS NULL) ORDER BY replica`)
+}
+
+// pendingRecords is store.pendingRecords.
+func (p *postgres) pendingRecords(ctx context.Context, replica int64, limit int) ([]requestRow, error) {
+	return collect(ctx, p.store.readDB, "reading pending records", (*requestRow).recoverableColumns,
+		selectRecoverable+` WHERE replica = ? ORDER BY id LIMIT ?`, replica, limit)
+}
+
+// deletePending is store.deletePending.
+func (p *postgres) deletePending(ctx context.Context, replica int64) error {
+	return p.store.withTx(ctx, func(tx *sql.Tx) error {
+		_, err := execCount(ctx, tx, "deleting pending records", `DELETE FROM begun WHERE replica = ?`, replica)
+		return err
+	})
+}
+
+// lastRequestID is backend.lastRequestID.
+func (p *postgres) lastRequestID(ctx context.Context, slot, from int64) (int64, error) {
+	return queryValue[int64](ctx, p.store.readDB, "reading the last call",
+		`SELECT coalesce(max(id), 0) FROM requests WHERE id >= ? AND id >> 11 & 1023 = ?`, from, slot)
+}

@@ -705,7 +705,7 @@ func BenchmarkLedgerBatch(b *testing.B) {
 				b.Fatal(err)
 			}
 			defer st.close()
-			w, ids := st.newLedgerWriter(), newIDSource(0)
+			w, ids := st.newLedgerWriter(), newIDSource(0, nil)
 			defer w.close()
 			write := func(batch ledgerBatch, _ func()) {
 				if err := w.write(context.Background(), batch); err != nil {
