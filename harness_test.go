@@ -50,6 +50,7 @@ type testProxy struct {
 	secrets      []string     // must not appear anywhere
 	// allowErrors allows log lines of level ERROR, which otherwise fail the test.
 	allowErrors bool
+	replicated  bool // others may serve with the same database
 }
 
 const promptCanary = "prompt-canary-7Qz1xW"
@@ -57,7 +58,40 @@ const promptCanary = "prompt-canary-7Qz1xW"
 // newTest starts a proxy with one project, upstream and token. env overrides settings.
 func newTest(t testing.TB, env map[string]string) *testProxy {
 	t.Helper()
-	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
+	return startTest(t, env, false)
+}
+
+// newReplicas starts n proxies with one PostgreSQL database and one provider. They share the project, the token and the
+// management key of the first.
+func newReplicas(t *testing.T, n int, env map[string]string) []*testProxy {
+	t.Helper()
+	if !usesTestDatabase() {
+		t.Skip("there is no PostgreSQL server")
+	}
+	shared := map[string]string{"ENCRYPTION_KEY": goodKey}
+	maps.Copy(shared, env)
+	replicas := []*testProxy{startTest(t, shared, true)}
+	for range n - 1 {
+		replicas = append(replicas, replicas[0].newReplica())
+	}
+	return replicas
+}
+
+// newReplica starts another replica with the database of p.
+func (p *testProxy) newReplica() *testProxy {
+	p.t.Helper()
+	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, env: maps.Clone(p.env), provider: p.provider,
+		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token,
+		secrets: slices.Clone(p.secrets), replicated: true}
+	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
+	q.start()
+	p.t.Cleanup(q.finish)
+	return q
+}
+
+func startTest(t testing.TB, env map[string]string, replicated bool) *testProxy {
+	t.Helper()
+	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t), replicated: replicated}
 	p.secrets = []string{p.provider.key, promptCanary}
 	p.env = map[string]string{
 		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s", "DRAIN_DELAY": "0s",
@@ -131,6 +165,9 @@ func (p *testProxy) start() {
 	cfg, err := loadConfig(func(name string) string { return p.env[name] })
 	if err != nil {
 		p.t.Fatal(err)
+	}
+	if cfg.postgres != nil {
+		cfg.postgres.replicated = p.replicated
 	}
 	p.instance, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
 	if err != nil {

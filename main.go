@@ -521,6 +521,9 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	watching, stopWatching := context.WithCancel(context.Background())
 	defer stopWatching()
 	serving.Go(func() { in.certificate.watch(watching, certificatePollInterval, in.hangups, in.log.Logger) })
+	if in.store.backend != nil {
+		in.store.backend.started()
+	}
 	if ready != nil {
 		ready(l.Addr())
 	}

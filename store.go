@@ -92,11 +92,11 @@ func openSQLite(file string, n int, extra string) (*sql.DB, error) {
 }
 
 func (s *store) close() error {
-	err := errors.Join(s.readDB.Close(), s.writeDB.Close())
+	var err error
 	if s.backend != nil {
-		err = errors.Join(err, s.backend.close())
+		err = s.backend.close()
 	}
-	return err
+	return errors.Join(err, s.readDB.Close(), s.writeDB.Close())
 }
 
 // migrate runs the schema files that the database has not seen yet, in order and in one transaction: after a

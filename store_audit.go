@@ -1,6 +1,7 @@
 // This file has the SQL for the audit trail, and the only way to change what administrators manage:
 // withAuditedTx, which writes the audit entry in the same transaction. Without the entry there is no change. It
-// also binds each row that grants something by a MAC, and checks that when the row is loaded.
+// also binds each row that grants something by a MAC, and checks that when the row is loaded. A change of the
+// encryption key, which seals all secrets again, is here too.
 package main
 
 import (
@@ -38,7 +39,10 @@ func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*
 		if err != nil {
 			return err
 		}
-		return s.appendAuditEntry(ctx, tx, head, origin, event)
+		if err := s.appendAuditEntry(ctx, tx, head, origin, event); err != nil || s.backend == nil {
+			return err
+		}
+		return s.backend.announce(ctx, tx, seq)
 	})
 	for last := s.lastAuditSeq.Load(); err == nil && last < seq; last = s.lastAuditSeq.Load() {
 		s.lastAuditSeq.CompareAndSwap(last, seq) // a later commit may have stored its seq already
@@ -563,4 +567,121 @@ func saveBinding(ctx context.Context, tx *auditedTx, row grantingRow) (err error
 			b.boundBy, b.mac, r.hash)
 	}
 	return err
+}
+
+const actionRekey = "database.rekey"
+
+// sealedSettings are the settings with a sealed value, and what each value is bound to.
+func sealedSettings() map[string]string {
+	return map[string]string{
+		keyCheckSetting: boundKeyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
+}
+
+// countSealedKeys counts the provider keys.
+func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting provider keys",
+		`SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`)
+}
+
+// reseal seals with to what from has sealed: all of it, or nothing. It returns the number of provider keys.
+// What the old key sealed is overwritten in the file, because that key may leak later.
+func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer,
+	originOf func(baseURL string) (string, error)) (n int64, err error) {
+	if s.backend == nil {
+		if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten",
+			`PRAGMA secure_delete = 1`); err != nil {
+			return 0, err
+		}
+	}
+	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
+		for name, aad := range sealedSettings() {
+			if err := resealSetting(ctx, tx, name, aad, from, to); err != nil {
+				return auditEvent{}, fmt.Errorf("the setting %s: %w", name, err)
+			}
+		}
+		if n, err = s.resealUpstreams(ctx, tx, from, to, originOf); err != nil {
+			return auditEvent{}, err
+		}
+		if s.backend == nil {
+			if err := rewriteSealed(ctx, tx); err != nil {
+				return auditEvent{}, err
+			}
+		}
+		return auditEvent{actionRekey, "", []auditField{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
+	})
+	if err == nil && s.backend != nil {
+		err = s.backend.vacuum(ctx)
+	}
+	return n, err
+}
+
+// rewriteSealed writes the tables with sealed values once more, into pages of their own. When rows moved within a
+// table earlier, copies of them stayed in unused parts of its pages; the pages are overwritten when they are freed.
+func rewriteSealed(ctx context.Context, tx querier) error {
+	for _, statement := range []string{
+		`CREATE TEMP TABLE resealed AS SELECT * FROM upstreams`,
+		`DELETE FROM upstreams`,
+		`INSERT INTO upstreams SELECT * FROM temp.resealed`,
+		`DROP TABLE temp.resealed`,
+		`CREATE TEMP TABLE resealed AS SELECT * FROM settings`,
+		`DELETE FROM settings`,
+		`INSERT INTO settings SELECT * FROM temp.resealed`,
+		`DROP TABLE temp.resealed`,
+	} {
+		if _, err := execCount(ctx, tx, "overwriting old values", statement); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func resealSetting(ctx context.Context, tx querier, name, aad string, from, to *sealer) error {
+	text, err := queryValue[string](ctx, tx, "reading it", `SELECT value FROM settings WHERE name = ?`, name)
+	if errors.Is(err, errNotFound) {
+		return nil // not set yet
+	}
+	if err != nil {
+		return err
+	}
+	sealed, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		return errUnseal
+	}
+	plain, err := from.open(sealed, aad)
+	if err != nil {
+		return err
+	}
+	return saveSetting(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, aad)))
+}
+
+func (s *store) resealUpstreams(ctx context.Context, tx *auditedTx, from, to *sealer,
+	originOf func(string) (string, error)) (int64, error) {
+	all, err := collect(ctx, tx, "reading provider keys", (*upstreamRow).columns,
+		selectUpstreams+`WHERE length(sealed_key) > 0 ORDER BY seq`)
+	if err != nil {
+		return 0, err
+	}
+	for i := range all {
+		u := &all[i]
+		origin, err := originOf(u.baseURL)
+		if err != nil {
+			return 0, fmt.Errorf("upstream %s of project %s: base URL %w", u.id, u.projectID, err)
+		}
+		aad := sealContext(u.id, u.projectID, origin)
+		plain, err := from.open(u.sealedKey, aad)
+		if err != nil {
+			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. "+
+				"Enter its provider key again, or delete it, then repeat", u.id, u.projectID, err)
+		}
+		isBound := s.checkBinding(ctx, tx, u) == nil
+		if u.sealedKey = to.seal(plain, aad); isBound { // to the same entry: a row of another size would move
+			b := u.bound()
+			u.mac = tx.chain.bindingMAC(&b)
+		}
+		if _, err := execCount(ctx, tx, "writing upstream "+u.id, `
+			UPDATE upstreams SET sealed_key = ?, mac = ? WHERE seq = ?`, u.sealedKey, u.mac, u.seq); err != nil {
+			return 0, err
+		}
+	}
+	return int64(len(all)), nil
 }

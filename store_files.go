@@ -1,12 +1,11 @@
 // This file has the SQL about a database as a whole, for the commands that read one beside a running server,
-// copy it, restore a backup, or seal its secrets with another key; and the types with which a store uses PostgreSQL.
+// copy it, or restore a backup; and the types with which a store uses PostgreSQL.
 // It never changes the database that a server has open.
 package main
 
 import (
 	"context"
 	"database/sql"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,6 +23,10 @@ type postgresConfig struct {
 	connections int64
 	timeout     time.Duration // of one statement
 	version     string        // of this program
+	address     string        // under which administrators recognize this process
+	nonce       string        // a random name of this process among the replicas
+	// replicated lets several processes serve with one database at the same time. Without it, this process is alone.
+	replicated bool
 }
 
 // A backend is what PostgreSQL needs beside statements. It belongs to one store.
@@ -33,7 +36,10 @@ type backend struct {
 	differences func(context.Context) ([]string, error)
 	// startTx makes a write transaction fail if this process may not write any more. One that is audited runs
 	// alone.
-	startTx     func(ctx context.Context, tx *sql.Tx, audited bool) error
+	startTx func(ctx context.Context, tx *sql.Tx, audited bool) error
+	// announce is called before an audited transaction is committed, with the seq of its entry: other replicas
+	// learn of the change.
+	announce    func(ctx context.Context, tx *sql.Tx, seq int64) error
 	writeLedger func(context.Context, *ledgerWriter, ledgerBatch) error
 	size        func(context.Context) (int64, error)
 	vacuum      func(context.Context) error // removes what was overwritten from the tables with sealed values
@@ -49,6 +55,23 @@ type backend struct {
 	// watch keeps problem up to date until ctx is done, and reports its changes.
 	watch func(ctx context.Context, report func(problem string))
 	close func() error
+
+	replica  int64       // the id of this process among those that use the database; 0: it is open for reading
+	isLeader func() bool // it does what only one replica does
+	limitNow func() int64
+	started  func() // lets other processes start; call it once the database has what a server needs
+}
+
+// isLeader reports whether this process does what only one of several replicas does.
+func (s *store) isLeader() bool { return s.backend == nil || s.backend.isLeader() }
+
+// limitNow returns the time by which limits count, in unix milliseconds. On PostgreSQL it is the database's, so that
+// all replicas agree on it although their clocks differ.
+func (s *store) limitNow() int64 {
+	if s.backend != nil {
+		return s.backend.limitNow()
+	}
+	return time.Now().UnixMilli()
 }
 
 func isPostgresURL(text string) bool {
@@ -532,123 +555,6 @@ func (s *store) attachedAuditHead(ctx context.Context) string {
 		return "" // no database is attached, or it is older than the trail
 	}
 	return stored[:max(strings.LastIndexByte(stored, ':'), 0)]
-}
-
-const actionRekey = "database.rekey"
-
-// sealedSettings are the settings with a sealed value, and what each value is bound to.
-func sealedSettings() map[string]string {
-	return map[string]string{
-		keyCheckSetting: boundKeyCheckContext, "audit_key": auditKeyContext, contentKeySetting: contentKeyContext}
-}
-
-// countSealedKeys counts the provider keys.
-func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
-	return queryValue[int64](ctx, s.readDB, "counting provider keys",
-		`SELECT count(*) FROM upstreams WHERE length(sealed_key) > 0`)
-}
-
-// reseal seals with to what from has sealed: all of it, or nothing. It returns the number of provider keys.
-// What the old key sealed is overwritten in the file, because that key may leak later.
-func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer,
-	originOf func(baseURL string) (string, error)) (n int64, err error) {
-	if s.backend == nil {
-		if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten",
-			`PRAGMA secure_delete = 1`); err != nil {
-			return 0, err
-		}
-	}
-	err = s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
-		for name, aad := range sealedSettings() {
-			if err := resealSetting(ctx, tx, name, aad, from, to); err != nil {
-				return auditEvent{}, fmt.Errorf("the setting %s: %w", name, err)
-			}
-		}
-		if n, err = s.resealUpstreams(ctx, tx, from, to, originOf); err != nil {
-			return auditEvent{}, err
-		}
-		if s.backend == nil {
-			if err := rewriteSealed(ctx, tx); err != nil {
-				return auditEvent{}, err
-			}
-		}
-		return auditEvent{actionRekey, "", []auditField{{"key", [2]string{from.id(), to.id()}}, {"upstreams", n}}}, nil
-	})
-	if err == nil && s.backend != nil {
-		err = s.backend.vacuum(ctx)
-	}
-	return n, err
-}
-
-// rewriteSealed writes the tables with sealed values once more, into pages of their own. When rows moved within a
-// table earlier, copies of them stayed in unused parts of its pages; the pages are overwritten when they are freed.
-func rewriteSealed(ctx context.Context, tx querier) error {
-	for _, statement := range []string{
-		`CREATE TEMP TABLE resealed AS SELECT * FROM upstreams`,
-		`DELETE FROM upstreams`,
-		`INSERT INTO upstreams SELECT * FROM temp.resealed`,
-		`DROP TABLE temp.resealed`,
-		`CREATE TEMP TABLE resealed AS SELECT * FROM settings`,
-		`DELETE FROM settings`,
-		`INSERT INTO settings SELECT * FROM temp.resealed`,
-		`DROP TABLE temp.resealed`,
-	} {
-		if _, err := execCount(ctx, tx, "overwriting old values", statement); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func resealSetting(ctx context.Context, tx querier, name, aad string, from, to *sealer) error {
-	text, err := queryValue[string](ctx, tx, "reading it", `SELECT value FROM settings WHERE name = ?`, name)
-	if errors.Is(err, errNotFound) {
-		return nil // not set yet
-	}
-	if err != nil {
-		return err
-	}
-	sealed, err := base64.StdEncoding.DecodeString(text)
-	if err != nil {
-		return errUnseal
-	}
-	plain, err := from.open(sealed, aad)
-	if err != nil {
-		return err
-	}
-	return saveSetting(ctx, tx, name, base64.StdEncoding.EncodeToString(to.seal(plain, aad)))
-}
-
-func (s *store) resealUpstreams(ctx context.Context, tx *auditedTx, from, to *sealer,
-	originOf func(string) (string, error)) (int64, error) {
-	all, err := collect(ctx, tx, "reading provider keys", (*upstreamRow).columns,
-		selectUpstreams+`WHERE length(sealed_key) > 0 ORDER BY seq`)
-	if err != nil {
-		return 0, err
-	}
-	for i := range all {
-		u := &all[i]
-		origin, err := originOf(u.baseURL)
-		if err != nil {
-			return 0, fmt.Errorf("upstream %s of project %s: base URL %w", u.id, u.projectID, err)
-		}
-		aad := sealContext(u.id, u.projectID, origin)
-		plain, err := from.open(u.sealedKey, aad)
-		if err != nil {
-			return 0, fmt.Errorf("upstream %s of project %s: %w; nothing was changed. "+
-				"Enter its provider key again, or delete it, then repeat", u.id, u.projectID, err)
-		}
-		isBound := s.checkBinding(ctx, tx, u) == nil
-		if u.sealedKey = to.seal(plain, aad); isBound { // to the same entry: a row of another size would move
-			b := u.bound()
-			u.mac = tx.chain.bindingMAC(&b)
-		}
-		if _, err := execCount(ctx, tx, "writing upstream "+u.id, `
-			UPDATE upstreams SET sealed_key = ?, mac = ? WHERE seq = ?`, u.sealedKey, u.mac, u.seq); err != nil {
-			return 0, err
-		}
-	}
-	return int64(len(all)), nil
 }
 
 // usedBefore reports whether a database without a key check has rows, and whether it has credentials. Credentials

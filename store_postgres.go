@@ -1,8 +1,7 @@
 //go:build postgres
 
 // This file is how the program uses PostgreSQL: it checks DATABASE_URL, connects, translates the statements of
-// store*.go once, brings the schema up to date, and keeps every other process out. A process that lost the database
-// to another can commit nothing any more. The password is used here and nowhere else, and no error has it.
+// store*.go once, and brings the schema up to date. The password is used here and nowhere else, and no error has it.
 package main
 
 import (
@@ -32,7 +31,6 @@ const (
 	// postgresLockClass is the first key of this program's advisory locks; the second names the schema.
 	postgresLockClass      = 0x6c6c6d70
 	postgresConnectTimeout = 5 * time.Second
-	postgresCheckInterval  = time.Second
 )
 
 // postgresParameters are the parameters that DATABASE_URL may have. Others could turn off what the program relies on.
@@ -113,27 +111,28 @@ type postgres struct {
 	name     string
 	store    *store
 	ledgerDB *sql.DB // one connection, for what the ledger writes
-	lockDB   *sql.DB // one connection, which has the exclusive lock
+	lockDB   *sql.DB // for advisory locks
 	lockKey  int32   // names the schema in advisory locks
 	replica  int64   // 0: opened for reading
 	epoch    int64
 	slot     atomic.Int64 // in the ids of calls
 	writer   postgresLedger
 
-	lockConn *sql.Conn // of lockDB; nil: the lock is not held
-	trouble  atomic.Pointer[string]
+	cluster *cluster
+	started func() // lets other processes start
 }
 
-// openPostgres connects. With serve, it takes the exclusive lock, migrates, and closes the replicas of processes that
-// have ended; otherwise every write fails.
+// openPostgres connects. With serve, it migrates the schema and joins the replicas; otherwise every write fails.
 func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store, err error) {
 	u, err := url.Parse(c.url())
 	if err != nil {
 		return nil, errors.New("DATABASE_URL is not a URL")
 	}
-	p := &postgres{config: c, name: u.Redacted(), store: &store{}}
+	p := &postgres{config: c, name: u.Redacted(), store: &store{}, started: func() {}}
+	p.cluster = &cluster{db: p, began: time.Now(), now: time.Now}
 	defer func() {
 		if err != nil {
+			p.started()
 			err = fmt.Errorf("database %s: %w", p.name, err)
 			for _, db := range []*sql.DB{p.store.readDB, p.store.writeDB, p.ledgerDB, p.lockDB} {
 				if db != nil {
@@ -167,28 +166,24 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		}
 	}
 	// If this machine vanishes, the server notices within 20 s and releases the lock.
-	if p.lockDB, err = open(1, map[string]string{"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "5",
-		"tcp_keepalives_count": "3"}); err != nil {
+	keepalive := map[string]string{"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "5",
+		"tcp_keepalives_count": "3"}
+	if p.lockDB, err = open(lockConnections, keepalive); err != nil {
 		return nil, err
 	}
 	if err = p.checkServer(ctx); err != nil {
 		return nil, err
 	}
-	if err = p.takeLock(ctx); err != nil {
-		return nil, err
-	}
-	if err = p.migrate(ctx); err != nil {
-		return nil, err
-	}
-	return p.store, p.register(ctx)
+	return p.store, p.join(ctx)
 }
 
 func (p *postgres) backend() *backend {
 	return &backend{
 		version: p.version, differences: p.differences, startTx: p.startTx, writeLedger: p.writer.write,
-		size: p.size, vacuum: p.vacuum, problem: p.problem, watch: p.watch, close: p.close, slot: p.slot.Load,
-		lastRequestID: p.lastRequestID, closedReplicas: p.closedReplicas, pendingRecords: p.pendingRecords,
-		deletePending: p.deletePending,
+		size: p.size, vacuum: p.vacuum, problem: p.cluster.problem, watch: p.cluster.watch, close: p.close,
+		slot: p.slot.Load, lastRequestID: p.lastRequestID, closedReplicas: p.closedReplicas,
+		pendingRecords: p.pendingRecords, deletePending: p.deletePending, announce: p.announce,
+		isLeader: p.cluster.isLeader, limitNow: p.cluster.limitNow, started: func() { p.started() },
 	}
 }
 
@@ -196,10 +191,10 @@ func (p *postgres) close() error {
 	if p.lockDB == nil {
 		return nil
 	}
-	if p.lockConn != nil {
-		_ = p.lockConn.Close()
-	}
-	return errors.Join(p.ledgerDB.Close(), p.lockDB.Close()) // the server releases the lock
+	p.started()
+	err := p.leave()
+	p.cluster.dropLocks()
+	return errors.Join(err, p.ledgerDB.Close(), p.lockDB.Close()) // the server releases the locks
 }
 
 // checkServer returns an error if the server cannot be used.
@@ -228,87 +223,6 @@ func (p *postgres) checkServer(ctx context.Context) error {
 	return nil
 }
 
-// takeLock takes the exclusive lock of the database, or returns an error if another process has it.
-func (p *postgres) takeLock(ctx context.Context) error {
-	conn, err := p.lockDB.Conn(ctx)
-	if err != nil {
-		return fmt.Errorf("connecting: %w", err)
-	}
-	taken := false
-	for attempts := 10; err == nil && !taken && attempts > 0; attempts-- {
-		if err = conn.QueryRowContext(ctx, `SELECT pg_try_advisory_lock(?, ?)`, postgresLockClass, p.lockKey).
-			Scan(&taken); err == nil && !taken {
-			time.Sleep(50 * time.Millisecond) // the server may not have noticed yet that a process has ended
-		}
-	}
-	if err == nil && !taken {
-		err = errors.New("another llm-proxy is using it; stop that one, or set another DATABASE_URL for this one")
-	}
-	if err != nil {
-		return errors.Join(err, conn.Close())
-	}
-	p.lockConn = conn
-	return nil
-}
-
-// register closes the replicas of processes that have ended, and adds this one. From then on the others can commit
-// nothing.
-func (p *postgres) register(ctx context.Context) error {
-	tx, err := p.store.writeDB.BeginTx(ctx, nil)
-	if err != nil {
-		return fmt.Errorf("beginning a transaction: %w", err)
-	}
-	defer tx.Rollback() // without effect after Commit
-	now := time.Now().UnixMilli()
-	if _, err := execCount(ctx, tx, "closing other replicas", `
-		UPDATE replicas SET epoch = epoch + 1, closed_at = ? WHERE closed_at IS NULL`, now); err != nil {
-		return err
-	}
-	err = tx.QueryRowContext(ctx, `INSERT INTO replicas (version, started_at) VALUES (?, ?) RETURNING id, epoch`,
-		p.config.version, now).Scan(&p.replica, &p.epoch)
-	if err != nil {
-		return fmt.Errorf("adding a replica: %w", err)
-	}
-	if _, err := execCount(ctx, tx, "adding a replica",
-		`INSERT INTO ledger_commits (replica, seq) VALUES (?, 0)`, p.replica); err != nil {
-		return err
-	}
-	if _, err := execCount(ctx, tx, "deleting old replicas", `
-		WITH old AS (DELETE FROM ledger_commits c USING replicas r
-			WHERE r.id = c.replica AND r.closed_at < ? RETURNING c.replica)
-		SELECT 1 FROM old`, now-dayMS); err != nil {
-		return err
-	}
-	if err := tx.Commit(); err != nil {
-		return fmt.Errorf("committing: %w", err)
-	}
-	p.writer = postgresLedger{postgres: p, stmts: postgresLedgerStmts(), committed: map[*requestRow]bool{}}
-	return nil
-}
-
-// requireOpenReplica is true if this process may write. It keeps others from closing the replica before the
-// transaction ends.
-const requireOpenReplica = `SELECT id FROM replicas WHERE id = ? AND epoch = ? AND closed_at IS NULL FOR SHARE`
-
-// startTx is called at the start of a write transaction. An audited one runs alone, so that the audit trail has one
-// writer.
-func (p *postgres) startTx(ctx context.Context, tx *sql.Tx, audited bool) error {
-	var id int64
-	if err := tx.QueryRowContext(ctx, requireOpenReplica, p.replica, p.epoch).Scan(&id); err != nil {
-		if errors.Is(err, sql.ErrNoRows) {
-			err = errFenced
-		}
-		return fmt.Errorf("beginning to write: %w", err)
-	}
-	if !audited {
-		return nil
-	}
-	if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(?, ?)`, postgresLockClass+1, p.lockKey); err != nil {
-		return fmt.Errorf("waiting for other changes: %w", err)
-	}
-	return nil
-}
-
 // size returns the bytes of the database on the server's disk.
 func (p *postgres) size(ctx context.Context) (int64, error) {
 	return queryValue[int64](ctx, p.store.readDB, "reading the database's size",
@@ -323,65 +237,6 @@ func (p *postgres) vacuum(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// problem returns why no call may be admitted, "" if one may.
-func (p *postgres) problem() string {
-	if text := p.trouble.Load(); text != nil {
-		return *text
-	}
-	return ""
-}
-
-// watch checks the exclusive lock every second until ctx is done, and calls report when its state changes. The lock
-// is lost with its connection. It is taken again unless another process has it, or had it meanwhile: then the state
-// in memory is out of date.
-func (p *postgres) watch(ctx context.Context, report func(problem string)) {
-	tick := time.NewTicker(postgresCheckInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		var problem *string
-		if err := p.checkLock(ctx); ctx.Err() != nil {
-			return
-		} else if err != nil {
-			problem = new("the database is not available")
-			if errors.Is(err, errFenced) {
-				problem = new(errFenced.Error())
-			}
-		}
-		if old := p.trouble.Swap(problem); (old == nil) != (problem == nil) {
-			report(p.problem())
-		}
-	}
-}
-
-// checkLock returns an error if this process does not have the lock and cannot take it.
-func (p *postgres) checkLock(ctx context.Context) error {
-	if p.lockConn != nil {
-		if _, err := p.lockConn.ExecContext(ctx, `SELECT 1`); err == nil {
-			return nil
-		}
-		_ = p.lockConn.Close()
-		p.lockConn = nil
-	}
-	if err := p.takeLock(ctx); err != nil {
-		return err
-	}
-	var id int64
-	err := p.lockConn.QueryRowContext(ctx, requireOpenReplica, p.replica, p.epoch).Scan(&id)
-	if errors.Is(err, sql.ErrNoRows) {
-		err = errFenced
-	}
-	if err != nil {
-		_ = p.lockConn.Close()
-		p.lockConn = nil
-	}
-	return err
 }
 
 // A postgresConnector opens connections that take the statements of store*.go.
