@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -87,6 +88,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/projects/{id}/empty-cache", roleOperator, ui.emptyCachePage},
 		{"GET|POST /admin/projects/{id}/revoke-tokens", roleOperator, ui.revokeProjectTokensPage},
 		{"GET /admin/projects/{id}/route", roleViewer, ui.testRoutePage},
+		{"GET /admin/projects/{id}/values", roleViewer, ui.projectValuesPage},
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, ui.newUpstreamPage},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, ui.editUpstream},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, ui.deleteUpstreamPage},
@@ -94,6 +96,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/tokens/new", roleOperator, ui.newTokenPage},
 		{"POST /admin/tokens/revoke", roleOperator, ui.revokeSelected},
 		{"GET /admin/tokens/{id}", roleViewer, ui.tokenPage},
+		{"GET /admin/tokens/{id}/values", roleViewer, ui.tokenValuesPage},
 		{"GET|POST /admin/tokens/{id}/edit", roleOperator, ui.editToken},
 		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, ui.rotateTokenPage},
 		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, ui.revokeTokenPage},
@@ -549,4 +552,99 @@ func sameOrigin(r *http.Request, secure bool) bool {
 	}
 	origin := r.Header["Origin"]
 	return len(origin) == 1 && strings.EqualFold(origin[0], scheme+"://"+r.Host)
+}
+
+// submittedForms remembers the latest forms that were carried out, so that reloading the response
+// to one that shows a secret does not create another secret.
+type submittedForms struct {
+	mu   sync.Mutex
+	ids  [512]string // a ring
+	next int
+}
+
+// claim reports whether a form is submitted for the first time.
+func (s *submittedForms) claim(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if slices.Contains(s.ids[:], id) {
+		return false
+	}
+	s.ids[s.next] = id
+	s.next = (s.next + 1) % len(s.ids)
+	return true
+}
+
+const (
+	maxKeptFormBytes = 64 << 10
+	keptFormTime     = 10 * time.Minute
+)
+
+// encodeKeptForm returns the input of a form for the sign-in page, which sends it along with the key. Secrets are left
+// out. It returns "" if there is nothing worth keeping, or too much.
+func encodeKeptForm(form url.Values) string {
+	kept, isTyped := url.Values{}, false
+	for name, values := range form {
+		if isSecretField(name) || name == "once" {
+			continue
+		}
+		kept[name] = values
+		isTyped = isTyped || name != "version"
+	}
+	if text := kept.Encode(); isTyped && len(text) <= maxKeptFormBytes {
+		return text
+	}
+	return ""
+}
+
+// isSecretField reports whether a form's field holds a secret: an API key or a management key.
+func isSecretField(name string) bool { return strings.HasSuffix(name, "key") }
+
+// keptForms holds the input of forms from the sign-in to the page with the form: for one page of a session, for a short
+// time, and of the latest sessions only. Only people who have signed in put something there.
+type keptForms struct {
+	mu   sync.Mutex
+	ring [64]keptForm
+	next int
+}
+
+type keptForm struct {
+	session []byte // the hash of its id
+	path    string
+	input   string // as encodeKeptForm returned it
+	until   time.Time
+}
+
+// put keeps the input of the form at path for a session.
+func (k *keptForms) put(session []byte, path, input string, now time.Time) {
+	if input == "" || len(input) > maxKeptFormBytes {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.ring[k.next] = keptForm{session: session, path: path, input: input, until: now.Add(keptFormTime)}
+	k.next = (k.next + 1) % len(k.ring)
+}
+
+// take returns the input that is kept for a page and forgets it. It returns nil if there is none.
+func (k *keptForms) take(session []byte, path string, now time.Time) url.Values {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for i := range k.ring {
+		f := k.ring[i]
+		if f.path != path || !bytes.Equal(f.session, session) {
+			continue
+		}
+		k.ring[i] = keptForm{}
+		input, err := url.ParseQuery(f.input)
+		if err != nil || now.After(f.until) {
+			return nil
+		}
+		for name := range input {
+			if isSecretField(name) {
+				delete(input, name)
+			}
+		}
+		return input
+	}
+	return nil
 }

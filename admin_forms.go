@@ -5,7 +5,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -16,7 +15,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -349,30 +347,11 @@ func jsonNumber(text string) json.RawMessage {
 	return mustMarshal(text)
 }
 
-// submittedForms remembers the latest forms that were carried out, so that reloading the response
-// to one that shows a secret does not create another secret.
-type submittedForms struct {
-	mu   sync.Mutex
-	ids  [512]string // a ring
-	next int
-}
-
-// claim reports whether a form is submitted for the first time.
-func (s *submittedForms) claim(id string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if slices.Contains(s.ids[:], id) {
-		return false
-	}
-	s.ids[s.next] = id
-	s.next = (s.next + 1) % len(s.ids)
-	return true
-}
-
 // A policyForm is the data of the template "policy".
 type policyForm struct {
 	Lists            []policyListField
 	Settings, Cache  []*formField // of a project's policy only
+	Attribution      []*formField
 	Limits           []*limitFormRow
 	Metrics, Periods []option
 	MaxLimits        int
@@ -421,7 +400,18 @@ func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
 		p.Periods = append(p.Periods, option{period.String(), "per " + period.String()})
 	}
 	p.Periods = append(p.Periods, option{perLifetime.String(), "in total"})
+	required := &formField{Name: "policy.attribution.required", Label: "Required", Kind: "lines",
+		Placeholder: "end_user\nsession\ntag:team", Help: "attribution-required"}
+	p.Attribution = []*formField{required, {Name: "policy.attribution.fixed_tags", Label: "Tags of every call",
+		Kind: "pairs", Placeholder: "team = search", Help: "attribution-fixed-tags"}}
 	if ofProject {
+		p.Attribution = []*formField{
+			{Name: "policy.attribution.tags", Label: "Tags that clients may send", Kind: "lines",
+				Placeholder: "team\ntask", Help: "attribution-tags"}, required,
+			{Name: "policy.attribution.end_users", Label: "End users are recorded", Kind: "select", Required: true,
+				Help: "attribution-end-users", Options: options(endUsersPlain, "As clients name them",
+					endUsersHashed, "By a keyed hash", endUsersOff, "Not at all")},
+		}
 		p.Settings = []*formField{
 			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox",
 				Help: "stateful"},
@@ -451,7 +441,7 @@ func (p *policyForm) fields() (fields []*formField) {
 	for _, l := range p.Lists {
 		fields = append(fields, l.List, l.None)
 	}
-	return append(append(fields, p.Settings...), p.Cache...)
+	return slices.Concat(fields, p.Settings, p.Cache, p.Attribution)
 }
 
 // fill puts in what was sent, otherwise the stored policy.
@@ -490,12 +480,19 @@ type policyView struct {
 	Stateful                     bool
 	KeepContentDays              int64 `json:"keep_content_days"`
 	Cache                        *cachePolicy
+	Attribution                  *attributionPolicy
+	FixedTags                    []string `json:"-"` // of Attribution, as texts such as team=search
 	Limits                       []limitJSON
 }
 
 func newPolicyView(stored json.RawMessage) (p policyView) {
 	if err := json.Unmarshal(stored, &p); err != nil {
 		return policyView{} // a new object; what is stored was checked
+	}
+	if p.Attribution != nil {
+		for _, t := range p.Attribution.FixedTags {
+			p.FixedTags = append(p.FixedTags, t.key+"="+t.value)
+		}
 	}
 	return p
 }
@@ -506,8 +503,10 @@ func (p *policyForm) storedValues() url.Values {
 	for name, raw := range jsonFields(p.stored) {
 		policy["policy."+name] = raw
 	}
-	for name, raw := range jsonFields(policy["policy.cache"]) {
-		policy["policy.cache."+name] = raw
+	for _, object := range [...]string{"policy.cache", "policy.attribution"} {
+		for name, raw := range jsonFields(policy[object]) {
+			policy[object+"."+name] = raw
+		}
 	}
 	values := storedValues(policy, p.fields())
 	for _, l := range p.Lists {
@@ -545,6 +544,8 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 		cache := p.encodeCache(sent)
 		set("cache", cache, cache != nil)
 	}
+	attribution := p.encodeAttribution(sent)
+	set("attribution", attribution, len(attribution) > 0)
 	limits := []limitJSON{}
 	for _, row := range p.Limits {
 		if row.isBlank() {
@@ -591,6 +592,34 @@ func (p *policyForm) encodeCache(sent url.Values) map[string]any {
 	return cache
 }
 
+// encodeAttribution returns the attribution policy that was sent, without what has its default, unless that is stored.
+func (p *policyForm) encodeAttribution(sent url.Values) map[string]json.RawMessage {
+	out := jsonFields(jsonFields(p.stored)["attribution"])
+	for _, field := range p.Attribution {
+		text, name := strings.TrimSpace(sent.Get(field.Name)), strings.TrimPrefix(field.Name, "policy.attribution.")
+		if !sent.Has(field.Name) { // the page is older than the program
+			continue
+		}
+		isDefault := field.Kind == "select" && text == field.Options[0].Value
+		switch {
+		case text == "" || isDefault && out[name] == nil:
+			delete(out, name)
+		case field.Kind == "lines":
+			out[name] = mustMarshal(splitLines(text))
+		case field.Kind == "pairs":
+			pairs := map[string]string{}
+			for _, line := range splitLines(text) {
+				key, value, _ := strings.Cut(line, "=") // without a value, the operation refuses it
+				pairs[strings.TrimSpace(key)] = strings.TrimSpace(value)
+			}
+			out[name] = mustMarshal(pairs)
+		default:
+			out[name] = mustMarshal(text)
+		}
+	}
+	return out
+}
+
 // showError reports whether a mistake is about the policy, and shows it if so. f is the form that the policy is in.
 func (p *policyForm) showError(f *pageForm, err error) bool {
 	fe, ok := errors.AsType[*fieldError](err)
@@ -617,79 +646,4 @@ func (p *policyForm) showError(f *pageForm, err error) bool {
 	p.Problem = "The limits " + msg
 	f.Mistakes = append(f.Mistakes, formMistake{"limits", p.Problem})
 	return true
-}
-
-const (
-	maxKeptFormBytes = 64 << 10
-	keptFormTime     = 10 * time.Minute
-)
-
-// encodeKeptForm returns the input of a form for the sign-in page, which sends it along with the key. Secrets are left
-// out. It returns "" if there is nothing worth keeping, or too much.
-func encodeKeptForm(form url.Values) string {
-	kept, isTyped := url.Values{}, false
-	for name, values := range form {
-		if isSecretField(name) || name == "once" {
-			continue
-		}
-		kept[name] = values
-		isTyped = isTyped || name != "version"
-	}
-	if text := kept.Encode(); isTyped && len(text) <= maxKeptFormBytes {
-		return text
-	}
-	return ""
-}
-
-// isSecretField reports whether a form's field holds a secret: an API key or a management key.
-func isSecretField(name string) bool { return strings.HasSuffix(name, "key") }
-
-// keptForms holds the input of forms from the sign-in to the page with the form: for one page of a session, for a short
-// time, and of the latest sessions only. Only people who have signed in put something there.
-type keptForms struct {
-	mu   sync.Mutex
-	ring [64]keptForm
-	next int
-}
-
-type keptForm struct {
-	session []byte // the hash of its id
-	path    string
-	input   string // as encodeKeptForm returned it
-	until   time.Time
-}
-
-// put keeps the input of the form at path for a session.
-func (k *keptForms) put(session []byte, path, input string, now time.Time) {
-	if input == "" || len(input) > maxKeptFormBytes {
-		return
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.ring[k.next] = keptForm{session: session, path: path, input: input, until: now.Add(keptFormTime)}
-	k.next = (k.next + 1) % len(k.ring)
-}
-
-// take returns the input that is kept for a page and forgets it. It returns nil if there is none.
-func (k *keptForms) take(session []byte, path string, now time.Time) url.Values {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for i := range k.ring {
-		f := k.ring[i]
-		if f.path != path || !bytes.Equal(f.session, session) {
-			continue
-		}
-		k.ring[i] = keptForm{}
-		input, err := url.ParseQuery(f.input)
-		if err != nil || now.After(f.until) {
-			return nil
-		}
-		for name := range input {
-			if isSecretField(name) {
-				delete(input, name)
-			}
-		}
-		return input
-	}
-	return nil
 }

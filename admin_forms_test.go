@@ -184,13 +184,20 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 	for _, body := range []string{`{}`, `{"models":[]}`,
 		`{"endpoints":["POST /v1/audio/*"],"addresses":[],"stateful":true,"keep_content_days":3}`,
 		`{"cache":{"ttl_seconds":60}}`,
+		`{"attribution":{"tags":["team","task"],"required":["tag:team","session"],"end_users":"hashed"}}`,
+		`{"attribution":{"required":["end_user"],"fixed_tags":{"team":"search","task":"a.b/c"}}}`,
+		`{"attribution":{"end_users":"plain"}}`, `{"attribution":{"end_users":"off"}}`,
 		`{"cache":{"ttl_seconds":2592000,"scope":"token","endpoints":["/v1/embeddings","/v1/chat/*"],"when":"always",` +
 			`"max_entry_bytes":4096}}`,
 		`{"models":["a","b*"],"limits":[{"count":"dollars","max":12.5,"per":"month","model":"gpt*","shadow":true},` +
 			`{"count":"requests","max":9,"per":"day","for_each":"tag:team","max_values":70},` +
 			`{"count":"concurrent","max":3},{"count":"requests","max":0,"per":"lifetime","endpoint":"/v1/*"}]}`} {
+		ofProject, ofToken := body, strings.Replace(body, `,"stateful":true,"keep_content_days":3`, "", 1)
+		if strings.Contains(body, "fixed_tags") { // tokens have them, projects do not
+			ofProject = `{}`
+		}
 		p.manage("PATCH", "/manage/projects/"+p.project,
-			`{"policy":`+body+`,"cost_multiplier":0.1234,
+			`{"policy":`+ofProject+`,"cost_multiplier":0.1234,
 			"routing":{"fallbacks":[{"model":"gpt-4o*","to":"gpt-4o-mini"}],"show_upstream":true,"affinity":"none",
 			"aliases":{"smart":["a","b=c","d"],"fast":"gpt-5-mini"}}}`, 200, nil)
 		p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream,
@@ -212,12 +219,11 @@ func TestAdminFormsKeepWhatIsStored(t *testing.T) {
 		if after := read(); fmt.Sprintf("%+v", after) != fmt.Sprintf("%+v", before) {
 			t.Errorf("%s\nbefore %+v\nafter  %+v", body, before, after)
 		}
-		if body == `{}` || strings.Contains(body, "cache") { // tokens have no cache of their own
-			continue
+		if body == `{}` || strings.Contains(body, "cache") || strings.Contains(body, "end_users") {
+			continue // tokens have none of these
 		}
-		policy := strings.Replace(body, `,"stateful":true,"keep_content_days":3`, "", 1)
 		id, token := p.newToken(`"name":"keeps","expires_at":"2099-01-31T10:20:30.456Z",
-			"idle_expiry_minutes":61,"max_requests":5,"policy":` + policy)
+			"idle_expiry_minutes":61,"max_requests":5,"policy":` + ofToken)
 		p.secrets = append(p.secrets, token)
 		was := b.p.manageAs(p.adminKey, "GET", "/manage/tokens/"+id, "").body
 		if res := b.post("/admin/tokens/"+id+"/edit",
@@ -260,6 +266,11 @@ func TestAdminMistakes(t *testing.T) {
 			says: "is required"},
 		{path: project, name: "policy.cache.max_entry_bytes", value: "5", field: "policy.cache.ttl_seconds",
 			says: "is required"},
+		{path: project, name: "policy.attribution.tags", value: "Team", says: "must have 50 keys or fewer"},
+		{path: project, name: "policy.attribution.required", value: "tag:team", says: "tags does not allow this key"},
+		{path: project, name: "policy.attribution.required", value: "user", says: "must list some of"},
+		{path: newToken, name: "policy.attribution.fixed_tags", value: "team", says: "must be an object such as"},
+		{path: token + "/edit", name: "policy.attribution.fixed_tags", value: "team = a b", says: "must be an object"},
 		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be a whole number"},
 		{path: project, name: "routing.fallbacks", value: "gpt", says: "must have lines"},
 		{path: project, name: "routing.fallbacks", value: "gpt = a b", says: "must be a model"},

@@ -42,6 +42,7 @@ type projectPageView struct {
 	projectView
 	Ready   bool // it has an active upstream, its own or one shared with it: without, its calls are refused
 	Limits  []barView
+	Values  string // the address of the page of values, "" if no limit has any
 	Allowed policyView
 	Cache   *cacheView // nil: there is no cache, and was none
 	Tokens  []tokenView
@@ -65,7 +66,8 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := projectPageView{projectView: p, Ready: len(state.upstreams) > 0,
-		Limits: newBarViews(p.Limits), Allowed: newPolicyView(p.Policy)}
+		Limits: newBarViews(p.Limits), Values: valuesURL("/admin/projects/"+p.ID, p.Limits),
+		Allowed: newPolicyView(p.Policy)}
 	q := tokenListQuery{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverExpires, limit: 100}
 	v.More, err = ui.store.walkTokens(r.ctx, q, func(row *tokenRow) bool {
 		if t := ui.ops.newTokenView(row, r.now); t.IsActive {
@@ -85,6 +87,69 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v.Charts, err = ui.projectCharts(r, p.ID)
 	return showPage("project", p.Name, v), err
+}
+
+// A valuesView is the data of templates/limit-values.html: what the values of limits with for_each have used.
+type valuesView struct {
+	Crumb  option
+	Value  string // that is searched for, "" for those that have used most
+	Limits []barView
+}
+
+// maxPageValues is how many values of a limit their page shows.
+const maxPageValues = 100
+
+// valuesURL returns the address of the page of values, "" if no limit has any.
+func valuesURL(owner string, limits []limitView) string {
+	if slices.ContainsFunc(limits, func(l limitView) bool { return l.ForEach != "" }) {
+		return owner + "/values"
+	}
+	return ""
+}
+
+// valueQuery returns the values that the page is asked for.
+func (r *pageRequest) valueQuery() valueQuery {
+	if value := r.query.Get("value"); value != "" {
+		return valueQuery{names: []string{value}}
+	}
+	return valueQuery{top: maxPageValues}
+}
+
+func (ui *adminUI) projectValuesPage(r *pageRequest) (*pageResponse, error) {
+	p, err := ui.ops.getProject(r.ctx, r.pathValue("id"), r.valueQuery(), r.now)
+	if err != nil {
+		return nil, err
+	}
+	return r.valuesPage(option{"/admin/projects/" + p.ID, p.Name}, "project="+p.ID, p.Limits), nil
+}
+
+func (ui *adminUI) tokenValuesPage(r *pageRequest) (*pageResponse, error) {
+	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), r.valueQuery(), r.now)
+	if err != nil {
+		return nil, err
+	}
+	return r.valuesPage(option{"/admin/tokens/" + t.ID, t.Name}, "token="+t.ID, t.Limits), nil
+}
+
+// valuesPage shows the values of an owner's limits. calls is the filter for the owner's calls.
+func (r *pageRequest) valuesPage(crumb option, calls string, limits []limitView) *pageResponse {
+	v := valuesView{Crumb: crumb, Value: r.query.Get("value")}
+	for _, bar := range newBarViews(limits) {
+		if bar.ForEach == "" {
+			continue
+		}
+		name, prefix := bar.ForEach, ""
+		if key, isTag := strings.CutPrefix(name, tagAttribute); isTag {
+			name, prefix = "tag", key+"="
+		}
+		for i := range bar.Top {
+			if value := bar.Top[i].Value; value != "" {
+				bar.Top[i].CallsURL = "/admin/requests?" + calls + "&" + name + "=" + url.QueryEscape(prefix+value)
+			}
+		}
+		v.Limits = append(v.Limits, bar)
+	}
+	return showPage("limit-values", "Values of the limits of "+crumb.Label, v)
 }
 
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {

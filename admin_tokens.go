@@ -321,6 +321,7 @@ type tokenPageView struct {
 	ProjectName string
 	State       stateView
 	Limits      []barView
+	Values      string // the address of the page of values, "" if no limit has any
 	Allowed     policyView
 	Requests    *barView // usage of max_requests; nil: there is no such limit
 	Calls       []requestListItem
@@ -332,7 +333,7 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := tokenPageView{tokenView: t, State: newTokenStateView(&t, r.now), Limits: newBarViews(t.Limits),
-		Allowed: newPolicyView(t.Policy)}
+		Values: valuesURL("/admin/tokens/"+t.ID, t.Limits), Allowed: newPolicyView(t.Policy)}
 	if v.ProjectName, err = ui.projectName(r, t.ProjectID); err != nil {
 		return nil, err
 	}
@@ -389,7 +390,7 @@ type barView struct {
 	Percent         int
 	Used, Max, Left string
 	Top             []barView // of a limit with for_each: the values that have used most
-	Value           string    // of these
+	Value, CallsURL string    // of these; CallsURL may be ""
 }
 
 // shownValues is how many values of a limit pages show.

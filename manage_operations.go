@@ -419,6 +419,24 @@ func (ops *operations) eraseContent(
 
 const actionEraseEndUser = "end_user.erase"
 
+const actionEmptyCache = "cache.empty"
+
+// valueNames returns the names that a value of a limit with for_each may have in a project. That of an end user may be
+// hashed, also where it is a session or a tag.
+func (ops *operations) valueNames(ctx context.Context, project string, names []string) ([]string, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	p, err := ops.store.projectByID(ctx, project)
+	if errors.Is(err, errNotFound) { // the project of a token that is left
+		return names, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return ops.endUserNames(p, names[0])
+}
+
 // eraseEndUser removes an end user from all that is stored of a project's calls: the name from the calls, their pending
 // records and their sums, their stored content, and the project's cached answers. It returns how many calls there were.
 // The audit trail, from which nothing can be removed, does not get the name.

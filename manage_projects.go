@@ -57,6 +57,9 @@ func (ops *operations) getProject(ctx context.Context, id string, q valueQuery, 
 	}
 	v, err := ops.newProjectView(ctx, &p)
 	if err == nil {
+		q.names, err = ops.valueNames(ctx, p.id, q.names)
+	}
+	if err == nil {
 		v.Limits, err = ops.limits.projectLimits(ctx, &p, q, now.UnixMilli())
 	}
 	return v, err
@@ -422,7 +425,9 @@ func (ops *operations) getToken(ctx context.Context, id string, q valueQuery, no
 		return tokenView{}, err
 	}
 	v := ops.newTokenView(&t, now)
-	v.Limits, err = ops.limits.tokenLimits(ctx, &t, q, now.UnixMilli())
+	if q.names, err = ops.valueNames(ctx, t.projectID, q.names); err == nil {
+		v.Limits, err = ops.limits.tokenLimits(ctx, &t, q, now.UnixMilli())
+	}
 	return v, err
 }
 
@@ -657,8 +662,6 @@ func (api *manageAPI) getCache(r *manageRequest) (any, error) {
 	}
 	return v, err
 }
-
-const actionEmptyCache = "cache.empty"
 
 // emptyCache deletes the cached answers of a project that f describes, but for their age, and that are older than a
 // number of seconds (0: of any age). It returns how many.

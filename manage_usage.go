@@ -590,15 +590,17 @@ func valueParams() []string { return []string{"limit_values", "limit_value"} }
 // those that have used most, or limit_value alone. Without either, none is.
 func withValueQuery(handle func(*manageRequest, valueQuery) (any, error)) func(*manageRequest) (any, error) {
 	return func(r *manageRequest) (any, error) {
-		q := valueQuery{value: r.query.Get("limit_value")}
-		q.single = q.value != ""
+		q := valueQuery{}
+		if v := r.query.Get("limit_value"); v != "" {
+			q.names = []string{v}
+		}
 		if v := r.query.Get("limit_values"); v != "" {
 			n, err := strconv.Atoi(v)
 			if err != nil || n < 1 || n > maxReportedValues {
 				return nil, badRequest("invalid_value", "limit_values", fmt.Sprintf(
 					"limit_values must be a whole number from 1 to %d.", maxReportedValues))
 			}
-			if q.top = n; q.single {
+			if q.top = n; q.single() {
 				return nil, badRequest("invalid_value", "limit_value", "Use limit_values or limit_value, not both.")
 			}
 		}

@@ -629,24 +629,22 @@ func (ls *limitState) withValues(ctx context.Context, views []limitView, project
 ) ([]limitView, error) {
 	for i := 0; i < len(views) && err == nil; i++ {
 		v := &views[i]
-		if v.ForEach == "" || !q.single && q.top == 0 {
+		if v.ForEach == "" || !q.single() && q.top == 0 {
 			continue
 		}
 		var stored []valueUse
-		switch {
-		case !v.limit.isWindow():
-		case !q.single:
+		if v.limit.isWindow() && !q.single() {
 			stored, err = ls.store.topLimitValues(ctx, project, token, v.limit.rule, v.windowStart, q.top)
-		case len(v.inMemory) == 0:
-			use := valueUse{value: q.value}
-			var found bool
-			use.used, found, err = ls.store.limitValueUse(ctx, project, token, v.limit.rule, q.value, v.windowStart)
+		}
+		for n := 0; n < len(q.names) && v.limit.isWindow() && err == nil; n++ {
+			use, found := valueUse{value: q.names[n]}, false
+			use.used, found, err = ls.store.limitValueUse(ctx, project, token, v.limit.rule, use.value, v.windowStart)
 			if found {
-				stored = []valueUse{use}
+				stored = append(stored, use)
 			}
 		}
 		v.Values = []valueView{}
-		for _, c := range topValues(v.inMemory, stored, max(1, q.top)) {
+		for _, c := range topValues(v.inMemory, stored, max(len(q.names), q.top)) {
 			v.Values = append(v.Values, v.limit.viewValue(c))
 		}
 		v.inMemory = nil

@@ -490,10 +490,12 @@ func (c *limitCounter) setLimit(l *limit) {
 
 // A valueQuery says which values of limits with for_each a report has: those that have used most, or a single one.
 type valueQuery struct {
-	top    int
-	value  string
-	single bool
+	top   int
+	names []string // of the single one: a value may be recorded by a hash of it, too
 }
+
+// single reports whether a single value is asked for.
+func (q *valueQuery) single() bool { return len(q.names) > 0 }
 
 // A countedValue is what a value has used, in the limit's unit.
 type countedValue struct {
@@ -512,7 +514,7 @@ func (c *limitCounter) countedValue() countedValue {
 // countedValues returns what the values in memory that q asks for have used.
 func (g *valueGroup) countedValues(q valueQuery, now int64) (out []countedValue) {
 	for name, c := range g.counters {
-		if q.single && name == q.value || !q.single && q.top > 0 {
+		if slices.Contains(q.names, name) || !q.single() && q.top > 0 {
 			c.advance(now)
 			out = append(out, c.countedValue())
 		}

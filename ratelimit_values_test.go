@@ -692,10 +692,40 @@ func TestValuesOfCalls(t *testing.T) {
 			t.Errorf("%s: %+v", c.attribute, values)
 		}
 	}
+	// A name finds the hash, in the API and on the page. No other name does.
+	path, named := p.newLimitedToken(limit("end_user"))
+	p.sendAs(named, "ann")
+	p.waitSettled()
+	ann, _ := p.limitValues(path, "?limit_value=ann")
+	b, page := p.signIn(p.adminKey), strings.Replace(path, "/manage/", "/admin/", 1)
+	for hash, v := range ann {
+		if len(ann) != 1 || !isEndUserHash(hash) || v.Used != 1 {
+			t.Errorf("ann is %+v", ann)
+		}
+		if again, _ := p.limitValues(path, "?limit_value="+hash); again[hash].Used != 1 {
+			t.Errorf("%s is %+v", hash, again)
+		}
+		for query, want := range map[string]bool{"": true, "?value=ann": true, "?value=" + hash: true,
+			"?value=bob": false} {
+			if shown := b.get(page + "/values" + query).body; strings.Contains(shown, hash+"</a>") != want {
+				t.Errorf("values%s: %s", query, shown)
+			}
+		}
+		if body := b.get(page).body; !strings.Contains(body, `href="`+page+`/values"`) {
+			t.Errorf("the token's page has no link: %s", body)
+		}
+	}
+	if bob, _ := p.limitValues(path, "?limit_value=bob"); len(ann) != 1 || len(bob) != 0 {
+		t.Errorf("ann is %+v, bob %+v", ann, bob)
+	}
+	none := b.get("/admin/projects/" + p.project + "/values").body
+	if !strings.Contains(none, "No limit counts values.") {
+		t.Errorf("the project's values: %s", none)
+	}
 	path, shown := p.newLimitedToken(limit("session"))
 	p.do("POST", "/v1/chat/completions", chatBody(), "Authorization", "Bearer "+shown, "Content-Type",
 		"application/json", "X-LLM-Proxy-Session", "<b>s1")
-	page := p.signIn(p.adminKey).get(strings.Replace(path, "/manage/", "/admin/", 1)).body
+	page = b.get(strings.Replace(path, "/manage/", "/admin/", 1)).body
 	if !strings.Contains(page, "for each session") || !strings.Contains(page, "&lt;b&gt;s1") ||
 		!strings.Contains(page, "1 each; 1 of 4 values counted") {
 		t.Errorf("the token's page is %s", page)
@@ -710,4 +740,72 @@ func TestValuesOfCalls(t *testing.T) {
 		strings.Contains(res.body, `"values"`) {
 		t.Errorf("the token's client sees %s", res.body)
 	}
+}
+
+// TestValuesErased: erasing an end user forgets what it has used of limits for each end user, in memory and in the
+// store, and nothing else. The calls that run meanwhile count anew.
+func TestValuesErased(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	awaitClearOfHour(10 * time.Second)
+	const day = `{"count":"requests","max":3,"per":"day","for_each":"`
+	users, byUser := p.newLimitedToken(day + `end_user"}`)
+	sessions, bySession := p.newLimitedToken(day + `session"}`)
+	used := func(path, value string) float64 {
+		p.waitSettled()
+		values, _ := p.limitValues(path, "?limit_value="+value)
+		return values[value].Used
+	}
+	send := func(token, user string, times int) {
+		for range times {
+			res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+user+`"`), "Authorization", "Bearer "+token,
+				"Content-Type", "application/json", "X-LLM-Proxy-Session", "bob")
+			if res.status != 200 {
+				t.Errorf("%s: %d %s", user, res.status, res.body)
+			}
+		}
+	}
+	send(byUser, "ann", 2)
+	send(byUser, "bob", 2)
+	send(bySession, "ann", 2)
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
+		if c.chunk("data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n") != nil {
+			return false
+		}
+		<-release
+		return c.chunk("data: [DONE]\n\n") == nil && c.chunk("") == nil
+	})
+	running := p.stream(byUser, `"user":"ann"`)
+	if _, err := running.read(1); err != nil {
+		t.Fatal(err)
+	}
+	erase := func(name string) {
+		p.manage("DELETE", "/manage/projects/"+p.project+"/end-users?end_user="+name, "", 200, nil)
+	}
+	erase("ann")
+	close(release)
+	if _, err := running.readAll(); err != nil {
+		t.Error(err)
+	}
+	p.provider.setScript(chatScript)
+	check := func(when string, ann, bob, session float64) {
+		a, b, s := used(users, "ann"), used(users, "bob"), used(sessions, "bob")
+		if a != ann || b != bob || s != session {
+			t.Errorf("%s: ann has used %v, bob %v, the session %v; want %v, %v, %v", when, a, b, s, ann, bob, session)
+		}
+	}
+	check("ann erased", 1, 2, 2)
+	send(byUser, "ann", 2)
+	if status := p.sendAs(byUser, "ann"); status != 429 {
+		t.Errorf("ann's fourth call: %d", status)
+	}
+	erase("bob") // who is also a session, of another limit, which stays
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	check("after a restart", 3, 0, 2)
+	send(byUser, "bob", 3)
 }
