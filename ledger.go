@@ -535,6 +535,9 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		}
 		now := time.Now()
 		l.prune(ctx, func() (int64, error) { return l.store.deleteExpiredContents(ctx, now.UnixMilli(), 20) })
+		if b := l.store.backend; b != nil {
+			l.prune(ctx, func() (int64, error) { return b.mergeSlots(ctx, now.UnixMilli(), 500) })
+		}
 		before := minIDAt(now.Add(-keep.maxAge))
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldRequests(ctx, before, 200) })
 		l.prune(ctx, func() (int64, error) { return l.store.deleteOldBackground(ctx, before, 20) })

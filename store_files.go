@@ -52,6 +52,8 @@ type backend struct {
 	closedReplicas func(context.Context) ([]int64, error)
 	pendingRecords func(ctx context.Context, replica int64, limit int) ([]requestRow, error)
 	deletePending  func(ctx context.Context, replica int64) error
+	// mergeSlots adds some of the sums of periods that are over to those of slot 0, and returns how many.
+	mergeSlots func(ctx context.Context, now int64, limit int) (int64, error)
 	// watch keeps problem up to date until ctx is done, and reports its changes.
 	watch func(ctx context.Context, report func(problem string))
 	close func() error

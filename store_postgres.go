@@ -182,8 +182,9 @@ func (p *postgres) backend() *backend {
 		version: p.version, differences: p.differences, startTx: p.startTx, writeLedger: p.writer.write,
 		size: p.size, vacuum: p.vacuum, problem: p.cluster.problem, watch: p.cluster.watch, close: p.close,
 		slot: p.slot.Load, lastRequestID: p.lastRequestID, closedReplicas: p.closedReplicas,
-		pendingRecords: p.pendingRecords, deletePending: p.deletePending, announce: p.announce,
-		isLeader: p.cluster.isLeader, limitNow: p.cluster.limitNow, started: func() { p.started() },
+		pendingRecords: p.pendingRecords, deletePending: p.deletePending, mergeSlots: p.mergeSlots,
+		announce: p.announce, isLeader: p.cluster.isLeader, limitNow: p.cluster.limitNow,
+		started: func() { p.started() },
 	}
 }
 

@@ -40,11 +40,13 @@ type postgresRows struct {
 	count   int64
 }
 
-// A postgresLedgerStmt is a statement that takes columns as arrays. mustWrite: it writes every row.
+// A postgresLedgerStmt is a statement that takes columns as arrays. mustWrite: it writes every row. bySlot: its first
+// argument is the slot, because each replica has sums of its own, so that no one waits for another.
 type postgresLedgerStmt struct {
 	text      string
 	columns   int
 	mustWrite bool
+	bySlot    bool
 }
 
 // The parts of statements for rows in arrays.
@@ -62,56 +64,78 @@ const (
 			?::text[], ?::bigint[], ?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::text[], ?::text[],
 			?::text[], ?::bigint[], ?::bigint[])`
 	arraysOfAttributedSums = `
-		SELECT * FROM unnest(?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::text[],
+		SELECT ?::smallint, *
+		FROM unnest(?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::bigint[], ?::text[], ?::text[],
 			?::text[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
 			?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
 			?::bigint[])`
 	arraysOfSums = `
-		SELECT * FROM unnest(?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::text[], ?::text[],
+		SELECT ?::smallint, *
+		FROM unnest(?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::text[], ?::text[],
 			?::text[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
 			?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[])`
 	arraysOfHours = `
-		SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
+		SELECT ?::smallint, * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[],
 			?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[])`
-	arraysOfLatency = `SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[])`
+	arraysOfLatency = `
+		SELECT ?::smallint, * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[], ?::bigint[])`
 )
+
+// addBySlot returns the statement that adds rows to the sums of a slot.
+func addBySlot(insert, rows, conflict string) string {
+	return strings.Replace(strings.TrimSuffix(insert, "VALUES "), "(", "(slot, ", 1) + rows +
+		strings.Replace(conflict, "ON CONFLICT (", "ON CONFLICT (slot, ", 1)
+}
 
 // postgresLedgerStmts returns the statements whose rows are collected. Rows of tokens are locked in the order of their
 // seqs: changes of administrators, which lock several too, then cannot wait for the ledger in a circle.
 func postgresLedgerStmts() [ledgerStmtCount]postgresLedgerStmt {
 	return [ledgerStmtCount]postgresLedgerStmt{
-		stmtDeletePending: {`DELETE FROM begun WHERE batch = ANY(?::bigint[])`, 1, false},
-		stmtCountTokenUse: {`
+		stmtDeletePending: {text: `DELETE FROM begun WHERE batch = ANY(?::bigint[])`, columns: 1},
+		stmtCountTokenUse: {text: `
 			WITH used AS (SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[]) AS u (calls, last_used, seq)),
 				locked AS (SELECT seq FROM tokens WHERE seq IN (SELECT seq FROM used) ORDER BY seq FOR NO KEY UPDATE)
 			UPDATE tokens SET
 				request_count = min(tokens.request_count, 9223372036854775807 - used.calls) + used.calls,
 				last_used_at = max(coalesce(tokens.last_used_at, 0), used.last_used)
-			FROM used JOIN locked ON locked.seq = used.seq WHERE tokens.seq = locked.seq`, 3, false},
-		stmtRecordOK: {strings.TrimSuffix(insertOK, "VALUES ") + arraysOfOK, okColumnCount, true},
-		stmtRecord:   {strings.TrimSuffix(insertRecord, "VALUES ") + arraysOfRequests, 34, true},
-		stmtPrice: {`INSERT INTO billed_prices (id, price) SELECT * FROM unnest(?::bigint[], ?::text[])
-			ON CONFLICT DO NOTHING`, 2, false},
-		stmtSum: {strings.TrimSuffix(insertSums, "VALUES ") + arraysOfSums + addToSums, sumColumnCount, true},
-		stmtSumHits: {`
+			FROM used JOIN locked ON locked.seq = used.seq WHERE tokens.seq = locked.seq`, columns: 3},
+		stmtRecordOK: {text: strings.TrimSuffix(insertOK, "VALUES ") + arraysOfOK, columns: okColumnCount,
+			mustWrite: true},
+		stmtRecord: {text: strings.TrimSuffix(insertRecord, "VALUES ") + arraysOfRequests, columns: 34,
+			mustWrite: true},
+		stmtPrice: {text: `INSERT INTO billed_prices (id, price) SELECT * FROM unnest(?::bigint[], ?::text[]) ORDER BY 1
+			ON CONFLICT DO NOTHING`, columns: 2}, // in order, as several replicas insert the same ones
+		stmtSum: {text: addBySlot(insertSums, arraysOfSums, addToSums), columns: sumColumnCount, mustWrite: true,
+			bySlot: true},
+		stmtSumHits: {text: `
+			WITH own AS (SELECT ?::smallint AS slot)
 			UPDATE usage_sums s SET
 				cache_hits = min(s.cache_hits, 9223372036854775807 - h.hits) + h.hits,
 				saved = min(s.saved, 9223372036854775807 - h.saved) + h.saved,
 				saved_us = min(s.saved_us, 9223372036854775807 - h.saved_us) + h.saved_us,
 				prompt_saved = min(s.prompt_saved, 9223372036854775807 - h.prompt) + h.prompt,
 				client_retries = min(s.client_retries, 9223372036854775807 - h.retries) + h.retries
-			FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[],
+			FROM own, unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[],
 				?::text[], ?::text[], ?::text[], ?::text[], ?::text[], ?::bigint[], ?::bigint[])
 				AS h (hits, saved, saved_us, grain, project, token, at, model, endpoint, outcome, asked, tier, prompt,
 					retries)
 			WHERE s.grain = h.grain AND s.project = h.project AND s.token = h.token AND s.at = h.at
 				AND s.model = h.model AND s.endpoint = h.endpoint AND s.outcome = h.outcome AND s.asked = h.asked
-				AND s.service_tier = h.tier`, 14, false},
-		stmtAttributedSum: {strings.TrimSuffix(insertAttributedSum, "VALUES ") + arraysOfAttributedSums +
-			addToAttributed, 24, true},
-		stmtHour: {strings.TrimSuffix(insertHours, "VALUES ") + arraysOfHours + addToHours, 11, true},
-		stmtLatency: {strings.TrimSuffix(insertLatency, "VALUES ") + arraysOfLatency + addToLatency,
-			latencyColumnCount, true},
+				AND s.service_tier = h.tier AND s.slot = own.slot`, columns: 14, bySlot: true},
+		stmtAttributedSum: {text: addBySlot(insertAttributedSum, arraysOfAttributedSums, addToAttributed),
+			columns: 24, mustWrite: true, bySlot: true},
+		// What a slot adds may be negative: the usage of a call that another one has counted became known.
+		stmtLimitUse: {text: `
+			INSERT INTO limit_values AS v (slot, project, token, rule, value, window_start, window_end, used)
+			SELECT ?::smallint, project, token, rule, value, start, max(until), saturate(sum(amount))
+			FROM unnest(?::bigint[], ?::bigint[], ?::text[], ?::text[], ?::bigint[], ?::bigint[], ?::bigint[])
+				AS u (project, token, rule, value, start, until, amount)
+			GROUP BY project, token, rule, value, start
+			ON CONFLICT (slot, project, token, rule, value, window_start) DO UPDATE SET
+				used = saturate(v.used::numeric + excluded.used)`, columns: 7, bySlot: true},
+		stmtHour: {text: addBySlot(insertHours, arraysOfHours, addToHours), columns: 11, mustWrite: true, bySlot: true},
+		stmtLatency: {text: addBySlot(insertLatency, arraysOfLatency, addToLatency), columns: latencyColumnCount,
+			mustWrite: true, bySlot: true},
 	}
 }
 
@@ -148,7 +172,13 @@ func (l *postgresLedger) write(ctx context.Context, w *ledgerWriter, b ledgerBat
 	rest.endedBatchIDs = slices.Concat(b.endedBatchIDs, orphans)
 	if len(rest.records)+len(rest.sumOnlyRows)+len(rest.endedBatchIDs) > 0 {
 		rows := slices.Concat(rest.records, rest.sumOnlyRows)
-		if err := l.inTx(ctx, rows, func() error { return l.writeRows(ctx, w, rest) }); err != nil {
+		err := l.inTx(ctx, rows, func() error { return l.writeRows(ctx, w, rest) })
+		for attempts := 1; attempts < 5 && mayRepeat(err); attempts++ {
+			clear(w.prices)
+			w.lastPrice = nil
+			err = l.inTx(ctx, rows, func() error { return l.writeRows(ctx, w, rest) })
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -157,6 +187,12 @@ func (l *postgresLedger) write(ctx context.Context, w *ledgerWriter, b ledgerBat
 	}
 	l.orphans = l.orphans[:0]
 	return nil
+}
+
+// mayRepeat reports whether the server ended a transaction so that another one could go on: a deadlock, or a lock that
+// was not available.
+func mayRepeat(err error) bool {
+	return slices.Contains([]string{"40P01", "40001", "55P03"}, sqlState(err))
 }
 
 // insertPending writes pending records, unless this process may not write any more.
@@ -242,14 +278,15 @@ func (l *postgresLedger) writeRows(ctx context.Context, w *ledgerWriter, b ledge
 		return err
 	}
 	for stmt := range l.collected {
-		if l.collected[stmt].count == 0 {
+		if stmt == stmtCountTokenUse {
 			continue
 		}
 		if err := l.flush(ctx, &l.stmts[stmt], &l.collected[stmt]); err != nil {
 			return err
 		}
 	}
-	return nil
+	// Other replicas wait for the rows of tokens, so these are locked last.
+	return l.flush(ctx, &l.stmts[stmtCountTokenUse], &l.collected[stmtCountTokenUse])
 }
 
 // send collects the rows of a statement, or runs it at once.
@@ -277,11 +314,17 @@ func (l *postgresLedger) send(ctx context.Context, stmt int, values []any) (chan
 	return int64(len(values) / s.columns), nil
 }
 
-// flush runs a statement with the rows that were collected.
+// flush runs a statement with the rows that were collected, if there are any.
 func (l *postgresLedger) flush(ctx context.Context, s *postgresLedgerStmt, rows *postgresRows) error {
-	args := make([]any, s.columns)
-	for i := range args {
-		args[i] = rows.columns[i].String() + "}"
+	if rows.count == 0 {
+		return nil
+	}
+	args := make([]any, 0, 1+s.columns)
+	if s.bySlot {
+		args = append(args, l.store.backend.slot())
+	}
+	for i := range rows.columns {
+		args = append(args, rows.columns[i].String()+"}")
 	}
 	n, err := execCount(ctx, l.tx, "writing rows", s.text, args...)
 	if err == nil && s.mustWrite && n != rows.count { // a trigger may ignore rows
@@ -374,4 +417,118 @@ func (p *postgres) deletePending(ctx context.Context, replica int64) error {
 func (p *postgres) lastRequestID(ctx context.Context, slot, from int64) (int64, error) {
 	return queryValue[int64](ctx, p.store.readDB, "reading the last call",
 		`SELECT coalesce(max(id), 0) FROM requests WHERE id >= ? AND id >> 11 & 1023 = ?`, from, slot)
+}
+
+// Sums of several replicas. The sums of a period that is over are added up in the rows of slot 0, so that their number
+// does not depend on how many replicas there were. The columns are in the order of the tables.
+
+const (
+	mergedUsage = `
+		INSERT INTO usage_sums AS s (grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls,
+			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
+		SELECT grain, project, token, at, model, endpoint, outcome, asked, service_tier, saturate(sum(calls)),
+			saturate(sum(input_tokens)), saturate(sum(cached_tokens)), saturate(sum(output_tokens)),
+			saturate(sum(reasoning_tokens)), saturate(sum(cost)), saturate(sum(unpriced_calls)),
+			saturate(sum(estimated_calls)), saturate(sum(would_refuse)), saturate(sum(total_us)),
+			saturate(sum(cache_hits)), saturate(sum(saved)), saturate(sum(saved_us)), saturate(sum(prompt_saved)),
+			saturate(sum(client_retries))
+		FROM old GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9
+		ON CONFLICT (slot, grain, project, token, at, model, endpoint, outcome, asked, service_tier) DO UPDATE SET `
+	mergedAttributed = `
+		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
+			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
+			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
+		SELECT project, attribute, at, value, token, model, endpoint, outcome, asked, saturate(sum(calls)),
+			saturate(sum(input_tokens)), saturate(sum(cached_tokens)), saturate(sum(output_tokens)),
+			saturate(sum(reasoning_tokens)), saturate(sum(cost)), saturate(sum(unpriced_calls)),
+			saturate(sum(estimated_calls)), saturate(sum(would_refuse)), saturate(sum(total_us)),
+			saturate(sum(cache_hits)), saturate(sum(saved)), saturate(sum(saved_us)), saturate(sum(prompt_saved)),
+			saturate(sum(client_retries))
+		FROM old GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9
+		ON CONFLICT (slot, project, attribute, at, value, token, model, endpoint, outcome, asked) DO UPDATE SET `
+	// mergeSums adds to the sums that both tables have.
+	mergeSums = `calls = saturate(s.calls::numeric + excluded.calls),
+			input_tokens = saturate(s.input_tokens::numeric + excluded.input_tokens),
+			cached_tokens = saturate(s.cached_tokens::numeric + excluded.cached_tokens),
+			output_tokens = saturate(s.output_tokens::numeric + excluded.output_tokens),
+			reasoning_tokens = saturate(s.reasoning_tokens::numeric + excluded.reasoning_tokens),
+			cost = saturate(s.cost::numeric + excluded.cost),
+			unpriced_calls = saturate(s.unpriced_calls::numeric + excluded.unpriced_calls),
+			estimated_calls = saturate(s.estimated_calls::numeric + excluded.estimated_calls),
+			would_refuse = saturate(s.would_refuse::numeric + excluded.would_refuse),
+			total_us = saturate(s.total_us::numeric + excluded.total_us),
+			cache_hits = saturate(s.cache_hits::numeric + excluded.cache_hits),
+			saved = saturate(s.saved::numeric + excluded.saved),
+			saved_us = saturate(s.saved_us::numeric + excluded.saved_us),
+			prompt_saved = saturate(s.prompt_saved::numeric + excluded.prompt_saved),
+			client_retries = saturate(s.client_retries::numeric + excluded.client_retries)`
+	mergedHours = `
+		INSERT INTO project_hours AS s (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
+			caller_errors, policy_errors, provider_errors, proxy_errors)
+		SELECT project, at, saturate(sum(calls)), saturate(sum(input_tokens)), saturate(sum(output_tokens)),
+			saturate(sum(cost)), saturate(sum(unpriced_calls)), saturate(sum(caller_errors)),
+			saturate(sum(policy_errors)), saturate(sum(provider_errors)), saturate(sum(proxy_errors))
+		FROM old GROUP BY 1, 2
+		ON CONFLICT (slot, project, at) DO UPDATE SET calls = saturate(s.calls::numeric + excluded.calls),
+			input_tokens = saturate(s.input_tokens::numeric + excluded.input_tokens),
+			output_tokens = saturate(s.output_tokens::numeric + excluded.output_tokens),
+			cost = saturate(s.cost::numeric + excluded.cost),
+			unpriced_calls = saturate(s.unpriced_calls::numeric + excluded.unpriced_calls),
+			caller_errors = saturate(s.caller_errors::numeric + excluded.caller_errors),
+			policy_errors = saturate(s.policy_errors::numeric + excluded.policy_errors),
+			provider_errors = saturate(s.provider_errors::numeric + excluded.provider_errors),
+			proxy_errors = saturate(s.proxy_errors::numeric + excluded.proxy_errors)`
+	mergedLatency = `
+		INSERT INTO project_latency AS s (project, at, bucket, first_bytes, answers)
+		SELECT project, at, bucket, saturate(sum(first_bytes)), saturate(sum(answers)) FROM old GROUP BY 1, 2, 3
+		ON CONFLICT (slot, project, at, bucket) DO UPDATE SET
+			first_bytes = saturate(s.first_bytes::numeric + excluded.first_bytes),
+			answers = saturate(s.answers::numeric + excluded.answers)`
+)
+
+// mergeSlots adds up to limit rows of sums of other slots than 0, of hours and days that ended an hour before now or
+// earlier, to those of slot 0, and returns how many rows it has taken. It waits for no other replica, and lets none
+// wait for long.
+func (p *postgres) mergeSlots(ctx context.Context, now int64, limit int) (merged int64, err error) {
+	hour, day := now-now%hourMS-hourMS, (now-hourMS)-(now-hourMS)%dayMS
+	for _, m := range []struct {
+		query string
+		args  []any
+	}{
+		{`WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
+				WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
+			mergedUsage + mergeSums, []any{"hour", hour, limit}},
+		{`WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
+				WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
+			mergedUsage + mergeSums, []any{"day", day, limit}},
+		{`WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
+				WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
+			mergedUsage + mergeSums, []any{"token", day, limit}},
+		{`WITH old AS (DELETE FROM attribution_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM attribution_sums
+				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
+			mergedAttributed + mergeSums, []any{hour, limit}},
+		{`WITH old AS (DELETE FROM project_hours WHERE ctid = ANY (ARRAY(SELECT ctid FROM project_hours
+				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
+			mergedHours, []any{hour, limit}},
+		{`WITH old AS (DELETE FROM project_latency WHERE ctid = ANY (ARRAY(SELECT ctid FROM project_latency
+				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
+			mergedLatency, []any{hour, limit}},
+	} {
+		err = p.store.withTx(ctx, func(tx *sql.Tx) error {
+			if _, err := tx.ExecContext(ctx, `SET LOCAL lock_timeout = '50ms'`); err != nil {
+				return fmt.Errorf("adding up sums of replicas: %w", err)
+			}
+			n, err := execCount(ctx, tx, "adding up sums of replicas", m.query, m.args...)
+			merged += n
+			return err
+		})
+		if mayRepeat(err) { // at the next opportunity
+			err = nil
+		}
+		if err != nil {
+			return merged, err
+		}
+	}
+	return merged, nil
 }

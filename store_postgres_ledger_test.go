@@ -4,7 +4,13 @@
 package main
 
 import (
+	"context"
+	"fmt"
+	"math"
 	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -67,4 +73,123 @@ func postgresReplicaOf(t *testing.T, st *store) int64 {
 		t.Fatal(err)
 	}
 	return id
+}
+
+// TestPostgresSumsBySlot: replicas add to sums of their own. What reports say does not depend on the slot, nor on
+// whether the sums were added up.
+func TestPostgresSumsBySlot(t *testing.T) {
+	requirePostgres(t)
+	p := newTest(t, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["team"]},
+		"limits":[{"for_each":"session","count":"requests","max":100,"per":"month"}]}}`, 200, nil)
+	st := p.instance.store
+	var slot atomic.Int64
+	st.backend.slot = slot.Load
+	call := func(session string) {
+		t.Helper()
+		if res := p.do("POST", "/v1/chat/completions", chatBody(), "Content-Type", "application/json", "Authorization",
+			"Bearer "+p.token, sessionHeader, session, tagsHeader, "team=a"); res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	for i := range 6 {
+		slot.Store([]int64{0, 3, 1023}[i%3])
+		call([]string{"s1", "s2"}[i%2])
+		p.waitSettled()
+	}
+	reports := func() (text string) {
+		t.Helper()
+		for _, query := range []string{"?interval=hour", "?interval=day&group_by=token", "?group_by=model,outcome",
+			"?group_by=session", "?group_by=tag:team,endpoint", "?interval=month&group_by=project"} {
+			text += string(p.manageAs(p.adminKey, "GET", "/manage/usage"+query, "").body) + "\n"
+		}
+		return text + string(p.manageAs(p.adminKey, "GET", "/manage/projects/"+p.project+"?limit_values=10", "").body)
+	}
+	rows := func(where string) (counts string) {
+		t.Helper()
+		for _, table := range []string{"usage_sums", "project_hours", "project_latency", "attribution_sums"} {
+			n, err := queryValue[int64](t.Context(), st.readDB, "counting", `SELECT count(*) FROM `+table+where)
+			if err != nil {
+				t.Fatal(err)
+			}
+			counts += fmt.Sprint(table, " ", n, " ")
+		}
+		return counts
+	}
+	p.checkSums()
+	before := reports()
+	if !strings.Contains(before, `"calls":6`) || strings.Count(before, `"used":3`) != 2 {
+		t.Errorf("the reports before: %s", before)
+	}
+	for _, slot := range []string{"0", "3", "1023"} {
+		if n := rows(` WHERE slot = ` + slot); !strings.HasPrefix(n, "usage_sums 8 project_hours 2 ") {
+			t.Errorf("slot %s has %s", slot, n)
+		}
+	}
+	merge := func(now time.Time) (merged int64) {
+		t.Helper()
+		for range 1000 {
+			n, err := st.backend.mergeSlots(t.Context(), now.UnixMilli(), 3)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if merged += n; n == 0 {
+				break
+			}
+		}
+		return merged
+	}
+	if n := merge(time.Now()); n > 0 {
+		t.Errorf("%d rows of the current hour were added up", n)
+	}
+	tomorrow := time.Now().Add(26 * time.Hour)
+	none := rows(` WHERE false`)
+	if n := merge(tomorrow); n == 0 || rows(` WHERE slot > 0`) != none {
+		t.Errorf("%d rows were added up; there are %s", n, rows(` WHERE slot > 0`))
+	}
+	if after := reports(); after != before {
+		t.Errorf("the reports after: %s\nbefore: %s", after, before)
+	}
+	// While sums are added up, none is lost, and the ledger goes on.
+	var merging sync.WaitGroup
+	ctx, stop := context.WithCancel(t.Context())
+	merging.Go(func() {
+		for ctx.Err() == nil {
+			merge(tomorrow)
+		}
+	})
+	slot.Store(5)
+	for i := range 60 {
+		slot.Store(int64(i % 4))
+		call("s3")
+		if i%10 == 9 {
+			p.waitSettled()
+		}
+	}
+	p.waitSettled()
+	stop()
+	merging.Wait()
+	p.checkSums()
+	p.checkCounts()
+	if merge(tomorrow); rows(` WHERE slot > 0`) != none {
+		t.Errorf("in the end there are %s", rows(` WHERE slot > 0`))
+	}
+}
+
+// TestPostgresMergeOfLargeSums: sums that are too large for a column stay at the largest value. Parts may be negative.
+func TestPostgresMergeOfLargeSums(t *testing.T) {
+	requirePostgres(t)
+	p := newTest(t, nil)
+	p.execSQL(`INSERT INTO project_hours (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
+			caller_errors, policy_errors, provider_errors, proxy_errors, slot)
+		VALUES (9, 0, 1, 9223372036854775807, -2, 0, 0, 0, 0, 0, 0, 0),
+			(9, 0, 1, 9223372036854775807, 5, -1, 0, 0, 0, 0, 0, 1),
+			(9, 0, 1, 9223372036854775807, 5, -1, 0, 0, 0, 0, 0, 2)`)
+	if n, err := p.instance.store.backend.mergeSlots(t.Context(), time.Now().UnixMilli(), 10); err != nil || n == 0 {
+		t.Fatal(n, err)
+	}
+	h, err := p.instance.store.sumHours(t.Context(), 9, 0, 1)
+	if err != nil || h.calls != 3 || h.input != math.MaxInt64 || h.output != 8 || h.cost != -2 {
+		t.Errorf("%+v %v", h, err)
+	}
 }

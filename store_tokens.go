@@ -458,13 +458,14 @@ func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, v
 	if err != nil {
 		return 0, false, fmt.Errorf("reading what a value has used: %w", err)
 	}
-	return used, stored, nil
+	return max(used, 0), stored, nil
 }
 
 // countLimitValues returns how many values limitValueUse has use of.
 func (s *store) countLimitValues(ctx context.Context, project, token int64, rule string, from int64) (int64, error) {
 	return queryValue[int64](ctx, s.readDB, "counting the values of a limit", `
-		SELECT count(*) FROM limit_values WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?`,
+		SELECT count(DISTINCT value) FROM limit_values
+		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?`,
 		project, token, rule, from)
 }
 
@@ -496,7 +497,7 @@ type limitValueRow struct {
 func (s *store) limitValueRows(ctx context.Context, project int64, attribute, value string) ([]limitValueRow, error) {
 	rows, err := collect(ctx, s.readDB, "looking for what a value has used", func(r *limitValueRow) []any {
 		return []any{&r.token, &r.rule, &r.windowStart}
-	}, `SELECT token, rule, window_start FROM limit_values WHERE project = ? AND value = ?`, project, value)
+	}, `SELECT DISTINCT token, rule, window_start FROM limit_values WHERE project = ? AND value = ?`, project, value)
 	return slices.DeleteFunc(rows, func(r limitValueRow) bool { // a rule begins with its attribute
 		return !strings.HasPrefix(r.rule, `{"for_each":"`+attribute+`"`)
 	}), err
