@@ -22,7 +22,7 @@ func TestPostgresRecoveryOfOne(t *testing.T) {
 	p := newTest(t, nil)
 	st, ctx := p.instance.store, t.Context()
 	closed, err := queryValue[int64](ctx, st.writeDB, "adding a replica",
-		`INSERT INTO replicas (version, started_at, closed_at) VALUES ('old', 0, 1) RETURNING id`)
+		`INSERT INTO replicas (version, started_at, closed_at, slot) VALUES ('old', 0, 1, 7) RETURNING id`)
 	if err != nil {
 		t.Fatal(err)
 	}
