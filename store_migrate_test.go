@@ -48,6 +48,28 @@ func schemaStatements(t *testing.T, from int) (out []schemaStatement) {
 	return out
 }
 
+// runStatements runs statements in one transaction on the database in file.
+func runStatements(t *testing.T, file string, statements []schemaStatement) {
+	t.Helper()
+	db, err := openSQLite(file, 1, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	tx, err := db.BeginTx(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range statements {
+		if _, err := tx.Exec(s.text); err != nil {
+			t.Fatalf("%s: %v in %s", s.file, err, s.text)
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // dumpDatabase returns every row of every table, and the schema without comments.
 func dumpDatabase(t *testing.T, file string) (out []string) {
 	t.Helper()
@@ -163,10 +185,17 @@ func TestMigrationKilled(t *testing.T) {
 	if len(statements) < 60 {
 		t.Errorf("only %d statements", len(statements))
 	}
+	before, start := first, 0 // the database before the last statement's file, and where in statements that begins
 	for n := range statements {
 		last := statements[n]
+		if last.file != statements[start].file {
+			next := filepath.Join(dir, "before "+filepath.Base(last.file))
+			copyAsKilled(t, before, next)
+			runStatements(t, next, statements[start:n])
+			before, start = next, n
+		}
 		work := filepath.Join(dir, fmt.Sprintf("work-%d.db", n))
-		copyAsKilled(t, first, work)
+		copyAsKilled(t, before, work)
 		// A cache of a few pages makes SQLite write to the log before the end of the transaction.
 		db, err := openSQLite(work, 1, "&_pragma=cache_size(4)")
 		if err != nil {
@@ -176,7 +205,7 @@ func TestMigrationKilled(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, s := range statements[:n+1] {
+		for _, s := range statements[start : n+1] {
 			if _, err := tx.Exec(s.text); err != nil {
 				t.Fatalf("%s: %v in %s", s.file, err, s.text)
 			}
