@@ -12,8 +12,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
-	"strings"
 )
 
 // A projectRow is a project as stored.
@@ -539,32 +537,6 @@ func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([
 		LIMIT ?`, now, limit)
 }
 
-// eraseFromBatch takes a name out of the calls of a project in a row of begun (see appendPendingRecord), and reports
-// whether any had it. Such a call loses its tags too.
-func eraseFromBatch(text string, project int64, name string) (erased string, found bool, err error) {
-	var calls [][]json.RawMessage
-	if err := json.Unmarshal([]byte(text), &calls); err != nil {
-		return "", false, err
-	}
-	for _, c := range calls {
-		var session, endUser string
-		if len(c) <= pendingTags || string(c[pendingProject]) != strconv.FormatInt(project, 10) {
-			continue
-		}
-		if json.Unmarshal(c[pendingSession], &session) != nil || json.Unmarshal(c[pendingEndUser], &endUser) != nil ||
-			session != name && endUser != name {
-			continue
-		}
-		found = true
-		c[pendingEndUser], c[pendingTags] = json.RawMessage(`""`), json.RawMessage(`""`)
-		if session == name {
-			c[pendingSession] = json.RawMessage(`""`)
-		}
-	}
-	out, err := json.Marshal(calls)
-	return string(out), found, err
-}
-
 // Where appendPendingRecord puts what erasing an end user reads.
 const (
 	pendingProject = 1
@@ -605,31 +577,4 @@ func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosit
 			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
 		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
 		project, after.token, after.size, after.id, limit)
-}
-
-// parseGroupBy reads by what the sums are grouped.
-func (q *usageQuery) parseGroupBy(text string) error {
-	if text == "" {
-		return nil
-	}
-	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
-		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
-	for by := range strings.SplitSeq(text, ",") {
-		if isAttribute(by) && q.attribute == "" {
-			q.attribute = by
-			continue
-		}
-		group, ok := groups[by]
-		if !ok || *group {
-			return badRequest("invalid_value", "group_by",
-				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
-					"service_tier, each once, and one of session, end_user and tag:KEY.")
-		}
-		*group = true
-	}
-	if q.attribute != "" && q.byServiceTier {
-		return badRequest("invalid_value", "group_by", "group_by cannot have service_tier with "+q.attribute+
-			": the sums by session, end user and tag do not keep tiers apart.")
-	}
-	return nil
 }

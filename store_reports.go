@@ -6,12 +6,11 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"slices"
-	"strconv"
+	"strings"
 	"time"
 )
 
@@ -251,161 +250,6 @@ func (q *usageQuery) addTo(groups map[usageKey]*usageSum, k usageKey, v usageSum
 		v = v.fromProviders()
 	}
 	getOrInsert(groups, k).merge(v)
-}
-
-// parseTop reads how many values of an attribute are listed.
-func (q *usageQuery) parseTop(text string) (err error) {
-	const most = 1000
-	if q.top = 100; text == "" {
-		return nil
-	}
-	if q.top, err = strconv.Atoi(text); err != nil || q.top < 1 || q.top > most || q.attribute == "" {
-		return badRequest("invalid_value", "top",
-			"top must be from 1 to 1000, and needs session, end_user or tag:KEY in group_by.")
-	}
-	return nil
-}
-
-// The calls of an attribute, in a project (?1, "" for all), with a token (?2, "" for all) and in a range of time.
-const fromAttributed = ` FROM attribution_sums s WHERE project IN (SELECT seq FROM projects WHERE ?1 = '' OR id = ?1)
-	AND (?2 = '' OR token = (SELECT seq FROM tokens WHERE id = ?2)) AND attribute = ?3 AND at >= ?4 AND at < ?5 `
-
-func (q *usageQuery) attributedArgs(more ...any) []any {
-	return append([]any{q.project, q.token, q.attribute, q.from, q.to}, more...)
-}
-
-// maxAttributedSums is how many sums of an attribute are read for one answer, about two seconds' worth.
-const maxAttributedSums = 2_000_000
-
-// topValues returns what each of the q.top largest values of an attribute has, the largest first, or errTooManyRows if
-// more than limit sums would be read.
-func (s *store) topValues(ctx context.Context, q *usageQuery, limit int) ([]usageShare, error) {
-	n, err := queryValue[int](ctx, s.readDB, "counting sums of an attribute",
-		`SELECT count(*) FROM (SELECT 1`+fromAttributed+`LIMIT ?6) counted`, q.attributedArgs(limit+1)...)
-	if err == nil && n > limit {
-		err = errTooManyRows
-	}
-	if err != nil {
-		return nil, err
-	}
-	return collect(ctx, s.readDB, "finding the largest values of an attribute", func(v *usageShare) []any {
-		return []any{&v.name, &v.calls, &v.tokens, &v.cost}
-	}, `
-		SELECT value, calls, tokens, cost FROM (SELECT value, sum(min(calls, ?6)) AS calls,
-				sum(min(input_tokens, ?6) + min(output_tokens, ?6)) AS tokens, sum(min(cost, ?6)) AS cost
-			`+fromAttributed+`GROUP BY value) v
-		ORDER BY CASE ?7 WHEN 'calls' THEN calls WHEN 'tokens' THEN tokens ELSE cost END DESC, calls DESC, value
-		LIMIT ?8`,
-		q.attributedArgs(int64(math.MaxInt64/maxAttributedSums/2), q.largestBy, q.top)...)
-}
-
-// usedAttributes returns up to limit attributes that calls of a project ("": of all) had: session, end_user and tags by
-// their keys.
-func (s *store) usedAttributes(ctx context.Context, project string, limit int) ([]string, error) {
-	return collect(ctx, s.readDB, "listing attributes", func(a *string) []any { return []any{a} }, `
-		WITH RECURSIVE used (project, attribute) AS (
-			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq)
-			FROM projects p WHERE ?1 = '' OR p.id = ?1
-			UNION ALL
-			SELECT u.project,
-				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
-			FROM used u WHERE u.attribute IS NOT NULL)
-		SELECT attribute FROM used WHERE attribute IS NOT NULL GROUP BY attribute
-		ORDER BY attribute LIKE 'tag:%', attribute DESC LIMIT ?2`, project, limit)
-}
-
-// splitByValue returns groups by the values of an attribute instead of the groups of all calls: the largest values, all
-// others together, and what is left of each group of all calls. So they add up to all calls.
-func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKey]*usageSum,
-) (map[usageKey]*usageSum, error) {
-	top, err := s.topValues(ctx, q, maxAttributedSums)
-	if err != nil {
-		return nil, err
-	}
-	values := make([]string, len(top))
-	for i := range top {
-		values[i] = top[i].name
-	}
-	list, err := json.Marshal(values)
-	if err != nil {
-		return nil, fmt.Errorf("adding up an attribute: %w", err)
-	}
-	groups, err := s.sumValues(ctx, q, string(list), true)
-	if isSumOverflow(err) {
-		groups, err = s.sumValues(ctx, q, string(list), false)
-	}
-	if err != nil {
-		return nil, err
-	}
-	for k, v := range groups {
-		if k.value, k.rest = "", ""; all[k] != nil {
-			all[k].subtract(*v)
-		}
-	}
-	for k, v := range all {
-		if k.rest = restNone; *v != (usageSum{}) {
-			groups[k] = v
-		}
-	}
-	return groups, nil
-}
-
-// sumValues adds up the sums of an attribute by the values in a JSON list, and of all others together. With inSQL,
-// SQLite does most of it, and fails if a sum overflows.
-func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inSQL bool,
-) (map[usageKey]*usageSum, error) {
-	const group = ` SELECT CASE ?6 WHEN 'hour' THEN at WHEN 'total' THEN 0 ELSE at - at % 86400000 END AS at,
-			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN 0 ELSE 1 END AS is_other,
-			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN value ELSE '' END AS value,
-			CASE WHEN ?8 THEN project ELSE 0 END AS project, CASE WHEN ?9 THEN token ELSE 0 END AS token,
-			CASE WHEN ?10 THEN model ELSE '' END AS model, CASE WHEN ?11 THEN endpoint ELSE '' END AS endpoint,
-			CASE WHEN ?12 THEN outcome ELSE '' END AS outcome, `
-	const sums = `sum(calls) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
-			sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
-			sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls,
-			sum(would_refuse) AS would_refuse, sum(total_us) AS total_us, sum(cache_hits) AS cache_hits,
-			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved,
-			sum(client_retries) AS client_retries` + fromAttributed + `GROUP BY 1, 2, 3, 4, 5, 6, 7, 8`
-	const rows = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
-			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries` +
-		fromAttributed
-	const head = `SELECT g.at, g.is_other, g.value, g.project, coalesce(p.id, ''), coalesce(p.name, ''),
-			p.deleted_at IS NOT NULL, coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, g.calls,
-			g.input_tokens, g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls,
-			g.estimated_calls, g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved,
-			g.client_retries FROM (`
-	const tail = `) g LEFT JOIN projects p ON p.seq = g.project LEFT JOIN tokens t ON t.seq = g.token LIMIT ?13`
-	query, limit := head+group+sums+tail, q.limit+1
-	if !inSQL {
-		query, limit = head+group+rows+tail, maxAttributedSums
-	}
-	type row struct {
-		usageRow
-		isOther bool
-	}
-	found, err := collect(ctx, s.readDB, "adding up an attribute", func(r *row) []any {
-		return []any{&r.at, &r.isOther, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted,
-			&r.tokenID, &r.tokenName, &r.model, &r.endpoint, &r.outcome, &r.calls, &r.input, &r.cached, &r.output,
-			&r.reasoning, &r.cost, &r.unpriced, &r.estimated, &r.wouldRefuse, &r.totalUS, &r.hits, &r.saved, &r.savedUS,
-			&r.promptSaved, &r.clientRetries}
-	}, query, q.attributedArgs(q.interval, values, q.byProject, q.byToken, q.byModel, q.byEndpoint, q.byOutcome,
-		limit)...)
-	if err == nil && inSQL && len(found) == limit {
-		err = errTooManyRows
-	}
-	groups := map[usageKey]*usageSum{}
-	for i := range found {
-		r := &found[i]
-		if r.isOther {
-			r.rest = restOther
-		}
-		if q.interval == "month" {
-			at := time.UnixMilli(r.at).UTC()
-			r.at = max(time.Date(at.Year(), at.Month(), 1, 0, 0, 0, 0, time.UTC).UnixMilli(), q.from)
-		}
-		q.addTo(groups, r.usageKey, r.usageSum)
-	}
-	return groups, err
 }
 
 // A usageScope is a project, or one of its tokens, whose sums are read.
@@ -693,4 +537,31 @@ func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (de
 		deleted += n
 	}
 	return deleted, nil
+}
+
+// parseGroupBy reads by what the sums are grouped.
+func (q *usageQuery) parseGroupBy(text string) error {
+	if text == "" {
+		return nil
+	}
+	groups := map[string]*bool{"project": &q.byProject, "token": &q.byToken, "model": &q.byModel,
+		"endpoint": &q.byEndpoint, "outcome": &q.byOutcome, "cache": &q.byCache, "service_tier": &q.byServiceTier}
+	for by := range strings.SplitSeq(text, ",") {
+		if isAttribute(by) && q.attribute == "" {
+			q.attribute = by
+			continue
+		}
+		group, ok := groups[by]
+		if !ok || *group {
+			return badRequest("invalid_value", "group_by",
+				"group_by must list some of project, token, model, endpoint, outcome, cache and "+
+					"service_tier, each once, and one of session, end_user and tag:KEY.")
+		}
+		*group = true
+	}
+	if q.attribute != "" && q.byServiceTier {
+		return badRequest("invalid_value", "group_by", "group_by cannot have service_tier with "+q.attribute+
+			": the sums by session, end user and tag do not keep tiers apart.")
+	}
+	return nil
 }

@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 )
 
 // A requestView is a row of the ledger with the ids and names of the project, token and upstream that it
@@ -253,161 +252,11 @@ func (s *store) deleteOldestContents(ctx context.Context, limit int) (int64, err
 		DELETE FROM contents WHERE id IN (SELECT id FROM contents WHERE id > 0 ORDER BY id LIMIT ?)`, limit)
 }
 
-// deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for
-// the rest, and returns how many: of up to limit attributes of projects, those of about 200 values in the oldest hour.
-func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others int64, limit int) (int64, error) {
-	type oldest struct {
-		project, at int64
-		attribute   string
-	}
-	found, err := collect(ctx, s.readDB, "finding old sums of attributes", func(o *oldest) []any {
-		return []any{&o.project, &o.attribute, &o.at}
-	}, `
-		WITH RECURSIVE used (project, attribute) AS (
-			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq) FROM projects p
-			UNION ALL
-			SELECT u.project,
-				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
-			FROM used u WHERE u.attribute IS NOT NULL)
-		SELECT o.project, o.attribute, o.at FROM (SELECT project, attribute, (SELECT min(at) FROM attribution_sums
-				WHERE project = u.project AND attribute = u.attribute) AS at
-			FROM used u WHERE attribute IS NOT NULL) o
-		WHERE o.at < CASE o.attribute WHEN 'session' THEN CAST(?1 AS BIGINT)
-			ELSE CAST(?2 AS BIGINT) END LIMIT ?3`, sessions, others, limit)
-	var deleted int64
-	for _, o := range found {
-		n, deleteErr := execCount(ctx, s.writeDB, "deleting old sums of attributes", `
-			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3 AND value <= coalesce(
-				(SELECT value FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3
-					ORDER BY value LIMIT 1 OFFSET 200),
-				(SELECT max(value) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3))`,
-			o.project, o.attribute, o.at)
-		if err = cmp.Or(err, deleteErr); err != nil {
-			break
-		}
-		deleted += n
-	}
-	return deleted, err
-}
-
 // oldestRequestHour returns the start of the hour of the oldest call, 0 if there is none.
 func (s *store) oldestRequestHour(ctx context.Context) (int64, error) {
 	started, err := queryValue[int64](ctx, s.readDB, "reading the oldest call",
 		`SELECT coalesce(min(id) >> 21, 0) FROM requests`)
 	return started - started%hourMS, err
-}
-
-// eraseEndUser removes a name from the calls of a project, where it is an end user, or a session or a tag beside that,
-// from their pending records and from the sums, and deletes the content of these calls. It takes small steps, between
-// which calls are written, and returns how many calls there were. What it removes is overwritten; what was deleted
-// earlier, such as pending records, stays in free space of the file until later rows take that.
-func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (erased int64, err error) {
-	const doing = "erasing an end user"
-	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
-	defer func() { _, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
-	if err := s.eraseFromPending(ctx, project, name); err != nil {
-		return 0, err
-	}
-	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
-		`SELECT DISTINCT attribute FROM attribution_sums WHERE project = ?`, project)
-	if err != nil {
-		return 0, err
-	}
-	for _, attribute := range attributes {
-		if _, err := execCount(ctx, s.writeDB, doing, `
-			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND value = ?3 AND at IN (
-				WITH RECURSIVE hours (at) AS (
-					SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2
-					UNION ALL
-					SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
-					FROM hours h WHERE h.at IS NOT NULL)
-				SELECT at FROM hours)`, project, attribute, name); err != nil {
-			return 0, err
-		}
-	}
-	for _, query := range [...]string{
-		`SELECT id, session, end_user, tags FROM requests
-			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200`,
-		`SELECT id, session, end_user, tags FROM requests
-			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200`,
-	} {
-		for {
-			n, err := s.eraseCalls(ctx, query, project, name)
-			if erased += n; err != nil {
-				return erased, err
-			}
-			if n == 0 {
-				break
-			}
-			time.Sleep(time.Millisecond)
-		}
-	}
-	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
-	return erased, nil
-}
-
-// eraseFromPending takes a name out of the pending records of a project.
-func (s *store) eraseFromPending(ctx context.Context, project int64, name string) error {
-	const doing = "erasing an end user from pending records"
-	type batch struct {
-		id    int64
-		calls string
-	}
-	return s.withTx(ctx, func(tx *sql.Tx) error {
-		batches, err := collect(ctx, tx, doing, func(b *batch) []any { return []any{&b.id, &b.calls} },
-			`SELECT batch, calls FROM begun`)
-		if err != nil {
-			return err
-		}
-		for _, b := range batches {
-			calls, found, err := eraseFromBatch(b.calls, project, name)
-			if err != nil {
-				return fmt.Errorf("%s: %w", doing, err)
-			}
-			if !found {
-				continue
-			}
-			_, err = execCount(ctx, tx, doing, `UPDATE begun SET calls = ? WHERE batch = ?`, calls, b.id)
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// A namedCall is a call that may have the name of an end user.
-type namedCall struct {
-	id          int64
-	attribution attribution
-}
-
-// eraseCalls takes a name out of up to 200 calls of a project and deletes their content. query finds calls by one of
-// the columns that may have the name.
-func (s *store) eraseCalls(ctx context.Context, query string, project int64, name string) (n int64, err error) {
-	const doing = "erasing an end user from calls"
-	err = s.withTx(ctx, func(tx *sql.Tx) error {
-		calls, err := collect(ctx, tx, doing, func(c *namedCall) []any {
-			return []any{&c.id, &c.attribution.session, &c.attribution.endUser, &c.attribution.tags}
-		}, query, project, name)
-		if err != nil {
-			return err
-		}
-		for _, c := range calls {
-			session, endUser, tags := c.attribution.without(name).columns()
-			if _, err := execCount(ctx, tx, doing, `DELETE FROM contents WHERE id = ?`, c.id); err != nil {
-				return err
-			}
-			_, err = execCount(ctx, tx, doing, `UPDATE requests SET session = ?, end_user = ?, tags = ? WHERE id = ?`,
-				session, endUser, tags, c.id)
-			if err != nil {
-				return err
-			}
-		}
-		n = int64(len(calls))
-		return nil
-	})
-	return n, err
 }
 
 // deleteProjectContents deletes up to limit contents of a project.
@@ -671,28 +520,4 @@ func (s *store) deleteCacheRows(ctx context.Context, query string, args ...any) 
 		bytes += r.size
 	}
 	return ids, bytes, err
-}
-
-// deleteEndedValues deletes up to limit rows of windows that ended at before or earlier, and returns how many.
-func (s *store) deleteEndedValues(ctx context.Context, before int64, limit int) (int64, error) {
-	return execCount(ctx, s.writeDB, "deleting the use of values", `
-		DELETE FROM limit_values WHERE (project, token, rule, value, window_start) IN (
-			SELECT project, token, rule, value, window_start FROM limit_values
-			WHERE window_end <= ? ORDER BY window_end LIMIT ?)`, before, limit)
-}
-
-// deleteLimitValues deletes such rows.
-func (s *store) deleteLimitValues(ctx context.Context, project int64, value string, rows []limitValueRow) error {
-	return s.withTx(ctx, func(tx *sql.Tx) error {
-		for _, r := range rows {
-			_, err := execCount(ctx, tx, "deleting what a value has used", `
-				DELETE FROM limit_values
-				WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start = ?`,
-				project, r.token, r.rule, value, r.windowStart)
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
 }

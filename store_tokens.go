@@ -11,8 +11,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
-	"slices"
-	"strings"
 )
 
 // A tokenRow is a token as stored. Pointers are nil where the column is NULL.
@@ -445,62 +443,6 @@ func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key stri
 		n, err := execCount(ctx, tx, "ending sessions", `DELETE FROM sessions WHERE key = ?`, key)
 		return auditEvent{actionSignOut, key, []auditField{{"everywhere", true}, {"sessions", n}}}, err
 	})
-}
-
-// limitValueUse returns what a value has used in windows that began at from or later, of a project's limit with
-// for_each or, unless token is 0, of a token's. rule says what the limit counts. stored is false if nothing is stored.
-func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, value string, from int64,
-) (used int64, stored bool, err error) {
-	err = s.readDB.QueryRowContext(ctx, `
-		SELECT coalesce(sum(min(used, 1000000000000000000)), 0), count(*) > 0 FROM limit_values
-		WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start >= ?`,
-		project, token, rule, value, from).Scan(&used, &stored)
-	if err != nil {
-		return 0, false, fmt.Errorf("reading what a value has used: %w", err)
-	}
-	return max(used, 0), stored, nil
-}
-
-// countLimitValues returns how many values limitValueUse has use of.
-func (s *store) countLimitValues(ctx context.Context, project, token int64, rule string, from int64) (int64, error) {
-	return queryValue[int64](ctx, s.readDB, "counting the values of a limit", `
-		SELECT count(DISTINCT value) FROM limit_values
-		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?`,
-		project, token, rule, from)
-}
-
-// A valueUse is what a value has used.
-type valueUse struct {
-	value string
-	used  int64
-}
-
-// topLimitValues returns up to limit of these values, those that have used most first.
-func (s *store) topLimitValues(ctx context.Context, project, token int64, rule string, from int64, limit int,
-) ([]valueUse, error) {
-	return collect(ctx, s.readDB, "listing the values of a limit", func(u *valueUse) []any {
-		return []any{&u.value, &u.used}
-	}, `
-		SELECT value, sum(min(used, 1000000000000000000)) AS total FROM limit_values
-		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?
-		GROUP BY value ORDER BY total DESC, value LIMIT ?`, project, token, rule, from, limit)
-}
-
-// A limitValueRow names a row of limit_values, of one project and value.
-type limitValueRow struct {
-	token       int64
-	rule        string
-	windowStart int64
-}
-
-// limitValueRows returns the rows of a value of an attribute, in the limits of a project and its tokens.
-func (s *store) limitValueRows(ctx context.Context, project int64, attribute, value string) ([]limitValueRow, error) {
-	rows, err := collect(ctx, s.readDB, "looking for what a value has used", func(r *limitValueRow) []any {
-		return []any{&r.token, &r.rule, &r.windowStart}
-	}, `SELECT DISTINCT token, rule, window_start FROM limit_values WHERE project = ? AND value = ?`, project, value)
-	return slices.DeleteFunc(rows, func(r limitValueRow) bool { // a rule begins with its attribute
-		return !strings.HasPrefix(r.rule, `{"for_each":"`+attribute+`"`)
-	}), err
 }
 
 // policyTexts returns the policies of a project and a token, {} for one that does not exist.

@@ -1,0 +1,428 @@
+// This file has the statements about attribution: what sessions, end users and tags have used, by hour and of limits
+// with for_each, and the erasure of an end user. It reads the sums and what limits have counted, and deletes both; the
+// ledger alone adds to them.
+package main
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// parseTop reads how many values of an attribute are listed.
+func (q *usageQuery) parseTop(text string) (err error) {
+	const most = 1000
+	if q.top = 100; text == "" {
+		return nil
+	}
+	if q.top, err = strconv.Atoi(text); err != nil || q.top < 1 || q.top > most || q.attribute == "" {
+		return badRequest("invalid_value", "top",
+			"top must be from 1 to 1000, and needs session, end_user or tag:KEY in group_by.")
+	}
+	return nil
+}
+
+// The calls of an attribute, in a project (?1, "" for all), with a token (?2, "" for all) and in a range of time.
+const fromAttributed = ` FROM attribution_sums s WHERE project IN (SELECT seq FROM projects WHERE ?1 = '' OR id = ?1)
+	AND (?2 = '' OR token = (SELECT seq FROM tokens WHERE id = ?2)) AND attribute = ?3 AND at >= ?4 AND at < ?5 `
+
+func (q *usageQuery) attributedArgs(more ...any) []any {
+	return append([]any{q.project, q.token, q.attribute, q.from, q.to}, more...)
+}
+
+// maxAttributedSums is how many sums of an attribute are read for one answer, about two seconds' worth.
+const maxAttributedSums = 2_000_000
+
+// topValues returns what each of the q.top largest values of an attribute has, the largest first, or errTooManyRows if
+// more than limit sums would be read.
+func (s *store) topValues(ctx context.Context, q *usageQuery, limit int) ([]usageShare, error) {
+	n, err := queryValue[int](ctx, s.readDB, "counting sums of an attribute",
+		`SELECT count(*) FROM (SELECT 1`+fromAttributed+`LIMIT ?6) counted`, q.attributedArgs(limit+1)...)
+	if err == nil && n > limit {
+		err = errTooManyRows
+	}
+	if err != nil {
+		return nil, err
+	}
+	return collect(ctx, s.readDB, "finding the largest values of an attribute", func(v *usageShare) []any {
+		return []any{&v.name, &v.calls, &v.tokens, &v.cost}
+	}, `
+		SELECT value, calls, tokens, cost FROM (SELECT value, sum(min(calls, ?6)) AS calls,
+				sum(min(input_tokens, ?6) + min(output_tokens, ?6)) AS tokens, sum(min(cost, ?6)) AS cost
+			`+fromAttributed+`GROUP BY value) v
+		ORDER BY CASE ?7 WHEN 'calls' THEN calls WHEN 'tokens' THEN tokens ELSE cost END DESC, calls DESC, value
+		LIMIT ?8`,
+		q.attributedArgs(int64(math.MaxInt64/maxAttributedSums/2), q.largestBy, q.top)...)
+}
+
+// usedAttributes returns up to limit attributes that calls of a project ("": of all) had: session, end_user and tags by
+// their keys.
+func (s *store) usedAttributes(ctx context.Context, project string, limit int) ([]string, error) {
+	return collect(ctx, s.readDB, "listing attributes", func(a *string) []any { return []any{a} }, `
+		WITH RECURSIVE used (project, attribute) AS (
+			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq)
+			FROM projects p WHERE ?1 = '' OR p.id = ?1
+			UNION ALL
+			SELECT u.project,
+				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
+			FROM used u WHERE u.attribute IS NOT NULL)
+		SELECT attribute FROM used WHERE attribute IS NOT NULL GROUP BY attribute
+		ORDER BY attribute LIKE 'tag:%', attribute DESC LIMIT ?2`, project, limit)
+}
+
+// splitByValue returns groups by the values of an attribute instead of the groups of all calls: the largest values, all
+// others together, and what is left of each group of all calls. So they add up to all calls.
+func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKey]*usageSum,
+) (map[usageKey]*usageSum, error) {
+	top, err := s.topValues(ctx, q, maxAttributedSums)
+	if err != nil {
+		return nil, err
+	}
+	values := make([]string, len(top))
+	for i := range top {
+		values[i] = top[i].name
+	}
+	list, err := json.Marshal(values)
+	if err != nil {
+		return nil, fmt.Errorf("adding up an attribute: %w", err)
+	}
+	groups, err := s.sumValues(ctx, q, string(list), true)
+	if isSumOverflow(err) {
+		groups, err = s.sumValues(ctx, q, string(list), false)
+	}
+	if err != nil {
+		return nil, err
+	}
+	for k, v := range groups {
+		if k.value, k.rest = "", ""; all[k] != nil {
+			all[k].subtract(*v)
+		}
+	}
+	for k, v := range all {
+		if k.rest = restNone; *v != (usageSum{}) {
+			groups[k] = v
+		}
+	}
+	return groups, nil
+}
+
+// sumValues adds up the sums of an attribute by the values in a JSON list, and of all others together. With inSQL,
+// SQLite does most of it, and fails if a sum overflows.
+func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inSQL bool,
+) (map[usageKey]*usageSum, error) {
+	const group = ` SELECT CASE ?6 WHEN 'hour' THEN at WHEN 'total' THEN 0 ELSE at - at % 86400000 END AS at,
+			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN 0 ELSE 1 END AS is_other,
+			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN value ELSE '' END AS value,
+			CASE WHEN ?8 THEN project ELSE 0 END AS project, CASE WHEN ?9 THEN token ELSE 0 END AS token,
+			CASE WHEN ?10 THEN model ELSE '' END AS model, CASE WHEN ?11 THEN endpoint ELSE '' END AS endpoint,
+			CASE WHEN ?12 THEN outcome ELSE '' END AS outcome, `
+	const sums = `sum(calls) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
+			sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
+			sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls,
+			sum(would_refuse) AS would_refuse, sum(total_us) AS total_us, sum(cache_hits) AS cache_hits,
+			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved,
+			sum(client_retries) AS client_retries` + fromAttributed + `GROUP BY 1, 2, 3, 4, 5, 6, 7, 8`
+	const rows = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
+			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries` +
+		fromAttributed
+	const head = `SELECT g.at, g.is_other, g.value, g.project, coalesce(p.id, ''), coalesce(p.name, ''),
+			p.deleted_at IS NOT NULL, coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, g.calls,
+			g.input_tokens, g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls,
+			g.estimated_calls, g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved,
+			g.client_retries FROM (`
+	const tail = `) g LEFT JOIN projects p ON p.seq = g.project LEFT JOIN tokens t ON t.seq = g.token LIMIT ?13`
+	query, limit := head+group+sums+tail, q.limit+1
+	if !inSQL {
+		query, limit = head+group+rows+tail, maxAttributedSums
+	}
+	type row struct {
+		usageRow
+		isOther bool
+	}
+	found, err := collect(ctx, s.readDB, "adding up an attribute", func(r *row) []any {
+		return []any{&r.at, &r.isOther, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted,
+			&r.tokenID, &r.tokenName, &r.model, &r.endpoint, &r.outcome, &r.calls, &r.input, &r.cached, &r.output,
+			&r.reasoning, &r.cost, &r.unpriced, &r.estimated, &r.wouldRefuse, &r.totalUS, &r.hits, &r.saved, &r.savedUS,
+			&r.promptSaved, &r.clientRetries}
+	}, query, q.attributedArgs(q.interval, values, q.byProject, q.byToken, q.byModel, q.byEndpoint, q.byOutcome,
+		limit)...)
+	if err == nil && inSQL && len(found) == limit {
+		err = errTooManyRows
+	}
+	groups := map[usageKey]*usageSum{}
+	for i := range found {
+		r := &found[i]
+		if r.isOther {
+			r.rest = restOther
+		}
+		if q.interval == "month" {
+			at := time.UnixMilli(r.at).UTC()
+			r.at = max(time.Date(at.Year(), at.Month(), 1, 0, 0, 0, 0, time.UTC).UnixMilli(), q.from)
+		}
+		q.addTo(groups, r.usageKey, r.usageSum)
+	}
+	return groups, err
+}
+
+// deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for
+// the rest, and returns how many: of up to limit attributes of projects, those of about 200 values in the oldest hour.
+func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others int64, limit int) (int64, error) {
+	type oldest struct {
+		project, at int64
+		attribute   string
+	}
+	found, err := collect(ctx, s.readDB, "finding old sums of attributes", func(o *oldest) []any {
+		return []any{&o.project, &o.attribute, &o.at}
+	}, `
+		WITH RECURSIVE used (project, attribute) AS (
+			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq) FROM projects p
+			UNION ALL
+			SELECT u.project,
+				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
+			FROM used u WHERE u.attribute IS NOT NULL)
+		SELECT o.project, o.attribute, o.at FROM (SELECT project, attribute, (SELECT min(at) FROM attribution_sums
+				WHERE project = u.project AND attribute = u.attribute) AS at
+			FROM used u WHERE attribute IS NOT NULL) o
+		WHERE o.at < CASE o.attribute WHEN 'session' THEN CAST(?1 AS BIGINT)
+			ELSE CAST(?2 AS BIGINT) END LIMIT ?3`, sessions, others, limit)
+	var deleted int64
+	for _, o := range found {
+		n, deleteErr := execCount(ctx, s.writeDB, "deleting old sums of attributes", `
+			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3 AND value <= coalesce(
+				(SELECT value FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3
+					ORDER BY value LIMIT 1 OFFSET 200),
+				(SELECT max(value) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at = ?3))`,
+			o.project, o.attribute, o.at)
+		if err = cmp.Or(err, deleteErr); err != nil {
+			break
+		}
+		deleted += n
+	}
+	return deleted, err
+}
+
+// eraseEndUser removes a name from the calls of a project, where it is an end user, or a session or a tag beside that,
+// from their pending records and from the sums, and deletes the content of these calls. It takes small steps, between
+// which calls are written, and returns how many calls there were. What it removes is overwritten; what was deleted
+// earlier, such as pending records, stays in free space of the file until later rows take that.
+func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (erased int64, err error) {
+	const doing = "erasing an end user"
+	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
+	defer func() { _, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
+	if err := s.eraseFromPending(ctx, project, name); err != nil {
+		return 0, err
+	}
+	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
+		`SELECT DISTINCT attribute FROM attribution_sums WHERE project = ?`, project)
+	if err != nil {
+		return 0, err
+	}
+	for _, attribute := range attributes {
+		if _, err := execCount(ctx, s.writeDB, doing, `
+			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND value = ?3 AND at IN (
+				WITH RECURSIVE hours (at) AS (
+					SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2
+					UNION ALL
+					SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
+					FROM hours h WHERE h.at IS NOT NULL)
+				SELECT at FROM hours)`, project, attribute, name); err != nil {
+			return 0, err
+		}
+	}
+	for _, query := range [...]string{
+		`SELECT id, session, end_user, tags FROM requests
+			WHERE end_user = ?2 AND end_user <> '' AND project = ?1 LIMIT 200`,
+		`SELECT id, session, end_user, tags FROM requests
+			WHERE session = ?2 AND session <> '' AND project = ?1 LIMIT 200`,
+	} {
+		for {
+			n, err := s.eraseCalls(ctx, query, project, name)
+			if erased += n; err != nil {
+				return erased, err
+			}
+			if n == 0 {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
+	return erased, nil
+}
+
+// eraseFromPending takes a name out of the pending records of a project.
+func (s *store) eraseFromPending(ctx context.Context, project int64, name string) error {
+	const doing = "erasing an end user from pending records"
+	type batch struct {
+		id    int64
+		calls string
+	}
+	return s.withTx(ctx, func(tx *sql.Tx) error {
+		batches, err := collect(ctx, tx, doing, func(b *batch) []any { return []any{&b.id, &b.calls} },
+			`SELECT batch, calls FROM begun`)
+		if err != nil {
+			return err
+		}
+		for _, b := range batches {
+			calls, found, err := eraseFromBatch(b.calls, project, name)
+			if err != nil {
+				return fmt.Errorf("%s: %w", doing, err)
+			}
+			if !found {
+				continue
+			}
+			_, err = execCount(ctx, tx, doing, `UPDATE begun SET calls = ? WHERE batch = ?`, calls, b.id)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// A namedCall is a call that may have the name of an end user.
+type namedCall struct {
+	id          int64
+	attribution attribution
+}
+
+// eraseCalls takes a name out of up to 200 calls of a project and deletes their content. query finds calls by one of
+// the columns that may have the name.
+func (s *store) eraseCalls(ctx context.Context, query string, project int64, name string) (n int64, err error) {
+	const doing = "erasing an end user from calls"
+	err = s.withTx(ctx, func(tx *sql.Tx) error {
+		calls, err := collect(ctx, tx, doing, func(c *namedCall) []any {
+			return []any{&c.id, &c.attribution.session, &c.attribution.endUser, &c.attribution.tags}
+		}, query, project, name)
+		if err != nil {
+			return err
+		}
+		for _, c := range calls {
+			session, endUser, tags := c.attribution.without(name).columns()
+			if _, err := execCount(ctx, tx, doing, `DELETE FROM contents WHERE id = ?`, c.id); err != nil {
+				return err
+			}
+			_, err = execCount(ctx, tx, doing, `UPDATE requests SET session = ?, end_user = ?, tags = ? WHERE id = ?`,
+				session, endUser, tags, c.id)
+			if err != nil {
+				return err
+			}
+		}
+		n = int64(len(calls))
+		return nil
+	})
+	return n, err
+}
+
+// deleteEndedValues deletes up to limit rows of windows that ended at before or earlier, and returns how many.
+func (s *store) deleteEndedValues(ctx context.Context, before int64, limit int) (int64, error) {
+	return execCount(ctx, s.writeDB, "deleting the use of values", `
+		DELETE FROM limit_values WHERE (project, token, rule, value, window_start) IN (
+			SELECT project, token, rule, value, window_start FROM limit_values
+			WHERE window_end <= ? ORDER BY window_end LIMIT ?)`, before, limit)
+}
+
+// deleteLimitValues deletes such rows.
+func (s *store) deleteLimitValues(ctx context.Context, project int64, value string, rows []limitValueRow) error {
+	return s.withTx(ctx, func(tx *sql.Tx) error {
+		for _, r := range rows {
+			_, err := execCount(ctx, tx, "deleting what a value has used", `
+				DELETE FROM limit_values
+				WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start = ?`,
+				project, r.token, r.rule, value, r.windowStart)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// eraseFromBatch takes a name out of the calls of a project in a row of begun (see appendPendingRecord), and reports
+// whether any had it. Such a call loses its tags too.
+func eraseFromBatch(text string, project int64, name string) (erased string, found bool, err error) {
+	var calls [][]json.RawMessage
+	if err := json.Unmarshal([]byte(text), &calls); err != nil {
+		return "", false, err
+	}
+	for _, c := range calls {
+		var session, endUser string
+		if len(c) <= pendingTags || string(c[pendingProject]) != strconv.FormatInt(project, 10) {
+			continue
+		}
+		if json.Unmarshal(c[pendingSession], &session) != nil || json.Unmarshal(c[pendingEndUser], &endUser) != nil ||
+			session != name && endUser != name {
+			continue
+		}
+		found = true
+		c[pendingEndUser], c[pendingTags] = json.RawMessage(`""`), json.RawMessage(`""`)
+		if session == name {
+			c[pendingSession] = json.RawMessage(`""`)
+		}
+	}
+	out, err := json.Marshal(calls)
+	return string(out), found, err
+}
+
+// limitValueUse returns what a value has used in windows that began at from or later, of a project's limit with
+// for_each or, unless token is 0, of a token's. rule says what the limit counts. stored is false if nothing is stored.
+func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, value string, from int64,
+) (used int64, stored bool, err error) {
+	err = s.readDB.QueryRowContext(ctx, `
+		SELECT coalesce(sum(min(used, 1000000000000000000)), 0), count(*) > 0 FROM limit_values
+		WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start >= ?`,
+		project, token, rule, value, from).Scan(&used, &stored)
+	if err != nil {
+		return 0, false, fmt.Errorf("reading what a value has used: %w", err)
+	}
+	return max(used, 0), stored, nil
+}
+
+// countLimitValues returns how many values limitValueUse has use of.
+func (s *store) countLimitValues(ctx context.Context, project, token int64, rule string, from int64) (int64, error) {
+	return queryValue[int64](ctx, s.readDB, "counting the values of a limit", `
+		SELECT count(DISTINCT value) FROM limit_values
+		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?`,
+		project, token, rule, from)
+}
+
+// A valueUse is what a value has used.
+type valueUse struct {
+	value string
+	used  int64
+}
+
+// topLimitValues returns up to limit of these values, those that have used most first.
+func (s *store) topLimitValues(ctx context.Context, project, token int64, rule string, from int64, limit int,
+) ([]valueUse, error) {
+	return collect(ctx, s.readDB, "listing the values of a limit", func(u *valueUse) []any {
+		return []any{&u.value, &u.used}
+	}, `
+		SELECT value, sum(min(used, 1000000000000000000)) AS total FROM limit_values
+		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?
+		GROUP BY value ORDER BY total DESC, value LIMIT ?`, project, token, rule, from, limit)
+}
+
+// A limitValueRow names a row of limit_values, of one project and value.
+type limitValueRow struct {
+	token       int64
+	rule        string
+	windowStart int64
+}
+
+// limitValueRows returns the rows of a value of an attribute, in the limits of a project and its tokens.
+func (s *store) limitValueRows(ctx context.Context, project int64, attribute, value string) ([]limitValueRow, error) {
+	rows, err := collect(ctx, s.readDB, "looking for what a value has used", func(r *limitValueRow) []any {
+		return []any{&r.token, &r.rule, &r.windowStart}
+	}, `SELECT DISTINCT token, rule, window_start FROM limit_values WHERE project = ? AND value = ?`, project, value)
+	return slices.DeleteFunc(rows, func(r limitValueRow) bool { // a rule begins with its attribute
+		return !strings.HasPrefix(r.rule, `{"for_each":"`+attribute+`"`)
+	}), err
+}
