@@ -1334,3 +1334,18 @@ func FuzzCache(f *testing.F) {
 		}
 	})
 }
+
+// TestCacheScanSkipsStrings: where a string ends is found although the body is not checked a second time.
+func TestCacheScanSkipsStrings(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{``, `a`, `a\"b`, `a\\`, `\\\\\"`, `\"`, `\\\"\\`, `é\u0022,\"seed\":1`} {
+		body := `{"user":"` + text + `","temperature":0,"stop":"` + text + `","tools":[{"type":"` + text + `"}]}`
+		if _, err := scanJSON([]byte(body)); err != nil {
+			t.Fatalf("%s: %v", body, err)
+		}
+		got := scanForCache([]byte(body), false)
+		if want := (cacheScan{deterministic: true, tools: true}); got != want {
+			t.Errorf("%s: %+v, want %+v", body, got, want)
+		}
+	}
+}

@@ -547,7 +547,7 @@ var cacheFields = [...]string{
 
 // scanForCache reads a body that scanJSON, or with gemini scanGemini, has accepted.
 func scanForCache(body []byte, gemini bool) (scan cacheScan) {
-	s := bodyScanner{b: body}
+	s := bodyScanner{b: body, accepted: true}
 	s.skipSpace()
 	seen := [len(cacheFields)]bool{}
 	for more := s.enter('}'); more; more = s.next('}') {

@@ -48,8 +48,10 @@ type proxyDeps struct {
 }
 
 func newProxy(d proxyDeps) *proxy {
-	return &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
+	p := &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
 		buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
+	d.running.endAbandoned = p.endAbandoned
+	return p
 }
 
 // A call is one /v1 call. It belongs to the goroutine that serves it; other goroutines see its runningCall only. The
@@ -153,7 +155,7 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 	}
 	defer func() { c.token.release(c.endTime()) }()
 	c.memory = p.newBodyShare(c.token)
-	c.ctx, c.cancel = context.WithCancelCause(c.callParent(r))
+	c.ctx, c.cancel = context.WithCancelCause(c.newCallContext(r))
 	defer c.cancel(nil)
 	if err := p.running.add(&c.runningCall); err != nil {
 		p.refuse(c, w, r, err)

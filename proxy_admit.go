@@ -39,13 +39,14 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 			return errRepeatedHeader(name)
 		}
 	}
-	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
+	encoding := headerValue(r.Header, "Content-Encoding")
+	if encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return errEncodedBody
 	}
 	if c.bufferStream, err = wantsBufferedStream(r.Header, c.project); err != nil {
 		return err
 	}
-	if c.form, err = isForm(c.endpoint, r.Header.Get("Content-Type")); err != nil {
+	if c.form, err = isForm(c.endpoint, headerValue(r.Header, "Content-Type")); err != nil {
 		return err
 	}
 	switch {
@@ -62,7 +63,7 @@ func (p *proxy) readCall(c *call, w http.ResponseWriter, r *http.Request) error 
 		return err
 	}
 	c.times.bodyRead = time.Since(readAt)
-	if c.fields, err = c.match.scanBody(c.form, r.Header.Get("Content-Type"), c.body); err != nil {
+	if c.fields, err = c.match.scanBody(c.form, headerValue(r.Header, "Content-Type"), c.body); err != nil {
 		return asClientError(err)
 	}
 	return nil

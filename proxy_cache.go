@@ -17,7 +17,7 @@ import (
 )
 
 // A cachedCall is what the cache does for one call. It belongs to the call's goroutine, except for lead, which the
-// flights guards. nil: the call's project has no cache.
+// flights guards. nil: the cache takes no part in the call.
 type cachedCall struct {
 	policy     *cachePolicy
 	key        cacheKey
@@ -35,28 +35,22 @@ type cachedCall struct {
 	reserved int64 // of the call's body memory
 	response *http.Response
 
-	lead      flightLead
-	stopWatch func() bool    // of the client
-	watching  sync.WaitGroup // done when the watch has acted
+	lead flightLead
 }
 
-// callParent returns the parent of the call's context. In a project with a cache the call does not end with its
-// client's connection by itself: watchClient decides that.
-func (c *call) callParent(r *http.Request) context.Context {
+// newCallContext returns the parent of the call's context. In a project with a cache the call does not end with its
+// client's connection by itself: the watchdog sees that the client has left, and calls endAbandoned.
+func (c *call) newCallContext(r *http.Request) context.Context {
 	if c.project.policy.Cache == nil {
 		return r.Context()
 	}
-	return context.WithoutCancel(r.Context())
+	c.client = r.Context()
+	return context.WithoutCancel(c.client)
 }
 
-// watchClient ends the call when its client leaves, but not while other calls wait for its answer.
-func (p *proxy) watchClient(c *call, r *http.Request) {
-	u := c.cached
-	u.watching.Add(1)
-	u.stopWatch = context.AfterFunc(r.Context(), func() {
-		defer u.watching.Done()
-		p.flights.clientLeft(&u.lead, func() { c.cancel(context.Cause(r.Context())) })
-	})
+// endAbandoned ends a call whose client has left, but not while other calls wait for its answer.
+func (p *proxy) endAbandoned(c *runningCall) {
+	p.flights.clientLeft(c.lead.Load(), func() { c.cancel(context.Cause(c.client)) })
 }
 
 // answerFromCache answers the call from the cache, or decides what the cache does with the provider's answer, and
@@ -66,19 +60,19 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 	if policy == nil {
 		return false
 	}
-	u := &cachedCall{policy: policy, upstream: c.upstream, purges: p.cache.purges.Load()}
-	c.cached = u
-	p.watchClient(c, r)
-	u.directives = parseCacheControl(r.Header["Cache-Control"], r.Header["Pragma"])
+	directives := parseCacheControl(r.Header["Cache-Control"], r.Header["Pragma"])
 	reason := policy.bypassReason(c.endpoint, &c.fields, c.body)
-	if reason == "" && u.directives.noStore {
+	if reason == "" && directives.noStore {
 		reason = "no-store"
 	}
 	if reason != "" {
 		p.cache.bypasses[indexOf(bypassReasons[:], reason)].Add(1)
-		u.setStatus(w.Header(), cacheBypass+reason)
-		return u.directives.onlyIfCached && p.failUncached(c, w)
+		w.Header()["Cache-Status"] = []string{cacheBypass + reason}
+		return directives.onlyIfCached && p.failUncached(c, w)
 	}
+	u := &cachedCall{policy: policy, upstream: c.upstream, purges: p.cache.purges.Load(), directives: directives}
+	c.cached = u
+	c.lead.Store(&u.lead)
 	var space [32]string
 	u.key = newCacheKey(p.cache.salt, c.appendCacheKeyParts(space[:0], r.Header), c.body)
 	u.mayStore = true
@@ -265,7 +259,7 @@ func (u *cachedCall) accept(p *proxy, c *call, res *http.Response, to http.Heade
 	if u == nil || !u.mayStore {
 		return
 	}
-	encoding := res.Header.Get("Content-Encoding")
+	encoding := headerValue(res.Header, "Content-Encoding")
 	if res.StatusCode != http.StatusOK || encoding != "" && encoding != "identity" || len(res.Trailer) > 0 ||
 		forbidsStoring(res.Header["Cache-Control"]) || slices.Contains(res.Header["Vary"], "*") ||
 		res.ContentLength > u.policy.maxEntry() || c.upstream != u.upstream || c.attempts.fallbackModel != "" {
@@ -342,9 +336,6 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 	if u == nil {
 		return
 	}
-	if !u.stopWatch() {
-		u.watching.Wait()
-	}
 	if a := u.hit; a != nil {
 		row.cache, row.upstream, row.model, row.cost, row.priced = "hit", 0, a.Model, 0, true
 		row.saved, row.savedUS = a.Cost, max(0, a.TotalUS-row.totalUS)
@@ -419,9 +410,8 @@ type flight struct {
 
 // A flightLead is a call's part in the flight that it leads. The mutex of flights guards it.
 type flightLead struct {
-	flight     *flight // nil: the call leads none
-	own        flight  // saves an allocation
-	clientLeft bool
+	flight *flight // nil: the call leads none
+	own    flight  // saves an allocation
 }
 
 const (
@@ -468,13 +458,12 @@ func (fs *flights) leave(f *flight) {
 
 // end ends the flight that lead leads, if any, and gives answer to those who wait; nil: they go on by themselves.
 func (fs *flights) end(lead *flightLead, answer *cachedAnswer) {
-	fs.mu.Lock()
-	f := lead.flight
-	lead.flight = nil
+	f := lead.flight // which only the call itself sets
 	if f == nil {
-		fs.mu.Unlock()
 		return
 	}
+	fs.mu.Lock()
+	lead.flight = nil
 	f.ended, f.answer = true, answer
 	fs.remove(f)
 	abandon := f.abandon
@@ -495,9 +484,13 @@ func (fs *flights) remove(f *flight) {
 }
 
 // clientLeft calls abandon, which ends a call whose client has left: at once, or when nobody waits for it any more.
+// lead is nil for a call that cannot have others wait.
 func (fs *flights) clientLeft(lead *flightLead, abandon func()) {
+	if lead == nil {
+		abandon()
+		return
+	}
 	fs.mu.Lock()
-	lead.clientLeft = true
 	f := lead.flight
 	if f != nil && f.waiting > 0 {
 		f.abandon = abandon

@@ -213,6 +213,14 @@ func allowResponseHeader(name string) bool {
 	return isRequestID(name) || isProviderHeader(name) && !describesAccount(name)
 }
 
+// headerValue returns the first value of a header, "" if there is none. name is canonical: Header.Get would make it so.
+func headerValue(h http.Header, name string) string {
+	if values := h[name]; len(values) > 0 {
+		return values[0]
+	}
+	return ""
+}
+
 // setStreamHeaders sets the headers of a stream of events.
 func setStreamHeaders(h http.Header) {
 	h["Cache-Control"] = []string{"no-cache, no-store"}
@@ -221,8 +229,8 @@ func setStreamHeaders(h http.Header) {
 
 // isEventStream reports whether an answer is a stream of events that can be read.
 func isEventStream(res *http.Response) bool {
-	return res.StatusCode == http.StatusOK && res.Header.Get("Content-Encoding") == "" &&
-		mediaType(res.Header.Get("Content-Type")) == "text/event-stream"
+	return res.StatusCode == http.StatusOK && headerValue(res.Header, "Content-Encoding") == "" &&
+		mediaType(headerValue(res.Header, "Content-Type")) == "text/event-stream"
 }
 
 // isRequestID reports whether a header has a provider's own id of a request, for its support.

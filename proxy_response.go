@@ -152,8 +152,8 @@ func (b *answerBody) Read(p []byte) (int, error) {
 // client's. It leaves nothing in res by which ReverseProxy would flush.
 func (w *responseWriter) prepare(res *http.Response) {
 	w.keyMask = newKeyMask(w.c.upstream.key())
-	kind, contentType := w.c.endpoint.meter, mediaType(res.Header.Get("Content-Type"))
-	encoded := res.Header.Get("Content-Encoding")
+	kind, contentType := w.c.endpoint.meter, mediaType(headerValue(res.Header, "Content-Type"))
+	encoded := headerValue(res.Header, "Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
 	if w.sse = contentType == "text/event-stream"; w.sse {
 		w.p.metrics.activeStreams.Add(1) // until settle
@@ -400,6 +400,7 @@ func (w *responseWriter) finish() {
 // carry the key to a client, whatever a provider echoes.
 type keyMask struct {
 	key   []byte
+	text  string // the same
 	rare  int    // the index of a byte of the key that is rare in answers: find looks for that byte
 	carry []byte // the end of the last piece, if a key may begin there
 	out   []byte // the last result of redact, if it had to join
@@ -407,7 +408,7 @@ type keyMask struct {
 }
 
 func newKeyMask(key string) keyMask {
-	m := keyMask{key: []byte(key), rare: max(0, len(key)-1)}
+	m := keyMask{key: []byte(key), text: key, rare: max(0, len(key)-1)}
 	if i := strings.LastIndexFunc(key, func(r rune) bool { return r >= 'A' && r <= 'Z' }); i >= 0 {
 		m.rare = i
 	}
@@ -428,7 +429,7 @@ func (m *keyMask) find(p []byte, at int) int {
 // containsKey reports whether a header's values contain the key.
 func (m *keyMask) containsKey(values []string) bool {
 	for _, v := range values {
-		if strings.Contains(v, string(m.key)) {
+		if strings.Contains(v, m.text) {
 			m.found = true
 			return true
 		}

@@ -60,10 +60,12 @@ type runningCall struct {
 	token      *liveToken
 	controller *http.ResponseController
 	cancel     context.CancelCauseFunc
+	client     context.Context // of the client's request, if the call's own does not end with it; otherwise nil
 
 	progress callProgress
-	info     atomic.Pointer[callInfo] // nil until the call is admitted
-	unnamed  atomic.Bool              // its end user was erased
+	info     atomic.Pointer[callInfo]   // nil until the call is admitted
+	unnamed  atomic.Bool                // its end user was erased
+	lead     atomic.Pointer[flightLead] // of the calls that wait for its answer; nil: none can
 
 	ending sync.Mutex // held while a deadline is set for an abort
 	ended  bool       // the handler is about to return: the connection may serve another call
@@ -143,8 +145,9 @@ func abortAll(calls []endingCall) {
 
 // runningCalls is the set of running calls; newRunningCalls makes one.
 type runningCalls struct {
-	limits callLimits
-	ticks  atomic.Int64 // time in units of watchInterval, cheap to read
+	limits       callLimits
+	ticks        atomic.Int64       // time in units of watchInterval, cheap to read
+	endAbandoned func(*runningCall) // ends a call whose client has left; set before the first call
 
 	mu       sync.Mutex
 	calls    map[*runningCall]struct{}
@@ -266,6 +269,9 @@ func (rc *runningCalls) endingCalls(reason func(*runningCall) *apiError) (ending
 
 // abortReason returns why a call has to end now, or nil.
 func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *apiError {
+	if c.client != nil && c.client.Err() != nil {
+		rc.endAbandoned(c)
+	}
 	if reason := c.token.validity(c.token.state.Load(), ms); reason != "" {
 		return errBadToken(reason)
 	}

@@ -406,10 +406,11 @@ const maxJSONDepth = 128
 // A bodyScanner is a position in a body. The first error is kept and moves the position to the end, so that the
 // methods below find nothing more to read.
 type bodyScanner struct {
-	b     []byte
-	i     int
-	depth int
-	err   *bodyError
+	b        []byte
+	accepted bool // by an earlier scan
+	i        int
+	depth    int
+	err      *bodyError
 }
 
 func (s *bodyScanner) fail(param, msg string) {
@@ -499,6 +500,10 @@ func (s *bodyScanner) skipValue() {
 	}
 	switch s.b[s.i] {
 	case '"':
+		if s.accepted {
+			s.skipAcceptedString()
+			return
+		}
 		s.readString("a string")
 	case '{':
 		for more := s.enter('}'); more; more = s.next('}') {
@@ -595,6 +600,18 @@ func (s *bodyScanner) readString(want string) (raw []byte, escaped bool) {
 		default: // a control character, or the end
 			s.failSyntax("the rest of a string")
 			return nil, false
+		}
+	}
+}
+
+// skipAcceptedString skips a string of a body that an earlier scan has accepted: only its end is of interest.
+func (s *bodyScanner) skipAcceptedString() {
+	text := s.b[s.i+1:]
+	for n := 0; n < len(text); n++ {
+		n += max(0, bytes.IndexByte(text[n:], '"'))
+		if slashes := n - len(bytes.TrimRight(text[:n], `\`)); slashes%2 == 0 {
+			s.i += 1 + n + 1
+			return
 		}
 	}
 }

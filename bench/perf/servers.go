@@ -222,7 +222,7 @@ func build(ctx context.Context, to string) error {
 	return cmd.Run()
 }
 
-// A cachePair is the real program as two projects with the same limit use it, one of them with a cache.
+// A cachePair is the real program as two projects with the same limits use it, one of them with a cache.
 type cachePair struct{ forwarded, cached target }
 
 // start starts all processes and returns the targets, the bare proxy first.
@@ -279,8 +279,8 @@ func start(ctx context.Context, bin, dir string) (_ []target, pair cachePair, st
 	if err != nil {
 		return nil, pair, stop, err
 	}
-	token, forwarded, cached, err := setUp(ctx, "http://"+addr)
-	pair.forwarded = target{"llm-proxy", addr, forwarded, proxy.Process.Pid}
+	token, cached, err := setUp(ctx, "http://"+addr)
+	pair.forwarded = target{"llm-proxy", addr, token, proxy.Process.Pid}
 	pair.cached = target{"llm-proxy, cached", addr, cached, proxy.Process.Pid}
 	return []target{
 		{"bare", strings.TrimPrefix(strings.TrimSpace(bareURL), "http://"), "any", bare.Process.Pid},
@@ -288,8 +288,8 @@ func start(ctx context.Context, bin, dir string) (_ []target, pair cachePair, st
 	}, pair, stop, err
 }
 
-// setUp creates a project and a token as soon as the program answers, and the same again for each of a cachePair.
-func setUp(ctx context.Context, base string) (token, forwarded, cached string, err error) {
+// setUp creates two projects with a token each as soon as the program answers: with five limits, and one with a cache.
+func setUp(ctx context.Context, base string) (token, cached string, err error) {
 	for range 100 {
 		var res *http.Response
 		if res, err = http.Get(base + "/readyz"); err == nil {
@@ -299,31 +299,32 @@ func setUp(ctx context.Context, base string) (token, forwarded, cached string, e
 		time.Sleep(50 * time.Millisecond)
 	}
 	if err != nil {
-		return "", "", "", fmt.Errorf("llm-proxy did not start: %w", err)
+		return "", "", fmt.Errorf("llm-proxy did not start: %w", err)
 	}
 	create := func(name, policy string) (string, error) {
 		var made struct{ ID, Token string }
 		err := post(ctx, base+"/manage/projects",
 			`{"name":"`+name+`","openai_api_key":"`+providerKey+`","policy":`+policy+`}`, &made)
 		if err == nil {
-			err = post(ctx, base+"/manage/tokens", `{"name":"bench","project_id":"`+made.ID+`"}`, &made)
+			err = post(ctx, base+"/manage/tokens", `{"name":"bench","project_id":"`+made.ID+`","policy":{"limits":[`+
+				`{"count":"requests","max":1000000000,"per":"minute"},{"count":"concurrent","max":100000}]}}`, &made)
 		}
 		return made.Token, err
 	}
-	const limits = `"limits":[{"count":"requests","max":1000000000,"per":"day"}]`
+	const limits = `"limits":[{"count":"requests","max":1000000000,"per":"minute"},` +
+		`{"count":"tokens","max":1000000000000,"per":"day"},{"count":"dollars","max":10000000,"per":"month"}]`
 	for _, p := range []struct {
 		token        *string
 		name, policy string
 	}{
-		{&token, "bench", `{}`},
-		{&forwarded, "limited", `{` + limits + `}`},
+		{&token, "bench", `{` + limits + `}`},
 		{&cached, "cached", `{` + limits + `,"cache":{"ttl_seconds":3600,"when":"always"}}`},
 	} {
 		if *p.token, err = create(p.name, p.policy); err != nil {
-			return "", "", "", err
+			return "", "", err
 		}
 	}
-	return token, forwarded, cached, nil
+	return token, cached, nil
 }
 
 func post(ctx context.Context, to, body string, answer any) error {
