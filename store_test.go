@@ -642,6 +642,9 @@ func TestNoFullScans(t *testing.T) {
 		if strings.HasPrefix(fmt.Sprint(st.position), "store_postgres") {
 			continue // PostgreSQL's plans depend on its statistics
 		}
+		if strings.Contains(st.text, "temp.") {
+			continue // the table exists only within its transaction
+		}
 		lines, err := queryPlan(t.Context(), p.instance.store, st.text)
 		if err != nil {
 			t.Errorf("%s: %v in %s", st.position, err, st.text)
