@@ -574,6 +574,25 @@ func (p *attributionPolicy) narrowed(o *attributionPolicy) *attributionPolicy {
 	return n
 }
 
+// A limitRule is what a limit with for_each counts, as the limit's rule has it in JSON.
+type limitRule struct {
+	ForEach  string `json:"for_each"`
+	Count    string `json:"count"`
+	Per      string `json:"per,omitzero"`
+	Endpoint string `json:"endpoint,omitzero"`
+	Model    string `json:"model,omitzero"`
+}
+
+func matchesAnyPattern(patterns []string, s string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool { return matchesPattern(p, s) })
+}
+
+// matchesPattern reports whether s equals the pattern, or starts with it if the pattern ends in *.
+func matchesPattern(pattern, s string) bool {
+	prefix, ok := strings.CutSuffix(pattern, "*")
+	return pattern == s || ok && strings.HasPrefix(s, prefix)
+}
+
 // A limitUse is what a call adds to what a value has used in one window of a limit with for_each.
 type limitUse struct {
 	ofToken                bool   // the limit is the token's, not the project's

@@ -167,16 +167,6 @@ func (p policy) allowsAddress(address string) bool {
 	return slices.ContainsFunc(p.Addresses, func(network netip.Prefix) bool { return network.Contains(addr) })
 }
 
-func matchesAnyPattern(patterns []string, s string) bool {
-	return slices.ContainsFunc(patterns, func(p string) bool { return matchesPattern(p, s) })
-}
-
-// matchesPattern reports whether s equals the pattern, or starts with it if the pattern ends in *.
-func matchesPattern(pattern, s string) bool {
-	prefix, ok := strings.CutSuffix(pattern, "*")
-	return pattern == s || ok && strings.HasPrefix(s, prefix)
-}
-
 // A limit is one limit of a policy, and immutable. A call counts in it if both patterns match.
 type limit struct {
 	metric      limitMetric

@@ -502,14 +502,14 @@ func counterFor(counters []*limitCounter, l *limit) *limitCounter {
 
 // countRunning counts the running calls in own, a new counter of s. values has what the values of these calls have
 // used, in a limit with for_each.
-func (l *limiter) countRunning(s *limitScope, own *limitCounter, values map[string]int64) {
+func (l *limiter) countRunning(s *limitScope, own *limitCounter, values, before map[string]int64) {
 	l.eachRunning(s, own.limit, own.windowStart, func(r *reservation, need int64) {
 		c := own
 		if own.group != nil {
 			name := r.estimate.attribution.value(own.limit.forEach)
 			if c = own.group.counters[name]; c == nil {
 				used, stored := values[name]
-				c = own.group.insert(name, used, stored)
+				c = own.group.insert(name, max(used, before[name]), stored)
 			}
 		}
 		// Nothing has checked that all of them fit. The bound keeps their sum within an int64.

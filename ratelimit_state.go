@@ -65,7 +65,8 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, t
 // loadPast reads what the limits of p that s does not have yet have used.
 func (ls *limitState) loadPast(ctx context.Context, l *limiter, s *limitScope, p *policy, project, token, now int64,
 ) (*pastUse, error) {
-	past := &pastUse{used: map[limitKey]int64{}, counts: map[limitKey]int64{}, values: map[limitKey]map[string]int64{}}
+	past := &pastUse{used: map[limitKey]int64{}, counts: map[limitKey]int64{}, values: map[limitKey]map[string]int64{},
+		before: map[limitKey]map[string]int64{}}
 	rows, err := ls.loadPastUsage(ctx, p, project, token, now)
 	for i := 0; i < len(p.Limits) && err == nil; i++ {
 		lim := &p.Limits[i]
@@ -76,16 +77,19 @@ func (ls *limitState) loadPast(ctx context.Context, l *limiter, s *limitScope, p
 		default:
 			n, e := ls.store.countLimitValues(ctx, project, token, lim.rule, from)
 			past.counts[lim.key()], err = n, e
-			values := map[string]int64{} // of running calls, whose counters are made at once
-			past.values[lim.key()] = values
+			values, before := map[string]int64{}, map[string]int64{} // of running calls
+			past.values[lim.key()], past.before[lim.key()] = values, before
 			l.eachRunning(s, lim, from, func(r *reservation, _ int64) {
 				name := r.estimate.attribution.value(lim.forEach)
-				if _, known := values[name]; known || err != nil {
+				_, counted := values[name]
+				if _, known := before[name]; known || counted || err != nil {
 					return
 				}
 				used, stored, e := ls.store.limitValueUse(ctx, project, token, lim.rule, name, from)
 				if err = e; stored {
 					values[name] = used
+				} else if err == nil {
+					before[name] = used
 				}
 			})
 		}
@@ -297,8 +301,7 @@ func (b *batchAnswer) process(p []byte) {
 }
 
 // recordBatch remembers the batches that an answer has shown, or records the usage of the results that it had, and
-// returns what was counted. row is that of the call that got it; answer
-// may be nil.
+// returns what was counted. row is that of the call that got it; answer may be nil.
 func (ls *limitState) recordBatch(answer *batchAnswer, row *requestRow) (counted []requestRow, err error) {
 	if answer == nil {
 		return nil, nil
@@ -639,7 +642,7 @@ func (ls *limitState) withValues(ctx context.Context, views []limitView, project
 		for n := 0; n < len(q.names) && v.limit.isWindow() && err == nil; n++ {
 			use, found := valueUse{value: q.names[n]}, false
 			use.used, found, err = ls.store.limitValueUse(ctx, project, token, v.limit.rule, use.value, v.windowStart)
-			if found {
+			if found || use.used > 0 {
 				stored = append(stored, use)
 			}
 		}

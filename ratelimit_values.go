@@ -48,13 +48,8 @@ func (l *limit) parseForEach(isSet bool, maxValues string) error {
 			return &fieldError{"max_values", fmt.Sprintf("must be a whole number from 1 to %d", highest)}
 		}
 	}
-	rule, err := json.Marshal(struct {
-		ForEach  string `json:"for_each"`
-		Count    string `json:"count"`
-		Per      string `json:"per,omitzero"`
-		Endpoint string `json:"endpoint,omitzero"`
-		Model    string `json:"model,omitzero"`
-	}{l.forEach, l.metric.String(), l.period.String(), l.endpoint, l.model})
+	rule, err := json.Marshal(limitRule{ForEach: l.forEach, Count: l.metric.String(), Per: l.period.String(),
+		Endpoint: l.endpoint, Model: l.model})
 	l.rule = string(rule)
 	return err
 }
@@ -449,6 +444,7 @@ const endOfTime = 9_000_000_000_000_000
 type pastUse struct {
 	used   map[limitKey]int64
 	values map[limitKey]map[string]int64
+	before map[limitKey]map[string]int64 // like values, of those that the limit has not counted yet
 	counts map[limitKey]int64
 }
 
@@ -469,7 +465,7 @@ func (l *limiter) setPolicy(s *limitScope, p *policy, ofToken bool, now int64, p
 				c.group = &valueGroup{memory: &l.values, own: c, ofToken: ofToken, stored: past.counts[lim.key()],
 					counters: map[string]*limitCounter{}}
 			}
-			l.countRunning(s, c, past.values[lim.key()])
+			l.countRunning(s, c, past.values[lim.key()], past.before[lim.key()])
 		} else {
 			c.advance(now)
 			c.setLimit(lim)

@@ -809,3 +809,90 @@ func TestValuesErased(t *testing.T) {
 	check("after a restart", 3, 0, 2)
 	send(byUser, "bob", 3)
 }
+
+// TestValuesBefore: a limit that is set on a project or token with history counts what each value has used before, in
+// the window, and what runs at that moment. That holds after a change, a restart and a kill, and in reports.
+func TestValuesBefore(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	awaitClearOfHour(20 * time.Second)
+	id, token := p.newToken(`"name":"l"`)
+	other := p.token
+	path := "/manage/tokens/" + id
+	send := func(q *testProxy, token, user, path, body string) int {
+		return q.do("POST", path, body, "Authorization", "Bearer "+token, "Content-Type", "application/json",
+			"X-LLM-Proxy-End-User", user).status
+	}
+	chats := func(q *testProxy, token, user string, times int) (answered int) {
+		for range times {
+			if send(q, token, user, "/v1/chat/completions", chatBody()) == 200 {
+				answered++
+			}
+		}
+		return answered
+	}
+	chats(p, token, "ann", 3)
+	chats(p, token, "bob", 1)
+	chats(p, other, "bob", 2)
+	send(p, token, "bob", "/v1/embeddings", `{"model":"text-embedding-3-small","input":"a"}`)
+	send(p, token, "ann", "/v1/chat/completions", `{`) // refused calls do not count
+	p.provider.setScript(endlessScript)
+	running, err := p.openCall(t.Context(), token, "/v1/chat/completions",
+		chatBody(`"stream":true,"user":"ann"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := running.read(1); err != nil {
+		t.Fatal(err)
+	}
+	p.provider.setScript(chatScript)
+	limit := func(max int, more string) string {
+		return fmt.Sprintf(`{"policy":{"limits":[{"count":"requests","max":%d,"per":"day","for_each":"end_user"%s}]}}`,
+			max, more)
+	}
+	check := func(when string, q *testProxy, path string, want map[string]float64) {
+		t.Helper()
+		all, _ := q.limitValues(path, "?limit_values=9")
+		for user, n := range want {
+			one, _ := q.limitValues(path, "?limit_value="+user)
+			if all[user].Used+all[user].Reserved != n || one[user].Used+one[user].Reserved != n {
+				t.Errorf("%s, %s: %s is %+v of all, and alone %+v; want %v", when, path, user, all[user], one[user], n)
+			}
+		}
+		if len(all) != len(want) {
+			t.Errorf("%s, %s: %+v", when, path, all)
+		}
+	}
+	project := "/manage/projects/" + p.project
+	p.manage("PATCH", path, limit(6, ""), 200, nil)
+	p.manage("PATCH", project, limit(50, `,"endpoint":"/v1/chat/*"`), 200, nil)
+	check("at once", p, path, map[string]float64{"ann": 4, "bob": 2})
+	check("at once", p, project, map[string]float64{"ann": 4, "bob": 3})
+	if n := chats(p, token, "bob", 2); n != 2 {
+		t.Errorf("bob made %d calls", n)
+	}
+	p.manage("PATCH", path, limit(6, `,"max_values":7`), 200, nil)
+	running.body.Close()
+	p.waitSettled()
+	check("after calls", p, path, map[string]float64{"ann": 4, "bob": 4})
+	check("after calls", p, project, map[string]float64{"ann": 4, "bob": 5})
+	check("after a kill", p.crashedCopy(), path, map[string]float64{"ann": 4, "bob": 4})
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	check("after a restart", p, path, map[string]float64{"ann": 4, "bob": 4})
+	if ann, bob, eve := chats(p, token, "ann", 9), chats(p, token, "bob", 9), chats(p, token, "eve", 9); ann != 2 ||
+		bob != 2 || eve != 6 {
+		t.Errorf("ann made %d calls more, bob %d, eve %d", ann, bob, eve)
+	}
+	check("at the end", p, path, map[string]float64{"ann": 6, "bob": 6, "eve": 6})
+	// Without the limit, its values use on; it counts that, too, once it is set again.
+	p.manage("PATCH", path, `{"policy":{}}`, 200, nil)
+	chats(p, token, "eve", 3)
+	p.manage("PATCH", path, limit(10, ""), 200, nil)
+	check("set again", p, path, map[string]float64{"ann": 6, "bob": 6, "eve": 9})
+	if n := chats(p, token, "eve", 3); n != 1 {
+		t.Errorf("eve made %d calls more", n)
+	}
+}

@@ -372,9 +372,14 @@ func eraseFromBatch(text string, project int64, name string) (erased string, fou
 }
 
 // limitValueUse returns what a value has used in windows that began at from or later, of a project's limit with
-// for_each or, unless token is 0, of a token's. rule says what the limit counts. stored is false if nothing is stored.
+// for_each or, unless token is 0, of a token's. rule says what the limit counts. stored is false if the limit itself
+// has counted nothing of the value yet: what it has used before the limit was set is in the sums.
 func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, value string, from int64,
 ) (used int64, stored bool, err error) {
+	past, err := s.pastValueUse(ctx, project, token, rule, value, from)
+	if err != nil {
+		return 0, false, err
+	}
 	err = s.readDB.QueryRowContext(ctx, `
 		SELECT coalesce(sum(min(used, 1000000000000000000)), 0), count(*) > 0 FROM limit_values
 		WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start >= ?`,
@@ -382,7 +387,76 @@ func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, v
 	if err != nil {
 		return 0, false, fmt.Errorf("reading what a value has used: %w", err)
 	}
-	return max(used, 0), stored, nil
+	return max(used, past, 0), stored, nil
+}
+
+// mayBeNew reports whether a limit of a project or, unless token is 0, of a token may have been set at from or later.
+func (s *store) mayBeNew(ctx context.Context, project, token, from int64) (bool, error) {
+	query, seq := `SELECT coalesce((SELECT updated_at FROM projects WHERE seq = ?), 0)`, project
+	if token != 0 {
+		query, seq = `SELECT coalesce((SELECT updated_at FROM tokens WHERE seq = ?), 0)`, token
+	}
+	changedAt, err := queryValue[int64](ctx, s.readDB, "reading when a policy was changed", query, seq)
+	return changedAt >= from, err
+}
+
+// pastValueUse is limitValueUse by the sums, which have all calls with the value, whenever the limit was set. It
+// returns 0 where the limit has counted all of them itself. It reads one place of an index for each hour.
+func (s *store) pastValueUse(ctx context.Context, project, token int64, rule, value string, from int64,
+) (used int64, err error) {
+	if value == "" { // the sums have calls with a value only
+		return 0, nil
+	}
+	r, err := parseLimitRule(rule)
+	if err != nil {
+		return 0, err
+	}
+	if isNew, err := s.mayBeNew(ctx, project, token, from); err != nil || !isNew {
+		return 0, err
+	}
+	sums, err := collect(ctx, s.readDB, "reading the sums of a value", func(u *pastUsage) []any {
+		return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
+	}, `
+		WITH RECURSIVE hours (at) AS (
+			SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at >= ?3
+			UNION ALL
+			SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
+			FROM hours h WHERE h.at IS NOT NULL)
+		SELECT s.endpoint, s.asked, s.calls, s.input_tokens, s.output_tokens, s.cost
+		FROM hours h JOIN attribution_sums s ON s.project = ?1 AND s.attribute = ?2 AND s.at = h.at AND s.value = ?4
+		WHERE CAST(?5 AS BIGINT) IN (0, s.token) AND s.outcome <> 'refused'`, project, r.ForEach, from, value, token)
+	for _, u := range sums {
+		if r.applies(u.endpoint, u.requestedModel) {
+			used = addSat(used, r.amount(&u))
+		}
+	}
+	return used, err
+}
+
+// parseLimitRule reads what a limit with for_each counts.
+func parseLimitRule(rule string) (r limitRule, err error) {
+	if err = json.Unmarshal([]byte(rule), &r); err != nil {
+		err = fmt.Errorf("reading what a limit counts: %w", err)
+	}
+	return r, err
+}
+
+// applies reports whether calls of an endpoint and a model count. Models without sums of their own always do.
+func (r *limitRule) applies(endpoint, model string) bool {
+	_, pattern, _ := strings.Cut(endpoint, " ")
+	return (r.Endpoint == "" || matchesPattern(r.Endpoint, endpoint) || matchesPattern(r.Endpoint, pattern)) &&
+		(r.Model == "" || model == otherModels || matchesPattern(r.Model, model))
+}
+
+// amount returns how much of what calls have used counts.
+func (r *limitRule) amount(u *pastUsage) int64 {
+	switch r.Count {
+	case "requests":
+		return u.calls
+	case "tokens":
+		return addSat(u.inputTokens, u.outputTokens)
+	}
+	return u.nanosUSD
 }
 
 // countLimitValues returns how many values limitValueUse has use of.
@@ -399,15 +473,51 @@ type valueUse struct {
 	used  int64
 }
 
-// topLimitValues returns up to limit of these values, those that have used most first.
+// maxPastSums is how many sums are read to find the values that have used most before a limit was set.
+const maxPastSums = 200_000
+
+// topLimitValues returns up to limit of these values, those that have used most first. Where the limit is new, it also
+// looks for values that have used much before, in maxPastSums sums at most.
 func (s *store) topLimitValues(ctx context.Context, project, token int64, rule string, from int64, limit int,
 ) ([]valueUse, error) {
-	return collect(ctx, s.readDB, "listing the values of a limit", func(u *valueUse) []any {
+	top, err := collect(ctx, s.readDB, "listing the values of a limit", func(u *valueUse) []any {
 		return []any{&u.value, &u.used}
 	}, `
 		SELECT value, sum(min(used, 1000000000000000000)) AS total FROM limit_values
 		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?
 		GROUP BY value ORDER BY total DESC, value LIMIT ?`, project, token, rule, from, limit)
+	if err != nil {
+		return nil, err
+	}
+	r, err := parseLimitRule(rule)
+	if err != nil {
+		return nil, err
+	}
+	if isNew, err := s.mayBeNew(ctx, project, token, from); err != nil || !isNew {
+		return top, err
+	}
+	before, err := collect(ctx, s.readDB, "finding the largest values before a limit", func(u *valueUse) []any {
+		return []any{&u.value, &u.used}
+	}, `
+		SELECT value, sum(amount) AS total FROM (
+			SELECT value, min(CASE ?5 WHEN 'requests' THEN calls
+				WHEN 'tokens' THEN min(input_tokens, ?6) + min(output_tokens, ?6) ELSE cost END, ?6) AS amount
+			FROM attribution_sums
+			WHERE project = ?1 AND attribute = ?2 AND at >= ?3 AND CAST(?4 AS BIGINT) IN (0, token)
+				AND outcome <> 'refused' LIMIT ?7) counted
+		GROUP BY value ORDER BY total DESC, value LIMIT ?8`,
+		project, r.ForEach, from, token, r.Count, int64(math.MaxInt64/maxPastSums/2), maxPastSums, limit)
+	for i := 0; i < len(before) && err == nil; i++ {
+		if !slices.ContainsFunc(top, func(u valueUse) bool { return u.value == before[i].value }) {
+			top = append(top, before[i])
+		}
+	}
+	for i := 0; i < len(top) && err == nil; i++ {
+		top[i].used, _, err = s.limitValueUse(ctx, project, token, rule, top[i].value, from)
+	}
+	top = slices.DeleteFunc(top, func(u valueUse) bool { return u.used == 0 })
+	slices.SortStableFunc(top, func(a, b valueUse) int { return cmp.Compare(b.used, a.used) })
+	return top[:min(limit, len(top))], err
 }
 
 // A limitValueRow names a row of limit_values, of one project and value.
