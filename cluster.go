@@ -1,38 +1,65 @@
 //go:build postgres
 
-// This file keeps a process among the replicas that share one PostgreSQL database: its heartbeat, the choice of the
-// one that leads, and the offset between this machine's clock and the database's. It compares no clocks of two
-// machines, has no SQL (store_postgres_replicas.go has it) and admits no call.
+// This file keeps a process among the replicas that share one PostgreSQL database. It sends heartbeats, puts the
+// changes of other replicas in force, answers their questions, compares this machine's clock with the database's, and
+// on the one replica that leads, closes those that have died. It compares no clocks of two machines, has no SQL
+// (store_postgres_replicas.go has it), and admits no call.
 package main
 
 import (
 	"context"
 	"database/sql"
 	"errors"
+	"maps"
+	"strconv"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
 
 const (
-	beatInterval = time.Second
+	beatInterval   = time.Second
+	changeInterval = 500 * time.Millisecond // between two looks for changes; a notification is faster
 	// leadershipTerm is how long after a heartbeat began this process may act as the leader.
 	leadershipTerm = 3 * time.Second
 	maxClockSample = 2 * time.Second // a round trip that takes longer says nothing about a clock
+	clockWarning   = time.Minute     // an offset that the log warns of
+	changePage     = 500             // changes that are read at once
+	maxAnswering   = 8               // questions that are answered at the same time; others are not
 )
 
 // A cluster is the part of a postgres that runs beside the calls. Times are since began, by the monotonic clock.
 type cluster struct {
-	db     *postgres
-	began  time.Time
-	now    func() time.Time // the machine's clock
-	conn   *sql.Conn        // of db.lockDB, with the advisory locks; nil: they are not taken
-	locked bool             // with that of the leader among them
+	db    *postgres
+	hooks *replicaHooks
+	began time.Time
+	now   func() time.Time // the machine's clock
 
-	trouble  atomic.Pointer[string] // why no call may be admitted; nil: none
-	leads    atomic.Int64           // nanoseconds until which this process leads
-	offset   atomic.Int64           // milliseconds from this machine's clock to the database's
-	roundMS  int64                  // of the round trip that offset was measured in
-	offsetAt time.Duration          // when it was measured
+	// Used by the goroutine of the heartbeats.
+	conn        *sql.Conn // of db.lockDB, with the advisory locks; nil: they are not taken
+	locked      bool      // with that of the leader among them
+	roundMS     int64     // of the round trip in which offset was measured
+	offsetAt    time.Duration
+	clockWarned bool
+
+	// Used by the goroutine of the changes.
+	lastSeq int64 // of the audit trail, up to which changes are in force
+
+	beatTrouble   atomic.Pointer[string] // why no call may be admitted; nil: none
+	changeTrouble atomic.Pointer[string]
+	heard         atomic.Int64 // nanoseconds: when the last successful look for changes began
+	leads         atomic.Int64 // nanoseconds until which this process leads
+	interrupted   atomic.Int64 // how many heartbeats have failed
+	offset        atomic.Int64 // milliseconds from this machine's clock to the database's
+	questions     atomic.Int64 // that this process has asked
+
+	mu  sync.Mutex
+	own map[int64]string // the MACs of audit entries that this process has written, by seq
+}
+
+func newCluster(p *postgres) *cluster {
+	return &cluster{db: p, began: time.Now(), now: time.Now, own: map[int64]string{}}
 }
 
 // uptime returns the time since began.
@@ -40,11 +67,19 @@ func (c *cluster) uptime() time.Duration { return time.Since(c.began) }
 
 // problem returns why no call may be admitted, "" if one may.
 func (c *cluster) problem() string {
-	if text := c.trouble.Load(); text != nil {
-		return *text
+	for _, trouble := range [...]*atomic.Pointer[string]{&c.beatTrouble, &c.changeTrouble} {
+		if text := trouble.Load(); text != nil {
+			return *text
+		}
+	}
+	if c.db.config.replicated && c.sinceHeard() > c.db.config.staleLimit {
+		return "the database has not answered for longer than STALE_LIMIT"
 	}
 	return ""
 }
+
+// sinceHeard returns how old the changes may be that this process does not know.
+func (c *cluster) sinceHeard() time.Duration { return c.uptime() - time.Duration(c.heard.Load()) }
 
 // isLeader reports whether this process does what only one replica does. A process that works alone leads.
 func (c *cluster) isLeader() bool {
@@ -54,31 +89,56 @@ func (c *cluster) isLeader() bool {
 // limitNow returns the database's time in unix milliseconds, as far as it is known.
 func (c *cluster) limitNow() int64 { return c.now().UnixMilli() + c.offset.Load() }
 
-// watch sends heartbeats until ctx is done, and calls report when problem changes. The locks are lost with their
+// watch keeps this process among the replicas until ctx is done.
+func (c *cluster) watch(ctx context.Context, hooks *replicaHooks) {
+	c.hooks = hooks
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	if c.db.config.replicated {
+		parts.Go(func() { c.follow(ctx) })
+		parts.Go(func() { c.lead(ctx) })
+	}
+	c.sendBeats(ctx)
+}
+
+// sendBeats sends heartbeats until ctx is done, and reports when problem changes. The locks are lost with their
 // connection. They are taken again, unless another process that works alone has them, or had them meanwhile: then the
 // state in memory is out of date.
-func (c *cluster) watch(ctx context.Context, report func(problem string)) {
+func (c *cluster) sendBeats(ctx context.Context) {
 	tick := time.NewTicker(beatInterval)
 	defer tick.Stop()
+	reported := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		var problem *string
-		if err := c.beat(ctx); ctx.Err() != nil {
+		err := c.beat(ctx)
+		if ctx.Err() != nil {
 			return
-		} else if err != nil {
-			problem = new("the database is not available")
-			if errors.Is(err, errFenced) {
-				problem = new(errFenced.Error())
-			}
 		}
-		if old := c.trouble.Swap(problem); (old == nil) != (problem == nil) {
-			report(c.problem())
+		c.beatTrouble.Store(describeTrouble(err))
+		if problem := c.problem(); (problem == "") != (reported == "") {
+			c.hooks.report(problem)
+			reported = problem
+		}
+		if errors.Is(err, errFenced) && c.db.config.replicated {
+			c.hooks.fenced()
+			return
 		}
 	}
+}
+
+// describeTrouble says why no call may be admitted after err, nil if that is nil.
+func describeTrouble(err error) *string {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errFenced):
+		return new(errFenced.Error())
+	}
+	return new("the database is not available")
 }
 
 // beat sends a heartbeat. It returns an error if this process does not have its locks and cannot take them, and
@@ -86,12 +146,19 @@ func (c *cluster) watch(ctx context.Context, report func(problem string)) {
 func (c *cluster) beat(ctx context.Context) error {
 	if c.conn == nil {
 		if err := c.takeLock(ctx); err != nil {
+			c.interrupted.Add(1)
 			return err
 		}
 	}
+	var info replicaInfo
+	if c.hooks != nil {
+		info = c.hooks.describe()
+	}
+	info.LagMS, info.OffsetMS, info.Leader = c.sinceHeard().Milliseconds(), c.offset.Load(), c.isLeader()
 	sent, before := c.uptime(), c.now()
-	b, err := c.sendBeat(ctx)
+	b, err := c.sendBeat(ctx, &info)
 	if err != nil {
+		c.interrupted.Add(1)
 		c.dropLocks()
 		return err
 	}
@@ -111,7 +178,7 @@ func (c *cluster) dropLocks() {
 	c.leads.Store(0)
 	c.locked = false
 	if c.conn != nil {
-		_ = c.conn.Close()
+		discardConn(c.conn)
 		c.conn = nil
 	}
 }
@@ -130,4 +197,176 @@ func (c *cluster) compareClocks(before time.Time, round time.Duration, at int64)
 	}
 	c.roundMS, c.offsetAt = ms, up
 	c.offset.Store(offset)
+	warn := max(offset, -offset) > clockWarning.Milliseconds()
+	if warn && !c.clockWarned && c.hooks != nil {
+		c.hooks.warn("this machine's clock differs from the database's; limits count by the database's",
+			"milliseconds", offset)
+		c.clockWarned = true
+	}
+	c.clockWarned = c.clockWarned && warn
+}
+
+// follow puts changes in force until ctx is done.
+func (c *cluster) follow(ctx context.Context) {
+	notifications, stop := c.db.listen(c.db.channel())
+	defer stop()
+	tick := time.NewTicker(changeInterval)
+	defer tick.Stop()
+	var answers sync.WaitGroup
+	defer answers.Wait()
+	busy := make(chan struct{}, maxAnswering)
+	for {
+		c.changeTrouble.Store(describeTrouble(c.catchUp(ctx)))
+		for wait := true; wait; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				wait = false
+			case text := <-notifications:
+				kind, rest, _ := strings.Cut(text, " ")
+				switch kind {
+				case "change", "": // "" after the connection was lost
+					wait = false
+				case "question":
+					select {
+					case busy <- struct{}{}:
+						answers.Go(func() { c.answerQuestion(ctx, rest); <-busy })
+					default: // the one who asks sees that this replica did not answer
+					}
+				}
+			}
+		}
+	}
+}
+
+// catchUp puts in force what has changed since the last time, and takes over the stored health of upstreams.
+func (c *cluster) catchUp(ctx context.Context) error {
+	began := c.uptime()
+	for more := true; more; {
+		changes, err := c.changesAfter(ctx, c.lastSeq, changePage)
+		if err != nil {
+			return err
+		}
+		if more = len(changes) == changePage; len(changes) == 0 {
+			break
+		}
+		if err := c.hooks.apply(ctx, changes); err != nil {
+			return err
+		}
+		c.lastSeq = changes[len(changes)-1].seq
+		c.forgetOwn(c.lastSeq)
+	}
+	rows, err := c.db.store.listUnhealthy(ctx)
+	if err != nil {
+		return err
+	}
+	c.hooks.mergeHealth(rows)
+	c.heard.Store(int64(began))
+	return nil
+}
+
+// rememberOwn records the MAC of an entry of the audit trail that this process is about to commit. If the transaction
+// fails, another process may write an entry with this seq, which has another MAC.
+func (c *cluster) rememberOwn(seq int64, mac []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.own[seq] = string(mac)
+}
+
+// isOwn reports whether this process has written an entry of the audit trail.
+func (c *cluster) isOwn(seq int64, mac []byte) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.own[seq] == string(mac)
+}
+
+// forgetOwn forgets the MACs of entries up to seq.
+func (c *cluster) forgetOwn(seq int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.own, func(s int64, _ string) bool { return s <= seq })
+}
+
+// answerQuestion answers the question in a notification: its id, the replica that asks, what is asked for, and an
+// argument.
+func (c *cluster) answerQuestion(ctx context.Context, text string) {
+	id, rest, _ := strings.Cut(text, " ")
+	asker, rest, _ := strings.Cut(rest, " ")
+	if asker == strconv.FormatInt(c.db.replica, 10) {
+		return
+	}
+	question, argument, _ := strings.Cut(rest, " ")
+	ctx, cancel := context.WithTimeout(ctx, maxAnswerTime)
+	defer cancel()
+	answer, err := c.hooks.answer(ctx, question, argument)
+	if err == nil {
+		err = c.storeAnswer(ctx, id, answer)
+	}
+	if err != nil && ctx.Err() == nil {
+		c.hooks.warn("a question of another replica could not be answered", "question", question, "error", err)
+	}
+}
+
+// A peer is another replica as the leader sees it: its last heartbeat, and when that was new.
+type peer struct {
+	beat int64
+	at   time.Duration
+}
+
+// lead does what only the leader does, until ctx is done: it closes replicas whose heartbeat has not changed for
+// REPLICA_TIMEOUT, by this process's monotonic clock and while its own heartbeats succeeded, and recovers the calls
+// of closed ones. Each step can be repeated by the next leader.
+func (c *cluster) lead(ctx context.Context) {
+	tick := time.NewTicker(beatInterval)
+	defer tick.Stop()
+	peers, interrupted := map[int64]peer{}, int64(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if n := c.interrupted.Load(); !c.isLeader() || n != interrupted {
+			clear(peers) // what was not seen meanwhile says nothing
+			interrupted = n
+			continue
+		}
+		if err := c.closeDead(ctx, peers); err != nil && ctx.Err() == nil {
+			clear(peers)
+			c.hooks.warn("replicas that do not answer could not be looked for, or not be closed", "error", err)
+			continue
+		}
+		if err := c.hooks.recoverCalls(ctx); err != nil && ctx.Err() == nil {
+			c.hooks.warn("calls of a closed replica could not be recorded as lost", "error", err)
+		}
+	}
+}
+
+// closeDead closes the replicas that count as dead. peers has those that it saw the last time.
+func (c *cluster) closeDead(ctx context.Context, peers map[int64]peer) error {
+	now := c.uptime()
+	beats, err := c.readBeats(ctx)
+	if err != nil {
+		return err
+	}
+	maps.DeleteFunc(peers, func(id int64, _ peer) bool { _, open := beats[id]; return !open })
+	for id, beat := range beats {
+		if seen, known := peers[id]; !known || seen.beat != beat {
+			peers[id] = peer{beat, now}
+			continue
+		}
+		if now-peers[id].at < c.db.config.replicaTimeout {
+			continue
+		}
+		closed, err := c.closeReplica(ctx, id, beat)
+		if err != nil {
+			return err
+		}
+		if closed {
+			c.hooks.warn("a replica has not sent a heartbeat for REPLICA_TIMEOUT: it is closed, and its calls are lost",
+				"replica", id)
+		}
+	}
+	return nil
 }

@@ -34,6 +34,8 @@ type config struct {
 	databasePassword  secret          // nil: not set
 	databaseConns     int64
 	databaseTimeout   time.Duration
+	staleLimit        time.Duration
+	replicaTimeout    time.Duration
 	encryptionKey     secret // nil: use the key file in dataDir
 	managementToken   secret // nil: stored management keys only
 	openaiKey         secret // nil: no default project
@@ -186,6 +188,12 @@ func dataSettings(c *config) []setting {
 		{"DATABASE_TIMEOUT", "10s",
 			"how long PostgreSQL may take for a statement",
 			setDuration(&c.databaseTimeout, time.Second, 10*time.Minute)},
+		{"STALE_LIMIT", "5s",
+			"how long calls are admitted without news of changes from PostgreSQL, such as revoked tokens",
+			setDuration(&c.staleLimit, time.Second, time.Minute)},
+		{"REPLICA_TIMEOUT", "10s",
+			"how long after its last heartbeat a replica counts as dead; more than STALE_LIMIT",
+			setDuration(&c.replicaTimeout, 2*time.Second, 10*time.Minute)},
 		{"ENCRYPTION_KEY", "",
 			"32 random bytes in hex or base64; encrypts the provider keys in the database",
 			setSecret(&c.encryptionKey, checkEncryptionKey)},
@@ -429,6 +437,10 @@ func (c *config) checkPostgres() (problems []error) {
 	}
 	c.postgres.password, c.postgres.version = c.databasePassword, versionText()
 	c.postgres.connections, c.postgres.timeout = c.databaseConns, c.databaseTimeout
+	c.postgres.staleLimit, c.postgres.replicaTimeout = c.staleLimit, c.replicaTimeout
+	if c.replicaTimeout <= c.staleLimit {
+		problems = append(problems, errors.New("REPLICA_TIMEOUT: must be more than STALE_LIMIT"))
+	}
 	if c.maxDatabaseBytes != 0 {
 		problems = append(problems, errors.New("MAX_DATABASE_BYTES: is for SQLite; with PostgreSQL, set RETENTION and "+
 			"watch the disk of its server"))
@@ -554,25 +566,6 @@ func parseBool(s string) (bool, error) {
 	return s == "true", nil
 }
 
-func checkOneOf(s string, allowed ...string) error {
-	if slices.Contains(allowed, s) {
-		return nil
-	}
-	return fmt.Errorf("must be one of: %s", strings.Join(allowed, ", "))
-}
-
-func parseLogFormat(s string) (isText bool, err error) {
-	return s == "text", checkOneOf(s, "json", "text")
-}
-
-func parseLevel(s string) (slog.Level, error) {
-	var l slog.Level
-	if err := checkOneOf(s, "debug", "info", "warn", "error"); err != nil {
-		return l, err
-	}
-	return l, l.UnmarshalText([]byte(s))
-}
-
 func parsePublicURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" || u.User != nil ||
@@ -630,15 +623,6 @@ func parseUpstreamProxy(s string) (*url.URL, error) {
 			"https://USER:PASSWORD@HOST:PORT or socks5://10.0.0.5:1080")
 	}
 	return u, checkHost(u.Hostname(), true) // proxies usually have private addresses
-}
-
-// parseFileMode reads the permissions of a socket.
-func parseFileMode(s string) (fs.FileMode, error) {
-	n, err := strconv.ParseUint(s, 8, 32)
-	if err != nil || n > 0o777 || n&0o600 != 0o600 {
-		return 0, errors.New("must be octal permissions that let the owner read and write, as in 0660")
-	}
-	return fs.FileMode(n), nil
 }
 
 // parseCount reads a whole number.

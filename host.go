@@ -93,6 +93,15 @@ func describeListenError(setting, addr string, err error) error {
 	return fmt.Errorf("listening on %s %s: %w%s", setting, addr, err, remedy)
 }
 
+// parseFileMode reads the permissions of a socket.
+func parseFileMode(s string) (fs.FileMode, error) {
+	n, err := strconv.ParseUint(s, 8, 32)
+	if err != nil || n > 0o777 || n&0o600 != 0o600 {
+		return 0, errors.New("must be octal permissions that let the owner read and write, as in 0660")
+	}
+	return fs.FileMode(n), nil
+}
+
 // listenUnix creates a socket file. It replaces a socket that a dead process has left; any
 // other file at that path is an error and is not touched.
 func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {

@@ -33,6 +33,8 @@ type ledger struct {
 	store  *store
 	log    *slog.Logger
 	writer *ledgerWriter // used by the goroutine of run only, as is refusalStored
+	// newComplete is openLedger's.
+	newComplete func(context.Context) func(*requestRow) error
 	// refusalStored says that the setting ledgerRefusal has a text, which the next success is to delete.
 	refusalStored bool
 
@@ -58,30 +60,16 @@ type ledger struct {
 // ledgerRefusal is the setting with the time and the error of a database that refuses rows, "" if it does not.
 const ledgerRefusal = "ledger_refusal"
 
-// openLedger recovers the calls that were running when the last process died, then starts the writer. complete
-// fills in what a lost row costs, and what it counts in limits with for_each.
-func openLedger(ctx context.Context, st *store, log *slog.Logger, complete func(*requestRow) error) (*ledger, error) {
+// openLedger recovers the calls that were running when the last process died, then starts the writer. newComplete
+// returns a function that fills in what a lost row costs, and what it counts in limits with for_each.
+func openLedger(ctx context.Context, st *store, log *slog.Logger, newComplete func(context.Context) func(*requestRow) error,
+) (*ledger, error) {
 	writer := st.newLedgerWriter()
-	closed := []int64{0}
-	if st.backend != nil {
-		var err error
-		if closed, err = st.backend.closedReplicas(ctx); err != nil {
-			return nil, err
-		}
+	l := &ledger{store: st, writer: writer, log: log, newComplete: newComplete, wake: make(chan struct{}, 1),
+		done: make(chan struct{})}
+	if err := l.recoverCalls(ctx); err != nil {
+		return nil, err
 	}
-	lost := 0
-	for _, replica := range closed {
-		n, err := recoverLost(ctx, st, writer, complete, replica)
-		if err != nil {
-			return nil, err
-		}
-		lost += n
-	}
-	if lost > 0 {
-		log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage",
-			"rows", lost)
-	}
-	l := &ledger{store: st, writer: writer, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	stored, err := st.setting(ctx, ledgerRefusal)
 	if l.refusalStored = stored != ""; err != nil && !errors.Is(err, errNotFound) {
 		return nil, err
@@ -485,6 +473,25 @@ func (l *ledger) markRecovered() {
 	}
 }
 
+// recoverCalls records the calls that were running when a process died.
+func (l *ledger) recoverCalls(ctx context.Context) error {
+	recoverOne := func(ctx context.Context, w *ledgerWriter, replica int64) (int, error) {
+		return recoverLost(ctx, l.store, w, l.newComplete(ctx), replica)
+	}
+	var lost int
+	var err error
+	if l.store.backend != nil {
+		lost, err = l.store.backend.recoverClosed(ctx, recoverOne)
+	} else {
+		lost, err = recoverOne(ctx, l.writer, 0)
+	}
+	if lost > 0 {
+		l.log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage",
+			"rows", lost)
+	}
+	return err
+}
+
 // recoverLost records the calls that were running when a replica died, with the estimates in their pending records, and
 // returns how many. The replica must be closed: see pendingRecords. It may be repeated after an error.
 func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(*requestRow) error, replica int64,
@@ -532,6 +539,9 @@ func (l *ledger) runRetention(ctx context.Context, keep retention, every time.Du
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+		if !l.store.isLeader() {
+			continue
 		}
 		now := time.Now()
 		l.prune(ctx, func() (int64, error) { return l.store.deleteExpiredContents(ctx, now.UnixMilli(), 20) })

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -231,6 +232,25 @@ func parseTraceparent(values []string) (traceContext, bool) {
 
 // isLowerHex reports whether s has only lower-case hexadecimal digits.
 func isLowerHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }
+
+func checkOneOf(s string, allowed ...string) error {
+	if slices.Contains(allowed, s) {
+		return nil
+	}
+	return fmt.Errorf("must be one of: %s", strings.Join(allowed, ", "))
+}
+
+func parseLogFormat(s string) (isText bool, err error) {
+	return s == "text", checkOneOf(s, "json", "text")
+}
+
+func parseLevel(s string) (slog.Level, error) {
+	var l slog.Level
+	if err := checkOneOf(s, "debug", "info", "warn", "error"); err != nil {
+		return l, err
+	}
+	return l, l.UnmarshalText([]byte(s))
+}
 
 // Call ids.
 

@@ -161,6 +161,7 @@ type instance struct {
 	metricsListener net.Listener   // on METRICS_ADDR; nil if not set
 	certificate     *certificate   // nil: no TLS
 	hangups         chan os.Signal // SIGHUP; nil: ignored
+	fenced          chan struct{}  // closed once this process can write nothing any more, and has to end
 }
 
 // openInstance opens what is on disk, builds the surfaces on it and starts the workers.
@@ -168,7 +169,7 @@ type instance struct {
 func openInstance(
 	ctx context.Context, cfg *config, log *logger, droppedLogLines func() int64,
 ) (_ *instance, err error) {
-	in := &instance{cfg: cfg, log: log, metrics: newMetrics(), stop: func() {}}
+	in := &instance{cfg: cfg, log: log, metrics: newMetrics(), stop: func() {}, fenced: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, in.close())
@@ -195,50 +196,6 @@ func openInstance(
 	}
 	in.startWorkers()
 	return in, nil
-}
-
-// openWhenAvailable is openInstance, but waits for a PostgreSQL server that cannot be reached. Meanwhile calls get 503.
-func openWhenAvailable(ctx context.Context, cfg *config, log *logger, dropped func() int64) (*instance, error) {
-	in, err := openInstance(ctx, cfg, log, dropped)
-	if cfg.postgres == nil || !isDatabaseAway(err) {
-		return in, err
-	}
-	log.Warn("the database cannot be reached; calls get 503 until it can", "error", err)
-	hs := &http.Server{Handler: unavailable(err), ReadHeaderTimeout: 10 * time.Second, ErrorLog: newHTTPErrorLog(log)}
-	var serving sync.WaitGroup
-	defer serving.Wait()
-	defer hs.Close()
-	if cfg.listenAddr != systemdListen { // there, clients wait in systemd's socket
-		l, err := openListener(cfg.listenAddr, cfg.socketMode)
-		if err != nil {
-			return nil, describeListenError("LISTEN_ADDR", cfg.listenAddr, err)
-		}
-		serving.Go(func() {
-			if cfg.tlsCert != "" {
-				_ = hs.ServeTLS(l, cfg.tlsCert, cfg.tlsKey)
-			} else {
-				_ = hs.Serve(l)
-			}
-		})
-	}
-	for isDatabaseAway(err) {
-		select {
-		case <-ctx.Done():
-			return nil, err
-		case <-time.After(time.Second):
-		}
-		in, err = openInstance(ctx, cfg, log, dropped)
-	}
-	return in, err
-}
-
-// unavailable answers while there is no database: the process is alive, and nothing else works.
-func unavailable(cause error) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/healthz" {
-			writeError(w, errStoreUnavailable(cause), shapeFor(r))
-		}
-	})
 }
 
 // openDatabase opens the data directory, the database and the keys that unseal it.
@@ -281,15 +238,6 @@ func (in *instance) databaseProblem() string {
 	return in.dir.databaseProblem()
 }
 
-// reportDatabase logs a change of databaseProblem.
-func (in *instance) reportDatabase(problem string) {
-	if problem != "" {
-		in.log.Error("calls are refused until the database can be used", "problem", problem)
-		return
-	}
-	in.log.Info("the database can be used again")
-}
-
 // openLedger opens the ledger, which turns the pending records of a crash into lost rows.
 func (in *instance) openLedger(ctx context.Context) error {
 	prices, err := effectivePrices(ctx, in.store)
@@ -297,17 +245,21 @@ func (in *instance) openLedger(ctx context.Context) error {
 		return err
 	}
 	in.prices.Store(prices)
-	policies := &storedPolicies{store: in.store}
-	completeLostRow := func(r *requestRow) error {
-		r.modelTracked = prices.priceRow(r, "", r.model)
-		r.requestedModelTracked = r.modelTracked
-		return policies.countUses(ctx, r)
-	}
 	if err = in.recordUnwritten(ctx); err != nil {
 		return err
 	}
-	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, completeLostRow)
+	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, in.newLostRowCompleter)
 	return err
+}
+
+// newLostRowCompleter returns a function that completes lost rows.
+func (in *instance) newLostRowCompleter(ctx context.Context) func(*requestRow) error {
+	policies := &storedPolicies{store: in.store}
+	return func(r *requestRow) error {
+		r.modelTracked = in.prices.Load().priceRow(r, "", r.model)
+		r.requestedModelTracked = r.modelTracked
+		return policies.countUses(ctx, r)
+	}
 }
 
 // buildSurfaces builds the proxy, the management API, the pages and the server, each with
@@ -372,11 +324,11 @@ func (in *instance) startWorkers() {
 	}
 	in.workers.Go(func() { in.running.run(ctx) })
 	in.workers.Go(func() { in.cache.run(ctx) })
-	keeper := &healthKeeper{health: in.health, store: in.store, log: in.log}
+	keeper := &healthKeeper{in.health, in.store, in.log, make(chan []healthRow, 1)}
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
 	in.workers.Go(func() { in.dir.watch(ctx, in.log.Logger) })
 	if in.store.backend != nil {
-		in.workers.Go(func() { in.store.backend.watch(ctx, in.reportDatabase) })
+		in.workers.Go(func() { in.store.backend.watch(ctx, in.replicaHooks(keeper.stored)) })
 	}
 	trail, _, _, _ := in.store.loadAuditHead(ctx, in.store.chain) // an error shows with the first event
 	in.workers.Go(func() { in.manage.auth.signIns.runAuditCheckpoints(ctx, time.Minute, trail.seq) })
@@ -396,9 +348,12 @@ func (in *instance) evictIdle(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
-			err := in.proxy.limits.expireResponses(ctx, now, min(maxResponseAge, in.cfg.retention), in.prices.Load())
-			if err != nil && ctx.Err() == nil {
-				in.log.Error("the usage of background responses could not be recorded", "error", err)
+			if in.store.isLeader() {
+				age := min(maxResponseAge, in.cfg.retention)
+				err := in.proxy.limits.expireResponses(ctx, now, age, in.prices.Load())
+				if err != nil && ctx.Err() == nil {
+					in.log.Error("the usage of background responses could not be recorded", "error", err)
+				}
 			}
 			in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
 			in.proxy.limits.dropIdleValues(now.UnixMilli())
@@ -505,7 +460,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 		hs.TLSConfig = in.certificate.tlsConfig()
 	}
 	in.log.Info("listening", "address", l.Addr().String(), "tls", in.certificate != nil, "version", versionText())
-	failed := make(chan error, 1)
+	failed, ended := make(chan error, 1), error(nil)
 	var serving sync.WaitGroup
 	serving.Go(func() {
 		if in.certificate != nil {
@@ -529,15 +484,20 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	}
 	select {
 	case <-ctx.Done():
+		in.drain(hs, in.cfg.drainTimeout)
+	case <-in.fenced:
+		in.log.Error("another replica has taken over the calls of this one, which did not answer: it ends, and has to " +
+			"be started again")
+		ended = errFenced
+		in.drain(hs, 0)
 	case err := <-failed:
 		_ = ms.Close()
 		return errors.Join(fmt.Errorf("serving: %w", err), in.close())
 	}
-	in.drain(hs)
 	_ = ms.Close()
 	stopWatching()
 	serving.Wait()
-	err := in.close()
+	err := errors.Join(ended, in.close())
 	in.log.Info("stopped")
 	return err
 }
@@ -545,9 +505,9 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 // drain refuses new calls, waits for running ones to end, and closes hs. Until then, and at least
 // for DRAIN_DELAY, it accepts connections and answers 503 and Connection: close on new and open
 // ones: a closed port or connection would drop requests that are under way.
-func (in *instance) drain(hs *http.Server) {
-	in.log.Info("draining", "timeout", in.cfg.drainTimeout.String())
-	ctx, cancel := context.WithTimeout(context.Background(), in.cfg.drainTimeout)
+func (in *instance) drain(hs *http.Server, timeout time.Duration) {
+	in.log.Info("draining", "timeout", timeout.String())
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	delay := time.After(in.cfg.drainDelay)
 	if in.cfg.listenAddr == systemdListen {

@@ -373,6 +373,8 @@ func (ops *operations) reloadPrices(ctx context.Context) error {
 	return nil
 }
 
+const actionCutStream = "stream.cut"
+
 // abortStream ends a running call. Its client's response is cut off, and its row says why.
 func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id string) error {
 	c := ops.running.find(parseRequestID(id))
@@ -380,7 +382,7 @@ func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id s
 		return errNotFound
 	}
 	info := c.info.Load()
-	err := ops.store.recordAuditEvent(ctx, origin, auditEvent{action: "stream.cut", object: info.requestID,
+	err := ops.store.recordAuditEvent(ctx, origin, auditEvent{action: actionCutStream, object: info.requestID,
 		detail: []auditField{{"project_id", info.project.id}, {"token_id", info.token.id}}})
 	if err != nil {
 		return err // nothing is done that is not on the trail

@@ -298,3 +298,75 @@ func (s *server) metricsServer() *http.Server {
 		ErrorLog:          s.httpErrorLog,
 	}
 }
+
+// openWhenAvailable is openInstance, but waits for a PostgreSQL server that cannot be reached. Meanwhile calls get 503.
+func openWhenAvailable(ctx context.Context, cfg *config, log *logger, dropped func() int64) (*instance, error) {
+	in, err := openInstance(ctx, cfg, log, dropped)
+	if cfg.postgres == nil || !isDatabaseAway(err) {
+		return in, err
+	}
+	log.Warn("the database cannot be reached; calls get 503 until it can", "error", err)
+	hs := &http.Server{Handler: unavailable(err), ReadHeaderTimeout: 10 * time.Second, ErrorLog: newHTTPErrorLog(log)}
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer hs.Close()
+	if cfg.listenAddr != systemdListen { // there, clients wait in systemd's socket
+		l, err := openListener(cfg.listenAddr, cfg.socketMode)
+		if err != nil {
+			return nil, describeListenError("LISTEN_ADDR", cfg.listenAddr, err)
+		}
+		serving.Go(func() {
+			if cfg.tlsCert != "" {
+				_ = hs.ServeTLS(l, cfg.tlsCert, cfg.tlsKey)
+			} else {
+				_ = hs.Serve(l)
+			}
+		})
+	}
+	for isDatabaseAway(err) {
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(time.Second):
+		}
+		in, err = openInstance(ctx, cfg, log, dropped)
+	}
+	return in, err
+}
+
+// unavailable answers while there is no database: the process is alive, and nothing else works.
+func unavailable(cause error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/healthz" {
+			writeError(w, errStoreUnavailable(cause), shapeFor(r))
+		}
+	})
+}
+
+// reportDatabase logs a change of databaseProblem.
+func (in *instance) reportDatabase(problem string) {
+	if problem != "" {
+		in.log.Error("calls are refused until the database can be used", "problem", problem)
+		return
+	}
+	in.log.Info("the database can be used again")
+}
+
+// replicaHooks returns what a database with several replicas needs. It sends the stored health of upstreams to health.
+func (in *instance) replicaHooks(health chan<- []healthRow) *replicaHooks {
+	return &replicaHooks{
+		report:       in.reportDatabase,
+		fenced:       func() { close(in.fenced) },
+		apply:        in.operations.applyChanges,
+		recoverCalls: in.ledger.recoverCalls,
+		answer:       in.operations.answer,
+		warn:         in.log.Warn,
+		describe:     func() replicaInfo { return replicaInfo{Calls: in.running.count()} },
+		mergeHealth: func(rows []healthRow) {
+			select {
+			case health <- rows:
+			default: // it is busy, and gets all again in a moment
+			}
+		},
+	}
+}

@@ -349,12 +349,14 @@ func (s *store) endAllSessions(ctx context.Context) error {
 // setHealth stores an upstream's health; a row that is ready is deleted. A state that needs attention, or no
 // longer does, is put into the audit trail in the same transaction. reported is the state that the trail has.
 func (s *store) setHealth(ctx context.Context, now int64, r *healthRow, reported keyState) error {
+	stored := *r
+	stored.until, stored.changedAt = r.until+s.clockOffset(), r.changedAt+s.clockOffset()
 	if !r.state.needsAttention() && !reported.needsAttention() || r.state == reported {
-		return s.withTx(ctx, func(tx *sql.Tx) error { return saveHealth(ctx, tx, r) })
+		return s.withTx(ctx, func(tx *sql.Tx) error { return saveHealth(ctx, tx, &stored) })
 	}
 	detail := []auditField{{"state", [2]string{reported.String(), r.state.String()}}, {"reason", r.reason}}
 	return s.withAuditedTx(ctx, auditOrigin{actorID: actorSystem, at: now}, func(tx *auditedTx) (auditEvent, error) {
-		return auditEvent{"upstream.health", r.id, detail}, saveHealth(ctx, tx, r)
+		return auditEvent{"upstream.health", r.id, detail}, saveHealth(ctx, tx, &stored)
 	})
 }
 

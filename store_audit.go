@@ -39,10 +39,7 @@ func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*
 		if err != nil {
 			return err
 		}
-		if err := s.appendAuditEntry(ctx, tx, head, origin, event); err != nil || s.backend == nil {
-			return err
-		}
-		return s.backend.announce(ctx, tx, seq)
+		return s.appendAuditEntry(ctx, tx, head, origin, event)
 	})
 	for last := s.lastAuditSeq.Load(); err == nil && last < seq; last = s.lastAuditSeq.Load() {
 		s.lastAuditSeq.CompareAndSwap(last, seq) // a later commit may have stored its seq already
@@ -116,7 +113,10 @@ func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, head auditHead
 		INSERT INTO audit (`+auditColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, e.columns()...); err != nil {
 		return err
 	}
-	return saveSetting(ctx, tx, "audit_head", s.chain.signHead(head))
+	if err := saveSetting(ctx, tx, "audit_head", s.chain.signHead(head)); err != nil || s.backend == nil {
+		return err
+	}
+	return s.backend.announce(ctx, tx, e.seq, e.mac)
 }
 
 // readAuditHead returns the trail's head, and false if this program did not write it. newest is the seq of

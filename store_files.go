@@ -22,9 +22,13 @@ type postgresConfig struct {
 	password    secret // nil: the one in the URL, or PGPASSFILE's
 	connections int64
 	timeout     time.Duration // of one statement
-	version     string        // of this program
-	address     string        // under which administrators recognize this process
-	nonce       string        // a random name of this process among the replicas
+	staleLimit  time.Duration // how long calls are admitted without news of changes
+	// replicaTimeout is how long after its last heartbeat a replica counts as dead.
+	replicaTimeout time.Duration
+	version        string // of this program
+	address        string // under which administrators recognize this process
+	nonce          string // a random name of this process among the replicas
+	previousNonce  string // of the last process with this data directory, which has ended; "" if there was none
 	// replicated lets several processes serve with one database at the same time. Without it, this process is alone.
 	replicated bool
 }
@@ -37,9 +41,9 @@ type backend struct {
 	// startTx makes a write transaction fail if this process may not write any more. One that is audited runs
 	// alone.
 	startTx func(ctx context.Context, tx *sql.Tx, audited bool) error
-	// announce is called before an audited transaction is committed, with the seq of its entry: other replicas
-	// learn of the change.
-	announce    func(ctx context.Context, tx *sql.Tx, seq int64) error
+	// announce is called before an audited transaction is committed, with the seq and the MAC of its entry: other
+	// replicas learn of the change.
+	announce    func(ctx context.Context, tx *sql.Tx, seq int64, mac []byte) error
 	writeLedger func(context.Context, *ledgerWriter, ledgerBatch) error
 	size        func(context.Context) (int64, error)
 	vacuum      func(context.Context) error // removes what was overwritten from the tables with sealed values
@@ -47,21 +51,79 @@ type backend struct {
 	slot        func() int64                // of this process, in the ids of its calls; nil: 0
 	// lastRequestID returns the highest id, at or above from, of a call with a slot; 0 if there is none.
 	lastRequestID func(ctx context.Context, slot, from int64) (int64, error)
-	// closedReplicas returns those that can write nothing any more, but have pending records. 0 is a database that
-	// was copied into this one. The next two concern the pending records of one.
-	closedReplicas func(context.Context) ([]int64, error)
+	// pendingRecords and deletePending concern one closed replica. 0 is a database that was copied into this one.
 	pendingRecords func(ctx context.Context, replica int64, limit int) ([]requestRow, error)
 	deletePending  func(ctx context.Context, replica int64) error
 	// mergeSlots adds some of the sums of periods that are over to those of slot 0, and returns how many.
 	mergeSlots func(ctx context.Context, now int64, limit int) (int64, error)
-	// watch keeps problem up to date until ctx is done, and reports its changes.
-	watch func(ctx context.Context, report func(problem string))
+	// watch keeps this process among the replicas and problem up to date until ctx is done.
+	watch func(ctx context.Context, hooks *replicaHooks)
+	// recoverClosed calls recoverCalls for each replica that can write nothing any more, but has left something behind.
+	// It returns how many calls were lost.
+	recoverClosed func(ctx context.Context, recoverCalls recoverFunc) (lost int, err error)
+	listReplicas  func(context.Context) ([]replicaRow, error)
+	// ask asks the other replicas a question. It returns the answers that came within wait, and the ids of replicas
+	// that did not answer.
+	ask func(ctx context.Context, question, argument string, wait time.Duration) (answers []string, silent []int64,
+		err error)
 	close func() error
 
-	replica  int64       // the id of this process among those that use the database; 0: it is open for reading
-	isLeader func() bool // it does what only one replica does
-	limitNow func() int64
-	started  func() // lets other processes start; call it once the database has what a server needs
+	replica     int64       // the id of this process among those that use the database; 0: it is open for reading
+	isLeader    func() bool // it does what only one replica does
+	limitNow    func() int64
+	clockOffset func() int64
+	started     func() // lets other processes start; call it once the database has what a server needs
+}
+
+// A recoverFunc records the calls of a closed replica as lost, with a writer of its own, and returns how many.
+type recoverFunc func(ctx context.Context, w *ledgerWriter, replica int64) (lost int, err error)
+
+// replicaHooks are what a backend with replicas calls of the rest of the program.
+type replicaHooks struct {
+	report func(problem string) // backend.problem has changed
+	fenced func()               // this process can write nothing any more
+	// apply puts the changes of other replicas in force, and those of this one again. Each is complete, or has an
+	// effect that cannot be wrong, when it returns; after an error it is called with the same changes again.
+	apply        func(context.Context, []auditChange) error
+	mergeHealth  func([]healthRow)           // the stored health of upstreams; those that are missing are ready
+	recoverCalls func(context.Context) error // of closed replicas
+	describe     func() replicaInfo
+	answer       func(ctx context.Context, question, argument string) (string, error)
+	warn         func(msg string, args ...any) // as of a slog.Logger
+}
+
+// An auditChange is an entry of the audit trail, as far as other replicas need it.
+type auditChange struct {
+	seq, at                int64
+	action, object, detail string
+	own                    bool // made by this process, which has put it in force already
+}
+
+// A replicaInfo is what a replica says of itself with its heartbeat.
+type replicaInfo struct {
+	Calls    int64 `json:"calls"`     // running
+	Leases   int64 `json:"leases"`    // of limits
+	LagMS    int64 `json:"lag_ms"`    // since it last asked for changes
+	OffsetMS int64 `json:"offset_ms"` // of the database's clock from its own
+	Leader   bool  `json:"leader"`
+}
+
+// A replicaRow is a replica whose slot is taken. Times are unix milliseconds.
+type replicaRow struct {
+	id, slot, startedAt int64
+	version, address    string
+	closedAt            *int64
+	beatAt, now         int64 // by the database's clock
+	info                string
+}
+
+// clockOffset returns how many milliseconds the database's clock is ahead of this machine's. With SQLite there is one
+// clock.
+func (s *store) clockOffset() int64 {
+	if s.backend == nil {
+		return 0
+	}
+	return s.backend.clockOffset()
 }
 
 // isLeader reports whether this process does what only one of several replicas does.

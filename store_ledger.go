@@ -197,6 +197,9 @@ type ledgerWriter struct {
 	args  [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
 	rows  [8 * sumColumnCount]any               // of the present rowGroup
 
+	// writeAll writes a batch on PostgreSQL; nil: SQLite.
+	writeAll func(context.Context, *ledgerWriter, ledgerBatch) error
+
 	prices    map[int64]bool // that are stored, as far as it is known
 	lastPrice *price         // one of them
 }
@@ -205,6 +208,9 @@ const maxKnownPrices = 10_000
 
 func (s *store) newLedgerWriter() *ledgerWriter {
 	w := &ledgerWriter{store: s, prices: map[int64]bool{}}
+	if s.backend != nil {
+		w.writeAll = s.backend.writeLedger
+	}
 	for i := range w.args {
 		w.args[i].Ordinal = i + 1
 	}
@@ -213,8 +219,8 @@ func (s *store) newLedgerWriter() *ledgerWriter {
 
 // write writes a batch: all of it, or nothing.
 func (w *ledgerWriter) write(ctx context.Context, b ledgerBatch) error {
-	if w.store.backend != nil {
-		return w.store.backend.writeLedger(ctx, w, b)
+	if w.writeAll != nil {
+		return w.writeAll(ctx, w, b)
 	}
 	conn, err := w.store.writeDB.Conn(ctx)
 	if err != nil {

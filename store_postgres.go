@@ -120,6 +120,7 @@ type postgres struct {
 
 	cluster *cluster
 	started func() // lets other processes start
+	listen  func(channel string) (notifications <-chan string, stop func())
 }
 
 // openPostgres connects. With serve, it migrates the schema and joins the replicas; otherwise every write fails.
@@ -129,7 +130,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		return nil, errors.New("DATABASE_URL is not a URL")
 	}
 	p := &postgres{config: c, name: u.Redacted(), store: &store{}, started: func() {}}
-	p.cluster = &cluster{db: p, began: time.Now(), now: time.Now}
+	p.cluster = newCluster(p)
 	defer func() {
 		if err != nil {
 			p.started()
@@ -146,6 +147,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		if err != nil {
 			return nil, err
 		}
+		p.listen = connector.listen
 		db := sql.OpenDB(connector)
 		db.SetMaxOpenConns(n)
 		db.SetMaxIdleConns(n)
@@ -181,9 +183,10 @@ func (p *postgres) backend() *backend {
 	return &backend{
 		version: p.version, differences: p.differences, startTx: p.startTx, writeLedger: p.writer.write,
 		size: p.size, vacuum: p.vacuum, problem: p.cluster.problem, watch: p.cluster.watch, close: p.close,
-		slot: p.slot.Load, lastRequestID: p.lastRequestID, closedReplicas: p.closedReplicas,
+		slot: p.slot.Load, lastRequestID: p.lastRequestID, recoverClosed: p.recoverClosed,
 		pendingRecords: p.pendingRecords, deletePending: p.deletePending, mergeSlots: p.mergeSlots,
-		announce: p.announce, isLeader: p.cluster.isLeader, limitNow: p.cluster.limitNow,
+		listReplicas: p.listReplicas, ask: p.cluster.ask, announce: p.announce, isLeader: p.cluster.isLeader,
+		limitNow: p.cluster.limitNow, clockOffset: p.cluster.offset.Load,
 		started: func() { p.started() },
 	}
 }
@@ -244,6 +247,9 @@ func (p *postgres) vacuum(ctx context.Context) error {
 type postgresConnector struct {
 	*pq.Connector
 	texts *postgresTexts
+	// listen returns what is sent to a channel from now on, and "" after a lost connection: what was sent meanwhile
+	// is not known.
+	listen func(channel string) (notifications <-chan string, stop func())
 }
 
 func newPostgresConnector(c *postgresConfig, u *url.URL, parameters map[string]string) (*postgresConnector, error) {
@@ -259,7 +265,7 @@ func newPostgresConnector(c *postgresConfig, u *url.URL, parameters map[string]s
 		config.ApplicationName = "llm-proxy"
 	}
 	runtime := map[string]string{"statement_timeout": strconv.FormatInt(c.timeout.Milliseconds(), 10),
-		"idle_in_transaction_session_timeout": strconv.FormatInt(10*c.timeout.Milliseconds(), 10),
+		"idle_in_transaction_session_timeout": strconv.FormatInt(c.maxIdleTx().Milliseconds(), 10),
 		"timezone":                            "UTC", "standard_conforming_strings": "on"}
 	maps.Copy(runtime, config.Runtime)
 	maps.Copy(runtime, parameters)
@@ -269,7 +275,50 @@ func newPostgresConnector(c *postgresConfig, u *url.URL, parameters map[string]s
 		return nil, errors.New(withoutPassword(u, err))
 	}
 	inner.Dialer(postgresDialer{c.timeout + 5*time.Second})
-	return &postgresConnector{inner, &postgresTexts{}}, nil
+	listening := *u
+	if config.Password != "" {
+		listening.User = url.UserPassword(config.User, config.Password)
+	}
+	dsn := postgresDSN(&listening)
+	return &postgresConnector{inner, &postgresTexts{}, func(channel string) (<-chan string, func()) {
+		return listenPostgres(dsn, channel)
+	}}, nil
+}
+
+// maxIdleTx is how long a transaction may do nothing. One of a replica that was stopped must not keep its row from
+// being closed.
+func (c *postgresConfig) maxIdleTx() time.Duration {
+	if c.replicated {
+		return c.replicaTimeout
+	}
+	return 10 * c.timeout
+}
+
+// listenPostgres is postgresConnector.listen. An error says only that changes are found later, by looking for them.
+func listenPostgres(dsn, channel string) (<-chan string, func()) {
+	l := pq.NewListener(dsn, 200*time.Millisecond, 5*time.Second, nil)
+	out, done := make(chan string, 64), make(chan struct{})
+	go func() { // ends with l, in stop
+		defer close(done)
+		_ = l.Listen(channel) // waits for the first connection, and is repeated for each later one
+		for n := range l.Notify {
+			text := ""
+			if n != nil {
+				text = n.Extra
+			}
+			select {
+			case out <- text:
+			default: // nobody has time; the next look finds everything
+			}
+		}
+	}()
+	return out, func() { _ = l.Close(); <-done }
+}
+
+// discardConn closes the connection itself, which Close would return to its pool: with its locks.
+func discardConn(conn *sql.Conn) {
+	_ = conn.Raw(func(any) error { return driver.ErrBadConn })
+	_ = conn.Close()
 }
 
 // A postgresDialer dials connections that fail when the server has been silent for longer than any statement may take:

@@ -22,6 +22,8 @@ import (
 // A postgresLedger writes batches. It belongs to one goroutine.
 type postgresLedger struct {
 	*postgres
+	ledgerDB  *sql.DB
+	recovery  bool // it writes the calls of a closed replica
 	tx        *sql.Tx
 	stmts     [ledgerStmtCount]postgresLedgerStmt // columns is 0 for those whose rows are not collected
 	collected [ledgerStmtCount]postgresRows
@@ -234,6 +236,9 @@ func (l *postgresLedger) inTx(ctx context.Context, rows []*requestRow, fn func()
 		return err
 	}
 	l.seq++
+	if l.recovery {
+		return l.tx.Commit()
+	}
 	if _, err := execCount(ctx, l.tx, "numbering a transaction",
 		`UPDATE ledger_commits SET seq = ? WHERE replica = ?`, l.seq, l.replica); err != nil {
 		return err
@@ -392,11 +397,14 @@ func postgresJSON(text []byte) string {
 
 // What a replica has left behind.
 
-// closedReplicas is backend.closedReplicas.
-func (p *postgres) closedReplicas(ctx context.Context) ([]int64, error) {
-	return collect(ctx, p.store.readDB, "looking for closed replicas", func(id *int64) []any { return []any{id} }, `
-		SELECT DISTINCT replica FROM begun
-		WHERE replica NOT IN (SELECT id FROM replicas WHERE closed_at IS NULL) ORDER BY replica`)
+// newRecoveryWriter returns a writer for the calls of a closed replica. After a lost connection they are looked for
+// again, so its transactions need no numbers. It may be used beside the ledger's.
+func (p *postgres) newRecoveryWriter() *ledgerWriter {
+	l := &postgresLedger{postgres: p, stmts: postgresLedgerStmts(), committed: map[*requestRow]bool{},
+		ledgerDB: p.store.writeDB, recovery: true}
+	w := p.store.newLedgerWriter()
+	w.writeAll = l.write
+	return w
 }
 
 // pendingRecords is store.pendingRecords.

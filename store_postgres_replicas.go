@@ -8,53 +8,52 @@ package main
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
 )
 
-// The advisory locks of a schema, as offsets from postgresLockClass. A session has the first, the third and the
-// fourth on lockConn.
+// The advisory locks of a schema, as offsets from postgresLockClass.
 const (
 	lockProcess  = 0 // shared by all replicas, or exclusively by a process that works alone
 	lockAudited  = 1 // an audited transaction
 	lockLeader   = 2 // the replica that does what only one does
 	lockStarting = 3 // a process that migrates, and creates what an empty database lacks
+	lockRecovery = 4 // whoever records the calls of closed replicas
 )
 
 const (
-	startingLockAttempts = 600
-	startingLockPause    = 100 * time.Millisecond
-	lockConnections      = 2 // one has the locks of the process, one that of a start
+	lockAttempts    = 600
+	lockPause       = 100 * time.Millisecond
+	lockConnections = 4 // for the locks of the process, a start, a recovery; and to look for changes
+	closeTimeout    = 5 * time.Second
+	maxAnswerTime   = 10 * time.Second
+	answerPoll      = 10 * time.Millisecond
 )
 
-// lockOut keeps other processes from starting, until the function that it returns is called.
-func (c *cluster) lockOut(ctx context.Context) (release func(), err error) {
+// lockOut takes one of the locks that others wait for, until the function that it returns is called.
+func (c *cluster) lockOut(ctx context.Context, lock int) (release func(), err error) {
 	conn, err := c.db.lockDB.Conn(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
-	for attempts := startingLockAttempts; ; attempts-- {
-		taken, err := tryAdvisoryLock(ctx, conn, lockStarting, c.db.lockKey)
-		if err == nil && !taken && attempts == 0 {
+	for attempts := lockAttempts; ; attempts-- {
+		taken, err := tryAdvisoryLock(ctx, conn, lock, c.db.lockKey)
+		if taken {
+			return sync.OnceFunc(func() { discardConn(conn) }), nil // the server releases the lock
+		}
+		if err == nil && attempts == 0 {
 			err = errors.New("another llm-proxy has been starting with it for a minute; look at its log")
 		}
 		if err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
-		if taken {
-			return sync.OnceFunc(func() {
-				ctx, cancel := context.WithTimeout(context.Background(), postgresConnectTimeout)
-				defer cancel()
-				// If this fails, the connection is lost, and the lock with it.
-				_, _ = conn.ExecContext(ctx, `SELECT pg_advisory_unlock(?, ?)`, postgresLockClass+lockStarting,
-					c.db.lockKey)
-				_ = conn.Close()
-			}), nil
-		}
-		time.Sleep(startingLockPause)
+		time.Sleep(lockPause)
 	}
 }
 
@@ -94,7 +93,7 @@ func tryAdvisoryLock(ctx context.Context, conn *sql.Conn, lock int, key int32) (
 
 // join makes this process one of the replicas: it takes its locks, migrates the schema and sends the first heartbeat.
 func (p *postgres) join(ctx context.Context) (err error) {
-	if p.started, err = p.cluster.lockOut(ctx); err != nil {
+	if p.started, err = p.cluster.lockOut(ctx, lockStarting); err != nil {
 		p.started = func() {}
 		return err
 	}
@@ -107,11 +106,17 @@ func (p *postgres) join(ctx context.Context) (err error) {
 	if err = p.register(ctx); err != nil {
 		return err
 	}
+	p.cluster.lastSeq, err = queryValue[int64](ctx, p.store.readDB, "reading the end of the audit trail",
+		`SELECT coalesce(max(seq), 0) FROM audit`)
+	if err != nil {
+		return err
+	}
+	p.cluster.heard.Store(int64(p.cluster.uptime()))
 	return p.cluster.beat(ctx)
 }
 
-// register adds this process to the replicas. A process that works alone closes all others: from then on they can
-// commit nothing.
+// register adds this process to the replicas. It closes the one that had this data directory before, and so has ended;
+// a process that works alone closes all others. From then on they can commit nothing.
 func (p *postgres) register(ctx context.Context) error {
 	tx, err := p.store.writeDB.BeginTx(ctx, nil)
 	if err != nil {
@@ -119,11 +124,11 @@ func (p *postgres) register(ctx context.Context) error {
 	}
 	defer tx.Rollback() // without effect after Commit
 	now := time.Now().UnixMilli()
-	if !p.config.replicated {
-		if _, err := execCount(ctx, tx, "closing other replicas", `
-			UPDATE replicas SET epoch = epoch + 1, closed_at = ? WHERE closed_at IS NULL`, now); err != nil {
-			return err
-		}
+	if _, err := execCount(ctx, tx, "closing other replicas", `
+		UPDATE replicas SET epoch = epoch + 1, closed_at = ?1::bigint
+		WHERE closed_at IS NULL AND (NOT ?2::boolean OR nonce = ?3::text AND nonce <> '')`,
+		now, p.config.replicated, p.config.previousNonce); err != nil {
+		return err
 	}
 	var slot int64
 	err = tx.QueryRowContext(ctx, `
@@ -155,7 +160,7 @@ func (p *postgres) register(ctx context.Context) error {
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("committing: %w", err)
 	}
-	p.writer = postgresLedger{postgres: p, stmts: postgresLedgerStmts(), committed: map[*requestRow]bool{}}
+	p.writer = postgresLedger{postgres: p, ledgerDB: p.ledgerDB, stmts: postgresLedgerStmts(), committed: map[*requestRow]bool{}}
 	p.store.backend.replica = p.replica
 	p.slot.Store(slot)
 	return nil
@@ -200,10 +205,11 @@ func (p *postgres) startTx(ctx context.Context, tx *sql.Tx, audited bool) error 
 }
 
 // announce tells the other replicas of a change, once the transaction is committed.
-func (p *postgres) announce(ctx context.Context, tx *sql.Tx, seq int64) error {
+func (p *postgres) announce(ctx context.Context, tx *sql.Tx, seq int64, mac []byte) error {
 	if !p.config.replicated {
 		return nil
 	}
+	p.cluster.rememberOwn(seq, mac)
 	_, err := tx.ExecContext(ctx, `SELECT pg_notify(?, ?)`, p.channel(), "change "+strconv.FormatInt(seq, 10))
 	return err
 }
@@ -219,20 +225,173 @@ type heartbeat struct {
 }
 
 // sendBeat sends a heartbeat. If this process does not lead, it tries to take the lock of the leader.
-func (c *cluster) sendBeat(ctx context.Context) (b heartbeat, err error) {
+func (c *cluster) sendBeat(ctx context.Context, info *replicaInfo) (b heartbeat, err error) {
+	text, err := json.Marshal(info)
+	if err != nil {
+		return b, fmt.Errorf("describing this process: %w", err)
+	}
 	err = c.conn.QueryRowContext(ctx, `
 		WITH milliseconds AS (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now),
-			sent AS (UPDATE replica_beats SET beat = beat + 1, at = milliseconds.now FROM milliseconds
+			sent AS (UPDATE replica_beats SET beat = beat + 1, at = milliseconds.now, info = ?6::text
+				FROM milliseconds
 				WHERE replica = ?1 AND EXISTS (SELECT 1 FROM replicas WHERE id = ?1 AND epoch = ?2
 					AND closed_at IS NULL)
 				RETURNING 1)
 		SELECT milliseconds.now, EXISTS (SELECT 1 FROM sent),
 			CASE WHEN ?3::boolean THEN true ELSE pg_try_advisory_lock(?4, ?5) END
 		FROM milliseconds`,
-		c.db.replica, c.db.epoch, c.locked, postgresLockClass+lockLeader, c.db.lockKey).
+		c.db.replica, c.db.epoch, c.locked, postgresLockClass+lockLeader, c.db.lockKey, string(text)).
 		Scan(&b.at, &b.open, &b.leads)
 	if err != nil {
 		err = fmt.Errorf("sending a heartbeat: %w", err)
 	}
 	return b, err
+}
+
+// changesAfter returns up to limit entries of the audit trail after seq, in their order. Audited transactions end in
+// the order of their entries, so none is missing before another.
+func (c *cluster) changesAfter(ctx context.Context, seq int64, limit int) ([]auditChange, error) {
+	type entry struct {
+		auditChange
+		mac []byte
+	}
+	entries, err := collect(ctx, c.db.lockDB, "looking for changes", func(e *entry) []any {
+		return []any{&e.seq, &e.at, &e.action, &e.object, &e.detail, &e.mac}
+	}, `SELECT seq, at, action, object, detail, mac FROM audit WHERE seq > ? ORDER BY seq LIMIT ?`, seq, limit)
+	changes := make([]auditChange, len(entries))
+	for i, e := range entries {
+		e.own = c.isOwn(e.seq, e.mac)
+		changes[i] = e.auditChange
+	}
+	return changes, err
+}
+
+// readBeats returns the last heartbeat of each other replica that may write.
+func (c *cluster) readBeats(ctx context.Context) (map[int64]int64, error) {
+	type row struct{ id, beat int64 }
+	rows, err := collect(ctx, c.db.store.readDB, "reading heartbeats", func(r *row) []any { return []any{&r.id, &r.beat} },
+		`SELECT r.id, coalesce(b.beat, 0) FROM replicas r LEFT JOIN replica_beats b ON b.replica = r.id
+		WHERE r.closed_at IS NULL AND r.id <> ?`, c.db.replica)
+	beats := map[int64]int64{}
+	for _, r := range rows {
+		beats[r.id] = r.beat
+	}
+	return beats, err
+}
+
+// closeReplica closes a replica unless it has sent another heartbeat. It waits for its open transactions.
+func (c *cluster) closeReplica(ctx context.Context, id, beat int64) (closed bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	err = c.db.store.withTx(ctx, func(tx *sql.Tx) error {
+		n, err := execCount(ctx, tx, "closing a replica", `
+			UPDATE replicas SET epoch = epoch + 1, closed_at = ?1::bigint
+			WHERE id = ?2 AND closed_at IS NULL
+				AND coalesce((SELECT beat FROM replica_beats WHERE replica = ?2), 0) = ?3`,
+			time.Now().UnixMilli(), id, beat)
+		closed = n > 0
+		return err
+	})
+	return closed, err
+}
+
+// recoverClosed is backend.recoverClosed. Another process may be doing it at the same time: it waits for that.
+func (p *postgres) recoverClosed(ctx context.Context, recoverCalls recoverFunc) (lost int, err error) {
+	closed, err := p.closedReplicas(ctx)
+	if err != nil || len(closed) == 0 {
+		return 0, err
+	}
+	release, err := p.cluster.lockOut(ctx, lockRecovery)
+	if err != nil {
+		return 0, err
+	}
+	defer release()
+	if closed, err = p.closedReplicas(ctx); err != nil {
+		return 0, err
+	}
+	for _, id := range closed {
+		n, err := recoverCalls(ctx, p.newRecoveryWriter(), id)
+		if lost += n; err != nil {
+			return lost, err
+		}
+		if err := p.freeSlot(ctx, id); err != nil {
+			return lost, err
+		}
+	}
+	return lost, nil
+}
+
+// closedReplicas returns those that can write nothing any more, but have left calls or their slot. 0 is a database that
+// was copied into this one.
+func (p *postgres) closedReplicas(ctx context.Context) ([]int64, error) {
+	return collect(ctx, p.store.readDB, "looking for closed replicas", func(id *int64) []any { return []any{id} }, `
+		SELECT id FROM replicas WHERE closed_at IS NOT NULL AND recovered_at IS NULL
+		UNION
+		SELECT DISTINCT replica FROM begun WHERE replica NOT IN (SELECT id FROM replicas WHERE closed_at IS NULL)
+		ORDER BY 1`)
+}
+
+// freeSlot ends the recovery of a replica.
+func (p *postgres) freeSlot(ctx context.Context, id int64) error {
+	return p.store.withTx(ctx, func(tx *sql.Tx) error {
+		_, err := execCount(ctx, tx, "freeing a slot", `
+			UPDATE replicas SET recovered_at = ?1::bigint WHERE id = ?2 AND closed_at IS NOT NULL`,
+			time.Now().UnixMilli(), id)
+		return err
+	})
+}
+
+// listReplicas is backend.listReplicas.
+func (p *postgres) listReplicas(ctx context.Context) ([]replicaRow, error) {
+	return collect(ctx, p.store.readDB, "listing replicas", func(r *replicaRow) []any {
+		return []any{&r.id, &r.slot, &r.startedAt, &r.version, &r.address, &r.closedAt, &r.beatAt, &r.now, &r.info}
+	}, `
+		SELECT r.id, r.slot, r.started_at, r.version, r.address, r.closed_at, coalesce(b.at, 0),
+			(extract(epoch FROM clock_timestamp()) * 1000)::bigint, coalesce(b.info, '{}')
+		FROM replicas r LEFT JOIN replica_beats b ON b.replica = r.id
+		WHERE r.recovered_at IS NULL ORDER BY r.id`)
+}
+
+// ask is backend.ask. The answers are in the order of the replicas.
+func (c *cluster) ask(ctx context.Context, question, argument string, wait time.Duration) (
+	answers []string, silent []int64, err error) {
+	beats, err := c.readBeats(ctx)
+	if err != nil || len(beats) == 0 {
+		return nil, nil, err
+	}
+	id := fmt.Sprintf("%d-%d", c.db.replica, c.questions.Add(1))
+	if _, err := execCount(ctx, c.db.store.writeDB, "asking the other replicas", `SELECT pg_notify(?, ?)`,
+		c.db.channel(), fmt.Sprintf("question %s %d %s %s", id, c.db.replica, question, argument)); err != nil {
+		return nil, nil, err
+	}
+	type row struct {
+		replica int64
+		answer  string
+	}
+	for deadline := time.Now().Add(wait); ; time.Sleep(answerPoll) {
+		rows, err := collect(ctx, c.db.store.readDB, "reading answers",
+			func(r *row) []any { return []any{&r.replica, &r.answer} },
+			`SELECT replica, answer FROM replica_answers WHERE question = ? ORDER BY replica`, id)
+		if err != nil {
+			return nil, nil, err
+		}
+		if len(rows) < len(beats) && time.Now().Before(deadline) {
+			continue
+		}
+		for _, r := range rows {
+			answers = append(answers, r.answer)
+			delete(beats, r.replica)
+		}
+		_, err = execCount(ctx, c.db.store.writeDB, "deleting answers",
+			`DELETE FROM replica_answers WHERE question = ? OR at < ?`, id, c.limitNow()-time.Minute.Milliseconds())
+		return answers, slices.Sorted(maps.Keys(beats)), err
+	}
+}
+
+// storeAnswer answers the question with this id.
+func (c *cluster) storeAnswer(ctx context.Context, id, answer string) error {
+	_, err := execCount(ctx, c.db.store.writeDB, "answering another replica", `
+		INSERT INTO replica_answers (question, replica, at, answer) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING`,
+		id, c.db.replica, c.limitNow(), answer)
+	return err
 }

@@ -198,6 +198,24 @@ func (s *store) projectBySeq(ctx context.Context, seq int64) (projectRow, error)
 	return queryBoundRow(ctx, s, (*projectRow).columns, selectProjects+`WHERE seq = ?`, seq)
 }
 
+// projectVersions returns the versions of projects, by seq.
+func (s *store) projectVersions(ctx context.Context, seqs []int64) (map[int64]int64, error) {
+	text, err := json.Marshal(seqs)
+	if err != nil {
+		return nil, fmt.Errorf("reading the versions of projects: %w", err)
+	}
+	type row struct{ seq, version int64 }
+	rows, err := collect(ctx, s.readDB, "reading the versions of projects",
+		func(r *row) []any { return []any{&r.seq, &r.version} },
+		`SELECT seq, version FROM projects WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(CAST(? AS TEXT)))`,
+		string(text))
+	versions := map[int64]int64{}
+	for _, r := range rows {
+		versions[r.seq] = r.version
+	}
+	return versions, err
+}
+
 // countProjects counts deleted ones too: it answers whether the database was ever used.
 func (s *store) countProjects(ctx context.Context) (int64, error) {
 	return queryValue[int64](ctx, s.readDB, "counting projects", `SELECT count(*) FROM projects`)
@@ -511,6 +529,7 @@ func (s *store) listUnhealthy(ctx context.Context) ([]healthRow, error) {
 	var out []healthRow
 	for _, r := range rows {
 		r.state = keyState(max(0, slices.Index(keyStateNames(), r.stateName)))
+		r.until, r.changedAt = r.until-s.clockOffset(), r.changedAt-s.clockOffset()
 		out = append(out, r.healthRow)
 	}
 	return out, err

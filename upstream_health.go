@@ -418,6 +418,7 @@ type healthTracker struct {
 	keys    map[int64]*keyHealth
 	budgets map[string]*retryBudget
 	changed map[*keyHealth]struct{} // to be stored
+	stored  map[int64]healthRow     // as merge saw it the last time
 	wake    chan struct{}           // gets a value after each change
 }
 
@@ -470,6 +471,75 @@ func (t *healthTracker) reset(upstream, now int64) {
 	}
 	h.failures, h.changedAt = 0, now // the results of running attempts say nothing about the new key
 	h.hasFailures.Store(false)
+}
+
+// adopt takes over a state that another replica has stored, without storing it again.
+func (h *keyHealth) adopt(r *healthRow, now int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.reportedState = keyReady; r.state.needsAttention() {
+		h.reportedState = r.state
+	}
+	if until := h.until.Load(); h.state == r.state && h.reason == r.reason && until == r.until {
+		return
+	}
+	h.state, h.reason, h.changedAt, h.strikes, h.probeUntil, h.failures = r.state, r.reason, now, r.strikes, 0, 0
+	h.until.Store(r.until)
+	h.hasFailures.Store(r.strikes > 0)
+}
+
+// merge takes over what other replicas have stored since the last call. rows are all that are stored: an upstream
+// without one is ready. A change that this process has not stored yet is not overwritten.
+func (t *healthTracker) merge(rows []healthRow, now int64) {
+	stored := map[int64]healthRow{}
+	for _, r := range rows {
+		stored[r.upstream] = r
+	}
+	changed := map[*keyHealth]healthRow{}
+	t.mu.Lock()
+	for seq, old := range t.stored {
+		if _, ok := stored[seq]; !ok && t.keys[seq] != nil {
+			changed[t.keys[seq]] = healthRow{upstream: seq, id: old.id, state: keyReady}
+		}
+	}
+	t.mu.Unlock()
+	for seq, r := range stored {
+		if t.stored[seq] != r {
+			changed[t.forUpstream(seq, r.id)] = r
+		}
+	}
+	for h, r := range changed {
+		t.mu.Lock()
+		_, pending := t.changed[h]
+		t.mu.Unlock()
+		if !pending {
+			h.adopt(&r, now)
+		}
+	}
+	t.stored = stored
+}
+
+// adoptReset makes an upstream ready again that an administrator has changed at another replica.
+func (t *healthTracker) adoptReset(id string, now int64) {
+	t.mu.Lock()
+	var changed *keyHealth
+	for _, h := range t.keys {
+		if h.id == id {
+			changed = h
+		}
+	}
+	t.mu.Unlock()
+	if changed == nil {
+		return
+	}
+	changed.usageRefused.Store(0)
+	changed.mu.Lock()
+	defer changed.mu.Unlock()
+	changed.pauses = nil
+	changed.hasPauses.Store(false)
+	changed.state, changed.reason, changed.changedAt, changed.strikes, changed.failures = keyReady, "", now, 0, 0
+	changed.until.Store(0)
+	changed.hasFailures.Store(false)
 }
 
 // countByState returns how many upstreams are in each state.
@@ -573,6 +643,7 @@ type healthKeeper struct {
 	health *healthTracker
 	store  *store
 	log    *logger
+	stored chan []healthRow // all that is stored, from time to time; only with several replicas
 }
 
 // persistHealth stores changes as they come, until ctx ends. A change that cannot be stored still applies in
@@ -583,6 +654,8 @@ func (k *healthKeeper) persistHealth(ctx context.Context) {
 		case <-ctx.Done():
 			k.saveHealthChanges(context.WithoutCancel(ctx))
 			return
+		case rows := <-k.stored:
+			k.health.merge(rows, time.Now().UnixMilli())
 		case <-k.health.wake:
 		}
 		if !k.saveHealthChanges(context.WithoutCancel(ctx)) { // to cancel a statement would cost the connection

@@ -1,0 +1,190 @@
+// This file is what administrators see of several replicas, and what replicas do for each other: it puts the changes
+// in force that administrators made at another replica, and answers another's questions about its running calls. With
+// SQLite there is one process, and it only says so. It changes nothing in the database.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// pendingUpdates are what changes in the audit trail make necessary, each once.
+type pendingUpdates struct {
+	everything bool
+	projects   bool // those whose version is another
+	prices     bool
+	tokens     []string   // ids
+	emptied    []string   // ids of projects whose tokens were all revoked
+	purges     []purgedOf // cached answers
+}
+
+// A purgedOf says which cached answers of a project are gone.
+type purgedOf struct {
+	project string
+	filter  cacheFilter
+}
+
+// applyChanges puts changes in force that were made at other replicas; changes of this one are applied again, which has
+// no effect. What cannot be read any more is inactive or revoked. After any other error the caller repeats it.
+func (ops *operations) applyChanges(ctx context.Context, changes []auditChange) error {
+	ops.registry.forgetUnknown()
+	var todo pendingUpdates
+	for i := range changes {
+		ops.addUpdates(&todo, &changes[i])
+	}
+	if todo.everything {
+		todo.projects, todo.prices = true, true
+		todo.emptied, todo.tokens = nil, nil
+		for _, p := range ops.registry.liveProjects() {
+			todo.emptied = append(todo.emptied, p.state.Load().id)
+		}
+	}
+	for _, id := range todo.tokens {
+		if err := ops.rereadToken(ctx, id); err != nil {
+			return err
+		}
+	}
+	if todo.projects {
+		if err := ops.rereadProjects(ctx, todo.emptied); err != nil {
+			return err
+		}
+	}
+	if todo.prices {
+		if err := ops.reloadPrices(ctx); err != nil {
+			return err
+		}
+	}
+	for _, p := range todo.purges {
+		ops.purgeAgain(ctx, p)
+	}
+	return nil
+}
+
+// addUpdates adds what a change makes necessary. An action that this version does not have may change anything.
+func (ops *operations) addUpdates(todo *pendingUpdates, c *auditChange) {
+	kind, _, _ := strings.Cut(c.action, ".")
+	switch {
+	case c.action == "token.create", c.action == "project.create", c.action == "upstream.health",
+		c.action == actionSignIn, c.action == actionSignInFailed, c.action == actionSignOut,
+		c.action == actionExport, c.action == actionReveal, c.action == actionAuditBegin,
+		kind == "key": // management keys and sessions are read at each request
+	case kind == "token":
+		todo.tokens = append(todo.tokens, c.object)
+	case c.action == "project.revoke_tokens", c.action == "project.delete":
+		todo.projects = true
+		todo.emptied = append(todo.emptied, c.object)
+		todo.purges = append(todo.purges, purgedOf{c.object, cacheFilter{token: anyToken}})
+	case kind == "project":
+		todo.projects = true
+	case kind == "upstream":
+		if todo.projects = true; !c.own {
+			ops.health.adoptReset(c.object, time.Now().UnixMilli())
+		}
+	case kind == "price":
+		todo.prices = true
+	case c.action == actionEmptyCache:
+		todo.purges = append(todo.purges, purgedOf{c.object, emptiedCache(c)})
+	case c.action == actionEraseContent, c.action == actionEraseEndUser:
+		todo.purges = append(todo.purges, purgedOf{c.object, cacheFilter{}})
+	case c.action == actionCutStream:
+		if running := ops.running.find(parseRequestID(c.object)); running != nil {
+			running.abort(errCutByAdmin)
+		}
+	default:
+		todo.everything = true
+	}
+}
+
+// emptiedCache returns which cached answers an event actionEmptyCache is about.
+func emptiedCache(c *auditChange) (f cacheFilter) {
+	var detail struct {
+		Model     string `json:"model"`
+		Endpoint  string `json:"endpoint"`
+		OlderThan int64  `json:"older_than_seconds"`
+	}
+	if err := json.Unmarshal([]byte(c.detail), &detail); err != nil {
+		return cacheFilter{} // all of them
+	}
+	f.model, f.endpoint = detail.Model, detail.Endpoint
+	if detail.OlderThan != 0 {
+		f.storedBefore = c.at - detail.OlderThan*1000
+	}
+	return f
+}
+
+// rereadToken reads a live token again. One that cannot be read any more is revoked.
+func (ops *operations) rereadToken(ctx context.Context, id string) error {
+	if ops.registry.liveToken(id) == nil {
+		return nil // its next call reads it
+	}
+	row, err := ops.store.boundTokenByID(ctx, id)
+	if err != nil && !errors.Is(err, errNotFound) {
+		return fmt.Errorf("reading a changed token: %w", err)
+	}
+	if err != nil || ops.registry.tokenChanged(&row) != nil {
+		ops.registry.markRevoked(id)
+	}
+	return nil
+}
+
+// rereadProjects reads the live projects again whose version has changed, and those with the ids in emptied with their
+// tokens. One that cannot be read is inactive until it can be.
+func (ops *operations) rereadProjects(ctx context.Context, emptied []string) error {
+	live := ops.registry.liveProjects()
+	seqs := make([]int64, len(live))
+	for i, p := range live {
+		seqs[i] = p.state.Load().seq
+	}
+	versions, err := ops.store.projectVersions(ctx, seqs)
+	if err != nil {
+		return err
+	}
+	for _, p := range live {
+		st := p.state.Load()
+		tokens := slices.Contains(emptied, st.id)
+		if version, known := versions[st.seq]; known && version == st.version && !st.loadFailed && !tokens {
+			continue
+		}
+		// After an error nothing outlives the change: see projectChanged.
+		if err := ops.registry.projectChanged(ctx, st.seq, tokens); err != nil && isDatabaseAway(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// purgeAgain purges cached answers from this process's memory, and those from the disk that it has stored since.
+func (ops *operations) purgeAgain(ctx context.Context, p purgedOf) {
+	ctx, cancel := context.WithTimeout(ctx, purgeAgainTime)
+	defer cancel()
+	project, err := ops.store.projectByID(ctx, p.project)
+	if err != nil {
+		return // it is deleted, and so are its tokens
+	}
+	p.filter.project = project.seq
+	_, _ = ops.cache.purge(ctx, p.filter) // memory is purged in any case, and the other replica purges the disk
+}
+
+// purgeAgainTime bounds how long other changes wait for a purge.
+const purgeAgainTime = time.Second
+
+// The questions that replicas ask each other.
+const (
+	askStreams = "streams" // the running calls
+	askForget  = "forget"  // let running calls end without an end user, and write what has ended
+)
+
+// answer answers a question of another replica, as JSON.
+func (ops *operations) answer(ctx context.Context, question, argument string) (string, error) {
+	switch question {
+	case askStreams:
+		text, err := json.Marshal(ops.running.admittedCalls(time.Now()))
+		return string(text), err
+	}
+	return "", fmt.Errorf("an unknown question: %s", clip(question, 64))
+}
