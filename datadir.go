@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	lockFileName = "llm-proxy.lock"
-	keyFileName  = "encryption.key"
+	lockFileName    = "llm-proxy.lock"
+	keyFileName     = "encryption.key"
+	replicaFileName = "replica"
 )
 
 // checkDirectory returns an error if dir cannot be written to, or created. It leaves
@@ -277,6 +278,18 @@ func (d *dataDir) databaseRecorded() (bool, error) {
 	return slices.ContainsFunc(strings.Split(string(text), "\n"), func(line string) bool {
 		return line == d.databaseFile || line != "" && resolveLinks(line) == d.databaseFile
 	}), nil
+}
+
+// replicaNonce returns the name that the last process with this directory had among the replicas of a PostgreSQL
+// database, "" if it is not known. That process has ended, because this one has locked the directory.
+func (d *dataDir) replicaNonce() string {
+	text, _ := os.ReadFile(filepath.Join(d.path, replicaFileName)) // without it, the replica is found dead later
+	return string(text)
+}
+
+// recordReplica records what replicaNonce returns to the next process.
+func (d *dataDir) recordReplica(nonce string) error {
+	return os.WriteFile(filepath.Join(d.path, replicaFileName), []byte(nonce), 0o600)
 }
 
 // close releases the locks. The database must be closed: with any file descriptor of it that a

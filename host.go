@@ -102,6 +102,21 @@ func parseFileMode(s string) (fs.FileMode, error) {
 	return fs.FileMode(n), nil
 }
 
+// replicaAddress returns the address by which administrators recognize this process among others.
+func (c *config) replicaAddress() string {
+	host, port, err := net.SplitHostPort(c.listenAddr)
+	ip, ipErr := netip.ParseAddr(host)
+	if err != nil || host == "" || ipErr == nil && ip.IsUnspecified() {
+		if name, err := os.Hostname(); err == nil {
+			host = name
+		}
+	}
+	if err != nil { // a socket
+		return host
+	}
+	return net.JoinHostPort(host, port)
+}
+
 // listenUnix creates a socket file. It replaces a socket that a dead process has left; any
 // other file at that path is an error and is not touched.
 func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {

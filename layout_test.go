@@ -221,7 +221,6 @@ func TestLayoutModule(t *testing.T) {
 func sizeExceptions() map[string]string {
 	return map[string]string{
 		"store_nopostgres.go": "it stands in for four functions",
-		"cluster.go":          "notifications and dead replicas are still to come",
 	}
 }
 

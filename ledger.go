@@ -29,12 +29,14 @@ const (
 	largeBatchDelay = 200 * time.Microsecond
 )
 
+// A newCompleteFunc returns a function that fills in what a lost row costs, and what it counts in limits with for_each.
+type newCompleteFunc func(context.Context) func(*requestRow) error
+
 type ledger struct {
-	store  *store
-	log    *slog.Logger
-	writer *ledgerWriter // used by the goroutine of run only, as is refusalStored
-	// newComplete is openLedger's.
-	newComplete func(context.Context) func(*requestRow) error
+	newComplete newCompleteFunc
+	store       *store
+	log         *slog.Logger
+	writer      *ledgerWriter // used by the goroutine of run only, as is refusalStored
 	// refusalStored says that the setting ledgerRefusal has a text, which the next success is to delete.
 	refusalStored bool
 
@@ -60,13 +62,10 @@ type ledger struct {
 // ledgerRefusal is the setting with the time and the error of a database that refuses rows, "" if it does not.
 const ledgerRefusal = "ledger_refusal"
 
-// openLedger recovers the calls that were running when the last process died, then starts the writer. newComplete
-// returns a function that fills in what a lost row costs, and what it counts in limits with for_each.
-func openLedger(ctx context.Context, st *store, log *slog.Logger, newComplete func(context.Context) func(*requestRow) error,
-) (*ledger, error) {
-	writer := st.newLedgerWriter()
-	l := &ledger{store: st, writer: writer, log: log, newComplete: newComplete, wake: make(chan struct{}, 1),
-		done: make(chan struct{})}
+// openLedger recovers the calls that were running when the last process died, then starts the writer.
+func openLedger(ctx context.Context, st *store, log *slog.Logger, newComplete newCompleteFunc) (*ledger, error) {
+	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, newComplete: newComplete,
+		wake: make(chan struct{}, 1), done: make(chan struct{})}
 	if err := l.recoverCalls(ctx); err != nil {
 		return nil, err
 	}

@@ -203,6 +203,10 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	if in.dir, err = openDataDir(in.cfg); err != nil {
 		return err
 	}
+	if in.cfg.postgres != nil {
+		in.cfg.postgres.address = in.cfg.replicaAddress()
+		in.cfg.postgres.nonce, in.cfg.postgres.previousNonce = randomBase62(22), in.dir.replicaNonce()
+	}
 	if in.store, err = openDatabase(ctx, in.cfg.databaseFile, in.cfg.postgres); err != nil && in.cfg.postgres != nil {
 		return err
 	} else if err != nil {
@@ -219,9 +223,12 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 		return err
 	}
 	if in.cfg.postgres == nil {
-		if err = in.dir.recordDatabase(); err != nil {
-			return fmt.Errorf("recording the database: %w", err)
-		}
+		err = in.dir.recordDatabase()
+	} else {
+		err = in.dir.recordReplica(in.cfg.postgres.nonce)
+	}
+	if err != nil {
+		return fmt.Errorf("recording the database: %w", err)
 	}
 	if in.contentKey, err = openContentKey(ctx, in.store, in.sealer); err != nil {
 		return err
@@ -486,8 +493,7 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	case <-ctx.Done():
 		in.drain(hs, in.cfg.drainTimeout)
 	case <-in.fenced:
-		in.log.Error("another replica has taken over the calls of this one, which did not answer: it ends, and has to " +
-			"be started again")
+		in.log.Error("another process has closed this replica, which did not answer: start it again")
 		ended = errFenced
 		in.drain(hs, 0)
 	case err := <-failed:

@@ -160,7 +160,8 @@ func (p *postgres) register(ctx context.Context) error {
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("committing: %w", err)
 	}
-	p.writer = postgresLedger{postgres: p, ledgerDB: p.ledgerDB, stmts: postgresLedgerStmts(), committed: map[*requestRow]bool{}}
+	p.writer = postgresLedger{postgres: p, ledgerDB: p.ledgerDB, stmts: postgresLedgerStmts(),
+		committed: map[*requestRow]bool{}}
 	p.store.backend.replica = p.replica
 	p.slot.Store(slot)
 	return nil
@@ -269,7 +270,8 @@ func (c *cluster) changesAfter(ctx context.Context, seq int64, limit int) ([]aud
 // readBeats returns the last heartbeat of each other replica that may write.
 func (c *cluster) readBeats(ctx context.Context) (map[int64]int64, error) {
 	type row struct{ id, beat int64 }
-	rows, err := collect(ctx, c.db.store.readDB, "reading heartbeats", func(r *row) []any { return []any{&r.id, &r.beat} },
+	rows, err := collect(ctx, c.db.store.readDB, "reading heartbeats",
+		func(r *row) []any { return []any{&r.id, &r.beat} },
 		`SELECT r.id, coalesce(b.beat, 0) FROM replicas r LEFT JOIN replica_beats b ON b.replica = r.id
 		WHERE r.closed_at IS NULL AND r.id <> ?`, c.db.replica)
 	beats := map[int64]int64{}

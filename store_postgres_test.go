@@ -48,7 +48,8 @@ func testDatabaseName(name string) string {
 }
 
 func testPostgresConfig(text string) *postgresConfig {
-	return &postgresConfig{url: newSecret(text), connections: 5, timeout: 20 * time.Second, version: "test"}
+	return &postgresConfig{url: newSecret(text), connections: 5, timeout: 20 * time.Second, version: "test",
+		staleLimit: 5 * time.Second, replicaTimeout: 10 * time.Second}
 }
 
 // execTestServer runs statements outside of any test's database.
