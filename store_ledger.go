@@ -21,6 +21,7 @@ const (
 	stmtRecordOK
 	stmtRecordOK8
 	stmtRecord
+	stmtRecord8
 	stmtPrice
 	stmtContent
 	stmtBackground
@@ -31,6 +32,7 @@ const (
 	stmtSum8
 	stmtSumHits
 	stmtAttributedSum
+	stmtAttributedSum8
 	stmtLimitUse
 	stmtHour
 	stmtLatency
@@ -42,7 +44,7 @@ const (
 )
 
 // The numbers of values in one row.
-const okColumnCount, sumColumnCount, latencyColumnCount = 14, 19, 5
+const okColumnCount, recordColumnCount, sumColumnCount, attributedColumnCount, latencyColumnCount = 14, 34, 19, 24, 5
 
 // A plain successful call has a shorter statement, because most calls are such and each value costs.
 const (
@@ -149,7 +151,9 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtRecordOK: insertOK + okValues,
 		stmtRecordOK8: insertOK + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` +
 			okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
-		stmtRecord:     insertRecord + recordValues,
+		stmtRecord: insertRecord + recordValues,
+		stmtRecord8: insertRecord + recordValues + `, ` + recordValues + `, ` + recordValues + `, ` + recordValues +
+			`, ` + recordValues + `, ` + recordValues + `, ` + recordValues + `, ` + recordValues,
 		stmtPrice:      `INSERT INTO billed_prices (id, price) VALUES (?, ?) ON CONFLICT DO NOTHING`,
 		stmtContent:    insertContent,
 		stmtBackground: insertBackground, stmtBackgroundUsage: updateBackground,
@@ -159,6 +163,9 @@ func ledgerSQL() [ledgerStmtCount]string {
 			sumValues + `, ` + sumValues + `, ` + sumValues + `, ` + sumValues + addToSums,
 		stmtSumHits:       addHits,
 		stmtAttributedSum: insertAttributedSum + attributedValues + addToAttributed,
+		stmtAttributedSum8: insertAttributedSum + attributedValues + `, ` + attributedValues + `, ` +
+			attributedValues + `, ` + attributedValues + `, ` + attributedValues + `, ` + attributedValues + `, ` +
+			attributedValues + `, ` + attributedValues + addToAttributed,
 		stmtLimitUse: `
 			INSERT INTO limit_values AS v (project, token, rule, value, window_start, window_end, used)
 			VALUES (?1, ?2, ?3, ?4, ?5, ?6, max(0, ?7))
@@ -178,7 +185,7 @@ func ledgerSQL() [ledgerStmtCount]string {
 // rowsOfStatement returns how many rows a statement writes, 0 if that depends.
 func rowsOfStatement(stmt int) int64 {
 	switch stmt {
-	case stmtRecordOK8, stmtSum8, stmtLatency8:
+	case stmtRecordOK8, stmtRecord8, stmtSum8, stmtAttributedSum8, stmtLatency8:
 		return 8
 	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtAttributedSum, stmtLimitUse, stmtHour, stmtLatency:
 		return 1
@@ -194,8 +201,7 @@ type ledgerWriter struct {
 	// send runs statements instead of conn, if it is not nil.
 	send  func(ctx context.Context, stmt int, values []any) (changed int64, err error)
 	stmts [ledgerStmtCount]driver.StmtExecContext
-	args  [8 * sumColumnCount]driver.NamedValue // as many as the longest statement has
-	rows  [8 * sumColumnCount]any               // of the present rowGroup
+	args  [8 * recordColumnCount]driver.NamedValue // as many as the longest statement has
 
 	// writeAll writes a batch on PostgreSQL; nil: SQLite.
 	writeAll func(context.Context, *ledgerWriter, ledgerBatch) error
@@ -438,8 +444,7 @@ func (w *ledgerWriter) recordLateUsage(ctx context.Context, r *requestRow) (err 
 	return errors.Join(err, w.storePrice(ctx, r.price))
 }
 
-// A rowGroup collects rows for a statement with one row and for one with eight. A writer has one at a time:
-// flush it before the next is made.
+// A rowGroup collects rows for a statement with one row and for one with eight.
 type rowGroup struct {
 	w           *ledgerWriter
 	one, eight  int // statements
@@ -448,13 +453,15 @@ type rowGroup struct {
 }
 
 func (w *ledgerWriter) newRowGroup(one, eight, columnCount int) rowGroup {
-	return rowGroup{w, one, eight, columnCount, w.rows[: 0 : 8*columnCount]}
+	return rowGroup{w, one, eight, columnCount, nil}
 }
 
 // add adds a row, and writes eight once it has them.
 func (g *rowGroup) add(ctx context.Context, values ...any) error {
-	g.values = append(g.values, values...)
-	if len(g.values) < cap(g.values) {
+	if g.values == nil {
+		g.values = make([]any, 0, 8*g.columnCount)
+	}
+	if g.values = append(g.values, values...); len(g.values) < 8*g.columnCount {
 		return nil
 	}
 	err := g.w.exec(ctx, g.eight, g.values...)
@@ -475,6 +482,7 @@ func (g *rowGroup) flush(ctx context.Context) error {
 // insertRequests writes the rows of calls, and their content where it is stored.
 func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) error {
 	plain := w.newRowGroup(stmtRecordOK, stmtRecordOK8, okColumnCount)
+	full := w.newRowGroup(stmtRecord, stmtRecord8, recordColumnCount)
 	for _, r := range rows {
 		var err error
 		if r.isPlainOK() {
@@ -482,7 +490,7 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 				r.counts.input, r.counts.output, r.cost, r.priceID(), r.firstByteUS, r.totalUS)
 		} else {
 			session, endUser, tags := r.attribution.columns()
-			err = w.exec(ctx, stmtRecord, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream,
+			err = full.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream,
 				r.address, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
 				nullUnless(r.priced, r.cost), nullUnless(r.firstByteUS >= 0, r.firstByteUS), r.totalUS,
@@ -507,7 +515,10 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 			return err
 		}
 	}
-	return plain.flush(ctx)
+	if err := plain.flush(ctx); err != nil {
+		return err
+	}
+	return full.flush(ctx)
 }
 
 // storePrice stores a price that the cost of a call is made of.
@@ -547,13 +558,17 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 			return err
 		}
 	}
+	attributed := w.newRowGroup(stmtAttributedSum, stmtAttributedSum8, attributedColumnCount)
 	for k, v := range t.attributed {
-		if err := w.exec(ctx, stmtAttributedSum, k.project, k.attribute, k.start, k.value, k.token, k.model, k.endpoint,
+		if err := attributed.add(ctx, k.project, k.attribute, k.start, k.value, k.token, k.model, k.endpoint,
 			string(k.outcome), k.requestedModel, v.calls, v.input, v.cached, v.output, v.reasoning, v.cost, v.unpriced,
 			v.estimated, v.wouldRefuse, v.totalUS, v.hits, v.saved, v.savedUS, v.promptSaved,
 			v.clientRetries); err != nil {
 			return err
 		}
+	}
+	if err := attributed.flush(ctx); err != nil {
+		return err
 	}
 	latency := w.newRowGroup(stmtLatency, stmtLatency8, latencyColumnCount)
 	bounds := latencyBounds()

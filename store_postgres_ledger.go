@@ -103,7 +103,7 @@ func postgresLedgerStmts() [ledgerStmtCount]postgresLedgerStmt {
 			FROM used JOIN locked ON locked.seq = used.seq WHERE tokens.seq = locked.seq`, columns: 3},
 		stmtRecordOK: {text: strings.TrimSuffix(insertOK, "VALUES ") + arraysOfOK, columns: okColumnCount,
 			mustWrite: true},
-		stmtRecord: {text: strings.TrimSuffix(insertRecord, "VALUES ") + arraysOfRequests, columns: 34,
+		stmtRecord: {text: strings.TrimSuffix(insertRecord, "VALUES ") + arraysOfRequests, columns: recordColumnCount,
 			mustWrite: true},
 		stmtPrice: {text: `INSERT INTO billed_prices (id, price) SELECT * FROM unnest(?::bigint[], ?::text[]) ORDER BY 1
 			ON CONFLICT DO NOTHING`, columns: 2}, // in order, as several replicas insert the same ones
@@ -125,7 +125,7 @@ func postgresLedgerStmts() [ledgerStmtCount]postgresLedgerStmt {
 				AND s.model = h.model AND s.endpoint = h.endpoint AND s.outcome = h.outcome AND s.asked = h.asked
 				AND s.service_tier = h.tier AND s.slot = own.slot`, columns: 14, bySlot: true},
 		stmtAttributedSum: {text: addBySlot(insertAttributedSum, arraysOfAttributedSums, addToAttributed),
-			columns: 24, mustWrite: true, bySlot: true},
+			columns: attributedColumnCount, mustWrite: true, bySlot: true},
 		// What a slot adds may be negative: the usage of a call that another one has counted became known.
 		stmtLimitUse: {text: `
 			INSERT INTO limit_values AS v (slot, project, token, rule, value, window_start, window_end, used)
@@ -299,6 +299,10 @@ func (l *postgresLedger) send(ctx context.Context, stmt int, values []any) (chan
 	switch stmt { // those with eight rows
 	case stmtRecordOK8:
 		stmt = stmtRecordOK
+	case stmtRecord8:
+		stmt = stmtRecord
+	case stmtAttributedSum8:
+		stmt = stmtAttributedSum
 	case stmtSum8:
 		stmt = stmtSum
 	case stmtLatency8:
