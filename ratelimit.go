@@ -579,9 +579,14 @@ func (e *endpoint) costBound(
 			return b, "speed"
 		}
 	}
-	plain := unescapeASCII(body)
-	mentions := func(text string) bool { return bytes.Contains(plain, []byte(text)) }
-	if d.region == regionAny && mentions("inference_geo") {
+	var plain []byte // the body is only searched for what would raise the bound
+	mentions := func(text string) bool {
+		if plain == nil {
+			plain = unescapeASCII(body)
+		}
+		return bytes.Contains(plain, []byte(text))
+	}
+	if d.region == regionAny && p.us > 0 && mentions("inference_geo") {
 		d.region = regionUS
 	}
 	input := tokenCounts{input: est.input}
@@ -590,9 +595,11 @@ func (e *endpoint) costBound(
 	if pictures {
 		output.output = mulSat(f.pictureTokens(), max(1, f.n))
 	}
-	atMost := func(bound *int64, c tokenCounts, d usageDetails) (known bool) {
+	raise := func(bound *int64, c tokenCounts, d usageDetails, certain bool, text string) (known bool) {
 		nanos, ok := p.cost(&c, &d, nil)
-		*bound = max(*bound, nanos)
+		if nanos > *bound && (certain || mentions(text)) {
+			*bound = nanos
+		}
 		return ok
 	}
 	if !e.billsOtherwise(p) {
@@ -600,11 +607,12 @@ func (e *endpoint) costBound(
 		if pictures {
 			pictureOutput.imageOutput = output.output
 		}
-		if !atMost(&b.input, input, d) || output.output > 0 && !atMost(&b.output, output, pictureOutput) {
+		if !raise(&b.input, input, d, true, "") || output.output > 0 &&
+			!raise(&b.output, output, pictureOutput, true, "") {
 			return b, "model"
 		}
 		least := b.input
-		e.boundKinds(&b, input, output, d, mentions, atMost)
+		e.boundKinds(&b, input, output, d, raise)
 		b.output = max(b.output-least, 0)
 	}
 	tools, unbounded := e.toolBound(p, f, est, body, d)
@@ -613,34 +621,25 @@ func (e *endpoint) costBound(
 }
 
 // boundKinds raises the bound to the dearest kinds of input and output that the body may ask for. A kind without a
-// price does not raise it: then nothing bills it, or the cost turns out to be unknown.
-func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails, mentions func(string) bool,
-	atMost func(*int64, tokenCounts, usageDetails) bool,
+// price does not raise it: then nothing bills it, or the cost turns out to be unknown. raise raises a bound if that is
+// certain, or the body has a text.
+func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails,
+	raise func(bound *int64, c tokenCounts, d usageDetails, certain bool, text string) (known bool),
 ) {
 	written, hour, sound, picture := input, d, input, d
 	written.cacheWrite, sound.audioInput = input.input, input.input
 	hour.cacheWrite1h, picture.imageInput = input.input, input.input
-	if e.api != apiAnthropic || mentions("cache_control") {
-		atMost(&b.input, written, d)
-	}
-	if mentions(`"1h"`) {
-		atMost(&b.input, written, hour)
-	}
-	if e.body == bodyForm || mentions("input_audio") {
-		atMost(&b.input, sound, d)
-	}
-	if strings.HasPrefix(e.pattern, "/v1/images/") || mentions("image") {
-		atMost(&b.input, input, picture)
-	}
+	raise(&b.input, written, d, e.api != apiAnthropic, "cache_control")
+	raise(&b.input, written, hour, false, `"1h"`)
+	raise(&b.input, sound, d, e.body == bodyForm, "input_audio")
+	raise(&b.input, input, picture, strings.HasPrefix(e.pattern, "/v1/images/"), "image")
 	if output.output == 0 {
 		return
 	}
 	thoughts, spoken := output, output
 	thoughts.reasoning, spoken.audioOutput = output.output, output.output
-	atMost(&b.output, thoughts, d)
-	if mentions(`"audio"`) {
-		atMost(&b.output, spoken, d)
-	}
+	raise(&b.output, thoughts, d, true, "")
+	raise(&b.output, spoken, d, false, `"audio"`)
 }
 
 // billsOtherwise reports whether the endpoint bills this model by something else than tokens.
