@@ -19,8 +19,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 )
 
 // A requestsView is the data of templates/requests.html.
@@ -589,7 +587,7 @@ func newExportWriter(w http.ResponseWriter, format, name string, now time.Time) 
 	h.Set("Content-Type", "application/x-ndjson")
 	e := &exportWriter{ctrl: http.NewResponseController(w), buf: bufio.NewWriterSize(w, 64<<10)}
 	if format == "csv" {
-		h.Set("Content-Type", "text/csv; charset=utf-8; header=present")
+		h.Set("Content-Type", csvType)
 		e.csv = csv.NewWriter(e.buf)
 	}
 	e.extendDeadline()
@@ -625,20 +623,6 @@ func (e *exportWriter) writeRow(cells ...string) {
 		}
 		e.err = e.csv.Write(cells)
 	}
-}
-
-// safeCell keeps spreadsheets from taking text for a formula. Some read the wide and the small forms of a
-// sign like the sign itself, and ignore what is invisible before it.
-func safeCell(v string) string {
-	visible := strings.TrimLeftFunc(v, func(r rune) bool {
-		return unicode.IsSpace(r) || unicode.IsControl(r) || unicode.Is(unicode.Cf, r)
-	})
-	first, _ := utf8.DecodeRuneInString(visible)
-	if strings.ContainsRune("=+-@＝＋－＠﹦﹢﹣﹫", first) && visible != "" ||
-		v != "" && strings.ContainsRune("\t\r\n", rune(v[0])) {
-		return "'" + v
-	}
-	return v
 }
 
 // An exportLine is a call as a JSON line: as /manage returns it, with names.

@@ -152,7 +152,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"DELETE /manage/tokens/{id}", roleOperator, api.revokeToken, nil},
 		{"POST /manage/tokens/{id}/rotate", roleOperator, withInput(fields.rotate, api.rotateToken), nil},
 		{"GET /manage/usage", roleViewer, api.getUsage,
-			[]string{"interval", "group_by", "top", "project_id", "token_id", "from", "to"}},
+			[]string{"interval", "group_by", "top", "project_id", "token_id", "from", "to", "format"}},
 		{"GET /manage/requests", roleViewer, api.listRequests,
 			pageParams("project_id", "token_id", "outcome", "cache", "from", "to", "session", "end_user", "tag")},
 		{"GET /manage/requests/{id}", roleViewer, api.getRequest, nil},
@@ -255,8 +255,13 @@ func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
 			view, status = c.view, http.StatusCreated
 		}
 		var body []byte
-		if err == nil {
+		contentType := "application/json"
+		if table, ok := view.(csvTable); ok && err == nil {
+			contentType = csvType
+			body, err = table.encode()
+		} else if err == nil {
 			body, err = json.Marshal(view)
+			body = append(body, '\n')
 		}
 		if err != nil {
 			api.writeManageError(w, r, err)
@@ -265,9 +270,9 @@ func (api *manageAPI) manageHandler(rt manageRoute) http.Handler {
 		if v, ok := view.(versioned); ok {
 			w.Header().Set("ETag", strconv.Quote(strconv.FormatInt(v.etag(), 10)))
 		}
-		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Content-Type", contentType)
 		w.WriteHeader(status)
-		_, _ = w.Write(append(body, '\n'))
+		_, _ = w.Write(body)
 	})
 }
 

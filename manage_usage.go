@@ -12,6 +12,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -230,13 +231,6 @@ func newRequestReply(v *requestView) requestReply {
 	return out
 }
 
-func microsToMillis(us *int64) *float64 {
-	if us == nil {
-		return nil
-	}
-	return new(float64(*us) / 1000)
-}
-
 func (api *manageAPI) getRequest(r *manageRequest) (any, error) {
 	id := parseRequestID(r.pathValue("id"))
 	if id == 0 {
@@ -294,11 +288,6 @@ func (ops *operations) listRequests(ctx context.Context, f requestFilter) (listP
 	return l, err
 }
 
-func allOutcomes() []callOutcome {
-	return []callOutcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated,
-		outcomeUpstreamError, outcomeLost}
-}
-
 type usageReply struct {
 	At              *timestamp `json:"at,omitempty"` // start of the hour, day or month
 	ProjectID       *string    `json:"project_id,omitempty"`
@@ -342,6 +331,10 @@ func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	if lookBack == 0 {
 		return nil, badRequest("invalid_value", "interval", "interval must be hour, day, month or total.")
 	}
+	format := r.query.Get("format")
+	if format != "" && format != "json" && format != "csv" {
+		return nil, badRequest("invalid_value", "format", "format must be json or csv.")
+	}
 	if err := q.parseGroupBy(r.query.Get("group_by")); err != nil {
 		return nil, err
 	}
@@ -368,6 +361,9 @@ func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	for i := range rows {
 		out.Data = append(out.Data, q.newReply(&rows[i]))
 	}
+	if format == "csv" || format == "" && strings.HasPrefix(r.http.Header.Get("Accept"), "text/csv") {
+		return newCSVTable(usageColumns(), out.Data)
+	}
 	return out, nil
 }
 
@@ -376,6 +372,13 @@ type usageListReply struct {
 	From timestamp    `json:"from"`
 	To   timestamp    `json:"to"`
 	Data []usageReply `json:"data"`
+}
+
+// usageColumns returns the columns of a usageListReply as a table. They do not depend on what is grouped by.
+func usageColumns() []string {
+	return strings.Fields("at project_id project_name token_id token_name model endpoint outcome cache service_tier " +
+		"session end_user tag rest calls input_tokens cached_tokens output_tokens reasoning_tokens cost " +
+		"unpriced_calls estimated_calls would_refuse cache_hits saved saved_ms prompt_cache_saved client_retries")
 }
 
 // newReply shows a row, without the columns that are not grouped by.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -551,5 +552,61 @@ func TestPriceInput(t *testing.T) {
 		{`{"match":"m","input":"\"\"1\"\""}`, "input"},
 	} {
 		p.manageRefused("POST", "/manage/prices", c[0], 400, c[1])
+	}
+}
+
+// TestUsageAsTable: as CSV, usage has a column for each field that JSON may have, and the same values.
+func TestUsageAsTable(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.changeProject(`"name":"=cmd()","policy":{"attribution":{"tags":["team"]}}`)
+	p.do("POST", "/v1/chat/completions", chatBody(`"user":"ann, \"A\""`),
+		p.jsonHeaders("X-LLM-Proxy-Tags", "team=a")...)
+	p.chat()
+	p.waitSettled()
+	table := func(query string, accept ...string) [][]string {
+		res := p.do("GET", "/manage/usage"+query, "", append(accept, "Authorization", "Bearer "+p.adminKey)...)
+		rows, err := csv.NewReader(strings.NewReader(res.body)).ReadAll()
+		if err != nil || res.header.Get("Content-Type") != csvType || len(rows) < 2 {
+			t.Fatalf("%s: %d %v %s, %v", query, res.status, res.header, res.body, err)
+		}
+		return rows
+	}
+	fields := map[string]bool{}
+	for _, query := range []string{"?interval=day&group_by=project,token,model,endpoint,outcome,cache,service_tier",
+		"?interval=total&group_by=end_user,project", "?group_by=tag:team", "?group_by=session"} {
+		var list struct{ Data []map[string]json.RawMessage }
+		p.manage("GET", "/manage/usage"+query, "", 200, &list)
+		rows := table(query + "&format=csv")
+		if len(rows) != len(list.Data)+1 {
+			t.Errorf("%s: %d rows, %d in JSON", query, len(rows), len(list.Data))
+		}
+		for i, row := range list.Data {
+			for name, raw := range row {
+				fields[name] = true
+				column, text := slices.Index(rows[0], name), string(raw)
+				if column < 0 {
+					t.Fatalf("%s: there is no column %s in %v", query, name, rows[0])
+				}
+				_ = json.Unmarshal(raw, &text) // a number stays as it is
+				if got := rows[i+1][column]; got != text && got != "'"+text {
+					t.Errorf("%s: %s is %q, want %q", query, name, got, text)
+				}
+			}
+		}
+	}
+	rows := table("?group_by=project", "Accept", "text/csv;q=1, */*;q=0.1")
+	if column := slices.Index(rows[0], "project_name"); rows[1][column] != "'=cmd()" {
+		t.Errorf("a formula is %q", rows[1][column])
+	}
+	for _, name := range rows[0] {
+		if !fields[name] && name != "session" && name != "would_refuse" && name != "client_retries" {
+			t.Errorf("no answer has %s", name)
+		}
+	}
+	p.manageRefused("GET", "/manage/usage?format=xml", "", 400, "format")
+	res := p.do("GET", "/manage/usage?format=json", "", "Authorization", "Bearer "+p.adminKey, "Accept", "text/csv")
+	if res.header.Get("Content-Type") != "application/json" {
+		t.Errorf("format=json: %v", res.header)
 	}
 }

@@ -1,17 +1,23 @@
 // This file has the SQL for reports: it adds up the sums that the ledger keeps. It reads single calls only
 // where there is no sum for what is asked, and then a bounded number of them. It writes nothing, but deletes old sums.
+// It also writes tables as CSV.
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"database/sql"
+	"encoding/csv"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // A usageQuery says which sums to add up, and how to group them.
@@ -564,4 +570,62 @@ func (q *usageQuery) parseGroupBy(text string) error {
 			": the sums by session, end user and tag do not keep tiers apart.")
 	}
 	return nil
+}
+
+// A csvTable is a table for spreadsheets. Its first row has the names of the columns.
+type csvTable [][]string
+
+// csvType is the media type of a csvTable.
+const csvType = "text/csv; charset=utf-8; header=present"
+
+// encode returns the table as CSV.
+func (t csvTable) encode() ([]byte, error) {
+	var b bytes.Buffer
+	w := csv.NewWriter(&b)
+	for _, row := range t {
+		for i := range row {
+			row[i] = safeCell(row[i])
+		}
+		_ = w.Write(row) // Error returns it
+	}
+	w.Flush()
+	return b.Bytes(), w.Error()
+}
+
+// newCSVTable returns a table with a row for each element of list, an object in JSON. The columns are members of it by
+// their names; a cell is empty where an element has no such member.
+func newCSVTable[T any](columns []string, list []T) (csvTable, error) {
+	t := csvTable{columns}
+	for i := range list {
+		text, err := json.Marshal(list[i])
+		if err != nil {
+			return nil, err
+		}
+		members := map[string]json.RawMessage{}
+		if err := json.Unmarshal(text, &members); err != nil {
+			return nil, err
+		}
+		row := make([]string, len(columns))
+		for k, name := range columns {
+			if json.Unmarshal(members[name], &row[k]) != nil { // not a text
+				row[k] = string(members[name])
+			}
+		}
+		t = append(t, row)
+	}
+	return t, nil
+}
+
+// safeCell keeps spreadsheets from taking text for a formula. Some read the wide and the small forms of a
+// sign like the sign itself, and ignore what is invisible before it.
+func safeCell(v string) string {
+	visible := strings.TrimLeftFunc(v, func(r rune) bool {
+		return unicode.IsSpace(r) || unicode.IsControl(r) || unicode.Is(unicode.Cf, r)
+	})
+	first, _ := utf8.DecodeRuneInString(visible)
+	if strings.ContainsRune("=+-@＝＋－＠﹦﹢﹣﹫", first) && visible != "" ||
+		v != "" && strings.ContainsRune("\t\r\n", rune(v[0])) {
+		return "'" + v
+	}
+	return v
 }

@@ -521,3 +521,15 @@ func (s *store) deleteCacheRows(ctx context.Context, query string, args ...any) 
 	}
 	return ids, bytes, err
 }
+
+func microsToMillis(us *int64) *float64 {
+	if us == nil {
+		return nil
+	}
+	return new(float64(*us) / 1000)
+}
+
+func allOutcomes() []callOutcome {
+	return []callOutcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated,
+		outcomeUpstreamError, outcomeLost}
+}
