@@ -568,6 +568,9 @@ func TestAdminTokenList(t *testing.T) {
 		for _, order := range tokenOrders() {
 			for _, project := range []string{"", other.ID} {
 				for _, name := range []string{"", "n1"} {
+					if (project != "" || name != "") && strings.HasPrefix(order.Value, "-") {
+						continue // as without the minus
+					}
 					var got []string
 					path := "/admin/tokens?" +
 						url.Values{"state": {state.Value}, "order": {order.Value}, "project_id": {project},
@@ -589,7 +592,8 @@ func TestAdminTokenList(t *testing.T) {
 					var want []string
 					for i := range 130 {
 						if is(i, state.Value) &&
-							!(order.Value == "ends" && state.Value != "revoked" && name == "" && is(i, "revoked")) &&
+							!(strings.HasSuffix(order.Value, "ends") && state.Value != "revoked" && name == "" &&
+								is(i, "revoked")) &&
 							(project == "" || i%3 == 0) && strings.HasPrefix(fmt.Sprintf("n%02d", i%40), name) {
 							want = append(want, fmt.Sprintf("tok_n%03d", i))
 						}

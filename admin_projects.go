@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -16,25 +17,172 @@ import (
 
 // A projectsView is the data of templates/projects.html.
 type projectsView struct {
-	Projects   []projectView
+	listView
+	Projects   []projectLine
+	Active     string // the filter
 	States     []option
-	Next       string // the address of the next page, "" if there is none
-	NoProjects bool   // there are none at all
+	NoProjects bool // there are none at all
+}
+
+// A projectLine is a project in the list.
+type projectLine struct {
+	projectView
+	row      *projectRow
+	Use      useView
+	LastCall *timestamp // nil: there is none on record
+}
+
+func projectOrders() []string {
+	return []string{"", tokensOldest, tokensNewest, "name", "-name", "used", "-used", "calls", "-calls",
+		"cost", "-cost", "changed", "-changed"}
 }
 
 func (ui *adminUI) projectsPage(r *pageRequest) (*pageResponse, error) {
-	list := r.listRequest(100, "name", "active")
-	f, err := list.parseProjectFilter()
-	if err != nil {
-		return nil, err
+	v := &projectsView{listView: r.newListView(), Active: r.query.Get("active"),
+		States: options("", "All", "true", "Active", "false", "Inactive")}
+	q := projectListQuery{prefix: strings.TrimSpace(r.query.Get("name")), limit: maxSorted + 1}
+	var err error
+	if q.active, err = r.boolParam("active"); err == nil {
+		q.search, err = parseSearchTerm(v.Search)
 	}
-	page, err := ui.ops.listProjects(r.ctx, f)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = checkChoice("order", v.Order, projectOrders()...)
 	}
-	return showPage("projects", "Projects", projectsView{Projects: page.Data, Next: r.nextPageURL(page.Next),
-		States:     options("", "All", "true", "Active", "false", "Inactive"),
-		NoProjects: len(page.Data) == 0 && len(list.query) == 1}), nil
+	if v.Problem == "" {
+		v.Problem, err = problemOf(err)
+	}
+	if err == nil && v.Problem == "" {
+		err = ui.fillProjects(r, v, q)
+	}
+	page := showPage("projects", "Projects", v)
+	if v.Problem != "" {
+		page.status = http.StatusBadRequest
+	}
+	return page, err
+}
+
+// fillProjects reads the page of the list that the address asks for. More than maxSorted projects are listed by age
+// alone.
+func (ui *adminUI) fillProjects(r *pageRequest, v *projectsView, q projectListQuery) error {
+	rows, err := ui.store.listProjects(r.ctx, q)
+	if err != nil {
+		return err
+	}
+	lines := make([]projectLine, len(rows))
+	for i := range rows {
+		lines[i].row = &rows[i]
+	}
+	order := cmp.Or(v.Order, tokensOldest)
+	if len(lines) <= maxSorted {
+		if err := ui.sortProjects(r, v, lines, order); err != nil {
+			return err
+		}
+	} else {
+		if strings.Trim(order, "-") != tokensOldest && order != tokensNewest {
+			v.Hint = "More than 2,000 projects match: too many to sort by this column. Search, or choose a state."
+			order = tokensOldest
+		}
+		if err := ui.fillOldestProjects(r, v, q, order); err != nil {
+			return err
+		}
+	}
+	for i := range v.Projects {
+		view, viewErr := ui.ops.newProjectView(r.ctx, v.Projects[i].row)
+		v.Projects[i].projectView, err = view, errors.Join(err, viewErr)
+	}
+	v.addColumns(r, order, sortColumn{"Project", "name", ""}, sortColumn{"State", "", ""},
+		sortColumn{"Upstreams", "", ""}, sortColumn{"Latest call", "-used", ""},
+		sortColumn{"Calls, 30 days", "-calls", "num"}, sortColumn{"Cost, 30 days", "-cost", "num"},
+		sortColumn{"Created", tokensOldest, ""},
+		sortColumn{"Changed", "-changed", ""})
+	v.NoProjects = len(v.Projects) == 0 && !v.LaterPage && v.Search == "" && v.Active == "" && q.prefix == ""
+	return err
+}
+
+// addProjectUse fills in what projects have used on the recent days, and when they were called last. It returns the
+// sum.
+func (ui *adminUI) addProjectUse(r *pageRequest, lines []projectLine) (sum usageTotals, err error) {
+	var seqs []int64
+	for i := range lines {
+		seqs = append(seqs, lines[i].row.seq)
+	}
+	found, err := ui.store.recentProjectUse(r.ctx, seqs, r.now.UnixMilli())
+	if err != nil {
+		return sum, err
+	}
+	latest, err := ui.store.latestCalls(r.ctx, seqs)
+	for i := range lines {
+		u := found[lines[i].row.seq]
+		if lines[i].Use = newUseView(u); u != nil {
+			sum.add(u.usageTotals)
+		}
+		if at := latest[lines[i].row.seq]; at != 0 {
+			lines[i].LastCall = newTimestamp(&at)
+		}
+	}
+	return sum, err
+}
+
+func (ui *adminUI) sortProjects(r *pageRequest, v *projectsView, lines []projectLine, order string) error {
+	sum, err := ui.addProjectUse(r, lines)
+	v.Projects = sortedPage(r, &v.listView, lines, order, func(p *projectLine) sortKey {
+		key := sortKey{seq: p.row.seq}
+		switch strings.TrimPrefix(order, "-") {
+		case "name":
+			key.text = strings.ToLower(p.row.name)
+		case "used":
+			if p.LastCall != nil {
+				key.number = int64(*p.LastCall)
+			}
+		case "calls":
+			key.number = p.Use.Calls
+		case "cost":
+			key.number = int64(p.Use.Cost)
+		case "changed":
+			key.number = p.row.updatedAt
+		}
+		return key
+	})
+	v.Total = &listTotal{Label: pluralize(int64(len(lines)), "project", "projects"), Calls: sum.calls,
+		Cost: dollars(sum.cost)}
+	return err
+}
+
+// fillOldestProjects reads a page of the projects by age.
+func (ui *adminUI) fillOldestProjects(r *pageRequest, v *projectsView, q projectListQuery, order string) error {
+	before := r.query.Get("before")
+	q.isNewestFirst = (order == tokensNewest) != (before != "")
+	q.limit = v.Size + 1
+	cursor := cmp.Or(r.query.Get("after"), before)
+	if cursor != "" {
+		key, err := parseSortKey(cursor)
+		if err != nil || key.seq < 1 {
+			v.Problem = "This address is not a page of the list."
+			return nil
+		}
+		q.afterSeq = key.seq
+	}
+	rows, err := ui.store.listProjects(r.ctx, q)
+	if err != nil {
+		return err
+	}
+	ends := pageEnds{more: len(rows) > v.Size}
+	if rows = rows[:min(len(rows), v.Size)]; before != "" {
+		slices.Reverse(rows)
+	}
+	if n := len(rows); n > 0 {
+		ends.first, ends.last = sortKey{seq: rows[0].seq}.cursor(), sortKey{seq: rows[n-1].seq}.cursor()
+		if ends.beyond = ends.last; before != "" {
+			ends.beyond = ends.first
+		}
+	}
+	v.setPages(r, ends)
+	for i := range rows {
+		v.Projects = append(v.Projects, projectLine{row: &rows[i]})
+	}
+	sum, err := ui.addProjectUse(r, v.Projects)
+	v.Total = &listTotal{Label: "This page", Calls: sum.calls, Cost: dollars(sum.cost)}
+	return err
 }
 
 // A projectPageView is the data of templates/project.html.
@@ -69,7 +217,7 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 		Limits: newBarViews(p.Limits), Values: valuesURL("/admin/projects/"+p.ID, p.Limits),
 		Allowed: newPolicyView(p.Policy)}
 	q := tokenListQuery{order: "ends", project: p.ID, from: r.now.UnixMilli(), to: neverExpires, limit: 100}
-	v.More, err = ui.store.walkTokens(r.ctx, q, func(row *tokenRow) bool {
+	v.More, _, err = ui.store.walkTokens(r.ctx, q, func(row *tokenRow) bool {
 		if t := ui.ops.newTokenView(row, r.now); t.IsActive {
 			v.Tokens = append(v.Tokens, t)
 		}

@@ -23,15 +23,14 @@ import (
 
 // A requestsView is the data of templates/requests.html.
 type requestsView struct {
-	Problem                       string   // with the filters
 	FilterNames                   []string // those that a download takes
 	Projects, Outcomes, Endpoints []option
 	CacheStates, Periods          []option
 	Rows                          []requestListItem
-	Next                          string
-	Partial                       bool // more calls may match than were scanned
-	Filtered                      bool
-	NoCalls                       bool // there was never a call
+	listView
+	InputTokens, OutputTokens int64 // of the page
+	Filtered                  bool
+	NoCalls                   bool // there was never a call
 }
 
 // A requestListItem is a call in a list. State is good, warn, bad or "".
@@ -45,7 +44,7 @@ type requestListItem struct {
 // filterNames returns the filters, which the form, the pages and the download of the list share.
 func filterNames() []string {
 	return []string{"period", "from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache",
-		"session", "end_user", "tag"}
+		"session", "end_user", "tag", "search"}
 }
 
 // parseRequestFilter reads the filters. It returns what is wrong with them as text.
@@ -90,6 +89,9 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 		}
 	}
 	var err error
+	if f.search, err = parseCallSearch(query.Get("search")); err != nil {
+		return f, "A search has at most 4 words and 200 bytes."
+	}
 	if f.attributionFilter, err = newAttributionFilter(query.Get("session"), query.Get("end_user"),
 		query.Get("tag")); err != nil {
 		return f, "“tag” must be a key and a value such as team=search."
@@ -140,16 +142,17 @@ func parseFilterTime(v string) (t time.Time, err error) {
 	return t, err
 }
 
-const requestsPageSize = 50
-
 func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
-	v := &requestsView{FilterNames: filterNames()}
+	v := &requestsView{FilterNames: filterNames(), listView: r.newListView()}
 	v.Filtered = slices.ContainsFunc(append(filterNames(), "id"), func(n string) bool { return r.query.Get(n) != "" })
 	f, problem, err := ui.parseRequestFilter(r, r.query)
 	if err != nil {
 		return nil, err
 	}
-	v.Problem = problem
+	v.Problem = cmp.Or(v.Problem, problem)
+	if parseRequestID(v.Search) != 0 {
+		return &pageResponse{redirect: "/admin/requests/" + v.Search}, nil
+	}
 	if id := strings.TrimSpace(r.query.Get("id")); id != "" {
 		if parseRequestID(id) != 0 {
 			return &pageResponse{redirect: "/admin/requests/" + id}, nil
@@ -189,30 +192,6 @@ func outcomeLabel(o callOutcome) string {
 // It does not wait for a ledger that cannot be written.
 func (ui *adminUI) awaitRecorded(r *pageRequest) {
 	_ = ui.ledger.awaitIfHealthy(r.ctx, ui.ledger.queuedSoFar()) // without it, the page is a moment old
-}
-
-func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
-	ui.awaitRecorded(r)
-	f.limit = requestsPageSize
-	if after := r.query.Get("after"); after != "" {
-		seq, _, err := parseCursor(after)
-		if err != nil {
-			return badRequest("invalid_value", "after", "This address is not a page of the list.")
-		}
-		f.before = min(f.before, seq)
-	}
-	rows, next, err := ui.store.requestsPage(r.ctx, f)
-	if err != nil {
-		return err
-	}
-	for i := range rows {
-		v.Rows = append(v.Rows, newRequestListItem(&rows[i]))
-	}
-	if next != 0 {
-		v.Next, v.Partial = r.nextPageURL(formatCursor(next, "")), len(rows) < requestsPageSize
-	}
-	v.NoCalls = len(rows) == 0 && next == 0 && !v.Filtered && r.query.Get("after") == ""
-	return nil
 }
 
 func newRequestListItem(v *requestView) requestListItem {

@@ -233,7 +233,7 @@ func (ui *adminUI) sessionPage(r *pageRequest) (*pageResponse, error) {
 			return nil, badRequest("invalid_value", "after", "This address is not a page of the list.")
 		}
 	}
-	s, err := ui.ops.getSession(r.ctx, r.query.Get("session"), r.query.Get("project"), after, requestsPageSize)
+	s, err := ui.ops.getSession(r.ctx, r.query.Get("session"), r.query.Get("project"), after, defaultPageSize)
 	if err != nil {
 		return nil, err
 	}

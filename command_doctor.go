@@ -378,7 +378,7 @@ func (d *diagnosis) checkUpstreams(ctx context.Context, st *store, sl *sealer, p
 func allUpstreams(ctx context.Context, st *store) (all []upstreamRow, err error) {
 	var after int64
 	for {
-		projects, err := st.listProjects(ctx, after, 500, nil, "")
+		projects, err := st.listProjects(ctx, projectListQuery{afterSeq: after, limit: 500})
 		if err != nil || len(projects) == 0 {
 			return all, err
 		}

@@ -127,7 +127,7 @@ type manageRoute struct {
 func (api *manageAPI) manageTable() []manageRoute {
 	fields := &api.ops.fields
 	return []manageRoute{
-		{"GET /manage/projects", roleViewer, api.listProjects, pageParams("active", "name")},
+		{"GET /manage/projects", roleViewer, api.listProjects, pageParams("active", "name", "search")},
 		{"POST /manage/projects", roleAdmin, withInput(fields.project, api.createProject), nil},
 		{"GET /manage/projects/{id}", roleViewer, withValueQuery(api.getProject), valueParams()},
 		{"PATCH /manage/projects/{id}", roleAdmin, withInput(fields.project, api.patchProject), nil},
@@ -145,7 +145,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin,
 			withInput(fields.upstream, api.patchUpstream), nil},
 		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream, nil},
-		{"GET /manage/tokens", roleViewer, api.listTokens, pageParams("project_id", "active", "name")},
+		{"GET /manage/tokens", roleViewer, api.listTokens, pageParams("project_id", "active", "name", "search")},
 		{"POST /manage/tokens", roleOperator, withInput(fields.token, api.createToken), nil},
 		{"GET /manage/tokens/{id}", roleViewer, withValueQuery(api.getToken), valueParams()},
 		{"PATCH /manage/tokens/{id}", roleOperator, withInput(fields.token, api.patchToken), nil},
@@ -154,7 +154,8 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/usage", roleViewer, api.getUsage,
 			[]string{"interval", "group_by", "top", "project_id", "token_id", "from", "to", "format"}},
 		{"GET /manage/requests", roleViewer, api.listRequests,
-			pageParams("project_id", "token_id", "outcome", "cache", "from", "to", "session", "end_user", "tag")},
+			pageParams("project_id", "token_id", "outcome", "cache", "from", "to", "session", "end_user", "tag",
+				"search")},
 		{"GET /manage/requests/{id}", roleViewer, api.getRequest, nil},
 		{"GET /manage/requests/{id}/content", roleAdmin, api.getContent, nil},
 		{"GET /manage/sessions", roleViewer, api.getSession, pageParams("session", "project_id")},

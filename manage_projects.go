@@ -69,28 +69,27 @@ func (api *manageAPI) getProject(r *manageRequest, q valueQuery) (any, error) {
 	return api.ops.getProject(r.ctx, r.pathValue("id"), q, r.now)
 }
 
-// A projectFilter narrows and pages the list of projects.
-type projectFilter struct {
-	listQuery
-	active *bool  // nil for all
-	prefix string // of the name
-}
-
-func (r *manageRequest) parseProjectFilter() (f projectFilter, err error) {
-	if f.listQuery, err = r.parseListQuery(); err != nil {
-		return f, err
+// parseProjectFilter reads the filters and the page of the list of projects.
+func (r *manageRequest) parseProjectFilter() (q projectListQuery, err error) {
+	page, err := r.parseListQuery()
+	if err != nil {
+		return q, err
 	}
-	f.prefix = r.query.Get("name")
-	f.active, err = r.boolParam("active")
-	return f, err
+	q = projectListQuery{prefix: r.query.Get("name"), afterSeq: page.seq, limit: page.limit}
+	if q.active, err = r.boolParam("active"); err == nil {
+		q.search, err = parseSearchTerm(r.query.Get("search"))
+	}
+	return q, err
 }
 
-func (ops *operations) listProjects(ctx context.Context, f projectFilter) (listPage[projectView], error) {
-	rows, err := ops.store.listProjects(ctx, f.seq, f.limit+1, f.active, f.prefix)
+func (ops *operations) listProjects(ctx context.Context, q projectListQuery) (listPage[projectView], error) {
+	limit := q.limit
+	q.limit++
+	rows, err := ops.store.listProjects(ctx, q)
 	if err != nil {
 		return listPage[projectView]{}, err
 	}
-	l := newListPage(rows, f.limit, func(p *projectRow) projectView {
+	l := newListPage(rows, limit, func(p *projectRow) projectView {
 		v, viewErr := ops.newProjectView(ctx, p)
 		err = errors.Join(err, viewErr)
 		return v
@@ -367,10 +366,13 @@ func (api *manageAPI) listTokens(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	q := tokenListQuery{order: "oldest", project: r.query.Get("project_id"), prefix: r.query.Get("name"),
+	q := tokenListQuery{order: tokensOldest, project: r.query.Get("project_id"), prefix: r.query.Get("name"),
 		afterSeq: query.seq, afterName: query.name, limit: query.limit + 1, now: r.now.UnixMilli()}
-	if q.prefix != "" {
-		q.order = "name"
+	if q.search, err = parseSearchTerm(r.query.Get("search")); err != nil {
+		return nil, err
+	}
+	if q.prefix != "" && q.search.isEmpty() {
+		q.order = tokensByName
 	}
 	if q.active, err = r.boolParam("active"); err != nil {
 		return nil, err
@@ -380,14 +382,14 @@ func (api *manageAPI) listTokens(r *manageRequest) (any, error) {
 			return nil, asProjectFieldError(err)
 		}
 	}
-	var rows []tokenRow
-	_, err = api.store.walkTokens(r.ctx, q, func(t *tokenRow) bool {
-		rows = append(rows, *t)
-		return true
-	})
-	return newListPage(rows, query.limit,
+	rows, scanned, err := api.store.listTokens(r.ctx, q)
+	l := newListPage(rows, query.limit,
 		func(t *tokenRow) tokenView { return api.ops.newTokenView(t, r.now) },
-		func(t *tokenRow) string { return formatCursor(t.seq, t.name) }), err
+		func(t *tokenRow) string { return formatCursor(t.seq, t.name) })
+	if scanned != 0 {
+		l.Next = cmp.Or(l.Next, formatCursor(scanned, ""))
+	}
+	return l, err
 }
 
 func asProjectFieldError(err error) error {

@@ -262,6 +262,9 @@ func (api *manageAPI) listRequests(r *manageRequest) (any, error) {
 	if f.attributionFilter, err = api.ops.parseAttributionFilter(r.ctx, f.project, r.query); err != nil {
 		return nil, err
 	}
+	if f.search, err = parseCallSearch(r.query.Get("search")); err != nil {
+		return nil, err
+	}
 	from, to, err := r.timeRange(time.Time{}, time.Time{})
 	if err != nil {
 		return nil, err

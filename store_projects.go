@@ -221,16 +221,6 @@ func (s *store) countProjects(ctx context.Context) (int64, error) {
 	return queryValue[int64](ctx, s.readDB, "counting projects", `SELECT count(*) FROM projects`)
 }
 
-// listProjects returns up to limit projects with seq > after, in seq order. active is nil for all; prefix is
-// of the name, "" for all.
-func (s *store) listProjects(ctx context.Context, after int64, limit int, active *bool, prefix string,
-) ([]projectRow, error) {
-	return collect(ctx, s.readDB, "listing projects", (*projectRow).columns, selectProjects+`
-		WHERE seq > ?1 AND deleted_at IS NULL AND (CAST(?2 AS BOOLEAN) IS NULL OR is_active = ?2)
-			AND (?3 = '' OR (name >= ?3 AND name < ?4))
-		ORDER BY seq LIMIT ?5`, after, active, prefix, prefixEnd(prefix), limit)
-}
-
 // changeProject is changeRow for a project.
 func (s *store) changeProject(ctx context.Context, origin auditOrigin, id string, version, now int64,
 	edit func(*projectRow) error) (projectRow, error) {

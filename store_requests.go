@@ -5,13 +5,11 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 )
 
 // A requestView is a row of the ledger with the ids and names of the project, token and upstream that it
@@ -87,136 +85,6 @@ const (
 	cacheHit  = "hit"
 	cacheNone = "none" // "" in the table
 )
-
-// A requestFilter says which calls a list has. Empty strings and zeros let all calls through.
-type requestFilter struct {
-	project, token           string // ids
-	outcome, model, endpoint string
-	cache                    string // cacheHit or cacheNone
-	attributionFilter
-	statusFrom, statusTo int   // statusFrom <= status < statusTo
-	from, before         int64 // ids, and so a range of time: from <= id < before
-	limit                int
-}
-
-// needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are
-// read too, and they may be many.
-func (f *requestFilter) needsScan() bool {
-	indexed := 0
-	for _, v := range [...]string{f.session, f.endUser, f.token, f.project} {
-		if v != "" {
-			indexed++
-		}
-	}
-	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" || f.tagKey != "" ||
-		indexed > 1
-}
-
-// maxScannedRequests is how many calls are read for one page of a list.
-const maxScannedRequests = 20_000
-
-// requestsPage returns up to f.limit calls, newest first, and the id before which the next page begins, 0 if
-// there is none. For a filter that few calls meet, a page can be short or empty although there is a next
-// one, so that no page takes long.
-func (s *store) requestsPage(ctx context.Context, f requestFilter) (rows []requestView, next int64, err error) {
-	limit, from := f.limit, f.from
-	f.limit++
-	if f.needsScan() {
-		if f.from, err = s.scanStart(ctx, &f, maxScannedRequests); err != nil {
-			return nil, 0, err
-		}
-	}
-	if rows, err = s.listRequests(ctx, f); err != nil {
-		return nil, 0, err
-	}
-	switch {
-	case len(rows) > limit:
-		return rows[:limit], rows[limit-1].id, nil
-	case f.from > from:
-		return rows, f.from, nil
-	}
-	return rows, 0, nil
-}
-
-// scanStart returns the id of the oldest of the latest limit calls of f's project or token, or f.from if
-// there are fewer.
-func (s *store) scanStart(ctx context.Context, f *requestFilter, limit int) (from int64, err error) {
-	const head = `SELECT count(*), coalesce(min(id), 0) FROM (SELECT id FROM requests WHERE `
-	const tail = ` AND id >= ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4) latest`
-	query, scope := head+`?1 = ''`+tail, ""
-	switch {
-	case f.session != "":
-		query, scope = head+`session = ?1 AND session <> ''`+tail, f.session
-	case f.endUser != "":
-		query, scope = head+`end_user = ?1 AND end_user <> ''`+tail, f.endUser
-	case f.token != "":
-		query, scope = head+`token = (SELECT seq FROM tokens WHERE id = ?1)`+tail, f.token
-	case f.project != "":
-		query, scope = head+`project = (SELECT seq FROM projects WHERE id = ?1)`+tail, f.project
-	}
-	n := 0
-	if err := s.readDB.QueryRowContext(ctx, query, scope, f.from, f.before, limit).Scan(&n, &from); err != nil {
-		return 0, fmt.Errorf("listing calls: %w", err)
-	}
-	if n < limit {
-		from = f.from
-	}
-	return from, nil
-}
-
-// listRequests returns up to f.limit calls, running and ended, newest first.
-func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestView, error) {
-	const tail = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
-		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
-		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10)
-		AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit'))
-		AND (?12 = '' OR r.token = (SELECT seq FROM tokens WHERE id = ?12))
-		AND (?13 = '' OR r.session = ?13) AND (?14 = '' OR r.end_user = ?14)
-		AND (?15 = '' OR CASE r.tags WHEN '' THEN '' ELSE r.tags ->> ?15 END = ?16) ORDER BY r.id DESC LIMIT ?5`
-	const ofToken = `r.token = (SELECT seq FROM tokens WHERE id = ?1)`
-	const ofProject = `r.project = (SELECT seq FROM projects WHERE id = ?1)`
-	const fromRunning = selectRunning + `WHERE r.batch < ?3 AND ` // no later batch has an earlier call
-	const fromEnded = selectEnded + `WHERE `
-	const ofSession = `r.session = ?1 AND r.session <> ''`
-	const ofEndUser = `r.end_user = ?1 AND r.end_user <> ''`
-	running, ended, scope := fromRunning+`?1 = ''`+tail, fromEnded+`?1 = ''`+tail, ""
-	switch {
-	case f.session != "":
-		running, ended, scope = fromRunning+ofSession+tail, fromEnded+ofSession+tail, f.session
-	case f.endUser != "":
-		running, ended, scope = fromRunning+ofEndUser+tail, fromEnded+ofEndUser+tail, f.endUser
-	case f.token != "":
-		running, ended, scope = fromRunning+ofToken+tail, fromEnded+ofToken+tail, f.token
-	case f.project != "":
-		running, ended, scope = fromRunning+ofProject+tail, fromEnded+ofProject+tail, f.project
-	}
-	list := func(query string) ([]requestView, error) {
-		return withDetails(collect(ctx, s.readDB, "listing calls", (*requestView).columns, query,
-			scope, f.from, f.before, f.outcome, f.limit, f.project, f.model, f.endpoint, f.statusFrom, f.statusTo,
-			f.cache, f.token, f.session, f.endUser, f.tagKey, f.tagValue))
-	}
-	var out []requestView
-	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // running calls can match
-		var err error
-		if out, err = list(running); err != nil {
-			return nil, err
-		}
-	}
-	// Read after the running ones: a call that ends in between is in both lists, and the sort puts its row
-	// last.
-	rows, err := list(ended)
-	if err != nil || len(out) == 0 {
-		return rows, err
-	}
-	out = append(out, rows...)
-	slices.SortStableFunc(out, func(a, b requestView) int { return cmp.Compare(b.id, a.id) })
-	for i := len(out) - 1; i > 0; i-- {
-		if out[i].id == out[i-1].id {
-			out = slices.Delete(out, i-1, i)
-		}
-	}
-	return out[:min(len(out), f.limit)], nil
-}
 
 const contentColumns = `id, project, until, request, request_bytes, answer, answer_bytes`
 

@@ -1,16 +1,15 @@
-// This file has the SQL for the credentials of this program: the tokens that clients present, and management keys; for
-// sessions; and it reads what values have used of limits with for_each, which the ledger writes.
+// This file has the SQL for the credentials of this program: the tokens that clients present (store_lists.go lists
+// them), and management keys; for sessions; and it reads what values have used of limits with for_each, which the
+// ledger writes.
 // Every change goes through withAuditedTx. The columns request_count and last_used_at of a token belong to the ledger,
 // which changes them by x = x + ? only: nothing here writes them.
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
-	"math"
 )
 
 // A tokenRow is a token as stored. Pointers are nil where the column is NULL.
@@ -41,8 +40,9 @@ const neverExpires = 9_000_000_000_000_000
 const (
 	tokenEditable = `name, hash, old_hash, old_hash_until, expires_at, idle_expiry, revoked_at,
 		max_requests, policy, version, updated_at, bound_by, mac`
-	selectTokens = `SELECT seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = tokens.project),
-		created_at, request_count, last_used_at, ends_at, ` + tokenEditable + ` FROM tokens `
+	tokenColumns = `seq, id, project, (SELECT p.id FROM projects p WHERE p.seq = tokens.project),
+		created_at, request_count, last_used_at, ends_at, ` + tokenEditable
+	selectTokens = `SELECT ` + tokenColumns + ` FROM tokens `
 )
 
 // editable returns the columns that a change may write.
@@ -165,94 +165,6 @@ func (s *store) revokeTokens(ctx context.Context, origin auditOrigin, project st
 		return auditEvent{"project.revoke_tokens", project, []auditField{{"tokens", n}}}, err
 	})
 	return n, err
-}
-
-// A tokenListQuery says which tokens to list, in which order, and after which one.
-type tokenListQuery struct {
-	order    string // newest, oldest, name, ends, revoked, unused; the last two are of all projects
-	project  string // a project's id; "" for all
-	active   *bool  // nil for all
-	now      int64  // for active: a token can expire
-	prefix   string // of the name, in the order name
-	from, to int64  // of the end, in the order ends: from < ends_at <= to
-
-	afterSeq  int64  // the last token of the page before, 0 for the first page
-	afterName string // its name, in the order name
-	afterTime int64  // its end or revocation, in the orders ends and revoked
-	limit     int    // of tokens that are visited
-}
-
-// walkTokens calls visit for each token in order, until it returns false or limit tokens were visited. more
-// reports whether there may be further ones.
-func (s *store) walkTokens(ctx context.Context, q tokenListQuery, visit func(*tokenRow) bool) (more bool, err error) {
-	query, args := q.statement()
-	rows, err := s.readDB.QueryContext(ctx, query, append(args, q.active, q.now, q.limit+1)...)
-	if err != nil {
-		return false, fmt.Errorf("listing tokens: %w", err)
-	}
-	defer rows.Close()
-	for n := 0; rows.Next(); n++ {
-		var t tokenRow
-		if err := rows.Scan(t.columns()...); err != nil {
-			return false, fmt.Errorf("listing tokens: %w", err)
-		}
-		if n == q.limit || !visit(&t) {
-			return true, nil
-		}
-	}
-	return false, rows.Err()
-}
-
-// statement returns the statement for an order, and its first four arguments: the project, the seq and the
-// sort key after which the page begins, and the end of the range of keys. Each statement walks one index.
-// Where several tokens can have the same key, the rest of those comes first and then all with later keys: a
-// page must not cost more because many share a key.
-func (q *tokenListQuery) statement() (string, []any) {
-	const (
-		inAll     = selectTokens + `WHERE `
-		inProject = selectTokens + `WHERE project = (SELECT seq FROM projects WHERE id = ?1) AND `
-		isActive  = ` AND (CAST(?5 AS BOOLEAN) IS NULL OR ?5 = (
-			(SELECT p.is_active FROM projects p WHERE p.seq = tokens.project) AND revoked_at IS NULL AND ends_at > ?6
-			AND (idle_expiry IS NULL OR coalesce(last_used_at, created_at) + idle_expiry > ?6))) `
-		newest     = `seq < ?2` + isActive + `ORDER BY seq DESC LIMIT ?7`
-		oldest     = `seq > ?2` + isActive + `ORDER BY seq LIMIT ?7`
-		sameName   = `name = ?3 AND seq > ?2` + isActive + `UNION ALL `
-		laterNames = `name > ?3 AND name < ?4` + isActive + `ORDER BY name, seq LIMIT ?7`
-		sameEnd    = `revoked_at IS NULL AND ends_at = ?3 AND seq > ?2` + isActive + `UNION ALL `
-		laterEnds  = `revoked_at IS NULL AND ends_at > ?3 AND ends_at <= ?4` + isActive +
-			`ORDER BY ends_at, seq LIMIT ?7`
-		sameRevoked  = `revoked_at = ?3 AND seq < ?2` + isActive + `UNION ALL `
-		otherRevoked = `revoked_at < ?3` + isActive + `ORDER BY revoked_at DESC, seq DESC LIMIT ?7`
-		unused       = `last_used_at IS NULL AND seq < ?2` + isActive + `ORDER BY seq DESC LIMIT ?7`
-	)
-	seq, beforeSeq := q.afterSeq, cmp.Or(q.afterSeq, math.MaxInt64)
-	var key, end any
-	texts := [2]string{inAll + newest, inProject + newest} // of all projects, of one
-	switch q.order {
-	case "oldest":
-		texts = [2]string{inAll + oldest, inProject + oldest}
-	case "name":
-		texts = [2]string{inAll + sameName + inAll + laterNames, inProject + sameName + inProject + laterNames}
-		key, end = max(q.afterName, q.prefix), prefixEnd(q.prefix)
-	case "ends":
-		texts = [2]string{inAll + sameEnd + inAll + laterEnds, inProject + sameEnd + inProject + laterEnds}
-		key, end = max(q.from, q.afterTime), q.to
-		if q.afterTime == 0 {
-			seq = math.MaxInt64 // from itself is not in the range
-		}
-	case "revoked":
-		texts[0] = inAll + sameRevoked + inAll + otherRevoked
-		seq, key = beforeSeq, cmp.Or(q.afterTime, math.MaxInt64)
-	case "unused":
-		texts[0], seq = inAll+unused, beforeSeq
-	default:
-		seq = beforeSeq
-	}
-	text := texts[0]
-	if q.project != "" {
-		text = texts[1]
-	}
-	return text, []any{q.project, seq, key, end}
 }
 
 // A managementKeyRow is a management key as stored.

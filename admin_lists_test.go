@@ -1,0 +1,376 @@
+// These tests hold the lists of /admin and /manage: search, the order of columns, pages in both directions, totals.
+package main
+
+import (
+	"fmt"
+	"html"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// listedTokens returns the names of all tokens that /manage/tokens lists, over its pages.
+func (p *testProxy) listedTokens(query string) (names []string) {
+	p.t.Helper()
+	pages := 0
+	for path := "/manage/tokens?limit=3&" + query; path != ""; pages++ {
+		if pages == 100 {
+			p.t.Fatalf("%s has no last page", query)
+		}
+		var page struct {
+			Data []struct{ Name string }
+			Next string
+		}
+		p.manage("GET", path, "", 200, &page)
+		for _, t := range page.Data {
+			names = append(names, t.Name)
+		}
+		if path = ""; page.Next != "" {
+			path = "/manage/tokens?limit=3&" + query + "&after=" + url.QueryEscape(page.Next)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// TestSearch: a search finds what has the text in its name or id, in any case, on pages and in /manage, whatever the
+// characters of the text are. It follows every change of a name.
+func TestSearch(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"Billing 100%"}`, 201, &other)
+	ids := map[string]string{}
+	names := []string{"CI Runner", "ci-nightly", "100% sure", "a_b", `say "hi" OR NOT`, "C*", `back\slash`, "NEAR(x y)",
+		"it's; --", "日本語トークン"}
+	for i, name := range names {
+		var made struct{ ID string }
+		project := p.project
+		if i == 1 {
+			project = other.ID
+		}
+		p.manage("POST", "/manage/tokens", `{"project_id":"`+project+`","name":`+quoteJSON(name)+`}`, 201, &made)
+		ids[name] = made.ID
+	}
+	link := regexp.MustCompile(`class="name" href="/admin/tokens/[^"]*">([^<]*)<`)
+	check := func(text string, want ...string) {
+		t.Helper()
+		slices.Sort(want)
+		query := "search=" + url.QueryEscape(text)
+		if got := p.listedTokens(query); !slices.Equal(got, want) {
+			t.Errorf("/manage: %q finds %q, want %q", text, got, want)
+		}
+		for _, order := range []string{"", "oldest", "name", "-cost"} {
+			res := b.get("/admin/tokens?" + query + "&order=" + order)
+			var got []string
+			for _, m := range link.FindAllStringSubmatch(res.body, -1) {
+				got = append(got, html.UnescapeString(m[1]))
+			}
+			if slices.Sort(got); !slices.Equal(got, want) || res.status != 200 || len(checkHTML(res.body)) > 0 {
+				t.Errorf("/admin, order %q: %q finds %q, want %q: %d %v", order, text, got, want, res.status,
+					checkHTML(res.body))
+			}
+		}
+	}
+	check("ci", "CI Runner", "ci-nightly")
+	check("RUNNER", "CI Runner")
+	check("% s", "100% sure")
+	check("%", "100% sure")
+	check("A_b", "a_b")
+	check(`"hi" or`, `say "hi" OR NOT`)
+	check(`"`, `say "hi" OR NOT`)
+	check(" * ", "C*")
+	check(`\s`, `back\slash`)
+	check("near(x", "NEAR(x y)")
+	check("'s;", "it's; --")
+	check("name:ci")
+	check("c OR i")
+	check("本", "日本語トークン")
+	check("本語", "日本語トークン")
+	check("語トー", "日本語トークン")
+	check("a\x00b")
+	check("ci\xff")
+	check(strings.Repeat("x", maxSearchBytes))
+	check(ids["a_b"][3:], "a_b") // a part of the id
+	if got := p.listedTokens("search=ci&project_id=" + other.ID); !slices.Equal(got, []string{"ci-nightly"}) {
+		t.Errorf("in a project: %q", got)
+	}
+	if got := p.listedTokens("search=runner&name=CI"); !slices.Equal(got, []string{"CI Runner"}) {
+		t.Errorf("with a prefix: %q", got)
+	}
+	p.manage("PATCH", "/manage/tokens/"+ids["a_b"], `{"name":"renamed"}`, 200, nil)
+	check("a_b")
+	check("named", "renamed")
+	p.manage("DELETE", "/manage/tokens/"+ids["CI Runner"], "", 200, nil)
+	if got := p.listedTokens("search=runner&active=true"); len(got) > 0 {
+		t.Errorf("revoked, but active: %q", got)
+	}
+	long := strings.Repeat("x", maxSearchBytes+1)
+	for _, path := range []string{"/manage/tokens?search=", "/manage/projects?search=", "/manage/requests?search="} {
+		res := p.manageAs(p.adminKey, "GET", path+long, "")
+		if res.status != 400 || !strings.Contains(res.body, "search") {
+			t.Errorf("%s: %d %s", path, res.status, res.body)
+		}
+	}
+	for _, path := range []string{"/admin/tokens?search=" + long, "/admin/projects?search=" + long,
+		"/admin/tokens?limit=7", "/admin/tokens?project_id=proj_none", "/admin/projects?order=x",
+		"/admin/tokens?after=1.&before=1."} {
+		if res := b.get(path); res.status != 400 || !strings.Contains(res.body, `role="alert"`) {
+			t.Errorf("%s: %d", clip(path, 40), res.status)
+		}
+	}
+}
+
+// TestSearchProjects: as TestSearch, for projects. A deleted project is not found.
+func TestSearchProjects(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	ids := map[string]string{}
+	for _, name := range []string{"Billing 100%", "billing test", "C*"} {
+		var made struct{ ID string }
+		p.manage("POST", "/manage/projects", `{"name":`+quoteJSON(name)+`}`, 201, &made)
+		ids[name] = made.ID
+	}
+	link := regexp.MustCompile(`class="name" href="/admin/projects/[^"]*">([^<]*)<`)
+	check := func(text string, want ...string) {
+		t.Helper()
+		var page struct{ Data []struct{ Name string } }
+		p.manage("GET", "/manage/projects?search="+url.QueryEscape(text), "", 200, &page)
+		var got, shown []string
+		for _, project := range page.Data {
+			got = append(got, project.Name)
+		}
+		for _, m := range link.FindAllStringSubmatch(b.get("/admin/projects?search="+url.QueryEscape(text)).body, -1) {
+			shown = append(shown, html.UnescapeString(m[1]))
+		}
+		if !slices.Equal(got, want) || !slices.Equal(shown, want) {
+			t.Errorf("%q finds %q and shows %q, want %q", text, got, shown, want)
+		}
+	}
+	check("BILL", "Billing 100%", "billing test")
+	check("0%", "Billing 100%")
+	check("*", "C*")
+	check(ids["C*"][6:], "C*")
+	p.manage("PATCH", "/manage/projects/"+ids["C*"], `{"name":"D+"}`, 200, nil)
+	check("*")
+	check("D+", "D+")
+	p.manage("DELETE", "/manage/projects/"+ids["billing test"], "", 200, nil)
+	check("bill", "Billing 100%")
+	check("(deleted")
+}
+
+// TestSearchCalls: a search for calls finds each word in any of what a list shows; all words must be found.
+func TestSearchCalls(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	_, nightly := p.newToken(`"name":"CI Nightly"`)
+	p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-LLM-Proxy-Session", "s-42",
+		"X-LLM-Proxy-Tags", "team=search")
+	p.chatAs(nightly)
+	p.waitSettled()
+	first, second := p.ledger()[0], p.ledger()[1]
+	link := regexp.MustCompile(`class="name" href="/admin/requests/(req_\w+)"`)
+	for text, want := range map[string][]string{
+		"nightly":         {second.ID},
+		"ci NIGHTLY 200":  {second.ID},
+		"s-42":            {first.ID},
+		"TEAM=search":     {first.ID},
+		"team=other":      nil,
+		"2xx":             {second.ID, first.ID},
+		"gpt-4":           {second.ID, first.ID},
+		"gpt-4 s-42":      {first.ID},
+		"127.0.0.1":       {second.ID, first.ID},
+		"%":               nil,
+		"a b c d e":       nil,
+		p.project:         {second.ID, first.ID},
+		`'; DROP "x" --%`: nil,
+	} {
+		res := b.get("/admin/requests?search=" + url.QueryEscape(text))
+		var shown []string
+		for _, m := range link.FindAllStringSubmatch(res.body, -1) {
+			shown = append(shown, m[1])
+		}
+		if !slices.Equal(shown, want) || len(checkHTML(res.body)) > 0 {
+			t.Errorf("%q shows %q, want %q %v", text, shown, want, checkHTML(res.body))
+		}
+		if isTooLong := text == "a b c d e"; isTooLong {
+			if !strings.Contains(res.body, "at most 4 words") {
+				t.Errorf("%q: no problem is shown", text)
+			}
+			continue
+		}
+		var page struct{ Data []struct{ ID string } }
+		p.manage("GET", "/manage/requests?search="+url.QueryEscape(text), "", 200, &page)
+		var got []string
+		for _, r := range page.Data {
+			got = append(got, r.ID)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("/manage: %q finds %q, want %q", text, got, want)
+		}
+	}
+	if res := b.get("/admin/requests?search=" + first.ID); res.header.Get("Location") != "/admin/requests/"+first.ID {
+		t.Errorf("an ID: %d %v", res.status, res.header)
+	}
+}
+
+// TestSearchMigrated: the names from before the index are found.
+func TestSearchMigrated(t *testing.T) {
+	t.Parallel()
+	st := mustOpenStore(t, oldDatabase(t, "schema/023_search.sql", oneTokenSQL(0)...))
+	for text, want := range map[string]int{"tok_": 1, "TOK_A": 1, "t": 1, "tok_b": 0} {
+		rows, _, err := st.listTokens(t.Context(), tokenListQuery{order: tokensNewest, search: newSearchTerm(text),
+			limit: 10})
+		if err != nil || len(rows) != want {
+			t.Errorf("%s: %d %v", text, len(rows), err)
+		}
+	}
+	if problems, err := st.checkIntegrity(t.Context()); err != nil || len(problems) > 0 {
+		t.Error(problems, err)
+	}
+}
+
+// TestSearchScanned: a text that is too short for the index is found among any number of tokens, in several pages.
+func TestSearchScanned(t *testing.T) {
+	t.Parallel()
+	requireSQLite(t, "it adds rows in SQLite's dialect")
+	p := newTest(t, nil)
+	p.newToken(`"name":"first é"`)
+	_, err := execCount(t.Context(), p.instance.store.writeDB, "adding a token", `
+		INSERT INTO tokens (seq, id, project, name, hash, revoked_at, created_at, updated_at)
+		VALUES (?, 'tok_x', 1, 'x', randomblob(32), 1, 1, 1)`, 2*maxScannedNames+7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.newToken(`"name":"last É"`)
+	if got := p.listedTokens("search=%C3%89"); !slices.Equal(got, []string{"first é", "last É"}) {
+		t.Errorf("/manage finds %q", got)
+	}
+	b := p.signIn(p.adminKey)
+	next := regexp.MustCompile(`href="([^"]*)" rel="next"`)
+	path, found := "/admin/tokens?search=%C3%89", 0
+	for pages := 0; path != "" && pages < 5; pages++ {
+		body := b.get(path).body
+		found += strings.Count(body, `class="name"`)
+		m := next.FindStringSubmatch(body)
+		if path = ""; m != nil {
+			path = html.UnescapeString(m[1])
+		}
+	}
+	if found != 2 {
+		t.Errorf("/admin finds %d", found)
+	}
+}
+
+// TestListPages: a list in any order can be read forwards and backwards, in pages of any size, and has the same entries
+// in both directions.
+func TestListPages(t *testing.T) {
+	t.Parallel()
+	u := newUsageTest(t)
+	b := u.signIn(u.adminKey)
+	for i := range 60 {
+		u.newToken(fmt.Sprintf(`"name":"n%d"`, i/4))
+	}
+	name := regexp.MustCompile(`class="name" href="([^"]*)"`)
+	follow := func(rel, body string) string {
+		m := regexp.MustCompile(`href="([^"]*)" rel="` + rel + `"`).FindStringSubmatch(body)
+		if m == nil {
+			return ""
+		}
+		return html.UnescapeString(m[1])
+	}
+	read := func(path, rel string) (pages [][]string, last string) {
+		for path != "" && len(pages) < 50 {
+			res := b.get(path)
+			var page []string
+			for _, m := range name.FindAllStringSubmatch(res.body, -1) {
+				page = append(page, m[1])
+			}
+			if res.status != 200 || len(page) == 0 || len(page) > 25 || len(checkHTML(res.body)) > 0 {
+				t.Fatalf("%s: %d, %d entries %v", path, res.status, len(page), checkHTML(res.body))
+			}
+			pages, last, path = append(pages, page), path, follow(rel, res.body)
+		}
+		return pages, last
+	}
+	var lists []string
+	for _, o := range tokenOrders() {
+		lists = append(lists, "/admin/tokens?limit=25&order="+o.Value)
+	}
+	lists = append(lists, "/admin/tokens?limit=25&state=active&order=-ends", "/admin/tokens?limit=25&search=tok_",
+		"/admin/tokens?limit=25&search=tok_&order=name", "/admin/tokens?limit=25&state=unused",
+		"/admin/requests?limit=25", "/admin/requests?limit=25&order=oldest", "/admin/requests?limit=25&status=2xx")
+	for _, path := range lists {
+		forwards, last := read(path, "next")
+		backwards, _ := read(last, "prev")
+		slices.Reverse(backwards)
+		if len(forwards) < 2 || !slices.Equal(slices.Concat(forwards...), slices.Concat(backwards...)) {
+			t.Errorf("%s: %d pages %v\nbackwards %v", path, len(forwards), forwards, backwards)
+		}
+		all := slices.Concat(forwards...)
+		if slices.Sort(all); len(slices.Compact(slices.Clone(all))) != len(all) {
+			t.Errorf("%s lists an entry twice", path)
+		}
+	}
+}
+
+// TestListUse: lists of tokens and projects show what each used in the last 30 days, sort by it, and add it up.
+func TestListUse(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"idle"}`, 201, &other)
+	busyID, busy := p.newToken(`"name":"busy"`)
+	for range 3 {
+		p.chatAs(busy)
+	}
+	p.chat()
+	p.waitSettled()
+	cost := regexp.MustCompile(`data-label="Cost, 30 days">(?:<a[^>]*>)?([^<]*)`)
+	calls := regexp.MustCompile(`data-label="Calls, 30 days">(?:<a[^>]*>|<span class="soft">)?(\d+)`)
+	column := func(re *regexp.Regexp, path string) string {
+		var out []string
+		body := b.get(path).body
+		if problems := checkHTML(body); len(problems) > 0 {
+			t.Errorf("%s: %v", path, problems)
+		}
+		for _, m := range re.FindAllStringSubmatch(body, -1) {
+			out = append(out, m[1])
+		}
+		return strings.Join(out, " ")
+	}
+	var usage struct{ Data []struct{ Cost float64 } }
+	p.manage("GET", "/manage/usage?interval=total&group_by=token&token_id="+busyID, "", 200, &usage)
+	each := formatMoney(int64(usage.Data[0].Cost*1e9+.5) / 3)
+	for path, want := range map[string]string{
+		"/admin/tokens?order=-calls": "3 1 4", "/admin/tokens?order=calls": "1 3 4", "/admin/tokens": "3 1 4",
+		"/admin/tokens?search=busy": "3 3", "/admin/projects?order=-calls": "4 0 4",
+		"/admin/projects?order=used": "0 4 4",
+	} {
+		if got := column(calls, path); got != want {
+			t.Errorf("%s: calls %q, want %q", path, got, want)
+		}
+	}
+	if got := column(cost, "/admin/tokens?order=cost"); !strings.HasPrefix(got, each+" ") || each == "$0" {
+		t.Errorf("costs %q, want %q first", got, each)
+	}
+	if page := b.get("/admin/tokens").body; strings.Count(page, `class="spark"`) != 2 {
+		t.Error("there are not two small charts")
+	}
+	u := &recentUse{}
+	u.days[0], u.days[29] = usageTotals{calls: 1}, usageTotals{calls: 1_000_000}
+	if got := newSparkline(u).Path; got != "M0 20v-1h.8v1zM29 20v-20h.8v20z" {
+		t.Errorf("a small chart: %s", got)
+	}
+	if at := recentFrom(time.Date(2026, 3, 31, 5, 0, 0, 0, time.UTC).UnixMilli()); at !=
+		time.Date(2026, 3, 2, 0, 0, 0, 0, time.UTC).UnixMilli() {
+		t.Errorf("the recent days begin %v", at)
+	}
+}
