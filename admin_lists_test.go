@@ -170,8 +170,11 @@ func TestSearchCalls(t *testing.T) {
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
 	_, nightly := p.newToken(`"name":"CI Nightly"`)
-	p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-LLM-Proxy-Session", "s-42",
-		"X-LLM-Proxy-Tags", "team=search")
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["team"]}}}`, 200, nil)
+	if res := p.chatWithHeaders("Authorization", "Bearer "+p.token, "X-LLM-Proxy-Session", "s-42",
+		"X-LLM-Proxy-Tags", "team=search"); res.status != 200 {
+		t.Fatal(res.body)
+	}
 	p.chatAs(nightly)
 	p.waitSettled()
 	first, second := p.ledger()[0], p.ledger()[1]
