@@ -12,7 +12,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"time"
 )
 
 // A projectsView is the data of templates/projects.html.
@@ -547,60 +546,6 @@ func (ui *adminUI) deleteUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	return r.confirm("Delete upstream "+u.Name+"?", v, redirectTo(projectURL, "upstream-deleted"), func() error {
 		return ui.ops.deleteUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion)
 	})
-}
-
-// A routePageView is the data of templates/route.html.
-type routePageView struct {
-	Project   projectView
-	APIs      []option
-	Problem   string // with the model or API
-	Resolved  string // what the model stands for, if it is an alias
-	Fallback  string
-	Upstreams []routePageUpstream
-}
-
-type routePageUpstream struct {
-	routeUpstreamView
-	Percent, Timeouts string
-}
-
-// testRoutePage shows which upstreams would get a call for a model now, and why the others would not.
-func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
-	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
-	if err != nil {
-		return nil, err
-	}
-	v := routePageView{Project: project,
-		APIs: options("openai", "OpenAI", "anthropic", "Anthropic", "gemini", "Gemini")}
-	page := showPage("route", "Test routing in "+project.Name, &v)
-	if r.query.Get("model") == "" {
-		return page, nil
-	}
-	q := routeQuery{r.query.Get("model"), r.query.Get("api"), r.query.Get("session")}
-	route, err := ui.ops.explainRoute(r.ctx, project.ID, q)
-	if fe, ok := errors.AsType[*fieldError](err); ok {
-		v.Problem = fieldErrorMessage(fe)
-		return page, nil
-	}
-	v.Resolved, v.Fallback = route.ResolvedModel, route.FallbackModel
-	for _, u := range route.Upstreams {
-		v.Upstreams = append(v.Upstreams, routePageUpstream{u, percent(100 * u.Share), u.timeoutsText()})
-	}
-	return page, err
-}
-
-// timeoutsText lists the upstream's own timeouts.
-func (u *routeUpstreamView) timeoutsText() string {
-	var set []string
-	for _, t := range []struct {
-		name string
-		ms   int64
-	}{{"connect", u.ConnectMS}, {"response", u.AnswerMS}, {"first event", u.FirstEventMS}, {"pause", u.IdleMS}} {
-		if t.ms > 0 {
-			set = append(set, t.name+" "+(time.Duration(t.ms)*time.Millisecond).String())
-		}
-	}
-	return strings.Join(set, ", ")
 }
 
 // A refusalView says why a call was refused: what the client was told, and which rule it was that did so.

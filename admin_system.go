@@ -1,4 +1,4 @@
-// This file has the pages of /admin about the proxy as a whole: prices, running calls, sessions of clients, management
+// This file has the pages of /admin about the proxy as a whole: prices, running calls, routing, sessions of clients, management
 // keys, the audit trail and the settings. They are thin over the operations of /manage.
 package main
 
@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"net/url"
 	"slices"
 	"strings"
@@ -466,4 +467,58 @@ func (ui *adminUI) revokeKeyPage(r *pageRequest) (*pageResponse, error) {
 		_, err := ui.ops.revokeManagementKey(r.ctx, r.origin, k.ID, r.ifMatchVersion)
 		return err
 	})
+}
+
+// A routePageView is the data of templates/route.html.
+type routePageView struct {
+	Project   projectView
+	APIs      []option
+	Problem   string // with the model or API
+	Resolved  string // what the model stands for, if it is an alias
+	Fallback  string
+	Upstreams []routePageUpstream
+}
+
+type routePageUpstream struct {
+	routeUpstreamView
+	Percent, Timeouts string
+}
+
+// testRoutePage shows which upstreams would get a call for a model now, and why the others would not.
+func (ui *adminUI) testRoutePage(r *pageRequest) (*pageResponse, error) {
+	project, err := ui.ops.getProject(r.ctx, r.pathValue("id"), valueQuery{}, r.now)
+	if err != nil {
+		return nil, err
+	}
+	v := routePageView{Project: project,
+		APIs: options("openai", "OpenAI", "anthropic", "Anthropic", "gemini", "Gemini")}
+	page := showPage("route", "Test routing in "+project.Name, &v)
+	if r.query.Get("model") == "" {
+		return page, nil
+	}
+	q := routeQuery{r.query.Get("model"), r.query.Get("api"), r.query.Get("session")}
+	route, err := ui.ops.explainRoute(r.ctx, project.ID, q)
+	if fe, ok := errors.AsType[*fieldError](err); ok {
+		v.Problem = fieldErrorMessage(fe)
+		return page, nil
+	}
+	v.Resolved, v.Fallback = route.ResolvedModel, route.FallbackModel
+	for _, u := range route.Upstreams {
+		v.Upstreams = append(v.Upstreams, routePageUpstream{u, percent(100 * u.Share), u.timeoutsText()})
+	}
+	return page, err
+}
+
+// timeoutsText lists the upstream's own timeouts.
+func (u *routeUpstreamView) timeoutsText() string {
+	var set []string
+	for _, t := range []struct {
+		name string
+		ms   int64
+	}{{"connect", u.ConnectMS}, {"response", u.AnswerMS}, {"first event", u.FirstEventMS}, {"pause", u.IdleMS}} {
+		if t.ms > 0 {
+			set = append(set, t.name+" "+(time.Duration(t.ms)*time.Millisecond).String())
+		}
+	}
+	return strings.Join(set, ", ")
 }

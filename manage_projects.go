@@ -83,13 +83,12 @@ func (r *manageRequest) parseProjectFilter() (q projectListQuery, err error) {
 }
 
 func (ops *operations) listProjects(ctx context.Context, q projectListQuery) (listPage[projectView], error) {
-	limit := q.limit
 	q.limit++
 	rows, err := ops.store.listProjects(ctx, q)
 	if err != nil {
 		return listPage[projectView]{}, err
 	}
-	l := newListPage(rows, limit, func(p *projectRow) projectView {
+	l := newListPage(rows, q.limit-1, func(p *projectRow) projectView {
 		v, viewErr := ops.newProjectView(ctx, p)
 		err = errors.Join(err, viewErr)
 		return v

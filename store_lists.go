@@ -62,12 +62,6 @@ func (t *searchTerm) isEmpty() bool { return t.text == "" }
 // isShort reports whether the index does not cover the term.
 func (t *searchTerm) isShort() bool { return t.text != "" && t.indexed == "" }
 
-// matches reports whether the term finds something with a name and an id.
-func (t *searchTerm) matches(name, id string) bool {
-	part := strings.ToLower(t.text)
-	return strings.Contains(strings.ToLower(name), part) || strings.Contains(strings.ToLower(id), part)
-}
-
 // The orders of a list of tokens. With a minus they are reversed. The last two are of all projects.
 const (
 	tokensOldest  = "oldest"
