@@ -1,5 +1,5 @@
-// This file has the pages of /admin about the proxy as a whole: prices, running calls, routing, sessions of clients, management
-// keys, the audit trail and the settings. They are thin over the operations of /manage.
+// This file has the pages of /admin about the proxy as a whole: prices, running calls, routing, sessions of clients,
+// management keys, the audit trail and the settings. They are thin over the operations of /manage.
 package main
 
 import (
