@@ -300,8 +300,8 @@ func (d *diagnosis) checkUnrecorded(ctx context.Context, st *store) {
 	lines, err := os.ReadFile(name)
 	switch rows := bytes.Count(lines, []byte{'\n'}); {
 	case err == nil:
-		d.warn(what, fmt.Sprintf("%s has %s that the last stop could not record", name,
-			countNoun(int64(rows), "call")), "the next start records them")
+		d.warn(what, fmt.Sprintf("%s has %s that the database has not taken yet", name,
+			countNoun(int64(rows), "call")), "a running server records them once it can, otherwise the next start does")
 	case !errors.Is(err, fs.ErrNotExist):
 		d.fail(what, "cannot be read: "+unwrapPathError(err).Error(), "check the owner and the mode of "+name)
 	case refusal == "":

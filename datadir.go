@@ -445,23 +445,6 @@ func writeNewFile(name, text string) error {
 	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name)))
 }
 
-// appendToFile adds lines to a file, which it creates if there is none. A crash leaves the old file or the new one.
-func appendToFile(name string, lines []byte) error {
-	old, err := os.ReadFile(name)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if len(old) > 0 && old[len(old)-1] != '\n' {
-		old = append(old, '\n')
-	}
-	changed := name + ".new"
-	_ = os.Remove(changed) // of a stop that died
-	if err := writeNewFile(changed, string(append(old, lines...))); err != nil {
-		return err
-	}
-	return errors.Join(os.Rename(changed, name), syncDir(filepath.Dir(name)))
-}
-
 // syncFile syncs the content of a file to disk.
 func syncFile(name string) error {
 	f, err := os.OpenFile(name, os.O_RDWR, 0)

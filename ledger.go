@@ -5,7 +5,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -45,14 +44,19 @@ type ledger struct {
 	lastBatchBytes  int           // size of the last batch's JSON
 	settledEntries  []*ledgerEntry
 	sumOnlyRows     []*requestRow
-	oldestSettledAt time.Time // when the oldest of settledEntries and sumOnlyRows was queued
-	queuedCount     uint64    // all rows ever queued
-	committedCount  uint64    // how many of them, in the order of queueing, are certainly committed
-	flushing        bool      // a caller waits for committedCount
+	oldestSettledAt time.Time      // when the oldest of settledEntries and sumOnlyRows was queued
+	queuedCount     uint64         // all rows ever queued
+	committedCount  uint64         // how many of them, in the order of queueing, are certainly committed
+	flushing        bool           // a caller waits for committedCount
+	writing         []*ledgerEntry // those that the writer has taken from settledEntries
+	writingSince    time.Time
+	outbox          *outbox    // keeps rows while the database does not work; nil: none does
+	delivering      outboxMark // of the writer: the lines that the present batch has
 	closing         bool
 
 	wake            chan struct{}
 	done            chan struct{}
+	outboxDone      chan struct{}
 	failing         atomic.Bool
 	commitDurations histogram
 	committedRows   atomic.Int64
@@ -62,10 +66,11 @@ type ledger struct {
 // ledgerRefusal is the setting with the time and the error of a database that refuses rows, "" if it does not.
 const ledgerRefusal = "ledger_refusal"
 
-// openLedger recovers the calls that were running when the last process died, then starts the writer.
-func openLedger(ctx context.Context, st *store, log *slog.Logger, newComplete newCompleteFunc) (*ledger, error) {
-	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, newComplete: newComplete,
-		wake: make(chan struct{}, 1), done: make(chan struct{})}
+// openLedger recovers the calls that were running when the last process died, then starts the writer. box may be nil.
+func openLedger(ctx context.Context, st *store, log *slog.Logger, box *outbox, newComplete newCompleteFunc,
+) (*ledger, error) {
+	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, newComplete: newComplete, outbox: box,
+		wake: make(chan struct{}, 1), done: make(chan struct{}), outboxDone: make(chan struct{})}
 	if err := l.recoverCalls(ctx); err != nil {
 		return nil, err
 	}
@@ -74,6 +79,11 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, newComplete ne
 		return nil, err
 	}
 	go l.run()
+	if box == nil {
+		close(l.outboxDone)
+		return l, nil
+	}
+	go l.runOutbox()
 	return l, nil
 }
 
@@ -224,7 +234,7 @@ func (l *ledger) awaitIfHealthy(ctx context.Context, count uint64) error {
 	return l.awaitCommitted(ctx, count)
 }
 
-// close writes what is queued and ends the writer. It gives up when ctx is over; unwritten then has what is left.
+// close writes what is queued and ends the writer. It gives up when ctx is over; keepRows then keeps what is left.
 func (l *ledger) close(ctx context.Context) error {
 	err := l.flush(ctx)
 	l.mu.Lock()
@@ -232,51 +242,12 @@ func (l *ledger) close(ctx context.Context) error {
 	l.mu.Unlock()
 	l.kick()
 	<-l.done
+	<-l.outboxDone
+	if l.outbox != nil {
+		l.dropOutbox()
+	}
 	l.writer.close()
 	return err
-}
-
-// unwritten returns the rows that are still queued after close, as lines of JSON, and how many.
-func (l *ledger) unwritten() (lines []byte, count int, err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, e := range l.settledEntries {
-		var rowErr error
-		lines, rowErr = e.row.appendUnwritten(lines, false)
-		err = errors.Join(err, rowErr)
-	}
-	for _, r := range l.sumOnlyRows {
-		var rowErr error
-		lines, rowErr = r.appendUnwritten(lines, true)
-		err = errors.Join(err, rowErr)
-	}
-	return lines, len(l.settledEntries) + len(l.sumOnlyRows), err
-}
-
-// recordUnwritten writes the rows in lines, which unwritten made in an earlier run, and returns how many. Rows that
-// are already recorded are skipped: that run's successor may have died before it removed the lines.
-func recordUnwritten(ctx context.Context, st *store, lines []byte) (count int, err error) {
-	var batch ledgerBatch
-	for line := range bytes.Lines(lines) {
-		row, sumOnly, err := parseUnwritten(line)
-		if err != nil {
-			return 0, err
-		}
-		if sumOnly {
-			batch.sumOnlyRows = append(batch.sumOnlyRows, row)
-			continue
-		}
-		recorded, err := st.isRecorded(ctx, row.id)
-		if err != nil {
-			return 0, err
-		}
-		if !recorded {
-			batch.records = append(batch.records, row)
-		}
-	}
-	writer := st.newLedgerWriter()
-	defer writer.close()
-	return len(batch.records) + len(batch.sumOnlyRows), writer.writeOrReduce(ctx, batch)
 }
 
 // run is the writer; close waits for its end.
@@ -287,6 +258,7 @@ func (l *ledger) run() {
 	for {
 		work := l.dequeue()
 		if work.pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
+			l.delivering = work.kept
 			l.write(work.pending, work.settledEntries, work.sumOnlyRows)
 			if work.pending != nil {
 				close(work.pending.done)
@@ -336,6 +308,7 @@ type ledgerWork struct {
 	settledEntries []*ledgerEntry
 	sumOnlyRows    []*requestRow
 	drained        bool          // nothing is left
+	kept           outboxMark    // the lines of the outbox with rows that are among these
 	queuedCount    uint64        // of the ledger at that time
 	wait           time.Duration // until what is left should be written
 	closing        bool
@@ -355,6 +328,10 @@ func (l *ledger) dequeue() ledgerWork {
 		if q.drained = n >= settleBatchSize || age >= settleDelay || l.flushing || l.closing; q.drained {
 			q.settledEntries, l.settledEntries = l.settledEntries, nil
 			q.sumOnlyRows, l.sumOnlyRows = l.sumOnlyRows, nil
+			l.writing, l.writingSince = q.settledEntries, time.Now()
+			if l.outbox != nil {
+				q.kept = l.outbox.mark
+			}
 		} else {
 			q.wait = settleDelay - age
 		}
@@ -365,11 +342,12 @@ func (l *ledger) dequeue() ledgerWork {
 // markCommitted counts what work has brought into the database. After a failure that is nothing: the rows
 // are queued again.
 func (l *ledger) markCommitted(work ledgerWork) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.writing = nil
 	if !work.drained || l.failing.Load() {
 		return
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.committedCount, l.flushing = work.queuedCount, false
 }
 
@@ -379,6 +357,7 @@ func (l *ledger) markCommitted(work ledgerWork) {
 func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) {
 	err := l.commit(pending, settled, sums)
 	if isRejectedRow(err) && len(settled)+len(sums) > 0 {
+		l.delivering = outboxMark{}
 		if err = nil; pending != nil {
 			err = l.commit(pending, nil, nil)
 		}
@@ -400,6 +379,7 @@ func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*re
 	l.markFailing(err)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.writing = nil
 	l.settledEntries = append(slices.Clip(settled), l.settledEntries...)
 	l.sumOnlyRows = append(slices.Clip(sums), l.sumOnlyRows...)
 }
@@ -408,6 +388,7 @@ func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*re
 func (l *ledger) commit(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) error {
 	start := time.Now()
 	batch, undo := buildLedgerBatch(pending, settled, sums)
+	batch.delivered = l.delivering
 	err := l.writer.write(context.Background(), batch)
 	l.commitDurations.observe(time.Since(start).Microseconds(), &fastBounds)
 	rows := len(settled) + len(sums)

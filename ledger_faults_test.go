@@ -225,6 +225,10 @@ func TestRowsRefused(t *testing.T) {
 				t.Errorf("call 7 of 6: got %d", res.status)
 			}
 			p.checkRecorded(6)
+			waitFor(t, "the file of kept calls to go", func() bool {
+				_, err := os.Stat(unwrittenFileName(p.instance.cfg.databaseFile))
+				return err != nil
+			})
 			if lines, err := p.runDoctor(nil); err != nil || !hasFinding(lines, "ok", "ledger", "") {
 				t.Errorf("after recovery the doctor says %v %q", err, lines)
 			}
@@ -302,15 +306,15 @@ func TestRefusedRowsAcrossRestart(t *testing.T) {
 	_, token := p.newToken(`"name":"limited","max_requests":4`)
 	p.chatAs(token)
 	p.waitSettled()
+	kept := unwrittenFileName(p.instance.cfg.databaseFile)
+	id := p.instance.proxy.ids.next(time.Now())
+	earlier := strings.TrimSuffix(unwrittenLine(t, p.instance.store, &requestRow{id: id, started: id >> idTimeShift,
+		project: 1, token: 2, endpoint: "POST /v1/chat/completions", outcome: outcomeOK, status: 200, source: usageNone,
+		firstByteUS: -1, attempts: 1}), "\n")
+	mustOverwrite(t, kept, earlier) // as if a file had stayed, without its last line break
 	p.execSQL(`CREATE TRIGGER refusal BEFORE INSERT ON requests BEGIN SELECT RAISE(ABORT, 'no'); END`)
 	p.chatAs(token)
 	waitFor(t, "the ledger to fail", func() bool { return !p.instance.ledger.healthy() })
-	kept := unwrittenFileName(p.instance.cfg.databaseFile)
-	id := p.instance.proxy.ids.next(time.Now())
-	earlier := strings.TrimSuffix(unwrittenLine(t, &requestRow{id: id, started: id >> idTimeShift, project: 1, token: 2,
-		endpoint: "POST /v1/chat/completions", outcome: outcomeOK, status: 200, source: usageNone, firstByteUS: -1,
-		attempts: 1}), "\n")
-	mustOverwrite(t, kept, earlier) // as if a file had stayed, without its last line break
 	if err := p.stop(); err != nil {
 		t.Errorf("stopping: %v", err)
 	}
@@ -338,14 +342,13 @@ func TestRefusedRowsAcrossRestart(t *testing.T) {
 }
 
 // unwrittenLine returns a line of the file of unwritten rows.
-func unwrittenLine(t *testing.T, r *requestRow) string {
+func unwrittenLine(t *testing.T, st *store, r *requestRow) string {
 	t.Helper()
-	l := &ledger{settledEntries: []*ledgerEntry{{row: *r}}}
-	lines, n, err := l.unwritten()
-	if n != 1 || err != nil {
-		t.Fatal(n, err)
+	line, err := newOutbox("", st.chain, nil).appendLine(nil, r, 1, false)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return string(lines)
+	return string(line)
 }
 
 // TestDurableFields: what is kept of a row that could not be written is everything but stored content, and the price
@@ -387,8 +390,8 @@ func TestRestoreMovesUnwritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := p.instance.cfg.databaseFile
-	line := unwrittenLine(t, &requestRow{id: minIDAt(time.Now()), started: time.Now().UnixMilli(), project: 1, token: 1,
-		outcome: outcomeOK, source: usageNone})
+	line := unwrittenLine(t, p.instance.store, &requestRow{id: minIDAt(time.Now()),
+		started: time.Now().UnixMilli(), project: 1, token: 1, outcome: outcomeOK, source: usageNone})
 	mustOverwrite(t, unwrittenFileName(file), line)
 	if out, err := runProgram(t, p.env, "restore", "--revoke=none", backup); err != nil {
 		t.Fatalf("%v: %s", err, out)

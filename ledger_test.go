@@ -384,7 +384,7 @@ func TestOpenRowsOfOlderVersions(t *testing.T) {
 				r.cost, r.priced = 5, true
 				return nil
 			}
-			l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler),
+			l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), nil,
 				func(context.Context) func(*requestRow) error { return price })
 			if err != nil {
 				t.Fatal(err)
@@ -496,9 +496,10 @@ func checkPendingLists(t *testing.T, st *store, model string) {
 // checkRestart opens the ledger after the program died while one of three calls ran, and makes one more call.
 func checkRestart(t *testing.T, st *store) {
 	t.Helper()
-	l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), func(context.Context) func(*requestRow) error {
+	newComplete := func(context.Context) func(*requestRow) error {
 		return func(*requestRow) error { return nil }
-	})
+	}
+	l, err := openLedger(t.Context(), st, slog.New(slog.DiscardHandler), nil, newComplete)
 	if err != nil {
 		t.Fatal(err)
 	}

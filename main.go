@@ -18,7 +18,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	runtimemetrics "runtime/metrics"
 	"slices"
@@ -255,7 +254,8 @@ func (in *instance) openLedger(ctx context.Context) error {
 	if err = in.recordUnwritten(ctx); err != nil {
 		return err
 	}
-	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, in.newLostRowCompleter)
+	box := newOutbox(in.cfg.unwrittenFile(), in.store.chain, in.log.Logger)
+	in.ledger, err = openLedger(ctx, in.store, in.log.Logger, box, in.newLostRowCompleter)
 	return err
 }
 
@@ -397,20 +397,17 @@ func (in *instance) close() error {
 	return errors.Join(errs...)
 }
 
-// keepUnwritten writes the rows that the closed ledger could not write to a file, for the next start.
+// keepUnwritten keeps the rows that the closed ledger could not write, for the next start.
 func (in *instance) keepUnwritten() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	reason := in.store.checkWritable(ctx)
-	lines, rows, err := in.ledger.unwritten()
+	l, name := in.ledger, in.cfg.unwrittenFile()
+	rows := len(l.settledEntries) + len(l.sumOnlyRows)
 	if rows == 0 {
 		return nil
 	}
-	name := in.cfg.unwrittenFile()
-	if err == nil {
-		err = appendToFile(name, lines)
-	}
-	if err != nil {
+	if err := l.keepRows(true); err != nil {
 		return fmt.Errorf("%d calls could not be recorded: the database cannot be written (%w), nor can %s: %w; "+
 			"the next start records those that it knows as lost", rows, reason, name, err)
 	}
@@ -420,23 +417,22 @@ func (in *instance) keepUnwritten() error {
 	return nil
 }
 
-// recordUnwritten records the rows that keepUnwritten kept.
+// recordUnwritten records the rows that an earlier process has kept.
 func (in *instance) recordUnwritten(ctx context.Context) error {
 	name := in.cfg.unwrittenFile()
-	lines, err := os.ReadFile(name)
+	rows, torn, err := recordOutbox(ctx, in.store, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	}
-	rows := 0
-	if err == nil {
-		rows, err = recordUnwritten(ctx, in.store, lines)
 	}
 	if err != nil {
 		return fmt.Errorf("recording the calls in %s: %w; start the version that made it, or move it away: its calls "+
 			"are then recorded as lost", name, err)
 	}
+	if torn {
+		in.log.Warn("the last line of a file of calls is skipped, because it was not written to its end", "file", name)
+	}
 	in.log.Warn("calls that the last stop could not write are recorded", "rows", rows, "file", name)
-	return errors.Join(os.Remove(name), syncDir(filepath.Dir(name)))
+	return nil
 }
 
 // listen opens LISTEN_ADDR, and METRICS_ADDR if it is set.

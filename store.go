@@ -316,13 +316,19 @@ func (s *store) setSetting(ctx context.Context, name, value string) error {
 	return saveSetting(ctx, s.writeDB, name, value)
 }
 
+const upsertSetting = `INSERT INTO settings (name, value) VALUES (?, ?)
+	ON CONFLICT (name) DO UPDATE SET value = excluded.value`
+
 func saveSetting(ctx context.Context, db querier, name, value string) error {
-	if _, err := db.ExecContext(ctx, `
-		INSERT INTO settings (name, value) VALUES (?, ?)
-		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, value); err != nil {
+	if _, err := db.ExecContext(ctx, upsertSetting, name, value); err != nil {
 		return fmt.Errorf("writing the setting %s: %w", name, err)
 	}
 	return nil
+}
+
+func (s *store) deleteSetting(ctx context.Context, name string) error {
+	_, err := execCount(ctx, s.writeDB, "deleting the setting "+name, `DELETE FROM settings WHERE name = ?`, name)
+	return err
 }
 
 // checkWritable returns an error if the database cannot be written now.

@@ -10,6 +10,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 )
 
@@ -37,6 +38,7 @@ const (
 	stmtHour
 	stmtLatency
 	stmtLatency8
+	stmtDelivered
 	stmtBeginTx
 	stmtCommit
 	stmtRollback
@@ -176,9 +178,10 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtLatency8: insertLatency + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + addToLatency,
-		stmtBeginTx:  `BEGIN IMMEDIATE`,
-		stmtCommit:   `COMMIT`,
-		stmtRollback: `ROLLBACK`,
+		stmtDelivered: upsertSetting,
+		stmtBeginTx:   `BEGIN IMMEDIATE`,
+		stmtCommit:    `COMMIT`,
+		stmtRollback:  `ROLLBACK`,
 	}
 }
 
@@ -266,8 +269,13 @@ func (w *ledgerWriter) writeOrReduce(ctx context.Context, b ledgerBatch) error {
 	}
 	writeOne := func(one ledgerBatch) {
 		if err = w.write(ctx, one); isRejectedRow(err) {
-			reduced, _ := one.reduced()
+			reduced, row := one.reduced()
 			err = w.write(ctx, reduced)
+			if isRejectedRow(err) && len(one.records) > 0 {
+				if recorded, _ := w.store.isRecorded(ctx, row.id); recorded { // by another replica, meanwhile
+					err = nil
+				}
+			}
 		}
 	}
 	err = nil
@@ -376,6 +384,12 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	}
 	if len(b.records)+len(b.sumOnlyRows)+len(b.endedBatchIDs) == 0 {
 		return nil
+	}
+	if b.delivered.lines > 0 {
+		if err := w.exec(ctx, stmtDelivered, outboxSetting+b.delivered.id,
+			strconv.FormatInt(b.delivered.lines, 10)); err != nil {
+			return fmt.Errorf("noting which kept calls are recorded: %w", err)
+		}
 	}
 	if err := w.insertRequests(ctx, b.records); err != nil {
 		return fmt.Errorf("recording calls: %w", err)

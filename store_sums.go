@@ -1,6 +1,6 @@
 // This file has what the ledger does with the rows of calls in plain code, without SQL:
 //
-//	the forms of a row   reduced to what a database must take, as a pending record, as a line of a file
+//	the forms of a row   reduced to what a database must take, as a pending record
 //	batches of rows      what one transaction writes, and which pending records end with it
 //	errors               what an error of the database means
 //	sums                 by hour and day, token, project, model, endpoint and outcome, as they are stored and reported
@@ -125,40 +125,6 @@ func (r *requestRow) setDetails(text string) error {
 	return nil
 }
 
-// An unwrittenRow is a row that a stop could not write.
-type unwrittenRow struct {
-	SumOnly bool
-	Fields  []json.RawMessage // of requestRow.durableFields
-}
-
-// appendUnwritten appends the row as a line of JSON. sumOnly: it only counts in the sums.
-func (r *requestRow) appendUnwritten(lines []byte, sumOnly bool) (_ []byte, err error) {
-	u := unwrittenRow{SumOnly: sumOnly}
-	for _, field := range r.durableFields() {
-		text, fieldErr := json.Marshal(field)
-		err = errors.Join(err, fieldErr)
-		u.Fields = append(u.Fields, text)
-	}
-	line, lineErr := json.Marshal(u)
-	return append(append(lines, line...), '\n'), errors.Join(err, lineErr)
-}
-
-// parseUnwritten reads a line of appendUnwritten.
-func parseUnwritten(line []byte) (row *requestRow, sumOnly bool, err error) {
-	var u unwrittenRow
-	row = &requestRow{}
-	fields := row.durableFields()
-	if err := json.Unmarshal(line, &u); err != nil || len(u.Fields) != len(fields) {
-		return nil, false, errors.New("it was made by another version, or is damaged")
-	}
-	for i, field := range fields {
-		if err := json.Unmarshal(u.Fields[i], field); err != nil {
-			return nil, false, fmt.Errorf("a row has an unexpected value: %w", err)
-		}
-	}
-	return row, u.SumOnly, nil
-}
-
 // countReserved fills in what was reserved as the usage.
 func (r *requestRow) countReserved() {
 	r.counts, r.source = tokenCounts{input: r.reservedInput, output: r.reservedOutput}, usageEstimated
@@ -226,6 +192,15 @@ type ledgerEntry struct {
 	batch *pendingBatch
 }
 
+// An outboxMark names the first lines of a file of rows that the database did not take; see outbox.go.
+type outboxMark struct {
+	id    string
+	lines int64
+}
+
+// outboxSetting begins the name of a setting that says how many lines of such a file are recorded.
+const outboxSetting = "outbox "
+
 // A ledgerBatch is what one transaction writes.
 type ledgerBatch struct {
 	pendingBatchID     int64         // of the calls that begin together; 0: none do
@@ -233,6 +208,7 @@ type ledgerBatch struct {
 	records            []*requestRow // calls that have ended
 	endedBatchIDs      []int64       // batches whose last calls are among them
 	sumOnlyRows        []*requestRow // calls that only count in the sums
+	delivered          outboxMark    // lines of a file that the rows are from
 	probe              bool          // write nothing, only find out whether it could be written
 }
 

@@ -1,0 +1,403 @@
+// This file keeps the rows of calls that have ended in a file while the database takes none of them. The ledger goes on
+// trying to write them from memory; the file is for the case that the program is killed before it succeeds. The next
+// start records what the file has, each call once, and removes it. Each line is signed with the key of the audit trail,
+// so the rows of another database, or of whoever can write to the directory, are refused. The file opens no secret,
+// and has no stored content of calls.
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+const (
+	// outboxInterval is how often rows are kept, and so how many share one sync of the disk.
+	outboxInterval = 250 * time.Millisecond
+	// outboxDelay is how long a commit may take before the rows in it are kept.
+	outboxDelay = time.Second
+	// outboxRows is how many rows are kept at one time: the ledger waits meanwhile.
+	outboxRows = 500
+	// maxOutboxBytes bounds the file. So do the running calls: none is admitted while the database takes no rows.
+	maxOutboxBytes = 64 << 20
+)
+
+// An outbox is the file of one process. It belongs to the goroutine of ledger.runOutbox. The ledger's mu guards lines
+// and keptUpTo, which others read.
+type outbox struct {
+	name  string
+	id    string // names this outbox in its lines and in the database
+	chain *auditChain
+	log   *slog.Logger
+
+	file    *os.File // nil: there is none
+	size    int64
+	kept    map[*requestRow]bool // rows with a line in the file
+	failing bool                 // the last attempt failed, which was reported
+
+	mark     outboxMark // what the file has, none if there is no file
+	lines    int64      // all that were ever written
+	keptUpTo uint64     // once as many queued rows are committed, the file is of no use
+}
+
+// newOutbox returns the outbox of a process, which makes no file yet.
+func newOutbox(name string, chain *auditChain, log *slog.Logger) *outbox {
+	return &outbox{name: name, id: strconv.FormatInt(time.Now().UnixNano(), 36), chain: chain, log: log,
+		kept: map[*requestRow]bool{}}
+}
+
+// The form of a line: a signature, and the JSON of an unwrittenRow.
+
+// An unwrittenRow is a row that the database did not take.
+type unwrittenRow struct {
+	Outbox  string
+	Number  int64             // 1, 2, 3 …
+	SumOnly bool              // it only counts in the sums
+	Fields  []json.RawMessage // of requestRow.durableFields
+	row     *requestRow
+}
+
+// appendLine appends a row as the line with a number.
+func (o *outbox) appendLine(lines []byte, r *requestRow, number int64, sumOnly bool) ([]byte, error) {
+	u := unwrittenRow{Outbox: o.id, Number: number, SumOnly: sumOnly}
+	for _, field := range r.durableFields() {
+		text, err := json.Marshal(field)
+		if err != nil {
+			return lines, fmt.Errorf("the row of a call has no JSON: %w", err)
+		}
+		u.Fields = append(u.Fields, text)
+	}
+	line, err := json.Marshal(u)
+	if err != nil {
+		return lines, fmt.Errorf("the row of a call has no JSON: %w", err)
+	}
+	lines = hex.AppendEncode(lines, o.chain.mac("outbox", nil, string(line)))
+	return append(append(append(lines, ' '), line...), '\n'), nil
+}
+
+// errTornLine means that a line was not written to its end.
+var errTornLine = errors.New("its last line was not written to its end")
+
+// parseUnwritten reads a line of appendLine.
+func parseUnwritten(chain *auditChain, line []byte) (*unwrittenRow, error) {
+	text, complete := bytes.CutSuffix(line, []byte("\n"))
+	mac, text, _ := bytes.Cut(text, []byte(" "))
+	if want := hex.AppendEncode(nil, chain.mac("outbox", nil, string(text))); !hmac.Equal(mac, want) {
+		if !complete && !json.Valid(line) {
+			return nil, errTornLine
+		}
+		return nil, errors.New("it was made by another version or for another database, or is damaged")
+	}
+	u := &unwrittenRow{row: &requestRow{}}
+	fields := u.row.durableFields()
+	if err := json.Unmarshal(text, u); err != nil || len(u.Fields) != len(fields) {
+		return nil, errors.New("it was made by another version")
+	}
+	for i, field := range fields {
+		if err := json.Unmarshal(u.Fields[i], field); err != nil {
+			return nil, fmt.Errorf("a row has an unexpected value: %w", err)
+		}
+	}
+	return u, nil
+}
+
+// What a running process keeps.
+
+// runOutbox keeps rows until the writer has ended.
+func (l *ledger) runOutbox() {
+	defer close(l.outboxDone)
+	tick := time.NewTicker(outboxInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-l.done:
+			return
+		case <-tick.C:
+		}
+		l.outbox.report(l.keepRows(false))
+		l.dropOutbox()
+	}
+}
+
+// keepRows writes all rows to the file that wait for the database, if it does not work or, with always, in any case.
+func (l *ledger) keepRows(always bool) error {
+	o := l.outbox
+	for {
+		lines, rows, upTo, err := l.unkeptRows(always)
+		if err != nil || len(rows) == 0 {
+			return err
+		}
+		if err := o.append(lines); err != nil {
+			return err
+		}
+		if len(o.kept) == 0 {
+			o.log.Warn("the database takes no calls; those that have ended are kept in a file until it does",
+				"file", o.name)
+		}
+		for _, r := range rows {
+			o.kept[r] = true
+		}
+		l.mu.Lock()
+		o.lines += int64(len(rows))
+		o.mark, o.keptUpTo = outboxMark{o.id, o.lines}, upTo
+		l.mu.Unlock()
+	}
+}
+
+// unkeptRows returns the next rows that the file does not have, as lines. Once upTo rows are committed, these are.
+func (l *ledger) unkeptRows(always bool) (lines []byte, rows []*requestRow, upTo uint64, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	slow := len(l.writing) > 0 && time.Since(l.writingSince) > outboxDelay
+	if !always && !slow && !l.failing.Load() {
+		return nil, nil, 0, nil
+	}
+	add := func(r *requestRow, sumOnly bool) {
+		if err != nil || len(rows) == outboxRows || l.outbox.kept[r] {
+			return
+		}
+		lines, err = l.outbox.appendLine(lines, r, l.outbox.lines+int64(len(rows))+1, sumOnly)
+		rows = append(rows, r)
+	}
+	for _, e := range l.writing {
+		add(&e.row, false)
+	}
+	for _, e := range l.settledEntries {
+		add(&e.row, false)
+	}
+	for _, r := range l.sumOnlyRows { // the writer changes those that it is writing
+		add(r, true)
+	}
+	return lines, rows, l.queuedCount, err
+}
+
+// append appends lines to the file and syncs it to disk: all of them, or none.
+func (o *outbox) append(lines []byte) (err error) {
+	if o.file != nil && !isAtPath(o.file, o.name) { // it was moved away
+		o.close()
+	}
+	if o.file == nil {
+		if err := o.open(); err != nil {
+			return err
+		}
+	}
+	if o.size+int64(len(lines)) > maxOutboxBytes {
+		return fmt.Errorf("it would be larger than %d MiB", maxOutboxBytes>>20)
+	}
+	if _, err = o.file.Write(lines); err == nil {
+		err = o.file.Sync()
+	}
+	if err != nil {
+		return errors.Join(err, o.file.Truncate(o.size))
+	}
+	o.size += int64(len(lines))
+	return nil
+}
+
+// open opens the file, or makes it.
+func (o *outbox) open() error {
+	f, err := openRegularFile(o.name, os.O_RDWR|os.O_CREATE|os.O_APPEND)
+	if err != nil {
+		return err
+	}
+	o.file = f
+	if o.size, err = f.Seek(0, io.SeekEnd); err == nil && o.size > 0 { // put back while this process ran
+		last := []byte{0}
+		if _, err = f.ReadAt(last, o.size-1); err == nil && last[0] != '\n' {
+			_, err = f.WriteString("\n")
+			o.size++
+		}
+	}
+	if err = errors.Join(err, f.Chmod(0o600), syncDir(filepath.Dir(o.name))); err != nil {
+		o.close()
+	}
+	return err
+}
+
+// close closes the file. Its rows are kept again if they still wait.
+func (o *outbox) close() {
+	if o.file != nil {
+		_ = o.file.Close()
+	}
+	o.file, o.size = nil, 0
+	clear(o.kept)
+}
+
+// report logs an error that is new, and its end.
+func (o *outbox) report(err error) {
+	if failing := err != nil; failing != o.failing {
+		if o.failing = failing; failing {
+			o.log.Error("calls that have ended wait for the database, and cannot be kept in a file; if the program is "+
+				"killed, they are recorded as lost, with estimates", "file", o.name, "error", err)
+		} else {
+			o.log.Info("calls that have ended can be kept in a file again", "file", o.name)
+		}
+	}
+}
+
+// dropOutbox removes the file once its rows are committed.
+func (l *ledger) dropOutbox() {
+	o := l.outbox
+	l.mu.Lock()
+	mark := o.mark
+	unused := mark.lines > 0 && l.committedCount >= o.keptUpTo && !l.failing.Load()
+	if unused {
+		o.mark = outboxMark{}
+	}
+	l.mu.Unlock()
+	if !unused {
+		return
+	}
+	rows := len(o.kept)
+	o.close()
+	if err := removeOutbox(context.Background(), l.store, o.name, mark.id); err != nil {
+		o.log.Error("a file of calls that are recorded cannot be removed; the next start does it", "file", o.name,
+			"error", err)
+		return
+	}
+	o.log.Info("the calls that were kept in a file are recorded", "rows", rows, "file", o.name)
+}
+
+// removeOutbox removes a file of which everything is recorded, and then what the database knows of it.
+func removeOutbox(ctx context.Context, st *store, name string, ids ...string) error {
+	err := os.Remove(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err = errors.Join(err, syncDir(filepath.Dir(name))); err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if err := st.deleteSetting(ctx, outboxSetting+id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// What a start records.
+
+// recordOutbox records the rows in a file, and removes it. Rows that are recorded already are skipped: an earlier start
+// may have died before it removed the file, or another replica has recorded a call as lost. torn: the file ended within
+// a line, which was skipped.
+func recordOutbox(ctx context.Context, st *store, name string) (rows int, torn bool, err error) {
+	f, err := openRegularFile(name, os.O_RDONLY)
+	if err != nil {
+		return 0, false, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, 2*maxOutboxBytes))
+	if err != nil {
+		return 0, false, err
+	}
+	if len(text) == 2*maxOutboxBytes {
+		return 0, false, errors.New("it is too large")
+	}
+	var all []*unwrittenRow
+	for line := range bytes.Lines(text) {
+		u, err := parseUnwritten(st.chain, line)
+		if torn = errors.Is(err, errTornLine); err != nil && !torn {
+			return 0, false, err
+		}
+		if !torn {
+			all = append(all, u)
+		}
+	}
+	writer := st.newLedgerWriter()
+	defer writer.close()
+	recorded := map[string]int64{} // lines, by outbox
+	var ids []string
+	for len(all) > 0 {
+		n := min(len(all), outboxRows)
+		for n > 1 && all[n-1].Outbox != all[0].Outbox {
+			n--
+		}
+		id := all[0].Outbox
+		if _, known := recorded[id]; !known {
+			ids = append(ids, id)
+			if recorded[id], err = st.outboxLines(ctx, id); err != nil {
+				return rows, torn, err
+			}
+		}
+		batch, err := unrecordedBatch(ctx, st, all[:n], recorded[id])
+		if err == nil {
+			err = writer.writeOrReduce(ctx, batch)
+		}
+		if err != nil {
+			return rows, torn, err
+		}
+		rows += len(batch.records) + len(batch.sumOnlyRows)
+		recorded[id] = max(recorded[id], batch.delivered.lines)
+		all = all[n:]
+	}
+	return rows, torn, removeOutbox(ctx, st, name, ids...)
+}
+
+// unrecordedBatch returns a batch with those of the rows that are not recorded.
+func unrecordedBatch(ctx context.Context, st *store, rows []*unwrittenRow, lines int64) (b ledgerBatch, err error) {
+	for _, u := range rows {
+		if u.Number <= max(lines, b.delivered.lines) {
+			continue
+		}
+		b.delivered = outboxMark{u.Outbox, max(u.Number, b.delivered.lines)}
+		if u.SumOnly {
+			b.sumOnlyRows = append(b.sumOnlyRows, u.row)
+			continue
+		}
+		recorded, err := st.isRecorded(ctx, u.row.id)
+		if err != nil {
+			return b, err
+		}
+		if !recorded {
+			b.records = append(b.records, u.row)
+		}
+	}
+	return b, nil
+}
+
+// outboxLines returns how many lines of an outbox are recorded.
+func (s *store) outboxLines(ctx context.Context, id string) (int64, error) {
+	text, err := s.setting(ctx, outboxSetting+id)
+	if errors.Is(err, errNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(text, 10, 64)
+}
+
+// openRegularFile opens a file that is neither a link, a pipe nor a device.
+func openRegularFile(name string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(name, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("it is not a regular file")
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// isAtPath reports whether an open file is still the one at a path.
+func isAtPath(f *os.File, name string) bool {
+	open, openErr := f.Stat()
+	info, err := os.Lstat(name)
+	return openErr == nil && err == nil && os.SameFile(open, info)
+}
