@@ -115,6 +115,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET /admin/audit", roleAdmin, ui.auditPage},
 		{"GET /admin/audit/verify", roleAdmin, ui.auditCheckPage},
 		{"GET /admin/settings", roleAdmin, ui.settingsPage},
+		{"GET /admin/replicas", roleViewer, ui.replicasPage},
 	}
 }
 
@@ -129,6 +130,7 @@ func adminNav() []navItem {
 		{Title: "Prices", Path: "/admin/prices", minRole: roleViewer},
 		{Title: "Management keys", Path: "/admin/keys", minRole: roleAdmin},
 		{Title: "Audit trail", Path: "/admin/audit", minRole: roleAdmin},
+		{Title: "Replicas", Path: "/admin/replicas", minRole: roleViewer},
 		{Title: "Settings", Path: "/admin/settings", minRole: roleAdmin},
 	}
 }

@@ -190,9 +190,10 @@ func (ui *adminUI) deletePricePage(r *pageRequest) (*pageResponse, error) {
 
 // A streamsView is the data of templates/streams.html.
 type streamsView struct {
-	Calls []streamView
-	Next  string
-	Now   timestamp
+	Calls  []streamView
+	Next   string
+	Now    timestamp
+	Silent []int64 // replicas that did not answer
 }
 
 func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
@@ -200,21 +201,38 @@ func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	page := ui.ops.listStreams(f, r.now)
-	v := streamsView{Calls: page.Data, Next: r.nextPageURL(page.Next), Now: timestamp(r.now.UnixMilli())}
+	page, err := ui.ops.listStreams(r.ctx, f, r.now)
+	if err != nil {
+		return nil, err
+	}
+	v := streamsView{Calls: page.Data, Next: r.nextPageURL(page.Next), Now: timestamp(r.now.UnixMilli()),
+		Silent: page.SilentReplicas}
 	return showPage("streams", "Running calls", v), nil
 }
 
 func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
 	id := r.pathValue("id")
-	if ui.running.find(parseRequestID(id)) == nil {
-		return nil, errNotFound
+	if _, err := ui.ops.findStream(r.ctx, id, r.now); err != nil {
+		return nil, err
 	}
 	form := &pageForm{Submit: "End call", Cancel: "/admin/streams"}
 	v := &confirmView{Ask: "end-call", Items: []string{id}, Form: form}
 	return r.confirm("End this call?", v, redirectTo("/admin/streams", "ended-call"), func() error {
 		return ui.ops.abortStream(r.ctx, r.origin, id)
 	})
+}
+
+// A replicasView is the data of templates/replicas.html.
+type replicasView struct {
+	Replicas []replicaView
+	Shared   bool // the database can have several replicas
+	Now      timestamp
+}
+
+func (ui *adminUI) replicasPage(r *pageRequest) (*pageResponse, error) {
+	replicas, err := ui.ops.listReplicas(r.ctx)
+	v := replicasView{Replicas: replicas, Shared: ui.cfg.postgres != nil, Now: timestamp(r.now.UnixMilli())}
+	return showPage("replicas", "Replicas", v), err
 }
 
 // A sessionPageView is the data of templates/session.html.

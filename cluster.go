@@ -86,6 +86,11 @@ func (c *cluster) isLeader() bool {
 	return !c.db.config.replicated || int64(c.uptime()) < c.leads.Load()
 }
 
+// status is backend.status.
+func (c *cluster) status() replicaInfo {
+	return replicaInfo{LagMS: c.sinceHeard().Milliseconds(), OffsetMS: c.offset.Load(), Leader: c.isLeader()}
+}
+
 // limitNow returns the database's time in unix milliseconds, as far as it is known.
 func (c *cluster) limitNow() int64 { return c.now().UnixMilli() + c.offset.Load() }
 
@@ -150,11 +155,10 @@ func (c *cluster) beat(ctx context.Context) error {
 			return err
 		}
 	}
-	var info replicaInfo
+	info := c.status()
 	if c.hooks != nil {
-		info = c.hooks.describe()
+		c.hooks.describe(&info)
 	}
-	info.LagMS, info.OffsetMS, info.Leader = c.sinceHeard().Milliseconds(), c.offset.Load(), c.isLeader()
 	sent, before := c.uptime(), c.now()
 	b, err := c.sendBeat(ctx, &info)
 	if err != nil {

@@ -512,6 +512,13 @@ func (t timestamp) MarshalJSON() ([]byte, error) {
 	return []byte(time.UnixMilli(int64(t)).UTC().Format(`"2006-01-02T15:04:05.000Z07:00"`)), nil
 }
 
+// UnmarshalJSON reads what MarshalJSON has written.
+func (t *timestamp) UnmarshalJSON(b []byte) error {
+	at, err := time.Parse(`"`+time.RFC3339+`"`, string(b))
+	*t = timestamp(at.UnixMilli())
+	return err
+}
+
 // datetimeLocal writes a time as an HTML input of type datetime-local takes it.
 func (t timestamp) datetimeLocal() string {
 	return time.UnixMilli(int64(t)).UTC().Format("2006-01-02T15:04")

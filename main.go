@@ -294,6 +294,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
 		running: in.running, prices: &in.prices, contentKey: in.contentKey, cache: in.cache,
 		openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
+		self: replicaRow{version: versionText(), address: cfg.replicaAddress(), startedAt: started.UnixMilli()},
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
 	in.manage = &manageAPI{

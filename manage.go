@@ -162,6 +162,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/streams", roleViewer, api.listStreams,
 			pageParams("project_id", "token_id", "session", "end_user", "tag")},
 		{"DELETE /manage/streams/{id}", roleOperator, api.abortStream, nil},
+		{"GET /manage/replicas", roleViewer, api.listReplicas, nil},
 		{"GET /manage/prices", roleViewer, api.listPrices, []string{"model", "provider"}},
 		{"POST /manage/prices", roleAdmin, withInput(fields.price, api.setPrice), nil},
 		{"GET /manage/prices/list", roleViewer, api.listListPrices, pageParams("search", "provider")},

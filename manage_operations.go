@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -32,6 +33,7 @@ type operations struct {
 	openaiURL    string      // the base URL of an OpenAI upstream that names none
 	allowPrivate bool        // base URLs may be private addresses and plain http
 	fields       fieldTables // of the inputs
+	self         replicaRow  // this process, as administrators see it
 }
 
 // createFirstKey creates the management key that the first start shows.
@@ -377,17 +379,18 @@ const actionCutStream = "stream.cut"
 
 // abortStream ends a running call. Its client's response is cut off, and its row says why.
 func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id string) error {
-	c := ops.running.find(parseRequestID(id))
-	if c == nil {
-		return errNotFound
+	v, err := ops.findStream(ctx, id, time.UnixMilli(origin.at))
+	if err != nil {
+		return err
 	}
-	info := c.info.Load()
-	err := ops.store.recordAuditEvent(ctx, origin, auditEvent{action: actionCutStream, object: info.requestID,
-		detail: []auditField{{"project_id", info.project.id}, {"token_id", info.token.id}}})
+	err = ops.store.recordAuditEvent(ctx, origin, auditEvent{action: actionCutStream, object: v.ID,
+		detail: []auditField{{"project_id", v.ProjectID}, {"token_id", v.TokenID}}})
 	if err != nil {
 		return err // nothing is done that is not on the trail
 	}
-	c.abort(errCutByAdmin)
+	if c := ops.running.find(v.seq); c != nil { // another replica reads the trail
+		c.abort(errCutByAdmin)
+	}
 	return nil
 }
 
@@ -460,10 +463,9 @@ func (ops *operations) eraseEndUser(ctx context.Context, origin auditOrigin, pro
 		return 0, fmt.Errorf("recording who erases an end user: %w", err)
 	}
 	names := []string{name, hash} // the policy may have changed
-	ops.running.forgetEndUser(p.seq, names)
-	written := ops.limits.ledger // of calls that have ended
-	if err := written.awaitIfHealthy(ctx, written.queuedSoFar()); err != nil {
-		return 0, errLedgerUnavailable(err)
+	isName := func(s string) bool { return slices.Contains(names, s) }
+	if err := errors.Join(ops.forgetEndUser(ctx, p.id, isName), ops.forgetEverywhere(ctx, p.id, hash)); err != nil {
+		return 0, err
 	}
 	if _, err := ops.cache.purge(ctx, cacheFilter{project: p.seq}); err != nil {
 		return 0, err

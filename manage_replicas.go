@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -185,6 +186,152 @@ func (ops *operations) answer(ctx context.Context, question, argument string) (s
 	case askStreams:
 		text, err := json.Marshal(ops.running.admittedCalls(time.Now()))
 		return string(text), err
+	case askForget:
+		project, hash, _ := strings.Cut(argument, " ")
+		return "{}", ops.forgetEndUser(ctx, project, func(name string) bool {
+			hashed, err := ops.contentKey.hashEndUser(project, name)
+			return name == hash || err == nil && hashed == hash
+		})
 	}
 	return "", fmt.Errorf("an unknown question: %s", clip(question, 64))
+}
+
+// forgetEndUser lets the running calls of a project end without the end users that matches names, and returns when
+// all that have ended are written.
+func (ops *operations) forgetEndUser(ctx context.Context, project string, matches func(name string) bool) error {
+	ops.running.forgetEndUser(project, matches)
+	written := ops.limits.ledger
+	if err := written.awaitIfHealthy(ctx, written.queuedSoFar()); err != nil {
+		return errLedgerUnavailable(err)
+	}
+	return nil
+}
+
+// askOthers asks the other replicas a question. It returns their answers, and the ids of those that did not answer.
+func (ops *operations) askOthers(ctx context.Context, question, argument string, wait time.Duration) (
+	answers []string, silent []int64, err error) {
+	if ops.store.backend == nil {
+		return nil, nil, nil
+	}
+	return ops.store.backend.ask(ctx, question, argument, wait)
+}
+
+// forgetEverywhere is forgetEndUser at the other replicas. The name of the end user does not leave this one.
+func (ops *operations) forgetEverywhere(ctx context.Context, project, hash string) error {
+	_, silent, err := ops.askOthers(ctx, askForget, project+" "+hash, forgetTime)
+	if err == nil && len(silent) > 0 {
+		err = errLedgerUnavailable(fmt.Errorf("replicas that did not answer: %v", silent))
+	}
+	return err
+}
+
+const (
+	streamsTime = time.Second     // for the answers of other replicas about running calls
+	forgetTime  = 5 * time.Second // for them to write the calls that have ended
+)
+
+// A streamList is a page of the running calls of all replicas. SilentReplicas did not say which they have.
+type streamList struct {
+	listPage[streamView]
+	SilentReplicas []int64 `json:"silent_replicas"`
+}
+
+// allStreams returns the running calls of all replicas, oldest first.
+func (ops *operations) allStreams(ctx context.Context, now time.Time) (calls []streamView, silent []int64, err error) {
+	calls = ops.running.admittedCalls(now)
+	answers, silent, err := ops.askOthers(ctx, askStreams, "", streamsTime)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, answer := range answers {
+		var more []streamView
+		if err := json.Unmarshal([]byte(answer), &more); err != nil {
+			return nil, nil, fmt.Errorf("reading the running calls of another replica: %w", err)
+		}
+		for i := range more {
+			more[i].seq = parseRequestID(more[i].ID)
+		}
+		calls = append(calls, more...)
+	}
+	slices.SortFunc(calls, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
+	return calls, silent, nil
+}
+
+// findStream returns a running call of any replica, or errNotFound.
+func (ops *operations) findStream(ctx context.Context, id string, now time.Time) (*streamView, error) {
+	seq := parseRequestID(id)
+	if seq == 0 {
+		return nil, errNotFound
+	}
+	calls, silent, err := ops.running.admittedCalls(now), []int64(nil), error(nil)
+	if ops.running.find(seq) == nil {
+		calls, silent, err = ops.allStreams(ctx, now)
+	}
+	if err != nil {
+		return nil, err
+	}
+	for i := range calls {
+		if calls[i].seq == seq {
+			return &calls[i], nil
+		}
+	}
+	if len(silent) > 0 {
+		return nil, errStoreUnavailable(fmt.Errorf("replicas that did not answer: %v", silent))
+	}
+	return nil, errNotFound
+}
+
+// A replicaView is a replica in an answer of /manage. Ages and offsets are milliseconds.
+type replicaView struct {
+	ID           int64     `json:"id"`
+	Slot         int64     `json:"slot"`
+	Address      string    `json:"address"`
+	Version      string    `json:"version"`
+	StartedAt    timestamp `json:"started_at"`
+	State        string    `json:"state"` // serving, silent (no heartbeat for a while) or closed (its calls are lost)
+	Self         bool      `json:"self"`  // it answers this request
+	Leader       bool      `json:"leader"`
+	HeartbeatMS  int64     `json:"heartbeat_age_ms"`
+	RunningCalls int64     `json:"running_calls"`
+	Leases       int64     `json:"limit_leases"`
+	LagMS        int64     `json:"changes_lag_ms"`
+	OffsetMS     int64     `json:"clock_offset_ms"`
+}
+
+const silentAfterMS = 3000 // a heartbeat is sent every second
+
+// listReplicas returns all replicas that serve, and those whose calls are still to be recorded. With SQLite there is
+// one process.
+func (ops *operations) listReplicas(ctx context.Context) ([]replicaView, error) {
+	if ops.store.backend == nil {
+		self := &ops.self
+		return []replicaView{{ID: 1, Address: self.address, Version: self.version, Self: true, Leader: true,
+			StartedAt: timestamp(self.startedAt), State: "serving", RunningCalls: ops.running.count()}}, nil
+	}
+	rows, err := ops.store.backend.listReplicas(ctx)
+	views := []replicaView{}
+	for i := range rows {
+		r := &rows[i]
+		var info replicaInfo
+		if err := json.Unmarshal([]byte(r.info), &info); err != nil {
+			info = replicaInfo{} // of a version that says it in another form
+		}
+		v := replicaView{ID: r.id, Slot: r.slot, Address: r.address, Version: r.version, State: "serving",
+			StartedAt: timestamp(r.startedAt), Self: r.id == ops.store.backend.replica, Leader: info.Leader,
+			HeartbeatMS: max(0, r.now-r.beatAt), RunningCalls: info.Calls, Leases: info.Leases, LagMS: info.LagMS,
+			OffsetMS: info.OffsetMS}
+		switch {
+		case r.closedAt != nil:
+			v.State, v.Leader = "closed", false
+		case v.HeartbeatMS > silentAfterMS:
+			v.State, v.Leader = "silent", false
+		}
+		views = append(views, v)
+	}
+	return views, err
+}
+
+func (api *manageAPI) listReplicas(r *manageRequest) (any, error) {
+	views, err := api.ops.listReplicas(r.ctx)
+	return listPage[replicaView]{Data: views}, err
 }

@@ -106,15 +106,19 @@ func (ops *operations) parseStreamFilter(r *manageRequest) (streamFilter, error)
 	return f, err
 }
 
-// listStreams returns a page of the running calls, oldest first.
-func (ops *operations) listStreams(f streamFilter, now time.Time) listPage[streamView] {
-	calls := slices.DeleteFunc(ops.running.admittedCalls(now), func(v streamView) bool {
+// listStreams returns a page of the running calls of all replicas, oldest first.
+func (ops *operations) listStreams(ctx context.Context, f streamFilter, now time.Time) (*streamList, error) {
+	calls, silent, err := ops.allStreams(ctx, now)
+	if err != nil {
+		return nil, err
+	}
+	calls = slices.DeleteFunc(calls, func(v streamView) bool {
 		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project ||
 			f.token != "" && v.TokenID != f.token || !f.matches(&attribution{v.Session, v.EndUser, v.Tags})
 	})
-	return newListPage(calls, f.limit,
+	return &streamList{newListPage(calls, f.limit,
 		func(v *streamView) streamView { return *v },
-		func(v *streamView) string { return formatCursor(v.seq, "") })
+		func(v *streamView) string { return formatCursor(v.seq, "") }), append([]int64{}, silent...)}, nil
 }
 
 func (api *manageAPI) listStreams(r *manageRequest) (any, error) {
@@ -122,7 +126,7 @@ func (api *manageAPI) listStreams(r *manageRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return api.ops.listStreams(f, r.now), nil
+	return api.ops.listStreams(r.ctx, f, r.now)
 }
 
 func (api *manageAPI) abortStream(r *manageRequest) (any, error) {

@@ -514,6 +514,7 @@ func (e *exporter) page(ctx context.Context) []byte {
 	e.writeRunning(w)
 	e.writeLedger(w)
 	e.cache.writeMetrics(w)
+	e.writeReplica(w)
 	e.writeDisk(ctx, w)
 	writeRuntime(w, e.started)
 	return w.b
@@ -625,6 +626,19 @@ func (c *responseCache) writeMetrics(w *metricsWriter) {
 	w.writeGauges([]gauge{
 		{"cache_max_bytes", "MAX_CACHE_BYTES.", c.maxBytes},
 		{"cache_waiting_calls", "Calls that wait for the answer to an identical one.", c.waiting.Load()},
+	})
+}
+
+// writeReplica writes what concerns one of several replicas; with SQLite there is nothing.
+func (e *exporter) writeReplica(w *metricsWriter) {
+	if e.ledger.store.backend == nil {
+		return
+	}
+	s := e.ledger.store.backend.status()
+	w.writeGauges([]gauge{
+		{"replica_leader", "1 on the replica that does what only one does.", boolToInt(s.Leader)},
+		{"replica_changes_lag_milliseconds", "Time since the last look for administrators' changes.", s.LagMS},
+		{"replica_clock_offset_milliseconds", "How far the database's clock is ahead of this machine's.", s.OffsetMS},
 	})
 }
 

@@ -603,6 +603,7 @@ func (c responseTest) checkCallResponses() {
 		}
 	}
 	c.call("GET", "/manage/streams?limit=1", "", 200)
+	c.call("GET", "/manage/replicas", "", 200)
 	c.call("DELETE", "/manage/streams/"+c.call("GET", "/manage/streams", "", 200), "", 200)
 	c.call("GET", request, "", 200)
 	c.call("GET", request+"/content", "", 200)

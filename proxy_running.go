@@ -185,13 +185,13 @@ func (rc *runningCalls) remove(c *runningCall) {
 	rc.wait.Done()
 }
 
-// forgetEndUser lets the running calls of a project end without an end user of one of these names.
-func (rc *runningCalls) forgetEndUser(project int64, names []string) {
+// forgetEndUser lets the running calls of a project end without an end user whose name matches.
+func (rc *runningCalls) forgetEndUser(project string, matches func(name string) bool) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	for c := range rc.calls {
-		if info := c.info.Load(); info != nil && info.project.seq == project &&
-			slices.Contains(names, info.attribution.value(endUserAttribute)) {
+		if info := c.info.Load(); info != nil && info.project.id == project &&
+			matches(info.attribution.value(endUserAttribute)) {
 			c.unnamed.Store(true)
 			shown := *info
 			shown.attribution = info.attribution.withEndUser("")

@@ -361,7 +361,7 @@ func (in *instance) replicaHooks(health chan<- []healthRow) *replicaHooks {
 		recoverCalls: in.ledger.recoverCalls,
 		answer:       in.operations.answer,
 		warn:         in.log.Warn,
-		describe:     func() replicaInfo { return replicaInfo{Calls: in.running.count()} },
+		describe:     func(info *replicaInfo) { info.Calls = in.running.count() },
 		mergeHealth: func(rows []healthRow) {
 			select {
 			case health <- rows:

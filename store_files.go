@@ -72,7 +72,8 @@ type backend struct {
 	isLeader    func() bool // it does what only one replica does
 	limitNow    func() int64
 	clockOffset func() int64
-	started     func() // lets other processes start; call it once the database has what a server needs
+	status      func() replicaInfo // without its calls and leases
+	started     func()             // lets other processes start; call it once the database has what a server needs
 }
 
 // A recoverFunc records the calls of a closed replica as lost, with a writer of its own, and returns how many.
@@ -87,7 +88,7 @@ type replicaHooks struct {
 	apply        func(context.Context, []auditChange) error
 	mergeHealth  func([]healthRow)           // the stored health of upstreams; those that are missing are ready
 	recoverCalls func(context.Context) error // of closed replicas
-	describe     func() replicaInfo
+	describe     func(*replicaInfo)          // adds its calls and leases
 	answer       func(ctx context.Context, question, argument string) (string, error)
 	warn         func(msg string, args ...any) // as of a slog.Logger
 }

@@ -145,6 +145,7 @@ type liveToken struct {
 	state     atomic.Pointer[tokenState]
 	used      atomic.Int64 // admitted calls over its lifetime
 	lastUsed  atomic.Int64 // unix milliseconds
+	useReadAt atomic.Int64 // when it was last asked for at other replicas
 	refusals  *throttle    // allows a refused call its own ledger row
 	running   atomic.Int64 // calls between acquire and release; far below 0 once it is evicted
 	bodyBytes atomic.Int64 // memory of its calls' request bodies
@@ -302,10 +303,23 @@ func (g *registry) lookup(ctx context.Context, hash [32]byte, now int64) (*liveT
 		}
 	}
 	st := t.state.Load()
+	if g.store.backend != nil && t.validity(st, now) == "idle_expired" {
+		g.readLastUse(ctx, t, st.id, now)
+	}
 	if hash == st.hash || hash == st.oldHash && now < st.oldHashUntil {
 		return t, st, nil
 	}
 	return nil, nil, errUnknownToken // the token has another hash since its rotation
+}
+
+// readLastUse reads when a token was last used at any replica, at most once a second.
+func (g *registry) readLastUse(ctx context.Context, t *liveToken, id string, now int64) {
+	if at := t.useReadAt.Load(); now-at < 1000 || !t.useReadAt.CompareAndSwap(at, now) {
+		return
+	}
+	if row, err := g.store.boundTokenByID(ctx, id); err == nil {
+		t.lastUsed.Store(max(t.lastUsed.Load(), deref(row.lastUsedAt)))
+	}
 }
 
 // loadToken reads a token and its project and adds them.
