@@ -59,7 +59,11 @@ type cluster struct {
 }
 
 func newCluster(p *postgres) *cluster {
-	return &cluster{db: p, began: time.Now(), now: time.Now, own: map[int64]string{}}
+	c := &cluster{db: p, began: time.Now(), now: p.config.clock, own: map[int64]string{}}
+	if c.now == nil {
+		c.now = time.Now
+	}
+	return c
 }
 
 // uptime returns the time since began.

@@ -4,7 +4,12 @@
 package main
 
 import (
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -150,4 +155,330 @@ func TestClusterRevokesStreams(t *testing.T) {
 			t.Errorf("the stream of replica %d ended after %s", i, took)
 		}
 	}
+}
+
+// A cuttable is a TCP proxy in front of the PostgreSQL server of the tests.
+type cuttable struct {
+	url string // of the database of a test, through the proxy
+
+	mu      sync.Mutex
+	changed *sync.Cond
+	refuses bool // connections are closed
+	stalls  bool // nothing passes
+	conns   map[net.Conn]bool
+}
+
+// newCuttable starts a proxy for a database on the server of the tests.
+func newCuttable(t *testing.T, database string) *cuttable {
+	t.Helper()
+	u, err := url.Parse(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	network, server := "tcp", u.Host
+	if dir := u.Query().Get("host"); dir != "" {
+		network, server = "unix", dir+"/.s.PGSQL.5432"
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &cuttable{conns: map[net.Conn]bool{}}
+	p.changed = sync.NewCond(&p.mu)
+	p.url = fmt.Sprintf("postgres://postgres@%s%s?sslmode=disable", l.Addr(), u.Path)
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial(network, server)
+			if err != nil || !p.add(client, server) {
+				client.Close()
+				continue
+			}
+			serving.Go(func() { p.relay(client, server) })
+			serving.Go(func() { p.relay(server, client) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		p.set(true, false)
+		serving.Wait()
+	})
+	return p
+}
+
+// add returns false if connections are refused.
+func (p *cuttable) add(conns ...net.Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range conns {
+		if p.refuses {
+			c.Close()
+		} else {
+			p.conns[c] = true
+		}
+	}
+	return !p.refuses
+}
+
+// set closes all connections and refuses new ones, or lets nothing pass, or restores both.
+func (p *cuttable) set(refuses, stalls bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refuses, p.stalls = refuses, stalls
+	for c := range p.conns {
+		if refuses {
+			c.Close()
+			delete(p.conns, c)
+		}
+	}
+	p.changed.Broadcast()
+}
+
+func (p *cuttable) relay(from, to net.Conn) {
+	defer from.Close()
+	defer to.Close()
+	b := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(b)
+		p.mu.Lock()
+		for p.stalls {
+			p.changed.Wait()
+		}
+		p.mu.Unlock()
+		if _, writeErr := to.Write(b[:n]); err != nil || writeErr != nil {
+			return
+		}
+	}
+}
+
+func fastReplicas() map[string]string {
+	return map[string]string{"STALE_LIMIT": "1s", "REPLICA_TIMEOUT": "2s", "DATABASE_TIMEOUT": "5s"}
+}
+
+// waitLong waits longer than the REPLICA_TIMEOUT of fastReplicas.
+func waitLong(t *testing.T) {
+	t.Helper()
+	began := time.Now()
+	waitFor(t, "time to pass", func() bool { return time.Since(began) > 3*time.Second })
+}
+
+// TestClusterCutOff: a replica without the database admits nothing, with Retry-After; its streams go on. When it is
+// back, it knows what has changed before it admits a call. Nobody is closed because the database was away for all.
+func TestClusterCutOff(t *testing.T) {
+	requirePostgres(t)
+	direct := newReplicas(t, 1, fastReplicas())[0]
+	cut := newCuttable(t, direct.env["DATABASE_URL"])
+	p := direct.newReplica(map[string]string{"DATABASE_URL": cut.url}, nil)
+	p.allowErrors = true
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if !strings.Contains(r.body, `"stream":true`) {
+			return chatScript(c, r)
+		}
+		c.beginSSE()
+		_ = c.chunk(chatEvents(false)[0])
+		<-release
+		for _, e := range chatEvents(true)[1:] {
+			_ = c.chunk(e)
+		}
+		return c.chunk("") == nil
+	})
+	id, revoked := direct.newToken(`"name":"revoked"`)
+	if res := p.chatAs(revoked); res.status != 200 {
+		t.Fatalf("got %d", res.status)
+	}
+	stream := p.stream(p.token)
+	if _, err := stream.read(20); err != nil {
+		t.Fatal(err)
+	}
+	cut.set(true, false)
+	waitFor(t, "503", func() bool {
+		res := p.chat()
+		return res.status == 503 && res.header.Get("Retry-After") != ""
+	})
+	waitFor(t, "readyz 503", func() bool { return p.do("GET", "/readyz", "").status == 503 })
+	if res := p.do("GET", "/healthz", ""); res.status != 200 {
+		t.Errorf("healthz: %d", res.status)
+	}
+	direct.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
+	cut.set(false, false)
+	waitFor(t, "an answer other than 503", func() bool {
+		res := p.chatAs(revoked)
+		if res.status == 200 {
+			t.Error("a token that was revoked meanwhile was admitted")
+		}
+		return res.status == 401
+	})
+	waitFor(t, "calls again", func() bool { return p.chat().status == 200 })
+	close(release)
+	if text, err := stream.readAll(); err != nil || !strings.Contains(text, "[DONE]") {
+		t.Errorf("the stream: %q %v", text, err)
+	}
+	for _, row := range p.ledger() {
+		if row.Stream && row.Outcome != "ok" {
+			t.Errorf("a call: %+v", row)
+		}
+	}
+}
+
+// TestClusterDatabaseAway: when the database was away for all replicas, longer than REPLICA_TIMEOUT, all come back.
+func TestClusterDatabaseAway(t *testing.T) {
+	requirePostgres(t)
+	first := newReplicas(t, 1, fastReplicas())[0]
+	cut := newCuttable(t, first.env["DATABASE_URL"])
+	var all []*testProxy
+	for range 2 {
+		p := first.newReplica(map[string]string{"DATABASE_URL": cut.url}, nil)
+		p.allowErrors = true
+		all = append(all, p)
+	}
+	if err := first.stop(); err != nil { // so that only those lead that are cut off
+		t.Fatal(err)
+	}
+	waitFor(t, "a leader", func() bool { return countLeaders(all) == 1 })
+	cut.set(true, false)
+	waitLong(t)
+	cut.set(false, false)
+	for _, p := range all {
+		waitFor(t, "calls again", func() bool { return p.chat().status == 200 })
+	}
+	waitFor(t, "a leader again", func() bool { return countLeaders(all) == 1 })
+	waitLong(t)
+	for _, p := range all {
+		if res := p.chat(); res.status != 200 {
+			t.Errorf("got %d %s", res.status, res.body)
+		}
+	}
+}
+
+// TestClusterFenced: a replica that did not answer is closed, its calls become lost ones, once, and its slot is free.
+// It commits nothing afterwards, ends its calls and itself.
+func TestClusterFenced(t *testing.T) {
+	requirePostgres(t)
+	direct := newReplicas(t, 1, fastReplicas())[0]
+	cut := newCuttable(t, direct.env["DATABASE_URL"])
+	p := direct.newReplica(map[string]string{"DATABASE_URL": cut.url, "DRAIN_DELAY": "0s"}, nil)
+	p.allowErrors = true
+	release := make(chan struct{})
+	defer close(release)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(chatEvents(false)[0])
+		return !c.waitClosed(20*time.Second) && false
+	})
+	stream := p.stream(p.token)
+	if _, err := stream.read(20); err != nil {
+		t.Fatal(err)
+	}
+	slot := p.instance.store.backend.slot()
+	cut.set(false, true)
+	var list struct{ Data []requestEntry }
+	waitFor(t, "a lost call", func() bool {
+		direct.manage("GET", "/manage/requests?outcome=lost", "", 200, &list)
+		return len(list.Data) == 1
+	})
+	waitFor(t, "a free slot", func() bool {
+		rows, err := direct.instance.store.backend.listReplicas(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(rows) == 1
+	})
+	if res := p.chat(); res.status != 503 {
+		t.Errorf("a call at a closed replica: %d %s", res.status, res.body)
+	}
+	next := direct.newReplica(nil, nil)
+	if got := next.instance.store.backend.slot(); got != slot {
+		t.Errorf("the next replica has slot %d, not %d", got, slot)
+	}
+	cut.set(false, false)
+	if _, err := stream.readAll(); err == nil {
+		t.Error("the stream of a closed replica ended as if it were complete")
+	}
+	waitFor(t, "its end", func() bool {
+		select {
+		case <-p.instance.fenced:
+			return true
+		default:
+			return false
+		}
+	})
+	if err := p.stop(); !errors.Is(err, errFenced) {
+		t.Errorf("it ended with %v", err)
+	}
+	direct.manage("GET", "/manage/requests", "", 200, &list)
+	if len(list.Data) != 1 || list.Data[0].Outcome != "lost" {
+		t.Errorf("the calls: %+v", list.Data)
+	}
+}
+
+// TestClusterClocks: replicas whose clocks are minutes apart agree on the time of limits.
+func TestClusterClocks(t *testing.T) {
+	requirePostgres(t)
+	a := newReplicas(t, 1, nil)[0]
+	b := a.newReplica(nil, func() time.Time { return time.Now().Add(2 * time.Minute) })
+	of := func(p *testProxy) int64 { return p.instance.store.limitNow() }
+	if d := of(a) - of(b); max(d, -d) > 100 {
+		t.Errorf("the clocks of limits are %d ms apart", d)
+	}
+	waitFor(t, "the offset", func() bool {
+		var list struct{ Data []replicaView }
+		a.manage("GET", "/manage/replicas", "", 200, &list)
+		if len(list.Data) != 2 {
+			t.Fatalf("%+v", list.Data)
+		}
+		d := list.Data[1].OffsetMS + 120_000
+		return max(d, -d) < 100
+	})
+	waitFor(t, "a warning", func() bool { return strings.Contains(string(b.log.bytes()), "clock differs") })
+}
+
+// TestClusterStreams: running calls are listed and ended at any replica, and an erased end user is forgotten at all.
+func TestClusterStreams(t *testing.T) {
+	requirePostgres(t)
+	all := newReplicas(t, 2, nil)
+	a, b := all[0], all[1]
+	a.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(chatEvents(false)[0])
+		return !c.waitClosed(20*time.Second) && false
+	})
+	stream := b.stream(b.token, `"user":"erase-me"`)
+	if _, err := stream.read(20); err != nil {
+		t.Fatal(err)
+	}
+	var list struct {
+		Data   []streamView
+		Silent []int64 `json:"silent_replicas"`
+	}
+	a.manage("GET", "/manage/streams", "", 200, &list)
+	if len(list.Data) != 1 || len(list.Silent) != 0 || list.Data[0].TokenID != b.tokenID || list.Data[0].EndUser == "" {
+		t.Fatalf("%+v", list)
+	}
+	a.manage("DELETE", "/manage/projects/"+a.project+"/end-users?end_user=erase-me", "", 200, nil)
+	var after struct{ Data []streamView }
+	a.manage("GET", "/manage/streams", "", 200, &after)
+	if len(after.Data) != 1 || after.Data[0].EndUser != "" {
+		t.Errorf("%+v", after)
+	}
+	a.manage("DELETE", "/manage/streams/"+list.Data[0].ID, "", 200, nil)
+	began := time.Now()
+	if _, err := stream.readAll(); err == nil || time.Since(began) > everywhere {
+		t.Errorf("%v after %s", err, time.Since(began))
+	}
+	if call := a.lastCallOf(b); call.ErrorCode != "cut_by_administrator" || call.EndUser != "" {
+		t.Errorf("%+v", call)
+	}
+	a.manage("DELETE", "/manage/streams/"+list.Data[0].ID, "", 404, nil)
+}
+
+// lastCallOf returns the last call in the ledger, once the calls of another replica are written.
+func (p *testProxy) lastCallOf(other *testProxy) requestEntry {
+	p.t.Helper()
+	other.waitSettled()
+	return p.lastCall()
 }

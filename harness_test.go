@@ -51,6 +51,7 @@ type testProxy struct {
 	// allowErrors allows log lines of level ERROR, which otherwise fail the test.
 	allowErrors bool
 	replicated  bool // others may serve with the same database
+	clock       func() time.Time
 }
 
 const promptCanary = "prompt-canary-7Qz1xW"
@@ -72,18 +73,19 @@ func newReplicas(t *testing.T, n int, env map[string]string) []*testProxy {
 	maps.Copy(shared, env)
 	replicas := []*testProxy{startTest(t, shared, true)}
 	for range n - 1 {
-		replicas = append(replicas, replicas[0].newReplica())
+		replicas = append(replicas, replicas[0].newReplica(nil, nil))
 	}
 	return replicas
 }
 
-// newReplica starts another replica with the database of p.
-func (p *testProxy) newReplica() *testProxy {
+// newReplica starts another replica with the database of p. env overrides settings; clock may be nil.
+func (p *testProxy) newReplica(env map[string]string, clock func() time.Time) *testProxy {
 	p.t.Helper()
 	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, env: maps.Clone(p.env), provider: p.provider,
 		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token,
-		secrets: slices.Clone(p.secrets), replicated: true}
+		secrets: slices.Clone(p.secrets), replicated: true, clock: clock}
 	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
+	maps.Copy(q.env, env)
 	q.start()
 	p.t.Cleanup(q.finish)
 	return q
@@ -167,7 +169,7 @@ func (p *testProxy) start() {
 		p.t.Fatal(err)
 	}
 	if cfg.postgres != nil {
-		cfg.postgres.replicated = p.replicated
+		cfg.postgres.replicated, cfg.postgres.clock = p.replicated, p.clock
 	}
 	p.instance, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
 	if err != nil {

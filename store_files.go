@@ -31,6 +31,7 @@ type postgresConfig struct {
 	previousNonce  string // of the last process with this data directory, which has ended; "" if there was none
 	// replicated lets several processes serve with one database at the same time. Without it, this process is alone.
 	replicated bool
+	clock      func() time.Time // of this machine; nil: the system's
 }
 
 // A backend is what PostgreSQL needs beside statements. It belongs to one store.
