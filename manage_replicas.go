@@ -257,6 +257,21 @@ func (ops *operations) allStreams(ctx context.Context, now time.Time) (calls []s
 	return calls, silent, nil
 }
 
+// listStreams returns a page of the running calls of all replicas, oldest first.
+func (ops *operations) listStreams(ctx context.Context, f streamFilter, now time.Time) (*streamList, error) {
+	calls, silent, err := ops.allStreams(ctx, now)
+	if err != nil {
+		return nil, err
+	}
+	calls = slices.DeleteFunc(calls, func(v streamView) bool {
+		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project ||
+			f.token != "" && v.TokenID != f.token || !f.matches(&attribution{v.Session, v.EndUser, v.Tags})
+	})
+	return &streamList{newListPage(calls, f.limit,
+		func(v *streamView) streamView { return *v },
+		func(v *streamView) string { return formatCursor(v.seq, "") }), append([]int64{}, silent...)}, nil
+}
+
 // findStream returns a running call of any replica, or errNotFound.
 func (ops *operations) findStream(ctx context.Context, id string, now time.Time) (*streamView, error) {
 	seq := parseRequestID(id)

@@ -106,21 +106,6 @@ func (ops *operations) parseStreamFilter(r *manageRequest) (streamFilter, error)
 	return f, err
 }
 
-// listStreams returns a page of the running calls of all replicas, oldest first.
-func (ops *operations) listStreams(ctx context.Context, f streamFilter, now time.Time) (*streamList, error) {
-	calls, silent, err := ops.allStreams(ctx, now)
-	if err != nil {
-		return nil, err
-	}
-	calls = slices.DeleteFunc(calls, func(v streamView) bool {
-		return v.seq <= f.afterSeq || f.project != "" && v.ProjectID != f.project ||
-			f.token != "" && v.TokenID != f.token || !f.matches(&attribution{v.Session, v.EndUser, v.Tags})
-	})
-	return &streamList{newListPage(calls, f.limit,
-		func(v *streamView) streamView { return *v },
-		func(v *streamView) string { return formatCursor(v.seq, "") }), append([]int64{}, silent...)}, nil
-}
-
 func (api *manageAPI) listStreams(r *manageRequest) (any, error) {
 	f, err := api.ops.parseStreamFilter(r)
 	if err != nil {
