@@ -34,7 +34,7 @@ type dashQuery struct {
 	dashPeriod
 	projectSeq     int64  // 0: all projects
 	projectID      string // "": all projects
-	groupBy        string // "project", "model" or "service_tier": what the bars consist of
+	groupBy        string // what the bars consist of: "project", "model", "service_tier" or an attribute
 	metric         string // "calls", "tokens" or "cost"
 	now            int64
 	maxExactTokens int // with more tokens, only the latest calls are added up by token
@@ -83,9 +83,11 @@ func (ui *adminUI) parseDashQuery(r *pageRequest, values url.Values) (*dashQuery
 		values.Get("to")); err != nil {
 		return nil, err
 	}
-	err = cmp.Or(
-		checkChoice("measure", q.metric, "calls", "tokens", "cost"),
-		checkChoice("by", q.groupBy, "project", "model", "service_tier"))
+	err = checkChoice("measure", q.metric, "calls", "tokens", "cost")
+	if err == nil && !isAttribute(q.groupBy) {
+		err = checkChoice("by", q.groupBy, "project", "model", "service_tier", sessionAttribute, endUserAttribute,
+			tagAttribute+"KEY")
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -108,6 +110,7 @@ type dashData struct {
 	previous           *hourSum
 	modelPoints        []usageRow // by step and model
 	tierPoints         []usageRow // by step and service tier
+	valuePoints        []usageRow // by step and value, of the attribute that is grouped by; without the rest
 	byProject          []usageSeries
 	projects           []usageShare // all that made calls, largest first
 	tokens             []usageShare // largest first
@@ -293,7 +296,7 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v := &dashView{Period: q.name, Project: q.projectID, GroupBy: q.groupBy, Metric: q.metric,
 		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
-		Groups:  options("project", "Project", "model", "Model", "service_tier", "Service tier"),
+		Groups:  d.groups(q),
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
 		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q),
 		Cache: d.cacheFigure(q, responseCacheKind()), PromptCache: d.cacheFigure(q, promptCacheKind())}
@@ -325,6 +328,21 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v.Alerts, err = ui.dashAlerts(r, q, d)
 	return showPage("dashboard", "Dashboard", v), err
+}
+
+// groups returns what the chart of usage can be grouped by.
+func (d *dashData) groups(q *dashQuery) []option {
+	list := options("project", "Project", "model", "Model", "service_tier", "Service tier")
+	if q.projectSeq != 0 {
+		list = list[1:]
+	}
+	for _, a := range d.attributes {
+		list = append(list, option{a.attribute, attributeTitle(a.attribute)})
+	}
+	if !slices.ContainsFunc(list, func(o option) bool { return o.Value == q.groupBy }) {
+		list = append(list, option{q.groupBy, attributeTitle(q.groupBy)})
+	}
+	return list
 }
 
 // projectCharts returns charts of a project's calls and cost over the last 30 days.

@@ -346,6 +346,9 @@ func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (
 		return err
 	}
 	names, err := s.usedAttributes(ctx, q.projectID, maxAttributeRankings)
+	if isAttribute(q.groupBy) && !slices.Contains(names, q.groupBy) {
+		names = append(names, q.groupBy)
+	}
 	for _, name := range names {
 		u := q.usageQuery(usageQuery{attribute: name, top: rankingSize + 1, largestBy: q.metric})
 		shares, err := s.topValues(ctx, &u, maxDashboardSums)
@@ -356,8 +359,24 @@ func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (
 		if len(shares) > 0 || tooMany {
 			d.attributes = append(d.attributes, attributeShares{name, shares, tooMany})
 		}
+		if name == q.groupBy && len(shares) > 0 {
+			u = q.usageQuery(usageQuery{interval: q.grain, attribute: name, top: maxNamedSeries, largestBy: q.metric})
+			if d.valuePoints, err = s.usage(ctx, u); err != nil {
+				return err
+			}
+			isOther := func(u usageRow) bool { return u.rest == restOther }
+			d.valuePoints = slices.DeleteFunc(d.valuePoints, isOther)
+		}
 	}
 	return err
+}
+
+// attributeTitle names the values of an attribute.
+func attributeTitle(attribute string) string {
+	if key, isTag := strings.CutPrefix(attribute, tagAttribute); isTag {
+		return "Tag " + key
+	}
+	return map[string]string{sessionAttribute: "Sessions", endUserAttribute: "End users"}[attribute]
 }
 
 // attributeRankings returns a table of the service tiers, if there is another than the standard one, and one for each
@@ -368,14 +387,7 @@ func (d *dashData) attributeRankings(q *dashQuery, whole float64) (tables []rank
 		tables = append(tables, q.ranking("Service tiers", tiers, whole))
 	}
 	for _, a := range d.attributes {
-		title := "Sessions"
-		key, isTag := strings.CutPrefix(a.attribute, tagAttribute)
-		if isTag {
-			title = "Tag " + key
-		} else if a.attribute == endUserAttribute {
-			title = "End users"
-		}
-		table := q.ranking(title, a.shares, whole)
+		table := q.ranking(attributeTitle(a.attribute), a.shares, whole)
 		table.TooMany, table.More = a.tooMany, 0 // it is not known how many there are
 		for i := range table.Rows {
 			table.Rows[i].Link = attributeLink(a.attribute, table.Rows[i].Name, q.projectID)

@@ -661,7 +661,10 @@ func TestAttributionPages(t *testing.T) {
 		"/admin/requests/" + rows[0].ID:     {"/admin/sessions?session=s%2f1%20%22%3f%26%3cb%3e", "Zoë &lt;i&gt;"},
 		"/admin/dashboard":                  {"/admin/sessions?session=s%2F1", "End users", "Tag team", "&lt;i&gt;"},
 		"/admin/requests?tag=team%3Dsearch": {rows[0].ID, "Zoë &lt;i&gt;"},
-		"/admin/projects/" + p.project:      {"/erase-end-user"},
+		"/admin/dashboard?by=end_user":      {"Calls by end user", `<option value="end_user" selected>End users`},
+		"/admin/dashboard?by=tag%3Ateam&project=" + p.project: {"Calls by tag team",
+			`<option value="tag:team" selected>Tag team`, `<option value="session">`},
+		"/admin/projects/" + p.project: {"/erase-end-user"},
 		"/admin/projects/" + p.project + "/erase-end-user?end_user=Zo%C3%AB+%3Ci%3E": {`value="Zoë &lt;i&gt;"`},
 	} {
 		body := b.get(page).body
@@ -673,6 +676,12 @@ func TestAttributionPages(t *testing.T) {
 		if strings.Contains(body, "?&<b>") || strings.Contains(body, "Zoë <i>") {
 			t.Errorf("%s has text of a client as HTML", page)
 		}
+	}
+	if body := b.get("/admin/dashboard?by=tag%3Anone").body; !strings.Contains(body, "Calls by tag none") {
+		t.Errorf("an unknown tag: %s", body)
+	}
+	if res := b.get("/admin/dashboard?by=tag%3ANO"); res.status != 400 {
+		t.Errorf("no attribute: got %d", res.status)
 	}
 	csv := b.post("/admin/dashboard/export", url.Values{"period": {"7d"}}).body
 	for _, line := range []string{"end_user,,Zoë <i>,,3,,,36,", "tag:team,,search,,3,,,36,"} {

@@ -413,7 +413,7 @@ func seriesClass(i int) string { return "k" + strconv.Itoa(i+1) }
 // usageChart returns the chart of the query's metric.
 func (d *dashData) usageChart(q *dashQuery, id string) chartView {
 	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric] + " by " +
-		strings.ReplaceAll(q.groupBy, "_", " ")
+		strings.NewReplacer("_", " ", ":", " ").Replace(q.groupBy)
 	c := q.newTimeChart(title, q.unit())
 	for i, s := range d.topSeries(q) {
 		class := seriesClass(i)
@@ -473,6 +473,9 @@ func (d *dashData) topSeries(q *dashQuery) []usageSeries {
 		named = d.modelSeries(q)
 	case "service_tier":
 		named = d.tierSeries(q)
+	case "project":
+	default:
+		named = d.valueSeries(q)
 	}
 	named = named[:min(len(named), maxNamedSeries)]
 	rest := usageSeries{name: "all others", isOther: true, values: make([]usageTotals, q.steps())}
@@ -504,6 +507,17 @@ func (d *dashData) modelSeries(q *dashQuery) []usageSeries {
 func (d *dashData) tierSeries(q *dashQuery) []usageSeries {
 	return q.series(d.tierPoints, func(v *usageRow) (id, name string) {
 		return v.serviceTier, cmp.Or(v.serviceTier, "standard")
+	})
+}
+
+// valueSeries returns the series of the largest values of the attribute that is grouped by, and that of calls without
+// a value, the largest first.
+func (d *dashData) valueSeries(q *dashQuery) []usageSeries {
+	return q.series(d.valuePoints, func(v *usageRow) (id, name string) {
+		if v.rest == restNone {
+			return "", "no value"
+		}
+		return v.value, clip(v.value, 40)
 	})
 }
 
