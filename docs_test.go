@@ -207,11 +207,17 @@ func settingNames() (names []string) {
 	return names
 }
 
-// TestCompose: the services of compose.yaml listen on loopback only, have only the privileges
+// TestCompose: the services of compose.yaml and compose.cluster.yaml listen on loopback only, have only the privileges
 // they need, and mount existing files.
 func TestCompose(t *testing.T) {
 	t.Parallel()
-	root, err := readYAML(mustReadFile(t, "compose.yaml"))
+	for file, proxy := range map[string]string{"compose.yaml": "llm-proxy", "compose.cluster.yaml": "llm-proxy-a"} {
+		t.Run(file, func(t *testing.T) { testCompose(t, file, proxy) })
+	}
+}
+
+func testCompose(t *testing.T, file, proxyName string) {
+	root, err := readYAML(mustReadFile(t, file))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +244,7 @@ func TestCompose(t *testing.T) {
 			}
 		}
 	}
-	proxy := services["llm-proxy"].(map[string]any)
+	proxy := services[proxyName].(map[string]any)
 	for name, v := range proxy["environment"].(map[string]any) {
 		if !slices.Contains(settingNames(), name) {
 			t.Errorf("there is no setting %s", name)
