@@ -9,6 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -379,6 +380,44 @@ func TestBatchMeterEveryCut(t *testing.T) {
 				broken[rnd.IntN(len(broken))] = `{}[]":,\0 x`[rnd.IntN(11)] // anything but a panic will do
 			}
 			read(tt.vendor, tt.kind, string(broken[:i]), string(broken[i:]))
+		}
+	}
+}
+
+// TestBatchNeedsBudget: a batch is made only while something is left of each token and dollar limit that applies. It
+// takes nothing of them itself, until its results are read.
+func TestBatchNeedsBudget(t *testing.T) {
+	t.Parallel()
+	p, _ := newBatchTest(t, "anthropic", "")
+	paths := map[string]string{"/v1/batches": newBatchBody,
+		"/v1/messages/batches": `{"requests":[{"custom_id":"a","params":{"model":"claude-sonnet-5","max_tokens":9}}]}`}
+	for _, c := range []struct {
+		limit, status string
+	}{
+		{`{"count":"tokens","max":1,"per":"month"}`, "200"},
+		{`{"count":"dollars","max":0.00001,"per":"month"}`, "200"},
+		{`{"count":"tokens","max":0,"per":"lifetime"}`, "429"},
+		{`{"count":"dollars","max":0,"per":"day"}`, "429"},
+		{`{"count":"tokens","max":0,"per":"day","for_each":"session"}`, "429"},
+		{`{"count":"dollars","max":0,"per":"day","shadow":true}`, "200"},
+		{`{"count":"tokens","max":0,"per":"day","endpoint":"/v1/chat/completions"}`, "200"},
+	} {
+		id, token := p.newToken(`"name":"l","policy":{"limits":[` + c.limit + `]}`)
+		for path, body := range paths {
+			for range 2 {
+				if res := p.batchCall(token, "POST", path, body); strconv.Itoa(res.status) != c.status {
+					t.Errorf("%s, %s: %d %s", c.limit, path, res.status, res.body)
+				}
+			}
+			if res := p.batchCall(token, "GET", strings.Replace(path+"/x", "messages/batches/x", "messages/batches", 1),
+				""); res.status != 200 { // reading one needs nothing
+				t.Errorf("%s, GET %s: %d %s", c.limit, path, res.status, res.body)
+			}
+		}
+		p.waitSettled()
+		if l := p.currentLimits("/manage/tokens/" + id)[0]; !strings.Contains(c.limit, "for_each") &&
+			l.Used+l.Reserved != 0 {
+			t.Errorf("%s: used %v, reserved %v", c.limit, l.Used, l.Reserved)
 		}
 	}
 }

@@ -680,6 +680,11 @@ func (e *endpoint) showsBatch() bool {
 	return strings.HasPrefix(e.pattern, "/v1/batches") || e.name() == "POST /v1/messages/batches"
 }
 
+// makesBatch reports whether a call of the endpoint makes a batch.
+func (e *endpoint) makesBatch() bool {
+	return e.method == "POST" && e.showsBatch() && !strings.Contains(e.pattern, "{")
+}
+
 // hasResults reports whether an answer of the endpoint may be the results of a batch. Other files have another form.
 func (e *endpoint) hasResults() bool {
 	return e.pattern == "/v1/files/{file_id}/content" || e.pattern == "/v1/messages/batches/{message_batch_id}/results"

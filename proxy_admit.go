@@ -419,6 +419,9 @@ func (c *call) estimate() estimate {
 	e := c.endpoint
 	est := estimate{endpoint: e.name(), pattern: e.pattern, model: c.fields.model, attribution: c.attribution}
 	if e.meter == meterNone || strings.HasSuffix(e.pattern, "_tokens") { // counting tokens uses none
+		if e.makesBatch() { // nobody knows what it will use, but something must be left
+			est.input, est.inputCost = 1, 1
+		}
 		return est
 	}
 	est.input, est.output = c.inputEstimate(), c.maxOutputTokens()

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -249,8 +248,7 @@ func newBatchAnswer(e *endpoint, u *upstream, path string, prices *priceTable, m
 	if !e.showsBatch() && !e.hasResults() {
 		return nil
 	}
-	b := &batchAnswer{host: u.host, object: resultsName(u.host, path),
-		isNew: e.method == http.MethodPost && !strings.Contains(e.pattern, "{")}
+	b := &batchAnswer{host: u.host, object: resultsName(u.host, path), isNew: e.makesBatch()}
 	if e.showsBatch() {
 		return b
 	}
