@@ -87,6 +87,15 @@ func mutations(ids map[string]string) map[string]mutation {
 			"key.create", `{"name":[null,"k2"],"role":[null,"viewer"]}`},
 		"PATCH /manage/keys/{id}":  {`{"role":"admin"}`, "key.change", `{"role":["operator","admin"]}`},
 		"DELETE /manage/keys/{id}": {``, "key.revoke", `{"revoked_at":[null,"`},
+		"POST /manage/webhooks": {`{"name":"w2","format":"slack","url":"` + deadURL + `"}`,
+			"webhook.create", `{"name":[null,"w2"],"format":[null,"slack"],"events":[null,[]]`},
+		"PATCH /manage/webhooks/{id}": {`{"url":"` + deadURL + `2","events":["token.expiring"]}`,
+			"webhook.change", `{"events":[[],["token.expiring"]],"url":"replaced"}`},
+		"DELETE /manage/webhooks/{id}":      {``, "webhook.delete", `{"name":["w",null],`},
+		"POST /manage/webhooks/{id}/rotate": {``, "webhook.rotate", `{"old_secret_until":[null,"`},
+		"POST /manage/webhooks/{id}/test":   {``, "webhook.test", `{"delivery":"del_`},
+		"POST /manage/webhooks/{id}/deliveries/{delivery}/redeliver": {``, "webhook.redeliver",
+			`{"delivery":"` + ids["delivery"] + `"}`},
 	}
 }
 
@@ -98,10 +107,12 @@ func (p *testProxy) createObjects() map[string]string {
 		Upstreams []struct{ ID string }
 	}
 	p.manage("POST", "/manage/projects", fmt.Sprintf(`{"name":"audited","api_key":%q}`, p.provider.key), 201, &project)
-	var token, key, price struct{ ID, Token, Key string }
+	var token, key, price, webhook, delivery struct{ ID, Token, Key string }
 	p.manage("POST", "/manage/tokens", `{"project_id":"`+project.ID+`"}`, 201, &token)
 	p.manage("POST", "/manage/keys", `{"name":"k","role":"operator"}`, 201, &key)
 	p.manage("POST", "/manage/prices", `{"match":"m1","input":1}`, 201, &price)
+	p.manage("POST", "/manage/webhooks", `{"name":"w","format":"standard","url":"`+deadURL+`"}`, 201, &webhook)
+	p.manage("POST", "/manage/webhooks/"+webhook.ID+"/test", ``, 200, &delivery)
 	p.provider.setScript(endlessScript)
 	if _, err := p.stream(p.token).read(1); err != nil {
 		p.t.Fatal(err)
@@ -109,8 +120,12 @@ func (p *testProxy) createObjects() map[string]string {
 	var streams struct{ Data []struct{ ID string } }
 	p.manage("GET", "/manage/streams", "", 200, &streams)
 	return map[string]string{"project": project.ID, "upstream": project.Upstreams[0].ID, "token": token.ID,
-		"key": key.ID, "price": price.ID, "stream": streams.Data[len(streams.Data)-1].ID}
+		"key": key.ID, "price": price.ID, "stream": streams.Data[len(streams.Data)-1].ID,
+		"webhook": webhook.ID, "delivery": delivery.ID}
 }
+
+// deadURL is a webhook's URL where nothing listens.
+const deadURL = "http://127.0.0.1:1/hook"
 
 // expandObjectPattern replaces the placeholders of a pattern by the ids of objects. It returns the path, and
 // the id of the object that a call to it changes.
@@ -118,7 +133,8 @@ func expandObjectPattern(ids map[string]string, pattern string) (path, object st
 	_, path, _ = strings.Cut(pattern, " ")
 	kind, _, _ := strings.Cut(strings.TrimPrefix(path, "/manage/"), "s/")
 	object = ids[kind]
-	path = strings.NewReplacer("{id}", object, "{upstream}", ids["upstream"]).Replace(path)
+	path = strings.NewReplacer("{id}", object, "{upstream}", ids["upstream"], "{delivery}", ids["delivery"]).
+		Replace(path)
 	if strings.HasSuffix(pattern, "{upstream}") {
 		object = ids["upstream"]
 	}
@@ -132,7 +148,8 @@ func expandObjectPattern(ids map[string]string, pattern string) (path, object st
 func (p *testProxy) managedRows() string {
 	p.t.Helper()
 	var out strings.Builder
-	for _, table := range []string{"projects", "upstreams", "tokens", "management_keys", "prices"} {
+	for _, table := range []string{"projects", "upstreams", "tokens", "management_keys", "prices", "webhooks",
+		"deliveries"} {
 		rows, err := p.instance.store.readDB.QueryContext(p.t.Context(), `SELECT * FROM `+table+` ORDER BY seq`)
 		if err != nil {
 			p.t.Fatal(err)
@@ -182,8 +199,8 @@ func (p *testProxy) checkMutation(pattern, actor string) {
 	t.Helper()
 	before := p.lastAuditSeq()
 	ids := p.createObjects()
-	if got := len(p.auditEntries(before)); got != 4 {
-		t.Errorf("creating four objects left %d entries", got)
+	if got := len(p.auditEntries(before)); got != 6 {
+		t.Errorf("creating six objects left %d entries", got)
 	}
 	m, ok := mutations(ids)[pattern]
 	if !ok {
@@ -221,6 +238,7 @@ func (p *testProxy) checkMutation(pattern, actor string) {
 	// The next route needs the same names.
 	p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+ids["project"], "")
 	p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+ids["price"], "")
+	p.manageAs(p.adminKey, "DELETE", "/manage/webhooks/"+ids["webhook"], "")
 	p.manageAs(p.adminKey, "DELETE", "/manage/prices/"+between(res.body, `"id":"`, `"`), "")
 	if pattern == "POST /manage/projects" {
 		p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+object, "")
@@ -243,6 +261,7 @@ func TestAuditReportsEveryColumn(t *testing.T) {
 			"project hash old_hash old_hash_until idle_expiry request_count last_used_at"},
 		"management_keys": {(&managementKeyRow{}).auditFields(), "hash"},
 		"prices":          {(&priceRow{}).auditFields(), "price"},
+		"webhooks":        {(&webhookRow{}).auditFields(), "sealed_url sealed_secret old_secret"},
 	} {
 		expected := strings.Fields(c.other + " seq id version created_at updated_at bound_by mac")
 		for _, f := range c.fields {

@@ -408,8 +408,11 @@ func testLayoutSecrets(t *testing.T, b buildVariant) {
 		"manage_projects.go": 3, // checking the form of a provider key; showing new credentials once
 		"manage_usage.go":    2, // showing stored content
 		"tokens.go":          1, // hashing new credentials
-		"secrets.go":         5, // sealing, the hint; deriving keys from that of stored content; a cached answer
-		"upstream.go":        4, // the header of a call to the provider
+		// sealing, the hint; deriving keys from that of stored content; a cached answer; the signature of a webhook
+		"secrets.go":  6,
+		"upstream.go": 5, // the header of a call to the provider; the URL of a webhook
+
+		"manage_notifications.go": 1, // showing the new secret of a webhook once
 	}
 	if b == postgresBuild {
 		want["store_postgres.go"] = 2 // DATABASE_URL and the database's password, to connect
@@ -471,7 +474,7 @@ func layers() [][]string {
 		{"config.go", "datadir.go", "host.go", "request_*.go", "endpoints.go", "meter*.go", "prices.go", "metrics.go",
 			"policy.go", "ratelimit*.go",
 			"tokens.go", "upstream*.go", "ledger.go", "outbox.go",
-			"cache.go"},
+			"cache.go", "notifications*.go"},
 		{"proxy*.go", "manage*.go"},
 		{"admin*.go", "charts.go", "command*.go"},
 		{"demo.go", "server.go", "main.go"},
@@ -564,7 +567,7 @@ func TestLayoutForbidden(t *testing.T) {
 		"template.HTML(": nil,
 		"os.Exit(":       {"main.go"}, // main itself
 		// not to clients of a real server; and our own words about a field
-		"err.Error()":    {"command_doctor.go", "manage_projects.go"},
+		"err.Error()":    {"command_doctor.go", "manage_projects.go", "manage_notifications.go"},
 		"apiError{":      {"errors.go"}, // the catalogue of errors
 		"http.ListenAnd": nil,
 	}

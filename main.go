@@ -147,6 +147,7 @@ type instance struct {
 	registry       *registry
 	running        *runningCalls
 	transport      *http.Transport
+	notifier       *notifier
 
 	operations *operations
 	proxy      *proxy
@@ -214,6 +215,7 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	in.store.reportForeignRow = func(e *foreignRowError) {
 		in.log.Error("a row of the database is refused; see llm-proxy audit verify", "kind", e.kind, "id", e.id,
 			"reason", e.reason)
+		in.notifier.reportForeignRow(e)
 	}
 	if in.sealer, in.createdKeyFile, err = openSealer(ctx, in.cfg, in.store); err != nil {
 		return err
@@ -290,10 +292,11 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		cache: in.cache, endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
 		prices: &in.prices, retries: newRetryTracker(in.metrics), databaseProblem: in.databaseProblem,
 	})
+	in.notifier = newNotifier(in.sealer, limits, in.log.Logger, in.transport, cfg.allowPrivate)
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
 		running: in.running, prices: &in.prices, contentKey: in.contentKey, cache: in.cache,
-		openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
+		notifier: in.notifier, openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
 		self: replicaRow{version: versionText(), address: cfg.replicaAddress(), startedAt: started.UnixMilli()},
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)
@@ -344,6 +347,8 @@ func (in *instance) startWorkers() {
 		in.ledger.runRetention(ctx, retention{in.cfg.retention, in.cfg.maxDatabaseBytes}, 10*time.Second)
 	})
 	in.workers.Go(func() { in.evictIdle(ctx) })
+	in.workers.Go(func() { in.notifier.watch(ctx) })
+	in.workers.Go(func() { in.notifier.deliver(ctx) })
 }
 
 // evictIdle removes idle entries from the registry, and waits no longer for background responses, every minute until

@@ -175,6 +175,15 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/keys/{id}", roleAdmin, api.getKey, nil},
 		{"PATCH /manage/keys/{id}", roleAdmin, withInput(fields.key, api.patchKey), nil},
 		{"DELETE /manage/keys/{id}", roleAdmin, api.revokeKey, nil},
+		{"GET /manage/webhooks", roleViewer, api.listWebhooks, nil},
+		{"POST /manage/webhooks", roleAdmin, withInput(fields.webhook, api.createWebhook), nil},
+		{"GET /manage/webhooks/{id}", roleViewer, api.getWebhook, nil},
+		{"PATCH /manage/webhooks/{id}", roleAdmin, withInput(fields.webhook, api.patchWebhook), nil},
+		{"DELETE /manage/webhooks/{id}", roleAdmin, api.deleteWebhook, nil},
+		{"POST /manage/webhooks/{id}/rotate", roleAdmin, withInput(fields.rotate, api.rotateWebhook), nil},
+		{"POST /manage/webhooks/{id}/test", roleOperator, api.testWebhook, nil},
+		{"GET /manage/webhooks/{id}/deliveries", roleViewer, api.listDeliveries, pageParams("state")},
+		{"POST /manage/webhooks/{id}/deliveries/{delivery}/redeliver", roleOperator, api.redeliver, nil},
 	}
 }
 

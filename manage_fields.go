@@ -53,16 +53,13 @@ type fieldTables struct {
 	project  []field[projectInput, projectRow]
 	upstream []field[upstreamInput, upstreamEdit]
 	price    []field[priceInput, priceRow]
+	webhook  []field[webhookInput, webhookEdit]
 }
 
 func newFieldTables() fieldTables {
 	return fieldTables{
-		token:    tokenFields(),
-		rotate:   rotateFields(),
-		key:      keyFields(),
-		project:  projectFields(),
-		upstream: upstreamFields(),
-		price:    priceFields(),
+		token: tokenFields(), rotate: rotateFields(), key: keyFields(), project: projectFields(),
+		upstream: upstreamFields(), price: priceFields(), webhook: webhookFields(),
 	}
 }
 

@@ -30,6 +30,7 @@ type operations struct {
 	prices       *atomic.Pointer[priceTable]
 	contentKey   *contentKey
 	cache        *responseCache
+	notifier     *notifier
 	openaiURL    string      // the base URL of an OpenAI upstream that names none
 	allowPrivate bool        // base URLs may be private addresses and plain http
 	fields       fieldTables // of the inputs

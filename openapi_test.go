@@ -190,6 +190,7 @@ func TestOpenAPIFields(t *testing.T) {
 	compareFields(s, tables.upstream, "UpstreamCreate", "UpstreamPatch")
 	compareFields(s, tables.key, "KeyCreate", "KeyPatch")
 	compareFields(s, tables.price, "PriceSet", "")
+	compareFields(s, tables.webhook, "WebhookCreate", "WebhookPatch")
 }
 
 // compareFields compares a table of fields with the schemas of a new object and of a change; "" for none.
@@ -231,7 +232,7 @@ func (p *testProxy) operationPath(name string) (method, path string) {
 	case strings.HasPrefix(path, "/manage/tokens/"):
 		id = p.tokenID
 	}
-	return method, strings.NewReplacer("{id}", id, "{upstream}", p.upstream).Replace(path)
+	return method, strings.NewReplacer("{id}", id, "{upstream}", p.upstream, "{delivery}", "none").Replace(path)
 }
 
 // knownNames returns the names that the refusal of an unknown one lists.
@@ -339,6 +340,7 @@ func requiredFields(p *testProxy) map[string]map[string]string {
 		"POST /manage/tokens":                  {"project_id": `"` + p.project + `"`},
 		"POST /manage/prices":                  {"match": `"m"`},
 		"POST /manage/keys":                    {"name": `"a"`, "role": `"viewer"`},
+		"POST /manage/webhooks":                {"name": `"a"`, "format": `"slack"`, "url": `"` + deadURL + `"`},
 	}
 }
 
@@ -635,6 +637,18 @@ func (c responseTest) checkPriceAndKeyResponses() {
 	c.call("GET", key, "", 200)
 	c.call("PATCH", key, `{"role":"operator","expires_at":"2099-01-01T00:00:00Z"}`, 200)
 	c.call("DELETE", key, "", 200)
+	hook := "/manage/webhooks/" + c.call("POST", "/manage/webhooks",
+		`{"name":"w","format":"standard","url":"`+c.provider.url+`","events":["token.expiring"]}`, 201)
+	c.call("GET", "/manage/webhooks", "", 200)
+	c.call("GET", hook, "", 200)
+	c.call("PATCH", hook, `{"events":["limit.threshold"]}`, 200)
+	c.call("POST", hook+"/rotate", "", 200)
+	c.call("POST", hook+"/test", "", 200)
+	delivery := c.call("POST", hook+"/test", "", 200)
+	c.call("POST", hook+"/deliveries/"+delivery+"/redeliver", "", 200)
+	c.call("GET", hook+"/deliveries?limit=1&state=pending", "", 200)
+	c.call("GET", hook+"/deliveries?limit=1", "", 200)
+	c.call("DELETE", hook, "", 200)
 }
 
 // reportUnseenResponses reports the successful responses and the properties that no call had.
@@ -663,12 +677,16 @@ func TestOpenAPIErrors(t *testing.T) {
 	var viewer struct{ ID, Key string }
 	p.manage("POST", "/manage/keys", `{"name":"v","role":"viewer"}`, 201, &viewer)
 	p.secrets = append(p.secrets, viewer.Key)
+	var hook, delivery struct{ ID string }
+	p.manage("POST", "/manage/webhooks", `{"name":"w","format":"slack","url":"`+deadURL+`"}`, 201, &hook)
+	p.manage("POST", "/manage/webhooks/"+hook.ID+"/test", ``, 200, &delivery)
 	for range maxAuthFailures {
 		p.manageAs("wrong", "GET", "/manage/projects", "", "X-Forwarded-For", "192.0.2.1")
 	}
 	for _, name := range s.operations() {
 		method, path := p.operationPath(name)
-		path = strings.Replace(path, "/keys/none", "/keys/"+viewer.ID, 1)
+		path = strings.NewReplacer("/keys/none", "/keys/"+viewer.ID, "/webhooks/none", "/webhooks/"+hook.ID,
+			"/deliveries/none", "/deliveries/"+delivery.ID).Replace(path)
 		if !strings.HasPrefix(path, "/manage/") {
 			continue
 		}
@@ -684,9 +702,9 @@ func TestOpenAPIErrors(t *testing.T) {
 			415: p.do(method, path, "{}", "Authorization", admin, "Content-Type", "text/plain", "If-Match", `"1000"`),
 			421: p.do(method, path, "", "Authorization", admin, "Host", "evil.example.com"),
 			429: p.do(method, path, "", "Authorization", "Bearer wrong", "X-Forwarded-For", "192.0.2.1"),
-			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none", viewer.ID,
-				"none", "/sessions", "/sessions?session=none").Replace(path), jsonObject(requiredFields(p)[name]),
-				"Authorization", admin, "Content-Type", "application/json"),
+			404: p.do(method, strings.NewReplacer(p.project, "none", p.upstream, "none", p.tokenID, "none",
+				viewer.ID, "none", hook.ID, "none", "/sessions", "/sessions?session=none").Replace(path),
+				jsonObject(requiredFields(p)[name]), "Authorization", admin, "Content-Type", "application/json"),
 		}
 		for status, res := range provoked {
 			declared := s.at(s.operation(name), "responses", fmt.Sprint(status)) != nil

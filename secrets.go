@@ -274,3 +274,39 @@ func (k *contentKey) open(row *contentRow) (request, answer secret, err error) {
 	answer, err = sl.open(row.response, responsePart)
 	return request, answer, err
 }
+
+// The parts of a webhook that are sealed. The URL is, because it is often a credential itself.
+const (
+	webhookURLPart       = "url"
+	webhookSecretPart    = "secret"
+	webhookOldSecretPart = "old secret"
+)
+
+// webhookContext binds a sealed part of a webhook to its row.
+func webhookContext(id, part string) string { return "llm-proxy webhook v1|" + id + "|" + part }
+
+const webhookSecretPrefix = "whsec_"
+
+// newWebhookSecret returns a new secret in the form of Standard Webhooks: whsec_ and 32 random bytes as base64.
+func newWebhookSecret() secret {
+	key := make([]byte, 32)
+	rand.Read(key)
+	return newSecret(webhookSecretPrefix + base64.StdEncoding.EncodeToString(key))
+}
+
+// signWebhook returns the header webhook-signature of a message: a signature with each secret, so that receivers may
+// have either during a rotation.
+func signWebhook(secrets []secret, id, timestamp string, body []byte) (string, error) {
+	var signatures []string
+	for _, s := range secrets {
+		key, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(s(), webhookSecretPrefix))
+		if err != nil {
+			return "", errUnseal
+		}
+		mac := hmac.New(sha256.New, key)
+		mac.Write([]byte(id + "." + timestamp + "."))
+		mac.Write(body)
+		signatures = append(signatures, "v1,"+base64.StdEncoding.EncodeToString(mac.Sum(nil)))
+	}
+	return strings.Join(signatures, " "), nil
+}

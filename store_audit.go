@@ -602,6 +602,9 @@ func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer
 		if n, err = s.resealUpstreams(ctx, tx, from, to, originOf); err != nil {
 			return auditEvent{}, err
 		}
+		if err := resealWebhooks(ctx, tx, from, to); err != nil {
+			return auditEvent{}, err
+		}
 		if s.backend == nil {
 			if err := rewriteSealed(ctx, tx); err != nil {
 				return auditEvent{}, err
@@ -626,6 +629,10 @@ func rewriteSealed(ctx context.Context, tx querier) error {
 		`CREATE TEMP TABLE resealed AS SELECT * FROM settings`,
 		`DELETE FROM settings`,
 		`INSERT INTO settings SELECT * FROM temp.resealed`,
+		`DROP TABLE temp.resealed`,
+		`CREATE TEMP TABLE resealed AS SELECT * FROM webhooks`,
+		`DELETE FROM webhooks`,
+		`INSERT INTO webhooks SELECT * FROM temp.resealed`,
 		`DROP TABLE temp.resealed`,
 	} {
 		if _, err := execCount(ctx, tx, "overwriting old values", statement); err != nil {

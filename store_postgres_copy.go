@@ -65,7 +65,13 @@ const (
 	copiedBatchUsage = `seq, object, model, priced, lines, input_tokens, cached_tokens, cache_write_tokens,
 		output_tokens, reasoning_tokens, cost, prompt_saved`
 	copiedContents = `id, project, until, request, request_bytes, answer, answer_bytes`
-	copiedCache    = `id, project, token, model, stored_at, expires_at, used_at, size, answer, endpoint`
+	copiedWebhooks = `seq, id, name, format, events, error_percent, host, sealed_url, sealed_secret, old_secret,
+		old_secret_until, is_active, version, created_at, updated_at`
+	copiedNotifications = `seq, id, type, at, data`
+	copiedMarks         = `key, until`
+	copiedDeliveries    = `seq, id, webhook, notification, state, attempts, next_at, leased_until, give_up_at, status,
+		problem, updated_at`
+	copiedCache = `id, project, token, model, stored_at, expires_at, used_at, size, answer, endpoint`
 )
 
 // managedTables are the tables of what administrators manage.
@@ -201,6 +207,33 @@ func sumTables() []copiedTable {
 	}
 }
 
+// webhookTables are the tables of notifications.
+func webhookTables() []copiedTable {
+	const lowest = int64(math.MinInt64)
+	return []copiedTable{
+		{"webhooks", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM webhooks`,
+			`SELECT ` + copiedWebhooks + ` FROM webhooks WHERE seq > ? ORDER BY seq LIMIT ?`,
+			`INSERT INTO webhooks (` + copiedWebhooks + `)
+			SELECT ` + copiedWebhooks + ` FROM json_populate_recordset(NULL::webhooks, ?)
+			ON CONFLICT DO NOTHING`},
+		{"notifications", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM notifications`,
+			`SELECT ` + copiedNotifications + ` FROM notifications WHERE seq > ? ORDER BY seq LIMIT ?`,
+			`INSERT INTO notifications (` + copiedNotifications + `)
+			SELECT ` + copiedNotifications + ` FROM json_populate_recordset(NULL::notifications, ?)
+			ON CONFLICT DO NOTHING`},
+		{"notification_marks", []string{"key"}, []any{""}, `SELECT count(*) FROM notification_marks`,
+			`SELECT ` + copiedMarks + ` FROM notification_marks WHERE key > ? ORDER BY key LIMIT ?`,
+			`INSERT INTO notification_marks (` + copiedMarks + `)
+			SELECT ` + copiedMarks + ` FROM json_populate_recordset(NULL::notification_marks, ?)
+			ON CONFLICT DO NOTHING`},
+		{"deliveries", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM deliveries`,
+			`SELECT ` + copiedDeliveries + ` FROM deliveries WHERE seq > ? ORDER BY seq LIMIT ?`,
+			`INSERT INTO deliveries (` + copiedDeliveries + `)
+			SELECT ` + copiedDeliveries + ` FROM json_populate_recordset(NULL::deliveries, ?)
+			ON CONFLICT DO NOTHING`},
+	}
+}
+
 // contentTables are the other tables.
 func contentTables() []copiedTable {
 	const lowest = int64(math.MinInt64)
@@ -240,7 +273,7 @@ func copyToPostgres(ctx context.Context, source, target *store, report func(tabl
 	if err := beginCopy(ctx, source, target); err != nil {
 		return err
 	}
-	tables := slices.Concat(managedTables(), recordTables(), sumTables(), contentTables())
+	tables := slices.Concat(managedTables(), recordTables(), sumTables(), webhookTables(), contentTables())
 	for i := range tables {
 		t := &tables[i]
 		for more := true; more; {
@@ -274,6 +307,11 @@ func copyToPostgres(ctx context.Context, source, target *store, report func(tabl
 			setval(pg_get_serial_sequence('management_keys', 'seq'),
 				(SELECT coalesce(max(seq), 0) + 1 FROM management_keys), false),
 			setval(pg_get_serial_sequence('prices', 'seq'), (SELECT coalesce(max(seq), 0) + 1 FROM prices), false),
+			setval(pg_get_serial_sequence('webhooks', 'seq'), (SELECT coalesce(max(seq), 0) + 1 FROM webhooks), false),
+			setval(pg_get_serial_sequence('notifications', 'seq'),
+				(SELECT coalesce(max(seq), 0) + 1 FROM notifications), false),
+			setval(pg_get_serial_sequence('deliveries', 'seq'),
+				(SELECT coalesce(max(seq), 0) + 1 FROM deliveries), false),
 			setval(pg_get_serial_sequence('batches', 'seq'), (SELECT coalesce(max(seq), 0) + 1 FROM batches), false),
 			setval(pg_get_serial_sequence('batch_usage', 'seq'),
 				(SELECT coalesce(max(seq), 0) + 1 FROM batch_usage), false)`)

@@ -276,7 +276,8 @@ func TestPostgresColumns(t *testing.T) {
 	got := list(st, `SELECT table_name || '.' || column_name FROM information_schema.columns
 		WHERE table_schema = current_schema() AND table_name NOT IN ('replicas', 'replica_beats',
 			'replica_answers', 'ledger_commits', 'schema_version') AND column_name NOT IN ('replica', 'slot')`)
-	for _, table := range slices.Concat(managedTables(), recordTables(), sumTables(), contentTables()) {
+	for _, table := range slices.Concat(managedTables(), recordTables(), sumTables(), webhookTables(),
+		contentTables()) {
 		words := strings.FieldsFunc(table.read, func(r rune) bool { return !unicode.IsLetter(r) && r != '_' })
 		for _, name := range got {
 			column, ok := strings.CutPrefix(name, table.name+".")

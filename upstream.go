@@ -51,19 +51,47 @@ func parseBaseURL(s string, allowPrivate bool) (*url.URL, error) {
 	if err := checkHost(u.Hostname(), allowPrivate); err != nil {
 		return nil, err
 	}
-	if p := u.Port(); p != "" || strings.HasSuffix(u.Host, ":") {
-		if p == "" || p == "0" || len(p) > 5 || (len(p) == 5 && p > "65535") {
-			return nil, errors.New("must have a port from 1 to 65535")
-		}
-		if u.Scheme == "https" && p == "443" || u.Scheme == "http" && p == "80" {
-			u.Host = strings.TrimSuffix(u.Host, ":"+p)
-		}
+	if err := checkPort(u); err != nil {
+		return nil, err
 	}
 	u.Host = strings.ToLower(u.Host)
 	if u.Path = strings.TrimRight(u.Path, "/"); u.Path == "" {
 		u.Path = "/v1"
 	}
 	return u, nil
+}
+
+// parseWebhookURL checks the URL that notifications are sent to, as parseBaseURL does. It may have any path and query.
+func parseWebhookURL(text secret, allowPrivate bool) (*url.URL, error) {
+	s := text()
+	u, err := url.Parse(s)
+	switch {
+	case len(s) > 2000 || err != nil || u.Host == "" || u.Opaque != "" || (u.Scheme != "https" && u.Scheme != "http"):
+		return nil, errors.New("must be an absolute URL, as in https://hooks.example.com/llm-proxy")
+	case u.User != nil:
+		return nil, errors.New("must not contain a user name or password")
+	case strings.Contains(s, "#"):
+		return nil, errors.New("must not have a fragment")
+	case u.Scheme == "http" && !allowPrivate:
+		return nil, errors.New("must be https; plain http needs ALLOW_PRIVATE_UPSTREAMS=true")
+	}
+	if err := checkHost(u.Hostname(), allowPrivate); err != nil {
+		return nil, err
+	}
+	return u, checkPort(u)
+}
+
+// checkPort checks the port of a URL, and removes it if it is the scheme's own.
+func checkPort(u *url.URL) error {
+	if p := u.Port(); p != "" || strings.HasSuffix(u.Host, ":") {
+		if p == "" || p == "0" || len(p) > 5 || (len(p) == 5 && p > "65535") {
+			return errors.New("must have a port from 1 to 65535")
+		}
+		if u.Scheme == "https" && p == "443" || u.Scheme == "http" && p == "80" {
+			u.Host = strings.TrimSuffix(u.Host, ":"+p)
+		}
+	}
+	return nil
 }
 
 // An upstream is one provider key of a project and the base URL that the key may be sent to. It is immutable,

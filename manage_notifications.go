@@ -1,0 +1,334 @@
+// This file has what administrators do with webhooks: the fields of one, the operations, the handlers of /manage, and
+// how webhooks and deliveries are shown. No response contains the URL of a webhook; its secret is only in the one that
+// created it. What is sent when is decided in notifications.go.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A webhookInput is what can be sent about a webhook.
+type webhookInput struct {
+	name, format optional[string]
+	url          optional[secret]
+	events       optional[[]string]
+	errorPercent optional[int64]
+	active       optional[bool]
+}
+
+// A webhookEdit is a webhook while it is changed. url is nil if it stays as it is.
+type webhookEdit struct {
+	webhookRow
+	url secret
+}
+
+const defaultErrorPercent = 10
+
+func webhookFields() []field[webhookInput, webhookEdit] {
+	type f = field[webhookInput, webhookEdit]
+	return []f{
+		stored(f{name: "name", label: "Name", required: true, help: "webhook-name"}, anyName,
+			func(in *webhookInput, w *webhookEdit) (*optional[string], *string) { return &in.name, &w.name }),
+		stored(f{name: "format", label: "Format", kind: "select", required: true}, validateFormat,
+			func(in *webhookInput, w *webhookEdit) (*optional[string], *string) { return &in.format, &w.format }),
+		stored(f{name: "url", label: "URL", required: true, placeholder: "https://", empty: emptyOmitted,
+			help: "webhook-url"}, anyValue,
+			func(in *webhookInput, w *webhookEdit) (*optional[secret], *secret) { return &in.url, &w.url }),
+		{name: "events", label: "Events", kind: "lines", placeholder: eventLimit, help: "webhook-events",
+			target: func(in *webhookInput) any { return &in.events }, apply: (*webhookInput).applyEvents},
+		stored(f{name: "error_percent", label: "Error share (percent)", kind: "number", empty: emptyOmitted,
+			help: "webhook-errors"}, inRange(1, 100),
+			func(in *webhookInput, w *webhookEdit) (*optional[int64], *int64) {
+				return &in.errorPercent, &w.errorPercent
+			}),
+		stored(f{name: "is_active", label: "Active", kind: "checkbox", help: "webhook-active"}, anyValue,
+			func(in *webhookInput, w *webhookEdit) (*optional[bool], *bool) { return &in.active, &w.active }),
+	}
+}
+
+func validateFormat(name, value string) error {
+	if value != formatStandard && value != formatSlack && value != formatTeams {
+		return &fieldError{name, "must be standard, slack or teams"}
+	}
+	return nil
+}
+
+// applyEvents stores the list of types, in the order of notificationTypes.
+func (in *webhookInput) applyEvents(w *webhookEdit) error {
+	if !in.events.set {
+		return nil
+	}
+	list := []string{}
+	for _, t := range notificationTypes() {
+		if slices.Contains(in.events.value, t) {
+			list = append(list, t)
+		}
+	}
+	for i, t := range in.events.value {
+		if !slices.Contains(list, t) {
+			return &fieldError{fmt.Sprintf("events[%d]", i),
+				"must be one of " + strings.Join(notificationTypes(), ", ")}
+		}
+	}
+	w.events = mustJSON(list)
+	return nil
+}
+
+// apply checks the input and stores it in the row. A new URL is sealed for the row.
+func (in *webhookInput) apply(ops *operations, w *webhookRow) error {
+	edit := webhookEdit{webhookRow: *w}
+	err := applyFields(in, &edit, ops.fields.webhook)
+	if edit.url != nil {
+		u, urlErr := parseWebhookURL(edit.url, ops.allowPrivate)
+		if urlErr != nil {
+			// About the administrator's own text; it contains no part of it.
+			return errors.Join(err, &fieldError{"url", urlErr.Error()})
+		}
+		edit.host = u.Scheme + "://" + strings.ToLower(u.Host)
+		edit.sealedURL = ops.sealer.seal(edit.url, webhookContext(w.id, webhookURLPart))
+	}
+	*w = edit.webhookRow
+	return err
+}
+
+// createWebhook creates a webhook and returns its secret, which is not shown again.
+func (ops *operations) createWebhook(ctx context.Context, origin auditOrigin, in webhookInput,
+) (webhookRow, secret, error) {
+	in.name.set, in.format.set = true, true // both are required
+	w := webhookRow{id: newID("hook"), events: "[]", errorPercent: defaultErrorPercent, active: true,
+		createdAt: origin.at, updatedAt: origin.at}
+	err := in.apply(ops, &w)
+	if !in.url.hasValue() {
+		err = errors.Join(err, &fieldError{"url", "is required"})
+	}
+	if err != nil {
+		return w, nil, err
+	}
+	value := newWebhookSecret()
+	w.sealedSecret = ops.sealer.seal(value, webhookContext(w.id, webhookSecretPart))
+	err = ops.store.addWebhook(ctx, origin, &w)
+	if errors.Is(err, errTooManyWebhooks) {
+		err = &fieldError{"", fmt.Sprintf("There are %d webhooks already. Delete one first.", maxWebhooks)}
+	}
+	return w, value, err
+}
+
+func (ops *operations) updateWebhook(ctx context.Context, origin auditOrigin, id string, version int64, in webhookInput,
+) (webhookRow, error) {
+	return ops.store.changeWebhook(ctx, origin, "webhook.change", id, version, func(w *webhookRow) error {
+		return in.apply(ops, w)
+	})
+}
+
+// rotateWebhook gives a webhook a new secret, which it returns. Deliveries are signed with the previous one as well for
+// the given overlap.
+func (ops *operations) rotateWebhook(ctx context.Context, origin auditOrigin, id string, version int64, in rotateInput,
+) (webhookRow, secret, error) {
+	overlap := int64(defaultOverlapMinutes)
+	if err := applyFields(&in, &overlap, ops.fields.rotate); err != nil {
+		return webhookRow{}, nil, err
+	}
+	value := newWebhookSecret()
+	w, err := ops.store.changeWebhook(ctx, origin, "webhook.rotate", id, version, func(w *webhookRow) error {
+		old, err := ops.sealer.open(w.sealedSecret, webhookContext(w.id, webhookSecretPart))
+		w.oldSecret, w.oldSecretUntil = nil, nil
+		if err == nil && overlap > 0 { // a secret that cannot be opened signs nothing
+			w.oldSecret = ops.sealer.seal(old, webhookContext(w.id, webhookOldSecretPart))
+			w.oldSecretUntil = new(origin.at + overlap*time.Minute.Milliseconds())
+		}
+		w.sealedSecret = ops.sealer.seal(value, webhookContext(w.id, webhookSecretPart))
+		return nil
+	})
+	return w, value, err
+}
+
+// testWebhook sends a test notification once, and returns how that went.
+func (ops *operations) testWebhook(ctx context.Context, origin auditOrigin, id string) (deliveryRow, error) {
+	w, err := ops.store.webhookByID(ctx, id)
+	if err != nil {
+		return deliveryRow{}, err
+	}
+	msg := newNotification(eventTest, origin.at, notificationData{
+		Summary: "This is a test of the webhook " + w.name + "."})
+	d, err := ops.store.addTest(ctx, origin, &w, msg, origin.at+deliveryLeaseMS, newDeliveryID())
+	if err == nil && d.state == deliveryPending {
+		err = ops.notifier.sendClaimed(ctx, &w, &d)
+	}
+	return d, err
+}
+
+// redeliver queues a delivery again.
+func (ops *operations) redeliver(ctx context.Context, origin auditOrigin, id, deliveryID string) (deliveryRow, error) {
+	w, err := ops.store.webhookByID(ctx, id)
+	if err != nil {
+		return deliveryRow{}, err
+	}
+	d, err := ops.store.deliveryByID(ctx, w.seq, deliveryID)
+	if err == nil {
+		err = ops.store.redeliver(ctx, origin, &w, &d, origin.at+deliveryGiveUpMS)
+	}
+	if err != nil {
+		return deliveryRow{}, err
+	}
+	ops.notifier.wakeUp()
+	return ops.store.deliveryByID(ctx, w.seq, deliveryID)
+}
+
+// A webhookView is a webhook as the management API shows it.
+type webhookView struct {
+	ID             string          `json:"id"`
+	Name           string          `json:"name"`
+	Format         string          `json:"format"`
+	Host           string          `json:"host"` // of the URL, the rest of which may be a credential
+	Events         json.RawMessage `json:"events"`
+	ErrorPercent   int64           `json:"error_percent"`
+	IsActive       bool            `json:"is_active"`
+	OldSecretUntil *timestamp      `json:"old_secret_until"` // until then the previous secret signs too
+	Version        int64           `json:"version"`
+	CreatedAt      timestamp       `json:"created_at"`
+	UpdatedAt      timestamp       `json:"updated_at"`
+	Secret         string          `json:"secret,omitempty"` // only if it is new
+}
+
+func (v webhookView) etag() int64 { return v.Version }
+
+func newWebhookView(w *webhookRow) webhookView {
+	return webhookView{ID: w.id, Name: w.name, Format: w.format, Host: w.host, Events: json.RawMessage(w.events),
+		ErrorPercent: w.errorPercent, IsActive: w.active, OldSecretUntil: newTimestamp(w.oldSecretUntil),
+		Version: w.version, CreatedAt: timestamp(w.createdAt), UpdatedAt: timestamp(w.updatedAt)}
+}
+
+// newWebhookSecretView is newWebhookView with the new secret.
+func newWebhookSecretView(w *webhookRow, value secret) webhookView {
+	v := newWebhookView(w)
+	if value != nil {
+		v.Secret = value()
+	}
+	return v
+}
+
+// A deliveryView is a delivery as the management API shows it.
+type deliveryView struct {
+	ID            string     `json:"id"`
+	MessageID     string     `json:"message_id"` // the header webhook-id
+	Type          string     `json:"type"`
+	Summary       string     `json:"summary"`
+	CreatedAt     timestamp  `json:"created_at"`
+	State         string     `json:"state"`
+	Attempts      int64      `json:"attempts"`
+	Status        *int64     `json:"status"` // of the last answer; null: none
+	Problem       string     `json:"problem"`
+	NextAttemptAt *timestamp `json:"next_attempt_at"` // null: there is none
+	UpdatedAt     timestamp  `json:"updated_at"`
+}
+
+func newDeliveryView(d *deliveryRow) deliveryView {
+	v := deliveryView{ID: d.id, MessageID: d.of.id, Type: d.of.eventType, Summary: d.of.summary(),
+		CreatedAt: timestamp(d.of.at), State: d.state, Attempts: d.attempts, Problem: d.problem,
+		UpdatedAt: timestamp(d.updatedAt)}
+	if d.status != 0 {
+		v.Status = &d.status
+	}
+	if d.state == deliveryPending {
+		v.NextAttemptAt = new(timestamp(d.nextAt))
+	}
+	return v
+}
+
+func (ops *operations) listWebhooks(ctx context.Context) (listPage[webhookView], error) {
+	rows, err := ops.store.listWebhooks(ctx)
+	return newListPage(rows, len(rows), newWebhookView, nil), err
+}
+
+func (ops *operations) getWebhook(ctx context.Context, id string) (webhookView, error) {
+	w, err := ops.store.webhookByID(ctx, id)
+	return newWebhookView(&w), err
+}
+
+// A deliveryFilter narrows and pages the deliveries of a webhook.
+type deliveryFilter struct {
+	listQuery
+	webhook, state string
+}
+
+func (r *manageRequest) parseDeliveryFilter() (f deliveryFilter, err error) {
+	f.webhook, f.state = r.pathValue("id"), r.query.Get("state")
+	if f.listQuery, err = r.parseListQuery(); err != nil {
+		return f, err
+	}
+	if !slices.Contains([]string{"", deliveryPending, deliveryDelivered, deliveryFailed}, f.state) {
+		return f, badRequest("invalid_value", "state", "state must be pending, delivered or failed.")
+	}
+	return f, nil
+}
+
+// listDeliveries returns deliveries of a webhook, the newest first.
+func (ops *operations) listDeliveries(ctx context.Context, f deliveryFilter) (listPage[deliveryView], error) {
+	w, err := ops.store.webhookByID(ctx, f.webhook)
+	if err != nil {
+		return listPage[deliveryView]{}, err
+	}
+	before := int64(math.MaxInt64)
+	if f.seq > 0 {
+		before = f.seq
+	}
+	rows, err := ops.store.listDeliveries(ctx, w.seq, before, f.state, f.limit+1)
+	return newListPage(rows, f.limit, newDeliveryView,
+		func(d *deliveryRow) string { return formatCursor(d.seq, "") }), err
+}
+
+func (api *manageAPI) listWebhooks(r *manageRequest) (any, error) { return api.ops.listWebhooks(r.ctx) }
+
+func (api *manageAPI) createWebhook(r *manageRequest, in webhookInput) (any, error) {
+	w, value, err := api.ops.createWebhook(r.ctx, r.origin, in)
+	return created{newWebhookSecretView(&w, value)}, err
+}
+
+func (api *manageAPI) getWebhook(r *manageRequest) (any, error) {
+	return api.ops.getWebhook(r.ctx, r.pathValue("id"))
+}
+
+func (api *manageAPI) patchWebhook(r *manageRequest, in webhookInput) (any, error) {
+	w, err := api.ops.updateWebhook(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
+	return newWebhookView(&w), err
+}
+
+func (api *manageAPI) deleteWebhook(r *manageRequest) (any, error) {
+	return r.deleted("id", api.store.deleteWebhook(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion))
+}
+
+func (api *manageAPI) rotateWebhook(r *manageRequest, in rotateInput) (any, error) {
+	w, value, err := api.ops.rotateWebhook(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
+	return newWebhookSecretView(&w, value), err
+}
+
+func (api *manageAPI) testWebhook(r *manageRequest) (any, error) {
+	if err := decodeObject(r.body, map[string]any{}); err != nil {
+		return nil, err
+	}
+	d, err := api.ops.testWebhook(r.ctx, r.origin, r.pathValue("id"))
+	return newDeliveryView(&d), err
+}
+
+func (api *manageAPI) listDeliveries(r *manageRequest) (any, error) {
+	f, err := r.parseDeliveryFilter()
+	if err != nil {
+		return nil, err
+	}
+	return api.ops.listDeliveries(r.ctx, f)
+}
+
+func (api *manageAPI) redeliver(r *manageRequest) (any, error) {
+	if err := decodeObject(r.body, map[string]any{}); err != nil {
+		return nil, err
+	}
+	d, err := api.ops.redeliver(r.ctx, r.origin, r.pathValue("id"), r.pathValue("delivery"))
+	return newDeliveryView(&d), err
+}
