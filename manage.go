@@ -20,66 +20,6 @@ import (
 	"time"
 )
 
-// A signInAuditor records failed sign-ins in the audit trail, and logs the head of the trail.
-type signInAuditor struct {
-	log     *logger
-	store   *store
-	limiter *throttle
-}
-
-// auditFailedSignIn records a wrong management key. origin.actorID is the key's ID if the key was once valid.
-// The caller is refused in any case, so a failure to record is only logged.
-func (a *signInAuditor) auditFailedSignIn(ctx context.Context, origin auditOrigin, surface string, now time.Time) {
-	wait, omitted := a.limiter.allow(now)
-	if wait > 0 {
-		return
-	}
-	a.writeFailedSignIns(ctx, origin, surface, omitted, 1)
-}
-
-// writeFailedSignIns records an event for failed sign-ins: omitted of them had no event of their own, and
-// current (0 or 1) is the latest. It ignores the request's cancellation, so that a caller cannot keep a
-// wrong key off the trail by disconnecting.
-func (a *signInAuditor) writeFailedSignIns(
-	ctx context.Context, origin auditOrigin, surface string, omitted, current int64,
-) {
-	event := auditEvent{action: actionSignInFailed, object: surface}
-	if omitted > 0 {
-		event.detail = []auditField{{"left_out", omitted}}
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	if err := a.store.recordAuditEvent(ctx, origin, event); err != nil {
-		a.limiter.addOmitted(omitted + current)
-		a.log.Error("cannot record a failed sign-in in the audit trail",
-			"request_id", origin.requestID, "address", origin.address, "error", err)
-	}
-}
-
-// runAuditCheckpoints records how many failed sign-ins were omitted, and logs the head of the trail if it has
-// changed since it was last logged, periodically and at the end. A log that is kept on another machine then
-// proves that no event up to the head was removed.
-func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Duration, logged int64) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for end := false; !end; {
-		var now time.Time
-		select {
-		case <-ctx.Done():
-			now, end = time.Now(), true
-		case now = <-tick.C:
-		}
-		if omitted := a.limiter.drainOmitted(now, end); omitted > 0 {
-			a.writeFailedSignIns(ctx, systemOrigin(now), "", omitted, 0)
-		}
-		head, ok, _, err := a.store.loadAuditHead(context.WithoutCancel(ctx), a.store.chain)
-		if err == nil && ok && head.seq != logged {
-			logged = head.seq
-			a.log.Info("the audit trail ends here", "head", head.String())
-		}
-	}
-}
-
 // A manageAPI is the JSON API under /manage. All fields are required.
 type manageAPI struct {
 	log             *logger
@@ -123,10 +63,10 @@ type manageRoute struct {
 	params  []string
 }
 
-// manageTable lists every URL of /manage.
+// manageTable lists every URL of /manage; those of webhooks are in webhookRoutes.
 func (api *manageAPI) manageTable() []manageRoute {
 	fields := &api.ops.fields
-	return []manageRoute{
+	return append(api.webhookRoutes(), []manageRoute{
 		{"GET /manage/projects", roleViewer, api.listProjects, pageParams("active", "name", "search")},
 		{"POST /manage/projects", roleAdmin, withInput(fields.project, api.createProject), nil},
 		{"GET /manage/projects/{id}", roleViewer, withValueQuery(api.getProject), valueParams()},
@@ -175,16 +115,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/keys/{id}", roleAdmin, api.getKey, nil},
 		{"PATCH /manage/keys/{id}", roleAdmin, withInput(fields.key, api.patchKey), nil},
 		{"DELETE /manage/keys/{id}", roleAdmin, api.revokeKey, nil},
-		{"GET /manage/webhooks", roleViewer, api.listWebhooks, nil},
-		{"POST /manage/webhooks", roleAdmin, withInput(fields.webhook, api.createWebhook), nil},
-		{"GET /manage/webhooks/{id}", roleViewer, api.getWebhook, nil},
-		{"PATCH /manage/webhooks/{id}", roleAdmin, withInput(fields.webhook, api.patchWebhook), nil},
-		{"DELETE /manage/webhooks/{id}", roleAdmin, api.deleteWebhook, nil},
-		{"POST /manage/webhooks/{id}/rotate", roleAdmin, withInput(fields.rotate, api.rotateWebhook), nil},
-		{"POST /manage/webhooks/{id}/test", roleOperator, api.testWebhook, nil},
-		{"GET /manage/webhooks/{id}/deliveries", roleViewer, api.listDeliveries, pageParams("state")},
-		{"POST /manage/webhooks/{id}/deliveries/{delivery}/redeliver", roleOperator, api.redeliver, nil},
-	}
+	}...)
 }
 
 func pageParams(filters ...string) []string { return append(filters, "limit", "after") }

@@ -1,6 +1,7 @@
 // This file has what administrators do with webhooks: the fields of one, the operations, the handlers of /manage, and
 // how webhooks and deliveries are shown. No response contains the URL of a webhook; its secret is only in the one that
-// created it. What is sent when is decided in notifications.go.
+// created it. What is sent when is decided in notifications.go. It also records failed sign-ins in the audit trail, and
+// the end of the trail in the log.
 package main
 
 import (
@@ -13,6 +14,22 @@ import (
 	"strings"
 	"time"
 )
+
+// webhookRoutes lists the URLs of webhooks.
+func (api *manageAPI) webhookRoutes() []manageRoute {
+	fields := &api.ops.fields
+	return []manageRoute{
+		{"GET /manage/webhooks", roleViewer, api.listWebhooks, nil},
+		{"POST /manage/webhooks", roleAdmin, withInput(fields.webhook, api.createWebhook), nil},
+		{"GET /manage/webhooks/{id}", roleViewer, api.getWebhook, nil},
+		{"PATCH /manage/webhooks/{id}", roleAdmin, withInput(fields.webhook, api.patchWebhook), nil},
+		{"DELETE /manage/webhooks/{id}", roleAdmin, api.deleteWebhook, nil},
+		{"POST /manage/webhooks/{id}/rotate", roleAdmin, withInput(fields.rotate, api.rotateWebhook), nil},
+		{"POST /manage/webhooks/{id}/test", roleOperator, api.testWebhook, nil},
+		{"GET /manage/webhooks/{id}/deliveries", roleViewer, api.listDeliveries, pageParams("state")},
+		{"POST /manage/webhooks/{id}/deliveries/{delivery}/redeliver", roleOperator, api.redeliver, nil},
+	}
+}
 
 // A webhookInput is what can be sent about a webhook.
 type webhookInput struct {
@@ -331,4 +348,64 @@ func (api *manageAPI) redeliver(r *manageRequest) (any, error) {
 	}
 	d, err := api.ops.redeliver(r.ctx, r.origin, r.pathValue("id"), r.pathValue("delivery"))
 	return newDeliveryView(&d), err
+}
+
+// A signInAuditor records failed sign-ins in the audit trail, and logs the head of the trail.
+type signInAuditor struct {
+	log     *logger
+	store   *store
+	limiter *throttle
+}
+
+// auditFailedSignIn records a wrong management key. origin.actorID is the key's ID if the key was once valid.
+// The caller is refused in any case, so a failure to record is only logged.
+func (a *signInAuditor) auditFailedSignIn(ctx context.Context, origin auditOrigin, surface string, now time.Time) {
+	wait, omitted := a.limiter.allow(now)
+	if wait > 0 {
+		return
+	}
+	a.writeFailedSignIns(ctx, origin, surface, omitted, 1)
+}
+
+// writeFailedSignIns records an event for failed sign-ins: omitted of them had no event of their own, and
+// current (0 or 1) is the latest. It ignores the request's cancellation, so that a caller cannot keep a
+// wrong key off the trail by disconnecting.
+func (a *signInAuditor) writeFailedSignIns(
+	ctx context.Context, origin auditOrigin, surface string, omitted, current int64,
+) {
+	event := auditEvent{action: actionSignInFailed, object: surface}
+	if omitted > 0 {
+		event.detail = []auditField{{"left_out", omitted}}
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if err := a.store.recordAuditEvent(ctx, origin, event); err != nil {
+		a.limiter.addOmitted(omitted + current)
+		a.log.Error("cannot record a failed sign-in in the audit trail",
+			"request_id", origin.requestID, "address", origin.address, "error", err)
+	}
+}
+
+// runAuditCheckpoints records how many failed sign-ins were omitted, and logs the head of the trail if it has
+// changed since it was last logged, periodically and at the end. A log that is kept on another machine then
+// proves that no event up to the head was removed.
+func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Duration, logged int64) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for end := false; !end; {
+		var now time.Time
+		select {
+		case <-ctx.Done():
+			now, end = time.Now(), true
+		case now = <-tick.C:
+		}
+		if omitted := a.limiter.drainOmitted(now, end); omitted > 0 {
+			a.writeFailedSignIns(ctx, systemOrigin(now), "", omitted, 0)
+		}
+		head, ok, _, err := a.store.loadAuditHead(context.WithoutCancel(ctx), a.store.chain)
+		if err == nil && ok && head.seq != logged {
+			logged = head.seq
+			a.log.Info("the audit trail ends here", "head", head.String())
+		}
+	}
 }

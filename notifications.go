@@ -90,7 +90,6 @@ type notifier struct {
 	noticed  map[string]struct{} // marks that are set in the database, as far as known
 	until    notifiedUntil
 	slowAt   int64         // when checkSlowly ran last
-	failing  int           // checks in a row that found the ledger failing
 	alarm    *notification // about the ledger; nil: none, or it is queued
 	directAt int64         // when the alarm was last sent past the queue
 }
@@ -523,11 +522,10 @@ func (n *notifier) checkErrorShare(ctx context.Context, now int64) error {
 }
 
 // checkLedger notifies if the ledger cannot be written. Then the queue cannot either, as a rule: the notification is
-// sent to each webhook at once, every minute, until it can be queued.
+// sent to each webhook at once, every minute, and queued as soon as the ledger can be written again.
 func (n *notifier) checkLedger(ctx context.Context, now int64) {
-	if n.ledger.healthy() {
-		n.failing = 0
-	} else if n.failing++; n.failing == 2 && n.alarm == nil {
+	healthy := n.ledger.healthy()
+	if !healthy && n.alarm == nil {
 		n.alarm, n.directAt = newNotification(eventLedger, now, notificationData{
 			Summary: "The ledger cannot be written: calls are refused until it can."}), 0
 	}
@@ -535,10 +533,12 @@ func (n *notifier) checkLedger(ctx context.Context, now int64) {
 		return
 	}
 	to := n.listening(eventLedger, nil)
-	marks := []mark{{"ledger|" + n.alarm.id, now + keepNotifications}}
-	if _, err := n.store.addNotification(ctx, n.alarm, marks, to, now+deliveryGiveUpMS, newDeliveryID); err == nil {
-		n.alarm = nil
-		n.wakeUp()
+	if healthy {
+		marks := []mark{{"ledger|" + n.alarm.id, now + keepNotifications}}
+		if _, err := n.store.addNotification(ctx, n.alarm, marks, to, now+deliveryGiveUpMS, newDeliveryID); err == nil {
+			n.alarm = nil
+			n.wakeUp()
+		}
 		return
 	}
 	if now-n.directAt < slowNotifyInterval {
