@@ -474,7 +474,7 @@ func layers() [][]string {
 		{"config.go", "datadir.go", "host.go", "request_*.go", "endpoints.go", "meter*.go", "prices.go", "metrics.go",
 			"policy.go", "ratelimit*.go",
 			"tokens.go", "upstream*.go", "ledger.go", "outbox.go",
-			"cache.go", "notifications*.go"},
+			"cache.go", "notifications.go"},
 		{"proxy*.go", "manage*.go"},
 		{"admin*.go", "charts.go", "command*.go"},
 		{"demo.go", "server.go", "main.go"},

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 // A webhookRow is a webhook as stored.
@@ -265,6 +266,21 @@ const (
 	deliveryFirstWait = 2_000
 	deliveryLastWait  = 4 * hourMS
 	deliveriesAtOnce  = 20 // of one webhook, before the others are looked at again
+)
+
+// How the workers of notifications.go work.
+const (
+	deliveryTimeout    = 10 * time.Second
+	deliveryStopWait   = 2 * time.Second
+	notifyInterval     = 2 * time.Second
+	slowNotifyInterval = 60_000 // ms
+	keepNotifications  = 30 * dayMS
+	keepDeliveries     = 10_000 // of one webhook
+	knownAddressDays   = 90
+	minErrorCalls      = 20 // fewer calls in an hour are no sample
+	expiringAtOnce     = 500
+	maxNoticed         = 20_000
+	maxUsedTokens      = 10_000
 )
 
 // retryDelay returns how long to wait after the given number of attempts: four times as long each time, with up to a
