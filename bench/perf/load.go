@@ -16,17 +16,17 @@ import (
 	"time"
 )
 
-// uniquePlace in a body is replaced by another number for each call.
-const uniquePlace = "@@@@@@@@@@@@@@@@@@"
+// uniquePlace in a request is replaced by another number for each call, clientPlace by another one for each connection.
+const uniquePlace, clientPlace = "@@@@@@@@@@@@@@@@@@", "~~~~~~~~~~~~~~~~~~"
 
 type measured struct {
 	cpuPerCall float64 // microseconds
-	p50        float64 // microseconds
+	p50, p99   float64 // microseconds
 }
 
-// load keeps conns connections busy with body for d, after a warm-up of d/4. With a rate, calls are sent at fixed times
-// instead, and latency counts from the time at which a call was due.
-func load(ctx context.Context, t target, body string, conns, rate int, d time.Duration) (measured, error) {
+// load keeps w.conns connections busy with calls for d, after a warm-up of d/4. With a rate, calls are sent at fixed
+// times instead, and latency counts from the time at which a call was due.
+func load(ctx context.Context, t target, w workload, d time.Duration) (measured, error) {
 	ctx, cancel := context.WithTimeout(ctx, d+d/4)
 	defer cancel()
 	begin := time.Now().Add(d / 4)
@@ -41,9 +41,9 @@ func load(ctx context.Context, t target, body string, conns, rate int, d time.Du
 		defer mu.Unlock()
 		cpu0 = cpuTime(t.pid)
 	})
-	for i := range conns {
+	for i := range w.conns {
 		wait.Go(func() {
-			mine, err := worker(ctx, t, body, begin, i, conns, rate)
+			mine, err := worker(ctx, t, w, begin, i)
 			mu.Lock()
 			defer mu.Unlock()
 			took = append(took, mine...)
@@ -58,29 +58,31 @@ func load(ctx context.Context, t target, body string, conns, rate int, d time.Du
 		return measured{}, fmt.Errorf("load on %s: %d calls, %w", t.name, len(took), failed)
 	}
 	slices.Sort(took)
-	return measured{cpu / float64(len(took)) * 1e6, float64(took[len(took)/2].Nanoseconds()) / 1e3}, nil
+	at := func(share int) float64 { return float64(took[len(took)*share/100].Nanoseconds()) / 1e3 }
+	return measured{cpuPerCall: cpu / float64(len(took)) * 1e6, p50: at(50), p99: at(99)}, nil
 }
 
-func worker(ctx context.Context, t target, body string, begin time.Time, i, conns, rate int) ([]time.Duration, error) {
+func worker(ctx context.Context, t target, w workload, begin time.Time, i int) ([]time.Duration, error) {
 	conn, err := net.Dial("tcp", t.addr)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	br, request, streamed := bufio.NewReader(conn), t.request(body), strings.Contains(body, `"stream":true`)
+	br, request, streamed := bufio.NewReader(conn), t.request(w), strings.Contains(w.body, `"stream":true`)
 	var took []time.Duration
 	due := time.Now()
 	var gap time.Duration
-	if rate > 0 {
-		gap = time.Second * time.Duration(conns) / time.Duration(rate)
-		due = due.Add(gap * time.Duration(i) / time.Duration(conns))
+	if w.rate > 0 {
+		gap = time.Second * time.Duration(w.conns) / time.Duration(w.rate)
+		due = due.Add(gap * time.Duration(i) / time.Duration(w.conns))
 	}
+	request = bytes.ReplaceAll(request, []byte(clientPlace), fmt.Appendf(nil, "%0*x", len(clientPlace), i))
 	at := bytes.Index(request, []byte(uniquePlace))
 	for calls := 0; ctx.Err() == nil; calls++ {
 		if at >= 0 {
 			copy(request[at:], fmt.Sprintf("%0*x", len(uniquePlace), begin.UnixNano()/1e6<<28|int64(i)<<20|int64(calls)))
 		}
-		if rate > 0 {
+		if w.rate > 0 {
 			time.Sleep(time.Until(due))
 		} else {
 			due = time.Now()
@@ -103,7 +105,7 @@ func worker(ctx context.Context, t target, body string, begin time.Time, i, conn
 // idleStreams opens n streams that send one word and then nothing, and returns the KiB of memory that each costs the target.
 func idleStreams(ctx context.Context, t target, n int) (float64, error) {
 	before := rss(t.pid)
-	request := t.request(chatBody(`"stream":true,"user":"idle"`))
+	request := t.request(workload{body: chatBody(`"stream":true,"user":"idle"`)})
 	for range n {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", t.addr)
 		if err != nil {

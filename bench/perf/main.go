@@ -4,15 +4,17 @@
 //	go run ./bench/perf
 //
 // It starts a provider with fixed answers, the bare proxy and the real program (newly built, or -bin), each as a separate
-// process, and puts the same load on both proxies in turn: unary calls and 64-event streams as fast as answers arrive,
-// unary calls at a fixed rate, and idle streams. Then it compares, in the real program, forwarded unary calls with calls of
-// a project that has a cache: hits, and misses that are stored. It prints the CPU time per call (of the proxy's process, from /proc, so
-// on Linux only), the ratio, and for the fixed rate the median latency. Only figures of one run are comparable: machines
-// differ, and one machine differs from hour to hour. Many short rounds are more reliable than few long ones, because a
-// machine's speed changes by the second.
+// process, and puts the same load on both proxies in turn: unary calls, with and without a session, 64-event streams and
+// embeddings of 25 KB as fast as answers arrive, 500 streams with an event every 20 ms, unary calls at a fixed rate, and
+// idle streams. Then it compares, in the real program, calls of a project that has a cache with those of one that has
+// none. Both projects have three limits, and their tokens two. It prints the CPU time per call (of the proxy's process,
+// from /proc, so on Linux only) and the median of the ratios of the rounds, and for the fixed rate the latency. Only
+// figures of one run are comparable: machines differ, and one machine differs from hour to hour. Many short rounds are
+// more reliable than few long ones, because a machine's speed changes by the second.
 package main
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -41,6 +43,7 @@ func main() {
 	flag.IntVar(&o.rate, "rate", 500, "calls per second of the fixed-rate workload")
 	flag.IntVar(&o.idle, "idle", 2000, "idle streams; 0 skips them")
 	flag.BoolVar(&o.cacheOnly, "cache", false, "measure the cache only")
+	flag.StringVar(&o.only, "only", "", "measure only workloads whose name contains this")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -55,6 +58,14 @@ type options struct {
 	rounds, conns, rate, idle int
 	duration                  time.Duration
 	cacheOnly                 bool
+	only                      string
+}
+
+// A workload is calls of one kind.
+type workload struct {
+	name, path, headers, body string // path: "" is that of chat; headers are lines
+	conns, rate               int    // rate is in calls per second; 0: as fast as answers arrive
+	atLeast                   time.Duration
 }
 
 // A target is a proxy that is measured.
@@ -85,6 +96,9 @@ func run(ctx context.Context, o options) error {
 			return err
 		}
 	}
+	if o.only != "" {
+		return nil
+	}
 	return compareCache(ctx, o, pair.forwarded, pair.cached)
 }
 
@@ -92,11 +106,11 @@ func run(ctx context.Context, o options) error {
 // with the same calls of a project without one.
 func compareCache(ctx context.Context, o options, forwarded, cached target) error {
 	const unique = `"stream":false,"stop":"` + uniquePlace + `"`
-	workloads := []struct{ name, body string }{
-		{"hit", chatBody(`"stream":false`)},
-		{"miss, stored", chatBody(unique)},
-		{"miss, not stored", chatBody(unique + `,"metadata":{"answer":"no-store"}`)},
-		{"bypass", chatBody(unique + `,"store":true`)},
+	workloads := []workload{
+		{name: "hit", body: chatBody(`"stream":false`), conns: o.conns},
+		{name: "miss, stored", body: chatBody(unique), conns: o.conns},
+		{name: "miss, not stored", body: chatBody(unique + `,"metadata":{"answer":"no-store"}`), conns: o.conns},
+		{name: "bypass", body: chatBody(unique + `,"store":true`), conns: o.conns},
 	}
 	with, without := make([][]float64, len(workloads)), make([][]float64, len(workloads))
 	var p50 []float64
@@ -106,7 +120,7 @@ func compareCache(ctx context.Context, o options, forwarded, cached target) erro
 				target
 				cpu *[]float64
 			}{{forwarded, &without[i]}, {cached, &with[i]}} {
-				m, err := load(ctx, side.target, w.body, o.conns, 0, o.duration)
+				m, err := load(ctx, side.target, w, o.duration)
 				if err != nil {
 					return err
 				}
@@ -114,7 +128,7 @@ func compareCache(ctx context.Context, o options, forwarded, cached target) erro
 				time.Sleep(300 * time.Millisecond) // what is written after the answers belongs to no other workload
 			}
 		}
-		m, err := load(ctx, cached, workloads[0].body, 16, 1000, o.duration)
+		m, err := load(ctx, cached, workload{body: workloads[0].body, conns: 16, rate: 1000}, o.duration)
 		if err != nil {
 			return err
 		}
@@ -128,48 +142,82 @@ func compareCache(ctx context.Context, o options, forwarded, cached target) erro
 	return nil
 }
 
-// compareProxies measures the bare proxy and the real program.
+// compareProxies measures the bare proxy and the real program, and prints a table like that of the README.
 func compareProxies(ctx context.Context, o options, targets []target) error {
-	for _, w := range []struct{ name, body string }{
-		{"unary", chatBody(`"stream":false`)}, {"64-event stream", chatBody(`"stream":true`)},
+	fmt.Println("| | bare proxy | llm-proxy | |\n| --- | --- | --- | --- |")
+	for _, w := range []workload{
+		{name: "unary call, at saturation", body: chatBody(`"stream":false`), conns: o.conns},
+		{name: "unary call with a session, at saturation", headers: "X-LLM-Proxy-Session: " + clientPlace + "\r\n",
+			body: chatBody(`"stream":false`), conns: o.conns},
+		{name: "64-event stream, at saturation", body: chatBody(`"stream":true`), conns: o.conns},
+		{name: "stream of 25 events, 20 ms apart, 500 at a time", body: chatBody(`"stream":true,"user":"slow"`),
+			conns: 500, atLeast: 3 * time.Second},
+		{name: "embedding of 25 KB, at saturation", path: "/v1/embeddings", conns: o.conns,
+			body: `{"model":"text-embedding-3-small","input":"` + strings.Repeat("lorem ipsum ", 80) + `"}`},
 	} {
-		cpu := make([][]float64, len(targets))
-		for range o.rounds {
-			for i, t := range targets {
-				m, err := load(ctx, t, w.body, o.conns, 0, o.duration)
-				if err != nil {
-					return err
-				}
-				cpu[i] = append(cpu[i], m.cpuPerCall)
-			}
+		if o.only != "" && !strings.Contains(w.name, o.only) {
+			continue
 		}
-		fmt.Printf("%-16s at saturation   CPU per call: bare %6.1f us, llm-proxy %6.1f us, ratio %.2f\n",
-			w.name, median(cpu[0]), median(cpu[1]), medianRatio(cpu[1], cpu[0]))
-	}
-	p50 := make([][]float64, len(targets))
-	for range o.rounds {
-		for i, t := range targets {
-			m, err := load(ctx, t, chatBody(`"stream":false`), 16, o.rate, o.duration)
-			if err != nil {
-				return err
-			}
-			p50[i] = append(p50[i], m.p50)
-		}
-	}
-	fmt.Printf("unary at %d calls/s           median latency: bare %.0f us, llm-proxy %.0f us, added %.0f us\n",
-		o.rate, median(p50[0]), median(p50[1]), median(p50[1])-median(p50[0]))
-	if o.idle == 0 {
-		return nil
-	}
-	for _, t := range targets {
-		kib, err := idleStreams(ctx, t, o.idle)
+		m, err := compare(ctx, o, targets, w)
 		if err != nil {
 			return err
 		}
-		fmt.Printf("%d idle streams            %s: %.1f KiB each\n", o.idle, t.name, kib)
+		cpu := func(m measured) float64 { return m.cpuPerCall }
+		fmt.Printf("| CPU per %s | %.0f µs | %.0f µs | %.2f × |\n", w.name, medianOf(m[0], cpu), medianOf(m[1], cpu),
+			medianRatio(values(m[1], cpu), values(m[0], cpu)))
 	}
+	if o.only != "" {
+		return nil
+	}
+	m, err := compare(ctx, o, targets, workload{body: chatBody(`"stream":false`), conns: 16, rate: o.rate})
+	if err != nil {
+		return err
+	}
+	for _, latency := range []struct {
+		name string
+		of   func(measured) float64
+	}{{"median", func(m measured) float64 { return m.p50 }}, {"99th percentile", func(m measured) float64 { return m.p99 }}} {
+		bare, ours := medianOf(m[0], latency.of)/1e3, medianOf(m[1], latency.of)/1e3
+		fmt.Printf("| latency at %d calls/s, %s | %.2f ms | %.2f ms | + %.2f ms |\n", o.rate, latency.name, bare, ours, ours-bare)
+	}
+	if o.idle == 0 {
+		return nil
+	}
+	var kib []float64
+	for _, t := range targets {
+		each, err := idleStreams(ctx, t, o.idle)
+		if err != nil {
+			return err
+		}
+		kib = append(kib, each)
+	}
+	fmt.Printf("| memory per idle stream (%d of them) | %.0f KiB | %.0f KiB | |\n", o.idle, kib[0], kib[1])
 	return nil
 }
+
+// compare measures each target in turn, in rounds.
+func compare(ctx context.Context, o options, targets []target, w workload) ([][]measured, error) {
+	all := make([][]measured, len(targets))
+	for range o.rounds {
+		for i, t := range targets {
+			m, err := load(ctx, t, w, max(o.duration, w.atLeast))
+			if err != nil {
+				return nil, err
+			}
+			all[i] = append(all[i], m)
+		}
+	}
+	return all, nil
+}
+
+func values(all []measured, of func(measured) float64) (v []float64) {
+	for _, m := range all {
+		v = append(v, of(m))
+	}
+	return v
+}
+
+func medianOf(all []measured, of func(measured) float64) float64 { return median(values(all, of)) }
 
 func median(v []float64) float64 {
 	v = slices.Sorted(slices.Values(v))
@@ -191,9 +239,11 @@ func chatBody(members string) string {
 }
 
 // request is a whole HTTP/1.1 request to t.
-func (t target) request(body string) []byte {
-	return fmt.Appendf(nil, "POST /v1/chat/completions HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"+
-		"Accept: application/json\r\nUser-Agent: perf\r\nContent-Length: %d\r\n\r\n%s", t.addr, t.token, len(body), body)
+func (t target) request(w workload) []byte {
+	path := cmp.Or(w.path, "/v1/chat/completions")
+	return fmt.Appendf(nil, "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"+
+		"Accept: application/json\r\nUser-Agent: perf\r\n%sContent-Length: %d\r\n\r\n%s", path, t.addr, t.token, w.headers,
+		len(w.body), w.body)
 }
 
 func serveRole(role string) error {

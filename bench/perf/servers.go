@@ -30,7 +30,7 @@ const (
 
 // The provider's answers, each a list of writes, so that the provider uses little of the CPU time of the processes that
 // are measured.
-type answers struct{ unary, unaryNoStore, stream, streamWithUsage, idle, refusal [][]byte }
+type answers struct{ unary, unaryNoStore, embedding, stream, streamWithUsage, idle, slow, slowWithUsage, refusal [][]byte }
 
 func newAnswers() answers {
 	const event = `data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini",`
@@ -43,6 +43,8 @@ func newAnswers() answers {
 	body := `{"id":"chatcmpl-bench","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini","choices":[{"index":0,"message":` +
 		`{"role":"assistant","content":"` + strings.Repeat("The band plays on. ", 35) + `"},"finish_reason":"stop"}],` +
 		`"usage":{"prompt_tokens":200,"completion_tokens":150,"total_tokens":350}}`
+	embedding := `{"object":"list","data":[{"object":"embedding","index":0,"embedding":[-0.0123456789` +
+		strings.Repeat(",0.0234567891", 1900) + `]}],"model":"text-embedding-3-small","usage":{"prompt_tokens":200,"total_tokens":200}}`
 	chunk := func(text string) []byte { return fmt.Appendf(nil, "%x\r\n%s\r\n", len(text), text) }
 	events := [][]byte{[]byte(streamed)}
 	for range 64 {
@@ -54,9 +56,13 @@ func newAnswers() answers {
 		unary: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head, len(body), body)},
 		unaryNoStore: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nCache-Control: no-store\r\n"+
 			"Content-Length: %d\r\n\r\n%s", head, len(body), body)},
+		embedding: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head,
+			len(embedding), embedding)},
 		stream:          append(slices.Clip(events), end),
 		streamWithUsage: append(slices.Clip(events), slices.Concat(usage, end)),
 		idle:            events[:2],
+		slow:            append(slices.Clip(events[:26]), end),
+		slowWithUsage:   append(slices.Clip(events[:26]), slices.Concat(usage, end)),
 		refusal:         [][]byte{[]byte("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")},
 	}
 }
@@ -81,7 +87,11 @@ func provide() error {
 				if err != nil {
 					return
 				}
+				slow := bytes.Contains(m.body, []byte(`"user":"slow"`))
 				for _, part := range all.to(m) {
+					if slow {
+						time.Sleep(20 * time.Millisecond)
+					}
 					if _, err := conn.Write(part); err != nil {
 						return
 					}
@@ -98,6 +108,12 @@ func (a *answers) to(m message) [][]byte {
 		return a.refusal
 	case has(`"user":"idle"`):
 		return a.idle
+	case has(`"user":"slow"`) && has("include_usage"):
+		return a.slowWithUsage
+	case has(`"user":"slow"`):
+		return a.slow
+	case has(`"input":`):
+		return a.embedding
 	case has("include_usage"):
 		return a.streamWithUsage
 	case has(`"stream":true`):
