@@ -649,13 +649,16 @@ func gcPercentFor(liveHeap, bodies int64) int {
 // A bufferPool lends ReverseProxy the buffers it copies with.
 type bufferPool struct{ pool sync.Pool }
 
-func newBufferPool(size int) *bufferPool {
-	return &bufferPool{sync.Pool{New: func() any { return new(make([]byte, size)) }}}
+// A pooledBuffer is an array, because a pointer to it is put into a pool without an allocation.
+type pooledBuffer = [32 << 10]byte
+
+func newBufferPool() *bufferPool {
+	return &bufferPool{sync.Pool{New: func() any { return new(pooledBuffer) }}}
 }
 
-func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
+func (p *bufferPool) Get() []byte { return p.pool.Get().(*pooledBuffer)[:] }
 
-func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
+func (p *bufferPool) Put(b []byte) { p.pool.Put((*pooledBuffer)(b)) }
 
 // checkListen checks an address to listen on.
 func checkListen(s string) error {

@@ -49,7 +49,7 @@ type proxyDeps struct {
 
 func newProxy(d proxyDeps) *proxy {
 	p := &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
-		buffers: newBufferPool(32 << 10), emptyURL: &url.URL{}}
+		buffers: newBufferPool(), emptyURL: &url.URL{}}
 	d.running.endAbandoned = p.endAbandoned
 	return p
 }

@@ -36,7 +36,7 @@ const costNumber = "000000000000"
 // TestCallAllocations: no kind of call allocates more than its budget. Time differs from machine to machine,
 // allocations hardly do. The test is not parallel: others would be counted.
 func TestCallAllocations(t *testing.T) {
-	const calls, connections, tolerance = 800, 8, 1.04 // how many calls the ledger commits together varies
+	const calls, connections, tolerance = 800, 8, 1.05 // how many calls the ledger commits together varies
 	p, bare, kinds := newCostTest(t)
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would empty the pools
 	var unary, stream [2]float64                     // of the bare proxy
@@ -108,14 +108,14 @@ func newCostTest(t testing.TB) (p *testProxy, bare string, kinds []*costKind) {
 	return p, newBareProxy(t, provider), []*costKind{
 		{name: "bare", bare: true, body: body(unique)},
 		{name: "bare stream", bare: true, body: streamed, streamed: true},
-		{name: "unary", token: plain, body: body(unique), allocs: 50, bytes: 7000},
-		{name: "stream", token: plain, body: streamed, streamed: true, allocs: 51, bytes: 22000},
-		{name: "session", token: plain, body: body(unique), headers: "X-LLM-Proxy-Session: s-1\r\n", allocs: 64,
-			bytes: 8300},
-		{name: "cache bypass", token: cached, body: body(unique + `"store":true,`), allocs: 52, bytes: 7000},
-		{name: "cache hit", token: cached, body: body(`"seed":1,`), allocs: -20, bytes: 0},
-		{name: "cache miss, not stored", token: cached, body: body(unique + noStore), allocs: 50, bytes: 7000},
-		{name: "cache miss", token: cached, body: body(unique), allocs: 53, bytes: 8300}, // the last: it is written
+		{name: "unary", token: plain, body: body(unique), allocs: 42, bytes: 6600},
+		{name: "stream", token: plain, body: streamed, streamed: true, allocs: 46, bytes: 21300},
+		{name: "session", token: plain, body: body(unique), headers: "X-LLM-Proxy-Session: s-1\r\n", allocs: 50,
+			bytes: 7600},
+		{name: "cache bypass", token: cached, body: body(unique + `"store":true,`), allocs: 44, bytes: 6300},
+		{name: "cache hit", token: cached, body: body(`"seed":1,`), allocs: -24, bytes: -600},
+		{name: "cache miss, not stored", token: cached, body: body(unique + noStore), allocs: 44, bytes: 6600},
+		{name: "cache miss", token: cached, body: body(unique), allocs: 49, bytes: 8600}, // the last: it is written
 	}
 }
 
@@ -205,7 +205,7 @@ func newBareProxy(t testing.TB, provider string) (addr string) {
 		t.Fatal(err)
 	}
 	transport := &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}
-	proxy := &httputil.ReverseProxy{Transport: transport, BufferPool: newBufferPool(32 << 10),
+	proxy := &httputil.ReverseProxy{Transport: transport, BufferPool: newBufferPool(),
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(to)
 			r.Out.Header["Authorization"] = []string{"Bearer key"}

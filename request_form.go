@@ -414,21 +414,20 @@ func unescapeASCII(text []byte) []byte {
 // countCharacters counts the characters of the inside of a JSON string. An escape is one, and so is a pair of
 // surrogates.
 func countCharacters(text []byte) (n int64) {
-	for i := 0; i < len(text); n++ {
-		switch {
-		case text[i] != '\\':
-			_, size := utf8.DecodeRune(text[i:])
-			i += size
-		case i+5 < len(text) && text[i+1] == 'u':
-			if high := text[i+2]|0x20 == 'd' && text[i+3] >= '8' && text[i+3]|0x20 <= 'b'; high {
-				i += 6 // the other half follows, or the body is refused
-			}
-			i += 6
-		default:
-			i += 2
+	for {
+		i := bytes.IndexByte(text, '\\')
+		if i < 0 {
+			return n + int64(utf8.RuneCount(text))
 		}
+		n += int64(utf8.RuneCount(text[:i])) + 1
+		size := 2
+		if escape := text[i:]; len(escape) > 5 && escape[1] == 'u' {
+			if size = 6; escape[2]|0x20 == 'd' && escape[3] >= '8' && escape[3]|0x20 <= 'b' {
+				size = 12 // the other half follows, or the body is refused
+			}
+		}
+		text = text[min(i+size, len(text)):]
 	}
-	return n
 }
 
 const maxPictureField = 32 // bytes of a size or quality
