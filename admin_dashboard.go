@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -34,6 +35,7 @@ type dashQuery struct {
 	dashPeriod
 	projectSeq     int64  // 0: all projects
 	projectID      string // "": all projects
+	tokenID        string // of the page of a token; otherwise ""
 	groupBy        string // what the bars consist of: "project", "model", "service_tier" or an attribute
 	metric         string // "calls", "tokens" or "cost"
 	now            int64
@@ -209,7 +211,7 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 		if err != nil {
 			return err
 		}
-		series := usageSeries{name: p.name, values: make([]usageTotals, q.steps())}
+		series := usageSeries{id: p.id, name: p.name, values: make([]usageTotals, q.steps())}
 		for _, v := range points {
 			series.add(q.index(v.at), v.totals())
 		}
@@ -267,7 +269,8 @@ type dashAlert struct {
 }
 
 // A tile is one number beside that of the period before. Level is good, bad or "".
-type tile struct{ Label, Value, More, Link, Change, Previous, Level string }
+// Calls leads to the calls of the period, Link to those that More is about.
+type tile struct{ Label, Value, More, Calls, Link, Change, Previous, Level string }
 
 // A rankingTable lists the largest, each with a bar.
 type rankingTable struct {
@@ -300,7 +303,14 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
 		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q),
 		Cache: d.cacheFigure(q, responseCacheKind()), PromptCache: d.cacheFigure(q, promptCacheKind())}
-	v.Tiles[0].Link = q.callsURL("outcome", string(outcomeRefused))
+	v.Tiles[0].Link = q.callsURL("cause", string(errorClassPolicy))
+	v.Tiles[3].Link = q.callsURL("outcome", failedOutcomes)
+	if d.total.unpriced > 0 {
+		v.Tiles[2].Link = q.callsURL("cost", "none")
+	}
+	for i := range v.Tiles {
+		v.Tiles[i].Calls = q.callsURL("", "")
+	}
 	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
@@ -345,22 +355,6 @@ func (d *dashData) groups(q *dashQuery) []option {
 	return list
 }
 
-// projectCharts returns charts of a project's calls and cost over the last 30 days.
-func (ui *adminUI) projectCharts(r *pageRequest, project string) (charts []chartView, err error) {
-	q, err := ui.parseDashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
-	if err != nil {
-		return nil, err
-	}
-	d := &dashData{}
-	if err := d.readUsage(r.ctx, ui.store, q); err != nil {
-		return nil, err
-	}
-	for _, q.metric = range []string{"calls", "cost"} {
-		charts = append(charts, d.usageChart(q, q.metric))
-	}
-	return charts, nil
-}
-
 func totalErrors(h *hourSum) (n int64) {
 	for _, v := range h.errors {
 		n = addSat(n, v)
@@ -396,9 +390,6 @@ func (d *dashData) tiles() []tile {
 		errorTile(now, was),
 		latencyTile("Time to first byte", &now.firstByteLatency, &was.firstByteLatency),
 		latencyTile("Total time", &now.totalLatency, &was.totalLatency),
-	}
-	if now.unpriced > 0 {
-		tiles[2].Link = "/admin/prices" // lists the models without a price
 	}
 	for i := range tiles {
 		if was.calls == 0 {
@@ -481,17 +472,34 @@ func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) ra
 	return t
 }
 
-// callsURL returns the list of the calls that the dashboard covers and that match a filter.
+// callsURL returns the list of the calls that the dashboard covers and that match a filter; "" for all.
 func (q *dashQuery) callsURL(filter, value string) string {
-	values := url.Values{filter: {value}, "period": {q.name}}
+	values := url.Values{"period": {q.name}}
 	if q.fromDay != "" {
-		values = url.Values{filter: {value}, "from": {timestamp(q.from).datetimeLocal()},
-			"to": {timestamp(q.to).datetimeLocal()}}
+		values = url.Values{"from": {timestamp(q.from).datetimeLocal()}, "to": {timestamp(q.to).datetimeLocal()}}
 	}
-	if q.projectID != "" {
-		values.Set("project", q.projectID)
+	for name, value := range map[string]string{"project": q.projectID, "token": q.tokenID, filter: value} {
+		if value != "" {
+			values.Set(name, value)
+		}
 	}
 	return "/admin/requests?" + values.Encode()
+}
+
+// seriesLink returns the page that an entry of a legend links to, "" if there is none.
+func (q *dashQuery) seriesLink(s *usageSeries) string {
+	switch {
+	case s.id == "":
+		return ""
+	case q.groupBy == "project":
+		return "/admin/dashboard?" + q.addTo(url.Values{"project": {s.id}, "measure": {q.metric}}).Encode()
+	case q.groupBy == "model", q.groupBy == sessionAttribute, q.groupBy == endUserAttribute:
+		return q.callsURL(q.groupBy, s.id)
+	}
+	if key, isTag := strings.CutPrefix(q.groupBy, tagAttribute); isTag {
+		return q.callsURL("tag", key+"="+s.id)
+	}
+	return ""
 }
 
 // rankingLink returns the page that a row links to, "" if there is none.
@@ -609,25 +617,6 @@ func (ui *adminUI) systemAlerts(r *pageRequest) (alerts []dashAlert) {
 	if use, err := ui.diskUse(r.ctx); err == nil && use.available < lowDiskBytes {
 		alerts = append(alerts, dashAlert{Level: "bad", Kind: "disk", FreeBytes: use.available,
 			DatabaseBytes: use.databaseSize})
-	}
-	return alerts
-}
-
-// expiryAlerts lists the tokens that expire within a week, and counts those that it has no line for.
-func (d *dashData) expiryAlerts(q *dashQuery) (alerts []dashAlert) {
-	others := dashAlert{Level: "warn", Kind: "expiry", AtLeast: len(d.expiring) == maxExpiringTokens}
-	for _, t := range d.expiring {
-		switch {
-		case !q.includes(t.projectID):
-		case len(alerts) < maxAlertsPerKind:
-			alerts = append(alerts, dashAlert{Level: "warn", Kind: "expiry", Project: t.project, ProjectID: t.projectID,
-				Token: t.name, TokenID: t.id, At: timestamp(t.expiresAt)})
-		default:
-			others.Others++
-		}
-	}
-	if others.Others > 0 {
-		alerts = append(alerts, others)
 	}
 	return alerts
 }

@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ func TestSearch(t *testing.T) {
 	var other struct{ ID string }
 	p.manage("POST", "/manage/projects", `{"name":"Billing 100%"}`, 201, &other)
 	ids := map[string]string{}
-	names := []string{"CI Runner", "ci-nightly", "100% sure", "a_b", `say "hi" OR NOT`, "C*", `back\slash`, "NEAR(x y)",
+	names := []string{"CI/Runner", "ci/nightly", "100% sure", "a_b", `say "hi" OR NOT`, "C*", `back\slash`, "NEAR(x y)",
 		"it's; --", "日本語トークン"}
 	for i, name := range names {
 		var made struct{ ID string }
@@ -76,8 +77,8 @@ func TestSearch(t *testing.T) {
 			}
 		}
 	}
-	check("ci", "CI Runner", "ci-nightly")
-	check("RUNNER", "CI Runner")
+	check("Ci/", "CI/Runner", "ci/nightly")
+	check("RUNNER", "CI/Runner")
 	check("% s", "100% sure")
 	check("%", "100% sure")
 	check("A_b", "a_b")
@@ -96,16 +97,16 @@ func TestSearch(t *testing.T) {
 	check("ci\xff")
 	check(strings.Repeat("x", maxSearchBytes))
 	check(ids["a_b"][3:], "a_b") // a part of the id
-	if got := p.listedTokens("search=ci&project_id=" + other.ID); !slices.Equal(got, []string{"ci-nightly"}) {
+	if got := p.listedTokens("search=ci/&project_id=" + other.ID); !slices.Equal(got, []string{"ci/nightly"}) {
 		t.Errorf("in a project: %q", got)
 	}
-	if got := p.listedTokens("search=runner&name=CI"); !slices.Equal(got, []string{"CI Runner"}) {
+	if got := p.listedTokens("search=runner&name=CI"); !slices.Equal(got, []string{"CI/Runner"}) {
 		t.Errorf("with a prefix: %q", got)
 	}
 	p.manage("PATCH", "/manage/tokens/"+ids["a_b"], `{"name":"renamed"}`, 200, nil)
 	check("a_b")
 	check("named", "renamed")
-	p.manage("DELETE", "/manage/tokens/"+ids["CI Runner"], "", 200, nil)
+	p.manage("DELETE", "/manage/tokens/"+ids["CI/Runner"], "", 200, nil)
 	if got := p.listedTokens("search=runner&active=true"); len(got) > 0 {
 		t.Errorf("revoked, but active: %q", got)
 	}
@@ -375,5 +376,139 @@ func TestListUse(t *testing.T) {
 	if at := recentFrom(time.Date(2026, 3, 31, 5, 0, 0, 0, time.UTC).UnixMilli()); at !=
 		time.Date(2026, 3, 2, 0, 0, 0, 0, time.UTC).UnixMilli() {
 		t.Errorf("the recent days begin %v", at)
+	}
+}
+
+// TestFigureLinks: the figures of the dashboard link to exactly the calls that they count.
+func TestFigureLinks(t *testing.T) {
+	t.Parallel()
+	u := newUsageTest(t)
+	b := u.signIn(u.adminKey)
+	page := b.get("/admin/dashboard?period=30d&by=model").body
+	count := func(path string) (n int) {
+		next := regexp.MustCompile(`href="([^"]*)" rel="next"`)
+		for path += "&limit=200"; path != ""; {
+			res := b.get(path)
+			if n += strings.Count(res.body, `<a class="name"`); res.status != 200 {
+				t.Fatalf("%s: %d", path, res.status)
+			}
+			m := next.FindStringSubmatch(res.body)
+			if path = ""; m != nil {
+				path = html.UnescapeString(m[1])
+			}
+		}
+		return n
+	}
+	tiles := regexp.MustCompile(`<dt>(\w+)</dt><dd class="big"><a href="([^"]*)">([^<]*)</a></dd>`+
+		`<dd class="soft">(?:<a href="([^"]*)">([^<]*)</a>)?`).FindAllStringSubmatch(page, -1)
+	if len(tiles) < 4 {
+		t.Fatalf("%d tiles have links", len(tiles))
+	}
+	checked := 0
+	for _, m := range tiles {
+		for _, link := range [][2]string{{m[2], m[3]}, {m[4], m[5]}} {
+			text, _, _ := strings.Cut(strings.ReplaceAll(link[1], ",", ""), " ")
+			want, err := strconv.Atoi(text)
+			if link[0] == "" || err != nil || m[1] == "Tokens" {
+				continue
+			}
+			checked++
+			if got := count(html.UnescapeString(link[0])); got != want {
+				t.Errorf("%s: %q leads to %d calls", m[1], link[1], got)
+			}
+		}
+	}
+	if checked < 4 {
+		t.Errorf("only %d figures were compared: %q", checked, tiles)
+	}
+	legends := regexp.MustCompile(`</svg><a href="([^"]*cause=[^"]*)">([a-z]+)</a>`).FindAllStringSubmatch(page, -1)
+	classes := map[string]int{}
+	from := recentFrom(u.now.UnixMilli())
+	for _, r := range u.rows {
+		if r.started >= from {
+			classes[string(r.errorClass())]++
+		}
+	}
+	for _, m := range legends {
+		if got := count(html.UnescapeString(m[1])); got != classes[m[2]] {
+			t.Errorf("errors of %s: %d calls, want %d", m[2], got, classes[m[2]])
+		}
+	}
+	if len(legends) != 4 {
+		t.Errorf("the legend of errors: %q", legends)
+	}
+	model := regexp.MustCompile(`</svg><a href="(/admin/requests\?[^"]*model=[^"]*)">`)
+	legend := model.FindStringSubmatch(page)
+	if legend == nil || count(html.UnescapeString(legend[1])) == 0 {
+		t.Errorf("the legend does not lead to calls: %q", legend)
+	}
+	row := regexp.MustCompile(`<th scope="row"><a href="([^"]*)">[^<]*</a></th><td class="num">`)
+	step := row.FindStringSubmatch(page)
+	if step == nil || count(html.UnescapeString(step[1])) == 0 {
+		t.Errorf("a step does not lead to calls: %q", step)
+	}
+}
+
+// TestObjectPages: the pages of a token and of a project show what it used, what failed, and what was changed; the
+// audit trail has names beside ids.
+func TestObjectPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	_, viewer := p.newKey("viewer", "viewer")
+	id, token := p.newToken(`"name":"observed","policy":{"models":["gpt-4o-mini"],"limits":[
+		{"count":"requests","max":2,"per":"month"}]}`)
+	p.chatAs(token)
+	p.do("POST", "/v1/chat/completions", `{"model":"gpt-4o","messages":[]}`, "Content-Type", "application/json",
+		"Authorization", "Bearer "+token)
+	p.manage("PATCH", "/manage/tokens/"+id, `{"name":"renamed"}`, 200, nil)
+	p.waitSettled()
+	for path, texts := range map[string][]string{
+		"/admin/tokens/" + id: {"Usage in the last 30 days", "Calls by model", "Cost by model", "<h2>Models</h2>",
+			"Latest failures", "model_not_allowed", "History", "observed → renamed", "token.change"},
+		"/admin/projects/" + p.project: {"Latest failures", "model_not_allowed", "History", "project.create"},
+		"/admin/audit":                 {"renamed<br>"},
+	} {
+		res := b.get(path)
+		for _, text := range texts {
+			if !strings.Contains(res.body, text) {
+				t.Errorf("%s lacks %q", path, text)
+			}
+		}
+		if problems := checkHTML(res.body); res.status != 200 || len(problems) > 0 {
+			t.Errorf("%s: %d %v", path, res.status, problems)
+		}
+	}
+	v := p.signIn(viewer)
+	if res := v.get("/admin/tokens/" + id); res.status != 200 || strings.Contains(res.body, "<h2>History</h2>") {
+		t.Errorf("a viewer: %d, or the history is shown", res.status)
+	}
+}
+
+func TestForecast(t *testing.T) {
+	t.Parallel()
+	const day = 24 * 3_600_000
+	for _, c := range []struct {
+		used, limit     float64
+		start, end, now int64
+		want            int64
+	}{
+		{used: 50, limit: 100, start: 0, end: 30 * day, now: 10 * day, want: 20 * day},
+		{used: 10, limit: 100, start: 0, end: 30 * day, now: 10 * day}, // enough for the month
+		{used: 100, limit: 100, start: 0, end: 30 * day, now: 10 * day},
+		{used: 0, limit: 100, start: 0, end: 30 * day, now: 10 * day},
+		{used: 50, limit: 100, start: 0, end: 30 * day, now: day}, // too early to say
+		{used: 50, limit: 100, start: 0, end: 0, now: day},        // it never resets
+		{used: 99, limit: 100, start: 0, end: day, now: day - 1},
+	} {
+		if got := forecast(c.used, c.limit, c.start, c.end, c.now); got != c.want {
+			t.Errorf("%+v: got %d", c, got)
+		}
+	}
+	l := limit{metric: metricRequests, max: 100, period: perMonth}
+	bars := []barView{{limitView: limitView{limit: &l, Used: []byte("90"), Max: []byte("100")}}}
+	forecastLimits(bars, time.Date(2026, 11, 15, 0, 0, 0, 0, time.UTC))
+	if at := bars[0].UsedUpAt; at == nil || time.UnixMilli(int64(*at)).UTC().Format(time.DateOnly) != "2026-11-16" {
+		t.Errorf("a month's limit: %v", at)
 	}
 }

@@ -195,6 +195,9 @@ type projectPageView struct {
 	Tokens  []tokenView
 	More    bool // there are more active tokens
 	Charts  []chartView
+	// Failures and History are as on the page of a token.
+	Failures []requestListItem
+	History  []auditLine
 }
 
 const maxProjectPageTokens = 10
@@ -232,7 +235,15 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	if v.Allowed.Cache != nil || cache.Entries+cache.CacheHits > 0 {
 		v.Cache = &cache
 	}
-	v.Charts, err = ui.projectCharts(r, p.ID)
+	if v.Charts, err = ui.projectCharts(r, p.ID); err != nil {
+		return nil, err
+	}
+	ui.awaitRecorded(r)
+	if v.Failures, err = ui.latestFailures(r, requestFilter{project: p.ID}); err != nil {
+		return nil, err
+	}
+	v.History, err = ui.objectHistory(r, p.ID)
+	forecastLimits(v.Limits, r.now)
 	return showPage("project", p.Name, v), err
 }
 
@@ -651,4 +662,20 @@ func (p *policyView) list(name string) *[]string {
 		return p.Endpoints
 	}
 	return p.Addresses
+}
+
+// projectCharts returns charts of a project's calls and cost over the last 30 days.
+func (ui *adminUI) projectCharts(r *pageRequest, project string) (charts []chartView, err error) {
+	q, err := ui.parseDashQuery(r, url.Values{"period": {"30d"}, "project": {project}})
+	if err != nil {
+		return nil, err
+	}
+	d := &dashData{}
+	if err := d.readUsage(r.ctx, ui.store, q); err != nil {
+		return nil, err
+	}
+	for _, q.metric = range []string{"calls", "cost"} {
+		charts = append(charts, d.usageChart(q, q.metric))
+	}
+	return charts, nil
 }

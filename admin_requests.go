@@ -26,6 +26,7 @@ type requestsView struct {
 	FilterNames                   []string // those that a download takes
 	Projects, Outcomes, Endpoints []option
 	CacheStates, Periods          []option
+	PriceStates, Causes           []option
 	Rows                          []requestListItem
 	listView
 	InputTokens, OutputTokens int64 // of the page
@@ -44,7 +45,7 @@ type requestListItem struct {
 // filterNames returns the filters, which the form, the pages and the download of the list share.
 func filterNames() []string {
 	return []string{"period", "from", "to", "project", "token", "model", "endpoint", "status", "outcome", "cache",
-		"session", "end_user", "tag", "search"}
+		"session", "end_user", "tag", "search", "cost", "cause"}
 }
 
 // parseRequestFilter reads the filters. It returns what is wrong with them as text.
@@ -67,8 +68,15 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 	if query.Get("from") != "" && query.Get("to") != "" && f.from >= f.before {
 		return f, "“from” must be before “to”."
 	}
-	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
+	if f.outcome != "" && f.outcome != failedOutcomes && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
 		return f, "There is no such outcome."
+	}
+	if cost := query.Get("cost"); cost != "" && cost != "none" {
+		return f, "“cost” must be none."
+	}
+	f.isUnpriced, f.cause = query.Get("cost") == "none", errorClass(query.Get("cause"))
+	if causes := errorColumnClasses(); f.cause != "" && !slices.Contains(causes[:], f.cause) {
+		return f, "“cause” must be caller, policy, provider or proxy."
 	}
 	if f.cache != "" && f.cache != cacheHit && f.cache != cacheNone {
 		return f, "“cache” must be hit or none."
@@ -162,8 +170,12 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	if v.Projects, err = ui.projectOptions(r, f.project); err != nil {
 		return nil, err
 	}
-	v.Outcomes, v.Endpoints = options("", "All outcomes"), options("", "All endpoints")
+	v.Outcomes, v.Endpoints = options("", "All outcomes", failedOutcomes, "all failures"), options("", "All endpoints")
 	v.Periods = append(options("", "Any time"), periodOptions(r.now.UnixMilli())...)
+	v.PriceStates, v.Causes = options("", "All", "none", "Without"), options("", "All")
+	for _, c := range errorColumnClasses() {
+		v.Causes = append(v.Causes, option{string(c), string(c)})
+	}
 	v.CacheStates = options("", "All", cacheHit, "Hit", cacheNone, "None")
 	for _, o := range allOutcomes() {
 		v.Outcomes = append(v.Outcomes, option{string(o), outcomeLabel(o)})

@@ -284,6 +284,7 @@ type auditPageView struct {
 // An auditLine is an entry of the audit trail.
 type auditLine struct {
 	auditView
+	Name    string // of the object, as it is now; "": it has none
 	Link    string // to the page of the object, "" if it has none
 	Changes []labeledValue
 }
@@ -299,10 +300,22 @@ func (ui *adminUI) auditPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := auditPageView{Next: r.nextPageURL(page.Next), Filtered: len(list.query) > 1}
-	for _, e := range page.Data {
-		v.Entries = append(v.Entries, auditLine{e, objectURL(e.Object), auditChanges(e.Detail)})
+	v.Entries, err = ui.auditLines(r, page.Data)
+	return showPage("audit", "Audit trail", v), err
+}
+
+// auditLines adds to entries of the audit trail what pages show beside them.
+func (ui *adminUI) auditLines(r *pageRequest, entries []auditView) (lines []auditLine, err error) {
+	var ids []string
+	for _, e := range entries {
+		ids = append(ids, e.Object)
 	}
-	return showPage("audit", "Audit trail", v), nil
+	names, err := ui.store.objectNames(r.ctx, ids)
+	for _, e := range entries {
+		lines = append(lines, auditLine{auditView: e, Name: names[e.Object], Link: objectURL(e.Object),
+			Changes: auditChanges(e.Detail)})
+	}
+	return lines, err
 }
 
 // objectURL returns the page of the object with an id, "" if it has none.

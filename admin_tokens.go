@@ -322,7 +322,18 @@ type tokenPageView struct {
 	Allowed     policyView
 	Requests    *barView // usage of max_requests; nil: there is no such limit
 	Calls       []requestListItem
+	Failures    []requestListItem // the latest of the last 30 days
+	Use         useView
+	Charts      []chartView
+	Models      rankingTable
+	History     []auditLine // the latest changes; only for roles that see the audit trail
 }
+
+// shownFailures and shownChanges are how many entries the page of a token or project has.
+const (
+	shownFailures = 5
+	shownChanges  = 10
+)
 
 func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	t, err := ui.ops.getToken(r.ctx, r.pathValue("id"), valueQuery{top: shownValues}, r.now)
@@ -344,7 +355,106 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	for i := range calls {
 		v.Calls = append(v.Calls, newRequestListItem(&calls[i]))
 	}
+	if err != nil {
+		return nil, err
+	}
+	if v.Failures, err = ui.latestFailures(r, requestFilter{token: t.ID}); err != nil {
+		return nil, err
+	}
+	if err := ui.addTokenCharts(r, &v); err != nil {
+		return nil, err
+	}
+	v.History, err = ui.objectHistory(r, t.ID)
+	forecastLimits(v.Limits, r.now)
 	return showPage("token", t.Name, v), err
+}
+
+// latestFailures returns the latest calls of the last 30 days that failed, of those that f lets through.
+func (ui *adminUI) latestFailures(r *pageRequest, f requestFilter) (list []requestListItem, err error) {
+	f.outcome, f.limit, f.before = failedOutcomes, shownFailures, math.MaxInt64
+	f.from = minIDAt(time.UnixMilli(recentFrom(r.now.UnixMilli())))
+	rows, _, err := ui.store.requestsPage(r.ctx, f)
+	for i := range rows {
+		list = append(list, newRequestListItem(&rows[i]))
+	}
+	return list, err
+}
+
+// addTokenCharts adds what a token has used in the last 30 days, by day and model.
+func (ui *adminUI) addTokenCharts(r *pageRequest, v *tokenPageView) error {
+	q, err := ui.parseDashQuery(r, url.Values{"period": {"30d"}})
+	if err != nil {
+		return err
+	}
+	q.tokenID, q.groupBy = v.ID, "model"
+	d := &dashData{steps: make([]hourSum, q.steps())}
+	byDay := q.usageQuery(usageQuery{interval: q.grain, byModel: true, token: v.ID})
+	if d.modelPoints, err = ui.store.usage(r.ctx, byDay); err != nil {
+		return err
+	}
+	for i := range d.modelPoints {
+		p := &d.modelPoints[i]
+		if step := q.index(p.at); step >= 0 && step < len(d.steps) {
+			sum := hourSum{calls: p.calls, input: p.input, output: p.output, cost: p.cost}
+			d.steps[step].merge(&sum)
+			d.total.merge(&sum)
+		}
+	}
+	v.Use = useView{Calls: d.total.calls, Cost: dollars(d.total.cost)}
+	if d.total.calls == 0 {
+		return nil
+	}
+	for _, q.metric = range []string{"calls", "cost"} {
+		v.Charts = append(v.Charts, d.usageChart(q, q.metric))
+	}
+	if d.total.cost == 0 {
+		q.metric = "calls"
+	}
+	v.Models = q.ranking("Models", d.usageByModel(q), q.valueOf(d.total.totals()))
+	return nil
+}
+
+// objectHistory returns the latest entries of the audit trail about an object, none for a role that may not see it.
+func (ui *adminUI) objectHistory(r *pageRequest, id string) ([]auditLine, error) {
+	if !r.hasRole(roleAdmin) {
+		return nil, nil
+	}
+	page, err := ui.ops.listAudit(r.ctx, auditFilter{object: id, from: math.MinInt64, to: math.MaxInt64,
+		beforeAt: math.MaxInt64, beforeSeq: math.MaxInt64, limit: shownChanges + 1})
+	if err != nil {
+		return nil, err
+	}
+	return ui.auditLines(r, page.Data)
+}
+
+// forecastLimits says of limits of a day or longer when they will be used up if use goes on as it has since the start
+// of their window, unless it has just begun.
+func forecastLimits(bars []barView, now time.Time) {
+	for i := range bars {
+		b := &bars[i]
+		if b.limit == nil || !b.limit.isQuota() || b.ForEach != "" {
+			continue
+		}
+		start, end := b.limit.period.window(now.UnixMilli())
+		at := forecast(jsonFloat(b.limitView.Used), jsonFloat(b.limitView.Max), start, end, now.UnixMilli())
+		if at > 0 {
+			b.UsedUpAt = new(timestamp(at))
+		}
+	}
+}
+
+// forecast returns when use of max will be complete if it goes on as since the start of its window; 0 if it will not be
+// within the window, is already, or if less than a twentieth of the window has passed.
+func forecast(used, limit float64, start, end, now int64) int64 {
+	passed := float64(now - start)
+	if end <= start || used <= 0 || used >= limit || passed < float64(end-start)/20 {
+		return 0
+	}
+	at := float64(start) + passed*limit/used
+	if at >= float64(end) {
+		return 0
+	}
+	return int64(at)
 }
 
 // projectName returns a project's name, or a text if the project was deleted.
@@ -386,8 +496,9 @@ type barView struct {
 	Level           string
 	Percent         int
 	Used, Max, Left string
-	Top             []barView // of a limit with for_each: the values that have used most
-	Value, CallsURL string    // of these; CallsURL may be ""
+	Top             []barView  // of a limit with for_each: the values that have used most
+	Value, CallsURL string     // of these; CallsURL may be ""
+	UsedUpAt        *timestamp // at the pace of its window; nil: not before its end, or not known
 }
 
 // shownValues is how many values of a limit pages show.
@@ -493,3 +604,33 @@ func (ui *adminUI) stormAlerts(q *dashQuery) (alerts []dashAlert) {
 	}
 	return alerts
 }
+
+// expiryAlerts lists the tokens that expire within a week, and counts those that it has no line for.
+func (d *dashData) expiryAlerts(q *dashQuery) (alerts []dashAlert) {
+	others := dashAlert{Level: "warn", Kind: "expiry", AtLeast: len(d.expiring) == maxExpiringTokens}
+	for _, t := range d.expiring {
+		switch {
+		case !q.includes(t.projectID):
+		case len(alerts) < maxAlertsPerKind:
+			alerts = append(alerts, dashAlert{Level: "warn", Kind: "expiry", Project: t.project, ProjectID: t.projectID,
+				Token: t.name, TokenID: t.id, At: timestamp(t.expiresAt)})
+		default:
+			others.Others++
+		}
+	}
+	if others.Others > 0 {
+		alerts = append(alerts, others)
+	}
+	return alerts
+}
+
+// sharesOf returns what each of some series has in the whole period.
+func sharesOf(all []usageSeries) (shares []usageShare) {
+	for _, s := range all {
+		shares = append(shares, usageShare{id: s.id, name: s.name, usageTotals: s.total})
+	}
+	return shares
+}
+
+// usageByModel returns the usage of each model, the largest first.
+func (d *dashData) usageByModel(q *dashQuery) []usageShare { return sharesOf(d.modelSeries(q)) }

@@ -642,3 +642,29 @@ func filterNearLimits(counters []*limitCounter, now int64, fraction float64, own
 	}
 	return out
 }
+
+// A durationPart is one part of a duration, and its place in a bar that is 1000 wide.
+type durationPart struct {
+	Name, Class string
+	us          int64
+	Text        string
+	X, Width    coordinate
+}
+
+// newDurationBar lays the parts out one after the other, without those that took no time.
+func newDurationBar(parts ...durationPart) (bar []durationPart) {
+	total, x := 0.0, 0.0
+	for _, p := range parts {
+		total += float64(max(0, p.us))
+	}
+	for _, p := range parts {
+		if p.us <= 0 {
+			continue
+		}
+		width := 1000 * float64(p.us) / total
+		p.Text, p.X, p.Width = unitMillis.format(float64(p.us)/1000), coordinate(x), coordinate(width)
+		bar = append(bar, p)
+		x += width
+	}
+	return bar
+}

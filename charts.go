@@ -5,7 +5,9 @@ package main
 
 import (
 	"cmp"
+	"maps"
 	"math"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -131,7 +133,9 @@ type timeChart struct {
 	stepMS    int64
 	steps     int
 	series    []chartSeries
-	lineChart bool // lines side by side instead of stacked bars
+	lineChart bool       // lines side by side instead of stacked bars
+	calls     url.Values // the filters of the calls that it shows; nil: there is no list of them
+	links     []string   // what each series is made of; "" or absent: there is no page for it
 }
 
 const plotHeight = 180 // pixels; templates/parts/charts.html has the margins around the plot
@@ -171,6 +175,7 @@ type chartPoint struct{ X, Y coordinate }
 // A chartColumn is one step of time: its bars, and the area that shows its numbers on hover.
 type chartColumn struct {
 	Title    string
+	Link     string // the calls of the step, "" if it has none
 	X, Width coordinate
 	Bars     []chartBar
 }
@@ -231,7 +236,8 @@ func (c *timeChart) highest() (highest float64) {
 func (c *timeChart) column(i int, top float64) chartColumn {
 	width := 100 / float64(c.steps)
 	x := width * float64(i)
-	col := chartColumn{Title: printable(c.columnTitle(i)), X: coordinate(x), Width: coordinate(width)}
+	col := chartColumn{Title: printable(c.columnTitle(i)), Link: c.stepURL(i), X: coordinate(x),
+		Width: coordinate(width)}
 	below := 0.0
 	for _, s := range c.series {
 		v := s.values[i]
@@ -244,6 +250,18 @@ func (c *timeChart) column(i int, top float64) chartColumn {
 		below += height
 	}
 	return col
+}
+
+// stepURL returns the list of the calls of a step, "" if it has none.
+func (c *timeChart) stepURL(i int) string {
+	hasValue := func(s chartSeries) bool { return s.values[i] > 0 }
+	if c.calls == nil || !slices.ContainsFunc(c.series, hasValue) {
+		return ""
+	}
+	values, from := maps.Clone(c.calls), c.start+int64(i)*c.stepMS
+	values.Set("from", timestamp(from).datetimeLocal())
+	values.Set("to", timestamp(from+c.stepMS).datetimeLocal())
+	return "/admin/requests?" + values.Encode()
 }
 
 func (c *timeChart) columnTitle(i int) string {
@@ -334,46 +352,36 @@ func barWidth(part, whole float64) coordinate {
 	return 0
 }
 
-// A durationPart is one part of a duration, and its place in a bar that is 1000 wide.
-type durationPart struct {
-	Name, Class string
-	us          int64
-	Text        string
-	X, Width    coordinate
-}
-
-// newDurationBar lays the parts out one after the other, without those that took no time.
-func newDurationBar(parts ...durationPart) (bar []durationPart) {
-	total, x := 0.0, 0.0
-	for _, p := range parts {
-		total += float64(max(0, p.us))
-	}
-	for _, p := range parts {
-		if p.us <= 0 {
-			continue
-		}
-		width := 1000 * float64(p.us) / total
-		p.Text, p.X, p.Width = unitMillis.format(float64(p.us)/1000), coordinate(x), coordinate(width)
-		bar = append(bar, p)
-		x += width
-	}
-	return bar
-}
-
 // A chartView is a chart with its title and the table of its numbers, newest first.
 type chartView struct {
 	ID, Title string
 	Drawing   *drawing
-	Series    []chartSeries
-	Rows      [][]string // empty: there is nothing to show
+	Series    []legendEntry
+	Rows      []chartRow // empty: there is nothing to show
+}
+
+// A legendEntry names a series. Link leads to what it is made of, "" if there is no page.
+type legendEntry struct{ Name, Class, Link string }
+
+// A chartRow has the numbers of a step. Link leads to its calls.
+type chartRow struct {
+	Step, Link string
+	Values     []string
 }
 
 func newChartView(id, title string, c *timeChart) chartView {
-	v := chartView{ID: id, Title: title, Series: c.series, Drawing: c.draw()}
+	v := chartView{ID: id, Title: title, Drawing: c.draw()}
+	for i, s := range c.series {
+		e := legendEntry{Name: s.Name, Class: s.Class}
+		if i < len(c.links) {
+			e.Link = c.links[i]
+		}
+		v.Series = append(v.Series, e)
+	}
 	for i := c.steps - 1; i >= 0; i-- {
-		row, hasValue := []string{strings.TrimSuffix(c.stepLabel(i), " UTC")}, false
+		row, hasValue := chartRow{Step: strings.TrimSuffix(c.stepLabel(i), " UTC"), Link: c.stepURL(i)}, false
 		for _, s := range c.series {
-			row, hasValue = append(row, c.unit.format(s.values[i])), hasValue || s.values[i] > 0
+			row.Values, hasValue = append(row.Values, c.unit.format(s.values[i])), hasValue || s.values[i] > 0
 		}
 		if hasValue {
 			v.Rows = append(v.Rows, row)
@@ -396,7 +404,14 @@ func (d *dashData) charts(q *dashQuery) []chartView {
 
 // newTimeChart returns a chart of the query's period, without series.
 func (q *dashQuery) newTimeChart(title string, unit chartUnit) *timeChart {
-	return &timeChart{label: title + " over time", unit: unit, start: q.from, stepMS: q.stepMS, steps: q.steps()}
+	calls := url.Values{}
+	for name, value := range map[string]string{"project": q.projectID, "token": q.tokenID} {
+		if value != "" {
+			calls.Set(name, value)
+		}
+	}
+	return &timeChart{label: title + " over time", unit: unit, start: q.from, stepMS: q.stepMS, steps: q.steps(),
+		calls: calls}
 }
 
 // addSeries adds a series with a value for each step.
@@ -421,6 +436,7 @@ func (d *dashData) usageChart(q *dashQuery, id string) chartView {
 			class = "k0"
 		}
 		c.addSeries(s.name, class, func(i int) float64 { return q.valueOf(s.values[i]) })
+		c.links = append(c.links, q.seriesLink(&s))
 	}
 	return newChartView(id, title, c)
 }
@@ -428,8 +444,10 @@ func (d *dashData) usageChart(q *dashQuery, id string) chartView {
 // errorChart returns the chart of errors by cause.
 func (d *dashData) errorChart(q *dashQuery) chartView {
 	c := q.newTimeChart("Errors by cause", unitCount)
+	c.calls.Set("outcome", failedOutcomes)
 	for k, class := range errorColumnClasses() {
 		c.addSeries(string(class), seriesClass(k), func(i int) float64 { return float64(d.steps[i].errors[k]) })
+		c.links = append(c.links, q.callsURL("cause", string(class)))
 	}
 	return newChartView("errors", "Errors by cause", c)
 }
@@ -544,17 +562,6 @@ func (q *dashQuery) series(points []usageRow, nameOf func(*usageRow) (id, name s
 
 // modelLabel names the usage without a model: see sumModel.
 func modelLabel(model string) string { return cmp.Or(model, "no model, or unknown") }
-
-// usageByModel returns the usage of each model, the largest first.
-func (d *dashData) usageByModel(q *dashQuery) []usageShare { return sharesOf(d.modelSeries(q)) }
-
-// sharesOf returns what each of some series has in the whole period.
-func sharesOf(all []usageSeries) (shares []usageShare) {
-	for _, s := range all {
-		shares = append(shares, usageShare{id: s.id, name: s.name, usageTotals: s.total})
-	}
-	return shares
-}
 
 // A cacheFigure is what a cache saved in a period: the proxy's own, or those of the providers.
 type cacheFigure struct {

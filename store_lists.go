@@ -356,6 +356,8 @@ type requestFilter struct {
 	statusFrom, statusTo int   // statusFrom <= status < statusTo
 	from, before         int64 // ids, and so a range of time: from <= id < before
 	search               callSearch
+	cause                errorClass // of failed calls
+	isUnpriced           bool       // only calls whose usage has no known price
 	isOldestFirst        bool
 	limit                int
 }
@@ -393,6 +395,9 @@ func lowerASCII(text string) string {
 	}, text)
 }
 
+// failedOutcomes stands in a filter for all outcomes but outcomeOK and outcomeOpen.
+const failedOutcomes = "failed"
+
 // needsScan reports whether the filter has a condition that no index covers: calls that do not meet it are
 // read too, and they may be many.
 func (f *requestFilter) needsScan() bool {
@@ -403,7 +408,7 @@ func (f *requestFilter) needsScan() bool {
 		}
 	}
 	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" || f.tagKey != "" ||
-		f.search.count > 0 || indexed > 1
+		f.search.count > 0 || f.isUnpriced || f.cause != "" || indexed > 1
 }
 
 // maxScannedRequests is how many calls are read for one page of a list.
@@ -486,13 +491,29 @@ const (
 			AND (?19 = '' OR instr(shown, ?19) > 0 OR instr(shown, ?20) > 0)
 			AND (?21 = '' OR instr(shown, ?21) > 0 OR instr(shown, ?22) > 0)
 			AND (?23 = '' OR instr(shown, ?23) > 0 OR instr(shown, ?24) > 0)))`
-	callsMatching = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4)
+	// hasCause is errorClass in SQL.
+	hasCause = ` AND (?26 = '' OR ?26 = CASE r.outcome WHEN 'client_gone' THEN 'caller' WHEN 'lost' THEN 'proxy'
+		WHEN 'upstream_error' THEN CASE WHEN r.status >= 400 AND r.status < 500 AND r.status <> 429 THEN 'caller'
+			ELSE 'provider' END
+		WHEN 'truncated' THEN CASE WHEN r.error_code IN ('upstream_cut', 'stream_unfinished', 'answer_unfinished',
+				'stream_idle', 'upstream_timeout') THEN 'provider' WHEN r.error_code = 'client_stalled' THEN 'caller'
+			WHEN r.error_code IN ('draining', 'ledger_unavailable', 'store_unavailable') THEN 'proxy'
+			ELSE 'policy' END
+		WHEN 'refused' THEN CASE WHEN r.error_code = 'no_upstream' OR r.status IN (403, 429) THEN 'policy'
+			WHEN r.error_code = 'not_cached' THEN 'caller' WHEN r.status IN (502, 504) THEN 'provider'
+			WHEN r.status >= 500 THEN 'proxy' ELSE 'caller' END
+		ELSE '' END)`
+	callsMatching = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4
+			OR ?4 = 'failed' AND r.outcome <> 'ok' AND r.outcome <> 'open')
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
 		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10)
 		AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit'))
 		AND (?12 = '' OR r.token = (SELECT seq FROM tokens WHERE id = ?12))
 		AND (?13 = '' OR r.session = ?13) AND (?14 = '' OR r.end_user = ?14)
-		AND (?15 = '' OR CASE r.tags WHEN '' THEN '' ELSE r.tags ->> ?15 END = ?16)` + hasWords
+		AND (?15 = '' OR CASE r.tags WHEN '' THEN '' ELSE r.tags ->> ?15 END = ?16)
+		AND (?25 = '' OR coalesce(g.cost, r.cost) IS NULL AND (coalesce(g.usage_source, r.usage_source) <> 'none'
+			OR r.outcome = 'ok' AND (r.endpoint LIKE 'POST /v1/audio/%' OR r.endpoint LIKE 'POST /v1/images/%')))` +
+		hasCause + hasWords
 	newestCalls  = callsMatching + ` ORDER BY r.id DESC LIMIT ?5`
 	oldestCalls  = callsMatching + ` ORDER BY r.id LIMIT ?5`
 	fromRunning  = selectRunning + `WHERE r.batch < ?3 AND ` // no later batch has an earlier call
@@ -536,11 +557,17 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	for _, forms := range f.search.words {
 		args = append(args, forms[0], forms[1])
 	}
+	unpriced := ""
+	if f.isUnpriced {
+		unpriced = "yes"
+	}
+	args = append(args, unpriced, string(f.cause))
 	list := func(query string) ([]requestView, error) {
 		return withDetails(collect(ctx, s.readDB, "listing calls", (*requestView).columns, query, args...))
 	}
 	var out []requestView
-	if f.statusTo == 0 && (f.outcome == "" || f.outcome == string(outcomeOpen)) { // running calls can match
+	canRun := f.outcome == "" || f.outcome == string(outcomeOpen)
+	if canRun && f.statusTo == 0 && !f.isUnpriced && f.cause == "" { // running calls can match
 		var err error
 		if out, err = list(running); err != nil {
 			return nil, err
@@ -644,4 +671,24 @@ func (s *store) latestCalls(ctx context.Context, projects []int64) (map[int64]in
 		found[p[0]] = p[1]
 	}
 	return found, err
+}
+
+// objectNames returns the names of projects, tokens, upstreams and management keys by their ids, as they are now.
+// Deleted ones have none.
+func (s *store) objectNames(ctx context.Context, ids []string) (map[string]string, error) {
+	list, err := json.Marshal(ids)
+	if err != nil || len(ids) == 0 {
+		return nil, err
+	}
+	names := map[string]string{}
+	rows, err := collect(ctx, s.readDB, "reading names", func(p *[2]string) []any { return []any{&p[0], &p[1]} }, `
+		WITH wanted (id) AS (SELECT atom FROM json_each(CAST(?1 AS TEXT)) j)
+		SELECT id, name FROM projects WHERE id IN (SELECT id FROM wanted) AND deleted_at IS NULL
+		UNION ALL SELECT id, name FROM tokens WHERE id IN (SELECT id FROM wanted)
+		UNION ALL SELECT id, name FROM upstreams WHERE id IN (SELECT id FROM wanted) AND deleted_at IS NULL
+		UNION ALL SELECT id, name FROM management_keys WHERE id IN (SELECT id FROM wanted)`, string(list))
+	for _, p := range rows {
+		names[p[0]] = p[1]
+	}
+	return names, err
 }
