@@ -275,7 +275,7 @@ func identityText(raw []byte) (text string) {
 
 // sessionHeaders are the headers that name a session, in the order in which they are read.
 var sessionHeaders = [...]string{sessionHeader, "X-Claude-Code-Session-Id", "Session-Id", "Session_id",
-	"Conversation-Id", "Conversation_id", "X-Opencode-Session"}
+	"Conversation-Id", "Conversation_id", "X-Opencode-Session", "X-Session-Id", "X-Session-Affinity"}
 
 // readAttribution returns what a request says of itself, with the tags of the token, as far as the policies of its
 // project and its token allow; nil is a policy that says nothing. If it returns an error, what it could read is valid.
