@@ -1,6 +1,7 @@
 // This file says for whom and for what a call is made: its session, its end user and its tags, and what a policy asks
 // of them. All of it is what clients say about themselves. It is recorded, grouped and limited by, and grants nothing.
 // Plain code: it gets headers and fields that were read, and returns values; it hashes, stores and sends nothing.
+// It also says what the patterns of policies and limits match.
 package main
 
 import (
@@ -591,6 +592,11 @@ func matchesAnyPattern(patterns []string, s string) bool {
 func matchesPattern(pattern, s string) bool {
 	prefix, ok := strings.CutSuffix(pattern, "*")
 	return pattern == s || ok && strings.HasPrefix(s, prefix)
+}
+
+// matchesEndpoint is matchesPattern for the path of an endpoint that is called by POST.
+func matchesEndpoint(pattern, endpoint string) bool {
+	return matchesPattern(pattern, endpoint) || matchesPattern(pattern, "POST "+endpoint)
 }
 
 // A limitUse is what a call adds to what a value has used in one window of a limit with for_each.

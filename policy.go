@@ -444,10 +444,6 @@ func namesCacheable(pattern string) bool {
 	return slices.ContainsFunc(cacheableEndpoints[:], func(e string) bool { return matchesEndpoint(pattern, e) })
 }
 
-func matchesEndpoint(pattern, endpoint string) bool {
-	return matchesPattern(pattern, endpoint) || matchesPattern(pattern, "POST "+endpoint)
-}
-
 // covers reports whether the policy lists an endpoint, and its answers can be cached. Those of Gemini's API have to be
 // listed.
 func (p *cachePolicy) covers(e *endpoint) bool {
@@ -673,11 +669,4 @@ func violationError(v *limitViolation) *apiError {
 		return errQuotaSpent(name, msg+" It resets in "+describeDuration(wait)+".")
 	}
 	return errRateLimited(name, kind, msg, wait)
-}
-
-// matches reports whether the filter describes a cached answer.
-func (f *cacheFilter) matches(r *cacheRow) bool {
-	return r.project == f.project && (f.token == 0 || f.token == r.token || f.token == anyToken && r.token != 0) &&
-		(f.model == "" || f.model == r.model) && (f.storedBefore == 0 || r.storedAt < f.storedBefore) &&
-		(f.endpoint == "" || r.endpoint == "" || matchesEndpoint(f.endpoint, r.endpoint))
 }

@@ -285,6 +285,13 @@ type cacheFilter struct {
 	storedBefore int64
 }
 
+// matches reports whether the filter describes a cached answer.
+func (f *cacheFilter) matches(r *cacheRow) bool {
+	return r.project == f.project && (f.token == 0 || f.token == r.token || f.token == anyToken && r.token != 0) &&
+		(f.model == "" || f.model == r.model) && (f.storedBefore == 0 || r.storedAt < f.storedBefore) &&
+		(f.endpoint == "" || r.endpoint == "" || matchesEndpoint(f.endpoint, r.endpoint))
+}
+
 // cachedAnswer returns the token and the sealed answer of a row that has not expired, or errNotFound.
 func (s *store) cachedAnswer(ctx context.Context, id, project, now int64) (token int64, answer []byte, err error) {
 	err = s.readDB.QueryRowContext(ctx, `
