@@ -63,7 +63,7 @@ type adminRoute struct {
 
 // adminTable returns every URL of /admin except the static files.
 func (ui *adminUI) adminTable() []adminRoute {
-	return []adminRoute{
+	return append(ui.webhookPages(), []adminRoute{
 		{"GET /admin/sign-in", "", ui.signInPage},
 		{"POST /admin/sign-in", "", ui.signIn},
 		{"POST /admin/sign-out", roleViewer, ui.signOut},
@@ -116,7 +116,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET /admin/audit/verify", roleAdmin, ui.auditCheckPage},
 		{"GET /admin/settings", roleAdmin, ui.settingsPage},
 		{"GET /admin/replicas", roleViewer, ui.replicasPage},
-	}
+	}...)
 }
 
 // adminNav returns the navigation, in order.
@@ -129,6 +129,7 @@ func adminNav() []navItem {
 		{Title: "Running calls", Path: "/admin/streams", minRole: roleViewer},
 		{Title: "Prices", Path: "/admin/prices", minRole: roleViewer},
 		{Title: "Management keys", Path: "/admin/keys", minRole: roleAdmin},
+		{Title: "Webhooks", Path: "/admin/webhooks", minRole: roleViewer},
 		{Title: "Audit trail", Path: "/admin/audit", minRole: roleAdmin},
 		{Title: "Replicas", Path: "/admin/replicas", minRole: roleViewer},
 		{Title: "Settings", Path: "/admin/settings", minRole: roleAdmin},

@@ -786,3 +786,73 @@ func TestTextsExist(t *testing.T) {
 		t.Errorf("only %d names of texts were found", seen)
 	}
 }
+
+// TestWebhookPages: webhooks are created, tested, changed, rotated and deleted with forms; the secret is shown once,
+// and the URL never.
+func TestWebhookPages(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	receiver := newFakeProvider(t)
+	receiver.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(500, "no") })
+	b := p.signIn(p.adminKey)
+	form := parseForm(t, b.get("/admin/webhooks/new").body)
+	form.Set("name", "<b>ops")
+	form.Set("url", "ftp://example.com")
+	if res := b.post("/admin/webhooks/new", form); res.status != 400 || !strings.Contains(res.body, "absolute URL") {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+	form = parseForm(t, b.get("/admin/webhooks/new").body)
+	form.Set("name", "<b>ops")
+	form.Set("url", receiver.url+hookCanary)
+	form.Set(eventField(eventExpiry), "on")
+	res := b.post("/admin/webhooks/new", form)
+	value := between(res.body, `<code id="secret">`, `</code>`)
+	if res.status != 200 || !strings.HasPrefix(value, "whsec_") {
+		t.Fatalf("got %d %s", res.status, res.body)
+	}
+	if again := b.post("/admin/webhooks/new", form); again.status != 409 {
+		t.Errorf("the form is carried out twice: %d", again.status)
+	}
+	path := "/admin/webhooks/hook_" + between(res.body, `"/admin/webhooks/hook_`, `"`)
+	p.secrets = append(p.secrets, hookCanary)
+	if page := b.follow(b.post(path+"/test", nil)); !strings.Contains(page, "was not delivered") ||
+		!strings.Contains(page, "answered 500") || !strings.Contains(page, "&lt;b&gt;ops") {
+		t.Errorf("got %s", page)
+	}
+	receiver.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(200, "") })
+	delivery := between(b.get(path).body, "/deliveries/", "/")
+	if page := b.follow(b.post(path+"/deliveries/"+delivery+"/redeliver", nil)); !strings.Contains(page, "sent again") {
+		t.Errorf("got %s", page)
+	}
+	waitFor(t, "the repetition", func() bool { return len(receiver.received()) == 2 })
+	form = parseForm(t, b.get(path+"/edit").body)
+	if form.Get("url") != "" || form.Get(eventField(eventExpiry)) == "" || form.Get(eventField(eventLimit)) != "" {
+		t.Errorf("the form has %v", form)
+	}
+	form.Set("name", "renamed")
+	form.Set(eventField(eventLimit), "on")
+	page := b.follow(b.post(path+"/edit", form))
+	if !strings.Contains(page, "renamed") ||
+		!strings.Contains(page, "<code>limit.threshold</code>, <code>token.expiring") {
+		t.Errorf("got %s", page)
+	}
+	res = b.post(path+"/rotate", parseForm(t, b.get(path+"/rotate").body))
+	if got := between(res.body, `<code id="secret">`, `</code>`); got == value || !strings.HasPrefix(got, "whsec_") {
+		t.Errorf("got %d %s", res.status, res.body)
+	}
+	if page = b.get("/admin/webhooks").body; !strings.Contains(page, "renamed") || strings.Contains(page, value) {
+		t.Errorf("got %s", page)
+	}
+	_, operator := p.newKey("o", "operator")
+	o := p.signIn(operator)
+	if page = o.get(path).body; strings.Contains(page, path+"/edit") || !strings.Contains(page, path+"/test") {
+		t.Errorf("an operator sees %s", page)
+	}
+	if res = o.post(path+"/delete", nil); res.status != 403 {
+		t.Errorf("got %d", res.status)
+	}
+	if page = b.follow(b.post(path+"/delete", nil)); !strings.Contains(page, "Webhook deleted") ||
+		!strings.Contains(page, "No webhooks yet") {
+		t.Errorf("got %s", page)
+	}
+}

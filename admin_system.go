@@ -1,5 +1,5 @@
-// This file has the pages of /admin about the proxy as a whole: prices, running calls, routing, sessions of clients,
-// management keys, the audit trail and the settings. They are thin over the operations of /manage.
+// This file has the pages of /admin about the proxy as a whole: prices, routing, sessions of clients,
+// management keys, webhooks, the audit trail and the settings. They are thin over the operations of /manage.
 package main
 
 import (
@@ -188,40 +188,6 @@ func (ui *adminUI) deletePricePage(r *pageRequest) (*pageResponse, error) {
 	})
 }
 
-// A streamsView is the data of templates/streams.html.
-type streamsView struct {
-	Calls  []streamView
-	Next   string
-	Now    timestamp
-	Silent []int64 // replicas that did not answer
-}
-
-func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
-	f, err := ui.ops.parseStreamFilter(r.listRequest(200, "project_id", "token_id", "session", "end_user", "tag"))
-	if err != nil {
-		return nil, err
-	}
-	page, err := ui.ops.listStreams(r.ctx, f, r.now)
-	if err != nil {
-		return nil, err
-	}
-	v := streamsView{Calls: page.Data, Next: r.nextPageURL(page.Next), Now: timestamp(r.now.UnixMilli()),
-		Silent: page.SilentReplicas}
-	return showPage("streams", "Running calls", v), nil
-}
-
-func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
-	id := r.pathValue("id")
-	if _, err := ui.ops.findStream(r.ctx, id, r.now); err != nil {
-		return nil, err
-	}
-	form := &pageForm{Submit: "End call", Cancel: "/admin/streams"}
-	v := &confirmView{Ask: "end-call", Items: []string{id}, Form: form}
-	return r.confirm("End this call?", v, redirectTo("/admin/streams", "ended-call"), func() error {
-		return ui.ops.abortStream(r.ctx, r.origin, id)
-	})
-}
-
 // A replicasView is the data of templates/replicas.html.
 type replicasView struct {
 	Replicas []replicaView
@@ -321,7 +287,8 @@ func (ui *adminUI) auditLines(r *pageRequest, entries []auditView) (lines []audi
 // objectURL returns the page of the object with an id, "" if it has none.
 func objectURL(id string) string {
 	kind, _, _ := strings.Cut(id, "_")
-	lists := map[string]string{"proj": "/admin/projects/", "tok": "/admin/tokens/", "req": "/admin/requests/"}
+	lists := map[string]string{"proj": "/admin/projects/", "tok": "/admin/tokens/", "req": "/admin/requests/",
+		"hook": "/admin/webhooks/"}
 	if lists[kind] == "" {
 		return ""
 	}
@@ -552,4 +519,188 @@ func (u *routeUpstreamView) timeoutsText() string {
 		}
 	}
 	return strings.Join(set, ", ")
+}
+
+// webhookPages returns the URLs of webhooks.
+func (ui *adminUI) webhookPages() []adminRoute {
+	return []adminRoute{
+		{"GET /admin/webhooks", roleViewer, ui.webhooksPage},
+		{"GET|POST /admin/webhooks/new", roleAdmin, ui.newWebhookPage},
+		{"GET /admin/webhooks/{id}", roleViewer, ui.webhookPage},
+		{"GET|POST /admin/webhooks/{id}/edit", roleAdmin, ui.editWebhook},
+		{"GET|POST /admin/webhooks/{id}/rotate", roleAdmin, ui.rotateWebhookPage},
+		{"GET|POST /admin/webhooks/{id}/delete", roleAdmin, ui.deleteWebhookPage},
+		{"POST /admin/webhooks/{id}/test", roleOperator, ui.testWebhookPage},
+		{"POST /admin/webhooks/{id}/deliveries/{delivery}/redeliver", roleOperator, ui.redeliverPage},
+	}
+}
+
+// A webhookItem is a webhook as pages show it, with its deliveries, the newest first, or just the latest.
+type webhookItem struct {
+	webhookView
+	FormatName string
+	Types      []string // none: all
+	Status     stateView
+	Latest     *deliveryLine
+	Deliveries []deliveryLine
+	Next       string
+}
+
+type deliveryLine struct {
+	deliveryView
+	Result stateView
+}
+
+func newWebhookItem(w webhookView, page listPage[deliveryView]) webhookItem {
+	item := webhookItem{webhookView: w, Status: stateView{"good", "active"}}
+	_ = json.Unmarshal(w.Events, &item.Types) // the program wrote it
+	for _, o := range webhookFormats() {
+		if o.Value == w.Format {
+			item.FormatName = o.Label
+		}
+	}
+	if !w.IsActive {
+		item.Status = stateView{"warn", "inactive"}
+	}
+	kinds := map[string]string{deliveryDelivered: "good", deliveryFailed: "bad", deliveryPending: "warn"}
+	for _, d := range page.Data {
+		item.Deliveries = append(item.Deliveries, deliveryLine{d, stateView{kinds[d.State], d.State}})
+	}
+	if len(item.Deliveries) > 0 {
+		item.Latest = &item.Deliveries[0]
+	}
+	return item
+}
+
+func webhookFormats() []option {
+	return options(formatStandard, "JSON (Standard Webhooks)", formatSlack, "Slack", formatTeams, "Teams")
+}
+
+func (ui *adminUI) webhooksPage(r *pageRequest) (*pageResponse, error) {
+	all, err := ui.ops.listWebhooks(r.ctx)
+	var v struct{ Webhooks []webhookItem }
+	for _, w := range all.Data {
+		latest, e := ui.ops.listDeliveries(r.ctx, deliveryFilter{listQuery: listQuery{limit: 1}, webhook: w.ID})
+		err = errors.Join(err, e)
+		v.Webhooks = append(v.Webhooks, newWebhookItem(w, latest))
+	}
+	return showPage("webhooks", "Webhooks", v), err
+}
+
+func (ui *adminUI) webhookPage(r *pageRequest) (*pageResponse, error) {
+	w, err := ui.ops.getWebhook(r.ctx, r.pathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	f, err := r.listRequest(50, "state").parseDeliveryFilter()
+	if err != nil {
+		return nil, err
+	}
+	page, err := ui.ops.listDeliveries(r.ctx, f)
+	item := newWebhookItem(w, page)
+	item.Next = r.nextPageURL(page.Next)
+	return showPage("webhook", w.Name, item), err
+}
+
+// webhookForm returns the form of a webhook, and its input with the fields that the form has. Each type of notification
+// is a checkbox, which the page itself reads.
+func (ui *adminUI) webhookForm(submit, cancel string) *formView {
+	fields := formFields(ui.ops.fields.webhook, "name", "format", "url", "is_active", "error_percent")
+	fields[1].Options, fields[4].Advanced = webhookFormats(), true
+	for _, t := range notificationTypes() {
+		fields = append(fields, &formField{Name: eventField(t), Label: notificationLabel(t), Kind: "checkbox"})
+	}
+	return &formView{Crumb: option{"/admin/webhooks", "Webhooks"}, Intro: "webhook",
+		Form: &pageForm{Submit: submit, Cancel: cancel, Fields: fields}}
+}
+
+func eventField(eventType string) string { return "event-" + eventType }
+
+// checkedEvents returns the types whose checkboxes are checked.
+func checkedEvents(form url.Values) optional[[]string] {
+	list := []string{}
+	for _, t := range notificationTypes() {
+		if form.Get(eventField(t)) != "" {
+			list = append(list, t)
+		}
+	}
+	return given(list)
+}
+
+func (ui *adminUI) newWebhookPage(r *pageRequest) (*pageResponse, error) {
+	v := ui.webhookForm("Create webhook", "/admin/webhooks")
+	v.Form.Creates = "webhook"
+	defaults := url.Values{"is_active": {"on"}, "format": {formatStandard}}
+	var in webhookInput
+	return ui.submit(r, "New webhook", v, defaults, fieldTargets(&in, ui.ops.fields.webhook),
+		func() (*pageResponse, error) {
+			in.events = checkedEvents(r.form)
+			w, value, err := ui.ops.createWebhook(r.ctx, r.origin, in)
+			if err != nil {
+				return nil, err
+			}
+			return showPage("webhook-once", "Webhook created", newWebhookSecretView(&w, value)), nil
+		})
+}
+
+func (ui *adminUI) editWebhook(r *pageRequest) (*pageResponse, error) {
+	w, err := ui.ops.getWebhook(r.ctx, r.pathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	v := ui.webhookForm("Save", "/admin/webhooks/"+w.ID)
+	v.Form.Version = w.Version
+	v.Form.Fields[2].Help, v.Form.Fields[2].Required = "webhook-new-url", false
+	stored := storedValues(w, v.Form.Fields)
+	for _, t := range newWebhookItem(w, listPage[deliveryView]{}).Types {
+		stored.Set(eventField(t), "on")
+	}
+	var in webhookInput
+	return ui.submit(r, "Edit "+w.Name, v, stored, fieldTargets(&in, ui.ops.fields.webhook),
+		func() (*pageResponse, error) {
+			in.events = checkedEvents(r.form)
+			_, err := ui.ops.updateWebhook(r.ctx, r.origin, w.ID, r.ifMatchVersion, in)
+			return redirectTo("/admin/webhooks/"+w.ID, "saved"), err
+		})
+}
+
+func (ui *adminUI) rotateWebhookPage(r *pageRequest) (*pageResponse, error) {
+	w, err := ui.ops.getWebhook(r.ctx, r.pathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	v := &formView{Crumb: option{"/admin/webhooks/" + w.ID, w.Name}, Intro: "rotate-webhook",
+		Form: &pageForm{Submit: "Rotate secret", Cancel: "/admin/webhooks/" + w.ID, Creates: "secret",
+			Fields: formFields(ui.ops.fields.rotate, "overlap_minutes")}}
+	var in rotateInput
+	return ui.submit(r, "Rotate the secret of "+w.Name, v, url.Values{"overlap_minutes": {"60"}},
+		fieldTargets(&in, ui.ops.fields.rotate), func() (*pageResponse, error) {
+			row, value, err := ui.ops.rotateWebhook(r.ctx, r.origin, w.ID, r.ifMatchVersion, in)
+			return showPage("webhook-once", "Secret rotated", newWebhookSecretView(&row, value)), err
+		})
+}
+
+func (ui *adminUI) deleteWebhookPage(r *pageRequest) (*pageResponse, error) {
+	w, err := ui.ops.getWebhook(r.ctx, r.pathValue("id"))
+	if err != nil {
+		return nil, err
+	}
+	v := &confirmView{Ask: "delete-webhook", Form: &pageForm{Submit: "Delete webhook",
+		Cancel: "/admin/webhooks/" + w.ID}}
+	return r.confirm("Delete the webhook "+w.Name+"?", v, redirectTo("/admin/webhooks", "webhook-deleted"),
+		func() error { return ui.store.deleteWebhook(r.ctx, r.origin, w.ID, r.ifMatchVersion) })
+}
+
+func (ui *adminUI) testWebhookPage(r *pageRequest) (*pageResponse, error) {
+	d, err := ui.ops.testWebhook(r.ctx, r.origin, r.pathValue("id"))
+	done := "webhook-tested"
+	if d.state != deliveryDelivered {
+		done = "webhook-test-failed"
+	}
+	return redirectTo("/admin/webhooks/"+url.PathEscape(r.pathValue("id")), done), err
+}
+
+func (ui *adminUI) redeliverPage(r *pageRequest) (*pageResponse, error) {
+	_, err := ui.ops.redeliver(r.ctx, r.origin, r.pathValue("id"), r.pathValue("delivery"))
+	return redirectTo("/admin/webhooks/"+url.PathEscape(r.pathValue("id")), "redelivered"), err
 }

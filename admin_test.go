@@ -113,13 +113,13 @@ func (p *testProxy) expandPattern(pattern string) string {
 	_, path, _ := strings.Cut(pattern, " ")
 	id := p.tokenID
 	for prefix, other := range map[string]string{"/admin/projects/": p.project, "/admin/keys/": "key_none",
-		"/admin/prices/": "price_none", "/admin/streams/": "req_0000000000000",
+		"/admin/webhooks/": "hook_none", "/admin/prices/": "price_none", "/admin/streams/": "req_0000000000000",
 		"/admin/requests/": "req_0000000000000"} {
 		if strings.HasPrefix(path, prefix) {
 			id = other
 		}
 	}
-	return strings.NewReplacer("{id}", id, "{upstream}", p.upstream, "{$}", "").Replace(path)
+	return strings.NewReplacer("{id}", id, "{upstream}", p.upstream, "{delivery}", "del_none", "{$}", "").Replace(path)
 }
 
 // managedDigest returns everything that administrators manage, to detect changes.

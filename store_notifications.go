@@ -175,6 +175,20 @@ func notificationTypes() []string {
 		eventNewAddress}
 }
 
+// notificationLabel says for what a type of notification is.
+func notificationLabel(eventType string) string {
+	return map[string]string{
+		eventLimit:      "Limits that are used at 50, 80 and 100 %",
+		eventExpiry:     "Tokens that expire in 7 days or 1 day",
+		eventExhausted:  "Provider keys without credit or quota",
+		eventRefused:    "Provider keys that are refused",
+		eventErrors:     "Many failed calls",
+		eventLedger:     "A ledger that cannot be written",
+		eventAudit:      "Changes of the database from outside",
+		eventNewAddress: "Sign-ins from a new address",
+	}[eventType]
+}
+
 // The formats of webhooks.
 const (
 	formatStandard = "standard"

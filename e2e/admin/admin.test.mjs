@@ -254,6 +254,40 @@ describe('the pages', { skip }, () => {
     await visitor.context.close();
   });
 
+  for (const javaScriptEnabled of [true, false]) {
+    test(`a webhook is made, tested, changed and deleted, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
+      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const { page } = visitor;
+      await visitor.signIn(proxy.managementToken);
+      await page.getByRole('link', { name: 'Webhooks', exact: true }).click();
+      await page.getByRole('link', { name: 'New webhook' }).or(page.getByRole('link', { name: 'Create a webhook' })).first().click();
+      await page.getByLabel('Name', { exact: true }).fill('ops');
+      await page.getByLabel('URL').fill('ftp://example.com');
+      await page.getByRole('button', { name: 'Create webhook' }).click();
+      await page.getByRole('alert').waitFor();
+      await page.getByLabel('URL').fill(`${proxy.provider.url}/hook`);
+      await page.getByLabel('Tokens that expire').check();
+      await page.getByRole('button', { name: 'Create webhook' }).click();
+      assert.match(await page.locator('#secret').textContent(), /^whsec_/);
+      await page.getByRole('link', { name: /Done/ }).click();
+      await page.getByRole('button', { name: 'Send a test' }).click();
+      await page.getByRole('status').waitFor();
+      assert.match(await page.getByRole('status').first().textContent(), /The test was (not )?delivered/);
+      await page.getByRole('button', { name: /^Redeliver/ }).first().click();
+      await page.getByText('The notification is sent again.').waitFor();
+      await page.getByRole('link', { name: 'Edit' }).click();
+      assert.equal(await page.getByLabel('URL').inputValue(), '');
+      await page.getByLabel('Active').uncheck();
+      await page.getByRole('button', { name: 'Save' }).click();
+      await page.getByText('inactive').waitFor();
+      await page.getByRole('link', { name: 'Delete' }).click();
+      await page.getByRole('button', { name: 'Delete webhook' }).click();
+      await page.getByText('Webhook deleted.').waitFor();
+      assert.deepEqual(visitor.problems, []);
+      await visitor.context.close();
+    });
+  }
+
   test('times are in the time zone of the browser, and pages refresh themselves as chosen', async () => {
     const visitor = await Visitor.start(browser, proxy.url, { timezoneId: 'Asia/Tokyo' });
     const plain = await Visitor.start(browser, proxy.url, { javaScriptEnabled: false });
@@ -350,12 +384,15 @@ describe('the pages', { skip }, () => {
     await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { cache, limits: [{ count: 'tokens', max: 20, per: 'day' }, { count: 'dollars', max: 5, per: 'month', shadow: true }] } });
     const token = await proxy.manage('POST', '/manage/tokens', { project_id: proxy.project, name: 'a rather long name for a token of somebody', max_requests: 10 });
     await (await call(token.token)).text();
+    const hook = await proxy.manage('POST', '/manage/webhooks', { name: 'ops', format: 'slack', url: 'http://127.0.0.1:1/hook', events: ['token.expiring'] });
+    await proxy.manage('POST', `/manage/webhooks/${hook.id}/test`);
+    const webhook = `/admin/webhooks/${hook.id}`;
     const project = `/admin/projects/${proxy.project}`, one = `/admin/tokens/${token.id}`;
     const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
     paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, `${project}/empty-cache`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
       '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini', '/admin/prices/list?search=gpt-5', '/admin/prices/simulate?model=gpt-4o-mini&input_tokens=1000',
       '/admin/dashboard?period=24h&measure=tokens&by=model', '/admin/dashboard?period=last-week', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
-      '/admin/audit/verify', '/admin/account');
+      '/admin/webhooks/new', webhook, `${webhook}/edit`, `${webhook}/rotate`, `${webhook}/delete`, '/admin/audit/verify', '/admin/account');
     for (const path of paths.slice(1)) await check(path);
     assert.deepEqual(visitor.problems, []);
     await visitor.context.close();
