@@ -337,6 +337,18 @@ func formTimeToRFC3339(text string) string {
 	return text
 }
 
+// displayJSON returns a value as text: a string without its quotes.
+func displayJSON(raw json.RawMessage) string {
+	var text string
+	if json.Unmarshal(raw, &text) == nil && len(raw) > 0 && raw[0] == '"' {
+		return text
+	}
+	if string(raw) == "null" {
+		return "–"
+	}
+	return string(raw)
+}
+
 // jsonNumber returns a typed number as JSON; commas and a dollar sign are allowed. Other text
 // becomes a JSON string, for the operation to refuse.
 func jsonNumber(text string) json.RawMessage {

@@ -1,6 +1,6 @@
 // This file has the pages of /admin about the ledger: the list of calls with its filters, one call with
-// its timing, its stored content, the calls that are running, and the downloads. A download is recorded in the audit
-// trail before its first byte leaves.
+// its timing, its stored content, and the downloads. A download is recorded in the audit trail before
+// its first byte leaves.
 package main
 
 import (
@@ -679,34 +679,4 @@ func millisCell(v *float64) string {
 		return ""
 	}
 	return strconv.FormatFloat(*v, 'f', 3, 64)
-}
-
-// A streamsView is the data of templates/streams.html.
-type streamsView struct {
-	Calls  []streamView
-	Next   string
-	Now    timestamp
-	Silent []int64 // replicas that did not answer
-}
-
-func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
-	f, err := ui.ops.parseStreamFilter(r.listRequest(200, "project_id", "token_id", "session", "end_user", "tag"))
-	if err != nil {
-		return nil, err
-	}
-	page, err := ui.ops.listStreams(r.ctx, f, r.now)
-	return showPage("streams", "Running calls", streamsView{Calls: page.Data, Next: r.nextPageURL(page.Next),
-		Now: timestamp(r.now.UnixMilli()), Silent: page.SilentReplicas}), err
-}
-
-func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
-	id := r.pathValue("id")
-	if _, err := ui.ops.findStream(r.ctx, id, r.now); err != nil {
-		return nil, err
-	}
-	form := &pageForm{Submit: "End call", Cancel: "/admin/streams"}
-	v := &confirmView{Ask: "end-call", Items: []string{id}, Form: form}
-	return r.confirm("End this call?", v, redirectTo("/admin/streams", "ended-call"), func() error {
-		return ui.ops.abortStream(r.ctx, r.origin, id)
-	})
 }

@@ -322,18 +322,6 @@ func auditChanges(detail json.RawMessage) (changes []labeledValue) {
 	return changes
 }
 
-// displayJSON returns a value as text: a string without its quotes.
-func displayJSON(raw json.RawMessage) string {
-	var text string
-	if json.Unmarshal(raw, &text) == nil && len(raw) > 0 && raw[0] == '"' {
-		return text
-	}
-	if string(raw) == "null" {
-		return "–"
-	}
-	return string(raw)
-}
-
 // An auditCheckView is the data of templates/audit-check.html.
 type auditCheckView struct {
 	Head     string

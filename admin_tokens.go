@@ -1,5 +1,5 @@
-// This file has the pages of /admin about tokens. The value of a token is on one page only: the
-// response to the form that created or rotated it.
+// This file has the pages of /admin about tokens, and about the calls that are running. The value of a token is on one
+// page only: the response to the form that created or rotated it.
 package main
 
 import (
@@ -634,3 +634,33 @@ func sharesOf(all []usageSeries) (shares []usageShare) {
 
 // usageByModel returns the usage of each model, the largest first.
 func (d *dashData) usageByModel(q *dashQuery) []usageShare { return sharesOf(d.modelSeries(q)) }
+
+// A streamsView is the data of templates/streams.html.
+type streamsView struct {
+	Calls  []streamView
+	Next   string
+	Now    timestamp
+	Silent []int64 // replicas that did not answer
+}
+
+func (ui *adminUI) streamsPage(r *pageRequest) (*pageResponse, error) {
+	f, err := ui.ops.parseStreamFilter(r.listRequest(200, "project_id", "token_id", "session", "end_user", "tag"))
+	if err != nil {
+		return nil, err
+	}
+	page, err := ui.ops.listStreams(r.ctx, f, r.now)
+	return showPage("streams", "Running calls", streamsView{Calls: page.Data, Next: r.nextPageURL(page.Next),
+		Now: timestamp(r.now.UnixMilli()), Silent: page.SilentReplicas}), err
+}
+
+func (ui *adminUI) endCallPage(r *pageRequest) (*pageResponse, error) {
+	id := r.pathValue("id")
+	if _, err := ui.ops.findStream(r.ctx, id, r.now); err != nil {
+		return nil, err
+	}
+	form := &pageForm{Submit: "End call", Cancel: "/admin/streams"}
+	v := &confirmView{Ask: "end-call", Items: []string{id}, Form: form}
+	return r.confirm("End this call?", v, redirectTo("/admin/streams", "ended-call"), func() error {
+		return ui.ops.abortStream(r.ctx, r.origin, id)
+	})
+}
