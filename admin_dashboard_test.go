@@ -472,6 +472,9 @@ func BenchmarkScaleAdmin(b *testing.B) {
 	next := regexp.MustCompile(`href="(/admin/tokens\?[^"]*after=[^"]*)"`)
 	paths := []string{"/admin/projects", "/admin/projects/" + p.id, token, "/admin/tokens/new", "/admin/tokens"}
 	for _, query := range []string{"order=oldest", "order=name", "order=ends", "name=unn", "name=seeded+A",
+		"search=seeded", "search=unnamed", "search=SEEDED+a7", "search=9f3c", "search=zq", "search=%C3%A9",
+		"search=seeded+A7&order=-cost",
+		"order=-cost&project_id=" + p.id, "order=-name", "order=-ends",
 		"state=active",
 		"state=expiring", "state=expired", "state=revoked", "state=unused", "state=active&project_id=" + p.id,
 		"state=revoked&project_id=" + p.id, "order=name&project_id=" + p.id, "state=revoked&name=unn"} {

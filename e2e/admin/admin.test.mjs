@@ -91,7 +91,7 @@ describe('the pages', { skip }, () => {
         assert.match(readFileSync(await (await file).path(), 'utf8'), new RegExp(`^id,started_at,[^\n]*\nreq_\\w{13},[^\n]*,${name},`));
         if (javaScriptEnabled) await page.waitForFunction(() => !document.querySelector('form[data-sent]'));
       }
-      await row.getByRole('link').click();
+      await row.getByRole('link').first().click();
       await page.getByRole('heading', { name: 'Time' }).waitFor();
       await go('Dashboard');
       await page.getByText('24 hours', { exact: true }).click();
@@ -198,7 +198,7 @@ describe('the pages', { skip }, () => {
     await page.getByLabel('Cache', { exact: true }).selectOption('Hit');
     await page.getByRole('button', { name: 'Apply', exact: true }).click();
     await page.getByText('cache: hit').waitFor();
-    await page.locator('table.calls tbody a').click();
+    await page.locator('table.calls tbody a.name').click();
     await page.getByText(/^hit: saved \$/).waitFor();
     await page.goto(`${proxy.url}/admin/dashboard?project=${project.id}`);
     await page.getByText(/1 call was answered from the cache, 50.0% of all calls/).waitFor();

@@ -132,6 +132,22 @@ document.addEventListener("keydown", (event) => {
   search.select();
 });
 
+// The choice of colors; theme.js applies it to each page.
+const theme = document.getElementById("theme");
+if (theme) {
+  theme.value = document.documentElement.dataset.theme ?? "";
+  theme.addEventListener("input", () => {
+    if (theme.value) document.documentElement.dataset.theme = theme.value;
+    else delete document.documentElement.dataset.theme;
+    try {
+      localStorage.setItem("theme", theme.value);
+    } catch {
+      // The choice counts for this page only.
+    }
+  });
+  theme.closest("[hidden]").hidden = false;
+}
+
 copyButtons(document);
 localTimes(document);
 document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
