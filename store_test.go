@@ -695,10 +695,16 @@ func TestRowsStay(t *testing.T) {
 	}
 }
 
-// BenchmarkLedgerBatch writes batches of 50 calls, which have one token or each their own.
+// BenchmarkLedgerBatch writes batches of 50 calls, which have one token or each their own, or are those of agents: each
+// session has two of them, and the provider had a part of the prompt cached.
 func BenchmarkLedgerBatch(b *testing.B) {
-	for _, tokens := range []int{1, 50} {
-		b.Run(fmt.Sprintf("tokens=%d", tokens), func(b *testing.B) {
+	for _, v := range []struct {
+		name     string
+		tokens   int
+		sessions bool
+	}{{"tokens=1", 1, false}, {"tokens=50", 50, false}, {"sessions=25", 1, true}} {
+		tokens := v.tokens
+		b.Run(v.name, func(b *testing.B) {
 			file := filepath.Join(b.TempDir(), "ledger.db")
 			if err := os.WriteFile(file, nil, 0o600); err != nil {
 				b.Fatal(err)
@@ -726,6 +732,10 @@ func BenchmarkLedgerBatch(b *testing.B) {
 						status: 200, outcome: outcomeOK, source: usageExact,
 						counts: tokenCounts{input: 900, output: 250}, cost: 400_000, priced: true,
 						firstByteUS: int64(100_000 + i*20_000), totalUS: int64(300_000 + i*70_000), attempts: 1}
+					if v.sessions {
+						row.counts.cached, row.routedBy = 300, "session"
+						row.attribution = &attribution{session: fmt.Sprintf("01998f2e-3b4c-7d5e-8f60-%016x", row.id&^1)}
+					}
 					pending.add(row.id, row.appendPendingRecord(nil))
 					entries = append(entries, &ledgerEntry{row: row, batch: pending})
 				}
