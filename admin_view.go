@@ -625,6 +625,9 @@ func sortNearLimits(limits []nearLimit) {
 func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.leases != nil {
+		now = l.leases.now()
+	}
 	return filterNearLimits(s.counters, now, fraction, owner)
 }
 
@@ -635,7 +638,7 @@ func filterNearLimits(counters []*limitCounter, now int64, fraction float64, own
 		}
 		c.advance(now)
 		near := owner
-		if near.fraction = float64(c.used) / float64(c.limit.max); near.fraction >= fraction {
+		if near.fraction = float64(c.unscaledUse()) / float64(c.limit.max); near.fraction >= fraction {
 			near.limit = c.limit.String()
 			out = append(out, near)
 		}

@@ -236,6 +236,8 @@ func (c *cluster) follow(ctx context.Context) {
 				switch kind {
 				case "change", "": // "" after the connection was lost
 					wait = false
+				case "recall":
+					c.hooks.recall(rest)
 				case "question":
 					select {
 					case busy <- struct{}{}:

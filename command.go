@@ -1,13 +1,16 @@
 // This file has the commands that work beside a running server: healthcheck asks it over
 // HTTP, backup copies its database, audit verify checks its audit trail, prices prints one price.
-// They may not change anything of the server's.
+// They may not change anything of the server's. It also has, for restore, what is left of policies and
+// upstreams where two databases must both allow it: plain code, which changes rows in memory only.
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -19,6 +22,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -504,4 +508,187 @@ func (p *program) showPrice(ctx context.Context, args []string) error {
 	}
 	fmt.Fprint(p.stdout, price.describe())
 	return nil
+}
+
+// takeNewKey replaces a provider key that was changed since, because the old one may have leaked. If all keys were
+// encrypted with another encryption key since, the new one cannot be read with the backup's: an upstream whose key
+// has another hint becomes inactive then.
+func (u *upstreamRow) takeNewKey(c *upstreamRow) (rotated bool) {
+	if bytes.Equal(u.sealedKey, c.sealedKey) || len(c.sealedKey) == 0 {
+		return false
+	}
+	if keyID(u.sealedKey) == keyID(c.sealedKey) {
+		u.sealedKey, u.keyHint, u.baseURL = c.sealedKey, c.keyHint, c.baseURL // sealed for the URL's host
+		u.organization, u.openaiProject = c.organization, c.openaiProject
+		return true
+	}
+	rotated = u.keyHint != c.keyHint
+	u.active = u.active && !rotated
+	return rotated
+}
+
+// narrowUse narrows with whom an upstream is shared, for which models it is used, and its limits.
+func (u *upstreamRow) narrowUse(c *upstreamRow) (narrower bool, err error) {
+	var shared, sharedNow, models, modelsNow []string
+	var settings, settingsNow upstreamSettings
+	for _, f := range []struct {
+		text   string
+		target any
+	}{{u.sharedWith, &shared}, {c.sharedWith, &sharedNow}, {u.models, &models}, {c.models, &modelsNow},
+		{u.settings, &settings}, {c.settings, &settingsNow}} {
+		if err := json.Unmarshal([]byte(f.text), f.target); err != nil {
+			return false, err
+		}
+	}
+	if n := len(shared); n > 0 {
+		shared = slices.DeleteFunc(shared, func(id string) bool { return !slices.Contains(sharedNow, id) })
+		narrower = len(shared) < n
+	}
+	if len(modelsNow) > 0 { // an empty list means all models
+		both := modelsNow
+		if len(models) > 0 {
+			both = intersectLists(models, modelsNow, intersectPatterns)
+		}
+		narrower = narrower || !slices.Equal(both, models)
+		if models = both; len(both) == 0 {
+			u.active = false
+		}
+	}
+	for _, l := range []struct{ limit, now *int64 }{
+		{&settings.RequestsPerMinute, &settingsNow.RequestsPerMinute},
+		{&settings.TokensPerMinute, &settingsNow.TokensPerMinute},
+	} {
+		if *l.now > 0 && (*l.limit == 0 || *l.now < *l.limit) {
+			*l.limit, narrower = *l.now, true
+		}
+	}
+	if narrower {
+		u.sharedWith, u.models = string(auditValueJSON(append([]string{}, shared...))), string(auditValueJSON(models))
+		u.settings = settings.String()
+	}
+	return narrower, nil
+}
+
+// isLower reports whether a is below b. nil is no limit.
+func isLower(a, b *int64) bool { return a != nil && (b == nil || *a < *b) }
+
+// lower returns the lower of two limits, and whether that is b because it is below a.
+func lower(a, b *int64) (*int64, bool) {
+	if isLower(b, a) {
+		return b, true
+	}
+	return a, false
+}
+
+// narrowPolicy returns the text of a policy that allows what both policies allow: the backup's text if that is
+// the same as in the backup. widened reports whether the current policy allows more than the result.
+func narrowPolicy(backup, current string, ofProject bool) (text string, widened bool, err error) {
+	if backup == current {
+		return backup, false, nil
+	}
+	b, err := parsePolicy([]byte(backup), ofProject)
+	if err != nil {
+		return "", false, err
+	}
+	c, err := parsePolicy([]byte(current), ofProject)
+	if err != nil {
+		return "", false, err
+	}
+	both := b.intersect(&c)
+	widened = both.String() != c.String()
+	if both.String() == b.String() {
+		return backup, widened, nil
+	}
+	return both.String(), widened, nil
+}
+
+// intersect returns a policy that allows what both p and now allow. Where that would have more entries than a
+// policy may, it has now's.
+func (p *policy) intersect(now *policy) policy {
+	return policy{
+		Endpoints:       intersectLists(p.Endpoints, now.Endpoints, intersectEndpoints),
+		Models:          intersectLists(p.Models, now.Models, intersectPatterns),
+		Addresses:       intersectLists(p.Addresses, now.Addresses, intersectNetworks),
+		Limits:          lowerLimits(p.Limits, now.Limits),
+		Stateful:        p.Stateful && now.Stateful,
+		KeepContentDays: min(p.KeepContentDays, now.KeepContentDays),
+		Cache:           p.Cache.narrowed(now.Cache),
+		Attribution:     p.Attribution.narrowed(now.Attribution),
+	}
+}
+
+// intersectLists returns what both lists allow; a nil list allows everything. both returns what an entry of each
+// list allow together, and false if that is nothing.
+func intersectLists[T comparable](backup, now []T, both func(a, b T) (T, bool)) []T {
+	if backup == nil || now == nil || slices.Equal(backup, now) {
+		if backup == nil {
+			return now
+		}
+		return backup
+	}
+	out := []T{}
+	for _, a := range backup {
+		for _, b := range now {
+			if e, ok := both(a, b); ok && !slices.Contains(out, e) {
+				out = append(out, e)
+			}
+		}
+	}
+	if len(out) > maxPolicyEntries {
+		return now
+	}
+	return out
+}
+
+// intersectPatterns returns the pattern of what two patterns both match: the longer one, if the other matches it.
+func intersectPatterns(a, b string) (string, bool) {
+	if matchesPattern(a, b) {
+		return b, true
+	}
+	return a, matchesPattern(b, a)
+}
+
+// intersectEndpoints is intersectPatterns for endpoints, each with or without a method.
+func intersectEndpoints(a, b string) (string, bool) {
+	methodA, pathA := splitEndpoint(a)
+	methodB, pathB := splitEndpoint(b)
+	path, ok := intersectPatterns(pathA, pathB)
+	switch {
+	case !ok || methodA != "" && methodB != "" && methodA != methodB:
+		return "", false
+	case methodA == "":
+		methodA = methodB
+	}
+	return strings.TrimPrefix(methodA+" "+path, " "), true
+}
+
+func splitEndpoint(entry string) (method, path string) {
+	if method, path, ok := strings.Cut(entry, " "); ok {
+		return method, path
+	}
+	return "", entry
+}
+
+func intersectNetworks(a, b netip.Prefix) (netip.Prefix, bool) {
+	if a.Bits() > b.Bits() {
+		return a, a.Overlaps(b)
+	}
+	return b, a.Overlaps(b)
+}
+
+// lowerLimits returns the limits of both lists. Of two that count the same calls, it has the lower.
+func lowerLimits(backup, now []limit) []limit {
+	out := slices.Clone(backup)
+	for _, l := range now {
+		i := slices.IndexFunc(out, func(o limit) bool { return o.key() == l.key() })
+		if i < 0 {
+			out = append(out, l)
+		} else {
+			out[i].max, out[i].maxValues = min(out[i].max, l.max), min(out[i].maxValues, l.maxValues)
+		}
+	}
+	if len(out) > maxLimits {
+		return now
+	}
+	return out
 }

@@ -3,13 +3,15 @@
 //
 // restore prepares and checks a copy first; after that it only renames files. It moves the
 // previous database aside and never deletes it. A backup would make valid again what was revoked
-// after it was made, so the operator has to choose what happens to that.
+// after it was made, so the operator has to choose what happens to that. With --revoke=since, the rows
+// of the backup may grant no more than in the backup, and no more than in the current database.
 //
 // rekey decrypts everything with the old key and encrypts it with the new one, in one transaction.
 // After a crash the database has one key or the other, and repeating the command finishes the change.
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -18,6 +20,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -553,4 +556,131 @@ func replaceFile(from, to string) error {
 		return err
 	}
 	return syncDir(filepath.Dir(to))
+}
+
+// A restoreImpact counts what a backup would grant again, by the kind of difference.
+type restoreImpact struct {
+	restoreCount
+	revoked, rotated, expiryShortened               int64 // tokens
+	idleShortened, requestsLowered, tokenPolicies   int64 // tokens
+	managementKeys                                  int64
+	deactivated, projectPolicies                    int64 // projects
+	upstreamsEnded, upstreamKeys, upstreamsNarrowed int64 // upstreams
+	widened                                         int64 // rows that grant more now than they will
+}
+
+// addToken narrows a token and counts how.
+func (n *narrowing) addToken(impact *restoreImpact, p *restorePair[tokenRow]) error {
+	t, c := p.backup, &p.current
+	switch {
+	case c.revokedAt != nil:
+		t.revokedAt = c.revokedAt
+		impact.revoked++
+	case !bytes.Equal(t.hash, c.hash): // the new value is unknown to the backup; the old one may have leaked
+		t.revokedAt = &n.at
+		impact.rotated++
+	default:
+		if !bytes.Equal(t.oldHash, c.oldHash) {
+			t.oldHash, t.oldHashUntil = nil, nil
+		}
+		t.oldHashUntil, _ = lower(t.oldHashUntil, c.oldHashUntil)
+		var shorter, sooner, fewer, narrower bool
+		t.expiresAt, shorter = lower(t.expiresAt, c.expiresAt)
+		t.idleExpiry, sooner = lower(t.idleExpiry, c.idleExpiry)
+		t.maxRequests, fewer = lower(t.maxRequests, c.maxRequests)
+		policy, widened, err := narrowPolicy(t.policy, c.policy, false)
+		if err != nil {
+			return fmt.Errorf("the policy of token %s: %w", t.id, err)
+		}
+		narrower, t.policy = policy != t.policy, policy
+		impact.expiryShortened += oneIf(shorter)
+		impact.idleShortened += oneIf(sooner)
+		impact.requestsLowered += oneIf(fewer)
+		impact.tokenPolicies += oneIf(narrower)
+		impact.widened += oneIf(widened || isLower(t.expiresAt, c.expiresAt) ||
+			isLower(t.idleExpiry, c.idleExpiry) || isLower(t.maxRequests, c.maxRequests))
+		if !shorter && !sooner && !fewer && !narrower {
+			return nil
+		}
+	}
+	n.tokens = append(n.tokens, t)
+	return nil
+}
+
+// addManagementKey narrows a management key and counts how.
+func (n *narrowing) addManagementKey(impact *restoreImpact, p *restorePair[managementKeyRow]) {
+	k, c := p.backup, &p.current
+	var shorter bool
+	k.expiresAt, shorter = lower(k.expiresAt, c.expiresAt)
+	lowered := role(c.role).rank() < role(k.role).rank()
+	if lowered {
+		k.role = c.role
+	}
+	k.revokedAt = c.revokedAt
+	impact.widened += oneIf(c.revokedAt == nil && (c.role != k.role || isLower(k.expiresAt, c.expiresAt)))
+	if shorter || lowered || k.revokedAt != nil {
+		impact.managementKeys++
+		n.keys = append(n.keys, k)
+	}
+}
+
+// addProject narrows a project and counts how. One that is deleted now is deleted again: its tokens are revoked
+// and its provider keys wiped in the current database, so addToken and addUpstream do the same.
+func (n *narrowing) addProject(impact *restoreImpact, p *restorePair[projectRow]) error {
+	row, c := p.backup, &p.current
+	ended := c.deletedAt != nil || row.active && !c.active
+	row.active, row.deletedAt = row.active && c.active && c.deletedAt == nil, c.deletedAt
+	if row.deletedAt != nil {
+		row.name += " (deleted " + row.id + ")"
+	}
+	policy, widened, err := narrowPolicy(row.policy, c.policy, true)
+	if err != nil {
+		return fmt.Errorf("the policy of project %s: %w", row.id, err)
+	}
+	narrower := policy != row.policy
+	row.policy = policy
+	impact.deactivated += oneIf(ended)
+	impact.projectPolicies += oneIf(narrower && !ended)
+	impact.widened += oneIf(widened || c.active && !row.active)
+	if ended || narrower {
+		n.projects = append(n.projects, row)
+	}
+	return nil
+}
+
+// addUpstream narrows an upstream and counts how.
+func (n *narrowing) addUpstream(impact *restoreImpact, p *restorePair[upstreamRow]) error {
+	u, c := p.backup, &p.current
+	rotated := u.takeNewKey(c)
+	ended := c.deletedAt != nil || u.active && !c.active
+	u.active, u.deletedAt = u.active && c.active, c.deletedAt
+	if u.deletedAt != nil {
+		u.active, u.sealedKey, u.keyHint = false, []byte{}, ""
+	}
+	narrower, err := u.narrowUse(c)
+	if err != nil {
+		return fmt.Errorf("upstream %s: %w", u.id, err)
+	}
+	impact.upstreamsEnded += oneIf(ended)
+	impact.upstreamKeys += oneIf(rotated && !ended)
+	impact.upstreamsNarrowed += oneIf(narrower && !ended)
+	if ended || rotated || narrower {
+		n.upstreams = append(n.upstreams, u)
+	}
+	return nil
+}
+
+// auditFields are what the audit trail records of a narrowing: how many rows of each kind changed.
+func (n *narrowing) auditFields() []auditField {
+	all := []auditField{{"tokens", len(n.tokens)}, {"management_keys", len(n.keys)}, {"projects", len(n.projects)},
+		{"upstreams", len(n.upstreams)}}
+	return slices.DeleteFunc(all, func(f auditField) bool { return f.value == 0 })
+}
+
+// oneIf returns 1 or 0.
+func oneIf(yes bool) int64 {
+	if yes {
+		return 1
+	}
+	return 0
 }

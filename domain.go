@@ -44,6 +44,14 @@ func addSat(a, b int64) int64 {
 	}
 }
 
+// mulSat multiplies numbers of 0 or more, and returns the largest int64 if the product is larger.
+func mulSat(a, b int64) int64 {
+	if a > 0 && b > math.MaxInt64/a {
+		return math.MaxInt64
+	}
+	return a * b
+}
+
 // formatNanos writes nano-dollars as dollars, with at most nine decimals.
 func formatNanos(nanos int64) string { return formatDecimal(nanos, 9) }
 

@@ -278,7 +278,7 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	started := time.Now()
 	endpoints := newEndpointTable()
 	bodies := &bodyMemory{limit: cfg.bodyMemory}
-	limits := &limitState{store: in.store, ledger: in.ledger, registry: in.registry}
+	limits := newLimitState(in.store, in.ledger, in.registry, &in.prices)
 	addresses := &addressReader{trustedProxies: cfg.trustedProxies, trustUnix: cfg.trustUnix}
 	httpErrorLog := newHTTPErrorLog(in.log)
 	logThrottle := newThrottle(logLinesPerSecond, time.Second)
@@ -334,6 +334,7 @@ func (in *instance) startWorkers() {
 		in.workers.Go(func() { tuneGC(ctx, in.proxy) })
 	}
 	in.workers.Go(func() { in.running.run(ctx) })
+	in.workers.Go(func() { in.proxy.limits.run(ctx) })
 	in.workers.Go(func() { in.cache.run(ctx) })
 	keeper := &healthKeeper{in.health, in.store, in.log, make(chan []healthRow, 1)}
 	in.workers.Go(func() { keeper.persistHealth(ctx) })
@@ -363,13 +364,14 @@ func (in *instance) evictIdle(ctx context.Context) {
 		case now := <-tick.C:
 			if in.store.isLeader() {
 				age := min(maxResponseAge, in.cfg.retention)
-				err := in.proxy.limits.expireResponses(ctx, now, age, in.prices.Load())
+				err := errors.Join(in.proxy.limits.expireResponses(ctx, now, age, in.prices.Load()),
+					in.proxy.limits.pruneAccounts(ctx, in.proxy.limits.now(now)))
 				if err != nil && ctx.Err() == nil {
-					in.log.Error("the usage of background responses could not be recorded", "error", err)
+					in.log.Error("old responses or accounts of limits could not be ended", "error", err)
 				}
 			}
 			in.registry.evict(now.UnixMilli(), in.ledger.flush(ctx) == nil)
-			in.proxy.limits.dropIdleValues(now.UnixMilli())
+			in.proxy.limits.dropIdleValues(in.proxy.limits.now(now))
 		}
 	}
 }
@@ -384,6 +386,9 @@ func (in *instance) close() error {
 		defer cancel()
 		if err := in.ledger.close(ctx); err != nil {
 			errs = append(errs, in.keepUnwritten())
+		}
+		if in.proxy != nil {
+			in.proxy.limits.returnLeases(ctx, in.log.Logger)
 		}
 	}
 	for _, l := range []net.Listener{in.listener, in.metricsListener} {

@@ -11,6 +11,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -149,7 +150,9 @@ func (ops *operations) changeToken(
 	if err != nil {
 		return tokenRow{}, err
 	}
-	return t, ops.registry.tokenChanged(&t)
+	owner := leaseOwner{t.project, t.seq, t.version}
+	return t, cmp.Or(ops.registry.tokenChanged(&t),
+		ops.limits.policyChanged(ctx, owner, t.policy, t.maxRequests != nil))
 }
 
 // revokeProjectTokens revokes all tokens of a project and returns how many were valid.
@@ -263,7 +266,9 @@ func (ops *operations) updateProject(
 	if err != nil {
 		return projectRow{}, err
 	}
-	return p, ops.registry.projectChanged(ctx, p.seq, false)
+	owner := leaseOwner{project: p.seq, version: p.version}
+	return p, cmp.Or(ops.registry.projectChanged(ctx, p.seq, false),
+		ops.limits.policyChanged(ctx, owner, p.policy, false))
 }
 
 // deleteProject deletes a project, revokes its tokens and wipes its provider keys.

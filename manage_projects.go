@@ -60,7 +60,7 @@ func (ops *operations) getProject(ctx context.Context, id string, q valueQuery, 
 		q.names, err = ops.valueNames(ctx, p.id, q.names)
 	}
 	if err == nil {
-		v.Limits, err = ops.limits.projectLimits(ctx, &p, q, now.UnixMilli())
+		v.Limits, err = ops.limits.projectLimits(ctx, &p, q, ops.limits.now(now))
 	}
 	return v, err
 }
@@ -427,7 +427,7 @@ func (ops *operations) getToken(ctx context.Context, id string, q valueQuery, no
 	}
 	v := ops.newTokenView(&t, now)
 	if q.names, err = ops.valueNames(ctx, t.projectID, q.names); err == nil {
-		v.Limits, err = ops.limits.tokenLimits(ctx, &t, q, now.UnixMilli())
+		v.Limits, err = ops.limits.tokenLimits(ctx, &t, q, ops.limits.now(now))
 	}
 	return v, err
 }

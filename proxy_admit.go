@@ -437,26 +437,33 @@ func (c *call) estimate() estimate {
 // reserve reserves the call in every limit of its project and its token, or in none.
 func (p *proxy) reserve(c *call) error {
 	maxRequests := c.tokenState.maxRequests
-	if maxRequests >= 0 && c.token.used.Load() >= maxRequests { // checked before the limits it shares with others
+	// Checked before the limits it shares with others. Replicas may have returned requests since.
+	if maxRequests >= 0 && c.token.used.Load() >= maxRequests && p.limits.leases == nil {
 		return requestsExhausted(maxRequests)
 	}
-	c.reservation.estimate = c.estimate()
-	now := c.start.UnixMilli()
+	c.reservation.estimate, c.reservation.began = c.estimate(), c.start.UnixMilli()
+	now := p.limits.now(c.start)
 	l := &c.token.project.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := p.limits.prepare(c.token, &c.reservation.estimate, now); err != nil {
-		return errLimitsUnavailable(err)
-	}
-	if err := c.estimateCost(l.project.policy, c.token.limits.policy); err != nil {
-		return err
+	est := &c.reservation.estimate
+	for hasCost := false; ; hasCost = true { // the policies say whether the cost matters; then it is leased, too
+		if err := p.limits.prepare(c.token, est, now); err != nil {
+			return errLimitsUnavailable(err)
+		}
+		if err := c.estimateCost(l.project.policy, c.token.limits.policy); err != nil {
+			return err
+		}
+		if p.limits.leases == nil || hasCost || est.inputCost == 0 && est.outputCost == 0 {
+			break
+		}
 	}
 	if v := l.reserve(&c.reservation, &c.token.limits, now); v != nil {
 		return violationError(v)
 	}
-	if !c.token.reserve(maxRequests) {
+	if err := p.limits.reserveRequest(c.token, &c.reservation, maxRequests, now); err != nil {
 		l.release(&c.reservation, now, finalUsage{})
-		return requestsExhausted(maxRequests)
+		return err
 	}
 	c.reservation.outputIfLost = c.reservation.lostOutput(c.maxOutputTokens())
 	c.rates = c.token.rateHeaders(maxRequests, c.attribution, now)

@@ -333,7 +333,7 @@ func (p *proxy) handleOwnToken(w http.ResponseWriter, r *http.Request) {
 }
 
 func (p *proxy) ownToken(c *call) (*ownToken, error) {
-	now := c.start.UnixMilli()
+	now := p.limits.now(c.start)
 	t, st := c.token, c.tokenState
 	v := &ownToken{Object: "llm_proxy.token", ID: st.id, Name: st.name, RequestCount: t.used.Load(),
 		Endpoints: st.policy.Endpoints, Models: st.policy.Models}

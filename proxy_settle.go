@@ -71,7 +71,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 			p.log.Error("content could not be stored", "request_id", c.requestID, "error", err)
 		}
 	}
-	c.reservation.settle(now.UnixMilli(), used, func(uses []limitUse) uint64 {
+	c.reservation.settle(p.limits.now(now), used, func(uses []limitUse) uint64 {
 		row.limitUses = uses
 		return p.ledger.settle(c.entry)
 	})
@@ -246,7 +246,7 @@ func (p *proxy) refuse(c *call, w http.ResponseWriter, r *http.Request, err erro
 		}
 		l := &c.token.project.limiter
 		l.mu.Lock()
-		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, c.attribution, row.started)
+		c.rates = c.token.rateHeaders(c.tokenState.maxRequests, c.attribution, p.limits.now(c.start))
 		l.mu.Unlock()
 	}
 	if c.ctx == nil || c.ctx.Err() == nil {

@@ -36,6 +36,7 @@ type limitCounter struct {
 
 	group *valueGroup // of a limit with for_each: the counters of its values. Its own has their window, and no use
 	value *valueState // of a counter in a group
+	lease *lease      // what the counter may spend; nil: all of the limit
 }
 
 // newLimitCounter returns the counter of a limit. used is what was used in the window around now.
@@ -49,13 +50,21 @@ func newLimitCounter(l *limit, now, used int64) *limitCounter {
 }
 
 // scale is the value of one request or token in used.
-func (c *limitCounter) scale() int64 { return max(1, c.limit.period.bucketMS()) }
+func (c *limitCounter) scale() int64 {
+	if c.lease != nil {
+		return 1
+	}
+	return max(1, c.limit.period.bucketMS())
+}
 
 // advance brings the counter to now. Setting the clock back never frees anything: if it is at most one period, the
 // counter waits until the clock catches up; if it is more, the counter continues from the new time with its use.
 func (c *limitCounter) advance(now int64) {
 	if b := c.limit.period.bucketMS(); b > 0 {
 		switch passed := now - c.windowStart; {
+		case c.lease != nil: // it refills in the database
+			c.windowStart = max(c.windowStart, now)
+			return
 		case passed < 0 && passed >= -b:
 			return
 		case passed > 0 && (c.limit.max == 0 || passed > c.used/c.limit.max):
@@ -80,9 +89,17 @@ func (c *limitCounter) advance(now int64) {
 	if !ended {
 		return
 	}
-	c.used, c.reserved = 0, 0
-	if c.generation++; c.group != nil {
+	c.beginWindow()
+	if c.group != nil {
 		c.group.beginWindow(now)
+	}
+}
+
+// beginWindow starts at 0.
+func (c *limitCounter) beginWindow() {
+	c.used, c.reserved = 0, 0
+	if c.generation++; c.lease != nil {
+		c.lease.beginWindow()
 	}
 }
 
@@ -93,6 +110,9 @@ func (c *limitCounter) refill(n int64) {
 
 // shortfall returns how much of need, scaled, exceeds the limit now; 0 if it fits.
 func (c *limitCounter) shortfall(need int64) int64 {
+	if c.lease != nil {
+		return max(0, addSat(addSat(c.used, addSat(c.reserved, need)), -c.lease.granted))
+	}
 	return max(0, addSat(c.used, (addSat(c.reserved, need)-c.limit.max)*c.scale()))
 }
 
@@ -104,6 +124,8 @@ func (c *limitCounter) retryAfter(now, need int64) (ms int64, never bool) {
 		return 0, true
 	case l.metric == metricConcurrent:
 		return 1000, false // when a running call ends is unknown
+	case l.period.bucketMS() > 0 && c.lease != nil:
+		return c.leaseWait(now, need), false
 	case l.period.bucketMS() > 0:
 		return max(1, (c.shortfall(need)+l.max-1)/l.max+max(0, c.windowStart-now)), false
 	}
@@ -165,7 +187,8 @@ type reservation struct {
 	limiter          *limiter
 	token            *limitScope
 	estimate         estimate
-	start            int64
+	start            int64 // by the limits' clock
+	began            int64 // by the clock of the call's id
 	entries          []reservationEntry
 	outputIfLost     int64  // tokens, see lostOutput
 	monitorOnlyLimit string // the shadow limit that would have refused the call, "" if none
@@ -175,9 +198,11 @@ type reservation struct {
 // A limitScope is a project or a token with its own limits.
 type limitScope struct {
 	policy   *policy // has the limits of the counters; nil before the first call
+	owner    leaseOwner
 	counters []*limitCounter
-	forEach  bool // a limit has for_each
-	admitted bool // a call was admitted, whose use the stored sums may not include yet
+	lifetime *limitCounter // of a token's max_requests, where that is leased
+	forEach  bool          // a limit has for_each
+	admitted bool          // a call was admitted, whose use the stored sums may not include yet
 }
 
 // A limiter counts for one project and all its tokens.
@@ -186,6 +211,7 @@ type limiter struct {
 	project limitScope
 	running *reservation // the list of calls between reserve and settle
 	values  valueMemory
+	leases  *leaseKeeper // nil: the counters need no leases
 }
 
 // A limitViolation is a limit that a call would exceed.
@@ -241,7 +267,10 @@ func (l *limiter) reserve(r *reservation, token *limitScope, now int64) *limitVi
 		return worst
 	}
 	for i := range r.entries {
-		r.entries[i].apply()
+		e := &r.entries[i]
+		if e.apply(); e.counter.lease != nil {
+			e.counter.take(r, e.quantity, now)
+		}
 	}
 	r.limiter, r.token, r.start = l, token, now
 	l.project.admitted, token.admitted = true, true
@@ -280,7 +309,12 @@ func (c *limitCounter) remaining() int64 {
 }
 
 // unscaledUse returns used in requests, tokens or nano-dollars, rounded up.
-func (c *limitCounter) unscaledUse() int64 { return addSat(c.used, c.scale()-1) / c.scale() }
+func (c *limitCounter) unscaledUse() int64 {
+	if c.lease != nil {
+		return c.totalUse()
+	}
+	return addSat(c.used, c.scale()-1) / c.scale()
+}
 
 // apply reserves the quantity. In a bucket it is used at once and refills from then on; a request is used at
 // once, too.
@@ -348,8 +382,11 @@ func (l *limiter) release(r *reservation, now int64, usage finalUsage) (uses []l
 	for i := range r.entries {
 		e := &r.entries[i]
 		if e.counter.advance(now); e.generation == e.counter.generation {
-			e.settle(usage)
+			e.settle(usage, now-r.start)
 			uses = e.appendUse(uses, usage)
+		}
+		if e.counter.lease != nil {
+			e.counter.untake(r, usage.forwarded)
 		}
 		if e.counter.value != nil {
 			e.counter.value.group.release(e.counter, now)
@@ -375,9 +412,12 @@ func (e *reservationEntry) used(usage finalUsage) int64 {
 	return usage.value(e.counter.limit.metric)
 }
 
-func (e *reservationEntry) settle(usage finalUsage) {
+// settle counts what the call has used, elapsed milliseconds after it was reserved.
+func (e *reservationEntry) settle(usage finalUsage, elapsed int64) {
 	c, used := e.counter, e.used(usage)
 	switch {
+	case c.lease != nil && c.limit.period.bucketMS() > 0:
+		e.settleLeasedBucket(used, elapsed)
 	case c.limit.metric == metricConcurrent:
 		c.reserved -= e.quantity
 	case c.limit.period.bucketMS() > 0 && used < e.quantity:
@@ -388,45 +428,11 @@ func (e *reservationEntry) settle(usage finalUsage) {
 		// Use beyond the estimate is a debt that delays other calls, but at most by one more period.
 		c.used = max(c.used, min(c.used+(used-e.quantity)*c.scale(), 2*c.limit.max*c.scale()))
 	case c.limit.metric == metricRequests:
-		c.used = max(0, c.used-(e.quantity-used))
+		c.used = max(c.minUse(), c.used-(e.quantity-used))
 	default:
 		c.reserved -= max(0, e.quantity-e.spent)
-		c.used = max(0, addSat(c.used, used-e.spent))
+		c.used = max(c.minUse(), addSat(c.used, used-e.spent))
 	}
-}
-
-// countLate replaces what was reserved for a call by its usage in counters, where the window in which it started is the
-// current one.
-func countLate(counters []*limitCounter, r *requestRow, now int64) {
-	_, pattern, _ := strings.Cut(r.endpoint, " ")
-	for _, own := range counters {
-		own.advance(now)
-		earlier := own.windowEnd > 0 && r.started < own.windowStart
-		if earlier || !own.limit.applies(r.endpoint, pattern, r.requestedModel) {
-			continue
-		}
-		n := r.lateUse(own.limit.metric)
-		c := own.forValueOf(r.attribution)
-		if own.group != nil {
-			own.group.markStale(r.attribution.value(own.limit.forEach))
-		}
-		if c == nil {
-			continue
-		}
-		c.advance(now)
-		if c.limit.period.bucketMS() == 0 {
-			c.used = max(0, addSat(c.used, n))
-		} else if n > 0 { // at most one period of debt, as for any call
-			c.used = max(c.used, min(c.used+n*c.scale(), 2*c.limit.max*c.scale()))
-		}
-	}
-}
-
-// lateUse returns how much more a call has used than was reserved for it, of which limits have counted the latter.
-func (r *requestRow) lateUse(m limitMetric) int64 {
-	used := r.limitUsage()
-	counted := finalUsage{tokens: addSat(r.reservedInput, r.reservedOutput), dollars: r.reservedCost}
-	return used.value(m) - counted.value(m)
 }
 
 // lostOutput returns the output tokens that the call counts with if the program is killed: what a limit of tokens or
@@ -444,14 +450,6 @@ func (r *reservation) lostOutput(asked int64) int64 {
 // count in it are ended.
 func overrunAllowance(l *limit) int64 { return l.max / 10 }
 
-// mulSat multiplies numbers of 0 or more, and returns the largest int64 if the product is larger.
-func mulSat(a, b int64) int64 {
-	if a > 0 && b > math.MaxInt64/a {
-		return math.MaxInt64
-	}
-	return a * b
-}
-
 // updateUsage counts what a running call has used so far, given an estimate of its output tokens. It returns a
 // limit that is exceeded by more than its allowance, or nil. What is observed counts, whatever maximum the call
 // has named, because a provider may ignore it. updateUsage does not wait: if the limiter is locked to read the
@@ -461,6 +459,9 @@ func (r *reservation) updateUsage(now, output int64) *limit {
 		return nil
 	}
 	defer r.limiter.mu.Unlock()
+	if r.limiter.leases != nil {
+		now += r.start - r.began
+	}
 	var exceeded *limit
 	for i := range r.entries {
 		e := &r.entries[i]
@@ -483,7 +484,7 @@ func (r *reservation) updateUsage(now, output int64) *limit {
 			c.used = addSat(c.used, used-e.spent)
 			e.spent = used
 		}
-		if !c.limit.monitorOnly && c.used > c.limit.max+overrunAllowance(c.limit) {
+		if !c.limit.monitorOnly && c.unscaledUse() > c.limit.max+overrunAllowance(c.limit) {
 			exceeded = c.limit
 		}
 	}
@@ -515,7 +516,9 @@ func (l *limiter) countRunning(s *limitScope, own *limitCounter, values, before 
 		// Nothing has checked that all of them fit. The bound keeps their sum within an int64.
 		need = min(need, math.MaxInt64/2-c.reserved)
 		e := reservationEntry{counter: c, generation: c.generation, quantity: need}
-		e.apply()
+		if e.apply(); c.lease != nil {
+			l.leases.touch(c)
+		}
 		r.entries = append(r.entries, e)
 	})
 }
@@ -537,16 +540,6 @@ func (l *limiter) eachRunning(s *limitScope, lim *limit, from int64, do func(r *
 func (s *limitScope) needsHistory(p *policy) bool {
 	for i := range p.Limits {
 		if l := &p.Limits[i]; l.isWindow() && counterFor(s.counters, l) == nil {
-			return true
-		}
-	}
-	return false
-}
-
-// durable reports whether the call counts in a request limit that must hold through a crash.
-func (r *reservation) durable() bool {
-	for i := range r.entries {
-		if l := r.entries[i].counter.limit; l.metric == metricRequests && l.isWindow() && !l.monitorOnly {
 			return true
 		}
 	}

@@ -8,8 +8,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,6 +21,16 @@ type limitState struct {
 	store    *store
 	ledger   *ledger
 	registry *registry
+	prices   *atomic.Pointer[priceTable]
+	leases   *leaseKeeper // nil: this process counts alone
+}
+
+// now returns a time by the clock by which limits count, in unix milliseconds. All replicas have the same.
+func (ls *limitState) now(t time.Time) int64 {
+	if ls.leases == nil {
+		return t.UnixMilli()
+	}
+	return ls.leases.now() - time.Since(t).Milliseconds()
 }
 
 // syncLimits applies the limits of t's policy and of its project's policy. The caller holds the limiter's mu, so
@@ -30,19 +40,22 @@ func (ls *limitState) syncLimits(t *liveToken, now int64) error {
 		return err
 	}
 	st := t.state.Load()
-	return ls.syncScope(&t.project.limiter, &t.limits, &st.policy, t.project.state.Load().seq, st.seq, now)
+	owner := leaseOwner{t.project.state.Load().seq, st.seq, st.version}
+	ls.syncLifetime(t, st, owner, now)
+	return ls.syncScope(&t.project.limiter, &t.limits, &st.policy, owner, now)
 }
 
 func (ls *limitState) syncProjectLimits(p *liveProject, now int64) error {
 	st := p.state.Load()
-	return ls.syncScope(&p.limiter, &p.limiter.project, &st.policy, st.seq, 0, now)
+	return ls.syncScope(&p.limiter, &p.limiter.project, &st.policy, leaseOwner{st.seq, 0, st.version}, now)
 }
 
 // syncScope replaces the counters of s by those of p, unless s has p already.
-func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, token, now int64) error {
+func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, owner leaseOwner, now int64) error {
 	if s.policy == p {
 		return nil
 	}
+	l.leases, s.owner = ls.leases, owner
 	past := &pastUse{}
 	if s.needsHistory(p) {
 		ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
@@ -53,11 +66,11 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, project, t
 			}
 		}
 		var err error
-		if past, err = ls.loadPast(ctx, l, s, p, project, token, now); err != nil {
+		if past, err = ls.loadPast(ctx, l, s, p, owner.project, owner.token, now); err != nil {
 			return err
 		}
 	}
-	l.setPolicy(s, p, token != 0, now, past)
+	l.setPolicy(s, p, owner.token != 0, now, past)
 	return nil
 }
 
@@ -66,7 +79,11 @@ func (ls *limitState) loadPast(ctx context.Context, l *limiter, s *limitScope, p
 ) (*pastUse, error) {
 	past := &pastUse{used: map[limitKey]int64{}, counts: map[limitKey]int64{}, values: map[limitKey]map[string]int64{},
 		before: map[limitKey]map[string]int64{}}
-	rows, err := ls.loadPastUsage(ctx, p, project, token, now)
+	var rows []periodUsage
+	var err error
+	if l.leases == nil { // otherwise that is in the limits' accounts
+		rows, err = ls.loadPastUsage(ctx, p, project, token, now)
+	}
 	for i := 0; i < len(p.Limits) && err == nil; i++ {
 		lim := &p.Limits[i]
 		switch from, _ := lim.period.window(now); {
@@ -99,9 +116,23 @@ func (ls *limitState) loadPast(ctx context.Context, l *limiter, s *limitScope, p
 // maxValueReads is how often the use of a call's values is read, if it changes meanwhile.
 const maxValueReads = 20
 
-// prepare applies the limits of t and of its project, and brings the counters of the call's values into memory, unless
-// there is no room for one. The caller holds the limiter's mu. prepare releases it while it reads the store.
+// prepare applies the limits of t and of its project, and leases what the call needs of them, if that can be had. The
+// caller holds the limiter's mu. prepare releases it while it waits.
 func (ls *limitState) prepare(t *liveToken, e *estimate, now int64) error {
+	for wait := (leaseWait{}); ; {
+		if err := ls.prepareValues(t, e, now); err != nil || ls.leases == nil {
+			return err
+		}
+		if ready, err := ls.lease(&wait, t, e, now); ready || err != nil {
+			return err
+		}
+	}
+}
+
+// prepareValues applies the limits of t and of its project, and brings the counters of the call's values into memory,
+// unless there is no room for one. The caller holds the limiter's mu. prepareValues releases it while it reads the
+// store.
+func (ls *limitState) prepareValues(t *liveToken, e *estimate, now int64) error {
 	l := &t.project.limiter
 	for range maxValueReads {
 		if err := ls.syncLimits(t, now); err != nil {
@@ -452,9 +483,13 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 		return err
 	}
 	p := ls.registry.liveProject(r.project)
-	if p == nil {
+	if p == nil || ls.leases != nil {
 		ls.ledger.recordUsage(r)
-		return ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar())
+		err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar())
+		if err != nil || ls.leases == nil || !r.counted {
+			return err
+		}
+		return ls.addLate(ctx, r, policies.known[[2]int64{r.project, r.token}])
 	}
 	p.limiter.mu.Lock()
 	defer p.limiter.mu.Unlock()
@@ -462,7 +497,7 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil || !r.counted {
 		return err
 	}
-	now := time.Now().UnixMilli()
+	now := ls.now(time.Now())
 	countLate(p.limiter.project.counters, r, now)
 	if t := ls.registry.liveTokenOf(r.token); t != nil {
 		countLate(t.limits.counters, r, now)
@@ -501,68 +536,6 @@ func (s *storedPolicies) countUses(ctx context.Context, r *requestRow) error {
 	return nil
 }
 
-// A periodUsage is what was used in the current window of a period.
-type periodUsage struct {
-	period limitPeriod
-	rows   []pastUsage
-}
-
-// loadPastUsage reads what was used in the current window of each limit of p.
-func (ls *limitState) loadPastUsage(ctx context.Context, p *policy, project, token, now int64) ([]periodUsage, error) {
-	var out []periodUsage
-	for i := range p.Limits {
-		period := p.Limits[i].period
-		known := slices.ContainsFunc(out, func(o periodUsage) bool { return o.period == period })
-		if known || !p.Limits[i].isWindow() || p.Limits[i].forEach != "" {
-			continue
-		}
-		grain := "day"
-		if period == perHour {
-			grain = "hour"
-		}
-		from, _ := period.window(now)
-		rows, err := ls.store.usageSince(ctx, grain, project, token, from)
-		if err != nil {
-			return nil, err
-		}
-		reserved, err := ls.store.reservedSince(ctx, project, token, minIDAt(time.UnixMilli(from)))
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, periodUsage{period, append(rows, reserved...)})
-	}
-	return out, nil
-}
-
-// sumUsage adds up what counts in l. Models without their own sums count in every limit, so after a restart a
-// limit may refuse too early, but never too late.
-func sumUsage(past []periodUsage, l *limit) (n int64) {
-	for _, p := range past {
-		if p.period != l.period {
-			continue
-		}
-		for _, u := range p.rows {
-			_, pattern, _ := strings.Cut(u.endpoint, " ")
-			model := u.requestedModel
-			if model == otherModels {
-				model = strings.TrimSuffix(l.model, "*")
-			}
-			if !l.applies(u.endpoint, pattern, model) {
-				continue
-			}
-			switch l.metric {
-			case metricRequests:
-				n = addSat(n, u.calls)
-			case metricTokens:
-				n = addSat(n, addSat(u.inputTokens, u.outputTokens))
-			case metricDollars:
-				n = addSat(n, u.nanosUSD)
-			}
-		}
-	}
-	return n
-}
-
 // withLiveUsage returns the row with the calls that it does not include yet: a row counts a call after its end.
 func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 	t := ls.registry.liveToken(row.id)
@@ -598,6 +571,9 @@ func (ls *limitState) liveTokenLimits(row *tokenRow, q valueQuery, now int64) ([
 	if err := ls.syncLimits(t, now); err != nil {
 		return nil, errLimitsUnavailable(err)
 	}
+	if err := ls.refreshLeases(&t.project.limiter, &t.limits); err != nil {
+		return nil, errLimitsUnavailable(err)
+	}
 	return newLimitViews(t.limits.counters, q, now), nil
 }
 
@@ -620,6 +596,9 @@ func (ls *limitState) liveProjectLimits(row *projectRow, q valueQuery, now int64
 	p.limiter.mu.Lock()
 	defer p.limiter.mu.Unlock()
 	if err := ls.syncProjectLimits(p, now); err != nil {
+		return nil, errLimitsUnavailable(err)
+	}
+	if err := ls.refreshLeases(&p.limiter, &p.limiter.project); err != nil {
 		return nil, errLimitsUnavailable(err)
 	}
 	return newLimitViews(p.limiter.project.counters, q, now), nil
@@ -686,9 +665,25 @@ func (ls *limitState) eraseValue(ctx context.Context, project int64, attribute, 
 	if err != nil {
 		return err
 	}
-	if p := ls.registry.liveProject(project); p != nil {
+	p := ls.registry.liveProject(project)
+	if p != nil {
 		p.limiter.mu.Lock()
 		defer p.limiter.mu.Unlock()
+	}
+	if ls.leases != nil {
+		var accounts []string
+		for _, r := range rows {
+			owner := leaseOwner{project: project, token: r.token}
+			for _, shadow := range [...]string{"", `"shadow":true,`} {
+				rule := strings.Replace(r.rule, `"count"`, shadow+`"count"`, 1)
+				accounts = append(accounts, accountName(owner, rule, value))
+			}
+		}
+		if err := ls.store.backend.leases.deleteAccounts(ctx, accounts); err != nil {
+			return err
+		}
+	}
+	if p != nil {
 		p.limiter.forget(attribute, value)
 		if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil { // calls have ended meanwhile
 			return fmt.Errorf("waiting for the ledger: %w", err)

@@ -95,6 +95,7 @@ type valueGroup struct {
 	// The values that count toward max_values: those with use in the store, or on the way there, and the others, which
 	// are in memory.
 	stored, unstored int64
+	lease            *lease // whose owner the leases of the values have; nil: they need none
 	reading          map[string]*valueRead
 	sweptAt          int64
 }
@@ -154,6 +155,10 @@ func (g *valueGroup) insert(name string, used int64, stored bool) *limitCounter 
 	if own.limit.monitorOnly { // it may be stored for an enforced limit that counts the same
 		c.used = min(used, own.limit.max)
 	}
+	if g.lease != nil {
+		c.lease = g.lease.limiter.newLease(g.lease.owner, own.limit, name, false)
+		c.lease.base, c.lease.hasBase, c.used = c.used, true, 0
+	}
 	if !stored {
 		g.unstored++
 	}
@@ -203,7 +208,9 @@ func (c *limitCounter) canDrop(now int64, committed uint64) bool {
 	if c.value.running > 0 {
 		return false
 	}
-	c.advance(now)
+	if c.advance(now); c.lease != nil {
+		return !c.lease.active && c.value.recorded <= committed
+	}
 	if c.limit.isWindow() {
 		return c.value.recorded <= committed
 	}
@@ -451,7 +458,7 @@ type pastUse struct {
 // setPolicy replaces the counters of s by those of p's limits. A limit that counts the same as before keeps its
 // counter. Any other starts with its past use, and the running calls count, too. The caller holds mu.
 func (l *limiter) setPolicy(s *limitScope, p *policy, ofToken bool, now int64, past *pastUse) {
-	old := s.counters
+	old, added := s.counters, s.policy != nil
 	s.policy, s.counters, s.forEach = p, make([]*limitCounter, 0, len(p.Limits)), false
 	for i := range p.Limits {
 		lim := &p.Limits[i]
@@ -465,21 +472,33 @@ func (l *limiter) setPolicy(s *limitScope, p *policy, ofToken bool, now int64, p
 				c.group = &valueGroup{memory: &l.values, own: c, ofToken: ofToken, stored: past.counts[lim.key()],
 					counters: map[string]*limitCounter{}}
 			}
-			l.countRunning(s, c, past.values[lim.key()], past.before[lim.key()])
+			if l.leases != nil {
+				c.setLease(l.newLease(s.owner, lim, "", added), now)
+			}
+			if c.lease == nil || !lim.isWindow() { // otherwise they are in what the account begins with
+				l.countRunning(s, c, past.values[lim.key()], past.before[lim.key()])
+			}
 		} else {
 			c.advance(now)
-			c.setLimit(lim)
+			c.setLimit(lim, s.owner.version)
 		}
 		s.counters, s.forEach = append(s.counters, c), s.forEach || lim.forEach != ""
 	}
+	l.retireLeases(old, s.counters)
 }
 
 // setLimit replaces the limit by one that counts the same.
-func (c *limitCounter) setLimit(l *limit) {
+func (c *limitCounter) setLimit(l *limit, version int64) {
+	if c.lease != nil {
+		c.changeLimit(l, version)
+	}
 	c.limit = l
 	if c.group != nil {
+		if c.group.lease != nil {
+			c.group.lease.owner.version = version
+		}
 		for _, v := range c.group.counters {
-			v.limit = l
+			v.setLimit(l, version)
 		}
 	}
 }
@@ -501,6 +520,9 @@ type countedValue struct {
 
 func (c *limitCounter) countedValue() countedValue {
 	v := countedValue{used: c.unscaledUse(), reserved: c.reserved}
+	if c.lease != nil && c.limit.metric == metricConcurrent {
+		v.used, v.reserved = 0, addSat(c.reserved, c.lease.others)
+	}
 	if c.value != nil {
 		v.name = c.value.name
 	}
@@ -574,7 +596,11 @@ func (l *limiter) forget(attribute, value string) {
 			}
 		}
 	}
-	eachEntry(func(e *reservationEntry) { e.counter.used = 0 })
+	eachEntry(func(e *reservationEntry) {
+		if e.counter.used = 0; e.counter.lease != nil {
+			e.counter.lease.forget()
+		}
+	})
 	eachEntry(func(e *reservationEntry) { // what it has used so far, as settle will correct it
 		n := e.spent
 		if e.counter.limit.metric == metricRequests {
@@ -659,6 +685,8 @@ func (c *limitCounter) resetTime(now int64) int64 {
 	switch {
 	case c.group != nil && c.windowEnd == 0: // each value has its own
 		return 0
+	case c.limit.period.bucketMS() > 0 && c.lease != nil && c.limit.max > 0:
+		return now + (c.totalUse()*c.limit.period.bucketMS()+c.limit.max-1)/c.limit.max
 	case c.limit.period.bucketMS() > 0 && c.limit.max > 0:
 		return now + (c.used+c.limit.max-1)/c.limit.max
 	case c.windowEnd > 0:

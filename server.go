@@ -361,7 +361,10 @@ func (in *instance) replicaHooks(health chan<- []healthRow) *replicaHooks {
 		recoverCalls: in.ledger.recoverCalls,
 		answer:       in.operations.answer,
 		warn:         in.log.Warn,
-		describe:     func(info *replicaInfo) { info.Calls = in.running.count() },
+		recall:       in.proxy.limits.leases.recall,
+		describe: func(info *replicaInfo) {
+			info.Calls, info.Leases = in.running.count(), in.proxy.limits.leases.count()
+		},
 		mergeHealth: func(rows []healthRow) {
 			select {
 			case health <- rows:

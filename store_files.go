@@ -73,6 +73,7 @@ type backend struct {
 	isLeader    func() bool // it does what only one replica does
 	limitNow    func() int64
 	clockOffset func() int64
+	leases      leaseBackend
 	status      func() replicaInfo // without its calls and leases
 	started     func()             // lets other processes start; call it once the database has what a server needs
 }
@@ -87,6 +88,7 @@ type replicaHooks struct {
 	// apply puts the changes of other replicas in force, and those of this one again. Each is complete, or has an
 	// effect that cannot be wrong, when it returns; after an error it is called with the same changes again.
 	apply        func(context.Context, []auditChange) error
+	recall       func(account string)        // returns what is not used of a limit's account: others need it
 	mergeHealth  func([]healthRow)           // the stored health of upstreams; those that are missing are ready
 	recoverCalls func(context.Context) error // of closed replicas
 	describe     func(*replicaInfo)          // adds its calls and leases

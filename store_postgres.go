@@ -117,6 +117,7 @@ type postgres struct {
 	epoch    int64
 	slot     atomic.Int64 // in the ids of calls
 	writer   postgresLedger
+	leases   postgresLeases
 
 	cluster *cluster
 	started func() // lets other processes start
@@ -135,7 +136,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		if err != nil {
 			p.started()
 			err = fmt.Errorf("database %s: %w", p.name, err)
-			for _, db := range []*sql.DB{p.store.readDB, p.store.writeDB, p.ledgerDB, p.lockDB} {
+			for _, db := range []*sql.DB{p.store.readDB, p.store.writeDB, p.ledgerDB, p.lockDB, p.leases.db} {
 				if db != nil {
 					db.Close()
 				}
@@ -154,7 +155,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		return db, nil
 	}
 	readOnly := map[string]string{"default_transaction_read_only": "on"}
-	if p.store.readDB, err = open(max(int(c.connections)-3, 2), readOnly); err != nil {
+	if p.store.readDB, err = open(max(int(c.connections)-4, 2), readOnly); err != nil {
 		return nil, err
 	}
 	p.store.backend = p.backend()
@@ -162,7 +163,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		p.store.writeDB = p.store.readDB
 		return p.store, p.checkServer(ctx)
 	}
-	for _, db := range []**sql.DB{&p.store.writeDB, &p.ledgerDB} {
+	for _, db := range []**sql.DB{&p.store.writeDB, &p.ledgerDB, &p.leases.db} {
 		if *db, err = open(1, nil); err != nil {
 			return nil, err
 		}
@@ -187,7 +188,7 @@ func (p *postgres) backend() *backend {
 		pendingRecords: p.pendingRecords, deletePending: p.deletePending, mergeSlots: p.mergeSlots,
 		listReplicas: p.listReplicas, ask: p.cluster.ask, announce: p.announce, isLeader: p.cluster.isLeader,
 		limitNow: p.cluster.limitNow, clockOffset: p.cluster.offset.Load, status: p.cluster.status,
-		started: func() { p.started() },
+		started: func() { p.started() }, leases: p.leases.backend(p),
 	}
 }
 
@@ -198,7 +199,7 @@ func (p *postgres) close() error {
 	p.started()
 	err := p.leave()
 	p.cluster.dropLocks()
-	return errors.Join(err, p.ledgerDB.Close(), p.lockDB.Close()) // the server releases the locks
+	return errors.Join(err, p.leases.db.Close(), p.ledgerDB.Close(), p.lockDB.Close()) // the server releases the locks
 }
 
 // checkServer returns an error if the server cannot be used.

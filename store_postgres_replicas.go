@@ -176,7 +176,8 @@ func (p *postgres) leave() error {
 	defer cancel()
 	_, err := execCount(ctx, p.store.writeDB, "leaving the replicas", `
 		UPDATE replicas SET epoch = epoch + 1, closed_at = ?1::bigint,
-			recovered_at = CASE WHEN EXISTS (SELECT 1 FROM begun WHERE replica = ?2) THEN NULL ELSE ?1 END
+			recovered_at = CASE WHEN EXISTS (SELECT 1 FROM begun WHERE replica = ?2)
+				OR EXISTS (SELECT 1 FROM limit_leases WHERE replica = ?2) THEN NULL ELSE ?1 END
 		WHERE id = ?2 AND epoch = ?3 AND closed_at IS NULL`, time.Now().UnixMilli(), p.replica, p.epoch)
 	return err
 }
@@ -314,6 +315,9 @@ func (p *postgres) recoverClosed(ctx context.Context, recoverCalls recoverFunc) 
 	for _, id := range closed {
 		n, err := recoverCalls(ctx, p.newRecoveryWriter(), id)
 		if lost += n; err != nil {
+			return lost, err
+		}
+		if err := p.leases.settleDead(ctx, id); err != nil {
 			return lost, err
 		}
 		if err := p.freeSlot(ctx, id); err != nil {

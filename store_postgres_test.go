@@ -275,7 +275,8 @@ func TestPostgresColumns(t *testing.T) {
 		WHERE m.type IN ('table', 'view') AND m.name NOT LIKE 'sqlite_%' AND m.name NOT LIKE '%\_search%' ESCAPE '\'`)
 	got := list(st, `SELECT table_name || '.' || column_name FROM information_schema.columns
 		WHERE table_schema = current_schema() AND table_name NOT IN ('replicas', 'replica_beats',
-			'replica_answers', 'ledger_commits', 'schema_version') AND column_name NOT IN ('replica', 'slot')`)
+			'replica_answers', 'ledger_commits', 'schema_version', 'limit_accounts', 'limit_leases',
+			'lease_exchanges') AND column_name NOT IN ('replica', 'slot')`)
 	for _, table := range slices.Concat(managedTables(), recordTables(), sumTables(), webhookTables(),
 		contentTables()) {
 		words := strings.FieldsFunc(table.read, func(r rune) bool { return !unicode.IsLetter(r) && r != '_' })

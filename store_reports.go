@@ -430,10 +430,14 @@ type pastUsage struct {
 // whole project. from is the start of an hour (grain "hour") or of a day. Refused calls do not count: they
 // used nothing.
 func (s *store) usageSince(ctx context.Context, grain string, project, token, from int64) ([]pastUsage, error) {
+	return usageSince(ctx, s.readDB, grain, project, token, from)
+}
+
+func usageSince(ctx context.Context, db querier, grain string, project, token, from int64) ([]pastUsage, error) {
 	const rows = ` FROM usage_sums
 		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND outcome <> 'refused'`
 	read := func(query string) ([]pastUsage, error) {
-		return collect(ctx, s.readDB, "reading what a limit has used", func(u *pastUsage) []any {
+		return collect(ctx, db, "reading what a limit has used", func(u *pastUsage) []any {
 			return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
 		}, query, grain, project, token, from)
 	}

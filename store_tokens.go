@@ -371,12 +371,94 @@ func (s *store) policyTexts(ctx context.Context, project, token int64) (texts [2
 // reservedSince returns what was reserved for background responses whose usage is not known, of calls with an id of
 // from or above, of a token or, with token 0, of a whole project. Their calls are in the sums, without usage.
 func (s *store) reservedSince(ctx context.Context, project, token, from int64) ([]pastUsage, error) {
-	return collect(ctx, s.readDB, "reading what background responses have reserved", func(u *pastUsage) []any {
+	return reservedSince(ctx, s.readDB, project, token, from)
+}
+
+func reservedSince(ctx context.Context, db querier, project, token, from int64) ([]pastUsage, error) {
+	return collect(ctx, db, "reading what background responses have reserved", func(u *pastUsage) []any {
 		return []any{&u.endpoint, &u.requestedModel, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
 	}, `
 		SELECT endpoint, CASE WHEN asked_tracked THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
 		FROM background WHERE usage_source = '' AND project = ? AND CAST(? AS BIGINT) IN (0, token) AND call >= ?`,
 		otherModels, project, token, from)
+}
+
+// How a limit's account counts.
+const (
+	leaseOfWindow = iota // what is used in a window adds up
+	leaseOfBucket        // what is used falls again
+	leaseOfSlots         // what is used comes back
+)
+
+// A leaseItem is what a replica reports of one counter to the limit's account, and what it asks for. The comment of
+// ratelimit_leases.go says what the amounts mean.
+type leaseItem struct {
+	Index       int64  `json:"i"` // in the exchange
+	Account     string `json:"account"`
+	Project     int64  `json:"project"`
+	Token       int64  `json:"token"`
+	Rule        string `json:"rule"`
+	Kind        int64  `json:"kind"`
+	PeriodMS    int64  `json:"period"`  // of a bucket
+	Version     int64  `json:"version"` // of the policy with the limit
+	Max         int64  `json:"max"`
+	WindowStart int64  `json:"window_start"`
+	WindowEnd   int64  `json:"window_end"`  // the account may be deleted some time after it
+	Incarnation int64  `json:"incarnation"` // of the account; 0: the counter joins it
+	Base        *int64 `json:"base"`        // for a new account; nil: not known
+	Added       bool   `json:"added"`       // an account that does not have Version yet is made again
+	Spent       int64  `json:"spent"`       // in all
+	Busy        int64  `json:"busy"`        // reserved by running calls
+	Keep        int64  `json:"keep"`        // of what may be spent, with Busy
+	Recent      int64  `json:"recent"`      // of Spent, the requests that began at RecentFrom or later
+	RecentFrom  int64  `json:"recent_from"`
+	Least       int64  `json:"least"` // what the call that needs least needs; 0: no call waits
+	Need        int64  `json:"need"`  // of all calls that wait
+	Want        int64  `json:"want"`  // beyond what is kept, to be lent if there is plenty
+	Asked       bool   `json:"asked"` // the calls that wait have asked before
+
+	joins int64 // how often the counter had begun anew
+}
+
+// A lateLeaseUse is what a call has used beyond what was counted, in the window that begins at windowStart.
+type lateLeaseUse struct {
+	account             string
+	windowStart, amount int64
+}
+
+// The results of an item.
+const (
+	leaseDone        = iota
+	leaseNeedsBase   // the account does not exist, and Base is nil
+	leaseWindowOver  // the account is in a later window
+	leaseWindowEarly // the window has not begun, by the database's clock
+)
+
+// A leaseReply is the answer to an item.
+type leaseReply struct {
+	item, status   int64
+	incarnation    int64
+	windowStart    int64
+	spent, unspent int64
+	others         int64 // what others have used; of slots, how many they use
+	free           int64 // what is left of the limit
+	level          int64 // of a bucket, multiplied by PeriodMS
+	settled        bool  // no other replica has anything that it may still return
+	recalled       bool  // others need what this replica does not use
+}
+
+// A leaseBackend is the accounts of limits in the database.
+type leaseBackend struct {
+	exchange       func(context.Context, []leaseItem) ([]leaseReply, error)
+	giveBack       func(context.Context) error // ends all leases of this replica, all of which is reported
+	deleteAccounts func(context.Context, []string) error
+	// keepRules deletes the accounts of a token or, with token 0, of a project that count by other rules.
+	keepRules     func(ctx context.Context, project, token int64, rules []string) error
+	addLate       func(context.Context, []lateLeaseUse) error
+	prune         func(ctx context.Context, before int64, limit int) (int64, error)
+	countRequests func(ctx context.Context, token int64) (int64, error)
+	pastUse       func(ctx context.Context, grain string, project, token, from int64,
+	) ([]pastUsage, []requestRow, error)
 }
 
 // An expiringToken is a token that expires soon.

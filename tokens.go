@@ -206,23 +206,6 @@ func (t *liveToken) validity(st *tokenState, now int64) string {
 	return ""
 }
 
-// reserve counts one call against the token's lifetime limit; a negative limit means none. If the limit is reached,
-// reserve returns false and counts nothing. Parallel calls never exceed the limit.
-func (t *liveToken) reserve(limit int64) bool {
-	for {
-		n := t.used.Load()
-		if limit >= 0 && n >= limit {
-			return false
-		}
-		if t.used.CompareAndSwap(n, n+1) {
-			return true
-		}
-	}
-}
-
-// refund returns a reserved call that was never forwarded.
-func (t *liveToken) refund() { t.used.Add(-1) }
-
 // A projectState is a project's row at one version. It is immutable.
 type projectState struct {
 	seq        int64
