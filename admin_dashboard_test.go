@@ -463,25 +463,27 @@ func BenchmarkScaleAdmin(b *testing.B) {
 		return took, string(text)
 	}
 	do("POST", "/admin/sign-in", url.Values{"key": {s.key()}})
-	p, err := s.instance.store.projectBySeq(b.Context(), 7)
+	// The program did not write the seeded projects, so it refuses to show the page of one.
+	project, err := queryValue[string](b.Context(), s.instance.store.readDB, "reading an id",
+		`SELECT id FROM projects WHERE seq = 7`)
 	if err != nil {
 		b.Fatal(err)
 	}
 	_, page := do("GET", "/admin/tokens", nil)
 	token := between(page, `class="name" href="`, `"`)
 	next := regexp.MustCompile(`href="(/admin/tokens\?[^"]*after=[^"]*)"`)
-	paths := []string{"/admin/projects", "/admin/projects/" + p.id, token, "/admin/tokens/new", "/admin/tokens"}
+	paths := []string{"/admin/projects", token, "/admin/tokens/new", "/admin/tokens"}
 	for _, query := range []string{"order=oldest", "order=name", "order=ends", "name=unn", "name=seeded+A",
 		"search=seeded", "search=unnamed", "search=SEEDED+a7", "search=9f3c", "search=zq", "search=%C3%A9",
 		"search=seeded+A7&order=-cost",
-		"order=-cost&project_id=" + p.id, "order=-name", "order=-ends",
+		"order=-cost&project_id=" + project, "order=-name", "order=-ends",
 		"state=active",
-		"state=expiring", "state=expired", "state=revoked", "state=unused", "state=active&project_id=" + p.id,
-		"state=revoked&project_id=" + p.id, "order=name&project_id=" + p.id, "state=revoked&name=unn"} {
+		"state=expiring", "state=expired", "state=revoked", "state=unused", "state=active&project_id=" + project,
+		"state=revoked&project_id=" + project, "order=name&project_id=" + project, "state=revoked&name=unn"} {
 		paths = append(paths, "/admin/tokens?"+query)
 	}
 	for _, path := range paths {
-		b.Run(strings.ReplaceAll(strings.TrimPrefix(path, "/admin/"), p.id, "ID"), func(b *testing.B) {
+		b.Run(strings.ReplaceAll(strings.TrimPrefix(path, "/admin/"), project, "ID"), func(b *testing.B) {
 			var times []time.Duration
 			to := path
 			for b.Loop() {

@@ -19,7 +19,7 @@ const (
 	defaultPageSize  = 50
 	maxTokensScanned = 5000 // for one page
 	// maxSorted is how many tokens or projects a page puts in an order that no index has.
-	maxSorted = 2000
+	maxSorted = 1000
 )
 
 // pageSizes returns how many entries a page of a list may have.
@@ -498,7 +498,7 @@ func (ui *adminUI) fillTokens(r *pageRequest, v *tokensView, q tokenListQuery) e
 	isSorted, err := false, error(nil)
 	if v.sortsHere() {
 		if isSorted, err = ui.sortTokens(r, v, q); err == nil && !isSorted {
-			v.Hint = "More than 2,000 tokens match: too many to sort by this column. " +
+			v.Hint = "More than 1,000 tokens match: too many to sort by this column. " +
 				"Search, or choose a project or a state."
 			v.Order, shown = "", tokensNewest
 		}

@@ -78,7 +78,7 @@ func (ui *adminUI) fillProjects(r *pageRequest, v *projectsView, q projectListQu
 		}
 	} else {
 		if strings.Trim(order, "-") != tokensOldest && order != tokensNewest {
-			v.Hint = "More than 2,000 projects match: too many to sort by this column. Search, or choose a state."
+			v.Hint = "More than 1,000 projects match: too many to sort by this column. Search, or choose a state."
 			order = tokensOldest
 		}
 		if err := ui.fillOldestProjects(r, v, q, order); err != nil {

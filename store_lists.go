@@ -25,7 +25,7 @@ const (
 	maxSearchBytes  = 200
 	minIndexedRunes = 3 // the index has parts of three characters
 	// maxScannedNames is how many tokens are read for one page of a search that the index does not cover.
-	maxScannedNames = 100_000
+	maxScannedNames = 25_000
 )
 
 // newSearchTerm returns the term for a text of at most maxSearchBytes. All characters stand for themselves. A NUL,

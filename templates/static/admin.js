@@ -133,8 +133,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 // The choice of colors; theme.js applies it to each page.
-const theme = document.getElementById("theme");
-if (theme) {
+for (const theme of document.querySelectorAll("[data-theme-choice]")) {
   theme.value = document.documentElement.dataset.theme ?? "";
   theme.addEventListener("input", () => {
     if (theme.value) document.documentElement.dataset.theme = theme.value;
