@@ -6,6 +6,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/url"
 	"strings"
@@ -44,6 +45,17 @@ func TestClusterStarts(t *testing.T) {
 		t.Errorf("slots: %v", slots)
 	}
 	waitFor(t, "one leader", func() bool { return countLeaders(all) == 1 })
+	all[0].execSQL(`UPDATE schema_version SET version = version + 1`) // as a newer version does
+	for _, p := range all {
+		if res := p.chat(); res.status != 200 {
+			t.Errorf("after the migration of a newer version: %d %s", res.status, res.body)
+		}
+	}
+	env := maps.Clone(all[0].env)
+	env["DATA_DIR"] = t.TempDir()
+	if _, err := runProgram(t, env, "serve"); err == nil || !strings.Contains(err.Error(), "newer llm-proxy") {
+		t.Errorf("a start after the migration of a newer version: %v", err)
+	}
 	if err := all[0].stop(); err != nil { // it leads
 		t.Fatal(err)
 	}

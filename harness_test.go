@@ -50,7 +50,6 @@ type testProxy struct {
 	secrets      []string     // must not appear anywhere
 	// allowErrors allows log lines of level ERROR, which otherwise fail the test.
 	allowErrors bool
-	replicated  bool // others may serve with the same database
 	clock       func() time.Time
 }
 
@@ -59,41 +58,7 @@ const promptCanary = "prompt-canary-7Qz1xW"
 // newTest starts a proxy with one project, upstream and token. env overrides settings.
 func newTest(t testing.TB, env map[string]string) *testProxy {
 	t.Helper()
-	return startTest(t, env, false)
-}
-
-// newReplicas starts n proxies with one PostgreSQL database and one provider. They share the project, the token and the
-// management key of the first.
-func newReplicas(t *testing.T, n int, env map[string]string) []*testProxy {
-	t.Helper()
-	if !usesTestDatabase() {
-		t.Skip("there is no PostgreSQL server")
-	}
-	shared := map[string]string{"ENCRYPTION_KEY": goodKey}
-	maps.Copy(shared, env)
-	replicas := []*testProxy{startTest(t, shared, true)}
-	for range n - 1 {
-		replicas = append(replicas, replicas[0].newReplica(nil, nil))
-	}
-	return replicas
-}
-
-// newReplica starts another replica with the database of p. env overrides settings; clock may be nil.
-func (p *testProxy) newReplica(env map[string]string, clock func() time.Time) *testProxy {
-	p.t.Helper()
-	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, env: maps.Clone(p.env), provider: p.provider,
-		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token,
-		secrets: slices.Clone(p.secrets), replicated: true, clock: clock}
-	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
-	maps.Copy(q.env, env)
-	q.start()
-	p.t.Cleanup(q.finish)
-	return q
-}
-
-func startTest(t testing.TB, env map[string]string, replicated bool) *testProxy {
-	t.Helper()
-	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t), replicated: replicated}
+	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
 	p.secrets = []string{p.provider.key, promptCanary}
 	p.env = map[string]string{
 		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s", "DRAIN_DELAY": "0s",
@@ -121,6 +86,35 @@ func startTest(t testing.TB, env map[string]string, replicated bool) *testProxy 
 	p.tokenID, p.token = p.newToken(`"name":"t"`)
 	t.Cleanup(p.finish)
 	return p
+}
+
+// newReplicas starts n proxies with one PostgreSQL database and one provider. They share the project, the token and the
+// management key of the first.
+func newReplicas(t *testing.T, n int, env map[string]string) []*testProxy {
+	t.Helper()
+	if !usesTestDatabase() {
+		t.Skip("there is no PostgreSQL server")
+	}
+	shared := map[string]string{"ENCRYPTION_KEY": goodKey}
+	maps.Copy(shared, env)
+	replicas := []*testProxy{newTest(t, shared)}
+	for range n - 1 {
+		replicas = append(replicas, replicas[0].newReplica(nil, nil))
+	}
+	return replicas
+}
+
+// newReplica starts another replica with the database of p. env overrides settings; clock may be nil.
+func (p *testProxy) newReplica(env map[string]string, clock func() time.Time) *testProxy {
+	p.t.Helper()
+	q := &testProxy{t: p.t, dir: p.t.TempDir(), log: &syncBuffer{}, env: maps.Clone(p.env), provider: p.provider,
+		adminKey: p.adminKey, project: p.project, upstream: p.upstream, tokenID: p.tokenID, token: p.token,
+		secrets: slices.Clone(p.secrets), clock: clock}
+	q.env["DATA_DIR"] = filepath.Join(q.dir, "data")
+	maps.Copy(q.env, env)
+	q.start()
+	p.t.Cleanup(q.finish)
+	return q
 }
 
 // emptyDatabase is a database as a first start makes it. Most tests start with a copy, because to run the schema files
@@ -169,7 +163,7 @@ func (p *testProxy) start() {
 		p.t.Fatal(err)
 	}
 	if cfg.postgres != nil {
-		cfg.postgres.replicated, cfg.postgres.clock = p.replicated, p.clock
+		cfg.postgres.clock = p.clock
 	}
 	p.instance, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
 	if err != nil {

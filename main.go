@@ -204,7 +204,7 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 		return err
 	}
 	if in.cfg.postgres != nil {
-		in.cfg.postgres.address = in.cfg.replicaAddress()
+		in.cfg.postgres.replicated, in.cfg.postgres.address = true, in.cfg.replicaAddress()
 		in.cfg.postgres.nonce, in.cfg.postgres.previousNonce = randomBase62(22), in.dir.replicaNonce()
 	}
 	if in.store, err = openDatabase(ctx, in.cfg.databaseFile, in.cfg.postgres); err != nil && in.cfg.postgres != nil {
