@@ -82,6 +82,7 @@ func (d *diagnosis) runChecks(ctx context.Context, provider bool) {
 	if !d.checkDatabase(ctx, st) {
 		return
 	}
+	d.checkReplicas(ctx, st)
 	d.checkOpenCalls(ctx, st)
 	d.checkUnrecorded(ctx, st)
 	sl, err := openExistingSealer(ctx, d.cfg, st)
@@ -258,6 +259,47 @@ func (d *diagnosis) checkDatabase(ctx context.Context, st *store) bool {
 			"check the clock of this machine")
 	}
 	return true
+}
+
+// checkReplicas looks at the processes that serve with a PostgreSQL database.
+func (d *diagnosis) checkReplicas(ctx context.Context, st *store) {
+	const what = "replicas"
+	if version, supported, err := st.schemaVersion(ctx); st.backend == nil || err == nil && version < supported {
+		return
+	}
+	ops := &operations{store: st}
+	replicas, err := ops.listReplicas(ctx)
+	if err != nil {
+		d.fail(what, err.Error(), "see the database check")
+		return
+	}
+	leads, found := false, false
+	for _, r := range replicas {
+		name := fmt.Sprintf("%d (%s)", r.ID, r.Address)
+		leads = leads || r.Leader
+		warn := func(what, finding, remedy string) {
+			found = true
+			d.warn(what, finding, remedy)
+		}
+		switch offset := max(r.OffsetMS, -r.OffsetMS); {
+		case r.State == "closed":
+			warn(what, name+" has died, and its calls are not yet recorded as lost",
+				"a running server does that within seconds; otherwise the next start does")
+		case r.State == "silent":
+			warn(what, fmt.Sprintf("%s has sent no heartbeat for %d s", name, r.HeartbeatMS/1000),
+				"if it has ended, another one closes it after REPLICA_TIMEOUT")
+		case offset > time.Minute.Milliseconds():
+			warn("clock", fmt.Sprintf("that of replica %s is %d s off the database's", name, offset/1000),
+				"set it: tokens expire by it")
+		case r.Version != versionText():
+			warn(what, name+" runs "+r.Version, "end the upgrade: all replicas should have one version")
+		}
+	}
+	if !found && len(replicas) > 0 && !leads {
+		d.warn(what, "none of them leads", "look at their logs: one of them should within seconds")
+	} else if !found {
+		d.ok(what, countNoun(int64(len(replicas)), "process")+" serving")
+	}
 }
 
 // checkOpenCalls counts calls that have not ended. A running server has some.

@@ -155,7 +155,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 		return db, nil
 	}
 	readOnly := map[string]string{"default_transaction_read_only": "on"}
-	if p.store.readDB, err = open(max(int(c.connections)-4, 2), readOnly); err != nil {
+	if p.store.readDB, err = open(max(int(c.connections)-6, 2), readOnly); err != nil {
 		return nil, err
 	}
 	p.store.backend = p.backend()
