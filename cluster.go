@@ -318,15 +318,15 @@ func (c *cluster) answerQuestion(ctx context.Context, text string) {
 	}
 }
 
-// A peer is another replica as the leader sees it: its last heartbeat, and when that was new.
+// A peer is another replica as this one sees it: its last heartbeat, and when that was new.
 type peer struct {
 	beat int64
 	at   time.Duration
 }
 
-// lead does what only the leader does, until ctx is done: it closes replicas whose heartbeat has not changed for
-// REPLICA_TIMEOUT, by this process's monotonic clock and while its own heartbeats succeeded, and recovers the calls
-// of closed ones. Each step can be repeated by the next leader.
+// lead watches the other replicas until ctx is done. It closes those whose heartbeat has not changed for REPLICA_TIMEOUT,
+// by this process's monotonic clock and while its own heartbeats succeeded. The leader does that; the others wait longer,
+// for the leader itself may be frozen. The leader also recovers the calls of closed replicas. Each step can be repeated.
 func (c *cluster) lead(ctx context.Context) {
 	tick := time.NewTicker(beatInterval)
 	defer tick.Stop()
@@ -337,14 +337,21 @@ func (c *cluster) lead(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		if n := c.interrupted.Load(); !c.isLeader() || n != interrupted {
+		if n := c.interrupted.Load(); n != interrupted {
 			clear(peers) // what was not seen meanwhile says nothing
 			interrupted = n
 			continue
 		}
-		if err := c.closeDead(ctx, peers); err != nil && ctx.Err() == nil {
+		timeout, leads := c.db.config.replicaTimeout, c.isLeader()
+		if !leads {
+			timeout += leadershipTerm
+		}
+		if err := c.closeDead(ctx, peers, timeout); err != nil && ctx.Err() == nil {
 			clear(peers)
 			c.hooks.warn("replicas that do not answer could not be looked for, or not be closed", "error", err)
+			continue
+		}
+		if !leads {
 			continue
 		}
 		if err := c.hooks.recoverCalls(ctx); err != nil && ctx.Err() == nil {
@@ -353,8 +360,8 @@ func (c *cluster) lead(ctx context.Context) {
 	}
 }
 
-// closeDead closes the replicas that count as dead. peers has those that it saw the last time.
-func (c *cluster) closeDead(ctx context.Context, peers map[int64]peer) error {
+// closeDead closes the replicas whose heartbeat has not changed for timeout. peers has those that it saw the last time.
+func (c *cluster) closeDead(ctx context.Context, peers map[int64]peer, timeout time.Duration) error {
 	now := c.uptime()
 	beats, err := c.readBeats(ctx)
 	if err != nil {
@@ -366,7 +373,7 @@ func (c *cluster) closeDead(ctx context.Context, peers map[int64]peer) error {
 			peers[id] = peer{beat, now}
 			continue
 		}
-		if now-peers[id].at < c.db.config.replicaTimeout {
+		if now-peers[id].at < timeout {
 			continue
 		}
 		closed, err := c.closeReplica(ctx, id, beat)

@@ -428,6 +428,30 @@ func TestClusterFenced(t *testing.T) {
 	}
 }
 
+// TestClusterLeaderFrozen: a leader that does not answer, but whose connection is open, is replaced and closed.
+func TestClusterLeaderFrozen(t *testing.T) {
+	requirePostgres(t)
+	first := newReplicas(t, 1, fastReplicas())[0]
+	cut := newCuttable(t, first.env["DATABASE_URL"])
+	frozen := first.newReplica(map[string]string{"DATABASE_URL": cut.url}, nil)
+	frozen.allowErrors = true
+	if err := first.stop(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "a leader", frozen.instance.store.isLeader)
+	other := first.newReplica(nil, nil)
+	cut.set(false, true)
+	waitFor(t, "another leader", other.instance.store.isLeader)
+	if frozen.instance.store.isLeader() {
+		t.Error("two replicas lead")
+	}
+	cut.set(false, false)
+	waitFor(t, "its end", func() bool { return frozen.do("GET", "/healthz", "").err != nil })
+	if err := frozen.stop(); !errors.Is(err, errFenced) {
+		t.Errorf("it ended with %v", err)
+	}
+}
+
 // TestClusterClocks: replicas whose clocks are minutes apart agree on the time of limits.
 func TestClusterClocks(t *testing.T) {
 	requirePostgres(t)

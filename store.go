@@ -269,8 +269,8 @@ var (
 	errNotFound = errors.New("no such row")
 	errStale    = errors.New("row has changed since it was read")
 	errTaken    = errors.New("name is taken")
-	// errFenced means that another process has taken the database over.
-	errFenced = errors.New("another llm-proxy has taken this database over; restart this one to take it back")
+	// errFenced means that another process has closed this one's row, because it did not answer or has to be alone.
+	errFenced = errors.New("another llm-proxy has closed this one, which may not write any more; start it again")
 	// errRowIgnored means that a statement succeeded without writing its rows, as a trigger can bring about.
 	errRowIgnored = errors.New("the database ignored a row")
 )

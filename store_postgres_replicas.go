@@ -234,7 +234,8 @@ func (c *cluster) sendBeat(ctx context.Context, info *replicaInfo) (b heartbeat,
 	}
 	err = c.conn.QueryRowContext(ctx, `
 		WITH milliseconds AS (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now),
-			sent AS (UPDATE replica_beats SET beat = beat + 1, at = milliseconds.now, info = ?6::text
+			sent AS (UPDATE replica_beats SET beat = beat + 1, at = milliseconds.now,
+					info = (?6::jsonb || jsonb_build_object('session', pg_backend_pid()))::text
 				FROM milliseconds
 				WHERE replica = ?1 AND EXISTS (SELECT 1 FROM replicas WHERE id = ?1 AND epoch = ?2
 					AND closed_at IS NULL)
@@ -282,7 +283,8 @@ func (c *cluster) readBeats(ctx context.Context) (map[int64]int64, error) {
 	return beats, err
 }
 
-// closeReplica closes a replica unless it has sent another heartbeat. It waits for its open transactions.
+// closeReplica closes a replica unless it has sent another heartbeat. It waits for its open transactions, and ends the
+// session with its locks: a frozen process would keep that of the leader.
 func (c *cluster) closeReplica(ctx context.Context, id, beat int64) (closed bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
 	defer cancel()
@@ -295,6 +297,13 @@ func (c *cluster) closeReplica(ctx context.Context, id, beat int64) (closed bool
 		closed = n > 0
 		return err
 	})
+	if err == nil && closed {
+		_, err = execCount(ctx, c.db.store.writeDB, "ending the session of a closed replica", `
+			SELECT pg_terminate_backend(l.pid) FROM pg_locks l
+				JOIN replica_beats b ON l.pid = CAST(b.info::jsonb ->> 'session' AS integer)
+			WHERE b.replica = ? AND l.locktype = 'advisory' AND l.classid::bigint = ?`, id,
+			postgresLockClass+lockProcess)
+	}
 	return closed, err
 }
 
