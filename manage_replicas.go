@@ -73,7 +73,7 @@ func (ops *operations) addUpdates(todo *pendingUpdates, c *auditChange) {
 	case c.action == "token.create", c.action == "project.create", c.action == "upstream.health",
 		c.action == actionSignIn, c.action == actionSignInFailed, c.action == actionSignOut,
 		c.action == actionExport, c.action == actionReveal, c.action == actionAuditBegin,
-		kind == "key": // management keys and sessions are read at each request
+		kind == "key", kind == "webhook": // management keys, sessions and webhooks are read when they are needed
 	case kind == "token":
 		todo.tokens = append(todo.tokens, c.object)
 	case c.action == "project.revoke_tokens", c.action == "project.delete":
