@@ -250,7 +250,7 @@ func TestLayoutFiles(t *testing.T) {
 		"MarshalJSON", "UnmarshalJSON",
 		// of database/sql/driver and net
 		"Connect", "ExecContext", "QueryContext", "PrepareContext", "Prepare", "NumInput", "Dial", "DialTimeout",
-		"DialContext"}
+		"DialContext", "IsValid"}
 	fset := token.NewFileSet()
 	files := parseSources(t, fset, parser.ParseComments, allBuilds)
 	tagged := 0

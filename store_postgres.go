@@ -368,7 +368,7 @@ func (c *postgresConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	if !ok {
 		return nil, fmt.Errorf("the driver's connection is a %T", inner)
 	}
-	return &postgresConn{full, c.texts, map[string]*postgresStmt{}}, nil
+	return &postgresConn{postgresDriverConn: full, texts: c.texts, stmts: map[string]*postgresStmt{}}, nil
 }
 
 // A postgresDriverConn is what lib/pq's connections can do.
@@ -388,6 +388,16 @@ type postgresConn struct {
 	postgresDriverConn
 	texts *postgresTexts
 	stmts map[string]*postgresStmt
+	stale bool // a newer version has migrated the schema, and prepared statements do not suit it any more
+}
+
+// IsValid is false if the pool must open another connection.
+func (c *postgresConn) IsValid() bool { return !c.stale && c.postgresDriverConn.IsValid() }
+
+// check notices that a statement has to be prepared again.
+func (c *postgresConn) check(err error) error {
+	c.stale = c.stale || err != nil && sqlState(err) == "0A000" // cached plan must not change result type
+	return err
 }
 
 func (c *postgresConn) prepared(ctx context.Context, query string) (*postgresStmt, error) {
@@ -403,7 +413,7 @@ func (c *postgresConn) prepared(ctx context.Context, query string) (*postgresStm
 	if !ok {
 		return nil, fmt.Errorf("the driver's statement is a %T", inner)
 	}
-	st := &postgresStmt{full, text.args}
+	st := &postgresStmt{full, c, text.args}
 	c.stmts[query] = st
 	return st, nil
 }
@@ -449,6 +459,7 @@ type postgresDriverStmt interface {
 // A postgresStmt is a prepared statement of one connection. args are the indexes of the arguments that it uses.
 type postgresStmt struct {
 	postgresDriverStmt
+	conn *postgresConn
 	args []int
 }
 
@@ -460,7 +471,8 @@ func (st *postgresStmt) ExecContext(ctx context.Context, args []driver.NamedValu
 	if err != nil {
 		return nil, err
 	}
-	return st.postgresDriverStmt.ExecContext(ctx, values)
+	result, err := st.postgresDriverStmt.ExecContext(ctx, values)
+	return result, st.conn.check(err)
 }
 
 func (st *postgresStmt) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
@@ -468,7 +480,8 @@ func (st *postgresStmt) QueryContext(ctx context.Context, args []driver.NamedVal
 	if err != nil {
 		return nil, err
 	}
-	return st.postgresDriverStmt.QueryContext(ctx, values)
+	rows, err := st.postgresDriverStmt.QueryContext(ctx, values)
+	return rows, st.conn.check(err)
 }
 
 // values returns the arguments that the statement uses. PostgreSQL takes no text with a zero byte or invalid UTF-8.

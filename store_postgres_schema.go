@@ -1,7 +1,7 @@
 //go:build postgres
 
 // This file has the schema of a PostgreSQL database: the migrations, and the comparison with what the schema files
-// make. Nobody else may have the database open while it migrates.
+// make. A migration suits the version before, which may be serving meanwhile.
 package main
 
 import (
@@ -34,8 +34,19 @@ func postgresSchemaVersion(ctx context.Context, db querier) (version, supported 
 	return version, len(files), err
 }
 
-// migrate runs the schema files that the database has not seen, in one transaction. The caller has the exclusive lock.
+// migrate runs the schema files that the database has not seen, in one transaction. The caller has locked other
+// processes out that start. Some of the version before may be serving: if a migration and what they write wait for each
+// other, it is tried again.
 func (p *postgres) migrate(ctx context.Context) error {
+	for attempts := 5; ; attempts-- {
+		err := p.migrateOnce(ctx)
+		if sqlState(err) != "40P01" || attempts == 0 {
+			return err
+		}
+	}
+}
+
+func (p *postgres) migrateOnce(ctx context.Context) error {
 	tx, err := p.store.writeDB.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning a transaction: %w", err)

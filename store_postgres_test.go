@@ -239,6 +239,35 @@ func TestPostgresEditedSchema(t *testing.T) {
 	}
 }
 
+// TestPostgresMigratedMeanwhile: a statement that was prepared before a migration works after it, at the latest the
+// second time.
+func TestPostgresMigratedMeanwhile(t *testing.T) {
+	requirePostgres(t)
+	text := newTestDatabase(t)
+	st, err := openPostgres(t.Context(), testPostgresConfig(text), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.close()
+	read := func() error {
+		_, err := collect(t.Context(), st.readDB, "reading", func(name *string) []any { return []any{name, new(any)} },
+			`SELECT * FROM settings WHERE name <> ?`, "x")
+		return err
+	}
+	for range 2 { // with each connection of the pool
+		if err := read(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := st.writeDB.Exec(`ALTER TABLE settings ALTER COLUMN value TYPE varchar(1000)`); err != nil {
+		t.Fatal(err)
+	}
+	_ = read()
+	if err := read(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestPostgresAuditAppendOnly: the database itself refuses to change the trail.
 func TestPostgresAuditAppendOnly(t *testing.T) {
 	requirePostgres(t)
