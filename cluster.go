@@ -324,9 +324,10 @@ type peer struct {
 	at   time.Duration
 }
 
-// lead watches the other replicas until ctx is done. It closes those whose heartbeat has not changed for REPLICA_TIMEOUT,
-// by this process's monotonic clock and while its own heartbeats succeeded. The leader does that; the others wait longer,
-// for the leader itself may be frozen. The leader also recovers the calls of closed replicas. Each step can be repeated.
+// lead watches the other replicas until ctx is done. It closes those whose heartbeat has not changed for
+// REPLICA_TIMEOUT, by this process's monotonic clock and while its own heartbeats succeeded. The leader does that; the
+// others wait longer, for the leader itself may be frozen. The leader also recovers the calls of closed replicas. Each
+// step can be repeated.
 func (c *cluster) lead(ctx context.Context) {
 	tick := time.NewTicker(beatInterval)
 	defer tick.Stop()

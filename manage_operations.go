@@ -381,25 +381,6 @@ func (ops *operations) reloadPrices(ctx context.Context) error {
 	return nil
 }
 
-const actionCutStream = "stream.cut"
-
-// abortStream ends a running call. Its client's response is cut off, and its row says why.
-func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id string) error {
-	v, err := ops.findStream(ctx, id, time.UnixMilli(origin.at))
-	if err != nil {
-		return err
-	}
-	err = ops.store.recordAuditEvent(ctx, origin, auditEvent{action: actionCutStream, object: v.ID,
-		detail: []auditField{{"project_id", v.ProjectID}, {"token_id", v.TokenID}}})
-	if err != nil {
-		return err // nothing is done that is not on the trail
-	}
-	if c := ops.running.find(v.seq); c != nil { // another replica reads the trail
-		c.abort(errCutByAdmin)
-	}
-	return nil
-}
-
 const actionEraseContent = "content.erase"
 
 // eraseContent deletes all stored content of a project, cached answers included, and returns of how many calls. It

@@ -1,6 +1,6 @@
 // This file is what administrators see of several replicas, and what replicas do for each other: it puts the changes
 // in force that administrators made at another replica, and answers another's questions about its running calls. With
-// SQLite there is one process, and it only says so. It changes nothing in the database.
+// SQLite there is one process, and it only says so. It writes nothing but the audit trail.
 package main
 
 import (
@@ -116,6 +116,15 @@ func emptiedCache(c *auditChange) (f cacheFilter) {
 		f.storedBefore = c.at - detail.OlderThan*1000
 	}
 	return f
+}
+
+// forgetUnknown forgets which hashes belong to no token: another replica may have created one. A row that is being read
+// is read again.
+func (g *registry) forgetUnknown() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.changes++
+	clear(g.unknownHashes)
 }
 
 // rereadToken reads a live token again. One that cannot be read any more is revoked.
@@ -294,6 +303,25 @@ func (ops *operations) findStream(ctx context.Context, id string, now time.Time)
 		return nil, errStoreUnavailable(fmt.Errorf("replicas that did not answer: %v", silent))
 	}
 	return nil, errNotFound
+}
+
+const actionCutStream = "stream.cut"
+
+// abortStream ends a running call. Its client's response is cut off, and its row says why.
+func (ops *operations) abortStream(ctx context.Context, origin auditOrigin, id string) error {
+	v, err := ops.findStream(ctx, id, time.UnixMilli(origin.at))
+	if err != nil {
+		return err
+	}
+	err = ops.store.recordAuditEvent(ctx, origin, auditEvent{action: actionCutStream, object: v.ID,
+		detail: []auditField{{"project_id", v.ProjectID}, {"token_id", v.TokenID}}})
+	if err != nil {
+		return err // nothing is done that is not on the trail
+	}
+	if c := ops.running.find(v.seq); c != nil { // another replica reads the trail
+		c.abort(errCutByAdmin)
+	}
+	return nil
 }
 
 // A replicaView is a replica in an answer of /manage. Ages and offsets are milliseconds.

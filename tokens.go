@@ -376,15 +376,6 @@ func (g *registry) rememberUnknown(hash [32]byte, now int64) {
 	g.unknownHashes[hash] = now + unknownTTL.Milliseconds()
 }
 
-// forgetUnknown forgets which hashes belong to no token: another replica may have created one. A row that is being read
-// is read again.
-func (g *registry) forgetUnknown() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.changes++
-	clear(g.unknownHashes)
-}
-
 // loadProject returns a live project, or a new one for addToken to add.
 func (g *registry) loadProject(ctx context.Context, seq int64) (*liveProject, error) {
 	if p := g.liveProject(seq); p != nil {
