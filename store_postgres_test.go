@@ -162,6 +162,9 @@ func TestPostgresConnectionsLost(t *testing.T) {
 			return res.status == 200
 		})
 	}
+	waitFor(t, "the list of calls", func() bool { // connections that only read were lost, too
+		return p.manageAs(p.adminKey, "GET", "/manage/requests?limit=500", "").status == 200
+	})
 	ok, rows := 0, 0
 	for _, row := range p.ledger() {
 		if row.Outcome == "ok" {
