@@ -255,9 +255,11 @@ func (l *ledger) run() {
 	defer close(l.done)
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
+	var pace commitPace
 	for {
 		work := l.dequeue()
 		if work.pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
+			began := time.Now()
 			l.delivering = work.kept
 			l.write(work.pending, work.settledEntries, work.sumOnlyRows)
 			if work.pending != nil {
@@ -267,9 +269,12 @@ func (l *ledger) run() {
 			if l.failing.Load() && !l.pause(ledgerRetryDelay) {
 				return
 			}
-			if work.pending != nil && work.pending.size >= largeBatchSize {
+			switch {
+			case work.pending != nil && l.store.backend != nil:
+				time.Sleep(pace.interval(began, work.pending.size) - time.Since(began))
+			case work.pending != nil && work.pending.size >= largeBatchSize:
 				time.Sleep(largeBatchDelay)
-			} else {
+			default:
 				runtime.Gosched()
 			}
 			continue

@@ -776,3 +776,31 @@ func TestRetention(t *testing.T) {
 	stop()
 	<-done
 }
+
+// TestCommitPace: with PostgreSQL, commits of pending records are apart when calls are many, and only then.
+func TestCommitPace(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	var pace commitPace
+	for _, step := range []struct {
+		name  string
+		after time.Duration // between two commits
+		calls int           // in each
+		want  bool
+	}{
+		{"300 a second", 10 * time.Millisecond, 3, false},
+		{"1000 a second", 5 * time.Millisecond, 5, true},
+		{"5000 a second", 5 * time.Millisecond, 25, true},
+		{"100 a second", 10 * time.Millisecond, 1, false},
+		{"bursts", time.Second, 400, false},
+	} {
+		var got time.Duration
+		for range 40 {
+			now = now.Add(step.after)
+			got = pace.interval(now, step.calls)
+		}
+		if got > 0 != step.want || got > 5*time.Millisecond {
+			t.Errorf("%s: %v between commits", step.name, got)
+		}
+	}
+}

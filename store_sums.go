@@ -276,6 +276,28 @@ func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*req
 	}
 }
 
+// A commitPace says how far apart commits of pending records begin. With PostgreSQL each is a transaction of a server
+// that others use, too. It belongs to one goroutine.
+type commitPace struct {
+	since   time.Time
+	calls   int // since then
+	isBrisk bool
+}
+
+// interval counts calls whose records were committed from now on, and returns how long the next ones are to wait.
+func (p *commitPace) interval(now time.Time, calls int) time.Duration {
+	const brisk, pause = 600, 4500 * time.Microsecond // fewer calls a second share few commits, whatever they wait for
+	p.calls += calls
+	if d := now.Sub(p.since); d >= 100*time.Millisecond {
+		p.isBrisk = float64(p.calls) >= brisk*d.Seconds()
+		p.since, p.calls = now, 0
+	}
+	if p.isBrisk {
+		return pause
+	}
+	return 0
+}
+
 // Errors.
 
 // Result codes of SQLite.
