@@ -79,10 +79,6 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, box *outbox, n
 		return nil, err
 	}
 	go l.run()
-	if box == nil {
-		close(l.outboxDone)
-		return l, nil
-	}
 	go l.runOutbox()
 	return l, nil
 }
@@ -243,9 +239,7 @@ func (l *ledger) close(ctx context.Context) error {
 	l.kick()
 	<-l.done
 	<-l.outboxDone
-	if l.outbox != nil {
-		l.dropOutbox()
-	}
+	l.dropOutbox()
 	l.writer.close()
 	return err
 }
@@ -334,9 +328,7 @@ func (l *ledger) dequeue() ledgerWork {
 			q.settledEntries, l.settledEntries = l.settledEntries, nil
 			q.sumOnlyRows, l.sumOnlyRows = l.sumOnlyRows, nil
 			l.writing, l.writingSince = q.settledEntries, time.Now()
-			if l.outbox != nil {
-				q.kept = l.outbox.mark
-			}
+			q.kept = l.outbox.keptLines()
 		} else {
 			q.wait = settleDelay - age
 		}

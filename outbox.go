@@ -115,9 +115,20 @@ func parseUnwritten(chain *auditChain, line []byte) (*unwrittenRow, error) {
 
 // What a running process keeps.
 
+// keptLines returns which lines the file has. The caller holds the ledger's mu.
+func (o *outbox) keptLines() (m outboxMark) {
+	if o != nil {
+		m = o.mark
+	}
+	return m
+}
+
 // runOutbox keeps rows until the writer has ended.
 func (l *ledger) runOutbox() {
 	defer close(l.outboxDone)
+	if l.outbox == nil {
+		return
+	}
 	tick := time.NewTicker(outboxInterval)
 	defer tick.Stop()
 	for {
@@ -250,6 +261,9 @@ func (o *outbox) report(err error) {
 // dropOutbox removes the file once its rows are committed.
 func (l *ledger) dropOutbox() {
 	o := l.outbox
+	if o == nil {
+		return
+	}
 	l.mu.Lock()
 	mark := o.mark
 	unused := mark.lines > 0 && l.committedCount >= o.keptUpTo && !l.failing.Load()
