@@ -224,7 +224,11 @@ func (c *cluster) follow(ctx context.Context) {
 	defer answers.Wait()
 	busy := make(chan struct{}, maxAnswering)
 	for {
-		c.changeTrouble.Store(describeTrouble(c.catchUp(ctx)))
+		err := c.catchUp(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		c.changeTrouble.Store(describeTrouble(err))
 		for wait := true; wait; {
 			select {
 			case <-ctx.Done():
