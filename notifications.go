@@ -284,7 +284,7 @@ func (ls *limitState) liveUses(p *liveProject, t *liveToken, now int64) []limitU
 func limitUses(counters []*limitCounter, now int64) (uses []limitUseState) {
 	for _, c := range counters {
 		if c.advance(now); c.limit.isWindow() && c.group == nil {
-			uses = append(uses, limitUseState{limit: c.limit, used: c.used, windowStart: c.windowStart,
+			uses = append(uses, limitUseState{limit: c.limit, used: c.unscaledUse(), windowStart: c.windowStart,
 				windowEnd: c.windowEnd})
 		}
 	}

@@ -543,7 +543,7 @@ func (ls *limitState) withLiveUsage(row *tokenRow, now int64) *tokenRow {
 		return row
 	}
 	current := *row
-	if current.requestCount = t.used.Load(); t.running.Load() > 0 {
+	if current.requestCount = max(row.requestCount, t.used.Load()); t.running.Load() > 0 {
 		current.lastUsedAt = &now
 	} else if current.requestCount > row.requestCount {
 		current.lastUsedAt = new(t.lastUsed.Load())
