@@ -124,6 +124,9 @@ func (c *cluster) sendBeats(ctx context.Context) {
 		case <-tick.C:
 		}
 		err := c.beat(ctx)
+		if err != nil && !errors.Is(err, errFenced) && ctx.Err() == nil {
+			err = c.beat(ctx) // perhaps only the connection was lost
+		}
 		if ctx.Err() != nil {
 			return
 		}

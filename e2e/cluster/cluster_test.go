@@ -220,6 +220,7 @@ func (c *cluster) testConnections(t *testing.T) {
 		time.Sleep(700 * time.Millisecond)
 	}
 	wg.Wait()
+	c.awaitAll()
 }
 
 // testDatabase: while the database is away, calls get 503 and running streams go on. Calls come back by themselves.
