@@ -139,6 +139,37 @@ func TestClusterChanges(t *testing.T) {
 	waitEverywhere(t, "all tokens revoked", others, func(p *testProxy) bool { return status(p, p.token, 401) })
 }
 
+// TestClusterSharesHealth: a key that its provider refuses at one replica, or that works again there, is known to all.
+// An emptied cache is empty at all replicas.
+func TestClusterSharesHealth(t *testing.T) {
+	requirePostgres(t)
+	all := newReplicas(t, 3, nil)
+	a, others := all[0], all[1:]
+	a.changeProject(`"policy":{"cache":{"ttl_seconds":3600}}`)
+	hits := func(p *testProxy) bool {
+		return strings.HasPrefix(p.cachedChat(p.token, `"user":"cached"`).header.Get("Cache-Status"), "llm-proxy; hit")
+	}
+	waitEverywhere(t, "the cache", all, hits)
+	a.manage("DELETE", "/manage/projects/"+a.project+"/cache", "", 200, nil)
+	waitEverywhere(t, "the empty cache", others, func(p *testProxy) bool {
+		res := p.cachedChat(p.token, `"user":"cached"`, "Cache-Control", "only-if-cached")
+		return res.status == 504
+	})
+	a.provider.setScript(replyScript(401, `{"error":{"message":"no","code":"invalid_api_key"}}`))
+	a.chatAs(a.token)
+	if got := a.healthOf(a.upstream); got.State != "quarantined" {
+		t.Errorf("a refused key is %v", got)
+	}
+	waitEverywhere(t, "a refused key", others, func(p *testProxy) bool {
+		return p.healthOf(a.upstream).State == "quarantined"
+	})
+	a.provider.setScript(chatScript)
+	a.changeUpstream(a.upstream, `"api_key":"sk-provider-third-0123456789abcdefghijklmnop"`)
+	waitEverywhere(t, "a new key", others, func(p *testProxy) bool {
+		return p.healthOf(a.upstream).State == "ready" && p.chatAs(p.token).status == 200
+	})
+}
+
 // TestClusterRevokesStreams: running calls at all replicas end when their token is revoked at one of them.
 func TestClusterRevokesStreams(t *testing.T) {
 	requirePostgres(t)
