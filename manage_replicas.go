@@ -69,6 +69,11 @@ func (ops *operations) applyChanges(ctx context.Context, changes []auditChange) 
 // addUpdates adds what a change makes necessary. An action that this version does not have may change anything.
 func (ops *operations) addUpdates(todo *pendingUpdates, c *auditChange) {
 	kind, _, _ := strings.Cut(c.action, ".")
+	purge := func(f cacheFilter) {
+		if !c.own { // this process has purged before it answered; what it has stored since is newer
+			todo.purges = append(todo.purges, purgedOf{c.object, f})
+		}
+	}
 	switch {
 	case c.action == "token.create", c.action == "project.create", c.action == "upstream.health",
 		c.action == actionSignIn, c.action == actionSignInFailed, c.action == actionSignOut,
@@ -79,7 +84,7 @@ func (ops *operations) addUpdates(todo *pendingUpdates, c *auditChange) {
 	case c.action == "project.revoke_tokens", c.action == "project.delete":
 		todo.projects = true
 		todo.emptied = append(todo.emptied, c.object)
-		todo.purges = append(todo.purges, purgedOf{c.object, cacheFilter{token: anyToken}})
+		purge(cacheFilter{token: anyToken})
 	case kind == "project":
 		todo.projects = true
 	case kind == "upstream":
@@ -89,9 +94,9 @@ func (ops *operations) addUpdates(todo *pendingUpdates, c *auditChange) {
 	case kind == "price":
 		todo.prices = true
 	case c.action == actionEmptyCache:
-		todo.purges = append(todo.purges, purgedOf{c.object, emptiedCache(c)})
+		purge(emptiedCache(c))
 	case c.action == actionEraseContent, c.action == actionEraseEndUser:
-		todo.purges = append(todo.purges, purgedOf{c.object, cacheFilter{}})
+		purge(cacheFilter{})
 	case c.action == actionCutStream:
 		if running := ops.running.find(parseRequestID(c.object)); running != nil {
 			running.abort(errCutByAdmin)

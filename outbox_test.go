@@ -23,6 +23,7 @@ import (
 // the program is killed before it takes them, and when it is not.
 func TestOutboxKilled(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "a pragma keeps the database from being written; e2e/cluster has the same for PostgreSQL")
 	p := newTest(t, map[string]string{"LOG_LEVEL": "info"})
 	p.allowErrors = true
 	proceed, end := make(chan struct{}), make(chan struct{})

@@ -36,6 +36,7 @@ const costNumber = "000000000000"
 // TestCallAllocations: no kind of call allocates more than its budget. Time differs from machine to machine,
 // allocations hardly do. The test is not parallel: others would be counted.
 func TestCallAllocations(t *testing.T) {
+	requireSQLite(t, "the budget is that of calls with SQLite")
 	const calls, connections, tolerance = 800, 8, 1.05 // how many calls the ledger commits together varies
 	p, bare, kinds := newCostTest(t)
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would empty the pools

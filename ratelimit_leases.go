@@ -233,7 +233,7 @@ func (c *limitCounter) totalUse() int64 {
 // leaseWait returns how many milliseconds it takes until a bucket may have need again.
 func (c *limitCounter) leaseWait(now, need int64) int64 {
 	b := c.limit.period.bucketMS()
-	missing := max(0, need-max(0, c.lease.free)-c.unused())
+	missing := max(0, need-c.lease.free-c.unused()) // free is below 0 after a call has used more than its estimate
 	return max(1, (missing*b+c.limit.max-1)/c.limit.max-max(0, now-c.lease.levelAt))
 }
 
@@ -245,10 +245,10 @@ func (c *limitCounter) minUse() int64 {
 	return 0
 }
 
-// maxDebt is the most that a bucket's used can be: one period more than the limit.
+// maxDebt is the most that a bucket's used can be: one period more than the limit, of which others have used a part.
 func (c *limitCounter) maxDebt() int64 {
-	if c.lease != nil {
-		return addSat(c.lease.granted, c.limit.max)
+	if g := c.lease; g != nil {
+		return max(g.granted, addSat(g.levelUsed, 2*c.limit.max-g.level/c.limit.period.bucketMS()))
 	}
 	return 2 * c.limit.max * c.scale()
 }
