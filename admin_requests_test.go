@@ -465,7 +465,7 @@ func TestRefusalPage(t *testing.T) {
 		}
 		page := b.get("/admin/requests/" + p.lastCall().ID)
 		text := pageText(t, page.body)
-		if !strings.Contains(text, "The client was told: "+e.Error.Message) || !strings.Contains(text, c.allowed) ||
+		if !strings.Contains(text, "The client received: "+e.Error.Message) || !strings.Contains(text, c.allowed) ||
 			!strings.Contains(page.body, `href="`+c.change+`"`) || len(checkHTML(page.body)) > 0 {
 			t.Errorf("%+v: %v\n%s\n%s", c, checkHTML(page.body), e.Error.Message, text)
 		}

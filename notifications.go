@@ -1,7 +1,8 @@
-// This file notices what administrators want to be told of, and sends it to their webhooks. One worker looks for events
-// and queues them in the database: the mark that it sets decides, so that neither a restart nor another process repeats
-// one. Another worker claims and sends them. No call waits for either. Nothing here opens a secret: secrets.go signs,
-// and upstream.go checks each URL and each address that is dialled. What a receiver answers is not stored.
+// This file notices events that administrators want to hear of, and sends them to their webhooks. One worker looks for
+// events and queues them in the database: the mark that it sets decides, so that neither a restart nor another process
+// repeats one. Another worker claims and sends them. No call waits for either. The file never sees the text of a
+// secret: secrets.go signs, and upstream.go checks each URL and each address that is dialed. What a receiver answers
+// is not stored.
 package main
 
 import (

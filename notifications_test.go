@@ -423,7 +423,7 @@ func TestWebhookURLs(t *testing.T) {
 	}
 }
 
-// TestNotificationEvents: each kind of trouble is told once: keys that are refused or used up, sign-ins, tokens that
+// TestNotificationEvents: each kind of trouble is sent once: keys that are refused or used up, sign-ins, tokens that
 // expire, calls that fail, and changes of the audit trail.
 func TestNotificationEvents(t *testing.T) {
 	t.Parallel()
@@ -491,7 +491,7 @@ func TestNotificationEvents(t *testing.T) {
 	waitFor(t, "the problem of the audit trail", func() bool { return count()[eventAudit] == 1 })
 }
 
-// TestNotificationOfLedger: trouble of the ledger is told although the queue cannot be written, and once more from the
+// TestNotificationOfLedger: trouble of the ledger is sent although the queue cannot be written, and once more from the
 // queue with the same id.
 func TestNotificationOfLedger(t *testing.T) {
 	t.Parallel()

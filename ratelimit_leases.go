@@ -53,7 +53,7 @@ const (
 	// the limit. Clients that call now and then need no round trip either.
 	spareFor   = 60_000 // milliseconds
 	spareShare = 10_000
-	// recentSeconds is how much of a replica's use can be told apart by the time at which calls began.
+	// recentSeconds is for how long a replica counts its use by the second in which calls began.
 	recentSeconds = 5
 	leaseReportMS = 2000 // what others need is known here after this time at the latest, if nothing else tells it
 	maxLeaseUse   = 1_000_000_000_000_000_000
@@ -372,7 +372,7 @@ func (c *limitCounter) leaseItem(now int64, regular bool, ask *leaseAsk, recentF
 func (c *limitCounter) applyLease(item *leaseItem, r *leaseReply, now, number int64) {
 	g := c.lease
 	if item.joins != g.joins || item.Kind == leaseOfWindow && item.WindowStart != c.windowStart {
-		return // the counter has begun anew meanwhile
+		return // the counter was reset meanwhile
 	}
 	switch r.status {
 	case leaseNeedsBase:

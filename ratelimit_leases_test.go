@@ -59,7 +59,7 @@ func (t *leaseTable) exchange(replica, number int64, items []leaseItem) (out []l
 	return out, nil
 }
 
-// account returns the account of an item, nil if it must be told what was used before.
+// account returns the account of an item, nil if the item lacks what was used before.
 func (t *leaseTable) account(i *leaseItem) *leaseAccount {
 	acc := t.accounts[i.Account]
 	if acc == nil || i.Added && i.Version > acc.version {

@@ -145,7 +145,7 @@ func (s *store) deleteWebhook(ctx context.Context, origin auditOrigin, id string
 	})
 }
 
-// A notification is an event that webhooks are told of.
+// A notification is an event that is sent to webhooks.
 type notification struct {
 	seq       int64
 	id        string // the webhook-id of all its deliveries
@@ -196,7 +196,7 @@ const (
 	formatTeams    = "teams"
 )
 
-// An notificationData is what a notification says. It has names and ids, and neither secrets nor the content of calls.
+// A notificationData is what a notification says. It has names and ids, and neither secrets nor the content of calls.
 type notificationData struct {
 	Summary      string          `json:"summary"` // a sentence for people
 	ProjectID    string          `json:"project_id,omitempty"`
@@ -275,7 +275,7 @@ func notificationBody(format string, n *notification) ([]byte, error) {
 }
 
 const (
-	deliveryLeaseMS   = 30_000 // longer than an attempt; then another process tries
+	deliveryLeaseMS   = 30_000 // longer than an attempt; then another process may send it
 	deliveryGiveUpMS  = dayMS
 	deliveryFirstWait = 2_000
 	deliveryLastWait  = 4 * hourMS

@@ -417,7 +417,7 @@ type leaseItem struct {
 	Want        int64  `json:"want"`  // beyond what is kept, to be lent if there is plenty
 	Asked       bool   `json:"asked"` // the calls that wait have asked before
 
-	joins int64 // how often the counter had begun anew
+	joins int64 // how often the counter had joined its account
 }
 
 // A lateLeaseUse is what a call has used beyond what was counted, in the window that begins at windowStart.
