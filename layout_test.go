@@ -243,7 +243,7 @@ func stillWide() []string {
 // is exported that an interface does not require.
 func TestLayoutFiles(t *testing.T) {
 	t.Parallel()
-	const maxFiles, maxTaggedFiles, minLines, maxLines, maxFunctionLines = 80, 12, 150, 700, 60
+	const maxFiles, maxTaggedFiles, minLines, maxLines, maxFunctionLines = 83, 12, 150, 700, 60
 	interfaces := []string{"ServeHTTP", "Header", "Write", "WriteHeader", "Unwrap", "Scan", "Flush", "FlushError",
 		"Read",
 		"ReadFrom", "Close", "Get", "Put", "RoundTrip", "Error", "String", "Is", "Format", "LogValue", "MarshalText",
