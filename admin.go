@@ -25,6 +25,7 @@ import (
 type adminUI struct {
 	adminDeps
 	pages     *pageSet
+	reference func() ([]byte, error) // the content of /admin/api; rendered on first use
 	sentForms submittedForms
 	keptForms keptForms
 }
@@ -50,7 +51,7 @@ type adminDeps struct {
 
 func newAdminUI(d adminDeps) (*adminUI, error) {
 	pages, err := newPageSet()
-	return &adminUI{adminDeps: d, pages: pages}, err
+	return &adminUI{adminDeps: d, pages: pages, reference: referenceBody(pages)}, err
 }
 
 // An adminRoute is one URL of /admin: its methods, the least role it needs ("": no session needed)
@@ -116,6 +117,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET /admin/audit/verify", roleAdmin, ui.auditCheckPage},
 		{"GET /admin/settings", roleAdmin, ui.settingsPage},
 		{"GET /admin/replicas", roleViewer, ui.replicasPage},
+		{"GET /admin/api", roleViewer, ui.referencePage},
 	}...)
 }
 
@@ -132,6 +134,7 @@ func adminNav() []navItem {
 		{Title: "Webhooks", Path: "/admin/webhooks", minRole: roleViewer},
 		{Title: "Audit trail", Path: "/admin/audit", minRole: roleAdmin},
 		{Title: "Replicas", Path: "/admin/replicas", minRole: roleViewer},
+		{Title: "API reference", Path: "/admin/api", minRole: roleViewer},
 		{Title: "Settings", Path: "/admin/settings", minRole: roleAdmin},
 	}
 }
@@ -201,11 +204,15 @@ type pageResponse struct {
 	title    string
 	status   int // 0: 200
 	data     any
+	rendered []byte // HTML that takes the place of the element with the ID "rendered"
 	redirect string // a path under /admin (303)
 	notice   notice // for the page that the redirect leads to
 	cookie   *http.Cookie
 	write    func(http.ResponseWriter) error // writes a download
 }
+
+// renderedElement is where a page has pageResponse.rendered. Templates escape the text of people, so none can forge it.
+const renderedElement = `<div id="rendered"></div>`
 
 // showPage is the response that renders a template.
 func showPage(template, title string, data any) *pageResponse {
@@ -463,7 +470,8 @@ func (ui *adminUI) writePage(w http.ResponseWriter, r *pageRequest, p *pageRespo
 	}
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	w.WriteHeader(max(p.status, http.StatusOK))
-	_, _ = w.Write(b.Bytes())
+	before, after, _ := bytes.Cut(b.Bytes(), []byte(renderedElement))
+	_, _ = w.Write(slices.Concat(before, p.rendered, after))
 }
 
 func (ui *adminUI) logFailure(w http.ResponseWriter, r *pageRequest, err error) {

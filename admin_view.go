@@ -140,6 +140,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"share":      func(v float64) string { return percent(100 * v) },
 		"bytes":      formatBytes,
 		"capitalize": capitalize,
+		"textParts":  textParts,
 		"plural":     pluralize, // plural 3 "token" "tokens": 3 tokens
 		"list":       func(items ...any) []any { return items },
 		"price":      func(v *json.RawMessage) string { return formatPrice(string(*v)) },

@@ -1,5 +1,5 @@
 // These tests compare openapi.yaml and the server in both directions: each route, parameter, field, header and status
-// of one is in the other. The reader of the file is at the end.
+// of one is in the other.
 package main
 
 import (
@@ -13,7 +13,6 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -146,7 +145,7 @@ func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys
 func TestOpenAPIRoutes(t *testing.T) {
 	t.Parallel()
 	s := readSpec(t)
-	want := []string{"GET /healthz", "GET /metrics", "GET /readyz"}
+	want := []string{"GET /healthz", "GET /metrics", "GET /openapi.yaml", "GET /readyz"}
 	for _, rt := range (&manageAPI{ops: &operations{}}).manageTable() {
 		want = append(want, rt.pattern)
 		if !slices.Contains(s.operations(), rt.pattern) {
@@ -565,7 +564,7 @@ func TestOpenAPIResponses(t *testing.T) {
 	c.call("DELETE", path+"/end-users?end_user=a%2Fb", "", 200)
 	c.call("DELETE", path+"/cache", "", 200)
 	c.call("DELETE", path, "", 200)
-	for _, path := range []string{"/healthz", "/readyz"} {
+	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml"} {
 		c.checkResponse("GET", path, c.do("GET", path, ""))
 	}
 	c.checkResponse("GET", "/metrics", c.manageAs(c.adminKey, "GET", "/metrics", ""))
@@ -730,168 +729,31 @@ func atoi(s string) (n int) {
 	return n
 }
 
-type yamlLine struct {
-	number, indent int
-	text           string
-}
-
-type yamlReader struct{ lines []yamlLine }
-
-func (r *yamlReader) fail(format string, args ...any) error {
-	number := 0
-	if len(r.lines) > 0 {
-		number = r.lines[0].number
-	}
-	return fmt.Errorf("line %d: %s", number, fmt.Sprintf(format, args...))
-}
-
+// readYAML returns a document as maps, lists and scalars.
 func readYAML(text string) (any, error) {
-	r := &yamlReader{}
-	number := 0
-	for line := range strings.SplitSeq(text, "\n") {
-		number++
-		body := strings.TrimLeft(line, " ")
-		if body == "" || body[0] == '#' {
-			continue
-		}
-		r.lines = append(r.lines, yamlLine{number, len(line) - len(body), body})
-		if strings.ContainsRune(line, '\t') || strings.TrimRight(line, " \r") != line {
-			return nil, fmt.Errorf("line %d: has a tab, or ends in white space", number)
-		}
+	n, err := parseYAML(text)
+	if err != nil {
+		return nil, err
 	}
-	v, err := r.block(0)
-	if err == nil && len(r.lines) > 0 {
-		err = r.fail("wrong indent")
-	}
-	return v, err
+	return plainValue(n), nil
 }
 
-// block reads the map or list whose lines have this indent.
-func (r *yamlReader) block(indent int) (any, error) {
-	if len(r.lines) == 0 || r.lines[0].indent != indent {
-		return nil, r.fail("a block of indent %d is missing", indent)
+func plainValue(n *yamlNode) any {
+	switch {
+	case n.value != nil:
+		return n.value
+	case n.isMap:
+		m := map[string]any{}
+		for _, item := range n.items {
+			m[item.key] = plainValue(item)
+		}
+		return m
 	}
-	if strings.HasPrefix(r.lines[0].text, "- ") {
-		return r.list(indent)
+	list := []any{}
+	for _, item := range n.items {
+		list = append(list, plainValue(item))
 	}
-	out := map[string]any{}
-	for len(r.lines) > 0 && r.lines[0].indent == indent {
-		key, rest, err := r.key(r.lines[0].text)
-		if err != nil {
-			return nil, err
-		}
-		if _, twice := out[key]; twice {
-			return nil, r.fail("%s is given twice", key)
-		}
-		if rest != "" {
-			if out[key], err = r.scalar(rest); err != nil {
-				return nil, err
-			}
-			r.lines = r.lines[1:]
-			continue
-		}
-		r.lines = r.lines[1:]
-		if out[key], err = r.block(indent + 2); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-func (r *yamlReader) list(indent int) (any, error) {
-	out := []any{}
-	for len(r.lines) > 0 && r.lines[0].indent == indent {
-		item, ok := strings.CutPrefix(r.lines[0].text, "- ")
-		if !ok {
-			return nil, r.fail("an item of a list starts with - ")
-		}
-		var v any
-		var err error
-		if _, _, isMap := r.key(item); isMap == nil {
-			r.lines[0].indent, r.lines[0].text = indent+2, item
-			v, err = r.block(indent + 2)
-		} else {
-			v, err = r.scalar(item)
-			r.lines = r.lines[1:]
-		}
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, v)
-	}
-	return out, nil
-}
-
-// key splits `key: rest` or `key:`.
-func (r *yamlReader) key(text string) (key, rest string, err error) {
-	if text[0] == '"' {
-		quoted, err := strconv.QuotedPrefix(text)
-		if err != nil {
-			return "", "", r.fail("invalid quotes")
-		}
-		key, rest = quoted[1:len(quoted)-1], text[len(quoted):]
-	} else {
-		i := strings.IndexByte(text, ':')
-		if i < 1 || strings.Trim(text[:i],
-			"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-$/{}") != "" || text[0] == '{' ||
-			text[0] == '-' {
-			return "", "", r.fail("no key in %q", text)
-		}
-		key, rest = text[:i], text[i:]
-	}
-	if rest == ":" {
-		return key, "", nil
-	}
-	rest, ok := strings.CutPrefix(rest, ": ")
-	if !ok || rest == "" || rest[0] == ' ' {
-		return "", "", r.fail("no value after %q", key)
-	}
-	return key, rest, nil
-}
-
-func (r *yamlReader) scalar(text string) (any, error) {
-	switch text[0] {
-	case '"':
-		var s string
-		if err := json.Unmarshal([]byte(text), &s); err != nil {
-			return nil, r.fail("%v", err)
-		}
-		return s, nil
-	case '[':
-		if text == "[]" {
-			return []any{}, nil
-		}
-		inner, ok := strings.CutSuffix(text[1:], "]")
-		if !ok || inner == "" {
-			return nil, r.fail("invalid list")
-		}
-		var out []any
-		for part := range strings.SplitSeq(inner, ", ") {
-			if part == "" || strings.ContainsAny(part, "[],") {
-				return nil, r.fail("invalid list")
-			}
-			v, err := r.scalar(part)
-			if err != nil {
-				return nil, err
-			}
-			out = append(out, v)
-		}
-		return out, nil
-	}
-	switch strings.ToLower(text) {
-	case "true", "false":
-		return text == "true", nil
-	case "yes", "no", "on", "off", "y", "n", "null", "~": // some readers take them for something else
-		return nil, r.fail("quote %q", text)
-	}
-	if n, err := strconv.ParseFloat(text, 64); err == nil {
-		return n, nil
-	}
-	if strings.ContainsAny(text[:1], "&*!|>%@`'{}],?:-#") || strings.Contains(text, ": ") ||
-		strings.Contains(text, " #") || strings.HasSuffix(text, ":") {
-		return nil, r.fail("quote %q", text)
-	}
-	return text, nil
+	return list
 }
 
 // TestReadYAML: the reader returns what it supports, and refuses everything else.

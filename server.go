@@ -37,9 +37,10 @@ type server struct {
 // keys only, /admin session cookies only.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", s.handleHome)       // open: one line of text
-	mux.HandleFunc("GET /healthz", s.handleHealth) // open: the process answers
-	mux.HandleFunc("GET /readyz", s.handleReady)   // open: calls would be accepted
+	mux.HandleFunc("GET /{$}", s.handleHome)            // open: one line of text
+	mux.HandleFunc("GET /healthz", s.handleHealth)      // open: the process answers
+	mux.HandleFunc("GET /readyz", s.handleReady)        // open: calls would be accepted
+	mux.HandleFunc("GET /openapi.yaml", serveOpenAPI()) // open: it describes /manage, and says nothing of this server
 	// A management key of any role. METRICS_ADDR serves the same page without a key.
 	mux.Handle("GET /metrics", s.protect(http.HandlerFunc(s.handleAuthenticatedMetrics)))
 	// A management key; manageTable in manage.go has the URLs and the role that each needs.
@@ -49,7 +50,7 @@ func (s *server) routes() http.Handler {
 		mux.Handle("/admin/", s.admin.adminRoutes())
 		mux.Handle("GET /admin", http.RedirectHandler("/admin/", http.StatusSeeOther))
 	}
-	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics"} {
+	for _, open := range [...]string{"/{$}", "/healthz", "/readyz", "/metrics", "/openapi.yaml"} {
 		mux.Handle(open, methodNotAllowed("GET"))
 	}
 	mux.HandleFunc("/manage", notFound) // ServeMux would redirect, and a client would follow with its key
