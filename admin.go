@@ -24,10 +24,11 @@ import (
 // An adminUI serves the pages under /admin.
 type adminUI struct {
 	adminDeps
-	pages     *pageSet
-	reference func() ([]byte, error) // the content of /admin/api; rendered on first use
-	sentForms submittedForms
-	keptForms keptForms
+	pages      *pageSet
+	reference  func() ([]byte, error) // the content of /admin/api; rendered on first use
+	sentForms  submittedForms
+	keptForms  keptForms
+	playground playground
 }
 
 // adminDeps has what an adminUI uses of the rest of the program. All fields are required.
@@ -45,13 +46,16 @@ type adminDeps struct {
 	databaseProblem func() string // returns what is wrong with the database file, "" if nothing
 	diskUse         func(context.Context) (diskUsage, error)
 	storms          func(now int64) []failingRequest
-	keyID           string // of the encryption key
-	started         time.Time
+	// callAPI serves a request to /v1 that presents the token.
+	callAPI func(w http.ResponseWriter, r *http.Request, token secret)
+	keyID   string // of the encryption key
+	started time.Time
 }
 
 func newAdminUI(d adminDeps) (*adminUI, error) {
 	pages, err := newPageSet()
-	return &adminUI{adminDeps: d, pages: pages, reference: referenceBody(pages)}, err
+	return &adminUI{adminDeps: d, pages: pages, reference: referenceBody(pages),
+		playground: playground{values: map[playgroundOwner]secret{}, running: map[string]int{}}}, err
 }
 
 // An adminRoute is one URL of /admin: its methods, the least role it needs ("": no session needed)
@@ -101,6 +105,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/tokens/{id}/edit", roleOperator, ui.editToken},
 		{"GET|POST /admin/tokens/{id}/rotate", roleOperator, ui.rotateTokenPage},
 		{"GET|POST /admin/tokens/{id}/revoke", roleOperator, ui.revokeTokenPage},
+		{"GET|POST /admin/playground", roleOperator, ui.playgroundPage},
 		{"GET /admin/streams", roleViewer, ui.streamsPage},
 		{"GET|POST /admin/streams/{id}/cut", roleOperator, ui.endCallPage},
 		{"POST /admin/requests/{id}/content", roleAdmin, ui.contentPage},
@@ -127,6 +132,7 @@ func adminNav() []navItem {
 		{Title: "Dashboard", Path: "/admin/dashboard", minRole: roleViewer},
 		{Title: "Projects", Path: "/admin/projects", minRole: roleViewer},
 		{Title: "Tokens", Path: "/admin/tokens", minRole: roleViewer},
+		{Title: "Playground", Path: "/admin/playground", minRole: roleOperator},
 		{Title: "Calls", Path: "/admin/requests", minRole: roleViewer},
 		{Title: "Running calls", Path: "/admin/streams", minRole: roleViewer},
 		{Title: "Prices", Path: "/admin/prices", minRole: roleViewer},
@@ -153,6 +159,8 @@ type pageRequest struct {
 	session *sessionRow
 	secure  bool // the browser connected over TLS
 	hasForm bool // a GET of the address shows the form that a POST sends
+
+	connection *http.ResponseController // for pages that take longer than others
 }
 
 // listRequest returns the request of /manage for a page of a list. Its query has the limit, the
@@ -305,6 +313,7 @@ func (ui *adminUI) newPageRequest(r *http.Request) *pageRequest {
 func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		pr := ui.newPageRequest(r)
+		pr.connection = http.NewResponseController(w)
 		pr.hasForm = strings.HasPrefix(rt.pattern, "GET|POST ")
 		err := ui.authorizePage(rt.minRole, w, pr)
 		var p *pageResponse

@@ -178,6 +178,7 @@ type exampleCall struct {
 	Model   string // "": the program knows no model that the token may use
 	Guessed bool   // nothing says that the provider has the model
 	Headers []labeledValue
+	Body    string // for curl, in single quotes; "": a short one
 }
 
 // An exampleKind is a way to call upstreams of a provider: an endpoint, and models that most of them have.
@@ -205,7 +206,7 @@ func exampleKinds(provider string) []exampleKind {
 // chooseExample returns a call that the policies of the token and its project allow and that one of the project's
 // upstreams serves.
 func (ui *adminUI) chooseExample(project *projectState, token policy) (best exampleCall) {
-	headers := requiredHeaders(project.policy.Attribution, token.Attribution)
+	headers := requiredHeaders("example", project.policy.Attribution, token.Attribution)
 	for _, u := range project.upstreams {
 		for _, kind := range exampleKinds(u.provider) {
 			_, pattern, _ := strings.Cut(kind.endpoint, " ")
@@ -267,8 +268,8 @@ func (kind *exampleKind) suits(project *projectState, token policy, model string
 	return allowed(c.model) && project.hasCandidate(&c, nil)
 }
 
-// requiredHeaders returns headers with the attributes that the policies require.
-func requiredHeaders(policies ...*attributionPolicy) (headers []labeledValue) {
+// requiredHeaders returns headers with the attributes that the policies require. word is a part of their values.
+func requiredHeaders(word string, policies ...*attributionPolicy) (headers []labeledValue) {
 	var tags []string
 	for _, p := range policies {
 		if p == nil {
@@ -276,13 +277,13 @@ func requiredHeaders(policies ...*attributionPolicy) (headers []labeledValue) {
 		}
 		for _, attribute := range p.Required {
 			key, isTag := strings.CutPrefix(attribute, tagAttribute)
-			header := labeledValue{"X-LLM-Proxy-Session", "example-session"}
+			header := labeledValue{"X-LLM-Proxy-Session", word + "-session"}
 			if attribute == endUserAttribute {
-				header = labeledValue{"X-LLM-Proxy-End-User", "example-user"}
+				header = labeledValue{"X-LLM-Proxy-End-User", word + "-user"}
 			}
 			switch {
-			case isTag && !slices.Contains(tags, key+"=example"):
-				tags = append(tags, key+"=example")
+			case isTag && !slices.Contains(tags, key+"="+word):
+				tags = append(tags, key+"="+word)
 			case !isTag && !slices.Contains(headers, header):
 				headers = append(headers, header)
 			}
@@ -610,7 +611,7 @@ func (d *dashData) expiryAlerts(q *dashQuery) (alerts []dashAlert) {
 	others := dashAlert{Level: "warn", Kind: "expiry", AtLeast: len(d.expiring) == maxExpiringTokens}
 	for _, t := range d.expiring {
 		switch {
-		case !q.includes(t.projectID):
+		case !q.includes(t.projectID), strings.HasPrefix(t.name, playgroundTokenName): // these are renewed on use
 		case len(alerts) < maxAlertsPerKind:
 			alerts = append(alerts, dashAlert{Level: "warn", Kind: "expiry", Project: t.project, ProjectID: t.projectID,
 				Token: t.name, TokenID: t.id, At: timestamp(t.expiresAt)})

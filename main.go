@@ -321,6 +321,10 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 			limits: limits, ledger: in.ledger, running: in.running, endpoints: endpoints,
 			databaseProblem: in.databaseProblem, diskUse: diskUse, keyID: in.sealer.id(), started: started,
 			storms: in.proxy.retries.storms,
+			callAPI: func(w http.ResponseWriter, r *http.Request, token secret) {
+				r.Header.Set("Authorization", "Bearer "+token())
+				in.proxy.handleV1(w, r)
+			},
 		})
 	}
 	return err
