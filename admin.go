@@ -392,7 +392,7 @@ func (ui *adminUI) signInFirst(w http.ResponseWriter, r *pageRequest) *pageRespo
 			kept = encodeKeptForm(r.form)
 		}
 		if kept != "" {
-			v := signInView{Next: r.http.URL.Path, Kept: kept, Unencrypted: r.isUnencrypted()}
+			v := signInView{Next: r.http.URL.RequestURI(), Kept: kept, Unencrypted: r.isUnencrypted()}
 			return &pageResponse{template: "sign-in", title: "Sign in", status: http.StatusUnauthorized, data: v}
 		}
 		return redirectTo(to+"?next="+url.QueryEscape(r.http.URL.Path), "ended")

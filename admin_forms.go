@@ -5,10 +5,8 @@
 package main
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"net/http"
 	"net/url"
@@ -30,6 +28,8 @@ type pageForm struct {
 	Once                   string // names this copy of a form that creates a secret: it is carried out once
 	Hidden                 []labeledValue
 	Fields                 []*formField
+	HasAdvanced, IsOpen    bool   // it has advanced fields; they are shown at once
+	Advanced               string // what these are about
 }
 
 // A formField is one input with its label. Kind is text, password, number, lines (a list, one entry per
@@ -40,10 +40,46 @@ type formField struct {
 	Help                     string // names a text of templates/parts/help.html
 	Options                  []option
 	Required, Checked, Short bool
-	Advanced                 bool // it is hidden until someone opens the advanced fields
-	Focus                    bool // it is the first with an error
+	Advanced                 bool   // it is hidden until someone opens the advanced fields
+	Default                  string // the value, besides an empty one, with which they stay closed
+	Note                     string // is shown below the field
+	Focus                    bool   // it is the first with an error
 	Empty                    emptyField
 	stored                   string
+}
+
+// isDefault reports whether the field has nothing that someone who opens the form has to see.
+func (field *formField) isDefault() bool {
+	switch {
+	case field.Error != "":
+		return false
+	case field.Kind == "checkbox":
+		return !field.Checked
+	case field.Kind == "select" && field.Default == "" && len(field.Options) > 0:
+		return field.Value == "" || field.Value == field.Options[0].Value
+	}
+	return strings.TrimSpace(field.Value) == "" || field.Value == field.Default
+}
+
+// setAdvanced puts the named fields of a form among the advanced ones.
+func (f *pageForm) setAdvanced(about string, names ...string) {
+	f.Advanced = about
+	for _, field := range f.Fields {
+		field.Advanced = field.Advanced || slices.Contains(names, field.Name)
+	}
+}
+
+// openAdvanced opens the advanced fields if one of them is not as it is by default, or has a mistake.
+func (v *formView) openAdvanced() {
+	f := v.Form
+	fields := f.Fields
+	if v.Policy != nil {
+		fields = slices.Concat(fields, v.Policy.fields())
+	}
+	for _, field := range fields {
+		f.HasAdvanced = f.HasAdvanced || field.Advanced
+		f.IsOpen = f.IsOpen || field.Advanced && !field.isDefault()
+	}
 }
 
 // formFields returns the form fields of the named fields of an input, in this order.
@@ -149,6 +185,9 @@ func (f *pageForm) fill(sent, stored url.Values) {
 		field.stored = stored.Get(field.Name)
 		switch field.Kind {
 		case "password":
+			if sent.Get(field.Name) != "" {
+				field.Note = "Enter it again: it does not come back to the browser."
+			}
 		case "checkbox":
 			field.Checked = values.Get(field.Name) != ""
 		default:
@@ -252,24 +291,19 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 	if v.Form.Creates != "" {
 		v.Form.Once = randomBase62(16)
 	}
-	sent := r.form
-	if !r.isPost() {
-		if sent = ui.keptForms.take(r.session.hash, r.http.URL.Path, r.now); sent != nil {
-			v.Form.Restored = true
-			if n, err := strconv.ParseInt(sent.Get("version"), 10, 64); err == nil && v.Form.Version != 0 {
-				v.Form.Version = n // a change in between is noticed
-			}
-		}
-	}
+	sent, isEdited := ui.sentValues(r, v, stored)
 	v.Form.fill(sent, stored)
 	if v.Policy != nil {
 		v.Policy.fill(sent)
 	}
 	page := showPage("form", title, v)
-	if !r.isPost() {
+	defer v.openAdvanced() // when the mistakes are known
+	if r.isPost() {
+		v.Form.Version = r.ifMatchVersion
+	}
+	if !r.isPost() || isEdited {
 		return page, nil
 	}
-	v.Form.Version = r.ifMatchVersion
 	if v.Form.Once != "" && !ui.sentForms.claim(r.form.Get("once")) {
 		page.template, page.title, page.status = "sent", "Form already submitted", http.StatusConflict
 		return page, nil
@@ -283,6 +317,28 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 	}
 	page.status, err = v.Form.showErrors(err, v.Policy)
 	return page, err
+}
+
+// sentValues returns the values that a form shows instead of what is stored: those of a POST, those that were sent
+// before the session had ended, or those with a preset; nil if there are none. isEdited means that the POST only
+// changes the form.
+func (ui *adminUI) sentValues(r *pageRequest, v *formView, stored url.Values) (sent url.Values, isEdited bool) {
+	if r.isPost() {
+		return r.form, v.Policy != nil && v.Policy.edit(r.form)
+	}
+	if sent = ui.keptForms.take(r.session.hash, r.http.URL.RequestURI(), r.now); sent != nil {
+		v.Form.Restored = true
+		if n, err := strconv.ParseInt(sent.Get("version"), 10, 64); err == nil && v.Form.Version != 0 {
+			v.Form.Version = n // a change in between is noticed
+		}
+		return sent, false
+	}
+	if r.query.Has("preset") && v.Policy != nil {
+		sent = v.Policy.storedValues(v.Policy.stored)
+		maps.Copy(sent, stored)
+		v.Policy.applyPreset(r.query.Get("preset"), sent)
+	}
+	return sent, false
 }
 
 // decode puts the form into an operation's input, by name.
@@ -357,305 +413,4 @@ func jsonNumber(text string) json.RawMessage {
 		return json.RawMessage(number)
 	}
 	return mustMarshal(text)
-}
-
-// A policyForm is the data of the template "policy".
-type policyForm struct {
-	Lists            []policyListField
-	Settings, Cache  []*formField // of a project's policy only
-	Attribution      []*formField
-	Limits           []*limitFormRow
-	Metrics, Periods []option
-	MaxLimits        int
-	Problem          string // with the limits as a whole
-	stored           json.RawMessage
-}
-
-// A policyListField is a list, and whether an empty list allows nothing instead of everything.
-type policyListField struct{ List, None *formField }
-
-// A limitFormRow is one limit. Index is part of the names of its fields, which are the names in errors.
-type limitFormRow struct {
-	Index, Number                    int
-	Count, Max, Per, Endpoint, Model string
-	ForEach, MaxValues               string
-	Shadow                           bool
-	Error, ErrorField                string
-	Focus                            bool // it is the first input with an error
-}
-
-func (row *limitFormRow) isBlank() bool {
-	return row.Max == "" && row.Endpoint == "" && row.Model == "" && row.ForEach == "" && row.MaxValues == ""
-}
-
-const blankLimitRows = 2 // for new limits
-
-// newPolicyForm returns the form of a stored policy.
-func newPolicyForm(ofProject bool, stored json.RawMessage) *policyForm {
-	list := func(name, label, placeholder string) policyListField {
-		return policyListField{
-			&formField{Name: "policy." + name, Label: label, Kind: "lines", Placeholder: placeholder, Help: name},
-			&formField{Name: "policy." + name + ".none", Kind: "checkbox",
-				Label: "If the list is empty, allow none instead of all"},
-		}
-	}
-	p := &policyForm{MaxLimits: maxLimits, stored: stored,
-		Metrics: options(metricRequests.String(), "requests", metricTokens.String(), "tokens",
-			metricDollars.String(), "dollars", metricConcurrent.String(), "concurrent calls"),
-		Lists: []policyListField{
-			list("models", "Models", "gpt-4o-mini\nclaude-*"),
-			list("endpoints", "Endpoints", "/v1/chat/completions\n/v1/audio/*"),
-			list("addresses", "Client addresses", "10.0.0.0/8\n2001:db8::/32"),
-		}}
-	p.Periods = options("", "–")
-	for period := perSecond; period < perLifetime; period++ {
-		p.Periods = append(p.Periods, option{period.String(), "per " + period.String()})
-	}
-	p.Periods = append(p.Periods, option{perLifetime.String(), "in total"})
-	required := &formField{Name: "policy.attribution.required", Label: "Required", Kind: "lines",
-		Placeholder: "end_user\nsession\ntag:team", Help: "attribution-required"}
-	p.Attribution = []*formField{required, {Name: "policy.attribution.fixed_tags", Label: "Tags of every call",
-		Kind: "pairs", Placeholder: "team = search", Help: "attribution-fixed-tags"}}
-	if ofProject {
-		p.Attribution = []*formField{
-			{Name: "policy.attribution.tags", Label: "Tags that clients may send", Kind: "lines",
-				Placeholder: "team\ntask", Help: "attribution-tags"}, required,
-			{Name: "policy.attribution.end_users", Label: "End users are recorded", Kind: "select", Required: true,
-				Help: "attribution-end-users", Options: options(endUsersPlain, "As clients name them",
-					endUsersHashed, "By a keyed hash", endUsersOff, "Not at all")},
-		}
-		p.Settings = []*formField{
-			{Name: "policy.stateful", Label: "Allow endpoints that store objects at the provider", Kind: "checkbox",
-				Help: "stateful"},
-			{Name: "policy.keep_content_days", Label: "Keep request and response content (days)", Kind: "number",
-				Placeholder: "0", Help: "keep-content"},
-		}
-		p.Cache = []*formField{
-			{Name: "policy.cache.ttl_seconds", Label: "Use an answer for (seconds)", Kind: "number",
-				Placeholder: "3600", Help: "cache-ttl"},
-			{Name: "policy.cache.when", Label: "Calls", Kind: "select", Required: true, Help: "cache-when",
-				Options: options("deterministic", "Deterministic calls only",
-					"always", "All calls that can be cached")},
-			{Name: "policy.cache.scope", Label: "Answers are shared by", Kind: "select", Required: true,
-				Help: "cache-scope", Options: options("project", "All tokens of the project",
-					"token", "No one: each token has its own")},
-			{Name: "policy.cache.endpoints", Label: "Cached endpoints", Kind: "lines", Help: "cache-endpoints",
-				Placeholder: "/v1/embeddings\n/v1/chat/*"},
-			{Name: "policy.cache.max_entry_bytes", Label: "Largest answer (bytes)", Kind: "number",
-				Placeholder: strconv.Itoa(defaultMaxEntryBytes), Help: "cache-max-entry"},
-		}
-	}
-	return p
-}
-
-// fields returns all fields except those of the limits.
-func (p *policyForm) fields() (fields []*formField) {
-	for _, l := range p.Lists {
-		fields = append(fields, l.List, l.None)
-	}
-	return slices.Concat(fields, p.Settings, p.Cache, p.Attribution)
-}
-
-// fill puts in what was sent, otherwise the stored policy.
-func (p *policyForm) fill(sent url.Values) {
-	values := sent
-	if sent == nil {
-		values = p.storedValues()
-	}
-	(&pageForm{Fields: p.fields()}).fill(values, nil)
-	for i := range maxLimits + blankLimitRows {
-		value := func(name string) string {
-			return strings.TrimSpace(values.Get(fmt.Sprintf("policy.limits[%d].%s", i, name)))
-		}
-		row := limitFormRow{Count: value("count"), Max: value("max"), Per: value("per"), Endpoint: value("endpoint"),
-			Model: value("model"), Shadow: value("shadow") != "", ForEach: value("for_each"),
-			MaxValues: value("max_values")}
-		if !row.isBlank() {
-			p.addRow(row)
-		}
-	}
-	for range blankLimitRows {
-		if len(p.Limits) < maxLimits {
-			p.addRow(limitFormRow{Count: metricRequests.String(), Per: perMinute.String()})
-		}
-	}
-}
-
-func (p *policyForm) addRow(row limitFormRow) {
-	row.Index, row.Number = len(p.Limits), len(p.Limits)+1
-	p.Limits = append(p.Limits, &row)
-}
-
-// A policyView is a stored policy. A list that is nil allows everything, an empty one nothing.
-type policyView struct {
-	Models, Endpoints, Addresses *[]string
-	Stateful                     bool
-	KeepContentDays              int64 `json:"keep_content_days"`
-	Cache                        *cachePolicy
-	Attribution                  *attributionPolicy
-	FixedTags                    []string `json:"-"` // of Attribution, as texts such as team=search
-	Limits                       []limitJSON
-}
-
-func newPolicyView(stored json.RawMessage) (p policyView) {
-	if err := json.Unmarshal(stored, &p); err != nil {
-		return policyView{} // a new object; what is stored was checked
-	}
-	if p.Attribution != nil {
-		for _, t := range p.Attribution.FixedTags {
-			p.FixedTags = append(p.FixedTags, t.key+"="+t.value)
-		}
-	}
-	return p
-}
-
-// storedValues returns the stored policy as the values of the form.
-func (p *policyForm) storedValues() url.Values {
-	policy := map[string]json.RawMessage{}
-	for name, raw := range jsonFields(p.stored) {
-		policy["policy."+name] = raw
-	}
-	for _, object := range [...]string{"policy.cache", "policy.attribution"} {
-		for name, raw := range jsonFields(policy[object]) {
-			policy[object+"."+name] = raw
-		}
-	}
-	values := storedValues(policy, p.fields())
-	for _, l := range p.Lists {
-		if string(policy[l.List.Name]) == "[]" {
-			values.Set(l.None.Name, "on")
-		}
-	}
-	var limits []map[string]json.RawMessage
-	_ = json.Unmarshal(policy["policy.limits"], &limits) // there may be none
-	for i, limit := range limits {
-		for name, raw := range limit {
-			values.Set(fmt.Sprintf("policy.limits[%d].%s", i, name), displayJSON(raw))
-		}
-	}
-	return values
-}
-
-// encode returns the policy that was sent. What the form has no field for stays as it is stored.
-func (p *policyForm) encode(sent url.Values) json.RawMessage {
-	out := jsonFields(p.stored)
-	set := func(name string, value any, isSet bool) {
-		delete(out, name)
-		if isSet {
-			out[name] = mustMarshal(value)
-		}
-	}
-	for _, name := range []string{"models", "endpoints", "addresses"} {
-		list := splitLines(sent.Get("policy." + name))
-		set(name, list, len(list) > 0 || sent.Get("policy."+name+".none") != "")
-	}
-	days := strings.TrimSpace(sent.Get("policy.keep_content_days"))
-	set("keep_content_days", jsonNumber(days), p.Settings != nil && days != "" && days != "0")
-	set("stateful", true, p.Settings != nil && sent.Get("policy.stateful") != "")
-	if p.Cache != nil {
-		cache := p.encodeCache(sent)
-		set("cache", cache, cache != nil)
-	}
-	attribution := p.encodeAttribution(sent)
-	set("attribution", attribution, len(attribution) > 0)
-	limits := []limitJSON{}
-	for _, row := range p.Limits {
-		if row.isBlank() {
-			continue
-		}
-		l := limitJSON{Count: row.Count, Max: jsonNumber(row.Max), Per: row.Per, Endpoint: row.Endpoint,
-			Model: row.Model, Shadow: row.Shadow, ForEach: row.ForEach}
-		if row.MaxValues != "" {
-			l.MaxValues = jsonNumber(row.MaxValues)
-		}
-		if row.Count == metricConcurrent.String() {
-			l.Per = "" // a blank row has a period, concurrent calls have none
-		}
-		limits = append(limits, l)
-	}
-	set("limits", limits, len(limits) > 0)
-	return mustMarshal(out)
-}
-
-// encodeCache returns the cache policy that was sent, without what has its default; nil: no cache. A stored one is
-// turned off by leaving its time empty. For a new one that is a mistake, if anything else is given.
-func (p *policyForm) encodeCache(sent url.Values) map[string]any {
-	cache, isStored := map[string]any{}, jsonFields(p.stored)["cache"] != nil
-	isMeant := false
-	for _, field := range p.Cache {
-		text, name := strings.TrimSpace(sent.Get(field.Name)), strings.TrimPrefix(field.Name, "policy.cache.")
-		if text == "" && name == "ttl_seconds" && isStored {
-			return nil
-		}
-		isMeant = isMeant || text != "" && field.Kind != "select"
-		switch {
-		case text == "" || field.Kind == "select" && text == field.Options[0].Value:
-		case field.Kind == "number":
-			cache[name] = jsonNumber(text)
-		case field.Kind == "lines":
-			cache[name] = splitLines(text)
-		default:
-			cache[name] = text
-		}
-	}
-	if !isMeant {
-		return nil
-	}
-	return cache
-}
-
-// encodeAttribution returns the attribution policy that was sent, without what has its default, unless that is stored.
-func (p *policyForm) encodeAttribution(sent url.Values) map[string]json.RawMessage {
-	out := jsonFields(jsonFields(p.stored)["attribution"])
-	for _, field := range p.Attribution {
-		text, name := strings.TrimSpace(sent.Get(field.Name)), strings.TrimPrefix(field.Name, "policy.attribution.")
-		if !sent.Has(field.Name) { // the page is older than the program
-			continue
-		}
-		isDefault := field.Kind == "select" && text == field.Options[0].Value
-		switch {
-		case text == "" || isDefault && out[name] == nil:
-			delete(out, name)
-		case field.Kind == "lines":
-			out[name] = mustMarshal(splitLines(text))
-		case field.Kind == "pairs":
-			pairs := map[string]string{}
-			for _, line := range splitLines(text) {
-				key, value, _ := strings.Cut(line, "=") // without a value, the operation refuses it
-				pairs[strings.TrimSpace(key)] = strings.TrimSpace(value)
-			}
-			out[name] = mustMarshal(pairs)
-		default:
-			out[name] = mustMarshal(text)
-		}
-	}
-	return out
-}
-
-// showError reports whether a mistake is about the policy, and shows it if so. f is the form that the policy is in.
-func (p *policyForm) showError(f *pageForm, err error) bool {
-	fe, ok := errors.AsType[*fieldError](err)
-	if !ok {
-		return false
-	}
-	rest, ok := strings.CutPrefix(fe.param, "policy.limits")
-	if !ok {
-		return f.showFieldError(p.fields(), fe)
-	}
-	msg := limitWords().Replace(strings.TrimSuffix(fe.msg, ".") + ".")
-	n, name, _ := strings.Cut(strings.TrimPrefix(rest, "["), "]")
-	if i, err := strconv.Atoi(n); err == nil && i < len(p.Limits) {
-		row := p.Limits[i]
-		row.ErrorField = cmp.Or(strings.TrimPrefix(name, "."), "max")
-		row.Error = limitFieldLabel(row.ErrorField) + " " + msg
-		if name == "" {
-			row.Error = "This limit " + msg
-		}
-		f.Mistakes = append(f.Mistakes, formMistake{fmt.Sprintf("limit-%d-%s", i, row.ErrorField),
-			fmt.Sprintf("Limit %d: %s", row.Number, row.Error)})
-		return true
-	}
-	p.Problem = "The limits " + msg
-	f.Mistakes = append(f.Mistakes, formMistake{"limits", p.Problem})
-	return true
 }

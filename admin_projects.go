@@ -314,6 +314,7 @@ func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
 		Submit: "Create project", Cancel: "/admin/projects",
 		Fields: formFields(ui.ops.fields.project, "name", "provider", "api_key", "base_url", "cost_multiplier")}}
+	v.Form.setAdvanced("endpoints, client addresses, content, cache, attribution, cost", "cost_multiplier")
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
 	return ui.submit(r, "New project", v, nil, targets, func() (*pageResponse, error) {
@@ -349,6 +350,11 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 				Help: "affinity", Options: options(affinityBySession, "Yes", affinityOff, "No: share single calls")},
 		}}}
 	v.Form.Fields = append(v.Form.Fields, formFields(ui.ops.fields.project, "cost_multiplier")...)
+	for _, field := range v.Form.Fields[1:] {
+		field.Advanced = true
+	}
+	v.Form.Fields[len(v.Form.Fields)-1].Default = "1"
+	v.Form.Advanced = "fallbacks, aliases, endpoints, client addresses, content, cache, attribution, cost"
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
 	return ui.submit(r, "Edit project", v, routingValues(&project), targets, func() (*pageResponse, error) {
@@ -498,11 +504,18 @@ func (ui *adminUI) revokeProjectTokensPage(r *pageRequest) (*pageResponse, error
 	return ui.confirmProject(r, title, "revoke-all", "Revoke all tokens", "tokens-revoked", revoke)
 }
 
-// upstreamFormFields returns the named fields and those that a new upstream and a changed one share.
-func (ui *adminUI) upstreamFormFields(first ...string) []*formField {
-	return formFields(ui.ops.fields.upstream, append(first, "models", "priority", "weight", "rewrite",
+// upstreamForm returns a form with the named fields and, among the advanced ones, those that a new upstream and a
+// changed one share.
+func (ui *adminUI) upstreamForm(submit, cancel string, first ...string) *pageForm {
+	fields := formFields(ui.ops.fields.upstream, append(first, "models", "priority", "weight", "rewrite",
 		"requests_per_minute", "tokens_per_minute", "connect_ms", "answer_ms", "first_event_ms", "idle_ms",
 		"cost_multiplier", "shared_with", "note", "organization", "openai_project")...)
+	defaults := map[string]string{"priority": "0", "weight": "1", "cost_multiplier": "1"}
+	for _, field := range fields[len(first):] {
+		field.Advanced, field.Default = true, defaults[field.Name]
+	}
+	return &pageForm{Submit: submit, Cancel: cancel, Fields: fields,
+		Advanced: "models, priority, provider's limits, timeouts, sharing, cost"}
 }
 
 func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
@@ -511,8 +524,8 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	projectURL := "/admin/projects/" + project.ID
-	v := &formView{Crumb: option{projectURL, project.Name}, Form: &pageForm{Submit: "Add upstream", Cancel: projectURL,
-		Fields: ui.upstreamFormFields("name", "provider", "api_key", "base_url")}}
+	v := &formView{Crumb: option{projectURL, project.Name},
+		Form: ui.upstreamForm("Add upstream", projectURL, "name", "provider", "api_key", "base_url")}
 	key := v.Form.Fields[2]
 	key.Required, key.Empty = true, emptyValue
 	defaults := url.Values{"priority": {"0"}, "weight": {"1"}}
@@ -530,8 +543,9 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	projectURL := "/admin/projects/" + u.ProjectID
-	v := &formView{Crumb: option{projectURL, "Project"}, Form: &pageForm{Submit: "Save", Cancel: projectURL,
-		Version: u.Version, Fields: ui.upstreamFormFields("name", "api_key", "base_url", "is_active")}}
+	v := &formView{Crumb: option{projectURL, "Project"},
+		Form: ui.upstreamForm("Save", projectURL, "name", "api_key", "base_url", "is_active")}
+	v.Form.Version = u.Version
 	key, baseURL := v.Form.Fields[1], v.Form.Fields[2]
 	key.Label, key.Help = "New API key", "new-api-key"
 	if u.KeyHint != "" {

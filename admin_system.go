@@ -307,16 +307,20 @@ func auditChanges(detail json.RawMessage) (changes []labeledValue) {
 		if err != nil || dec.Decode(&raw) != nil {
 			return changes
 		}
-		text := displayJSON(raw)
+		label, _ := name.(string)
+		show := displayJSON
+		if label == "policy" {
+			show = describePolicy
+		}
+		text := show(raw)
 		var pair []json.RawMessage
 		if json.Unmarshal(raw, &pair) == nil && len(pair) == 2 {
-			if text = displayJSON(pair[1]); string(pair[0]) != "null" {
-				text = displayJSON(pair[0]) + " → " + text
+			if text = show(pair[1]); string(pair[0]) != "null" {
+				text = show(pair[0]) + " → " + text
 			} else if slices.Contains([]string{"", "–", "{}", "[]"}, text) {
 				continue // a field of a new object that was left empty
 			}
 		}
-		label, _ := name.(string)
 		changes = append(changes, labeledValue{label, text})
 	}
 	return changes
@@ -594,7 +598,7 @@ func (ui *adminUI) webhookPage(r *pageRequest) (*pageResponse, error) {
 // is a checkbox, which the page itself reads.
 func (ui *adminUI) webhookForm(submit, cancel string) *formView {
 	fields := formFields(ui.ops.fields.webhook, "name", "format", "url", "is_active", "error_percent")
-	fields[1].Options, fields[4].Advanced = webhookFormats(), true
+	fields[1].Options, fields[4].Advanced, fields[4].Default = webhookFormats(), true, formatInt(defaultErrorPercent)
 	for _, t := range notificationTypes() {
 		fields = append(fields, &formField{Name: eventField(t), Label: notificationLabel(t), Kind: "checkbox"})
 	}

@@ -567,7 +567,8 @@ func checkHTML(page string) (problems []string) {
 	}
 	known := strings.Fields(`html head meta title link script body a header img nav ul li div span form button main p h1
 		h2 h3 section table thead tbody tfoot tr th td caption time code dl dt dd input select option label
-		textarea strong br pre fieldset legend svg rect path line circle g text details summary colgroup col datalist`)
+		textarea strong br pre fieldset legend svg rect path line circle g text details summary colgroup col
+		template datalist`)
 	complain := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	ids, labelled := map[string]bool{}, map[string]bool{}
 	for _, t := range tags {

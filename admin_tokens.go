@@ -20,6 +20,9 @@ const (
 	maxProjectOptions = 2000
 )
 
+// advancedOfToken says what the advanced fields of a token are about.
+const advancedOfToken = "number of calls, idle expiry, endpoints, client addresses, attribution"
+
 func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	projectID := cmp.Or(r.form.Get("project_id"), r.query.Get("project_id"))
 	projects, err := ui.projectOptions(r, projectID)
@@ -40,6 +43,7 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 			"", "On a date")})
 	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil),
 		Form: &pageForm{Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: fields}}
+	v.Form.setAdvanced(advancedOfToken, "max_requests", "idle_expiry_minutes")
 	defaults := url.Values{"project_id": {projectID}, "lifetime": {"720"}}
 	var in tokenInput
 	targets := fieldTargets(&in, ui.ops.fields.token)
@@ -72,6 +76,7 @@ func (ui *adminUI) editToken(r *pageRequest) (*pageResponse, error) {
 	fields := formFields(ui.ops.fields.token, "name", "expires_at", "max_requests", "idle_expiry_minutes")
 	v := &formView{Crumb: option{tokenURL, t.Name}, Policy: newPolicyForm(false, t.Policy), Form: &pageForm{
 		Submit: "Save", Cancel: tokenURL, Version: t.Version, Fields: fields}}
+	v.Form.setAdvanced(advancedOfToken, "max_requests", "idle_expiry_minutes")
 	var in tokenInput
 	targets := fieldTargets(&in, ui.ops.fields.token)
 	return ui.submit(r, "Edit token", v, storedValues(t, fields), targets, func() (*pageResponse, error) {
@@ -494,6 +499,7 @@ func expiresSoon(at *timestamp, now time.Time) bool {
 // A barView is the usage of a limit. Level is "", warn or bad.
 type barView struct {
 	limitView
+	Text            string // the limit as a sentence; "": of calls in total, or of one value
 	Level           string
 	Percent         int
 	Used, Max, Left string
@@ -518,7 +524,8 @@ func newBarViews(limits []limitView) (bars []barView) {
 		if l.ForEach == "" {
 			b = newBarView(jsonFloat(l.Used), jsonFloat(l.Max))
 		}
-		b.limitView, b.Used, b.Max, b.Left = l, quantity(l.Used), quantity(l.Max), quantity(l.Left)
+		b.limitView, b.Text = l, l.limit.String()
+		b.Used, b.Max, b.Left = quantity(l.Used), quantity(l.Max), quantity(l.Left)
 		for _, v := range l.Values {
 			top := newBarView(jsonFloat(v.Used), jsonFloat(l.Max))
 			top.Value, top.Used, top.Max, top.Left = v.Value, quantity(v.Used), b.Max, quantity(v.Left)

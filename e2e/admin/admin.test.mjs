@@ -159,12 +159,74 @@ describe('the pages', { skip }, () => {
       reached.add(at.name);
       assert.ok(at.outline, `${at.name} shows no focus`);
     }
-    for (const name of ['name', 'provider', 'api_key', 'policy.models', 'policy.limits[0].max', 'policy.limits[1].shadow', 'Create project', 'Cancel']) {
+    for (const name of ['name', 'provider', 'api_key', 'policy.models', 'policy.limits[0].max', 'policy.limits[0].shadow', 'remove_limit', 'add_limit', 'preset', 'Create project', 'Cancel']) {
       assert.ok(reached.has(name), `${name} is not reached: ${[...reached]}`);
     }
     assert.deepEqual(visitor.problems, []);
     await visitor.context.close();
   });
+
+  for (const javaScriptEnabled of [true, false]) {
+    test(`limits are added and removed in place, and presets fill in a form, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
+      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const { page } = visitor;
+      const name = `Rows ${javaScriptEnabled ? 'with' : 'without'} scripts`;
+      await visitor.signIn(proxy.managementToken);
+      await page.goto(`${proxy.url}/admin/projects/new`);
+      const limit = (n) => page.getByRole('group', { name: `Limit ${n}`, exact: true });
+      const add = page.getByRole('button', { name: 'Add a limit' });
+      await page.getByLabel('Name', { exact: true }).fill(name);
+      await page.getByLabel('API key').fill(proxy.provider.openaiKey);
+      await limit(1).getByLabel('Maximum').fill('5');
+      await add.click();
+      await limit(2).waitFor();
+      assert.equal(await page.evaluate(() => document.activeElement.id), 'limit-1-max', 'the new row has the focus');
+      await page.keyboard.type('50');
+      await limit(2).getByLabel('Metric').selectOption('dollars');
+      await limit(2).getByLabel('Period').selectOption('per month');
+      await limit(2).getByLabel('for models').fill('gpt-5*');
+      await add.click();
+      await limit(3).getByLabel('Maximum').fill('7');
+      await limit(1).getByRole('button', { name: 'Remove limit 1' }).click();
+      await limit(3).waitFor({ state: 'detached' });
+      assert.equal(await limit(1).getByLabel('Maximum').inputValue(), '50', 'the other rows stay');
+      assert.equal(await page.getByLabel('Name', { exact: true }).inputValue(), name, 'the input is kept');
+      assert.equal(await page.getByLabel('API key').inputValue(), javaScriptEnabled ? proxy.provider.openaiKey : '', 'a key never comes back from the server');
+      await limit(2).getByLabel('for each').fill('user');
+      await page.getByLabel('Name', { exact: true }).press('Enter'); // sends the form, and presses none of its other buttons
+      await page.getByRole('alert').getByRole('link', { name: /^Limit 2: For each must be/ }).click();
+      assert.match(await page.evaluate(() => document.activeElement.name), /for_each$/);
+      assert.deepEqual(await visitor.violations(), []);
+      await limit(2).getByLabel('for each').fill('end_user');
+      await page.getByRole('button', { name: 'Create project' }).click();
+      await page.getByText('Project created').waitFor();
+      await page.getByRole('cell', { name: '$50.00 per month for models gpt-5*', exact: true }).waitFor();
+      await page.getByRole('cell', { name: '7 requests per minute for each end user', exact: true }).waitFor();
+
+      await page.goto(`${proxy.url}/admin/tokens/new?project_id=${proxy.project}`);
+      await page.getByLabel('Name', { exact: true }).fill(name);
+      await page.getByText('Advanced').click();
+      await page.getByLabel('Client addresses').fill('127.0.0.1');
+      await page.getByRole('button', { name: 'Batch job' }).click();
+      await page.getByText('Filled in: Batch job').waitFor();
+      assert.equal(await limit(1).getByLabel('Maximum').inputValue(), '100');
+      await page.getByRole('button', { name: 'Public demo' }).click();
+      await page.getByText('Filled in: Public demo').waitFor();
+      assert.equal(await limit(2).getByLabel('for each').inputValue(), 'end_user');
+      assert.match(await page.getByLabel('Models', { exact: false }).first().inputValue(), /^gpt-4o-mini\n/);
+      assert.equal(await page.getByLabel('Client addresses').inputValue(), '127.0.0.1', 'what a preset does not set is kept');
+      assert.equal(await page.getByLabel('Expires', { exact: true }).inputValue(), '168');
+      await limit(4).getByRole('button', { name: 'Remove limit 4' }).click();
+      await limit(4).waitFor({ state: 'detached' });
+      await page.getByRole('button', { name: 'Create token' }).click();
+      const token = await page.locator('#secret').textContent();
+      assert.equal((await call(token)).status, 200);
+      await page.getByRole('link', { name: /^Done, open/ }).click();
+      await page.getByRole('cell', { name: '100 requests per day for each end user', exact: true }).waitFor();
+      assert.deepEqual(visitor.problems, []);
+      await visitor.context.close();
+    });
+  }
 
   test('the response cache is turned on, seen and emptied', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
@@ -181,6 +243,7 @@ describe('the pages', { skip }, () => {
     };
     const pageOfProject = `${proxy.url}/admin/projects/${project.id}`;
     await page.goto(`${pageOfProject}/edit`);
+    await page.getByText('Advanced').click();
     await page.getByLabel('Cached endpoints').fill('/v1/files');
     await page.getByRole('button', { name: 'Save' }).click();
     await page.getByText('is required and must be from 1').first().waitFor();

@@ -44,6 +44,74 @@ if (lifetime && date) {
   lifetime.addEventListener("input", () => { if (lifetime.value) date.value = ""; });
 }
 
+// Rows of limits are added and removed in place, and a preset is filled in without losing a typed API key. Without this
+// script, these buttons send the form and get it back.
+for (const form of document.querySelectorAll("form[data-policy]")) {
+  const add = form.querySelector("[name=add_limit]");
+  const rows = () => [...form.querySelectorAll("[data-limit]")];
+  const renumber = () => {
+    for (const [i, row] of rows().entries()) {
+      row.setAttribute("aria-label", `Limit ${i + 1}`);
+      row.querySelector("[name=remove_limit]").setAttribute("aria-label", `Remove limit ${i + 1}`);
+    }
+    add.hidden = rows().length >= Number(add.dataset.max);
+  };
+  const addRow = () => {
+    const row = document.getElementById("new-limit").content.firstElementChild.cloneNode(true);
+    const index = 1 + Math.max(-1, ...rows().map((r) => Number(r.querySelector("[name=remove_limit]").value)));
+    for (const e of row.querySelectorAll("*")) for (const a of e.attributes) a.value = a.value.replace("NEW", index);
+    form.querySelector("#limit-rows").append(row);
+    renumber();
+    row.querySelector("input").focus();
+  };
+  const removeRow = (row) => {
+    const neighbor = row.nextElementSibling ?? row.previousElementSibling;
+    row.remove();
+    renumber();
+    (neighbor?.querySelector("input") ?? add).focus();
+  };
+  form.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    const change = { add_limit: addRow, remove_limit: () => removeRow(button.closest("[data-limit]")), preset: () => fillPreset(form, button).then(renumber) }[button?.name];
+    if (!change) return;
+    event.preventDefault();
+    change();
+  });
+  form.addEventListener("input", (event) => { // dollars are not counted per second or minute, and running calls not per period
+    if (!("metric" in event.target.dataset)) return;
+    const metric = event.target.value, period = event.target.closest("[data-limit]").querySelector("[data-period]");
+    if (metric === "concurrent") period.value = "";
+    else if (metric === "dollars" && ["", "second", "minute"].includes(period.value)) period.value = "month";
+    else if (period.value === "") period.value = "minute";
+  });
+}
+
+// fillPreset asks the server for the form with a preset, and takes over its values. If that fails, the form is sent.
+async function fillPreset(form, button) {
+  const body = new URLSearchParams([...new FormData(form)].filter(([name]) => form.elements[name].type !== "password"));
+  body.append(button.name, button.value);
+  let fresh;
+  try {
+    const answer = await fetch(form.action, { method: "POST", body });
+    fresh = answer.ok && new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("form[data-policy]");
+  } catch {
+    // The browser shows what is wrong when it sends the form.
+  }
+  if (!fresh) {
+    form.requestSubmit(button);
+    return;
+  }
+  for (const field of fresh.elements) {
+    const mine = field.name && form.elements[field.name];
+    if (!(mine instanceof HTMLElement) || ["password", "hidden", "submit"].includes(field.type)) continue;
+    if (field.type === "checkbox") mine.checked = field.checked;
+    else mine.value = field.value;
+  }
+  form.querySelector(".advanced").open ||= fresh.querySelector(".advanced").open;
+  for (const part of ["#limit-rows", ".presets"]) form.querySelector(part).replaceWith(document.adoptNode(fresh.querySelector(part)));
+  form.querySelector(`[name=preset][value="${button.value}"]`).focus();
+}
+
 // Periods: a range of days or times and a choice of the list exclude each other.
 const bounds = document.querySelectorAll("form.filters [name=from], form.filters [name=to]");
 const periods = document.querySelectorAll("form.filters [name=period]");
