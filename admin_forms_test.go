@@ -770,8 +770,8 @@ func TestTextsExist(t *testing.T) {
 	names := regexp.MustCompile(`(?:Ask|Help|help|Intro): "([a-z-]+)"|redirectTo\([^\n]*, "([a-z-]+)"\)|` +
 		`signedOut\("([a-z-]+)"|confirmProject\(r, [^,]+, "([a-z-]+)", "[^"]+", "([a-z-]+)"`)
 	seen := 0
-	for _, file := range []string{"admin.go", "admin_forms.go", "admin_projects.go", "admin_session.go",
-		"admin_system.go", "admin_tokens.go", "manage_fields.go"} {
+	for _, file := range []string{"admin.go", "admin_forms.go", "admin_policy_form.go", "admin_projects.go",
+		"admin_session.go", "admin_system.go", "admin_tokens.go", "manage_fields.go"} {
 		for _, m := range names.FindAllStringSubmatch(mustReadFile(t, file), -1) {
 			for _, name := range m[1:] {
 				if name == "" {

@@ -196,7 +196,7 @@ describe('the pages', { skip }, () => {
       await page.getByLabel('Name', { exact: true }).press('Enter'); // sends the form, and presses none of its other buttons
       await page.getByRole('alert').getByRole('link', { name: /^Limit 2: For each must be/ }).click();
       assert.match(await page.evaluate(() => document.activeElement.name), /for_each$/);
-      assert.deepEqual(await visitor.violations(), []);
+      if (javaScriptEnabled) assert.deepEqual(await visitor.violations(), []); // the checker is a script
       await limit(2).getByLabel('for each').fill('end_user');
       await page.getByRole('button', { name: 'Create project' }).click();
       await page.getByText('Project created').waitFor();
@@ -206,15 +206,15 @@ describe('the pages', { skip }, () => {
       await page.goto(`${proxy.url}/admin/tokens/new?project_id=${proxy.project}`);
       await page.getByLabel('Name', { exact: true }).fill(name);
       await page.getByText('Advanced').click();
-      await page.getByLabel('Client addresses').fill('127.0.0.1');
+      await page.getByRole('textbox', { name: 'Client addresses' }).fill('127.0.0.1');
       await page.getByRole('button', { name: 'Batch job' }).click();
       await page.getByText('Filled in: Batch job').waitFor();
       assert.equal(await limit(1).getByLabel('Maximum').inputValue(), '100');
       await page.getByRole('button', { name: 'Public demo' }).click();
       await page.getByText('Filled in: Public demo').waitFor();
       assert.equal(await limit(2).getByLabel('for each').inputValue(), 'end_user');
-      assert.match(await page.getByLabel('Models', { exact: false }).first().inputValue(), /^gpt-4o-mini\n/);
-      assert.equal(await page.getByLabel('Client addresses').inputValue(), '127.0.0.1', 'what a preset does not set is kept');
+      assert.match(await page.getByRole('textbox', { name: 'Models optional' }).inputValue(), /^gpt-4o-mini\n/);
+      assert.equal(await page.getByRole('textbox', { name: 'Client addresses' }).inputValue(), '127.0.0.1', 'what a preset does not set is kept');
       assert.equal(await page.getByLabel('Expires', { exact: true }).inputValue(), '168');
       await limit(4).getByRole('button', { name: 'Remove limit 4' }).click();
       await limit(4).waitFor({ state: 'detached' });
@@ -244,12 +244,12 @@ describe('the pages', { skip }, () => {
     const pageOfProject = `${proxy.url}/admin/projects/${project.id}`;
     await page.goto(`${pageOfProject}/edit`);
     await page.getByText('Advanced').click();
-    await page.getByLabel('Cached endpoints').fill('/v1/files');
+    await page.getByRole('textbox', { name: 'Cached endpoints' }).fill('/v1/files');
     await page.getByRole('button', { name: 'Save' }).click();
     await page.getByText('is required and must be from 1').first().waitFor();
     assert.equal(await page.evaluate(() => document.activeElement.name), 'policy.cache.ttl_seconds', 'the first field with an error has the focus');
     await page.getByLabel('Use an answer for (seconds)').fill('3600');
-    await page.getByLabel('Cached endpoints').fill('/v1/chat/*');
+    await page.getByRole('textbox', { name: 'Cached endpoints' }).fill('/v1/chat/*');
     await page.getByRole('button', { name: 'Save' }).click();
     await page.getByRole('heading', { name: 'Response cache' }).waitFor();
     const [miss, first] = await ask();
